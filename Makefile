@@ -1,0 +1,63 @@
+# `make help` lists what there is. Everything is installed into $(VENV); nothing outside the checkout is touched.
+SHELL := bash
+PYTHON ?= python3
+VENV ?= .venv
+RUN ?= runs/demo
+# PyPI's torch for Linux brings gigabytes of CUDA libraries; a machine without an NVIDIA driver takes the CPU wheel.
+# `make TORCH_INDEX= ...` leaves the choice to pip's own settings.
+TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org/whl/cpu)
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+SOURCES := natten_layers examples benchmarks tests
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint suite windows constraints clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
+
+# Threads that spin while they wait crawl on cores that others use too: passive ones cost nothing there.
+demo: export OMP_WAIT_POLICY ?= PASSIVE
+demo: $(VENV)/demo.stamp ## Train, sample, save and reload a small HDiT on this machine (minutes)
+	$(BIN)/python examples/train_hdit.py --name $(RUN)/demo
+	$(BIN)/python examples/sample_hdit.py $(RUN)/demo.safetensors --reproduce $(RUN)/demo_samples.png
+
+test: lint suite ## Lint, types and the whole CPU suite
+
+lint: $(VENV)/test.stamp ## ruff and pyright
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pyright --pythonpath $(BIN)/python
+
+# One process a core, so each gets one thread: more only fight over the cores.
+suite: $(VENV)/test.stamp ## The CPU suite alone
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --quiet
+
+windows: $(VENV)/demo.stamp ## Redraw the README's picture of windows
+	$(BIN)/python examples/draw_windows.py docs/images/windows.png
+
+constraints: $(VENV)/test.stamp ## Record the installed versions as the tested set
+	{ sed '/^[^#]/,$$d' constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//'; } > constraints.new
+	mv constraints.new constraints.txt
+
+clean: ## Remove the environment and caches; runs/ is kept
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis *.egg-info
+
+# torch first and alone: the CPU index holds little else, and an index that cannot be reached costs retries a package.
+$(VENV)/torch.stamp: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "natten_layers needs Python 3.11 or newer; try make PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) --no-deps $(if $(TORCH_INDEX),--retries 2 --extra-index-url $(TORCH_INDEX)) torch
+	touch $@
+
+$(VENV)/demo.stamp: $(VENV)/torch.stamp pyproject.toml
+	$(PIP) --editable '.[examples]'
+	touch $@
+
+# natten's source package imports torch while it builds, and would compile CUDA kernels that the suite does not use.
+$(VENV)/test.stamp: $(VENV)/torch.stamp pyproject.toml
+	$(PIP) --editable '.[examples,test]'
+	CUDA_VISIBLE_DEVICES= $(PIP) --no-build-isolation --editable '.[peers]'
+	touch $@
