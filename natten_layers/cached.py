@@ -1,0 +1,252 @@
+"""Causal attention of new tokens over cached ones, by position: decoding, chunked prefill, padding."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .functional import DTYPES, Impl, _check_additional, _check_like, _check_pair, _check_sink
+from .kernels import decode_ops
+
+__all__ = ["cached_attention"]
+
+CHUNK_SCORES = 1 << 24
+"""Scores that the eager path holds at a time: 64 MiB in fp32."""
+
+
+@overload
+def cached_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_positions: Tensor,
+    key_positions: Tensor,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    sink: float | Tensor | None = None,
+    return_lse: Literal[False] = False,
+    impl: Impl = "auto",
+) -> Tensor: ...
+@overload
+def cached_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_positions: Tensor,
+    key_positions: Tensor,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    sink: float | Tensor | None = None,
+    return_lse: Literal[True],
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor]: ...
+def cached_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_positions: Tensor,
+    key_positions: Tensor,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    sink: float | Tensor | None = None,
+    return_lse: bool = False,
+    impl: Impl = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Causal, optionally windowed attention in which visibility follows token positions instead of memory order.
+
+    Key ``j`` is visible to query ``i`` if ``0 <= key_positions[j] <= query_positions[i]`` and, with a window,
+    ``key_positions[j] > query_positions[i] - window``. Empty slots and padding carry position -1. So a rolling buffer,
+    a buffer that is partly filled, padding on either side and several new tokens at once need nothing else. Over a
+    whole text this equals causal :func:`neighborhood_attention` with ``kernel_size=window``.
+
+    A query that sees no key at all (padding) gets ``out`` 0 and ``lse`` -inf, with zero gradients.
+
+    The fused path is for inference: one kernel that reads every visible key and value once, in place and with any
+    strides, and no others, and a second one that merges its slices of the cache where there are several. It is made for
+    a few query tokens; more are correct, and read the cache once per 64 rows of tokens times grouped heads. It never
+    waits for the device, and can be captured in a CUDA graph.
+
+    The eager path holds ``CHUNK_SCORES`` scores at a time (at least one query's), also when it records gradients, and
+    copies of ``key`` and ``value`` in fp32 if they are of lower precision.
+
+    Args:
+        query: ``[B, Lq, Hq, D]``, fp16, bf16, fp32 or (eager only) fp64. Head ``h`` reads KV head
+            ``h // (Hq // Hkv)``.
+        key: ``[B, S, Hkv, D]``, ``Hq % Hkv == 0``.
+        value: ``[B, S, Hkv, Dv]``.
+        query_positions: ``[B or 1, Lq]``, an integer dtype, below 2^31; negative for padding.
+        key_positions: ``[B or 1, S]``, an integer dtype, below 2^31; negative for empty slots and padding.
+        window: number of keys that a query sees, itself included; None is all of them.
+        scale: factor on the scores, default ``D ** -0.5``.
+        additional_keys: registers, ``[B or 1, R, Hkv, D]``, visible to every query.
+        additional_values: ``[B or 1, R, Hkv, Dv]``; given exactly when ``additional_keys`` is.
+        sink: one extra logit per query head with a zero value vector: a float, a tensor ``[Hq]``, or None.
+        return_lse: also return the log-sum-exp over every key the softmax saw: cached, registers and sink.
+        impl: "auto" takes the fused path where Triton can run on the tensors' device and dtype and no gradient is
+            asked for, else eager; "fused" and "eager" never fall back.
+
+    Returns:
+        ``out [B, Lq, Hq, Dv]`` in the query's dtype, or ``(out, lse)`` with ``lse [B, Lq, Hq]`` in fp32 (fp64 for fp64
+        inputs), natural log.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it and the values.
+        RuntimeError: ``impl="fused"`` where the fused kernel cannot run.
+    """
+    _check(query, key, value, query_positions, key_positions, window, scale)
+    _check_pair(additional_keys, additional_values)
+    registers = _check_additional(additional_keys, additional_values, query, key, value)
+    sink = _check_sink(sink, query)
+    factor = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    arguments = (query, key, value, query_positions, key_positions, *registers, sink, window, factor)
+    if _takes_fused(impl, query, value, key, *registers, sink):
+        out, lse = decode_ops.decode(*arguments, with_lse=return_lse)
+    else:
+        out, lse = _eager(*arguments)
+    return (out, lse) if return_lse else out
+
+
+def _takes_fused(impl: Impl, query: Tensor, value: Tensor, *others: Tensor | float | None) -> bool:
+    """The one dispatch. An explicit "fused" that cannot run is an error that says why."""
+    if impl not in ("auto", "fused", "eager"):
+        raise ValueError(f'impl must be "auto", "fused" or "eager", got {impl!r}')
+    if impl == "eager" or (impl == "auto" and query.device.type != "cuda"):
+        return False  # Triton's interpreter is for tests: only on request
+    reason = decode_ops.why_not(query, value, *others)
+    if reason is not None and impl == "fused":
+        raise RuntimeError(f'impl="fused" cannot run: {reason}; use impl="auto" or "eager"')
+    return reason is None
+
+
+def _check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_positions: Tensor,
+    key_positions: Tensor,
+    window: int | None,
+    scale: float | None,
+) -> None:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.ndim != 4 or 0 in tensor.shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected [B, L, heads, head_dim], none 0")
+        _check_like(name, tensor, query)
+    if query.dtype not in DTYPES:
+        raise ValueError(f"query dtype {query.dtype} is not supported; use one of {', '.join(map(str, DTYPES))}")
+    if key.shape[0] != query.shape[0] or key.shape[-1] != query.shape[-1] or key.shape[:3] != value.shape[:3]:
+        raise ValueError(
+            f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} do not fit; expected "
+            f"[B, Lq, Hq, D], [B, S, Hkv, D] and [B, S, Hkv, Dv]"
+        )
+    if query.shape[2] % key.shape[2]:
+        raise ValueError(
+            f"query heads must be a multiple of KV heads: query has {query.shape[2]}, key and value {key.shape[2]}"
+        )
+    for name, positions, tensor in (("query_positions", query_positions, query), ("key_positions", key_positions, key)):
+        batch, length = tensor.shape[:2]
+        if positions.shape not in ((1, length), (batch, length)):
+            raise ValueError(f"{name} has shape {tuple(positions.shape)}; expected [{batch} or 1, {length}]")
+        if positions.is_floating_point() or positions.dtype == torch.bool or positions.is_complex():
+            raise ValueError(f"{name} has dtype {positions.dtype}; expected an integer dtype")
+        if positions.device != query.device:
+            raise ValueError(f"{name} is on {positions.device}, but query is on {query.device}")
+    if window is not None and (type(window) is not int or window < 1):
+        raise ValueError(f"window must be None or an int of at least 1, got {window!r}")
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+
+
+def _eager(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_positions: Tensor,
+    key_positions: Tensor,
+    register_keys: Tensor | None,
+    register_values: Tensor | None,
+    sink: Tensor | float | None,
+    window: int | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Validated arguments to ``(out, lse)``, a chunk of queries at a time."""
+    accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
+    batch, length, heads = query.shape[:3]
+    if sink is not None:
+        sink = torch.as_tensor(sink, dtype=accumulate, device=query.device).expand(heads)
+    keys, values = [t.to(accumulate) for t in (key, value)]
+    # A weight of zero times NaN is NaN: a token that is not seen must not be heard.
+    finite = values.isfinite()
+    deaf = ~finite.all(-1)  # [B, S, Hkv]
+    values = torch.where(finite, values, 0.0)
+    registers = None
+    if register_keys is not None and register_values is not None:
+        registers = register_keys.to(accumulate), register_values.to(accumulate)
+
+    def attend(q: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        visible = (key_positions >= 0)[:, None] & (key_positions[:, None] <= positions[..., None])
+        if window is not None:
+            visible = visible & (key_positions[:, None] > positions[..., None] - window)
+        return _attend(q.to(accumulate) * scale, keys, values, deaf, visible, registers, sink)
+
+    step = max(1, CHUNK_SCORES // (batch * heads * key.shape[1]))
+    if step >= length:
+        out, lse = attend(query, query_positions)
+        return out.to(query.dtype), lse
+    outs, lses = [], []
+    for q, p in zip(query.split(step, 1), query_positions.split(step, 1), strict=True):
+        # Recomputing a chunk in the backward pass keeps its scores from being saved.
+        out, lse = checkpoint(attend, q, p, use_reentrant=False, preserve_rng_state=False)
+        outs.append(out.to(query.dtype))
+        lses.append(lse)
+    return torch.cat(outs, 1), torch.cat(lses, 1)
+
+
+def _attend(
+    query: Tensor,  # [B, L, Hq, D], scaled
+    key: Tensor,  # [B, S, Hkv, D]
+    value: Tensor,  # [B, S, Hkv, Dv], finite
+    deaf: Tensor,  # [B, S, Hkv], True where the value was not finite
+    visible: Tensor,  # [B or 1, L, S]
+    registers: tuple[Tensor, Tensor] | None,
+    sink: Tensor | None,  # [Hq]
+) -> tuple[Tensor, Tensor]:
+    kv_heads = key.shape[2]
+    q = query.unflatten(2, (kv_heads, -1))  # [B, L, Hkv, G, D]
+    scores = torch.einsum("blhgd,bshd->bhgls", q, key)
+    scores = scores.masked_fill(~visible[:, None, None], -math.inf)
+    if registers is not None:
+        scores = torch.cat((torch.einsum("blhgd,brhd->bhglr", q, registers[0]), scores), -1)
+    # The reference point of the exponentials carries no gradient: the result does not depend on it.
+    row_max = scores.detach().amax(-1)  # [B, Hkv, G, L]
+    logit = None if sink is None else sink.view(kv_heads, -1, 1)  # [Hkv, G, 1]
+    if logit is not None:
+        row_max = torch.maximum(row_max, logit.detach())
+    row_max = row_max.masked_fill(row_max == -math.inf, 0.0)
+    weights = torch.exp(scores - row_max[..., None])
+    row_sum = weights.sum(-1)
+    if logit is not None:
+        row_sum = row_sum + torch.exp(logit - row_max)
+    nothing = row_sum == 0  # no key, register or sink: padding
+    row_sum = row_sum.masked_fill(nothing, 1.0)
+    lse = (row_max + row_sum.log()).masked_fill(nothing, -math.inf)
+    count = 0 if registers is None else registers[0].shape[1]
+    out = torch.einsum("bhgls,bshd->blhgd", weights[..., count:], value)
+    if registers is not None:
+        out = out + torch.einsum("bhglr,brhd->blhgd", weights[..., :count], registers[1])
+    out = out / row_sum.permute(0, 3, 1, 2)[..., None]
+    heard = torch.einsum("bls,bsh->blh", visible.to(query.dtype).expand(key.shape[0], -1, -1), deaf.to(query.dtype))
+    out = out.masked_fill((heard > 0)[..., None, None], math.nan)
+    return out.flatten(2, 3), lse.permute(0, 3, 1, 2).flatten(2, 3)

@@ -1,0 +1,12 @@
+import os
+
+import torch
+from hypothesis import settings
+
+# Without a GPU the kernels run under Triton's interpreter, which wants to know before they are first imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+# Examples are the same in every run, and a busy machine is no failure.
+settings.register_profile("suite", deadline=None, derandomize=True, max_examples=50)
+settings.load_profile("suite")

@@ -1,0 +1,195 @@
+"""The matrix of cases for the attention operation, and the fp64 oracle that every implementation is held against."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+import torch
+from torch import Tensor
+
+from natten_layers import neighborhood_attention
+from natten_layers.eager import dense_attention_state
+from natten_layers.functional import Impl
+from natten_layers.geometry import make_window
+
+Inputs = dict[str, Tensor]
+"""Differentiable inputs by argument name: query, key, value and, where the case has them, additional_keys,
+additional_values and sink."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """Arguments of one call. Axis arguments are an int/bool for all axes, or one entry per axis."""
+
+    name: str
+    spatial: tuple[int, ...]
+    kernel_size: int | tuple[int, ...]
+    stride: int | tuple[int, ...] = 1
+    dilation: int | tuple[int, ...] = 1
+    is_causal: bool | tuple[bool, ...] = False
+    heads: int = 2
+    kv_heads: int = 2
+    head_dim: int = 16
+    value_dim: int = 16
+    registers: int = 0
+    sink: Literal["none", "zero", "learned"] = "none"
+    scale: float | None = None
+    batch: int = 2
+    dtype: torch.dtype = torch.float32
+
+    def __str__(self) -> str:  # pytest's id
+        return self.name
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one call gives: outputs, and the gradient of every input for fixed random cotangents of out and lse."""
+
+    out: Tensor
+    lse: Tensor
+    grads: dict[str, Tensor]
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"out": self.out, "lse": self.lse} | {f"grad of {name}": g for name, g in self.grads.items()}
+
+
+CASES: Sequence[Case] = (
+    Case("1d", (19,), 5),
+    Case("1d-causal", (21,), 6, is_causal=True),
+    Case("1d-causal-gqa-sink", (40,), 9, is_causal=True, heads=4, kv_heads=1, sink="learned"),
+    Case("1d-causal-stride", (23,), 7, 3, is_causal=True, registers=2),
+    Case("1d-full", (17,), 17),
+    Case("1d-full-causal", (24,), 24, is_causal=True, heads=4),
+    Case("1d-dilated-ragged", (23,), 4, 2, 5, heads=4, kv_heads=2),
+    Case("1d-kernel-one", (9,), 1, registers=1),
+    Case("2d", (9, 11), (3, 5)),
+    Case("2d-even-kernel", (8, 7), (4, 6), head_dim=8, value_dim=8),
+    Case("2d-gqa", (10, 9), 5, heads=6, kv_heads=2, head_dim=24, value_dim=24),
+    Case("2d-gqa-registers-zero-sink", (9, 8), 5, heads=4, kv_heads=2, registers=3, sink="zero"),
+    Case("2d-stride", (11, 12), (5, 4), (2, 3), sink="learned"),
+    Case("2d-dilated", (13, 14), (3, 4), 1, (3, 2), heads=4, kv_heads=2, registers=5),
+    Case("2d-causal-mixed", (9, 10), (4, 3), (2, 1), (1, 2), (True, False), heads=3, kv_heads=3, sink="zero"),
+    Case("2d-full-axis", (6, 9), (6, 3), value_dim=8),
+    Case("2d-value-dim", (9, 9), 3, head_dim=16, value_dim=40, kv_heads=1),
+    Case("2d-scale", (8, 8), 3, scale=0.7, sink="learned", batch=1),
+    Case("2d-scale-zero", (8, 8), 3, scale=0.0),
+    Case("2d-everything", (12, 10), (4, 3), (2, 2), (2, 3), (True, False), 4, 2, 16, 24, 4, "learned", 0.3),
+    Case("3d", (5, 6, 7), 3, head_dim=8, value_dim=8),
+    Case("3d-causal-gqa", (4, 6, 5), (2, 3, 3), 1, (2, 1, 1), (True, False, False), 4, 2, sink="learned"),
+    Case("3d-everything", (6, 5, 7), (3, 2, 3), (2, 1, 2), (1, 2, 2), (False, True, False), 2, 1, 8, 16, 3, "learned"),
+    Case("2d-bf16", (9, 11), 5, heads=4, kv_heads=2, registers=2, sink="learned", dtype=torch.bfloat16),
+    Case("2d-fp16", (9, 11), 5, heads=4, kv_heads=2, registers=2, sink="learned", dtype=torch.float16),
+    Case("1d-causal-bf16", (40,), 16, is_causal=True, heads=4, kv_heads=1, dtype=torch.bfloat16),
+    Case("1d-fp64", (15,), 4, 2, is_causal=True, registers=2, sink="learned", dtype=torch.float64),
+)
+
+
+def make_inputs(case: Case, device: torch.device | str = "cpu", seed: int = 0) -> Inputs:
+    """Random leaves in the case's dtype; equal on every device, as they are drawn on the CPU."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        values = torch.randn(shape, generator=generator, dtype=torch.float64)
+        return values.to(case.dtype).to(device).requires_grad_()
+
+    tokens = (case.batch, *case.spatial)
+    inputs = {
+        "query": draw(*tokens, case.heads, case.head_dim),
+        "key": draw(*tokens, case.kv_heads, case.head_dim),
+        "value": draw(*tokens, case.kv_heads, case.value_dim),
+    }
+    if case.registers:
+        inputs["additional_keys"] = draw(case.batch, case.registers, case.kv_heads, case.head_dim)
+        inputs["additional_values"] = draw(case.batch, case.registers, case.kv_heads, case.value_dim)
+    if case.sink == "learned":
+        # Around the lse of a few keys, so that the sink takes a visible share of the softmax. A parameter stays fp32.
+        dtype = torch.promote_types(case.dtype, torch.float32)
+        inputs["sink"] = (draw(case.heads).detach().to(dtype) + 2.0).requires_grad_()
+    return inputs
+
+
+def run(case: Case, inputs: Inputs, impl: Impl) -> Result:
+    """The public operation on one implementation, with the gradient of every input."""
+    out, lse = neighborhood_attention(
+        inputs["query"],
+        inputs["key"],
+        inputs["value"],
+        case.kernel_size,
+        stride=case.stride,
+        dilation=case.dilation,
+        is_causal=case.is_causal,
+        scale=case.scale,
+        additional_keys=inputs.get("additional_keys"),
+        additional_values=inputs.get("additional_values"),
+        sink=0.0 if case.sink == "zero" else inputs.get("sink"),
+        return_lse=True,
+        impl=impl,
+    )
+    return _with_grads(out, lse, inputs)
+
+
+def oracle(case: Case, inputs: Inputs) -> Result:
+    """The definition in fp64 with a dense mask, on the CPU, on the very values that the implementation sees."""
+    wide = {name: t.detach().cpu().double().requires_grad_() for name, t in inputs.items()}
+    out, row_max, row_sum = dense_attention_state(
+        wide["query"],
+        wide["key"],
+        wide["value"],
+        wide.get("additional_keys"),
+        wide.get("additional_values"),
+        0.0 if case.sink == "zero" else wide.get("sink"),
+        make_window(case.spatial, case.kernel_size, case.stride, case.dilation, case.is_causal),
+        case.head_dim**-0.5 if case.scale is None else case.scale,
+    )
+    return _with_grads(out, row_max + row_sum.log(), wide)
+
+
+def _with_grads(out: Tensor, lse: Tensor, inputs: Inputs) -> Result:
+    generator = torch.Generator().manual_seed(1)
+    # Values that every dtype holds exactly, so that all implementations and the oracle differentiate one function.
+    cotangents = [torch.randint(-8, 9, t.shape, generator=generator).to(t) / 4 for t in (out, lse)]
+    grads = torch.autograd.grad((out, lse), tuple(inputs.values()), cotangents)
+    return Result(out.detach(), lse.detach(), dict(zip(inputs, grads, strict=True)))
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    """Relative error in the 2-norm, measured in fp64; inf where ``actual`` is not finite."""
+    actual, expected = (t.detach().cpu().double() for t in (actual, expected))
+    assert actual.shape == expected.shape, f"{tuple(actual.shape)} != {tuple(expected.shape)}"
+    if not actual.isfinite().all():
+        return math.inf
+    return ((actual - expected).norm() / expected.norm().clamp(min=1e-30)).item()
+
+
+FLOOR = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
+"""Errors below a few roundings of the dtype, summed over a window, are not compared with each other."""
+
+
+def assert_close(case: Case, actual: Result, expected: Result, peer: Result | None = None) -> None:
+    """Every tensor within twice the error of ``peer``, the same-precision eager result, or about one rounding."""
+    wide = expected.tensors()
+    peers = {} if peer is None else peer.tensors()
+    for name, tensor in actual.tensors().items():
+        if case.scale == 0.0 and name in ("grad of query", "grad of key"):
+            assert not tensor.any(), f"{case}: {name} must be zero at scale 0"
+            continue
+        # delta is a sum over the rounded output: gradients, a fp32 sink's too, carry the activations' rounding.
+        limit = FLOOR[case.dtype if name.startswith("grad") else tensor.dtype]
+        if name in peers:
+            limit = max(limit, 2 * error(peers[name], wide[name]))
+        found = error(tensor, wide[name])
+        assert found <= limit, f"{case}: {name} has relative error {found:.2e}, allowed {limit:.2e}"
+
+
+@contextmanager
+def raises_naming(*words: str, error: type[Exception] = ValueError) -> Iterator[None]:
+    """Expect an error whose message holds every one of ``words``."""
+    with pytest.raises(error) as caught:
+        yield
+    missing = [word for word in words if word not in str(caught.value)]
+    assert not missing, f"{missing} not in {caught.value}"

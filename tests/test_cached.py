@@ -1,0 +1,199 @@
+"""Cached attention against a per-query definition in fp64, and against the causal neighborhood op."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from natten_layers import cached
+from natten_layers.cached import cached_attention
+from natten_layers.functional import neighborhood_attention
+
+
+def randn(*shape: int, seed: int = 0, grad: bool = False) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_(grad)
+
+
+def definition(q, k, v, qp, kp, window, scale, registers, sink):
+    """One softmax per query over the keys that it may see, in plain loops."""
+    out, lse = torch.zeros(*q.shape[:3], v.shape[-1], dtype=q.dtype), torch.full(q.shape[:3], -math.inf, dtype=q.dtype)
+    for b in range(q.shape[0]):
+        for i in range(q.shape[1]):
+            for h in range(q.shape[2]):
+                g = h // (q.shape[2] // k.shape[2])
+                p = int(qp[b % len(qp), i])
+                seen = [
+                    j
+                    for j, n in enumerate(kp[b % len(kp)].tolist())
+                    if 0 <= n <= p and (window is None or p - n < window)
+                ]
+                keys, values = k[b, seen, g], v[b, seen, g]
+                if registers is not None:
+                    keys, values = torch.cat((keys, registers[0][b, :, g])), torch.cat((values, registers[1][b, :, g]))
+                logits = keys @ q[b, i, h] * scale
+                if sink is not None:
+                    logits = torch.cat((logits, sink[h : h + 1]))
+                    values = torch.cat((values, values.new_zeros(1, values.shape[1])))
+                if len(logits):
+                    out[b, i, h] = logits.softmax(0) @ values
+                    lse[b, i, h] = logits.logsumexp(0)
+    return out, lse
+
+
+QUERY_POSITIONS = torch.tensor([[5, 6, 7], [-1, 2, 3]])
+KEY_POSITIONS = torch.tensor([[4, 5, 6, 7, 0, 1, 2, 3, -1], [-1, -1, 0, 1, 2, 3, 9, -1, -1]])  # rolled; padded, stale
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 50])
+@pytest.mark.parametrize("with_registers", [False, True])
+@pytest.mark.parametrize("with_sink", [False, True])
+def test_matches_the_definition(window: int | None, with_registers: bool, with_sink: bool) -> None:
+    q, k, v = randn(2, 3, 4, 6), randn(2, 9, 2, 6), randn(2, 9, 2, 5)
+    registers = (randn(2, 2, 2, 6, seed=1), randn(2, 2, 2, 5, seed=2)) if with_registers else None
+    sink = torch.tensor([3.0, -1.0, 0.0, 5.0], dtype=torch.float64) if with_sink else None
+    expected = definition(q, k, v, QUERY_POSITIONS, KEY_POSITIONS, window, 0.7, registers, sink)
+    got = cached_attention(
+        q,
+        k,
+        v,
+        QUERY_POSITIONS,
+        KEY_POSITIONS,
+        window=window,
+        scale=0.7,
+        additional_keys=registers and registers[0],
+        additional_values=registers and registers[1],
+        sink=sink,
+        return_lse=True,
+    )
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("window", [1, 4, 11])
+def test_equals_causal_neighborhood_attention(window: int) -> None:
+    q, k, v = randn(2, 11, 4, 8), randn(2, 11, 2, 8, seed=1), randn(2, 11, 2, 8, seed=2)
+    positions = torch.arange(11)[None]
+    got = cached_attention(q, k, v, positions, positions, window=window, sink=0.0)
+    torch.testing.assert_close(
+        got, neighborhood_attention(q, k, v, window, is_causal=True, sink=0.0, impl="eager"), rtol=1e-12, atol=1e-12
+    )
+
+
+def test_order_of_slots_does_not_matter() -> None:
+    q, k, v = randn(1, 2, 2, 4), randn(1, 6, 1, 4), randn(1, 6, 1, 4, seed=1)
+    positions, order = torch.arange(6)[None], torch.tensor([3, 5, 0, 1, 4, 2])
+    new = torch.tensor([[4, 5]])
+    expected = cached_attention(q, k, v, new, positions, window=3)
+    got = cached_attention(q, k[:, order], v[:, order], new, positions[:, order], window=3)
+    torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-13)
+
+
+def test_padding_queries_get_nothing() -> None:
+    q, k, v = randn(1, 2, 2, 4, grad=True), randn(1, 3, 1, 4, grad=True), randn(1, 3, 1, 4, seed=1, grad=True)
+    out, lse = cached_attention(q, k, v, torch.tensor([[-1, 2]]), torch.tensor([[0, 1, 2]]), return_lse=True)
+    assert (out[:, 0] == 0).all()
+    assert (lse[:, 0] == -math.inf).all()
+    (out.sum() + lse[:, 1].sum()).backward()
+    for tensor in (q, k, v):
+        assert tensor.grad is not None
+        assert tensor.grad.isfinite().all()
+    assert q.grad is not None
+    assert (q.grad[:, 0] == 0).all()
+
+
+def test_registers_and_sink_reach_padding() -> None:
+    q, k, v = randn(1, 1, 2, 4), randn(1, 3, 1, 4), randn(1, 3, 1, 4, seed=1)
+    nowhere, keys = torch.tensor([[-1]]), torch.tensor([[0, 1, 2]])
+    rk, rv = randn(1, 1, 1, 4, seed=3), randn(1, 1, 1, 4, seed=4)
+    out = cached_attention(q, k, v, nowhere, keys, additional_keys=rk, additional_values=rv)
+    torch.testing.assert_close(out, rv.expand(1, 1, 2, 4), rtol=1e-13, atol=1e-13)
+    out, lse = cached_attention(q, k, v, nowhere, keys, sink=2.5, return_lse=True)
+    assert (out == 0).all()
+    torch.testing.assert_close(lse, torch.full_like(lse, 2.5))
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_gradients(chunked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if chunked:
+        monkeypatch.setattr(cached, "CHUNK_SCORES", 1)
+    q, k, v = randn(2, 3, 2, 3, grad=True), randn(2, 4, 1, 3, grad=True), randn(2, 4, 1, 2, grad=True)
+    rk, rv = randn(2, 1, 1, 3, seed=5, grad=True), randn(2, 1, 1, 2, seed=6, grad=True)
+    sink = torch.tensor([1.0, -0.5], dtype=torch.float64, requires_grad=True)
+    qp, kp = torch.tensor([[2, 3, -1], [0, 1, 2]]), torch.tensor([[3, 0, 1, 2], [0, 1, -1, -1]])
+
+    def f(q, k, v, rk, rv, sink):
+        return cached_attention(
+            q, k, v, qp, kp, window=2, additional_keys=rk, additional_values=rv, sink=sink, return_lse=True
+        )
+
+    assert torch.autograd.gradcheck(f, (q, k, v, rk, rv, sink))
+
+
+def test_chunks_equal_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = randn(2, 9, 4, 4), randn(2, 20, 2, 4), randn(2, 20, 2, 4, seed=1)
+    qp, kp = torch.arange(11, 20)[None], torch.arange(20)[None]
+    whole = cached_attention(q, k, v, qp, kp, window=6, return_lse=True)
+    monkeypatch.setattr(cached, "CHUNK_SCORES", 4 * 2 * 20 * 2)
+    torch.testing.assert_close(cached_attention(q, k, v, qp, kp, window=6, return_lse=True), whole)
+
+
+@pytest.mark.parametrize("tensor", ["key", "value"])
+def test_unseen_nan_is_not_heard(tensor: str) -> None:
+    tensors = {"key": randn(1, 5, 1, 4), "value": randn(1, 5, 1, 4, seed=1)}
+    q, qp, kp = randn(1, 2, 2, 4), torch.tensor([[2, 4]]), torch.tensor([[0, 1, 2, 3, -1]])
+    tensors[tensor][:, 0] = math.nan
+    tensors[tensor][:, 4] = math.nan
+    out = cached_attention(q, tensors["key"], tensors["value"], qp, kp, window=3)
+    assert out[:, 0].isnan().all()  # sees 0, 1, 2
+    assert out[:, 1].isfinite().all()  # sees 3 and the empty slot
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_rounds_only_its_inputs_and_its_output(dtype: torch.dtype) -> None:
+    q, k, v = (randn(2, n, h, 16, seed=n).to(dtype) for n, h in ((3, 4), (40, 2), (40, 2)))
+    qp, kp = torch.arange(37, 40)[None], torch.arange(40)[None]
+    out, lse = cached_attention(q, k, v, qp, kp, return_lse=True)
+    exact = cached_attention(q.double(), k.double(), v.double(), qp, kp)
+    assert out.dtype == dtype
+    assert lse.dtype == torch.float32
+    assert (out.double() - exact).abs().max() <= torch.finfo(dtype).eps * exact.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"window": 0}, "window must be None or an int of at least 1, got 0"),
+        ({"window": 2.0}, "window must be"),
+        ({"scale": math.inf}, "scale must be finite"),
+        ({"query": torch.zeros(2, 3, 3, 4)}, "query has 3, key and value 2"),
+        ({"query": torch.zeros(1, 3, 4, 4)}, "do not fit"),
+        ({"query": torch.zeros(2, 0, 4, 4)}, "none 0"),
+        ({"key": torch.zeros(2, 5, 2, 4, dtype=torch.float16)}, "key has dtype torch.float16"),
+        ({"value": torch.zeros(2, 4, 2, 4)}, "do not fit"),
+        ({"query_positions": torch.zeros(2, 4, dtype=torch.int64)}, r"query_positions has shape \(2, 4\)"),
+        ({"key_positions": torch.zeros(2, 5)}, "key_positions has dtype torch.float32"),
+        ({"additional_keys": torch.zeros(1, 1, 2, 4)}, "additional_values is None"),
+        ({"sink": torch.zeros(2)}, "sink has shape"),
+        ({"impl": "fast"}, "impl must be"),
+    ],
+)
+def test_bad_input(change: dict, message: str) -> None:
+    arguments: dict = {
+        "query": torch.zeros(2, 3, 4, 4),
+        "key": torch.zeros(2, 5, 2, 4),
+        "value": torch.zeros(2, 5, 2, 4),
+        "query_positions": torch.zeros(1, 3, dtype=torch.int64),
+        "key_positions": torch.zeros(2, 5, dtype=torch.int32),
+    }
+    cached_attention(**arguments)
+    with pytest.raises(ValueError, match=message):
+        cached_attention(**{**arguments, **change})
+
+
+def test_fused_never_falls_back() -> None:
+    q, p = torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="fused"):
+        cached_attention(q, q, q, p, p, impl="fused")

@@ -1,0 +1,444 @@
+"""The public operations: arguments, stride-0 forms, sinks, registers, merging, errors and the dispatch."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import Case, make_inputs, oracle, raises_naming, run
+from torch import Tensor
+
+from natten_layers import attention_state, eager, merge_attention, neighborhood_attention
+from natten_layers.kernels import ops
+
+FP64 = torch.float64
+
+
+def qkv(spatial: tuple[int, ...] = (8, 9), heads: int = 4, kv_heads: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(2, *spatial, h, 8, generator=generator, dtype=FP64) for h in (heads, kv_heads, kv_heads)
+    )
+    return query, key, value
+
+
+def attend(*tensors: Tensor, **arguments: Any) -> Any:
+    query, key, value = tensors
+    options: Any = {"kernel_size": 3} | arguments
+    return neighborhood_attention(query, key, value, impl="eager", **options)
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-13)
+
+
+# ---- Heads ----------------------------------------------------------------------------------------------------------
+
+
+def test_query_head_h_reads_kv_head_h_div_group():
+    query, key, value = qkv(heads=6, kv_heads=2)
+    out = attend(query, key, value)
+    for head in range(6):
+        q, k, v = query[..., [head], :], key[..., [head // 3], :], value[..., [head // 3], :]
+        close(out[..., [head], :], attend(q, k, v))
+
+
+def test_three_stride_0_forms_are_equal():
+    query, key, value = qkv(heads=4, kv_heads=1)
+    expected = attend(query, key, value)
+    expanded = (t.expand(-1, -1, -1, 4, -1) for t in (key, value))
+    close(attend(query, *expanded), expected)
+    grouped = (t[..., None, :].expand(-1, -1, -1, 1, 4, -1) for t in (key, value))
+    out = attend(query.unflatten(-2, (1, 4)), *grouped, kernel_size=(3, 3))
+    assert out.shape == (2, 8, 9, 1, 4, 8)
+    close(out.flatten(-3, -2), expected)
+    repeated = (t.repeat(1, 1, 1, 4, 1) for t in (key, value))
+    close(attend(query, *repeated), expected)
+
+
+def test_group_axis_form_with_several_kv_heads_and_lse():
+    query, key, value = qkv(heads=4, kv_heads=2)
+    expected, expected_lse = attend(query, key, value, return_lse=True)
+    k, v = (t[..., None, :].expand(-1, -1, -1, 2, 2, -1) for t in (key, value))
+    out, lse = attend(query.unflatten(-2, (2, 2)), k, v, kernel_size=(3, 3), return_lse=True)
+    close(out.flatten(-3, -2), expected)
+    close(lse.flatten(-2), expected_lse)
+    dense = attend(query.unflatten(-2, (2, 2)), k.contiguous(), v.contiguous(), kernel_size=(3, 3))
+    close(dense.flatten(-3, -2), expected)
+
+
+def test_group_axis_form_takes_registers_whatever_the_strides():
+    query, key, value = qkv((9,), heads=6)
+    registers = qkv((3,))[1:]
+    expected = attend(query, key, value, additional_keys=registers[0], additional_values=registers[1])
+    one = [t[..., None, :] for t in (key, value)]
+    expanded = [t.expand(-1, -1, -1, 3, -1) for t in one]
+    repeated = [t.contiguous() for t in expanded]
+    per_query_head = [t.repeat_interleave(3, -2) for t in registers]
+    for k, v in (one, expanded, repeated, (one[0], repeated[1]), (repeated[0], expanded[1])):
+        for rk, rv in (registers, per_query_head):
+            out = attend(query.unflatten(2, (2, 3)), k, v, kernel_size=(3,), additional_keys=rk, additional_values=rv)
+            close(out.flatten(2, 3), expected)
+
+
+def test_expanded_kv_is_not_copied_per_head(monkeypatch: pytest.MonkeyPatch):
+    query, key, value = qkv(heads=4, kv_heads=1)
+    seen = []
+
+    def spy(*arguments: Any) -> Any:
+        seen.append((arguments[1].shape[-2], arguments[2].shape[-2]))
+        return original(*arguments)
+
+    original = eager.attention_state
+    monkeypatch.setattr(eager, "attention_state", spy)
+    attend(query, *(t.expand(-1, -1, -1, 4, -1) for t in (key, value)))
+    grouped = (t[..., None, :].expand(-1, -1, -1, 1, 4, -1) for t in (key, value))
+    attend(query.unflatten(-2, (1, 4)), *grouped, kernel_size=(3, 3))
+    assert seen == [(1, 1), (1, 1)]
+
+
+def test_registers_beside_expanded_kv_may_differ_from_head_to_head():
+    query, key, value = qkv(heads=2, kv_heads=1)
+    registers = [torch.randn(2, 3, 2, 8, dtype=FP64) for _ in range(2)]
+    named = dict(zip(("additional_keys", "additional_values"), registers, strict=True))
+    out = attend(query, *(t.expand(-1, -1, -1, 2, -1) for t in (key, value)), **named)
+    close(out, attend(query, *(t.repeat(1, 1, 1, 2, 1) for t in (key, value)), **named))
+
+
+# ---- Scale ----------------------------------------------------------------------------------------------------------
+
+
+def test_scale_zero_is_a_value_and_averages_the_window():
+    query, key, value = qkv((9,), heads=2)
+    padded = torch.cat([value[:, :1], value, value[:, -1:]], 1)
+    out = attend(query, key, value, scale=0.0)
+    inner = (padded[:, 1:8] + padded[:, 2:9] + padded[:, 3:10]) / 3
+    close(out[:, 1:-1], inner)
+    assert not torch.allclose(out, attend(query, key, value))
+
+
+def test_default_scale_is_the_root_of_head_dim():
+    tensors = qkv()
+    close(attend(*tensors), attend(*tensors, scale=8**-0.5))
+    assert not torch.allclose(attend(*tensors), attend(*tensors, scale=8**-0.4))
+
+
+# ---- Sink -----------------------------------------------------------------------------------------------------------
+
+
+def test_sink_identity_holds_and_its_effect_is_far_above_the_tolerance():
+    query, key, value = qkv()
+    plain, lse = attend(query, key, value, return_lse=True)
+    sink = torch.tensor([-1.0, 0.5, 2.0, 4.0], dtype=FP64)
+    out, lse_with = attend(query, key, value, sink=sink, return_lse=True)
+    close(out, plain * torch.sigmoid(lse - sink)[..., None])
+    close(lse_with, torch.logaddexp(lse, sink.expand_as(lse)))
+    for head in range(4):  # what a forgotten sink would look like, against rtol 1e-12
+        assert ((out - plain)[..., head, :].norm() / plain[..., head, :].norm()) > 0.01
+    assert ((lse_with - lse) > 1e-3).all()
+
+
+def test_zero_attention_is_softmax_with_one_more_in_the_denominator():
+    query, key, value = qkv((5,), heads=1, kv_heads=1)
+    out = attend(query, key, value, kernel_size=1, sink=0.0)
+    weight = torch.exp((query * key).sum(-1, keepdim=True) * 8**-0.5)
+    close(out, value * weight / (1 + weight))
+
+
+def test_float_sink_equals_tensor_sink_and_minus_infinity_is_none():
+    tensors = qkv()
+    close(attend(*tensors, sink=1.5), attend(*tensors, sink=torch.full((4,), 1.5)))
+    close(attend(*tensors, sink=-math.inf), attend(*tensors))
+    close(attend(*tensors, sink=torch.full((4,), -math.inf)), attend(*tensors))
+
+
+def test_sink_is_not_multiplied_by_scale():
+    query, key, value = qkv()
+    plain, lse = attend(query, key, value, scale=0.0, return_lse=True)
+    close(lse, torch.full_like(lse, math.log(9)))
+    close(attend(query, key, value, scale=0.0, sink=2.0), plain * 9 / (9 + math.exp(2.0)))
+
+
+# ---- Registers ------------------------------------------------------------------------------------------------------
+
+
+def test_every_query_sees_registers_whatever_its_window():
+    query, key, value = qkv((10,), heads=2, kv_heads=1)
+    k, v = torch.randn(2, 1, 1, 8, dtype=FP64), torch.zeros(2, 1, 1, 8, dtype=FP64)
+    v[..., 0] = 1e6
+    out = attend(query, key, value, is_causal=True, additional_keys=k, additional_values=v)
+    assert (out[..., 0] > 100).all()
+
+
+def test_registers_broadcast_over_the_batch():
+    tensors = qkv()
+    registers = {name: torch.randn(1, 3, 2, 8, dtype=FP64) for name in ("additional_keys", "additional_values")}
+    expanded = {name: t.expand(2, -1, -1, -1).clone() for name, t in registers.items()}
+    close(attend(*tensors, **registers), attend(*tensors, **expanded))
+
+
+def test_no_registers_are_like_none():
+    tensors = qkv()
+    empty = {name: torch.zeros(2, 0, 2, 8, dtype=FP64) for name in ("additional_keys", "additional_values")}
+    close(attend(*tensors, **empty), attend(*tensors))
+
+
+# ---- Causal axes, and arguments in general --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_causal_axis_hides_later_keys_and_the_other_does_not(axis: int):
+    query, key, value = qkv()
+    is_causal = (axis == 0, axis == 1)
+    out = attend(query, key, value, is_causal=is_causal)
+    moved = value.clone()
+    moved[:, 4, 4] += 1.0
+    changed = (attend(query, key, moved, is_causal=is_causal) != out).any(-1).any(-1).any(0)
+    expected = torch.zeros(8, 9, dtype=torch.bool)
+    expected[(slice(4, 7), slice(3, 6)) if axis == 0 else (slice(3, 6), slice(4, 7))] = True
+    assert torch.equal(changed, expected)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("plain", (9, 10), (3, 4), heads=4, kv_heads=2, dtype=FP64),
+        Case("causal", (9, 10), (3, 4), is_causal=(True, False), heads=4, kv_heads=2, dtype=FP64),
+        Case("stride", (9, 10), (3, 4), (2, 3), heads=4, kv_heads=2, dtype=FP64),
+        Case("dilation", (9, 10), (3, 4), 1, (2, 2), heads=4, kv_heads=2, dtype=FP64),
+        Case("registers", (9, 10), (3, 4), registers=2, heads=4, kv_heads=2, dtype=FP64),
+        Case("sink", (9, 10), (3, 4), sink="learned", heads=4, kv_heads=2, dtype=FP64),
+        Case("scale", (9, 10), (3, 4), scale=0.9, heads=4, kv_heads=2, dtype=FP64),
+    ],
+    ids=str,
+)
+def test_each_argument_changes_the_result_as_the_oracle_says(case: Case):
+    inputs = make_inputs(case)
+    actual = run(case, inputs, "eager")
+    close(actual.out, oracle(case, inputs).out)
+    if case.name != "plain":
+        base = {name: inputs[name] for name in ("query", "key", "value")}
+        plain = oracle(Case("plain", (9, 10), (3, 4), heads=4, kv_heads=2, dtype=FP64), base).out
+        assert (actual.out - plain).norm() / plain.norm() > 0.05
+
+
+def test_results_are_in_the_query_dtype_and_statistics_in_fp32():
+    for dtype, statistics in ((torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float64,) * 2):
+        tensors = [t.to(dtype) for t in qkv()]
+        out, lse = attend(*tensors, return_lse=True)
+        assert (out.dtype, lse.dtype) == (dtype, statistics)
+        assert out.shape == (2, 8, 9, 4, 8)
+        assert lse.shape == (2, 8, 9, 4)
+
+
+# ---- Merging --------------------------------------------------------------------------------------------------------
+
+
+def test_merge_of_split_keys_equals_the_whole():
+    query, key, value = qkv(heads=4, kv_heads=2)
+    k, v = torch.randn(2, 5, 2, 8, dtype=FP64), torch.randn(2, 5, 2, 8, dtype=FP64)
+    whole = attention_state(query, key, value, 3, additional_keys=k, additional_values=v, sink=0.7, impl="eager")
+    # A window of one key is the token itself, so that registers alone cannot be asked for: split them instead.
+    window = attention_state(query, key, value, 3, sink=0.7, impl="eager")
+    scores = torch.einsum("bxyhd,brhd->bxyhr", query, k.repeat_interleave(2, 2)) * 8**-0.5
+    parts = []
+    for some in (slice(0, 2), slice(2, 5)):
+        row_max = scores[..., some].amax(-1)
+        weights = torch.exp(scores[..., some] - row_max[..., None])
+        row_sum = weights.sum(-1)
+        out = torch.einsum("bxyhr,brhd->bxyhd", weights, v[:, some].repeat_interleave(2, 2)) / row_sum[..., None]
+        parts.append((out, row_max, row_sum))
+    for merged in (merge_attention(window, *parts), merge_attention(parts[0], merge_attention(parts[1], window))):
+        close(merged.out, whole.out)
+        close(merged.lse, whole.lse)
+    close(merge_attention(whole).out, whole.out)
+    assert not torch.allclose(merge_attention(window, parts[0]).out, whole.out, rtol=1e-3)
+
+
+def test_merge_does_not_depend_on_the_reference_point():
+    tensors = qkv()
+    a, b = (attention_state(*tensors, k, impl="eager") for k in (3, 1))
+    shifted = (a.out, a.row_max + 3.0, a.row_sum * math.exp(-3.0))
+    merged, expected = merge_attention(shifted, b), merge_attention(a, b)
+    close(merged.out, expected.out)
+    close(merged.lse, expected.lse)
+
+
+def test_merge_of_far_apart_states_is_stable():
+    out = torch.ones(1, 2, 1, 4)
+    far = [(out * i, torch.full((1, 2, 1), m), torch.ones(1, 2, 1)) for i, m in ((1, -1e4), (2, 1e4))]
+    merged = merge_attention(*far)
+    assert torch.equal(merged.out, out * 2)
+    assert torch.equal(merged.lse, torch.full((1, 2, 1), 1e4))
+
+
+def test_merge_errors():
+    state = attention_state(*qkv(), 3, impl="eager")
+    other = attention_state(*qkv((8, 8)), 3, impl="eager")
+    with raises_naming("at least one state"):
+        merge_attention()
+    with raises_naming("state 1", "(2, 8, 8, 4, 8)", "(2, 8, 9, 4, 8)"):
+        merge_attention(state, other)
+    with raises_naming("state 0", "row_sum (2, 8, 9, 4, 1)"):
+        merge_attention((state.out, state.row_max, state.row_sum[..., None]))
+    with raises_naming("state 1", "three tensors", "Tensor"):
+        merge_attention(state, state.out)  # pyright: ignore[reportArgumentType]
+    with raises_naming("state 1", "meta", "cpu"):
+        merge_attention(state, (state.out.to("meta"), state.row_max, state.row_sum))
+
+
+# ---- Bad input ------------------------------------------------------------------------------------------------------
+
+Q, KV = (2, 8, 9, 4, 8), (2, 8, 9, 2, 8)
+
+
+def blank() -> tuple[Tensor, Tensor, Tensor]:
+    return torch.zeros(Q), torch.zeros(KV), torch.zeros(KV)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "words"),
+    [
+        ((Q, KV[1:], KV), ["key", "(8, 9, 2, 8)", "query", "rank"]),
+        ((Q, KV, (3, *KV[1:])), ["value", "(3, 8, 9, 2, 8)", "batch"]),
+        ((Q, (2, 8, 10, 2, 8), KV), ["key", "(2, 8, 10, 2, 8)", "width axis (10 and 9)"]),
+        ((Q, (2, 8, 9, 3, 8), (2, 8, 9, 3, 8)), ["multiple", "query has 4", "key 3"]),
+        ((Q, KV, (2, 8, 9, 4, 8)), ["key 2", "value 4"]),
+        ((Q, (2, 8, 9, 2, 7), KV), ["key head_dim 7", "8"]),
+        (((0, *Q[1:]), (0, *KV[1:]), (0, *KV[1:])), ["query", "empty", "axis 0"]),
+        (((2, 0, *Q[2:]), (2, 0, *KV[2:]), (2, 0, *KV[2:])), ["query", "empty", "axis 1"]),
+        ((Q, KV, (2, 8, 9, 2, 0)), ["value", "empty", "axis 4"]),
+        (((2, 8, 9), (2, 8, 9), (2, 8, 9)), ["query", "3 axes", "(2, 8, 9)"]),
+        (((1,) * 8, (1,) * 8, (1,) * 8), ["query", "8 axes", "1 to 3"]),
+    ],
+)
+def test_bad_shapes(shapes: tuple[tuple[int, ...], ...], words: list[str]):
+    with raises_naming(*words):
+        attend(*map(torch.zeros, shapes))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"kernel_size": 10}, ["kernel_size", "10", "height", "length 8"]),
+        ({"kernel_size": (3, 5), "dilation": (1, 2)}, ["kernel_size * dilation", "5 * 2", "width", "length 9"]),
+        ({"stride": (1, 4)}, ["stride", "1..3", "4", "width"]),
+        ({"stride": 0}, ["stride", "0", "height"]),
+        ({"kernel_size": 0}, ["kernel_size", "0", "height"]),
+        ({"kernel_size": (3, -3)}, ["kernel_size", "-3", "width"]),
+        ({"kernel_size": 3.0}, ["kernel_size", "3.0", "float"]),
+        ({"dilation": (1, 2.0)}, ["dilation", "2.0", "float", "width"]),
+        ({"dilation": -1}, ["dilation", "-1", "height"]),
+        ({"is_causal": 1}, ["is_causal", "1", "int"]),
+        ({"kernel_size": (3, 3, 3)}, ["query", "5 axes", "kernel_size has 3 entries"]),
+        ({"kernel_size": ()}, ["query", "5 axes", "kernel_size has 0 entries"]),
+        ({"kernel_size": None}, ["kernel_size", "None"]),
+        ({"kernel_size": (3, 3), "stride": (1, 1, 1)}, ["disagree", "'kernel_size': 2", "'stride': 3"]),
+        ({"scale": math.nan}, ["scale", "nan"]),
+        ({"scale": True}, ["scale", "True"]),
+        ({"scale": torch.tensor(0.3)}, ["scale", "tensor(0.3", "query"]),
+        ({"impl": "flash"}, ["impl", "flash", "auto"]),
+        ({"sink": math.nan}, ["sink", "nan"]),
+        ({"sink": math.inf}, ["sink", "inf"]),
+        ({"sink": True}, ["sink", "True"]),
+        ({"sink": np.zeros(4)}, ["sink", "array", "[4]"]),
+        ({"sink": "zero"}, ["sink", "zero", "[4]"]),
+        ({"sink": torch.zeros(2)}, ["sink", "(2,)", "[4]"]),
+        ({"sink": torch.zeros(4, dtype=torch.int64)}, ["sink", "int64"]),
+        ({"sink": torch.zeros(4, device="meta")}, ["sink", "meta", "cpu"]),
+        ({"additional_keys": torch.zeros(2, 3, 2, 8)}, ["additional_values is None"]),
+        ({"additional_values": torch.zeros(2, 3, 2, 8)}, ["additional_keys is None"]),
+        ({"additional_keys": [0.0], "additional_values": [0.0]}, ["additional_keys must be a tensor", "list"]),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, Any], words: list[str]):
+    options: Any = {"impl": "eager", "kernel_size": 3} | arguments
+    with raises_naming(*words):
+        neighborhood_attention(*blank(), **options)
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+def test_what_is_no_tensor_is_named(name: str):
+    query, key, value = blank()
+    arguments: Any = {"query": query, "key": key, "value": value}
+    with raises_naming(f"{name} must be a tensor", "None"):
+        attention_state(**arguments | {name: None}, kernel_size=3)
+
+
+def test_numbers_of_numpy_are_numbers():
+    inputs = qkv()
+    expected = attend(*inputs, dilation=2, scale=0.5, sink=1.0)
+    assert torch.equal(attend(*inputs, dilation=np.int64(2), scale=np.float32(0.5), sink=np.float64(1.0)), expected)
+
+
+def test_a_scale_that_changes_compiles_to_one_graph():
+    query, key, value = qkv()
+    torch.compiler.reset()
+    compiled = torch.compile(lambda scale: attend(query, key, value, scale=scale), backend="eager", fullgraph=True)
+    for scale in (0.5, 0.25, 0.125):
+        torch.testing.assert_close(compiled(scale), attend(query, key, value, scale=scale))
+
+
+@pytest.mark.parametrize(
+    ("keys", "values", "words"),
+    [
+        ((3, 3, 2, 8), (2, 3, 2, 8), ["additional_keys", "(3, 3, 2, 8)", "[2 or 1, R, 2, 8]"]),
+        ((2, 3, 4, 8), (2, 3, 4, 8), ["additional_keys", "(2, 3, 4, 8)", "[2 or 1, R, 2, 8]"]),
+        ((2, 3, 2, 8), (2, 3, 2, 9), ["additional_values", "(2, 3, 2, 9)", "[2 or 1, R, 2, 8]"]),
+        ((2, 3, 2, 8), (2, 4, 2, 8), ["additional_keys has 3", "additional_values 4"]),
+        ((3, 2, 8), (3, 2, 8), ["additional_keys", "(3, 2, 8)"]),
+    ],
+)
+def test_bad_registers(keys: tuple[int, ...], values: tuple[int, ...], words: list[str]):
+    k, v = torch.zeros(keys), torch.zeros(values)
+    with raises_naming(*words):
+        attend(*blank(), additional_keys=k, additional_values=v)
+
+
+def test_mixed_dtypes_and_devices():
+    query, key, value = blank()
+    with raises_naming("key", "float16", "float32"):
+        attend(query, key.half(), value)
+    with raises_naming("value", "float64", "float32"):
+        attend(query, key, value.double())
+    with raises_naming("key", "meta", "cpu"):
+        attend(query, key.to("meta"), value)
+    registers = torch.zeros(2, 3, 2, 8)
+    with raises_naming("additional_values", "bfloat16", "float32"):
+        attend(query, key, value, additional_keys=registers, additional_values=registers.bfloat16())
+    with raises_naming("query", "int64", "float32"):
+        attend(*(t.long() for t in (query, key, value)))
+
+
+def test_group_axis_form_must_match_the_query():
+    query, key = torch.zeros(2, 8, 9, 2, 2, 8), torch.zeros(2, 8, 9, 2, 3, 8)
+    with raises_naming("key", "(2, 3)", "(2, 2)"):
+        attend(query, key, query, kernel_size=(3, 3))
+
+
+# ---- Dispatch -------------------------------------------------------------------------------------------------------
+
+
+def test_explicit_fused_never_falls_back(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ops, "unsupported", lambda *_: "there is no device for it")
+    with raises_naming("there is no device for it", "eager", error=RuntimeError):
+        neighborhood_attention(*blank(), 3, impl="fused")
+    with raises_naming("there is no device for it", error=RuntimeError):
+        attention_state(*blank(), 3, impl="fused")
+    assert neighborhood_attention(*blank(), 3, impl="auto").shape == Q
+
+
+def test_explicit_eager_never_runs_fused(monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: Any) -> None:
+        raise AssertionError("fused")
+
+    monkeypatch.setattr(ops, "unsupported", lambda *_: None)
+    monkeypatch.setattr(ops, "attention", refuse)
+    monkeypatch.setattr(ops, "attention_state", refuse)
+    assert attend(*blank()).shape == Q
+    attention_state(*blank(), 3, impl="eager")
+    with raises_naming("fused", error=AssertionError):
+        neighborhood_attention(*blank(), 3, impl="fused")

@@ -1,0 +1,158 @@
+"""Windows of one axis and of several: hand-computed, and each function against the others."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import raises_naming
+from hypothesis import given
+from hypothesis import strategies as st
+
+from natten_layers.geometry import (
+    Window,
+    axis_mask,
+    class_length,
+    make_window,
+    query_bounds,
+    window_bounds,
+    window_mask,
+)
+
+
+def windows(length: int, kernel: int, stride: int = 1, dilation: int = 1, causal: bool = False) -> list[list[int]]:
+    return [row.nonzero().flatten().tolist() for row in axis_mask(length, kernel, stride, dilation, causal)]
+
+
+def spans(*bounds: tuple[int, int]) -> list[list[int]]:
+    return [list(range(first, last + 1)) for first, last in bounds]
+
+
+def test_odd_kernel_shifts_inwards_at_borders():
+    assert windows(5, 3) == spans((0, 2), (0, 2), (1, 3), (2, 4), (2, 4))
+
+
+def test_even_kernel_has_one_key_more_on_the_left():
+    assert windows(6, 4) == spans((0, 3), (0, 3), (0, 3), (1, 4), (2, 5), (2, 5))
+
+
+def test_dilation_keeps_residue_classes_apart():
+    rows = windows(7, 3, dilation=2)
+    assert rows[0] == [0, 2, 4]
+    assert rows[1] == [1, 3, 5]
+    assert rows[5] == [1, 3, 5]
+    assert rows[6] == [2, 4, 6]
+
+
+def test_causal_is_a_sliding_window():
+    assert windows(5, 3, causal=True) == spans((0, 0), (0, 1), (0, 2), (1, 3), (2, 4))
+
+
+def test_stride_shares_the_leader_window():
+    assert windows(6, 3, stride=2) == spans((0, 2), (0, 2), (2, 4), (2, 4), (3, 5), (3, 5))
+
+
+def test_causal_stride_ends_windows_at_the_query():
+    # Leaders 1, 1, 3, 3, 4 (clamped): keys after leader - 3 and up to the query.
+    assert windows(5, 3, stride=2, causal=True) == spans((0, 0), (0, 1), (1, 2), (1, 3), (2, 4))
+
+
+def test_causal_dilation():
+    assert windows(6, 2, dilation=2, causal=True) == [[0], [1], [0, 2], [1, 3], [2, 4], [3, 5]]
+
+
+def test_kernel_one_is_the_query_itself():
+    assert windows(4, 1) == [[0], [1], [2], [3]]
+    assert windows(4, 1, dilation=4, causal=True) == [[0], [1], [2], [3]]
+
+
+def test_full_kernel_sees_everything():
+    assert windows(4, 4) == spans(*[(0, 3)] * 4)
+    assert make_window((4, 5), (4, 5)).is_full((4, 5))
+    assert not make_window((4, 5), (4, 5), is_causal=(False, True)).is_full((4, 5))
+    assert not make_window((4, 5), (4, 4)).is_full((4, 5))
+
+
+def test_axes_combine_as_a_product():
+    mask = window_mask((4, 5), make_window((4, 5), (3, 2), is_causal=(False, True))).reshape(4, 5, 4, 5)
+    rows, columns = axis_mask(4, 3, 1, 1, False), axis_mask(5, 2, 1, 1, True)
+    for y in range(4):
+        for x in range(5):
+            assert torch.equal(mask[y, x], rows[y][:, None] & columns[x])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_every_window_has_kernel_keys_and_bounds_do_not_decrease(causal: bool):
+    for length in range(1, 12):
+        index = torch.arange(length)
+        for kernel in range(1, length + 1):
+            for stride in range(1, kernel + 1):
+                first, last = window_bounds(index, length, kernel, stride, causal)
+                assert (first.diff() >= 0).all()
+                assert (last.diff() >= 0).all()
+                assert (first >= 0).all()
+                assert (last < length).all()
+                assert (first <= index).all()
+                assert (index <= last).all()
+                assert (last - first < kernel).all() if causal else (last - first + 1 == kernel).all()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_query_bounds_inverts_window_bounds(causal: bool):
+    for length in range(1, 13):
+        index = torch.arange(length)
+        for kernel in range(1, length + 1):
+            for stride in range(1, kernel + 1):
+                first, last = window_bounds(index, length, kernel, stride, causal)
+                sees = (index >= first[:, None]) & (index <= last[:, None])  # queries by keys
+                first, last = query_bounds(index, length, kernel, stride, causal)
+                seen = (index[:, None] >= first) & (index[:, None] <= last)
+                assert torch.equal(sees, seen), (length, kernel, stride)
+
+
+@given(st.data())
+def test_window_bounds_of_an_int_equal_those_of_a_tensor(data: st.DataObject):
+    length = data.draw(st.integers(1, 50))
+    kernel = data.draw(st.integers(1, length))
+    stride = data.draw(st.integers(1, kernel))
+    causal = data.draw(st.booleans())
+    first, last = window_bounds(torch.arange(length), length, kernel, stride, causal)
+    assert [window_bounds(i, length, kernel, stride, causal) for i in range(length)] == list(
+        zip(first.tolist(), last.tolist(), strict=True)
+    )
+
+
+@given(length=st.integers(1, 40), dilation=st.integers(1, 40))
+def test_class_lengths_count_the_tokens_of_each_class(length: int, dilation: int):
+    for residue in range(dilation):
+        assert class_length(length, dilation, residue) == len(range(residue, length, dilation))
+
+
+def test_ints_spread_over_axes():
+    assert make_window((8, 9), 3, 2, 1, True) == Window((3, 3), (2, 2), (1, 1), (True, True))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"kernel_size": (3, 0)}, ["kernel_size", "0", "width"]),
+        ({"kernel_size": (-1, 3)}, ["kernel_size", "-1", "height"]),
+        ({"kernel_size": (3, 10)}, ["kernel_size", "10", "width", "length 9"]),
+        ({"kernel_size": 3, "dilation": (1, 4)}, ["dilation", "3 * 4", "12", "width", "length 9"]),
+        ({"kernel_size": 3, "dilation": (0, 1)}, ["dilation", "0", "height"]),
+        ({"kernel_size": 3, "stride": (4, 1)}, ["stride", "1..3", "4", "height"]),
+        ({"kernel_size": 3, "stride": (1, 0)}, ["stride", "0", "width"]),
+        ({"kernel_size": 3.0}, ["kernel_size", "3.0", "float", "height"]),
+        ({"kernel_size": (3, True)}, ["kernel_size", "True", "bool", "width"]),
+        ({"kernel_size": 3, "dilation": (1, 1.5)}, ["dilation", "1.5", "float", "width"]),
+        ({"kernel_size": 3, "is_causal": (True, 1)}, ["is_causal", "1", "int", "width"]),
+        ({"kernel_size": (3, 3, 3)}, ["kernel_size", "3 entries", "2 spatial axes"]),
+    ],
+)
+def test_bad_windows_name_argument_axis_and_values(arguments: dict, words: list[str]):
+    with raises_naming(*words):
+        make_window((8, 9), **arguments)
+
+
+def test_empty_axis_is_named():
+    with pytest.raises(ValueError, match="height axis is empty"):
+        make_window((3, 0, 4), 1)
