@@ -1,0 +1,1 @@
+"""Fused Triton kernels. Importing this package needs neither Triton nor a GPU; launching does."""

@@ -1,0 +1,326 @@
+"""Backward kernels, in gather form: every gradient element is summed by one program in a fixed order, without atomics.
+
+The query kernel walks over keys like the forward, and writes delta on its way. The key kernel owns a tile of keys and
+walks over the queries that see it (the inverse of a window is an interval too) for one query head of its group after
+the other, so grouped heads need neither a repeat nor atomics. Registers are seen by all queries: each program sums
+over a slice of the tokens, and the slices are added in order.
+"""
+
+# Triton's language is Python to the parser only.
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false
+
+from math import ceil, prod
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs import launch_for
+from .forward import query_tile
+from .primitives import (
+    LOG2E,
+    contiguous_row,
+    contiguous_strides,
+    corner_offset,
+    inner_indices,
+    inner_offsets,
+    inside_axes,
+    inside_box,
+    is_empty,
+    load_rows,
+    masked_product,
+    next_chunk,
+    queries_of,
+    shifted,
+    spatial_tile,
+    steps_over,
+    store_rows,
+    token_offset,
+    tokens_of,
+    union_of_queries,
+    union_of_windows,
+    unravel,
+    windows_of,
+)
+from .problem import Problem, register_strides, strides
+
+
+@triton.jit
+def key_gradients(
+    b_dk, b_dv, b_s, b_q, b_v, b_do, col_lse, col_delta, factor, PRECISION: tl.constexpr
+):  # fmt: skip
+    """Add what queries ``[M]`` give to keys ``[N]``, from masked scores ``b_s [N, M]``; dK lacks ``scale``."""
+    b_p = tl.exp2(b_s * factor - col_lse[None, :])
+    b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
+    b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
+    b_ds = b_p * (b_dp - col_delta[None, :])
+    return tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION), b_dv
+
+
+@triton.jit
+def query_gradient(b_dq, b_s, b_k, b_v, b_do, row_lse, row_delta, factor, PRECISION: tl.constexpr):
+    """Add what keys ``[N]`` give to queries ``[M]``, from masked scores ``b_s [M, N]``; dQ lacks ``scale``."""
+    b_p = tl.exp2(b_s * factor - row_lse[:, None])
+    b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+    b_ds = b_p * (b_dp - row_delta[:, None])
+    return tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
+
+
+@triton.jit
+def backward_query_kernel(
+    Q, K, V, RegK, RegV, Out, DOut, DLse, RowMax, RowSum, DQ, Delta, Lse,
+    q_strides, k_strides, v_strides, regk_strides, regv_strides, do_strides, dl_strides,
+    length, kernel, stride, dilation, tiles, group, kv_heads, registers, scale,
+    CAUSAL: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr,
+    PACK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, BR: tl.constexpr,
+    WITH_DLSE: tl.constexpr, MASK: tl.constexpr, SCALE_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """dQ, ``delta = rowsum(dOut * Out) - dLse`` and the base-2 lse of one query tile; contiguous like the output."""
+    BM: tl.constexpr = TILE[0] * TILE[1] * TILE[2] * PACK
+    i_batch, i_kv, row_head, m_rows, residue, count, origin, index = query_tile(
+        length, dilation, tiles, group, kv_heads, TILE, PACK
+    )
+    if is_empty(origin, count):
+        return
+    token = tokens_of(index, residue, count, dilation)
+    o_q = token_offset(token, q_strides) + row_head * q_strides[4]
+    o_do = token_offset(token, do_strides) + row_head * do_strides[4]
+    o_row = contiguous_row(i_batch, token, length) * (kv_heads * group) + row_head
+    b_q = load_rows(Q + i_batch * q_strides[0], o_q, m_rows, D, BD)
+    b_do = load_rows(DOut + i_batch * do_strides[0], o_do, m_rows, DV, BDV)
+    b_out = load_rows(Out, o_row * DV, m_rows, DV, BDV)
+    row_delta = tl.sum(b_out.to(tl.float32) * b_do.to(tl.float32), 1)
+    if WITH_DLSE:
+        o_dl = token_offset(token, dl_strides) + row_head * dl_strides[4]
+        row_delta -= tl.load(DLse + i_batch * dl_strides[0] + o_dl, mask=m_rows, other=0.0)
+    tl.store(Delta + o_row, row_delta, mask=m_rows)
+    row_lse = tl.load(RowMax + o_row, mask=m_rows, other=0.0) * LOG2E
+    row_lse += tl.log2(tl.load(RowSum + o_row, mask=m_rows, other=1.0))
+    tl.store(Lse + o_row, row_lse, mask=m_rows)
+
+    score_scale = scale * LOG2E
+    factor = 1.0 if SCALE_FIRST else score_scale
+    b_dq = tl.zeros([BM, BD], tl.float32)
+    if BR > 0:
+        RegK += i_batch * regk_strides[0] + i_kv * regk_strides[2]
+        RegV += i_batch * regv_strides[0] + i_kv * regv_strides[2]
+        n = tl.arange(0, BR)
+        for start in tl.range(0, registers, BR, num_stages=1):
+            m_r = start + n < registers
+            o_r = (start + n).to(tl.int64)
+            b_k = load_rows(RegK, o_r * regk_strides[1], m_r, D, BD)
+            b_v = load_rows(RegV, o_r * regv_strides[1], m_r, DV, BDV)
+            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+            if SCALE_FIRST:
+                b_s = b_s * score_scale
+            b_s = tl.where(m_r[None, :], b_s, float("-inf"))
+            b_dq = query_gradient(b_dq, b_s, b_k, b_v, b_do, row_lse, row_delta, factor, PRECISION)
+
+    K += i_batch * k_strides[0] + i_kv * k_strides[4]
+    V += i_batch * v_strides[0] + i_kv * v_strides[4]
+    row_lo, row_hi = windows_of(index, count, kernel, stride, CAUSAL)
+    lo, hi, inner_lo, inner_hi = union_of_windows(origin, count, kernel, stride, CAUSAL, TILE)
+    steps = steps_over(lo, hi, CHUNK)
+    inner = inner_indices(CHUNK)
+    o_k = inner_offsets(inner, dilation, k_strides, RANK, WIDE)
+    o_v = inner_offsets(inner, dilation, v_strides, RANK, WIDE)
+    corner = lo
+    for _ in tl.range(0, steps[0] * steps[1] * steps[2], num_stages=STAGES):
+        m_keys = inside_box(inner, corner, hi, RANK)
+        b_k = load_rows(K + corner_offset(corner, residue, dilation, k_strides, RANK, WIDE), o_k, m_keys, D, BD)
+        b_v = load_rows(V + corner_offset(corner, residue, dilation, v_strides, RANK, WIDE), o_v, m_keys, DV, BDV)
+        b_s = masked_product(
+            b_q, b_k, row_lo, row_hi, corner, inner, inner_lo, inner_hi, score_scale,
+            CHUNK, RANK, MASK, SCALE_FIRST, PRECISION,
+        )  # fmt: skip
+        b_dq = query_gradient(b_dq, b_s, b_k, b_v, b_do, row_lse, row_delta, factor, PRECISION)
+        corner = next_chunk(corner, lo, hi, CHUNK, RANK)
+    store_rows(DQ, o_row * D, m_rows, b_dq * scale, D, BD)
+
+
+@triton.jit
+def backward_key_kernel(
+    Q, K, V, DOut, Delta, Lse, DK, DV_,
+    q_strides, k_strides, v_strides, do_strides,
+    length, kernel, stride, dilation, tiles, group, kv_heads, scale,
+    CAUSAL: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
+    MASK: tl.constexpr, SCALE_FIRST: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of one tile of keys, contiguous. A chunk holds queries, its rows here are the matrix's columns."""
+    i_kv = (tl.program_id(0) % kv_heads).to(tl.int64)
+    i_batch, residue, count, origin = spatial_tile(tl.program_id(0) // kv_heads, length, dilation, tiles, TILE)
+    if is_empty(origin, count):
+        return
+    key = shifted(inner_indices(TILE), origin)
+    m_keys = inside_axes(key, count)
+    token = tokens_of(key, residue, count, dilation)
+    o_k = i_batch * k_strides[0] + i_kv * k_strides[4] + token_offset(token, k_strides)
+    o_v = i_batch * v_strides[0] + i_kv * v_strides[4] + token_offset(token, v_strides)
+    b_k = load_rows(K, o_k, m_keys, D, BD)
+    b_v = load_rows(V, o_v, m_keys, DV, BDV)
+    b_dk = tl.zeros(b_k.shape, tl.float32)
+    b_dv = tl.zeros(b_v.shape, tl.float32)
+    score_scale = scale * LOG2E
+    factor = 1.0 if SCALE_FIRST else score_scale
+
+    row_lo, row_hi = queries_of(key, count, kernel, stride, CAUSAL)
+    lo, hi, inner_lo, inner_hi = union_of_queries(origin, count, kernel, stride, CAUSAL, TILE)
+    steps = steps_over(lo, hi, CHUNK)
+    inner = inner_indices(CHUNK)
+    stat_strides = contiguous_strides(length, kv_heads * group, WIDE)
+    o_q = inner_offsets(inner, dilation, q_strides, RANK, WIDE)
+    o_do = inner_offsets(inner, dilation, do_strides, RANK, WIDE)
+    o_stat = inner_offsets(inner, dilation, stat_strides, RANK, WIDE)
+    corner = lo
+    i_head = i_kv * group
+    steps_per_head = steps[0] * steps[1] * steps[2]
+    step = 0
+    # One loop over all heads of the group, so that loads run ahead across heads too.
+    for _ in tl.range(0, group * steps_per_head, num_stages=STAGES):
+        m_queries = inside_box(inner, corner, hi, RANK)
+        p_q = Q + i_batch * q_strides[0] + i_head * q_strides[4]
+        p_do = DOut + i_batch * do_strides[0] + i_head * do_strides[4]
+        o_head = i_batch * stat_strides[0] + i_head + corner_offset(corner, residue, dilation, stat_strides, RANK, WIDE)
+        b_q = load_rows(p_q + corner_offset(corner, residue, dilation, q_strides, RANK, WIDE), o_q, m_queries, D, BD)
+        b_do = load_rows(
+            p_do + corner_offset(corner, residue, dilation, do_strides, RANK, WIDE), o_do, m_queries, DV, BDV
+        )
+        col_lse = tl.load(Lse + o_head + o_stat, mask=m_queries, other=0.0)
+        col_delta = tl.load(Delta + o_head + o_stat, mask=m_queries, other=0.0)
+        b_s = masked_product(
+            b_k, b_q, row_lo, row_hi, corner, inner, inner_lo, inner_hi, score_scale,
+            CHUNK, RANK, MASK, SCALE_FIRST, PRECISION,
+        )  # fmt: skip
+        b_dk, b_dv = key_gradients(b_dk, b_dv, b_s, b_q, b_v, b_do, col_lse, col_delta, factor, PRECISION)
+        corner = next_chunk(corner, lo, hi, CHUNK, RANK)
+        step += 1
+        ends = step == steps_per_head
+        step = tl.where(ends, 0, step)
+        i_head += tl.where(ends, 1, 0)
+        corner = (tl.where(ends, lo[0], corner[0]), tl.where(ends, lo[1], corner[1]), tl.where(ends, lo[2], corner[2]))
+
+    o_row = contiguous_row(i_batch, token, length) * kv_heads + i_kv
+    store_rows(DK, o_row * D, m_keys, b_dk * scale, D, BD)
+    store_rows(DV_, o_row * DV, m_keys, b_dv, DV, BDV)
+
+
+@triton.jit
+def backward_register_kernel(
+    Q, RegK, RegV, DOut, Delta, Lse, DK, DV_,
+    q_strides, regk_strides, regv_strides, do_strides,
+    length, tokens, slices, group, kv_heads, registers, scale,
+    D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, BR: tl.constexpr, BM: tl.constexpr,
+    SCALE_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of ``BR`` registers, summed over one slice of the tokens: ``[slices, B, R, Hkv, D]`` in fp32."""
+    i_program = tl.program_id(0)
+    i_slice = i_program % slices
+    i_kv = (i_program // slices % kv_heads).to(tl.int64)
+    i_batch = (i_program // (slices * kv_heads)).to(tl.int64)
+    n = tl.program_id(1) * BR + tl.arange(0, BR)
+    m_r = n < registers
+    n = n.to(tl.int64)
+    RegK += i_batch * regk_strides[0] + i_kv * regk_strides[2]
+    RegV += i_batch * regv_strides[0] + i_kv * regv_strides[2]
+    b_k = load_rows(RegK, n * regk_strides[1], m_r, D, BD)  # [R, D]
+    b_v = load_rows(RegV, n * regv_strides[1], m_r, DV, BDV)
+    b_dk = tl.zeros([BR, BD], tl.float32)
+    b_dv = tl.zeros([BR, BDV], tl.float32)
+    score_scale = scale * LOG2E
+    factor = 1.0 if SCALE_FIRST else score_scale
+    # Rows are (token, head of the group) pairs: neighbors in memory.
+    rows = tokens * group
+    share = tl.cdiv(tl.cdiv(rows, BM), slices) * BM
+    for start in tl.range(i_slice * share, tl.minimum((i_slice + 1) * share, rows), BM):
+        row = start + tl.arange(0, BM)
+        m_rows = row < rows
+        row = tl.minimum(row, rows - 1)
+        i_head = i_kv * group + row % group
+        token = (row // group).to(tl.int64)
+        position = unravel(token, length[1], length[2])
+        o_q = i_batch * q_strides[0] + i_head * q_strides[4] + token_offset(position, q_strides)
+        o_do = i_batch * do_strides[0] + i_head * do_strides[4] + token_offset(position, do_strides)
+        o_row = (i_batch * tokens + token) * (kv_heads * group) + i_head
+        b_q = load_rows(Q, o_q, None, D, BD)
+        b_do = load_rows(DOut, o_do, None, DV, BDV)
+        col_lse = tl.load(Lse + o_row, mask=m_rows, other=0.0)
+        col_delta = tl.load(Delta + o_row, mask=m_rows, other=0.0)
+        b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [R, M]
+        if SCALE_FIRST:
+            b_s = b_s * score_scale
+        b_s = tl.where(m_rows[None, :], b_s, float("-inf"))
+        b_dk, b_dv = key_gradients(b_dk, b_dv, b_s, b_q, b_v, b_do, col_lse, col_delta, factor, PRECISION)
+    batches = tl.num_programs(0) // (slices * kv_heads)
+    o_r = ((i_slice * batches + i_batch) * registers + n) * kv_heads + i_kv
+    store_rows(DK, o_r * D, m_r, b_dk * scale, D, BD)
+    store_rows(DV_, o_r * DV, m_r, b_dv, DV, BDV)
+
+
+def backward(
+    problem: Problem, out: Tensor, row_max: Tensor, row_sum: Tensor, grad_out: Tensor, grad_lse: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
+    """dQ, dK, dV, gradients of the registers, and delta ``[B, *spatial, Hq]`` in fp32.
+
+    Allocates the gradients, delta and the base-2 lse; with registers also ``slices x registers`` partial sums in fp32,
+    under 1 MiB each for usual sizes.
+    """
+    p = problem
+    grad_query, grad_key, grad_value = (
+        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (p.query, p.key, p.value)
+    )
+    delta, lse = torch.empty_like(row_max), torch.empty_like(row_max)
+    launch = launch_for("backward_query", *p.tile_key())
+    geometry = (p.lengths, p.kernel_size, p.stride, p.dilation)
+    constants = p.constants()
+    backward_query_kernel[(p.programs(launch),)](
+        p.query, p.key, p.value, p.additional_keys, p.additional_values, out, grad_out, grad_lse, row_max, row_sum,
+        grad_query, delta, lse,
+        *p.input_strides(), strides(grad_out), strides(grad_lse[..., None]) if grad_lse is not None else (0,) * 5,
+        *geometry, p.tiles(launch.tile), p.group, p.kv_heads, p.registers, p.scale,
+        CAUSAL=p.is_causal, TILE=launch.tile, CHUNK=launch.chunk, PACK=launch.pack, MASK=p.mask(launch), **constants,
+        WITH_DLSE=grad_lse is not None,
+        STAGES=launch.stages, num_warps=launch.num_warps, maxnreg=launch.max_registers,
+    )  # fmt: skip
+    constants.pop("BR")
+    launch = launch_for("backward_key", *p.tile_key())
+    tiles = p.tiles(launch.tile)
+    backward_key_kernel[(p.query.shape[0] * prod(tiles) * p.kv_heads,)](
+        p.query, p.key, p.value, grad_out, delta, lse, grad_key, grad_value,
+        *p.input_strides()[:3], strides(grad_out),
+        *geometry, tiles, p.group, p.kv_heads, p.scale,
+        CAUSAL=p.is_causal, TILE=launch.tile, CHUNK=launch.chunk, MASK=p.mask(launch), **constants,
+        STAGES=launch.stages, num_warps=launch.num_warps, maxnreg=launch.max_registers,
+    )  # fmt: skip
+    grad_keys = grad_values = None
+    if p.additional_keys is not None and p.additional_values is not None:
+        grad_keys, grad_values = _backward_registers(p, grad_out, delta, lse)
+    return grad_query, grad_key, grad_value, grad_keys, grad_values, delta
+
+
+def _backward_registers(p: Problem, grad_out: Tensor, delta: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    assert p.additional_keys is not None
+    assert p.additional_values is not None
+    batch, registers, kv_heads, _ = p.additional_keys.shape
+    tokens = prod(p.lengths)
+    block = 64 if p.query.element_size() == 2 else 16
+    # Enough programs to fill a large GPU, each with several blocks of rows. Shapes alone decide, so sums stay the same.
+    slices = max(1, min(ceil(512 / (batch * kv_heads)), tokens * p.group // (4 * block)))
+    partial_keys, partial_values = (
+        torch.empty((slices, *x.shape), dtype=torch.float32, device=x.device)
+        for x in (p.additional_keys, p.additional_values)
+    )
+    constants = {name: value for name, value in p.constants().items() if name not in ("RANK", "WIDE")}
+    backward_register_kernel[(batch * kv_heads * slices, ceil(registers / p.register_tile))](
+        p.query, p.additional_keys, p.additional_values, grad_out, delta, lse,
+        partial_keys, partial_values,
+        strides(p.query), register_strides(p.additional_keys), register_strides(p.additional_values), strides(grad_out),
+        p.lengths, tokens, slices, p.group, kv_heads, registers, p.scale,
+        **constants, BM=block, num_warps=4,
+    )  # fmt: skip
+    return (
+        partial_keys.sum(0).to(p.additional_keys.dtype),
+        partial_values.sum(0).to(p.additional_values.dtype),
+    )

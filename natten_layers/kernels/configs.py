@@ -1,0 +1,137 @@
+"""Tiles: how many queries and keys a program takes at a time, by problem class. No search on a user's call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+from math import ceil, prod
+from types import MappingProxyType
+from typing import Any, Literal
+
+Box = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Shape of one program: a ``tile`` of positions times ``pack`` heads, and a ``chunk`` it walks with."""
+
+    tile: Box
+    chunk: Box
+    pack: int
+    num_warps: int
+    stages: int
+    max_registers: int | None = None
+    """Cap per thread, so that more programs share a multiprocessor."""
+    skip_mask: bool = False
+    """Branch around the mask where a chunk lies inside every window: pays when windows are much larger than tiles."""
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """Columns of a tile: matrix instructions take powers of two from 16."""
+    return max(16, next_power_of_2(head_dim))
+
+
+def boxes(size: int, limits: Sequence[int]) -> list[Box]:
+    """Boxes of ``size`` positions with power-of-two sides, within the padded limits where that is possible."""
+    caps = [next_power_of_2(n) for n in limits]
+    sides = [2**i for i in range(size.bit_length())]
+    fitting = [
+        (t, h, size // (t * h))
+        for t, h in product(sides, sides)
+        if t * h <= size and t <= caps[0] and h <= caps[1] and size // (t * h) <= caps[2]
+    ]
+    return fitting or [(caps[0], caps[1], max(1, size // (caps[0] * caps[1])))]
+
+
+def covered(extents: Sequence[int], chunk: Box) -> int:
+    """Positions executed when chunks walk over a box of ``extents``."""
+    return prod(ceil(extent / step) * step for extent, step in zip(extents, chunk, strict=True))
+
+
+@lru_cache(maxsize=1024)
+def best_boxes(positions: int, keys: int, lengths: Box, kernel: Box) -> tuple[Box, Box]:
+    """Tile and chunk that execute the fewest scores per query; among equals near-cubes, then rows of 16."""
+
+    def cost(pair: tuple[Box, Box]) -> tuple[int, int, int]:
+        tile, chunk = pair
+        union = [min(b + k - 1, n) for b, k, n in zip(tile, kernel, lengths, strict=True)]
+        return covered(union, chunk), sum(union), abs(chunk[2] - 16)
+
+    unions = tuple(min(n, positions + k - 1) for n, k in zip(lengths, kernel, strict=True))
+    pairs = product(boxes(positions, lengths), boxes(keys, unions))
+    return min(pairs, key=cost)
+
+
+def packed_heads(group: int, positions: int) -> int:
+    """Query heads of one KV head in one program: they share its key loads, its masks and its window arithmetic."""
+    return min(next_power_of_2(group), 16, positions)
+
+
+Kind = Literal["forward", "backward_query", "backward_key"]
+
+_overrides: ContextVar[Mapping[str, Any]] = ContextVar("natten_layers_launch_overrides", default=MappingProxyType({}))
+
+
+@contextmanager
+def override(*, pack: int | None = None, **launches: Launch) -> Iterator[None]:
+    """Replace the table's choice, for measurements: ``pack`` heads a program, or a whole ``Launch`` by kind."""
+    token = _overrides.set({"pack": pack, **launches})
+    try:
+        yield
+    finally:
+        _overrides.reset(token)
+
+
+def launch_for(
+    kind: Kind, lengths: Box, kernel: Box, group: int, head_dim: int, value_dim: int, element_size: int
+) -> Launch:
+    """The launch of one kernel for a problem class: residue class lengths, kernel size, group, head dims, bytes."""
+    chosen = _overrides.get()
+    if kind in chosen:
+        return chosen[kind]
+    width = max(padded_head_dim(head_dim), padded_head_dim(value_dim)) * max(element_size // 2, 1)
+    return _rule(kind, lengths, kernel, 1 if kind == "backward_key" else group, width, chosen.get("pack"))
+
+
+LARGE_WINDOW = 512  # keys; from here on matrix products bound the kernels, below it instructions and L2 do
+
+
+@lru_cache(maxsize=1024)
+def _rule(kind: Kind, lengths: Box, kernel: Box, group: int, width: int, pack: int | None) -> Launch:
+    """Tiles from the problem's shape; ``width`` is the padded head dim in units of two bytes.
+
+    Measured on an H200 at head dims 64 and 128 in bf16 (``benchmarks/results``); wider heads take what fits.
+    """
+    if width > 128:
+        rows, keys, warps, stages, registers = (32, 16, 4, 2, None) if kind == "backward_key" else (64, 32, 4, 2, None)
+        if width > 256:
+            rows, keys = 16, 16
+    elif prod(kernel) >= LARGE_WINDOW:
+        rows, keys, warps, stages, registers = {
+            "forward": (128, 128, 8, 3, None),
+            "backward_query": (128, 64, 8, 3, None),
+            "backward_key": (64, 32, 4, 3, None),
+        }[kind]
+        pack = pack or min(next_power_of_2(group), 2)
+    else:
+        flat = lengths[0] == lengths[1] == 1
+        rows, keys, warps, stages, registers = {
+            "forward": (64, 32, 4, 3, 96) if flat else (64, 64, 4, 3, 128),
+            "backward_query": (64, 32, 4, 3, 96),
+            "backward_key": (64, 32, 4, 3, None) if flat else (32, 32, 2, 3, None),
+        }[kind]
+        if width > 64:
+            registers = None
+    pack = pack or packed_heads(group, rows)
+    tile, chunk = best_boxes(rows // pack, keys, lengths, kernel)
+    # A branch around the mask pays where many chunks lie inside every window: large windows, and long rows.
+    skip_mask = prod(kernel) >= LARGE_WINDOW or kernel[2] >= 4 * chunk[2]
+    return Launch(tile, chunk, pack, warps, stages, registers, skip_mask)

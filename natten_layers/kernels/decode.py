@@ -1,0 +1,282 @@
+"""The decode kernel: a few query tokens a sequence over a cache, split over its keys, and its launcher.
+
+One program takes all query heads of one KV head, times the query tokens, over a slice of the cache, so every key and
+value is read once (more than ``MAX_ROWS`` such rows take further programs). Visibility follows positions, not memory
+order; a slice is first trimmed to what its rows see. Registers and the sink belong to the first slice. With several
+slices each writes its softmax state in fp32, and a second kernel merges them.
+
+Legend as in ``primitives.py``; ``[M]`` rows are (token, head of the group) pairs, ``[N]`` cache slots.
+"""
+
+from math import ceil
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs import next_power_of_2, padded_head_dim
+from .forward import attend_registers, initial_state
+from .primitives import LN2, LOG2E, LOWEST, between, load_rows, softmax_step, store_rows
+from .problem import register_strides
+
+MAX_ROWS = 64
+TILE_BYTES = 2**14
+"""Of keys that a program loads at a time: with as many of values and three stages, three programs share an SM."""
+PROGRAMS = 2048
+"""Enough for the last wave not to matter, and for the merge not to: many times the SMs of any device."""
+MAX_SPLITS = 128
+NO_WINDOW = 2**31 - 1
+TRIM_FROM = 512
+"""Slots of a slice from which it is worth to look at all its positions before any key is loaded."""
+STAGES = 3
+
+
+@triton.jit
+def load_positions(KeyPositions, start, stride, end, BN: tl.constexpr):
+    """Positions of the slots from ``start``; -1, an empty slot's, from ``end`` on."""
+    n = tl.arange(0, BN)
+    p_slots = KeyPositions + tl.cast(start, tl.int64) * stride + n.to(tl.int64) * stride
+    return tl.load(p_slots, mask=n < end - start, other=-1).to(tl.int32)
+
+
+@triton.jit
+def seen_slots(KeyPositions, stride, begin, end, row_lo, row_hi, BLOCK: tl.constexpr):
+    """First slot that a row sees, or ``end``, and the one after the last, or 0; from the positions alone."""
+    lo = tl.min(tl.where(row_lo <= row_hi, row_lo, 2147483647), 0)
+    hi = tl.max(row_hi, 0)
+    first = tl.zeros([BLOCK], tl.int32) + end
+    last = tl.full([BLOCK], -1, tl.int32)
+    for start in tl.range(begin, end, BLOCK):
+        col = load_positions(KeyPositions, start, stride, end, BLOCK)
+        slot = start + tl.arange(0, BLOCK)
+        m_seen = (col >= lo) & (col <= hi)
+        first = tl.minimum(first, tl.where(m_seen, slot, end))
+        last = tl.maximum(last, tl.where(m_seen, slot, -1))
+    return tl.min(first, 0), tl.max(last, 0) + 1
+
+
+@triton.jit
+def attend_cache(
+    b_q, b_acc, row_m, row_l, K, V, KeyPositions, k_stride, v_stride, position_stride, begin, end,
+    row_lo, row_hi, factor, score_scale,
+    BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
+    CLEAN: tl.constexpr, SCALE_FIRST: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Fold those of the slots ``begin`` to ``end`` whose positions lie in the rows' ``[row_lo, row_hi]``.
+
+    No load depends on a position, so that all of them run ahead of the arithmetic.
+    """
+    n = tl.arange(0, BN)
+    o_k = n.to(tl.int64) * k_stride
+    o_v = n.to(tl.int64) * v_stride
+    for start in tl.range(begin, end, BN, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
+        m_keys = n < end - start
+        col = load_positions(KeyPositions, start, position_stride, end, BN)
+        b_k = load_rows(K + tl.cast(start, tl.int64) * k_stride, o_k, m_keys, D, BD)
+        b_v = load_rows(V + tl.cast(start, tl.int64) * v_stride, o_v, m_keys, DV, BDV)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [M, N]
+        if SCALE_FIRST:
+            b_s = b_s * score_scale
+        b_visible = between(row_lo, row_hi, col)
+        b_s = tl.where(b_visible, b_s, float("-inf"))
+        b_acc, row_m, row_l = softmax_step(b_acc, row_m, row_l, b_s, b_v, b_visible, factor, CLEAN, PRECISION)
+    return b_acc, row_m, row_l
+
+
+@triton.jit
+def attend_slice(
+    b_q, K, V, KeyPositions, RegK, RegV, Sink, k_stride, v_stride, position_stride, regk_strides, regv_strides,
+    begin, end, row_lo, row_hi, row_head, registers, sink, with_sink, scale,
+    BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
+    BR: tl.constexpr, SINK: tl.constexpr, CLEAN: tl.constexpr, SCALE_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """Softmax state of the rows over the sink (if ``with_sink``), ``registers`` and one slice of the cache."""
+    score_scale = scale * LOG2E
+    # A scale that is not positive does not commute with the maximum: then the scores are scaled before it.
+    factor = 1.0 if SCALE_FIRST else score_scale
+    b_acc, row_m, row_l = initial_state(Sink, row_head, sink, SINK, BM, BDV)  # pyright: ignore[reportGeneralTypeIssues]
+    if SINK != "none":
+        row_m = tl.where(with_sink, row_m, LOWEST)
+        row_l = tl.where(with_sink, row_l, 0.0)
+    if BR > 0:
+        b_acc, row_m, row_l = attend_registers(
+            b_q, b_acc, row_m, row_l, RegK, RegV, regk_strides, regv_strides, registers, factor, score_scale,
+            BR, D, BD, DV, BDV, CLEAN, SCALE_FIRST, PRECISION,
+        )  # fmt: skip
+    return attend_cache(
+        b_q, b_acc, row_m, row_l, K, V, KeyPositions, k_stride, v_stride, position_stride, begin, end,
+        row_lo, row_hi, factor, score_scale, BN, D, BD, DV, BDV, CLEAN, SCALE_FIRST, PRECISION, STAGES,
+    )  # fmt: skip
+
+
+@triton.jit
+def store_result(Out, Lse, o_row, m_rows, b_acc, row_m, row_l, DV: tl.constexpr, BDV: tl.constexpr):
+    """Divide by the row sum and store; a row that saw nothing gives 0 and a log-sum-exp of -inf."""
+    row_nothing = row_l == 0.0
+    row_d = tl.where(row_nothing, 1.0, row_l)
+    store_rows(Out, o_row * DV, m_rows, b_acc / row_d[:, None], DV, BDV)
+    if Lse is not None:
+        row_lse = tl.where(row_nothing, float("-inf"), (row_m + tl.log2(row_d)) * LN2)
+        tl.store(Lse + o_row, row_lse, mask=m_rows)
+
+
+@triton.jit
+def decode_kernel(
+    Q, K, V, QueryPositions, KeyPositions, RegK, RegV, Sink, Out, Lse, PartOut, PartMax, PartSum,
+    q_strides, k_strides, v_strides, qp_strides, kp_strides, regk_strides, regv_strides,
+    tokens, length, group, kv_heads, blocks, splits, share, total, registers, window, sink, scale,
+    BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
+    BR: tl.constexpr, SINK: tl.constexpr, TRIM: tl.constexpr, SCALE_FIRST: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """A slice of ``share`` slots for ``BM`` rows of one KV head; the result, or ``Part``s of it where given.
+
+    Strides are ``(batch, token, head)`` or, of positions, ``(batch, token)``. ``Out`` has ``total`` rows.
+    """
+    # KV heads vary fastest: in a cache [B, S, Hkv, D] they are neighbors in memory.
+    i_kv = (tl.program_id(0) % kv_heads).to(tl.int64)
+    i_block = tl.program_id(0) // kv_heads % blocks
+    i_split = tl.program_id(0) // (kv_heads * blocks) % splits
+    i_batch = (tl.program_id(0) // (kv_heads * blocks * splits)).to(tl.int64)
+    row = i_block * BM + tl.arange(0, BM)
+    m_rows = row < tokens * group
+    row_token = tl.minimum(row // group, tokens - 1).to(tl.int64)
+    row_head = i_kv * group + row % group
+    b_q = load_rows(Q + i_batch * q_strides[0], row_token * q_strides[1] + row_head * q_strides[2], m_rows, D, BD)
+    QueryPositions += i_batch * qp_strides[0]
+    row_p = tl.load(QueryPositions + row_token * qp_strides[1], mask=m_rows, other=-1).to(tl.int32)
+    row_hi = tl.maximum(row_p, -1)
+    row_lo = tl.maximum(row_hi - window + 1, 0)
+
+    K += i_batch * k_strides[0] + i_kv * k_strides[2]
+    V += i_batch * v_strides[0] + i_kv * v_strides[2]
+    KeyPositions += i_batch * kp_strides[0]
+    if BR > 0:
+        RegK += i_batch * regk_strides[0] + i_kv * regk_strides[2]
+        RegV += i_batch * regv_strides[0] + i_kv * regv_strides[2]
+    begin = i_split * share
+    end = tl.minimum(begin + share, length)
+    if TRIM:
+        seen, end = seen_slots(KeyPositions, kp_strides[1], begin, end, row_lo, row_hi, 512)
+        # Not begin = seen: Triton knows no alignment of what comes from a reduction, and would load single elements.
+        while begin + BN <= seen:
+            begin += BN
+    with_sink = i_split == 0
+    registers = tl.where(i_split == 0, registers, 0)
+    b_acc, row_m, row_l = attend_slice(
+        b_q, K, V, KeyPositions, RegK, RegV, Sink, k_strides[1], v_strides[1], kp_strides[1],
+        regk_strides, regv_strides, begin, end, row_lo, row_hi, row_head, registers, sink, with_sink, scale,
+        BM, BN, D, BD, DV, BDV, BR, SINK, False, SCALE_FIRST, PRECISION, STAGES,
+    )  # fmt: skip
+    # NaN or inf times a weight of zero: rare enough to pay for it with a second pass, and only then.
+    if tl.max(tl.where(tl.abs(tl.sum(b_acc * 0.0, 1)) >= 0.0, 0, 1), 0) > 0:
+        b_acc, row_m, row_l = attend_slice(
+            b_q, K, V, KeyPositions, RegK, RegV, Sink, k_strides[1], v_strides[1], kp_strides[1],
+            regk_strides, regv_strides, begin, end, row_lo, row_hi, row_head, registers, sink, with_sink, scale,
+            BM, 16, D, BD, DV, BDV, BR, SINK, True, SCALE_FIRST, PRECISION, 1,
+        )  # fmt: skip
+
+    o_row = (i_batch * tokens + row_token) * (kv_heads * group) + row_head
+    if PartOut is None:
+        store_result(Out, Lse, o_row, m_rows, b_acc, row_m, row_l, DV, BDV)
+    else:
+        o_part = i_split.to(tl.int64) * total + o_row
+        store_rows(PartOut, o_part * DV, m_rows, b_acc, DV, BDV)
+        tl.store(PartMax + o_part, row_m, mask=m_rows)
+        tl.store(PartSum + o_part, row_l, mask=m_rows)
+
+
+@triton.jit
+def merge_kernel(
+    PartOut, PartMax, PartSum, Out, Lse, splits, total,
+    DV: tl.constexpr, BDV: tl.constexpr, BS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row of the result from its states ``[splits, total, ...]``, ``BLOCK`` splits at a time; ``BS >= splits``."""
+    i_row = tl.program_id(0).to(tl.int64)
+    s = tl.arange(0, BS)
+    row_m = tl.max(tl.load(PartMax + s.to(tl.int64) * total + i_row, mask=s < splits, other=LOWEST), 0)
+    b_acc = tl.zeros([1, BDV], tl.float32)
+    row_l = tl.zeros([1], tl.float32)
+    for start in tl.range(0, splits, BLOCK):
+        i_split = start + tl.arange(0, BLOCK)
+        m_split = i_split < splits
+        o_part = i_split.to(tl.int64) * total + i_row
+        part_m = tl.load(PartMax + o_part, mask=m_split, other=LOWEST)
+        part_l = tl.load(PartSum + o_part, mask=m_split, other=0.0)
+        weight = tl.exp2(part_m - row_m)
+        row_l += tl.sum(part_l * weight, 0)
+        b_acc += tl.sum(load_rows(PartOut, o_part * DV, m_split, DV, BDV) * weight[:, None], 0, keep_dims=True)
+    o_row = i_row + tl.zeros([1], tl.int64)
+    store_result(Out, Lse, o_row, o_row >= 0, b_acc, row_m, row_l, DV, BDV)
+
+
+def split(programs: int, length: int, chunk: int) -> tuple[int, int]:
+    """Slices of a cache of ``length`` slots and slots of each, a multiple of ``chunk``; from shapes alone.
+
+    Without slices there are ``programs``. A slice has at least two chunks, so that loads run ahead of the arithmetic.
+    """
+    chunks = ceil(length / chunk)
+    splits = min(ceil(PROGRAMS / programs), ceil(chunks / 2), MAX_SPLITS)
+    share = ceil(chunks / splits)
+    return ceil(chunks / share), share * chunk
+
+
+def decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_positions: Tensor,
+    key_positions: Tensor,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    sink: Tensor | None,
+    sink_value: float | None,
+    window: int | None,
+    scale: float,
+    with_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """``out [B, Lq, Hq, Dv]`` and, ``with_lse``, the log-sum-exp ``[B, Lq, Hq]`` in fp32.
+
+    Tensors as ``cached_attention`` has them, last axes of all but positions contiguous, positions ``[B, ...]`` of any
+    integer dtype. Allocates ``slices * (Dv + 2)`` fp32 for each row of the result if there is more than one slice.
+    """
+    batch, tokens, heads, head_dim = query.shape
+    length, kv_heads, value_dim = value.shape[1:]
+    group = heads // kv_heads
+    BD, BDV = padded_head_dim(head_dim), padded_head_dim(value_dim)
+    BM = min(max(16, next_power_of_2(group * tokens)), MAX_ROWS)
+    BN = min(max(16, TILE_BYTES // (max(BD, BDV) * key.element_size())), 128)
+    blocks = ceil(group * tokens / BM)
+    splits, share = split(batch * kv_heads * blocks, length, BN)
+    registers = 0 if additional_keys is None else additional_keys.shape[1]
+    total = batch * tokens * heads
+    tf32 = query.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+
+    out = query.new_empty(batch, tokens, heads, value_dim)
+    lse = query.new_empty(batch, tokens, heads, dtype=torch.float32) if with_lse else None
+    parts = None, None, None
+    if splits > 1:
+        part_out = query.new_empty(splits, total, value_dim, dtype=torch.float32)
+        parts = part_out, *query.new_empty(2, splits, total, dtype=torch.float32)
+    attend: Any = decode_kernel  # launch options are no parameters of the function that pyright sees
+    attend[(batch * splits * blocks * kv_heads,)](
+        query, key, value, query_positions, key_positions, additional_keys, additional_values, sink, out, lse, *parts,
+        *(t.stride()[:3] for t in (query, key, value)), query_positions.stride(), key_positions.stride(),
+        register_strides(additional_keys), register_strides(additional_values),
+        tokens, length, group, kv_heads, blocks, splits, share, total, registers,
+        NO_WINDOW if window is None else min(window, NO_WINDOW), sink_value, scale,
+        BM=BM, BN=BN, D=head_dim, BD=BD, DV=value_dim, BDV=BDV, BR=16 if registers else 0,
+        SINK="tensor" if sink is not None else "none" if sink_value is None else "value", TRIM=share > TRIM_FROM,
+        SCALE_FIRST=scale <= 0, PRECISION="tf32" if tf32 else "ieee", STAGES=STAGES,
+        num_warps=4 if BM * BDV <= 8192 else 8,
+    )  # fmt: skip
+    if splits > 1:
+        merge: Any = merge_kernel
+        merge[(total,)](
+            *parts, out, lse, splits, total,
+            DV=value_dim, BDV=BDV, BS=next_power_of_2(splits), BLOCK=16, num_warps=2,
+        )  # fmt: skip
+    return out, lse

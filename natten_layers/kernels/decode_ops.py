@@ -1,0 +1,70 @@
+"""The operator that attends over a cache: schema and fake, as ``ops.py`` has for neighborhoods. No autograd."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .ops import unsupported
+
+__all__ = ["decode", "why_not"]
+
+_library = torch.library.Library("natten_layers", "FRAGMENT")
+_library.define(
+    "decode(Tensor query, Tensor key, Tensor value, Tensor query_positions, Tensor key_positions, "
+    "Tensor? additional_keys, Tensor? additional_values, Tensor? sink, float? sink_value, "
+    "SymInt? window, float scale, bool with_lse) -> (Tensor, Tensor)"
+)
+
+
+def why_not(query: Tensor, value: Tensor, *others: Tensor | float | None) -> str | None:
+    """Why the kernel cannot run on these tensors, or None if it can."""
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (query, value, *others)):
+        return "the decode kernel has no backward, and an input requires a gradient"
+    return unsupported(query, value)
+
+
+def decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_positions: Tensor,
+    key_positions: Tensor,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    sink: Tensor | float | None,
+    window: int | None,
+    scale: float,
+    with_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    """``(out, lse)`` of validated arguments; without ``with_lse`` the latter is empty."""
+    tensors = (_last_contiguous(t) for t in (query, key, value))
+    registers = (t if t is None else _last_contiguous(t) for t in (additional_keys, additional_values))
+    positions = (p.expand(query.shape[0], -1) for p in (query_positions, key_positions))
+    sinks = (_last_contiguous(sink), None) if isinstance(sink, Tensor) else (None, sink)
+    return torch.ops.natten_layers.decode(*tensors, *positions, *registers, *sinks, window, scale, with_lse)
+
+
+def _last_contiguous(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _decode(*args: Any) -> tuple[Tensor, Tensor]:
+    from .decode import decode
+
+    with torch.cuda.device_of(args[0]):  # Triton launches on the current device
+        out, lse = decode(*args)
+    return out, out.new_empty(0, dtype=torch.float32) if lse is None else lse
+
+
+def _decode_fake(*args: Any) -> tuple[Tensor, Tensor]:
+    query, value, with_lse = args[0], args[2], args[-1]
+    out = query.new_empty(*query.shape[:-1], value.shape[-1])
+    return out, query.new_empty(query.shape[:-1] if with_lse else (0,), dtype=torch.float32)
+
+
+_library.impl("decode", _decode, "CUDA")
+_library.impl("decode", _decode, "CPU")  # Triton's interpreter
+torch.library.register_fake("natten_layers::decode", _decode_fake, lib=_library)

@@ -1,0 +1,214 @@
+"""The fused forward kernel, for all ranks, and its launcher.
+
+One program computes a tile of queries in space, times ``PACK`` query heads of one KV head, and walks in chunks over the
+union of their windows, which starts anywhere: no alignment of keys to tiles, no copy or permutation of K and V.
+Registers come first, as more keys of the same softmax; the sink is the softmax's initial state.
+"""
+
+# Triton's language is Python to the parser only.
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs import launch_for
+from .primitives import (
+    LN2,
+    LOG2E,
+    LOWEST,
+    contiguous_row,
+    corner_offset,
+    inner_indices,
+    inner_offsets,
+    inside_axes,
+    inside_box,
+    is_empty,
+    load_rows,
+    masked_product,
+    next_chunk,
+    softmax_step,
+    spatial_tile,
+    steps_over,
+    store_rows,
+    token_offset,
+    tokens_of,
+    union_of_windows,
+    unravel,
+    visibility,
+    windows_of,
+)
+from .problem import Problem
+
+
+@triton.jit
+def query_tile(
+    length, dilation, tiles, group, kv_heads, TILE: tl.constexpr, PACK: tl.constexpr,
+):  # fmt: skip
+    """What this program computes: a box of positions times ``PACK`` heads, rows in (position, head) order."""
+    blocks = (group + PACK - 1) // PACK
+    i_head = tl.program_id(0) % (kv_heads * blocks)
+    i_tile = tl.program_id(0) // (kv_heads * blocks)
+    i_batch, residue, count, origin = spatial_tile(i_tile, length, dilation, tiles, TILE)
+    row = tl.arange(0, TILE[0] * TILE[1] * TILE[2] * PACK)
+    t, h, w = unravel(row // PACK, TILE[1], TILE[2])
+    index = (origin[0] + t, origin[1] + h, origin[2] + w)
+    row_group = i_head % blocks * PACK + row % PACK
+    m_rows = inside_axes(index, count) & (row_group < group)
+    i_kv = (i_head // blocks).to(tl.int64)
+    row_head = i_kv * group + tl.minimum(row_group, group - 1)
+    return i_batch, i_kv, row_head, m_rows, residue, count, origin, index
+
+
+@triton.jit
+def attend_window(
+    b_q, b_acc, row_m, row_l, K, V, k_strides, v_strides, residue, count, origin, index,
+    kernel, stride, dilation, factor, score_scale,
+    CAUSAL: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
+    MASK: tl.constexpr, CLEAN: tl.constexpr, SCALE_FIRST: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Fold the union of the tile's windows into the softmax state. ``K``, ``V`` point at the batch and KV head."""
+    row_lo, row_hi = windows_of(index, count, kernel, stride, CAUSAL)
+    lo, hi, inner_lo, inner_hi = union_of_windows(origin, count, kernel, stride, CAUSAL, TILE)
+    steps = steps_over(lo, hi, CHUNK)
+    inner = inner_indices(CHUNK)
+    o_k = inner_offsets(inner, dilation, k_strides, RANK, WIDE)
+    o_v = inner_offsets(inner, dilation, v_strides, RANK, WIDE)
+    corner = lo
+    for _ in tl.range(0, steps[0] * steps[1] * steps[2], num_stages=STAGES):
+        m_keys = inside_box(inner, corner, hi, RANK)
+        b_k = load_rows(K + corner_offset(corner, residue, dilation, k_strides, RANK, WIDE), o_k, m_keys, D, BD)
+        b_v = load_rows(V + corner_offset(corner, residue, dilation, v_strides, RANK, WIDE), o_v, m_keys, DV, BDV)
+        b_s = masked_product(
+            b_q, b_k, row_lo, row_hi, corner, inner, inner_lo, inner_hi, score_scale,
+            CHUNK, RANK, MASK, SCALE_FIRST, PRECISION,
+        )  # fmt: skip
+        b_visible = None
+        if CLEAN:
+            b_visible = visibility(row_lo, row_hi, corner, inner, RANK)
+        b_acc, row_m, row_l = softmax_step(b_acc, row_m, row_l, b_s, b_v, b_visible, factor, CLEAN, PRECISION)
+        corner = next_chunk(corner, lo, hi, CHUNK, RANK)
+    return b_acc, row_m, row_l
+
+
+@triton.jit
+def attend_registers(
+    b_q, b_acc, row_m, row_l, RegK, RegV, regk_strides, regv_strides, registers, factor, score_scale,
+    BR: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
+    CLEAN: tl.constexpr, SCALE_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Fold the registers, seen by every query, into the softmax state."""
+    n = tl.arange(0, BR)
+    for start in tl.range(0, registers, BR, num_stages=1):
+        m_r = start + n < registers
+        o_r = (start + n).to(tl.int64)
+        b_k = load_rows(RegK, o_r * regk_strides[1], m_r, D, BD)  # [R, D]
+        b_v = load_rows(RegV, o_r * regv_strides[1], m_r, DV, BDV)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [M, R]
+        if SCALE_FIRST:
+            b_s = b_s * score_scale
+        b_visible = tl.broadcast_to(m_r[None, :], b_s.shape)
+        b_s = tl.where(b_visible, b_s, float("-inf"))
+        b_acc, row_m, row_l = softmax_step(b_acc, row_m, row_l, b_s, b_v, b_visible, factor, CLEAN, PRECISION)
+    return b_acc, row_m, row_l
+
+
+@triton.jit
+def initial_state(Sink, row_head, sink, SINK: tl.constexpr, BM: tl.constexpr, BDV: tl.constexpr):
+    """Empty softmax state, or one that has seen the sink: ``m = sink, l = 1, acc = 0``."""
+    if SINK == "none":
+        row_m = tl.full([BM], LOWEST, tl.float32)
+        row_l = tl.zeros([BM], tl.float32)
+    else:
+        if SINK == "tensor":
+            row_sink = tl.load(Sink + row_head).to(tl.float32) * LOG2E
+        else:
+            row_sink = tl.full([BM], sink * LOG2E, tl.float32)
+        row_m = tl.maximum(row_sink, LOWEST)
+        row_l = tl.where(row_sink > LOWEST, 1.0, 0.0)
+    return tl.zeros([BM, BDV], tl.float32), row_m, row_l
+
+
+@triton.jit
+def forward_kernel(
+    Q, K, V, Out, RowMax, RowSum, RegK, RegV, Sink,
+    q_strides, k_strides, v_strides, regk_strides, regv_strides,
+    length, kernel, stride, dilation, tiles, group, kv_heads, registers, sink, scale,
+    CAUSAL: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr,
+    PACK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, BR: tl.constexpr,
+    SINK: tl.constexpr, WITH_STATE: tl.constexpr, MASK: tl.constexpr, SCALE_FIRST: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Attention of one query tile. ``Out [B, T, H, W, heads, DV]`` and the statistics are contiguous.
+
+    Strides are ``(batch, t, h, w, head)``, those of registers ``(batch, register, head)``; the last axis is contiguous.
+    """
+    BM: tl.constexpr = TILE[0] * TILE[1] * TILE[2] * PACK
+    i_batch, i_kv, row_head, m_rows, residue, count, origin, index = query_tile(
+        length, dilation, tiles, group, kv_heads, TILE, PACK
+    )
+    if is_empty(origin, count):
+        return
+    token = tokens_of(index, residue, count, dilation)
+    o_q = token_offset(token, q_strides) + row_head * q_strides[4]
+    b_q = load_rows(Q + i_batch * q_strides[0], o_q, m_rows, D, BD)  # [M, D]
+    K += i_batch * k_strides[0] + i_kv * k_strides[4]
+    V += i_batch * v_strides[0] + i_kv * v_strides[4]
+    score_scale = scale * LOG2E
+    # A scale that is not positive does not commute with the maximum: then the scores are scaled before it.
+    factor = 1.0 if SCALE_FIRST else score_scale
+
+    b_acc, row_m, row_l = initial_state(Sink, row_head, sink, SINK, BM, BDV)
+    if BR > 0:
+        RegK += i_batch * regk_strides[0] + i_kv * regk_strides[2]
+        RegV += i_batch * regv_strides[0] + i_kv * regv_strides[2]
+        b_acc, row_m, row_l = attend_registers(
+            b_q, b_acc, row_m, row_l, RegK, RegV, regk_strides, regv_strides, registers, factor, score_scale,
+            BR, D, BD, DV, BDV, False, SCALE_FIRST, PRECISION,
+        )  # fmt: skip
+    b_acc, row_m, row_l = attend_window(
+        b_q, b_acc, row_m, row_l, K, V, k_strides, v_strides, residue, count, origin, index,
+        kernel, stride, dilation, factor, score_scale, CAUSAL, TILE, CHUNK, RANK, WIDE, D, BD, DV, BDV,
+        MASK, False, SCALE_FIRST, PRECISION, STAGES,
+    )  # fmt: skip
+    # NaN or inf times zero: rare enough to pay for it with a second pass, and only then.
+    if tl.max(tl.where(tl.abs(tl.sum(b_acc * 0.0, 1)) >= 0.0, 0, 1), 0) > 0:
+        b_acc, row_m, row_l = initial_state(Sink, row_head, sink, SINK, BM, BDV)
+        if BR > 0:
+            b_acc, row_m, row_l = attend_registers(
+                b_q, b_acc, row_m, row_l, RegK, RegV, regk_strides, regv_strides, registers, factor, score_scale,
+                16, D, BD, DV, BDV, True, SCALE_FIRST, PRECISION,
+            )  # fmt: skip
+        b_acc, row_m, row_l = attend_window(
+            b_q, b_acc, row_m, row_l, K, V, k_strides, v_strides, residue, count, origin, index,
+            kernel, stride, dilation, factor, score_scale, CAUSAL, TILE, (1, 1, 16), RANK, WIDE, D, BD, DV, BDV,
+            "select", True, SCALE_FIRST, PRECISION, 1,
+        )  # fmt: skip
+
+    o_row = contiguous_row(i_batch, token, length) * (kv_heads * group) + row_head
+    store_rows(Out, o_row * DV, m_rows, b_acc / row_l[:, None], DV, BDV)
+    if WITH_STATE:
+        tl.store(RowMax + o_row, row_m * LN2, mask=m_rows)
+        tl.store(RowSum + o_row, row_l, mask=m_rows)
+
+
+def forward(problem: Problem, with_state: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """``out [B, *spatial, Hq, Dv]`` and, ``with_state``, ``row_max`` and ``row_sum [B, *spatial, Hq]`` in fp32."""
+    p = problem
+    out = p.query.new_empty(*p.query.shape[:-1], p.value.shape[-1])
+    row_max = row_sum = None
+    if with_state:
+        row_max, row_sum = (out.new_empty(out.shape[:-1], dtype=torch.float32) for _ in range(2))
+    launch = launch_for("forward", *p.tile_key())
+    tiles = p.tiles(launch.tile)
+    forward_kernel[(p.programs(launch),)](
+        p.query, p.key, p.value, out, row_max, row_sum, p.additional_keys, p.additional_values, p.sink,
+        *p.input_strides(),
+        p.lengths, p.kernel_size, p.stride, p.dilation, tiles, p.group, p.kv_heads, p.registers, p.sink_value, p.scale,
+        CAUSAL=p.is_causal, TILE=launch.tile, CHUNK=launch.chunk, PACK=launch.pack, MASK=p.mask(launch),
+        **p.constants(), SINK=p.sink_kind, WITH_STATE=with_state,
+        STAGES=launch.stages, num_warps=launch.num_warps, maxnreg=launch.max_registers,
+    )  # fmt: skip
+    return out, row_max, row_sum

@@ -1,0 +1,318 @@
+"""Operators over the fused kernels: schemas, fakes and autograd. Triton is imported on the first launch.
+
+The operators are opaque to the compiler; ``autograd.Function`` stands outside them, so that eager and compiled code
+take the same backward.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
+
+from ..geometry import Window, visible_pairs
+
+if TYPE_CHECKING:
+    from .problem import Problem
+
+__all__ = ["attention", "attention_state", "unsupported"]
+
+MAX_HEAD_DIM = 256
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # asked once: a search takes longer than a launch
+
+_WINDOW = "int[] kernel_size, int[] stride, int[] dilation, bool[] is_causal, float scale"
+_INPUTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? additional_keys, Tensor? additional_values, "
+    "Tensor? sink, float? sink_value, " + _WINDOW
+)
+NOT_FUSED = "the fused kernels do not have"
+WAY_OUT = '; use impl="eager"'
+NO_FORWARD_MODE = f"{NOT_FUSED} forward-mode derivatives{WAY_OUT}"
+
+_library = torch.library.Library("natten_layers", "DEF")
+_library.define(f"forward({_INPUTS}, bool with_state) -> (Tensor, Tensor, Tensor)")
+_library.define(
+    f"backward({_INPUTS}, Tensor out, Tensor row_max, Tensor row_sum, Tensor grad_out, Tensor? grad_lse) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def unsupported(query: Tensor, value: Tensor) -> str | None:
+    """Why the fused kernels cannot run on these tensors, or None if they can."""
+    if query.device.type != "cuda" and not _interpreted():
+        return f"the tensors are on {query.device}, the kernels run on CUDA devices"
+    if not HAS_TRITON:
+        return "Triton is not installed"
+    if query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"dtype {query.dtype} is not one of float16, bfloat16, float32"
+    if query.dtype == torch.bfloat16 and _interpreted():
+        return "Triton's interpreter does not multiply bfloat16 matrices"
+    for name, size in (("head_dim", query.shape[-1]), ("value head_dim", value.shape[-1])):
+        if size % 8 or not 8 <= size <= MAX_HEAD_DIM:
+            return f"{name} {size} is not a multiple of 8 between 8 and {MAX_HEAD_DIM}"
+    return None
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    sink: Tensor | float | None,
+    window: Window,
+    scale: float,
+) -> Tensor:
+    """``out`` alone; without gradients no statistics are written."""
+    inputs = _inputs(query, key, value, additional_keys, additional_values, sink)
+    # Inside torch.func's transforms a tensor does not tell whether it is differentiated further out.
+    transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    if transformed or _needs_gradient(inputs):
+        return _function().apply(*inputs, window, scale)[0]
+    return torch.ops.natten_layers.forward(*inputs, *_flat(window), scale, False)[0]
+
+
+def attention_state(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    sink: Tensor | float | None,
+    window: Window,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(out, row_max, row_sum)``; no gradient flows through ``row_max``, which is a reference point."""
+    inputs = _inputs(query, key, value, additional_keys, additional_values, sink)
+    return _function().apply(*inputs, window, scale)  # pyright: ignore[reportReturnType]
+
+
+def _inputs(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    sink: Tensor | float | None,
+) -> tuple[Any, ...]:
+    """The tensors of the operators' schemas: last axes contiguous, a sink either a tensor or a number."""
+    tensors = [_last_contiguous(x) for x in (query, key, value, additional_keys, additional_values)]
+    return *tensors, *((_last_contiguous(sink), None) if isinstance(sink, Tensor) else (None, sink))
+
+
+def _last_contiguous(tensor: Tensor | None) -> Tensor | None:
+    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _flat(window: Window) -> tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[bool]]:
+    return window.kernel_size, window.stride, window.dilation, window.is_causal
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        *inputs, window, scale = args
+        return torch.ops.natten_layers.forward(*inputs, *_flat(window), scale, True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        *tensors, sink_value, window, scale = inputs
+        ctx.save_for_backward(*tensors, *output)
+        ctx.sink_value, ctx.window, ctx.scale = sink_value, window, scale
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_out, _, grad_sum = grads
+        *tensors, out, row_max, row_sum = ctx.saved_tensors
+        # lse = row_max + log(row_sum) with row_max held fixed, so dL/dlse = dL/drow_sum * row_sum.
+        grad_lse = None if grad_sum is None else grad_sum * row_sum
+        grad_out = torch.zeros_like(out) if grad_out is None else _last_contiguous(grad_out)
+        # Grad mode is on where a second derivative may be asked for.
+        once = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        results = (_Backward.apply if once else torch.ops.natten_layers.backward)(
+            *tensors, ctx.sink_value, *_flat(ctx.window), ctx.scale, out, row_max, row_sum, grad_out, grad_lse
+        )
+        needed = (r if x is not None else None for r, x in zip(results, tensors, strict=True))
+        return *needed, None, None, None
+
+
+class _Transformable(_Attention):
+    """:class:`_Attention` under the transforms of ``torch.func``, whose rules ``torch.compile`` does not trace."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> None:
+        raise NotImplementedError(NO_FORWARD_MODE)
+
+
+class _Backward(torch.autograd.Function):
+    """Fails when it is differentiated. ``once_differentiable`` gives ``torch.func`` zeros instead."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return torch.ops.natten_layers.backward(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Nothing is kept for a derivative that is not there."""
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise NotImplementedError(f"{NOT_FUSED} second derivatives{WAY_OUT}")
+
+
+def _function() -> type[_Attention]:
+    return _Attention if torch.compiler.is_compiling() else _Transformable
+
+
+def _problem(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    sink: Tensor | None,
+    sink_value: float | None,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    is_causal: Sequence[bool],
+    scale: float,
+) -> Problem:
+    from .problem import Problem, three_axes
+
+    return Problem(
+        query, key, value, additional_keys, additional_values, sink, sink_value,
+        three_axes(kernel_size, 1), three_axes(stride, 1), three_axes(dilation, 1), three_axes(is_causal, False), scale,
+    )  # fmt: skip
+
+
+def _on_device(tensor: Tensor) -> Any:
+    """Triton launches on the current device."""
+    return torch.cuda.device_of(tensor)
+
+
+def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from .forward import forward
+
+    *inputs, with_state = args
+    with _on_device(inputs[0]):
+        out, row_max, row_sum = forward(_problem(*inputs), with_state)
+    empty = out.new_empty(0, dtype=torch.float32)
+    return out, empty if row_max is None else row_max, empty.clone() if row_sum is None else row_sum
+
+
+def _forward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    query, value, with_state = args[0], args[2], args[-1]
+    shape = query.shape[:-1] if with_state else (0,)
+    statistics = [query.new_empty(shape, dtype=torch.float32) for _ in range(2)]
+    return query.new_empty(*query.shape[:-1], value.shape[-1]), statistics[0], statistics[1]
+
+
+def _forward_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """One call for all samples: the mapped axis becomes a part of the batch."""
+    if in_dims[5] is not None:
+        raise NotImplementedError(f"{NOT_FUSED} torch.func.vmap over sinks{WAY_OUT}")
+    folded = [_fold(x, dim, info.batch_size) for x, dim in zip(args[:5], in_dims, strict=False)]
+    results = torch.ops.natten_layers.forward(*folded, *args[5:])
+    return tuple(x.unflatten(0, (info.batch_size, -1)) for x in results), (0, 0, 0)
+
+
+def _fold(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+    """Make a mapped axis a part of the batch; what is not mapped is expanded."""
+    if tensor is None:
+        return None
+    tensor = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+    return tensor.flatten(0, 1)
+
+
+def _backward(*args: Any) -> tuple[Tensor, ...]:
+    from .backward import backward
+
+    *inputs, out, row_max, row_sum, grad_out, grad_lse = args
+    problem = _problem(*inputs)
+    with _on_device(out):
+        *grads, delta = backward(problem, out, row_max, row_sum, grad_out, grad_lse)
+    return *(_or_empty(g, out) for g in grads), _or_empty(_sink_gradient(problem.sink, row_max, row_sum, delta), out)
+
+
+def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
+    tensors, out = args[:6], args[12]
+    return tuple(_or_empty(None if x is None else x.new_empty(x.shape), out) for x in tensors)
+
+
+def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
+    """Operators return tensors; an absent gradient is an empty one."""
+    return like.new_empty(0) if tensor is None else tensor
+
+
+def _sink_gradient(sink: Tensor | None, row_max: Tensor, row_sum: Tensor, delta: Tensor) -> Tensor | None:
+    """``dsink[h] = -sum exp(sink[h] - lse) * delta`` over batch and tokens, in fp32."""
+    if sink is None:
+        return None
+    weight = torch.exp(sink.float() - row_max) / row_sum
+    return -(weight * delta).flatten(0, -2).sum(0).to(sink.dtype)
+
+
+def _below_autograd(name: str) -> Callable[..., Any]:
+    """The operator as autograd calls it. It would drop derivatives that nobody wrote in silence; this says so."""
+
+    def run(*args: Any) -> Any:
+        if any(forward_ad.unpack_dual(x).tangent is not None for x in args if isinstance(x, Tensor)):
+            raise NotImplementedError(NO_FORWARD_MODE)
+        if _needs_gradient(args):
+            raise NotImplementedError(f"natten_layers::{name} has no derivative; call neighborhood_attention instead")
+        with torch._C._AutoDispatchBelowAutograd():
+            return getattr(torch.ops.natten_layers, name).default(*args)
+
+    return run
+
+
+def _needs_gradient(args: tuple[Any, ...]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
+
+
+def _forward_flop(
+    query: Tensor, key: Tensor, value: Tensor, additional_keys: Tensor | None, *args: Any, **_: Any
+) -> int:
+    """Useful FLOP: ``2 (D + Dv)`` for every pair of a query and a key that it sees, registers included."""
+    kernel_size, stride, dilation, is_causal = args[3:7]
+    spatial = query.shape[1:-2]
+    pairs = visible_pairs(spatial, Window(*map(tuple, (kernel_size, stride, dilation, is_causal))))
+    if additional_keys is not None:
+        pairs += prod(spatial) * additional_keys.shape[1]
+    return 2 * pairs * query.shape[0] * query.shape[-2] * (query.shape[-1] + value.shape[-1])
+
+
+def _backward_flop(*args: Any, **kwargs: Any) -> int:
+    """The convention of published benchmarks: five matrix products where the forward has two."""
+    return _forward_flop(*args, **kwargs) * 5 // 2
+
+
+for _name, _kernel, _fake, _flop in (
+    ("forward", _forward, _forward_fake, _forward_flop),
+    ("backward", _backward, _backward_fake, _backward_flop),
+):
+    _library.impl(_name, _kernel, "CUDA")
+    _library.impl(_name, _kernel, "CPU")  # Triton's interpreter
+    _library.impl(_name, _below_autograd(_name), "Autograd")
+    torch.library.register_fake(f"natten_layers::{_name}", _fake, lib=_library)
+    register_flop_formula(getattr(torch.ops.natten_layers, _name), get_raw=True)(_flop)
+# The backward operator has no rule: vmap calls it once for each sample, as gradients of each are asked for.
+torch.library.register_vmap("natten_layers::forward", _forward_vmap, lib=_library)

@@ -1,0 +1,334 @@
+"""Pieces shared by the kernels: tiles of an axis, window bounds, visibility, one step of the online softmax.
+
+Legend, here and in the kernels: ``b_`` a tile of values, ``o_`` element offsets, ``i_`` an index of this program,
+``m_`` a load/store mask, ``row_`` a vector over a tile's queries, ``col_`` over its keys. ``[M]`` queries of a tile
+(times packed heads), ``[N]`` keys of a chunk, ``[D]`` head dim padded to a power of two. Axes are always three, ``t h
+w``; a missing one has length 1. Window arithmetic is that of ``geometry.py``, on class indices (token ``i`` of
+residue class ``i % dilation`` has index ``i // dilation``).
+"""
+
+# Triton's language is Python to the parser only.
+# pyright: reportGeneralTypeIssues=false
+
+import triton
+import triton.language as tl
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+# Start of the running maximum. Finite, so that a row whose first chunk is fully masked stays free of inf - inf.
+LOWEST: tl.constexpr = tl.constexpr(-1.0e30)
+
+
+@triton.jit
+def window_bounds(index, length, kernel, stride, CAUSAL: tl.constexpr):
+    """First and last key seen by query ``index``; the device twin of ``geometry.window_bounds``."""
+    group = index // stride * stride
+    if CAUSAL:
+        first = tl.maximum(tl.minimum(group + stride - 1, length - 1) - kernel + 1, 0)
+        last = index
+    else:
+        first = tl.minimum(tl.maximum(group + stride // 2 - kernel // 2, 0), length - kernel)
+        last = first + kernel - 1
+    return first, last
+
+
+@triton.jit
+def query_bounds(index, length, kernel, stride, CAUSAL: tl.constexpr):
+    """First and last query that see key ``index``; the device twin of ``geometry.query_bounds``."""
+    if CAUSAL:
+        first = index
+        last = (index + kernel - stride) // stride * stride + stride - 1
+    else:
+        half = kernel // 2 - stride // 2
+        first = (tl.maximum(index - kernel + 1 + half, 0) + stride - 1) // stride * stride
+        first = tl.where(index < kernel, 0, first)
+        last = (index + half) // stride * stride + stride - 1
+    return first, tl.where(index >= length - kernel, length - 1, tl.minimum(last, length - 1))
+
+
+@triton.jit
+def unravel(n, H: tl.constexpr, W: tl.constexpr):
+    """Position ``n`` of a box ``[., H, W]`` as ``t, h, w``."""
+    return n // (H * W), n // W % H, n % W
+
+
+@triton.jit
+def spatial_tile(i_tile, length, dilation, tiles, TILE: tl.constexpr):
+    """Batch, residue class, class length and first class index of tile ``i_tile``; on an axis classes vary fastest."""
+    i_w = i_tile % tiles[2]
+    i_h = i_tile // tiles[2] % tiles[1]
+    i_t = i_tile // (tiles[2] * tiles[1]) % tiles[0]
+    i_batch = (i_tile // (tiles[2] * tiles[1] * tiles[0])).to(tl.int64)
+    residue = (i_t % dilation[0], i_h % dilation[1], i_w % dilation[2])
+    count = (
+        (length[0] - residue[0] + dilation[0] - 1) // dilation[0],
+        (length[1] - residue[1] + dilation[1] - 1) // dilation[1],
+        (length[2] - residue[2] + dilation[2] - 1) // dilation[2],
+    )
+    origin = (i_t // dilation[0] * TILE[0], i_h // dilation[1] * TILE[1], i_w // dilation[2] * TILE[2])
+    return i_batch, residue, count, origin
+
+
+@triton.jit
+def is_empty(origin, count):
+    """Residue classes differ in length by one: the last tile of a short class may hold nothing."""
+    return (origin[0] >= count[0]) | (origin[1] >= count[1]) | (origin[2] >= count[2])
+
+
+@triton.jit
+def inside_axes(index, count):
+    return (index[0] < count[0]) & (index[1] < count[1]) & (index[2] < count[2])
+
+
+@triton.jit
+def steps_over(lo, hi, CHUNK: tl.constexpr):
+    """Chunks per axis that cover the box ``[lo, hi]``; an axis without keys has no step."""
+    t = tl.maximum(hi[0] - lo[0] + CHUNK[0], 0) // CHUNK[0]
+    h = tl.maximum(hi[1] - lo[1] + CHUNK[1], 0) // CHUNK[1]
+    w = tl.maximum(hi[2] - lo[2] + CHUNK[2], 0) // CHUNK[2]
+    return t, h, w
+
+
+@triton.jit
+def next_chunk(corner, lo, hi, CHUNK: tl.constexpr, RANK: tl.constexpr):
+    """Class index of the chunk after ``corner``, rows of chunks first: carried along, as divisions cost more."""
+    t, h, w = corner
+    w += CHUNK[2]
+    if RANK > 1:
+        wraps = w > hi[2]
+        w = tl.where(wraps, lo[2], w)
+        h += tl.where(wraps, CHUNK[1], 0)
+        if RANK > 2:
+            wraps = h > hi[1]
+            h = tl.where(wraps, lo[1], h)
+            t += tl.where(wraps, CHUNK[0], 0)
+    return t, h, w
+
+
+@triton.jit
+def corner_offset(corner, residue, dilation, strides, RANK: tl.constexpr, WIDE: tl.constexpr):
+    """Element offset of class index ``corner``, a scalar; 64-bit only if ``WIDE``."""
+    t, h, w = (
+        residue[0] + corner[0] * dilation[0],
+        residue[1] + corner[1] * dilation[1],
+        residue[2] + corner[2] * dilation[2],
+    )
+    if WIDE:
+        t, h, w = t.to(tl.int64), h.to(tl.int64), w.to(tl.int64)
+    o = w * strides[3]
+    if RANK > 1:
+        o += h * strides[2]
+    if RANK > 2:
+        o += t * strides[1]
+    return o
+
+
+@triton.jit
+def inner_offsets(inner, dilation, strides, RANK: tl.constexpr, WIDE: tl.constexpr):
+    """Element offsets inside a chunk: the same for every chunk; 64-bit only if ``WIDE``."""
+    t, h, w = inner
+    if WIDE:
+        t, h, w = t.to(tl.int64), h.to(tl.int64), w.to(tl.int64)
+    o = w * dilation[2] * strides[3]
+    if RANK > 1:
+        o += h * dilation[1] * strides[2]
+    if RANK > 2:
+        o += t * dilation[0] * strides[1]
+    return o
+
+
+@triton.jit
+def inside_box(inner, corner, hi, RANK: tl.constexpr):
+    """Positions ``inner`` of the chunk at ``corner`` up to ``hi``: the rest is not loaded."""
+    m = inner[2] <= hi[2] - corner[2]
+    if RANK > 1:
+        m = m & (inner[1] <= hi[1] - corner[1])
+    if RANK > 2:
+        m = m & (inner[0] <= hi[0] - corner[0])
+    return m
+
+
+@triton.jit
+def inner_indices(BOX: tl.constexpr):
+    """Positions ``t, h, w`` of a box."""
+    return unravel(tl.arange(0, BOX[0] * BOX[1] * BOX[2]), BOX[1], BOX[2])
+
+
+@triton.jit
+def shifted(inner, corner):
+    return inner[0] + corner[0], inner[1] + corner[1], inner[2] + corner[2]
+
+
+@triton.jit
+def tokens_of(index, residue, count, dilation):
+    """Tokens ``t, h, w`` in int64, clamped to the class so that loads past its end stay inside the tensor."""
+    t = (residue[0] + tl.minimum(index[0], count[0] - 1) * dilation[0]).to(tl.int64)
+    h = (residue[1] + tl.minimum(index[1], count[1] - 1) * dilation[1]).to(tl.int64)
+    w = (residue[2] + tl.minimum(index[2], count[2] - 1) * dilation[2]).to(tl.int64)
+    return t, h, w
+
+
+@triton.jit
+def token_offset(token, strides):
+    return token[0] * strides[1] + token[1] * strides[2] + token[2] * strides[3]
+
+
+@triton.jit
+def windows_of(index, count, kernel, stride, CAUSAL: tl.constexpr):
+    """Boxes ``lo, hi`` of keys seen by the queries at ``index``; indices past the class count as its last."""
+    lo_t, hi_t = window_bounds(tl.minimum(index[0], count[0] - 1), count[0], kernel[0], stride[0], CAUSAL[0])
+    lo_h, hi_h = window_bounds(tl.minimum(index[1], count[1] - 1), count[1], kernel[1], stride[1], CAUSAL[1])
+    lo_w, hi_w = window_bounds(tl.minimum(index[2], count[2] - 1), count[2], kernel[2], stride[2], CAUSAL[2])
+    return (lo_t, lo_h, lo_w), (hi_t, hi_h, hi_w)
+
+
+@triton.jit
+def queries_of(index, count, kernel, stride, CAUSAL: tl.constexpr):
+    """Boxes ``lo, hi`` of queries that see the keys at ``index``: the inverse of ``windows_of``."""
+    lo_t, hi_t = query_bounds(tl.minimum(index[0], count[0] - 1), count[0], kernel[0], stride[0], CAUSAL[0])
+    lo_h, hi_h = query_bounds(tl.minimum(index[1], count[1] - 1), count[1], kernel[1], stride[1], CAUSAL[1])
+    lo_w, hi_w = query_bounds(tl.minimum(index[2], count[2] - 1), count[2], kernel[2], stride[2], CAUSAL[2])
+    return (lo_t, lo_h, lo_w), (hi_t, hi_h, hi_w)
+
+
+@triton.jit
+def last_of(origin, TILE: tl.constexpr):
+    return origin[0] + TILE[0] - 1, origin[1] + TILE[1] - 1, origin[2] + TILE[2] - 1
+
+
+@triton.jit
+def union_of_windows(origin, count, kernel, stride, CAUSAL: tl.constexpr, TILE: tl.constexpr):
+    """Boxes ``lo, hi`` of keys that some query of a tile sees, and ``inner_lo, inner_hi`` that all of them see.
+
+    Both ends of a window never decrease with the query, so the tile's first and last query tell.
+    """
+    lo, inner_hi = windows_of(origin, count, kernel, stride, CAUSAL)
+    inner_lo, hi = windows_of(last_of(origin, TILE), count, kernel, stride, CAUSAL)
+    return lo, hi, inner_lo, inner_hi
+
+
+@triton.jit
+def union_of_queries(origin, count, kernel, stride, CAUSAL: tl.constexpr, TILE: tl.constexpr):
+    """The same for a tile of keys and the queries that see them."""
+    lo, inner_hi = queries_of(origin, count, kernel, stride, CAUSAL)
+    inner_lo, hi = queries_of(last_of(origin, TILE), count, kernel, stride, CAUSAL)
+    return lo, hi, inner_lo, inner_hi
+
+
+@triton.jit
+def between(row_lo, row_hi, col):
+    """``[M, N]``: ``row_lo <= col <= row_hi`` as one subtraction and one unsigned comparison; false if lo > hi."""
+    return (col[None, :] - row_lo[:, None]).to(tl.uint32) < tl.maximum(row_hi - row_lo + 1, 0)[:, None].to(tl.uint32)
+
+
+@triton.jit
+def visibility(row_lo, row_hi, corner, inner, RANK: tl.constexpr):
+    """``[M, N]``: columns ``inner`` of the chunk at ``corner`` inside the rows' boxes. Missing axes have length 1."""
+    b_visible = between(row_lo[2] - corner[2], row_hi[2] - corner[2], inner[2])
+    if RANK > 1:
+        b_visible = b_visible & between(row_lo[1] - corner[1], row_hi[1] - corner[1], inner[1])
+    if RANK > 2:
+        b_visible = b_visible & between(row_lo[0] - corner[0], row_hi[0] - corner[0], inner[0])
+    return b_visible
+
+
+@triton.jit
+def hidden(row_lo, row_hi, corner, inner, RANK: tl.constexpr):
+    """``[M, N]``: the mask of ``visibility`` as 0 and -inf, summed over axes."""
+    b_hidden = tl.where(between(row_lo[2] - corner[2], row_hi[2] - corner[2], inner[2]), 0.0, float("-inf"))
+    if RANK > 1:
+        b_hidden += tl.where(between(row_lo[1] - corner[1], row_hi[1] - corner[1], inner[1]), 0.0, float("-inf"))
+    if RANK > 2:
+        b_hidden += tl.where(between(row_lo[0] - corner[0], row_hi[0] - corner[0], inner[0]), 0.0, float("-inf"))
+    return b_hidden
+
+
+@triton.jit
+def masked_product(
+    b_rows, b_columns, row_lo, row_hi, corner, inner, inner_lo, inner_hi, score_scale,
+    CHUNK: tl.constexpr, RANK: tl.constexpr, MASK: tl.constexpr, SCALE_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Scores ``[M, N]`` of a chunk, -inf where hidden; times ``score_scale`` if ``SCALE_FIRST``, else bare products.
+
+    ``MASK`` says how: "add" makes the mask what the product accumulates onto, half the instructions of a selection per
+    axis; "border" selects, and only in chunks that are not inside every box; "select" keeps NaN out of hidden scores.
+    """
+    if MASK == "add":
+        b_hidden = hidden(row_lo, row_hi, corner, inner, RANK)
+        b_s = tl.dot(b_rows, tl.trans(b_columns), b_hidden, input_precision=PRECISION)
+    else:
+        b_s = tl.dot(b_rows, tl.trans(b_columns), input_precision=PRECISION)
+        if SCALE_FIRST:
+            b_s = b_s * score_scale
+        if MASK == "select" or not chunk_inside(corner, inner_lo, inner_hi, CHUNK):
+            b_s = tl.where(visibility(row_lo, row_hi, corner, inner, RANK), b_s, float("-inf"))
+    return b_s
+
+
+@triton.jit
+def chunk_inside(origin, inner_lo, inner_hi, CHUNK: tl.constexpr):
+    """Whether every query of the tile sees every key of the chunk at ``origin``: then it needs no mask."""
+    t = (origin[0] >= inner_lo[0]) & (origin[0] + CHUNK[0] - 1 <= inner_hi[0])
+    h = (origin[1] >= inner_lo[1]) & (origin[1] + CHUNK[1] - 1 <= inner_hi[1])
+    w = (origin[2] >= inner_lo[2]) & (origin[2] + CHUNK[2] - 1 <= inner_hi[2])
+    return t & h & w
+
+
+@triton.jit
+def contiguous_row(i_batch, token, length):
+    """Row of ``token`` in a contiguous ``[B, T, H, W]``."""
+    return ((i_batch * length[0] + token[0]) * length[1] + token[1]) * length[2] + token[2]
+
+
+@triton.jit
+def contiguous_strides(length, heads, WIDE: tl.constexpr):
+    """``(batch, t, h, w)`` strides of a contiguous ``[B, T, H, W, heads]``; only the batch's is always 64-bit."""
+    w = heads
+    if WIDE:
+        w = w.to(tl.int64)
+    t = w * length[1] * length[2]
+    return t.to(tl.int64) * length[0], t, w * length[2], w
+
+
+@triton.jit
+def load_rows(pointer, o_rows, m_rows, D: tl.constexpr, BD: tl.constexpr):
+    """``[rows, BD]`` at element offsets ``o_rows``; zero where masked (None: nothing is) and from column ``D`` on."""
+    col = tl.arange(0, BD)
+    p_tile = pointer + o_rows[:, None] + col[None, :]
+    if m_rows is None:
+        b_tile = tl.load(p_tile) if BD == D else tl.load(p_tile, mask=(col < D)[None, :], other=0.0)
+    elif BD == D:
+        b_tile = tl.load(p_tile, mask=m_rows[:, None], other=0.0)
+    else:
+        b_tile = tl.load(p_tile, mask=m_rows[:, None] & (col < D)[None, :], other=0.0)
+    return b_tile
+
+
+@triton.jit
+def store_rows(pointer, o_rows, m_rows, b_tile, D: tl.constexpr, BD: tl.constexpr):
+    col = tl.arange(0, BD)
+    mask = m_rows[:, None]
+    if BD != D:
+        mask = mask & (col < D)[None, :]
+    tl.store(pointer + o_rows[:, None] + col[None, :], b_tile.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def softmax_step(b_acc, row_m, row_l, b_s, b_v, b_visible, factor, CLEAN: tl.constexpr, PRECISION: tl.constexpr):
+    """Fold the masked scores ``b_s [M, N]`` and values ``b_v [N, D]`` into the state; ``factor >= 0`` to base-2 logits.
+
+    ``CLEAN`` contains values that are not finite: a weight of zero times NaN is NaN, so such values count as zero for
+    the queries that do not see them and as NaN for those that do.
+    """
+    row_m_new = tl.maximum(row_m, tl.max(b_s, 1) * factor)
+    row_alpha = tl.exp2(row_m - row_m_new)
+    b_p = tl.exp2(b_s * factor - row_m_new[:, None])
+    row_l = row_l * row_alpha + tl.sum(b_p, 1)
+    b_acc = b_acc * row_alpha[:, None]
+    if CLEAN:
+        b_finite = tl.abs(b_v.to(tl.float32)) < float("inf")
+        b_heard = tl.dot(b_visible.to(b_v.dtype), tl.where(b_finite, 0.0, 1.0).to(b_v.dtype))
+        b_acc = tl.where(b_heard > 0, float("nan"), b_acc)
+        b_v = tl.where(b_finite, b_v, 0.0)
+    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
+    return b_acc, row_m_new, row_l

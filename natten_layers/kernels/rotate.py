@@ -1,0 +1,369 @@
+"""Normalisation and rotary embedding of query and key heads: one launch forward, one backward, and their launchers.
+
+Both are bound by memory: a head is read once where it lies, in fp32 from there on, and written once. Angles come from
+positions and frequencies, as a table of them would be as large as the heads; a program computes those of its tokens
+once and uses them for all that shares them: images of a batch, or heads with equal frequencies.
+
+Legend as in ``primitives.py``. A head is handled in four parts of one layout: ``PAIRS`` elements, the ``PAIRS`` next
+that they turn with, and two halves of the ``REST`` that does not turn; ``BP`` is the larger size padded to a power of
+two. ``outer`` and ``item`` are the axes of batch and head, in the order in which a program has one ``outer`` and a run
+of ``items``.
+"""
+
+# pyright: reportGeneralTypeIssues=false
+# A call of one jit function from another is typed as one from the host, which never returns.
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs import next_power_of_2
+
+ELEMENTS = 4096  # of a tile of tokens: four 16-byte loads a thread in half precision
+PROGRAMS = 8192  # enough to fill any device several times; beyond that a program takes more items
+
+
+@triton.jit
+def load_parts(X, o_row, m_row, PAIRS: tl.constexpr, REST: tl.constexpr, BP: tl.constexpr):
+    """The parts of rows that start at ``o_row [T, 1]``, each ``[T, BP]`` in fp32."""
+    HALF: tl.constexpr = REST // 2
+    p = tl.arange(0, BP)[None, :]
+    m_pairs, m_rest = m_row & (p < PAIRS), m_row & (p < HALF)
+    b_first = tl.load(X + (o_row + p), mask=m_pairs, other=0.0).to(tl.float32)
+    b_second = tl.load(X + (o_row + p + PAIRS), mask=m_pairs, other=0.0).to(tl.float32)
+    b_third = tl.load(X + (o_row + p + 2 * PAIRS), mask=m_rest, other=0.0).to(tl.float32)
+    b_fourth = tl.load(X + (o_row + p + (2 * PAIRS + HALF)), mask=m_rest, other=0.0).to(tl.float32)
+    return b_first, b_second, b_third, b_fourth
+
+
+@triton.jit
+def store_parts(X, o_row, m_row, parts, PAIRS: tl.constexpr, REST: tl.constexpr, BP: tl.constexpr):
+    HALF: tl.constexpr = REST // 2
+    p = tl.arange(0, BP)[None, :]
+    m_pairs, m_rest = m_row & (p < PAIRS), m_row & (p < HALF)
+    if PAIRS > 0:
+        tl.store(X + (o_row + p), parts[0], mask=m_pairs)
+        tl.store(X + (o_row + p + PAIRS), parts[1], mask=m_pairs)
+    if REST > 0:
+        tl.store(X + (o_row + p + 2 * PAIRS), parts[2], mask=m_rest)
+        tl.store(X + (o_row + p + (2 * PAIRS + HALF)), parts[3], mask=m_rest)
+
+
+@triton.jit
+def times(a, b):
+    return a[0] * b[0], a[1] * b[1], a[2] * b[2], a[3] * b[3]
+
+
+@triton.jit
+def plus(a, b):
+    return a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3]
+
+
+@triton.jit
+def scaled(a, b):
+    return a[0] * b, a[1] * b, a[2] * b, a[3] * b
+
+
+@triton.jit
+def product(a, b):
+    """``[T, 1]`` scalar products of rows."""
+    return tl.sum(a[0] * b[0] + a[1] * b[1] + a[2] * b[2] + a[3] * b[3], 1, keep_dims=True)
+
+
+@triton.jit
+def column_sums(a):
+    """Parts of ``[1, BP]``"""
+    return (
+        tl.sum(a[0], 0, keep_dims=True),
+        tl.sum(a[1], 0, keep_dims=True),
+        tl.sum(a[2], 0, keep_dims=True),
+        tl.sum(a[3], 0, keep_dims=True),
+    )
+
+
+@triton.jit
+def inverse_norm(x, eps, D: tl.constexpr, NORM: tl.constexpr):
+    """``[T, 1]``"""
+    square = product(x, x)
+    return tl.rsqrt((square / D if NORM == "rms" else square) + eps)
+
+
+@triton.jit
+def cos_sin(angle):
+    """Both in fp32, true to about two roundings for angles up to millions of radians.
+
+    The library functions have a branch for huge angles, whose tables cost more registers than all else here. Reduction
+    by quarter turns in fp64 instead; polynomials for |r| <= pi / 4 from Moshier's Cephes library.
+    """
+    quarter = tl.floor(angle * 0.6366197723675814 + 0.5)
+    r = (angle.to(tl.float64) - quarter.to(tl.float64) * 1.5707963267948966).to(tl.float32)
+    r2 = r * r
+    sin = r + r * r2 * (-1.6666654611e-1 + r2 * (8.3321608736e-3 - r2 * 1.9515295891e-4))
+    cos = 1.0 - 0.5 * r2 + r2 * r2 * (4.166664568298827e-2 + r2 * (-1.388731625493765e-3 + r2 * 2.443315711809948e-5))
+    turn = quarter.to(tl.int32)
+    odd = (turn & 1) == 1
+    a, b = tl.where(odd, sin, cos), tl.where(odd, cos, sin)
+    return tl.where(((turn + 1) & 2) == 2, -a, a), tl.where((turn & 2) == 2, -b, b)
+
+
+@triton.jit
+def rotation_of(
+    Positions, Freqs, o_token, m_token, i_freq, factor,
+    AXES: tl.constexpr, PAIRS: tl.constexpr, T: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    """cos and sin ``[T, BP]`` of the angles ``positions[token, axis] * freqs[i_freq, j]``, ``j`` running fastest."""
+    if PAIRS == 0:
+        cos, sin = tl.full([T, BP], 1.0, tl.float32), tl.zeros([T, BP], tl.float32)
+    else:
+        N: tl.constexpr = PAIRS // AXES
+        p = tl.arange(0, BP)[None, :]
+        m_pairs = p < PAIRS
+        b_position = tl.load(Positions + o_token * AXES + p // N, mask=m_token & m_pairs, other=0).to(tl.float32)
+        cos, sin = cos_sin(b_position * tl.load(Freqs + i_freq * N + p % N, mask=m_pairs, other=0.0))
+        cos, sin = cos * factor, sin * factor
+    return cos, sin
+
+
+@triton.jit
+def program_share(tokens, outers, items, run, T: tl.constexpr):
+    """Tile of tokens and run of items of this program.
+
+    ``outer`` varies fastest, as heads of a token lie side by side; blocks are pairs of a run and a tile.
+    """
+    i_block = (tl.program_id(0) // outers).to(tl.int64)
+    tiles = tl.cdiv(tokens, T)
+    i_tile = i_block % tiles
+    o_token = i_tile * T + tl.arange(0, T)[:, None]
+    first = i_block // tiles * run
+    return i_tile, i_block, o_token, o_token < tokens, first, tl.minimum(run, items - first).to(tl.int32)
+
+
+@triton.jit
+def element_gains(Gain, PAIRS: tl.constexpr, REST: tl.constexpr, BP: tl.constexpr):
+    """Those of an RMS norm, parts of ``[1, BP]``."""
+    row = tl.zeros([1, 1], tl.int32)
+    return load_parts(Gain, row, row == 0, PAIRS, REST, BP)
+
+
+@triton.jit
+def turn_tile(
+    X, Out, Gain, Positions, Freqs, x_strides, out_strides,
+    i_outer, tokens, outers, items, run, group, factor, eps,
+    AXES: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, BP: tl.constexpr, T: tl.constexpr,
+    NORM: tl.constexpr, BY_HEAD: tl.constexpr,
+):  # fmt: skip
+    _, _, o_token, m_token, i_item, count = program_share(tokens, outers, items, run, T)
+    i_freq = i_outer // group if BY_HEAD else 0
+    cos, sin = rotation_of(Positions, Freqs, o_token, m_token, i_freq, factor, AXES, PAIRS, T, BP)
+    if NORM == "rms":
+        gains = element_gains(Gain, PAIRS, REST, BP)
+    X += i_outer * x_strides[0]
+    Out += i_outer * out_strides[0]
+    for _ in tl.range(0, count, num_stages=1):
+        x = load_parts(X, o_token * x_strides[1] + i_item * x_strides[2], m_token, PAIRS, REST, BP)
+        if NORM != "none":
+            b_scale = inverse_norm(x, eps, 2 * PAIRS + REST, NORM)
+            if NORM == "rms":
+                x = times(x, gains)
+            elif Gain is not None:
+                b_scale *= tl.load(Gain + (i_outer if BY_HEAD else i_item)).to(tl.float32)
+            x = scaled(x, b_scale)
+        x = (x[0] * cos - x[1] * sin, x[1] * cos + x[0] * sin, x[2], x[3])
+        store_parts(Out, o_token * out_strides[1] + i_item * out_strides[2], m_token, x, PAIRS, REST, BP)
+        i_item += 1
+
+
+@triton.jit
+def turn_back_tile(
+    X, Grad, GradX, Partial, Gain, Positions, Freqs, x_strides, grad_strides, out_strides,
+    i_outer, tokens, outers, own_outers, items, run, group, factor, eps,
+    AXES: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, BP: tl.constexpr, T: tl.constexpr,
+    NORM: tl.constexpr, BY_HEAD: tl.constexpr,
+):  # fmt: skip
+    """Gradient of ``turn_tile``: turn the gradient back to ``u``, then with ``n = x * scale`` and ``h = u * gain``
+    ``dgain = sum u * n`` and ``dx = scale * (h - n * (h . n))``, the product a mean for RMS norms.
+
+    Gains get partial sums, which the caller adds in a fixed order: cosine ``[tiles, outer, item]``, RMS ``[blocks,
+    outer, D]`` with one row a program.
+    """
+    D: tl.constexpr = 2 * PAIRS + REST
+    i_tile, i_block, o_token, m_token, i_item, count = program_share(tokens, outers, items, run, T)
+    i_freq = i_outer // group if BY_HEAD else 0
+    cos, sin = rotation_of(Positions, Freqs, o_token, m_token, i_freq, factor, AXES, PAIRS, T, BP)
+    if NORM == "rms":
+        gains = element_gains(Gain, PAIRS, REST, BP)
+        zeros = tl.zeros([T, BP], tl.float32)
+        sums = (zeros, zeros, zeros, zeros)
+    X += i_outer * x_strides[0]
+    Grad += i_outer * grad_strides[0]
+    GradX += i_outer * out_strides[0]
+    for _ in tl.range(0, count, num_stages=1):
+        d = load_parts(Grad, o_token * grad_strides[1] + i_item * grad_strides[2], m_token, PAIRS, REST, BP)
+        u = (d[0] * cos + d[1] * sin, d[1] * cos - d[0] * sin, d[2], d[3])
+        if NORM != "none":
+            x = load_parts(X, o_token * x_strides[1] + i_item * x_strides[2], m_token, PAIRS, REST, BP)
+            b_scale = inverse_norm(x, eps, D, NORM)
+            n = scaled(x, b_scale)
+            if NORM == "rms":
+                sums = plus(sums, times(u, n))
+                u = times(u, gains)
+                b_along = product(u, n) / D
+            else:
+                b_along = product(u, n)
+                if Gain is not None:
+                    o_partial = (i_tile * own_outers + i_outer) * items + i_item
+                    tl.store(Partial + o_partial, tl.sum(tl.where(m_token, b_along, 0.0)))
+                    b_scale *= tl.load(Gain + (i_outer if BY_HEAD else i_item)).to(tl.float32)
+            u = scaled(plus(u, scaled(n, -b_along)), b_scale)
+        store_parts(GradX, o_token * out_strides[1] + i_item * out_strides[2], m_token, u, PAIRS, REST, BP)
+        i_item += 1
+    if NORM == "rms":
+        row = tl.zeros([1, 1], tl.int64) + (i_block * own_outers + i_outer) * D
+        store_parts(Partial, row, row >= 0, column_sums(sums), PAIRS, REST, BP)
+
+
+@triton.jit
+def rotate_kernel(
+    Q, K, OutQ, OutK, GainQ, GainK, Positions, Freqs, q_strides, k_strides, outq_strides, outk_strides,
+    tokens, outers, items, group, run, factor, eps,
+    AXES: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, BP: tl.constexpr, T: tl.constexpr,
+    NORM: tl.constexpr, BY_HEAD: tl.constexpr,
+):  # fmt: skip
+    """Tensors are ``[outer, token, item, D]`` with contiguous last axes.
+
+    ``outers``, ``items``: of q and of k; ``group``: how many outers of each share a row of ``Freqs``.
+    """
+    total = outers[0] + outers[1]
+    i_outer = (tl.program_id(0) % total).to(tl.int64)
+    if i_outer < outers[0]:
+        turn_tile(
+            Q, OutQ, GainQ, Positions, Freqs, q_strides, outq_strides,
+            i_outer, tokens, total, items[0], run, group[0], factor, eps,
+            AXES, PAIRS, REST, BP, T, NORM, BY_HEAD,
+        )  # fmt: skip
+    else:
+        turn_tile(
+            K, OutK, GainK, Positions, Freqs, k_strides, outk_strides,
+            i_outer - outers[0], tokens, total, items[1], run, group[1], factor, eps,
+            AXES, PAIRS, REST, BP, T, NORM, BY_HEAD,
+        )  # fmt: skip
+
+
+@triton.jit
+def rotate_backward_kernel(
+    Q, K, DOutQ, DOutK, DQ, DK, PartialQ, PartialK, GainQ, GainK, Positions, Freqs,
+    q_strides, k_strides, doutq_strides, doutk_strides, dq_strides, dk_strides,
+    tokens, outers, items, group, run, factor, eps,
+    AXES: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, BP: tl.constexpr, T: tl.constexpr,
+    NORM: tl.constexpr, BY_HEAD: tl.constexpr,
+):  # fmt: skip
+    """Takes what ``rotate_kernel`` takes, gradients of its results, and gives gradients and sums for those of gains."""
+    total = outers[0] + outers[1]
+    i_outer = (tl.program_id(0) % total).to(tl.int64)
+    if i_outer < outers[0]:
+        turn_back_tile(
+            Q, DOutQ, DQ, PartialQ, GainQ, Positions, Freqs, q_strides, doutq_strides, dq_strides,
+            i_outer, tokens, total, outers[0], items[0], run, group[0], factor, eps,
+            AXES, PAIRS, REST, BP, T, NORM, BY_HEAD,
+        )  # fmt: skip
+    else:
+        turn_back_tile(
+            K, DOutK, DK, PartialK, GainK, Positions, Freqs, k_strides, doutk_strides, dk_strides,
+            i_outer - outers[0], tokens, total, outers[1], items[1], run, group[1], factor, eps,
+            AXES, PAIRS, REST, BP, T, NORM, BY_HEAD,
+        )  # fmt: skip
+
+
+class Rotation(NamedTuple):
+    """What is done to ``query [B, *spatial, Hq, D]`` and ``key [B, *spatial, Hkv, D]``; the operators' arguments."""
+
+    query: Tensor
+    key: Tensor
+    query_gain: Tensor | None  # cosine: [Hq] or None; rms: [D]
+    key_gain: Tensor | None  # cosine: [Hkv] or None; rms: [D]
+    positions: Tensor | None  # [B or 1, *spatial, axes]
+    freqs: Tensor | None  # [heads that differ, n], fp32
+    factor: float
+    norm: str  # "none", "cosine" or "rms"
+    eps: float
+
+    @property
+    def by_head(self) -> bool:
+        """Angles differ by head: a program then takes images that share them; otherwise it takes heads."""
+        return self.freqs is not None and len(self.freqs) > 1
+
+    def view(self, x: Tensor) -> Tensor:
+        """``[outer, token, item, D]``: a copy only where spatial axes do not merge, never of a projection's output."""
+        x = x.flatten(1, -3)
+        if self.positions is not None and self.positions.shape[0] > 1:
+            x = x.flatten(0, 1)[None]
+        return x.transpose(0, 2) if self.by_head else x
+
+    def launch(self, kernel: Any, tensors: Sequence[Tensor], partials: Sequence[Tensor | None] = ()) -> None:
+        """Call ``kernel`` on viewed ``tensors``, of which the first two are query and key."""
+        query, key = tensors[:2]
+        axes = 1 if self.positions is None else self.positions.shape[-1]
+        pairs = 0 if self.freqs is None else axes * self.freqs.shape[1]
+        rest = query.shape[3] - 2 * pairs
+        tiles, runs, run = blocks(query, key)
+        outers = len(query), len(key)
+        kernel[(sum(outers) * tiles * runs,)](
+            *tensors, *partials, self.query_gain, self.key_gain, self.positions, self.freqs,
+            *(t.stride()[:3] for t in tensors),
+            query.shape[1], outers, (query.shape[2], key.shape[2]),
+            tuple(n // len(self.freqs) if self.by_head and self.freqs is not None else 1 for n in outers),
+            run, self.factor, self.eps,
+            AXES=axes, PAIRS=pairs, REST=rest, BP=next_power_of_2(max(pairs, rest // 2)),
+            T=tile_size(query.shape[3]), NORM=self.norm, BY_HEAD=self.by_head, num_warps=4,
+        )  # fmt: skip
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def tile_size(head_dim: int) -> int:
+    return min(128, ELEMENTS // next_power_of_2(head_dim))
+
+
+def blocks(query: Tensor, key: Tensor) -> tuple[int, int, int]:
+    """Of viewed tensors: tiles of tokens, runs of items, and the items of a run."""
+    tiles = _ceil(query.shape[1], tile_size(query.shape[3]))
+    items = max(query.shape[2], key.shape[2])
+    run = _ceil(items, _ceil(PROGRAMS, tiles * (len(query) + len(key))))
+    return tiles, _ceil(items, run), run
+
+
+def rotate(rotation: Rotation) -> tuple[Tensor, Tensor]:
+    """Query and key normalised and rotated, contiguous."""
+    inputs = rotation.query, rotation.key
+    out_query, out_key = (x.new_empty(x.shape) for x in inputs)
+    rotation.launch(rotate_kernel, [rotation.view(x) for x in (*inputs, out_query, out_key)])
+    return out_query, out_key
+
+
+def rotate_backward(
+    rotation: Rotation, grad_query: Tensor, grad_key: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of query and key, contiguous, and of the gains."""
+    inputs, gains = (rotation.query, rotation.key), (rotation.query_gain, rotation.key_gain)
+    d_query, d_key = (x.new_empty(x.shape) for x in inputs)
+    views = [rotation.view(x) for x in (*inputs, grad_query, grad_key, d_query, d_key)]
+    tiles, runs, _ = blocks(*views[:2])
+    partials: list[Tensor | None] = []
+    for gain, view in zip(gains, views[:2], strict=True):
+        outers, _, items, head_dim = view.shape
+        shape = (tiles * runs, outers, head_dim) if rotation.norm == "rms" else (tiles, outers, items)
+        partials.append(None if gain is None else view.new_empty(shape, dtype=torch.float32))
+    rotation.launch(rotate_backward_kernel, views, partials)
+    # All but the elements of a head are summed for an RMS norm, all but the heads for cosines.
+    summed = (0, 2) if rotation.norm == "cosine" and rotation.by_head else (0, 1)
+    d_gains = [
+        None if gain is None or sums is None else sums.sum(summed).to(gain.dtype)
+        for gain, sums in zip(gains, partials, strict=True)
+    ]
+    return d_query, d_key, d_gains[0], d_gains[1]

@@ -1,0 +1,268 @@
+"""What torch does with the operators beside calling them: compile, export, check, count and transform them.
+
+The kernels run under Triton's interpreter where there is no GPU, as in ``test_fused.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import CASES, Case, error, make_inputs, raises_naming
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.flop_counter import FlopCounterMode
+
+from natten_layers import NeighborhoodGQA, neighborhood_attention
+from natten_layers.functional import Impl
+from natten_layers.geometry import make_window, visible_pairs, window_mask
+
+pytest.importorskip("triton")
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+pytestmark = [pytest.mark.gpu] if ON_GPU else []
+
+EVERYTHING = Case("all", (4, 5), 3, 1, 1, (True, False), heads=4, kv_heads=2, registers=3, sink="learned")
+IMPLS: tuple[Impl, ...] = ("fused", "eager")
+PLAIN = Case("plain", (9,), 3, heads=2, kv_heads=1)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> None:
+    torch._dynamo.reset()
+
+
+def attend(case: Case, *, return_lse: bool = True, impl: Impl = "fused") -> Callable[..., tuple[Tensor, ...]]:
+    """The operation as a function of the case's inputs, in their order."""
+
+    def call(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        additional_keys: Tensor | None = None,
+        additional_values: Tensor | None = None,
+        sink: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        results = neighborhood_attention(
+            query, key, value, case.kernel_size, is_causal=case.is_causal, additional_keys=additional_keys,
+            additional_values=additional_values, sink=sink, return_lse=return_lse, impl=impl,
+        )  # fmt: skip
+        return results if isinstance(results, tuple) else (results,)
+
+    return call
+
+
+def with_grads(function: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    outputs = function(*inputs)
+    return *outputs, *torch.autograd.grad([t.square().sum() for t in outputs], inputs)
+
+
+def operator_arguments(case: Case) -> tuple[object, ...]:
+    """Arguments of ``natten_layers::forward`` up to the scale."""
+    inputs = make_inputs(case, DEVICE)
+    names = ("query", "key", "value", "additional_keys", "additional_values", "sink")
+    causal = case.is_causal if isinstance(case.is_causal, tuple) else (case.is_causal,) * len(case.spatial)
+    ones = [1] * len(case.spatial)
+    tensors = tuple(inputs.get(name) for name in names)
+    return *tensors, None, [case.kernel_size] * len(ones), ones, ones, list(causal), 0.25
+
+
+@pytest.mark.parametrize("case", [EVERYTHING, Case("1d", (9,), 4, is_causal=True)], ids=str)
+def test_operators_keep_torchs_contract(case: Case) -> None:
+    """Schemas, fakes (shapes, strides, dtypes), autograd registration and tracing with dynamic shapes."""
+    arguments = operator_arguments(case)
+    for with_state in (True, False):
+        detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
+        torch.library.opcheck(torch.ops.natten_layers.forward.default, (*detached, with_state))
+    with raises_naming("neighborhood_attention", error=NotImplementedError):
+        torch.ops.natten_layers.forward(*arguments, True)
+    out, row_max, row_sum = torch.ops.natten_layers.forward(*detached, True)
+    for grad_lse in (None, torch.randn_like(row_max)):
+        state = (out, row_max, row_sum, torch.randn_like(out), grad_lse)
+        torch.library.opcheck(torch.ops.natten_layers.backward.default, (*detached, *state))
+
+
+def test_fakes_have_the_strides_of_results_for_views() -> None:
+    """Heads of one projection are not contiguous; outputs and gradients are."""
+    q, k, v = torch.randn(2, 6, 6, 8, 16, device=DEVICE).split((4, 2, 2), -2)
+    window = [3, 3], [1, 1], [1, 1], [False, False], 0.25
+    torch.library.opcheck(torch.ops.natten_layers.forward.default, (q, k, v, *(None,) * 4, *window, True))
+    state = torch.ops.natten_layers.forward(q, k, v, *(None,) * 4, *window, True)
+    arguments = (q, k, v, *(None,) * 4, *window, *state, torch.randn_like(state[0]), None)
+    torch.library.opcheck(torch.ops.natten_layers.backward.default, arguments)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiles_into_one_graph(backend: str) -> None:
+    inputs = tuple(make_inputs(EVERYTHING, DEVICE).values())
+    compiled = torch.compile(attend(EVERYTHING), fullgraph=True, backend=backend)
+    expected = with_grads(attend(EVERYTHING), inputs)
+    for actual, wanted in zip(with_grads(compiled, inputs), expected, strict=True):
+        assert error(actual, wanted) < 2e-6
+
+
+def test_a_changing_batch_compiles_at_most_twice() -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(attend(PLAIN), fullgraph=True, backend=counter)
+    for batch in (2, 3, 5):
+        inputs = tuple(make_inputs(replace(PLAIN, batch=batch), DEVICE).values())
+        for actual, wanted in zip(with_grads(compiled, inputs), with_grads(attend(PLAIN), inputs), strict=True):
+            assert torch.equal(actual, wanted)
+    assert counter.frame_count <= 2  # once for the first batch, once for any batch
+
+
+def make_layer() -> nn.Module:
+    torch.manual_seed(0)
+    return NeighborhoodGQA(32, 4, 3, num_kv_heads=2, num_registers=2, sink="learned", qk_norm="cosine").to(DEVICE)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_layer_compiles_on_a_gpu(dtype: torch.dtype) -> None:
+    layer = make_layer().to(dtype)
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    wide = make_layer().double()
+    for batch in (2, 3, 5):
+        x = torch.randn(batch, 8, 9, 32, device=DEVICE, dtype=dtype, requires_grad=True)
+        results = []
+        for function, tokens in ((wide, x.detach().double().requires_grad_()), (layer, x), (compiled, x)):
+            out = function(tokens)
+            results.append((out, torch.autograd.grad(out.square().sum(), tokens)[0]))
+        for wanted, plain, actual in zip(*results, strict=True):
+            assert error(actual, wanted) < max(2 * error(plain, wanted), 1e-5)
+    assert counter.frame_count <= 2
+
+
+def test_exports() -> None:
+    """The layer for inference, any batch; on a GPU the program holds the fused operator."""
+    layer = make_layer().eval().requires_grad_(False)
+    x = torch.randn(2, 6, 7, 32, device=DEVICE)
+    program = torch.export.export(layer, (x,), dynamic_shapes={"x": {0: torch.export.Dim.DYNAMIC}})
+    assert ("natten_layers.forward" in str(program.graph)) == ON_GPU
+    for batch in (2, 4):
+        x = torch.randn(batch, 6, 7, 32, device=DEVICE)
+        torch.testing.assert_close(program.module()(x), layer(x))
+
+
+def test_exports_the_fused_operator() -> None:
+    class Attend(nn.Module):
+        def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return attend(PLAIN, return_lse=False)(query, key, value)[0]
+
+    def draw(batch: int) -> tuple[Tensor, ...]:
+        return tuple(t.detach() for t in make_inputs(replace(PLAIN, batch=batch), DEVICE).values())
+
+    batch = {0: torch.export.Dim.DYNAMIC}
+    program = torch.export.export(Attend(), draw(2), dynamic_shapes=dict.fromkeys(("query", "key", "value"), batch))
+    assert "natten_layers.forward" in str(program.graph)
+    assert torch.equal(program.module()(*draw(3)), Attend()(*draw(3)))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_visible_pairs_counts_the_mask(case: Case) -> None:
+    window = make_window(case.spatial, case.kernel_size, case.stride, case.dilation, case.is_causal)
+    assert visible_pairs(case.spatial, window) == window_mask(case.spatial, window).sum()
+
+
+def test_flop_are_counted_by_visible_pairs() -> None:
+    case = replace(EVERYTHING, value_dim=24)
+    inputs = tuple(make_inputs(case, DEVICE).values())
+    with FlopCounterMode(display=False) as counter:
+        with_grads(attend(case), inputs)
+    counts = counter.get_flop_counts()["Global"]
+    window = make_window(case.spatial, 3, 1, 1, case.is_causal)
+    pairs = int(window_mask(case.spatial, window).sum()) + 20 * case.registers
+    forward = 2 * pairs * case.batch * case.heads * (16 + 24)
+    assert counts[torch.ops.natten_layers.forward] == forward
+    assert counts[torch.ops.natten_layers.backward] == 2.5 * forward
+
+
+def test_flop_are_counted_without_running() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+        q = torch.empty(1, 1000, 2, 64, device=DEVICE)
+        neighborhood_attention(q, q, q, 100, is_causal=True, impl="fused")
+    assert counter.get_total_flops() == 2 * (100 * 101 // 2 + 900 * 100) * 2 * (64 + 64)
+
+
+def largest_difference(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> float:
+    return max(error(x, y) for x, y in zip(a, b, strict=True))
+
+
+def per_sample(impl: Impl, sample: tuple[Tensor, ...], queries: Tensor) -> tuple[Tensor, ...]:
+    function = attend(EVERYTHING, impl=impl)
+    return torch.func.vmap(lambda q: function(q, *sample[1:]))(queries)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # one backward call a sample
+def test_vmap_folds_samples_into_the_batch() -> None:
+    sample = tuple(t.detach() for t in make_inputs(EVERYTHING, DEVICE).values())
+    queries = torch.stack([sample[0], -2 * sample[0], sample[0] + 1]).requires_grad_()
+    results = []
+    for impl in IMPLS:
+        with torch.no_grad():
+            outputs = per_sample(impl, sample, queries)
+        differentiable = per_sample(impl, sample, queries)
+        grads = torch.autograd.grad([t.square().sum() for t in differentiable], queries)
+        results.append((*outputs, *differentiable, *grads))
+    assert largest_difference(*results) < 3e-6
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # one backward call a sample
+def test_gradients_of_every_sample() -> None:
+    sample = tuple(t.detach() for t in make_inputs(EVERYTHING, DEVICE).values())
+    queries = torch.stack([sample[0], -2 * sample[0]])
+    results = []
+    for impl in IMPLS:
+        function = attend(EVERYTHING, impl=impl)
+
+        def loss(q: Tensor, k: Tensor, sink: Tensor, function: Callable[..., tuple[Tensor, ...]] = function) -> Tensor:
+            out, lse = function(q, k, *sample[2:5], sink)
+            return out.square().sum() + lse.sum()
+
+        results.append(
+            torch.func.vmap(torch.func.grad(loss, (0, 1, 2)), (0, None, None))(queries, sample[1], sample[5])
+        )
+    assert largest_difference(*results) < 3e-6
+
+
+def test_vmap_over_sinks_says_that_it_is_missing() -> None:
+    sample = tuple(t.detach() for t in make_inputs(EVERYTHING, DEVICE).values())
+    with raises_naming("vmap over sinks", 'impl="eager"', error=NotImplementedError):
+        torch.func.vmap(lambda sink: attend(EVERYTHING)(*sample[:5], sink))(torch.randn(3, 4, device=DEVICE))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo's look
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_forward_mode_says_that_it_is_missing(requires_grad: bool) -> None:
+    """Compiled or not: a derivative that is silently zero is worse than none."""
+    query, *rest = (t.detach().requires_grad_(requires_grad) for t in make_inputs(PLAIN, DEVICE).values())
+    tangent = torch.ones_like(query)
+
+    def of_query(q: Tensor) -> Tensor:
+        return attend(PLAIN, return_lse=False)(q, *rest)[0]
+
+    def derivative(q: Tensor, t: Tensor) -> Tensor:
+        return torch.func.jvp(of_query, (q,), (t,))[1]
+
+    with raises_naming("forward-mode", 'impl="eager"', error=NotImplementedError):
+        derivative(query, tangent)
+    with raises_naming("forward-mode", 'impl="eager"', error=NotImplementedError):
+        torch.compile(derivative, backend="aot_eager")(query, tangent)
+    with raises_naming("forward-mode", 'impl="eager"', error=NotImplementedError):
+        torch.func.jvp(torch.compile(of_query, backend="aot_eager"), (query,), (tangent,))
+
+
+def test_second_derivatives_of_torch_func_say_that_they_are_missing() -> None:
+    query, *rest = (t.detach() for t in make_inputs(PLAIN, DEVICE).values())
+
+    def slope(q: Tensor) -> Tensor:
+        return torch.func.grad(lambda x: attend(PLAIN, return_lse=False)(x, *rest)[0].square().sum())(q).square().sum()
+
+    with raises_naming("second derivatives", 'impl="eager"', error=NotImplementedError):
+        torch.func.grad(slope)(query)

@@ -1,0 +1,319 @@
+"""The decode kernel against the fp64 eager path: small sizes under Triton's interpreter, real ones too on a GPU."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from helpers import FLOOR, error, raises_naming
+from torch import Tensor
+
+from benchmarks import decode as benchmark
+from natten_layers import cached, cached_attention
+
+pytest.importorskip("triton")
+
+from natten_layers.kernels import decode
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+# One suite, two machines: interpreted where there is no GPU, compiled (and marked so) where there is one.
+pytestmark = [pytest.mark.gpu] if ON_GPU else []
+
+
+@dataclass(frozen=True)
+class Case:
+    """A cache of ``slots`` in which the last ``tokens`` of a text are the queries."""
+
+    name: str
+    slots: int
+    tokens: int = 1
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 16
+    value_dim: int = 16
+    window: int | None = None
+    registers: int = 0
+    sink: Literal["none", "zero", "learned"] = "none"
+    scale: float | None = None
+    batch: int = 2
+    fill: Literal["all", "half", "rolled", "shuffled"] = "all"
+    dtype: torch.dtype = torch.float32
+
+    def __str__(self) -> str:  # pytest's id
+        return self.name
+
+
+def make_arguments(case: Case) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(case.dtype).to(DEVICE)
+
+    slots = torch.arange(case.slots)
+    positions = {
+        "all": slots,
+        "half": torch.where(slots <= case.slots // 2, slots, -1),
+        "rolled": (slots + case.slots // 3) % case.slots + 5,
+        "shuffled": torch.randperm(case.slots, generator=generator) - 2,
+    }[case.fill]
+    key_positions = positions.repeat(case.batch, 1)
+    key_positions[-1, ::7] = -1  # holes in one sequence
+    query_positions = torch.arange(case.tokens)[None] + positions.max() - case.tokens + 1
+    arguments: dict[str, Any] = {
+        "query": draw(case.batch, case.tokens, case.heads, case.head_dim),
+        "key": draw(case.batch, case.slots, case.kv_heads, case.head_dim),
+        "value": draw(case.batch, case.slots, case.kv_heads, case.value_dim),
+        "query_positions": query_positions.to(DEVICE),
+        "key_positions": key_positions.to(DEVICE),
+        "window": case.window,
+        "scale": case.scale,
+    }
+    if case.registers:
+        arguments["additional_keys"] = draw(1, case.registers, case.kv_heads, case.head_dim)
+        arguments["additional_values"] = draw(1, case.registers, case.kv_heads, case.value_dim)
+    if case.sink != "none":
+        # Near the lse of a few keys, so that a sink that is lost, or counted twice, shows.
+        arguments["sink"] = 0.0 if case.sink == "zero" else draw(case.heads).float() + 3.0
+    return arguments
+
+
+def attend(arguments: dict[str, Any], impl: Literal["fused", "eager"]) -> tuple[Tensor, Tensor]:
+    return cached_attention(**arguments, return_lse=True, impl=impl)
+
+
+def widened(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {n: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for n, t in arguments.items()}
+
+
+def check(case: Case) -> None:
+    """Within twice the error of the eager path in the same precision, or a rounding."""
+    arguments = make_arguments(case)
+    exact, peer = attend(widened(arguments), "eager"), attend(arguments, "eager")
+    for name, got, near, true in zip(("out", "lse"), attend(arguments, "fused"), peer, exact, strict=True):
+        # The weights of the values are rounded to their dtype; eager keeps them in fp32.
+        limit = max(2 * error(near, true), FLOOR[got.dtype])
+        assert error(got, true) <= limit, f"{case}: {name} has relative error {error(got, true):.2e} > {limit:.2e}"
+
+
+CASES = (
+    Case("one-token", 70),
+    Case("multi-head", 40, heads=3, kv_heads=3, head_dim=8, value_dim=24),
+    Case("multi-query", 40, heads=20, kv_heads=1, sink="learned", registers=1),
+    Case("window", 200, window=17, fill="rolled"),
+    Case("window-of-one", 40, tokens=2, window=1, sink="zero"),
+    Case("tokens", 70, tokens=5, window=30, fill="shuffled", sink="learned"),
+    Case("rows-in-blocks", 60, tokens=40, window=25, registers=2, batch=1),
+    Case("half-full", 300, fill="half", registers=20, sink="learned"),
+    Case("scale", 40, scale=-0.3, sink="zero"),
+    Case("scale-zero", 40, scale=0.0),
+    Case("one-slot", 1, registers=3),
+    Case("head-dims", 60, tokens=3, head_dim=40, value_dim=72, window=30, fill="rolled"),
+    Case("fp16", 150, tokens=2, head_dim=64, value_dim=64, registers=2, sink="learned", dtype=torch.float16),
+    Case("everything", 130, 3, 6, 3, 24, 40, 60, 5, "learned", 0.4, 3, "shuffled"),
+)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matches_the_oracle(case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matches_the_oracle_in_trimmed_slices(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many slices of small caches: sink and registers count once, and the merge takes slices that see nothing."""
+    monkeypatch.setattr(decode, "TILE_BYTES", 1)
+    monkeypatch.setattr(decode, "TRIM_FROM", 0)
+    assert case.slots <= 32 or decode.split(1, case.slots, 16)[0] > 1
+    check(case)
+
+
+@pytest.mark.parametrize("programs", [1, 3, 100, 5000])
+@pytest.mark.parametrize("length", [1, 64, 65, 1000, 10**6])
+def test_slices_cover_the_cache(programs: int, length: int) -> None:
+    splits, share = decode.split(programs, length, 64)
+    assert share % 64 == 0
+    assert (splits - 1) * share < length <= splits * share
+    assert splits == 1 or splits <= decode.MAX_SPLITS
+
+
+SHAPES = (
+    Case("mistral", 4096, heads=32, kv_heads=8, head_dim=128, value_dim=128, window=4096, batch=8, fill="rolled"),
+    Case("one-sequence", 4096, heads=32, kv_heads=8, head_dim=128, value_dim=128, batch=1),
+    Case("speculative", 2000, tokens=8, heads=32, kv_heads=8, head_dim=128, value_dim=128, window=1000, registers=4),
+    Case("gpt-oss", 128, heads=64, kv_heads=8, head_dim=64, value_dim=64, window=128, sink="learned", batch=16),
+    Case("gpt-oss-unrolled", 3000, heads=64, kv_heads=8, head_dim=64, value_dim=64, window=128, sink="learned"),
+    Case("prefill", 700, tokens=300, heads=8, kv_heads=2, head_dim=64, value_dim=64, window=200, sink="zero"),
+    Case("padding", 5000, heads=4, kv_heads=4, head_dim=64, value_dim=64, fill="half", registers=70),
+    *(Case(f"head-dim-{d}", 1111, tokens=2, head_dim=d, value_dim=d, registers=3, sink="zero")
+      for d in (8, 32, 40, 80, 96, 128, 192, 256)),
+)  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+def test_matches_the_oracle_at_real_shapes(case: Case, dtype: torch.dtype) -> None:
+    check(replace(case, dtype=dtype))
+
+
+def test_a_token_that_sees_nothing_gets_nothing() -> None:
+    arguments = make_arguments(Case("nothing", 40, tokens=2))
+    arguments["query_positions"] = torch.tensor([[-1, 3], [-100, 3]], device=DEVICE)
+    out, lse = attend(arguments, "fused")
+    assert (out[:, 0] == 0).all()
+    assert (lse[:, 0] == -math.inf).all()
+    assert error(out[:, 1], attend(widened(arguments), "eager")[0][:, 1]) < 1e-6
+    _, lse = attend(arguments | {"sink": 2.5}, "fused")
+    torch.testing.assert_close(lse[:, 0], torch.full_like(lse[:, 0], 2.5))
+
+
+@pytest.mark.parametrize("registers", [0, 2])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["key", "value"])
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's NumPy
+def test_what_is_not_seen_is_not_heard(name: str, value: float, registers: int) -> None:
+    arguments = make_arguments(Case("nan", 40, tokens=2, window=10, registers=registers, batch=1))
+    clean, _ = attend(arguments, "fused")
+    arguments[name][:, 29] = value  # in the first token's window, before the second's
+    arguments[name][:, 7] = value  # a hole
+    arguments["key_positions"][:, 36] = -1
+    arguments[name][:, 36] = value
+    expected, _ = attend(widened(arguments), "eager")
+    out, _ = attend(arguments, "fused")
+    assert not out[:, 0].isfinite().all(-1).any()
+    assert error(out[:, 1], expected[:, 1]) < 1e-6
+    assert error(clean[:, 1], expected[:, 1]) > 1e-3  # slot 36 was heard before
+
+
+def test_reads_caches_of_any_strides() -> None:
+    """Heads before slots in memory, room at the end, positions with strides: bitwise what a contiguous cache gives."""
+    case = Case("strides", 60, tokens=2, registers=3)
+    arguments = make_arguments(case)
+    expected = attend(arguments, "fused")
+    for name in ("key", "value"):
+        room = torch.full((2, 2, 80, 16), math.nan, device=DEVICE).transpose(1, 2)
+        room[:, :60] = arguments[name]
+        arguments[name] = room[:, :60]
+    arguments["query"] = torch.stack([arguments["query"]] * 2, -2)[..., 0, :]
+    arguments["key_positions"] = torch.stack([arguments["key_positions"].int()] * 2, -1)[..., 0]
+    for got, wanted in zip(attend(arguments, "fused"), expected, strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_sink_of_any_stride() -> None:
+    arguments = make_arguments(Case("sink", 20))
+    got = attend(arguments | {"sink": torch.tensor([2.0], device=DEVICE).expand(4)}, "fused")
+    assert torch.equal(got[0], attend(arguments | {"sink": 2.0}, "fused")[0])
+
+
+def test_without_lse_the_result_is_the_same() -> None:
+    arguments = make_arguments(CASES[-1])
+    assert torch.equal(cached_attention(**arguments, impl="fused"), attend(arguments, "fused")[0])
+
+
+def test_inference_only() -> None:
+    arguments = make_arguments(Case("gradients", 9))
+    arguments["value"].requires_grad_()
+    with raises_naming("fused", "no backward", error=RuntimeError):
+        attend(arguments, "fused")
+    out = cached_attention(**arguments)
+    assert out.requires_grad
+    with torch.no_grad():
+        assert error(attend(arguments, "fused")[0], out) < 1e-6
+
+
+def test_unsupported_head_dim_is_an_error() -> None:
+    with raises_naming("fused", "head_dim 12", error=RuntimeError):
+        attend(make_arguments(Case("head-dim", 9, head_dim=12)), "fused")
+
+
+@pytest.mark.parametrize("with_lse", [False, True])
+def test_operator_is_well_formed(with_lse: bool) -> None:
+    a = make_arguments(Case("opcheck", 20, registers=2, sink="learned"))
+    positions = a["query_positions"].expand(2, -1), a["key_positions"]
+    registers = (a[name].expand(2, -1, -1, -1) for name in ("additional_keys", "additional_values"))
+    arguments = (a["query"], a["key"], a["value"], *positions, *registers, a["sink"], None, 5, 0.3, with_lse)
+    torch.library.opcheck(torch.ops.natten_layers.decode.default, arguments)
+
+
+def smoke(out: Path) -> tuple[int, list[dict[str, Any]]]:
+    status = benchmark.main(["--smoke", "--device", DEVICE, "--budget-s", "0.01", "--out", str(out)])
+    return status, json.loads(out.read_text())["rows"]
+
+
+def test_benchmark_runs_in_miniature(tmp_path: Path) -> None:
+    status, rows = smoke(tmp_path / "decode.json")
+    assert status == 0
+    assert len(rows) == 2 * len(benchmark.WORKLOADS)
+    assert all(row["failure"] is None and row["median_ms"] > 0 for row in rows)
+
+
+def test_benchmark_times_no_wrong_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = benchmark.ours
+    monkeypatch.setattr(benchmark, "ours", lambda inputs: right(replace(inputs, window=inputs.window - 5)))
+    status, rows = smoke(tmp_path / "decode.json")
+    assert status == 1
+    assert all(
+        "wrong result" in row["failure"] and row["median_ms"] is None
+        for row in rows
+        if row["implementation"] == "natten_layers"
+    )
+
+
+@pytest.mark.gpu
+def test_auto_takes_the_kernel_and_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = make_arguments(replace(SHAPES[0], dtype=torch.bfloat16, registers=2, sink="learned"))
+    expected = cached_attention(**arguments, impl="fused")
+    monkeypatch.setattr(cached, "_eager", None)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out = cached_attention(**arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.gpu
+def test_replays_in_a_graph_with_new_positions() -> None:
+    arguments = make_arguments(replace(SHAPES[0], dtype=torch.bfloat16, sink="learned"))
+    cached_attention(**arguments, impl="fused")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = cached_attention(**arguments, impl="fused")
+    arguments["query_positions"] -= 1000
+    graph.replay()
+    assert torch.equal(out, cached_attention(**arguments, impl="fused"))
+
+
+@pytest.mark.gpu
+def test_allocates_a_fraction_of_the_cache() -> None:
+    arguments = make_arguments(replace(SHAPES[0], dtype=torch.bfloat16))
+    arguments["key"] = arguments["key"].transpose(1, 2).contiguous().transpose(1, 2)
+    cached_attention(**arguments, impl="fused")
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    cached_attention(**arguments, impl="fused")
+    cache = 2 * arguments["key"].nbytes
+    assert torch.cuda.max_memory_allocated() - before < cache / 16
+
+
+@pytest.mark.gpu
+def test_caches_beyond_two_to_the_31_elements() -> None:
+    slots = 2**20 + 5000
+    cache = torch.randn(1, slots, 8, 256, device="cuda", dtype=torch.bfloat16)
+    assert cache.numel() > 2**31
+    query = torch.randn(1, 1, 16, 256, device="cuda", dtype=torch.bfloat16)
+    positions = torch.arange(slots, device="cuda")[None]
+    last = positions[:, -1:]
+    out = cached_attention(query, cache, cache, last, positions, window=100, impl="fused")
+    tail = cache[:, -100:].double()
+    expected = cached_attention(query.double(), tail, tail, last, positions[:, -100:], impl="eager")
+    assert error(out, expected) < 1e-2

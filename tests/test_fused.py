@@ -1,0 +1,198 @@
+"""The fused kernels against the fp64 oracle: small sizes under Triton's interpreter, the matrix and more on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import CASES, Case, assert_close, error, make_inputs, oracle, run
+from torch import Tensor
+
+from natten_layers import attention_state, merge_attention, neighborhood_attention
+
+pytest.importorskip("triton")
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+# One suite, two machines: interpreted where there is no GPU, compiled (and marked so) where there is one.
+pytestmark = [pytest.mark.gpu] if ON_GPU else []
+
+RUNS_HERE = [case for case in CASES if case.dtype != torch.float64]
+if not ON_GPU:  # the interpreter multiplies no bfloat16, and takes its time
+    RUNS_HERE = [
+        replace(case, batch=1) if len(case.spatial) == 3 else case for case in RUNS_HERE if case.dtype != torch.bfloat16
+    ]
+
+
+def check(case: Case) -> None:
+    inputs = make_inputs(case, DEVICE)
+    wide = oracle(case, inputs)
+    assert_close(case, run(case, inputs, "fused"), wide, run(case, inputs, "eager"))
+
+
+@pytest.mark.parametrize("case", RUNS_HERE, ids=str)
+def test_matches_the_oracle_forward_and_backward(case: Case) -> None:
+    check(case)
+
+
+SHAPES = (
+    Case("mha-2d", (30, 37), 7, head_dim=64, value_dim=64),
+    Case("gqa-2d", (33, 20), 7, heads=8, kv_heads=2, head_dim=64, value_dim=64, registers=16, sink="learned"),
+    Case("group-3", (19, 23), (5, 7), heads=6, kv_heads=2, head_dim=64, value_dim=64),
+    Case("group-16", (19, 23), 5, heads=16, kv_heads=1, head_dim=64, value_dim=64, registers=70),
+    Case("13x13", (32, 32), 13, heads=6, kv_heads=3, head_dim=64, value_dim=64),
+    Case("large-2d", (40, 48), (24, 32), head_dim=128, value_dim=128, batch=1),
+    Case("large-2d-stride", (41, 50), (24, 32), (8, 16), head_dim=64, value_dim=64, batch=1, sink="zero"),
+    Case("large-3d", (10, 16, 18), (6, 10, 12), head_dim=64, value_dim=64, batch=1),
+    Case("large-3d-causal", (12, 16, 18), (7, 9, 10), 1, 1, (True, False, False), head_dim=128, value_dim=128, batch=1),
+    Case("sliding-window", (1000,), 600, is_causal=True, heads=8, kv_heads=2, head_dim=128, value_dim=128, batch=1),
+    Case("sliding-window-sinks", (777,), 128, is_causal=True, heads=16, kv_heads=2, head_dim=64, value_dim=64,
+         sink="learned", registers=4),
+    Case("dilated", (64, 70), (7, 9), (2, 1), (3, 4), head_dim=32, value_dim=32),
+    Case("full-causal", (300,), 300, is_causal=True, heads=4, kv_heads=4, head_dim=64, value_dim=64),
+    *(Case(f"head-dim-{d}", (17, 19), 5, heads=4, kv_heads=2, head_dim=d, value_dim=d, registers=3, sink="zero")
+      for d in (8, 32, 40, 80, 96, 128, 192, 256)),
+)  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+def test_matches_the_oracle_at_real_shapes(case: Case, dtype: torch.dtype) -> None:
+    check(replace(case, dtype=dtype))
+
+
+def qkv_views(case: Case, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    heads = case.heads + 2 * case.kv_heads
+    q, k, v = qkv.unflatten(-1, (heads, case.head_dim)).split((case.heads, case.kv_heads, case.kv_heads), -2)
+    return q, k, v
+
+
+def test_reads_views_of_a_fused_projection() -> None:
+    case = Case("views", (9, 10), 3, heads=4, kv_heads=2)
+    qkv = torch.randn(2, 9, 10, 8 * 16, device=DEVICE)
+    q, k, v = qkv_views(case, qkv)
+    assert not q.is_contiguous()
+    fused = neighborhood_attention(q, k, v, 3, impl="fused")
+    copied = neighborhood_attention(q.contiguous(), k.contiguous(), v.contiguous(), 3, impl="fused")
+    assert torch.equal(fused, copied)
+    assert error(fused, neighborhood_attention(q.double(), k.double(), v.double(), 3, impl="eager")) < 1e-6
+
+
+def test_grouped_heads_equal_repeated_heads() -> None:
+    """Grouped heads are read as they are; repeated for training they must give the same, gradients included."""
+    case = Case("group", (7, 8), 5, heads=4, kv_heads=2, registers=2, sink="learned")
+    inputs = make_inputs(case, DEVICE)
+    grouped = run(case, inputs, "fused")
+    names = ("key", "value", "additional_keys", "additional_values")
+    repeated = run(case, {n: t.repeat_interleave(2, -2) if n in names else t for n, t in inputs.items()}, "fused")
+    assert error(grouped.out, repeated.out) < 1e-6
+    for name, grad in grouped.grads.items():
+        other = repeated.grads[name]
+        if name in names:
+            other = other.unflatten(-2, (2, 2)).sum(-2)
+        assert error(grad, other) < 2e-6, name
+
+
+def test_stride_zero_forms_agree() -> None:
+    case = Case("forms", (8, 9), 3, heads=4, kv_heads=2)
+    q, k, v = (t.detach() for t in make_inputs(case, DEVICE).values())
+    expected = neighborhood_attention(q, k, v, 3, impl="fused")
+    expand = (-1, -1, -1, -1, 2, -1)
+    grouped = neighborhood_attention(
+        q.unflatten(-2, (2, 2)), k[..., None, :].expand(expand), v[..., None, :].expand(expand), (3, 3), impl="fused"
+    )
+    assert torch.equal(grouped.flatten(-3, -2), expected)
+    one_k, one_v = k[..., :1, :], v[..., :1, :]
+    multi_query = neighborhood_attention(q, one_k.expand_as(q), one_v.expand_as(q), 3, impl="fused")
+    assert torch.equal(multi_query, neighborhood_attention(q, one_k, one_v, 3, impl="fused"))
+
+
+def test_an_expanded_sink_is_read_as_such() -> None:
+    q, k, v = make_inputs(Case("expanded", (5, 6), 3, heads=4), DEVICE).values()
+    sink = torch.full((1,), 2.0, device=DEVICE)
+    expected = neighborhood_attention(q, k, v, 3, sink=2.0, impl="fused")
+    assert torch.equal(neighborhood_attention(q, k, v, 3, sink=sink.expand(4), impl="fused"), expected)
+
+
+def test_merging_a_register_branch_equals_registers_in_the_kernel() -> None:
+    """Statistics of both branches merge, and the gradient through the merge is the gradient of the union."""
+    case = Case("merge", (7, 9), 3, heads=4, kv_heads=2, registers=3, sink="learned")
+    inputs = make_inputs(case, DEVICE)
+    q, k, v, rk, rv, sink = inputs.values()
+    whole = neighborhood_attention(
+        q, k, v, 3, additional_keys=rk, additional_values=rv, sink=sink, return_lse=True, impl="fused"
+    )
+    window = attention_state(q, k, v, 3, sink=sink, impl="fused")
+    scores = torch.einsum("bhwngd,brnd->bhwngr", q.unflatten(-2, (2, 2)), rk).flatten(3, 4) * 16**-0.5
+    row_max = scores.amax(-1).detach()
+    weights = torch.exp(scores - row_max[..., None])
+    row_sum = weights.sum(-1)
+    registers = torch.einsum("bhwngr,brnd->bhwngd", weights.unflatten(3, (2, 2)), rv).flatten(3, 4) / row_sum[..., None]
+    merged = merge_attention(window, (registers, row_max, row_sum))
+    assert error(merged.out, whole[0]) < 1e-6
+    assert error(merged.lse, whole[1]) < 1e-6
+    cotangents = [torch.randn_like(t) for t in whole]
+    expected = torch.autograd.grad(whole, tuple(inputs.values()), cotangents)
+    actual = torch.autograd.grad((merged.out, merged.lse), tuple(inputs.values()), cotangents)
+    for name, a, e in zip(inputs, actual, expected, strict=True):
+        assert error(a, e) < 3e-6, name
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's NumPy
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["key", "value"])
+def test_what_is_not_finite_stays_in_its_windows(name: str, value: float) -> None:
+    case = Case("nan", (9, 12), 3)
+    inputs = {n: t.detach() for n, t in make_inputs(case, DEVICE).items()}
+    q, k, v = inputs.values()
+    clean = neighborhood_attention(q, k, v, 3, impl="fused")
+    inputs[name][0, 4, 5] = value
+    dirty = neighborhood_attention(q, k, v, 3, impl="fused")
+    seen = torch.zeros(2, 9, 12, dtype=torch.bool)
+    seen[0, 3:6, 4:7] = True
+    assert not dirty[seen].isfinite().all(-1).any()
+    torch.testing.assert_close(dirty[~seen], clean[~seen], rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_are_bitwise_reproducible() -> None:
+    case = Case("again", (7, 8), 5, heads=4, kv_heads=2, registers=3, sink="learned")
+    inputs = make_inputs(case, DEVICE)
+    first, second = (run(case, inputs, "fused") for _ in range(2))
+    for name, tensor in first.tensors().items():
+        assert torch.equal(tensor, second.tensors()[name]), name
+
+
+def test_double_backward_says_that_it_is_missing() -> None:
+    q, k, v = make_inputs(Case("twice", (6, 6), 3), DEVICE).values()
+    out = neighborhood_attention(q, k, v, 3, impl="fused")
+    (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        grad.sum().backward()
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("deterministic")
+def test_runs_under_deterministic_algorithms() -> None:
+    check(replace(SHAPES[1], dtype=torch.bfloat16))
+
+
+@pytest.mark.gpu
+def test_tensors_beyond_two_to_the_31_elements() -> None:
+    """Offsets are 64-bit: a single image of 2.2e9 elements, checked on its last rows, which only wide offsets reach."""
+    height, width, dim = 1056, 8192, 256
+    qkv = torch.randn(1, height, width, 1, dim, device="cuda", dtype=torch.bfloat16)
+    assert qkv.numel() > 2**31
+    out = neighborhood_attention(qkv, qkv, qkv, 3, impl="fused")
+    tail = qkv[:, -8:, -64:]
+    expected = neighborhood_attention(tail.double(), tail.double(), tail.double(), 3, impl="eager")
+    assert error(out[:, -4:, -32:], expected[:, -4:, -32:]) < 1e-2

@@ -1,0 +1,218 @@
+"""Normalised and rotated heads: the fused kernels against PyTorch in fp64, interpreted or on a GPU; the dispatch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import error
+from torch import Tensor, nn
+
+from benchmarks import module
+from natten_layers.modules import AxialRoPE, NeighborhoodGQA, RoPE, make_axial_pos
+from natten_layers.modules.query_key import HeadNorm, normalize_and_rotate
+from natten_layers.modules.rope import Angles, angles_of
+
+pytest.importorskip("triton")
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+pytestmark = [pytest.mark.gpu] if ON_GPU else []
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    spatial: tuple[int, ...]
+    heads: int
+    kv_heads: int
+    head_dim: int
+    norm: str | None = None
+    rope: nn.Module | None = None
+    positions: Tensor | None = None
+    batch: int = 2
+
+    def __str__(self) -> str:  # pytest's id
+        return self.name
+
+
+def far(*shape: int) -> Tensor:
+    return torch.randint(0, 100_000, shape, generator=torch.Generator().manual_seed(7))
+
+
+def coordinates(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(7))
+
+
+CASES = (
+    Case("cosine-axial", (6, 7), 4, 4, 16, "cosine", AxialRoPE(16, 4)),
+    Case("cosine-axial-gqa", (9, 17), 4, 2, 64, "cosine", AxialRoPE(64, 4, num_kv_heads=2)),
+    Case("cosine-axial-batched", (6, 7), 4, 2, 16, "cosine", AxialRoPE(16, 4, num_kv_heads=2), coordinates(2, 6, 7, 2)),
+    Case("cosine-axial-one-kv-head", (6, 7), 4, 1, 16, "cosine", AxialRoPE(16, 4, num_kv_heads=1)),
+    Case("rms-axial-3d", (3, 4, 5), 3, 3, 24, "rms", AxialRoPE(24, 3, axes=3), coordinates(3, 4, 5, 3)),
+    Case("axial-odd-pairs", (5, 4), 2, 2, 40, "cosine", AxialRoPE(40, 2)),
+    Case("rms-text", (41,), 6, 2, 32, "rms", RoPE(32)),
+    Case("rms-text-partly-batched", (37,), 4, 2, 24, "rms", RoPE(16), far(2, 37)),
+    Case("cosine-text-yarn", (140,), 4, 2, 16, "cosine", RoPE(16, scaling=YARN), far(140)),
+    Case("text", (33,), 4, 1, 8, None, RoPE(8), far(1, 33)),
+    Case("cosine", (5, 6), 4, 2, 40, "cosine"),
+    Case("rms", (33,), 4, 2, 16, "rms"),
+)  # fmt: skip
+
+
+def evaluate(case: Case, dtype: torch.dtype, impl: str, source: torch.dtype) -> dict[str, Tensor]:
+    """Results and gradients in ``dtype`` of one computation, whose inputs and cotangents ``source`` holds exactly."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(source).to(DEVICE, dtype)
+
+    d = case.head_dim
+    counts = case.heads, case.kv_heads, case.kv_heads
+    qkv = draw(case.batch, *case.spatial, sum(counts) * d).requires_grad_()
+    query, key, _ = qkv.unflatten(-1, (-1, d)).split(counts, -2)
+    leaves, norm = {"qkv": qkv}, None
+    if case.norm == "cosine":
+        leaves["query_gain"] = (2 + draw(case.heads)).detach().requires_grad_()
+        norm = HeadNorm("cosine", leaves["query_gain"], None)
+    elif case.norm == "rms":
+        leaves |= {name: (2 + draw(d)).detach().requires_grad_() for name in ("query_gain", "key_gain")}
+        norm = HeadNorm("rms", leaves["query_gain"], leaves["key_gain"])
+    positions = None if case.positions is None else case.positions.to(DEVICE)
+    angles = None
+    if case.rope is not None:
+        angles = angles_of(case.rope.to(DEVICE), query, key, positions)
+    results = normalize_and_rotate(query, key, norm, angles, impl=impl)  # pyright: ignore[reportArgumentType]
+    grads = torch.autograd.grad(results, list(leaves.values()), [draw(*r.shape) for r in results])
+    named = dict(zip(("query", "key"), results, strict=True))
+    return {n: t.detach() for n, t in (named | dict(zip(leaves, grads, strict=True))).items()}
+
+
+ROUNDING = {torch.float32: 4e-7, torch.float16: 5e-4, torch.bfloat16: 4e-3}
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.bfloat16] if ON_GPU else [torch.float32, torch.float16], ids=str
+)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_fused_matches_pytorch_in_double(case: Case, dtype: torch.dtype) -> None:
+    """At most twice the error of PyTorch in the same precision, or about one rounding."""
+    exact = evaluate(case, torch.float64, "eager", dtype)
+    eager, fused = (evaluate(case, dtype, impl, dtype) for impl in ("eager", "fused"))
+    for name, expected in exact.items():
+        allowed = max(2 * error(eager[name], expected), ROUNDING[dtype])
+        assert error(fused[name], expected) <= allowed, f"{name}: {error(fused[name], expected):.2e} > {allowed:.2e}"
+
+
+def evaluate_far(impl: str) -> Tensor:
+    query = torch.ones(1, 64, 1, 8, device=DEVICE, dtype=torch.float64 if impl == "eager" else torch.float32)
+    positions = torch.linspace(-2e6, 2e6, 64, dtype=torch.float64).round().to(DEVICE)
+    angles = Angles(positions[:, None], torch.tensor([[1.0, 0.5, 0.25, 0.125]], device=DEVICE))
+    return normalize_and_rotate(query, query, None, angles, impl=impl)[0]  # pyright: ignore[reportArgumentType]
+
+
+def test_far_angles_keep_their_accuracy() -> None:
+    """These angles are exact in fp32, so only range reduction and polynomials err."""
+    assert (evaluate_far("fused").double() - evaluate_far("eager")).abs().max() < 3e-7
+
+
+class Doubling(nn.Module):
+    def forward(self, query: Tensor, key: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+        return 2 * query, key
+
+
+class Backwards(AxialRoPE):
+    def forward(self, query: Tensor, key: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return super().forward(query.flip(-1), key, positions)
+
+
+@pytest.mark.parametrize(
+    "rope", [AxialRoPE(8, 4, num_kv_heads=2), Doubling(), Backwards(8, 4, num_kv_heads=2)], ids=str
+)
+def test_layers_keep_their_meaning(rope: nn.Module) -> None:
+    """Any rope module is honoured: what is not known by its angles is called, after a fused normalisation."""
+    torch.manual_seed(0)
+    layer = NeighborhoodGQA(32, 4, 3, num_kv_heads=2, num_registers=2, qk_norm="cosine", rope=rope).to(DEVICE)
+    x = torch.randn(2, 5, 6, 32, device=DEVICE)
+    grads = {}
+    for dtype in (torch.float32, torch.float64):
+        y = layer.to(dtype)(x.to(dtype))
+        grads[dtype] = [y, *torch.autograd.grad(y.square().sum(), list(layer.parameters()))]
+    for fused, eager in zip(*grads.values(), strict=True):
+        assert error(fused, eager) < 3e-6
+
+
+def test_refuses_rather_than_falls_back() -> None:
+    x = torch.randn(1, 4, 1, 8, device=DEVICE)
+    angles = Angles(torch.arange(4.0, device=DEVICE)[:, None], torch.ones(1, 4, device=DEVICE))
+    with pytest.raises(RuntimeError, match="float64"):
+        normalize_and_rotate(x.double(), x.double(), None, angles, impl="fused")
+    learned = angles._replace(freqs=angles.freqs.clone().requires_grad_())
+    with pytest.raises(RuntimeError, match="require a gradient"):
+        normalize_and_rotate(x, x, None, learned, impl="fused")
+    (gradient,) = torch.autograd.grad(normalize_and_rotate(x, x, None, learned)[0].sum(), learned.freqs)
+    assert gradient.any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("norm", ["cosine", "rms"])
+def test_gradients_are_bitwise_reproducible(norm: str) -> None:
+    rope = AxialRoPE(16, 4, num_kv_heads=2) if norm == "cosine" else None
+    case = Case(norm, (100, 101), 4, 2, 16, norm, rope)
+    first, second = (evaluate(case, torch.float32, "fused", torch.float32) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[8], CASES[10]], ids=str)
+def test_operators_keep_their_schemas(case: Case) -> None:
+    heads = [torch.randn(2, *case.spatial, h, case.head_dim, device=DEVICE) for h in (case.heads, case.kv_heads)]
+    positions = None if case.positions is None else case.positions.to(DEVICE)
+    angles = None if case.rope is None else angles_of(case.rope.to(DEVICE), heads[0], heads[1], positions)
+    gains = [torch.rand(case.heads, device=DEVICE), None] if case.norm == "cosine" else [None, None]
+    batched = None if angles is None else angles.positions.contiguous().expand(1, *case.spatial, -1)
+    inputs = (*heads, *gains, batched, None if angles is None else angles.freqs, 1.0, case.norm, 1e-6)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.natten_layers.rotate.default, inputs, test_utils=checks)
+    backward = torch.ops.natten_layers.rotate_backward.default
+    torch.library.opcheck(backward, (*inputs, *heads), test_utils=checks)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_benchmark_times_only_what_is_right(
+    broken: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if broken:
+        monkeypatch.setattr(AxialRoPE, "forward", lambda self, query, key, positions: (key, query))
+    path = tmp_path / "results" / "module.json"
+    flags = ["--smoke", "--device", DEVICE, "--workloads", "hdit-l1", "--budget-s", "0", "--out", str(path)]
+    assert module.main(flags) == broken
+    rows = {row["implementation"]: row for row in json.loads(path.read_text())["rows"]}
+    assert (rows["layer"]["median_ms"] is None) == broken
+    assert ("wrong result" in capsys.readouterr().out) == broken
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_kv_heads", [4, 2])
+def test_a_layer_takes_two_launches(num_kv_heads: int) -> None:
+    """Between the projections, and it copies neither query nor key nor value beyond that."""
+    rope = AxialRoPE(64, 4, num_kv_heads=num_kv_heads)
+    options = {"num_kv_heads": num_kv_heads, "qk_norm": "cosine", "rope": rope, "sink": "zero", "qkv_bias": False}
+    layer = NeighborhoodGQA(256, 4, 7, **options).to(DEVICE, torch.bfloat16).eval()
+    x = torch.randn(2, 32, 32, 256, device=DEVICE, dtype=torch.bfloat16)
+    positions = make_axial_pos(32, 32, device=DEVICE)
+    with torch.no_grad():
+        layer.attend(x, positions=positions)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
+            layer.attend(x, positions=positions)
+            torch.cuda.synchronize()
+    kernels = [e.name for e in profile.events() or [] if "CUDA" in str(e.device_type)]
+    ours = [name for name in kernels if name in ("rotate_kernel", "forward_kernel")]
+    assert sorted(ours) == ["forward_kernel", "rotate_kernel"], kernels
+    # The projection itself may be split into a product and a reduction; without a bias it copies nothing either.
+    others = [name for name in kernels if name not in ours]
+    assert not any("elementwise" in name or "cat" in name.lower() or "copy" in name.lower() for name in others), kernels
