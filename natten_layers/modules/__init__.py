@@ -1,0 +1,34 @@
+"""Layers and models built on neighborhood attention."""
+
+from .attention import NeighborhoodGQA
+from .denoiser import Denoiser
+from .feed_forward import GEGLU
+from .hdit import HDiT
+from .hdit_config import HDiTConfig, LevelConfig
+from .llm import DecoderLM
+from .llm_config import DecoderLMConfig
+from .natten import NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D, na1d, na2d, na3d
+from .norm import AdaRMSNorm, RMSNorm
+from .rope import AxialRoPE, RoPE, make_axial_pos
+
+__all__ = [
+    "GEGLU",
+    "AdaRMSNorm",
+    "AxialRoPE",
+    "DecoderLM",
+    "DecoderLMConfig",
+    "Denoiser",
+    "HDiT",
+    "HDiTConfig",
+    "LevelConfig",
+    "NeighborhoodAttention1D",
+    "NeighborhoodAttention2D",
+    "NeighborhoodAttention3D",
+    "NeighborhoodGQA",
+    "RMSNorm",
+    "RoPE",
+    "make_axial_pos",
+    "na1d",
+    "na2d",
+    "na3d",
+]

@@ -1,0 +1,295 @@
+"""Grouped-query neighborhood attention as a layer."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from numbers import Integral
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..functional import neighborhood_attention
+from ..geometry import make_window, normalise_axes
+from .norm import RMSNorm
+from .query_key import HeadNorm, normalize_and_rotate
+from .rope import angles_of
+
+__all__ = ["Heads", "NeighborhoodGQA"]
+
+
+class Heads(NamedTuple):
+    """Projected tokens, heads last, as :func:`natten_layers.neighborhood_attention` takes them."""
+
+    query: Tensor  # [B, *tokens, Hq, D]
+    key: Tensor  # [B, *tokens, Hkv, D]
+    value: Tensor  # [B, *tokens, Hkv, D]
+
+
+class NeighborhoodGQA(nn.Module):
+    """Self-attention of every token over its neighborhood, with grouped query heads, on 1, 2 or 3 axes.
+
+    It asks nothing of the model around it: tokens ``[B, *spatial, embed_dim]`` in, the same shape out. With
+    ``num_kv_heads == num_heads`` and the defaults otherwise it loads the state dict of NATTEN's modules.
+
+    Args:
+        embed_dim: length of a token.
+        num_heads: query heads, ``Hq``.
+        kernel_size: window in keys, one int or one per axis; None is every axis whole (global attention). On a causal
+            axis without stride and dilation, a window longer than the axis sees the whole past; any other window that
+            does not fit is an error of the call.
+        num_kv_heads: heads of keys and values, ``Hkv``, a divisor of ``num_heads``, which is the default.
+        head_dim: elements of a head, default ``embed_dim // num_heads``.
+        stride, dilation, is_causal: of the window, one value or one per axis.
+        num_registers: own register tokens, the parameter ``registers [R, embed_dim]``. They go through the same
+            ``qkv``, carry no position, and every token sees them whatever its window.
+        registers_attend: registers attend too, to all tokens and all registers whatever axis is causal, and are
+            returned.
+        sink: an extra logit per query head that draws weight and has no value: "zero" is zero attention (softmax1),
+            "learned" the parameter ``sink [num_heads]``, which starts at 0.
+        rope: module called as ``rope(query [B, *spatial, Hq, D], key [B, *spatial, Hkv, D], positions)`` that returns
+            both rotated.
+        qk_norm: "cosine" makes the scores cosines times the parameter ``qk_scale [num_heads]``, which starts at 10;
+            "rms" gives query and key heads an RMS norm with weights (``q_norm``, ``k_norm``). Both precede ``rope``.
+        qkv_bias, out_bias: give the projections a bias.
+        scale: factor on the scores, default ``head_dim ** -0.5``, and 1 with cosine normalisation.
+
+    ``qkv`` (rows: ``num_heads * head_dim`` of queries, ``num_kv_heads * head_dim`` of keys, as many of values) and
+    ``proj`` are ``Linear`` layers.
+
+    Raises:
+        ValueError: sizes that do not divide, or an unknown option.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        kernel_size: int | Sequence[int] | None,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        stride: int | Sequence[int] = 1,
+        dilation: int | Sequence[int] = 1,
+        is_causal: bool | Sequence[bool] = False,
+        num_registers: int = 0,
+        registers_attend: bool = False,
+        sink: Literal["zero", "learned"] | None = None,
+        rope: nn.Module | None = None,
+        qk_norm: Literal["cosine", "rms"] | None = None,
+        qkv_bias: bool = True,
+        out_bias: bool = True,
+        scale: float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        for name, size in (("embed_dim", embed_dim), ("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
+            _check_size(name, size)
+        if head_dim is not None:
+            _check_size("head_dim", head_dim)
+        _check_size("num_registers", num_registers, least=0)
+        if num_heads % num_kv_heads:
+            raise ValueError(f"num_heads must be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}")
+        if head_dim is None and embed_dim % num_heads:
+            raise ValueError(f"embed_dim {embed_dim} is not divisible by num_heads {num_heads}; give head_dim")
+        if kernel_size is None and not (_all_one(stride) and _all_one(dilation)):
+            raise ValueError(f"kernel_size=None takes no stride or dilation, got stride={stride}, dilation={dilation}")
+        _check_window(kernel_size, stride, dilation, is_causal)
+        if sink not in (None, "zero", "learned"):
+            raise ValueError(f'sink must be None, "zero" or "learned", got {sink!r}')
+        if qk_norm not in (None, "cosine", "rms"):
+            raise ValueError(f'qk_norm must be None, "cosine" or "rms", got {qk_norm!r}')
+        if rope is not None and not callable(rope):
+            raise ValueError(f"rope must be a module called as rope(query, key, positions), got {rope!r}")
+
+        self.embed_dim, self.num_heads, self.num_kv_heads = embed_dim, num_heads, num_kv_heads
+        self.head_dim = embed_dim // num_heads if head_dim is None else head_dim
+        self.kernel_size, self.stride, self.dilation, self.is_causal = kernel_size, stride, dilation, is_causal
+        self.registers_attend, self.qk_norm = registers_attend, qk_norm
+        self.scale = 1.0 if scale is None and qk_norm == "cosine" else scale
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        rows = (num_heads + 2 * num_kv_heads) * self.head_dim
+        self.qkv = nn.Linear(embed_dim, rows, bias=qkv_bias, device=device, dtype=dtype)
+        self.proj = nn.Linear(num_heads * self.head_dim, embed_dim, bias=out_bias, device=device, dtype=dtype)
+        self.rope = rope
+        self.registers = parameter(num_registers, embed_dim) if num_registers else None
+        self.sink = parameter(num_heads) if sink == "learned" else 0.0 if sink == "zero" else None
+        self.qk_scale = parameter(num_heads) if qk_norm == "cosine" else None
+        self.q_norm = RMSNorm(self.head_dim, device=device, dtype=dtype) if qk_norm == "rms" else None
+        self.k_norm = RMSNorm(self.head_dim, device=device, dtype=dtype) if qk_norm == "rms" else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise all parameters anew, except those of ``rope``, which other layers may share."""
+        for layer in (self.qkv, self.proj, self.q_norm, self.k_norm):
+            if layer is not None:
+                layer.reset_parameters()
+        if self.registers is not None:
+            nn.init.normal_(self.registers, std=0.02)
+        if isinstance(self.sink, nn.Parameter):
+            nn.init.zeros_(self.sink)
+        if self.qk_scale is not None:
+            nn.init.constant_(self.qk_scale, 10.0)
+
+    def extra_repr(self) -> str:
+        sink = "learned" if isinstance(self.sink, nn.Parameter) else "zero" if self.sink is not None else None
+        options = {
+            "num_kv_heads": (self.num_kv_heads, self.num_heads),
+            "head_dim": (self.head_dim, self.embed_dim // self.num_heads),
+            "stride": (self.stride, 1),
+            "dilation": (self.dilation, 1),
+            "is_causal": (self.is_causal, False),
+            "num_registers": (0 if self.registers is None else len(self.registers), 0),
+            "registers_attend": (self.registers_attend, False),
+            "sink": (sink, None),
+            "qk_norm": (self.qk_norm, None),
+            "scale": (self.scale, 1.0 if self.qk_norm == "cosine" else None),
+        }
+        chosen = [f"{name}={value!r}" for name, (value, default) in options.items() if value != default]
+        return ", ".join([str(self.embed_dim), str(self.num_heads), f"kernel_size={self.kernel_size}", *chosen])
+
+    def forward(
+        self, x: Tensor, *, positions: Tensor | None = None, registers: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Attend from every token.
+
+        Args:
+            x: ``[B, *spatial, embed_dim]``.
+            positions: handed to ``rope``, in the form that it takes.
+            registers: register tokens of the stream, ``[B, R, embed_dim]``. They follow the module's own, if it has
+                any.
+
+        Returns:
+            ``[B, *spatial, embed_dim]``; with ``registers_attend`` also the registers ``[B, R, embed_dim]``, own and
+            passed ones.
+
+        Raises:
+            ValueError: an argument does not fit; the message names it and the values.
+        """
+        tokens, registers = self.attend(x, positions=positions, registers=registers)
+        return self.proj(tokens) if registers is None else (self.proj(tokens), self.proj(registers))
+
+    def attend(
+        self, x: Tensor, *, positions: Tensor | None = None, registers: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """:meth:`forward` up to the input of ``proj``: ``[B, *spatial, Hq * D]``, and ``[B, R, Hq * D]`` or None."""
+        if x.ndim not in (3, 4, 5) or x.shape[-1] != self.embed_dim:
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}; expected [B, *spatial, {self.embed_dim}] with 1 to 3 spatial axes"
+            )
+        if positions is not None and self.rope is None:
+            raise ValueError("positions were given, but the layer has no rope to use them")
+        heads = self._heads(x, self.rope, positions)
+        extra = self._register_heads(x, registers)
+        out = self._attention(heads, extra)
+        if not self.registers_attend:
+            return out.flatten(-2), None
+        return out.flatten(-2), self._attend_from_registers(heads, extra).flatten(-2)
+
+    def _heads(self, tokens: Tensor, rope: nn.Module | None = None, positions: Tensor | None = None) -> Heads:
+        """Views of one projection; query and key are new tensors where they are normalised or rotated."""
+        counts = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        parts = self.qkv(tokens).split([count * self.head_dim for count in counts], -1)
+        query, key, value = (part.unflatten(-1, (count, -1)) for part, count in zip(parts, counts, strict=True))
+        angles = None if rope is None else angles_of(rope, query, key, positions)
+        query, key = normalize_and_rotate(query, key, self._head_norm(), angles)
+        if rope is not None and angles is None:
+            query, key = rope(query, key, positions)
+        return Heads(query, key, value)
+
+    def _head_norm(self) -> HeadNorm | None:
+        if self.qk_scale is not None:
+            # All of the temperature on the query: a shared key cannot hold that of every head of its group.
+            return HeadNorm("cosine", self.qk_scale, None)
+        if self.q_norm is not None and self.k_norm is not None:
+            return HeadNorm("rms", self.q_norm.gain(), self.k_norm.gain())
+        return None
+
+    def _register_heads(self, x: Tensor, registers: Tensor | None) -> Heads | None:
+        if registers is not None and (registers.ndim != 3 or registers.shape[::2] != (x.shape[0], self.embed_dim)):
+            raise ValueError(
+                f"registers has shape {tuple(registers.shape)}; expected [{x.shape[0]}, R, {self.embed_dim}]"
+            )
+        tokens = [] if self.registers is None else [self.registers[None]]
+        if registers is not None:
+            tokens = [own.expand(x.shape[0], -1, -1) for own in tokens] + [registers]
+        return self._heads(torch.cat(tokens, 1)) if tokens else None
+
+    def _attention(self, heads: Heads, registers: Heads | None) -> Tensor:
+        """``[B, *spatial, Hq, D]``"""
+        return neighborhood_attention(
+            *heads,
+            self._fitted_kernel_size(heads.query.shape[1:-2]),
+            stride=self.stride,
+            dilation=self.dilation,
+            is_causal=self.is_causal,
+            scale=self.scale,
+            additional_keys=None if registers is None else registers.key,
+            additional_values=None if registers is None else registers.value,
+            sink=self.sink,
+        )
+
+    def _attend_from_registers(self, heads: Heads, registers: Heads | None) -> Tensor:
+        """``[B, R, Hq, D]``: full attention among registers, with all tokens as the keys that everyone sees."""
+        if registers is None or registers.query.shape[1] == 0:
+            raise ValueError("registers_attend needs registers: set num_registers or pass registers")
+        query, key, value = (t.expand(heads.query.shape[0], -1, -1, -1) for t in registers)
+        return neighborhood_attention(
+            query,
+            key,
+            value,
+            (query.shape[1],),
+            scale=self.scale,
+            additional_keys=heads.key.flatten(1, -3),
+            additional_values=heads.value.flatten(1, -3),
+            sink=self.sink,
+        )
+
+    def _fitted_kernel_size(self, spatial: Sequence[int]) -> int | Sequence[int]:
+        """The window for axes of these lengths; only a causal window may be longer than its axis."""
+        if self.kernel_size is None:
+            return tuple(spatial)
+        rank = len(spatial)
+        return tuple(
+            min(k, length) if causal and s == d == 1 else k
+            for length, k, s, d, causal in zip(
+                spatial,
+                normalise_axes("kernel_size", self.kernel_size, rank, int),
+                normalise_axes("stride", self.stride, rank, int),
+                normalise_axes("dilation", self.dilation, rank, int),
+                normalise_axes("is_causal", self.is_causal, rank, bool),
+                strict=True,
+            )
+        )
+
+
+def _check_size(name: str, size: object, least: int = 1) -> None:
+    if not isinstance(size, Integral) or isinstance(size, bool) or int(size) < least:
+        raise ValueError(f"{name} must be an int of at least {least}, got {size!r}")
+
+
+def _check_window(
+    kernel_size: int | Sequence[int] | None,
+    stride: int | Sequence[int],
+    dilation: int | Sequence[int],
+    is_causal: bool | Sequence[bool],
+) -> None:
+    """What no input can make right is an error of the constructor, not of the first call."""
+    ranks = {len(a) for a in (kernel_size, stride, dilation, is_causal) if isinstance(a, Sequence)} or {1}
+    if len(ranks) > 1 or not ranks <= {1, 2, 3}:
+        raise ValueError(
+            f"kernel_size={kernel_size}, stride={stride}, dilation={dilation} and is_causal={is_causal} must agree on "
+            "1 to 3 spatial axes"
+        )
+    longest = sys.maxsize
+    make_window((longest,) * ranks.pop(), longest if kernel_size is None else kernel_size, stride, dilation, is_causal)
+
+
+def _all_one(value: int | Sequence[int]) -> bool:
+    return all(v == 1 for v in value) if isinstance(value, Sequence) else value == 1

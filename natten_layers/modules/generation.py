@@ -1,0 +1,154 @@
+"""Text generation: prefill in chunks, then one token at a time over the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .cache import Cache
+
+if TYPE_CHECKING:
+    from .llm import DecoderLM
+
+__all__ = ["generate", "sample", "text_first"]
+
+
+@torch.no_grad()
+def generate(
+    model: DecoderLM,
+    input_ids: Tensor,
+    max_new_tokens: int,
+    *,
+    attention_mask: Tensor | None = None,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: int | torch.Generator | None = None,
+    stop_tokens: Sequence[int] | None = None,
+    callback: Callable[[Tensor], None] | None = None,
+    prefill_chunk: int = 4096,
+) -> Tensor:
+    """Continue the prompts ``input_ids [B, L]``.
+
+    Args:
+        max_new_tokens: tokens to add.
+        attention_mask: ``[B, L]`` as in :meth:`DecoderLM.forward`, for prompts of different lengths.
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: sample among the ``k`` likeliest tokens.
+        top_p: sample among the likeliest tokens that together reach this probability.
+        generator: a seed, or a generator on the model's device; None is torch's global one.
+        stop_tokens: a text ends after one of these, default the config's ``eos_token_id``; padding follows
+            (``pad_token_id``, or the stop token again).
+        callback: called with every new token of the batch, ``[B]``, as it is made.
+        prefill_chunk: prompt tokens read at a time, a bound on memory.
+
+    Returns:
+        ``[B, L + new]``, prompts first. ``new`` is smaller than ``max_new_tokens`` if all texts ended.
+
+    Raises:
+        ValueError: as in :meth:`DecoderLM.forward`, or sampling options out of range.
+    """
+    model.check(input_ids, attention_mask, None)
+    for name, value in (("max_new_tokens", max_new_tokens), ("prefill_chunk", prefill_chunk)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    longest = input_ids.shape[1] if attention_mask is None else int((attention_mask != 0).sum(1).max())
+    model.check_length(longest + max_new_tokens)
+    if isinstance(generator, int):
+        generator = torch.Generator(input_ids.device).manual_seed(generator)
+    stops = input_ids.new_tensor(list(model.config.stop_tokens if stop_tokens is None else stop_tokens))
+    cache = model.make_cache(len(input_ids), max_length=input_ids.shape[1] + max_new_tokens)
+    logits = _prefill(model, input_ids, attention_mask, cache, prefill_chunk)
+    ended = torch.zeros_like(input_ids[:, 0], dtype=torch.bool)
+    pad = model.config.pad_token_id
+    tokens: list[Tensor] = []
+    while True:
+        token = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+        if tokens:
+            token = torch.where(ended, tokens[-1] if pad is None else pad, token)
+        tokens.append(token)
+        if callback is not None:
+            callback(token)
+        if len(stops):
+            ended = ended | torch.isin(token, stops)
+        if len(tokens) == max_new_tokens or (len(stops) and bool(ended.all())):
+            return torch.cat((input_ids, torch.stack(tokens, 1)), 1)
+        logits = model.logits(model.hidden(token[:, None], None, cache)[:, -1])
+
+
+def _prefill(model: DecoderLM, input_ids: Tensor, attention_mask: Tensor | None, cache: Cache, chunk: int) -> Tensor:
+    """Read prompts in chunks; logits ``[B, V]`` after the last token of each."""
+    mask = None
+    last = torch.full_like(input_ids[:, 0], input_ids.shape[1] - 1)
+    if attention_mask is not None:
+        order, mask = text_first(attention_mask)
+        last = mask.sum(1) - 1
+        if bool((last < 0).any()):
+            raise ValueError("attention_mask has a row without any text")
+        longest = int(last.max()) + 1
+        input_ids, mask = input_ids.gather(1, order)[:, :longest], mask[:, :longest]
+    end: Tensor | None = None
+    for start in range(0, input_ids.shape[1], chunk):
+        stop = start + chunk
+        hidden = model.hidden(input_ids[:, start:stop], None if mask is None else mask[:, start:stop], cache)
+        index = (last - start).clamp(0, hidden.shape[1] - 1)
+        candidate = hidden[torch.arange(len(hidden), device=hidden.device), index]
+        # Rows whose prompt ended in an earlier chunk keep what they had.
+        end = candidate if end is None else torch.where((last >= start)[:, None], candidate, end)
+    assert end is not None
+    return model.logits(end)
+
+
+def sample(
+    logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw one index per row from ``softmax(logits / temperature)``, in fp32.
+
+    Args:
+        logits: ``[B, V]``.
+        temperature: 0 takes the largest logit.
+        top_k: draw among the ``k`` largest logits only.
+        top_p: draw among the likeliest tokens that together just reach this probability (Holtzman et al. 2020,
+            https://arxiv.org/abs/1904.09751), after ``top_k``.
+        generator: on the logits' device; None is torch's global one.
+
+    Returns:
+        ``[B]``, int64.
+
+    Raises:
+        ValueError: an option out of range.
+    """
+    if not temperature >= 0:
+        raise ValueError(f"temperature must not be negative, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be None or at least 1, got {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be None or lie in (0, 1], got {top_p}")
+    if temperature == 0:
+        return logits.argmax(-1)
+    scores, tokens = (logits.float() / temperature).sort(-1, descending=True)
+    if top_k is not None:
+        scores, tokens = scores[:, :top_k], tokens[:, :top_k]
+    probabilities = scores.softmax(-1)
+    if top_p is not None:
+        before = probabilities.cumsum(-1) - probabilities
+        probabilities = probabilities.masked_fill(before >= top_p, 0.0)  # the likeliest has nothing before it
+    drawn = torch.multinomial(probabilities, 1, generator=generator)
+    return tokens.gather(-1, drawn)[:, 0]
+
+
+def text_first(attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """A permutation ``[B, L]`` that moves padding behind the text, and the mask so permuted.
+
+    Causal attention never looks right, so behind the text padding needs no mask.
+    """
+    order = torch.argsort((attention_mask == 0).to(torch.uint8), dim=1, stable=True)
+    return order, (attention_mask != 0).gather(1, order)

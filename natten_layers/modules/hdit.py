@@ -1,0 +1,481 @@
+"""HDiT, the hourglass diffusion transformer (Crowson et al. 2024, https://arxiv.org/abs/2401.11605).
+
+Pixel-space diffusion at a cost linear in the number of pixels: fine levels attend in neighborhoods, the coarsest one
+globally. With the options of this library at their defaults it is k-diffusion's ``image_transformer_v2``, weight for
+weight; :mod:`natten_layers.checkpoints` reads and writes that format.
+
+Tensors are heads-last and channels-last inside: ``x [B, h, w, C]``, ``pos [h, w, 2]``, ``cond [B, mapping_width]``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from itertools import pairwise
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .. import checkpoints
+from ..functional import neighborhood_attention
+from .attention import Heads, NeighborhoodGQA
+from .feed_forward import GEGLU
+from .hdit_config import HDiTConfig, LevelConfig
+from .norm import AdaRMSNorm, RMSNorm
+from .rope import AxialRoPE, make_axial_pos
+
+__all__ = ["HDiT"]
+
+AUG_FEATURES = 9  # of k-diffusion's augmentation pipeline
+
+
+# --- Parts
+
+
+class FourierFeatures(nn.Module):
+    """``cat(cos, sin)(2 pi x W^T)`` with fixed random frequencies ``weight [out_features / 2, in_features]``."""
+
+    weight: Tensor
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        if out_features % 2:
+            raise ValueError(f"mapping_width must be even, got {out_features}")
+        self.register_buffer("weight", torch.randn(out_features // 2, in_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        angle = 2 * math.pi * x.to(wide) @ self.weight.to(wide).T
+        return torch.cat((angle.cos(), angle.sin()), -1)
+
+
+def _shuffle(x: Tensor, patch_size: tuple[int, int]) -> Tensor:
+    """Spread features over pixels: ``[B, H, W, h w C]`` to ``[B, H h, W w, C]``."""
+    patches = x.unflatten(-1, (*patch_size, -1))  # [B, H, W, h, w, C]
+    return patches.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+class TokenMerge(nn.Module):
+    """Pixel-unshuffle, then Linear: ``[B, H, W, in]`` to ``[B, H / h, W / w, out]``."""
+
+    def __init__(self, in_features: int, out_features: int, patch_size: tuple[int, int] = (2, 2)) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Linear(in_features * math.prod(patch_size), out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, w = self.patch_size
+        patches = x.unflatten(2, (-1, w)).unflatten(1, (-1, h))  # [B, H / h, h, W / w, w, C]
+        return self.proj(patches.transpose(2, 3).flatten(3))
+
+
+class TokenSplit(nn.Module):
+    """Linear, then pixel-shuffle, then ``lerp(skip, x, fac)``: ``[B, H, W, in]`` to ``[B, 2 H, 2 W, out]``."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(in_features, 4 * out_features, bias=False)
+        self.fac = nn.Parameter(torch.full([1], 0.5))
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        x = _shuffle(self.proj(x), (2, 2))
+        return torch.lerp(skip, x, self.fac.to(x.dtype))
+
+
+class PatchOut(nn.Module):
+    """Linear, then pixel-shuffle: ``[B, H, W, in]`` to ``[B, H h, W w, out]``."""
+
+    def __init__(self, in_features: int, out_features: int, patch_size: tuple[int, int]) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Linear(in_features, out_features * math.prod(patch_size), bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _shuffle(self.proj(x), self.patch_size)
+
+
+class MappingBlock(nn.Module):
+    def __init__(self, width: int, d_ff: int, dropout: float) -> None:
+        super().__init__()
+        self.norm = RMSNorm(width)
+        self.mlp = GEGLU(width, d_ff, dropout=dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(self.norm(x))
+
+
+class MappingNetwork(nn.Module):
+    """From the sum of all embeddings to the condition of every layer."""
+
+    def __init__(self, width: int, depth: int, d_ff: int, dropout: float) -> None:
+        super().__init__()
+        self.in_norm = RMSNorm(width)
+        self.blocks = nn.ModuleList(MappingBlock(width, d_ff, dropout) for _ in range(depth))
+        self.out_norm = RMSNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.in_norm(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.out_norm(x)
+
+
+# --- Layers
+
+
+class ShiftedWindowGQA(NeighborhoodGQA):
+    """Attention inside square windows of a grid whose origin lies at ``shift`` (Swin; Liu et al. 2021).
+
+    The window that the grid cuts off at the start of an axis is not joined with the one at its end: along each axis
+    there are a first block of ``window_size - shift`` tokens, whole windows, and a last block of ``shift``.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, window_size: int, shift: int, **options: Any) -> None:
+        super().__init__(embed_dim, num_heads, window_size, stride=window_size, **options)
+        self.window_size, self.shift = window_size, shift
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, shift={self.shift}"
+
+    def _attention(self, heads: Heads, registers: Heads | None) -> Tensor:
+        # Windows are equal within a stretch, so each pair of stretches is one blocked call on a view: no mask, no copy.
+        rows, columns = (self._stretches(length) for length in heads.query.shape[1:3])
+        return torch.cat([torch.cat([self._block(heads, registers, r, c) for c in columns], 2) for r in rows], 1)
+
+    def _stretches(self, length: int) -> list[tuple[int, int, int]]:
+        """(start, stop, size of its windows) of each run of equal windows on an axis."""
+        size, shift = self.window_size, self.shift
+        if shift == 0:
+            return [(0, length, size)]
+        first, last = size - shift, length - shift
+        return [(0, first, first), *([(first, last, size)] if first < last else []), (last, length, shift)]
+
+    def _block(
+        self, heads: Heads, registers: Heads | None, rows: tuple[int, int, int], columns: tuple[int, int, int]
+    ) -> Tensor:
+        query, key, value = (t[:, rows[0] : rows[1], columns[0] : columns[1]] for t in heads)
+        return neighborhood_attention(
+            query,
+            key,
+            value,
+            (rows[2], columns[2]),
+            stride=(rows[2], columns[2]),
+            scale=self.scale,
+            additional_keys=None if registers is None else registers.key,
+            additional_values=None if registers is None else registers.value,
+            sink=self.sink,
+        )
+
+
+def _make_attention(level: LevelConfig, index: int) -> NeighborhoodGQA:
+    """The attention of a level's layer; ``index`` counts its layers, down and up."""
+    rope = AxialRoPE(level.d_head, level.num_heads, num_kv_heads=level.num_kv_heads)
+    options: dict[str, Any] = {
+        "num_kv_heads": level.num_kv_heads,
+        "num_registers": level.num_registers,
+        "sink": level.sink,
+        "rope": rope,
+        "qk_norm": "cosine",
+        "qkv_bias": False,
+        "out_bias": False,
+    }
+    if level.attention == "shifted-window":
+        assert level.window_size is not None
+        shift = level.window_size // 2 if index % 2 else 0
+        return ShiftedWindowGQA(level.width, level.num_heads, level.window_size, shift, **options)
+    kernel_size = level.kernel_size if level.attention == "neighborhood" else None
+    return NeighborhoodGQA(level.width, level.num_heads, kernel_size, dilation=level.dilation, **options)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, level: LevelConfig, cond_dim: int, index: int) -> None:
+        super().__init__()
+        self.norm = AdaRMSNorm(level.width, cond_dim)
+        self.attn = _make_attention(level, index)
+        self.dropout = nn.Dropout(level.dropout)
+
+    def forward(self, x: Tensor, pos: Tensor, cond: Tensor) -> Tensor:
+        mixed, _ = self.attn.attend(self.norm(x, cond), positions=pos)
+        return x + self.attn.proj(self.dropout(mixed))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, level: LevelConfig, cond_dim: int) -> None:
+        super().__init__()
+        assert level.d_ff is not None
+        self.norm = AdaRMSNorm(level.width, cond_dim)
+        self.mlp = GEGLU(level.width, level.d_ff, dropout=level.dropout)
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        return x + self.mlp(self.norm(x, cond))
+
+
+class TransformerLayer(nn.Module):
+    def __init__(self, level: LevelConfig, cond_dim: int, index: int) -> None:
+        super().__init__()
+        self.self_attn = SelfAttention(level, cond_dim, index) if level.attention != "none" else None
+        self.ff = FeedForward(level, cond_dim)
+
+    def forward(self, x: Tensor, pos: Tensor, cond: Tensor) -> Tensor:
+        if self.self_attn is not None:
+            x = self.self_attn(x, pos, cond)
+        return self.ff(x, cond)
+
+
+def _make_level(config: HDiTConfig, level_index: int, *, up: bool = False) -> nn.ModuleList:
+    """The layers of a level. Those on the way up go on counting after those on the way down."""
+    level = config.levels[level_index]
+    first = level.depth if up else 0
+    try:
+        return nn.ModuleList(TransformerLayer(level, config.mapping_width, first + i) for i in range(level.depth))
+    except ValueError as error:
+        raise ValueError(f"level {level_index}: {error}") from error
+
+
+# --- Model
+
+
+class HDiT(nn.Module):
+    """The bare denoising network; :class:`natten_layers.Denoiser` wraps it for training and sampling.
+
+    Args:
+        config: sizes and options.
+        checkpointing: recompute each layer in the backward pass instead of keeping its activations.
+
+    ``HDiT.from_pretrained(path)`` and ``save_pretrained(path)`` read and write k-diffusion's files.
+    """
+
+    def __init__(self, config: HDiTConfig, *, checkpointing: bool = False) -> None:
+        super().__init__()
+        self.config, self.checkpointing = config, checkpointing
+        levels, width, cond_dim = config.levels, config.levels[0].width, config.mapping_width
+        assert config.mapping_d_ff is not None
+
+        self.patch_in = TokenMerge(config.input_channels, width, config.patch_size)
+        self.time_emb = FourierFeatures(1, cond_dim)
+        self.time_in_proj = nn.Linear(cond_dim, cond_dim, bias=False)
+        self.aug_emb = FourierFeatures(AUG_FEATURES, cond_dim)
+        self.aug_in_proj = nn.Linear(cond_dim, cond_dim, bias=False)
+        self.class_emb = nn.Embedding(config.num_classes + 1, cond_dim) if config.num_classes else None
+        self.mapping_cond_in_proj = (
+            nn.Linear(config.mapping_cond_dim, cond_dim, bias=False) if config.mapping_cond_dim else None
+        )
+        self.mapping = MappingNetwork(cond_dim, config.mapping_depth, config.mapping_d_ff, config.mapping_dropout_rate)
+
+        outer = range(len(levels) - 1)
+        self.down_levels = nn.ModuleList(_make_level(config, i) for i in outer)
+        self.mid_level = _make_level(config, len(levels) - 1)
+        self.up_levels = nn.ModuleList(_make_level(config, i, up=True) for i in outer)
+        pairs = list(pairwise(levels))
+        self.merges = nn.ModuleList(TokenMerge(fine.width, coarse.width) for fine, coarse in pairs)
+        self.splits = nn.ModuleList(TokenSplit(coarse.width, fine.width) for fine, coarse in pairs)
+
+        self.out_norm = RMSNorm(width)
+        self.patch_out = PatchOut(width, config.input_channels, config.patch_size)
+        self._zero_outputs()
+
+    def _zero_outputs(self) -> None:
+        """Every residual branch, and the model, start as zero."""
+        nn.init.zeros_(self.patch_out.proj.weight)
+        for module in self.modules():
+            if isinstance(module, NeighborhoodGQA):
+                nn.init.zeros_(module.proj.weight)
+            elif isinstance(module, GEGLU):
+                nn.init.zeros_(module.down_proj.weight)
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | PathLike[str], *, config: HDiTConfig | None = None, dtype: torch.dtype | None = torch.float32
+    ) -> HDiT:
+        """Build the model that a file describes and load its weights, all of them or none.
+
+        Args:
+            path: a safetensors file as k-diffusion's ``convert_for_inference.py`` or :meth:`save_pretrained` write it,
+                a k-diffusion training checkpoint (``.pth``; its EMA weights are taken, and nothing in it is executed),
+                or a directory with a ``model.safetensors``.
+            config: for a file that holds none.
+            dtype: of the parameters; None keeps the file's. Buffers stay in fp32 or better.
+
+        Raises:
+            ValueError: the file is damaged, foreign, or does not fit its config; the message names the file, the keys
+                and the shapes.
+        """
+        described, tensors = checkpoints.read_hdit(path)
+        if config is None:
+            if described is None:
+                raise ValueError(f"{path} holds no config; give the JSON config of its training as config=")
+            try:
+                config = HDiTConfig.from_json(described)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
+        with torch.device("meta"):
+            model = cls(config)
+        checkpoints.load_tensors(model, tensors, path, dtype)
+        return model.eval()
+
+    def save_pretrained(self, path: str | PathLike[str], *, dtype: torch.dtype | None = None) -> None:
+        """Write a safetensors file in k-diffusion's format, with the config in its metadata.
+
+        k-diffusion can run models that use none of this library's options. The file appears whole or not at all.
+
+        Args:
+            path: the file, or a directory to hold ``model.safetensors``.
+            dtype: of the parameters in the file; None keeps the model's. Buffers keep theirs.
+        """
+        checkpoints.write_hdit(path, self, self.config.to_json(), dtype)
+
+    def forward(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        *,
+        aug_cond: Tensor | None = None,
+        class_cond: Tensor | None = None,
+        mapping_cond: Tensor | None = None,
+    ) -> Tensor:
+        """One evaluation of the network.
+
+        Args:
+            x: ``[B, input_channels, H, W]``, scaled by the preconditioner. Height and width must be multiples of the
+                patch size times 2 for every merge; nothing ties them to the size trained at.
+            sigma: noise level ``[B]``, positive.
+            aug_cond: parameters of an augmentation ``[B, 9]``; None is none.
+            class_cond: ``[B]`` int64, 0 to ``num_classes``, the last of which is unconditional; given exactly to models
+                with classes. On a GPU an index out of range is torch's device-side assertion: to look at it first would
+                wait for the GPU.
+            mapping_cond: ``[B, mapping_cond_dim]``; given exactly to models with a ``mapping_cond_dim``.
+
+        Returns:
+            ``[B, input_channels, H, W]``.
+
+        Raises:
+            ValueError: an argument does not fit; the message names it and the values.
+        """
+        self._check(x, sigma)
+        cond = self._condition(x, sigma, aug_cond, class_cond, mapping_cond)
+        x = self.patch_in(x.movedim(1, -1))
+        angle_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        pos = make_axial_pos(x.shape[1], x.shape[2], dtype=angle_dtype, device=x.device)
+
+        skips = []
+        for level, merge in zip(self.down_levels, self.merges, strict=True):
+            x = self._run(level, x, pos, cond)
+            skips.append((x, pos))
+            x, pos = merge(x), _coarsen(pos)
+        x = self._run(self.mid_level, x, pos, cond)
+        for level, split, (skip, pos) in zip(
+            reversed(self.up_levels), reversed(self.splits), reversed(skips), strict=True
+        ):
+            x = self._run(level, split(x, skip), pos, cond)
+        return self.patch_out(self.out_norm(x)).movedim(-1, 1)
+
+    def _run(self, level: nn.Module, x: Tensor, pos: Tensor, cond: Tensor) -> Tensor:
+        assert isinstance(level, nn.ModuleList)
+        for layer in level:
+            run = partial(checkpoint, layer, use_reentrant=False) if self.checkpointing and self.training else layer
+            x = run(x, pos, cond)
+        return x
+
+    def _condition(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        aug_cond: Tensor | None,
+        class_cond: Tensor | None,
+        mapping_cond: Tensor | None,
+    ) -> Tensor:
+        dtype = self.time_in_proj.weight.dtype
+        c_noise = sigma.to(torch.promote_types(x.dtype, torch.float32)).log() / 4
+        cond = self.time_in_proj(self.time_emb(c_noise[:, None]).to(dtype))
+        if aug_cond is None:
+            aug_cond = x.new_zeros(x.shape[0], AUG_FEATURES)
+        _check_condition("aug_cond", aug_cond, (x.shape[0], AUG_FEATURES))
+        cond = cond + self.aug_in_proj(self.aug_emb(aug_cond).to(dtype))
+        for name, given, module in (
+            ("class_cond", class_cond, self.class_emb),
+            ("mapping_cond", mapping_cond, self.mapping_cond_in_proj),
+        ):
+            if (given is None) != (module is None):
+                raise ValueError(f"this model {'needs' if given is None else 'has no use for'} {name}")
+        if self.class_emb is not None and class_cond is not None:
+            self._check_classes(class_cond, x.shape[0])
+            cond = cond + self.class_emb(class_cond)
+        if self.mapping_cond_in_proj is not None and mapping_cond is not None:
+            _check_condition("mapping_cond", mapping_cond, (x.shape[0], self.config.mapping_cond_dim))
+            cond = cond + self.mapping_cond_in_proj(mapping_cond.to(dtype))
+        return self.mapping(cond)
+
+    def _check_classes(self, class_cond: Tensor, batch: int) -> None:
+        _check_condition("class_cond", class_cond, (batch,))
+        if class_cond.device.type == "cpu" and not torch.compiler.is_compiling():
+            outside = class_cond[(class_cond < 0) | (class_cond > self.config.num_classes)]
+            if outside.numel():
+                raise ValueError(
+                    f"class_cond holds {outside.tolist()}; classes are 0 to {self.config.num_classes - 1}, "
+                    f"and {self.config.num_classes} is unconditional"
+                )
+
+    def _check(self, x: Tensor, sigma: Tensor) -> None:
+        channels = self.config.input_channels
+        if x.ndim != 4 or x.shape[1] != channels:
+            raise ValueError(f"x has shape {tuple(x.shape)}; expected [B, {channels}, height, width]")
+        if sigma.shape != x.shape[:1]:
+            raise ValueError(f"sigma has shape {tuple(sigma.shape)}; expected [{x.shape[0]}], one per image")
+        for axis, size, patch in zip(("height", "width"), x.shape[2:], self.config.patch_size, strict=True):
+            for index, level in enumerate(self.config.levels):
+                _check_axis(axis, size, patch * 2**index, index, level)
+
+    def param_groups(self, lr: float, weight_decay: float, *, mapping_lr_scale: float = 1 / 3) -> list[dict[str, Any]]:
+        """Parameter groups for an optimizer, as k-diffusion trains.
+
+        Weight decay applies to the matrices of Linear layers, except those that embed a condition; the mapping network
+        and the norms that it drives learn at ``lr * mapping_lr_scale``.
+        """
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        for module_name, module in self.named_modules():
+            mapping = module_name.startswith("mapping.") or module_name.endswith(".norm.linear")
+            decays = isinstance(module, nn.Linear) and not module_name.endswith("in_proj")
+            for parameter in module.parameters(recurse=False):
+                groups.setdefault((mapping, decays), []).append(parameter)
+        return [
+            {
+                "params": parameters,
+                "lr": lr * mapping_lr_scale if mapping else lr,
+                "weight_decay": weight_decay if decays else 0.0,
+            }
+            for (mapping, decays), parameters in groups.items()
+        ]
+
+
+def _coarsen(pos: Tensor) -> Tensor:
+    """Mean position of each 2 x 2 block: ``[h, w, 2]`` to ``[h / 2, w / 2, 2]``."""
+    return pos.unflatten(1, (-1, 2)).unflatten(0, (-1, 2)).transpose(1, 2).flatten(2, 3).mean(2)
+
+
+def _check_condition(name: str, tensor: Tensor, shape: Sequence[int]) -> None:
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {list(shape)}")
+
+
+def _check_axis(axis: str, size: int, pixels: int, index: int, level: LevelConfig) -> None:
+    """One axis of the image against one level, whose tokens are ``pixels`` long."""
+    if size % pixels:
+        raise ValueError(
+            f"image {axis} {size} is not a multiple of {pixels}, the pixels of a token of level {index}; "
+            f"use {max(size // pixels, 1) * pixels} or {(size // pixels + 1) * pixels}"
+        )
+    tokens = size // pixels
+    if level.attention == "neighborhood" and tokens < level.kernel_size * level.dilation:
+        raise ValueError(
+            f"image {axis} {size} has {tokens} tokens on level {index}, fewer than kernel_size * dilation = "
+            f"{level.kernel_size} * {level.dilation}; use at least {level.kernel_size * level.dilation * pixels} pixels"
+        )
+    if level.attention == "shifted-window" and level.window_size is not None and tokens % level.window_size:
+        raise ValueError(
+            f"image {axis} {size} has {tokens} tokens on level {index}, not a multiple of window_size "
+            f"{level.window_size}; use a multiple of {level.window_size * pixels} pixels"
+        )

@@ -1,0 +1,127 @@
+"""The options of :class:`~natten_layers.modules.llm.DecoderLM`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+__all__ = ["DecoderLMConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderLMConfig:
+    """A Llama-shaped decoder. Its options cover Llama, Mistral, Qwen2, Qwen3 and Gemma 3 (text).
+
+    Args:
+        vocab_size: rows of the embedding.
+        hidden_size: channels of the residual stream.
+        intermediate_size: channels inside the gated feed-forward layer.
+        num_layers: decoder blocks.
+        num_heads: query heads.
+        num_kv_heads: KV heads, default ``num_heads``.
+        head_dim: elements of a head, default ``hidden_size // num_heads``.
+        windows: one entry per layer: the number of tokens a token sees, itself included, or None for all before it.
+            A single entry is spread over the layers.
+        max_positions: longest text, prompt and generated tokens together.
+        rope: ``rope_theta``, ``rope_type`` and the keys of that type, see :class:`~natten_layers.modules.rope.RoPE`.
+        windowed_rope: the same for layers with a window; None is ``rope``.
+        norm_eps: added to the mean square in every norm.
+        zero_centered_norm: norm gains are ``1 + weight`` (Gemma).
+        post_norms: norm the outputs of attention and feed-forward too (Gemma).
+        qk_norm: RMS norm of every query and key head before RoPE (Qwen3, Gemma).
+        qkv_bias, out_bias, mlp_bias: biases of those projections.
+        activation: of the feed-forward gate.
+        attention_scale: factor on attention scores, default ``head_dim ** -0.5``.
+        embedding_scale: factor on embeddings (Gemma: ``hidden_size ** 0.5``).
+        tie_embeddings: use the embedding as output projection.
+        sink: None; "zero" (zero attention, softmax1); or "learned", one logit per query head and layer.
+        num_registers: learned tokens per layer that every token sees whatever the window.
+        initializer_range: standard deviation of initial weights.
+        bos_token_id, eos_token_id, pad_token_id: special tokens; ``generate`` stops at the second kind.
+
+    Raises:
+        ValueError: options that do not fit together; the message names them.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    windows: tuple[int | None, ...] = (None,)
+    max_positions: int = 131072
+    rope: Mapping[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
+    windowed_rope: Mapping[str, Any] | None = None
+    norm_eps: float = 1e-6
+    zero_centered_norm: bool = False
+    post_norms: bool = False
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    attention_scale: float | None = None
+    embedding_scale: float = 1.0
+    tie_embeddings: bool = False
+    sink: Literal["zero", "learned"] | None = None
+    num_registers: int = 0
+    initializer_range: float = 0.02
+    bos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "max_positions"):
+            _check_positive(name, getattr(self, name))
+        # Filled in once, so that equal models have equal configs.
+        if self.num_kv_heads is None:
+            object.__setattr__(self, "num_kv_heads", self.num_heads)
+        if self.head_dim is None:
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_heads)
+        _check_positive("num_kv_heads", self.kv_heads)
+        _check_positive("head_dim", self.dim)
+        windows = tuple(self.windows)
+        object.__setattr__(self, "windows", windows * self.num_layers if len(windows) == 1 else windows)
+        if isinstance(self.eos_token_id, list):  # as JSON has it
+            object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
+        if self.num_heads % self.kv_heads:
+            raise ValueError(f"num_heads must be a multiple of num_kv_heads, got {self.num_heads} and {self.kv_heads}")
+        if self.dim % 2:
+            raise ValueError(f"head_dim must be even for RoPE, got {self.dim}")
+        if len(self.windows) != self.num_layers:
+            raise ValueError(f"windows has {len(self.windows)} entries for num_layers={self.num_layers}")
+        for window in self.windows:
+            if window is not None:
+                _check_positive("windows", window)
+        for name, allowed in (("activation", ("silu", "gelu_tanh")), ("sink", (None, "zero", "learned"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        if self.num_registers < 0:
+            raise ValueError(f"num_registers must not be negative, got {self.num_registers}")
+
+    @property
+    def kv_heads(self) -> int:
+        """``num_kv_heads``, which is never None after construction."""
+        assert self.num_kv_heads is not None
+        return self.num_kv_heads
+
+    @property
+    def dim(self) -> int:
+        """``head_dim``, which is never None after construction."""
+        assert self.head_dim is not None
+        return self.head_dim
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """``eos_token_id`` as a tuple."""
+        if self.eos_token_id is None:
+            return ()
+        return (self.eos_token_id,) if isinstance(self.eos_token_id, int) else self.eos_token_id
+
+
+def _check_positive(name: str, value: object) -> None:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{name} must be an int of at least 1, got {value!r}")

@@ -1,0 +1,170 @@
+"""NATTEN's names (https://natten.org, 0.21): call sites and checkpoints move over unchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ..functional import neighborhood_attention
+from ..geometry import normalise_axes
+from .attention import NeighborhoodGQA
+
+__all__ = [
+    "NeighborhoodAttention1D",
+    "NeighborhoodAttention2D",
+    "NeighborhoodAttention3D",
+    "na1d",
+    "na2d",
+    "na3d",
+]
+
+Axes = int | Sequence[int]
+Causal = bool | Sequence[bool]
+
+
+def _operation(rank: int):
+    def na(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kernel_size: Axes,
+        stride: Axes = 1,
+        dilation: Axes = 1,
+        is_causal: Causal | None = False,
+        scale: float | None = None,
+        additional_keys: Tensor | None = None,
+        additional_values: Tensor | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+        backend: str | None = None,
+        q_tile_shape: Sequence[int] | None = None,
+        kv_tile_shape: Sequence[int] | None = None,
+        backward_q_tile_shape: Sequence[int] | None = None,
+        backward_kv_tile_shape: Sequence[int] | None = None,
+        backward_kv_splits: Sequence[int] | None = None,
+        backward_use_pt_reduction: bool = False,
+        run_persistent_kernel: bool = True,
+        kernel_schedule: Any = None,
+        torch_compile: bool = False,
+        return_lse: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Neighborhood attention with NATTEN's arguments in NATTEN's order, for one number of spatial axes.
+
+        See :func:`natten_layers.neighborhood_attention` for shapes, for the arguments from ``query`` to
+        ``additional_values`` and for ``return_lse``. A ``scale`` of 0.0 counts, where NATTEN takes its default instead.
+
+        The arguments from ``attention_kwargs`` to ``torch_compile`` choose among NATTEN's kernels and never change a
+        result. They are accepted so that calls need no change, and have no effect here.
+
+        Raises:
+            ValueError: as :func:`natten_layers.neighborhood_attention`, and for a query of another rank.
+        """
+        if isinstance(query, Tensor) and query.ndim != rank + 3:
+            raise ValueError(
+                f"na{rank}d takes a query [B, {rank} spatial axes, heads, head_dim], got {tuple(query.shape)}"
+            )
+        arguments: dict[str, Any] = {
+            "stride": stride,
+            "dilation": dilation,
+            "is_causal": False if is_causal is None else is_causal,
+            "scale": scale,
+            "additional_keys": additional_keys,
+            "additional_values": additional_values,
+            "return_lse": return_lse,
+        }
+        # One entry per axis: a shorter tuple would make the last spatial axis one of KV heads.
+        return neighborhood_attention(
+            query, key, value, normalise_axes("kernel_size", kernel_size, rank, int), **arguments
+        )
+
+    na.__name__ = na.__qualname__ = f"na{rank}d"
+    return na
+
+
+na1d, na2d, na3d = _operation(1), _operation(2), _operation(3)
+
+
+class _NeighborhoodAttention(NeighborhoodGQA):
+    """Multi-head neighborhood attention with the arguments and the state dict of NATTEN's module of this name.
+
+    The :class:`NeighborhoodGQA` of as many KV heads as query heads, for inputs of one rank, with dropout at its end.
+
+    Args:
+        embed_dim, num_heads, kernel_size, stride, dilation, is_causal, qkv_bias: as there.
+        qk_scale: factor on the scores, default ``head_dim ** -0.5``.
+        proj_drop: probability with which an element of the output is dropped in training.
+
+    Raises:
+        ValueError: ``embed_dim`` not a multiple of ``num_heads``, or a tuple of another rank.
+    """
+
+    rank: ClassVar[int]
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        kernel_size: Axes,
+        stride: Axes = 1,
+        dilation: Axes = 1,
+        is_causal: Causal = False,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__(
+            embed_dim,
+            num_heads,
+            normalise_axes("kernel_size", kernel_size, self.rank, int),
+            stride=normalise_axes("stride", stride, self.rank, int),
+            dilation=normalise_axes("dilation", dilation, self.rank, int),
+            is_causal=normalise_axes("is_causal", is_causal, self.rank, bool),
+            qkv_bias=qkv_bias,
+            scale=qk_scale,
+        )
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.register_load_state_dict_pre_hook(_handle_rpb)
+
+    def forward(self, x: Tensor, *, positions: Tensor | None = None, registers: Tensor | None = None) -> Tensor:
+        if x.ndim != self.rank + 2:
+            raise ValueError(
+                f"{type(self).__name__} takes [B, {self.rank} spatial axes, {self.embed_dim}], got {tuple(x.shape)}"
+            )
+        out = super().forward(x, positions=positions, registers=registers)
+        assert isinstance(out, Tensor)
+        return self.proj_drop(out)
+
+
+class NeighborhoodAttention1D(_NeighborhoodAttention):
+    __doc__ = _NeighborhoodAttention.__doc__
+    rank = 1
+
+
+class NeighborhoodAttention2D(_NeighborhoodAttention):
+    __doc__ = _NeighborhoodAttention.__doc__
+    rank = 2
+
+
+class NeighborhoodAttention3D(_NeighborhoodAttention):
+    __doc__ = _NeighborhoodAttention.__doc__
+    rank = 3
+
+
+def _handle_rpb(
+    module: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: dict[str, Any],
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_msgs: list[str],
+) -> None:
+    """Checkpoints from before NATTEN 0.20 may hold a bias table on relative positions; a zero one says nothing."""
+    table = state_dict.pop(f"{prefix}rpb", None)
+    if table is not None and table.any():
+        error_msgs.append(
+            f'"{prefix}rpb" {tuple(table.shape)} is a relative positional bias, which {type(module).__name__} does not '
+            "have (nor has NATTEN since 0.20). Remove the key to load the rest; the outputs will differ."
+        )

@@ -1,0 +1,117 @@
+"""Root-mean-square norms and the cosine normalisation of queries and keys. Statistics are fp32, or fp64 for fp64."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["AdaRMSNorm", "RMSNorm", "cosine_normalize", "rms_normalize"]
+
+
+def _statistics(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def rms_normalize(x: Tensor, gain: Tensor, eps: float = 1e-6) -> Tensor:
+    """``x * gain * rsqrt(mean(x ** 2) + eps)`` over the last axis, computed in fp32 or better.
+
+    Args:
+        x: ``[..., C]``.
+        gain: ``[..., C]``, broadcastable to ``x``.
+
+    Returns:
+        ``[..., C]`` in ``x``'s dtype.
+    """
+    wide = _statistics(x)
+    return (wide * (_statistics(gain) * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps))).to(x.dtype)
+
+
+def cosine_normalize(x: Tensor, gain: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+    """``x * gain * rsqrt(sum(x ** 2) + eps)`` over the last axis, computed in fp32 or better.
+
+    Args:
+        x: ``[..., heads, D]``.
+        gain: ``[heads]``, or None for 1.
+
+    Returns:
+        ``[..., heads, D]`` in ``x``'s dtype.
+    """
+    wide = _statistics(x)
+    factor = torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)
+    if gain is not None:
+        factor = factor * _statistics(gain)[:, None]
+    return (wide * factor).to(x.dtype)
+
+
+class RMSNorm(nn.RMSNorm):
+    """``torch.nn.RMSNorm`` of one axis, whose gain may be kept as its difference from one.
+
+    Args:
+        dim: length of the last axis.
+        eps: added to the mean square.
+        zero_centered: the gain is ``1 + weight`` and ``weight`` starts at 0 (Gemma), so that weight decay pulls the
+            gain to 1. Otherwise it is ``weight``, which starts at 1.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        eps: float = 1e-6,
+        *,
+        zero_centered: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.zero_centered = zero_centered  # before super(), which resets the parameters
+        super().__init__(dim, eps, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.weight, 0.0 if self.zero_centered else 1.0)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (", zero_centered=True" if self.zero_centered else "")
+
+    def gain(self) -> Tensor:
+        return 1 + _statistics(self.weight) if self.zero_centered else self.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.eps is not None
+        if x.shape[-1:] != self.weight.shape:
+            raise ValueError(f"x {tuple(x.shape)} must end in the normalised axis of length {self.weight.shape[0]}")
+        return rms_normalize(x, self.gain(), self.eps)
+
+
+class AdaRMSNorm(nn.Module):
+    """RMS norm whose gain follows a condition: ``1 + linear(cond)``, one at initialisation.
+
+    Source: the adaptive norm of HDiT (Crowson et al. 2024, https://arxiv.org/abs/2401.11605).
+
+    Args:
+        dim: length of the last axis of ``x``.
+        cond_dim: length of the last axis of ``cond``.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        cond_dim: int,
+        eps: float = 1e-6,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.linear = nn.Linear(cond_dim, dim, bias=False, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.linear.weight)
+
+    def extra_repr(self) -> str:
+        return f"eps={self.eps}"
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        """Normalise ``x [B, *spatial, dim]`` with the gain that ``cond [B, cond_dim]`` asks for."""
+        gain = 1 + _statistics(self.linear(cond))
+        return rms_normalize(x, gain.view(gain.shape[0], *(1,) * (x.ndim - 2), -1), self.eps)

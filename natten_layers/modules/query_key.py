@@ -1,0 +1,83 @@
+"""From projected query and key heads to what attention takes: normalisation and rotation, fused or in PyTorch."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+from ..functional import Impl
+from ..kernels import ops, rotate_ops
+from .norm import cosine_normalize, rms_normalize
+from .rope import Angles
+
+__all__ = ["HeadNorm", "normalize_and_rotate"]
+
+
+class HeadNorm(NamedTuple):
+    """Normalisation of every head by itself."""
+
+    kind: Literal["cosine", "rms"]
+    query_gain: Tensor | None  # cosine: one a head [Hq], None is 1; rms: one an element [D]
+    key_gain: Tensor | None
+    eps: float = 1e-6
+
+    def apply(self, x: Tensor, gain: Tensor | None) -> Tensor:
+        if self.kind == "cosine":
+            return cosine_normalize(x, gain, self.eps)
+        assert gain is not None
+        return rms_normalize(x, gain, self.eps)
+
+
+def normalize_and_rotate(
+    query: Tensor, key: Tensor, norm: HeadNorm | None, angles: Angles | None, *, impl: Impl = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Normalise ``query [B, *spatial, Hq, D]`` and ``key [B, *spatial, Hkv, D]``, then rotate them.
+
+    The fused form is one launch that reads the heads where they lie and writes contiguous ones, with one rounding to
+    their dtype at the end; in PyTorch each step rounds. Neither changes its inputs.
+
+    Args:
+        norm, angles: None leaves that step out.
+        impl: "auto" takes the fused kernel where attention takes its own; "fused" and "eager" never fall back.
+
+    Raises:
+        RuntimeError: ``impl="fused"`` where the kernel cannot run.
+    """
+    if norm is None and angles is None:
+        return query, key
+    if impl != "eager":
+        reason = _unsupported(query, key, angles)
+        if reason is None:
+            return _fused(query, key, norm, angles)
+        if impl == "fused":
+            raise RuntimeError(f'impl="fused" cannot run: {reason}; use impl="auto" or "eager"')
+    if norm is not None:
+        query, key = norm.apply(query, norm.query_gain), norm.apply(key, norm.key_gain)
+    return (query, key) if angles is None else angles.turn(query, key)
+
+
+def _unsupported(query: Tensor, key: Tensor, angles: Angles | None) -> str | None:
+    if angles is not None and (angles.positions.requires_grad or angles.freqs.requires_grad):
+        return "positions or frequencies require a gradient"
+    return ops.unsupported(query, key)
+
+
+def _fused(query: Tensor, key: Tensor, norm: HeadNorm | None, angles: Angles | None) -> tuple[Tensor, Tensor]:
+    positions = freqs = None
+    query_gain, key_gain = (None, None) if norm is None else (norm.query_gain, norm.key_gain)
+    if angles is not None:
+        positions, freqs = angles.positions.contiguous(), angles.freqs.float().contiguous()
+        if positions.ndim < query.ndim - 1:
+            positions = positions[None]
+    return rotate_ops.rotate(
+        query,
+        key,
+        None if query_gain is None else query_gain.contiguous(),
+        None if key_gain is None else key_gain.contiguous(),
+        positions,
+        freqs,
+        1.0 if angles is None else angles.factor,
+        "none" if norm is None else norm.kind,
+        0.0 if norm is None else norm.eps,
+    )

@@ -1,0 +1,361 @@
+"""Rotary position embeddings, half-split form: element ``i`` turns with element ``i + n`` of the ``2 n`` rotated ones.
+
+A module of this file is called as ``rope(query, key, positions)`` with ``query [B, *spatial, Hq, D]`` and
+``key [B, *spatial, Hkv, D]``, and returns both rotated, in their own dtypes. Query head ``h`` turns with KV head
+``h // (Hq // Hkv)``. Angles are computed in fp32, or in fp64 for fp64 activations, never in half precision.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Angles", "AxialRoPE", "RoPE", "angles_of", "make_axial_pos", "rotate_half_split"]
+
+
+def rotate_half_split(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs ``(x[..., i], x[..., i + n])``; elements from ``2 n`` on pass unchanged.
+
+    Args:
+        x: ``[..., D]``.
+        cos, sin: ``[..., n]`` with ``2 n <= D``, broadcastable to ``x``'s leading axes. The rotation is computed in
+            their dtype.
+
+    Returns:
+        ``[..., D]`` in ``x``'s dtype.
+    """
+    n = cos.shape[-1]
+    first, second, rest = x[..., :n].to(cos.dtype), x[..., n : 2 * n].to(cos.dtype), x[..., 2 * n :]
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
+    return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
+
+
+def make_axial_pos(
+    height: int, width: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> Tensor:
+    """Cell centres of an image whose long side spans [-1, 1] and whose short side is scaled by the aspect ratio.
+
+    Returns:
+        ``[height, width, 2]``, (y, x).
+
+    Raises:
+        ValueError: a height or width below 1.
+    """
+    if height < 1 or width < 1:
+        raise ValueError(f"height and width must be at least 1, got {height} and {width}")
+    aspect = width / height
+    bounds = (min(1.0, 1 / aspect), min(1.0, aspect))  # not height / width: the last bit is k-diffusion's
+    centres = []
+    for bound, length in zip(bounds, (height, width), strict=True):
+        edges = torch.linspace(-bound, bound, length + 1, dtype=dtype, device=device)
+        centres.append((edges[:-1] + edges[1:]) / 2)
+    return torch.stack(torch.meshgrid(*centres, indexing="ij"), -1)
+
+
+class Angles(NamedTuple):
+    """Angles ``positions[..., axis] * freqs[head, j]`` of the pairs ``axis * n + j`` of every token and KV head."""
+
+    positions: Tensor  # [..., *spatial, axes]
+    freqs: Tensor  # [Hkv, n], or [1, n] for all heads
+    factor: float = 1.0
+    """on cos and sin"""
+
+    def table(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin ``[..., *spatial, Hkv or 1, axes * n]``."""
+        freqs = self.freqs.to(dtype)
+        # [..., *spatial, 1, 1] * [Hkv, n] for each axis
+        theta = torch.cat([p[..., None, None] * freqs for p in self.positions.to(dtype).unbind(-1)], -1)
+        cos, sin = theta.cos(), theta.sin()
+        return (cos, sin) if self.factor == 1.0 else (cos * self.factor, sin * self.factor)
+
+    def turn(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = self.table(_angle_dtype(query))
+        key = rotate_half_split(key, cos, sin)
+        if cos.shape[-2] > 1:
+            group = query.shape[-2] // cos.shape[-2]
+            cos, sin = cos.repeat_interleave(group, -2), sin.repeat_interleave(group, -2)
+        return rotate_half_split(query, cos, sin), key
+
+
+class _Rotary(nn.Module):
+    """Holds ``freqs`` at fp32 or better, whatever dtype the surrounding model is cast to."""
+
+    freqs: Tensor
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Rotary:
+        exact = self.freqs
+        super()._apply(fn, recurse)
+        # A cast to half precision would move every far position; keep the device change and drop the rounding.
+        if self.freqs.dtype in (torch.float16, torch.bfloat16):
+            self.freqs = exact.to(self.freqs.device)
+        return self
+
+    def angles(self, query: Tensor, key: Tensor, positions: Tensor | None) -> Angles:
+        raise NotImplementedError
+
+    def forward(self, query: Tensor, key: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Query and key rotated by :meth:`angles`, which says what it takes."""
+        return self.angles(query, key, positions).turn(query, key)
+
+
+def angles_of(rope: nn.Module, query: Tensor, key: Tensor, positions: Tensor | None) -> Angles | None:
+    """By what ``rope(query, key, positions)`` turns its arguments, or None where only calling it can tell."""
+    if isinstance(rope, _Rotary) and type(rope).forward is _Rotary.forward:
+        return rope.angles(query, key, positions)
+    return None
+
+
+def _angle_dtype(query: Tensor) -> torch.dtype:
+    return torch.float64 if query.dtype == torch.float64 else torch.float32
+
+
+class AxialRoPE(_Rotary):
+    """Rotary embedding over real-valued coordinates, with its own frequencies for every head.
+
+    With ``n = head_dim // (4 * axes)`` frequencies per head and axis, the first ``2 * axes * n`` elements of a head
+    turn (half of it). All frequencies are ``exp(linspace(ln pi, ln 10 pi, num_heads * n + 1)[:-1])``; head ``h`` takes
+    elements ``j * num_heads + h``. A group of query heads that shares a KV head has the group's first query head's
+    frequencies. Two axes are HDiT's embedding (Crowson et al. 2024, https://arxiv.org/abs/2401.11605).
+
+    Args:
+        head_dim: elements of a head, at least ``4 * axes``.
+        num_heads: query heads, ``Hq``.
+        num_kv_heads: KV heads, default ``num_heads``.
+        axes: coordinates of a position.
+        freqs: the caller's own frequencies ``[num_kv_heads, n]`` in radians per unit of position.
+
+    The frequencies are the buffer ``freqs [num_kv_heads, n]``. It stays in fp32 or better under ``half()``.
+
+    Raises:
+        ValueError: heads that do not group, a head too small, or ``freqs`` of another shape.
+    """
+
+    def __init__(
+        self,
+        head_dim: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        axes: int = 2,
+        freqs: Tensor | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if axes < 1:
+            raise ValueError(f"axes must be at least 1, got {axes}")
+        n = head_dim // (4 * axes)
+        if n < 1:
+            raise ValueError(f"head_dim must be at least 4 * axes = {4 * axes}, got {head_dim}")
+        if num_kv_heads < 1 or num_heads % num_kv_heads:
+            raise ValueError(f"num_heads must be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}")
+        if freqs is not None and freqs.shape != (num_kv_heads, n):
+            raise ValueError(f"freqs has shape {tuple(freqs.shape)}; expected [{num_kv_heads}, {n}]")
+        self.head_dim, self.num_heads, self.num_kv_heads, self.axes = head_dim, num_heads, num_kv_heads, axes
+        if freqs is None:
+            freqs = self._default_freqs(n, device)
+        self.register_buffer("freqs", freqs.detach().clone().to(device))
+
+    def _default_freqs(self, n: int, device: torch.device | str | None) -> Tensor:
+        ramp = torch.linspace(math.log(math.pi), math.log(10 * math.pi), self.num_heads * n + 1, device=device)
+        per_query_head = ramp[:-1].exp().view(n, self.num_heads).T
+        return per_query_head[:: self.num_heads // self.num_kv_heads].contiguous()
+
+    def reset_parameters(self) -> None:
+        """Write the default frequencies, e.g. after ``to_empty``."""
+        self.freqs.copy_(self._default_freqs(self.freqs.shape[1], self.freqs.device))
+
+    def extra_repr(self) -> str:
+        return (
+            f"head_dim={self.head_dim}, num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, axes={self.axes}"
+        )
+
+    def angles(self, query: Tensor, key: Tensor, positions: Tensor | None) -> Angles:
+        """Of ``query [B, *spatial, Hq, D]`` and ``key [B, *spatial, Hkv, D]``.
+
+        Args:
+            positions: ``[*spatial, axes]`` or ``[B or 1, *spatial, axes]``. None, with two spatial axes, is
+                :func:`make_axial_pos`.
+
+        Raises:
+            ValueError: head counts or positions that do not fit.
+        """
+        spatial = query.shape[1:-2]
+        found = (query.shape[-2], key.shape[-2], query.shape[-1])
+        if found != (self.num_heads, self.num_kv_heads, self.head_dim):
+            raise ValueError(
+                f"query has {found[0]} and key {found[1]} heads of {found[2]} elements; "
+                f"this AxialRoPE was made for {self.num_heads} and {self.num_kv_heads} of {self.head_dim}"
+            )
+        if positions is None:
+            if len(spatial) != 2 or self.axes != 2:
+                raise ValueError(
+                    f"positions must be given: the default is for images, not for spatial axes {tuple(spatial)} "
+                    f"with {self.axes} coordinates"
+                )
+            positions = make_axial_pos(*spatial, dtype=_angle_dtype(query), device=query.device)
+        expected = torch.Size([*spatial, self.axes])
+        if positions.shape not in (expected, (1, *expected), (query.shape[0], *expected)):
+            raise ValueError(
+                f"positions has shape {tuple(positions.shape)}; expected {[*expected]}, batched by 1 or "
+                f"{query.shape[0]} or not"
+            )
+        return Angles(positions, self.freqs)
+
+
+class RoPE(_Rotary):
+    """Rotary embedding over token indices, as language models use it.
+
+    Args:
+        head_dim: elements of a head that turn, an even number; a longer head keeps its last elements.
+        theta: base of the frequencies ``theta ** (-2 i / head_dim)``.
+        scaling: None, or a dictionary as ``rope_scaling`` / ``rope_parameters`` in Hugging Face configs. ``rope_type``
+            (or ``type``) is "default", "linear", "llama3" or "yarn"; the other keys are those of that type. YaRN's
+            attention factor multiplies cos and sin.
+
+    The frequencies are the buffer ``freqs [head_dim / 2]``, outside the state dict; ``reset_parameters`` writes it
+    again, e.g. after ``to_empty``.
+
+    Sources: Su et al. 2021 (https://arxiv.org/abs/2104.09864), Peng et al. 2023 (YaRN, https://arxiv.org/abs/2309.00071),
+    Llama 3.1's published configuration.
+
+    Raises:
+        ValueError: an odd ``head_dim``, an unknown ``rope_type``, or a key that the type needs and does not have.
+    """
+
+    def __init__(
+        self,
+        head_dim: int,
+        *,
+        theta: float = 10000.0,
+        scaling: Mapping[str, Any] | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if head_dim < 2 or head_dim % 2:
+            raise ValueError(f"head_dim must be an even number of at least 2, got {head_dim}")
+        self.head_dim, self.theta, self.scaling = head_dim, theta, dict(scaling or {})
+        self.attention_factor = _attention_factor(self.scaling)
+        self.register_buffer("freqs", self._frequencies(torch.float32, device), persistent=False)
+
+    def _frequencies(self, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
+        # The same operations in the same order as the models were trained with: at position 1e5 the last bit of an fp32
+        # frequency turns a pair by a hundredth of a radian.
+        exponents = torch.arange(0, self.head_dim, 2, device=device).to(dtype) / self.head_dim
+        return _scale_frequencies(1.0 / self.theta**exponents, self.theta, self.scaling)
+
+    def reset_parameters(self) -> None:
+        self.freqs.copy_(self._frequencies(torch.float32, self.freqs.device))
+
+    def extra_repr(self) -> str:
+        return f"head_dim={self.head_dim}, theta={self.theta}" + (f", scaling={self.scaling}" if self.scaling else "")
+
+    def angles(self, query: Tensor, key: Tensor, positions: Tensor | None) -> Angles:
+        """Of ``query [B, L, Hq, D]`` and ``key [B, L, Hkv, D]``, ``D >= head_dim``.
+
+        Args:
+            positions: token indices ``[L]`` or ``[B or 1, L]``; None is ``0 .. L - 1``.
+
+        Raises:
+            ValueError: positions or heads that do not fit.
+        """
+        batch, length = query.shape[:2]
+        if query.ndim != 4 or query.shape[-1] < self.head_dim:
+            raise ValueError(f"query has shape {tuple(query.shape)}; expected [B, L, heads, at least {self.head_dim}]")
+        if positions is None:
+            positions = torch.arange(length, device=query.device)
+        if positions.shape not in ((length,), (1, length), (batch, length)):
+            raise ValueError(
+                f"positions has shape {tuple(positions.shape)}; expected [{length}] or [{batch} or 1, {length}]"
+            )
+        return self._angles(positions, _angle_dtype(query))
+
+    def table(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin for :func:`rotate_half_split`, so that layers with equal embeddings compute them once.
+
+        Args:
+            positions: token indices ``[..., L]``.
+            dtype: torch.float32 or torch.float64.
+
+        Returns:
+            Two tensors ``[..., L, 1, head_dim / 2]``.
+        """
+        return self._angles(positions, dtype).table(dtype)
+
+    def _angles(self, positions: Tensor, dtype: torch.dtype) -> Angles:
+        freqs = self.freqs if dtype == torch.float32 else self._frequencies(dtype, positions.device)
+        return Angles(positions[..., None], freqs[None], self.attention_factor)
+
+
+def _rope_type(scaling: Mapping[str, Any]) -> str:
+    return scaling.get("rope_type", scaling.get("type")) or "default"
+
+
+def _required(scaling: Mapping[str, Any], *keys: str) -> list[float]:
+    for key in keys:
+        if scaling.get(key) is None:
+            raise ValueError(f'scaling of rope_type "{_rope_type(scaling)}" needs the key "{key}", got {dict(scaling)}')
+    return [float(scaling[key]) for key in keys]
+
+
+def _scale_frequencies(freqs: Tensor, theta: float, scaling: Mapping[str, Any]) -> Tensor:
+    """Apply a Hugging Face scaling dictionary to plain frequencies ``[head_dim / 2]``."""
+    kind = _rope_type(scaling)
+    if kind == "default":
+        return freqs
+    if kind == "linear":
+        return freqs / _required(scaling, "factor")[0]
+    if kind == "llama3":
+        return _llama3(freqs, scaling)
+    if kind == "yarn":
+        return _yarn(freqs, theta, scaling)
+    raise ValueError(f'rope_type "{kind}" is not implemented; known are "default", "linear", "llama3" and "yarn"')
+
+
+def _llama3(freqs: Tensor, scaling: Mapping[str, Any]) -> Tensor:
+    """Divide low frequencies by the factor, keep high ones, interpolate between."""
+    factor, low, high, length = _required(
+        scaling, "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
+    )
+    wavelength = 2 * math.pi / freqs
+    smooth = (length / wavelength - low) / (high - low)
+    between = (1 - smooth) * freqs / factor + smooth * freqs
+    scaled = torch.where(wavelength > length / low, freqs / factor, between)
+    return torch.where(wavelength < length / high, freqs, scaled)
+
+
+def _yarn(freqs: Tensor, theta: float, scaling: Mapping[str, Any]) -> Tensor:
+    """Divide frequencies of fewer than ``beta_slow`` turns in the original text, keep those above ``beta_fast``."""
+    factor, length = _required(scaling, "factor", "original_max_position_embeddings")
+    n = freqs.shape[0]
+
+    def dimension(turns: float) -> float:
+        return n * math.log(length / (turns * 2 * math.pi)) / math.log(theta)
+
+    first, last = dimension(scaling.get("beta_fast") or 32.0), dimension(scaling.get("beta_slow") or 1.0)
+    if scaling.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, 2 * n - 1)
+    span = last - first if last != first else 0.001
+    ramp = ((torch.arange(n, dtype=freqs.dtype, device=freqs.device) - first) / span).clamp(0, 1)
+    return freqs / factor * ramp + freqs * (1 - ramp)
+
+
+def _attention_factor(scaling: Mapping[str, Any]) -> float:
+    """YaRN's factor on cos and sin; 1 for the other types."""
+    if _rope_type(scaling) != "yarn":
+        return 1.0
+    if scaling.get("attention_factor") is not None:
+        return float(scaling["attention_factor"])
+    (factor,) = _required(scaling, "factor")
+
+    def mscale(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
+        return mscale(scaling["mscale"]) / mscale(scaling["mscale_all_dim"])
+    return mscale(1.0)

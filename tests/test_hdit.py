@@ -1,0 +1,388 @@
+"""HDiT against outputs of the original implementation, its configs, its options and its errors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from natten_layers import Denoiser, HDiT, HDiTConfig, LevelConfig
+from natten_layers.modules.attention import NeighborhoodGQA
+from natten_layers.modules.hdit import ShiftedWindowGQA
+
+GOLDEN = Path(__file__).parent / "data" / "hdit"
+CASES = sorted(p.stem for p in GOLDEN.glob("*.safetensors") if ".expected" not in p.name)
+CONDITIONS = ("class_cond", "mapping_cond", "aug_cond")
+F64 = torch.float64
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def randomize(module: nn.Module) -> None:
+    """Move every parameter off its initial value: most branches of a new model are zero."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+
+
+def small_config(**options: Any) -> HDiTConfig:
+    fine = LevelConfig(1, 32, d_head=8, kernel_size=3, num_kv_heads=2, num_registers=3, sink="learned", dilation=2)
+    coarse = LevelConfig(1, 32, "global", d_head=16, num_kv_heads=1, num_registers=2, sink="zero")
+    defaults: dict[str, Any] = {"patch_size": (2, 2), "mapping_width": 16, "mapping_depth": 1, "num_classes": 3}
+    return HDiTConfig((fine, coarse), **defaults | options)
+
+
+# --- the original's outputs
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("dtype", "suffix", "budget"), [(torch.float32, "fp32", 1e-5), (F64, "fp64", 1e-10)])
+def test_golden_files(name: str, dtype: torch.dtype, suffix: str, budget: float) -> None:
+    expected = load_file(GOLDEN / f"{name}.expected.safetensors")
+    model = HDiT.from_pretrained(GOLDEN / f"{name}.safetensors", dtype=dtype)
+    inputs = {key: t.to(dtype) if t.is_floating_point() else t for key, t in expected.items()}
+    conditions = {key: inputs[key] for key in CONDITIONS if key in inputs}
+    with torch.no_grad():
+        bare = model(inputs["x"], inputs["sigma"], **conditions)
+        denoised = Denoiser(model)(inputs["x"], inputs["sigma"], **conditions)
+    assert relative(bare, expected[f"model_{suffix}"]) < budget
+    assert relative(denoised, expected[f"denoised_{suffix}"]) < budget
+
+
+def test_golden_files_cover_what_they_should() -> None:
+    models = [HDiT.from_pretrained(GOLDEN / f"{name}.safetensors") for name in CASES]
+    assert {level.attention for model in models for level in model.config.levels} == {
+        "neighborhood",
+        "global",
+        "shifted-window",
+        "none",
+    }
+
+
+def dense_shifted_windows(layer: ShiftedWindowGQA, x: Tensor) -> Tensor:
+    """Tokens see each other where their blocks of the shifted grid agree on both axes."""
+    height, width = x.shape[1:3]
+    blocks = [(torch.arange(n) + layer.shift) // layer.window_size for n in (height, width)]
+    block = blocks[0][:, None] * (width + 1) + blocks[1]
+    mask = block.flatten()[:, None] == block.flatten()
+    assert layer.registers is not None
+    tokens = torch.cat([layer.registers.expand(x.shape[0], -1, -1), x.flatten(1, 2)], 1)
+    heads, kv_heads = layer.num_heads, layer.num_kv_heads
+    q, k, v = layer.qkv(tokens).unflatten(-1, (-1, layer.head_dim)).split([heads, kv_heads, kv_heads], -2)
+    k, v = (t.repeat_interleave(heads // kv_heads, -2) for t in (k, v))
+    count = len(layer.registers)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q[:, count:], k) * layer.head_dim**-0.5
+    scores = scores.masked_fill(~torch.cat([mask.new_ones(mask.shape[0], count), mask], 1), -torch.inf)
+    weights = scores.exp() / (1 + scores.exp().sum(-1, keepdim=True))  # zero attention
+    return layer.proj(torch.einsum("bhqk,bkhd->bqhd", weights, v).flatten(-2)).view_as(x)
+
+
+@pytest.mark.parametrize(("window", "shift"), [(4, 0), (4, 2), (3, 1), (2, 1)])
+@pytest.mark.parametrize("blocks", [(2, 3), (1, 2)])
+def test_shifted_windows(window: int, shift: int, blocks: tuple[int, int]) -> None:
+    layer = ShiftedWindowGQA(16, 4, window, shift, num_kv_heads=2, num_registers=3, sink="zero").double()
+    x = torch.randn(2, blocks[0] * window, blocks[1] * window, 16, dtype=F64)
+    torch.testing.assert_close(layer(x), dense_shifted_windows(layer, x))
+
+
+# --- configs
+
+MODEL = {
+    "type": "image_transformer_v2",
+    "input_channels": 3,
+    "input_size": [256, 256],
+    "patch_size": [4, 4],
+    "depths": [2, 2, 4],
+    "widths": [128, 256, 512],
+    "loss_config": "karras",
+    "loss_weighting": "soft-min-snr",
+    "augment_prob": 0.12,
+    "sigma_data": 0.5,
+    "sigma_min": 1e-2,
+    "sigma_max": 160,
+    "sigma_sample_density": {"type": "cosine-interpolated"},
+}
+
+
+def test_json_defaults() -> None:
+    config = HDiTConfig.from_json({"model": MODEL})
+    assert [level.attention for level in config.levels] == ["neighborhood", "neighborhood", "global"]
+    assert [level.d_ff for level in config.levels] == [384, 768, 1536]
+    assert {(level.d_head, level.kernel_size, level.dropout) for level in config.levels} == {(64, 7, 0.0)}
+    assert (config.mapping_width, config.mapping_depth, config.mapping_d_ff) == (256, 2, 768)
+    assert (config.num_classes, config.mapping_cond_dim, config.sigma_data, config.sigma_max) == (0, 0, 0.5, 160)
+    assert HDiTConfig.from_json({"model": {k: v for k, v in MODEL.items() if k != "sigma_data"}}).sigma_data == 1.0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"dropout_rate": 0.05},
+        {"dropout_rate": [0.0, 0.0, 0.1], "mapping_dropout_rate": 0.1, "has_variance": True, "skip_stages": 1},
+        {"dropout_rate": None, "d_ffs": None, "self_attns": None, "mapping_d_ff": None, "augment_wrapper": False},
+        {"self_attns": [{"type": "global"}, {"type": "none"}, {"type": "shifted-window", "window_size": 8}]},
+        {"self_attns": [{"type": "global", "num_kv_heads": 1}, {"type": "none"}, {"type": "global", "sink": "zero"}]},
+        {"depths": [8], "widths": [256], "input_channels": 1, "input_size": [28, 28], "mapping_cond_dim": 7},
+    ],
+)
+def test_json_builds_and_returns_whole(changes: dict[str, Any], tmp_path: Path) -> None:
+    source = {"model": MODEL | changes, "dataset": {"type": "mnist", "num_classes": 10}, "optimizer": {"lr": 5e-4}}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(source))
+    config = HDiTConfig.from_json(path)
+    with torch.device("meta"):
+        model = HDiT(config)
+    assert model.class_emb is not None
+    assert model.class_emb.num_embeddings == 11
+    out = config.to_json()
+    assert HDiTConfig.from_json(json.loads(json.dumps(out))) == config
+    assert out["optimizer"] == source["optimizer"]
+    assert out["dataset"] == source["dataset"]
+    kept = ("loss_weighting", "sigma_sample_density", "augment_prob", "has_variance", "skip_stages", "depths", "type")
+    for key in kept:
+        assert out["model"].get(key) == source["model"].get(key)
+
+
+def test_json_of_an_original_model_holds_only_original_keys() -> None:
+    out = HDiTConfig.from_json({"model": MODEL}).to_json()
+    assert out["model"]["self_attns"][0] == {"type": "neighborhood", "d_head": 64, "kernel_size": 7}
+    assert out["model"]["self_attns"][2] == {"type": "global", "d_head": 64}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"type": "image_v1"}, r"\[\"type\"\] must be \"image_transformer_v2\", got 'image_v1'"),
+        ({"self_attns": [{"type": "axial"}] * 3}, r"self_attns\"\]\[0\]: unknown attention type 'axial'; known are"),
+        ({"self_attns": [{"type": "global", "heads": 2}] * 3}, r"unknown keys \['heads'\]; known are"),
+        ({"self_attns": [{"type": "global"}] * 2}, r"\"self_attns\"\] has 2 entries, but \"widths\" has 3"),
+        ({"self_attns": [{"type": "shifted-window"}] * 3}, "needs window_size"),
+        ({"widths": None}, r'lacks the key "widths"'),
+        ({"widths": [100, 256, 512]}, "width 100 is not a multiple of d_head 64"),
+        ({"self_attns": [{"type": "neighborhood", "kernel_size": 7.5}] * 3}, "kernel_size must be an int .* got 7.5"),
+        ({"depths": [2, -1, 4]}, "depth must be an int of at least 0, got -1"),
+        ({"patch_size": [4]}, r"patch_size must be two positive ints, \(height, width\), got \(4,\)"),
+        ({"mapping_width": 0}, "mapping_width must be an int of at least 2, got 0"),
+        ({"self_attns": [{"type": "global", "dilation": 2}] * 3}, "dilation 2 applies to neighborhood attention"),
+    ],
+)
+def test_json_errors(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.json"
+    path.write_text(json.dumps({"model": MODEL | changes}))
+    with pytest.raises(ValueError, match=message) as error:
+        HDiTConfig.from_json(path)
+    assert str(path) in str(error.value)
+
+
+# --- the model
+
+
+def test_a_new_model_is_zero_and_every_parameter_learns() -> None:
+    model = HDiT(small_config(mapping_cond_dim=4))
+    x, sigma = torch.randn(2, 3, 24, 16), torch.tensor([0.1, 3.0])
+    conditions = {"class_cond": torch.tensor([0, 3]), "mapping_cond": torch.randn(2, 4), "aug_cond": torch.randn(2, 9)}
+    assert (model(x, sigma, **conditions) == 0).all()
+    randomize(model)
+    model(x, sigma, **conditions).square().mean().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().max() > 0, name
+
+
+def test_levels_hold_the_options_asked_for() -> None:
+    model = HDiT(small_config())
+    layers = [m for m in model.modules() if isinstance(m, NeighborhoodGQA)]
+    assert [(m.num_heads, m.num_kv_heads, m.kernel_size, m.dilation) for m in layers] == [
+        (4, 2, 3, 2),
+        (2, 1, None, 1),
+        (4, 2, 3, 2),
+    ]
+    assert [m.registers.shape[0] for m in layers if m.registers is not None] == [3, 2, 3]
+
+
+def test_shift_alternates_over_the_layers_of_a_level() -> None:
+    fine = LevelConfig(3, 16, "shifted-window", d_head=8, window_size=4)
+    model = HDiT(HDiTConfig((fine, LevelConfig(2, 16, "shifted-window", d_head=8, window_size=2)), mapping_width=8))
+    shifts = [m.shift for m in model.modules() if isinstance(m, ShiftedWindowGQA)]
+    assert shifts == [0, 2, 0, 0, 1, 2, 0, 2]  # down, middle, up: layers 3, 4, 5 of the fine level
+
+
+def test_any_resolution_that_fits() -> None:
+    model = HDiT(small_config(num_classes=0))
+    randomize(model)
+    for size in ((24, 24), (12, 40)):
+        out = model(torch.randn(1, 3, *size), torch.ones(1))
+        assert out.shape == (1, 3, *size)
+        assert out.std() > 0
+
+
+def test_patches_and_positions_keep_their_places() -> None:
+    """With attention off everywhere, a pixel reaches only the patch of the coarsest level that holds it."""
+    levels = (LevelConfig(1, 16, "none"), LevelConfig(1, 16, "none"))
+    model = HDiT(HDiTConfig(levels, patch_size=(2, 3), mapping_width=8)).double()
+    randomize(model)
+    x = torch.randn(1, 3, 8, 12, dtype=F64)
+    changed = x.clone()
+    changed[0, 0, 5, 7] += 1
+    difference = (model(changed, torch.ones(1)) - model(x, torch.ones(1))).abs().amax((0, 1)) > 0
+    expected = torch.zeros(8, 12, dtype=torch.bool)
+    expected[4:8, 6:12] = True
+    assert torch.equal(difference, expected)
+
+
+def test_dropout_only_in_training() -> None:
+    levels = (LevelConfig(1, 16, "global", d_head=8, dropout=0.5),)
+    model = HDiT(HDiTConfig(levels, mapping_width=8, mapping_dropout_rate=0.5))
+    randomize(model)
+    x, sigma = torch.randn(1, 3, 8, 8), torch.ones(1)
+    assert not torch.equal(model(x, sigma), model(x, sigma))
+    model.eval()
+    assert torch.equal(model(x, sigma), model(x, sigma))
+    assert sum(isinstance(m, nn.Dropout) and m.p == 0.5 for m in model.modules()) == 4
+
+
+def test_checkpointing_changes_no_gradient() -> None:
+    gradients = []
+    plain = HDiT(small_config(num_classes=0))
+    randomize(plain)
+    recomputing = HDiT(plain.config, checkpointing=True)
+    recomputing.load_state_dict(plain.state_dict())
+    x = torch.randn(1, 3, 24, 24)
+    for model in (plain, recomputing):
+        model(x, torch.ones(1)).square().sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(a is not None and b is not None and torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_half_precision_follows_single() -> None:
+    model = HDiT(small_config())
+    randomize(model)
+    x, sigma, classes = torch.randn(2, 3, 24, 24), torch.tensor([0.02, 70.0]), torch.tensor([0, 1])
+    expected = model(x, sigma, class_cond=classes)
+    model.bfloat16()
+    actual = model(x.bfloat16(), sigma, class_cond=classes)
+    assert actual.dtype == torch.bfloat16
+    assert relative(actual.float(), expected) < 0.1
+
+
+def test_autocast_follows_single() -> None:
+    model = HDiT(small_config())
+    randomize(model)
+    x, sigma, classes = torch.randn(2, 3, 24, 24), torch.tensor([0.02, 70.0]), torch.tensor([0, 1])
+    expected = model(x, sigma, class_cond=classes)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = model(x, sigma, class_cond=classes)
+    assert relative(actual.float(), expected) < 0.1
+
+
+def test_parameter_groups() -> None:
+    model = HDiT(small_config(mapping_cond_dim=4))
+    groups = model.param_groups(3e-4, 1e-2)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    by_name = {names[p]: (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+    assert by_name.keys() == set(names.values())
+    assert sum(len(g["params"]) for g in groups) == len(by_name)
+    attention, slow = "down_levels.0.0.self_attn.", 3e-4 * (1 / 3)
+    assert by_name[attention + "attn.qkv.weight"] == (3e-4, 1e-2)
+    assert by_name["merges.0.proj.weight"] == by_name["patch_out.proj.weight"] == (3e-4, 1e-2)
+    for name in ("attn.qk_scale", "attn.registers", "attn.sink"):
+        assert by_name[attention + name] == (3e-4, 0.0)
+    embeddings = ("time_in_proj.weight", "aug_in_proj.weight", "class_emb.weight", "mapping_cond_in_proj.weight")
+    assert {by_name[name] for name in (*embeddings, "splits.0.fac", "out_norm.weight")} == {(3e-4, 0.0)}
+    assert by_name[attention + "norm.linear.weight"] == by_name["mapping.blocks.0.mlp.up_proj.weight"] == (slow, 1e-2)
+    assert by_name["mapping.in_norm.weight"] == (slow, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_kv_heads": 3}, "level 1: num_heads must be a multiple of num_kv_heads, got 2 and 3"),
+        ({"sink": "one"}, "level 1: sink must be"),
+        ({"d_head": 4, "num_kv_heads": 4}, r"level 1: head_dim must be at least 4 \* axes = 8, got 4"),
+    ],
+)
+def test_level_errors(options: dict[str, Any], message: str) -> None:
+    changed: dict[str, Any] = {"d_head": 8} | options
+    levels = (LevelConfig(1, 16, "global", d_head=8), LevelConfig(1, 16, "global", **changed))
+    with pytest.raises(ValueError, match=message):
+        HDiT(HDiTConfig(levels, mapping_width=8))
+
+
+X = torch.randn(1, 3, 24, 24)
+ONE = torch.ones(1)
+C0 = {"class_cond": torch.tensor([0])}
+
+
+@pytest.mark.parametrize(
+    ("x", "sigma", "conditions", "message"),
+    [
+        (X[0], ONE, C0, r"x has shape \(3, 24, 24\); expected \[B, 3, height, width\]"),
+        (X, torch.ones(2), C0, r"sigma has shape \(2,\); expected \[1\]"),
+        (X[..., :22], ONE, C0, "image width 22 is not a multiple of 4, .* level 1; use 20 or 24"),
+        (X[..., :8, :], ONE, C0, r"height 8 has 4 tokens on level 0, .* 3 \* 2; use at least 12 pixels"),
+        (X, ONE, {}, "needs class_cond"),
+        (X, ONE, {"class_cond": torch.tensor([4])}, r"class_cond holds \[4\]; classes are 0 to 2, and 3 is uncond"),
+        (X, ONE, {"class_cond": torch.tensor([-1])}, r"class_cond holds \[-1\]"),
+        (X, ONE, {"class_cond": torch.tensor([0, 1])}, r"class_cond has shape \(2,\); expected \[1\]"),
+        (X, ONE, C0 | {"mapping_cond": torch.ones(1, 4)}, "has no use for mapping_cond"),
+        (X, ONE, C0 | {"aug_cond": torch.ones(1, 4)}, r"aug_cond has shape \(1, 4\); expected \[1, 9\]"),
+    ],
+)
+def test_input_errors(x: Tensor, sigma: Tensor, conditions: dict[str, Tensor], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        HDiT(small_config())(x, sigma, **conditions)
+
+
+def test_window_size_error() -> None:
+    model = HDiT(HDiTConfig((LevelConfig(1, 16, "shifted-window", d_head=8, window_size=4),), mapping_width=8))
+    with pytest.raises(ValueError, match=r"height 24 has 6 tokens on level 0, not a multiple of window_size 4; .* 16 "):
+        model(torch.randn(1, 3, 24, 16), ONE)
+
+
+# --- Denoiser
+
+
+class Scale(nn.Module):
+    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
+        return x * sigma.view(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("weighting", "weight"),
+    [
+        ("karras", lambda s: torch.ones_like(s)),
+        ("snr", lambda s: 0.25 / (s**2 + 0.25)),
+        ("soft-min-snr", lambda s: (s / 2) ** 2 / (s**2 + 0.25) ** 2),
+    ],
+)
+def test_loss_is_the_weighted_error_of_the_denoised_image(weighting: Any, weight: Any) -> None:
+    denoiser = Denoiser(Scale(), sigma_data=0.5, weighting=weighting)
+    x, noise, sigma = torch.randn(2, 3, 4, 4, dtype=F64), torch.randn(2, 3, 4, 4, dtype=F64), torch.tensor([0.1, 9.0])
+    sigma = sigma.double()
+    noised = x + noise * sigma.view(-1, 1, 1, 1)
+    c_out = sigma * 0.5 / (sigma**2 + 0.25).sqrt()
+    error = (denoiser(noised, sigma) - x).square().mean((1, 2, 3)) / c_out**2
+    torch.testing.assert_close(denoiser.loss(x, noise, sigma), error * weight(sigma))
+
+
+def test_denoiser_limits() -> None:
+    x = torch.randn(1, 3, 4, 4, dtype=F64)
+    clean = Denoiser(Scale(), sigma_data=0.5)(x, torch.tensor([1e-9], dtype=F64))
+    torch.testing.assert_close(clean, x)
+    with pytest.raises(ValueError, match="Scale has no config with a sigma_data"):
+        Denoiser(Scale())
+    with pytest.raises(ValueError, match="weighting must be"):
+        Denoiser(Scale(), sigma_data=1.0, weighting="min-snr")  # pyright: ignore[reportArgumentType]
