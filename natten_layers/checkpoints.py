@@ -1,0 +1,154 @@
+"""Files of HDiT: k-diffusion's safetensors format and training checkpoints in, safetensors out.
+
+This module knows file formats and names of tensors, not models, so that models can import it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+__all__ = ["hdit_name", "load_tensors", "read_hdit", "write_hdit"]
+
+WEIGHTS = "model.safetensors"
+
+# Where this library's names differ from k-diffusion's; applied in order to every key.
+RENAMES = [
+    (r"\.self_attn\.attn\.qkv\.", ".self_attn.qkv_proj."),
+    (r"\.self_attn\.attn\.proj\.", ".self_attn.out_proj."),
+    (r"\.self_attn\.attn\.qk_scale$", ".self_attn.scale"),
+    (r"\.self_attn\.attn\.rope\.", ".self_attn.pos_emb."),
+    (r"\.self_attn\.attn\.", ".self_attn."),
+    (r"\.mlp\.", "."),
+    (r"norm\.weight$", "norm.scale"),
+]
+
+
+def hdit_name(key: str) -> str:
+    """The name in k-diffusion's files of a tensor in an HDiT's state dict."""
+    for pattern, name in RENAMES:
+        key = re.sub(pattern, name, key)
+    return key
+
+
+def read_hdit(path: str | os.PathLike[str]) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
+    """The JSON config, if the file holds one, and the tensors of a checkpoint, by their names in the file.
+
+    Args:
+        path: a safetensors file, a k-diffusion training checkpoint, of which the EMA weights are taken, or a directory
+            with a ``model.safetensors``. The content decides, not the suffix, and nothing in it is executed.
+
+    Raises:
+        ValueError: neither format, damaged, or without what it should hold; the message names the file.
+        FileNotFoundError: no such file.
+    """
+    path = Path(path)
+    path = path / WEIGHTS if path.is_dir() else path
+    with path.open("rb") as file:
+        start = file.read(4)
+    # torch.save writes a zip archive, long ago a bare pickle
+    return _read_training(path) if start[:2] in (b"PK", b"\x80\x02") else _read_safetensors(path)
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dictionary
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or no safetensors file: {error}") from error
+    if "config" not in metadata:
+        return None, tensors
+    try:
+        config = json.loads(metadata["config"])
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: the config in its metadata is no JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: the config in its metadata is no JSON object, but {config!r}")
+    return config, tensors
+
+
+def _read_training(path: Path) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} is damaged, or holds objects that are not plain tensors: {error}") from error
+    tensors = content.get("model_ema") if isinstance(content, dict) else None
+    if not isinstance(tensors, dict):
+        raise ValueError(f'{path} is no k-diffusion training checkpoint: it has no entry "model_ema"')
+    return content.get("config"), tensors
+
+
+def load_tensors(
+    model: nn.Module, tensors: Mapping[str, Tensor], path: str | os.PathLike[str], dtype: torch.dtype | None
+) -> None:
+    """Give an HDiT all of its tensors, by k-diffusion's names, or change nothing.
+
+    The model may be on the meta device: its tensors are replaced. Parameters become ``dtype``, or keep the file's for
+    None; buffers, which are constants of the model, are kept in fp32 or better.
+
+    Raises:
+        ValueError: missing, unknown or misshapen tensors; the message names the file, the keys and the shapes.
+    """
+    own = model.state_dict()
+    names = {key: hdit_name(key) for key in own}
+    problems = [f'it lacks "{name}"' for name in names.values() if name not in tensors]
+    problems += [f'it has an unknown "{name}"' for name in sorted(tensors.keys() - set(names.values()))]
+    for key, name in names.items():
+        if name in tensors and tensors[name].shape != own[key].shape:
+            found, expected = tuple(tensors[name].shape), tuple(own[key].shape)
+            problems.append(f'"{name}" has shape {found}, but the config asks for {expected}')
+    if problems:
+        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise ValueError(f"{path} does not fit its config: {shown}. Use the config that it was trained with.")
+    buffers = {name for name, _ in model.named_buffers()}
+    state = {}
+    for key, name in names.items():
+        wanted = tensors[name].dtype if dtype is None else dtype
+        state[key] = tensors[name].to(torch.promote_types(wanted, torch.float32) if key in buffers else wanted)
+    model.load_state_dict(state, assign=True)
+
+
+def write_hdit(
+    path: str | os.PathLike[str], model: nn.Module, config: Mapping[str, Any], dtype: torch.dtype | None
+) -> Path:
+    """Write an HDiT's tensors under k-diffusion's names, with the config in the metadata; returns the file.
+
+    Args:
+        path: the file, or a directory (anything not ending in ".safetensors") to hold ``model.safetensors``.
+        dtype: of the parameters in the file, None for the model's.
+    """
+    path = Path(path)
+    path = path if path.suffix == ".safetensors" else path / WEIGHTS
+    parameters = {name for name, _ in model.named_parameters()}
+    tensors = {
+        hdit_name(key): tensor.detach().to(dtype if key in parameters else None).cpu().contiguous()
+        for key, tensor in model.state_dict().items()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _replacing(path) as temporary:
+        # One entry: safetensors writes several in any order, and equal models shall make equal files.
+        save_file(tensors, temporary, metadata={"config": json.dumps(config)})
+    return path
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A file to write beside ``path``, which takes its place if all went well: a crash leaves the old file whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

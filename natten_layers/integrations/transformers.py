@@ -1,0 +1,210 @@
+"""Neighborhood attention inside Hugging Face transformers 5, as ``attn_implementation="natten_layers"``.
+
+    from natten_layers.integrations.transformers import register
+
+    register()
+    model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="natten_layers")
+
+Works with every model that calls its attention through ``AttentionInterface``: causal and sliding-window layers, sinks,
+grouped KV heads (read unrepeated), left and right padding, dynamic, static and sliding-window caches, and bidirectional
+encoders without windows. Everything else raises ``ValueError``: softcap, dropout, paged caches, 4-D masks made by the
+caller, packed sequences, chunked or otherwise customised masks, bidirectional windows, position biases. Outputs at
+padded tokens are unspecified, and attention weights are not returned.
+
+Registering the attention function alone would be a trap: transformers then hands every layer ``attention_mask=None``,
+and padding, the offset of the cache and causality are lost without a word. A registered mask function sees all of them,
+but what it returns must pass through ``generate`` and the model untouched, which holds for None and for 4-D tensors.
+So it returns positions, not a mask of ``Lq x S`` numbers: int64 ``[N, 1, R, Lq + S]``, where
+
+- ``N`` is the batch size; or 0, which says that the queries are the first ``Lq`` keys and no token sees padding;
+- ``R`` is 1 for a causal layer and 2 for one with a sliding window, all rows being equal;
+- the last axis holds the positions of the queries, then those of the cache's slots, -1 where a slot is padding.
+
+What the attention function must branch on is in the shape, so that no layer waits for the device. The mask function
+itself is not traced: a model that is compiled whole breaks its graph there; ``generate`` calls it before the compiled
+step.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sliding_window_overlay
+
+from ..cached import cached_attention
+from ..functional import neighborhood_attention
+
+__all__ = ["NAME", "register"]
+
+NAME = "natten_layers"
+
+_CAUSAL, _WINDOWED = 1, 2  # the row counts of a mask
+
+# Arguments that models or caches pass and that change the result; None, False or absent means unused.
+_UNSUPPORTED = {
+    "softcap": "soft-capped scores",
+    "cache": "paged caches",
+    "block_table": "paged caches",
+    "cu_seq_lens_q": "packed sequences; pad them instead",
+    "cu_seq_lens_k": "packed sequences; pad them instead",
+    "position_bias": "position biases",
+    "sinks": "sinks that depend on the token",
+    "indices": "sparse attention",
+    "topk_indices": "sparse attention",
+    "block_indices": "sparse attention",
+    "output_attentions": "returning attention weights",
+}
+
+
+def register() -> None:
+    """Make ``attn_implementation="natten_layers"`` known to transformers. Calling it again changes nothing."""
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, _positions_mask)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,  # [B, Hq, Lq, D]
+    key: Tensor,  # [B, Hkv, S, D]
+    value: Tensor,  # [B, Hkv, S, Dv]
+    attention_mask: Tensor | None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """One layer's attention: ``(out [B, Lq, Hq, Dv], None)``, the weights not being formed."""
+    _refuse(dropout, kwargs)
+    query, key, value = (t.transpose(1, 2) for t in (query, key, value))  # heads last, as views
+    length, slots = query.shape[1], key.shape[1]
+    causal, window, positions = True, sliding_window, None
+    if attention_mask is not None:
+        _check_mask(attention_mask, query.shape[0], length, slots)
+        window = _window(module, sliding_window) if attention_mask.shape[2] == _WINDOWED else None
+        positions = attention_mask[:, 0, 0] if attention_mask.shape[0] else None
+    else:
+        # The mask function returns None for full bidirectional attention only, but some models build no mask at all.
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        if causal and length != slots:
+            raise ValueError(
+                f"{length} causal queries over {slots} keys came with attention_mask=None: positions unknown"
+            )
+        if not causal and window is not None:
+            raise ValueError(f"bidirectional sliding windows are not supported, got sliding_window={window}")
+        if length != slots:
+            positions = _bidirectional_positions(length, slots, query.device)[None]
+    if positions is None:
+        kernel_size = length if window is None else min(window, length)
+        key, value = key[:, :length], value[:, :length]  # the later slots of a static cache are still empty
+        out = neighborhood_attention(query, key, value, (kernel_size,), is_causal=causal, scale=scaling, sink=s_aux)
+    else:
+        out = cached_attention(
+            query, key, value, positions[:, :length], positions[:, length:], window=window, scale=scaling, sink=s_aux
+        )
+    return out, None
+
+
+@torch.compiler.disable  # it looks at padding and into closures, once per model call
+def _positions_mask(
+    *,
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., object] = causal_mask_function,
+    attention_mask: Tensor | None = None,  # bool [B, tokens], False at padding
+    device: torch.device | str = "cpu",
+    **_: object,  # hints for the makers of dense masks
+) -> Tensor | None:
+    """What the layers of one kind get as their ``attention_mask``, see the head of this file."""
+    if attention_mask is not None:  # as long as the cache's slots: those after the last token are empty
+        attention_mask = F.pad(attention_mask, (0, max(0, kv_offset + kv_length - attention_mask.shape[-1])))
+        attention_mask = attention_mask[:, kv_offset : kv_offset + kv_length]
+    if mask_function is bidirectional_mask_function:
+        if attention_mask is None or bool(attention_mask.all()):
+            return None
+        rows, positions = _CAUSAL, _bidirectional_positions(q_length, kv_length, device)
+    else:
+        rows = _WINDOWED if _is_windowed(mask_function) else _CAUSAL
+        if _is_aligned(q_length, kv_length, q_offset, attention_mask):
+            return torch.empty(0, 1, rows, q_length + kv_length, dtype=torch.long, device=device)
+        queries = torch.arange(q_length, device=device) + q_offset
+        positions = torch.cat([queries, torch.arange(kv_length, device=device) + kv_offset])
+    positions = positions.repeat(batch_size, 1, rows, 1)
+    if attention_mask is not None:
+        positions[..., q_length:].masked_fill_(~attention_mask[:, None, None], -1)
+    return positions
+
+
+def _bidirectional_positions(length: int, slots: int, device: torch.device | str) -> Tensor:
+    """Positions ``[Lq + S]`` that let causal queries see every key: all of them stand at the last slot."""
+    keys = torch.arange(slots, device=device)
+    return torch.cat([keys[-1:].expand(length), keys])
+
+
+def _is_windowed(mask_function: Callable[..., object]) -> bool:
+    """Tell transformers' causal mask function from its causal sliding-window one, and refuse all others."""
+    if mask_function is causal_mask_function:
+        return False
+    parts = ()
+    if inspect.isfunction(mask_function):  # the windowed one is and_masks(sliding_window_overlay(window), causal)
+        parts = inspect.getclosurevars(mask_function).nonlocals.get("mask_functions", ())
+    code = sliding_window_overlay(1).__code__
+    if len(parts) == 2 and getattr(parts[0], "__code__", None) is code and parts[1] is causal_mask_function:
+        return True
+    raise ValueError(
+        f"{NAME} supports causal, causal sliding-window and full bidirectional masks, but this model asks for another: "
+        "chunked attention, a bidirectional window, tokens that see their whole block, or packed sequences "
+        "(position_ids that restart; torch.compile assumes them unless attention_mask is given)"
+    )
+
+
+def _is_aligned(q_length: int, kv_length: int, q_offset: int | Tensor, attention_mask: Tensor | None) -> bool:
+    """Whether the queries are the first keys and no token sees padding: causal ones see none that is on the right."""
+    if q_length > kv_length or bool(q_offset != 0):
+        return False
+    if attention_mask is None:
+        return True
+    real = attention_mask[:, :q_length]
+    return bool((real[:, :-1] | ~real[:, 1:]).all())  # padding is never followed by a token
+
+
+def _check_mask(mask: Tensor, batch: int, length: int, slots: int) -> None:
+    if (
+        mask.dtype != torch.long
+        or mask.ndim != 4
+        or mask.shape[0] not in (0, batch)
+        or mask.shape[1] != 1
+        or mask.shape[2] not in (_CAUSAL, _WINDOWED)
+        or mask.shape[3] != length + slots
+    ):
+        raise ValueError(
+            f"attention_mask is {mask.dtype} {tuple(mask.shape)}, not what {NAME}'s mask function made for {length} "
+            f"queries and {slots} keys; pass the model a 2-D padding mask [batch, tokens]"
+        )
+
+
+def _window(module: nn.Module, sliding_window: int | None) -> int:
+    """The window of a layer whose mask has one. Some layers do not say; the masks take it from the configuration."""
+    config: Any = module.config
+    return config.sliding_window if sliding_window is None else sliding_window
+
+
+def _refuse(dropout: float, kwargs: dict[str, object]) -> None:
+    if dropout > 0:
+        raise ValueError(
+            f"{NAME} has no attention dropout, got dropout={dropout}; set attention_dropout=0.0 or model.eval()"
+        )
+    for name, meaning in _UNSUPPORTED.items():
+        if kwargs.get(name) is not None and kwargs[name] is not False:
+            raise ValueError(f"{NAME} does not support {meaning} ({name} was given)")

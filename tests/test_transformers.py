@@ -1,0 +1,401 @@
+"""The transformers plug-in on tiny random models, against transformers' own attention.
+
+Weights are drawn large enough that windows, padding and sinks each move the logits by far more than the tolerance:
+``test_the_reference_feels_every_part``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+transformers = pytest.importorskip("transformers")
+
+from transformers.masking_utils import create_masks_for_generate  # noqa: E402
+
+from natten_layers.integrations import transformers as plugin  # noqa: E402
+
+WINDOW = 5
+TOLERANCE = 1e-5  # relative to the largest reference value, fp32
+FP64_TOLERANCE = 1e-12
+SMALL: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    "sliding_window": WINDOW,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+FAMILIES: dict[str, Callable[[], Any]] = {
+    "mistral": lambda: transformers.MistralConfig(**SMALL),
+    "qwen3": lambda: transformers.Qwen3Config(**SMALL, use_sliding_window=True, layer_types=MIXED),
+    "gemma3": lambda: transformers.Gemma3TextConfig(**SMALL, layer_types=MIXED, query_pre_attn_scalar=8),
+    "gpt_oss": lambda: transformers.GptOssConfig(
+        **{**SMALL, "max_position_embeddings": 131072},
+        layer_types=MIXED,
+        num_local_experts=2,
+        num_experts_per_tok=2,  # all of them: a choice would turn rounding into jumps
+        experts_implementation="eager",
+    ),
+}
+PACKED = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5]])
+PADDING = {"none": [], "left": [(1, slice(0, 4))], "right": [(0, slice(8, 11)), (1, slice(9, 11))]}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _registered() -> None:
+    plugin.register()
+
+
+def build(config: Any, implementation: str, dtype: torch.dtype = torch.float32) -> Any:
+    """The same model for the same configuration, whatever its attention; in inference mode."""
+    torch.manual_seed(0)
+    auto = transformers.AutoModel if config.model_type in ("bert", "bart") else transformers.AutoModelForCausalLM
+    return auto.from_config(config, attn_implementation=implementation, dtype=dtype).eval()
+
+
+def tokens(batch: int = 2, length: int = 11) -> Tensor:
+    return torch.randint(2, 61, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+def padding_mask(kind: str, batch: int = 2, length: int = 11) -> Tensor:
+    mask = torch.ones(batch, length, dtype=torch.long)
+    for row, columns in PADDING[kind]:
+        mask[row, columns] = 0
+    return mask
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    scale = expected.abs().max()
+    return float((actual - expected).abs().max() / scale) if scale else float(actual.abs().max())
+
+
+def reference_for(family: str) -> str:
+    """transformers' eager softmax is fp32 even in an fp64 model, except for gpt-oss; its SDPA path stays in fp64."""
+    return "eager" if family == "gpt_oss" else "sdpa"
+
+
+@pytest.mark.parametrize("kind", PADDING)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits(family: str, kind: str) -> None:
+    ids, mask = tokens(), padding_mask(kind)
+    with torch.no_grad():
+        actual, expected = (
+            build(FAMILIES[family](), name)(ids, attention_mask=mask).logits[mask.bool()]
+            for name in ("natten_layers", "eager")
+        )
+    assert error(actual, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("kind", PADDING)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_and_gradients_in_fp64(family: str, kind: str) -> None:
+    ids, mask = tokens(), padding_mask(kind)
+    results = []
+    for name in ("natten_layers", reference_for(family)):
+        model = build(FAMILIES[family](), name, torch.float64)
+        logits = model(ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
+        logits.square().mean().backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        results.append({"logits": logits.detach(), **gradients})
+    actual, expected = results
+    assert actual.keys() == expected.keys()
+    assert any("sinks" in name for name in actual) == (family == "gpt_oss")
+    errors = {name: error(actual[name], expected[name]) for name in actual}
+    assert max(errors.values()) < FP64_TOLERANCE, errors
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_reference_feels_every_part(family: str) -> None:
+    """The comparisons above prove something only if forgetting a window, padding or a sink would make them fail."""
+    ids, mask = tokens(), padding_mask("left")
+    model = build(FAMILIES[family](), "eager")
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask).logits[mask.bool()]
+        without_padding = model(ids).logits[mask.bool()]
+        assert error(without_padding, expected) > 1000 * TOLERANCE
+        config = FAMILIES[family]()
+        config.sliding_window = WINDOW + 1
+        assert error(build(config, "eager")(ids, attention_mask=mask).logits[mask.bool()], expected) > 1000 * TOLERANCE
+        if family == "gpt_oss":
+            for layer in model.model.layers:
+                layer.self_attn.sinks.fill_(-1e9)
+            assert error(model(ids, attention_mask=mask).logits[mask.bool()], expected) > 1000 * TOLERANCE
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generate(family: str, cache: str) -> None:
+    """Left-padded prompts of 3 to 11 tokens, well past the windows; layers with windows get sliding-window caches."""
+    ids, mask = tokens(3), padding_mask("left", 3)
+    mask[2, :8] = 0
+    actual, expected = (
+        build(FAMILIES[family](), name).generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=9,
+            do_sample=False,
+            cache_implementation=cache,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        for name in ("natten_layers", "eager")
+    )
+    assert torch.equal(actual.sequences, expected.sequences)
+    assert error(torch.stack(actual.logits), torch.stack(expected.logits)) < TOLERANCE
+
+
+CACHES: dict[str, Callable[[Any], Any]] = {
+    "dynamic, sliding": lambda config: transformers.DynamicCache(config=config),
+    "dynamic, full": lambda config: transformers.DynamicCache(),
+    "static": lambda config: transformers.StaticCache(config=config, max_cache_len=20),
+}
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("family", ["mistral", "gpt_oss"])
+def test_chunks_through_a_cache_equal_one_pass(family: str, cache: str) -> None:
+    """Chunks that fill a sliding-window cache, overflow it, and follow when it is full; padding on both sides."""
+    ids, mask = tokens(2, 18), torch.ones(2, 18, dtype=torch.long)
+    mask[0, :3] = 0
+    mask[1, 3:4] = 0  # a text of three tokens, padded on the right before it goes on
+    model = build(FAMILIES[family](), "natten_layers")
+    reference = build(FAMILIES[family](), "eager")
+    past, start, logits = CACHES[cache](model.config), 0, []
+    positions = torch.arange(18)[None]
+    with torch.no_grad():
+        for length in (4, 3, 1, 6, 1, 3):
+            end = start + length
+            out = model(
+                ids[:, start:end],
+                attention_mask=mask[:, :end],
+                position_ids=positions[:, start:end],
+                past_key_values=past,
+            )
+            logits.append(out.logits)
+            start = end
+        expected = reference(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    assert error(torch.cat(logits, 1)[mask.bool()], expected[mask.bool()]) < TOLERANCE
+
+
+@pytest.mark.parametrize("kind", PADDING)
+def test_bidirectional_encoder(kind: str) -> None:
+    config = transformers.BertConfig(
+        vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
+    )
+    ids, mask = tokens(), padding_mask(kind)
+    actual, expected = (
+        build(config, name, torch.float64)(ids, attention_mask=mask).last_hidden_state.detach()[mask.bool()]
+        for name in ("natten_layers", "sdpa")
+    )
+    assert error(actual, expected) < FP64_TOLERANCE
+
+
+@pytest.mark.parametrize("kind", PADDING)
+def test_cross_attention(kind: str) -> None:
+    config = transformers.BartConfig(
+        vocab_size=61,
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        max_position_embeddings=32,
+    )
+    mask = padding_mask(kind)
+    inputs = {"input_ids": tokens(), "attention_mask": mask, "decoder_input_ids": tokens(2, 7)}
+    actual, expected = (
+        build(config, name, torch.float64)(**inputs).last_hidden_state.detach() for name in ("natten_layers", "sdpa")
+    )
+    assert error(actual, expected) < FP64_TOLERANCE
+
+
+def test_window_that_the_layer_does_not_pass_on() -> None:
+    """Qwen2-MoE's layers leave the window to the mask alone."""
+    config = transformers.Qwen2MoeConfig(
+        **{**SMALL, "num_hidden_layers": 2},
+        use_sliding_window=True,
+        layer_types=["sliding_attention", "full_attention"],
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+        experts_implementation="eager",
+    )
+    with torch.no_grad():
+        actual, expected = (build(config, name)(tokens()).logits for name in ("natten_layers", "eager"))
+    assert error(actual, expected) < TOLERANCE
+
+
+def test_the_paths_and_that_nothing_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole texts, also when padded on the right, take the 1-D operation on views of the unrepeated heads."""
+    calls: list[tuple[str, Any]] = []
+    whole, cached = plugin.neighborhood_attention, plugin.cached_attention
+
+    def spy_whole(query: Tensor, key: Tensor, value: Tensor, kernel_size: tuple[int], **options: Any) -> Tensor:
+        assert all(tensor._is_view() for tensor in (query, key, value))
+        calls.append(("whole", (key.shape[-2], *kernel_size)))
+        return whole(query, key, value, kernel_size, **options)
+
+    def spy_cached(query: Tensor, key: Tensor, value: Tensor, *args: Tensor, **options: Any) -> Tensor:
+        calls.append(("cached", (key.shape[-2], options["window"])))
+        return cached(query, key, value, *args, **options)
+
+    monkeypatch.setattr(plugin, "neighborhood_attention", spy_whole)
+    monkeypatch.setattr(plugin, "cached_attention", spy_cached)
+    model, ids = build(FAMILIES["qwen3"](), "natten_layers"), tokens()
+    prefill = [("whole", (2, WINDOW)), ("whole", (2, 11)), ("whole", (2, WINDOW))]
+    later = [("cached", (2, WINDOW)), ("cached", (2, None)), ("cached", (2, WINDOW))]
+    for kind, expected in {"none": prefill, "right": prefill, "left": later}.items():
+        model(ids, attention_mask=padding_mask(kind))
+        assert calls == expected, kind
+        calls.clear()
+    for cache in CACHES:
+        past = CACHES[cache](model.config)
+        model(ids, past_key_values=past)
+        model(ids[:, :1], past_key_values=past)
+        assert calls == prefill + later, cache
+        calls.clear()
+
+
+def test_decoder_used_as_an_encoder() -> None:
+    config = transformers.LlamaConfig(**{**SMALL, "sliding_window": None})
+    mask = padding_mask("left")
+    with torch.no_grad():
+        for inputs in ({}, {"attention_mask": mask}):
+            actual, expected = (
+                build(config, name)(tokens(), is_causal=False, use_cache=False, **inputs).logits[mask.bool()]
+                for name in ("natten_layers", "eager")
+            )
+            assert error(actual, expected) < TOLERANCE
+
+
+def test_compiled_model() -> None:
+    config = FAMILIES["mistral"]()
+    config.num_hidden_layers = 1
+    model, mask = build(config, "natten_layers"), padding_mask("left")
+    with torch.no_grad():
+        expected = model(tokens(), attention_mask=mask, use_cache=False).logits
+        actual = torch.compile(model, backend="eager")(tokens(), attention_mask=mask, use_cache=False).logits
+    assert error(actual, expected) < TOLERANCE
+
+
+def test_compiled_decoding_has_one_graph() -> None:
+    """What generate does with a static cache on CUDA: masks first, then the compiled step."""
+    config = FAMILIES["mistral"]()
+    config.num_hidden_layers = 1
+    model, ids, mask = build(config, "natten_layers"), tokens(2, 14), torch.ones(2, 14, dtype=torch.long)
+    mask[1, :4] = 0
+    past = transformers.StaticCache(config=config, max_cache_len=16)
+    step = torch.compile(model.forward, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        expected = build(config, "eager")(ids, attention_mask=mask, use_cache=False).logits
+        model(ids[:, :11], attention_mask=mask[:, :11], past_key_values=past)
+        for i in range(11, 14):
+            options: dict[str, Any] = {"past_key_values": past, "position_ids": torch.tensor([[i]])}
+            made = create_masks_for_generate(
+                config=config, inputs_embeds=torch.empty(2, 1, 0), attention_mask=mask[:, : i + 1], **options
+            )
+            actual = step(ids[:, i : i + 1], attention_mask=made, **options).logits
+            assert error(actual[:, 0], expected[:, i]) < TOLERANCE
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", PADDING)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cuda(family: str, kind: str) -> None:
+    """The fused kernels in fp32. Their lower precisions are tested where one operation's rounding can be seen."""
+    ids, mask = tokens().cuda(), padding_mask(kind).cuda()
+    results = []
+    for name in ("natten_layers", "eager"):
+        model = build(FAMILIES[family](), name).cuda()
+        logits = model(ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
+        logits.square().mean().backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        results.append({"logits": logits.detach(), **gradients})
+    actual, expected = results
+    errors = {name: error(actual[name], expected[name]) for name in expected}
+    assert errors["logits"] < TOLERANCE
+    assert max(errors.values()) < 10 * TOLERANCE, errors
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")  # a piece between graph breaks may be
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generate_cuda(family: str, cache: str) -> None:
+    """On CUDA, transformers compiles the decoding step over a static cache."""
+    options: dict[str, Any] = {"attention_mask": padding_mask("left").cuda(), "max_new_tokens": 9, "do_sample": False}
+    actual, expected = (
+        build(FAMILIES[family](), name).cuda().generate(tokens().cuda(), cache_implementation=kind, **options)
+        for name, kind in (("natten_layers", cache), ("eager", "dynamic"))
+    )
+    assert torch.equal(actual, expected)
+
+
+def gemma2() -> Any:
+    return transformers.Gemma2Config(**SMALL, attn_logit_softcapping=30.0)
+
+
+def llama4() -> Any:
+    keep = {k: v for k, v in SMALL.items() if k != "sliding_window"}
+    return transformers.Llama4TextConfig(
+        **{**keep, "num_hidden_layers": 1},
+        attention_chunk_size=4,
+        intermediate_size_mlp=16,
+        layer_types=["chunked_attention"],
+        num_local_experts=2,
+        moe_layers=[],
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "inputs", "message"),
+    [
+        (gemma2, {}, "soft-capped"),
+        (llama4, {}, "chunked"),
+        (lambda: transformers.Gemma3TextConfig(**SMALL, use_bidirectional_attention=True), {}, "bidirectional window"),
+        (FAMILIES["mistral"], {"position_ids": PACKED, "use_cache": False}, "packed"),
+        (FAMILIES["mistral"], {"attention_mask": torch.ones(2, 1, 11, 11, dtype=torch.bool)}, "2-D padding mask"),
+        (FAMILIES["mistral"], {"cache": object()}, "paged"),
+        (FAMILIES["mistral"], {"output_attentions": True}, "attention weights"),
+        (FAMILIES["mistral"], {"cu_seq_lens_q": torch.tensor([0, 22])}, "packed"),
+    ],
+)
+def test_what_is_not_supported_raises(config: Callable[[], Any], inputs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(config(), "natten_layers")(tokens(), **inputs)
+
+
+def test_dropout_raises_in_training_only() -> None:
+    config = FAMILIES["mistral"]()
+    config.attention_dropout = 0.1
+    model = build(config, "natten_layers")
+    model(tokens())
+    with pytest.raises(ValueError, match=r"dropout=0\.1"):
+        model.train()(tokens())
+
+
+def test_masks_that_are_missing_raise() -> None:
+    """What a layer would get if the model made no masks: nothing must be guessed."""
+    attention = transformers.AttentionInterface()["natten_layers"]
+    query, key = torch.randn(1, 4, 2, 8), torch.randn(1, 2, 6, 8)
+    with pytest.raises(ValueError, match="2 causal queries over 6 keys"):
+        attention(SimpleNamespace(is_causal=True), query, key, key, None)
+    with pytest.raises(ValueError, match="sliding_window=3"):
+        attention(SimpleNamespace(is_causal=False), query, key, key, None, sliding_window=3)
