@@ -1,0 +1,67 @@
+"""Draw the README's picture of 2-D windows: for one query each, which keys it sees.
+
+python examples/draw_windows.py docs/images/windows.png
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+
+from natten_layers.geometry import make_window, window_mask
+from pictures import replacing
+
+SPATIAL = (12, 12)
+COLOURS = ListedColormap(["#eef1f5", "#7fb2e5", "#d1495b"])  # a key not seen, a key seen, the query
+
+
+class Panel(NamedTuple):
+    title: str
+    query: tuple[int, int]
+    arguments: dict[str, Any]
+
+
+PANELS = (
+    Panel("interior\nkernel 5", (6, 5), {"kernel_size": 5}),
+    Panel("border: shifted inwards\nkernel 5", (0, 11), {"kernel_size": 5}),
+    Panel("causal height\nkernel 5", (6, 5), {"kernel_size": 5, "is_causal": (True, False)}),
+    Panel("causal, both axes\nkernel 5", (6, 5), {"kernel_size": 5, "is_causal": True}),
+    Panel("dilated\nkernel 5, dilation 2", (6, 5), {"kernel_size": 5, "dilation": 2}),
+    Panel("strided\nkernel 6, stride 3", (6, 5), {"kernel_size": 6, "stride": 3}),
+)
+
+
+def draw_panel(axes: Axes, panel: Panel) -> None:
+    mask = window_mask(SPATIAL, make_window(SPATIAL, **panel.arguments))  # [queries, keys], in raster order
+    seen = mask.view(*SPATIAL, *SPATIAL)[panel.query].int()
+    seen[panel.query] = 2
+    axes.imshow(seen.numpy(), cmap=COLOURS, vmin=0, vmax=2)
+    axes.set_title(panel.title, fontsize=10)
+    axes.set_xticks(np.arange(0.5, SPATIAL[1] - 1), minor=True)
+    axes.set_yticks(np.arange(0.5, SPATIAL[0] - 1), minor=True)
+    axes.grid(which="minor", color="white", linewidth=1.5)
+    axes.tick_params(which="both", length=0, labelbottom=False, labelleft=False)
+    axes.spines[:].set_visible(False)
+
+
+def main(argv: Sequence[str]) -> int:
+    if len(argv) != 1:
+        print("usage: python examples/draw_windows.py OUTPUT.png", file=sys.stderr)
+        return 2
+    figure = Figure(figsize=(2.1 * len(PANELS), 2.7), layout="constrained")
+    for axes, panel in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
+        draw_panel(axes, panel)
+    with replacing(Path(argv[0])) as temporary:
+        figure.savefig(temporary, dpi=100)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,83 @@
+"""The processes of a run: this one alone, or those that torchrun started."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+
+class Processes:
+    """Each process trains on its share of the batch: DistributedDataParallel, or FSDP2 with ``fsdp``.
+
+    Raises:
+        ValueError: ``fsdp`` without torchrun.
+    """
+
+    def __init__(self, device: str, *, fsdp: bool) -> None:
+        self.distributed = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+        if fsdp and not self.distributed:
+            raise ValueError("--fsdp shards over processes: start them with torchrun --nproc-per-node N")
+        self.fsdp, self.device, self.rank, self.world = fsdp, torch.device(device), 0, 1
+        if self.distributed:
+            if self.device.type == "cuda":
+                self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+                torch.cuda.set_device(self.device)
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            self.rank, self.world = dist.get_rank(), dist.get_world_size()
+
+    def close(self) -> None:
+        if self.distributed:
+            dist.destroy_process_group()
+
+    @property
+    def first(self) -> bool:
+        """True in the process that writes files and talks to the user."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.distributed:
+            dist.barrier()
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Over processes."""
+        if self.distributed:
+            dist.all_reduce(values)
+        return values / self.world
+
+    def shard(self, model: nn.Module) -> None:
+        """Split the model's parameters over the processes, in place; it gathers a layer at a time to compute."""
+        mesh = init_device_mesh(self.device.type, (self.world,))
+        lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+        for layer in (layer for layers in lists for layer in layers if not isinstance(layer, nn.ModuleList)):
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The module to call so that gradients are averaged over the processes."""
+        if self.fsdp:
+            self.shard(model)
+            return model
+        if self.distributed:
+            return DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None)
+        return model
+
+    def accumulation(self, wrapped: nn.Module, *, last: bool) -> AbstractContextManager[None]:
+        """Around a backward pass: gradients travel only in the ``last`` one before the optimiser's step."""
+        if isinstance(wrapped, FSDPModule):
+            wrapped.set_requires_gradient_sync(last)
+        elif isinstance(wrapped, DistributedDataParallel) and not last:
+            return wrapped.no_sync()
+        return nullcontext()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor; any other tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

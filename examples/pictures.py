@@ -1,0 +1,90 @@
+"""PNG files: labelled grids of samples and loss curves. A file appears whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
+from torch import Tensor
+
+RECORD = "natten_layers"  # the text chunk that says how a grid was made
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to beside ``path``, which it replaces if all went well: a failure leaves the old file whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def draw_grid(images: Tensor, columns: int, labels: Sequence[str] = ()) -> Image.Image:
+    """Rows of ``columns`` images ``[N, C, H, W]`` in [-1, 1], each row with its label, if any, on its left."""
+    pixels = ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().movedim(1, -1).cpu().numpy()
+    pixels = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
+    height, width = pixels.shape[1:3]
+    zoom = max(1, 96 // max(height, width))  # small images are shown larger, pixel by pixel
+    cell_height, cell_width, gap = height * zoom, width * zoom, 2
+    font = ImageFont.load_default(max(12, cell_height // 7))
+    margin = max((int(font.getlength(label)) for label in labels), default=0) + (16 if labels else 0)
+    rows = -(-len(pixels) // columns)
+    canvas = Image.new("RGB", (margin + columns * (cell_width + gap), rows * (cell_height + gap)), "white")
+    for i, image in enumerate(pixels):
+        row, column = divmod(i, columns)
+        cell = Image.fromarray(np.ascontiguousarray(image)).resize((cell_width, cell_height), Image.Resampling.NEAREST)
+        canvas.paste(cell, (margin + column * (cell_width + gap), row * (cell_height + gap)))
+    draw = ImageDraw.Draw(canvas)
+    for row, label in enumerate(labels):
+        middle = row * (cell_height + gap) + cell_height // 2
+        draw.text((margin - 8, middle), label, fill="black", font=font, anchor="rm")
+    return canvas
+
+
+def save_png(image: Image.Image, path: Path, record: Mapping[str, Any]) -> None:
+    """Write ``image``, with ``record`` in its metadata."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text(RECORD, json.dumps(record))
+    with replacing(path) as temporary:
+        image.save(temporary, pnginfo=info)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What :func:`save_png` was given.
+
+    Raises:
+        ValueError: no such picture.
+    """
+    try:
+        with Image.open(path) as image:
+            text = image.info.get(RECORD)
+    except (OSError, UnidentifiedImageError) as error:
+        raise ValueError(f"{path} cannot be read as a picture: {error}") from error
+    if text is None:
+        raise ValueError(f"{path} does not say how it was made; give a grid that sample_hdit.py or train_hdit.py drew")
+    return json.loads(text)
+
+
+def save_loss_curve(losses: Sequence[float], path: Path, title: str) -> None:
+    """Loss by step, with a running mean."""
+    from matplotlib.figure import Figure  # slow to import, and only needed at the end
+
+    window = max(1, len(losses) // 50)
+    mean = np.convolve(losses, np.ones(window) / window, mode="valid")
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(range(1, len(losses) + 1), losses, linewidth=0.5, alpha=0.4, label="loss")
+    axes.plot(range(window, len(losses) + 1), mean, label=f"mean of {window} steps")
+    axes.set(xlabel="step", ylabel="loss", yscale="log", title=title)
+    axes.legend(frameon=False)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120)

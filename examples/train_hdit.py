@@ -1,0 +1,398 @@
+"""Train an HDiT as k-diffusion's users know it: a JSON config, auto-resume, demo grids, EMA.
+
+python examples/train_hdit.py                                   a few minutes on a CPU, or the GPU's preset
+python examples/train_hdit.py --config flowers.json --name runs/flowers --mixed-precision bf16 --compile
+torchrun --nproc-per-node 2 examples/train_hdit.py --preset gpu-demo --name runs/two-gpus
+
+A run called NAME writes NAME_STEP.pth (everything needed to go on), NAME_state.json (which of them is the latest; the
+same command finds it and goes on from there), NAME.safetensors (EMA weights to sample from), NAME_metrics.csv,
+NAME_demo_STEP.png, NAME_loss.png and NAME_tensorboard/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import random
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from checkpointing import (
+    RunFiles,
+    gathered_state,
+    load_checkpoint,
+    load_sharded,
+    save_checkpoint,
+    save_sharded,
+)
+from data import Batch, Examples, Keys, load_batches, open_source, parse_data_flag
+from diffusion import ema_decay, learning_rate_factor, loss_weighting, make_sigma_quantile, stratified
+from natten_layers import Denoiser, HDiT, HDiTConfig
+from parallel import Processes, local
+from pictures import save_loss_curve, save_png
+from sample_hdit import Request, digest, picture, sample
+
+PRESETS = Path(__file__).parent / "configs"
+SECTIONS: dict[str, dict[str, Any]] = {  # k-diffusion's defaults for this type of model
+    "optimizer": {"type": "adamw", "lr": 5e-4, "betas": [0.9, 0.99], "eps": 1e-8, "weight_decay": 1e-4},
+    "lr_sched": {"type": "constant", "warmup": 0.0},
+    "ema_sched": {"type": "inverse", "power": 0.6667, "max_value": 0.9999},
+}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Flags win over the config's "run" section, and that over the defaults here, which are k-diffusion's."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    switch = argparse.BooleanOptionalAction
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--config", type=Path, help="JSON in k-diffusion's format (image_transformer_v2)")
+    parser.add_argument(
+        "--preset",
+        choices=sorted(path.stem for path in PRESETS.glob("*.json")),
+        default="gpu-demo" if cuda else "cpu-demo",
+        help="a config of this repository, if --config names no other; default: %(default)s",
+    )
+    parser.add_argument("--name", default="runs/hdit", help="prefix of all files written, default: %(default)s")
+    parser.add_argument("--resume", type=Path, help="go on from this checkpoint, not from NAME's latest")
+    parser.add_argument("--data", metavar="DIR|hf:OWNER/NAME", help="train on these images, not on the config's")
+    parser.add_argument("--batch-size", type=int, default=64, help="images per process and accumulation step")
+    parser.add_argument("--grad-accum-steps", type=int, default=1, help="batches per optimiser step")
+    parser.add_argument("--end-step", type=int, help="stop after so many steps in all; default: at Ctrl-C")
+    parser.add_argument("--demo-every", type=int, default=500, help="steps between grids of samples, 0 for none")
+    parser.add_argument("--save-every", type=int, default=10000, help="steps between checkpoints")
+    parser.add_argument("--sample-n", type=int, default=8, help="images per class in a grid")
+    parser.add_argument("--sample-steps", type=int, default=50, help="steps of the sampler")
+    parser.add_argument("--lr", type=float, help="learning rate, in place of the config's")
+    parser.add_argument("--mixed-precision", choices=["no", *DTYPES], default="no")
+    parser.add_argument("--compile", action=switch, default=False, help="torch.compile the model")
+    parser.add_argument("--checkpointing", action=switch, default=False, help="recompute activations to save memory")
+    parser.add_argument("--fsdp", action=switch, default=False, help="shard parameters over the processes (torchrun)")
+    parser.add_argument("--num-workers", type=int, default=8, help="processes that load images")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = parser.parse_args(argv)
+    config = arguments.config or PRESETS / f"{arguments.preset}.json"
+    arguments = parser.parse_args([*_as_flags(_read_json(config).get("run", {})), *argv])
+    arguments.config = config
+    for key in ("batch_size", "grad_accum_steps", "save_every", "sample_n", "sample_steps"):
+        if getattr(arguments, key) < 1:
+            parser.error(f"--{key.replace('_', '-')} must be at least 1, got {getattr(arguments, key)}")
+    return arguments
+
+
+def _as_flags(section: Mapping[str, Any]) -> Iterator[str]:
+    for key, value in section.items():
+        flag = key.replace("_", "-")
+        yield from (
+            [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON file: {error}") from error
+
+
+def read_config(path: Path, data: str | None) -> dict[str, Any]:
+    """The JSON config, with k-diffusion's defaults of its training sections filled in."""
+    config = _read_json(path)
+    config.pop("run", None)
+    if data is not None:
+        config["dataset"] = parse_data_flag(data)
+    for section, defaults in SECTIONS.items():
+        config[section] = defaults | config.get(section, {})
+    for section in ("optimizer", "ema_sched"):
+        found, only = config[section]["type"], SECTIONS[section]["type"]
+        if found != only:
+            raise ValueError(f"{section}.type is {found!r}; only {only!r} is supported")
+    return config
+
+
+class Stop:
+    """Turns Ctrl-C and SIGTERM into a wish to stop after the step; another one, a second or more later, stops at once.
+
+    A Ctrl-C under torchrun comes twice: from the terminal, and from torchrun, which passes on what it got itself.
+    """
+
+    def __init__(self) -> None:
+        self.asked: float | None = None
+
+    @property
+    def wanted(self) -> bool:
+        return self.asked is not None
+
+    def __enter__(self) -> Stop:
+        self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: object) -> None:
+        now = time.monotonic()
+        if self.asked is not None and now - self.asked >= 1:
+            raise KeyboardInterrupt
+        self.asked = self.asked or now
+
+
+class Trainer:
+    """A run: what it trains, on what, and how far it has come."""
+
+    def __init__(self, arguments: argparse.Namespace, processes: Processes) -> None:
+        self.arguments, self.processes, self.files = arguments, processes, RunFiles(arguments.name)
+        self._read_data()
+        self.model_config = self.plan.to_json()["model"]
+        self.quantile = make_sigma_quantile(self.model_config)
+        weighting = loss_weighting(self.model_config)
+
+        torch.manual_seed(arguments.seed)
+        self.model = HDiT(self.plan, checkpointing=arguments.checkpointing).to(processes.device)
+        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
+        if arguments.compile:
+            self.model.compile()
+        self.wrapped = processes.wrap(self.model)
+        if processes.fsdp:
+            processes.shard(self.ema)
+        self.denoiser = Denoiser(self.wrapped, sigma_data=self.plan.sigma_data, weighting=weighting)
+
+        settings = self.config["optimizer"]
+        lr = settings["lr"] if arguments.lr is None else arguments.lr
+        groups = self.model.param_groups(lr, settings["weight_decay"])
+        self.base_lrs = [group["lr"] for group in groups]
+        self.optimizer = torch.optim.AdamW(groups, betas=tuple(settings["betas"]), eps=settings["eps"])
+        self.scaler = torch.amp.GradScaler(processes.device.type, enabled=arguments.mixed_precision == "fp16")
+        self.step = 0
+        self.saved_step = 0
+        self._resume()
+
+    def _read_data(self) -> None:
+        config = read_config(self.arguments.config, self.arguments.data)
+        plan = HDiTConfig.from_json(config)
+        dataset = config["dataset"]
+        self.source = open_source(dataset, plan.input_size, plan.input_channels)
+        names = list(self.source.class_names)
+        if dataset.setdefault("num_classes", len(names)) not in (0, len(names)):
+            raise ValueError(f"dataset.num_classes is {dataset['num_classes']}, but the data has {len(names)}: {names}")
+        dataset["class_names"] = names if dataset["num_classes"] else []
+        self.config, self.plan = config, HDiTConfig.from_json(config)
+
+    # Checkpoints
+
+    def _resume(self) -> None:
+        path = self.arguments.resume or self.files.latest()
+        if path is not None:
+            load = load_sharded if self.processes.fsdp else load_checkpoint
+            rest = load(path, self.model, self.ema, self.optimizer, self.model_config)
+            self.scaler.load_state_dict(rest["scaler"])
+            self.step = self.saved_step = rest["step"]
+            self.say(f"resuming from {path} at step {self.step}")
+
+    def save(self) -> None:
+        rest = {"config": self.plan.to_json(), "step": self.step, "scaler": self.scaler.state_dict()}
+        suffix = "" if self.processes.fsdp else ".pth"
+        path = self.files.path(f"_{self.step:08}{suffix}")
+        if self.processes.fsdp:
+            save_sharded(path, self.model, self.ema, self.optimizer, rest, self.processes)
+        elif self.processes.first:
+            save_checkpoint(path, self.model, self.ema, self.optimizer, rest)
+        weights = gathered_state(self.ema) if self.processes.fsdp else self.ema.state_dict()
+        if self.processes.first:
+            self.files.record(path)
+            whole = HDiT(self.plan)
+            whole.load_state_dict(weights)
+            whole.save_pretrained(self.files.path(".safetensors"))
+        self.processes.barrier()
+        self.saved_step = self.step
+
+    # Training
+
+    def train(self) -> bool:
+        """Until ``--end-step``, or until somebody asks to stop; True if nobody did."""
+        arguments, processes = self.arguments, self.processes
+        keys = Keys(
+            len(self.source),
+            arguments.batch_size,
+            seed=arguments.seed,
+            first_step=self.step,
+            accumulate=arguments.grad_accum_steps,
+            rank=processes.rank,
+            world=processes.world,
+        )
+        with Stop() as stop, self._log() as log:
+            examples = Examples(self.source, self.model_config.get("augment_prob", 0.0))
+            pin_memory = processes.device.type == "cuda"
+            batches = load_batches(examples, keys, workers=arguments.num_workers, pin_memory=pin_memory)
+            while arguments.end_step is None or self.step < arguments.end_step:
+                loss = self._train_step(batches, keys.global_batch)
+                # All processes must stop after the same step, whichever of them was asked to.
+                loss, stopping = processes.mean(torch.stack([loss, loss.new_tensor(float(stop.wanted))])).tolist()
+                if not math.isfinite(loss):
+                    raise RuntimeError(f"the loss of step {self.step} is {loss}; try a lower --lr")
+                log.write(self.step, loss, keys.global_batch)
+                if stopping or self.step % arguments.save_every == 0:
+                    self.save()
+                if stopping:
+                    return False
+                if arguments.demo_every and self.step % arguments.demo_every == 0:
+                    log.picture(self.step, self.demo(f"_demo_{self.step:08}.png"))
+        return True
+
+    def _train_step(self, batches: Iterator[Batch], global_batch: int) -> Tensor:
+        """One step of the optimiser; returns this process's part of the loss."""
+        arguments, processes = self.arguments, self.processes
+        # Dropout is all that draws from the global generator; a seed a step spares the checkpoint its state.
+        torch.manual_seed(random.Random(f"{arguments.seed} step {self.step} {processes.rank}").getrandbits(63))
+        factor = learning_rate_factor(self.config["lr_sched"], self.step)
+        for group, lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+            group["lr"] = lr * factor
+        losses = []
+        for i in range(arguments.grad_accum_steps):
+            batch = Batch(*(tensor.to(processes.device, non_blocking=True) for tensor in next(batches)))
+            with processes.accumulation(self.wrapped, last=i == arguments.grad_accum_steps - 1):
+                loss = self._loss(batch, global_batch) / arguments.grad_accum_steps
+                self.scaler.scale(loss).backward()
+            losses.append(loss.detach())
+        self.scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self._update_ema()
+        self.step += 1
+        return torch.stack(losses).sum()
+
+    def _loss(self, batch: Batch, global_batch: int) -> Tensor:
+        conditions = {"aug_cond": batch.aug_cond}
+        if self.plan.num_classes:
+            drop = batch.uniform[:, 1] < self.config["dataset"].get("cond_dropout_rate", 0.1)
+            conditions["class_cond"] = batch.label.masked_fill(drop, self.plan.num_classes)
+        sigma = self.quantile(stratified(batch.place, global_batch, batch.uniform[:, 0]))
+        dtype = DTYPES.get(self.arguments.mixed_precision)
+        with torch.autocast(self.processes.device.type, dtype, enabled=dtype is not None):
+            return self.denoiser.loss(batch.image, batch.noise, sigma, **conditions).mean()
+
+    @torch.no_grad()
+    def _update_ema(self) -> None:
+        schedule = self.config["ema_sched"]
+        weight = 1 - ema_decay(self.step, schedule["power"], schedule["max_value"])
+        for averaged, own in zip(self.ema.parameters(), self.model.parameters(), strict=True):
+            local(averaged).lerp_(local(own), weight)
+
+    # What a run shows
+
+    def demo(self, suffix: str) -> Image.Image:
+        """Sample a grid, every class a row; the first process writes it."""
+        request = Request(
+            classes=tuple(range(self.plan.num_classes)),
+            count=self.arguments.sample_n,
+            steps=self.arguments.sample_steps,
+            seed=self.arguments.seed,
+        )
+        images = sample(Denoiser(self.ema), self.plan, request, quiet=not self.processes.first)
+        grid = picture(images, self.plan, request)
+        if self.processes.first:
+            save_png(grid, self.files.path(suffix), asdict(request) | {"sha256": digest(images)})
+        return grid
+
+    def finish(self) -> None:
+        """The last checkpoint, grid and loss curve."""
+        if self.step > self.saved_step:
+            self.save()
+        self.demo("_samples.png")
+        if self.processes.first:
+            losses = self.files.losses(self.step)
+            save_loss_curve(losses, self.files.path("_loss.png"), f"{self.arguments.name}, {self.step} steps")
+        for suffix in (".safetensors", "_samples.png", "_loss.png"):
+            self.say(f"wrote {self.files.path(suffix)}")
+
+    def say(self, text: str) -> None:
+        if self.processes.first:
+            tqdm.write(text)
+
+    def _log(self) -> Log:
+        shown = self.processes.first
+        return Log(self.files, self.step, self.arguments.end_step) if shown else Log(None, self.step, None)
+
+
+class Log:
+    """Progress bar, metrics file and TensorBoard of the first process; silent with ``files=None``."""
+
+    def __init__(self, files: RunFiles | None, step: int, end_step: int | None) -> None:
+        self.bar = tqdm(total=end_step, initial=step, unit="step", disable=files is None)
+        self.files, self.mean, self.before = files, None, time.perf_counter()
+        if files is not None:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+            files.rewrite_metrics(files.losses(step))  # the steps after the checkpoint are run again
+            self.metrics = files.path("_metrics.csv").open("a", buffering=1)
+            self.board = SummaryWriter(str(files.path("_tensorboard")), purge_step=step + 1)
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+        if self.files is not None:
+            self.metrics.close()
+            self.board.close()
+
+    def write(self, step: int, loss: float, images: int) -> None:
+        now = time.perf_counter()
+        rate, self.before = images / (now - self.before), now
+        self.mean = loss if self.mean is None else self.mean + 0.05 * (loss - self.mean)
+        if self.files is not None:
+            self.metrics.write(f"{step},{loss!r}\n")
+            self.board.add_scalar("loss", loss, step)
+            self.board.add_scalar("images per second", rate, step)
+            self.bar.set_postfix_str(f"loss {self.mean:.4f}, {rate:.0f} images/s", refresh=False)
+            self.bar.update()
+
+    def picture(self, step: int, grid: Image.Image) -> None:
+        self.before = time.perf_counter()  # the time that sampling takes is not the training's
+        if self.files is not None:
+            self.board.add_image("samples", np.asarray(grid), step, dataformats="HWC")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        arguments = parse_arguments(argv)
+        processes = Processes(arguments.device, fsdp=arguments.fsdp)
+        try:
+            trainer = Trainer(arguments, processes)
+            parameters = sum(p.numel() for p in trainer.model.parameters())
+            trainer.say(f"{parameters:,} parameters, {processes.world} process(es) on {processes.device.type}")
+            if trainer.train():
+                trainer.finish()
+                return 0
+            trainer.say(f"stopped after step {trainer.step}; saved. The same command goes on from here.")
+            return 130
+        finally:
+            processes.close()
+    except (OSError, RuntimeError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped at once; the last checkpoint is whole", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,495 @@
+"""The training and sampling commands of HDiT, at sizes of seconds."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import sample_hdit
+import train_hdit
+from data import Examples, Folder, Keys, Photographs, augment, open_source, parse_data_flag
+from diffusion import SAMPLERS, guided, karras_sigmas, learning_rate_factor, make_sigma_quantile, stratified
+from natten_layers import HDiT, HDiTConfig
+from pictures import read_record
+
+EXAMPLES = Path(train_hdit.__file__).parent
+# New processes find the package without an installation, and leave the cores to the tests that run beside them.
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"}
+CONFIG = {
+    "model": {
+        "type": "image_transformer_v2",
+        "input_channels": 3,
+        "input_size": [16, 16],
+        "patch_size": [2, 2],
+        "depths": [1, 1],
+        "widths": [16, 16],
+        "self_attns": [
+            {
+                "type": "neighborhood",
+                "d_head": 8,
+                "kernel_size": 3,
+                "num_kv_heads": 1,
+                "num_registers": 2,
+                "sink": "zero",
+            },
+            {"type": "global", "d_head": 8},
+        ],
+        "dropout_rate": 0.1,
+        "mapping_width": 16,
+        "mapping_depth": 1,
+        "loss_weighting": "soft-min-snr",
+        "sigma_data": 0.5,
+        "sigma_min": 1e-2,
+        "sigma_max": 80,
+        "sigma_sample_density": {"type": "cosine-interpolated"},
+    },
+    "dataset": {"type": "photographs", "short_side": 24, "files": {"cat": "chelsea.png", "brick": "brick.png"}},
+    "run": {"batch_size": 4, "demo_every": 0, "save_every": 2, "sample_n": 2, "sample_steps": 2, "num_workers": 0},
+}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(CONFIG))
+    return path
+
+
+def train(config: Path, name: str, *flags: str) -> int:
+    return train_hdit.main(["--config", str(config), "--name", str(config.parent / name), "--device", "cpu", *flags])
+
+
+def metrics(config: Path, name: str) -> str:
+    return (config.parent / f"{name}_metrics.csv").read_text()
+
+
+def temporaries(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+# --- Noise levels, schedules, samplers
+
+
+@pytest.mark.parametrize(
+    ("density", "median"),
+    [
+        ({"type": "lognormal", "mean": -1.2, "std": 1.2}, math.exp(-1.2)),
+        ({"type": "split-lognormal", "loc": -1.0, "scale_1": 2.0, "scale_2": 2.0}, math.exp(-1.0)),
+        ({"type": "loglogistic", "loc": -0.5}, math.exp(-0.5)),
+        ({"type": "loguniform"}, math.sqrt(0.01 * 80)),
+        ({"type": "v-diffusion"}, 0.5),
+        ({"type": "cosine-interpolated", "image_d": 32}, 0.5),
+    ],
+)
+def test_sigma_quantile(density: dict, median: float) -> None:
+    model = {"sigma_data": 0.5, "sigma_min": 0.01, "sigma_max": 80.0, "input_size": [32, 32]}
+    quantile = make_sigma_quantile({**model, "sigma_sample_density": density})
+    u = torch.linspace(0.001, 0.999, 101, dtype=torch.float64)
+    sigma = quantile(u)
+    assert (sigma.diff() > 0).all()
+    torch.testing.assert_close(sigma[50].item(), median, rtol=2e-3, atol=0)
+
+
+def test_cosine_interpolated_shifts_noise_up_with_resolution() -> None:
+    """By hand: at ``u`` the log SNR is the mean, weighted by u, of two cosine schedules shifted by 2 log(d / 64)."""
+    model = {"sigma_data": 1.0, "sigma_min": 1e-3, "sigma_max": 1e3, "input_size": [64, 64]}
+    quantile = make_sigma_quantile({**model, "sigma_sample_density": {"type": "cosine-interpolated"}})
+    # At u = 1/2 the schedule is within 1e-3 of tan(pi / 4), so sigma is (64 / 32) ** (1 / 2).
+    torch.testing.assert_close(quantile(torch.tensor(0.5)).item(), math.sqrt(2), rtol=2e-3, atol=0)
+
+
+def test_split_lognormal_has_its_mass_where_its_scales_say() -> None:
+    density = {"type": "split-lognormal", "loc": 0.0, "scale_1": 3.0, "scale_2": 1.0}
+    model = {"sigma_data": 0.5, "sigma_min": 0.01, "sigma_max": 80.0, "input_size": [32, 32]}
+    quantile = make_sigma_quantile({**model, "sigma_sample_density": density})
+    u = torch.tensor([0.375, 0.75, 0.875], dtype=torch.float64)  # quartile of the lower half, loc, median of the upper
+    expected = torch.tensor([-3.0, 0.0, 1.0], dtype=torch.float64) * torch.special.ndtri(torch.tensor(0.75))
+    torch.testing.assert_close(quantile(u).log(), expected.double(), rtol=1e-5, atol=1e-6)
+
+
+def test_unknown_density_is_an_error() -> None:
+    model = {"sigma_data": 0.5, "sigma_min": 0.01, "sigma_max": 80.0, "sigma_sample_density": {"type": "cauchy"}}
+    with pytest.raises(ValueError, match="'cauchy'; known are lognormal"):
+        make_sigma_quantile(model)
+
+
+def test_stratified_covers_every_stratum() -> None:
+    places = torch.randperm(16)
+    u = stratified(places, 16, torch.rand(16))
+    assert torch.equal((u * 16).long(), places)
+
+
+@pytest.mark.parametrize(("name", "order"), [("euler", 1), ("heun", 2), ("dpmpp-2m", 2)])
+def test_samplers_converge_at_their_order(name: str, order: int) -> None:
+    """Data ``N(0, c^2)``: the flow scales ``x`` by ``sqrt((s'^2 + c^2) / (s^2 + c^2))``, so the end is known."""
+    c, x = 0.5, torch.full((1, 1, 1, 1), 80.0, dtype=torch.float64)
+
+    def denoiser(x: Tensor, sigma: Tensor) -> Tensor:
+        return x * (c**2 / (sigma**2 + c**2)).view(-1, 1, 1, 1)
+
+    def error(steps: int) -> float:
+        sigmas = karras_sigmas(steps, 0.5, 80.0)[:-1]  # to sigma_min: the last step, to 0, is Euler's in all of them
+        end = SAMPLERS[name](denoiser, x, sigmas, lambda _: None).item()
+        return abs(end - 80.0 * math.sqrt((0.25 + c**2) / (6400 + c**2)))
+
+    assert math.log2(error(64) / error(128)) == pytest.approx(order, abs=0.25)
+
+
+def test_guidance_extrapolates() -> None:
+    def denoiser(x: Tensor, sigma: Tensor, class_cond: Tensor) -> Tensor:
+        return x * class_cond.view(-1, 1, 1, 1)
+
+    x, sigma, label = torch.ones(2, 1, 1, 1), torch.ones(2), torch.tensor([1, 3])
+    for scale, expected in ((0.0, [7.0, 7.0]), (1.0, [1.0, 3.0]), (2.0, [-5.0, -1.0])):
+        assert guided(denoiser, label, 7, scale)(x, sigma).flatten().tolist() == expected
+
+
+def test_learning_rates() -> None:
+    assert learning_rate_factor({"type": "constant", "warmup": 0.5}, 1) == 0.75
+    assert learning_rate_factor({"type": "inverse", "inv_gamma": 10, "power": 0.5}, 30) == 0.5
+    assert learning_rate_factor({"type": "exponential", "num_steps": 10, "decay": 0.5}, 20) == 0.25
+    assert learning_rate_factor({"type": "cosine", "num_steps": 10}, 20) == pytest.approx(0.1)
+    with pytest.raises(ValueError, match="'linear'"):
+        learning_rate_factor({"type": "linear"}, 0)
+
+
+# --- Data
+
+
+def test_keys_do_not_depend_on_how_the_work_is_split() -> None:
+    def take(steps: int, batch_size: int, accumulate: int = 1, rank: int = 0, world: int = 1, first: int = 0) -> list:
+        keys = Keys(5, batch_size, seed=3, first_step=first, accumulate=accumulate, rank=rank, world=world)
+        return list(islice(keys, steps * accumulate))
+
+    whole = [key for batch in take(3, 4) for key in batch]
+    assert [key for batch in take(2, 4, first=1) for key in batch] == whole[4:]
+    assert [key for batch in take(3, 2, accumulate=2) for key in batch] == whole
+    ranks = [take(3, 2, rank=rank, world=2) for rank in (0, 1)]
+    assert [key for pair in zip(*ranks, strict=True) for batch in pair for key in batch] == whole
+    assert sorted(key.item for key in whole[:5]) == list(range(5))
+    assert len({key.seed for key in whole}) == len(whole)
+
+
+def test_photographs_are_crops_of_their_class() -> None:
+    photographs = Photographs({"cat": "chelsea.png", "rocket": "rocket.jpg"}, (16, 24), 3, short_side=32)
+    image, label = photographs.load(1, torch.Generator().manual_seed(0))
+    assert (image.shape, image.dtype, label) == ((3, 16, 24), torch.uint8, 1)
+    windows = photographs.photographs[1].unfold(1, 16, 1).unfold(2, 24, 1)  # [3, H, W, 16, 24]
+    found = [(windows == view[:, None, None]).all(-1).all(-1).all(0).any() for view in (image, image.flip(-1))]
+    assert any(found)
+
+
+def test_examples_depend_on_their_seed_alone() -> None:
+    examples = Examples(Photographs({"cat": "chelsea.png"}, (16, 16), 3, short_side=32), 0.5)
+    keys = Keys(1, 2, seed=0, first_step=0, accumulate=1, rank=0, world=1)
+    first, second = next(iter(keys))
+    torch.manual_seed(1)
+    one, again, other = examples[first], examples[first], examples[second]
+    assert all(torch.equal(a, b) for a, b in zip(one, again, strict=True))
+    assert not torch.equal(one.image, other.image)
+    assert not torch.equal(one.noise, other.noise)
+
+
+def test_augment_only_mirrors_at_probability_zero() -> None:
+    image = torch.rand(3, 8, 12)
+    seen = set()
+    for seed in range(8):
+        result, condition = augment(image, 0.0, torch.Generator().manual_seed(seed))
+        assert condition[1:].abs().max() == 0
+        seen.add(condition[0].item())
+        torch.testing.assert_close(result, image.flip(-1) if condition[0] else image, rtol=0, atol=1e-5)
+    assert seen == {0.0, 1.0}
+
+
+def test_augment_moves_a_spot_to_where_it_reports() -> None:
+    image = torch.zeros(1, 33, 33)
+    image[0, 14:19, 24:29] = 1  # 10 right of the centre, (16, 16)
+    inside = 0
+    for seed in range(20):
+        result, condition = augment(image, 1.0, torch.Generator().manual_seed(seed))
+        # The nine numbers do not tell a stretch from a squeeze along the same axis: k-diffusion's do not either.
+        places = [_moved(10.0, 0.0, 33 / 8, condition.tolist(), sign) for sign in (1, -1)]
+        if all(max(abs(x), abs(y)) < 13 for x, y in places):
+            inside += 1
+            assert any(result[0, round(16 + y), round(16 + x)] > 0.8 for x, y in places)
+    assert inside > 5
+
+
+def _moved(x: float, y: float, shift: float, condition: list[float], sign: int) -> tuple[float, float]:
+    """The reported operations, one after the other, on a point: shift, stretch, turn, scale, flip, mirror."""
+    mirror, flip, scale, cos, sin, stretch_x, stretch_y, shift_x, shift_y = condition
+    x, y, cos = x + shift * shift_x, y + shift * shift_y, cos + 1
+    stretch, angle = math.hypot(stretch_x, stretch_y), math.atan2(stretch_y, stretch_x)
+    along = (math.cos(angle) * x + math.sin(angle) * y) * 2 ** (0.2 * sign * stretch)
+    across = (math.cos(angle) * y - math.sin(angle) * x) * 2 ** (-0.2 * sign * stretch)
+    x, y = math.cos(angle) * along - math.sin(angle) * across, math.sin(angle) * along + math.cos(angle) * across
+    x, y = (cos * x + sin * y) * 2 ** (0.2 * scale), (cos * y - sin * x) * 2 ** (0.2 * scale)
+    return x * (1 - 2 * mirror), y * (1 - 2 * flip)
+
+
+def test_folders(tmp_path: Path) -> None:
+    for name in ("b/1.png", "a/2.PNG", "a/deeper/3.jpg"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 40), "red").save(path)
+    assert parse_data_flag(str(tmp_path)) == {"type": "imagefolder-class", "location": str(tmp_path)}
+    folder = open_source(parse_data_flag(str(tmp_path)), (8, 8), 3)
+    assert (folder.class_names, len(folder)) == (("a", "b"), 3)
+    generator = torch.Generator()
+    assert [folder.load(i, generator)[1] for i in range(3)] == [0, 0, 1]
+    image, _ = folder.load(2, generator)
+    assert torch.equal(image, torch.tensor([255, 0, 0], dtype=torch.uint8).view(3, 1, 1).expand(3, 8, 8))
+    assert parse_data_flag(str(tmp_path / "b"))["type"] == "imagefolder"
+
+
+def test_bad_images_are_named(tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"broken\.png cannot be read"):
+        Folder(tmp_path, (8, 8), 3, classes=False).load(0, torch.Generator())
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no images"):
+        Folder(tmp_path / "empty", (8, 8), 3, classes=False)
+
+
+def test_hub_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match="pip install datasets"):
+        open_source(parse_data_flag("hf:owner/name"), (8, 8), 3)
+
+
+def test_hub_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Rows(list):
+        features: ClassVar = {"image": None, "kind": SimpleNamespace(names=["day", "night"])}
+
+    def load_dataset(name: str, split: str) -> Rows:
+        assert (name, split) == ("owner/name", "train")
+        return Rows([{"image": Image.new("L", (10, 8), 200), "kind": 1}])
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    section = {"type": "huggingface", "location": "owner/name", "num_classes": 2, "class_key": "kind"}
+    source = open_source(section, (8, 8), 3)
+    image, label = source.load(0, torch.Generator())
+    assert (source.class_names, len(source), label) == (("day", "night"), 1, 1)
+    assert torch.equal(image, torch.full((3, 8, 8), 200, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="no column 'label'; it has image, kind"):
+        open_source({**section, "class_key": "label"}, (8, 8), 3)
+
+
+# --- Training
+
+
+@pytest.mark.parametrize("preset", sorted(train_hdit.PRESETS.glob("*.json")), ids=lambda path: path.stem)
+def test_presets_build_with_everything_on(preset: Path) -> None:
+    config = train_hdit.read_config(preset, None)
+    with torch.device("meta"):
+        model = HDiT(HDiTConfig.from_json(config))
+    *neighborhoods, last = model.config.levels
+    assert last.attention == "global"
+    for level in neighborhoods:
+        assert level.attention == "neighborhood"
+        assert level.num_kv_heads is not None
+        assert level.num_kv_heads < level.num_heads
+        assert level.num_registers > 0
+        assert level.sink == "zero"
+    arguments = train_hdit.parse_arguments(["--preset", preset.stem, "--batch-size", "3"])
+    assert arguments.batch_size == 3
+    assert arguments.end_step == json.loads(preset.read_text())["run"]["end-step"]
+
+
+def test_a_killed_run_resumes_to_the_same_loss_curve(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert train(config, "whole", "--end-step", "5") == 0
+
+    step = train_hdit.Trainer._train_step
+
+    def killed(self: train_hdit.Trainer, *arguments) -> Tensor:
+        if self.step == 3:
+            raise SystemExit(9)
+        return step(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_hdit.Trainer, "_train_step", killed)
+        with pytest.raises(SystemExit):
+            train(config, "killed", "--end-step", "5")
+    assert len(metrics(config, "killed").splitlines()) == 4  # a header, and a step more than the checkpoint knows of
+    assert json.loads((config.parent / "killed_state.json").read_text()) == {"latest_checkpoint": "killed_00000002.pth"}
+    assert train(config, "killed", "--end-step", "5") == 0
+    assert metrics(config, "killed") == metrics(config, "whole")
+    for suffix in (".safetensors", "_samples.png"):
+        assert (config.parent / f"killed{suffix}").read_bytes() == (config.parent / f"whole{suffix}").read_bytes()
+
+
+def test_ctrl_c_saves_and_goes_on(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert train(config, "whole", "--end-step", "4", "--grad-accum-steps", "2", "--batch-size", "2") == 0
+    step = train_hdit.Trainer._train_step
+
+    def interrupted(self: train_hdit.Trainer, *arguments) -> Tensor:
+        if self.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_hdit.Trainer, "_train_step", interrupted)
+        assert train(config, "stopped", "--end-step", "4", "--grad-accum-steps", "2", "--batch-size", "2") == 130
+    assert (config.parent / "stopped_00000003.pth").exists()
+    assert train(config, "stopped", "--end-step", "4", "--grad-accum-steps", "2", "--batch-size", "2") == 0
+    assert metrics(config, "stopped") == metrics(config, "whole")
+
+
+@contextmanager
+def small_disk(size: int) -> Iterator[None]:
+    """No file can grow beyond ``size`` bytes, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_loses_nothing(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(config, "run", "--end-step", "2") == 0
+    before = {path: path.read_bytes() for path in config.parent.glob("run*") if path.suffix in (".pth", ".safetensors")}
+    with small_disk(20_000):
+        assert train(config, "run", "--end-step", "4") == 2
+    assert "error:" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in before} == before
+    assert not temporaries(config.parent)
+    assert train(config, "run", "--end-step", "4") == 0
+
+
+def test_bad_input_to_training(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def says(name: str, *flags: str) -> str:
+        assert train(config, name, "--end-step", "2", *flags) == 2
+        return capsys.readouterr().err
+
+    assert train(config, "run", "--end-step", "1") == 0
+    assert "is not a folder of images" in says("other", "--data", str(config.parent / "nowhere"))
+    assert "start them with torchrun" in says("other", "--fsdp")
+    other = {**CONFIG, "model": {**CONFIG["model"], "depths": [1, 2]}}
+    config.write_text(json.dumps(other))
+    assert "model.depths is [1, 1] there and [1, 2] here" in says("run")
+    (config.parent / "run_00000001.pth").write_bytes(b"PK")
+    assert "run_00000001.pth is damaged" in says("run")
+    config.write_text("{")
+    assert "config.json is no JSON file" in says("run")
+
+
+def torchrun(config: Path, name: str, *flags: str) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(EXAMPLES / "train_hdit.py"), "--config", str(config), "--name", str(config.parent / name)]
+    command += ["--device", "cpu", *flags]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+
+
+def losses(config: Path, name: str) -> Tensor:
+    return torch.tensor([float(line.split(",")[1]) for line in metrics(config, name).splitlines()[1:]])
+
+
+def test_two_processes_train_as_one(config: Path) -> None:
+    """DDP, FSDP2, and FSDP2 from its own sharded checkpoint, against one process with the whole batch."""
+    plain = {**CONFIG, "model": {**CONFIG["model"], "dropout_rate": 0.0}}  # each process draws its own dropout
+    config.write_text(json.dumps(plain))
+    assert train(config, "one", "--end-step", "4", "--lr", "0.01") == 0
+    flags = ("--batch-size", "2", "--lr", "0.01")
+    torchrun(config, "ddp", *flags, "--end-step", "4")
+    torchrun(config, "fsdp", *flags, "--end-step", "2", "--fsdp")
+    torchrun(config, "fsdp", *flags, "--end-step", "4", "--fsdp")
+    expected = losses(config, "one")
+    assert (expected.diff().abs() > 1e-3).all()
+    for name in ("ddp", "fsdp"):
+        torch.testing.assert_close(losses(config, name), expected, rtol=1e-5, atol=0)
+        assert (
+            sample_hdit.main(
+                [str(config.parent / f"{name}.safetensors"), "--steps", "1", "--output", str(config.parent / "x.png")]
+            )
+            == 0
+        )
+
+
+# --- Sampling
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's folder, with run.safetensors and run_samples.png."""
+    config = tmp_path_factory.mktemp("trained") / "config.json"
+    config.write_text(json.dumps(CONFIG))
+    assert train(config, "run", "--end-step", "2") == 0
+    return config.parent
+
+
+def test_a_new_process_gives_the_same_images(trained: Path) -> None:
+    command = [sys.executable, str(EXAMPLES / "sample_hdit.py"), str(trained / "run.safetensors"), "--device", "cpu"]
+    command += ["--reproduce", str(trained / "run_samples.png")]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "gives the same images" in done.stdout
+
+
+def test_other_weights_do_not_reproduce(trained: Path, tmp_path: Path) -> None:
+    output = tmp_path / "grid.png"
+    model = str(trained / "run.safetensors")
+    assert (
+        sample_hdit.main([model, "--steps", "2", "-n", "2", "--seed", "1", "--output", str(output), "--device", "cpu"])
+        == 0
+    )
+    assert sample_hdit.main([model, "--reproduce", str(output), "--device", "cpu"]) == 0
+    assert read_record(output)["sha256"] != read_record(trained / "run_samples.png")["sha256"]
+    checkpoint = str(trained / "run_00000002.pth")
+    assert sample_hdit.main([checkpoint, "--reproduce", str(output), "--device", "cpu"]) == 0
+
+
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
+def test_samplers_guidance_classes_and_size(trained: Path, tmp_path: Path, sampler: str) -> None:
+    output = tmp_path / "grid.png"
+    flags = ["--sampler", sampler, "--steps", "2", "-n", "3", "--classes", "brick", "0", "--guidance", "2"]
+    flags += ["--size", "20", "32", "--batch-size", "4", "--output", str(output), "--device", "cpu"]
+    assert sample_hdit.main([str(trained / "run.safetensors"), *flags]) == 0
+    record = read_record(output)
+    assert (record["classes"], record["size"], record["guidance"]) == ([1, 0], [20, 32], 2.0)
+    with Image.open(output) as grid:
+        assert grid.height == 2 * (20 * 3 + 2)
+
+
+def test_bad_input_to_sampling(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "grid.png"
+    output.write_bytes(b"precious")
+
+    def says(path: Path, *flags: str) -> str:
+        assert sample_hdit.main([str(path), "--steps", "1", "--output", str(output), "--device", "cpu", *flags]) == 2
+        return capsys.readouterr().err
+
+    model = trained / "run.safetensors"
+    truncated = tmp_path / "truncated.safetensors"
+    truncated.write_bytes(model.read_bytes()[:5000])
+    assert "truncated.safetensors" in says(truncated)
+    assert "nowhere.safetensors" in says(tmp_path / "nowhere.safetensors")
+    assert "--classes dog 7: this model has classes 0 to 1: cat, brick" in says(model, "--classes", "dog", "cat", "7")
+    assert "height 18" in says(model, "--size", "18", "16")
+    assert "does not say how it was made" in says(model, "--reproduce", _plain_png(tmp_path))
+    with small_disk(100):
+        says(model)
+    assert output.read_bytes() == b"precious"
+    assert not temporaries(tmp_path)
+
+
+def _plain_png(folder: Path) -> str:
+    Image.new("RGB", (4, 4)).save(folder / "plain.png")
+    return str(folder / "plain.png")

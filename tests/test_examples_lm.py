@@ -1,0 +1,263 @@
+"""The training and generating commands of language models, at sizes of seconds."""
+
+from __future__ import annotations
+
+import lzma
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import generate
+import train_lm
+from natten_layers.modules.llm import DecoderLM, DecoderLMConfig
+from parallel import Processes
+from text import random_windows, read_corpus
+from train_lm import Trainer
+
+EXAMPLES = Path(train_lm.__file__).parent
+# New processes find the package without an installation, and leave the cores to the tests that run beside them.
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty small files of regular text, one file of bytes that are no text, and one of another kind."""
+    path = tmp_path_factory.mktemp("text")
+    for i in range(40):
+        (path / f"{i}.txt").write_text("".join(f"line {n} of file {i}\n" for n in range(20)))
+    (path / "picture.txt").write_bytes(b"\xff\xfe\x00" * 50)
+    (path / "notes.md").write_text("other\n" * 100)
+    return path
+
+
+@pytest.fixture
+def flags(folder: Path, tmp_path: Path) -> list[str]:
+    sizes = {"layers": 2, "hidden": 16, "heads": 2, "kv-heads": 1, "window": 8, "full-every": 2, "context": 16}
+    run = {"steps": 6, "batch-size": 4, "warmup": 2, "eval-every": 3, "eval-bytes": 64, "sample-bytes": 8}
+    where = {"data": folder, "pattern": "*.txt", "out": tmp_path / "run", "device": "cpu", "registers": 1}
+    return [word for key, value in (sizes | run | where).items() for word in (f"--{key}", str(value))]
+
+
+def trainer(flags: list[str], *more: str) -> Trainer:
+    args = train_lm.parse_arguments([*flags, *more])
+    return Trainer(args, Processes("cpu", fsdp=False))
+
+
+def saved(out: Path) -> dict[str, Any]:
+    return torch.load(out / "checkpoint.pt", weights_only=True)
+
+
+def test_a_run_trains_reports_and_saves(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train_lm.main([*flags, "--steps", "40", "--eval-every", "20", "--lr", "0.01"]) == 0
+    printed = capsys.readouterr().out
+    assert "step 20:" in printed
+    before, after = (float(line.split(":")[1].split()[0]) for line in printed.splitlines() if "held out" in line)
+    assert after < before < 8
+    assert "; xz -9: " in printed
+    out = tmp_path / "run"
+    model = DecoderLM.from_pretrained(out / "model")
+    assert all(torch.equal(tensor, saved(out)["model"][name]) for name, tensor in model.state_dict().items())
+    assert list((out / "tensorboard").iterdir())
+
+
+def test_resuming_equals_not_stopping(flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = trainer(flags, "--out", str(tmp_path / "whole"))
+    whole.train()
+    train_step = Trainer.train_step
+
+    def interrupted(self: Trainer) -> torch.Tensor:
+        if self.step == 3:
+            signal.raise_signal(signal.SIGINT)
+        return train_step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", interrupted)
+        assert train_lm.main(flags) == 0
+    assert saved(tmp_path / "run")["step"] == 4
+    assert train_lm.main([*flags, "--resume"]) == 0
+    expected, got = saved(tmp_path / "whole"), saved(tmp_path / "run")
+    assert got["step"] == 6
+    assert expected["model"].keys() == got["model"].keys()
+    assert all(torch.equal(got["model"][name], expected["model"][name]) for name in expected["model"])
+
+
+@pytest.mark.parametrize("mode", ["--no-fsdp", "--fsdp"])
+def test_two_processes_learn_what_one_does(flags: list[str], tmp_path: Path, mode: str) -> None:
+    trainer(flags, "--out", str(tmp_path / "one")).train()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    result = subprocess.run(
+        [*command, str(EXAMPLES / "train_lm.py"), *flags, mode], env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert "held out" in result.stdout
+    expected, got = saved(tmp_path / "one")["model"], saved(tmp_path / "run")["model"]
+    for name, tensor in expected.items():
+        torch.testing.assert_close(
+            got[name], tensor, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    DecoderLM.from_pretrained(tmp_path / "run" / "model")
+
+
+@pytest.mark.parametrize(("context", "batch"), [(16, 4), (15, 3), (2, 64)])
+def test_every_held_out_byte_counts_once(flags: list[str], context: int, batch: int) -> None:
+    run = trainer(flags, "--context", str(context), "--batch-size", str(batch))
+    assert run.model.lm_head is not None
+    torch.nn.init.zeros_(run.model.lm_head.weight)  # every byte gets probability 1 / 256
+    assert run.bits_per_byte(100) == pytest.approx(8, rel=1e-6)
+    targets = len(run.corpus.held_out) - 1
+    assert run.bits_per_byte() == pytest.approx(8 * targets / run.corpus.held_out_bytes, rel=1e-6)
+
+
+def test_corpus(folder: Path, tmp_path: Path) -> None:
+    corpus = read_corpus(folder, "*.txt")
+    files = {path.read_bytes() for path in folder.glob("[0-9]*.txt")}
+    train, held_out = (bytes(part.tolist()).split(b"\0")[1:] for part in (corpus.train, corpus.held_out))
+    assert set(train) | set(held_out) == files
+    assert not set(train) & set(held_out)
+    assert corpus.held_out_bytes == sum(map(len, held_out))
+    assert corpus.xz_bits_per_byte == 8 * len(lzma.compress(b"".join(held_out), preset=9)) / corpus.held_out_bytes
+    fewer = read_corpus(folder, "*.txt", most_held_out=1000)
+    assert fewer.held_out_bytes <= 1000
+    assert torch.equal(fewer.train, corpus.train)
+    assert read_corpus(folder, None).train.numel() + read_corpus(folder, None).held_out.numel() > sum(map(len, files))
+    with pytest.raises(ValueError, match="not a folder"):
+        read_corpus(tmp_path / "nowhere", None)
+    with pytest.raises(ValueError, match=r'match "\*\.md"'):
+        read_corpus(folder, "*.md")
+
+
+def test_random_windows_depend_on_the_seed_alone() -> None:
+    text = torch.arange(100, dtype=torch.uint8)
+    windows = random_windows(text, 9, 5, seed=3)
+    assert windows.shape == (5, 10)
+    assert (windows.diff(dim=1) == 1).all()
+    assert torch.equal(windows, random_windows(text, 9, 5, seed=3))
+    assert not torch.equal(windows, random_windows(text, 9, 5, seed=4))
+
+
+def test_learning_rate(flags: list[str]) -> None:
+    args = train_lm.parse_arguments([*flags, "--steps", "102", "--warmup", "2", "--lr", "1"])
+    rates = [train_lm.learning_rate(step, args) for step in (0, 1, 2, 52, 101)]
+    assert rates[:4] == pytest.approx([0.5, 1, 1, 0.55])
+    assert rates[4] == pytest.approx(0.1, abs=1e-3)
+
+
+def test_config_file_and_flags(flags: list[str], tmp_path: Path) -> None:
+    config = tmp_path / "run.toml"
+    config.write_text('lr = 1e-2\nsink = "learned"\nwindow = 5\ncompile = true\n')
+    args = train_lm.parse_arguments(["--config", str(config), "--window", "7"])
+    assert (args.lr, args.sink, args.window, args.compile) == (0.01, "learned", 7, True)
+    assert train_lm.model_config(args).windows == (7, 7, 7, None)
+    for path in (EXAMPLES / "configs").glob("lm-*.toml"):
+        train_lm.model_config(train_lm.parse_arguments(["--config", str(path)]))
+    for text in ("speed = 3\n", "lr = \n", 'window = "wide"\n', 'sink = "big"\n'):
+        config.write_text(text)
+        with pytest.raises(SystemExit):
+            train_lm.parse_arguments(["--config", str(config)])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--data", "/nowhere"], "not a folder"),
+        (["--heads", "3", "--kv-heads", "2"], "multiple of num_kv_heads"),
+        (["--batch-size", "4", "--grad-accum-steps", "3"], "does not split"),
+        (["--context", "100000"], "longer than the text"),
+        (["--resume"], "does not exist"),
+        (["--fsdp"], "torchrun"),
+    ],
+)
+def test_bad_flags(flags: list[str], change: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train_lm.main([*flags, *change]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_what_is_there_is_kept(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert train_lm.main(flags) == 0
+    checkpoint = tmp_path / "run" / "checkpoint.pt"
+    before = checkpoint.read_bytes()
+    assert train_lm.main(flags) == 1
+    assert "exists: go on from it with --resume" in capsys.readouterr().err
+    assert train_lm.main([*flags, "--resume", "--sink", "none"]) == 1
+    assert "sink is zero there, None here" in capsys.readouterr().err
+
+    def full_disk(_: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full_disk)
+        assert train_lm.main([*flags, "--resume", "--steps", "7"]) == 1
+    assert f"cannot write {checkpoint}" in capsys.readouterr().err
+    assert checkpoint.read_bytes() == before
+    assert not list(checkpoint.parent.glob(".*"))
+    checkpoint.write_bytes(before[:1000])
+    assert train_lm.main([*flags, "--resume"]) == 1
+    assert "is damaged" in capsys.readouterr().err
+
+
+TINY = DecoderLMConfig(
+    vocab_size=256, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=1, windows=(4,), max_positions=64
+)
+
+
+def test_generate_prints_the_prompt_and_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    DecoderLM(TINY).save_pretrained(tmp_path)
+    model = DecoderLM.from_pretrained(tmp_path)
+    prompt = "é = "
+    ids = torch.tensor([[0, *prompt.encode()]])
+    expected = bytes(model.generate(ids, 30, temperature=1.5, generator=5)[0, 1:].tolist())
+    command = [str(tmp_path), "--prompt", prompt, "--tokens", "30", "--temperature", "1.5", "--seed", "5"]
+    assert generate.main([*command, "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    # A character cut off at the end is not printed.
+    assert expected.decode(errors="replace").startswith(printed.removesuffix("\n"))
+    assert printed.startswith(prompt)
+    assert len(printed) > len(prompt) + 10
+
+
+def test_generate_with_a_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    vocabulary = {word: i for i, word in enumerate(["a", "b", "c"])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="a"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    DecoderLM(DecoderLMConfig(**{**vars(TINY), "vocab_size": 3})).save_pretrained(tmp_path)
+    assert generate.main([str(tmp_path), "--prompt", "a b"]) == 1
+    assert "tokenizer.json does not exist" in capsys.readouterr().err
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert generate.main([str(tmp_path), "--prompt", "a b", "--tokens", "4", "--device", "cpu"]) == 0
+    assert len(capsys.readouterr().out.split()) >= 5
+    assert generate.main([str(tmp_path), "--prompt", ""]) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tokens", "5", "--temperature", "-1"], "temperature"),
+        (["--tokens", "0"], "max_new_tokens"),
+        (["--tokens", "99"], "max_positions=64"),
+    ],
+)
+def test_generate_refuses(options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate.main([str(tmp_path), *options]) == 1
+    assert "config.json does not exist" in capsys.readouterr().err
+    DecoderLM(TINY).save_pretrained(tmp_path)
+    assert generate.main([str(tmp_path), "--device", "cpu", *options]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_xz_is_the_bar() -> None:
+    """The number printed beside the model's is what ``xz -9`` makes of the same bytes, in bits per byte."""
+    corpus = read_corpus(None, "t*.py", most_held_out=50000)
+    assert 1 < corpus.xz_bits_per_byte < 3
+    assert math.isclose(corpus.held_out_bytes, 50000, rel_tol=0.9)
