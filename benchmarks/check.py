@@ -1,0 +1,233 @@
+"""Exact attention at a sample of positions, at any size: a benchmark prints no time for a result that this refuses.
+
+The reference is computed in fp64 for sampled queries (their whole windows), sampled keys (every query that sees them,
+with those queries' whole windows) and whole heads where a gradient sums over all queries (registers, sink). A second
+pass of the same formula rounds where a flash kernel of the input's precision must: the weights before they meet the
+values, the score gradients, and the results. A tested result may err at most twice as much as that pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from natten_layers.geometry import query_bounds, window_bounds
+
+from .workloads import Inputs, Mode, Workload
+
+__all__ = ["Errors", "Reference"]
+
+ERROR_FACTOR = 2.0
+QUERY_SAMPLES, KEY_SAMPLES, SINK_SAMPLES = 48, 8, 8
+SLAB_PAIRS = 2**25  # query-key pairs at a time: 256 MiB of fp64 scores
+KEY_PAIRS = 2**34  # pairs that the sampled keys may cost together
+
+Bounds = Callable[[Tensor, int, int, int, bool], tuple[Tensor, Tensor]]
+Box = tuple[tuple[int, int], ...]  # first and last position (inclusive) on each axis
+Errors = dict[str, tuple[float, float]]
+"""Relative error and the error allowed, by name of the result."""
+
+
+@dataclass
+class Sample:
+    """One exact vector (or number) and its low-precision twin."""
+
+    at: tuple[int, ...]  # index into the result
+    exact: Tensor
+    rounded: Tensor
+
+
+@dataclass
+class Rows:
+    """Attention and its backward for the queries of one box and one head."""
+
+    out: Tensor  # [n, D]
+    d_query: Tensor  # [n, D]
+    d_key: Tensor  # [c, D], this box's share for the columns asked for
+    d_value: Tensor  # [c, D]
+    d_sink: Tensor  # []
+
+
+class Reference:
+    """Exact samples of one problem, computed once and compared with any number of implementations."""
+
+    def __init__(self, workload: Workload, inputs: Inputs, mode: Mode, seed: int = 0) -> None:
+        self.workload, self.inputs = workload, inputs
+        self._generator = torch.Generator().manual_seed(seed)
+        self._samples: dict[str, list[Sample]] = {}
+        self._sample_queries(mode)
+        if mode == "fwdbwd":
+            self._sample_keys()
+            self._sample_sums()
+
+    def errors(self, results: dict[str, Tensor]) -> Errors:
+        """Compare ``results``, named ``out``, ``d_query``, ``d_key``, ``d_value``, ``d_additional_keys``,
+        ``d_additional_values`` or ``d_sink``, in the layouts of :class:`Inputs`.
+
+        Raises:
+            KeyError: there is no reference for a result.
+        """
+        errors = {}
+        for name in results:
+            samples = self._samples[name]
+            got = torch.stack([results[name][s.at].double() for s in samples])
+            exact, rounded = (torch.stack(list(t)) for t in zip(*((s.exact, s.rounded) for s in samples), strict=True))
+            norm = exact.norm()
+            error, twin = ((t - exact).norm() / norm for t in (got, rounded))
+            errors[name] = (error.item(), ERROR_FACTOR * twin.item())
+        return errors
+
+    def _positions(self, count: int) -> list[tuple[int, ...]]:
+        """Both corners, then random positions."""
+        spatial = self.workload.spatial
+        corners = [(0,) * len(spatial), tuple(length - 1 for length in spatial)]
+        return [*corners, *(tuple(self._random(length) for length in spatial) for _ in range(count - 2))]
+
+    def _random(self, end: int) -> int:
+        return int(torch.randint(end, (), generator=self._generator))
+
+    def _sample_queries(self, mode: Mode) -> None:
+        names = ("out",) if mode == "fwd" else ("out", "d_query")
+        for position in self._positions(QUERY_SAMPLES):
+            at = (self._random(self.workload.batch), *position, self._random(self.workload.heads))
+            box = tuple((p, p) for p in position)
+            exact, rounded = (self._rows(at[0], at[-1], box, None, rounding) for rounding in (False, True))
+            for name in names:
+                sample = Sample(at, getattr(exact, name)[0], getattr(rounded, name)[0])
+                self._samples.setdefault(name, []).append(sample)
+
+    def _sample_keys(self) -> None:
+        w = self.workload
+        cost = (
+            w.heads
+            // w.kv_heads
+            * math.prod(k * min(2 * k, length) for k, length in zip(w.kernel_size, w.spatial, strict=True))
+        )
+        for position in self._positions(max(2, min(KEY_SAMPLES, KEY_PAIRS // cost))):
+            batch, kv_head = self._random(w.batch), self._random(w.kv_heads)
+            box = self._bounds(query_bounds, tuple((p, p) for p in position))
+            exact, rounded = (self._key_gradients(batch, kv_head, box, position, r) for r in (False, True))
+            for name, e, r in zip(("d_key", "d_value"), exact, rounded, strict=True):
+                self._samples.setdefault(name, []).append(Sample((batch, *position, kv_head), e[0], r[0]))
+
+    def _sample_sums(self) -> None:
+        """Gradients to which every query of a head contributes."""
+        w, inputs = self.workload, self.inputs
+        everything = tuple((0, length - 1) for length in w.spatial)
+        if inputs.additional_keys is not None:
+            batch, kv_head = self._random(w.batch), self._random(w.kv_heads)
+            exact, rounded = (self._key_gradients(batch, kv_head, everything, (), r) for r in (False, True))
+            for name, e, r in zip(("d_additional_keys", "d_additional_values"), exact, rounded, strict=True):
+                self._samples[name] = [Sample((batch, i, kv_head), e[i], r[i]) for i in range(len(e))]
+        if isinstance(inputs.sink, Tensor):
+            slabs = [(b, slab) for b in range(w.batch) for slab in self._slabs(everything)]
+            heads = torch.randperm(w.heads, generator=self._generator)[:SINK_SAMPLES].tolist()
+            self._samples["d_sink"] = []
+            for head in heads:
+                exact, rounded = (
+                    torch.stack([self._rows(b, head, slab, None, r).d_sink for b, slab in slabs]).sum()
+                    for r in (False, True)
+                )
+                self._samples["d_sink"].append(Sample((head,), exact, rounded))
+
+    def _key_gradients(
+        self, batch: int, kv_head: int, box: Box, columns: tuple[int, ...], rounding: bool
+    ) -> tuple[Tensor, Tensor]:
+        group = self.workload.heads // self.workload.kv_heads
+        heads = range(kv_head * group, (kv_head + 1) * group)
+        rows = [self._rows(batch, head, slab, columns, rounding) for head in heads for slab in self._slabs(box)]
+        d_key, d_value = (
+            torch.stack(parts).sum(0) for parts in zip(*((r.d_key, r.d_value) for r in rows), strict=True)
+        )
+        return self._round(d_key, rounding), self._round(d_value, rounding)
+
+    def _round(self, tensor: Tensor, rounding: bool) -> Tensor:
+        return tensor.to(self.inputs.query.dtype).double() if rounding else tensor
+
+    def _slabs(self, box: Box) -> Iterator[Box]:
+        """Cut a box of queries along its first axis so that no piece has many more pairs than ``SLAB_PAIRS``."""
+        (first, last), *rest = box
+        keys = self._bounds(window_bounds, box)
+        # A thin slab sees about one window along the first axis.
+        per_row = math.prod(b - a + 1 for a, b in (*rest, *keys[1:])) * self.workload.kernel_size[0]
+        rows = max(1, min(SLAB_PAIRS // per_row, 2 * self.workload.kernel_size[0]))
+        for start in range(first, last + 1, rows):
+            yield ((start, min(start + rows - 1, last)), *rest)
+
+    def _bounds(self, bounds: Bounds, box: Box) -> Box:
+        """The smallest box that holds what ``bounds`` (of windows or of their inverse) gives for every position."""
+        result = []
+        for (a, b), length, kernel in zip(box, self.workload.spatial, self.workload.kernel_size, strict=True):
+            first, last = bounds(torch.arange(a, b + 1), length, kernel, 1, self.workload.causal)
+            result.append((int(first.min()), int(last.max())))
+        return tuple(result)
+
+    def _mask(self, box: Box, keys: Box, device: torch.device) -> Tensor:
+        mask = torch.ones(1, 1, dtype=torch.bool, device=device)
+        for (a, b), (c, d), length, kernel in zip(
+            box, keys, self.workload.spatial, self.workload.kernel_size, strict=True
+        ):
+            query, key = torch.arange(a, b + 1, device=device), torch.arange(c, d + 1, device=device)
+            first, last = window_bounds(query, length, kernel, 1, self.workload.causal)
+            axis = (key >= first[:, None]) & (key <= last[:, None])
+            mask = (mask[:, None, :, None] & axis[None, :, None, :]).reshape(mask.shape[0] * axis.shape[0], -1)
+        return mask
+
+    def _rows(self, batch: int, head: int, box: Box, columns: tuple[int, ...] | None, rounding: bool) -> Rows:
+        """``columns``: a key's position, () for the registers, or None."""
+        w, inputs = self.workload, self.inputs
+        kv_head = head * w.kv_heads // w.heads
+        keys = self._bounds(window_bounds, box)
+        q, do = (_take(t[batch], box, head) for t in (inputs.query, inputs.grad_out))
+        k, v = (_take(t[batch], keys, kv_head) for t in (inputs.key, inputs.value))
+        mask = self._mask(box, keys, q.device)
+        registers = 0
+        if inputs.additional_keys is not None and inputs.additional_values is not None:
+            registers = inputs.additional_keys.shape[1]
+            k = torch.cat([inputs.additional_keys[batch, :, kv_head].double(), k])
+            v = torch.cat([inputs.additional_values[batch, :, kv_head].double(), v])
+            mask = torch.cat([mask.new_ones(mask.shape[0], registers), mask], 1)
+
+        scores = (w.scale * q @ k.T).masked_fill_(~mask, -math.inf)
+        row_max = scores.amax(-1, keepdim=True)
+        weights = scores.sub_(row_max).exp_()
+        row_sum = weights.sum(-1, keepdim=True)
+        sink_weight = torch.zeros_like(row_sum)
+        if inputs.sink is not None:
+            logit = inputs.sink[head].double() if isinstance(inputs.sink, Tensor) else inputs.sink
+            sink_weight = torch.exp(logit - row_max)
+        row_sum = row_sum + sink_weight
+        out = self._round(self._round(weights, rounding) @ v / row_sum, rounding)
+
+        delta = (do * out).sum(-1, keepdim=True)
+        weights /= row_sum
+        d_scores = self._round(weights * (do @ v.T - delta), rounding)
+        picked = slice(0, 0)
+        if columns is not None:
+            column = _ravel(columns, keys) + registers if columns else 0
+            picked = slice(column, column + 1) if columns else slice(0, registers)
+        return Rows(
+            out=out,
+            d_query=self._round(w.scale * d_scores @ k, rounding),
+            d_key=w.scale * d_scores[:, picked].T @ q,
+            d_value=self._round(weights[:, picked], rounding).T @ do,
+            d_sink=-(sink_weight / row_sum * delta).sum(),
+        )
+
+
+def _take(tensor: Tensor, box: Box, head: int) -> Tensor:
+    """The box's tokens of ``[*spatial, H, D]``, as fp64 ``[tokens, D]``."""
+    for axis, (first, last) in enumerate(box):
+        tensor = tensor.narrow(axis, first, last - first + 1)
+    return tensor.select(-2, head).flatten(0, -2).double()
+
+
+def _ravel(position: Sequence[int], box: Box) -> int:
+    index = 0
+    for p, (first, last) in zip(position, box, strict=True):
+        index = index * (last - first + 1) + p - first
+    return index

@@ -1,0 +1,207 @@
+"""New tokens that attend over a cache, as a fraction of the copy bandwidth: ``python -m benchmarks.decode --help``.
+
+Every result is checked against fp64 before it is timed. Calls rotate over copies of the cache that together exceed the
+L2 cache, in turns with ``scaled_dot_product_attention`` over the same cache. Prints a markdown table and writes JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from math import ceil
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from natten_layers import cached_attention
+from natten_layers.functional import Impl
+
+from . import runner, timing
+
+Attend = Callable[["Inputs"], Tensor]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """``tokens`` new tokens a sequence over a rolling cache of one ``window``, of which every slot is filled."""
+
+    name: str
+    batch: int
+    window: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    tokens: int = 1
+    sinks: bool = False
+
+    @property
+    def bytes(self) -> int:
+        """Read or written once, in bf16: query, key, value, output."""
+        rows = 2 * self.tokens * self.heads + 2 * self.window * self.kv_heads
+        return 2 * self.batch * rows * self.head_dim
+
+
+WORKLOADS = (
+    Workload("mistral", 64, 4096, 32, 8, 128),
+    Workload("mistral, 4 tokens", 64, 4096, 32, 8, 128, tokens=4),
+    Workload("mistral, batch 1", 1, 4096, 32, 8, 128),
+    Workload("128k, batch 1", 1, 2**17, 32, 8, 128),
+    Workload("gpt-oss", 64, 128, 64, 8, 64, sinks=True),
+)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    query: Tensor  # [B, L, Hq, D]
+    key: Tensor  # [B, S, Hkv, D]
+    value: Tensor
+    query_positions: Tensor  # [1, L]
+    key_positions: Tensor  # [1, S]
+    window: int
+    sink: Tensor | None  # [Hq]
+
+    def double(self) -> Inputs:
+        return replace(self, query=self.query.double(), key=self.key.double(), value=self.value.double())
+
+
+@dataclass
+class Row:
+    """One implementation on one workload; times are None where ``failure`` says why."""
+
+    workload: str
+    implementation: str
+    floor_ms: float
+    failure: str | None = None
+    note: str | None = None
+    error: float | None = None
+    median_ms: float | None = None
+    p10_ms: float | None = None
+    p90_ms: float | None = None
+    of_copy: float | None = None
+    """fraction of the copy bandwidth"""
+
+
+def make_inputs(workload: Workload, device: torch.device, seed: int) -> Inputs:
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16)
+
+    w = workload
+    cache = (w.batch, w.window, w.kv_heads, w.head_dim)
+    slots = torch.arange(w.window, device=device)
+    return Inputs(
+        draw(w.batch, w.tokens, w.heads, w.head_dim),
+        draw(*cache),
+        draw(*cache),
+        (w.window - w.tokens + slots[: w.tokens])[None],
+        ((slots + w.window // 3) % w.window)[None],
+        w.window,
+        draw(w.heads) if w.sinks else None,
+    )
+
+
+def ours(inputs: Inputs) -> Tensor:
+    """This library's operation; on a GPU, no fallback may pass for the kernel."""
+    return _cached(inputs, "fused" if inputs.query.is_cuda else "auto")
+
+
+def exact(inputs: Inputs) -> Tensor:
+    return _cached(inputs.double(), "eager")
+
+
+def _cached(inputs: Inputs, impl: Impl) -> Tensor:
+    i = inputs
+    positions = i.query_positions, i.key_positions
+    return cached_attention(i.query, i.key, i.value, *positions, window=i.window, sink=i.sink, impl=impl)
+
+
+def sdpa(inputs: Inputs) -> Tensor:
+    """What torch offers, without sinks; only several tokens need a mask here."""
+    mask = None
+    if inputs.query.shape[1] > 1:
+        mask = inputs.key_positions <= inputs.query_positions.mT  # [L, S]
+    q, k, v = (t.transpose(1, 2) for t in (inputs.query, inputs.key, inputs.value))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
+
+
+def run(workload: Workload, copy_rate: float, budget_s: float, device: torch.device) -> list[Row]:
+    copies = 1 + ceil((2 * timing.L2_BYTES if device.type == "cuda" else 1) / workload.bytes)
+    inputs = [make_inputs(workload, device, seed) for seed in range(copies)]
+    floor_s = workload.bytes / copy_rate
+    rows, calls = {}, {}
+    for name, attend, given in (
+        ("natten_layers", ours, inputs),
+        ("sdpa", sdpa, [replace(each, sink=None) for each in inputs]),
+    ):
+        row = rows[name] = Row(workload.name, name, 1e3 * floor_s)
+        row.note = "without sinks" if workload.sinks and given[0].sink is None else None
+        try:
+            row.error = _error(attend(given[0]), exact(given[0]))
+        except (RuntimeError, torch.OutOfMemoryError) as error:
+            row.failure = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            continue
+        limit = torch.finfo(torch.bfloat16).eps  # two roundings at most, of the weights and of the result
+        if not row.error <= limit:
+            row.failure = f"wrong result, relative error {row.error:.2g} > {limit:.2g}"
+            continue
+        calls[name] = _rotating(attend, given)
+    for name, sample in timing.measure(calls, device, budget_s).items():
+        times = {f"{key}_ms": 1e3 * getattr(sample, key) for key in ("median", "p10", "p90")}
+        rows[name] = replace(rows[name], **times, of_copy=floor_s / sample.median)
+    return list(rows.values())
+
+
+def _rotating(attend: Attend, inputs: list[Inputs]) -> timing.Call:
+    def call(i: int) -> Tensor:
+        with torch.no_grad():
+            return attend(inputs[i % len(inputs)])
+
+    return call
+
+
+def _error(actual: Tensor, expected: Tensor) -> float:
+    """Relative, in the 2-norm."""
+    return ((actual.double() - expected).norm() / expected.norm()).item()
+
+
+def table(rows: list[Row]) -> list[str]:
+    lines = ["| workload | implementation | ms | p10 - p90 | floor ms | of copy bandwidth | note |", "|---" * 7 + "|"]
+    for row in rows:
+        cells = ["", "", f"{row.floor_ms:.3g}", ""]
+        if row.median_ms is not None:
+            spread = f"{row.p10_ms:.3g} - {row.p90_ms:.3g}"
+            cells = [f"{row.median_ms:.3g}", spread, f"{row.floor_ms:.3g}", f"{row.of_copy:.0%}"]
+        lines.append(f"| {' | '.join([row.workload, row.implementation, *cells, row.failure or row.note or ''])} |")
+    return lines
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 1 if this library failed anywhere."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.decode", description=__doc__)
+    parser.add_argument("--budget-s", type=float, default=0.5, help="seconds to time each workload")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--commit", help="to record where there is no git checkout")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes: a test of the benchmark, not of speed")
+    parser.add_argument("--out", type=Path, default=runner.RESULTS / "decode.json")
+    args = parser.parse_args(argv)
+    device = torch.device(args.device)
+    rates = {"copy": timing.copy_rate(device), "matmul": timing.matmul_rate(device)}
+    rows: list[Row] = []
+    report = {"environment": timing.environment(device, args.commit), "rates": rates, "rows": []}
+    for workload in WORKLOADS:
+        if args.smoke:
+            workload = replace(workload, batch=2, window=24, head_dim=16)
+        rows += run(workload, rates["copy"], args.budget_s, device)
+        report["rows"] = [asdict(row) for row in rows]
+        runner.save(report, args.out)  # after every step, so that a run that is cut off still counts
+    print("\n".join([f"{runner.heading(report)}.", "", *table(rows), "", f"written to {args.out}"]))
+    return int(any(row.failure for row in rows if row.implementation == "natten_layers"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

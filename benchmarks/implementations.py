@@ -1,0 +1,335 @@
+"""This library and its peers behind one interface: what each takes, in the layout that it likes best."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from natten_layers import neighborhood_attention
+
+from .workloads import Inputs, Variant, Workload
+
+__all__ = [
+    "FLEX_ORDERS",
+    "OURS",
+    "PEERS",
+    "HeadsFirst",
+    "Implementation",
+    "Layout",
+    "UnsupportedError",
+    "flex_mask",
+    "implementations",
+    "ours",
+]
+
+OURS = "natten_layers"
+PEERS = ("flex", "fa2", "cudnn", "natten", "fa4")
+FLEX_ORDERS = ("raster", "tiled")
+
+BLOCK = 128  # FlexAttention's block of tokens
+TILES = {2: (8, 16), 3: (2, 8, 8)}  # 128 tokens that lie close together
+
+
+class UnsupportedError(Exception):
+    """Why an implementation cannot run a problem."""
+
+
+class Layout:
+    """How an implementation stores ``[B, *spatial, H, D]``. Conversions are not timed."""
+
+    name = "raster"
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def unpack(self, tensor: Tensor, spatial: tuple[int, ...]) -> Tensor:
+        del spatial
+        return tensor
+
+
+class HeadsFirst(Layout):
+    """``[B, H, tokens, D]``, contiguous, tokens in raster order or tile by tile."""
+
+    def __init__(self, tile: tuple[int, ...] | None = None) -> None:
+        self.tile = tile
+        self.name = f"heads first, tiles of {tile}" if tile else "heads first"
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        spatial = tensor.shape[1:-2]
+        flat = tensor.flatten(1, -3).transpose(1, 2)
+        return (flat[:, :, self._raster_index(spatial, tensor.device)] if self.tile else flat).contiguous()
+
+    def unpack(self, tensor: Tensor, spatial: tuple[int, ...]) -> Tensor:
+        if self.tile:
+            tensor = tensor[:, :, self._raster_index(spatial, tensor.device).argsort()]
+        return tensor.transpose(1, 2).unflatten(1, spatial)
+
+    def coordinates(self, index: Tensor, spatial: tuple[int, ...]) -> list[Tensor]:
+        """The position on each axis of a token, from its place in memory."""
+        if self.tile is None:
+            return _unravel(index, spatial)
+        size = math.prod(self.tile)
+        tiles = _unravel(index // size, tuple(n // t for n, t in zip(spatial, self.tile, strict=True)))
+        inner = _unravel(index % size, self.tile)
+        return [outer * t + i for outer, t, i in zip(tiles, self.tile, inner, strict=True)]
+
+    def _raster_index(self, spatial: tuple[int, ...], device: torch.device) -> Tensor:
+        index = torch.zeros((), dtype=torch.long, device=device)
+        for position, length in zip(
+            self.coordinates(torch.arange(math.prod(spatial), device=device), spatial), spatial, strict=True
+        ):
+            index = index * length + position
+        return index
+
+
+def _unravel(index: Tensor, lengths: tuple[int, ...]) -> list[Tensor]:
+    positions = []
+    for length in reversed(lengths):
+        positions.append(index % length)
+        index = index // length
+    return positions[::-1]
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """``forward`` takes and returns tensors in ``layout``."""
+
+    name: str
+    peer: str
+    """rows of one peer are alternatives, and the best of them counts"""
+    variant: Variant
+    workload: Workload
+    """what it computes: dense attention is another problem than the one it is compared with"""
+    forward: Callable[[Inputs], Tensor]
+    layout: Layout
+    context: Callable[[], AbstractContextManager[object]] = nullcontext
+    """entered around every call"""
+
+    def pack(self, inputs: Inputs) -> Inputs:
+        names = ("query", "key", "value", "grad_out")
+        return replace(inputs, **{name: self.layout.pack(getattr(inputs, name)) for name in names})
+
+    def unpack(self, name: str, tensor: Tensor) -> Tensor:
+        local = name in ("out", "d_query", "d_key", "d_value")
+        return self.layout.unpack(tensor, self.workload.spatial) if local else tensor
+
+    def differentiated(self, inputs: Inputs) -> dict[str, Tensor]:
+        """The inputs that have a gradient, by field name."""
+        named = {f.name: getattr(inputs, f.name) for f in fields(inputs) if f.name != "grad_out"}
+        return {name: t for name, t in named.items() if isinstance(t, Tensor)}
+
+
+def implementations(
+    workload: Workload, variants: list[Variant], peers: list[str], flex_orders: list[str], device: torch.device
+) -> Iterator[Implementation | tuple[str, str]]:
+    """Everything that may run ``workload``, or the name and the reason where something cannot.
+
+    This library runs every variant. A peer runs a variant only if it has what the variant asks for, except that the
+    plain workload runs without its sink where the peer knows none.
+    """
+    base, *extra = variants
+    for variant in variants:
+        yield Implementation(_label(OURS, variant), OURS, variant, workload, ours(workload), Layout())
+    makers: dict[str, Callable[[], Iterator[Implementation]]] = {
+        "flex": lambda: _flex(workload, flex_orders, device),
+        "fa2": lambda: _fa2(workload),
+        "cudnn": lambda: _cudnn(workload),
+        "natten": lambda: _natten(workload, [Variant(), *(v for v in extra if v.registers and not v.sink)], device),
+        "fa4": lambda: _fa4(workload, [base, *(v for v in extra if v.sink == "learned" and not v.registers)]),
+    }
+    for peer in peers:
+        try:
+            yield from makers[peer]()
+        except Exception as error:  # whatever a peer fails with while it is set up, the others still run
+            yield peer, str(error) if isinstance(error, (UnsupportedError, ImportError)) else repr(error)
+
+
+def _label(name: str, variant: Variant) -> str:
+    return f"{name} ({variant.label})" if variant.label else name
+
+
+def ours(workload: Workload) -> Callable[[Inputs], Tensor]:
+    """This library's operation."""
+
+    def forward(inputs: Inputs) -> Tensor:
+        return neighborhood_attention(
+            inputs.query,
+            inputs.key,
+            inputs.value,
+            workload.kernel_size,
+            is_causal=workload.causal,
+            additional_keys=inputs.additional_keys,
+            additional_values=inputs.additional_values,
+            sink=inputs.sink,
+            impl="fused" if inputs.query.is_cuda else "auto",  # on a GPU, no fallback may pass for the kernels
+        )
+
+    return forward
+
+
+def _flex(workload: Workload, orders: list[str], device: torch.device) -> Iterator[Implementation]:
+    torch.compiler.reset()  # else eight workloads meet the limit on recompiled variants of one function
+    for order in orders:
+        layout = HeadsFirst(TILES[len(workload.spatial)] if order == "tiled" and len(workload.spatial) > 1 else None)
+        if order == "tiled" and layout.tile is None:
+            continue
+        yield Implementation(
+            f"flex, {order}", "flex", Variant(), workload, _flex_forward(workload, layout, device), layout
+        )
+
+
+def flex_mask(workload: Workload, layout: HeadsFirst, device: torch.device) -> BlockMask:
+    """The exact neighborhood for FlexAttention, in the layout's order of tokens."""
+
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        del batch, head
+        inside = query >= 0  # every token
+        for q, k, length, kernel in zip(
+            layout.coordinates(query, workload.spatial),
+            layout.coordinates(key, workload.spatial),
+            workload.spatial,
+            workload.kernel_size,
+            strict=True,
+        ):
+            first = q - kernel + 1 if workload.causal else (q - kernel // 2).clamp(0, length - kernel)
+            last = q if workload.causal else first + kernel - 1
+            inside = inside & (k >= first) & (k <= last)
+        return inside
+
+    return _block_mask(visible, math.prod(workload.spatial), device)
+
+
+def _flex_forward(workload: Workload, layout: HeadsFirst, device: torch.device) -> Callable[[Inputs], Tensor]:
+    mask = flex_mask(workload, layout, device)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        gqa = workload.heads != workload.kv_heads
+        out = flex_attention(query, key, value, block_mask=mask, scale=workload.scale, enable_gqa=gqa)
+        assert isinstance(out, Tensor)
+        return out
+
+    compiled = torch.compile(attend, dynamic=False) if device.type == "cuda" else attend
+    return lambda inputs: compiled(inputs.query, inputs.key, inputs.value)
+
+
+def _block_mask(
+    visible: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], tokens: int, device: torch.device
+) -> BlockMask:
+    """``create_block_mask`` without its tokens x tokens intermediate results: one block of queries at a time."""
+    blocks = -(-tokens // BLOCK)
+    zero = torch.zeros((), dtype=torch.long, device=device)
+    key = torch.arange(blocks * BLOCK, device=device)
+    some, every = (torch.zeros(blocks, blocks, dtype=torch.bool, device=device) for _ in range(2))
+    for i, query in enumerate(key.split(BLOCK)):
+        inside = visible(zero, zero, query[:, None], key[None, :])
+        inside &= (query[:, None] < tokens) & (key < tokens)
+        inside = inside.view(BLOCK, blocks, BLOCK)
+        some[i], every[i] = inside.any(2).any(0), inside.all(2).all(0)
+
+    def ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
+        count = blocks.sum(-1, dtype=torch.int32)
+        index = blocks.int().argsort(dim=-1, descending=True, stable=True).int()
+        return count[None, None].contiguous(), index[None, None].contiguous()
+
+    return BlockMask.from_kv_blocks(
+        *ordered(some & ~every),
+        *ordered(every),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=visible,
+        seq_lengths=(tokens, tokens),
+    )
+
+
+def _fa2(workload: Workload) -> Iterator[Implementation]:
+    """Torch's flash kernel, which has a window that ``scaled_dot_product_attention`` does not offer."""
+    if not workload.causal or len(workload.spatial) != 1:
+        raise UnsupportedError("its window is causal and one-dimensional")
+    tokens = workload.spatial[0]
+
+    def forward(inputs: Inputs) -> Tensor:
+        flash = torch.ops.aten._flash_attention_forward.default
+        lengths, dropout, causal, debug = (None, None, tokens, tokens), 0.0, True, False
+        window = {"window_size_left": workload.kernel_size[0] - 1, "window_size_right": 0}
+        qkv = (inputs.query, inputs.key, inputs.value)
+        return flash(*qkv, *lengths, dropout, causal, debug, scale=workload.scale, **window)[0]
+
+    yield Implementation("fa2", "fa2", Variant(), workload, forward, Layout())
+
+
+def _cudnn(workload: Workload) -> Iterator[Implementation]:
+    """Dense attention over the same tokens: what a user without neighborhood attention pays."""
+    if workload.causal:
+        raise UnsupportedError("dense attention is compared on images and videos only")
+    dense = replace(workload, kernel_size=workload.spatial)
+
+    def forward(inputs: Inputs) -> Tensor:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            gqa = workload.heads != workload.kv_heads
+            return F.scaled_dot_product_attention(
+                inputs.query, inputs.key, inputs.value, scale=workload.scale, enable_gqa=gqa
+            )
+
+    yield Implementation("cudnn, dense", "cudnn", Variant(), dense, forward, HeadsFirst())
+
+
+def _natten(workload: Workload, variants: list[Variant], device: torch.device) -> Iterator[Implementation]:
+    import natten
+
+    attend = getattr(natten, f"na{len(workload.spatial)}d")
+    backends = ("hopper-fna", "cutlass-fna") if device.type == "cuda" else (None,)
+
+    def forward(backend: str | None) -> Callable[[Inputs], Tensor]:
+        def call(inputs: Inputs) -> Tensor:
+            registers = {}
+            if inputs.additional_keys is not None:
+                registers = {"additional_keys": inputs.additional_keys, "additional_values": inputs.additional_values}
+            return attend(
+                inputs.query,
+                inputs.key,
+                inputs.value,
+                kernel_size=workload.kernel_size,
+                is_causal=workload.causal,
+                scale=workload.scale,
+                backend=backend,
+                **registers,
+            )
+
+        return call
+
+    for backend, variant in itertools.product(backends, variants):
+        name = _label(f"natten, {backend}" if backend else "natten", variant)
+        yield Implementation(name, "natten", variant, workload, forward(backend), Layout())
+
+
+def _fa4(workload: Workload, variants: list[Variant]) -> Iterator[Implementation]:
+    from flash_attn.cute.interface import flash_attn_func  # pyright: ignore[reportMissingImports]
+
+    if not workload.causal or len(workload.spatial) != 1:
+        raise UnsupportedError("its window is one-dimensional")
+    left = workload.kernel_size[0] - 1
+
+    def forward(inputs: Inputs) -> Tensor:
+        sink = inputs.sink.to(inputs.query.dtype) if isinstance(inputs.sink, Tensor) else None
+        out = flash_attn_func(
+            inputs.query,
+            inputs.key,
+            inputs.value,
+            softmax_scale=workload.scale,
+            causal=True,
+            window_size=(left, 0),
+            learnable_sink=sink,
+        )
+        return out[0] if isinstance(out, tuple) else out
+
+    for variant in variants:
+        name = _label("fa4", variant)
+        yield Implementation(name, "fa4", variant, workload, forward, Layout())

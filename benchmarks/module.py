@@ -1,0 +1,177 @@
+"""What a layer costs beyond the operation: from the ``qkv`` projection's output to the input of ``proj``.
+
+``python -m benchmarks.module --help``. Times ``NeighborhoodGQA`` with cosine normalisation and axial RoPE without its
+projections, the bare operation on normalised and rotated heads, and both steps in PyTorch before the operation, and
+counts the launches of each. A result whose error exceeds twice that of the steps in PyTorch gets no time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from natten_layers import neighborhood_attention
+from natten_layers.functional import Impl
+from natten_layers.modules import AxialRoPE, NeighborhoodGQA, make_axial_pos
+from natten_layers.modules.query_key import HeadNorm, normalize_and_rotate
+from natten_layers.modules.rope import angles_of
+
+from . import runner, timing
+from .check import ERROR_FACTOR, Reference
+from .workloads import DTYPE, WORKLOADS, Inputs, Workload, smoke
+
+NAMES = ("hdit-l0", "hdit-l1", "hdit-gqa")
+GOAL = 1.4
+"""times the bare operation"""
+
+
+@dataclass
+class Row:
+    workload: str
+    implementation: str
+    error: float
+    allowed: float
+    launches: int | None
+    """None where there is no device to count them on"""
+    failure: str | None = None
+    median_ms: float | None = None
+    p10_ms: float | None = None
+    p90_ms: float | None = None
+    times_bare: float | None = None
+
+
+class Problem:
+    """One workload as a layer sees it, and its steps one by one."""
+
+    def __init__(self, workload: Workload, device: torch.device) -> None:
+        self.workload = w = workload
+        rope = AxialRoPE(w.head_dim, w.heads, num_kv_heads=w.kv_heads)
+        rows = (w.heads + 2 * w.kv_heads) * w.head_dim
+        options: dict[str, Any] = {"num_kv_heads": w.kv_heads, "head_dim": w.head_dim, "scale": w.scale}
+        layer = NeighborhoodGQA(rows, w.heads, w.kernel_size, qk_norm="cosine", rope=rope, **options)
+        layer.register_module("qkv", nn.Identity())  # its output is the input
+        self.rope, self.layer = rope.to(device), layer.to(device, DTYPE).eval()
+        assert layer.qk_scale is not None
+        # The layer's default temperature of 10, as the operation multiplies by its scale too.
+        nn.init.constant_(layer.qk_scale, 10 / w.scale)
+        self.gain = layer.qk_scale.detach()
+        height, width = w.spatial
+        self.positions = make_axial_pos(height, width, device=device)
+        generator = torch.Generator(device).manual_seed(0)
+        shape = (w.batch, *w.spatial, rows)
+        # Enough copies that none is in the cache when its turn comes.
+        copies = 2 if device.type == "cuda" else 1
+        self.qkv = [torch.randn(shape, device=device, dtype=DTYPE, generator=generator) for _ in range(copies)]
+
+    def heads(self, qkv: Tensor, impl: Impl) -> tuple[Tensor, Tensor, Tensor]:
+        """What the operation takes, in the dtype of ``qkv``."""
+        w = self.workload
+        query, key, value = qkv.unflatten(-1, (-1, w.head_dim)).split((w.heads, w.kv_heads, w.kv_heads), -2)
+        angles = angles_of(self.rope, query, key, self.positions)
+        norm = HeadNorm("cosine", self.gain.to(qkv.dtype), None)
+        return *normalize_and_rotate(query, key, norm, angles, impl=impl), value
+
+    def attend(self, heads: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        return neighborhood_attention(*heads, self.workload.kernel_size, scale=self.workload.scale)
+
+    def calls(self) -> dict[str, Callable[[int], Tensor]]:
+        """Each gives ``[B, *spatial, Hq, D]`` for one of the inputs, in turns."""
+        ready = [tuple(t.contiguous() for t in self.heads(qkv, "auto")) for qkv in self.qkv]
+        count = len(self.qkv)
+        return {
+            "layer": lambda i: self.layer.attend(self.qkv[i % count], positions=self.positions)[0].unflatten(
+                -1, (self.workload.heads, -1)
+            ),
+            "bare operation": lambda i: self.attend(ready[i % count]),  # pyright: ignore[reportArgumentType]
+            "steps in PyTorch": lambda i: self.attend(self.heads(self.qkv[i % count], "eager")),
+        }
+
+    def reference(self) -> Reference:
+        query, key, value = self.heads(self.qkv[0].double(), "eager")
+        return Reference(self.workload, Inputs(query, key, value, query), "fwd")
+
+
+@torch.no_grad()
+def measure(workload: Workload, device: torch.device, budget_s: float) -> list[Row]:
+    problem = Problem(workload, device)
+    reference, calls = problem.reference(), problem.calls()
+    errors = {name: reference.errors({"out": call(0)})["out"][0] for name, call in calls.items()}
+    allowed = ERROR_FACTOR * errors["steps in PyTorch"]
+    rows = {
+        name: Row(workload.name, name, errors[name], allowed, _launches(call, device)) for name, call in calls.items()
+    }
+    for row in rows.values():
+        if not (math.isfinite(allowed) and row.error <= allowed):
+            row.failure = f"wrong result, relative error {row.error:.2g} > {allowed:.2g}"
+    correct = {name: call for name, call in calls.items() if rows[name].failure is None}
+    for name, sample in timing.measure(correct, device, budget_s).items():
+        row = rows[name]
+        row.median_ms, row.p10_ms, row.p90_ms = (1e3 * t for t in (sample.median, sample.p10, sample.p90))
+    bare = rows["bare operation"].median_ms
+    for row in rows.values():
+        if row.median_ms is not None and bare is not None:
+            row.times_bare = row.median_ms / bare
+    return list(rows.values())
+
+
+def _launches(call: Callable[[int], Tensor], device: torch.device) -> int | None:
+    if device.type != "cuda":
+        return None
+    call(0)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
+        call(0)
+        torch.cuda.synchronize(device)
+    return sum("CUDA" in str(event.device_type) for event in profile.events() or [])
+
+
+def table(rows: list[Row]) -> list[str]:
+    lines = [
+        f"| workload | implementation | launches | ms | p10 - p90 | x bare (goal of the layer: {GOAL}) |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = [row.workload, row.implementation, "-" if row.launches is None else str(row.launches)]
+        if row.failure or row.median_ms is None:
+            cells += ["-", "-", row.failure or ""]
+        else:
+            cells += [f"{row.median_ms:.3g}", f"{row.p10_ms:.3g} - {row.p90_ms:.3g}"]
+            cells += ["-" if row.times_bare is None else f"{row.times_bare:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 1 if a result was wrong."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.module", description=__doc__)
+    parser.add_argument("--workloads", nargs="+", choices=NAMES, default=list(NAMES))
+    parser.add_argument("--budget-s", type=float, default=0.5, help="seconds to time each workload")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--commit", help="to record where there is no git checkout")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes: a test of the benchmark, not of speed")
+    parser.add_argument("--out", type=Path, default=runner.RESULTS / "module.json")
+    args = parser.parse_args(argv)
+    device = torch.device(args.device)
+    rates = runner.Rates(timing.copy_rate(device), timing.matmul_rate(device))
+    rows: list[Row] = []
+    for name in args.workloads:
+        rows += measure(smoke(WORKLOADS[name]) if args.smoke else WORKLOADS[name], device, args.budget_s)
+    report = {
+        "environment": timing.environment(device, args.commit),
+        "rates": asdict(rates),
+        "rows": [asdict(row) for row in rows],
+    }
+    runner.save(report, args.out)
+    print("\n".join([f"\n{runner.heading(report)}\n", *table(rows), f"\nwritten to {args.out}"]))
+    return int(any(row.failure for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

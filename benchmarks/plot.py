@@ -1,0 +1,91 @@
+"""Draw a result of ``benchmarks.attention`` and print its summary: ``python -m benchmarks.plot --help``.
+
+Bars of time over the floor, on a logarithmic axis, one group a workload; of a peer's alternatives the best.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+__all__ = ["best_rows", "draw", "summary"]
+
+TITLES = {"fwd": "forward", "fwdbwd": "forward + backward"}
+
+
+def best_rows(rows: list[dict[str, Any]]) -> dict[tuple[str, str, str], dict[str, Any]]:
+    """The fastest row of each (mode, workload, peer), variants apart from the plain workload left out."""
+    plain: dict[str, str] = {}
+    for row in rows:
+        plain.setdefault(row["workload"], row["variant"])  # the first row of a workload is this library's plain one
+    best: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for row in rows:
+        key = (row["mode"], row["workload"], row["peer"])
+        if row["median_ms"] is None or row["variant"] not in ("", plain[row["workload"]]):
+            continue
+        if key not in best or row["median_ms"] < best[key]["median_ms"]:
+            best[key] = row
+    return best
+
+
+def summary(rows: list[dict[str, Any]]) -> list[str]:
+    """Markdown: a line a workload and mode; the floor and the best time of each peer, in ms."""
+    best = best_rows(rows)
+    peers = list(dict.fromkeys(peer for _, _, peer in best))
+    lines = [f"| workload | pass | floor | {' | '.join(peers)} |", f"|{'---|' * (3 + len(peers))}"]
+    for mode, workload in dict.fromkeys(key[:2] for key in best):
+        found = [best.get((mode, workload, peer)) for peer in peers]
+        times = ["" if row is None else f"{row['median_ms']:.3g}" for row in found]
+        floor_ms = next(row["floor_ms"] for row in found if row)
+        lines.append(f"| {workload} | {TITLES[mode]} | {floor_ms:.3g} | {' | '.join(times)} |")
+    return lines
+
+
+def _label(ms: float) -> str:
+    return f"{ms:.0f}" if ms >= 10 else f"{ms:.2g}"
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Write a PNG."""
+    import matplotlib.pyplot as plt
+
+    best = best_rows(report["rows"])
+    modes, workloads, peers = (list(dict.fromkeys(key[i] for key in best)) for i in range(3))
+    figure, axes = plt.subplots(len(modes), 1, figsize=(11, 4 * len(modes)), squeeze=False, layout="constrained")
+    width = 0.85 / max(len(peers), 1)
+    for axis, mode in zip(axes[:, 0], modes, strict=True):
+        for p, peer in enumerate(peers):
+            rows = [(w, best[mode, name, peer]) for w, name in enumerate(workloads) if (mode, name, peer) in best]
+            positions = [w + (p - (len(peers) - 1) / 2) * width for w, _ in rows]
+            bars = axis.bar(positions, [row["times_floor"] for _, row in rows], width, label=peer)
+            axis.bar_label(bars, [_label(row["median_ms"]) for _, row in rows], fontsize=6, rotation=90, padding=2)
+        axis.set_yscale("log")
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.margins(y=0.2)
+        axis.set_xticks(range(len(workloads)), workloads)
+        axis.set_xlim(-0.5, len(workloads) - 0.5)
+        axis.set_ylabel("time / floor")
+        axis.set_title(f"{TITLES[mode]}; labels in ms")
+    axes[0, 0].legend(ncols=len(peers), fontsize=8)
+    environment = report["environment"]
+    figure.suptitle(
+        f"{environment['device']}, torch {environment['torch']}, Triton {environment['triton']}", fontsize=10
+    )
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.plot", description=__doc__)
+    parser.add_argument("report", type=Path, help="JSON written by benchmarks.attention")
+    parser.add_argument("--out", type=Path, help="PNG to write, default beside the JSON")
+    args = parser.parse_args(argv)
+    report = json.loads(args.report.read_text())
+    draw(report, args.out or args.report.with_suffix(".png"))
+    print("\n".join(summary(report["rows"])))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""Repeat KV heads or read them with stride 0? Time and peak memory of both: ``python -m benchmarks.repeat --help``.
+
+Three ways to the same grouped-query attention, all with this library's kernels: an explicit ``repeat_interleave`` of
+key and value (its copy and, backward, its sum over the group included), unrepeated heads with one program for each
+query head, and unrepeated heads with the query heads of a group packed into one program. Prints a markdown table and
+writes JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from natten_layers.kernels import configs
+
+from . import runner, timing
+from .implementations import OURS, Implementation, Layout, ours
+from .workloads import MODES, Inputs, Variant, Workload, smoke
+
+WAYS = {"repeat": "explicit repeat", "unpacked": "stride 0, unpacked", "packed": "stride 0, packed"}
+GROUPS = (1, 2, 4, 8)
+BEGIN, END = "<!-- measured -->", "<!-- end -->"
+
+# 8 and 32 query heads; the KV heads are what is left of them by group.
+WORKLOADS = (
+    Workload("7x7", 8, (128, 128), 8, 8, 64, (7, 7)),
+    Workload("13x13", 8, (128, 128), 8, 8, 64, (13, 13)),
+    Workload("512 causal", 1, (16384,), 32, 32, 128, (512,), causal=True),
+    Workload("4096 causal", 1, (16384,), 32, 32, 128, (4096,), causal=True),
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 1 if a way failed anywhere."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.repeat", description=__doc__)
+    parser.add_argument("--mode", choices=(*MODES, "both"), default="both")
+    parser.add_argument("--budget-s", type=float, default=0.5, help="seconds to time each window, group and mode")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--commit", help="to record where there is no git checkout")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes: a test of the benchmark, not of speed")
+    parser.add_argument("--out", type=Path, default=runner.RESULTS / "repeat.json")
+    parser.add_argument("--report", type=Path, help="take this JSON of an earlier run and measure nothing")
+    parser.add_argument("--page", type=Path, help="put the table between the marks of this markdown page")
+    args = parser.parse_args(argv)
+    report = json.loads(args.report.read_text()) if args.report else _measure(args)
+    text = "\n".join([f"{runner.heading(report)}.", "", *table(report["rows"])])
+    print(f"\n{text}")
+    if args.page:
+        args.page.write_text(fill(args.page.read_text(), text))
+    return int(any(row["failure"] for row in report["rows"]))
+
+
+def _measure(args: argparse.Namespace) -> dict[str, Any]:
+    device = torch.device(args.device)
+    rates = runner.Rates(timing.copy_rate(device), timing.matmul_rate(device))
+    environment = timing.environment(device, args.commit)
+    report: dict[str, Any] = {"environment": environment, "rates": asdict(rates), "rows": []}
+    for workload, group in itertools.product(WORKLOADS, GROUPS):
+        small = smoke(workload) if args.smoke else workload
+        heads = max(group, small.heads)
+        grouped = replace(small, heads=heads, kv_heads=heads // group)
+        for mode in MODES if args.mode == "both" else (args.mode,):
+            rows = runner.run(grouped, mode, _ways(grouped), rates, args.budget_s, device)
+            report["rows"] += [{"group": group, **asdict(row)} for row in rows]
+            runner.save(report, args.out)  # after every step, so that a run that is cut off still counts
+    print(f"\nwritten to {args.out}")
+    return report
+
+
+def fill(page: str, text: str) -> str:
+    """``page`` with ``text`` between its marks.
+
+    Raises:
+        ValueError: the page does not have both marks.
+    """
+    head, mark, rest = page.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not mark or not end:
+        raise ValueError(f"the page has no lines {BEGIN} and {END} to put the table between")
+    return f"{head}{BEGIN}\n\n{text}\n\n{END}{tail}"
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Markdown: a line for each window, group and mode; ms and MiB of each way, and how much faster packing is."""
+    cells: dict[tuple[str, int, str], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        cells.setdefault((row["workload"], row["group"], row["mode"]), {})[row["implementation"]] = row
+    names = " | ".join(f"{name}, ms" for name in WAYS.values())
+    lines = [
+        f"| window | group | pass | {names} | packed against repeat | peak MiB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for (window, group, mode), ways in cells.items():
+        times = [_number(ways[way]["median_ms"], ".3g") for way in WAYS]
+        slow, fast = ways["repeat"]["median_ms"], ways["packed"]["median_ms"]
+        gain = f"{slow / fast:.2f}x" if slow and fast else "-"
+        peaks = " / ".join(_number(ways[way]["peak_mib"], ".0f") for way in WAYS)
+        lines.append(f"| {window} | {group} | {mode} | {' | '.join(times)} | {gain} | {peaks} |")
+    return lines
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _ways(workload: Workload) -> Iterator[Implementation]:
+    attend = ours(workload)
+    plain = Implementation("packed", OURS, Variant(), workload, attend, Layout())
+    yield replace(plain, name="repeat", forward=_repeated(workload, attend))
+    yield replace(plain, name="unpacked", context=_unpacked)
+    yield plain
+
+
+def _repeated(workload: Workload, attend: Callable[[Inputs], Tensor]) -> Callable[[Inputs], Tensor]:
+    group = workload.heads // workload.kv_heads
+
+    def forward(inputs: Inputs) -> Tensor:
+        key, value = (t.repeat_interleave(group, -2) for t in (inputs.key, inputs.value))
+        return attend(replace(inputs, key=key, value=value))
+
+    return forward if group > 1 else attend
+
+
+@contextmanager
+def _unpacked() -> Iterator[None]:
+    # The override is a context variable: backward must not move to another thread, where it would not hold.
+    with configs.override(pack=1), torch.autograd.set_multithreading_enabled(False):
+        yield
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,183 @@
+"""Check, then time, any number of implementations of one workload side by side."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import timing
+from .check import Errors, Reference
+from .implementations import OURS, Implementation
+from .workloads import Inputs, Mode, Variant, Workload, add_variant, floor, make_inputs
+
+__all__ = ["RESULTS", "Rates", "Row", "heading", "run", "save"]
+
+RESULTS = Path(__file__).parent / "results"
+
+Outputs = Callable[[int], tuple[Tensor | None, ...]]
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What the machine reaches."""
+
+    copy: float
+    """bytes per second, read plus written"""
+    matmul: float
+    """bf16 FLOP per second"""
+
+
+@dataclass
+class Row:
+    """One implementation on one workload. Times in ms; every time is None where ``failure`` says why."""
+
+    workload: str
+    mode: Mode
+    implementation: str
+    peer: str
+    variant: str
+    floor_ms: float
+    failure: str | None = None
+    note: str | None = None
+    median_ms: float | None = None
+    p10_ms: float | None = None
+    p90_ms: float | None = None
+    samples: int | None = None
+    times_floor: float | None = None
+    peak_mib: float | None = None
+    first_call_s: float | None = None
+    """with all that is compiled on a first call, unless a cache on disk held it"""
+    errors: Errors | None = None
+
+
+def run(
+    workload: Workload,
+    mode: Mode,
+    entries: Iterable[Implementation | tuple[str, str]],
+    rates: Rates,
+    budget_s: float,
+    device: torch.device,
+) -> list[Row]:
+    """One row for each entry: an implementation, or the name of one and why it cannot run."""
+    _free(device)  # what the last workload left
+    floor_ms = 1e3 * floor(workload, mode).seconds(rates.copy, rates.matmul)
+    # Enough copies of small inputs that none is in the cache when its turn comes.
+    copies = 1 + (2 * timing.L2_BYTES if device.type == "cuda" else 1) // floor(workload, "fwd").bytes
+    inputs = [make_inputs(workload, device, seed) for seed in range(copies)]
+    packed: dict[str, list[Inputs]] = {}
+    references: dict[tuple[Variant, Workload], Reference] = {}
+    rows: dict[str, Row] = {}
+    calls: dict[str, timing.Call] = {}
+    for entry in entries:
+        if not isinstance(entry, Implementation):
+            name, reason = entry
+            rows[name] = Row(workload.name, mode, name, name, "", floor_ms, failure=reason)
+            print(f"{workload.name} {mode} {name}: {reason}", flush=True)
+            continue
+        row = rows[entry.name] = Row(workload.name, mode, entry.name, entry.peer, entry.variant.label, floor_ms)
+        try:
+            if entry.layout.name not in packed:
+                packed[entry.layout.name] = [entry.pack(each) for each in inputs]
+            own = [add_variant(each, entry.variant, seed) for seed, each in enumerate(packed[entry.layout.name])]
+            problem = (entry.variant, entry.workload)
+            if problem not in references:
+                references[problem] = Reference(entry.workload, add_variant(inputs[0], entry.variant, 0), mode)
+            call = _call(entry, own, mode)
+            row.first_call_s = timing.host_seconds(call, device, 1)
+            _check(entry, call, mode, references[problem], row)
+            if row.failure is None:
+                row.peak_mib = _mib(timing.peak_bytes(call, device))
+                calls[entry.name] = call
+        except Exception as error:  # each fails in its own way; the others still deserve their times
+            row.failure = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+        if row.failure:
+            _free(device)
+        print(
+            f"{workload.name} {mode} {entry.name}: {row.failure or f'checked, first call {row.first_call_s:.2f} s'}",
+            flush=True,
+        )
+    for name, sample in timing.measure(calls, device, budget_s).items():
+        rows[name] = _timed(rows[name], sample)
+        print(f"{workload.name} {mode} {name}: {rows[name].median_ms:.4g} ms", flush=True)
+    return list(rows.values())
+
+
+def _call(implementation: Implementation, inputs: list[Inputs], mode: Mode) -> Outputs:
+    """Gives ``(out,)``, or ``(out, *gradients)`` with None where there is no gradient."""
+    if mode == "fwd":
+
+        def forward(i: int) -> tuple[Tensor]:
+            with torch.no_grad(), implementation.context():
+                return (implementation.forward(inputs[i % len(inputs)]),)
+
+        return forward
+
+    leaves = []
+    for each in inputs:
+        named = {n: t.detach().requires_grad_() for n, t in implementation.differentiated(each).items()}
+        leaves.append((replace(each, **named), list(named.values())))
+
+    def forward_backward(i: int) -> tuple[Tensor | None, ...]:
+        each, wanted = leaves[i % len(leaves)]
+        with implementation.context():
+            out = implementation.forward(each)
+            return out, *torch.autograd.grad(out, wanted, each.grad_out, allow_unused=True)
+
+    return forward_backward
+
+
+def _check(implementation: Implementation, call: Outputs, mode: Mode, reference: Reference, row: Row) -> None:
+    """Fill in ``row.errors``, and ``row.failure`` if they are too large."""
+    names = ["out"]
+    if mode == "fwdbwd":
+        names += [f"d_{name}" for name in implementation.differentiated(reference.inputs)]
+    outputs = dict(zip(names, call(0), strict=True))
+    results = {name: implementation.unpack(name, t.detach()) for name, t in outputs.items() if t is not None}
+    if missing := sorted(set(names) - set(results)):
+        row.note = f"without {', '.join(missing)}"
+        if implementation.peer == OURS:
+            row.failure = row.note
+    row.errors = reference.errors(results)
+    wrong = [f"{n} {error:.2g} > {allowed:.2g}" for n, (error, allowed) in row.errors.items() if not error <= allowed]
+    if wrong:
+        row.failure = f"wrong result, relative error {', '.join(wrong)}"
+    elif implementation.workload.learned_sink and implementation.variant.sink is None:
+        row.note = "without sinks"
+
+
+def _timed(row: Row, sample: timing.Sample) -> Row:
+    median, p10, p90 = (1e3 * t for t in (sample.median, sample.p10, sample.p90))
+    return replace(
+        row, median_ms=median, p10_ms=p10, p90_ms=p90, samples=sample.count, times_floor=median / row.floor_ms
+    )
+
+
+def _mib(size: int | None) -> float | None:
+    return None if size is None else size / 2**20
+
+
+def _free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def save(report: dict[str, Any], path: Path) -> None:
+    """Write JSON, making the folder where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def heading(report: dict[str, Any]) -> str:
+    """One line that says where and what was measured."""
+    names = ("device", "driver", "torch", "triton", "commit", "date")
+    copy, matmul = report["rates"]["copy"] / 1e12, report["rates"]["matmul"] / 1e12
+    machine = ", ".join(f"{name} {report['environment'][name]}" for name in names)
+    return f"{machine}; copy {copy:.2f} TB/s, bf16 matmul {matmul:.0f} TFLOP/s"

@@ -1,0 +1,300 @@
+"""The benchmarks' arithmetic and, above all, that they refuse wrong results."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
+
+from benchmarks import attention, check, implementations, plot, repeat, runner, timing
+from benchmarks.check import Reference
+from benchmarks.implementations import HeadsFirst, Implementation, Layout
+from benchmarks.workloads import WORKLOADS, Inputs, Variant, Workload, add_variant, floor, make_inputs, smoke
+from natten_layers.eager import dense_attention_state
+from natten_layers.geometry import make_window, window_mask
+
+CPU = torch.device("cpu")
+RATES = runner.Rates(copy=1e10, matmul=1e11)
+
+
+def problem(
+    spatial: tuple[int, ...], kernel: tuple[int, ...], causal: bool = False, registers: int = 0, sink: Any = None
+) -> tuple[Workload, Inputs]:
+    workload = Workload("test", 2, spatial, 4, 2, 8, kernel, causal)
+    return workload, add_variant(make_inputs(workload, CPU, 0), Variant(registers, sink), 0)
+
+
+def dense(workload: Workload, inputs: Inputs) -> Tensor:
+    """The oracle, which shares no code with the checker, in the inputs' dtype."""
+    window = make_window(workload.spatial, workload.kernel_size, 1, 1, workload.causal)
+    registers = (inputs.additional_keys, inputs.additional_values)
+    qkv = (inputs.query, inputs.key, inputs.value)
+    return dense_attention_state(*qkv, *registers, inputs.sink, window, workload.scale)[0]
+
+
+def dense_gradients(workload: Workload, inputs: Inputs) -> dict[str, Tensor]:
+    names = ["query", "key", "value"] + (
+        ["additional_keys", "additional_values"] if inputs.additional_keys is not None else []
+    )
+    names += ["sink"] if isinstance(inputs.sink, Tensor) else []
+    leaves = {name: getattr(inputs, name).double().requires_grad_() for name in names}
+    out = dense(workload, replace(inputs, **leaves))
+    gradients = torch.autograd.grad(out, list(leaves.values()), inputs.grad_out.double())
+    return {"out": out.detach(), **{f"d_{name}": g for name, g in zip(names, gradients, strict=True)}}
+
+
+@pytest.mark.parametrize(
+    ("name", "forward_ms", "both_ms"),
+    [
+        ("hdit-l0", 0.126, 0.377),
+        ("hdit-l1", 0.063, 0.189),
+        ("hdit-gqa", 0.079, 0.236),
+        ("seed", 0.071, 0.212),
+        ("flux-4k", 7.0, 24.5),
+        ("hunyuan", 19.9, 69.8),
+        ("mistral", 2.8, 9.8),
+        ("gpt-oss", 0.071, 0.212),
+    ],
+)
+def test_floors(name: str, forward_ms: float, both_ms: float) -> None:
+    """Worked out by hand for an H200 that copies 4.27 TB/s and multiplies 736 TFLOP/s."""
+    seconds = [floor(WORKLOADS[name], mode).seconds(4.27e12, 736e12) for mode in ("fwd", "fwdbwd")]
+    assert [1e3 * s for s in seconds] == pytest.approx([forward_ms, both_ms], rel=0.01)
+
+
+def test_floor_counts() -> None:
+    """5 tokens, 3 keys: 15 pairs, or 1 + 2 + 3 + 3 + 3 = 12 if causal; 2 heads of 8 over 1 KV head, batch 3, bf16."""
+    workload = Workload("hand", 3, (5,), 2, 1, 8, (3,))
+    assert workload.visible_pairs() == 15
+    assert replace(workload, causal=True).visible_pairs() == 12
+    assert replace(workload, spatial=(5, 4), kernel_size=(3, 4)).visible_pairs() == 15 * 16
+    assert floor(workload, "fwd").flop == 2 * (2 * 8) * 15 * 2 * 3
+    assert floor(workload, "fwdbwd").flop == 7 * (2 * 8) * 15 * 2 * 3
+    assert floor(workload, "fwd").bytes == 2 * (2 * 3 * 5 * 2 * 8 + 2 * 3 * 5 * 8)
+
+
+@pytest.mark.parametrize("slab_pairs", [check.SLAB_PAIRS, 64])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"spatial": (23,), "kernel": (5,), "causal": True, "sink": "learned"},
+        {"spatial": (9, 11), "kernel": (3, 6), "registers": 3, "sink": "zero"},
+        {"spatial": (4, 5, 6), "kernel": (3, 2, 3), "registers": 1, "sink": "learned"},
+        {"spatial": (5, 6), "kernel": (5, 6)},
+    ],
+)
+def test_reference_is_exact(arguments: Any, slab_pairs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "SLAB_PAIRS", slab_pairs)
+    workload, inputs = problem(**arguments)
+    truth = dense_gradients(workload, inputs)
+    errors = Reference(workload, inputs, "fwdbwd").errors(truth)
+    assert errors.keys() == truth.keys()
+    assert all(error < 1e-12 for error, _ in errors.values()), errors
+
+
+def test_budget_admits_bf16_and_little_more() -> None:
+    workload, inputs = problem((96,), (64,), causal=True)
+    reference = Reference(workload, inputs, "fwd")
+    out = dense(workload, inputs)
+    error, allowed = reference.errors({"out": out})["out"]
+    assert error < allowed < 0.01
+    error, allowed = reference.errors({"out": out * 1.02})["out"]
+    assert error > allowed
+
+
+def _lose_causal(workload: Workload, inputs: Inputs) -> Tensor:
+    return dense(replace(workload, causal=False), inputs)
+
+
+def _lose_one_key(workload: Workload, inputs: Inputs) -> Tensor:
+    return dense(replace(workload, kernel_size=(workload.kernel_size[0] - 1,)), inputs)
+
+
+def _lose_sink(workload: Workload, inputs: Inputs) -> Tensor:
+    return dense(workload, replace(inputs, sink=None))
+
+
+def _lose_registers(workload: Workload, inputs: Inputs) -> Tensor:
+    return dense(workload, replace(inputs, additional_keys=None, additional_values=None))
+
+
+def _interleave_groups(workload: Workload, inputs: Inputs) -> Tensor:
+    named = {name: getattr(inputs, name) for name in ("key", "value", "additional_keys", "additional_values")}
+    return dense(workload, replace(inputs, **{name: t.repeat(1, 1, 2, 1) for name, t in named.items()}))
+
+
+def _poison(workload: Workload, inputs: Inputs) -> Tensor:
+    return dense(workload, inputs) * torch.nan
+
+
+def _raise(workload: Workload, inputs: Inputs) -> Tensor:
+    raise RuntimeError("no kernel image")
+
+
+MISTAKES = (_lose_causal, _lose_one_key, _lose_sink, _lose_registers, _interleave_groups, _poison)
+
+
+def implementation(
+    workload: Workload, forward: Callable[[Workload, Inputs], Tensor], variant: Variant
+) -> Implementation:
+    def call(inputs: Inputs) -> Tensor:
+        return forward(workload, inputs)
+
+    return Implementation(forward.__name__, "natten_layers", variant, workload, call, Layout())
+
+
+@pytest.mark.parametrize("mode", ["fwd", "fwdbwd"])
+def test_wrong_results_get_no_time(mode: Any) -> None:
+    variant = Variant(2, "learned")
+    workload = Workload("test", 1, (64,), 4, 2, 16, (24,), causal=True)
+    entries = [implementation(workload, f, variant) for f in (dense, *MISTAKES, _raise)]
+    right, *wrong = runner.run(workload, mode, [*entries, ("absent", "not installed")], RATES, 0.0, CPU)
+    assert right.failure is None
+    assert right.median_ms is not None
+    assert right.p10_ms is not None
+    assert right.p90_ms is not None
+    assert 0 < right.p10_ms <= right.median_ms <= right.p90_ms
+    assert right.times_floor == pytest.approx(right.median_ms / right.floor_ms)
+    assert [row.median_ms for row in wrong] == [None] * len(wrong)
+    reasons = [row.failure for row in wrong]
+    assert all(reason and reason.startswith("wrong result") for reason in reasons[:-2]), reasons
+    assert reasons[-2:] == ["RuntimeError: no kernel image", "not installed"]
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value", "additional_keys", "additional_values", "sink"])
+def test_wrong_gradients_are_refused(name: str) -> None:
+    workload, inputs = problem((24,), (6,), causal=True, registers=2, sink="learned")
+    truth = dense_gradients(workload, inputs)
+    truth[f"d_{name}"] = truth[f"d_{name}"] * 1.05
+    errors = Reference(workload, inputs, "fwdbwd").errors(truth)
+    assert {n for n, (error, allowed) in errors.items() if error > allowed} == {f"d_{name}"}
+
+
+def test_missing_gradient_of_this_library_is_a_failure() -> None:
+    def forget(workload: Workload, inputs: Inputs) -> Tensor:
+        sink = inputs.sink
+        return dense(workload, replace(inputs, sink=sink.detach() if isinstance(sink, Tensor) else sink))
+
+    workload = Workload("test", 1, (24,), 4, 2, 16, (6,), causal=True)
+    ours = implementation(workload, forget, Variant(sink="learned"))
+    (row, peer) = runner.run(workload, "fwdbwd", [ours, replace(ours, name="peer", peer="peer")], RATES, 0.0, CPU)
+    assert (row.failure, row.median_ms) == ("without d_sink", None)
+    assert peer.median_ms is not None
+    assert peer.note == "without d_sink"
+
+
+@pytest.mark.parametrize(("spatial", "tile"), [((16, 32), (8, 16)), ((4, 8, 16), (2, 8, 8)), ((200,), None)])
+def test_flex_layout_and_blocks(spatial: tuple[int, ...], tile: tuple[int, ...] | None) -> None:
+    layout = HeadsFirst(tile)
+    tensor = torch.arange(2 * 3 * torch.Size(spatial).numel()).reshape(2, *spatial, 3, 1)
+    packed = layout.pack(tensor)
+    assert packed.shape == (2, 3, torch.Size(spatial).numel(), 1)
+    assert torch.equal(layout.unpack(packed, spatial), tensor)
+
+    workload = Workload("test", 1, spatial, 1, 1, 8, tuple(3 for _ in spatial), causal=tile is None)
+    mask = implementations.flex_mask(workload, layout, CPU)
+    expected = create_block_mask(mask.mask_mod, None, None, *mask.seq_lengths, device="cpu")
+    for field in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
+        assert torch.equal(getattr(mask, field), getattr(expected, field)), field
+    assert torch.equal(mask.to_dense(), expected.to_dense())
+
+    tokens = torch.arange(packed.shape[2])
+    zero = torch.zeros((), dtype=torch.long)
+    visible = mask.mask_mod(zero, zero, tokens[:, None], tokens[None, :])
+    raster = layout.pack(tokens.view(1, *spatial, 1, 1)).flatten()
+    window = make_window(spatial, workload.kernel_size, 1, 1, workload.causal)
+    assert torch.equal(visible, window_mask(spatial, window)[raster][:, raster])
+
+
+def test_measure_takes_turns_and_rotates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "MAX_SAMPLES", 8)
+    seen: list[tuple[str, int]] = []
+    calls = {name: lambda i, name=name: seen.append((name, i)) for name in ("a", "b")}
+    samples = timing.measure(calls, CPU, budget_s=10.0)
+    assert [samples[name].count for name in calls] == [8, 8]
+    rounds = seen[-16:]
+    assert all({name for name, _ in rounds[i : i + 2]} == {"a", "b"} for i in range(0, 16, 2))
+    assert [i for name, i in rounds if name == "a"] == list(range(8))
+
+
+def test_attention_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "results" / "smoke.json"
+    flags = "--device cpu --smoke --workloads hunyuan,gpt-oss --peers fa2,cudnn,fa4 --registers 2 --sink zero --host"
+    flags += " --budget-s 0 --copy-rate 1e10 --matmul-rate 2e10 --commit abc"
+    assert attention.main([*flags.split(), "--out", str(path)]) == 0
+    report = json.loads(path.read_text())
+    assert {"device", "driver", "torch", "triton", "commit", "date", "python"} <= report["environment"].keys()
+    assert report["environment"]["torch"] == torch.__version__
+    assert report["environment"]["commit"] == "abc"
+    assert report["rates"] == {"copy": 1e10, "matmul": 2e10}
+    assert set(report["host_us"]) == {"ours fwd", "ours fwdbwd", "sdpa fwd", "sdpa fwdbwd"}
+    rows = report["rows"]
+    ours = [row for row in rows if row["peer"] == "natten_layers"]
+    assert len(ours) == 2 * 2 * 3  # workloads, modes, variants
+    assert all(row["median_ms"] > 0 and row["first_call_s"] > 0 and row["errors"] for row in ours)
+    assert all(row["failure"] and row["median_ms"] is None for row in rows if row not in ours)
+    assert "| gpt-oss | fwdbwd | natten_layers (learned sink) |" in capsys.readouterr().out
+
+    best = plot.best_rows(rows)
+    assert len(best) == 2 * 2
+    assert best["fwd", "gpt-oss", "natten_layers"]["variant"] == "learned sink"
+    plot.main([str(path)])
+    ours_ms = best["fwd", "gpt-oss", "natten_layers"]["median_ms"]
+    assert f"| gpt-oss | forward | {best['fwd', 'gpt-oss', 'natten_layers']['floor_ms']:.3g} | {ours_ms:.3g} |" in (
+        capsys.readouterr().out
+    )
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_attention_command_rejects_unknown_names(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        attention.main(["--workloads", "hdit-l9"])
+    assert "hdit-l9" in capsys.readouterr().err
+
+
+def test_every_workload_has_a_small_twin() -> None:
+    for workload in WORKLOADS.values():
+        small = smoke(workload)
+        assert small.heads * workload.kv_heads == workload.heads * small.kv_heads
+        assert (small.causal, small.learned_sink) == (workload.causal, workload.learned_sink)
+        make_window(small.spatial, small.kernel_size, 1, 1, small.causal)
+
+
+def test_repeat_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(repeat, "WORKLOADS", repeat.WORKLOADS[1:2])
+    monkeypatch.setattr(repeat, "GROUPS", (1, 8))
+    path = tmp_path / "repeat.json"
+    assert repeat.main(["--device", "cpu", "--smoke", "--budget-s", "0", "--out", str(path)]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    keys = [(row["workload"], row["group"], row["mode"], row["implementation"]) for row in rows]
+    assert len(set(keys)) == len(rows) == 2 * 2 * 3
+    assert all(row["median_ms"] > 0 for row in rows)
+    assert "| 13x13 | 8 | fwdbwd |" in capsys.readouterr().out
+
+    page = tmp_path / "page.md"
+    page.write_text(f"Before.\n\n{repeat.BEGIN}\nold\n{repeat.END}\n\nAfter.\n")
+    for _ in range(2):  # filled pages can be filled again
+        assert repeat.main(["--report", str(path), "--page", str(page)]) == 0
+    filled = page.read_text()
+    assert filled.startswith("Before.\n")
+    assert filled.endswith("\nAfter.\n")
+    assert filled.count("| 13x13 | 8 | fwdbwd |") == 1
+    assert "old" not in filled
+    with pytest.raises(ValueError, match=repeat.BEGIN):
+        repeat.fill("no marks", "table")
+
+
+def test_repeat_table() -> None:
+    row = {"workload": "7x7", "group": 4, "mode": "fwd"}
+    ways = {"repeat": (0.6, 96.0), "unpacked": (0.4, 64.0), "packed": (0.2, 64.0)}
+    rows = [{**row, "implementation": way, "median_ms": ms, "peak_mib": peak} for way, (ms, peak) in ways.items()]
+    assert repeat.table(rows)[2:] == ["| 7x7 | 4 | fwd | 0.6 | 0.4 | 0.2 | 3.00x | 96 / 64 / 64 |"]
+    rows[0]["median_ms"] = rows[0]["peak_mib"] = None
+    assert repeat.table(rows)[2:] == ["| 7x7 | 4 | fwd | - | 0.4 | 0.2 | - | - / 64 / 64 |"]
