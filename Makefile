@@ -31,9 +31,10 @@ lint: $(VENV)/test.stamp ## ruff and pyright
 	$(BIN)/ruff format --check $(SOURCES)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pyright --pythonpath $(BIN)/python
 
-# One process a core, so each gets one thread: more only fight over the cores.
+# One process a core, so each gets one thread: more only fight over the cores. A test that hangs fails, and says where.
 suite: $(VENV)/test.stamp ## The CPU suite alone
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --quiet
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --quiet \
+	    -o faulthandler_timeout=400 -o faulthandler_exit_on_timeout=true
 
 windows: $(VENV)/demo.stamp ## Redraw the README's picture of windows
 	$(BIN)/python examples/draw_windows.py docs/images/windows.png

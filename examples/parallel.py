@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import traceback
 from contextlib import AbstractContextManager, nullcontext
+from types import TracebackType
 
 import torch
 import torch.distributed as dist
@@ -14,8 +17,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 
-class Processes:
+class Processes(AbstractContextManager["Processes"]):
     """Each process trains on its share of the batch: DistributedDataParallel, or FSDP2 with ``fsdp``.
+
+    Leaving the context ends the process group; train in a function of its own, so that no model outlives it.
 
     Raises:
         ValueError: ``fsdp`` without torchrun.
@@ -33,9 +38,19 @@ class Processes:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
             self.rank, self.world = dist.get_rank(), dist.get_world_size()
 
-    def close(self) -> None:
-        if self.distributed:
-            dist.destroy_process_group()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self.distributed:
+            return
+        # Wrapped models hold the group, some of them in cycles, and a traceback holds the models. They must go first:
+        # gloo's threads take the GIL as they end. Under a destructor of a model, which has it, they would wait for each
+        # other for ever, and once the interpreter shuts down the process would abort.
+        while error is not None:
+            traceback.clear_frames(error.__traceback__)
+            error = error.__context__
+        gc.collect()
+        dist.destroy_process_group()
 
     @property
     def first(self) -> bool:

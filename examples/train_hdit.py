@@ -371,21 +371,22 @@ class Log:
             self.board.add_image("samples", np.asarray(grid), step, dataformats="HWC")
 
 
+def run(arguments: argparse.Namespace, processes: Processes) -> int:
+    trainer = Trainer(arguments, processes)
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    trainer.say(f"{parameters:,} parameters, {processes.world} process(es) on {processes.device.type}")
+    if trainer.train():
+        trainer.finish()
+        return 0
+    trainer.say(f"stopped after step {trainer.step}; saved. The same command goes on from here.")
+    return 130
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = parse_arguments(argv)
-        processes = Processes(arguments.device, fsdp=arguments.fsdp)
-        try:
-            trainer = Trainer(arguments, processes)
-            parameters = sum(p.numel() for p in trainer.model.parameters())
-            trainer.say(f"{parameters:,} parameters, {processes.world} process(es) on {processes.device.type}")
-            if trainer.train():
-                trainer.finish()
-                return 0
-            trainer.say(f"stopped after step {trainer.step}; saved. The same command goes on from here.")
-            return 130
-        finally:
-            processes.close()
+        with Processes(arguments.device, fsdp=arguments.fsdp) as processes:
+            return run(arguments, processes)
     except (OSError, RuntimeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -349,26 +349,26 @@ def handling(stop: Callable[[int, FrameType | None], None]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def run(args: argparse.Namespace, processes: Processes) -> None:
+    trainer = Trainer(args, processes)
+    if processes.first:
+        count = sum(p.numel() for p in trainer.model.parameters())
+        size = len(trainer.corpus.train)
+        print(f"{count / 1e6:.2f} M parameters, {size / 1e6:.1f} MB of text, device {processes.device}")
+    trainer.train()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
-    processes = None
     try:
-        processes = Processes(args.device, fsdp=args.fsdp)
-        trainer = Trainer(args, processes)
-        if processes.first:
-            count = sum(p.numel() for p in trainer.model.parameters())
-            size = len(trainer.corpus.train)
-            print(f"{count / 1e6:.2f} M parameters, {size / 1e6:.1f} MB of text, device {processes.device}")
-        trainer.train()
+        with Processes(args.device, fsdp=args.fsdp) as processes:
+            run(args, processes)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    finally:
-        if processes is not None:
-            processes.close()
     return 0
 
 

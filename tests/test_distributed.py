@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
+import time
+import weakref
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +20,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from natten_layers import NeighborhoodGQA
+from parallel import Processes
 
 Kind = Literal["single", "ddp", "fsdp"]
 
@@ -58,26 +62,33 @@ def losses(kind: Kind, rank: int, world: int, device: torch.device) -> Tensor:
     return torch.stack(results)
 
 
-def worker(rank: int, backend: str, port: int, folder: str) -> None:
+def as_torchrun_sets(rank: int, world: int, port: int) -> dict[str, str]:
+    values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return {name: str(value) for name, value in values.items()}
+
+
+def worker(rank: int, device_type: str, port: int, folder: str) -> None:
     torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    device = torch.device("cpu" if backend == "gloo" else f"cuda:{rank}")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group(backend, rank=rank, world_size=WORLD)
-    try:
-        results = {kind: losses(kind, rank, WORLD, device) for kind in SHARDED}
-        if rank == 0:
+    os.environ |= as_torchrun_sets(rank, WORLD, port)
+    with Processes(device_type, fsdp=False) as processes:
+        results = {kind: losses(kind, rank, WORLD, processes.device) for kind in SHARDED}
+        if processes.first:
             torch.save(results, Path(folder) / "losses.pt")
-    finally:
-        dist.destroy_process_group()
 
 
-def check(backend: str, device: torch.device, folder: Path) -> None:
+def check(device: torch.device, folder: Path) -> None:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    spawn(worker, (backend, port, str(folder)), nprocs=WORLD)
+    context = spawn(worker, (device.type, port, str(folder)), nprocs=WORLD, join=False)
+    assert context is not None
+    ends = time.monotonic() + 240
+    while not context.join(timeout=5, grace_period=5):
+        if time.monotonic() > ends:
+            for process in context.processes:
+                assert process is not None
+                process.kill()
+            pytest.fail("two processes did not end within 240 seconds")
     expected = losses("single", 0, 1, device)
     assert expected[-1] < 0.99 * expected[0]  # it learns, so a wrong gradient shows
     results = torch.load(folder / "losses.pt")
@@ -86,10 +97,39 @@ def check(backend: str, device: torch.device, folder: Path) -> None:
 
 
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    check("gloo", torch.device("cpu"), tmp_path)
+    check(torch.device("cpu"), tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view:UserWarning")  # a projection comes last
+@pytest.mark.parametrize("kind", SHARDED)
+@pytest.mark.parametrize("fails", [False, True])
+def test_models_end_before_their_process_group(kind: Kind, fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that outlives its group deadlocks or aborts the process as it ends, now and then."""
+    for name, value in as_torchrun_sets(rank=0, world=1, port=0).items():
+        monkeypatch.setenv(name, value)
+    models: list[weakref.ref[nn.Module]] = []
+    alive: list[bool] = []
+    destroy = dist.destroy_process_group
+
+    def watched() -> None:
+        alive.extend(model() is not None for model in models)
+        destroy()
+
+    monkeypatch.setattr(dist, "destroy_process_group", watched)
+
+    def train(processes: Processes) -> None:
+        model = processes.wrap(make_model())
+        models.append(weakref.ref(model))
+        model(torch.randn(2, 4, 5, 16)).sum().backward()
+        if fails:
+            raise ValueError("as bad data does")
+
+    with suppress(ValueError), Processes("cpu", fsdp=kind == "fsdp") as processes:
+        train(processes)
+    assert alive == [False]
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < WORLD, reason="needs two GPUs")
 def test_two_gpus_train_as_one(tmp_path: Path) -> None:
-    check("nccl", torch.device("cuda:0"), tmp_path)
+    check(torch.device("cuda:0"), tmp_path)

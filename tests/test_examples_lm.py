@@ -92,9 +92,8 @@ def test_resuming_equals_not_stopping(flags: list[str], tmp_path: Path, monkeypa
 def test_two_processes_learn_what_one_does(flags: list[str], tmp_path: Path, mode: str) -> None:
     trainer(flags, "--out", str(tmp_path / "one")).train()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    result = subprocess.run(
-        [*command, str(EXAMPLES / "train_lm.py"), *flags, mode], env=ENVIRONMENT, capture_output=True, text=True
-    )
+    command += [str(EXAMPLES / "train_lm.py"), *flags, mode]
+    result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr
     assert "held out" in result.stdout
     expected, got = saved(tmp_path / "one")["model"], saved(tmp_path / "run")["model"]
