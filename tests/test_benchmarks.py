@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
-from benchmarks import attention, check, implementations, plot, repeat, runner, timing
+from benchmarks import attention, check, implementations, models, plot, repeat, runner, step, timing
 from benchmarks.check import Reference
 from benchmarks.implementations import HeadsFirst, Implementation, Layout
 from benchmarks.workloads import WORKLOADS, Inputs, Variant, Workload, add_variant, floor, make_inputs, smoke
+from natten_layers import neighborhood_attention
 from natten_layers.eager import dense_attention_state
 from natten_layers.geometry import make_window, window_mask
 
@@ -298,3 +299,44 @@ def test_repeat_table() -> None:
     assert repeat.table(rows)[2:] == ["| 7x7 | 4 | fwd | 0.6 | 0.4 | 0.2 | 3.00x | 96 / 64 / 64 |"]
     rows[0]["median_ms"] = rows[0]["peak_mib"] = None
     assert repeat.table(rows)[2:] == ["| 7x7 | 4 | fwd | - | 0.4 | 0.2 | - | - / 64 / 64 |"]
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+def test_step_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "step.json"
+    flags = ["--device", "cpu", "--smoke", "--budget-s", "0", "--compile", "no", "--out", str(path)]
+    assert step.main(flags) == 0
+    rows = json.loads(path.read_text())["rows"]
+    ours = [row for row in rows if row["attention"].startswith("natten_layers")]
+    assert [(row["model"], row["step"]) for row in ours].count(("hdit-flowers", "sample")) == 3
+    assert all(row["median_ms"] > 0 and 0 < row["error"] <= row["allowed"] for row in ours)
+    sampled = [row for row in rows if row["attention"].startswith("flex") and row["step"] == "sample"]
+    assert len(sampled) == 2
+    assert all(row["median_ms"] > 0 and 0 < row["error"] <= row["allowed"] for row in sampled)
+    assert "| hdit-flowers | sample | flex, GQA 4 | no |" in capsys.readouterr().out
+
+
+def test_a_step_that_computes_something_else_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    def attend(*args: Any, **options: Any) -> Tensor:
+        return 1.1 * neighborhood_attention(*args, **options)
+
+    monkeypatch.setattr(step, "flex_attend", attend)
+    variants = {"GQA 4": models.make_subjects(models.SMOKE, CPU)["mistral-block"]["GQA 4"]}
+    right, wrong = step.run("mistral-block", variants, False, CPU, 0.0)
+    assert right.failure is None
+    assert right.median_ms is not None
+    assert wrong.failure is not None
+    assert wrong.failure.startswith("wrong result")
+    assert wrong.median_ms is None
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+@pytest.mark.parametrize(("kernel_size", "is_causal"), [((3, 5), False), ((8, 6), False), (7, True), (48, True)])
+def test_flex_in_a_model_is_the_same_operation(kernel_size: int | tuple[int, ...], is_causal: bool) -> None:
+    spatial = (48,) if isinstance(kernel_size, int) else (8, 6)
+    q, k, v = (torch.randn(2, *spatial, heads, 16) for heads in (4, 2, 2))
+    options: dict[str, Any] = {"is_causal": is_causal, "scale": 0.3}
+    expected = neighborhood_attention(q, k, v, kernel_size, **options)
+    torch.testing.assert_close(models.flex_attend(q, k, v, kernel_size, **options), expected)
+    with pytest.raises(implementations.UnsupportedError):
+        models.flex_attend(q, k, v, kernel_size, sink=0.0)  # pyright: ignore[reportArgumentType]

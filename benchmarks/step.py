@@ -1,0 +1,206 @@
+"""What a step of a whole model costs, and how much of it is attention: ``python -m benchmarks.step --help``.
+
+Two models: HDiT of k-diffusion's config for Oxford flowers (256x256, batch 32, bf16 autocast), and a decoder block of
+Mistral's shape over one text of 32768 tokens in bf16. A step is a training step (loss, backward, AdamW), or one call of
+the sampler's denoiser. Each model runs on this library, plain and with grouped heads and registers, and on
+FlexAttention in the place of this library's operation; compiled, or not. A model whose output is further from fp64 than
+twice the error of the eager path in its precision gets no time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from natten_layers import neighborhood_attention
+
+from . import runner, timing
+from .check import ERROR_FACTOR
+from .implementations import OURS, UnsupportedError
+from .models import SMOKE, Attend, Sizes, Subject, attention, flex_attend, make_subjects
+
+OUR_KERNELS = ("forward_kernel", "backward_query_kernel", "backward_key_kernel", "backward_register_kernel", "rotate")
+"""beginnings of the names of all that runs between the projections: attention, normalisation and rotation"""
+
+
+@dataclass
+class Row:
+    """One step of one model. Times are None where ``failure`` says why."""
+
+    model: str
+    step: str
+    attention: str
+    compiled: bool
+    error: float | None = None
+    allowed: float | None = None
+    failure: str | None = None
+    median_ms: float | None = None
+    p10_ms: float | None = None
+    p90_ms: float | None = None
+    peak_mib: float | None = None
+    attention_share: float | None = None
+    """of the device's busy time, from the output of ``qkv`` to the input of ``proj``; None for peers"""
+
+
+def run(
+    name: str, variants: dict[str, Callable[[], Subject]], compiled: bool, device: torch.device, budget_s: float
+) -> list[Row]:
+    """Every step of every variant of one model, timed in turns."""
+    rows: list[Row] = []
+    calls: dict[str, timing.Call] = {}
+    torch.compiler.reset()
+    for (variant, make), (peer, attend) in _pairs(variants):
+        label = f"{peer}, {variant}"
+        subject = make()
+        steps = _steps(subject, attend)
+        failure, error, allowed = _check(subject, attend, steps if compiled else {})
+        for step, call in steps.items():
+            row = Row(name, step, label, compiled, error, allowed, failure)
+            rows.append(row)
+            try:
+                if row.failure is None:
+                    call(0)
+                    peak = timing.peak_bytes(call, device)
+                    row.peak_mib = None if peak is None else peak / 2**20
+                    row.attention_share = _attention_share(call, device) if attend is None else None
+                    calls[str(len(rows) - 1)] = call
+            except Exception as error_of_step:  # the others still deserve their times
+                row.failure = _first_line(error_of_step)
+            print(f"{name} {step} {label}: {row.failure or 'checked'}", flush=True)
+    for index, sample in timing.measure(calls, device, budget_s).items():
+        row = rows[int(index)]
+        row.median_ms, row.p10_ms, row.p90_ms = (1e3 * t for t in (sample.median, sample.p10, sample.p90))
+    return rows
+
+
+def _pairs(
+    variants: dict[str, Callable[[], Subject]],
+) -> Iterator[tuple[tuple[str, Callable[[], Subject]], tuple[str, Attend | None]]]:
+    for variant in variants.items():
+        yield variant, (OURS, None)
+        if "registers" not in variant[0]:  # the peer has none
+            yield variant, ("flex", flex_attend)
+
+
+def _steps(subject: Subject, attend: Attend | None) -> dict[str, timing.Call]:
+    optimizer = torch.optim.AdamW(subject.parameters, fused=next(subject.model.parameters()).is_cuda)
+
+    def train(_: int) -> Tensor:
+        with attention(attend):
+            loss = subject.loss(subject.model)
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    def sample(_: int) -> Tensor:
+        assert subject.sample is not None
+        with attention(attend):
+            return subject.sample(subject.model)
+
+    return {"train": train} if subject.sample is None else {"train": train, "sample": sample}
+
+
+def _check(
+    subject: Subject, attend: Attend | None, to_compile: dict[str, timing.Call]
+) -> tuple[str | None, float | None, float | None]:
+    """Compile the model if it has steps to run compiled, then compare it with fp64.
+
+    Returns:
+        What is wrong, if anything; the relative error of the output; and what is allowed.
+    """
+
+    def eager_attend(*args: Any, **options: Any) -> Tensor:
+        return neighborhood_attention(*args, **options, impl="eager")
+
+    try:
+        plain = copy.deepcopy(subject.model)
+        if to_compile:
+            for call in to_compile.values():
+                call(0)  # what a peer prepares on its first call must not become a part of the graph
+            plain.load_state_dict(subject.model.state_dict())
+            subject.model.compile()
+        with torch.no_grad(), attention(eager_attend):
+            twin = subject.output(plain, torch.bfloat16)
+            exact = subject.output(plain.double(), torch.float64)
+        with torch.no_grad(), attention(attend):
+            actual = subject.output(subject.model, torch.bfloat16)
+    except Exception as error:
+        return _first_line(error), None, None
+    error, allowed = (((t.double() - exact).norm() / exact.norm()).item() for t in (actual, twin))
+    allowed *= ERROR_FACTOR
+    return (None if error <= allowed else f"wrong result, relative error {error:.2g} > {allowed:.2g}"), error, allowed
+
+
+def _first_line(error: Exception) -> str:
+    text = (str(error).strip().splitlines() or [""])[0][:200]
+    return text if isinstance(error, UnsupportedError) else f"{type(error).__name__}: {text}"
+
+
+def _attention_share(call: timing.Call, device: torch.device) -> float | None:
+    """The part of the device's busy time in one call that this library's kernels take."""
+    if device.type != "cuda":
+        return None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
+        call(0)
+        torch.cuda.synchronize(device)
+    busy = [
+        (event.name, event.time_range.elapsed_us())
+        for event in profile.events() or []
+        if "CUDA" in str(event.device_type)
+    ]
+    return sum(us for name, us in busy if name.startswith(OUR_KERNELS)) / sum(us for _, us in busy)
+
+
+def table(rows: list[Row]) -> list[str]:
+    lines = [
+        "| model | step | attention | compiled | ms | p10 - p90 | peak MiB | attention's share | note |",
+        "|---" * 9 + "|",
+    ]
+    for row in rows:
+        cells = [row.model, row.step, row.attention, "yes" if row.compiled else "no"]
+        if row.median_ms is None:
+            cells += ["", "", "", "", row.failure or ""]
+        else:
+            cells += [f"{row.median_ms:.3g}", f"{row.p10_ms:.3g} - {row.p90_ms:.3g}"]
+            cells += ["" if row.peak_mib is None else f"{row.peak_mib:.0f}"]
+            cells += ["" if row.attention_share is None else f"{row.attention_share:.0%}", ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 1 if this library failed anywhere."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__)
+    parser.add_argument("--models", nargs="+", choices=("hdit-flowers", "mistral-block"), help="default: both")
+    parser.add_argument("--compile", choices=("yes", "no", "both"), default="both")
+    parser.add_argument("--budget-s", type=float, default=3.0, help="seconds to time each model")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--commit", help="to record where there is no git checkout")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes: a test of the benchmark, not of speed")
+    parser.add_argument("--out", type=Path, default=runner.RESULTS / "step.json")
+    args = parser.parse_args(argv)
+    device = torch.device(args.device)
+    rates = {"copy": timing.copy_rate(device), "matmul": timing.matmul_rate(device)}
+    report: dict[str, Any] = {"environment": timing.environment(device, args.commit), "rates": rates, "rows": []}
+    rows: list[Row] = []
+    for name, variants in make_subjects(SMOKE if args.smoke else Sizes(), device).items():
+        for compiled in {"yes": (True,), "no": (False,), "both": (False, True)}[args.compile]:
+            if args.models is None or name in args.models:
+                rows += run(name, variants, compiled, device, args.budget_s)
+                report["rows"] = [asdict(row) for row in rows]
+                runner.save(report, args.out)  # after every step, so that a run that is cut off still counts
+    print("\n".join([f"\n{runner.heading(report)}.\n", *table(rows), f"\nwritten to {args.out}"]))
+    return int(any(row.failure for row in rows if row.attention.startswith(OURS)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
