@@ -6,6 +6,7 @@ The kernels run under Triton's interpreter where there is no GPU, as in ``test_f
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import pytest
@@ -13,11 +14,13 @@ import torch
 from helpers import CASES, Case, error, make_inputs, raises_naming
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from natten_layers import NeighborhoodGQA, neighborhood_attention
 from natten_layers.functional import Impl
 from natten_layers.geometry import make_window, visible_pairs, window_mask
+from natten_layers.kernels import operators
 
 pytest.importorskip("triton")
 
@@ -188,6 +191,44 @@ def test_flop_are_counted_without_running() -> None:
         q = torch.empty(1, 1000, 2, 64, device=DEVICE)
         neighborhood_attention(q, q, q, 100, is_causal=True, impl="fused")
     assert counter.get_total_flops() == 2 * (100 * 101 // 2 + 900 * 100) * 2 * (64 + 64)
+
+
+class Subclass(Tensor):
+    """A tensor that wants to see the operators, as a sharded one does."""
+
+
+@pytest.mark.parametrize(
+    ("within", "seen"),
+    [
+        (nullcontext(), False),
+        (torch.inference_mode(), False),
+        (FlopCounterMode(display=False), True),
+        (forward_ad.dual_level(), True),
+    ],
+    ids=["none", "inference", "mode", "duals"],
+)
+def test_operators_go_through_the_dispatcher_only_where_it_sees_something(
+    within: AbstractContextManager[object], seen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The dispatcher costs more than a launch; leaving it out must change nothing."""
+    tensors = [t.detach() for t in make_inputs(PLAIN, DEVICE).values()]
+    expected = attend(PLAIN, return_lse=False)(*tensors)[0]
+    direct: list[str] = []
+    for name, kernel in operators._kernels.items():
+
+        def watched(*args: object, name: str = name, kernel: Callable[..., object] = kernel) -> object:
+            direct.append(name)
+            return kernel(*args)
+
+        monkeypatch.setitem(operators._kernels, name, watched)
+    with within:
+        assert torch.equal(attend(PLAIN, return_lse=False)(*tensors)[0], expected)
+        assert direct == ([] if seen else ["forward"])
+        direct.clear()
+        with_subclass = (tensors[0].as_subclass(Subclass), *tensors[1:])
+        out = attend(PLAIN, return_lse=False)(*with_subclass)[0]
+        assert direct == []
+        assert torch.equal(out.as_subclass(Tensor), expected)
 
 
 def largest_difference(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> float:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import error
+from helpers import error, raises_naming
 from torch import Tensor, nn
 
 from benchmarks import module
@@ -157,6 +157,21 @@ def test_refuses_rather_than_falls_back() -> None:
         normalize_and_rotate(x, x, None, learned, impl="fused")
     (gradient,) = torch.autograd.grad(normalize_and_rotate(x, x, None, learned)[0].sum(), learned.freqs)
     assert gradient.any()
+
+
+def test_second_derivatives_say_that_they_are_missing() -> None:
+    x = torch.randn(1, 4, 1, 8, device=DEVICE, requires_grad=True)
+    norm = HeadNorm("cosine", None, None)
+
+    def loss(x: Tensor) -> Tensor:
+        query, key = normalize_and_rotate(x, x.detach(), norm, None, impl="fused")
+        return (query[..., 0] + key[..., 1]).sum()
+
+    (slope,) = torch.autograd.grad(loss(x), x, create_graph=True)
+    with raises_naming("second derivatives", 'impl="eager"', error=NotImplementedError):
+        torch.autograd.grad(slope.square().sum(), x)
+    with raises_naming("natten_layers::rotate has no derivative", error=NotImplementedError):
+        torch.ops.natten_layers.rotate(x, x, None, None, None, None, 1.0, "cosine", 1e-6)
 
 
 @pytest.mark.gpu

@@ -7,16 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .operators import call, last_contiguous, register
 from .ops import unsupported
 
 __all__ = ["decode", "why_not"]
-
-_library = torch.library.Library("natten_layers", "FRAGMENT")
-_library.define(
-    "decode(Tensor query, Tensor key, Tensor value, Tensor query_positions, Tensor key_positions, "
-    "Tensor? additional_keys, Tensor? additional_values, Tensor? sink, float? sink_value, "
-    "SymInt? window, float scale, bool with_lse) -> (Tensor, Tensor)"
-)
 
 
 def why_not(query: Tensor, value: Tensor, *others: Tensor | float | None) -> str | None:
@@ -40,15 +34,11 @@ def decode(
     with_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     """``(out, lse)`` of validated arguments; without ``with_lse`` the latter is empty."""
-    tensors = (_last_contiguous(t) for t in (query, key, value))
-    registers = (t if t is None else _last_contiguous(t) for t in (additional_keys, additional_values))
+    tensors = (last_contiguous(t) for t in (query, key, value))
+    registers = (t if t is None else last_contiguous(t) for t in (additional_keys, additional_values))
     positions = (p.expand(query.shape[0], -1) for p in (query_positions, key_positions))
-    sinks = (_last_contiguous(sink), None) if isinstance(sink, Tensor) else (None, sink)
-    return torch.ops.natten_layers.decode(*tensors, *positions, *registers, *sinks, window, scale, with_lse)
-
-
-def _last_contiguous(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    sinks = (last_contiguous(sink), None) if isinstance(sink, Tensor) else (None, sink)
+    return call("decode", *tensors, *positions, *registers, *sinks, window, scale, with_lse)
 
 
 def _decode(*args: Any) -> tuple[Tensor, Tensor]:
@@ -65,6 +55,10 @@ def _decode_fake(*args: Any) -> tuple[Tensor, Tensor]:
     return out, query.new_empty(query.shape[:-1] if with_lse else (0,), dtype=torch.float32)
 
 
-_library.impl("decode", _decode, "CUDA")
-_library.impl("decode", _decode, "CPU")  # Triton's interpreter
-torch.library.register_fake("natten_layers::decode", _decode_fake, lib=_library)
+register(
+    "decode(Tensor query, Tensor key, Tensor value, Tensor query_positions, Tensor key_positions, "
+    "Tensor? additional_keys, Tensor? additional_values, Tensor? sink, float? sink_value, "
+    "SymInt? window, float scale, bool with_lse) -> (Tensor, Tensor)",
+    _decode,
+    _decode_fake,
+)

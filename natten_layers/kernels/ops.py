@@ -1,23 +1,29 @@
-"""Operators over the fused kernels: schemas, fakes and autograd. Triton is imported on the first launch.
-
-The operators are opaque to the compiler; ``autograd.Function`` stands outside them, so that eager and compiled code
-take the same backward.
-"""
+"""The operators of attention and its gradient: schemas, fakes and autograd. Triton is imported on the first launch."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from ..geometry import Window, visible_pairs
+from .operators import (
+    NO_FORWARD_MODE,
+    NOT_FUSED,
+    WAY_OUT,
+    call,
+    call_in_backward,
+    is_tracked,
+    last_contiguous,
+    library,
+    register,
+)
 
 if TYPE_CHECKING:
     from .problem import Problem
@@ -26,22 +32,6 @@ __all__ = ["attention", "attention_state", "unsupported"]
 
 MAX_HEAD_DIM = 256
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # asked once: a search takes longer than a launch
-
-_WINDOW = "int[] kernel_size, int[] stride, int[] dilation, bool[] is_causal, float scale"
-_INPUTS = (
-    "Tensor query, Tensor key, Tensor value, Tensor? additional_keys, Tensor? additional_values, "
-    "Tensor? sink, float? sink_value, " + _WINDOW
-)
-NOT_FUSED = "the fused kernels do not have"
-WAY_OUT = '; use impl="eager"'
-NO_FORWARD_MODE = f"{NOT_FUSED} forward-mode derivatives{WAY_OUT}"
-
-_library = torch.library.Library("natten_layers", "DEF")
-_library.define(f"forward({_INPUTS}, bool with_state) -> (Tensor, Tensor, Tensor)")
-_library.define(
-    f"backward({_INPUTS}, Tensor out, Tensor row_max, Tensor row_sum, Tensor grad_out, Tensor? grad_lse) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
 
 
 def _interpreted() -> bool:
@@ -76,11 +66,9 @@ def attention(
 ) -> Tensor:
     """``out`` alone; without gradients no statistics are written."""
     inputs = _inputs(query, key, value, additional_keys, additional_values, sink)
-    # Inside torch.func's transforms a tensor does not tell whether it is differentiated further out.
-    transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-    if transformed or _needs_gradient(inputs):
+    if is_tracked(inputs):
         return _function().apply(*inputs, window, scale)[0]
-    return torch.ops.natten_layers.forward(*inputs, *_flat(window), scale, False)[0]
+    return call("forward", *inputs, *_flat(window), scale, False)[0]
 
 
 def attention_state(
@@ -107,12 +95,8 @@ def _inputs(
     sink: Tensor | float | None,
 ) -> tuple[Any, ...]:
     """The tensors of the operators' schemas: last axes contiguous, a sink either a tensor or a number."""
-    tensors = [_last_contiguous(x) for x in (query, key, value, additional_keys, additional_values)]
-    return *tensors, *((_last_contiguous(sink), None) if isinstance(sink, Tensor) else (None, sink))
-
-
-def _last_contiguous(tensor: Tensor | None) -> Tensor | None:
-    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
+    tensors = [x if x is None else last_contiguous(x) for x in (query, key, value, additional_keys, additional_values)]
+    return *tensors, *((last_contiguous(sink), None) if isinstance(sink, Tensor) else (None, sink))
 
 
 def _flat(window: Window) -> tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[bool]]:
@@ -123,7 +107,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
         *inputs, window, scale = args
-        return torch.ops.natten_layers.forward(*inputs, *_flat(window), scale, True)
+        return call("forward", *inputs, *_flat(window), scale, True)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -139,11 +123,10 @@ class _Attention(torch.autograd.Function):
         *tensors, out, row_max, row_sum = ctx.saved_tensors
         # lse = row_max + log(row_sum) with row_max held fixed, so dL/dlse = dL/drow_sum * row_sum.
         grad_lse = None if grad_sum is None else grad_sum * row_sum
-        grad_out = torch.zeros_like(out) if grad_out is None else _last_contiguous(grad_out)
-        # Grad mode is on where a second derivative may be asked for.
-        once = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        results = (_Backward.apply if once else torch.ops.natten_layers.backward)(
-            *tensors, ctx.sink_value, *_flat(ctx.window), ctx.scale, out, row_max, row_sum, grad_out, grad_lse
+        grad_out = torch.zeros_like(out) if grad_out is None else last_contiguous(grad_out)
+        window = (*_flat(ctx.window), ctx.scale)
+        results = call_in_backward(
+            "backward", *tensors, ctx.sink_value, *window, out, row_max, row_sum, grad_out, grad_lse
         )
         needed = (r if x is not None else None for r, x in zip(results, tensors, strict=True))
         return *needed, None, None, None
@@ -157,24 +140,6 @@ class _Transformable(_Attention):
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> None:
         raise NotImplementedError(NO_FORWARD_MODE)
-
-
-class _Backward(torch.autograd.Function):
-    """Fails when it is differentiated. ``once_differentiable`` gives ``torch.func`` zeros instead."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        return torch.ops.natten_layers.backward(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        """Nothing is kept for a derivative that is not there."""
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        raise NotImplementedError(f"{NOT_FUSED} second derivatives{WAY_OUT}")
 
 
 def _function() -> type[_Attention]:
@@ -270,24 +235,6 @@ def _sink_gradient(sink: Tensor | None, row_max: Tensor, row_sum: Tensor, delta:
     return -(weight * delta).flatten(0, -2).sum(0).to(sink.dtype)
 
 
-def _below_autograd(name: str) -> Callable[..., Any]:
-    """The operator as autograd calls it. It would drop derivatives that nobody wrote in silence; this says so."""
-
-    def run(*args: Any) -> Any:
-        if any(forward_ad.unpack_dual(x).tangent is not None for x in args if isinstance(x, Tensor)):
-            raise NotImplementedError(NO_FORWARD_MODE)
-        if _needs_gradient(args):
-            raise NotImplementedError(f"natten_layers::{name} has no derivative; call neighborhood_attention instead")
-        with torch._C._AutoDispatchBelowAutograd():
-            return getattr(torch.ops.natten_layers, name).default(*args)
-
-    return run
-
-
-def _needs_gradient(args: tuple[Any, ...]) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
-
-
 def _forward_flop(
     query: Tensor, key: Tensor, value: Tensor, additional_keys: Tensor | None, *args: Any, **_: Any
 ) -> int:
@@ -305,14 +252,19 @@ def _backward_flop(*args: Any, **kwargs: Any) -> int:
     return _forward_flop(*args, **kwargs) * 5 // 2
 
 
-for _name, _kernel, _fake, _flop in (
-    ("forward", _forward, _forward_fake, _forward_flop),
-    ("backward", _backward, _backward_fake, _backward_flop),
-):
-    _library.impl(_name, _kernel, "CUDA")
-    _library.impl(_name, _kernel, "CPU")  # Triton's interpreter
-    _library.impl(_name, _below_autograd(_name), "Autograd")
-    torch.library.register_fake(f"natten_layers::{_name}", _fake, lib=_library)
-    register_flop_formula(getattr(torch.ops.natten_layers, _name), get_raw=True)(_flop)
+_WINDOW = "int[] kernel_size, int[] stride, int[] dilation, bool[] is_causal, float scale"
+_INPUTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? additional_keys, Tensor? additional_values, "
+    "Tensor? sink, float? sink_value, " + _WINDOW
+)
+register(f"forward({_INPUTS}, bool with_state) -> (Tensor, Tensor, Tensor)", _forward, _forward_fake)
+register(
+    f"backward({_INPUTS}, Tensor out, Tensor row_max, Tensor row_sum, Tensor grad_out, Tensor? grad_lse) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+register_flop_formula(torch.ops.natten_layers.forward, get_raw=True)(_forward_flop)
+register_flop_formula(torch.ops.natten_layers.backward, get_raw=True)(_backward_flop)
 # The backward operator has no rule: vmap calls it once for each sample, as gradients of each are asked for.
-torch.library.register_vmap("natten_layers::forward", _forward_vmap, lib=_library)
+torch.library.register_vmap("natten_layers::forward", _forward_vmap, lib=library)

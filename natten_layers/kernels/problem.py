@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil, prod
+from operator import mul
 from typing import TypeVar
 
 import torch
@@ -60,8 +61,7 @@ class Problem:
     @cached_property
     def wide(self) -> bool:
         """Whether offsets inside one image need 64 bits. Offsets of images and heads always have them."""
-        tensors = (self.query, self.key, self.value)
-        spans = [sum((n - 1) * s for n, s in zip(x.shape[1:-2], x.stride()[1:-2], strict=True)) for x in tensors]
+        spans = [sum(map(mul, x.shape[1:-2], x.stride()[1:-2])) for x in (self.query, self.key, self.value)]
         out = prod(self.lengths) * self.query.shape[-2] * self.value.shape[-1]
         # Chunks may reach past the end of an axis by less than their own size.
         return 2 * max(out, *spans) >= 2**31

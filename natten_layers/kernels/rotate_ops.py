@@ -6,17 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from .operators import call, call_in_backward, is_tracked, last_contiguous, register
 
 __all__ = ["rotate"]
-
-_INPUTS = (
-    "Tensor query, Tensor key, Tensor? query_gain, Tensor? key_gain, Tensor? positions, Tensor? freqs, "
-    "float factor, str norm, float eps"
-)
-_library = torch.library.Library("natten_layers", "FRAGMENT")
-_library.define(f"rotate({_INPUTS}) -> (Tensor, Tensor)")
-_library.define(f"rotate_backward({_INPUTS}, Tensor grad_query, Tensor grad_key) -> (Tensor, Tensor, Tensor, Tensor)")
 
 
 def rotate(
@@ -31,20 +24,16 @@ def rotate(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """Both contiguous. Arguments as ``rotate.Rotation`` has them; no gradient reaches positions and frequencies."""
-    inputs = *map(_last_contiguous, (query, key)), query_gain, key_gain, positions, freqs, factor, norm, eps
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, query_gain, key_gain)):
+    inputs = *map(last_contiguous, (query, key)), query_gain, key_gain, positions, freqs, factor, norm, eps
+    if is_tracked((query, key, query_gain, key_gain)):
         return _Rotate.apply(*inputs)  # pyright: ignore[reportReturnType]
-    return torch.ops.natten_layers.rotate(*inputs)
-
-
-def _last_contiguous(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    return call("rotate", *inputs)
 
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        return torch.ops.natten_layers.rotate(*args)
+        return call("rotate", *args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -52,12 +41,9 @@ class _Rotate(torch.autograd.Function):
         ctx.options = inputs[6:]
 
     @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *grads: Tensor
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
-        results = torch.ops.natten_layers.rotate_backward(*tensors, *ctx.options, *map(_last_contiguous, grads))
+        results = call_in_backward("rotate_backward", *tensors, *ctx.options, *map(last_contiguous, grads))
         return *(g if x is not None else None for g, x in zip(results, tensors[:4], strict=True)), *(None,) * 5
 
 
@@ -87,10 +73,13 @@ def _rotate_backward_fake(*args: Any) -> tuple[Tensor, ...]:
     return tuple(args[0].new_empty(0) if x is None else x.new_empty(x.shape) for x in args[:4])
 
 
-for _name, _kernel, _fake in (
-    ("rotate", _rotate, _rotate_fake),
-    ("rotate_backward", _rotate_backward, _rotate_backward_fake),
-):
-    _library.impl(_name, _kernel, "CUDA")
-    _library.impl(_name, _kernel, "CPU")  # Triton's interpreter
-    torch.library.register_fake(f"natten_layers::{_name}", _fake, lib=_library)
+_INPUTS = (
+    "Tensor query, Tensor key, Tensor? query_gain, Tensor? key_gain, Tensor? positions, Tensor? freqs, "
+    "float factor, str norm, float eps"
+)
+register(f"rotate({_INPUTS}) -> (Tensor, Tensor)", _rotate, _rotate_fake)
+register(
+    f"rotate_backward({_INPUTS}, Tensor grad_query, Tensor grad_key) -> (Tensor, Tensor, Tensor, Tensor)",
+    _rotate_backward,
+    _rotate_backward_fake,
+)
