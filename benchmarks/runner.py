@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from natten_layers.files import replacing
+
 from . import timing
 from .check import Errors, Reference
 from .implementations import OURS, Implementation
@@ -171,8 +173,8 @@ def _free(device: torch.device) -> None:
 
 def save(report: dict[str, Any], path: Path) -> None:
     """Write JSON, making the folder where it is missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def heading(report: dict[str, Any]) -> str:

@@ -23,8 +23,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from natten_layers.checkpoints import hdit_name
+from natten_layers.files import replacing
 from parallel import Processes
-from pictures import replacing
 
 SHARDED_CONFIG = "config.json"
 

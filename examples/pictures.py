@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +11,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
+from natten_layers.files import replacing
+
 RECORD = "natten_layers"  # the text chunk that says how a grid was made
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to beside ``path``, which it replaces if all went well: a failure leaves the old file whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def draw_grid(images: Tensor, columns: int, labels: Sequence[str] = ()) -> Image.Image:

@@ -33,9 +33,9 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from natten_layers import hf
+from natten_layers.files import replacing
 from natten_layers.modules.llm import DecoderLM, DecoderLMConfig
 from parallel import Processes
-from pictures import replacing
 from text import Corpus, random_windows, read_corpus
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)

@@ -9,8 +9,7 @@ import json
 import os
 import pickle
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from .files import replacing
 
 __all__ = ["hdit_name", "load_tensors", "read_hdit", "write_hdit"]
 
@@ -136,19 +137,7 @@ def write_hdit(
         hdit_name(key): tensor.detach().to(dtype if key in parameters else None).cpu().contiguous()
         for key, tensor in model.state_dict().items()
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         # One entry: safetensors writes several in any order, and equal models shall make equal files.
         save_file(tensors, temporary, metadata={"config": json.dumps(config)})
     return path
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A file to write beside ``path``, which takes its place if all went well: a crash leaves the old file whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

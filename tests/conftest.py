@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 import torch
 from hypothesis import settings
@@ -6,6 +7,9 @@ from hypothesis import settings
 # Without a GPU the kernels run under Triton's interpreter, which wants to know before they are first imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# What this machine's user has tuned is not what is tested.
+os.environ["NATTEN_LAYERS_CACHE"] = str(Path(__file__).parent / "no-such-folder")
 
 # Examples are the same in every run, and a busy machine is no failure.
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=50)

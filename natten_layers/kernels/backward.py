@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import launch_for
 from .forward import query_tile
+from .launches import launch_for
 from .primitives import (
     LOG2E,
     contiguous_row,
@@ -272,7 +272,7 @@ def backward(
         torch.empty_like(x, memory_format=torch.contiguous_format) for x in (p.query, p.key, p.value)
     )
     delta, lse = torch.empty_like(row_max), torch.empty_like(row_max)
-    launch = launch_for("backward_query", *p.tile_key())
+    launch = launch_for("backward_query", p.problem_class())
     geometry = (p.lengths, p.kernel_size, p.stride, p.dilation)
     constants = p.constants()
     backward_query_kernel[(p.programs(launch),)](
@@ -285,7 +285,7 @@ def backward(
         STAGES=launch.stages, num_warps=launch.num_warps, maxnreg=launch.max_registers,
     )  # fmt: skip
     constants.pop("BR")
-    launch = launch_for("backward_key", *p.tile_key())
+    launch = launch_for("backward_key", p.problem_class())
     tiles = p.tiles(launch.tile)
     backward_key_kernel[(p.query.shape[0] * prod(tiles) * p.kv_heads,)](
         p.query, p.key, p.value, grad_out, delta, lse, grad_key, grad_value,

@@ -1,16 +1,13 @@
-"""Tiles: how many queries and keys a program takes at a time, by problem class. No search on a user's call."""
+"""Tiles: how many queries and keys a program takes at a time, by a rule that knows every problem."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 from math import ceil, prod
-from types import MappingProxyType
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 Box = tuple[int, int, int]
 
@@ -77,28 +74,29 @@ def packed_heads(group: int, positions: int) -> int:
 
 Kind = Literal["forward", "backward_query", "backward_key"]
 
-_overrides: ContextVar[Mapping[str, Any]] = ContextVar("natten_layers_launch_overrides", default=MappingProxyType({}))
+
+class ProblemClass(NamedTuple):
+    """What tiles depend on. Axes are three, ``t h w``."""
+
+    device: str
+    """its name"""
+    lengths: Box
+    """tokens of a residue class, the longest one"""
+    kernel: Box
+    group: int
+    head_dim: int
+    value_dim: int
+    element_size: int
+    """bytes"""
 
 
-@contextmanager
-def override(*, pack: int | None = None, **launches: Launch) -> Iterator[None]:
-    """Replace the table's choice, for measurements: ``pack`` heads a program, or a whole ``Launch`` by kind."""
-    token = _overrides.set({"pack": pack, **launches})
-    try:
-        yield
-    finally:
-        _overrides.reset(token)
-
-
-def launch_for(
-    kind: Kind, lengths: Box, kernel: Box, group: int, head_dim: int, value_dim: int, element_size: int
-) -> Launch:
-    """The launch of one kernel for a problem class: residue class lengths, kernel size, group, head dims, bytes."""
-    chosen = _overrides.get()
-    if kind in chosen:
-        return chosen[kind]
-    width = max(padded_head_dim(head_dim), padded_head_dim(value_dim)) * max(element_size // 2, 1)
-    return _rule(kind, lengths, kernel, 1 if kind == "backward_key" else group, width, chosen.get("pack"))
+def rule(kind: Kind, problem: ProblemClass, pack: int | None = None) -> Launch:
+    """What serves any problem, with ``pack`` heads a program if given."""
+    width = max(padded_head_dim(problem.head_dim), padded_head_dim(problem.value_dim)) * max(
+        problem.element_size // 2, 1
+    )
+    group = 1 if kind == "backward_key" else problem.group
+    return _rule(kind, problem.lengths, problem.kernel, group, width, pack)
 
 
 LARGE_WINDOW = 512  # keys; from here on matrix products bound the kernels, below it instructions and L2 do

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import ceil, prod
 from operator import mul
 from typing import TypeVar
@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .configs import Box, Launch, next_power_of_2, padded_head_dim
+from .configs import Box, Launch, ProblemClass, next_power_of_2, padded_head_dim
 
 T = TypeVar("T", int, bool)
 
@@ -31,6 +31,12 @@ def strides(tensor: Tensor) -> tuple[int, ...]:
 def register_strides(tensor: Tensor | None) -> tuple[int, int, int]:
     """``(batch, register, head)`` of ``[B, R, H, D]``."""
     return (tensor.stride(0), tensor.stride(1), tensor.stride(2)) if tensor is not None else (0, 0, 0)
+
+
+@lru_cache
+def device_name(device: torch.device) -> str:
+    """As tuned launches know it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 @dataclass(frozen=True)
@@ -87,11 +93,11 @@ class Problem:
     def sink_kind(self) -> str:
         return "tensor" if self.sink is not None else "none" if self.sink_value is None else "value"
 
-    def tile_key(self) -> tuple[Box, Box, int, int, int, int]:
-        """What the tile table knows of a problem."""
-        classes = tuple(ceil(n / d) for n, d in zip(self.lengths, self.dilation, strict=True))
-        return (
-            (classes[0], classes[1], classes[2]), self.kernel_size, self.group,
+    def problem_class(self) -> ProblemClass:
+        """What the choice of tiles depends on."""
+        t, h, w = (ceil(n / d) for n, d in zip(self.lengths, self.dilation, strict=True))
+        return ProblemClass(
+            device_name(self.query.device), (t, h, w), self.kernel_size, self.group,
             self.query.shape[-1], self.value.shape[-1], self.query.element_size(),
         )  # fmt: skip
 

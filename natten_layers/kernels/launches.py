@@ -1,0 +1,118 @@
+"""Which launch a problem gets: an override, what ``python -m natten_layers.tune`` found on this machine, or the rule.
+
+Nothing is searched on a user's call. The file of tuned launches is read once, when the first kernel is launched.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple, get_args
+
+from ..files import replacing
+from .configs import Kind, Launch, ProblemClass, rule
+
+__all__ = ["cache_file", "launch_for", "override", "read_tuned", "write_tuned"]
+
+FORMAT = 1
+
+Tuned = dict[tuple[Kind, ProblemClass], Launch]
+
+
+class Overrides(NamedTuple):
+    launches: Mapping[Kind, Launch] = MappingProxyType({})
+    pack: int | None = None
+
+
+_overrides: ContextVar[Overrides] = ContextVar("natten_layers_launch_overrides", default=Overrides())  # noqa: B039
+
+
+@contextmanager
+def override(launches: Mapping[Kind, Launch] | None = None, *, pack: int | None = None) -> Iterator[None]:
+    """Replace the choice in this thread, for measurements: whole launches, or ``pack`` heads a program."""
+    token = _overrides.set(Overrides(launches or {}, pack))
+    try:
+        yield
+    finally:
+        _overrides.reset(token)
+
+
+def launch_for(kind: Kind, problem: ProblemClass) -> Launch:
+    """The launch of one kernel for a problem class."""
+    overrides = _overrides.get()
+    if kind in overrides.launches:
+        return overrides.launches[kind]
+    if overrides.pack is None and (tuned := _tuned()) and (launch := tuned.get((kind, problem))):
+        return launch
+    return rule(kind, problem, overrides.pack)
+
+
+def cache_file() -> Path:
+    """``launches.json`` in ``$NATTEN_LAYERS_CACHE``, or in ``natten_layers`` under the user's cache folder."""
+    if own := os.environ.get("NATTEN_LAYERS_CACHE"):
+        return Path(own) / "launches.json"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "natten_layers" / "launches.json"
+
+
+@cache
+def _tuned() -> Tuned:
+    try:
+        return read_tuned(cache_file())
+    except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: no home directory
+        warnings.warn(f"tuned launches are not used: {error}", stacklevel=2)
+        return {}
+
+
+def read_tuned(path: Path) -> Tuned:
+    """What :func:`write_tuned` wrote; nothing if there is no such file.
+
+    Raises:
+        ValueError: a damaged file, or one of another format.
+    """
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        return {}
+    try:
+        content = json.loads(text)
+        if content["format"] != FORMAT:
+            raise ValueError(f"format {content['format']}, expected {FORMAT}")
+        return dict(_entry(entry) for entry in content["launches"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged or of another version ({error!r}); delete it and tune again") from error
+
+
+def _entry(entry: Mapping[str, Any]) -> tuple[tuple[Kind, ProblemClass], Launch]:
+    if entry["kind"] not in get_args(Kind):
+        raise ValueError(f"unknown kernel {entry['kind']!r}")
+    problem, launch = ProblemClass(**_tuples(entry["problem"])), Launch(**_tuples(entry["launch"]))
+    sides = (*launch.tile, *launch.chunk, launch.pack, launch.num_warps)
+    if len(sides) != 8 or any(type(n) is not int or n < 1 or n & (n - 1) for n in sides):
+        raise ValueError(f"a launch has sides that are no powers of two: {launch}")
+    return (entry["kind"], problem), launch
+
+
+def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+
+
+def write_tuned(path: Path, launches: Mapping[tuple[Kind, ProblemClass], Launch]) -> None:
+    """Add launches to the file, in place of those of the same problems; the next call uses them.
+
+    Raises:
+        ValueError: what is there is damaged; it is not touched.
+    """
+    entries = [
+        {"kind": kind, "problem": problem._asdict(), "launch": vars(launch)}
+        for (kind, problem), launch in (read_tuned(path) | dict(launches)).items()
+    ]
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps({"format": FORMAT, "launches": entries}, indent=1) + "\n")
+    _tuned.cache_clear()

@@ -1,0 +1,190 @@
+"""The choice of launches: the search, its file, and that calls use what was found. Kernels run as in test_fused.py."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import Case, error, make_inputs, oracle
+from torch import Tensor
+
+from natten_layers import neighborhood_attention, tune
+from natten_layers.kernels import launches
+from natten_layers.kernels.configs import Kind, Launch, ProblemClass, rule
+from natten_layers.kernels.problem import device_name
+
+pytest.importorskip("triton")
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+pytestmark = [pytest.mark.gpu] if ON_GPU else []
+
+PROBLEM = ProblemClass("some GPU", (1, 64, 64), (1, 7, 7), 4, 64, 64, 2)
+SMALL = Case("small", (9, 11), 3, heads=4, kv_heads=2, head_dim=16, value_dim=16)
+FLAGS = f"9x11 --kernel-size 3 --heads 4 --kv-heads 2 --head-dim 16 --dtype fp32 --device {DEVICE}".split()
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("NATTEN_LAYERS_CACHE", str(tmp_path / "cache"))
+    launches._tuned.cache_clear()
+    yield launches.cache_file()
+    launches._tuned.cache_clear()
+
+
+@pytest.mark.parametrize("kind", ["forward", "backward_query", "backward_key"])
+@pytest.mark.parametrize("group", [1, 4])
+def test_neighbors_differ_in_one_respect(kind: Kind, group: int) -> None:
+    problem = PROBLEM._replace(group=group)
+    origin = rule(kind, problem)
+    near = list(tune.neighbors(kind, problem, origin))
+    assert len(near) > 10
+    assert origin not in near
+    assert any(launch.pack != origin.pack for launch in near) == (kind != "backward_key")
+    for launch in near:
+        changed = {name for name, value in vars(launch).items() if value != getattr(origin, name)}
+        assert len(changed - {"tile", "chunk", "pack"}) == (0 if changed & {"tile", "chunk", "pack"} else 1)
+        rows, keys = math.prod(launch.tile) * launch.pack, math.prod(launch.chunk)
+        assert all(16 <= n <= 256 and n & (n - 1) == 0 for n in (rows, keys))
+
+
+def test_the_search_walks_downhill_and_ends() -> None:
+    def seconds(launch: Launch) -> float:
+        return 1 + abs(math.log2(launch.num_warps)) + (launch.max_registers is not None) + abs(launch.stages - 1)
+
+    steps = list(tune.search("forward", PROBLEM, seconds, trials=1000))
+    best = steps[-1]
+    assert (best.launch.num_warps, best.launch.max_registers, best.launch.stages, best.seconds) == (1, None, 1, 1)
+    assert best.rule_seconds == seconds(rule("forward", PROBLEM))
+    assert best.gains
+    assert len(list(tune.search("forward", PROBLEM, seconds, trials=5))) == 6
+    flat = list(tune.search("forward", PROBLEM, lambda launch: 1.0, trials=1000))
+    assert flat[-1].launch == rule("forward", PROBLEM)
+    assert not flat[-1].gains
+
+
+def test_noise_and_launches_that_do_not_run_are_no_gain() -> None:
+    rules = rule("forward", PROBLEM)
+    for others in (0.99, math.inf):
+        found = list(tune.search("forward", PROBLEM, lambda x, t=others: 1.0 if x == rules else t, trials=100))
+        assert found[-1].launch == rules
+
+
+def test_a_wrong_result_has_no_time() -> None:
+    inputs = make_inputs(SMALL, DEVICE)
+    tensors = [t.detach() for t in inputs.values()]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        wrong = "forward" in launches._overrides.get().launches
+        return neighborhood_attention(q, k, v, 3, impl="fused") * (1.001 if wrong else 1.0)
+
+    timed: list[object] = []
+    measure = tune._measure("forward", attend, (*tensors, tensors[0]), lambda run: float(bool(timed.append(run))))
+    assert measure(Launch((1, 1, 16), (1, 1, 16), 2, 4, 1)) == math.inf
+    assert not timed
+
+
+def first_neighbor_wins(kind: Kind) -> Callable[[Callable[[], object]], float]:
+    """A clock for which one launch of ``kind`` is faster than all others."""
+    seen: list[Launch] = []
+
+    def timer(run: Callable[[], object]) -> float:
+        launch = launches._overrides.get().launches.get(kind)
+        if launch is not None:
+            seen.append(launch)
+        return 0.5 if launch is not None and launch == seen[min(1, len(seen) - 1)] and len(seen) > 1 else 1.0
+
+    return timer
+
+
+def test_calls_use_what_was_found(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [*FLAGS, "--trials", "3", "--kernels", "forward"]
+    assert tune.main(flags, timer=first_neighbor_wins("forward")) == 0
+    printed = capsys.readouterr().out
+    assert "forward: 2.00x with tile" in printed
+    assert f"written to {cache}" in printed
+    name = device_name(torch.empty(0, device=DEVICE).device)
+    problem = ProblemClass(name, (1, 9, 11), (1, 3, 3), 2, 16, 16, 4)
+    by_rule = rule("forward", problem)
+    found = launches.launch_for("forward", problem)
+    assert found == next(tune.neighbors("forward", problem, by_rule))
+    assert launches.launch_for("backward_key", problem) == rule("backward_key", problem)
+    assert launches.launch_for("forward", problem._replace(device="other")) == by_rule
+
+    asked: list[tuple[Kind, ProblemClass]] = []
+    launch_for = launches.launch_for
+    with pytest.MonkeyPatch.context() as patch:
+        from natten_layers.kernels import forward
+
+        patch.setattr(forward, "launch_for", lambda *key: asked.append(key) or launch_for(*key))
+        inputs = make_inputs(SMALL, DEVICE)
+        q, k, v = (inputs[name] for name in ("query", "key", "value"))
+        out = neighborhood_attention(q, k, v, 3, impl="fused")
+    assert asked == [("forward", problem)]
+    assert error(out, oracle(SMALL, inputs).out) < 2e-6
+
+
+def test_the_file_keeps_other_problems(cache: Path) -> None:
+    launch = Launch((1, 4, 4), (1, 4, 8), 4, 2, 1)
+    others = {("forward", PROBLEM): launch}
+    launches.write_tuned(cache, others)  # pyright: ignore[reportArgumentType]
+    better = Launch((1, 4, 4), (1, 4, 8), 4, 4, 2, 96, True)
+    launches.write_tuned(cache, {("backward_query", PROBLEM): better})
+    assert launches.read_tuned(cache) == {**others, ("backward_query", PROBLEM): better}
+    assert launches.launch_for("forward", PROBLEM) == launch
+    with launches.override(pack=1):
+        assert launches.launch_for("forward", PROBLEM).pack == 1
+
+
+@pytest.mark.parametrize("damage", ["{", '{"format": 2, "launches": []}', '{"format": 1}', "odd"])
+def test_a_damaged_file_is_named_and_kept(cache: Path, damage: str) -> None:
+    launches.write_tuned(cache, {("forward", PROBLEM): Launch((1, 4, 4), (1, 4, 8), 4, 2, 1)})
+    if damage == "odd":
+        content = json.loads(cache.read_text())
+        content["launches"][0]["launch"]["tile"] = [1, 3, 4]
+        damage = json.dumps(content)
+    cache.write_text(damage)
+    launches._tuned.cache_clear()
+    with pytest.warns(UserWarning, match=r"launches\.json is damaged"):
+        assert launches.launch_for("forward", PROBLEM) == rule("forward", PROBLEM)
+    with pytest.raises(ValueError, match="delete it"):
+        launches.write_tuned(cache, {})
+    assert cache.read_text() == damage
+
+
+def test_ctrl_c_keeps_what_was_found(cache: Path) -> None:
+    clock = first_neighbor_wins("forward")
+    calls = iter(range(100))
+
+    def timer(run: Callable[[], object]) -> float:
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return clock(run)
+
+    assert tune.main([*FLAGS, "--kernels", "forward"], timer=timer) == 130
+    assert len(launches.read_tuned(cache)) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--kernel-size", "12"], "exceeds the height axis"),
+        (["--kv-heads", "3"], "multiple of KV heads"),
+        (["--head-dim", "12"], "not a multiple of 8"),
+    ],
+)
+def test_bad_flags(change: list[str], message: str, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="1"):
+        tune.main([*FLAGS, *change])
+    assert message in capsys.readouterr().err
+    assert not cache.exists()
+
+
+def test_results_are_yielded_after_every_trial() -> None:
+    found = islice(tune.search("forward", PROBLEM, lambda launch: 1.0 / launch.num_warps, trials=1), 2)
+    assert [one.seconds for one in found] == [1 / 4, 1 / 8]
