@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -21,11 +21,10 @@ from natten_layers.modules.rope import RoPE
 from .implementations import HeadsFirst, UnsupportedError, flex_mask
 from .workloads import Workload
 
-__all__ = ["SMOKE", "Attend", "Sizes", "Subject", "attention", "flex_attend", "make_subjects"]
+__all__ = ["SMOKE", "Attend", "Sizes", "Subject", "attention", "calling", "flex_attend", "make_subjects"]
 
 Attend = Callable[..., Tensor]
 
-OPERATION = "neighborhood_attention"
 CALLERS = ("natten_layers.modules.attention", "natten_layers.modules.llm")
 """modules that call the operation by its name"""
 
@@ -148,13 +147,18 @@ def _decoder_block(sizes: Sizes, device: torch.device, *, registers: int) -> Sub
 
 
 @contextmanager
-def attention(attend: Attend | None) -> Iterator[None]:
-    """Put another function in the place of the operation that the modules call; None leaves it."""
+def calling(name: str, function: Callable[..., Any] | None, callers: Sequence[str]) -> Iterator[None]:
+    """Put a function in the place of the one that modules call by ``name``; None leaves it."""
     with ExitStack() as stack:
-        if attend is not None:
-            for caller in CALLERS:
-                stack.enter_context(patch(f"{caller}.{OPERATION}", attend))
+        if function is not None:
+            for caller in callers:
+                stack.enter_context(patch(f"{caller}.{name}", function))
         yield
+
+
+def attention(attend: Attend | None) -> AbstractContextManager[None]:
+    """Put another function in the place of the operation inside the models."""
+    return calling("neighborhood_attention", attend, CALLERS)
 
 
 def flex_attend(

@@ -23,6 +23,7 @@ __all__ = [
     "matmul_rate",
     "measure",
     "peak_bytes",
+    "synchronize",
 ]
 
 Call = Callable[[int], object]
@@ -70,7 +71,7 @@ def measure(calls: Mapping[str, Call], device: torch.device, budget_s: float) ->
         for name in order:
             if i * counts[name] // rounds != (i + 1) * counts[name] // rounds:
                 pending[name].append(timer(calls[name], i, delays[name]))
-    _synchronize(device)
+    synchronize(device)
     return {name: _summary([read() for read in reads]) for name, reads in pending.items()}
 
 
@@ -108,11 +109,11 @@ def host_seconds(call: Call, device: torch.device, repeats: int) -> float:
     """Median time that a call keeps the host busy. Keep ``repeats`` small enough for the launch queue not to fill."""
     seconds = []
     for i in range(repeats):
-        _synchronize(device)
+        synchronize(device)
         start = time.perf_counter()
         call(i)
         seconds.append(time.perf_counter() - start)
-    _synchronize(device)
+    synchronize(device)
     return sorted(seconds)[len(seconds) // 2]
 
 
@@ -120,11 +121,11 @@ def peak_bytes(call: Call, device: torch.device) -> int | None:
     """Most memory that one call holds beyond what was allocated before it, results included; None on the CPU."""
     if device.type != "cuda":
         return None
-    _synchronize(device)
+    synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     call(0)
-    _synchronize(device)
+    synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
 
 
@@ -171,6 +172,6 @@ def _output(*command: str) -> str | None:
     return done.stdout.strip().splitlines()[0] if done.stdout.strip() else None
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

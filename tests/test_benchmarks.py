@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
-from benchmarks import attention, check, implementations, models, plot, repeat, runner, step, timing
+from benchmarks import attention, check, generation, implementations, models, plot, repeat, runner, step, timing
 from benchmarks.check import Reference
 from benchmarks.implementations import HeadsFirst, Implementation, Layout
 from benchmarks.workloads import WORKLOADS, Inputs, Variant, Workload, add_variant, floor, make_inputs, smoke
@@ -340,3 +340,33 @@ def test_flex_in_a_model_is_the_same_operation(kernel_size: int | tuple[int, ...
     torch.testing.assert_close(models.flex_attend(q, k, v, kernel_size, **options), expected)
     with pytest.raises(implementations.UnsupportedError):
         models.flex_attend(q, k, v, kernel_size, sink=0.0)  # pyright: ignore[reportArgumentType]
+
+
+def test_generation_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "generation.json"
+    flags = ["--device", "cpu", "--smoke", "--budget-s", "0", "--batch-sizes", "3", "--out", str(path)]
+    assert generation.main(flags) == 0
+    (row,) = json.loads(path.read_text())["rows"]
+    assert row["median_ms"] > 0
+    assert 0 < row["error"] <= row["allowed"]
+    assert row["of_copy"] == pytest.approx(row["floor_ms"] / row["median_ms"])
+    assert "| 3 | " in capsys.readouterr().out
+    monkeypatch.setattr(generation, "check", lambda config, device: (2.0, 1.0))
+    assert generation.main(flags) == 1
+    assert json.loads(path.read_text())["rows"][0]["median_ms"] is None
+
+
+def test_generation_floor_and_full_caches() -> None:
+    """By hand: 7.11e9 weights without the embedding, and half a GiB of cache a text."""
+    with torch.device("meta"):
+        model = generation.make_model(generation.MISTRAL_7B, torch.device("meta"))
+    assert generation.floor_bytes(model, 0) == 2 * (7241732096 - 32000 * 4096)
+    assert generation.floor_bytes(model, 1) - generation.floor_bytes(model, 0) == 2**29 + 2 * 4096
+    small = generation.make_model(generation.SMOKE, CPU)
+    cache = generation.full_cache(small, 2, torch.bfloat16)
+    with torch.inference_mode():
+        small(generation.draw_ids(small, 2), cache=cache)
+    for layer in cache.layers:
+        assert sorted(layer.positions[0, :-1].tolist()) == list(range(1, 13))  # the first token has rolled out
