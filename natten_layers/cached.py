@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .functional import DTYPES, Impl, _check_additional, _check_like, _check_pair, _check_sink
+from .functional import DTYPES, Impl, _check_additional, _check_like, _check_pair, _check_sink, takes_fused
 from .kernels import decode_ops
 
 __all__ = ["cached_attention"]
@@ -112,23 +112,11 @@ def cached_attention(
     sink = _check_sink(sink, query)
     factor = query.shape[-1] ** -0.5 if scale is None else float(scale)
     arguments = (query, key, value, query_positions, key_positions, *registers, sink, window, factor)
-    if _takes_fused(impl, query, value, key, *registers, sink):
+    if takes_fused(impl, query, lambda: decode_ops.why_not(query, value, key, *registers, sink)):
         out, lse = decode_ops.decode(*arguments, with_lse=return_lse)
     else:
         out, lse = _eager(*arguments)
     return (out, lse) if return_lse else out
-
-
-def _takes_fused(impl: Impl, query: Tensor, value: Tensor, *others: Tensor | float | None) -> bool:
-    """The one dispatch. An explicit "fused" that cannot run is an error that says why."""
-    if impl not in ("auto", "fused", "eager"):
-        raise ValueError(f'impl must be "auto", "fused" or "eager", got {impl!r}')
-    if impl == "eager" or (impl == "auto" and query.device.type != "cuda"):
-        return False  # Triton's interpreter is for tests: only on request
-    reason = decode_ops.why_not(query, value, *others)
-    if reason is not None and impl == "fused":
-        raise RuntimeError(f'impl="fused" cannot run: {reason}; use impl="auto" or "eager"')
-    return reason is None
 
 
 def _check(

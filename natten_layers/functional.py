@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Literal, NamedTuple, TypeGuard, overload
@@ -65,6 +65,9 @@ class _Call:
             self.query, self.key, self.value, self.additional_keys, self.additional_values,
             self.sink, self.window, self.scale,
         )  # fmt: skip
+
+    def why_not_fused(self) -> str | None:
+        return ops.unsupported(self.query, self.value)
 
     def restore(self, out: Tensor) -> Tensor:
         """Give a result the caller's head axes back; ``out`` is ``[B, *spatial, Hq, ...]``."""
@@ -159,7 +162,7 @@ def neighborhood_attention(
     if return_lse:
         state = _run(call, impl)
         return call.restore(state.out), call.restore(state.lse)
-    if _takes_fused(call, impl):
+    if takes_fused(impl, call.query, call.why_not_fused):
         return call.restore(ops.attention(*call.arguments))
     return call.restore(_run(call, "eager").out)
 
@@ -225,19 +228,25 @@ def merge_attention(*states: tuple[Tensor, Tensor, Tensor]) -> AttentionState:
 
 
 def _run(call: _Call, impl: Impl) -> AttentionState:
-    run = ops.attention_state if _takes_fused(call, impl) else eager.attention_state
+    run = ops.attention_state if takes_fused(impl, call.query, call.why_not_fused) else eager.attention_state
     return AttentionState(*run(*call.arguments))
 
 
-def _takes_fused(call: _Call, impl: Impl) -> bool:
-    """The one dispatch. An explicit "fused" that cannot run is an error that says why."""
-    if impl == "eager":
-        return False
-    if impl not in ("auto", "fused"):
+def takes_fused(impl: Impl, query: Tensor, why_not: Callable[[], str | None]) -> bool:
+    """The one dispatch: whether ``impl`` on tensors like ``query`` means the fused kernels.
+
+    Args:
+        why_not: why they cannot run, or None; only asked where they would.
+
+    Raises:
+        ValueError: an unknown ``impl``.
+        RuntimeError: an explicit "fused" that cannot run, and why.
+    """
+    if impl not in ("auto", "fused", "eager"):
         raise ValueError(f'impl must be "auto", "fused" or "eager", got {impl!r}')
-    if impl == "auto" and call.query.device.type != "cuda":
+    if impl == "eager" or (impl == "auto" and query.device.type != "cuda"):
         return False  # Triton's interpreter is for tests: only on request
-    reason = ops.unsupported(call.query, call.value)
+    reason = why_not()
     if reason is not None and impl == "fused":
         raise RuntimeError(f'impl="fused" cannot run: {reason}; use impl="auto" or "eager"')
     return reason is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from helpers import error, raises_naming
 from torch import Tensor, nn
 
 from benchmarks import module
-from natten_layers.modules import AxialRoPE, NeighborhoodGQA, RoPE, make_axial_pos
+from natten_layers.modules import AxialRoPE, NeighborhoodGQA, RoPE, attention, make_axial_pos, query_key
 from natten_layers.modules.query_key import HeadNorm, normalize_and_rotate
 from natten_layers.modules.rope import Angles, angles_of
 
@@ -134,8 +135,13 @@ class Backwards(AxialRoPE):
 @pytest.mark.parametrize(
     "rope", [AxialRoPE(8, 4, num_kv_heads=2), Doubling(), Backwards(8, 4, num_kv_heads=2)], ids=str
 )
-def test_layers_keep_their_meaning(rope: nn.Module) -> None:
+def test_layers_keep_their_meaning(rope: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     """Any rope module is honoured: what is not known by its angles is called, after a fused normalisation."""
+
+    def fused_in_fp32(query: Tensor, *args: Any) -> tuple[Tensor, Tensor]:  # "auto" never means the interpreter
+        return normalize_and_rotate(query, *args, impl="fused" if query.dtype == torch.float32 else "eager")
+
+    monkeypatch.setattr(attention, "normalize_and_rotate", fused_in_fp32)
     torch.manual_seed(0)
     layer = NeighborhoodGQA(32, 4, 3, num_kv_heads=2, num_registers=2, qk_norm="cosine", rope=rope).to(DEVICE)
     x = torch.randn(2, 5, 6, 32, device=DEVICE)
@@ -145,6 +151,17 @@ def test_layers_keep_their_meaning(rope: nn.Module) -> None:
         grads[dtype] = [y, *torch.autograd.grad(y.square().sum(), list(layer.parameters()))]
     for fused, eager in zip(*grads.values(), strict=True):
         assert error(fused, eager) < 3e-6
+
+
+def test_auto_on_a_cpu_is_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for attention: Triton's interpreter is for tests that ask for it."""
+
+    def fail(*args: object) -> None:
+        raise AssertionError("the kernel was called")
+
+    monkeypatch.setattr(query_key.rotate_ops, "rotate", fail)
+    x = torch.randn(1, 4, 1, 8)
+    normalize_and_rotate(x, x, HeadNorm("cosine", None, None), None)
 
 
 def test_refuses_rather_than_falls_back() -> None:

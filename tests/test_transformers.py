@@ -6,6 +6,7 @@ Weights are drawn large enough that windows, padding and sinks each move the log
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -165,6 +166,12 @@ CACHES: dict[str, Callable[[Any], Any]] = {
 }
 
 
+def as_cache(function: Any, cache: object) -> dict[str, Any]:
+    """By the name that this release of transformers has for it."""
+    names = inspect.signature(getattr(function, "forward", function)).parameters
+    return {"cache" if "cache" in names else "past_key_values": cache}
+
+
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("family", ["mistral", "gpt_oss"])
 def test_chunks_through_a_cache_equal_one_pass(family: str, cache: str) -> None:
@@ -183,7 +190,7 @@ def test_chunks_through_a_cache_equal_one_pass(family: str, cache: str) -> None:
                 ids[:, start:end],
                 attention_mask=mask[:, :end],
                 position_ids=positions[:, start:end],
-                past_key_values=past,
+                **as_cache(model, past),
             )
             logits.append(out.logits)
             start = end
@@ -267,8 +274,8 @@ def test_the_paths_and_that_nothing_is_copied(monkeypatch: pytest.MonkeyPatch) -
         calls.clear()
     for cache in CACHES:
         past = CACHES[cache](model.config)
-        model(ids, past_key_values=past)
-        model(ids[:, :1], past_key_values=past)
+        model(ids, **as_cache(model, past))
+        model(ids[:, :1], **as_cache(model, past))
         assert calls == prefill + later, cache
         calls.clear()
 
@@ -305,13 +312,14 @@ def test_compiled_decoding_has_one_graph() -> None:
     step = torch.compile(model.forward, backend="eager", fullgraph=True)
     with torch.no_grad():
         expected = build(config, "eager")(ids, attention_mask=mask, use_cache=False).logits
-        model(ids[:, :11], attention_mask=mask[:, :11], past_key_values=past)
+        model(ids[:, :11], attention_mask=mask[:, :11], **as_cache(model, past))
         for i in range(11, 14):
-            options: dict[str, Any] = {"past_key_values": past, "position_ids": torch.tensor([[i]])}
+            positions = {"position_ids": torch.tensor([[i]])}
             made = create_masks_for_generate(
-                config=config, inputs_embeds=torch.empty(2, 1, 0), attention_mask=mask[:, : i + 1], **options
-            )
-            actual = step(ids[:, i : i + 1], attention_mask=made, **options).logits
+                config=config, inputs_embeds=torch.empty(2, 1, 0), attention_mask=mask[:, : i + 1], **positions,
+                **as_cache(create_masks_for_generate, past),
+            )  # fmt: skip
+            actual = step(ids[:, i : i + 1], attention_mask=made, **positions, **as_cache(model, past)).logits
             assert error(actual[:, 0], expected[:, i]) < TOLERANCE
 
 
@@ -372,7 +380,7 @@ def llama4() -> Any:
         (lambda: transformers.Gemma3TextConfig(**SMALL, use_bidirectional_attention=True), {}, "bidirectional window"),
         (FAMILIES["mistral"], {"position_ids": PACKED, "use_cache": False}, "packed"),
         (FAMILIES["mistral"], {"attention_mask": torch.ones(2, 1, 11, 11, dtype=torch.bool)}, "2-D padding mask"),
-        (FAMILIES["mistral"], {"cache": object()}, "paged"),
+        (FAMILIES["mistral"], {"block_table": object()}, "paged"),
         (FAMILIES["mistral"], {"output_attentions": True}, "attention weights"),
         (FAMILIES["mistral"], {"cu_seq_lens_q": torch.tensor([0, 22])}, "packed"),
     ],

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from ..functional import Impl
+from ..functional import Impl, takes_fused
 from ..kernels import ops, rotate_ops
 from .norm import cosine_normalize, rms_normalize
 from .rope import Angles
@@ -46,12 +46,8 @@ def normalize_and_rotate(
     """
     if norm is None and angles is None:
         return query, key
-    if impl != "eager":
-        reason = _unsupported(query, key, angles)
-        if reason is None:
-            return _fused(query, key, norm, angles)
-        if impl == "fused":
-            raise RuntimeError(f'impl="fused" cannot run: {reason}; use impl="auto" or "eager"')
+    if takes_fused(impl, query, lambda: _unsupported(query, key, angles)):
+        return _fused(query, key, norm, angles)
     if norm is not None:
         query, key = norm.apply(query, norm.query_gain), norm.apply(key, norm.key_gain)
     return (query, key) if angles is None else angles.turn(query, key)
