@@ -67,7 +67,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
         return split
 
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.attention", description=__doc__)
+    parser = runner.make_parser("attention", __doc__, budget_s=1.0, timed="each workload and mode")
     workloads = tuple(WORKLOADS)
     parser.add_argument("--workloads", type=names(workloads), default=list(workloads), help="names, comma-separated")
     parser.add_argument("--mode", choices=(*MODES, "both"), default="both")
@@ -75,14 +75,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--flex-order", type=names(FLEX_ORDERS), default=list(FLEX_ORDERS))
     parser.add_argument("--registers", type=int, default=0, help="also run with so many register tokens")
     parser.add_argument("--sink", choices=("zero", "learned"), help="also run with a sink")
-    parser.add_argument("--budget-s", type=float, default=1.0, help="seconds to time each workload and mode")
     parser.add_argument("--copy-rate", type=float, help="bytes/s, read plus written; measured by default")
     parser.add_argument("--matmul-rate", type=float, help="bf16 FLOP/s; measured by default")
     parser.add_argument("--host", action="store_true", help="also measure the host's time per call")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--commit", help="to record where there is no git checkout")
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes: a test of the benchmark, not of speed")
-    parser.add_argument("--out", type=Path, default=runner.RESULTS / "attention.json")
     args = parser.parse_args(argv)
     args.modes = list(MODES) if args.mode == "both" else [args.mode]
     return args

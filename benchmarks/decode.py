@@ -6,12 +6,10 @@ L2 cache, in turns with ``scaled_dot_product_attention`` over the same cache. Pr
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from math import ceil
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -182,12 +180,7 @@ def table(rows: list[Row]) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 1 if this library failed anywhere."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.decode", description=__doc__)
-    parser.add_argument("--budget-s", type=float, default=0.5, help="seconds to time each workload")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--commit", help="to record where there is no git checkout")
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes: a test of the benchmark, not of speed")
-    parser.add_argument("--out", type=Path, default=runner.RESULTS / "decode.json")
+    parser = runner.make_parser("decode", __doc__, budget_s=0.5, timed="each workload")
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     rates = {"copy": timing.copy_rate(device), "matmul": timing.matmul_rate(device)}

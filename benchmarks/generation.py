@@ -8,12 +8,10 @@ twice that of the eager path in bf16 gets no time.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -142,13 +140,8 @@ def table(rows: list[Row]) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 1 if a result was wrong."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.generation", description=__doc__)
+    parser = runner.make_parser("generation", __doc__, budget_s=2.0, timed="each batch size")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16, 64])
-    parser.add_argument("--budget-s", type=float, default=2.0, help="seconds to time each batch size")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--commit", help="to record where there is no git checkout")
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes: a test of the benchmark, not of speed")
-    parser.add_argument("--out", type=Path, default=runner.RESULTS / "generation.json")
     args = parser.parse_args(argv)
     device, config = torch.device(args.device), SMOKE if args.smoke else MISTRAL_7B
     rates = {"copy": timing.copy_rate(device), "matmul": timing.matmul_rate(device)}

@@ -7,12 +7,10 @@ counts the launches of each. A result whose error exceeds twice that of the step
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -150,13 +148,8 @@ def table(rows: list[Row]) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 1 if a result was wrong."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.module", description=__doc__)
+    parser = runner.make_parser("module", __doc__, budget_s=0.5, timed="each workload")
     parser.add_argument("--workloads", nargs="+", choices=NAMES, default=list(NAMES))
-    parser.add_argument("--budget-s", type=float, default=0.5, help="seconds to time each workload")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--commit", help="to record where there is no git checkout")
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes: a test of the benchmark, not of speed")
-    parser.add_argument("--out", type=Path, default=runner.RESULTS / "module.json")
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     rates = runner.Rates(timing.copy_rate(device), timing.matmul_rate(device))

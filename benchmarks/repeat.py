@@ -42,13 +42,8 @@ WORKLOADS = (
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 1 if a way failed anywhere."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.repeat", description=__doc__)
+    parser = runner.make_parser("repeat", __doc__, budget_s=0.5, timed="each window, group and mode")
     parser.add_argument("--mode", choices=(*MODES, "both"), default="both")
-    parser.add_argument("--budget-s", type=float, default=0.5, help="seconds to time each window, group and mode")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--commit", help="to record where there is no git checkout")
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes: a test of the benchmark, not of speed")
-    parser.add_argument("--out", type=Path, default=runner.RESULTS / "repeat.json")
     parser.add_argument("--report", type=Path, help="take this JSON of an earlier run and measure nothing")
     parser.add_argument("--page", type=Path, help="put the table between the marks of this markdown page")
     args = parser.parse_args(argv)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 from collections.abc import Callable, Iterable
@@ -19,7 +20,7 @@ from .check import Errors, Reference
 from .implementations import OURS, Implementation
 from .workloads import Inputs, Mode, Variant, Workload, add_variant, floor, make_inputs
 
-__all__ = ["RESULTS", "Rates", "Row", "heading", "run", "save"]
+__all__ = ["RESULTS", "Rates", "Row", "heading", "make_parser", "run", "save"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -169,6 +170,17 @@ def _free(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def make_parser(name: str, description: str | None, *, budget_s: float, timed: str) -> argparse.ArgumentParser:
+    """The flags that all benchmarks have; ``timed`` says what the budget is for."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
+    parser.add_argument("--budget-s", type=float, default=budget_s, help=f"seconds to time {timed}")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--commit", help="to record where there is no git checkout")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes: a test of the benchmark, not of speed")
+    parser.add_argument("--out", type=Path, default=RESULTS / f"{name}.json")
+    return parser
 
 
 def save(report: dict[str, Any], path: Path) -> None:

@@ -9,12 +9,10 @@ twice the error of the eager path in its precision gets no time.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -179,14 +177,9 @@ def table(rows: list[Row]) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 1 if this library failed anywhere."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__)
+    parser = runner.make_parser("step", __doc__, budget_s=3.0, timed="each model")
     parser.add_argument("--models", nargs="+", choices=("hdit-flowers", "mistral-block"), help="default: both")
     parser.add_argument("--compile", choices=("yes", "no", "both"), default="both")
-    parser.add_argument("--budget-s", type=float, default=3.0, help="seconds to time each model")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--commit", help="to record where there is no git checkout")
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes: a test of the benchmark, not of speed")
-    parser.add_argument("--out", type=Path, default=runner.RESULTS / "step.json")
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     rates = {"copy": timing.copy_rate(device), "matmul": timing.matmul_rate(device)}
