@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -442,3 +446,34 @@ def test_explicit_eager_never_runs_fused(monkeypatch: pytest.MonkeyPatch):
     attention_state(*blank(), 3, impl="eager")
     with raises_naming("fused", error=AssertionError):
         neighborhood_attention(*blank(), 3, impl="fused")
+
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None  # as on macOS and Windows
+import torch
+import natten_layers as nl
+rope = nl.AxialRoPE(8, 2, num_kv_heads=1)
+layer = nl.NeighborhoodGQA(16, 2, 3, num_kv_heads=1, num_registers=1, sink="zero", qk_norm="rms", rope=rope)
+x = torch.randn(1, 4, 5, 16, requires_grad=True)
+layer(x).sum().backward()
+q = torch.randn(1, 2, 1, 8)
+positions = torch.arange(2)[None]
+nl.cached_attention(q, q, q, positions, positions)
+for call in (lambda: nl.neighborhood_attention(q, q, q, 1, impl="fused"),
+             lambda: nl.cached_attention(q, q, q, positions, positions, impl="fused")):
+    try:
+        call()
+    except RuntimeError as error:
+        assert "Triton is not installed" in str(error), error
+    else:
+        raise AssertionError("fused without Triton")
+assert not [name for name in sys.modules if name.startswith("triton.")]
+"""
+
+
+def test_everything_runs_without_triton() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-W", "error", "-c", WITHOUT_TRITON]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
