@@ -24,7 +24,7 @@ from torch import Tensor
 from .functional import neighborhood_attention
 from .kernels.configs import Kind, Launch, ProblemClass, best_boxes, boxes, rule
 from .kernels.launches import cache_file, override, write_tuned
-from .kernels.problem import device_name, three_axes
+from .kernels.problem import device_traits, three_axes
 
 __all__ = ["Found", "main", "neighbors", "search", "tune"]
 
@@ -236,7 +236,7 @@ def _problem_class(args: argparse.Namespace, query: Tensor, kv_heads: int) -> Pr
     dilation, kernel_size = (_spread(v, len(args.tokens)) for v in (args.dilation, args.kernel_size))
     classes = [math.ceil(n / d) for n, d in zip(args.tokens, dilation, strict=True)]
     return ProblemClass(
-        device_name(query.device), three_axes(classes, 1), three_axes(kernel_size, 1), args.heads // kv_heads,
+        *device_traits(query.device), three_axes(classes, 1), three_axes(kernel_size, 1), args.heads // kv_heads,
         args.head_dim, args.head_dim, query.element_size(),
     )  # fmt: skip
 

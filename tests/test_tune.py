@@ -16,7 +16,7 @@ from torch import Tensor
 from natten_layers import neighborhood_attention, tune
 from natten_layers.kernels import launches
 from natten_layers.kernels.configs import Kind, Launch, ProblemClass, rule
-from natten_layers.kernels.problem import device_name
+from natten_layers.kernels.problem import device_traits
 
 pytest.importorskip("triton")
 
@@ -24,7 +24,7 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 pytestmark = [pytest.mark.gpu] if ON_GPU else []
 
-PROBLEM = ProblemClass("some GPU", (1, 64, 64), (1, 7, 7), 4, 64, 64, 2)
+PROBLEM = ProblemClass("some GPU", 227 * 1024, (1, 64, 64), (1, 7, 7), 4, 64, 64, 2)
 SMALL = Case("small", (9, 11), 3, heads=4, kv_heads=2, head_dim=16, value_dim=16)
 FLAGS = f"9x11 --kernel-size 3 --heads 4 --kv-heads 2 --head-dim 16 --dtype fp32 --device {DEVICE}".split()
 
@@ -108,8 +108,8 @@ def test_calls_use_what_was_found(cache: Path, capsys: pytest.CaptureFixture[str
     printed = capsys.readouterr().out
     assert "forward: 2.00x with tile" in printed
     assert f"written to {cache}" in printed
-    name = device_name(torch.empty(0, device=DEVICE).device)
-    problem = ProblemClass(name, (1, 9, 11), (1, 3, 3), 2, 16, 16, 4)
+    traits = device_traits(torch.empty(0, device=DEVICE).device)
+    problem = ProblemClass(*traits, (1, 9, 11), (1, 3, 3), 2, 16, 16, 4)
     by_rule = rule("forward", problem)
     found = launches.launch_for("forward", problem)
     assert found == next(tune.neighbors("forward", problem, by_rule))

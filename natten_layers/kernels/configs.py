@@ -80,6 +80,8 @@ class ProblemClass(NamedTuple):
 
     device: str
     """its name"""
+    shared_memory: int
+    """bytes that a program can have on it"""
     lengths: Box
     """tokens of a residue class, the longest one"""
     kernel: Box
@@ -92,21 +94,42 @@ class ProblemClass(NamedTuple):
 
 def rule(kind: Kind, problem: ProblemClass, pack: int | None = None) -> Launch:
     """What serves any problem, with ``pack`` heads a program if given."""
-    width = max(padded_head_dim(problem.head_dim), padded_head_dim(problem.value_dim)) * max(
-        problem.element_size // 2, 1
-    )
+    columns = max(padded_head_dim(problem.head_dim), padded_head_dim(problem.value_dim))
+    width = columns * max(problem.element_size // 2, 1)
     group = 1 if kind == "backward_key" else problem.group
-    return _rule(kind, problem.lengths, problem.kernel, group, width, pack)
+    return _rule(kind, problem.lengths, problem.kernel, group, width, pack, problem.shared_memory)
+
+
+def shared_memory(kind: Kind, rows: int, keys: int, stages: int, width: int) -> int:
+    """Bytes of shared memory that a program takes at most: two tensors' chunks a stage, and its own tile.
+
+    ``width`` is the padded head dim in units of two bytes. Read off compiled kernels; scratch is under 1 KiB.
+    """
+    tile = rows * width * (2 if kind == "forward" else 4)  # one tensor, or two
+    return stages * keys * width * 4 + tile + 1024
+
+
+def fit(kind: Kind, rows: int, keys: int, stages: int, width: int, limit: int) -> tuple[int, int, int]:
+    """``rows``, ``keys`` and ``stages`` that fit into ``limit`` bytes: fewer stages first, then smaller tiles."""
+    while shared_memory(kind, rows, keys, stages, width) > limit and (stages, keys, rows) != (1, 16, 16):
+        if stages > 2 or (keys == rows == 16):
+            stages -= 1
+        elif keys >= rows or rows == 16:
+            keys //= 2
+        else:
+            rows //= 2
+    return rows, keys, stages
 
 
 LARGE_WINDOW = 512  # keys; from here on matrix products bound the kernels, below it instructions and L2 do
 
 
 @lru_cache(maxsize=1024)
-def _rule(kind: Kind, lengths: Box, kernel: Box, group: int, width: int, pack: int | None) -> Launch:
+def _rule(kind: Kind, lengths: Box, kernel: Box, group: int, width: int, pack: int | None, limit: int) -> Launch:
     """Tiles from the problem's shape; ``width`` is the padded head dim in units of two bytes.
 
-    Measured on an H200 at head dims 64 and 128 in bf16 (``benchmarks/results``); wider heads take what fits.
+    Measured on an H200 at head dims 64 and 128 in bf16 (``benchmarks/results``); wider heads, and devices with less
+    shared memory than its ``limit``, take what fits.
     """
     if width > 128:
         rows, keys, warps, stages, registers = (32, 16, 4, 2, None) if kind == "backward_key" else (64, 32, 4, 2, None)
@@ -128,7 +151,8 @@ def _rule(kind: Kind, lengths: Box, kernel: Box, group: int, width: int, pack: i
         }[kind]
         if width > 64:
             registers = None
-    pack = pack or packed_heads(group, rows)
+    rows, keys, stages = fit(kind, rows, keys, stages, width, limit)
+    pack = min(pack or packed_heads(group, rows), rows)
     tile, chunk = best_boxes(rows // pack, keys, lengths, kernel)
     # A branch around the mask pays where many chunks lie inside every window: large windows, and long rows.
     skip_mask = prod(kernel) >= LARGE_WINDOW or kernel[2] >= 4 * chunk[2]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Sequence
+from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -38,12 +39,32 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@lru_cache
+def _compiler_gap(device: torch.device) -> str | None:
+    import triton
+
+    return compiler_gap(torch.cuda.get_device_capability(device), triton.__version__)
+
+
+def compiler_gap(capability: tuple[int, int], version: str) -> str | None:
+    """Why this release of Triton cannot compile the kernels for a device, or None if it can."""
+    release = tuple(int(part) for part in version.split(".")[:2])
+    if capability[0] == 10 and release < (3, 8):  # its compiler crashes while it lays out tensor memory
+        return f"Triton {version} cannot compile it for compute capability {capability[0]}.{capability[1]}; 3.8 can"
+    return None
+
+
 def unsupported(query: Tensor, value: Tensor) -> str | None:
     """Why the fused kernels cannot run on these tensors, or None if they can."""
     if query.device.type != "cuda" and not _interpreted():
         return f"the tensors are on {query.device}, the kernels run on CUDA devices"
     if not HAS_TRITON:
         return "Triton is not installed"
+    # A compiled graph takes what it finds: nothing here may ask for the device while it is traced.
+    if query.device.type == "cuda" and not torch.compiler.is_compiling():
+        gap = _compiler_gap(query.device)
+        if gap is not None:
+            return gap
     if query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"dtype {query.dtype} is not one of float16, bfloat16, float32"
     if query.dtype == torch.bfloat16 and _interpreted():

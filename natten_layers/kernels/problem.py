@@ -33,10 +33,17 @@ def register_strides(tensor: Tensor | None) -> tuple[int, int, int]:
     return (tensor.stride(0), tensor.stride(1), tensor.stride(2)) if tensor is not None else (0, 0, 0)
 
 
+SHARED_MEMORY = 227 * 1024
+"""of an H100 or H200: where a device does not tell"""
+
+
 @lru_cache
-def device_name(device: torch.device) -> str:
-    """As tuned launches know it."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+def device_traits(device: torch.device) -> tuple[str, int]:
+    """Its name, and the bytes of shared memory that a program can have on it."""
+    if device.type != "cuda":
+        return device.type, SHARED_MEMORY  # Triton's interpreter has no limit
+    properties = torch.cuda.get_device_properties(device)
+    return properties.name, getattr(properties, "shared_memory_per_block_optin", SHARED_MEMORY)
 
 
 @dataclass(frozen=True)
@@ -97,7 +104,7 @@ class Problem:
         """What the choice of tiles depends on."""
         t, h, w = (ceil(n / d) for n, d in zip(self.lengths, self.dilation, strict=True))
         return ProblemClass(
-            device_name(self.query.device), (t, h, w), self.kernel_size, self.group,
+            *device_traits(self.query.device), (t, h, w), self.kernel_size, self.group,
             self.query.shape[-1], self.value.shape[-1], self.query.element_size(),
         )  # fmt: skip
 

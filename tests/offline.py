@@ -1,0 +1,96 @@
+"""Compile the kernels for a GPU that is not there, as calls on it would: ``python tests/offline.py 90``.
+
+A driver that loads and launches nothing takes the place of CUDA's, so everything before the launch is real: the choice
+of tiles, Triton's argument handling, compilation to machine code, and the check that shared memory suffices.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from natten_layers import cached_attention, neighborhood_attention
+from natten_layers.kernels import decode_ops, ops, problem
+from natten_layers.modules import AxialRoPE
+from natten_layers.modules.query_key import HeadNorm, normalize_and_rotate
+from natten_layers.modules.rope import angles_of
+
+SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+"""bytes that a program can have, by compute capability"""
+
+
+class Utils:
+    def __init__(self, shared_memory: int) -> None:
+        self.shared_memory = shared_memory
+        self.loaded: list[str] = []
+
+    def load_binary(self, name: str, *_: object) -> tuple[int, ...]:
+        self.loaded.append(name)
+        return 1, 1, 0, 0, 1024  # module, function, registers, spills, most threads
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        names = ("max_num_regs", "multiprocessor_count", "sm_clock_rate", "mem_clock_rate", "mem_bus_width")
+        return {**dict.fromkeys(names, 1), "max_shared_mem": self.shared_memory, "warpSize": 32}
+
+
+class Driver:
+    def __init__(self, capability: int) -> None:
+        self.target, self.utils = GPUTarget("cuda", capability, 32), Utils(SHARED_MEMORY[capability])
+        self.launcher_cls = lambda source, metadata: lambda *arguments: None
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def map_python_to_cpp_type(self, kind: str) -> str:
+        return "int"
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.bfloat16, requires_grad=True)
+
+
+def attend(spatial: tuple[int, ...], kernel_size: int, heads: int, dim: int, *, extras: bool, **options: Any) -> None:
+    q, k, v = (draw(1, *spatial, h, dim) for h in (heads, 2, 2))
+    inputs = [q, k, v]
+    if extras:
+        inputs += [draw(1, 5, 2, dim), torch.zeros(heads, requires_grad=True)]
+        options |= {"additional_keys": inputs[3], "additional_values": inputs[3], "sink": inputs[4]}
+    out = neighborhood_attention(q, k, v, kernel_size, **options, impl="fused")
+    torch.autograd.grad(out.float().sum(), inputs)
+
+
+def main(capability: int) -> None:
+    stub = Driver(capability)
+    driver.set_active(stub)  # pyright: ignore[reportArgumentType]
+    for module in (ops, decode_ops):
+        setattr(module, "unsupported", lambda query, value: None)  # noqa: B010
+    problem.device_traits = lambda device: ("stub", SHARED_MEMORY[capability])
+    attend((32, 32), 7, 8, 64, extras=True)
+    attend((12, 12, 20), 5, 2, 40, extras=False, dilation=2, stride=3)
+    attend((2048,), 1024, 8, 128, extras=False, is_causal=True)
+    with torch.no_grad():
+        cache, positions = draw(2, 4096, 2, 64), torch.arange(4096)[None]
+        cached_attention(draw(2, 1, 8, 64), cache, cache, positions[:, -1:], positions, window=4096, impl="fused")
+    q, k, gain = draw(1, 16, 16, 4, 64), draw(1, 16, 16, 2, 64), torch.ones(4, requires_grad=True)
+    angles = angles_of(AxialRoPE(64, 4, num_kv_heads=2), q, k, None)
+    turned = normalize_and_rotate(q, k, HeadNorm("cosine", gain, None), angles, impl="fused")
+    torch.autograd.grad([t.float().sum() for t in turned], [q, k, gain])
+    print(" ".join(stub.utils.loaded))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

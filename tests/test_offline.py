@@ -1,0 +1,61 @@
+"""The kernels compile for GPUs that are not there: what the interpreter cannot tell."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from natten_layers.kernels.configs import fit, shared_memory
+from natten_layers.kernels.ops import compiler_gap
+
+triton = pytest.importorskip("triton")
+
+KERNELS = (
+    "forward_kernel",
+    "backward_query_kernel",
+    "backward_key_kernel",
+    "backward_register_kernel",
+    "decode_kernel",
+    "merge_kernel",
+    "rotate_kernel",
+    "rotate_backward_kernel",
+)
+
+
+@pytest.mark.parametrize("capability", [80, 86, 90, 100])
+def test_kernels_compile(capability: int, tmp_path: Path) -> None:
+    if (reason := compiler_gap((capability // 10, capability % 10), triton.__version__)) is not None:
+        pytest.skip(reason)
+    script = Path(__file__).with_name("offline.py")
+    environment = {**os.environ, "PYTHONPATH": str(script.parents[1]), "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, str(script), str(capability)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    compiled = done.stdout.split()
+    assert set(compiled) == set(KERNELS)
+    assert compiled.count("forward_kernel") == 3
+
+
+def test_blackwell_needs_a_triton_that_compiles_for_it() -> None:
+    assert "3.8 can" in (compiler_gap((10, 0), "3.7.1") or "")
+    assert compiler_gap((10, 3), "3.6.0") is not None
+    assert [compiler_gap(c, v) for c, v in (((10, 0), "3.8.0"), ((9, 0), "3.6.0"), ((12, 0), "3.7.1+git1"))] == [
+        None
+    ] * 3
+
+
+@pytest.mark.parametrize("limit", [64 * 1024, 99 * 1024, 163 * 1024, 227 * 1024])
+@pytest.mark.parametrize("width", [64, 128, 256, 512])
+def test_tiles_fit_into_shared_memory(limit: int, width: int) -> None:
+    rows, keys, stages = fit("backward_query", 128, 128, 3, width, limit)
+    assert rows >= 16
+    assert keys >= 16
+    assert stages >= 1
+    least = shared_memory("backward_query", 16, 16, 1, width)
+    assert shared_memory("backward_query", rows, keys, stages, width) <= max(limit, least)
+    assert fit("backward_query", rows, keys, stages, width, limit) == (rows, keys, stages)
+    assert fit("forward", 64, 64, 3, 64, 227 * 1024) == (64, 64, 3)  # nothing changes where there is room
