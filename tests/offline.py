@@ -82,6 +82,7 @@ def main(capability: int) -> None:
     attend((32, 32), 7, 8, 64, extras=True)
     attend((12, 12, 20), 5, 2, 40, extras=False, dilation=2, stride=3)
     attend((2048,), 1024, 8, 128, extras=False, is_causal=True)
+    attend((32, 32), 7, 4, 256, extras=True)
     with torch.no_grad():
         cache, positions = draw(2, 4096, 2, 64), torch.arange(4096)[None]
         cached_attention(draw(2, 1, 8, 64), cache, cache, positions[:, -1:], positions, window=4096, impl="fused")

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .configs import register_rows
 from .forward import query_tile
 from .launches import launch_for
 from .primitives import (
@@ -305,7 +306,7 @@ def _backward_registers(p: Problem, grad_out: Tensor, delta: Tensor, lse: Tensor
     assert p.additional_values is not None
     batch, registers, kv_heads, _ = p.additional_keys.shape
     tokens = prod(p.lengths)
-    block = 64 if p.query.element_size() == 2 else 16
+    block = register_rows(p.problem_class(), p.register_tile)
     # Enough programs to fill a large GPU, each with several blocks of rows. Shapes alone decide, so sums stay the same.
     slices = max(1, min(ceil(512 / (batch * kv_heads)), tokens * p.group // (4 * block)))
     partial_keys, partial_values = (

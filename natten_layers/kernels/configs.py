@@ -94,10 +94,24 @@ class ProblemClass(NamedTuple):
 
 def rule(kind: Kind, problem: ProblemClass, pack: int | None = None) -> Launch:
     """What serves any problem, with ``pack`` heads a program if given."""
-    columns = max(padded_head_dim(problem.head_dim), padded_head_dim(problem.value_dim))
-    width = columns * max(problem.element_size // 2, 1)
     group = 1 if kind == "backward_key" else problem.group
-    return _rule(kind, problem.lengths, problem.kernel, group, width, pack, problem.shared_memory)
+    return _rule(kind, problem.lengths, problem.kernel, group, padded_width(problem), pack, problem.shared_memory)
+
+
+def padded_width(problem: ProblemClass) -> int:
+    """The wider padded head dim in units of two bytes."""
+    columns = max(padded_head_dim(problem.head_dim), padded_head_dim(problem.value_dim))
+    return columns * max(problem.element_size // 2, 1)
+
+
+def register_rows(problem: ProblemClass, registers: int) -> int:
+    """Queries that the kernel of ``registers`` registers' gradients takes at a time."""
+    rows = 64 if problem.element_size == 2 else 16
+    while (
+        rows > 16 and shared_memory("backward_key", registers, rows, 2, padded_width(problem)) > problem.shared_memory
+    ):
+        rows //= 2
+    return rows
 
 
 def shared_memory(kind: Kind, rows: int, keys: int, stages: int, width: int) -> int:
