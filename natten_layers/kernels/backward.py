@@ -273,7 +273,7 @@ def backward(
         torch.empty_like(x, memory_format=torch.contiguous_format) for x in (p.query, p.key, p.value)
     )
     delta, lse = torch.empty_like(row_max), torch.empty_like(row_max)
-    launch = launch_for("backward_query", p.problem_class())
+    launch = launch_for("backward_query", p.problem_class)
     geometry = (p.lengths, p.kernel_size, p.stride, p.dilation)
     constants = p.constants()
     backward_query_kernel[(p.programs(launch),)](
@@ -286,7 +286,7 @@ def backward(
         STAGES=launch.stages, num_warps=launch.num_warps, maxnreg=launch.max_registers,
     )  # fmt: skip
     constants.pop("BR")
-    launch = launch_for("backward_key", p.problem_class())
+    launch = launch_for("backward_key", p.problem_class)
     tiles = p.tiles(launch.tile)
     backward_key_kernel[(p.query.shape[0] * prod(tiles) * p.kv_heads,)](
         p.query, p.key, p.value, grad_out, delta, lse, grad_key, grad_value,
@@ -306,7 +306,7 @@ def _backward_registers(p: Problem, grad_out: Tensor, delta: Tensor, lse: Tensor
     assert p.additional_values is not None
     batch, registers, kv_heads, _ = p.additional_keys.shape
     tokens = prod(p.lengths)
-    block = register_rows(p.problem_class(), p.register_tile)
+    block = register_rows(p.problem_class, p.register_tile)
     # Enough programs to fill a large GPU, each with several blocks of rows. Shapes alone decide, so sums stay the same.
     slices = max(1, min(ceil(512 / (batch * kv_heads)), tokens * p.group // (4 * block)))
     partial_keys, partial_values = (

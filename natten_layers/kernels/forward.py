@@ -201,7 +201,7 @@ def forward(problem: Problem, with_state: bool) -> tuple[Tensor, Tensor | None, 
     row_max = row_sum = None
     if with_state:
         row_max, row_sum = (out.new_empty(out.shape[:-1], dtype=torch.float32) for _ in range(2))
-    launch = launch_for("forward", p.problem_class())
+    launch = launch_for("forward", p.problem_class)
     tiles = p.tiles(launch.tile)
     forward_kernel[(p.programs(launch),)](
         p.query, p.key, p.value, out, row_max, row_sum, p.additional_keys, p.additional_values, p.sink,

@@ -100,6 +100,7 @@ class Problem:
     def sink_kind(self) -> str:
         return "tensor" if self.sink is not None else "none" if self.sink_value is None else "value"
 
+    @cached_property
     def problem_class(self) -> ProblemClass:
         """What the choice of tiles depends on."""
         t, h, w = (ceil(n / d) for n, d in zip(self.lengths, self.dilation, strict=True))
