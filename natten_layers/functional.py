@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
 from numbers import Real
 from typing import Literal, NamedTuple, TypeGuard, overload
 
@@ -20,6 +19,7 @@ __all__ = ["AttentionState", "attention_state", "merge_attention", "neighborhood
 Impl = Literal["auto", "fused", "eager"]
 Axes = int | Sequence[int]
 
+_Tensors = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 _Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | float | None, Window, float]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -44,8 +44,7 @@ class AttentionState(NamedTuple):
         return self.row_max + self.row_sum.log()
 
 
-@dataclass(frozen=True)
-class _Call:
+class _Call(NamedTuple):
     """Validated, canonical arguments: heads last, KV heads unrepeated, one entry per axis."""
 
     query: Tensor  # [B, *spatial, Hq, D]
@@ -61,10 +60,7 @@ class _Call:
     @property
     def arguments(self) -> _Arguments:
         """What both implementations take, in their order."""
-        return (
-            self.query, self.key, self.value, self.additional_keys, self.additional_values,
-            self.sink, self.window, self.scale,
-        )  # fmt: skip
+        return self[:8]
 
     def why_not_fused(self) -> str | None:
         return ops.unsupported(self.query, self.value)
@@ -265,38 +261,122 @@ def _prepare(
     additional_values: Tensor | None,
     sink: float | Tensor | None,
 ) -> _Call:
-    """Check every user argument and bring them into the one form that the implementations take."""
+    """Check every user argument and bring them into the one form that the implementations take.
+
+    What shapes, strides, dtypes, devices and axes decide is checked on the first call that has them.
+    """
+    tensors = query, key, value, additional_keys, additional_values
+    axes = kernel_size, stride, dilation, is_causal
+    signature, window = (None, None) if torch.compiler.is_compiling() else _recall(tensors, axes)
+    rank = _check_user_form(*tensors, *axes) if window is None else window.rank
+    head_shape = query.shape[rank + 1 : -1]
+    query, key, value, additional_keys, additional_values = _canonical_heads(*tensors, head_shape)
+    if window is None:
+        window = _check_canonical_form(query, key, value, additional_keys, additional_values, *axes)
+        _accept(signature, window)
+    if scale is None:
+        scale = query.shape[-1] ** -0.5
+    if not _is_finite_number(scale):
+        raise ValueError(f"scale must be a finite number, got {scale!r}; multiply a learned scale into the query")
+    registers = _expand_registers(additional_keys, additional_values, query.shape[0])
+    return _Call(query, key, value, *registers, _check_sink(sink, query), window, float(scale), head_shape)
+
+
+_accepted: dict[Hashable, Window] = {}
+"""by the signatures of calls that passed the checks"""
+MAX_ACCEPTED = 1024
+
+
+def _accept(signature: Hashable, window: Window) -> None:
+    if signature is not None:
+        if len(_accepted) >= MAX_ACCEPTED:
+            _accepted.clear()
+        _accepted[signature] = window
+
+
+def _recall(tensors: Sequence[object], axes: Sequence[object]) -> tuple[Hashable, Window | None]:
+    """What the checks look at, and the window if they have passed.
+
+    The former is None where it has something that cannot be hashed, such as a list or a symbolic size.
+    """
+    layouts: list[Hashable] = []
+    for tensor in tensors:
+        if isinstance(tensor, Tensor):
+            layouts.append((tensor.shape, tensor.stride(), tensor.dtype, tensor.device))
+        elif tensor is None:
+            layouts.append(None)
+        else:
+            return None, None
+    # Equal is not enough: True == 1, but one is no kernel size and the other does not say what is causal.
+    types = [tuple(map(type, axis)) if isinstance(axis, tuple) else type(axis) for axis in axes]
+    signature = (*layouts, *axes, *types)
+    try:
+        return signature, _accepted.get(signature)
+    except TypeError:
+        return None, None
+
+
+def _check_user_form(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    kernel_size: Axes,
+    stride: Axes,
+    dilation: Axes,
+    is_causal: bool | Sequence[bool],
+) -> int:
+    """Check arguments as the user has them up to the head axes; returns the number of spatial axes."""
     _check_tensors(query=query, key=key, value=value)
     _check_pair(additional_keys, additional_values)
     rank = _spatial_rank(query, kernel_size=kernel_size, stride=stride, dilation=dilation, is_causal=is_causal)
     _check_qkv(query, key, value, rank)
     head_shape = query.shape[rank + 1 : -1]
-    if len(head_shape) == 2:
-        for name, tensor in (("key", key), ("value", value)):
-            if tensor.shape[-3] != head_shape[0] or tensor.shape[-2] not in (1, head_shape[1]):
-                raise ValueError(
-                    f"{name} has head axes {tuple(tensor.shape[-3:-1])}; "
-                    f"expected {tuple(head_shape)} as query [B, *spatial, Hkv, G, D] has with {rank} spatial axes, "
-                    "or G = 1"
-                )
-        query = query.flatten(-3, -2)
-        key, value, additional_keys, additional_values = _collapse_group(
-            key, value, additional_keys, additional_values, head_shape[1]
-        )
-    else:
-        key, value, additional_keys, additional_values = _collapse_heads(key, value, additional_keys, additional_values)
+    for name, tensor in (("key", key), ("value", value)) if len(head_shape) == 2 else ():
+        if tensor.shape[-3] != head_shape[0] or tensor.shape[-2] not in (1, head_shape[1]):
+            raise ValueError(
+                f"{name} has head axes {tuple(tensor.shape[-3:-1])}; "
+                f"expected {tuple(head_shape)} as query [B, *spatial, Hkv, G, D] has with {rank} spatial axes, "
+                "or G = 1"
+            )
+    return rank
+
+
+def _canonical_heads(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    head_shape: torch.Size,
+) -> _Tensors:
+    """One axis of heads, KV heads unrepeated."""
+    if len(head_shape) == 1:
+        return query, *_collapse_heads(key, value, additional_keys, additional_values)
+    return query.flatten(-3, -2), *_collapse_group(key, value, additional_keys, additional_values, head_shape[1])
+
+
+def _check_canonical_form(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    kernel_size: Axes,
+    stride: Axes,
+    dilation: Axes,
+    is_causal: bool | Sequence[bool],
+) -> Window:
+    """Check what is left to check once there is one axis of heads."""
     heads, kv_heads = query.shape[-2], key.shape[-2]
     if kv_heads == 0 or heads % kv_heads or key.shape[-2] != value.shape[-2]:
         raise ValueError(
             f"query heads must be a multiple of KV heads: query has {heads}, key {kv_heads}, value {value.shape[-2]}"
         )
     window = make_window(query.shape[1:-2], kernel_size, stride, dilation, is_causal)
-    additional = _check_additional(additional_keys, additional_values, query, key, value)
-    if scale is None:
-        scale = query.shape[-1] ** -0.5
-    if not _is_finite_number(scale):
-        raise ValueError(f"scale must be a finite number, got {scale!r}; multiply a learned scale into the query")
-    return _Call(query, key, value, *additional, _check_sink(sink, query), window, float(scale), head_shape)
+    _check_additional(additional_keys, additional_values, query, key, value)
+    return window
 
 
 def _check_tensors(**arguments: object) -> None:
@@ -359,16 +439,19 @@ def _collapse_heads(
     key: Tensor, value: Tensor, additional_keys: Tensor | None, additional_values: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """One KV head expanded with stride 0 (MQA) becomes that head, unless registers differ from head to head."""
+    registers = additional_keys, additional_values
+    if key.shape[-2] != value.shape[-2] or not all(map(_is_one_head, (key, value, *registers))):
+        return key, value, *registers
+    register_keys, register_values = (None if t is None else _first_head(t) for t in registers)
+    return _first_head(key), _first_head(value), register_keys, register_values
 
-    def is_one_head(t: Tensor | None) -> bool:
-        return t is None or (t.ndim > 1 and (t.shape[-2] == 1 or t.stride(-2) == 0))
 
-    def first_head(t: Tensor | None) -> Tensor | None:
-        return None if t is None else t[..., :1, :]
+def _is_one_head(tensor: Tensor | None) -> bool:
+    return tensor is None or (tensor.ndim > 1 and (tensor.shape[-2] == 1 or tensor.stride(-2) == 0))
 
-    if key.shape[-2] != value.shape[-2] or not all(map(is_one_head, (key, value, additional_keys, additional_values))):
-        return key, value, additional_keys, additional_values
-    return key[..., :1, :], value[..., :1, :], first_head(additional_keys), first_head(additional_values)
+
+def _first_head(tensor: Tensor) -> Tensor:
+    return tensor if tensor.shape[-2] == 1 else tensor[..., :1, :]
 
 
 def _collapse_group(
@@ -380,13 +463,10 @@ def _collapse_group(
     """
     kv_heads = key.shape[-3]
 
-    def is_one_head(t: Tensor) -> bool:
-        return t.shape[-2] == 1 or t.stride(-2) == 0
-
     def has_heads(t: Tensor | None, heads: int) -> bool:
         return t is not None and t.ndim == 4 and t.shape[-2] == heads
 
-    if all(map(is_one_head, (key, value))) and (group == 1 or not has_heads(additional_keys, kv_heads * group)):
+    if all(map(_is_one_head, (key, value))) and (group == 1 or not has_heads(additional_keys, kv_heads * group)):
         return key.select(-2, 0), value.select(-2, 0), additional_keys, additional_values
     register_keys, register_values = (
         t.repeat_interleave(group, -2) if t is not None and has_heads(t, kv_heads) else t
@@ -411,7 +491,12 @@ def _check_additional(
             )
     if keys.shape[1] != values.shape[1]:
         raise ValueError(f"additional_keys has {keys.shape[1]} registers, but additional_values {values.shape[1]}")
-    if keys.shape[1] == 0:
+    return _expand_registers(keys, values, batch)
+
+
+def _expand_registers(keys: Tensor | None, values: Tensor | None, batch: int) -> tuple[Tensor | None, Tensor | None]:
+    """A set for each image, or None if there are none."""
+    if keys is None or values is None or keys.shape[1] == 0:
         return None, None
     return keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1)
 
@@ -435,4 +520,6 @@ def _check_sink(sink: float | Tensor | None, query: Tensor) -> Tensor | float | 
 
 def _is_finite_number(value: object) -> TypeGuard[float]:
     """Compared rather than asked ``math.isfinite``, which cannot be traced for a number that a graph takes as input."""
+    if isinstance(value, float):  # asked first: an abstract class takes its time
+        return -math.inf < value < math.inf
     return isinstance(value, Real) and not isinstance(value, bool) and -math.inf < float(value) < math.inf

@@ -32,9 +32,9 @@ FLAGS = f"9x11 --kernel-size 3 --heads 4 --kv-heads 2 --head-dim 16 --dtype fp32
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("NATTEN_LAYERS_CACHE", str(tmp_path / "cache"))
-    launches._tuned.cache_clear()
+    launches.forget()
     yield launches.cache_file()
-    launches._tuned.cache_clear()
+    launches.forget()
 
 
 @pytest.mark.parametrize("kind", ["forward", "backward_query", "backward_key"])

@@ -10,6 +10,7 @@ over a slice of the tokens, and the slices are added in order.
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false
 
 from math import ceil, prod
+from typing import NamedTuple
 
 import torch
 import triton
@@ -18,7 +19,8 @@ from torch import Tensor
 
 from .configs import register_rows
 from .forward import query_tile
-from .launches import launch_for
+from .launcher import Launcher, launcher
+from .launches import launch_for, remembered
 from .primitives import (
     LOG2E,
     contiguous_row,
@@ -44,7 +46,7 @@ from .primitives import (
     unravel,
     windows_of,
 )
-from .problem import Problem, register_strides, strides
+from .problem import Inputs, Layout, Problem, layout, strides
 
 
 @triton.jit
@@ -261,67 +263,98 @@ def backward_register_kernel(
 
 
 def backward(
-    problem: Problem, out: Tensor, row_max: Tensor, row_sum: Tensor, grad_out: Tensor, grad_lse: Tensor | None
+    problem: Problem,
+    inputs: Inputs,
+    scale: float,
+    out: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
     """dQ, dK, dV, gradients of the registers, and delta ``[B, *spatial, Hq]`` in fp32.
 
     Allocates the gradients, delta and the base-2 lse; with registers also ``slices x registers`` partial sums in fp32,
     under 1 MiB each for usual sizes.
     """
-    p = problem
+    query, key, value, additional_keys, additional_values, _ = inputs
     grad_query, grad_key, grad_value = (
-        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (p.query, p.key, p.value)
+        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)
     )
     delta, lse = torch.empty_like(row_max), torch.empty_like(row_max)
-    launch = launch_for("backward_query", p.problem_class)
-    geometry = (p.lengths, p.kernel_size, p.stride, p.dilation)
-    constants = p.constants()
-    backward_query_kernel[(p.programs(launch),)](
-        p.query, p.key, p.value, p.additional_keys, p.additional_values, out, grad_out, grad_lse, row_max, row_sum,
-        grad_query, delta, lse,
-        *p.input_strides(), strides(grad_out), strides(grad_lse[..., None]) if grad_lse is not None else (0,) * 5,
-        *geometry, p.tiles(launch.tile), p.group, p.kv_heads, p.registers, p.scale,
-        CAUSAL=p.is_causal, TILE=launch.tile, CHUNK=launch.chunk, PACK=launch.pack, MASK=p.mask(launch), **constants,
-        WITH_DLSE=grad_lse is not None,
-        STAGES=launch.stages, num_warps=launch.num_warps, maxnreg=launch.max_registers,
+    launch = backward_launchers(problem, layout(grad_out), None if grad_lse is None else layout(grad_lse[..., None]))
+    launch.query(
+        (
+            query, key, value, additional_keys, additional_values, out, grad_out, grad_lse, row_max, row_sum,
+            grad_query, delta, lse,
+        ),
+        (scale,),
     )  # fmt: skip
-    constants.pop("BR")
-    launch = launch_for("backward_key", p.problem_class)
-    tiles = p.tiles(launch.tile)
-    backward_key_kernel[(p.query.shape[0] * prod(tiles) * p.kv_heads,)](
-        p.query, p.key, p.value, grad_out, delta, lse, grad_key, grad_value,
-        *p.input_strides()[:3], strides(grad_out),
-        *geometry, tiles, p.group, p.kv_heads, p.scale,
-        CAUSAL=p.is_causal, TILE=launch.tile, CHUNK=launch.chunk, MASK=p.mask(launch), **constants,
-        STAGES=launch.stages, num_warps=launch.num_warps, maxnreg=launch.max_registers,
-    )  # fmt: skip
+    launch.key((query, key, value, grad_out, delta, lse, grad_key, grad_value), (scale,))
     grad_keys = grad_values = None
-    if p.additional_keys is not None and p.additional_values is not None:
-        grad_keys, grad_values = _backward_registers(p, grad_out, delta, lse)
+    if launch.register is not None and additional_keys is not None and additional_values is not None:
+        registers = additional_keys, additional_values
+        partial = [torch.empty((launch.slices, *x.shape), dtype=torch.float32, device=x.device) for x in registers]
+        launch.register((query, *registers, grad_out, delta, lse, *partial), (scale,))
+        grad_keys, grad_values = (sums.sum(0).to(x.dtype) for sums, x in zip(partial, registers, strict=True))
     return grad_query, grad_key, grad_value, grad_keys, grad_values, delta
 
 
-def _backward_registers(p: Problem, grad_out: Tensor, delta: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    assert p.additional_keys is not None
-    assert p.additional_values is not None
-    batch, registers, kv_heads, _ = p.additional_keys.shape
-    tokens = prod(p.lengths)
-    block = register_rows(p.problem_class, p.register_tile)
-    # Enough programs to fill a large GPU, each with several blocks of rows. Shapes alone decide, so sums stay the same.
-    slices = max(1, min(ceil(512 / (batch * kv_heads)), tokens * p.group // (4 * block)))
-    partial_keys, partial_values = (
-        torch.empty((slices, *x.shape), dtype=torch.float32, device=x.device)
-        for x in (p.additional_keys, p.additional_values)
+class BackwardLaunchers(NamedTuple):
+    query: Launcher
+    key: Launcher
+    register: Launcher | None
+    slices: int
+    """of the tokens, that the registers' gradients are summed over"""
+
+
+@remembered
+def backward_launchers(problem: Problem, grad_out: Layout, grad_lse: Layout | None) -> BackwardLaunchers:
+    slices = register_slices(problem) if problem.registers else 0
+    return BackwardLaunchers(
+        _query_launcher(problem, grad_out, grad_lse),
+        _key_launcher(problem, grad_out),
+        _register_launcher(problem, grad_out, slices) if slices else None,
+        slices,
     )
-    constants = {name: value for name, value in p.constants().items() if name not in ("RANK", "WIDE")}
-    backward_register_kernel[(batch * kv_heads * slices, ceil(registers / p.register_tile))](
-        p.query, p.additional_keys, p.additional_values, grad_out, delta, lse,
-        partial_keys, partial_values,
-        strides(p.query), register_strides(p.additional_keys), register_strides(p.additional_values), strides(grad_out),
-        p.lengths, tokens, slices, p.group, kv_heads, registers, p.scale,
-        **constants, BM=block, num_warps=4,
+
+
+def _query_launcher(p: Problem, grad_out: Layout, grad_lse: Layout | None) -> Launcher:
+    launch = launch_for("backward_query", p.problem_class)
+    grad_strides = strides(grad_out), (0,) * 5 if grad_lse is None else strides(grad_lse)
+    return launcher(
+        backward_query_kernel,
+        (p.programs(launch),),
+        (*p.input_strides(), *grad_strides, *p.geometry, p.tiles(launch.tile), p.group, p.kv_heads, p.registers),
+        **p.program(launch), **p.constants(), PACK=launch.pack, BR=p.register_tile, WITH_DLSE=grad_lse is not None,
     )  # fmt: skip
-    return (
-        partial_keys.sum(0).to(p.additional_keys.dtype),
-        partial_values.sum(0).to(p.additional_values.dtype),
-    )
+
+
+def _key_launcher(p: Problem, grad_out: Layout) -> Launcher:
+    launch = launch_for("backward_key", p.problem_class)
+    tiles = p.tiles(launch.tile)
+    return launcher(
+        backward_key_kernel,
+        (p.query.shape[0] * prod(tiles) * p.kv_heads,),
+        (*p.input_strides()[:3], strides(grad_out), *p.geometry, tiles, p.group, p.kv_heads),
+        **p.program(launch), **p.constants(),
+    )  # fmt: skip
+
+
+def _register_launcher(p: Problem, grad_out: Layout, slices: int) -> Launcher:
+    input_strides = p.input_strides()
+    return launcher(
+        backward_register_kernel,
+        (p.query.shape[0] * p.kv_heads * slices, ceil(p.registers / p.register_tile)),
+        (
+            input_strides[0], *input_strides[3:], strides(grad_out),
+            p.lengths, prod(p.lengths), slices, p.group, p.kv_heads, p.registers,
+        ),
+        **p.constants(), BR=p.register_tile, BM=register_rows(p.problem_class, p.register_tile), num_warps=4,
+    )  # fmt: skip
+
+
+def register_slices(p: Problem) -> int:
+    """Enough programs to fill a large GPU, each with several blocks of rows; from shapes, so sums stay the same."""
+    rows = register_rows(p.problem_class, p.register_tile)
+    return max(1, min(ceil(512 / (p.query.shape[0] * p.kv_heads)), prod(p.lengths) * p.group // (4 * rows)))

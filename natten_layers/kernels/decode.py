@@ -9,7 +9,6 @@ Legend as in ``primitives.py``; ``[M]`` rows are (token, head of the group) pair
 """
 
 from math import ceil
-from typing import Any
 
 import torch
 import triton
@@ -18,8 +17,9 @@ from torch import Tensor
 
 from .configs import next_power_of_2, padded_head_dim
 from .forward import attend_registers, initial_state
+from .launcher import launcher
 from .primitives import LN2, LOG2E, LOWEST, between, load_rows, softmax_step, store_rows
-from .problem import register_strides
+from .problem import precision, sink_kind
 
 MAX_ROWS = 64
 TILE_BYTES = 2**14
@@ -253,7 +253,6 @@ def decode(
     splits, share = split(batch * kv_heads * blocks, length, BN)
     registers = 0 if additional_keys is None else additional_keys.shape[1]
     total = batch * tokens * heads
-    tf32 = query.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
 
     out = query.new_empty(batch, tokens, heads, value_dim)
     lse = query.new_empty(batch, tokens, heads, dtype=torch.float32) if with_lse else None
@@ -261,22 +260,31 @@ def decode(
     if splits > 1:
         part_out = query.new_empty(splits, total, value_dim, dtype=torch.float32)
         parts = part_out, *query.new_empty(2, splits, total, dtype=torch.float32)
-    attend: Any = decode_kernel  # launch options are no parameters of the function that pyright sees
-    attend[(batch * splits * blocks * kv_heads,)](
-        query, key, value, query_positions, key_positions, additional_keys, additional_values, sink, out, lse, *parts,
-        *(t.stride()[:3] for t in (query, key, value)), query_positions.stride(), key_positions.stride(),
-        register_strides(additional_keys), register_strides(additional_values),
-        tokens, length, group, kv_heads, blocks, splits, share, total, registers,
-        NO_WINDOW if window is None else min(window, NO_WINDOW), sink_value, scale,
+    attend = launcher(
+        decode_kernel,
+        (batch * splits * blocks * kv_heads,),
+        (
+            *(t.stride()[:3] for t in (query, key, value)), query_positions.stride(), key_positions.stride(),
+            *((0, 0, 0) if t is None else t.stride()[:3] for t in (additional_keys, additional_values)),
+            tokens, length, group, kv_heads, blocks, splits, share, total, registers,
+            NO_WINDOW if window is None else min(window, NO_WINDOW),
+        ),
         BM=BM, BN=BN, D=head_dim, BD=BD, DV=value_dim, BDV=BDV, BR=16 if registers else 0,
-        SINK="tensor" if sink is not None else "none" if sink_value is None else "value", TRIM=share > TRIM_FROM,
-        SCALE_FIRST=scale <= 0, PRECISION="tf32" if tf32 else "ieee", STAGES=STAGES,
+        SINK=sink_kind(sink, sink_value), TRIM=share > TRIM_FROM,
+        SCALE_FIRST=scale <= 0, PRECISION=precision(query.dtype), STAGES=STAGES,
         num_warps=4 if BM * BDV <= 8192 else 8,
     )  # fmt: skip
+    attend(
+        (
+            query, key, value, query_positions, key_positions, additional_keys, additional_values, sink,
+            out, lse, *parts,
+        ),
+        (sink_value, scale),
+    )  # fmt: skip
     if splits > 1:
-        merge: Any = merge_kernel
-        merge[(total,)](
-            *parts, out, lse, splits, total,
+        merge = launcher(
+            merge_kernel, (total,), (splits, total),
             DV=value_dim, BDV=BDV, BS=next_power_of_2(splits), BLOCK=16, num_warps=2,
         )  # fmt: skip
+        merge((*parts, out, lse))
     return out, lse

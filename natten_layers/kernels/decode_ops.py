@@ -33,7 +33,7 @@ def decode(
     scale: float,
     with_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """``(out, lse)`` of validated arguments; without ``with_lse`` the latter is empty."""
+    """``(out, lse)`` of validated arguments; without ``with_lse`` the latter is nothing to read."""
     tensors = (last_contiguous(t) for t in (query, key, value))
     registers = (t if t is None else last_contiguous(t) for t in (additional_keys, additional_values))
     positions = (p.expand(query.shape[0], -1) for p in (query_positions, key_positions))
@@ -41,18 +41,17 @@ def decode(
     return call("decode", *tensors, *positions, *registers, *sinks, window, scale, with_lse)
 
 
-def _decode(*args: Any) -> tuple[Tensor, Tensor]:
+def _decode(*args: Any) -> tuple[Tensor, Tensor | None]:
     from .decode import decode
 
     with torch.cuda.device_of(args[0]):  # Triton launches on the current device
-        out, lse = decode(*args)
-    return out, out.new_empty(0, dtype=torch.float32) if lse is None else lse
+        return decode(*args)
 
 
 def _decode_fake(*args: Any) -> tuple[Tensor, Tensor]:
     query, value, with_lse = args[0], args[2], args[-1]
-    out = query.new_empty(*query.shape[:-1], value.shape[-1])
-    return out, query.new_empty(query.shape[:-1] if with_lse else (0,), dtype=torch.float32)
+    shape, dtype = (query.shape[:-1], torch.float32) if with_lse else ((0,), query.dtype)
+    return query.new_empty(*query.shape[:-1], value.shape[-1]), query.new_empty(shape, dtype=dtype)
 
 
 register(

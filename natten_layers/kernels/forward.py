@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launches import launch_for
+from .launcher import Launcher, launcher
+from .launches import launch_for, remembered
 from .primitives import (
     LN2,
     LOG2E,
@@ -39,7 +40,7 @@ from .primitives import (
     visibility,
     windows_of,
 )
-from .problem import Problem
+from .problem import Inputs, Problem
 
 
 @triton.jit
@@ -194,21 +195,28 @@ def forward_kernel(
         tl.store(RowSum + o_row, row_l, mask=m_rows)
 
 
-def forward(problem: Problem, with_state: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def forward(
+    problem: Problem, inputs: Inputs, sink_value: float | None, scale: float, with_state: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``out [B, *spatial, Hq, Dv]`` and, ``with_state``, ``row_max`` and ``row_sum [B, *spatial, Hq]`` in fp32."""
-    p = problem
-    out = p.query.new_empty(*p.query.shape[:-1], p.value.shape[-1])
+    query, key, value, additional_keys, additional_values, sink = inputs
+    rows = query.shape[:-1]
+    out = query.new_empty(rows + value.shape[-1:])
     row_max = row_sum = None
     if with_state:
-        row_max, row_sum = (out.new_empty(out.shape[:-1], dtype=torch.float32) for _ in range(2))
-    launch = launch_for("forward", p.problem_class)
-    tiles = p.tiles(launch.tile)
-    forward_kernel[(p.programs(launch),)](
-        p.query, p.key, p.value, out, row_max, row_sum, p.additional_keys, p.additional_values, p.sink,
-        *p.input_strides(),
-        p.lengths, p.kernel_size, p.stride, p.dilation, tiles, p.group, p.kv_heads, p.registers, p.sink_value, p.scale,
-        CAUSAL=p.is_causal, TILE=launch.tile, CHUNK=launch.chunk, PACK=launch.pack, MASK=p.mask(launch),
-        **p.constants(), SINK=p.sink_kind, WITH_STATE=with_state,
-        STAGES=launch.stages, num_warps=launch.num_warps, maxnreg=launch.max_registers,
-    )  # fmt: skip
+        row_max, row_sum = (query.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    launch = forward_launcher(problem, with_state)
+    launch((query, key, value, out, row_max, row_sum, additional_keys, additional_values, sink), (sink_value, scale))
     return out, row_max, row_sum
+
+
+@remembered
+def forward_launcher(problem: Problem, with_state: bool) -> Launcher:
+    p = problem
+    launch = launch_for("forward", p.problem_class)
+    return launcher(
+        forward_kernel,
+        (p.programs(launch),),
+        (*p.input_strides(), *p.geometry, p.tiles(launch.tile), p.group, p.kv_heads, p.registers),
+        **p.program(launch), **p.constants(), PACK=launch.pack, BR=p.register_tile, SINK=p.sink, WITH_STATE=with_state,
+    )  # fmt: skip

@@ -8,20 +8,23 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
+from functools import cache, lru_cache, wraps
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, ParamSpec, TypeVar, get_args
 
 from ..files import replacing
 from .configs import Kind, Launch, ProblemClass, rule
 
-__all__ = ["cache_file", "launch_for", "override", "read_tuned", "write_tuned"]
+__all__ = ["cache_file", "forget", "launch_for", "override", "read_tuned", "remembered", "write_tuned"]
 
 FORMAT = 1
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 Tuned = dict[tuple[Kind, ProblemClass], Launch]
 
@@ -31,7 +34,9 @@ class Overrides(NamedTuple):
     pack: int | None = None
 
 
-_overrides: ContextVar[Overrides] = ContextVar("natten_layers_launch_overrides", default=Overrides())  # noqa: B039
+NO_OVERRIDES = Overrides()
+_overrides: ContextVar[Overrides] = ContextVar("natten_layers_launch_overrides", default=NO_OVERRIDES)
+_forgetters: list[Callable[[], None]] = []
 
 
 @contextmanager
@@ -52,6 +57,28 @@ def launch_for(kind: Kind, problem: ProblemClass) -> Launch:
     if overrides.pack is None and (tuned := _tuned()) and (launch := tuned.get((kind, problem))):
         return launch
     return rule(kind, problem, overrides.pack)
+
+
+def remembered(choose: Callable[P, R]) -> Callable[P, R]:
+    """Cache what a function makes of its arguments and :func:`launch_for`, until :func:`forget`.
+
+    Under :func:`override` the function is called each time.
+    """
+    known = lru_cache(maxsize=1024)(choose)
+    _forgetters.append(known.cache_clear)
+
+    @wraps(choose)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        return (known if _overrides.get() is NO_OVERRIDES else choose)(*args, **kwargs)
+
+    return run
+
+
+def forget() -> None:
+    """Read the file of tuned launches again, on the next launch."""
+    _tuned.cache_clear()
+    for clear in _forgetters:
+        clear()
 
 
 def cache_file() -> Path:
@@ -115,4 +142,4 @@ def write_tuned(path: Path, launches: Mapping[tuple[Kind, ProblemClass], Launch]
     ]
     with replacing(path) as temporary:
         temporary.write_text(json.dumps({"format": FORMAT, "launches": entries}, indent=1) + "\n")
-    _tuned.cache_clear()
+    forget()

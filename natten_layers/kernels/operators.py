@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
+from torch.autograd import Function, forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 __all__ = [
@@ -16,7 +16,9 @@ __all__ = [
     "WAY_OUT",
     "call",
     "call_in_backward",
+    "eager_form",
     "is_tracked",
+    "is_transformed",
     "last_contiguous",
     "library",
     "register",
@@ -26,28 +28,42 @@ NOT_FUSED = "the fused kernels do not have"
 WAY_OUT = '; use impl="eager"'
 NO_FORWARD_MODE = f"{NOT_FUSED} forward-mode derivatives{WAY_OUT}"
 
+Results = tuple[Tensor | None, ...]
+
 library = torch.library.Library("natten_layers", "DEF")
-_kernels: dict[str, Callable[..., Any]] = {}
-_PLAIN = (Tensor, nn.Parameter)
+_kernels: dict[str, Callable[..., Results]] = {}
+_PLAIN = frozenset((Tensor, nn.Parameter, type(None), int, float, bool, str, tuple, list))
+"""types of arguments that do not want to see an operator"""
 
 
-def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
+def register(schema: str, kernel: Callable[..., Results], fake: Callable[..., Any]) -> None:
     """Define the operator ``natten_layers::name`` of a schema ``name(...) -> ...``, without a derivative.
 
-    The operators are opaque to the compiler; derivatives are ``autograd.Function`` outside of them, so that eager and
-    compiled code take the same backward.
+    Operators return tensors: where a kernel's result is None, the operator's is empty, in its first argument's dtype.
+    They are opaque to the compiler; derivatives are ``autograd.Function`` outside of them, so that eager and compiled
+    code take the same backward.
     """
     name = schema.partition("(")[0]
     library.define(schema)
-    library.impl(name, kernel, "CUDA")
-    library.impl(name, kernel, "CPU")  # Triton's interpreter
+    for device in ("CUDA", "CPU"):  # on the latter under Triton's interpreter
+        library.impl(name, _returning_tensors(kernel), device)
     library.impl(name, _below_autograd(name), "Autograd")
     torch.library.register_fake(f"natten_layers::{name}", fake, lib=library)
     _kernels[name] = kernel
 
 
+def _returning_tensors(kernel: Callable[..., Results]) -> Callable[..., tuple[Tensor, ...]]:
+    def run(*args: Any) -> tuple[Tensor, ...]:
+        return tuple(args[0].new_empty(0) if x is None else x for x in kernel(*args))
+
+    return run
+
+
 def call(name: str, *args: Any) -> Any:
-    """Run an operator, without the dispatcher where that adds nothing: it costs the host as much as the launch."""
+    """Run an operator, without the dispatcher where that adds nothing: it costs the host as much as the launch.
+
+    A result that is not asked for is an empty tensor, or None without the dispatcher.
+    """
     if _needs_dispatcher(args):
         return getattr(torch.ops.natten_layers, name)(*args)
     return _kernels[name](*args)
@@ -60,7 +76,7 @@ def _needs_dispatcher(args: tuple[Any, ...]) -> bool:
         or torch._C._are_functorch_transforms_active()
         or is_in_torch_dispatch_mode()
         or forward_ad._current_level >= 0
-        or any(isinstance(x, Tensor) and type(x) not in _PLAIN for x in args)
+        or not _PLAIN.issuperset(map(type, args))
         or needs_gradient(args)
     )
 
@@ -72,7 +88,7 @@ def call_in_backward(name: str, *args: Any) -> Any:
     return _Once.apply(name, *args) if once else call(name, *args)
 
 
-class _Once(torch.autograd.Function):
+class _Once(Function):
     """Fails when it is differentiated. ``once_differentiable`` gives ``torch.func`` zeros instead."""
 
     generate_vmap_rule = True
@@ -90,11 +106,30 @@ class _Once(torch.autograd.Function):
         raise NotImplementedError(f"{NOT_FUSED} second derivatives{WAY_OUT}")
 
 
+def eager_form(function: type[Function]) -> type[Function]:
+    """A function with a ``setup_context`` as it runs outside of compilers and transforms, which need that.
+
+    Torch binds arguments by name where there is one, which takes the host as long as a whole call without gradients.
+    """
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = function.forward(*args)
+        function.setup_context(ctx, args, output)
+        return output
+
+    own = {"forward": staticmethod(forward), "setup_context": staticmethod(Function.setup_context)}
+    return type(function.__name__, (function,), own)
+
+
 def is_tracked(args: tuple[Any, ...]) -> bool:
     """Whether a derivative may be asked for."""
     # Inside torch.func's transforms a tensor does not tell whether it is differentiated further out.
-    transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-    return transformed or needs_gradient(args)
+    return is_transformed() or needs_gradient(args)
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func is active. A compiled graph does not ask."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def needs_gradient(args: tuple[Any, ...]) -> bool:

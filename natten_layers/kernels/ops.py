@@ -7,10 +7,11 @@ import os
 from collections.abc import Sequence
 from functools import lru_cache
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 from torch.utils.flop_counter import register_flop_formula
 
 from ..geometry import Window, visible_pairs
@@ -20,14 +21,14 @@ from .operators import (
     WAY_OUT,
     call,
     call_in_backward,
+    eager_form,
     is_tracked,
+    is_transformed,
     last_contiguous,
     library,
     register,
 )
-
-if TYPE_CHECKING:
-    from .problem import Problem
+from .problem import Inputs, problem_of
 
 __all__ = ["attention", "attention_state", "unsupported"]
 
@@ -124,7 +125,7 @@ def _flat(window: Window) -> tuple[Sequence[int], Sequence[int], Sequence[int], 
     return window.kernel_size, window.stride, window.dilation, window.is_causal
 
 
-class _Attention(torch.autograd.Function):
+class _Attention(Function):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
         *inputs, window, scale = args
@@ -163,30 +164,13 @@ class _Transformable(_Attention):
         raise NotImplementedError(NO_FORWARD_MODE)
 
 
-def _function() -> type[_Attention]:
-    return _Attention if torch.compiler.is_compiling() else _Transformable
+_Eager = eager_form(_Transformable)
 
 
-def _problem(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    sink: Tensor | None,
-    sink_value: float | None,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    is_causal: Sequence[bool],
-    scale: float,
-) -> Problem:
-    from .problem import Problem, three_axes
-
-    return Problem(
-        query, key, value, additional_keys, additional_values, sink, sink_value,
-        three_axes(kernel_size, 1), three_axes(stride, 1), three_axes(dilation, 1), three_axes(is_causal, False), scale,
-    )  # fmt: skip
+def _function() -> type[Function]:
+    if torch.compiler.is_compiling():
+        return _Attention
+    return _Transformable if is_transformed() else _Eager
 
 
 def _on_device(tensor: Tensor) -> Any:
@@ -194,21 +178,19 @@ def _on_device(tensor: Tensor) -> Any:
     return torch.cuda.device_of(tensor)
 
 
-def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(*args: Any) -> tuple[Tensor | None, ...]:
     from .forward import forward
 
-    *inputs, with_state = args
-    with _on_device(inputs[0]):
-        out, row_max, row_sum = forward(_problem(*inputs), with_state)
-    empty = out.new_empty(0, dtype=torch.float32)
-    return out, empty if row_max is None else row_max, empty.clone() if row_sum is None else row_sum
+    inputs, (sink_value, *window, scale, with_state) = Inputs(*args[:6]), args[6:]
+    with _on_device(inputs.query):
+        return forward(problem_of(inputs, sink_value, window, scale), inputs, sink_value, scale, with_state)
 
 
 def _forward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     query, value, with_state = args[0], args[2], args[-1]
-    shape = query.shape[:-1] if with_state else (0,)
-    statistics = [query.new_empty(shape, dtype=torch.float32) for _ in range(2)]
-    return query.new_empty(*query.shape[:-1], value.shape[-1]), statistics[0], statistics[1]
+    shape, dtype = (query.shape[:-1], torch.float32) if with_state else ((0,), query.dtype)
+    row_max, row_sum = (query.new_empty(shape, dtype=dtype) for _ in range(2))
+    return query.new_empty(*query.shape[:-1], value.shape[-1]), row_max, row_sum
 
 
 def _forward_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
@@ -228,24 +210,18 @@ def _fold(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
     return tensor.flatten(0, 1)
 
 
-def _backward(*args: Any) -> tuple[Tensor, ...]:
+def _backward(*args: Any) -> tuple[Tensor | None, ...]:
     from .backward import backward
 
-    *inputs, out, row_max, row_sum, grad_out, grad_lse = args
-    problem = _problem(*inputs)
+    inputs, (sink_value, *window, scale, out, row_max, row_sum, grad_out, grad_lse) = Inputs(*args[:6]), args[6:]
     with _on_device(out):
-        *grads, delta = backward(problem, out, row_max, row_sum, grad_out, grad_lse)
-    return *(_or_empty(g, out) for g in grads), _or_empty(_sink_gradient(problem.sink, row_max, row_sum, delta), out)
+        problem = problem_of(inputs, sink_value, window, scale)
+        *grads, delta = backward(problem, inputs, scale, out, row_max, row_sum, grad_out, grad_lse)
+        return *grads, _sink_gradient(inputs.sink, row_max, row_sum, delta)
 
 
 def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
-    tensors, out = args[:6], args[12]
-    return tuple(_or_empty(None if x is None else x.new_empty(x.shape), out) for x in tensors)
-
-
-def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
-    """Operators return tensors; an absent gradient is an empty one."""
-    return like.new_empty(0) if tensor is None else tensor
+    return tuple(args[0].new_empty(0) if x is None else x.new_empty(x.shape) for x in args[:6])
 
 
 def _sink_gradient(sink: Tensor | None, row_max: Tensor, row_sum: Tensor, delta: Tensor) -> Tensor | None:

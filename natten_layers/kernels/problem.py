@@ -1,13 +1,12 @@
-"""One call of the kernels on the host: canonical tensors, three axes, and the arguments that all launchers pass on."""
+"""One call of the kernels on the host: its tensors, and apart from them all that its launches depend on."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from math import ceil, prod
 from operator import mul
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,14 +22,35 @@ def three_axes(values: Sequence[T], fill: T) -> tuple[T, T, T]:
     return t, h, w
 
 
-def strides(tensor: Tensor) -> tuple[int, ...]:
+class Layout(NamedTuple):
+    """Of a tensor ``[B, *spatial, H, D]``, or of registers ``[B, R, H, D]``."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+def layout(tensor: Tensor) -> Layout:
+    return Layout(tensor.shape, tensor.stride())
+
+
+def strides(tensor: Layout) -> tuple[int, ...]:
     """``(batch, t, h, w, head)`` of ``[B, *spatial, H, D]``."""
-    return tensor.stride(0), *three_axes(tensor.stride()[1:-2], 0), tensor.stride(-2)
+    return tensor.stride[0], *three_axes(tensor.stride[1:-2], 0), tensor.stride[-2]
 
 
-def register_strides(tensor: Tensor | None) -> tuple[int, int, int]:
+def register_strides(tensor: Layout | None) -> tuple[int, ...]:
     """``(batch, register, head)`` of ``[B, R, H, D]``."""
-    return (tensor.stride(0), tensor.stride(1), tensor.stride(2)) if tensor is not None else (0, 0, 0)
+    return (0, 0, 0) if tensor is None else tensor.stride[:3]
+
+
+def sink_kind(sink: Tensor | None, value: float | None) -> str:
+    """``SINK`` of the kernels."""
+    return "tensor" if sink is not None else "none" if value is None else "value"
+
+
+def precision(dtype: torch.dtype) -> str:
+    """``PRECISION`` of the kernels' matrix products."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
 SHARED_MEMORY = 227 * 1024
@@ -46,9 +66,8 @@ def device_traits(device: torch.device) -> tuple[str, int]:
     return properties.name, getattr(properties, "shared_memory_per_block_optin", SHARED_MEMORY)
 
 
-@dataclass(frozen=True)
-class Problem:
-    """Tensors as ``functional`` validated them, last axes contiguous; the rest is derived."""
+class Inputs(NamedTuple):
+    """The tensors of a call as ``functional`` validated them, last axes contiguous."""
 
     query: Tensor
     key: Tensor
@@ -56,25 +75,47 @@ class Problem:
     additional_keys: Tensor | None
     additional_values: Tensor | None
     sink: Tensor | None
-    sink_value: float | None
-    kernel_size: tuple[int, int, int]
-    stride: tuple[int, int, int]
-    dilation: tuple[int, int, int]
-    is_causal: tuple[bool, bool, bool]
-    scale: float
 
-    @cached_property
+
+class Problem(NamedTuple):
+    """What a call is apart from its data: everything that launches depend on. Hashable; axes as the caller has them."""
+
+    query: Layout
+    key: Layout
+    value: Layout
+    additional_keys: Layout | None
+    additional_values: Layout | None
+    device: torch.device
+    dtype: torch.dtype
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    is_causal: tuple[bool, ...]
+    sink: str
+    """how it is given: none, value or tensor"""
+    scale_first: bool
+    """A scale that is not positive does not commute with the maximum of the scores."""
+    precision: str
+    """of matrix products, as Triton calls it"""
+
+    @property
     def rank(self) -> int:
-        return self.query.ndim - 3
+        return len(self.query.shape) - 3
 
-    @cached_property
+    @property
     def lengths(self) -> Box:
         return three_axes(self.query.shape[1:-2], 1)
 
-    @cached_property
+    @property
+    def geometry(self) -> tuple[Box, Box, Box, Box]:
+        """Lengths, kernel size, stride and dilation of three axes."""
+        kernel_size, stride, dilation = (three_axes(x, 1) for x in (self.kernel_size, self.stride, self.dilation))
+        return self.lengths, kernel_size, stride, dilation
+
+    @property
     def wide(self) -> bool:
         """Whether offsets inside one image need 64 bits. Offsets of images and heads always have them."""
-        spans = [sum(map(mul, x.shape[1:-2], x.stride()[1:-2])) for x in (self.query, self.key, self.value)]
+        spans = [sum(map(mul, x.shape[1:-2], x.stride[1:-2])) for x in (self.query, self.key, self.value)]
         out = prod(self.lengths) * self.query.shape[-2] * self.value.shape[-1]
         # Chunks may reach past the end of an axis by less than their own size.
         return 2 * max(out, *spans) >= 2**31
@@ -97,21 +138,19 @@ class Problem:
         return min(max(16, next_power_of_2(self.registers)), 64) if self.registers else 0
 
     @property
-    def sink_kind(self) -> str:
-        return "tensor" if self.sink is not None else "none" if self.sink_value is None else "value"
-
-    @cached_property
     def problem_class(self) -> ProblemClass:
         """What the choice of tiles depends on."""
-        t, h, w = (ceil(n / d) for n, d in zip(self.lengths, self.dilation, strict=True))
+        lengths, kernel_size, _, dilation = self.geometry
+        t, h, w = (ceil(n / d) for n, d in zip(lengths, dilation, strict=True))
         return ProblemClass(
-            *device_traits(self.query.device), (t, h, w), self.kernel_size, self.group,
-            self.query.shape[-1], self.value.shape[-1], self.query.element_size(),
+            *device_traits(self.device), (t, h, w), kernel_size, self.group,
+            self.query.shape[-1], self.value.shape[-1], self.dtype.itemsize,
         )  # fmt: skip
 
     def tiles(self, tile: Box) -> Box:
         """Tiles per axis, over all its residue classes."""
-        t, h, w = (d * ceil(ceil(n / d) / b) for n, d, b in zip(self.lengths, self.dilation, tile, strict=True))
+        lengths, _, _, dilation = self.geometry
+        t, h, w = (d * ceil(ceil(n / d) / b) for n, d, b in zip(lengths, dilation, tile, strict=True))
         return t, h, w
 
     def programs(self, launch: Launch) -> int:
@@ -124,22 +163,43 @@ class Problem:
             register_strides(self.additional_keys), register_strides(self.additional_values),
         )  # fmt: skip
 
-    def mask(self, launch: Launch) -> str:
-        """How the kernels mask: a score of -inf that is scaled later needs a positive scale."""
-        return "border" if launch.skip_mask else "add" if self.scale > 0 else "select"
+    def program(self, launch: Launch) -> dict[str, Any]:
+        """Compile-time arguments and options that follow from a launch."""
+        # A score of -inf that is scaled later needs a positive scale.
+        mask = "border" if launch.skip_mask else "select" if self.scale_first else "add"
+        return {
+            "CAUSAL": three_axes(self.is_causal, False),
+            "TILE": launch.tile,
+            "CHUNK": launch.chunk,
+            "MASK": mask,
+            "RANK": self.rank,
+            "WIDE": self.wide,
+            "STAGES": launch.stages,
+            "num_warps": launch.num_warps,
+            "maxnreg": launch.max_registers,
+        }
 
-    def constants(self) -> dict[str, object]:
+    def constants(self) -> dict[str, Any]:
         """Compile-time arguments that every kernel takes."""
         head_dim, value_dim = self.query.shape[-1], self.value.shape[-1]
-        tf32 = self.query.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
         return {
             "D": head_dim,
             "BD": padded_head_dim(head_dim),
             "DV": value_dim,
             "BDV": padded_head_dim(value_dim),
-            "BR": self.register_tile,
-            "PRECISION": "tf32" if tf32 else "ieee",
-            "RANK": self.rank,
-            "WIDE": self.wide,
-            "SCALE_FIRST": self.scale <= 0,
+            "SCALE_FIRST": self.scale_first,
+            "PRECISION": self.precision,
         }
+
+
+def problem_of(inputs: Inputs, sink_value: float | None, window: Sequence[Sequence[Any]], scale: float) -> Problem:
+    """Of operators' arguments; ``window`` has kernel size, stride, dilation and what is causal, one entry per axis."""
+    kernel_size, stride, dilation, is_causal = window
+    query, key, value, additional_keys, additional_values, sink = inputs
+    return Problem(
+        layout(query), layout(key), layout(value),
+        None if additional_keys is None else layout(additional_keys),
+        None if additional_values is None else layout(additional_values),
+        query.device, query.dtype, tuple(kernel_size), tuple(stride), tuple(dilation), tuple(is_causal),
+        sink_kind(sink, sink_value), scale <= 0, precision(query.dtype),
+    )  # fmt: skip

@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import next_power_of_2
+from .launcher import launcher
 
 ELEMENTS = 4096  # of a tile of tokens: four 16-byte loads a thread in half precision
 PROGRAMS = 8192  # enough to fill any device several times; beyond that a program takes more items
@@ -311,15 +312,19 @@ class Rotation(NamedTuple):
         rest = query.shape[3] - 2 * pairs
         tiles, runs, run = blocks(query, key)
         outers = len(query), len(key)
-        kernel[(sum(outers) * tiles * runs,)](
-            *tensors, *partials, self.query_gain, self.key_gain, self.positions, self.freqs,
-            *(t.stride()[:3] for t in tensors),
-            query.shape[1], outers, (query.shape[2], key.shape[2]),
-            tuple(n // len(self.freqs) if self.by_head and self.freqs is not None else 1 for n in outers),
-            run, self.factor, self.eps,
+        launch = launcher(
+            kernel,
+            (sum(outers) * tiles * runs,),
+            (
+                *(t.stride()[:3] for t in tensors),
+                query.shape[1], outers, (query.shape[2], key.shape[2]),
+                tuple(n // len(self.freqs) if self.by_head and self.freqs is not None else 1 for n in outers), run,
+            ),
             AXES=axes, PAIRS=pairs, REST=rest, BP=next_power_of_2(max(pairs, rest // 2)),
             T=tile_size(query.shape[3]), NORM=self.norm, BY_HEAD=self.by_head, num_warps=4,
         )  # fmt: skip
+        inputs = (*tensors, *partials, self.query_gain, self.key_gain, self.positions, self.freqs)
+        launch(inputs, (self.factor, self.eps))
 
 
 def _ceil(a: int, b: int) -> int:

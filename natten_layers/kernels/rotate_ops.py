@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .operators import call, call_in_backward, is_tracked, last_contiguous, register
+from .operators import call, call_in_backward, eager_form, is_tracked, is_transformed, last_contiguous, register
 
 __all__ = ["rotate"]
 
@@ -26,7 +26,8 @@ def rotate(
     """Both contiguous. Arguments as ``rotate.Rotation`` has them; no gradient reaches positions and frequencies."""
     inputs = *map(last_contiguous, (query, key)), query_gain, key_gain, positions, freqs, factor, norm, eps
     if is_tracked((query, key, query_gain, key_gain)):
-        return _Rotate.apply(*inputs)  # pyright: ignore[reportReturnType]
+        plain = not torch.compiler.is_compiling() and not is_transformed()
+        return (_Eager if plain else _Rotate).apply(*inputs)  # pyright: ignore[reportReturnType]
     return call("rotate", *inputs)
 
 
@@ -47,6 +48,9 @@ class _Rotate(torch.autograd.Function):
         return *(g if x is not None else None for g, x in zip(results, tensors[:4], strict=True)), *(None,) * 5
 
 
+_Eager = eager_form(_Rotate)
+
+
 def _rotate(*args: Any) -> tuple[Tensor, Tensor]:
     from .rotate import Rotation, rotate
 
@@ -59,14 +63,12 @@ def _rotate_fake(*args: Any) -> tuple[Tensor, Tensor]:
     return query.new_empty(query.shape), key.new_empty(key.shape)
 
 
-def _rotate_backward(*args: Any) -> tuple[Tensor, ...]:
+def _rotate_backward(*args: Any) -> tuple[Tensor | None, ...]:
     from .rotate import Rotation, rotate_backward
 
     *inputs, grad_query, grad_key = args
     with torch.cuda.device_of(grad_query):
-        grads = rotate_backward(Rotation(*inputs), grad_query, grad_key)
-    # Operators return tensors; an absent gradient is an empty one.
-    return tuple(grad_query.new_empty(0) if g is None else g for g in grads)
+        return rotate_backward(Rotation(*inputs), grad_query, grad_key)
 
 
 def _rotate_backward_fake(*args: Any) -> tuple[Tensor, ...]:

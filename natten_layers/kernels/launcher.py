@@ -1,0 +1,79 @@
+"""Launches that cost the host little: what depends on shapes alone is worked out once, compiled kernels are kept.
+
+Triton looks at every argument of every launch, which takes the host longer than everything else in a call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton import knobs
+from triton.compiler import CompiledKernel
+
+__all__ = ["Launcher", "launcher"]
+
+
+class Launcher:
+    """A kernel, its grid, and all its arguments but tensors and floats.
+
+    Of arguments that it does not compile in, Triton compiles for an integer's value (1, a multiple of 16, the bits that
+    it needs), a tensor's dtype and whether its address is a multiple of 16, and whether there is a tensor or float at
+    all. The integers of a launcher are fixed, so a compiled kernel is kept for every combination of the rest.
+    """
+
+    def __init__(self, kernel: Any, grid: Sequence[int], sizes: Sequence[Any], options: dict[str, Any]) -> None:
+        self.kernel, self.grid, self.sizes, self.options = kernel, (*grid, 1, 1)[:3], sizes, options
+        # A compiled kernel takes all parameters in their order, and skips those that were compiled in.
+        self.constants = [options[name] for name in kernel.arg_names if name in options]
+        self.compiled: dict[Hashable, CompiledKernel] = {}
+
+    def __call__(self, tensors: Sequence[Tensor | None], floats: Sequence[float | None] = ()) -> None:
+        """Launch on the current device, which is the tensors', and its current stream.
+
+        Args:
+            tensors: the kernel's first parameters; the first is not None.
+            floats: its last ones that are not compiled in. An integer is converted: Triton would compile it in.
+        """
+        numbers = [x if x is None else float(x) for x in floats]
+        if _is_watched(self.kernel):
+            self.kernel[self.grid](*tensors, *self.sizes, *numbers, **self.options)
+            return
+        assert tensors[0] is not None
+        kinds = [x if x is None else (x.dtype, x.data_ptr() % 16 == 0) for x in tensors]
+        key = (tensors[0].device, *kinds, *map(type, numbers))
+        if (compiled := self.compiled.get(key)) is not None:
+            compiled[self.grid](*tensors, *self.sizes, *numbers, *self.constants)
+            return
+        compiled = self.kernel[self.grid](*tensors, *self.sizes, *numbers, **self.options)
+        if isinstance(compiled, CompiledKernel):  # Triton's interpreter compiles nothing
+            self.compiled[key] = compiled
+
+
+@lru_cache(maxsize=1024)
+def launcher(kernel: Any, grid: Sequence[int], sizes: Sequence[Any], **options: Any) -> Launcher:
+    """The launcher of one kernel for such arguments, in the order of its parameters: tensors, sizes, floats, options.
+
+    Args:
+        sizes: integers and tuples of integers.
+        options: compile-time arguments, and options of Triton such as ``num_warps``.
+    """
+    return Launcher(kernel, grid, sizes, options)
+
+
+def _is_watched(kernel: Any) -> bool:
+    """Whether Triton does something on each launch that a compiled kernel does not: debugging, hooks.
+
+    On AMD it also compiles for the size of tensors. Hooks around launches, which profilers set, do not count: compiled
+    kernels call them.
+    """
+    return bool(
+        knobs.runtime.debug
+        or knobs.runtime.add_stages_inspection_hook
+        or knobs.compilation.instrumentation_mode
+        or kernel.pre_run_hooks
+        or torch.version.hip
+    )

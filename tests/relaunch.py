@@ -1,0 +1,211 @@
+"""Calls whose launches are compared, one by one, with those that Triton makes of the same arguments.
+
+Nothing is compiled and nothing runs: a driver and a compiler that only take note stand in for Triton's. A kernel that
+was kept for other arguments than a call's would differ from the one that Triton chooses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import offline  # first: it keeps Triton from interpreting
+import torch
+import triton.compiler
+from torch import Tensor
+from triton import knobs
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from natten_layers import attention_state, cached_attention, neighborhood_attention
+from natten_layers.kernels import decode_ops, launches, ops, problem
+from natten_layers.kernels.configs import Launch
+from natten_layers.kernels.launcher import Launcher
+from natten_layers.modules import AxialRoPE
+from natten_layers.modules.query_key import HeadNorm, normalize_and_rotate
+from natten_layers.modules.rope import angles_of
+
+METADATA = 7
+"""where a launch has what it tells its hooks"""
+launched: list[tuple[Any, ...]] = []
+"""kernels and their arguments"""
+chosen_by_triton: list[str] = []
+"""names of the kernels that a call left to Triton"""
+
+
+class Noted(CompiledKernel):
+    """A kernel that is not there."""
+
+    def __init__(self, source: Any) -> None:
+        self.src, self.name, self.metadata = source, source.name, None
+        self.module, self.function, self.packed_metadata = 1, 1, None
+        self._run = lambda *arguments: launched.append((self, *arguments))
+
+
+def same(ours: Sequence[object], theirs: Sequence[object]) -> bool:
+    def equal(a: object, b: object) -> bool:
+        return a is b or (not isinstance(a, Tensor) and type(a) is type(b) and a == b)
+
+    pairs = enumerate(zip(ours, theirs, strict=True))
+    return all(i == METADATA or equal(*pair) for i, pair in pairs)  # metadata is made anew for every launch
+
+
+@contextmanager
+def compared() -> Iterator[None]:
+    """Ask Triton for every launch too, and compare."""
+    run, launch = JITFunction.run, Launcher.__call__
+
+    def counting(self: Any, *args: Any, **kwargs: Any) -> object:
+        chosen_by_triton.append(self.__name__)
+        return run(self, *args, **kwargs)
+
+    def comparing(self: Launcher, tensors: Sequence[Tensor | None], floats: Sequence[float | None] = ()) -> None:
+        launch(self, tensors, floats)
+        run(self.kernel, *tensors, *self.sizes, *floats, grid=self.grid, warmup=False, **self.options)
+        assert same(launched[-2], launched[-1]), self.kernel
+
+    JITFunction.run, Launcher.__call__ = counting, comparing
+    yield
+    JITFunction.run, Launcher.__call__ = run, launch
+
+
+def repeat(call: Callable[[], object], *, kept: bool = True) -> int:
+    """Make a call three times; how many launches of the first were left to Triton. Of the others none, or all."""
+    counts, total = [], 0
+    for _ in range(3):
+        chosen_by_triton.clear()
+        before = len(launched)
+        call()
+        counts.append(len(chosen_by_triton))
+        total = (len(launched) - before) // 2
+        assert total
+    assert counts[1:] == ([0, 0] if kept else [total] * 2), counts
+    return counts[0]
+
+
+def misaligned(tensor: Tensor) -> Tensor:
+    """Equal but for its address, which is no multiple of 16."""
+    storage = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)
+    return storage[1:].view(tensor.shape)
+
+
+def main() -> None:
+    driver.set_active(offline.Driver(90))  # pyright: ignore[reportArgumentType]
+    triton.compiler.compile = lambda src, **_: Noted(src)
+    problem.device_traits = lambda device: ("stub", 227 * 1024)
+    for module in (ops, decode_ops):
+        setattr(module, "unsupported", lambda query, value: None)  # noqa: B010
+    with compared(), torch.no_grad():
+        forward_calls()
+        decode_calls()
+        rotate_calls()
+        with torch.enable_grad():
+            backward_calls()
+
+
+def forward_calls() -> None:
+    q, k, v = (torch.zeros(1, 16, 16, 4, 16) for _ in range(3))
+    registers, sink = torch.zeros(1, 3, 4, 16), torch.zeros(4)
+
+    def attend(*tensors: Tensor, kernel_size: int = 5, **options: Any) -> Callable[[], Any]:
+        return lambda: neighborhood_attention(*(tensors or (q, k, v)), kernel_size=kernel_size, **options, impl="fused")
+
+    def with_registers(keys: Tensor, **options: Any) -> Callable[[], Any]:
+        return attend(additional_keys=keys, additional_values=registers, **options)
+
+    packed = torch.zeros(1, 16, 16, 12, 16).split(4, -2)
+    longer = torch.zeros(1, 17, 16, 4, 16)
+    new = [
+        attend(), attend(misaligned(q), k, v), attend(q, misaligned(k), v), attend(*map(misaligned, (q, k, v))),
+        attend(*packed), attend(q, *torch.zeros(2, 1, 16, 16, 2, 16)), attend(q.half(), k.half(), v.half()),
+        attend(longer, longer, longer), attend(kernel_size=6), attend(dilation=2), attend(stride=2),
+        attend(is_causal=True), attend(scale=-1.0), attend(sink=0.5), attend(sink=sink), attend(sink=sink.half()),
+        attend(sink=misaligned(sink)), with_registers(registers), with_registers(misaligned(registers)),
+        with_registers(registers, sink=sink), lambda: attention_state(q, k, v, 5, impl="fused"),
+    ]  # fmt: skip
+    for i, call in enumerate(new):
+        assert repeat(call) == 1, i
+    for call in (attend(), attend(scale=0.5), attend(scale=0.25), attend(q.clone(), k, v), attend(scale=-2.0)):
+        assert repeat(call) == 0
+    for i, call in enumerate((attend(sink=0.75), attend(sink=1), attend(sink=2))):
+        assert repeat(call) == 0, i
+
+    torch.backends.cuda.matmul.allow_tf32 = True
+    assert repeat(attend()) == 1
+    torch.backends.cuda.matmul.allow_tf32 = False
+    assert repeat(attend()) == 0
+
+    with launches.override({"forward": Launch((1, 4, 8), (1, 4, 8), 1, 2, 1)}):
+        assert repeat(attend()) == 1
+    assert repeat(attend()) == 0
+
+    metadata, enter = launched[-2][METADATA : METADATA + 2]  # for profilers
+    assert metadata.get()["name"] == "forward_kernel"
+    assert enter is knobs.runtime.launch_enter_hook
+    knobs.runtime.debug = True
+    assert repeat(attend(), kept=False) == 1
+    knobs.runtime.debug = False
+    assert repeat(attend()) == 0
+
+
+def backward_calls() -> None:
+    q, k, v = (torch.zeros(1, 16, 16, 4, 16, requires_grad=True) for _ in range(3))
+    registers, sink = torch.zeros(1, 3, 4, 16, requires_grad=True), torch.zeros(4, requires_grad=True)
+    extras = {"additional_keys": registers, "additional_values": registers, "sink": sink}
+
+    def differentiate(grad: Tensor, *more: Tensor, **options: Any) -> Callable[[], Any]:
+        def call() -> None:
+            out = neighborhood_attention(q, k, v, 5, **options, impl="fused")
+            torch.autograd.grad(out, (q, k, v, *more), grad)
+
+        return call
+
+    def differentiate_lse() -> None:
+        out, lse = neighborhood_attention(q, k, v, 5, return_lse=True, impl="fused")
+        torch.autograd.grad(out.sum() + lse.sum(), (q, k, v))
+
+    grad = torch.zeros_like(q)
+    with torch.autograd.set_multithreading_enabled(False):
+        # Every forward is that of `attention_state`.
+        assert repeat(differentiate(grad)) == 2
+        assert repeat(differentiate(misaligned(grad))) == 2
+        assert repeat(differentiate(torch.zeros(1, 16, 16, 4, 32)[..., :16])) == 2
+        assert repeat(differentiate_lse) == 1
+        assert repeat(differentiate(grad, registers, sink, **extras)) == 3  # dK and dV: as without registers
+        assert repeat(differentiate(grad, registers, sink, scale=0.1, **extras)) == 0
+
+
+def decode_calls() -> None:
+    cache, positions = torch.zeros(2, 4096, 2, 64), torch.arange(4096)[None]
+    query, registers = torch.zeros(2, 1, 8, 64), torch.zeros(1, 3, 2, 64)
+
+    def decode(query: Tensor = query, cache: Tensor = cache, **options: Any) -> Callable[[], Any]:
+        arguments = positions[:, -1:], positions
+        return lambda: cached_attention(query, cache, cache, *arguments, **options, impl="fused")
+
+    assert repeat(decode()) == 2
+    assert repeat(decode(misaligned(query))) == 1
+    assert repeat(decode(cache=misaligned(cache))) == 1
+    assert repeat(decode(window=64)) == 1
+    assert repeat(decode(window=65)) == 1
+    assert repeat(decode(return_lse=True)) == 2
+    assert repeat(decode(additional_keys=registers, additional_values=registers, sink=0.5)) == 1
+    assert repeat(decode(scale=0.5)) == 0
+
+
+def rotate_calls() -> None:
+    q, k, gain = torch.zeros(1, 16, 16, 4, 64), torch.zeros(1, 16, 16, 2, 64), torch.ones(4)
+    angles = angles_of(AxialRoPE(64, 4, num_kv_heads=2), q, k, None)
+
+    def turn(q: Tensor, norm: HeadNorm | None) -> Callable[[], Any]:
+        return lambda: normalize_and_rotate(q, k, norm, angles, impl="fused")
+
+    assert repeat(turn(q, None)) == 1
+    assert repeat(turn(misaligned(q), None)) == 1
+    assert repeat(turn(q, HeadNorm("cosine", gain, None))) == 1
+
+
+if __name__ == "__main__":
+    main()

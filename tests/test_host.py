@@ -1,0 +1,100 @@
+"""What is worked out once for many calls: the checks of arguments, and launches."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import raises_naming
+from torch import Tensor
+
+from natten_layers import functional, neighborhood_attention
+
+
+def draw(heads: int = 4, length: int = 12) -> Tensor:
+    return torch.randn(2, length, heads, 8)
+
+
+@pytest.fixture(autouse=True)
+def accepted(monkeypatch: pytest.MonkeyPatch) -> dict[Any, Any]:
+    """Signatures whose checks have passed, none so far."""
+    empty: dict[Any, Any] = {}
+    monkeypatch.setattr(functional, "_accepted", empty)
+    return empty
+
+
+def test_what_has_passed_is_not_checked_again(accepted: dict[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = draw(), draw(2), draw(2)
+    expected = neighborhood_attention(*tensors, 3, is_causal=True)
+    assert len(accepted) == 1
+    monkeypatch.setattr(functional, "_check_user_form", None)
+    monkeypatch.setattr(functional, "_check_canonical_form", None)
+    assert torch.equal(neighborhood_attention(*tensors, 3, is_causal=True), expected)
+    scaled = neighborhood_attention(*tensors, 3, is_causal=True, scale=0.1, sink=0.0)
+    assert not torch.equal(scaled, expected)
+    with raises_naming("scale", "nan"):
+        neighborhood_attention(*tensors, 3, is_causal=True, scale=float("nan"))
+    with raises_naming("sink", "inf"):
+        neighborhood_attention(*tensors, 3, is_causal=True, sink=float("inf"))
+    assert len(accepted) == 1
+
+
+def test_equal_arguments_of_other_types_are_checked() -> None:
+    q = draw()
+    neighborhood_attention(q, q, q, 1, is_causal=False)
+    with raises_naming("kernel_size", "bool"):
+        neighborhood_attention(q, q, q, True, is_causal=False)
+    with raises_naming("is_causal", "int"):
+        neighborhood_attention(q, q, q, 1, is_causal=0)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    neighborhood_attention(q, q, q, (1,), is_causal=(False,))
+    with raises_naming("kernel_size", "bool"):
+        neighborhood_attention(q, q, q, (True,), is_causal=(False,))
+
+
+def test_equal_shapes_of_other_strides_are_checked() -> None:
+    """Registers of one head serve KV heads that are one head expanded, and no others."""
+    q, registers = draw(), torch.randn(1, 3, 1, 8)
+    one = draw(1).expand(-1, -1, 4, -1)
+    extras: dict[str, Any] = {"additional_keys": registers, "additional_values": registers}
+    expected = neighborhood_attention(q, one, one, 3, **extras)
+    assert torch.equal(neighborhood_attention(q, one, one, 3, **extras), expected)
+    with raises_naming("additional_keys"):
+        neighborhood_attention(q, one.contiguous(), one.contiguous(), 3, **extras)
+
+
+def test_other_dtypes_shapes_and_axes_are_checked() -> None:
+    q = draw()
+    neighborhood_attention(q, q, q, 3)
+    with raises_naming("key", "dtype"):
+        neighborhood_attention(q, q.double(), q, 3)
+    with raises_naming("sequence", "13", "12"):
+        neighborhood_attention(q, draw(length=13), q, 3)
+    with raises_naming("dilation"):
+        neighborhood_attention(q, q, q, 3, dilation=5)
+    with raises_naming("value"):
+        neighborhood_attention(q, q, None, 3)  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+
+def test_lists_are_taken_and_what_is_kept_is_bounded(accepted: dict[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functional, "MAX_ACCEPTED", 3)
+    q = draw()
+    expected = neighborhood_attention(q, q, q, (3,))
+    assert torch.equal(neighborhood_attention(q, q, q, [3]), expected)
+    assert len(accepted) == 1
+    for kernel_size in range(4, 12):
+        neighborhood_attention(q, q, q, kernel_size)
+        assert len(accepted) <= 3
+
+
+def test_kept_kernels_are_those_that_triton_chooses() -> None:
+    pytest.importorskip("triton")
+    script = Path(__file__).with_name("relaunch.py")
+    environment = {**os.environ, "PYTHONPATH": str(script.parents[1])}
+    command = [sys.executable, "-W", "error", str(script)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
