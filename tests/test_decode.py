@@ -267,6 +267,7 @@ def test_benchmark_times_no_wrong_result(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature:UserWarning")
 def test_auto_takes_the_kernel_and_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = make_arguments(replace(SHAPES[0], dtype=torch.bfloat16, registers=2, sink="learned"))
     expected = cached_attention(**arguments, impl="fused")
