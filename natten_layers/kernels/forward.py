@@ -2,7 +2,7 @@
 
 One program computes a tile of queries in space, times ``PACK`` query heads of one KV head, and walks in chunks over the
 union of their windows, which starts anywhere: no alignment of keys to tiles, no copy or permutation of K and V.
-Registers come first, as more keys of the same softmax; the sink is the softmax's initial state.
+Registers come last, as more keys of the same softmax; the sink is the softmax's initial state.
 """
 
 # Triton's language is Python to the parser only.
@@ -95,24 +95,51 @@ def attend_window(
 
 
 @triton.jit
+def load_registers(
+    RegK, RegV, regk_strides, regv_strides, start, registers,
+    BR: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
+):  # fmt: skip
+    """Keys and values of ``BR`` registers from ``start``, the last one again past the end of them.
+
+    ``RegK``, ``RegV`` point at the batch and KV head.
+    """
+    n = tl.minimum(start + tl.arange(0, BR), registers - 1).to(tl.int64)
+    b_k = load_rows(RegK, n * regk_strides[1], None, D, BD)  # [R, D]
+    b_v = load_rows(RegV, n * regv_strides[1], None, DV, BDV)
+    return b_k, b_v
+
+
+@triton.jit
+def fold_registers(
+    b_q, b_acc, row_m, row_l, b_k, b_v, remaining, factor, score_scale,
+    CLEAN: tl.constexpr, SCALE_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Fold registers ``b_k [R, D]``, ``b_v``, of which every query sees the first ``remaining``, into the state."""
+    m_r = tl.arange(0, b_k.shape[0]) < remaining
+    # Not masked where they are loaded: tiles move to shared memory right behind a bare load, and would stay there for as
+    # long as the window takes, at the cost of a program less on the multiprocessor.
+    b_k = tl.where(m_r[:, None], b_k, 0.0)
+    b_v = tl.where(m_r[:, None], b_v, 0.0)
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [M, R]
+    if SCALE_FIRST:
+        b_s = b_s * score_scale
+    b_visible = tl.broadcast_to(m_r[None, :], b_s.shape)
+    b_s = tl.where(b_visible, b_s, float("-inf"))
+    return softmax_step(b_acc, row_m, row_l, b_s, b_v, b_visible, factor, CLEAN, PRECISION)
+
+
+@triton.jit
 def attend_registers(
-    b_q, b_acc, row_m, row_l, RegK, RegV, regk_strides, regv_strides, registers, factor, score_scale,
+    b_q, b_acc, row_m, row_l, RegK, RegV, regk_strides, regv_strides, first, registers, factor, score_scale,
     BR: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
     CLEAN: tl.constexpr, SCALE_FIRST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Fold the registers, seen by every query, into the softmax state."""
-    n = tl.arange(0, BR)
-    for start in tl.range(0, registers, BR, num_stages=1):
-        m_r = start + n < registers
-        o_r = (start + n).to(tl.int64)
-        b_k = load_rows(RegK, o_r * regk_strides[1], m_r, D, BD)  # [R, D]
-        b_v = load_rows(RegV, o_r * regv_strides[1], m_r, DV, BDV)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [M, R]
-        if SCALE_FIRST:
-            b_s = b_s * score_scale
-        b_visible = tl.broadcast_to(m_r[None, :], b_s.shape)
-        b_s = tl.where(b_visible, b_s, float("-inf"))
-        b_acc, row_m, row_l = softmax_step(b_acc, row_m, row_l, b_s, b_v, b_visible, factor, CLEAN, PRECISION)
+    """Fold the registers from ``first`` on, ``BR`` at a time."""
+    for start in tl.range(first, registers, BR, num_stages=1):
+        b_k, b_v = load_registers(RegK, RegV, regk_strides, regv_strides, start, registers, BR, D, BD, DV, BDV)
+        b_acc, row_m, row_l = fold_registers(
+            b_q, b_acc, row_m, row_l, b_k, b_v, registers - start, factor, score_scale, CLEAN, SCALE_FIRST, PRECISION
+        )
     return b_acc, row_m, row_l
 
 
@@ -161,25 +188,31 @@ def forward_kernel(
     # A scale that is not positive does not commute with the maximum: then the scores are scaled before it.
     factor = 1.0 if SCALE_FIRST else score_scale
 
-    b_acc, row_m, row_l = initial_state(Sink, row_head, sink, SINK, BM, BDV)
     if BR > 0:
         RegK += i_batch * regk_strides[0] + i_kv * regk_strides[2]
         RegV += i_batch * regv_strides[0] + i_kv * regv_strides[2]
-        b_acc, row_m, row_l = attend_registers(
-            b_q, b_acc, row_m, row_l, RegK, RegV, regk_strides, regv_strides, registers, factor, score_scale,
-            BR, D, BD, DV, BDV, False, SCALE_FIRST, PRECISION,
-        )  # fmt: skip
+        # Loaded before the window and used after it, so that nothing waits for them.
+        b_rk, b_rv = load_registers(RegK, RegV, regk_strides, regv_strides, 0, registers, BR, D, BD, DV, BDV)
+    b_acc, row_m, row_l = initial_state(Sink, row_head, sink, SINK, BM, BDV)
     b_acc, row_m, row_l = attend_window(
         b_q, b_acc, row_m, row_l, K, V, k_strides, v_strides, residue, count, origin, index,
         kernel, stride, dilation, factor, score_scale, CAUSAL, TILE, CHUNK, RANK, WIDE, D, BD, DV, BDV,
         MASK, False, SCALE_FIRST, PRECISION, STAGES,
     )  # fmt: skip
+    if BR > 0:
+        b_acc, row_m, row_l = fold_registers(
+            b_q, b_acc, row_m, row_l, b_rk, b_rv, registers, factor, score_scale, False, SCALE_FIRST, PRECISION
+        )
+        b_acc, row_m, row_l = attend_registers(
+            b_q, b_acc, row_m, row_l, RegK, RegV, regk_strides, regv_strides, BR, registers, factor, score_scale,
+            BR, D, BD, DV, BDV, False, SCALE_FIRST, PRECISION,
+        )  # fmt: skip
     # NaN or inf times zero: rare enough to pay for it with a second pass, and only then.
     if tl.max(tl.where(tl.abs(tl.sum(b_acc * 0.0, 1)) >= 0.0, 0, 1), 0) > 0:
         b_acc, row_m, row_l = initial_state(Sink, row_head, sink, SINK, BM, BDV)
         if BR > 0:
             b_acc, row_m, row_l = attend_registers(
-                b_q, b_acc, row_m, row_l, RegK, RegV, regk_strides, regv_strides, registers, factor, score_scale,
+                b_q, b_acc, row_m, row_l, RegK, RegV, regk_strides, regv_strides, 0, registers, factor, score_scale,
                 16, D, BD, DV, BDV, True, SCALE_FIRST, PRECISION,
             )  # fmt: skip
         b_acc, row_m, row_l = attend_window(
@@ -189,7 +222,7 @@ def forward_kernel(
         )  # fmt: skip
 
     o_row = contiguous_row(i_batch, token, length) * (kv_heads * group) + row_head
-    store_rows(Out, o_row * DV, m_rows, b_acc / row_l[:, None], DV, BDV)
+    store_rows(Out, o_row * DV, m_rows, b_acc * (1.0 / row_l)[:, None], DV, BDV)
     if WITH_STATE:
         tl.store(RowMax + o_row, row_m * LN2, mask=m_rows)
         tl.store(RowSum + o_row, row_l, mask=m_rows)
