@@ -187,6 +187,28 @@ def test_runs_under_deterministic_algorithms() -> None:
 
 
 @pytest.mark.gpu
+def test_replays_in_a_graph_forward_and_backward() -> None:
+    inputs = make_inputs(replace(SHAPES[0], dtype=torch.bfloat16), DEVICE)
+    q, k, v = (inputs[name] for name in ("query", "key", "value"))
+
+    def step() -> tuple[torch.Tensor, ...]:
+        out = neighborhood_attention(q, k, v, SHAPES[0].kernel_size, impl="fused")
+        return out, *torch.autograd.grad(out, (q, k, v), out.detach())
+
+    step()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    with torch.no_grad():
+        for t in (q, k, v):
+            t.copy_(torch.randn_like(t))
+    expected = step()
+    graph.replay()
+    for actual, wanted in zip(results, expected, strict=True):
+        assert torch.equal(actual, wanted)
+
+
+@pytest.mark.gpu
 def test_tensors_beyond_two_to_the_31_elements() -> None:
     """Offsets are 64-bit: a single image of 2.2e9 elements, checked on its last rows, which only wide offsets reach."""
     height, width, dim = 1056, 8192, 256
