@@ -103,7 +103,7 @@ def attend_slice(
         row_l = tl.where(with_sink, row_l, 0.0)
     if BR > 0:
         b_acc, row_m, row_l = attend_registers(
-            b_q, b_acc, row_m, row_l, RegK, RegV, regk_strides, regv_strides, 0, registers, factor, score_scale,
+            b_q, b_acc, row_m, row_l, RegK, RegV, regk_strides, regv_strides, registers, factor, score_scale,
             BR, D, BD, DV, BDV, CLEAN, SCALE_FIRST, PRECISION,
         )  # fmt: skip
     return attend_cache(

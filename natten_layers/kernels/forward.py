@@ -95,51 +95,24 @@ def attend_window(
 
 
 @triton.jit
-def load_registers(
-    RegK, RegV, regk_strides, regv_strides, start, registers,
-    BR: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
-):  # fmt: skip
-    """Keys and values of ``BR`` registers from ``start``, the last one again past the end of them.
-
-    ``RegK``, ``RegV`` point at the batch and KV head.
-    """
-    n = tl.minimum(start + tl.arange(0, BR), registers - 1).to(tl.int64)
-    b_k = load_rows(RegK, n * regk_strides[1], None, D, BD)  # [R, D]
-    b_v = load_rows(RegV, n * regv_strides[1], None, DV, BDV)
-    return b_k, b_v
-
-
-@triton.jit
-def fold_registers(
-    b_q, b_acc, row_m, row_l, b_k, b_v, remaining, factor, score_scale,
-    CLEAN: tl.constexpr, SCALE_FIRST: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Fold registers ``b_k [R, D]``, ``b_v``, of which every query sees the first ``remaining``, into the state."""
-    m_r = tl.arange(0, b_k.shape[0]) < remaining
-    # Not masked where they are loaded: tiles move to shared memory right behind a bare load, and would stay there for as
-    # long as the window takes, at the cost of a program less on the multiprocessor.
-    b_k = tl.where(m_r[:, None], b_k, 0.0)
-    b_v = tl.where(m_r[:, None], b_v, 0.0)
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [M, R]
-    if SCALE_FIRST:
-        b_s = b_s * score_scale
-    b_visible = tl.broadcast_to(m_r[None, :], b_s.shape)
-    b_s = tl.where(b_visible, b_s, float("-inf"))
-    return softmax_step(b_acc, row_m, row_l, b_s, b_v, b_visible, factor, CLEAN, PRECISION)
-
-
-@triton.jit
 def attend_registers(
-    b_q, b_acc, row_m, row_l, RegK, RegV, regk_strides, regv_strides, first, registers, factor, score_scale,
+    b_q, b_acc, row_m, row_l, RegK, RegV, regk_strides, regv_strides, registers, factor, score_scale,
     BR: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
     CLEAN: tl.constexpr, SCALE_FIRST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Fold the registers from ``first`` on, ``BR`` at a time."""
-    for start in tl.range(first, registers, BR, num_stages=1):
-        b_k, b_v = load_registers(RegK, RegV, regk_strides, regv_strides, start, registers, BR, D, BD, DV, BDV)
-        b_acc, row_m, row_l = fold_registers(
-            b_q, b_acc, row_m, row_l, b_k, b_v, registers - start, factor, score_scale, CLEAN, SCALE_FIRST, PRECISION
-        )
+    """Fold the registers, seen by every query, into the softmax state."""
+    n = tl.arange(0, BR)
+    for start in tl.range(0, registers, BR, num_stages=1):
+        m_r = start + n < registers
+        o_r = (start + n).to(tl.int64)
+        b_k = load_rows(RegK, o_r * regk_strides[1], m_r, D, BD)  # [R, D]
+        b_v = load_rows(RegV, o_r * regv_strides[1], m_r, DV, BDV)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [M, R]
+        if SCALE_FIRST:
+            b_s = b_s * score_scale
+        b_visible = tl.broadcast_to(m_r[None, :], b_s.shape)
+        b_s = tl.where(b_visible, b_s, float("-inf"))
+        b_acc, row_m, row_l = softmax_step(b_acc, row_m, row_l, b_s, b_v, b_visible, factor, CLEAN, PRECISION)
     return b_acc, row_m, row_l
 
 
@@ -191,8 +164,6 @@ def forward_kernel(
     if BR > 0:
         RegK += i_batch * regk_strides[0] + i_kv * regk_strides[2]
         RegV += i_batch * regv_strides[0] + i_kv * regv_strides[2]
-        # Loaded before the window and used after it, so that nothing waits for them.
-        b_rk, b_rv = load_registers(RegK, RegV, regk_strides, regv_strides, 0, registers, BR, D, BD, DV, BDV)
     b_acc, row_m, row_l = initial_state(Sink, row_head, sink, SINK, BM, BDV)
     b_acc, row_m, row_l = attend_window(
         b_q, b_acc, row_m, row_l, K, V, k_strides, v_strides, residue, count, origin, index,
@@ -200,11 +171,9 @@ def forward_kernel(
         MASK, False, SCALE_FIRST, PRECISION, STAGES,
     )  # fmt: skip
     if BR > 0:
-        b_acc, row_m, row_l = fold_registers(
-            b_q, b_acc, row_m, row_l, b_rk, b_rv, registers, factor, score_scale, False, SCALE_FIRST, PRECISION
-        )
+        # After the window, whose first chunks load while the query does; not loaded before it, as it needs the room.
         b_acc, row_m, row_l = attend_registers(
-            b_q, b_acc, row_m, row_l, RegK, RegV, regk_strides, regv_strides, BR, registers, factor, score_scale,
+            b_q, b_acc, row_m, row_l, RegK, RegV, regk_strides, regv_strides, registers, factor, score_scale,
             BR, D, BD, DV, BDV, False, SCALE_FIRST, PRECISION,
         )  # fmt: skip
     # NaN or inf times zero: rare enough to pay for it with a second pass, and only then.
@@ -212,7 +181,7 @@ def forward_kernel(
         b_acc, row_m, row_l = initial_state(Sink, row_head, sink, SINK, BM, BDV)
         if BR > 0:
             b_acc, row_m, row_l = attend_registers(
-                b_q, b_acc, row_m, row_l, RegK, RegV, regk_strides, regv_strides, 0, registers, factor, score_scale,
+                b_q, b_acc, row_m, row_l, RegK, RegV, regk_strides, regv_strides, registers, factor, score_scale,
                 16, D, BD, DV, BDV, True, SCALE_FIRST, PRECISION,
             )  # fmt: skip
         b_acc, row_m, row_l = attend_window(
