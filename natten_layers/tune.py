@@ -24,7 +24,7 @@ from torch import Tensor
 from .functional import neighborhood_attention
 from .kernels.configs import Kind, Launch, ProblemClass, best_boxes, boxes, rule
 from .kernels.launches import cache_file, override, write_tuned
-from .kernels.problem import device_traits, three_axes
+from .kernels.problem import Inputs, device_traits, problem_of, three_axes
 
 __all__ = ["Found", "main", "neighbors", "search", "tune"]
 
@@ -241,6 +241,19 @@ def _problem_class(args: argparse.Namespace, query: Tensor, kv_heads: int) -> Pr
     )  # fmt: skip
 
 
+def _kinds(args: argparse.Namespace, heads: Sequence[Tensor]) -> list[Kind]:
+    """The kernels to search: not a forward kernel whose place another one takes, which has nothing to search."""
+    from .kernels.forward import hopper_launch  # Triton is there: a call has run
+
+    rank = len(args.tokens)
+    window = _spread(args.kernel_size, rank), (1,) * rank, _spread(args.dilation, rank), (args.causal,) * rank
+    query, key, value = heads
+    if hopper_launch(problem_of(Inputs(query, key, value, None, None, None), None, window, 1.0)) is None:
+        return args.kernels
+    print("forward: windows as large as these have a kernel of their own on this GPU")
+    return [kind for kind in args.kernels if kind != "forward"]
+
+
 def _spread(values: tuple[int, ...], rank: int) -> tuple[int, ...]:
     return values * rank if len(values) == 1 else values
 
@@ -269,7 +282,7 @@ def main(argv: Sequence[str] | None = None, *, timer: Timer = _device_seconds) -
         try:
             for kind, best in tune(
                 problem, attend, (*heads, grad_out),
-                kinds=args.kernels, trials=args.trials, timer=timer, report=_report,
+                kinds=_kinds(args, heads), trials=args.trials, timer=timer, report=_report,
             ):  # fmt: skip
                 found[kind] = best
         except KeyboardInterrupt:

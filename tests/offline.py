@@ -19,6 +19,7 @@ from triton.runtime import driver
 
 from natten_layers import cached_attention, neighborhood_attention
 from natten_layers.kernels import decode_ops, ops, problem
+from natten_layers.kernels.forward import hopper_module
 from natten_layers.modules import AxialRoPE
 from natten_layers.modules.query_key import HeadNorm, normalize_and_rotate
 from natten_layers.modules.rope import angles_of
@@ -73,6 +74,18 @@ def attend(spatial: tuple[int, ...], kernel_size: int, heads: int, dim: int, *, 
     torch.autograd.grad(out.float().sum(), inputs)
 
 
+def attend_on_hopper(
+    hopper: Any, spatial: tuple[int, ...], kernel_size: int, heads: int, *, sink: float | None
+) -> None:
+    tensors = problem.Inputs(
+        *(torch.zeros(1, *spatial, h, 128, dtype=torch.bfloat16) for h in (heads, 2, 2)), *[None] * 3
+    )
+    rank = len(spatial)
+    window = (kernel_size,) * rank, (1,) * rank, (1,) * rank, (rank == 1,) * rank
+    one = problem.problem_of(tensors, sink, window, 1.0)
+    hopper.forward(hopper.launch_of(one), one, tensors, sink, 1.0, with_state=sink is None)
+
+
 def main(capability: int) -> None:
     stub = Driver(capability)
     driver.set_active(stub)  # pyright: ignore[reportArgumentType]
@@ -83,6 +96,11 @@ def main(capability: int) -> None:
     attend((12, 12, 20), 5, 2, 40, extras=False, dilation=2, stride=3)
     attend((2048,), 1024, 8, 128, extras=False, is_causal=True)
     attend((32, 32), 7, 4, 256, extras=True)
+    if capability == 90 and (hopper := hopper_module()) is not None:
+        setattr(hopper, "multiprocessors", lambda device: 132)  # noqa: B010
+        attend_on_hopper(hopper, (4096,), 2048, 8, sink=0.0)
+        attend_on_hopper(hopper, (64, 80), 48, 2, sink=None)
+        attend_on_hopper(hopper, (16, 24, 32), 14, 2, sink=None)
     with torch.no_grad():
         cache, positions = draw(2, 4096, 2, 64), torch.arange(4096)[None]
         cached_attention(draw(2, 1, 8, 64), cache, cache, positions[:, -1:], positions, window=4096, impl="fused")

@@ -8,13 +8,17 @@ Registers come last, as more keys of the same softmax; the sink is the softmax's
 # Triton's language is Python to the parser only.
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false
 
+from functools import cache
+from types import ModuleType
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .configs import Launch
 from .launcher import Launcher, launcher
-from .launches import launch_for, remembered
+from .launches import explicit_launch, launch_for, override_pack, remembered
 from .primitives import (
     LN2,
     LOG2E,
@@ -202,6 +206,11 @@ def forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``out [B, *spatial, Hq, Dv]`` and, ``with_state``, ``row_max`` and ``row_sum [B, *spatial, Hq]`` in fp32."""
     query, key, value, additional_keys, additional_values, sink = inputs
+    hopper = hopper_module()
+    if hopper is not None and hopper.pays(problem):
+        launch = hopper_launch(problem)
+        if launch is not None and all(x.data_ptr() % 16 == 0 for x in (query, key, value)):
+            return hopper.forward(launch, problem, inputs, sink_value, scale, with_state)
     rows = query.shape[:-1]
     out = query.new_empty(rows + value.shape[-1:])
     row_max = row_sum = None
@@ -210,6 +219,27 @@ def forward(
     launch = forward_launcher(problem, with_state)
     launch((query, key, value, out, row_max, row_sum, additional_keys, additional_values, sink), (sink_value, scale))
     return out, row_max, row_sum
+
+
+@cache
+def hopper_module() -> ModuleType | None:
+    """The variant for large windows, if this Triton has the Gluon that it is written in."""
+    try:
+        from . import hopper
+    except ImportError:
+        return None
+    return hopper
+
+
+@remembered
+def hopper_launch(problem: Problem) -> Launch | None:
+    """How the variant for large windows computes a call, or None where this file's kernel does."""
+    hopper, pack = hopper_module(), override_pack()
+    if hopper is None or not (hopper.pays(problem) and hopper.supports(problem)):
+        return None
+    if explicit_launch("forward", problem.problem_class) is not None or (pack and problem.group % pack):
+        return None
+    return hopper.launch_of(problem, pack)
 
 
 @remembered

@@ -19,7 +19,17 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar, get_args
 from ..files import replacing
 from .configs import Kind, Launch, ProblemClass, rule
 
-__all__ = ["cache_file", "forget", "launch_for", "override", "read_tuned", "remembered", "write_tuned"]
+__all__ = [
+    "cache_file",
+    "explicit_launch",
+    "forget",
+    "launch_for",
+    "override",
+    "override_pack",
+    "read_tuned",
+    "remembered",
+    "write_tuned",
+]
 
 FORMAT = 1
 
@@ -51,12 +61,20 @@ def override(launches: Mapping[Kind, Launch] | None = None, *, pack: int | None 
 
 def launch_for(kind: Kind, problem: ProblemClass) -> Launch:
     """The launch of one kernel for a problem class."""
+    return explicit_launch(kind, problem) or rule(kind, problem, override_pack())
+
+
+def explicit_launch(kind: Kind, problem: ProblemClass) -> Launch | None:
+    """The launch that an override or the file of tuned launches names, if one does."""
     overrides = _overrides.get()
     if kind in overrides.launches:
         return overrides.launches[kind]
-    if overrides.pack is None and (tuned := _tuned()) and (launch := tuned.get((kind, problem))):
-        return launch
-    return rule(kind, problem, overrides.pack)
+    return _tuned().get((kind, problem)) if overrides.pack is None else None
+
+
+def override_pack() -> int | None:
+    """Heads a program that an override asks for."""
+    return _overrides.get().pack
 
 
 def remembered(choose: Callable[P, R]) -> Callable[P, R]:

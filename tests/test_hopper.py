@@ -1,0 +1,187 @@
+"""The kernel for large windows on compute capability 9.0 against the fp64 oracle and the portable kernel."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from helpers import Case, error, make_inputs, oracle
+from torch import Tensor
+
+pytest.importorskip("triton.experimental.gluon")
+
+from natten_layers import neighborhood_attention
+from natten_layers.geometry import make_window
+from natten_layers.kernels import forward, hopper
+from natten_layers.kernels import problem as problem_module
+from natten_layers.kernels.configs import Box, Launch
+from natten_layers.kernels.launches import forget, override
+from natten_layers.kernels.problem import Inputs, Layout, Problem, problem_of
+
+HAS_DEVICE = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+needs_device = pytest.mark.skipif(not HAS_DEVICE, reason="compute capability 9.0 only")
+
+CASES = (
+    Case("2d", (40, 48), (24, 32), head_dim=128, value_dim=128),
+    Case("2d-odd-gqa-sink", (37, 53), (23, 31), heads=4, kv_heads=2, head_dim=128, value_dim=128, sink="learned"),
+    Case("2d-stride-zero-sink", (41, 50), (24, 32), (8, 16), heads=3, kv_heads=3, head_dim=64, value_dim=64,
+         sink="zero"),
+    Case("2d-full-causal-axis", (40, 48), (40, 48), 1, 1, (False, True), head_dim=128, value_dim=128),
+    Case("1d-causal-gqa-sink", (1000,), 600, is_causal=True, heads=8, kv_heads=2, head_dim=128, value_dim=128,
+         sink="learned"),
+    Case("1d-group-3", (1500,), 700, heads=6, kv_heads=2, head_dim=64, value_dim=64),
+    Case("3d-gqa", (10, 17, 19), (6, 10, 12), heads=2, kv_heads=1, head_dim=128, value_dim=128, batch=1),
+    Case("3d-causal", (12, 16, 18), (7, 9, 10), 1, 1, (True, False, False), 4, 1, head_dim=128, value_dim=128),
+)  # fmt: skip
+
+
+def call_of(case: Case, tensors: dict[str, Tensor]) -> tuple[Problem, tuple[Any, ...]]:
+    """The problem of a case, and the arguments of both kernels' launchers."""
+    inputs = Inputs(tensors["query"], tensors["key"], tensors["value"], None, None, tensors.get("sink"))
+    sink, scale = 0.0 if case.sink == "zero" else None, case.head_dim**-0.5
+    w = make_window(case.spatial, case.kernel_size, case.stride, case.dilation, case.is_causal)
+    problem = problem_of(inputs, sink, (w.kernel_size, w.stride, w.dilation, w.is_causal), scale)
+    return problem, (problem, inputs, sink, scale, True)
+
+
+@pytest.mark.gpu
+@needs_device
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matches_the_oracle(case: Case, dtype: torch.dtype) -> None:
+    case = replace(case, dtype=dtype)
+    leaves = make_inputs(case, "cuda")
+    problem, arguments = call_of(case, {name: t.detach() for name, t in leaves.items()})
+    assert hopper.supports(problem)
+    out, row_max, row_sum = hopper.forward(hopper.launch_of(problem), *arguments)
+    wide = oracle(case, leaves)
+    assert row_max is not None
+    assert row_sum is not None
+    assert error(out, wide.out) < (4e-3 if dtype == torch.bfloat16 else 5e-4)
+    assert error(row_max + row_sum.log(), wide.lse) < 2e-6
+
+
+@pytest.mark.gpu
+@needs_device
+def test_reads_views_of_a_fused_projection() -> None:
+    case = replace(CASES[1], dtype=torch.bfloat16, sink="none")
+    qkv = torch.randn(2, *case.spatial, 8, 128, device="cuda", dtype=torch.bfloat16)
+    views: dict[str, Tensor] = dict(zip(("query", "key", "value"), qkv.split((4, 2, 2), -2), strict=True))
+    problem, arguments = call_of(case, views)
+    assert hopper.supports(problem)
+    launch = hopper.launch_of(problem)
+    copies = call_of(case, {name: t.contiguous() for name, t in views.items()})[1]
+    for ours, expected in zip(hopper.forward(launch, *arguments), hopper.forward(launch, *copies), strict=True):
+        assert torch.equal(ours, expected)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.gpu
+@needs_device
+def test_nan_and_inf_reach_only_the_queries_that_see_them() -> None:
+    case = replace(CASES[0], dtype=torch.bfloat16)
+    tensors = {name: t.detach() for name, t in make_inputs(case, "cuda").items()}
+    tensors["value"][0, 3, 4, 1, 7] = float("nan")
+    tensors["key"][1, 39, 47, 0, 5] = float("inf")
+    problem, arguments = call_of(case, tensors)
+    ours, expected = hopper.forward(hopper.launch_of(problem), *arguments)[0], forward.forward(*arguments)[0]
+    assert expected.isnan().any()
+    assert torch.equal(ours.isnan(), expected.isnan())
+    assert error(ours.nan_to_num(), expected.nan_to_num()) < 4e-3
+
+
+@pytest.mark.gpu
+@needs_device
+def test_a_call_takes_it_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer = torch.randn(1, 4096, 2, 136, device="cuda", dtype=torch.bfloat16)
+    aligned, shifted = buffer[..., :128].contiguous(), buffer[..., 1:129]
+    launches = []
+    run = hopper.forward
+    monkeypatch.setattr(hopper, "forward", lambda *args: launches.append(args[0]) or run(*args))
+    neighborhood_attention(aligned, aligned, aligned, 2048, is_causal=True)
+    assert len(launches) == 1
+    out = neighborhood_attention(shifted, shifted, shifted, 2048, is_causal=True)
+    assert len(launches) == 1  # addresses that TMA does not take
+    whole = shifted.contiguous()
+    assert error(out, neighborhood_attention(whole, whole, whole, 2048, is_causal=True)) < 4e-3
+    assert len(launches) == 2
+
+
+def problem_of_text(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0), **changes: Any) -> Problem:
+    """A window of 4096 over 8192 tokens with four query heads a KV head, as if a GPU was there."""
+    hopper.supports.cache_clear()
+    forget()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(problem_module, "device_traits", lambda device: ("stub", 2**17))
+    query, key = (Layout((1, 8192, h, 128), (8192 * h * 128, h * 128, 128, 1)) for h in (8, 2))
+    problem = Problem(
+        query, key, key, None, None, torch.device("cuda", 0), torch.bfloat16, (4096,), (1,), (1,), (True,),
+        "none", scale_first=False, precision="ieee",
+    )  # fmt: skip
+    return problem._replace(**changes)
+
+
+def test_large_windows_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = problem_of_text(monkeypatch)
+    launch = forward.hopper_launch(problem)
+    assert launch is not None
+    assert (launch.tile, launch.pack) == ((1, 1, 32), 4)
+    with override(pack=1):
+        unpacked = forward.hopper_launch(problem)
+    assert unpacked is not None
+    assert (unpacked.tile, unpacked.pack) == ((1, 1, 128), 1)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"kernel_size": (1024,)},
+        {"dtype": torch.float32},
+        {"scale_first": True},
+        {"dilation": (2,)},
+        {"capability": (8, 0)},
+        {"capability": (12, 0)},
+        {"device": torch.device("cpu")},
+        {"key": Layout((1, 8192, 2, 128), (8192 * 257, 257, 128, 1))},
+        {"additional_keys": Layout((1, 4, 2, 128), (1024, 256, 128, 1))},
+    ],
+    ids=str,
+)
+def test_other_calls_do_not(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
+    assert forward.hopper_launch(problem_of_text(monkeypatch, **changes)) is None
+
+
+def test_a_launch_that_somebody_chose_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = problem_of_text(monkeypatch)
+    with override({"forward": Launch((1, 1, 64), (1, 1, 64), 2, 4, 2)}):
+        assert forward.hopper_launch(problem) is None
+    with override(pack=8):  # more heads than there are in a group
+        assert forward.hopper_launch(problem) is None
+
+
+@pytest.mark.parametrize(
+    ("lengths", "kernel", "causal", "group", "tile", "chunk"),
+    [
+        ((1, 256, 256), (1, 80, 80), (False, False, False), 1, (1, 8, 16), (1, 8, 16)),
+        ((30, 48, 80), (18, 24, 24), (False, False, False), 1, (2, 8, 8), (1, 4, 32)),
+        ((1, 1, 32768), (1, 1, 4096), (False, False, True), 4, (1, 1, 32), (1, 1, 128)),
+    ],
+)
+def test_boxes_execute_few_scores(
+    lengths: Box, kernel: Box, causal: tuple[bool, bool, bool], group: int, tile: Box, chunk: Box
+) -> None:
+    launch = hopper.best_launch(lengths, kernel, (1, 1, 1), causal, group)
+    assert (launch.tile, launch.chunk, launch.pack) == (tile, chunk, group)
+
+
+def test_strides_that_tma_does_not_take_are_refused() -> None:
+    case = replace(CASES[6], dtype=torch.bfloat16, batch=2)
+    tensors = {name: t.detach() for name, t in make_inputs(case).items()}
+    problem, _ = call_of(case, tensors)
+    assert all(map(hopper._is_addressable, (problem.query, problem.key, problem.value)))
+    tensors["key"] = tensors["key"].expand(-1, -1, -1, -1, 2, -1)  # stride 0
+    tensors["value"] = tensors["value"][:, :5]  # batch and t have no common stride
+    problem, _ = call_of(case, tensors)
+    assert not hopper._is_addressable(problem.key)
+    assert not hopper._is_addressable(problem.value)
