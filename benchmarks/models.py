@@ -131,8 +131,8 @@ def _decoder_block(sizes: Sizes, device: torch.device, *, registers: int) -> Sub
 
     def run(model: nn.Module, x: Tensor) -> Tensor:
         positions = torch.arange(x.shape[1], device=device)[None]
-        rotation = rope.table(positions, torch.float64 if x.dtype == torch.float64 else torch.float32)
-        return model(x, rotation, positions, None, x.shape[1])
+        angles = rope.angles_at(positions, torch.float64 if x.dtype == torch.float64 else torch.float32)
+        return model(x, angles, positions, None, x.shape[1])
 
     def output(model: nn.Module, dtype: torch.dtype) -> Tensor:
         return run(model, tokens[:, : sizes.checked_tokens].to(dtype))

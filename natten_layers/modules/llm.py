@@ -20,12 +20,12 @@ from .feed_forward import GatedFeedForward
 from .generation import generate, text_first
 from .llm_config import DecoderLMConfig
 from .norm import RMSNorm
-from .rope import RoPE, rotate_half_split
+from .query_key import HeadNorm, normalize_and_rotate
+from .rope import Angles, RoPE
 
 __all__ = ["DecoderAttention", "DecoderBlock", "DecoderLM", "DecoderLMConfig"]
 
 Device = torch.device | str | None
-Rotation = tuple[Tensor, Tensor]  # cos and sin, [B or 1, L, 1, D / 2]
 
 
 def _norm(dim: int, config: DecoderLMConfig, device: Device, dtype: torch.dtype | None) -> RMSNorm:
@@ -65,20 +65,19 @@ class DecoderAttention(nn.Module):
         return f"window={self.window}" + (", sink=zero" if self.zero_sink is not None else "")
 
     def forward(
-        self, x: Tensor, rotation: Rotation, positions: Tensor, cache: LayerCache | None, longest: int
+        self, x: Tensor, angles: Angles, positions: Tensor, cache: LayerCache | None, longest: int
     ) -> Tensor:
         """Attend from ``x [B, L, C]``.
 
         Args:
-            rotation: cos and sin at ``positions``.
+            angles: of the rotary embedding at ``positions``.
             positions: ``[B or 1, L]``; where there is padding it comes last, with position -1, and its result is of
                 no meaning.
             cache: earlier keys and values; ``x``'s are added.
             longest: upper bound on the cached tokens of a sequence, ``x`` included.
         """
-        query = rotate_half_split(self.q_norm(self._heads(self.q_proj(x))), *rotation)
-        key, value = self._key_value(x)
-        key = rotate_half_split(key, *rotation)
+        query, key, value = (self._heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        query, key = normalize_and_rotate(query, key, self._head_norm(), angles)
         options = {"scale": self.scale, "sink": self.zero_sink if self.sinks is None else self.sinks}
         if self.registers is not None:
             options["additional_keys"], options["additional_values"] = self._register_key_value(self.registers, cache)
@@ -97,15 +96,19 @@ class DecoderAttention(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim))
 
-    def _key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.k_norm(self._heads(self.k_proj(x))), self._heads(self.v_proj(x))
+    def _head_norm(self) -> HeadNorm | None:
+        if not isinstance(self.q_norm, RMSNorm) or not isinstance(self.k_norm, RMSNorm):
+            return None
+        assert self.q_norm.eps is not None
+        return HeadNorm("rms", self.q_norm.gain(), self.k_norm.gain(), self.q_norm.eps)
 
     def _register_key_value(self, registers: Tensor, cache: LayerCache | None) -> tuple[Tensor, Tensor]:
-        if cache is None:
-            return self._key_value(registers[None])
-        if cache.registers is None:
-            cache.registers = self._key_value(registers[None])
-        return cache.registers
+        if cache is not None and cache.registers is not None:
+            return cache.registers
+        key, value = self.k_norm(self._heads(self.k_proj(registers[None]))), self._heads(self.v_proj(registers[None]))
+        if cache is not None:
+            cache.registers = key, value
+        return key, value
 
 
 class DecoderBlock(nn.Module):
@@ -133,9 +136,9 @@ class DecoderBlock(nn.Module):
             self.post_feedforward_layernorm = _norm(config.hidden_size, config, device, dtype)
 
     def forward(
-        self, x: Tensor, rotation: Rotation, positions: Tensor, cache: LayerCache | None, longest: int
+        self, x: Tensor, angles: Angles, positions: Tensor, cache: LayerCache | None, longest: int
     ) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(x), rotation, positions, cache, longest)
+        attended = self.self_attn(self.input_layernorm(x), angles, positions, cache, longest)
         if self.post_norms:
             x = x + self.post_attention_layernorm(attended)
             return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
@@ -246,10 +249,10 @@ class DecoderLM(nn.Module):
         if self.config.embedding_scale != 1.0:  # rounded first, as Gemma was trained
             x = x * torch.tensor(self.config.embedding_scale).to(x.dtype).item()
         angle = torch.float64 if x.dtype == torch.float64 else torch.float32
-        rotations = {rope: rope.table(positions, angle) for rope in {self.rope, self.windowed_rope}}
+        angles = {rope: rope.angles_at(positions, angle) for rope in {self.rope, self.windowed_rope}}
         for i, block in enumerate(self.model.layers):
-            rotation = rotations[self.rope if self.config.windows[i] is None else self.windowed_rope]
-            x = block(x, rotation, positions, None if cache is None else cache.layers[i], longest)
+            rope = self.rope if self.config.windows[i] is None else self.windowed_rope
+            x = block(x, angles[rope], positions, None if cache is None else cache.layers[i], longest)
         if cache is not None:
             cache.lengths += length if mask is None else mask.sum(1)
             cache.longest = longest

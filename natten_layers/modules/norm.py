@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 __all__ = ["AdaRMSNorm", "RMSNorm", "cosine_normalize", "rms_normalize"]
 
@@ -78,7 +79,11 @@ class RMSNorm(nn.RMSNorm):
         assert self.eps is not None
         if x.shape[-1:] != self.weight.shape:
             raise ValueError(f"x {tuple(x.shape)} must end in the normalised axis of length {self.weight.shape[0]}")
-        return rms_normalize(x, self.gain(), self.eps)
+        gain = self.gain()
+        # One kernel, which has no autocast rule of its own and takes no gain of another dtype.
+        if gain.dtype == x.dtype and not torch.is_autocast_enabled(x.device.type):
+            return F.rms_norm(x, gain.shape, gain, self.eps)
+        return rms_normalize(x, gain, self.eps)
 
 
 class AdaRMSNorm(nn.Module):

@@ -272,21 +272,14 @@ class RoPE(_Rotary):
             raise ValueError(
                 f"positions has shape {tuple(positions.shape)}; expected [{length}] or [{batch} or 1, {length}]"
             )
-        return self._angles(positions, _angle_dtype(query))
+        return self.angles_at(positions, _angle_dtype(query))
 
-    def table(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin for :func:`rotate_half_split`, so that layers with equal embeddings compute them once.
+    def angles_at(self, positions: Tensor, dtype: torch.dtype) -> Angles:
+        """At token indices ``[..., L]``, so that layers with equal embeddings share them.
 
         Args:
-            positions: token indices ``[..., L]``.
-            dtype: torch.float32 or torch.float64.
-
-        Returns:
-            Two tensors ``[..., L, 1, head_dim / 2]``.
+            dtype: torch.float32 or torch.float64, of the frequencies.
         """
-        return self._angles(positions, dtype).table(dtype)
-
-    def _angles(self, positions: Tensor, dtype: torch.dtype) -> Angles:
         freqs = self.freqs if dtype == torch.float32 else self._frequencies(dtype, positions.device)
         return Angles(positions[..., None], freqs[None], self.attention_factor)
 
