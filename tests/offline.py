@@ -84,6 +84,10 @@ def attend_on_hopper(
     window = (kernel_size,) * rank, (1,) * rank, (1,) * rank, (rank == 1,) * rank
     one = problem.problem_of(tensors, sink, window, 1.0)
     hopper.forward(hopper.launch_of(one), one, tensors, sink, 1.0, with_state=sink is None)
+    registers = torch.zeros(1, 5, 2, 128, dtype=torch.bfloat16)
+    tensors = tensors._replace(additional_keys=registers, additional_values=registers)
+    one = problem.problem_of(tensors, sink, window, 1.0)
+    hopper.forward(hopper.launch_of(one), one, tensors, sink, 1.0, with_state=False)
 
 
 def main(capability: int) -> None:

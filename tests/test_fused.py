@@ -14,6 +14,9 @@ from natten_layers import attention_state, merge_attention, neighborhood_attenti
 
 pytest.importorskip("triton")
 
+from natten_layers.kernels.problem import Inputs, problem_of
+from natten_layers.kernels.registers import fold_registers
+
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 # One suite, two machines: interpreted where there is no GPU, compiled (and marked so) where there is one.
@@ -139,6 +142,24 @@ def test_merging_a_register_branch_equals_registers_in_the_kernel() -> None:
     actual = torch.autograd.grad((merged.out, merged.lse), tuple(inputs.values()), cotangents)
     for name, a, e in zip(inputs, actual, expected, strict=True):
         assert error(a, e) < 3e-6, name
+
+
+@pytest.mark.parametrize("scale", [0.3, -0.3])
+@pytest.mark.parametrize("registers", [3, 70])
+def test_a_second_launch_folds_registers_into_a_saved_state(registers: int, scale: float) -> None:
+    case = Case("fold", (7, 9), 3, heads=6, kv_heads=2, registers=registers, sink="learned", scale=scale)
+    with torch.no_grad():
+        q, k, v, rk, rv, sink = make_inputs(case, DEVICE).values()
+        q = torch.cat((q, q), -2)[..., 1:7, :]  # a view
+        state = attention_state(q, k, v, 3, sink=sink, scale=scale, impl="fused")
+        inputs = Inputs(q, k, v, rk, rv, sink)
+        problem = problem_of(inputs, None, ((3, 3), (1, 1), (1, 1), (False, False)), scale)
+        fold_registers(problem, inputs, scale, *state)
+        expected = attention_state(
+            q, k, v, 3, sink=sink, scale=scale, additional_keys=rk, additional_values=rv, impl="fused"
+        )
+    assert error(state.out, expected.out) < 1e-6
+    assert error(state.lse, expected.lse) < 1e-6
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's NumPy

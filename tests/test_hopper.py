@@ -32,6 +32,8 @@ CASES = (
     Case("1d-causal-gqa-sink", (1000,), 600, is_causal=True, heads=8, kv_heads=2, head_dim=128, value_dim=128,
          sink="learned"),
     Case("1d-group-3", (1500,), 700, heads=6, kv_heads=2, head_dim=64, value_dim=64),
+    Case("1d-registers", (1100,), 600, is_causal=True, heads=6, kv_heads=2, head_dim=128, value_dim=128, registers=70,
+         sink="zero"),
     Case("3d-gqa", (10, 17, 19), (6, 10, 12), heads=2, kv_heads=1, head_dim=128, value_dim=128, batch=1),
     Case("3d-causal", (12, 16, 18), (7, 9, 10), 1, 1, (True, False, False), 4, 1, head_dim=128, value_dim=128),
 )  # fmt: skip
@@ -39,7 +41,8 @@ CASES = (
 
 def call_of(case: Case, tensors: dict[str, Tensor]) -> tuple[Problem, tuple[Any, ...]]:
     """The problem of a case, and the arguments of both kernels' launchers."""
-    inputs = Inputs(tensors["query"], tensors["key"], tensors["value"], None, None, tensors.get("sink"))
+    registers = tensors.get("additional_keys"), tensors.get("additional_values")
+    inputs = Inputs(tensors["query"], tensors["key"], tensors["value"], *registers, tensors.get("sink"))
     sink, scale = 0.0 if case.sink == "zero" else None, case.head_dim**-0.5
     w = make_window(case.spatial, case.kernel_size, case.stride, case.dilation, case.is_causal)
     problem = problem_of(inputs, sink, (w.kernel_size, w.stride, w.dilation, w.is_causal), scale)
@@ -144,7 +147,7 @@ def test_large_windows_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
         {"capability": (12, 0)},
         {"device": torch.device("cpu")},
         {"key": Layout((1, 8192, 2, 128), (8192 * 257, 257, 128, 1))},
-        {"additional_keys": Layout((1, 4, 2, 128), (1024, 256, 128, 1))},
+        {"value": Layout((1, 8192, 2, 64), (8192 * 128, 128, 64, 1))},
     ],
     ids=str,
 )
@@ -176,10 +179,12 @@ def test_boxes_execute_few_scores(
 
 
 def test_strides_that_tma_does_not_take_are_refused() -> None:
-    case = replace(CASES[6], dtype=torch.bfloat16, batch=2)
+    case = Case("3d", (10, 17, 19), (6, 10, 12), heads=2, kv_heads=1, head_dim=128, value_dim=128, dtype=torch.bfloat16)
     tensors = {name: t.detach() for name, t in make_inputs(case).items()}
     problem, _ = call_of(case, tensors)
     assert all(map(hopper._is_addressable, (problem.query, problem.key, problem.value)))
+    batch, t, *rest = problem.key.stride
+    assert not hopper._is_addressable(problem.key._replace(stride=(batch + 8, t, *rest)))  # a gap between images
     tensors["key"] = tensors["key"].expand(-1, -1, -1, -1, 2, -1)  # stride 0
     tensors["value"] = tensors["value"][:, :5]  # batch and t have no common stride
     problem, _ = call_of(case, tensors)

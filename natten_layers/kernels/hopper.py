@@ -46,6 +46,7 @@ from .primitives import (
     windows_of,
 )
 from .problem import Inputs, Layout, Problem, layout, strides, three_axes
+from .registers import fold_registers
 
 ROWS = 128  # of a tile: positions times packed heads
 KEYS = 128  # of a chunk
@@ -444,7 +445,6 @@ def supports(problem: Problem) -> bool:
         and p.query.shape[-1] == p.value.shape[-1]
         and p.value.shape[-1] in (64, 128)
         and not p.scale_first
-        and not p.registers
         and prod(p.dilation) == 1
         and all(map(_is_addressable, (p.query, p.key, p.value)))
     )
@@ -458,7 +458,7 @@ def pays(problem: Problem) -> bool:
 def _is_addressable(tensor: Layout) -> bool:
     """Whether a TMA descriptor can hold it: five axes at most, strides that are positive multiples of 16 bytes."""
     batch, t, *_ = strides(tensor)
-    foldable = tensor.shape[0] == 1 or len(tensor.shape) < 6 or tensor.shape[1] in (1, batch // max(t, 1))
+    foldable = tensor.shape[0] == 1 or len(tensor.shape) < 6 or tensor.shape[1] == 1 or batch == tensor.shape[1] * t
     axes = zip(tensor.shape[:-1], tensor.stride[:-1], strict=True)
     return foldable and all(size == 1 or (step > 0 and step % 8 == 0) for size, step in axes)
 
@@ -530,8 +530,19 @@ def forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """What ``forward.forward`` computes, where :func:`supports` is true and every address is a multiple of 16.
 
-    Allocates its results, and four bytes for every 128 rows of them.
+    Allocates its results, four bytes for every 128 rows of them, and with registers the statistics in any case.
     """
+    out, row_max, row_sum = _attend_windows(
+        launch, problem, inputs, sink_value, scale, with_state or problem.registers > 0
+    )
+    if row_max is not None and row_sum is not None and problem.registers:
+        fold_registers(problem, inputs, scale, out, row_max, row_sum)
+    return (out, row_max, row_sum) if with_state else (out, None, None)
+
+
+def _attend_windows(
+    launch: Launch, problem: Problem, inputs: Inputs, sink_value: float | None, scale: float, with_state: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     query, key, value, _, _, sink = inputs
     rows = query.shape[:-1]
     out = query.new_empty(query.shape)

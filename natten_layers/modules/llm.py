@@ -64,9 +64,7 @@ class DecoderAttention(nn.Module):
     def extra_repr(self) -> str:
         return f"window={self.window}" + (", sink=zero" if self.zero_sink is not None else "")
 
-    def forward(
-        self, x: Tensor, angles: Angles, positions: Tensor, cache: LayerCache | None, longest: int
-    ) -> Tensor:
+    def forward(self, x: Tensor, angles: Angles, positions: Tensor, cache: LayerCache | None, longest: int) -> Tensor:
         """Attend from ``x [B, L, C]``.
 
         Args:
@@ -135,9 +133,7 @@ class DecoderBlock(nn.Module):
             self.pre_feedforward_layernorm = _norm(config.hidden_size, config, device, dtype)
             self.post_feedforward_layernorm = _norm(config.hidden_size, config, device, dtype)
 
-    def forward(
-        self, x: Tensor, angles: Angles, positions: Tensor, cache: LayerCache | None, longest: int
-    ) -> Tensor:
+    def forward(self, x: Tensor, angles: Angles, positions: Tensor, cache: LayerCache | None, longest: int) -> Tensor:
         attended = self.self_attn(self.input_layernorm(x), angles, positions, cache, longest)
         if self.post_norms:
             x = x + self.post_attention_layernorm(attended)
