@@ -3,11 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 __all__ = ["Cache", "LayerCache"]
+
+
+class Places(NamedTuple):
+    """Where new tokens are stored, as indices into a buffer ``[B, slots]``, and the positions that are stored there."""
+
+    batch: Tensor  # [B, 1]
+    slots: Tensor  # [B, L]
+    positions: Tensor  # [B, L]
+
+
+class _Placement:
+    """Places of one call's tokens, worked out once for all layers with the same window."""
+
+    def __init__(self) -> None:
+        self.positions: Tensor | None = None
+        self.known: dict[tuple[int | None, int], Places] = {}
+
+    def of(self, positions: Tensor, window: int | None, capacity: int) -> Places:
+        if positions is not self.positions:
+            self.positions, self.known = positions, {}
+        if (window, capacity) not in self.known:
+            self.known[window, capacity] = _places(positions, window, capacity)
+        return self.known[window, capacity]
+
+
+def _places(positions: Tensor, window: int | None, capacity: int) -> Places:
+    keep, slots = positions >= 0, positions
+    if window is not None:
+        slots = positions % window
+        if positions.shape[1] > window:  # two of these tokens would claim one slot
+            keep = keep & (positions > positions.amax(1, keepdim=True) - window)
+    batch = torch.arange(len(positions), device=positions.device)[:, None]
+    return Places(batch, torch.where(keep, slots, capacity), torch.where(keep, positions, -1))
 
 
 class LayerCache:
@@ -18,8 +52,9 @@ class LayerCache:
     ``max_length + 1`` where that is given.
     """
 
-    def __init__(self, window: int | None, max_length: int | None) -> None:
+    def __init__(self, window: int | None, max_length: int | None, placement: _Placement | None = None) -> None:
         self.window, self.max_length = window, max_length
+        self.placement = placement or _Placement()
         self.used = 0
         """slots ``0 .. used - 1`` may hold tokens"""
         self.keys = self.values = self.positions = torch.empty(0)
@@ -37,7 +72,8 @@ class LayerCache:
         Args:
             key: ``[B, L, Hkv, D]``.
             value: ``[B, L, Hkv, Dv]``.
-            positions: ``[B, L]``, growing by one from token to token; -1 for padding, which is dropped.
+            positions: ``[B, L]``, growing by one from token to token; -1 for padding, which is dropped. Layers of one
+                cache that are given the same tensor share what follows from it, so it must not change in between.
             longest: upper bound on the tokens of any sequence, these included.
 
         Returns:
@@ -60,16 +96,10 @@ class LayerCache:
         return seen[0], seen[1], seen[2]
 
     def _write(self, key: Tensor, value: Tensor, positions: Tensor) -> None:
-        keep, slots = positions >= 0, positions
-        if self.window is not None:
-            slots = positions % self.window
-            if key.shape[1] > self.window:  # two of these tokens would claim one slot
-                keep = keep & (positions > positions.amax(1, keepdim=True) - self.window)
-        slots = torch.where(keep, slots, self.capacity)
-        batch = torch.arange(key.shape[0], device=key.device)[:, None]
-        self.keys[batch, slots] = key
-        self.values[batch, slots] = value
-        self.positions[batch, slots] = torch.where(keep, positions, -1)
+        place = self.placement.of(positions, self.window, self.capacity)
+        self.keys[place.batch, place.slots] = key
+        self.values[place.batch, place.slots] = value
+        self.positions[place.batch, place.slots] = place.positions
 
     def _reserve(self, key: Tensor, value: Tensor) -> None:
         """Make room for ``used`` tokens, doubling so that growth costs a constant per token."""
@@ -112,7 +142,8 @@ class Cache:
         max_length: int | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        self.layers = [LayerCache(window, max_length) for window in windows]
+        placement = _Placement()
+        self.layers = [LayerCache(window, max_length, placement) for window in windows]
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
         """tokens of every sequence so far, ``[B]``"""
         self.longest = 0

@@ -69,8 +69,8 @@ class DecoderAttention(nn.Module):
 
         Args:
             angles: of the rotary embedding at ``positions``.
-            positions: ``[B or 1, L]``; where there is padding it comes last, with position -1, and its result is of
-                no meaning.
+            positions: ``[B or 1, L]``, with a cache ``[B, L]``; where there is padding it comes last, with position
+                -1, and its result is of no meaning.
             cache: earlier keys and values; ``x``'s are added.
             longest: upper bound on the cached tokens of a sequence, ``x`` included.
         """
@@ -81,7 +81,7 @@ class DecoderAttention(nn.Module):
             options["additional_keys"], options["additional_values"] = self._register_key_value(self.registers, cache)
         empty = cache is None or not cache.used
         if cache is not None:
-            keys, values, key_positions = cache.extend(key, value, positions.expand(x.shape[0], -1), longest)
+            keys, values, key_positions = cache.extend(key, value, positions, longest)
             if not empty:
                 out = cached_attention(query, keys, values, positions, key_positions, window=self.window, **options)
                 return self.o_proj(out.flatten(-2))
