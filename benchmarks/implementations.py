@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from natten_layers import neighborhood_attention
+from natten_layers import AttentionState, attention_state, merge_attention, neighborhood_attention
+from natten_layers.geometry import make_window
 
 from .workloads import Inputs, Variant, Workload
 
@@ -32,7 +33,7 @@ __all__ = [
 ]
 
 OURS = "natten_layers"
-PEERS = ("flex", "fa2", "cudnn", "natten", "fa4")
+PEERS = ("flex", "fa2", "cudnn", "natten", "fa4", "registers")
 FLEX_ORDERS = ("raster", "tiled")
 
 BLOCK = 128  # FlexAttention's block of tokens
@@ -145,6 +146,7 @@ def implementations(
         "cudnn": lambda: _cudnn(workload),
         "natten": lambda: _natten(workload, [Variant(), *(v for v in extra if v.registers and not v.sink)], device),
         "fa4": lambda: _fa4(workload, [base, *(v for v in extra if v.sink == "learned" and not v.registers)]),
+        "registers": lambda: _registers(workload, [v for v in variants if v.registers]),
     }
     for peer in peers:
         try:
@@ -174,6 +176,58 @@ def ours(workload: Workload) -> Callable[[Inputs], Tensor]:
         )
 
     return forward
+
+
+def _registers(workload: Workload, variants: list[Variant]) -> Iterator[Implementation]:
+    """The other two ways to registers, forward only: a launch that goes on from a saved state, and a branch merged."""
+    if not variants:
+        raise UnsupportedError("needs --registers")
+
+    def forward(join: Callable[[Workload, Inputs, AttentionState], Tensor]) -> Callable[[Inputs], Tensor]:
+        def call(inputs: Inputs) -> Tensor:
+            if torch.is_grad_enabled():
+                raise UnsupportedError("forward only")
+            qkv = inputs.query, inputs.key, inputs.value
+            options = {"is_causal": workload.causal, "sink": inputs.sink}
+            state = attention_state(*qkv, workload.kernel_size, **options, impl="fused" if qkv[0].is_cuda else "auto")
+            return join(workload, inputs, state)
+
+        return call
+
+    for variant, (name, join) in itertools.product(variants, (("second launch", _folded), ("merged branch", _merged))):
+        label = f"{name} ({variant.label})"
+        yield Implementation(label, "registers", variant, workload, forward(join), Layout())
+
+
+def _folded(workload: Workload, inputs: Inputs, state: AttentionState) -> Tensor:
+    from natten_layers.kernels.problem import Inputs as Tensors
+    from natten_layers.kernels.problem import problem_of
+    from natten_layers.kernels.registers import fold_registers
+
+    w = make_window(workload.spatial, workload.kernel_size, 1, 1, workload.causal)
+    tensors = Tensors(inputs.query, inputs.key, inputs.value, inputs.additional_keys, inputs.additional_values, None)
+    problem = problem_of(tensors, None, (w.kernel_size, w.stride, w.dilation, w.is_causal), workload.scale)
+    fold_registers(problem, tensors, workload.scale, *state)
+    return state.out
+
+
+def _merged(workload: Workload, inputs: Inputs, state: AttentionState) -> Tensor:
+    """Registers by torch's flash kernel, which returns the log-sum-exp, joined by :func:`merge_attention`."""
+    assert inputs.additional_keys is not None
+    assert inputs.additional_values is not None
+    query = inputs.query.flatten(1, -3).transpose(1, 2)
+    group = workload.heads // workload.kv_heads
+    keys, values = (
+        t.transpose(1, 2).repeat_interleave(group, 1) for t in (inputs.additional_keys, inputs.additional_values)
+    )
+    aten = torch.ops.aten
+    flash = (
+        aten._scaled_dot_product_flash_attention if query.is_cuda else aten._scaled_dot_product_flash_attention_for_cpu
+    )
+    out, lse = flash(query, keys, values, scale=workload.scale)[:2]
+    out = out.transpose(1, 2).unflatten(1, workload.spatial)
+    lse = lse[..., : query.shape[2]].transpose(1, 2).unflatten(1, workload.spatial)
+    return merge_attention(state, (out, lse, torch.ones_like(lse))).out
 
 
 def _flex(workload: Workload, orders: list[str], device: torch.device) -> Iterator[Implementation]:

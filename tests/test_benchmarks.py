@@ -342,6 +342,23 @@ def test_flex_in_a_model_is_the_same_operation(kernel_size: int | tuple[int, ...
         models.flex_attend(q, k, v, kernel_size, sink=0.0)  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.parametrize("name", ["hdit-gqa", "gpt-oss"])
+def test_three_ways_to_registers_agree(name: str) -> None:
+    pytest.importorskip("triton")
+    workload = smoke(WORKLOADS[name])
+    variant = Variant(5, "learned")
+    plain = make_inputs(workload, CPU, 0)
+    wide = {f: getattr(plain, f).float() for f in ("query", "key", "value", "grad_out")}
+    inputs = add_variant(replace(plain, **wide), variant, 0)
+    entries = implementations.implementations(workload, [variant], ["registers"], [], CPU)
+    ways = [entry for entry in entries if isinstance(entry, Implementation)]
+    assert [way.peer for way in ways] == ["natten_layers", "registers", "registers"]
+    with torch.no_grad():
+        expected, *others = (way.forward(inputs) for way in ways)
+    for out in others:
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_generation_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
