@@ -97,7 +97,7 @@ def test_nan_and_inf_reach_only_the_queries_that_see_them() -> None:
 @pytest.mark.gpu
 @needs_device
 def test_a_call_takes_it_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
-    buffer = torch.randn(1, 4096, 2, 136, device="cuda", dtype=torch.bfloat16)
+    buffer = torch.randn(1, 16384, 8, 136, device="cuda", dtype=torch.bfloat16)
     aligned, shifted = buffer[..., :128].contiguous(), buffer[..., 1:129]
     launches = []
     run = hopper.forward
@@ -140,6 +140,7 @@ def test_large_windows_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
     "changes",
     [
         {"kernel_size": (1024,)},
+        {"query": Layout((1, 8192, 4, 128), (8192 * 512, 512, 128, 1))},
         {"dtype": torch.float32},
         {"scale_first": True},
         {"dilation": (2,)},

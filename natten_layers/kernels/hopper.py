@@ -52,6 +52,7 @@ ROWS = 128  # of a tile: positions times packed heads
 KEYS = 128  # of a chunk
 STAGES = 2  # chunks of keys, and of values, in shared memory
 WINDOW = 2048  # keys, from which on it is used: half of the smallest window that it was timed with
+PAIRS = 2**28  # of a query and a key: fewer are done before the host has prepared a launch with descriptors
 
 
 @gluon.jit
@@ -452,7 +453,8 @@ def supports(problem: Problem) -> bool:
 
 def pays(problem: Problem) -> bool:
     """Whether it was measured to be faster than the portable kernel, on problems like this one."""
-    return prod(problem.kernel_size) >= WINDOW and problem.query.shape[-1] == 128
+    window = prod(problem.kernel_size)
+    return window >= WINDOW and problem.query.shape[-1] == 128 and prod(problem.query.shape[:-1]) * window >= PAIRS
 
 
 def _is_addressable(tensor: Layout) -> bool:
