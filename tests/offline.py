@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from natten_layers import cached_attention, neighborhood_attention
-from natten_layers.kernels import decode_ops, ops, problem
+from natten_layers.kernels import decode_ops, hopper_launches, ops, problem
 from natten_layers.kernels.forward import hopper_module
 from natten_layers.modules import AxialRoPE
 from natten_layers.modules.query_key import HeadNorm, normalize_and_rotate
@@ -83,11 +83,11 @@ def attend_on_hopper(
     rank = len(spatial)
     window = (kernel_size,) * rank, (1,) * rank, (1,) * rank, (rank == 1,) * rank
     one = problem.problem_of(tensors, sink, window, 1.0)
-    hopper.forward(hopper.launch_of(one), one, tensors, sink, 1.0, with_state=sink is None)
+    hopper.forward(hopper_launches.launch_of(one), one, tensors, sink, 1.0, with_state=sink is None)
     registers = torch.zeros(1, 5, 2, 128, dtype=torch.bfloat16)
     tensors = tensors._replace(additional_keys=registers, additional_values=registers)
     one = problem.problem_of(tensors, sink, window, 1.0)
-    hopper.forward(hopper.launch_of(one), one, tensors, sink, 1.0, with_state=False)
+    hopper.forward(hopper_launches.launch_of(one), one, tensors, sink, 1.0, with_state=False)
 
 
 def main(capability: int) -> None:

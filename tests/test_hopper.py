@@ -14,7 +14,7 @@ pytest.importorskip("triton.experimental.gluon")
 
 from natten_layers import neighborhood_attention
 from natten_layers.geometry import make_window
-from natten_layers.kernels import forward, hopper
+from natten_layers.kernels import forward, hopper, hopper_launches
 from natten_layers.kernels import problem as problem_module
 from natten_layers.kernels.configs import Box, Launch
 from natten_layers.kernels.launches import forget, override
@@ -57,8 +57,8 @@ def test_matches_the_oracle(case: Case, dtype: torch.dtype) -> None:
     case = replace(case, dtype=dtype)
     leaves = make_inputs(case, "cuda")
     problem, arguments = call_of(case, {name: t.detach() for name, t in leaves.items()})
-    assert hopper.supports(problem)
-    out, row_max, row_sum = hopper.forward(hopper.launch_of(problem), *arguments)
+    assert hopper_launches.supports(problem)
+    out, row_max, row_sum = hopper.forward(hopper_launches.launch_of(problem), *arguments)
     wide = oracle(case, leaves)
     assert row_max is not None
     assert row_sum is not None
@@ -73,8 +73,8 @@ def test_reads_views_of_a_fused_projection() -> None:
     qkv = torch.randn(2, *case.spatial, 8, 128, device="cuda", dtype=torch.bfloat16)
     views: dict[str, Tensor] = dict(zip(("query", "key", "value"), qkv.split((4, 2, 2), -2), strict=True))
     problem, arguments = call_of(case, views)
-    assert hopper.supports(problem)
-    launch = hopper.launch_of(problem)
+    assert hopper_launches.supports(problem)
+    launch = hopper_launches.launch_of(problem)
     copies = call_of(case, {name: t.contiguous() for name, t in views.items()})[1]
     for ours, expected in zip(hopper.forward(launch, *arguments), hopper.forward(launch, *copies), strict=True):
         assert torch.equal(ours, expected)  # pyright: ignore[reportArgumentType]
@@ -88,7 +88,7 @@ def test_nan_and_inf_reach_only_the_queries_that_see_them() -> None:
     tensors["value"][0, 3, 4, 1, 7] = float("nan")
     tensors["key"][1, 39, 47, 0, 5] = float("inf")
     problem, arguments = call_of(case, tensors)
-    ours, expected = hopper.forward(hopper.launch_of(problem), *arguments)[0], forward.forward(*arguments)[0]
+    ours, expected = hopper.forward(hopper_launches.launch_of(problem), *arguments)[0], forward.forward(*arguments)[0]
     assert expected.isnan().any()
     assert torch.equal(ours.isnan(), expected.isnan())
     assert error(ours.nan_to_num(), expected.nan_to_num()) < 4e-3
@@ -113,7 +113,7 @@ def test_a_call_takes_it_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def problem_of_text(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0), **changes: Any) -> Problem:
     """A window of 4096 over 8192 tokens with four query heads a KV head, as if a GPU was there."""
-    hopper.supports.cache_clear()
+    hopper_launches.supports.cache_clear()
     forget()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(problem_module, "device_traits", lambda device: ("stub", 2**17))
@@ -175,7 +175,7 @@ def test_a_launch_that_somebody_chose_wins(monkeypatch: pytest.MonkeyPatch) -> N
 def test_boxes_execute_few_scores(
     lengths: Box, kernel: Box, causal: tuple[bool, bool, bool], group: int, tile: Box, chunk: Box
 ) -> None:
-    launch = hopper.best_launch(lengths, kernel, (1, 1, 1), causal, group)
+    launch = hopper_launches.best_launch(lengths, kernel, (1, 1, 1), causal, group)
     assert (launch.tile, launch.chunk, launch.pack) == (tile, chunk, group)
 
 
@@ -183,11 +183,13 @@ def test_strides_that_tma_does_not_take_are_refused() -> None:
     case = Case("3d", (10, 17, 19), (6, 10, 12), heads=2, kv_heads=1, head_dim=128, value_dim=128, dtype=torch.bfloat16)
     tensors = {name: t.detach() for name, t in make_inputs(case).items()}
     problem, _ = call_of(case, tensors)
-    assert all(map(hopper._is_addressable, (problem.query, problem.key, problem.value)))
+    assert all(map(hopper_launches.is_addressable, (problem.query, problem.key, problem.value)))
     batch, t, *rest = problem.key.stride
-    assert not hopper._is_addressable(problem.key._replace(stride=(batch + 8, t, *rest)))  # a gap between images
+    assert not hopper_launches.is_addressable(
+        problem.key._replace(stride=(batch + 8, t, *rest))
+    )  # a gap between images
     tensors["key"] = tensors["key"].expand(-1, -1, -1, -1, 2, -1)  # stride 0
     tensors["value"] = tensors["value"][:, :5]  # batch and t have no common stride
     problem, _ = call_of(case, tensors)
-    assert not hopper._is_addressable(problem.key)
-    assert not hopper._is_addressable(problem.value)
+    assert not hopper_launches.is_addressable(problem.key)
+    assert not hopper_launches.is_addressable(problem.value)

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import hopper_launches
 from .configs import Launch
 from .launcher import Launcher, launcher
 from .launches import explicit_launch, launch_for, override_pack, remembered
@@ -206,10 +207,9 @@ def forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``out [B, *spatial, Hq, Dv]`` and, ``with_state``, ``row_max`` and ``row_sum [B, *spatial, Hq]`` in fp32."""
     query, key, value, additional_keys, additional_values, sink = inputs
-    hopper = hopper_module()
-    if hopper is not None and hopper.pays(problem):
-        launch = hopper_launch(problem)
-        if launch is not None and all(x.data_ptr() % 16 == 0 for x in (query, key, value)):
+    if hopper_launches.pays(problem) and (launch := hopper_launch(problem)) is not None:
+        hopper = hopper_module()
+        if hopper is not None and all(x.data_ptr() % 16 == 0 for x in (query, key, value)):
             return hopper.forward(launch, problem, inputs, sink_value, scale, with_state)
     rows = query.shape[:-1]
     out = query.new_empty(rows + value.shape[-1:])
@@ -234,12 +234,12 @@ def hopper_module() -> ModuleType | None:
 @remembered
 def hopper_launch(problem: Problem) -> Launch | None:
     """How the variant for large windows computes a call, or None where this file's kernel does."""
-    hopper, pack = hopper_module(), override_pack()
-    if hopper is None or not (hopper.pays(problem) and hopper.supports(problem)):
+    pack = override_pack()
+    if not (hopper_launches.pays(problem) and hopper_launches.supports(problem)) or hopper_module() is None:
         return None
     if explicit_launch("forward", problem.problem_class) is not None or (pack and problem.group % pack):
         return None
-    return hopper.launch_of(problem, pack)
+    return hopper_launches.launch_of(problem, pack)
 
 
 @remembered
