@@ -20,6 +20,7 @@ Impl = Literal["auto", "fused", "eager"]
 Axes = int | Sequence[int]
 
 _Tensors = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+_AxisOptions = tuple[Axes, Axes, Axes, bool | Sequence[bool]]
 _Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | float | None, Window, float]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -268,11 +269,11 @@ def _prepare(
     tensors = query, key, value, additional_keys, additional_values
     axes = kernel_size, stride, dilation, is_causal
     signature, window = (None, None) if torch.compiler.is_compiling() else _recall(tensors, axes)
-    rank = _check_user_form(*tensors, *axes) if window is None else window.rank
+    rank = _check_user_form(tensors, axes) if window is None else window.rank
     head_shape = query.shape[rank + 1 : -1]
-    query, key, value, additional_keys, additional_values = _canonical_heads(*tensors, head_shape)
+    tensors = query, key, value, additional_keys, additional_values = _canonical_heads(tensors, head_shape)
     if window is None:
-        window = _check_canonical_form(query, key, value, additional_keys, additional_values, *axes)
+        window = _check_canonical_form(tensors, axes)
         _accept(signature, window)
     if scale is None:
         scale = query.shape[-1] ** -0.5
@@ -316,18 +317,10 @@ def _recall(tensors: Sequence[object], axes: Sequence[object]) -> tuple[Hashable
         return None, None
 
 
-def _check_user_form(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    kernel_size: Axes,
-    stride: Axes,
-    dilation: Axes,
-    is_causal: bool | Sequence[bool],
-) -> int:
+def _check_user_form(tensors: _Tensors, axes: _AxisOptions) -> int:
     """Check arguments as the user has them up to the head axes; returns the number of spatial axes."""
+    query, key, value, additional_keys, additional_values = tensors
+    kernel_size, stride, dilation, is_causal = axes
     _check_tensors(query=query, key=key, value=value)
     _check_pair(additional_keys, additional_values)
     rank = _spatial_rank(query, kernel_size=kernel_size, stride=stride, dilation=dilation, is_causal=is_causal)
@@ -343,38 +336,23 @@ def _check_user_form(
     return rank
 
 
-def _canonical_heads(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    head_shape: torch.Size,
-) -> _Tensors:
+def _canonical_heads(tensors: _Tensors, head_shape: torch.Size) -> _Tensors:
     """One axis of heads, KV heads unrepeated."""
+    query, key, value, additional_keys, additional_values = tensors
     if len(head_shape) == 1:
         return query, *_collapse_heads(key, value, additional_keys, additional_values)
     return query.flatten(-3, -2), *_collapse_group(key, value, additional_keys, additional_values, head_shape[1])
 
 
-def _check_canonical_form(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    kernel_size: Axes,
-    stride: Axes,
-    dilation: Axes,
-    is_causal: bool | Sequence[bool],
-) -> Window:
+def _check_canonical_form(tensors: _Tensors, axes: _AxisOptions) -> Window:
     """Check what is left to check once there is one axis of heads."""
+    query, key, value, additional_keys, additional_values = tensors
     heads, kv_heads = query.shape[-2], key.shape[-2]
     if kv_heads == 0 or heads % kv_heads or key.shape[-2] != value.shape[-2]:
         raise ValueError(
             f"query heads must be a multiple of KV heads: query has {heads}, key {kv_heads}, value {value.shape[-2]}"
         )
-    window = make_window(query.shape[1:-2], kernel_size, stride, dilation, is_causal)
+    window = make_window(query.shape[1:-2], *axes)
     _check_additional(additional_keys, additional_values, query, key, value)
     return window
 
