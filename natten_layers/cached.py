@@ -173,7 +173,7 @@ def _eager(
     accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
     batch, length, heads = query.shape[:3]
     if sink is not None:
-        sink = torch.as_tensor(sink, dtype=accumulate, device=query.device).expand(heads)
+        sink = sink.to(accumulate) if isinstance(sink, Tensor) else query.new_full((heads,), sink, dtype=accumulate)
     keys, values = [t.to(accumulate) for t in (key, value)]
     # A weight of zero times NaN is NaN: a token that is not seen must not be heard.
     finite = values.isfinite()

@@ -327,3 +327,31 @@ def test_bad_input() -> None:
 def test_bad_config(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(BASE, **change)
+
+
+def test_whole_buffers_give_the_same(model: DecoderLM) -> None:
+    """Empty slots have no position, so no token sees them."""
+    ids = torch.randint(model.config.vocab_size, (2, 9), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        caches = [model.make_cache(2, max_length=20) for _ in range(2)]
+        for layer in caches[1].layers:
+            layer.whole = True
+        for start, stop in ((0, 4), (4, 5), (5, 6), (6, 9)):
+            part, whole = (model(ids[:, start:stop], cache=cache) for cache in caches)
+            close(whole, part)
+
+
+@pytest.mark.gpu
+def test_generation_on_a_gpu_is_recorded(model: DecoderLM) -> None:
+    """The recorded step gives what whole texts give, past the windows and for prompts of two lengths."""
+    model = copy.deepcopy(model).cuda()
+    ids = torch.randint(model.config.vocab_size, (2, 9), generator=torch.Generator().manual_seed(3)).cuda()
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    tokens = model.generate(ids, 40, attention_mask=mask, stop_tokens=[])
+    expected = ids
+    for _ in range(40):
+        text = torch.cat((mask, mask.new_ones(2, expected.shape[1] - 9)), 1)
+        with torch.no_grad():
+            expected = torch.cat((expected, model(expected, attention_mask=text)[:, -1:].argmax(-1)), 1)
+    assert torch.equal(tokens, expected)

@@ -57,6 +57,8 @@ class LayerCache:
         self.placement = placement or _Placement()
         self.used = 0
         """slots ``0 .. used - 1`` may hold tokens"""
+        self.whole = False
+        """return all slots, of which empty ones have position -1: then shapes stay the same from call to call"""
         self.keys = self.values = self.positions = torch.empty(0)
         self.registers: tuple[Tensor, Tensor] | None = None
         """projected registers ``[1, R, Hkv, D]``, which the layer leaves here so that they are computed once"""
@@ -92,7 +94,8 @@ class LayerCache:
         self._reserve(key, value)
         self._write(key, value, positions)
         if seen is None:
-            seen = [t[:, : self.used] for t in (self.keys, self.values, self.positions)]
+            end = self.capacity if self.whole else self.used
+            seen = [t[:, :end] for t in (self.keys, self.values, self.positions)]
         return seen[0], seen[1], seen[2]
 
     def _write(self, key: Tensor, value: Tensor, positions: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -62,6 +63,7 @@ def generate(
     stops = input_ids.new_tensor(list(model.config.stop_tokens if stop_tokens is None else stop_tokens))
     cache = model.make_cache(len(input_ids), max_length=input_ids.shape[1] + max_new_tokens)
     logits = _prefill(model, input_ids, attention_mask, cache, prefill_chunk)
+    step = one_token(model, cache)
     ended = torch.zeros_like(input_ids[:, 0], dtype=torch.bool)
     pad = model.config.pad_token_id
     tokens: list[Tensor] = []
@@ -76,7 +78,47 @@ def generate(
             ended = ended | torch.isin(token, stops)
         if len(tokens) == max_new_tokens or (len(stops) and bool(ended.all())):
             return torch.cat((input_ids, torch.stack(tokens, 1)), 1)
-        logits = model.logits(model.hidden(token[:, None], None, cache)[:, -1])
+        logits = step(token)
+
+
+def one_token(model: DecoderLM, cache: Cache) -> Callable[[Tensor], Tensor]:
+    """What adds a token ``[B]`` to each text and gives the logits ``[B, V]`` after it; on a GPU it is recorded."""
+    return _Recorded(model, cache) if cache.lengths.is_cuda else partial(_next, model, cache)
+
+
+def _next(model: DecoderLM, cache: Cache, token: Tensor) -> Tensor:
+    return model.logits(model.hidden(token[:, None], None, cache)[:, -1])
+
+
+class _Recorded:
+    """:func:`_next` as a CUDA graph: a token of a large model takes the host longer than the device.
+
+    The first call runs as it is, which compiles kernels; the second one records.
+    """
+
+    def __init__(self, model: DecoderLM, cache: Cache) -> None:
+        self.model, self.cache = model, cache
+        self.token: Tensor | None = None
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.logits: Tensor | None = None
+        for layer in cache.layers:
+            layer.whole = True
+
+    def __call__(self, token: Tensor) -> Tensor:
+        if self.token is None:
+            self.token = token.clone()
+            return _next(self.model, self.cache, self.token)
+        self.token.copy_(token)
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.logits = _next(self.model, self.cache, self.token)
+        else:  # what the recorded call did on the host
+            self.cache.longest += 1
+            self.model.check_length(self.cache.longest)
+        self.graph.replay()
+        assert self.logits is not None
+        return self.logits.clone()
 
 
 def _prefill(model: DecoderLM, input_ids: Tensor, attention_mask: Tensor | None, cache: Cache, chunk: int) -> Tensor:
