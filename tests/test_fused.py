@@ -210,20 +210,24 @@ def test_runs_under_deterministic_algorithms() -> None:
 @pytest.mark.gpu
 def test_replays_in_a_graph_forward_and_backward() -> None:
     inputs = make_inputs(replace(SHAPES[0], dtype=torch.bfloat16), DEVICE)
-    q, k, v = (inputs[name] for name in ("query", "key", "value"))
+    recorded = [inputs[name] for name in ("query", "key", "value")]
 
-    def step() -> tuple[torch.Tensor, ...]:
-        out = neighborhood_attention(q, k, v, SHAPES[0].kernel_size, impl="fused")
-        return out, *torch.autograd.grad(out, (q, k, v), out.detach())
+    def step(leaves: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        query, key, value = leaves
+        out = neighborhood_attention(query, key, value, SHAPES[0].kernel_size, impl="fused")
+        return out, *torch.autograd.grad(out, leaves, out.detach())
 
-    step()  # compiles
+    def leaves() -> list[torch.Tensor]:  # torch warns of leaves whose gradients are taken on two streams
+        return [t.detach().clone().requires_grad_() for t in recorded]
+
+    step(leaves())  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        results = step()
+        results = step(recorded)
     with torch.no_grad():
-        for t in (q, k, v):
+        for t in recorded:
             t.copy_(torch.randn_like(t))
-    expected = step()
+    expected = step(leaves())
     graph.replay()
     for actual, wanted in zip(results, expected, strict=True):
         assert torch.equal(actual, wanted)
