@@ -27,7 +27,7 @@ from .implementations import OURS, UnsupportedError
 from .models import SMOKE, Attend, Sizes, Subject, attention, flex_attend, make_subjects
 
 OUR_KERNELS = (
-    "forward_kernel", "hopper_kernel", "repair_kernel", "fold_registers_kernel",
+    "forward_kernel", "hopper_", "repair_kernel", "fold_registers_kernel", "statistics_kernel",
     "backward_query_kernel", "backward_key_kernel", "backward_register_kernel", "rotate",
 )  # fmt: skip
 """beginnings of the names of all that runs between the projections: attention, normalisation and rotation"""

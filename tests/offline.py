@@ -19,7 +19,6 @@ from triton.runtime import driver
 
 from natten_layers import cached_attention, neighborhood_attention
 from natten_layers.kernels import decode_ops, hopper_launches, ops, problem
-from natten_layers.kernels.forward import hopper_module
 from natten_layers.modules import AxialRoPE
 from natten_layers.modules.query_key import HeadNorm, normalize_and_rotate
 from natten_layers.modules.rope import angles_of
@@ -74,20 +73,25 @@ def attend(spatial: tuple[int, ...], kernel_size: int, heads: int, dim: int, *, 
     torch.autograd.grad(out.float().sum(), inputs)
 
 
-def attend_on_hopper(
-    hopper: Any, spatial: tuple[int, ...], kernel_size: int, heads: int, *, sink: float | None
-) -> None:
+def attend_on_hopper(spatial: tuple[int, ...], kernel_size: int, heads: int, *, sink: float | None) -> None:
+    modules = hopper_launches.kernels()
+    assert modules is not None
     tensors = problem.Inputs(
         *(torch.zeros(1, *spatial, h, 128, dtype=torch.bfloat16) for h in (heads, 2, 2)), *[None] * 3
     )
     rank = len(spatial)
     window = (kernel_size,) * rank, (1,) * rank, (1,) * rank, (rank == 1,) * rank
     one = problem.problem_of(tensors, sink, window, 1.0)
-    hopper.forward(hopper_launches.launch_of(one), one, tensors, sink, 1.0, with_state=sink is None)
+    launch, key_launch = hopper_launches.launch_of(one), hopper_launches.key_launch_of(one)
+    modules.forward.forward(launch, one, tensors, sink, 1.0, with_state=sink is None)
+    rows = torch.ones(1, *spatial, heads)
+    statistics, _ = modules.backward.statistics_of(one, tensors.query, rows, rows, tensors.query, None)
+    modules.backward.query_gradient(launch, one, tensors, 1.0, tensors.query, statistics)
+    modules.backward.key_gradients(key_launch, one, tensors, 1.0, tensors.query, statistics)
     registers = torch.zeros(1, 5, 2, 128, dtype=torch.bfloat16)
     tensors = tensors._replace(additional_keys=registers, additional_values=registers)
     one = problem.problem_of(tensors, sink, window, 1.0)
-    hopper.forward(hopper_launches.launch_of(one), one, tensors, sink, 1.0, with_state=False)
+    modules.forward.forward(launch, one, tensors, sink, 1.0, with_state=False)
 
 
 def main(capability: int) -> None:
@@ -100,11 +104,12 @@ def main(capability: int) -> None:
     attend((12, 12, 20), 5, 2, 40, extras=False, dilation=2, stride=3)
     attend((2048,), 1024, 8, 128, extras=False, is_causal=True)
     attend((32, 32), 7, 4, 256, extras=True)
-    if capability == 90 and (hopper := hopper_module()) is not None:
-        setattr(hopper, "multiprocessors", lambda device: 132)  # noqa: B010
-        attend_on_hopper(hopper, (4096,), 2048, 8, sink=0.0)
-        attend_on_hopper(hopper, (64, 80), 48, 2, sink=None)
-        attend_on_hopper(hopper, (16, 24, 32), 14, 2, sink=None)
+    if capability == 90 and (modules := hopper_launches.kernels()) is not None:
+        for module in modules:
+            setattr(module, "multiprocessors", lambda device: 132)  # noqa: B010
+        attend_on_hopper((4096,), 2048, 8, sink=0.0)
+        attend_on_hopper((64, 80), 48, 2, sink=None)
+        attend_on_hopper((16, 24, 32), 14, 2, sink=None)
     with torch.no_grad():
         cache, positions = draw(2, 4096, 2, 64), torch.arange(4096)[None]
         cached_attention(draw(2, 1, 8, 64), cache, cache, positions[:, -1:], positions, window=4096, impl="fused")

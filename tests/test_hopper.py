@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from helpers import Case, error, make_inputs, oracle
+from helpers import Case, assert_close, error, make_inputs, oracle, run
 from torch import Tensor
 
 pytest.importorskip("triton.experimental.gluon")
 
 from natten_layers import neighborhood_attention
-from natten_layers.geometry import make_window
-from natten_layers.kernels import forward, hopper, hopper_launches
+from natten_layers.geometry import make_window, query_bounds, window_bounds
+from natten_layers.kernels import forward, hopper, hopper_backward, hopper_launches
 from natten_layers.kernels import problem as problem_module
 from natten_layers.kernels.configs import Box, Launch
 from natten_layers.kernels.launches import forget, override
@@ -66,6 +67,35 @@ def test_matches_the_oracle(case: Case, dtype: torch.dtype) -> None:
     assert error(row_max + row_sum.log(), wide.lse) < 2e-6
 
 
+@pytest.fixture
+def wherever_possible(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Small windows take the kernels too."""
+    with monkeypatch.context() as patch:
+        patch.setattr(hopper_launches, "pays", lambda problem: True)
+        forget()
+        yield
+    forget()
+
+
+@pytest.mark.gpu
+@needs_device
+@pytest.mark.usefixtures("wherever_possible")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradients_match_the_oracle(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where, on an axis, every chunk of a walk needs a mask or none does; and twice the same bits."""
+    case = replace(case, dtype=dtype)
+    leaves = make_inputs(case, "cuda")
+    taken: list[Launch] = []
+    compute = hopper_backward.key_gradients
+    monkeypatch.setattr(hopper_backward, "key_gradients", lambda *args: taken.append(args[0]) or compute(*args))
+    first, second = (run(case, leaves, "fused") for _ in range(2))
+    assert len(taken) == 2
+    assert_close(case, first, oracle(case, leaves), run(case, leaves, "eager"))
+    for name, tensor in first.tensors().items():
+        assert torch.equal(tensor, second.tensors()[name]), name
+
+
 @pytest.mark.gpu
 @needs_device
 def test_reads_views_of_a_fused_projection() -> None:
@@ -100,8 +130,8 @@ def test_a_call_takes_it_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     buffer = torch.randn(1, 16384, 8, 136, device="cuda", dtype=torch.bfloat16)
     aligned, shifted = buffer[..., :128].contiguous(), buffer[..., 1:129]
     launches = []
-    run = hopper.forward
-    monkeypatch.setattr(hopper, "forward", lambda *args: launches.append(args[0]) or run(*args))
+    compute = hopper.forward
+    monkeypatch.setattr(hopper, "forward", lambda *args: launches.append(args[0]) or compute(*args))
     neighborhood_attention(aligned, aligned, aligned, 2048, is_causal=True)
     assert len(launches) == 1
     out = neighborhood_attention(shifted, shifted, shifted, 2048, is_causal=True)
@@ -127,11 +157,11 @@ def problem_of_text(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
 
 def test_large_windows_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = problem_of_text(monkeypatch)
-    launch = forward.hopper_launch(problem)
+    launch = hopper_launches.forward_launch(problem)
     assert launch is not None
     assert (launch.tile, launch.pack) == ((1, 1, 32), 4)
     with override(pack=1):
-        unpacked = forward.hopper_launch(problem)
+        unpacked = hopper_launches.forward_launch(problem)
     assert unpacked is not None
     assert (unpacked.tile, unpacked.pack) == ((1, 1, 128), 1)
 
@@ -153,15 +183,15 @@ def test_large_windows_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
     ids=str,
 )
 def test_other_calls_do_not(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
-    assert forward.hopper_launch(problem_of_text(monkeypatch, **changes)) is None
+    assert hopper_launches.forward_launch(problem_of_text(monkeypatch, **changes)) is None
 
 
 def test_a_launch_that_somebody_chose_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = problem_of_text(monkeypatch)
     with override({"forward": Launch((1, 1, 64), (1, 1, 64), 2, 4, 2)}):
-        assert forward.hopper_launch(problem) is None
+        assert hopper_launches.forward_launch(problem) is None
     with override(pack=8):  # more heads than there are in a group
-        assert forward.hopper_launch(problem) is None
+        assert hopper_launches.forward_launch(problem) is None
 
 
 @pytest.mark.parametrize(
@@ -175,8 +205,22 @@ def test_a_launch_that_somebody_chose_wins(monkeypatch: pytest.MonkeyPatch) -> N
 def test_boxes_execute_few_scores(
     lengths: Box, kernel: Box, causal: tuple[bool, bool, bool], group: int, tile: Box, chunk: Box
 ) -> None:
-    launch = hopper_launches.best_launch(lengths, kernel, (1, 1, 1), causal, group)
-    assert (launch.tile, launch.chunk, launch.pack) == (tile, chunk, group)
+    axes = tuple(zip(lengths, kernel, (1, 1, 1), causal, strict=True))
+    assert hopper_launches.best_boxes(axes, 128 // group, 128, window_bounds) == (tile, chunk)
+    _, column = hopper_launches.best_boxes(axes, 128, 64, query_bounds, 4)
+    assert column[2] % 4 == 0
+
+
+def test_gradients_of_large_windows_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = problem_of_text(monkeypatch)
+    launches = hopper_launches.backward_launches(problem, problem.query)
+    assert launches is not None
+    assert (launches.query.tile, launches.query.pack) == ((1, 1, 32), 4)
+    assert (launches.key.tile, launches.key.chunk) == ((1, 1, 128), (1, 1, 64))
+    expanded = problem.query._replace(stride=(0, 0, 0, 0))  # as the gradient of a sum is
+    assert hopper_launches.backward_launches(problem, expanded) is None
+    with override({"backward_key": launches.key}):
+        assert hopper_launches.backward_launches(problem, problem.query) is None
 
 
 def test_strides_that_tma_does_not_take_are_refused() -> None:

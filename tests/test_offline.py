@@ -25,6 +25,15 @@ KERNELS = (
     "rotate_backward_kernel",
 )
 
+HOPPER_KERNELS = (
+    "hopper_kernel",
+    "repair_kernel",
+    "fold_registers_kernel",
+    "statistics_kernel",
+    "hopper_query_kernel",
+    "hopper_key_kernel",
+)
+
 
 @pytest.mark.parametrize("capability", [80, 86, 90, 100])
 def test_kernels_compile(capability: int, tmp_path: Path) -> None:
@@ -36,13 +45,9 @@ def test_kernels_compile(capability: int, tmp_path: Path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     compiled = done.stdout.split()
-    from natten_layers.kernels.forward import hopper_module
+    from natten_layers.kernels.hopper_launches import kernels
 
-    own = (
-        ("hopper_kernel", "repair_kernel", "fold_registers_kernel")
-        if capability == 90 and hopper_module() is not None
-        else ()
-    )
+    own = HOPPER_KERNELS if capability == 90 and kernels() is not None else ()
     assert set(compiled) == {*KERNELS, *own}
     assert compiled.count("forward_kernel") == 4
 

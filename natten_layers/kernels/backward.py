@@ -10,6 +10,7 @@ over a slice of the tokens, and the slices are added in order.
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false
 
 from math import ceil, prod
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -17,8 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import hopper_launches
 from .configs import register_rows
 from .forward import query_tile
+from .hopper_launches import BackwardLaunches
 from .launcher import Launcher, launcher
 from .launches import launch_for, remembered
 from .primitives import (
@@ -278,9 +281,15 @@ def backward(
     under 1 MiB each for usual sizes.
     """
     query, key, value, additional_keys, additional_values, _ = inputs
-    grad_query, grad_key, grad_value = (
-        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)
-    )
+    hopper = _hopper(problem, inputs, grad_out)
+    if hopper is not None and not problem.registers:
+        module, launches = hopper
+        statistics, delta = module.statistics_of(problem, out, row_max, row_sum, grad_out, grad_lse)
+        grad_query = module.query_gradient(launches.query, problem, inputs, scale, grad_out, statistics)
+        grad_key, grad_value = module.key_gradients(launches.key, problem, inputs, scale, grad_out, statistics)
+        return grad_query, grad_key, grad_value, None, None, delta
+
+    grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
     delta, lse = torch.empty_like(row_max), torch.empty_like(row_max)
     launch = backward_launchers(problem, layout(grad_out), None if grad_lse is None else layout(grad_lse[..., None]))
     launch.query(
@@ -290,7 +299,13 @@ def backward(
         ),
         (scale,),
     )  # fmt: skip
-    launch.key((query, key, value, grad_out, delta, lse, grad_key, grad_value), (scale,))
+    if hopper is not None:
+        module, launches = hopper
+        statistics = module.lined_up(problem, lse, delta)
+        grad_key, grad_value = module.key_gradients(launches.key, problem, inputs, scale, grad_out, statistics)
+    else:
+        grad_key, grad_value = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (key, value))
+        launch.key((query, key, value, grad_out, delta, lse, grad_key, grad_value), (scale,))
     grad_keys = grad_values = None
     if launch.register is not None and additional_keys is not None and additional_values is not None:
         registers = additional_keys, additional_values
@@ -298,6 +313,14 @@ def backward(
         launch.register((query, *registers, grad_out, delta, lse, *partial), (scale,))
         grad_keys, grad_values = (sums.sum(0).to(x.dtype) for sums, x in zip(partial, registers, strict=True))
     return grad_query, grad_key, grad_value, grad_keys, grad_values, delta
+
+
+def _hopper(problem: Problem, inputs: Inputs, grad_out: Tensor) -> tuple[ModuleType, BackwardLaunches] | None:
+    """The kernels for large windows and their launches, if they compute this call."""
+    if not (hopper_launches.pays(problem) and hopper_launches.are_aligned(*inputs[:3], grad_out)):
+        return None
+    launches, kernels = hopper_launches.backward_launches(problem, layout(grad_out)), hopper_launches.kernels()
+    return None if launches is None or kernels is None else (kernels.backward, launches)
 
 
 class BackwardLaunchers(NamedTuple):

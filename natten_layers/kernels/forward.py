@@ -8,18 +8,14 @@ Registers come last, as more keys of the same softmax; the sink is the softmax's
 # Triton's language is Python to the parser only.
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false
 
-from functools import cache
-from types import ModuleType
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import hopper_launches
-from .configs import Launch
 from .launcher import Launcher, launcher
-from .launches import explicit_launch, launch_for, override_pack, remembered
+from .launches import launch_for, remembered
 from .primitives import (
     LN2,
     LOG2E,
@@ -207,10 +203,10 @@ def forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``out [B, *spatial, Hq, Dv]`` and, ``with_state``, ``row_max`` and ``row_sum [B, *spatial, Hq]`` in fp32."""
     query, key, value, additional_keys, additional_values, sink = inputs
-    if hopper_launches.pays(problem) and (launch := hopper_launch(problem)) is not None:
-        hopper = hopper_module()
-        if hopper is not None and all(x.data_ptr() % 16 == 0 for x in (query, key, value)):
-            return hopper.forward(launch, problem, inputs, sink_value, scale, with_state)
+    if hopper_launches.pays(problem) and hopper_launches.are_aligned(query, key, value):
+        launch, kernels = hopper_launches.forward_launch(problem), hopper_launches.kernels()
+        if launch is not None and kernels is not None:
+            return kernels.forward.forward(launch, problem, inputs, sink_value, scale, with_state)
     rows = query.shape[:-1]
     out = query.new_empty(rows + value.shape[-1:])
     row_max = row_sum = None
@@ -219,27 +215,6 @@ def forward(
     launch = forward_launcher(problem, with_state)
     launch((query, key, value, out, row_max, row_sum, additional_keys, additional_values, sink), (sink_value, scale))
     return out, row_max, row_sum
-
-
-@cache
-def hopper_module() -> ModuleType | None:
-    """The variant for large windows, if this Triton has the Gluon that it is written in."""
-    try:
-        from . import hopper
-    except ImportError:
-        return None
-    return hopper
-
-
-@remembered
-def hopper_launch(problem: Problem) -> Launch | None:
-    """How the variant for large windows computes a call, or None where this file's kernel does."""
-    pack = override_pack()
-    if not (hopper_launches.pays(problem) and hopper_launches.supports(problem)) or hopper_module() is None:
-        return None
-    if explicit_launch("forward", problem.problem_class) is not None or (pack and problem.group % pack):
-        return None
-    return hopper_launches.launch_of(problem, pack)
 
 
 @remembered

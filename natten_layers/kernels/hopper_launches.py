@@ -1,25 +1,85 @@
-"""Which calls ``hopper.py``'s kernel computes, with what boxes; apart from it, as not every Triton has its Gluon."""
+"""Which calls the kernels in Gluon compute, with what boxes; apart from them, as not every Triton has it."""
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import cache, lru_cache
 from itertools import product
 from math import prod
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from ..geometry import window_bounds
+from ..geometry import query_bounds, window_bounds
 from .configs import Box, Launch, boxes
+from .launches import explicit_launch, override_pack, remembered
 from .problem import Layout, Problem, strides, three_axes
 
 ROWS = 128  # of a tile: positions times packed heads
-KEYS = 128  # of a chunk
-STAGES = 2  # chunks of keys, and of values, in shared memory
+COLUMNS = 128  # of a chunk; the kernel of key gradients keeps twice as many accumulators and takes half of it
+STAGES = 2  # chunks in shared memory
 WINDOW = 2048  # keys, from which on it is used: half of the smallest window that it was timed with
 PAIRS = 2**28  # of a query and a key: fewer are done before the host has prepared a launch with descriptors
+ALIGNMENT = 4  # statistics of queries: TMA loads 16 bytes at least, from multiples of as many
+
+Axis = tuple[int, int, int, bool]  # length, kernel, stride, causal
+Bounds = Callable[[torch.Tensor, int, int, int, bool], tuple[torch.Tensor, torch.Tensor]]
+
+
+class BackwardLaunches(NamedTuple):
+    query: Launch
+    key: Launch
+
+
+class Kernels(NamedTuple):
+    forward: ModuleType
+    backward: ModuleType
+
+
+@cache
+def kernels() -> Kernels | None:
+    """The modules with the kernels, if this Triton has the Gluon that they are written in."""
+    try:
+        from . import hopper, hopper_backward
+    except ImportError:
+        return None
+    return Kernels(hopper, hopper_backward)
+
+
+@remembered
+def forward_launch(problem: Problem) -> Launch | None:
+    """How a call is computed here, or None where the portable kernel does it."""
+    pack = override_pack()
+    if not (pays(problem) and supports(problem)) or kernels() is None:
+        return None
+    if explicit_launch("forward", problem.problem_class) is not None or (pack and problem.group % pack):
+        return None
+    return launch_of(problem, pack)
+
+
+@remembered
+def backward_launches(problem: Problem, grad_out: Layout) -> BackwardLaunches | None:
+    """The same for the gradients."""
+    pack = override_pack()
+    if (
+        not (pays(problem) and supports_backward(problem, grad_out))
+        or kernels() is None
+        or (pack and problem.group % pack)
+    ):
+        return None
+    if any(explicit_launch(kind, problem.problem_class) for kind in ("backward_query", "backward_key")):
+        return None
+    return BackwardLaunches(launch_of(problem, pack), key_launch_of(problem))
+
+
+def are_aligned(*tensors: Tensor) -> bool:
+    """Whether the tensors start where TMA can: addresses are not part of a problem."""
+    return all(x.data_ptr() % 16 == 0 for x in tensors)
 
 
 @lru_cache(maxsize=1024)
 def supports(problem: Problem) -> bool:
-    """Whether the kernel can compute a call, if its tensors' addresses are multiples of 16."""
+    """Whether the forward kernel can compute a call, if its tensors' addresses are multiples of 16."""
     p = problem
     return (
         p.device.type == "cuda"
@@ -47,31 +107,54 @@ def is_addressable(tensor: Layout) -> bool:
     return foldable and all(size == 1 or (step > 0 and step % 8 == 0) for size, step in axes)
 
 
+def supports_backward(problem: Problem, grad_out: Layout) -> bool:
+    """Whether the backward kernels can compute a call's gradients, if its tensors' addresses are multiples of 16."""
+    return supports(problem) and problem.lengths[2] >= ALIGNMENT and is_addressable(grad_out)
+
+
 def launch_of(problem: Problem, pack: int | None = None) -> Launch:
-    """The launch of a problem, with ``pack`` heads a program if given: a power of two that divides the group."""
-    _, kernel_size, stride, _ = problem.geometry
-    causal = three_axes(problem.is_causal, False)
-    return best_launch(problem.lengths, kernel_size, stride, causal, pack or min(problem.group & -problem.group, 16))
-
-
-@lru_cache(maxsize=1024)
-def best_launch(lengths: Box, kernel: Box, stride: Box, causal: tuple[bool, bool, bool], pack: int) -> Launch:
-    """The boxes that execute the fewest scores, borders included; among equals those with the longest rows."""
-    axes = tuple(zip(lengths, kernel, stride, causal, strict=True))
-
-    def cost(pair: tuple[Box, Box]) -> tuple[int, int]:
-        tile, chunk = pair
-        return prod(map(executed, axes, tile, chunk)), -tile[2] - chunk[2]
-
-    tile, chunk = min(product(boxes(ROWS // pack, lengths), boxes(KEYS, lengths)), key=cost)
+    """The launch over queries of a problem, with ``pack`` heads a program if given: a power of two in the group."""
+    pack = pack or min(problem.group & -problem.group, 16)
+    tile, chunk = best_boxes(_axes(problem), ROWS // pack, COLUMNS, window_bounds)
     return Launch(tile, chunk, pack, num_warps=4, stages=STAGES, max_registers=168)
 
 
+def key_launch_of(problem: Problem) -> Launch:
+    """The launch over keys. In 1-D there is one buffer of tiles (``buffered_tiles``), which leaves room for a stage."""
+    tile, chunk = best_boxes(_axes(problem), ROWS, COLUMNS // 2, query_bounds, ALIGNMENT)
+    stages = STAGES if problem.rank > 1 else STAGES + 1
+    return Launch(tile, chunk, pack=1, num_warps=4, stages=stages, max_registers=168)
+
+
+def _axes(problem: Problem) -> tuple[Axis, ...]:
+    lengths, kernel_size, stride, _ = problem.geometry
+    return tuple(zip(lengths, kernel_size, stride, three_axes(problem.is_causal, False), strict=True))
+
+
+@lru_cache(maxsize=1024)
+def best_boxes(axes: tuple[Axis, ...], rows: int, columns: int, bounds: Bounds, alignment: int = 1) -> tuple[Box, Box]:
+    """The tile and the chunk that execute the fewest scores, borders included; of equals those with the longest rows.
+
+    ``bounds`` says what the rows see; chunks along the last axis start at multiples of ``alignment``.
+    """
+    lengths = axes[0][0], axes[1][0], axes[2][0]
+
+    def cost(pair: tuple[Box, Box]) -> tuple[int, int]:
+        tile, chunk = pair
+        alignments = 1, 1, alignment
+        scores = (executed(axes[i], tile[i], chunk[i], bounds, alignments[i]) for i in range(3))
+        return prod(scores), -tile[2] - chunk[2]
+
+    chunks = [chunk for chunk in boxes(columns, lengths) if chunk[2] >= alignment]
+    return min(product(boxes(rows, lengths), chunks), key=cost)
+
+
 @lru_cache(maxsize=4096)
-def executed(axis: tuple[int, int, int, bool], tile: int, chunk: int) -> int:
-    """Pairs of a query and a key along an axis that the kernel computes."""
+def executed(axis: Axis, tile: int, chunk: int, bounds: Bounds, alignment: int) -> int:
+    """Pairs of a row and a column along an axis that a kernel computes."""
     length, kernel, stride, causal = axis
     first = torch.arange(0, length, tile)
-    low, _ = window_bounds(first, length, kernel, stride, causal)
-    _, high = window_bounds((first + tile - 1).clamp(max=length - 1), length, kernel, stride, causal)
-    return int(((high - low + chunk) // chunk).sum()) * tile * chunk
+    low, _ = bounds(first, length, kernel, stride, causal)
+    _, high = bounds((first + tile - 1).clamp(max=length - 1), length, kernel, stride, causal)
+    low = low // alignment * alignment
+    return int(((high - low + chunk).clamp(min=0) // chunk).sum()) * tile * chunk

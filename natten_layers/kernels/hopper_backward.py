@@ -1,0 +1,484 @@
+"""The backward pass of large windows on compute capability 9.0 (H100, H200): ``backward.py``'s kernels, in Gluon.
+
+As in ``hopper.py`` a program takes tile after tile; one warp loads tiles by TMA, another one chunks into a ring, and
+two warp groups take half of a tile's rows each. Rows are keys in one kernel and queries in the other. Either way the
+scores' weights and gradients are in registers what the products that follow take as left operand, so that nothing goes
+through shared memory. All query heads that share a KV head are part of the walk over its keys: no repeat, no atomics.
+"""
+
+# Triton's language is Python to the parser only.
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAssignmentType=false, reportArgumentType=false
+# pyright: reportIndexIssue=false
+
+from math import prod
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from . import hopper_launches
+from .configs import Box, Launch
+from .hopper_primitives import (
+    await_load,
+    axis_walk,
+    box_descriptor,
+    chunk_count,
+    chunk_mask,
+    corner_at,
+    expect_load,
+    half_rows,
+    load_box,
+    multiprocessors,
+    new_ring,
+    next_place,
+    output_rows,
+    query_descriptor,
+    release,
+    slot,
+    tile_walk,
+)
+from .primitives import (
+    LOG2E,
+    inside_axes,
+    queries_of,
+    shifted,
+    spatial_tile,
+    token_offset,
+    union_of_queries,
+    unravel,
+    windows_of,
+)
+from .problem import Inputs, Problem, layout, strides, three_axes
+
+ALIGNMENT: gl.constexpr = gl.constexpr(hopper_launches.ALIGNMENT)
+PLAIN = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=4)
+
+
+@gluon.jit
+def key_walk(i_work, plan, CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr):
+    """Batch, KV head, box of keys and walk over the queries that see them; neighbours share their queries.
+
+    A query sees the key at its own place, so that no walk is empty.
+    """
+    length, kernel, stride, tiles, kv_heads = plan
+    space = tiles[0] * tiles[1] * tiles[2]
+    i_kv = i_work // space % kv_heads
+    i_tile = i_work // (space * kv_heads) * space + i_work % space
+    i_batch, _, count, origin = spatial_tile(i_tile, length, (1, 1, 1), tiles, TILE)
+    lo, hi, inner_lo, inner_hi = union_of_queries(origin, count, kernel, stride, CAUSAL, TILE)
+    lo = (lo[0], lo[1], lo[2] // ALIGNMENT * ALIGNMENT)
+    t, border_t, start_t = axis_walk(lo[0], hi[0], inner_lo[0], inner_hi[0], CHUNK[0])
+    h, border_h, start_h = axis_walk(lo[1], hi[1], inner_lo[1], inner_hi[1], CHUNK[1])
+    w, border_w, start_w = axis_walk(lo[2], hi[2], inner_lo[2], inner_hi[2], CHUNK[2])
+    walk = (lo, (t, h, w), (border_t, border_h, border_w), (start_t, start_h, start_w))
+    return i_batch.to(gl.int32), i_kv, origin, walk
+
+
+@gluon.jit
+def load_tiles(ring, k_desc, v_desc, plan, works, CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr,
+               TILES: gl.constexpr):  # fmt: skip
+    """The warp that loads the tiles' keys and values."""
+    n = 0
+    for i_work in range(gl.program_id(0), works, gl.num_programs(0)):
+        i_batch, i_kv, origin, _walk = key_walk(i_work, plan, CAUSAL, TILE, CHUNK)
+        corner = [i_kv, i_batch * plan[0][0] + origin[0], origin[1], origin[2], 0]
+        expect_load(ring, n, 2 * k_desc.block_type.nbytes, TILES)
+        load_box(ring, k_desc, corner, n, 0, TILES)
+        load_box(ring, v_desc, corner, n, 1, TILES)
+        n += 1  # noqa: SIM113
+
+
+@gluon.jit
+def load_chunks(ring, q_desc, do_desc, lse_desc, delta_desc, plan, works, group, CAUSAL: gl.constexpr,
+                TILE: gl.constexpr, CHUNK: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    """The warp that loads queries, their output gradients, lse and delta."""
+    n = 0
+    for i_work in range(gl.program_id(0), works, gl.num_programs(0)):
+        i_batch, i_kv, _origin, walk = key_walk(i_work, plan, CAUSAL, TILE, CHUNK)
+        place, i_head = (0, 0, 0), i_kv * group
+        for _ in range(chunk_count(walk) * group):
+            t, h, w = corner_at(place, walk, CHUNK)
+            t += i_batch * plan[0][0]
+            expect_load(ring, n, 2 * (q_desc.block_type.nbytes + lse_desc.block_type.nbytes), STAGES)
+            load_box(ring, q_desc, [i_head, t, h, w, 0], n, 0, STAGES)
+            load_box(ring, do_desc, [i_head, t, h, w, 0], n, 1, STAGES)
+            load_box(ring, lse_desc, [i_head, t, h, w], n, 2, STAGES)
+            load_box(ring, delta_desc, [i_head, t, h, w], n, 3, STAGES)
+            place, wraps = next_place(place, walk)
+            i_head += gl.where(wraps, 1, 0)
+            n += 1
+
+
+@gluon.jit
+def start_product(b_rows, b_columns, b_acc):
+    """``[M, D]`` times the transpose of ``[N, D]``, both in shared memory; what it is added to, or None."""
+    M: gl.constexpr = b_rows.shape[0]
+    N: gl.constexpr = b_columns.shape[0]
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+    if b_acc is None:
+        b_zero = gl.zeros([M, N], gl.float32, SCORES)
+        b_product = warpgroup_mma(b_rows, b_columns.permute((1, 0)), b_zero, use_acc=False, is_async=True)
+    else:
+        b_product = warpgroup_mma(b_rows, b_columns.permute((1, 0)), b_acc, is_async=True)
+    return b_product
+
+
+@gluon.jit
+def add_queries(
+    b_dk, b_dv, b_k, b_v, b_hidden, ring, n, factor,
+    N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, SCORES: gl.constexpr, WEIGHTS: gl.constexpr,
+):  # fmt: skip
+    """Add what chunk ``n`` of queries gives to dK, which lacks ``scale``, and dV."""
+    await_load(ring, n, True, STAGES)
+    i, _ = slot(n, STAGES)
+    b_q = ring[0][0].index(i).reshape([N, D])
+    b_do = ring[0][1].index(i).reshape([N, D])
+    b_s = start_product(b_k, b_q, b_hidden)
+    b_dp = start_product(b_v, b_do, None)
+    b_s = warpgroup_mma_wait(1, deps=[b_s])
+    col_lse = ring[0][2].index(i).reshape([N]).load(gl.SliceLayout(0, SCORES))
+    b_p = gl.exp2(b_s * factor - col_lse[None, :])
+    b_dv = warpgroup_mma(gl.convert_layout(b_p.to(b_do.dtype), WEIGHTS), b_do, b_dv, is_async=True)
+    col_delta = ring[0][3].index(i).reshape([N]).load(gl.SliceLayout(0, SCORES))
+    b_dp = warpgroup_mma_wait(1, deps=[b_dp])
+    b_ds = b_p * (b_dp - col_delta[None, :])
+    b_dk = warpgroup_mma(gl.convert_layout(b_ds.to(b_q.dtype), WEIGHTS), b_q, b_dk, is_async=True)
+    # Kept running into the next chunk, these two would need more registers than there are.
+    b_dk, b_dv = warpgroup_mma_wait(0, deps=[b_dk, b_dv])
+    release(ring, n, STAGES)
+    return b_dk, b_dv
+
+
+@gluon.jit
+def store_half(buffer, b_rows, Out, o_row, m_rows, D: gl.constexpr, STORE: gl.constexpr):
+    """Through shared memory that is not needed any more, so that a warp writes whole rows."""
+    buffer.store(b_rows.to(buffer.dtype))
+    col = gl.arange(0, D, gl.SliceLayout(0, STORE))
+    gl.store(Out + (o_row * D)[:, None] + col[None, :], buffer.load(STORE), mask=m_rows[:, None])
+
+
+@gluon.jit
+def gather(
+    tile_ring, ring, DK, DV, plan, works, group, scale,
+    HALF: gl.constexpr, CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr, RANK: gl.constexpr,
+    D: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr,
+):  # fmt: skip
+    """A group of four warps that computes one half of the keys of every tile."""
+    M: gl.constexpr = TILE[0] * TILE[1] * TILE[2] // 2
+    N: gl.constexpr = CHUNK[0] * CHUNK[1] * CHUNK[2]
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
+    STORE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    length, kernel, stride, _tiles, kv_heads = plan
+    factor = scale * LOG2E
+    inner = unravel(gl.arange(0, N, gl.SliceLayout(0, SCORES)), CHUNK[1], CHUNK[2])
+    position = half_rows(HALF, M, TILE, 1, gl.SliceLayout(1, SCORES))[0]
+    n = 0
+    i_tile = 0
+    for i_work in range(gl.program_id(0), works, gl.num_programs(0)):
+        i_batch, i_kv, origin, walk = key_walk(i_work, plan, CAUSAL, TILE, CHUNK)
+        row_lo, row_hi = queries_of(shifted(position, origin), length, kernel, stride, CAUSAL)
+        b_dk = gl.zeros([M, D], gl.float32, OUT)
+        b_dv = gl.zeros([M, D], gl.float32, OUT)
+        await_load(tile_ring, i_tile, True, TILES)
+        i, _ = slot(i_tile, TILES)
+        b_k = tile_ring[0][0].index(i).reshape([2 * M, D]).slice(HALF * M, M)
+        b_v = tile_ring[0][1].index(i).reshape([2 * M, D]).slice(HALF * M, M)
+        place = (0, 0, 0)
+        for _ in range(chunk_count(walk) * group):
+            b_hidden = chunk_mask(place, walk, row_lo, row_hi, inner, M, N, CHUNK, RANK, SCORES)
+            b_dk, b_dv = add_queries(b_dk, b_dv, b_k, b_v, b_hidden, ring, n, factor, N, D, STAGES, SCORES, WEIGHTS)
+            place, _wraps = next_place(place, walk)
+            n += 1
+
+        out_position = half_rows(HALF, M, TILE, 1, gl.SliceLayout(1, STORE))[0]
+        m_rows, o_row = output_rows(out_position, i_kv, i_batch, origin, length, kv_heads)
+        # Only this group reads its half of the keys and values.
+        store_half(b_v, b_dv, DV, o_row, m_rows, D, STORE)
+        store_half(b_k, b_dk * scale, DK, o_row, m_rows, D, STORE)
+        fence_async_shared()
+        release(tile_ring, i_tile, TILES)
+        i_tile += 1  # noqa: SIM113
+
+
+@gluon.jit
+def hopper_key_kernel(
+    q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, DK, DV,
+    length, kernel, stride, tiles, group, kv_heads, works, scale,
+    CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr, RANK: gl.constexpr, D: gl.constexpr,
+    STAGES: gl.constexpr, TILES: gl.constexpr,
+):  # fmt: skip
+    """dK and dV, contiguous, of the tiles ``program_id + i * num_programs``."""
+    tile_ring = new_ring((k_desc, v_desc), TILES)
+    ring = new_ring((q_desc, do_desc, lse_desc, delta_desc), STAGES)
+    plan = (length, kernel, stride, tiles, kv_heads)
+    gl.warp_specialize(
+        [
+            (gather, (tile_ring, ring, DK, DV, plan, works, group, scale,
+                      0, CAUSAL, TILE, CHUNK, RANK, D, STAGES, TILES)),
+            (gather, (tile_ring, ring, DK, DV, plan, works, group, scale,
+                      1, CAUSAL, TILE, CHUNK, RANK, D, STAGES, TILES)),
+            (load_tiles, (tile_ring, k_desc, v_desc, plan, works, CAUSAL, TILE, CHUNK, TILES)),
+            (load_chunks, (ring, q_desc, do_desc, lse_desc, delta_desc, plan, works, group,
+                           CAUSAL, TILE, CHUNK, STAGES)),
+        ],
+        [4, 1, 1],  # warps: the first function has those of the launch
+        [240, 24, 24],  # registers a thread
+    )  # fmt: skip
+
+
+@gluon.jit
+def load_rows(ring, q_desc, do_desc, plan, works, CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr,
+              PACK: gl.constexpr, TILES: gl.constexpr):  # fmt: skip
+    """The warp that loads the tiles' queries and output gradients."""
+    n = 0
+    for i_work in range(gl.program_id(0), works, gl.num_programs(0)):
+        i_batch, i_head, _i_flag, origin, _walk = tile_walk(i_work, plan, CAUSAL, TILE, CHUNK)
+        corner = [i_batch * plan[0][0] + origin[0], origin[1], origin[2], i_head * PACK, 0]
+        expect_load(ring, n, 2 * q_desc.block_type.nbytes, TILES)
+        load_box(ring, q_desc, corner, n, 0, TILES)
+        load_box(ring, do_desc, corner, n, 1, TILES)
+        n += 1  # noqa: SIM113
+
+
+@gluon.jit
+def load_windows(ring, k_desc, v_desc, plan, works, group, CAUSAL: gl.constexpr, TILE: gl.constexpr,
+                 CHUNK: gl.constexpr, PACK: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    """The warp that loads keys and values."""
+    n = 0
+    for i_work in range(gl.program_id(0), works, gl.num_programs(0)):
+        i_batch, i_head, _i_flag, _origin, walk = tile_walk(i_work, plan, CAUSAL, TILE, CHUNK)
+        place = (0, 0, 0)
+        for _ in range(chunk_count(walk)):
+            t, h, w = corner_at(place, walk, CHUNK)
+            corner = [i_head * PACK // group, i_batch * plan[0][0] + t, h, w, 0]
+            expect_load(ring, n, 2 * k_desc.block_type.nbytes, STAGES)
+            load_box(ring, k_desc, corner, n, 0, STAGES)
+            load_box(ring, v_desc, corner, n, 1, STAGES)
+            place, _wraps = next_place(place, walk)
+            n += 1
+
+
+@gluon.jit
+def add_keys(
+    b_dq, b_q, b_do, b_hidden, ring, n, last, row_lse, row_delta, factor,
+    N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, SCORES: gl.constexpr, WEIGHTS: gl.constexpr,
+):  # fmt: skip
+    """Add what chunk ``n`` of keys gives to dQ, which lacks ``scale``; the chunk was awaited."""
+    i, _ = slot(n, STAGES)
+    b_k = ring[0][0].index(i).reshape([N, D])
+    b_v = ring[0][1].index(i).reshape([N, D])
+    b_s = start_product(b_q, b_k, b_hidden)
+    b_dp = start_product(b_do, b_v, None)
+    b_s = warpgroup_mma_wait(1, deps=[b_s])
+    b_p = gl.exp2(b_s * factor - row_lse[:, None])
+    # Awaited here, because the assembler moves the next wait above the exponentials unless another stands before it.
+    await_load(ring, n + 1, n < last, STAGES)
+    b_dp = warpgroup_mma_wait(0, deps=[b_dp])
+    b_ds = b_p * (b_dp - row_delta[:, None])
+    b_dq = warpgroup_mma(gl.convert_layout(b_ds.to(b_k.dtype), WEIGHTS), b_k, b_dq, is_async=True)
+    b_dq = warpgroup_mma_wait(0, deps=[b_dq])
+    release(ring, n, STAGES)
+    return b_dq
+
+
+@gluon.jit
+def walk_windows(
+    tile_ring, ring, Lse, Delta, DQ, plan, works, width, scale,
+    HALF: gl.constexpr, CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr, PACK: gl.constexpr,
+    RANK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr,
+):  # fmt: skip
+    """A group of four warps that computes one half of the rows of every tile of queries."""
+    M: gl.constexpr = TILE[0] * TILE[1] * TILE[2] * PACK // 2
+    N: gl.constexpr = CHUNK[0] * CHUNK[1] * CHUNK[2]
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
+    STORE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    length, kernel, stride, tiles, blocks = plan
+    factor = scale * LOG2E
+    inner = unravel(gl.arange(0, N, gl.SliceLayout(0, SCORES)), CHUNK[1], CHUNK[2])
+    position, head = half_rows(HALF, M, TILE, PACK, gl.SliceLayout(1, SCORES))
+    images = works // (tiles[0] * tiles[1] * tiles[2] * blocks)
+    n = 0
+    i_tile = 0
+    for i_work in range(gl.program_id(0), works, gl.num_programs(0)):
+        i_batch, i_head, _i_flag, origin, walk = tile_walk(i_work, plan, CAUSAL, TILE, CHUNK)
+        index = shifted(position, origin)
+        row_lo, row_hi = windows_of(index, length, kernel, stride, CAUSAL)
+        m_rows = inside_axes(index, length)
+        line = ((i_head * PACK + head).to(gl.int64) * images + i_batch) * length[0] + index[0]
+        o_stat = (line * length[1] + index[1]) * width + index[2]
+        row_lse = gl.load(Lse + o_stat, mask=m_rows, other=0.0)
+        row_delta = gl.load(Delta + o_stat, mask=m_rows, other=0.0)
+        b_dq = gl.zeros([M, D], gl.float32, OUT)
+        await_load(tile_ring, i_tile, True, TILES)
+        i, _ = slot(i_tile, TILES)
+        b_q = tile_ring[0][0].index(i).reshape([2 * M, D]).slice(HALF * M, M)
+        b_do = tile_ring[0][1].index(i).reshape([2 * M, D]).slice(HALF * M, M)
+        last = n + chunk_count(walk) - 1
+        await_load(ring, n, True, STAGES)
+        place = (0, 0, 0)
+        for _ in range(chunk_count(walk)):
+            b_hidden = chunk_mask(place, walk, row_lo, row_hi, inner, M, N, CHUNK, RANK, SCORES)
+            b_dq = add_keys(
+                b_dq, b_q, b_do, b_hidden, ring, n, last, row_lse, row_delta, factor, N, D, STAGES, SCORES, WEIGHTS
+            )
+            place, _wraps = next_place(place, walk)
+            n += 1
+
+        out_position, out_head = half_rows(HALF, M, TILE, PACK, gl.SliceLayout(1, STORE))
+        m_out, o_row = output_rows(out_position, i_head * PACK + out_head, i_batch, origin, length, blocks * PACK)
+        store_half(b_q, b_dq * scale, DQ, o_row, m_out, D, STORE)
+        fence_async_shared()
+        release(tile_ring, i_tile, TILES)
+        i_tile += 1  # noqa: SIM113
+
+
+@gluon.jit
+def hopper_query_kernel(
+    q_desc, k_desc, v_desc, do_desc, Lse, Delta, DQ,
+    length, kernel, stride, tiles, group, blocks, works, width, scale,
+    CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr, PACK: gl.constexpr, RANK: gl.constexpr,
+    D: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr,
+):  # fmt: skip
+    """dQ, contiguous, of the tiles ``program_id + i * num_programs``."""
+    tile_ring, ring = new_ring((q_desc, do_desc), TILES), new_ring((k_desc, v_desc), STAGES)
+    plan = (length, kernel, stride, tiles, blocks)
+    gl.warp_specialize(
+        [
+            (walk_windows, (tile_ring, ring, Lse, Delta, DQ, plan, works, width, scale,
+                            0, CAUSAL, TILE, CHUNK, PACK, RANK, D, STAGES, TILES)),
+            (walk_windows, (tile_ring, ring, Lse, Delta, DQ, plan, works, width, scale,
+                            1, CAUSAL, TILE, CHUNK, PACK, RANK, D, STAGES, TILES)),
+            (load_rows, (tile_ring, q_desc, do_desc, plan, works, CAUSAL, TILE, CHUNK, PACK, TILES)),
+            (load_windows, (ring, k_desc, v_desc, plan, works, group, CAUSAL, TILE, CHUNK, PACK, STAGES)),
+        ],
+        [4, 1, 1],  # warps: the first function has those of the launch
+        [240, 24, 24],  # registers a thread
+    )  # fmt: skip
+
+
+@triton.jit
+def statistics_kernel(
+    Out, DOut, DLse, RowMax, RowSum, Delta, Lse, DeltaLines,
+    do_strides, dl_strides, length, rows, heads, images, width,
+    D: tl.constexpr, BM: tl.constexpr, WITH_DLSE: tl.constexpr,
+):  # fmt: skip
+    """``delta = rowsum(dOut * Out) - dLse`` like the output, and with the base-2 lse in lines ``[heads, B T H, W]``."""
+    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    m_rows = row < rows
+    head, token = row % heads, row // heads
+    w, line = token % length[2], token // length[2]
+    h, t, i_batch = line % length[1], line // length[1] % length[0], line // (length[1] * length[0])
+    o_do = i_batch * do_strides[0] + token_offset((t, h, w), do_strides) + head * do_strides[4]
+    col = tl.arange(0, D)
+    b_out = tl.load(Out + (row * D)[:, None] + col[None, :], mask=m_rows[:, None], other=0.0)
+    b_do = tl.load(DOut + o_do[:, None] + col[None, :], mask=m_rows[:, None], other=0.0)
+    row_delta = tl.sum(b_out.to(tl.float32) * b_do.to(tl.float32), 1)
+    if WITH_DLSE:
+        o_dl = i_batch * dl_strides[0] + token_offset((t, h, w), dl_strides) + head * dl_strides[4]
+        row_delta -= tl.load(DLse + o_dl, mask=m_rows, other=0.0)
+    row_lse = tl.load(RowMax + row, mask=m_rows, other=0.0) * LOG2E
+    row_lse += tl.log2(tl.load(RowSum + row, mask=m_rows, other=1.0))
+    o_stat = (head * (images * length[0] * length[1]) + line) * width + w
+    tl.store(Delta + row, row_delta, mask=m_rows)
+    tl.store(DeltaLines + o_stat, row_delta, mask=m_rows)
+    tl.store(Lse + o_stat, row_lse, mask=m_rows)
+
+
+class Statistics(NamedTuple):
+    """Base-2 lse and delta of every query and head, fp32 ``[Hq, B T, H, W + padding]``, as TMA can load them."""
+
+    lse: Tensor
+    delta: Tensor
+
+
+def line_descriptor(lines: Tensor, width: int, box: Box) -> TensorDescriptor:
+    """Boxes of one head's statistics; those outside the image read as zero."""
+    return TensorDescriptor(lines, [*lines.shape[:-1], width], list(lines.stride()), [1, *box], PLAIN)
+
+
+def new_statistics(problem: Problem) -> Statistics:
+    t, h, w = problem.lengths
+    shape = problem.query.shape[-2], problem.query.shape[0] * t, h, triton.cdiv(w, 4) * 4
+    lse, delta = torch.empty((2, *shape), dtype=torch.float32, device=problem.device)
+    return Statistics(lse, delta)
+
+
+def lined_up(problem: Problem, lse: Tensor, delta: Tensor) -> Statistics:
+    """Statistics from those that the portable query kernel writes, ``[B, *spatial, Hq]``."""
+    statistics, width = new_statistics(problem), problem.lengths[2]
+    for lines, rows in zip(statistics, (lse, delta), strict=True):
+        heads = rows.shape[-1]
+        lines[..., :width] = rows.reshape(-1, heads).t().view(heads, *lines.shape[1:-1], width)
+    return statistics
+
+
+def statistics_of(
+    problem: Problem, out: Tensor, row_max: Tensor, row_sum: Tensor, grad_out: Tensor, grad_lse: Tensor | None
+) -> tuple[Statistics, Tensor]:
+    """Statistics, and delta ``[B, *spatial, Hq]``."""
+    statistics, delta = new_statistics(problem), torch.empty_like(row_max)
+    dl_strides = (0,) * 5 if grad_lse is None else strides(layout(grad_lse[..., None]))
+    rows = row_max.numel()
+    statistics_kernel[(triton.cdiv(rows, 64),)](
+        out, grad_out, grad_lse, row_max, row_sum, delta, statistics.lse, statistics.delta,
+        strides(layout(grad_out)), dl_strides, problem.lengths, rows, row_max.shape[-1], row_max.shape[0],
+        statistics.lse.shape[-1],
+        D=out.shape[-1], BM=64, WITH_DLSE=grad_lse is not None, num_warps=4,
+    )  # fmt: skip
+    return statistics, delta
+
+
+def key_gradients(
+    launch: Launch, problem: Problem, inputs: Inputs, scale: float, grad_out: Tensor, statistics: Statistics
+) -> tuple[Tensor, Tensor]:
+    """dK and dV, where ``hopper_launches.supports_backward`` is true and every address is a multiple of 16."""
+    query, key, value = inputs[:3]
+    grad_key, grad_value = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (key, value))
+    lengths, kernel_size, stride, _ = problem.geometry
+    tiles = problem.tiles(launch.tile)
+    works = query.shape[0] * prod(tiles) * problem.kv_heads
+    hopper_key_kernel[(min(works, multiprocessors(query.device)),)](
+        box_descriptor(query, launch.chunk), box_descriptor(key, launch.tile), box_descriptor(value, launch.tile),
+        box_descriptor(grad_out, launch.chunk),
+        *(line_descriptor(lines, lengths[2], launch.chunk) for lines in statistics),
+        grad_key, grad_value, lengths, kernel_size, stride, tiles, problem.group, problem.kv_heads, works, scale,
+        CAUSAL=three_axes(problem.is_causal, False), TILE=launch.tile, CHUNK=launch.chunk, RANK=problem.rank,
+        D=key.shape[-1], STAGES=launch.stages, TILES=buffered_tiles(problem),
+        num_warps=launch.num_warps, maxnreg=launch.max_registers,
+    )  # fmt: skip
+    return grad_key, grad_value
+
+
+def buffered_tiles(problem: Problem) -> int:
+    """With two a group need not await the other one before its next tile; in 1-D the loop then spills registers."""
+    return 2 if problem.rank > 1 else 1
+
+
+def query_gradient(
+    launch: Launch, problem: Problem, inputs: Inputs, scale: float, grad_out: Tensor, statistics: Statistics
+) -> Tensor:
+    """dQ, without what registers give, under the same conditions. Takes the launches of the forward."""
+    query, key, value = inputs[:3]
+    grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
+    lengths, kernel_size, stride, _ = problem.geometry
+    works = problem.programs(launch)
+    hopper_query_kernel[(min(works, multiprocessors(query.device)),)](
+        query_descriptor(query, launch), box_descriptor(key, launch.chunk), box_descriptor(value, launch.chunk),
+        query_descriptor(grad_out, launch), *statistics, grad_query,
+        lengths, kernel_size, stride, problem.tiles(launch.tile), problem.group, query.shape[-2] // launch.pack, works,
+        statistics.lse.shape[-1], scale,
+        CAUSAL=three_axes(problem.is_causal, False), TILE=launch.tile, CHUNK=launch.chunk, PACK=launch.pack,
+        RANK=problem.rank, D=query.shape[-1], STAGES=launch.stages, TILES=1,
+        num_warps=launch.num_warps, maxnreg=launch.max_registers,
+    )  # fmt: skip
+    return grad_query

@@ -1,0 +1,217 @@
+"""What the kernels for compute capability 9.0 share: walks over chunks, masks, rings of buffers and TMA descriptors.
+
+A walk visits the chunks of a box, which starts anywhere, in boxes of one size. On each axis it begins behind the chunks
+that lie inside every row's box and wraps around, so that those come last; the others need a mask on that axis.
+"""
+
+# Triton's language is Python to the parser only.
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAssignmentType=false, reportArgumentType=false
+# pyright: reportIndexIssue=false
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper.tma import async_copy_global_to_shared
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from .configs import Box, Launch
+from .primitives import (
+    between,
+    contiguous_row,
+    inside_axes,
+    shifted,
+    spatial_tile,
+    tokens_of,
+    union_of_windows,
+    unravel,
+)
+from .problem import layout, strides, three_axes
+
+
+@gluon.jit
+def axis_walk(lo, hi, inner_lo, inner_hi, STEP: gl.constexpr):
+    """Chunks along an axis, how many of them reach past some query's window, and which one comes first.
+
+    The walk starts behind the chunks that lie inside every window and wraps around, so that those come last.
+    """
+    steps = (hi - lo + STEP) // STEP
+    first = (inner_lo - lo + STEP - 1) // STEP
+    end = (inner_hi - lo + 1) // STEP
+    inside = gl.maximum(end - first, 0)
+    return steps, steps - inside, gl.where(inside > 0, end, 0)
+
+
+@gluon.jit
+def tile_walk(i_work, plan, CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr):
+    """Batch, block of heads, box of positions and walk of a program's next tile; neighbours share their keys."""
+    length, kernel, stride, tiles, blocks = plan
+    space = tiles[0] * tiles[1] * tiles[2]
+    i_head = i_work // space % blocks
+    i_tile = i_work // (space * blocks) * space + i_work % space
+    i_batch, _, count, origin = spatial_tile(i_tile, length, (1, 1, 1), tiles, TILE)
+    lo, hi, inner_lo, inner_hi = union_of_windows(origin, count, kernel, stride, CAUSAL, TILE)
+    t, border_t, start_t = axis_walk(lo[0], hi[0], inner_lo[0], inner_hi[0], CHUNK[0])
+    h, border_h, start_h = axis_walk(lo[1], hi[1], inner_lo[1], inner_hi[1], CHUNK[1])
+    w, border_w, start_w = axis_walk(lo[2], hi[2], inner_lo[2], inner_hi[2], CHUNK[2])
+    walk = (lo, (t, h, w), (border_t, border_h, border_w), (start_t, start_h, start_w))
+    return i_batch.to(gl.int32), i_head, i_tile * blocks + i_head, origin, walk
+
+
+@gluon.jit
+def chunk_count(walk):
+    return walk[1][0] * walk[1][1] * walk[1][2]
+
+
+@gluon.jit
+def next_place(place, walk):
+    """The place of the walk after this one, and whether it is the first again."""
+    t, h, w = place
+    w += 1
+    wraps = w >= walk[1][2]
+    w = gl.where(wraps, 0, w)
+    h += gl.where(wraps, 1, 0)
+    wraps = h >= walk[1][1]
+    h = gl.where(wraps, 0, h)
+    t += gl.where(wraps, 1, 0)
+    wraps = t >= walk[1][0]
+    return (gl.where(wraps, 0, t), h, w), wraps
+
+
+@gluon.jit
+def wrapped(place, start, steps):
+    return gl.where(start + place >= steps, start + place - steps, start + place)
+
+
+@gluon.jit
+def corner_at(place, walk, CHUNK: gl.constexpr):
+    """First key of the chunk at a place of the walk."""
+    lo, steps, _, start = walk
+    return (
+        lo[0] + wrapped(place[0], start[0], steps[0]) * CHUNK[0],
+        lo[1] + wrapped(place[1], start[1], steps[1]) * CHUNK[1],
+        lo[2] + wrapped(place[2], start[2], steps[2]) * CHUNK[2],
+    )
+
+
+@gluon.jit
+def chunk_mask(
+    place, walk, row_lo, row_hi, inner, M: gl.constexpr, N: gl.constexpr, CHUNK: gl.constexpr, RANK: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """0 and -inf ``[M, N]``, worked out for those axes only on which the chunk reaches past some row's box.
+
+    One loop that branches here, while no product is under way, and not one loop for each kind of chunk: behind a loop
+    that may be skipped, ptxas 12.8 uses descriptors of shared memory that it works out in that loop only.
+    """
+    corner = corner_at(place, walk, CHUNK)
+    b_hidden = gl.zeros([M, N], gl.float32, LAYOUT)
+    for AXIS in gl.static_range(3 - RANK, 3):
+        if place[AXIS] < walk[2][AXIS]:
+            m_seen = between(row_lo[AXIS] - corner[AXIS], row_hi[AXIS] - corner[AXIS], inner[AXIS])
+            b_hidden = gl.where(m_seen, b_hidden, float("-inf"))
+    return b_hidden
+
+
+@gluon.jit
+def slot(n, STAGES: gl.constexpr):
+    """Place in a ring, and phase of its barriers, of the ``n``-th load."""
+    return n % STAGES, n // STAGES & 1
+
+
+@gluon.jit
+def new_barriers(SIZE: gl.constexpr, arrivals):
+    barriers = gl.allocate_shared_memory(gl.int64, [SIZE, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(SIZE):
+        mbarrier.init(barriers.index(i), count=arrivals)
+    return barriers
+
+
+@gluon.jit
+def new_ring(descs, STAGES: gl.constexpr):
+    """Buffers for boxes that arrive together, and barriers that tell when they are ready, and when empty.
+
+    Ready: the loads have arrived. Empty: both groups have read them.
+    """
+    buffers = ()
+    for i in gl.static_range(len(descs)):
+        buffer = gl.allocate_shared_memory(descs[i].dtype, [STAGES] + descs[i].block_type.shape, descs[i].layout)  # noqa: RUF005
+        buffers = buffers + (buffer,)  # noqa: RUF005
+    return buffers, new_barriers(STAGES, 1), new_barriers(STAGES, 2)
+
+
+@gluon.jit
+def expect_load(ring, n, BYTES: gl.constexpr, STAGES: gl.constexpr):
+    """Wait until both groups have read what the ``n``-th load overwrites."""
+    i, phase = slot(n, STAGES)
+    mbarrier.wait(ring[2].index(i), phase ^ 1)
+    mbarrier.expect(ring[1].index(i), BYTES)
+
+
+@gluon.jit
+def load_box(ring, desc, corner, n, PART: gl.constexpr, STAGES: gl.constexpr):
+    """One box of the ``n``-th load, which is expected."""
+    i, _ = slot(n, STAGES)
+    async_copy_global_to_shared(desc, corner, ring[1].index(i), ring[0][PART].index(i))
+
+
+@gluon.jit
+def await_load(ring, n, expected, STAGES: gl.constexpr):
+    i, phase = slot(n, STAGES)
+    mbarrier.wait(ring[1].index(i), phase, pred=expected)
+
+
+@gluon.jit
+def release(ring, n, STAGES: gl.constexpr):
+    i, _ = slot(n, STAGES)
+    mbarrier.arrive(ring[2].index(i), count=1)
+
+
+@gluon.jit
+def half_rows(HALF: gl.constexpr, M: gl.constexpr, TILE: gl.constexpr, PACK: gl.constexpr, ROW: gl.constexpr):
+    """Positions inside the tile, and heads inside the block, of half of a tile's rows."""
+    row = HALF * M + gl.arange(0, M, ROW)
+    return unravel(row // PACK, TILE[1], TILE[2]), row % PACK
+
+
+@gluon.jit
+def output_rows(position, head, i_batch, origin, length, heads):
+    """Which rows lie inside the image, and their places in a contiguous ``[B, T, H, W, heads]``."""
+    index = shifted(position, origin)
+    token = tokens_of(index, (0, 0, 0), length, (1, 1, 1))
+    return inside_axes(index, length), contiguous_row(i_batch.to(gl.int64), token, length) * heads + head
+
+
+SWIZZLED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=5)
+
+
+def axes_of(tensor: Tensor) -> tuple[list[int], list[int]]:
+    """Sizes and strides of the axes ``batch and t, h, w, head`` of a tensor: TMA knows five, so two share one."""
+    batch, t, h, w, head = strides(layout(tensor))
+    size_t, size_h, size_w = three_axes(tensor.shape[1:-2], 1)
+    sizes = [tensor.shape[0] * size_t, size_h, size_w, tensor.shape[-2]]
+    steps = [batch if size_t == 1 else t, h, w, head]
+    # The stride of an axis of one says nothing, and may be one that TMA does not take.
+    return sizes, [8 if size == 1 else step for size, step in zip(sizes, steps, strict=True)]
+
+
+def query_descriptor(query: Tensor, launch: Launch) -> TensorDescriptor:
+    """Boxes of positions times heads."""
+    sizes, steps = axes_of(query)
+    dim = query.shape[-1]
+    return TensorDescriptor(query, [*sizes, dim], [*steps, 1], [*launch.tile, launch.pack, dim], SWIZZLED)
+
+
+def box_descriptor(tensor: Tensor, box: Box) -> TensorDescriptor:
+    """Boxes of positions of one head."""
+    (*sizes, heads), (*steps, head) = axes_of(tensor)
+    dim = tensor.shape[-1]
+    return TensorDescriptor(tensor, [heads, *sizes, dim], [head, *steps, 1], [1, *box, dim], SWIZZLED)
+
+
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
