@@ -46,6 +46,8 @@ class Noted(CompiledKernel):
 
 def same(ours: Sequence[object], theirs: Sequence[object]) -> bool:
     def equal(a: object, b: object) -> bool:
+        if isinstance(a, int) and (b is None or isinstance(b, Tensor)):  # an address
+            return a == (0 if b is None else b.data_ptr())
         return a is b or (not isinstance(a, Tensor) and type(a) is type(b) and a == b)
 
     pairs = enumerate(zip(ours, theirs, strict=True))

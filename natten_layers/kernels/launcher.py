@@ -5,7 +5,7 @@ Triton looks at every argument of every launch, which takes the host longer than
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -29,7 +29,7 @@ class Launcher:
         self.kernel, self.grid, self.sizes, self.options = kernel, (*grid, 1, 1)[:3], sizes, options
         # A compiled kernel takes all parameters in their order, and skips those that were compiled in.
         self.constants = [options[name] for name in kernel.arg_names if name in options]
-        self.compiled: dict[Hashable, CompiledKernel] = {}
+        self.compiled: dict[Hashable, Callable[..., None]] = {}
 
     def __call__(self, tensors: Sequence[Tensor | None], floats: Sequence[float | None] = ()) -> None:
         """Launch on the current device, which is the tensors', and its current stream.
@@ -43,14 +43,16 @@ class Launcher:
             self.kernel[self.grid](*tensors, *self.sizes, *numbers, **self.options)
             return
         assert tensors[0] is not None
-        kinds = [x if x is None else (x.dtype, x.data_ptr() % 16 == 0) for x in tensors]
+        # Triton's launcher takes numbers as they are; of a tensor it asks for the address, and the driver about that.
+        addresses = [0 if x is None else x.data_ptr() for x in tensors]  # what is not there was compiled in
+        kinds = [x if x is None else (x.dtype, n % 16 == 0) for x, n in zip(tensors, addresses, strict=True)]
         key = (tensors[0].device, *kinds, *map(type, numbers))
-        if (compiled := self.compiled.get(key)) is not None:
-            compiled[self.grid](*tensors, *self.sizes, *numbers, *self.constants)
+        if (run := self.compiled.get(key)) is not None:
+            run(*addresses, *self.sizes, *numbers, *self.constants)
             return
         compiled = self.kernel[self.grid](*tensors, *self.sizes, *numbers, **self.options)
         if isinstance(compiled, CompiledKernel):  # Triton's interpreter compiles nothing
-            self.compiled[key] = compiled
+            self.compiled[key] = compiled[self.grid]
 
 
 @lru_cache(maxsize=1024)
