@@ -111,7 +111,7 @@ class _Recorded:
         self.token.copy_(token)
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # other threads may allocate
                 self.logits = _next(self.model, self.cache, self.token)
         else:  # what the recorded call did on the host
             self.cache.longest += 1
