@@ -10,7 +10,6 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     report: dict[str, Any] = {
         "environment": timing.environment(device, args.commit),
-        "arguments": {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()},
+        "arguments": {name: value for name, value in vars(args).items() if name != "out"},
         "rates": asdict(rates),
         "rows": [],
     }
