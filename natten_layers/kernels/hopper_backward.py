@@ -26,7 +26,6 @@ from . import hopper_launches
 from .configs import Box, Launch
 from .hopper_primitives import (
     await_load,
-    axis_walk,
     box_descriptor,
     chunk_count,
     chunk_mask,
@@ -42,6 +41,7 @@ from .hopper_primitives import (
     release,
     slot,
     tile_walk,
+    walk_over,
 )
 from .primitives import (
     LOG2E,
@@ -73,11 +73,7 @@ def key_walk(i_work, plan, CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.c
     i_batch, _, count, origin = spatial_tile(i_tile, length, (1, 1, 1), tiles, TILE)
     lo, hi, inner_lo, inner_hi = union_of_queries(origin, count, kernel, stride, CAUSAL, TILE)
     lo = (lo[0], lo[1], lo[2] // ALIGNMENT * ALIGNMENT)
-    t, border_t, start_t = axis_walk(lo[0], hi[0], inner_lo[0], inner_hi[0], CHUNK[0])
-    h, border_h, start_h = axis_walk(lo[1], hi[1], inner_lo[1], inner_hi[1], CHUNK[1])
-    w, border_w, start_w = axis_walk(lo[2], hi[2], inner_lo[2], inner_hi[2], CHUNK[2])
-    walk = (lo, (t, h, w), (border_t, border_h, border_w), (start_t, start_h, start_w))
-    return i_batch.to(gl.int32), i_kv, origin, walk
+    return i_batch.to(gl.int32), i_kv, origin, walk_over(lo, hi, inner_lo, inner_hi, CHUNK)
 
 
 @gluon.jit

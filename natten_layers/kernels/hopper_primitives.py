@@ -34,15 +34,21 @@ from .problem import layout, strides, three_axes
 
 @gluon.jit
 def axis_walk(lo, hi, inner_lo, inner_hi, STEP: gl.constexpr):
-    """Chunks along an axis, how many of them reach past some query's window, and which one comes first.
-
-    The walk starts behind the chunks that lie inside every window and wraps around, so that those come last.
-    """
+    """Chunks along an axis, how many of them reach past some row's box, and which one comes first."""
     steps = (hi - lo + STEP) // STEP
     first = (inner_lo - lo + STEP - 1) // STEP
     end = (inner_hi - lo + 1) // STEP
     inside = gl.maximum(end - first, 0)
     return steps, steps - inside, gl.where(inside > 0, end, 0)
+
+
+@gluon.jit
+def walk_over(lo, hi, inner_lo, inner_hi, CHUNK: gl.constexpr):
+    """First place of a box, and by axis how many chunks it has, how many of them need a mask, and which comes first."""
+    t, border_t, start_t = axis_walk(lo[0], hi[0], inner_lo[0], inner_hi[0], CHUNK[0])
+    h, border_h, start_h = axis_walk(lo[1], hi[1], inner_lo[1], inner_hi[1], CHUNK[1])
+    w, border_w, start_w = axis_walk(lo[2], hi[2], inner_lo[2], inner_hi[2], CHUNK[2])
+    return lo, (t, h, w), (border_t, border_h, border_w), (start_t, start_h, start_w)
 
 
 @gluon.jit
@@ -54,10 +60,7 @@ def tile_walk(i_work, plan, CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.
     i_tile = i_work // (space * blocks) * space + i_work % space
     i_batch, _, count, origin = spatial_tile(i_tile, length, (1, 1, 1), tiles, TILE)
     lo, hi, inner_lo, inner_hi = union_of_windows(origin, count, kernel, stride, CAUSAL, TILE)
-    t, border_t, start_t = axis_walk(lo[0], hi[0], inner_lo[0], inner_hi[0], CHUNK[0])
-    h, border_h, start_h = axis_walk(lo[1], hi[1], inner_lo[1], inner_hi[1], CHUNK[1])
-    w, border_w, start_w = axis_walk(lo[2], hi[2], inner_lo[2], inner_hi[2], CHUNK[2])
-    walk = (lo, (t, h, w), (border_t, border_h, border_w), (start_t, start_h, start_w))
+    walk = walk_over(lo, hi, inner_lo, inner_hi, CHUNK)
     return i_batch.to(gl.int32), i_head, i_tile * blocks + i_head, origin, walk
 
 

@@ -219,7 +219,9 @@ class NeighborhoodGQA(nn.Module):
         tokens = [] if self.registers is None else [self.registers[None]]
         if registers is not None:
             tokens = [own.expand(x.shape[0], -1, -1) for own in tokens] + [registers]
-        return self._heads(torch.cat(tokens, 1)) if tokens else None
+        if len(tokens) > 1:
+            tokens = [torch.cat(tokens, 1)]
+        return self._heads(tokens[0]) if tokens else None
 
     def _attention(self, heads: Heads, registers: Heads | None) -> Tensor:
         """``[B, *spatial, Hq, D]``"""
