@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from natten_layers.modules.generation import sample
+from natten_layers.modules.generation import Recorded, sample
 from natten_layers.modules.llm import DecoderLM, DecoderLMConfig
 
 BASE = DecoderLMConfig(
@@ -348,10 +348,31 @@ def test_generation_on_a_gpu_is_recorded(model: DecoderLM) -> None:
     ids = torch.randint(model.config.vocab_size, (2, 9), generator=torch.Generator().manual_seed(3)).cuda()
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
-    tokens = model.generate(ids, 40, attention_mask=mask, stop_tokens=[])
+    tokens, unrecorded = (
+        model.generate(ids, 40, attention_mask=mask, stop_tokens=[], cuda_graph=chosen) for chosen in (True, False)
+    )
+    assert torch.equal(tokens, unrecorded)
     expected = ids
     for _ in range(40):
         text = torch.cat((mask, mask.new_ones(2, expected.shape[1] - 9)), 1)
         with torch.no_grad():
             expected = torch.cat((expected, model(expected, attention_mask=text)[:, -1:].argmax(-1)), 1)
     assert torch.equal(tokens, expected)
+
+
+def test_a_model_that_cannot_be_recorded_says_so(model: DecoderLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Capture:
+        def __init__(self, graph: object, **_: object) -> None: ...
+
+        def __enter__(self) -> None: ...
+
+        def __exit__(self, *_: object) -> None:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", Capture)
+    step = Recorded(model, model.make_cache(2, max_length=9))
+    token = tokens(2)
+    step(token)
+    with pytest.raises(RuntimeError, match=r"pass cuda_graph=False: operation not permitted"):
+        step(token)

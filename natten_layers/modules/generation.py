@@ -31,6 +31,7 @@ def generate(
     stop_tokens: Sequence[int] | None = None,
     callback: Callable[[Tensor], None] | None = None,
     prefill_chunk: int = 4096,
+    cuda_graph: bool = True,
 ) -> Tensor:
     """Continue the prompts ``input_ids [B, L]``.
 
@@ -45,12 +46,15 @@ def generate(
             (``pad_token_id``, or the stop token again).
         callback: called with every new token of the batch, ``[B]``, as it is made.
         prefill_chunk: prompt tokens read at a time, a bound on memory.
+        cuda_graph: on a GPU, record the second new token's computation and replay it for the others. False for a model
+            with hooks or layers that cannot be recorded, such as those that read values.
 
     Returns:
         ``[B, L + new]``, prompts first. ``new`` is smaller than ``max_new_tokens`` if all texts ended.
 
     Raises:
         ValueError: as in :meth:`DecoderLM.forward`, or sampling options out of range.
+        RuntimeError: the model cannot be recorded.
     """
     model.check(input_ids, attention_mask, None)
     for name, value in (("max_new_tokens", max_new_tokens), ("prefill_chunk", prefill_chunk)):
@@ -63,7 +67,7 @@ def generate(
     stops = input_ids.new_tensor(list(model.config.stop_tokens if stop_tokens is None else stop_tokens))
     cache = model.make_cache(len(input_ids), max_length=input_ids.shape[1] + max_new_tokens)
     logits = _prefill(model, input_ids, attention_mask, cache, prefill_chunk)
-    step = one_token(model, cache)
+    step = one_token(model, cache, cuda_graph=cuda_graph)
     ended = torch.zeros_like(input_ids[:, 0], dtype=torch.bool)
     pad = model.config.pad_token_id
     tokens: list[Tensor] = []
@@ -81,16 +85,16 @@ def generate(
         logits = step(token)
 
 
-def one_token(model: DecoderLM, cache: Cache) -> Callable[[Tensor], Tensor]:
-    """What adds a token ``[B]`` to each text and gives the logits ``[B, V]`` after it; on a GPU it is recorded."""
-    return _Recorded(model, cache) if cache.lengths.is_cuda else partial(_next, model, cache)
+def one_token(model: DecoderLM, cache: Cache, *, cuda_graph: bool = True) -> Callable[[Tensor], Tensor]:
+    """What adds a token ``[B]`` to each text and gives the logits ``[B, V]`` after it."""
+    return Recorded(model, cache) if cuda_graph and cache.lengths.is_cuda else partial(_next, model, cache)
 
 
 def _next(model: DecoderLM, cache: Cache, token: Tensor) -> Tensor:
     return model.logits(model.hidden(token[:, None], None, cache)[:, -1])
 
 
-class _Recorded:
+class Recorded:
     """:func:`_next` as a CUDA graph: a token of a large model takes the host longer than the device.
 
     The first call runs as it is, which compiles kernels; the second one records.
@@ -111,8 +115,11 @@ class _Recorded:
         self.token.copy_(token)
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # other threads may allocate
-                self.logits = _next(self.model, self.cache, self.token)
+            try:
+                with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # other threads may allocate
+                    self.logits = _next(self.model, self.cache, self.token)
+            except RuntimeError as error:
+                raise RuntimeError(f"the model cannot be recorded, pass cuda_graph=False: {error}") from error
         else:  # what the recorded call did on the host
             self.cache.longest += 1
             self.model.check_length(self.cache.longest)
