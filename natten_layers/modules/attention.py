@@ -219,9 +219,8 @@ class NeighborhoodGQA(nn.Module):
         tokens = [] if self.registers is None else [self.registers[None]]
         if registers is not None:
             tokens = [own.expand(x.shape[0], -1, -1) for own in tokens] + [registers]
-        if len(tokens) > 1:
-            tokens = [torch.cat(tokens, 1)]
-        return self._heads(tokens[0]) if tokens else None
+        # The copy is aligned: results must not depend on where a file's reader left a parameter.
+        return self._heads(torch.cat(tokens, 1)) if tokens else None
 
     def _attention(self, heads: Heads, registers: Heads | None) -> Tensor:
         """``[B, *spatial, Hq, D]``"""
