@@ -72,7 +72,7 @@ def key_walk(i_work, plan, CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.c
     i_tile = i_work // (space * kv_heads) * space + i_work % space
     i_batch, _, count, origin = spatial_tile(i_tile, length, (1, 1, 1), tiles, TILE)
     lo, hi, inner_lo, inner_hi = union_of_queries(origin, count, kernel, stride, CAUSAL, TILE)
-    lo = (lo[0], lo[1], lo[2] // ALIGNMENT * ALIGNMENT)
+    lo = (lo[0], lo[1], lo[2] // ALIGNMENT * ALIGNMENT)  # where statistics can be loaded from
     return i_batch.to(gl.int32), i_kv, origin, walk_over(lo, hi, inner_lo, inner_hi, CHUNK)
 
 
@@ -404,9 +404,9 @@ def line_descriptor(lines: Tensor, width: int, box: Box) -> TensorDescriptor:
 
 def new_statistics(problem: Problem) -> Statistics:
     t, h, w = problem.lengths
-    shape = problem.query.shape[-2], problem.query.shape[0] * t, h, triton.cdiv(w, 4) * 4
-    lse, delta = torch.empty((2, *shape), dtype=torch.float32, device=problem.device)
-    return Statistics(lse, delta)
+    padded = triton.cdiv(w, hopper_launches.ALIGNMENT) * hopper_launches.ALIGNMENT
+    shape = 2, problem.query.shape[-2], problem.query.shape[0] * t, h, padded
+    return Statistics(*torch.empty(shape, dtype=torch.float32, device=problem.device))
 
 
 def lined_up(problem: Problem, lse: Tensor, delta: Tensor) -> Statistics:
