@@ -207,8 +207,16 @@ def test_boxes_execute_few_scores(
 ) -> None:
     axes = tuple(zip(lengths, kernel, (1, 1, 1), causal, strict=True))
     assert hopper_launches.best_boxes(axes, 128 // group, 128, window_bounds) == (tile, chunk)
-    _, column = hopper_launches.best_boxes(axes, 128, 64, query_bounds, 4)
-    assert column[2] % 4 == 0
+
+
+def test_chunks_of_queries_start_where_statistics_can_be_loaded_from() -> None:
+    axes = (12, 7, 1, True), (16, 9, 1, False), (18, 10, 1, False)
+    (_, free), (_, aligned) = (hopper_launches.best_boxes(axes, 128, 64, query_bounds, n) for n in (1, 4))
+    assert free[2] < 4
+    assert aligned[2] % 4 == 0
+    # Keys 2 and 3 are seen by queries 2 to 5, a chunk of four; from 0 on these are in two. The other pairs stay at one.
+    chunks = [hopper_launches.executed((8, 3, 1, True), 2, 4, query_bounds, n) // (2 * 4) for n in (1, 4)]
+    assert chunks == [4, 5]
 
 
 def test_gradients_of_large_windows_take_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -277,8 +277,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
     """dQ, dK, dV, gradients of the registers, and delta ``[B, *spatial, Hq]`` in fp32.
 
-    Allocates the gradients, delta and the base-2 lse; with registers also ``slices x registers`` partial sums in fp32,
-    under 1 MiB each for usual sizes.
+    Allocates the gradients, delta and the base-2 lse, for large windows both of these in a second order; with registers
+    also ``slices x registers`` partial sums in fp32, under 1 MiB each for usual sizes.
     """
     query, key, value, additional_keys, additional_values, _ = inputs
     hopper = _hopper(problem, inputs, grad_out)

@@ -40,6 +40,7 @@ from .hopper_primitives import (
     query_descriptor,
     release,
     slot,
+    tile_of,
     tile_walk,
     walk_over,
 )
@@ -48,7 +49,6 @@ from .primitives import (
     inside_axes,
     queries_of,
     shifted,
-    spatial_tile,
     token_offset,
     union_of_queries,
     unravel,
@@ -62,18 +62,14 @@ PLAIN = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=4)
 
 @gluon.jit
 def key_walk(i_work, plan, CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr):
-    """Batch, KV head, box of keys and walk over the queries that see them; neighbours share their queries.
+    """Batch, KV head, box of keys and walk over the queries that see them.
 
     A query sees the key at its own place, so that no walk is empty.
     """
-    length, kernel, stride, tiles, kv_heads = plan
-    space = tiles[0] * tiles[1] * tiles[2]
-    i_kv = i_work // space % kv_heads
-    i_tile = i_work // (space * kv_heads) * space + i_work % space
-    i_batch, _, count, origin = spatial_tile(i_tile, length, (1, 1, 1), tiles, TILE)
-    lo, hi, inner_lo, inner_hi = union_of_queries(origin, count, kernel, stride, CAUSAL, TILE)
+    i_batch, i_kv, _i_tile, count, origin = tile_of(i_work, plan, TILE)
+    lo, hi, inner_lo, inner_hi = union_of_queries(origin, count, plan[1], plan[2], CAUSAL, TILE)
     lo = (lo[0], lo[1], lo[2] // ALIGNMENT * ALIGNMENT)  # where statistics can be loaded from
-    return i_batch.to(gl.int32), i_kv, origin, walk_over(lo, hi, inner_lo, inner_hi, CHUNK)
+    return i_batch, i_kv, origin, walk_over(lo, hi, inner_lo, inner_hi, CHUNK)
 
 
 @gluon.jit

@@ -52,16 +52,23 @@ def walk_over(lo, hi, inner_lo, inner_hi, CHUNK: gl.constexpr):
 
 
 @gluon.jit
-def tile_walk(i_work, plan, CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr):
-    """Batch, block of heads, box of positions and walk of a program's next tile; neighbours share their keys."""
-    length, kernel, stride, tiles, blocks = plan
+def tile_of(i_work, plan, TILE: gl.constexpr):
+    """Batch, index in ``plan``'s last count, tile, lengths and first position; neighbours share what they load."""
+    length, _kernel, _stride, tiles, heads = plan
     space = tiles[0] * tiles[1] * tiles[2]
-    i_head = i_work // space % blocks
-    i_tile = i_work // (space * blocks) * space + i_work % space
+    i_head = i_work // space % heads
+    i_tile = i_work // (space * heads) * space + i_work % space
     i_batch, _, count, origin = spatial_tile(i_tile, length, (1, 1, 1), tiles, TILE)
+    return i_batch.to(gl.int32), i_head, i_tile, count, origin
+
+
+@gluon.jit
+def tile_walk(i_work, plan, CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr):
+    """Batch, block of heads, place among ``Broken``, box of positions and walk of a program's next tile of queries."""
+    _length, kernel, stride, _tiles, blocks = plan
+    i_batch, i_head, i_tile, count, origin = tile_of(i_work, plan, TILE)
     lo, hi, inner_lo, inner_hi = union_of_windows(origin, count, kernel, stride, CAUSAL, TILE)
-    walk = walk_over(lo, hi, inner_lo, inner_hi, CHUNK)
-    return i_batch.to(gl.int32), i_head, i_tile * blocks + i_head, origin, walk
+    return i_batch, i_head, i_tile * blocks + i_head, origin, walk_over(lo, hi, inner_lo, inner_hi, CHUNK)
 
 
 @gluon.jit
@@ -91,7 +98,7 @@ def wrapped(place, start, steps):
 
 @gluon.jit
 def corner_at(place, walk, CHUNK: gl.constexpr):
-    """First key of the chunk at a place of the walk."""
+    """First position of the chunk at a place of the walk."""
     lo, steps, _, start = walk
     return (
         lo[0] + wrapped(place[0], start[0], steps[0]) * CHUNK[0],
