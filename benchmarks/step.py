@@ -48,6 +48,8 @@ class Row:
     p10_ms: float | None = None
     p90_ms: float | None = None
     peak_mib: float | None = None
+    device_ms: float | None = None
+    """that the device was busy in one step: what is left of ``median_ms``, it waited for the host"""
     attention_share: float | None = None
     """of the device's busy time, from the output of ``qkv`` to the input of ``proj``; None for peers"""
 
@@ -72,7 +74,8 @@ def run(
                     call(0)
                     peak = timing.peak_bytes(call, device)
                     row.peak_mib = None if peak is None else peak / 2**20
-                    row.attention_share = _attention_share(call, device) if attend is None else None
+                    row.device_ms, share = _busy(call, device)
+                    row.attention_share = share if attend is None else None
                     calls[str(len(rows) - 1)] = call
             except Exception as error_of_step:  # the others still deserve their times
                 row.failure = _first_line(error_of_step)
@@ -147,10 +150,10 @@ def _first_line(error: Exception) -> str:
     return text if isinstance(error, UnsupportedError) else f"{type(error).__name__}: {text}"
 
 
-def _attention_share(call: timing.Call, device: torch.device) -> float | None:
-    """The part of the device's busy time in one call that this library's kernels take."""
+def _busy(call: timing.Call, device: torch.device) -> tuple[float | None, float | None]:
+    """Milliseconds that the device is busy in one call, and the part of them that this library's kernels take."""
     if device.type != "cuda":
-        return None
+        return None, None
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
         call(0)
         torch.cuda.synchronize(device)
@@ -159,22 +162,24 @@ def _attention_share(call: timing.Call, device: torch.device) -> float | None:
         for event in profile.events() or []
         if "CUDA" in str(event.device_type)
     ]
-    return sum(us for name, us in busy if name.startswith(OUR_KERNELS)) / sum(us for _, us in busy)
+    total = sum(us for _, us in busy)
+    return total / 1e3, sum(us for name, us in busy if name.startswith(OUR_KERNELS)) / total
 
 
 def table(rows: list[Row]) -> list[str]:
     lines = [
-        "| model | step | attention | compiled | ms | p10 - p90 | peak MiB | attention's share | note |",
-        "|---" * 9 + "|",
+        "| model | step | attention | compiled | ms | p10 - p90 | device, ms | attention's share | peak MiB | note |",
+        "|---" * 10 + "|",
     ]
     for row in rows:
         cells = [row.model, row.step, row.attention, "yes" if row.compiled else "no"]
         if row.median_ms is None:
-            cells += ["", "", "", "", row.failure or ""]
+            cells += ["", "", "", "", "", row.failure or ""]
         else:
             cells += [f"{row.median_ms:.3g}", f"{row.p10_ms:.3g} - {row.p90_ms:.3g}"]
-            cells += ["" if row.peak_mib is None else f"{row.peak_mib:.0f}"]
-            cells += ["" if row.attention_share is None else f"{row.attention_share:.0%}", ""]
+            cells += ["" if row.device_ms is None else f"{row.device_ms:.3g}"]
+            cells += ["" if row.attention_share is None else f"{row.attention_share:.0%}"]
+            cells += ["" if row.peak_mib is None else f"{row.peak_mib:.0f}", ""]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 

@@ -94,6 +94,20 @@ def attend_on_hopper(spatial: tuple[int, ...], kernel_size: int, heads: int, *, 
     modules.forward.forward(launch, one, tensors, sink, 1.0, with_state=False)
 
 
+def attend_small_on_hopper(spatial: tuple[int, ...], kernel_size: int, heads: int, *, registers: int) -> None:
+    modules = hopper_launches.kernels()
+    assert modules is not None
+    query, key = (torch.zeros(1, *spatial, h, 64, dtype=torch.bfloat16) for h in (heads, 2))
+    extra = torch.zeros(1, registers, 2, 64, dtype=torch.bfloat16) if registers else None
+    tensors = problem.Inputs(query, key, key, extra, extra, torch.zeros(heads))
+    rank = len(spatial)
+    window = (kernel_size,) * rank, (1,) * rank, (1,) * rank, (rank == 1,) * rank
+    one = problem.problem_of(tensors, None, window, 1.0)
+    launch = hopper_launches.small_launch_of(one)
+    assert launch is not None
+    modules.small.forward(launch, one, tensors, None, 1.0, with_state=rank > 1)
+
+
 def main(capability: int) -> None:
     stub = Driver(capability)
     driver.set_active(stub)  # pyright: ignore[reportArgumentType]
@@ -105,11 +119,13 @@ def main(capability: int) -> None:
     attend((2048,), 1024, 8, 128, extras=False, is_causal=True)
     attend((32, 32), 7, 4, 256, extras=True)
     if capability == 90 and (modules := hopper_launches.kernels()) is not None:
-        for module in modules:
+        for module in modules[:2]:
             setattr(module, "multiprocessors", lambda device: 132)  # noqa: B010
         attend_on_hopper((4096,), 2048, 8, sink=0.0)
         attend_on_hopper((64, 80), 48, 2, sink=None)
         attend_on_hopper((16, 24, 32), 14, 2, sink=None)
+        attend_small_on_hopper((64, 64), 7, 8, registers=5)
+        attend_small_on_hopper((4096,), 128, 16, registers=0)
     with torch.no_grad():
         cache, positions = draw(2, 4096, 2, 64), torch.arange(4096)[None]
         cached_attention(draw(2, 1, 8, 64), cache, cache, positions[:, -1:], positions, window=4096, impl="fused")

@@ -27,6 +27,7 @@ KERNELS = (
 
 HOPPER_KERNELS = (
     "hopper_kernel",
+    "hopper_small_kernel",
     "repair_kernel",
     "fold_registers_kernel",
     "statistics_kernel",

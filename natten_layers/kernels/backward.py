@@ -86,7 +86,7 @@ def backward_query_kernel(
     """dQ, ``delta = rowsum(dOut * Out) - dLse`` and the base-2 lse of one query tile; contiguous like the output."""
     BM: tl.constexpr = TILE[0] * TILE[1] * TILE[2] * PACK
     i_batch, i_kv, row_head, m_rows, residue, count, origin, index = query_tile(
-        length, dilation, tiles, group, kv_heads, TILE, PACK
+        tl.program_id(0), length, dilation, tiles, group, kv_heads, TILE, PACK
     )
     if is_empty(origin, count):
         return

@@ -46,12 +46,12 @@ from .problem import Inputs, Problem
 
 @triton.jit
 def query_tile(
-    length, dilation, tiles, group, kv_heads, TILE: tl.constexpr, PACK: tl.constexpr,
+    i_program, length, dilation, tiles, group, kv_heads, TILE: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
-    """What this program computes: a box of positions times ``PACK`` heads, rows in (position, head) order."""
+    """What a program computes: a box of positions times ``PACK`` heads, rows in (position, head) order."""
     blocks = (group + PACK - 1) // PACK
-    i_head = tl.program_id(0) % (kv_heads * blocks)
-    i_tile = tl.program_id(0) // (kv_heads * blocks)
+    i_head = i_program % (kv_heads * blocks)
+    i_tile = i_program // (kv_heads * blocks)
     i_batch, residue, count, origin = spatial_tile(i_tile, length, dilation, tiles, TILE)
     row = tl.arange(0, TILE[0] * TILE[1] * TILE[2] * PACK)
     t, h, w = unravel(row // PACK, TILE[1], TILE[2])
@@ -134,8 +134,8 @@ def initial_state(Sink, row_head, sink, SINK: tl.constexpr, BM: tl.constexpr, BD
 
 
 @triton.jit
-def forward_kernel(
-    Q, K, V, Out, RowMax, RowSum, RegK, RegV, Sink,
+def attend_tile(
+    i_program, Q, K, V, Out, RowMax, RowSum, RegK, RegV, Sink,
     q_strides, k_strides, v_strides, regk_strides, regv_strides,
     length, kernel, stride, dilation, tiles, group, kv_heads, registers, sink, scale,
     CAUSAL: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr,
@@ -149,7 +149,7 @@ def forward_kernel(
     """
     BM: tl.constexpr = TILE[0] * TILE[1] * TILE[2] * PACK
     i_batch, i_kv, row_head, m_rows, residue, count, origin, index = query_tile(
-        length, dilation, tiles, group, kv_heads, TILE, PACK
+        i_program, length, dilation, tiles, group, kv_heads, TILE, PACK
     )
     if is_empty(origin, count):
         return
@@ -198,15 +198,35 @@ def forward_kernel(
         tl.store(RowSum + o_row, row_l, mask=m_rows)
 
 
+@triton.jit
+def forward_kernel(
+    Q, K, V, Out, RowMax, RowSum, RegK, RegV, Sink,
+    q_strides, k_strides, v_strides, regk_strides, regv_strides,
+    length, kernel, stride, dilation, tiles, group, kv_heads, registers, sink, scale,
+    CAUSAL: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr,
+    PACK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, BR: tl.constexpr,
+    SINK: tl.constexpr, WITH_STATE: tl.constexpr, MASK: tl.constexpr, SCALE_FIRST: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    attend_tile(
+        tl.program_id(0), Q, K, V, Out, RowMax, RowSum, RegK, RegV, Sink,
+        q_strides, k_strides, v_strides, regk_strides, regv_strides,
+        length, kernel, stride, dilation, tiles, group, kv_heads, registers, sink, scale,
+        CAUSAL, TILE, CHUNK, RANK, WIDE, PACK, D, BD, DV, BDV, BR, SINK, WITH_STATE, MASK, SCALE_FIRST, PRECISION,
+        STAGES,
+    )  # fmt: skip
+
+
 def forward(
     problem: Problem, inputs: Inputs, sink_value: float | None, scale: float, with_state: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``out [B, *spatial, Hq, Dv]`` and, ``with_state``, ``row_max`` and ``row_sum [B, *spatial, Hq]`` in fp32."""
     query, key, value, additional_keys, additional_values, sink = inputs
-    if hopper_launches.pays(problem) and hopper_launches.are_aligned(query, key, value):
+    if hopper_launches.pays(problem) or hopper_launches.small_pays(problem):
         launch, kernels = hopper_launches.forward_launch(problem), hopper_launches.kernels()
-        if launch is not None and kernels is not None:
-            return kernels.forward.forward(launch, problem, inputs, sink_value, scale, with_state)
+        if launch is not None and kernels is not None and hopper_launches.are_aligned(*inputs[:5]):
+            module = kernels.small if isinstance(launch, hopper_launches.SmallLaunch) else kernels.forward
+            return module.forward(launch, problem, inputs, sink_value, scale, with_state)
     rows = query.shape[:-1]
     out = query.new_empty(rows + value.shape[-1:])
     row_max = row_sum = None

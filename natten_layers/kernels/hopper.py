@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .configs import Launch
-from .forward import forward_kernel
+from .forward import attend_tile
 from .hopper_primitives import (
     await_load,
     box_descriptor,
@@ -46,6 +46,8 @@ from .hopper_primitives import (
 from .primitives import LN2, LOG2E, LOWEST, shifted, unravel, windows_of
 from .problem import Inputs, Problem, three_axes
 from .registers import fold_registers
+
+FLAGS: tl.constexpr = tl.constexpr(64)  # tiles that a program of the repair looks at together
 
 
 @gluon.jit
@@ -270,18 +272,26 @@ def hopper_kernel(
 
 @triton.jit
 def repair_kernel(
-    Broken, Q, K, V, Out, RowMax, RowSum, Sink, q_strides, k_strides, v_strides,
-    length, kernel, stride, dilation, tiles, group, kv_heads, sink, scale,
+    Broken, Q, K, V, Out, RowMax, RowSum, RegK, RegV, Sink,
+    q_strides, k_strides, v_strides, regk_strides, regv_strides,
+    programs, length, kernel, stride, dilation, tiles, group, kv_heads, registers, sink, scale,
     CAUSAL: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr,
-    PACK: tl.constexpr, D: tl.constexpr, SINK: tl.constexpr, WITH_STATE: tl.constexpr,
+    PACK: tl.constexpr, D: tl.constexpr, BR: tl.constexpr, SINK: tl.constexpr, WITH_STATE: tl.constexpr,
+    FLAGS_A_TILE: tl.constexpr,
 ):  # fmt: skip
     """Tiles with NaN or inf once more, by the kernel that keeps them out of the queries that do not see them."""
-    if tl.load(Broken + tl.program_id(0)) != 0:
-        forward_kernel(
-            Q, K, V, Out, RowMax, RowSum, None, None, Sink, q_strides, k_strides, v_strides, (0, 0, 0), (0, 0, 0),
-            length, kernel, stride, dilation, tiles, group, kv_heads, 0, sink, scale,
-            CAUSAL, TILE, CHUNK, RANK, WIDE, PACK, D, D, D, D, 0, SINK, WITH_STATE, "select", False, "ieee", 1,
-        )  # fmt: skip
+    i_flag = tl.program_id(0) * FLAGS * FLAGS_A_TILE + tl.arange(0, FLAGS * FLAGS_A_TILE)
+    if tl.max(tl.load(Broken + i_flag, mask=i_flag < programs * FLAGS_A_TILE, other=0), 0) == 0:
+        return
+    for i_program in range(tl.program_id(0) * FLAGS, tl.minimum(tl.program_id(0) * FLAGS + FLAGS, programs)):
+        if tl.max(tl.load(Broken + i_program * FLAGS_A_TILE + tl.arange(0, FLAGS_A_TILE)), 0) != 0:
+            attend_tile(
+                i_program,
+                Q, K, V, Out, RowMax, RowSum, RegK, RegV, Sink,
+                q_strides, k_strides, v_strides, regk_strides, regv_strides,
+                length, kernel, stride, dilation, tiles, group, kv_heads, registers, sink, scale,
+                CAUSAL, TILE, CHUNK, RANK, WIDE, PACK, D, D, D, D, BR, SINK, WITH_STATE, "select", False, "ieee", 1,
+            )  # fmt: skip
 
 
 def forward(
@@ -321,9 +331,9 @@ def _attend_windows(
         lengths, kernel_size, stride, tiles, problem.group, query.shape[-2] // launch.pack, programs, sink_value, scale,
         **options, STAGES=launch.stages, num_warps=launch.num_warps, maxnreg=launch.max_registers,
     )  # fmt: skip
-    repair_kernel[(programs,)](
-        broken, query, key, value, out, row_max, row_sum, sink, *problem.input_strides()[:3],
-        lengths, kernel_size, stride, dilation, tiles, problem.group, problem.kv_heads, sink_value, scale,
-        **options, WIDE=problem.wide, num_warps=8,
+    repair_kernel[(triton.cdiv(programs, FLAGS),)](
+        broken, query, key, value, out, row_max, row_sum, None, None, sink, *problem.input_strides()[:3], (0, 0, 0),
+        (0, 0, 0), programs, lengths, kernel_size, stride, dilation, tiles, problem.group, problem.kv_heads, 0,
+        sink_value, scale, **options, WIDE=problem.wide, BR=0, FLAGS_A_TILE=1, num_warps=8,
     )  # fmt: skip
     return out, row_max, row_sum

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import cache, lru_cache
 from itertools import product
-from math import prod
+from math import ceil, prod
 from types import ModuleType
 from typing import NamedTuple
 
@@ -11,14 +11,18 @@ import torch
 from torch import Tensor
 
 from ..geometry import query_bounds, window_bounds
-from .configs import Box, Launch, boxes
+from .configs import Box, Launch, boxes, next_power_of_2
 from .launches import explicit_launch, override_pack, remembered
 from .problem import Layout, Problem, strides, three_axes
 
 ROWS = 128  # of a tile: positions times packed heads
 COLUMNS = 128  # of a chunk; the kernel of key gradients keeps twice as many accumulators and takes half of it
+SMALL_ROWS = 64  # of a tile of the kernel for small windows
+SCORES = 256  # of a row there at most, as they are in registers at once
+PARTS = 3  # that the keys of a tile come in at most
 STAGES = 2  # chunks in shared memory
 WINDOW = 2048  # keys, from which on it is used: half of the smallest window that it was timed with
+LEAST_ROWS = 2**19  # of queries, from which on a small window's kernel runs longer than the host needs to launch it
 PAIRS = 2**28  # of a query and a key: fewer are done before the host has prepared a launch with descriptors
 ALIGNMENT = 4  # statistics of queries: TMA loads 16 bytes at least, from multiples of as many
 
@@ -31,30 +35,51 @@ class BackwardLaunches(NamedTuple):
     key: Launch
 
 
+class SmallLaunch(NamedTuple):
+    """How the kernel of small windows computes a problem."""
+
+    tile: Box
+    """positions of a program"""
+    pack: int
+    """query heads of a program"""
+    parts: tuple[Box, ...]
+    """boxes of keys, one behind the other along ``axis``, that cover what a tile sees"""
+    axis: int
+    registers: int
+    """keys of the box that holds the registers, or 0"""
+    max_registers: int
+
+    @property
+    def keys(self) -> int:
+        """that a program loads, registers included"""
+        return sum(map(prod, self.parts)) + self.registers
+
+
 class Kernels(NamedTuple):
     forward: ModuleType
     backward: ModuleType
+    small: ModuleType
 
 
 @cache
 def kernels() -> Kernels | None:
     """The modules with the kernels, if this Triton has the Gluon that they are written in."""
     try:
-        from . import hopper, hopper_backward
+        from . import hopper, hopper_backward, hopper_small
     except ImportError:
         return None
-    return Kernels(hopper, hopper_backward)
+    return Kernels(hopper, hopper_backward, hopper_small)
 
 
 @remembered
-def forward_launch(problem: Problem) -> Launch | None:
+def forward_launch(problem: Problem) -> Launch | SmallLaunch | None:
     """How a call is computed here, or None where the portable kernel does it."""
-    pack = override_pack()
-    if not (pays(problem) and supports(problem)) or kernels() is None:
+    pack, large = override_pack(), pays(problem)
+    if not (large or small_pays(problem)) or not supports(problem) or kernels() is None:
         return None
     if explicit_launch("forward", problem.problem_class) is not None or (pack and problem.group % pack):
         return None
-    return launch_of(problem, pack)
+    return launch_of(problem, pack) if large else small_launch_of(problem, pack)
 
 
 @remembered
@@ -72,9 +97,9 @@ def backward_launches(problem: Problem, grad_out: Layout) -> BackwardLaunches | 
     return BackwardLaunches(launch_of(problem, pack), key_launch_of(problem))
 
 
-def are_aligned(*tensors: Tensor) -> bool:
+def are_aligned(*tensors: Tensor | None) -> bool:
     """Whether the tensors start where TMA can: addresses are not part of a problem."""
-    return all(x.data_ptr() % 16 == 0 for x in tensors)
+    return all(x is None or x.data_ptr() % 16 == 0 for x in tensors)
 
 
 @lru_cache(maxsize=1024)
@@ -97,6 +122,11 @@ def pays(problem: Problem) -> bool:
     """Whether it was measured to be faster than the portable kernel, on problems like this one."""
     window = prod(problem.kernel_size)
     return window >= WINDOW and problem.query.shape[-1] == 128 and prod(problem.query.shape[:-1]) * window >= PAIRS
+
+
+def small_pays(problem: Problem) -> bool:
+    """The same for the kernel of small windows."""
+    return prod(problem.kernel_size) < SCORES and prod(problem.query.shape[:-1]) >= LEAST_ROWS
 
 
 def is_addressable(tensor: Layout) -> bool:
@@ -124,6 +154,65 @@ def key_launch_of(problem: Problem) -> Launch:
     tile, chunk = best_boxes(_axes(problem), ROWS, COLUMNS // 2, query_bounds, ALIGNMENT)
     stages = STAGES if problem.rank > 1 else STAGES + 1
     return Launch(tile, chunk, pack=1, num_warps=4, stages=stages, max_registers=168)
+
+
+@lru_cache(maxsize=1024)
+def small_launch_of(problem: Problem, pack: int | None = None) -> SmallLaunch | None:
+    """The launch that computes the fewest scores, in the fewest parts; None if it can not be computed so.
+
+    Strides are 1. Rows of one image follow those of another where TMA writes, so tiles do not reach past its end.
+    """
+    p = problem
+    registers = [x for x in (p.additional_keys, p.additional_values) if x is not None]
+    if prod(p.stride) > 1 or p.query.shape[0] >= 2**16 or not all(map(holds_registers, registers)):
+        return None
+    if len({x.stride[0] == 0 for x in registers}) > 1:  # keys that all images share, values that they do not
+        return None
+    pack = pack or min(p.group & -p.group, 16)
+    tiles = (tile for tile in boxes(SMALL_ROWS // pack, p.lengths) if p.lengths[0] % tile[0] == 0)
+    launches = [small_launch(p, tile, axis, pack) for tile in tiles for axis in range(3)]
+    fitting = [x for x in launches if x.max_registers and prod(x.tile) * pack == SMALL_ROWS]
+    return min(fitting, key=lambda x: (x.keys, len(x.parts), -x.parts[0][2]), default=None)
+
+
+def small_launch(problem: Problem, tile: Box, axis: int, pack: int) -> SmallLaunch:
+    """That of one tile, whose keys come in parts along one axis."""
+    extents = [min(b + k - 1, n) for b, (n, k, _, _) in zip(tile, _axes(problem), strict=True)]
+    box = [next_power_of_2(e) for e in extents]
+    unit = max(1, 16 // (prod(box) // box[axis]))  # matrix instructions take 16 keys at least
+    sides = binary_parts(ceil(extents[axis] / unit), PARTS)
+    parts = [three_axes([unit * side if i == axis else box[i] for i in range(3)], 1) for side in sides]
+    registers = max(16, next_power_of_2(problem.registers)) if problem.registers else 0
+    launch = SmallLaunch(tile, pack, tuple(parts), axis, registers, 0)
+    fits = launch.keys <= SCORES
+    return launch._replace(max_registers=_registers_a_thread(launch.keys, problem.query.shape[-1]) if fits else 0)
+
+
+def _registers_a_thread(keys: int, head_dim: int) -> int:
+    """As many as the programs that share a multiprocessor leave to each other: scores, accumulators and some more.
+
+    0 where a program would be alone there: then nothing is computed while it waits.
+    """
+    shared = 2 * (2 * keys + SMALL_ROWS) * head_dim + 1024
+    needed = max(keys // 2 + head_dim // 2 + 4, 80)
+    programs = min(227 * 1024 // shared, 2**16 // (128 * needed))
+    return min(2**16 // (128 * programs) // 8 * 8, 248) if programs > 1 else 0
+
+
+def binary_parts(count: int, most: int) -> list[int]:
+    """At most ``most`` powers of two, the largest first, whose sum is ``count`` or the next that can be had."""
+    parts: list[int] = []
+    while count > 0:
+        last = len(parts) == most - 1
+        parts.append(next_power_of_2(count) if last else 1 << (count.bit_length() - 1))
+        count -= parts[-1]
+    return parts
+
+
+def holds_registers(registers: Layout) -> bool:
+    """Whether a TMA descriptor can hold them: one batch of them for all images, or strides as those of tokens."""
+    axes = zip(registers.shape[:-1], registers.stride[:-1], strict=True)
+    return all(size == 1 or (step > 0 and step % 8 == 0) or (i == step == 0) for i, (size, step) in enumerate(axes))
 
 
 def _axes(problem: Problem) -> tuple[Axis, ...]:

@@ -9,6 +9,7 @@ that lie inside every row's box and wraps around, so that those come last; the o
 # pyright: reportIndexIssue=false
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ from .primitives import (
     union_of_windows,
     unravel,
 )
-from .problem import layout, strides, three_axes
+from .problem import Layout, layout, strides, three_axes
 
 
 @gluon.jit
@@ -195,12 +196,18 @@ def output_rows(position, head, i_batch, origin, length, heads):
     return inside_axes(index, length), contiguous_row(i_batch.to(gl.int64), token, length) * heads + head
 
 
-SWIZZLED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=5)
+class Boxes(NamedTuple):
+    """What a TMA descriptor says of a tensor, apart from its address."""
+
+    shape: list[int]
+    strides: list[int]
+    block_shape: list[int]
+    layout: gl.NVMMASharedLayout
 
 
-def axes_of(tensor: Tensor) -> tuple[list[int], list[int]]:
+def axes_of(tensor: Layout) -> tuple[list[int], list[int]]:
     """Sizes and strides of the axes ``batch and t, h, w, head`` of a tensor: TMA knows five, so two share one."""
-    batch, t, h, w, head = strides(layout(tensor))
+    batch, t, h, w, head = strides(tensor)
     size_t, size_h, size_w = three_axes(tensor.shape[1:-2], 1)
     sizes = [tensor.shape[0] * size_t, size_h, size_w, tensor.shape[-2]]
     steps = [batch if size_t == 1 else t, h, w, head]
@@ -208,18 +215,46 @@ def axes_of(tensor: Tensor) -> tuple[list[int], list[int]]:
     return sizes, [8 if size == 1 else step for size, step in zip(sizes, steps, strict=True)]
 
 
-def query_descriptor(query: Tensor, launch: Launch) -> TensorDescriptor:
+def swizzled(rank: int) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=rank)
+
+
+def query_boxes(query: Layout, tile: Box, pack: int) -> Boxes:
     """Boxes of positions times heads."""
     sizes, steps = axes_of(query)
     dim = query.shape[-1]
-    return TensorDescriptor(query, [*sizes, dim], [*steps, 1], [*launch.tile, launch.pack, dim], SWIZZLED)
+    return Boxes([*sizes, dim], [*steps, 1], [*tile, pack, dim], swizzled(5))
 
 
-def box_descriptor(tensor: Tensor, box: Box) -> TensorDescriptor:
+def key_boxes(tensor: Layout, box: Box) -> Boxes:
     """Boxes of positions of one head."""
     (*sizes, heads), (*steps, head) = axes_of(tensor)
     dim = tensor.shape[-1]
-    return TensorDescriptor(tensor, [heads, *sizes, dim], [head, *steps, 1], [1, *box, dim], SWIZZLED)
+    return Boxes([heads, *sizes, dim], [head, *steps, 1], [1, *box, dim], swizzled(5))
+
+
+def register_boxes(registers: Layout, rows: int) -> Boxes:
+    """Boxes of registers of one head. What all images share is there once."""
+    batch, *counts, dim = registers.shape
+    steps = [step if size > 1 else 8 for size, step in zip(registers.shape, registers.stride, strict=True)][:3]
+    if registers.stride[0] == 0:
+        batch, steps[0] = 1, 8
+    return Boxes([batch, *counts, dim], [*steps, 1], [1, rows, 1, dim], swizzled(4))
+
+
+def descriptor(tensor: Tensor, boxes: Boxes) -> TensorDescriptor:
+    """Without what its constructor checks: that takes the host longer than a launch, and a problem is checked once."""
+    made = object.__new__(TensorDescriptor)
+    made.__dict__ |= {**boxes._asdict(), "base": tensor, "padding": "zero"}
+    return made
+
+
+def query_descriptor(query: Tensor, launch: Launch) -> TensorDescriptor:
+    return descriptor(query, query_boxes(layout(query), launch.tile, launch.pack))
+
+
+def box_descriptor(tensor: Tensor, box: Box) -> TensorDescriptor:
+    return descriptor(tensor, key_boxes(layout(tensor), box))
 
 
 @lru_cache

@@ -31,21 +31,19 @@ class Launcher:
         self.constants = [options[name] for name in kernel.arg_names if name in options]
         self.compiled: dict[Hashable, Callable[..., None]] = {}
 
-    def __call__(self, tensors: Sequence[Tensor | None], floats: Sequence[float | None] = ()) -> None:
+    def __call__(self, tensors: Sequence[Any], floats: Sequence[float | None] = ()) -> None:
         """Launch on the current device, which is the tensors', and its current stream.
 
         Args:
-            tensors: the kernel's first parameters; the first is not None.
+            tensors: the kernel's first parameters: tensors, TMA descriptors of tensors, or None. The first is a tensor.
             floats: its last ones that are not compiled in. An integer is converted: Triton would compile it in.
         """
         numbers = [x if x is None else float(x) for x in floats]
         if _is_watched(self.kernel):
             self.kernel[self.grid](*tensors, *self.sizes, *numbers, **self.options)
             return
-        assert tensors[0] is not None
         # Triton's launcher takes numbers as they are; of a tensor it asks for the address, and the driver about that.
-        addresses = [0 if x is None else x.data_ptr() for x in tensors]  # what is not there was compiled in
-        kinds = [x if x is None else (x.dtype, n % 16 == 0) for x, n in zip(tensors, addresses, strict=True)]
+        addresses, kinds = zip(*map(_passed, tensors), strict=True)
         key = (tensors[0].device, *kinds, *map(type, numbers))
         if (run := self.compiled.get(key)) is not None:
             run(*addresses, *self.sizes, *numbers, *self.constants)
@@ -64,6 +62,16 @@ def launcher(kernel: Any, grid: Sequence[int], sizes: Sequence[Any], **options: 
         options: compile-time arguments, and options of Triton such as ``num_warps``.
     """
     return Launcher(kernel, grid, sizes, options)
+
+
+def _passed(x: Any) -> tuple[Any, Hashable]:
+    """What a compiled kernel takes for a tensor, and what it was compiled for."""
+    if x is None:
+        return 0, None  # compiled in
+    if isinstance(x, Tensor):
+        address = x.data_ptr()
+        return address, (x.dtype, address % 16 == 0)
+    return x, (x.base.dtype, *x.block_shape)
 
 
 def _is_watched(kernel: Any) -> bool:

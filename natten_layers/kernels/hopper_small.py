@@ -1,0 +1,304 @@
+"""The forward pass of small windows on compute capability 9.0 (H100, H200): ``forward.py``'s kernel, written in Gluon.
+
+A program computes one tile. All that the tile sees comes by TMA at once, and all its scores are in registers at once,
+so that one maximum and one sum are enough: no state is rescaled, and hardly an address is computed. Several programs
+share a multiprocessor, and some compute while others wait for their loads.
+"""
+
+# Triton's language is Python to the parser only.
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAssignmentType=false, reportArgumentType=false
+# pyright: reportIndexIssue=false
+
+from functools import lru_cache
+from math import prod
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.language.nvidia.hopper.tma import (
+    async_copy_global_to_shared,
+    async_copy_shared_to_global,
+    store_wait,
+)
+
+from .hopper import FLAGS, repair_kernel
+from .hopper_launches import PARTS, SmallLaunch
+from .hopper_primitives import (
+    Boxes,
+    descriptor,
+    key_boxes,
+    new_barriers,
+    output_rows,
+    query_boxes,
+    register_boxes,
+)
+from .launcher import Launcher, launcher
+from .primitives import LN2, LOG2E, LOWEST, shifted, unravel, windows_of
+from .problem import Inputs, Problem, layout, three_axes
+
+WARPS = 4
+
+
+@gluon.jit
+def next_corner(corner, desc, AXIS: gl.constexpr):
+    """First key of the part behind the one at ``corner``."""
+    BOX: gl.constexpr = desc.block_type.shape
+    t, h, w = corner
+    return t + (BOX[1] if AXIS == 0 else 0), h + (BOX[2] if AXIS == 1 else 0), w + (BOX[3] if AXIS == 2 else 0)
+
+
+@gluon.jit
+def start_load(desc, corner, ready):
+    """Start to load a box; its buffer."""
+    buffer = gl.allocate_shared_memory(desc.dtype, desc.block_type.shape, desc.layout)
+    async_copy_global_to_shared(desc, corner, ready, buffer)
+    return buffer
+
+
+@gluon.jit
+def start_part(desc, place, corner, ready):
+    """Start to load the keys or values of one part; its buffer ``[keys, D]``."""
+    BOX: gl.constexpr = desc.block_type.shape
+    buffer = start_load(desc, [place[0], place[1] + corner[0], corner[1], corner[2], 0], ready)
+    return buffer.reshape([BOX[1] * BOX[2] * BOX[3], BOX[4]])
+
+
+@gluon.jit
+def start_registers(desc, place, ready):
+    BOX: gl.constexpr = desc.block_type.shape
+    return start_load(desc, [place[2], 0, place[0], 0], ready).reshape([BOX[1], BOX[3]])
+
+
+@gluon.jit
+def start_parts(descs, reg_desc, place, corner, ready, AXIS: gl.constexpr):
+    """Start to load what a tile sees of keys or values, and the registers; their buffers."""
+    buffers = ()
+    for PART in gl.static_range(len(descs)):
+        buffers = buffers + (start_part(descs[PART], place, corner, ready),)  # noqa: RUF005
+        corner = next_corner(corner, descs[PART], AXIS)
+    if reg_desc is not None:
+        buffers = buffers + (start_registers(reg_desc, place, ready),)  # noqa: RUF005
+    return buffers
+
+
+@gluon.jit
+def part_mask(desc, corner, row_lo, row_hi, M: gl.constexpr, RANK: gl.constexpr):
+    """0 and -inf ``[M, N]``: which keys of a part the rows see."""
+    BOX: gl.constexpr = desc.block_type.shape
+    N: gl.constexpr = BOX[1] * BOX[2] * BOX[3]
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, N, 16])
+    inner = unravel(gl.arange(0, N, gl.SliceLayout(0, LAYOUT)), BOX[2], BOX[3])
+    b_hidden = gl.zeros([M, N], gl.float32, LAYOUT)
+    for BACK in gl.static_range(RANK):
+        first = gl.convert_layout(row_lo[2 - BACK] - corner[2 - BACK], gl.SliceLayout(1, LAYOUT))
+        last = gl.convert_layout(row_hi[2 - BACK] - corner[2 - BACK], gl.SliceLayout(1, LAYOUT))
+        # Two selections: one comparison of unsigned differences takes more instructions here.
+        b_hidden = gl.where(inner[2 - BACK][None, :] >= first[:, None], b_hidden, float("-inf"))
+        b_hidden = gl.where(inner[2 - BACK][None, :] <= last[:, None], b_hidden, float("-inf"))
+    return b_hidden
+
+
+@gluon.jit
+def register_mask(desc, registers, M: gl.constexpr):
+    N: gl.constexpr = desc.block_type.shape[1]
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, N, 16])
+    m_there = gl.arange(0, N, gl.SliceLayout(0, LAYOUT)) < registers
+    return gl.where(m_there[None, :], gl.zeros([M, N], gl.float32, LAYOUT), float("-inf"))
+
+
+@gluon.jit
+def part_top(b_s, EIGHTHS: gl.constexpr):
+    """``[M, 8]``: maxima over every eighth column, those that one thread has, so that none is exchanged."""
+    return gl.convert_layout(gl.max(b_s.reshape([b_s.shape[0], b_s.shape[1] // 8, 8]), 1), EIGHTHS)
+
+
+@gluon.jit
+def part_weights(b_s, row_m, factor, DTYPE: gl.constexpr, WEIGHTS: gl.constexpr, EIGHTHS: gl.constexpr):
+    """Weights of one part as a left operand, and their sums over every eighth column."""
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, b_s.shape[1], 16])
+    b_p = gl.exp2(b_s * factor - gl.convert_layout(row_m, gl.SliceLayout(1, LAYOUT))[:, None])
+    part_l = gl.convert_layout(gl.sum(b_p.reshape([b_s.shape[0], b_s.shape[1] // 8, 8]), 1), EIGHTHS)
+    return gl.convert_layout(b_p.to(DTYPE), WEIGHTS), part_l
+
+
+@gluon.jit
+def softmax(scores, row_sink, factor, SINK: gl.constexpr, DTYPE: gl.constexpr, WEIGHTS: gl.constexpr,
+            EIGHTHS: gl.constexpr):  # fmt: skip
+    """Weights of all parts, and the maximum and the sum of each row."""
+    part_m = part_top(scores[0], EIGHTHS)
+    for PART in gl.static_range(1, len(scores)):
+        part_m = gl.maximum(part_m, part_top(scores[PART], EIGHTHS))
+    row_m = gl.maximum(row_sink, gl.max(part_m, 1) * factor)
+    b_p, part_l = part_weights(scores[0], row_m, factor, DTYPE, WEIGHTS, EIGHTHS)
+    weights = (b_p,)
+    for PART in gl.static_range(1, len(scores)):
+        b_p, part = part_weights(scores[PART], row_m, factor, DTYPE, WEIGHTS, EIGHTHS)
+        weights = weights + (b_p,)  # noqa: RUF005
+        part_l += part
+    row_l = gl.sum(part_l, 1)
+    if SINK != "none":
+        row_l += gl.where(row_sink > LOWEST, gl.exp2(row_sink - row_m), 0.0)
+    return weights, row_m, row_l
+
+
+@gluon.jit
+def hopper_small_kernel(
+    Broken, RowMax, RowSum, Sink, q_desc, out_desc, k0_desc, k1_desc, k2_desc, v0_desc, v1_desc, v2_desc,
+    regk_desc, regv_desc, length, kernel, stride, tiles, group, blocks, registers, reg_batch, sink, scale,
+    CAUSAL: gl.constexpr, TILE: gl.constexpr, AXIS: gl.constexpr, PACK: gl.constexpr, RANK: gl.constexpr,
+    KEYS: gl.constexpr, D: gl.constexpr, SINK: gl.constexpr, WITH_STATE: gl.constexpr,
+):  # fmt: skip
+    """Attention of one tile; the grid is (tiles * blocks of heads, batch).
+
+    Keys come in up to three parts along ``AXIS``, ``KEYS`` with the registers. ``reg_batch`` is 0 where all images
+    share the registers, else 1. ``Broken`` marks tiles whose results are not finite.
+    """
+    M: gl.constexpr = TILE[0] * TILE[1] * TILE[2] * PACK
+    EIGHTHS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, 8, 16])
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, D, 16])
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
+    ROW: gl.constexpr = gl.SliceLayout(1, EIGHTHS)
+    k_descs, v_descs = (k0_desc,), (v0_desc,)
+    if k1_desc is not None:
+        k_descs, v_descs = k_descs + (k1_desc,), v_descs + (v1_desc,)  # noqa: RUF005
+    if k2_desc is not None:
+        k_descs, v_descs = k_descs + (k2_desc,), v_descs + (v2_desc,)  # noqa: RUF005
+
+    # Heads vary fastest, as in memory: what runs at the same time reads and writes whole rows of it.
+    i_tile, i_block, i_batch = gl.program_id(0) // blocks, gl.program_id(0) % blocks, gl.program_id(1)
+    origin = (
+        i_tile // (tiles[1] * tiles[2]) * TILE[0], i_tile // tiles[2] % tiles[1] * TILE[1], i_tile % tiles[2] * TILE[2]
+    )  # fmt: skip
+    corner, _ = windows_of(origin, length, kernel, stride, CAUSAL)
+    place = i_block * PACK // group, i_batch * length[0], i_batch * reg_batch
+    q_corner = [place[1] + origin[0], origin[1], origin[2], i_block * PACK, 0]
+    ready = new_barriers(2, 1)
+    mbarrier.expect(ready.index(0), (M + KEYS) * D * 2)
+    mbarrier.expect(ready.index(1), KEYS * D * 2)
+    buffer = start_load(q_desc, q_corner, ready.index(0))
+    keys = start_parts(k_descs, regk_desc, place, corner, ready.index(0), AXIS)
+    values = start_parts(v_descs, regv_desc, place, corner, ready.index(1), AXIS)
+
+    row = gl.arange(0, M, ROW)
+    position, head = unravel(row // PACK, TILE[1], TILE[2]), i_block * PACK + row % PACK
+    row_lo, row_hi = windows_of(shifted(position, origin), length, kernel, stride, CAUSAL)
+    row_sink = gl.full([M], LOWEST, gl.float32, ROW)
+    if SINK == "tensor":
+        row_sink = gl.maximum(gl.load(Sink + head).to(gl.float32) * LOG2E, LOWEST)
+    if SINK == "value":
+        row_sink = gl.maximum(gl.full([M], sink * LOG2E, gl.float32, ROW), LOWEST)
+
+    masks = ()
+    for PART in gl.static_range(len(k_descs)):
+        masks = masks + (part_mask(k_descs[PART], corner, row_lo, row_hi, M, RANK),)  # noqa: RUF005
+        corner = next_corner(corner, k_descs[PART], AXIS)
+    if regk_desc is not None:
+        masks = masks + (register_mask(regk_desc, registers, M),)  # noqa: RUF005
+
+    b_q = buffer.reshape([M, D])
+    mbarrier.wait(ready.index(0), 0)
+    scores = ()
+    for PART in gl.static_range(len(keys)):
+        scores = scores + (warpgroup_mma(b_q, keys[PART].permute((1, 0)), masks[PART], is_async=True),)  # noqa: RUF005
+    scores = warpgroup_mma_wait(0, deps=scores)
+    if len(keys) == 1:
+        scores = (scores,)
+    weights, row_m, row_l = softmax(scores, row_sink, scale * LOG2E, SINK, q_desc.dtype, WEIGHTS, EIGHTHS)
+
+    mbarrier.wait(ready.index(1), 0)
+    b_acc = gl.zeros([M, D], gl.float32, OUT)
+    for PART in gl.static_range(len(keys)):
+        b_acc = warpgroup_mma(weights[PART], values[PART], b_acc, is_async=True)
+    b_acc = warpgroup_mma_wait(0, deps=[b_acc])
+
+    # Through the queries' buffer, so that TMA writes what lies inside the image.
+    b_q.store((b_acc * (1.0 / gl.convert_layout(row_l, gl.SliceLayout(1, OUT)))[:, None]).to(q_desc.dtype))
+    fence_async_shared()
+    async_copy_shared_to_global(out_desc, q_corner, buffer)
+    m_rows, o_row = output_rows(position, head, i_batch, origin, length, blocks * PACK)
+    if WITH_STATE:
+        gl.store(RowMax + o_row, row_m * LN2, mask=m_rows)
+        gl.store(RowSum + o_row, row_l, mask=m_rows)
+    row_rest = gl.convert_layout(gl.sum(b_acc * 0.0, 1), ROW)
+    row_broken = gl.where(m_rows & ~(gl.abs(row_rest) >= 0.0), 1, 0)
+    warp_broken = gl.max(row_broken.reshape([4, M // 4]), 1)
+    i_flag = (i_batch * gl.num_programs(0) + gl.program_id(0)) * 4
+    WARP: gl.constexpr = warp_broken.type.layout
+    gl.store(Broken + i_flag + gl.arange(0, 4, WARP), warp_broken)
+    store_wait(0)
+
+
+def forward(
+    launch: SmallLaunch, problem: Problem, inputs: Inputs, sink_value: float | None, scale: float, with_state: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What ``forward.forward`` computes, where ``hopper_launches.supports_small`` it and addresses are multiples of 16.
+
+    Allocates its results, and four bytes for every 16 rows of them.
+    """
+    query, key, value, reg_keys, reg_values, sink = inputs
+    out = query.new_empty(query.shape)
+    row_max = row_sum = None
+    if with_state:
+        row_max, row_sum = (query.new_empty(query.shape[:-1], dtype=torch.float32) for _ in range(2))
+    call = calls(launch, problem, with_state)
+    broken = query.new_empty(problem.programs(launch) * WARPS, dtype=torch.int32)
+    tensors = (query, out, *(key,) * PARTS, *(value,) * PARTS, reg_keys, reg_values)
+    descriptors = [
+        None if boxes is None or x is None else descriptor(x, boxes)
+        for x, boxes in zip(tensors, call.boxes, strict=True)
+    ]
+    call.attend((broken, row_max, row_sum, sink, *descriptors), (sink_value, scale))
+    call.repair((broken, query, key, value, out, row_max, row_sum, reg_keys, reg_values, sink), (sink_value, scale))
+    return out, row_max, row_sum
+
+
+class Calls(NamedTuple):
+    boxes: tuple[Boxes | None, ...]
+    """of queries and output, of the parts of keys and of values, and of the registers"""
+    attend: Launcher
+    repair: Launcher
+    """of tiles whose results are not finite"""
+
+
+@lru_cache(maxsize=1024)
+def calls(launch: SmallLaunch, p: Problem, with_state: bool) -> Calls:
+    """What the launches of a problem share."""
+    tiles, programs, blocks = p.tiles(launch.tile), p.programs(launch), p.query.shape[-2] // launch.pack
+    lengths, kernel_size, stride, dilation = p.geometry
+    options = {
+        "CAUSAL": three_axes(p.is_causal, False), "TILE": launch.tile, "RANK": p.rank, "PACK": launch.pack,
+        "D": p.query.shape[-1], "SINK": p.sink, "WITH_STATE": with_state,
+    }  # fmt: skip
+    shared = p.additional_keys is not None and p.additional_keys.stride[0] == 0
+    attend = launcher(
+        hopper_small_kernel,
+        (prod(tiles) * blocks, p.query.shape[0]),
+        (lengths, kernel_size, stride, tiles, p.group, blocks, p.registers, 0 if shared else 1),
+        **options, AXIS=launch.axis, KEYS=launch.keys, num_warps=WARPS, maxnreg=launch.max_registers,
+    )  # fmt: skip
+    repair = launcher(
+        repair_kernel,
+        (triton.cdiv(programs, FLAGS.value),),
+        (
+            *p.input_strides(), programs, lengths, kernel_size, stride, dilation, tiles, p.group, p.kv_heads,
+            p.registers,
+        ),
+        **options, CHUNK=(1, 1, 16), WIDE=p.wide, BR=p.register_tile, FLAGS_A_TILE=WARPS, num_warps=4,
+    )  # fmt: skip
+    rest = [None] * (PARTS - len(launch.parts))
+    parts = [boxes for x in (p.key, p.value) for boxes in [*(key_boxes(x, box) for box in launch.parts), *rest]]
+    registers = [
+        None if x is None else register_boxes(x, launch.registers) for x in (p.additional_keys, p.additional_values)
+    ]
+    out = layout(torch.empty(p.query.shape, device="meta"))
+    boxes = (query_boxes(x, launch.tile, launch.pack) for x in (p.query, out))
+    return Calls((*boxes, *parts, *registers), attend, repair)

@@ -1,0 +1,212 @@
+"""The kernel for small windows on compute capability 9.0 against the fp64 oracle and the portable kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from helpers import Case, assert_close, error, make_inputs, oracle, run
+from test_hopper import call_of, needs_device, problem_of_text
+from torch import Tensor
+
+pytest.importorskip("triton.experimental.gluon")
+
+from natten_layers import neighborhood_attention
+from natten_layers.kernels import forward, hopper_launches, hopper_small
+from natten_layers.kernels.hopper_launches import SmallLaunch, binary_parts, small_launch_of
+from natten_layers.kernels.launches import forget, override
+from natten_layers.kernels.problem import Layout, Problem
+
+CASES = (
+    Case("2d", (32, 40), 7, head_dim=64, value_dim=64),
+    Case("2d-ragged-gqa-sink-registers", (37, 45), 7, heads=8, kv_heads=2, head_dim=64, value_dim=64, registers=5,
+         sink="learned"),
+    Case("2d-registers-zero-sink", (33, 40), (7, 5), head_dim=64, value_dim=64, registers=20, sink="zero"),
+    Case("2d-group-3-causal-axis", (20, 41), (5, 9), 1, 1, (True, False), 6, 2, head_dim=64, value_dim=64),
+    Case("2d-wide-heads", (33, 40), 7, heads=8, kv_heads=2, head_dim=128, value_dim=128, registers=1),
+    Case("2d-window-of-the-whole-axis", (9, 50), (9, 4), heads=4, kv_heads=1, head_dim=64, value_dim=64),
+    Case("1d-causal-gqa-sink", (1000,), 128, is_causal=True, heads=16, kv_heads=2, head_dim=64, value_dim=64,
+         sink="learned"),
+    Case("1d-even-window", (333,), 32, heads=4, kv_heads=4, head_dim=64, value_dim=64, sink="zero"),
+    Case("3d", (8, 12, 18), 3, heads=4, kv_heads=4, head_dim=64, value_dim=64),
+    Case("3d-causal-gqa-registers", (8, 9, 10), 3, 1, 1, (True, False, False), 4, 2, head_dim=64, value_dim=64,
+         registers=3),
+)  # fmt: skip
+
+
+@pytest.mark.gpu
+@needs_device
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matches_the_oracle(case: Case, dtype: torch.dtype) -> None:
+    case = replace(case, dtype=dtype)
+    leaves = make_inputs(case, "cuda")
+    problem, arguments = call_of(case, {name: t.detach() for name, t in leaves.items()})
+    assert hopper_launches.supports(problem)
+    launch = small_launch_of(problem)
+    assert launch is not None
+    out, row_max, row_sum = hopper_small.forward(launch, *arguments)
+    wide = oracle(case, leaves)
+    assert row_max is not None
+    assert row_sum is not None
+    assert error(out, wide.out) < (4e-3 if dtype == torch.bfloat16 else 5e-4)
+    assert error(row_max + row_sum.log(), wide.lse) < 2e-6
+
+
+@pytest.fixture
+def wherever_possible(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Small problems take the kernel too."""
+    with monkeypatch.context() as patch:
+        patch.setattr(hopper_launches, "LEAST_ROWS", 0)
+        forget()
+        yield
+    forget()
+
+
+@pytest.mark.gpu
+@needs_device
+@pytest.mark.usefixtures("wherever_possible")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradients_follow_from_its_statistics(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = replace(case, dtype=torch.bfloat16)
+    leaves = make_inputs(case, "cuda")
+    taken: list[SmallLaunch] = []
+    compute = hopper_small.forward
+    monkeypatch.setattr(hopper_small, "forward", lambda *args: taken.append(args[0]) or compute(*args))
+    first, second = (run(case, leaves, "fused") for _ in range(2))
+    assert len(taken) == 2
+    assert_close(case, first, oracle(case, leaves), run(case, leaves, "eager"))
+    for name, tensor in first.tensors().items():
+        assert torch.equal(tensor, second.tensors()[name]), name
+
+
+@pytest.mark.gpu
+@needs_device
+def test_reads_views_of_a_fused_projection() -> None:
+    case = replace(CASES[0], dtype=torch.bfloat16, heads=4)
+    qkv = torch.randn(2, *case.spatial, 8, 64, device="cuda", dtype=torch.bfloat16)
+    views: dict[str, Tensor] = dict(zip(("query", "key", "value"), qkv.split((4, 2, 2), -2), strict=True))
+    # All images share the registers: stride 0.
+    registers = torch.randn(9, 2, 64, device="cuda", dtype=torch.bfloat16).expand(2, -1, -1, -1)
+    views |= {"additional_keys": registers, "additional_values": registers}
+    problem, arguments = call_of(case, views)
+    launch = small_launch_of(problem)
+    assert launch is not None
+    copies = call_of(case, {name: t.contiguous() for name, t in views.items()})[1]
+    pairs = zip(hopper_small.forward(launch, *arguments), hopper_small.forward(launch, *copies), strict=True)
+    for ours, expected in pairs:
+        assert torch.equal(ours, expected)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.gpu
+@needs_device
+def test_nan_and_inf_reach_only_the_queries_that_see_them() -> None:
+    case = replace(CASES[1], dtype=torch.bfloat16)
+    tensors = {name: t.detach() for name, t in make_inputs(case, "cuda").items()}
+    tensors["value"][0, 3, 4, 1, 7] = float("nan")
+    tensors["key"][1, 36, 44, 0, 5] = float("inf")
+    problem, arguments = call_of(case, tensors)
+    launch = small_launch_of(problem)
+    assert launch is not None
+    ours, expected = hopper_small.forward(launch, *arguments)[0], forward.forward(*arguments)[0]
+    assert expected.isnan().any()
+    assert torch.equal(ours.isnan(), expected.isnan())
+    assert error(ours.nan_to_num(), expected.nan_to_num()) < 4e-3
+
+
+@pytest.mark.gpu
+@needs_device
+def test_a_call_takes_it_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer = torch.randn(4, 160, 160, 4, 72, device="cuda", dtype=torch.bfloat16)
+    aligned, shifted = buffer[..., :64].contiguous(), buffer[..., 1:65]
+    launches = []
+    compute = hopper_small.forward
+    monkeypatch.setattr(hopper_small, "forward", lambda *args: launches.append(args[0]) or compute(*args))
+    neighborhood_attention(aligned, aligned, aligned, 7)
+    assert len(launches) == 1
+    out = neighborhood_attention(shifted, shifted, shifted, 7)
+    assert len(launches) == 1  # addresses that TMA does not take
+    whole = shifted.contiguous()
+    assert error(out, neighborhood_attention(whole, whole, whole, 7)) < 4e-3
+    assert len(launches) == 2
+    neighborhood_attention(aligned[:1], aligned[:1], aligned[:1], 7)
+    assert len(launches) == 2  # over before the host has prepared it
+
+
+def problem_of_image(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Problem:
+    """A 7x7 window over eight images of 128x128 with four query heads a KV head, as if a GPU was there."""
+    query, key = (Layout((8, 128, 128, h, 64), (2**14 * h * 64, 2**7 * h * 64, h * 64, 64, 1)) for h in (8, 2))
+    image = {"query": query, "key": key, "value": key, "kernel_size": (7, 7), "stride": (1, 1), "dilation": (1, 1)}
+    return problem_of_text(monkeypatch, **{**image, "is_causal": (False, False), **changes})
+
+
+def test_small_windows_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = problem_of_image(monkeypatch)
+    launch = hopper_launches.forward_launch(problem)
+    assert isinstance(launch, SmallLaunch)
+    # 8 x 14 keys, without one that no query sees
+    assert (launch.tile, launch.pack, launch.parts) == ((1, 2, 8), 4, ((1, 8, 8), (1, 8, 4), (1, 8, 2)))
+    with override(pack=1):
+        unpacked = hopper_launches.forward_launch(problem)
+    assert isinstance(unpacked, SmallLaunch)
+    assert (unpacked.tile, unpacked.pack, unpacked.keys) == ((1, 8, 8), 1, 14 * 16)
+
+
+IMAGES = (8, 128, 128, 8, 64), (2**23, 2**16, 512, 64, 1)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"query": Layout((1, *IMAGES[0][1:]), IMAGES[1])},
+        {"kernel_size": (15, 15)},
+        {"stride": (2, 1)},
+        {"dilation": (1, 2)},
+        {"dtype": torch.float32},
+        {"scale_first": True},
+        {"capability": (8, 0)},
+        {"query": Layout(IMAGES[0], (2**23, 2**16, 516, 64, 1))},
+        {"additional_keys": Layout((8, 4, 2, 64), (516, 128, 64, 1))},
+        {
+            "additional_keys": Layout((8, 4, 2, 64), (0, 128, 64, 1)),
+            "additional_values": Layout((8, 4, 2, 64), (512, 128, 64, 1)),
+        },
+    ],
+    ids=str,
+)
+def test_other_calls_do_not(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
+    if "additional_keys" in changes:
+        changes = {"additional_values": changes["additional_keys"], **changes}
+    assert hopper_launches.forward_launch(problem_of_image(monkeypatch, **changes)) is None
+
+
+def test_a_launch_that_somebody_chose_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = problem_of_image(monkeypatch)
+    with override({"forward": forward.launch_for("forward", problem.problem_class)}):
+        assert hopper_launches.forward_launch(problem) is None
+    with override(pack=8):  # more heads than there are in a group
+        assert hopper_launches.forward_launch(problem) is None
+
+
+def test_tiles_end_with_the_frames_of_a_video(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TMA would write rows behind the last frame into the next video."""
+
+    def launch_for(frames: int) -> SmallLaunch | None:
+        layout = Layout((8, frames, 16, 16, 2, 64), (frames * 2**15, 2**15, 2**11, 128, 64, 1))
+        ones, causal = (1, 1, 1), (False, False, False)
+        tensors = {"query": layout, "key": layout, "value": layout}
+        axes = {"kernel_size": (3, 3, 3), "stride": ones, "dilation": ones, "is_causal": causal}
+        return small_launch_of(problem_of_image(monkeypatch, **tensors, **axes))
+
+    even = launch_for(10)
+    assert even is not None
+    assert even.tile[0] == 2
+    assert launch_for(9) is None  # one frame at a time would not fit
+
+
+@pytest.mark.parametrize(("count", "parts"), [(14, [8, 4, 2]), (15, [8, 4, 4]), (8, [8]), (1, [1]), (9, [8, 1])])
+def test_parts_are_powers_of_two_that_cover_an_axis(count: int, parts: list[int]) -> None:
+    assert binary_parts(count, 3) == parts
