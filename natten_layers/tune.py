@@ -243,19 +243,23 @@ def _problem_class(args: argparse.Namespace, query: Tensor, kv_heads: int) -> Pr
 
 def _kinds(args: argparse.Namespace, heads: Sequence[Tensor]) -> list[Kind]:
     """The kernels to search: not those whose places others take, which have nothing to search."""
-    from .kernels.hopper_launches import backward_launches, forward_launch  # Triton is there: a call has run
+    from .kernels import hopper_launches  # Triton is there: a call has run
 
     rank = len(args.tokens)
     window = _spread(args.kernel_size, rank), (1,) * rank, _spread(args.dilation, rank), (args.causal,) * rank
     query, key, value = heads
     problem = problem_of(Inputs(query, key, value, None, None, None), None, window, 1.0)
     taken: list[Kind] = []
-    if forward_launch(problem) is not None:
+    if hopper_launches.forward_launch(problem) is not None:
         taken.append("forward")
-    if backward_launches(problem, problem.query) is not None:
+    if hopper_launches.backward_launches(problem, problem.query) is not None:
         taken.extend(("backward_query", "backward_key"))
+    if hopper_launches.small_query_launch(problem, problem.query) is not None:
+        taken.append("backward_query")
+    if hopper_launches.small_key_launch(problem, problem.query) is not None:
+        taken.append("backward_key")
     if taken:
-        print(f"{', '.join(taken)}: windows as large as these have kernels of their own on this GPU")
+        print(f"{', '.join(taken)}: windows of this size have kernels of their own on this GPU")
     return [kind for kind in args.kernels if kind not in taken]
 
 

@@ -105,7 +105,14 @@ def attend_small_on_hopper(spatial: tuple[int, ...], kernel_size: int, heads: in
     one = problem.problem_of(tensors, None, window, 1.0)
     launch = hopper_launches.small_launch_of(one)
     assert launch is not None
-    modules.small.forward(launch, one, tensors, None, 1.0, with_state=rank > 1)
+    modules.small_forward.forward(launch, one, tensors, None, 1.0, with_state=rank > 1)
+    launch = hopper_launches.small_query_launch_of(one)
+    assert launch is not None
+    rows = torch.ones(query.shape[:-1])
+    modules.small_backward.query_gradient(launch, one, tensors, 1.0, query, rows, rows, query, rows)
+    launch = hopper_launches.small_key_launch_of(one)
+    assert launch is not None
+    modules.small_backward.key_gradients(launch, one, tensors, 1.0, query, rows, rows)
 
 
 def main(capability: int) -> None:

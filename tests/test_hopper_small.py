@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,7 +16,8 @@ from torch import Tensor
 pytest.importorskip("triton.experimental.gluon")
 
 from natten_layers import neighborhood_attention
-from natten_layers.kernels import forward, hopper_launches, hopper_small
+from natten_layers.geometry import query_bounds, window_bounds
+from natten_layers.kernels import forward, hopper_launches, hopper_small, hopper_small_backward
 from natten_layers.kernels.hopper_launches import SmallLaunch, binary_parts, small_launch_of
 from natten_layers.kernels.launches import forget, override
 from natten_layers.kernels.problem import Layout, Problem
@@ -70,14 +72,24 @@ def wherever_possible(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @needs_device
 @pytest.mark.usefixtures("wherever_possible")
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_gradients_follow_from_its_statistics(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_match_the_oracle(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     case = replace(case, dtype=torch.bfloat16)
     leaves = make_inputs(case, "cuda")
-    taken: list[SmallLaunch] = []
-    compute = hopper_small.forward
-    monkeypatch.setattr(hopper_small, "forward", lambda *args: taken.append(args[0]) or compute(*args))
+    taken: list[str] = []
+
+    def note(module: ModuleType, name: str) -> None:
+        compute = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args: taken.append(name) or compute(*args))
+
+    note(hopper_small, "forward")
+    note(hopper_small_backward, "query_gradient")
+    note(hopper_small_backward, "key_gradients")
     first, second = (run(case, leaves, "fused") for _ in range(2))
-    assert len(taken) == 2
+    expected = ["forward", "query_gradient", "key_gradients"]
+    problem, _ = call_of(case, {name: t.detach() for name, t in leaves.items()})
+    if hopper_launches.small_key_launch_of(problem) is None:  # not enough registers or shared memory
+        expected.remove("key_gradients")
+    assert taken == expected * 2
     assert_close(case, first, oracle(case, leaves), run(case, leaves, "eager"))
     for name, tensor in first.tensors().items():
         assert torch.equal(tensor, second.tensors()[name]), name
@@ -120,7 +132,7 @@ def test_nan_and_inf_reach_only_the_queries_that_see_them() -> None:
 @pytest.mark.gpu
 @needs_device
 def test_a_call_takes_it_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
-    buffer = torch.randn(4, 160, 160, 4, 72, device="cuda", dtype=torch.bfloat16)
+    buffer = torch.randn(6, 160, 160, 4, 72, device="cuda", dtype=torch.bfloat16)
     aligned, shifted = buffer[..., :64].contiguous(), buffer[..., 1:65]
     launches = []
     compute = hopper_small.forward
@@ -181,6 +193,37 @@ def test_other_calls_do_not(monkeypatch: pytest.MonkeyPatch, changes: dict[str, 
     if "additional_keys" in changes:
         changes = {"additional_values": changes["additional_keys"], **changes}
     assert hopper_launches.forward_launch(problem_of_image(monkeypatch, **changes)) is None
+
+
+def test_gradients_of_queries_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = problem_of_image(monkeypatch)
+    launch = hopper_launches.small_query_launch(problem, problem.query)
+    assert launch is not None
+    assert launch.parts == ((1, 8, 8), (1, 8, 4), (1, 8, 2))
+    expanded = problem.query._replace(stride=(0, 0, 0, 0, 0))  # as the gradient of a sum is
+    assert hopper_launches.small_query_launch(problem, expanded) is None
+    with override({"backward_query": forward.launch_for("backward_query", problem.problem_class)}):
+        assert hopper_launches.small_query_launch(problem, problem.query) is None
+
+
+def test_gradients_of_keys_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = problem_of_image(monkeypatch)
+    launch = hopper_launches.small_key_launch(problem, problem.query)
+    assert launch is not None
+    assert (launch.tile, launch.keys) == ((1, 8, 8), 14 * 16)
+    wide = [Layout((8, 128, 128, h, 128), (2**14 * h * 128, 2**7 * h * 128, h * 128, 128, 1)) for h in (8, 2)]
+    wider = problem._replace(query=wide[0], key=wide[1], value=wide[1])
+    assert hopper_launches.small_key_launch(wider, wide[0]) is None  # one program a multiprocessor at most
+    with override({"backward_key": forward.launch_for("backward_key", problem.problem_class)}):
+        assert hopper_launches.small_key_launch(problem, problem.query) is None
+
+
+def test_queries_of_a_border_are_more_than_those_of_the_middle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys 4 to 7 under a window of 7: queries 0 to 10, where one key further inside they would be 5 to 14."""
+    axis = (128, 7, 1, False)
+    assert hopper_launches._extent(axis, 4, query_bounds) == 11
+    assert hopper_launches._extent(axis, 8, query_bounds) == 14
+    assert hopper_launches._extent(axis, 4, window_bounds) == 10
 
 
 def test_a_launch_that_somebody_chose_wins(monkeypatch: pytest.MonkeyPatch) -> None:

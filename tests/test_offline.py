@@ -28,6 +28,8 @@ KERNELS = (
 HOPPER_KERNELS = (
     "hopper_kernel",
     "hopper_small_kernel",
+    "hopper_small_query_kernel",
+    "hopper_small_key_kernel",
     "repair_kernel",
     "fold_registers_kernel",
     "statistics_kernel",

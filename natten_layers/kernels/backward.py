@@ -21,7 +21,7 @@ from torch import Tensor
 from . import hopper_launches
 from .configs import register_rows
 from .forward import query_tile
-from .hopper_launches import BackwardLaunches
+from .hopper_launches import BackwardLaunches, SmallLaunch
 from .launcher import Launcher, launcher
 from .launches import launch_for, remembered
 from .primitives import (
@@ -289,20 +289,28 @@ def backward(
         grad_key, grad_value = module.key_gradients(launches.key, problem, inputs, scale, grad_out, statistics)
         return grad_query, grad_key, grad_value, None, None, delta
 
-    grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
-    delta, lse = torch.empty_like(row_max), torch.empty_like(row_max)
     launch = backward_launchers(problem, layout(grad_out), None if grad_lse is None else layout(grad_lse[..., None]))
-    launch.query(
-        (
-            query, key, value, additional_keys, additional_values, out, grad_out, grad_lse, row_max, row_sum,
-            grad_query, delta, lse,
-        ),
-        (scale,),
-    )  # fmt: skip
+    small = _hopper_small(problem, inputs, grad_out)
+    if small is not None and small.query is not None:
+        grad_query, delta, lse = small.module.query_gradient(
+            small.query, problem, inputs, scale, out, row_max, row_sum, grad_out, grad_lse
+        )
+    else:
+        grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
+        delta, lse = torch.empty_like(row_max), torch.empty_like(row_max)
+        launch.query(
+            (
+                query, key, value, additional_keys, additional_values, out, grad_out, grad_lse, row_max, row_sum,
+                grad_query, delta, lse,
+            ),
+            (scale,),
+        )  # fmt: skip
     if hopper is not None:
         module, launches = hopper
         statistics = module.lined_up(problem, lse, delta)
         grad_key, grad_value = module.key_gradients(launches.key, problem, inputs, scale, grad_out, statistics)
+    elif small is not None and small.key is not None:
+        grad_key, grad_value = small.module.key_gradients(small.key, problem, inputs, scale, grad_out, delta, lse)
     else:
         grad_key, grad_value = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (key, value))
         launch.key((query, key, value, grad_out, delta, lse, grad_key, grad_value), (scale,))
@@ -321,6 +329,25 @@ def _hopper(problem: Problem, inputs: Inputs, grad_out: Tensor) -> tuple[ModuleT
         return None
     launches, kernels = hopper_launches.backward_launches(problem, layout(grad_out)), hopper_launches.kernels()
     return None if launches is None or kernels is None else (kernels.backward, launches)
+
+
+class _Small(NamedTuple):
+    """The module with the kernels for small windows, and the launches of those that compute a call."""
+
+    module: ModuleType
+    query: SmallLaunch | None
+    key: SmallLaunch | None
+
+
+def _hopper_small(problem: Problem, inputs: Inputs, grad_out: Tensor) -> _Small | None:
+    if not (hopper_launches.small_pays(problem) and hopper_launches.are_aligned(*inputs[:5], grad_out)):
+        return None
+    kernels = hopper_launches.kernels()
+    if kernels is None:
+        return None
+    grad = layout(grad_out)
+    launches = hopper_launches.small_query_launch(problem, grad), hopper_launches.small_key_launch(problem, grad)
+    return _Small(kernels.small_backward, *launches)
 
 
 class BackwardLaunchers(NamedTuple):

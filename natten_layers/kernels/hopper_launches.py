@@ -58,17 +58,18 @@ class SmallLaunch(NamedTuple):
 class Kernels(NamedTuple):
     forward: ModuleType
     backward: ModuleType
-    small: ModuleType
+    small_forward: ModuleType
+    small_backward: ModuleType
 
 
 @cache
 def kernels() -> Kernels | None:
     """The modules with the kernels, if this Triton has the Gluon that they are written in."""
     try:
-        from . import hopper, hopper_backward, hopper_small
+        from . import hopper, hopper_backward, hopper_small, hopper_small_backward
     except ImportError:
         return None
-    return Kernels(hopper, hopper_backward, hopper_small)
+    return Kernels(hopper, hopper_backward, hopper_small, hopper_small_backward)
 
 
 @remembered
@@ -95,6 +96,27 @@ def backward_launches(problem: Problem, grad_out: Layout) -> BackwardLaunches | 
     if any(explicit_launch(kind, problem.problem_class) for kind in ("backward_query", "backward_key")):
         return None
     return BackwardLaunches(launch_of(problem, pack), key_launch_of(problem))
+
+
+@remembered
+def small_query_launch(problem: Problem, grad_out: Layout) -> SmallLaunch | None:
+    """How the gradients of a small window's queries are computed here, or None."""
+    pack = override_pack()
+    if not (small_pays(problem) and supports(problem) and is_addressable(grad_out)) or kernels() is None:
+        return None
+    if explicit_launch("backward_query", problem.problem_class) is not None or (pack and problem.group % pack):
+        return None
+    return small_query_launch_of(problem, pack)
+
+
+@remembered
+def small_key_launch(problem: Problem, grad_out: Layout) -> SmallLaunch | None:
+    """How the gradients of a small window's keys and values are computed here, or None."""
+    if not (small_pays(problem) and supports(problem) and is_addressable(grad_out)) or kernels() is None:
+        return None
+    if explicit_launch("backward_key", problem.problem_class) is not None or override_pack():
+        return None
+    return small_key_launch_of(problem)
 
 
 def are_aligned(*tensors: Tensor | None) -> bool:
@@ -172,30 +194,71 @@ def small_launch_of(problem: Problem, pack: int | None = None) -> SmallLaunch | 
     tiles = (tile for tile in boxes(SMALL_ROWS // pack, p.lengths) if p.lengths[0] % tile[0] == 0)
     launches = [small_launch(p, tile, axis, pack) for tile in tiles for axis in range(3)]
     fitting = [x for x in launches if x.max_registers and prod(x.tile) * pack == SMALL_ROWS]
-    return min(fitting, key=lambda x: (x.keys, len(x.parts), -x.parts[0][2]), default=None)
+    return min(fitting, key=_small_cost, default=None)
 
 
-def small_launch(problem: Problem, tile: Box, axis: int, pack: int) -> SmallLaunch:
-    """That of one tile, whose keys come in parts along one axis."""
-    extents = [min(b + k - 1, n) for b, (n, k, _, _) in zip(tile, _axes(problem), strict=True)]
+@lru_cache(maxsize=1024)
+def small_key_launch_of(problem: Problem) -> SmallLaunch | None:
+    """The same for the gradients of keys and values: ``keys`` are the queries that see a tile, of one head."""
+    p = problem
+    if prod(p.stride) > 1 or p.query.shape[0] >= 2**16:
+        return None
+    dim = p.query.shape[-1]
+    tiles = (tile for tile in boxes(SMALL_ROWS, p.lengths) if p.lengths[0] % tile[0] == 0 and prod(tile) == SMALL_ROWS)
+    launches = [small_launch(p._replace(additional_keys=None), tile, axis, 1, query_bounds)
+                for tile in tiles for axis in range(3)]  # fmt: skip
+    launch = min((x for x in launches if x.keys <= SCORES), key=_small_cost, default=None)
+    if launch is None:
+        return None
+    needed = 72 + dim  # scores and their gradients of 32 queries, two accumulators and some more
+    most = _registers_a_thread(needed, 4 * (launch.keys + SMALL_ROWS) * dim + 8 * launch.keys)
+    return launch._replace(max_registers=most) if most else None
+
+
+def _small_cost(launch: SmallLaunch) -> tuple[int, int, int]:
+    return launch.keys, len(launch.parts), -launch.parts[0][2]
+
+
+def small_launch(problem: Problem, tile: Box, axis: int, pack: int, bounds: Bounds = window_bounds) -> SmallLaunch:
+    """That of one tile, which sees by ``bounds`` what comes in parts along one axis."""
+    extents = [_extent(x, b, bounds) for x, b in zip(_axes(problem), tile, strict=True)]
     box = [next_power_of_2(e) for e in extents]
     unit = max(1, 16 // (prod(box) // box[axis]))  # matrix instructions take 16 keys at least
     sides = binary_parts(ceil(extents[axis] / unit), PARTS)
     parts = [three_axes([unit * side if i == axis else box[i] for i in range(3)], 1) for side in sides]
     registers = max(16, next_power_of_2(problem.registers)) if problem.registers else 0
     launch = SmallLaunch(tile, pack, tuple(parts), axis, registers, 0)
-    fits = launch.keys <= SCORES
-    return launch._replace(max_registers=_registers_a_thread(launch.keys, problem.query.shape[-1]) if fits else 0)
+    if launch.keys > SCORES:
+        return launch
+    dim = problem.query.shape[-1]
+    needed = max(launch.keys // 2 + dim // 2 + 8, 80)  # scores, accumulators and some more
+    return launch._replace(max_registers=_registers_a_thread(needed, 2 * (2 * launch.keys + SMALL_ROWS) * dim))
 
 
-def _registers_a_thread(keys: int, head_dim: int) -> int:
-    """As many as the programs that share a multiprocessor leave to each other: scores, accumulators and some more.
+@lru_cache(maxsize=1024)
+def small_query_launch_of(problem: Problem, pack: int | None = None) -> SmallLaunch | None:
+    """The same for the gradients of queries."""
+    launch = small_launch_of(problem, pack)
+    if launch is None:
+        return None
+    dim = problem.query.shape[-1]
+    # Scores and their gradients of 64 keys, accumulators and some more; with too few ptxas serializes the products.
+    repeats = sum(prod(part) // 64 for part in launch.parts) > 1
+    needed = dim // 2 + (112 if repeats else 80)
+    most = _registers_a_thread(needed, 4 * (launch.keys + SMALL_ROWS) * dim)
+    return launch._replace(max_registers=most) if most else None
+
+
+def _registers_a_thread(needed: int, shared: int) -> int:
+    """As many as the programs that share a multiprocessor leave to each other.
 
     0 where a program would be alone there: then nothing is computed while it waits.
+
+    Args:
+        needed: less is not tried.
+        shared: bytes of shared memory that a program has.
     """
-    shared = 2 * (2 * keys + SMALL_ROWS) * head_dim + 1024
-    needed = max(keys // 2 + head_dim // 2 + 4, 80)
-    programs = min(227 * 1024 // shared, 2**16 // (128 * needed))
+    programs = min(227 * 1024 // (shared + 1024), 2**16 // (128 * needed))
     return min(2**16 // (128 * programs) // 8 * 8, 248) if programs > 1 else 0
 
 
@@ -239,11 +302,24 @@ def best_boxes(axes: tuple[Axis, ...], rows: int, columns: int, bounds: Bounds, 
 
 
 @lru_cache(maxsize=4096)
-def executed(axis: Axis, tile: int, chunk: int, bounds: Bounds, alignment: int) -> int:
-    """Pairs of a row and a column along an axis that a kernel computes."""
+def _extent(axis: Axis, tile: int, bounds: Bounds) -> int:
+    """Most columns that some tile of rows sees along an axis."""
+    low, high = _spans(axis, tile, bounds)
+    return int((high - low + 1).max())
+
+
+def _spans(axis: Axis, tile: int, bounds: Bounds) -> tuple[torch.Tensor, torch.Tensor]:
+    """First and last column that each tile of rows sees."""
     length, kernel, stride, causal = axis
     first = torch.arange(0, length, tile)
     low, _ = bounds(first, length, kernel, stride, causal)
     _, high = bounds((first + tile - 1).clamp(max=length - 1), length, kernel, stride, causal)
+    return low, high
+
+
+@lru_cache(maxsize=4096)
+def executed(axis: Axis, tile: int, chunk: int, bounds: Bounds, alignment: int) -> int:
+    """Pairs of a row and a column along an axis that a kernel computes."""
+    low, high = _spans(axis, tile, bounds)
     low = low // alignment * alignment
     return int(((high - low + chunk).clamp(min=0) // chunk).sum()) * tile * chunk

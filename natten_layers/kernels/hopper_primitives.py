@@ -32,6 +32,8 @@ from .primitives import (
 )
 from .problem import Layout, layout, strides, three_axes
 
+thread_barrier = getattr(gl, "barrier" if hasattr(gl, "barrier") else "thread_barrier")  # renamed in Triton 3.7
+
 
 @gluon.jit
 def axis_walk(lo, hi, inner_lo, inner_hi, STEP: gl.constexpr):

@@ -9,6 +9,7 @@ share a multiprocessor, and some compute while others wait for their loads.
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAssignmentType=false, reportArgumentType=false
 # pyright: reportIndexIssue=false
 
+from collections.abc import Sequence
 from functools import lru_cache
 from math import prod
 from typing import NamedTuple
@@ -29,6 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper.tma import (
     async_copy_shared_to_global,
     store_wait,
 )
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .hopper import FLAGS, repair_kernel
 from .hopper_launches import PARTS, SmallLaunch
@@ -43,9 +45,20 @@ from .hopper_primitives import (
 )
 from .launcher import Launcher, launcher
 from .primitives import LN2, LOG2E, LOWEST, shifted, unravel, windows_of
-from .problem import Inputs, Problem, layout, three_axes
+from .problem import Inputs, Layout, Problem, layout, three_axes
 
 WARPS = 4
+
+
+@gluon.jit
+def own_tile(tiles, blocks, TILE: gl.constexpr):
+    """Batch, block of heads, first position of a program's tile.
+
+    Heads vary fastest, as in memory: what runs at the same time reads and writes whole rows of it.
+    """
+    i_tile = gl.program_id(0) // blocks
+    t, h, w = i_tile // (tiles[1] * tiles[2]), i_tile // tiles[2] % tiles[1], i_tile % tiles[2]
+    return gl.program_id(1), gl.program_id(0) % blocks, (t * TILE[0], h * TILE[1], w * TILE[2])
 
 
 @gluon.jit
@@ -91,12 +104,11 @@ def start_parts(descs, reg_desc, place, corner, ready, AXIS: gl.constexpr):
 
 
 @gluon.jit
-def part_mask(desc, corner, row_lo, row_hi, M: gl.constexpr, RANK: gl.constexpr):
-    """0 and -inf ``[M, N]``: which keys of a part the rows see."""
+def part_mask(desc, corner, row_lo, row_hi, FIRST: gl.constexpr, N: gl.constexpr, M: gl.constexpr, RANK: gl.constexpr):
+    """0 and -inf ``[M, N]``: which of the keys ``FIRST`` to ``FIRST + N - 1`` of a part the rows see."""
     BOX: gl.constexpr = desc.block_type.shape
-    N: gl.constexpr = BOX[1] * BOX[2] * BOX[3]
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, N, 16])
-    inner = unravel(gl.arange(0, N, gl.SliceLayout(0, LAYOUT)), BOX[2], BOX[3])
+    inner = unravel(FIRST + gl.arange(0, N, gl.SliceLayout(0, LAYOUT)), BOX[2], BOX[3])
     b_hidden = gl.zeros([M, N], gl.float32, LAYOUT)
     for BACK in gl.static_range(RANK):
         first = gl.convert_layout(row_lo[2 - BACK] - corner[2 - BACK], gl.SliceLayout(1, LAYOUT))
@@ -108,10 +120,9 @@ def part_mask(desc, corner, row_lo, row_hi, M: gl.constexpr, RANK: gl.constexpr)
 
 
 @gluon.jit
-def register_mask(desc, registers, M: gl.constexpr):
-    N: gl.constexpr = desc.block_type.shape[1]
+def register_mask(registers, FIRST: gl.constexpr, N: gl.constexpr, M: gl.constexpr):
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, N, 16])
-    m_there = gl.arange(0, N, gl.SliceLayout(0, LAYOUT)) < registers
+    m_there = FIRST + gl.arange(0, N, gl.SliceLayout(0, LAYOUT)) < registers
     return gl.where(m_there[None, :], gl.zeros([M, N], gl.float32, LAYOUT), float("-inf"))
 
 
@@ -173,11 +184,7 @@ def hopper_small_kernel(
     if k2_desc is not None:
         k_descs, v_descs = k_descs + (k2_desc,), v_descs + (v2_desc,)  # noqa: RUF005
 
-    # Heads vary fastest, as in memory: what runs at the same time reads and writes whole rows of it.
-    i_tile, i_block, i_batch = gl.program_id(0) // blocks, gl.program_id(0) % blocks, gl.program_id(1)
-    origin = (
-        i_tile // (tiles[1] * tiles[2]) * TILE[0], i_tile // tiles[2] % tiles[1] * TILE[1], i_tile % tiles[2] * TILE[2]
-    )  # fmt: skip
+    i_batch, i_block, origin = own_tile(tiles, blocks, TILE)
     corner, _ = windows_of(origin, length, kernel, stride, CAUSAL)
     place = i_block * PACK // group, i_batch * length[0], i_batch * reg_batch
     q_corner = [place[1] + origin[0], origin[1], origin[2], i_block * PACK, 0]
@@ -199,10 +206,11 @@ def hopper_small_kernel(
 
     masks = ()
     for PART in gl.static_range(len(k_descs)):
-        masks = masks + (part_mask(k_descs[PART], corner, row_lo, row_hi, M, RANK),)  # noqa: RUF005
+        b_hidden = part_mask(k_descs[PART], corner, row_lo, row_hi, 0, keys[PART].shape[0], M, RANK)
+        masks = masks + (b_hidden,)  # noqa: RUF005
         corner = next_corner(corner, k_descs[PART], AXIS)
     if regk_desc is not None:
-        masks = masks + (register_mask(regk_desc, registers, M),)  # noqa: RUF005
+        masks = masks + (register_mask(registers, 0, keys[len(k_descs)].shape[0], M),)  # noqa: RUF005
 
     b_q = buffer.reshape([M, D])
     mbarrier.wait(ready.index(0), 0)
@@ -252,11 +260,7 @@ def forward(
     call = calls(launch, problem, with_state)
     broken = query.new_empty(problem.programs(launch) * WARPS, dtype=torch.int32)
     tensors = (query, out, *(key,) * PARTS, *(value,) * PARTS, reg_keys, reg_values)
-    descriptors = [
-        None if boxes is None or x is None else descriptor(x, boxes)
-        for x, boxes in zip(tensors, call.boxes, strict=True)
-    ]
-    call.attend((broken, row_max, row_sum, sink, *descriptors), (sink_value, scale))
+    call.attend((broken, row_max, row_sum, sink, *describe(tensors, call.boxes)), (sink_value, scale))
     call.repair((broken, query, key, value, out, row_max, row_sum, reg_keys, reg_values, sink), (sink_value, scale))
     return out, row_max, row_sum
 
@@ -294,11 +298,23 @@ def calls(launch: SmallLaunch, p: Problem, with_state: bool) -> Calls:
         ),
         **options, CHUNK=(1, 1, 16), WIDE=p.wide, BR=p.register_tile, FLAGS_A_TILE=WARPS, num_warps=4,
     )  # fmt: skip
-    rest = [None] * (PARTS - len(launch.parts))
-    parts = [boxes for x in (p.key, p.value) for boxes in [*(key_boxes(x, box) for box in launch.parts), *rest]]
-    registers = [
-        None if x is None else register_boxes(x, launch.registers) for x in (p.additional_keys, p.additional_values)
-    ]
     out = layout(torch.empty(p.query.shape, device="meta"))
     boxes = (query_boxes(x, launch.tile, launch.pack) for x in (p.query, out))
-    return Calls((*boxes, *parts, *registers), attend, repair)
+    boxes = *boxes, *boxes_of_parts(launch, p.key, p.value), *boxes_of_registers(launch, p)
+    return Calls(boxes, attend, repair)
+
+
+def boxes_of_parts(launch: SmallLaunch, *tensors: Layout) -> list[Boxes | None]:
+    """Of the parts of one tensor after the other."""
+    rest = [None] * (PARTS - len(launch.parts))
+    return [boxes for x in tensors for boxes in [*(key_boxes(x, box) for box in launch.parts), *rest]]
+
+
+def boxes_of_registers(launch: SmallLaunch, p: Problem) -> list[Boxes | None]:
+    registers = (p.additional_keys, p.additional_values)
+    return [None if x is None else register_boxes(x, launch.registers) for x in registers]
+
+
+def describe(tensors: Sequence[Tensor | None], boxes: Sequence[Boxes | None]) -> list[TensorDescriptor | None]:
+    pairs = zip(tensors, boxes, strict=True)
+    return [None if tensor is None or box is None else descriptor(tensor, box) for tensor, box in pairs]

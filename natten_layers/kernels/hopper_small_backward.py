@@ -1,0 +1,420 @@
+"""The backward pass of small windows on compute capability 9.0: ``backward.py``'s kernels in ``hopper_small.py``'s way.
+
+What a tile sees, or is seen by, comes by TMA at once. Scores are taken some at a time, as they have gradients beside
+them.
+"""
+
+# Triton's language is Python to the parser only.
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAssignmentType=false, reportArgumentType=false
+# pyright: reportIndexIssue=false
+
+from functools import lru_cache
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.language.nvidia.hopper.tma import (
+    async_copy_global_to_shared,
+    async_copy_shared_to_global,
+    store_wait,
+)
+
+from .hopper_launches import PARTS, SmallLaunch
+from .hopper_primitives import Boxes, key_boxes, new_barriers, output_rows, query_boxes, thread_barrier
+from .hopper_small import (
+    WARPS,
+    boxes_of_parts,
+    boxes_of_registers,
+    describe,
+    next_corner,
+    own_tile,
+    part_mask,
+    register_mask,
+    start_load,
+    start_parts,
+)
+from .launcher import Launcher, launcher
+from .primitives import LOG2E, inside_axes, queries_of, shifted, token_offset, union_of_queries, unravel, windows_of
+from .problem import Inputs, Layout, Problem, layout, strides, three_axes
+
+
+@gluon.jit
+def add_gradient(b_dq, b_q, b_do, b_k, b_v, b_hidden, row_lse, row_delta, factor, OUT: gl.constexpr):
+    """Add what some keys give to the queries; the product goes on."""
+    M: gl.constexpr = b_hidden.shape[0]
+    N: gl.constexpr = b_hidden.shape[1]
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, N, 16])
+    ROW: gl.constexpr = gl.SliceLayout(1, LAYOUT)
+    b_s = warpgroup_mma(b_q, b_k.permute((1, 0)), b_hidden, is_async=True)
+    b_zero = gl.zeros([M, N], gl.float32, LAYOUT)
+    b_dp = warpgroup_mma(b_do, b_v.permute((1, 0)), b_zero, use_acc=False, is_async=True)
+    b_s, b_dp = warpgroup_mma_wait(0, deps=(b_s, b_dp))
+    b_p = gl.exp2(b_s * factor - gl.convert_layout(row_lse, ROW)[:, None])
+    b_ds = b_p * (b_dp - gl.convert_layout(row_delta, ROW)[:, None])
+    b_ds = gl.convert_layout(b_ds.to(b_q.dtype), gl.DotOperandLayout(0, OUT, 2))
+    return warpgroup_mma(b_ds, b_k, b_dq, is_async=True)
+
+
+@gluon.jit
+def add_part(
+    b_dq, b_q, b_do, b_k, b_v, desc, corner, row_lo, row_hi, row_lse, row_delta, factor,
+    RANK: gl.constexpr, OUT: gl.constexpr,
+):  # fmt: skip
+    """Add what the keys of a part give, 64 at a time."""
+    M: gl.constexpr = b_q.shape[0]
+    ALL: gl.constexpr = b_k.shape[0]
+    N: gl.constexpr = min(ALL, 64)
+    for I_SLICE in gl.static_range(ALL // N):
+        b_hidden = part_mask(desc, corner, row_lo, row_hi, I_SLICE * N, N, M, RANK)
+        b_dq = add_gradient(
+            b_dq, b_q, b_do, b_k.slice(I_SLICE * N, N), b_v.slice(I_SLICE * N, N), b_hidden, row_lse, row_delta,
+            factor, OUT,
+        )  # fmt: skip
+    return b_dq
+
+
+@gluon.jit
+def add_registers(
+    b_dq, b_q, b_do, b_k, b_v, registers, row_lse, row_delta, factor, OUT: gl.constexpr,
+):  # fmt: skip
+    M: gl.constexpr = b_q.shape[0]
+    ALL: gl.constexpr = b_k.shape[0]
+    N: gl.constexpr = min(ALL, 64)
+    for I_SLICE in gl.static_range(ALL // N):
+        b_dq = add_gradient(
+            b_dq, b_q, b_do, b_k.slice(I_SLICE * N, N), b_v.slice(I_SLICE * N, N),
+            register_mask(registers, I_SLICE * N, N, M), row_lse, row_delta, factor, OUT,
+        )  # fmt: skip
+    return b_dq
+
+
+@gluon.jit
+def hopper_small_query_kernel(
+    Delta, Lse, RowMax, RowSum, Out, DLse, q_desc, do_desc, dq_desc,
+    k0_desc, k1_desc, k2_desc, v0_desc, v1_desc, v2_desc, regk_desc, regv_desc,
+    dl_strides, length, kernel, stride, tiles, group, blocks, registers, reg_batch, scale,
+    CAUSAL: gl.constexpr, TILE: gl.constexpr, AXIS: gl.constexpr, PACK: gl.constexpr, RANK: gl.constexpr,
+    KEYS: gl.constexpr, D: gl.constexpr, WITH_DLSE: gl.constexpr,
+):  # fmt: skip
+    """dQ, ``delta = rowsum(dOut * Out) - dLse`` and the base-2 lse of one tile; arguments as those of the forward."""
+    M: gl.constexpr = TILE[0] * TILE[1] * TILE[2] * PACK
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, D, 16])
+    ROW: gl.constexpr = gl.SliceLayout(1, OUT)
+    LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [gl.num_warps(), 1], [1, 0])
+    k_descs, v_descs = (k0_desc,), (v0_desc,)
+    if k1_desc is not None:
+        k_descs, v_descs = k_descs + (k1_desc,), v_descs + (v1_desc,)  # noqa: RUF005
+    if k2_desc is not None:
+        k_descs, v_descs = k_descs + (k2_desc,), v_descs + (v2_desc,)  # noqa: RUF005
+
+    i_batch, i_block, origin = own_tile(tiles, blocks, TILE)
+    corner, _ = windows_of(origin, length, kernel, stride, CAUSAL)
+    place = i_block * PACK // group, i_batch * length[0], i_batch * reg_batch
+    q_corner = [place[1] + origin[0], origin[1], origin[2], i_block * PACK, 0]
+    ready = new_barriers(2, 1)
+    mbarrier.expect(ready.index(0), (M + KEYS) * D * 2)
+    mbarrier.expect(ready.index(1), (M + KEYS) * D * 2)
+    buffer = start_load(q_desc, q_corner, ready.index(0))
+    keys = start_parts(k_descs, regk_desc, place, corner, ready.index(0), AXIS)
+    b_do = start_load(do_desc, q_corner, ready.index(1)).reshape([M, D])
+    values = start_parts(v_descs, regv_desc, place, corner, ready.index(1), AXIS)
+
+    out_row = gl.arange(0, M, gl.SliceLayout(1, LOAD))
+    m_out, o_out = output_rows(
+        unravel(out_row // PACK, TILE[1], TILE[2]), i_block * PACK + out_row % PACK, i_batch, origin, length,
+        blocks * PACK,
+    )  # fmt: skip
+    col = gl.arange(0, D, gl.SliceLayout(0, LOAD))
+    b_out = gl.load(Out + (o_out * D)[:, None] + col[None, :], mask=m_out[:, None], other=0.0)
+
+    row = gl.arange(0, M, ROW)
+    position, head = unravel(row // PACK, TILE[1], TILE[2]), i_block * PACK + row % PACK
+    m_rows, o_row = output_rows(position, head, i_batch, origin, length, blocks * PACK)
+    row_lo, row_hi = windows_of(shifted(position, origin), length, kernel, stride, CAUSAL)
+    row_lse = gl.load(RowMax + o_row, mask=m_rows, other=0.0) * LOG2E
+    row_lse += gl.log2(gl.load(RowSum + o_row, mask=m_rows, other=1.0))
+    gl.store(Lse + o_row, row_lse, mask=m_rows)
+
+    mbarrier.wait(ready.index(0), 0)
+    mbarrier.wait(ready.index(1), 0)
+    row_delta = gl.convert_layout(gl.sum(b_out.to(gl.float32) * b_do.load(LOAD).to(gl.float32), 1), ROW)
+    if WITH_DLSE:
+        t, h, w = shifted(position, origin)
+        token = gl.minimum(t, length[0] - 1), gl.minimum(h, length[1] - 1), gl.minimum(w, length[2] - 1)
+        token = token[0].to(gl.int64), token[1].to(gl.int64), token[2].to(gl.int64)
+        o_dl = i_batch.to(gl.int64) * dl_strides[0] + token_offset(token, dl_strides) + head * dl_strides[4]
+        row_delta -= gl.load(DLse + o_dl, mask=m_rows, other=0.0)
+    gl.store(Delta + o_row, row_delta, mask=m_rows)
+
+    b_q = buffer.reshape([M, D])
+    factor = scale * LOG2E
+    b_dq = gl.zeros([M, D], gl.float32, OUT)
+    for PART in gl.static_range(len(k_descs)):
+        b_dq = add_part(
+            b_dq, b_q, b_do, keys[PART], values[PART], k_descs[PART], corner, row_lo, row_hi, row_lse, row_delta,
+            factor, RANK, OUT,
+        )  # fmt: skip
+        corner = next_corner(corner, k_descs[PART], AXIS)
+    if regk_desc is not None:
+        I_REG: gl.constexpr = len(k_descs)
+        b_dq = add_registers(b_dq, b_q, b_do, keys[I_REG], values[I_REG], registers, row_lse, row_delta, factor, OUT)
+    b_dq = warpgroup_mma_wait(0, deps=[b_dq])
+    b_q.store((b_dq * scale).to(q_desc.dtype))
+    fence_async_shared()
+    async_copy_shared_to_global(dq_desc, q_corner, buffer)
+    store_wait(0)
+
+
+@gluon.jit
+def load_statistics(Stat, buffer, desc, corner, i_row, head, length, heads):
+    """What a statistic ``[B, T, H, W, heads]`` says of the queries of a part; 0 behind the end of an axis."""
+    BOX: gl.constexpr = desc.block_type.shape
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    index = shifted(unravel(gl.arange(0, BOX[1] * BOX[2] * BOX[3], LAYOUT), BOX[2], BOX[3]), corner)
+    o_row = ((i_row + index[0]) * length[1] + index[1]) * length[2] + index[2]
+    buffer.store(gl.load(Stat + o_row * heads + head, mask=inside_axes(index, length), other=0.0))
+
+
+@gluon.jit
+def add_queries(
+    b_dk, b_dv, b_k, b_v, b_q, b_do, lse, delta, desc, corner, row_lo, row_hi, factor,
+    FIRST: gl.constexpr, N: gl.constexpr, RANK: gl.constexpr, OUT: gl.constexpr,
+):  # fmt: skip
+    """Add what some queries of a part give to the keys; the products go on."""
+    M: gl.constexpr = b_k.shape[0]
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, N, 16])
+    COLUMN: gl.constexpr = gl.SliceLayout(0, LAYOUT)
+    b_hidden = part_mask(desc, corner, row_lo, row_hi, FIRST, N, M, RANK)
+    b_queries, b_grads = b_q.slice(FIRST, N), b_do.slice(FIRST, N)
+    b_s = warpgroup_mma(b_k, b_queries.permute((1, 0)), b_hidden, is_async=True)
+    b_zero = gl.zeros([M, N], gl.float32, LAYOUT)
+    b_dp = warpgroup_mma(b_v, b_grads.permute((1, 0)), b_zero, use_acc=False, is_async=True)
+    col_lse, col_delta = lse.slice(FIRST, N).load(COLUMN), delta.slice(FIRST, N).load(COLUMN)
+    b_s, b_dp = warpgroup_mma_wait(0, deps=(b_s, b_dp))
+    b_p = gl.exp2(b_s * factor - col_lse[None, :])
+    b_ds = b_p * (b_dp - col_delta[None, :])
+    b_dv = warpgroup_mma(gl.convert_layout(b_p.to(b_q.dtype), gl.DotOperandLayout(0, OUT, 2)), b_grads, b_dv,
+                         is_async=True)  # fmt: skip
+    b_dk = warpgroup_mma(gl.convert_layout(b_ds.to(b_q.dtype), gl.DotOperandLayout(0, OUT, 2)), b_queries, b_dk,
+                         is_async=True)  # fmt: skip
+    return b_dk, b_dv
+
+
+@gluon.jit
+def add_query_part(
+    b_dk, b_dv, b_k, b_v, b_q, b_do, lse, delta, desc, corner, row_lo, row_hi, factor,
+    RANK: gl.constexpr, OUT: gl.constexpr,
+):  # fmt: skip
+    """Add what the queries of a part give, 32 at a time."""
+    ALL: gl.constexpr = b_q.shape[0]
+    N: gl.constexpr = min(ALL, 32)
+    for I_SLICE in gl.static_range(ALL // N):
+        b_dk, b_dv = add_queries(
+            b_dk, b_dv, b_k, b_v, b_q, b_do, lse, delta, desc, corner, row_lo, row_hi, factor, I_SLICE * N, N, RANK, OUT
+        )
+    return b_dk, b_dv
+
+
+@gluon.jit
+def new_buffer(desc):
+    return gl.allocate_shared_memory(desc.dtype, [1] + desc.block_type.shape, desc.layout)  # noqa: RUF005
+
+
+@gluon.jit
+def new_buffers(descs):
+    buffers = ()
+    for PART in gl.static_range(len(descs)):
+        buffers = buffers + (new_buffer(descs[PART]),)  # noqa: RUF005
+    return buffers
+
+
+@gluon.jit
+def here(x):
+    """The same integers, which the compiler takes for others: what follows from them is not worked out before a loop.
+
+    There, masks and descriptors of shared memory would be kept for all of the loop: more than there are registers.
+    """
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def new_line(desc):
+    """Room for a statistic of a part's queries."""
+    BOX: gl.constexpr = desc.block_type.shape
+    return gl.allocate_shared_memory(gl.float32, [BOX[1] * BOX[2] * BOX[3]], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+
+
+@gluon.jit
+def new_lines(descs):
+    lines = ()
+    for PART in gl.static_range(len(descs)):
+        lines = lines + (new_line(descs[PART]),)  # noqa: RUF005
+    return lines
+
+
+@gluon.jit
+def load_part(desc, buffer, i_head, i_bt, corner, ready):
+    async_copy_global_to_shared(desc, [i_head, i_bt + corner[0], corner[1], corner[2], 0], ready, buffer)
+
+
+@gluon.jit
+def matrix_of(buffer, desc):
+    BOX: gl.constexpr = desc.block_type.shape
+    return buffer.reshape([BOX[1] * BOX[2] * BOX[3], BOX[4]])
+
+
+@gluon.jit
+def hopper_small_key_kernel(
+    Delta, Lse, k_desc, v_desc, dk_desc, dv_desc, q0_desc, q1_desc, q2_desc, do0_desc, do1_desc, do2_desc,
+    length, kernel, stride, tiles, group, kv_heads, scale,
+    CAUSAL: gl.constexpr, TILE: gl.constexpr, AXIS: gl.constexpr, RANK: gl.constexpr, QUERIES: gl.constexpr,
+    D: gl.constexpr,
+):  # fmt: skip
+    """dK and dV of one tile of keys; the grid is (tiles * KV heads, batch).
+
+    The queries of one head come in up to three parts along ``AXIS``, ``QUERIES`` in all; then those of the next head.
+    """
+    M: gl.constexpr = TILE[0] * TILE[1] * TILE[2]
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, D, 16])
+    ROW: gl.constexpr = gl.SliceLayout(1, OUT)
+    q_descs, do_descs = (q0_desc,), (do0_desc,)
+    if q1_desc is not None:
+        q_descs, do_descs = q_descs + (q1_desc,), do_descs + (do1_desc,)  # noqa: RUF005
+    if q2_desc is not None:
+        q_descs, do_descs = q_descs + (q2_desc,), do_descs + (do2_desc,)  # noqa: RUF005
+
+    i_batch, i_kv, origin = own_tile(tiles, kv_heads, TILE)
+    first, _, _, _ = union_of_queries(origin, length, kernel, stride, CAUSAL, TILE)
+    i_bt = i_batch * length[0]
+    ready = new_barriers(2, 1)
+    mbarrier.expect(ready.index(0), 2 * M * D * 2)
+    k_corner = [i_kv, i_bt + origin[0], origin[1], origin[2], 0]
+    k_buffer, v_buffer = start_load(k_desc, k_corner, ready.index(0)), start_load(v_desc, k_corner, ready.index(0))
+    queries, grads, lses, deltas = new_buffers(q_descs), new_buffers(do_descs), new_lines(q_descs), new_lines(q_descs)
+    b_k, b_v = matrix_of(k_buffer, k_desc), matrix_of(v_buffer, v_desc)
+
+    row = gl.arange(0, M, ROW)
+    key = shifted(unravel(row, TILE[1], TILE[2]), origin)
+    row_lo, row_hi = queries_of(key, length, kernel, stride, CAUSAL)
+    factor = scale * LOG2E
+    b_dk, b_dv = gl.zeros([M, D], gl.float32, OUT), gl.zeros([M, D], gl.float32, OUT)
+    mbarrier.wait(ready.index(0), 0)
+    for i_group in range(group):
+        zero = here(i_group) - i_group
+        head = i_kv * group + i_group
+        thread_barrier()  # the queries of the head before have been read
+        mbarrier.expect(ready.index(1), 2 * QUERIES * D * 2)
+        corner = first
+        for PART in gl.static_range(len(q_descs)):
+            load_part(q_descs[PART], queries[PART].index(0), head, i_bt, corner, ready.index(1))
+            load_part(do_descs[PART], grads[PART].index(0), head, i_bt, corner, ready.index(1))
+            corner = next_corner(corner, q_descs[PART], AXIS)
+        corner = first
+        for PART in gl.static_range(len(q_descs)):
+            i_row = i_bt.to(gl.int64)
+            load_statistics(Lse, lses[PART], q_descs[PART], corner, i_row, head, length, kv_heads * group)
+            load_statistics(Delta, deltas[PART], q_descs[PART], corner, i_row, head, length, kv_heads * group)
+            corner = next_corner(corner, q_descs[PART], AXIS)
+        mbarrier.wait(ready.index(1), i_group & 1)
+        corner = first
+        lo, hi = (
+            (here(row_lo[0]), here(row_lo[1]), here(row_lo[2])),
+            (here(row_hi[0]), here(row_hi[1]), here(row_hi[2])),
+        )
+        for PART in gl.static_range(len(q_descs)):
+            b_q, b_do = (
+                matrix_of(queries[PART].index(zero), q_descs[PART]),
+                matrix_of(grads[PART].index(zero), do_descs[PART]),
+            )
+            b_dk, b_dv = add_query_part(
+                b_dk, b_dv, b_k, b_v, b_q, b_do, lses[PART], deltas[PART], q_descs[PART], corner, lo, hi,
+                factor, RANK, OUT,
+            )  # fmt: skip
+            corner = next_corner(corner, q_descs[PART], AXIS)
+        b_dk, b_dv = warpgroup_mma_wait(0, deps=(b_dk, b_dv))
+
+    b_k.store((b_dk * scale).to(k_desc.dtype))
+    b_v.store(b_dv.to(k_desc.dtype))
+    fence_async_shared()
+    async_copy_shared_to_global(dk_desc, k_corner, k_buffer)
+    async_copy_shared_to_global(dv_desc, k_corner, v_buffer)
+    store_wait(0)
+
+
+def query_gradient(
+    launch: SmallLaunch, problem: Problem, inputs: Inputs, scale: float, out: Tensor, row_max: Tensor, row_sum: Tensor,
+    grad_out: Tensor, grad_lse: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dQ, delta and the base-2 lse, as ``backward.backward_query_kernel`` has them. Allocates only these."""
+    query, key, value, reg_keys, reg_values, _ = inputs
+    grad_query = query.new_empty(query.shape)
+    delta, lse = torch.empty_like(row_max), torch.empty_like(row_max)
+    call = query_call(launch, problem, layout(grad_out), None if grad_lse is None else layout(grad_lse[..., None]))
+    tensors = (query, grad_out, grad_query, *(key,) * PARTS, *(value,) * PARTS, reg_keys, reg_values)
+    call.launch((delta, lse, row_max, row_sum, out, grad_lse, *describe(tensors, call.boxes)), (scale,))
+    return grad_query, delta, lse
+
+
+class Call(NamedTuple):
+    boxes: tuple[Boxes | None, ...]
+    """of the tensors that have TMA descriptors, in their order"""
+    launch: Launcher
+
+
+@lru_cache(maxsize=1024)
+def query_call(launch: SmallLaunch, p: Problem, grad_out: Layout, grad_lse: Layout | None) -> Call:
+    """What the launches of a problem share."""
+    tiles, blocks = p.tiles(launch.tile), p.query.shape[-2] // launch.pack
+    lengths, kernel_size, stride, _ = p.geometry
+    shared = p.additional_keys is not None and p.additional_keys.stride[0] == 0
+    attend = launcher(
+        hopper_small_query_kernel,
+        (prod(tiles) * blocks, p.query.shape[0]),
+        (
+            (0,) * 5 if grad_lse is None else strides(grad_lse),
+            lengths, kernel_size, stride, tiles, p.group, blocks, p.registers, 0 if shared else 1,
+        ),
+        CAUSAL=three_axes(p.is_causal, False), TILE=launch.tile, AXIS=launch.axis, PACK=launch.pack, RANK=p.rank,
+        KEYS=launch.keys, D=p.query.shape[-1], WITH_DLSE=grad_lse is not None,
+        num_warps=WARPS, maxnreg=launch.max_registers,
+    )  # fmt: skip
+    out = layout(torch.empty(p.query.shape, device="meta"))
+    boxes = (query_boxes(x, launch.tile, launch.pack) for x in (p.query, grad_out, out))
+    return Call((*boxes, *boxes_of_parts(launch, p.key, p.value), *boxes_of_registers(launch, p)), attend)
+
+
+def key_gradients(
+    launch: SmallLaunch, problem: Problem, inputs: Inputs, scale: float, grad_out: Tensor, delta: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """dK and dV, registers aside, as ``backward.backward_key_kernel`` has them. Allocates only these."""
+    query, key, value, *_ = inputs
+    grad_key, grad_value = key.new_empty(key.shape), value.new_empty(value.shape)
+    call = key_call(launch, problem, layout(grad_out))
+    tensors = (key, value, grad_key, grad_value, *(query,) * PARTS, *(grad_out,) * PARTS)
+    call.launch((delta, lse, *describe(tensors, call.boxes)), (scale,))
+    return grad_key, grad_value
+
+
+@lru_cache(maxsize=1024)
+def key_call(launch: SmallLaunch, p: Problem, grad_out: Layout) -> Call:
+    tiles = p.tiles(launch.tile)
+    lengths, kernel_size, stride, _ = p.geometry
+    attend = launcher(
+        hopper_small_key_kernel,
+        (prod(tiles) * p.kv_heads, p.query.shape[0]),
+        (lengths, kernel_size, stride, tiles, p.group, p.kv_heads),
+        CAUSAL=three_axes(p.is_causal, False), TILE=launch.tile, AXIS=launch.axis, RANK=p.rank, QUERIES=launch.keys,
+        D=p.query.shape[-1], num_warps=WARPS, maxnreg=launch.max_registers,
+    )  # fmt: skip
+    out = layout(torch.empty(p.key.shape, device="meta"))
+    tile = (key_boxes(x, launch.tile) for x in (p.key, p.value, out, out))
+    return Call((*tile, *boxes_of_parts(launch, p.query, grad_out)), attend)
