@@ -281,10 +281,10 @@ def repair_kernel(
 ):  # fmt: skip
     """Tiles with NaN or inf once more, by the kernel that keeps them out of the queries that do not see them."""
     i_flag = tl.program_id(0) * FLAGS * FLAGS_A_TILE + tl.arange(0, FLAGS * FLAGS_A_TILE)
-    if tl.max(tl.load(Broken + i_flag, mask=i_flag < programs * FLAGS_A_TILE, other=0), 0) == 0:
+    if tl.max(tl.load(Broken + i_flag, mask=i_flag < programs * FLAGS_A_TILE, other=0).to(tl.int32), 0) == 0:
         return
     for i_program in range(tl.program_id(0) * FLAGS, tl.minimum(tl.program_id(0) * FLAGS + FLAGS, programs)):
-        if tl.max(tl.load(Broken + i_program * FLAGS_A_TILE + tl.arange(0, FLAGS_A_TILE)), 0) != 0:
+        if tl.max(tl.load(Broken + i_program * FLAGS_A_TILE + tl.arange(0, FLAGS_A_TILE)).to(tl.int32), 0) != 0:
             attend_tile(
                 i_program,
                 Q, K, V, Out, RowMax, RowSum, RegK, RegV, Sink,

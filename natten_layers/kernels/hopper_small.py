@@ -241,7 +241,7 @@ def hopper_small_kernel(
     warp_broken = gl.max(row_broken.reshape([4, M // 4]), 1)
     i_flag = (i_batch * gl.num_programs(0) + gl.program_id(0)) * 4
     WARP: gl.constexpr = warp_broken.type.layout
-    gl.store(Broken + i_flag + gl.arange(0, 4, WARP), warp_broken)
+    gl.store(Broken + i_flag + gl.arange(0, 4, WARP), warp_broken.to(gl.int8))
     store_wait(0)
 
 
@@ -250,7 +250,7 @@ def forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """What ``forward.forward`` computes, where ``hopper_launches.supports_small`` it and addresses are multiples of 16.
 
-    Allocates its results, and four bytes for every 16 rows of them.
+    Allocates its results, and a byte for every 16 rows of them.
     """
     query, key, value, reg_keys, reg_values, sink = inputs
     out = query.new_empty(query.shape)
@@ -258,7 +258,7 @@ def forward(
     if with_state:
         row_max, row_sum = (query.new_empty(query.shape[:-1], dtype=torch.float32) for _ in range(2))
     call = calls(launch, problem, with_state)
-    broken = query.new_empty(problem.programs(launch) * WARPS, dtype=torch.int32)
+    broken = query.new_empty(problem.programs(launch) * WARPS, dtype=torch.int8)
     tensors = (query, out, *(key,) * PARTS, *(value,) * PARTS, reg_keys, reg_values)
     call.attend((broken, row_max, row_sum, sink, *describe(tensors, call.boxes)), (sink_value, scale))
     call.repair((broken, query, key, value, out, row_max, row_sum, reg_keys, reg_values, sink), (sink_value, scale))
