@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .files import readable_as_usual
 from .modules.llm_config import DecoderLMConfig
 
 __all__ = ["config_from_hf", "config_to_hf", "load_weights", "read_config", "save"]
@@ -408,7 +409,8 @@ def save(
     try:
         for name, shard in zip(names, shards, strict=True):
             try:
-                save_file(shard, pending[directory / name], metadata={"format": "pt"})
+                with readable_as_usual(pending[directory / name]):
+                    save_file(shard, pending[directory / name], metadata={"format": "pt"})
             except SafetensorError as error:  # a full disk, among others
                 raise OSError(f"cannot write {directory / name}: {error}") from error
         for name, text in texts.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,15 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
         tiny_model().save_pretrained(path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_saved_weights_are_as_readable_as_any_new_file(tmp_path: Path) -> None:
+    umask = os.umask(0o027)
+    try:
+        tiny_model().save_pretrained(tmp_path)
+    finally:
+        os.umask(umask)
+    assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == 0o640
 
 
 # --- conversion

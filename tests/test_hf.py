@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -301,6 +302,15 @@ def test_saving_replaces_or_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
     ids = tokens(1, 5) % 17
     torch.testing.assert_close(DecoderLM.from_pretrained(tmp_path)(ids), second(ids), rtol=1e-6, atol=1e-6)
+
+
+def test_saved_weights_are_as_readable_as_any_new_file(tmp_path: Path) -> None:
+    umask = os.umask(0o027)
+    try:
+        DecoderLM(TINY).save_pretrained(tmp_path)
+    finally:
+        os.umask(umask)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o640}
 
 
 def test_tied_projection_may_be_stored(tmp_path: Path) -> None:
