@@ -14,8 +14,8 @@ __all__ = ["readable_as_usual", "replacing"]
 def replacing(path: Path) -> Iterator[Path]:
     """A path to write to beside ``path``, which it replaces if all went well: a failure leaves the old file whole.
 
-    Makes the folder where it is missing. The suffix stays, for writers that look at it. Who may read the file is what the
-    user's umask says, also where a writer is stricter, as safetensors is.
+    Makes the folder where it is missing. The suffix stays, for writers that look at it. Who may read the file is what
+    the user's umask says, also where a writer is stricter, as safetensors is.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
