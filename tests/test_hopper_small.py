@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from math import prod
 from types import ModuleType
 from typing import Any
 
+import hypothesis.strategies as st
 import pytest
 import torch
 from helpers import Case, assert_close, error, make_inputs, oracle, run
+from hypothesis import given, settings
 from test_hopper import call_of, needs_device, problem_of_text
 from torch import Tensor
 
@@ -20,7 +23,7 @@ from natten_layers.geometry import query_bounds, window_bounds
 from natten_layers.kernels import forward, hopper_launches, hopper_small, hopper_small_backward
 from natten_layers.kernels.hopper_launches import SmallLaunch, binary_parts, small_launch_of
 from natten_layers.kernels.launches import forget, override
-from natten_layers.kernels.problem import Layout, Problem
+from natten_layers.kernels.problem import Inputs, Layout, Problem, problem_of
 
 CASES = (
     Case("2d", (32, 40), 7, head_dim=64, value_dim=64),
@@ -248,6 +251,50 @@ def test_tiles_end_with_the_frames_of_a_video(monkeypatch: pytest.MonkeyPatch) -
     assert even is not None
     assert even.tile[0] == 2
     assert launch_for(9) is None  # one frame at a time would not fit
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Problem:
+    """Of one to three axes, as if there were only what a launch depends on."""
+    rank = draw(st.integers(1, 3))
+    lengths = [draw(st.integers(1, 40 if rank < 3 else 12)) for _ in range(rank)]
+    kernel = tuple(draw(st.integers(1, min(n, 20))) for n in lengths)
+    causal = tuple(draw(st.booleans()) for _ in lengths)
+    group, dim = draw(st.sampled_from((1, 2, 3, 4, 6, 8, 20))), draw(st.sampled_from((64, 128)))
+    registers = draw(st.sampled_from((0, 1, 16, 40)))
+    query, key = (torch.empty(2, *lengths, h, dim, dtype=torch.bfloat16, device="meta") for h in (2 * group, 2))
+    extra = torch.empty(2, registers, 2, dim, dtype=torch.bfloat16, device="meta") if registers else None
+    window = kernel, (1,) * rank, (1,) * rank, causal
+    return problem_of(Inputs(query, key, key, extra, extra, None), None, window, 1.0)
+
+
+@settings(deadline=None)
+@given(problems())
+def test_parts_cover_what_a_tile_sees(problem: Problem) -> None:
+    """Also at borders, where a tile may be seen by more queries than inside; and within the limits of TMA."""
+    launches = (
+        (small_launch_of(problem), window_bounds),
+        (hopper_launches.small_query_launch_of(problem), window_bounds),
+        (hopper_launches.small_key_launch_of(problem), query_bounds),
+    )
+    for launch, bounds in launches:
+        if launch is None:
+            continue
+        assert prod(launch.tile) * launch.pack == 64
+        assert problem.group % launch.pack == 0
+        assert problem.lengths[0] % launch.tile[0] == 0
+        assert 64 <= launch.max_registers <= 255
+        assert all(side <= 256 for box in launch.parts for side in box)
+        assert all(prod(box) >= 16 for box in launch.parts)
+        assert launch.registers >= problem.registers or bounds is query_bounds
+        for axis, (length, kernel, stride, causal) in enumerate(hopper_launches._axes(problem)):
+            sides = [box[axis] for box in launch.parts]
+            covered = sum(sides) if axis == launch.axis else sides[0]
+            first = torch.arange(0, length, launch.tile[axis])
+            last = (first + launch.tile[axis] - 1).clamp(max=length - 1)
+            corner, _ = bounds(first, length, kernel, stride, causal)
+            _, end = bounds(last, length, kernel, stride, causal)
+            assert int((end - corner).max()) < covered
 
 
 @pytest.mark.parametrize(("count", "parts"), [(14, [8, 4, 2]), (15, [8, 4, 4]), (8, [8]), (1, [1]), (9, [8, 1])])

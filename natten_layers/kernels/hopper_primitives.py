@@ -9,7 +9,7 @@ that lie inside every row's box and wraps around, so that those come last; the o
 # pyright: reportIndexIssue=false
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -198,13 +198,13 @@ def output_rows(position, head, i_batch, origin, length, heads):
     return inside_axes(index, length), contiguous_row(i_batch.to(gl.int64), token, length) * heads + head
 
 
-class Boxes(NamedTuple):
-    """What a TMA descriptor says of a tensor, apart from its address."""
+Boxes = dict[str, Any]
+"""What a TMA descriptor says of a tensor, apart from its address: the fields of a ``TensorDescriptor`` but its base."""
 
-    shape: list[int]
-    strides: list[int]
-    block_shape: list[int]
-    layout: gl.NVMMASharedLayout
+
+def boxes_of(shape: list[int], strides: list[int], block_shape: list[int]) -> Boxes:
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=len(shape))
+    return {"shape": shape, "strides": strides, "block_shape": block_shape, "layout": layout, "padding": "zero"}
 
 
 def axes_of(tensor: Layout) -> tuple[list[int], list[int]]:
@@ -217,22 +217,18 @@ def axes_of(tensor: Layout) -> tuple[list[int], list[int]]:
     return sizes, [8 if size == 1 else step for size, step in zip(sizes, steps, strict=True)]
 
 
-def swizzled(rank: int) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=rank)
-
-
 def query_boxes(query: Layout, tile: Box, pack: int) -> Boxes:
     """Boxes of positions times heads."""
     sizes, steps = axes_of(query)
     dim = query.shape[-1]
-    return Boxes([*sizes, dim], [*steps, 1], [*tile, pack, dim], swizzled(5))
+    return boxes_of([*sizes, dim], [*steps, 1], [*tile, pack, dim])
 
 
 def key_boxes(tensor: Layout, box: Box) -> Boxes:
     """Boxes of positions of one head."""
     (*sizes, heads), (*steps, head) = axes_of(tensor)
     dim = tensor.shape[-1]
-    return Boxes([heads, *sizes, dim], [head, *steps, 1], [1, *box, dim], swizzled(5))
+    return boxes_of([heads, *sizes, dim], [head, *steps, 1], [1, *box, dim])
 
 
 def register_boxes(registers: Layout, rows: int) -> Boxes:
@@ -241,13 +237,13 @@ def register_boxes(registers: Layout, rows: int) -> Boxes:
     steps = [step if size > 1 else 8 for size, step in zip(registers.shape, registers.stride, strict=True)][:3]
     if registers.stride[0] == 0:
         batch, steps[0] = 1, 8
-    return Boxes([batch, *counts, dim], [*steps, 1], [1, rows, 1, dim], swizzled(4))
+    return boxes_of([batch, *counts, dim], [*steps, 1], [1, rows, 1, dim])
 
 
 def descriptor(tensor: Tensor, boxes: Boxes) -> TensorDescriptor:
     """Without what its constructor checks: that takes the host longer than a launch, and a problem is checked once."""
     made = object.__new__(TensorDescriptor)
-    made.__dict__ |= {**boxes._asdict(), "base": tensor, "padding": "zero"}
+    made.__dict__ = {**boxes, "base": tensor}
     return made
 
 

@@ -258,7 +258,7 @@ def forward(
     if with_state:
         row_max, row_sum = (query.new_empty(query.shape[:-1], dtype=torch.float32) for _ in range(2))
     call = calls(launch, problem, with_state)
-    broken = query.new_empty(problem.programs(launch) * WARPS, dtype=torch.int8)
+    broken = query.new_empty(call.flags, dtype=torch.int8)
     tensors = (query, out, *(key,) * PARTS, *(value,) * PARTS, reg_keys, reg_values)
     call.attend((broken, row_max, row_sum, sink, *describe(tensors, call.boxes)), (sink_value, scale))
     call.repair((broken, query, key, value, out, row_max, row_sum, reg_keys, reg_values, sink), (sink_value, scale))
@@ -266,6 +266,8 @@ def forward(
 
 
 class Calls(NamedTuple):
+    flags: int
+    """one of each warp: whether its results are not finite"""
     boxes: tuple[Boxes | None, ...]
     """of queries and output, of the parts of keys and of values, and of the registers"""
     attend: Launcher
@@ -301,7 +303,7 @@ def calls(launch: SmallLaunch, p: Problem, with_state: bool) -> Calls:
     out = layout(torch.empty(p.query.shape, device="meta"))
     boxes = (query_boxes(x, launch.tile, launch.pack) for x in (p.query, out))
     boxes = *boxes, *boxes_of_parts(launch, p.key, p.value), *boxes_of_registers(launch, p)
-    return Calls(boxes, attend, repair)
+    return Calls(programs * WARPS, boxes, attend, repair)
 
 
 def boxes_of_parts(launch: SmallLaunch, *tensors: Layout) -> list[Boxes | None]:
