@@ -51,6 +51,17 @@ WARPS = 4
 
 
 @gluon.jit
+def those(first, second, third):
+    """The descriptors that there are."""
+    descs = (first,)
+    if second is not None:
+        descs = descs + (second,)  # noqa: RUF005
+    if third is not None:
+        descs = descs + (third,)  # noqa: RUF005
+    return descs
+
+
+@gluon.jit
 def own_tile(tiles, blocks, TILE: gl.constexpr):
     """Batch, block of heads, first position of a program's tile.
 
@@ -178,11 +189,7 @@ def hopper_small_kernel(
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, D, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
     ROW: gl.constexpr = gl.SliceLayout(1, EIGHTHS)
-    k_descs, v_descs = (k0_desc,), (v0_desc,)
-    if k1_desc is not None:
-        k_descs, v_descs = k_descs + (k1_desc,), v_descs + (v1_desc,)  # noqa: RUF005
-    if k2_desc is not None:
-        k_descs, v_descs = k_descs + (k2_desc,), v_descs + (v2_desc,)  # noqa: RUF005
+    k_descs, v_descs = those(k0_desc, k1_desc, k2_desc), those(v0_desc, v1_desc, v2_desc)
 
     i_batch, i_block, origin = own_tile(tiles, blocks, TILE)
     corner, _ = windows_of(origin, length, kernel, stride, CAUSAL)

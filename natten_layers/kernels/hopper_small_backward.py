@@ -41,9 +41,20 @@ from .hopper_small import (
     register_mask,
     start_load,
     start_parts,
+    those,
 )
 from .launcher import Launcher, launcher
-from .primitives import LOG2E, inside_axes, queries_of, shifted, token_offset, union_of_queries, unravel, windows_of
+from .primitives import (
+    LOG2E,
+    inside_axes,
+    queries_of,
+    shifted,
+    token_offset,
+    tokens_of,
+    union_of_queries,
+    unravel,
+    windows_of,
+)
 from .problem import Inputs, Layout, Problem, layout, strides, three_axes
 
 
@@ -110,11 +121,7 @@ def hopper_small_query_kernel(
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, D, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, OUT)
     LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [gl.num_warps(), 1], [1, 0])
-    k_descs, v_descs = (k0_desc,), (v0_desc,)
-    if k1_desc is not None:
-        k_descs, v_descs = k_descs + (k1_desc,), v_descs + (v1_desc,)  # noqa: RUF005
-    if k2_desc is not None:
-        k_descs, v_descs = k_descs + (k2_desc,), v_descs + (v2_desc,)  # noqa: RUF005
+    k_descs, v_descs = those(k0_desc, k1_desc, k2_desc), those(v0_desc, v1_desc, v2_desc)
 
     i_batch, i_block, origin = own_tile(tiles, blocks, TILE)
     corner, _ = windows_of(origin, length, kernel, stride, CAUSAL)
@@ -148,9 +155,7 @@ def hopper_small_query_kernel(
     mbarrier.wait(ready.index(1), 0)
     row_delta = gl.convert_layout(gl.sum(b_out.to(gl.float32) * b_do.load(LOAD).to(gl.float32), 1), ROW)
     if WITH_DLSE:
-        t, h, w = shifted(position, origin)
-        token = gl.minimum(t, length[0] - 1), gl.minimum(h, length[1] - 1), gl.minimum(w, length[2] - 1)
-        token = token[0].to(gl.int64), token[1].to(gl.int64), token[2].to(gl.int64)
+        token = tokens_of(shifted(position, origin), (0, 0, 0), length, (1, 1, 1))
         o_dl = i_batch.to(gl.int64) * dl_strides[0] + token_offset(token, dl_strides) + head * dl_strides[4]
         row_delta -= gl.load(DLse + o_dl, mask=m_rows, other=0.0)
     gl.store(Delta + o_row, row_delta, mask=m_rows)
@@ -286,11 +291,7 @@ def hopper_small_key_kernel(
     M: gl.constexpr = TILE[0] * TILE[1] * TILE[2]
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, D, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, OUT)
-    q_descs, do_descs = (q0_desc,), (do0_desc,)
-    if q1_desc is not None:
-        q_descs, do_descs = q_descs + (q1_desc,), do_descs + (do1_desc,)  # noqa: RUF005
-    if q2_desc is not None:
-        q_descs, do_descs = q_descs + (q2_desc,), do_descs + (do2_desc,)  # noqa: RUF005
+    q_descs, do_descs = those(q0_desc, q1_desc, q2_desc), those(do0_desc, do1_desc, do2_desc)
 
     i_batch, i_kv, origin = own_tile(tiles, kv_heads, TILE)
     first, _, _, _ = union_of_queries(origin, length, kernel, stride, CAUSAL, TILE)
