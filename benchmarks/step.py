@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -31,11 +31,12 @@ OUR_KERNELS = (
     "backward_query_kernel", "backward_key_kernel", "backward_register_kernel", "rotate",
 )  # fmt: skip
 """beginnings of the names of all that runs between the projections: attention, normalisation and rotation"""
+PEERS = ("flex",)
 
 
 @dataclass
 class Row:
-    """One step of one model. Times are None where ``failure`` says why."""
+    """One step of one model. Times are None where ``failure`` says why, and in a run that was cut off."""
 
     model: str
     step: str
@@ -55,13 +56,17 @@ class Row:
 
 
 def run(
-    name: str, variants: dict[str, Callable[[], Subject]], compiled: bool, device: torch.device, budget_s: float
-) -> list[Row]:
-    """Every step of every variant of one model, timed in turns."""
+    name: str, variants: dict[str, Callable[[], Subject]], compiled: bool, device: torch.device, budget_s: float,
+    *, peers: Sequence[str] = PEERS, report: Callable[[list[Row]], None] = lambda rows: None,
+) -> list[Row]:  # fmt: skip
+    """Every step of every variant of one model, timed in turns.
+
+    ``report`` gets the rows after each variant, when their times are still to come, and once more with these.
+    """
     rows: list[Row] = []
     calls: dict[str, timing.Call] = {}
     torch.compiler.reset()
-    for (variant, make), (peer, attend) in _pairs(variants):
+    for (variant, make), (peer, attend) in _pairs(variants, peers):
         label = f"{peer}, {variant}"
         subject = make()
         steps = _steps(subject, attend)
@@ -79,19 +84,22 @@ def run(
                     calls[str(len(rows) - 1)] = call
             except Exception as error_of_step:  # the others still deserve their times
                 row.failure = _first_line(error_of_step)
-            print(f"{name} {step} {label}: {row.failure or 'checked'}", flush=True)
+            busy = "" if row.device_ms is None else f", device busy for {row.device_ms:.3g} ms"
+            print(f"{name} {step} {label}: {row.failure or 'checked'}{busy}", flush=True)
+        report(rows)
     for index, sample in timing.measure(calls, device, budget_s).items():
         row = rows[int(index)]
         row.median_ms, row.p10_ms, row.p90_ms = (1e3 * t for t in (sample.median, sample.p10, sample.p90))
+    report(rows)
     return rows
 
 
 def _pairs(
-    variants: dict[str, Callable[[], Subject]],
+    variants: dict[str, Callable[[], Subject]], peers: Sequence[str]
 ) -> Iterator[tuple[tuple[str, Callable[[], Subject]], tuple[str, Attend | None]]]:
     for variant in variants.items():
         yield variant, (OURS, None)
-        if "registers" not in variant[0]:  # the peer has none
+        if "flex" in peers and "registers" not in variant[0]:  # it has none
             yield variant, ("flex", flex_attend)
 
 
@@ -173,13 +181,10 @@ def table(rows: list[Row]) -> list[str]:
     ]
     for row in rows:
         cells = [row.model, row.step, row.attention, "yes" if row.compiled else "no"]
-        if row.median_ms is None:
-            cells += ["", "", "", "", "", row.failure or ""]
-        else:
-            cells += [f"{row.median_ms:.3g}", f"{row.p10_ms:.3g} - {row.p90_ms:.3g}"]
-            cells += ["" if row.device_ms is None else f"{row.device_ms:.3g}"]
-            cells += ["" if row.attention_share is None else f"{row.attention_share:.0%}"]
-            cells += ["" if row.peak_mib is None else f"{row.peak_mib:.0f}", ""]
+        cells += ["", ""] if row.median_ms is None else [f"{row.median_ms:.3g}", f"{row.p10_ms:.3g} - {row.p90_ms:.3g}"]
+        cells += ["" if row.device_ms is None else f"{row.device_ms:.3g}"]
+        cells += ["" if row.attention_share is None else f"{row.attention_share:.0%}"]
+        cells += ["" if row.peak_mib is None else f"{row.peak_mib:.0f}", row.failure or ""]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -189,19 +194,23 @@ def main(argv: list[str] | None = None) -> int:
     parser = runner.make_parser("step", __doc__, budget_s=3.0, timed="each model")
     parser.add_argument("--models", nargs="+", choices=("hdit-flowers", "mistral-block"), help="default: both")
     parser.add_argument("--compile", choices=("yes", "no", "both"), default="both")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS, help="none: this library alone")
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     rates = {"copy": timing.copy_rate(device), "matmul": timing.matmul_rate(device)}
     report: dict[str, Any] = {"environment": timing.environment(device, args.commit), "rates": rates, "rows": []}
     rows: list[Row] = []
+
+    def save(more: list[Row]) -> None:  # often, so that a run that is cut off still counts
+        report["rows"] = [asdict(row) for row in rows + more]
+        runner.save(report, args.out)
+
     for name, variants in make_subjects(SMOKE if args.smoke else Sizes(), device).items():
         for compiled in {"yes": (True,), "no": (False,), "both": (False, True)}[args.compile]:
             if args.models is None or name in args.models:
                 # Many variants of one function: past the usual limit they would run uncompiled, without a word.
                 with dynamo_config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
-                    rows += run(name, variants, compiled, device, args.budget_s)
-                report["rows"] = [asdict(row) for row in rows]
-                runner.save(report, args.out)  # after every step, so that a run that is cut off still counts
+                    rows += run(name, variants, compiled, device, args.budget_s, peers=args.peers, report=save)
     print("\n".join([f"\n{runner.heading(report)}.\n", *table(rows), f"\nwritten to {args.out}"]))
     return int(any(row.failure for row in rows if row.attention.startswith(OURS)))
 

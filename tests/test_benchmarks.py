@@ -316,6 +316,16 @@ def test_step_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "| hdit-flowers | sample | flex, GQA 4 | no |" in capsys.readouterr().out
 
 
+def test_a_step_is_reported_before_it_is_timed() -> None:
+    variants = {"GQA 4": models.make_subjects(models.SMOKE, CPU)["mistral-block"]["GQA 4"]}
+    reports: list[list[float | None]] = []
+    rows = step.run(
+        "mistral-block", variants, False, CPU, 0.0, peers=(), report=lambda rows: reports.append([rows[0].median_ms])
+    )
+    assert [row.attention for row in rows] == ["natten_layers, GQA 4"]
+    assert reports == [[None], [rows[0].median_ms]]
+
+
 def test_a_step_that_computes_something_else_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     def attend(*args: Any, **options: Any) -> Tensor:
         return 1.1 * neighborhood_attention(*args, **options)
