@@ -148,7 +148,7 @@ def pays(problem: Problem) -> bool:
 
 def small_pays(problem: Problem) -> bool:
     """The same for the kernel of small windows."""
-    return prod(problem.kernel_size) < SCORES and prod(problem.query.shape[:-1]) >= LEAST_ROWS
+    return prod(problem.query.shape[:-1]) >= LEAST_ROWS and prod(problem.kernel_size) < SCORES
 
 
 def is_addressable(tensor: Layout) -> bool:

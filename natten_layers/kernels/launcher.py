@@ -42,8 +42,7 @@ class Launcher:
         if _is_watched(self.kernel):
             self.kernel[self.grid](*tensors, *self.sizes, *numbers, **self.options)
             return
-        # Triton's launcher takes numbers as they are; of a tensor it asks for the address, and the driver about that.
-        addresses, kinds = zip(*map(_passed, tensors), strict=True)
+        addresses, kinds = _passed(tensors)
         key = (tensors[0].device, *kinds, *map(type, numbers))
         if (run := self.compiled.get(key)) is not None:
             run(*addresses, *self.sizes, *numbers, *self.constants)
@@ -64,14 +63,26 @@ def launcher(kernel: Any, grid: Sequence[int], sizes: Sequence[Any], **options: 
     return Launcher(kernel, grid, sizes, options)
 
 
-def _passed(x: Any) -> tuple[Any, Hashable]:
-    """What a compiled kernel takes for a tensor, and what it was compiled for."""
-    if x is None:
-        return 0, None  # compiled in
-    if isinstance(x, Tensor):
-        address = x.data_ptr()
-        return address, (x.dtype, address % 16 == 0)
-    return x, (x.base.dtype, *x.block_shape)
+def _passed(tensors: Sequence[Any]) -> tuple[list[Any], list[Hashable]]:
+    """What a compiled kernel takes for tensors, and what it was compiled for.
+
+    Addresses, as Triton's launcher takes numbers as they are; of a tensor it asks for the address, and the driver
+    about that.
+    """
+    addresses: list[Any] = []
+    kinds: list[Hashable] = []
+    for x in tensors:
+        if x is None:
+            addresses.append(0)  # compiled in
+            kinds.append(None)
+        elif isinstance(x, Tensor):
+            address = x.data_ptr()
+            addresses.append(address)
+            kinds += x.dtype, address % 16 == 0
+        else:
+            addresses.append(x)
+            kinds += x.base.dtype, tuple(x.block_shape)
+    return addresses, kinds
 
 
 def _is_watched(kernel: Any) -> bool:
