@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .functional import DTYPES, Impl, _check_additional, _check_like, _check_pair, _check_sink, takes_fused
+from .arguments import DTYPES, check_additional, check_like, check_pair, check_sink
+from .functional import Impl, takes_fused
 from .kernels import decode_ops
 
 __all__ = ["cached_attention"]
@@ -107,9 +108,9 @@ def cached_attention(
         RuntimeError: ``impl="fused"`` where the fused kernel cannot run.
     """
     _check(query, key, value, query_positions, key_positions, window, scale)
-    _check_pair(additional_keys, additional_values)
-    registers = _check_additional(additional_keys, additional_values, query, key, value)
-    sink = _check_sink(sink, query)
+    check_pair(additional_keys, additional_values)
+    registers = check_additional(additional_keys, additional_values, query, key, value)
+    sink = check_sink(sink, query)
     factor = query.shape[-1] ** -0.5 if scale is None else float(scale)
     arguments = (query, key, value, query_positions, key_positions, *registers, sink, window, factor)
     if takes_fused(impl, query, lambda: decode_ops.why_not(query, value, key, *registers, sink)):
@@ -131,7 +132,7 @@ def _check(
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.ndim != 4 or 0 in tensor.shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected [B, L, heads, head_dim], none 0")
-        _check_like(name, tensor, query)
+        check_like(name, tensor, query)
     if query.dtype not in DTYPES:
         raise ValueError(f"query dtype {query.dtype} is not supported; use one of {', '.join(map(str, DTYPES))}")
     if key.shape[0] != query.shape[0] or key.shape[-1] != query.shape[-1] or key.shape[:3] != value.shape[:3]:

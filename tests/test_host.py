@@ -13,7 +13,7 @@ import torch
 from helpers import raises_naming
 from torch import Tensor
 
-from natten_layers import functional, neighborhood_attention
+from natten_layers import arguments, neighborhood_attention
 
 
 def draw(heads: int = 4, length: int = 12) -> Tensor:
@@ -24,7 +24,7 @@ def draw(heads: int = 4, length: int = 12) -> Tensor:
 def accepted(monkeypatch: pytest.MonkeyPatch) -> dict[Any, Any]:
     """Signatures whose checks have passed, none so far."""
     empty: dict[Any, Any] = {}
-    monkeypatch.setattr(functional, "_accepted", empty)
+    monkeypatch.setattr(arguments, "_accepted", empty)
     return empty
 
 
@@ -32,8 +32,8 @@ def test_what_has_passed_is_not_checked_again(accepted: dict[Any, Any], monkeypa
     tensors = draw(), draw(2), draw(2)
     expected = neighborhood_attention(*tensors, 3, is_causal=True)
     assert len(accepted) == 1
-    monkeypatch.setattr(functional, "_check_user_form", None)
-    monkeypatch.setattr(functional, "_check_canonical_form", None)
+    monkeypatch.setattr(arguments, "_check_user_form", None)
+    monkeypatch.setattr(arguments, "_check_canonical_form", None)
     assert torch.equal(neighborhood_attention(*tensors, 3, is_causal=True), expected)
     scaled = neighborhood_attention(*tensors, 3, is_causal=True, scale=0.1, sink=0.0)
     assert not torch.equal(scaled, expected)
@@ -81,7 +81,7 @@ def test_other_dtypes_shapes_and_axes_are_checked() -> None:
 
 
 def test_lists_are_taken_and_what_is_kept_is_bounded(accepted: dict[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(functional, "MAX_ACCEPTED", 3)
+    monkeypatch.setattr(arguments, "MAX_ACCEPTED", 3)
     q = draw()
     expected = neighborhood_attention(q, q, q, (3,))
     assert torch.equal(neighborhood_attention(q, q, q, [3]), expected)

@@ -1,0 +1,313 @@
+"""Arguments of a call as users give them: checked, and brought into the one form that the implementations take."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from numbers import Real
+from typing import NamedTuple, TypeGuard
+
+import torch
+from torch import Tensor
+
+from .geometry import AXES, Window, make_window
+from .kernels import ops
+
+__all__ = [
+    "DTYPES",
+    "Axes",
+    "Call",
+    "check_additional",
+    "check_like",
+    "check_pair",
+    "check_sink",
+    "prepare",
+]
+
+Axes = int | Sequence[int]
+
+_Tensors = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+_AxisOptions = tuple[Axes, Axes, Axes, bool | Sequence[bool]]
+_Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | float | None, Window, float]
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class Call(NamedTuple):
+    """Validated, canonical arguments: heads last, KV heads unrepeated, one entry per axis."""
+
+    query: Tensor  # [B, *spatial, Hq, D]
+    key: Tensor  # [B, *spatial, Hkv, D]
+    value: Tensor  # [B, *spatial, Hkv, Dv]
+    additional_keys: Tensor | None  # [B, R, Hkv, D]
+    additional_values: Tensor | None  # [B, R, Hkv, Dv]
+    sink: Tensor | float | None  # [Hq] or one logit for all heads
+    window: Window
+    scale: float
+    head_shape: torch.Size  # the caller's head axes: (Hq,) or (Hkv, G)
+
+    @property
+    def arguments(self) -> _Arguments:
+        """What both implementations take, in their order."""
+        return self[:8]
+
+    def why_not_fused(self) -> str | None:
+        return ops.unsupported(self.query, self.value)
+
+    def restore(self, out: Tensor) -> Tensor:
+        """Give a result the caller's head axes back; ``out`` is ``[B, *spatial, Hq, ...]``."""
+        return out if len(self.head_shape) == 1 else out.unflatten(self.window.rank + 1, self.head_shape)
+
+
+def prepare(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: Axes,
+    stride: Axes,
+    dilation: Axes,
+    is_causal: bool | Sequence[bool],
+    scale: float | None,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    sink: float | Tensor | None,
+) -> Call:
+    """Check every user argument and bring them into the one form that the implementations take.
+
+    What shapes, strides, dtypes, devices and axes decide is checked on the first call that has them.
+    """
+    tensors = query, key, value, additional_keys, additional_values
+    axes = kernel_size, stride, dilation, is_causal
+    signature, window = (None, None) if torch.compiler.is_compiling() else _recall(tensors, axes)
+    rank = _check_user_form(tensors, axes) if window is None else window.rank
+    head_shape = query.shape[rank + 1 : -1]
+    tensors = query, key, value, additional_keys, additional_values = _canonical_heads(tensors, head_shape)
+    if window is None:
+        window = _check_canonical_form(tensors, axes)
+        _accept(signature, window)
+    if scale is None:
+        scale = query.shape[-1] ** -0.5
+    if not _is_finite_number(scale):
+        raise ValueError(f"scale must be a finite number, got {scale!r}; multiply a learned scale into the query")
+    registers = _expand_registers(additional_keys, additional_values, query.shape[0])
+    return Call(query, key, value, *registers, check_sink(sink, query), window, float(scale), head_shape)
+
+
+_accepted: dict[Hashable, Window] = {}
+"""by the signatures of calls that passed the checks"""
+MAX_ACCEPTED = 1024
+
+
+def _accept(signature: Hashable, window: Window) -> None:
+    if signature is not None:
+        if len(_accepted) >= MAX_ACCEPTED:
+            _accepted.clear()
+        _accepted[signature] = window
+
+
+def _recall(tensors: Sequence[object], axes: Sequence[object]) -> tuple[Hashable, Window | None]:
+    """What the checks look at, and the window if they have passed.
+
+    The former is None where it has something that cannot be hashed, such as a list or a symbolic size.
+    """
+    layouts: list[Hashable] = []
+    for tensor in tensors:
+        if isinstance(tensor, Tensor):
+            layouts.append((tensor.shape, tensor.stride(), tensor.dtype, tensor.device))
+        elif tensor is None:
+            layouts.append(None)
+        else:
+            return None, None
+    # Equal is not enough: True == 1, but one is no kernel size and the other does not say what is causal.
+    types = [tuple(map(type, axis)) if isinstance(axis, tuple) else type(axis) for axis in axes]
+    signature = (*layouts, *axes, *types)
+    try:
+        return signature, _accepted.get(signature)
+    except TypeError:
+        return None, None
+
+
+def _check_user_form(tensors: _Tensors, axes: _AxisOptions) -> int:
+    """Check arguments as the user has them up to the head axes; returns the number of spatial axes."""
+    query, key, value, additional_keys, additional_values = tensors
+    kernel_size, stride, dilation, is_causal = axes
+    _check_tensors(query=query, key=key, value=value)
+    check_pair(additional_keys, additional_values)
+    rank = _spatial_rank(query, kernel_size=kernel_size, stride=stride, dilation=dilation, is_causal=is_causal)
+    _check_qkv(query, key, value, rank)
+    head_shape = query.shape[rank + 1 : -1]
+    for name, tensor in (("key", key), ("value", value)) if len(head_shape) == 2 else ():
+        if tensor.shape[-3] != head_shape[0] or tensor.shape[-2] not in (1, head_shape[1]):
+            raise ValueError(
+                f"{name} has head axes {tuple(tensor.shape[-3:-1])}; "
+                f"expected {tuple(head_shape)} as query [B, *spatial, Hkv, G, D] has with {rank} spatial axes, "
+                "or G = 1"
+            )
+    return rank
+
+
+def _canonical_heads(tensors: _Tensors, head_shape: torch.Size) -> _Tensors:
+    """One axis of heads, KV heads unrepeated."""
+    query, key, value, additional_keys, additional_values = tensors
+    if len(head_shape) == 1:
+        return query, *_collapse_heads(key, value, additional_keys, additional_values)
+    return query.flatten(-3, -2), *_collapse_group(key, value, additional_keys, additional_values, head_shape[1])
+
+
+def _check_canonical_form(tensors: _Tensors, axes: _AxisOptions) -> Window:
+    """Check what is left to check once there is one axis of heads."""
+    query, key, value, additional_keys, additional_values = tensors
+    heads, kv_heads = query.shape[-2], key.shape[-2]
+    if kv_heads == 0 or heads % kv_heads or key.shape[-2] != value.shape[-2]:
+        raise ValueError(
+            f"query heads must be a multiple of KV heads: query has {heads}, key {kv_heads}, value {value.shape[-2]}"
+        )
+    window = make_window(query.shape[1:-2], *axes)
+    check_additional(additional_keys, additional_values, query, key, value)
+    return window
+
+
+def _check_tensors(**arguments: object) -> None:
+    for name, value in arguments.items():
+        if value is None and name.startswith("additional"):
+            raise ValueError(f"additional_keys and additional_values come together, but {name} is None")
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {value!r:.100} of type {type(value).__name__}")
+
+
+def check_pair(additional_keys: object, additional_values: object) -> None:
+    """Registers have keys and values, or there are none."""
+    if additional_keys is not None or additional_values is not None:
+        _check_tensors(additional_keys=additional_keys, additional_values=additional_values)
+
+
+def _spatial_rank(query: Tensor, **axis_arguments: object) -> int:
+    """Number of spatial axes: what the tuples say, else ``query [B, *spatial, H, D]``."""
+    entries = {name: len(a) for name, a in axis_arguments.items() if isinstance(a, Sequence)}
+    if len(set(entries.values())) > 1:
+        raise ValueError(f"kernel_size, stride, dilation and is_causal disagree on the number of axes: {entries}")
+    rank = next(iter(entries.values()), min(query.ndim - 3, 3))
+    if not 1 <= rank <= 3 or query.ndim not in (rank + 3, rank + 4):
+        given = "".join(f"; {name} has {count} entries" for name, count in entries.items())
+        raise ValueError(
+            f"query has {query.ndim} axes {tuple(query.shape)}; expected [B, *spatial, heads, head_dim] with 1 to 3 "
+            f"spatial axes{given}"
+        )
+    return rank
+
+
+def _check_qkv(query: Tensor, key: Tensor, value: Tensor, rank: int) -> None:
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.ndim != query.ndim or tensor.shape[: rank + 1] != query.shape[: rank + 1]:
+            sizes = zip(("batch", *AXES[rank]), tensor.shape, query.shape, strict=False)
+            differing = [f"on the {axis} axis ({a} and {b})" for axis, a, b in sizes if a != b]
+            raise ValueError(
+                f"{name} {tuple(tensor.shape)} and query {tuple(query.shape)} differ "
+                + ("in rank" if tensor.ndim != query.ndim else ", ".join(differing))
+            )
+        check_like(name, tensor, query)
+    if key.shape[-1] != query.shape[-1]:
+        raise ValueError(f"key head_dim {key.shape[-1]} differs from query head_dim {query.shape[-1]}")
+    if query.dtype not in DTYPES:
+        raise ValueError(f"query dtype {query.dtype} is not supported; use one of {', '.join(map(str, DTYPES))}")
+    for name, tensor in (("query", query), ("value", value)):
+        for axis, size in enumerate(tensor.shape):
+            if size == 0:
+                raise ValueError(f"{name} {tuple(tensor.shape)} is empty on axis {axis}")
+
+
+def check_like(name: str, tensor: Tensor, query: Tensor) -> None:
+    if tensor.device != query.device:
+        raise ValueError(f"{name} is on {tensor.device}, but query is on {query.device}")
+    if tensor.dtype != query.dtype:
+        raise ValueError(f"{name} has dtype {tensor.dtype}, but query has {query.dtype}")
+
+
+def _collapse_heads(
+    key: Tensor, value: Tensor, additional_keys: Tensor | None, additional_values: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """One KV head expanded with stride 0 (MQA) becomes that head, unless registers differ from head to head."""
+    registers = additional_keys, additional_values
+    if key.shape[-2] != value.shape[-2] or not all(map(_is_one_head, (key, value, *registers))):
+        return key, value, *registers
+    register_keys, register_values = (None if t is None else _first_head(t) for t in registers)
+    return _first_head(key), _first_head(value), register_keys, register_values
+
+
+def _is_one_head(tensor: Tensor | None) -> bool:
+    return tensor is None or (tensor.ndim > 1 and (tensor.shape[-2] == 1 or tensor.stride(-2) == 0))
+
+
+def _first_head(tensor: Tensor) -> Tensor:
+    return tensor if tensor.shape[-2] == 1 else tensor[..., :1, :]
+
+
+def _collapse_group(
+    key: Tensor, value: Tensor, additional_keys: Tensor | None, additional_values: Tensor | None, group: int
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """``[..., Hkv, G, D]`` to ``[..., Hkv, D]`` where the group axis is expanded, else to ``[..., Hkv * G, D]``.
+
+    Registers of ``Hkv`` heads are taken either way; those of ``Hkv * G`` make every query head have its own.
+    """
+    kv_heads = key.shape[-3]
+
+    def has_heads(t: Tensor | None, heads: int) -> bool:
+        return t is not None and t.ndim == 4 and t.shape[-2] == heads
+
+    if all(map(_is_one_head, (key, value))) and (group == 1 or not has_heads(additional_keys, kv_heads * group)):
+        return key.select(-2, 0), value.select(-2, 0), additional_keys, additional_values
+    register_keys, register_values = (
+        t.repeat_interleave(group, -2) if t is not None and has_heads(t, kv_heads) else t
+        for t in (additional_keys, additional_values)
+    )
+    key, value = (t.expand(*t.shape[:-2], group, -1).flatten(-3, -2) for t in (key, value))
+    return key, value, register_keys, register_values
+
+
+def check_additional(
+    keys: Tensor | None, values: Tensor | None, query: Tensor, key: Tensor, value: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    if keys is None or values is None:  # both: `check_pair` came first
+        return None, None
+    batch, kv_heads = query.shape[0], key.shape[-2]
+    for name, tensor, like in (("additional_keys", keys, key), ("additional_values", values, value)):
+        check_like(name, tensor, query)
+        expected = (kv_heads, like.shape[-1])
+        if tensor.ndim != 4 or tensor.shape[0] not in (1, batch) or tuple(tensor.shape[2:]) != expected:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}; expected [{batch} or 1, R, {expected[0]}, {expected[1]}]"
+            )
+    if keys.shape[1] != values.shape[1]:
+        raise ValueError(f"additional_keys has {keys.shape[1]} registers, but additional_values {values.shape[1]}")
+    return _expand_registers(keys, values, batch)
+
+
+def _expand_registers(keys: Tensor | None, values: Tensor | None, batch: int) -> tuple[Tensor | None, Tensor | None]:
+    """A set for each image, or None if there are none."""
+    if keys is None or values is None or keys.shape[1] == 0:
+        return None, None
+    return keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1)
+
+
+def check_sink(sink: float | Tensor | None, query: Tensor) -> Tensor | float | None:
+    heads = query.shape[-2]
+    if sink is None or (isinstance(sink, float) and sink == -math.inf):
+        return None
+    if not isinstance(sink, Tensor):
+        if not _is_finite_number(sink):
+            raise ValueError(f"sink must be None, a finite number or a tensor [{heads}], got {sink!r}")
+        return float(sink)
+    if sink.shape != (heads,):
+        raise ValueError(f"sink has shape {tuple(sink.shape)}; expected [{heads}], one logit per query head")
+    if sink.device != query.device:
+        raise ValueError(f"sink is on {sink.device}, but query is on {query.device}")
+    if not sink.is_floating_point():
+        raise ValueError(f"sink has dtype {sink.dtype}; expected a floating point dtype")
+    return sink
+
+
+def _is_finite_number(value: object) -> TypeGuard[float]:
+    """Compared rather than asked ``math.isfinite``, which cannot be traced for a number that a graph takes as input."""
+    if isinstance(value, float):  # asked first: an abstract class takes its time
+        return -math.inf < value < math.inf
+    return isinstance(value, Real) and not isinstance(value, bool) and -math.inf < float(value) < math.inf
