@@ -18,12 +18,15 @@ from torch import Tensor
 
 pytest.importorskip("triton.experimental.gluon")
 
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
 from natten_layers import neighborhood_attention
 from natten_layers.geometry import query_bounds, window_bounds
 from natten_layers.kernels import forward, hopper_launches, hopper_small, hopper_small_backward
 from natten_layers.kernels.hopper_launches import SmallLaunch, binary_parts, small_launch_of
+from natten_layers.kernels.hopper_primitives import descriptor, key_boxes, query_boxes, register_boxes
 from natten_layers.kernels.launches import forget, override
-from natten_layers.kernels.problem import Inputs, Layout, Problem, problem_of
+from natten_layers.kernels.problem import Inputs, Layout, Problem, layout, problem_of
 
 CASES = (
     Case("2d", (32, 40), 7, head_dim=64, value_dim=64),
@@ -246,6 +249,19 @@ def test_tiles_end_with_the_frames_of_a_video(monkeypatch: pytest.MonkeyPatch) -
     assert even is not None
     assert even.tile[0] == 2
     assert launch_for(9) is None  # one frame at a time would not fit
+
+
+def test_descriptors_are_what_their_constructor_makes() -> None:
+    """It is left out on each call; here it checks sizes and strides, and has all that this Triton looks at."""
+    query, key = (torch.empty(2, 12, 20, h, 64, dtype=torch.bfloat16) for h in (8, 2))
+    registers = torch.empty(5, 2, 64, dtype=torch.bfloat16).expand(2, -1, -1, -1)
+    for tensor, boxes in (
+        (query, query_boxes(layout(query), (1, 2, 8), 4)),
+        (key, key_boxes(layout(key), (1, 8, 2))),
+        (key[:1, :1, ..., :1, :], key_boxes(layout(key[:1, :1, ..., :1, :]), (1, 8, 2))),  # axes of one
+        (registers, register_boxes(layout(registers), 16)),
+    ):
+        assert descriptor(tensor, boxes) == TensorDescriptor(tensor, **boxes)
 
 
 @st.composite
