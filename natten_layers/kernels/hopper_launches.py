@@ -17,13 +17,13 @@ from .problem import Layout, Problem, strides, three_axes
 
 ROWS = 128  # of a tile: positions times packed heads
 COLUMNS = 128  # of a chunk; the kernel of key gradients keeps twice as many accumulators and takes half of it
-SMALL_ROWS = 64  # of a tile of the kernel for small windows
+SMALL_ROWS = 64  # of a tile of the kernels for small windows
 SCORES = 256  # of a row there at most, as they are in registers at once
 PARTS = 3  # that the keys of a tile come in at most
 STAGES = 2  # chunks in shared memory
-WINDOW = 2048  # keys, from which on it is used: half of the smallest window that it was timed with
+WINDOW = 2048  # keys, from which on a window is large: half of the smallest one that its kernels were timed with
 LEAST_ROWS = 2**19  # of queries, from which on a small window's kernel runs longer than the host needs to launch it
-PAIRS = 2**28  # of a query and a key: fewer are done before the host has prepared a launch with descriptors
+PAIRS = 2**28  # of a query and a key in large windows: fewer are done before the host has prepared a launch with descriptors
 ALIGNMENT = 4  # statistics of queries: TMA loads 16 bytes at least, from multiples of as many
 
 Axis = tuple[int, int, int, bool]  # length, kernel, stride, causal
@@ -205,8 +205,8 @@ def small_key_launch_of(problem: Problem) -> SmallLaunch | None:
         return None
     dim = p.query.shape[-1]
     tiles = (tile for tile in boxes(SMALL_ROWS, p.lengths) if p.lengths[0] % tile[0] == 0 and prod(tile) == SMALL_ROWS)
-    launches = [small_launch(p._replace(additional_keys=None), tile, axis, 1, query_bounds)
-                for tile in tiles for axis in range(3)]  # fmt: skip
+    bare = p._replace(additional_keys=None)
+    launches = [small_launch(bare, tile, axis, 1, query_bounds) for tile in tiles for axis in range(3)]
     launch = min((x for x in launches if x.keys <= SCORES), key=_small_cost, default=None)
     if launch is None:
         return None
