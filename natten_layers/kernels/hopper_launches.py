@@ -23,7 +23,7 @@ PARTS = 3  # that the keys of a tile come in at most
 STAGES = 2  # chunks in shared memory
 WINDOW = 2048  # keys, from which on a window is large: half of the smallest one that its kernels were timed with
 LEAST_ROWS = 2**19  # of queries, from which on a small window's kernel runs longer than the host needs to launch it
-PAIRS = 2**28  # of a query and a key in large windows: fewer are done before the host has prepared a launch with descriptors
+PAIRS = 2**28  # of a query and a key in large windows: fewer are done before the host has prepared a launch
 ALIGNMENT = 4  # statistics of queries: TMA loads 16 bytes at least, from multiples of as many
 
 Axis = tuple[int, int, int, bool]  # length, kernel, stride, causal
