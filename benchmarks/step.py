@@ -50,7 +50,7 @@ class Row:
     p90_ms: float | None = None
     peak_mib: float | None = None
     device_ms: float | None = None
-    """that the device was busy in one step: what is left of ``median_ms``, it waited for the host"""
+    """that the device was busy in one step; for the rest of ``median_ms`` it waited for the host"""
     attention_share: float | None = None
     """of the device's busy time, from the output of ``qkv`` to the input of ``proj``; None for peers"""
 

@@ -249,15 +249,13 @@ def _kinds(args: argparse.Namespace, heads: Sequence[Tensor]) -> list[Kind]:
     window = _spread(args.kernel_size, rank), (1,) * rank, _spread(args.dilation, rank), (args.causal,) * rank
     query, key, value = heads
     problem = problem_of(Inputs(query, key, value, None, None, None), None, window, 1.0)
-    taken: list[Kind] = []
+    taken: list[str] = []
     if hopper_launches.forward_launch(problem) is not None:
         taken.append("forward")
     if hopper_launches.backward_launches(problem, problem.query) is not None:
         taken.extend(("backward_query", "backward_key"))
-    if hopper_launches.small_query_launch(problem, problem.query) is not None:
-        taken.append("backward_query")
-    if hopper_launches.small_key_launch(problem, problem.query) is not None:
-        taken.append("backward_key")
+    if (small := hopper_launches.small_backward_launches(problem, problem.query)) is not None:
+        taken.extend(kind for kind, launch in zip(("backward_query", "backward_key"), small, strict=True) if launch)
     if taken:
         print(f"{', '.join(taken)}: windows of this size have kernels of their own on this GPU")
     return [kind for kind in args.kernels if kind not in taken]

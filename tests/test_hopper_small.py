@@ -26,7 +26,7 @@ from natten_layers.kernels import forward, hopper_launches, hopper_small, hopper
 from natten_layers.kernels.hopper_launches import SmallLaunch, binary_parts, small_launch_of
 from natten_layers.kernels.hopper_primitives import descriptor, key_boxes, query_boxes, register_boxes
 from natten_layers.kernels.launches import forget, override
-from natten_layers.kernels.problem import Inputs, Layout, Problem, layout, problem_of
+from natten_layers.kernels.problem import Inputs, Layout, Problem, contiguous, layout, problem_of
 
 CASES = (
     Case("2d", (32, 40), 7, head_dim=64, value_dim=64),
@@ -196,31 +196,41 @@ def test_other_calls_do_not(monkeypatch: pytest.MonkeyPatch, changes: dict[str, 
     assert hopper_launches.forward_launch(problem_of_image(monkeypatch, **changes)) is None
 
 
-def test_gradients_of_queries_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = problem_of_image(monkeypatch)
-    launch = hopper_launches.small_query_launch(problem, problem.query)
-    assert launch is not None
-    assert launch.parts == ((1, 8, 8), (1, 8, 4), (1, 8, 2))
+    launches = hopper_launches.small_backward_launches
+    both = launches(problem, problem.query)
+    assert both is not None
+    assert both.query is not None
+    assert both.key is not None
+    assert both.query.parts == ((1, 8, 8), (1, 8, 4), (1, 8, 2))
+    assert (both.key.tile, both.key.keys) == ((1, 8, 8), 14 * 16)
     expanded = problem.query._replace(stride=(0, 0, 0, 0, 0))  # as the gradient of a sum is
-    assert hopper_launches.small_query_launch(problem, expanded) is None
-    with override({"backward_query": forward.launch_for("backward_query", problem.problem_class)}):
-        assert hopper_launches.small_query_launch(problem, problem.query) is None
+    assert launches(problem, expanded) is None
+    chosen = forward.launch_for("forward", problem.problem_class)
+    with override({"backward_query": chosen}):
+        assert launches(problem, problem.query) == (None, both.key)
+    with override({"backward_key": chosen}):
+        assert launches(problem, problem.query) == (both.query, None)
+    with override(pack=1):  # of queries; keys come one head at a time anyway
+        unpacked = launches(problem, problem.query)
+    assert unpacked is not None
+    assert unpacked.query is not None
+    assert (unpacked.query.pack, unpacked.key) == (1, both.key)
 
 
-def test_gradients_of_keys_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = problem_of_image(monkeypatch)
-    launch = hopper_launches.small_key_launch(problem, problem.query)
-    assert launch is not None
-    assert (launch.tile, launch.keys) == ((1, 8, 8), 14 * 16)
-    wide = [Layout((8, 128, 128, h, 128), (2**14 * h * 128, 2**7 * h * 128, h * 128, 128, 1)) for h in (8, 2)]
-    wider = problem._replace(query=wide[0], key=wide[1], value=wide[1])
-    assert hopper_launches.small_key_launch(wider, wide[0]) is None  # one program a multiprocessor at most
-    with override({"backward_key": forward.launch_for("backward_key", problem.problem_class)}):
-        assert hopper_launches.small_key_launch(problem, problem.query) is None
+def test_wide_heads_leave_gradients_of_keys_to_the_portable_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One program a multiprocessor would fit."""
+    query, key = (Layout((8, 128, 128, h, 128), (2**21 * h, 2**14 * h, 128 * h, 128, 1)) for h in (8, 2))
+    problem = problem_of_image(monkeypatch, query=query, key=key, value=key)
+    launches = hopper_launches.small_backward_launches(problem, query)
+    assert launches is not None
+    assert launches.query is not None
+    assert launches.key is None
 
 
 def test_queries_of_a_border_are_more_than_those_of_the_middle(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keys 4 to 7 under a window of 7: queries 0 to 10, where one key further inside they would be 5 to 14."""
+    """Under a window of 7, queries 0 to 10 see keys 4 to 7, and 5 to 14 see keys 8 to 11."""
     axis = (128, 7, 1, False)
     assert hopper_launches._extent(axis, 4, query_bounds) == 11
     assert hopper_launches._extent(axis, 8, query_bounds) == 14
@@ -262,6 +272,11 @@ def test_descriptors_are_what_their_constructor_makes() -> None:
         (registers, register_boxes(layout(registers), 16)),
     ):
         assert descriptor(tensor, boxes) == TensorDescriptor(tensor, **boxes)
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3, 5, 7), (1, 4, 1, 8)])
+def test_layout_of_a_new_tensor(shape: tuple[int, ...]) -> None:
+    assert contiguous(shape) == layout(torch.empty(shape))
 
 
 @st.composite

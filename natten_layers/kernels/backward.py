@@ -21,7 +21,7 @@ from torch import Tensor
 from . import hopper_launches
 from .configs import register_rows
 from .forward import query_tile
-from .hopper_launches import BackwardLaunches, SmallLaunch
+from .hopper_launches import BackwardLaunches, SmallBackwardLaunches
 from .launcher import Launcher, launcher
 from .launches import launch_for, remembered
 from .primitives import (
@@ -290,9 +290,9 @@ def backward(
         return grad_query, grad_key, grad_value, None, None, delta
 
     launch = backward_launchers(problem, layout(grad_out), None if grad_lse is None else layout(grad_lse[..., None]))
-    small = _hopper_small(problem, inputs, grad_out)
-    if small is not None and small.query is not None:
-        grad_query, delta, lse = small.module.query_gradient(
+    small_kernels, small = _hopper_small(problem, inputs, grad_out)
+    if small_kernels is not None and small.query is not None:
+        grad_query, delta, lse = small_kernels.query_gradient(
             small.query, problem, inputs, scale, out, row_max, row_sum, grad_out, grad_lse
         )
     else:
@@ -309,8 +309,8 @@ def backward(
         module, launches = hopper
         statistics = module.lined_up(problem, lse, delta)
         grad_key, grad_value = module.key_gradients(launches.key, problem, inputs, scale, grad_out, statistics)
-    elif small is not None and small.key is not None:
-        grad_key, grad_value = small.module.key_gradients(small.key, problem, inputs, scale, grad_out, delta, lse)
+    elif small_kernels is not None and small.key is not None:
+        grad_key, grad_value = small_kernels.key_gradients(small.key, problem, inputs, scale, grad_out, delta, lse)
     else:
         grad_key, grad_value = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (key, value))
         launch.key((query, key, value, grad_out, delta, lse, grad_key, grad_value), (scale,))
@@ -331,23 +331,15 @@ def _hopper(problem: Problem, inputs: Inputs, grad_out: Tensor) -> tuple[ModuleT
     return None if launches is None or kernels is None else (kernels.backward, launches)
 
 
-class _Small(NamedTuple):
-    """The module with the kernels for small windows, and the launches of those that compute a call."""
-
-    module: ModuleType
-    query: SmallLaunch | None
-    key: SmallLaunch | None
-
-
-def _hopper_small(problem: Problem, inputs: Inputs, grad_out: Tensor) -> _Small | None:
-    if not (hopper_launches.small_pays(problem) and hopper_launches.are_aligned(*inputs[:5], grad_out)):
-        return None
-    kernels = hopper_launches.kernels()
-    if kernels is None:
-        return None
-    grad = layout(grad_out)
-    launches = hopper_launches.small_query_launch(problem, grad), hopper_launches.small_key_launch(problem, grad)
-    return _Small(kernels.small_backward, *launches)
+def _hopper_small(
+    problem: Problem, inputs: Inputs, grad_out: Tensor
+) -> tuple[ModuleType | None, SmallBackwardLaunches]:
+    """The kernels for small windows and the launches of those that compute this call."""
+    if hopper_launches.small_pays(problem) and hopper_launches.are_aligned(*inputs[:5], grad_out):
+        launches = hopper_launches.small_backward_launches(problem, layout(grad_out))
+        if launches is not None and (kernels := hopper_launches.kernels()) is not None:
+            return kernels.small_backward, launches
+    return None, SmallBackwardLaunches(None, None)
 
 
 class BackwardLaunchers(NamedTuple):

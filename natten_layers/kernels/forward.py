@@ -208,6 +208,7 @@ def forward_kernel(
     SINK: tl.constexpr, WITH_STATE: tl.constexpr, MASK: tl.constexpr, SCALE_FIRST: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    """One tile a program; arguments as those of ``attend_tile``."""
     attend_tile(
         tl.program_id(0), Q, K, V, Out, RowMax, RowSum, RegK, RegV, Sink,
         q_strides, k_strides, v_strides, regk_strides, regv_strides,

@@ -55,6 +55,11 @@ class SmallLaunch(NamedTuple):
         return sum(map(prod, self.parts)) + self.registers
 
 
+class SmallBackwardLaunches(NamedTuple):
+    query: SmallLaunch | None
+    key: SmallLaunch | None
+
+
 class Kernels(NamedTuple):
     forward: ModuleType
     backward: ModuleType
@@ -99,24 +104,16 @@ def backward_launches(problem: Problem, grad_out: Layout) -> BackwardLaunches | 
 
 
 @remembered
-def small_query_launch(problem: Problem, grad_out: Layout) -> SmallLaunch | None:
-    """How the gradients of a small window's queries are computed here, or None."""
+def small_backward_launches(problem: Problem, grad_out: Layout) -> SmallBackwardLaunches | None:
+    """The same for the gradients of small windows, of which the portable kernels may compute some."""
     pack = override_pack()
     if not (small_pays(problem) and supports(problem) and is_addressable(grad_out)) or kernels() is None:
         return None
-    if explicit_launch("backward_query", problem.problem_class) is not None or (pack and problem.group % pack):
-        return None
-    return small_query_launch_of(problem, pack)
-
-
-@remembered
-def small_key_launch(problem: Problem, grad_out: Layout) -> SmallLaunch | None:
-    """How the gradients of a small window's keys and values are computed here, or None."""
-    if not (small_pays(problem) and supports(problem) and is_addressable(grad_out)) or kernels() is None:
-        return None
-    if explicit_launch("backward_key", problem.problem_class) is not None or override_pack():
-        return None
-    return small_key_launch_of(problem)
+    query, key = (explicit_launch(kind, problem.problem_class) for kind in ("backward_query", "backward_key"))
+    return SmallBackwardLaunches(
+        None if query is not None or (pack and problem.group % pack) else small_query_launch_of(problem, pack),
+        None if key is not None else small_key_launch_of(problem),
+    )
 
 
 def are_aligned(*tensors: Tensor | None) -> bool:

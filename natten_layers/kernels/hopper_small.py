@@ -45,7 +45,7 @@ from .hopper_primitives import (
 )
 from .launcher import Launcher, launcher
 from .primitives import LN2, LOG2E, LOWEST, shifted, unravel, windows_of
-from .problem import Inputs, Layout, Problem, layout, three_axes
+from .problem import Inputs, Layout, Problem, contiguous, three_axes
 
 WARPS = 4
 
@@ -193,6 +193,7 @@ def hopper_small_kernel(
 
     i_batch, i_block, origin = own_tile(tiles, blocks, TILE)
     corner, _ = windows_of(origin, length, kernel, stride, CAUSAL)
+    # Of what it loads: KV head, first place on the axis of batch and t, and batch of registers.
     place = i_block * PACK // group, i_batch * length[0], i_batch * reg_batch
     q_corner = [place[1] + origin[0], origin[1], origin[2], i_block * PACK, 0]
     ready = new_barriers(2, 1)
@@ -245,17 +246,17 @@ def hopper_small_kernel(
         gl.store(RowSum + o_row, row_l, mask=m_rows)
     row_rest = gl.convert_layout(gl.sum(b_acc * 0.0, 1), ROW)
     row_broken = gl.where(m_rows & ~(gl.abs(row_rest) >= 0.0), 1, 0)
-    warp_broken = gl.max(row_broken.reshape([4, M // 4]), 1)
-    i_flag = (i_batch * gl.num_programs(0) + gl.program_id(0)) * 4
+    warp_broken = gl.max(row_broken.reshape([gl.num_warps(), M // gl.num_warps()]), 1)
     WARP: gl.constexpr = warp_broken.type.layout
-    gl.store(Broken + i_flag + gl.arange(0, 4, WARP), warp_broken.to(gl.int8))
+    i_flag = (i_batch * gl.num_programs(0) + gl.program_id(0)) * gl.num_warps()
+    gl.store(Broken + i_flag + gl.arange(0, gl.num_warps(), WARP), warp_broken.to(gl.int8))
     store_wait(0)
 
 
 def forward(
     launch: SmallLaunch, problem: Problem, inputs: Inputs, sink_value: float | None, scale: float, with_state: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """What ``forward.forward`` computes, where ``hopper_launches.supports_small`` it and addresses are multiples of 16.
+    """What ``forward.forward`` computes, where ``hopper_launches`` has a launch and addresses are multiples of 16.
 
     Allocates its results, and a byte for every 16 rows of them.
     """
@@ -307,8 +308,7 @@ def calls(launch: SmallLaunch, p: Problem, with_state: bool) -> Calls:
         ),
         **options, CHUNK=(1, 1, 16), WIDE=p.wide, BR=p.register_tile, FLAGS_A_TILE=WARPS, num_warps=4,
     )  # fmt: skip
-    out = layout(torch.empty(p.query.shape, device="meta"))
-    boxes = (query_boxes(x, launch.tile, launch.pack) for x in (p.query, out))
+    boxes = (query_boxes(x, launch.tile, launch.pack) for x in (p.query, contiguous(p.query.shape)))
     boxes = *boxes, *boxes_of_parts(launch, p.key, p.value), *boxes_of_registers(launch, p)
     return Calls(programs * WARPS, boxes, attend, repair)
 

@@ -55,7 +55,7 @@ from .primitives import (
     unravel,
     windows_of,
 )
-from .problem import Inputs, Layout, Problem, layout, strides, three_axes
+from .problem import Inputs, Layout, Problem, contiguous, layout, strides, three_axes
 
 
 @gluon.jit
@@ -77,33 +77,21 @@ def add_gradient(b_dq, b_q, b_do, b_k, b_v, b_hidden, row_lse, row_delta, factor
 
 @gluon.jit
 def add_part(
-    b_dq, b_q, b_do, b_k, b_v, desc, corner, row_lo, row_hi, row_lse, row_delta, factor,
+    b_dq, b_q, b_do, b_k, b_v, desc, corner, row_lo, row_hi, registers, row_lse, row_delta, factor,
     RANK: gl.constexpr, OUT: gl.constexpr,
 ):  # fmt: skip
-    """Add what the keys of a part give, 64 at a time."""
+    """Add what the keys of a part give, or the registers where ``desc`` is None, 64 at a time."""
     M: gl.constexpr = b_q.shape[0]
     ALL: gl.constexpr = b_k.shape[0]
     N: gl.constexpr = min(ALL, 64)
     for I_SLICE in gl.static_range(ALL // N):
-        b_hidden = part_mask(desc, corner, row_lo, row_hi, I_SLICE * N, N, M, RANK)
+        if desc is None:
+            b_hidden = register_mask(registers, I_SLICE * N, N, M)
+        else:
+            b_hidden = part_mask(desc, corner, row_lo, row_hi, I_SLICE * N, N, M, RANK)
         b_dq = add_gradient(
             b_dq, b_q, b_do, b_k.slice(I_SLICE * N, N), b_v.slice(I_SLICE * N, N), b_hidden, row_lse, row_delta,
             factor, OUT,
-        )  # fmt: skip
-    return b_dq
-
-
-@gluon.jit
-def add_registers(
-    b_dq, b_q, b_do, b_k, b_v, registers, row_lse, row_delta, factor, OUT: gl.constexpr,
-):  # fmt: skip
-    M: gl.constexpr = b_q.shape[0]
-    ALL: gl.constexpr = b_k.shape[0]
-    N: gl.constexpr = min(ALL, 64)
-    for I_SLICE in gl.static_range(ALL // N):
-        b_dq = add_gradient(
-            b_dq, b_q, b_do, b_k.slice(I_SLICE * N, N), b_v.slice(I_SLICE * N, N),
-            register_mask(registers, I_SLICE * N, N, M), row_lse, row_delta, factor, OUT,
         )  # fmt: skip
     return b_dq
 
@@ -165,13 +153,16 @@ def hopper_small_query_kernel(
     b_dq = gl.zeros([M, D], gl.float32, OUT)
     for PART in gl.static_range(len(k_descs)):
         b_dq = add_part(
-            b_dq, b_q, b_do, keys[PART], values[PART], k_descs[PART], corner, row_lo, row_hi, row_lse, row_delta,
-            factor, RANK, OUT,
+            b_dq, b_q, b_do, keys[PART], values[PART], k_descs[PART], corner, row_lo, row_hi, registers, row_lse,
+            row_delta, factor, RANK, OUT,
         )  # fmt: skip
         corner = next_corner(corner, k_descs[PART], AXIS)
     if regk_desc is not None:
         I_REG: gl.constexpr = len(k_descs)
-        b_dq = add_registers(b_dq, b_q, b_do, keys[I_REG], values[I_REG], registers, row_lse, row_delta, factor, OUT)
+        b_dq = add_part(
+            b_dq, b_q, b_do, keys[I_REG], values[I_REG], None, corner, row_lo, row_hi, registers, row_lse,
+            row_delta, factor, RANK, OUT,
+        )  # fmt: skip
     b_dq = warpgroup_mma_wait(0, deps=[b_dq])
     b_q.store((b_dq * scale).to(q_desc.dtype))
     fence_async_shared()
@@ -388,8 +379,7 @@ def query_call(launch: SmallLaunch, p: Problem, grad_out: Layout, grad_lse: Layo
         KEYS=launch.keys, D=p.query.shape[-1], WITH_DLSE=grad_lse is not None,
         num_warps=WARPS, maxnreg=launch.max_registers,
     )  # fmt: skip
-    out = layout(torch.empty(p.query.shape, device="meta"))
-    boxes = (query_boxes(x, launch.tile, launch.pack) for x in (p.query, grad_out, out))
+    boxes = (query_boxes(x, launch.tile, launch.pack) for x in (p.query, grad_out, contiguous(p.query.shape)))
     return Call((*boxes, *boxes_of_parts(launch, p.key, p.value), *boxes_of_registers(launch, p)), attend)
 
 
@@ -416,6 +406,6 @@ def key_call(launch: SmallLaunch, p: Problem, grad_out: Layout) -> Call:
         CAUSAL=three_axes(p.is_causal, False), TILE=launch.tile, AXIS=launch.axis, RANK=p.rank, QUERIES=launch.keys,
         D=p.query.shape[-1], num_warps=WARPS, maxnreg=launch.max_registers,
     )  # fmt: skip
-    out = layout(torch.empty(p.key.shape, device="meta"))
+    out = contiguous(p.key.shape)
     tile = (key_boxes(x, launch.tile) for x in (p.key, p.value, out, out))
     return Call((*tile, *boxes_of_parts(launch, p.query, grad_out)), attend)

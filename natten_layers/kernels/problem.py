@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import accumulate
 from math import ceil, prod
 from operator import mul
 from typing import Any, NamedTuple, TypeVar
@@ -27,6 +28,12 @@ class Layout(NamedTuple):
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
+
+
+def contiguous(shape: Sequence[int]) -> Layout:
+    """Of a new tensor."""
+    steps = accumulate(reversed(shape[1:]), mul, initial=1)
+    return Layout(tuple(shape), tuple(steps)[::-1])
 
 
 def layout(tensor: Tensor) -> Layout:
