@@ -33,6 +33,7 @@ L2_BYTES = 60 * 2**20  # H200
 WARM_UP = 3
 SLOW = 0.1  # seconds from which a call is warm when it ends
 MIN_SAMPLES, MAX_SAMPLES = 4, 200
+LONGEST_WAIT = 0.2  # seconds that the device is kept waiting for the host, enough for a training step of many launches
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def measure(calls: Mapping[str, Call], device: torch.device, budget_s: float) ->
 def _time_on_device(call: Call, i: int, delay: float) -> Callable[[], float]:
     """Enqueue one timed call. The device first waits while the host enqueues, so that no launch gap is timed."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(int(min(2 * delay, 0.02) * 2e9))  # cycles, at about 2 GHz
+    torch.cuda._sleep(int(min(2 * delay, LONGEST_WAIT) * 2e9))  # cycles, at about 2 GHz
     start.record()
     call(i)
     end.record()

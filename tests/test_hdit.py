@@ -378,6 +378,23 @@ def test_loss_is_the_weighted_error_of_the_denoised_image(weighting: Any, weight
     torch.testing.assert_close(denoiser.loss(x, noise, sigma), error * weight(sigma))
 
 
+def test_compiling_a_denoiser_compiles_its_loss_too() -> None:
+    compiled: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        compiled.append("network")
+        return graph
+
+    denoiser = Denoiser(Scale(), sigma_data=0.5)
+    x, noise, sigma = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4), torch.tensor([0.1, 9.0])
+    expected = denoiser.loss(x, noise, sigma), denoiser(x, sigma)
+    denoiser.compile(backend=backend)
+    torch.testing.assert_close(denoiser.loss(x, noise, sigma), expected[0])
+    assert compiled == ["network"]
+    torch.testing.assert_close(denoiser(x, sigma), expected[1])
+    assert compiled == ["network"]
+
+
 def test_denoiser_limits() -> None:
     x = torch.randn(1, 3, 4, 4, dtype=F64)
     clean = Denoiser(Scale(), sigma_data=0.5)(x, torch.tensor([1e-9], dtype=F64))

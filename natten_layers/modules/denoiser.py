@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -80,6 +80,13 @@ class Denoiser(nn.Module):
         target = (x - c_skip * noised) / c_out
         output = self.model((noised * c_in).to(x.dtype), sigma, **conditions)
         return (output - target).square().flatten(1).mean(1) * self._weight(sigma)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the network, which :meth:`forward` and :meth:`loss` share, with ``torch.compile``'s arguments.
+
+        ``nn.Module.compile`` compiles calls of this module alone, and training calls the loss.
+        """
+        self.model.compile(*args, **kwargs)
 
     def _weight(self, sigma: Tensor) -> Tensor:
         total = sigma**2 + self.sigma_data**2
