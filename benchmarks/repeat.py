@@ -44,15 +44,21 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 1 if a way failed anywhere."""
     parser = runner.make_parser("repeat", __doc__, budget_s=0.5, timed="each window, group and mode")
     parser.add_argument("--mode", choices=(*MODES, "both"), default="both")
-    parser.add_argument("--report", type=Path, help="take this JSON of an earlier run and measure nothing")
+    parser.add_argument("--report", nargs="+", type=Path, help="take the JSON of earlier runs and measure nothing")
     parser.add_argument("--page", type=Path, help="put the table between the marks of this markdown page")
     args = parser.parse_args(argv)
-    report = json.loads(args.report.read_text()) if args.report else _measure(args)
-    text = "\n".join([f"{runner.heading(report)}.", "", *table(report["rows"])])
+    try:
+        page = args.page.read_text() if args.page else f"{BEGIN}{END}"
+        fill(page, "")  # it fails before, not after, all has been measured
+        reports = [json.loads(path.read_text()) for path in args.report or ()]
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    reports = reports or [_measure(args)]
+    text = "\n\n".join("\n".join([f"{runner.heading(r)}.", "", *table(r["rows"])]) for r in reports)
     print(f"\n{text}")
     if args.page:
-        args.page.write_text(fill(args.page.read_text(), text))
-    return int(any(row["failure"] for row in report["rows"]))
+        args.page.write_text(fill(page, text))
+    return int(any(row["failure"] for report in reports for row in report["rows"]))
 
 
 def _measure(args: argparse.Namespace) -> dict[str, Any]:

@@ -282,14 +282,23 @@ def test_repeat_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monk
     page = tmp_path / "page.md"
     page.write_text(f"Before.\n\n{repeat.BEGIN}\nold\n{repeat.END}\n\nAfter.\n")
     for _ in range(2):  # filled pages can be filled again
-        assert repeat.main(["--report", str(path), "--page", str(page)]) == 0
+        assert repeat.main(["--report", str(path), str(path), "--page", str(page)]) == 0
     filled = page.read_text()
     assert filled.startswith("Before.\n")
     assert filled.endswith("\nAfter.\n")
-    assert filled.count("| 13x13 | 8 | fwdbwd |") == 1
+    assert filled.count("| 13x13 | 8 | fwdbwd |") == 2  # once for each report
     assert "old" not in filled
-    with pytest.raises(ValueError, match=repeat.BEGIN):
-        repeat.fill("no marks", "table")
+    unmarked = tmp_path / "unmarked.md"
+    unmarked.write_text("no marks")
+    for report, target, message in (
+        (path, unmarked, repeat.BEGIN),
+        (tmp_path / "none", page, "none"),
+        (page, page, "line 1"),
+    ):
+        with pytest.raises(SystemExit):
+            repeat.main(["--report", str(report), "--page", str(target)])
+        assert message in capsys.readouterr().err
+    assert (page.read_text(), unmarked.read_text()) == (filled, "no marks")
 
 
 def test_repeat_table() -> None:
