@@ -81,7 +81,10 @@ def _logistic_cdf(sigma: float, loc: float, scale: float) -> float:
 def _cosine_interpolated(
     sigma_data: float, low: float, high: float, *, image_d: float, noise_d_low: float, noise_d_high: float
 ) -> Quantile:
-    """Cosine schedules shifted to two resolutions and interpolated: Hoogeboom et al., "simple diffusion" (2023)."""
+    """Cosine schedules shifted to two resolutions and interpolated: Hoogeboom et al., "simple diffusion" (2023).
+
+    ``noise_d_low`` is that of high noise, ``noise_d_high`` that of low noise: time 0 there is the noisy end, ``u = 1``.
+    """
     bounds = [-2 * math.log(sigma / sigma_data) for sigma in (high, low)]
 
     def shifted(u: Tensor, noise_d: float) -> Tensor:
@@ -89,7 +92,7 @@ def _cosine_interpolated(
         last, first = (math.atan(math.exp(-(bound - shift) / 2)) for bound in bounds)
         return shift - 2 * torch.log(torch.tan(first + u * (last - first)))
 
-    return lambda u: sigma_data * torch.exp(-torch.lerp(shifted(u, noise_d_low), shifted(u, noise_d_high), u) / 2)
+    return lambda u: sigma_data * torch.exp(-torch.lerp(shifted(u, noise_d_high), shifted(u, noise_d_low), u) / 2)
 
 
 def stratified(places: Tensor, total: int, uniform: Tensor) -> Tensor:

@@ -106,12 +106,16 @@ def test_sigma_quantile(density: dict, median: float) -> None:
     torch.testing.assert_close(sigma[50].item(), median, rtol=2e-3, atol=0)
 
 
-def test_cosine_interpolated_shifts_noise_up_with_resolution() -> None:
-    """By hand: at ``u`` the log SNR is the mean, weighted by u, of two cosine schedules shifted by 2 log(d / 64)."""
-    model = {"sigma_data": 1.0, "sigma_min": 1e-3, "sigma_max": 1e3, "input_size": [64, 64]}
+def test_cosine_interpolated_shifts_high_noise_up_with_resolution() -> None:
+    """By hand: ``sigma_data tan(u pi / 2) (size / noise_d_low) ** u (size / noise_d_high) ** (1 - u)``.
+
+    That is the schedule with ends at 0 and infinity; from 1e-3 to 1e3 it differs by 2 % at u = 0.9.
+    """
+    model = {"sigma_data": 0.5, "sigma_min": 1e-3, "sigma_max": 1e3, "input_size": [256, 256]}
     quantile = make_sigma_quantile({**model, "sigma_sample_density": {"type": "cosine-interpolated"}})
-    # At u = 1/2 the schedule is within 1e-3 of tan(pi / 4), so sigma is (64 / 32) ** (1 / 2).
-    torch.testing.assert_close(quantile(torch.tensor(0.5)).item(), math.sqrt(2), rtol=2e-3, atol=0)
+    u = torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9], dtype=torch.float64)
+    expected = 0.5 * torch.tan(u * math.pi / 2) * (256 / 32) ** u
+    torch.testing.assert_close(quantile(u), expected, rtol=3e-2, atol=0)
 
 
 def test_split_lognormal_has_its_mass_where_its_scales_say() -> None:
