@@ -20,7 +20,9 @@ __all__ = [
     "check_additional",
     "check_like",
     "check_pair",
+    "check_scale",
     "check_sink",
+    "check_tensors",
     "prepare",
 ]
 
@@ -85,12 +87,9 @@ def prepare(
     if window is None:
         window = _check_canonical_form(tensors, axes)
         _accept(signature, window)
-    if scale is None:
-        scale = query.shape[-1] ** -0.5
-    if not _is_finite_number(scale):
-        raise ValueError(f"scale must be a finite number, got {scale!r}; multiply a learned scale into the query")
+    factor = query.shape[-1] ** -0.5 if scale is None else check_scale(scale)
     registers = _expand_registers(additional_keys, additional_values, query.shape[0])
-    return Call(query, key, value, *registers, check_sink(sink, query), window, float(scale), head_shape)
+    return Call(query, key, value, *registers, check_sink(sink, query), window, factor, head_shape)
 
 
 _accepted: dict[Hashable, Window] = {}
@@ -131,7 +130,7 @@ def _check_user_form(tensors: _Tensors, axes: _AxisOptions) -> int:
     """Check arguments as the user has them up to the head axes; returns the number of spatial axes."""
     query, key, value, additional_keys, additional_values = tensors
     kernel_size, stride, dilation, is_causal = axes
-    _check_tensors(query=query, key=key, value=value)
+    check_tensors(query=query, key=key, value=value)
     check_pair(additional_keys, additional_values)
     rank = _spatial_rank(query, kernel_size=kernel_size, stride=stride, dilation=dilation, is_causal=is_causal)
     _check_qkv(query, key, value, rank)
@@ -167,7 +166,7 @@ def _check_canonical_form(tensors: _Tensors, axes: _AxisOptions) -> Window:
     return window
 
 
-def _check_tensors(**arguments: object) -> None:
+def check_tensors(**arguments: object) -> None:
     for name, value in arguments.items():
         if value is None and name.startswith("additional"):
             raise ValueError(f"additional_keys and additional_values come together, but {name} is None")
@@ -178,7 +177,7 @@ def _check_tensors(**arguments: object) -> None:
 def check_pair(additional_keys: object, additional_values: object) -> None:
     """Registers have keys and values, or there are none."""
     if additional_keys is not None or additional_values is not None:
-        _check_tensors(additional_keys=additional_keys, additional_values=additional_values)
+        check_tensors(additional_keys=additional_keys, additional_values=additional_values)
 
 
 def _spatial_rank(query: Tensor, **axis_arguments: object) -> int:
@@ -230,12 +229,28 @@ def _collapse_heads(
     registers = additional_keys, additional_values
     if key.shape[-2] != value.shape[-2] or not all(map(_is_one_head, (key, value, *registers))):
         return key, value, *registers
+    if any(map(_has_own_gradient, (key, value, *registers))):
+        register_keys, register_values = (
+            None if t is None else t.expand(*t.shape[:-2], key.shape[-2], -1) for t in registers
+        )
+        return key, value, register_keys, register_values
     register_keys, register_values = (None if t is None else _first_head(t) for t in registers)
     return _first_head(key), _first_head(value), register_keys, register_values
 
 
 def _is_one_head(tensor: Tensor | None) -> bool:
     return tensor is None or (tensor.ndim > 1 and (tensor.shape[-2] == 1 or tensor.stride(-2) == 0))
+
+
+def _has_own_gradient(tensor: Tensor | None) -> bool:
+    """Whether a gradient is asked for an expanded tensor, each head's by itself, and not for what it views."""
+    return (
+        tensor is not None
+        and tensor.requires_grad
+        and not torch.compiler.is_compiling()
+        and (tensor.is_leaf or torch._C._are_functorch_transforms_active())
+        and tensor.shape[-2] > 1
+    )
 
 
 def _first_head(tensor: Tensor) -> Tensor:
@@ -254,7 +269,8 @@ def _collapse_group(
     def has_heads(t: Tensor | None, heads: int) -> bool:
         return t is not None and t.ndim == 4 and t.shape[-2] == heads
 
-    if all(map(_is_one_head, (key, value))) and (group == 1 or not has_heads(additional_keys, kv_heads * group)):
+    expanded = all(map(_is_one_head, (key, value))) and not any(map(_has_own_gradient, (key, value)))
+    if expanded and (group == 1 or not has_heads(additional_keys, kv_heads * group)):
         return key.select(-2, 0), value.select(-2, 0), additional_keys, additional_values
     register_keys, register_values = (
         t.repeat_interleave(group, -2) if t is not None and has_heads(t, kv_heads) else t
@@ -289,6 +305,12 @@ def _expand_registers(keys: Tensor | None, values: Tensor | None, batch: int) ->
     return keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1)
 
 
+def check_scale(scale: object) -> float:
+    if not _is_finite_number(scale):
+        raise ValueError(f"scale must be a finite number, got {scale!r}; multiply a learned scale into the query")
+    return float(scale)
+
+
 def check_sink(sink: float | Tensor | None, query: Tensor) -> Tensor | float | None:
     heads = query.shape[-2]
     if sink is None or (isinstance(sink, float) and sink == -math.inf):
@@ -310,4 +332,7 @@ def _is_finite_number(value: object) -> TypeGuard[float]:
     """Compared rather than asked ``math.isfinite``, which cannot be traced for a number that a graph takes as input."""
     if isinstance(value, float):  # asked first: an abstract class takes its time
         return -math.inf < value < math.inf
-    return isinstance(value, Real) and not isinstance(value, bool) and -math.inf < float(value) < math.inf
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and -math.inf < float(value) < math.inf
+    except OverflowError:  # an integer of hundreds of digits
+        return False

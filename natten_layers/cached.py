@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .arguments import DTYPES, check_additional, check_like, check_pair, check_sink
+from .arguments import DTYPES, check_additional, check_like, check_pair, check_scale, check_sink, check_tensors
+from .eager import without_autocast
 from .functional import Impl, takes_fused
 from .kernels import decode_ops
 
 __all__ = ["cached_attention"]
 
+MAX_POSITION = 1 << 31
 CHUNK_SCORES = 1 << 24
 """Scores that the eager path holds at a time: 64 MiB in fp32."""
 
@@ -129,6 +132,7 @@ def _check(
     window: int | None,
     scale: float | None,
 ) -> None:
+    check_tensors(query=query, key=key, value=value, query_positions=query_positions, key_positions=key_positions)
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.ndim != 4 or 0 in tensor.shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected [B, L, heads, head_dim], none 0")
@@ -152,12 +156,13 @@ def _check(
             raise ValueError(f"{name} has dtype {positions.dtype}; expected an integer dtype")
         if positions.device != query.device:
             raise ValueError(f"{name} is on {positions.device}, but query is on {query.device}")
-    if window is not None and (type(window) is not int or window < 1):
+    if window is not None and (isinstance(window, bool) or not isinstance(window, Integral) or window < 1):
         raise ValueError(f"window must be None or an int of at least 1, got {window!r}")
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}")
+    if scale is not None:
+        check_scale(scale)
 
 
+@without_autocast
 def _eager(
     query: Tensor,
     key: Tensor,
@@ -171,6 +176,7 @@ def _eager(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Validated arguments to ``(out, lse)``, a chunk of queries at a time."""
+    query_positions, key_positions = query_positions.long(), key_positions.long()  # narrow ones would wrap around
     accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
     batch, length, heads = query.shape[:3]
     if sink is not None:
@@ -187,7 +193,7 @@ def _eager(
     def attend(q: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         visible = (key_positions >= 0)[:, None] & (key_positions[:, None] <= positions[..., None])
         if window is not None:
-            visible = visible & (key_positions[:, None] > positions[..., None] - window)
+            visible = visible & (key_positions[:, None] > positions[..., None] - min(window, MAX_POSITION))
         return _attend(q.to(accumulate) * scale, keys, values, deaf, visible, registers, sink)
 
     step = max(1, CHUNK_SCORES // (batch * heads * key.shape[1]))

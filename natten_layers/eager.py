@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +22,12 @@ from torch import Tensor
 
 from .geometry import Window, class_length, window_bounds, window_mask
 
-__all__ = ["attention_state", "dense_attention_state", "merge_states"]
+__all__ = ["attention_state", "dense_attention_state", "merge_states", "without_autocast"]
 
 State = tuple[Tensor, Tensor, Tensor]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 TILE_ROWS = 64
 """Queries of a tile, all heads of its group counted: enough rows for a matrix product, few keys beyond each window."""
@@ -31,6 +35,21 @@ CHUNK_SCORES = 1 << 19
 """Scores computed at once, so that they stay in a core's cache between the two matrix products."""
 
 
+def without_autocast(function: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatenate[Tensor, P], R]:
+    """Keep autocast, which takes products of fp32 tensors in half precision, out of a function that casts by itself."""
+
+    @wraps(function)
+    def run(tensor: Tensor, *args: P.args, **kwargs: P.kwargs) -> R:
+        device = tensor.device.type
+        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+            return function(tensor, *args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return function(tensor, *args, **kwargs)
+
+    return run
+
+
+@without_autocast
 def dense_attention_state(
     query: Tensor,
     key: Tensor,
@@ -75,6 +94,7 @@ def dense_attention_state(
     return out.to(query.dtype).reshape(*shape, -1), row_max.reshape(shape), row_sum.reshape(shape)
 
 
+@without_autocast
 def attention_state(
     query: Tensor,
     key: Tensor,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from helpers import raises_naming
 from torch import Tensor
 
 from natten_layers import cached
@@ -167,7 +169,7 @@ def test_half_precision_rounds_only_its_inputs_and_its_output(dtype: torch.dtype
     [
         ({"window": 0}, "window must be None or an int of at least 1, got 0"),
         ({"window": 2.0}, "window must be"),
-        ({"scale": math.inf}, "scale must be finite"),
+        ({"scale": math.inf}, "scale must be a finite number"),
         ({"query": torch.zeros(2, 3, 3, 4)}, "query has 3, key and value 2"),
         ({"query": torch.zeros(1, 3, 4, 4)}, "do not fit"),
         ({"query": torch.zeros(2, 0, 4, 4)}, "none 0"),
@@ -197,3 +199,35 @@ def test_fused_never_falls_back() -> None:
     q, p = torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, dtype=torch.int64)
     with pytest.raises(RuntimeError, match="fused"):
         cached_attention(q, q, q, p, p, impl="fused")
+
+
+@pytest.mark.parametrize(("dtype", "window"), [("uint8", 5), ("int8", 200), ("int32", 2**32), ("int64", 2**70)])
+def test_positions_of_any_integer_dtype_mean_the_same(dtype: str, window: int) -> None:
+    q, positions = torch.randn(1, 64, 1, 8), torch.arange(64)[None]
+    narrow = positions.to(getattr(torch, dtype))
+    expected = cached_attention(q, q, q, positions, positions, window=min(window, 1000))
+    torch.testing.assert_close(cached_attention(q, q, q, narrow, narrow, window=window), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        ({"key": None}, ("key", "None")),
+        ({"query_positions": [[0]]}, ("query_positions", "list")),
+        ({"scale": True}, ("scale", "True")),
+        ({"scale": torch.tensor(0.5, requires_grad=True)}, ("scale", "multiply a learned scale into the query")),
+        ({"scale": 10**400}, ("scale", "finite")),
+        ({"window": True}, ("window", "True")),
+    ],
+)
+def test_arguments_of_other_types_are_errors(change: dict[str, Any], names: tuple[str, ...]) -> None:
+    q, positions = torch.randn(1, 4, 1, 8), torch.arange(4)[None]
+    arguments: dict[str, Any] = {
+        "query": q,
+        "key": q,
+        "value": q,
+        "query_positions": positions,
+        "key_positions": positions,
+    }
+    with raises_naming(*names):
+        cached_attention(**{**arguments, **change})

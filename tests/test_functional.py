@@ -15,7 +15,7 @@ import torch
 from helpers import Case, make_inputs, oracle, raises_naming, run
 from torch import Tensor
 
-from natten_layers import attention_state, eager, merge_attention, neighborhood_attention
+from natten_layers import attention_state, cached_attention, eager, merge_attention, neighborhood_attention
 from natten_layers.kernels import ops
 
 FP64 = torch.float64
@@ -477,3 +477,49 @@ def test_everything_runs_without_triton() -> None:
     command = [sys.executable, "-W", "error", "-c", WITHOUT_TRITON]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("transform", [False, True], ids=["leaf", "func.grad"])
+@pytest.mark.parametrize("form", ["heads", "group", "registers"])
+def test_expanded_heads_that_are_asked_for_get_a_gradient_each(form: str, transform: bool) -> None:
+    """A gradient of the tensor that was expanded is their sum; one of the expanded tensor tells them apart."""
+    torch.manual_seed(0)
+    shape = (1, 12, 2, 2, 8) if form == "group" else (1, 12, 4, 8)
+    q, base = torch.randn(shape, dtype=torch.float64), torch.randn(1, 12, 1, 8, dtype=torch.float64)
+    base = base.unsqueeze(-2).expand(1, 12, 2, 1, 8) if form == "group" else base
+    extra: dict[str, Tensor] = {}
+    if form == "registers":
+        extra = {f"additional_{n}": torch.randn(1, 3, 1, 8, dtype=torch.float64) for n in ("keys", "values")}
+
+    def gradients(key: Tensor, value: Tensor, **extra: Any) -> tuple[Tensor, ...]:
+        def loss(key: Tensor, value: Tensor) -> Tensor:
+            return neighborhood_attention(q, key, value, (5,), **extra).square().sum()
+
+        if transform:
+            return torch.func.grad(loss, argnums=(0, 1))(key, value)
+        leaves = key.detach().requires_grad_(), value.detach().requires_grad_()
+        assert leaves[0].stride() == key.stride()
+        return torch.autograd.grad(loss(*leaves), leaves)
+
+    wide = {name: t.expand(-1, -1, 4, -1) for name, t in extra.items()}
+    expected = gradients(*(base.expand(shape).contiguous() for _ in range(2)), **wide)
+    for ours, theirs in zip(gradients(*(base.expand(shape) for _ in range(2)), **extra), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+        assert not torch.allclose(theirs[..., :1, :], theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast_leaves_scores_and_statistics_in_fp32(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    q, k = (8 * torch.randn(1, 16, 2, 16).to(dtype) for _ in range(2))
+    v, positions = torch.randn(1, 16, 2, 16).to(dtype), torch.arange(16)[None]
+    extra: dict[str, Any] = {"additional_keys": k[:, :3], "additional_values": v[:, :3], "sink": 1.0}
+
+    def results() -> tuple[Tensor, ...]:
+        window = neighborhood_attention(q, k, v, 5, **extra, return_lse=True)
+        return *window, *cached_attention(q, k, v, positions, positions, window=5, **extra, return_lse=True)
+
+    expected = results()
+    with torch.autocast("cpu", dtype):
+        for ours, theirs in zip(results(), expected, strict=True):
+            assert torch.equal(ours, theirs)

@@ -234,21 +234,25 @@ class DecoderLM(nn.Module):
         """The stream after the last norm, ``[B, L, C]``; with a mask, padding comes last."""
         length = input_ids.shape[1]
         positions = torch.arange(length, device=input_ids.device)[None]
-        longest = length if mask is None else int(mask.sum(1).max())
+        longest = length
         if cache is not None:
             positions = positions + cache.lengths[:, None]
-            longest += cache.longest
+            longest = length + cache.longest if mask is None else int((cache.lengths + mask.sum(1)).max())
+        elif mask is not None and length > self.config.max_positions:  # asks the device, which a graph can not
+            longest = int(mask.sum(1).max())
         self.check_length(longest)
         if mask is not None:
             positions = torch.where(mask, positions, -1)
         x = self.model.embed_tokens(input_ids)
         if self.config.embedding_scale != 1.0:  # rounded first, as Gemma was trained
             x = x * torch.tensor(self.config.embedding_scale).to(x.dtype).item()
-        angle = torch.float64 if x.dtype == torch.float64 else torch.float32
-        angles = {rope: rope.angles_at(positions, angle) for rope in {self.rope, self.windowed_rope}}
+        precision = torch.float64 if x.dtype == torch.float64 else torch.float32
+        angles = self.rope.angles_at(positions, precision)
+        shared = self.windowed_rope is self.rope
+        windowed_angles = angles if shared else self.windowed_rope.angles_at(positions, precision)
         for i, block in enumerate(self.model.layers):
-            rope = self.rope if self.config.windows[i] is None else self.windowed_rope
-            x = block(x, angles[rope], positions, None if cache is None else cache.layers[i], longest)
+            own_angles = angles if self.config.windows[i] is None else windowed_angles
+            x = block(x, own_angles, positions, None if cache is None else cache.layers[i], longest)
         if cache is not None:
             cache.lengths += length if mask is None else mask.sum(1)
             cache.longest = longest
