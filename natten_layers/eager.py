@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import wraps
@@ -270,9 +271,11 @@ Part = tuple[int, int]  # start and length along Z
 
 def _plan(spatial: Sequence[int], window: Window, group: int) -> tuple[_Axis, ...]:
     """Grow the tile, one axis at a time, where that adds the fewest keys to the union."""
+    # A compiled graph is for these lengths: with symbols for them, to trace the loops over tiles takes minutes.
+    lengths = map(operator.index, spatial)
     axes = [
         _Axis(*arguments, tile=1)
-        for arguments in zip(spatial, window.kernel_size, window.stride, window.dilation, window.is_causal, strict=True)
+        for arguments in zip(lengths, window.kernel_size, window.stride, window.dilation, window.is_causal, strict=True)
     ]
     while group * math.prod([a.tile for a in axes]) < TILE_ROWS:
         growth = [(a.kernel + 2 * a.tile) / (a.kernel + a.tile) if a.tile < a.longest else math.inf for a in axes]

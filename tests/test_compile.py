@@ -307,3 +307,16 @@ def test_second_derivatives_of_torch_func_say_that_they_are_missing() -> None:
 
     with raises_naming("second derivatives", 'impl="eager"', error=NotImplementedError):
         torch.func.grad(slope)(query)
+
+
+@pytest.mark.parametrize("lengths", [[(9,), (12,), (14,)], [(5, 6), (7, 6), (8, 9)]], ids=["1d", "2d"])
+def test_other_lengths_compile_into_one_graph_too(lengths: list[tuple[int, ...]]) -> None:
+    def attend(q: Tensor, k: Tensor) -> Tensor:
+        return neighborhood_attention(q, k, k, 3, impl="eager")
+
+    torch.compiler.reset()
+    compiled = torch.compile(attend, fullgraph=True, backend="eager")
+    for spatial in lengths:
+        q, k = (torch.randn(1, *spatial, heads, 8, requires_grad=True) for heads in (2, 1))
+        results = [torch.autograd.grad(f(q, k).square().sum(), (q, k)) for f in (compiled, attend)]
+        torch.testing.assert_close(*results)

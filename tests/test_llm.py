@@ -104,6 +104,23 @@ def test_cached_equals_uncached(model: DecoderLM, chunks: list[int]) -> None:
     close(got, model(ids))
 
 
+def test_a_cache_counts_the_tokens_of_each_text() -> None:
+    """Padding of one text is not added to the tokens of another."""
+    config = DecoderLMConfig(
+        vocab_size=31, hidden_size=24, intermediate_size=20, num_layers=1, num_heads=2, max_positions=8
+    )
+    torch.manual_seed(0)
+    lm = DecoderLM(config).eval()
+    ids, cache = torch.randint(0, 31, (2, 5)), lm.make_cache(2)
+    first, second = torch.tensor([[1] * 5, [0] * 5]), torch.tensor([[0] * 5, [1] * 5])
+    with torch.no_grad():
+        lm(ids, attention_mask=first, cache=cache)
+        logits = lm(ids, attention_mask=second, cache=cache)
+        torch.testing.assert_close(logits[1], lm(ids)[1])
+        with pytest.raises(ValueError, match="a text of 10 tokens"):
+            lm(ids, attention_mask=first, cache=cache)
+
+
 @torch.no_grad()
 def test_cached_padding_equals_the_text_alone(model: DecoderLM) -> None:
     """Padding on both sides of both chunks, then tokens one at a time; rows have different lengths."""
@@ -251,6 +268,22 @@ def test_deepcopy_pickle_and_state_dict() -> None:
     other.load_state_dict(model.state_dict())
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), other):
         assert torch.equal(twin(ids), model(ids))
+
+
+def test_a_mask_compiles_into_one_graph_and_exports() -> None:
+    config = DecoderLMConfig(
+        vocab_size=31, hidden_size=24, intermediate_size=20, num_layers=2, num_heads=2, windows=(3, None)
+    )
+    torch.manual_seed(0)
+    lm = DecoderLM(config).eval()
+    ids, mask = torch.randint(0, 31, (2, 9)), torch.ones(2, 9, dtype=torch.long)
+    mask[0, :4] = 0
+    expected = lm(ids, attention_mask=mask)
+    compiled = torch.compile(lm, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(ids, attention_mask=mask), expected)
+    for keywords, wanted in (({"attention_mask": mask}, expected), ({}, lm(ids))):
+        exported = torch.export.export(lm, (ids,), keywords).module()
+        torch.testing.assert_close(exported(ids, **keywords), wanted)
 
 
 def test_compiles_without_a_graph_break() -> None:
