@@ -5,9 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import os
-import pickle
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from natten_layers.checkpoints import hdit_name
+from natten_layers.checkpoints import hdit_name, load_plain
 from natten_layers.files import replacing
 from parallel import Processes
 
@@ -62,17 +62,25 @@ class RunFiles:
         with replacing(self.state) as temporary:
             temporary.write_text(json.dumps({"latest_checkpoint": checkpoint.name}))
 
-    def losses(self, before: int) -> list[float]:
-        """What the metrics file holds of the steps 1 to ``before``."""
-        try:
-            with self.path("_metrics.csv").open() as file:
-                return [float(row["loss"]) for row in csv.DictReader(file) if int(row["step"]) <= before]
-        except FileNotFoundError:
-            return []
+    def losses(self, before: int) -> dict[int, float]:
+        """What the metrics file holds of the steps up to ``before``, by step.
 
-    def rewrite_metrics(self, losses: Iterable[float]) -> None:
+        Raises:
+            ValueError: a damaged file.
+        """
+        path = self.path("_metrics.csv")
+        try:
+            with path.open() as file:
+                rows = [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file)]
+        except FileNotFoundError:
+            return {}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error}); mend or delete it") from error
+        return {step: loss for step, loss in rows if step <= before}
+
+    def rewrite_metrics(self, losses: Mapping[int, float]) -> None:
         with replacing(self.path("_metrics.csv")) as temporary:
-            rows = "".join(f"{step},{loss!r}\n" for step, loss in enumerate(losses, 1))
+            rows = "".join(f"{step},{loss!r}\n" for step, loss in losses.items())
             temporary.write_text(f"step,loss\n{rows}")
 
 
@@ -93,32 +101,58 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: Path, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, model_config: Mapping[str, Any]
+    path: Path, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, config: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Put a run back to where :func:`save_checkpoint` left it; returns ``rest``.
 
     Raises:
         ValueError: a damaged file, or one of another model.
     """
+    content = load_plain(path)
+    missing = {"model", "model_ema", "opt", "config", "step", "scaler"} - set(
+        content if isinstance(content, dict) else ()
+    )
+    if missing:
+        raise ValueError(f"{path} is no training checkpoint of this script: it lacks {', '.join(sorted(missing))}")
+    tensors, ema_tensors, state = content.pop("model"), content.pop("model_ema"), content.pop("opt")
+    check_config(path, content["config"], config)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        tensors, ema_tensors, state = content.pop("model"), content.pop("model_ema"), content.pop("opt")
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged or no checkpoint of this script: {error}") from error
-    check_config(path, content["config"]["model"], model_config)
-    model.load_state_dict(tensors)
-    ema.load_state_dict({key: ema_tensors[hdit_name(key)] for key in ema.state_dict()})
-    optimizer.load_state_dict(state)
+        model.load_state_dict(tensors)
+        ema.load_state_dict({key: ema_tensors[hdit_name(key)] for key in ema.state_dict()})
+    except (RuntimeError, KeyError) as error:
+        raise ValueError(f"{path} holds other weights than this script saves: {error}") from error
+    with own_settings(optimizer):
+        optimizer.load_state_dict(state)
     return content
 
 
+@contextmanager
+def own_settings(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Let a state be loaded, and put what the config says of each group back: decay, betas and the like."""
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    yield
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
+
+
 def check_config(path: Path, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    different = sorted(key for key in {*saved, *current} if saved.get(key) != current.get(key))
+    """What weights and labels mean must not have changed.
+
+    Raises:
+        ValueError: it has; what differs and what would fix it.
+    """
+    there, here = saved["model"], current["model"]
+    pairs = [(f"model.{key}", there.get(key), here.get(key)) for key in sorted({*there, *here})]
+    names = [config.get("dataset", {}).get("class_names") for config in (saved, current)]
+    if all(names):  # the meaning of a label
+        pairs.append(("dataset.class_names", *names))
+    different = [f"{name} is {one!r} there and {other!r} here" for name, one, other in pairs if one != other]
+    counts = [config.get("dataset", {}).get("num_classes", 0) for config in (saved, current)]
+    if counts[0] != counts[1]:
+        different.append(f"dataset.num_classes is {counts[0]} there and {counts[1]} here")
     if different:
         raise ValueError(
-            f"{path} was trained with another config: "
-            + "; ".join(f"model.{key} is {saved.get(key)!r} there and {current.get(key)!r} here" for key in different)
-            + ". Use its config, or another --name."
+            f"{path} was trained with another config: {'; '.join(different)}. Use its config, or another --name."
         )
 
 
@@ -144,17 +178,18 @@ def save_sharded(
 
 
 def load_sharded(
-    path: Path, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, model_config: Mapping[str, Any]
+    path: Path, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, config: Mapping[str, Any]
 ) -> dict[str, Any]:
     """:func:`load_checkpoint` for such a folder; any number of processes may have written it."""
     try:
         rest = json.loads((path / SHARDED_CONFIG).read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is no sharded checkpoint of this script: {error}") from error
-    check_config(path, rest["config"]["model"], model_config)
+    check_config(path, rest["config"], config)
     state = _sharded_state(model, ema, optimizer)
     state_dict_loader.load(state, checkpoint_id=path)
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["opt"])
+    with own_settings(optimizer):
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["opt"])
     set_model_state_dict(ema, state["model_ema"])
     return rest
 

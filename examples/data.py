@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import random
+import signal
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -86,7 +87,7 @@ class Folder:
         if not folder.is_dir():
             raise ValueError(f"{folder} is not a folder of images")
         self.size, self.channels = size, channels
-        self.class_names = tuple(sorted(p.name for p in folder.iterdir() if p.is_dir())) if classes else ()
+        self.class_names = tuple(sorted(p.name for p in folder.iterdir() if _is_class(p))) if classes else ()
         roots = [folder / name for name in self.class_names] or [folder]
         self.images = [
             (path, label)
@@ -103,6 +104,10 @@ class Folder:
     def load(self, index: int, generator: torch.Generator) -> tuple[Tensor, int]:
         path, label = self.images[index]
         return _to_tensor(_centre_crop(_open_image(path, self.channels), self.size)), label
+
+
+def _is_class(path: Path) -> bool:
+    return path.is_dir() and not path.name.startswith(".")
 
 
 class HuggingFace:
@@ -124,7 +129,12 @@ class HuggingFace:
         for key in (image_key, class_key):
             if key is not None and key not in self.rows.features:
                 raise ValueError(f"dataset {name!r} has no column {key!r}; it has {', '.join(self.rows.features)}")
-        self.class_names = () if class_key is None else tuple(self.rows.features[class_key].names)
+        names = () if class_key is None else getattr(self.rows.features[class_key], "names", None)
+        if names is None:
+            raise ValueError(
+                f"column {class_key!r} of dataset {name!r} is no ClassLabel; name another as dataset.class_key"
+            )
+        self.class_names = tuple(names)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -174,7 +184,7 @@ def _open_image(path: Path, channels: int) -> Image.Image:
     try:
         with Image.open(path) as image:
             return image.convert(MODES[channels])
-    except (OSError, UnidentifiedImageError) as error:
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
 
 
@@ -325,6 +335,16 @@ class Keys(Sampler[list[Key]]):
 
 def load_batches(examples: Examples, keys: Keys, *, workers: int, pin_memory: bool) -> Iterator[Batch]:
     loader = DataLoader(
-        examples, batch_sampler=keys, num_workers=workers, pin_memory=pin_memory, persistent_workers=workers > 0
+        examples,
+        batch_sampler=keys,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        persistent_workers=workers > 0,
+        worker_init_fn=_outlive_termination,
     )
     return iter(loader)
+
+
+def _outlive_termination(worker: int) -> None:
+    """SIGTERM to the whole group is the main process's to answer: it takes its step to the end, and needs the data."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -62,16 +62,17 @@ def read_record(path: Path) -> dict[str, Any]:
     return json.loads(text)
 
 
-def save_loss_curve(losses: Sequence[float], path: Path, title: str) -> None:
-    """Loss by step, with a running mean."""
+def save_loss_curve(losses: Mapping[int, float], path: Path, title: str) -> None:
+    """Losses by step, with a running mean."""
     from matplotlib.figure import Figure  # slow to import, and only needed at the end
 
     window = max(1, len(losses) // 50)
-    mean = np.convolve(losses, np.ones(window) / window, mode="valid")
+    steps, values = list(losses), list(losses.values())
+    mean = np.convolve(values, np.ones(window) / window, mode="valid")
     figure = Figure(figsize=(7, 3.5), layout="constrained")
     axes = figure.add_subplot()
-    axes.plot(range(1, len(losses) + 1), losses, linewidth=0.5, alpha=0.4, label="loss")
-    axes.plot(range(window, len(losses) + 1), mean, label=f"mean of {window} steps")
+    axes.plot(steps, values, linewidth=0.5, alpha=0.4, label="loss")
+    axes.plot(steps[window - 1 :], mean, label=f"mean of {window} steps")
     axes.set(xlabel="step", ylabel="loss", yscale="log", title=title)
     axes.legend(frameon=False)
     with replacing(path) as temporary:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -111,6 +112,11 @@ def parse_classes(values: Sequence[str] | None, config: HDiTConfig) -> tuple[int
     return tuple(known[value] for value in values)
 
 
+def check_device(parser: argparse.ArgumentParser, device: str) -> None:
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device {device}: this PyTorch finds no CUDA device")
+
+
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="a safetensors file, or a training checkpoint (.pth)")
@@ -127,6 +133,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=64, help="images at a time, default: %(default)s")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     arguments = parser.parse_args(argv)
+    check_device(parser, arguments.device)
+    output = arguments.output
+    if output.suffix.lower() != ".png":
+        parser.error(f"--output must end with .png, which holds how the grid was made, got {output}")
+    folder = next(path for path in output.absolute().parents if path.exists())  # what is missing is made
+    if not arguments.reproduce and not (folder.is_dir() and os.access(folder, os.W_OK)):
+        parser.error(f"--output {output}: nothing can be written to {folder}")
     for name in ("count", "steps", "batch_size"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")
@@ -143,8 +156,11 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--guidance {arguments.guidance} needs classes, and {arguments.checkpoint} has none")
     if arguments.reproduce:
         record = read_record(arguments.reproduce)
-        expected = record.pop("sha256")
-        request = Request.from_record(record)
+        try:
+            expected = record.pop("sha256")
+            request = Request.from_record(record)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{arguments.reproduce} was made by another version: {error}") from error
     else:
         expected = None
         request = Request(

@@ -20,6 +20,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ from diffusion import ema_decay, learning_rate_factor, loss_weighting, make_sigm
 from natten_layers import Denoiser, HDiT, HDiTConfig
 from parallel import Processes, local
 from pictures import save_loss_curve, save_png
-from sample_hdit import Request, digest, picture, sample
+from sample_hdit import Request, check_device, digest, picture, sample
 
 PRESETS = Path(__file__).parent / "configs"
 SECTIONS: dict[str, dict[str, Any]] = {  # k-diffusion's defaults for this type of model
@@ -89,9 +90,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     config = arguments.config or PRESETS / f"{arguments.preset}.json"
     arguments = parser.parse_args([*_as_flags(_read_json(config).get("run", {})), *argv])
     arguments.config = config
-    for key in ("batch_size", "grad_accum_steps", "save_every", "sample_n", "sample_steps"):
-        if getattr(arguments, key) < 1:
-            parser.error(f"--{key.replace('_', '-')} must be at least 1, got {getattr(arguments, key)}")
+    least = dict.fromkeys(("batch_size", "grad_accum_steps", "save_every", "sample_n", "sample_steps", "end_step"), 1)
+    for key, minimum in {**least, "demo_every": 0, "num_workers": 0}.items():
+        if (value := getattr(arguments, key)) is not None and value < minimum:
+            parser.error(f"--{key.replace('_', '-')} must be at least {minimum}, got {value}")
+    if arguments.lr is not None and not 0 < arguments.lr < math.inf:
+        parser.error(f"--lr must be positive, got {arguments.lr}")
+    check_device(parser, arguments.device)
     return arguments
 
 
@@ -105,9 +110,23 @@ def _as_flags(section: Mapping[str, Any]) -> Iterator[str]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is no JSON file: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object, but {content!r:.100}")
+    return content
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Say of which file it is that something is missing in it, or of another type."""
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f"{path} lacks {error}") from error
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no config of this script: {error}") from error
 
 
 def read_config(path: Path, data: str | None) -> dict[str, Any]:
@@ -115,9 +134,12 @@ def read_config(path: Path, data: str | None) -> dict[str, Any]:
     config = _read_json(path)
     config.pop("run", None)
     if data is not None:
-        config["dataset"] = parse_data_flag(data)
+        kept = {key: value for key, value in (config.get("dataset") or {}).items() if key == "cond_dropout_rate"}
+        config["dataset"] = parse_data_flag(data) | kept
+    elif config.get("dataset") is None:
+        raise ValueError(f"{path} has no dataset; name one with --data")
     for section, defaults in SECTIONS.items():
-        config[section] = defaults | config.get(section, {})
+        config[section] = defaults | (config.get(section) or {})
     for section in ("optimizer", "ema_sched"):
         found, only = config[section]["type"], SECTIONS[section]["type"]
         if found != only:
@@ -158,10 +180,13 @@ class Trainer:
 
     def __init__(self, arguments: argparse.Namespace, processes: Processes) -> None:
         self.arguments, self.processes, self.files = arguments, processes, RunFiles(arguments.name)
-        self._read_data()
-        self.model_config = self.plan.to_json()["model"]
-        self.quantile = make_sigma_quantile(self.model_config)
-        weighting = loss_weighting(self.model_config)
+        with naming(arguments.config):
+            self._read_data()
+            self.model_config = self.plan.to_json()["model"]
+            self.quantile = make_sigma_quantile(self.model_config)
+            self.quantile(torch.tensor([0.5]))  # what it lacks shows on its first call
+            learning_rate_factor(self.config["lr_sched"], 0)
+            weighting = loss_weighting(self.model_config)
 
         torch.manual_seed(arguments.seed)
         self.model = HDiT(self.plan, checkpointing=arguments.checkpointing).to(processes.device)
@@ -200,8 +225,9 @@ class Trainer:
         path = self.arguments.resume or self.files.latest()
         if path is not None:
             load = load_sharded if self.processes.fsdp else load_checkpoint
-            rest = load(path, self.model, self.ema, self.optimizer, self.model_config)
-            self.scaler.load_state_dict(rest["scaler"])
+            rest = load(path, self.model, self.ema, self.optimizer, self.plan.to_json())
+            if rest["scaler"]:  # empty where the run had another precision
+                self.scaler.load_state_dict(rest["scaler"])
             self.step = self.saved_step = rest["step"]
             self.say(f"resuming from {path} at step {self.step}")
 
@@ -317,10 +343,11 @@ class Trainer:
         if self.step > self.saved_step:
             self.save()
         self.demo("_samples.png")
-        if self.processes.first:
-            losses = self.files.losses(self.step)
+        written = [".safetensors", "_samples.png"] if self.files.path(".safetensors").exists() else ["_samples.png"]
+        if self.processes.first and (losses := self.files.losses(self.step)):
             save_loss_curve(losses, self.files.path("_loss.png"), f"{self.arguments.name}, {self.step} steps")
-        for suffix in (".safetensors", "_samples.png", "_loss.png"):
+            written.append("_loss.png")
+        for suffix in written:
             self.say(f"wrote {self.files.path(suffix)}")
 
     def say(self, text: str) -> None:
@@ -378,7 +405,8 @@ def run(arguments: argparse.Namespace, processes: Processes) -> int:
     if trainer.train():
         trainer.finish()
         return 0
-    trainer.say(f"stopped after step {trainer.step}; saved. The same command goes on from here.")
+    command = "The same command without --resume" if arguments.resume else "The same command"
+    trainer.say(f"stopped after step {trainer.step}; saved. {command} goes on from here.")
     return 130
 
 
@@ -391,7 +419,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped at once; the last checkpoint is whole", file=sys.stderr)
+        print("stopped at once; checkpoints that were saved before are whole", file=sys.stderr)
         return 130
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from .files import replacing
 
-__all__ = ["hdit_name", "load_tensors", "read_hdit", "write_hdit"]
+__all__ = ["hdit_name", "load_plain", "load_tensors", "read_hdit", "write_hdit"]
 
 WEIGHTS = "model.safetensors"
 
@@ -80,15 +79,30 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any] | None, dict[str, Tens
     return config, tensors
 
 
-def _read_training(path: Path) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
+def load_plain(path: Path) -> Any:
+    """What ``torch.save`` wrote of tensors and plain objects. Nothing in the file is executed.
+
+    Raises:
+        ValueError: damaged, or with other objects; the message names the file.
+    """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is damaged, or holds objects that are not plain tensors: {error}") from error
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (FileNotFoundError, PermissionError, IsADirectoryError):
+        raise
+    except Exception as error:  # bytes that are missing or changed surface as almost any type
+        reason = str(error).strip() or type(error).__name__
+        raise ValueError(f"{path} is damaged, or holds objects that are not plain tensors: {reason}") from error
+
+
+def _read_training(path: Path) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
+    content = load_plain(path)
     tensors = content.get("model_ema") if isinstance(content, dict) else None
-    if not isinstance(tensors, dict):
-        raise ValueError(f'{path} is no k-diffusion training checkpoint: it has no entry "model_ema"')
-    return content.get("config"), tensors
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise ValueError(f'{path} is no k-diffusion training checkpoint: it has no entry "model_ema" of tensors')
+    config = content.get("config")
+    if not isinstance(config, dict | None):
+        raise ValueError(f"{path}: its config is no JSON object, but {config!r:.100}")
+    return config, tensors
 
 
 def load_tensors(

@@ -9,12 +9,13 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ from pictures import read_record
 EXAMPLES = Path(train_hdit.__file__).parent
 # New processes find the package without an installation, and leave the cores to the tests that run beside them.
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"}
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "model": {
         "type": "image_transformer_v2",
         "input_channels": 3,
@@ -355,6 +356,82 @@ def test_ctrl_c_saves_and_goes_on(config: Path, monkeypatch: pytest.MonkeyPatch)
     assert metrics(config, "stopped") == metrics(config, "whole")
 
 
+def test_metrics_keep_their_steps_under_a_new_name(config: Path) -> None:
+    assert train(config, "a", "--end-step", "4") == 0
+    assert train(config, "b", "--resume", str(config.parent / "a_00000002.pth"), "--end-step", "3") == 0
+    assert train(config, "b", "--end-step", "4") == 0
+    whole = metrics(config, "a").splitlines()
+    assert metrics(config, "b").splitlines() == [whole[0], *whole[3:]]
+    assert train(config, "c", "--resume", str(config.parent / "a_00000004.pth"), "--end-step", "4") == 0
+
+
+def test_a_run_may_change_its_precision_and_its_optimizer_but_not_its_classes(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(config, "a", "--end-step", "2") == 0
+    optimizer = {"weight_decay": 0.5, "betas": [0.5, 0.6], "eps": 1e-3}
+    config.write_text(json.dumps({**CONFIG, "optimizer": optimizer}))
+    assert train(config, "a", "--end-step", "4", "--mixed-precision", "fp16") == 0
+    state = torch.load(config.parent / "a_00000004.pth", weights_only=True)["opt"]
+    group = max(state["param_groups"], key=lambda group: group["weight_decay"])
+    assert (group["weight_decay"], tuple(group["betas"]), group["eps"]) == (0.5, (0.5, 0.6), 1e-3)
+    files = {"cat": "chelsea.png", "wall": "brick.png"}
+    config.write_text(json.dumps({**CONFIG, "dataset": {**CONFIG["dataset"], "files": files}}))
+    assert train(config, "a", "--end-step", "6") == 2
+    assert "dataset.class_names is ['cat', 'brick'] there and ['cat', 'wall'] here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.5, 0.9, 0.999])
+def test_a_truncated_checkpoint_is_named(config: Path, capsys: pytest.CaptureFixture[str], share: float) -> None:
+    assert train(config, "a", "--end-step", "2") == 0
+    whole, cut = config.parent / "a_00000002.pth", config.parent / "cut.pth"
+    content = whole.read_bytes()
+    cut.write_bytes(content[: int(share * len(content))])
+    assert train(config, "b", "--resume", str(cut)) == 2
+    assert f"{cut} is damaged" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"cut\.pth is damaged"):
+        HDiT.from_pretrained(cut)
+
+
+def test_sigterm_to_all_processes_saves(config: Path) -> None:
+    """As schedulers and ``timeout`` send it: those that load images must live until the step is taken."""
+    flags = ["--config", str(config), "--name", str(config.parent / "a"), "--device", "cpu", "--num-workers", "2"]
+    command = [sys.executable, str(EXAMPLES / "train_hdit.py"), *flags]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, start_new_session=True, text=True, env=ENVIRONMENT, stdout=pipe, stderr=pipe)
+    path = config.parent / "a_metrics.csv"
+    deadline = time.monotonic() + 120
+    while not path.exists() or len(path.read_text().splitlines()) < 4:
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    output = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    saved = json.loads((config.parent / "a_state.json").read_text())["latest_checkpoint"]
+    assert int(saved.removeprefix("a_").removesuffix(".pth")) >= 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dataset": None}, "has no dataset"),
+        ({"dataset": {"type": "imagefolder"}}, "lacks 'location'"),
+        ({"model": {**CONFIG["model"], "sigma_sample_density": {"type": "lognormal"}}}, "is no config of this script"),
+        ({"lr_sched": {"type": "exponential"}}, "lacks 'num_steps'"),
+    ],
+    ids=["no dataset", "no location", "no scale", "no steps"],
+)
+def test_what_a_config_lacks_is_named(
+    config: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any], message: str
+) -> None:
+    config.write_text(json.dumps({**CONFIG, **change}))
+    assert train(config, "a", "--end-step", "1") == 2
+    error = capsys.readouterr().err
+    assert str(config) in error
+    assert message in error
+
+
 @contextmanager
 def small_disk(size: int) -> Iterator[None]:
     """No file can grow beyond ``size`` bytes, as on a full disk."""
@@ -485,6 +562,9 @@ def test_bad_input_to_sampling(trained: Path, tmp_path: Path, capsys: pytest.Cap
     truncated.write_bytes(model.read_bytes()[:5000])
     assert "truncated.safetensors" in says(truncated)
     assert "nowhere.safetensors" in says(tmp_path / "nowhere.safetensors")
+    with pytest.raises(SystemExit):
+        says(model, "--output", str(tmp_path / "grid.jpg"))
+    assert "--output must end with .png" in capsys.readouterr().err
     assert "--classes dog 7: this model has classes 0 to 1: cat, brick" in says(model, "--classes", "dog", "cat", "7")
     assert "height 18" in says(model, "--size", "18", "16")
     assert "does not say how it was made" in says(model, "--reproduce", _plain_png(tmp_path))
