@@ -42,6 +42,7 @@ from checkpointing import (
 from data import Batch, Examples, Keys, load_batches, open_source, parse_data_flag
 from diffusion import ema_decay, learning_rate_factor, loss_weighting, make_sigma_quantile, stratified
 from natten_layers import Denoiser, HDiT, HDiTConfig
+from natten_layers.checkpoints import load_tensors, read_hdit
 from parallel import Processes, local
 from pictures import save_loss_curve, save_png
 from sample_hdit import Request, check_device, digest, picture, sample
@@ -69,6 +70,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--name", default="runs/hdit", help="prefix of all files written, default: %(default)s")
     parser.add_argument("--resume", type=Path, help="go on from this checkpoint, not from NAME's latest")
+    parser.add_argument(
+        "--resume-inference", type=Path, metavar="FILE", help="start at step 0 from these weights (safetensors or .pth)"
+    )
     parser.add_argument("--data", metavar="DIR|hf:OWNER/NAME", help="train on these images, not on the config's")
     parser.add_argument("--batch-size", type=int, default=64, help="images per process and accumulation step")
     parser.add_argument("--grad-accum-steps", type=int, default=1, help="batches per optimiser step")
@@ -189,7 +193,11 @@ class Trainer:
             weighting = loss_weighting(self.model_config)
 
         torch.manual_seed(arguments.seed)
-        self.model = HDiT(self.plan, checkpointing=arguments.checkpointing).to(processes.device)
+        self.model = HDiT(self.plan, checkpointing=arguments.checkpointing)
+        if arguments.resume_inference:  # a checkpoint of the run itself, loaded below, wins
+            _, tensors = read_hdit(arguments.resume_inference)
+            load_tensors(self.model, tensors, arguments.resume_inference, torch.float32)
+        self.model.to(processes.device)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         if arguments.compile:
             self.model.compile()

@@ -153,11 +153,11 @@ def config_from_hf(raw: Mapping[str, Any]) -> DecoderLMConfig:
     required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     if missing := [key for key in required if raw.get(key) is None]:
         raise ValueError(f"the config has no {', '.join(missing)}")
-    activation = (
-        raw.get("hidden_activation") or raw.get("hidden_act") or ("gelu_pytorch_tanh" if "gemma" in family else "silu")
-    )
+    # Each family's class in transformers reads one of the two keys.
+    key, usual = ("hidden_activation", "gelu_pytorch_tanh") if "gemma" in family else ("hidden_act", "silu")
+    activation = raw.get(key) or usual
     if activation not in ACTIVATIONS:
-        raise ValueError(f"config key hidden_act={activation!r} is not implemented; known are {list(ACTIVATIONS)}")
+        raise ValueError(f"config key {key}={activation!r} is not implemented; known are {list(ACTIVATIONS)}")
     options = {
         "vocab_size": raw["vocab_size"],
         "hidden_size": raw["hidden_size"],

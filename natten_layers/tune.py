@@ -216,6 +216,8 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argpars
     parser.add_argument("--trials", type=int, default=60, help="launches to try for each kernel, default %(default)s")
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args(argv)
+    if args.trials < 1:
+        parser.error(f"--trials must be at least 1, got {args.trials}")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("there is no CUDA device here, and the fused kernels run on no other")
     return parser, args
@@ -285,6 +287,7 @@ def main(argv: Sequence[str] | None = None, *, timer: Timer = _device_seconds) -
             return neighborhood_attention(q, k, v, kernel_size, dilation=dilation, is_causal=args.causal, impl="fused")
 
         attend(*heads)  # what does not fit is an error here
+        write_tuned(cache_file(), {})  # and a file that is damaged or cannot be written, not after the search
         problem = _problem_class(args, heads[0], kv_heads)
         try:
             for kind, best in tune(
@@ -307,6 +310,8 @@ def main(argv: Sequence[str] | None = None, *, timer: Timer = _device_seconds) -
             print(f"written to {cache_file()}")
     except (ValueError, RuntimeError, OSError) as error:
         parser.exit(1, f"{parser.prog}: error: {error}\n")
+    except KeyboardInterrupt:  # before or after the search
+        return 130
     return status
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -26,7 +27,7 @@ import sample_hdit
 import train_hdit
 from data import Examples, Folder, Keys, Photographs, augment, open_source, parse_data_flag
 from diffusion import SAMPLERS, guided, karras_sigmas, learning_rate_factor, make_sigma_quantile, stratified
-from natten_layers import HDiT, HDiTConfig
+from natten_layers import HDiT, HDiTConfig, convert
 from pictures import read_record
 
 EXAMPLES = Path(train_hdit.__file__).parent
@@ -363,6 +364,24 @@ def test_metrics_keep_their_steps_under_a_new_name(config: Path) -> None:
     whole = metrics(config, "a").splitlines()
     assert metrics(config, "b").splitlines() == [whole[0], *whole[3:]]
     assert train(config, "c", "--resume", str(config.parent / "a_00000004.pth"), "--end-step", "4") == 0
+
+
+def test_training_goes_on_from_converted_weights(config: Path) -> None:
+    wide = copy.deepcopy(CONFIG)
+    wide["model"]["self_attns"][0]["num_kv_heads"] = 2
+    config.write_text(json.dumps(wide))
+    assert train(config, "wide", "--end-step", "2") == 0
+    pooled = config.parent / "pooled.safetensors"
+    convert.main([str(config.parent / "wide.safetensors"), str(pooled), "--group-size", "2", "1"])
+    config.write_text(json.dumps(CONFIG))
+    assert train(config, "grouped", "--resume-inference", str(pooled), "--end-step", "1", "--lr", "1e-30") == 0
+    before, after = (
+        HDiT.from_pretrained(path).state_dict() for path in (pooled, config.parent / "grouped.safetensors")
+    )
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor, rtol=1e-6, atol=1e-7)
+    assert train(config, "other", "--resume-inference", str(config.parent / "wide.safetensors"), "--end-step", "1") == 2
 
 
 def test_a_run_may_change_its_precision_and_its_optimizer_but_not_its_classes(

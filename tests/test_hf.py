@@ -339,3 +339,17 @@ def test_loading_takes_the_models_own_memory(tmp_path: Path) -> None:
     result = subprocess.run([sys.executable, "-c", LOAD, str(tmp_path)], capture_output=True, text=True, check=True)
     kibibytes, size = map(int, result.stdout.split())
     assert kibibytes * 1024 < 1.3 * size + 16 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("family", "keys", "activation"),
+    [
+        ("llama", {"hidden_act": "silu", "hidden_activation": "gelu_pytorch_tanh"}, "silu"),
+        ("gemma3_text", {"hidden_act": "silu"}, "gelu_tanh"),
+        ("gemma3_text", {"hidden_activation": "silu"}, "silu"),
+    ],
+)
+def test_the_activation_is_what_the_family_reads(family: str, keys: dict[str, str], activation: str) -> None:
+    sizes = {"vocab_size": 8, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1}
+    raw = {"model_type": family, "num_attention_heads": 2, "num_key_value_heads": 2, **sizes, **keys}
+    assert hf.config_from_hf(raw).activation == activation

@@ -141,12 +141,14 @@ def test_the_file_keeps_other_problems(cache: Path) -> None:
         assert launches.launch_for("forward", PROBLEM).pack == 1
 
 
-@pytest.mark.parametrize("damage", ["{", '{"format": 2, "launches": []}', '{"format": 1}', "odd"])
+@pytest.mark.parametrize(
+    "damage", ["{", '{"format": 2, "launches": []}', '{"format": 1}', "tile", "pack", "stages", "[" * 10**5]
+)
 def test_a_damaged_file_is_named_and_kept(cache: Path, damage: str) -> None:
     launches.write_tuned(cache, {("forward", PROBLEM): Launch((1, 4, 4), (1, 4, 8), 4, 2, 1)})
-    if damage == "odd":
+    if damage in (wrong := {"tile": [1, 3, 4], "pack": 4096, "stages": "x"}):
         content = json.loads(cache.read_text())
-        content["launches"][0]["launch"]["tile"] = [1, 3, 4]
+        content["launches"][0]["launch"][damage] = wrong[damage]
         damage = json.dumps(content)
     cache.write_text(damage)
     launches._tuned.cache_clear()
@@ -168,6 +170,15 @@ def test_ctrl_c_keeps_what_was_found(cache: Path) -> None:
 
     assert tune.main([*FLAGS, "--kernels", "forward"], timer=timer) == 130
     assert len(launches.read_tuned(cache)) == 1
+
+
+def test_a_damaged_file_ends_the_command_before_the_search(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    cache.write_text("{")
+    with pytest.warns(UserWarning, match="is damaged"), pytest.raises(SystemExit, match="1"):
+        tune.main(FLAGS, timer=lambda run: pytest.fail("a search began"))
+    assert "delete it and tune again" in capsys.readouterr().err
+    assert cache.read_text() == "{"
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ Nothing is searched on a user's call. The file of tuned launches is read once, w
 from __future__ import annotations
 
 import json
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -32,6 +33,8 @@ __all__ = [
 ]
 
 FORMAT = 1
+MOST_SIDES = 1024
+"""rows of a tile, or columns of a chunk, that a file may ask for: more than any multiprocessor holds"""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -122,15 +125,13 @@ def read_tuned(path: Path) -> Tuned:
         ValueError: a damaged file, or one of another format.
     """
     try:
-        text = path.read_text()
-    except FileNotFoundError:
-        return {}
-    try:
-        content = json.loads(text)
+        content = json.loads(path.read_text())
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']}, expected {FORMAT}")
         return dict(_entry(entry) for entry in content["launches"])
-    except (ValueError, KeyError, TypeError) as error:
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged or of another version ({error!r}); delete it and tune again") from error
 
 
@@ -141,6 +142,10 @@ def _entry(entry: Mapping[str, Any]) -> tuple[tuple[Kind, ProblemClass], Launch]
     sides = (*launch.tile, *launch.chunk, launch.pack, launch.num_warps)
     if len(sides) != 8 or any(type(n) is not int or n < 1 or n & (n - 1) for n in sides):
         raise ValueError(f"a launch has sides that are no powers of two: {launch}")
+    rows, columns = math.prod(launch.tile) * launch.pack, math.prod(launch.chunk)
+    counts = (launch.num_warps, 32), (launch.stages, 8), (launch.max_registers or 255, 255)
+    if max(rows, columns) > MOST_SIDES or any(type(n) is not int or not 1 <= n <= most for n, most in counts):
+        raise ValueError(f"no GPU runs such a launch: {launch}")
     return (entry["kind"], problem), launch
 
 
