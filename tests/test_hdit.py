@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -403,3 +404,31 @@ def test_denoiser_limits() -> None:
         Denoiser(Scale())
     with pytest.raises(ValueError, match="weighting must be"):
         Denoiser(Scale(), sigma_data=1.0, weighting="min-snr")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "message"),
+    [
+        ("model", {"widths": 16}, '"widths"'),
+        ("model", {"widths": []}, '"widths"'),
+        ("model", {"depths": 2}, '"depths"'),
+        ("model", {"self_attns": [None, None]}, '"self_attns"'),
+        ("model", {"self_attns": ["neighborhood", "global"]}, '"self_attns"'),
+        ("model", {"dropout_rate": [0.1, None]}, "dropout"),
+        ("model", {"mapping_dropout_rate": "x"}, "mapping_dropout_rate"),
+        ("model", {"input_size": 16.0}, "input_size"),
+        ("model", {"sigma_data": 0}, "sigma_data"),
+        ("model", {"sigma_max": None}, "sigma_max"),
+        (None, {"dataset": None}, '"dataset"'),
+    ],
+)
+def test_values_of_other_types_name_their_key(section: str | None, change: dict[str, Any], message: str) -> None:
+    model = {"type": "image_transformer_v2", "widths": [64, 64], "depths": [1, 1], "patch_size": 2, "input_size": 16}
+    config: dict[str, Any] = {"model": {**model, "input_channels": 3}}
+    HDiTConfig.from_json(config)
+    if section is None:
+        config |= change
+    else:
+        config[section] |= change
+    with pytest.raises(ValueError, match=re.escape(message)):
+        HDiTConfig.from_json(config)

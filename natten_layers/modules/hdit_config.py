@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,6 +54,7 @@ class LevelConfig:
         if self.d_ff is None:
             object.__setattr__(self, "d_ff", 3 * self.width)
         _check_counts(self, {"d_ff": 1})
+        _check_rate(self, "dropout")
         if self.attention not in ATTENTION_TYPES:
             known = ", ".join(f'"{name}"' for name in ATTENTION_TYPES)
             raise ValueError(f"unknown attention type {self.attention!r}; known are {known}")
@@ -122,6 +124,11 @@ class HDiTConfig:
             size = getattr(self, name)
             if len(size) != 2 or any(type(length) is not int or length < 1 for length in size):
                 raise ValueError(f"{name} must be two positive ints, (height, width), got {size}")
+        for name in ("sigma_data", "sigma_min", "sigma_max"):
+            value = getattr(self, name)
+            if not _is_number(value) or not 0 <= value < math.inf or (value == 0 and name != "sigma_min"):
+                raise ValueError(f"{name} must be a positive number, got {value!r}")
+        _check_rate(self, "mapping_dropout_rate")
         sizes = {"input_channels": 1, "mapping_width": 2, "mapping_d_ff": 1}
         _check_counts(self, sizes | {"num_classes": 0, "mapping_depth": 0, "mapping_cond_dim": 0})
 
@@ -151,14 +158,16 @@ class HDiTConfig:
         known: dict[str, Any] = {"levels": _levels_from_json(model)}
         for key in ("patch_size", "input_size"):
             size = _pop(model, key)
-            known[key] = (size, size) if isinstance(size, int) else tuple(size)
+            known[key] = tuple(size) if isinstance(size, list | tuple) else (size, size)
         known["input_channels"] = _pop(model, "input_channels")
         known["mapping_d_ff"] = model.pop("mapping_d_ff", None) or None
         scalars = ("mapping_width", "mapping_depth", "mapping_cond_dim", "mapping_dropout_rate")
         for key in (*scalars, "sigma_data", "sigma_min", "sigma_max"):
             if key in model:
                 known[key] = model.pop(key)
-        known["num_classes"] = config.setdefault("dataset", {}).pop("num_classes", 0)
+        if not isinstance(config.setdefault("dataset", {}), dict):
+            raise ValueError(f'config["dataset"] must be an object, got {config["dataset"]!r}')
+        known["num_classes"] = config["dataset"].pop("num_classes", 0)
         return cls(**known, other={key: value for key, value in config.items() if value != {}})
 
     def to_json(self) -> dict[str, Any]:
@@ -194,15 +203,32 @@ def _check_counts(config: LevelConfig | HDiTConfig, least: Mapping[str, int]) ->
             raise ValueError(f"{name} must be an int of at least {minimum}, got {value!r}")
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _check_rate(config: LevelConfig | HDiTConfig, name: str) -> None:
+    if not _is_number(value := getattr(config, name)) or not 0 <= value <= 1:
+        raise ValueError(f"{name} must be a number from 0 to 1, got {value!r}")
+
+
 def _pop(model: dict[str, Any], key: str) -> Any:
     if model.get(key) is None:
         raise ValueError(f'config["model"] lacks the key "{key}"')
     return model.pop(key)
 
 
+def _check_list(key: str, value: object) -> None:
+    if not isinstance(value, list | tuple):
+        raise ValueError(f'config["model"]["{key}"] must be a list with an entry for each level, got {value!r}')
+
+
 def _levels_from_json(model: dict[str, Any]) -> list[LevelConfig]:
     """Take the lists with one entry per level out of ``model``."""
     widths, depths = _pop(model, "widths"), _pop(model, "depths")
+    _check_list("widths", widths)
+    if not widths:
+        raise ValueError('config["model"]["widths"] is empty; an HDiT has at least one level')
     count = len(widths)
     lists = {
         "depths": depths,
@@ -213,10 +239,13 @@ def _levels_from_json(model: dict[str, Any]) -> list[LevelConfig]:
     if isinstance(lists["dropout_rate"], int | float):
         lists["dropout_rate"] = [lists["dropout_rate"]] * count
     for key, values in lists.items():
+        _check_list(key, values)
         if len(values) != count:
             raise ValueError(f'config["model"]["{key}"] has {len(values)} entries, but "widths" has {count}')
     levels = []
     for index, (width, depth, d_ff, entry, dropout) in enumerate(zip(widths, *lists.values(), strict=True)):
+        if not isinstance(entry, Mapping):
+            raise ValueError(f'config["model"]["self_attns"][{index}] must be an object with a "type", got {entry!r}')
         options = dict(entry)
         kind = options.pop("type", None)
         unknown = options.keys() - {*SHARED_KEYS, *OWN_KEYS}
