@@ -118,15 +118,20 @@ def load_tensors(
     """
     own = model.state_dict()
     names = {key: hdit_name(key) for key in own}
-    problems = [f'it lacks "{name}"' for name in names.values() if name not in tensors]
-    problems += [f'it has an unknown "{name}"' for name in sorted(tensors.keys() - set(names.values()))]
-    for key, name in names.items():
-        if name in tensors and tensors[name].shape != own[key].shape:
-            found, expected = tuple(tensors[name].shape), tuple(own[key].shape)
-            problems.append(f'"{name}" has shape {found}, but the config asks for {expected}')
-    if problems:
-        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise ValueError(f"{path} does not fit its config: {shown}. Use the config that it was trained with.")
+    missing = [f'it lacks "{name}"' for name in names.values() if name not in tensors]
+    unknown = [f'it has an unknown "{name}"' for name in sorted(tensors.keys() - set(names.values()))]
+    misshapen = [
+        f'"{name}" has shape {tuple(tensors[name].shape)}, but the config asks for {tuple(own[key].shape)}'
+        for key, name in names.items()
+        if name in tensors and tensors[name].shape != own[key].shape
+    ]
+    if problems := [*missing, *unknown, *misshapen]:
+        shown = [*missing[:2], *unknown[:2], *misshapen[:2]]
+        rest = f"; and {len(problems) - len(shown)} more" if len(problems) > len(shown) else ""
+        way_out = "Use the config that it was trained with."
+        if len(missing) == len(names):
+            way_out = "No tensor has a name that an HDiT knows: is there a prefix before them?"
+        raise ValueError(f"{path} does not fit its config: {'; '.join(shown)}{rest}. {way_out}")
     buffers = {name for name, _ in model.named_buffers()}
     state = {}
     for key, name in names.items():

@@ -138,9 +138,11 @@ def merge_states(*states: State) -> State:
     """Attention of the same queries over the union of disjoint sets of keys: ``(out, row_max, row_sum)``."""
     outs, maxima, sums = zip(*states, strict=True)
     row_max = torch.stack(maxima).amax(0)
-    weights = [row_sum * torch.exp(m - row_max) for m, row_sum in zip(maxima, sums, strict=True)]
+    reference = row_max.masked_fill(row_max == -math.inf, 0.0)  # rows that no state has a key for
+    weights = [row_sum * torch.exp(m - reference) for m, row_sum in zip(maxima, sums, strict=True)]
     row_sum = torch.stack(weights).sum(0)
-    merged = [out.to(row_sum.dtype) * (w / row_sum)[..., None] for out, w in zip(outs, weights, strict=True)]
+    total = row_sum.masked_fill(row_sum == 0, 1.0)
+    merged = [out.to(row_sum.dtype) * (w / total)[..., None] for out, w in zip(outs, weights, strict=True)]
     return torch.stack(merged).sum(0).to(outs[0].dtype), row_max, row_sum
 
 

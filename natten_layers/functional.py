@@ -164,7 +164,8 @@ def merge_attention(*states: tuple[Tensor, Tensor, Tensor]) -> AttentionState:
 
     Returns:
         The merged state; ``out`` in the first state's dtype, statistics in theirs. Associative, and differentiable in
-        every input. The merge of Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018).
+        every input. Rows that no state has a key for (``row_max`` -inf) stay so, with ``out`` 0. The merge of Milakov
+        and Gimelshein, "Online normalizer calculation for softmax" (2018).
 
     Raises:
         ValueError: no state, something else than a state, or shapes or devices that differ.

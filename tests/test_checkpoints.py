@@ -155,6 +155,7 @@ def test_tensors_that_do_not_fit(tmp_path: Path) -> None:
         'it lacks "out_norm.scale"': {k: t for k, t in tensors.items() if k != "out_norm.scale"},
         'it has an unknown "extra.weight"': tensors | {"extra.weight": torch.ones(1)},
         r"and \d+ more": {"extra.weight": torch.ones(1)},
+        r'"module\..*is there a prefix before them': {f"module.{k}": t for k, t in tensors.items()},
     }
     for message, content in cases.items():
         with pytest.raises(ValueError, match=rf"bad\.safetensors does not fit its config: .*{message}"):

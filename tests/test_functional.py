@@ -523,3 +523,21 @@ def test_autocast_leaves_scores_and_statistics_in_fp32(dtype: torch.dtype) -> No
     with torch.autocast("cpu", dtype):
         for ours, theirs in zip(results(), expected, strict=True):
             assert torch.equal(ours, theirs)
+
+
+def test_states_without_keys_merge() -> None:
+    """As :func:`cached_attention` gives them for padding: ``out`` 0, lse -inf."""
+    out, lse = torch.randn(1, 3, 2, 4, dtype=torch.float64), torch.randn(1, 3, 2, dtype=torch.float64)
+    ones = torch.ones_like(lse)
+    empty = torch.zeros_like(out), torch.full_like(lse, -math.inf), ones
+    for states in ((empty, empty), (empty, (empty[0], empty[1], 0 * ones))):
+        merged = merge_attention(*states)
+        assert not merged.out.any()
+        assert (merged.lse == -math.inf).all()
+    full = out.requires_grad_(), lse.requires_grad_(), ones
+    merged = merge_attention(empty, full, empty)
+    torch.testing.assert_close(merged.out, out)
+    torch.testing.assert_close(merged.lse, lse)
+    gradients = torch.autograd.grad(merged.out.sum() + merged.lse.sum(), (out, lse))
+    for gradient in gradients:
+        torch.testing.assert_close(gradient, torch.ones_like(gradient))
