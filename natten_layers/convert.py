@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .modules.attention import NeighborhoodGQA
 from .modules.hdit import HDiT
-from .modules.hdit_config import LevelConfig
+from .modules.hdit_config import HDiTConfig, LevelConfig
 
 __all__ = ["convert", "convert_file", "mha_to_gqa"]
 
@@ -95,14 +95,20 @@ def _group(level: LevelConfig, size: int, index: int) -> LevelConfig:
 
 
 def convert_file(
-    source: str | PathLike[str], target: str | PathLike[str], group_size: int | Sequence[int]
+    source: str | PathLike[str],
+    target: str | PathLike[str],
+    group_size: int | Sequence[int],
+    config: HDiTConfig | None = None,
 ) -> tuple[HDiT, HDiT]:
     """:func:`convert` from file to file, in the source's precision; returns both models.
+
+    Args:
+        config: for a source that holds none.
 
     Raises:
         ValueError: as :func:`convert` and :meth:`HDiT.from_pretrained`; the target is then untouched.
     """
-    model = HDiT.from_pretrained(source, dtype=None)
+    model = HDiT.from_pretrained(source, config=config, dtype=None)
     converted = convert(model, group_size)
     converted.save_pretrained(target)
     return model, converted
@@ -122,10 +128,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         metavar="G",
         help="KV heads to pool: one for all levels or one each",
     )
+    parser.add_argument("--config", help="JSON config, for a source that holds none")
     options = parser.parse_args(arguments)
     sizes = options.group_size[0] if len(options.group_size) == 1 else options.group_size
     try:
-        models = convert_file(options.source, options.target, sizes)
+        config = HDiTConfig.from_json(options.config) if options.config else None
+        models = convert_file(options.source, options.target, sizes, config)
     except (ValueError, OSError) as error:
         parser.exit(1, f"{parser.prog}: error: {error}\n")
     before, after = (sum(p.numel() for p in model.parameters()) for model in models)

@@ -277,6 +277,11 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([str(tmp_path / "nowhere"), str(target), "--group-size", "1"])
     assert target.read_bytes() == before
+    bare, config = tmp_path / "bare.safetensors", tmp_path / "config.json"
+    save_file(load_file(source), bare)
+    config.write_text(json.dumps(HDiT.from_pretrained(source).config.to_json()))
+    main([str(bare), str(target), "--group-size", "1", "2", "1", "--config", str(config)])
+    assert target.read_bytes() == before
     with pytest.raises(ValueError, match=r"group_size has 2 entries \[1, 1\], but the model has 3 levels"):
         convert_file(source, target, [1, 1])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -409,3 +410,29 @@ def test_a_model_that_cannot_be_recorded_says_so(model: DecoderLM, monkeypatch: 
     step(token)
     with pytest.raises(RuntimeError, match=r"pass cuda_graph=False: operation not permitted"):
         step(token)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rope": {"rope_type": "default"}}, "rope_theta"),
+        ({"rope": None}, "rope must have"),
+        ({"rope": {"rope_type": "default", "rope_theta": 0}}, "rope_theta"),
+        ({"windows": 5}, "windows"),
+        ({"num_registers": 1.5}, "num_registers"),
+        ({"norm_eps": -1.0}, "norm_eps"),
+    ],
+)
+def test_options_of_other_types_are_errors(change: dict[str, Any], message: str) -> None:
+    sizes: dict[str, Any] = {"hidden_size": 24, "intermediate_size": 20, "num_layers": 1, "num_heads": 2}
+    with pytest.raises(ValueError, match=message):
+        DecoderLMConfig(vocab_size=31, **sizes, **change)
+
+
+def test_no_padding_token_may_be_minus_one() -> None:
+    """As in old configs of LLaMA: the stop token is repeated."""
+    model = make(dataclasses.replace(BASE, pad_token_id=-1))
+    ids = tokens(2, 4)
+    first = int(model(ids)[0, -1].argmax())
+    out = model.generate(ids, max_new_tokens=4, temperature=0.0, stop_tokens=(first,))
+    assert (out[0] >= 0).all()

@@ -70,6 +70,7 @@ def generate(
     step = one_token(model, cache, cuda_graph=cuda_graph)
     ended = torch.zeros_like(input_ids[:, 0], dtype=torch.bool)
     pad = model.config.pad_token_id
+    pad = None if pad is not None and pad < 0 else pad  # -1 in old configs: there is none
     tokens: list[Tensor] = []
     while True:
         token = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -83,6 +84,8 @@ class DecoderLMConfig:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_heads)
         _check_positive("num_kv_heads", self.kv_heads)
         _check_positive("head_dim", self.dim)
+        if not isinstance(self.windows, Sequence):
+            raise ValueError(f"windows must have an entry for each layer, or one for all, got {self.windows!r}")
         windows = tuple(self.windows)
         object.__setattr__(self, "windows", windows * self.num_layers if len(windows) == 1 else windows)
         if isinstance(self.eos_token_id, list):  # as JSON has it
@@ -99,8 +102,16 @@ class DecoderLMConfig:
         for name, allowed in (("activation", ("silu", "gelu_tanh")), ("sink", (None, "zero", "learned"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
-        if self.num_registers < 0:
-            raise ValueError(f"num_registers must not be negative, got {self.num_registers}")
+        if type(self.num_registers) is not int or self.num_registers < 0:
+            raise ValueError(f"num_registers must be an int of at least 0, got {self.num_registers!r}")
+        for name, rope in (("rope", self.rope), ("windowed_rope", self.windowed_rope)):
+            if name == "windowed_rope" and rope is None:
+                continue
+            theta = rope.get("rope_theta") if isinstance(rope, Mapping) else None
+            if not isinstance(theta, int | float) or not 0 < theta < math.inf:
+                raise ValueError(f'{name} must have a positive "rope_theta", got {rope!r}')
+        if not 0 <= self.norm_eps < math.inf:
+            raise ValueError(f"norm_eps must not be negative, got {self.norm_eps}")
 
     @property
     def kv_heads(self) -> int:
