@@ -1,39 +1,25 @@
 """PyTorch implementations: the dense fp64 oracle, and the blocked path that CPU and MPS users run.
 
-The blocked path cuts every residue class of every axis into tiles of consecutive queries. A tile attends to the union
-of its windows, which is again a box of keys, under a small mask: gather, matrix product, softmax, matrix product. All
-ranks, strides, dilations and causal axes are the same loop over such tiles.
-
-Shape legend: Z = batch * KV heads, G query heads a KV head, m tiles of an axis, T queries of a tile, U keys of a union.
+The latter's tiles are in ``tiles.py``, with the legend of their shapes; registers and the sink join them here.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-import operator
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .geometry import Window, class_length, window_bounds, window_mask
+from .geometry import Window, window_mask
+from .tiles import State, attend_tiles, heads_first, is_lost, plan, tile_queries, untile
 
 __all__ = ["attention_state", "dense_attention_state", "merge_states", "without_autocast"]
 
-State = tuple[Tensor, Tensor, Tensor]
-
 P = ParamSpec("P")
 R = TypeVar("R")
-
-TILE_ROWS = 64
-"""Queries of a tile, all heads of its group counted: enough rows for a matrix product, few keys beyond each window."""
-CHUNK_SCORES = 1 << 19
-"""Scores computed at once, so that they stay in a core's cache between the two matrix products."""
 
 
 def without_autocast(function: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatenate[Tensor, P], R]:
@@ -115,22 +101,21 @@ def attention_state(
     """
     group = query.shape[-2] // key.shape[-2]
     accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
-    axes = _plan(query.shape[1:-2], window, group)
-    tiles = _tile(query.to(accumulate) * scale, axes, group)
-    k, v = (_heads_first(t.to(accumulate), axes) for t in (key, value))
+    axes = plan(query.shape[1:-2], window, group)
+    tiles = tile_queries(query.to(accumulate) * scale, axes, group)
+    k, v = (heads_first(t.to(accumulate), axes) for t in (key, value))
     # A masked weight is exactly zero, but zero times NaN is NaN. So tiles compute on finite keys and values only, and
     # rows that see a non-finite one are poisoned afterwards.
-    lost = torch.cat([_is_lost(k), _is_lost(v)], -1)
+    lost = torch.cat([is_lost(k), is_lost(v)], -1)
     k, v = (t.nan_to_num(0.0, 0.0, 0.0) for t in (k, v))
-    function = _Tiles if torch.compiler.is_compiling() else _ForwardModeTiles
-    out, row_max, log_sum = function.apply(tiles, k, v, lost, axes)
+    out, row_max, log_sum = attend_tiles(tiles, k, v, lost, axes)
     state = out, row_max, log_sum.exp()
     if additional_keys is not None and additional_values is not None:
         registers = (t.to(accumulate).movedim(1, 2).flatten(0, 1) for t in (additional_keys, additional_values))
         state = merge_states(state, _attend_registers(tiles, *registers))
     if sink is not None:
         state = _add_sink(state, torch.as_tensor(sink, dtype=accumulate, device=query.device), tiles)
-    out, row_max, row_sum = (_untile(t, axes, query) for t in (state[0], *(s[..., None] for s in state[1:])))
+    out, row_max, row_sum = (untile(t, axes, query) for t in (state[0], *(s[..., None] for s in state[1:])))
     return out.to(query.dtype), row_max[..., 0], row_sum[..., 0]
 
 
@@ -170,349 +155,3 @@ def _add_sink(state: State, sink: Tensor, tiles: Tensor) -> State:
     window_sum = row_sum * torch.exp(row_max - merged_max)
     row_sum = window_sum + torch.exp(sink - merged_max)
     return out * (window_sum / row_sum)[..., None], merged_max, row_sum
-
-
-# ---- Tiles ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Axis:
-    """One spatial axis cut into tiles: ``count`` tiles of ``tile`` queries for each of ``dilation`` residue classes."""
-
-    length: int
-    kernel: int
-    stride: int
-    dilation: int
-    causal: bool
-    tile: int
-
-    @property
-    def longest(self) -> int:
-        """Length of the longest residue class. Shorter ones are one token shorter and padded to it."""
-        return class_length(self.length, self.dilation, 0)
-
-    @property
-    def count(self) -> int:
-        return -(-self.longest // self.tile)
-
-    @property
-    def tiles(self) -> int:
-        return self.dilation * self.count
-
-    def bounds(self, index: int, residue: int) -> tuple[int, int]:
-        length = class_length(self.length, self.dilation, residue)
-        return window_bounds(min(index, length - 1), length, self.kernel, self.stride, self.causal)
-
-    def union(self, tile: int) -> tuple[int, int, int]:
-        """Residue class, first and last key (class indices, inclusive) of a tile's windows together."""
-        residue, position = divmod(tile, self.count)
-        start = position * self.tile
-        return residue, self.bounds(start, residue)[0], self.bounds(start + self.tile - 1, residue)[1]
-
-    def block(self, start: int, stop: int) -> _Block:
-        unions = [self.union(tile) for tile in range(start, stop)]
-        keys = max(last - first + 1 for _, first, last in unions)
-        # Unions are brought to one size; at a border the start moves inwards.
-        first = [min(first, self.longest - keys) for _, first, _ in unions]
-        tokens = [f * self.dilation + residue for f, (residue, *_) in zip(first, unions, strict=True)]
-        origin = min(tokens)
-        return _Block(
-            self, start, keys, tuple(first), origin, max(tokens) - origin, tuple(token - origin for token in tokens)
-        )
-
-
-@dataclass(frozen=True)
-class _Block:
-    """Some tiles of one axis, with unions of ``keys`` keys each."""
-
-    axis: _Axis
-    start: int
-    keys: int
-    first: tuple[int, ...]
-    """First key of every tile, as class index"""
-    origin: int
-    """First token that any tile sees"""
-    spread: int
-    offsets: tuple[int, ...]
-    """First token of every tile, from the origin"""
-
-    @property
-    def reach(self) -> int:
-        """Tokens from the first to the last key of one tile."""
-        return (self.keys - 1) * self.axis.dilation + 1
-
-    @property
-    def width(self) -> int:
-        return self.spread + self.reach
-
-    def view(self, x: Tensor, tile: int, dim: int) -> Tensor:
-        """Keys of one tile along ``dim``, which starts at the origin."""
-        x = x.narrow(dim, self.offsets[tile], self.reach)
-        return x if self.axis.dilation == 1 else x[(slice(None),) * dim + (slice(None, None, self.axis.dilation),)]
-
-    def bias(self, like: Tensor) -> Tensor:
-        """``[tiles, T, U]``: 0 where the query sees the key, else -inf."""
-        axis, longest, device = self.axis, self.axis.longest, like.device
-        tiles = range(self.start, self.start + len(self.first))
-        start = torch.tensor([tile % axis.count * axis.tile for tile in tiles], device=device)
-        index = start[:, None] + torch.arange(axis.tile, device=device)  # [tiles, T]
-        first, last = window_bounds(index.clamp(max=longest - 1), longest, axis.kernel, axis.stride, axis.causal)
-        if axis.length % axis.dilation:
-            shorter = [tile // axis.count >= axis.length % axis.dilation for tile in tiles]
-            short = torch.tensor(shorter, device=device)[:, None]
-            bounds = window_bounds(index.clamp(max=longest - 2), longest - 1, axis.kernel, axis.stride, axis.causal)
-            first, last = (torch.where(short, *pair) for pair in zip(bounds, (first, last), strict=True))
-        key = torch.tensor(self.first, device=device)[:, None] + torch.arange(self.keys, device=device)  # [tiles, U]
-        seen = (key[:, None, :] >= first[..., None]) & (key[:, None, :] <= last[..., None])
-        return like.new_zeros(seen.shape).masked_fill_(~seen, -math.inf)
-
-
-Chunk = tuple[_Block, ...]
-Part = tuple[int, int]  # start and length along Z
-
-
-def _plan(spatial: Sequence[int], window: Window, group: int) -> tuple[_Axis, ...]:
-    """Grow the tile, one axis at a time, where that adds the fewest keys to the union."""
-    # A compiled graph is for these lengths: with symbols for them, to trace the loops over tiles takes minutes.
-    lengths = map(operator.index, spatial)
-    axes = [
-        _Axis(*arguments, tile=1)
-        for arguments in zip(lengths, window.kernel_size, window.stride, window.dilation, window.is_causal, strict=True)
-    ]
-    while group * math.prod([a.tile for a in axes]) < TILE_ROWS:
-        growth = [(a.kernel + 2 * a.tile) / (a.kernel + a.tile) if a.tile < a.longest else math.inf for a in axes]
-        i = growth.index(min(growth))
-        a = axes[i]
-        if a.tile == a.longest:
-            break
-        axes[i] = _Axis(a.length, a.kernel, a.stride, a.dilation, a.causal, min(2 * a.tile, a.longest))
-    return tuple(axes)
-
-
-def _pad(x: Tensor, lengths: Sequence[int], dim: int) -> Tensor:
-    """Zeros behind the axes from ``dim`` on, up to ``lengths``."""
-    extra = [new - old for new, old in zip(lengths, x.shape[dim:], strict=False)]
-    if not any(extra):
-        return x
-    trailing = [0, 0] * (x.ndim - dim - len(extra))
-    return F.pad(x, trailing + [p for e in reversed(extra) for p in (0, e)])
-
-
-def _tile(query: Tensor, axes: tuple[_Axis, ...], group: int) -> Tensor:
-    """``[B, *spatial, Hq, D]`` to ``[Z, *m, G, T, D]``, tiles of one residue class next to each other."""
-    rank = len(axes)
-    x = _pad(query, [a.count * a.tile * a.dilation for a in axes], 1)
-    shape = [n for a in axes for n in (a.count, a.tile, a.dilation)]
-    x = x.reshape(x.shape[0], *shape, -1, group, x.shape[-1])
-    head = 1 + 3 * rank
-    tiles = [d for i in range(rank) for d in (3 + 3 * i, 1 + 3 * i)]
-    x = x.permute(0, head, *tiles, head + 1, *(2 + 3 * i for i in range(rank)), head + 2)
-    return x.reshape(-1, *(a.tiles for a in axes), group, math.prod([a.tile for a in axes]), x.shape[-1])
-
-
-def _untile(x: Tensor, axes: tuple[_Axis, ...], query: Tensor) -> Tensor:
-    """The inverse of :func:`_tile`: ``[Z, *m, G, T, D]`` to ``[B, *spatial, Hq, D]``."""
-    rank, batch = len(axes), query.shape[0]
-    tiles = [n for a in axes for n in (a.dilation, a.count)]
-    x = x.reshape(batch, -1, *tiles, x.shape[-3], *(a.tile for a in axes), x.shape[-1])
-    inner = 3 + 2 * rank  # the first axis of the queries of a tile, after the group
-    axis_dims = [d for i in range(rank) for d in (3 + 2 * i, inner + i, 2 + 2 * i)]
-    x = x.permute(0, *axis_dims, 1, inner - 1, inner + rank)
-    x = x.reshape(batch, *(a.count * a.tile * a.dilation for a in axes), query.shape[-2], x.shape[-1])
-    return x[(slice(None), *(slice(a.length) for a in axes))]
-
-
-def _heads_first(x: Tensor, axes: tuple[_Axis, ...]) -> Tensor:
-    """``[B, *spatial, Hkv, D]`` to ``[Z, *spatial, D]``, residue classes padded to one length."""
-    return _pad(x.movedim(-2, 1).flatten(0, 1), [a.longest * a.dilation for a in axes], 1)
-
-
-def _is_lost(x: Tensor) -> Tensor:
-    """``[..., 1]``: 1.0 where a channel is NaN or infinite. ``x - x`` is zero or NaN, and cheaper than ``isfinite``."""
-    x = x.detach()
-    return ((x - x).sum(-1, keepdim=True) != 0).to(x.dtype)
-
-
-def _box(x: Tensor, chunk: Chunk) -> Tensor:
-    """The part of ``x [Z, *spatial, D]`` that the chunk's tiles see."""
-    for i, block in enumerate(chunk):
-        x = x.narrow(1 + i, block.origin, block.width)
-    return x
-
-
-def _gather(x: Tensor, chunk: Chunk) -> Tensor:
-    """``[Z, *spatial, D]`` to the unions of the chunk's tiles, ``[Z, tiles, U, D]``."""
-    rank = len(chunk)
-    x = _box(x, chunk)
-    for i, block in enumerate(chunk):  # [Z, *tiles so far, *keys so far, length, ..., D]
-        keys = [block.view(x, tile, 1 + 2 * i) for tile in range(len(block.first))]
-        x = torch.stack(keys, 1 + i) if len(keys) > 1 else keys[0].unsqueeze(1 + i)  # one tile needs no copy
-    return x.flatten(1 + rank, 2 * rank).flatten(1, rank)
-
-
-def _scatter_add(target: Tensor, grad: Tensor, chunk: Chunk) -> None:
-    """Add the adjoint of :func:`_gather` to ``target [Z, *spatial, D]``."""
-    target = _box(target, chunk)
-    grad = grad.unflatten(2, [b.keys for b in chunk]).unflatten(1, [len(b.first) for b in chunk])
-    for i, block in reversed(list(enumerate(chunk))):  # [Z, *tiles to i, *keys to i, width of i + 1, ..., D]
-        dim = 1 + 2 * i
-        shape = (*grad.shape[: 1 + i], *grad.shape[2 + i : dim + 1], block.width, *grad.shape[dim + 2 :])
-        total = target if i == 0 else grad.new_zeros(shape)
-        for tile in range(len(block.first)):
-            block.view(total, tile, dim).add_(grad.select(1 + i, tile))
-        grad = total
-
-
-def _chunks(tiles: Tensor, axes: tuple[_Axis, ...]) -> tuple[list[int], Iterator[tuple[Chunk, Part, Tensor]]]:
-    """Cut the tiles into chunks of about ``CHUNK_SCORES`` scores, at least one tile of one Z each.
-
-    Returns the number of chunks along every axis and along Z, and the chunks with their part of Z, which runs fastest,
-    and their bias ``[tiles, T, U]``.
-    """
-    z = tiles.shape[0]
-    scores = math.prod(tiles.shape[-3:-1]) * math.prod([min(a.kernel + a.tile + a.stride - 2, a.longest) for a in axes])
-    # A compiled graph must not depend on the batch, which may be symbolic.
-    compiling = torch.compiler.is_compiling()
-    steps = [a.tiles for a in axes]
-    while (1 if compiling else z) * scores * math.prod(steps) > CHUNK_SCORES and max(steps) > 1:
-        i = next(i for i, step in enumerate(steps) if step > 1)
-        steps[i] = -(-steps[i] // 2)
-    z_step = z if compiling else min(z, max(1, CHUNK_SCORES // (scores * math.prod(steps))))
-    blocks = [
-        [a.block(start, min(start + step, a.tiles)) for start in range(0, a.tiles, step)]
-        for a, step in zip(axes, steps, strict=True)
-    ]
-    z_parts = [(0, z)] if compiling else [(start, min(z_step, z - start)) for start in range(0, z, z_step)]
-    counts = [*map(len, blocks), len(z_parts)]
-    return counts, _iterate(blocks, z_parts, tiles)
-
-
-def _iterate(blocks: list[list[_Block]], z_parts: list[Part], like: Tensor) -> Iterator[tuple[Chunk, Part, Tensor]]:
-    # The biases of one axis are small beside the tensors, unless it is the only axis: those of the first are not kept.
-    inner = [[(block, block.bias(like)) for block in axis] for axis in blocks[1:]]
-    for outer in blocks[0]:
-        outer_bias = outer.bias(like)
-        for rest in itertools.product(*inner):
-            bias = _combine([outer_bias, *(b for _, b in rest)])
-            for part in z_parts:
-                yield (outer, *(block for block, _ in rest)), part, bias
-
-
-def _select(tiles: Tensor, chunk: Chunk, part: Part) -> Tensor:
-    """A chunk's rows of ``[Z, *m, G, T, ...]`` as ``[Z, tiles, G * T, ...]``."""
-    rank = len(chunk)
-    x = tiles.narrow(0, *part)
-    for i, block in enumerate(chunk):
-        x = x.narrow(1 + i, block.start, len(block.first))
-    return x.flatten(1 + rank, 2 + rank).flatten(1, rank)
-
-
-def _unselect(x: Tensor, chunk: Chunk, like: Tensor) -> Tensor:
-    """The inverse: ``[Z, tiles, G * T, ...]`` to ``[Z, *m, G, T, ...]``, G and T those of ``like``."""
-    return x.unflatten(2, like.shape[-3:-1]).unflatten(1, [len(b.first) for b in chunk])
-
-
-def _assemble(parts: list[Tensor], counts: Sequence[int]) -> Tensor:
-    """Put the results of all chunks together, each ``[Z, *m, ...]``."""
-    for dim, count in zip((0, *range(len(counts) - 1, 0, -1)), reversed(counts), strict=True):
-        parts = [torch.cat(parts[i : i + count], dim) for i in range(0, len(parts), count)]
-    return parts[0]
-
-
-def _combine(biases: list[Tensor]) -> Tensor:
-    """The axes' ``[tiles, T, U]``, as one over all axes: 0 where a query sees a key on every axis, else -inf."""
-    rank = len(biases)
-    total = biases[0].new_zeros(())
-    for i, bias in enumerate(biases):
-        shape = [1] * (3 * rank)
-        shape[i], shape[rank + i], shape[2 * rank + i] = bias.shape
-        total = total + bias.reshape(shape)
-    return total.flatten(2 * rank).flatten(rank, 2 * rank - 1).flatten(0, rank - 1)
-
-
-def _weights(q: Tensor, k: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores' row maximum ``[Z, tiles, G * T]`` and softmax ``[Z, tiles, G * T, U]`` of one chunk."""
-    scores = q @ k.mT
-    scores.unflatten(2, (-1, bias.shape[1])).add_(bias[:, None])
-    return scores.amax(-1), scores.softmax(-1)
-
-
-class _Tiles(torch.autograd.Function):
-    """Attention of every tile over the union of its windows, without keeping the weights of any chunk.
-
-    ``(query [Z, *m, G, T, D], key [Z, *spatial, D], value [Z, *spatial, Dv], lost [Z, *spatial, 2], axes)`` to
-    ``(out [Z, *m, G, T, Dv], row_max [Z, *m, G, T], log(row_sum))``. ``row_max`` is a constant to autograd.
-    ``lost`` is 1 where a key or a value was not finite: rows that see it become NaN, their gradients do not.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(query: Tensor, key: Tensor, value: Tensor, lost: Tensor, axes: tuple[_Axis, ...]) -> State:
-        parts: list[tuple[Tensor, ...]] = []
-        counts, chunks = _chunks(query, axes)
-        for chunk, z, bias in chunks:
-            row_max, p = _weights(_select(query, chunk, z), _gather(key.narrow(0, *z), chunk), bias)
-            # The largest weight is exp(0) / row_sum: the sum at the price of a maximum.
-            log_sum = -p.amax(-1).log()
-            out = p @ _gather(value.narrow(0, *z), chunk)
-            out, row_max, log_sum = (_unselect(x, chunk, query) for x in (out, row_max, log_sum))
-            seen = (bias + 1).relu()  # 1 or 0
-            poison = torch.einsum("mtu,zmuc->zmtc", seen, _gather(lost.narrow(0, *z), chunk)).cumsum(-1)
-            poison = torch.where(poison > 0, math.nan, 0.0).unflatten(1, [len(b.first) for b in chunk]).unsqueeze(-3)
-            parts.append((out + poison[..., 1:], row_max, log_sum + poison[..., 0]))
-        out, row_max, log_sum = (_assemble(list(p), counts) for p in zip(*parts, strict=True))
-        return out, row_max, log_sum
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: State) -> None:
-        *tensors, _, ctx.axes = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
-        ctx.mark_non_differentiable(output[1])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value = ctx.saved_tensors
-        grad_out, _, grad_lse = grads
-        parts: list[Tensor] = []
-        grad_key = grad_value = None
-        counts, chunks = _chunks(query, ctx.axes)
-        for chunk, z, bias in chunks:
-            q, k = _select(query, chunk, z), _gather(key.narrow(0, *z), chunk)
-            _, p = _weights(q, k, bias)
-            do, dlse = _select(grad_out, chunk, z), _select(grad_lse, chunk, z)
-            weighted = p * (do @ _gather(value.narrow(0, *z), chunk).mT)
-            # dS = P (dP - delta), delta = rowsum(P dP) - dlse
-            ds = weighted - p * (weighted.sum(-1) - dlse)[..., None]
-            parts.append(_unselect(ds @ k, chunk, query))
-            dk, dv = ds.mT @ q, p.mT @ do
-            if grad_key is None or grad_value is None:
-                grad_key, grad_value = dk.new_zeros(key.shape), dv.new_zeros(value.shape)
-            _scatter_add(grad_key.narrow(0, *z), dk, chunk)
-            _scatter_add(grad_value.narrow(0, *z), dv, chunk)
-        return _assemble(parts, counts), grad_key, grad_value, None, None
-
-
-class _ForwardModeTiles(_Tiles):
-    """:class:`_Tiles` with a forward-mode derivative, which ``torch.compile`` refuses to trace."""
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, None, Tensor]:
-        query, key, value = ctx.saved_tensors
-        q_dot, k_dot, v_dot = (
-            torch.zeros_like(x) if t is None else t for x, t in zip((query, key, value), tangents, strict=False)
-        )
-        parts: list[tuple[Tensor, Tensor]] = []
-        counts, chunks = _chunks(query, ctx.axes)
-        for chunk, z, bias in chunks:
-            q, k = _select(query, chunk, z), _gather(key.narrow(0, *z), chunk)
-            _, p = _weights(q, k, bias)
-            weighted = p * (_select(q_dot, chunk, z) @ k.mT + q @ _gather(k_dot.narrow(0, *z), chunk).mT)
-            mean = weighted.sum(-1)
-            out_dot = (weighted - p * mean[..., None]) @ _gather(value.narrow(0, *z), chunk) + p @ _gather(
-                v_dot.narrow(0, *z), chunk
-            )
-            parts.append((_unselect(out_dot, chunk, query), _unselect(mean, chunk, query)))
-        out_dot, lse_dot = (_assemble(list(p), counts) for p in zip(*parts, strict=True))
-        return out_dot, None, lse_dot

@@ -18,19 +18,19 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from natten_layers import attention_state, eager, merge_attention, neighborhood_attention
+from natten_layers import attention_state, eager, merge_attention, neighborhood_attention, tiles
 from natten_layers.eager import dense_attention_state
 from natten_layers.geometry import make_window, window_mask
 
-BLOCKINGS = {"default": (eager.TILE_ROWS, eager.CHUNK_SCORES), "small": (6, 200), "single": (1, 1)}
+BLOCKINGS = {"default": (tiles.TILE_ROWS, tiles.CHUNK_SCORES), "small": (6, 200), "single": (1, 1)}
 
 
 @pytest.fixture(params=BLOCKINGS)
 def blocking(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small tiles and chunks, so that tiny tensors have several of both."""
     rows, scores = BLOCKINGS[request.param]
-    monkeypatch.setattr(eager, "TILE_ROWS", rows)
-    monkeypatch.setattr(eager, "CHUNK_SCORES", scores)
+    monkeypatch.setattr(tiles, "TILE_ROWS", rows)
+    monkeypatch.setattr(tiles, "CHUNK_SCORES", scores)
 
 
 # ---- The oracle -----------------------------------------------------------------------------------------------------
@@ -115,8 +115,8 @@ def cases(draw: st.DrawFn) -> Case:
 @given(case=cases(), rows=st.integers(1, 40), scores=st.sampled_from([1, 100, 3000]))
 def test_blocked_equals_oracle_for_any_arguments(case: Case, rows: int, scores: int):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(eager, "TILE_ROWS", rows)
-        patch.setattr(eager, "CHUNK_SCORES", scores)
+        patch.setattr(tiles, "TILE_ROWS", rows)
+        patch.setattr(tiles, "CHUNK_SCORES", scores)
         inputs = make_inputs(case)
         assert_close(case, run(case, inputs, "eager"), oracle(case, inputs))
 
@@ -342,7 +342,7 @@ def test_nothing_of_size_tokens_times_tokens(case: Case):
     with LargestTensor() as largest:
         run(case, inputs, "eager")
     tokens = math.prod(case.spatial)
-    assert largest.elements <= max(2 * eager.CHUNK_SCORES, 4 * inputs["query"].numel())
+    assert largest.elements <= max(2 * tiles.CHUNK_SCORES, 4 * inputs["query"].numel())
     assert largest.elements <= tokens * tokens // 8
 
 
