@@ -109,11 +109,10 @@ def load_checkpoint(
         ValueError: a damaged file, or one of another model.
     """
     content = load_plain(path)
-    missing = {"model", "model_ema", "opt", "config", "step", "scaler"} - set(
-        content if isinstance(content, dict) else ()
-    )
+    keys = ("model", "model_ema", "opt", "config", "step", "scaler")
+    missing = [key for key in keys if not isinstance(content, dict) or key not in content]
     if missing:
-        raise ValueError(f"{path} is no training checkpoint of this script: it lacks {', '.join(sorted(missing))}")
+        raise ValueError(f"{path} is no training checkpoint of this script: it lacks {', '.join(missing)}")
     tensors, ema_tensors, state = content.pop("model"), content.pop("model_ema"), content.pop("opt")
     check_config(path, content["config"], config)
     try:

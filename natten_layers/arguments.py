@@ -149,21 +149,25 @@ def _canonical_heads(tensors: _Tensors, head_shape: torch.Size) -> _Tensors:
     """One axis of heads, KV heads unrepeated."""
     query, key, value, additional_keys, additional_values = tensors
     if len(head_shape) == 1:
-        return query, *_collapse_heads(key, value, additional_keys, additional_values)
+        return query, *_collapse_heads(query, key, value, additional_keys, additional_values)
     return query.flatten(-3, -2), *_collapse_group(key, value, additional_keys, additional_values, head_shape[1])
 
 
 def _check_canonical_form(tensors: _Tensors, axes: _AxisOptions) -> Window:
     """Check what is left to check once there is one axis of heads."""
     query, key, value, additional_keys, additional_values = tensors
-    heads, kv_heads = query.shape[-2], key.shape[-2]
-    if kv_heads == 0 or heads % kv_heads or key.shape[-2] != value.shape[-2]:
-        raise ValueError(
-            f"query heads must be a multiple of KV heads: query has {heads}, key {kv_heads}, value {value.shape[-2]}"
-        )
+    _check_groups(query, key, value)
     window = make_window(query.shape[1:-2], *axes)
     check_additional(additional_keys, additional_values, query, key, value)
     return window
+
+
+def _check_groups(query: Tensor, key: Tensor, value: Tensor) -> None:
+    heads, kv_heads = query.shape[-2], key.shape[-2]
+    if kv_heads == 0 or heads % kv_heads or kv_heads != value.shape[-2]:
+        raise ValueError(
+            f"query heads must be a multiple of KV heads: query has {heads}, key {kv_heads}, value {value.shape[-2]}"
+        )
 
 
 def check_tensors(**arguments: object) -> None:
@@ -223,13 +227,14 @@ def check_like(name: str, tensor: Tensor, query: Tensor) -> None:
 
 
 def _collapse_heads(
-    key: Tensor, value: Tensor, additional_keys: Tensor | None, additional_values: Tensor | None
+    query: Tensor, key: Tensor, value: Tensor, additional_keys: Tensor | None, additional_values: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """One KV head expanded with stride 0 (MQA) becomes that head, unless registers differ from head to head."""
     registers = additional_keys, additional_values
     if key.shape[-2] != value.shape[-2] or not all(map(_is_one_head, (key, value, *registers))):
         return key, value, *registers
     if any(map(_has_own_gradient, (key, value, *registers))):
+        _check_groups(query, key, value)  # that one head fits, which may be remembered, does not say it
         register_keys, register_values = (
             None if t is None else t.expand(*t.shape[:-2], key.shape[-2], -1) for t in registers
         )

@@ -89,7 +89,8 @@ def neighborhood_attention(
 
     Query head ``h`` reads KV head ``h // (Hq // Hkv)``. KV heads that were expanded with stride 0, either on a group
     axis (``[B, *spatial, Hkv, G, D]``, all three tensors; ``kernel_size`` must then be a tuple unless there are three
-    spatial axes) or from a single head (``[B, *spatial, Hq, D]``), are read without a copy.
+    spatial axes) or from a single head (``[B, *spatial, Hq, D]``), are read without a copy,
+    unless a gradient is asked for the expanded tensor itself and not for what it views.
 
     Args:
         query: ``[B, *spatial, Hq, D]``, fp16, bf16, fp32 or (eager only) fp64.
