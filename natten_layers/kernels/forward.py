@@ -224,7 +224,7 @@ def forward(
     """``out [B, *spatial, Hq, Dv]`` and, ``with_state``, ``row_max`` and ``row_sum [B, *spatial, Hq]`` in fp32."""
     query, key, value, additional_keys, additional_values, sink = inputs
     if hopper_launches.pays(problem) or hopper_launches.small_pays(problem):
-        launch, kernels = hopper_launches.forward_launch(problem), hopper_launches.kernels()
+        launch, kernels = hopper_launches.forward_launch(problem, with_state), hopper_launches.kernels()
         if launch is not None and kernels is not None and hopper_launches.are_aligned(*inputs[:5]):
             module = kernels.small_forward if isinstance(launch, hopper_launches.SmallLaunch) else kernels.forward
             return module.forward(launch, problem, inputs, sink_value, scale, with_state)

@@ -277,14 +277,13 @@ def repair_kernel(
     programs, length, kernel, stride, dilation, tiles, group, kv_heads, registers, sink, scale,
     CAUSAL: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr,
     PACK: tl.constexpr, D: tl.constexpr, BR: tl.constexpr, SINK: tl.constexpr, WITH_STATE: tl.constexpr,
-    FLAGS_A_TILE: tl.constexpr,
 ):  # fmt: skip
     """Tiles with NaN or inf once more, by the kernel that keeps them out of the queries that do not see them."""
-    i_flag = tl.program_id(0) * FLAGS * FLAGS_A_TILE + tl.arange(0, FLAGS * FLAGS_A_TILE)
-    if tl.max(tl.load(Broken + i_flag, mask=i_flag < programs * FLAGS_A_TILE, other=0).to(tl.int32), 0) == 0:
+    i_flag = tl.program_id(0) * FLAGS + tl.arange(0, FLAGS)
+    if tl.max(tl.load(Broken + i_flag, mask=i_flag < programs, other=0).to(tl.int32), 0) == 0:
         return
     for i_program in range(tl.program_id(0) * FLAGS, tl.minimum(tl.program_id(0) * FLAGS + FLAGS, programs)):
-        if tl.max(tl.load(Broken + i_program * FLAGS_A_TILE + tl.arange(0, FLAGS_A_TILE)).to(tl.int32), 0) != 0:
+        if tl.load(Broken + i_program) != 0:
             attend_tile(
                 i_program,
                 Q, K, V, Out, RowMax, RowSum, RegK, RegV, Sink,
@@ -334,6 +333,6 @@ def _attend_windows(
     repair_kernel[(triton.cdiv(programs, FLAGS),)](
         broken, query, key, value, out, row_max, row_sum, None, None, sink, *problem.input_strides()[:3], (0, 0, 0),
         (0, 0, 0), programs, lengths, kernel_size, stride, dilation, tiles, problem.group, problem.kv_heads, 0,
-        sink_value, scale, **options, WIDE=problem.wide, BR=0, FLAGS_A_TILE=1, num_warps=8,
+        sink_value, scale, **options, WIDE=problem.wide, BR=0, num_warps=8,
     )  # fmt: skip
     return out, row_max, row_sum

@@ -78,14 +78,14 @@ def kernels() -> Kernels | None:
 
 
 @remembered
-def forward_launch(problem: Problem) -> Launch | SmallLaunch | None:
-    """How a call is computed here, or None where the portable kernel does it."""
+def forward_launch(problem: Problem, with_state: bool = False) -> Launch | SmallLaunch | None:
+    """How a call is computed here, with or without statistics of rows; None where the portable kernel does it."""
     pack, large = override_pack(), pays(problem)
     if not (large or small_pays(problem)) or not supports(problem) or kernels() is None:
         return None
     if explicit_launch("forward", problem.problem_class) is not None or (pack and problem.group % pack):
         return None
-    return launch_of(problem, pack) if large else small_launch_of(problem, pack)
+    return launch_of(problem, pack) if large else small_launch_of(problem, pack, with_state)
 
 
 @remembered
@@ -176,7 +176,7 @@ def key_launch_of(problem: Problem) -> Launch:
 
 
 @lru_cache(maxsize=1024)
-def small_launch_of(problem: Problem, pack: int | None = None) -> SmallLaunch | None:
+def small_launch_of(problem: Problem, pack: int | None = None, with_state: bool = False) -> SmallLaunch | None:
     """The launch that computes the fewest scores, in the fewest parts; None if it can not be computed so.
 
     Strides are 1. Rows of one image follow those of another where TMA writes, so tiles do not reach past its end.
@@ -189,7 +189,7 @@ def small_launch_of(problem: Problem, pack: int | None = None) -> SmallLaunch | 
         return None
     pack = pack or min(p.group & -p.group, 16)
     tiles = (tile for tile in boxes(SMALL_ROWS // pack, p.lengths) if p.lengths[0] % tile[0] == 0)
-    launches = [small_launch(p, tile, axis, pack) for tile in tiles for axis in range(3)]
+    launches = [small_launch(p, tile, axis, pack, with_state=with_state) for tile in tiles for axis in range(3)]
     fitting = [x for x in launches if x.max_registers and prod(x.tile) * pack == SMALL_ROWS]
     return min(fitting, key=_small_cost, default=None)
 
@@ -216,7 +216,9 @@ def _small_cost(launch: SmallLaunch) -> tuple[int, int, int]:
     return launch.keys, len(launch.parts), -launch.parts[0][2]
 
 
-def small_launch(problem: Problem, tile: Box, axis: int, pack: int, bounds: Bounds = window_bounds) -> SmallLaunch:
+def small_launch(
+    problem: Problem, tile: Box, axis: int, pack: int, bounds: Bounds = window_bounds, with_state: bool = False
+) -> SmallLaunch:
     """That of one tile, which sees by ``bounds`` what comes in parts along one axis."""
     extents = [_extent(x, b, bounds) for x, b in zip(_axes(problem), tile, strict=True)]
     box = [next_power_of_2(e) for e in extents]
@@ -228,7 +230,8 @@ def small_launch(problem: Problem, tile: Box, axis: int, pack: int, bounds: Boun
     if launch.keys > SCORES:
         return launch
     dim = problem.query.shape[-1]
-    needed = max(launch.keys // 2 + dim // 2 + 8, 80)  # scores, accumulators and some more
+    # Scores, accumulators and, kept for the end, where statistics go; with fewer ptxas serializes the products.
+    needed = max(launch.keys // 2 + dim // 2 + (8 if with_state else 0), 80 if launch.keys <= 80 else 96)
     return launch._replace(max_registers=_registers_a_thread(needed, 2 * (2 * launch.keys + SMALL_ROWS) * dim))
 
 

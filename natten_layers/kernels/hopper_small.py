@@ -12,10 +12,8 @@ share a multiprocessor, and some compute while others wait for their loads.
 from collections.abc import Sequence
 from functools import lru_cache
 from math import prod
-from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -32,7 +30,6 @@ from triton.experimental.gluon.language.nvidia.hopper.tma import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .hopper import FLAGS, repair_kernel
 from .hopper_launches import PARTS, SmallLaunch
 from .hopper_primitives import (
     Boxes,
@@ -43,6 +40,7 @@ from .hopper_primitives import (
     query_boxes,
     register_boxes,
 )
+from .hopper_rows import attend_rows
 from .launcher import Launcher, launcher
 from .primitives import LN2, LOG2E, LOWEST, shifted, unravel, windows_of
 from .problem import Inputs, Layout, Problem, contiguous, three_axes
@@ -153,36 +151,27 @@ def part_weights(b_s, row_m, factor, DTYPE: gl.constexpr, WEIGHTS: gl.constexpr,
 
 
 @gluon.jit
-def softmax(scores, row_sink, factor, SINK: gl.constexpr, DTYPE: gl.constexpr, WEIGHTS: gl.constexpr,
-            EIGHTHS: gl.constexpr):  # fmt: skip
-    """Weights of all parts, and the maximum and the sum of each row."""
+def row_maxima(scores, row_sink, factor, EIGHTHS: gl.constexpr):
+    """Over all parts and the sink."""
     part_m = part_top(scores[0], EIGHTHS)
     for PART in gl.static_range(1, len(scores)):
         part_m = gl.maximum(part_m, part_top(scores[PART], EIGHTHS))
-    row_m = gl.maximum(row_sink, gl.max(part_m, 1) * factor)
-    b_p, part_l = part_weights(scores[0], row_m, factor, DTYPE, WEIGHTS, EIGHTHS)
-    weights = (b_p,)
-    for PART in gl.static_range(1, len(scores)):
-        b_p, part = part_weights(scores[PART], row_m, factor, DTYPE, WEIGHTS, EIGHTHS)
-        weights = weights + (b_p,)  # noqa: RUF005
-        part_l += part
-    row_l = gl.sum(part_l, 1)
-    if SINK != "none":
-        row_l += gl.where(row_sink > LOWEST, gl.exp2(row_sink - row_m), 0.0)
-    return weights, row_m, row_l
+    return gl.maximum(row_sink, gl.max(part_m, 1) * factor)
 
 
 @gluon.jit
 def hopper_small_kernel(
-    Broken, RowMax, RowSum, Sink, q_desc, out_desc, k0_desc, k1_desc, k2_desc, v0_desc, v1_desc, v2_desc,
-    regk_desc, regv_desc, length, kernel, stride, tiles, group, blocks, registers, reg_batch, sink, scale,
+    Q, K, V, Out, RowMax, RowSum, RegK, RegV, Sink,
+    q_desc, out_desc, k0_desc, k1_desc, k2_desc, v0_desc, v1_desc, v2_desc, regk_desc, regv_desc,
+    q_strides, k_strides, v_strides, regk_strides, regv_strides,
+    length, kernel, stride, tiles, group, blocks, registers, reg_batch, sink, scale,
     CAUSAL: gl.constexpr, TILE: gl.constexpr, AXIS: gl.constexpr, PACK: gl.constexpr, RANK: gl.constexpr,
     KEYS: gl.constexpr, D: gl.constexpr, SINK: gl.constexpr, WITH_STATE: gl.constexpr,
 ):  # fmt: skip
     """Attention of one tile; the grid is (tiles * blocks of heads, batch).
 
     Keys come in up to three parts along ``AXIS``, ``KEYS`` with the registers. ``reg_batch`` is 0 where all images
-    share the registers, else 1. ``Broken`` marks tiles whose results are not finite.
+    share the registers, else 1. The tensors themselves are only for ``attend_rows``.
     """
     M: gl.constexpr = TILE[0] * TILE[1] * TILE[2] * PACK
     EIGHTHS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, 8, 16])
@@ -228,29 +217,41 @@ def hopper_small_kernel(
     scores = warpgroup_mma_wait(0, deps=scores)
     if len(keys) == 1:
         scores = (scores,)
-    weights, row_m, row_l = softmax(scores, row_sink, scale * LOG2E, SINK, q_desc.dtype, WEIGHTS, EIGHTHS)
+    row_m = row_maxima(scores, row_sink, scale * LOG2E, EIGHTHS)
 
-    mbarrier.wait(ready.index(1), 0)
     b_acc = gl.zeros([M, D], gl.float32, OUT)
+    part_l = gl.zeros([M, 8], gl.float32, EIGHTHS)
     for PART in gl.static_range(len(keys)):
-        b_acc = warpgroup_mma(weights[PART], values[PART], b_acc, is_async=True)
+        b_p, part = part_weights(scores[PART], row_m, scale * LOG2E, q_desc.dtype, WEIGHTS, EIGHTHS)
+        part_l += part
+        # Sums are done before the last product starts, and no part's weights are kept for later: both save registers.
+        if len(keys) == PART + 1:
+            row_l = gl.sum(part_l, 1)
+            if SINK != "none":
+                row_l += gl.where(row_sink > LOWEST, gl.exp2(row_sink - row_m), 0.0)
+        if PART == 0:
+            mbarrier.wait(ready.index(1), 0)
+        b_acc = warpgroup_mma(b_p, values[PART], b_acc, is_async=True)
     b_acc = warpgroup_mma_wait(0, deps=[b_acc])
 
-    # Through the queries' buffer, so that TMA writes what lies inside the image.
-    b_q.store((b_acc * (1.0 / gl.convert_layout(row_l, gl.SliceLayout(1, OUT)))[:, None]).to(q_desc.dtype))
-    fence_async_shared()
-    async_copy_shared_to_global(out_desc, q_corner, buffer)
-    m_rows, o_row = output_rows(position, head, i_batch, origin, length, blocks * PACK)
-    if WITH_STATE:
-        gl.store(RowMax + o_row, row_m * LN2, mask=m_rows)
-        gl.store(RowSum + o_row, row_l, mask=m_rows)
-    row_rest = gl.convert_layout(gl.sum(b_acc * 0.0, 1), ROW)
-    row_broken = gl.where(m_rows & ~(gl.abs(row_rest) >= 0.0), 1, 0)
-    warp_broken = gl.max(row_broken.reshape([gl.num_warps(), M // gl.num_warps()]), 1)
-    WARP: gl.constexpr = warp_broken.type.layout
-    i_flag = (i_batch * gl.num_programs(0) + gl.program_id(0)) * gl.num_warps()
-    gl.store(Broken + i_flag + gl.arange(0, gl.num_warps(), WARP), warp_broken.to(gl.int8))
-    store_wait(0)
+    row_rest = gl.sum(b_acc * 0.0, 1)  # NaN where one of them is not finite
+    if gl.max(gl.where(gl.abs(row_rest) >= 0.0, 0, 1), 0) == 0:
+        # Through the queries' buffer, so that TMA writes what lies inside the image.
+        b_q.store((b_acc * (1.0 / gl.convert_layout(row_l, gl.SliceLayout(1, OUT)))[:, None]).to(q_desc.dtype))
+        fence_async_shared()
+        async_copy_shared_to_global(out_desc, q_corner, buffer)
+        if WITH_STATE:
+            m_rows, o_row = output_rows(position, head, i_batch, origin, length, blocks * PACK)
+            gl.store(RowMax + o_row, row_m * LN2, mask=m_rows)
+            gl.store(RowSum + o_row, row_l, mask=m_rows)
+        store_wait(0)
+    else:
+        attend_rows(
+            (Q, K, V, RegK, RegV, Sink, Out), (RowMax, RowSum),
+            (q_strides, k_strides, v_strides, regk_strides, regv_strides), i_batch, i_block, origin,
+            (length, kernel, stride, blocks * PACK), group, registers, sink, scale * LOG2E,
+            CAUSAL, TILE, PACK, D, SINK, WITH_STATE,
+        )  # fmt: skip
 
 
 def forward(
@@ -258,59 +259,42 @@ def forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """What ``forward.forward`` computes, where ``hopper_launches`` has a launch and addresses are multiples of 16.
 
-    Allocates its results, and a byte for every 16 rows of them.
+    Allocates its results.
     """
     query, key, value, reg_keys, reg_values, sink = inputs
     out = query.new_empty(query.shape)
     row_max = row_sum = None
     if with_state:
         row_max, row_sum = (query.new_empty(query.shape[:-1], dtype=torch.float32) for _ in range(2))
-    call = calls(launch, problem, with_state)
-    broken = query.new_empty(call.flags, dtype=torch.int8)
-    tensors = (query, out, *(key,) * PARTS, *(value,) * PARTS, reg_keys, reg_values)
-    call.attend((broken, row_max, row_sum, sink, *describe(tensors, call.boxes)), (sink_value, scale))
-    call.repair((broken, query, key, value, out, row_max, row_sum, reg_keys, reg_values, sink), (sink_value, scale))
+    attend, boxes = prepare(launch, problem, with_state)
+    described = describe((query, out, *(key,) * PARTS, *(value,) * PARTS, reg_keys, reg_values), boxes)
+    attend((query, key, value, out, row_max, row_sum, reg_keys, reg_values, sink, *described), (sink_value, scale))
     return out, row_max, row_sum
 
 
-class Calls(NamedTuple):
-    flags: int
-    """one of each warp: whether its results are not finite"""
-    boxes: tuple[Boxes | None, ...]
-    """of queries and output, of the parts of keys and of values, and of the registers"""
-    attend: Launcher
-    repair: Launcher
-    """of tiles whose results are not finite"""
-
-
 @lru_cache(maxsize=1024)
-def calls(launch: SmallLaunch, p: Problem, with_state: bool) -> Calls:
-    """What the launches of a problem share."""
-    tiles, programs, blocks = p.tiles(launch.tile), p.programs(launch), p.query.shape[-2] // launch.pack
-    lengths, kernel_size, stride, dilation = p.geometry
-    options = {
-        "CAUSAL": three_axes(p.is_causal, False), "TILE": launch.tile, "RANK": p.rank, "PACK": launch.pack,
-        "D": p.query.shape[-1], "SINK": p.sink, "WITH_STATE": with_state,
-    }  # fmt: skip
+def prepare(launch: SmallLaunch, p: Problem, with_state: bool) -> tuple[Launcher, list[Boxes | None]]:
+    """What the calls of a problem share: the launcher, and the boxes of its descriptors.
+
+    Of queries and output, of the parts of keys and of values, and of the registers.
+    """
+    blocks = p.query.shape[-2] // launch.pack
+    lengths, kernel_size, stride, _ = p.geometry
+    tiles = p.tiles(launch.tile)
     shared = p.additional_keys is not None and p.additional_keys.stride[0] == 0
     attend = launcher(
         hopper_small_kernel,
         (prod(tiles) * blocks, p.query.shape[0]),
-        (lengths, kernel_size, stride, tiles, p.group, blocks, p.registers, 0 if shared else 1),
-        **options, AXIS=launch.axis, KEYS=launch.keys, num_warps=WARPS, maxnreg=launch.max_registers,
-    )  # fmt: skip
-    repair = launcher(
-        repair_kernel,
-        (triton.cdiv(programs, FLAGS.value),),
         (
-            *p.input_strides(), programs, lengths, kernel_size, stride, dilation, tiles, p.group, p.kv_heads,
-            p.registers,
+            *p.input_strides(), lengths, kernel_size, stride, tiles, p.group, blocks, p.registers,
+            0 if shared else 1,
         ),
-        **options, CHUNK=(1, 1, 16), WIDE=p.wide, BR=p.register_tile, FLAGS_A_TILE=WARPS, num_warps=4,
+        CAUSAL=three_axes(p.is_causal, False), TILE=launch.tile, AXIS=launch.axis, PACK=launch.pack, RANK=p.rank,
+        KEYS=launch.keys, D=p.query.shape[-1], SINK=p.sink, WITH_STATE=with_state,
+        num_warps=WARPS, maxnreg=launch.max_registers,
     )  # fmt: skip
-    boxes = (query_boxes(x, launch.tile, launch.pack) for x in (p.query, contiguous(p.query.shape)))
-    boxes = *boxes, *boxes_of_parts(launch, p.key, p.value), *boxes_of_registers(launch, p)
-    return Calls(programs * WARPS, boxes, attend, repair)
+    boxes = [query_boxes(x, launch.tile, launch.pack) for x in (p.query, contiguous(p.query.shape))]
+    return attend, [*boxes, *boxes_of_parts(launch, p.key, p.value), *boxes_of_registers(launch, p)]
 
 
 def boxes_of_parts(launch: SmallLaunch, *tensors: Layout) -> list[Boxes | None]:

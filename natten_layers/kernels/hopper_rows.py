@@ -1,0 +1,124 @@
+"""Attention of a tile row by row, for the kernel of small windows: what it computes where a result is not finite.
+
+A weight of zero times NaN is NaN, and a query must not be changed by a token that it does not see. Here each warp
+takes a row of the tile and reads the tokens of its window, and no others. It is rare, so it may be slow, but must not
+slow down what it is part of: it is a function that is called, so that nothing of it is computed or kept before.
+"""
+
+# Triton's language is Python to the parser only.
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAssignmentType=false, reportArgumentType=false
+# pyright: reportIndexIssue=false
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from .hopper_primitives import output_rows
+from .primitives import LN2, LOG2E, LOWEST, shifted, unravel, windows_of
+
+
+@gluon.jit
+def fold_tokens(b_q, b_acc, row_m, row_l, K, V, o_k, o_v, m_tokens, factor, ALL: gl.constexpr):
+    """Fold tokens, those at ``o_k`` and ``o_v [R, N]`` that ``m_tokens`` has, into the softmax state of rows ``[R]``.
+
+    ``b_q``, ``b_acc`` are ``[R, D]``; ``ALL`` is the layout of ``[R, N, D]``, of which the others have slices.
+    """
+    D: gl.constexpr = b_q.shape[1]
+    OUT: gl.constexpr = gl.SliceLayout(1, ALL)
+    col = gl.arange(0, D, gl.SliceLayout(0, OUT))[None, :][:, None, :]
+    b_k = gl.load(K + (o_k[:, :, None] + col), mask=m_tokens[:, :, None], other=0.0).to(gl.float32)
+    b_s = gl.where(m_tokens, gl.sum(b_q[:, None, :] * b_k, 2) * factor, float("-inf"))
+    row_new = gl.maximum(row_m, gl.max(b_s, 1))
+    b_p, row_alpha = gl.exp2(b_s - row_new[:, None]), gl.exp2(row_m - row_new)
+    b_v = gl.load(V + (o_v[:, :, None] + col), mask=m_tokens[:, :, None], other=0.0).to(gl.float32)
+    b_acc = b_acc * gl.convert_layout(row_alpha, gl.SliceLayout(1, OUT))[:, None] + gl.sum(b_p[:, :, None] * b_v, 1)
+    return b_acc, row_new, row_l * row_alpha + gl.sum(b_p, 1)
+
+
+@gluon.jit
+def place_of(token, strides):
+    """Offset of a token, in 64 bits."""
+    t, h, w = token
+    return t.to(gl.int64) * strides[1] + h.to(gl.int64) * strides[2] + w.to(gl.int64) * strides[3]
+
+
+@gluon.jit
+def window_tokens(n, lo, hi, kernel):
+    """The ``n``-th tokens of windows, and whether there are as many: at a causal axis's start there are fewer."""
+    t, h, w = n // (kernel[1] * kernel[2]), n // kernel[2] % kernel[1], n % kernel[2]
+    token = lo[0][:, None] + t[None, :], lo[1][:, None] + h[None, :], lo[2][:, None] + w[None, :]
+    m_t, m_h, m_w = token[0] <= hi[0][:, None], token[1] <= hi[1][:, None], token[2] <= hi[2][:, None]
+    return token, m_t & m_h & m_w
+
+
+@gluon.jit
+def initial_rows(Sink, head, sink, SINK: gl.constexpr):
+    """Maximum and sum of rows that have seen the sink, or nothing."""
+    row_m = gl.full(head.shape, LOWEST, gl.float32, head.type.layout)
+    if SINK == "tensor":
+        row_m = gl.maximum(gl.load(Sink + head).to(gl.float32) * LOG2E, row_m)
+    if SINK == "value":
+        row_m = gl.maximum(sink * LOG2E, row_m)
+    return row_m, gl.where(row_m > LOWEST, 1.0, 0.0)
+
+
+@gluon.jit(noinline=True)
+def attend_rows(
+    tensors, states, strides, i_batch, i_block, origin, plan, group, registers, sink, factor,
+    CAUSAL: gl.constexpr, TILE: gl.constexpr, PACK: gl.constexpr, D: gl.constexpr, SINK: gl.constexpr,
+    WITH_STATE: gl.constexpr,
+):  # fmt: skip
+    """Output and state of a tile.
+
+    Args:
+        tensors: queries, keys, values, keys and values of registers (None without), sink, output.
+        states: maximum and sum of rows.
+        strides: of the first five tensors: ``(batch, t, h, w, head)``, of registers ``(batch, register, head)``.
+        plan: length, kernel and stride of axes, and query heads.
+    """
+    Q, K, V, RegK, RegV, Sink, Out = tensors
+    q_strides, k_strides, v_strides, regk_strides, regv_strides = strides
+    length, kernel, stride, heads = plan
+    ROWS: gl.constexpr = gl.num_warps()
+    N: gl.constexpr = 512 // D
+    ALL: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 256 // D, D // 8], [ROWS, 1, 1], [2, 1, 0])
+    ROW: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, ALL))
+    OUT: gl.constexpr = gl.SliceLayout(1, ALL)
+    i_batch, i_kv = i_batch.to(gl.int64), (i_block * PACK // group).to(gl.int64)
+    Q += i_batch * q_strides[0]
+    K += i_batch * k_strides[0] + i_kv * k_strides[4]
+    V += i_batch * v_strides[0] + i_kv * v_strides[4]
+    n = gl.arange(0, N, gl.SliceLayout(0, gl.SliceLayout(2, ALL)))
+    col = gl.arange(0, D, gl.SliceLayout(0, OUT))[None, :]
+    for first in range(0, TILE[0] * TILE[1] * TILE[2] * PACK, ROWS):
+        row = first + gl.arange(0, ROWS, ROW)
+        position, head = unravel(row // PACK, TILE[1], TILE[2]), i_block * PACK + row % PACK
+        m_rows, o_row = output_rows(position, head, i_batch, origin, length, heads)
+        own = shifted(position, origin)
+        lo, hi = windows_of(own, length, kernel, stride, CAUSAL)
+
+        o_q = gl.convert_layout(place_of(own, q_strides) + head.to(gl.int64) * q_strides[4], gl.SliceLayout(1, OUT))
+        m_out = gl.convert_layout(m_rows, gl.SliceLayout(1, OUT))[:, None]
+        b_q = gl.load(Q + (o_q[:, None] + col), mask=m_out, other=0.0).to(gl.float32)
+        b_acc = gl.zeros([ROWS, D], gl.float32, OUT)
+        row_m, row_l = initial_rows(Sink, head, sink, SINK)
+        for start in range(0, kernel[0] * kernel[1] * kernel[2], N):
+            token, m_tokens = window_tokens(start + n, lo, hi, kernel)
+            o_k, o_v = place_of(token, k_strides), place_of(token, v_strides)
+            m_tokens &= m_rows[:, None]
+            b_acc, row_m, row_l = fold_tokens(b_q, b_acc, row_m, row_l, K, V, o_k, o_v, m_tokens, factor, ALL)
+        if RegK is not None:
+            RowK = RegK + i_batch * regk_strides[0] + i_kv * regk_strides[2]
+            RowV = RegV + i_batch * regv_strides[0] + i_kv * regv_strides[2]
+            for start in range(0, registers, N):
+                i_register = (start + n).to(gl.int64)[None, :]
+                o_k, o_v = i_register * regk_strides[1], i_register * regv_strides[1]
+                m_tokens = m_rows[:, None] & (i_register < registers)
+                b_acc, row_m, row_l = fold_tokens(b_q, b_acc, row_m, row_l, RowK, RowV, o_k, o_v, m_tokens, factor, ALL)
+
+        b_out = b_acc * gl.convert_layout(1.0 / row_l, gl.SliceLayout(1, OUT))[:, None]
+        o_out = gl.convert_layout(o_row * D, gl.SliceLayout(1, OUT))[:, None] + col
+        gl.store(Out + o_out, b_out.to(Out.dtype.element_ty), mask=m_out)
+        if WITH_STATE:
+            RowMax, RowSum = states
+            gl.store(RowMax + o_row, row_m * LN2, mask=m_rows)
+            gl.store(RowSum + o_row, row_l, mask=m_rows)
