@@ -21,6 +21,11 @@ __all__ = ["attention_state", "dense_attention_state", "merge_states", "without_
 P = ParamSpec("P")
 R = TypeVar("R")
 
+# Asked once, here: the compiler of torch 2.11 can not trace the question.
+AUTOCAST_DEVICES = frozenset(
+    device for device in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla") if torch.amp.is_autocast_available(device)
+)
+
 
 def without_autocast(function: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatenate[Tensor, P], R]:
     """Keep autocast, which takes products of fp32 tensors in half precision, out of a function that casts by itself."""
@@ -28,7 +33,7 @@ def without_autocast(function: Callable[Concatenate[Tensor, P], R]) -> Callable[
     @wraps(function)
     def run(tensor: Tensor, *args: P.args, **kwargs: P.kwargs) -> R:
         device = tensor.device.type
-        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        if device not in AUTOCAST_DEVICES or not torch.is_autocast_enabled(device):
             return function(tensor, *args, **kwargs)
         with torch.autocast(device, enabled=False):
             return function(tensor, *args, **kwargs)
