@@ -111,8 +111,8 @@ def neighborhood_attention(
 
     Returns:
         ``out [B, *spatial, Hq, Dv]`` in the query's dtype, or ``(out, lse)`` with ``lse [B, *spatial, Hq]`` in fp32
-        (fp64 for fp64 inputs), natural log. A token that is not finite makes the outputs whose windows hold it NaN, and
-        no others; in the backward pass NaN spreads further, to gradients of the same image and head.
+        (fp64 for fp64 inputs), natural log. A token that is not finite makes outputs whose windows hold it NaN or inf,
+        and no others; in the backward pass NaN spreads further, to gradients of the same image and head.
 
     Raises:
         ValueError: an argument does not fit; the message names it, the axis and the values.

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .operators import call, last_contiguous, register
+from .operators import call, last_contiguous, module, on_device, register
 from .ops import unsupported
 
 __all__ = ["decode", "why_not"]
@@ -42,10 +42,8 @@ def decode(
 
 
 def _decode(*args: Any) -> tuple[Tensor, Tensor | None]:
-    from .decode import decode
-
-    with torch.cuda.device_of(args[0]):  # Triton launches on the current device
-        return decode(*args)
+    with on_device(args[0]):
+        return module("decode").decode(*args)
 
 
 def _decode_fake(*args: Any) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -16,11 +19,14 @@ __all__ = [
     "WAY_OUT",
     "call",
     "call_in_backward",
+    "call_untracked",
     "eager_form",
     "is_tracked",
     "is_transformed",
     "last_contiguous",
     "library",
+    "module",
+    "on_device",
     "register",
 ]
 
@@ -34,6 +40,7 @@ library = torch.library.Library("natten_layers", "DEF")
 _kernels: dict[str, Callable[..., Results]] = {}
 _PLAIN = frozenset((Tensor, nn.Parameter, type(None), int, float, bool, str, tuple, list))
 """types of arguments that do not want to see an operator"""
+_HERE = nullcontext()
 
 
 def register(schema: str, kernel: Callable[..., Results], fake: Callable[..., Any]) -> None:
@@ -64,20 +71,26 @@ def call(name: str, *args: Any) -> Any:
 
     A result that is not asked for is an empty tensor, or None without the dispatcher.
     """
+    if needs_gradient(args):
+        return getattr(torch.ops.natten_layers, name)(*args)
+    return call_untracked(name, *args)
+
+
+def call_untracked(name: str, *args: Any) -> Any:
+    """:func:`call` of arguments for which nobody asks derivatives: looking at all of them again takes the host time."""
     if _needs_dispatcher(args):
         return getattr(torch.ops.natten_layers, name)(*args)
     return _kernels[name](*args)
 
 
 def _needs_dispatcher(args: tuple[Any, ...]) -> bool:
-    """Whether a compiler, a transform, a mode, a derivative or a tensor's own class may want to see the operator."""
+    """Whether a compiler, a transform, a mode or a tensor's own class may want to see the operator."""
     return (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or is_in_torch_dispatch_mode()
         or forward_ad._current_level >= 0
         or not _PLAIN.issuperset(map(type, args))
-        or needs_gradient(args)
     )
 
 
@@ -138,6 +151,19 @@ def needs_gradient(args: tuple[Any, ...]) -> bool:
             if isinstance(x, Tensor) and x.requires_grad:
                 return True
     return False
+
+
+@cache
+def module(name: str) -> Any:
+    """A module of kernels, which imports Triton, on the first launch: an import statement is work on each one."""
+    return import_module(f".{name}", __package__)
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device: make it the tensor's."""
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device_of(tensor)
 
 
 def last_contiguous(tensor: Tensor) -> Tensor:

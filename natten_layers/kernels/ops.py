@@ -21,11 +21,14 @@ from .operators import (
     WAY_OUT,
     call,
     call_in_backward,
+    call_untracked,
     eager_form,
     is_tracked,
     is_transformed,
     last_contiguous,
     library,
+    module,
+    on_device,
     register,
 )
 from .problem import Inputs, problem_of
@@ -90,7 +93,7 @@ def attention(
     inputs = _inputs(query, key, value, additional_keys, additional_values, sink)
     if is_tracked(inputs):
         return _function().apply(*inputs, window, scale)[0]
-    return call("forward", *inputs, *_flat(window), scale, False)[0]
+    return call_untracked("forward", *inputs, *_flat(window), scale, False)[0]
 
 
 def attention_state(
@@ -173,17 +176,12 @@ def _function() -> type[Function]:
     return _Transformable if is_transformed() else _Eager
 
 
-def _on_device(tensor: Tensor) -> Any:
-    """Triton launches on the current device."""
-    return torch.cuda.device_of(tensor)
-
-
 def _forward(*args: Any) -> tuple[Tensor | None, ...]:
-    from .forward import forward
-
     inputs, (sink_value, *window, scale, with_state) = Inputs(*args[:6]), args[6:]
-    with _on_device(inputs.query):
-        return forward(problem_of(inputs, sink_value, window, scale), inputs, sink_value, scale, with_state)
+    with on_device(inputs.query):
+        return module("forward").forward(
+            problem_of(inputs, sink_value, window, scale), inputs, sink_value, scale, with_state
+        )
 
 
 def _forward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -211,12 +209,10 @@ def _fold(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
 
 
 def _backward(*args: Any) -> tuple[Tensor | None, ...]:
-    from .backward import backward
-
     inputs, (sink_value, *window, scale, out, row_max, row_sum, grad_out, grad_lse) = Inputs(*args[:6]), args[6:]
-    with _on_device(out):
+    with on_device(out):
         problem = problem_of(inputs, sink_value, window, scale)
-        *grads, delta = backward(problem, inputs, scale, out, row_max, row_sum, grad_out, grad_lse)
+        *grads, delta = module("backward").backward(problem, inputs, scale, out, row_max, row_sum, grad_out, grad_lse)
         return *grads, _sink_gradient(inputs.sink, row_max, row_sum, delta)
 
 

@@ -7,7 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .operators import call, call_in_backward, eager_form, is_tracked, is_transformed, last_contiguous, register
+from .operators import (
+    call,
+    call_in_backward,
+    eager_form,
+    is_tracked,
+    is_transformed,
+    last_contiguous,
+    module,
+    on_device,
+    register,
+)
 
 __all__ = ["rotate"]
 
@@ -52,10 +62,9 @@ _Eager = eager_form(_Rotate)
 
 
 def _rotate(*args: Any) -> tuple[Tensor, Tensor]:
-    from .rotate import Rotation, rotate
-
-    with torch.cuda.device_of(args[0]):  # Triton launches on the current device
-        return rotate(Rotation(*args))
+    rotate = module("rotate")
+    with on_device(args[0]):
+        return rotate.rotate(rotate.Rotation(*args))
 
 
 def _rotate_fake(*args: Any) -> tuple[Tensor, Tensor]:
@@ -64,11 +73,10 @@ def _rotate_fake(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _rotate_backward(*args: Any) -> tuple[Tensor | None, ...]:
-    from .rotate import Rotation, rotate_backward
-
+    rotate = module("rotate")
     *inputs, grad_query, grad_key = args
-    with torch.cuda.device_of(grad_query):
-        return rotate_backward(Rotation(*inputs), grad_query, grad_key)
+    with on_device(grad_query):
+        return rotate.rotate_backward(rotate.Rotation(*inputs), grad_query, grad_key)
 
 
 def _rotate_backward_fake(*args: Any) -> tuple[Tensor, ...]:
