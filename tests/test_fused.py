@@ -234,6 +234,16 @@ def test_replays_in_a_graph_forward_and_backward() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("case", SHAPES[:2], ids=str)
+def test_tensors_need_not_be_on_the_current_device(case: Case) -> None:
+    here, there = (run(case, make_inputs(case, f"cuda:{i}"), "fused").tensors() for i in range(2))
+    assert torch.cuda.current_device() == 0
+    for name, tensor in here.items():
+        assert torch.equal(tensor.cpu(), there[name].cpu()), name
+
+
+@pytest.mark.gpu
 def test_tensors_beyond_two_to_the_31_elements() -> None:
     """Offsets are 64-bit: a single image of 2.2e9 elements, checked on its last rows, which only wide offsets reach."""
     height, width, dim = 1056, 8192, 256
