@@ -141,7 +141,7 @@ class HuggingFace:
 
     def load(self, index: int, generator: torch.Generator) -> tuple[Tensor, int]:
         row = self.rows[index]
-        image = _centre_crop(row[self.image_key].convert(MODES[self.channels]), self.size)
+        image = _centre_crop(_convert(row[self.image_key], self.channels), self.size)
         return _to_tensor(image), 0 if self.class_key is None else row[self.class_key]
 
 
@@ -183,9 +183,17 @@ def open_source(dataset: Mapping[str, Any], size: tuple[int, int], channels: int
 def _open_image(path: Path, channels: int) -> Image.Image:
     try:
         with Image.open(path) as image:
-            return image.convert(MODES[channels])
+            return _convert(image, channels)
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
+
+
+def _convert(image: Image.Image, channels: int) -> Image.Image:
+    """To 8 bits a channel."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        # 16-bit grey, which Pillow would clip to 255 instead of scaling it.
+        image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
+    return image.convert(MODES[channels])
 
 
 def _resize_to_cover(image: Image.Image, size: tuple[int, int]) -> Image.Image:

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -277,6 +278,14 @@ def test_hub_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match="pip install datasets"):
         open_source(parse_data_flag("hf:owner/name"), (8, 8), 3)
+
+
+def test_images_of_16_bits_keep_their_greys(tmp_path: Path) -> None:
+    """Pillow by itself clips all above 255 of 65535 to white."""
+    grey = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    image, _ = Folder(tmp_path, (8, 8), 3, classes=False).load(0, torch.Generator())
+    assert torch.equal(image, torch.tensor(np.rint(grey / 257), dtype=torch.uint8).expand(3, -1, -1))
 
 
 def test_hub_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
