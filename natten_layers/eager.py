@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .geometry import Window, window_mask
+from .kernels.operators import is_watched
 from .tiles import State, attend_tiles, heads_first, is_lost, plan, tile_queries, untile
 
 __all__ = ["attention_state", "dense_attention_state", "merge_states", "without_autocast"]
@@ -111,8 +112,10 @@ def attention_state(
     k, v = (heads_first(t.to(accumulate), axes) for t in (key, value))
     # A masked weight is exactly zero, but zero times NaN is NaN. So tiles compute on finite keys and values only, and
     # rows that see a non-finite one are poisoned afterwards.
-    lost = torch.cat([is_lost(k), is_lost(v)], -1)
-    k, v = (t.nan_to_num(0.0, 0.0, 0.0) for t in (k, v))
+    lost = None
+    if not _are_known_finite(k, v):
+        lost = torch.cat([is_lost(k), is_lost(v)], -1)
+        k, v = (t.nan_to_num(0.0, 0.0, 0.0) for t in (k, v))
     out, row_max, log_sum = attend_tiles(tiles, k, v, lost, axes)
     state = out, row_max, log_sum.exp()
     if additional_keys is not None and additional_values is not None:
@@ -122,6 +125,13 @@ def attention_state(
         state = _add_sink(state, torch.as_tensor(sink, dtype=accumulate, device=query.device), tiles)
     out, row_max, row_sum = (untile(t, axes, query) for t in (state[0], *(s[..., None] for s in state[1:])))
     return out.to(query.dtype), row_max[..., 0], row_sum[..., 0]
+
+
+def _are_known_finite(*tensors: Tensor) -> bool:
+    """Whether all are finite, where asking costs little: a device would be waited for, a graph can not ask."""
+    if any(t.device.type != "cpu" for t in tensors) or is_watched(tensors):
+        return False
+    return all(math.isfinite(t.detach().sum().item()) for t in tensors)
 
 
 def merge_states(*states: State) -> State:

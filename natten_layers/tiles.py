@@ -300,13 +300,14 @@ class _Tiles(torch.autograd.Function):
 
     ``(query [Z, *m, G, T, D], key [Z, *spatial, D], value [Z, *spatial, Dv], lost [Z, *spatial, 2], axes)`` to
     ``(out [Z, *m, G, T, Dv], row_max [Z, *m, G, T], log(row_sum))``. ``row_max`` is a constant to autograd.
-    ``lost`` is 1 where a key or a value was not finite: rows that see it become NaN, their gradients do not.
+    ``lost`` is 1 where a key or a value was not finite: rows that see it become NaN, their gradients do not. It is None
+    where all are.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(query: Tensor, key: Tensor, value: Tensor, lost: Tensor, axes: tuple[Axis, ...]) -> State:
+    def forward(query: Tensor, key: Tensor, value: Tensor, lost: Tensor | None, axes: tuple[Axis, ...]) -> State:
         parts: list[tuple[Tensor, ...]] = []
         counts, chunks = _chunks(query, axes)
         for chunk, z, bias in chunks:
@@ -315,10 +316,12 @@ class _Tiles(torch.autograd.Function):
             log_sum = -p.amax(-1).log()
             out = p @ _gather(value.narrow(0, *z), chunk)
             out, row_max, log_sum = (_unselect(x, chunk, query) for x in (out, row_max, log_sum))
-            seen = (bias + 1).relu()  # 1 or 0
-            poison = torch.einsum("mtu,zmuc->zmtc", seen, _gather(lost.narrow(0, *z), chunk)).cumsum(-1)
-            poison = torch.where(poison > 0, math.nan, 0.0).unflatten(1, [len(b.first) for b in chunk]).unsqueeze(-3)
-            parts.append((out + poison[..., 1:], row_max, log_sum + poison[..., 0]))
+            if lost is not None:
+                seen = (bias + 1).relu()  # 1 or 0
+                poison = torch.einsum("mtu,zmuc->zmtc", seen, _gather(lost.narrow(0, *z), chunk)).cumsum(-1) > 0
+                poison = torch.where(poison, math.nan, 0.0).unflatten(1, [len(b.first) for b in chunk]).unsqueeze(-3)
+                out, log_sum = out + poison[..., 1:], log_sum + poison[..., 0]
+            parts.append((out, row_max, log_sum))
         out, row_max, log_sum = (_assemble(list(p), counts) for p in zip(*parts, strict=True))
         return out, row_max, log_sum
 
@@ -376,7 +379,7 @@ class _ForwardModeTiles(_Tiles):
         return out_dot, None, lse_dot
 
 
-def attend_tiles(query: Tensor, key: Tensor, value: Tensor, lost: Tensor, axes: tuple[Axis, ...]) -> State:
+def attend_tiles(query: Tensor, key: Tensor, value: Tensor, lost: Tensor | None, axes: tuple[Axis, ...]) -> State:
     """:class:`_Tiles`, differentiable in every way that whoever asks can have."""
     function = _Tiles if torch.compiler.is_compiling() else _ForwardModeTiles
     return function.apply(query, key, value, lost, axes)

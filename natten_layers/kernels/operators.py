@@ -23,6 +23,7 @@ __all__ = [
     "eager_form",
     "is_tracked",
     "is_transformed",
+    "is_watched",
     "last_contiguous",
     "library",
     "module",
@@ -78,13 +79,13 @@ def call(name: str, *args: Any) -> Any:
 
 def call_untracked(name: str, *args: Any) -> Any:
     """:func:`call` of arguments for which nobody asks derivatives: looking at all of them again takes the host time."""
-    if _needs_dispatcher(args):
+    if is_watched(args):
         return getattr(torch.ops.natten_layers, name)(*args)
     return _kernels[name](*args)
 
 
-def _needs_dispatcher(args: tuple[Any, ...]) -> bool:
-    """Whether a compiler, a transform, a mode or a tensor's own class may want to see the operator."""
+def is_watched(args: tuple[Any, ...]) -> bool:
+    """Whether a compiler, a transform, a mode or a tensor's own class may want to see what is done with arguments."""
     return (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
