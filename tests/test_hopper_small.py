@@ -27,7 +27,6 @@ from natten_layers.kernels.hopper_launches import SmallLaunch, binary_parts, sma
 from natten_layers.kernels.hopper_primitives import descriptor, key_boxes, query_boxes, register_boxes
 from natten_layers.kernels.launches import forget, override
 from natten_layers.kernels.problem import Inputs, Layout, Problem, contiguous, layout, problem_of
-from natten_layers.modules import AxialRoPE, NeighborhoodGQA, make_axial_pos
 
 CASES = (
     Case("2d", (32, 40), 7, head_dim=64, value_dim=64),
@@ -149,27 +148,6 @@ def test_nan_and_inf_reach_only_the_queries_that_see_them(case: Case) -> None:
         assert not broken.all()
         assert torch.equal(~mine.isfinite(), broken)
         assert error(mine[~broken], expected[~broken]) < allowed
-
-
-@pytest.mark.gpu
-@needs_device
-@pytest.mark.filterwarnings("ignore:.*Profiler clears events")
-def test_a_layer_is_two_launches_between_its_projections() -> None:
-    """Normalisation and rotation of queries and keys, and attention."""
-    rope = AxialRoPE(64, 4, num_kv_heads=2)
-    layer = NeighborhoodGQA(8 * 64, 4, 7, num_kv_heads=2, head_dim=64, qk_norm="cosine", rope=rope)
-    layer = layer.to("cuda", torch.bfloat16).eval()
-    layer.register_module("qkv", torch.nn.Identity())  # its output is the input
-    qkv = torch.randn(8, 160, 160, 8 * 64, device="cuda", dtype=torch.bfloat16)
-    positions = make_axial_pos(160, 160, device=torch.device("cuda"))
-    with torch.no_grad():
-        layer.attend(qkv, positions=positions)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
-            layer.attend(qkv, positions=positions)
-            torch.cuda.synchronize()
-    names = [event.name for event in profile.events() or [] if "CUDA" in str(event.device_type)]
-    assert len(names) == 2, names
-    assert "hopper_small_kernel" in names[1]
 
 
 @pytest.mark.gpu

@@ -21,6 +21,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .configs import Box, Launch
 from .primitives import (
+    LOG2E,
+    LOWEST,
     between,
     contiguous_row,
     inside_axes,
@@ -196,6 +198,17 @@ def output_rows(position, head, i_batch, origin, length, heads):
     index = shifted(position, origin)
     token = tokens_of(index, (0, 0, 0), length, (1, 1, 1))
     return inside_axes(index, length), contiguous_row(i_batch.to(gl.int64), token, length) * heads + head
+
+
+@gluon.jit
+def row_sinks(Sink, head, sink, SINK: gl.constexpr):
+    """The sinks of rows, in powers of two; ``LOWEST`` where there is none."""
+    row_sink = gl.full(head.shape, LOWEST, gl.float32, head.type.layout)
+    if SINK == "tensor":
+        row_sink = gl.maximum(gl.load(Sink + head).to(gl.float32) * LOG2E, row_sink)
+    if SINK == "value":
+        row_sink = gl.maximum(sink * LOG2E, row_sink)
+    return row_sink
 
 
 Boxes = dict[str, Any]

@@ -12,8 +12,8 @@ slow down what it is part of: it is a function that is called, so that nothing o
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .hopper_primitives import output_rows
-from .primitives import LN2, LOG2E, LOWEST, shifted, unravel, windows_of
+from .hopper_primitives import output_rows, row_sinks
+from .primitives import LN2, LOWEST, shifted, unravel, windows_of
 
 
 @gluon.jit
@@ -48,17 +48,6 @@ def window_tokens(n, lo, hi, kernel):
     token = lo[0][:, None] + t[None, :], lo[1][:, None] + h[None, :], lo[2][:, None] + w[None, :]
     m_t, m_h, m_w = token[0] <= hi[0][:, None], token[1] <= hi[1][:, None], token[2] <= hi[2][:, None]
     return token, m_t & m_h & m_w
-
-
-@gluon.jit
-def initial_rows(Sink, head, sink, SINK: gl.constexpr):
-    """Maximum and sum of rows that have seen the sink, or nothing."""
-    row_m = gl.full(head.shape, LOWEST, gl.float32, head.type.layout)
-    if SINK == "tensor":
-        row_m = gl.maximum(gl.load(Sink + head).to(gl.float32) * LOG2E, row_m)
-    if SINK == "value":
-        row_m = gl.maximum(sink * LOG2E, row_m)
-    return row_m, gl.where(row_m > LOWEST, 1.0, 0.0)
 
 
 @gluon.jit(noinline=True)
@@ -100,7 +89,8 @@ def attend_rows(
         m_out = gl.convert_layout(m_rows, gl.SliceLayout(1, OUT))[:, None]
         b_q = gl.load(Q + (o_q[:, None] + col), mask=m_out, other=0.0).to(gl.float32)
         b_acc = gl.zeros([ROWS, D], gl.float32, OUT)
-        row_m, row_l = initial_rows(Sink, head, sink, SINK)
+        row_m = row_sinks(Sink, head, sink, SINK)
+        row_l = gl.where(row_m > LOWEST, 1.0, 0.0)
         for start in range(0, kernel[0] * kernel[1] * kernel[2], N):
             token, m_tokens = window_tokens(start + n, lo, hi, kernel)
             o_k, o_v = place_of(token, k_strides), place_of(token, v_strides)

@@ -39,6 +39,7 @@ from .hopper_primitives import (
     output_rows,
     query_boxes,
     register_boxes,
+    row_sinks,
 )
 from .hopper_rows import attend_rows
 from .launcher import Launcher, launcher
@@ -195,11 +196,7 @@ def hopper_small_kernel(
     row = gl.arange(0, M, ROW)
     position, head = unravel(row // PACK, TILE[1], TILE[2]), i_block * PACK + row % PACK
     row_lo, row_hi = windows_of(shifted(position, origin), length, kernel, stride, CAUSAL)
-    row_sink = gl.full([M], LOWEST, gl.float32, ROW)
-    if SINK == "tensor":
-        row_sink = gl.maximum(gl.load(Sink + head).to(gl.float32) * LOG2E, LOWEST)
-    if SINK == "value":
-        row_sink = gl.maximum(gl.full([M], sink * LOG2E, gl.float32, ROW), LOWEST)
+    row_sink = row_sinks(Sink, head, sink, SINK)
 
     masks = ()
     for PART in gl.static_range(len(k_descs)):
