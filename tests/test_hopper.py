@@ -103,6 +103,31 @@ def test_gradients_match_the_oracle(case: Case, dtype: torch.dtype, monkeypatch:
 
 @pytest.mark.gpu
 @needs_device
+@pytest.mark.usefixtures("wherever_possible")
+@pytest.mark.parametrize("case", [CASES[1], CASES[4], CASES[7]], ids=str)
+def test_any_number_of_programs_computes_every_tile(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take tiles from a count, which starts at zero in each replay of a graph too."""
+    case = replace(case, dtype=torch.bfloat16)
+    expected = run(case, make_inputs(case, "cuda"), "fused").tensors()
+    leaves = make_inputs(case, "cuda")
+    for programs in (1, 5):
+        with monkeypatch.context() as patch:
+            for module in (hopper, hopper_backward):
+                patch.setattr(module, "multiprocessors", lambda device, count=programs: count)
+            for name, tensor in run(case, leaves, "fused").tensors().items():
+                assert torch.equal(tensor, expected[name]), (programs, name)
+            problem, arguments = call_of(case, {name: t.detach() for name, t in leaves.items()})
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                out = hopper.forward(hopper_launches.launch_of(problem), *arguments)[0]
+        for _ in range(2):
+            out.zero_()
+            graph.replay()
+            assert torch.equal(out, expected["out"]), programs
+
+
+@pytest.mark.gpu
+@needs_device
 def test_reads_views_of_a_fused_projection() -> None:
     case = replace(CASES[1], dtype=torch.bfloat16, sink="none")
     qkv = torch.randn(2, *case.spatial, 8, 128, device="cuda", dtype=torch.bfloat16)

@@ -1,8 +1,9 @@
 """The forward pass of large windows on compute capability 9.0 (H100, H200): ``forward.py``'s kernel, written in Gluon.
 
-A program stays on its multiprocessor and takes tile after tile. One warp each loads queries, keys and values by TMA
-into rings of shared memory; two warp groups take half of a tile's rows each. A group starts the scores of a chunk
-together with the weighted sum of the chunk before, so that the tensor core works while the softmax is computed.
+A program stays on its multiprocessor and takes tile after tile, whichever comes next. One warp each loads queries, keys
+and values by TMA into rings of shared memory; two warp groups take half of a tile's rows each. A group starts the
+scores of a chunk together with the weighted sum of the chunk before, so that the tensor core works while the softmax is
+computed.
 """
 
 # Triton's language is Python to the parser only.
@@ -17,7 +18,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
-    mbarrier,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -26,6 +26,7 @@ from .configs import Launch
 from .forward import attend_tile
 from .hopper_primitives import (
     await_load,
+    await_tile,
     box_descriptor,
     chunk_count,
     chunk_mask,
@@ -34,13 +35,14 @@ from .hopper_primitives import (
     half_rows,
     load_box,
     multiprocessors,
-    new_barriers,
     new_ring,
+    new_schedule,
     next_place,
     output_rows,
     query_descriptor,
     release,
     slot,
+    take_tile,
     tile_walk,
 )
 from .primitives import LN2, LOG2E, LOWEST, shifted, unravel, windows_of
@@ -51,35 +53,28 @@ FLAGS: tl.constexpr = tl.constexpr(64)  # tiles that a program of the repair loo
 
 
 @gluon.jit
-def await_turn(turns, n, HALF: gl.constexpr):
-    """Groups start matrix products in turns, so that one computes its softmax while the other has the tensor core."""
-    mbarrier.wait(turns.index(HALF), (n + 1 + HALF) & 1)
-
-
-@gluon.jit
-def pass_turn(turns, HALF: gl.constexpr):
-    mbarrier.arrive(turns.index(1 - HALF), count=1)
-
-
-@gluon.jit
-def load_queries(ring, desc, plan, works, CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr,
-                 PACK: gl.constexpr):  # fmt: skip
-    """The warp that loads the tiles' queries."""
+def load_queries(ring, schedule, Taken, desc, plan, works, CAUSAL: gl.constexpr, TILE: gl.constexpr,
+                 CHUNK: gl.constexpr, PACK: gl.constexpr):  # fmt: skip
+    """The warp that takes tiles and loads their queries."""
     n = 0
-    for i_work in range(gl.program_id(0), works, gl.num_programs(0)):
+    i_work = take_tile(schedule, 0, Taken)
+    while i_work < works:
         i_batch, i_head, _i_flag, origin, _walk = tile_walk(i_work, plan, CAUSAL, TILE, CHUNK)
         corner = [i_batch * plan[0][0] + origin[0], origin[1], origin[2], i_head * PACK, 0]
         expect_load(ring, n, desc.block_type.nbytes, 2)
         load_box(ring, desc, corner, n, 0, 2)
-        n += 1  # noqa: SIM113
+        n += 1
+        i_work = take_tile(schedule, n, Taken)
 
 
 @gluon.jit
-def load_chunks(ring, desc, plan, works, group, CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr,
-                PACK: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+def load_chunks(ring, schedule, desc, plan, works, group, CAUSAL: gl.constexpr, TILE: gl.constexpr,
+                CHUNK: gl.constexpr, PACK: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
     """The warp that loads keys, or the one that loads values."""
     n = 0
-    for i_work in range(gl.program_id(0), works, gl.num_programs(0)):
+    i_tile = 0
+    i_work = await_tile(schedule, 0)
+    while i_work < works:
         i_batch, i_head, _i_flag, _origin, walk = tile_walk(i_work, plan, CAUSAL, TILE, CHUNK)
         place = (0, 0, 0)
         for _ in range(chunk_count(walk)):
@@ -88,6 +83,8 @@ def load_chunks(ring, desc, plan, works, group, CAUSAL: gl.constexpr, TILE: gl.c
             load_box(ring, desc, [i_head * PACK // group, i_batch * plan[0][0] + t, h, w, 0], n, 0, STAGES)
             place, _wraps = next_place(place, walk)
             n += 1
+        i_tile += 1
+        i_work = await_tile(schedule, i_tile)
 
 
 @gluon.jit
@@ -123,14 +120,12 @@ def softmax_weights(b_s, row_m, part_l, factor, DTYPE: gl.constexpr, WEIGHTS: gl
 
 @gluon.jit
 def attend_first(
-    b_q, b_hidden, row_m, part_l, k_ring, turns, n, factor,
-    HALF: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, WEIGHTS: gl.constexpr, PARTS: gl.constexpr,
+    b_q, b_hidden, row_m, part_l, k_ring, n, factor,
+    D: gl.constexpr, STAGES: gl.constexpr, WEIGHTS: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
     """Weights of a tile's first chunk."""
     await_load(k_ring, n, True, STAGES)
-    await_turn(turns, n, HALF)
     b_s = start_scores(b_q, k_ring, n, b_hidden, D, STAGES)
-    pass_turn(turns, HALF)
     b_s = warpgroup_mma_wait(0, deps=[b_s])
     release(k_ring, n, STAGES)
     b_p, row_m, part_l, _ = softmax_weights(b_s, row_m, part_l, factor, b_q.dtype, WEIGHTS, PARTS)
@@ -139,15 +134,13 @@ def attend_first(
 
 @gluon.jit
 def attend_next(
-    b_q, b_hidden, b_p, b_acc, row_m, part_l, k_ring, v_ring, turns, n, last, factor,
-    HALF: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, WEIGHTS: gl.constexpr, PARTS: gl.constexpr,
+    b_q, b_hidden, b_p, b_acc, row_m, part_l, k_ring, v_ring, n, last, factor,
+    D: gl.constexpr, STAGES: gl.constexpr, WEIGHTS: gl.constexpr, PARTS: gl.constexpr,
     OUT: gl.constexpr,
 ):  # fmt: skip
     """Weights of chunk ``n``, whose keys are there; meanwhile the weighted values of the chunk before are added."""
-    await_turn(turns, n, HALF)
     b_s = start_scores(b_q, k_ring, n, b_hidden, D, STAGES)
     b_acc = start_values(b_p, b_acc, v_ring, n - 1, STAGES)
-    pass_turn(turns, HALF)
     b_s = warpgroup_mma_wait(1, deps=[b_s])
     release(k_ring, n, STAGES)
     b_p, row_m, part_l, row_alpha = softmax_weights(b_s, row_m, part_l, factor, b_q.dtype, WEIGHTS, PARTS)
@@ -177,7 +170,7 @@ def initial_state(Sink, row_head, sink, SINK: gl.constexpr, M: gl.constexpr, ROW
 
 @gluon.jit
 def attend(
-    q_ring, k_ring, v_ring, turns, Out, RowMax, RowSum, Broken, Sink, plan, works, sink, factor,
+    q_ring, k_ring, v_ring, schedule, Out, RowMax, RowSum, Broken, Sink, plan, works, sink, factor,
     HALF: gl.constexpr, CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr, PACK: gl.constexpr,
     RANK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, SINK: gl.constexpr, WITH_STATE: gl.constexpr,
 ):  # fmt: skip
@@ -194,7 +187,8 @@ def attend(
     position, head = half_rows(HALF, M, TILE, PACK, gl.SliceLayout(1, SCORES))
     n = 0
     i_tile = 0
-    for i_work in range(gl.program_id(0), works, gl.num_programs(0)):
+    i_work = await_tile(schedule, 0)
+    while i_work < works:
         i_batch, i_head, i_flag, origin, walk = tile_walk(i_work, plan, CAUSAL, TILE, CHUNK)
         row_lo, row_hi = windows_of(shifted(position, origin), length, kernel, stride, CAUSAL)
         row_m, part_l = initial_state(Sink, i_head * PACK + head, sink, SINK, M, gl.SliceLayout(1, SCORES), PARTS)
@@ -205,17 +199,15 @@ def attend(
         b_hidden = chunk_mask(place, walk, row_lo, row_hi, inner, M, N, CHUNK, RANK, SCORES)
         await_load(q_ring, i_tile, True, 2)
         b_q = q_ring[0][0].index(i_tile % 2).reshape([2 * M, D]).slice(HALF * M, M)
-        b_p, row_m, part_l = attend_first(
-            b_q, b_hidden, row_m, part_l, k_ring, turns, n, factor, HALF, D, STAGES, WEIGHTS, PARTS
-        )
+        b_p, row_m, part_l = attend_first(b_q, b_hidden, row_m, part_l, k_ring, n, factor, D, STAGES, WEIGHTS, PARTS)
         n += 1
         await_load(k_ring, n, n <= last, STAGES)
         for _ in range(1, chunk_count(walk)):
             place, _wraps = next_place(place, walk)
             b_hidden = chunk_mask(place, walk, row_lo, row_hi, inner, M, N, CHUNK, RANK, SCORES)
             b_p, b_acc, row_m, part_l = attend_next(
-                b_q, b_hidden, b_p, b_acc, row_m, part_l, k_ring, v_ring, turns, n, last, factor,
-                HALF, D, STAGES, WEIGHTS, PARTS, OUT,
+                b_q, b_hidden, b_p, b_acc, row_m, part_l, k_ring, v_ring, n, last, factor,
+                D, STAGES, WEIGHTS, PARTS, OUT,
             )  # fmt: skip
             n += 1
         b_acc = start_values(b_p, b_acc, v_ring, n - 1, STAGES)
@@ -228,7 +220,7 @@ def attend(
         b_out = b_q.load(STORE)
         fence_async_shared()
         release(q_ring, i_tile, 2)
-        i_tile += 1  # noqa: SIM113
+        i_tile += 1
 
         out_position, out_head = half_rows(HALF, M, TILE, PACK, gl.SliceLayout(1, STORE))
         m_rows, o_row = output_rows(out_position, i_head * PACK + out_head, i_batch, origin, length, blocks * PACK)
@@ -241,6 +233,7 @@ def attend(
         row_rest = gl.convert_layout(gl.sum(b_acc * 0.0, 1), gl.SliceLayout(1, SCORES))
         m_broken = m_rows & ~(gl.abs(row_rest) >= 0.0)
         gl.store(Broken + i_flag + head * 0, gl.full([M], 1, gl.int32, gl.SliceLayout(1, SCORES)), mask=m_broken)
+        i_work = await_tile(schedule, i_tile)
 
 
 @gluon.jit
@@ -250,20 +243,20 @@ def hopper_kernel(
     CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr, PACK: gl.constexpr, RANK: gl.constexpr,
     D: gl.constexpr, SINK: gl.constexpr, WITH_STATE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Attention of the tiles ``program_id + i * num_programs``; ``Broken`` marks those whose results are not finite."""
+    """Attention of all tiles. ``Broken`` marks those whose results are not finite; behind the marks it counts tiles."""
     q_ring, k_ring, v_ring = new_ring((q_desc,), 2), new_ring((k_desc,), STAGES), new_ring((v_desc,), STAGES)
-    turns = new_barriers(2, 1)
+    schedule = new_schedule(4)
     plan = (length, kernel, stride, tiles, blocks)
     factor = scale * LOG2E
     gl.warp_specialize(
         [
-            (attend, (q_ring, k_ring, v_ring, turns, Out, RowMax, RowSum, Broken, Sink, plan, works, sink, factor,
+            (attend, (q_ring, k_ring, v_ring, schedule, Out, RowMax, RowSum, Broken, Sink, plan, works, sink, factor,
                       0, CAUSAL, TILE, CHUNK, PACK, RANK, D, STAGES, SINK, WITH_STATE)),
-            (attend, (q_ring, k_ring, v_ring, turns, Out, RowMax, RowSum, Broken, Sink, plan, works, sink, factor,
+            (attend, (q_ring, k_ring, v_ring, schedule, Out, RowMax, RowSum, Broken, Sink, plan, works, sink, factor,
                       1, CAUSAL, TILE, CHUNK, PACK, RANK, D, STAGES, SINK, WITH_STATE)),
-            (load_queries, (q_ring, q_desc, plan, works, CAUSAL, TILE, CHUNK, PACK)),
-            (load_chunks, (k_ring, k_desc, plan, works, group, CAUSAL, TILE, CHUNK, PACK, STAGES)),
-            (load_chunks, (v_ring, v_desc, plan, works, group, CAUSAL, TILE, CHUNK, PACK, STAGES)),
+            (load_queries, (q_ring, schedule, Broken + works, q_desc, plan, works, CAUSAL, TILE, CHUNK, PACK)),
+            (load_chunks, (k_ring, schedule, k_desc, plan, works, group, CAUSAL, TILE, CHUNK, PACK, STAGES)),
+            (load_chunks, (v_ring, schedule, v_desc, plan, works, group, CAUSAL, TILE, CHUNK, PACK, STAGES)),
         ],
         [4, 1, 1, 1],  # warps: the first function has those of the launch
         [240, 24, 24, 24],  # registers a thread
@@ -319,7 +312,7 @@ def _attend_windows(
         row_max, row_sum = (query.new_empty(rows, dtype=torch.float32) for _ in range(2))
     lengths, kernel_size, stride, dilation = problem.geometry
     tiles, programs = problem.tiles(launch.tile), problem.programs(launch)
-    broken = query.new_zeros(programs, dtype=torch.int32)
+    broken = query.new_zeros(programs + 1, dtype=torch.int32)
     options = {
         "CAUSAL": three_axes(problem.is_causal, False), "TILE": launch.tile, "CHUNK": launch.chunk,
         "RANK": problem.rank, "PACK": launch.pack, "D": query.shape[-1], "SINK": problem.sink, "WITH_STATE": with_state,

@@ -26,6 +26,7 @@ from . import hopper_launches
 from .configs import Box, Launch
 from .hopper_primitives import (
     await_load,
+    await_tile,
     box_descriptor,
     chunk_count,
     chunk_mask,
@@ -35,11 +36,13 @@ from .hopper_primitives import (
     load_box,
     multiprocessors,
     new_ring,
+    new_schedule,
     next_place,
     output_rows,
     query_descriptor,
     release,
     slot,
+    take_tile,
     tile_of,
     tile_walk,
     walk_over,
@@ -73,25 +76,29 @@ def key_walk(i_work, plan, CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.c
 
 
 @gluon.jit
-def load_tiles(ring, k_desc, v_desc, plan, works, CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr,
-               TILES: gl.constexpr):  # fmt: skip
-    """The warp that loads the tiles' keys and values."""
+def load_tiles(ring, schedule, Taken, k_desc, v_desc, plan, works, CAUSAL: gl.constexpr, TILE: gl.constexpr,
+               CHUNK: gl.constexpr, TILES: gl.constexpr):  # fmt: skip
+    """The warp that takes tiles and loads their keys and values."""
     n = 0
-    for i_work in range(gl.program_id(0), works, gl.num_programs(0)):
+    i_work = take_tile(schedule, 0, Taken)
+    while i_work < works:
         i_batch, i_kv, origin, _walk = key_walk(i_work, plan, CAUSAL, TILE, CHUNK)
         corner = [i_kv, i_batch * plan[0][0] + origin[0], origin[1], origin[2], 0]
         expect_load(ring, n, 2 * k_desc.block_type.nbytes, TILES)
         load_box(ring, k_desc, corner, n, 0, TILES)
         load_box(ring, v_desc, corner, n, 1, TILES)
-        n += 1  # noqa: SIM113
+        n += 1
+        i_work = take_tile(schedule, n, Taken)
 
 
 @gluon.jit
-def load_chunks(ring, q_desc, do_desc, lse_desc, delta_desc, plan, works, group, CAUSAL: gl.constexpr,
+def load_chunks(ring, schedule, q_desc, do_desc, lse_desc, delta_desc, plan, works, group, CAUSAL: gl.constexpr,
                 TILE: gl.constexpr, CHUNK: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
     """The warp that loads queries, their output gradients, lse and delta."""
     n = 0
-    for i_work in range(gl.program_id(0), works, gl.num_programs(0)):
+    i_tile = 0
+    i_work = await_tile(schedule, 0)
+    while i_work < works:
         i_batch, i_kv, _origin, walk = key_walk(i_work, plan, CAUSAL, TILE, CHUNK)
         place, i_head = (0, 0, 0), i_kv * group
         for _ in range(chunk_count(walk) * group):
@@ -105,6 +112,8 @@ def load_chunks(ring, q_desc, do_desc, lse_desc, delta_desc, plan, works, group,
             place, wraps = next_place(place, walk)
             i_head += gl.where(wraps, 1, 0)
             n += 1
+        i_tile += 1
+        i_work = await_tile(schedule, i_tile)
 
 
 @gluon.jit
@@ -157,7 +166,7 @@ def store_half(buffer, b_rows, Out, o_row, m_rows, D: gl.constexpr, STORE: gl.co
 
 @gluon.jit
 def gather(
-    tile_ring, ring, DK, DV, plan, works, group, scale,
+    tile_ring, ring, schedule, DK, DV, plan, works, group, scale,
     HALF: gl.constexpr, CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr, RANK: gl.constexpr,
     D: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr,
 ):  # fmt: skip
@@ -174,7 +183,8 @@ def gather(
     position = half_rows(HALF, M, TILE, 1, gl.SliceLayout(1, SCORES))[0]
     n = 0
     i_tile = 0
-    for i_work in range(gl.program_id(0), works, gl.num_programs(0)):
+    i_work = await_tile(schedule, 0)
+    while i_work < works:
         i_batch, i_kv, origin, walk = key_walk(i_work, plan, CAUSAL, TILE, CHUNK)
         row_lo, row_hi = queries_of(shifted(position, origin), length, kernel, stride, CAUSAL)
         b_dk = gl.zeros([M, D], gl.float32, OUT)
@@ -197,28 +207,29 @@ def gather(
         store_half(b_k, b_dk * scale, DK, o_row, m_rows, D, STORE)
         fence_async_shared()
         release(tile_ring, i_tile, TILES)
-        i_tile += 1  # noqa: SIM113
+        i_tile += 1
+        i_work = await_tile(schedule, i_tile)
 
 
 @gluon.jit
 def hopper_key_kernel(
-    q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, DK, DV,
+    q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, DK, DV, Taken,
     length, kernel, stride, tiles, group, kv_heads, works, scale,
     CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr, RANK: gl.constexpr, D: gl.constexpr,
     STAGES: gl.constexpr, TILES: gl.constexpr,
 ):  # fmt: skip
-    """dK and dV, contiguous, of the tiles ``program_id + i * num_programs``."""
+    """dK and dV, contiguous."""
     tile_ring = new_ring((k_desc, v_desc), TILES)
-    ring = new_ring((q_desc, do_desc, lse_desc, delta_desc), STAGES)
+    ring, schedule = new_ring((q_desc, do_desc, lse_desc, delta_desc), STAGES), new_schedule(3)
     plan = (length, kernel, stride, tiles, kv_heads)
     gl.warp_specialize(
         [
-            (gather, (tile_ring, ring, DK, DV, plan, works, group, scale,
+            (gather, (tile_ring, ring, schedule, DK, DV, plan, works, group, scale,
                       0, CAUSAL, TILE, CHUNK, RANK, D, STAGES, TILES)),
-            (gather, (tile_ring, ring, DK, DV, plan, works, group, scale,
+            (gather, (tile_ring, ring, schedule, DK, DV, plan, works, group, scale,
                       1, CAUSAL, TILE, CHUNK, RANK, D, STAGES, TILES)),
-            (load_tiles, (tile_ring, k_desc, v_desc, plan, works, CAUSAL, TILE, CHUNK, TILES)),
-            (load_chunks, (ring, q_desc, do_desc, lse_desc, delta_desc, plan, works, group,
+            (load_tiles, (tile_ring, schedule, Taken, k_desc, v_desc, plan, works, CAUSAL, TILE, CHUNK, TILES)),
+            (load_chunks, (ring, schedule, q_desc, do_desc, lse_desc, delta_desc, plan, works, group,
                            CAUSAL, TILE, CHUNK, STAGES)),
         ],
         [4, 1, 1],  # warps: the first function has those of the launch
@@ -227,25 +238,29 @@ def hopper_key_kernel(
 
 
 @gluon.jit
-def load_rows(ring, q_desc, do_desc, plan, works, CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr,
-              PACK: gl.constexpr, TILES: gl.constexpr):  # fmt: skip
-    """The warp that loads the tiles' queries and output gradients."""
+def load_rows(ring, schedule, Taken, q_desc, do_desc, plan, works, CAUSAL: gl.constexpr, TILE: gl.constexpr,
+              CHUNK: gl.constexpr, PACK: gl.constexpr, TILES: gl.constexpr):  # fmt: skip
+    """The warp that takes tiles and loads their queries and output gradients."""
     n = 0
-    for i_work in range(gl.program_id(0), works, gl.num_programs(0)):
+    i_work = take_tile(schedule, 0, Taken)
+    while i_work < works:
         i_batch, i_head, _i_flag, origin, _walk = tile_walk(i_work, plan, CAUSAL, TILE, CHUNK)
         corner = [i_batch * plan[0][0] + origin[0], origin[1], origin[2], i_head * PACK, 0]
         expect_load(ring, n, 2 * q_desc.block_type.nbytes, TILES)
         load_box(ring, q_desc, corner, n, 0, TILES)
         load_box(ring, do_desc, corner, n, 1, TILES)
-        n += 1  # noqa: SIM113
+        n += 1
+        i_work = take_tile(schedule, n, Taken)
 
 
 @gluon.jit
-def load_windows(ring, k_desc, v_desc, plan, works, group, CAUSAL: gl.constexpr, TILE: gl.constexpr,
+def load_windows(ring, schedule, k_desc, v_desc, plan, works, group, CAUSAL: gl.constexpr, TILE: gl.constexpr,
                  CHUNK: gl.constexpr, PACK: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
     """The warp that loads keys and values."""
     n = 0
-    for i_work in range(gl.program_id(0), works, gl.num_programs(0)):
+    i_tile = 0
+    i_work = await_tile(schedule, 0)
+    while i_work < works:
         i_batch, i_head, _i_flag, _origin, walk = tile_walk(i_work, plan, CAUSAL, TILE, CHUNK)
         place = (0, 0, 0)
         for _ in range(chunk_count(walk)):
@@ -256,6 +271,8 @@ def load_windows(ring, k_desc, v_desc, plan, works, group, CAUSAL: gl.constexpr,
             load_box(ring, v_desc, corner, n, 1, STAGES)
             place, _wraps = next_place(place, walk)
             n += 1
+        i_tile += 1
+        i_work = await_tile(schedule, i_tile)
 
 
 @gluon.jit
@@ -283,7 +300,7 @@ def add_keys(
 
 @gluon.jit
 def walk_windows(
-    tile_ring, ring, Lse, Delta, DQ, plan, works, width, scale,
+    tile_ring, ring, schedule, Lse, Delta, DQ, plan, works, width, scale,
     HALF: gl.constexpr, CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr, PACK: gl.constexpr,
     RANK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr,
 ):  # fmt: skip
@@ -301,7 +318,8 @@ def walk_windows(
     images = works // (tiles[0] * tiles[1] * tiles[2] * blocks)
     n = 0
     i_tile = 0
-    for i_work in range(gl.program_id(0), works, gl.num_programs(0)):
+    i_work = await_tile(schedule, 0)
+    while i_work < works:
         i_batch, i_head, _i_flag, origin, walk = tile_walk(i_work, plan, CAUSAL, TILE, CHUNK)
         index = shifted(position, origin)
         row_lo, row_hi = windows_of(index, length, kernel, stride, CAUSAL)
@@ -331,27 +349,29 @@ def walk_windows(
         store_half(b_q, b_dq * scale, DQ, o_row, m_out, D, STORE)
         fence_async_shared()
         release(tile_ring, i_tile, TILES)
-        i_tile += 1  # noqa: SIM113
+        i_tile += 1
+        i_work = await_tile(schedule, i_tile)
 
 
 @gluon.jit
 def hopper_query_kernel(
-    q_desc, k_desc, v_desc, do_desc, Lse, Delta, DQ,
+    q_desc, k_desc, v_desc, do_desc, Lse, Delta, DQ, Taken,
     length, kernel, stride, tiles, group, blocks, works, width, scale,
     CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr, PACK: gl.constexpr, RANK: gl.constexpr,
     D: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr,
 ):  # fmt: skip
-    """dQ, contiguous, of the tiles ``program_id + i * num_programs``."""
+    """dQ, contiguous."""
     tile_ring, ring = new_ring((q_desc, do_desc), TILES), new_ring((k_desc, v_desc), STAGES)
+    schedule = new_schedule(3)
     plan = (length, kernel, stride, tiles, blocks)
     gl.warp_specialize(
         [
-            (walk_windows, (tile_ring, ring, Lse, Delta, DQ, plan, works, width, scale,
+            (walk_windows, (tile_ring, ring, schedule, Lse, Delta, DQ, plan, works, width, scale,
                             0, CAUSAL, TILE, CHUNK, PACK, RANK, D, STAGES, TILES)),
-            (walk_windows, (tile_ring, ring, Lse, Delta, DQ, plan, works, width, scale,
+            (walk_windows, (tile_ring, ring, schedule, Lse, Delta, DQ, plan, works, width, scale,
                             1, CAUSAL, TILE, CHUNK, PACK, RANK, D, STAGES, TILES)),
-            (load_rows, (tile_ring, q_desc, do_desc, plan, works, CAUSAL, TILE, CHUNK, PACK, TILES)),
-            (load_windows, (ring, k_desc, v_desc, plan, works, group, CAUSAL, TILE, CHUNK, PACK, STAGES)),
+            (load_rows, (tile_ring, schedule, Taken, q_desc, do_desc, plan, works, CAUSAL, TILE, CHUNK, PACK, TILES)),
+            (load_windows, (ring, schedule, k_desc, v_desc, plan, works, group, CAUSAL, TILE, CHUNK, PACK, STAGES)),
         ],
         [4, 1, 1],  # warps: the first function has those of the launch
         [240, 24, 24],  # registers a thread
@@ -443,7 +463,8 @@ def key_gradients(
         box_descriptor(query, launch.chunk), box_descriptor(key, launch.tile), box_descriptor(value, launch.tile),
         box_descriptor(grad_out, launch.chunk),
         *(line_descriptor(lines, lengths[2], launch.chunk) for lines in statistics),
-        grad_key, grad_value, lengths, kernel_size, stride, tiles, problem.group, problem.kv_heads, works, scale,
+        grad_key, grad_value, key.new_zeros(1, dtype=torch.int32),
+        lengths, kernel_size, stride, tiles, problem.group, problem.kv_heads, works, scale,
         CAUSAL=three_axes(problem.is_causal, False), TILE=launch.tile, CHUNK=launch.chunk, RANK=problem.rank,
         D=key.shape[-1], STAGES=launch.stages, TILES=buffered_tiles(problem),
         num_warps=launch.num_warps, maxnreg=launch.max_registers,
@@ -466,7 +487,7 @@ def query_gradient(
     works = problem.programs(launch)
     hopper_query_kernel[(min(works, multiprocessors(query.device)),)](
         query_descriptor(query, launch), box_descriptor(key, launch.chunk), box_descriptor(value, launch.chunk),
-        query_descriptor(grad_out, launch), *statistics, grad_query,
+        query_descriptor(grad_out, launch), *statistics, grad_query, query.new_zeros(1, dtype=torch.int32),
         lengths, kernel_size, stride, problem.tiles(launch.tile), problem.group, query.shape[-2] // launch.pack, works,
         statistics.lse.shape[-1], scale,
         CAUSAL=three_axes(problem.is_causal, False), TILE=launch.tile, CHUNK=launch.chunk, PACK=launch.pack,

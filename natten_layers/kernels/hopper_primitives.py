@@ -117,15 +117,16 @@ def chunk_mask(
     place, walk, row_lo, row_hi, inner, M: gl.constexpr, N: gl.constexpr, CHUNK: gl.constexpr, RANK: gl.constexpr,
     LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """0 and -inf ``[M, N]``, worked out for those axes only on which the chunk reaches past some row's box.
+    """0 and -inf ``[M, N]``: what the rows see of the chunk, worked out only if it reaches past some row's box.
 
     One loop that branches here, while no product is under way, and not one loop for each kind of chunk: behind a loop
-    that may be skipped, ptxas 12.8 uses descriptors of shared memory that it works out in that loop only.
+    that may be skipped, ptxas 12.8 uses descriptors of shared memory that it works out in that loop only. One branch,
+    not one an axis: what each of those leaves as it was would be copied.
     """
-    corner = corner_at(place, walk, CHUNK)
     b_hidden = gl.zeros([M, N], gl.float32, LAYOUT)
-    for AXIS in gl.static_range(3 - RANK, 3):
-        if place[AXIS] < walk[2][AXIS]:
+    if (place[0] < walk[2][0]) | (place[1] < walk[2][1]) | (place[2] < walk[2][2]):
+        corner = corner_at(place, walk, CHUNK)
+        for AXIS in gl.static_range(3 - RANK, 3):
             m_seen = between(row_lo[AXIS] - corner[AXIS], row_hi[AXIS] - corner[AXIS], inner[AXIS])
             b_hidden = gl.where(m_seen, b_hidden, float("-inf"))
     return b_hidden
@@ -183,6 +184,37 @@ def await_load(ring, n, expected, STAGES: gl.constexpr):
 def release(ring, n, STAGES: gl.constexpr):
     i, _ = slot(n, STAGES)
     mbarrier.arrive(ring[2].index(i), count=1)
+
+
+@gluon.jit
+def new_schedule(READERS: gl.constexpr):
+    """A ring of numbers of tiles, and barriers that tell when one is there, and when all readers have read it.
+
+    Tiles see more or fewer chunks: dealt out beforehand, they would leave multiprocessors idle at the end.
+    """
+    numbers = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    return numbers, new_barriers(2, 1), new_barriers(2, READERS)
+
+
+@gluon.jit
+def take_tile(schedule, n, Taken):
+    """A tile that no program has taken, as the ``n``-th of this one: its number, which the other warps are told."""
+    i, phase = slot(n, 2)
+    i_work = gl.atomic_add(Taken, 1)
+    mbarrier.wait(schedule[2].index(i), phase ^ 1)
+    schedule[0].index(i).store(gl.full([1], i_work, gl.int32, gl.BlockedLayout([1], [32], [gl.num_warps()], [0])))
+    mbarrier.arrive(schedule[1].index(i), count=1)
+    return i_work
+
+
+@gluon.jit
+def await_tile(schedule, n):
+    """The number of this program's ``n``-th tile; one past the last if there is none."""
+    i, phase = slot(n, 2)
+    mbarrier.wait(schedule[1].index(i), phase)
+    i_work = gl.max(schedule[0].index(i).load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0])), 0)
+    mbarrier.arrive(schedule[2].index(i), count=1)
+    return i_work
 
 
 @gluon.jit
