@@ -27,8 +27,11 @@ __all__ = ["Axis", "State", "attend_tiles", "heads_first", "is_lost", "plan", "t
 State = tuple[Tensor, Tensor, Tensor]
 """``out``, ``row_max`` and ``row_sum`` or its logarithm"""
 
-TILE_ROWS = 64
-"""Queries of a tile, all heads of its group counted: enough rows for a matrix product, few keys beyond each window."""
+LEAST_ROWS, TILE_ROWS = 16, 64
+"""Queries of a tile, all heads of its group counted: enough rows for a matrix product."""
+LOAD_SCORES = 45
+"""Scores that take as long as a key and its value to gather: tiles of 32 and 64 rows were timed to be equally fast for
+a window of 7 x 7, the smaller ones to be faster for 3 x 3 x 3."""
 CHUNK_SCORES = 1 << 19
 """Scores computed at once, so that they stay in a core's cache between the two matrix products."""
 
@@ -130,21 +133,31 @@ Part = tuple[int, int]  # start and length along Z
 
 
 def plan(spatial: Sequence[int], window: Window, group: int) -> tuple[Axis, ...]:
-    """Grow the tile, one axis at a time, where that adds the fewest keys to the union."""
+    """Grow the tile, one axis at a time, where that adds the fewest keys to the union; as long as it pays."""
     # A compiled graph is for these lengths: with symbols for them, to trace the loops over tiles takes minutes.
     lengths = map(operator.index, spatial)
     axes = [
         Axis(*arguments, tile=1)
         for arguments in zip(lengths, window.kernel_size, window.stride, window.dilation, window.is_causal, strict=True)
     ]
-    while group * math.prod([a.tile for a in axes]) < TILE_ROWS:
+    while (rows := group * math.prod([a.tile for a in axes])) < TILE_ROWS:
         growth = [(a.kernel + 2 * a.tile) / (a.kernel + a.tile) if a.tile < a.longest else math.inf for a in axes]
         i = growth.index(min(growth))
         a = axes[i]
         if a.tile == a.longest:
             break
-        axes[i] = Axis(a.length, a.kernel, a.stride, a.dilation, a.causal, min(2 * a.tile, a.longest))
+        grown = [*axes]
+        grown[i] = Axis(a.length, a.kernel, a.stride, a.dilation, a.causal, min(2 * a.tile, a.longest))
+        if rows >= LEAST_ROWS and _cost_of_query(grown, group) > _cost_of_query(axes, group):
+            break
+        axes = grown
     return tuple(axes)
+
+
+def _cost_of_query(axes: Sequence[Axis], group: int) -> float:
+    """Scores that it takes as long to compute as a query's share of its tile, apart from borders."""
+    keys = math.prod([min(a.kernel + a.tile - 1, a.longest) for a in axes])
+    return keys * (1 + LOAD_SCORES / (group * math.prod([a.tile for a in axes])))
 
 
 def _pad(x: Tensor, lengths: Sequence[int], dim: int) -> Tensor:
