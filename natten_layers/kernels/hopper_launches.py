@@ -118,7 +118,10 @@ def small_backward_launches(problem: Problem, grad_out: Layout) -> SmallBackward
 
 def are_aligned(*tensors: Tensor | None) -> bool:
     """Whether the tensors start where TMA can: addresses are not part of a problem."""
-    return all(x is None or x.data_ptr() % 16 == 0 for x in tensors)
+    for x in tensors:  # noqa: SIM110 - all() over a generator takes twice as long, in every call
+        if x is not None and x.data_ptr() % 16:
+            return False
+    return True
 
 
 @lru_cache(maxsize=1024)

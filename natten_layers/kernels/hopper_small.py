@@ -9,9 +9,10 @@ share a multiprocessor, and some compute while others wait for their loads.
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAssignmentType=false, reportArgumentType=false
 # pyright: reportIndexIssue=false
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from math import prod
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +29,6 @@ from triton.experimental.gluon.language.nvidia.hopper.tma import (
     async_copy_shared_to_global,
     store_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .hopper_launches import PARTS, SmallLaunch
 from .hopper_primitives import (
@@ -263,35 +263,59 @@ def forward(
     row_max = row_sum = None
     if with_state:
         row_max, row_sum = (query.new_empty(query.shape[:-1], dtype=torch.float32) for _ in range(2))
-    attend, boxes = prepare(launch, problem, with_state)
-    described = describe((query, out, *(key,) * PARTS, *(value,) * PARTS, reg_keys, reg_values), boxes)
-    attend((query, key, value, out, row_max, row_sum, reg_keys, reg_values, sink, *described), (sink_value, scale))
+    described = query, out, *(key,) * PARTS, *(value,) * PARTS, reg_keys, reg_values
+    prepare(launch, problem, with_state)(
+        (query, key, value, out, row_max, row_sum, reg_keys, reg_values, sink), described, (sink_value, scale)
+    )
     return out, row_max, row_sum
 
 
-@lru_cache(maxsize=1024)
-def prepare(launch: SmallLaunch, p: Problem, with_state: bool) -> tuple[Launcher, list[Boxes | None]]:
-    """What the calls of a problem share: the launcher, and the boxes of its descriptors.
+class Call(NamedTuple):
+    """What the calls of a problem share."""
 
-    Of queries and output, of the parts of keys and of values, and of the registers.
-    """
+    launch: Launcher
+    boxes: tuple[Boxes | None, ...]
+    """of the tensors that have TMA descriptors, in their order"""
+
+    def __call__(
+        self, tensors: Sequence[Tensor | None], described: Sequence[Tensor | None], floats: Sequence[float | None]
+    ) -> None:
+        """Launch with pointers to ``tensors``, and behind them the descriptors of ``described``."""
+        descriptors = [
+            None if tensor is None or boxes is None else descriptor(tensor, boxes)
+            for tensor, boxes in zip(described, self.boxes, strict=True)
+        ]
+        self.launch((*tensors, *descriptors), floats)
+
+
+def call_of(
+    kernel: Any, grid: Sequence[int], sizes: Sequence[Any], boxes: Iterable[Boxes | None], **options: Any
+) -> Call:
+    """Arguments as those of ``launcher``."""
+    boxes = tuple(boxes)
+    blocks = tuple(() if x is None else tuple(x["block_shape"]) for x in boxes)
+    return Call(launcher(kernel, grid, sizes, blocks, **options), boxes)
+
+
+@lru_cache(maxsize=1024)
+def prepare(launch: SmallLaunch, p: Problem, with_state: bool) -> Call:
     blocks = p.query.shape[-2] // launch.pack
     lengths, kernel_size, stride, _ = p.geometry
     tiles = p.tiles(launch.tile)
     shared = p.additional_keys is not None and p.additional_keys.stride[0] == 0
-    attend = launcher(
+    boxes = [query_boxes(x, launch.tile, launch.pack) for x in (p.query, contiguous(p.query.shape))]
+    return call_of(
         hopper_small_kernel,
         (prod(tiles) * blocks, p.query.shape[0]),
         (
             *p.input_strides(), lengths, kernel_size, stride, tiles, p.group, blocks, p.registers,
             0 if shared else 1,
         ),
+        [*boxes, *boxes_of_parts(launch, p.key, p.value), *boxes_of_registers(launch, p)],
         CAUSAL=three_axes(p.is_causal, False), TILE=launch.tile, AXIS=launch.axis, PACK=launch.pack, RANK=p.rank,
         KEYS=launch.keys, D=p.query.shape[-1], SINK=p.sink, WITH_STATE=with_state,
         num_warps=WARPS, maxnreg=launch.max_registers,
     )  # fmt: skip
-    boxes = [query_boxes(x, launch.tile, launch.pack) for x in (p.query, contiguous(p.query.shape))]
-    return attend, [*boxes, *boxes_of_parts(launch, p.key, p.value), *boxes_of_registers(launch, p)]
 
 
 def boxes_of_parts(launch: SmallLaunch, *tensors: Layout) -> list[Boxes | None]:
@@ -303,8 +327,3 @@ def boxes_of_parts(launch: SmallLaunch, *tensors: Layout) -> list[Boxes | None]:
 def boxes_of_registers(launch: SmallLaunch, p: Problem) -> list[Boxes | None]:
     registers = (p.additional_keys, p.additional_values)
     return [None if x is None else register_boxes(x, launch.registers) for x in registers]
-
-
-def describe(tensors: Sequence[Tensor | None], boxes: Sequence[Boxes | None]) -> list[TensorDescriptor | None]:
-    pairs = zip(tensors, boxes, strict=True)
-    return [None if tensor is None or box is None else descriptor(tensor, box) for tensor, box in pairs]

@@ -10,7 +10,6 @@ them.
 
 from functools import lru_cache
 from math import prod
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,12 +28,13 @@ from triton.experimental.gluon.language.nvidia.hopper.tma import (
 )
 
 from .hopper_launches import PARTS, SmallLaunch
-from .hopper_primitives import Boxes, key_boxes, new_barriers, output_rows, query_boxes, thread_barrier
+from .hopper_primitives import key_boxes, new_barriers, output_rows, query_boxes, thread_barrier
 from .hopper_small import (
     WARPS,
+    Call,
     boxes_of_parts,
     boxes_of_registers,
-    describe,
+    call_of,
     next_corner,
     own_tile,
     part_mask,
@@ -43,7 +43,6 @@ from .hopper_small import (
     start_parts,
     those,
 )
-from .launcher import Launcher, launcher
 from .primitives import (
     LOG2E,
     inside_axes,
@@ -352,14 +351,8 @@ def query_gradient(
     delta, lse = torch.empty_like(row_max), torch.empty_like(row_max)
     call = query_call(launch, problem, layout(grad_out), None if grad_lse is None else layout(grad_lse[..., None]))
     tensors = (query, grad_out, grad_query, *(key,) * PARTS, *(value,) * PARTS, reg_keys, reg_values)
-    call.launch((delta, lse, row_max, row_sum, out, grad_lse, *describe(tensors, call.boxes)), (scale,))
+    call((delta, lse, row_max, row_sum, out, grad_lse), tensors, (scale,))
     return grad_query, delta, lse
-
-
-class Call(NamedTuple):
-    boxes: tuple[Boxes | None, ...]
-    """of the tensors that have TMA descriptors, in their order"""
-    launch: Launcher
 
 
 @lru_cache(maxsize=1024)
@@ -368,19 +361,19 @@ def query_call(launch: SmallLaunch, p: Problem, grad_out: Layout, grad_lse: Layo
     tiles, blocks = p.tiles(launch.tile), p.query.shape[-2] // launch.pack
     lengths, kernel_size, stride, _ = p.geometry
     shared = p.additional_keys is not None and p.additional_keys.stride[0] == 0
-    attend = launcher(
+    boxes = [query_boxes(x, launch.tile, launch.pack) for x in (p.query, grad_out, contiguous(p.query.shape))]
+    return call_of(
         hopper_small_query_kernel,
         (prod(tiles) * blocks, p.query.shape[0]),
         (
             (0,) * 5 if grad_lse is None else strides(grad_lse),
             lengths, kernel_size, stride, tiles, p.group, blocks, p.registers, 0 if shared else 1,
         ),
+        [*boxes, *boxes_of_parts(launch, p.key, p.value), *boxes_of_registers(launch, p)],
         CAUSAL=three_axes(p.is_causal, False), TILE=launch.tile, AXIS=launch.axis, PACK=launch.pack, RANK=p.rank,
         KEYS=launch.keys, D=p.query.shape[-1], WITH_DLSE=grad_lse is not None,
         num_warps=WARPS, maxnreg=launch.max_registers,
     )  # fmt: skip
-    boxes = (query_boxes(x, launch.tile, launch.pack) for x in (p.query, grad_out, contiguous(p.query.shape)))
-    return Call((*boxes, *boxes_of_parts(launch, p.key, p.value), *boxes_of_registers(launch, p)), attend)
 
 
 def key_gradients(
@@ -391,7 +384,7 @@ def key_gradients(
     grad_key, grad_value = key.new_empty(key.shape), value.new_empty(value.shape)
     call = key_call(launch, problem, layout(grad_out))
     tensors = (key, value, grad_key, grad_value, *(query,) * PARTS, *(grad_out,) * PARTS)
-    call.launch((delta, lse, *describe(tensors, call.boxes)), (scale,))
+    call((delta, lse), tensors, (scale,))
     return grad_key, grad_value
 
 
@@ -399,13 +392,13 @@ def key_gradients(
 def key_call(launch: SmallLaunch, p: Problem, grad_out: Layout) -> Call:
     tiles = p.tiles(launch.tile)
     lengths, kernel_size, stride, _ = p.geometry
-    attend = launcher(
+    out = contiguous(p.key.shape)
+    tile = [key_boxes(x, launch.tile) for x in (p.key, p.value, out, out)]
+    return call_of(
         hopper_small_key_kernel,
         (prod(tiles) * p.kv_heads, p.query.shape[0]),
         (lengths, kernel_size, stride, tiles, p.group, p.kv_heads),
+        [*tile, *boxes_of_parts(launch, p.query, grad_out)],
         CAUSAL=three_axes(p.is_causal, False), TILE=launch.tile, AXIS=launch.axis, RANK=p.rank, QUERIES=launch.keys,
         D=p.query.shape[-1], num_warps=WARPS, maxnreg=launch.max_registers,
     )  # fmt: skip
-    out = contiguous(p.key.shape)
-    tile = (key_boxes(x, launch.tile) for x in (p.key, p.value, out, out))
-    return Call((*tile, *boxes_of_parts(launch, p.query, grad_out)), attend)

@@ -53,11 +53,14 @@ class Launcher:
 
 
 @lru_cache(maxsize=1024)
-def launcher(kernel: Any, grid: Sequence[int], sizes: Sequence[Any], **options: Any) -> Launcher:
+def launcher(
+    kernel: Any, grid: Sequence[int], sizes: Sequence[Any], blocks: Hashable = None, **options: Any
+) -> Launcher:
     """The launcher of one kernel for such arguments, in the order of its parameters: tensors, sizes, floats, options.
 
     Args:
         sizes: integers and tuples of integers.
+        blocks: shapes of the blocks of its TMA descriptors, which each have a launcher of their own.
         options: compile-time arguments, and options of Triton such as ``num_warps``.
     """
     return Launcher(kernel, grid, sizes, options)
@@ -81,7 +84,7 @@ def _passed(tensors: Sequence[Any]) -> tuple[list[Any], list[Hashable]]:
             kinds += x.dtype, address % 16 == 0
         else:
             addresses.append(x)
-            kinds += x.base.dtype, tuple(x.block_shape)
+            kinds.append(x.base.dtype)
     return addresses, kinds
 
 
