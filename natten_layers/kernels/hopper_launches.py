@@ -18,7 +18,8 @@ from .problem import Layout, Problem, strides, three_axes
 ROWS = 128  # of a tile: positions times packed heads
 COLUMNS = 128  # of a chunk; the kernel of key gradients keeps twice as many accumulators and takes half of it
 SMALL_ROWS = 64  # of a tile of the kernels for small windows
-SCORES = 256  # of a row there at most, as they are in registers at once
+SCORES = 320  # of a row there at most, as they are in registers at once
+GRADIENTS = 256  # the same in the backward pass, whose kernels keep more beside them
 PARTS = 3  # that the keys of a tile come in at most
 STAGES = 2  # chunks in shared memory
 WINDOW = 2048  # keys, from which on a window is large: half of the smallest one that its kernels were timed with
@@ -207,7 +208,7 @@ def small_key_launch_of(problem: Problem) -> SmallLaunch | None:
     tiles = (tile for tile in boxes(SMALL_ROWS, p.lengths) if p.lengths[0] % tile[0] == 0 and prod(tile) == SMALL_ROWS)
     bare = p._replace(additional_keys=None)
     launches = [small_launch(bare, tile, axis, 1, query_bounds) for tile in tiles for axis in range(3)]
-    launch = min((x for x in launches if x.keys <= SCORES), key=_small_cost, default=None)
+    launch = min((x for x in launches if x.keys <= GRADIENTS), key=_small_cost, default=None)
     if launch is None:
         return None
     needed = 72 + dim  # scores and their gradients of 32 queries, two accumulators and some more
@@ -242,7 +243,7 @@ def small_launch(
 def small_query_launch_of(problem: Problem, pack: int | None = None) -> SmallLaunch | None:
     """The same for the gradients of queries."""
     launch = small_launch_of(problem, pack)
-    if launch is None:
+    if launch is None or launch.keys > GRADIENTS:
         return None
     dim = problem.query.shape[-1]
     # Scores and their gradients of 64 keys, accumulators and some more; with too few ptxas serializes the products.
