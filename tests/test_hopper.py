@@ -197,9 +197,33 @@ def test_large_windows_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
+    ("dim", "window", "registers", "is_large"),
+    [
+        (128, 256, 0, True),
+        (128, 255, 0, False),
+        (64, 512, 0, True),
+        (64, 511, 0, False),
+        (128, 2048, 4, True),
+        (128, 2047, 4, False),
+    ],
+)
+def test_large_is_what_the_keys_of_a_window_take(
+    monkeypatch: pytest.MonkeyPatch, dim: int, window: int, registers: int, is_large: bool
+) -> None:
+    query, key = (Layout((4, 16384, h, dim), (16384 * h * dim, h * dim, dim, 1)) for h in (32, 8))
+    extra = Layout((4, registers, 8, dim), (registers * 8 * dim, 8 * dim, dim, 1)) if registers else None
+    problem = problem_of_text(
+        monkeypatch, query=query, key=key, value=key, additional_keys=extra, additional_values=extra,
+        kernel_size=(window,),
+    )  # fmt: skip
+    assert hopper_launches.pays(problem) == is_large
+    assert isinstance(hopper_launches.forward_launch(problem), Launch) == is_large
+
+
+@pytest.mark.parametrize(
     "changes",
     [
-        {"kernel_size": (1024,)},
+        {"kernel_size": (2048,)},  # too few pairs for a launch to be worth its preparation
         {"query": Layout((1, 8192, 4, 128), (8192 * 512, 512, 128, 1))},
         {"dtype": torch.float32},
         {"scale_first": True},

@@ -22,7 +22,8 @@ SCORES = 320  # of a row there at most, as they are in registers at once
 GRADIENTS = 256  # the same in the backward pass, whose kernels keep more beside them
 PARTS = 3  # that the keys of a tile come in at most
 STAGES = 2  # chunks in shared memory
-WINDOW = 2048  # keys, from which on a window is large: half of the smallest one that its kernels were timed with
+NUMBERS = 2**15  # in a head's keys of a window, from which on it is large: 256 keys of 128 channels, 512 of 64
+REGISTERED = 2**18  # the same where registers take a second launch, which reads and writes the output once more
 LEAST_ROWS = 2**19  # of queries, from which on a small window's kernel runs longer than the host needs to launch it
 PAIRS = 2**28  # of a query and a key in large windows: fewer are done before the host has prepared a launch
 ALIGNMENT = 4  # statistics of queries: TMA loads 16 bytes at least, from multiples of as many
@@ -144,7 +145,8 @@ def supports(problem: Problem) -> bool:
 def pays(problem: Problem) -> bool:
     """Whether it was measured to be faster than the portable kernel, on problems like this one."""
     window = prod(problem.kernel_size)
-    return window >= WINDOW and problem.query.shape[-1] == 128 and prod(problem.query.shape[:-1]) * window >= PAIRS
+    least = REGISTERED if problem.registers else NUMBERS
+    return window * problem.query.shape[-1] >= least and prod(problem.query.shape[:-1]) * window >= PAIRS
 
 
 def small_pays(problem: Problem) -> bool:
