@@ -33,6 +33,22 @@ def blocking(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(tiles, "CHUNK_SCORES", scores)
 
 
+@pytest.mark.parametrize(
+    ("spatial", "kernel", "group", "sides"),
+    [
+        ((16, 16, 16), 3, 1, [4, 4, 2]),  # 144 keys for 32 queries; 64 would see 216
+        ((64, 64), 7, 1, [8, 8]),
+        ((64, 64), 7, 4, [4, 4]),
+        ((4096,), 256, 1, [64]),
+        ((4096,), 3, 1, [16]),  # the least that a matrix product is worth
+        ((3, 5), 3, 1, [3, 5]),
+    ],
+)
+def test_tiles_grow_as_long_as_it_pays(spatial: tuple[int, ...], kernel: int, group: int, sides: list[int]) -> None:
+    axes = tiles.plan(spatial, make_window(spatial, kernel), group)
+    assert [axis.tile for axis in axes] == sides
+
+
 # ---- The oracle -----------------------------------------------------------------------------------------------------
 
 
