@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from natten_layers import cached_attention, neighborhood_attention
-from natten_layers.kernels import decode_ops, hopper_launches, ops, problem
+from natten_layers.kernels import decode_ops, hopper_launches, hopper_small_launches, ops, problem
 from natten_layers.modules import AxialRoPE
 from natten_layers.modules.query_key import HeadNorm, normalize_and_rotate
 from natten_layers.modules.rope import angles_of
@@ -103,14 +103,17 @@ def attend_small_on_hopper(spatial: tuple[int, ...], kernel_size: int, heads: in
     rank = len(spatial)
     window = (kernel_size,) * rank, (1,) * rank, (1,) * rank, (rank == 1,) * rank
     one = problem.problem_of(tensors, None, window, 1.0)
-    launch = hopper_launches.small_launch_of(one)
+    launch = hopper_small_launches.small_launch_of(one)
     assert launch is not None
     modules.small_forward.forward(launch, one, tensors, None, 1.0, with_state=rank > 1)
-    launch = hopper_launches.small_query_launch_of(one)
+    launch = hopper_small_launches.strip_launch_of(one)
+    assert launch is not None
+    modules.strip_forward.forward(launch, one, tensors, None, 1.0, with_state=rank > 1)
+    launch = hopper_small_launches.small_query_launch_of(one)
     assert launch is not None
     rows = torch.ones(query.shape[:-1])
     modules.small_backward.query_gradient(launch, one, tensors, 1.0, query, rows, rows, query, rows)
-    launch = hopper_launches.small_key_launch_of(one)
+    launch = hopper_small_launches.small_key_launch_of(one)
     assert launch is not None
     modules.small_backward.key_gradients(launch, one, tensors, 1.0, query, rows, rows)
 
@@ -126,7 +129,7 @@ def main(capability: int) -> None:
     attend((2048,), 1024, 8, 128, extras=False, is_causal=True)
     attend((32, 32), 7, 4, 256, extras=True)
     if capability == 90 and (modules := hopper_launches.kernels()) is not None:
-        for module in modules[:2]:
+        for module in (modules.forward, modules.backward, modules.strip_forward):
             setattr(module, "multiprocessors", lambda device: 132)  # noqa: B010
         attend_on_hopper((4096,), 2048, 8, sink=0.0)
         attend_on_hopper((64, 80), 48, 2, sink=None)

@@ -1,4 +1,4 @@
-"""The kernel for small windows on compute capability 9.0 against the fp64 oracle and the portable kernel."""
+"""The kernels for small windows on compute capability 9.0 against the fp64 oracle and the portable kernel."""
 
 from __future__ import annotations
 
@@ -22,9 +22,19 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from natten_layers import neighborhood_attention
 from natten_layers.geometry import query_bounds, window_bounds
-from natten_layers.kernels import forward, hopper_launches, hopper_small, hopper_small_backward
-from natten_layers.kernels.hopper_launches import SmallLaunch, binary_parts, small_launch_of
+from natten_layers.kernels import forward, hopper_launches, hopper_small, hopper_small_backward, hopper_strip
+from natten_layers.kernels.configs import extent
 from natten_layers.kernels.hopper_primitives import descriptor, key_boxes, query_boxes, register_boxes
+from natten_layers.kernels.hopper_small_launches import (
+    SmallLaunch,
+    StripLaunch,
+    binary_parts,
+    cut,
+    small_key_launch_of,
+    small_launch_of,
+    small_query_launch_of,
+    strip_launch_of,
+)
 from natten_layers.kernels.launches import forget, override
 from natten_layers.kernels.problem import Inputs, Layout, Problem, contiguous, layout, problem_of
 
@@ -42,24 +52,52 @@ CASES = (
          value_dim=64, sink="learned"),
     Case("2d-too-many-scores-for-gradients", (21, 40), 13, heads=6, kv_heads=3, head_dim=64, value_dim=64),
     Case("1d-even-window", (333,), 32, heads=4, kv_heads=4, head_dim=64, value_dim=64, sink="zero"),
+    Case("1d-even-window-gqa", (333,), 64, heads=8, kv_heads=2, head_dim=64, value_dim=64),
     Case("3d", (8, 12, 18), 3, heads=4, kv_heads=4, head_dim=64, value_dim=64),
     Case("3d-causal-gqa-registers", (8, 9, 10), 3, 1, 1, (True, False, False), 4, 2, head_dim=64, value_dim=64,
          registers=3),
 )  # fmt: skip
 
 
+each_kernel = pytest.mark.parametrize(
+    ("module", "find"), [(hopper_small, small_launch_of), (hopper_strip, strip_launch_of)], ids=["tiles", "strips"]
+)
+Find = Callable[[Problem], Any]
+
+
 @pytest.mark.gpu
 @needs_device
+@each_kernel
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_matches_the_oracle(case: Case, dtype: torch.dtype) -> None:
+def test_matches_the_oracle(case: Case, dtype: torch.dtype, module: ModuleType, find: Find) -> None:
     case = replace(case, dtype=dtype)
     leaves = make_inputs(case, "cuda")
     problem, arguments = call_of(case, {name: t.detach() for name, t in leaves.items()})
     assert hopper_launches.supports(problem)
-    launch = small_launch_of(problem)
+    launch = find(problem)
     assert launch is not None
-    assert_oracle(case, leaves, hopper_small.forward(launch, *arguments))
+    assert_oracle(case, leaves, module.forward(launch, *arguments))
+
+
+@pytest.mark.gpu
+@needs_device
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_where_strips_are_cut_changes_nothing(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = replace(case, dtype=torch.bfloat16)
+    problem, arguments = call_of(case, {name: t.detach() for name, t in make_inputs(case, "cuda").items()})
+    launch = strip_launch_of(problem)
+    assert launch is not None
+    tiles = launch.tiles(problem)[launch.axis]
+    results = []
+    for strips in (((0, 1), 1), ((0, 1), 3), ((1, min(tiles, 2)), 1), ((0, 1), tiles)):
+        monkeypatch.setattr(hopper_strip, "cut", lambda *args, strips=strips: strips)
+        hopper_strip.prepare.cache_clear()
+        results.append(hopper_strip.forward(launch, *arguments))
+    hopper_strip.prepare.cache_clear()
+    for other in results[1:]:
+        for mine, first in zip(other, results[0], strict=True):
+            assert torch.equal(mine, first)
 
 
 @pytest.fixture
@@ -86,14 +124,15 @@ def test_gradients_match_the_oracle(case: Case, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(module, name, lambda *args: taken.append(name) or compute(*args))
 
     note(hopper_small, "forward")
+    note(hopper_strip, "forward")
     note(hopper_small_backward, "query_gradient")
     note(hopper_small_backward, "key_gradients")
     first, second = (run(case, leaves, "fused") for _ in range(2))
     expected = ["forward", "query_gradient", "key_gradients"]
     problem, _ = call_of(case, {name: t.detach() for name, t in leaves.items()})
-    if hopper_launches.small_query_launch_of(problem) is None:  # not enough registers or shared memory
+    if small_query_launch_of(problem) is None:  # not enough registers or shared memory
         expected.remove("query_gradient")
-    if hopper_launches.small_key_launch_of(problem) is None:
+    if small_key_launch_of(problem) is None:
         expected.remove("key_gradients")
     assert taken == expected * 2
     assert_close(case, first, oracle(case, leaves), run(case, leaves, "eager"))
@@ -103,7 +142,8 @@ def test_gradients_match_the_oracle(case: Case, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.gpu
 @needs_device
-def test_reads_views_of_a_fused_projection() -> None:
+@each_kernel
+def test_reads_views_of_a_fused_projection(module: ModuleType, find: Find) -> None:
     case = replace(CASES[0], dtype=torch.bfloat16, heads=4)
     qkv = torch.randn(2, *case.spatial, 8, 64, device="cuda", dtype=torch.bfloat16)
     views: dict[str, Tensor] = dict(zip(("query", "key", "value"), qkv.split((4, 2, 2), -2), strict=True))
@@ -111,18 +151,19 @@ def test_reads_views_of_a_fused_projection() -> None:
     registers = torch.randn(9, 2, 64, device="cuda", dtype=torch.bfloat16).expand(2, -1, -1, -1)
     views |= {"additional_keys": registers, "additional_values": registers}
     problem, arguments = call_of(case, views)
-    launch = small_launch_of(problem)
+    launch = find(problem)
     assert launch is not None
     copies = call_of(case, {name: t.contiguous() for name, t in views.items()})[1]
-    pairs = zip(hopper_small.forward(launch, *arguments), hopper_small.forward(launch, *copies), strict=True)
+    pairs = zip(module.forward(launch, *arguments), module.forward(launch, *copies), strict=True)
     for ours, expected in pairs:
         assert torch.equal(ours, expected)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.gpu
 @needs_device
+@each_kernel
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_nan_and_inf_reach_only_the_queries_that_see_them(case: Case) -> None:
+def test_nan_and_inf_reach_only_the_queries_that_see_them(case: Case, module: ModuleType, find: Find) -> None:
     case = replace(case, dtype=torch.bfloat16)
     rank = len(case.spatial)
     # Views of wider tensors, as those of a fused projection are.
@@ -131,11 +172,11 @@ def test_nan_and_inf_reach_only_the_queries_that_see_them(case: Case) -> None:
         for name, t in ((name, t.detach()) for name, t in make_inputs(case, "cuda").items())
     }
 
-    def outputs(forward: Callable[..., Any], *launch: SmallLaunch) -> tuple[Tensor, Tensor]:
+    def outputs(forward: Callable[..., Any], *launch: SmallLaunch | StripLaunch) -> tuple[Tensor, Tensor]:
         out, row_max, row_sum = forward(*launch, *call_of(case, tensors)[1])
         return out, row_max + row_sum.log()
 
-    launch = small_launch_of(call_of(case, tensors)[0])
+    launch = find(call_of(case, tensors)[0])
     assert launch is not None
     middle = tuple(n // 2 for n in case.spatial)
     tensors["value"][(0, *middle, case.kv_heads - 1, 7)] = float("nan")
@@ -144,7 +185,7 @@ def test_nan_and_inf_reach_only_the_queries_that_see_them(case: Case) -> None:
     tensors["query"][(1, *(0,) * rank, 0, 3)] = float("nan")
     if case.registers:
         tensors["additional_values"][0, 0, 0, 9] = float("-inf")
-    ours, portable = outputs(hopper_small.forward, launch), outputs(forward.forward)
+    ours, portable = outputs(module.forward, launch), outputs(forward.forward)
     # The portable kernel makes inf NaN where it is seen.
     assert ours[0][(0, *middle, 0, 8)] == float("inf")
     for mine, expected, allowed in zip(ours, portable, (4e-3, 1e-5), strict=True):
@@ -161,8 +202,8 @@ def test_a_call_takes_it_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     buffer = torch.randn(6, 160, 160, 4, 72, device="cuda", dtype=torch.bfloat16)
     aligned, shifted = buffer[..., :64].contiguous(), buffer[..., 1:65]
     launches = []
-    compute = hopper_small.forward
-    monkeypatch.setattr(hopper_small, "forward", lambda *args: launches.append(args[0]) or compute(*args))
+    compute = hopper_strip.forward
+    monkeypatch.setattr(hopper_strip, "forward", lambda *args: launches.append(args[0]) or compute(*args))
     neighborhood_attention(aligned, aligned, aligned, 7)
     assert len(launches) == 1
     out = neighborhood_attention(shifted, shifted, shifted, 7)
@@ -183,22 +224,43 @@ def problem_of_image(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Problem
 
 def test_small_windows_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = problem_of_image(monkeypatch)
-    launch = hopper_launches.forward_launch(problem)
-    assert isinstance(launch, SmallLaunch)
+    alone, launch = small_launch_of(problem), hopper_launches.forward_launch(problem)
+    assert alone is not None
     # 8 x 14 keys, without one that no query sees
-    assert (launch.tile, launch.pack, launch.parts) == ((1, 2, 8), 4, ((1, 8, 8), (1, 8, 4), (1, 8, 2)))
+    assert (alone.tile, alone.pack, alone.parts) == ((1, 2, 8), 4, ((1, 8, 8), (1, 8, 4), (1, 8, 2)))
+    assert isinstance(launch, StripLaunch)
+    assert (launch.tile, launch.pack, launch.keys) == (alone.tile, alone.pack, alone.keys)
+    # Of them the 8 x 8 in front of a tile are new to it, and what it sees of those is 8 x 6.
+    assert (launch.axis, launch.box, launch.slots, launch.rest) == (2, (1, 8, 8), 2, (32, 16))
     with override(pack=1):
         unpacked = hopper_launches.forward_launch(problem)
-    assert isinstance(unpacked, SmallLaunch)
+    assert isinstance(unpacked, StripLaunch)
     assert (unpacked.tile, unpacked.pack, unpacked.keys) == ((1, 8, 8), 1, 14 * 16)
+
+
+@pytest.mark.parametrize(
+    ("changes", "taken"),
+    [
+        ({"kernel_size": (13, 13)}, StripLaunch),
+        ({"kernel_size": (3, 3)}, SmallLaunch),  # little that a tile sees was seen by the one before
+        ({"kernel_size": (1, 5)}, SmallLaunch),
+    ],
+    ids=str,
+)
+def test_strips_are_taken_where_windows_overlap_much(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], taken: type
+) -> None:
+    query, key = (Layout((8, 128, 128, h, 64), (2**20 * h, 2**13 * h, 64 * h, 64, 1)) for h in (6, 3))
+    problem = problem_of_image(monkeypatch, query=query, key=key, value=key, **changes)
+    assert type(hopper_launches.forward_launch(problem)) is taken
 
 
 def test_statistics_take_registers_of_the_multiprocessor(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 128 keys: five programs share one, or four that write statistics too."""
     extra = Layout((8, 16, 2, 64), (2**11, 128, 64, 1))
     problem = problem_of_image(monkeypatch, additional_keys=extra, additional_values=extra)
-    launches = [hopper_launches.forward_launch(problem, with_state) for with_state in (False, True)]
-    assert [x.max_registers for x in launches if isinstance(x, SmallLaunch)] == [96, 128]
+    launches = [small_launch_of(problem, None, with_state) for with_state in (False, True)]
+    assert [(x.max_registers, x.programs) for x in launches if x is not None] == [(96, 5), (128, 4)]
 
 
 IMAGES = (8, 128, 128, 8, 64), (2**23, 2**16, 512, 64, 1)
@@ -266,8 +328,8 @@ def test_scores_in_registers_are_fewer_in_the_backward_pass(monkeypatch: pytest.
     """Tiles of 4 x 8 queries, two heads each, see 16 x 20 keys of windows of 13 x 13."""
     query, key = (Layout((8, 128, 128, h, 64), (2**20 * h, 2**13 * h, 64 * h, 64, 1)) for h in (6, 3))
     problem = problem_of_image(monkeypatch, query=query, key=key, value=key, kernel_size=(13, 13))
-    launch = hopper_launches.forward_launch(problem)
-    assert isinstance(launch, SmallLaunch)
+    launch = small_launch_of(problem)
+    assert launch is not None
     assert (launch.tile, launch.pack, launch.parts) == ((1, 4, 8), 2, ((1, 16, 16), (1, 16, 4)))
     assert hopper_launches.small_backward_launches(problem, query) == (None, None)
 
@@ -275,9 +337,9 @@ def test_scores_in_registers_are_fewer_in_the_backward_pass(monkeypatch: pytest.
 def test_queries_of_a_border_are_more_than_those_of_the_middle(monkeypatch: pytest.MonkeyPatch) -> None:
     """Under a window of 7, queries 0 to 10 see keys 4 to 7, and 5 to 14 see keys 8 to 11."""
     axis = (128, 7, 1, False)
-    assert hopper_launches._extent(axis, 4, query_bounds) == 11
-    assert hopper_launches._extent(axis, 8, query_bounds) == 14
-    assert hopper_launches._extent(axis, 4, window_bounds) == 10
+    assert extent(axis, 4, query_bounds) == 11
+    assert extent(axis, 8, query_bounds) == 14
+    assert extent(axis, 4, window_bounds) == 10
 
 
 def test_a_launch_that_somebody_chose_wins(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -343,8 +405,8 @@ def test_parts_cover_what_a_tile_sees(problem: Problem) -> None:
     """Also at borders, where a tile may be seen by more queries than inside; and within the limits of TMA."""
     launches = (
         (small_launch_of(problem), window_bounds),
-        (hopper_launches.small_query_launch_of(problem), window_bounds),
-        (hopper_launches.small_key_launch_of(problem), query_bounds),
+        (small_query_launch_of(problem), window_bounds),
+        (small_key_launch_of(problem), query_bounds),
     )
     for launch, bounds in launches:
         if launch is None:
@@ -356,7 +418,7 @@ def test_parts_cover_what_a_tile_sees(problem: Problem) -> None:
         assert all(side <= 256 for box in launch.parts for side in box)
         assert all(prod(box) >= 16 for box in launch.parts)
         assert launch.registers >= problem.registers or bounds is query_bounds
-        for axis, (length, kernel, stride, causal) in enumerate(hopper_launches._axes(problem)):
+        for axis, (length, kernel, stride, causal) in enumerate(problem.axes):
             sides = [box[axis] for box in launch.parts]
             covered = sum(sides) if axis == launch.axis else sides[0]
             first = torch.arange(0, length, launch.tile[axis])
@@ -364,6 +426,61 @@ def test_parts_cover_what_a_tile_sees(problem: Problem) -> None:
             corner, _ = bounds(first, length, kernel, stride, causal)
             _, end = bounds(last, length, kernel, stride, causal)
             assert int((end - corner).max()) < covered
+
+
+@settings(deadline=None)
+@given(problems())
+def test_the_ring_of_a_strip_has_what_each_tile_sees(problem: Problem) -> None:
+    launch = strip_launch_of(problem)
+    if launch is None:
+        return
+    assert prod(launch.tile) * launch.pack == 64
+    assert problem.group % launch.pack == 0
+    assert problem.lengths[0] % launch.tile[0] == 0
+    assert launch.axis or not launch.shift  # else it would write into the image before
+    assert launch.registers >= problem.registers
+    assert all(side <= 256 for side in launch.box)
+    assert all(n % 16 == 0 for n in (prod(launch.box), *launch.rest))
+    assert 2 <= launch.programs <= 6
+    for axis, (length, kernel, stride, causal) in enumerate(problem.axes):
+        shift = launch.shift if axis == launch.axis else 0
+        first = torch.arange(-shift, length, launch.tile[axis])
+        assert len(first) == launch.tiles(problem)[axis]
+        last = (first + launch.tile[axis] - 1).clamp(max=length - 1)
+        # As the kernel has it: from where the first position's window starts, which may lie before the image.
+        corner, _ = window_bounds(first.clamp(min=0), length, kernel, stride, causal)
+        _, end = window_bounds(last, length, kernel, stride, causal)
+        if axis != launch.axis:
+            assert int((end - corner).max()) < launch.box[axis]
+            continue
+        step = launch.box[axis]
+        assert step == launch.tile[axis]
+        slab = (corner - launch.phase).div(step, rounding_mode="floor")
+        seen = (launch.slots - 1) * step + sum(launch.rest) // (prod(launch.box) // step)
+        assert sum(launch.rest) <= prod(launch.box)
+        assert bool((end < slab * step + launch.phase + seen).all())
+        assert bool((slab >= 0).all())
+        assert set(slab.diff().tolist()) <= {0, 1}
+
+
+@given(st.integers(1, 2000), st.integers(1, 5000), st.integers(1, 800))
+def test_strips_are_cut_so_that_they_are_a_line(tiles: int, lines: int, programs: int) -> None:
+    (count, long), short = cut(tiles, lines, programs)
+    assert count >= 0
+    assert 0 < short <= long
+    assert count * long <= tiles
+
+
+@pytest.mark.parametrize(
+    ("tiles", "lines", "programs", "expected"),
+    [
+        (32, 512, 396, ((3, 10), 1)),  # four rounds of long ones would end after 44 tiles, the rest fills the gaps
+        (16, 1, 132, ((0, 1), 1)),  # one line: each tile a strip
+        (16, 132, 132, ((1, 16), 1)),
+    ],
+)
+def test_long_strips_come_first(tiles: int, lines: int, programs: int, expected: tuple[tuple[int, int], int]) -> None:
+    assert cut(tiles, lines, programs) == expected
 
 
 @pytest.mark.parametrize(("count", "parts"), [(14, [8, 4, 2]), (15, [8, 4, 4]), (8, [8]), (1, [1]), (9, [8, 1])])

@@ -28,6 +28,7 @@ KERNELS = (
 HOPPER_KERNELS = (
     "hopper_kernel",
     "hopper_small_kernel",
+    "hopper_strip_kernel",
     "hopper_small_query_kernel",
     "hopper_small_key_kernel",
     "repair_kernel",

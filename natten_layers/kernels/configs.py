@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 from math import ceil, prod
 from typing import Literal, NamedTuple
 
+import torch
+
 Box = tuple[int, int, int]
+Axis = tuple[int, int, int, bool]  # length, kernel, stride, causal
+Bounds = Callable[[torch.Tensor, int, int, int, bool], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -171,3 +175,19 @@ def _rule(kind: Kind, lengths: Box, kernel: Box, group: int, width: int, pack: i
     # A branch around the mask pays where many chunks lie inside every window: large windows, and long rows.
     skip_mask = prod(kernel) >= LARGE_WINDOW or kernel[2] >= 4 * chunk[2]
     return Launch(tile, chunk, pack, warps, stages, registers, skip_mask)
+
+
+@lru_cache(maxsize=4096)
+def extent(axis: Axis, tile: int, bounds: Bounds) -> int:
+    """Most columns that some tile of rows sees along an axis."""
+    low, high = spans(axis, tile, bounds)
+    return int((high - low + 1).max())
+
+
+def spans(axis: Axis, tile: int, bounds: Bounds) -> tuple[torch.Tensor, torch.Tensor]:
+    """First and last column that each tile of rows sees."""
+    length, kernel, stride, causal = axis
+    first = torch.arange(0, length, tile)
+    low, _ = bounds(first, length, kernel, stride, causal)
+    _, high = bounds((first + tile - 1).clamp(max=length - 1), length, kernel, stride, causal)
+    return low, high

@@ -226,7 +226,7 @@ def forward(
     if hopper_launches.pays(problem) or hopper_launches.small_pays(problem):
         launch, kernels = hopper_launches.forward_launch(problem, with_state), hopper_launches.kernels()
         if launch is not None and kernels is not None and hopper_launches.are_aligned(*inputs[:5]):
-            module = kernels.small_forward if isinstance(launch, hopper_launches.SmallLaunch) else kernels.forward
+            module = kernels.forward_of(launch)
             return module.forward(launch, problem, inputs, sink_value, scale, with_state)
     rows = query.shape[:-1]
     out = query.new_empty(rows + value.shape[-1:])

@@ -229,7 +229,8 @@ def output_rows(position, head, i_batch, origin, length, heads):
     """Which rows lie inside the image, and their places in a contiguous ``[B, T, H, W, heads]``."""
     index = shifted(position, origin)
     token = tokens_of(index, (0, 0, 0), length, (1, 1, 1))
-    return inside_axes(index, length), contiguous_row(i_batch.to(gl.int64), token, length) * heads + head
+    m_inside = inside_axes(index, length) & (index[0] >= 0) & (index[1] >= 0) & (index[2] >= 0)
+    return m_inside, contiguous_row(i_batch.to(gl.int64), token, length) * heads + head
 
 
 @gluon.jit

@@ -1,8 +1,7 @@
 """The forward pass of small windows on compute capability 9.0 (H100, H200): ``forward.py``'s kernel, written in Gluon.
 
-A program computes one tile. All that the tile sees comes by TMA at once, and all its scores are in registers at once,
-so that one maximum and one sum are enough: no state is rescaled, and hardly an address is computed. Several programs
-share a multiprocessor, and some compute while others wait for their loads.
+A program computes one tile. All that the tile sees comes by TMA at once, and hardly an address is computed. Several
+programs share a multiprocessor, and some compute while others wait for their loads.
 """
 
 # Triton's language is Python to the parser only.
@@ -18,19 +17,13 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.experimental.gluon.language.nvidia.hopper.tma import (
     async_copy_global_to_shared,
     async_copy_shared_to_global,
     store_wait,
 )
 
-from .hopper_launches import PARTS, SmallLaunch
 from .hopper_primitives import (
     Boxes,
     descriptor,
@@ -42,11 +35,22 @@ from .hopper_primitives import (
     row_sinks,
 )
 from .hopper_rows import attend_rows
+from .hopper_small_launches import PARTS, SmallLaunch
+from .hopper_tile import (
+    WARPS,
+    columns,
+    divided,
+    is_inside,
+    is_zero,
+    key_mask,
+    register_mask,
+    scores_of,
+    unfinite,
+    weighted_sum,
+)
 from .launcher import Launcher, launcher
-from .primitives import LN2, LOG2E, LOWEST, shifted, unravel, windows_of
+from .primitives import LN2, LOG2E, shifted, unravel, windows_of
 from .problem import Inputs, Layout, Problem, contiguous, three_axes
-
-WARPS = 4
 
 
 @gluon.jit
@@ -72,11 +76,16 @@ def own_tile(tiles, blocks, TILE: gl.constexpr):
 
 
 @gluon.jit
+def moved(place, by, AXIS: gl.constexpr):
+    """A place further along an axis."""
+    t, h, w = place
+    return t + (by if AXIS == 0 else 0), h + (by if AXIS == 1 else 0), w + (by if AXIS == 2 else 0)
+
+
+@gluon.jit
 def next_corner(corner, desc, AXIS: gl.constexpr):
     """First key of the part behind the one at ``corner``."""
-    BOX: gl.constexpr = desc.block_type.shape
-    t, h, w = corner
-    return t + (BOX[1] if AXIS == 0 else 0), h + (BOX[2] if AXIS == 1 else 0), w + (BOX[3] if AXIS == 2 else 0)
+    return moved(corner, desc.block_type.shape[AXIS + 1], AXIS)
 
 
 @gluon.jit
@@ -117,47 +126,31 @@ def start_parts(descs, reg_desc, place, corner, ready, AXIS: gl.constexpr):
 def part_mask(desc, corner, row_lo, row_hi, FIRST: gl.constexpr, N: gl.constexpr, M: gl.constexpr, RANK: gl.constexpr):
     """0 and -inf ``[M, N]``: which of the keys ``FIRST`` to ``FIRST + N - 1`` of a part the rows see."""
     BOX: gl.constexpr = desc.block_type.shape
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, N, 16])
-    inner = unravel(FIRST + gl.arange(0, N, gl.SliceLayout(0, LAYOUT)), BOX[2], BOX[3])
-    b_hidden = gl.zeros([M, N], gl.float32, LAYOUT)
-    for BACK in gl.static_range(RANK):
-        first = gl.convert_layout(row_lo[2 - BACK] - corner[2 - BACK], gl.SliceLayout(1, LAYOUT))
-        last = gl.convert_layout(row_hi[2 - BACK] - corner[2 - BACK], gl.SliceLayout(1, LAYOUT))
-        # Two selections: one comparison of unsigned differences takes more instructions here.
-        b_hidden = gl.where(inner[2 - BACK][None, :] >= first[:, None], b_hidden, float("-inf"))
-        b_hidden = gl.where(inner[2 - BACK][None, :] <= last[:, None], b_hidden, float("-inf"))
-    return b_hidden
+    return key_mask(unravel(columns(N, FIRST), BOX[2], BOX[3]), corner, row_lo, row_hi, M, RANK)
+
+
+@gluon.constexpr_function
+def part_keys(boxes, part):
+    t, h, w = boxes[part]
+    return t * h * w
+
+
+@gluon.constexpr_function
+def part_start(boxes, part, axis):
+    """Keys along the axis of parts that lie before a part."""
+    return sum(box[axis] for box in boxes[:part])
 
 
 @gluon.jit
-def register_mask(registers, FIRST: gl.constexpr, N: gl.constexpr, M: gl.constexpr):
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, N, 16])
-    m_there = FIRST + gl.arange(0, N, gl.SliceLayout(0, LAYOUT)) < registers
-    return gl.where(m_there[None, :], gl.zeros([M, N], gl.float32, LAYOUT), float("-inf"))
-
-
-@gluon.jit
-def part_top(b_s, EIGHTHS: gl.constexpr):
-    """``[M, 8]``: maxima over every eighth column, those that one thread has, so that none is exchanged."""
-    return gl.convert_layout(gl.max(b_s.reshape([b_s.shape[0], b_s.shape[1] // 8, 8]), 1), EIGHTHS)
-
-
-@gluon.jit
-def part_weights(b_s, row_m, factor, DTYPE: gl.constexpr, WEIGHTS: gl.constexpr, EIGHTHS: gl.constexpr):
-    """Weights of one part as a left operand, and their sums over every eighth column."""
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, b_s.shape[1], 16])
-    b_p = gl.exp2(b_s * factor - gl.convert_layout(row_m, gl.SliceLayout(1, LAYOUT))[:, None])
-    part_l = gl.convert_layout(gl.sum(b_p.reshape([b_s.shape[0], b_s.shape[1] // 8, 8]), 1), EIGHTHS)
-    return gl.convert_layout(b_p.to(DTYPE), WEIGHTS), part_l
-
-
-@gluon.jit
-def row_maxima(scores, row_sink, factor, EIGHTHS: gl.constexpr):
-    """Over all parts and the sink."""
-    part_m = part_top(scores[0], EIGHTHS)
-    for PART in gl.static_range(1, len(scores)):
-        part_m = gl.maximum(part_m, part_top(scores[PART], EIGHTHS))
-    return gl.maximum(row_sink, gl.max(part_m, 1) * factor)
+def part_masks(corner, row_lo, row_hi, BOXES: gl.constexpr, AXIS: gl.constexpr, M: gl.constexpr, RANK: gl.constexpr,
+               SEEN: gl.constexpr = None):  # fmt: skip
+    """Masks of all parts; ``SEEN`` as in ``key_mask``."""
+    masks = ()
+    for PART in gl.static_range(len(BOXES)):
+        inner = unravel(columns(part_keys(BOXES, PART)), BOXES[PART][1], BOXES[PART][2])
+        inner = moved(inner, part_start(BOXES, PART, AXIS), AXIS)
+        masks = masks + (key_mask(inner, corner, row_lo, row_hi, M, RANK, SEEN),)  # noqa: RUF005
+    return masks
 
 
 @gluon.jit
@@ -166,18 +159,18 @@ def hopper_small_kernel(
     q_desc, out_desc, k0_desc, k1_desc, k2_desc, v0_desc, v1_desc, v2_desc, regk_desc, regv_desc,
     q_strides, k_strides, v_strides, regk_strides, regv_strides,
     length, kernel, stride, tiles, group, blocks, registers, reg_batch, sink, scale,
-    CAUSAL: gl.constexpr, TILE: gl.constexpr, AXIS: gl.constexpr, PACK: gl.constexpr, RANK: gl.constexpr,
-    KEYS: gl.constexpr, D: gl.constexpr, SINK: gl.constexpr, WITH_STATE: gl.constexpr,
+    CAUSAL: gl.constexpr, TILE: gl.constexpr, BOXES: gl.constexpr, AXIS: gl.constexpr, PACK: gl.constexpr,
+    RANK: gl.constexpr, WINDOW: gl.constexpr, KEYS: gl.constexpr, D: gl.constexpr, SINK: gl.constexpr,
+    WITH_STATE: gl.constexpr,
 ):  # fmt: skip
     """Attention of one tile; the grid is (tiles * blocks of heads, batch).
 
-    Keys come in up to three parts along ``AXIS``, ``KEYS`` with the registers. ``reg_batch`` is 0 where all images
-    share the registers, else 1. The tensors themselves are only for ``attend_rows``.
+    Keys come in up to three parts, ``BOXES`` along ``AXIS``, ``KEYS`` with the registers. ``WINDOW`` is the kernel size
+    in 1-D. ``reg_batch`` is 0 where all images share the registers, else 1. The tensors themselves are only for
+    ``attend_rows``.
     """
     M: gl.constexpr = TILE[0] * TILE[1] * TILE[2] * PACK
     EIGHTHS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, 8, 16])
-    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, D, 16])
-    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
     ROW: gl.constexpr = gl.SliceLayout(1, EIGHTHS)
     k_descs, v_descs = those(k0_desc, k1_desc, k2_desc), those(v0_desc, v1_desc, v2_desc)
 
@@ -198,43 +191,22 @@ def hopper_small_kernel(
     row_lo, row_hi = windows_of(shifted(position, origin), length, kernel, stride, CAUSAL)
     row_sink = row_sinks(Sink, head, sink, SINK)
 
-    masks = ()
-    for PART in gl.static_range(len(k_descs)):
-        b_hidden = part_mask(k_descs[PART], corner, row_lo, row_hi, 0, keys[PART].shape[0], M, RANK)
-        masks = masks + (b_hidden,)  # noqa: RUF005
-        corner = next_corner(corner, k_descs[PART], AXIS)
+    if WINDOW is None:
+        masks = part_masks(corner, row_lo, row_hi, BOXES, AXIS, M, RANK)
+    elif is_inside(origin, length, TILE, WINDOW, CAUSAL):
+        masks = part_masks(corner, row_lo, row_hi, BOXES, AXIS, M, RANK, (TILE[2] - 1, WINDOW - 1))
+    else:
+        masks = part_masks(corner, row_lo, row_hi, BOXES, AXIS, M, RANK)
     if regk_desc is not None:
-        masks = masks + (register_mask(registers, 0, keys[len(k_descs)].shape[0], M),)  # noqa: RUF005
+        masks = masks + (register_mask(registers, 0, keys[len(BOXES)].shape[0], M),)  # noqa: RUF005
 
     b_q = buffer.reshape([M, D])
     mbarrier.wait(ready.index(0), 0)
-    scores = ()
-    for PART in gl.static_range(len(keys)):
-        scores = scores + (warpgroup_mma(b_q, keys[PART].permute((1, 0)), masks[PART], is_async=True),)  # noqa: RUF005
-    scores = warpgroup_mma_wait(0, deps=scores)
-    if len(keys) == 1:
-        scores = (scores,)
-    row_m = row_maxima(scores, row_sink, scale * LOG2E, EIGHTHS)
-
-    b_acc = gl.zeros([M, D], gl.float32, OUT)
-    part_l = gl.zeros([M, 8], gl.float32, EIGHTHS)
-    for PART in gl.static_range(len(keys)):
-        b_p, part = part_weights(scores[PART], row_m, scale * LOG2E, q_desc.dtype, WEIGHTS, EIGHTHS)
-        part_l += part
-        # Sums are done before the last product starts, and no part's weights are kept for later: both save registers.
-        if len(keys) == PART + 1:
-            row_l = gl.sum(part_l, 1)
-            if SINK != "none":
-                row_l += gl.where(row_sink > LOWEST, gl.exp2(row_sink - row_m), 0.0)
-        if PART == 0:
-            mbarrier.wait(ready.index(1), 0)
-        b_acc = warpgroup_mma(b_p, values[PART], b_acc, is_async=True)
-    b_acc = warpgroup_mma_wait(0, deps=[b_acc])
-
-    row_rest = gl.sum(b_acc * 0.0, 1)  # NaN where one of them is not finite
-    if gl.max(gl.where(gl.abs(row_rest) >= 0.0, 0, 1), 0) == 0:
+    scores = scores_of(b_q, keys, masks)
+    b_acc, row_m, row_l = weighted_sum(scores, values, ready.index(1), 0, row_sink, scale, SINK, D, EIGHTHS)
+    if is_zero(unfinite(b_acc)):
         # Through the queries' buffer, so that TMA writes what lies inside the image.
-        b_q.store((b_acc * (1.0 / gl.convert_layout(row_l, gl.SliceLayout(1, OUT)))[:, None]).to(q_desc.dtype))
+        b_q.store(divided(b_acc, row_l, q_desc.dtype))
         fence_async_shared()
         async_copy_shared_to_global(out_desc, q_corner, buffer)
         if WITH_STATE:
@@ -312,8 +284,9 @@ def prepare(launch: SmallLaunch, p: Problem, with_state: bool) -> Call:
             0 if shared else 1,
         ),
         [*boxes, *boxes_of_parts(launch, p.key, p.value), *boxes_of_registers(launch, p)],
-        CAUSAL=three_axes(p.is_causal, False), TILE=launch.tile, AXIS=launch.axis, PACK=launch.pack, RANK=p.rank,
-        KEYS=launch.keys, D=p.query.shape[-1], SINK=p.sink, WITH_STATE=with_state,
+        CAUSAL=three_axes(p.is_causal, False), TILE=launch.tile, BOXES=launch.parts, AXIS=launch.axis,
+        PACK=launch.pack, RANK=p.rank, WINDOW=kernel_size[2] if p.rank == 1 else None, KEYS=launch.keys,
+        D=p.query.shape[-1], SINK=p.sink, WITH_STATE=with_state,
         num_warps=WARPS, maxnreg=launch.max_registers,
     )  # fmt: skip
 

@@ -27,10 +27,8 @@ from triton.experimental.gluon.language.nvidia.hopper.tma import (
     store_wait,
 )
 
-from .hopper_launches import PARTS, SmallLaunch
 from .hopper_primitives import key_boxes, new_barriers, output_rows, query_boxes, thread_barrier
 from .hopper_small import (
-    WARPS,
     Call,
     boxes_of_parts,
     boxes_of_registers,
@@ -38,11 +36,12 @@ from .hopper_small import (
     next_corner,
     own_tile,
     part_mask,
-    register_mask,
     start_load,
     start_parts,
     those,
 )
+from .hopper_small_launches import PARTS, SmallLaunch
+from .hopper_tile import WARPS, register_mask
 from .primitives import (
     LOG2E,
     inside_axes,

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from .configs import Box, Launch, ProblemClass, next_power_of_2, padded_head_dim
+from .configs import Axis, Box, Launch, ProblemClass, next_power_of_2, padded_head_dim
 
 T = TypeVar("T", int, bool)
 
@@ -118,6 +118,12 @@ class Problem(NamedTuple):
         """Lengths, kernel size, stride and dilation of three axes."""
         kernel_size, stride, dilation = (three_axes(x, 1) for x in (self.kernel_size, self.stride, self.dilation))
         return self.lengths, kernel_size, stride, dilation
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """Length, kernel size, stride and whether it is causal, of three axes."""
+        lengths, kernel_size, stride, _ = self.geometry
+        return tuple(zip(lengths, kernel_size, stride, three_axes(self.is_causal, False), strict=True))
 
     @property
     def wide(self) -> bool:

@@ -1,0 +1,150 @@
+"""Attention of one tile of small windows, whose keys and values lie in shared memory: masks, softmax, weighted sum.
+
+All scores of a tile are in registers at once, so that one maximum and one sum are enough: no state is rescaled. They
+come in parts, as matrix instructions take powers of two, and so do masks.
+"""
+
+# Triton's language is Python to the parser only.
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAssignmentType=false, reportArgumentType=false
+# pyright: reportIndexIssue=false, reportUnboundVariable=false
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+
+from .primitives import LOG2E, LOWEST
+
+WARPS = 4
+
+
+@gluon.jit
+def columns(N: gl.constexpr, FIRST: gl.constexpr = 0):
+    """``FIRST`` to ``FIRST + N - 1``, as the columns of ``N`` scores a row."""
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, N, 16])
+    return FIRST + gl.arange(0, N, gl.SliceLayout(0, LAYOUT))
+
+
+@gluon.jit
+def key_mask(inner, corner, row_lo, row_hi, M: gl.constexpr, RANK: gl.constexpr, SEEN: gl.constexpr = None):
+    """0 and -inf ``[M, N]``: which of the keys at ``inner``, counted from ``corner``, the rows see.
+
+    ``SEEN`` names the first and the last key of a 1-D tile that all its rows see, if that is known: what is so is
+    not asked.
+    """
+    N: gl.constexpr = inner[2].shape[0]
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, N, 16])
+    b_hidden = gl.zeros([M, N], gl.float32, LAYOUT)
+    for BACK in gl.static_range(RANK):
+        n = inner[2 - BACK][None, :]
+        first = gl.convert_layout(row_lo[2 - BACK] - corner[2 - BACK], gl.SliceLayout(1, LAYOUT))
+        last = gl.convert_layout(row_hi[2 - BACK] - corner[2 - BACK], gl.SliceLayout(1, LAYOUT))
+        m_first, m_last = n >= first[:, None], n <= last[:, None]
+        if SEEN is not None:
+            m_first, m_last = m_first | (n >= SEEN[0]), m_last | (n <= SEEN[1])
+        # Two selections: one comparison of unsigned differences takes more instructions here.
+        b_hidden = gl.where(m_first, b_hidden, float("-inf"))
+        b_hidden = gl.where(m_last, b_hidden, float("-inf"))
+    return b_hidden
+
+
+@gluon.jit
+def register_mask(registers, FIRST: gl.constexpr, N: gl.constexpr, M: gl.constexpr):
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, N, 16])
+    m_there = columns(N, FIRST) < registers
+    return gl.where(m_there[None, :], gl.zeros([M, N], gl.float32, LAYOUT), float("-inf"))
+
+
+@gluon.constexpr_function
+def keys_before(window, causal):
+    return window - 1 if causal else window // 2
+
+
+@gluon.jit
+def is_inside(origin, length, TILE: gl.constexpr, WINDOW: gl.constexpr, CAUSAL: gl.constexpr):
+    """Whether the window of no row of a 1-D tile is cut off, or moved, at an end of the sequence."""
+    BEFORE: gl.constexpr = keys_before(WINDOW, CAUSAL[2])
+    return (origin[2] >= BEFORE) & (origin[2] - BEFORE + TILE[2] + WINDOW - 2 < length[2])
+
+
+@gluon.jit
+def scores_of(b_q, keys, masks):
+    """``[M, N]`` of every part; hidden ones are -inf."""
+    scores = ()
+    for PART in gl.static_range(len(keys)):
+        scores = scores + (warpgroup_mma(b_q, keys[PART].permute((1, 0)), masks[PART], is_async=True),)  # noqa: RUF005
+    scores = warpgroup_mma_wait(0, deps=scores)
+    if len(keys) == 1:
+        scores = (scores,)
+    return scores
+
+
+@gluon.jit
+def part_top(b_s, EIGHTHS: gl.constexpr):
+    """``[M, 8]``: maxima over every eighth column, those that one thread has, so that none is exchanged."""
+    return gl.convert_layout(gl.max(b_s.reshape([b_s.shape[0], b_s.shape[1] // 8, 8]), 1), EIGHTHS)
+
+
+@gluon.jit
+def row_maxima(scores, row_sink, factor, EIGHTHS: gl.constexpr):
+    """Over all parts and the sink."""
+    part_m = part_top(scores[0], EIGHTHS)
+    for PART in gl.static_range(1, len(scores)):
+        part_m = gl.maximum(part_m, part_top(scores[PART], EIGHTHS))
+    return gl.maximum(row_sink, gl.max(part_m, 1) * factor)
+
+
+@gluon.jit
+def part_weights(b_s, row_m, factor, DTYPE: gl.constexpr, WEIGHTS: gl.constexpr, EIGHTHS: gl.constexpr):
+    """Weights of one part as a left operand, and their sums over every eighth column."""
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, b_s.shape[1], 16])
+    b_p = gl.exp2(b_s * factor - gl.convert_layout(row_m, gl.SliceLayout(1, LAYOUT))[:, None])
+    part_l = gl.convert_layout(gl.sum(b_p.reshape([b_s.shape[0], b_s.shape[1] // 8, 8]), 1), EIGHTHS)
+    return gl.convert_layout(b_p.to(DTYPE), WEIGHTS), part_l
+
+
+@gluon.jit
+def weighted_sum(
+    scores, values, ready, phase, row_sink, scale, SINK: gl.constexpr, D: gl.constexpr, EIGHTHS: gl.constexpr
+):
+    """Sums ``[M, D]`` of values by weights that are not divided by their sums yet; maxima, in powers of two, and sums
+    of rows. Values are read when barrier ``ready`` is in ``phase``.
+    """
+    M: gl.constexpr = scores[0].shape[0]
+    DTYPE: gl.constexpr = values[0].dtype
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, D, 16])
+    row_m = row_maxima(scores, row_sink, scale * LOG2E, EIGHTHS)
+    b_acc = gl.zeros([M, D], gl.float32, OUT)
+    part_l = gl.zeros([M, 8], gl.float32, EIGHTHS)
+    for PART in gl.static_range(len(scores)):
+        b_p, part = part_weights(scores[PART], row_m, scale * LOG2E, DTYPE, gl.DotOperandLayout(0, OUT, 2), EIGHTHS)
+        part_l += part
+        # Sums are done before the last product starts, and no part's weights are kept for later: both save registers.
+        if len(scores) == PART + 1:
+            row_l = gl.sum(part_l, 1)
+            if SINK != "none":
+                row_l += gl.where(row_sink > LOWEST, gl.exp2(row_sink - row_m), 0.0)
+        if PART == 0:
+            mbarrier.wait(ready, phase)
+        b_acc = warpgroup_mma(b_p, values[PART], b_acc, is_async=True)
+    return warpgroup_mma_wait(0, deps=[b_acc]), row_m, row_l
+
+
+@gluon.jit
+def unfinite(b_acc):
+    """``[M / 16, 8, 4]``, one for each thread: NaN where some of what it has of ``b_acc`` is not finite, else 0."""
+    M: gl.constexpr = b_acc.shape[0]
+    D: gl.constexpr = b_acc.shape[1]
+    OWN: gl.constexpr = gl.BlockedLayout([1, 1, 1], [1, 8, 4], [gl.num_warps(), 1, 1], [2, 1, 0])
+    b_rest = (b_acc * 0.0).reshape([M // 16, 2, 8, D // 8, 4, 2])
+    return gl.convert_layout(gl.sum(gl.sum(gl.sum(b_rest, 5), 3), 1), OWN)
+
+
+@gluon.jit
+def is_zero(rest):
+    """Whether none of what ``unfinite`` returned is NaN."""
+    return gl.max(gl.max(gl.max(gl.where(gl.abs(rest) >= 0.0, 0, 1), 2), 1), 0) == 0
+
+
+@gluon.jit
+def divided(b_acc, row_l, DTYPE: gl.constexpr):
+    return (b_acc * (1.0 / gl.convert_layout(row_l, gl.SliceLayout(1, b_acc.type.layout)))[:, None]).to(DTYPE)
