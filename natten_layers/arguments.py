@@ -80,32 +80,42 @@ def prepare(
     """
     tensors = query, key, value, additional_keys, additional_values
     axes = kernel_size, stride, dilation, is_causal
-    signature, window = (None, None) if torch.compiler.is_compiling() else _recall(tensors, axes)
-    rank = _check_user_form(tensors, axes) if window is None else window.rank
+    signature, accepted = (None, None) if torch.compiler.is_compiling() else _recall(tensors, axes)
+    rank = _check_user_form(tensors, axes) if accepted is None else accepted.window.rank
     head_shape = query.shape[rank + 1 : -1]
-    tensors = query, key, value, additional_keys, additional_values = _canonical_heads(tensors, head_shape)
-    if window is None:
-        window = _check_canonical_form(tensors, axes)
-        _accept(signature, window)
+    if accepted is None or not accepted.has_plain_heads:
+        plain = len(head_shape) == 1 and not _has_one_head(tensors)
+        tensors = query, key, value, additional_keys, additional_values = _canonical_heads(tensors, head_shape)
+        accepted = accepted or _accept(signature, Accepted(_check_canonical_form(tensors, axes), plain))
+    window = accepted.window
     factor = query.shape[-1] ** -0.5 if scale is None else check_scale(scale)
     registers = _expand_registers(additional_keys, additional_values, query.shape[0])
     return Call(query, key, value, *registers, check_sink(sink, query), window, factor, head_shape)
 
 
-_accepted: dict[Hashable, Window] = {}
-"""by the signatures of calls that passed the checks"""
+class Accepted(NamedTuple):
+    """What is known of calls that passed the checks."""
+
+    window: Window
+    has_plain_heads: bool
+    """on one axis, and KV heads are not one that was expanded"""
+
+
+_accepted: dict[Hashable, Accepted] = {}
+"""by the signatures of calls"""
 MAX_ACCEPTED = 1024
 
 
-def _accept(signature: Hashable, window: Window) -> None:
+def _accept(signature: Hashable, accepted: Accepted) -> Accepted:
     if signature is not None:
         if len(_accepted) >= MAX_ACCEPTED:
             _accepted.clear()
-        _accepted[signature] = window
+        _accepted[signature] = accepted
+    return accepted
 
 
-def _recall(tensors: Sequence[object], axes: Sequence[object]) -> tuple[Hashable, Window | None]:
-    """What the checks look at, and the window if they have passed.
+def _recall(tensors: Sequence[object], axes: Sequence[object]) -> tuple[Hashable, Accepted | None]:
+    """What the checks look at, and what is known if they have passed.
 
     The former is None where it has something that cannot be hashed, such as a list or a symbolic size.
     """
@@ -231,7 +241,7 @@ def _collapse_heads(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """One KV head expanded with stride 0 (MQA) becomes that head, unless registers differ from head to head."""
     registers = additional_keys, additional_values
-    if key.shape[-2] != value.shape[-2] or not all(map(_is_one_head, (key, value, *registers))):
+    if not _has_one_head((query, key, value, *registers)):
         return key, value, *registers
     if any(map(_has_own_gradient, (key, value, *registers))):
         _check_groups(query, key, value)  # that one head fits, which may be remembered, does not say it
@@ -241,6 +251,12 @@ def _collapse_heads(
         return key, value, register_keys, register_values
     register_keys, register_values = (None if t is None else _first_head(t) for t in registers)
     return _first_head(key), _first_head(value), register_keys, register_values
+
+
+def _has_one_head(tensors: _Tensors) -> bool:
+    """Whether keys, values and registers have one head each, or one that was expanded."""
+    _, key, value, *registers = tensors
+    return key.shape[-2] == value.shape[-2] and all(map(_is_one_head, (key, value, *registers)))
 
 
 def _is_one_head(tensor: Tensor | None) -> bool:
