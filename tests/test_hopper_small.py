@@ -238,6 +238,17 @@ def test_small_windows_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (unpacked.tile, unpacked.pack, unpacked.keys) == ((1, 8, 8), 1, 14 * 16)
 
 
+def test_results_leave_through_the_ring_where_that_leaves_room_for_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But apart from it where there are as many keys as queries to load: then values are on their way earlier."""
+    grouped = strip_launch_of(problem_of_image(monkeypatch))
+    query = Layout((8, 128, 128, 4, 64), (2**22, 2**15, 256, 64, 1))
+    alone = strip_launch_of(problem_of_image(monkeypatch, query=query, key=query, value=query))
+    assert grouped is not None
+    assert alone is not None
+    assert (grouped.in_ring, grouped.programs) == (True, 4)
+    assert (alone.in_ring, alone.programs) == (False, 2)
+
+
 @pytest.mark.parametrize(
     ("changes", "taken"),
     [
@@ -441,6 +452,7 @@ def test_the_ring_of_a_strip_has_what_each_tile_sees(problem: Problem) -> None:
     assert launch.registers >= problem.registers
     assert all(side <= 256 for side in launch.box)
     assert all(n % 16 == 0 for n in (prod(launch.box), *launch.rest))
+    assert prod(launch.box) >= 64 or not launch.in_ring
     assert 2 <= launch.programs <= 6
     for axis, (length, kernel, stride, causal) in enumerate(problem.axes):
         shift = launch.shift if axis == launch.axis else 0

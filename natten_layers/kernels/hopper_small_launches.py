@@ -67,6 +67,8 @@ class StripLaunch(NamedTuple):
     """where on the axis the first slab begins, 0 or less"""
     registers: int
     """keys of the box that holds the registers, or 0"""
+    in_ring: bool
+    """whether results leave through a slot that is free, and not through memory of their own"""
     max_registers: int
 
     @property
@@ -190,15 +192,18 @@ def strip_launch(problem: Problem, tile: Box, axis: int, pack: int, with_state: 
     if slots == 1 or prod(box) < 16 or start is None or (axis == 0 and start[0]):
         return None
     registers = max(16, next_power_of_2(problem.registers)) if problem.registers else 0
-    launch = StripLaunch(tile, pack, axis, box, slots, rest, *start, registers, 0)
+    launch = StripLaunch(tile, pack, axis, box, slots, rest, *start, registers, False, 0)
     if launch.keys > SCORES:
         return None
-    dim, staged = problem.query.shape[-1], 0 if prod(box) >= SMALL_ROWS else SMALL_ROWS
-    shared = 2 * dim * (2 * (slots * prod(box) + registers) + SMALL_ROWS + staged)
+    dim = problem.query.shape[-1]
+    shared = 2 * dim * (2 * (slots * prod(box) + registers) + SMALL_ROWS)
     # Scores, accumulators, what stays from turn to turn and, kept for the end, where statistics go.
     needed = max(launch.keys // 2 + dim // 2 + 12 + launch.keys // 32 + (8 if with_state else 0), 80)
-    most = _registers_a_thread(needed, shared)
-    return launch._replace(max_registers=most) if most else None
+    apart = launch._replace(max_registers=_registers_a_thread(needed, shared + 2 * dim * SMALL_ROWS))
+    in_ring = launch._replace(in_ring=True, max_registers=_registers_a_thread(needed, shared))
+    # Where each query head has keys of its own, loads that start early are worth more than programs.
+    ways = (apart, in_ring) if problem.group == 1 else (in_ring, apart)
+    return next((x for x in ways if x.max_registers and (prod(box) >= SMALL_ROWS or not x.in_ring)), None)
 
 
 @lru_cache(maxsize=4096)

@@ -170,21 +170,21 @@ def hopper_strip_kernel(
     sink, scale,
     CAUSAL: gl.constexpr, TILE: gl.constexpr, AXIS: gl.constexpr, SLOTS: gl.constexpr, REST: gl.constexpr,
     PACK: gl.constexpr, RANK: gl.constexpr, WINDOW: gl.constexpr, REGISTERS: gl.constexpr, D: gl.constexpr,
-    SINK: gl.constexpr, WITH_STATE: gl.constexpr,
+    SINK: gl.constexpr, WITH_STATE: gl.constexpr, IN_RING: gl.constexpr,
 ):  # fmt: skip
     """Attention of the tiles of one strip; the grid is strips * batch * lines of tiles * blocks of heads.
 
     Slab ``i`` begins at ``i * TILE[AXIS] + phase`` of the axis, and lies in slot ``i % SLOTS``. A tile sees ``SLOTS``
     of them, of the last one ``REST`` keys, in parts. ``long`` and ``short`` are explained at ``own_strip``, ``shift``
-    is how far the first tile begins before the image; the other arguments are those of ``hopper_small_kernel``.
+    is how far the first tile begins before the image. ``IN_RING``: results are staged where the values were that no
+    tile needs any more, which saves memory, but the next values wait for it. The other arguments are those of
+    ``hopper_small_kernel``.
     """
     M: gl.constexpr = TILE[0] * TILE[1] * TILE[2] * PACK
     STEP: gl.constexpr = TILE[AXIS]
     BOX: gl.constexpr = k_desc.block_type.shape
     KEYS: gl.constexpr = BOX[1] * BOX[2] * BOX[3]
     PARTS: gl.constexpr = parts_of(SLOTS, KEYS, REST)
-    # Results are staged where the values were that no tile needs any more, if that is large enough.
-    IN_RING: gl.constexpr = KEYS >= M
     EIGHTHS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, 8, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, EIGHTHS)
 
@@ -234,10 +234,11 @@ def hopper_strip_kernel(
             masks = strip_masks(low, row_lo, row_hi, PARTS, BOX, AXIS, M, RANK)
         if regk_desc is not None:
             masks = masks + (register_mask(registers, 0, REGISTERS, M),)  # noqa: RUF005
-        if i_step > 0:
-            store_wait(0)  # has read what this overwrites
-            mbarrier.expect(ready.index(1), KEYS * D * 2)
-            load_slab(v_desc, values, place, corner, i_fresh * STEP + phase, i_free, ready.index(1), AXIS)
+        if IN_RING:  # noqa: SIM102 - the one is known when this is compiled
+            if i_step > 0:
+                store_wait(0)  # has read what this overwrites
+                mbarrier.expect(ready.index(1), KEYS * D * 2)
+                load_slab(v_desc, values, place, corner, i_fresh * STEP + phase, i_free, ready.index(1), AXIS)
 
         mbarrier.wait(ready.index(0), i_step & 1)
         i_free = i_slab % SLOTS
@@ -260,6 +261,10 @@ def hopper_strip_kernel(
             scores, ring_parts(values, i_free, reg_values, PARTS, SLOTS), ready.index(1), i_step & 1, row_sink, scale,
             SINK, D, EIGHTHS,
         )  # fmt: skip
+        if not IN_RING:  # noqa: SIM102
+            if i_step + 1 < steps:
+                mbarrier.expect(ready.index(1), KEYS * D * 2)
+                load_slab(v_desc, values, place, corner, i_fresh * STEP + phase, i_free, ready.index(1), AXIS)
         # Always so, which ptxas does not know: it would start on this while the last product is under way, and where
         # registers are few, wait for every product instead.
         if length[2] > 0:
@@ -268,6 +273,7 @@ def hopper_strip_kernel(
                 staged = values.index(i_free)._reinterpret(q_desc.dtype, q_desc.block_type.shape, q_desc.layout)
             else:
                 staged = results
+                store_wait(0)  # has read the last ones
             staged.reshape([M, D]).store(divided(b_acc, row_l, q_desc.dtype))
             fence_async_shared()
             async_copy_shared_to_global(out_desc, [place[1] + here[0], here[1], here[2], i_block * PACK, 0], staged)
@@ -329,7 +335,8 @@ def prepare(launch: StripLaunch, p: Problem, with_state: bool) -> Call:
         ],
         CAUSAL=three_axes(p.is_causal, False), TILE=launch.tile, AXIS=axis, SLOTS=launch.slots, REST=launch.rest,
         PACK=launch.pack, RANK=p.rank, WINDOW=kernel_size[2] if p.rank == 1 else None, REGISTERS=launch.registers,
-        D=p.query.shape[-1], SINK=p.sink, WITH_STATE=with_state, num_warps=WARPS, maxnreg=launch.max_registers,
+        D=p.query.shape[-1], SINK=p.sink, WITH_STATE=with_state, IN_RING=launch.in_ring, num_warps=WARPS,
+        maxnreg=launch.max_registers,
     )  # fmt: skip
 
 
