@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from math import prod
@@ -26,6 +27,7 @@ from natten_layers.kernels import forward, hopper_launches, hopper_small, hopper
 from natten_layers.kernels.configs import extent
 from natten_layers.kernels.hopper_primitives import descriptor, key_boxes, query_boxes, register_boxes
 from natten_layers.kernels.hopper_small_launches import (
+    START,
     SmallLaunch,
     StripLaunch,
     binary_parts,
@@ -475,12 +477,32 @@ def test_the_ring_of_a_strip_has_what_each_tile_sees(problem: Problem) -> None:
         assert set(slab.diff().tolist()) <= {0, 1}
 
 
-@given(st.integers(1, 2000), st.integers(1, 5000), st.integers(1, 800))
-def test_strips_are_cut_so_that_they_are_a_line(tiles: int, lines: int, programs: int) -> None:
+def end_of(strips: list[int], lines: int, programs: int) -> float:
+    """When the last program ends, in tiles, if each strip goes to the one that is free first."""
+    free = [0.0] * programs
+    for strip in strips:
+        for _ in range(lines):
+            heapq.heapreplace(free, free[0] + strip + START)
+    return max(free)
+
+
+def strips_of(tiles: int, count: int, long: int, short: int) -> list[int]:
+    """As the kernel has them: the last one may be shorter."""
+    first = [i * long for i in range(count)] + list(range(count * long, tiles, short))
+    return [end - start for start, end in zip(first, [*first[1:], tiles], strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("tiles", "lines", "programs"),
+    [(32, 512, 396), (32, 512, 264), (16, 768, 264), (16, 1024, 528), (1024, 16, 528), (3, 700, 396), (16, 1, 132)],
+)
+def test_a_cut_ends_as_early_as_strips_of_one_length(tiles: int, lines: int, programs: int) -> None:
     (count, long), short = cut(tiles, lines, programs)
-    assert count >= 0
-    assert 0 < short <= long
-    assert count * long <= tiles
+    own = end_of(strips_of(tiles, count, long, short), lines, programs)
+    others = [end_of(strips_of(tiles, 0, 1, n), lines, programs) for n in range(1, min(tiles, 32) + 1)]
+    assert own <= 1.02 * min(others)
+    if len(set(others)) > 1:
+        assert own < 0.95 * max(others)
 
 
 @pytest.mark.parametrize(

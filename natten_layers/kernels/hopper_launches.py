@@ -16,6 +16,7 @@ from .hopper_small_launches import (
     SmallBackwardLaunches,
     SmallLaunch,
     StripLaunch,
+    most_packed,
     small_key_launch_of,
     small_launch_of,
     small_query_launch_of,
@@ -155,7 +156,7 @@ def supports_backward(problem: Problem, grad_out: Layout) -> bool:
 
 def launch_of(problem: Problem, pack: int | None = None) -> Launch:
     """The launch over queries of a problem, with ``pack`` heads a program if given: a power of two in the group."""
-    pack = pack or min(problem.group & -problem.group, 16)
+    pack = pack or most_packed(problem)
     tile, chunk = best_boxes(problem.axes, ROWS // pack, COLUMNS, window_bounds)
     return Launch(tile, chunk, pack, num_warps=4, stages=STAGES, max_registers=168)
 

@@ -35,7 +35,7 @@ from .hopper_primitives import (
     row_sinks,
 )
 from .hopper_rows import attend_rows
-from .hopper_small_launches import PARTS, SmallLaunch
+from .hopper_small_launches import PARTS, SmallLaunch, StripLaunch
 from .hopper_tile import (
     WARPS,
     columns,
@@ -120,13 +120,6 @@ def start_parts(descs, reg_desc, place, corner, ready, AXIS: gl.constexpr):
     if reg_desc is not None:
         buffers = buffers + (start_registers(reg_desc, place, ready),)  # noqa: RUF005
     return buffers
-
-
-@gluon.jit
-def part_mask(desc, corner, row_lo, row_hi, FIRST: gl.constexpr, N: gl.constexpr, M: gl.constexpr, RANK: gl.constexpr):
-    """0 and -inf ``[M, N]``: which of the keys ``FIRST`` to ``FIRST + N - 1`` of a part the rows see."""
-    BOX: gl.constexpr = desc.block_type.shape
-    return key_mask(unravel(columns(N, FIRST), BOX[2], BOX[3]), corner, row_lo, row_hi, M, RANK)
 
 
 @gluon.constexpr_function
@@ -230,16 +223,7 @@ def forward(
 
     Allocates its results.
     """
-    query, key, value, reg_keys, reg_values, sink = inputs
-    out = query.new_empty(query.shape)
-    row_max = row_sum = None
-    if with_state:
-        row_max, row_sum = (query.new_empty(query.shape[:-1], dtype=torch.float32) for _ in range(2))
-    described = query, out, *(key,) * PARTS, *(value,) * PARTS, reg_keys, reg_values
-    prepare(launch, problem, with_state)(
-        (query, key, value, out, row_max, row_sum, reg_keys, reg_values, sink), described, (sink_value, scale)
-    )
-    return out, row_max, row_sum
+    return attend(prepare(launch, problem, with_state), PARTS, inputs, sink_value, scale, with_state)
 
 
 class Call(NamedTuple):
@@ -269,26 +253,62 @@ def call_of(
     return Call(launcher(kernel, grid, sizes, blocks, **options), boxes)
 
 
+def attend(
+    call: Call, parts: int, inputs: Inputs, sink_value: float | None, scale: float, with_state: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Results of a kernel with descriptors of queries, results, ``parts`` times keys and values, and registers."""
+    query, key, value, reg_keys, reg_values, sink = inputs
+    out = query.new_empty(query.shape)
+    row_max = row_sum = None
+    if with_state:
+        row_max, row_sum = (query.new_empty(query.shape[:-1], dtype=torch.float32) for _ in range(2))
+    described = query, out, *(key,) * parts, *(value,) * parts, reg_keys, reg_values
+    call((query, key, value, out, row_max, row_sum, reg_keys, reg_values, sink), described, (sink_value, scale))
+    return out, row_max, row_sum
+
+
 @lru_cache(maxsize=1024)
 def prepare(launch: SmallLaunch, p: Problem, with_state: bool) -> Call:
     blocks = p.query.shape[-2] // launch.pack
     lengths, kernel_size, stride, _ = p.geometry
     tiles = p.tiles(launch.tile)
-    shared = p.additional_keys is not None and p.additional_keys.stride[0] == 0
-    boxes = [query_boxes(x, launch.tile, launch.pack) for x in (p.query, contiguous(p.query.shape))]
     return call_of(
         hopper_small_kernel,
         (prod(tiles) * blocks, p.query.shape[0]),
         (
             *p.input_strides(), lengths, kernel_size, stride, tiles, p.group, blocks, p.registers,
-            0 if shared else 1,
+            batches_of_registers(p),
         ),
-        [*boxes, *boxes_of_parts(launch, p.key, p.value), *boxes_of_registers(launch, p)],
-        CAUSAL=three_axes(p.is_causal, False), TILE=launch.tile, BOXES=launch.parts, AXIS=launch.axis,
-        PACK=launch.pack, RANK=p.rank, WINDOW=kernel_size[2] if p.rank == 1 else None, KEYS=launch.keys,
-        D=p.query.shape[-1], SINK=p.sink, WITH_STATE=with_state,
-        num_warps=WARPS, maxnreg=launch.max_registers,
+        [*boxes_of_rows(launch, p), *boxes_of_parts(launch, p.key, p.value), *boxes_of_registers(launch, p)],
+        BOXES=launch.parts, KEYS=launch.keys, **options_of(launch, p, with_state),
     )  # fmt: skip
+
+
+def options_of(launch: SmallLaunch | StripLaunch, p: Problem, with_state: bool) -> dict[str, Any]:
+    """Compile-time arguments, and options of Triton, that tiles alone and strips of them have in common."""
+    return {
+        "CAUSAL": three_axes(p.is_causal, False),
+        "TILE": launch.tile,
+        "AXIS": launch.axis,
+        "PACK": launch.pack,
+        "RANK": p.rank,
+        "WINDOW": p.kernel_size[0] if p.rank == 1 else None,
+        "D": p.query.shape[-1],
+        "SINK": p.sink,
+        "WITH_STATE": with_state,
+        "num_warps": WARPS,
+        "maxnreg": launch.max_registers,
+    }
+
+
+def batches_of_registers(p: Problem) -> int:
+    """``reg_batch`` of the kernels: 0 where all images share the registers, else 1."""
+    return 0 if p.additional_keys is not None and p.additional_keys.stride[0] == 0 else 1
+
+
+def boxes_of_rows(launch: SmallLaunch | StripLaunch, p: Problem) -> list[Boxes]:
+    """Of queries and results."""
+    return [query_boxes(x, launch.tile, launch.pack) for x in (p.query, contiguous(p.query.shape))]
 
 
 def boxes_of_parts(launch: SmallLaunch, *tensors: Layout) -> list[Boxes | None]:
@@ -297,6 +317,6 @@ def boxes_of_parts(launch: SmallLaunch, *tensors: Layout) -> list[Boxes | None]:
     return [boxes for x in tensors for boxes in [*(key_boxes(x, box) for box in launch.parts), *rest]]
 
 
-def boxes_of_registers(launch: SmallLaunch, p: Problem) -> list[Boxes | None]:
+def boxes_of_registers(launch: SmallLaunch | StripLaunch, p: Problem) -> list[Boxes | None]:
     registers = (p.additional_keys, p.additional_values)
     return [None if x is None else register_boxes(x, launch.registers) for x in registers]

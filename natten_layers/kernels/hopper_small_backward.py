@@ -35,13 +35,12 @@ from .hopper_small import (
     call_of,
     next_corner,
     own_tile,
-    part_mask,
     start_load,
     start_parts,
     those,
 )
 from .hopper_small_launches import PARTS, SmallLaunch
-from .hopper_tile import WARPS, register_mask
+from .hopper_tile import WARPS, columns, key_mask, register_mask
 from .primitives import (
     LOG2E,
     inside_axes,
@@ -54,6 +53,13 @@ from .primitives import (
     windows_of,
 )
 from .problem import Inputs, Layout, Problem, contiguous, layout, strides, three_axes
+
+
+@gluon.jit
+def part_mask(desc, corner, row_lo, row_hi, FIRST: gl.constexpr, N: gl.constexpr, M: gl.constexpr, RANK: gl.constexpr):
+    """0 and -inf ``[M, N]``: which of the keys ``FIRST`` to ``FIRST + N - 1`` of a part the rows see."""
+    BOX: gl.constexpr = desc.block_type.shape
+    return key_mask(unravel(columns(N, FIRST), BOX[2], BOX[3]), corner, row_lo, row_hi, M, RANK)
 
 
 @gluon.jit

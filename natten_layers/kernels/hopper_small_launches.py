@@ -1,5 +1,7 @@
-"""How the kernels of small windows compute a problem: tiles alone, or strips of them; apart from them, as not every
-Triton has what they are written in."""
+"""How the kernels of small windows compute a problem: tiles alone, or strips of them.
+
+Apart from the kernels, as not every Triton has what they are written in.
+"""
 
 from functools import lru_cache
 from itertools import product
@@ -110,7 +112,7 @@ def small_launch_of(problem: Problem, pack: int | None = None, with_state: bool 
     """
     if not _is_small(problem):
         return None
-    pack = pack or _packed(problem)
+    pack = pack or most_packed(problem)
     tiles = small_tiles(problem, pack)
     launches = [small_launch(problem, tile, axis, pack, with_state=with_state) for tile in tiles for axis in range(3)]
     return min((x for x in launches if x.max_registers), key=_small_cost, default=None)
@@ -125,8 +127,8 @@ def _is_small(problem: Problem) -> bool:
     return len({x.stride[0] == 0 for x in registers}) < 2  # no keys that all images share, with values that they do not
 
 
-def _packed(problem: Problem) -> int:
-    """Query heads of a program, the most that there can be."""
+def most_packed(problem: Problem) -> int:
+    """Query heads of a program, the most that there can be: a power of two that divides the group."""
     return min(problem.group & -problem.group, 16)
 
 
@@ -134,6 +136,11 @@ def small_tiles(problem: Problem, pack: int) -> list[Box]:
     """Tiles of ``SMALL_ROWS`` rows."""
     tiles = boxes(SMALL_ROWS // pack, problem.lengths)
     return [x for x in tiles if problem.lengths[0] % x[0] == 0 and prod(x) * pack == SMALL_ROWS]
+
+
+def _register_keys(problem: Problem) -> int:
+    """Of the box that holds the registers."""
+    return max(16, next_power_of_2(problem.registers)) if problem.registers else 0
 
 
 def _small_cost(launch: SmallLaunch) -> tuple[int, int, int]:
@@ -149,8 +156,7 @@ def small_launch(
     unit = max(1, 16 // (prod(box) // box[axis]))  # matrix instructions take 16 keys at least
     sides = binary_parts(ceil(extents[axis] / unit), PARTS)
     parts = [three_axes([unit * side if i == axis else box[i] for i in range(3)], 1) for side in sides]
-    registers = max(16, next_power_of_2(problem.registers)) if problem.registers else 0
-    launch = SmallLaunch(tile, pack, tuple(parts), axis, registers, 0)
+    launch = SmallLaunch(tile, pack, tuple(parts), axis, _register_keys(problem), 0)
     if launch.keys > SCORES:
         return launch
     dim = problem.query.shape[-1]
@@ -164,7 +170,7 @@ def strip_launch_of(problem: Problem, pack: int | None = None, with_state: bool 
     """The same a strip at a time: few scores, few parts, few keys that are new to a tile."""
     if not _is_small(problem):
         return None
-    most = _packed(problem)
+    most = most_packed(problem)
     packs = [pack] if pack else [most >> i for i in range(most.bit_length())]
     launches = [
         strip_launch(problem, tile, axis, heads, with_state)
@@ -177,7 +183,6 @@ def _strip_cost(launch: StripLaunch) -> tuple[int, int]:
     return launch.keys + 4 * (launch.slots - 1 + len(launch.rest)), prod(launch.box)
 
 
-@lru_cache(maxsize=4096)
 def strip_launch(problem: Problem, tile: Box, axis: int, pack: int, with_state: bool = False) -> StripLaunch | None:
     """That of strips of such tiles along an axis, if there is one."""
     axes = problem.axes
@@ -191,12 +196,11 @@ def strip_launch(problem: Problem, tile: Box, axis: int, pack: int, with_state: 
     start = _strip_start(axes[axis], step, (slots - 1) * step + sum(rest) // across)
     if slots == 1 or prod(box) < 16 or start is None or (axis == 0 and start[0]):
         return None
-    registers = max(16, next_power_of_2(problem.registers)) if problem.registers else 0
-    launch = StripLaunch(tile, pack, axis, box, slots, rest, *start, registers, False, 0)
+    launch = StripLaunch(tile, pack, axis, box, slots, rest, *start, _register_keys(problem), False, 0)
     if launch.keys > SCORES:
         return None
     dim = problem.query.shape[-1]
-    shared = 2 * dim * (2 * (slots * prod(box) + registers) + SMALL_ROWS)
+    shared = 2 * dim * (2 * (slots * prod(box) + launch.registers) + SMALL_ROWS)
     # Scores, accumulators, what stays from turn to turn and, kept for the end, where statistics go.
     needed = max(launch.keys // 2 + dim // 2 + 12 + launch.keys // 32 + (8 if with_state else 0), 80)
     apart = launch._replace(max_registers=_registers_a_thread(needed, shared + 2 * dim * SMALL_ROWS))
@@ -238,7 +242,7 @@ def cut(tiles: int, lines: int, programs: int) -> tuple[tuple[int, int], int]:
         longest = ceil(lines * count / programs) * (long + START)
         return max(lines * work / programs + (short + START) / 2, longest)
 
-    longs = ((count, long) for long in range(2, min(tiles, 32) + 1) for count in range(1, tiles // long + 1))
+    longs = ((tiles // long, long) for long in range(2, min(tiles, 32) + 1))
     choices = [((0, 1), 1), *product(longs, (1, 2, 3))]
     return min(choices, key=cost)
 

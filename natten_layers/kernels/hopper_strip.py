@@ -12,7 +12,6 @@ before. The slab that is new, and the next queries, are on their way while a til
 from functools import lru_cache
 from math import prod
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -31,27 +30,36 @@ from .hopper_primitives import (
     multiprocessors,
     new_barriers,
     output_rows,
-    query_boxes,
     row_sinks,
     thread_barrier,
 )
 from .hopper_rows import attend_rows
-from .hopper_small import Call, boxes_of_registers, call_of, moved, start_registers
+from .hopper_small import (
+    Call,
+    attend,
+    batches_of_registers,
+    boxes_of_registers,
+    boxes_of_rows,
+    call_of,
+    moved,
+    options_of,
+    start_registers,
+)
 from .hopper_small_launches import StripLaunch, cut
 from .hopper_tile import (
-    WARPS,
     columns,
     divided,
     is_inside,
     is_zero,
     key_mask,
+    no_rest,
     register_mask,
     scores_of,
     unfinite,
     weighted_sum,
 )
 from .primitives import LN2, LOG2E, shifted, unravel, windows_of
-from .problem import Inputs, Layout, Problem, contiguous, three_axes
+from .problem import Inputs, Layout, Problem
 
 
 @gluon.jit
@@ -216,8 +224,7 @@ def hopper_strip_kernel(
         reg_keys = start_registers(regk_desc, place, ready.index(0))
         reg_values = start_registers(regv_desc, place, ready.index(1))
     i_free, i_fresh = i_slab % SLOTS, i_slab
-    OWN: gl.constexpr = gl.BlockedLayout([1, 1, 1], [1, 8, 4], [gl.num_warps(), 1, 1], [2, 1, 0])
-    rest = gl.zeros([M // 16, 8, 4], gl.float32, OWN)  # NaN where a result of the strip is not finite
+    rest = no_rest(M)  # NaN where a result of the strip is not finite
 
     for i_step in range(steps):
         zero = hidden_zero()
@@ -299,17 +306,7 @@ def forward(
     launch: StripLaunch, problem: Problem, inputs: Inputs, sink_value: float | None, scale: float, with_state: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """What ``hopper_small.forward`` computes."""
-    query, key, value, reg_keys, reg_values, sink = inputs
-    out = query.new_empty(query.shape)
-    row_max = row_sum = None
-    if with_state:
-        row_max, row_sum = (query.new_empty(query.shape[:-1], dtype=torch.float32) for _ in range(2))
-    prepare(launch, problem, with_state)(
-        (query, key, value, out, row_max, row_sum, reg_keys, reg_values, sink),
-        (query, out, key, value, reg_keys, reg_values),
-        (sink_value, scale),
-    )
-    return out, row_max, row_sum
+    return attend(prepare(launch, problem, with_state), 1, inputs, sink_value, scale, with_state)
 
 
 @lru_cache(maxsize=1024)
@@ -320,23 +317,20 @@ def prepare(launch: StripLaunch, p: Problem, with_state: bool) -> Call:
     batches, lines = p.query.shape[0], prod(tiles) // tiles[axis] * p.query.shape[0] * blocks
     long, short = cut(tiles[axis], lines, launch.programs * multiprocessors(p.device))
     strips = long[0] + -(-(tiles[axis] - prod(long)) // short)
-    shared = p.additional_keys is not None and p.additional_keys.stride[0] == 0
     return call_of(
         hopper_strip_kernel,
         (strips * lines,),
         (
             *p.input_strides(), lengths, kernel_size, stride, tiles, batches, long, short, launch.shift, launch.phase,
-            p.group, blocks, p.registers, 0 if shared else 1,
+            p.group, blocks, p.registers, batches_of_registers(p),
         ),
         [
-            *(query_boxes(x, launch.tile, launch.pack) for x in (p.query, contiguous(p.query.shape))),
+            *boxes_of_rows(launch, p),
             *(slab_boxes(x, launch.box, axis) for x in (p.key, p.value)),
             *boxes_of_registers(launch, p),
         ],
-        CAUSAL=three_axes(p.is_causal, False), TILE=launch.tile, AXIS=axis, SLOTS=launch.slots, REST=launch.rest,
-        PACK=launch.pack, RANK=p.rank, WINDOW=kernel_size[2] if p.rank == 1 else None, REGISTERS=launch.registers,
-        D=p.query.shape[-1], SINK=p.sink, WITH_STATE=with_state, IN_RING=launch.in_ring, num_warps=WARPS,
-        maxnreg=launch.max_registers,
+        SLOTS=launch.slots, REST=launch.rest, REGISTERS=launch.registers, IN_RING=launch.in_ring,
+        **options_of(launch, p, with_state),
     )  # fmt: skip
 
 

@@ -130,13 +130,19 @@ def weighted_sum(
 
 
 @gluon.jit
+def no_rest(M: gl.constexpr):
+    """What ``unfinite`` returns of finite rows: ``[M / 16, 8, 4]``, one for each thread."""
+    OWN: gl.constexpr = gl.BlockedLayout([1, 1, 1], [1, 8, 4], [gl.num_warps(), 1, 1], [2, 1, 0])
+    return gl.zeros([M // 16, 8, 4], gl.float32, OWN)
+
+
+@gluon.jit
 def unfinite(b_acc):
-    """``[M / 16, 8, 4]``, one for each thread: NaN where some of what it has of ``b_acc`` is not finite, else 0."""
+    """For each thread NaN where some of what it has of ``b_acc`` is not finite, else 0."""
     M: gl.constexpr = b_acc.shape[0]
     D: gl.constexpr = b_acc.shape[1]
-    OWN: gl.constexpr = gl.BlockedLayout([1, 1, 1], [1, 8, 4], [gl.num_warps(), 1, 1], [2, 1, 0])
     b_rest = (b_acc * 0.0).reshape([M // 16, 2, 8, D // 8, 4, 2])
-    return gl.convert_layout(gl.sum(gl.sum(gl.sum(b_rest, 5), 3), 1), OWN)
+    return gl.convert_layout(gl.sum(gl.sum(gl.sum(b_rest, 5), 3), 1), no_rest(M).type.layout)
 
 
 @gluon.jit
