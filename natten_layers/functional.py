@@ -124,6 +124,11 @@ def neighborhood_attention(
     if return_lse:
         state = _run(call, impl)
         return call.restore(state.out), call.restore(state.lse)
+    return attend(call, impl)
+
+
+def attend(call: Call, impl: Impl) -> Tensor:
+    """``out`` of prepared arguments."""
     if takes_fused(impl, call.query, call.why_not_fused):
         return call.restore(ops.attention(*call.arguments))
     return call.restore(_run(call, "eager").out)

@@ -19,10 +19,12 @@ from triton.runtime import driver
 
 from natten_layers import cached_attention, neighborhood_attention
 from natten_layers.kernels import decode_ops, hopper_launches, hopper_small_launches, ops, problem
-from natten_layers.modules import AxialRoPE
+from natten_layers.kernels.rotate import Rotation
+from natten_layers.modules import AxialRoPE, RoPE
 from natten_layers.modules.query_key import HeadNorm, normalize_and_rotate
 from natten_layers.modules.rope import angles_of
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """bytes that a program can have, by compute capability"""
 
@@ -118,6 +120,22 @@ def attend_small_on_hopper(spatial: tuple[int, ...], kernel_size: int, heads: in
     modules.small_backward.key_gradients(launch, one, tensors, 1.0, query, rows, rows)
 
 
+def attend_projected_on_hopper(spatial: tuple[int, ...], kernel_size: int, rope: AxialRoPE | RoPE, norm: str) -> None:
+    modules = hopper_launches.kernels()
+    assert modules is not None
+    qkv = torch.zeros(1, *spatial, 12, 64, dtype=torch.bfloat16)
+    query, key, value = qkv.split((8, 2, 2), -2)
+    rank, angles = len(spatial), rope.angles(query, key, None)
+    gain = torch.zeros(64, dtype=torch.bfloat16)
+    rotation = Rotation(query, key, gain, gain, angles.positions[None], angles.freqs, angles.factor, norm, 1e-6)
+    window = (kernel_size,) * rank, (1,) * rank, (1,) * rank, (rank == 1,) * rank
+    tensors = problem.Inputs(query, key, value, None, None, None)
+    one = problem.problem_of(tensors, None, window, 1.0)
+    launch = hopper_small_launches.strip_launch_of(one, rotates=True)
+    assert launch is not None
+    modules.strip_forward.forward(launch, one, tensors, None, 1.0, False, rotation)
+
+
 def main(capability: int) -> None:
     stub = Driver(capability)
     driver.set_active(stub)  # pyright: ignore[reportArgumentType]
@@ -136,6 +154,8 @@ def main(capability: int) -> None:
         attend_on_hopper((16, 24, 32), 14, 2, sink=None)
         attend_small_on_hopper((64, 64), 7, 8, registers=5)
         attend_small_on_hopper((4096,), 128, 16, registers=0)
+        attend_projected_on_hopper((64, 64), 7, AxialRoPE(64, 8, num_kv_heads=2), "cosine")
+        attend_projected_on_hopper((4096,), 128, RoPE(64, scaling=YARN), "rms")
     with torch.no_grad():
         cache, positions = draw(2, 4096, 2, 64), torch.arange(4096)[None]
         cached_attention(draw(2, 1, 8, 64), cache, cache, positions[:, -1:], positions, window=4096, impl="fused")

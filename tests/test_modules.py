@@ -15,8 +15,9 @@ from torch.nn import functional as F
 
 import natten_layers
 from natten_layers import NeighborhoodGQA, neighborhood_attention
+from natten_layers.arguments import Call
 from natten_layers.geometry import make_window, window_mask
-from natten_layers.modules import GEGLU, AdaRMSNorm, AxialRoPE, RMSNorm, RoPE, make_axial_pos
+from natten_layers.modules import GEGLU, AdaRMSNorm, AxialRoPE, RMSNorm, RoPE, attention, make_axial_pos
 from natten_layers.modules.rope import rotate_half_split
 
 F64 = torch.float64
@@ -305,16 +306,18 @@ def test_gqa_ranks(spatial: tuple[int, ...]) -> None:
 
 
 def test_qkv_output_reaches_the_operation_as_views(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, seen = NeighborhoodGQA(16, 4, 3, num_kv_heads=2), []
+    rope = AxialRoPE(8, 4, num_kv_heads=2)
+    layer, seen = NeighborhoodGQA(32, 4, 3, num_kv_heads=2, qk_norm="cosine", rope=rope), []
+    attend_projected = attention.attend_projected
 
-    def spy(query: Tensor, key: Tensor, value: Tensor, *args, **kwargs) -> Tensor:
-        seen.extend((query, key, value))
-        return neighborhood_attention(query, key, value, *args, **kwargs)
+    def spy(call: Call, *args: Any) -> Tensor:
+        seen.extend((call.query, call.key, call.value))
+        return attend_projected(call, *args)
 
-    monkeypatch.setattr("natten_layers.modules.attention.neighborhood_attention", spy)
-    layer(torch.randn(1, 4, 4, 16))
+    monkeypatch.setattr(attention, "attend_projected", spy)
+    layer(torch.randn(1, 4, 4, 32))
     assert len({t.untyped_storage().data_ptr() for t in seen}) == 1
-    assert [t.shape[-2:] for t in seen] == [(4, 4), (2, 4), (2, 4)]
+    assert [t.shape[-2:] for t in seen] == [(4, 8), (2, 8), (2, 8)]
     assert all(t.stride(2) == layer.qkv.out_features for t in seen)
 
 

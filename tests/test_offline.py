@@ -54,6 +54,7 @@ def test_kernels_compile(capability: int, tmp_path: Path) -> None:
     own = HOPPER_KERNELS if capability == 90 and kernels() is not None else ()
     assert set(compiled) == {*KERNELS, *own}
     assert compiled.count("forward_kernel") == 4
+    assert compiled.count("hopper_strip_kernel") == (4 if own else 0)  # two of them normalise and rotate
 
 
 def test_blackwell_needs_a_triton_that_compiles_for_it() -> None:

@@ -13,8 +13,10 @@ from helpers import error, raises_naming
 from torch import Tensor, nn
 
 from benchmarks import module
+from natten_layers.arguments import Call
+from natten_layers.kernels import hopper_launches
 from natten_layers.modules import AxialRoPE, NeighborhoodGQA, RoPE, attention, make_axial_pos, query_key
-from natten_layers.modules.query_key import HeadNorm, normalize_and_rotate
+from natten_layers.modules.query_key import HeadNorm, attend_projected, normalize_and_rotate
 from natten_layers.modules.rope import Angles, angles_of
 
 pytest.importorskip("triton")
@@ -141,7 +143,11 @@ def test_layers_keep_their_meaning(rope: nn.Module, monkeypatch: pytest.MonkeyPa
     def fused_in_fp32(query: Tensor, *args: Any) -> tuple[Tensor, Tensor]:  # "auto" never means the interpreter
         return normalize_and_rotate(query, *args, impl="fused" if query.dtype == torch.float32 else "eager")
 
+    def attend_fused_in_fp32(call: Call, *args: Any) -> Tensor:
+        return attend_projected(call, *args, impl="fused" if call.query.dtype == torch.float32 else "eager")
+
     monkeypatch.setattr(attention, "normalize_and_rotate", fused_in_fp32)
+    monkeypatch.setattr(attention, "attend_projected", attend_fused_in_fp32)
     torch.manual_seed(0)
     layer = NeighborhoodGQA(32, 4, 3, num_kv_heads=2, num_registers=2, qk_norm="cosine", rope=rope).to(DEVICE)
     x = torch.randn(2, 5, 6, 32, device=DEVICE)
@@ -231,7 +237,7 @@ def test_benchmark_times_only_what_is_right(
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(2, 32, 32), (8, 160, 160)], ids=str)  # the latter has a kernel of its own on Hopper
 @pytest.mark.parametrize("num_kv_heads", [4, 2])
-def test_a_layer_takes_two_launches(num_kv_heads: int, shape: tuple[int, int, int]) -> None:
+def test_a_layer_takes_two_launches_at_most(num_kv_heads: int, shape: tuple[int, int, int]) -> None:
     """Between the projections, where it copies neither query nor key nor value beyond that."""
     rope = AxialRoPE(64, 4, num_kv_heads=num_kv_heads)
     rows = (4 + 2 * num_kv_heads) * 64
@@ -240,11 +246,20 @@ def test_a_layer_takes_two_launches(num_kv_heads: int, shape: tuple[int, int, in
     layer.register_module("qkv", torch.nn.Identity())  # its output is the input
     qkv = torch.randn(*shape, rows, device=DEVICE, dtype=torch.bfloat16)
     positions = make_axial_pos(*shape[1:], device=DEVICE)
-    with torch.no_grad():
+
+    def kernels() -> list[str]:
         layer.attend(qkv, positions=positions)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
             layer.attend(qkv, positions=positions)
             torch.cuda.synchronize()
-    kernels = [e.name for e in profile.events() or [] if "CUDA" in str(e.device_type)]
-    assert len(kernels) == 2, kernels
-    assert "rotate_kernel" in kernels[0]
+        return [e.name for e in profile.events() or [] if "CUDA" in str(e.device_type)]
+
+    names = kernels()
+    assert len(names) == 2, names
+    assert "rotate_kernel" in names[0]
+    with torch.no_grad():
+        names = kernels()
+    if shape[0] == 8 and torch.cuda.get_device_capability() == (9, 0) and hopper_launches.kernels() is not None:
+        assert len(names) == 1, names
+    else:
+        assert len(names) == 2, names

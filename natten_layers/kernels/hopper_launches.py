@@ -24,7 +24,7 @@ from .hopper_small_launches import (
     strip_pays,
 )
 from .launches import explicit_launch, override_pack, remembered
-from .problem import Layout, Problem, strides
+from .problem import Layout, Problem, RotationKind, strides
 
 ROWS = 128  # of a tile: positions times packed heads
 COLUMNS = 128  # of a chunk; the kernel of key gradients keeps twice as many accumulators and takes half of it
@@ -78,6 +78,17 @@ def forward_launch(problem: Problem, with_state: bool = False) -> Launch | Small
 
 
 @remembered
+def projected_launch(problem: Problem, rotation: RotationKind) -> StripLaunch | None:
+    """The launch that also normalises and rotates queries and keys; None where that takes one of its own."""
+    p, pack = problem, override_pack()
+    if not small_pays(p) or pays(p) or not supports(p) or not is_rotatable(p, rotation) or kernels() is None:
+        return None
+    if explicit_launch("forward", p.problem_class) is not None or (pack and p.group % pack):
+        return None
+    return strip_launch_of(p, pack, rotates=True)
+
+
+@remembered
 def backward_launches(problem: Problem, grad_out: Layout) -> BackwardLaunches | None:
     """The same for the gradients."""
     pack = override_pack()
@@ -127,6 +138,12 @@ def supports(problem: Problem) -> bool:
         and prod(p.dilation) == 1
         and all(map(is_addressable, (p.query, p.key, p.value)))
     )
+
+
+def is_rotatable(problem: Problem, rotation: RotationKind) -> bool:
+    """Whether a thread can have whole pairs of a head: half of it turns, or all, or nothing."""
+    dim, pairs = problem.query.shape[-1], rotation.pairs
+    return pairs in (0, dim // 4, dim // 2) and max(1, pairs) % rotation.axes == 0
 
 
 def pays(problem: Problem) -> bool:

@@ -13,23 +13,32 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from .hopper_primitives import output_rows, row_sinks
+from .hopper_rotate import load_turned
 from .primitives import LN2, LOWEST, shifted, unravel, windows_of
 
 
 @gluon.jit
-def fold_tokens(b_q, b_acc, row_m, row_l, K, V, o_k, o_v, m_tokens, factor, ALL: gl.constexpr):
-    """Fold tokens, those at ``o_k`` and ``o_v [R, N]`` that ``m_tokens`` has, into the softmax state of rows ``[R]``.
+def columns_of(D: gl.constexpr, ALL: gl.constexpr):
+    return gl.arange(0, D, gl.SliceLayout(0, gl.SliceLayout(1, ALL)))[None, :][:, None, :]
+
+
+@gluon.jit
+def load_heads(X, o_x, m_tokens, D: gl.constexpr, ALL: gl.constexpr):
+    """``[R, N, D]`` at ``o_x [R, N]``, in fp32."""
+    return gl.load(X + (o_x[:, :, None] + columns_of(D, ALL)), mask=m_tokens[:, :, None], other=0.0).to(gl.float32)
+
+
+@gluon.jit
+def fold_tokens(b_q, b_acc, row_m, row_l, b_k, V, o_v, m_tokens, factor, ALL: gl.constexpr):
+    """Fold tokens, with keys ``b_k`` and values at ``o_v [R, N]``, into the softmax state of rows ``[R]``.
 
     ``b_q``, ``b_acc`` are ``[R, D]``; ``ALL`` is the layout of ``[R, N, D]``, of which the others have slices.
     """
-    D: gl.constexpr = b_q.shape[1]
     OUT: gl.constexpr = gl.SliceLayout(1, ALL)
-    col = gl.arange(0, D, gl.SliceLayout(0, OUT))[None, :][:, None, :]
-    b_k = gl.load(K + (o_k[:, :, None] + col), mask=m_tokens[:, :, None], other=0.0).to(gl.float32)
     b_s = gl.where(m_tokens, gl.sum(b_q[:, None, :] * b_k, 2) * factor, float("-inf"))
     row_new = gl.maximum(row_m, gl.max(b_s, 1))
     b_p, row_alpha = gl.exp2(b_s - row_new[:, None]), gl.exp2(row_m - row_new)
-    b_v = gl.load(V + (o_v[:, :, None] + col), mask=m_tokens[:, :, None], other=0.0).to(gl.float32)
+    b_v = load_heads(V, o_v, m_tokens, b_q.shape[1], ALL)
     b_acc = b_acc * gl.convert_layout(row_alpha, gl.SliceLayout(1, OUT))[:, None] + gl.sum(b_p[:, :, None] * b_v, 1)
     return b_acc, row_new, row_l * row_alpha + gl.sum(b_p, 1)
 
@@ -53,8 +62,9 @@ def window_tokens(n, lo, hi, kernel):
 @gluon.jit(noinline=True)
 def attend_rows(
     tensors, states, strides, i_batch, i_block, origin, plan, group, registers, sink, factor,
+    GainQ, GainK, Positions, Freqs, turn, eps,
     CAUSAL: gl.constexpr, TILE: gl.constexpr, PACK: gl.constexpr, D: gl.constexpr, SINK: gl.constexpr,
-    WITH_STATE: gl.constexpr,
+    WITH_STATE: gl.constexpr, NORM: gl.constexpr, AXES: gl.constexpr, PAIRS: gl.constexpr,
 ):  # fmt: skip
     """Output and state of a tile.
 
@@ -63,6 +73,8 @@ def attend_rows(
         states: maximum and sum of rows.
         strides: of the first five tensors: ``(batch, t, h, w, head)``, of registers ``(batch, register, head)``.
         plan: length, kernel and stride of axes, and query heads.
+        GainQ, GainK, Positions, Freqs, turn, eps, NORM, AXES, PAIRS: what is done to queries and keys first, as
+            ``load_turned`` takes it; ``turn`` is its factor.
     """
     Q, K, V, RegK, RegV, Sink, Out = tensors
     q_strides, k_strides, v_strides, regk_strides, regv_strides = strides
@@ -76,6 +88,9 @@ def attend_rows(
     Q += i_batch * q_strides[0]
     K += i_batch * k_strides[0] + i_kv * k_strides[4]
     V += i_batch * v_strides[0] + i_kv * v_strides[4]
+    k_gain = None
+    if NORM == "cosine" and GainK is not None:
+        k_gain = gl.load(GainK + i_kv).to(gl.float32)
     n = gl.arange(0, N, gl.SliceLayout(0, gl.SliceLayout(2, ALL)))
     col = gl.arange(0, D, gl.SliceLayout(0, OUT))[None, :]
     for first in range(0, TILE[0] * TILE[1] * TILE[2] * PACK, ROWS):
@@ -85,9 +100,16 @@ def attend_rows(
         own = shifted(position, origin)
         lo, hi = windows_of(own, length, kernel, stride, CAUSAL)
 
-        o_q = gl.convert_layout(place_of(own, q_strides) + head.to(gl.int64) * q_strides[4], gl.SliceLayout(1, OUT))
         m_out = gl.convert_layout(m_rows, gl.SliceLayout(1, OUT))[:, None]
-        b_q = gl.load(Q + (o_q[:, None] + col), mask=m_out, other=0.0).to(gl.float32)
+        o_q = (place_of(own, q_strides) + head.to(gl.int64) * q_strides[4])[:, None]
+        q_gain = None
+        if NORM == "cosine" and GainQ is not None:
+            q_gain = gl.load(GainQ + head).to(gl.float32)[:, None][:, :, None]
+        place = own[0][:, None], own[1][:, None], own[2][:, None]
+        b_q = gl.sum(load_turned(
+            Q, o_q, place, m_rows[:, None], columns_of(D, ALL), q_gain, GainQ, Positions, Freqs, length, turn, eps,
+            NORM, AXES, PAIRS,
+        ), 1)  # fmt: skip
         b_acc = gl.zeros([ROWS, D], gl.float32, OUT)
         row_m = row_sinks(Sink, head, sink, SINK)
         row_l = gl.where(row_m > LOWEST, 1.0, 0.0)
@@ -95,7 +117,11 @@ def attend_rows(
             token, m_tokens = window_tokens(start + n, lo, hi, kernel)
             o_k, o_v = place_of(token, k_strides), place_of(token, v_strides)
             m_tokens &= m_rows[:, None]
-            b_acc, row_m, row_l = fold_tokens(b_q, b_acc, row_m, row_l, K, V, o_k, o_v, m_tokens, factor, ALL)
+            b_k = load_turned(
+                K, o_k, token, m_tokens, columns_of(D, ALL), k_gain, GainK, Positions, Freqs, length, turn, eps,
+                NORM, AXES, PAIRS,
+            )  # fmt: skip
+            b_acc, row_m, row_l = fold_tokens(b_q, b_acc, row_m, row_l, b_k, V, o_v, m_tokens, factor, ALL)
         if RegK is not None:
             RowK = RegK + i_batch * regk_strides[0] + i_kv * regk_strides[2]
             RowV = RegV + i_batch * regv_strides[0] + i_kv * regv_strides[2]
@@ -103,7 +129,8 @@ def attend_rows(
                 i_register = (start + n).to(gl.int64)[None, :]
                 o_k, o_v = i_register * regk_strides[1], i_register * regv_strides[1]
                 m_tokens = m_rows[:, None] & (i_register < registers)
-                b_acc, row_m, row_l = fold_tokens(b_q, b_acc, row_m, row_l, RowK, RowV, o_k, o_v, m_tokens, factor, ALL)
+                b_k = load_heads(RowK, o_k, m_tokens, D, ALL)
+                b_acc, row_m, row_l = fold_tokens(b_q, b_acc, row_m, row_l, b_k, RowV, o_v, m_tokens, factor, ALL)
 
         b_out = b_acc * gl.convert_layout(1.0 / row_l, gl.SliceLayout(1, OUT))[:, None]
         o_out = gl.convert_layout(o_row * D, gl.SliceLayout(1, OUT))[:, None] + col

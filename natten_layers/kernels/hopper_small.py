@@ -212,7 +212,8 @@ def hopper_small_kernel(
             (Q, K, V, RegK, RegV, Sink, Out), (RowMax, RowSum),
             (q_strides, k_strides, v_strides, regk_strides, regv_strides), i_batch, i_block, origin,
             (length, kernel, stride, blocks * PACK), group, registers, sink, scale * LOG2E,
-            CAUSAL, TILE, PACK, D, SINK, WITH_STATE,
+            None, None, None, None, None, None,
+            CAUSAL, TILE, PACK, D, SINK, WITH_STATE, "none", 1, 0,
         )  # fmt: skip
 
 
@@ -254,16 +255,21 @@ def call_of(
 
 
 def attend(
-    call: Call, parts: int, inputs: Inputs, sink_value: float | None, scale: float, with_state: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Results of a kernel with descriptors of queries, results, ``parts`` times keys and values, and registers."""
+    call: Call, parts: int, inputs: Inputs, sink_value: float | None, scale: float, with_state: bool,
+    tensors: Sequence[Tensor | None] = (), floats: Sequence[float | None] = (),
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """Results of a kernel with descriptors of queries, results, ``parts`` times keys and values, and registers.
+
+    ``tensors`` and ``floats`` are what it takes behind those of all kernels.
+    """
     query, key, value, reg_keys, reg_values, sink = inputs
     out = query.new_empty(query.shape)
     row_max = row_sum = None
     if with_state:
         row_max, row_sum = (query.new_empty(query.shape[:-1], dtype=torch.float32) for _ in range(2))
     described = query, out, *(key,) * parts, *(value,) * parts, reg_keys, reg_values
-    call((query, key, value, out, row_max, row_sum, reg_keys, reg_values, sink), described, (sink_value, scale))
+    pointers = query, key, value, out, row_max, row_sum, reg_keys, reg_values, sink, *tensors
+    call(pointers, described, (sink_value, scale, *floats))
     return out, row_max, row_sum
 
 

@@ -166,14 +166,20 @@ def small_launch(
 
 
 @lru_cache(maxsize=1024)
-def strip_launch_of(problem: Problem, pack: int | None = None, with_state: bool = False) -> StripLaunch | None:
-    """The same a strip at a time: few scores, few parts, few keys that are new to a tile."""
+def strip_launch_of(
+    problem: Problem, pack: int | None = None, with_state: bool = False, rotates: bool = False
+) -> StripLaunch | None:
+    """The same a strip at a time: few scores, few parts, few keys that are new to a tile.
+
+    Args:
+        rotates: queries and keys are normalised or rotated first.
+    """
     if not _is_small(problem):
         return None
     most = most_packed(problem)
     packs = [pack] if pack else [most >> i for i in range(most.bit_length())]
     launches = [
-        strip_launch(problem, tile, axis, heads, with_state)
+        strip_launch(problem, tile, axis, heads, with_state, rotates)
         for heads in packs for tile in small_tiles(problem, heads) for axis in range(3)
     ]  # fmt: skip
     return min((x for x in launches if x is not None), key=_strip_cost, default=None)
@@ -183,7 +189,9 @@ def _strip_cost(launch: StripLaunch) -> tuple[int, int]:
     return launch.keys + 4 * (launch.slots - 1 + len(launch.rest)), prod(launch.box)
 
 
-def strip_launch(problem: Problem, tile: Box, axis: int, pack: int, with_state: bool = False) -> StripLaunch | None:
+def strip_launch(
+    problem: Problem, tile: Box, axis: int, pack: int, with_state: bool = False, rotates: bool = False
+) -> StripLaunch | None:
     """That of strips of such tiles along an axis, if there is one."""
     axes = problem.axes
     step, window = tile[axis], axes[axis][1]
@@ -205,8 +213,9 @@ def strip_launch(problem: Problem, tile: Box, axis: int, pack: int, with_state: 
     needed = max(launch.keys // 2 + dim // 2 + 12 + launch.keys // 32 + (8 if with_state else 0), 80)
     apart = launch._replace(max_registers=_registers_a_thread(needed, shared + 2 * dim * SMALL_ROWS))
     in_ring = launch._replace(in_ring=True, max_registers=_registers_a_thread(needed, shared))
-    # Where each query head has keys of its own, loads that start early are worth more than programs.
-    ways = (apart, in_ring) if problem.group == 1 else (in_ring, apart)
+    # Where each query head has keys of its own, loads that start early are worth more than programs, if there is little
+    # else to do.
+    ways = (apart, in_ring) if problem.group == 1 and not rotates else (in_ring, apart)
     return next((x for x in ways if x.max_registers and (prod(box) >= SMALL_ROWS or not x.in_ring)), None)
 
 

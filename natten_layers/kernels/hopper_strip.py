@@ -7,7 +7,7 @@ before. The slab that is new, and the next queries, are on their way while a til
 
 # Triton's language is Python to the parser only.
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAssignmentType=false, reportArgumentType=false
-# pyright: reportIndexIssue=false
+# pyright: reportIndexIssue=false, reportOperatorIssue=false
 
 from functools import lru_cache
 from math import prod
@@ -32,6 +32,15 @@ from .hopper_primitives import (
     output_rows,
     row_sinks,
     thread_barrier,
+)
+from .hopper_rotate import (
+    head_gains,
+    heads_layout,
+    load_freqs,
+    load_positions,
+    rotation_of,
+    token_index,
+    turn_heads,
 )
 from .hopper_rows import attend_rows
 from .hopper_small import (
@@ -59,7 +68,10 @@ from .hopper_tile import (
     weighted_sum,
 )
 from .primitives import LN2, LOG2E, shifted, unravel, windows_of
-from .problem import Inputs, Layout, Problem
+from .problem import Inputs, Layout, Problem, RotationKind
+from .rotate import Rotation
+
+AS_THEY_ARE = RotationKind("none", axes=1, pairs=0, by_head=False, batched=False)
 
 
 @gluon.jit
@@ -155,6 +167,26 @@ def ring_parts(ring, i_slot, extra, PARTS: gl.constexpr, SLOTS: gl.constexpr):
 
 
 @gluon.jit
+def slab_coordinates(Positions, n, corner, first, length, BOX: gl.constexpr, AXIS: gl.constexpr, AXES: gl.constexpr):
+    """Coordinates of keys ``n`` of the slab that begins at ``first``; None where ``n`` is."""
+    b_position = None
+    if n is not None:
+        token = shifted(moved(slab_positions(n, BOX, AXIS), first - corner[AXIS], AXIS), corner)
+        b_position = load_positions(Positions, token, length, AXES)
+    return b_position
+
+
+@gluon.jit
+def query_coordinates(Positions, row, origin, length, TILE: gl.constexpr, PACK: gl.constexpr, AXES: gl.constexpr):
+    """The same of rows of a tile."""
+    b_position = None
+    if row is not None:
+        token = shifted(unravel(row // PACK, TILE[1], TILE[2]), origin)
+        b_position = load_positions(Positions, token, length, AXES)
+    return b_position
+
+
+@gluon.jit
 def hidden_zero():
     """Zero, unknown to LLVM: what is worked out from it in a loop is not kept, and spilled, over its turns."""
     return gl.inline_asm_elementwise("mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
@@ -171,28 +203,34 @@ def await_writes():
 
 @gluon.jit
 def hopper_strip_kernel(
-    Q, K, V, Out, RowMax, RowSum, RegK, RegV, Sink,
+    Q, K, V, Out, RowMax, RowSum, RegK, RegV, Sink, GainQ, GainK, Positions, Freqs,
     q_desc, out_desc, k_desc, v_desc, regk_desc, regv_desc,
     q_strides, k_strides, v_strides, regk_strides, regv_strides,
     length, kernel, stride, tiles, batches, long, short, shift, phase, group, blocks, registers, reg_batch,
-    sink, scale,
+    position_step, freq_step, sink, scale, factor, eps,
     CAUSAL: gl.constexpr, TILE: gl.constexpr, AXIS: gl.constexpr, SLOTS: gl.constexpr, REST: gl.constexpr,
     PACK: gl.constexpr, RANK: gl.constexpr, WINDOW: gl.constexpr, REGISTERS: gl.constexpr, D: gl.constexpr,
-    SINK: gl.constexpr, WITH_STATE: gl.constexpr, IN_RING: gl.constexpr,
+    SINK: gl.constexpr, WITH_STATE: gl.constexpr, IN_RING: gl.constexpr, NORM: gl.constexpr, AXES: gl.constexpr,
+    PAIRS: gl.constexpr,
 ):  # fmt: skip
     """Attention of the tiles of one strip; the grid is strips * batch * lines of tiles * blocks of heads.
 
     Slab ``i`` begins at ``i * TILE[AXIS] + phase`` of the axis, and lies in slot ``i % SLOTS``. A tile sees ``SLOTS``
     of them, of the last one ``REST`` keys, in parts. ``long`` and ``short`` are explained at ``own_strip``, ``shift``
     is how far the first tile begins before the image. ``IN_RING``: results are staged where the values were that no
-    tile needs any more, which saves memory, but the next values wait for it. The other arguments are those of
+    tile needs any more, which saves memory, but the next values wait for it. With ``NORM`` or ``PAIRS``, queries and
+    keys are normalised and rotated where they have arrived; ``position_step`` and ``freq_step`` are from one image's
+    positions, and from one head's frequencies, to the next, or 0. The other arguments are those of
     ``hopper_small_kernel``.
     """
     M: gl.constexpr = TILE[0] * TILE[1] * TILE[2] * PACK
     STEP: gl.constexpr = TILE[AXIS]
     BOX: gl.constexpr = k_desc.block_type.shape
+    TURNS: gl.constexpr = NORM != "none" or PAIRS > 0
     KEYS: gl.constexpr = BOX[1] * BOX[2] * BOX[3]
     PARTS: gl.constexpr = parts_of(SLOTS, KEYS, REST)
+    KEY_HEADS: gl.constexpr = heads_layout(KEYS, D, PAIRS)
+    QUERY_HEADS: gl.constexpr = heads_layout(M, D, PAIRS)
     EIGHTHS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, 8, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, EIGHTHS)
 
@@ -223,7 +261,26 @@ def hopper_strip_kernel(
     if regk_desc is not None:
         reg_keys = start_registers(regk_desc, place, ready.index(0))
         reg_values = start_registers(regv_desc, place, ready.index(1))
-    i_free, i_fresh = i_slab % SLOTS, i_slab
+    i_free, i_fresh = i_slab % SLOTS, i_slab + (SLOTS - 1)
+    if PAIRS > 0:
+        Positions += i_batch.to(gl.int64) * position_step
+        Freqs += place[0] * freq_step
+    k_index = token_index(KEYS, AXES, PAIRS)
+    q_index = token_index(M, AXES, PAIRS)
+    k_freqs = load_freqs(Freqs, KEYS, AXES, PAIRS)
+    q_freqs = load_freqs(Freqs, M, AXES, PAIRS)
+    k_place = slab_coordinates(Positions, k_index, corner, i_fresh * STEP + phase, length, BOX, AXIS, AXES)
+    q_place = query_coordinates(Positions, q_index, origin, length, TILE, PACK, AXES)
+    if TURNS:
+        k_gain = head_gains(GainK, place[0], KEYS, 1, KEY_HEADS, NORM)
+        q_gain = head_gains(GainQ, i_block * PACK, M, PACK, QUERY_HEADS, NORM)
+        mbarrier.wait(ready.index(0), 0)
+        for i in range(i_slab, i_fresh):
+            b_place = slab_coordinates(Positions, k_index, corner, i * STEP + phase, length, BOX, AXIS, AXES)
+            slab = keys.index(i % SLOTS).reshape([KEYS, D])
+            slab.store(
+                turn_heads(slab.load(KEY_HEADS), rotation_of(b_place, k_freqs, factor), k_gain, GainK, eps, NORM)
+            )
     rest = no_rest(M)  # NaN where a result of the strip is not finite
 
     for i_step in range(steps):
@@ -232,6 +289,16 @@ def hopper_strip_kernel(
         position, head = unravel(row // PACK, TILE[1], TILE[2]), i_block * PACK + row % PACK
         row_lo, row_hi = windows_of(shifted(position, origin), length, kernel, stride, CAUSAL)
         row_sink = row_sinks(Sink, head, sink, SINK)
+        if TURNS:
+            k_turn = rotation_of(k_place, k_freqs, factor)
+            q_turn = rotation_of(q_place, q_freqs, factor)
+            mbarrier.wait(ready.index(0), i_step & 1)
+            slab, own = keys.index(i_fresh % SLOTS).reshape([KEYS, D]), queries.index(zero).reshape([M, D])
+            # Both are read before either is written, as threads wait for each other between.
+            b_k, b_q = slab.load(KEY_HEADS), own.load(QUERY_HEADS)
+            slab.store(turn_heads(b_k, k_turn, k_gain, GainK, eps, NORM))
+            own.store(turn_heads(b_q, q_turn, q_gain, GainQ, eps, NORM))
+            fence_async_shared()
         low = moved(corner, i_slab * STEP + phase - corner[AXIS], AXIS)
         if WINDOW is None:
             masks = strip_masks(low, row_lo, row_hi, PARTS, BOX, AXIS, M, RANK)
@@ -247,7 +314,8 @@ def hopper_strip_kernel(
                 mbarrier.expect(ready.index(1), KEYS * D * 2)
                 load_slab(v_desc, values, place, corner, i_fresh * STEP + phase, i_free, ready.index(1), AXIS)
 
-        mbarrier.wait(ready.index(0), i_step & 1)
+        if not TURNS:
+            mbarrier.wait(ready.index(0), i_step & 1)
         i_free = i_slab % SLOTS
         scores = scores_of(
             queries.index(zero).reshape([M, D]), ring_parts(keys, i_free, reg_keys, PARTS, SLOTS), masks
@@ -263,6 +331,9 @@ def hopper_strip_kernel(
             load_queries(q_desc, queries, place, origin, i_block * PACK, ready.index(0))
             load_slab(k_desc, keys, place, corner, i_fresh * STEP + phase, i_free, ready.index(0), AXIS)
         i_slab = i_next
+        if PAIRS > 0:
+            k_place = slab_coordinates(Positions, k_index, corner, i_fresh * STEP + phase, length, BOX, AXIS, AXES)
+            q_place = query_coordinates(Positions, q_index + zero, origin, length, TILE, PACK, AXES)
 
         b_acc, row_m, row_l = weighted_sum(
             scores, ring_parts(values, i_free, reg_values, PARTS, SLOTS), ready.index(1), i_step & 1, row_sink, scale,
@@ -298,31 +369,41 @@ def hopper_strip_kernel(
                 (q_strides, k_strides, v_strides, regk_strides, regv_strides), i_batch, i_block,
                 moved(origin, (i_step - steps) * STEP, AXIS),
                 (length, kernel, stride, blocks * PACK), group, registers, sink, scale * LOG2E,
-                CAUSAL, TILE, PACK, D, SINK, WITH_STATE,
+                GainQ, GainK, Positions, Freqs, factor, eps,
+                CAUSAL, TILE, PACK, D, SINK, WITH_STATE, NORM, AXES, PAIRS,
             )  # fmt: skip
 
 
 def forward(
-    launch: StripLaunch, problem: Problem, inputs: Inputs, sink_value: float | None, scale: float, with_state: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """What ``hopper_small.forward`` computes."""
-    return attend(prepare(launch, problem, with_state), 1, inputs, sink_value, scale, with_state)
+    launch: StripLaunch, problem: Problem, inputs: Inputs, sink_value: float | None, scale: float, with_state: bool,
+    rotation: Rotation | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """What ``hopper_small.forward`` computes, with ``rotation`` of queries and keys that are prepared by it first."""
+    kind, tensors, floats = AS_THEY_ARE, (None,) * 4, (None,) * 2
+    if rotation is not None:
+        kind = rotation.kind
+        tensors = rotation.query_gain, rotation.key_gain, rotation.positions, rotation.freqs
+        floats = None if rotation.factor == 1.0 else rotation.factor, rotation.eps
+    call = prepare(launch, problem, with_state, kind)
+    return attend(call, 1, inputs, sink_value, scale, with_state, tensors, floats)
 
 
 @lru_cache(maxsize=1024)
-def prepare(launch: StripLaunch, p: Problem, with_state: bool) -> Call:
+def prepare(launch: StripLaunch, p: Problem, with_state: bool, kind: RotationKind) -> Call:
     axis, blocks = launch.axis, p.query.shape[-2] // launch.pack
     lengths, kernel_size, stride, _ = p.geometry
     tiles = launch.tiles(p)
     batches, lines = p.query.shape[0], prod(tiles) // tiles[axis] * p.query.shape[0] * blocks
     long, short = cut(tiles[axis], lines, launch.programs * multiprocessors(p.device))
     strips = long[0] + -(-(tiles[axis] - prod(long)) // short)
+    per_head = kind.pairs // kind.axes
     return call_of(
         hopper_strip_kernel,
         (strips * lines,),
         (
             *p.input_strides(), lengths, kernel_size, stride, tiles, batches, long, short, launch.shift, launch.phase,
             p.group, blocks, p.registers, batches_of_registers(p),
+            prod(lengths) * kind.axes if kind.batched else 0, per_head if kind.by_head else 0,
         ),
         [
             *boxes_of_rows(launch, p),
@@ -330,7 +411,7 @@ def prepare(launch: StripLaunch, p: Problem, with_state: bool) -> Call:
             *boxes_of_registers(launch, p),
         ],
         SLOTS=launch.slots, REST=launch.rest, REGISTERS=launch.registers, IN_RING=launch.in_ring,
-        **options_of(launch, p, with_state),
+        NORM=kind.norm, AXES=kind.axes, PAIRS=kind.pairs, **options_of(launch, p, with_state),
     )  # fmt: skip
 
 

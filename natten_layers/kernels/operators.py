@@ -35,7 +35,7 @@ NOT_FUSED = "the fused kernels do not have"
 WAY_OUT = '; use impl="eager"'
 NO_FORWARD_MODE = f"{NOT_FUSED} forward-mode derivatives{WAY_OUT}"
 
-Results = tuple[Tensor | None, ...]
+Results = Tensor | tuple[Tensor | None, ...]
 
 library = torch.library.Library("natten_layers", "DEF")
 _kernels: dict[str, Callable[..., Results]] = {}
@@ -60,9 +60,12 @@ def register(schema: str, kernel: Callable[..., Results], fake: Callable[..., An
     _kernels[name] = kernel
 
 
-def _returning_tensors(kernel: Callable[..., Results]) -> Callable[..., tuple[Tensor, ...]]:
-    def run(*args: Any) -> tuple[Tensor, ...]:
-        return tuple(args[0].new_empty(0) if x is None else x for x in kernel(*args))
+def _returning_tensors(kernel: Callable[..., Results]) -> Callable[..., Tensor | tuple[Tensor, ...]]:
+    def run(*args: Any) -> Tensor | tuple[Tensor, ...]:
+        results = kernel(*args)
+        if isinstance(results, Tensor):
+            return results
+        return tuple(args[0].new_empty(0) if x is None else x for x in results)
 
     return run
 

@@ -91,10 +91,10 @@ def attention(
     scale: float,
 ) -> Tensor:
     """``out`` alone; without gradients no statistics are written."""
-    inputs = _inputs(query, key, value, additional_keys, additional_values, sink)
+    inputs = readable(query, key, value, additional_keys, additional_values, sink)
     if is_tracked(inputs):
         return _function().apply(*inputs, window, scale)[0]
-    return call_untracked("forward", *inputs, *_flat(window), scale, False)[0]
+    return call_untracked("forward", *inputs, *flat(window), scale, False)[0]
 
 
 def attention_state(
@@ -108,11 +108,11 @@ def attention_state(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(out, row_max, row_sum)``; no gradient flows through ``row_max``, which is a reference point."""
-    inputs = _inputs(query, key, value, additional_keys, additional_values, sink)
+    inputs = readable(query, key, value, additional_keys, additional_values, sink)
     return _function().apply(*inputs, window, scale)  # pyright: ignore[reportReturnType]
 
 
-def _inputs(
+def readable(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -122,11 +122,11 @@ def _inputs(
 ) -> tuple[Any, ...]:
     """The tensors of the operators' schemas: last axes contiguous, a sink either a tensor or a number."""
     tensors = query, key, value, additional_keys, additional_values
-    readable = [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors]
-    return *readable, *((last_contiguous(sink), None) if isinstance(sink, Tensor) else (None, sink))
+    tensors = [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors]
+    return *tensors, *((last_contiguous(sink), None) if isinstance(sink, Tensor) else (None, sink))
 
 
-def _flat(window: Window) -> tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[bool]]:
+def flat(window: Window) -> tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[bool]]:
     return window.kernel_size, window.stride, window.dilation, window.is_causal
 
 
@@ -134,7 +134,7 @@ class _Attention(Function):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
         *inputs, window, scale = args
-        return call("forward", *inputs, *_flat(window), scale, True)
+        return call("forward", *inputs, *flat(window), scale, True)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -151,7 +151,7 @@ class _Attention(Function):
         # lse = row_max + log(row_sum) with row_max held fixed, so dL/dlse = dL/drow_sum * row_sum.
         grad_lse = None if grad_sum is None else grad_sum * row_sum
         grad_out = torch.zeros_like(out) if grad_out is None else last_contiguous(grad_out)
-        window = (*_flat(ctx.window), ctx.scale)
+        window = (*flat(ctx.window), ctx.scale)
         results = call_in_backward(
             "backward", *tensors, ctx.sink_value, *window, out, row_max, row_sum, grad_out, grad_lse
         )
@@ -230,7 +230,7 @@ def _sink_gradient(sink: Tensor | None, row_max: Tensor, row_sum: Tensor, delta:
     return -(weight * delta).flatten(0, -2).sum(0).to(sink.dtype)
 
 
-def _forward_flop(
+def forward_flop(
     query: Tensor, key: Tensor, value: Tensor, additional_keys: Tensor | None, *args: Any, **_: Any
 ) -> int:
     """Useful FLOP: ``2 (D + Dv)`` for every pair of a query and a key that it sees, registers included."""
@@ -244,22 +244,22 @@ def _forward_flop(
 
 def _backward_flop(*args: Any, **kwargs: Any) -> int:
     """The convention of published benchmarks: five matrix products where the forward has two."""
-    return _forward_flop(*args, **kwargs) * 5 // 2
+    return forward_flop(*args, **kwargs) * 5 // 2
 
 
-_WINDOW = "int[] kernel_size, int[] stride, int[] dilation, bool[] is_causal, float scale"
-_INPUTS = (
+WINDOW = "int[] kernel_size, int[] stride, int[] dilation, bool[] is_causal, float scale"
+INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? additional_keys, Tensor? additional_values, "
-    "Tensor? sink, float? sink_value, " + _WINDOW
+    "Tensor? sink, float? sink_value, " + WINDOW
 )
-register(f"forward({_INPUTS}, bool with_state) -> (Tensor, Tensor, Tensor)", _forward, _forward_fake)
+register(f"forward({INPUTS}, bool with_state) -> (Tensor, Tensor, Tensor)", _forward, _forward_fake)
 register(
-    f"backward({_INPUTS}, Tensor out, Tensor row_max, Tensor row_sum, Tensor grad_out, Tensor? grad_lse) "
+    f"backward({INPUTS}, Tensor out, Tensor row_max, Tensor row_sum, Tensor grad_out, Tensor? grad_lse) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
-register_flop_formula(torch.ops.natten_layers.forward, get_raw=True)(_forward_flop)
+register_flop_formula(torch.ops.natten_layers.forward, get_raw=True)(forward_flop)
 register_flop_formula(torch.ops.natten_layers.backward, get_raw=True)(_backward_flop)
 # The backward operator has no rule: vmap calls it once for each sample, as gradients of each are asked for.
 torch.library.register_vmap("natten_layers::forward", _forward_vmap, lib=library)

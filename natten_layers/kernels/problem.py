@@ -205,6 +205,20 @@ class Problem(NamedTuple):
         }
 
 
+class RotationKind(NamedTuple):
+    """What a rotation is apart from its data."""
+
+    norm: str
+    axes: int
+    """coordinates of a position"""
+    pairs: int
+    """elements that turn with one ``pairs`` further on, all axes together"""
+    by_head: bool
+    """whether frequencies differ by head"""
+    batched: bool
+    """whether positions differ by image"""
+
+
 def problem_of(inputs: Inputs, sink_value: float | None, window: Sequence[Sequence[Any]], scale: float) -> Problem:
     """Of operators' arguments; ``window`` has kernel size, stride, dilation and what is causal, one entry per axis."""
     kernel_size, stride, dilation, is_causal = window

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .configs import next_power_of_2
 from .launcher import launcher
+from .problem import RotationKind
 
 ELEMENTS = 4096  # of a tile of tokens: four 16-byte loads a thread in half precision
 PROGRAMS = 8192  # enough to fill any device several times; beyond that a program takes more items
@@ -284,13 +285,20 @@ class Rotation(NamedTuple):
 
     query: Tensor
     key: Tensor
-    query_gain: Tensor | None  # cosine: [Hq] or None; rms: [D]
-    key_gain: Tensor | None  # cosine: [Hkv] or None; rms: [D]
-    positions: Tensor | None  # [B or 1, *spatial, axes]
-    freqs: Tensor | None  # [heads that differ, n], fp32
-    factor: float
-    norm: str  # "none", "cosine" or "rms"
-    eps: float
+    query_gain: Tensor | None = None  # cosine: [Hq] or None; rms: [D]
+    key_gain: Tensor | None = None  # cosine: [Hkv] or None; rms: [D]
+    positions: Tensor | None = None  # [B or 1, *spatial, axes]
+    freqs: Tensor | None = None  # [heads that differ, n], fp32
+    factor: float = 1.0
+    norm: str = "none"  # or "cosine", "rms"
+    eps: float = 0.0
+
+    @property
+    def kind(self) -> RotationKind:
+        if self.positions is None or self.freqs is None:
+            return RotationKind(self.norm, 1, 0, False, False)
+        batch, axes = self.positions.shape[0], self.positions.shape[-1]
+        return RotationKind(self.norm, axes, axes * self.freqs.shape[1], len(self.freqs) > 1, batch > 1)
 
     @property
     def by_head(self) -> bool:

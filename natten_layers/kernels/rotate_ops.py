@@ -19,7 +19,11 @@ from .operators import (
     register,
 )
 
-__all__ = ["rotate"]
+__all__ = ["OPTIONS", "Options", "rotate"]
+
+Options = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, float, str, float]
+"""What is done to queries and keys, as ``rotate.Rotation`` has it: gains, positions, frequencies, factor, norm, eps."""
+OPTIONS = "Tensor? query_gain, Tensor? key_gain, Tensor? positions, Tensor? freqs, float factor, str norm, float eps"
 
 
 def rotate(
@@ -83,10 +87,7 @@ def _rotate_backward_fake(*args: Any) -> tuple[Tensor, ...]:
     return tuple(args[0].new_empty(0) if x is None else x.new_empty(x.shape) for x in args[:4])
 
 
-_INPUTS = (
-    "Tensor query, Tensor key, Tensor? query_gain, Tensor? key_gain, Tensor? positions, Tensor? freqs, "
-    "float factor, str norm, float eps"
-)
+_INPUTS = f"Tensor query, Tensor key, {OPTIONS}"
 register(f"rotate({_INPUTS}) -> (Tensor, Tensor)", _rotate, _rotate_fake)
 register(
     f"rotate_backward({_INPUTS}, Tensor grad_query, Tensor grad_key) -> (Tensor, Tensor, Tensor, Tensor)",

@@ -10,13 +10,14 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..arguments import prepare
 from ..functional import neighborhood_attention
 from ..geometry import make_window, normalise_axes
 from .norm import RMSNorm
-from .query_key import HeadNorm, normalize_and_rotate
-from .rope import angles_of
+from .query_key import HeadNorm, attend_projected, normalize_and_rotate
+from .rope import Angles, angles_of
 
-__all__ = ["Heads", "NeighborhoodGQA"]
+__all__ = ["Heads", "NeighborhoodGQA", "Projected"]
 
 
 class Heads(NamedTuple):
@@ -25,6 +26,19 @@ class Heads(NamedTuple):
     query: Tensor  # [B, *tokens, Hq, D]
     key: Tensor  # [B, *tokens, Hkv, D]
     value: Tensor  # [B, *tokens, Hkv, D]
+
+
+class Projected(NamedTuple):
+    """Heads of tokens, and what has yet to be done to query and key before they are multiplied."""
+
+    heads: Heads
+    norm: HeadNorm | None = None
+    angles: Angles | None = None
+
+    def prepared(self) -> Heads:
+        """Heads with that done."""
+        query, key, value = self.heads
+        return Heads(*normalize_and_rotate(query, key, self.norm, self.angles), value)
 
 
 class NeighborhoodGQA(nn.Module):
@@ -185,23 +199,26 @@ class NeighborhoodGQA(nn.Module):
             )
         if positions is not None and self.rope is None:
             raise ValueError("positions were given, but the layer has no rope to use them")
-        heads = self._heads(x, self.rope, positions)
+        projected = self._project(x, self.rope, positions)
         extra = self._register_heads(x, registers)
-        out = self._attention(heads, extra)
         if not self.registers_attend:
-            return out.flatten(-2), None
-        return out.flatten(-2), self._attend_from_registers(heads, extra).flatten(-2)
+            return self._attention(projected, extra).flatten(-2), None
+        heads = projected.prepared()
+        tokens = self._attention(Projected(heads), extra)
+        return tokens.flatten(-2), self._attend_from_registers(heads, extra).flatten(-2)
 
-    def _heads(self, tokens: Tensor, rope: nn.Module | None = None, positions: Tensor | None = None) -> Heads:
-        """Views of one projection; query and key are new tensors where they are normalised or rotated."""
+    def _project(self, tokens: Tensor, rope: nn.Module | None = None, positions: Tensor | None = None) -> Projected:
+        """Views of one projection, unless ``rope`` has to be called, which gives new query and key."""
         counts = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         parts = self.qkv(tokens).split([count * self.head_dim for count in counts], -1)
         query, key, value = (part.unflatten(-1, (count, -1)) for part, count in zip(parts, counts, strict=True))
         angles = None if rope is None else angles_of(rope, query, key, positions)
-        query, key = normalize_and_rotate(query, key, self._head_norm(), angles)
-        if rope is not None and angles is None:
-            query, key = rope(query, key, positions)
-        return Heads(query, key, value)
+        projected = Projected(Heads(query, key, value), self._head_norm(), angles)
+        if rope is None or angles is not None:
+            return projected
+        query, key, value = projected.prepared()
+        query, key = rope(query, key, positions)
+        return Projected(Heads(query, key, value))
 
     def _head_norm(self) -> HeadNorm | None:
         if self.qk_scale is not None:
@@ -220,21 +237,22 @@ class NeighborhoodGQA(nn.Module):
         if registers is not None:
             tokens = [own.expand(x.shape[0], -1, -1) for own in tokens] + [registers]
         # The copy is aligned: results must not depend on where a file's reader left a parameter.
-        return self._heads(torch.cat(tokens, 1)) if tokens else None
+        return self._project(torch.cat(tokens, 1)).prepared() if tokens else None
 
-    def _attention(self, heads: Heads, registers: Heads | None) -> Tensor:
+    def _attention(self, projected: Projected, registers: Heads | None) -> Tensor:
         """``[B, *spatial, Hq, D]``"""
-        return neighborhood_attention(
-            *heads,
-            self._fitted_kernel_size(heads.query.shape[1:-2]),
-            stride=self.stride,
-            dilation=self.dilation,
-            is_causal=self.is_causal,
-            scale=self.scale,
-            additional_keys=None if registers is None else registers.key,
-            additional_values=None if registers is None else registers.value,
-            sink=self.sink,
+        call = prepare(
+            *projected.heads,
+            self._fitted_kernel_size(projected.heads.query.shape[1:-2]),
+            self.stride,
+            self.dilation,
+            self.is_causal,
+            self.scale,
+            None if registers is None else registers.key,
+            None if registers is None else registers.value,
+            self.sink,
         )
+        return attend_projected(call, projected.norm, projected.angles)
 
     def _attend_from_registers(self, heads: Heads, registers: Heads | None) -> Tensor:
         """``[B, R, Hq, D]``: full attention among registers, with all tokens as the keys that everyone sees."""

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import checkpoints
 from ..functional import neighborhood_attention
-from .attention import Heads, NeighborhoodGQA
+from .attention import Heads, NeighborhoodGQA, Projected
 from .feed_forward import GEGLU
 from .hdit_config import HDiTConfig, LevelConfig
 from .norm import AdaRMSNorm, RMSNorm
@@ -141,7 +141,8 @@ class ShiftedWindowGQA(NeighborhoodGQA):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, shift={self.shift}"
 
-    def _attention(self, heads: Heads, registers: Heads | None) -> Tensor:
+    def _attention(self, projected: Projected, registers: Heads | None) -> Tensor:
+        heads = projected.prepared()
         # Windows are equal within a stretch, so each pair of stretches is one blocked call on a view: no mask, no copy.
         rows, columns = (self._stretches(length) for length in heads.query.shape[1:3])
         return torch.cat([torch.cat([self._block(heads, registers, r, c) for c in columns], 2) for r in rows], 1)

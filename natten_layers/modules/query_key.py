@@ -6,12 +6,14 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from ..functional import Impl, takes_fused
-from ..kernels import ops, rotate_ops
+from ..arguments import Call
+from ..functional import Impl, attend, takes_fused
+from ..kernels import ops, projected_ops, rotate_ops
+from ..kernels.operators import is_tracked
 from .norm import cosine_normalize, rms_normalize
 from .rope import Angles
 
-__all__ = ["HeadNorm", "normalize_and_rotate"]
+__all__ = ["HeadNorm", "attend_projected", "normalize_and_rotate"]
 
 
 class HeadNorm(NamedTuple):
@@ -60,15 +62,18 @@ def _unsupported(query: Tensor, key: Tensor, angles: Angles | None) -> str | Non
 
 
 def _fused(query: Tensor, key: Tensor, norm: HeadNorm | None, angles: Angles | None) -> tuple[Tensor, Tensor]:
+    return rotate_ops.rotate(query, key, *_rotation(query, norm, angles))
+
+
+def _rotation(query: Tensor, norm: HeadNorm | None, angles: Angles | None) -> rotate_ops.Options:
+    """What the operators take behind query and key."""
     positions = freqs = None
     query_gain, key_gain = (None, None) if norm is None else (norm.query_gain, norm.key_gain)
     if angles is not None:
         positions, freqs = angles.positions.contiguous(), angles.freqs.float().contiguous()
         if positions.ndim < query.ndim - 1:
             positions = positions[None]
-    return rotate_ops.rotate(
-        query,
-        key,
+    return (
         None if query_gain is None else query_gain.contiguous(),
         None if key_gain is None else key_gain.contiguous(),
         positions,
@@ -77,3 +82,24 @@ def _fused(query: Tensor, key: Tensor, norm: HeadNorm | None, angles: Angles | N
         "none" if norm is None else norm.kind,
         0.0 if norm is None else norm.eps,
     )
+
+
+def attend_projected(call: Call, norm: HeadNorm | None, angles: Angles | None, *, impl: Impl = "auto") -> Tensor:
+    """:func:`neighborhood_attention` of heads that :func:`normalize_and_rotate` prepares first; registers are ready.
+
+    Where no gradient is asked for, this is one operation, and where the kernels can, one launch.
+
+    Args:
+        call: prepared arguments of attention, with heads as they are projected.
+
+    Raises:
+        RuntimeError: ``impl="fused"`` where the kernels cannot run.
+    """
+    query, key = call.query, call.key
+    if norm is not None or angles is not None:
+        rotation = _rotation(query, norm, angles)
+        # Asked in this order: a gradient for positions or frequencies makes them tracked.
+        if not is_tracked((*call[:6], *rotation)) and takes_fused(impl, query, call.why_not_fused):
+            return call.restore(projected_ops.attention(*call.arguments, rotation))
+        query, key = normalize_and_rotate(query, key, norm, angles, impl=impl)
+    return attend(call._replace(query=query, key=key), impl)

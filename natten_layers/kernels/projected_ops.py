@@ -1,0 +1,57 @@
+"""The operator of attention on heads as they are projected: normalised and rotated first, without gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from ..geometry import Window
+from . import hopper_launches, ops
+from .operators import call_untracked, module, on_device, register
+from .problem import Inputs, problem_of
+from .rotate_ops import OPTIONS, Options
+
+__all__ = ["attention"]
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    sink: Tensor | float | None,
+    window: Window,
+    scale: float,
+    rotation: Options,
+) -> Tensor:
+    """``out`` of ``ops.attention``'s arguments, whose query and key ``rotate_ops.rotate`` would prepare."""
+    inputs = ops.readable(query, key, value, additional_keys, additional_values, sink)
+    return call_untracked("projected", *inputs, *ops.flat(window), scale, *rotation)
+
+
+def _projected(*args: Any) -> Tensor:
+    inputs, (sink_value, *window, scale), options = Inputs(*args[:6]), args[6:12], args[12:]
+    with on_device(inputs.query):
+        rotate = module("rotate")
+        rotation = rotate.Rotation(inputs.query, inputs.key, *options)
+        problem = problem_of(inputs, sink_value, window, scale)
+        launch, kernels = hopper_launches.projected_launch(problem, rotation.kind), hopper_launches.kernels()
+        if launch is not None and kernels is not None and hopper_launches.are_aligned(*inputs[:5]):
+            return kernels.strip_forward.forward(launch, problem, inputs, sink_value, scale, False, rotation)[0]
+        query, key = rotate.rotate(rotation)
+        inputs = inputs._replace(query=query, key=key)
+        problem = problem_of(inputs, sink_value, window, scale)
+        return module("forward").forward(problem, inputs, sink_value, scale, False)[0]
+
+
+def _projected_fake(*args: Any) -> Tensor:
+    query, value = args[0], args[2]
+    return query.new_empty(*query.shape[:-1], value.shape[-1])
+
+
+register(f"projected({ops.INPUTS}, {OPTIONS}) -> Tensor", _projected, _projected_fake)
+register_flop_formula(torch.ops.natten_layers.projected, get_raw=True)(ops.forward_flop)
