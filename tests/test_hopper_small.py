@@ -251,6 +251,20 @@ def test_results_leave_through_the_ring_where_that_leaves_room_for_programs(monk
     assert (alone.in_ring, alone.programs) == (False, 2)
 
 
+def test_strips_have_room_for_registers_beside_many_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of 4 x 8 queries, two heads each, see 320 keys of windows of 13 x 13."""
+    query, key = (Layout((8, 128, 128, h, 64), (2**20 * h, 2**13 * h, 64 * h, 64, 1)) for h in (6, 3))
+    extra = Layout((8, 16, 3, 64), (3072, 192, 64, 1))
+    image = {"query": query, "key": key, "value": key, "kernel_size": (13, 13)}
+    problem = problem_of_image(monkeypatch, **image, additional_keys=extra, additional_values=extra)
+    strip = hopper_launches.forward_launch(problem)
+    assert small_launch_of(problem) is None
+    assert isinstance(strip, StripLaunch)
+    assert (strip.keys, strip.programs) == (336, 2)
+    more = extra._replace(shape=(8, 17, 3, 64))
+    assert hopper_launches.forward_launch(problem._replace(additional_keys=more, additional_values=more)) is None
+
+
 @pytest.mark.parametrize(
     ("changes", "taken"),
     [

@@ -206,15 +206,6 @@ def launch_arguments(case: Case, tensors: dict[str, Tensor]) -> tuple[Problem, I
     return problem_of(inputs, sink_value, window, scale), inputs, sink_value, scale, rotation
 
 
-@pytest.fixture
-def wherever_possible(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Small problems take the one launch too."""
-    monkeypatch.setattr(hopper_launches, "LEAST_ROWS", 0)
-    forget()
-    yield
-    forget()
-
-
 def one_launch(case: Case, tensors: dict[str, Tensor]) -> Tensor:
     kernels = hopper_launches.kernels()
     problem, inputs, sink_value, scale, rotation = launch_arguments(case, tensors)
@@ -226,7 +217,6 @@ def one_launch(case: Case, tensors: dict[str, Tensor]) -> Tensor:
 
 @pytest.mark.gpu
 @needs_device
-@pytest.mark.usefixtures("wherever_possible")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_one_launch_matches_its_steps_in_double(case: Case, dtype: torch.dtype) -> None:
@@ -241,7 +231,6 @@ def test_one_launch_matches_its_steps_in_double(case: Case, dtype: torch.dtype) 
 
 @pytest.mark.gpu
 @needs_device
-@pytest.mark.usefixtures("wherever_possible")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_nan_and_inf_reach_only_the_queries_that_see_them(case: Case) -> None:
     tensors = on(draw(case), torch.bfloat16)
@@ -285,6 +274,9 @@ def test_small_windows_take_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     launch = hopper_launches.projected_launch(problem, KIND)
     assert launch is not None
     assert (launch.in_ring, launch.programs) == (True, 4)
+    few = Layout((1, 32, 32, 8, 64), (2**10 * 768, 2**5 * 768, 768, 64, 1))
+    few_keys = few._replace(shape=(1, 32, 32, 2, 64))
+    assert hopper_launches.projected_launch(problem._replace(query=few, key=few_keys, value=few_keys), KIND) is not None
     kinds = KIND._replace(pairs=32), KIND._replace(axes=1, pairs=0), KIND._replace(axes=16)
     assert all(hopper_launches.projected_launch(problem, kind) is not None for kind in kinds)
     # A head for itself: another program is worth more than loads that start early.

@@ -259,7 +259,5 @@ def test_a_layer_takes_two_launches_at_most(num_kv_heads: int, shape: tuple[int,
     assert "rotate_kernel" in names[0]
     with torch.no_grad():
         names = kernels()
-    if shape[0] == 8 and torch.cuda.get_device_capability() == (9, 0) and hopper_launches.kernels() is not None:
-        assert len(names) == 1, names
-    else:
-        assert len(names) == 2, names
+    is_hopper = torch.cuda.get_device_capability() == (9, 0) and hopper_launches.kernels() is not None
+    assert len(names) == (1 if is_hopper else 2), names

@@ -31,7 +31,7 @@ COLUMNS = 128  # of a chunk; the kernel of key gradients keeps twice as many acc
 STAGES = 2  # chunks in shared memory
 NUMBERS = 2**15  # in a head's keys of a window, from which on it is large: 256 keys of 128 channels, 512 of 64
 REGISTERED = 2**18  # the same where registers take a second launch, which reads and writes the output once more
-LEAST_ROWS = 2**19  # of queries, from which on a small window's kernel runs longer than the host needs to launch it
+LEAST_ROWS = 2**18  # of queries, from which on a small window's kernel runs for as long as the host needs to launch it
 PAIRS = 2**28  # of a query and a key in large windows: fewer are done before the host has prepared a launch
 ALIGNMENT = 4  # statistics of queries: TMA loads 16 bytes at least, from multiples of as many
 
@@ -79,9 +79,12 @@ def forward_launch(problem: Problem, with_state: bool = False) -> Launch | Small
 
 @remembered
 def projected_launch(problem: Problem, rotation: RotationKind) -> StripLaunch | None:
-    """The launch that also normalises and rotates queries and keys; None where that takes one of its own."""
+    """The launch that also normalises and rotates queries and keys; None where that takes one of its own.
+
+    However small the problem: two launches take the host longer than one.
+    """
     p, pack = problem, override_pack()
-    if not small_pays(p) or pays(p) or not supports(p) or not is_rotatable(p, rotation) or kernels() is None:
+    if not has_small_window(p) or pays(p) or not supports(p) or not is_rotatable(p, rotation) or kernels() is None:
         return None
     if explicit_launch("forward", p.problem_class) is not None or (pack and p.group % pack):
         return None
@@ -155,7 +158,11 @@ def pays(problem: Problem) -> bool:
 
 def small_pays(problem: Problem) -> bool:
     """The same for the kernel of small windows."""
-    return prod(problem.query.shape[:-1]) >= LEAST_ROWS and prod(problem.kernel_size) < SCORES
+    return prod(problem.query.shape[:-1]) >= LEAST_ROWS and has_small_window(problem)
+
+
+def has_small_window(problem: Problem) -> bool:
+    return prod(problem.kernel_size) < SCORES
 
 
 def is_addressable(tensor: Layout) -> bool:

@@ -16,6 +16,7 @@ from .problem import Layout, Problem, three_axes
 
 SMALL_ROWS = 64  # of a tile of the kernels for small windows
 SCORES = 320  # of a row there at most, as they are in registers at once
+STRIP_SCORES = 336  # the same of a strip: registers beside 320 keys are worth that some values spill
 GRADIENTS = 256  # the same in the backward pass, whose kernels keep more beside them
 LEAST_LOADED = 96  # keys that a tile sees, from which on strips are used,
 RELOADED = 0.6  # if no more than this share of them is new to a strip
@@ -205,7 +206,7 @@ def strip_launch(
     if slots == 1 or prod(box) < 16 or start is None or (axis == 0 and start[0]):
         return None
     launch = StripLaunch(tile, pack, axis, box, slots, rest, *start, _register_keys(problem), False, 0)
-    if launch.keys > SCORES:
+    if launch.keys > STRIP_SCORES:
         return None
     dim = problem.query.shape[-1]
     shared = 2 * dim * (2 * (slots * prod(box) + launch.registers) + SMALL_ROWS)
