@@ -62,7 +62,7 @@ def window_tokens(n, lo, hi, kernel):
 @gluon.jit(noinline=True)
 def attend_rows(
     tensors, states, strides, i_batch, i_block, origin, plan, group, registers, sink, factor,
-    GainQ, GainK, Positions, Freqs, turn, eps,
+    GainQ, GainK, Positions, Freqs, turn_factor, eps,
     CAUSAL: gl.constexpr, TILE: gl.constexpr, PACK: gl.constexpr, D: gl.constexpr, SINK: gl.constexpr,
     WITH_STATE: gl.constexpr, NORM: gl.constexpr, AXES: gl.constexpr, PAIRS: gl.constexpr,
 ):  # fmt: skip
@@ -73,8 +73,8 @@ def attend_rows(
         states: maximum and sum of rows.
         strides: of the first five tensors: ``(batch, t, h, w, head)``, of registers ``(batch, register, head)``.
         plan: length, kernel and stride of axes, and query heads.
-        GainQ, GainK, Positions, Freqs, turn, eps, NORM, AXES, PAIRS: what is done to queries and keys first, as
-            ``load_turned`` takes it; ``turn`` is its factor.
+        GainQ, GainK, Positions, Freqs, turn_factor, eps, NORM, AXES, PAIRS: what is done to queries and keys first, as
+            ``load_turned`` takes it.
     """
     Q, K, V, RegK, RegV, Sink, Out = tensors
     q_strides, k_strides, v_strides, regk_strides, regv_strides = strides
@@ -107,8 +107,8 @@ def attend_rows(
             q_gain = gl.load(GainQ + head).to(gl.float32)[:, None][:, :, None]
         place = own[0][:, None], own[1][:, None], own[2][:, None]
         b_q = gl.sum(load_turned(
-            Q, o_q, place, m_rows[:, None], columns_of(D, ALL), q_gain, GainQ, Positions, Freqs, length, turn, eps,
-            NORM, AXES, PAIRS,
+            Q, o_q, place, m_rows[:, None], columns_of(D, ALL), q_gain, GainQ, Positions, Freqs, length,
+            turn_factor, eps, NORM, AXES, PAIRS,
         ), 1)  # fmt: skip
         b_acc = gl.zeros([ROWS, D], gl.float32, OUT)
         row_m = row_sinks(Sink, head, sink, SINK)
@@ -118,8 +118,8 @@ def attend_rows(
             o_k, o_v = place_of(token, k_strides), place_of(token, v_strides)
             m_tokens &= m_rows[:, None]
             b_k = load_turned(
-                K, o_k, token, m_tokens, columns_of(D, ALL), k_gain, GainK, Positions, Freqs, length, turn, eps,
-                NORM, AXES, PAIRS,
+                K, o_k, token, m_tokens, columns_of(D, ALL), k_gain, GainK, Positions, Freqs, length,
+                turn_factor, eps, NORM, AXES, PAIRS,
             )  # fmt: skip
             b_acc, row_m, row_l = fold_tokens(b_q, b_acc, row_m, row_l, b_k, V, o_v, m_tokens, factor, ALL)
         if RegK is not None:

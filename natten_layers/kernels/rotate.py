@@ -297,8 +297,9 @@ class Rotation(NamedTuple):
     def kind(self) -> RotationKind:
         if self.positions is None or self.freqs is None:
             return RotationKind(self.norm, 1, 0, False, False)
-        batch, axes = self.positions.shape[0], self.positions.shape[-1]
-        return RotationKind(self.norm, axes, axes * self.freqs.shape[1], len(self.freqs) > 1, batch > 1)
+        batch, *_, axes = self.positions.shape
+        heads, each = self.freqs.shape
+        return RotationKind(self.norm, axes, axes * each, heads > 1, batch > 1)
 
     @property
     def by_head(self) -> bool:

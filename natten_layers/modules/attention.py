@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from numbers import Integral
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from .query_key import HeadNorm, attend_projected, normalize_and_rotate
 from .rope import Angles, angles_of
 
 __all__ = ["Heads", "NeighborhoodGQA", "Projected"]
+
+T = TypeVar("T", int, bool)
 
 
 class Heads(NamedTuple):
@@ -121,7 +123,9 @@ class NeighborhoodGQA(nn.Module):
 
         self.embed_dim, self.num_heads, self.num_kv_heads = embed_dim, num_heads, num_kv_heads
         self.head_dim = embed_dim // num_heads if head_dim is None else head_dim
-        self.kernel_size, self.stride, self.dilation, self.is_causal = kernel_size, stride, dilation, is_causal
+        # As tuples, since what is known of a call's arguments is looked up by them.
+        self.kernel_size = None if kernel_size is None else _hashable(kernel_size)
+        self.stride, self.dilation, self.is_causal = _hashable(stride), _hashable(dilation), _hashable(is_causal)
         self.registers_attend, self.qk_norm = registers_attend, qk_norm
         self.scale = 1.0 if scale is None and qk_norm == "cosine" else scale
 
@@ -210,8 +214,7 @@ class NeighborhoodGQA(nn.Module):
     def _project(self, tokens: Tensor, rope: nn.Module | None = None, positions: Tensor | None = None) -> Projected:
         """Views of one projection, unless ``rope`` has to be called, which gives new query and key."""
         counts = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
-        parts = self.qkv(tokens).split([count * self.head_dim for count in counts], -1)
-        query, key, value = (part.unflatten(-1, (count, -1)) for part, count in zip(parts, counts, strict=True))
+        query, key, value = self.qkv(tokens).unflatten(-1, (-1, self.head_dim)).split(counts, -2)
         angles = None if rope is None else angles_of(rope, query, key, positions)
         projected = Projected(Heads(query, key, value), self._head_norm(), angles)
         if rope is None or angles is not None:
@@ -274,6 +277,8 @@ class NeighborhoodGQA(nn.Module):
         """The window for axes of these lengths; only a causal window may be longer than its axis."""
         if self.kernel_size is None:
             return tuple(spatial)
+        if self.is_causal is False:
+            return self.kernel_size
         rank = len(spatial)
         return tuple(
             min(k, length) if causal and s == d == 1 else k
@@ -286,6 +291,10 @@ class NeighborhoodGQA(nn.Module):
                 strict=True,
             )
         )
+
+
+def _hashable(axes: T | Sequence[T]) -> T | tuple[T, ...]:
+    return tuple(axes) if isinstance(axes, Sequence) else axes
 
 
 def _check_size(name: str, size: object, least: int = 1) -> None:
