@@ -6,18 +6,19 @@ The latter's tiles are in ``tiles.py``, with the legend of their shapes; registe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from .geometry import Window, window_mask
-from .kernels.operators import is_watched
+from .kernels.operators import is_differentiated, is_watched
 from .tiles import State, attend_tiles, heads_first, is_lost, plan, tile_queries, untile
 
-__all__ = ["attention_state", "dense_attention_state", "merge_states", "without_autocast"]
+__all__ = ["attention", "attention_state", "dense_attention_state", "merge_states", "without_autocast"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -125,6 +126,63 @@ def attention_state(
         state = _add_sink(state, torch.as_tensor(sink, dtype=accumulate, device=query.device), tiles)
     out, row_max, row_sum = (untile(t, axes, query) for t in (state[0], *(s[..., None] for s in state[1:])))
     return out.to(query.dtype), row_max[..., 0], row_sum[..., 0]
+
+
+@without_autocast
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    sink: Tensor | float | None,
+    window: Window,
+    scale: float,
+) -> Tensor:
+    """``out`` of :func:`attention_state` alone.
+
+    On a CPU, where tokens see all others, or all before them, it is PyTorch's attention, unless somebody may ask for
+    derivatives: that one does not have all of them.
+    """
+    inputs = query, key, value, additional_keys, additional_values, sink
+    is_plain = query.device.type == "cpu" and query.shape[-1] == value.shape[-1]
+    past = _sees_past(query.shape[1:-2], window) and all(x is None for x in inputs[3:])
+    if not (past or window.is_full(query.shape[1:-2])) or not is_plain or is_differentiated(inputs):
+        return attention_state(*inputs, window, scale)[0]
+    if past and not _are_known_finite(key, value):  # a weight of zero times NaN is NaN
+        return attention_state(*inputs, window, scale)[0]
+    return _attend_all(*inputs, scale, is_causal=past)
+
+
+def _attend_all(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    sink: Tensor | float | None,
+    scale: float,
+    is_causal: bool,
+) -> Tensor:
+    accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
+    q, k, v = (t.flatten(1, -3).to(accumulate).transpose(1, 2) for t in (query, key, value))  # [B, H, N, D]
+    if additional_keys is not None and additional_values is not None:
+        registers = (t.to(accumulate).transpose(1, 2) for t in (additional_keys, additional_values))
+        k, v = (torch.cat(parts, 2) for parts in zip((k, v), registers, strict=True))
+    mask = None
+    if sink is not None:
+        # One more key, of score zero but for what the mask adds, and of value zero.
+        k, v = (pad(t, (0, 0, 0, 1)) for t in (k, v))
+        mask = k.new_zeros(1, q.shape[1], 1, k.shape[2])
+        mask[..., -1] = torch.as_tensor(sink, dtype=accumulate).reshape(1, -1, 1)
+    grouped = q.shape[1] != k.shape[1]
+    out = scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=grouped)
+    return out.transpose(1, 2).reshape(query.shape).to(query.dtype)
+
+
+def _sees_past(spatial: Sequence[int], window: Window) -> bool:
+    """Whether every token of a text sees itself and all before it."""
+    return window == Window(tuple(spatial), (1,), (1,), (True,))
 
 
 def _are_known_finite(*tensors: Tensor) -> bool:

@@ -129,9 +129,8 @@ def neighborhood_attention(
 
 def attend(call: Call, impl: Impl) -> Tensor:
     """``out`` of prepared arguments."""
-    if takes_fused(impl, call.query, call.why_not_fused):
-        return call.restore(ops.attention(*call.arguments))
-    return call.restore(_run(call, "eager").out)
+    operation = ops.attention if takes_fused(impl, call.query, call.why_not_fused) else eager.attention
+    return call.restore(operation(*call.arguments))
 
 
 def attention_state(

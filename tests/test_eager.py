@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CASES, Case, assert_close, make_inputs, oracle, run
+from helpers import CASES, FLOOR, Case, assert_close, error, make_inputs, oracle, run
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -328,6 +328,67 @@ def test_nan_reaches_only_queries_that_see_it(poisoned: str, bad: float):
     torch.testing.assert_close(out[~hit], clean[~hit])
 
 
+def attend_without_gradients(case: Case, leaves: dict[str, Tensor]) -> Tensor:
+    inputs: dict[str, Any] = {name: t.detach() for name, t in leaves.items()}
+    if case.sink == "zero":
+        inputs["sink"] = 0.0
+    axes = {"kernel_size": case.kernel_size, "is_causal": case.is_causal}
+    return neighborhood_attention(**inputs, **axes, scale=case.scale, impl="eager")  # pyright: ignore[reportArgumentType]
+
+
+DENSE = (
+    Case("full", (40,), 40, heads=4, kv_heads=2, sink="zero"),
+    Case("full-2d-registers-sink", (5, 9), (5, 9), heads=6, kv_heads=2, registers=3, sink="learned"),
+    Case("full-3d", (3, 4, 5), (3, 4, 5), heads=2, kv_heads=2, registers=2, scale=-0.5),
+    Case("past", (50,), 50, is_causal=True, heads=4, kv_heads=1),
+    Case("past-registers", (50,), 50, is_causal=True, heads=4, kv_heads=1, registers=2),
+    Case("past-sink", (50,), 50, is_causal=True, sink="zero"),
+)
+
+
+@pytest.mark.parametrize("case", DENSE, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_what_all_tokens_see_is_dense_attention(
+    case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By PyTorch's own operator, if nobody asks for gradients; a causal text only without registers and sink."""
+    calls: list[str] = []
+    dense = eager.scaled_dot_product_attention
+    monkeypatch.setattr(eager, "scaled_dot_product_attention", lambda *a, **k: calls.append("") or dense(*a, **k))
+    case = replace(case, dtype=dtype)
+    leaves = make_inputs(case)
+    out = attend_without_gradients(case, leaves)
+    assert out.dtype == dtype
+    assert error(out, oracle(case, leaves).out) < FLOOR[dtype]
+    assert len(calls) == (case.name not in ("past-registers", "past-sink"))
+    run(case, leaves, "eager")
+    assert len(calls) == (case.name not in ("past-registers", "past-sink"))  # not with gradients
+
+
+def test_forward_mode_of_what_all_tokens_see() -> None:
+    query = torch.randn(1, 6, 1, 4, dtype=torch.float64)
+
+    def attend(query: Tensor) -> Tensor:
+        return neighborhood_attention(query, query, query, 6)
+
+    step = torch.randn_like(query)
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(attend(forward_ad.make_dual(query, step))).tangent
+    expected = (attend(query + 1e-6 * step) - attend(query - 1e-6 * step)) / 2e-6
+    torch.testing.assert_close(tangent, expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("poisoned", ["key", "value"])
+def test_nan_of_a_causal_text_reaches_only_what_comes_after(poisoned: str) -> None:
+    tensors: dict[str, Any] = {name: torch.randn(1, 50, 2, 8) for name in ("query", "key", "value")}
+    clean = neighborhood_attention(**tensors, kernel_size=50, is_causal=True)
+    tensors[poisoned][0, 30, 0, 3] = math.nan
+    out = neighborhood_attention(**tensors, kernel_size=50, is_causal=True)
+    assert out[0, 30:, 0].isnan().all()
+    torch.testing.assert_close(out[0, :30], clean[0, :30])
+    torch.testing.assert_close(out[:, :, 1], clean[:, :, 1])
+
+
 class LargestTensor(TorchDispatchMode):
     """Records the most elements of any tensor that an operator returns without it being a view's expansion."""
 
@@ -357,6 +418,7 @@ def test_nothing_of_size_tokens_times_tokens(case: Case):
     inputs = make_inputs(case)
     with LargestTensor() as largest:
         run(case, inputs, "eager")
+        attend_without_gradients(case, inputs)
     tokens = math.prod(case.spatial)
     assert largest.elements <= max(2 * tiles.CHUNK_SCORES, 4 * inputs["query"].numel())
     assert largest.elements <= tokens * tokens // 8

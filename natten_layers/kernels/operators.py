@@ -21,6 +21,7 @@ __all__ = [
     "call_in_backward",
     "call_untracked",
     "eager_form",
+    "is_differentiated",
     "is_tracked",
     "is_transformed",
     "is_watched",
@@ -142,6 +143,11 @@ def is_tracked(args: tuple[Any, ...]) -> bool:
     """Whether a derivative may be asked for."""
     # Inside torch.func's transforms a tensor does not tell whether it is differentiated further out.
     return is_transformed() or needs_gradient(args)
+
+
+def is_differentiated(args: tuple[Any, ...]) -> bool:
+    """:func:`is_tracked`, or whether a forward-mode derivative may be asked for. A compiled graph has none."""
+    return is_tracked(args) or (not torch.compiler.is_compiling() and forward_ad._current_level >= 0)
 
 
 def is_transformed() -> bool:
