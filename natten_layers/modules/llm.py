@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import hf
+from ..arguments import prepare
 from ..cached import cached_attention
 from ..functional import neighborhood_attention
 from .cache import Cache, LayerCache
@@ -20,7 +21,7 @@ from .feed_forward import GatedFeedForward
 from .generation import generate, text_first
 from .llm_config import DecoderLMConfig
 from .norm import RMSNorm
-from .query_key import HeadNorm, normalize_and_rotate
+from .query_key import HeadNorm, attend_projected, normalize_and_rotate
 from .rope import Angles, RoPE
 
 __all__ = ["DecoderAttention", "DecoderBlock", "DecoderLM", "DecoderLMConfig"]
@@ -75,20 +76,24 @@ class DecoderAttention(nn.Module):
             longest: upper bound on the cached tokens of a sequence, ``x`` included.
         """
         query, key, value = (self._heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
-        query, key = normalize_and_rotate(query, key, self._head_norm(), angles)
-        options = {"scale": self.scale, "sink": self.zero_sink if self.sinks is None else self.sinks}
-        if self.registers is not None:
-            options["additional_keys"], options["additional_values"] = self._register_key_value(self.registers, cache)
-        empty = cache is None or not cache.used
-        if cache is not None:
-            keys, values, key_positions = cache.extend(key, value, positions, longest)
-            if not empty:
-                out = cached_attention(query, keys, values, positions, key_positions, window=self.window, **options)
-                return self.o_proj(out.flatten(-2))
-        # Padding comes last, so no token sees it: the text alone is plain causal attention.
+        registers = (None, None) if self.registers is None else self._register_key_value(self.registers, cache)
+        sink = self.zero_sink if self.sinks is None else self.sinks
+        # Padding comes last, so no token sees it: a text without a past is plain causal attention.
         length = x.shape[1]
         window = length if self.window is None else min(self.window, length)
-        out = neighborhood_attention(query, key, value, window, is_causal=True, **options)
+        if cache is None:
+            call = prepare(query, key, value, window, 1, 1, True, self.scale, *registers, sink)
+            return self.o_proj(attend_projected(call, self._head_norm(), angles).flatten(-2))
+        query, key = normalize_and_rotate(query, key, self._head_norm(), angles)
+        empty = not cache.used
+        keys, values, key_positions = cache.extend(key, value, positions, longest)
+        options = {
+            "scale": self.scale, "sink": sink, "additional_keys": registers[0], "additional_values": registers[1]
+        }  # fmt: skip
+        if empty:
+            out = neighborhood_attention(query, key, value, window, is_causal=True, **options)
+        else:
+            out = cached_attention(query, keys, values, positions, key_positions, window=self.window, **options)
         return self.o_proj(out.flatten(-2))
 
     def _heads(self, x: Tensor) -> Tensor:
