@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from natten_layers import DecoderLMConfig, Denoiser, HDiT, HDiTConfig, LevelConfig
+from natten_layers.arguments import Call
 from natten_layers.modules.llm import DecoderBlock
-from natten_layers.modules.rope import RoPE
+from natten_layers.modules.query_key import HeadNorm, normalize_and_rotate
+from natten_layers.modules.rope import Angles, RoPE
 
 from .implementations import HeadsFirst, UnsupportedError, flex_mask
 from .workloads import Workload
@@ -26,7 +28,7 @@ __all__ = ["SMOKE", "Attend", "Sizes", "Subject", "attention", "calling", "flex_
 Attend = Callable[..., Tensor]
 
 CALLERS = ("natten_layers.modules.attention", "natten_layers.modules.llm")
-"""modules that call the operation by its name"""
+"""modules that call operations by name"""
 
 
 @dataclass(frozen=True)
@@ -156,9 +158,28 @@ def calling(name: str, function: Callable[..., Any] | None, callers: Sequence[st
         yield
 
 
-def attention(attend: Attend | None) -> AbstractContextManager[None]:
-    """Put another function in the place of the operation inside the models."""
-    return calling("neighborhood_attention", attend, CALLERS)
+@contextmanager
+def attention(attend: Attend | None) -> Iterator[None]:
+    """Put another function in the place of the operation inside the models, behind normalisation and rotation."""
+    projected = None if attend is None else _behind_rotation(attend)
+    with calling("neighborhood_attention", attend, CALLERS), calling("attend_projected", projected, CALLERS):
+        yield
+
+
+@lru_cache
+def _behind_rotation(attend: Attend) -> Callable[[Call, HeadNorm | None, Angles | None], Tensor]:
+    """One function for each: a compiled model is compiled anew for another."""
+
+    def attend_projected(call: Call, norm: HeadNorm | None, angles: Angles | None) -> Tensor:
+        query, key = normalize_and_rotate(call.query, call.key, norm, angles)
+        w = call.window
+        return attend(
+            query, key, call.value, w.kernel_size, stride=w.stride, dilation=w.dilation, is_causal=w.is_causal,
+            scale=call.scale, additional_keys=call.additional_keys, additional_values=call.additional_values,
+            sink=call.sink,
+        )  # fmt: skip
+
+    return attend_projected
 
 
 def flex_attend(
@@ -167,13 +188,13 @@ def flex_attend(
     value: Tensor,
     kernel_size: int | tuple[int, ...],
     *,
-    is_causal: bool = False,
+    is_causal: bool | tuple[bool, ...] = False,
     scale: float | None = None,
     additional_keys: None = None,
     additional_values: None = None,
     sink: None = None,
-    stride: int = 1,
-    dilation: int = 1,
+    stride: int | tuple[int, ...] = 1,
+    dilation: int | tuple[int, ...] = 1,
 ) -> Tensor:
     """What these models ask of the operation: FlexAttention, and torch's own attention where the window is all.
 
@@ -183,14 +204,14 @@ def flex_attend(
     del additional_values, stride, dilation
     if additional_keys is not None or sink is not None:
         raise UnsupportedError("FlexAttention has no registers and no sink")
-    spatial = tuple(query.shape[1:-2])
+    spatial, causal = tuple(query.shape[1:-2]), is_causal in (True, (True,))
     kernel = (kernel_size,) * len(spatial) if isinstance(kernel_size, int) else tuple(kernel_size)
     q, k, v = (t.flatten(1, -3).transpose(1, 2) for t in (query, key, value))
     gqa = q.shape[1] != k.shape[1]
     if kernel == spatial:
-        out = F.scaled_dot_product_attention(q, k, v, scale=scale, is_causal=is_causal, enable_gqa=gqa)
+        out = F.scaled_dot_product_attention(q, k, v, scale=scale, is_causal=causal, enable_gqa=gqa)
     else:
-        mask = _mask((spatial, kernel, is_causal, query.device))
+        mask = _mask((spatial, kernel, causal, query.device))
         out = _compiled_flex(query.device.type)(q, k, v, block_mask=mask, scale=scale, enable_gqa=gqa)
     return out.transpose(1, 2).unflatten(1, spatial)
 

@@ -335,13 +335,16 @@ def test_a_step_is_reported_before_it_is_timed() -> None:
     assert reports == [[None], [rows[0].median_ms]]
 
 
-def test_a_step_that_computes_something_else_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("model", "variant"), [("mistral-block", "GQA 4"), ("hdit-flowers", "multi-head")])
+def test_a_step_that_computes_something_else_gets_no_time(
+    model: str, variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def attend(*args: Any, **options: Any) -> Tensor:
         return 1.1 * neighborhood_attention(*args, **options)
 
     monkeypatch.setattr(step, "flex_attend", attend)
-    variants = {"GQA 4": models.make_subjects(models.SMOKE, CPU)["mistral-block"]["GQA 4"]}
-    right, wrong = step.run("mistral-block", variants, False, CPU, 0.0)
+    variants = {variant: models.make_subjects(models.SMOKE, CPU)[model][variant]}
+    right, *_, wrong = step.run(model, variants, False, CPU, 0.0)
     assert right.failure is None
     assert right.median_ms is not None
     assert wrong.failure is not None
