@@ -30,7 +30,6 @@ Axes = int | Sequence[int]
 
 _Tensors = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 _AxisOptions = tuple[Axes, Axes, Axes, bool | Sequence[bool]]
-_Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | float | None, Window, float]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -49,7 +48,7 @@ class Call(NamedTuple):
     head_shape: torch.Size  # the caller's head axes: (Hq,) or (Hkv, G)
 
     @property
-    def arguments(self) -> _Arguments:
+    def arguments(self) -> ops.Arguments:
         """What both implementations take, in their order."""
         return self[:8]
 

@@ -6,7 +6,7 @@ The latter's tiles are in ``tiles.py``, with the legend of their shapes; registe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import wraps
 from typing import Concatenate, ParamSpec, TypeVar
 
@@ -145,25 +145,12 @@ def attention(
     derivatives: that one does not have all of them.
     """
     inputs = query, key, value, additional_keys, additional_values, sink
-    is_plain = query.device.type == "cpu" and query.shape[-1] == value.shape[-1]
-    past = _sees_past(query.shape[1:-2], window) and all(x is None for x in inputs[3:])
-    if not (past or window.is_full(query.shape[1:-2])) or not is_plain or is_differentiated(inputs):
+    spatial, extras = query.shape[1:-2], inputs[3:]
+    is_plain = query.device.type == "cpu" and query.shape[-1] == value.shape[-1] and not is_differentiated(inputs)
+    past = is_plain and window.is_past(spatial) and all(x is None for x in extras)
+    past = past and _are_known_finite(key, value)  # a weight of zero times NaN is NaN
+    if not past and not (is_plain and window.is_full(spatial)):
         return attention_state(*inputs, window, scale)[0]
-    if past and not _are_known_finite(key, value):  # a weight of zero times NaN is NaN
-        return attention_state(*inputs, window, scale)[0]
-    return _attend_all(*inputs, scale, is_causal=past)
-
-
-def _attend_all(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    sink: Tensor | float | None,
-    scale: float,
-    is_causal: bool,
-) -> Tensor:
     accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
     q, k, v = (t.flatten(1, -3).to(accumulate).transpose(1, 2) for t in (query, key, value))  # [B, H, N, D]
     if additional_keys is not None and additional_values is not None:
@@ -176,13 +163,8 @@ def _attend_all(
         mask = k.new_zeros(1, q.shape[1], 1, k.shape[2])
         mask[..., -1] = torch.as_tensor(sink, dtype=accumulate).reshape(1, -1, 1)
     grouped = q.shape[1] != k.shape[1]
-    out = scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=grouped)
+    out = scaled_dot_product_attention(q, k, v, mask, is_causal=past, scale=scale, enable_gqa=grouped)
     return out.transpose(1, 2).reshape(query.shape).to(query.dtype)
-
-
-def _sees_past(spatial: Sequence[int], window: Window) -> bool:
-    """Whether every token of a text sees itself and all before it."""
-    return window == Window(tuple(spatial), (1,), (1,), (True,))
 
 
 def _are_known_finite(*tensors: Tensor) -> bool:

@@ -54,6 +54,10 @@ class Window:
         """True if every query sees every key: plain self-attention."""
         return tuple(spatial) == self.kernel_size and not any(self.is_causal)
 
+    def is_past(self, spatial: Sequence[int]) -> bool:
+        """True if every token of a text sees itself and all before it."""
+        return self == Window(tuple(spatial), (1,), (1,), (True,))
+
 
 def normalise_axes(name: str, value: T | Sequence[T], rank: int, kind: type[T]) -> tuple[T, ...]:
     """Spread one value over ``rank`` axes, or check a sequence of ``rank`` values.

@@ -69,7 +69,7 @@ def forward_launch(problem: Problem, with_state: bool = False) -> Launch | Small
     pack, large = override_pack(), pays(problem)
     if not (large or small_pays(problem)) or not supports(problem) or kernels() is None:
         return None
-    if explicit_launch("forward", problem.problem_class) is not None or (pack and problem.group % pack):
+    if _is_chosen_elsewhere(problem):
         return None
     if large:
         return launch_of(problem, pack)
@@ -83,12 +83,16 @@ def projected_launch(problem: Problem, rotation: RotationKind) -> StripLaunch | 
 
     However small the problem: two launches take the host longer than one.
     """
-    p, pack = problem, override_pack()
+    p = problem
     if not has_small_window(p) or pays(p) or not supports(p) or not is_rotatable(p, rotation) or kernels() is None:
         return None
-    if explicit_launch("forward", p.problem_class) is not None or (pack and p.group % pack):
-        return None
-    return strip_launch_of(p, pack, rotates=True)
+    return None if _is_chosen_elsewhere(p) else strip_launch_of(p, override_pack(), rotates=True)
+
+
+def _is_chosen_elsewhere(problem: Problem) -> bool:
+    """Whether somebody chose a launch, or heads a program, of the portable forward kernel."""
+    pack = override_pack()
+    return explicit_launch("forward", problem.problem_class) is not None or bool(pack and problem.group % pack)
 
 
 @remembered
@@ -146,7 +150,7 @@ def supports(problem: Problem) -> bool:
 def is_rotatable(problem: Problem, rotation: RotationKind) -> bool:
     """Whether a thread can have whole pairs of a head: half of it turns, or all, or nothing."""
     dim, pairs = problem.query.shape[-1], rotation.pairs
-    return pairs in (0, dim // 4, dim // 2) and max(1, pairs) % rotation.axes == 0
+    return pairs in (0, dim // 4, dim // 2) and pairs % rotation.axes == 0
 
 
 def pays(problem: Problem) -> bool:

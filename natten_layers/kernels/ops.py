@@ -33,8 +33,10 @@ from .operators import (
 )
 from .problem import Inputs, problem_of
 
-__all__ = ["attention", "attention_state", "unsupported"]
+__all__ = ["Arguments", "attention", "attention_state", "unsupported"]
 
+Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | float | None, Window, float]
+"""of :func:`attention`, in their order"""
 MAX_HEAD_DIM = 256
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # asked once: a search takes longer than a launch
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..geometry import Window
 from . import hopper_launches, ops
 from .operators import call_untracked, module, on_device, register
 from .problem import Inputs, problem_of
@@ -17,19 +16,9 @@ from .rotate_ops import OPTIONS, Options
 __all__ = ["attention"]
 
 
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    sink: Tensor | float | None,
-    window: Window,
-    scale: float,
-    rotation: Options,
-) -> Tensor:
+def attention(arguments: ops.Arguments, rotation: Options) -> Tensor:
     """``out`` of ``ops.attention``'s arguments, whose query and key ``rotate_ops.rotate`` would prepare."""
-    inputs = ops.readable(query, key, value, additional_keys, additional_values, sink)
+    inputs, window, scale = ops.readable(*arguments[:6]), arguments[6], arguments[7]
     return call_untracked("projected", *inputs, *ops.flat(window), scale, *rotation)
 
 

@@ -285,13 +285,13 @@ class Rotation(NamedTuple):
 
     query: Tensor
     key: Tensor
-    query_gain: Tensor | None = None  # cosine: [Hq] or None; rms: [D]
-    key_gain: Tensor | None = None  # cosine: [Hkv] or None; rms: [D]
-    positions: Tensor | None = None  # [B or 1, *spatial, axes]
-    freqs: Tensor | None = None  # [heads that differ, n], fp32
-    factor: float = 1.0
-    norm: str = "none"  # or "cosine", "rms"
-    eps: float = 0.0
+    query_gain: Tensor | None  # cosine: [Hq] or None; rms: [D]
+    key_gain: Tensor | None  # cosine: [Hkv] or None; rms: [D]
+    positions: Tensor | None  # [B or 1, *spatial, axes]
+    freqs: Tensor | None  # [heads that differ, n], fp32
+    factor: float
+    norm: str  # "none", "cosine" or "rms"
+    eps: float
 
     @property
     def kind(self) -> RotationKind:
@@ -316,8 +316,7 @@ class Rotation(NamedTuple):
     def launch(self, kernel: Any, tensors: Sequence[Tensor], partials: Sequence[Tensor | None] = ()) -> None:
         """Call ``kernel`` on viewed ``tensors``, of which the first two are query and key."""
         query, key = tensors[:2]
-        axes = 1 if self.positions is None else self.positions.shape[-1]
-        pairs = 0 if self.freqs is None else axes * self.freqs.shape[1]
+        norm, axes, pairs, by_head, _ = self.kind
         rest = query.shape[3] - 2 * pairs
         tiles, runs, run = blocks(query, key)
         outers = len(query), len(key)
@@ -327,10 +326,10 @@ class Rotation(NamedTuple):
             (
                 *(t.stride()[:3] for t in tensors),
                 query.shape[1], outers, (query.shape[2], key.shape[2]),
-                tuple(n // len(self.freqs) if self.by_head and self.freqs is not None else 1 for n in outers), run,
+                tuple(n // len(self.freqs) if self.freqs is not None and by_head else 1 for n in outers), run,
             ),
             AXES=axes, PAIRS=pairs, REST=rest, BP=next_power_of_2(max(pairs, rest // 2)),
-            T=tile_size(query.shape[3]), NORM=self.norm, BY_HEAD=self.by_head, num_warps=4,
+            T=tile_size(query.shape[3]), NORM=norm, BY_HEAD=by_head, num_warps=4,
         )  # fmt: skip
         inputs = (*tensors, *partials, self.query_gain, self.key_gain, self.positions, self.freqs)
         launch(inputs, (self.factor, self.eps))

@@ -97,9 +97,8 @@ def attend_projected(call: Call, norm: HeadNorm | None, angles: Angles | None, *
     """
     query, key = call.query, call.key
     if norm is not None or angles is not None:
-        rotation = _rotation(query, norm, angles)
-        # Asked in this order: a gradient for positions or frequencies makes them tracked.
-        if not is_tracked((*call[:6], *rotation)) and takes_fused(impl, query, call.why_not_fused):
-            return call.restore(projected_ops.attention(*call.arguments, rotation))
+        tracked = is_tracked((*call[:6], *(norm or ()), *(angles or ())))
+        if not tracked and takes_fused(impl, query, call.why_not_fused):
+            return call.restore(projected_ops.attention(call.arguments, _rotation(query, norm, angles)))
         query, key = normalize_and_rotate(query, key, norm, angles, impl=impl)
     return attend(call._replace(query=query, key=key), impl)
