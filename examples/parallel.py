@@ -35,7 +35,9 @@ class Processes(AbstractContextManager["Processes"]):
             if self.device.type == "cuda":
                 self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
                 torch.cuda.set_device(self.device)
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+                dist.init_process_group("nccl", device_id=self.device)  # else torch warns that a barrier guesses it
+            else:
+                dist.init_process_group("gloo")
             self.rank, self.world = dist.get_rank(), dist.get_world_size()
 
     def __exit__(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+import warnings
 import weakref
 from contextlib import suppress
 from pathlib import Path
@@ -70,7 +71,9 @@ def as_torchrun_sets(rank: int, world: int, port: int) -> dict[str, str]:
 def worker(rank: int, device_type: str, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ |= as_torchrun_sets(rank, WORLD, port)
+    warnings.filterwarnings("error", message="barrier")
     with Processes(device_type, fsdp=False) as processes:
+        processes.barrier()
         results = {kind: losses(kind, rank, WORLD, processes.device) for kind in SHARDED}
         if processes.first:
             torch.save(results, Path(folder) / "losses.pt")
