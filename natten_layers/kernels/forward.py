@@ -8,7 +8,9 @@ Registers come last, as more keys of the same softmax; the sink is the softmax's
 # Triton's language is Python to the parser only.
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false
 
-import torch
+from types import ModuleType
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -41,7 +43,7 @@ from .primitives import (
     visibility,
     windows_of,
 )
-from .problem import Inputs, Problem
+from .problem import Inputs, Problem, room_for_results
 
 
 @triton.jit
@@ -223,23 +225,28 @@ def forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``out [B, *spatial, Hq, Dv]`` and, ``with_state``, ``row_max`` and ``row_sum [B, *spatial, Hq]`` in fp32."""
     query, key, value, additional_keys, additional_values, sink = inputs
-    if hopper_launches.pays(problem) or hopper_launches.small_pays(problem):
-        launch, kernels = hopper_launches.forward_launch(problem, with_state), hopper_launches.kernels()
-        if launch is not None and kernels is not None and hopper_launches.are_aligned(*inputs[:5]):
-            module = kernels.forward_of(launch)
-            return module.forward(launch, problem, inputs, sink_value, scale, with_state)
-    rows = query.shape[:-1]
-    out = query.new_empty(rows + value.shape[-1:])
-    row_max = row_sum = None
-    if with_state:
-        row_max, row_sum = (query.new_empty(rows, dtype=torch.float32) for _ in range(2))
-    launch = forward_launcher(problem, with_state)
+    launch, kernels = forward_launch(problem, with_state)
+    if kernels is not None:
+        if hopper_launches.are_aligned(*inputs[:5]):
+            return kernels.forward(launch, problem, inputs, sink_value, scale, with_state)
+        launch = forward_launcher(problem, with_state)
+    out, row_max, row_sum = room_for_results(query, problem.value.shape[-1], with_state)
     launch((query, key, value, out, row_max, row_sum, additional_keys, additional_values, sink), (sink_value, scale))
     return out, row_max, row_sum
 
 
 @remembered
+def forward_launch(problem: Problem, with_state: bool) -> tuple[Any, ModuleType | None]:
+    """The launch of a call, and the module whose kernel in Gluon takes it: None for the portable kernel."""
+    launch, kernels = hopper_launches.forward_launch(problem, with_state), hopper_launches.kernels()
+    if launch is None or kernels is None:
+        return forward_launcher(problem, with_state), None
+    return launch, kernels.forward_of(launch)
+
+
+@remembered
 def forward_launcher(problem: Problem, with_state: bool) -> Launcher:
+    """Of the portable kernel."""
     p = problem
     launch = launch_for("forward", p.problem_class)
     return launcher(

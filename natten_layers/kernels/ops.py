@@ -124,8 +124,11 @@ def readable(
 ) -> tuple[Any, ...]:
     """The tensors of the operators' schemas: last axes contiguous, a sink either a tensor or a number."""
     tensors = query, key, value, additional_keys, additional_values
-    tensors = [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors]
-    return *tensors, *((last_contiguous(sink), None) if isinstance(sink, Tensor) else (None, sink))
+    for x in tensors:  # most calls copy nothing, and are done with a look at each
+        if x is not None and x.stride(-1) != 1:
+            tensors = [x if x is None else last_contiguous(x) for x in tensors]
+            break
+    return (*tensors, last_contiguous(sink), None) if isinstance(sink, Tensor) else (*tensors, None, sink)
 
 
 def flat(window: Window) -> tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[bool]]:
