@@ -65,11 +65,11 @@ def draw(*shape: int) -> Tensor:
     return torch.zeros(shape, dtype=torch.bfloat16, requires_grad=True)
 
 
-def attend(spatial: tuple[int, ...], kernel_size: int, heads: int, dim: int, *, extras: bool, **options: Any) -> None:
+def attend(spatial: tuple[int, ...], kernel_size: int, heads: int, dim: int, registers: int, **options: Any) -> None:
     q, k, v = (draw(1, *spatial, h, dim) for h in (heads, 2, 2))
     inputs = [q, k, v]
-    if extras:
-        inputs += [draw(1, 5, 2, dim), torch.zeros(heads, requires_grad=True)]
+    if registers:
+        inputs += [draw(1, registers, 2, dim), torch.zeros(heads, requires_grad=True)]
         options |= {"additional_keys": inputs[3], "additional_values": inputs[3], "sink": inputs[4]}
     out = neighborhood_attention(q, k, v, kernel_size, **options, impl="fused")
     torch.autograd.grad(out.float().sum(), inputs)
@@ -96,11 +96,13 @@ def attend_on_hopper(spatial: tuple[int, ...], kernel_size: int, heads: int, *, 
     modules.forward.forward(launch, one, tensors, sink, 1.0, with_state=False)
 
 
-def attend_small_on_hopper(spatial: tuple[int, ...], kernel_size: int, heads: int, *, registers: int) -> None:
+def attend_small_on_hopper(
+    spatial: tuple[int, ...], kernel_size: int, heads: int, *, registers: int, dim: int = 64
+) -> None:
     modules = hopper_launches.kernels()
     assert modules is not None
-    query, key = (torch.zeros(1, *spatial, h, 64, dtype=torch.bfloat16) for h in (heads, 2))
-    extra = torch.zeros(1, registers, 2, 64, dtype=torch.bfloat16) if registers else None
+    query, key = (torch.zeros(1, *spatial, h, dim, dtype=torch.bfloat16) for h in (heads, 2))
+    extra = torch.zeros(1, registers, 2, dim, dtype=torch.bfloat16) if registers else None
     tensors = problem.Inputs(query, key, key, extra, extra, torch.zeros(heads))
     rank = len(spatial)
     window = (kernel_size,) * rank, (1,) * rank, (1,) * rank, (rank == 1,) * rank
@@ -142,10 +144,10 @@ def main(capability: int) -> None:
     for module in (ops, decode_ops):
         setattr(module, "unsupported", lambda query, value: None)  # noqa: B010
     problem.device_traits = lambda device: ("stub", SHARED_MEMORY[capability])
-    attend((32, 32), 7, 8, 64, extras=True)
-    attend((12, 12, 20), 5, 2, 40, extras=False, dilation=2, stride=3)
-    attend((2048,), 1024, 8, 128, extras=False, is_causal=True)
-    attend((32, 32), 7, 4, 256, extras=True)
+    attend((32, 32), 7, 8, 64, 5)
+    attend((12, 12, 20), 5, 2, 40, 0, dilation=2, stride=3)
+    attend((2048,), 1024, 8, 128, 40, is_causal=True)
+    attend((32, 32), 7, 4, 256, 40)
     if capability == 90 and (modules := hopper_launches.kernels()) is not None:
         for module in (modules.forward, modules.backward, modules.strip_forward):
             setattr(module, "multiprocessors", lambda device: 132)  # noqa: B010
@@ -154,6 +156,7 @@ def main(capability: int) -> None:
         attend_on_hopper((16, 24, 32), 14, 2, sink=None)
         attend_small_on_hopper((64, 64), 7, 8, registers=5)
         attend_small_on_hopper((4096,), 128, 16, registers=0)
+        attend_small_on_hopper((64, 64), 3, 8, registers=0, dim=128)
         attend_projected_on_hopper((64, 64), 7, AxialRoPE(64, 8, num_kv_heads=2), "cosine")
         attend_projected_on_hopper((4096,), 128, RoPE(64, scaling=YARN), "rms")
     with torch.no_grad():

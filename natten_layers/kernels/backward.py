@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import hopper_launches
-from .configs import register_rows
+from .configs import register_block
 from .forward import query_tile
 from .hopper_launches import BackwardLaunches, SmallBackwardLaunches
 from .launcher import Launcher, launcher
@@ -385,18 +385,19 @@ def _key_launcher(p: Problem, grad_out: Layout) -> Launcher:
 
 def _register_launcher(p: Problem, grad_out: Layout, slices: int) -> Launcher:
     input_strides = p.input_strides()
+    registers, rows = register_block(p.problem_class, p.register_tile)
     return launcher(
         backward_register_kernel,
-        (p.query.shape[0] * p.kv_heads * slices, ceil(p.registers / p.register_tile)),
+        (p.query.shape[0] * p.kv_heads * slices, ceil(p.registers / registers)),
         (
             input_strides[0], *input_strides[3:], strides(grad_out),
             p.lengths, prod(p.lengths), slices, p.group, p.kv_heads, p.registers,
         ),
-        **p.constants(), BR=p.register_tile, BM=register_rows(p.problem_class, p.register_tile), num_warps=4,
+        **p.constants(), BR=registers, BM=rows, num_warps=4,
     )  # fmt: skip
 
 
 def register_slices(p: Problem) -> int:
     """Enough programs to fill a large GPU, each with several blocks of rows; from shapes, so sums stay the same."""
-    rows = register_rows(p.problem_class, p.register_tile)
+    _, rows = register_block(p.problem_class, p.register_tile)
     return max(1, min(ceil(512 / (p.query.shape[0] * p.kv_heads)), prod(p.lengths) * p.group // (4 * rows)))

@@ -108,14 +108,25 @@ def padded_width(problem: ProblemClass) -> int:
     return columns * max(problem.element_size // 2, 1)
 
 
-def register_rows(problem: ProblemClass, registers: int) -> int:
-    """Queries that the kernel of ``registers`` registers' gradients takes at a time."""
+def register_tile(problem: ProblemClass, registers: int) -> int:
+    """Registers that the kernels over queries take at a time."""
+    tile = min(max(16, next_power_of_2(registers)), 64)
+    while tile > 16 and shared_memory("backward_query", 16, tile, 1, padded_width(problem)) > problem.shared_memory:
+        tile //= 2
+    return tile
+
+
+def register_block(problem: ProblemClass, registers: int) -> tuple[int, int]:
+    """Registers, at most so many, and queries that the kernel of registers' gradients takes at a time."""
     rows = 64 if problem.element_size == 2 else 16
-    while (
-        rows > 16 and shared_memory("backward_key", registers, rows, 2, padded_width(problem)) > problem.shared_memory
-    ):
-        rows //= 2
-    return rows
+    while register_memory(registers, rows, padded_width(problem)) > problem.shared_memory and registers * rows > 256:
+        registers, rows = (registers, rows // 2) if rows > 16 else (registers // 2, rows)
+    return registers, rows
+
+
+def register_memory(registers: int, rows: int, width: int) -> int:
+    """:func:`shared_memory` of that kernel: two tensors' registers, and their rows three times."""
+    return (registers + 3 * rows) * width * 4 + 1024
 
 
 def shared_memory(kind: Kind, rows: int, keys: int, stages: int, width: int) -> int:

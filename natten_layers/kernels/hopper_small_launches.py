@@ -161,8 +161,10 @@ def small_launch(
     if launch.keys > SCORES:
         return launch
     dim = problem.query.shape[-1]
-    # Scores, accumulators and, kept for the end, where statistics go; with fewer ptxas serializes the products.
-    needed = max(launch.keys // 2 + dim // 2 + (8 if with_state else 0), 80 if launch.keys <= 80 else 96)
+    # Scores, accumulators and, kept for the end, where statistics go; with fewer ptxas serializes the products, and
+    # below 94 has no code for those of 128 channels.
+    least = 80 if launch.keys <= 80 and dim == 64 else 96
+    needed = max(launch.keys // 2 + dim // 2 + (8 if with_state else 0), least)
     return launch._replace(max_registers=_registers_a_thread(needed, 2 * (2 * launch.keys + SMALL_ROWS) * dim))
 
 

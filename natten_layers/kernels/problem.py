@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from .configs import Axis, Box, Launch, ProblemClass, next_power_of_2, padded_head_dim
+from .configs import Axis, Box, Launch, ProblemClass, padded_head_dim, register_tile
 
 T = TypeVar("T", int, bool)
 
@@ -147,8 +147,8 @@ class Problem(NamedTuple):
 
     @property
     def register_tile(self) -> int:
-        """Registers that a program takes at a time; 0 without registers."""
-        return min(max(16, next_power_of_2(self.registers)), 64) if self.registers else 0
+        """Registers that a program over queries takes at a time; 0 without registers."""
+        return register_tile(self.problem_class, self.registers) if self.registers else 0
 
     @property
     def problem_class(self) -> ProblemClass:
