@@ -160,8 +160,10 @@ def main(capability: int) -> None:
         attend_projected_on_hopper((64, 64), 7, AxialRoPE(64, 8, num_kv_heads=2), "cosine")
         attend_projected_on_hopper((4096,), 128, RoPE(64, scaling=YARN), "rms")
     with torch.no_grad():
-        cache, positions = draw(2, 4096, 2, 64), torch.arange(4096)[None]
-        cached_attention(draw(2, 1, 8, 64), cache, cache, positions[:, -1:], positions, window=4096, impl="fused")
+        positions = torch.arange(4096)[None]
+        for tokens, dim in ((1, 64), (16, 256)):
+            query, cache = draw(2, tokens, 8, dim), draw(2, 4096, 2, dim)
+            cached_attention(query, cache, cache, positions[:, -tokens:], positions, window=4096, impl="fused")
     q, k, gain = draw(1, 16, 16, 4, 64), draw(1, 16, 16, 2, 64), torch.ones(4, requires_grad=True)
     angles = angles_of(AxialRoPE(64, 4, num_kv_heads=2), q, k, None)
     turned = normalize_and_rotate(q, k, HeadNorm("cosine", gain, None), angles, impl="fused")

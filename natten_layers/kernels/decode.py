@@ -8,6 +8,7 @@ slices each writes its softmax state in fp32, and a second kernel merges them.
 Legend as in ``primitives.py``; ``[M]`` rows are (token, head of the group) pairs, ``[N]`` cache slots.
 """
 
+from functools import lru_cache
 from math import ceil
 
 import torch
@@ -19,7 +20,7 @@ from .configs import next_power_of_2, padded_head_dim
 from .forward import attend_registers, initial_state
 from .launcher import launcher
 from .primitives import LN2, LOG2E, LOWEST, between, load_rows, softmax_step, store_rows
-from .problem import precision, sink_kind
+from .problem import device_traits, precision, sink_kind
 
 MAX_ROWS = 64
 TILE_BYTES = 2**14
@@ -224,6 +225,17 @@ def split(programs: int, length: int, chunk: int) -> tuple[int, int]:
     return ceil(chunks / share), share * chunk
 
 
+@lru_cache(maxsize=1024)
+def block(rows: int, width: int, element_size: int, limit: int) -> tuple[int, int]:
+    """Rows and slots that a program takes at a time: no more rows than ``limit`` bytes of shared memory hold."""
+    slots = min(max(16, TILE_BYTES // (width * element_size)), 128)
+    most = min(max(16, next_power_of_2(rows)), MAX_ROWS)
+    # Queries and weights beside two stages of keys and values. Read off compiled kernels; the rest is under 2 KiB.
+    while most > 16 and most * (width + slots) * element_size + 4 * TILE_BYTES + 2048 > limit:
+        most //= 2
+    return most, slots
+
+
 def decode(
     query: Tensor,
     key: Tensor,
@@ -247,8 +259,7 @@ def decode(
     length, kv_heads, value_dim = value.shape[1:]
     group = heads // kv_heads
     BD, BDV = padded_head_dim(head_dim), padded_head_dim(value_dim)
-    BM = min(max(16, next_power_of_2(group * tokens)), MAX_ROWS)
-    BN = min(max(16, TILE_BYTES // (max(BD, BDV) * key.element_size())), 128)
+    BM, BN = block(group * tokens, max(BD, BDV), key.element_size(), device_traits(query.device)[1])
     blocks = ceil(group * tokens / BM)
     splits, share = split(batch * kv_heads * blocks, length, BN)
     registers = 0 if additional_keys is None else additional_keys.shape[1]
