@@ -1,6 +1,7 @@
 import os
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -14,3 +15,7 @@ os.environ["NATTEN_LAYERS_CACHE"] = str(Path(__file__).parent / "no-such-folder"
 # Examples are the same in every run, and a busy machine is no failure.
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("suite")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seeds", type=int, help="how many random calls test_random.py makes")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -113,23 +113,26 @@ def make_inputs(case: Case, device: torch.device | str = "cpu", seed: int = 0) -
     return inputs
 
 
+def arguments(case: Case, inputs: Inputs) -> dict[str, Any]:
+    """Of the public operation."""
+    return {
+        "query": inputs["query"],
+        "key": inputs["key"],
+        "value": inputs["value"],
+        "kernel_size": case.kernel_size,
+        "stride": case.stride,
+        "dilation": case.dilation,
+        "is_causal": case.is_causal,
+        "scale": case.scale,
+        "additional_keys": inputs.get("additional_keys"),
+        "additional_values": inputs.get("additional_values"),
+        "sink": 0.0 if case.sink == "zero" else inputs.get("sink"),
+    }
+
+
 def run(case: Case, inputs: Inputs, impl: Impl) -> Result:
     """The public operation on one implementation, with the gradient of every input."""
-    out, lse = neighborhood_attention(
-        inputs["query"],
-        inputs["key"],
-        inputs["value"],
-        case.kernel_size,
-        stride=case.stride,
-        dilation=case.dilation,
-        is_causal=case.is_causal,
-        scale=case.scale,
-        additional_keys=inputs.get("additional_keys"),
-        additional_values=inputs.get("additional_values"),
-        sink=0.0 if case.sink == "zero" else inputs.get("sink"),
-        return_lse=True,
-        impl=impl,
-    )
+    out, lse = neighborhood_attention(**arguments(case, inputs), return_lse=True, impl=impl)
     return _with_grads(out, lse, inputs)
 
 

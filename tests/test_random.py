@@ -1,0 +1,104 @@
+"""Random calls against the fp64 eager path, small ones interpreted, real ones on a GPU: ``--seeds 1000`` draws more.
+
+Kernels that are for large problems elsewhere take small ones here, at sizes that are no multiple of anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from random import Random
+
+import pytest
+import torch
+from helpers import FLOOR, Case, Inputs, arguments, error, make_inputs, run
+
+from natten_layers import neighborhood_attention
+
+pytest.importorskip("triton")
+
+from natten_layers.kernels import hopper_launches
+from natten_layers.kernels.launches import forget
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+pytestmark = [pytest.mark.gpu] if ON_GPU else []
+
+LENGTHS = {1: 700, 2: 48, 3: 14} if ON_GPU else {1: 40, 2: 9, 3: 4}
+"""the longest axis, by their number"""
+WINDOWS = {1: (128, 400), 2: (9, 20), 3: (4, 10)}
+"""the longest side of most windows, and of large ones"""
+HEAD_DIMS = (64, 64, 64, 128, 128, 16, 32, 40, 80, 96, 192, 256) if ON_GPU else (8, 16, 24)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32) if ON_GPU else (torch.float16, torch.float32)
+LAYOUTS = ("plain", "packed", "heads first", "offset")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    seeds = metafunc.config.getoption("--seeds")
+    metafunc.parametrize("seed", range(seeds or (60 if ON_GPU else 12)))
+
+
+def draw_case(random: Random) -> Case:
+    """Of one to three axes, everything that a call may have."""
+    rank = random.choice((1, 2, 2, 3))
+    side = random.choices(WINDOWS[rank], (3, 1))[0]
+    spatial = tuple(random.randint(1, LENGTHS[rank]) for _ in range(rank))
+    kernel_size = tuple(random.randint(1, min(length, side)) for length in spatial)
+    strided, dilated = (random.random() < 0.2 for _ in range(2))
+    kv_heads, dim = random.choice((1, 2, 3)), random.choice(HEAD_DIMS)
+    return Case(
+        name="random",
+        spatial=spatial,
+        kernel_size=kernel_size,
+        stride=tuple(random.randint(1, k) if strided else 1 for k in kernel_size),
+        dilation=tuple(random.randint(1, n // k) if dilated else 1 for n, k in zip(spatial, kernel_size, strict=True)),
+        is_causal=tuple(random.random() < (0.5 if rank == 1 else 0.15) for _ in spatial),
+        heads=kv_heads * random.choice((1, 2, 3, 4, 8)),
+        kv_heads=kv_heads,
+        head_dim=dim,
+        value_dim=dim if random.random() < 0.9 else random.choice(HEAD_DIMS),
+        registers=random.choice((0, 0, 1, 5, 17, 40)),
+        sink=random.choice(("none", "zero", "learned")),
+        scale=random.choice((None, None, 0.3, -0.2)),
+        batch=random.choice((1, 2, 3)),
+        dtype=random.choice(DTYPES),
+    )
+
+
+def laid_out(inputs: Inputs, layout: str) -> Inputs:
+    """The same values elsewhere in memory."""
+    moved = {name: tensor.detach() for name, tensor in inputs.items()}
+    heads = {name: moved[name] for name in ("query", "key", "value")}
+    if layout == "packed" and heads["key"].shape == heads["value"].shape:
+        parts = torch.cat([*heads.values()], -2).split([x.shape[-2] for x in heads.values()], -2)
+        moved |= zip(heads, parts, strict=True)
+    elif layout == "heads first":
+        moved |= {name: x.movedim(-2, 1).contiguous().movedim(1, -2) for name, x in heads.items()}
+    elif layout == "offset":  # no address is a multiple of 16
+        moved |= {name: x.new_empty(x.numel() + 1)[1:].view(x.shape).copy_(x) for name, x in heads.items()}
+    return {name: x.requires_grad_() for name, x in moved.items()}
+
+
+@pytest.fixture(autouse=True)
+def small_problems_take_kernels_of_large_ones(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in ("LEAST_ROWS", "PAIRS"):
+        monkeypatch.setattr(hopper_launches, name, 0)
+    forget()
+    yield
+    forget()
+
+
+def test_a_random_call(seed: int) -> None:
+    random = Random(seed)
+    case, layout = draw_case(random), random.choice(LAYOUTS)
+    inputs = laid_out(make_inputs(case, DEVICE, seed), layout)
+    wide = {name: x.detach().double().requires_grad_() for name, x in inputs.items()}
+    expected, peer = run(case, wide, "eager").tensors(), run(case, inputs, "eager").tensors()
+    with torch.no_grad():
+        alone = neighborhood_attention(**arguments(case, inputs), impl="fused")
+    results = {"out": alone}, run(case, inputs, "fused").tensors()
+    for name, tensor in (item for tensors in results for item in tensors.items()):
+        if name == "grad of sink":  # one sum over all tokens, which may cancel; other tests hold it
+            continue
+        limit = 2 * FLOOR[case.dtype if name.startswith("grad") else tensor.dtype]
+        limit, found = max(limit, 3 * error(peer[name], expected[name])), error(tensor, expected[name])
+        assert found <= limit, f"{name} has relative error {found:.2e}, allowed {limit:.2e}: {case!r}, {layout}"
