@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from natten_layers.kernels.configs import (
+    Kind,
     ProblemClass,
+    Room,
     fit,
     register_block,
     register_memory,
@@ -73,16 +75,40 @@ def test_blackwell_needs_a_triton_that_compiles_for_it() -> None:
 
 
 @pytest.mark.parametrize("limit", [64 * 1024, 99 * 1024, 163 * 1024, 227 * 1024])
-@pytest.mark.parametrize("width", [64, 128, 256, 512])
-def test_tiles_fit_into_shared_memory(limit: int, width: int) -> None:
-    rows, keys, stages = fit("backward_query", 128, 128, 3, width, limit)
+@pytest.mark.parametrize("width", [16, 64, 128, 256, 512])
+@pytest.mark.parametrize("element_size", [2, 4])
+def test_tiles_fit_into_shared_memory(limit: int, width: int, element_size: int) -> None:
+    space = Room(limit, width, element_size)
+    rows, keys, stages = fit("backward_query", 128, 128, 3, space)
     assert rows >= 16
     assert keys >= 16
     assert stages >= 1
-    least = shared_memory("backward_query", 16, 16, 1, width)
-    assert shared_memory("backward_query", rows, keys, stages, width) <= max(limit, least)
-    assert fit("backward_query", rows, keys, stages, width, limit) == (rows, keys, stages)
-    assert fit("forward", 64, 64, 3, 64, 227 * 1024) == (64, 64, 3)  # nothing changes where there is room
+    least = shared_memory("backward_query", 16, 16, 1, space)
+    assert shared_memory("backward_query", rows, keys, stages, space) <= max(limit, least)
+    assert fit("backward_query", rows, keys, stages, space) == (rows, keys, stages)
+    assert fit("forward", 64, 64, 3, Room(227 * 1024, 64, 2)) == (64, 64, 3)  # nothing changes where there is room
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "keys", "stages", "width", "element_size", "taken"),
+    [
+        ("forward", 128, 128, 3, 32, 4, 107008),
+        ("forward", 128, 128, 2, 64, 4, 115200),
+        ("forward", 128, 64, 2, 128, 4, 98304),
+        ("forward", 128, 128, 3, 16, 2, 53248),
+        ("forward", 128, 128, 2, 64, 2, 81920),
+        ("backward_query", 128, 64, 3, 32, 4, 65536),
+        ("backward_query", 64, 64, 2, 128, 4, 81920),
+        ("backward_key", 64, 32, 3, 32, 4, 25088),
+        ("backward_key", 64, 32, 3, 128, 2, 70144),
+    ],
+)
+def test_shared_memory_is_not_less_than_compiled_kernels_take(
+    kind: Kind, rows: int, keys: int, stages: int, width: int, element_size: int, taken: int
+) -> None:
+    """As Triton 3.6 compiled them for compute capability 8.6."""
+    found = shared_memory(kind, rows, keys, stages, Room(0, width, element_size))
+    assert taken <= found < 1.5 * taken
 
 
 @pytest.mark.parametrize("limit", [64 * 1024, 99 * 1024, 163 * 1024, 227 * 1024])

@@ -96,30 +96,40 @@ class ProblemClass(NamedTuple):
     """bytes"""
 
 
+class Room(NamedTuple):
+    """Of shared memory: what there is, and what decides how much tiles take."""
+
+    limit: int
+    """bytes that a program can have"""
+    width: int
+    """the wider padded head dim, in units of two bytes"""
+    element_size: int
+    """bytes"""
+
+
+def room(problem: ProblemClass) -> Room:
+    columns = max(padded_head_dim(problem.head_dim), padded_head_dim(problem.value_dim))
+    return Room(problem.shared_memory, columns * max(problem.element_size // 2, 1), problem.element_size)
+
+
 def rule(kind: Kind, problem: ProblemClass, pack: int | None = None) -> Launch:
     """What serves any problem, with ``pack`` heads a program if given."""
     group = 1 if kind == "backward_key" else problem.group
-    return _rule(kind, problem.lengths, problem.kernel, group, padded_width(problem), pack, problem.shared_memory)
-
-
-def padded_width(problem: ProblemClass) -> int:
-    """The wider padded head dim in units of two bytes."""
-    columns = max(padded_head_dim(problem.head_dim), padded_head_dim(problem.value_dim))
-    return columns * max(problem.element_size // 2, 1)
+    return _rule(kind, problem.lengths, problem.kernel, group, pack, room(problem))
 
 
 def register_tile(problem: ProblemClass, registers: int) -> int:
     """Registers that the kernels over queries take at a time."""
-    tile = min(max(16, next_power_of_2(registers)), 64)
-    while tile > 16 and shared_memory("backward_query", 16, tile, 1, padded_width(problem)) > problem.shared_memory:
+    tile, space = min(max(16, next_power_of_2(registers)), 64), room(problem)
+    while tile > 16 and shared_memory("backward_query", 16, tile, 1, space) > space.limit:
         tile //= 2
     return tile
 
 
 def register_block(problem: ProblemClass, registers: int) -> tuple[int, int]:
     """Registers, at most so many, and queries that the kernel of registers' gradients takes at a time."""
-    rows = 64 if problem.element_size == 2 else 16
-    while register_memory(registers, rows, padded_width(problem)) > problem.shared_memory and registers * rows > 256:
+    rows, space = 64 if problem.element_size == 2 else 16, room(problem)
+    while register_memory(registers, rows, space.width) > space.limit and registers * rows > 256:
         registers, rows = (registers, rows // 2) if rows > 16 else (registers // 2, rows)
     return registers, rows
 
@@ -129,18 +139,20 @@ def register_memory(registers: int, rows: int, width: int) -> int:
     return (registers + 3 * rows) * width * 4 + 1024
 
 
-def shared_memory(kind: Kind, rows: int, keys: int, stages: int, width: int) -> int:
-    """Bytes of shared memory that a program takes at most: two tensors' chunks a stage, and its own tile.
+def shared_memory(kind: Kind, rows: int, keys: int, stages: int, space: Room) -> int:
+    """Bytes of shared memory that a program takes at most.
 
-    ``width`` is the padded head dim in units of two bytes. Read off compiled kernels; scratch is under 1 KiB.
+    Its own tile, of one tensor or two, and two tensors' chunks a stage; or for one stage less the weights of a chunk,
+    which are more where heads are narrow. Read off compiled kernels; scratch is under 1 KiB.
     """
-    tile = rows * width * (2 if kind == "forward" else 4)  # one tensor, or two
-    return stages * keys * width * 4 + tile + 1024
+    tile = rows * space.width * (2 if kind == "forward" else 4)
+    chunk = keys * space.width * 4
+    return (stages - 1) * chunk + max(chunk, rows * keys * space.element_size) + tile + 1024
 
 
-def fit(kind: Kind, rows: int, keys: int, stages: int, width: int, limit: int) -> tuple[int, int, int]:
-    """``rows``, ``keys`` and ``stages`` that fit into ``limit`` bytes: fewer stages first, then smaller tiles."""
-    while shared_memory(kind, rows, keys, stages, width) > limit and (stages, keys, rows) != (1, 16, 16):
+def fit(kind: Kind, rows: int, keys: int, stages: int, space: Room) -> tuple[int, int, int]:
+    """``rows``, ``keys`` and ``stages`` that there is room for: fewer stages first, then smaller tiles."""
+    while shared_memory(kind, rows, keys, stages, space) > space.limit and (stages, keys, rows) != (1, 16, 16):
         if stages > 2 or (keys == rows == 16):
             stages -= 1
         elif keys >= rows or rows == 16:
@@ -154,12 +166,13 @@ LARGE_WINDOW = 512  # keys; from here on matrix products bound the kernels, belo
 
 
 @lru_cache(maxsize=1024)
-def _rule(kind: Kind, lengths: Box, kernel: Box, group: int, width: int, pack: int | None, limit: int) -> Launch:
-    """Tiles from the problem's shape; ``width`` is the padded head dim in units of two bytes.
+def _rule(kind: Kind, lengths: Box, kernel: Box, group: int, pack: int | None, space: Room) -> Launch:
+    """Tiles from the problem's shape.
 
     Measured on an H200 at head dims 64 and 128 in bf16 (``benchmarks/results``); wider heads, and devices with less
-    shared memory than its ``limit``, take what fits.
+    shared memory, take what fits.
     """
+    width = space.width
     if width > 128:
         rows, keys, warps, stages, registers = (32, 16, 4, 2, None) if kind == "backward_key" else (64, 32, 4, 2, None)
         if width > 256:
@@ -180,7 +193,7 @@ def _rule(kind: Kind, lengths: Box, kernel: Box, group: int, width: int, pack: i
         }[kind]
         if width > 64:
             registers = None
-    rows, keys, stages = fit(kind, rows, keys, stages, width, limit)
+    rows, keys, stages = fit(kind, rows, keys, stages, space)
     pack = min(pack or packed_heads(group, rows), rows)
     tile, chunk = best_boxes(rows // pack, keys, lengths, kernel)
     # A branch around the mask pays where many chunks lie inside every window: large windows, and long rows.
