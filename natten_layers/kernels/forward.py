@@ -225,7 +225,7 @@ def forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``out [B, *spatial, Hq, Dv]`` and, ``with_state``, ``row_max`` and ``row_sum [B, *spatial, Hq]`` in fp32."""
     query, key, value, additional_keys, additional_values, sink = inputs
-    launch, kernels = forward_launch(problem, with_state)
+    launch, kernels = forward_choice(problem, with_state)
     if kernels is not None:
         if hopper_launches.are_aligned(*inputs[:5]):
             return kernels.forward(launch, problem, inputs, sink_value, scale, with_state)
@@ -236,7 +236,7 @@ def forward(
 
 
 @remembered
-def forward_launch(problem: Problem, with_state: bool) -> tuple[Any, ModuleType | None]:
+def forward_choice(problem: Problem, with_state: bool) -> tuple[Any, ModuleType | None]:
     """The launch of a call, and the module whose kernel in Gluon takes it: None for the portable kernel."""
     launch, kernels = hopper_launches.forward_launch(problem, with_state), hopper_launches.kernels()
     if launch is None or kernels is None:
