@@ -34,7 +34,7 @@ LAYOUTS = ("plain", "packed", "heads first", "offset")
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     seeds = metafunc.config.getoption("--seeds")
-    metafunc.parametrize("seed", range(seeds or (60 if ON_GPU else 12)))
+    metafunc.parametrize("seed", range(seeds or (40 if ON_GPU else 12)))
 
 
 def draw_case(random: Random) -> Case:
