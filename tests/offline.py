@@ -156,7 +156,7 @@ def main(capability: int) -> None:
         attend_on_hopper((16, 24, 32), 14, 2, sink=None)
         attend_small_on_hopper((64, 64), 7, 8, registers=5)
         attend_small_on_hopper((4096,), 128, 16, registers=0)
-        attend_small_on_hopper((64, 64), 3, 8, registers=0, dim=128)
+        attend_small_on_hopper((4096,), 8, 8, registers=0, dim=128)
         attend_projected_on_hopper((64, 64), 7, AxialRoPE(64, 8, num_kv_heads=2), "cosine")
         attend_projected_on_hopper((4096,), 128, RoPE(64, scaling=YARN), "rms")
     with torch.no_grad():
