@@ -441,7 +441,7 @@ def test_parts_cover_what_a_tile_sees(problem: Problem) -> None:
         assert prod(launch.tile) * launch.pack == 64
         assert problem.group % launch.pack == 0
         assert problem.lengths[0] % launch.tile[0] == 0
-        assert 64 <= launch.max_registers <= 255
+        assert (94 if problem.query.shape[-1] == 128 else 64) <= launch.max_registers <= 255  # ptxas asks for as many
         assert all(side <= 256 for box in launch.parts for side in box)
         assert all(prod(box) >= 16 for box in launch.parts)
         assert launch.registers >= problem.registers or bounds is query_bounds
@@ -469,7 +469,7 @@ def test_the_ring_of_a_strip_has_what_each_tile_sees(problem: Problem) -> None:
     assert all(side <= 256 for side in launch.box)
     assert all(n % 16 == 0 for n in (prod(launch.box), *launch.rest))
     assert prod(launch.box) >= 64 or not launch.in_ring
-    assert 2 <= launch.programs <= 6
+    assert 2 <= launch.programs <= (5 if problem.query.shape[-1] == 128 else 6)  # 94 registers, as above
     for axis, (length, kernel, stride, causal) in enumerate(problem.axes):
         shift = launch.shift if axis == launch.axis else 0
         first = torch.arange(-shift, length, launch.tile[axis])

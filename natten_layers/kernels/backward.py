@@ -49,7 +49,7 @@ from .primitives import (
     unravel,
     windows_of,
 )
-from .problem import Inputs, Layout, Problem, layout, room_like, strides
+from .problem import Inputs, Layout, Problem, layout, new_like, strides
 
 
 @triton.jit
@@ -296,7 +296,7 @@ def backward(
             small.query, problem, inputs, scale, out, row_max, row_sum, grad_out, grad_lse
         )
     else:
-        grad_query = room_like(query)
+        grad_query = new_like(query)
         delta, lse = torch.empty_like(row_max), torch.empty_like(row_max)
         launch.query(
             (
@@ -312,7 +312,7 @@ def backward(
     elif small_kernels is not None and small.key is not None:
         grad_key, grad_value = small_kernels.key_gradients(small.key, problem, inputs, scale, grad_out, delta, lse)
     else:
-        grad_key, grad_value = room_like(key), room_like(value)
+        grad_key, grad_value = new_like(key), new_like(value)
         launch.key((query, key, value, grad_out, delta, lse, grad_key, grad_value), (scale,))
     grad_keys = grad_values = None
     if launch.register is not None and additional_keys is not None and additional_values is not None:

@@ -43,7 +43,7 @@ from .primitives import (
     visibility,
     windows_of,
 )
-from .problem import Inputs, Problem, room_for_results
+from .problem import Inputs, Problem, new_results
 
 
 @triton.jit
@@ -230,7 +230,7 @@ def forward(
         if hopper_launches.are_aligned(*inputs[:5]):
             return kernels.forward(launch, problem, inputs, sink_value, scale, with_state)
         launch = forward_launcher(problem, with_state)
-    out, row_max, row_sum = room_for_results(query, problem.value.shape[-1], with_state)
+    out, row_max, row_sum = new_results(query, problem.value.shape[-1], with_state)
     launch((query, key, value, out, row_max, row_sum, additional_keys, additional_values, sink), (sink_value, scale))
     return out, row_max, row_sum
 

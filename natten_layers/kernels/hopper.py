@@ -46,7 +46,7 @@ from .hopper_primitives import (
     tile_walk,
 )
 from .primitives import LN2, LOG2E, LOWEST, shifted, unravel, windows_of
-from .problem import Inputs, Problem, room_for_results, three_axes
+from .problem import Inputs, Problem, new_results, three_axes
 from .registers import fold_registers
 
 FLAGS: tl.constexpr = tl.constexpr(64)  # tiles that a program of the repair looks at together
@@ -305,7 +305,7 @@ def _attend_windows(
     launch: Launch, problem: Problem, inputs: Inputs, sink_value: float | None, scale: float, with_state: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     query, key, value, _, _, sink = inputs
-    out, row_max, row_sum = room_for_results(query, query.shape[-1], with_state)
+    out, row_max, row_sum = new_results(query, query.shape[-1], with_state)
     lengths, kernel_size, stride, dilation = problem.geometry
     tiles, programs = problem.tiles(launch.tile), problem.programs(launch)
     broken = query.new_zeros(programs + 1, dtype=torch.int32)

@@ -57,7 +57,7 @@ from .primitives import (
     unravel,
     windows_of,
 )
-from .problem import Inputs, Problem, layout, room_like, strides, three_axes
+from .problem import Inputs, Problem, layout, new_like, strides, three_axes
 
 ALIGNMENT: gl.constexpr = gl.constexpr(hopper_launches.ALIGNMENT)
 PLAIN = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=4)
@@ -455,7 +455,7 @@ def key_gradients(
 ) -> tuple[Tensor, Tensor]:
     """dK and dV, where ``hopper_launches.supports_backward`` is true and every address is a multiple of 16."""
     query, key, value = inputs[:3]
-    grad_key, grad_value = room_like(key), room_like(value)
+    grad_key, grad_value = new_like(key), new_like(value)
     lengths, kernel_size, stride, _ = problem.geometry
     tiles = problem.tiles(launch.tile)
     works = query.shape[0] * prod(tiles) * problem.kv_heads
@@ -482,7 +482,7 @@ def query_gradient(
 ) -> Tensor:
     """dQ, without what registers give, under the same conditions. Takes the launches of the forward."""
     query, key, value = inputs[:3]
-    grad_query = room_like(query)
+    grad_query = new_like(query)
     lengths, kernel_size, stride, _ = problem.geometry
     works = problem.programs(launch)
     hopper_query_kernel[(min(works, multiprocessors(query.device)),)](

@@ -63,7 +63,6 @@ def kernels() -> Kernels | None:
     return Kernels(hopper, hopper_backward, hopper_small, hopper_strip, hopper_small_backward)
 
 
-@remembered
 def forward_launch(problem: Problem, with_state: bool = False) -> Launch | SmallLaunch | StripLaunch | None:
     """How a call is computed here, with or without statistics of rows; None where the portable kernel does it."""
     pack, large = override_pack(), pays(problem)

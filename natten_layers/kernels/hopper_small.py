@@ -49,7 +49,7 @@ from .hopper_tile import (
 )
 from .launcher import Launcher, launcher
 from .primitives import LN2, LOG2E, shifted, unravel, windows_of
-from .problem import Inputs, Layout, Problem, contiguous, room_for_results, three_axes
+from .problem import Inputs, Layout, Problem, contiguous, new_results, three_axes
 
 
 @gluon.jit
@@ -262,7 +262,7 @@ def attend(
     ``tensors`` and ``floats`` are what it takes behind those of all kernels.
     """
     query, key, value, reg_keys, reg_values, sink = inputs
-    out, row_max, row_sum = room_for_results(query, query.shape[-1], with_state)
+    out, row_max, row_sum = new_results(query, query.shape[-1], with_state)
     described = query, out, *(key,) * parts, *(value,) * parts, reg_keys, reg_values
     pointers = query, key, value, out, row_max, row_sum, reg_keys, reg_values, sink, *tensors
     call(pointers, described, (sink_value, scale, *floats))

@@ -52,7 +52,7 @@ from .primitives import (
     unravel,
     windows_of,
 )
-from .problem import Inputs, Layout, Problem, contiguous, layout, room_like, strides, three_axes
+from .problem import Inputs, Layout, Problem, contiguous, layout, new_like, strides, three_axes
 
 
 @gluon.jit
@@ -352,7 +352,7 @@ def query_gradient(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dQ, delta and the base-2 lse, as ``backward.backward_query_kernel`` has them. Allocates only these."""
     query, key, value, reg_keys, reg_values, _ = inputs
-    grad_query = room_like(query)
+    grad_query = new_like(query)
     delta, lse = torch.empty_like(row_max), torch.empty_like(row_max)
     call = query_call(launch, problem, layout(grad_out), None if grad_lse is None else layout(grad_lse[..., None]))
     tensors = (query, grad_out, grad_query, *(key,) * PARTS, *(value,) * PARTS, reg_keys, reg_values)
@@ -386,7 +386,7 @@ def key_gradients(
 ) -> tuple[Tensor, Tensor]:
     """dK and dV, registers aside, as ``backward.backward_key_kernel`` has them. Allocates only these."""
     query, key, value, *_ = inputs
-    grad_key, grad_value = room_like(key), room_like(value)
+    grad_key, grad_value = new_like(key), new_like(value)
     call = key_call(launch, problem, layout(grad_out))
     tensors = (key, value, grad_key, grad_value, *(query,) * PARTS, *(grad_out,) * PARTS)
     call((delta, lse), tensors, (scale,))

@@ -205,14 +205,14 @@ class Problem(NamedTuple):
         }
 
 
-def room_like(tensor: Tensor) -> Tensor:
+def new_like(tensor: Tensor) -> Tensor:
     """An empty contiguous tensor of the same shape: half the host's time of ``new_empty``."""
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
-def room_for_results(query: Tensor, value_dim: int, with_state: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """For ``out [B, *spatial, Hq, Dv]`` and, ``with_state``, ``row_max`` and ``row_sum [B, *spatial, Hq]`` in fp32."""
-    out = room_like(query) if query.shape[-1] == value_dim else query.new_empty(*query.shape[:-1], value_dim)
+def new_results(query: Tensor, value_dim: int, with_state: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Unset ``out [B, *spatial, Hq, Dv]`` and, ``with_state``, ``row_max`` and ``row_sum [B, *spatial, Hq]``, fp32."""
+    out = new_like(query) if query.shape[-1] == value_dim else query.new_empty(*query.shape[:-1], value_dim)
     if not with_state:
         return out, None, None
     row_max, row_sum = (query.new_empty(query.shape[:-1], dtype=torch.float32) for _ in range(2))

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .configs import next_power_of_2
 from .launcher import launcher
-from .problem import RotationKind, room_like
+from .problem import RotationKind, new_like
 
 ELEMENTS = 4096  # of a tile of tokens: four 16-byte loads a thread in half precision
 PROGRAMS = 8192  # enough to fill any device several times; beyond that a program takes more items
@@ -354,7 +354,7 @@ def blocks(query: Tensor, key: Tensor) -> tuple[int, int, int]:
 def rotate(rotation: Rotation) -> tuple[Tensor, Tensor]:
     """Query and key normalised and rotated, contiguous."""
     inputs = rotation.query, rotation.key
-    out_query, out_key = map(room_like, inputs)
+    out_query, out_key = map(new_like, inputs)
     rotation.launch(rotate_kernel, [rotation.view(x) for x in (*inputs, out_query, out_key)])
     return out_query, out_key
 
@@ -364,7 +364,7 @@ def rotate_backward(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of query and key, contiguous, and of the gains."""
     inputs, gains = (rotation.query, rotation.key), (rotation.query_gain, rotation.key_gain)
-    d_query, d_key = map(room_like, inputs)
+    d_query, d_key = map(new_like, inputs)
     views = [rotation.view(x) for x in (*inputs, grad_query, grad_key, d_query, d_key)]
     tiles, runs, _ = blocks(*views[:2])
     partials: list[Tensor | None] = []
