@@ -200,9 +200,9 @@ def _registers(workload: Workload, variants: list[Variant]) -> Iterator[Implemen
 
 
 def _folded(workload: Workload, inputs: Inputs, state: AttentionState) -> Tensor:
-    from natten_layers.kernels.problem import Inputs as Tensors
-    from natten_layers.kernels.problem import problem_of
-    from natten_layers.kernels.registers import fold_registers
+    from natten_layers.kernels.host.problem import Inputs as Tensors
+    from natten_layers.kernels.host.problem import problem_of
+    from natten_layers.kernels.portable.fold_registers import fold_registers
 
     w = make_window(workload.spatial, workload.kernel_size, 1, 1, workload.causal)
     tensors = Tensors(inputs.query, inputs.key, inputs.value, inputs.additional_keys, inputs.additional_values, None)

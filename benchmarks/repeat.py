@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natten_layers.kernels import launches
+from natten_layers.kernels.host import tuned
 
 from . import runner, timing
 from .implementations import OURS, Implementation, Layout, ours
@@ -135,7 +135,7 @@ def _repeated(workload: Workload, attend: Callable[[Inputs], Tensor]) -> Callabl
 @contextmanager
 def _unpacked() -> Iterator[None]:
     # The override is a context variable: backward must not move to another thread, where it would not hold.
-    with launches.override(pack=1), torch.autograd.set_multithreading_enabled(False):
+    with tuned.override(pack=1), torch.autograd.set_multithreading_enabled(False):
         yield
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .geometry import AXES, Window, make_window
-from .kernels import ops
+from .kernels.ops import attention as attention_ops
 
 __all__ = [
     "DTYPES",
@@ -48,12 +48,12 @@ class Call(NamedTuple):
     head_shape: torch.Size  # the caller's head axes: (Hq,) or (Hkv, G)
 
     @property
-    def arguments(self) -> ops.Arguments:
+    def arguments(self) -> attention_ops.Arguments:
         """What both implementations take, in their order."""
         return self[:8]
 
     def why_not_fused(self) -> str | None:
-        return ops.unsupported(self.query, self.value)
+        return attention_ops.unsupported(self.query, self.value)
 
     def restore(self, out: Tensor) -> Tensor:
         """Give a result the caller's head axes back; ``out`` is ``[B, *spatial, Hq, ...]``."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from .geometry import Window, window_mask
-from .kernels.operators import is_differentiated, is_watched
+from .kernels.ops.define import is_differentiated, is_watched
 from .tiles import State, attend_tiles, heads_first, is_lost, plan, tile_queries, untile
 
 __all__ = ["attention", "attention_state", "dense_attention_state", "merge_states", "without_autocast"]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import eager
 from .arguments import Axes, Call, prepare
-from .kernels import ops
+from .kernels.ops import attention as attention_ops
 
 __all__ = ["AttentionState", "attention_state", "merge_attention", "neighborhood_attention"]
 
@@ -129,7 +129,7 @@ def neighborhood_attention(
 
 def attend(call: Call, impl: Impl) -> Tensor:
     """``out`` of prepared arguments."""
-    operation = ops.attention if takes_fused(impl, call.query, call.why_not_fused) else eager.attention
+    operation = attention_ops.attention if takes_fused(impl, call.query, call.why_not_fused) else eager.attention
     return call.restore(operation(*call.arguments))
 
 
@@ -195,7 +195,7 @@ def merge_attention(*states: tuple[Tensor, Tensor, Tensor]) -> AttentionState:
 
 
 def _run(call: Call, impl: Impl) -> AttentionState:
-    run = ops.attention_state if takes_fused(impl, call.query, call.why_not_fused) else eager.attention_state
+    run = attention_ops.attention_state if takes_fused(impl, call.query, call.why_not_fused) else eager.attention_state
     return AttentionState(*run(*call.arguments))
 
 

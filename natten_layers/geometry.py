@@ -1,7 +1,7 @@
 """Neighborhood windows: which keys a query sees along one axis, and which queries see a key.
 
 Everything that knows the shape of a window on the host lives here; the kernels hold the same arithmetic in
-``kernels/primitives.py`` and the tests compare the two.
+``kernels/portable/primitives.py`` and the tests compare the two.
 
 An axis of length ``L`` with dilation ``d`` splits into ``d`` residue classes (tokens ``i`` with equal ``i % d``).
 Inside a class a token has index ``i // d`` and the class has ``class_length(L, d, i % d)`` tokens. Windows are

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from .functional import neighborhood_attention
-from .kernels.configs import Kind, Launch, ProblemClass, best_boxes, boxes, rule
-from .kernels.launches import cache_file, override, write_tuned
-from .kernels.problem import Inputs, device_traits, problem_of, three_axes
+from .kernels.host.problem import Inputs, device_traits, problem_of, three_axes
+from .kernels.host.tiling import Kind, Launch, ProblemClass, best_boxes, boxes, rule
+from .kernels.host.tuned import cache_file, override, write_tuned
 
 __all__ = ["Found", "main", "neighbors", "search", "tune"]
 
@@ -245,18 +245,18 @@ def _problem_class(args: argparse.Namespace, query: Tensor, kv_heads: int) -> Pr
 
 def _kinds(args: argparse.Namespace, heads: Sequence[Tensor]) -> list[Kind]:
     """The kernels to search: not those whose places others take, which have nothing to search."""
-    from .kernels import hopper_launches  # Triton is there: a call has run
+    from .kernels import dispatch  # Triton is there: a call has run
 
     rank = len(args.tokens)
     window = _spread(args.kernel_size, rank), (1,) * rank, _spread(args.dilation, rank), (args.causal,) * rank
     query, key, value = heads
     problem = problem_of(Inputs(query, key, value, None, None, None), None, window, 1.0)
     taken: list[str] = []
-    if hopper_launches.forward_launch(problem) is not None:
+    if dispatch.forward_launch(problem) is not None:
         taken.append("forward")
-    if hopper_launches.backward_launches(problem, problem.query) is not None:
+    if dispatch.backward_launches(problem, problem.query) is not None:
         taken.extend(("backward_query", "backward_key"))
-    if (small := hopper_launches.small_backward_launches(problem, problem.query)) is not None:
+    if (small := dispatch.small_backward_launches(problem, problem.query)) is not None:
         taken.extend(kind for kind, launch in zip(("backward_query", "backward_key"), small, strict=True) if launch)
     if taken:
         print(f"{', '.join(taken)}: windows of this size have kernels of their own on this GPU")

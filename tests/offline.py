@@ -18,8 +18,12 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from natten_layers import cached_attention, neighborhood_attention
-from natten_layers.kernels import decode_ops, hopper_launches, hopper_small_launches, ops, problem
-from natten_layers.kernels.rotate import Rotation
+from natten_layers.kernels import dispatch
+from natten_layers.kernels.host import problem
+from natten_layers.kernels.ops import attention as attention_ops
+from natten_layers.kernels.ops import decode as decode_ops
+from natten_layers.kernels.portable.qk_prep import Rotation
+from natten_layers.kernels.sm90 import small_tiling
 from natten_layers.modules import AxialRoPE, RoPE
 from natten_layers.modules.query_key import HeadNorm, normalize_and_rotate
 from natten_layers.modules.rope import angles_of
@@ -76,7 +80,7 @@ def attend(spatial: tuple[int, ...], kernel_size: int, heads: int, dim: int, reg
 
 
 def attend_on_hopper(spatial: tuple[int, ...], kernel_size: int, heads: int, *, sink: float | None) -> None:
-    modules = hopper_launches.kernels()
+    modules = dispatch.kernels()
     assert modules is not None
     tensors = problem.Inputs(
         *(torch.zeros(1, *spatial, h, 128, dtype=torch.bfloat16) for h in (heads, 2, 2)), *[None] * 3
@@ -84,7 +88,7 @@ def attend_on_hopper(spatial: tuple[int, ...], kernel_size: int, heads: int, *, 
     rank = len(spatial)
     window = (kernel_size,) * rank, (1,) * rank, (1,) * rank, (rank == 1,) * rank
     one = problem.problem_of(tensors, sink, window, 1.0)
-    launch, key_launch = hopper_launches.launch_of(one), hopper_launches.key_launch_of(one)
+    launch, key_launch = dispatch.launch_of(one), dispatch.key_launch_of(one)
     modules.forward.forward(launch, one, tensors, sink, 1.0, with_state=sink is None)
     rows = torch.ones(1, *spatial, heads)
     statistics, _ = modules.backward.statistics_of(one, tensors.query, rows, rows, tensors.query, None)
@@ -99,7 +103,7 @@ def attend_on_hopper(spatial: tuple[int, ...], kernel_size: int, heads: int, *, 
 def attend_small_on_hopper(
     spatial: tuple[int, ...], kernel_size: int, heads: int, *, registers: int, dim: int = 64
 ) -> None:
-    modules = hopper_launches.kernels()
+    modules = dispatch.kernels()
     assert modules is not None
     query, key = (torch.zeros(1, *spatial, h, dim, dtype=torch.bfloat16) for h in (heads, 2))
     extra = torch.zeros(1, registers, 2, dim, dtype=torch.bfloat16) if registers else None
@@ -107,23 +111,23 @@ def attend_small_on_hopper(
     rank = len(spatial)
     window = (kernel_size,) * rank, (1,) * rank, (1,) * rank, (rank == 1,) * rank
     one = problem.problem_of(tensors, None, window, 1.0)
-    launch = hopper_small_launches.small_launch_of(one)
+    launch = small_tiling.small_launch_of(one)
     assert launch is not None
     modules.small_forward.forward(launch, one, tensors, None, 1.0, with_state=rank > 1)
-    launch = hopper_small_launches.strip_launch_of(one)
+    launch = small_tiling.strip_launch_of(one)
     assert launch is not None
     modules.strip_forward.forward(launch, one, tensors, None, 1.0, with_state=rank > 1)
-    launch = hopper_small_launches.small_query_launch_of(one)
+    launch = small_tiling.small_query_launch_of(one)
     assert launch is not None
     rows = torch.ones(query.shape[:-1])
     modules.small_backward.query_gradient(launch, one, tensors, 1.0, query, rows, rows, query, rows)
-    launch = hopper_small_launches.small_key_launch_of(one)
+    launch = small_tiling.small_key_launch_of(one)
     assert launch is not None
     modules.small_backward.key_gradients(launch, one, tensors, 1.0, query, rows, rows)
 
 
 def attend_projected_on_hopper(spatial: tuple[int, ...], kernel_size: int, rope: AxialRoPE | RoPE, norm: str) -> None:
-    modules = hopper_launches.kernels()
+    modules = dispatch.kernels()
     assert modules is not None
     qkv = torch.zeros(1, *spatial, 12, 64, dtype=torch.bfloat16)
     query, key, value = qkv.split((8, 2, 2), -2)
@@ -133,7 +137,7 @@ def attend_projected_on_hopper(spatial: tuple[int, ...], kernel_size: int, rope:
     window = (kernel_size,) * rank, (1,) * rank, (1,) * rank, (rank == 1,) * rank
     tensors = problem.Inputs(query, key, value, None, None, None)
     one = problem.problem_of(tensors, None, window, 1.0)
-    launch = hopper_small_launches.strip_launch_of(one, rotates=True)
+    launch = small_tiling.strip_launch_of(one, rotates=True)
     assert launch is not None
     modules.strip_forward.forward(launch, one, tensors, None, 1.0, False, rotation)
 
@@ -141,14 +145,14 @@ def attend_projected_on_hopper(spatial: tuple[int, ...], kernel_size: int, rope:
 def main(capability: int) -> None:
     stub = Driver(capability)
     driver.set_active(stub)  # pyright: ignore[reportArgumentType]
-    for module in (ops, decode_ops):
+    for module in (attention_ops, decode_ops):
         setattr(module, "unsupported", lambda query, value: None)  # noqa: B010
     problem.device_traits = lambda device: ("stub", SHARED_MEMORY[capability])
     attend((32, 32), 7, 8, 64, 5)
     attend((12, 12, 20), 5, 2, 40, 0, dilation=2, stride=3)
     attend((2048,), 1024, 8, 128, 40, is_causal=True)
     attend((32, 32), 7, 4, 256, 40)
-    if capability == 90 and (modules := hopper_launches.kernels()) is not None:
+    if capability == 90 and (modules := dispatch.kernels()) is not None:
         for module in (modules.forward, modules.backward, modules.strip_forward):
             setattr(module, "multiprocessors", lambda device: 132)  # noqa: B010
         attend_on_hopper((4096,), 2048, 8, sink=0.0)

@@ -20,9 +20,11 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from natten_layers import attention_state, cached_attention, neighborhood_attention
-from natten_layers.kernels import decode_ops, launches, ops, problem
-from natten_layers.kernels.configs import Launch
-from natten_layers.kernels.launcher import Launcher
+from natten_layers.kernels.host import problem, tuned
+from natten_layers.kernels.host.launcher import Launcher
+from natten_layers.kernels.host.tiling import Launch
+from natten_layers.kernels.ops import attention as attention_ops
+from natten_layers.kernels.ops import decode as decode_ops
 from natten_layers.modules import AxialRoPE
 from natten_layers.modules.query_key import HeadNorm, normalize_and_rotate
 from natten_layers.modules.rope import angles_of
@@ -97,7 +99,7 @@ def main() -> None:
     driver.set_active(offline.Driver(90))  # pyright: ignore[reportArgumentType]
     triton.compiler.compile = lambda src, **_: Noted(src)
     problem.device_traits = lambda device: ("stub", 227 * 1024)
-    for module in (ops, decode_ops):
+    for module in (attention_ops, decode_ops):
         setattr(module, "unsupported", lambda query, value: None)  # noqa: B010
     with compared(), torch.no_grad():
         forward_calls()
@@ -139,7 +141,7 @@ def forward_calls() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     assert repeat(attend()) == 0
 
-    with launches.override({"forward": Launch((1, 4, 8), (1, 4, 8), 1, 2, 1)}):
+    with tuned.override({"forward": Launch((1, 4, 8), (1, 4, 8), 1, 2, 1)}):
         assert repeat(attend()) == 1
     assert repeat(attend()) == 0
 

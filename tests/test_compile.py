@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from natten_layers import NeighborhoodGQA, neighborhood_attention
 from natten_layers.functional import Impl
 from natten_layers.geometry import make_window, visible_pairs, window_mask
-from natten_layers.kernels import operators
+from natten_layers.kernels.ops import define
 
 pytest.importorskip("triton")
 
@@ -214,13 +214,13 @@ def test_operators_go_through_the_dispatcher_only_where_it_sees_something(
     tensors = [t.detach() for t in make_inputs(PLAIN, DEVICE).values()]
     expected = attend(PLAIN, return_lse=False)(*tensors)[0]
     direct: list[str] = []
-    for name, kernel in operators._kernels.items():
+    for name, kernel in define._kernels.items():
 
         def watched(*args: object, name: str = name, kernel: Callable[..., object] = kernel) -> object:
             direct.append(name)
             return kernel(*args)
 
-        monkeypatch.setitem(operators._kernels, name, watched)
+        monkeypatch.setitem(define._kernels, name, watched)
     with within:
         assert torch.equal(attend(PLAIN, return_lse=False)(*tensors)[0], expected)
         assert direct == ([] if seen else ["forward"])

@@ -18,7 +18,7 @@ from natten_layers import cached, cached_attention
 
 pytest.importorskip("triton")
 
-from natten_layers.kernels import decode
+from natten_layers.kernels.portable import decode
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"

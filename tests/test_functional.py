@@ -16,7 +16,7 @@ from helpers import Case, make_inputs, oracle, raises_naming, run
 from torch import Tensor
 
 from natten_layers import attention_state, cached_attention, eager, merge_attention, neighborhood_attention
-from natten_layers.kernels import ops
+from natten_layers.kernels.ops import attention as attention_ops
 
 FP64 = torch.float64
 
@@ -427,7 +427,7 @@ def test_group_axis_form_must_match_the_query():
 
 
 def test_explicit_fused_never_falls_back(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(ops, "unsupported", lambda *_: "there is no device for it")
+    monkeypatch.setattr(attention_ops, "unsupported", lambda *_: "there is no device for it")
     with raises_naming("there is no device for it", "eager", error=RuntimeError):
         neighborhood_attention(*blank(), 3, impl="fused")
     with raises_naming("there is no device for it", error=RuntimeError):
@@ -439,9 +439,9 @@ def test_explicit_eager_never_runs_fused(monkeypatch: pytest.MonkeyPatch):
     def refuse(*_: Any) -> None:
         raise AssertionError("fused")
 
-    monkeypatch.setattr(ops, "unsupported", lambda *_: None)
-    monkeypatch.setattr(ops, "attention", refuse)
-    monkeypatch.setattr(ops, "attention_state", refuse)
+    monkeypatch.setattr(attention_ops, "unsupported", lambda *_: None)
+    monkeypatch.setattr(attention_ops, "attention", refuse)
+    monkeypatch.setattr(attention_ops, "attention_state", refuse)
     assert attend(*blank()).shape == Q
     attention_state(*blank(), 3, impl="eager")
     with raises_naming("fused", error=AssertionError):

@@ -14,8 +14,8 @@ from natten_layers import attention_state, merge_attention, neighborhood_attenti
 
 pytest.importorskip("triton")
 
-from natten_layers.kernels.problem import Inputs, problem_of
-from natten_layers.kernels.registers import fold_registers
+from natten_layers.kernels.host.problem import Inputs, problem_of
+from natten_layers.kernels.portable.fold_registers import fold_registers
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"

@@ -15,11 +15,13 @@ pytest.importorskip("triton.experimental.gluon")
 
 from natten_layers import neighborhood_attention
 from natten_layers.geometry import make_window, query_bounds, window_bounds
-from natten_layers.kernels import forward, hopper, hopper_backward, hopper_launches
-from natten_layers.kernels import problem as problem_module
-from natten_layers.kernels.configs import Box, Launch
-from natten_layers.kernels.launches import forget, override
-from natten_layers.kernels.problem import Inputs, Layout, Problem, problem_of
+from natten_layers.kernels import dispatch
+from natten_layers.kernels.host import problem as problem_module
+from natten_layers.kernels.host.problem import Inputs, Layout, Problem, problem_of
+from natten_layers.kernels.host.tiling import Box, Launch
+from natten_layers.kernels.host.tuned import forget, override
+from natten_layers.kernels.portable import forward
+from natten_layers.kernels.sm90 import large_backward, large_forward
 
 HAS_DEVICE = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 needs_device = pytest.mark.skipif(not HAS_DEVICE, reason="compute capability 9.0 only")
@@ -68,15 +70,15 @@ def test_matches_the_oracle(case: Case, dtype: torch.dtype) -> None:
     case = replace(case, dtype=dtype)
     leaves = make_inputs(case, "cuda")
     problem, arguments = call_of(case, {name: t.detach() for name, t in leaves.items()})
-    assert hopper_launches.supports(problem)
-    assert_oracle(case, leaves, hopper.forward(hopper_launches.launch_of(problem), *arguments))
+    assert dispatch.supports(problem)
+    assert_oracle(case, leaves, large_forward.forward(dispatch.launch_of(problem), *arguments))
 
 
 @pytest.fixture
 def wherever_possible(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Small windows take the kernels too."""
     with monkeypatch.context() as patch:
-        patch.setattr(hopper_launches, "pays", lambda problem: True)
+        patch.setattr(dispatch, "pays", lambda problem: True)
         forget()
         yield
     forget()
@@ -92,8 +94,8 @@ def test_gradients_match_the_oracle(case: Case, dtype: torch.dtype, monkeypatch:
     case = replace(case, dtype=dtype)
     leaves = make_inputs(case, "cuda")
     taken: list[Launch] = []
-    compute = hopper_backward.key_gradients
-    monkeypatch.setattr(hopper_backward, "key_gradients", lambda *args: taken.append(args[0]) or compute(*args))
+    compute = large_backward.key_gradients
+    monkeypatch.setattr(large_backward, "key_gradients", lambda *args: taken.append(args[0]) or compute(*args))
     first, second = (run(case, leaves, "fused") for _ in range(2))
     assert len(taken) == 2
     assert_close(case, first, oracle(case, leaves), run(case, leaves, "eager"))
@@ -112,14 +114,14 @@ def test_any_number_of_programs_computes_every_tile(case: Case, monkeypatch: pyt
     leaves = make_inputs(case, "cuda")
     for programs in (1, 5):
         with monkeypatch.context() as patch:
-            for module in (hopper, hopper_backward):
+            for module in (large_forward, large_backward):
                 patch.setattr(module, "multiprocessors", lambda device, count=programs: count)
             for name, tensor in run(case, leaves, "fused").tensors().items():
                 assert torch.equal(tensor, expected[name]), (programs, name)
             problem, arguments = call_of(case, {name: t.detach() for name, t in leaves.items()})
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                out = hopper.forward(hopper_launches.launch_of(problem), *arguments)[0]
+                out = large_forward.forward(dispatch.launch_of(problem), *arguments)[0]
         for _ in range(2):
             out.zero_()
             graph.replay()
@@ -133,10 +135,12 @@ def test_reads_views_of_a_fused_projection() -> None:
     qkv = torch.randn(2, *case.spatial, 8, 128, device="cuda", dtype=torch.bfloat16)
     views: dict[str, Tensor] = dict(zip(("query", "key", "value"), qkv.split((4, 2, 2), -2), strict=True))
     problem, arguments = call_of(case, views)
-    assert hopper_launches.supports(problem)
-    launch = hopper_launches.launch_of(problem)
+    assert dispatch.supports(problem)
+    launch = dispatch.launch_of(problem)
     copies = call_of(case, {name: t.contiguous() for name, t in views.items()})[1]
-    for ours, expected in zip(hopper.forward(launch, *arguments), hopper.forward(launch, *copies), strict=True):
+    for ours, expected in zip(
+        large_forward.forward(launch, *arguments), large_forward.forward(launch, *copies), strict=True
+    ):
         assert torch.equal(ours, expected)  # pyright: ignore[reportArgumentType]
 
 
@@ -148,7 +152,7 @@ def test_nan_and_inf_reach_only_the_queries_that_see_them() -> None:
     tensors["value"][0, 3, 4, 1, 7] = float("nan")
     tensors["key"][1, 39, 47, 0, 5] = float("inf")
     problem, arguments = call_of(case, tensors)
-    ours, expected = hopper.forward(hopper_launches.launch_of(problem), *arguments)[0], forward.forward(*arguments)[0]
+    ours, expected = large_forward.forward(dispatch.launch_of(problem), *arguments)[0], forward.forward(*arguments)[0]
     assert expected.isnan().any()
     assert torch.equal(ours.isnan(), expected.isnan())
     assert error(ours.nan_to_num(), expected.nan_to_num()) < 4e-3
@@ -160,8 +164,8 @@ def test_a_call_takes_it_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     buffer = torch.randn(1, 16384, 8, 136, device="cuda", dtype=torch.bfloat16)
     aligned, shifted = buffer[..., :128].contiguous(), buffer[..., 1:129]
     launches = []
-    compute = hopper.forward
-    monkeypatch.setattr(hopper, "forward", lambda *args: launches.append(args[0]) or compute(*args))
+    compute = large_forward.forward
+    monkeypatch.setattr(large_forward, "forward", lambda *args: launches.append(args[0]) or compute(*args))
     neighborhood_attention(aligned, aligned, aligned, 2048, is_causal=True)
     assert len(launches) == 1
     out = neighborhood_attention(shifted, shifted, shifted, 2048, is_causal=True)
@@ -173,7 +177,7 @@ def test_a_call_takes_it_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def problem_of_text(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0), **changes: Any) -> Problem:
     """A window of 4096 over 8192 tokens with four query heads a KV head, as if a GPU was there."""
-    hopper_launches.supports.cache_clear()
+    dispatch.supports.cache_clear()
     forget()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(problem_module, "device_traits", lambda device: ("stub", 2**17))
@@ -187,11 +191,11 @@ def problem_of_text(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
 
 def test_large_windows_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = problem_of_text(monkeypatch)
-    launch = hopper_launches.forward_launch(problem)
+    launch = dispatch.forward_launch(problem)
     assert launch is not None
     assert (launch.tile, launch.pack) == ((1, 1, 32), 4)
     with override(pack=1):
-        unpacked = hopper_launches.forward_launch(problem)
+        unpacked = dispatch.forward_launch(problem)
     assert unpacked is not None
     assert (unpacked.tile, unpacked.pack) == ((1, 1, 128), 1)
 
@@ -216,8 +220,8 @@ def test_large_is_what_the_keys_of_a_window_take(
         monkeypatch, query=query, key=key, value=key, additional_keys=extra, additional_values=extra,
         kernel_size=(window,),
     )  # fmt: skip
-    assert hopper_launches.pays(problem) == is_large
-    assert isinstance(hopper_launches.forward_launch(problem), Launch) == is_large
+    assert dispatch.pays(problem) == is_large
+    assert isinstance(dispatch.forward_launch(problem), Launch) == is_large
 
 
 @pytest.mark.parametrize(
@@ -237,15 +241,15 @@ def test_large_is_what_the_keys_of_a_window_take(
     ids=str,
 )
 def test_other_calls_do_not(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
-    assert hopper_launches.forward_launch(problem_of_text(monkeypatch, **changes)) is None
+    assert dispatch.forward_launch(problem_of_text(monkeypatch, **changes)) is None
 
 
 def test_a_launch_that_somebody_chose_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = problem_of_text(monkeypatch)
     with override({"forward": Launch((1, 1, 64), (1, 1, 64), 2, 4, 2)}):
-        assert hopper_launches.forward_launch(problem) is None
+        assert dispatch.forward_launch(problem) is None
     with override(pack=8):  # more heads than there are in a group
-        assert hopper_launches.forward_launch(problem) is None
+        assert dispatch.forward_launch(problem) is None
 
 
 @pytest.mark.parametrize(
@@ -260,42 +264,40 @@ def test_boxes_execute_few_scores(
     lengths: Box, kernel: Box, causal: tuple[bool, bool, bool], group: int, tile: Box, chunk: Box
 ) -> None:
     axes = tuple(zip(lengths, kernel, (1, 1, 1), causal, strict=True))
-    assert hopper_launches.best_boxes(axes, 128 // group, 128, window_bounds) == (tile, chunk)
+    assert dispatch.best_boxes(axes, 128 // group, 128, window_bounds) == (tile, chunk)
 
 
 def test_chunks_of_queries_start_where_statistics_can_be_loaded_from() -> None:
     axes = (12, 7, 1, True), (16, 9, 1, False), (18, 10, 1, False)
-    (_, free), (_, aligned) = (hopper_launches.best_boxes(axes, 128, 64, query_bounds, n) for n in (1, 4))
+    (_, free), (_, aligned) = (dispatch.best_boxes(axes, 128, 64, query_bounds, n) for n in (1, 4))
     assert free[2] < 4
     assert aligned[2] % 4 == 0
     # Keys 2 and 3 are seen by queries 2 to 5, a chunk of four; from 0 on these are in two. The other pairs stay at one.
-    chunks = [hopper_launches.executed((8, 3, 1, True), 2, 4, query_bounds, n) // (2 * 4) for n in (1, 4)]
+    chunks = [dispatch.executed((8, 3, 1, True), 2, 4, query_bounds, n) // (2 * 4) for n in (1, 4)]
     assert chunks == [4, 5]
 
 
 def test_gradients_of_large_windows_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = problem_of_text(monkeypatch)
-    launches = hopper_launches.backward_launches(problem, problem.query)
+    launches = dispatch.backward_launches(problem, problem.query)
     assert launches is not None
     assert (launches.query.tile, launches.query.pack) == ((1, 1, 32), 4)
     assert (launches.key.tile, launches.key.chunk) == ((1, 1, 128), (1, 1, 64))
     expanded = problem.query._replace(stride=(0, 0, 0, 0))  # as the gradient of a sum is
-    assert hopper_launches.backward_launches(problem, expanded) is None
+    assert dispatch.backward_launches(problem, expanded) is None
     with override({"backward_key": launches.key}):
-        assert hopper_launches.backward_launches(problem, problem.query) is None
+        assert dispatch.backward_launches(problem, problem.query) is None
 
 
 def test_strides_that_tma_does_not_take_are_refused() -> None:
     case = Case("3d", (10, 17, 19), (6, 10, 12), heads=2, kv_heads=1, head_dim=128, value_dim=128, dtype=torch.bfloat16)
     tensors = {name: t.detach() for name, t in make_inputs(case).items()}
     problem, _ = call_of(case, tensors)
-    assert all(map(hopper_launches.is_addressable, (problem.query, problem.key, problem.value)))
+    assert all(map(dispatch.is_addressable, (problem.query, problem.key, problem.value)))
     batch, t, *rest = problem.key.stride
-    assert not hopper_launches.is_addressable(
-        problem.key._replace(stride=(batch + 8, t, *rest))
-    )  # a gap between images
+    assert not dispatch.is_addressable(problem.key._replace(stride=(batch + 8, t, *rest)))  # a gap between images
     tensors["key"] = tensors["key"].expand(-1, -1, -1, -1, 2, -1)  # stride 0
     tensors["value"] = tensors["value"][:, :5]  # batch and t have no common stride
     problem, _ = call_of(case, tensors)
-    assert not hopper_launches.is_addressable(problem.key)
-    assert not hopper_launches.is_addressable(problem.value)
+    assert not dispatch.is_addressable(problem.key)
+    assert not dispatch.is_addressable(problem.value)

@@ -23,10 +23,14 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from natten_layers import neighborhood_attention
 from natten_layers.geometry import query_bounds, window_bounds
-from natten_layers.kernels import forward, hopper_launches, hopper_small, hopper_small_backward, hopper_strip
-from natten_layers.kernels.configs import extent
-from natten_layers.kernels.hopper_primitives import descriptor, key_boxes, query_boxes, register_boxes
-from natten_layers.kernels.hopper_small_launches import (
+from natten_layers.kernels import dispatch
+from natten_layers.kernels.host.problem import Inputs, Layout, Problem, contiguous, layout, problem_of
+from natten_layers.kernels.host.tiling import extent
+from natten_layers.kernels.host.tuned import forget, override
+from natten_layers.kernels.portable import forward
+from natten_layers.kernels.sm90 import small_backward, small_forward, small_forward_rolling
+from natten_layers.kernels.sm90.primitives import descriptor, key_boxes, query_boxes, register_boxes
+from natten_layers.kernels.sm90.small_tiling import (
     START,
     SmallLaunch,
     StripLaunch,
@@ -37,8 +41,6 @@ from natten_layers.kernels.hopper_small_launches import (
     small_query_launch_of,
     strip_launch_of,
 )
-from natten_layers.kernels.launches import forget, override
-from natten_layers.kernels.problem import Inputs, Layout, Problem, contiguous, layout, problem_of
 
 CASES = (
     Case("2d", (32, 40), 7, head_dim=64, value_dim=64),
@@ -62,7 +64,9 @@ CASES = (
 
 
 each_kernel = pytest.mark.parametrize(
-    ("module", "find"), [(hopper_small, small_launch_of), (hopper_strip, strip_launch_of)], ids=["tiles", "strips"]
+    ("module", "find"),
+    [(small_forward, small_launch_of), (small_forward_rolling, strip_launch_of)],
+    ids=["tiles", "strips"],
 )
 Find = Callable[[Problem], Any]
 
@@ -76,7 +80,7 @@ def test_matches_the_oracle(case: Case, dtype: torch.dtype, module: ModuleType, 
     case = replace(case, dtype=dtype)
     leaves = make_inputs(case, "cuda")
     problem, arguments = call_of(case, {name: t.detach() for name, t in leaves.items()})
-    assert hopper_launches.supports(problem)
+    assert dispatch.supports(problem)
     launch = find(problem)
     assert launch is not None
     assert_oracle(case, leaves, module.forward(launch, *arguments))
@@ -93,10 +97,10 @@ def test_where_strips_are_cut_changes_nothing(case: Case, monkeypatch: pytest.Mo
     tiles = launch.tiles(problem)[launch.axis]
     results = []
     for strips in (((0, 1), 1), ((0, 1), 3), ((1, min(tiles, 2)), 1), ((0, 1), tiles)):
-        monkeypatch.setattr(hopper_strip, "cut", lambda *args, strips=strips: strips)
-        hopper_strip.prepare.cache_clear()
-        results.append(hopper_strip.forward(launch, *arguments))
-    hopper_strip.prepare.cache_clear()
+        monkeypatch.setattr(small_forward_rolling, "cut", lambda *args, strips=strips: strips)
+        small_forward_rolling.prepare.cache_clear()
+        results.append(small_forward_rolling.forward(launch, *arguments))
+    small_forward_rolling.prepare.cache_clear()
     for other in results[1:]:
         for mine, first in zip(other, results[0], strict=True):
             assert torch.equal(mine, first)
@@ -106,7 +110,7 @@ def test_where_strips_are_cut_changes_nothing(case: Case, monkeypatch: pytest.Mo
 def wherever_possible(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Small problems take the kernel too."""
     with monkeypatch.context() as patch:
-        patch.setattr(hopper_launches, "LEAST_ROWS", 0)
+        patch.setattr(dispatch, "LEAST_ROWS", 0)
         forget()
         yield
     forget()
@@ -125,10 +129,10 @@ def test_gradients_match_the_oracle(case: Case, monkeypatch: pytest.MonkeyPatch)
         compute = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args: taken.append(name) or compute(*args))
 
-    note(hopper_small, "forward")
-    note(hopper_strip, "forward")
-    note(hopper_small_backward, "query_gradient")
-    note(hopper_small_backward, "key_gradients")
+    note(small_forward, "forward")
+    note(small_forward_rolling, "forward")
+    note(small_backward, "query_gradient")
+    note(small_backward, "key_gradients")
     first, second = (run(case, leaves, "fused") for _ in range(2))
     expected = ["forward", "query_gradient", "key_gradients"]
     problem, _ = call_of(case, {name: t.detach() for name, t in leaves.items()})
@@ -204,8 +208,8 @@ def test_a_call_takes_it_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     buffer = torch.randn(6, 160, 160, 4, 72, device="cuda", dtype=torch.bfloat16)
     aligned, shifted = buffer[..., :64].contiguous(), buffer[..., 1:65]
     launches = []
-    compute = hopper_strip.forward
-    monkeypatch.setattr(hopper_strip, "forward", lambda *args: launches.append(args[0]) or compute(*args))
+    compute = small_forward_rolling.forward
+    monkeypatch.setattr(small_forward_rolling, "forward", lambda *args: launches.append(args[0]) or compute(*args))
     neighborhood_attention(aligned, aligned, aligned, 7)
     assert len(launches) == 1
     out = neighborhood_attention(shifted, shifted, shifted, 7)
@@ -226,7 +230,7 @@ def problem_of_image(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Problem
 
 def test_small_windows_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = problem_of_image(monkeypatch)
-    alone, launch = small_launch_of(problem), hopper_launches.forward_launch(problem)
+    alone, launch = small_launch_of(problem), dispatch.forward_launch(problem)
     assert alone is not None
     # 8 x 14 keys, without one that no query sees
     assert (alone.tile, alone.pack, alone.parts) == ((1, 2, 8), 4, ((1, 8, 8), (1, 8, 4), (1, 8, 2)))
@@ -235,7 +239,7 @@ def test_small_windows_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
     # Of them the 8 x 8 in front of a tile are new to it, and what it sees of those is 8 x 6.
     assert (launch.axis, launch.box, launch.slots, launch.rest) == (2, (1, 8, 8), 2, (32, 16))
     with override(pack=1):
-        unpacked = hopper_launches.forward_launch(problem)
+        unpacked = dispatch.forward_launch(problem)
     assert isinstance(unpacked, StripLaunch)
     assert (unpacked.tile, unpacked.pack, unpacked.keys) == ((1, 8, 8), 1, 14 * 16)
 
@@ -257,12 +261,12 @@ def test_strips_have_room_for_registers_beside_many_keys(monkeypatch: pytest.Mon
     extra = Layout((8, 16, 3, 64), (3072, 192, 64, 1))
     image = {"query": query, "key": key, "value": key, "kernel_size": (13, 13)}
     problem = problem_of_image(monkeypatch, **image, additional_keys=extra, additional_values=extra)
-    strip = hopper_launches.forward_launch(problem)
+    strip = dispatch.forward_launch(problem)
     assert small_launch_of(problem) is None
     assert isinstance(strip, StripLaunch)
     assert (strip.keys, strip.programs) == (336, 2)
     more = extra._replace(shape=(8, 17, 3, 64))
-    assert hopper_launches.forward_launch(problem._replace(additional_keys=more, additional_values=more)) is None
+    assert dispatch.forward_launch(problem._replace(additional_keys=more, additional_values=more)) is None
 
 
 @pytest.mark.parametrize(
@@ -279,7 +283,7 @@ def test_strips_are_taken_where_windows_overlap_much(
 ) -> None:
     query, key = (Layout((8, 128, 128, h, 64), (2**20 * h, 2**13 * h, 64 * h, 64, 1)) for h in (6, 3))
     problem = problem_of_image(monkeypatch, query=query, key=key, value=key, **changes)
-    assert type(hopper_launches.forward_launch(problem)) is taken
+    assert type(dispatch.forward_launch(problem)) is taken
 
 
 def test_statistics_take_registers_of_the_multiprocessor(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,12 +319,12 @@ IMAGES = (8, 128, 128, 8, 64), (2**23, 2**16, 512, 64, 1)
 def test_other_calls_do_not(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
     if "additional_keys" in changes:
         changes = {"additional_values": changes["additional_keys"], **changes}
-    assert hopper_launches.forward_launch(problem_of_image(monkeypatch, **changes)) is None
+    assert dispatch.forward_launch(problem_of_image(monkeypatch, **changes)) is None
 
 
 def test_gradients_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = problem_of_image(monkeypatch)
-    launches = hopper_launches.small_backward_launches
+    launches = dispatch.small_backward_launches
     both = launches(problem, problem.query)
     assert both is not None
     assert both.query is not None
@@ -345,7 +349,7 @@ def test_wide_heads_leave_gradients_of_keys_to_the_portable_kernel(monkeypatch: 
     """One program a multiprocessor would fit."""
     query, key = (Layout((8, 128, 128, h, 128), (2**21 * h, 2**14 * h, 128 * h, 128, 1)) for h in (8, 2))
     problem = problem_of_image(monkeypatch, query=query, key=key, value=key)
-    launches = hopper_launches.small_backward_launches(problem, query)
+    launches = dispatch.small_backward_launches(problem, query)
     assert launches is not None
     assert launches.query is not None
     assert launches.key is None
@@ -358,7 +362,7 @@ def test_scores_in_registers_are_fewer_in_the_backward_pass(monkeypatch: pytest.
     launch = small_launch_of(problem)
     assert launch is not None
     assert (launch.tile, launch.pack, launch.parts) == ((1, 4, 8), 2, ((1, 16, 16), (1, 16, 4)))
-    assert hopper_launches.small_backward_launches(problem, query) == (None, None)
+    assert dispatch.small_backward_launches(problem, query) == (None, None)
 
 
 def test_queries_of_a_border_are_more_than_those_of_the_middle(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -372,9 +376,9 @@ def test_queries_of_a_border_are_more_than_those_of_the_middle(monkeypatch: pyte
 def test_a_launch_that_somebody_chose_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = problem_of_image(monkeypatch)
     with override({"forward": forward.launch_for("forward", problem.problem_class)}):
-        assert hopper_launches.forward_launch(problem) is None
+        assert dispatch.forward_launch(problem) is None
     with override(pack=8):  # more heads than there are in a group
-        assert hopper_launches.forward_launch(problem) is None
+        assert dispatch.forward_launch(problem) is None
 
 
 def test_tiles_end_with_the_frames_of_a_video(monkeypatch: pytest.MonkeyPatch) -> None:

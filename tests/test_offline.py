@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from natten_layers.kernels.configs import (
+from natten_layers.kernels.host.tiling import (
     Kind,
     ProblemClass,
     Room,
@@ -19,7 +19,7 @@ from natten_layers.kernels.configs import (
     register_tile,
     shared_memory,
 )
-from natten_layers.kernels.ops import compiler_gap
+from natten_layers.kernels.ops.attention import compiler_gap
 
 triton = pytest.importorskip("triton")
 
@@ -58,7 +58,7 @@ def test_kernels_compile(capability: int, tmp_path: Path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     compiled = done.stdout.split()
-    from natten_layers.kernels.hopper_launches import kernels
+    from natten_layers.kernels.dispatch import kernels
 
     own = HOPPER_KERNELS if capability == 90 and kernels() is not None else ()
     assert set(compiled) == {*KERNELS, *own}

@@ -15,9 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from natten_layers.arguments import Call, prepare
 from natten_layers.functional import Impl
-from natten_layers.kernels import hopper_launches, ops, projected_ops
-from natten_layers.kernels.launches import forget, override
-from natten_layers.kernels.problem import Inputs, Layout, Problem, RotationKind, problem_of
+from natten_layers.kernels import dispatch
+from natten_layers.kernels.host.problem import Inputs, Layout, Problem, RotationKind, problem_of
+from natten_layers.kernels.host.tuned import forget, override
+from natten_layers.kernels.ops import attention as attention_ops
+from natten_layers.kernels.ops import qk_prep_attention as qk_prep_attention_ops
 from natten_layers.modules import AxialRoPE, NeighborhoodGQA, RoPE, query_key
 from natten_layers.modules.query_key import HeadNorm, attend_projected
 from natten_layers.modules.rope import Angles, angles_of
@@ -136,8 +138,8 @@ SMALL = tuple(
 def test_is_its_steps_one_after_the_other(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """The operator where no launch does all: under Triton's interpreter, or on any GPU for few tokens."""
     taken: list[str] = []
-    attention = projected_ops.attention
-    monkeypatch.setattr(projected_ops, "attention", lambda *args: taken.append("one") or attention(*args))
+    attention = qk_prep_attention_ops.attention
+    monkeypatch.setattr(qk_prep_attention_ops, "attention", lambda *args: taken.append("one") or attention(*args))
     tensors = draw(case)
     expected = attend(case, on(tensors, torch.float64), "eager")
     assert not taken
@@ -152,7 +154,7 @@ def test_is_its_steps_one_after_the_other(case: Case, monkeypatch: pytest.Monkey
 
 
 def test_auto_on_a_cpu_is_eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(projected_ops, "attention", None)
+    monkeypatch.setattr(qk_prep_attention_ops, "attention", None)
     tensors = {name: t.float() for name, t in draw(SMALL[0]).items()}
     call, norm, angles = arguments_of(SMALL[0], tensors)
     ours = attend_projected(call, norm, angles)
@@ -162,10 +164,10 @@ def test_auto_on_a_cpu_is_eager(monkeypatch: pytest.MonkeyPatch) -> None:
 def operands(case: Case, tensors: dict[str, Tensor]) -> tuple[Any, ...]:
     """Of ``natten_layers::projected``."""
     call, norm, angles = arguments_of(case, tensors)
-    inputs = ops.readable(
+    inputs = attention_ops.readable(
         call.query, call.key, call.value, call.additional_keys, call.additional_values, call.sink
     )  # fmt: skip
-    return *inputs, *ops.flat(call.window), call.scale, *query_key._rotation(call.query, norm, angles)
+    return *inputs, *attention_ops.flat(call.window), call.scale, *query_key._rotation(call.query, norm, angles)
 
 
 @pytest.mark.parametrize("case", SMALL[:3], ids=str)
@@ -199,7 +201,7 @@ def test_a_compiled_layer_computes_the_same(options: dict[str, Any]) -> None:
 
 
 def launch_arguments(case: Case, tensors: dict[str, Tensor]) -> tuple[Problem, Inputs, float | None, float, Any]:
-    rotate = pytest.importorskip("natten_layers.kernels.rotate")
+    rotate = pytest.importorskip("natten_layers.kernels.portable.qk_prep")
     args = operands(case, tensors)
     inputs, (sink_value, *window, scale), options = Inputs(*args[:6]), args[6:12], args[12:]
     rotation = rotate.Rotation(inputs.query, inputs.key, *options)
@@ -207,9 +209,9 @@ def launch_arguments(case: Case, tensors: dict[str, Tensor]) -> tuple[Problem, I
 
 
 def one_launch(case: Case, tensors: dict[str, Tensor]) -> Tensor:
-    kernels = hopper_launches.kernels()
+    kernels = dispatch.kernels()
     problem, inputs, sink_value, scale, rotation = launch_arguments(case, tensors)
-    launch = hopper_launches.projected_launch(problem, rotation.kind)
+    launch = dispatch.projected_launch(problem, rotation.kind)
     assert launch is not None
     assert kernels is not None
     return kernels.strip_forward.forward(launch, problem, inputs, sink_value, scale, False, rotation)[0]
@@ -253,10 +255,10 @@ def test_nan_and_inf_reach_only_the_queries_that_see_them(case: Case) -> None:
 
 def problem_of_image(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Problem:
     """8 images of 128 x 128, 8 heads of 2, window 7, projected together, as if a GPU was there."""
-    hopper_launches.supports.cache_clear()
+    dispatch.supports.cache_clear()
     forget()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr("natten_layers.kernels.problem.device_traits", lambda device: ("stub", 2**17))
+    monkeypatch.setattr("natten_layers.kernels.host.problem.device_traits", lambda device: ("stub", 2**17))
     query, key = (Layout((8, 128, 128, h, 64), (2**14 * 768, 2**7 * 768, 768, 64, 1)) for h in (8, 2))
     problem = Problem(
         query, key, key, None, None, torch.device("cuda", 0), torch.bfloat16, (7, 7), (1, 1), (1, 1), (False, False),
@@ -271,17 +273,17 @@ KIND = RotationKind("cosine", axes=2, pairs=16, by_head=True, batched=False)
 def test_small_windows_take_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton.experimental.gluon")
     problem = problem_of_image(monkeypatch)
-    launch = hopper_launches.projected_launch(problem, KIND)
+    launch = dispatch.projected_launch(problem, KIND)
     assert launch is not None
     assert (launch.in_ring, launch.programs) == (True, 4)
     few = Layout((1, 32, 32, 8, 64), (2**10 * 768, 2**5 * 768, 768, 64, 1))
     few_keys = few._replace(shape=(1, 32, 32, 2, 64))
-    assert hopper_launches.projected_launch(problem._replace(query=few, key=few_keys, value=few_keys), KIND) is not None
+    assert dispatch.projected_launch(problem._replace(query=few, key=few_keys, value=few_keys), KIND) is not None
     kinds = KIND._replace(pairs=32), KIND._replace(axes=1, pairs=0), KIND._replace(axes=16)
-    assert all(hopper_launches.projected_launch(problem, kind) is not None for kind in kinds)
+    assert all(dispatch.projected_launch(problem, kind) is not None for kind in kinds)
     # A head for itself: another program is worth more than loads that start early.
     alone = problem_of_image(monkeypatch, key=problem.query, value=problem.query)
-    one, bare = hopper_launches.projected_launch(alone, KIND), hopper_launches.forward_launch(alone)
+    one, bare = dispatch.projected_launch(alone, KIND), dispatch.forward_launch(alone)
     assert one is not None
     assert bare is not None
     assert (one.programs, one.in_ring) == (3, True)
@@ -303,16 +305,16 @@ def test_small_windows_take_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     ids=str,
 )
 def test_others_take_two(kind: RotationKind, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert hopper_launches.projected_launch(problem_of_image(monkeypatch, **changes), kind) is None
+    assert dispatch.projected_launch(problem_of_image(monkeypatch, **changes), kind) is None
 
 
 def test_a_launch_that_somebody_chose_wins(monkeypatch: pytest.MonkeyPatch) -> None:
-    forward = pytest.importorskip("natten_layers.kernels.forward")
+    forward = pytest.importorskip("natten_layers.kernels.portable.forward")
     problem = problem_of_image(monkeypatch)
     with override({"forward": forward.launch_for("forward", problem.problem_class)}):
-        assert hopper_launches.projected_launch(problem, KIND) is None
+        assert dispatch.projected_launch(problem, KIND) is None
     with override(pack=8):  # more heads than there are in a group
-        assert hopper_launches.projected_launch(problem, KIND) is None
+        assert dispatch.projected_launch(problem, KIND) is None
 
 
 @pytest.mark.parametrize(
@@ -325,7 +327,7 @@ def test_a_launch_that_somebody_chose_wins(monkeypatch: pytest.MonkeyPatch) -> N
 )  # fmt: skip
 def test_threads_hold_whole_pairs(rows: int, dim: int, pairs: int) -> None:
     """Every element of ``[rows, dim]`` is in one thread, with the one that it turns with; angles lie as pairs do."""
-    rotate = pytest.importorskip("natten_layers.kernels.hopper_rotate")
+    rotate = pytest.importorskip("natten_layers.kernels.sm90.qk_prep")
 
     def places(layout: Any) -> list[list[tuple[int, ...]]]:
         """Of each thread, what it holds."""

@@ -16,8 +16,8 @@ from natten_layers import neighborhood_attention
 
 pytest.importorskip("triton")
 
-from natten_layers.kernels import hopper_launches
-from natten_layers.kernels.launches import forget
+from natten_layers.kernels import dispatch
+from natten_layers.kernels.host.tuned import forget
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -81,7 +81,7 @@ def laid_out(inputs: Inputs, layout: str) -> Inputs:
 @pytest.fixture(autouse=True)
 def small_problems_take_kernels_of_large_ones(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in ("LEAST_ROWS", "PAIRS"):
-        monkeypatch.setattr(hopper_launches, name, 0)
+        monkeypatch.setattr(dispatch, name, 0)
     forget()
     yield
     forget()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from benchmarks import module
 from natten_layers.arguments import Call
-from natten_layers.kernels import hopper_launches
+from natten_layers.kernels import dispatch
 from natten_layers.modules import AxialRoPE, NeighborhoodGQA, RoPE, attention, make_axial_pos, query_key
 from natten_layers.modules.query_key import HeadNorm, attend_projected, normalize_and_rotate
 from natten_layers.modules.rope import Angles, angles_of
@@ -165,7 +165,7 @@ def test_auto_on_a_cpu_is_eager(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object) -> None:
         raise AssertionError("the kernel was called")
 
-    monkeypatch.setattr(query_key.rotate_ops, "rotate", fail)
+    monkeypatch.setattr(query_key.qk_prep_ops, "rotate", fail)
     x = torch.randn(1, 4, 1, 8)
     normalize_and_rotate(x, x, HeadNorm("cosine", None, None), None)
 
@@ -259,5 +259,5 @@ def test_a_layer_takes_two_launches_at_most(num_kv_heads: int, shape: tuple[int,
     assert "rotate_kernel" in names[0]
     with torch.no_grad():
         names = kernels()
-    is_hopper = torch.cuda.get_device_capability() == (9, 0) and hopper_launches.kernels() is not None
+    is_hopper = torch.cuda.get_device_capability() == (9, 0) and dispatch.kernels() is not None
     assert len(names) == (1 if is_hopper else 2), names

@@ -14,9 +14,9 @@ from helpers import Case, error, make_inputs, oracle
 from torch import Tensor
 
 from natten_layers import neighborhood_attention, tune
-from natten_layers.kernels import launches
-from natten_layers.kernels.configs import Kind, Launch, ProblemClass, rule
-from natten_layers.kernels.problem import device_traits
+from natten_layers.kernels.host import tuned
+from natten_layers.kernels.host.problem import device_traits
+from natten_layers.kernels.host.tiling import Kind, Launch, ProblemClass, rule
 
 pytest.importorskip("triton")
 
@@ -32,9 +32,9 @@ FLAGS = f"9x11 --kernel-size 3 --heads 4 --kv-heads 2 --head-dim 16 --dtype fp32
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("NATTEN_LAYERS_CACHE", str(tmp_path / "cache"))
-    launches.forget()
-    yield launches.cache_file()
-    launches.forget()
+    tuned.forget()
+    yield tuned.cache_file()
+    tuned.forget()
 
 
 @pytest.mark.parametrize("kind", ["forward", "backward_query", "backward_key"])
@@ -80,7 +80,7 @@ def test_a_wrong_result_has_no_time() -> None:
     tensors = [t.detach() for t in inputs.values()]
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        wrong = "forward" in launches._overrides.get().launches
+        wrong = "forward" in tuned._overrides.get().launches
         return neighborhood_attention(q, k, v, 3, impl="fused") * (1.001 if wrong else 1.0)
 
     timed: list[object] = []
@@ -94,7 +94,7 @@ def first_neighbor_wins(kind: Kind) -> Callable[[Callable[[], object]], float]:
     seen: list[Launch] = []
 
     def timer(run: Callable[[], object]) -> float:
-        launch = launches._overrides.get().launches.get(kind)
+        launch = tuned._overrides.get().launches.get(kind)
         if launch is not None:
             seen.append(launch)
         return 0.5 if launch is not None and launch == seen[min(1, len(seen) - 1)] and len(seen) > 1 else 1.0
@@ -111,15 +111,15 @@ def test_calls_use_what_was_found(cache: Path, capsys: pytest.CaptureFixture[str
     traits = device_traits(torch.empty(0, device=DEVICE).device)
     problem = ProblemClass(*traits, (1, 9, 11), (1, 3, 3), 2, 16, 16, 4)
     by_rule = rule("forward", problem)
-    found = launches.launch_for("forward", problem)
+    found = tuned.launch_for("forward", problem)
     assert found == next(tune.neighbors("forward", problem, by_rule))
-    assert launches.launch_for("backward_key", problem) == rule("backward_key", problem)
-    assert launches.launch_for("forward", problem._replace(device="other")) == by_rule
+    assert tuned.launch_for("backward_key", problem) == rule("backward_key", problem)
+    assert tuned.launch_for("forward", problem._replace(device="other")) == by_rule
 
     asked: list[tuple[Kind, ProblemClass]] = []
-    launch_for = launches.launch_for
+    launch_for = tuned.launch_for
     with pytest.MonkeyPatch.context() as patch:
-        from natten_layers.kernels import forward
+        from natten_layers.kernels.portable import forward
 
         patch.setattr(forward, "launch_for", lambda *key: asked.append(key) or launch_for(*key))
         inputs = make_inputs(SMALL, DEVICE)
@@ -132,30 +132,30 @@ def test_calls_use_what_was_found(cache: Path, capsys: pytest.CaptureFixture[str
 def test_the_file_keeps_other_problems(cache: Path) -> None:
     launch = Launch((1, 4, 4), (1, 4, 8), 4, 2, 1)
     others = {("forward", PROBLEM): launch}
-    launches.write_tuned(cache, others)  # pyright: ignore[reportArgumentType]
+    tuned.write_tuned(cache, others)  # pyright: ignore[reportArgumentType]
     better = Launch((1, 4, 4), (1, 4, 8), 4, 4, 2, 96, True)
-    launches.write_tuned(cache, {("backward_query", PROBLEM): better})
-    assert launches.read_tuned(cache) == {**others, ("backward_query", PROBLEM): better}
-    assert launches.launch_for("forward", PROBLEM) == launch
-    with launches.override(pack=1):
-        assert launches.launch_for("forward", PROBLEM).pack == 1
+    tuned.write_tuned(cache, {("backward_query", PROBLEM): better})
+    assert tuned.read_tuned(cache) == {**others, ("backward_query", PROBLEM): better}
+    assert tuned.launch_for("forward", PROBLEM) == launch
+    with tuned.override(pack=1):
+        assert tuned.launch_for("forward", PROBLEM).pack == 1
 
 
 @pytest.mark.parametrize(
     "damage", ["{", '{"format": 2, "launches": []}', '{"format": 1}', "tile", "pack", "stages", "[" * 10**5]
 )
 def test_a_damaged_file_is_named_and_kept(cache: Path, damage: str) -> None:
-    launches.write_tuned(cache, {("forward", PROBLEM): Launch((1, 4, 4), (1, 4, 8), 4, 2, 1)})
+    tuned.write_tuned(cache, {("forward", PROBLEM): Launch((1, 4, 4), (1, 4, 8), 4, 2, 1)})
     if damage in (wrong := {"tile": [1, 3, 4], "pack": 4096, "stages": "x"}):
         content = json.loads(cache.read_text())
         content["launches"][0]["launch"][damage] = wrong[damage]
         damage = json.dumps(content)
     cache.write_text(damage)
-    launches._tuned.cache_clear()
+    tuned._tuned.cache_clear()
     with pytest.warns(UserWarning, match=r"launches\.json is damaged"):
-        assert launches.launch_for("forward", PROBLEM) == rule("forward", PROBLEM)
+        assert tuned.launch_for("forward", PROBLEM) == rule("forward", PROBLEM)
     with pytest.raises(ValueError, match="delete it"):
-        launches.write_tuned(cache, {})
+        tuned.write_tuned(cache, {})
     assert cache.read_text() == damage
 
 
@@ -169,7 +169,7 @@ def test_ctrl_c_keeps_what_was_found(cache: Path) -> None:
         return clock(run)
 
     assert tune.main([*FLAGS, "--kernels", "forward"], timer=timer) == 130
-    assert len(launches.read_tuned(cache)) == 1
+    assert len(tuned.read_tuned(cache)) == 1
 
 
 def test_a_damaged_file_ends_the_command_before_the_search(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:

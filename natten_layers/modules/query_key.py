@@ -8,8 +8,10 @@ from torch import Tensor
 
 from ..arguments import Call
 from ..functional import Impl, attend, takes_fused
-from ..kernels import ops, projected_ops, rotate_ops
-from ..kernels.operators import is_tracked
+from ..kernels.ops import attention as attention_ops
+from ..kernels.ops import qk_prep as qk_prep_ops
+from ..kernels.ops import qk_prep_attention as qk_prep_attention_ops
+from ..kernels.ops.define import is_tracked
 from .norm import cosine_normalize, rms_normalize
 from .rope import Angles
 
@@ -58,14 +60,14 @@ def normalize_and_rotate(
 def _unsupported(query: Tensor, key: Tensor, angles: Angles | None) -> str | None:
     if angles is not None and (angles.positions.requires_grad or angles.freqs.requires_grad):
         return "positions or frequencies require a gradient"
-    return ops.unsupported(query, key)
+    return attention_ops.unsupported(query, key)
 
 
 def _fused(query: Tensor, key: Tensor, norm: HeadNorm | None, angles: Angles | None) -> tuple[Tensor, Tensor]:
-    return rotate_ops.rotate(query, key, *_rotation(query, norm, angles))
+    return qk_prep_ops.rotate(query, key, *_rotation(query, norm, angles))
 
 
-def _rotation(query: Tensor, norm: HeadNorm | None, angles: Angles | None) -> rotate_ops.Options:
+def _rotation(query: Tensor, norm: HeadNorm | None, angles: Angles | None) -> qk_prep_ops.Options:
     """What the operators take behind query and key."""
     positions = freqs = None
     query_gain, key_gain = (None, None) if norm is None else (norm.query_gain, norm.key_gain)
@@ -99,6 +101,6 @@ def attend_projected(call: Call, norm: HeadNorm | None, angles: Angles | None, *
     if norm is not None or angles is not None:
         tracked = is_tracked((*call[:6], *(norm or ()), *(angles or ())))
         if not tracked and takes_fused(impl, query, call.why_not_fused):
-            return call.restore(projected_ops.attention(call.arguments, _rotation(query, norm, angles)))
+            return call.restore(qk_prep_attention_ops.attention(call.arguments, _rotation(query, norm, angles)))
         query, key = normalize_and_rotate(query, key, norm, angles, impl=impl)
     return attend(call._replace(query=query, key=key), impl)

@@ -18,12 +18,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import hopper_launches
-from .configs import register_block
+from .. import dispatch
+from ..dispatch import BackwardLaunches, SmallBackwardLaunches
+from ..host.launcher import Launcher, launcher
+from ..host.problem import Inputs, Layout, Problem, layout, new_like, strides
+from ..host.tiling import register_block
+from ..host.tuned import launch_for, remembered
 from .forward import query_tile
-from .hopper_launches import BackwardLaunches, SmallBackwardLaunches
-from .launcher import Launcher, launcher
-from .launches import launch_for, remembered
 from .primitives import (
     LOG2E,
     contiguous_row,
@@ -49,7 +50,6 @@ from .primitives import (
     unravel,
     windows_of,
 )
-from .problem import Inputs, Layout, Problem, layout, new_like, strides
 
 
 @triton.jit
@@ -325,9 +325,9 @@ def backward(
 
 def _hopper(problem: Problem, inputs: Inputs, grad_out: Tensor) -> tuple[ModuleType, BackwardLaunches] | None:
     """The kernels for large windows and their launches, if they compute this call."""
-    if not (hopper_launches.pays(problem) and hopper_launches.are_aligned(*inputs[:3], grad_out)):
+    if not (dispatch.pays(problem) and dispatch.are_aligned(*inputs[:3], grad_out)):
         return None
-    launches, kernels = hopper_launches.backward_launches(problem, layout(grad_out)), hopper_launches.kernels()
+    launches, kernels = dispatch.backward_launches(problem, layout(grad_out)), dispatch.kernels()
     return None if launches is None or kernels is None else (kernels.backward, launches)
 
 
@@ -335,9 +335,9 @@ def _hopper_small(
     problem: Problem, inputs: Inputs, grad_out: Tensor
 ) -> tuple[ModuleType | None, SmallBackwardLaunches]:
     """The kernels for small windows and the launches of those that compute this call."""
-    if hopper_launches.small_pays(problem) and hopper_launches.are_aligned(*inputs[:5], grad_out):
-        launches = hopper_launches.small_backward_launches(problem, layout(grad_out))
-        if launches is not None and (kernels := hopper_launches.kernels()) is not None:
+    if dispatch.small_pays(problem) and dispatch.are_aligned(*inputs[:5], grad_out):
+        launches = dispatch.small_backward_launches(problem, layout(grad_out))
+        if launches is not None and (kernels := dispatch.kernels()) is not None:
             return kernels.small_backward, launches
     return None, SmallBackwardLaunches(None, None)
 

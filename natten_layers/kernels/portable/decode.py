@@ -16,11 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import next_power_of_2, padded_head_dim
+from ..host.launcher import launcher
+from ..host.problem import device_traits, precision, sink_kind
+from ..host.tiling import next_power_of_2, padded_head_dim
 from .forward import attend_registers, initial_state
-from .launcher import launcher
 from .primitives import LN2, LOG2E, LOWEST, between, load_rows, softmax_step, store_rows
-from .problem import device_traits, precision, sink_kind
 
 MAX_ROWS = 64
 TILE_BYTES = 2**14

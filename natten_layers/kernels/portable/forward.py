@@ -15,9 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import hopper_launches
-from .launcher import Launcher, launcher
-from .launches import launch_for, remembered
+from .. import dispatch
+from ..host.launcher import Launcher, launcher
+from ..host.problem import Inputs, Problem, new_results
+from ..host.tuned import launch_for, remembered
 from .primitives import (
     LN2,
     LOG2E,
@@ -43,7 +44,6 @@ from .primitives import (
     visibility,
     windows_of,
 )
-from .problem import Inputs, Problem, new_results
 
 
 @triton.jit
@@ -227,7 +227,7 @@ def forward(
     query, key, value, additional_keys, additional_values, sink = inputs
     launch, kernels = forward_choice(problem, with_state)
     if kernels is not None:
-        if hopper_launches.are_aligned(*inputs[:5]):
+        if dispatch.are_aligned(*inputs[:5]):
             return kernels.forward(launch, problem, inputs, sink_value, scale, with_state)
         launch = forward_launcher(problem, with_state)
     out, row_max, row_sum = new_results(query, problem.value.shape[-1], with_state)
@@ -238,7 +238,7 @@ def forward(
 @remembered
 def forward_choice(problem: Problem, with_state: bool) -> tuple[Any, ModuleType | None]:
     """The launch of a call, and the module whose kernel in Gluon takes it: None for the portable kernel."""
-    launch, kernels = hopper_launches.forward_launch(problem, with_state), hopper_launches.kernels()
+    launch, kernels = dispatch.forward_launch(problem, with_state), dispatch.kernels()
     if launch is None or kernels is None:
         return forward_launcher(problem, with_state), None
     return launch, kernels.forward_of(launch)

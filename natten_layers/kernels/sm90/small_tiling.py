@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import torch
 
-from ..geometry import query_bounds, window_bounds
-from .configs import Axis, Bounds, Box, boxes, extent, next_power_of_2
-from .problem import Layout, Problem, three_axes
+from ...geometry import query_bounds, window_bounds
+from ..host.problem import Layout, Problem, three_axes
+from ..host.tiling import Axis, Bounds, Box, boxes, extent, next_power_of_2
 
 SMALL_ROWS = 64  # of a tile of the kernels for small windows
 SCORES = 320  # of a row there at most, as they are in registers at once

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.utils.flop_counter import register_flop_formula
 
-from ..geometry import Window, visible_pairs
-from .operators import (
+from ...geometry import Window, visible_pairs
+from ..host.problem import Inputs, problem_of
+from .define import (
     NO_FORWARD_MODE,
     NOT_FUSED,
     WAY_OUT,
@@ -31,7 +32,6 @@ from .operators import (
     on_device,
     register,
 )
-from .problem import Inputs, problem_of
 
 __all__ = ["Arguments", "attention", "attention_state", "unsupported"]
 
@@ -186,7 +186,7 @@ def _function() -> type[Function]:
 def _forward(*args: Any) -> tuple[Tensor | None, ...]:
     inputs, (sink_value, *window, scale, with_state) = Inputs(*args[:6]), args[6:]
     with on_device(inputs.query):
-        return module("forward").forward(
+        return module("portable.forward").forward(
             problem_of(inputs, sink_value, window, scale), inputs, sink_value, scale, with_state
         )
 
@@ -219,7 +219,7 @@ def _backward(*args: Any) -> tuple[Tensor | None, ...]:
     inputs, (sink_value, *window, scale, out, row_max, row_sum, grad_out, grad_lse) = Inputs(*args[:6]), args[6:]
     with on_device(out):
         problem = problem_of(inputs, sink_value, window, scale)
-        *grads, delta = module("backward").backward(problem, inputs, scale, out, row_max, row_sum, grad_out, grad_lse)
+        *grads, delta = module("portable.backward").backward(problem, inputs, scale, out, row_max, row_sum, grad_out, grad_lse)
         return *grads, _sink_gradient(inputs.sink, row_max, row_sum, delta)
 
 

@@ -12,7 +12,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from .primitives import LOG2E, LOWEST
+from ..portable.primitives import LOG2E, LOWEST
 
 WARPS = 4
 

@@ -166,7 +166,7 @@ def needs_gradient(args: tuple[Any, ...]) -> bool:
 @cache
 def module(name: str) -> Any:
     """A module of kernels, which imports Triton, on the first launch: an import statement is work on each one."""
-    return import_module(f".{name}", __package__)
+    return import_module(f"natten_layers.kernels.{name}")
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:

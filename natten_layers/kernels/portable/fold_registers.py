@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..host.launcher import Launcher, launcher
+from ..host.problem import Inputs, Problem
 from .forward import attend_registers
-from .launcher import Launcher, launcher
 from .primitives import LN2, LOG2E, load_rows, store_rows, token_offset, unravel
-from .problem import Inputs, Problem
 
 ROWS = 64  # of a program
 

@@ -19,8 +19,9 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.language.nvidia.hopper.tma import async_copy_global_to_shared
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .configs import Box, Launch
-from .primitives import (
+from ..host.problem import Layout, layout, strides, three_axes
+from ..host.tiling import Box, Launch
+from ..portable.primitives import (
     LOG2E,
     LOWEST,
     between,
@@ -32,7 +33,6 @@ from .primitives import (
     union_of_windows,
     unravel,
 )
-from .problem import Layout, layout, strides, three_axes
 
 thread_barrier = getattr(gl, "barrier" if hasattr(gl, "barrier") else "thread_barrier")  # renamed in Triton 3.7
 

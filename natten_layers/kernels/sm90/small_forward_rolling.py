@@ -22,8 +22,11 @@ from triton.experimental.gluon.language.nvidia.hopper.tma import (
     store_wait,
 )
 
-from .configs import Box
-from .hopper_primitives import (
+from ..host.problem import Inputs, Layout, Problem, RotationKind
+from ..host.tiling import Box
+from ..portable.primitives import LN2, LOG2E, shifted, unravel, windows_of
+from ..portable.qk_prep import Rotation
+from .primitives import (
     Boxes,
     axes_of,
     boxes_of,
@@ -33,7 +36,7 @@ from .hopper_primitives import (
     row_sinks,
     thread_barrier,
 )
-from .hopper_rotate import (
+from .qk_prep import (
     head_gains,
     heads_layout,
     load_freqs,
@@ -42,8 +45,7 @@ from .hopper_rotate import (
     token_index,
     turn_heads,
 )
-from .hopper_rows import attend_rows
-from .hopper_small import (
+from .small_forward import (
     Call,
     attend,
     batches_of_registers,
@@ -54,8 +56,8 @@ from .hopper_small import (
     options_of,
     start_registers,
 )
-from .hopper_small_launches import StripLaunch, cut
-from .hopper_tile import (
+from .small_nonfinite import attend_rows
+from .small_softmax import (
     columns,
     divided,
     is_inside,
@@ -67,9 +69,7 @@ from .hopper_tile import (
     unfinite,
     weighted_sum,
 )
-from .primitives import LN2, LOG2E, shifted, unravel, windows_of
-from .problem import Inputs, Layout, Problem, RotationKind
-from .rotate import Rotation
+from .small_tiling import StripLaunch, cut
 
 AS_THEY_ARE = RotationKind("none", axes=1, pairs=0, by_head=False, batched=False)
 
@@ -378,7 +378,7 @@ def forward(
     launch: StripLaunch, problem: Problem, inputs: Inputs, sink_value: float | None, scale: float, with_state: bool,
     rotation: Rotation | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """What ``hopper_small.forward`` computes, with ``rotation`` of queries and keys that are prepared by it first."""
+    """What ``small_forward.forward`` computes, with ``rotation`` of queries and keys that are prepared by it first."""
     kind, tensors, floats = AS_THEY_ARE, (None,) * 4, (None,) * 2
     if rotation is not None:
         kind = rotation.kind

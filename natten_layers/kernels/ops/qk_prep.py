@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .operators import (
+from .define import (
     call,
     call_in_backward,
     eager_form,
@@ -66,7 +66,7 @@ _Eager = eager_form(_Rotate)
 
 
 def _rotate(*args: Any) -> tuple[Tensor, Tensor]:
-    rotate = module("rotate")
+    rotate = module("portable.qk_prep")
     with on_device(args[0]):
         return rotate.rotate(rotate.Rotation(*args))
 
@@ -77,7 +77,7 @@ def _rotate_fake(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _rotate_backward(*args: Any) -> tuple[Tensor | None, ...]:
-    rotate = module("rotate")
+    rotate = module("portable.qk_prep")
     *inputs, grad_query, grad_key = args
     with on_device(grad_query):
         return rotate.rotate_backward(rotate.Rotation(*inputs), grad_query, grad_key)

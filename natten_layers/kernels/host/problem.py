@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from .configs import Axis, Box, Launch, ProblemClass, padded_head_dim, register_tile
+from .tiling import Axis, Box, Launch, ProblemClass, padded_head_dim, register_tile
 
 T = TypeVar("T", int, bool)
 

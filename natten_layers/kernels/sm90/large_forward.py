@@ -22,9 +22,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .configs import Launch
-from .forward import attend_tile
-from .hopper_primitives import (
+from ..host.problem import Inputs, Problem, new_results, three_axes
+from ..host.tiling import Launch
+from ..portable.fold_registers import fold_registers
+from ..portable.forward import attend_tile
+from ..portable.primitives import LN2, LOG2E, LOWEST, shifted, unravel, windows_of
+from .primitives import (
     await_load,
     await_tile,
     box_descriptor,
@@ -45,9 +48,6 @@ from .hopper_primitives import (
     take_tile,
     tile_walk,
 )
-from .primitives import LN2, LOG2E, LOWEST, shifted, unravel, windows_of
-from .problem import Inputs, Problem, new_results, three_axes
-from .registers import fold_registers
 
 FLAGS: tl.constexpr = tl.constexpr(64)  # tiles that a program of the repair looks at together
 
@@ -289,7 +289,7 @@ def repair_kernel(
 def forward(
     launch: Launch, problem: Problem, inputs: Inputs, sink_value: float | None, scale: float, with_state: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """What ``forward.forward`` computes, where ``hopper_launches.supports`` it and every address is a multiple of 16.
+    """What ``forward.forward`` computes, where ``dispatch.supports`` it and every address is a multiple of 16.
 
     Allocates its results, four bytes for every 128 rows of them, and with registers the statistics in any case.
     """

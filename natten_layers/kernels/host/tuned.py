@@ -17,8 +17,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, ParamSpec, TypeVar, get_args
 
-from ..files import replacing
-from .configs import Kind, Launch, ProblemClass, rule
+from ...files import replacing
+from .tiling import Kind, Launch, ProblemClass, rule
 
 __all__ = [
     "cache_file",

@@ -21,9 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import next_power_of_2
-from .launcher import launcher
-from .problem import RotationKind, new_like
+from ..host.launcher import launcher
+from ..host.problem import RotationKind, new_like
+from ..host.tiling import next_power_of_2
 
 ELEMENTS = 4096  # of a tile of tokens: four 16-byte loads a thread in half precision
 PROGRAMS = 8192  # enough to fill any device several times; beyond that a program takes more items

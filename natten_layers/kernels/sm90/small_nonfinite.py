@@ -12,9 +12,9 @@ slow down what it is part of: it is a function that is called, so that nothing o
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .hopper_primitives import output_rows, row_sinks
-from .hopper_rotate import load_turned
-from .primitives import LN2, LOWEST, shifted, unravel, windows_of
+from ..portable.primitives import LN2, LOWEST, shifted, unravel, windows_of
+from .primitives import output_rows, row_sinks
+from .qk_prep import load_turned
 
 
 @gluon.jit

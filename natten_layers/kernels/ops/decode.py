@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .operators import call, last_contiguous, module, on_device, register
-from .ops import unsupported
+from .attention import unsupported
+from .define import call, last_contiguous, module, on_device, register
 
 __all__ = ["decode", "why_not"]
 
@@ -43,7 +43,7 @@ def decode(
 
 def _decode(*args: Any) -> tuple[Tensor, Tensor | None]:
     with on_device(args[0]):
-        return module("decode").decode(*args)
+        return module("portable.decode").decode(*args)
 
 
 def _decode_fake(*args: Any) -> tuple[Tensor, Tensor]:

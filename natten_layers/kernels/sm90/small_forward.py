@@ -23,7 +23,10 @@ from triton.experimental.gluon.language.nvidia.hopper.tma import (
     store_wait,
 )
 
-from .hopper_primitives import (
+from ..host.launcher import Launcher, launcher
+from ..host.problem import Inputs, Layout, Problem, contiguous, new_results, three_axes
+from ..portable.primitives import LN2, LOG2E, shifted, unravel, windows_of
+from .primitives import (
     Boxes,
     descriptor,
     key_boxes,
@@ -33,9 +36,8 @@ from .hopper_primitives import (
     register_boxes,
     row_sinks,
 )
-from .hopper_rows import attend_rows
-from .hopper_small_launches import PARTS, SmallLaunch, StripLaunch
-from .hopper_tile import (
+from .small_nonfinite import attend_rows
+from .small_softmax import (
     WARPS,
     columns,
     divided,
@@ -47,9 +49,7 @@ from .hopper_tile import (
     unfinite,
     weighted_sum,
 )
-from .launcher import Launcher, launcher
-from .primitives import LN2, LOG2E, shifted, unravel, windows_of
-from .problem import Inputs, Layout, Problem, contiguous, new_results, three_axes
+from .small_tiling import PARTS, SmallLaunch, StripLaunch
 
 
 @gluon.jit
@@ -219,7 +219,7 @@ def hopper_small_kernel(
 def forward(
     launch: SmallLaunch, problem: Problem, inputs: Inputs, sink_value: float | None, scale: float, with_state: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """What ``forward.forward`` computes, where ``hopper_launches`` has a launch and addresses are multiples of 16.
+    """What ``forward.forward`` computes, where ``dispatch`` has a launch and addresses are multiples of 16.
 
     Allocates its results.
     """

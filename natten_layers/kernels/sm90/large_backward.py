@@ -22,9 +22,20 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from . import hopper_launches
-from .configs import Box, Launch
-from .hopper_primitives import (
+from .. import dispatch
+from ..host.problem import Inputs, Problem, layout, new_like, strides, three_axes
+from ..host.tiling import Box, Launch
+from ..portable.primitives import (
+    LOG2E,
+    inside_axes,
+    queries_of,
+    shifted,
+    token_offset,
+    union_of_queries,
+    unravel,
+    windows_of,
+)
+from .primitives import (
     await_load,
     await_tile,
     box_descriptor,
@@ -47,19 +58,8 @@ from .hopper_primitives import (
     tile_walk,
     walk_over,
 )
-from .primitives import (
-    LOG2E,
-    inside_axes,
-    queries_of,
-    shifted,
-    token_offset,
-    union_of_queries,
-    unravel,
-    windows_of,
-)
-from .problem import Inputs, Problem, layout, new_like, strides, three_axes
 
-ALIGNMENT: gl.constexpr = gl.constexpr(hopper_launches.ALIGNMENT)
+ALIGNMENT: gl.constexpr = gl.constexpr(dispatch.ALIGNMENT)
 PLAIN = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=4)
 
 
@@ -420,7 +420,7 @@ def line_descriptor(lines: Tensor, width: int, box: Box) -> TensorDescriptor:
 
 def new_statistics(problem: Problem) -> Statistics:
     t, h, w = problem.lengths
-    padded = triton.cdiv(w, hopper_launches.ALIGNMENT) * hopper_launches.ALIGNMENT
+    padded = triton.cdiv(w, dispatch.ALIGNMENT) * dispatch.ALIGNMENT
     shape = 2, problem.query.shape[-2], problem.query.shape[0] * t, h, padded
     return Statistics(*torch.empty(shape, dtype=torch.float32, device=problem.device))
 
@@ -453,7 +453,7 @@ def statistics_of(
 def key_gradients(
     launch: Launch, problem: Problem, inputs: Inputs, scale: float, grad_out: Tensor, statistics: Statistics
 ) -> tuple[Tensor, Tensor]:
-    """dK and dV, where ``hopper_launches.supports_backward`` is true and every address is a multiple of 16."""
+    """dK and dV, where ``dispatch.supports_backward`` is true and every address is a multiple of 16."""
     query, key, value = inputs[:3]
     grad_key, grad_value = new_like(key), new_like(value)
     lengths, kernel_size, stride, _ = problem.geometry

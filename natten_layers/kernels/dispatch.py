@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from ..geometry import query_bounds, window_bounds
-from .configs import Axis, Bounds, Box, Launch, boxes, spans
-from .hopper_small_launches import (
+from .host.problem import Layout, Problem, RotationKind, strides
+from .host.tiling import Axis, Bounds, Box, Launch, boxes, spans
+from .host.tuned import explicit_launch, override_pack, remembered
+from .sm90.small_tiling import (
     SCORES,
     SmallBackwardLaunches,
     SmallLaunch,
@@ -23,8 +25,6 @@ from .hopper_small_launches import (
     strip_launch_of,
     strip_pays,
 )
-from .launches import explicit_launch, override_pack, remembered
-from .problem import Layout, Problem, RotationKind, strides
 
 ROWS = 128  # of a tile: positions times packed heads
 COLUMNS = 128  # of a chunk; the kernel of key gradients keeps twice as many accumulators and takes half of it
@@ -57,10 +57,10 @@ class Kernels(NamedTuple):
 def kernels() -> Kernels | None:
     """The modules with the kernels, if this Triton has the Gluon that they are written in."""
     try:
-        from . import hopper, hopper_backward, hopper_small, hopper_small_backward, hopper_strip
+        from .sm90 import large_backward, large_forward, small_backward, small_forward, small_forward_rolling
     except ImportError:
         return None
-    return Kernels(hopper, hopper_backward, hopper_small, hopper_strip, hopper_small_backward)
+    return Kernels(large_forward, large_backward, small_forward, small_forward_rolling, small_backward)
 
 
 def forward_launch(problem: Problem, with_state: bool = False) -> Launch | SmallLaunch | StripLaunch | None:

@@ -1,4 +1,4 @@
-"""The backward pass of small windows on compute capability 9.0: ``backward.py``'s kernels in ``hopper_small.py``'s way.
+"""The backward pass of small windows on compute capability 9.0: ``backward.py``'s kernels as in ``small_forward.py``.
 
 What a tile sees, or is seen by, comes by TMA at once. Scores are taken some at a time, as they have gradients beside
 them.
@@ -27,21 +27,8 @@ from triton.experimental.gluon.language.nvidia.hopper.tma import (
     store_wait,
 )
 
-from .hopper_primitives import key_boxes, new_barriers, output_rows, query_boxes, thread_barrier
-from .hopper_small import (
-    Call,
-    boxes_of_parts,
-    boxes_of_registers,
-    call_of,
-    next_corner,
-    own_tile,
-    start_load,
-    start_parts,
-    those,
-)
-from .hopper_small_launches import PARTS, SmallLaunch
-from .hopper_tile import WARPS, columns, key_mask, register_mask
-from .primitives import (
+from ..host.problem import Inputs, Layout, Problem, contiguous, layout, new_like, strides, three_axes
+from ..portable.primitives import (
     LOG2E,
     inside_axes,
     queries_of,
@@ -52,7 +39,20 @@ from .primitives import (
     unravel,
     windows_of,
 )
-from .problem import Inputs, Layout, Problem, contiguous, layout, new_like, strides, three_axes
+from .primitives import key_boxes, new_barriers, output_rows, query_boxes, thread_barrier
+from .small_forward import (
+    Call,
+    boxes_of_parts,
+    boxes_of_registers,
+    call_of,
+    next_corner,
+    own_tile,
+    start_load,
+    start_parts,
+    those,
+)
+from .small_softmax import WARPS, columns, key_mask, register_mask
+from .small_tiling import PARTS, SmallLaunch
 
 
 @gluon.jit

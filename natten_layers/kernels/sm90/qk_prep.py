@@ -12,8 +12,8 @@ first two turn with each other; without rotation in quarters. A thread has the s
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .hopper_tile import WARPS
-from .primitives import inside_axes
+from ..portable.primitives import inside_axes
+from .small_softmax import WARPS
 
 
 @gluon.constexpr_function
