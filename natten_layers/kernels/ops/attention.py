@@ -219,7 +219,9 @@ def _backward(*args: Any) -> tuple[Tensor | None, ...]:
     inputs, (sink_value, *window, scale, out, row_max, row_sum, grad_out, grad_lse) = Inputs(*args[:6]), args[6:]
     with on_device(out):
         problem = problem_of(inputs, sink_value, window, scale)
-        *grads, delta = module("portable.backward").backward(problem, inputs, scale, out, row_max, row_sum, grad_out, grad_lse)
+        *grads, delta = module("portable.backward").backward(
+            problem, inputs, scale, out, row_max, row_sum, grad_out, grad_lse
+        )
         return *grads, _sink_gradient(inputs.sink, row_max, row_sum, delta)
 
 
