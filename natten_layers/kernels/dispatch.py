@@ -106,7 +106,7 @@ def backward_launches(problem: Problem, grad_out: Layout) -> BackwardLaunches | 
         return None
     if any(explicit_launch(kind, problem.problem_class) for kind in ("backward_query", "backward_key")):
         return None
-    return BackwardLaunches(launch_of(problem, pack), key_launch_of(problem))
+    return BackwardLaunches(query_launch_of(problem, pack), key_launch_of(problem))
 
 
 @remembered
@@ -138,8 +138,7 @@ def supports(problem: Problem) -> bool:
         p.device.type == "cuda"
         and torch.cuda.get_device_capability(p.device) == (9, 0)
         and p.dtype in (torch.float16, torch.bfloat16)
-        and p.query.shape[-1] == p.value.shape[-1]
-        and p.value.shape[-1] in (64, 128)
+        and max(p.query.shape[-1], p.value.shape[-1]) <= 256
         and not p.scale_first
         and prod(p.dilation) == 1
         and all(map(is_addressable, (p.query, p.key, p.value)))
@@ -149,7 +148,7 @@ def supports(problem: Problem) -> bool:
 def is_rotatable(problem: Problem, rotation: RotationKind) -> bool:
     """Whether a thread can have whole pairs of a head: half of it turns, or all, or nothing."""
     dim, pairs = problem.query.shape[-1], rotation.pairs
-    return pairs in (0, dim // 4, dim // 2) and pairs % rotation.axes == 0
+    return dim in (64, 128) and pairs in (0, dim // 4, dim // 2) and pairs % rotation.axes == 0
 
 
 def pays(problem: Problem) -> bool:
@@ -184,14 +183,31 @@ def supports_backward(problem: Problem, grad_out: Layout) -> bool:
 def launch_of(problem: Problem, pack: int | None = None) -> Launch:
     """The launch over queries of a problem, with ``pack`` heads a program if given: a power of two in the group."""
     pack = pack or most_packed(problem)
-    tile, chunk = best_boxes(problem.axes, ROWS // pack, COLUMNS, window_bounds)
+    columns = COLUMNS // 2 if is_wide(problem) else COLUMNS
+    tile, chunk = best_boxes(problem.axes, ROWS // pack, columns, window_bounds)
     return Launch(tile, chunk, pack, num_warps=4, stages=STAGES, max_registers=168)
+
+
+def is_wide(problem: Problem) -> bool:
+    return max(problem.query.shape[-1], problem.value.shape[-1]) > 128
+
+
+def query_launch_of(problem: Problem, pack: int | None = None) -> Launch:
+    """The launch of the gradients of queries: as that of the forward, with half of the keys a chunk for wide heads."""
+    launch = launch_of(problem, pack)
+    if is_wide(problem):
+        pack = pack or most_packed(problem)
+        tile, chunk = best_boxes(problem.axes, ROWS // pack, COLUMNS // 4, window_bounds)
+        launch = Launch(tile, chunk, pack, num_warps=4, stages=STAGES, max_registers=168)
+    return launch
 
 
 def key_launch_of(problem: Problem) -> Launch:
     """The launch over keys. In 1-D there is one buffer of tiles (``buffered_tiles``), which leaves room for a stage."""
-    tile, chunk = best_boxes(problem.axes, ROWS, COLUMNS // 2, query_bounds, ALIGNMENT)
-    stages = STAGES if problem.rank > 1 else STAGES + 1
+    wide = is_wide(problem)
+    rows = ROWS // 2 if wide else ROWS
+    tile, chunk = best_boxes(problem.axes, rows, COLUMNS // 2, query_bounds, ALIGNMENT)
+    stages = STAGES if problem.rank > 1 or wide else STAGES + 1
     return Launch(tile, chunk, pack=1, num_warps=4, stages=stages, max_registers=168)
 
 

@@ -40,6 +40,11 @@ def padded_head_dim(head_dim: int) -> int:
     return max(16, next_power_of_2(head_dim))
 
 
+def head_width(head_dim: int) -> int:
+    """Channels of a head in shared memory: matrix instructions take powers of two. TMA reads zeros behind the last."""
+    return max(32, next_power_of_2(head_dim))
+
+
 def boxes(size: int, limits: Sequence[int]) -> list[Box]:
     """Boxes of ``size`` positions with power-of-two sides, within the padded limits where that is possible."""
     caps = [next_power_of_2(n) for n in limits]

@@ -25,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper.tma import (
 
 from ..host.launcher import Launcher, launcher
 from ..host.problem import Inputs, Layout, Problem, contiguous, new_results, three_axes
+from ..host.tiling import head_width
 from ..portable.primitives import LN2, LOG2E, shifted, unravel, windows_of
 from .primitives import (
     Boxes,
@@ -152,8 +153,8 @@ def hopper_small_kernel(
     q_strides, k_strides, v_strides, regk_strides, regv_strides,
     length, kernel, stride, tiles, group, blocks, registers, reg_batch, sink, scale,
     CAUSAL: gl.constexpr, TILE: gl.constexpr, BOXES: gl.constexpr, AXIS: gl.constexpr, PACK: gl.constexpr,
-    RANK: gl.constexpr, WINDOW: gl.constexpr, KEYS: gl.constexpr, D: gl.constexpr, SINK: gl.constexpr,
-    WITH_STATE: gl.constexpr,
+    RANK: gl.constexpr, WINDOW: gl.constexpr, KEYS: gl.constexpr, D: gl.constexpr, BD: gl.constexpr,
+    SINK: gl.constexpr, WITH_STATE: gl.constexpr,
 ):  # fmt: skip
     """Attention of one tile; the grid is (tiles * blocks of heads, batch).
 
@@ -172,8 +173,8 @@ def hopper_small_kernel(
     place = i_block * PACK // group, i_batch * length[0], i_batch * reg_batch
     q_corner = [place[1] + origin[0], origin[1], origin[2], i_block * PACK, 0]
     ready = new_barriers(2, 1)
-    mbarrier.expect(ready.index(0), (M + KEYS) * D * 2)
-    mbarrier.expect(ready.index(1), KEYS * D * 2)
+    mbarrier.expect(ready.index(0), (M + KEYS) * BD * 2)
+    mbarrier.expect(ready.index(1), KEYS * BD * 2)
     buffer = start_load(q_desc, q_corner, ready.index(0))
     keys = start_parts(k_descs, regk_desc, place, corner, ready.index(0), AXIS)
     values = start_parts(v_descs, regv_desc, place, corner, ready.index(1), AXIS)
@@ -192,10 +193,10 @@ def hopper_small_kernel(
     if regk_desc is not None:
         masks = masks + (register_mask(registers, 0, keys[len(BOXES)].shape[0], M),)  # noqa: RUF005
 
-    b_q = buffer.reshape([M, D])
+    b_q = buffer.reshape([M, BD])
     mbarrier.wait(ready.index(0), 0)
     scores = scores_of(b_q, keys, masks)
-    b_acc, row_m, row_l = weighted_sum(scores, values, ready.index(1), 0, row_sink, scale, SINK, D, EIGHTHS)
+    b_acc, row_m, row_l = weighted_sum(scores, values, ready.index(1), 0, row_sink, scale, SINK, BD, EIGHTHS)
     if is_zero(unfinite(b_acc)):
         # Through the queries' buffer, so that TMA writes what lies inside the image.
         b_q.store(divided(b_acc, row_l, q_desc.dtype))
@@ -212,7 +213,7 @@ def hopper_small_kernel(
             (q_strides, k_strides, v_strides, regk_strides, regv_strides), i_batch, i_block, origin,
             (length, kernel, stride, blocks * PACK), group, registers, sink, scale * LOG2E,
             None, None, None, None, None, None,
-            CAUSAL, TILE, PACK, D, SINK, WITH_STATE, "none", 1, 0,
+            CAUSAL, TILE, PACK, D, BD, SINK, WITH_STATE, "none", 1, 0,
         )  # fmt: skip
 
 
@@ -296,6 +297,7 @@ def options_of(launch: SmallLaunch | StripLaunch, p: Problem, with_state: bool) 
         "RANK": p.rank,
         "WINDOW": p.kernel_size[0] if p.rank == 1 else None,
         "D": p.query.shape[-1],
+        "BD": head_width(p.query.shape[-1]),
         "SINK": p.sink,
         "WITH_STATE": with_state,
         "num_warps": WARPS,
