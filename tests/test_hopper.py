@@ -39,6 +39,16 @@ CASES = (
          sink="zero"),
     Case("3d-gqa", (10, 17, 19), (6, 10, 12), heads=2, kv_heads=1, head_dim=128, value_dim=128, batch=1),
     Case("3d-causal", (12, 16, 18), (7, 9, 10), 1, 1, (True, False, False), 4, 1, head_dim=128, value_dim=128),
+    Case("1d-wide-causal-gqa-sink", (700,), 300, is_causal=True, heads=8, kv_heads=2, head_dim=256, value_dim=256,
+         sink="learned"),
+    Case("2d-wide-registers", (37, 41), (15, 17), heads=3, kv_heads=3, head_dim=256, value_dim=256, registers=5),
+    Case("3d-wide-padded", (9, 12, 18), (5, 7, 8), heads=2, kv_heads=1, head_dim=192, value_dim=192),
+    Case("1d-values-narrower", (900,), 257, is_causal=True, heads=4, kv_heads=2, head_dim=192, value_dim=128),
+    Case("2d-values-wider", (30, 41), (17, 15), heads=2, kv_heads=2, head_dim=64, value_dim=128),
+    Case("2d-padded-80-sink", (37, 41), 21, heads=4, kv_heads=2, head_dim=80, value_dim=80, sink="zero"),
+    Case("1d-padded-96-gqa", (1000,), 400, is_causal=True, heads=4, kv_heads=1, head_dim=96, value_dim=96),
+    Case("3d-padded-40", (9, 12, 18), (5, 7, 8), heads=2, kv_heads=2, head_dim=40, value_dim=40),
+    Case("2d-narrow", (40, 48), (24, 20), heads=2, kv_heads=2, head_dim=32, value_dim=32),
 )  # fmt: skip
 
 
@@ -236,7 +246,7 @@ def test_large_is_what_the_keys_of_a_window_take(
         {"capability": (12, 0)},
         {"device": torch.device("cpu")},
         {"key": Layout((1, 8192, 2, 128), (8192 * 257, 257, 128, 1))},
-        {"value": Layout((1, 8192, 2, 64), (8192 * 128, 128, 64, 1))},
+        {"query": Layout((1, 8192, 8, 264), (8192 * 8 * 264, 8 * 264, 264, 1))},  # more channels than registers hold
     ],
     ids=str,
 )

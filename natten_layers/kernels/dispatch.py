@@ -33,6 +33,7 @@ NUMBERS = 2**15  # in a head's keys of a window, from which on it is large: 256 
 REGISTERED = 2**18  # the same where registers take a second launch, which reads and writes the output once more
 LEAST_ROWS = 2**18  # of queries, from which on a small window's kernel runs for as long as the host needs to launch it
 PAIRS = 2**28  # of a query and a key in large windows: fewer are done before the host has prepared a launch
+WIDE_WINDOW, WIDE_PAIRS = 64, 2**24  # the same of heads wider than 128 channels, where portable kernels are slow
 ALIGNMENT = 4  # statistics of queries: TMA loads 16 bytes at least, from multiples of as many
 
 
@@ -153,9 +154,11 @@ def is_rotatable(problem: Problem, rotation: RotationKind) -> bool:
 
 def pays(problem: Problem) -> bool:
     """Whether it was measured to be faster than the portable kernel, on problems like this one."""
-    window = prod(problem.kernel_size)
+    window, pairs = prod(problem.kernel_size), prod(problem.query.shape[:-1]) * prod(problem.kernel_size)
+    if is_wide(problem):
+        return window >= WIDE_WINDOW and pairs >= WIDE_PAIRS
     least = REGISTERED if problem.registers else NUMBERS
-    return window * problem.query.shape[-1] >= least and prod(problem.query.shape[:-1]) * window >= PAIRS
+    return window * problem.query.shape[-1] >= least and pairs >= PAIRS
 
 
 def small_pays(problem: Problem) -> bool:

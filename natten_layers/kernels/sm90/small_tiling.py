@@ -175,7 +175,7 @@ def small_launch(
     # Scores, accumulators and, kept for the end, where statistics go; with fewer ptxas serializes the products, and
     # below 94 has no code for those of 128 channels.
     least = 80 if launch.keys <= 80 and dim <= 64 else 96
-    needed = max(launch.keys // 2 + dim // 2 + (8 if with_state else 0), least)
+    needed = max(launch.keys // 2 + max(dim, 64) // 2 + (8 if with_state else 0), least)
     return launch._replace(max_registers=_registers_a_thread(needed, 2 * (2 * launch.keys + SMALL_ROWS) * dim))
 
 
@@ -224,7 +224,7 @@ def strip_launch(
     dim = head_width(problem.query.shape[-1])
     shared = 2 * dim * (2 * (slots * prod(box) + launch.registers) + SMALL_ROWS)
     # Scores, accumulators, what stays from turn to turn and, kept for the end, where statistics go.
-    needed = max(launch.keys // 2 + dim // 2 + 12 + launch.keys // 32 + (8 if with_state else 0), 80)
+    needed = max(launch.keys // 2 + max(dim, 64) // 2 + 12 + launch.keys // 32 + (8 if with_state else 0), 80)
     apart = launch._replace(max_registers=_registers_a_thread(needed, shared + 2 * dim * SMALL_ROWS))
     in_ring = launch._replace(in_ring=True, max_registers=_registers_a_thread(needed, shared))
     # Where each query head has keys of its own, loads that start early are worth more than programs, if there is little
