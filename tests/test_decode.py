@@ -173,6 +173,40 @@ def test_a_token_that_sees_nothing_gets_nothing() -> None:
     torch.testing.assert_close(lse[:, 0], torch.full_like(lse[:, 0], 2.5))
 
 
+@pytest.mark.parametrize("trim_from", [0, decode.TRIM_FROM])
+@pytest.mark.parametrize("hole", [-(2**63), -(2**63) + 30, -(2**32) + 30, -(2**31) - 1])
+def test_padding_may_have_any_negative_position(hole: int, trim_from: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some of these are 0 or more in their last 32 bits."""
+    monkeypatch.setattr(decode, "TRIM_FROM", trim_from)
+    arguments = make_arguments(Case("padding", 40, tokens=2, window=25))
+    expected = attend(arguments, "fused")
+    keys, queries = arguments["key_positions"], arguments["query_positions"]
+    assert (keys == -1).any()
+    arguments["key_positions"] = torch.where(keys == -1, hole, keys)
+    for got, wanted in zip(attend(arguments, "fused"), expected, strict=True):
+        assert torch.equal(got, wanted)
+    arguments["query_positions"] = torch.cat((queries[:, :1], torch.full_like(queries[:, :1], hole)), 1)
+    out, lse = attend(arguments, "fused")
+    assert torch.equal(out[:, 0], expected[0][:, 0])
+    assert (out[:, 1] == 0).all()
+    assert (lse[:, 1] == -math.inf).all()
+
+
+@pytest.mark.parametrize("trim_from", [0, decode.TRIM_FROM])
+@pytest.mark.parametrize("window", [None, 25])
+@pytest.mark.parametrize("by", [2**31 - 20, 2**32, 2**62])
+def test_positions_have_64_bits(by: int, window: int | None, trim_from: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All positions further on by the same number: the same keys are seen."""
+    monkeypatch.setattr(decode, "TRIM_FROM", trim_from)
+    arguments = make_arguments(Case("further", 40, tokens=2, window=window, fill="rolled"))
+    expected = attend(arguments, "fused")
+    keys = arguments["key_positions"]
+    arguments["key_positions"] = torch.where(keys >= 0, keys + by, keys)
+    arguments["query_positions"] = arguments["query_positions"] + by
+    for got, wanted in zip(attend(arguments, "fused"), expected, strict=True):
+        assert torch.equal(got, wanted)
+
+
 @pytest.mark.parametrize("registers", [0, 2])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("name", ["key", "value"])

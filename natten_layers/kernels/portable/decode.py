@@ -20,7 +20,7 @@ from ..host.launcher import launcher
 from ..host.problem import device_traits, precision, sink_kind
 from ..host.tiling import next_power_of_2, padded_head_dim
 from .forward import attend_registers, initial_state
-from .primitives import LN2, LOG2E, LOWEST, between, load_rows, softmax_step, store_rows
+from .primitives import LN2, LOG2E, LOWEST, load_rows, softmax_step, store_rows
 
 MAX_ROWS = 64
 TILE_BYTES = 2**14
@@ -28,7 +28,7 @@ TILE_BYTES = 2**14
 PROGRAMS = 2048
 """Enough for the last wave not to matter, and for the merge not to: many times the SMs of any device."""
 MAX_SPLITS = 128
-NO_WINDOW = 2**31 - 1
+NO_WINDOW = 2**63 - 1
 TRIM_FROM = 512
 """Slots of a slice from which it is worth to look at all its positions before any key is loaded."""
 STAGES = 3
@@ -36,16 +36,16 @@ STAGES = 3
 
 @triton.jit
 def load_positions(KeyPositions, start, stride, end, BN: tl.constexpr):
-    """Positions of the slots from ``start``; -1, an empty slot's, from ``end`` on."""
+    """Positions of the slots from ``start``, in 64 bits, as any may be given; -1, an empty slot's, from ``end`` on."""
     n = tl.arange(0, BN)
     p_slots = KeyPositions + tl.cast(start, tl.int64) * stride + n.to(tl.int64) * stride
-    return tl.load(p_slots, mask=n < end - start, other=-1).to(tl.int32)
+    return tl.load(p_slots, mask=n < end - start, other=-1).to(tl.int64)
 
 
 @triton.jit
 def seen_slots(KeyPositions, stride, begin, end, row_lo, row_hi, BLOCK: tl.constexpr):
     """First slot that a row sees, or ``end``, and the one after the last, or 0; from the positions alone."""
-    lo = tl.min(tl.where(row_lo <= row_hi, row_lo, 2147483647), 0)
+    lo = tl.min(tl.where(row_lo <= row_hi, row_lo, 9223372036854775807), 0)
     hi = tl.max(row_hi, 0)
     first = tl.zeros([BLOCK], tl.int32) + end
     last = tl.full([BLOCK], -1, tl.int32)
@@ -80,7 +80,7 @@ def attend_cache(
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [M, N]
         if SCALE_FIRST:
             b_s = b_s * score_scale
-        b_visible = between(row_lo, row_hi, col)
+        b_visible = (col[None, :] >= row_lo[:, None]) & (col[None, :] <= row_hi[:, None])
         b_s = tl.where(b_visible, b_s, float("-inf"))
         b_acc, row_m, row_l = softmax_step(b_acc, row_m, row_l, b_s, b_v, b_visible, factor, CLEAN, PRECISION)
     return b_acc, row_m, row_l
@@ -148,7 +148,7 @@ def decode_kernel(
     row_head = i_kv * group + row % group
     b_q = load_rows(Q + i_batch * q_strides[0], row_token * q_strides[1] + row_head * q_strides[2], m_rows, D, BD)
     QueryPositions += i_batch * qp_strides[0]
-    row_p = tl.load(QueryPositions + row_token * qp_strides[1], mask=m_rows, other=-1).to(tl.int32)
+    row_p = tl.load(QueryPositions + row_token * qp_strides[1], mask=m_rows, other=-1).to(tl.int64)
     row_hi = tl.maximum(row_p, -1)
     row_lo = tl.maximum(row_hi - window + 1, 0)
 
