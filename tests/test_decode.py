@@ -18,6 +18,9 @@ from natten_layers import cached, cached_attention
 
 pytest.importorskip("triton")
 
+import triton
+import triton.language as tl
+
 from natten_layers.kernels.portable import decode
 
 ON_GPU = torch.cuda.is_available()
@@ -131,6 +134,18 @@ def test_matches_the_oracle_in_trimmed_slices(case: Case, monkeypatch: pytest.Mo
     monkeypatch.setattr(decode, "TRIM_FROM", 0)
     assert case.slots <= 32 or decode.split(1, case.slots, 16)[0] > 1
     check(case)
+
+
+@triton.jit
+def first_chunks_kernel(Out, begin, BN: tl.constexpr):
+    seen = begin + tl.program_id(0)
+    tl.store(Out + tl.program_id(0), decode.first_chunk(begin, seen, BN))
+
+
+def test_a_trimmed_slice_begins_with_the_chunk_of_the_first_slot_that_is_seen() -> None:
+    starts = torch.zeros(50, dtype=torch.int32, device=DEVICE)
+    first_chunks_kernel[(50,)](starts, 64, BN=16)
+    assert starts.tolist() == [64 + i // 16 * 16 for i in range(50)]
 
 
 @pytest.mark.parametrize("programs", [1, 3, 100, 5000])

@@ -59,6 +59,15 @@ def seen_slots(KeyPositions, stride, begin, end, row_lo, row_hi, BLOCK: tl.const
 
 
 @triton.jit
+def first_chunk(begin, seen, BN: tl.constexpr):
+    """Start of the chunk that holds slot ``seen``, of those of ``BN`` slots from ``begin`` on."""
+    # Not begin = seen: Triton knows no alignment of what comes from a reduction, and would load single elements.
+    while begin + BN <= seen:
+        begin += BN
+    return begin
+
+
+@triton.jit
 def attend_cache(
     b_q, b_acc, row_m, row_l, K, V, KeyPositions, k_stride, v_stride, position_stride, begin, end,
     row_lo, row_hi, factor, score_scale,
@@ -162,9 +171,7 @@ def decode_kernel(
     end = tl.minimum(begin + share, length)
     if TRIM:
         seen, end = seen_slots(KeyPositions, kp_strides[1], begin, end, row_lo, row_hi, 512)
-        # Not begin = seen: Triton knows no alignment of what comes from a reduction, and would load single elements.
-        while begin + BN <= seen:
-            begin += BN
+        begin = first_chunk(begin, seen, BN)
     with_sink = i_split == 0
     registers = tl.where(i_split == 0, registers, 0)
     b_acc, row_m, row_l = attend_slice(
