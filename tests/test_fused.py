@@ -14,8 +14,10 @@ from natten_layers import attention_state, merge_attention, neighborhood_attenti
 
 pytest.importorskip("triton")
 
-from natten_layers.kernels.host.problem import Inputs, problem_of
+from natten_layers.kernels.host.problem import Inputs, Layout, contiguous, problem_of
+from natten_layers.kernels.portable.backward import backward_launchers
 from natten_layers.kernels.portable.fold_registers import fold_registers
+from natten_layers.kernels.portable.forward import forward_launcher
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -176,6 +178,51 @@ def test_what_is_not_finite_stays_in_its_windows(name: str, value: float) -> Non
     seen[0, 3:6, 4:7] = True
     assert not dirty[seen].isfinite().all(-1).any()
     torch.testing.assert_close(dirty[~seen], clean[~seen], rtol=1e-5, atol=1e-6)
+
+
+FAR = 2**30 + 8
+"""elements from one token to the next: of three, the last begins where only 64 bits reach"""
+
+
+def far(tensor: Tensor) -> Tensor:
+    """``[1, L, H, D]`` with its tokens far apart. The memory between them is never touched, and so costs nothing."""
+    _, length, heads, dim = tensor.shape
+    storage = torch.empty((length - 1) * FAR + heads * dim, dtype=tensor.dtype, device=tensor.device)
+    return storage.as_strided((1, length, heads, dim), (length * FAR, FAR, dim, 1)).copy_(tensor)
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value", "grad_out", "out"])
+@pytest.mark.parametrize("kernel", ["query", "key"])
+def test_every_tensor_of_a_gradient_decides_how_wide_offsets_are(name: str, kernel: str) -> None:
+    shape = (1, 4, 2, 16)
+    near, away = contiguous(shape), Layout(shape, (4 * FAR, FAR, 16, 1))
+    inputs = Inputs(*(torch.empty(shape) for _ in range(3)), *[None] * 3)
+    problem = problem_of(inputs, None, ((3,), (1,), (1,), (False,)), 1.0)
+    assert not getattr(backward_launchers(problem, near, None), kernel).options["WIDE"]
+    if name == "out":  # nothing but new results is large: an image of 2^30 values of one head
+        shape = (1, 2**20, 1, 2**10)
+        narrow = Layout(shape, (0, 0, 0, 1))
+        problem = problem._replace(query=narrow, key=narrow, value=narrow)
+        away = narrow
+    elif name != "grad_out":
+        problem, away = problem._replace(**{name: away}), near
+    assert getattr(backward_launchers(problem, away, None), kernel).options["WIDE"]
+    if name != "grad_out":
+        assert forward_launcher(problem, True).options["WIDE"]
+
+
+def test_reads_tensors_whose_tokens_lie_far_apart() -> None:
+    """As in a row that attention shares with much else: inputs, and the output's gradient."""
+    draw = torch.Generator().manual_seed(0)
+    q, k, v, grad = (torch.randn(1, 3, 2, 16, generator=draw).half().to(DEVICE) for _ in range(4))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = neighborhood_attention(q, k, v, 2, impl="fused")
+    expected = torch.autograd.grad(out, leaves, grad, retain_graph=True)
+    for actual, wanted in zip(torch.autograd.grad(out, leaves, far(grad)), expected, strict=True):
+        assert torch.equal(actual, wanted)
+    with torch.no_grad():
+        for inputs in ((far(q), k, v), (q, far(k), v), (q, k, far(v))):
+            assert torch.equal(neighborhood_attention(*inputs, 2, impl="fused"), out)
 
 
 def test_gradients_are_bitwise_reproducible() -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import accumulate
-from math import ceil, prod
+from math import ceil
 from operator import mul
 from typing import Any, NamedTuple, TypeVar
 
@@ -43,6 +43,13 @@ def layout(tensor: Tensor) -> Layout:
 def strides(tensor: Layout) -> tuple[int, ...]:
     """``(batch, t, h, w, head)`` of ``[B, *spatial, H, D]``."""
     return tensor.stride[0], *three_axes(tensor.stride[1:-2], 0), tensor.stride[-2]
+
+
+def need_wide_offsets(tensors: Iterable[Layout | None]) -> bool:
+    """Whether offsets inside one image need 64 bits. Offsets of images and heads always have them."""
+    spans = (sum(map(mul, x.shape[1:-2], x.stride[1:-2])) for x in tensors if x is not None)
+    # Chunks may reach past the end of an axis by less than their own size.
+    return 2 * max(spans) >= 2**31
 
 
 def register_strides(tensor: Layout | None) -> tuple[int, ...]:
@@ -134,12 +141,14 @@ class Problem(NamedTuple):
         return tuple(zip(lengths, kernel_size, stride, three_axes(self.is_causal, False), strict=True))
 
     @property
-    def wide(self) -> bool:
-        """Whether offsets inside one image need 64 bits. Offsets of images and heads always have them."""
-        spans = [sum(map(mul, x.shape[1:-2], x.stride[1:-2])) for x in (self.query, self.key, self.value)]
-        out = prod(self.lengths) * self.query.shape[-2] * self.value.shape[-1]
-        # Chunks may reach past the end of an axis by less than their own size.
-        return 2 * max(out, *spans) >= 2**31
+    def out(self) -> Layout:
+        """Of the output ``[B, *spatial, Hq, Dv]``, which is new."""
+        return contiguous((*self.query.shape[:-1], self.value.shape[-1]))
+
+    @property
+    def statistics(self) -> Layout:
+        """Of one number for every query and head, ``[B, *spatial, Hq, 1]``, new."""
+        return contiguous((*self.query.shape[:-1], 1))
 
     @property
     def kv_heads(self) -> int:
@@ -184,8 +193,12 @@ class Problem(NamedTuple):
             register_strides(self.additional_keys), register_strides(self.additional_values),
         )  # fmt: skip
 
-    def program(self, launch: Launch) -> dict[str, Any]:
-        """Compile-time arguments and options that follow from a launch."""
+    def program(self, launch: Launch, tensors: Iterable[Layout | None]) -> dict[str, Any]:
+        """Compile-time arguments and options that follow from a launch.
+
+        Args:
+            tensors: all that have tokens and that the kernel reads or writes: its offsets are as wide as they need.
+        """
         # A score of -inf that is scaled later needs a positive scale.
         mask = "border" if launch.skip_mask else "select" if self.scale_first else "add"
         return {
@@ -194,7 +207,7 @@ class Problem(NamedTuple):
             "CHUNK": launch.chunk,
             "MASK": mask,
             "RANK": self.rank,
-            "WIDE": self.wide,
+            "WIDE": need_wide_offsets(tensors),
             "STAGES": launch.stages,
             "num_warps": launch.num_warps,
             "maxnreg": launch.max_registers,

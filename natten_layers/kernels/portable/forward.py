@@ -253,5 +253,6 @@ def forward_launcher(problem: Problem, with_state: bool) -> Launcher:
         forward_kernel,
         (p.programs(launch),),
         (*p.input_strides(), *p.geometry, p.tiles(launch.tile), p.group, p.kv_heads, p.registers),
-        **p.program(launch), **p.constants(), PACK=launch.pack, BR=p.register_tile, SINK=p.sink, WITH_STATE=with_state,
+        **p.program(launch, (p.query, p.key, p.value, p.out)), **p.constants(),
+        PACK=launch.pack, BR=p.register_tile, SINK=p.sink, WITH_STATE=with_state,
     )  # fmt: skip

@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..host.problem import Inputs, Problem, new_results, three_axes
+from ..host.problem import Inputs, Problem, need_wide_offsets, new_results, three_axes
 from ..host.tiling import Launch
 from ..portable.fold_registers import fold_registers
 from ..portable.forward import attend_tile
@@ -319,9 +319,10 @@ def _attend_windows(
         lengths, kernel_size, stride, tiles, problem.group, query.shape[-2] // launch.pack, programs, sink_value, scale,
         **options, STAGES=launch.stages, num_warps=launch.num_warps, maxnreg=launch.max_registers,
     )  # fmt: skip
+    wide = need_wide_offsets((problem.query, problem.key, problem.value, problem.out))
     repair_kernel[(triton.cdiv(programs, FLAGS),)](
         broken, query, key, value, out, row_max, row_sum, None, None, sink, *problem.input_strides()[:3], (0, 0, 0),
         (0, 0, 0), programs, lengths, kernel_size, stride, dilation, tiles, problem.group, problem.kv_heads, 0,
-        sink_value, scale, **options, WIDE=problem.wide, BR=0, num_warps=8,
+        sink_value, scale, **options, WIDE=wide, BR=0, num_warps=8,
     )  # fmt: skip
     return out, row_max, row_sum
