@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from helpers import FLOOR, error, raises_naming
+from helpers import FLOOR, enlarge, error, raises_naming
 from torch import Tensor
 
 from benchmarks import decode as benchmark
@@ -186,6 +186,23 @@ def test_a_token_that_sees_nothing_gets_nothing() -> None:
     assert error(out[:, 1], attend(widened(arguments), "eager")[0][:, 1]) < 1e-6
     _, lse = attend(arguments | {"sink": 2.5}, "fused")
     torch.testing.assert_close(lse[:, 0], torch.full_like(lse[:, 0], 2.5))
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # to -inf, of which a weight is 0
+@pytest.mark.parametrize("tile_bytes", [1, decode.TILE_BYTES])
+@pytest.mark.parametrize("exponent", [31, 112])
+def test_scores_may_be_as_large_as_fp32_holds(exponent: int, tile_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "TILE_BYTES", tile_bytes)
+    arguments = make_arguments(Case("large", 70, tokens=2, window=40, registers=2))
+    arguments |= enlarge({name: arguments[name] for name in ("query", "key", "additional_keys")}, exponent)
+    expected = attend(widened(arguments), "eager")
+    for got, wanted in zip(attend(arguments, "fused"), expected, strict=True):
+        assert error(got, wanted) < 1e-6
+
+
+@pytest.mark.parametrize("scale", [1e-50, 1e-40])
+def test_a_scale_that_fp32_does_not_hold_gives_every_key_the_same_weight(scale: float) -> None:
+    check(Case("tiny", 70, tokens=2, window=40, registers=2, sink="learned", scale=scale))
 
 
 @pytest.mark.parametrize("trim_from", [0, decode.TRIM_FROM])

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import CASES, Case, assert_close, error, make_inputs, oracle, run
+from helpers import CASES, Case, arguments, assert_close, enlarge, error, make_inputs, oracle, run
 from torch import Tensor
 
 from natten_layers import attention_state, merge_attention, neighborhood_attention
@@ -162,6 +162,55 @@ def test_a_second_launch_folds_registers_into_a_saved_state(registers: int, scal
         )
     assert error(state.out, expected.out) < 1e-6
     assert error(state.lse, expected.lse) < 1e-6
+
+
+EXTREMES = (
+    Case("2d", (5, 6), 3, heads=4),
+    Case("1d-causal-registers", (9,), 4, is_causal=True, heads=4, registers=3),
+    Case("2d-border", (20, 33), (16, 32), heads=2, kv_heads=1, batch=1),
+)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # to -inf, of which a weight is 0
+@pytest.mark.parametrize("exponent", [31, 40, 112])
+@pytest.mark.parametrize("case", EXTREMES, ids=str)
+def test_scores_may_be_as_large_as_fp32_holds(case: Case, exponent: int) -> None:
+    """On a GPU, whose products and sums are rounded once, they have to be scaled apart from 2^30 on."""
+    inputs = enlarge({name: t.detach() for name, t in make_inputs(case, DEVICE).items()}, exponent)
+    expected = oracle(case, {name: t.requires_grad_() for name, t in inputs.items()})
+    with torch.no_grad():
+        out, lse = neighborhood_attention(**arguments(case, inputs), return_lse=True, impl="fused")
+    assert expected.lse.abs().min() > 1e8
+    assert error(out, expected.out) < 1e-6
+    assert error(lse, expected.lse) < 1e-6
+
+
+@pytest.mark.parametrize("scale", [1e-50, 1e-40, 5e-39])
+def test_a_scale_that_fp32_does_not_hold_gives_every_key_the_same_weight(scale: float) -> None:
+    case = Case("tiny", (5, 6), 3, heads=4, kv_heads=2, registers=2, sink="learned", scale=scale)
+    inputs = make_inputs(case, DEVICE)
+    actual, expected = run(case, inputs, "fused").tensors(), oracle(case, inputs).tensors()
+    for name in ("out", "lse", "grad of value", "grad of additional_values", "grad of sink"):
+        assert error(actual[name], expected[name]) < 2e-6, name
+    for name in ("grad of query", "grad of key", "grad of additional_keys"):
+        assert actual[name].abs().max() < 1e-36, name
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+@pytest.mark.parametrize("exponent", [31, 112])
+def test_registers_fold_into_a_state_of_large_scores(exponent: int) -> None:
+    case = Case("fold-large", (7, 9), 3, heads=4, registers=3)
+    tensors = enlarge({name: t.detach() for name, t in make_inputs(case, DEVICE).items()}, exponent)
+    expected = oracle(case, {name: t.requires_grad_() for name, t in tensors.items()})
+    with torch.no_grad():
+        q, k, v, rk, rv = tensors.values()
+        state = attention_state(q, k, v, 3, impl="fused")
+        inputs = Inputs(q, k, v, rk, rv, None)
+        problem = problem_of(inputs, None, ((3, 3), (1, 1), (1, 1), (False, False)), case.head_dim**-0.5)
+        fold_registers(problem, inputs, case.head_dim**-0.5, *state)
+    assert error(state.lse, expected.lse) < 1e-6
+    # Maxima are saved as natural logarithms and rounded once more: of equal scores one may get all the weight.
+    assert state.out.isfinite().all()
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's NumPy

@@ -62,6 +62,15 @@ def sink_kind(sink: Tensor | None, value: float | None) -> str:
     return "tensor" if sink is not None else "none" if value is None else "value"
 
 
+def scales_first(scale: float) -> bool:
+    """``SCALE_FIRST`` of the kernels: whether scores are scaled before their maximum is taken, and before a mask.
+
+    A scale that is not positive does not commute with the maximum; and what is zero in fp32, or is taken for zero as
+    it is not normal there, makes NaN of a mask of -inf.
+    """
+    return scale < torch.finfo(torch.float32).tiny
+
+
 def precision(dtype: torch.dtype) -> str:
     """``PRECISION`` of the kernels' matrix products, as Triton calls it; it matters for fp32 only.
 
@@ -116,7 +125,7 @@ class Problem(NamedTuple):
     sink: str
     """how it is given: none, value or tensor"""
     scale_first: bool
-    """A scale that is not positive does not commute with the maximum of the scores."""
+    """of :func:`scales_first`"""
     precision: str
     """of matrix products, as Triton calls it"""
 
@@ -263,5 +272,5 @@ def problem_of(inputs: Inputs, sink_value: float | None, window: Sequence[Sequen
         None if additional_keys is None else layout(additional_keys),
         None if additional_values is None else layout(additional_values),
         query.device, query.dtype, tuple(kernel_size), tuple(stride), tuple(dilation), tuple(is_causal),
-        sink_kind(sink, sink_value), scale <= 0, precision(query.dtype),
+        sink_kind(sink, sink_value), scales_first(scale), precision(query.dtype),
     )  # fmt: skip

@@ -17,10 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..host.launcher import launcher
-from ..host.problem import device_traits, precision, sink_kind
-from ..host.tiling import next_power_of_2, padded_head_dim
+from ..host.problem import device_traits, precision, scales_first, sink_kind
+from ..host.tiling import next_power_of_2, padded_head_dim, tile_copies
 from .forward import attend_registers, initial_state
-from .primitives import LN2, LOG2E, LOWEST, load_rows, softmax_step, store_rows
+from .primitives import LN2, LOG2E, LOWEST, are_sound, load_rows, softmax_step, store_rows
 
 MAX_ROWS = 64
 TILE_BYTES = 2**14
@@ -179,12 +179,12 @@ def decode_kernel(
         regk_strides, regv_strides, begin, end, row_lo, row_hi, row_head, registers, sink, with_sink, scale,
         BM, BN, D, BD, DV, BDV, BR, SINK, False, SCALE_FIRST, PRECISION, STAGES,
     )  # fmt: skip
-    # NaN or inf times a weight of zero: rare enough to pay for it with a second pass, and only then.
-    if tl.max(tl.where(tl.abs(tl.sum(b_acc * 0.0, 1)) >= 0.0, 0, 1), 0) > 0:
+    # A second pass as in the forward kernel.
+    if tl.max(tl.where(are_sound(b_acc, row_m, row_l), 0, 1), 0) > 0:
         b_acc, row_m, row_l = attend_slice(
             b_q, K, V, KeyPositions, RegK, RegV, Sink, k_strides[1], v_strides[1], kp_strides[1],
             regk_strides, regv_strides, begin, end, row_lo, row_hi, row_head, registers, sink, with_sink, scale,
-            BM, 16, D, BD, DV, BDV, BR, SINK, True, SCALE_FIRST, PRECISION, 1,
+            BM, 16, D, BD, DV, BDV, BR, SINK, True, True, PRECISION, 1,
         )  # fmt: skip
 
     o_row = (i_batch * tokens + row_token) * (kv_heads * group) + row_head
@@ -238,7 +238,8 @@ def block(rows: int, width: int, element_size: int, limit: int) -> tuple[int, in
     slots = min(max(16, TILE_BYTES // (width * element_size)), 128)
     most = min(max(16, next_power_of_2(rows)), MAX_ROWS)
     # Queries and weights beside two stages of keys and values. Read off compiled kernels; the rest is under 2 KiB.
-    while most > 16 and most * (width + slots) * element_size + 4 * TILE_BYTES + 2048 > limit:
+    columns = tile_copies(element_size) * width + slots
+    while most > 16 and most * columns * element_size + 4 * TILE_BYTES + 2048 > limit:
         most //= 2
     return most, slots
 
@@ -289,7 +290,7 @@ def decode(
         ),
         BM=BM, BN=BN, D=head_dim, BD=BD, DV=value_dim, BDV=BDV, BR=16 if registers else 0,
         SINK=sink_kind(sink, sink_value), TRIM=share > TRIM_FROM,
-        SCALE_FIRST=scale <= 0, PRECISION=precision(query.dtype), STAGES=STAGES,
+        SCALE_FIRST=scales_first(scale), PRECISION=precision(query.dtype), STAGES=STAGES,
         num_warps=4 if BM * BDV <= 8192 else 8,
     )  # fmt: skip
     attend(

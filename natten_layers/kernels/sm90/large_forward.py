@@ -230,8 +230,9 @@ def attend(
         if WITH_STATE:
             gl.store(RowMax + o_row, row_m * LN2, mask=m_rows)
             gl.store(RowSum + o_row, gl.convert_layout(row_l, gl.SliceLayout(1, SCORES)), mask=m_rows)
-        row_rest = gl.convert_layout(gl.sum(b_acc * 0.0, 1), gl.SliceLayout(1, SCORES))
-        m_broken = m_rows & ~(gl.abs(row_rest) >= 0.0)
+        # Not finite, or without a weight of about one, as ``are_sound`` explains.
+        row_rest = gl.where(row_l >= 0.5, gl.sum(b_acc * 0.0, 1), float("nan"))
+        m_broken = m_rows & ~(gl.abs(gl.convert_layout(row_rest, gl.SliceLayout(1, SCORES))) >= 0.0)
         gl.store(Broken + i_flag + head * 0, gl.full([M], 1, gl.int32, gl.SliceLayout(1, SCORES)), mask=m_broken)
         i_work = await_tile(schedule, i_tile)
 
