@@ -229,6 +229,18 @@ def test_what_is_not_finite_stays_in_its_windows(name: str, value: float) -> Non
     torch.testing.assert_close(dirty[~seen], clean[~seen], rtol=1e-5, atol=1e-6)
 
 
+def test_takes_gradients_whose_last_axis_is_not_contiguous() -> None:
+    case = Case("transposed", (5, 6), 3, heads=4, kv_heads=2, registers=2)
+    inputs = make_inputs(case, DEVICE)
+    out = neighborhood_attention(**arguments(case, inputs), impl="fused")
+    grad = torch.randn(*out.shape[:-2], out.shape[-1], out.shape[-2], device=DEVICE).transpose(-1, -2)
+    assert grad.stride(-1) != 1
+    leaves = tuple(inputs.values())
+    expected = torch.autograd.grad(out, leaves, grad.contiguous(), retain_graph=True)
+    for name, actual, wanted in zip(inputs, torch.autograd.grad(out, leaves, grad), expected, strict=True):
+        assert torch.equal(actual, wanted), name
+
+
 FAR = 2**30 + 8
 """elements from one token to the next: of three, the last begins where only 64 bits reach"""
 
