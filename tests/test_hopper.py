@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 
 pytest.importorskip("triton.experimental.gluon")
 
-from natten_layers import neighborhood_attention
+from natten_layers import attention_state, neighborhood_attention
 from natten_layers.geometry import make_window, query_bounds, window_bounds
 from natten_layers.kernels import dispatch
 from natten_layers.kernels.host import problem as problem_module
@@ -23,6 +24,8 @@ from natten_layers.kernels.host.tuned import forget, override
 from natten_layers.kernels.portable import forward
 from natten_layers.kernels.sm90 import large_backward, large_forward
 
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
 HAS_DEVICE = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 needs_device = pytest.mark.skipif(not HAS_DEVICE, reason="compute capability 9.0 only")
 
@@ -156,6 +159,63 @@ def test_nan_and_inf_reach_only_the_queries_that_see_them() -> None:
     assert expected.isnan().any()
     assert torch.equal(ours.isnan(), expected.isnan())
     assert error(ours.nan_to_num(), expected.nan_to_num()) < 4e-3
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's NumPy
+@pytest.mark.parametrize("with_state", [False, True])
+def test_tiles_that_are_marked_are_computed_once_more(with_state: bool) -> None:
+    """Those and no others, by more than one program that looks at marks; a NaN stays in its windows."""
+    case = Case("marked", (300,), 20, heads=4, head_dim=64, value_dim=64, sink="learned", batch=1, dtype=torch.float16)
+    tensors = {name: t.detach() for name, t in make_inputs(case, DEVICE).items()}
+    tensors["value"][0, 40, 1, 7] = float("nan")
+    problem, (_, inputs, sink, scale, _) = call_of(case, tensors)
+    launch = Launch((1, 1, 8), (1, 1, 16), pack=2, num_warps=4, stages=1)
+    blocks, programs = 2, problem.programs(launch)
+    assert programs == 38 * blocks
+    assert programs > large_forward.FLAGS.value
+    marked = [
+        9,
+        11,
+        74,
+        75,
+    ]  # the fifth and the sixth tile's second block of heads, both of the last tile, which is cut
+    broken = torch.zeros(programs + 1, dtype=torch.int32, device=DEVICE)
+    broken[[*marked, programs]] = 1  # behind the marks is a count of tiles
+    expected = attention_state(*inputs[:3], 20, sink=inputs.sink, impl="fused")
+    expected = expected.out, expected.row_max, expected.row_sum
+    untouched = -3.0
+    results = [torch.full_like(x, untouched) for x in expected]
+    state = results[1:] if with_state else (None, None)
+    large_forward.repair(launch, problem, inputs, sink, scale, broken, (results[0], *state))
+    rows = torch.zeros(1, 300, 4, dtype=torch.bool, device=DEVICE)
+    for i in marked:
+        first, head = i // blocks * 8, i % blocks * 2
+        rows[:, first : first + 8, head : head + 2] = True
+    for found, wanted in zip(results[: 3 if with_state else 1], expected, strict=False):
+        assert (found[~rows] == untouched).all()
+        torch.testing.assert_close(found[rows], wanted[rows], rtol=1e-3, atol=1e-3, equal_nan=True)
+    assert results[0][rows].isnan().any()
+
+
+@pytest.mark.parametrize("with_grad_lse", [False, True])
+def test_statistics_of_the_backward_pass_are_what_they_are_called(with_grad_lse: bool) -> None:
+    case = Case("statistics", (3, 5, 9), 3, heads=3, kv_heads=1, head_dim=64, value_dim=64, dtype=torch.float16)
+    tensors = {name: t.detach() for name, t in make_inputs(case, DEVICE).items()}
+    problem, _ = call_of(case, tensors)
+    draw = torch.Generator().manual_seed(2)
+    out, wide = (torch.randn(2, 3, 5, 9, n, 64, generator=draw).half().to(DEVICE) for n in (3, 5))
+    grad_out = wide[..., 1:4, :]  # a view, as of a wider tensor
+    row_max, row_sum, grad_lse = (torch.rand(2, 3, 5, 9, 3, generator=draw).to(DEVICE) + 0.5 for _ in range(3))
+    grad_lse = grad_lse.transpose(1, 2).contiguous().transpose(1, 2) if with_grad_lse else None
+    statistics, delta = large_backward.statistics_of(problem, out, row_max, row_sum, grad_out, grad_lse)
+    expected = (out.double() * grad_out.double()).sum(-1) - (0 if grad_lse is None else grad_lse.double())
+    assert error(delta, expected) < 1e-6
+    lines = [x.permute(4, 0, 1, 2, 3).reshape(3, 6, 5, 9) for x in (row_max + row_sum.log(), expected)]
+    assert error(statistics.lse[..., :9] * math.log(2), lines[0]) < 1e-6
+    assert error(statistics.delta[..., :9], lines[1]) < 1e-6
+    assert statistics.lse.stride(-2) % dispatch.ALIGNMENT == 0
+    portable = large_backward.lined_up(problem, row_max, delta)
+    assert torch.equal(portable.delta[..., :9], statistics.delta[..., :9])
 
 
 @pytest.mark.gpu

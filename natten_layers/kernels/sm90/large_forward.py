@@ -10,6 +10,8 @@ computed.
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAssignmentType=false, reportArgumentType=false
 # pyright: reportIndexIssue=false
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -307,23 +309,41 @@ def _attend_windows(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     query, key, value, _, _, sink = inputs
     out, row_max, row_sum = new_results(query, query.shape[-1], with_state)
-    lengths, kernel_size, stride, dilation = problem.geometry
+    lengths, kernel_size, stride, _ = problem.geometry
     tiles, programs = problem.tiles(launch.tile), problem.programs(launch)
     broken = query.new_zeros(programs + 1, dtype=torch.int32)
-    options = {
-        "CAUSAL": three_axes(problem.is_causal, False), "TILE": launch.tile, "CHUNK": launch.chunk,
-        "RANK": problem.rank, "PACK": launch.pack, "D": query.shape[-1], "SINK": problem.sink, "WITH_STATE": with_state,
-    }  # fmt: skip
     hopper_kernel[(min(programs, multiprocessors(query.device)),)](
         query_descriptor(query, launch), box_descriptor(key, launch.chunk), box_descriptor(value, launch.chunk),
         out, row_max, row_sum, broken, sink,
         lengths, kernel_size, stride, tiles, problem.group, query.shape[-2] // launch.pack, programs, sink_value, scale,
-        **options, STAGES=launch.stages, num_warps=launch.num_warps, maxnreg=launch.max_registers,
+        **options_of(launch, problem, with_state), STAGES=launch.stages, num_warps=launch.num_warps,
+        maxnreg=launch.max_registers,
     )  # fmt: skip
-    wide = need_wide_offsets((problem.query, problem.key, problem.value, problem.out))
-    repair_kernel[(triton.cdiv(programs, FLAGS),)](
-        broken, query, key, value, out, row_max, row_sum, None, None, sink, *problem.input_strides()[:3], (0, 0, 0),
-        (0, 0, 0), programs, lengths, kernel_size, stride, dilation, tiles, problem.group, problem.kv_heads, 0,
-        sink_value, scale, **options, WIDE=wide, BR=0, num_warps=8,
-    )  # fmt: skip
+    repair(launch, problem, inputs, sink_value, scale, broken, (out, row_max, row_sum))
     return out, row_max, row_sum
+
+
+def repair(
+    launch: Launch, problem: Problem, inputs: Inputs, sink_value: float | None, scale: float, broken: Tensor,
+    results: tuple[Tensor, Tensor | None, Tensor | None],
+) -> None:  # fmt: skip
+    """Compute the tiles that are marked in ``broken`` once more, in place: without registers, as ``hopper_kernel``."""
+    query, key, value, _, _, sink = inputs
+    lengths, kernel_size, stride, dilation = problem.geometry
+    programs = problem.programs(launch)
+    repair_kernel[(triton.cdiv(programs, FLAGS),)](
+        broken, query, key, value, *results, None, None, sink, *problem.input_strides()[:3], (0, 0, 0), (0, 0, 0),
+        programs, lengths, kernel_size, stride, dilation, problem.tiles(launch.tile), problem.group, problem.kv_heads,
+        0, sink_value, scale,
+        **options_of(launch, problem, results[1] is not None), BR=0, num_warps=8,
+        WIDE=need_wide_offsets((problem.query, problem.key, problem.value, problem.out)),
+    )  # fmt: skip
+
+
+def options_of(launch: Launch, problem: Problem, with_state: bool) -> dict[str, Any]:
+    """Compile-time arguments of both kernels."""
+    return {
+        "CAUSAL": three_axes(problem.is_causal, False), "TILE": launch.tile, "CHUNK": launch.chunk,
+        "RANK": problem.rank, "PACK": launch.pack, "D": problem.query.shape[-1], "SINK": problem.sink,
+        "WITH_STATE": with_state,
+    }  # fmt: skip
