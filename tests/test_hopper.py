@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
-from helpers import Case, assert_close, error, make_inputs, oracle, run
+from helpers import Case, assert_close, assert_nan_stays, enlarge, error, make_inputs, oracle, run
 from torch import Tensor
 
 pytest.importorskip("triton.experimental.gluon")
@@ -159,6 +159,65 @@ def test_nan_and_inf_reach_only_the_queries_that_see_them() -> None:
     assert expected.isnan().any()
     assert torch.equal(ours.isnan(), expected.isnan())
     assert error(ours.nan_to_num(), expected.nan_to_num()) < 4e-3
+
+
+VIDEOS = (
+    Case("causal", (6, 12, 12), (6, 9, 9), is_causal=True, head_dim=128, value_dim=128, batch=3),
+    Case("gqa-sink", (10, 17, 19), (6, 10, 12), heads=4, kv_heads=2, head_dim=128, value_dim=128, batch=3,
+         sink="learned"),
+    Case("odd", (9, 16, 18), (5, 9, 10), 1, 1, (False, True, False), head_dim=64, value_dim=64, batch=2),
+    Case("image", (40, 48), (24, 32), head_dim=64, value_dim=64),
+)  # fmt: skip
+
+
+@pytest.mark.gpu
+@needs_device
+@pytest.mark.usefixtures("wherever_possible")
+@pytest.mark.parametrize("case", VIDEOS, ids=str)
+def test_nan_reaches_no_other_image_and_no_other_head(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batch and t are one axis to TMA: behind a video's last frame comes the first one of the next."""
+    case = replace(case, dtype=torch.bfloat16)
+    taken: list[Launch] = []
+    compute = large_backward.key_gradients
+    monkeypatch.setattr(large_backward, "key_gradients", lambda *args: taken.append(args[0]) or compute(*args))
+    assert_nan_stays(case, make_inputs(case, "cuda"))
+    assert taken
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_chunks_of_a_batch_end_with_the_last_frame(causal: bool) -> None:
+    """And those of one video need not, which may leave better ones."""
+    reached = []
+    for frames, window in ((6, 6), (6, 3), (9, 5), (10, 6), (12, 7)):
+        axes = tuple(zip((frames, 12, 18), (window, 9, 9), (1, 1, 1), (causal, False, True), strict=True))
+        for rows, columns, bounds, alignment in ((128, 128, window_bounds, 1), (128, 64, query_bounds, 4)):
+            for batch in (1, 3):
+                tile, chunk = dispatch.best_boxes(axes, rows, columns, bounds, alignment, batch)
+                ends = []
+                for origin in range(0, frames, tile[0]):
+                    own = torch.arange(origin, min(origin + tile[0], frames))
+                    low, high = bounds(own, frames, window, 1, causal)
+                    count = -(-(int(high.max()) - int(low.min()) + 1) // chunk[0])
+                    ends.append(int(low.min()) + count * chunk[0])
+                assert batch == 1 or max(ends) <= frames, (axes, tile, chunk)
+                reached.append(max(ends) > frames)
+    assert any(reached)
+
+
+@pytest.mark.gpu
+@needs_device
+@pytest.mark.parametrize("sink", ["none", "zero"])
+@pytest.mark.parametrize("exponent", [32, 40, 112])
+@pytest.mark.parametrize("case", [CASES[1], CASES[4], CASES[7]], ids=str)
+def test_scores_may_be_as_large_as_fp32_holds(case: Case, exponent: int, sink: Literal["none", "zero"]) -> None:
+    case = replace(case, dtype=torch.bfloat16, sink=sink)
+    inputs = enlarge({name: t.detach() for name, t in make_inputs(case, "cuda").items()}, exponent)
+    problem, arguments = call_of(case, inputs)
+    assert_oracle(
+        case,
+        {name: t.clone().requires_grad_() for name, t in inputs.items()},
+        large_forward.forward(dispatch.launch_of(problem), *arguments),
+    )
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's NumPy

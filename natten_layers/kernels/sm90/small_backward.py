@@ -45,6 +45,7 @@ from .small_forward import (
     boxes_of_parts,
     boxes_of_registers,
     call_of,
+    inside_frames,
     next_corner,
     own_tile,
     start_load,
@@ -117,6 +118,7 @@ def hopper_small_query_kernel(
 
     i_batch, i_block, origin = own_tile(tiles, blocks, TILE)
     corner, _ = windows_of(origin, length, kernel, stride, CAUSAL)
+    corner = inside_frames(corner, length, k_descs, AXIS)
     place = i_block * PACK // group, i_batch * length[0], i_batch * reg_batch
     q_corner = [place[1] + origin[0], origin[1], origin[2], i_block * PACK, 0]
     ready = new_barriers(2, 1)
@@ -290,6 +292,7 @@ def hopper_small_key_kernel(
 
     i_batch, i_kv, origin = own_tile(tiles, kv_heads, TILE)
     first, _, _, _ = union_of_queries(origin, length, kernel, stride, CAUSAL, TILE)
+    first = inside_frames(first, length, q_descs, AXIS)
     i_bt = i_batch * length[0]
     ready = new_barriers(2, 1)
     mbarrier.expect(ready.index(0), 2 * M * D * 2)

@@ -88,6 +88,19 @@ def next_corner(corner, desc, AXIS: gl.constexpr):
 
 
 @gluon.jit
+def inside_frames(corner, length, descs, AXIS: gl.constexpr):
+    """``corner``, or as much earlier as parts from there on would reach past the last frame.
+
+    Behind it TMA finds the first frame of the next image, as batch and t share an axis. Not to be seen is not enough
+    for what lies there: zero times NaN is NaN.
+    """
+    frames = 0
+    for PART in gl.static_range(len(descs) if AXIS == 0 else 1):
+        frames += descs[PART].block_type.shape[1]
+    return gl.maximum(gl.minimum(corner[0], length[0] - frames), 0), corner[1], corner[2]
+
+
+@gluon.jit
 def start_load(desc, corner, ready):
     """Start to load a box; its buffer."""
     buffer = gl.allocate_shared_memory(desc.dtype, desc.block_type.shape, desc.layout)
@@ -168,6 +181,7 @@ def hopper_small_kernel(
 
     i_batch, i_block, origin = own_tile(tiles, blocks, TILE)
     corner, _ = windows_of(origin, length, kernel, stride, CAUSAL)
+    corner = inside_frames(corner, length, k_descs, AXIS)
     # Of what it loads: KV head, first place on the axis of batch and t, and batch of registers.
     place = i_block * PACK // group, i_batch * length[0], i_batch * reg_batch
     q_corner = [place[1] + origin[0], origin[1], origin[2], i_block * PACK, 0]

@@ -44,6 +44,11 @@ class SmallLaunch(NamedTuple):
         return sum(map(prod, self.parts)) + self.registers
 
     @property
+    def frames(self) -> int:
+        """that the parts have along ``t``"""
+        return sum(box[0] for box in self.parts) if self.axis == 0 else self.parts[0][0]
+
+    @property
     def programs(self) -> int:
         """that share a multiprocessor"""
         return _programs(self.max_registers)
@@ -116,7 +121,7 @@ def small_launch_of(problem: Problem, pack: int | None = None, with_state: bool 
     pack = pack or most_packed(problem)
     tiles = small_tiles(problem, pack)
     launches = [small_launch(problem, tile, axis, pack, with_state=with_state) for tile in tiles for axis in range(3)]
-    return min((x for x in launches if x.max_registers), key=_small_cost, default=None)
+    return min((x for x in launches if x.max_registers and _fits(problem, x)), key=_small_cost, default=None)
 
 
 def _is_small(problem: Problem) -> bool:
@@ -142,6 +147,11 @@ def small_tiles(problem: Problem, pack: int) -> list[Box]:
 def _register_keys(problem: Problem) -> int:
     """Of the box that holds the registers."""
     return max(16, next_power_of_2(problem.registers)) if problem.registers else 0
+
+
+def _fits(problem: Problem, launch: SmallLaunch) -> bool:
+    """Whether an image of a batch has as many frames as parts have: else they would reach into another image."""
+    return problem.query.shape[0] == 1 or launch.frames <= problem.lengths[0]
 
 
 def _small_cost(launch: SmallLaunch) -> tuple[int, int, int]:
@@ -282,7 +292,7 @@ def small_key_launch_of(problem: Problem) -> SmallLaunch | None:
     dim = p.query.shape[-1]
     bare = p._replace(additional_keys=None)
     launches = [small_launch(bare, tile, axis, 1, query_bounds) for tile in small_tiles(p, 1) for axis in range(3)]
-    launch = min((x for x in launches if x.keys <= GRADIENTS), key=_small_cost, default=None)
+    launch = min((x for x in launches if x.keys <= GRADIENTS and _fits(p, x)), key=_small_cost, default=None)
     if launch is None:
         return None
     needed = 72 + dim  # scores and their gradients of 32 queries, two accumulators and some more
