@@ -1,8 +1,9 @@
 """Layers and models built on neighborhood attention."""
 
 from .attention import NeighborhoodGQA
+from .cache import Cache
 from .denoiser import Denoiser
-from .feed_forward import GEGLU
+from .feed_forward import GEGLU, GatedFeedForward
 from .hdit import HDiT
 from .hdit_config import HDiTConfig, LevelConfig
 from .llm import DecoderLM
@@ -15,9 +16,11 @@ __all__ = [
     "GEGLU",
     "AdaRMSNorm",
     "AxialRoPE",
+    "Cache",
     "DecoderLM",
     "DecoderLMConfig",
     "Denoiser",
+    "GatedFeedForward",
     "HDiT",
     "HDiTConfig",
     "LevelConfig",

@@ -82,7 +82,12 @@ def _operation(rank: int):
     return na
 
 
-na1d, na2d, na3d = _operation(1), _operation(2), _operation(3)
+na1d = _operation(1)
+"""NATTEN's ``na1d``, for ``query [B, L, heads, head_dim]``: NATTEN's arguments in NATTEN's order."""
+na2d = _operation(2)
+"""NATTEN's ``na2d``, for ``query [B, H, W, heads, head_dim]``: NATTEN's arguments in NATTEN's order."""
+na3d = _operation(3)
+"""NATTEN's ``na3d``, for ``query [B, T, H, W, heads, head_dim]``: NATTEN's arguments in NATTEN's order."""
 
 
 class _NeighborhoodAttention(NeighborhoodGQA):
