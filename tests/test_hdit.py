@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import error, randomize
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -29,13 +30,6 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-def randomize(module: nn.Module) -> None:
-    """Move every parameter off its initial value: most branches of a new model are zero."""
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-
-
 def small_config(**options: Any) -> HDiTConfig:
     fine = LevelConfig(1, 32, d_head=8, kernel_size=3, num_kv_heads=2, num_registers=3, sink="learned", dilation=2)
     coarse = LevelConfig(1, 32, "global", d_head=16, num_kv_heads=1, num_registers=2, sink="zero")
@@ -44,10 +38,6 @@ def small_config(**options: Any) -> HDiTConfig:
 
 
 # --- the original's outputs
-
-
-def relative(actual: Tensor, expected: Tensor) -> float:
-    return ((actual - expected).norm() / expected.norm()).item()
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -60,8 +50,8 @@ def test_golden_files(name: str, dtype: torch.dtype, suffix: str, budget: float)
     with torch.no_grad():
         bare = model(inputs["x"], inputs["sigma"], **conditions)
         denoised = Denoiser(model)(inputs["x"], inputs["sigma"], **conditions)
-    assert relative(bare, expected[f"model_{suffix}"]) < budget
-    assert relative(denoised, expected[f"denoised_{suffix}"]) < budget
+    assert error(bare, expected[f"model_{suffix}"]) < budget
+    assert error(denoised, expected[f"denoised_{suffix}"]) < budget
 
 
 def test_golden_files_cover_what_they_should() -> None:
@@ -306,15 +296,15 @@ def test_half_precision_is_as_exact_as_its_roundings_allow(dtype: torch.dtype, a
                 layer.register_parameter("sink", None)
 
     expected = in_fp64()
-    budget = 2 * relative(in_fp64(lambda wide: round_results_of_layers(wide, dtype)), expected)
-    assert 4 * budget < relative(in_fp64(lose_sinks), expected)
+    budget = 2 * error(in_fp64(lambda wide: round_results_of_layers(wide, dtype)), expected)
+    assert 4 * budget < error(in_fp64(lose_sinks), expected)
     if autocast:
         with torch.autocast("cpu", dtype):
             actual = model.float()(x.float(), sigma, class_cond=classes)
     else:
         actual = model(x, sigma, class_cond=classes)
         assert actual.dtype == dtype
-    assert relative(actual.double(), expected) < budget
+    assert error(actual, expected) < budget
 
 
 def test_parameter_groups() -> None:
