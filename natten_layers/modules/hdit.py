@@ -17,6 +17,7 @@ from os import PathLike
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -63,12 +64,6 @@ class FourierFeatures(Constants):
         return torch.cat((angle.cos(), angle.sin()), -1)
 
 
-def _shuffle(x: Tensor, patch_size: tuple[int, int]) -> Tensor:
-    """Spread features over pixels: ``[B, H, W, h w C]`` to ``[B, H h, W w, C]``."""
-    patches = x.unflatten(-1, (*patch_size, -1))  # [B, H, W, h, w, C]
-    return patches.transpose(2, 3).flatten(3, 4).flatten(1, 2)
-
-
 class TokenMerge(nn.Module):
     """Pixel-unshuffle, then Linear: ``[B, H, W, in]`` to ``[B, H / h, W / w, out]``."""
 
@@ -79,8 +74,7 @@ class TokenMerge(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h, w = self.patch_size
-        patches = x.unflatten(2, (-1, w)).unflatten(1, (-1, h))  # [B, H / h, h, W / w, w, C]
-        return self.proj(patches.transpose(2, 3).flatten(3))
+        return self.proj(rearrange(x, "b (rows h) (columns w) c -> b rows columns (h w c)", h=h, w=w))
 
 
 class TokenSplit(nn.Module):
@@ -96,7 +90,7 @@ class TokenSplit(nn.Module):
         nn.init.constant_(self.fac, 0.5)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        x = _shuffle(self.proj(x), (2, 2))
+        x = rearrange(self.proj(x), "b rows columns (h w c) -> b (rows h) (columns w) c", h=2, w=2)
         return torch.lerp(skip, x, self.fac.to(x.dtype))
 
 
@@ -109,7 +103,8 @@ class PatchOut(nn.Module):
         self.proj = nn.Linear(in_features, out_features * math.prod(patch_size), bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _shuffle(self.proj(x), self.patch_size)
+        h, w = self.patch_size
+        return rearrange(self.proj(x), "b rows columns (h w c) -> b (rows h) (columns w) c", h=h, w=w)
 
 
 class MappingBlock(nn.Module):
@@ -379,7 +374,7 @@ class HDiT(nn.Module):
         """
         self._check(x, sigma)
         cond = self._condition(x, sigma, aug_cond, class_cond, mapping_cond)
-        x = self.patch_in(x.movedim(1, -1))
+        x = self.patch_in(rearrange(x, "b c h w -> b h w c"))
         pos = make_axial_pos(x.shape[1], x.shape[2], dtype=at_least_fp32(x.dtype), device=x.device)
 
         skips = []
@@ -392,7 +387,7 @@ class HDiT(nn.Module):
             reversed(self.up_levels), reversed(self.splits), reversed(skips), strict=True
         ):
             x = self._run(level, split(x, skip), pos, cond)
-        return self.patch_out(self.out_norm(x)).movedim(-1, 1)
+        return rearrange(self.patch_out(self.out_norm(x)), "b h w c -> b c h w")
 
     def _run(self, level: nn.Module, x: Tensor, pos: Tensor, cond: Tensor) -> Tensor:
         assert isinstance(level, nn.ModuleList)
@@ -474,7 +469,7 @@ class HDiT(nn.Module):
 
 def _coarsen(pos: Tensor) -> Tensor:
     """Mean position of each 2 x 2 block: ``[h, w, 2]`` to ``[h / 2, w / 2, 2]``."""
-    return pos.unflatten(1, (-1, 2)).unflatten(0, (-1, 2)).transpose(1, 2).flatten(2, 3).mean(2)
+    return rearrange(pos, "(rows h) (columns w) axes -> rows columns (h w) axes", h=2, w=2).mean(2)
 
 
 def _check_condition(name: str, tensor: Tensor, shape: Sequence[int]) -> None:
