@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.func import functional_call, grad, vmap
@@ -174,6 +175,16 @@ def test_offloaded_text_models_generate() -> None:
         assert torch.equal(model.generate(IDS, 5, attention_mask=m), wanted)  # pyright: ignore[reportCallIssue]
 
 
+def test_attention_is_checkpointed_where_it_is_wrapped() -> None:
+    model, calls = randomize(hdit()), []
+    apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, NeighborhoodGQA))
+    model.down_levels[0][0].self_attn.attn.qkv.register_forward_hook(lambda *_: calls.append(1))  # pyright: ignore
+    out = denoise(model, torch.float32)
+    before = len(calls)
+    out.square().sum().backward()
+    assert len(calls) == 2 * before > 0
+
+
 def test_another_norm_in_the_place_of_ours_is_called() -> None:
     model = randomize(layer()).double()
     for name in ("q_norm", "k_norm"):
@@ -217,6 +228,25 @@ def test_sharding_in_half_precision_casts_no_position(name: str, one_process: No
     assert all(p.grad is not None for p in model.parameters())
     if isinstance(model, DecoderLM):
         assert model.generate(IDS, 3).shape == (2, 10)
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view:UserWarning")
+@pytest.mark.filterwarnings("ignore:DTensor random operators may not have complete support on cpu:UserWarning")
+@pytest.mark.parametrize("name", ["HDiT", "gemma", "rms"])
+def test_sharded_models_are_initialised_off_the_meta_device(name: str, one_process: None, empty_is_nan: None) -> None:
+    make, run = MODELS[name]
+    model, expected = on_meta(make), on_cpu(make)
+    mesh = init_device_mesh("cpu", (1,))
+    for module in model.modules():
+        if isinstance(module, NeighborhoodGQA) and module is not model:
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    model.to_empty(device="cpu")
+    torch.manual_seed(3)
+    model.reset_parameters()  # pyright: ignore[reportCallIssue]
+    for own, wanted in zip(model.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(own.full_tensor(), wanted)  # pyright: ignore[reportAttributeAccessIssue]
+    assert torch.equal(run(model, torch.float32), run(expected, torch.float32))
 
 
 def test_positions_in_half_precision_are_an_error() -> None:
@@ -313,6 +343,11 @@ def on_meta(make: Callable[[], nn.Module]) -> nn.Module:
         model = make()
     assert all(t.is_meta for t in [*model.parameters(), *model.buffers()])
     return model.eval()
+
+
+def on_cpu(make: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(3)
+    return make().eval()
 
 
 @pytest.mark.parametrize("name", PUBLIC)

@@ -146,7 +146,8 @@ def _prefill(model: DecoderLM, input_ids: Tensor, attention_mask: Tensor | None,
         stop = start + chunk
         part = input_ids[:, start:stop]
         index = (last - start).clamp(0, part.shape[1] - 1)
-        candidate = model(part, attention_mask=None if mask is None else mask[:, start:stop], cache=cache, of=index)
+        text = None if mask is None else mask[:, start:stop]
+        candidate = model(part, attention_mask=text, cache=cache, logits_at=index)
         # Rows whose prompt ended in an earlier chunk keep what they had.
         end = candidate if end is None else torch.where((last >= start)[:, None], candidate, end)
     assert end is not None

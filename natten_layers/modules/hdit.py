@@ -359,7 +359,7 @@ class HDiT(nn.Module):
         Args:
             x: ``[B, input_channels, H, W]``, scaled by the preconditioner. Height and width must be multiples of the
                 patch size times 2 for every merge; nothing ties them to the size trained at.
-            sigma: noise level ``[B]``, positive.
+            sigma: noise level ``[B]``, positive, in fp32 or better: half precision moves its embedding.
             aug_cond: parameters of an augmentation ``[B, 9]``; None is none.
             class_cond: ``[B]`` int64, 0 to ``num_classes``, the last of which is unconditional; given exactly to models
                 with classes. On a GPU an index out of range is torch's device-side assertion: to look at it first would

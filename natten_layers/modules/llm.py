@@ -246,7 +246,7 @@ class DecoderLM(nn.Module):
         *,
         attention_mask: Tensor | None = None,
         cache: Cache | None = None,
-        of: Tensor | None = None,
+        logits_at: Tensor | None = None,
     ) -> Tensor:
         """Logits of the token after each of ``input_ids [B, L]``, continuing the texts in ``cache``.
 
@@ -256,10 +256,10 @@ class DecoderLM(nn.Module):
                 about ``input_ids`` alone: the cache knows its own. Logits of padding have no meaning.
             cache: what the model has read before, from :meth:`make_cache`. It takes ``input_ids`` in, and only works
                 without gradients.
-            of: ``[B]`` int64, the index of one token of each text, whose logits alone are wanted.
+            logits_at: ``[B]`` int64, the index of the one token of each text whose logits are wanted.
 
         Returns:
-            ``[B, L, V]``, or ``[B, V]`` with ``of``, in the parameters' dtype.
+            ``[B, L, V]``, or ``[B, V]`` with ``logits_at``, in the parameters' dtype.
 
         Raises:
             ValueError: shapes that do not fit, a text longer than ``max_positions``, a cache of another batch size,
@@ -272,8 +272,8 @@ class DecoderLM(nn.Module):
             order, mask = text_first(attention_mask)
             hidden = self.model(input_ids.gather(1, order), mask, cache)
             hidden = hidden.gather(1, order.argsort(1)[..., None].expand_as(hidden))
-        if of is not None:
-            hidden = hidden[torch.arange(len(hidden), device=hidden.device), of]
+        if logits_at is not None:
+            hidden = hidden[torch.arange(len(hidden), device=hidden.device), logits_at]
         return self.model.embed_tokens(hidden) if self.lm_head is None else self.lm_head(hidden)
 
     def make_cache(self, batch_size: int, *, max_length: int | None = None, device: Device = None) -> Cache:
