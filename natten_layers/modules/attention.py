@@ -8,6 +8,7 @@ from numbers import Integral
 from typing import Literal, NamedTuple, TypeVar
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from ..arguments import prepare
@@ -275,8 +276,8 @@ class NeighborhoodGQA(nn.Module):
             value,
             (query.shape[1],),
             scale=self.scale,
-            additional_keys=heads.key.flatten(1, -3),
-            additional_values=heads.value.flatten(1, -3),
+            additional_keys=rearrange(heads.key, "b ... heads dim -> b (...) heads dim"),
+            additional_values=rearrange(heads.value, "b ... heads dim -> b (...) heads dim"),
             sink=self.sink,
         )
 
