@@ -16,6 +16,7 @@ Layers
                               NATTEN's modules, with their arguments and state dicts
     AxialRoPE, RoPE           rotary embeddings of real-valued coordinates, and of token indices
     make_axial_pos            coordinates of an image's tokens, for AxialRoPE
+    Positions                 coordinates on their way through a model, which sharding does not cast
     RMSNorm, AdaRMSNorm       norms, the second one driven by a condition
     GEGLU, GatedFeedForward   feed-forward layers
 
@@ -50,6 +51,7 @@ from .modules import (
     NeighborhoodAttention2D,
     NeighborhoodAttention3D,
     NeighborhoodGQA,
+    Positions,
     RMSNorm,
     RoPE,
     make_axial_pos,
@@ -75,6 +77,7 @@ __all__ = [
     "NeighborhoodAttention2D",
     "NeighborhoodAttention3D",
     "NeighborhoodGQA",
+    "Positions",
     "RMSNorm",
     "RoPE",
     "attention_state",

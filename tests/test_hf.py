@@ -187,7 +187,7 @@ def test_dtype_is_the_files_or_the_callers(tmp_path: Path) -> None:
     for dtype, expected in ((None, torch.bfloat16), (torch.float64, torch.float64)):
         model = DecoderLM.from_pretrained(tmp_path, dtype=dtype)
         assert {p.dtype for p in model.parameters()} == {expected}
-        assert model.rope.freqs.dtype == torch.float32
+        assert model.model.layers[0].self_attn.rope.freqs.dtype == torch.float32
         assert model(tokens(1, 4) % 17).dtype == expected
 
 

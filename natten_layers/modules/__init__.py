@@ -10,7 +10,7 @@ from .llm import DecoderLM
 from .llm_config import DecoderLMConfig
 from .natten import NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D, na1d, na2d, na3d
 from .norm import AdaRMSNorm, RMSNorm
-from .rope import AxialRoPE, RoPE, make_axial_pos
+from .rope import AxialRoPE, Positions, RoPE, make_axial_pos
 
 __all__ = [
     "GEGLU",
@@ -28,6 +28,7 @@ __all__ = [
     "NeighborhoodAttention2D",
     "NeighborhoodAttention3D",
     "NeighborhoodGQA",
+    "Positions",
     "RMSNorm",
     "RoPE",
     "make_axial_pos",
