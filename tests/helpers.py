@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from natten_layers import neighborhood_attention
 from natten_layers.eager import dense_attention_state
@@ -228,6 +228,13 @@ def error(actual: Tensor, expected: Tensor) -> float:
     if not actual.isfinite().all():
         return math.inf
     return ((actual - expected).norm() / expected.norm().clamp(min=1e-30)).item()
+
+
+def randomize(module: nn.Module, std: float = 0.2) -> None:
+    """Move every parameter off its initial value: most branches of a new model are zero."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(std * torch.randn_like(parameter))
 
 
 FLOOR = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}

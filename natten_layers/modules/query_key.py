@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..arguments import Call
 from ..functional import Impl, attend, takes_fused
@@ -12,10 +12,11 @@ from ..kernels.ops import attention as attention_ops
 from ..kernels.ops import qk_prep as qk_prep_ops
 from ..kernels.ops import qk_prep_attention as qk_prep_attention_ops
 from ..kernels.ops.define import is_tracked
-from .norm import cosine_normalize, rms_normalize
-from .rope import Angles
+from .base import is_plain
+from .norm import RMSNorm, cosine_normalize, rms_normalize
+from .rope import Angles, angles_of
 
-__all__ = ["HeadNorm", "attend_projected", "normalize_and_rotate"]
+__all__ = ["HeadNorm", "Pending", "attend_projected", "call_watched", "normalize_and_rotate"]
 
 
 class HeadNorm(NamedTuple):
@@ -31,6 +32,53 @@ class HeadNorm(NamedTuple):
             return cosine_normalize(x, gain, self.eps)
         assert gain is not None
         return rms_normalize(x, gain, self.eps)
+
+
+class Pending(NamedTuple):
+    """Query and key heads, and what has yet to be done to them before they are multiplied."""
+
+    query: Tensor
+    key: Tensor
+    norm: HeadNorm | None
+    angles: Angles | None
+
+
+def call_watched(
+    query: Tensor,
+    key: Tensor,
+    norm: HeadNorm | tuple[nn.Module, nn.Module] | None,
+    rope: nn.Module | None,
+    positions: Tensor | None,
+) -> Pending:
+    """Leave normalisation and rotation to the kernels where their modules do what we know and nobody watches them.
+
+    Otherwise, modules are called here: other classes than ours, and those that have hooks.
+
+    Args:
+        norm: of query and key: modules, or what to do.
+        rope: called as ``rope(query, key, positions)``.
+    """
+    if norm is not None and not isinstance(norm, HeadNorm):
+        described = _describe(*norm)
+        if described is None:
+            query, key = norm[0](query), norm[1](key)
+        norm = described
+    if rope is None:
+        return Pending(query, key, norm, None)
+    angles = angles_of(rope, query, key, positions)
+    if angles is None:
+        query, key = rope(*normalize_and_rotate(query, key, norm, None), positions)
+        norm = None
+    return Pending(query, key, norm, angles)
+
+
+def _describe(q_norm: nn.Module, k_norm: nn.Module) -> HeadNorm | None:
+    if not isinstance(q_norm, RMSNorm) or not isinstance(k_norm, RMSNorm) or q_norm.eps != k_norm.eps:
+        return None
+    if not is_plain(q_norm, RMSNorm.forward) or not is_plain(k_norm, RMSNorm.forward):
+        return None
+    assert q_norm.eps is not None
+    return HeadNorm("rms", q_norm.gain(), k_norm.gain(), q_norm.eps)
 
 
 def normalize_and_rotate(
