@@ -232,20 +232,15 @@ def test_tiles_that_are_marked_are_computed_once_more(with_state: bool) -> None:
     blocks, programs = 2, problem.programs(launch)
     assert programs == 38 * blocks
     assert programs > large_forward.FLAGS.value
-    marked = [
-        9,
-        11,
-        74,
-        75,
-    ]  # the fifth and the sixth tile's second block of heads, both of the last tile, which is cut
+    marked = [0, 9, 11, 63, 64, 74, 75]  # tiles times blocks of heads; the last tile is cut
     broken = torch.zeros(programs + 1, dtype=torch.int32, device=DEVICE)
     broken[[*marked, programs]] = 1  # behind the marks is a count of tiles
-    expected = attention_state(*inputs[:3], 20, sink=inputs.sink, impl="fused")
+    expected = attention_state(inputs.query, inputs.key, inputs.value, 20, sink=inputs.sink, impl="fused")
     expected = expected.out, expected.row_max, expected.row_sum
     untouched = -3.0
     results = [torch.full_like(x, untouched) for x in expected]
     state = results[1:] if with_state else (None, None)
-    large_forward.repair(launch, problem, inputs, sink, scale, broken, (results[0], *state))
+    large_forward.repair(launch, problem, inputs, sink, scale, broken, (results[0], state[0], state[1]))
     rows = torch.zeros(1, 300, 4, dtype=torch.bool, device=DEVICE)
     for i in marked:
         first, head = i // blocks * 8, i % blocks * 2
@@ -264,7 +259,7 @@ def test_statistics_of_the_backward_pass_are_what_they_are_called(with_grad_lse:
     draw = torch.Generator().manual_seed(2)
     out, wide = (torch.randn(2, 3, 5, 9, n, 64, generator=draw).half().to(DEVICE) for n in (3, 5))
     grad_out = wide[..., 1:4, :]  # a view, as of a wider tensor
-    row_max, row_sum, grad_lse = (torch.rand(2, 3, 5, 9, 3, generator=draw).to(DEVICE) + 0.5 for _ in range(3))
+    row_max, row_sum, grad_lse = torch.rand(3, 2, 3, 5, 9, 3, generator=draw).to(DEVICE) + 0.5
     grad_lse = grad_lse.transpose(1, 2).contiguous().transpose(1, 2) if with_grad_lse else None
     statistics, delta = large_backward.statistics_of(problem, out, row_max, row_sum, grad_out, grad_lse)
     expected = (out.double() * grad_out.double()).sum(-1) - (0 if grad_lse is None else grad_lse.double())

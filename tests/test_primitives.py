@@ -1,5 +1,8 @@
 """The kernels' arithmetic of windows against the host's: every axis that is short, alone and in tiles."""
 
+# Triton's language is Python to the parser only.
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportArgumentType=false
+
 from __future__ import annotations
 
 from itertools import product
@@ -20,7 +23,7 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 # One suite, two machines: interpreted where there is no GPU, compiled (and marked so) where there is one.
 pytestmark = [pytest.mark.gpu] if ON_GPU else []
-LONGEST = 13
+LONGEST = 15
 
 
 @triton.jit
@@ -57,11 +60,8 @@ def test_bounds_on_the_device_are_those_of_the_host(inverse: bool, causal: bool)
     first, last = on_device(torch.tensor(rows), inverse, causal)
     host = [bounds(torch.arange(n), n, k, s, causal) for n, k, s in axes]
     expected_first, expected_last = (torch.cat(ends) for ends in zip(*host, strict=True))
-    # The inverse of a causal stride has empty intervals, which any first > last tells.
-    empty = expected_first > expected_last
-    assert torch.equal(first > last, empty)
-    assert torch.equal(first[~empty], expected_first[~empty])
-    assert torch.equal(last[~empty], expected_last[~empty])
+    assert torch.equal(first, expected_first)
+    assert torch.equal(last, expected_last)
 
 
 @triton.jit
