@@ -14,7 +14,7 @@ from natten_layers import attention_state, merge_attention, neighborhood_attenti
 
 pytest.importorskip("triton")
 
-from natten_layers.kernels.host.problem import Inputs, problem_of
+from natten_layers.kernels.host.problem import Inputs, Options, problem_of
 from natten_layers.kernels.portable.fold_registers import fold_registers
 
 ON_GPU = torch.cuda.is_available()
@@ -153,7 +153,7 @@ def test_a_second_launch_folds_registers_into_a_saved_state(registers: int, scal
         q = torch.cat((q, q), -2)[..., 1:7, :]  # a view
         state = attention_state(q, k, v, 3, sink=sink, scale=scale, impl="fused")
         inputs = Inputs(q, k, v, rk, rv, sink)
-        problem = problem_of(inputs, None, ((3, 3), (1, 1), (1, 1), (False, False)), scale)
+        problem = problem_of(inputs, Options(None, (3, 3), (1, 1), (1, 1), (False, False), scale))
         fold_registers(problem, inputs, scale, *state)
         expected = attention_state(
             q, k, v, 3, sink=sink, scale=scale, additional_keys=rk, additional_values=rv, impl="fused"
@@ -184,6 +184,23 @@ def test_gradients_are_bitwise_reproducible() -> None:
     first, second = (run(case, inputs, "fused") for _ in range(2))
     for name, tensor in first.tensors().items():
         assert torch.equal(tensor, second.tensors()[name]), name
+
+
+def test_saved_tensors_may_come_back_with_other_strides() -> None:
+    """As from ``torch.autograd.graph.save_on_cpu``: the backward pass looks at their strides again."""
+
+    def gradient() -> tuple[Tensor, ...]:
+        qkv = torch.linspace(-1, 1, 2 * 9 * 6 * 16, device=DEVICE).view(2, 9, 6, 16).sin().requires_grad_()
+        query, key, value = qkv.split((2, 2, 2), -2)
+        out = neighborhood_attention(query, key, value, 3, impl="fused")
+        return torch.autograd.grad(out.square().sum(), qkv)
+
+    def copied(saved: Tensor) -> Tensor:
+        return saved.clone(memory_format=torch.contiguous_format)
+
+    expected = gradient()
+    with torch.autograd.graph.saved_tensors_hooks(copied, lambda saved: saved):
+        assert torch.equal(gradient()[0], expected[0])
 
 
 def test_double_backward_says_that_it_is_missing() -> None:

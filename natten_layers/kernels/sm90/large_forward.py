@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..host.problem import Inputs, Problem, new_results, three_axes
+from ..host.problem import Inputs, Options, Problem, new_results, three_axes
 from ..host.tiling import Launch
 from ..portable.fold_registers import fold_registers
 from ..portable.forward import attend_tile
@@ -287,29 +287,28 @@ def repair_kernel(
 
 
 def forward(
-    launch: Launch, problem: Problem, inputs: Inputs, sink_value: float | None, scale: float, with_state: bool
+    launch: Launch, problem: Problem, inputs: Inputs, options: Options, with_state: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """What ``forward.forward`` computes, where ``dispatch.supports`` it and every address is a multiple of 16.
+    """What ``portable.forward`` computes, of calls that ``dispatch`` sends here.
 
     Allocates its results, four bytes for every 128 rows of them, and with registers the statistics in any case.
     """
-    out, row_max, row_sum = _attend_windows(
-        launch, problem, inputs, sink_value, scale, with_state or problem.registers > 0
-    )
+    out, row_max, row_sum = _attend_windows(launch, problem, inputs, options, with_state or problem.registers > 0)
     if row_max is not None and row_sum is not None and problem.registers:
-        fold_registers(problem, inputs, scale, out, row_max, row_sum)
+        fold_registers(problem, inputs, options.scale, out, row_max, row_sum)
     return (out, row_max, row_sum) if with_state else (out, None, None)
 
 
 def _attend_windows(
-    launch: Launch, problem: Problem, inputs: Inputs, sink_value: float | None, scale: float, with_state: bool
+    launch: Launch, problem: Problem, inputs: Inputs, options: Options, with_state: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     query, key, value, _, _, sink = inputs
     out, row_max, row_sum = new_results(query, query.shape[-1], with_state)
     lengths, kernel_size, stride, dilation = problem.geometry
     tiles, programs = problem.tiles(launch.tile), problem.programs(launch)
     broken = query.new_zeros(programs + 1, dtype=torch.int32)
-    options = {
+    sink_value, scale = options.sink_value, options.scale
+    constants = {
         "CAUSAL": three_axes(problem.is_causal, False), "TILE": launch.tile, "CHUNK": launch.chunk,
         "RANK": problem.rank, "PACK": launch.pack, "D": query.shape[-1], "SINK": problem.sink, "WITH_STATE": with_state,
     }  # fmt: skip
@@ -317,11 +316,11 @@ def _attend_windows(
         query_descriptor(query, launch), box_descriptor(key, launch.chunk), box_descriptor(value, launch.chunk),
         out, row_max, row_sum, broken, sink,
         lengths, kernel_size, stride, tiles, problem.group, query.shape[-2] // launch.pack, programs, sink_value, scale,
-        **options, STAGES=launch.stages, num_warps=launch.num_warps, maxnreg=launch.max_registers,
+        **constants, STAGES=launch.stages, num_warps=launch.num_warps, maxnreg=launch.max_registers,
     )  # fmt: skip
     repair_kernel[(triton.cdiv(programs, FLAGS),)](
         broken, query, key, value, out, row_max, row_sum, None, None, sink, *problem.input_strides()[:3], (0, 0, 0),
         (0, 0, 0), programs, lengths, kernel_size, stride, dilation, tiles, problem.group, problem.kv_heads, 0,
-        sink_value, scale, **options, WIDE=problem.wide, BR=0, num_warps=8,
+        sink_value, scale, **constants, WIDE=problem.wide, BR=0, num_warps=8,
     )  # fmt: skip
     return out, row_max, row_sum
