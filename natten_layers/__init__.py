@@ -9,6 +9,7 @@ Operations
     merge_attention           attention over the union of sets of keys, from their states; gives an AttentionState
     cached_attention          new tokens over a cache, by position
     na1d, na2d, na3d          NATTEN's operations, with their arguments
+    explain                   which kernels a call takes, with what tiles, and why not others: an Explanation
 
 Layers
     NeighborhoodGQA           self-attention: projections, windows, registers, sinks, RoPE, q/k norm
@@ -34,6 +35,7 @@ These names and modules are the public interface. All other modules are internal
 """
 
 from .cached import cached_attention
+from .explanation import Explanation, explain
 from .functional import AttentionState, attention_state, merge_attention, neighborhood_attention
 from .modules import (
     GEGLU,
@@ -69,6 +71,7 @@ __all__ = [
     "DecoderLM",
     "DecoderLMConfig",
     "Denoiser",
+    "Explanation",
     "GatedFeedForward",
     "HDiT",
     "HDiTConfig",
@@ -82,6 +85,7 @@ __all__ = [
     "RoPE",
     "attention_state",
     "cached_attention",
+    "explain",
     "make_axial_pos",
     "merge_attention",
     "na1d",

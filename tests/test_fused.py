@@ -14,10 +14,9 @@ from natten_layers import attention_state, merge_attention, neighborhood_attenti
 
 pytest.importorskip("triton")
 
-from natten_layers.kernels.host.problem import Inputs, Layout, contiguous, problem_of
-from natten_layers.kernels.portable.backward import backward_launchers
+from natten_layers.kernels.host.problem import Inputs, Layout, Options, contiguous, problem_of
+from natten_layers.kernels.portable import backward, forward
 from natten_layers.kernels.portable.fold_registers import fold_registers
-from natten_layers.kernels.portable.forward import forward_launcher
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -155,7 +154,7 @@ def test_a_second_launch_folds_registers_into_a_saved_state(registers: int, scal
         q = torch.cat((q, q), -2)[..., 1:7, :]  # a view
         state = attention_state(q, k, v, 3, sink=sink, scale=scale, impl="fused")
         inputs = Inputs(q, k, v, rk, rv, sink)
-        problem = problem_of(inputs, None, ((3, 3), (1, 1), (1, 1), (False, False)), scale)
+        problem = problem_of(inputs, Options(None, (3, 3), (1, 1), (1, 1), (False, False), scale))
         fold_registers(problem, inputs, scale, *state)
         expected = attention_state(
             q, k, v, 3, sink=sink, scale=scale, additional_keys=rk, additional_values=rv, impl="fused"
@@ -206,7 +205,7 @@ def test_registers_fold_into_a_state_of_large_scores(exponent: int) -> None:
         q, k, v, rk, rv = tensors.values()
         state = attention_state(q, k, v, 3, impl="fused")
         inputs = Inputs(q, k, v, rk, rv, None)
-        problem = problem_of(inputs, None, ((3, 3), (1, 1), (1, 1), (False, False)), case.head_dim**-0.5)
+        problem = problem_of(inputs, Options(None, (3, 3), (1, 1), (1, 1), (False, False), case.head_dim**-0.5))
         fold_registers(problem, inputs, case.head_dim**-0.5, *state)
     assert error(state.lse, expected.lse) < 1e-6
     # Maxima are saved as natural logarithms and rounded once more: of equal scores one may get all the weight.
@@ -258,8 +257,13 @@ def test_every_tensor_of_a_gradient_decides_how_wide_offsets_are(name: str, kern
     shape = (1, 4, 2, 16)
     near, away = contiguous(shape), Layout(shape, (4 * FAR, FAR, 16, 1))
     inputs = Inputs(*(torch.empty(shape) for _ in range(3)), *[None] * 3)
-    problem = problem_of(inputs, None, ((3,), (1,), (1,), (False,)), 1.0)
-    assert not getattr(backward_launchers(problem, near, None), kernel).options["WIDE"]
+    problem = problem_of(inputs, Options(None, (3,), (1,), (1,), (False,), 1.0))
+
+    def is_wide(grad_out: Layout) -> bool:
+        plan = backward.key_plan(problem, grad_out) if kernel == "key" else backward.query_plan(problem, grad_out, None)
+        return plan.launch.options["WIDE"]
+
+    assert not is_wide(near)
     if name == "out":  # nothing but new results is large: an image of 2^30 values of one head
         shape = (1, 2**20, 1, 2**10)
         narrow = Layout(shape, (0, 0, 0, 1))
@@ -267,9 +271,9 @@ def test_every_tensor_of_a_gradient_decides_how_wide_offsets_are(name: str, kern
         away = narrow
     elif name != "grad_out":
         problem, away = problem._replace(**{name: away}), near
-    assert getattr(backward_launchers(problem, away, None), kernel).options["WIDE"]
+    assert is_wide(away)
     if name != "grad_out":
-        assert forward_launcher(problem, True).options["WIDE"]
+        assert forward.plan(problem, True).launch.options["WIDE"]
 
 
 def test_reads_tensors_whose_tokens_lie_far_apart() -> None:
@@ -306,6 +310,23 @@ def test_gradients_are_bitwise_reproducible() -> None:
     first, second = (run(case, inputs, "fused") for _ in range(2))
     for name, tensor in first.tensors().items():
         assert torch.equal(tensor, second.tensors()[name]), name
+
+
+def test_saved_tensors_may_come_back_with_other_strides() -> None:
+    """As from ``torch.autograd.graph.save_on_cpu``: the backward pass looks at their strides again."""
+
+    def gradient() -> tuple[Tensor, ...]:
+        qkv = torch.linspace(-1, 1, 2 * 9 * 6 * 16, device=DEVICE).view(2, 9, 6, 16).sin().requires_grad_()
+        query, key, value = qkv.split((2, 2, 2), -2)
+        out = neighborhood_attention(query, key, value, 3, impl="fused")
+        return torch.autograd.grad(out.square().sum(), qkv)
+
+    def copied(saved: Tensor) -> Tensor:
+        return saved.clone(memory_format=torch.contiguous_format)
+
+    expected = gradient()
+    with torch.autograd.graph.saved_tensors_hooks(copied, lambda saved: saved):
+        assert torch.equal(gradient()[0], expected[0])
 
 
 def test_double_backward_says_that_it_is_missing() -> None:

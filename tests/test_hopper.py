@@ -17,12 +17,13 @@ pytest.importorskip("triton.experimental.gluon")
 from natten_layers import attention_state, neighborhood_attention
 from natten_layers.geometry import make_window, query_bounds, window_bounds
 from natten_layers.kernels import dispatch
+from natten_layers.kernels.dispatch import VARIANTS, Direction, Question, choose, sm90_gap
 from natten_layers.kernels.host import problem as problem_module
-from natten_layers.kernels.host.problem import Inputs, Layout, Problem, problem_of
+from natten_layers.kernels.host.problem import Cotangents, Inputs, Layout, Options, Problem, problem_of
 from natten_layers.kernels.host.tiling import Box, Launch
 from natten_layers.kernels.host.tuned import forget, override
 from natten_layers.kernels.portable import forward
-from natten_layers.kernels.sm90 import large_backward, large_forward
+from natten_layers.kernels.sm90 import large_backward, large_forward, large_tiling
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -49,10 +50,17 @@ def call_of(case: Case, tensors: dict[str, Tensor]) -> tuple[Problem, tuple[Any,
     """The problem of a case, and the arguments of both kernels' launchers."""
     registers = tensors.get("additional_keys"), tensors.get("additional_values")
     inputs = Inputs(tensors["query"], tensors["key"], tensors["value"], *registers, tensors.get("sink"))
-    sink, scale = 0.0 if case.sink == "zero" else None, case.head_dim**-0.5
     w = make_window(case.spatial, case.kernel_size, case.stride, case.dilation, case.is_causal)
-    problem = problem_of(inputs, sink, (w.kernel_size, w.stride, w.dilation, w.is_causal), scale)
-    return problem, (problem, inputs, sink, scale, True)
+    sink, scale = 0.0 if case.sink == "zero" else None, case.head_dim**-0.5
+    options = Options(sink, w.kernel_size, w.stride, w.dilation, w.is_causal, scale)
+    problem = problem_of(inputs, options)
+    return problem, (problem, inputs, options, True)
+
+
+def planned(direction: Direction, problem: Problem, **question: Any) -> Any:
+    """The plan of the kernel for compute capability 9.0 that computes a call, or None if that is the last resort."""
+    choice = choose(direction, Question(problem, **question))
+    return None if choice.variant is VARIANTS[direction][-1] else choice.plan
 
 
 def assert_oracle(case: Case, leaves: dict[str, Tensor], state: tuple[Tensor, Tensor | None, Tensor | None]) -> None:
@@ -73,15 +81,16 @@ def test_matches_the_oracle(case: Case, dtype: torch.dtype) -> None:
     case = replace(case, dtype=dtype)
     leaves = make_inputs(case, "cuda")
     problem, arguments = call_of(case, {name: t.detach() for name, t in leaves.items()})
-    assert dispatch.supports(problem)
-    assert_oracle(case, leaves, large_forward.forward(dispatch.launch_of(problem), *arguments))
+    assert sm90_gap(Question(problem)) is None
+    assert_oracle(case, leaves, large_forward.forward(large_tiling.launch_of(problem), *arguments))
 
 
 @pytest.fixture
 def wherever_possible(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Small windows take the kernels too."""
     with monkeypatch.context() as patch:
-        patch.setattr(dispatch, "pays", lambda problem: True)
+        for name in ("NUMBERS", "REGISTERED", "PAIRS"):
+            patch.setattr(dispatch, name, 0)
         forget()
         yield
     forget()
@@ -124,7 +133,7 @@ def test_any_number_of_programs_computes_every_tile(case: Case, monkeypatch: pyt
             problem, arguments = call_of(case, {name: t.detach() for name, t in leaves.items()})
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                out = large_forward.forward(dispatch.launch_of(problem), *arguments)[0]
+                out = large_forward.forward(large_tiling.launch_of(problem), *arguments)[0]
         for _ in range(2):
             out.zero_()
             graph.replay()
@@ -138,8 +147,8 @@ def test_reads_views_of_a_fused_projection() -> None:
     qkv = torch.randn(2, *case.spatial, 8, 128, device="cuda", dtype=torch.bfloat16)
     views: dict[str, Tensor] = dict(zip(("query", "key", "value"), qkv.split((4, 2, 2), -2), strict=True))
     problem, arguments = call_of(case, views)
-    assert dispatch.supports(problem)
-    launch = dispatch.launch_of(problem)
+    assert sm90_gap(Question(problem)) is None
+    launch = large_tiling.launch_of(problem)
     copies = call_of(case, {name: t.contiguous() for name, t in views.items()})[1]
     for ours, expected in zip(
         large_forward.forward(launch, *arguments), large_forward.forward(launch, *copies), strict=True
@@ -155,7 +164,8 @@ def test_nan_and_inf_reach_only_the_queries_that_see_them() -> None:
     tensors["value"][0, 3, 4, 1, 7] = float("nan")
     tensors["key"][1, 39, 47, 0, 5] = float("inf")
     problem, arguments = call_of(case, tensors)
-    ours, expected = large_forward.forward(dispatch.launch_of(problem), *arguments)[0], forward.forward(*arguments)[0]
+    ours = large_forward.forward(large_tiling.launch_of(problem), *arguments)[0]
+    expected = forward.forward(forward.plan(problem, True), *arguments)[0]
     assert expected.isnan().any()
     assert torch.equal(ours.isnan(), expected.isnan())
     assert error(ours.nan_to_num(), expected.nan_to_num()) < 4e-3
@@ -192,7 +202,7 @@ def test_chunks_of_a_batch_end_with_the_last_frame(causal: bool) -> None:
         axes = tuple(zip((frames, 12, 18), (window, 9, 9), (1, 1, 1), (causal, False, True), strict=True))
         for rows, columns, bounds, alignment in ((128, 128, window_bounds, 1), (128, 64, query_bounds, 4)):
             for batch in (1, 3):
-                tile, chunk = dispatch.best_boxes(axes, rows, columns, bounds, alignment, batch)
+                tile, chunk = large_tiling.best_boxes(axes, rows, columns, bounds, alignment, batch)
                 ends = []
                 for origin in range(0, frames, tile[0]):
                     own = torch.arange(origin, min(origin + tile[0], frames))
@@ -216,7 +226,7 @@ def test_scores_may_be_as_large_as_fp32_holds(case: Case, exponent: int, sink: L
     assert_oracle(
         case,
         {name: t.clone().requires_grad_() for name, t in inputs.items()},
-        large_forward.forward(dispatch.launch_of(problem), *arguments),
+        large_forward.forward(large_tiling.launch_of(problem), *arguments),
     )
 
 
@@ -227,7 +237,7 @@ def test_tiles_that_are_marked_are_computed_once_more(with_state: bool) -> None:
     case = Case("marked", (300,), 20, heads=4, head_dim=64, value_dim=64, sink="learned", batch=1, dtype=torch.float16)
     tensors = {name: t.detach() for name, t in make_inputs(case, DEVICE).items()}
     tensors["value"][0, 40, 1, 7] = float("nan")
-    problem, (_, inputs, sink, scale, _) = call_of(case, tensors)
+    problem, (_, inputs, options, _) = call_of(case, tensors)
     launch = Launch((1, 1, 8), (1, 1, 16), pack=2, num_warps=4, stages=1)
     blocks, programs = 2, problem.programs(launch)
     assert programs == 38 * blocks
@@ -240,7 +250,7 @@ def test_tiles_that_are_marked_are_computed_once_more(with_state: bool) -> None:
     untouched = -3.0
     results = [torch.full_like(x, untouched) for x in expected]
     state = results[1:] if with_state else (None, None)
-    large_forward.repair(launch, problem, inputs, sink, scale, broken, (results[0], state[0], state[1]))
+    large_forward.repair(launch, problem, inputs, options, broken, (results[0], state[0], state[1]))
     rows = torch.zeros(1, 300, 4, dtype=torch.bool, device=DEVICE)
     for i in marked:
         first, head = i // blocks * 8, i % blocks * 2
@@ -261,13 +271,13 @@ def test_statistics_of_the_backward_pass_are_what_they_are_called(with_grad_lse:
     grad_out = wide[..., 1:4, :]  # a view, as of a wider tensor
     row_max, row_sum, grad_lse = torch.rand(3, 2, 3, 5, 9, 3, generator=draw).to(DEVICE) + 0.5
     grad_lse = grad_lse.transpose(1, 2).contiguous().transpose(1, 2) if with_grad_lse else None
-    statistics, delta = large_backward.statistics_of(problem, out, row_max, row_sum, grad_out, grad_lse)
+    statistics, delta = large_backward.statistics_of(problem, Cotangents(out, row_max, row_sum, grad_out, grad_lse))
     expected = (out.double() * grad_out.double()).sum(-1) - (0 if grad_lse is None else grad_lse.double())
     assert error(delta, expected) < 1e-6
     lines = [x.permute(4, 0, 1, 2, 3).reshape(3, 6, 5, 9) for x in (row_max + row_sum.log(), expected)]
     assert error(statistics.lse[..., :9] * math.log(2), lines[0]) < 1e-6
     assert error(statistics.delta[..., :9], lines[1]) < 1e-6
-    assert statistics.lse.stride(-2) % dispatch.ALIGNMENT == 0
+    assert statistics.lse.stride(-2) % large_tiling.ALIGNMENT == 0
     portable = large_backward.lined_up(problem, row_max, delta)
     assert torch.equal(portable.delta[..., :9], statistics.delta[..., :9])
 
@@ -291,7 +301,6 @@ def test_a_call_takes_it_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def problem_of_text(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0), **changes: Any) -> Problem:
     """A window of 4096 over 8192 tokens with four query heads a KV head, as if a GPU was there."""
-    dispatch.supports.cache_clear()
     forget()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(problem_module, "device_traits", lambda device: ("stub", 2**17))
@@ -305,11 +314,11 @@ def problem_of_text(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
 
 def test_large_windows_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = problem_of_text(monkeypatch)
-    launch = dispatch.forward_launch(problem)
+    launch = planned("forward", problem)
     assert launch is not None
     assert (launch.tile, launch.pack) == ((1, 1, 32), 4)
     with override(pack=1):
-        unpacked = dispatch.forward_launch(problem)
+        unpacked = planned("forward", problem)
     assert unpacked is not None
     assert (unpacked.tile, unpacked.pack) == ((1, 1, 128), 1)
 
@@ -334,8 +343,7 @@ def test_large_is_what_the_keys_of_a_window_take(
         monkeypatch, query=query, key=key, value=key, additional_keys=extra, additional_values=extra,
         kernel_size=(window,),
     )  # fmt: skip
-    assert dispatch.pays(problem) == is_large
-    assert isinstance(dispatch.forward_launch(problem), Launch) == is_large
+    assert isinstance(planned("forward", problem), Launch) == is_large
 
 
 @pytest.mark.parametrize(
@@ -355,15 +363,15 @@ def test_large_is_what_the_keys_of_a_window_take(
     ids=str,
 )
 def test_other_calls_do_not(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
-    assert dispatch.forward_launch(problem_of_text(monkeypatch, **changes)) is None
+    assert planned("forward", problem_of_text(monkeypatch, **changes)) is None
 
 
 def test_a_launch_that_somebody_chose_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = problem_of_text(monkeypatch)
     with override({"forward": Launch((1, 1, 64), (1, 1, 64), 2, 4, 2)}):
-        assert dispatch.forward_launch(problem) is None
+        assert planned("forward", problem) is None
     with override(pack=8):  # more heads than there are in a group
-        assert dispatch.forward_launch(problem) is None
+        assert planned("forward", problem) is None
 
 
 @pytest.mark.parametrize(
@@ -378,29 +386,32 @@ def test_boxes_execute_few_scores(
     lengths: Box, kernel: Box, causal: tuple[bool, bool, bool], group: int, tile: Box, chunk: Box
 ) -> None:
     axes = tuple(zip(lengths, kernel, (1, 1, 1), causal, strict=True))
-    assert dispatch.best_boxes(axes, 128 // group, 128, window_bounds) == (tile, chunk)
+    assert large_tiling.best_boxes(axes, 128 // group, 128, window_bounds) == (tile, chunk)
 
 
 def test_chunks_of_queries_start_where_statistics_can_be_loaded_from() -> None:
     axes = (12, 7, 1, True), (16, 9, 1, False), (18, 10, 1, False)
-    (_, free), (_, aligned) = (dispatch.best_boxes(axes, 128, 64, query_bounds, n) for n in (1, 4))
+    (_, free), (_, aligned) = (large_tiling.best_boxes(axes, 128, 64, query_bounds, n) for n in (1, 4))
     assert free[2] < 4
     assert aligned[2] % 4 == 0
     # Keys 2 and 3 are seen by queries 2 to 5, a chunk of four; from 0 on these are in two. The other pairs stay at one.
-    chunks = [dispatch.executed((8, 3, 1, True), 2, 4, query_bounds, n) // (2 * 4) for n in (1, 4)]
+    chunks = [large_tiling.executed((8, 3, 1, True), 2, 4, query_bounds, n) // (2 * 4) for n in (1, 4)]
     assert chunks == [4, 5]
 
 
 def test_gradients_of_large_windows_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = problem_of_text(monkeypatch)
-    launches = dispatch.backward_launches(problem, problem.query)
-    assert launches is not None
-    assert (launches.query.tile, launches.query.pack) == ((1, 1, 32), 4)
-    assert (launches.key.tile, launches.key.chunk) == ((1, 1, 128), (1, 1, 64))
+
+    def both(grad_out: Layout) -> list[Any]:
+        return [planned(kind, problem, grad_out=grad_out) for kind in ("backward_query", "backward_key")]
+
+    query, key = both(problem.query)
+    assert (query.tile, query.pack) == ((1, 1, 32), 4)
+    assert (key.tile, key.chunk) == ((1, 1, 128), (1, 1, 64))
     expanded = problem.query._replace(stride=(0, 0, 0, 0))  # as the gradient of a sum is
-    assert dispatch.backward_launches(problem, expanded) is None
-    with override({"backward_key": launches.key}):
-        assert dispatch.backward_launches(problem, problem.query) is None
+    assert both(expanded) == [None, None]
+    with override({"backward_key": key}):  # they share statistics
+        assert both(problem.query) == [None, None]
 
 
 def test_strides_that_tma_does_not_take_are_refused() -> None:

@@ -305,7 +305,7 @@ def test_qkv_output_reaches_the_operation_as_views(monkeypatch: pytest.MonkeyPat
     attend_projected = attention.attend_projected
 
     def spy(call: Call, *args: Any) -> Tensor:
-        seen.extend((call.query, call.key, call.value))
+        seen.extend((call.inputs.query, call.inputs.key, call.inputs.value))
         return attend_projected(call, *args)
 
     monkeypatch.setattr(attention, "attend_projected", spy)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..arguments import Call
 from ..functional import Impl, attend, takes_fused
+from ..kernels.host.problem import QKPrep
 from ..kernels.ops import attention as attention_ops
 from ..kernels.ops import qk_prep as qk_prep_ops
 from ..kernels.ops import qk_prep_attention as qk_prep_attention_ops
@@ -112,10 +113,10 @@ def _unsupported(query: Tensor, key: Tensor, angles: Angles | None) -> str | Non
 
 
 def _fused(query: Tensor, key: Tensor, norm: HeadNorm | None, angles: Angles | None) -> tuple[Tensor, Tensor]:
-    return qk_prep_ops.rotate(query, key, *_rotation(query, norm, angles))
+    return qk_prep_ops.rotate(query, key, _rotation(query, norm, angles))
 
 
-def _rotation(query: Tensor, norm: HeadNorm | None, angles: Angles | None) -> qk_prep_ops.Options:
+def _rotation(query: Tensor, norm: HeadNorm | None, angles: Angles | None) -> QKPrep:
     """What the operators take behind query and key."""
     positions = freqs = None
     query_gain, key_gain = (None, None) if norm is None else (norm.query_gain, norm.key_gain)
@@ -123,7 +124,7 @@ def _rotation(query: Tensor, norm: HeadNorm | None, angles: Angles | None) -> qk
         positions, freqs = angles.positions.contiguous(), angles.freqs.float().contiguous()
         if positions.ndim < query.ndim - 1:
             positions = positions[None]
-    return (
+    return QKPrep(
         None if query_gain is None else query_gain.contiguous(),
         None if key_gain is None else key_gain.contiguous(),
         positions,
@@ -145,10 +146,12 @@ def attend_projected(call: Call, norm: HeadNorm | None, angles: Angles | None, *
     Raises:
         RuntimeError: ``impl="fused"`` where the kernels cannot run.
     """
-    query, key = call.query, call.key
+    query, key = call.inputs.query, call.inputs.key
     if norm is not None or angles is not None:
-        tracked = is_tracked((*call[:6], *(norm or ()), *(angles or ())))
+        tracked = is_tracked((*call.inputs, *(norm or ()), *(angles or ())))
         if not tracked and takes_fused(impl, query, call.why_not_fused):
-            return call.restore(qk_prep_attention_ops.attention(call.arguments, _rotation(query, norm, angles)))
+            return call.restore(
+                qk_prep_attention_ops.attention(call.inputs, call.options, _rotation(query, norm, angles))
+            )
         query, key = normalize_and_rotate(query, key, norm, angles, impl=impl)
-    return attend(call._replace(query=query, key=key), impl)
+    return attend(call._replace(inputs=call.inputs._replace(query=query, key=key)), impl)

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from triton import knobs
 from triton.compiler import CompiledKernel
 
-__all__ = ["Launcher", "launcher"]
+__all__ = ["Launcher", "Plan", "launcher"]
 
 
 TINY = torch.finfo(torch.float32).tiny
@@ -54,6 +54,14 @@ class Launcher:
         compiled = self.kernel[self.grid](*tensors, *self.sizes, *numbers, **self.options)
         if isinstance(compiled, CompiledKernel):  # Triton's interpreter compiles nothing
             self.compiled[key] = compiled[self.grid]
+
+
+class Plan(NamedTuple):
+    """How a portable kernel computes a call."""
+
+    config: Any
+    """its tiles and options, for people"""
+    launch: Launcher
 
 
 @lru_cache(maxsize=1024)

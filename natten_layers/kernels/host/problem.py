@@ -103,9 +103,42 @@ class Inputs(NamedTuple):
     query: Tensor
     key: Tensor
     value: Tensor
-    additional_keys: Tensor | None
-    additional_values: Tensor | None
-    sink: Tensor | None
+    additional_keys: Tensor | None = None
+    additional_values: Tensor | None = None
+    sink: Tensor | None = None
+
+
+class Options(NamedTuple):
+    """What a call is beside its tensors; windows have one entry per axis."""
+
+    sink_value: float | None
+    """One logit for all heads. A sink that differs by head is a tensor of :class:`Inputs`."""
+    kernel_size: Sequence[int]
+    stride: Sequence[int]
+    dilation: Sequence[int]
+    is_causal: Sequence[bool]
+    scale: float
+
+
+class Cotangents(NamedTuple):
+    """What the backward pass takes beside the arguments of the forward: its results, and the gradients of them."""
+
+    out: Tensor
+    row_max: Tensor
+    row_sum: Tensor
+    grad_out: Tensor
+    grad_lse: Tensor | None
+
+
+class RowStatistics(NamedTuple):
+    """What the query kernel of a backward pass leaves for those of keys and registers."""
+
+    delta: Tensor
+    """``[B, *spatial, Hq]`` in fp32"""
+    lse: Tensor | None
+    """log-sum-exp in base 2, likewise; None if only the head-major form was written"""
+    head_major: Any = None
+    """both once more in the order that the kernels for large windows load by TMA, if one of them wrote it"""
 
 
 class Problem(NamedTuple):
@@ -250,7 +283,7 @@ def new_results(query: Tensor, value_dim: int, with_state: bool) -> tuple[Tensor
 
 
 class RotationKind(NamedTuple):
-    """What a rotation is apart from its data."""
+    """What the preparation of queries and keys is apart from its data."""
 
     norm: str
     axes: int
@@ -263,10 +296,39 @@ class RotationKind(NamedTuple):
     """whether positions differ by image"""
 
 
-def problem_of(inputs: Inputs, sink_value: float | None, window: Sequence[Sequence[Any]], scale: float) -> Problem:
-    """Of operators' arguments; ``window`` has kernel size, stride, dilation and what is causal, one entry per axis."""
-    kernel_size, stride, dilation, is_causal = window
+class QKPrep(NamedTuple):
+    """What is done to queries and keys before attention: normalisation of every head, then RoPE."""
+
+    query_gain: Tensor | None
+    """cosine: ``[Hq]`` or None; rms: ``[D]``"""
+    key_gain: Tensor | None
+    """cosine: ``[Hkv]`` or None; rms: ``[D]``"""
+    positions: Tensor | None
+    """``[B or 1, *spatial, axes]``"""
+    freqs: Tensor | None
+    """``[heads that differ, n]``, fp32"""
+    factor: float
+    norm: str
+    """none, cosine or rms"""
+    eps: float
+
+    @property
+    def kind(self) -> RotationKind:
+        if self.positions is None or self.freqs is None:
+            return RotationKind(self.norm, 1, 0, False, False)
+        batch, *_, axes = self.positions.shape
+        heads, each = self.freqs.shape
+        return RotationKind(self.norm, axes, axes * each, heads > 1, batch > 1)
+
+    @property
+    def by_head(self) -> bool:
+        """Angles differ by head: a program then takes images that share them; otherwise it takes heads."""
+        return self.freqs is not None and len(self.freqs) > 1
+
+
+def problem_of(inputs: Inputs, options: Options) -> Problem:
     query, key, value, additional_keys, additional_values, sink = inputs
+    sink_value, kernel_size, stride, dilation, is_causal, scale = options
     return Problem(
         layout(query), layout(key), layout(value),
         None if additional_keys is None else layout(additional_keys),

@@ -10,14 +10,16 @@ Legend as in ``primitives.py``; ``[M]`` rows are (token, head of the group) pair
 
 from functools import lru_cache
 from math import ceil
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..host.launcher import launcher
-from ..host.problem import device_traits, precision, scales_first, sink_kind
+from ..host.cache_problem import CacheInputs, CacheOptions, CacheProblem
+from ..host.launcher import Launcher, launcher
+from ..host.problem import device_traits
 from ..host.tiling import next_power_of_2, padded_head_dim, tile_copies
 from .forward import attend_registers, initial_state
 from .primitives import LN2, LOG2E, LOWEST, are_sound, load_rows, softmax_step, store_rows
@@ -244,66 +246,65 @@ def block(rows: int, width: int, element_size: int, limit: int) -> tuple[int, in
     return most, slots
 
 
+class DecodePlan(NamedTuple):
+    config: dict[str, int]
+    """for people"""
+    attend: Launcher
+    merge: Launcher | None
+    """of the slices, if there are several"""
+    splits: int
+
+
+def plan(p: CacheProblem) -> DecodePlan:
+    batch, tokens, heads, head_dim = p.query.shape
+    length, kv_heads, value_dim = p.value.shape[1:]
+    group = heads // kv_heads
+    BD, BDV = padded_head_dim(head_dim), padded_head_dim(value_dim)
+    BM, BN = block(group * tokens, max(BD, BDV), p.dtype.itemsize, device_traits(p.device)[1])
+    blocks = ceil(group * tokens / BM)
+    splits, share = split(batch * kv_heads * blocks, length, BN)
+    registers = 0 if p.additional_keys is None else p.additional_keys.shape[1]
+    total = batch * tokens * heads
+    num_warps = 4 if BM * BDV <= 8192 else 8
+    attend = launcher(
+        decode_kernel,
+        (batch * splits * blocks * kv_heads,),
+        (
+            *(x.stride[:3] for x in (p.query, p.key, p.value)), p.query_positions.stride, p.key_positions.stride,
+            *((0, 0, 0) if x is None else x.stride[:3] for x in (p.additional_keys, p.additional_values)),
+            tokens, length, group, kv_heads, blocks, splits, share, total, registers,
+            NO_WINDOW if p.window is None else min(p.window, NO_WINDOW),
+        ),
+        BM=BM, BN=BN, D=head_dim, BD=BD, DV=value_dim, BDV=BDV, BR=16 if registers else 0,
+        SINK=p.sink, TRIM=share > TRIM_FROM, SCALE_FIRST=p.scale_first, PRECISION=p.precision, STAGES=STAGES,
+        num_warps=num_warps,
+    )  # fmt: skip
+    merge = None
+    if splits > 1:
+        merge = launcher(
+            merge_kernel, (total,), (splits, total),
+            DV=value_dim, BDV=BDV, BS=next_power_of_2(splits), BLOCK=16, num_warps=2,
+        )  # fmt: skip
+    return DecodePlan({"rows": BM, "keys": BN, "splits": splits, "num_warps": num_warps}, attend, merge, splits)
+
+
 def decode(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    query_positions: Tensor,
-    key_positions: Tensor,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    sink: Tensor | None,
-    sink_value: float | None,
-    window: int | None,
-    scale: float,
-    with_lse: bool,
+    plan: DecodePlan, inputs: CacheInputs, options: CacheOptions, with_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     """``out [B, Lq, Hq, Dv]`` and, ``with_lse``, the log-sum-exp ``[B, Lq, Hq]`` in fp32.
 
-    Tensors as ``cached_attention`` has them, last axes of all but positions contiguous, positions ``[B, ...]`` of any
-    integer dtype. Allocates ``slices * (Dv + 2)`` fp32 for each row of the result if there is more than one slice.
+    Allocates ``slices * (Dv + 2)`` fp32 for each row of the result if there is more than one slice.
     """
-    batch, tokens, heads, head_dim = query.shape
-    length, kv_heads, value_dim = value.shape[1:]
-    group = heads // kv_heads
-    BD, BDV = padded_head_dim(head_dim), padded_head_dim(value_dim)
-    BM, BN = block(group * tokens, max(BD, BDV), key.element_size(), device_traits(query.device)[1])
-    blocks = ceil(group * tokens / BM)
-    splits, share = split(batch * kv_heads * blocks, length, BN)
-    registers = 0 if additional_keys is None else additional_keys.shape[1]
+    query, value_dim, splits = inputs.query, inputs.value.shape[-1], plan.splits
+    batch, tokens, heads, _ = query.shape
     total = batch * tokens * heads
-
     out = query.new_empty(batch, tokens, heads, value_dim)
     lse = query.new_empty(batch, tokens, heads, dtype=torch.float32) if with_lse else None
     parts = None, None, None
     if splits > 1:
         part_out = query.new_empty(splits, total, value_dim, dtype=torch.float32)
         parts = part_out, *query.new_empty(2, splits, total, dtype=torch.float32)
-    attend = launcher(
-        decode_kernel,
-        (batch * splits * blocks * kv_heads,),
-        (
-            *(t.stride()[:3] for t in (query, key, value)), query_positions.stride(), key_positions.stride(),
-            *((0, 0, 0) if t is None else t.stride()[:3] for t in (additional_keys, additional_values)),
-            tokens, length, group, kv_heads, blocks, splits, share, total, registers,
-            NO_WINDOW if window is None else min(window, NO_WINDOW),
-        ),
-        BM=BM, BN=BN, D=head_dim, BD=BD, DV=value_dim, BDV=BDV, BR=16 if registers else 0,
-        SINK=sink_kind(sink, sink_value), TRIM=share > TRIM_FROM,
-        SCALE_FIRST=scales_first(scale), PRECISION=precision(query.dtype), STAGES=STAGES,
-        num_warps=4 if BM * BDV <= 8192 else 8,
-    )  # fmt: skip
-    attend(
-        (
-            query, key, value, query_positions, key_positions, additional_keys, additional_values, sink,
-            out, lse, *parts,
-        ),
-        (sink_value, scale),
-    )  # fmt: skip
-    if splits > 1:
-        merge = launcher(
-            merge_kernel, (total,), (splits, total),
-            DV=value_dim, BDV=BDV, BS=next_power_of_2(splits), BLOCK=16, num_warps=2,
-        )  # fmt: skip
-        merge((*parts, out, lse))
+    plan.attend((*inputs, out, lse, *parts), (options.sink_value, options.scale))
+    if plan.merge is not None:
+        plan.merge((*parts, out, lse))
     return out, lse

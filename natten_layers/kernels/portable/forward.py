@@ -8,17 +8,13 @@ Registers come last, as more keys of the same softmax; the sink is the softmax's
 # Triton's language is Python to the parser only.
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false
 
-from types import ModuleType
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import dispatch
-from ..host.launcher import Launcher, launcher
-from ..host.problem import Inputs, Problem, new_results
-from ..host.tuned import launch_for, remembered
+from ..host.launcher import Plan, launcher
+from ..host.problem import Inputs, Options, Problem, new_results
+from ..host.tuned import launch_for
 from .primitives import (
     LN2,
     LOG2E,
@@ -222,39 +218,24 @@ def forward_kernel(
     )  # fmt: skip
 
 
+def plan(p: Problem, with_state: bool) -> Plan:
+    config = launch_for("forward", p.problem_class)
+    launch = launcher(
+        forward_kernel,
+        (p.programs(config),),
+        (*p.input_strides(), *p.geometry, p.tiles(config.tile), p.group, p.kv_heads, p.registers),
+        **p.program(config, (p.query, p.key, p.value, p.out)), **p.constants(),
+        PACK=config.pack, BR=p.register_tile, SINK=p.sink, WITH_STATE=with_state,
+    )  # fmt: skip
+    return Plan(config, launch)
+
+
 def forward(
-    problem: Problem, inputs: Inputs, sink_value: float | None, scale: float, with_state: bool
+    plan: Plan, problem: Problem, inputs: Inputs, options: Options, with_state: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``out [B, *spatial, Hq, Dv]`` and, ``with_state``, ``row_max`` and ``row_sum [B, *spatial, Hq]`` in fp32."""
     query, key, value, additional_keys, additional_values, sink = inputs
-    launch, kernels = forward_choice(problem, with_state)
-    if kernels is not None:
-        if dispatch.are_aligned(*inputs[:5]):
-            return kernels.forward(launch, problem, inputs, sink_value, scale, with_state)
-        launch = forward_launcher(problem, with_state)
     out, row_max, row_sum = new_results(query, problem.value.shape[-1], with_state)
-    launch((query, key, value, out, row_max, row_sum, additional_keys, additional_values, sink), (sink_value, scale))
+    tensors = query, key, value, out, row_max, row_sum, additional_keys, additional_values, sink
+    plan.launch(tensors, (options.sink_value, options.scale))
     return out, row_max, row_sum
-
-
-@remembered
-def forward_choice(problem: Problem, with_state: bool) -> tuple[Any, ModuleType | None]:
-    """The launch of a call, and the module whose kernel in Gluon takes it: None for the portable kernel."""
-    launch, kernels = dispatch.forward_launch(problem, with_state), dispatch.kernels()
-    if launch is None or kernels is None:
-        return forward_launcher(problem, with_state), None
-    return launch, kernels.forward_of(launch)
-
-
-@remembered
-def forward_launcher(problem: Problem, with_state: bool) -> Launcher:
-    """Of the portable kernel."""
-    p = problem
-    launch = launch_for("forward", p.problem_class)
-    return launcher(
-        forward_kernel,
-        (p.programs(launch),),
-        (*p.input_strides(), *p.geometry, p.tiles(launch.tile), p.group, p.kv_heads, p.registers),
-        **p.program(launch, (p.query, p.key, p.value, p.out)), **p.constants(),
-        PACK=launch.pack, BR=p.register_tile, SINK=p.sink, WITH_STATE=with_state,
-    )  # fmt: skip

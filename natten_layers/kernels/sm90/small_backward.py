@@ -27,7 +27,19 @@ from triton.experimental.gluon.language.nvidia.hopper.tma import (
     store_wait,
 )
 
-from ..host.problem import Inputs, Layout, Problem, contiguous, layout, new_like, strides, three_axes
+from ..host.problem import (
+    Cotangents,
+    Inputs,
+    Layout,
+    Options,
+    Problem,
+    RowStatistics,
+    contiguous,
+    layout,
+    new_like,
+    strides,
+    three_axes,
+)
 from ..portable.primitives import (
     LOG2E,
     inside_axes,
@@ -353,17 +365,17 @@ def hopper_small_key_kernel(
 
 
 def query_gradient(
-    launch: SmallLaunch, problem: Problem, inputs: Inputs, scale: float, out: Tensor, row_max: Tensor, row_sum: Tensor,
-    grad_out: Tensor, grad_lse: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dQ, delta and the base-2 lse, as ``backward.backward_query_kernel`` has them. Allocates only these."""
+    launch: SmallLaunch, problem: Problem, inputs: Inputs, options: Options, cotangents: Cotangents
+) -> tuple[Tensor, RowStatistics]:
+    """dQ, delta and the base-2 lse, as ``portable.backward`` has them. Allocates only these."""
     query, key, value, reg_keys, reg_values, _ = inputs
+    out, row_max, row_sum, grad_out, grad_lse = cotangents
     grad_query = new_like(query)
     delta, lse = torch.empty_like(row_max), torch.empty_like(row_max)
     call = query_call(launch, problem, layout(grad_out), None if grad_lse is None else layout(grad_lse[..., None]))
     tensors = (query, grad_out, grad_query, *(key,) * PARTS, *(value,) * PARTS, reg_keys, reg_values)
-    call((delta, lse, row_max, row_sum, out, grad_lse), tensors, (scale,))
-    return grad_query, delta, lse
+    call((delta, lse, row_max, row_sum, out, grad_lse), tensors, (options.scale,))
+    return grad_query, RowStatistics(delta, lse)
 
 
 @lru_cache(maxsize=1024)
@@ -388,14 +400,15 @@ def query_call(launch: SmallLaunch, p: Problem, grad_out: Layout, grad_lse: Layo
 
 
 def key_gradients(
-    launch: SmallLaunch, problem: Problem, inputs: Inputs, scale: float, grad_out: Tensor, delta: Tensor, lse: Tensor
+    launch: SmallLaunch, problem: Problem, inputs: Inputs, options: Options, grad_out: Tensor, statistics: RowStatistics
 ) -> tuple[Tensor, Tensor]:
-    """dK and dV, registers aside, as ``backward.backward_key_kernel`` has them. Allocates only these."""
+    """dK and dV, those of registers aside, as ``portable.backward`` has them. Allocates only these."""
     query, key, value, *_ = inputs
     grad_key, grad_value = new_like(key), new_like(value)
     call = key_call(launch, problem, layout(grad_out))
     tensors = (key, value, grad_key, grad_value, *(query,) * PARTS, *(grad_out,) * PARTS)
-    call((delta, lse), tensors, (scale,))
+    delta, lse, _ = statistics
+    call((delta, lse), tensors, (options.scale,))
     return grad_key, grad_value
 
 

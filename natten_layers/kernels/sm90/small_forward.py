@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper.tma import (
 )
 
 from ..host.launcher import Launcher, launcher
-from ..host.problem import Inputs, Layout, Problem, contiguous, new_results, three_axes
+from ..host.problem import Inputs, Layout, Options, Problem, contiguous, new_results, three_axes
 from ..portable.primitives import LN2, LOG2E, shifted, unravel, windows_of
 from .primitives import (
     Boxes,
@@ -231,13 +231,10 @@ def hopper_small_kernel(
 
 
 def forward(
-    launch: SmallLaunch, problem: Problem, inputs: Inputs, sink_value: float | None, scale: float, with_state: bool
+    launch: SmallLaunch, problem: Problem, inputs: Inputs, options: Options, with_state: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """What ``forward.forward`` computes, where ``dispatch`` has a launch and addresses are multiples of 16.
-
-    Allocates its results.
-    """
-    return attend(prepare(launch, problem, with_state), PARTS, inputs, sink_value, scale, with_state)
+    """What ``portable.forward`` computes, of calls that ``dispatch`` sends here. Allocates its results."""
+    return attend(prepare(launch, problem, with_state), PARTS, inputs, options, with_state)
 
 
 class Call(NamedTuple):
@@ -268,7 +265,7 @@ def call_of(
 
 
 def attend(
-    call: Call, parts: int, inputs: Inputs, sink_value: float | None, scale: float, with_state: bool,
+    call: Call, parts: int, inputs: Inputs, options: Options, with_state: bool,
     tensors: Sequence[Tensor | None] = (), floats: Sequence[float | None] = (),
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Results of a kernel with descriptors of queries, results, ``parts`` times keys and values, and registers.
@@ -279,7 +276,7 @@ def attend(
     out, row_max, row_sum = new_results(query, query.shape[-1], with_state)
     described = query, out, *(key,) * parts, *(value,) * parts, reg_keys, reg_values
     pointers = query, key, value, out, row_max, row_sum, reg_keys, reg_values, sink, *tensors
-    call(pointers, described, (sink_value, scale, *floats))
+    call(pointers, described, (options.sink_value, options.scale, *floats))
     return out, row_max, row_sum
 
 

@@ -95,19 +95,20 @@ class StripLaunch(NamedTuple):
         return three_axes([ceil(n / b) for n, b in zip(lengths, self.tile, strict=True)], 1)
 
 
-class SmallBackwardLaunches(NamedTuple):
-    query: SmallLaunch | None
-    key: SmallLaunch | None
-
-
-def strip_pays(problem: Problem, strip: StripLaunch, single: SmallLaunch | None) -> bool:
-    """Whether strips were measured to be faster than tiles alone, on problems like this one."""
+def strip_gap(problem: Problem, strip: StripLaunch, single: SmallLaunch | None) -> str | None:
+    """Why strips were measured to be slower than tiles alone on problems like this one; None where they are faster."""
     if single is None:
-        return True
+        return None
     loaded = sum(map(prod, single.parts))
-    if loaded < LEAST_LOADED or prod(strip.box) > RELOADED * loaded or problem.rank == problem.group == 1:
-        return False
-    return strip.programs >= single.programs or problem.query.shape[-1] == 64
+    if loaded < LEAST_LOADED:
+        return f"tiles alone are faster: a tile sees {loaded} keys, fewer than {LEAST_LOADED}"
+    if prod(strip.box) > RELOADED * loaded:
+        return f"tiles alone are faster: {prod(strip.box)} of the {loaded} keys that a tile sees are new to it"
+    if problem.rank == problem.group == 1:
+        return "tiles alone are faster in 1-D where every query head has keys of its own"
+    if strip.programs < single.programs and problem.query.shape[-1] != 64:
+        return f"tiles alone are faster: {single.programs} programs share a multiprocessor, not {strip.programs}"
+    return None
 
 
 @lru_cache(maxsize=1024)
