@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from numbers import Real
-from typing import NamedTuple, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
 
 from .geometry import AXES, Window, make_window
+from .kernels.host.problem import Inputs, Options
 from .kernels.ops import attention as attention_ops
 
 __all__ = [
@@ -35,25 +36,22 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Call(NamedTuple):
-    """Validated, canonical arguments: heads last, KV heads unrepeated, one entry per axis."""
+    """Validated, canonical arguments: heads last, KV heads unrepeated, registers of every image."""
 
-    query: Tensor  # [B, *spatial, Hq, D]
-    key: Tensor  # [B, *spatial, Hkv, D]
-    value: Tensor  # [B, *spatial, Hkv, Dv]
-    additional_keys: Tensor | None  # [B, R, Hkv, D]
-    additional_values: Tensor | None  # [B, R, Hkv, Dv]
-    sink: Tensor | float | None  # [Hq] or one logit for all heads
+    inputs: Inputs
+    options: Options
     window: Window
-    scale: float
-    head_shape: torch.Size  # the caller's head axes: (Hq,) or (Hkv, G)
+    head_shape: torch.Size
+    """the caller's head axes: ``(Hq,)`` or ``(Hkv, G)``"""
 
     @property
-    def arguments(self) -> attention_ops.Arguments:
-        """What both implementations take, in their order."""
-        return self[:8]
+    def for_eager(self) -> tuple[Any, ...]:
+        """What the functions of :mod:`eager` take, in their order."""
+        *tensors, sink = self.inputs
+        return *tensors, self.options.sink_value if sink is None else sink, self.window, self.options.scale
 
     def why_not_fused(self) -> str | None:
-        return attention_ops.unsupported(self.query, self.value)
+        return attention_ops.unsupported(self.inputs.query, self.inputs.value)
 
     def restore(self, out: Tensor) -> Tensor:
         """Give a result the caller's head axes back; ``out`` is ``[B, *spatial, Hq, ...]``."""
@@ -86,10 +84,13 @@ def prepare(
         plain = len(head_shape) == 1 and not _has_one_head(tensors)
         tensors = query, key, value, additional_keys, additional_values = _canonical_heads(tensors, head_shape)
         accepted = accepted or _accept(signature, Accepted(_check_canonical_form(tensors, axes), plain))
-    window = accepted.window
     factor = query.shape[-1] ** -0.5 if scale is None else check_scale(scale)
-    registers = _expand_registers(additional_keys, additional_values, query.shape[0])
-    return Call(query, key, value, *registers, check_sink(sink, query), window, factor, head_shape)
+    register_keys, register_values = _expand_registers(additional_keys, additional_values, query.shape[0])
+    sink, sink_value = (sink, None) if isinstance(sink := check_sink(sink, query), Tensor) else (None, sink)
+    inputs = Inputs(query, key, value, register_keys, register_values, sink)
+    w = accepted.window
+    options = Options(sink_value, w.kernel_size, w.stride, w.dilation, w.is_causal, factor)
+    return Call(inputs, options, w, head_shape)
 
 
 class Accepted(NamedTuple):

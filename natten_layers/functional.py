@@ -1,4 +1,4 @@
-"""The public operations, and the one dispatch between eager and fused."""
+"""The public operations, and the one choice between eager and fused."""
 
 from __future__ import annotations
 
@@ -129,8 +129,9 @@ def neighborhood_attention(
 
 def attend(call: Call, impl: Impl) -> Tensor:
     """``out`` of prepared arguments."""
-    operation = attention_ops.attention if takes_fused(impl, call.query, call.why_not_fused) else eager.attention
-    return call.restore(operation(*call.arguments))
+    if takes_fused(impl, call.inputs.query, call.why_not_fused):
+        return call.restore(attention_ops.attention(call.inputs, call.options))
+    return call.restore(eager.attention(*call.for_eager))
 
 
 def attention_state(
@@ -195,15 +196,21 @@ def merge_attention(*states: tuple[Tensor, Tensor, Tensor]) -> AttentionState:
 
 
 def _run(call: Call, impl: Impl) -> AttentionState:
-    run = attention_ops.attention_state if takes_fused(impl, call.query, call.why_not_fused) else eager.attention_state
-    return AttentionState(*run(*call.arguments))
+    if takes_fused(impl, call.inputs.query, call.why_not_fused):
+        return AttentionState(*attention_ops.attention_state(call.inputs, call.options))
+    return AttentionState(*eager.attention_state(*call.for_eager))
 
 
 def takes_fused(impl: Impl, query: Tensor, why_not: Callable[[], str | None]) -> bool:
-    """The one dispatch: whether ``impl`` on tensors like ``query`` means the fused kernels.
+    """Whether ``impl`` on tensors like ``query`` means the fused kernels; arguments as those of :func:`why_eager`."""
+    return why_eager(impl, query, why_not) is None
+
+
+def why_eager(impl: Impl, query: Tensor, why_not: Callable[[], str | None]) -> str | None:
+    """The one choice between PyTorch and the fused kernels: why ``impl`` means the former, or None.
 
     Args:
-        why_not: why they cannot run, or None; only asked where they would.
+        why_not: why the kernels cannot run on tensors like ``query``, or None; only asked where they would.
 
     Raises:
         ValueError: an unknown ``impl``.
@@ -211,9 +218,11 @@ def takes_fused(impl: Impl, query: Tensor, why_not: Callable[[], str | None]) ->
     """
     if impl not in ("auto", "fused", "eager"):
         raise ValueError(f'impl must be "auto", "fused" or "eager", got {impl!r}')
-    if impl == "eager" or (impl == "auto" and query.device.type != "cuda"):
-        return False  # Triton's interpreter is for tests: only on request
+    if impl == "eager":
+        return 'impl="eager" asks for it'
+    if impl == "auto" and query.device.type != "cuda":  # Triton's interpreter is for tests: only on request
+        return f"the tensors are on {query.device.type}, the kernels run on CUDA devices"
     reason = why_not()
     if reason is not None and impl == "fused":
         raise RuntimeError(f'impl="fused" cannot run: {reason}; use impl="auto" or "eager"')
-    return reason is None
+    return reason

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import randomize
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -30,13 +31,6 @@ def randn(*shape: int) -> Tensor:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
-
-
-def randomize(module: nn.Module) -> None:
-    """Move every parameter off its initial value, so that none of them is a no-op."""
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
 
 
 # --- norms and feed-forward
@@ -311,7 +305,7 @@ def test_qkv_output_reaches_the_operation_as_views(monkeypatch: pytest.MonkeyPat
     attend_projected = attention.attend_projected
 
     def spy(call: Call, *args: Any) -> Tensor:
-        seen.extend((call.query, call.key, call.value))
+        seen.extend((call.inputs.query, call.inputs.key, call.inputs.value))
         return attend_projected(call, *args)
 
     monkeypatch.setattr(attention, "attend_projected", spy)

@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Angles", "AxialRoPE", "RoPE", "angles_of", "make_axial_pos", "rotate_half_split"]
+from .base import Constants, at_least_fp32, default_dtype, is_plain
+
+__all__ = ["Angles", "AxialRoPE", "Positions", "RoPE", "angles_of", "make_axial_pos", "rotate_half_split"]
 
 
 def rotate_half_split(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -39,6 +41,9 @@ def make_axial_pos(
 ) -> Tensor:
     """Cell centres of an image whose long side spans [-1, 1] and whose short side is scaled by the aspect ratio.
 
+    Args:
+        dtype: torch.float32 or torch.float64; None is torch's default dtype, and float32 where that is half precision.
+
     Returns:
         ``[height, width, 2]``, (y, x).
 
@@ -47,6 +52,7 @@ def make_axial_pos(
     """
     if height < 1 or width < 1:
         raise ValueError(f"height and width must be at least 1, got {height} and {width}")
+    dtype = default_dtype() if dtype is None else dtype
     aspect = width / height
     bounds = (min(1.0, 1 / aspect), min(1.0, aspect))  # not height / width: the last bit is k-diffusion's
     centres = []
@@ -54,6 +60,24 @@ def make_axial_pos(
         edges = torch.linspace(-bound, bound, length + 1, dtype=dtype, device=device)
         centres.append((edges[:-1] + edges[1:]) / 2)
     return torch.stack(torch.meshgrid(*centres, indexing="ij"), -1)
+
+
+class Positions:
+    """Positions that arrive as they are where they are an argument of a module: ``layer(x, positions=Positions(p))``.
+
+    A mixed-precision policy casts the tensors among a sharded module's arguments (FSDP2's ``cast_forward_inputs``), and
+    bf16 tells neither distant tokens nor close pixels apart.
+
+    Args:
+        tensor: in the form that the layer's ``rope`` takes.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def to(self, *args: Any, **kwargs: Any) -> Positions:
+        """On another device, as :meth:`torch.Tensor.to`, for those who move a module's arguments to it."""
+        return Positions(self.tensor.to(*args, **kwargs))
 
 
 class Angles(NamedTuple):
@@ -81,18 +105,30 @@ class Angles(NamedTuple):
         return rotate_half_split(query, cos, sin), key
 
 
-class _Rotary(nn.Module):
-    """Holds ``freqs`` at fp32 or better, whatever dtype the surrounding model is cast to."""
+class Rotary(Constants):
+    """Holds ``freqs``, which follow from the constructor's arguments and are made anew where they were never set."""
 
     freqs: Tensor
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Rotary:
-        exact = self.freqs
+    def default_freqs(self, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
+        raise NotImplementedError
+
+    def reset_parameters(self) -> None:
+        """Write the frequencies of the constructor's arguments."""
+        self.freqs.copy_(self.default_freqs(self.freqs.dtype, self.freqs.device))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotary:
+        unset = self.freqs.is_meta
         super()._apply(fn, recurse)
-        # A cast to half precision would move every far position; keep the device change and drop the rounding.
-        if self.freqs.dtype in (torch.float16, torch.bfloat16):
-            self.freqs = exact.to(self.freqs.device)
+        if unset and not self.freqs.is_meta:
+            self.reset_parameters()
         return self
+
+    def set_freqs(self, device: torch.device) -> Tensor:
+        """``freqs``. Loading a file into a model on the meta device may have left them there."""
+        if self.freqs.is_meta and device.type != "meta":
+            self.freqs = self.default_freqs(self.freqs.dtype, device)
+        return self.freqs
 
     def angles(self, query: Tensor, key: Tensor, positions: Tensor | None) -> Angles:
         raise NotImplementedError
@@ -103,17 +139,25 @@ class _Rotary(nn.Module):
 
 
 def angles_of(rope: nn.Module, query: Tensor, key: Tensor, positions: Tensor | None) -> Angles | None:
-    """By what ``rope(query, key, positions)`` turns its arguments, or None where only calling it can tell."""
-    if isinstance(rope, _Rotary) and type(rope).forward is _Rotary.forward:
+    """By what ``rope(query, key, positions)`` turns its arguments, or None where it has to be called."""
+    if isinstance(rope, Rotary) and is_plain(rope, Rotary.forward):
         return rope.angles(query, key, positions)
     return None
 
 
+def _check_precision(positions: Tensor) -> None:
+    if positions.dtype in (torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"positions are {positions.dtype}, which is too coarse: give float32, float64 or integers. Where a "
+            "mixed-precision policy casts the arguments of modules, give positions=natten_layers.Positions(tensor)"
+        )
+
+
 def _angle_dtype(query: Tensor) -> torch.dtype:
-    return torch.float64 if query.dtype == torch.float64 else torch.float32
+    return at_least_fp32(query.dtype)
 
 
-class AxialRoPE(_Rotary):
+class AxialRoPE(Rotary):
     """Rotary embedding over real-valued coordinates, with its own frequencies for every head.
 
     With ``n = head_dim // (4 * axes)`` frequencies per head and axis, the first ``2 * axes * n`` elements of a head
@@ -128,7 +172,8 @@ class AxialRoPE(_Rotary):
         axes: coordinates of a position.
         freqs: the caller's own frequencies ``[num_kv_heads, n]`` in radians per unit of position.
 
-    The frequencies are the buffer ``freqs [num_kv_heads, n]``. It stays in fp32 or better under ``half()``.
+    The frequencies are the buffer ``freqs [num_kv_heads, n]``. It is in fp32 or better, whatever torch's default dtype,
+    and stays so under ``half()``; ``reset_parameters`` writes it again.
 
     Raises:
         ValueError: heads that do not group, a head too small, or ``freqs`` of another shape.
@@ -156,18 +201,18 @@ class AxialRoPE(_Rotary):
         if freqs is not None and freqs.shape != (num_kv_heads, n):
             raise ValueError(f"freqs has shape {tuple(freqs.shape)}; expected [{num_kv_heads}, {n}]")
         self.head_dim, self.num_heads, self.num_kv_heads, self.axes = head_dim, num_heads, num_kv_heads, axes
-        if freqs is None:
-            freqs = self._default_freqs(n, device)
-        self.register_buffer("freqs", freqs.detach().clone().to(device))
+        self.own_freqs = None if freqs is None else freqs.detach().clone()
+        dtype = default_dtype() if freqs is None else at_least_fp32(freqs.dtype)
+        self.register_buffer("freqs", self.default_freqs(dtype, device))
 
-    def _default_freqs(self, n: int, device: torch.device | str | None) -> Tensor:
-        ramp = torch.linspace(math.log(math.pi), math.log(10 * math.pi), self.num_heads * n + 1, device=device)
+    def default_freqs(self, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
+        if self.own_freqs is not None:
+            return self.own_freqs.to(device, dtype, copy=True)
+        n = self.head_dim // (4 * self.axes)
+        ends = math.log(math.pi), math.log(10 * math.pi)
+        ramp = torch.linspace(*ends, self.num_heads * n + 1, dtype=dtype, device=device)
         per_query_head = ramp[:-1].exp().view(n, self.num_heads).T
         return per_query_head[:: self.num_heads // self.num_kv_heads].contiguous()
-
-    def reset_parameters(self) -> None:
-        """Write the default frequencies, e.g. after ``to_empty``."""
-        self.freqs.copy_(self._default_freqs(self.freqs.shape[1], self.freqs.device))
 
     def extra_repr(self) -> str:
         return (
@@ -204,10 +249,11 @@ class AxialRoPE(_Rotary):
                 f"positions has shape {tuple(positions.shape)}; expected {[*expected]}, batched by 1 or "
                 f"{query.shape[0]} or not"
             )
-        return Angles(positions, self.freqs)
+        _check_precision(positions)
+        return Angles(positions, self.set_freqs(query.device))
 
 
-class RoPE(_Rotary):
+class RoPE(Rotary):
     """Rotary embedding over token indices, as language models use it.
 
     Args:
@@ -240,16 +286,13 @@ class RoPE(_Rotary):
             raise ValueError(f"head_dim must be an even number of at least 2, got {head_dim}")
         self.head_dim, self.theta, self.scaling = head_dim, theta, dict(scaling or {})
         self.attention_factor = _attention_factor(self.scaling)
-        self.register_buffer("freqs", self._frequencies(torch.float32, device), persistent=False)
+        self.register_buffer("freqs", self.default_freqs(torch.float32, device), persistent=False)
 
-    def _frequencies(self, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
+    def default_freqs(self, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
         # The same operations in the same order as the models were trained with: at position 1e5 the last bit of an fp32
         # frequency turns a pair by a hundredth of a radian.
         exponents = torch.arange(0, self.head_dim, 2, device=device).to(dtype) / self.head_dim
         return _scale_frequencies(1.0 / self.theta**exponents, self.theta, self.scaling)
-
-    def reset_parameters(self) -> None:
-        self.freqs.copy_(self._frequencies(torch.float32, self.freqs.device))
 
     def extra_repr(self) -> str:
         return f"head_dim={self.head_dim}, theta={self.theta}" + (f", scaling={self.scaling}" if self.scaling else "")
@@ -272,15 +315,9 @@ class RoPE(_Rotary):
             raise ValueError(
                 f"positions has shape {tuple(positions.shape)}; expected [{length}] or [{batch} or 1, {length}]"
             )
-        return self.angles_at(positions, _angle_dtype(query))
-
-    def angles_at(self, positions: Tensor, dtype: torch.dtype) -> Angles:
-        """At token indices ``[..., L]``, so that layers with equal embeddings share them.
-
-        Args:
-            dtype: torch.float32 or torch.float64, of the frequencies.
-        """
-        freqs = self.freqs if dtype == torch.float32 else self._frequencies(dtype, positions.device)
+        _check_precision(positions)
+        exact = _angle_dtype(query) == torch.float32  # otherwise those that are held are rounded
+        freqs = self.set_freqs(query.device) if exact else self.default_freqs(torch.float64, query.device)
         return Angles(positions[..., None], freqs[None], self.attention_factor)
 
 

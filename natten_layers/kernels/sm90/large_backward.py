@@ -22,8 +22,17 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .. import dispatch
-from ..host.problem import Inputs, Problem, layout, new_like, strides, three_axes
+from ..host.problem import (
+    Cotangents,
+    Inputs,
+    Options,
+    Problem,
+    RowStatistics,
+    layout,
+    new_like,
+    strides,
+    three_axes,
+)
 from ..host.tiling import Box, Launch, head_width
 from ..portable.primitives import (
     LOG2E,
@@ -36,6 +45,7 @@ from ..portable.primitives import (
     unravel,
     windows_of,
 )
+from . import large_tiling
 from .primitives import (
     await_load,
     await_tile,
@@ -61,7 +71,7 @@ from .primitives import (
     walk_over,
 )
 
-ALIGNMENT: gl.constexpr = gl.constexpr(dispatch.ALIGNMENT)
+ALIGNMENT: gl.constexpr = gl.constexpr(large_tiling.ALIGNMENT)
 PLAIN = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=4)
 
 
@@ -493,7 +503,7 @@ def line_descriptor(lines: Tensor, width: int, box: Box) -> TensorDescriptor:
 
 def new_statistics(problem: Problem) -> Statistics:
     t, h, w = problem.lengths
-    padded = triton.cdiv(w, dispatch.ALIGNMENT) * dispatch.ALIGNMENT
+    padded = triton.cdiv(w, large_tiling.ALIGNMENT) * large_tiling.ALIGNMENT
     shape = 2, problem.query.shape[-2], problem.query.shape[0] * t, h, padded
     return Statistics(*torch.empty(shape, dtype=torch.float32, device=problem.device))
 
@@ -507,10 +517,9 @@ def lined_up(problem: Problem, lse: Tensor, delta: Tensor) -> Statistics:
     return statistics
 
 
-def statistics_of(
-    problem: Problem, out: Tensor, row_max: Tensor, row_sum: Tensor, grad_out: Tensor, grad_lse: Tensor | None
-) -> tuple[Statistics, Tensor]:
+def statistics_of(problem: Problem, cotangents: Cotangents) -> tuple[Statistics, Tensor]:
     """Statistics, and delta ``[B, *spatial, Hq]``."""
+    out, row_max, row_sum, grad_out, grad_lse = cotangents
     statistics, delta = new_statistics(problem), torch.empty_like(row_max)
     dl_strides = (0,) * 5 if grad_lse is None else strides(layout(grad_lse[..., None]))
     rows = row_max.numel()
@@ -523,43 +532,17 @@ def statistics_of(
     return statistics, delta
 
 
-def key_gradients(
-    launch: Launch, problem: Problem, inputs: Inputs, scale: float, grad_out: Tensor, statistics: Statistics
-) -> tuple[Tensor, Tensor]:
-    """dK and dV, where ``dispatch.supports_backward`` is true and every address is a multiple of 16."""
-    query, key, value = inputs[:3]
-    grad_key, grad_value = new_like(key), new_like(value)
-    lengths, kernel_size, stride, _ = problem.geometry
-    tiles = problem.tiles(launch.tile)
-    works = query.shape[0] * prod(tiles) * problem.kv_heads
-    hopper_key_kernel[(min(works, multiprocessors(query.device)),)](
-        box_descriptor(query, launch.chunk), box_descriptor(key, launch.tile), box_descriptor(value, launch.tile),
-        box_descriptor(grad_out, launch.chunk),
-        *(line_descriptor(lines, lengths[2], launch.chunk) for lines in statistics),
-        grad_key, grad_value, key.new_zeros(1, dtype=torch.int32),
-        lengths, kernel_size, stride, tiles, problem.group, problem.kv_heads, works, scale,
-        BY_RESULT=is_by_result(problem), CAUSAL=three_axes(problem.is_causal, False), TILE=launch.tile,
-        CHUNK=launch.chunk, RANK=problem.rank, D=key.shape[-1], BD=head_width(key.shape[-1]),
-        DIM_V=value.shape[-1], BDV=head_width(value.shape[-1]), STAGES=launch.stages, TILES=buffered_tiles(problem),
-        num_warps=launch.num_warps, maxnreg=launch.max_registers,
-    )  # fmt: skip
-    return grad_key, grad_value
-
-
 def buffered_tiles(problem: Problem) -> int:
     """With two a group need not await the other one before its next tile; in 1-D the loop then spills registers."""
-    return 2 if problem.rank > 1 and not is_by_result(problem) else 1
-
-
-def is_by_result(problem: Problem) -> bool:
-    """Whether each group of warps computes one result of all keys of a tile, as its registers do not hold both."""
-    return max(problem.query.shape[-1], problem.value.shape[-1]) > 128
+    return 2 if problem.rank > 1 and not large_tiling.is_wide(problem) else 1
 
 
 def query_gradient(
-    launch: Launch, problem: Problem, inputs: Inputs, scale: float, grad_out: Tensor, statistics: Statistics
-) -> Tensor:
-    """dQ, without what registers give, under the same conditions. Takes the launches of the forward."""
+    launch: Launch, problem: Problem, inputs: Inputs, options: Options, cotangents: Cotangents
+) -> tuple[Tensor, RowStatistics]:
+    """dQ of a call without registers, and its statistics. Takes the tiles of the forward. Allocates only these."""
+    grad_out = cotangents.grad_out
+    statistics, delta = statistics_of(problem, cotangents)
     query, key, value = inputs[:3]
     grad_query = new_like(query)
     lengths, kernel_size, stride, _ = problem.geometry
@@ -568,10 +551,40 @@ def query_gradient(
         query_descriptor(query, launch), box_descriptor(key, launch.chunk), box_descriptor(value, launch.chunk),
         query_descriptor(grad_out, launch), *statistics, grad_query, query.new_zeros(1, dtype=torch.int32),
         lengths, kernel_size, stride, problem.tiles(launch.tile), problem.group, query.shape[-2] // launch.pack, works,
-        statistics.lse.shape[-1], scale,
+        statistics.lse.shape[-1], options.scale,
         CAUSAL=three_axes(problem.is_causal, False), TILE=launch.tile, CHUNK=launch.chunk, PACK=launch.pack,
         RANK=problem.rank, D=query.shape[-1], BD=head_width(query.shape[-1]), BDV=head_width(value.shape[-1]),
         STAGES=launch.stages, TILES=1,
         num_warps=launch.num_warps, maxnreg=launch.max_registers,
     )  # fmt: skip
-    return grad_query
+    return grad_query, RowStatistics(delta, None, statistics)
+
+
+def key_gradients(
+    launch: Launch, problem: Problem, inputs: Inputs, options: Options, grad_out: Tensor, statistics: RowStatistics
+) -> tuple[Tensor, Tensor]:
+    """dK and dV, those of registers aside.
+
+    Allocates these, and the statistics in head-major order where another kernel than :func:`query_gradient` wrote them.
+    """
+    lines = statistics.head_major
+    if lines is None:
+        assert statistics.lse is not None
+        lines = lined_up(problem, statistics.lse, statistics.delta)
+    query, key, value = inputs[:3]
+    grad_key, grad_value = new_like(key), new_like(value)
+    lengths, kernel_size, stride, _ = problem.geometry
+    tiles = problem.tiles(launch.tile)
+    works = query.shape[0] * prod(tiles) * problem.kv_heads
+    hopper_key_kernel[(min(works, multiprocessors(query.device)),)](
+        box_descriptor(query, launch.chunk), box_descriptor(key, launch.tile), box_descriptor(value, launch.tile),
+        box_descriptor(grad_out, launch.chunk),
+        *(line_descriptor(x, lengths[2], launch.chunk) for x in lines),
+        grad_key, grad_value, key.new_zeros(1, dtype=torch.int32),
+        lengths, kernel_size, stride, tiles, problem.group, problem.kv_heads, works, options.scale,
+        BY_RESULT=large_tiling.is_wide(problem), CAUSAL=three_axes(problem.is_causal, False), TILE=launch.tile,
+        CHUNK=launch.chunk, RANK=problem.rank, D=key.shape[-1], BD=head_width(key.shape[-1]),
+        DIM_V=value.shape[-1], BDV=head_width(value.shape[-1]), STAGES=launch.stages, TILES=buffered_tiles(problem),
+        num_warps=launch.num_warps, maxnreg=launch.max_registers,
+    )  # fmt: skip
+    return grad_key, grad_value

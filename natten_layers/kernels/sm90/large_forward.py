@@ -10,6 +10,8 @@ computed.
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAssignmentType=false, reportArgumentType=false
 # pyright: reportIndexIssue=false
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -22,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..host.problem import Inputs, Problem, new_results, three_axes
+from ..host.problem import Inputs, Options, Problem, need_wide_offsets, new_results, three_axes
 from ..host.tiling import Launch, head_width
 from ..portable.fold_registers import fold_registers
 from ..portable.forward import attend_tile
@@ -236,8 +238,9 @@ def attend(
         if WITH_STATE:
             gl.store(RowMax + o_row, row_m * LN2, mask=m_rows)
             gl.store(RowSum + o_row, gl.convert_layout(row_l, gl.SliceLayout(1, SCORES)), mask=m_rows)
-        row_rest = gl.convert_layout(gl.sum(b_acc * 0.0, 1), gl.SliceLayout(1, SCORES))
-        m_broken = m_rows & ~(gl.abs(row_rest) >= 0.0)
+        # Not finite, or without a weight of about one, as ``are_sound`` explains.
+        row_rest = gl.where(row_l >= 0.5, gl.sum(b_acc * 0.0, 1), float("nan"))
+        m_broken = m_rows & ~(gl.abs(gl.convert_layout(row_rest, gl.SliceLayout(1, SCORES))) >= 0.0)
         gl.store(Broken + i_flag + head * 0, gl.full([M], 1, gl.int32, gl.SliceLayout(1, SCORES)), mask=m_broken)
         i_work = await_tile(schedule, i_tile)
 
@@ -303,43 +306,60 @@ def query_buffers(problem: Problem) -> int:
 
 
 def forward(
-    launch: Launch, problem: Problem, inputs: Inputs, sink_value: float | None, scale: float, with_state: bool
+    launch: Launch, problem: Problem, inputs: Inputs, options: Options, with_state: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """What ``forward.forward`` computes, where ``dispatch.supports`` it and every address is a multiple of 16.
+    """What ``portable.forward`` computes, of calls that ``dispatch`` sends here.
 
     Allocates its results, four bytes for every 128 rows of them, and with registers the statistics in any case.
     """
-    out, row_max, row_sum = _attend_windows(
-        launch, problem, inputs, sink_value, scale, with_state or problem.registers > 0
-    )
+    out, row_max, row_sum = _attend_windows(launch, problem, inputs, options, with_state or problem.registers > 0)
     if row_max is not None and row_sum is not None and problem.registers:
-        fold_registers(problem, inputs, scale, out, row_max, row_sum)
+        fold_registers(problem, inputs, options.scale, out, row_max, row_sum)
     return (out, row_max, row_sum) if with_state else (out, None, None)
 
 
 def _attend_windows(
-    launch: Launch, problem: Problem, inputs: Inputs, sink_value: float | None, scale: float, with_state: bool
+    launch: Launch, problem: Problem, inputs: Inputs, options: Options, with_state: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     query, key, value, _, _, sink = inputs
     out, row_max, row_sum = new_results(query, value.shape[-1], with_state)
-    lengths, kernel_size, stride, dilation = problem.geometry
+    lengths, kernel_size, stride, _ = problem.geometry
     tiles, programs = problem.tiles(launch.tile), problem.programs(launch)
     broken = query.new_zeros(programs + 1, dtype=torch.int32)
-    options = {
-        "CAUSAL": three_axes(problem.is_causal, False), "TILE": launch.tile, "CHUNK": launch.chunk,
-        "RANK": problem.rank, "PACK": launch.pack, "BD": head_width(query.shape[-1]), "DV": value.shape[-1],
-        "BDV": head_width(value.shape[-1]), "SINK": problem.sink, "WITH_STATE": with_state,
-    }  # fmt: skip
+    sink_value, scale = options.sink_value, options.scale
     hopper_kernel[(min(programs, multiprocessors(query.device)),)](
         query_descriptor(query, launch), box_descriptor(key, launch.chunk), box_descriptor(value, launch.chunk),
         out, row_max, row_sum, broken, sink,
         lengths, kernel_size, stride, tiles, problem.group, query.shape[-2] // launch.pack, programs, sink_value, scale,
-        **options, STAGES=launch.stages, TILES=query_buffers(problem),
+        **constants_of(launch, problem, with_state), STAGES=launch.stages, TILES=query_buffers(problem),
         num_warps=launch.num_warps, maxnreg=launch.max_registers,
     )  # fmt: skip
-    repair_kernel[(triton.cdiv(programs, FLAGS),)](
-        broken, query, key, value, out, row_max, row_sum, None, None, sink, *problem.input_strides()[:3], (0, 0, 0),
-        (0, 0, 0), programs, lengths, kernel_size, stride, dilation, tiles, problem.group, problem.kv_heads, 0,
-        sink_value, scale, **options, D=query.shape[-1], WIDE=problem.wide, BR=0, num_warps=8,
-    )  # fmt: skip
+    repair(launch, problem, inputs, options, broken, (out, row_max, row_sum))
     return out, row_max, row_sum
+
+
+def repair(
+    launch: Launch, problem: Problem, inputs: Inputs, options: Options, broken: Tensor,
+    results: tuple[Tensor, Tensor | None, Tensor | None],
+) -> None:  # fmt: skip
+    """Compute the tiles that are marked in ``broken`` once more, in place: without registers, as ``hopper_kernel``."""
+    query, key, value, _, _, sink = inputs
+    lengths, kernel_size, stride, dilation = problem.geometry
+    programs = problem.programs(launch)
+    repair_kernel[(triton.cdiv(programs, FLAGS),)](
+        broken, query, key, value, *results, None, None, sink, *problem.input_strides()[:3], (0, 0, 0), (0, 0, 0),
+        programs, lengths, kernel_size, stride, dilation, problem.tiles(launch.tile), problem.group, problem.kv_heads,
+        0, options.sink_value, options.scale,
+        **constants_of(launch, problem, results[1] is not None), D=query.shape[-1], BR=0, num_warps=8,
+        WIDE=need_wide_offsets((problem.query, problem.key, problem.value, problem.out)),
+    )  # fmt: skip
+
+
+def constants_of(launch: Launch, problem: Problem, with_state: bool) -> dict[str, Any]:
+    """Compile-time arguments of both kernels."""
+    return {
+        "CAUSAL": three_axes(problem.is_causal, False), "TILE": launch.tile, "CHUNK": launch.chunk,
+        "RANK": problem.rank, "PACK": launch.pack, "BD": head_width(problem.query.shape[-1]),
+        "DV": problem.value.shape[-1], "BDV": head_width(problem.value.shape[-1]), "SINK": problem.sink,
+        "WITH_STATE": with_state,
+    }  # fmt: skip

@@ -27,7 +27,19 @@ from triton.experimental.gluon.language.nvidia.hopper.tma import (
     store_wait,
 )
 
-from ..host.problem import Inputs, Layout, Problem, contiguous, layout, new_like, strides, three_axes
+from ..host.problem import (
+    Cotangents,
+    Inputs,
+    Layout,
+    Options,
+    Problem,
+    RowStatistics,
+    contiguous,
+    layout,
+    new_like,
+    strides,
+    three_axes,
+)
 from ..host.tiling import head_width
 from ..portable.primitives import (
     LOG2E,
@@ -46,6 +58,7 @@ from .small_forward import (
     boxes_of_parts,
     boxes_of_registers,
     call_of,
+    inside_frames,
     next_corner,
     own_tile,
     start_load,
@@ -118,6 +131,7 @@ def hopper_small_query_kernel(
 
     i_batch, i_block, origin = own_tile(tiles, blocks, TILE)
     corner, _ = windows_of(origin, length, kernel, stride, CAUSAL)
+    corner = inside_frames(corner, length, k_descs, AXIS)
     place = i_block * PACK // group, i_batch * length[0], i_batch * reg_batch
     q_corner = [place[1] + origin[0], origin[1], origin[2], i_block * PACK, 0]
     ready = new_barriers(2, 1)
@@ -291,6 +305,7 @@ def hopper_small_key_kernel(
 
     i_batch, i_kv, origin = own_tile(tiles, kv_heads, TILE)
     first, _, _, _ = union_of_queries(origin, length, kernel, stride, CAUSAL, TILE)
+    first = inside_frames(first, length, q_descs, AXIS)
     i_bt = i_batch * length[0]
     ready = new_barriers(2, 1)
     mbarrier.expect(ready.index(0), 2 * M * BD * 2)
@@ -341,24 +356,27 @@ def hopper_small_key_kernel(
 
     b_k.store((b_dk * scale).to(k_desc.dtype))
     b_v.store(b_dv.to(k_desc.dtype))
+    # The barrier that the compiler sets between the two stores is not enough: one thread starts both copies, and every
+    # thread has to make what it wrote visible to them before.
     fence_async_shared()
+    thread_barrier()
     async_copy_shared_to_global(dk_desc, k_corner, k_buffer)
     async_copy_shared_to_global(dv_desc, k_corner, v_buffer)
     store_wait(0)
 
 
 def query_gradient(
-    launch: SmallLaunch, problem: Problem, inputs: Inputs, scale: float, out: Tensor, row_max: Tensor, row_sum: Tensor,
-    grad_out: Tensor, grad_lse: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dQ, delta and the base-2 lse, as ``backward.backward_query_kernel`` has them. Allocates only these."""
+    launch: SmallLaunch, problem: Problem, inputs: Inputs, options: Options, cotangents: Cotangents
+) -> tuple[Tensor, RowStatistics]:
+    """dQ, delta and the base-2 lse, as ``portable.backward`` has them. Allocates only these."""
     query, key, value, reg_keys, reg_values, _ = inputs
+    out, row_max, row_sum, grad_out, grad_lse = cotangents
     grad_query = new_like(query)
     delta, lse = torch.empty_like(row_max), torch.empty_like(row_max)
     call = query_call(launch, problem, layout(grad_out), None if grad_lse is None else layout(grad_lse[..., None]))
     tensors = (query, grad_out, grad_query, *(key,) * PARTS, *(value,) * PARTS, reg_keys, reg_values)
-    call((delta, lse, row_max, row_sum, out, grad_lse), tensors, (scale,))
-    return grad_query, delta, lse
+    call((delta, lse, row_max, row_sum, out, grad_lse), tensors, (options.scale,))
+    return grad_query, RowStatistics(delta, lse)
 
 
 @lru_cache(maxsize=1024)
@@ -383,14 +401,15 @@ def query_call(launch: SmallLaunch, p: Problem, grad_out: Layout, grad_lse: Layo
 
 
 def key_gradients(
-    launch: SmallLaunch, problem: Problem, inputs: Inputs, scale: float, grad_out: Tensor, delta: Tensor, lse: Tensor
+    launch: SmallLaunch, problem: Problem, inputs: Inputs, options: Options, grad_out: Tensor, statistics: RowStatistics
 ) -> tuple[Tensor, Tensor]:
-    """dK and dV, registers aside, as ``backward.backward_key_kernel`` has them. Allocates only these."""
+    """dK and dV, those of registers aside, as ``portable.backward`` has them. Allocates only these."""
     query, key, value, *_ = inputs
     grad_key, grad_value = new_like(key), new_like(value)
     call = key_call(launch, problem, layout(grad_out))
     tensors = (key, value, grad_key, grad_value, *(query,) * PARTS, *(grad_out,) * PARTS)
-    call((delta, lse), tensors, (scale,))
+    delta, lse, _ = statistics
+    call((delta, lse), tensors, (options.scale,))
     return grad_key, grad_value
 
 

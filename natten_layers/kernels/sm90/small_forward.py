@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper.tma import (
 )
 
 from ..host.launcher import Launcher, launcher
-from ..host.problem import Inputs, Layout, Problem, contiguous, new_results, three_axes
+from ..host.problem import Inputs, Layout, Options, Problem, contiguous, new_results, three_axes
 from ..host.tiling import head_width
 from ..portable.primitives import LN2, LOG2E, shifted, unravel, windows_of
 from .primitives import (
@@ -86,6 +86,19 @@ def moved(place, by, AXIS: gl.constexpr):
 def next_corner(corner, desc, AXIS: gl.constexpr):
     """First key of the part behind the one at ``corner``."""
     return moved(corner, desc.block_type.shape[AXIS + 1], AXIS)
+
+
+@gluon.jit
+def inside_frames(corner, length, descs, AXIS: gl.constexpr):
+    """``corner``, or as much earlier as parts from there on would reach past the last frame.
+
+    Behind it TMA finds the first frame of the next image, as batch and t share an axis. Not to be seen is not enough
+    for what lies there: zero times NaN is NaN.
+    """
+    frames = 0
+    for PART in gl.static_range(len(descs) if AXIS == 0 else 1):
+        frames += descs[PART].block_type.shape[1]
+    return gl.maximum(gl.minimum(corner[0], length[0] - frames), 0), corner[1], corner[2]
 
 
 @gluon.jit
@@ -169,6 +182,7 @@ def hopper_small_kernel(
 
     i_batch, i_block, origin = own_tile(tiles, blocks, TILE)
     corner, _ = windows_of(origin, length, kernel, stride, CAUSAL)
+    corner = inside_frames(corner, length, k_descs, AXIS)
     # Of what it loads: KV head, first place on the axis of batch and t, and batch of registers.
     place = i_block * PACK // group, i_batch * length[0], i_batch * reg_batch
     q_corner = [place[1] + origin[0], origin[1], origin[2], i_block * PACK, 0]
@@ -197,7 +211,7 @@ def hopper_small_kernel(
     mbarrier.wait(ready.index(0), 0)
     scores = scores_of(b_q, keys, masks)
     b_acc, row_m, row_l = weighted_sum(scores, values, ready.index(1), 0, row_sink, scale, SINK, BD, EIGHTHS)
-    if is_zero(unfinite(b_acc)):
+    if is_zero(unfinite(b_acc, row_l)):
         # Through the queries' buffer, so that TMA writes what lies inside the image.
         b_q.store(divided(b_acc, row_l, q_desc.dtype))
         fence_async_shared()
@@ -218,13 +232,10 @@ def hopper_small_kernel(
 
 
 def forward(
-    launch: SmallLaunch, problem: Problem, inputs: Inputs, sink_value: float | None, scale: float, with_state: bool
+    launch: SmallLaunch, problem: Problem, inputs: Inputs, options: Options, with_state: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """What ``forward.forward`` computes, where ``dispatch`` has a launch and addresses are multiples of 16.
-
-    Allocates its results.
-    """
-    return attend(prepare(launch, problem, with_state), PARTS, inputs, sink_value, scale, with_state)
+    """What ``portable.forward`` computes, of calls that ``dispatch`` sends here. Allocates its results."""
+    return attend(prepare(launch, problem, with_state), PARTS, inputs, options, with_state)
 
 
 class Call(NamedTuple):
@@ -255,7 +266,7 @@ def call_of(
 
 
 def attend(
-    call: Call, parts: int, inputs: Inputs, sink_value: float | None, scale: float, with_state: bool,
+    call: Call, parts: int, inputs: Inputs, options: Options, with_state: bool,
     tensors: Sequence[Tensor | None] = (), floats: Sequence[float | None] = (),
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Results of a kernel with descriptors of queries, results, ``parts`` times keys and values, and registers.
@@ -266,7 +277,7 @@ def attend(
     out, row_max, row_sum = new_results(query, query.shape[-1], with_state)
     described = query, out, *(key,) * parts, *(value,) * parts, reg_keys, reg_values
     pointers = query, key, value, out, row_max, row_sum, reg_keys, reg_values, sink, *tensors
-    call(pointers, described, (sink_value, scale, *floats))
+    call(pointers, described, (options.sink_value, options.scale, *floats))
     return out, row_max, row_sum
 
 

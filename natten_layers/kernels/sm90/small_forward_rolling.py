@@ -22,10 +22,9 @@ from triton.experimental.gluon.language.nvidia.hopper.tma import (
     store_wait,
 )
 
-from ..host.problem import Inputs, Layout, Problem, RotationKind
+from ..host.problem import Inputs, Layout, Options, Problem, QKPrep, RotationKind
 from ..host.tiling import Box, head_width
 from ..portable.primitives import LN2, LOG2E, shifted, unravel, windows_of
-from ..portable.qk_prep import Rotation
 from .primitives import (
     Boxes,
     axes_of,
@@ -346,7 +345,7 @@ def hopper_strip_kernel(
         # Always so, which ptxas does not know: it would start on this while the last product is under way, and where
         # registers are few, wait for every product instead.
         if length[2] > 0:
-            rest += unfinite(b_acc)
+            rest += unfinite(b_acc, row_l)
             if IN_RING:
                 staged = values.index(i_free)._reinterpret(q_desc.dtype, q_desc.block_type.shape, q_desc.layout)
             else:
@@ -375,17 +374,17 @@ def hopper_strip_kernel(
 
 
 def forward(
-    launch: StripLaunch, problem: Problem, inputs: Inputs, sink_value: float | None, scale: float, with_state: bool,
-    rotation: Rotation | None = None,
+    launch: StripLaunch, problem: Problem, inputs: Inputs, options: Options, with_state: bool,
+    prep: QKPrep | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """What ``small_forward.forward`` computes, with ``rotation`` of queries and keys that are prepared by it first."""
+    """What ``small_forward.forward`` computes, with ``prep`` of queries and keys that are prepared by it first."""
     kind, tensors, floats = AS_THEY_ARE, (None,) * 4, (None,) * 2
-    if rotation is not None:
-        kind = rotation.kind
-        tensors = rotation.query_gain, rotation.key_gain, rotation.positions, rotation.freqs
-        floats = None if rotation.factor == 1.0 else rotation.factor, rotation.eps
+    if prep is not None:
+        kind = prep.kind
+        tensors = prep.query_gain, prep.key_gain, prep.positions, prep.freqs
+        floats = None if prep.factor == 1.0 else prep.factor, prep.eps
     call = prepare(launch, problem, with_state, kind)
-    return attend(call, 1, inputs, sink_value, scale, with_state, tensors, floats)
+    return attend(call, 1, inputs, options, with_state, tensors, floats)
 
 
 @lru_cache(maxsize=1024)

@@ -44,6 +44,11 @@ class SmallLaunch(NamedTuple):
         return sum(map(prod, self.parts)) + self.registers
 
     @property
+    def frames(self) -> int:
+        """that the parts have along ``t``"""
+        return sum(box[0] for box in self.parts) if self.axis == 0 else self.parts[0][0]
+
+    @property
     def programs(self) -> int:
         """that share a multiprocessor"""
         return _programs(self.max_registers)
@@ -90,19 +95,20 @@ class StripLaunch(NamedTuple):
         return three_axes([ceil(n / b) for n, b in zip(lengths, self.tile, strict=True)], 1)
 
 
-class SmallBackwardLaunches(NamedTuple):
-    query: SmallLaunch | None
-    key: SmallLaunch | None
-
-
-def strip_pays(problem: Problem, strip: StripLaunch, single: SmallLaunch | None) -> bool:
-    """Whether strips were measured to be faster than tiles alone, on problems like this one."""
+def strip_gap(problem: Problem, strip: StripLaunch, single: SmallLaunch | None) -> str | None:
+    """Why strips were measured to be slower than tiles alone on problems like this one; None where they are faster."""
     if single is None:
-        return True
+        return None
     loaded = sum(map(prod, single.parts))
-    if loaded < LEAST_LOADED or prod(strip.box) > RELOADED * loaded or problem.rank == problem.group == 1:
-        return False
-    return strip.programs >= single.programs or head_width(problem.query.shape[-1]) <= 64
+    if loaded < LEAST_LOADED:
+        return f"tiles alone are faster: a tile sees {loaded} keys, fewer than {LEAST_LOADED}"
+    if prod(strip.box) > RELOADED * loaded:
+        return f"tiles alone are faster: {prod(strip.box)} of the {loaded} keys that a tile sees are new to it"
+    if problem.rank == problem.group == 1:
+        return "tiles alone are faster in 1-D where every query head has keys of its own"
+    if strip.programs < single.programs and head_width(problem.query.shape[-1]) > 64:
+        return f"tiles alone are faster: {single.programs} programs share a multiprocessor, not {strip.programs}"
+    return None
 
 
 @lru_cache(maxsize=1024)
@@ -116,7 +122,7 @@ def small_launch_of(problem: Problem, pack: int | None = None, with_state: bool 
     pack = pack or most_packed(problem)
     tiles = small_tiles(problem, pack)
     launches = [small_launch(problem, tile, axis, pack, with_state=with_state) for tile in tiles for axis in range(3)]
-    return min((x for x in launches if x.max_registers), key=_small_cost, default=None)
+    return min((x for x in launches if x.max_registers and _fits(problem, x)), key=_small_cost, default=None)
 
 
 def _is_small(problem: Problem) -> bool:
@@ -153,6 +159,11 @@ def small_tiles(problem: Problem, pack: int) -> list[Box]:
 def _register_keys(problem: Problem) -> int:
     """Of the box that holds the registers."""
     return max(16, next_power_of_2(problem.registers)) if problem.registers else 0
+
+
+def _fits(problem: Problem, launch: SmallLaunch) -> bool:
+    """Whether an image of a batch has as many frames as parts have: else they would reach into another image."""
+    return problem.query.shape[0] == 1 or launch.frames <= problem.lengths[0]
 
 
 def _small_cost(launch: SmallLaunch) -> tuple[int, int, int]:
@@ -293,7 +304,7 @@ def small_key_launch_of(problem: Problem) -> SmallLaunch | None:
     dim = head_width(p.query.shape[-1])
     bare = p._replace(additional_keys=None)
     launches = [small_launch(bare, tile, axis, 1, query_bounds) for tile in small_tiles(p, 1) for axis in range(3)]
-    launch = min((x for x in launches if x.keys <= GRADIENTS), key=_small_cost, default=None)
+    launch = min((x for x in launches if x.keys <= GRADIENTS and _fits(p, x)), key=_small_cost, default=None)
     if launch is None:
         return None
     needed = 72 + dim  # scores and their gradients of 32 queries, two accumulators and some more
