@@ -62,7 +62,7 @@ _SCHEMA_TYPES: dict[Any, str] = {
     float: "float",
     float | None: "float?",
     int | None: "SymInt?",
-    Sequence[int]: "int[]",
+    Sequence[int]: "SymInt[]",
     Sequence[bool]: "bool[]",
 }
 
