@@ -108,6 +108,9 @@ def choices(inputs: Inputs, options: Options, *, with_state: bool, with_gradient
 
 def readable(inputs: Inputs) -> Inputs:
     """What the kernels can read: last axes contiguous."""
+    if torch.compiler.is_compiling():
+        # The compiler refuses an `autograd.Function` that is given one tensor twice, as in attention of x over x.
+        return Inputs._make([None if x is None else last_contiguous(x.view_as(x)) for x in inputs])
     for x in inputs:  # most calls copy nothing, and are done with a look at each
         if x is not None and x.stride(-1) != 1:
             return Inputs._make([None if x is None else last_contiguous(x) for x in inputs])
