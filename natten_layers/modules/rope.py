@@ -246,7 +246,7 @@ class RoPE(_Rotary):
         # The same operations in the same order as the models were trained with: at position 1e5 the last bit of an fp32
         # frequency turns a pair by a hundredth of a radian.
         exponents = torch.arange(0, self.head_dim, 2, device=device).to(dtype) / self.head_dim
-        return _scale_frequencies(1.0 / self.theta**exponents, self.theta, self.scaling)
+        return _scaled_frequencies(self.theta**exponents, self.theta, self.scaling)
 
     def reset_parameters(self) -> None:
         self.freqs.copy_(self._frequencies(torch.float32, self.freqs.device))
@@ -295,9 +295,9 @@ def _required(scaling: Mapping[str, Any], *keys: str) -> list[float]:
     return [float(scaling[key]) for key in keys]
 
 
-def _scale_frequencies(freqs: Tensor, theta: float, scaling: Mapping[str, Any]) -> Tensor:
-    """Apply a Hugging Face scaling dictionary to plain frequencies ``[head_dim / 2]``."""
-    kind = _rope_type(scaling)
+def _scaled_frequencies(periods: Tensor, theta: float, scaling: Mapping[str, Any]) -> Tensor:
+    """Frequencies ``[head_dim / 2]`` of a Hugging Face scaling dictionary, which changes plain ``1 / periods``."""
+    kind, freqs = _rope_type(scaling), 1.0 / periods
     if kind == "default":
         return freqs
     if kind == "linear":
@@ -305,7 +305,7 @@ def _scale_frequencies(freqs: Tensor, theta: float, scaling: Mapping[str, Any]) 
     if kind == "llama3":
         return _llama3(freqs, scaling)
     if kind == "yarn":
-        return _yarn(freqs, theta, scaling)
+        return _yarn(periods, theta, scaling)
     raise ValueError(f'rope_type "{kind}" is not implemented; known are "default", "linear", "llama3" and "yarn"')
 
 
@@ -321,21 +321,23 @@ def _llama3(freqs: Tensor, scaling: Mapping[str, Any]) -> Tensor:
     return torch.where(wavelength < length / high, freqs, scaled)
 
 
-def _yarn(freqs: Tensor, theta: float, scaling: Mapping[str, Any]) -> Tensor:
+def _yarn(periods: Tensor, theta: float, scaling: Mapping[str, Any]) -> Tensor:
     """Divide frequencies of fewer than ``beta_slow`` turns in the original text, keep those above ``beta_fast``."""
     factor, length = _required(scaling, "factor", "original_max_position_embeddings")
-    n = freqs.shape[0]
+    n = periods.shape[0]
 
     def dimension(turns: float) -> float:
-        return n * math.log(length / (turns * 2 * math.pi)) / math.log(theta)
+        return 2 * n * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     first, last = dimension(scaling.get("beta_fast") or 32.0), dimension(scaling.get("beta_slow") or 1.0)
     if scaling.get("truncate", True):
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, 2 * n - 1)
-    span = last - first if last != first else 0.001
-    ramp = ((torch.arange(n, dtype=freqs.dtype, device=freqs.device) - first) / span).clamp(0, 1)
-    return freqs / factor * ramp + freqs * (1 - ramp)
+    last = last if last != first else last + 0.001
+    ramp = ((torch.arange(n, dtype=periods.dtype, device=periods.device) - first) / (last - first)).clamp(0, 1)
+    # Written as transformers writes it, for its last bits: freqs / factor, or ramp for 1 - kept, would differ in them.
+    kept = 1 - ramp
+    return 1.0 / (factor * periods) * (1 - kept) + 1.0 / periods * kept
 
 
 def _attention_factor(scaling: Mapping[str, Any]) -> float:
