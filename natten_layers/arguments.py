@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .geometry import AXES, Window, make_window
 from .kernels.ops import attention as attention_ops
+from .kernels.ops.define import is_tracked
 
 __all__ = [
     "DTYPES",
@@ -144,7 +145,10 @@ def _check_user_form(tensors: _Tensors, axes: _AxisOptions) -> int:
     rank = _spatial_rank(query, kernel_size=kernel_size, stride=stride, dilation=dilation, is_causal=is_causal)
     _check_qkv(query, key, value, rank)
     head_shape = query.shape[rank + 1 : -1]
-    for name, tensor in (("key", key), ("value", value)) if len(head_shape) == 2 else ():
+    if len(head_shape) == 1:
+        _check_groups(query, key, value)
+        return rank
+    for name, tensor in (("key", key), ("value", value)):
         if tensor.shape[-3] != head_shape[0] or tensor.shape[-2] not in (1, head_shape[1]):
             raise ValueError(
                 f"{name} has head axes {tuple(tensor.shape[-3:-1])}; "
@@ -165,7 +169,6 @@ def _canonical_heads(tensors: _Tensors, head_shape: torch.Size) -> _Tensors:
 def _check_canonical_form(tensors: _Tensors, axes: _AxisOptions) -> Window:
     """Check what is left to check once there is one axis of heads."""
     query, key, value, additional_keys, additional_values = tensors
-    _check_groups(query, key, value)
     window = make_window(query.shape[1:-2], *axes)
     check_additional(additional_keys, additional_values, query, key, value)
     return window
@@ -243,7 +246,6 @@ def _collapse_heads(
     if not _has_one_head((query, key, value, *registers)):
         return key, value, *registers
     if any(map(_has_own_gradient, (key, value, *registers))):
-        _check_groups(query, key, value)  # that one head fits, which may be remembered, does not say it
         register_keys, register_values = (
             None if t is None else t.expand(*t.shape[:-2], key.shape[-2], -1) for t in registers
         )
@@ -263,14 +265,14 @@ def _is_one_head(tensor: Tensor | None) -> bool:
 
 
 def _has_own_gradient(tensor: Tensor | None) -> bool:
-    """Whether a gradient is asked for an expanded tensor, each head's by itself, and not for what it views."""
-    return (
-        tensor is not None
-        and tensor.requires_grad
-        and not torch.compiler.is_compiling()
-        and (tensor.is_leaf or torch._C._are_functorch_transforms_active())
-        and tensor.shape[-2] > 1
-    )
+    """Whether a derivative by an expanded tensor may be asked for, which tells its heads apart.
+
+    Nobody can know in the forward pass whether it will be asked for that tensor or only for the one that it views.
+    """
+    if tensor is None or tensor.shape[-2] == 1:
+        return False
+    # While a transform of torch.func is compiled, its tensors do not tell that they are differentiated.
+    return torch.is_grad_enabled() if torch.compiler.is_compiling() else is_tracked((tensor,))
 
 
 def _first_head(tensor: Tensor) -> Tensor:

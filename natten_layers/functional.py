@@ -89,8 +89,10 @@ def neighborhood_attention(
 
     Query head ``h`` reads KV head ``h // (Hq // Hkv)``. KV heads that were expanded with stride 0, either on a group
     axis (``[B, *spatial, Hkv, G, D]``, all three tensors; ``kernel_size`` must then be a tuple unless there are three
-    spatial axes) or from a single head (``[B, *spatial, Hq, D]``), are read without a copy,
-    unless a gradient is asked for the expanded tensor itself and not for what it views.
+    spatial axes) or from a single head (``[B, *spatial, Hq, D]``), are read without a copy where no gradient
+    is asked for them. Where one may be, every head of the expanded tensor gets its own, at the price of multi-head
+    attention, and a group axis that was expanded from several KV heads is copied. To train at the price of grouped
+    queries, leave the heads unexpanded: ``Hkv`` of them, or a group axis of length 1.
 
     Args:
         query: ``[B, *spatial, Hq, D]``, fp16, bf16, fp32 or (eager only) fp64.

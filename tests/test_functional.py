@@ -479,33 +479,68 @@ def test_everything_runs_without_triton() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("transform", [False, True], ids=["leaf", "func.grad"])
+@pytest.mark.parametrize("asked", ["leaf", "view", "func.grad", "vmap"])
 @pytest.mark.parametrize("form", ["heads", "group", "registers"])
-def test_expanded_heads_that_are_asked_for_get_a_gradient_each(form: str, transform: bool) -> None:
+def test_expanded_heads_that_are_asked_for_get_a_gradient_each(form: str, asked: str) -> None:
     """A gradient of the tensor that was expanded is their sum; one of the expanded tensor tells them apart."""
     torch.manual_seed(0)
     shape = (1, 12, 2, 2, 8) if form == "group" else (1, 12, 4, 8)
     q, base = torch.randn(shape, dtype=torch.float64), torch.randn(1, 12, 1, 8, dtype=torch.float64)
     base = base.unsqueeze(-2).expand(1, 12, 2, 1, 8) if form == "group" else base
-    extra: dict[str, Tensor] = {}
+    inputs = {"key": base.expand(shape), "value": base.expand(shape)}
     if form == "registers":
-        extra = {f"additional_{n}": torch.randn(1, 3, 1, 8, dtype=torch.float64) for n in ("keys", "values")}
+        register = torch.randn(1, 3, 1, 8, dtype=torch.float64)
+        inputs |= {f"additional_{name}": register.expand(-1, -1, 4, -1) for name in ("keys", "values")}
 
-    def gradients(key: Tensor, value: Tensor, **extra: Any) -> tuple[Tensor, ...]:
-        def loss(key: Tensor, value: Tensor) -> Tensor:
-            return neighborhood_attention(q, key, value, (5,), **extra).square().sum()
+    def loss(*tensors: Tensor) -> Tensor:
+        named: Any = dict(zip(inputs, tensors, strict=True))
+        return neighborhood_attention(q, **named, kernel_size=(5,)).square().sum()
 
-        if transform:
-            return torch.func.grad(loss, argnums=(0, 1))(key, value)
-        leaves = key.detach().requires_grad_(), value.detach().requires_grad_()
-        assert leaves[0].stride() == key.stride()
-        return torch.autograd.grad(loss(*leaves), leaves)
+    def mapped(*tensors: Tensor) -> Tensor:
+        return torch.func.vmap(lambda factor: factor * loss(*tensors))(torch.ones(1, dtype=FP64)).sum()
 
-    wide = {name: t.expand(-1, -1, 4, -1) for name, t in extra.items()}
-    expected = gradients(*(base.expand(shape).contiguous() for _ in range(2)), **wide)
-    for ours, theirs in zip(gradients(*(base.expand(shape) for _ in range(2)), **extra), expected, strict=True):
-        torch.testing.assert_close(ours, theirs)
-        assert not torch.allclose(theirs[..., :1, :], theirs)
+    leaves = [t.contiguous().requires_grad_() for t in inputs.values()]
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    expanded, everything = tuple(inputs.values()), tuple(range(len(inputs)))
+    if asked == "func.grad":
+        found = torch.func.grad(loss, everything)(*expanded)
+    elif asked == "vmap":  # inside which a tensor does not tell that it is differentiated
+        found = torch.func.grad(mapped, everything)(*expanded)
+    else:
+        sources = [t.detach().requires_grad_() for t in expanded]
+        tensors = sources if asked == "leaf" else [t.expand(t.shape) for t in sources]
+        assert [t.stride() for t in tensors] == [t.stride() for t in expanded]
+        found = torch.autograd.grad(loss(*tensors), tensors)
+    torch.testing.assert_close(found, expected)
+    assert not torch.allclose(expected[0][..., :1, :], expected[0])
+
+
+def test_a_base_of_expanded_heads_gets_the_sum_of_their_gradients() -> None:
+    q, k = torch.randn(1, 12, 4, 8, dtype=FP64), torch.randn(1, 12, 1, 8, dtype=FP64, requires_grad=True)
+    view = k.expand(-1, -1, 4, -1)
+    of_base, of_view = torch.autograd.grad(attend(q, view, view, kernel_size=5).square().sum(), (k, view))
+    close(of_base, of_view.sum(-2, keepdim=True))
+    close(of_base, torch.autograd.grad(attend(q, k, k, kernel_size=5).square().sum(), k)[0])
+
+
+def test_registers_expanded_over_the_batch_get_a_gradient_for_every_image() -> None:
+    query, key, value = qkv((9,), heads=4)
+    registers = torch.randn(1, 2, 2, 8, dtype=FP64).expand(2, -1, -1, -1)
+    grads = []
+    for r in (registers.detach().requires_grad_(), registers.contiguous().requires_grad_()):
+        for asked in (r, r.view_as(r)):
+            out = attend(query, key, value, kernel_size=(3,), additional_keys=asked, additional_values=asked)
+            grads.append(torch.autograd.grad(out.square().sum(), asked)[0])
+    for grad in grads[1:]:
+        close(grad, grads[0])
+    assert not torch.allclose(grads[0][:1], grads[0])
+
+
+def test_expanded_heads_must_fit_whether_differentiated_or_not() -> None:
+    query, key = torch.zeros(1, 9, 4, 8), torch.zeros(1, 9, 1, 8).expand(-1, -1, 3, -1)
+    for k in (key, key.detach().requires_grad_()):
+        with raises_naming("query has 4", "key 3"):
+            attend(query, k, k, kernel_size=3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -128,6 +128,9 @@ def readable(
         if x is not None and x.stride(-1) != 1:
             tensors = [x if x is None else last_contiguous(x) for x in tensors]
             break
+    if torch.compiler.is_compiling():
+        # The compiler refuses an `autograd.Function` that is given one tensor twice, as in attention of x over x.
+        tensors = [x if x is None else x.view_as(x) for x in tensors]
     return (*tensors, last_contiguous(sink), None) if isinstance(sink, Tensor) else (*tensors, None, sink)
 
 
