@@ -19,6 +19,7 @@ __all__ = [
     "Axes",
     "Call",
     "check_additional",
+    "check_dense",
     "check_like",
     "check_pair",
     "check_scale",
@@ -117,22 +118,23 @@ def _accept(signature: Hashable, accepted: Accepted) -> Accepted:
 def _recall(tensors: Sequence[object], axes: Sequence[object]) -> tuple[Hashable, Accepted | None]:
     """What the checks look at, and what is known if they have passed.
 
-    The former is None where it has something that cannot be hashed, such as a list or a symbolic size.
+    The former is None where it has something that cannot be hashed, such as a list or a symbolic size, or a tensor
+    without one shape and strides, such as a nested or a sparse one.
     """
     layouts: list[Hashable] = []
-    for tensor in tensors:
-        if isinstance(tensor, Tensor):
-            layouts.append((tensor.shape, tensor.stride(), tensor.dtype, tensor.device))
-        elif tensor is None:
-            layouts.append(None)
-        else:
-            return None, None
-    # Equal is not enough: True == 1, but one is no kernel size and the other does not say what is causal.
-    types = [tuple(map(type, axis)) if isinstance(axis, tuple) else type(axis) for axis in axes]
-    signature = (*layouts, *axes, *types)
     try:
+        for tensor in tensors:
+            if isinstance(tensor, Tensor):
+                layouts.append((type(tensor), tensor.shape, tensor.stride(), tensor.dtype, tensor.device))
+            elif tensor is None:
+                layouts.append(None)
+            else:
+                return None, None
+        # Equal is not enough: True == 1, but one is no kernel size and the other does not say what is causal.
+        types = [tuple(map(type, axis)) if isinstance(axis, tuple) else type(axis) for axis in axes]
+        signature = (*layouts, *axes, *types)
         return signature, _accepted.get(signature)
-    except TypeError:
+    except (TypeError, RuntimeError):
         return None, None
 
 
@@ -188,6 +190,25 @@ def check_tensors(**arguments: object) -> None:
             raise ValueError(f"additional_keys and additional_values come together, but {name} is None")
         if not isinstance(value, Tensor):
             raise ValueError(f"{name} must be a tensor, got {value!r:.100} of type {type(value).__name__}")
+        _check_kind(name, value)
+
+
+def _check_kind(name: str, tensor: Tensor) -> None:
+    """Refuse tensors that the operations cannot compute on."""
+    check_dense(name, tensor)
+    if type(tensor).__name__ == "DTensor":  # by its name, as to import the class loads all of torch.distributed
+        raise ValueError(f"{name} is a DTensor, which is not supported; pass each device's part, {name}.to_local()")
+
+
+def check_dense(name: str, tensor: Tensor) -> None:
+    """Refuse tensors that do not have one shape and strides: nested and sparse ones."""
+    if tensor.is_nested:
+        raise ValueError(
+            f"{name} is a nested tensor, which is not supported; pad it (torch.nested.to_padded_tensor) or call once "
+            "for each of its parts"
+        )
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{name} has layout {tensor.layout}, which is not supported; pass {name}.to_dense()")
 
 
 def check_pair(additional_keys: object, additional_values: object) -> None:
@@ -227,7 +248,7 @@ def _check_qkv(query: Tensor, key: Tensor, value: Tensor, rank: int) -> None:
         raise ValueError(f"query dtype {query.dtype} is not supported; use one of {', '.join(map(str, DTYPES))}")
     for name, tensor in (("query", query), ("value", value)):
         for axis, size in enumerate(tensor.shape):
-            if size == 0:
+            if axis and size == 0:  # a batch may be empty
                 raise ValueError(f"{name} {tuple(tensor.shape)} is empty on axis {axis}")
 
 
@@ -341,6 +362,7 @@ def check_sink(sink: float | Tensor | None, query: Tensor) -> Tensor | float | N
         if not _is_finite_number(sink):
             raise ValueError(f"sink must be None, a finite number or a tensor [{heads}], got {sink!r}")
         return float(sink)
+    _check_kind("sink", sink)
     if sink.shape != (heads,):
         raise ValueError(f"sink has shape {tuple(sink.shape)}; expected [{heads}], one logit per query head")
     if sink.device != query.device:

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..arguments import prepare
+from ..arguments import check_dense, prepare
 from ..functional import neighborhood_attention
 from ..geometry import make_window, normalise_axes
 from .norm import RMSNorm
@@ -197,6 +197,7 @@ class NeighborhoodGQA(nn.Module):
         self, x: Tensor, *, positions: Tensor | None = None, registers: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """:meth:`forward` up to the input of ``proj``: ``[B, *spatial, Hq * D]``, and ``[B, R, Hq * D]`` or None."""
+        check_dense("x", x)
         if x.ndim not in (3, 4, 5) or x.shape[-1] != self.embed_dim:
             raise ValueError(
                 f"x has shape {tuple(x.shape)}; expected [B, *spatial, {self.embed_dim}] with 1 to 3 spatial axes"
@@ -220,8 +221,7 @@ class NeighborhoodGQA(nn.Module):
         if rope is None or angles is not None:
             return projected
         query, key, value = projected.prepared()
-        query, key = rope(query, key, positions)
-        return Projected(Heads(query, key, value))
+        return Projected(Heads(*_rotated(rope, query, key, positions), value))
 
     def _head_norm(self) -> HeadNorm | None:
         if self.qk_scale is not None:
@@ -291,6 +291,19 @@ class NeighborhoodGQA(nn.Module):
                 strict=True,
             )
         )
+
+
+def _rotated(rope: nn.Module, query: Tensor, key: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What a module that only calling it can tell makes of query and key."""
+    result = rope(query, key, positions)
+    pair = isinstance(result, tuple | list) and len(result) == 2 and all(isinstance(x, Tensor) for x in result)
+    if not pair or (result[0].shape, result[1].shape) != (query.shape, key.shape):
+        found = [tuple(x.shape) if isinstance(x, Tensor) else x for x in result] if pair else type(result).__name__
+        raise ValueError(
+            f"{type(rope).__name__} as rope must return query and key rotated, of shapes {tuple(query.shape)} and "
+            f"{tuple(key.shape)}; it returned {found}"
+        )
+    return result[0], result[1]
 
 
 def _hashable(axes: T | Sequence[T]) -> T | tuple[T, ...]:

@@ -102,4 +102,4 @@ def _at_least_fp32(x: Tensor) -> torch.dtype:
 
 
 def _per_image(c: Tensor, x: Tensor) -> Tensor:
-    return c.view(-1, *(1,) * (x.ndim - 1))
+    return c.view(c.numel(), *(1,) * (x.ndim - 1))
