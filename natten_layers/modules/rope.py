@@ -51,9 +51,18 @@ def make_axial_pos(
     bounds = (min(1.0, 1 / aspect), min(1.0, aspect))  # not height / width: the last bit is k-diffusion's
     centres = []
     for bound, length in zip(bounds, (height, width), strict=True):
-        edges = torch.linspace(-bound, bound, length + 1, dtype=dtype, device=device)
+        edges = _even_steps(bound, length, dtype or torch.get_default_dtype(), device)
         centres.append((edges[:-1] + edges[1:]) / 2)
     return torch.stack(torch.meshgrid(*centres, indexing="ij"), -1)
+
+
+def _even_steps(bound: float, steps: int, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
+    """``linspace(-bound, bound, steps + 1)``."""
+    if not torch.compiler.is_compiling():
+        return torch.linspace(-bound, bound, steps + 1, dtype=dtype, device=device)
+    # The same formula in operations that take a symbol for the size: `linspace` ties a graph to one.
+    index, step = torch.arange(steps + 1, device=device).to(dtype), 2 * bound / steps
+    return torch.where(index < (steps + 1) / 2, index * step - bound, bound - (steps - index) * step)
 
 
 class Angles(NamedTuple):
@@ -107,6 +116,15 @@ def angles_of(rope: nn.Module, query: Tensor, key: Tensor, positions: Tensor | N
     if isinstance(rope, _Rotary) and type(rope).forward is _Rotary.forward:
         return rope.angles(query, key, positions)
     return None
+
+
+def _check_positions(positions: Tensor, batch: int, shape: tuple[int, ...]) -> None:
+    """Positions of tokens ``shape``, with an axis for the batch or not."""
+    given = tuple(positions.shape)
+    # Not `in`: the compiler cannot trace it for a `torch.Size` of symbols.
+    if given != shape and given != (1, *shape) and given != (batch, *shape):
+        sizes = ", ".join(map(str, shape))
+        raise ValueError(f"positions has shape {given}; expected [{sizes}] or [{batch} or 1, {sizes}]")
 
 
 def _angle_dtype(query: Tensor) -> torch.dtype:
@@ -198,12 +216,7 @@ class AxialRoPE(_Rotary):
                     f"with {self.axes} coordinates"
                 )
             positions = make_axial_pos(*spatial, dtype=_angle_dtype(query), device=query.device)
-        expected = torch.Size([*spatial, self.axes])
-        if positions.shape not in (expected, (1, *expected), (query.shape[0], *expected)):
-            raise ValueError(
-                f"positions has shape {tuple(positions.shape)}; expected {[*expected]}, batched by 1 or "
-                f"{query.shape[0]} or not"
-            )
+        _check_positions(positions, query.shape[0], (*spatial, self.axes))
         return Angles(positions, self.freqs)
 
 
@@ -268,10 +281,7 @@ class RoPE(_Rotary):
             raise ValueError(f"query has shape {tuple(query.shape)}; expected [B, L, heads, at least {self.head_dim}]")
         if positions is None:
             positions = torch.arange(length, device=query.device)
-        if positions.shape not in ((length,), (1, length), (batch, length)):
-            raise ValueError(
-                f"positions has shape {tuple(positions.shape)}; expected [{length}] or [{batch} or 1, {length}]"
-            )
+        _check_positions(positions, batch, (length,))
         return self.angles_at(positions, _angle_dtype(query))
 
     def angles_at(self, positions: Tensor, dtype: torch.dtype) -> Angles:

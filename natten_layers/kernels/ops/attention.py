@@ -257,7 +257,7 @@ def _backward_flop(*args: Any, **kwargs: Any) -> int:
     return forward_flop(*args, **kwargs) * 5 // 2
 
 
-WINDOW = "int[] kernel_size, int[] stride, int[] dilation, bool[] is_causal, float scale"
+WINDOW = "SymInt[] kernel_size, int[] stride, int[] dilation, bool[] is_causal, float scale"
 INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? additional_keys, Tensor? additional_values, "
     "Tensor? sink, float? sink_value, " + WINDOW
