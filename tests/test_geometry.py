@@ -156,3 +156,21 @@ def test_bad_windows_name_argument_axis_and_values(arguments: dict, words: list[
 def test_empty_axis_is_named():
     with pytest.raises(ValueError, match="height axis is empty"):
         make_window((3, 0, 4), 1)
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_kernels_have_the_same_windows(causal: bool) -> None:
+    """Windows and their inverse as the device works them out, in formulas of another form, for all queries and keys."""
+    device_bounds = pytest.importorskip("device_bounds", reason="Triton is not installed")
+    for length, kernel, stride in [(1, 1, 1), (6, 1, 1), (9, 4, 1), (9, 5, 2), (11, 4, 4), (11, 6, 3), (12, 12, 5)]:
+        index = torch.arange(length, device=DEVICE)
+        found = device_bounds.bounds(index, kernel, stride, causal)
+        expected = (
+            *window_bounds(index, length, kernel, stride, causal),
+            *query_bounds(index, length, kernel, stride, causal),
+        )
+        for row, wanted in zip(found, expected, strict=True):
+            assert torch.equal(row, wanted), (length, kernel, stride)
