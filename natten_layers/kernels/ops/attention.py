@@ -128,6 +128,9 @@ def readable(
         if x is not None and x.stride(-1) != 1:
             tensors = [x if x is None else last_contiguous(x) for x in tensors]
             break
+    if torch.compiler.is_compiling():
+        # The compiler refuses an `autograd.Function` that is given one tensor twice, as in attention of x over x.
+        tensors = [x if x is None else x.view_as(x) for x in tensors]
     return (*tensors, last_contiguous(sink), None) if isinstance(sink, Tensor) else (*tensors, None, sink)
 
 
@@ -254,7 +257,7 @@ def _backward_flop(*args: Any, **kwargs: Any) -> int:
     return forward_flop(*args, **kwargs) * 5 // 2
 
 
-WINDOW = "int[] kernel_size, int[] stride, int[] dilation, bool[] is_causal, float scale"
+WINDOW = "SymInt[] kernel_size, int[] stride, int[] dilation, bool[] is_causal, float scale"
 INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? additional_keys, Tensor? additional_values, "
     "Tensor? sink, float? sink_value, " + WINDOW
