@@ -16,7 +16,7 @@ from helpers import error
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from natten_layers import hf
+from natten_layers import RoPE, hf
 from natten_layers.modules.llm import DecoderLM, DecoderLMConfig
 
 COMMON: dict[str, Any] = {
@@ -187,7 +187,7 @@ def test_dtype_is_the_files_or_the_callers(tmp_path: Path) -> None:
     for dtype, expected in ((None, torch.bfloat16), (torch.float64, torch.float64)):
         model = DecoderLM.from_pretrained(tmp_path, dtype=dtype)
         assert {p.dtype for p in model.parameters()} == {expected}
-        assert model.model.layers[0].self_attn.rope.freqs.dtype == torch.float32
+        assert next(b for n, b in model.named_buffers() if n.endswith("rope.freqs")).dtype == torch.float32
         assert model(tokens(1, 4) % 17).dtype == expected
 
 
@@ -350,3 +350,48 @@ def test_the_activation_is_what_the_family_reads(family: str, keys: dict[str, st
     sizes = {"vocab_size": 8, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1}
     raw = {"model_type": family, "num_attention_heads": 2, "num_key_value_heads": 2, **sizes, **keys}
     assert hf.config_from_hf(raw).activation == activation
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"rope_type": "default"},
+        {"rope_type": "linear", "factor": 3.0},
+        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        | {"original_max_position_embeddings": 8192},
+        {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096},
+        {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False},
+        {
+            "rope_type": "yarn",
+            "factor": 6.5,
+            "original_max_position_embeddings": 4096,
+            "mscale": 0.7,
+            "mscale_all_dim": 1,
+        },
+        {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 32768,
+            "beta_fast": 24,
+            "beta_slow": 2,
+        },
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2},  # both ends of the ramp coincide
+    ],
+    ids=lambda parameters: "-".join(map(str, parameters.values())),
+)
+@pytest.mark.parametrize(("head_dim", "theta"), [(64, 10000.0), (128, 1e6), (80, 150000.0)])
+def test_frequencies_are_those_of_transformers_bit_for_bit(
+    parameters: dict[str, Any], head_dim: int, theta: float, transformers: Any
+) -> None:
+    """The last bit of an fp32 frequency is milliradians at positions of long texts."""
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    config = transformers.LlamaConfig(
+        hidden_size=head_dim,
+        num_attention_heads=1,
+        head_dim=head_dim,
+        rope_parameters={**parameters, "rope_theta": theta},
+    )
+    theirs, ours = LlamaRotaryEmbedding(config), RoPE(head_dim, theta=theta, scaling=parameters)
+    assert torch.equal(ours.freqs, theirs.inv_freq)
+    assert ours.attention_factor == theirs.attention_scaling

@@ -18,7 +18,7 @@ from ..cached import cached_attention
 from ..functional import neighborhood_attention
 from .cache import Cache, LayerCache
 from .feed_forward import GatedFeedForward
-from .generation import generate, text_first
+from .generation import generate, longest_of, text_first
 from .llm_config import DecoderLMConfig
 from .norm import RMSNorm
 from .query_key import attend_projected, call_watched, normalize_and_rotate
@@ -181,9 +181,9 @@ class DecoderStack(nn.Module):
         longest = length
         if cache is not None:
             positions = positions + cache.lengths[:, None]
-            longest = length + cache.longest if mask is None else int((cache.lengths + mask.sum(1)).max())
+            longest = length + cache.longest if mask is None else longest_of(cache.lengths + mask.sum(1))
         elif mask is not None and length > self.config.max_positions:  # asks the device, which a graph can not
-            longest = int(mask.sum(1).max())
+            longest = longest_of(mask.sum(1))
         self.check_length(longest)
         if mask is not None:
             positions = torch.where(mask, positions, -1)
@@ -292,10 +292,10 @@ class DecoderLM(nn.Module):
 
     def check(self, input_ids: Tensor, attention_mask: Tensor | None, cache: Cache | None) -> None:
         """Refuse arguments that do not fit the model or each other; see :meth:`forward`."""
-        if input_ids.ndim != 2 or 0 in input_ids.shape or input_ids.dtype not in (torch.int32, torch.int64):
+        if input_ids.ndim != 2 or input_ids.shape[1] == 0 or input_ids.dtype not in (torch.int32, torch.int64):
             raise ValueError(
                 f"input_ids has shape {tuple(input_ids.shape)} and dtype {input_ids.dtype}; expected [B, L], int64 or "
-                "int32, not empty"
+                "int32, L at least 1"
             )
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
             raise ValueError(
