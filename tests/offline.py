@@ -85,19 +85,22 @@ def options_of(rank: int, kernel_size: int, sink: float | None) -> problem.Optio
     return problem.Options(sink, (kernel_size,) * rank, (1,) * rank, (1,) * rank, (rank == 1,) * rank, 1.0)
 
 
-def attend_on_hopper(spatial: tuple[int, ...], kernel_size: int, heads: int, *, sink: float | None) -> None:
+def attend_on_hopper(
+    spatial: tuple[int, ...], kernel_size: int, heads: int, *, sink: float | None, dim: int = 128
+) -> None:
     from natten_layers.kernels.sm90 import large_backward, large_forward, large_tiling
 
-    tensors = problem.Inputs(*(torch.zeros(1, *spatial, h, 128, dtype=torch.bfloat16) for h in (heads, 2, 2)))
+    tensors = problem.Inputs(*(torch.zeros(1, *spatial, h, dim, dtype=torch.bfloat16) for h in (heads, 2, 2)))
     options = options_of(len(spatial), kernel_size, sink)
     one = problem.problem_of(tensors, options)
     launch, key_launch = large_tiling.launch_of(one), large_tiling.key_launch_of(one)
     large_forward.forward(launch, one, tensors, options, with_state=sink is None)
     rows = torch.ones(1, *spatial, heads)
     cotangents = problem.Cotangents(tensors.query, rows, rows, tensors.query, None)
-    _, statistics = large_backward.query_gradient(launch, one, tensors, options, cotangents)
+    query_launch = large_tiling.query_launch_of(one)
+    _, statistics = large_backward.query_gradient(query_launch, one, tensors, options, cotangents)
     large_backward.key_gradients(key_launch, one, tensors, options, tensors.query, statistics)
-    registers = torch.zeros(1, 5, 2, 128, dtype=torch.bfloat16)
+    registers = torch.zeros(1, 5, 2, dim, dtype=torch.bfloat16)
     tensors = tensors._replace(additional_keys=registers, additional_values=registers)
     one = problem.problem_of(tensors, options)
     large_forward.forward(launch, one, tensors, options, with_state=False)
@@ -166,7 +169,10 @@ def main(capability: int) -> None:
         attend_on_hopper((4096,), 2048, 8, sink=0.0)
         attend_on_hopper((64, 80), 48, 2, sink=None)
         attend_on_hopper((16, 24, 32), 14, 2, sink=None)
+        attend_on_hopper((4096,), 1024, 8, sink=0.0, dim=256)
+        attend_on_hopper((64, 80), 24, 2, sink=None, dim=80)
         attend_small_on_hopper((64, 64), 7, 8, registers=5)
+        attend_small_on_hopper((64, 64), 7, 8, registers=0, dim=40)
         attend_small_on_hopper((4096,), 128, 16, registers=0)
         attend_small_on_hopper((4096,), 8, 8, registers=0, dim=128)
         attend_projected_on_hopper((64, 64), 7, AxialRoPE(64, 8, num_kv_heads=2), "cosine")
