@@ -19,9 +19,9 @@ from natten_layers import (
     LevelConfig,
     NeighborhoodAttention1D,
     NeighborhoodGQA,
-    checkpoints,
 )
 from natten_layers.convert import convert, convert_file, main, mha_to_gqa
+from natten_layers.io import checkpoints
 
 GOLDEN = Path(__file__).parent / "data" / "hdit"
 CASES = sorted(p for p in GOLDEN.glob("*.safetensors") if ".expected" not in p.name)
@@ -131,10 +131,10 @@ def test_unreadable_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     Path("picture.safetensors").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(64))
     Path("truncated.pth").write_bytes(Path("foreign.pth").read_bytes()[:200])
     messages = {
-        "truncated.safetensors": "is truncated or no safetensors file",
-        "header.safetensors": "is truncated or no safetensors file",
-        "empty.safetensors": "is truncated or no safetensors file",
-        "picture.safetensors": "is truncated or no safetensors file",
+        "truncated.safetensors": "is damaged, truncated or no safetensors file",
+        "header.safetensors": "is damaged, truncated or no safetensors file",
+        "empty.safetensors": "is damaged, truncated or no safetensors file",
+        "picture.safetensors": "is damaged, truncated or no safetensors file",
         "pickled.pth": "is damaged, or holds objects that are not plain tensors",
         "truncated.pth": "is damaged",
         "foreign.pth": 'no k-diffusion training checkpoint: it has no entry "model_ema"',
@@ -166,7 +166,7 @@ def test_tensors_that_do_not_fit(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=rf"bad\.safetensors: the config in its metadata {message}"):
             HDiT.from_pretrained(path)
     config["model"]["self_attns"][0]["type"] = "axial"
-    with pytest.raises(ValueError, match=r"bad\.safetensors: .*\[0\]: unknown attention type 'axial'"):
+    with pytest.raises(ValueError, match=r"bad\.safetensors: .*\[0\]: attention must be one of .* got 'axial'"):
         HDiT.from_pretrained(rewrite(path, tensors, config))
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, ParamSpec, TypeVar, get_args
 
-from ...files import replacing
+from ...io.files import replacing
 from .tiling import Kind, Launch, ProblemClass, rule
 
 __all__ = [
