@@ -149,6 +149,53 @@ def test_sharded_equals_single(theirs: Any, directory: Path, tmp_path: Path) -> 
     assert all(torch.equal(single[name], sharded[name]) for name in single)
 
 
+TIED = {**COMMON, "model_type": "llama", "tie_word_embeddings": True, "architectures": ["LlamaForCausalLM"]}
+
+
+@pytest.mark.parametrize("stored", ["both", "the projection alone"])
+@torch.no_grad()
+def test_the_files_decide_whether_the_projection_is_the_embedding(
+    stored: str, transformers: Any, tmp_path: Path
+) -> None:
+    DecoderLM(dataclasses.replace(hf.config_from_hf(TIED, DecoderLMConfig), tie_embeddings=False)).save_pretrained(
+        tmp_path
+    )
+    (tmp_path / hf.CONFIG).write_text(json.dumps(TIED))
+    tensors = load_file(tmp_path / hf.WEIGHTS)
+    if stored != "both":
+        del tensors[hf.EMBEDDING]
+    save_file(tensors, tmp_path / hf.WEIGHTS, metadata={"format": "pt"})
+    ours, theirs = (kind.from_pretrained(tmp_path) for kind in (DecoderLM, transformers.AutoModelForCausalLM))
+    ids = tokens(2, 9)
+    assert relative(ours(ids), theirs(ids).logits) < 1e-5
+    assert ours.config.tie_embeddings == (ours.lm_head is None) == (stored != "both")
+    ours.save_pretrained(tmp_path / "again")
+    assert relative(DecoderLM.from_pretrained(tmp_path / "again")(ids), ours(ids)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"model_type": "gemma3_text", "layer_types": ["full_attention"] * 4},
+        {"model_type": "gemma3_text", "layer_types": ["full_attention"] * 4, "sliding_window": None},
+        {"model_type": "gemma3_text", "layer_types": ["sliding_attention"] * 4, "sliding_window": 5},
+        {"model_type": "llama", "hidden_size": 36, "num_attention_heads": 8},
+        {"model_type": "llama", "rms_norm_eps": 0, "initializer_range": 1, "rope_theta": 10000, "eos_token_id": [1, 2]},
+        {"model_type": "mistral", "sliding_window": None},
+        {"model_type": "qwen3", "use_sliding_window": False},
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_transformers_runs_what_is_saved(raw: dict[str, Any], transformers: Any, tmp_path: Path) -> None:
+    ours = DecoderLM(hf.config_from_hf({**COMMON, **raw}, DecoderLMConfig)).eval()
+    ours.save_pretrained(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = tokens(2, 20)
+    assert relative(ours(ids), theirs(ids).logits) < 1e-5
+    assert DecoderLM.from_pretrained(tmp_path).config == ours.config
+
+
 # ---- without transformers ------------------------------------------------------------------------------------------
 
 TINY = DecoderLMConfig(

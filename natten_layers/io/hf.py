@@ -330,9 +330,9 @@ def _family_config(options: Mapping[str, Any], family: str) -> dict[str, Any]:
         "num_key_value_heads": options["num_kv_heads"],
         "head_dim": options["head_dim"],
         "max_position_embeddings": options["max_positions"],
-        "rms_norm_eps": options["norm_eps"],
+        "rms_norm_eps": float(options["norm_eps"]),  # transformers refuses an int
         "tie_word_embeddings": options["tie_embeddings"],
-        "initializer_range": options["initializer_range"],
+        "initializer_range": float(options["initializer_range"]),
         "bos_token_id": options["bos_token_id"],
         "eos_token_id": options["eos_token_id"],
         "pad_token_id": options["pad_token_id"],
