@@ -5,13 +5,16 @@ The damage is first chosen by hand, kind by kind, and then drawn: bits turned ov
 
 from __future__ import annotations
 
+import ast
 import json
 import resource
 import shutil
 import warnings
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -23,7 +26,7 @@ from torch import Tensor
 
 from natten_layers import DecoderLM, DecoderLMConfig, HDiT, HDiTConfig, LevelConfig
 from natten_layers.io import checkpoints, hf
-from natten_layers.io.files import read_json
+from natten_layers.io.files import read_json, replacing
 from natten_layers.io.schema import check_keys
 from natten_layers.kernels.host import tuned
 from natten_layers.kernels.host.tiling import Launch, ProblemClass
@@ -324,6 +327,15 @@ def test_odd_tensors_in_training_checkpoints(change: Callable[[Tensor], object],
     refused(lambda: HDiT.from_pretrained(path), "odd.pth")
 
 
+@pytest.mark.parametrize(
+    "config", [3, [DIFFUSION.to_json()], {1: 2}, {"model": 10**5000}, {"model": {}}], ids=lambda c: str(type(c))
+)
+def test_odd_configs_in_training_checkpoints(config: Any, good: Path, tmp_path: Path) -> None:
+    content, path = torch.load(good / "hdit.pth"), tmp_path / "odd.pth"
+    torch.save({**content, "config": config}, path)
+    refused(lambda: HDiT.from_pretrained(path), "odd.pth")
+
+
 def test_tensors_in_memory_are_checked_too() -> None:
     model = HDiT(DIFFUSION)
     tensors = {checkpoints.hdit_name(name): tensor.to("meta") for name, tensor in model.state_dict().items()}
@@ -418,6 +430,32 @@ def test_a_tensor_in_two_shards_is_refused(good: Path, tmp_path: Path) -> None:
     first, second = sorted(folder.glob("*.safetensors"))[:2]
     save_file({**load_file(first), **load_file(second)}, second)
     refused(lambda: DecoderLM.from_pretrained(folder), "twice", first.name, second.name)
+
+
+# --- the room
+
+
+def test_files_know_no_models() -> None:
+    """What reads and writes files is imported by models, and gets from them what it builds and fills."""
+    for path in Path(hf.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                assert node.level < 2, (path, node.module)
+                assert not (node.module or "").startswith("natten_layers"), (path, node.module)
+
+
+def test_threads_that_save_one_file_do_not_meet(tmp_path: Path) -> None:
+    path, barrier = tmp_path / "one.json", Barrier(4)
+
+    def write(number: int) -> None:
+        with replacing(path) as temporary:
+            temporary.write_text(str(number) * 1000)
+            barrier.wait()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))
+    assert path.read_text() in {str(number) * 1000 for number in range(4)}
+    assert [one.name for one in tmp_path.iterdir()] == ["one.json"]
 
 
 # --- drawn damage

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .files import parse_json, replacing
 from .schema import shorten
-from .tensors import check_fit, info_of, open_safetensors
+from .tensors import check_fit, info_of, open_safetensors, write_safetensors
 
 __all__ = ["hdit_name", "load_plain", "load_tensors", "read_hdit", "write_hdit"]
 
@@ -87,7 +86,9 @@ def load_plain(path: Path) -> Any:
     except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
     except Exception as error:  # bytes that are missing or changed surface as almost any type
-        reason = str(error).strip() or type(error).__name__
+        # torch surrounds its reason by the advice to load the file with the right to execute what it holds.
+        _, _, reason = str(error).rpartition("WeightsUnpickler error:")
+        reason = reason.strip().partition("\n")[0] or type(error).__name__
         raise ValueError(f"{path} is damaged, or holds objects that are not plain tensors: {reason}") from error
 
 
@@ -161,6 +162,9 @@ def write_hdit(
     Args:
         path: the file, or a directory (anything not ending in ".safetensors") to hold ``model.safetensors``.
         dtype: of the parameters in the file, None for the model's.
+
+    Raises:
+        OSError: it cannot be written; the message names the file, and what was there is untouched.
     """
     path = Path(path)
     path = path if path.suffix == ".safetensors" else path / WEIGHTS
@@ -169,7 +173,8 @@ def write_hdit(
         hdit_name(key): tensor.detach().to(dtype if key in parameters else None).cpu().contiguous()
         for key, tensor in model.state_dict().items()
     }
+    # One entry: safetensors writes several in any order, and equal models shall make equal files.
+    metadata = {"config": json.dumps(config)}
     with replacing(path) as temporary:
-        # One entry: safetensors writes several in any order, and equal models shall make equal files.
-        save_file(tensors, temporary, metadata={"config": json.dumps(config)})
+        write_safetensors(tensors, temporary, metadata, final=path)
     return path

@@ -13,13 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .files import naming, read_json, readable_as_usual
 from .schema import Between, Count, Natural, NotNegative, Positive, build, check_mapping, shorten
-from .tensors import Info, SafeTensors, check_fit, open_safetensors
+from .tensors import Info, SafeTensors, check_fit, open_safetensors, write_safetensors
 
 __all__ = ["Weights", "config_from_hf", "config_to_hf", "open_weights", "read_config", "save"]
 
@@ -511,11 +509,8 @@ def save(
     pending = {directory / name: directory / f".{name}.partial" for name in [*names, *texts]}
     try:
         for name, shard in zip(names, shards, strict=True):
-            try:
-                with readable_as_usual(pending[directory / name]):
-                    save_file(shard, pending[directory / name], metadata={"format": "pt"})
-            except SafetensorError as error:  # a full disk, among others
-                raise OSError(f"cannot write {directory / name}: {error}") from error
+            with readable_as_usual(pending[directory / name]):
+                write_safetensors(shard, pending[directory / name], {"format": "pt"}, final=directory / name)
         for name, text in texts.items():
             pending[directory / name].write_text(text)
         for final, partial in pending.items():

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-__all__ = ["Info", "SafeTensors", "check_fit", "info_of", "make_on_meta", "open_safetensors"]
+__all__ = ["Info", "SafeTensors", "check_fit", "info_of", "make_on_meta", "open_safetensors", "write_safetensors"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -68,6 +70,23 @@ def open_safetensors(path: os.PathLike[str]) -> Iterator[SafeTensors]:
             yield SafeTensors(path, file)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged, truncated or no safetensors file: {error}") from error
+
+
+def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str], *, final: Path) -> None:
+    """Write a file.
+
+    Args:
+        final: the name under which the user knows the file, if ``path`` is a temporary one.
+
+    Raises:
+        OSError: it cannot be written, for example as the disk is full.
+    """
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:
+        raise OSError(f"cannot write {final}: {error}") from error
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write {final}: {error.strerror or error}") from error
 
 
 def make_on_meta(make: Callable[[], M], path: object, *, layers: int, tensors: int) -> M:
