@@ -234,6 +234,20 @@ def test_what_python_hands_over_is_checked_too() -> None:
     )
 
 
+@pytest.mark.parametrize(("section", "key"), [("model", "maping_depth"), ("optimizer", "wd"), ("ema_sched", "pwer")])
+def test_training_does_not_start_with_a_misspelt_key(
+    section: str, key: str, good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_hdit = pytest.importorskip("train_hdit")
+    content = json.loads((good / "hdit.json").read_text())
+    content["dataset"] = {"type": "imagefolder", "location": str(tmp_path)}
+    content.setdefault(section, {})[key] = 1
+    path = tmp_path / "misspelt.json"
+    path.write_text(json.dumps(content))
+    assert train_hdit.main(["--config", str(path), "--name", str(tmp_path / "run"), "--device", "cpu"]) == 2
+    assert f"has unknown keys '{key}'" in capsys.readouterr().err
+
+
 K_DIFFUSION = {
     "model": {
         "type": "image_transformer_v2", "input_channels": 3, "input_size": [256, 256], "patch_size": [4, 4],
