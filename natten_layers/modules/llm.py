@@ -6,16 +6,19 @@ Shapes: B sequences, L tokens, C channels, Hq and Hkv query and KV heads of D el
 
 from __future__ import annotations
 
+import dataclasses
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import hf
 from ..arguments import prepare
 from ..cached import cached_attention
 from ..functional import neighborhood_attention
+from ..io import hf
+from ..io.tensors import make_on_meta
 from .cache import Cache, LayerCache
 from .feed_forward import GatedFeedForward
 from .generation import generate, longest_of, text_first
@@ -317,20 +320,25 @@ class DecoderLM(nn.Module):
     ) -> DecoderLM:
         """Read a Hugging Face directory of a known family, or one that :meth:`save_pretrained` wrote.
 
-        Memory is the model's own: parameters are made from the files, each of which is read once.
+        Memory is the model's own: parameters are made from the files, each of which is read once. Where the config says
+        that the output projection is the embedding, but the files hold another one, the model has that one, as in
+        transformers.
 
         Args:
             device: where to put the model, default the CPU.
-            dtype: of the parameters, default the one that the files hold.
+            dtype: of the parameters, default the one that the files hold; they must then hold one.
 
         Raises:
             FileNotFoundError: no config, no weights or a missing shard.
             ValueError: an architecture or option that is not implemented, with its config key; or weights that are not
-                exactly the model's, with names and shapes.
+                exactly the model's, with names, shapes and dtypes. The message names the file or directory.
         """
-        config, stored = hf.read_config(directory)
-        model = cls(config, device="meta", dtype=dtype or stored)
-        hf.load_weights(model, directory, device=device or "cpu", dtype=dtype)
+        config = hf.read_config(directory, DecoderLMConfig)
+        with hf.open_weights(directory, tied=config.tie_embeddings) as weights:
+            config = dataclasses.replace(config, tie_embeddings=weights.tied)
+            make = partial(cls, config, device="meta")
+            model = make_on_meta(make, directory, layers=config.num_layers, tensors=len(weights.infos))
+            weights.fill(model, device=device or "cpu", dtype=dtype)
         for module in model.modules():
             if isinstance(module, RoPE):  # no file holds its constants
                 module.to_empty(device=device or "cpu")
