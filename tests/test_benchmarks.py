@@ -26,15 +26,15 @@ RATES = runner.Rates(copy=1e10, matmul=1e11)
 
 
 def problem(
-    spatial: tuple[int, ...], kernel: tuple[int, ...], causal: bool = False, registers: int = 0, sink: Any = None
+    spatial: tuple[int, ...], kernel: tuple[int, ...], registers: int = 0, sink: Any = None, **fields: Any
 ) -> tuple[Workload, Inputs]:
-    workload = Workload("test", 2, spatial, 4, 2, 8, kernel, causal)
+    workload = Workload("test", 2, spatial, 4, 2, 8, kernel, **fields)
     return workload, add_variant(make_inputs(workload, CPU, 0), Variant(registers, sink), 0)
 
 
 def dense(workload: Workload, inputs: Inputs) -> Tensor:
     """The oracle, which shares no code with the checker, in the inputs' dtype."""
-    window = make_window(workload.spatial, workload.kernel_size, 1, 1, workload.causal)
+    window = workload.window
     registers = (inputs.additional_keys, inputs.additional_values)
     qkv = (inputs.query, inputs.key, inputs.value)
     return dense_attention_state(*qkv, *registers, inputs.sink, window, workload.scale)[0]
@@ -89,6 +89,15 @@ def test_floor_counts() -> None:
         {"spatial": (9, 11), "kernel": (3, 6), "registers": 3, "sink": "zero"},
         {"spatial": (4, 5, 6), "kernel": (3, 2, 3), "registers": 1, "sink": "learned"},
         {"spatial": (5, 6), "kernel": (5, 6)},
+        {"spatial": (11, 12), "kernel": (3, 4), "dilation": (3, 1), "stride": (2, 3), "registers": 2, "value_dim": 16},
+        {
+            "spatial": (5, 7, 6),
+            "kernel": (2, 3, 2),
+            "dilation": (2, 2, 1),
+            "causal": (True, False, True),
+            "sink": "learned",
+        },
+        {"spatial": (19,), "kernel": (5,), "causal": True, "stride": 4, "dtype": torch.float16},
     ],
 )
 def test_reference_is_exact(arguments: Any, slab_pairs: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +208,9 @@ def test_flex_layout_and_blocks(spatial: tuple[int, ...], tile: tuple[int, ...] 
     assert packed.shape == (2, 3, torch.Size(spatial).numel(), 1)
     assert torch.equal(layout.unpack(packed, spatial), tensor)
 
-    workload = Workload("test", 1, spatial, 1, 1, 8, tuple(3 for _ in spatial), causal=tile is None)
+    dilation = tuple(1 + i for i in range(len(spatial)))  # 7 = 2 * 3 + 1: residue classes differ in length
+    causal = tuple(n % 3 == 2 for n in spatial)
+    workload = Workload("test", 1, spatial, 1, 1, 8, (3,) * len(spatial), causal, stride=2, dilation=dilation)
     mask = implementations.flex_mask(workload, layout, CPU)
     expected = create_block_mask(mask.mask_mod, None, None, *mask.seq_lengths, device="cpu")
     for field in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
@@ -210,8 +221,7 @@ def test_flex_layout_and_blocks(spatial: tuple[int, ...], tile: tuple[int, ...] 
     zero = torch.zeros((), dtype=torch.long)
     visible = mask.mask_mod(zero, zero, tokens[:, None], tokens[None, :])
     raster = layout.pack(tokens.view(1, *spatial, 1, 1)).flatten()
-    window = make_window(spatial, workload.kernel_size, 1, 1, workload.causal)
-    assert torch.equal(visible, window_mask(spatial, window)[raster][:, raster])
+    assert torch.equal(visible, window_mask(spatial, workload.window)[raster][:, raster])
 
 
 def test_measure_takes_turns_and_rotates(monkeypatch: pytest.MonkeyPatch) -> None:
