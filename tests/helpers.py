@@ -113,6 +113,28 @@ def make_inputs(case: Case, device: torch.device | str = "cpu", seed: int = 0) -
     return inputs
 
 
+def enlarge(inputs: Inputs, exponent: int) -> Inputs:
+    """The same values, but queries and keys such that products are ``±2**exponent``, ``2 ** (exponent + 1)`` or twice
+    that: of a row's scores the largest has all the weight, and those that equal it a share each, exactly.
+
+    Each head has the sign of its scores: all of a row are far below zero, or far above.
+    """
+    half = 2.0 ** (exponent // 2)
+    large = dict(inputs)
+    for name, tensor in inputs.items():
+        if name not in ("query", "key", "additional_keys"):
+            continue
+        *_, heads, _ = tensor.shape
+        values = torch.zeros_like(tensor)
+        if name == "query":
+            values[..., 0] = half * (1 - 2 * (torch.arange(heads) % 2)).to(tensor)
+        else:
+            count = values[..., 0].numel() // heads
+            values[..., 0] = half * (2.0 ** (torch.arange(count) * 7 % 5 % 3)).to(tensor).view(*tensor.shape[:-2], 1)
+        large[name] = values
+    return large
+
+
 def arguments(case: Case, inputs: Inputs) -> dict[str, Any]:
     """Of the public operation."""
     return {

@@ -65,15 +65,18 @@ class Driver:
         return "int"
 
 
-def draw(*shape: int) -> Tensor:
-    return torch.zeros(shape, dtype=torch.bfloat16, requires_grad=True)
+def draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.zeros(shape, dtype=dtype, requires_grad=True)
 
 
-def attend(spatial: tuple[int, ...], kernel_size: int, heads: int, dim: int, registers: int, **options: Any) -> None:
-    q, k, v = (draw(1, *spatial, h, dim) for h in (heads, 2, 2))
+def attend(
+    spatial: tuple[int, ...], kernel_size: int, heads: int, dim: int, registers: int,
+    dtype: torch.dtype = torch.bfloat16, **options: Any,
+) -> None:  # fmt: skip
+    q, k, v = (draw(1, *spatial, h, dim, dtype=dtype) for h in (heads, 2, 2))
     inputs = [q, k, v]
     if registers:
-        inputs += [draw(1, registers, 2, dim), torch.zeros(heads, requires_grad=True)]
+        inputs += [draw(1, registers, 2, dim, dtype=dtype), torch.zeros(heads, requires_grad=True)]
         options |= {"additional_keys": inputs[3], "additional_values": inputs[3], "sink": inputs[4]}
     out = neighborhood_attention(q, k, v, kernel_size, **options, impl="fused")
     torch.autograd.grad(out.float().sum(), inputs)
@@ -152,6 +155,8 @@ def main(capability: int) -> None:
     attend((12, 12, 20), 5, 2, 40, 0, dilation=2, stride=3)
     attend((2048,), 1024, 8, 128, 40, is_causal=True)
     attend((32, 32), 7, 4, 256, 40)
+    if capability == 90:
+        attend((32, 32), 7, 8, 256, 40, torch.float32)
     if capability == 90 and (modules := dispatch.kernels()) is not None:
         for module in (modules.forward, modules.backward, modules.strip_forward):
             setattr(module, "multiprocessors", lambda device: 132)  # noqa: B010

@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import dispatch
 from ..dispatch import BackwardLaunches, SmallBackwardLaunches
 from ..host.launcher import Launcher, launcher
-from ..host.problem import Inputs, Layout, Problem, layout, new_like, strides
+from ..host.problem import Inputs, Layout, Problem, contiguous, layout, new_like, strides
 from ..host.tiling import register_block
 from ..host.tuned import launch_for, remembered
 from .forward import query_tile
@@ -364,22 +364,25 @@ def backward_launchers(problem: Problem, grad_out: Layout, grad_lse: Layout | No
 def _query_launcher(p: Problem, grad_out: Layout, grad_lse: Layout | None) -> Launcher:
     launch = launch_for("backward_query", p.problem_class)
     grad_strides = strides(grad_out), (0,) * 5 if grad_lse is None else strides(grad_lse)
+    tensors = p.query, p.key, p.value, grad_out, grad_lse, p.out, p.statistics, contiguous(p.query.shape)
     return launcher(
         backward_query_kernel,
         (p.programs(launch),),
         (*p.input_strides(), *grad_strides, *p.geometry, p.tiles(launch.tile), p.group, p.kv_heads, p.registers),
-        **p.program(launch), **p.constants(), PACK=launch.pack, BR=p.register_tile, WITH_DLSE=grad_lse is not None,
+        **p.program(launch, tensors), **p.constants(),
+        PACK=launch.pack, BR=p.register_tile, WITH_DLSE=grad_lse is not None,
     )  # fmt: skip
 
 
 def _key_launcher(p: Problem, grad_out: Layout) -> Launcher:
     launch = launch_for("backward_key", p.problem_class)
     tiles = p.tiles(launch.tile)
+    results = contiguous(p.key.shape), contiguous(p.value.shape)
     return launcher(
         backward_key_kernel,
         (p.query.shape[0] * prod(tiles) * p.kv_heads,),
         (*p.input_strides()[:3], strides(grad_out), *p.geometry, tiles, p.group, p.kv_heads),
-        **p.program(launch), **p.constants(),
+        **p.program(launch, (p.query, p.key, p.value, grad_out, p.statistics, *results)), **p.constants(),
     )  # fmt: skip
 
 

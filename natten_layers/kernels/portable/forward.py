@@ -23,6 +23,7 @@ from .primitives import (
     LN2,
     LOG2E,
     LOWEST,
+    are_sound,
     contiguous_row,
     corner_offset,
     inner_indices,
@@ -179,18 +180,19 @@ def attend_tile(
             b_q, b_acc, row_m, row_l, RegK, RegV, regk_strides, regv_strides, registers, factor, score_scale,
             BR, D, BD, DV, BDV, False, SCALE_FIRST, PRECISION,
         )  # fmt: skip
-    # NaN or inf times zero: rare enough to pay for it with a second pass, and only then.
-    if tl.max(tl.where(tl.abs(tl.sum(b_acc * 0.0, 1)) >= 0.0, 0, 1), 0) > 0:
+    # NaN or inf times zero, or scores that are too large to be scaled while the maximum is subtracted: rare enough to
+    # pay for it with a second pass, which scales them before, and only then.
+    if tl.max(tl.where(are_sound(b_acc, row_m, row_l), 0, 1), 0) > 0:
         b_acc, row_m, row_l = initial_state(Sink, row_head, sink, SINK, BM, BDV)
         if BR > 0:
             b_acc, row_m, row_l = attend_registers(
-                b_q, b_acc, row_m, row_l, RegK, RegV, regk_strides, regv_strides, registers, factor, score_scale,
-                16, D, BD, DV, BDV, True, SCALE_FIRST, PRECISION,
+                b_q, b_acc, row_m, row_l, RegK, RegV, regk_strides, regv_strides, registers, 1.0, score_scale,
+                16, D, BD, DV, BDV, True, True, PRECISION,
             )  # fmt: skip
         b_acc, row_m, row_l = attend_window(
             b_q, b_acc, row_m, row_l, K, V, k_strides, v_strides, residue, count, origin, index,
-            kernel, stride, dilation, factor, score_scale, CAUSAL, TILE, (1, 1, 16), RANK, WIDE, D, BD, DV, BDV,
-            "select", True, SCALE_FIRST, PRECISION, 1,
+            kernel, stride, dilation, 1.0, score_scale, CAUSAL, TILE, (1, 1, 16), RANK, WIDE, D, BD, DV, BDV,
+            "select", True, True, PRECISION, 1,
         )  # fmt: skip
 
     o_row = contiguous_row(i_batch, token, length) * (kv_heads * group) + row_head
@@ -253,5 +255,6 @@ def forward_launcher(problem: Problem, with_state: bool) -> Launcher:
         forward_kernel,
         (p.programs(launch),),
         (*p.input_strides(), *p.geometry, p.tiles(launch.tile), p.group, p.kv_heads, p.registers),
-        **p.program(launch), **p.constants(), PACK=launch.pack, BR=p.register_tile, SINK=p.sink, WITH_STATE=with_state,
+        **p.program(launch, (p.query, p.key, p.value, p.out)), **p.constants(),
+        PACK=launch.pack, BR=p.register_tile, SINK=p.sink, WITH_STATE=with_state,
     )  # fmt: skip

@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..host.problem import Inputs, Problem, new_results, three_axes
+from ..host.problem import Inputs, Problem, need_wide_offsets, new_results, three_axes
 from ..host.tiling import Launch
 from ..portable.fold_registers import fold_registers
 from ..portable.forward import attend_tile
@@ -230,8 +230,9 @@ def attend(
         if WITH_STATE:
             gl.store(RowMax + o_row, row_m * LN2, mask=m_rows)
             gl.store(RowSum + o_row, gl.convert_layout(row_l, gl.SliceLayout(1, SCORES)), mask=m_rows)
-        row_rest = gl.convert_layout(gl.sum(b_acc * 0.0, 1), gl.SliceLayout(1, SCORES))
-        m_broken = m_rows & ~(gl.abs(row_rest) >= 0.0)
+        # Not finite, or without a weight of about one, as ``are_sound`` explains.
+        row_rest = gl.where(row_l >= 0.5, gl.sum(b_acc * 0.0, 1), float("nan"))
+        m_broken = m_rows & ~(gl.abs(gl.convert_layout(row_rest, gl.SliceLayout(1, SCORES))) >= 0.0)
         gl.store(Broken + i_flag + head * 0, gl.full([M], 1, gl.int32, gl.SliceLayout(1, SCORES)), mask=m_broken)
         i_work = await_tile(schedule, i_tile)
 
@@ -319,9 +320,10 @@ def _attend_windows(
         lengths, kernel_size, stride, tiles, problem.group, query.shape[-2] // launch.pack, programs, sink_value, scale,
         **options, STAGES=launch.stages, num_warps=launch.num_warps, maxnreg=launch.max_registers,
     )  # fmt: skip
+    wide = need_wide_offsets((problem.query, problem.key, problem.value, problem.out))
     repair_kernel[(triton.cdiv(programs, FLAGS),)](
         broken, query, key, value, out, row_max, row_sum, None, None, sink, *problem.input_strides()[:3], (0, 0, 0),
         (0, 0, 0), programs, lengths, kernel_size, stride, dilation, tiles, problem.group, problem.kv_heads, 0,
-        sink_value, scale, **options, WIDE=problem.wide, BR=0, num_warps=8,
+        sink_value, scale, **options, WIDE=wide, BR=0, num_warps=8,
     )  # fmt: skip
     return out, row_max, row_sum

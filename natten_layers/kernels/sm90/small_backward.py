@@ -340,7 +340,10 @@ def hopper_small_key_kernel(
 
     b_k.store((b_dk * scale).to(k_desc.dtype))
     b_v.store(b_dv.to(k_desc.dtype))
+    # The barrier that the compiler sets between the two stores is not enough: one thread starts both copies, and every
+    # thread has to make what it wrote visible to them before.
     fence_async_shared()
+    thread_barrier()
     async_copy_shared_to_global(dk_desc, k_corner, k_buffer)
     async_copy_shared_to_global(dv_desc, k_corner, v_buffer)
     store_wait(0)

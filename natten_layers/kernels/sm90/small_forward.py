@@ -196,7 +196,7 @@ def hopper_small_kernel(
     mbarrier.wait(ready.index(0), 0)
     scores = scores_of(b_q, keys, masks)
     b_acc, row_m, row_l = weighted_sum(scores, values, ready.index(1), 0, row_sink, scale, SINK, D, EIGHTHS)
-    if is_zero(unfinite(b_acc)):
+    if is_zero(unfinite(b_acc, row_l)):
         # Through the queries' buffer, so that TMA writes what lies inside the image.
         b_q.store(divided(b_acc, row_l, q_desc.dtype))
         fence_async_shared()

@@ -346,7 +346,7 @@ def hopper_strip_kernel(
         # Always so, which ptxas does not know: it would start on this while the last product is under way, and where
         # registers are few, wait for every product instead.
         if length[2] > 0:
-            rest += unfinite(b_acc)
+            rest += unfinite(b_acc, row_l)
             if IN_RING:
                 staged = values.index(i_free)._reinterpret(q_desc.dtype, q_desc.block_type.shape, q_desc.layout)
             else:
