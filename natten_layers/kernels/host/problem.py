@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from .tiling import Axis, Box, Launch, ProblemClass, padded_head_dim, register_tile
+from .tiling import Axis, Box, Launch, ProblemClass, column_parts, register_tile
 
 T = TypeVar("T", int, bool)
 
@@ -227,9 +227,9 @@ class Problem(NamedTuple):
         head_dim, value_dim = self.query.shape[-1], self.value.shape[-1]
         return {
             "D": head_dim,
-            "BD": padded_head_dim(head_dim),
+            "BD": column_parts(head_dim),
             "DV": value_dim,
-            "BDV": padded_head_dim(value_dim),
+            "BDV": column_parts(value_dim),
             "SCALE_FIRST": self.scale_first,
             "PRECISION": self.precision,
         }

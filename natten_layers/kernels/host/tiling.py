@@ -40,6 +40,18 @@ def padded_head_dim(head_dim: int) -> int:
     return max(16, next_power_of_2(head_dim))
 
 
+def column_parts(head_dim: int) -> tuple[int, ...]:
+    """Columns of tiles: one power of two, or two where the sum of two is at most three quarters of it (80 = 64 + 16).
+
+    Forward on an H200, in ms, padded and in parts: head dim 80 0.141 and 0.114, 96 0.362 and 0.327, 192 0.532 and
+    0.483.
+    """
+    padded = padded_head_dim(head_dim)
+    first = padded // 2
+    rest = padded_head_dim(head_dim - first) if head_dim > first else padded
+    return (first, rest) if padded > 32 and first + rest <= padded * 3 // 4 else (padded,)
+
+
 def boxes(size: int, limits: Sequence[int]) -> list[Box]:
     """Boxes of ``size`` positions with power-of-two sides, within the padded limits where that is possible."""
     caps = [next_power_of_2(n) for n in limits]
@@ -115,7 +127,7 @@ class Room(NamedTuple):
     limit: int
     """bytes that a program can have"""
     width: int
-    """the wider padded head dim, in units of two bytes"""
+    """columns of the wider head dim's tiles, in units of two bytes"""
     element_size: int
     """bytes"""
     copies: int = 1
@@ -124,12 +136,12 @@ class Room(NamedTuple):
 
 def columns(kind: Kind, problem: ProblemClass) -> int:
     """Columns of a row's accumulators, which stay in registers."""
-    query, value = padded_head_dim(problem.head_dim), padded_head_dim(problem.value_dim)
+    query, value = sum(column_parts(problem.head_dim)), sum(column_parts(problem.value_dim))
     return {"forward": value, "backward_query": query, "backward_key": max(query, value)}[kind]
 
 
 def room(problem: ProblemClass) -> Room:
-    columns = max(padded_head_dim(problem.head_dim), padded_head_dim(problem.value_dim))
+    columns = max(sum(column_parts(dim)) for dim in (problem.head_dim, problem.value_dim))
     width = columns * max(problem.element_size // 2, 1)
     return Room(problem.shared_memory, width, problem.element_size, tile_copies(problem.element_size))
 
@@ -192,7 +204,7 @@ def fit(kind: Kind, rows: int, keys: int, stages: int, space: Room) -> tuple[int
 
 LARGE_WINDOW = 512  # keys; from here on matrix products bound the kernels, below it instructions and L2 do
 MIDDLE_WINDOW = 100  # keys; from here on a tile of 64 keys is worth the queries that see only some of it
-INSIDE = 0.1  # share of chunks inside every window of a tile, from which on a branch around the mask pays
+INSIDE = 0.2  # share of chunks inside every window of a tile, from which on a branch around the mask pays
 
 
 class Size(NamedTuple):
@@ -205,17 +217,20 @@ class Size(NamedTuple):
     max_registers: int | None = None
 
 
-def size_of(kind: Kind, window: int, flat: bool, space: Room, columns: int) -> Size:
+def size_of(kind: Kind, lengths: Box, window: int, space: Room, columns: int) -> Size:
     """What was fastest on problems like this one: an H200, Triton 3.6, ``python -m benchmarks.sweep``.
 
     Times are of the problems named: ms of this size against that of the next best kind of size.
     """
     large, middle = window >= LARGE_WINDOW, window >= MIDDLE_WINDOW
+    deep, flat = lengths[0] > 1, lengths[0] == lengths[1] == 1
     if space.element_size == 4:
         # Three products in TF32 for one: their operands are split in registers, so tiles are half as large.
         # 7x7, head dim 64: forward 0.54 (64 rows 1.23), dQ 0.78 (1.13), dK and dV 1.22 (32 queries a chunk 1.30).
         # 3x7x13: 1.58 (2.74), 2.43 (3.04), 4.06 (16 queries a chunk 5.05). 7x11, head dim 32: 1.75 (2.49), 2.46 (2.82),
-        # 4.26 (4.60).
+        # 4.26 (4.60). 9x9, head dim 128, with four warps: 1.64 (two 2.37), 2.36 (4.13), 3.80 (7.35).
+        if space.width > 128:
+            return Size(32, 32, 4, 2)
         if kind == "forward":
             return Size(32, 32, 2, 2)
         if kind == "backward_query":
@@ -224,24 +239,28 @@ def size_of(kind: Kind, window: int, flat: bool, space: Room, columns: int) -> S
             return Size(64, 32, 4, 3)
         return Size(32, 32, 4, 2) if middle else Size(32, 16, 2, 3)
     if space.width > 128:
-        # 64 rows of 256 accumulators leave four warps no registers: 0.68 with eight (four 4.8, 380 bytes spilled).
-        # Where only keys are so wide (192 with values of 128), four warps have enough: 0.53.
+        # 64 rows of 256 accumulators leave four warps no registers: 1024 keys take 0.68 with eight (four 4.8, 380 bytes
+        # spilled), 7x7 keys 0.71 with four warps and 32 rows (eight 0.92). Where only keys are so wide (192 with values
+        # of 128), four warps have enough: 0.53.
+        if kind == "forward" and columns > 128:
+            return Size(64, 64, 8, 2) if large else Size(32, 64, 4, 2)
         if kind == "forward":
-            return Size(64, 32, 4, 3) if columns <= 128 else Size(64, 64, 8, 2)
+            return Size(64, 32, 4, 3)
         # 1024 keys of 256: 0.45 (64 rows 0.56); 128 keys of 192: 0.77 (32 keys a chunk 0.81).
         if kind == "backward_query":
             return Size(128, 32, 8, 3) if large else Size(64, 16, 4, 3)
         return Size(32, 32, 4, 2)  # 1024 keys of 256: 1.37 (16 queries a chunk 1.91)
     if kind == "backward_key":
-        if space.width > 64:
-            # 13x13 keys of 128: 1.26 (32x32 1.61); 9x9 of 80: 0.31 (0.39); 2048 keys: 1.33 (16 queries a chunk 1.50).
-            return Size(64, 32, 4, 3) if large else Size(64, 16, 4, 3)
-        # 21x21: 1.60 (1.76 with 32 keys), 4x7x7: 2.79 (3.46), 13x13: 0.63 (0.68); but 7x7: 0.41 (0.27).
-        return Size(64, 32, 4, 3) if flat or middle or space.width <= 32 else Size(32, 32, 2, 3)
+        # Short chunks suit windows that are planes. 13x13 keys of 128: 1.26 (32 queries a chunk 1.41), of 64: 0.61
+        # (0.64); 9x9 of 80: 0.34 (0.37); but 4x7x7: 3.92 (2.79), 2048 in a row: 1.50 (1.33).
+        plane = not large and not flat and (space.width > 64 or not deep)
+        return Size(64, 16, 4, 3) if plane else Size(64, 32, 4, 3)
     if large:
         # 11x11x11 of 64: forward 1.27, dQ 1.15 (with 128 rows 2.3 and 2.6); 40x40 of 128: 0.33 and 0.37 with 128 rows
-        # (64 rows 0.36 and 0.39).
-        return Size(64, 64, 4, 3) if columns <= 64 else Size(128, 64, 8, 3)
+        # (64 rows 0.36 and 0.39); dQ of 512 keys in a row, 0.23 (64 keys a chunk 0.26).
+        if columns > 64:
+            return Size(128, 64, 8, 3)
+        return Size(64, 32, 4, 3) if flat and kind == "backward_query" else Size(64, 64, 4, 3)
     if kind == "backward_query":
         return Size(64, 32, 4, 3, 96 if space.width <= 64 else None)
     if space.width > 64:
@@ -253,7 +272,7 @@ def size_of(kind: Kind, window: int, flat: bool, space: Room, columns: int) -> S
 def _rule(kind: Kind, lengths: Box, kernel: Box, group: int, pack: int | None, space: Room, columns: int) -> Launch:
     """Tiles from the problem's shape; devices with less shared memory than an H200 take what fits."""
     window = prod(kernel)
-    size = size_of(kind, window, lengths[0] == lengths[1] == 1, space, columns)
+    size = size_of(kind, lengths, window, space, columns)
     rows, keys, stages = fit(kind, size.rows, size.keys, size.stages, space)
     warps = min(size.num_warps, max(1, rows // 8))
     if window >= LARGE_WINDOW:

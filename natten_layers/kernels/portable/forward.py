@@ -31,19 +31,22 @@ from .primitives import (
     inside_axes,
     inside_box,
     is_empty,
-    load_rows,
+    load_columns,
     masked_product,
     next_chunk,
+    products,
+    scale_rows,
     softmax_step,
     spatial_tile,
     steps_over,
-    store_rows,
+    store_columns,
     token_offset,
     tokens_of,
     union_of_windows,
     unravel,
     visibility,
     windows_of,
+    zero_columns,
 )
 
 
@@ -84,8 +87,8 @@ def attend_window(
     corner = lo
     for _ in tl.range(0, steps[0] * steps[1] * steps[2], num_stages=STAGES):
         m_keys = inside_box(inner, corner, hi, RANK)
-        b_k = load_rows(K + corner_offset(corner, residue, dilation, k_strides, RANK, WIDE), o_k, m_keys, D, BD)
-        b_v = load_rows(V + corner_offset(corner, residue, dilation, v_strides, RANK, WIDE), o_v, m_keys, DV, BDV)
+        b_k = load_columns(K + corner_offset(corner, residue, dilation, k_strides, RANK, WIDE), o_k, m_keys, D, BD)
+        b_v = load_columns(V + corner_offset(corner, residue, dilation, v_strides, RANK, WIDE), o_v, m_keys, DV, BDV)
         b_s = masked_product(
             b_q, b_k, row_lo, row_hi, corner, inner, inner_lo, inner_hi, score_scale,
             CHUNK, RANK, MASK, SCALE_FIRST, PRECISION,
@@ -109,9 +112,9 @@ def attend_registers(
     for start in tl.range(0, registers, BR, num_stages=1):
         m_r = start + n < registers
         o_r = (start + n).to(tl.int64)
-        b_k = load_rows(RegK, o_r * regk_strides[1], m_r, D, BD)  # [R, D]
-        b_v = load_rows(RegV, o_r * regv_strides[1], m_r, DV, BDV)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [M, R]
+        b_k = load_columns(RegK, o_r * regk_strides[1], m_r, D, BD)  # [R, D]
+        b_v = load_columns(RegV, o_r * regv_strides[1], m_r, DV, BDV)
+        b_s = products(b_q, b_k, None, PRECISION)  # [M, R]
         if SCALE_FIRST:
             b_s = b_s * score_scale
         b_visible = tl.broadcast_to(m_r[None, :], b_s.shape)
@@ -133,7 +136,7 @@ def initial_state(Sink, row_head, sink, SINK: tl.constexpr, BM: tl.constexpr, BD
             row_sink = tl.full([BM], sink * LOG2E, tl.float32)
         row_m = tl.maximum(row_sink, LOWEST)
         row_l = tl.where(row_sink > LOWEST, 1.0, 0.0)
-    return tl.zeros([BM, BDV], tl.float32), row_m, row_l
+    return zero_columns(BM, BDV), row_m, row_l
 
 
 @triton.jit
@@ -158,7 +161,7 @@ def attend_tile(
         return
     token = tokens_of(index, residue, count, dilation)
     o_q = token_offset(token, q_strides) + row_head * q_strides[4]
-    b_q = load_rows(Q + i_batch * q_strides[0], o_q, m_rows, D, BD)  # [M, D]
+    b_q = load_columns(Q + i_batch * q_strides[0], o_q, m_rows, D, BD)  # [M, D]
     K += i_batch * k_strides[0] + i_kv * k_strides[4]
     V += i_batch * v_strides[0] + i_kv * v_strides[4]
     score_scale = scale * LOG2E
@@ -196,7 +199,7 @@ def attend_tile(
         )  # fmt: skip
 
     o_row = contiguous_row(i_batch, token, length) * (kv_heads * group) + row_head
-    store_rows(Out, o_row * DV, m_rows, b_acc * (1.0 / row_l)[:, None], DV, BDV)
+    store_columns(Out, o_row * DV, m_rows, scale_rows(b_acc, 1.0 / row_l), DV, BDV)
     if WITH_STATE:
         tl.store(RowMax + o_row, row_m * LN2, mask=m_rows)
         tl.store(RowSum + o_row, row_l, mask=m_rows)
