@@ -17,6 +17,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from natten_layers.kernels.host.problem import layout
 from natten_layers.kernels.host.tiling import Kind, Launch
@@ -62,6 +63,7 @@ def main(argv: list[str] | None = None) -> int:
             rows += [(row, kernel) for row in runner.run(workload, mode, entries, rates, args.budget_s, device)]
         report["rows"] = [{**asdict(row), "kernel": kernel} for row, kernel in rows]
         runner.save(report, args.out)  # after every row, so that a run that is cut off still counts
+    runner.save(report, args.out)
     print(f"\n{runner.heading(report)}\n")
     print("\n".join(table(rows)))
     if report["skipped"]:
@@ -143,14 +145,20 @@ def kernel_of(workload: Workload, mode: Mode, device: torch.device) -> str:
     from natten_layers.kernels.host.problem import problem_of
     from natten_layers.kernels.host.tuned import launch_for
 
-    inputs = make_inputs(workload, torch.device("meta"), 0)
-    inputs = add_variant(inputs, workload.variant, 0)
-    window = workload.window
-    tensors = Tensors(inputs.query, inputs.key, inputs.value, inputs.additional_keys, inputs.additional_values, None)
+    w, window = workload, workload.window
+    queries, keys, registers = (w.batch, *w.spatial, w.heads), (w.batch, *w.spatial, w.kv_heads), (w.batch, w.registers)
+
+    def empty(shape: tuple[int, ...], dim: int) -> Tensor:
+        return torch.empty(*shape, dim, dtype=w.dtype, device="meta")
+
+    query, key, value = empty(queries, w.head_dims[0]), *(empty(keys, dim) for dim in w.head_dims)
+    extra_keys, extra_values = (empty((*registers, w.kv_heads), dim) if w.registers else None for dim in w.head_dims)
+    sink = torch.empty(w.heads, device="meta") if w.learned_sink else None
+    tensors = Tensors(query, key, value, extra_keys, extra_values, sink)
     problem = problem_of(
-        tensors, None, (window.kernel_size, window.stride, window.dilation, window.is_causal), workload.scale
+        tensors, None, (window.kernel_size, window.stride, window.dilation, window.is_causal), w.scale
     )._replace(device=device)
-    known, grad_out = problem.problem_class, layout(inputs.grad_out)
+    known, grad_out = problem.problem_class, layout(empty(queries, w.head_dims[1]))
 
     def named(kind: Kind, chosen: object) -> str:
         launch = launch_for(kind, known) if chosen is None else chosen

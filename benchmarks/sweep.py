@@ -27,7 +27,7 @@ from torch import Tensor
 
 from natten_layers.kernels.host.launcher import Launcher
 from natten_layers.kernels.host.problem import Inputs, Problem, layout, problem_of
-from natten_layers.kernels.host.tiling import Kind, Launch, best_boxes, fit, packed_heads, room, rule
+from natten_layers.kernels.host.tiling import Kind, Launch, best_boxes, fit, next_power_of_2, packed_heads, room, rule
 from natten_layers.kernels.host.tuned import override
 from natten_layers.tune import neighbors
 
@@ -46,16 +46,17 @@ GRID: dict[Kind, tuple[tuple[int, int, int, int, int | None], ...]] = {
         (64, 64, 4, 2, None), (64, 32, 4, 3, None), (64, 32, 4, 2, 128), (64, 64, 8, 2, None), (64, 32, 8, 2, None),
         (128, 64, 8, 2, None), (128, 64, 8, 3, None), (128, 32, 8, 3, None), (128, 64, 4, 2, None),
         (128, 128, 8, 2, None), (32, 32, 2, 3, None), (32, 64, 4, 2, None), (64, 128, 8, 2, None),
+        (32, 32, 4, 2, None), (32, 16, 2, 2, None),
     ),
     "backward_query": (
         (64, 64, 4, 2, None), (64, 32, 4, 3, None), (64, 32, 4, 2, 128), (64, 64, 8, 2, None), (64, 32, 8, 2, None),
         (128, 32, 8, 2, None), (128, 64, 8, 2, None), (128, 64, 8, 3, None), (32, 32, 4, 2, None),
-        (32, 32, 2, 3, None), (64, 16, 4, 3, None),
+        (32, 32, 2, 3, None), (64, 16, 4, 3, None), (32, 16, 2, 3, None), (32, 16, 4, 2, None),
     ),
     "backward_key": (
         (64, 64, 4, 2, None), (64, 32, 4, 3, None), (64, 32, 4, 2, None), (64, 64, 8, 2, None), (64, 32, 8, 2, None),
         (128, 32, 8, 2, None), (128, 64, 8, 2, None), (32, 32, 4, 2, None), (32, 32, 2, 3, None), (32, 64, 4, 2, None),
-        (64, 16, 4, 3, None), (32, 16, 2, 4, None),
+        (64, 16, 4, 3, None), (32, 16, 2, 3, None), (32, 16, 4, 2, None),
     ),
 }  # fmt: skip
 
@@ -129,7 +130,7 @@ def grid(kind: Kind, problem: Problem) -> Iterator[Launch]:
     for rows, keys, warps, stages, registers in GRID[kind]:
         if fit(kind, rows, keys, stages, space) != (rows, keys, stages):
             continue
-        for pack in {min(packed_heads(group, rows), rows), min(2, packed_heads(group, rows))}:
+        for pack in {packed_heads(group, rows), min(2, packed_heads(group, rows)), min(next_power_of_2(group), 4)}:
             tile, chunk = best_boxes(rows // pack, keys, known.lengths, known.kernel)
             yield Launch(tile, chunk, pack, warps, stages, registers, base.skip_mask)
 
@@ -144,11 +145,15 @@ SMALLER = {
     w.name: w
     for w in (
         replace(WORKLOADS["flux-4k"], name="flux-s", spatial=(96, 96), heads=12, kv_heads=12, kernel_size=(40, 40)),
+        replace(WORKLOADS["flux-4k"], name="flux-64", spatial=(96, 96), head_dim=64, kernel_size=(32, 32)),
         replace(WORKLOADS["mistral"], name="mistral-s", spatial=(8192,), kernel_size=(2048,)),
+        replace(WORKLOADS["hdit-l1"], name="group-3", heads=12),
+        replace(WORKLOADS["hdit-l1"], name="hdit-256", head_dim=256),
         replace(CENSUS["ltx-s5"], name="ltx-s", spatial=(24, 68, 80)),
         replace(CENSUS["sdxl-80"], name="sdxl-64", head_dim=64),
         replace(CENSUS["gemma3"], name="gemma3-s", spatial=(16384,)),
         replace(CENSUS["aurora"], name="aurora-s", spatial=(4, 90, 180)),
+        replace(CENSUS["fp32"], name="fp32-128", head_dim=128, kernel_size=(9, 9)),
     )
 }
 ROWS = (
@@ -242,7 +247,8 @@ class Timer:
             self.expected[row, kind] = tuple(x.clone() for x in subject.results(kind))
 
     def _timed(self, trial: Trial) -> Trial:
-        subject, key = self.subjects[trial.row], (trial.row, trial.kind)
+        subject = self.subjects[trial.row]
+        key: tuple[str, Kind] = (trial.row, trial.kind)
         launcher, tensors, floats = subject.launcher(trial.kind, trial.launch)
         for result in subject.results(trial.kind):
             result.fill_(math.nan)
@@ -298,12 +304,13 @@ def sweep(
     deadline = time.monotonic() + budget_s
     problems = {row: Subject(workload_of(row, timer.miniature), torch.device("cpu")).problem for row in rows}
     first = []
-    for row, kind in ((row, kind) for row in rows for kind in kinds):
+    pairs: list[tuple[str, Kind]] = [(row, kind) for row in rows for kind in kinds]
+    for row, kind in pairs:
         known = rule(kind, problems[row].problem_class)
         first.append(Trial(row, kind, known, "rule"))
         first += [Trial(row, kind, x, "grid") for x in dict.fromkeys(grid(kind, problems[row])) if x != known]
     trials = _round(pool, timer, first, deadline, capability)
-    moved = {(row, kind) for row in rows for kind in kinds}
+    moved = set(pairs)
     while moved and time.monotonic() < deadline:
         print(f"{len(trials)} launches, {deadline - time.monotonic():.0f} s left", flush=True)
         before, more = best_of(trials), []
