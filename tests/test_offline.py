@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from natten_layers import neighborhood_attention
+from natten_layers.kernels.host.problem import in_units, stride_unit
 from natten_layers.kernels.host.tiling import (
     Kind,
     ProblemClass,
@@ -213,3 +216,22 @@ def test_boxes_waste_no_rows_on_a_short_axis() -> None:
     """A tile 32 long on an axis of 24 sees least, but a quarter of its rows is idle."""
     tile, _ = best_boxes(128, 64, (24, 68, 80), (11, 11, 11))
     assert tile[0] <= 8
+
+
+def test_strides_are_counted_in_units_that_divide_all_of_them() -> None:
+    assert stride_unit([(40, 0, 80), (72,)]) == 8
+    assert stride_unit([(40, 80), (36,)]) == 1
+    assert in_units([(40, 0, 80), (72,)], 8) == ((5, 0, 10), (9,))
+
+
+@pytest.mark.parametrize("room_after", [0, 3])
+def test_heads_may_lie_anywhere(room_after: int) -> None:
+    """With strides that 8 divides, and with others."""
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randn(3, 1, 5, 6, 2, 40 + room_after, generator=generator)
+    query, key, value = whole[..., :40].requires_grad_()
+    out = neighborhood_attention(query, key, value, 3, impl="fused")
+    expected = neighborhood_attention(query, key, value, 3, impl="eager")
+    torch.testing.assert_close(out, expected)
+    gradients = (torch.autograd.grad(x.square().sum(), (query, key, value)) for x in (out, expected))
+    torch.testing.assert_close(*gradients)

@@ -52,6 +52,15 @@ def need_wide_offsets(tensors: Iterable[Layout | None]) -> bool:
     return 2 * max(spans) >= 2**31
 
 
+def stride_unit(strides: Iterable[Sequence[int]]) -> int:
+    """``UNIT`` of the kernels: 8 if that divides all these strides, else 1."""
+    return 1 if any(step % 8 for each in strides for step in each) else 8
+
+
+def in_units(strides: Iterable[Sequence[int]], unit: int) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(step // unit for step in each) for each in strides)
+
+
 def register_strides(tensor: Layout | None) -> tuple[int, ...]:
     """``(batch, register, head)`` of ``[B, R, H, D]``."""
     return (0, 0, 0) if tensor is None else tensor.stride[:3]

@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import dispatch
 from ..dispatch import BackwardLaunches, SmallBackwardLaunches
 from ..host.launcher import Launcher, launcher
-from ..host.problem import Inputs, Layout, Problem, contiguous, layout, new_like, strides
+from ..host.problem import Inputs, Layout, Problem, contiguous, in_units, layout, new_like, stride_unit, strides
 from ..host.tiling import register_block
 from ..host.tuned import launch_for, remembered
 from .forward import query_tile
@@ -31,6 +31,7 @@ from .primitives import (
     contiguous_row,
     contiguous_strides,
     corner_offset,
+    in_elements,
     inner_indices,
     inner_offsets,
     inside_axes,
@@ -86,10 +87,17 @@ def backward_query_kernel(
     CAUSAL: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr,
     PACK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, BR: tl.constexpr,
     WITH_DLSE: tl.constexpr, MASK: tl.constexpr, SCALE_FIRST: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """dQ, ``delta = rowsum(dOut * Out) - dLse`` and the base-2 lse of one query tile; contiguous like the output."""
     BM: tl.constexpr = TILE[0] * TILE[1] * TILE[2] * PACK
+    q_strides, k_strides, v_strides = (
+        in_elements(q_strides, UNIT),
+        in_elements(k_strides, UNIT),
+        in_elements(v_strides, UNIT),
+    )
+    regk_strides, regv_strides = in_elements(regk_strides, UNIT), in_elements(regv_strides, UNIT)
+    do_strides = in_elements(do_strides, UNIT)
     i_batch, i_kv, row_head, m_rows, residue, count, origin, index = query_tile(
         tl.program_id(0), length, dilation, tiles, group, kv_heads, TILE, PACK
     )
@@ -158,9 +166,15 @@ def backward_key_kernel(
     length, kernel, stride, dilation, tiles, group, kv_heads, scale,
     CAUSAL: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
-    MASK: tl.constexpr, SCALE_FIRST: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    MASK: tl.constexpr, SCALE_FIRST: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one tile of keys, contiguous. A chunk holds queries, its rows here are the matrix's columns."""
+    q_strides, k_strides, v_strides = (
+        in_elements(q_strides, UNIT),
+        in_elements(k_strides, UNIT),
+        in_elements(v_strides, UNIT),
+    )
+    do_strides = in_elements(do_strides, UNIT)
     i_kv = (tl.program_id(0) % kv_heads).to(tl.int64)
     i_batch, residue, count, origin = spatial_tile(tl.program_id(0) // kv_heads, length, dilation, tiles, TILE)
     if is_empty(origin, count):
@@ -368,14 +382,18 @@ def backward_launchers(problem: Problem, grad_out: Layout, grad_lse: Layout | No
 
 def _query_launcher(p: Problem, grad_out: Layout, grad_lse: Layout | None) -> Launcher:
     launch = launch_for("backward_query", p.problem_class)
-    grad_strides = strides(grad_out), (0,) * 5 if grad_lse is None else strides(grad_lse)
+    unit = stride_unit((*p.input_strides(), strides(grad_out)))
+    grad_strides = (0,) * 5 if grad_lse is None else strides(grad_lse)
     tensors = p.query, p.key, p.value, grad_out, grad_lse, p.out, p.statistics, contiguous(p.query.shape)
     return launcher(
         backward_query_kernel,
         (p.programs(launch),),
-        (*p.input_strides(), *grad_strides, *p.geometry, p.tiles(launch.tile), p.group, p.kv_heads, p.registers),
+        (
+            *in_units((*p.input_strides(), strides(grad_out)), unit), grad_strides,
+            *p.geometry, p.tiles(launch.tile), p.group, p.kv_heads, p.registers,
+        ),
         **p.program(launch, tensors), **p.constants(),
-        PACK=launch.pack, BR=p.register_tile, WITH_DLSE=grad_lse is not None,
+        PACK=launch.pack, BR=p.register_tile, WITH_DLSE=grad_lse is not None, UNIT=unit,
     )  # fmt: skip
 
 
@@ -383,11 +401,13 @@ def _key_launcher(p: Problem, grad_out: Layout) -> Launcher:
     launch = launch_for("backward_key", p.problem_class)
     tiles = p.tiles(launch.tile)
     results = contiguous(p.key.shape), contiguous(p.value.shape)
+    tensor_strides = *p.input_strides()[:3], strides(grad_out)
+    unit = stride_unit(tensor_strides)
     return launcher(
         backward_key_kernel,
         (p.query.shape[0] * prod(tiles) * p.kv_heads,),
-        (*p.input_strides()[:3], strides(grad_out), *p.geometry, tiles, p.group, p.kv_heads),
-        **p.program(launch, (p.query, p.key, p.value, grad_out, p.statistics, *results)), **p.constants(),
+        (*in_units(tensor_strides, unit), *p.geometry, tiles, p.group, p.kv_heads),
+        **p.program(launch, (p.query, p.key, p.value, grad_out, p.statistics, *results)), **p.constants(), UNIT=unit,
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import dispatch
 from ..host.launcher import Launcher, launcher
-from ..host.problem import Inputs, Problem, new_results
+from ..host.problem import Inputs, Problem, in_units, new_results, stride_unit
 from ..host.tuned import launch_for, remembered
 from .primitives import (
     LN2,
@@ -26,6 +26,7 @@ from .primitives import (
     are_sound,
     contiguous_row,
     corner_offset,
+    in_elements,
     inner_indices,
     inner_offsets,
     inside_axes,
@@ -147,13 +148,20 @@ def attend_tile(
     CAUSAL: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr,
     PACK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, BR: tl.constexpr,
     SINK: tl.constexpr, WITH_STATE: tl.constexpr, MASK: tl.constexpr, SCALE_FIRST: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Attention of one query tile. ``Out [B, T, H, W, heads, DV]`` and the statistics are contiguous.
 
-    Strides are ``(batch, t, h, w, head)``, those of registers ``(batch, register, head)``; the last axis is contiguous.
+    Strides are ``(batch, t, h, w, head)``, those of registers ``(batch, register, head)``, both in units of
+    ``UNIT`` elements; the last axis is contiguous.
     """
     BM: tl.constexpr = TILE[0] * TILE[1] * TILE[2] * PACK
+    q_strides, k_strides, v_strides = (
+        in_elements(q_strides, UNIT),
+        in_elements(k_strides, UNIT),
+        in_elements(v_strides, UNIT),
+    )
+    regk_strides, regv_strides = in_elements(regk_strides, UNIT), in_elements(regv_strides, UNIT)
     i_batch, i_kv, row_head, m_rows, residue, count, origin, index = query_tile(
         i_program, length, dilation, tiles, group, kv_heads, TILE, PACK
     )
@@ -213,7 +221,7 @@ def forward_kernel(
     CAUSAL: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr,
     PACK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, BR: tl.constexpr,
     SINK: tl.constexpr, WITH_STATE: tl.constexpr, MASK: tl.constexpr, SCALE_FIRST: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """One tile a program; arguments as those of ``attend_tile``."""
     attend_tile(
@@ -221,7 +229,7 @@ def forward_kernel(
         q_strides, k_strides, v_strides, regk_strides, regv_strides,
         length, kernel, stride, dilation, tiles, group, kv_heads, registers, sink, scale,
         CAUSAL, TILE, CHUNK, RANK, WIDE, PACK, D, BD, DV, BDV, BR, SINK, WITH_STATE, MASK, SCALE_FIRST, PRECISION,
-        STAGES,
+        STAGES, UNIT,
     )  # fmt: skip
 
 
@@ -253,11 +261,11 @@ def forward_choice(problem: Problem, with_state: bool) -> tuple[Any, ModuleType 
 def forward_launcher(problem: Problem, with_state: bool) -> Launcher:
     """Of the portable kernel."""
     p = problem
-    launch = launch_for("forward", p.problem_class)
+    launch, unit = launch_for("forward", p.problem_class), stride_unit(p.input_strides())
     return launcher(
         forward_kernel,
         (p.programs(launch),),
-        (*p.input_strides(), *p.geometry, p.tiles(launch.tile), p.group, p.kv_heads, p.registers),
+        (*in_units(p.input_strides(), unit), *p.geometry, p.tiles(launch.tile), p.group, p.kv_heads, p.registers),
         **p.program(launch, (p.query, p.key, p.value, p.out)), **p.constants(),
-        PACK=launch.pack, BR=p.register_tile, SINK=p.sink, WITH_STATE=with_state,
+        PACK=launch.pack, BR=p.register_tile, SINK=p.sink, WITH_STATE=with_state, UNIT=unit,
     )  # fmt: skip

@@ -316,6 +316,16 @@ def store_rows(pointer, o_rows, m_rows, b_tile, D: tl.constexpr, BD: tl.constexp
 
 
 @triton.jit
+def in_elements(strides, UNIT: tl.constexpr):
+    """Strides that the host counts in units of ``UNIT`` elements, so that Triton knows what divides them.
+
+    By itself it asks only whether 16 does. The strides of head dims 40, 72 and 88 are multiples of 8: unknown, each
+    element would be loaded by itself, and none asynchronously.
+    """
+    return [stride * UNIT for stride in strides]
+
+
+@triton.jit
 def load_columns(pointer, o_rows, m_rows, D: tl.constexpr, BD: tl.constexpr):
     """:func:`load_rows` in parts of ``BD`` columns."""
     if len(BD) == 1:

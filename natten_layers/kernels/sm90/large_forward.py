@@ -284,7 +284,7 @@ def repair_kernel(
                 q_strides, k_strides, v_strides, regk_strides, regv_strides,
                 length, kernel, stride, dilation, tiles, group, kv_heads, registers, sink, scale,
                 CAUSAL, TILE, CHUNK, RANK, WIDE, PACK, D, (D,), D, (D,), BR, SINK, WITH_STATE, "select", False,
-                "ieee", 1,
+                "ieee", 1, 1,
             )  # fmt: skip
 
 
