@@ -156,7 +156,7 @@ def kernel_of(workload: Workload, mode: Mode, device: torch.device) -> str:
     options = Options(None, window.kernel_size, window.stride, window.dilation, window.is_causal, w.scale)
     problem = problem_of(tensors, options)._replace(device=device)
     backward = mode == "fwdbwd"
-    found = dispatch.choices(problem, tensors, with_state=False, with_gradients=backward)
+    found = dispatch.choices(problem, tensors, with_stats=False, with_gradients=backward)
     return ", ".join(_named(choice) for choice in found.values())
 
 

@@ -27,7 +27,7 @@ __all__ = ["Errors", "Reference"]
 ERROR_FACTOR = 2.0
 FP32_FACTOR = 8.0  # the GPU's exponential alone errs by two units in the last place; TF32 products err a thousand times
 QUERY_SAMPLES, KEY_SAMPLES, SINK_SAMPLES = 48, 8, 8
-SLAB_PAIRS = 2**25  # query-key pairs at a time: 256 MiB of fp64 scores
+BAND_PAIRS = 2**25  # query-key pairs at a time: 256 MiB of fp64 scores
 KEY_PAIRS = 2**34  # pairs that the sampled keys may cost together
 
 Bounds = Callable[[Tensor, int, int, int, bool], tuple[Tensor, Tensor]]
@@ -139,12 +139,12 @@ class Reference:
                 self._samples[name] = [Sample((batch, i, kv_head), e[i], r[i]) for i in range(len(e))]
         if isinstance(inputs.sink, Tensor):
             parts = [part for batch in range(w.batch) for part in self._everything(batch)]
-            slabs = [(grid, slab) for grid, box in parts for slab in self._slabs(grid, box)]
+            bands = [(grid, band) for grid, box in parts for band in self._bands(grid, box)]
             heads = torch.randperm(w.heads, generator=self._generator)[:SINK_SAMPLES].tolist()
             self._samples["d_sink"] = []
             for head in heads:
                 exact, rounded = (
-                    torch.stack([self._rows(grid, head, slab, None, r).d_sink for grid, slab in slabs]).sum()
+                    torch.stack([self._rows(grid, head, band, None, r).d_sink for grid, band in bands]).sum()
                     for r in (False, True)
                 )
                 self._samples["d_sink"].append(Sample((head,), exact, rounded))
@@ -168,8 +168,8 @@ class Reference:
     ) -> tuple[Tensor, Tensor]:
         group = self.workload.heads // self.workload.kv_heads
         heads = range(kv_head * group, (kv_head + 1) * group)
-        slabs = [(grid, slab) for grid, box in boxes for slab in self._slabs(grid, box)]
-        rows = [self._rows(grid, head, slab, columns, rounding) for head in heads for grid, slab in slabs]
+        bands = [(grid, band) for grid, box in boxes for band in self._bands(grid, box)]
+        rows = [self._rows(grid, head, band, columns, rounding) for head in heads for grid, band in bands]
         if not rows:  # with a causal stride there are keys that nobody sees
             d_key, d_value = (x.new_zeros(1, x.shape[-1]).double() for x in (self.inputs.key, self.inputs.value))
             return d_key, d_value
@@ -181,13 +181,13 @@ class Reference:
     def _round(self, tensor: Tensor, rounding: bool) -> Tensor:
         return tensor.to(self.inputs.query.dtype).to(tensor.dtype) if rounding else tensor
 
-    def _slabs(self, grid: Grid, box: Box) -> Iterator[Box]:
-        """Cut a box of queries along its first axis so that no piece has many more pairs than ``SLAB_PAIRS``."""
+    def _bands(self, grid: Grid, box: Box) -> Iterator[Box]:
+        """Cut a box of queries along its first axis so that no piece has many more pairs than ``BAND_PAIRS``."""
         (first, last), *rest = box
         keys = self._bounds(window_bounds, box, grid.lengths)
         # A thin slab sees about one window along the first axis.
         per_row = math.prod(b - a + 1 for a, b in (*rest, *keys[1:])) * self.window.kernel_size[0]
-        rows = max(1, min(SLAB_PAIRS // per_row, 2 * self.window.kernel_size[0]))
+        rows = max(1, min(BAND_PAIRS // per_row, 2 * self.window.kernel_size[0]))
         for start in range(first, last + 1, rows):
             yield ((start, min(start + rows - 1, last)), *rest)
 

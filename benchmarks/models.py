@@ -160,7 +160,7 @@ def calling(name: str, function: Callable[..., Any] | None, callers: Sequence[st
 def attention(attend: Attend | None) -> Iterator[None]:
     """Put another function in the place of the operation inside the models, behind normalisation and rotation."""
     projected = None if attend is None else _behind_rotation(attend)
-    with calling("neighborhood_attention", attend, CALLERS), calling("attend_projected", projected, CALLERS):
+    with calling("neighborhood_attention", attend, CALLERS), calling("attend_with_qk_prep", projected, CALLERS):
         yield
 
 
@@ -168,7 +168,7 @@ def attention(attend: Attend | None) -> Iterator[None]:
 def _behind_rotation(attend: Attend) -> Callable[[Call, HeadNorm | None, Angles | None], Tensor]:
     """One function for each: a compiled model is compiled anew for another."""
 
-    def attend_projected(call: Call, norm: HeadNorm | None, angles: Angles | None) -> Tensor:
+    def attend_with_qk_prep(call: Call, norm: HeadNorm | None, angles: Angles | None) -> Tensor:
         inputs, w = call.inputs, call.window
         sink = call.options.sink_value if inputs.sink is None else inputs.sink
         query, key = normalize_and_rotate(inputs.query, inputs.key, norm, angles)
@@ -179,7 +179,7 @@ def _behind_rotation(attend: Attend) -> Callable[[Call, HeadNorm | None, Angles 
             sink=sink,
         )  # fmt: skip
 
-    return attend_projected
+    return attend_with_qk_prep
 
 
 def flex_attend(

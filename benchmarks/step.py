@@ -27,8 +27,10 @@ from .implementations import OURS, UnsupportedError
 from .models import SMOKE, Attend, Sizes, Subject, attention, flex_attend, make_subjects
 
 OUR_KERNELS = (
-    "forward_kernel", "hopper_", "repair_kernel", "fold_registers_kernel", "statistics_kernel",
-    "backward_query_kernel", "backward_key_kernel", "backward_register_kernel", "rotate",
+    "forward_kernel", "backward_query_kernel", "backward_key_kernel", "backward_register_kernel",
+    "large_forward_kernel", "large_dq_kernel", "large_dkv_kernel", "repair_kernel", "statistics_kernel",
+    "small_forward_kernel", "small_forward_rolling_kernel", "small_dq_kernel", "small_dkv_kernel",
+    "fold_registers_kernel", "qk_prep_kernel", "qk_prep_backward_kernel",
 )  # fmt: skip
 """beginnings of the names of all that runs between the projections: attention, normalisation and rotation"""
 PEERS = ("flex",)

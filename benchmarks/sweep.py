@@ -27,7 +27,16 @@ from torch import Tensor
 
 from natten_layers.kernels.host.launcher import Launcher
 from natten_layers.kernels.host.problem import Inputs, Options, Problem, layout, problem_of
-from natten_layers.kernels.host.tiling import Kind, Launch, best_boxes, fit, next_power_of_2, packed_heads, room, rule
+from natten_layers.kernels.host.tiling import (
+    Kind,
+    TileConfig,
+    best_boxes,
+    fit,
+    next_power_of_2,
+    packed_heads,
+    room,
+    rule,
+)
 from natten_layers.kernels.host.tuned import override
 from natten_layers.tune import neighbors
 
@@ -67,7 +76,7 @@ class Trial:
 
     row: str
     kind: Kind
-    launch: Launch
+    config: TileConfig
     origin: str
     """rule, grid or neighbor"""
     ms: float | None = None
@@ -100,12 +109,12 @@ class Subject:
         )
         self.gradients = tuple(torch.empty_like(x) for x in (query, key, value))
 
-    def launcher(self, kind: Kind, launch: Launch) -> tuple[Launcher, tuple[Any, ...], tuple[float | None, ...]]:
+    def launcher(self, kind: Kind, config: TileConfig) -> tuple[Launcher, tuple[Any, ...], tuple[float | None, ...]]:
         """The launcher, its tensors and floats."""
         from natten_layers.kernels.portable import backward, forward
 
         query, key, value = self.inputs[:3]
-        with override({kind: launch}):
+        with override({kind: config}):
             if kind == "forward":
                 tensors = (query, key, value, self.out, self.row_max, self.row_sum, None, None, None)
                 return forward.plan(self.problem, True).launch, tensors, (None, self.scale)
@@ -121,7 +130,7 @@ class Subject:
         return {"forward": (self.out,), "backward_query": self.gradients[:1], "backward_key": self.gradients[1:]}[kind]
 
 
-def grid(kind: Kind, problem: Problem) -> Iterator[Launch]:
+def grid(kind: Kind, problem: Problem) -> Iterator[TileConfig]:
     """The launches to begin with."""
     known, space = problem.problem_class, room(problem.problem_class)
     base = rule(kind, known)
@@ -131,7 +140,7 @@ def grid(kind: Kind, problem: Problem) -> Iterator[Launch]:
             continue
         for pack in {packed_heads(group, rows), min(2, packed_heads(group, rows)), min(next_power_of_2(group), 4)}:
             tile, chunk = best_boxes(rows // pack, keys, known.lengths, known.kernel)
-            yield Launch(tile, chunk, pack, warps, stages, registers, base.skip_mask)
+            yield TileConfig(tile, chunk, pack, warps, stages, registers, base.skip_mask)
 
 
 def workload_of(name: str, miniature: bool) -> Workload:
@@ -207,7 +216,7 @@ def _compile(trial: Trial, capability: int, miniature: bool) -> Trial:
         _subjects.clear()
         _subjects[trial.row] = Subject(workload_of(trial.row, miniature), torch.device("cpu"))
     try:
-        launcher, tensors, floats = _subjects[trial.row].launcher(trial.kind, trial.launch)
+        launcher, tensors, floats = _subjects[trial.row].launcher(trial.kind, trial.config)
         launcher(tensors, floats)
     except Exception as error:  # Triton fails in many ways where a launch asks for more than there is
         return replace(trial, failure=_reason(error))
@@ -248,7 +257,7 @@ class Timer:
     def _timed(self, trial: Trial) -> Trial:
         subject = self.subjects[trial.row]
         key: tuple[str, Kind] = (trial.row, trial.kind)
-        launcher, tensors, floats = subject.launcher(trial.kind, trial.launch)
+        launcher, tensors, floats = subject.launcher(trial.kind, trial.config)
         for result in subject.results(trial.kind):
             result.fill_(math.nan)
         numbers = [x if x is None else float(x) for x in floats]
@@ -314,8 +323,8 @@ def sweep(
         print(f"{len(trials)} launches, {deadline - time.monotonic():.0f} s left", flush=True)
         before, more = best_of(trials), []
         for row, kind in [key for key in before if key in moved]:
-            seen = {t.launch for t in trials if (t.row, t.kind) == (row, kind)}
-            near = neighbors(kind, problems[row].problem_class, before[row, kind].launch)
+            seen = {t.config for t in trials if (t.row, t.kind) == (row, kind)}
+            near = neighbors(kind, problems[row].problem_class, before[row, kind].config)
             more += [Trial(row, kind, x, "neighbor") for x in dict.fromkeys(near) if x not in seen]
         trials += _round(pool, timer, more, deadline, capability)
         after = best_of(trials)
@@ -343,9 +352,9 @@ def table(trials: Sequence[Trial]) -> list[str]:
         base = ruled.get((row, kind))
         known = "-" if base is None or base.ms is None else f"{base.ms:.4g}"
         gain = "-" if base is None or base.ms is None or not t.ms else f"{base.ms / t.ms:.2f}"
-        x, count = t.launch, sum((t.row, t.kind) == (row, kind) for t in trials)
+        x, count = t.config, sum((t.row, t.kind) == (row, kind) for t in trials)
         boxes = ("x".join(map(str, box)) for box in (x.tile, x.chunk))
-        cells = [row, kind, count, known, f"{t.ms:.4g}", gain, *boxes, x.pack, x.num_warps, x.stages, x.max_registers]
+        cells = [row, kind, count, known, f"{t.ms:.4g}", gain, *boxes, x.pack, x.num_warps, x.stages, x.maxnreg]
         lines.append(f"| {' | '.join(map(str, [*cells, x.skip_mask, t.registers, t.spills]))} |")
     return lines
 

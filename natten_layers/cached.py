@@ -184,7 +184,7 @@ def _eager(
     keys, values = [t.to(accumulate) for t in (key, value)]
     # A weight of zero times NaN is NaN: a token that is not seen must not be heard.
     finite = values.isfinite()
-    deaf = ~finite.all(-1)  # [B, S, Hkv]
+    nonfinite = ~finite.all(-1)  # [B, S, Hkv]
     values = torch.where(finite, values, 0.0)
     registers = None
     if register_keys is not None and register_values is not None:
@@ -194,7 +194,7 @@ def _eager(
         visible = (key_positions >= 0)[:, None] & (key_positions[:, None] <= positions[..., None])
         if window is not None:
             visible = visible & (key_positions[:, None] > positions[..., None] - min(window, MAX_POSITION))
-        return _attend(q.to(accumulate) * scale, keys, values, deaf, visible, registers, sink)
+        return _attend(q.to(accumulate) * scale, keys, values, nonfinite, visible, registers, sink)
 
     step = max(1, CHUNK_SCORES // (max(1, batch) * heads * key.shape[1]))
     if step >= length:
@@ -213,7 +213,7 @@ def _attend(
     query: Tensor,  # [B, L, Hq, D], scaled
     key: Tensor,  # [B, S, Hkv, D]
     value: Tensor,  # [B, S, Hkv, Dv], finite
-    deaf: Tensor,  # [B, S, Hkv], True where the value was not finite
+    nonfinite: Tensor,  # [B, S, Hkv], True where the value was not finite
     visible: Tensor,  # [B or 1, L, S]
     registers: tuple[Tensor, Tensor] | None,
     sink: Tensor | None,  # [Hq]
@@ -242,6 +242,8 @@ def _attend(
     if registers is not None:
         out = out + torch.einsum("bhglr,brhd->blhgd", weights[..., :count], registers[1])
     out = out / row_sum.permute(0, 3, 1, 2)[..., None]
-    heard = torch.einsum("bls,bsh->blh", visible.to(query.dtype).expand(key.shape[0], -1, -1), deaf.to(query.dtype))
-    out = out.masked_fill((heard > 0)[..., None, None], math.nan)
+    sees_nonfinite = torch.einsum(
+        "bls,bsh->blh", visible.to(query.dtype).expand(key.shape[0], -1, -1), nonfinite.to(query.dtype)
+    )
+    out = out.masked_fill((sees_nonfinite > 0)[..., None, None], math.nan)
     return out.flatten(2, 3), lse.permute(0, 3, 1, 2).flatten(2, 3)

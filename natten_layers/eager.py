@@ -16,7 +16,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from .geometry import Window, window_mask
 from .kernels.ops.define import is_differentiated, is_watched
-from .tiles import State, attend_tiles, heads_first, is_lost, plan, tile_queries, untile
+from .tiles import State, attend_tiles, heads_first, nonfinite_mask, plan, tile_queries, untile
 
 __all__ = ["attention", "attention_state", "dense_attention_state", "merge_states", "without_autocast"]
 
@@ -82,8 +82,8 @@ def dense_attention_state(
     # A weight of zero times NaN is NaN: a token that is not seen must not be heard.
     finite = v.isfinite()
     out = torch.einsum("bqhk,bkhd->bqhd", weights, torch.where(finite, v, 0.0))
-    poisoned = torch.einsum("qk,bkhd->bqhd", mask.to(accumulate), (~finite).to(accumulate)) > 0
-    out = torch.where(poisoned, torch.nan, out / row_sum[..., None])
+    sees_nonfinite = torch.einsum("qk,bkhd->bqhd", mask.to(accumulate), (~finite).to(accumulate)) > 0
+    out = torch.where(sees_nonfinite, torch.nan, out / row_sum[..., None])
     shape = (batch, *spatial, heads)
     return out.to(query.dtype).reshape(*shape, -1), row_max.reshape(shape), row_sum.reshape(shape)
 
@@ -114,11 +114,11 @@ def attention_state(
     k, v = (heads_first(t.to(accumulate), axes) for t in (key, value))
     # A masked weight is exactly zero, but zero times NaN is NaN. So tiles compute on finite keys and values only, and
     # rows that see a non-finite one are poisoned afterwards.
-    lost = None
+    nonfinite = None
     if not _are_known_finite(k, v):
-        lost = torch.cat([is_lost(k), is_lost(v)], -1)
+        nonfinite = torch.cat([nonfinite_mask(k), nonfinite_mask(v)], -1)
         k, v = (t.nan_to_num(0.0, 0.0, 0.0) for t in (k, v))
-    out, row_max, log_sum = attend_tiles(tiles, k, v, lost, axes)
+    out, row_max, log_sum = attend_tiles(tiles, k, v, nonfinite, axes)
     state = out, row_max, log_sum.exp()
     if additional_keys is not None and additional_values is not None:
         registers = (t.to(accumulate).movedim(1, 2).flatten(0, 1) for t in (additional_keys, additional_values))

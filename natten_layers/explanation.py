@@ -91,7 +91,7 @@ def explain(
     if reason is not None:
         return Explanation("eager", reason)
     with_gradients = is_tracked(call.inputs) if needs_grad is None else needs_grad
-    choices = attention_ops.choices(call.inputs, call.options, with_state=return_lse, with_gradients=with_gradients)
+    choices = attention_ops.choices(call.inputs, call.options, with_stats=return_lse, with_gradients=with_gradients)
     kernels = (
         Kernel(direction, x.variant.name, tuple(x.settings.items()), tuple(map(tuple, x.passed_over)))
         for direction, x in choices.items()

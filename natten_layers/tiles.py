@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .geometry import Window, class_length, window_bounds
 
-__all__ = ["Axis", "State", "attend_tiles", "heads_first", "is_lost", "plan", "tile_queries", "untile"]
+__all__ = ["Axis", "State", "attend_tiles", "heads_first", "nonfinite_mask", "plan", "tile_queries", "untile"]
 
 State = tuple[Tensor, Tensor, Tensor]
 """``out``, ``row_max`` and ``row_sum`` or its logarithm"""
@@ -201,7 +201,7 @@ def heads_first(x: Tensor, axes: tuple[Axis, ...]) -> Tensor:
     return _pad(x.movedim(-2, 1).flatten(0, 1), [a.longest * a.dilation for a in axes], 1)
 
 
-def is_lost(x: Tensor) -> Tensor:
+def nonfinite_mask(x: Tensor) -> Tensor:
     """``[..., 1]``: 1.0 where a channel is NaN or infinite. ``x - x`` is zero or NaN, and cheaper than ``isfinite``."""
     x = x.detach()
     return ((x - x).sum(-1, keepdim=True) != 0).to(x.dtype)
@@ -314,16 +314,16 @@ def _weights(q: Tensor, k: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
 class _Tiles(torch.autograd.Function):
     """Attention of every tile over the union of its windows, without keeping the weights of any chunk.
 
-    ``(query [Z, *m, G, T, D], key [Z, *spatial, D], value [Z, *spatial, Dv], lost [Z, *spatial, 2], axes)`` to
+    ``(query [Z, *m, G, T, D], key [Z, *spatial, D], value [Z, *spatial, Dv], nonfinite [Z, *spatial, 2], axes)`` to
     ``(out [Z, *m, G, T, Dv], row_max [Z, *m, G, T], log(row_sum))``. ``row_max`` is a constant to autograd.
-    ``lost`` is 1 where a key or a value was not finite: rows that see it become NaN, their gradients do not. It is None
-    where all are.
+    ``nonfinite`` is 1 where a key or a value was not finite: rows that see it become NaN, their gradients do not. It is
+    None where all are finite.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(query: Tensor, key: Tensor, value: Tensor, lost: Tensor | None, axes: tuple[Axis, ...]) -> State:
+    def forward(query: Tensor, key: Tensor, value: Tensor, nonfinite: Tensor | None, axes: tuple[Axis, ...]) -> State:
         parts: list[tuple[Tensor, ...]] = []
         counts, chunks = _chunks(query, axes)
         for chunk, z, bias in chunks:
@@ -332,11 +332,15 @@ class _Tiles(torch.autograd.Function):
             log_sum = -p.amax(-1).log()
             out = p @ _gather(value.narrow(0, *z), chunk)
             out, row_max, log_sum = (_unselect(x, chunk, query) for x in (out, row_max, log_sum))
-            if lost is not None:
+            if nonfinite is not None:
                 seen = (bias + 1).relu()  # 1 or 0
-                poison = torch.einsum("mtu,zmuc->zmtc", seen, _gather(lost.narrow(0, *z), chunk)).cumsum(-1) > 0
-                poison = torch.where(poison, math.nan, 0.0).unflatten(1, [len(b.first) for b in chunk]).unsqueeze(-3)
-                out, log_sum = out + poison[..., 1:], log_sum + poison[..., 0]
+                nonfinite_rows = (
+                    torch.einsum("mtu,zmuc->zmtc", seen, _gather(nonfinite.narrow(0, *z), chunk)).cumsum(-1) > 0
+                )
+                nonfinite_rows = (
+                    torch.where(nonfinite_rows, math.nan, 0.0).unflatten(1, [len(b.first) for b in chunk]).unsqueeze(-3)
+                )
+                out, log_sum = out + nonfinite_rows[..., 1:], log_sum + nonfinite_rows[..., 0]
             parts.append((out, row_max, log_sum))
         out, row_max, log_sum = (_assemble(list(p), counts) for p in zip(*parts, strict=True))
         return out, row_max, log_sum
@@ -395,7 +399,7 @@ class _ForwardModeTiles(_Tiles):
         return out_dot, None, lse_dot
 
 
-def attend_tiles(query: Tensor, key: Tensor, value: Tensor, lost: Tensor | None, axes: tuple[Axis, ...]) -> State:
+def attend_tiles(query: Tensor, key: Tensor, value: Tensor, nonfinite: Tensor | None, axes: tuple[Axis, ...]) -> State:
     """:class:`_Tiles`, differentiable in every way that whoever asks can have."""
     function = _Tiles if torch.compiler.is_compiling() else _ForwardModeTiles
-    return function.apply(query, key, value, lost, axes)
+    return function.apply(query, key, value, nonfinite, axes)

@@ -2,7 +2,7 @@
 
     python -m natten_layers.tune 128x128 --kernel-size 7x7 --heads 8 --kv-heads 2 --head-dim 64 --batch 8
 
-The library never searches on a call: without this command a rule chooses. What is found goes to ``launches.json`` in
+The library never searches on a call: without this command a rule chooses. What is found goes to ``configs.json`` in
 ``$NATTEN_LAYERS_CACHE`` or the user's cache folder, and serves every call with these lengths, window, heads a KV head,
 head dim and dtype on this kind of GPU, in processes that start afterwards. A launch is kept only if its results agree
 with the rule's. Delete the file to forget it all.
@@ -23,18 +23,18 @@ from torch import Tensor
 
 from .functional import neighborhood_attention
 from .kernels.host.problem import Inputs, Options, device_traits, problem_of, three_axes
-from .kernels.host.tiling import Kind, Launch, ProblemClass, best_boxes, boxes, rule
+from .kernels.host.tiling import Kind, ProblemClass, TileConfig, best_boxes, boxes, rule
 from .kernels.host.tuned import cache_file, override, write_tuned
 
 __all__ = ["Found", "main", "neighbors", "search", "tune"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-REGISTERS = (None, 96, 128, 168)
+MAXNREGS = (None, 96, 128, 168)
 GAIN = 0.02
 """part of the time that a change must save, or it is noise"""
 
 Timer = Callable[[Callable[[], object]], float]
-Measure = Callable[[Launch], float]
+Measure = Callable[[TileConfig], float]
 """Seconds of a launch; infinite if it cannot run or its results are wrong."""
 
 
@@ -42,7 +42,7 @@ Measure = Callable[[Launch], float]
 class Found:
     """The best launch of one kernel, and its seconds beside those of the rule's."""
 
-    launch: Launch
+    config: TileConfig
     seconds: float
     rule_seconds: float
 
@@ -51,30 +51,30 @@ class Found:
         return self.seconds < (1 - GAIN) * self.rule_seconds
 
 
-def neighbors(kind: Kind, problem: ProblemClass, launch: Launch) -> Iterator[Launch]:
+def neighbors(kind: Kind, problem: ProblemClass, config: TileConfig) -> Iterator[TileConfig]:
     """Launches that differ in one respect."""
-    for warps in (launch.num_warps * 2, launch.num_warps // 2):
+    for warps in (config.num_warps * 2, config.num_warps // 2):
         if 1 <= warps <= 16:
-            yield replace(launch, num_warps=warps)
-    for stages in (launch.stages + 1, launch.stages - 1):
+            yield replace(config, num_warps=warps)
+    for stages in (config.stages + 1, config.stages - 1):
         if 1 <= stages <= 5:
-            yield replace(launch, stages=stages)
-    yield from (replace(launch, max_registers=n) for n in REGISTERS if n != launch.max_registers)
-    yield replace(launch, skip_mask=not launch.skip_mask)
-    positions, keys = math.prod(launch.tile), math.prod(launch.chunk)
-    rows = positions * launch.pack
-    packs = (launch.pack,) if kind == "backward_key" else (launch.pack, launch.pack * 2, launch.pack // 2)
+            yield replace(config, stages=stages)
+    yield from (replace(config, maxnreg=n) for n in MAXNREGS if n != config.maxnreg)
+    yield replace(config, skip_mask=not config.skip_mask)
+    positions, keys = math.prod(config.tile), math.prod(config.chunk)
+    rows = positions * config.pack
+    packs = (config.pack,) if kind == "backward_key" else (config.pack, config.pack * 2, config.pack // 2)
     for other_rows, other_keys, pack in (
-        *((r, keys, launch.pack) for r in (rows * 2, rows // 2)),
-        *((rows, k, launch.pack) for k in (keys * 2, keys // 2)),
-        *((rows, keys, p) for p in packs if p != launch.pack),
+        *((r, keys, config.pack) for r in (rows * 2, rows // 2)),
+        *((rows, k, config.pack) for k in (keys * 2, keys // 2)),
+        *((rows, keys, p) for p in packs if p != config.pack),
     ):
         if 16 <= other_rows <= 256 and 16 <= other_keys <= 256 and 1 <= pack <= min(16, other_rows):
             tile, chunk = best_boxes(other_rows // pack, other_keys, problem.lengths, problem.kernel)
-            yield replace(launch, tile=tile, chunk=chunk, pack=pack)
-    unions = [min(n, t + k - 1) for n, t, k in zip(problem.lengths, launch.tile, problem.kernel, strict=True)]
-    yield from (replace(launch, tile=tile) for tile in boxes(positions, problem.lengths) if tile != launch.tile)
-    yield from (replace(launch, chunk=chunk) for chunk in boxes(keys, unions) if chunk != launch.chunk)
+            yield replace(config, tile=tile, chunk=chunk, pack=pack)
+    unions = [min(n, t + k - 1) for n, t, k in zip(problem.lengths, config.tile, problem.kernel, strict=True)]
+    yield from (replace(config, tile=tile) for tile in boxes(positions, problem.lengths) if tile != config.tile)
+    yield from (replace(config, chunk=chunk) for chunk in boxes(keys, unions) if chunk != config.chunk)
 
 
 def search(
@@ -83,7 +83,7 @@ def search(
     measure: Measure,
     *,
     trials: int,
-    report: Callable[[Launch, float], None] = lambda launch, seconds: None,
+    report: Callable[[TileConfig, float], None] = lambda config, seconds: None,
 ) -> Iterator[Found]:
     """Go from the rule's launch to the best neighbor, as long as that gains and ``trials`` last.
 
@@ -93,21 +93,21 @@ def search(
     seconds = rule_seconds = measure(best)
     report(best, seconds)
     yield Found(best, seconds, rule_seconds)
-    seen, left, moved = {best}, trials, True
-    while moved:
-        moved = False
+    seen, left, improved = {best}, trials, True
+    while improved:
+        improved = False
         origin, at_least = best, (1 - GAIN) * seconds
-        for launch in neighbors(kind, problem, origin):
+        for config in neighbors(kind, problem, origin):
             if left == 0:
                 return
-            if launch in seen:
+            if config in seen:
                 continue
-            seen.add(launch)
+            seen.add(config)
             left -= 1
-            time = measure(launch)
-            report(launch, time)
+            time = measure(config)
+            report(config, time)
             if time < min(seconds, at_least):
-                best, seconds, moved = launch, time, True
+                best, seconds, improved = config, time, True
             yield Found(best, seconds, rule_seconds)
 
 
@@ -119,7 +119,7 @@ def tune(
     kinds: Sequence[Kind],
     trials: int,
     timer: Timer,
-    report: Callable[[Kind, Launch, float], None],
+    report: Callable[[Kind, TileConfig, float], None],
 ) -> Iterator[tuple[Kind, Found]]:
     """:func:`search` for several kernels, on a call of the operation.
 
@@ -153,9 +153,9 @@ def _measure(
     expected = run()
     limit = 4 * torch.finfo(grad_out.dtype).eps  # another order of sums, and a rounding of weights and result each
 
-    def seconds(launch: Launch) -> float:
+    def seconds(config: TileConfig) -> float:
         # Overrides hold in one thread: the backward pass must not move to another.
-        with override({kind: launch}), torch.autograd.set_multithreading_enabled(False):
+        with override({kind: config}), torch.autograd.set_multithreading_enabled(False):
             try:
                 results = run()
             except Exception:  # Triton fails in many ways where a launch asks for more than the device has
@@ -179,14 +179,14 @@ def _device_seconds(run: Callable[[], object]) -> float:
     return median * 1e-3
 
 
-def _describe(launch: Launch) -> str:
-    tile, chunk = ("x".join(map(str, box)) for box in (launch.tile, launch.chunk))
+def _describe(config: TileConfig) -> str:
+    tile, chunk = ("x".join(map(str, box)) for box in (config.tile, config.chunk))
     parts = [f"tile {tile}", f"chunk {chunk}"]
     parts += [
-        f"{n} {what}" for n, what in ((launch.pack, "heads"), (launch.num_warps, "warps"), (launch.stages, "stages"))
+        f"{n} {what}" for n, what in ((config.pack, "heads"), (config.num_warps, "warps"), (config.stages, "stages"))
     ]
-    parts += [] if launch.max_registers is None else [f"{launch.max_registers} registers"]
-    return ", ".join([*parts, *(["branch around the mask"] if launch.skip_mask else [])])
+    parts += [] if config.maxnreg is None else [f"{config.maxnreg} registers"]
+    return ", ".join([*parts, *(["branch around the mask"] if config.skip_mask else [])])
 
 
 def _axes(text: str) -> tuple[int, ...]:
@@ -267,9 +267,9 @@ def _spread(values: tuple[int, ...], rank: int) -> tuple[int, ...]:
     return values * rank if len(values) == 1 else values
 
 
-def _report(kind: Kind, launch: Launch, seconds: float) -> None:
+def _report(kind: Kind, config: TileConfig, seconds: float) -> None:
     time = "does not run" if seconds == math.inf else f"{seconds * 1e3:.4g} ms"
-    print(f"{kind:14} {time:>12}  {_describe(launch)}", flush=True)
+    print(f"{kind:14} {time:>12}  {_describe(config)}", flush=True)
 
 
 def main(argv: Sequence[str] | None = None, *, timer: Timer = _device_seconds) -> int:
@@ -297,12 +297,12 @@ def main(argv: Sequence[str] | None = None, *, timer: Timer = _device_seconds) -
                 found[kind] = best
         except KeyboardInterrupt:
             status = 130
-        gains: dict[tuple[Kind, ProblemClass], Launch] = {}
+        gains: dict[tuple[Kind, ProblemClass], TileConfig] = {}
         for kind, best in found.items():
             if best.gains:
-                gains[kind, problem] = best.launch
+                gains[kind, problem] = best.config
             gain = (
-                f"{best.rule_seconds / best.seconds:.2f}x with {_describe(best.launch)}" if best.gains else "the rule's"
+                f"{best.rule_seconds / best.seconds:.2f}x with {_describe(best.config)}" if best.gains else "the rule's"
             )
             print(f"{kind}: {gain}")
         if gains:

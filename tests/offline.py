@@ -86,7 +86,7 @@ def options_of(rank: int, kernel_size: int, sink: float | None) -> problem.Optio
     return problem.Options(sink, (kernel_size,) * rank, (1,) * rank, (1,) * rank, (rank == 1,) * rank, 1.0)
 
 
-def attend_on_hopper(
+def attend_large_on_sm90(
     spatial: tuple[int, ...], kernel_size: int, heads: int, *, sink: float | None, dim: int = 128
 ) -> None:
     from natten_layers.kernels.sm90 import large_backward, large_forward, large_tiling
@@ -94,21 +94,21 @@ def attend_on_hopper(
     tensors = problem.Inputs(*(torch.zeros(1, *spatial, h, dim, dtype=torch.bfloat16) for h in (heads, 2, 2)))
     options = options_of(len(spatial), kernel_size, sink)
     one = problem.problem_of(tensors, options)
-    launch, key_launch = large_tiling.launch_of(one), large_tiling.key_launch_of(one)
-    large_forward.forward(launch, one, tensors, options, with_state=sink is None)
+    config, dkv_config = large_tiling.forward_tile_config(one), large_tiling.dkv_tile_config(one)
+    large_forward.forward(config, one, tensors, options, with_stats=sink is None)
     rows = torch.ones(1, *spatial, heads)
     cotangents = problem.Cotangents(tensors.query, rows, rows, tensors.query, None)
-    query_launch = large_tiling.query_launch_of(one)
-    _, statistics = large_backward.query_gradient(query_launch, one, tensors, options, cotangents)
-    large_backward.key_gradients(key_launch, one, tensors, options, tensors.query, statistics)
+    dq_config = large_tiling.dq_tile_config(one)
+    _, statistics = large_backward.query_gradient(dq_config, one, tensors, options, cotangents)
+    large_backward.key_gradients(dkv_config, one, tensors, options, tensors.query, statistics)
     registers = torch.zeros(1, 5, 2, dim, dtype=torch.bfloat16)
     tensors = tensors._replace(additional_keys=registers, additional_values=registers)
     one = problem.problem_of(tensors, options)
-    large_forward.forward(launch, one, tensors, options, with_state=False)
-    large_backward.key_gradients(key_launch, one, tensors, options, tensors.query, problem.RowStatistics(rows, rows))
+    large_forward.forward(config, one, tensors, options, with_stats=False)
+    large_backward.key_gradients(dkv_config, one, tensors, options, tensors.query, problem.RowStatistics(rows, rows))
 
 
-def attend_small_on_hopper(
+def attend_small_on_sm90(
     spatial: tuple[int, ...], kernel_size: int, heads: int, *, registers: int, dim: int = 64
 ) -> None:
     from natten_layers.kernels.sm90 import small_backward, small_forward, small_forward_rolling
@@ -119,23 +119,23 @@ def attend_small_on_hopper(
     rank = len(spatial)
     options = options_of(rank, kernel_size, None)
     one = problem.problem_of(tensors, options)
-    launch = small_tiling.small_launch_of(one)
-    assert launch is not None
-    small_forward.forward(launch, one, tensors, options, with_state=rank > 1)
-    launch = small_tiling.strip_launch_of(one)
-    assert launch is not None
-    small_forward_rolling.forward(launch, one, tensors, options, with_state=rank > 1)
-    launch = small_tiling.small_query_launch_of(one)
-    assert launch is not None
+    config = small_tiling.small_tile_config(one)
+    assert config is not None
+    small_forward.forward(config, one, tensors, options, with_stats=rank > 1)
+    config = small_tiling.rolling_tile_config(one)
+    assert config is not None
+    small_forward_rolling.forward(config, one, tensors, options, with_stats=rank > 1)
+    config = small_tiling.small_dq_tile_config(one)
+    assert config is not None
     rows = torch.ones(query.shape[:-1])
     cotangents = problem.Cotangents(query, rows, rows, query, rows)
-    _, statistics = small_backward.query_gradient(launch, one, tensors, options, cotangents)
-    launch = small_tiling.small_key_launch_of(one)
-    assert launch is not None
-    small_backward.key_gradients(launch, one, tensors, options, query, statistics)
+    _, statistics = small_backward.query_gradient(config, one, tensors, options, cotangents)
+    config = small_tiling.small_dkv_tile_config(one)
+    assert config is not None
+    small_backward.key_gradients(config, one, tensors, options, query, statistics)
 
 
-def attend_projected_on_hopper(spatial: tuple[int, ...], kernel_size: int, rope: AxialRoPE | RoPE, norm: str) -> None:
+def attend_with_qk_prep_on_sm90(spatial: tuple[int, ...], kernel_size: int, rope: AxialRoPE | RoPE, norm: str) -> None:
     from natten_layers.kernels.sm90 import small_forward_rolling
 
     qkv = torch.zeros(1, *spatial, 12, 64, dtype=torch.bfloat16)
@@ -145,9 +145,9 @@ def attend_projected_on_hopper(spatial: tuple[int, ...], kernel_size: int, rope:
     prep = problem.QKPrep(gain, gain, angles.positions[None], angles.freqs, angles.factor, norm, 1e-6)
     tensors, options = problem.Inputs(query, key, value), options_of(len(spatial), kernel_size, None)
     one = problem.problem_of(tensors, options)
-    launch = small_tiling.strip_launch_of(one, rotates=True)
-    assert launch is not None
-    small_forward_rolling.forward(launch, one, tensors, options, False, prep)
+    config = small_tiling.rolling_tile_config(one, with_qk_prep=True)
+    assert config is not None
+    small_forward_rolling.forward(config, one, tensors, options, False, prep)
 
 
 def check_loads() -> None:
@@ -175,17 +175,17 @@ def main(capability: int) -> None:
 
         for module in (large_forward, large_backward, small_forward_rolling):
             setattr(module, "multiprocessors", lambda device: 132)  # noqa: B010
-        attend_on_hopper((4096,), 2048, 8, sink=0.0)
-        attend_on_hopper((64, 80), 48, 2, sink=None)
-        attend_on_hopper((16, 24, 32), 14, 2, sink=None)
-        attend_on_hopper((4096,), 1024, 8, sink=0.0, dim=256)
-        attend_on_hopper((64, 80), 24, 2, sink=None, dim=80)
-        attend_small_on_hopper((64, 64), 7, 8, registers=5)
-        attend_small_on_hopper((64, 64), 7, 8, registers=0, dim=40)
-        attend_small_on_hopper((4096,), 128, 16, registers=0)
-        attend_small_on_hopper((4096,), 8, 8, registers=0, dim=128)
-        attend_projected_on_hopper((64, 64), 7, AxialRoPE(64, 8, num_kv_heads=2), "cosine")
-        attend_projected_on_hopper((4096,), 128, RoPE(64, scaling=YARN), "rms")
+        attend_large_on_sm90((4096,), 2048, 8, sink=0.0)
+        attend_large_on_sm90((64, 80), 48, 2, sink=None)
+        attend_large_on_sm90((16, 24, 32), 14, 2, sink=None)
+        attend_large_on_sm90((4096,), 1024, 8, sink=0.0, dim=256)
+        attend_large_on_sm90((64, 80), 24, 2, sink=None, dim=80)
+        attend_small_on_sm90((64, 64), 7, 8, registers=5)
+        attend_small_on_sm90((64, 64), 7, 8, registers=0, dim=40)
+        attend_small_on_sm90((4096,), 128, 16, registers=0)
+        attend_small_on_sm90((4096,), 8, 8, registers=0, dim=128)
+        attend_with_qk_prep_on_sm90((64, 64), 7, AxialRoPE(64, 8, num_kv_heads=2), "cosine")
+        attend_with_qk_prep_on_sm90((4096,), 128, RoPE(64, scaling=YARN), "rms")
     with torch.no_grad():
         positions = torch.arange(4096)[None]
         for tokens, dim in ((1, 64), (16, 256)):
@@ -193,8 +193,8 @@ def main(capability: int) -> None:
             cached_attention(query, cache, cache, positions[:, -tokens:], positions, window=4096, impl="fused")
     q, k, gain = draw(1, 16, 16, 4, 64), draw(1, 16, 16, 2, 64), torch.ones(4, requires_grad=True)
     angles = angles_of(AxialRoPE(64, 4, num_kv_heads=2), q, k, None)
-    turned = normalize_and_rotate(q, k, HeadNorm("cosine", gain, None), angles, impl="fused")
-    torch.autograd.grad([t.float().sum() for t in turned], [q, k, gain])
+    prepared = normalize_and_rotate(q, k, HeadNorm("cosine", gain, None), angles, impl="fused")
+    torch.autograd.grad([t.float().sum() for t in prepared], [q, k, gain])
     print(" ".join(stub.utils.loaded))
 
 

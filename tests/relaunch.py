@@ -22,7 +22,7 @@ from triton.runtime.jit import JITFunction
 from natten_layers import attention_state, cached_attention, neighborhood_attention
 from natten_layers.kernels.host import problem, tuned
 from natten_layers.kernels.host.launcher import Launcher
-from natten_layers.kernels.host.tiling import Launch
+from natten_layers.kernels.host.tiling import TileConfig
 from natten_layers.kernels.ops import attention as attention_ops
 from natten_layers.kernels.ops import decode as decode_ops
 from natten_layers.modules import AxialRoPE
@@ -104,7 +104,7 @@ def main() -> None:
     with compared(), torch.no_grad():
         forward_calls()
         decode_calls()
-        rotate_calls()
+        qk_prep_calls()
         with torch.enable_grad():
             backward_calls()
 
@@ -146,7 +146,7 @@ def forward_calls() -> None:
     torch.backends.cuda.matmul.fp32_precision = "none"
     assert repeat(attend()) == 0
 
-    with tuned.override({"forward": Launch((1, 4, 8), (1, 4, 8), 1, 2, 1)}):
+    with tuned.override({"forward": TileConfig((1, 4, 8), (1, 4, 8), 1, 2, 1)}):
         assert repeat(attend()) == 1
     assert repeat(attend()) == 0
 
@@ -204,7 +204,7 @@ def decode_calls() -> None:
     assert repeat(decode(scale=0.5)) == 0
 
 
-def rotate_calls() -> None:
+def qk_prep_calls() -> None:
     q, k, gain = torch.zeros(1, 16, 16, 4, 64), torch.zeros(1, 16, 16, 2, 64), torch.ones(4)
     angles = angles_of(AxialRoPE(64, 4, num_kv_heads=2), q, k, None)
 

@@ -95,7 +95,7 @@ def test_floor_counts() -> None:
     assert floor(workload, "fwd").bytes == 2 * (2 * 3 * 5 * 2 * 8 + 2 * 3 * 5 * 8)
 
 
-@pytest.mark.parametrize("slab_pairs", [check.SLAB_PAIRS, 64])
+@pytest.mark.parametrize("band_pairs", [check.BAND_PAIRS, 64])
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -114,8 +114,8 @@ def test_floor_counts() -> None:
         {"spatial": (19,), "kernel": (5,), "causal": True, "stride": 4, "dtype": torch.float16},
     ],
 )
-def test_reference_is_exact(arguments: Any, slab_pairs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check, "SLAB_PAIRS", slab_pairs)
+def test_reference_is_exact(arguments: Any, band_pairs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "BAND_PAIRS", band_pairs)
     workload, inputs = problem(**arguments)
     truth = dense_gradients(workload, inputs)
     errors = Reference(workload, inputs, "fwdbwd").errors(truth)
@@ -358,15 +358,15 @@ def test_fp32_results_are_held_to_fp32() -> None:
     assert not reference.errors({"out": in_tf32})["out"][0] < reference.errors({"out": in_tf32})["out"][1]
 
 
-def test_sweep_refuses_wrong_launches_and_keeps_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sweep_refuses_wrong_tiles_and_keeps_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     timer = sweep.Timer(CPU, miniature=True)
     subject = sweep.Subject(sweep.workload_of("fp32", True), CPU)
-    launches = list(dict.fromkeys(sweep.grid("forward", subject.problem)))
-    assert len(launches) > 5
+    configs = list(dict.fromkeys(sweep.grid("forward", subject.problem)))
+    assert len(configs) > 5
     trials = [
-        sweep.Trial("fp32", "forward", launch, "grid", ms=ms)
-        for launch, ms in zip(launches[:3], (3.0, 2.0, 4.0), strict=True)
+        sweep.Trial("fp32", "forward", tile_config, "grid", ms=ms)
+        for tile_config, ms in zip(configs[:3], (3.0, 2.0, 4.0), strict=True)
     ]
     best = sweep.best_of([*trials, replace(trials[0], ms=None, failure="wrong result")])
     assert best["fp32", "forward"] == trials[1]
@@ -375,7 +375,7 @@ def test_sweep_refuses_wrong_launches_and_keeps_the_fastest(monkeypatch: pytest.
     subject.out.fill_(1.0)
     timer.subjects["fp32"], timer.expected["fp32", "forward"] = subject, (torch.zeros_like(subject.out),)
     idle = type("Idle", (), {"kernel": {None: lambda *a, **k: None}, "grid": None, "sizes": (), "options": {}})()
-    monkeypatch.setattr(subject, "launcher", lambda kind, launch: (idle, (), ()))
+    monkeypatch.setattr(subject, "launcher", lambda kind, tile_config: (idle, (), ()))
     monkeypatch.setattr(timer, "_run_rule", lambda row: None)
     refused = timer(trials[0]).failure
     assert refused is not None

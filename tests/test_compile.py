@@ -78,9 +78,9 @@ def operator_arguments(case: Case) -> tuple[object, ...]:
 def test_operators_keep_torchs_contract(case: Case) -> None:
     """Schemas, fakes (shapes, strides, dtypes), autograd registration and tracing with dynamic shapes."""
     arguments = operator_arguments(case)
-    for with_state in (True, False):
+    for with_stats in (True, False):
         detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
-        torch.library.opcheck(torch.ops.natten_layers.forward.default, (*detached, with_state))
+        torch.library.opcheck(torch.ops.natten_layers.forward.default, (*detached, with_stats))
     with raises_naming("neighborhood_attention", error=NotImplementedError):
         torch.ops.natten_layers.forward(*arguments, True)
     out, row_max, row_sum = torch.ops.natten_layers.forward(*detached, True)

@@ -13,13 +13,13 @@ from natten_layers import Explanation, explain, neighborhood_attention
 
 pytest.importorskip("triton.experimental.gluon")
 
-from test_hopper import problem_of_text
-from test_hopper_small import problem_of_image
+from test_sm90_large import problem_of_text
+from test_sm90_small import problem_of_image
 
 from natten_layers.kernels import dispatch
 from natten_layers.kernels.host.launcher import Launcher
 from natten_layers.kernels.host.problem import Problem
-from natten_layers.kernels.host.tiling import Launch
+from natten_layers.kernels.host.tiling import TileConfig
 from natten_layers.kernels.host.tuned import override
 
 ON_GPU = torch.cuda.is_available()
@@ -89,7 +89,7 @@ def test_tensors_without_data_will_do() -> None:
 def test_a_choice_of_the_caller_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = problem_of_text(monkeypatch)
     assert dispatch.choose("forward", dispatch.Question(problem)).variant.name == "sm90 large window"
-    with override({"forward": Launch((1, 1, 64), (1, 1, 64), 2, 4, 2)}):
+    with override({"forward": TileConfig((1, 1, 64), (1, 1, 64), 2, 4, 2)}):
         choice = dispatch.choose("forward", dispatch.Question(problem))
     assert choice.is_portable
     assert "overridden" in choice.passed_over[0].reason

@@ -29,7 +29,7 @@ from natten_layers.io import checkpoints, hf
 from natten_layers.io.files import read_json, replacing
 from natten_layers.io.schema import check_keys
 from natten_layers.kernels.host import tuned
-from natten_layers.kernels.host.tiling import Launch, ProblemClass
+from natten_layers.kernels.host.tiling import ProblemClass, TileConfig
 
 DIFFUSION = HDiTConfig(
     (LevelConfig(1, 16, d_head=8, kernel_size=3), LevelConfig(1, 16, "global", d_head=8)), mapping_width=8
@@ -59,7 +59,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     DecoderLM(DecoderLMConfig(**{**vars(LANGUAGE), "sink": "learned", "num_registers": 1})).save_pretrained(
         folder / "own"
     )
-    tuned.write_tuned(folder / "launches.json", {("forward", PROBLEM): Launch((1, 4, 4), (1, 4, 8), 4, 2, 1)})
+    tuned.write_tuned(folder / "launches.json", {("forward", PROBLEM): TileConfig((1, 4, 4), (1, 4, 8), 4, 2, 1)})
     return folder
 
 

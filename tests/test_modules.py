@@ -311,13 +311,13 @@ def test_gqa_ranks(spatial: tuple[int, ...]) -> None:
 def test_qkv_output_reaches_the_operation_as_views(monkeypatch: pytest.MonkeyPatch) -> None:
     rope = AxialRoPE(8, 4, num_kv_heads=2)
     layer, seen = NeighborhoodGQA(32, 4, 3, num_kv_heads=2, qk_norm="cosine", rope=rope), []
-    attend_projected = attention.attend_projected
+    attend_with_qk_prep = attention.attend_with_qk_prep
 
     def spy(call: Call, *args: Any) -> Tensor:
         seen.extend((call.inputs.query, call.inputs.key, call.inputs.value))
-        return attend_projected(call, *args)
+        return attend_with_qk_prep(call, *args)
 
-    monkeypatch.setattr(attention, "attend_projected", spy)
+    monkeypatch.setattr(attention, "attend_with_qk_prep", spy)
     layer(torch.randn(1, 4, 4, 32))
     assert len({t.untyped_storage().data_ptr() for t in seen}) == 1
     assert [t.shape[-2:] for t in seen] == [(4, 8), (2, 8), (2, 8)]

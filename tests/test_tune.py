@@ -1,4 +1,4 @@
-"""The choice of launches: the search, its file, and that calls use what was found. Kernels run as in test_fused.py."""
+"""The choice of tiles: the search, its file, and that calls use what was found. Kernels run as in test_fused.py."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from natten_layers import neighborhood_attention, tune
 from natten_layers.kernels.host import tuned
 from natten_layers.kernels.host.problem import device_traits
-from natten_layers.kernels.host.tiling import Kind, Launch, ProblemClass, rule
+from natten_layers.kernels.host.tiling import Kind, ProblemClass, TileConfig, rule
 
 pytest.importorskip("triton")
 
@@ -46,34 +46,34 @@ def test_neighbors_differ_in_one_respect(kind: Kind, group: int) -> None:
     near = list(tune.neighbors(kind, problem, origin))
     assert len(near) > 10
     assert origin not in near
-    assert any(launch.pack != origin.pack for launch in near) == (kind != "backward_key")
-    for launch in near:
-        changed = {name for name, value in vars(launch).items() if value != getattr(origin, name)}
+    assert any(config.pack != origin.pack for config in near) == (kind != "backward_key")
+    for config in near:
+        changed = {name for name, value in vars(config).items() if value != getattr(origin, name)}
         assert len(changed - {"tile", "chunk", "pack"}) == (0 if changed & {"tile", "chunk", "pack"} else 1)
-        rows, keys = math.prod(launch.tile) * launch.pack, math.prod(launch.chunk)
+        rows, keys = math.prod(config.tile) * config.pack, math.prod(config.chunk)
         assert all(16 <= n <= 256 and n & (n - 1) == 0 for n in (rows, keys))
 
 
 def test_the_search_walks_downhill_and_ends() -> None:
-    def seconds(launch: Launch) -> float:
-        return 1 + abs(math.log2(launch.num_warps)) + (launch.max_registers is not None) + abs(launch.stages - 1)
+    def seconds(config: TileConfig) -> float:
+        return 1 + abs(math.log2(config.num_warps)) + (config.maxnreg is not None) + abs(config.stages - 1)
 
     steps = list(tune.search("forward", PROBLEM, seconds, trials=1000))
     best = steps[-1]
-    assert (best.launch.num_warps, best.launch.max_registers, best.launch.stages, best.seconds) == (1, None, 1, 1)
+    assert (best.config.num_warps, best.config.maxnreg, best.config.stages, best.seconds) == (1, None, 1, 1)
     assert best.rule_seconds == seconds(rule("forward", PROBLEM))
     assert best.gains
     assert len(list(tune.search("forward", PROBLEM, seconds, trials=5))) == 6
-    flat = list(tune.search("forward", PROBLEM, lambda launch: 1.0, trials=1000))
-    assert flat[-1].launch == rule("forward", PROBLEM)
+    flat = list(tune.search("forward", PROBLEM, lambda config: 1.0, trials=1000))
+    assert flat[-1].config == rule("forward", PROBLEM)
     assert not flat[-1].gains
 
 
-def test_noise_and_launches_that_do_not_run_are_no_gain() -> None:
+def test_noise_and_tiles_that_do_not_run_are_no_gain() -> None:
     rules = rule("forward", PROBLEM)
     for others in (0.99, math.inf):
         found = list(tune.search("forward", PROBLEM, lambda x, t=others: 1.0 if x == rules else t, trials=100))
-        assert found[-1].launch == rules
+        assert found[-1].config == rules
 
 
 def test_a_wrong_result_has_no_time() -> None:
@@ -81,24 +81,24 @@ def test_a_wrong_result_has_no_time() -> None:
     tensors = [t.detach() for t in inputs.values()]
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        wrong = "forward" in tuned._overrides.get().launches
+        wrong = "forward" in tuned._overrides.get().configs
         return neighborhood_attention(q, k, v, 3, impl="fused") * (1.001 if wrong else 1.0)
 
     timed: list[object] = []
     measure = tune._measure("forward", attend, (*tensors, tensors[0]), lambda run: float(bool(timed.append(run))))
-    assert measure(Launch((1, 1, 16), (1, 1, 16), 2, 4, 1)) == math.inf
+    assert measure(TileConfig((1, 1, 16), (1, 1, 16), 2, 4, 1)) == math.inf
     assert not timed
 
 
 def first_neighbor_wins(kind: Kind) -> Callable[[Callable[[], object]], float]:
     """A clock for which one launch of ``kind`` is faster than all others."""
-    seen: list[Launch] = []
+    seen: list[TileConfig] = []
 
     def timer(run: Callable[[], object]) -> float:
-        launch = tuned._overrides.get().launches.get(kind)
-        if launch is not None:
-            seen.append(launch)
-        return 0.5 if launch is not None and launch == seen[min(1, len(seen) - 1)] and len(seen) > 1 else 1.0
+        config = tuned._overrides.get().configs.get(kind)
+        if config is not None:
+            seen.append(config)
+        return 0.5 if config is not None and config == seen[min(1, len(seen) - 1)] and len(seen) > 1 else 1.0
 
     return timer
 
@@ -112,17 +112,17 @@ def test_calls_use_what_was_found(cache: Path, capsys: pytest.CaptureFixture[str
     traits = device_traits(torch.empty(0, device=DEVICE).device)
     problem = ProblemClass(*traits, (1, 9, 11), (1, 3, 3), 2, 16, 16, 4)
     by_rule = rule("forward", problem)
-    found = tuned.launch_for("forward", problem)
+    found = tuned.tile_config_for("forward", problem)
     assert found == next(tune.neighbors("forward", problem, by_rule))
-    assert tuned.launch_for("backward_key", problem) == rule("backward_key", problem)
-    assert tuned.launch_for("forward", problem._replace(device="other")) == by_rule
+    assert tuned.tile_config_for("backward_key", problem) == rule("backward_key", problem)
+    assert tuned.tile_config_for("forward", problem._replace(device="other")) == by_rule
 
     asked: list[tuple[Kind, ProblemClass]] = []
-    launch_for = tuned.launch_for
+    tile_config_for = tuned.tile_config_for
     with pytest.MonkeyPatch.context() as patch:
         from natten_layers.kernels.portable import forward
 
-        patch.setattr(forward, "launch_for", lambda *key: asked.append(key) or launch_for(*key))
+        patch.setattr(forward, "tile_config_for", lambda *key: asked.append(key) or tile_config_for(*key))
         inputs = make_inputs(SMALL, DEVICE)
         q, k, v = (inputs[name] for name in ("query", "key", "value"))
         out = neighborhood_attention(q, k, v, 3, impl="fused")
@@ -131,30 +131,30 @@ def test_calls_use_what_was_found(cache: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_the_file_keeps_other_problems(cache: Path) -> None:
-    launch = Launch((1, 4, 4), (1, 4, 8), 4, 2, 1)
-    others = {("forward", PROBLEM): launch}
+    config = TileConfig((1, 4, 4), (1, 4, 8), 4, 2, 1)
+    others = {("forward", PROBLEM): config}
     tuned.write_tuned(cache, others)  # pyright: ignore[reportArgumentType]
-    better = Launch((1, 4, 4), (1, 4, 8), 4, 4, 2, 96, True)
+    better = TileConfig((1, 4, 4), (1, 4, 8), 4, 4, 2, 96, True)
     tuned.write_tuned(cache, {("backward_query", PROBLEM): better})
     assert tuned.read_tuned(cache) == {**others, ("backward_query", PROBLEM): better}
-    assert tuned.launch_for("forward", PROBLEM) == launch
+    assert tuned.tile_config_for("forward", PROBLEM) == config
     with tuned.override(pack=1):
-        assert tuned.launch_for("forward", PROBLEM).pack == 1
+        assert tuned.tile_config_for("forward", PROBLEM).pack == 1
 
 
 DAMAGE: dict[str, Callable[[dict[str, Any]], object]] = {
-    "a tile of three": lambda entry: entry["launch"].update(tile=[1, 3, 4]),
-    "a tile of text": lambda entry: entry["launch"].update(tile="124"),
-    "two sides": lambda entry: entry["launch"].update(tile=[4, 4]),
-    "a huge pack": lambda entry: entry["launch"].update(pack=4096),
-    "stages of text": lambda entry: entry["launch"].update(stages="x"),
-    "stages true": lambda entry: entry["launch"].update(stages=True),
-    "registers of text": lambda entry: entry["launch"].update(max_registers="96"),
-    "a mask of text": lambda entry: entry["launch"].update(skip_mask="no"),
-    "an unknown option": lambda entry: entry["launch"].update(cluster=2),
-    "no pack": lambda entry: entry["launch"].pop("pack"),
-    "a launch that is a list": lambda entry: entry.update(launch=[1]),
-    "no launch": lambda entry: entry.pop("launch"),
+    "a tile of three": lambda entry: entry["config"].update(tile=[1, 3, 4]),
+    "a tile of text": lambda entry: entry["config"].update(tile="124"),
+    "two sides": lambda entry: entry["config"].update(tile=[4, 4]),
+    "a huge pack": lambda entry: entry["config"].update(pack=4096),
+    "stages of text": lambda entry: entry["config"].update(stages="x"),
+    "stages true": lambda entry: entry["config"].update(stages=True),
+    "registers of text": lambda entry: entry["config"].update(maxnreg="96"),
+    "a mask of text": lambda entry: entry["config"].update(skip_mask="no"),
+    "an unknown option": lambda entry: entry["config"].update(cluster=2),
+    "no pack": lambda entry: entry["config"].pop("pack"),
+    "tiles that are a list": lambda entry: entry.update(config=[1]),
+    "no tiles": lambda entry: entry.pop("config"),
     "a problem that is null": lambda entry: entry.update(problem=None),
     "lengths of text": lambda entry: entry["problem"].update(lengths=["1", 2, 3]),
     "nested lengths": lambda entry: entry["problem"].update(lengths=[[1], 2, 3]),
@@ -162,22 +162,22 @@ DAMAGE: dict[str, Callable[[dict[str, Any]], object]] = {
     "a kernel that is a list": lambda entry: entry.update(kind=["forward"]),
 }
 TEXTS = [
-    "{", "[]", "null", '{"format": 2, "launches": []}', '{"format": 1}', '{"format": 1, "launches": {}}',
-    '{"format": 1, "launches": [7]}', "[" * 10**5, f'{{"format": {"9" * 5000}}}', "\udcff",
+    "{", "[]", "null", '{"format": 3, "configs": []}', '{"format": 2}', '{"format": 2, "configs": {}}',
+    '{"format": 2, "configs": [7]}', "[" * 10**5, f'{{"format": {"9" * 5000}}}', "\udcff",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", [*DAMAGE, *TEXTS], ids=lambda text: text[:30])
 def test_a_damaged_file_is_named_and_kept(cache: Path, damage: str) -> None:
-    tuned.write_tuned(cache, {("forward", PROBLEM): Launch((1, 4, 4), (1, 4, 8), 4, 2, 1)})
+    tuned.write_tuned(cache, {("forward", PROBLEM): TileConfig((1, 4, 4), (1, 4, 8), 4, 2, 1)})
     if damage in DAMAGE:
         content = json.loads(cache.read_text())
-        DAMAGE[damage](content["launches"][0])
+        DAMAGE[damage](content["configs"][0])
         damage = json.dumps(content)
     cache.write_bytes(damage.encode(errors="surrogateescape"))
     tuned._tuned.cache_clear()
     with pytest.warns(UserWarning, match=r"launches\.json is damaged"):
-        assert tuned.launch_for("forward", PROBLEM) == rule("forward", PROBLEM)
+        assert tuned.tile_config_for("forward", PROBLEM) == rule("forward", PROBLEM)
     with pytest.raises(ValueError, match="delete it"):
         tuned.write_tuned(cache, {})
     assert cache.read_bytes() == damage.encode(errors="surrogateescape")
@@ -221,5 +221,5 @@ def test_bad_flags(change: list[str], message: str, cache: Path, capsys: pytest.
 
 
 def test_results_are_yielded_after_every_trial() -> None:
-    found = islice(tune.search("forward", PROBLEM, lambda launch: 1.0 / launch.num_warps, trials=1), 2)
+    found = islice(tune.search("forward", PROBLEM, lambda config: 1.0 / config.num_warps, trials=1), 2)
     assert [one.seconds for one in found] == [1 / 4, 1 / 8]

@@ -25,13 +25,13 @@ from .host.problem import (
     Options,
     Problem,
     QKPrep,
-    RotationKind,
+    QKPrepKind,
     contiguous,
     layout,
     strides,
 )
 from .host.tiling import Kind
-from .host.tuned import explicit_launch, override_pack, remembered
+from .host.tuned import explicit_tile_config, override_pack, remembered
 from .portable import backward as portable_backward
 from .portable import decode as portable_decode
 from .portable import forward as portable_forward
@@ -43,8 +43,10 @@ GLUON_GAP = gluon_gap()
 if TYPE_CHECKING or GLUON_GAP is None:  # an error in one of them is raised: only a missing Gluon leaves them out
     from .sm90 import large_backward, large_forward, small_backward, small_forward, small_forward_rolling
 
-NUMBERS = 2**15  # in a head's keys of a window, from which on it is large: 256 keys of 128 channels, 512 of 64
-REGISTERED = 2**18  # the same where registers take a second launch, which reads and writes the output once more
+# A window is large from this many key elements a head: 256 keys of 128 channels, 512 of 64.
+LARGE_KEY_ELEMENTS = 2**15
+# The same with register tokens: they take a second launch, which reads and writes the output once more.
+LARGE_KEY_ELEMENTS_WITH_REGISTERS = 2**18
 LEAST_ROWS = 2**18  # of queries, from which on a small window's kernel runs for as long as the host needs to launch it
 WIDE_WINDOW, WIDE_PAIRS = 64, 2**24  # the same of heads wider than 128 channels, where portable kernels are slow
 PAIRS = 2**28  # of a query and a key in large windows: fewer are done before the host has prepared a launch
@@ -56,11 +58,11 @@ class Question(NamedTuple):
     """All that a choice depends on."""
 
     problem: Problem
-    with_state: bool = False
+    with_stats: bool = False
     """whether the statistics of rows are wanted"""
     grad_out: Layout | None = None
     grad_lse: Layout | None = None
-    prep: RotationKind | None = None
+    prep: QKPrepKind | None = None
     aligned: bool = True
     """whether addresses are multiples of 16, as TMA wants them; they are not part of a problem"""
 
@@ -133,9 +135,9 @@ def choose_backward(question: Question) -> BackwardChoices:
     return BackwardChoices(query, key, registers, query.variant.uses_tma or key.variant.uses_tma)
 
 
-def choices(problem: Problem, inputs: Inputs, *, with_state: bool, with_gradients: bool) -> dict[Direction, Choice]:
+def choices(problem: Problem, inputs: Inputs, *, with_stats: bool, with_gradients: bool) -> dict[Direction, Choice]:
     """What computes a call: the choice of each direction that it takes. Gradients of outputs count as contiguous."""
-    question = Question(problem, with_state or with_gradients, aligned=are_aligned(*inputs[:-1]))
+    question = Question(problem, with_stats or with_gradients, aligned=are_aligned(*inputs[:-1]))
     found: dict[Direction, Choice] = {"forward": choose("forward", question)}
     if with_gradients:
         out = contiguous((*problem.query.shape[:-1], problem.value.shape[-1]))
@@ -149,14 +151,14 @@ def choices(problem: Problem, inputs: Inputs, *, with_state: bool, with_gradient
 
 
 def forward(
-    problem: Problem, inputs: Inputs, options: Options, with_state: bool
+    problem: Problem, inputs: Inputs, options: Options, with_stats: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """``out [B, *spatial, Hq, Dv]`` and, ``with_state``, ``row_max`` and ``row_sum [B, *spatial, Hq]`` in fp32."""
-    question = Question(problem, with_state)
+    """``out [B, *spatial, Hq, Dv]`` and, ``with_stats``, ``row_max`` and ``row_sum [B, *spatial, Hq]`` in fp32."""
+    question = Question(problem, with_stats)
     variant, plan, _ = choose("forward", question)
     if variant.uses_tma and not are_aligned(*inputs[:-1]):
         variant, plan, _ = choose("forward", question._replace(aligned=False))
-    return variant.run(plan, problem, inputs, options, with_state)
+    return variant.run(plan, problem, inputs, options, with_stats)
 
 
 def prepare_and_attend(problem: Problem, inputs: Inputs, options: Options, prep: QKPrep) -> Tensor:
@@ -250,7 +252,7 @@ def _chosen_elsewhere(question: Question, *kinds: Kind) -> str | None:
     if pack and group % pack and kinds != ("backward_key",):  # which takes one query head after the other anyway
         return f"an override asks for {pack} heads a program, which do not divide the group of {group}"
     for kind in kinds:
-        if explicit_launch(kind, question.problem.problem_class) is not None:
+        if explicit_tile_config(kind, question.problem.problem_class) is not None:
             return f"tiles of the portable {kind} kernel were tuned, or are overridden, for this problem"
     return None
 
@@ -264,7 +266,7 @@ def _large_pays(question: Question, *kinds: Kind) -> str | None:
     if large_tiling.is_wide(p):
         least, pairs = WIDE_WINDOW * p.query.shape[-1], WIDE_PAIRS
     else:
-        least, pairs = REGISTERED if p.registers else NUMBERS, PAIRS
+        least, pairs = LARGE_KEY_ELEMENTS_WITH_REGISTERS if p.registers else LARGE_KEY_ELEMENTS, PAIRS
     if window * p.query.shape[-1] < least:
         beside = " with additional keys" if p.registers else ""
         return f"the window is small: {window} keys of {p.query.shape[-1]} elements are fewer than {least}{beside}"
@@ -304,24 +306,24 @@ def _small_pays(question: Question, *kinds: Kind) -> str | None:
     return _chosen_elsewhere(question, *kinds)
 
 
-def _tile_plan(question: Question) -> small_tiling.SmallLaunch | str:
-    return small_tiling.small_launch_of(question.problem, override_pack(), question.with_state) or NO_SMALL_TILES
+def _tile_plan(question: Question) -> small_tiling.SmallTileConfig | str:
+    return small_tiling.small_tile_config(question.problem, override_pack(), question.with_stats) or NO_SMALL_TILES
 
 
-def _rolling_plan(question: Question) -> small_tiling.StripLaunch | str:
+def _rolling_plan(question: Question) -> small_tiling.RollingTileConfig | str:
     p, pack = question.problem, override_pack()
-    strip = small_tiling.strip_launch_of(p, pack, question.with_state)
-    if strip is None:
+    rolling = small_tiling.rolling_tile_config(p, pack, question.with_stats)
+    if rolling is None:
         return NO_SMALL_TILES
-    return small_tiling.strip_gap(p, strip, small_tiling.small_launch_of(p, pack, question.with_state)) or strip
+    return small_tiling.rolling_gap(p, rolling, small_tiling.small_tile_config(p, pack, question.with_stats)) or rolling
 
 
-def _small_query_plan(question: Question) -> small_tiling.SmallLaunch | str:
-    return small_tiling.small_query_launch_of(question.problem, override_pack()) or NO_SMALL_TILES
+def _small_query_plan(question: Question) -> small_tiling.SmallTileConfig | str:
+    return small_tiling.small_dq_tile_config(question.problem, override_pack()) or NO_SMALL_TILES
 
 
-def _small_key_plan(question: Question) -> small_tiling.SmallLaunch | str:
-    return small_tiling.small_key_launch_of(question.problem) or NO_SMALL_TILES
+def _small_key_plan(question: Question) -> small_tiling.SmallTileConfig | str:
+    return small_tiling.small_dkv_tile_config(question.problem) or NO_SMALL_TILES
 
 
 # --- Preparation of queries and keys, and attention
@@ -348,8 +350,8 @@ def _fused_prep_pays(question: Question) -> str | None:
     return _chosen_elsewhere(question, "forward")
 
 
-def _fused_prep_plan(question: Question) -> small_tiling.StripLaunch | str:
-    return small_tiling.strip_launch_of(question.problem, override_pack(), rotates=True) or NO_SMALL_TILES
+def _fused_prep_plan(question: Question) -> small_tiling.RollingTileConfig | str:
+    return small_tiling.rolling_tile_config(question.problem, override_pack(), with_qk_prep=True) or NO_SMALL_TILES
 
 
 def _prepared(question: Question) -> Problem:
@@ -359,7 +361,7 @@ def _prepared(question: Question) -> Problem:
 
 
 def _prepare_then_attend(prepared: Problem, problem: Problem, inputs: Inputs, options: Options, prep: QKPrep) -> Tensor:
-    query, key = qk_prep.rotate(inputs.query, inputs.key, prep)
+    query, key = qk_prep.qk_prep(inputs.query, inputs.key, prep)
     return forward(prepared, inputs._replace(query=query, key=key), options, False)[0]
 
 
@@ -374,7 +376,7 @@ VARIANTS: Mapping[Direction, Sequence[Variant]] = {
             LARGE,
             supports=sm90_gap,
             pays=lambda q: _large_pays(q, "forward"),
-            plan=lambda q: large_tiling.launch_of(q.problem, override_pack()),
+            plan=lambda q: large_tiling.forward_tile_config(q.problem, override_pack()),
             run=lambda *args: large_forward.forward(*args),
             uses_tma=True,
         ),
@@ -396,7 +398,7 @@ VARIANTS: Mapping[Direction, Sequence[Variant]] = {
         ),
         Variant(
             PORTABLE,
-            plan=lambda q: portable_forward.plan(q.problem, q.with_state),
+            plan=lambda q: portable_forward.plan(q.problem, q.with_stats),
             run=portable_forward.forward,
         ),
     ),
@@ -418,7 +420,7 @@ VARIANTS: Mapping[Direction, Sequence[Variant]] = {
             LARGE,
             supports=_large_query_gap,
             pays=_large_backward_pays,
-            plan=lambda q: large_tiling.query_launch_of(q.problem, override_pack()),
+            plan=lambda q: large_tiling.dq_tile_config(q.problem, override_pack()),
             run=lambda *args: large_backward.query_gradient(*args),
             uses_tma=True,
         ),
@@ -441,7 +443,7 @@ VARIANTS: Mapping[Direction, Sequence[Variant]] = {
             LARGE,
             supports=_large_key_gap,
             pays=_large_backward_pays,
-            plan=lambda q: large_tiling.key_launch_of(q.problem),
+            plan=lambda q: large_tiling.dkv_tile_config(q.problem),
             run=lambda *args: large_backward.key_gradients(*args),
             uses_tma=True,
         ),

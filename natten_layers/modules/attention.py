@@ -15,7 +15,7 @@ from ..arguments import check_dense, prepare
 from ..functional import neighborhood_attention
 from ..geometry import make_window, normalise_axes
 from .norm import RMSNorm
-from .query_key import HeadNorm, attend_projected, call_watched, normalize_and_rotate
+from .query_key import HeadNorm, attend_with_qk_prep, call_watched, normalize_and_rotate
 from .rope import Angles, Positions, Rotary
 
 __all__ = ["Heads", "NeighborhoodGQA", "Projected"]
@@ -264,7 +264,7 @@ class NeighborhoodGQA(nn.Module):
             None if registers is None else registers.value,
             self.sink,
         )
-        return attend_projected(call, projected.norm, projected.angles)
+        return attend_with_qk_prep(call, projected.norm, projected.angles)
 
     def _attend_from_registers(self, heads: Heads, registers: Heads | None) -> Tensor:
         """``[B, R, Hq, D]``: full attention among registers, with all tokens as the keys that everyone sees."""

@@ -11,7 +11,7 @@ from torch import Tensor
 __all__ = ["Cache", "LayerCache"]
 
 
-class Places(NamedTuple):
+class CacheSlots(NamedTuple):
     """Where new tokens are stored, as indices into a buffer ``[B, slots]``, and the positions that are stored there."""
 
     batch: Tensor  # [B, 1]
@@ -19,29 +19,29 @@ class Places(NamedTuple):
     positions: Tensor  # [B, L]
 
 
-class _Placement:
+class _SlotAllocator:
     """Places of one call's tokens, worked out once for all layers with the same window."""
 
     def __init__(self) -> None:
         self.positions: Tensor | None = None
-        self.known: dict[tuple[int | None, int], Places] = {}
+        self.known: dict[tuple[int | None, int], CacheSlots] = {}
 
-    def of(self, positions: Tensor, window: int | None, capacity: int) -> Places:
+    def of(self, positions: Tensor, window: int | None, capacity: int) -> CacheSlots:
         if positions is not self.positions:
             self.positions, self.known = positions, {}
         if (window, capacity) not in self.known:
-            self.known[window, capacity] = _places(positions, window, capacity)
+            self.known[window, capacity] = _cache_slots(positions, window, capacity)
         return self.known[window, capacity]
 
 
-def _places(positions: Tensor, window: int | None, capacity: int) -> Places:
+def _cache_slots(positions: Tensor, window: int | None, capacity: int) -> CacheSlots:
     keep, slots = positions >= 0, positions
     if window is not None:
         slots = positions % window
         if positions.shape[1] > window:  # two of these tokens would claim one slot
             keep = keep & (positions > positions.amax(1, keepdim=True) - window)
     batch = torch.arange(len(positions), device=positions.device)[:, None]
-    return Places(batch, torch.where(keep, slots, capacity), torch.where(keep, positions, -1))
+    return CacheSlots(batch, torch.where(keep, slots, capacity), torch.where(keep, positions, -1))
 
 
 class LayerCache:
@@ -52,9 +52,9 @@ class LayerCache:
     ``max_length + 1`` where that is given.
     """
 
-    def __init__(self, window: int | None, max_length: int | None, placement: _Placement | None = None) -> None:
+    def __init__(self, window: int | None, max_length: int | None, allocator: _SlotAllocator | None = None) -> None:
         self.window, self.max_length = window, max_length
-        self.placement = placement or _Placement()
+        self.allocator = allocator or _SlotAllocator()
         self.used = 0
         """slots ``0 .. used - 1`` may hold tokens"""
         self.whole = False
@@ -99,10 +99,10 @@ class LayerCache:
         return seen[0], seen[1], seen[2]
 
     def _write(self, key: Tensor, value: Tensor, positions: Tensor) -> None:
-        place = self.placement.of(positions, self.window, self.capacity)
-        self.keys[place.batch, place.slots] = key
-        self.values[place.batch, place.slots] = value
-        self.positions[place.batch, place.slots] = place.positions
+        target = self.allocator.of(positions, self.window, self.capacity)
+        self.keys[target.batch, target.slots] = key
+        self.values[target.batch, target.slots] = value
+        self.positions[target.batch, target.slots] = target.positions
 
     def _reserve(self, key: Tensor, value: Tensor) -> None:
         """Make room for ``used`` tokens, doubling so that growth costs a constant per token."""
@@ -145,8 +145,8 @@ class Cache:
         max_length: int | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        placement = _Placement()
-        self.layers = [LayerCache(window, max_length, placement) for window in windows]
+        allocator = _SlotAllocator()
+        self.layers = [LayerCache(window, max_length, allocator) for window in windows]
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
         """tokens of every sequence so far, ``[B]``"""
         self.longest = 0

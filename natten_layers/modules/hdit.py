@@ -60,9 +60,9 @@ class FourierFeatures(Constants):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = at_least_fp32(x.dtype)
-        turns = 2 * math.pi * x.to(wide)[..., None, :] * self.weight.to(wide)  # [..., out_features / 2, in_features]
+        phases = 2 * math.pi * x.to(wide)[..., None, :] * self.weight.to(wide)  # [..., out_features / 2, in_features]
         # Not a matrix product: autocast would compute that in half precision, and torch's switches in TF32.
-        angle = turns.sum(-1)
+        angle = phases.sum(-1)
         return torch.cat((angle.cos(), angle.sin()), -1)
 
 

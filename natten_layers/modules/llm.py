@@ -24,7 +24,7 @@ from .feed_forward import GatedFeedForward
 from .generation import generate, longest_of, text_first
 from .llm_config import DecoderLMConfig
 from .norm import RMSNorm
-from .query_key import attend_projected, call_watched, normalize_and_rotate
+from .query_key import attend_with_qk_prep, call_watched, normalize_and_rotate
 from .rope import RoPE
 
 __all__ = ["DecoderAttention", "DecoderBlock", "DecoderLM", "DecoderLMConfig"]
@@ -108,7 +108,7 @@ class DecoderAttention(nn.Module):
         window = length if self.window is None else min(self.window, length)
         if cache is None:
             call = prepare(query, key, value, window, 1, 1, True, self.scale, *registers, sink)
-            return self.o_proj(attend_projected(call, norm, angles).flatten(-2))
+            return self.o_proj(attend_with_qk_prep(call, norm, angles).flatten(-2))
         query, key = normalize_and_rotate(query, key, norm, angles)
         empty = not cache.used
         keys, values, key_positions = cache.extend(key, value, positions, longest)

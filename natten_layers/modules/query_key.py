@@ -17,7 +17,7 @@ from .base import is_plain
 from .norm import RMSNorm, cosine_normalize, rms_normalize
 from .rope import Angles, angles_of
 
-__all__ = ["HeadNorm", "Pending", "attend_projected", "call_watched", "normalize_and_rotate"]
+__all__ = ["HeadNorm", "Pending", "attend_with_qk_prep", "call_watched", "normalize_and_rotate"]
 
 
 class HeadNorm(NamedTuple):
@@ -126,7 +126,7 @@ def _unsupported(query: Tensor, key: Tensor, angles: Angles | None) -> str | Non
 
 
 def _fused(query: Tensor, key: Tensor, norm: HeadNorm | None, angles: Angles | None) -> tuple[Tensor, Tensor]:
-    return qk_prep_ops.rotate(query, key, _rotation(query, norm, angles))
+    return qk_prep_ops.qk_prep(query, key, _rotation(query, norm, angles))
 
 
 def _rotation(query: Tensor, norm: HeadNorm | None, angles: Angles | None) -> QKPrep:
@@ -148,7 +148,7 @@ def _rotation(query: Tensor, norm: HeadNorm | None, angles: Angles | None) -> QK
     )
 
 
-def attend_projected(call: Call, norm: HeadNorm | None, angles: Angles | None, *, impl: Impl = "auto") -> Tensor:
+def attend_with_qk_prep(call: Call, norm: HeadNorm | None, angles: Angles | None, *, impl: Impl = "auto") -> Tensor:
     """:func:`neighborhood_attention` of heads that :func:`normalize_and_rotate` prepares first; registers are ready.
 
     Where no gradient is asked for, this is one operation, and where the kernels can, one launch.

@@ -32,8 +32,8 @@ def rotate_half_split(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     n = cos.shape[-1]
     first, second, rest = x[..., :n].to(cos.dtype), x[..., n : 2 * n].to(cos.dtype), x[..., 2 * n :]
-    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
-    return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
+    return torch.cat((rotated, rest), -1) if rest.shape[-1] else rotated
 
 
 def make_axial_pos(

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from .tiling import Axis, Box, Launch, ProblemClass, column_parts, register_tile
+from .tiling import Axis, Box, ProblemClass, TileConfig, column_parts, register_tile
 
 T = TypeVar("T", int, bool)
 
@@ -234,9 +234,9 @@ class Problem(NamedTuple):
         t, h, w = (d * ceil(ceil(n / d) / b) for n, d, b in zip(lengths, dilation, tile, strict=True))
         return t, h, w
 
-    def programs(self, launch: Launch) -> int:
-        t, h, w = self.tiles(launch.tile)
-        return self.query.shape[0] * t * h * w * self.kv_heads * -(-self.group // launch.pack)
+    def programs(self, config: TileConfig) -> int:
+        t, h, w = self.tiles(config.tile)
+        return self.query.shape[0] * t * h * w * self.kv_heads * -(-self.group // config.pack)
 
     def input_strides(self) -> tuple[tuple[int, ...], ...]:
         return (
@@ -244,24 +244,24 @@ class Problem(NamedTuple):
             register_strides(self.additional_keys), register_strides(self.additional_values),
         )  # fmt: skip
 
-    def program(self, launch: Launch, tensors: Iterable[Layout | None]) -> dict[str, Any]:
+    def program(self, config: TileConfig, tensors: Iterable[Layout | None]) -> dict[str, Any]:
         """Compile-time arguments and options that follow from a launch.
 
         Args:
             tensors: all that have tokens and that the kernel reads or writes: its offsets are as wide as they need.
         """
         # A score of -inf that is scaled later needs a positive scale.
-        mask = "border" if launch.skip_mask else "select" if self.scale_first else "add"
+        mask = "border" if config.skip_mask else "select" if self.scale_first else "add"
         return {
             "CAUSAL": three_axes(self.is_causal, False),
-            "TILE": launch.tile,
-            "CHUNK": launch.chunk,
+            "TILE": config.tile,
+            "CHUNK": config.chunk,
             "MASK": mask,
             "RANK": self.rank,
             "WIDE": need_wide_offsets(tensors),
-            "STAGES": launch.stages,
-            "num_warps": launch.num_warps,
-            "maxnreg": launch.max_registers,
+            "STAGES": config.stages,
+            "num_warps": config.num_warps,
+            "maxnreg": config.maxnreg,
         }
 
     def constants(self) -> dict[str, Any]:
@@ -282,16 +282,16 @@ def new_like(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
-def new_results(query: Tensor, value_dim: int, with_state: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Unset ``out [B, *spatial, Hq, Dv]`` and, ``with_state``, ``row_max`` and ``row_sum [B, *spatial, Hq]``, fp32."""
+def new_results(query: Tensor, value_dim: int, with_stats: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Unset ``out [B, *spatial, Hq, Dv]`` and, ``with_stats``, ``row_max`` and ``row_sum [B, *spatial, Hq]``, fp32."""
     out = new_like(query) if query.shape[-1] == value_dim else query.new_empty(*query.shape[:-1], value_dim)
-    if not with_state:
+    if not with_stats:
         return out, None, None
     row_max, row_sum = (query.new_empty(query.shape[:-1], dtype=torch.float32) for _ in range(2))
     return out, row_max, row_sum
 
 
-class RotationKind(NamedTuple):
+class QKPrepKind(NamedTuple):
     """What the preparation of queries and keys is apart from its data."""
 
     norm: str
@@ -322,12 +322,12 @@ class QKPrep(NamedTuple):
     eps: float
 
     @property
-    def kind(self) -> RotationKind:
+    def kind(self) -> QKPrepKind:
         if self.positions is None or self.freqs is None:
-            return RotationKind(self.norm, 1, 0, False, False)
+            return QKPrepKind(self.norm, 1, 0, False, False)
         batch, *_, axes = self.positions.shape
         heads, each = self.freqs.shape
-        return RotationKind(self.norm, axes, axes * each, heads > 1, batch > 1)
+        return QKPrepKind(self.norm, axes, axes * each, heads > 1, batch > 1)
 
     @property
     def by_head(self) -> bool:

@@ -17,7 +17,7 @@ Bounds = Callable[[torch.Tensor, int, int, int, bool], tuple[torch.Tensor, torch
 
 
 @dataclass(frozen=True)
-class Launch:
+class TileConfig:
     """Shape of one program: a ``tile`` of positions times ``pack`` heads, and a ``chunk`` it walks with."""
 
     tile: Box
@@ -25,7 +25,7 @@ class Launch:
     pack: int
     num_warps: int
     stages: int
-    max_registers: int | None = None
+    maxnreg: int | None = None
     """Cap per thread, so that more programs share a multiprocessor."""
     skip_mask: bool = False
     """Branch around the mask where a chunk lies inside every window: pays when windows are much larger than tiles."""
@@ -156,7 +156,7 @@ def tile_copies(element_size: int) -> int:
     return 2 if element_size == 4 else 1
 
 
-def rule(kind: Kind, problem: ProblemClass, pack: int | None = None) -> Launch:
+def rule(kind: Kind, problem: ProblemClass, pack: int | None = None) -> TileConfig:
     """What serves any problem, with ``pack`` heads a program if given."""
     group = 1 if kind == "backward_key" else problem.group
     return _rule(kind, problem.lengths, problem.kernel, group, pack, room(problem), columns(kind, problem))
@@ -164,8 +164,8 @@ def rule(kind: Kind, problem: ProblemClass, pack: int | None = None) -> Launch:
 
 def register_tile(problem: ProblemClass, registers: int) -> int:
     """Registers that the kernels over queries take at a time."""
-    tile, space, launch = min(max(16, next_power_of_2(registers)), 64), room(problem), rule("backward_query", problem)
-    rows = prod(launch.tile) * launch.pack
+    tile, space, config = min(max(16, next_power_of_2(registers)), 64), room(problem), rule("backward_query", problem)
+    rows = prod(config.tile) * config.pack
     while tile > 16 and shared_memory("backward_query", rows, tile, 1, space) > space.limit:
         tile //= 2
     return tile
@@ -219,7 +219,7 @@ class Size(NamedTuple):
     keys: int
     num_warps: int
     stages: int
-    max_registers: int | None = None
+    maxnreg: int | None = None
 
 
 def size_of(kind: Kind, lengths: Box, window: int, space: Room, columns: int) -> Size:
@@ -274,7 +274,7 @@ def size_of(kind: Kind, lengths: Box, window: int, space: Room, columns: int) ->
 
 
 @lru_cache(maxsize=1024)
-def _rule(kind: Kind, lengths: Box, kernel: Box, group: int, pack: int | None, space: Room, columns: int) -> Launch:
+def _rule(kind: Kind, lengths: Box, kernel: Box, group: int, pack: int | None, space: Room, columns: int) -> TileConfig:
     """Tiles from the problem's shape; devices with less shared memory than an H200 take what fits."""
     window = prod(kernel)
     size = size_of(kind, lengths, window, space, columns)
@@ -285,7 +285,7 @@ def _rule(kind: Kind, lengths: Box, kernel: Box, group: int, pack: int | None, s
     pack = min(pack or packed_heads(group, rows), rows)
     tile, chunk = best_boxes(rows // pack, keys, lengths, kernel)
     skip_mask = inside_share(tile, chunk, kernel) >= INSIDE
-    return Launch(tile, chunk, pack, warps, stages, size.max_registers, skip_mask)
+    return TileConfig(tile, chunk, pack, warps, stages, size.maxnreg, skip_mask)
 
 
 def inside_share(tile: Box, chunk: Box, kernel: Box) -> float:

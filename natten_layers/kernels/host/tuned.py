@@ -19,60 +19,60 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from ...io.files import read_json, replacing
 from ...io.schema import build, shorten
-from .tiling import Kind, Launch, ProblemClass, rule
+from .tiling import Kind, ProblemClass, TileConfig, rule
 
 __all__ = [
     "cache_file",
-    "explicit_launch",
+    "explicit_tile_config",
     "forget",
-    "launch_for",
     "override",
     "override_pack",
     "read_tuned",
     "remembered",
+    "tile_config_for",
     "write_tuned",
 ]
 
-FORMAT = 1
+FORMAT = 2
 MOST_SIDES = 1024
 """rows of a tile, or columns of a chunk, that a file may ask for: more than any multiprocessor holds"""
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-Tuned = dict[tuple[Kind, ProblemClass], Launch]
+Tuned = dict[tuple[Kind, ProblemClass], TileConfig]
 
 
 class Overrides(NamedTuple):
-    launches: Mapping[Kind, Launch] = MappingProxyType({})
+    configs: Mapping[Kind, TileConfig] = MappingProxyType({})
     pack: int | None = None
 
 
 NO_OVERRIDES = Overrides()
-_overrides: ContextVar[Overrides] = ContextVar("natten_layers_launch_overrides", default=NO_OVERRIDES)
+_overrides: ContextVar[Overrides] = ContextVar("natten_layers_tile_overrides", default=NO_OVERRIDES)
 _forgetters: list[Callable[[], None]] = []
 
 
 @contextmanager
-def override(launches: Mapping[Kind, Launch] | None = None, *, pack: int | None = None) -> Iterator[None]:
+def override(configs: Mapping[Kind, TileConfig] | None = None, *, pack: int | None = None) -> Iterator[None]:
     """Replace the choice in this thread, for measurements: whole launches, or ``pack`` heads a program."""
-    token = _overrides.set(Overrides(launches or {}, pack))
+    token = _overrides.set(Overrides(configs or {}, pack))
     try:
         yield
     finally:
         _overrides.reset(token)
 
 
-def launch_for(kind: Kind, problem: ProblemClass) -> Launch:
+def tile_config_for(kind: Kind, problem: ProblemClass) -> TileConfig:
     """The launch of one kernel for a problem class."""
-    return explicit_launch(kind, problem) or rule(kind, problem, override_pack())
+    return explicit_tile_config(kind, problem) or rule(kind, problem, override_pack())
 
 
-def explicit_launch(kind: Kind, problem: ProblemClass) -> Launch | None:
+def explicit_tile_config(kind: Kind, problem: ProblemClass) -> TileConfig | None:
     """The launch that an override or the file of tuned launches names, if one does."""
     overrides = _overrides.get()
-    if kind in overrides.launches:
-        return overrides.launches[kind]
+    if kind in overrides.configs:
+        return overrides.configs[kind]
     return _tuned().get((kind, problem)) if overrides.pack is None else None
 
 
@@ -82,7 +82,7 @@ def override_pack() -> int | None:
 
 
 def remembered(choose: Callable[P, R]) -> Callable[P, R]:
-    """Cache what a function makes of its arguments and :func:`launch_for`, until :func:`forget`.
+    """Cache what a function makes of its arguments and :func:`tile_config_for`, until :func:`forget`.
 
     Under :func:`override` the function is called each time.
     """
@@ -104,7 +104,7 @@ def forget() -> None:
 
 
 def cache_file() -> Path:
-    """``launches.json`` in ``$NATTEN_LAYERS_CACHE``, or in ``natten_layers`` under the user's cache folder."""
+    """``configs.json`` in ``$NATTEN_LAYERS_CACHE``, or in ``natten_layers`` under the user's cache folder."""
     if own := os.environ.get("NATTEN_LAYERS_CACHE"):
         return Path(own) / "launches.json"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "natten_layers" / "launches.json"
@@ -115,16 +115,16 @@ def _tuned() -> Tuned:
     try:
         return read_tuned(cache_file())
     except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: no home directory
-        warnings.warn(f"tuned launches are not used: {error}", stacklevel=2)
+        warnings.warn(f"tuned tiles are not used: {error}", stacklevel=2)
         return {}
 
 
 class _Entry(NamedTuple):
-    """One launch in the file. What a launch means to the kernels is checked in :func:`_check_launch`."""
+    """One launch in the file. What a launch means to the kernels is checked in :func:`_check_tile_config`."""
 
     kind: Kind
     problem: Mapping[str, Any]
-    launch: Mapping[str, Any]
+    config: Mapping[str, Any]
 
 
 def read_tuned(path: Path) -> Tuned:
@@ -137,44 +137,44 @@ def read_tuned(path: Path) -> Tuned:
         content = read_json(path)
         if content.get("format") != FORMAT:
             raise ValueError(f"format {shorten(content.get('format'))}, expected {FORMAT}")
-        entries = content.get("launches")
+        entries = content.get("configs")
         if not isinstance(entries, list):
-            raise ValueError(f"launches must be a list, got {shorten(entries)}")
-        return dict(_launch_of(entry, f"launches[{i}]") for i, entry in enumerate(entries))
+            raise ValueError(f"configs must be a list, got {shorten(entries)}")
+        return dict(_parse_entry(entry, f"configs[{i}]") for i, entry in enumerate(entries))
     except FileNotFoundError:
         return {}
     except ValueError as error:
         raise ValueError(f"{path} is damaged or of another version ({error}); delete it and tune again") from error
 
 
-def _launch_of(entry: object, where: str) -> tuple[tuple[Kind, ProblemClass], Launch]:
-    kind, problem, launch = build(_Entry, entry, where)
-    checked = build(Launch, launch, f"{where}.launch")
-    _check_launch(checked, where)
+def _parse_entry(entry: object, where: str) -> tuple[tuple[Kind, ProblemClass], TileConfig]:
+    kind, problem, config = build(_Entry, entry, where)
+    checked = build(TileConfig, config, f"{where}.config")
+    _check_tile_config(checked, where)
     return (kind, build(ProblemClass, problem, f"{where}.problem")), checked
 
 
-def _check_launch(launch: Launch, where: str) -> None:
+def _check_tile_config(config: TileConfig, where: str) -> None:
     """Refuse what no GPU runs."""
-    sides = (*launch.tile, *launch.chunk, launch.pack, launch.num_warps)
+    sides = (*config.tile, *config.chunk, config.pack, config.num_warps)
     if any(n < 1 or n & (n - 1) for n in sides):
-        raise ValueError(f"{where} has sides that are no powers of two: {shorten(launch)}")
-    rows, columns = math.prod(launch.tile) * launch.pack, math.prod(launch.chunk)
-    counts = (launch.num_warps, 32), (launch.stages, 8), (launch.max_registers or 255, 255)
+        raise ValueError(f"{where} has sides that are no powers of two: {shorten(config)}")
+    rows, columns = math.prod(config.tile) * config.pack, math.prod(config.chunk)
+    counts = (config.num_warps, 32), (config.stages, 8), (config.maxnreg or 255, 255)
     if max(rows, columns) > MOST_SIDES or any(not 1 <= n <= most for n, most in counts):
-        raise ValueError(f"{where}: no GPU runs such a launch: {shorten(launch)}")
+        raise ValueError(f"{where}: no GPU runs such tiles: {shorten(config)}")
 
 
-def write_tuned(path: Path, launches: Mapping[tuple[Kind, ProblemClass], Launch]) -> None:
+def write_tuned(path: Path, configs: Mapping[tuple[Kind, ProblemClass], TileConfig]) -> None:
     """Add launches to the file, in place of those of the same problems; the next call uses them.
 
     Raises:
         ValueError: what is there is damaged; it is not touched.
     """
     entries = [
-        {"kind": kind, "problem": problem._asdict(), "launch": vars(launch)}
-        for (kind, problem), launch in (read_tuned(path) | dict(launches)).items()
+        {"kind": kind, "problem": problem._asdict(), "config": vars(config)}
+        for (kind, problem), config in (read_tuned(path) | dict(configs)).items()
     ]
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps({"format": FORMAT, "launches": entries}, indent=1) + "\n")
+        temporary.write_text(json.dumps({"format": FORMAT, "configs": entries}, indent=1) + "\n")
     forget()

@@ -20,6 +20,7 @@ from .define import (
     WAY_OUT,
     call,
     call_in_backward,
+    define_op,
     eager_form,
     flattened,
     grouped,
@@ -29,17 +30,16 @@ from .define import (
     library,
     module,
     on_device,
-    register,
 )
 
 __all__ = ["attention", "attention_state", "choices", "readable", "unsupported"]
 
 
-class WithState(NamedTuple):
-    with_state: bool
+class WithStats(NamedTuple):
+    with_stats: bool
 
 
-WITH_STATE, WITHOUT_STATE = WithState(True), WithState(False)
+WITH_STATS, WITHOUT_STATS = WithStats(True), WithStats(False)
 
 MAX_HEAD_DIM = 256
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # asked once: a search takes longer than a launch
@@ -91,7 +91,7 @@ def attention(inputs: Inputs, options: Options) -> Tensor:
     inputs = readable(inputs)
     if is_tracked(inputs):
         return _function().apply(*inputs, options)[0]
-    return call("forward", inputs, options, WITHOUT_STATE)[0]
+    return call("forward", inputs, options, WITHOUT_STATS)[0]
 
 
 def attention_state(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,11 +99,11 @@ def attention_state(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, T
     return _function().apply(*readable(inputs), options)  # pyright: ignore[reportReturnType]
 
 
-def choices(inputs: Inputs, options: Options, *, with_state: bool, with_gradients: bool) -> dict[str, Any]:
+def choices(inputs: Inputs, options: Options, *, with_stats: bool, with_gradients: bool) -> dict[str, Any]:
     """The kernels that compute a call, by direction: a ``dispatch.Choice`` each. Launches nothing."""
     inputs = readable(inputs)
     problem = problem_of(inputs, options)
-    return module("dispatch").choices(problem, inputs, with_state=with_state, with_gradients=with_gradients)
+    return module("dispatch").choices(problem, inputs, with_stats=with_stats, with_gradients=with_gradients)
 
 
 def readable(inputs: Inputs) -> Inputs:
@@ -121,7 +121,7 @@ class _Attention(Function):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
         *inputs, options = args
-        return call("forward", Inputs._make(inputs), options, WITH_STATE)
+        return call("forward", Inputs._make(inputs), options, WITH_STATS)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -163,14 +163,14 @@ def _function() -> type[Function]:
     return _Transformable if is_transformed() else _Eager
 
 
-def _forward(inputs: Inputs, options: Options, state: WithState) -> tuple[Tensor | None, ...]:
+def _forward(inputs: Inputs, options: Options, state: WithStats) -> tuple[Tensor | None, ...]:
     with on_device(inputs.query):
-        return module("dispatch").forward(problem_of(inputs, options), inputs, options, state.with_state)
+        return module("dispatch").forward(problem_of(inputs, options), inputs, options, state.with_stats)
 
 
-def _forward_fake(inputs: Inputs, options: Options, state: WithState) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_fake(inputs: Inputs, options: Options, state: WithStats) -> tuple[Tensor, Tensor, Tensor]:
     query, value = inputs.query, inputs.value
-    shape, dtype = (query.shape[:-1], torch.float32) if state.with_state else ((0,), query.dtype)
+    shape, dtype = (query.shape[:-1], torch.float32) if state.with_stats else ((0,), query.dtype)
     row_max, row_sum = (query.new_empty(shape, dtype=dtype) for _ in range(2))
     return query.new_empty(*query.shape[:-1], value.shape[-1]), row_max, row_sum
 
@@ -231,8 +231,8 @@ def _backward_flop(*groups: Any) -> int:
     return forward_flop(*groups) * 5 // 2
 
 
-register("forward", (Inputs, Options, WithState), "(Tensor, Tensor, Tensor)", _forward, _forward_fake, forward_flop)
-register(
+define_op("forward", (Inputs, Options, WithStats), "(Tensor, Tensor, Tensor)", _forward, _forward_fake, forward_flop)
+define_op(
     "backward", (Inputs, Options, Cotangents), f"({', '.join(['Tensor'] * len(Inputs._fields))})",
     _backward, _backward_fake, _backward_flop,
 )  # fmt: skip

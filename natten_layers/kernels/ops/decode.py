@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..host.cache_problem import CacheInputs, CacheOptions
 from .attention import unsupported
-from .define import call, last_contiguous, module, on_device, register
+from .define import call, define_op, last_contiguous, module, on_device
 
 __all__ = ["decode", "why_not"]
 
@@ -58,4 +58,4 @@ def _decode_fake(inputs: CacheInputs, options: CacheOptions, wanted: WithLse) ->
     return query.new_empty(*query.shape[:-1], value.shape[-1]), query.new_empty(shape, dtype=dtype)
 
 
-register("decode", (CacheInputs, CacheOptions, WithLse), "(Tensor, Tensor)", _decode, _decode_fake)
+define_op("decode", (CacheInputs, CacheOptions, WithLse), "(Tensor, Tensor)", _decode, _decode_fake)

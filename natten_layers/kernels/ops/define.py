@@ -21,6 +21,7 @@ __all__ = [
     "WAY_OUT",
     "call",
     "call_in_backward",
+    "define_op",
     "eager_form",
     "flattened",
     "grouped",
@@ -32,7 +33,6 @@ __all__ = [
     "library",
     "module",
     "on_device",
-    "register",
 ]
 
 NOT_FUSED = "the fused kernels do not have"
@@ -44,7 +44,7 @@ Results = Tensor | tuple[Tensor | None, ...]
 library = torch.library.Library("natten_layers", "DEF")
 _PLAIN = frozenset((Tensor, nn.Parameter, type(None), int, float, bool, str, tuple, list))
 """types of arguments that do not want to see an operator"""
-_HERE = nullcontext()
+NO_DEVICE_GUARD = nullcontext()
 
 
 class _Operator(NamedTuple):
@@ -67,7 +67,7 @@ _SCHEMA_TYPES: dict[Any, str] = {
 }
 
 
-def register(
+def define_op(
     name: str,
     groups: tuple[type[Any], ...],
     results: str,
@@ -229,7 +229,7 @@ def module(name: str) -> Any:
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device: make it the tensor's."""
     if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
-        return _HERE
+        return NO_DEVICE_GUARD
     return torch.cuda.device_of(tensor)
 
 

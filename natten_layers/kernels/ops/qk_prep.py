@@ -11,6 +11,7 @@ from ..host.problem import QKPrep
 from .define import (
     call,
     call_in_backward,
+    define_op,
     eager_form,
     grouped,
     is_tracked,
@@ -18,10 +19,9 @@ from .define import (
     last_contiguous,
     module,
     on_device,
-    register,
 )
 
-__all__ = ["rotate"]
+__all__ = ["qk_prep"]
 
 
 class Heads(NamedTuple):
@@ -34,23 +34,23 @@ class HeadGradients(NamedTuple):
     grad_key: Tensor
 
 
-def rotate(query: Tensor, key: Tensor, prep: QKPrep) -> tuple[Tensor, Tensor]:
+def qk_prep(query: Tensor, key: Tensor, prep: QKPrep) -> tuple[Tensor, Tensor]:
     """Both prepared, contiguous. No gradient reaches positions and frequencies."""
     heads = Heads(last_contiguous(query), last_contiguous(key))
     if is_tracked((query, key, prep.query_gain, prep.key_gain)):
         plain = not torch.compiler.is_compiling() and not is_transformed()
-        return (_Eager if plain else _Rotate).apply(*heads, *prep)  # pyright: ignore[reportReturnType]
-    return call("rotate", heads, prep)
+        return (_Eager if plain else _QKPrep).apply(*heads, *prep)  # pyright: ignore[reportReturnType]
+    return call("qk_prep", heads, prep)
 
 
-class _Rotate(torch.autograd.Function):
+class _QKPrep(torch.autograd.Function):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        return call("rotate", *grouped("rotate", args))
+        return call("qk_prep", *grouped("qk_prep", args))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        heads, prep = grouped("rotate", inputs)
+        heads, prep = grouped("qk_prep", inputs)
         ctx.save_for_backward(*heads, prep.query_gain, prep.key_gain, prep.positions, prep.freqs)
         ctx.numbers = prep.factor, prep.norm, prep.eps
 
@@ -59,7 +59,7 @@ class _Rotate(torch.autograd.Function):
         query, key, *tensors = ctx.saved_tensors
         prep, gradients = QKPrep._make((*tensors, *ctx.numbers)), HeadGradients(*map(last_contiguous, grads))
         d_query, d_key, d_query_gain, d_key_gain = call_in_backward(
-            "rotate_backward", Heads(query, key), prep, gradients
+            "qk_prep_backward", Heads(query, key), prep, gradients
         )
         d_gains = (
             None if prep.query_gain is None else d_query_gain,
@@ -68,31 +68,31 @@ class _Rotate(torch.autograd.Function):
         return d_query, d_key, *d_gains, *(None,) * (len(prep) - len(d_gains))
 
 
-_Eager = eager_form(_Rotate)
+_Eager = eager_form(_QKPrep)
 
 
-def _rotate(heads: Heads, prep: QKPrep) -> tuple[Tensor, Tensor]:
+def _qk_prep(heads: Heads, prep: QKPrep) -> tuple[Tensor, Tensor]:
     with on_device(heads.query):
-        return module("portable.qk_prep").rotate(*heads, prep)
+        return module("portable.qk_prep").qk_prep(*heads, prep)
 
 
-def _rotate_fake(heads: Heads, prep: QKPrep) -> tuple[Tensor, Tensor]:
+def _qk_prep_fake(heads: Heads, prep: QKPrep) -> tuple[Tensor, Tensor]:
     query, key = heads
     return query.new_empty(query.shape), key.new_empty(key.shape)
 
 
-def _rotate_backward(heads: Heads, prep: QKPrep, gradients: HeadGradients) -> tuple[Tensor | None, ...]:
+def _qk_prep_backward(heads: Heads, prep: QKPrep, gradients: HeadGradients) -> tuple[Tensor | None, ...]:
     with on_device(heads.query):
-        return module("portable.qk_prep").rotate_backward(*heads, prep, *gradients)
+        return module("portable.qk_prep").qk_prep_backward(*heads, prep, *gradients)
 
 
-def _rotate_backward_fake(heads: Heads, prep: QKPrep, gradients: HeadGradients) -> tuple[Tensor, ...]:
+def _qk_prep_backward_fake(heads: Heads, prep: QKPrep, gradients: HeadGradients) -> tuple[Tensor, ...]:
     tensors = *heads, prep.query_gain, prep.key_gain
     return tuple(heads.query.new_empty(0) if x is None else x.new_empty(x.shape) for x in tensors)
 
 
-register("rotate", (Heads, QKPrep), "(Tensor, Tensor)", _rotate, _rotate_fake)
-register(
-    "rotate_backward", (Heads, QKPrep, HeadGradients), "(Tensor, Tensor, Tensor, Tensor)",
-    _rotate_backward, _rotate_backward_fake,
+define_op("qk_prep", (Heads, QKPrep), "(Tensor, Tensor)", _qk_prep, _qk_prep_fake)
+define_op(
+    "qk_prep_backward", (Heads, QKPrep, HeadGradients), "(Tensor, Tensor, Tensor, Tensor)",
+    _qk_prep_backward, _qk_prep_backward_fake,
 )  # fmt: skip

@@ -32,7 +32,7 @@ from ..host.problem import (
     strides,
 )
 from ..host.tiling import register_block
-from ..host.tuned import launch_for
+from ..host.tuned import tile_config_for
 from .forward import query_tile
 from .primitives import (
     LOG2E,
@@ -294,7 +294,7 @@ def backward_register_kernel(
 
 
 def query_plan(p: Problem, grad_out: Layout, grad_lse: Layout | None) -> Plan:
-    config = launch_for("backward_query", p.problem_class)
+    config = tile_config_for("backward_query", p.problem_class)
     unit = stride_unit((*p.input_strides(), strides(grad_out)))
     grad_strides = (0,) * 5 if grad_lse is None else strides(grad_lse)
     tensors = p.query, p.key, p.value, grad_out, grad_lse, p.out, p.statistics, contiguous(p.query.shape)
@@ -328,7 +328,7 @@ def backward_query(
 
 
 def key_plan(p: Problem, grad_out: Layout) -> Plan:
-    config = launch_for("backward_key", p.problem_class)
+    config = tile_config_for("backward_key", p.problem_class)
     tiles = p.tiles(config.tile)
     results = contiguous(p.key.shape), contiguous(p.value.shape)
     tensor_strides = *p.input_strides()[:3], strides(grad_out)
@@ -352,7 +352,7 @@ def backward_key(
     return grad_key, grad_value
 
 
-class RegisterConfig(NamedTuple):
+class RegisterTokensConfig(NamedTuple):
     registers: int
     """registers that a program takes at a time"""
     rows: int
@@ -376,7 +376,7 @@ def register_plan(p: Problem, grad_out: Layout) -> Plan:
         ),
         **p.constants(), BR=registers, BM=rows, num_warps=4,
     )  # fmt: skip
-    return Plan(RegisterConfig(registers, rows, slices), launch)
+    return Plan(RegisterTokensConfig(registers, rows, slices), launch)
 
 
 def backward_registers(

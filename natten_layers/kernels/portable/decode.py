@@ -21,7 +21,7 @@ from ..host.cache_problem import CacheInputs, CacheOptions, CacheProblem
 from ..host.launcher import Launcher, launcher
 from ..host.problem import device_traits
 from ..host.tiling import next_power_of_2, padded_head_dim, tile_copies
-from .forward import attend_registers, initial_state
+from .forward import attend_registers, initial_stats
 from .primitives import (
     LN2,
     LOG2E,
@@ -85,7 +85,7 @@ def attend_cache(
     b_q, b_acc, row_m, row_l, K, V, KeyPositions, k_stride, v_stride, position_stride, begin, end,
     row_lo, row_hi, factor, score_scale,
     BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
-    CLEAN: tl.constexpr, SCALE_FIRST: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    NONFINITE: tl.constexpr, SCALE_FIRST: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Fold those of the slots ``begin`` to ``end`` whose positions lie in the rows' ``[row_lo, row_hi]``.
 
@@ -104,7 +104,7 @@ def attend_cache(
             b_s = b_s * score_scale
         b_visible = (col[None, :] >= row_lo[:, None]) & (col[None, :] <= row_hi[:, None])
         b_s = tl.where(b_visible, b_s, float("-inf"))
-        b_acc, row_m, row_l = softmax_step(b_acc, row_m, row_l, b_s, b_v, b_visible, factor, CLEAN, PRECISION)
+        b_acc, row_m, row_l = softmax_step(b_acc, row_m, row_l, b_s, b_v, b_visible, factor, NONFINITE, PRECISION)
     return b_acc, row_m, row_l
 
 
@@ -113,25 +113,25 @@ def attend_slice(
     b_q, K, V, KeyPositions, RegK, RegV, Sink, k_stride, v_stride, position_stride, regk_strides, regv_strides,
     begin, end, row_lo, row_hi, row_head, registers, sink, with_sink, scale,
     BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
-    BR: tl.constexpr, SINK: tl.constexpr, CLEAN: tl.constexpr, SCALE_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+    BR: tl.constexpr, SINK: tl.constexpr, NONFINITE: tl.constexpr, SCALE_FIRST: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """Softmax state of the rows over the sink (if ``with_sink``), ``registers`` and one slice of the cache."""
     score_scale = scale * LOG2E
     # A scale that is not positive does not commute with the maximum: then the scores are scaled before it.
     factor = 1.0 if SCALE_FIRST else score_scale
-    b_acc, row_m, row_l = initial_state(Sink, row_head, sink, SINK, BM, BDV)  # pyright: ignore[reportGeneralTypeIssues]
+    b_acc, row_m, row_l = initial_stats(Sink, row_head, sink, SINK, BM, BDV)  # pyright: ignore[reportGeneralTypeIssues]
     if SINK != "none":
         row_m = tl.where(with_sink, row_m, LOWEST)
         row_l = tl.where(with_sink, row_l, 0.0)
     if BR > 0:
         b_acc, row_m, row_l = attend_registers(
             b_q, b_acc, row_m, row_l, RegK, RegV, regk_strides, regv_strides, registers, factor, score_scale,
-            BR, D, BD, DV, BDV, CLEAN, SCALE_FIRST, PRECISION,
+            BR, D, BD, DV, BDV, NONFINITE, SCALE_FIRST, PRECISION,
         )  # fmt: skip
     return attend_cache(
         b_q, b_acc, row_m, row_l, K, V, KeyPositions, k_stride, v_stride, position_stride, begin, end,
-        row_lo, row_hi, factor, score_scale, BN, D, BD, DV, BDV, CLEAN, SCALE_FIRST, PRECISION, STAGES,
+        row_lo, row_hi, factor, score_scale, BN, D, BD, DV, BDV, NONFINITE, SCALE_FIRST, PRECISION, STAGES,
     )  # fmt: skip
 
 

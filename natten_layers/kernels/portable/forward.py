@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..host.launcher import Plan, launcher
 from ..host.problem import Inputs, Options, Problem, in_units, new_results, stride_unit
-from ..host.tuned import launch_for
+from ..host.tuned import tile_config_for
 from .primitives import (
     LN2,
     LOG2E,
@@ -72,7 +72,8 @@ def attend_window(
     kernel, stride, dilation, factor, score_scale,
     CAUSAL: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
-    MASK: tl.constexpr, CLEAN: tl.constexpr, SCALE_FIRST: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    MASK: tl.constexpr, NONFINITE: tl.constexpr, SCALE_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Fold the union of the tile's windows into the softmax state. ``K``, ``V`` point at the batch and KV head."""
     row_lo, row_hi = windows_of(index, count, kernel, stride, CAUSAL)
@@ -91,9 +92,9 @@ def attend_window(
             CHUNK, RANK, MASK, SCALE_FIRST, PRECISION,
         )  # fmt: skip
         b_visible = None
-        if CLEAN:
+        if NONFINITE:
             b_visible = visibility(row_lo, row_hi, corner, inner, RANK)
-        b_acc, row_m, row_l = softmax_step(b_acc, row_m, row_l, b_s, b_v, b_visible, factor, CLEAN, PRECISION)
+        b_acc, row_m, row_l = softmax_step(b_acc, row_m, row_l, b_s, b_v, b_visible, factor, NONFINITE, PRECISION)
         corner = next_chunk(corner, lo, hi, CHUNK, RANK)
     return b_acc, row_m, row_l
 
@@ -102,7 +103,7 @@ def attend_window(
 def attend_registers(
     b_q, b_acc, row_m, row_l, RegK, RegV, regk_strides, regv_strides, registers, factor, score_scale,
     BR: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
-    CLEAN: tl.constexpr, SCALE_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+    NONFINITE: tl.constexpr, SCALE_FIRST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Fold the registers, seen by every query, into the softmax state."""
     n = tl.arange(0, BR)
@@ -116,12 +117,12 @@ def attend_registers(
             b_s = b_s * score_scale
         b_visible = tl.broadcast_to(m_r[None, :], b_s.shape)
         b_s = tl.where(b_visible, b_s, float("-inf"))
-        b_acc, row_m, row_l = softmax_step(b_acc, row_m, row_l, b_s, b_v, b_visible, factor, CLEAN, PRECISION)
+        b_acc, row_m, row_l = softmax_step(b_acc, row_m, row_l, b_s, b_v, b_visible, factor, NONFINITE, PRECISION)
     return b_acc, row_m, row_l
 
 
 @triton.jit
-def initial_state(Sink, row_head, sink, SINK: tl.constexpr, BM: tl.constexpr, BDV: tl.constexpr):
+def initial_stats(Sink, row_head, sink, SINK: tl.constexpr, BM: tl.constexpr, BDV: tl.constexpr):
     """Empty softmax state, or one that has seen the sink: ``m = sink, l = 1, acc = 0``."""
     if SINK == "none":
         row_m = tl.full([BM], LOWEST, tl.float32)
@@ -143,7 +144,7 @@ def attend_tile(
     length, kernel, stride, dilation, tiles, group, kv_heads, registers, sink, scale,
     CAUSAL: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr,
     PACK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, BR: tl.constexpr,
-    SINK: tl.constexpr, WITH_STATE: tl.constexpr, MASK: tl.constexpr, SCALE_FIRST: tl.constexpr,
+    SINK: tl.constexpr, WITH_STATS: tl.constexpr, MASK: tl.constexpr, SCALE_FIRST: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Attention of one query tile. ``Out [B, T, H, W, heads, DV]`` and the statistics are contiguous.
@@ -175,7 +176,7 @@ def attend_tile(
     if BR > 0:
         RegK += i_batch * regk_strides[0] + i_kv * regk_strides[2]
         RegV += i_batch * regv_strides[0] + i_kv * regv_strides[2]
-    b_acc, row_m, row_l = initial_state(Sink, row_head, sink, SINK, BM, BDV)
+    b_acc, row_m, row_l = initial_stats(Sink, row_head, sink, SINK, BM, BDV)
     b_acc, row_m, row_l = attend_window(
         b_q, b_acc, row_m, row_l, K, V, k_strides, v_strides, residue, count, origin, index,
         kernel, stride, dilation, factor, score_scale, CAUSAL, TILE, CHUNK, RANK, WIDE, D, BD, DV, BDV,
@@ -190,7 +191,7 @@ def attend_tile(
     # NaN or inf times zero, or scores that are too large to be scaled while the maximum is subtracted: rare enough to
     # pay for it with a second pass, which scales them before, and only then.
     if tl.max(tl.where(are_sound(b_acc, row_m, row_l), 0, 1), 0) > 0:
-        b_acc, row_m, row_l = initial_state(Sink, row_head, sink, SINK, BM, BDV)
+        b_acc, row_m, row_l = initial_stats(Sink, row_head, sink, SINK, BM, BDV)
         if BR > 0:
             b_acc, row_m, row_l = attend_registers(
                 b_q, b_acc, row_m, row_l, RegK, RegV, regk_strides, regv_strides, registers, 1.0, score_scale,
@@ -204,7 +205,7 @@ def attend_tile(
 
     o_row = contiguous_row(i_batch, token, length) * (kv_heads * group) + row_head
     store_columns(Out, o_row * DV, m_rows, scale_rows(b_acc, 1.0 / row_l), DV, BDV)
-    if WITH_STATE:
+    if WITH_STATS:
         tl.store(RowMax + o_row, row_m * LN2, mask=m_rows)
         tl.store(RowSum + o_row, row_l, mask=m_rows)
 
@@ -216,7 +217,7 @@ def forward_kernel(
     length, kernel, stride, dilation, tiles, group, kv_heads, registers, sink, scale,
     CAUSAL: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr,
     PACK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, BR: tl.constexpr,
-    SINK: tl.constexpr, WITH_STATE: tl.constexpr, MASK: tl.constexpr, SCALE_FIRST: tl.constexpr,
+    SINK: tl.constexpr, WITH_STATS: tl.constexpr, MASK: tl.constexpr, SCALE_FIRST: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """One tile a program; arguments as those of ``attend_tile``."""
@@ -224,29 +225,29 @@ def forward_kernel(
         tl.program_id(0), Q, K, V, Out, RowMax, RowSum, RegK, RegV, Sink,
         q_strides, k_strides, v_strides, regk_strides, regv_strides,
         length, kernel, stride, dilation, tiles, group, kv_heads, registers, sink, scale,
-        CAUSAL, TILE, CHUNK, RANK, WIDE, PACK, D, BD, DV, BDV, BR, SINK, WITH_STATE, MASK, SCALE_FIRST, PRECISION,
+        CAUSAL, TILE, CHUNK, RANK, WIDE, PACK, D, BD, DV, BDV, BR, SINK, WITH_STATS, MASK, SCALE_FIRST, PRECISION,
         STAGES, UNIT,
     )  # fmt: skip
 
 
-def plan(p: Problem, with_state: bool) -> Plan:
-    config, unit = launch_for("forward", p.problem_class), stride_unit(p.input_strides())
+def plan(p: Problem, with_stats: bool) -> Plan:
+    config, unit = tile_config_for("forward", p.problem_class), stride_unit(p.input_strides())
     launch = launcher(
         forward_kernel,
         (p.programs(config),),
         (*in_units(p.input_strides(), unit), *p.geometry, p.tiles(config.tile), p.group, p.kv_heads, p.registers),
         **p.program(config, (p.query, p.key, p.value, p.out)), **p.constants(),
-        PACK=config.pack, BR=p.register_tile, SINK=p.sink, WITH_STATE=with_state, UNIT=unit,
+        PACK=config.pack, BR=p.register_tile, SINK=p.sink, WITH_STATS=with_stats, UNIT=unit,
     )  # fmt: skip
     return Plan(config, launch)
 
 
 def forward(
-    plan: Plan, problem: Problem, inputs: Inputs, options: Options, with_state: bool
+    plan: Plan, problem: Problem, inputs: Inputs, options: Options, with_stats: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """``out [B, *spatial, Hq, Dv]`` and, ``with_state``, ``row_max`` and ``row_sum [B, *spatial, Hq]`` in fp32."""
+    """``out [B, *spatial, Hq, Dv]`` and, ``with_stats``, ``row_max`` and ``row_sum [B, *spatial, Hq]`` in fp32."""
     query, key, value, additional_keys, additional_values, sink = inputs
-    out, row_max, row_sum = new_results(query, problem.value.shape[-1], with_state)
+    out, row_max, row_sum = new_results(query, problem.value.shape[-1], with_stats)
     tensors = query, key, value, out, row_max, row_sum, additional_keys, additional_values, sink
     plan.launch(tensors, (options.sink_value, options.scale))
     return out, row_max, row_sum

@@ -414,11 +414,11 @@ def row_zeros(b_tile):
 
 
 @triton.jit
-def hear_nonfinite(b_acc, b_v, b_visible):
+def nonfinite_to_rows(b_acc, b_v, b_visible):
     """``b_acc`` with NaN where a visible value is not finite, and ``b_v`` with zeros there."""
     b_finite = tl.abs(b_v.to(tl.float32)) < float("inf")
-    b_heard = tl.dot(b_visible.to(b_v.dtype), tl.where(b_finite, 0.0, 1.0).to(b_v.dtype))
-    return tl.where(b_heard > 0, float("nan"), b_acc), tl.where(b_finite, b_v, 0.0)
+    b_nonfinite = tl.dot(b_visible.to(b_v.dtype), tl.where(b_finite, 0.0, 1.0).to(b_v.dtype))
+    return tl.where(b_nonfinite > 0, float("nan"), b_acc), tl.where(b_finite, b_v, 0.0)
 
 
 @triton.jit
@@ -432,22 +432,22 @@ def are_sound(b_acc, row_m, row_l):
 
 
 @triton.jit
-def softmax_step(b_acc, row_m, row_l, b_s, b_v, b_visible, factor, CLEAN: tl.constexpr, PRECISION: tl.constexpr):
+def softmax_step(b_acc, row_m, row_l, b_s, b_v, b_visible, factor, NONFINITE: tl.constexpr, PRECISION: tl.constexpr):
     """Fold the masked scores ``b_s [M, N]`` and values ``b_v [N, D]`` into the state; ``factor >= 0`` to base-2 logits.
 
-    ``CLEAN`` contains values that are not finite: a weight of zero times NaN is NaN, so such values count as zero for
-    the queries that do not see them and as NaN for those that do.
+    ``NONFINITE`` keeps values that are not finite to the queries that see them: a weight of zero times NaN is NaN, so
+    such values count as zero for the queries that do not see them and as NaN for those that do.
     """
     row_m_new = tl.maximum(row_m, tl.max(b_s, 1) * factor)
     row_alpha = tl.exp2(row_m - row_m_new)
     b_p = tl.exp2(b_s * factor - row_m_new[:, None])
     row_l = row_l * row_alpha + tl.sum(b_p, 1)
     b_acc = scale_rows(b_acc, row_alpha)
-    if CLEAN:
-        b_acc0, b_v0 = hear_nonfinite(b_acc[0], b_v[0], b_visible)
+    if NONFINITE:
+        b_acc0, b_v0 = nonfinite_to_rows(b_acc[0], b_v[0], b_visible)
         if len(b_acc) == 1:
             b_acc, b_v = (b_acc0,), (b_v0,)
         else:
-            b_acc1, b_v1 = hear_nonfinite(b_acc[1], b_v[1], b_visible)
+            b_acc1, b_v1 = nonfinite_to_rows(b_acc[1], b_v[1], b_visible)
             b_acc, b_v = (b_acc0, b_acc1), (b_v0, b_v1)
     return add_weighted(b_acc, b_p, b_v, PRECISION), row_m_new, row_l

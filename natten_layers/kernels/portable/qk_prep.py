@@ -106,10 +106,10 @@ def cos_sin(angle):
     r2 = r * r
     sin = r + r * r2 * (-1.6666654611e-1 + r2 * (8.3321608736e-3 - r2 * 1.9515295891e-4))
     cos = 1.0 - 0.5 * r2 + r2 * r2 * (4.166664568298827e-2 + r2 * (-1.388731625493765e-3 + r2 * 2.443315711809948e-5))
-    turn = quarter.to(tl.int32)
-    odd = (turn & 1) == 1
+    quadrant = quarter.to(tl.int32)
+    odd = (quadrant & 1) == 1
     a, b = tl.where(odd, sin, cos), tl.where(odd, cos, sin)
-    return tl.where(((turn + 1) & 2) == 2, -a, a), tl.where((turn & 2) == 2, -b, b)
+    return tl.where(((quadrant + 1) & 2) == 2, -a, a), tl.where((quadrant & 2) == 2, -b, b)
 
 
 @triton.jit
@@ -152,7 +152,7 @@ def element_gains(Gain, PAIRS: tl.constexpr, REST: tl.constexpr, BP: tl.constexp
 
 
 @triton.jit
-def turn_tile(
+def prepare_tile(
     X, Out, Gain, Positions, Freqs, x_strides, out_strides,
     i_outer, tokens, outers, items, run, group, factor, eps,
     AXES: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, BP: tl.constexpr, T: tl.constexpr,
@@ -180,13 +180,13 @@ def turn_tile(
 
 
 @triton.jit
-def turn_back_tile(
+def prepare_tile_backward(
     X, Grad, GradX, Partial, Gain, Positions, Freqs, x_strides, grad_strides, out_strides,
     i_outer, tokens, outers, own_outers, items, run, group, factor, eps,
     AXES: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, BP: tl.constexpr, T: tl.constexpr,
     NORM: tl.constexpr, BY_HEAD: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of ``turn_tile``: turn the gradient back to ``u``, then with ``n = x * scale`` and ``h = u * gain``
+    """Gradient of ``prepare_tile``: turn the gradient back to ``u``, then with ``n = x * scale`` and ``h = u * gain``
     ``dgain = sum u * n`` and ``dx = scale * (h - n * (h . n))``, the product a mean for RMS norms.
 
     Gains get partial sums, which the caller adds in a fixed order: cosine ``[tiles, outer, item]``, RMS ``[blocks,
@@ -229,7 +229,7 @@ def turn_back_tile(
 
 
 @triton.jit
-def rotate_kernel(
+def qk_prep_kernel(
     Q, K, OutQ, OutK, GainQ, GainK, Positions, Freqs, q_strides, k_strides, outq_strides, outk_strides,
     tokens, outers, items, group, run, factor, eps,
     AXES: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, BP: tl.constexpr, T: tl.constexpr,
@@ -242,13 +242,13 @@ def rotate_kernel(
     total = outers[0] + outers[1]
     i_outer = (tl.program_id(0) % total).to(tl.int64)
     if i_outer < outers[0]:
-        turn_tile(
+        prepare_tile(
             Q, OutQ, GainQ, Positions, Freqs, q_strides, outq_strides,
             i_outer, tokens, total, items[0], run, group[0], factor, eps,
             AXES, PAIRS, REST, BP, T, NORM, BY_HEAD,
         )  # fmt: skip
     else:
-        turn_tile(
+        prepare_tile(
             K, OutK, GainK, Positions, Freqs, k_strides, outk_strides,
             i_outer - outers[0], tokens, total, items[1], run, group[1], factor, eps,
             AXES, PAIRS, REST, BP, T, NORM, BY_HEAD,
@@ -256,24 +256,24 @@ def rotate_kernel(
 
 
 @triton.jit
-def rotate_backward_kernel(
+def qk_prep_backward_kernel(
     Q, K, DOutQ, DOutK, DQ, DK, PartialQ, PartialK, GainQ, GainK, Positions, Freqs,
     q_strides, k_strides, doutq_strides, doutk_strides, dq_strides, dk_strides,
     tokens, outers, items, group, run, factor, eps,
     AXES: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, BP: tl.constexpr, T: tl.constexpr,
     NORM: tl.constexpr, BY_HEAD: tl.constexpr,
 ):  # fmt: skip
-    """Takes what ``rotate_kernel`` takes, gradients of its results, and gives gradients and sums for those of gains."""
+    """Takes what ``qk_prep_kernel`` takes and gradients of its results; writes gradients and partial sums of gains."""
     total = outers[0] + outers[1]
     i_outer = (tl.program_id(0) % total).to(tl.int64)
     if i_outer < outers[0]:
-        turn_back_tile(
+        prepare_tile_backward(
             Q, DOutQ, DQ, PartialQ, GainQ, Positions, Freqs, q_strides, doutq_strides, dq_strides,
             i_outer, tokens, total, outers[0], items[0], run, group[0], factor, eps,
             AXES, PAIRS, REST, BP, T, NORM, BY_HEAD,
         )  # fmt: skip
     else:
-        turn_back_tile(
+        prepare_tile_backward(
             K, DOutK, DK, PartialK, GainK, Positions, Freqs, k_strides, doutk_strides, dk_strides,
             i_outer - outers[0], tokens, total, outers[1], items[1], run, group[1], factor, eps,
             AXES, PAIRS, REST, BP, T, NORM, BY_HEAD,
@@ -326,14 +326,14 @@ def blocks(query: Tensor, key: Tensor) -> tuple[int, int, int]:
     return tiles, _ceil(items, run), run
 
 
-def rotate(query: Tensor, key: Tensor, prep: QKPrep) -> tuple[Tensor, Tensor]:
+def qk_prep(query: Tensor, key: Tensor, prep: QKPrep) -> tuple[Tensor, Tensor]:
     """``query [B, *spatial, Hq, D]`` and ``key [B, *spatial, Hkv, D]`` normalised and rotated, contiguous."""
     out_query, out_key = new_like(query), new_like(key)
-    _launch(prep, rotate_kernel, [_view(prep, x) for x in (query, key, out_query, out_key)])
+    _launch(prep, qk_prep_kernel, [_view(prep, x) for x in (query, key, out_query, out_key)])
     return out_query, out_key
 
 
-def rotate_backward(
+def qk_prep_backward(
     query: Tensor, key: Tensor, prep: QKPrep, grad_query: Tensor, grad_key: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of query and key, contiguous, and of the gains."""
@@ -346,7 +346,7 @@ def rotate_backward(
         outers, _, items, head_dim = view.shape
         shape = (tiles * runs, outers, head_dim) if prep.norm == "rms" else (tiles, outers, items)
         partials.append(None if gain is None else view.new_empty(shape, dtype=torch.float32))
-    _launch(prep, rotate_backward_kernel, views, partials)
+    _launch(prep, qk_prep_backward_kernel, views, partials)
     # All but the elements of a head are summed for an RMS norm, all but the heads for cosines.
     summed = (0, 2) if prep.norm == "cosine" and prep.by_head else (0, 1)
     d_gains = [

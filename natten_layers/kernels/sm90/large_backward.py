@@ -33,7 +33,7 @@ from ..host.problem import (
     strides,
     three_axes,
 )
-from ..host.tiling import Box, Launch, head_width
+from ..host.tiling import Box, TileConfig, head_width
 from ..portable.primitives import (
     LOG2E,
     inside_axes,
@@ -59,11 +59,11 @@ from .primitives import (
     multiprocessors,
     new_ring,
     new_schedule,
-    next_place,
+    next_walk_index,
     output_rows,
     query_descriptor,
     release,
-    slot,
+    stage_of,
     store_rows,
     take_tile,
     tile_of,
@@ -76,59 +76,63 @@ PLAIN = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=4)
 
 
 @gluon.jit
-def key_walk(i_work, plan, CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr):
+def key_walk(tile_id, plan, CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr):
     """Batch, KV head, box of keys and walk over the queries that see them.
 
     A query sees the key at its own place, so that no walk is empty.
     """
-    i_batch, i_kv, _i_tile, count, origin = tile_of(i_work, plan, TILE)
+    i_batch, i_kv, _i_tile, count, origin = tile_of(tile_id, plan, TILE)
     lo, hi, inner_lo, inner_hi = union_of_queries(origin, count, plan[1], plan[2], CAUSAL, TILE)
     lo = (lo[0], lo[1], lo[2] // ALIGNMENT * ALIGNMENT)  # where statistics can be loaded from
     return i_batch, i_kv, origin, walk_over(lo, hi, inner_lo, inner_hi, CHUNK)
 
 
 @gluon.jit
-def load_tiles(ring, schedule, Taken, k_desc, v_desc, plan, works, CAUSAL: gl.constexpr, TILE: gl.constexpr,
-               CHUNK: gl.constexpr, TILES: gl.constexpr):  # fmt: skip
-    """The warp that takes tiles and loads their keys and values."""
+def kv_tile_producer(
+    ring, schedule, TileCounter, k_desc, v_desc, plan, num_tiles,
+    CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr, TILES: gl.constexpr,
+):  # fmt: skip
+    """The warp that takes tiles off the counter and loads their keys and values."""
     n = 0
-    i_work = take_tile(schedule, 0, Taken)
-    while i_work < works:
-        i_batch, i_kv, origin, _walk = key_walk(i_work, plan, CAUSAL, TILE, CHUNK)
+    tile_id = take_tile(schedule, 0, TileCounter)
+    while tile_id < num_tiles:
+        i_batch, i_kv, origin, _walk = key_walk(tile_id, plan, CAUSAL, TILE, CHUNK)
         corner = [i_kv, i_batch * plan[0][0] + origin[0], origin[1], origin[2], 0]
         expect_load(ring, n, k_desc.block_type.nbytes + v_desc.block_type.nbytes, TILES)
         load_box(ring, k_desc, corner, n, 0, TILES)
         load_box(ring, v_desc, corner, n, 1, TILES)
         n += 1
-        i_work = take_tile(schedule, n, Taken)
+        tile_id = take_tile(schedule, n, TileCounter)
 
 
 @gluon.jit
-def load_chunks(ring, schedule, q_desc, do_desc, lse_desc, delta_desc, plan, works, group, CAUSAL: gl.constexpr,
-                TILE: gl.constexpr, CHUNK: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
-    """The warp that loads queries, their output gradients, lse and delta."""
+def q_chunk_producer(
+    ring, schedule, q_desc, do_desc, lse_desc, delta_desc, plan, num_tiles, group,
+    CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The warp that loads chunks of queries with their output gradients, lse and delta."""
     BYTES: gl.constexpr = (
         q_desc.block_type.nbytes + do_desc.block_type.nbytes + lse_desc.block_type.nbytes + delta_desc.block_type.nbytes
     )
     n = 0
     i_tile = 0
-    i_work = await_tile(schedule, 0)
-    while i_work < works:
-        i_batch, i_kv, _origin, walk = key_walk(i_work, plan, CAUSAL, TILE, CHUNK)
-        place, i_head = (0, 0, 0), i_kv * group
+    tile_id = await_tile(schedule, 0)
+    while tile_id < num_tiles:
+        i_batch, i_kv, _origin, walk = key_walk(tile_id, plan, CAUSAL, TILE, CHUNK)
+        i_walk, i_head = (0, 0, 0), i_kv * group
         for _ in range(chunk_count(walk) * group):
-            t, h, w = corner_at(place, walk, CHUNK)
+            t, h, w = corner_at(i_walk, walk, CHUNK)
             t += i_batch * plan[0][0]
             expect_load(ring, n, BYTES, STAGES)
             load_box(ring, q_desc, [i_head, t, h, w, 0], n, 0, STAGES)
             load_box(ring, do_desc, [i_head, t, h, w, 0], n, 1, STAGES)
             load_box(ring, lse_desc, [i_head, t, h, w], n, 2, STAGES)
             load_box(ring, delta_desc, [i_head, t, h, w], n, 3, STAGES)
-            place, wraps = next_place(place, walk)
+            i_walk, wraps = next_walk_index(i_walk, walk)
             i_head += gl.where(wraps, 1, 0)
             n += 1
         i_tile += 1
-        i_work = await_tile(schedule, i_tile)
+        tile_id = await_tile(schedule, i_tile)
 
 
 @gluon.jit
@@ -152,7 +156,7 @@ def add_queries(
 ):  # fmt: skip
     """Add what chunk ``n`` of queries gives to dK, which lacks ``scale``, and dV."""
     await_load(ring, n, True, STAGES)
-    i, _ = slot(n, STAGES)
+    i, _ = stage_of(n, STAGES)
     b_q = ring[0][0].index(i).reshape([N, b_k.shape[1]])
     b_do = ring[0][1].index(i).reshape([N, b_v.shape[1]])
     b_s = start_product(b_k, b_q, b_hidden)
@@ -196,7 +200,7 @@ def add_to_values(
 ):  # fmt: skip
     """Add what chunk ``n`` of queries gives to dV alone."""
     await_load(ring, n, True, STAGES)
-    i, _ = slot(n, STAGES)
+    i, _ = stage_of(n, STAGES)
     b_s = start_product(b_k, ring[0][0].index(i).reshape([N, b_k.shape[1]]), b_hidden)
     b_s = warpgroup_mma_wait(0, deps=[b_s])
     b_p = gl.exp2(b_s * factor - ring[0][2].index(i).reshape([N]).load(gl.SliceLayout(0, SCORES))[None, :])
@@ -214,7 +218,7 @@ def add_to_keys(
 ):  # fmt: skip
     """Add what chunk ``n`` of queries gives to dK alone, which lacks ``scale``."""
     await_load(ring, n, True, STAGES)
-    i, _ = slot(n, STAGES)
+    i, _ = stage_of(n, STAGES)
     b_q = ring[0][0].index(i).reshape([N, b_k.shape[1]])
     b_s = start_product(b_k, b_q, b_hidden)
     b_dp = start_product(b_v, ring[0][1].index(i).reshape([N, b_v.shape[1]]), None)
@@ -229,8 +233,8 @@ def add_to_keys(
 
 
 @gluon.jit
-def gather(
-    tile_ring, ring, schedule, DK, DV, plan, works, group, scale,
+def dkv_consumer(
+    tile_ring, ring, schedule, DK, DV, plan, num_tiles, group, scale,
     GROUP: gl.constexpr, BY_RESULT: gl.constexpr, CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr,
     RANK: gl.constexpr, D: gl.constexpr, BD: gl.constexpr, DIM_V: gl.constexpr, BDV: gl.constexpr,
     STAGES: gl.constexpr, TILES: gl.constexpr,
@@ -253,23 +257,23 @@ def gather(
     position = half_rows(HALF, M, TILE, 1, gl.SliceLayout(1, SCORES))[0]
     n = 0
     i_tile = 0
-    i_work = await_tile(schedule, 0)
-    while i_work < works:
-        i_batch, i_kv, origin, walk = key_walk(i_work, plan, CAUSAL, TILE, CHUNK)
+    tile_id = await_tile(schedule, 0)
+    while tile_id < num_tiles:
+        i_batch, i_kv, origin, walk = key_walk(tile_id, plan, CAUSAL, TILE, CHUNK)
         row_lo, row_hi = queries_of(shifted(position, origin), length, kernel, stride, CAUSAL)
         if not (BY_RESULT and GROUP == 0):
             b_dk = gl.zeros([M, BD], gl.float32, OUT_K)
         if not (BY_RESULT and GROUP == 1):
             b_dv = gl.zeros([M, BDV], gl.float32, OUT_V)
         await_load(tile_ring, i_tile, True, TILES)
-        i, _ = slot(i_tile, TILES)
+        i, _ = stage_of(i_tile, TILES)
         b_k = tile_ring[0][0].index(i).reshape([ROWS, BD])
         b_v = tile_ring[0][1].index(i).reshape([ROWS, BDV])
         if not BY_RESULT:
             b_k, b_v = b_k.slice(HALF * M, M), b_v.slice(HALF * M, M)
-        place = (0, 0, 0)
+        i_walk = (0, 0, 0)
         for _ in range(chunk_count(walk) * group):
-            b_hidden = chunk_mask(place, walk, row_lo, row_hi, inner, M, N, CHUNK, RANK, SCORES)
+            b_hidden = chunk_mask(i_walk, walk, row_lo, row_hi, inner, M, N, CHUNK, RANK, SCORES)
             if not BY_RESULT:
                 b_dk, b_dv = add_queries(
                     b_dk, b_dv, b_k, b_v, b_hidden, ring, n, factor, N, STAGES, SCORES, WEIGHTS_K, WEIGHTS_V
@@ -278,7 +282,7 @@ def gather(
                 b_dv = add_to_values(b_dv, b_k, b_v, b_hidden, ring, n, factor, N, STAGES, SCORES, WEIGHTS_V)
             else:
                 b_dk = add_to_keys(b_dk, b_k, b_v, b_hidden, ring, n, factor, N, STAGES, SCORES, WEIGHTS_K)
-            place, _wraps = next_place(place, walk)
+            i_walk, _wraps = next_walk_index(i_walk, walk)
             n += 1
 
         if not BY_RESULT:
@@ -293,13 +297,13 @@ def gather(
             store_half(None, b_dk * scale, DK, i_kv, i_batch, origin, length, kv_heads, HALF, TILE, 1, D)
         release(tile_ring, i_tile, TILES)
         i_tile += 1
-        i_work = await_tile(schedule, i_tile)
+        tile_id = await_tile(schedule, i_tile)
 
 
 @gluon.jit
-def hopper_key_kernel(
-    q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, DK, DV, Taken,
-    length, kernel, stride, tiles, group, kv_heads, works, scale,
+def large_dkv_kernel(
+    q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, DK, DV, TileCounter,
+    length, kernel, stride, tiles, group, kv_heads, num_tiles, scale,
     BY_RESULT: gl.constexpr, CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr, RANK: gl.constexpr,
     D: gl.constexpr, BD: gl.constexpr, DIM_V: gl.constexpr, BDV: gl.constexpr, STAGES: gl.constexpr,
     TILES: gl.constexpr,
@@ -310,13 +314,14 @@ def hopper_key_kernel(
     plan = (length, kernel, stride, tiles, kv_heads)
     gl.warp_specialize(
         [
-            (gather, (tile_ring, ring, schedule, DK, DV, plan, works, group, scale,
-                      0, BY_RESULT, CAUSAL, TILE, CHUNK, RANK, D, BD, DIM_V, BDV, STAGES, TILES)),
-            (gather, (tile_ring, ring, schedule, DK, DV, plan, works, group, scale,
-                      1, BY_RESULT, CAUSAL, TILE, CHUNK, RANK, D, BD, DIM_V, BDV, STAGES, TILES)),
-            (load_tiles, (tile_ring, schedule, Taken, k_desc, v_desc, plan, works, CAUSAL, TILE, CHUNK, TILES)),
-            (load_chunks, (ring, schedule, q_desc, do_desc, lse_desc, delta_desc, plan, works, group,
-                           CAUSAL, TILE, CHUNK, STAGES)),
+            (dkv_consumer, (tile_ring, ring, schedule, DK, DV, plan, num_tiles, group, scale,
+                            0, BY_RESULT, CAUSAL, TILE, CHUNK, RANK, D, BD, DIM_V, BDV, STAGES, TILES)),
+            (dkv_consumer, (tile_ring, ring, schedule, DK, DV, plan, num_tiles, group, scale,
+                            1, BY_RESULT, CAUSAL, TILE, CHUNK, RANK, D, BD, DIM_V, BDV, STAGES, TILES)),
+            (kv_tile_producer, (tile_ring, schedule, TileCounter, k_desc, v_desc, plan, num_tiles,
+                                CAUSAL, TILE, CHUNK, TILES)),
+            (q_chunk_producer, (ring, schedule, q_desc, do_desc, lse_desc, delta_desc, plan, num_tiles, group,
+                                CAUSAL, TILE, CHUNK, STAGES)),
         ],
         [4, 1, 1],  # warps: the first function has those of the launch
         [240, 24, 24],  # registers a thread
@@ -324,41 +329,45 @@ def hopper_key_kernel(
 
 
 @gluon.jit
-def load_queries(ring, schedule, Taken, q_desc, do_desc, plan, works, CAUSAL: gl.constexpr, TILE: gl.constexpr,
-                 CHUNK: gl.constexpr, PACK: gl.constexpr, TILES: gl.constexpr):  # fmt: skip
-    """The warp that takes tiles and loads their queries and output gradients."""
+def q_tile_producer(
+    ring, schedule, TileCounter, q_desc, do_desc, plan, num_tiles,
+    CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr, PACK: gl.constexpr, TILES: gl.constexpr,
+):  # fmt: skip
+    """The warp that takes tiles off the counter and loads their queries and output gradients."""
     n = 0
-    i_work = take_tile(schedule, 0, Taken)
-    while i_work < works:
-        i_batch, i_head, _i_flag, origin, _walk = tile_walk(i_work, plan, CAUSAL, TILE, CHUNK)
+    tile_id = take_tile(schedule, 0, TileCounter)
+    while tile_id < num_tiles:
+        i_batch, i_head, _i_flag, origin, _walk = tile_walk(tile_id, plan, CAUSAL, TILE, CHUNK)
         corner = [i_batch * plan[0][0] + origin[0], origin[1], origin[2], i_head * PACK, 0]
         expect_load(ring, n, q_desc.block_type.nbytes + do_desc.block_type.nbytes, TILES)
         load_box(ring, q_desc, corner, n, 0, TILES)
         load_box(ring, do_desc, corner, n, 1, TILES)
         n += 1
-        i_work = take_tile(schedule, n, Taken)
+        tile_id = take_tile(schedule, n, TileCounter)
 
 
 @gluon.jit
-def load_windows(ring, schedule, k_desc, v_desc, plan, works, group, CAUSAL: gl.constexpr, TILE: gl.constexpr,
-                 CHUNK: gl.constexpr, PACK: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
-    """The warp that loads keys and values."""
+def kv_chunk_producer(
+    ring, schedule, k_desc, v_desc, plan, num_tiles, group,
+    CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr, PACK: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The warp that loads chunks of keys and values."""
     n = 0
     i_tile = 0
-    i_work = await_tile(schedule, 0)
-    while i_work < works:
-        i_batch, i_head, _i_flag, _origin, walk = tile_walk(i_work, plan, CAUSAL, TILE, CHUNK)
-        place = (0, 0, 0)
+    tile_id = await_tile(schedule, 0)
+    while tile_id < num_tiles:
+        i_batch, i_head, _i_flag, _origin, walk = tile_walk(tile_id, plan, CAUSAL, TILE, CHUNK)
+        i_walk = (0, 0, 0)
         for _ in range(chunk_count(walk)):
-            t, h, w = corner_at(place, walk, CHUNK)
+            t, h, w = corner_at(i_walk, walk, CHUNK)
             corner = [i_head * PACK // group, i_batch * plan[0][0] + t, h, w, 0]
             expect_load(ring, n, k_desc.block_type.nbytes + v_desc.block_type.nbytes, STAGES)
             load_box(ring, k_desc, corner, n, 0, STAGES)
             load_box(ring, v_desc, corner, n, 1, STAGES)
-            place, _wraps = next_place(place, walk)
+            i_walk, _wraps = next_walk_index(i_walk, walk)
             n += 1
         i_tile += 1
-        i_work = await_tile(schedule, i_tile)
+        tile_id = await_tile(schedule, i_tile)
 
 
 @gluon.jit
@@ -367,7 +376,7 @@ def add_keys(
     N: gl.constexpr, STAGES: gl.constexpr, SCORES: gl.constexpr, WEIGHTS: gl.constexpr,
 ):  # fmt: skip
     """Add what chunk ``n`` of keys gives to dQ, which lacks ``scale``; the chunk was awaited."""
-    i, _ = slot(n, STAGES)
+    i, _ = stage_of(n, STAGES)
     b_k = ring[0][0].index(i).reshape([N, b_q.shape[1]])
     b_v = ring[0][1].index(i).reshape([N, b_do.shape[1]])
     b_s = start_product(b_q, b_k, b_hidden)
@@ -385,8 +394,8 @@ def add_keys(
 
 
 @gluon.jit
-def walk_windows(
-    tile_ring, ring, schedule, Lse, Delta, DQ, plan, works, width, scale,
+def dq_consumer(
+    tile_ring, ring, schedule, Lse, Delta, DQ, plan, num_tiles, width, scale,
     HALF: gl.constexpr, CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr, PACK: gl.constexpr,
     RANK: gl.constexpr, D: gl.constexpr, BD: gl.constexpr, BDV: gl.constexpr, STAGES: gl.constexpr,
     TILES: gl.constexpr,
@@ -401,46 +410,46 @@ def walk_windows(
     factor = scale * LOG2E
     inner = unravel(gl.arange(0, N, gl.SliceLayout(0, SCORES)), CHUNK[1], CHUNK[2])
     position, head = half_rows(HALF, M, TILE, PACK, gl.SliceLayout(1, SCORES))
-    images = works // (tiles[0] * tiles[1] * tiles[2] * blocks)
+    images = num_tiles // (tiles[0] * tiles[1] * tiles[2] * blocks)
     n = 0
     i_tile = 0
-    i_work = await_tile(schedule, 0)
-    while i_work < works:
-        i_batch, i_head, _i_flag, origin, walk = tile_walk(i_work, plan, CAUSAL, TILE, CHUNK)
+    tile_id = await_tile(schedule, 0)
+    while tile_id < num_tiles:
+        i_batch, i_head, _i_flag, origin, walk = tile_walk(tile_id, plan, CAUSAL, TILE, CHUNK)
         index = shifted(position, origin)
         row_lo, row_hi = windows_of(index, length, kernel, stride, CAUSAL)
         m_rows = inside_axes(index, length)
-        line = ((i_head * PACK + head).to(gl.int64) * images + i_batch) * length[0] + index[0]
-        o_stat = (line * length[1] + index[1]) * width + index[2]
+        image_row = ((i_head * PACK + head).to(gl.int64) * images + i_batch) * length[0] + index[0]
+        o_stat = (image_row * length[1] + index[1]) * width + index[2]
         row_lse = gl.load(Lse + o_stat, mask=m_rows, other=0.0)
         row_delta = gl.load(Delta + o_stat, mask=m_rows, other=0.0)
         b_dq = gl.zeros([M, BD], gl.float32, OUT)
         await_load(tile_ring, i_tile, True, TILES)
-        i, _ = slot(i_tile, TILES)
+        i, _ = stage_of(i_tile, TILES)
         b_q = tile_ring[0][0].index(i).reshape([2 * M, BD]).slice(HALF * M, M)
         b_do = tile_ring[0][1].index(i).reshape([2 * M, BDV]).slice(HALF * M, M)
         last = n + chunk_count(walk) - 1
         await_load(ring, n, True, STAGES)
-        place = (0, 0, 0)
+        i_walk = (0, 0, 0)
         for _ in range(chunk_count(walk)):
-            b_hidden = chunk_mask(place, walk, row_lo, row_hi, inner, M, N, CHUNK, RANK, SCORES)
+            b_hidden = chunk_mask(i_walk, walk, row_lo, row_hi, inner, M, N, CHUNK, RANK, SCORES)
             b_dq = add_keys(
                 b_dq, b_q, b_do, b_hidden, ring, n, last, row_lse, row_delta, factor, N, STAGES, SCORES, WEIGHTS
             )
-            place, _wraps = next_place(place, walk)
+            i_walk, _wraps = next_walk_index(i_walk, walk)
             n += 1
 
         store_half(b_q, b_dq * scale, DQ, i_head, i_batch, origin, length, blocks * PACK, HALF, TILE, PACK, D)
         fence_async_shared()
         release(tile_ring, i_tile, TILES)
         i_tile += 1
-        i_work = await_tile(schedule, i_tile)
+        tile_id = await_tile(schedule, i_tile)
 
 
 @gluon.jit
-def hopper_query_kernel(
-    q_desc, k_desc, v_desc, do_desc, Lse, Delta, DQ, Taken,
-    length, kernel, stride, tiles, group, blocks, works, width, scale,
+def large_dq_kernel(
+    q_desc, k_desc, v_desc, do_desc, Lse, Delta, DQ, TileCounter,
+    length, kernel, stride, tiles, group, blocks, num_tiles, width, scale,
     CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr, PACK: gl.constexpr, RANK: gl.constexpr,
     D: gl.constexpr, BD: gl.constexpr, BDV: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr,
 ):  # fmt: skip
@@ -450,13 +459,14 @@ def hopper_query_kernel(
     plan = (length, kernel, stride, tiles, blocks)
     gl.warp_specialize(
         [
-            (walk_windows, (tile_ring, ring, schedule, Lse, Delta, DQ, plan, works, width, scale,
+            (dq_consumer, (tile_ring, ring, schedule, Lse, Delta, DQ, plan, num_tiles, width, scale,
                             0, CAUSAL, TILE, CHUNK, PACK, RANK, D, BD, BDV, STAGES, TILES)),
-            (walk_windows, (tile_ring, ring, schedule, Lse, Delta, DQ, plan, works, width, scale,
+            (dq_consumer, (tile_ring, ring, schedule, Lse, Delta, DQ, plan, num_tiles, width, scale,
                             1, CAUSAL, TILE, CHUNK, PACK, RANK, D, BD, BDV, STAGES, TILES)),
-            (load_queries, (tile_ring, schedule, Taken, q_desc, do_desc, plan, works,
-                            CAUSAL, TILE, CHUNK, PACK, TILES)),
-            (load_windows, (ring, schedule, k_desc, v_desc, plan, works, group, CAUSAL, TILE, CHUNK, PACK, STAGES)),
+            (q_tile_producer, (tile_ring, schedule, TileCounter, q_desc, do_desc, plan, num_tiles,
+                               CAUSAL, TILE, CHUNK, PACK, TILES)),
+            (kv_chunk_producer, (ring, schedule, k_desc, v_desc, plan, num_tiles, group,
+                                 CAUSAL, TILE, CHUNK, PACK, STAGES)),
         ],
         [4, 1, 1],  # warps: the first function has those of the launch
         [240, 24, 24],  # registers a thread
@@ -465,7 +475,7 @@ def hopper_query_kernel(
 
 @triton.jit
 def statistics_kernel(
-    Out, DOut, DLse, RowMax, RowSum, Delta, Lse, DeltaLines,
+    Out, DOut, DLse, RowMax, RowSum, Delta, Lse, DeltaHeadMajor,
     do_strides, dl_strides, length, rows, heads, images, width,
     DV: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, WITH_DLSE: tl.constexpr,
 ):  # fmt: skip
@@ -473,8 +483,8 @@ def statistics_kernel(
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     m_rows = row < rows
     head, token = row % heads, row // heads
-    w, line = token % length[2], token // length[2]
-    h, t, i_batch = line % length[1], line // length[1] % length[0], line // (length[1] * length[0])
+    w, image_row = token % length[2], token // length[2]
+    h, t, i_batch = image_row % length[1], image_row // length[1] % length[0], image_row // (length[1] * length[0])
     o_do = i_batch * do_strides[0] + token_offset((t, h, w), do_strides) + head * do_strides[4]
     b_out, b_do = load_rows(Out, row * DV, m_rows, DV, BDV), load_rows(DOut, o_do, m_rows, DV, BDV)
     row_delta = tl.sum(b_out.to(tl.float32) * b_do.to(tl.float32), 1)
@@ -483,9 +493,9 @@ def statistics_kernel(
         row_delta -= tl.load(DLse + o_dl, mask=m_rows, other=0.0)
     row_lse = tl.load(RowMax + row, mask=m_rows, other=0.0) * LOG2E
     row_lse += tl.log2(tl.load(RowSum + row, mask=m_rows, other=1.0))
-    o_stat = (head * (images * length[0] * length[1]) + line) * width + w
+    o_stat = (head * (images * length[0] * length[1]) + image_row) * width + w
     tl.store(Delta + row, row_delta, mask=m_rows)
-    tl.store(DeltaLines + o_stat, row_delta, mask=m_rows)
+    tl.store(DeltaHeadMajor + o_stat, row_delta, mask=m_rows)
     tl.store(Lse + o_stat, row_lse, mask=m_rows)
 
 
@@ -496,9 +506,9 @@ class Statistics(NamedTuple):
     delta: Tensor
 
 
-def line_descriptor(lines: Tensor, width: int, box: Box) -> TensorDescriptor:
+def statistics_descriptor(head_major: Tensor, width: int, box: Box) -> TensorDescriptor:
     """Boxes of one head's statistics; those outside the image read as zero."""
-    return TensorDescriptor(lines, [*lines.shape[:-1], width], list(lines.stride()), [1, *box], PLAIN)
+    return TensorDescriptor(head_major, [*head_major.shape[:-1], width], list(head_major.stride()), [1, *box], PLAIN)
 
 
 def new_statistics(problem: Problem) -> Statistics:
@@ -508,12 +518,12 @@ def new_statistics(problem: Problem) -> Statistics:
     return Statistics(*torch.empty(shape, dtype=torch.float32, device=problem.device))
 
 
-def lined_up(problem: Problem, lse: Tensor, delta: Tensor) -> Statistics:
+def to_head_major(problem: Problem, lse: Tensor, delta: Tensor) -> Statistics:
     """Statistics from those that the portable query kernel writes, ``[B, *spatial, Hq]``."""
     statistics, width = new_statistics(problem), problem.lengths[2]
-    for lines, rows in zip(statistics, (lse, delta), strict=True):
+    for head_major, rows in zip(statistics, (lse, delta), strict=True):
         heads = rows.shape[-1]
-        lines[..., :width] = rows.reshape(-1, heads).t().view(heads, *lines.shape[1:-1], width)
+        head_major[..., :width] = rows.reshape(-1, heads).t().view(heads, *head_major.shape[1:-1], width)
     return statistics
 
 
@@ -538,7 +548,7 @@ def buffered_tiles(problem: Problem) -> int:
 
 
 def query_gradient(
-    launch: Launch, problem: Problem, inputs: Inputs, options: Options, cotangents: Cotangents
+    config: TileConfig, problem: Problem, inputs: Inputs, options: Options, cotangents: Cotangents
 ) -> tuple[Tensor, RowStatistics]:
     """dQ of a call without registers, and its statistics. Takes the tiles of the forward. Allocates only these."""
     grad_out = cotangents.grad_out
@@ -546,45 +556,45 @@ def query_gradient(
     query, key, value = inputs[:3]
     grad_query = new_like(query)
     lengths, kernel_size, stride, _ = problem.geometry
-    works = problem.programs(launch)
-    hopper_query_kernel[(min(works, multiprocessors(query.device)),)](
-        query_descriptor(query, launch), box_descriptor(key, launch.chunk), box_descriptor(value, launch.chunk),
-        query_descriptor(grad_out, launch), *statistics, grad_query, query.new_zeros(1, dtype=torch.int32),
-        lengths, kernel_size, stride, problem.tiles(launch.tile), problem.group, query.shape[-2] // launch.pack, works,
-        statistics.lse.shape[-1], options.scale,
-        CAUSAL=three_axes(problem.is_causal, False), TILE=launch.tile, CHUNK=launch.chunk, PACK=launch.pack,
+    num_tiles = problem.programs(config)
+    large_dq_kernel[(min(num_tiles, multiprocessors(query.device)),)](
+        query_descriptor(query, config), box_descriptor(key, config.chunk), box_descriptor(value, config.chunk),
+        query_descriptor(grad_out, config), *statistics, grad_query, query.new_zeros(1, dtype=torch.int32),
+        lengths, kernel_size, stride, problem.tiles(config.tile), problem.group, query.shape[-2] // config.pack,
+        num_tiles, statistics.lse.shape[-1], options.scale,
+        CAUSAL=three_axes(problem.is_causal, False), TILE=config.tile, CHUNK=config.chunk, PACK=config.pack,
         RANK=problem.rank, D=query.shape[-1], BD=head_width(query.shape[-1]), BDV=head_width(value.shape[-1]),
-        STAGES=launch.stages, TILES=1,
-        num_warps=launch.num_warps, maxnreg=launch.max_registers,
+        STAGES=config.stages, TILES=1,
+        num_warps=config.num_warps, maxnreg=config.maxnreg,
     )  # fmt: skip
     return grad_query, RowStatistics(delta, None, statistics)
 
 
 def key_gradients(
-    launch: Launch, problem: Problem, inputs: Inputs, options: Options, grad_out: Tensor, statistics: RowStatistics
+    config: TileConfig, problem: Problem, inputs: Inputs, options: Options, grad_out: Tensor, statistics: RowStatistics
 ) -> tuple[Tensor, Tensor]:
     """dK and dV, those of registers aside.
 
     Allocates these, and the statistics in head-major order where another kernel than :func:`query_gradient` wrote them.
     """
-    lines = statistics.head_major
-    if lines is None:
+    head_major = statistics.head_major
+    if head_major is None:
         assert statistics.lse is not None
-        lines = lined_up(problem, statistics.lse, statistics.delta)
+        head_major = to_head_major(problem, statistics.lse, statistics.delta)
     query, key, value = inputs[:3]
     grad_key, grad_value = new_like(key), new_like(value)
     lengths, kernel_size, stride, _ = problem.geometry
-    tiles = problem.tiles(launch.tile)
-    works = query.shape[0] * prod(tiles) * problem.kv_heads
-    hopper_key_kernel[(min(works, multiprocessors(query.device)),)](
-        box_descriptor(query, launch.chunk), box_descriptor(key, launch.tile), box_descriptor(value, launch.tile),
-        box_descriptor(grad_out, launch.chunk),
-        *(line_descriptor(x, lengths[2], launch.chunk) for x in lines),
+    tiles = problem.tiles(config.tile)
+    num_tiles = query.shape[0] * prod(tiles) * problem.kv_heads
+    large_dkv_kernel[(min(num_tiles, multiprocessors(query.device)),)](
+        box_descriptor(query, config.chunk), box_descriptor(key, config.tile), box_descriptor(value, config.tile),
+        box_descriptor(grad_out, config.chunk),
+        *(statistics_descriptor(x, lengths[2], config.chunk) for x in head_major),
         grad_key, grad_value, key.new_zeros(1, dtype=torch.int32),
-        lengths, kernel_size, stride, tiles, problem.group, problem.kv_heads, works, options.scale,
-        BY_RESULT=large_tiling.is_wide(problem), CAUSAL=three_axes(problem.is_causal, False), TILE=launch.tile,
-        CHUNK=launch.chunk, RANK=problem.rank, D=key.shape[-1], BD=head_width(key.shape[-1]),
-        DIM_V=value.shape[-1], BDV=head_width(value.shape[-1]), STAGES=launch.stages, TILES=buffered_tiles(problem),
-        num_warps=launch.num_warps, maxnreg=launch.max_registers,
+        lengths, kernel_size, stride, tiles, problem.group, problem.kv_heads, num_tiles, options.scale,
+        BY_RESULT=large_tiling.is_wide(problem), CAUSAL=three_axes(problem.is_causal, False), TILE=config.tile,
+        CHUNK=config.chunk, RANK=problem.rank, D=key.shape[-1], BD=head_width(key.shape[-1]),
+        DIM_V=value.shape[-1], BDV=head_width(value.shape[-1]), STAGES=config.stages, TILES=buffered_tiles(problem),
+        num_warps=config.num_warps, maxnreg=config.maxnreg,
     )  # fmt: skip
     return grad_key, grad_value

@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..host.problem import Inputs, Options, Problem, need_wide_offsets, new_results, three_axes
-from ..host.tiling import Launch, head_width
+from ..host.tiling import TileConfig, head_width
 from ..portable.fold_registers import fold_registers
 from ..portable.forward import attend_tile
 from ..portable.primitives import LN2, LOG2E, LOWEST, shifted, unravel, windows_of
@@ -42,11 +42,11 @@ from .primitives import (
     multiprocessors,
     new_ring,
     new_schedule,
-    next_place,
+    next_walk_index,
     output_rows,
     query_descriptor,
     release,
-    slot,
+    stage_of,
     store_rows,
     take_tile,
     tile_walk,
@@ -56,44 +56,48 @@ FLAGS: tl.constexpr = tl.constexpr(64)  # tiles that a program of the repair loo
 
 
 @gluon.jit
-def load_queries(ring, schedule, Taken, desc, plan, works, CAUSAL: gl.constexpr, TILE: gl.constexpr,
-                 CHUNK: gl.constexpr, PACK: gl.constexpr, TILES: gl.constexpr):  # fmt: skip
-    """The warp that takes tiles and loads their queries."""
+def q_producer(
+    ring, schedule, TileCounter, desc, plan, num_tiles,
+    CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr, PACK: gl.constexpr, TILES: gl.constexpr,
+):  # fmt: skip
+    """The warp that takes tiles off the counter and loads their queries."""
     n = 0
-    i_work = take_tile(schedule, 0, Taken)
-    while i_work < works:
-        i_batch, i_head, _i_flag, origin, _walk = tile_walk(i_work, plan, CAUSAL, TILE, CHUNK)
+    tile_id = take_tile(schedule, 0, TileCounter)
+    while tile_id < num_tiles:
+        i_batch, i_head, _i_flag, origin, _walk = tile_walk(tile_id, plan, CAUSAL, TILE, CHUNK)
         corner = [i_batch * plan[0][0] + origin[0], origin[1], origin[2], i_head * PACK, 0]
         expect_load(ring, n, desc.block_type.nbytes, TILES)
         load_box(ring, desc, corner, n, 0, TILES)
         n += 1
-        i_work = take_tile(schedule, n, Taken)
+        tile_id = take_tile(schedule, n, TileCounter)
 
 
 @gluon.jit
-def load_chunks(ring, schedule, desc, plan, works, group, CAUSAL: gl.constexpr, TILE: gl.constexpr,
-                CHUNK: gl.constexpr, PACK: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
-    """The warp that loads keys, or the one that loads values."""
+def kv_producer(
+    ring, schedule, desc, plan, num_tiles, group,
+    CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr, PACK: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The warp that loads keys, or the one that loads values, chunk by chunk."""
     n = 0
     i_tile = 0
-    i_work = await_tile(schedule, 0)
-    while i_work < works:
-        i_batch, i_head, _i_flag, _origin, walk = tile_walk(i_work, plan, CAUSAL, TILE, CHUNK)
-        place = (0, 0, 0)
+    tile_id = await_tile(schedule, 0)
+    while tile_id < num_tiles:
+        i_batch, i_head, _i_flag, _origin, walk = tile_walk(tile_id, plan, CAUSAL, TILE, CHUNK)
+        i_walk = (0, 0, 0)
         for _ in range(chunk_count(walk)):
-            t, h, w = corner_at(place, walk, CHUNK)
+            t, h, w = corner_at(i_walk, walk, CHUNK)
             expect_load(ring, n, desc.block_type.nbytes, STAGES)
             load_box(ring, desc, [i_head * PACK // group, i_batch * plan[0][0] + t, h, w, 0], n, 0, STAGES)
-            place, _wraps = next_place(place, walk)
+            i_walk, _wraps = next_walk_index(i_walk, walk)
             n += 1
         i_tile += 1
-        i_work = await_tile(schedule, i_tile)
+        tile_id = await_tile(schedule, i_tile)
 
 
 @gluon.jit
 def start_scores(b_q, k_ring, n, b_hidden, D: gl.constexpr, STAGES: gl.constexpr):
     """Queries times keys of chunk ``n``, whose arrival was awaited, added to a mask of 0 and -inf."""
-    i, _ = slot(n, STAGES)
+    i, _ = stage_of(n, STAGES)
     b_k = k_ring[0][0].index(i).reshape([b_hidden.shape[1], D]).permute((1, 0))
     return warpgroup_mma(b_q, b_k, b_hidden, is_async=True)
 
@@ -102,7 +106,7 @@ def start_scores(b_q, k_ring, n, b_hidden, D: gl.constexpr, STAGES: gl.constexpr
 def start_values(b_p, b_acc, v_ring, n, STAGES: gl.constexpr):
     """Add the weighted values of chunk ``n``."""
     await_load(v_ring, n, True, STAGES)
-    i, _ = slot(n, STAGES)
+    i, _ = stage_of(n, STAGES)
     b_v = v_ring[0][0].index(i).reshape([b_p.shape[1], b_acc.shape[1]])
     return warpgroup_mma(b_p, b_v, b_acc, is_async=True)
 
@@ -156,7 +160,7 @@ def attend_next(
 
 
 @gluon.jit
-def initial_state(Sink, row_head, sink, SINK: gl.constexpr, M: gl.constexpr, ROW: gl.constexpr, PARTS: gl.constexpr):
+def initial_stats(Sink, row_head, sink, SINK: gl.constexpr, M: gl.constexpr, ROW: gl.constexpr, PARTS: gl.constexpr):
     """Maximum and sum of an empty softmax, or of one that has seen the sink: an eighth, exactly, in each part."""
     if SINK == "none":
         row_m = gl.full([M], LOWEST, gl.float32, ROW)
@@ -172,11 +176,11 @@ def initial_state(Sink, row_head, sink, SINK: gl.constexpr, M: gl.constexpr, ROW
 
 
 @gluon.jit
-def attend(
-    q_ring, k_ring, v_ring, schedule, Out, RowMax, RowSum, Broken, Sink, plan, works, sink, factor,
+def q_consumer(
+    q_ring, k_ring, v_ring, schedule, Out, RowMax, RowSum, Nonfinite, Sink, plan, num_tiles, sink, factor,
     HALF: gl.constexpr, CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr, PACK: gl.constexpr,
     RANK: gl.constexpr, BD: gl.constexpr, DV: gl.constexpr, BDV: gl.constexpr, STAGES: gl.constexpr,
-    TILES: gl.constexpr, SINK: gl.constexpr, WITH_STATE: gl.constexpr,
+    TILES: gl.constexpr, SINK: gl.constexpr, WITH_STATS: gl.constexpr,
 ):  # fmt: skip
     """A group of four warps that computes one half of the rows of every tile."""
     M: gl.constexpr = TILE[0] * TILE[1] * TILE[2] * PACK // 2
@@ -191,25 +195,25 @@ def attend(
     position, head = half_rows(HALF, M, TILE, PACK, gl.SliceLayout(1, SCORES))
     n = 0
     i_tile = 0
-    i_work = await_tile(schedule, 0)
-    while i_work < works:
-        i_batch, i_head, i_flag, origin, walk = tile_walk(i_work, plan, CAUSAL, TILE, CHUNK)
+    tile_id = await_tile(schedule, 0)
+    while tile_id < num_tiles:
+        i_batch, i_head, i_flag, origin, walk = tile_walk(tile_id, plan, CAUSAL, TILE, CHUNK)
         row_lo, row_hi = windows_of(shifted(position, origin), length, kernel, stride, CAUSAL)
-        row_m, part_l = initial_state(Sink, i_head * PACK + head, sink, SINK, M, gl.SliceLayout(1, SCORES), PARTS)
+        row_m, part_l = initial_stats(Sink, i_head * PACK + head, sink, SINK, M, gl.SliceLayout(1, SCORES), PARTS)
         b_acc = gl.zeros([M, BDV], gl.float32, OUT)
         last = n + chunk_count(walk) - 1
 
-        place = (0, 0, 0)
-        b_hidden = chunk_mask(place, walk, row_lo, row_hi, inner, M, N, CHUNK, RANK, SCORES)
+        i_walk = (0, 0, 0)
+        b_hidden = chunk_mask(i_walk, walk, row_lo, row_hi, inner, M, N, CHUNK, RANK, SCORES)
         await_load(q_ring, i_tile, True, TILES)
-        i_query, _ = slot(i_tile, TILES)
+        i_query, _ = stage_of(i_tile, TILES)
         b_q = q_ring[0][0].index(i_query).reshape([2 * M, BD]).slice(HALF * M, M)
         b_p, row_m, part_l = attend_first(b_q, b_hidden, row_m, part_l, k_ring, n, factor, BD, STAGES, WEIGHTS, PARTS)
         n += 1
         await_load(k_ring, n, n <= last, STAGES)
         for _ in range(1, chunk_count(walk)):
-            place, _wraps = next_place(place, walk)
-            b_hidden = chunk_mask(place, walk, row_lo, row_hi, inner, M, N, CHUNK, RANK, SCORES)
+            i_walk, _wraps = next_walk_index(i_walk, walk)
+            b_hidden = chunk_mask(i_walk, walk, row_lo, row_hi, inner, M, N, CHUNK, RANK, SCORES)
             b_p, b_acc, row_m, part_l = attend_next(
                 b_q, b_hidden, b_p, b_acc, row_m, part_l, k_ring, v_ring, n, last, factor,
                 BD, STAGES, WEIGHTS, PARTS, OUT,
@@ -235,25 +239,25 @@ def attend(
         m_rows, o_row = output_rows(out_position, i_head * PACK + out_head, i_batch, origin, length, blocks * PACK)
         store_rows(Out, o_row, m_rows, b_out, DV, BDV, STORE)
         m_rows, o_row = output_rows(position, i_head * PACK + head, i_batch, origin, length, blocks * PACK)
-        if WITH_STATE:
+        if WITH_STATS:
             gl.store(RowMax + o_row, row_m * LN2, mask=m_rows)
             gl.store(RowSum + o_row, gl.convert_layout(row_l, gl.SliceLayout(1, SCORES)), mask=m_rows)
         # Not finite, or without a weight of about one, as ``are_sound`` explains.
         row_rest = gl.where(row_l >= 0.5, gl.sum(b_acc * 0.0, 1), float("nan"))
-        m_broken = m_rows & ~(gl.abs(gl.convert_layout(row_rest, gl.SliceLayout(1, SCORES))) >= 0.0)
-        gl.store(Broken + i_flag + head * 0, gl.full([M], 1, gl.int32, gl.SliceLayout(1, SCORES)), mask=m_broken)
-        i_work = await_tile(schedule, i_tile)
+        m_nonfinite = m_rows & ~(gl.abs(gl.convert_layout(row_rest, gl.SliceLayout(1, SCORES))) >= 0.0)
+        gl.store(Nonfinite + i_flag + head * 0, gl.full([M], 1, gl.int32, gl.SliceLayout(1, SCORES)), mask=m_nonfinite)
+        tile_id = await_tile(schedule, i_tile)
 
 
 @gluon.jit
-def hopper_kernel(
-    q_desc, k_desc, v_desc, Out, RowMax, RowSum, Broken, Sink,
-    length, kernel, stride, tiles, group, blocks, works, sink, scale,
+def large_forward_kernel(
+    q_desc, k_desc, v_desc, Out, RowMax, RowSum, Nonfinite, Sink,
+    length, kernel, stride, tiles, group, blocks, num_tiles, sink, scale,
     CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr, PACK: gl.constexpr, RANK: gl.constexpr,
-    BD: gl.constexpr, DV: gl.constexpr, BDV: gl.constexpr, SINK: gl.constexpr, WITH_STATE: gl.constexpr,
+    BD: gl.constexpr, DV: gl.constexpr, BDV: gl.constexpr, SINK: gl.constexpr, WITH_STATS: gl.constexpr,
     STAGES: gl.constexpr, TILES: gl.constexpr,
 ):  # fmt: skip
-    """Attention of all tiles. ``Broken`` marks those whose results are not finite; behind the marks it counts tiles.
+    """Attention of all tiles. ``Nonfinite`` marks those whose results are not finite; behind the marks it counts tiles.
 
     Heads are ``BD`` and ``BDV`` channels wide in shared memory, where TMA writes zeros behind their own.
     """
@@ -263,13 +267,16 @@ def hopper_kernel(
     factor = scale * LOG2E
     gl.warp_specialize(
         [
-            (attend, (q_ring, k_ring, v_ring, schedule, Out, RowMax, RowSum, Broken, Sink, plan, works, sink, factor,
-                      0, CAUSAL, TILE, CHUNK, PACK, RANK, BD, DV, BDV, STAGES, TILES, SINK, WITH_STATE)),
-            (attend, (q_ring, k_ring, v_ring, schedule, Out, RowMax, RowSum, Broken, Sink, plan, works, sink, factor,
-                      1, CAUSAL, TILE, CHUNK, PACK, RANK, BD, DV, BDV, STAGES, TILES, SINK, WITH_STATE)),
-            (load_queries, (q_ring, schedule, Broken + works, q_desc, plan, works, CAUSAL, TILE, CHUNK, PACK, TILES)),
-            (load_chunks, (k_ring, schedule, k_desc, plan, works, group, CAUSAL, TILE, CHUNK, PACK, STAGES)),
-            (load_chunks, (v_ring, schedule, v_desc, plan, works, group, CAUSAL, TILE, CHUNK, PACK, STAGES)),
+            (q_consumer, (q_ring, k_ring, v_ring, schedule, Out, RowMax, RowSum, Nonfinite, Sink, plan, num_tiles,
+                          sink, factor, 0, CAUSAL, TILE, CHUNK, PACK, RANK, BD, DV, BDV, STAGES, TILES, SINK,
+                          WITH_STATS)),
+            (q_consumer, (q_ring, k_ring, v_ring, schedule, Out, RowMax, RowSum, Nonfinite, Sink, plan, num_tiles,
+                          sink, factor, 1, CAUSAL, TILE, CHUNK, PACK, RANK, BD, DV, BDV, STAGES, TILES, SINK,
+                          WITH_STATS)),
+            (q_producer, (q_ring, schedule, Nonfinite + num_tiles, q_desc, plan, num_tiles,
+                          CAUSAL, TILE, CHUNK, PACK, TILES)),
+            (kv_producer, (k_ring, schedule, k_desc, plan, num_tiles, group, CAUSAL, TILE, CHUNK, PACK, STAGES)),
+            (kv_producer, (v_ring, schedule, v_desc, plan, num_tiles, group, CAUSAL, TILE, CHUNK, PACK, STAGES)),
         ],
         [4, 1, 1, 1],  # warps: the first function has those of the launch
         [240, 24, 24, 24],  # registers a thread
@@ -278,25 +285,25 @@ def hopper_kernel(
 
 @triton.jit
 def repair_kernel(
-    Broken, Q, K, V, Out, RowMax, RowSum, RegK, RegV, Sink,
+    Nonfinite, Q, K, V, Out, RowMax, RowSum, RegK, RegV, Sink,
     q_strides, k_strides, v_strides, regk_strides, regv_strides,
     programs, length, kernel, stride, dilation, tiles, group, kv_heads, registers, sink, scale,
     CAUSAL: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr,
     PACK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, BR: tl.constexpr,
-    SINK: tl.constexpr, WITH_STATE: tl.constexpr,
+    SINK: tl.constexpr, WITH_STATS: tl.constexpr,
 ):  # fmt: skip
     """Tiles with NaN or inf once more, by the kernel that keeps them out of the queries that do not see them."""
     i_flag = tl.program_id(0) * FLAGS + tl.arange(0, FLAGS)
-    if tl.max(tl.load(Broken + i_flag, mask=i_flag < programs, other=0).to(tl.int32), 0) == 0:
+    if tl.max(tl.load(Nonfinite + i_flag, mask=i_flag < programs, other=0).to(tl.int32), 0) == 0:
         return
     for i_program in range(tl.program_id(0) * FLAGS, tl.minimum(tl.program_id(0) * FLAGS + FLAGS, programs)):
-        if tl.load(Broken + i_program) != 0:
+        if tl.load(Nonfinite + i_program) != 0:
             attend_tile(
                 i_program,
                 Q, K, V, Out, RowMax, RowSum, RegK, RegV, Sink,
                 q_strides, k_strides, v_strides, regk_strides, regv_strides,
                 length, kernel, stride, dilation, tiles, group, kv_heads, registers, sink, scale,
-                CAUSAL, TILE, CHUNK, RANK, WIDE, PACK, D, (BD,), DV, (BDV,), BR, SINK, WITH_STATE, "select", False,
+                CAUSAL, TILE, CHUNK, RANK, WIDE, PACK, D, (BD,), DV, (BDV,), BR, SINK, WITH_STATS, "select", False,
                 "ieee", 1, 1,
             )  # fmt: skip
 
@@ -307,60 +314,63 @@ def query_buffers(problem: Problem) -> int:
 
 
 def forward(
-    launch: Launch, problem: Problem, inputs: Inputs, options: Options, with_state: bool
+    config: TileConfig, problem: Problem, inputs: Inputs, options: Options, with_stats: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """What ``portable.forward`` computes, of calls that ``dispatch`` sends here.
 
     Allocates its results, four bytes for every 128 rows of them, and with registers the statistics in any case.
     """
-    out, row_max, row_sum = _attend_windows(launch, problem, inputs, options, with_state or problem.registers > 0)
+    out, row_max, row_sum = _attend_windows(config, problem, inputs, options, with_stats or problem.registers > 0)
     if row_max is not None and row_sum is not None and problem.registers:
         fold_registers(problem, inputs, options.scale, out, row_max, row_sum)
-    return (out, row_max, row_sum) if with_state else (out, None, None)
+    return (out, row_max, row_sum) if with_stats else (out, None, None)
 
 
 def _attend_windows(
-    launch: Launch, problem: Problem, inputs: Inputs, options: Options, with_state: bool
+    config: TileConfig, problem: Problem, inputs: Inputs, options: Options, with_stats: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     query, key, value, _, _, sink = inputs
-    out, row_max, row_sum = new_results(query, value.shape[-1], with_state)
+    out, row_max, row_sum = new_results(query, value.shape[-1], with_stats)
     lengths, kernel_size, stride, _ = problem.geometry
-    tiles, programs = problem.tiles(launch.tile), problem.programs(launch)
-    broken = query.new_zeros(programs + 1, dtype=torch.int32)
+    tiles, programs = problem.tiles(config.tile), problem.programs(config)
+    nonfinite_tiles = query.new_zeros(programs + 1, dtype=torch.int32)
     sink_value, scale = options.sink_value, options.scale
-    hopper_kernel[(min(programs, multiprocessors(query.device)),)](
-        query_descriptor(query, launch), box_descriptor(key, launch.chunk), box_descriptor(value, launch.chunk),
-        out, row_max, row_sum, broken, sink,
-        lengths, kernel_size, stride, tiles, problem.group, query.shape[-2] // launch.pack, programs, sink_value, scale,
-        **constants_of(launch, problem, with_state), STAGES=launch.stages, TILES=query_buffers(problem),
-        num_warps=launch.num_warps, maxnreg=launch.max_registers,
+    large_forward_kernel[(min(programs, multiprocessors(query.device)),)](
+        query_descriptor(query, config), box_descriptor(key, config.chunk), box_descriptor(value, config.chunk),
+        out, row_max, row_sum, nonfinite_tiles, sink,
+        lengths, kernel_size, stride, tiles, problem.group, query.shape[-2] // config.pack, programs, sink_value, scale,
+        **constants_of(config, problem, with_stats), STAGES=config.stages, TILES=query_buffers(problem),
+        num_warps=config.num_warps, maxnreg=config.maxnreg,
     )  # fmt: skip
-    repair(launch, problem, inputs, options, broken, (out, row_max, row_sum))
+    repair(config, problem, inputs, options, nonfinite_tiles, (out, row_max, row_sum))
     return out, row_max, row_sum
 
 
 def repair(
-    launch: Launch, problem: Problem, inputs: Inputs, options: Options, broken: Tensor,
+    config: TileConfig, problem: Problem, inputs: Inputs, options: Options, nonfinite_tiles: Tensor,
     results: tuple[Tensor, Tensor | None, Tensor | None],
 ) -> None:  # fmt: skip
-    """Compute the tiles that are marked in ``broken`` once more, in place: without registers, as ``hopper_kernel``."""
+    """Compute the tiles that ``nonfinite_tiles`` marks once more, in place and without register tokens, as these are
+    folded in afterwards.
+    """
     query, key, value, _, _, sink = inputs
     lengths, kernel_size, stride, dilation = problem.geometry
-    programs = problem.programs(launch)
+    programs = problem.programs(config)
     repair_kernel[(triton.cdiv(programs, FLAGS),)](
-        broken, query, key, value, *results, None, None, sink, *problem.input_strides()[:3], (0, 0, 0), (0, 0, 0),
-        programs, lengths, kernel_size, stride, dilation, problem.tiles(launch.tile), problem.group, problem.kv_heads,
+        nonfinite_tiles, query, key, value, *results, None, None, sink,
+        *problem.input_strides()[:3], (0, 0, 0), (0, 0, 0),
+        programs, lengths, kernel_size, stride, dilation, problem.tiles(config.tile), problem.group, problem.kv_heads,
         0, options.sink_value, options.scale,
-        **constants_of(launch, problem, results[1] is not None), D=query.shape[-1], BR=0, num_warps=8,
+        **constants_of(config, problem, results[1] is not None), D=query.shape[-1], BR=0, num_warps=8,
         WIDE=need_wide_offsets((problem.query, problem.key, problem.value, problem.out)),
     )  # fmt: skip
 
 
-def constants_of(launch: Launch, problem: Problem, with_state: bool) -> dict[str, Any]:
+def constants_of(config: TileConfig, problem: Problem, with_stats: bool) -> dict[str, Any]:
     """Compile-time arguments of both kernels."""
     return {
-        "CAUSAL": three_axes(problem.is_causal, False), "TILE": launch.tile, "CHUNK": launch.chunk,
-        "RANK": problem.rank, "PACK": launch.pack, "BD": head_width(problem.query.shape[-1]),
+        "CAUSAL": three_axes(problem.is_causal, False), "TILE": config.tile, "CHUNK": config.chunk,
+        "RANK": problem.rank, "PACK": config.pack, "BD": head_width(problem.query.shape[-1]),
         "DV": problem.value.shape[-1], "BDV": head_width(problem.value.shape[-1]), "SINK": problem.sink,
-        "WITH_STATE": with_state,
+        "WITH_STATS": with_stats,
     }  # fmt: skip

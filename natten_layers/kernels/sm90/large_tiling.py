@@ -6,7 +6,7 @@ from math import prod
 
 from ...geometry import query_bounds, window_bounds
 from ..host.problem import Problem
-from ..host.tiling import Axis, Bounds, Box, Launch, boxes, spans
+from ..host.tiling import Axis, Bounds, Box, TileConfig, boxes, spans
 from .small_tiling import most_packed
 
 ROWS = 128  # of a tile: positions times packed heads
@@ -15,20 +15,20 @@ STAGES = 2  # chunks in shared memory
 ALIGNMENT = 4  # statistics of queries: TMA loads 16 bytes at least, from multiples of as many
 
 
-def launch_of(problem: Problem, pack: int | None = None) -> Launch:
+def forward_tile_config(problem: Problem, pack: int | None = None) -> TileConfig:
     """The launch over queries of a problem, with ``pack`` heads a program if given: a power of two in the group."""
-    return _query_launch(problem, pack, COLUMNS // 2 if is_wide(problem) else COLUMNS)
+    return _query_tile_config(problem, pack, COLUMNS // 2 if is_wide(problem) else COLUMNS)
 
 
-def query_launch_of(problem: Problem, pack: int | None = None) -> Launch:
+def dq_tile_config(problem: Problem, pack: int | None = None) -> TileConfig:
     """The same of the gradients of queries, which keep a second tensor's tile in shared memory."""
-    return _query_launch(problem, pack, COLUMNS // 4 if is_wide(problem) else COLUMNS)
+    return _query_tile_config(problem, pack, COLUMNS // 4 if is_wide(problem) else COLUMNS)
 
 
-def _query_launch(problem: Problem, pack: int | None, columns: int) -> Launch:
+def _query_tile_config(problem: Problem, pack: int | None, columns: int) -> TileConfig:
     pack = pack or most_packed(problem)
     tile, chunk = best_boxes(problem.axes, ROWS // pack, columns, window_bounds, batch=problem.query.shape[0])
-    return Launch(tile, chunk, pack, num_warps=4, stages=STAGES, max_registers=168)
+    return TileConfig(tile, chunk, pack, num_warps=4, stages=STAGES, maxnreg=168)
 
 
 def is_wide(problem: Problem) -> bool:
@@ -36,13 +36,13 @@ def is_wide(problem: Problem) -> bool:
     return max(problem.query.shape[-1], problem.value.shape[-1]) > 128
 
 
-def key_launch_of(problem: Problem) -> Launch:
+def dkv_tile_config(problem: Problem) -> TileConfig:
     """The launch over keys. In 1-D there is one buffer of tiles (``buffered_tiles``), which leaves room for a stage."""
     wide = is_wide(problem)
     rows = ROWS // 2 if wide else ROWS
     tile, chunk = best_boxes(problem.axes, rows, COLUMNS // 2, query_bounds, ALIGNMENT, problem.query.shape[0])
     stages = STAGES if problem.rank > 1 or wide else STAGES + 1
-    return Launch(tile, chunk, pack=1, num_warps=4, stages=stages, max_registers=168)
+    return TileConfig(tile, chunk, pack=1, num_warps=4, stages=stages, maxnreg=168)
 
 
 @lru_cache(maxsize=1024)

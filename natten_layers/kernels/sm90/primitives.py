@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper.tma import async_copy_glob
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..host.problem import Layout, layout, strides, three_axes
-from ..host.tiling import Box, Launch, head_width
+from ..host.tiling import Box, TileConfig, head_width
 from ..portable.primitives import (
     LOG2E,
     LOWEST,
@@ -57,21 +57,21 @@ def walk_over(lo, hi, inner_lo, inner_hi, CHUNK: gl.constexpr):
 
 
 @gluon.jit
-def tile_of(i_work, plan, TILE: gl.constexpr):
+def tile_of(tile_id, plan, TILE: gl.constexpr):
     """Batch, index in ``plan``'s last count, tile, lengths and first position; neighbours share what they load."""
     length, _kernel, _stride, tiles, heads = plan
     space = tiles[0] * tiles[1] * tiles[2]
-    i_head = i_work // space % heads
-    i_tile = i_work // (space * heads) * space + i_work % space
+    i_head = tile_id // space % heads
+    i_tile = tile_id // (space * heads) * space + tile_id % space
     i_batch, _, count, origin = spatial_tile(i_tile, length, (1, 1, 1), tiles, TILE)
     return i_batch.to(gl.int32), i_head, i_tile, count, origin
 
 
 @gluon.jit
-def tile_walk(i_work, plan, CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr):
-    """Batch, block of heads, place among ``Broken``, box of positions and walk of a program's next tile of queries."""
+def tile_walk(tile_id, plan, CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr):
+    """Of a tile of queries: batch, block of heads, index of its flag, first position, and the walk over its keys."""
     _length, kernel, stride, _tiles, blocks = plan
-    i_batch, i_head, i_tile, count, origin = tile_of(i_work, plan, TILE)
+    i_batch, i_head, i_tile, count, origin = tile_of(tile_id, plan, TILE)
     lo, hi, inner_lo, inner_hi = union_of_windows(origin, count, kernel, stride, CAUSAL, TILE)
     return i_batch, i_head, i_tile * blocks + i_head, origin, walk_over(lo, hi, inner_lo, inner_hi, CHUNK)
 
@@ -82,9 +82,9 @@ def chunk_count(walk):
 
 
 @gluon.jit
-def next_place(place, walk):
+def next_walk_index(i_walk, walk):
     """The place of the walk after this one, and whether it is the first again."""
-    t, h, w = place
+    t, h, w = i_walk
     w += 1
     wraps = w >= walk[1][2]
     w = gl.where(wraps, 0, w)
@@ -97,24 +97,24 @@ def next_place(place, walk):
 
 
 @gluon.jit
-def wrapped(place, start, steps):
-    return gl.where(start + place >= steps, start + place - steps, start + place)
+def wrapped(i_walk, start, steps):
+    return gl.where(start + i_walk >= steps, start + i_walk - steps, start + i_walk)
 
 
 @gluon.jit
-def corner_at(place, walk, CHUNK: gl.constexpr):
+def corner_at(i_walk, walk, CHUNK: gl.constexpr):
     """First position of the chunk at a place of the walk."""
     lo, steps, _, start = walk
     return (
-        lo[0] + wrapped(place[0], start[0], steps[0]) * CHUNK[0],
-        lo[1] + wrapped(place[1], start[1], steps[1]) * CHUNK[1],
-        lo[2] + wrapped(place[2], start[2], steps[2]) * CHUNK[2],
+        lo[0] + wrapped(i_walk[0], start[0], steps[0]) * CHUNK[0],
+        lo[1] + wrapped(i_walk[1], start[1], steps[1]) * CHUNK[1],
+        lo[2] + wrapped(i_walk[2], start[2], steps[2]) * CHUNK[2],
     )
 
 
 @gluon.jit
 def chunk_mask(
-    place, walk, row_lo, row_hi, inner, M: gl.constexpr, N: gl.constexpr, CHUNK: gl.constexpr, RANK: gl.constexpr,
+    i_walk, walk, row_lo, row_hi, inner, M: gl.constexpr, N: gl.constexpr, CHUNK: gl.constexpr, RANK: gl.constexpr,
     LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """0 and -inf ``[M, N]``: what the rows see of the chunk, worked out only if it reaches past some row's box.
@@ -124,8 +124,8 @@ def chunk_mask(
     not one an axis: what each of those leaves as it was would be copied.
     """
     b_hidden = gl.zeros([M, N], gl.float32, LAYOUT)
-    if (place[0] < walk[2][0]) | (place[1] < walk[2][1]) | (place[2] < walk[2][2]):
-        corner = corner_at(place, walk, CHUNK)
+    if (i_walk[0] < walk[2][0]) | (i_walk[1] < walk[2][1]) | (i_walk[2] < walk[2][2]):
+        corner = corner_at(i_walk, walk, CHUNK)
         for AXIS in gl.static_range(3 - RANK, 3):
             m_seen = between(row_lo[AXIS] - corner[AXIS], row_hi[AXIS] - corner[AXIS], inner[AXIS])
             b_hidden = gl.where(m_seen, b_hidden, float("-inf"))
@@ -133,9 +133,20 @@ def chunk_mask(
 
 
 @gluon.jit
-def slot(n, STAGES: gl.constexpr):
+def stage_of(n, STAGES: gl.constexpr):
     """Place in a ring, and phase of its barriers, of the ``n``-th load."""
     return n % STAGES, n // STAGES & 1
+
+
+@gluon.jit
+def opaque_i32(x):
+    """``x``, through a move that LLVM cannot see through.
+
+    LLVM hoists out of a loop whatever does not change in it. Masks and descriptors of shared memory would then be kept
+    for the whole loop and spilled, because the hardware registers cannot hold them all. What is computed from an opaque
+    integer stays inside the loop.
+    """
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -162,7 +173,7 @@ def new_ring(descs, STAGES: gl.constexpr):
 @gluon.jit
 def expect_load(ring, n, BYTES: gl.constexpr, STAGES: gl.constexpr):
     """Wait until both groups have read what the ``n``-th load overwrites."""
-    i, phase = slot(n, STAGES)
+    i, phase = stage_of(n, STAGES)
     mbarrier.wait(ring[2].index(i), phase ^ 1)
     mbarrier.expect(ring[1].index(i), BYTES)
 
@@ -170,19 +181,19 @@ def expect_load(ring, n, BYTES: gl.constexpr, STAGES: gl.constexpr):
 @gluon.jit
 def load_box(ring, desc, corner, n, PART: gl.constexpr, STAGES: gl.constexpr):
     """One box of the ``n``-th load, which is expected."""
-    i, _ = slot(n, STAGES)
+    i, _ = stage_of(n, STAGES)
     async_copy_global_to_shared(desc, corner, ring[1].index(i), ring[0][PART].index(i))
 
 
 @gluon.jit
 def await_load(ring, n, expected, STAGES: gl.constexpr):
-    i, phase = slot(n, STAGES)
+    i, phase = stage_of(n, STAGES)
     mbarrier.wait(ring[1].index(i), phase, pred=expected)
 
 
 @gluon.jit
 def release(ring, n, STAGES: gl.constexpr):
-    i, _ = slot(n, STAGES)
+    i, _ = stage_of(n, STAGES)
     mbarrier.arrive(ring[2].index(i), count=1)
 
 
@@ -197,24 +208,24 @@ def new_schedule(READERS: gl.constexpr):
 
 
 @gluon.jit
-def take_tile(schedule, n, Taken):
+def take_tile(schedule, n, TileCounter):
     """A tile that no program has taken, as the ``n``-th of this one: its number, which the other warps are told."""
-    i, phase = slot(n, 2)
-    i_work = gl.atomic_add(Taken, 1)
+    i, phase = stage_of(n, 2)
+    tile_id = gl.atomic_add(TileCounter, 1)
     mbarrier.wait(schedule[2].index(i), phase ^ 1)
-    schedule[0].index(i).store(gl.full([1], i_work, gl.int32, gl.BlockedLayout([1], [32], [gl.num_warps()], [0])))
+    schedule[0].index(i).store(gl.full([1], tile_id, gl.int32, gl.BlockedLayout([1], [32], [gl.num_warps()], [0])))
     mbarrier.arrive(schedule[1].index(i), count=1)
-    return i_work
+    return tile_id
 
 
 @gluon.jit
 def await_tile(schedule, n):
     """The number of this program's ``n``-th tile; one past the last if there is none."""
-    i, phase = slot(n, 2)
+    i, phase = stage_of(n, 2)
     mbarrier.wait(schedule[1].index(i), phase)
-    i_work = gl.max(schedule[0].index(i).load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0])), 0)
+    tile_id = gl.max(schedule[0].index(i).load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0])), 0)
     mbarrier.arrive(schedule[2].index(i), count=1)
-    return i_work
+    return tile_id
 
 
 @gluon.jit
@@ -304,8 +315,8 @@ def descriptor(tensor: Tensor, boxes: Boxes) -> TensorDescriptor:
     return made
 
 
-def query_descriptor(query: Tensor, launch: Launch) -> TensorDescriptor:
-    return descriptor(query, query_boxes(layout(query), launch.tile, launch.pack))
+def query_descriptor(query: Tensor, config: TileConfig) -> TensorDescriptor:
+    return descriptor(query, query_boxes(layout(query), config.tile, config.pack))
 
 
 def box_descriptor(tensor: Tensor, box: Box) -> TensorDescriptor:

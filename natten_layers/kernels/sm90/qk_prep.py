@@ -2,7 +2,7 @@
 
 Angles are computed as there, from positions and frequencies. A head comes in parts of ``PAIRS`` elements, of which the
 first two turn with each other; without rotation in quarters. A thread has the same elements of every part. ``NORM``,
-``AXES`` and ``PAIRS`` are those of ``RotationKind``.
+``AXES`` and ``PAIRS`` are those of ``QKPrepKind``.
 """
 
 # Triton's language is Python to the parser only.
@@ -68,8 +68,8 @@ def cos_sin(angle):
     Whole turns are taken off first, with ``2 pi`` as a sum of two floats, as the device's functions are that accurate
     within one turn only.
     """
-    turns = (angle * 0.15915494309189535 + 12582912.0) - 12582912.0  # rounded: 1.5 * 2^23 leaves no fraction
-    within = gl.fma(turns, 1.7484555e-7, gl.fma(turns, -6.2831854820251465, angle))
+    revolutions = (angle * 0.15915494309189535 + 12582912.0) - 12582912.0  # rounded: 1.5 * 2^23 leaves no fraction
+    within = gl.fma(revolutions, 1.7484555e-7, gl.fma(revolutions, -6.2831854820251465, angle))
     return cosine(within), sine(within)
 
 
@@ -129,7 +129,7 @@ def joined(first, second):
 
 
 @gluon.jit
-def turned_pairs(x, rotation):
+def rotate_pairs(x, rotation):
     first, second = halves(x)
     cos, sin = rotation
     cos, sin = gl.convert_layout(cos, first.type.layout), gl.convert_layout(sin, first.type.layout)
@@ -137,13 +137,13 @@ def turned_pairs(x, rotation):
 
 
 @gluon.jit
-def turned(x, rotation):
+def apply_rope(x, rotation):
     """Heads ``[N, D]``, of which all turns, or the first half."""
     if rotation[0].shape[1] * 2 == x.shape[1]:
-        x = turned_pairs(x, rotation)
+        x = rotate_pairs(x, rotation)
     else:
         head, tail = halves(x)
-        x = joined(turned_pairs(head, rotation), tail)
+        x = joined(rotate_pairs(head, rotation), tail)
     return x
 
 
@@ -165,7 +165,7 @@ def head_gains(Gain, first_head, N: gl.constexpr, PACK: gl.constexpr, HEADS: gl.
 
 
 @gluon.jit
-def turn_heads(b_x, rotation, row_gain, Gain, eps, NORM: gl.constexpr):
+def prepare_heads(b_x, rotation, row_gain, Gain, eps, NORM: gl.constexpr):
     """Heads ``[N, D]``, in ``heads_layout``, normalised and rotated.
 
     Args:
@@ -184,12 +184,12 @@ def turn_heads(b_x, rotation, row_gain, Gain, eps, NORM: gl.constexpr):
             x *= gl.load(Gain + gl.arange(0, D, gl.SliceLayout(0, HEADS))).to(gl.float32)[None, :]
         x *= row_scale[:, None]
     if rotation is not None:
-        x = gl.convert_layout(turned(x, rotation), HEADS)
+        x = gl.convert_layout(apply_rope(x, rotation), HEADS)
     return x.to(b_x.dtype)
 
 
 @gluon.jit
-def load_turned(
+def load_prepared(
     X, o_x, token, m_token, col, gain, Gain, Positions, Freqs, length, factor, eps,
     D: gl.constexpr, NORM: gl.constexpr, AXES: gl.constexpr, PAIRS: gl.constexpr,
 ):  # fmt: skip
@@ -199,7 +199,7 @@ def load_turned(
         token: ``t, h, w`` of each, whose positions are looked up.
         col: indices of channels, ``[1, 1, BD]``; from ``D`` on they read as zero.
         gain: of normalised cosines, a scalar or ``[R, N, 1]``, or None.
-        Gain: as ``turn_heads`` takes it.
+        Gain: as ``prepare_heads`` takes it.
         Positions, Freqs: those of the image and of the head.
     """
     m_token = m_token[:, :, None] & (col < D)
@@ -214,13 +214,13 @@ def load_turned(
     if PAIRS > 0:
         EACH: gl.constexpr = PAIRS // AXES
         partner = gl.where(col < PAIRS, col + PAIRS, col - PAIRS)
-        m_turned = m_token & (col < 2 * PAIRS)
-        y = gl.load(X + (o_x[:, :, None] + partner), mask=m_turned, other=0.0).to(gl.float32)
+        m_rotary = m_token & (col < 2 * PAIRS)
+        y = gl.load(X + (o_x[:, :, None] + partner), mask=m_rotary, other=0.0).to(gl.float32)
         if NORM == "rms":
             y *= gl.load(Gain + partner, mask=col < 2 * PAIRS, other=0.0).to(gl.float32)
         t, h, w = token
         o_token = ((t * length[1] + h) * length[2] + w)[:, :, None].to(gl.int64) * AXES
-        b_position = gl.load(Positions + (o_token + col % PAIRS // EACH), mask=m_turned, other=0).to(gl.float32)
+        b_position = gl.load(Positions + (o_token + col % PAIRS // EACH), mask=m_rotary, other=0).to(gl.float32)
         cos, sin = cos_sin(b_position * gl.load(Freqs + col % EACH))
         if factor is not None:
             cos, sin = cos * factor, sin * factor

@@ -52,7 +52,7 @@ from ..portable.primitives import (
     unravel,
     windows_of,
 )
-from .primitives import key_boxes, new_barriers, output_rows, query_boxes, thread_barrier
+from .primitives import key_boxes, new_barriers, opaque_i32, output_rows, query_boxes, thread_barrier
 from .small_forward import (
     Call,
     boxes_of_parts,
@@ -61,19 +61,19 @@ from .small_forward import (
     inside_frames,
     next_corner,
     own_tile,
+    present_descriptors,
     start_load,
     start_parts,
-    those,
 )
-from .small_softmax import WARPS, columns, key_mask, register_mask
-from .small_tiling import PARTS, SmallLaunch
+from .small_softmax import WARPS, key_columns, key_mask, register_mask
+from .small_tiling import PARTS, SmallTileConfig
 
 
 @gluon.jit
 def part_mask(desc, corner, row_lo, row_hi, FIRST: gl.constexpr, N: gl.constexpr, M: gl.constexpr, RANK: gl.constexpr):
     """0 and -inf ``[M, N]``: which of the keys ``FIRST`` to ``FIRST + N - 1`` of a part the rows see."""
     BOX: gl.constexpr = desc.block_type.shape
-    return key_mask(unravel(columns(N, FIRST), BOX[2], BOX[3]), corner, row_lo, row_hi, M, RANK)
+    return key_mask(unravel(key_columns(N, FIRST), BOX[2], BOX[3]), corner, row_lo, row_hi, M, RANK)
 
 
 @gluon.jit
@@ -115,7 +115,7 @@ def add_part(
 
 
 @gluon.jit
-def hopper_small_query_kernel(
+def small_dq_kernel(
     Delta, Lse, RowMax, RowSum, Out, DLse, q_desc, do_desc, dq_desc,
     k0_desc, k1_desc, k2_desc, v0_desc, v1_desc, v2_desc, regk_desc, regv_desc,
     dl_strides, length, kernel, stride, tiles, group, blocks, registers, reg_batch, scale,
@@ -127,20 +127,20 @@ def hopper_small_query_kernel(
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BD, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, OUT)
     LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BD, BD // 8], [gl.num_warps(), 1], [1, 0])
-    k_descs, v_descs = those(k0_desc, k1_desc, k2_desc), those(v0_desc, v1_desc, v2_desc)
+    k_descs, v_descs = present_descriptors(k0_desc, k1_desc, k2_desc), present_descriptors(v0_desc, v1_desc, v2_desc)
 
     i_batch, i_block, origin = own_tile(tiles, blocks, TILE)
     corner, _ = windows_of(origin, length, kernel, stride, CAUSAL)
     corner = inside_frames(corner, length, k_descs, AXIS)
-    place = i_block * PACK // group, i_batch * length[0], i_batch * reg_batch
-    q_corner = [place[1] + origin[0], origin[1], origin[2], i_block * PACK, 0]
+    kv_offset = i_block * PACK // group, i_batch * length[0], i_batch * reg_batch
+    q_corner = [kv_offset[1] + origin[0], origin[1], origin[2], i_block * PACK, 0]
     ready = new_barriers(2, 1)
     mbarrier.expect(ready.index(0), (M + KEYS) * BD * 2)
     mbarrier.expect(ready.index(1), (M + KEYS) * BD * 2)
     buffer = start_load(q_desc, q_corner, ready.index(0))
-    keys = start_parts(k_descs, regk_desc, place, corner, ready.index(0), AXIS)
+    keys = start_parts(k_descs, regk_desc, kv_offset, corner, ready.index(0), AXIS)
     b_do = start_load(do_desc, q_corner, ready.index(1)).reshape([M, BD])
-    values = start_parts(v_descs, regv_desc, place, corner, ready.index(1), AXIS)
+    values = start_parts(v_descs, regv_desc, kv_offset, corner, ready.index(1), AXIS)
 
     out_row = gl.arange(0, M, gl.SliceLayout(1, LOAD))
     m_out, o_out = output_rows(
@@ -253,27 +253,18 @@ def new_buffers(descs):
 
 
 @gluon.jit
-def here(x):
-    """The same integers, which the compiler takes for others: what follows from them is not worked out before a loop.
-
-    There, masks and descriptors of shared memory would be kept for all of the loop: more than there are registers.
-    """
-    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def new_line(desc):
+def new_statistics_buffer(desc):
     """Room for a statistic of a part's queries."""
     BOX: gl.constexpr = desc.block_type.shape
     return gl.allocate_shared_memory(gl.float32, [BOX[1] * BOX[2] * BOX[3]], gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 
 @gluon.jit
-def new_lines(descs):
-    lines = ()
+def new_statistics_buffers(descs):
+    buffers = ()
     for PART in gl.static_range(len(descs)):
-        lines = lines + (new_line(descs[PART]),)  # noqa: RUF005
-    return lines
+        buffers = buffers + (new_statistics_buffer(descs[PART]),)  # noqa: RUF005
+    return buffers
 
 
 @gluon.jit
@@ -288,7 +279,7 @@ def matrix_of(buffer, desc):
 
 
 @gluon.jit
-def hopper_small_key_kernel(
+def small_dkv_kernel(
     Delta, Lse, k_desc, v_desc, dk_desc, dv_desc, q0_desc, q1_desc, q2_desc, do0_desc, do1_desc, do2_desc,
     length, kernel, stride, tiles, group, kv_heads, scale,
     CAUSAL: gl.constexpr, TILE: gl.constexpr, AXIS: gl.constexpr, RANK: gl.constexpr, QUERIES: gl.constexpr,
@@ -301,7 +292,10 @@ def hopper_small_key_kernel(
     M: gl.constexpr = TILE[0] * TILE[1] * TILE[2]
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BD, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, OUT)
-    q_descs, do_descs = those(q0_desc, q1_desc, q2_desc), those(do0_desc, do1_desc, do2_desc)
+    q_descs, do_descs = (
+        present_descriptors(q0_desc, q1_desc, q2_desc),
+        present_descriptors(do0_desc, do1_desc, do2_desc),
+    )
 
     i_batch, i_kv, origin = own_tile(tiles, kv_heads, TILE)
     first, _, _, _ = union_of_queries(origin, length, kernel, stride, CAUSAL, TILE)
@@ -311,7 +305,12 @@ def hopper_small_key_kernel(
     mbarrier.expect(ready.index(0), 2 * M * BD * 2)
     k_corner = [i_kv, i_bt + origin[0], origin[1], origin[2], 0]
     k_buffer, v_buffer = start_load(k_desc, k_corner, ready.index(0)), start_load(v_desc, k_corner, ready.index(0))
-    queries, grads, lses, deltas = new_buffers(q_descs), new_buffers(do_descs), new_lines(q_descs), new_lines(q_descs)
+    queries, grads, lses, deltas = (
+        new_buffers(q_descs),
+        new_buffers(do_descs),
+        new_statistics_buffers(q_descs),
+        new_statistics_buffers(q_descs),
+    )
     b_k, b_v = matrix_of(k_buffer, k_desc), matrix_of(v_buffer, v_desc)
 
     row = gl.arange(0, M, ROW)
@@ -321,7 +320,7 @@ def hopper_small_key_kernel(
     b_dk, b_dv = gl.zeros([M, BD], gl.float32, OUT), gl.zeros([M, BD], gl.float32, OUT)
     mbarrier.wait(ready.index(0), 0)
     for i_group in range(group):
-        zero = here(i_group) - i_group
+        zero = opaque_i32(i_group) - i_group
         head = i_kv * group + i_group
         thread_barrier()  # the queries of the head before have been read
         mbarrier.expect(ready.index(1), 2 * QUERIES * BD * 2)
@@ -339,8 +338,8 @@ def hopper_small_key_kernel(
         mbarrier.wait(ready.index(1), i_group & 1)
         corner = first
         lo, hi = (
-            (here(row_lo[0]), here(row_lo[1]), here(row_lo[2])),
-            (here(row_hi[0]), here(row_hi[1]), here(row_hi[2])),
+            (opaque_i32(row_lo[0]), opaque_i32(row_lo[1]), opaque_i32(row_lo[2])),
+            (opaque_i32(row_hi[0]), opaque_i32(row_hi[1]), opaque_i32(row_hi[2])),
         )
         for PART in gl.static_range(len(q_descs)):
             b_q, b_do = (
@@ -366,47 +365,52 @@ def hopper_small_key_kernel(
 
 
 def query_gradient(
-    launch: SmallLaunch, problem: Problem, inputs: Inputs, options: Options, cotangents: Cotangents
+    config: SmallTileConfig, problem: Problem, inputs: Inputs, options: Options, cotangents: Cotangents
 ) -> tuple[Tensor, RowStatistics]:
     """dQ, delta and the base-2 lse, as ``portable.backward`` has them. Allocates only these."""
     query, key, value, reg_keys, reg_values, _ = inputs
     out, row_max, row_sum, grad_out, grad_lse = cotangents
     grad_query = new_like(query)
     delta, lse = torch.empty_like(row_max), torch.empty_like(row_max)
-    call = query_call(launch, problem, layout(grad_out), None if grad_lse is None else layout(grad_lse[..., None]))
+    call = query_call(config, problem, layout(grad_out), None if grad_lse is None else layout(grad_lse[..., None]))
     tensors = (query, grad_out, grad_query, *(key,) * PARTS, *(value,) * PARTS, reg_keys, reg_values)
     call((delta, lse, row_max, row_sum, out, grad_lse), tensors, (options.scale,))
     return grad_query, RowStatistics(delta, lse)
 
 
 @lru_cache(maxsize=1024)
-def query_call(launch: SmallLaunch, p: Problem, grad_out: Layout, grad_lse: Layout | None) -> Call:
+def query_call(config: SmallTileConfig, p: Problem, grad_out: Layout, grad_lse: Layout | None) -> Call:
     """What the launches of a problem share."""
-    tiles, blocks = p.tiles(launch.tile), p.query.shape[-2] // launch.pack
+    tiles, blocks = p.tiles(config.tile), p.query.shape[-2] // config.pack
     lengths, kernel_size, stride, _ = p.geometry
     shared = p.additional_keys is not None and p.additional_keys.stride[0] == 0
-    boxes = [query_boxes(x, launch.tile, launch.pack) for x in (p.query, grad_out, contiguous(p.query.shape))]
+    boxes = [query_boxes(x, config.tile, config.pack) for x in (p.query, grad_out, contiguous(p.query.shape))]
     return call_of(
-        hopper_small_query_kernel,
+        small_dq_kernel,
         (prod(tiles) * blocks, p.query.shape[0]),
         (
             (0,) * 5 if grad_lse is None else strides(grad_lse),
             lengths, kernel_size, stride, tiles, p.group, blocks, p.registers, 0 if shared else 1,
         ),
-        [*boxes, *boxes_of_parts(launch, p.key, p.value), *boxes_of_registers(launch, p)],
-        CAUSAL=three_axes(p.is_causal, False), TILE=launch.tile, AXIS=launch.axis, PACK=launch.pack, RANK=p.rank,
-        KEYS=launch.keys, D=p.query.shape[-1], BD=head_width(p.query.shape[-1]), WITH_DLSE=grad_lse is not None,
-        num_warps=WARPS, maxnreg=launch.max_registers,
+        [*boxes, *boxes_of_parts(config, p.key, p.value), *boxes_of_registers(config, p)],
+        CAUSAL=three_axes(p.is_causal, False), TILE=config.tile, AXIS=config.axis, PACK=config.pack, RANK=p.rank,
+        KEYS=config.keys, D=p.query.shape[-1], BD=head_width(p.query.shape[-1]), WITH_DLSE=grad_lse is not None,
+        num_warps=WARPS, maxnreg=config.maxnreg,
     )  # fmt: skip
 
 
 def key_gradients(
-    launch: SmallLaunch, problem: Problem, inputs: Inputs, options: Options, grad_out: Tensor, statistics: RowStatistics
+    config: SmallTileConfig,
+    problem: Problem,
+    inputs: Inputs,
+    options: Options,
+    grad_out: Tensor,
+    statistics: RowStatistics,
 ) -> tuple[Tensor, Tensor]:
     """dK and dV, those of registers aside, as ``portable.backward`` has them. Allocates only these."""
     query, key, value, *_ = inputs
     grad_key, grad_value = new_like(key), new_like(value)
-    call = key_call(launch, problem, layout(grad_out))
+    call = key_call(config, problem, layout(grad_out))
     tensors = (key, value, grad_key, grad_value, *(query,) * PARTS, *(grad_out,) * PARTS)
     delta, lse, _ = statistics
     call((delta, lse), tensors, (options.scale,))
@@ -414,16 +418,16 @@ def key_gradients(
 
 
 @lru_cache(maxsize=1024)
-def key_call(launch: SmallLaunch, p: Problem, grad_out: Layout) -> Call:
-    tiles = p.tiles(launch.tile)
+def key_call(config: SmallTileConfig, p: Problem, grad_out: Layout) -> Call:
+    tiles = p.tiles(config.tile)
     lengths, kernel_size, stride, _ = p.geometry
     out = contiguous(p.key.shape)
-    tile = [key_boxes(x, launch.tile) for x in (p.key, p.value, out, out)]
+    tile = [key_boxes(x, config.tile) for x in (p.key, p.value, out, out)]
     return call_of(
-        hopper_small_key_kernel,
+        small_dkv_kernel,
         (prod(tiles) * p.kv_heads, p.query.shape[0]),
         (lengths, kernel_size, stride, tiles, p.group, p.kv_heads),
-        [*tile, *boxes_of_parts(launch, p.query, grad_out)],
-        CAUSAL=three_axes(p.is_causal, False), TILE=launch.tile, AXIS=launch.axis, RANK=p.rank, QUERIES=launch.keys,
-        BD=head_width(p.query.shape[-1]), num_warps=WARPS, maxnreg=launch.max_registers,
+        [*tile, *boxes_of_parts(config, p.query, grad_out)],
+        CAUSAL=three_axes(p.is_causal, False), TILE=config.tile, AXIS=config.axis, RANK=p.rank, QUERIES=config.keys,
+        BD=head_width(p.query.shape[-1]), num_warps=WARPS, maxnreg=config.maxnreg,
     )  # fmt: skip

@@ -40,21 +40,21 @@ from .primitives import (
 from .small_nonfinite import attend_rows
 from .small_softmax import (
     WARPS,
-    columns,
+    all_finite,
     divided,
     is_inside,
-    is_zero,
+    key_columns,
     key_mask,
+    nonfinite_flags,
     register_mask,
     scores_of,
-    unfinite,
     weighted_sum,
 )
-from .small_tiling import PARTS, SmallLaunch, StripLaunch
+from .small_tiling import PARTS, RollingTileConfig, SmallTileConfig
 
 
 @gluon.jit
-def those(first, second, third):
+def present_descriptors(first, second, third):
     """The descriptors that there are."""
     descs = (first,)
     if second is not None:
@@ -76,16 +76,16 @@ def own_tile(tiles, blocks, TILE: gl.constexpr):
 
 
 @gluon.jit
-def moved(place, by, AXIS: gl.constexpr):
+def shifted_along(kv_offset, by, AXIS: gl.constexpr):
     """A place further along an axis."""
-    t, h, w = place
+    t, h, w = kv_offset
     return t + (by if AXIS == 0 else 0), h + (by if AXIS == 1 else 0), w + (by if AXIS == 2 else 0)
 
 
 @gluon.jit
 def next_corner(corner, desc, AXIS: gl.constexpr):
     """First key of the part behind the one at ``corner``."""
-    return moved(corner, desc.block_type.shape[AXIS + 1], AXIS)
+    return shifted_along(corner, desc.block_type.shape[AXIS + 1], AXIS)
 
 
 @gluon.jit
@@ -110,28 +110,28 @@ def start_load(desc, corner, ready):
 
 
 @gluon.jit
-def start_part(desc, place, corner, ready):
+def start_part(desc, kv_offset, corner, ready):
     """Start to load the keys or values of one part; its buffer ``[keys, D]``."""
     BOX: gl.constexpr = desc.block_type.shape
-    buffer = start_load(desc, [place[0], place[1] + corner[0], corner[1], corner[2], 0], ready)
+    buffer = start_load(desc, [kv_offset[0], kv_offset[1] + corner[0], corner[1], corner[2], 0], ready)
     return buffer.reshape([BOX[1] * BOX[2] * BOX[3], BOX[4]])
 
 
 @gluon.jit
-def start_registers(desc, place, ready):
+def start_registers(desc, kv_offset, ready):
     BOX: gl.constexpr = desc.block_type.shape
-    return start_load(desc, [place[2], 0, place[0], 0], ready).reshape([BOX[1], BOX[3]])
+    return start_load(desc, [kv_offset[2], 0, kv_offset[0], 0], ready).reshape([BOX[1], BOX[3]])
 
 
 @gluon.jit
-def start_parts(descs, reg_desc, place, corner, ready, AXIS: gl.constexpr):
+def start_parts(descs, reg_desc, kv_offset, corner, ready, AXIS: gl.constexpr):
     """Start to load what a tile sees of keys or values, and the registers; their buffers."""
     buffers = ()
     for PART in gl.static_range(len(descs)):
-        buffers = buffers + (start_part(descs[PART], place, corner, ready),)  # noqa: RUF005
+        buffers = buffers + (start_part(descs[PART], kv_offset, corner, ready),)  # noqa: RUF005
         corner = next_corner(corner, descs[PART], AXIS)
     if reg_desc is not None:
-        buffers = buffers + (start_registers(reg_desc, place, ready),)  # noqa: RUF005
+        buffers = buffers + (start_registers(reg_desc, kv_offset, ready),)  # noqa: RUF005
     return buffers
 
 
@@ -153,21 +153,21 @@ def part_masks(corner, row_lo, row_hi, BOXES: gl.constexpr, AXIS: gl.constexpr, 
     """Masks of all parts; ``SEEN`` as in ``key_mask``."""
     masks = ()
     for PART in gl.static_range(len(BOXES)):
-        inner = unravel(columns(part_keys(BOXES, PART)), BOXES[PART][1], BOXES[PART][2])
-        inner = moved(inner, part_start(BOXES, PART, AXIS), AXIS)
+        inner = unravel(key_columns(part_keys(BOXES, PART)), BOXES[PART][1], BOXES[PART][2])
+        inner = shifted_along(inner, part_start(BOXES, PART, AXIS), AXIS)
         masks = masks + (key_mask(inner, corner, row_lo, row_hi, M, RANK, SEEN),)  # noqa: RUF005
     return masks
 
 
 @gluon.jit
-def hopper_small_kernel(
+def small_forward_kernel(
     Q, K, V, Out, RowMax, RowSum, RegK, RegV, Sink,
     q_desc, out_desc, k0_desc, k1_desc, k2_desc, v0_desc, v1_desc, v2_desc, regk_desc, regv_desc,
     q_strides, k_strides, v_strides, regk_strides, regv_strides,
     length, kernel, stride, tiles, group, blocks, registers, reg_batch, sink, scale,
     CAUSAL: gl.constexpr, TILE: gl.constexpr, BOXES: gl.constexpr, AXIS: gl.constexpr, PACK: gl.constexpr,
     RANK: gl.constexpr, WINDOW: gl.constexpr, KEYS: gl.constexpr, D: gl.constexpr, BD: gl.constexpr,
-    SINK: gl.constexpr, WITH_STATE: gl.constexpr,
+    SINK: gl.constexpr, WITH_STATS: gl.constexpr,
 ):  # fmt: skip
     """Attention of one tile; the grid is (tiles * blocks of heads, batch).
 
@@ -178,20 +178,20 @@ def hopper_small_kernel(
     M: gl.constexpr = TILE[0] * TILE[1] * TILE[2] * PACK
     EIGHTHS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, 8, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, EIGHTHS)
-    k_descs, v_descs = those(k0_desc, k1_desc, k2_desc), those(v0_desc, v1_desc, v2_desc)
+    k_descs, v_descs = present_descriptors(k0_desc, k1_desc, k2_desc), present_descriptors(v0_desc, v1_desc, v2_desc)
 
     i_batch, i_block, origin = own_tile(tiles, blocks, TILE)
     corner, _ = windows_of(origin, length, kernel, stride, CAUSAL)
     corner = inside_frames(corner, length, k_descs, AXIS)
     # Of what it loads: KV head, first place on the axis of batch and t, and batch of registers.
-    place = i_block * PACK // group, i_batch * length[0], i_batch * reg_batch
-    q_corner = [place[1] + origin[0], origin[1], origin[2], i_block * PACK, 0]
+    kv_offset = i_block * PACK // group, i_batch * length[0], i_batch * reg_batch
+    q_corner = [kv_offset[1] + origin[0], origin[1], origin[2], i_block * PACK, 0]
     ready = new_barriers(2, 1)
     mbarrier.expect(ready.index(0), (M + KEYS) * BD * 2)
     mbarrier.expect(ready.index(1), KEYS * BD * 2)
     buffer = start_load(q_desc, q_corner, ready.index(0))
-    keys = start_parts(k_descs, regk_desc, place, corner, ready.index(0), AXIS)
-    values = start_parts(v_descs, regv_desc, place, corner, ready.index(1), AXIS)
+    keys = start_parts(k_descs, regk_desc, kv_offset, corner, ready.index(0), AXIS)
+    values = start_parts(v_descs, regv_desc, kv_offset, corner, ready.index(1), AXIS)
 
     row = gl.arange(0, M, ROW)
     position, head = unravel(row // PACK, TILE[1], TILE[2]), i_block * PACK + row % PACK
@@ -211,12 +211,12 @@ def hopper_small_kernel(
     mbarrier.wait(ready.index(0), 0)
     scores = scores_of(b_q, keys, masks)
     b_acc, row_m, row_l = weighted_sum(scores, values, ready.index(1), 0, row_sink, scale, SINK, BD, EIGHTHS)
-    if is_zero(unfinite(b_acc, row_l)):
+    if all_finite(nonfinite_flags(b_acc, row_l)):
         # Through the queries' buffer, so that TMA writes what lies inside the image.
         b_q.store(divided(b_acc, row_l, q_desc.dtype))
         fence_async_shared()
         async_copy_shared_to_global(out_desc, q_corner, buffer)
-        if WITH_STATE:
+        if WITH_STATS:
             m_rows, o_row = output_rows(position, head, i_batch, origin, length, blocks * PACK)
             gl.store(RowMax + o_row, row_m * LN2, mask=m_rows)
             gl.store(RowSum + o_row, row_l, mask=m_rows)
@@ -227,15 +227,15 @@ def hopper_small_kernel(
             (q_strides, k_strides, v_strides, regk_strides, regv_strides), i_batch, i_block, origin,
             (length, kernel, stride, blocks * PACK), group, registers, sink, scale * LOG2E,
             None, None, None, None, None, None,
-            CAUSAL, TILE, PACK, D, BD, SINK, WITH_STATE, "none", 1, 0,
+            CAUSAL, TILE, PACK, D, BD, SINK, WITH_STATS, "none", 1, 0,
         )  # fmt: skip
 
 
 def forward(
-    launch: SmallLaunch, problem: Problem, inputs: Inputs, options: Options, with_state: bool
+    config: SmallTileConfig, problem: Problem, inputs: Inputs, options: Options, with_stats: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """What ``portable.forward`` computes, of calls that ``dispatch`` sends here. Allocates its results."""
-    return attend(prepare(launch, problem, with_state), PARTS, inputs, options, with_state)
+    return attend(prepare(config, problem, with_stats), PARTS, inputs, options, with_stats)
 
 
 class Call(NamedTuple):
@@ -266,7 +266,7 @@ def call_of(
 
 
 def attend(
-    call: Call, parts: int, inputs: Inputs, options: Options, with_state: bool,
+    call: Call, parts: int, inputs: Inputs, options: Options, with_stats: bool,
     tensors: Sequence[Tensor | None] = (), floats: Sequence[float | None] = (),
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Results of a kernel with descriptors of queries, results, ``parts`` times keys and values, and registers.
@@ -274,7 +274,7 @@ def attend(
     ``tensors`` and ``floats`` are what it takes behind those of all kernels.
     """
     query, key, value, reg_keys, reg_values, sink = inputs
-    out, row_max, row_sum = new_results(query, query.shape[-1], with_state)
+    out, row_max, row_sum = new_results(query, query.shape[-1], with_stats)
     described = query, out, *(key,) * parts, *(value,) * parts, reg_keys, reg_values
     pointers = query, key, value, out, row_max, row_sum, reg_keys, reg_values, sink, *tensors
     call(pointers, described, (options.sink_value, options.scale, *floats))
@@ -282,37 +282,37 @@ def attend(
 
 
 @lru_cache(maxsize=1024)
-def prepare(launch: SmallLaunch, p: Problem, with_state: bool) -> Call:
-    blocks = p.query.shape[-2] // launch.pack
+def prepare(config: SmallTileConfig, p: Problem, with_stats: bool) -> Call:
+    blocks = p.query.shape[-2] // config.pack
     lengths, kernel_size, stride, _ = p.geometry
-    tiles = p.tiles(launch.tile)
+    tiles = p.tiles(config.tile)
     return call_of(
-        hopper_small_kernel,
+        small_forward_kernel,
         (prod(tiles) * blocks, p.query.shape[0]),
         (
             *p.input_strides(), lengths, kernel_size, stride, tiles, p.group, blocks, p.registers,
             batches_of_registers(p),
         ),
-        [*boxes_of_rows(launch, p), *boxes_of_parts(launch, p.key, p.value), *boxes_of_registers(launch, p)],
-        BOXES=launch.parts, KEYS=launch.keys, **options_of(launch, p, with_state),
+        [*boxes_of_rows(config, p), *boxes_of_parts(config, p.key, p.value), *boxes_of_registers(config, p)],
+        BOXES=config.parts, KEYS=config.keys, **options_of(config, p, with_stats),
     )  # fmt: skip
 
 
-def options_of(launch: SmallLaunch | StripLaunch, p: Problem, with_state: bool) -> dict[str, Any]:
+def options_of(config: SmallTileConfig | RollingTileConfig, p: Problem, with_stats: bool) -> dict[str, Any]:
     """Compile-time arguments, and options of Triton, that tiles alone and strips of them have in common."""
     return {
         "CAUSAL": three_axes(p.is_causal, False),
-        "TILE": launch.tile,
-        "AXIS": launch.axis,
-        "PACK": launch.pack,
+        "TILE": config.tile,
+        "AXIS": config.axis,
+        "PACK": config.pack,
         "RANK": p.rank,
         "WINDOW": p.kernel_size[0] if p.rank == 1 else None,
         "D": p.query.shape[-1],
         "BD": head_width(p.query.shape[-1]),
         "SINK": p.sink,
-        "WITH_STATE": with_state,
+        "WITH_STATS": with_stats,
         "num_warps": WARPS,
-        "maxnreg": launch.max_registers,
+        "maxnreg": config.maxnreg,
     }
 
 
@@ -321,17 +321,17 @@ def batches_of_registers(p: Problem) -> int:
     return 0 if p.additional_keys is not None and p.additional_keys.stride[0] == 0 else 1
 
 
-def boxes_of_rows(launch: SmallLaunch | StripLaunch, p: Problem) -> list[Boxes]:
+def boxes_of_rows(config: SmallTileConfig | RollingTileConfig, p: Problem) -> list[Boxes]:
     """Of queries and results."""
-    return [query_boxes(x, launch.tile, launch.pack) for x in (p.query, contiguous(p.query.shape))]
+    return [query_boxes(x, config.tile, config.pack) for x in (p.query, contiguous(p.query.shape))]
 
 
-def boxes_of_parts(launch: SmallLaunch, *tensors: Layout) -> list[Boxes | None]:
+def boxes_of_parts(config: SmallTileConfig, *tensors: Layout) -> list[Boxes | None]:
     """Of the parts of one tensor after the other."""
-    rest = [None] * (PARTS - len(launch.parts))
-    return [boxes for x in tensors for boxes in [*(key_boxes(x, box) for box in launch.parts), *rest]]
+    rest = [None] * (PARTS - len(config.parts))
+    return [boxes for x in tensors for boxes in [*(key_boxes(x, box) for box in config.parts), *rest]]
 
 
-def boxes_of_registers(launch: SmallLaunch | StripLaunch, p: Problem) -> list[Boxes | None]:
+def boxes_of_registers(config: SmallTileConfig | RollingTileConfig, p: Problem) -> list[Boxes | None]:
     registers = (p.additional_keys, p.additional_values)
-    return [None if x is None else register_boxes(x, launch.registers) for x in registers]
+    return [None if x is None else register_boxes(x, config.registers) for x in registers]

@@ -14,18 +14,18 @@ from triton.experimental.gluon import language as gl
 
 from ..portable.primitives import LN2, LOWEST, shifted, unravel, windows_of
 from .primitives import output_rows, row_sinks
-from .qk_prep import load_turned
+from .qk_prep import load_prepared
 
 
 @gluon.jit
-def columns_of(BD: gl.constexpr, ALL: gl.constexpr):
+def channel_indices(BD: gl.constexpr, ALL: gl.constexpr):
     return gl.arange(0, BD, gl.SliceLayout(0, gl.SliceLayout(1, ALL)))[None, :][:, None, :]
 
 
 @gluon.jit
 def load_heads(X, o_x, m_tokens, D: gl.constexpr, BD: gl.constexpr, ALL: gl.constexpr):
     """``[R, N, BD]`` at ``o_x [R, N]``, in fp32; zero from channel ``D`` on."""
-    col = columns_of(BD, ALL)
+    col = channel_indices(BD, ALL)
     return gl.load(X + (o_x[:, :, None] + col), mask=m_tokens[:, :, None] & (col < D), other=0.0).to(gl.float32)
 
 
@@ -45,7 +45,7 @@ def fold_tokens(b_q, b_acc, row_m, row_l, b_k, V, o_v, m_tokens, factor, D: gl.c
 
 
 @gluon.jit
-def place_of(token, strides):
+def wide_token_offset(token, strides):
     """Offset of a token, in 64 bits."""
     t, h, w = token
     return t.to(gl.int64) * strides[1] + h.to(gl.int64) * strides[2] + w.to(gl.int64) * strides[3]
@@ -63,9 +63,9 @@ def window_tokens(n, lo, hi, kernel):
 @gluon.jit(noinline=True)
 def attend_rows(
     tensors, states, strides, i_batch, i_block, origin, plan, group, registers, sink, factor,
-    GainQ, GainK, Positions, Freqs, turn_factor, eps,
+    GainQ, GainK, Positions, Freqs, rope_factor, eps,
     CAUSAL: gl.constexpr, TILE: gl.constexpr, PACK: gl.constexpr, D: gl.constexpr, BD: gl.constexpr,
-    SINK: gl.constexpr, WITH_STATE: gl.constexpr, NORM: gl.constexpr, AXES: gl.constexpr, PAIRS: gl.constexpr,
+    SINK: gl.constexpr, WITH_STATS: gl.constexpr, NORM: gl.constexpr, AXES: gl.constexpr, PAIRS: gl.constexpr,
 ):  # fmt: skip
     """Output and state of a tile.
 
@@ -74,8 +74,8 @@ def attend_rows(
         states: maximum and sum of rows.
         strides: of the first five tensors: ``(batch, t, h, w, head)``, of registers ``(batch, register, head)``.
         plan: length, kernel and stride of axes, and query heads.
-        GainQ, GainK, Positions, Freqs, turn_factor, eps, NORM, AXES, PAIRS: what is done to queries and keys first, as
-            ``load_turned`` takes it.
+        GainQ, GainK, Positions, Freqs, rope_factor, eps, NORM, AXES, PAIRS: what is done to queries and keys first, as
+            ``load_prepared`` takes it.
     """
     Q, K, V, RegK, RegV, Sink, Out = tensors
     q_strides, k_strides, v_strides, regk_strides, regv_strides = strides
@@ -102,25 +102,25 @@ def attend_rows(
         lo, hi = windows_of(own, length, kernel, stride, CAUSAL)
 
         m_out = gl.convert_layout(m_rows, gl.SliceLayout(1, OUT))[:, None] & (col < D)
-        o_q = (place_of(own, q_strides) + head.to(gl.int64) * q_strides[4])[:, None]
+        o_q = (wide_token_offset(own, q_strides) + head.to(gl.int64) * q_strides[4])[:, None]
         q_gain = None
         if NORM == "cosine" and GainQ is not None:
             q_gain = gl.load(GainQ + head).to(gl.float32)[:, None][:, :, None]
-        place = own[0][:, None], own[1][:, None], own[2][:, None]
-        b_q = gl.sum(load_turned(
-            Q, o_q, place, m_rows[:, None], columns_of(BD, ALL), q_gain, GainQ, Positions, Freqs, length,
-            turn_factor, eps, D, NORM, AXES, PAIRS,
+        own_token = own[0][:, None], own[1][:, None], own[2][:, None]
+        b_q = gl.sum(load_prepared(
+            Q, o_q, own_token, m_rows[:, None], channel_indices(BD, ALL), q_gain, GainQ, Positions, Freqs, length,
+            rope_factor, eps, D, NORM, AXES, PAIRS,
         ), 1)  # fmt: skip
         b_acc = gl.zeros([ROWS, BD], gl.float32, OUT)
         row_m = row_sinks(Sink, head, sink, SINK)
         row_l = gl.where(row_m > LOWEST, 1.0, 0.0)
         for start in range(0, kernel[0] * kernel[1] * kernel[2], N):
             token, m_tokens = window_tokens(start + n, lo, hi, kernel)
-            o_k, o_v = place_of(token, k_strides), place_of(token, v_strides)
+            o_k, o_v = wide_token_offset(token, k_strides), wide_token_offset(token, v_strides)
             m_tokens &= m_rows[:, None]
-            b_k = load_turned(
-                K, o_k, token, m_tokens, columns_of(BD, ALL), k_gain, GainK, Positions, Freqs, length,
-                turn_factor, eps, D, NORM, AXES, PAIRS,
+            b_k = load_prepared(
+                K, o_k, token, m_tokens, channel_indices(BD, ALL), k_gain, GainK, Positions, Freqs, length,
+                rope_factor, eps, D, NORM, AXES, PAIRS,
             )  # fmt: skip
             b_acc, row_m, row_l = fold_tokens(b_q, b_acc, row_m, row_l, b_k, V, o_v, m_tokens, factor, D, ALL)
         if RegK is not None:
@@ -136,7 +136,7 @@ def attend_rows(
         b_out = b_acc * gl.convert_layout(1.0 / row_l, gl.SliceLayout(1, OUT))[:, None]
         o_out = gl.convert_layout(o_row * D, gl.SliceLayout(1, OUT))[:, None] + col
         gl.store(Out + o_out, b_out.to(Out.dtype.element_ty), mask=m_out)
-        if WITH_STATE:
+        if WITH_STATS:
             RowMax, RowSum = states
             gl.store(RowMax + o_row, row_m * LN2, mask=m_rows)
             gl.store(RowSum + o_row, row_l, mask=m_rows)

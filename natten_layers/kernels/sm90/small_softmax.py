@@ -18,7 +18,7 @@ WARPS = 4
 
 
 @gluon.jit
-def columns(N: gl.constexpr, FIRST: gl.constexpr = 0):
+def key_columns(N: gl.constexpr, FIRST: gl.constexpr = 0):
     """``FIRST`` to ``FIRST + N - 1``, as the columns of ``N`` scores a row."""
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, N, 16])
     return FIRST + gl.arange(0, N, gl.SliceLayout(0, LAYOUT))
@@ -50,7 +50,7 @@ def key_mask(inner, corner, row_lo, row_hi, M: gl.constexpr, RANK: gl.constexpr,
 @gluon.jit
 def register_mask(registers, FIRST: gl.constexpr, N: gl.constexpr, M: gl.constexpr):
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, N, 16])
-    m_there = columns(N, FIRST) < registers
+    m_there = key_columns(N, FIRST) < registers
     return gl.where(m_there[None, :], gl.zeros([M, N], gl.float32, LAYOUT), float("-inf"))
 
 
@@ -130,14 +130,14 @@ def weighted_sum(
 
 
 @gluon.jit
-def no_rest(M: gl.constexpr):
-    """What ``unfinite`` returns of finite rows: ``[M / 16, 8, 4]``, one for each thread."""
+def no_nonfinite_flags(M: gl.constexpr):
+    """What ``nonfinite_flags`` returns of finite rows: ``[M / 16, 8, 4]``, one for each thread."""
     OWN: gl.constexpr = gl.BlockedLayout([1, 1, 1], [1, 8, 4], [gl.num_warps(), 1, 1], [2, 1, 0])
     return gl.zeros([M // 16, 8, 4], gl.float32, OWN)
 
 
 @gluon.jit
-def unfinite(b_acc, row_l):
+def nonfinite_flags(b_acc, row_l):
     """For each thread NaN where some of what it has of ``b_acc`` is not finite, or where a row has no weight of about
     one in its sum (``are_sound`` explains when), else 0.
     """
@@ -145,13 +145,13 @@ def unfinite(b_acc, row_l):
     D: gl.constexpr = b_acc.shape[1]
     row_zero = gl.where(gl.convert_layout(row_l, gl.SliceLayout(1, b_acc.type.layout)) >= 0.5, 0.0, float("nan"))
     b_rest = (b_acc * row_zero[:, None]).reshape([M // 16, 2, 8, D // 8, 4, 2])
-    return gl.convert_layout(gl.sum(gl.sum(gl.sum(b_rest, 5), 3), 1), no_rest(M).type.layout)
+    return gl.convert_layout(gl.sum(gl.sum(gl.sum(b_rest, 5), 3), 1), no_nonfinite_flags(M).type.layout)
 
 
 @gluon.jit
-def is_zero(rest):
-    """Whether none of what ``unfinite`` returned is NaN."""
-    return gl.max(gl.max(gl.max(gl.where(gl.abs(rest) >= 0.0, 0, 1), 2), 1), 0) == 0
+def all_finite(flags):
+    """Whether none of what ``nonfinite_flags`` returned is NaN."""
+    return gl.max(gl.max(gl.max(gl.where(gl.abs(flags) >= 0.0, 0, 1), 2), 1), 0) == 0
 
 
 @gluon.jit

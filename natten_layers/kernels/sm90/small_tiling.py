@@ -16,7 +16,7 @@ from ..host.tiling import Axis, Bounds, Box, boxes, extent, head_width, next_pow
 
 SMALL_ROWS = 64  # of a tile of the kernels for small windows
 SCORES = 320  # of a row there at most, as they are in registers at once
-STRIP_SCORES = 336  # the same of a strip: registers beside 320 keys are worth that some values spill
+ROLLING_SCORES = 336  # the same of a strip: registers beside 320 keys are worth that some values spill
 GRADIENTS = 256  # the same in the backward pass, whose kernels keep more beside them
 LEAST_LOADED = 96  # keys that a tile sees, from which on strips are used,
 RELOADED = 0.6  # if no more than this share of them is new to a strip
@@ -24,7 +24,7 @@ PARTS = 3  # that the keys of a tile come in at most
 START = 0.2  # of a tile's time, that a strip needs for its first loads
 
 
-class SmallLaunch(NamedTuple):
+class SmallTileConfig(NamedTuple):
     """How the kernel of small windows computes a problem."""
 
     tile: Box
@@ -36,7 +36,7 @@ class SmallLaunch(NamedTuple):
     axis: int
     registers: int
     """keys of the box that holds the registers, or 0"""
-    max_registers: int
+    maxnreg: int
 
     @property
     def keys(self) -> int:
@@ -51,10 +51,10 @@ class SmallLaunch(NamedTuple):
     @property
     def programs(self) -> int:
         """that share a multiprocessor"""
-        return _programs(self.max_registers)
+        return _programs(self.maxnreg)
 
 
-class StripLaunch(NamedTuple):
+class RollingTileConfig(NamedTuple):
     """How the kernel of small windows computes a problem a strip of tiles at a time."""
 
     tile: Box
@@ -65,7 +65,7 @@ class StripLaunch(NamedTuple):
     """along which the tiles of a strip follow each other"""
     box: Box
     """keys of a slab, which is as long as a tile"""
-    slots: int
+    stages: int
     """slabs that a tile sees"""
     rest: tuple[int, ...]
     """keys that it sees of the last one, in parts"""
@@ -77,17 +77,17 @@ class StripLaunch(NamedTuple):
     """keys of the box that holds the registers, or 0"""
     in_ring: bool
     """whether results leave through a slot that is free, and not through memory of their own"""
-    max_registers: int
+    maxnreg: int
 
     @property
     def keys(self) -> int:
         """whose scores a row has, registers included"""
-        return (self.slots - 1) * prod(self.box) + sum(self.rest) + self.registers
+        return (self.stages - 1) * prod(self.box) + sum(self.rest) + self.registers
 
     @property
     def programs(self) -> int:
         """that share a multiprocessor"""
-        return _programs(self.max_registers)
+        return _programs(self.maxnreg)
 
     def tiles(self, problem: Problem) -> Box:
         """Tiles per axis."""
@@ -95,24 +95,24 @@ class StripLaunch(NamedTuple):
         return three_axes([ceil(n / b) for n, b in zip(lengths, self.tile, strict=True)], 1)
 
 
-def strip_gap(problem: Problem, strip: StripLaunch, single: SmallLaunch | None) -> str | None:
+def rolling_gap(problem: Problem, rolling: RollingTileConfig, single: SmallTileConfig | None) -> str | None:
     """Why strips were measured to be slower than tiles alone on problems like this one; None where they are faster."""
     if single is None:
         return None
     loaded = sum(map(prod, single.parts))
     if loaded < LEAST_LOADED:
         return f"tiles alone are faster: a tile sees {loaded} keys, fewer than {LEAST_LOADED}"
-    if prod(strip.box) > RELOADED * loaded:
-        return f"tiles alone are faster: {prod(strip.box)} of the {loaded} keys that a tile sees are new to it"
+    if prod(rolling.box) > RELOADED * loaded:
+        return f"tiles alone are faster: {prod(rolling.box)} of the {loaded} keys that a tile sees are new to it"
     if problem.rank == problem.group == 1:
         return "tiles alone are faster in 1-D where every query head has keys of its own"
-    if strip.programs < single.programs and head_width(problem.query.shape[-1]) > 64:
-        return f"tiles alone are faster: {single.programs} programs share a multiprocessor, not {strip.programs}"
+    if rolling.programs < single.programs and head_width(problem.query.shape[-1]) > 64:
+        return f"tiles alone are faster: {single.programs} programs share a multiprocessor, not {rolling.programs}"
     return None
 
 
 @lru_cache(maxsize=1024)
-def small_launch_of(problem: Problem, pack: int | None = None, with_state: bool = False) -> SmallLaunch | None:
+def small_tile_config(problem: Problem, pack: int | None = None, with_stats: bool = False) -> SmallTileConfig | None:
     """The launch that computes the fewest scores, in the fewest parts; None if it can not be computed so.
 
     Strides are 1. Rows of one image follow those of another where TMA writes, so tiles do not reach past its end.
@@ -121,8 +121,8 @@ def small_launch_of(problem: Problem, pack: int | None = None, with_state: bool 
         return None
     pack = pack or most_packed(problem)
     tiles = small_tiles(problem, pack)
-    launches = [small_launch(problem, tile, axis, pack, with_state=with_state) for tile in tiles for axis in range(3)]
-    return min((x for x in launches if x.max_registers and _fits(problem, x)), key=_small_cost, default=None)
+    configs = [small_candidate(problem, tile, axis, pack, with_stats=with_stats) for tile in tiles for axis in range(3)]
+    return min((x for x in configs if x.maxnreg and _fits(problem, x)), key=_small_cost, default=None)
 
 
 def _is_small(problem: Problem) -> bool:
@@ -161,39 +161,39 @@ def _register_keys(problem: Problem) -> int:
     return max(16, next_power_of_2(problem.registers)) if problem.registers else 0
 
 
-def _fits(problem: Problem, launch: SmallLaunch) -> bool:
+def _fits(problem: Problem, config: SmallTileConfig) -> bool:
     """Whether an image of a batch has as many frames as parts have: else they would reach into another image."""
-    return problem.query.shape[0] == 1 or launch.frames <= problem.lengths[0]
+    return problem.query.shape[0] == 1 or config.frames <= problem.lengths[0]
 
 
-def _small_cost(launch: SmallLaunch) -> tuple[int, int, int]:
-    return launch.keys, len(launch.parts), -launch.parts[0][2]
+def _small_cost(config: SmallTileConfig) -> tuple[int, int, int]:
+    return config.keys, len(config.parts), -config.parts[0][2]
 
 
-def small_launch(
-    problem: Problem, tile: Box, axis: int, pack: int, bounds: Bounds = window_bounds, with_state: bool = False
-) -> SmallLaunch:
+def small_candidate(
+    problem: Problem, tile: Box, axis: int, pack: int, bounds: Bounds = window_bounds, with_stats: bool = False
+) -> SmallTileConfig:
     """That of one tile, which sees by ``bounds`` what comes in parts along one axis."""
     extents = [extent(x, b, bounds) for x, b in zip(problem.axes, tile, strict=True)]
     box = [next_power_of_2(e) for e in extents]
     unit = max(1, 16 // (prod(box) // box[axis]))  # matrix instructions take 16 keys at least
     sides = binary_parts(ceil(extents[axis] / unit), PARTS)
     parts = [three_axes([unit * side if i == axis else box[i] for i in range(3)], 1) for side in sides]
-    launch = SmallLaunch(tile, pack, tuple(parts), axis, _register_keys(problem), 0)
-    if launch.keys > SCORES:
-        return launch
+    config = SmallTileConfig(tile, pack, tuple(parts), axis, _register_keys(problem), 0)
+    if config.keys > SCORES:
+        return config
     dim = head_width(problem.query.shape[-1])
     # Scores, accumulators and, kept for the end, where statistics go; with fewer ptxas serializes the products, and
     # below 94 has no code for those of 128 channels.
-    least = 80 if launch.keys <= 80 and dim <= 64 else 96
-    needed = max(launch.keys // 2 + max(dim, 64) // 2 + (8 if with_state else 0), least)
-    return launch._replace(max_registers=_registers_a_thread(needed, 2 * (2 * launch.keys + SMALL_ROWS) * dim))
+    least = 80 if config.keys <= 80 and dim <= 64 else 96
+    needed = max(config.keys // 2 + max(dim, 64) // 2 + (8 if with_stats else 0), least)
+    return config._replace(maxnreg=_maxnreg(needed, 2 * (2 * config.keys + SMALL_ROWS) * dim))
 
 
 @lru_cache(maxsize=1024)
-def strip_launch_of(
-    problem: Problem, pack: int | None = None, with_state: bool = False, rotates: bool = False
-) -> StripLaunch | None:
+def rolling_tile_config(
+    problem: Problem, pack: int | None = None, with_stats: bool = False, with_qk_prep: bool = False
+) -> RollingTileConfig | None:
     """The same a strip at a time: few scores, few parts, few keys that are new to a tile.
 
     Args:
@@ -203,49 +203,49 @@ def strip_launch_of(
         return None
     most = most_packed(problem)
     packs = [pack] if pack else [most >> i for i in range(most.bit_length())]
-    launches = [
-        strip_launch(problem, tile, axis, heads, with_state, rotates)
+    configs = [
+        rolling_candidate(problem, tile, axis, heads, with_stats, with_qk_prep)
         for heads in packs for tile in small_tiles(problem, heads) for axis in range(3)
     ]  # fmt: skip
-    return min((x for x in launches if x is not None), key=_strip_cost, default=None)
+    return min((x for x in configs if x is not None), key=_rolling_cost, default=None)
 
 
-def _strip_cost(launch: StripLaunch) -> tuple[int, int]:
-    return launch.keys + 4 * (launch.slots - 1 + len(launch.rest)), prod(launch.box)
+def _rolling_cost(config: RollingTileConfig) -> tuple[int, int]:
+    return config.keys + 4 * (config.stages - 1 + len(config.rest)), prod(config.box)
 
 
-def strip_launch(
-    problem: Problem, tile: Box, axis: int, pack: int, with_state: bool = False, rotates: bool = False
-) -> StripLaunch | None:
+def rolling_candidate(
+    problem: Problem, tile: Box, axis: int, pack: int, with_stats: bool = False, with_qk_prep: bool = False
+) -> RollingTileConfig | None:
     """That of strips of such tiles along an axis, if there is one."""
     axes = problem.axes
     step, window = tile[axis], axes[axis][1]
     extents = [extent(x, b, window_bounds) for x, b in zip(axes, tile, strict=True)]
     box = three_axes([step if i == axis else next_power_of_2(n) for i, n in enumerate(extents)], 1)
     across = prod(box) // step
-    slots, unit = ceil((step + window - 1) / step), max(1, 16 // across)  # matrix instructions take 16 keys at least
-    last = step + window - 1 - (slots - 1) * step
+    stages, unit = ceil((step + window - 1) / step), max(1, 16 // across)  # matrix instructions take 16 keys at least
+    last = step + window - 1 - (stages - 1) * step
     rest = tuple(across * unit * n for n in binary_parts(ceil(last / unit), PARTS))
-    start = _strip_start(axes[axis], step, (slots - 1) * step + sum(rest) // across)
-    if slots == 1 or prod(box) < 16 or start is None or (axis == 0 and start[0]):
+    start = _rolling_start(axes[axis], step, (stages - 1) * step + sum(rest) // across)
+    if stages == 1 or prod(box) < 16 or start is None or (axis == 0 and start[0]):
         return None
-    launch = StripLaunch(tile, pack, axis, box, slots, rest, *start, _register_keys(problem), False, 0)
-    if launch.keys > STRIP_SCORES:
+    config = RollingTileConfig(tile, pack, axis, box, stages, rest, *start, _register_keys(problem), False, 0)
+    if config.keys > ROLLING_SCORES:
         return None
     dim = head_width(problem.query.shape[-1])
-    shared = 2 * dim * (2 * (slots * prod(box) + launch.registers) + SMALL_ROWS)
+    shared = 2 * dim * (2 * (stages * prod(box) + config.registers) + SMALL_ROWS)
     # Scores, accumulators, what stays from turn to turn and, kept for the end, where statistics go.
-    needed = max(launch.keys // 2 + max(dim, 64) // 2 + 12 + launch.keys // 32 + (8 if with_state else 0), 80)
-    apart = launch._replace(max_registers=_registers_a_thread(needed, shared + 2 * dim * SMALL_ROWS))
-    in_ring = launch._replace(in_ring=True, max_registers=_registers_a_thread(needed, shared))
+    needed = max(config.keys // 2 + max(dim, 64) // 2 + 12 + config.keys // 32 + (8 if with_stats else 0), 80)
+    apart = config._replace(maxnreg=_maxnreg(needed, shared + 2 * dim * SMALL_ROWS))
+    in_ring = config._replace(in_ring=True, maxnreg=_maxnreg(needed, shared))
     # Where each query head has keys of its own, loads that start early are worth more than programs, if there is little
     # else to do.
-    ways = (apart, in_ring) if problem.group == 1 and not rotates else (in_ring, apart)
-    return next((x for x in ways if x.max_registers and (prod(box) >= SMALL_ROWS or not x.in_ring)), None)
+    ways = (apart, in_ring) if problem.group == 1 and not with_qk_prep else (in_ring, apart)
+    return next((x for x in ways if x.maxnreg and (prod(box) >= SMALL_ROWS or not x.in_ring)), None)
 
 
 @lru_cache(maxsize=4096)
-def _strip_start(axis: Axis, step: int, covered: int) -> tuple[int, int] | None:
+def _rolling_start(axis: Axis, step: int, covered: int) -> tuple[int, int] | None:
     """``shift`` and ``phase`` of strips, with which ``covered`` keys are enough for every tile."""
     length, window, stride, causal = axis
     for shift in range(step):
@@ -253,15 +253,15 @@ def _strip_start(axis: Axis, step: int, covered: int) -> tuple[int, int] | None:
         first = torch.arange(0, length + shift, step) - shift
         low, _ = window_bounds(first.clamp(min=0), length, window, stride, causal)
         _, high = window_bounds((first + step - 1).clamp(max=length - 1), length, window, stride, causal)
-        slab = (low - phase) // step
+        first_stage = (low - phase) // step
         # No more than one slab is new to a tile, and what a tile sees does not reach past the last one.
-        if bool((high - slab * step - phase < covered).all()) and bool((slab.diff() <= 1).all()):
+        if bool((high - first_stage * step - phase < covered).all()) and bool((first_stage.diff() <= 1).all()):
             return shift, phase
     return None
 
 
-def cut(tiles: int, lines: int, programs: int) -> tuple[tuple[int, int], int]:
-    """How to cut ``lines`` of ``tiles`` into strips: how many long ones each, of how many tiles, and tiles of the rest.
+def cut(tiles: int, tile_rows: int, programs: int) -> tuple[tuple[int, int], int]:
+    """How to cut rows of tiles into runs: number and length of the long runs of a row, and length of the others.
 
     Long ones load less, short ones that start last let all programs end at the same time.
 
@@ -269,12 +269,12 @@ def cut(tiles: int, lines: int, programs: int) -> tuple[tuple[int, int], int]:
         programs: that run at the same time.
     """
 
-    def cost(strips: tuple[tuple[int, int], int]) -> float:
-        (count, long), short = strips
+    def cost(runs: tuple[tuple[int, int], int]) -> float:
+        (count, long), short = runs
         rest = tiles - count * long
         work = count * (long + START) + ceil(rest / short) * START + rest
-        longest = ceil(lines * count / programs) * (long + START)
-        return max(lines * work / programs + (short + START) / 2, longest)
+        longest = ceil(tile_rows * count / programs) * (long + START)
+        return max(tile_rows * work / programs + (short + START) / 2, longest)
 
     longs = ((tiles // long, long) for long in range(2, min(tiles, 32) + 1))
     choices = [((0, 1), 1), *product(longs, (1, 2, 3))]
@@ -282,42 +282,42 @@ def cut(tiles: int, lines: int, programs: int) -> tuple[tuple[int, int], int]:
 
 
 @lru_cache(maxsize=1024)
-def small_query_launch_of(problem: Problem, pack: int | None = None) -> SmallLaunch | None:
+def small_dq_tile_config(problem: Problem, pack: int | None = None) -> SmallTileConfig | None:
     """The same for the gradients of queries."""
-    launch = small_launch_of(problem, pack)
-    if launch is None or launch.keys > GRADIENTS:
+    config = small_tile_config(problem, pack)
+    if config is None or config.keys > GRADIENTS:
         return None
     dim = head_width(problem.query.shape[-1])
     # Scores and their gradients of 64 keys, accumulators and some more; with too few ptxas serializes the products.
-    repeats = sum(prod(part) // 64 for part in launch.parts) > 1
+    repeats = sum(prod(part) // 64 for part in config.parts) > 1
     needed = dim // 2 + (112 if repeats else 80)
-    most = _registers_a_thread(needed, 4 * (launch.keys + SMALL_ROWS) * dim)
-    return launch._replace(max_registers=most) if most else None
+    most = _maxnreg(needed, 4 * (config.keys + SMALL_ROWS) * dim)
+    return config._replace(maxnreg=most) if most else None
 
 
 @lru_cache(maxsize=1024)
-def small_key_launch_of(problem: Problem) -> SmallLaunch | None:
+def small_dkv_tile_config(problem: Problem) -> SmallTileConfig | None:
     """The same for the gradients of keys and values: ``keys`` are the queries that see a tile, of one head."""
     p = problem
     if not _has_small_heads(p) or prod(p.stride) > 1 or p.query.shape[0] >= 2**16:
         return None
     dim = head_width(p.query.shape[-1])
     bare = p._replace(additional_keys=None)
-    launches = [small_launch(bare, tile, axis, 1, query_bounds) for tile in small_tiles(p, 1) for axis in range(3)]
-    launch = min((x for x in launches if x.keys <= GRADIENTS and _fits(p, x)), key=_small_cost, default=None)
-    if launch is None:
+    configs = [small_candidate(bare, tile, axis, 1, query_bounds) for tile in small_tiles(p, 1) for axis in range(3)]
+    config = min((x for x in configs if x.keys <= GRADIENTS and _fits(p, x)), key=_small_cost, default=None)
+    if config is None:
         return None
     needed = 72 + dim  # scores and their gradients of 32 queries, two accumulators and some more
-    most = _registers_a_thread(needed, 4 * (launch.keys + SMALL_ROWS) * dim + 8 * launch.keys)
-    return launch._replace(max_registers=most) if most else None
+    most = _maxnreg(needed, 4 * (config.keys + SMALL_ROWS) * dim + 8 * config.keys)
+    return config._replace(maxnreg=most) if most else None
 
 
-def _programs(max_registers: int) -> int:
+def _programs(maxnreg: int) -> int:
     """How many of four warps the registers of a multiprocessor are enough for."""
-    return 2**16 // (128 * max_registers)
+    return 2**16 // (128 * maxnreg)
 
 
-def _registers_a_thread(needed: int, shared: int) -> int:
+def _maxnreg(needed: int, shared: int) -> int:
     """As many as the programs that share a multiprocessor leave to each other.
 
     0 where a program would be alone there: then nothing is computed while it waits.

@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers import Case, assert_close, assert_nan_stays, enlarge, error, make_inputs, oracle, run
 from hypothesis import given, settings
-from test_hopper import assert_oracle, call_of, needs_device, planned, problem_of_text
+from test_sm90_large import assert_oracle, call_of, needs_device, planned, problem_of_text
 from torch import Tensor
 
 pytest.importorskip("triton.experimental.gluon")
@@ -33,14 +33,14 @@ from natten_layers.kernels.sm90 import small_backward, small_forward, small_forw
 from natten_layers.kernels.sm90.primitives import descriptor, key_boxes, query_boxes, register_boxes
 from natten_layers.kernels.sm90.small_tiling import (
     START,
-    SmallLaunch,
-    StripLaunch,
+    RollingTileConfig,
+    SmallTileConfig,
     binary_parts,
     cut,
-    small_key_launch_of,
-    small_launch_of,
-    small_query_launch_of,
-    strip_launch_of,
+    rolling_tile_config,
+    small_dkv_tile_config,
+    small_dq_tile_config,
+    small_tile_config,
 )
 
 CASES = (
@@ -71,8 +71,8 @@ CASES = (
 
 each_kernel = pytest.mark.parametrize(
     ("module", "find"),
-    [(small_forward, small_launch_of), (small_forward_rolling, strip_launch_of)],
-    ids=["tiles", "strips"],
+    [(small_forward, small_tile_config), (small_forward_rolling, rolling_tile_config)],
+    ids=["tiles", "runs"],
 )
 Find = Callable[[Problem], Any]
 
@@ -87,25 +87,25 @@ def test_matches_the_oracle(case: Case, dtype: torch.dtype, module: ModuleType, 
     leaves = make_inputs(case, "cuda")
     problem, arguments = call_of(case, {name: t.detach() for name, t in leaves.items()})
     assert sm90_gap(Question(problem)) is None
-    launch = find(problem)
-    assert launch is not None
-    assert_oracle(case, leaves, module.forward(launch, *arguments))
+    config = find(problem)
+    assert config is not None
+    assert_oracle(case, leaves, module.forward(config, *arguments))
 
 
 @pytest.mark.gpu
 @needs_device
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_where_strips_are_cut_changes_nothing(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_runs_are_cut_changes_nothing(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     case = replace(case, dtype=torch.bfloat16)
     problem, arguments = call_of(case, {name: t.detach() for name, t in make_inputs(case, "cuda").items()})
-    launch = strip_launch_of(problem)
-    assert launch is not None
-    tiles = launch.tiles(problem)[launch.axis]
+    config = rolling_tile_config(problem)
+    assert config is not None
+    tiles = config.tiles(problem)[config.axis]
     results = []
-    for strips in (((0, 1), 1), ((0, 1), 3), ((1, min(tiles, 2)), 1), ((0, 1), tiles)):
-        monkeypatch.setattr(small_forward_rolling, "cut", lambda *args, strips=strips: strips)
+    for runs in (((0, 1), 1), ((0, 1), 3), ((1, min(tiles, 2)), 1), ((0, 1), tiles)):
+        monkeypatch.setattr(small_forward_rolling, "cut", lambda *args, runs=runs: runs)
         small_forward_rolling.prepare.cache_clear()
-        results.append(small_forward_rolling.forward(launch, *arguments))
+        results.append(small_forward_rolling.forward(config, *arguments))
     small_forward_rolling.prepare.cache_clear()
     for other in results[1:]:
         for mine, first in zip(other, results[0], strict=True):
@@ -142,9 +142,9 @@ def test_gradients_match_the_oracle(case: Case, monkeypatch: pytest.MonkeyPatch)
     first, second = (run(case, leaves, "fused") for _ in range(2))
     expected = ["forward", "query_gradient", "key_gradients"]
     problem, _ = call_of(case, {name: t.detach() for name, t in leaves.items()})
-    if small_query_launch_of(problem) is None:  # not enough registers or shared memory
+    if small_dq_tile_config(problem) is None:  # not enough registers or shared memory
         expected.remove("query_gradient")
-    if small_key_launch_of(problem) is None:
+    if small_dkv_tile_config(problem) is None:
         expected.remove("key_gradients")
     assert taken == expected * 2
     assert_close(case, first, oracle(case, leaves), run(case, leaves, "eager"))
@@ -179,10 +179,10 @@ def test_scores_may_be_as_large_as_fp32_holds(case: Case, exponent: int, module:
     case = replace(case, dtype=torch.bfloat16)
     inputs = enlarge({name: t.detach() for name, t in make_inputs(case, "cuda").items()}, exponent)
     problem, arguments = call_of(case, inputs)
-    launch = find(problem)
-    assert launch is not None
+    config = find(problem)
+    assert config is not None
     leaves = {name: t.clone().requires_grad_() for name, t in inputs.items()}
-    assert_oracle(case, leaves, module.forward(launch, *arguments))
+    assert_oracle(case, leaves, module.forward(config, *arguments))
 
 
 @pytest.mark.gpu
@@ -196,10 +196,10 @@ def test_reads_views_of_a_fused_projection(module: ModuleType, find: Find) -> No
     registers = torch.randn(9, 2, 64, device="cuda", dtype=torch.bfloat16).expand(2, -1, -1, -1)
     views |= {"additional_keys": registers, "additional_values": registers}
     problem, arguments = call_of(case, views)
-    launch = find(problem)
-    assert launch is not None
+    config = find(problem)
+    assert config is not None
     copies = call_of(case, {name: t.contiguous() for name, t in views.items()})[1]
-    pairs = zip(module.forward(launch, *arguments), module.forward(launch, *copies), strict=True)
+    pairs = zip(module.forward(config, *arguments), module.forward(config, *copies), strict=True)
     for ours, expected in pairs:
         assert torch.equal(ours, expected)  # pyright: ignore[reportArgumentType]
 
@@ -221,8 +221,8 @@ def test_nan_and_inf_reach_only_the_queries_that_see_them(case: Case, module: Mo
         out, row_max, row_sum = forward(*plan, *call_of(case, tensors)[1])
         return out, row_max + row_sum.log()
 
-    launch = find(call_of(case, tensors)[0])
-    assert launch is not None
+    config = find(call_of(case, tensors)[0])
+    assert config is not None
     middle = tuple(n // 2 for n in case.spatial)
     tensors["value"][(0, *middle, case.kv_heads - 1, 7)] = float("nan")
     tensors["value"][(0, *middle, 0, 8)] = float("inf")
@@ -231,7 +231,7 @@ def test_nan_and_inf_reach_only_the_queries_that_see_them(case: Case, module: Mo
     if case.registers:
         tensors["additional_values"][0, 0, 0, 9] = float("-inf")
     ours, portable = (
-        outputs(module.forward, launch),
+        outputs(module.forward, config),
         outputs(forward.forward, forward.plan(call_of(case, tensors)[0], True)),
     )
     # The portable kernel makes inf NaN where it is seen.
@@ -249,18 +249,18 @@ def test_nan_and_inf_reach_only_the_queries_that_see_them(case: Case, module: Mo
 def test_a_call_takes_it_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     buffer = torch.randn(6, 160, 160, 4, 72, device="cuda", dtype=torch.bfloat16)
     aligned, shifted = buffer[..., :64].contiguous(), buffer[..., 1:65]
-    launches = []
+    configs = []
     compute = small_forward_rolling.forward
-    monkeypatch.setattr(small_forward_rolling, "forward", lambda *args: launches.append(args[0]) or compute(*args))
+    monkeypatch.setattr(small_forward_rolling, "forward", lambda *args: configs.append(args[0]) or compute(*args))
     neighborhood_attention(aligned, aligned, aligned, 7)
-    assert len(launches) == 1
+    assert len(configs) == 1
     out = neighborhood_attention(shifted, shifted, shifted, 7)
-    assert len(launches) == 1  # addresses that TMA does not take
+    assert len(configs) == 1  # addresses that TMA does not take
     whole = shifted.contiguous()
     assert error(out, neighborhood_attention(whole, whole, whole, 7)) < 4e-3
-    assert len(launches) == 2
+    assert len(configs) == 2
     neighborhood_attention(aligned[:1], aligned[:1], aligned[:1], 7)
-    assert len(launches) == 2  # over before the host has prepared it
+    assert len(configs) == 2  # over before the host has prepared it
 
 
 def problem_of_image(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Problem:
@@ -272,41 +272,41 @@ def problem_of_image(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Problem
 
 def test_small_windows_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = problem_of_image(monkeypatch)
-    alone, launch = small_launch_of(problem), planned("forward", problem)
+    alone, config = small_tile_config(problem), planned("forward", problem)
     assert alone is not None
     # 8 x 14 keys, without one that no query sees
     assert (alone.tile, alone.pack, alone.parts) == ((1, 2, 8), 4, ((1, 8, 8), (1, 8, 4), (1, 8, 2)))
-    assert isinstance(launch, StripLaunch)
-    assert (launch.tile, launch.pack, launch.keys) == (alone.tile, alone.pack, alone.keys)
+    assert isinstance(config, RollingTileConfig)
+    assert (config.tile, config.pack, config.keys) == (alone.tile, alone.pack, alone.keys)
     # Of them the 8 x 8 in front of a tile are new to it, and what it sees of those is 8 x 6.
-    assert (launch.axis, launch.box, launch.slots, launch.rest) == (2, (1, 8, 8), 2, (32, 16))
+    assert (config.axis, config.box, config.stages, config.rest) == (2, (1, 8, 8), 2, (32, 16))
     with override(pack=1):
         unpacked = planned("forward", problem)
-    assert isinstance(unpacked, StripLaunch)
+    assert isinstance(unpacked, RollingTileConfig)
     assert (unpacked.tile, unpacked.pack, unpacked.keys) == ((1, 8, 8), 1, 14 * 16)
 
 
 def test_results_leave_through_the_ring_where_that_leaves_room_for_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """But apart from it where there are as many keys as queries to load: then values are on their way earlier."""
-    grouped = strip_launch_of(problem_of_image(monkeypatch))
+    grouped = rolling_tile_config(problem_of_image(monkeypatch))
     query = Layout((8, 128, 128, 4, 64), (2**22, 2**15, 256, 64, 1))
-    alone = strip_launch_of(problem_of_image(monkeypatch, query=query, key=query, value=query))
+    alone = rolling_tile_config(problem_of_image(monkeypatch, query=query, key=query, value=query))
     assert grouped is not None
     assert alone is not None
     assert (grouped.in_ring, grouped.programs) == (True, 4)
     assert (alone.in_ring, alone.programs) == (False, 2)
 
 
-def test_strips_have_room_for_registers_beside_many_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_have_room_for_registers_beside_many_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 4 x 8 queries, two heads each, see 320 keys of windows of 13 x 13."""
     query, key = (Layout((8, 128, 128, h, 64), (2**20 * h, 2**13 * h, 64 * h, 64, 1)) for h in (6, 3))
     extra = Layout((8, 16, 3, 64), (3072, 192, 64, 1))
     image = {"query": query, "key": key, "value": key, "kernel_size": (13, 13)}
     problem = problem_of_image(monkeypatch, **image, additional_keys=extra, additional_values=extra)
-    strip = planned("forward", problem)
-    assert small_launch_of(problem) is None
-    assert isinstance(strip, StripLaunch)
-    assert (strip.keys, strip.programs) == (336, 2)
+    rolling = planned("forward", problem)
+    assert small_tile_config(problem) is None
+    assert isinstance(rolling, RollingTileConfig)
+    assert (rolling.keys, rolling.programs) == (336, 2)
     more = extra._replace(shape=(8, 17, 3, 64))
     assert planned("forward", problem._replace(additional_keys=more, additional_values=more)) is None
 
@@ -314,13 +314,13 @@ def test_strips_have_room_for_registers_beside_many_keys(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("changes", "taken"),
     [
-        ({"kernel_size": (13, 13)}, StripLaunch),
-        ({"kernel_size": (3, 3)}, SmallLaunch),  # little that a tile sees was seen by the one before
-        ({"kernel_size": (1, 5)}, SmallLaunch),
+        ({"kernel_size": (13, 13)}, RollingTileConfig),
+        ({"kernel_size": (3, 3)}, SmallTileConfig),  # little that a tile sees was seen by the one before
+        ({"kernel_size": (1, 5)}, SmallTileConfig),
     ],
     ids=str,
 )
-def test_strips_are_taken_where_windows_overlap_much(
+def test_runs_are_taken_where_windows_overlap_much(
     monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], taken: type
 ) -> None:
     query, key = (Layout((8, 128, 128, h, 64), (2**20 * h, 2**13 * h, 64 * h, 64, 1)) for h in (6, 3))
@@ -332,8 +332,8 @@ def test_statistics_take_registers_of_the_multiprocessor(monkeypatch: pytest.Mon
     """Of 128 keys: five programs share one, or four that write statistics too."""
     extra = Layout((8, 16, 2, 64), (2**11, 128, 64, 1))
     problem = problem_of_image(monkeypatch, additional_keys=extra, additional_values=extra)
-    launches = [small_launch_of(problem, None, with_state) for with_state in (False, True)]
-    assert [(x.max_registers, x.programs) for x in launches if x is not None] == [(96, 5), (128, 4)]
+    configs = [small_tile_config(problem, None, with_stats) for with_stats in (False, True)]
+    assert [(x.maxnreg, x.programs) for x in configs if x is not None] == [(96, 5), (128, 4)]
 
 
 IMAGES = (8, 128, 128, 8, 64), (2**23, 2**16, 512, 64, 1)
@@ -376,7 +376,7 @@ def test_gradients_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (key.tile, key.keys) == ((1, 8, 8), 14 * 16)
     expanded = problem.query._replace(stride=(0, 0, 0, 0, 0))  # as the gradient of a sum is
     assert gradients(problem, expanded) == [None, None]
-    chosen = forward.launch_for("forward", problem.problem_class)
+    chosen = forward.tile_config_for("forward", problem.problem_class)
     with override({"backward_query": chosen}):
         assert gradients(problem, problem.query) == [None, key]
     with override({"backward_key": chosen}):
@@ -399,9 +399,9 @@ def test_scores_in_registers_are_fewer_in_the_backward_pass(monkeypatch: pytest.
     """Tiles of 4 x 8 queries, two heads each, see 16 x 20 keys of windows of 13 x 13."""
     query, key = (Layout((8, 128, 128, h, 64), (2**20 * h, 2**13 * h, 64 * h, 64, 1)) for h in (6, 3))
     problem = problem_of_image(monkeypatch, query=query, key=key, value=key, kernel_size=(13, 13))
-    launch = small_launch_of(problem)
-    assert launch is not None
-    assert (launch.tile, launch.pack, launch.parts) == ((1, 4, 8), 2, ((1, 16, 16), (1, 16, 4)))
+    config = small_tile_config(problem)
+    assert config is not None
+    assert (config.tile, config.pack, config.parts) == ((1, 4, 8), 2, ((1, 16, 16), (1, 16, 4)))
     assert gradients(problem, query) == [None, None]
 
 
@@ -413,9 +413,9 @@ def test_queries_of_a_border_are_more_than_those_of_the_middle(monkeypatch: pyte
     assert extent(axis, 4, window_bounds) == 10
 
 
-def test_a_launch_that_somebody_chose_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_that_somebody_chose_win(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = problem_of_image(monkeypatch)
-    with override({"forward": forward.launch_for("forward", problem.problem_class)}):
+    with override({"forward": forward.tile_config_for("forward", problem.problem_class)}):
         assert planned("forward", problem) is None
     with override(pack=8):  # more heads than there are in a group
         assert planned("forward", problem) is None
@@ -424,17 +424,17 @@ def test_a_launch_that_somebody_chose_wins(monkeypatch: pytest.MonkeyPatch) -> N
 def test_tiles_end_with_the_frames_of_a_video(monkeypatch: pytest.MonkeyPatch) -> None:
     """TMA would write rows behind the last frame into the next video."""
 
-    def launch_for(frames: int) -> SmallLaunch | None:
+    def tile_config_for(frames: int) -> SmallTileConfig | None:
         layout = Layout((8, frames, 16, 16, 2, 64), (frames * 2**15, 2**15, 2**11, 128, 64, 1))
         ones, causal = (1, 1, 1), (False, False, False)
         tensors = {"query": layout, "key": layout, "value": layout}
         axes = {"kernel_size": (3, 3, 3), "stride": ones, "dilation": ones, "is_causal": causal}
-        return small_launch_of(problem_of_image(monkeypatch, **tensors, **axes))
+        return small_tile_config(problem_of_image(monkeypatch, **tensors, **axes))
 
-    even = launch_for(10)
+    even = tile_config_for(10)
     assert even is not None
     assert even.tile[0] == 2
-    assert launch_for(9) is None  # one frame at a time would not fit
+    assert tile_config_for(9) is None  # one frame at a time would not fit
 
 
 def test_descriptors_are_what_their_constructor_makes() -> None:
@@ -474,26 +474,26 @@ def problems(draw: st.DrawFn) -> Problem:
 @given(problems())
 def test_parts_cover_what_a_tile_sees(problem: Problem) -> None:
     """Also at borders, where a tile may be seen by more queries than inside; and within the limits of TMA."""
-    launches = (
-        (small_launch_of(problem), window_bounds),
-        (small_query_launch_of(problem), window_bounds),
-        (small_key_launch_of(problem), query_bounds),
+    configs = (
+        (small_tile_config(problem), window_bounds),
+        (small_dq_tile_config(problem), window_bounds),
+        (small_dkv_tile_config(problem), query_bounds),
     )
-    for launch, bounds in launches:
-        if launch is None:
+    for config, bounds in configs:
+        if config is None:
             continue
-        assert prod(launch.tile) * launch.pack == 64
-        assert problem.group % launch.pack == 0
-        assert problem.lengths[0] % launch.tile[0] == 0
-        assert (94 if problem.query.shape[-1] == 128 else 64) <= launch.max_registers <= 255  # ptxas asks for as many
-        assert all(side <= 256 for box in launch.parts for side in box)
-        assert all(prod(box) >= 16 for box in launch.parts)
-        assert launch.registers >= problem.registers or bounds is query_bounds
+        assert prod(config.tile) * config.pack == 64
+        assert problem.group % config.pack == 0
+        assert problem.lengths[0] % config.tile[0] == 0
+        assert (94 if problem.query.shape[-1] == 128 else 64) <= config.maxnreg <= 255  # ptxas asks for as many
+        assert all(side <= 256 for box in config.parts for side in box)
+        assert all(prod(box) >= 16 for box in config.parts)
+        assert config.registers >= problem.registers or bounds is query_bounds
         for axis, (length, kernel, stride, causal) in enumerate(problem.axes):
-            sides = [box[axis] for box in launch.parts]
-            covered = sum(sides) if axis == launch.axis else sides[0]
-            first = torch.arange(0, length, launch.tile[axis])
-            last = (first + launch.tile[axis] - 1).clamp(max=length - 1)
+            sides = [box[axis] for box in config.parts]
+            covered = sum(sides) if axis == config.axis else sides[0]
+            first = torch.arange(0, length, config.tile[axis])
+            last = (first + config.tile[axis] - 1).clamp(max=length - 1)
             corner, _ = bounds(first, length, kernel, stride, causal)
             _, end = bounds(last, length, kernel, stride, causal)
             if axis == 0:  # as the kernels have it: behind the last frame comes the next image of the batch
@@ -504,78 +504,78 @@ def test_parts_cover_what_a_tile_sees(problem: Problem) -> None:
 
 @settings(deadline=None)
 @given(problems())
-def test_the_ring_of_a_strip_has_what_each_tile_sees(problem: Problem) -> None:
-    launch = strip_launch_of(problem)
-    if launch is None:
+def test_the_ring_of_a_run_has_what_each_tile_sees(problem: Problem) -> None:
+    config = rolling_tile_config(problem)
+    if config is None:
         return
-    assert prod(launch.tile) * launch.pack == 64
-    assert problem.group % launch.pack == 0
-    assert problem.lengths[0] % launch.tile[0] == 0
-    assert launch.axis or not launch.shift  # else it would write into the image before
-    assert launch.registers >= problem.registers
-    assert all(side <= 256 for side in launch.box)
-    assert all(n % 16 == 0 for n in (prod(launch.box), *launch.rest))
-    assert prod(launch.box) >= 64 or not launch.in_ring
-    assert 2 <= launch.programs <= (5 if problem.query.shape[-1] == 128 else 6)  # 94 registers, as above
+    assert prod(config.tile) * config.pack == 64
+    assert problem.group % config.pack == 0
+    assert problem.lengths[0] % config.tile[0] == 0
+    assert config.axis or not config.shift  # else it would write into the image before
+    assert config.registers >= problem.registers
+    assert all(side <= 256 for side in config.box)
+    assert all(n % 16 == 0 for n in (prod(config.box), *config.rest))
+    assert prod(config.box) >= 64 or not config.in_ring
+    assert 2 <= config.programs <= (5 if problem.query.shape[-1] == 128 else 6)  # 94 registers, as above
     for axis, (length, kernel, stride, causal) in enumerate(problem.axes):
-        shift = launch.shift if axis == launch.axis else 0
-        first = torch.arange(-shift, length, launch.tile[axis])
-        assert len(first) == launch.tiles(problem)[axis]
-        last = (first + launch.tile[axis] - 1).clamp(max=length - 1)
+        shift = config.shift if axis == config.axis else 0
+        first = torch.arange(-shift, length, config.tile[axis])
+        assert len(first) == config.tiles(problem)[axis]
+        last = (first + config.tile[axis] - 1).clamp(max=length - 1)
         # As the kernel has it: from where the first position's window starts, which may lie before the image.
         corner, _ = window_bounds(first.clamp(min=0), length, kernel, stride, causal)
         _, end = window_bounds(last, length, kernel, stride, causal)
-        if axis != launch.axis:
-            assert int((end - corner).max()) < launch.box[axis]
+        if axis != config.axis:
+            assert int((end - corner).max()) < config.box[axis]
             continue
-        step = launch.box[axis]
-        assert step == launch.tile[axis]
-        slab = (corner - launch.phase).div(step, rounding_mode="floor")
-        seen = (launch.slots - 1) * step + sum(launch.rest) // (prod(launch.box) // step)
-        assert sum(launch.rest) <= prod(launch.box)
-        assert bool((end < slab * step + launch.phase + seen).all())
-        assert bool((slab >= 0).all())
-        assert set(slab.diff().tolist()) <= {0, 1}
+        step = config.box[axis]
+        assert step == config.tile[axis]
+        first_stage = (corner - config.phase).div(step, rounding_mode="floor")
+        seen = (config.stages - 1) * step + sum(config.rest) // (prod(config.box) // step)
+        assert sum(config.rest) <= prod(config.box)
+        assert bool((end < first_stage * step + config.phase + seen).all())
+        assert bool((first_stage >= 0).all())
+        assert set(first_stage.diff().tolist()) <= {0, 1}
 
 
-def end_of(strips: list[int], lines: int, programs: int) -> float:
-    """When the last program ends, in tiles, if each strip goes to the one that is free first."""
+def end_of(runs: list[int], tile_rows: int, programs: int) -> float:
+    """When the last program ends, in tiles, if each run goes to the one that is free first."""
     free = [0.0] * programs
-    for strip in strips:
-        for _ in range(lines):
-            heapq.heapreplace(free, free[0] + strip + START)
+    for length in runs:
+        for _ in range(tile_rows):
+            heapq.heapreplace(free, free[0] + length + START)
     return max(free)
 
 
-def strips_of(tiles: int, count: int, long: int, short: int) -> list[int]:
+def runs_of(tiles: int, count: int, long: int, short: int) -> list[int]:
     """As the kernel has them: the last one may be shorter."""
     first = [i * long for i in range(count)] + list(range(count * long, tiles, short))
     return [end - start for start, end in zip(first, [*first[1:], tiles], strict=True)]
 
 
 @pytest.mark.parametrize(
-    ("tiles", "lines", "programs"),
+    ("tiles", "tile_rows", "programs"),
     [(32, 512, 396), (32, 512, 264), (16, 768, 264), (16, 1024, 528), (1024, 16, 528), (3, 700, 396), (16, 1, 132)],
 )
-def test_a_cut_ends_as_early_as_strips_of_one_length(tiles: int, lines: int, programs: int) -> None:
-    (count, long), short = cut(tiles, lines, programs)
-    own = end_of(strips_of(tiles, count, long, short), lines, programs)
-    others = [end_of(strips_of(tiles, 0, 1, n), lines, programs) for n in range(1, min(tiles, 32) + 1)]
+def test_a_cut_ends_as_early_as_runs_of_one_length(tiles: int, tile_rows: int, programs: int) -> None:
+    (count, long), short = cut(tiles, tile_rows, programs)
+    own = end_of(runs_of(tiles, count, long, short), tile_rows, programs)
+    others = [end_of(runs_of(tiles, 0, 1, n), tile_rows, programs) for n in range(1, min(tiles, 32) + 1)]
     assert own <= 1.02 * min(others)
     if len(set(others)) > 1:
         assert own < 0.95 * max(others)
 
 
 @pytest.mark.parametrize(
-    ("tiles", "lines", "programs", "expected"),
+    ("tiles", "tile_rows", "programs", "expected"),
     [
         (32, 512, 396, ((3, 10), 1)),  # four rounds of long ones would end after 44 tiles, the rest fills the gaps
-        (16, 1, 132, ((0, 1), 1)),  # one line: each tile a strip
+        (16, 1, 132, ((0, 1), 1)),  # one row of tiles: each tile a run
         (16, 132, 132, ((1, 16), 1)),
     ],
 )
-def test_long_strips_come_first(tiles: int, lines: int, programs: int, expected: tuple[tuple[int, int], int]) -> None:
-    assert cut(tiles, lines, programs) == expected
+def test_long_runs_come_first(tiles: int, tile_rows: int, programs: int, expected: tuple[tuple[int, int], int]) -> None:
+    assert cut(tiles, tile_rows, programs) == expected
 
 
 @pytest.mark.parametrize(("count", "parts"), [(14, [8, 4, 2]), (15, [8, 4, 4]), (8, [8]), (1, [1]), (9, [8, 1])])

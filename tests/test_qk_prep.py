@@ -16,7 +16,7 @@ from benchmarks import module
 from natten_layers.arguments import Call
 from natten_layers.kernels import dispatch
 from natten_layers.modules import AxialRoPE, NeighborhoodGQA, RoPE, attention, make_axial_pos, query_key
-from natten_layers.modules.query_key import HeadNorm, attend_projected, normalize_and_rotate
+from natten_layers.modules.query_key import HeadNorm, attend_with_qk_prep, normalize_and_rotate
 from natten_layers.modules.rope import Angles, angles_of
 
 pytest.importorskip("triton")
@@ -144,10 +144,10 @@ def test_layers_keep_their_meaning(rope: nn.Module, monkeypatch: pytest.MonkeyPa
         return normalize_and_rotate(query, *args, impl="fused" if query.dtype == torch.float32 else "eager")
 
     def attend_fused_in_fp32(call: Call, *args: Any) -> Tensor:
-        return attend_projected(call, *args, impl="fused" if call.inputs.query.dtype == torch.float32 else "eager")
+        return attend_with_qk_prep(call, *args, impl="fused" if call.inputs.query.dtype == torch.float32 else "eager")
 
     monkeypatch.setattr(attention, "normalize_and_rotate", fused_in_fp32)
-    monkeypatch.setattr(attention, "attend_projected", attend_fused_in_fp32)
+    monkeypatch.setattr(attention, "attend_with_qk_prep", attend_fused_in_fp32)
     torch.manual_seed(0)
     layer = NeighborhoodGQA(32, 4, 3, num_kv_heads=2, num_registers=2, qk_norm="cosine", rope=rope).to(DEVICE)
     x = torch.randn(2, 5, 6, 32, device=DEVICE)
@@ -165,7 +165,7 @@ def test_auto_on_a_cpu_is_eager(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object) -> None:
         raise AssertionError("the kernel was called")
 
-    monkeypatch.setattr(query_key.qk_prep_ops, "rotate", fail)
+    monkeypatch.setattr(query_key.qk_prep_ops, "qk_prep", fail)
     x = torch.randn(1, 4, 1, 8)
     normalize_and_rotate(x, x, HeadNorm("cosine", None, None), None)
 
@@ -193,8 +193,8 @@ def test_second_derivatives_say_that_they_are_missing() -> None:
     (slope,) = torch.autograd.grad(loss(x), x, create_graph=True)
     with raises_naming("second derivatives", 'impl="eager"', error=NotImplementedError):
         torch.autograd.grad(slope.square().sum(), x)
-    with raises_naming("natten_layers::rotate has no derivative", error=NotImplementedError):
-        torch.ops.natten_layers.rotate(x, x, None, None, None, None, 1.0, "cosine", 1e-6)
+    with raises_naming("natten_layers::qk_prep has no derivative", error=NotImplementedError):
+        torch.ops.natten_layers.qk_prep(x, x, None, None, None, None, 1.0, "cosine", 1e-6)
 
 
 @pytest.mark.gpu
@@ -215,8 +215,8 @@ def test_operators_keep_their_schemas(case: Case) -> None:
     batched = None if angles is None else angles.positions.contiguous().expand(1, *case.spatial, -1)
     inputs = (*heads, *gains, batched, None if angles is None else angles.freqs, 1.0, case.norm, 1e-6)
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.natten_layers.rotate.default, inputs, test_utils=checks)
-    backward = torch.ops.natten_layers.rotate_backward.default
+    torch.library.opcheck(torch.ops.natten_layers.qk_prep.default, inputs, test_utils=checks)
+    backward = torch.ops.natten_layers.qk_prep_backward.default
     torch.library.opcheck(backward, (*inputs, *heads), test_utils=checks)
 
 
@@ -256,8 +256,8 @@ def test_a_layer_takes_two_launches_at_most(num_kv_heads: int, shape: tuple[int,
 
     names = kernels()
     assert len(names) == 2, names
-    assert "rotate_kernel" in names[0]
+    assert "qk_prep_kernel" in names[0]
     with torch.no_grad():
         names = kernels()
-    is_hopper = torch.cuda.get_device_capability() == (9, 0) and dispatch.GLUON_GAP is None
-    assert len(names) == (1 if is_hopper else 2), names
+    is_sm90 = torch.cuda.get_device_capability() == (9, 0) and dispatch.GLUON_GAP is None
+    assert len(names) == (1 if is_sm90 else 2), names

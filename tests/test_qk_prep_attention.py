@@ -14,18 +14,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from natten_layers.arguments import Call, prepare
 from natten_layers.functional import Impl
-from natten_layers.kernels.host.problem import Layout, Problem, RotationKind, problem_of
+from natten_layers.kernels.host.problem import Layout, Problem, QKPrepKind, problem_of
 from natten_layers.kernels.host.tuned import forget, override
 from natten_layers.kernels.ops import attention as attention_ops
 from natten_layers.kernels.ops import qk_prep_attention as qk_prep_attention_ops
 from natten_layers.kernels.ops.define import flattened, grouped
 from natten_layers.modules import AxialRoPE, NeighborhoodGQA, RoPE, query_key
-from natten_layers.modules.query_key import HeadNorm, attend_projected
+from natten_layers.modules.query_key import HeadNorm, attend_with_qk_prep
 from natten_layers.modules.rope import Angles, angles_of
 
 pytest.importorskip("triton.experimental.gluon")
 
-from test_hopper import needs_device, planned
+from test_sm90_large import needs_device, planned
 
 from natten_layers.kernels.sm90 import small_forward_rolling
 
@@ -127,7 +127,7 @@ def on(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def attend(case: Case, tensors: dict[str, Tensor], impl: Impl) -> Tensor:
-    return attend_projected(*arguments_of(case, tensors), impl=impl)
+    return attend_with_qk_prep(*arguments_of(case, tensors), impl=impl)
 
 
 SMALL = tuple(
@@ -160,12 +160,12 @@ def test_auto_on_a_cpu_is_eager(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(qk_prep_attention_ops, "attention", None)
     tensors = {name: t.float() for name, t in draw(SMALL[0]).items()}
     call, norm, angles = arguments_of(SMALL[0], tensors)
-    ours = attend_projected(call, norm, angles)
-    assert torch.equal(ours, attend_projected(call, norm, angles, impl="eager"))
+    ours = attend_with_qk_prep(call, norm, angles)
+    assert torch.equal(ours, attend_with_qk_prep(call, norm, angles, impl="eager"))
 
 
 def operands(case: Case, tensors: dict[str, Tensor]) -> tuple[Any, ...]:
-    """Of ``natten_layers::projected``."""
+    """Of ``natten_layers::attention_with_qk_prep``."""
     call, norm, angles = arguments_of(case, tensors)
     prep = query_key._rotation(call.inputs.query, norm, angles)
     return flattened((attention_ops.readable(call.inputs), call.options, prep))
@@ -174,7 +174,7 @@ def operands(case: Case, tensors: dict[str, Tensor]) -> tuple[Any, ...]:
 @pytest.mark.parametrize("case", SMALL[:3], ids=str)
 def test_the_operator_keeps_its_schema_and_counts_flop(case: Case) -> None:
     inputs = operands(case, on(draw(case), torch.float32))
-    operator = torch.ops.natten_layers.projected
+    operator = torch.ops.natten_layers.attention_with_qk_prep
     torch.library.opcheck(operator.default, inputs, test_utils=("test_schema", "test_faketensor"))
     counts = []
     for run in (lambda: operator(*inputs), lambda: torch.ops.natten_layers.forward(*inputs[:12], False)):
@@ -182,7 +182,7 @@ def test_the_operator_keeps_its_schema_and_counts_flop(case: Case) -> None:
             run()
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] > 0
-    with pytest.raises(NotImplementedError, match="natten_layers::projected has no derivative"):
+    with pytest.raises(NotImplementedError, match="natten_layers::attention_with_qk_prep has no derivative"):
         operator(inputs[0].requires_grad_(), *inputs[1:])
 
 
@@ -202,7 +202,7 @@ def test_a_compiled_layer_computes_the_same(options: dict[str, Any]) -> None:
 
 
 def one_launch(case: Case, tensors: dict[str, Tensor]) -> Tensor:
-    inputs, options, prep = grouped("projected", operands(case, tensors))
+    inputs, options, prep = grouped("attention_with_qk_prep", operands(case, tensors))
     problem = problem_of(inputs, options)
     plan = planned("qk_prep + forward", problem, prep=prep.kind)
     assert plan is not None
@@ -258,15 +258,15 @@ def problem_of_image(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Problem
     return problem._replace(**changes)
 
 
-KIND = RotationKind("cosine", axes=2, pairs=16, by_head=True, batched=False)
+KIND = QKPrepKind("cosine", axes=2, pairs=16, by_head=True, batched=False)
 
 
 def test_small_windows_take_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton.experimental.gluon")
     problem = problem_of_image(monkeypatch)
-    launch = planned("qk_prep + forward", problem, prep=KIND)
-    assert launch is not None
-    assert (launch.in_ring, launch.programs) == (True, 4)
+    config = planned("qk_prep + forward", problem, prep=KIND)
+    assert config is not None
+    assert (config.in_ring, config.programs) == (True, 4)
     few = Layout((1, 32, 32, 8, 64), (2**10 * 768, 2**5 * 768, 768, 64, 1))
     few_keys = few._replace(shape=(1, 32, 32, 2, 64))
     assert (
@@ -297,14 +297,14 @@ def test_small_windows_take_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=str,
 )
-def test_others_take_two(kind: RotationKind, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_others_take_two(kind: QKPrepKind, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     assert planned("qk_prep + forward", problem_of_image(monkeypatch, **changes), prep=kind) is None
 
 
-def test_a_launch_that_somebody_chose_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_that_somebody_chose_win(monkeypatch: pytest.MonkeyPatch) -> None:
     forward = pytest.importorskip("natten_layers.kernels.portable.forward")
     problem = problem_of_image(monkeypatch)
-    with override({"forward": forward.launch_for("forward", problem.problem_class)}):
+    with override({"forward": forward.tile_config_for("forward", problem.problem_class)}):
         assert planned("qk_prep + forward", problem, prep=KIND) is None
     with override(pack=8):  # more heads than there are in a group
         assert planned("qk_prep + forward", problem, prep=KIND) is None
@@ -320,7 +320,7 @@ def test_a_launch_that_somebody_chose_wins(monkeypatch: pytest.MonkeyPatch) -> N
 )  # fmt: skip
 def test_threads_hold_whole_pairs(rows: int, dim: int, pairs: int) -> None:
     """Every element of ``[rows, dim]`` is in one thread, with the one that it turns with; angles lie as pairs do."""
-    rotate = pytest.importorskip("natten_layers.kernels.sm90.qk_prep")
+    qk_prep = pytest.importorskip("natten_layers.kernels.sm90.qk_prep")
 
     def places(layout: Any) -> list[list[tuple[int, ...]]]:
         """Of each thread, what it holds."""
@@ -334,13 +334,13 @@ def test_threads_hold_whole_pairs(rows: int, dim: int, pairs: int) -> None:
         threads = span([*layout.lane_bases, *layout.warp_bases], (0,) * len(layout.shape))
         return [span(layout.reg_bases, thread) for thread in threads]
 
-    heads = places(rotate.heads_layout(rows, dim, pairs))
+    heads = places(qk_prep.heads_layout(rows, dim, pairs))
     assert len(heads) == 128
     assert sorted(place for own in heads for place in own) == list(product(range(rows), range(dim)))
     for axes in (1, 2) if pairs else ():
-        angles = places(rotate.angles_layout(rows, axes, pairs))
-        for own, turns in zip(heads, angles, strict=True):
+        angles = places(qk_prep.angles_layout(rows, axes, pairs))
+        for own, pairs_of_thread in zip(heads, angles, strict=True):
             assert {(n, col % pairs) for n, col in own if col < 2 * pairs} == {
-                (n, axis * (pairs // axes) + j) for n, axis, j in turns
+                (n, axis * (pairs // axes) + j) for n, axis, j in pairs_of_thread
             }
             assert all((n, col ^ pairs) in own for n, col in own if col < 2 * pairs)

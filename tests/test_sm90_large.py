@@ -20,7 +20,7 @@ from natten_layers.kernels import dispatch
 from natten_layers.kernels.dispatch import VARIANTS, Direction, Question, choose, sm90_gap
 from natten_layers.kernels.host import problem as problem_module
 from natten_layers.kernels.host.problem import Cotangents, Inputs, Layout, Options, Problem, problem_of
-from natten_layers.kernels.host.tiling import Box, Launch
+from natten_layers.kernels.host.tiling import Box, TileConfig
 from natten_layers.kernels.host.tuned import forget, override
 from natten_layers.kernels.portable import forward
 from natten_layers.kernels.sm90 import large_backward, large_forward, large_tiling
@@ -92,7 +92,7 @@ def test_matches_the_oracle(case: Case, dtype: torch.dtype) -> None:
     leaves = make_inputs(case, "cuda")
     problem, arguments = call_of(case, {name: t.detach() for name, t in leaves.items()})
     assert sm90_gap(Question(problem)) is None
-    assert_oracle(case, leaves, large_forward.forward(large_tiling.launch_of(problem), *arguments))
+    assert_oracle(case, leaves, large_forward.forward(large_tiling.forward_tile_config(problem), *arguments))
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_gradients_match_the_oracle(case: Case, dtype: torch.dtype, monkeypatch:
     """Also where, on an axis, every chunk of a walk needs a mask or none does; and twice the same bits."""
     case = replace(case, dtype=dtype)
     leaves = make_inputs(case, "cuda")
-    taken: list[Launch] = []
+    taken: list[TileConfig] = []
     compute = large_backward.key_gradients
     monkeypatch.setattr(large_backward, "key_gradients", lambda *args: taken.append(args[0]) or compute(*args))
     first, second = (run(case, leaves, "fused") for _ in range(2))
@@ -143,7 +143,7 @@ def test_any_number_of_programs_computes_every_tile(case: Case, monkeypatch: pyt
             problem, arguments = call_of(case, {name: t.detach() for name, t in leaves.items()})
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                out = large_forward.forward(large_tiling.launch_of(problem), *arguments)[0]
+                out = large_forward.forward(large_tiling.forward_tile_config(problem), *arguments)[0]
         for _ in range(2):
             out.zero_()
             graph.replay()
@@ -158,10 +158,10 @@ def test_reads_views_of_a_fused_projection() -> None:
     views: dict[str, Tensor] = dict(zip(("query", "key", "value"), qkv.split((4, 2, 2), -2), strict=True))
     problem, arguments = call_of(case, views)
     assert sm90_gap(Question(problem)) is None
-    launch = large_tiling.launch_of(problem)
+    config = large_tiling.forward_tile_config(problem)
     copies = call_of(case, {name: t.contiguous() for name, t in views.items()})[1]
     for ours, expected in zip(
-        large_forward.forward(launch, *arguments), large_forward.forward(launch, *copies), strict=True
+        large_forward.forward(config, *arguments), large_forward.forward(config, *copies), strict=True
     ):
         assert torch.equal(ours, expected)  # pyright: ignore[reportArgumentType]
 
@@ -174,7 +174,7 @@ def test_nan_and_inf_reach_only_the_queries_that_see_them() -> None:
     tensors["value"][0, 3, 4, 1, 7] = float("nan")
     tensors["key"][1, 39, 47, 0, 5] = float("inf")
     problem, arguments = call_of(case, tensors)
-    ours = large_forward.forward(large_tiling.launch_of(problem), *arguments)[0]
+    ours = large_forward.forward(large_tiling.forward_tile_config(problem), *arguments)[0]
     expected = forward.forward(forward.plan(problem, True), *arguments)[0]
     assert expected.isnan().any()
     assert torch.equal(ours.isnan(), expected.isnan())
@@ -197,7 +197,7 @@ VIDEOS = (
 def test_nan_reaches_no_other_image_and_no_other_head(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Batch and t are one axis to TMA: behind a video's last frame comes the first one of the next."""
     case = replace(case, dtype=torch.bfloat16)
-    taken: list[Launch] = []
+    taken: list[TileConfig] = []
     compute = large_backward.key_gradients
     monkeypatch.setattr(large_backward, "key_gradients", lambda *args: taken.append(args[0]) or compute(*args))
     assert_nan_stays(case, make_inputs(case, "cuda"))
@@ -236,36 +236,36 @@ def test_scores_may_be_as_large_as_fp32_holds(case: Case, exponent: int, sink: L
     assert_oracle(
         case,
         {name: t.clone().requires_grad_() for name, t in inputs.items()},
-        large_forward.forward(large_tiling.launch_of(problem), *arguments),
+        large_forward.forward(large_tiling.forward_tile_config(problem), *arguments),
     )
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's NumPy
-@pytest.mark.parametrize("with_state", [False, True])
-def test_tiles_that_are_marked_are_computed_once_more(with_state: bool) -> None:
+@pytest.mark.parametrize("with_stats", [False, True])
+def test_tiles_that_are_marked_are_computed_once_more(with_stats: bool) -> None:
     """Those and no others, by more than one program that looks at marks; a NaN stays in its windows."""
     case = Case("marked", (300,), 20, heads=4, head_dim=64, value_dim=64, sink="learned", batch=1, dtype=torch.float16)
     tensors = {name: t.detach() for name, t in make_inputs(case, DEVICE).items()}
     tensors["value"][0, 40, 1, 7] = float("nan")
     problem, (_, inputs, options, _) = call_of(case, tensors)
-    launch = Launch((1, 1, 8), (1, 1, 16), pack=2, num_warps=4, stages=1)
-    blocks, programs = 2, problem.programs(launch)
+    config = TileConfig((1, 1, 8), (1, 1, 16), pack=2, num_warps=4, stages=1)
+    blocks, programs = 2, problem.programs(config)
     assert programs == 38 * blocks
     assert programs > large_forward.FLAGS.value
     marked = [0, 9, 11, 63, 64, 74, 75]  # tiles times blocks of heads; the last tile is cut
-    broken = torch.zeros(programs + 1, dtype=torch.int32, device=DEVICE)
-    broken[[*marked, programs]] = 1  # behind the marks is a count of tiles
+    nonfinite_tiles = torch.zeros(programs + 1, dtype=torch.int32, device=DEVICE)
+    nonfinite_tiles[[*marked, programs]] = 1  # behind the marks is a count of tiles
     expected = attention_state(inputs.query, inputs.key, inputs.value, 20, sink=inputs.sink, impl="fused")
     expected = expected.out, expected.row_max, expected.row_sum
     untouched = -3.0
     results = [torch.full_like(x, untouched) for x in expected]
-    state = results[1:] if with_state else (None, None)
-    large_forward.repair(launch, problem, inputs, options, broken, (results[0], state[0], state[1]))
+    state = results[1:] if with_stats else (None, None)
+    large_forward.repair(config, problem, inputs, options, nonfinite_tiles, (results[0], state[0], state[1]))
     rows = torch.zeros(1, 300, 4, dtype=torch.bool, device=DEVICE)
     for i in marked:
         first, head = i // blocks * 8, i % blocks * 2
         rows[:, first : first + 8, head : head + 2] = True
-    for found, wanted in zip(results[: 3 if with_state else 1], expected, strict=False):
+    for found, wanted in zip(results[: 3 if with_stats else 1], expected, strict=False):
         assert (found[~rows] == untouched).all()
         torch.testing.assert_close(found[rows], wanted[rows], rtol=1e-3, atol=1e-3, equal_nan=True)
     assert results[0][rows].isnan().any()
@@ -284,11 +284,11 @@ def test_statistics_of_the_backward_pass_are_what_they_are_called(with_grad_lse:
     statistics, delta = large_backward.statistics_of(problem, Cotangents(out, row_max, row_sum, grad_out, grad_lse))
     expected = (out.double() * grad_out.double()).sum(-1) - (0 if grad_lse is None else grad_lse.double())
     assert error(delta, expected) < 1e-6
-    lines = [x.permute(4, 0, 1, 2, 3).reshape(3, 6, 5, 9) for x in (row_max + row_sum.log(), expected)]
-    assert error(statistics.lse[..., :9] * math.log(2), lines[0]) < 1e-6
-    assert error(statistics.delta[..., :9], lines[1]) < 1e-6
+    head_major = [x.permute(4, 0, 1, 2, 3).reshape(3, 6, 5, 9) for x in (row_max + row_sum.log(), expected)]
+    assert error(statistics.lse[..., :9] * math.log(2), head_major[0]) < 1e-6
+    assert error(statistics.delta[..., :9], head_major[1]) < 1e-6
     assert statistics.lse.stride(-2) % large_tiling.ALIGNMENT == 0
-    portable = large_backward.lined_up(problem, row_max, delta)
+    portable = large_backward.to_head_major(problem, row_max, delta)
     assert torch.equal(portable.delta[..., :9], statistics.delta[..., :9])
 
 
@@ -297,16 +297,16 @@ def test_statistics_of_the_backward_pass_are_what_they_are_called(with_grad_lse:
 def test_a_call_takes_it_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     buffer = torch.randn(1, 16384, 8, 136, device="cuda", dtype=torch.bfloat16)
     aligned, shifted = buffer[..., :128].contiguous(), buffer[..., 1:129]
-    launches = []
+    configs = []
     compute = large_forward.forward
-    monkeypatch.setattr(large_forward, "forward", lambda *args: launches.append(args[0]) or compute(*args))
+    monkeypatch.setattr(large_forward, "forward", lambda *args: configs.append(args[0]) or compute(*args))
     neighborhood_attention(aligned, aligned, aligned, 2048, is_causal=True)
-    assert len(launches) == 1
+    assert len(configs) == 1
     out = neighborhood_attention(shifted, shifted, shifted, 2048, is_causal=True)
-    assert len(launches) == 1  # addresses that TMA does not take
+    assert len(configs) == 1  # addresses that TMA does not take
     whole = shifted.contiguous()
     assert error(out, neighborhood_attention(whole, whole, whole, 2048, is_causal=True)) < 4e-3
-    assert len(launches) == 2
+    assert len(configs) == 2
 
 
 def problem_of_text(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0), **changes: Any) -> Problem:
@@ -324,9 +324,9 @@ def problem_of_text(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
 
 def test_large_windows_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = problem_of_text(monkeypatch)
-    launch = planned("forward", problem)
-    assert launch is not None
-    assert (launch.tile, launch.pack) == ((1, 1, 32), 4)
+    config = planned("forward", problem)
+    assert config is not None
+    assert (config.tile, config.pack) == ((1, 1, 32), 4)
     with override(pack=1):
         unpacked = planned("forward", problem)
     assert unpacked is not None
@@ -353,7 +353,7 @@ def test_large_is_what_the_keys_of_a_window_take(
         monkeypatch, query=query, key=key, value=key, additional_keys=extra, additional_values=extra,
         kernel_size=(window,),
     )  # fmt: skip
-    assert isinstance(planned("forward", problem), Launch) == is_large
+    assert isinstance(planned("forward", problem), TileConfig) == is_large
 
 
 @pytest.mark.parametrize(
@@ -376,9 +376,9 @@ def test_other_calls_do_not(monkeypatch: pytest.MonkeyPatch, changes: dict[str, 
     assert planned("forward", problem_of_text(monkeypatch, **changes)) is None
 
 
-def test_a_launch_that_somebody_chose_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_that_somebody_chose_win(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = problem_of_text(monkeypatch)
-    with override({"forward": Launch((1, 1, 64), (1, 1, 64), 2, 4, 2)}):
+    with override({"forward": TileConfig((1, 1, 64), (1, 1, 64), 2, 4, 2)}):
         assert planned("forward", problem) is None
     with override(pack=8):  # more heads than there are in a group
         assert planned("forward", problem) is None
