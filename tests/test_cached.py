@@ -143,7 +143,7 @@ def test_chunks_equal_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("tensor", ["key", "value"])
-def test_unseen_nan_is_not_heard(tensor: str) -> None:
+def test_unseen_nan_changes_nothing(tensor: str) -> None:
     tensors = {"key": randn(1, 5, 1, 4), "value": randn(1, 5, 1, 4, seed=1)}
     q, qp, kp = randn(1, 2, 2, 4), torch.tensor([[2, 4]]), torch.tensor([[0, 1, 2, 3, -1]])
     tensors[tensor][:, 0] = math.nan

@@ -243,7 +243,7 @@ def test_positions_have_64_bits(by: int, window: int | None, trim_from: int, mon
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("name", ["key", "value"])
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's NumPy
-def test_what_is_not_seen_is_not_heard(name: str, value: float, registers: int) -> None:
+def test_what_is_not_seen_changes_nothing(name: str, value: float, registers: int) -> None:
     arguments = make_arguments(Case("nan", 40, tokens=2, window=10, registers=registers, batch=1))
     clean, _ = attend(arguments, "fused")
     arguments[name][:, 29] = value  # in the first token's window, before the second's

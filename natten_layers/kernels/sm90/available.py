@@ -1,4 +1,4 @@
-"""Whether this Triton has Gluon with the API for Hopper, in which the kernels of this folder are written."""
+"""Whether this Triton has Gluon with its API for compute capability 9.0, in which this folder's kernels are written."""
 
 from importlib import import_module
 
@@ -9,7 +9,7 @@ _API = {
     _HOPPER: ("fence_async_shared", "mbarrier", "warpgroup_mma", "warpgroup_mma_wait"),
     f"{_HOPPER}.tma": ("async_copy_global_to_shared", "async_copy_shared_to_global", "store_wait"),
 }
-"""What the kernels import, by module."""
+"""The names that the kernels import, by module."""
 
 
 def gluon_gap() -> str | None:

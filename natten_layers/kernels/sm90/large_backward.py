@@ -1,9 +1,11 @@
-"""The backward pass of large windows on compute capability 9.0 (H100, H200): ``backward.py``'s kernels, in Gluon.
+"""The backward pass of large windows on compute capability 9.0 (H100, H200), in Gluon.
 
-As in ``hopper.py`` a program takes tile after tile; one warp loads tiles by TMA, another one chunks into a ring, and
-two warp groups take half of a tile's rows each. Rows are keys in one kernel and queries in the other. Either way the
-scores' weights and gradients are in registers what the products that follow take as left operand, so that nothing goes
-through shared memory. All query heads that share a KV head are part of the walk over its keys: no repeat, no atomics.
+It computes what ``portable/backward.py`` computes. As in ``large_forward.py`` the kernels are persistent and take tile
+after tile off a counter: one producer warp loads tiles by TMA, another one loads chunks into a ring, and two consumer
+groups of four warps compute half of the rows of a tile each. Rows are keys in the kernel of dK and dV, and queries in
+the kernel of dQ. In both, weights and gradients of scores stay in registers, where the following products take them as
+left operand, so that nothing passes through shared memory. The walk over the queries of a KV head includes all query
+heads that share it, so that nothing is repeated and there are no atomic additions.
 """
 
 # Triton's language is Python to the parser only.
@@ -77,13 +79,13 @@ PLAIN = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=4)
 
 @gluon.jit
 def key_walk(tile_id, plan, CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr):
-    """Batch, KV head, box of keys and walk over the queries that see them.
+    """Batch, KV head, first position of a tile of keys, and the walk over the queries that see the tile.
 
-    A query sees the key at its own place, so that no walk is empty.
+    A key is seen by the query at its own position, so that no walk is empty.
     """
     i_batch, i_kv, _i_tile, count, origin = tile_of(tile_id, plan, TILE)
     lo, hi, inner_lo, inner_hi = union_of_queries(origin, count, plan[1], plan[2], CAUSAL, TILE)
-    lo = (lo[0], lo[1], lo[2] // ALIGNMENT * ALIGNMENT)  # where statistics can be loaded from
+    lo = (lo[0], lo[1], lo[2] // ALIGNMENT * ALIGNMENT)  # TMA loads statistics from multiples of this
     return i_batch, i_kv, origin, walk_over(lo, hi, inner_lo, inner_hi, CHUNK)
 
 
@@ -137,7 +139,7 @@ def q_chunk_producer(
 
 @gluon.jit
 def start_product(b_rows, b_columns, b_acc):
-    """``[M, D]`` times the transpose of ``[N, D]``, both in shared memory; what it is added to, or None."""
+    """Start ``[M, D]`` times the transpose of ``[N, D]``, both in shared memory, added to ``b_acc`` if it is given."""
     M: gl.constexpr = b_rows.shape[0]
     N: gl.constexpr = b_columns.shape[0]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
@@ -154,7 +156,7 @@ def add_queries(
     b_dk, b_dv, b_k, b_v, b_hidden, ring, n, factor,
     N: gl.constexpr, STAGES: gl.constexpr, SCORES: gl.constexpr, WEIGHTS_K: gl.constexpr, WEIGHTS_V: gl.constexpr,
 ):  # fmt: skip
-    """Add what chunk ``n`` of queries gives to dK, which lacks ``scale``, and dV."""
+    """Add the contribution of chunk ``n`` of queries to dV, and to dK without its factor ``scale``."""
     await_load(ring, n, True, STAGES)
     i, _ = stage_of(n, STAGES)
     b_q = ring[0][0].index(i).reshape([N, b_k.shape[1]])
@@ -169,7 +171,7 @@ def add_queries(
     b_dp = warpgroup_mma_wait(1, deps=[b_dp])
     b_ds = b_p * (b_dp - col_delta[None, :])
     b_dk = warpgroup_mma(gl.convert_layout(b_ds.to(b_q.dtype), WEIGHTS_K), b_q, b_dk, is_async=True)
-    # Kept running into the next chunk, these two would need more registers than there are.
+    # Left running into the next chunk, these two products would need more hardware registers than there are.
     b_dk, b_dv = warpgroup_mma_wait(0, deps=[b_dk, b_dv])
     release(ring, n, STAGES)
     return b_dk, b_dv
@@ -178,7 +180,11 @@ def add_queries(
 @gluon.jit
 def store_half(buffer, b_rows, Out, i_head, i_batch, origin, length, heads, HALF: gl.constexpr, TILE: gl.constexpr,
                PACK: gl.constexpr, D: gl.constexpr):  # fmt: skip
-    """Through shared memory that is not needed any more, so that a warp writes whole rows; without such if None."""
+    """Store one half of the rows of a result.
+
+    They pass through ``buffer``, shared memory that nothing needs any more, so that a warp writes whole rows; if it is
+    None they are stored from registers.
+    """
     M: gl.constexpr = b_rows.shape[0]
     BD: gl.constexpr = b_rows.shape[1]
     b_rows = b_rows.to(Out.dtype.element_ty)
@@ -198,7 +204,7 @@ def add_to_values(
     b_dv, b_k, b_v, b_hidden, ring, n, factor,
     N: gl.constexpr, STAGES: gl.constexpr, SCORES: gl.constexpr, WEIGHTS: gl.constexpr,
 ):  # fmt: skip
-    """Add what chunk ``n`` of queries gives to dV alone."""
+    """Add the contribution of chunk ``n`` of queries to dV alone."""
     await_load(ring, n, True, STAGES)
     i, _ = stage_of(n, STAGES)
     b_s = start_product(b_k, ring[0][0].index(i).reshape([N, b_k.shape[1]]), b_hidden)
@@ -216,7 +222,7 @@ def add_to_keys(
     b_dk, b_k, b_v, b_hidden, ring, n, factor,
     N: gl.constexpr, STAGES: gl.constexpr, SCORES: gl.constexpr, WEIGHTS: gl.constexpr,
 ):  # fmt: skip
-    """Add what chunk ``n`` of queries gives to dK alone, which lacks ``scale``."""
+    """Add the contribution of chunk ``n`` of queries to dK alone, without its factor ``scale``."""
     await_load(ring, n, True, STAGES)
     i, _ = stage_of(n, STAGES)
     b_q = ring[0][0].index(i).reshape([N, b_k.shape[1]])
@@ -239,8 +245,10 @@ def dkv_consumer(
     RANK: gl.constexpr, D: gl.constexpr, BD: gl.constexpr, DIM_V: gl.constexpr, BDV: gl.constexpr,
     STAGES: gl.constexpr, TILES: gl.constexpr,
 ):  # fmt: skip
-    """One of two groups of four warps. Each computes both results of one half of a tile's keys, or ``BY_RESULT`` one
-    result of all of them: of wide heads a thread's registers hold only one.
+    """One of the two groups of four warps.
+
+    Each group computes both results for one half of the keys of a tile. ``BY_RESULT``, each computes one result for all
+    keys: of wide heads, the registers of a thread hold the accumulators of only one.
     """
     M: gl.constexpr = TILE[0] * TILE[1] * TILE[2] // (1 if BY_RESULT else 2)
     HALF: gl.constexpr = 0 if BY_RESULT else GROUP
@@ -286,12 +294,12 @@ def dkv_consumer(
             n += 1
 
         if not BY_RESULT:
-            # Only this group reads its half of the keys and values.
+            # No other group reads this half of the keys and values, so the buffers are free for results.
             store_half(b_v, b_dv, DV, i_kv, i_batch, origin, length, kv_heads, HALF, TILE, 1, DIM_V)
             store_half(b_k, b_dk * scale, DK, i_kv, i_batch, origin, length, kv_heads, HALF, TILE, 1, D)
             fence_async_shared()
         elif GROUP == 0:
-            # The other group may still read keys and values, so their memory is not free for results.
+            # The other group may still read keys and values, so results do not pass through their buffers.
             store_half(None, b_dv, DV, i_kv, i_batch, origin, length, kv_heads, HALF, TILE, 1, DIM_V)
         else:
             store_half(None, b_dk * scale, DK, i_kv, i_batch, origin, length, kv_heads, HALF, TILE, 1, D)
@@ -308,7 +316,7 @@ def large_dkv_kernel(
     D: gl.constexpr, BD: gl.constexpr, DIM_V: gl.constexpr, BDV: gl.constexpr, STAGES: gl.constexpr,
     TILES: gl.constexpr,
 ):  # fmt: skip
-    """dK and dV, contiguous; heads have ``D`` and ``DIM_V`` channels, ``BD`` and ``BDV`` in shared memory."""
+    """dK and dV, contiguous. Heads have ``D`` and ``DIM_V`` channels, and ``BD`` and ``BDV`` in shared memory."""
     tile_ring = new_ring((k_desc, v_desc), TILES)
     ring, schedule = new_ring((q_desc, do_desc, lse_desc, delta_desc), STAGES), new_schedule(3)
     plan = (length, kernel, stride, tiles, kv_heads)
@@ -323,8 +331,8 @@ def large_dkv_kernel(
             (q_chunk_producer, (ring, schedule, q_desc, do_desc, lse_desc, delta_desc, plan, num_tiles, group,
                                 CAUSAL, TILE, CHUNK, STAGES)),
         ],
-        [4, 1, 1],  # warps: the first function has those of the launch
-        [240, 24, 24],  # registers a thread
+        [4, 1, 1],  # warps of all functions but the first, which has ``num_warps``
+        [240, 24, 24],  # hardware registers a thread of these
     )  # fmt: skip
 
 
@@ -375,7 +383,7 @@ def add_keys(
     b_dq, b_q, b_do, b_hidden, ring, n, last, row_lse, row_delta, factor,
     N: gl.constexpr, STAGES: gl.constexpr, SCORES: gl.constexpr, WEIGHTS: gl.constexpr,
 ):  # fmt: skip
-    """Add what chunk ``n`` of keys gives to dQ, which lacks ``scale``; the chunk was awaited."""
+    """Add the contribution of chunk ``n`` of keys, which has arrived, to dQ without its factor ``scale``."""
     i, _ = stage_of(n, STAGES)
     b_k = ring[0][0].index(i).reshape([N, b_q.shape[1]])
     b_v = ring[0][1].index(i).reshape([N, b_do.shape[1]])
@@ -383,7 +391,7 @@ def add_keys(
     b_dp = start_product(b_do, b_v, None)
     b_s = warpgroup_mma_wait(1, deps=[b_s])
     b_p = gl.exp2(b_s * factor - row_lse[:, None])
-    # Awaited here, because the assembler moves the next wait above the exponentials unless another stands before it.
+    # This wait stands here because ptxas would move the next one above the exponentials if there were none before it.
     await_load(ring, n + 1, n < last, STAGES)
     b_dp = warpgroup_mma_wait(0, deps=[b_dp])
     b_ds = b_p * (b_dp - row_delta[:, None])
@@ -400,7 +408,7 @@ def dq_consumer(
     RANK: gl.constexpr, D: gl.constexpr, BD: gl.constexpr, BDV: gl.constexpr, STAGES: gl.constexpr,
     TILES: gl.constexpr,
 ):  # fmt: skip
-    """A group of four warps that computes one half of the rows of every tile of queries."""
+    """One of the two groups of four warps; each computes one half of the rows of every tile of queries."""
     M: gl.constexpr = TILE[0] * TILE[1] * TILE[2] * PACK // 2
     N: gl.constexpr = CHUNK[0] * CHUNK[1] * CHUNK[2]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
@@ -468,8 +476,8 @@ def large_dq_kernel(
             (kv_chunk_producer, (ring, schedule, k_desc, v_desc, plan, num_tiles, group,
                                  CAUSAL, TILE, CHUNK, PACK, STAGES)),
         ],
-        [4, 1, 1],  # warps: the first function has those of the launch
-        [240, 24, 24],  # registers a thread
+        [4, 1, 1],  # warps of all functions but the first, which has ``num_warps``
+        [240, 24, 24],  # hardware registers a thread of these
     )  # fmt: skip
 
 
@@ -479,7 +487,9 @@ def statistics_kernel(
     do_strides, dl_strides, length, rows, heads, images, width,
     DV: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, WITH_DLSE: tl.constexpr,
 ):  # fmt: skip
-    """``delta = rowsum(dOut * Out) - dLse`` like the output, and with the base-2 lse in lines ``[heads, B T H, W]``."""
+    """``delta = rowsum(dOut * Out) - dLse`` in the order of the output, and delta and the base-2 lse in head-major
+    order, ``[heads, B T H, W]``.
+    """
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     m_rows = row < rows
     head, token = row % heads, row // heads
@@ -500,14 +510,16 @@ def statistics_kernel(
 
 
 class Statistics(NamedTuple):
-    """Base-2 lse and delta of every query and head, fp32 ``[Hq, B T, H, W + padding]``, as TMA can load them."""
+    """Base-2 lse and delta of every query and head in head-major order, from which TMA can load them: fp32 ``[Hq, B T,
+    H, W + padding]``.
+    """
 
     lse: Tensor
     delta: Tensor
 
 
 def statistics_descriptor(head_major: Tensor, width: int, box: Box) -> TensorDescriptor:
-    """Boxes of one head's statistics; those outside the image read as zero."""
+    """The descriptor of head-major statistics: boxes of one head. TMA reads zeros outside of the image."""
     return TensorDescriptor(head_major, [*head_major.shape[:-1], width], list(head_major.stride()), [1, *box], PLAIN)
 
 
@@ -519,7 +531,7 @@ def new_statistics(problem: Problem) -> Statistics:
 
 
 def to_head_major(problem: Problem, lse: Tensor, delta: Tensor) -> Statistics:
-    """Statistics from those that the portable query kernel writes, ``[B, *spatial, Hq]``."""
+    """Statistics in head-major order from those that another query kernel wrote, ``[B, *spatial, Hq]``."""
     statistics, width = new_statistics(problem), problem.lengths[2]
     for head_major, rows in zip(statistics, (lse, delta), strict=True):
         heads = rows.shape[-1]
@@ -528,7 +540,7 @@ def to_head_major(problem: Problem, lse: Tensor, delta: Tensor) -> Statistics:
 
 
 def statistics_of(problem: Problem, cotangents: Cotangents) -> tuple[Statistics, Tensor]:
-    """Statistics, and delta ``[B, *spatial, Hq]``."""
+    """Statistics in head-major order, and delta ``[B, *spatial, Hq]``."""
     out, row_max, row_sum, grad_out, grad_lse = cotangents
     statistics, delta = new_statistics(problem), torch.empty_like(row_max)
     dl_strides = (0,) * 5 if grad_lse is None else strides(layout(grad_lse[..., None]))
@@ -543,14 +555,16 @@ def statistics_of(problem: Problem, cotangents: Cotangents) -> tuple[Statistics,
 
 
 def buffered_tiles(problem: Problem) -> int:
-    """With two a group need not await the other one before its next tile; in 1-D the loop then spills registers."""
+    """Buffers for tiles of keys. With two, a group need not wait for the other before its next tile; in 1-D the loop
+    would then spill registers.
+    """
     return 2 if problem.rank > 1 and not large_tiling.is_wide(problem) else 1
 
 
 def query_gradient(
     config: TileConfig, problem: Problem, inputs: Inputs, options: Options, cotangents: Cotangents
 ) -> tuple[Tensor, RowStatistics]:
-    """dQ of a call without registers, and its statistics. Takes the tiles of the forward. Allocates only these."""
+    """dQ of a call without register tokens, and its statistics. Allocates only these."""
     grad_out = cotangents.grad_out
     statistics, delta = statistics_of(problem, cotangents)
     query, key, value = inputs[:3]
@@ -573,9 +587,9 @@ def query_gradient(
 def key_gradients(
     config: TileConfig, problem: Problem, inputs: Inputs, options: Options, grad_out: Tensor, statistics: RowStatistics
 ) -> tuple[Tensor, Tensor]:
-    """dK and dV, those of registers aside.
+    """dK and dV of the window keys; gradients of register tokens are computed elsewhere.
 
-    Allocates these, and the statistics in head-major order where another kernel than :func:`query_gradient` wrote them.
+    Allocates these, and the statistics in head-major order if another kernel than :func:`query_gradient` wrote them.
     """
     head_major = statistics.head_major
     if head_major is None:

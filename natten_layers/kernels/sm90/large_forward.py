@@ -1,9 +1,10 @@
-"""The forward pass of large windows on compute capability 9.0 (H100, H200): ``forward.py``'s kernel, written in Gluon.
+"""The forward pass of large windows on compute capability 9.0 (H100, H200), in Gluon.
 
-A program stays on its multiprocessor and takes tile after tile, whichever comes next. One warp each loads queries, keys
-and values by TMA into rings of shared memory; two warp groups take half of a tile's rows each. A group starts the
-scores of a chunk together with the weighted sum of the chunk before, so that the tensor core works while the softmax is
-computed.
+It computes what ``portable/forward.py`` computes. The kernel is persistent with an atomic tile scheduler: one program a
+multiprocessor takes tile after tile off a counter. One producer warp each loads queries, keys and values by TMA into
+rings of shared memory; two consumer groups of four warps compute half of the rows of a tile each. A group starts the
+scores of a chunk together with the weighted sum of the previous chunk, so that the tensor cores are busy while the
+softmax is computed.
 """
 
 # Triton's language is Python to the parser only.
@@ -52,7 +53,7 @@ from .primitives import (
     tile_walk,
 )
 
-FLAGS: tl.constexpr = tl.constexpr(64)  # tiles that a program of the repair looks at together
+FLAGS: tl.constexpr = tl.constexpr(64)  # tiles whose flags one program of the repair kernel reads
 
 
 @gluon.jit
@@ -96,7 +97,7 @@ def kv_producer(
 
 @gluon.jit
 def start_scores(b_q, k_ring, n, b_hidden, D: gl.constexpr, STAGES: gl.constexpr):
-    """Queries times keys of chunk ``n``, whose arrival was awaited, added to a mask of 0 and -inf."""
+    """Start the product of queries and the keys of chunk ``n``, which have arrived, added to a mask of 0 and -inf."""
     i, _ = stage_of(n, STAGES)
     b_k = k_ring[0][0].index(i).reshape([b_hidden.shape[1], D]).permute((1, 0))
     return warpgroup_mma(b_q, b_k, b_hidden, is_async=True)
@@ -104,7 +105,7 @@ def start_scores(b_q, k_ring, n, b_hidden, D: gl.constexpr, STAGES: gl.constexpr
 
 @gluon.jit
 def start_values(b_p, b_acc, v_ring, n, STAGES: gl.constexpr):
-    """Add the weighted values of chunk ``n``."""
+    """Wait for the values of chunk ``n``, and start to add them, weighted."""
     await_load(v_ring, n, True, STAGES)
     i, _ = stage_of(n, STAGES)
     b_v = v_ring[0][0].index(i).reshape([b_p.shape[1], b_acc.shape[1]])
@@ -113,9 +114,10 @@ def start_values(b_p, b_acc, v_ring, n, STAGES: gl.constexpr):
 
 @gluon.jit
 def softmax_weights(b_s, row_m, part_l, factor, DTYPE: gl.constexpr, WEIGHTS: gl.constexpr, PARTS: gl.constexpr):
-    """Weights of a chunk, the new maximum and sum, and the factor by which what was summed up before shrinks.
+    """Weights of a chunk, the new maximum, the new sums, and the factor by which all earlier sums shrink.
 
-    ``part_l [M, 8]`` holds sums over every eighth key: those that one thread has, so none has to be exchanged.
+    ``part_l [M, 8]`` holds a sum over every eighth key of a row. These are the keys that one thread has, so that no
+    values are exchanged between threads before the end of the tile.
     """
     row_m_new = gl.maximum(row_m, gl.max(b_s, 1) * factor)
     row_alpha = gl.exp2(row_m - row_m_new)
@@ -130,7 +132,7 @@ def attend_first(
     b_q, b_hidden, row_m, part_l, k_ring, n, factor,
     D: gl.constexpr, STAGES: gl.constexpr, WEIGHTS: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
-    """Weights of a tile's first chunk."""
+    """Weights of the first chunk of a tile."""
     await_load(k_ring, n, True, STAGES)
     b_s = start_scores(b_q, k_ring, n, b_hidden, D, STAGES)
     b_s = warpgroup_mma_wait(0, deps=[b_s])
@@ -145,13 +147,13 @@ def attend_next(
     D: gl.constexpr, STAGES: gl.constexpr, WEIGHTS: gl.constexpr, PARTS: gl.constexpr,
     OUT: gl.constexpr,
 ):  # fmt: skip
-    """Weights of chunk ``n``, whose keys are there; meanwhile the weighted values of the chunk before are added."""
+    """Weights of chunk ``n``, whose keys have arrived, while the weighted values of the previous chunk are added."""
     b_s = start_scores(b_q, k_ring, n, b_hidden, D, STAGES)
     b_acc = start_values(b_p, b_acc, v_ring, n - 1, STAGES)
     b_s = warpgroup_mma_wait(1, deps=[b_s])
     release(k_ring, n, STAGES)
     b_p, row_m, part_l, row_alpha = softmax_weights(b_s, row_m, part_l, factor, b_q.dtype, WEIGHTS, PARTS)
-    # Awaited here, because the assembler moves the next wait above the softmax unless another one stands before it.
+    # This wait stands here because ptxas would move the next one above the softmax if there were none before it.
     await_load(k_ring, n + 1, n < last, STAGES)
     b_acc = warpgroup_mma_wait(0, deps=[b_acc])
     release(v_ring, n - 1, STAGES)
@@ -161,7 +163,10 @@ def attend_next(
 
 @gluon.jit
 def initial_stats(Sink, row_head, sink, SINK: gl.constexpr, M: gl.constexpr, ROW: gl.constexpr, PARTS: gl.constexpr):
-    """Maximum and sum of an empty softmax, or of one that has seen the sink: an eighth, exactly, in each part."""
+    """Maximum and sums of an empty softmax, or of one that has seen the sink.
+
+    The weight of the sink is one; each of the eight partial sums of a row starts with an eighth, which is exact.
+    """
     if SINK == "none":
         row_m = gl.full([M], LOWEST, gl.float32, ROW)
         row_l = gl.zeros([M], gl.float32, ROW)
@@ -182,7 +187,7 @@ def q_consumer(
     RANK: gl.constexpr, BD: gl.constexpr, DV: gl.constexpr, BDV: gl.constexpr, STAGES: gl.constexpr,
     TILES: gl.constexpr, SINK: gl.constexpr, WITH_STATS: gl.constexpr,
 ):  # fmt: skip
-    """A group of four warps that computes one half of the rows of every tile."""
+    """One of the two groups of four warps; each computes one half of the rows of every tile."""
     M: gl.constexpr = TILE[0] * TILE[1] * TILE[2] * PACK // 2
     N: gl.constexpr = CHUNK[0] * CHUNK[1] * CHUNK[2]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
@@ -226,7 +231,7 @@ def q_consumer(
         row_l = gl.convert_layout(gl.sum(part_l, 1), gl.SliceLayout(1, OUT))
         b_out = (b_acc / row_l[:, None]).to(b_q.dtype)
         if BD == BDV:
-            # Through the queries' buffer, so that a warp writes whole rows.
+            # Results pass through the buffer of the queries, so that a warp writes whole rows.
             b_q.store(b_out)
             b_out = b_q.load(STORE)
             fence_async_shared()
@@ -242,7 +247,7 @@ def q_consumer(
         if WITH_STATS:
             gl.store(RowMax + o_row, row_m * LN2, mask=m_rows)
             gl.store(RowSum + o_row, gl.convert_layout(row_l, gl.SliceLayout(1, SCORES)), mask=m_rows)
-        # Not finite, or without a weight of about one, as ``are_sound`` explains.
+        # Mark the tile if a result is not finite, or if no weight of a row is about one (see ``are_sound``).
         row_rest = gl.where(row_l >= 0.5, gl.sum(b_acc * 0.0, 1), float("nan"))
         m_nonfinite = m_rows & ~(gl.abs(gl.convert_layout(row_rest, gl.SliceLayout(1, SCORES))) >= 0.0)
         gl.store(Nonfinite + i_flag + head * 0, gl.full([M], 1, gl.int32, gl.SliceLayout(1, SCORES)), mask=m_nonfinite)
@@ -257,9 +262,10 @@ def large_forward_kernel(
     BD: gl.constexpr, DV: gl.constexpr, BDV: gl.constexpr, SINK: gl.constexpr, WITH_STATS: gl.constexpr,
     STAGES: gl.constexpr, TILES: gl.constexpr,
 ):  # fmt: skip
-    """Attention of all tiles. ``Nonfinite`` marks those whose results are not finite; behind the marks it counts tiles.
+    """Attention of all tiles.
 
-    Heads are ``BD`` and ``BDV`` channels wide in shared memory, where TMA writes zeros behind their own.
+    ``Nonfinite`` has a flag for each tile, set where results are not finite, and behind the flags the tile counter.
+    Heads are ``BD`` and ``BDV`` channels wide in shared memory; TMA fills what is beyond their own width with zeros.
     """
     q_ring, k_ring, v_ring = new_ring((q_desc,), TILES), new_ring((k_desc,), STAGES), new_ring((v_desc,), STAGES)
     schedule = new_schedule(4)
@@ -278,8 +284,8 @@ def large_forward_kernel(
             (kv_producer, (k_ring, schedule, k_desc, plan, num_tiles, group, CAUSAL, TILE, CHUNK, PACK, STAGES)),
             (kv_producer, (v_ring, schedule, v_desc, plan, num_tiles, group, CAUSAL, TILE, CHUNK, PACK, STAGES)),
         ],
-        [4, 1, 1, 1],  # warps: the first function has those of the launch
-        [240, 24, 24, 24],  # registers a thread
+        [4, 1, 1, 1],  # warps of all functions but the first, which has ``num_warps``
+        [240, 24, 24, 24],  # hardware registers a thread of these
     )  # fmt: skip
 
 
@@ -292,7 +298,9 @@ def repair_kernel(
     PACK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, BR: tl.constexpr,
     SINK: tl.constexpr, WITH_STATS: tl.constexpr,
 ):  # fmt: skip
-    """Tiles with NaN or inf once more, by the kernel that keeps them out of the queries that do not see them."""
+    """Compute the tiles that are flagged once more, by the portable kernel, which keeps NaN and inf away from queries
+    that do not see them.
+    """
     i_flag = tl.program_id(0) * FLAGS + tl.arange(0, FLAGS)
     if tl.max(tl.load(Nonfinite + i_flag, mask=i_flag < programs, other=0).to(tl.int32), 0) == 0:
         return
@@ -309,16 +317,18 @@ def repair_kernel(
 
 
 def query_buffers(problem: Problem) -> int:
-    """With two the next tile's queries arrive in time; of wide heads shared memory holds one."""
+    """Buffers for tiles of queries. With two the queries of the next tile arrive in time; wide heads leave room for
+    one.
+    """
     return 1 if head_width(problem.query.shape[-1]) > 128 else 2
 
 
 def forward(
     config: TileConfig, problem: Problem, inputs: Inputs, options: Options, with_stats: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """What ``portable.forward`` computes, of calls that ``dispatch`` sends here.
+    """What ``portable.forward.forward`` computes, for calls that ``dispatch`` sends here.
 
-    Allocates its results, four bytes for every 128 rows of them, and with registers the statistics in any case.
+    Allocates its results, four bytes for every tile of 128 rows, and with register tokens the statistics in any case.
     """
     out, row_max, row_sum = _attend_windows(config, problem, inputs, options, with_stats or problem.registers > 0)
     if row_max is not None and row_sum is not None and problem.registers:
@@ -367,7 +377,7 @@ def repair(
 
 
 def constants_of(config: TileConfig, problem: Problem, with_stats: bool) -> dict[str, Any]:
-    """Compile-time arguments of both kernels."""
+    """Compile-time arguments that the kernel and the repair kernel have in common."""
     return {
         "CAUSAL": three_axes(problem.is_causal, False), "TILE": config.tile, "CHUNK": config.chunk,
         "RANK": problem.rank, "PACK": config.pack, "BD": head_width(problem.query.shape[-1]),

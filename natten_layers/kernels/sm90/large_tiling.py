@@ -9,19 +9,23 @@ from ..host.problem import Problem
 from ..host.tiling import Axis, Bounds, Box, TileConfig, boxes, spans
 from .small_tiling import most_packed
 
-ROWS = 128  # of a tile: positions times packed heads
-COLUMNS = 128  # of a chunk; the kernel of key gradients keeps twice as many accumulators and takes half of it
-STAGES = 2  # chunks in shared memory
-ALIGNMENT = 4  # statistics of queries: TMA loads 16 bytes at least, from multiples of as many
+# Rows of a tile: positions times packed heads.
+ROWS = 128
+# Columns of a chunk. The kernel of dK and dV keeps twice as many accumulators and takes half as many.
+COLUMNS = 128
+# Stages of the ring of chunks in shared memory.
+STAGES = 2
+# Queries whose statistics TMA loads together: at least 16 bytes, at addresses that are multiples of 16 bytes.
+ALIGNMENT = 4
 
 
 def forward_tile_config(problem: Problem, pack: int | None = None) -> TileConfig:
-    """The launch over queries of a problem, with ``pack`` heads a program if given: a power of two in the group."""
+    """Tiles of the forward; ``pack`` heads a program, if given: a power of two that divides the group."""
     return _query_tile_config(problem, pack, COLUMNS // 2 if is_wide(problem) else COLUMNS)
 
 
 def dq_tile_config(problem: Problem, pack: int | None = None) -> TileConfig:
-    """The same of the gradients of queries, which keep a second tensor's tile in shared memory."""
+    """Tiles of the kernel of dQ, which keeps the tile of a second tensor, the output gradient, in shared memory."""
     return _query_tile_config(problem, pack, COLUMNS // 4 if is_wide(problem) else COLUMNS)
 
 
@@ -32,12 +36,17 @@ def _query_tile_config(problem: Problem, pack: int | None, columns: int) -> Tile
 
 
 def is_wide(problem: Problem) -> bool:
-    """Whether heads are so wide that shared memory holds smaller tiles, and a thread one result's sums."""
+    """Whether heads are so wide that shared memory holds smaller tiles, and a thread the accumulators of one result
+    only.
+    """
     return max(problem.query.shape[-1], problem.value.shape[-1]) > 128
 
 
 def dkv_tile_config(problem: Problem) -> TileConfig:
-    """The launch over keys. In 1-D there is one buffer of tiles (``buffered_tiles``), which leaves room for a stage."""
+    """Tiles of the kernel of dK and dV, whose rows are keys.
+
+    In 1-D there is one buffer of tiles (``large_backward.buffered_tiles``), which leaves room for another stage.
+    """
     wide = is_wide(problem)
     rows = ROWS // 2 if wide else ROWS
     tile, chunk = best_boxes(problem.axes, rows, COLUMNS // 2, query_bounds, ALIGNMENT, problem.query.shape[0])
@@ -51,9 +60,11 @@ def best_boxes(
 ) -> tuple[Box, Box]:
     """The tile and the chunk that execute the fewest scores, borders included; of equals those with the longest rows.
 
-    ``bounds`` says what the rows see; chunks along the last axis start at multiples of ``alignment``. In a batch they
-    end with the last frame: TMA would load the first ones of the next image behind it, and a weight of zero times NaN
-    is NaN.
+    Args:
+        bounds: what the rows see.
+        alignment: chunks start at multiples of it along the last axis.
+        batch: if there is more than one image, chunks must end with the last frame. TMA would load the first frames of
+            the next image behind it, and although their weights are zero, zero times NaN is NaN.
     """
     lengths = axes[0][0], axes[1][0], axes[2][0]
 
@@ -70,14 +81,14 @@ def best_boxes(
 
 @lru_cache(maxsize=4096)
 def ends_inside(axis: Axis, tile: int, chunk: int, bounds: Bounds) -> bool:
-    """Whether no walk of chunks reaches past the end of an axis. Those of one position never do."""
+    """Whether no walk of chunks reaches past the end of an axis. Chunks of one position never do."""
     low, high = spans(axis, tile, bounds)
     return bool((low + (high - low + chunk) // chunk * chunk <= axis[0]).all())
 
 
 @lru_cache(maxsize=4096)
 def executed(axis: Axis, tile: int, chunk: int, bounds: Bounds, alignment: int) -> int:
-    """Pairs of a row and a column along an axis that a kernel computes."""
+    """Pairs of a row and a column that a kernel computes along an axis."""
     low, high = spans(axis, tile, bounds)
     low = low // alignment * alignment
     return int(((high - low + chunk).clamp(min=0) // chunk).sum()) * tile * chunk

@@ -1,7 +1,8 @@
 """What the kernels for compute capability 9.0 share: walks over chunks, masks, rings of buffers and TMA descriptors.
 
-A walk visits the chunks of a box, which starts anywhere, in boxes of one size. On each axis it begins behind the chunks
-that lie inside every row's box and wraps around, so that those come last; the others need a mask on that axis.
+A walk visits a box of keys (or of queries) chunk by chunk, and a walk index ``(t, h, w)`` counts its chunks per axis.
+On each axis the walk starts behind the chunks that every row of the tile sees in full, and wraps around, so that the
+chunks that need no mask on that axis come last.
 """
 
 # Triton's language is Python to the parser only.
@@ -34,12 +35,14 @@ from ..portable.primitives import (
     unravel,
 )
 
-thread_barrier = getattr(gl, "barrier" if hasattr(gl, "barrier") else "thread_barrier")  # renamed in Triton 3.7
+thread_barrier = getattr(
+    gl, "barrier" if hasattr(gl, "barrier") else "thread_barrier"
+)  # the name changed in Triton 3.7
 
 
 @gluon.jit
 def axis_walk(lo, hi, inner_lo, inner_hi, STEP: gl.constexpr):
-    """Chunks along an axis, how many of them reach past some row's box, and which one comes first."""
+    """For one axis: number of chunks, how many of them reach past the box of some row, and which comes first."""
     steps = (hi - lo + STEP) // STEP
     first = (inner_lo - lo + STEP - 1) // STEP
     end = (inner_hi - lo + 1) // STEP
@@ -49,7 +52,9 @@ def axis_walk(lo, hi, inner_lo, inner_hi, STEP: gl.constexpr):
 
 @gluon.jit
 def walk_over(lo, hi, inner_lo, inner_hi, CHUNK: gl.constexpr):
-    """First place of a box, and by axis how many chunks it has, how many of them need a mask, and which comes first."""
+    """The walk over a box: its first position, and for each axis the number of chunks, how many of them need a mask,
+    and the index of the first.
+    """
     t, border_t, start_t = axis_walk(lo[0], hi[0], inner_lo[0], inner_hi[0], CHUNK[0])
     h, border_h, start_h = axis_walk(lo[1], hi[1], inner_lo[1], inner_hi[1], CHUNK[1])
     w, border_w, start_w = axis_walk(lo[2], hi[2], inner_lo[2], inner_hi[2], CHUNK[2])
@@ -58,7 +63,10 @@ def walk_over(lo, hi, inner_lo, inner_hi, CHUNK: gl.constexpr):
 
 @gluon.jit
 def tile_of(tile_id, plan, TILE: gl.constexpr):
-    """Batch, index in ``plan``'s last count, tile, lengths and first position; neighbours share what they load."""
+    """Batch, index in the last count of ``plan``, tile, lengths and first position of a tile.
+
+    Neighbouring tiles have neighbouring numbers, so that programs that run together share what they load.
+    """
     length, _kernel, _stride, tiles, heads = plan
     space = tiles[0] * tiles[1] * tiles[2]
     i_head = tile_id // space % heads
@@ -83,7 +91,7 @@ def chunk_count(walk):
 
 @gluon.jit
 def next_walk_index(i_walk, walk):
-    """The place of the walk after this one, and whether it is the first again."""
+    """The walk index that follows, and whether the walk is back at its first chunk."""
     t, h, w = i_walk
     w += 1
     wraps = w >= walk[1][2]
@@ -103,7 +111,7 @@ def wrapped(i_walk, start, steps):
 
 @gluon.jit
 def corner_at(i_walk, walk, CHUNK: gl.constexpr):
-    """First position of the chunk at a place of the walk."""
+    """First position of the chunk at a walk index."""
     lo, steps, _, start = walk
     return (
         lo[0] + wrapped(i_walk[0], start[0], steps[0]) * CHUNK[0],
@@ -117,11 +125,12 @@ def chunk_mask(
     i_walk, walk, row_lo, row_hi, inner, M: gl.constexpr, N: gl.constexpr, CHUNK: gl.constexpr, RANK: gl.constexpr,
     LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """0 and -inf ``[M, N]``: what the rows see of the chunk, worked out only if it reaches past some row's box.
+    """0 and -inf ``[M, N]``: which keys of the chunk each row sees. Computed only if some row does not see all of it.
 
-    One loop that branches here, while no product is under way, and not one loop for each kind of chunk: behind a loop
-    that may be skipped, ptxas 12.8 uses descriptors of shared memory that it works out in that loop only. One branch,
-    not one an axis: what each of those leaves as it was would be copied.
+    There is one loop over all chunks with this branch in it, at a point where no product is under way, instead of one
+    loop for each kind of chunk: behind a loop that may be skipped, ptxas 12.8 uses descriptors of shared memory that it
+    computes inside that loop only. There is one branch and not one for each axis because a branch copies the mask that
+    it leaves unchanged.
     """
     b_hidden = gl.zeros([M, N], gl.float32, LAYOUT)
     if (i_walk[0] < walk[2][0]) | (i_walk[1] < walk[2][1]) | (i_walk[2] < walk[2][2]):
@@ -134,7 +143,7 @@ def chunk_mask(
 
 @gluon.jit
 def stage_of(n, STAGES: gl.constexpr):
-    """Place in a ring, and phase of its barriers, of the ``n``-th load."""
+    """Stage of the ring that the ``n``-th load fills, and the phase of its barriers."""
     return n % STAGES, n // STAGES & 1
 
 
@@ -159,9 +168,9 @@ def new_barriers(SIZE: gl.constexpr, arrivals):
 
 @gluon.jit
 def new_ring(descs, STAGES: gl.constexpr):
-    """Buffers for boxes that arrive together, and barriers that tell when they are ready, and when empty.
+    """Buffers of ``STAGES`` stages for boxes that arrive together, with two barriers for each stage.
 
-    Ready: the loads have arrived. Empty: both groups have read them.
+    The first tells that the loads have arrived, the second that both consumer groups have read them.
     """
     buffers = ()
     for i in gl.static_range(len(descs)):
@@ -172,7 +181,7 @@ def new_ring(descs, STAGES: gl.constexpr):
 
 @gluon.jit
 def expect_load(ring, n, BYTES: gl.constexpr, STAGES: gl.constexpr):
-    """Wait until both groups have read what the ``n``-th load overwrites."""
+    """Wait until both groups have read what the ``n``-th load overwrites, then announce its bytes."""
     i, phase = stage_of(n, STAGES)
     mbarrier.wait(ring[2].index(i), phase ^ 1)
     mbarrier.expect(ring[1].index(i), BYTES)
@@ -180,7 +189,7 @@ def expect_load(ring, n, BYTES: gl.constexpr, STAGES: gl.constexpr):
 
 @gluon.jit
 def load_box(ring, desc, corner, n, PART: gl.constexpr, STAGES: gl.constexpr):
-    """One box of the ``n``-th load, which is expected."""
+    """Load one of the boxes of the ``n``-th load, which :func:`expect_load` has announced."""
     i, _ = stage_of(n, STAGES)
     async_copy_global_to_shared(desc, corner, ring[1].index(i), ring[0][PART].index(i))
 
@@ -199,9 +208,10 @@ def release(ring, n, STAGES: gl.constexpr):
 
 @gluon.jit
 def new_schedule(READERS: gl.constexpr):
-    """A ring of numbers of tiles, and barriers that tell when one is there, and when all readers have read it.
+    """A ring of two tile numbers, with barriers that tell when a number is there and when all warps have read it.
 
-    Tiles see more or fewer chunks: dealt out beforehand, they would leave multiprocessors idle at the end.
+    Tiles differ in the number of chunks that they see. Dealt out beforehand they would leave multiprocessors idle at
+    the end, so programs take them from a counter in global memory.
     """
     numbers = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     return numbers, new_barriers(2, 1), new_barriers(2, READERS)
@@ -209,7 +219,7 @@ def new_schedule(READERS: gl.constexpr):
 
 @gluon.jit
 def take_tile(schedule, n, TileCounter):
-    """A tile that no program has taken, as the ``n``-th of this one: its number, which the other warps are told."""
+    """Take the next tile off the counter, and publish its number to the other warps as the ``n``-th of this program."""
     i, phase = stage_of(n, 2)
     tile_id = gl.atomic_add(TileCounter, 1)
     mbarrier.wait(schedule[2].index(i), phase ^ 1)
@@ -220,7 +230,7 @@ def take_tile(schedule, n, TileCounter):
 
 @gluon.jit
 def await_tile(schedule, n):
-    """The number of this program's ``n``-th tile; one past the last if there is none."""
+    """Number of the ``n``-th tile of this program; a number past the last tile if there are no more."""
     i, phase = stage_of(n, 2)
     mbarrier.wait(schedule[1].index(i), phase)
     tile_id = gl.max(schedule[0].index(i).load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0])), 0)
@@ -230,14 +240,14 @@ def await_tile(schedule, n):
 
 @gluon.jit
 def half_rows(HALF: gl.constexpr, M: gl.constexpr, TILE: gl.constexpr, PACK: gl.constexpr, ROW: gl.constexpr):
-    """Positions inside the tile, and heads inside the block, of half of a tile's rows."""
+    """For one half of the rows of a tile: their positions in the tile, and their heads in the block of heads."""
     row = HALF * M + gl.arange(0, M, ROW)
     return unravel(row // PACK, TILE[1], TILE[2]), row % PACK
 
 
 @gluon.jit
 def output_rows(position, head, i_batch, origin, length, heads):
-    """Which rows lie inside the image, and their places in a contiguous ``[B, T, H, W, heads]``."""
+    """Which rows lie inside the image, and their row numbers in a contiguous ``[B, T, H, W, heads]``."""
     index = shifted(position, origin)
     token = tokens_of(index, (0, 0, 0), length, (1, 1, 1))
     m_inside = inside_axes(index, length) & (index[0] >= 0) & (index[1] >= 0) & (index[2] >= 0)
@@ -246,7 +256,7 @@ def output_rows(position, head, i_batch, origin, length, heads):
 
 @gluon.jit
 def store_rows(Out, o_row, m_rows, b_rows, D: gl.constexpr, BD: gl.constexpr, STORE: gl.constexpr):
-    """Store the first ``D`` of ``BD`` channels of rows, in a contiguous ``[rows, D]``."""
+    """Store the first ``D`` of the ``BD`` channels of rows in a contiguous ``[rows, D]``."""
     col = gl.arange(0, BD, gl.SliceLayout(0, STORE))[None, :]
     mask = m_rows[:, None]
     if BD != D:
@@ -256,7 +266,7 @@ def store_rows(Out, o_row, m_rows, b_rows, D: gl.constexpr, BD: gl.constexpr, ST
 
 @gluon.jit
 def row_sinks(Sink, head, sink, SINK: gl.constexpr):
-    """The sinks of rows, in powers of two; ``LOWEST`` where there is none."""
+    """The sink of each row as a base-2 logit; ``LOWEST`` where there is none."""
     row_sink = gl.full(head.shape, LOWEST, gl.float32, head.type.layout)
     if SINK == "tensor":
         row_sink = gl.maximum(gl.load(Sink + head).to(gl.float32) * LOG2E, row_sink)
@@ -266,7 +276,7 @@ def row_sinks(Sink, head, sink, SINK: gl.constexpr):
 
 
 Boxes = dict[str, Any]
-"""What a TMA descriptor says of a tensor, apart from its address: the fields of a ``TensorDescriptor`` but its base."""
+"""All fields of a ``TensorDescriptor`` except ``base``, the tensor: they are the same for every call of a problem."""
 
 
 def boxes_of(shape: list[int], strides: list[int], block_shape: list[int]) -> Boxes:
@@ -276,31 +286,34 @@ def boxes_of(shape: list[int], strides: list[int], block_shape: list[int]) -> Bo
 
 
 def axes_of(tensor: Layout) -> tuple[list[int], list[int]]:
-    """Sizes and strides of the axes ``batch and t, h, w, head`` of a tensor: TMA knows five, so two share one."""
+    """Sizes and strides of the axes ``batch and t, h, w, head`` of a tensor.
+
+    A TMA descriptor has five axes, of which channels take one, so batch and t share one.
+    """
     batch, t, h, w, head = strides(tensor)
     size_t, size_h, size_w = three_axes(tensor.shape[1:-2], 1)
     sizes = [tensor.shape[0] * size_t, size_h, size_w, tensor.shape[-2]]
     steps = [batch if size_t == 1 else t, h, w, head]
-    # The stride of an axis of one says nothing, and may be one that TMA does not take.
+    # The stride of an axis of size one has no effect, but may be one that TMA refuses.
     return sizes, [8 if size == 1 else step for size, step in zip(sizes, steps, strict=True)]
 
 
 def query_boxes(query: Layout, tile: Box, pack: int) -> Boxes:
-    """Boxes of positions times heads."""
+    """The descriptor of queries: boxes of positions times heads."""
     sizes, steps = axes_of(query)
     dim = query.shape[-1]
     return boxes_of([*sizes, dim], [*steps, 1], [*tile, pack, head_width(dim)])
 
 
 def key_boxes(tensor: Layout, box: Box) -> Boxes:
-    """Boxes of positions of one head."""
+    """The descriptor of keys or values: boxes of positions of one head."""
     (*sizes, heads), (*steps, head) = axes_of(tensor)
     dim = tensor.shape[-1]
     return boxes_of([heads, *sizes, dim], [head, *steps, 1], [1, *box, head_width(dim)])
 
 
 def register_boxes(registers: Layout, rows: int) -> Boxes:
-    """Boxes of registers of one head. What all images share is there once."""
+    """The descriptor of register tokens: boxes of one head. Tokens that all images share are stored once."""
     batch, *counts, dim = registers.shape
     steps = [step if size > 1 else 8 for size, step in zip(registers.shape, registers.stride, strict=True)][:3]
     if registers.stride[0] == 0:
@@ -309,7 +322,10 @@ def register_boxes(registers: Layout, rows: int) -> Boxes:
 
 
 def descriptor(tensor: Tensor, boxes: Boxes) -> TensorDescriptor:
-    """Without what its constructor checks: that takes the host longer than a launch, and a problem is checked once."""
+    """A ``TensorDescriptor`` made without the checks of its constructor.
+
+    The checks take the host longer than a launch does, and every problem is checked once (``dispatch.is_addressable``).
+    """
     made = object.__new__(TensorDescriptor)
     made.__dict__ = {**boxes, "base": tensor}
     return made

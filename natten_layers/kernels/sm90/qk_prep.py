@@ -1,8 +1,8 @@
-"""Heads normalised and rotated where they lie in shared memory, as ``rotate.py`` does it in a launch of its own.
+"""Normalisation and RoPE of heads that lie in shared memory; ``portable/qk_prep.py`` does the same in its own launch.
 
-Angles are computed as there, from positions and frequencies. A head comes in parts of ``PAIRS`` elements, of which the
-first two turn with each other; without rotation in quarters. A thread has the same elements of every part. ``NORM``,
-``AXES`` and ``PAIRS`` are those of ``QKPrepKind``.
+Angles are computed from positions and frequencies, as there. A head is split into parts of ``PAIRS`` elements, and RoPE
+rotates the first part with the second; without RoPE the parts are quarters. A thread holds the same elements of every
+part. ``NORM``, ``AXES`` and ``PAIRS`` are explained at ``QKPrepKind``.
 """
 
 # Triton's language is Python to the parser only.
@@ -18,15 +18,16 @@ from .small_softmax import WARPS
 
 @gluon.constexpr_function
 def _bases(rows, part):
-    """What the bits of a thread's index, its lane's and its warp's, and more of its own, stand for: ``(row, column)``.
+    """The ``(row, column)`` for which each bit stands: of a thread's vector, of its lane, of its warp, and of its other
+    elements.
 
-    Columns are those of a part. A thread loads up to eight elements at once, 16 bytes. The rows that a quarter of a
-    warp reads lie so far apart that the swizzle of shared memory puts them into different banks.
+    Columns are counted within a part. A thread loads up to eight elements at once, 16 bytes. The rows that a quarter of
+    a warp reads are so far apart that the swizzle of shared memory puts them into different banks.
     """
     vector = min(8, part, rows * part // (32 * WARPS))
     columns = [1 << i for i in range(part.bit_length() - 1)]
     bits = [1 << i for i in range(rows.bit_length() - 1)]
-    chunks = part // 8  # of 16 bytes, in a row of a part
+    chunks = part // 8  # of 16 bytes in one row of a part
     bits = sorted(bits, key=lambda bit: (bit >= 8, bit < chunks, bit))
     others = [(0, column) for column in columns if column >= vector] + [(bit, 0) for bit in bits]
     return [(0, column) for column in columns if column < vector], others[:5], others[5:7], others[7:]
@@ -34,7 +35,7 @@ def _bases(rows, part):
 
 @gluon.constexpr_function
 def heads_layout(N, D, PAIRS):
-    """Of heads ``[N, D]``."""
+    """Layout of heads ``[N, D]``."""
     part = PAIRS if PAIRS else D // 4
     own, lanes, warps, more = _bases(N, part)
     parts = [(0, part << i) for i in range((D // part).bit_length() - 1)]
@@ -44,7 +45,7 @@ def heads_layout(N, D, PAIRS):
 
 @gluon.constexpr_function
 def angles_layout(N, AXES, PAIRS):
-    """Of their angles ``[N, AXES, PAIRS / AXES]``."""
+    """Layout of the angles of heads, ``[N, AXES, PAIRS / AXES]``."""
     own, lanes, warps, more = _bases(N, PAIRS)
     each = PAIRS // AXES
     bases = [[[row, column // each, column % each] for row, column in group] for group in (own + more, lanes, warps)]
@@ -63,19 +64,19 @@ def cosine(x):
 
 @gluon.jit
 def cos_sin(angle):
-    """Both in fp32, to 2e-6 for angles up to millions of radians: rounded to half precision that is not seen.
+    """Cosine and sine in fp32, accurate to 2e-6 for angles up to millions of radians: less than half precision shows.
 
-    Whole turns are taken off first, with ``2 pi`` as a sum of two floats, as the device's functions are that accurate
-    within one turn only.
+    The approximate instructions are accurate within one revolution only. Whole revolutions are therefore subtracted
+    first, with ``2 pi`` as the sum of two floats.
     """
-    revolutions = (angle * 0.15915494309189535 + 12582912.0) - 12582912.0  # rounded: 1.5 * 2^23 leaves no fraction
+    revolutions = (angle * 0.15915494309189535 + 12582912.0) - 12582912.0  # adding 1.5 * 2^23 rounds to an integer
     within = gl.fma(revolutions, 1.7484555e-7, gl.fma(revolutions, -6.2831854820251465, angle))
     return cosine(within), sine(within)
 
 
 @gluon.jit
 def token_index(N: gl.constexpr, AXES: gl.constexpr, PAIRS: gl.constexpr):
-    """``0 .. N - 1``, from which the tokens are worked out whose positions are loaded; None without rotation."""
+    """``0 .. N - 1``, from which the tokens are computed whose positions are loaded; None without RoPE."""
     n = None
     if PAIRS > 0:
         n = gl.arange(0, N, gl.SliceLayout(1, gl.SliceLayout(2, angles_layout(N, AXES, PAIRS))))
@@ -84,7 +85,7 @@ def token_index(N: gl.constexpr, AXES: gl.constexpr, PAIRS: gl.constexpr):
 
 @gluon.jit
 def load_positions(Positions, token, length, AXES: gl.constexpr):
-    """Those of tokens ``t, h, w``, ``[N, AXES]``; 0 for what is outside of the image."""
+    """Positions ``[N, AXES]`` of tokens ``t, h, w``; 0 for tokens outside of the image."""
     t, h, w = token
     LAYOUT: gl.constexpr = t.type.layout.parent
     m_token = inside_axes(token, length) & (t >= 0) & (h >= 0) & (w >= 0)
@@ -95,7 +96,7 @@ def load_positions(Positions, token, length, AXES: gl.constexpr):
 
 @gluon.jit
 def load_freqs(Freqs, N: gl.constexpr, AXES: gl.constexpr, PAIRS: gl.constexpr):
-    """``[PAIRS / AXES]``, for the angles of ``N`` tokens; None without rotation."""
+    """Frequencies ``[PAIRS / AXES]``, in the layout of the angles of ``N`` tokens; None without RoPE."""
     b_freq = None
     if PAIRS > 0:
         LAYOUT: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(0, angles_layout(N, AXES, PAIRS)))
@@ -124,7 +125,7 @@ def halves(x):
 
 @gluon.jit
 def joined(first, second):
-    second = gl.convert_layout(second, first.type.layout)  # the same, with another name
+    second = gl.convert_layout(second, first.type.layout)  # same layout, other type; no data moves
     return gl.join(first, second).permute((0, 2, 1)).reshape([first.shape[0], 2 * first.shape[1]])
 
 
@@ -138,7 +139,7 @@ def rotate_pairs(x, rotation):
 
 @gluon.jit
 def apply_rope(x, rotation):
-    """Heads ``[N, D]``, of which all turns, or the first half."""
+    """Rotate heads ``[N, D]``: all of their elements, or the first half."""
     if rotation[0].shape[1] * 2 == x.shape[1]:
         x = rotate_pairs(x, rotation)
     else:
@@ -149,7 +150,7 @@ def apply_rope(x, rotation):
 
 @gluon.jit
 def inverse_norm(square, eps, D: gl.constexpr, NORM: gl.constexpr):
-    """By which heads of such sums of squares are multiplied."""
+    """Factor that normalises heads with these sums of squares."""
     if NORM == "rms":
         square /= D
     return gl.rsqrt(square + eps)
@@ -157,7 +158,7 @@ def inverse_norm(square, eps, D: gl.constexpr, NORM: gl.constexpr):
 
 @gluon.jit
 def head_gains(Gain, first_head, N: gl.constexpr, PACK: gl.constexpr, HEADS: gl.constexpr, NORM: gl.constexpr):
-    """Of normalised cosines, for rows of which ``n`` is of head ``first_head + n % PACK``; None without."""
+    """Gains of a cosine norm, one a row; None without. Row ``n`` is of head ``first_head + n % PACK``."""
     row_gain = None
     if NORM == "cosine" and Gain is not None:
         row_gain = gl.load(Gain + first_head + gl.arange(0, N, gl.SliceLayout(1, HEADS)) % PACK).to(gl.float32)
@@ -169,9 +170,9 @@ def prepare_heads(b_x, rotation, row_gain, Gain, eps, NORM: gl.constexpr):
     """Heads ``[N, D]``, in ``heads_layout``, normalised and rotated.
 
     Args:
-        rotation: of ``rotation_of``.
-        row_gain: of ``head_gains``.
-        Gain: pointer to those of elements, for RMS norms.
+        rotation: what ``rotation_of`` returns.
+        row_gain: what ``head_gains`` returns.
+        Gain: pointer to the gains of elements, for RMS norms.
     """
     HEADS: gl.constexpr = b_x.type.layout
     D: gl.constexpr = b_x.shape[1]
@@ -193,14 +194,14 @@ def load_prepared(
     X, o_x, token, m_token, col, gain, Gain, Positions, Freqs, length, factor, eps,
     D: gl.constexpr, NORM: gl.constexpr, AXES: gl.constexpr, PAIRS: gl.constexpr,
 ):  # fmt: skip
-    """Heads ``[R, N, BD]`` at ``o_x [R, N]``, normalised and rotated, in fp32: in any layout, and slowly.
+    """Heads ``[R, N, BD]`` at ``o_x [R, N]``, normalised and rotated, in fp32. Works in any layout, and slowly.
 
     Args:
-        token: ``t, h, w`` of each, whose positions are looked up.
-        col: indices of channels, ``[1, 1, BD]``; from ``D`` on they read as zero.
-        gain: of normalised cosines, a scalar or ``[R, N, 1]``, or None.
+        token: ``t, h, w`` of each head, from which its position is loaded.
+        col: indices of channels, ``[1, 1, BD]``; channels from ``D`` on read as zero.
+        gain: gain of a cosine norm, a scalar or ``[R, N, 1]``, or None.
         Gain: as ``prepare_heads`` takes it.
-        Positions, Freqs: those of the image and of the head.
+        Positions, Freqs: pointers to the positions of the image and to the frequencies of the head.
     """
     m_token = m_token[:, :, None] & (col < D)
     x = gl.load(X + (o_x[:, :, None] + col), mask=m_token, other=0.0).to(gl.float32)

@@ -1,7 +1,7 @@
-"""The backward pass of small windows on compute capability 9.0: ``backward.py``'s kernels as in ``small_forward.py``.
+"""The backward pass of small windows on compute capability 9.0 (H100, H200), in Gluon.
 
-What a tile sees, or is seen by, comes by TMA at once. Scores are taken some at a time, as they have gradients beside
-them.
+It computes what ``portable/backward.py`` computes, with the methods of ``small_forward.py``: TMA loads at once all that
+a tile sees, or is seen by. Scores are computed some at a time, because their gradients take as many registers again.
 """
 
 # Triton's language is Python to the parser only.
@@ -71,14 +71,14 @@ from .small_tiling import PARTS, SmallTileConfig
 
 @gluon.jit
 def part_mask(desc, corner, row_lo, row_hi, FIRST: gl.constexpr, N: gl.constexpr, M: gl.constexpr, RANK: gl.constexpr):
-    """0 and -inf ``[M, N]``: which of the keys ``FIRST`` to ``FIRST + N - 1`` of a part the rows see."""
+    """0 and -inf ``[M, N]``: which of the keys ``FIRST`` to ``FIRST + N - 1`` of a part each row sees."""
     BOX: gl.constexpr = desc.block_type.shape
     return key_mask(unravel(key_columns(N, FIRST), BOX[2], BOX[3]), corner, row_lo, row_hi, M, RANK)
 
 
 @gluon.jit
 def add_gradient(b_dq, b_q, b_do, b_k, b_v, b_hidden, row_lse, row_delta, factor, OUT: gl.constexpr):
-    """Add what some keys give to the queries; the product goes on."""
+    """Start to add the contribution of some keys to dQ."""
     M: gl.constexpr = b_hidden.shape[0]
     N: gl.constexpr = b_hidden.shape[1]
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, N, 16])
@@ -98,7 +98,7 @@ def add_part(
     b_dq, b_q, b_do, b_k, b_v, desc, corner, row_lo, row_hi, registers, row_lse, row_delta, factor,
     RANK: gl.constexpr, OUT: gl.constexpr,
 ):  # fmt: skip
-    """Add what the keys of a part give, or the registers where ``desc`` is None, 64 at a time."""
+    """Add the contribution of a part, 64 keys at a time; of the register tokens where ``desc`` is None."""
     M: gl.constexpr = b_q.shape[0]
     ALL: gl.constexpr = b_k.shape[0]
     N: gl.constexpr = min(ALL, 64)
@@ -122,7 +122,7 @@ def small_dq_kernel(
     CAUSAL: gl.constexpr, TILE: gl.constexpr, AXIS: gl.constexpr, PACK: gl.constexpr, RANK: gl.constexpr,
     KEYS: gl.constexpr, D: gl.constexpr, BD: gl.constexpr, WITH_DLSE: gl.constexpr,
 ):  # fmt: skip
-    """dQ, ``delta = rowsum(dOut * Out) - dLse`` and the base-2 lse of one tile; arguments as those of the forward."""
+    """dQ, ``delta = rowsum(dOut * Out) - dLse`` and base-2 lse of one tile; arguments as in ``small_forward.py``."""
     M: gl.constexpr = TILE[0] * TILE[1] * TILE[2] * PACK
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BD, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, OUT)
@@ -191,7 +191,7 @@ def small_dq_kernel(
 
 @gluon.jit
 def load_statistics(Stat, buffer, desc, corner, i_row, head, length, heads):
-    """What a statistic ``[B, T, H, W, heads]`` says of the queries of a part; 0 behind the end of an axis."""
+    """Load a statistic ``[B, T, H, W, heads]`` of the queries of a part; 0 beyond the end of an axis."""
     BOX: gl.constexpr = desc.block_type.shape
     LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     index = shifted(unravel(gl.arange(0, BOX[1] * BOX[2] * BOX[3], LAYOUT), BOX[2], BOX[3]), corner)
@@ -204,7 +204,7 @@ def add_queries(
     b_dk, b_dv, b_k, b_v, b_q, b_do, lse, delta, desc, corner, row_lo, row_hi, factor,
     FIRST: gl.constexpr, N: gl.constexpr, RANK: gl.constexpr, OUT: gl.constexpr,
 ):  # fmt: skip
-    """Add what some queries of a part give to the keys; the products go on."""
+    """Start to add the contribution of some queries of a part to dK and dV."""
     M: gl.constexpr = b_k.shape[0]
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, N, 16])
     COLUMN: gl.constexpr = gl.SliceLayout(0, LAYOUT)
@@ -229,7 +229,7 @@ def add_query_part(
     b_dk, b_dv, b_k, b_v, b_q, b_do, lse, delta, desc, corner, row_lo, row_hi, factor,
     RANK: gl.constexpr, OUT: gl.constexpr,
 ):  # fmt: skip
-    """Add what the queries of a part give, 32 at a time."""
+    """Add the contribution of a part, 32 queries at a time."""
     ALL: gl.constexpr = b_q.shape[0]
     N: gl.constexpr = min(ALL, 32)
     for I_SLICE in gl.static_range(ALL // N):
@@ -254,7 +254,7 @@ def new_buffers(descs):
 
 @gluon.jit
 def new_statistics_buffer(desc):
-    """Room for a statistic of a part's queries."""
+    """Shared memory for a statistic of the queries of a part."""
     BOX: gl.constexpr = desc.block_type.shape
     return gl.allocate_shared_memory(gl.float32, [BOX[1] * BOX[2] * BOX[3]], gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
@@ -287,7 +287,7 @@ def small_dkv_kernel(
 ):  # fmt: skip
     """dK and dV of one tile of keys; the grid is (tiles * KV heads, batch).
 
-    The queries of one head come in up to three parts along ``AXIS``, ``QUERIES`` in all; then those of the next head.
+    The queries of one head come in up to three parts along ``AXIS``, ``QUERIES`` in all, then those of the next head.
     """
     M: gl.constexpr = TILE[0] * TILE[1] * TILE[2]
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BD, 16])
@@ -322,7 +322,7 @@ def small_dkv_kernel(
     for i_group in range(group):
         zero = opaque_i32(i_group) - i_group
         head = i_kv * group + i_group
-        thread_barrier()  # the queries of the head before have been read
+        thread_barrier()  # the queries of the previous head have been read
         mbarrier.expect(ready.index(1), 2 * QUERIES * BD * 2)
         corner = first
         for PART in gl.static_range(len(q_descs)):
@@ -355,8 +355,8 @@ def small_dkv_kernel(
 
     b_k.store((b_dk * scale).to(k_desc.dtype))
     b_v.store(b_dv.to(k_desc.dtype))
-    # The barrier that the compiler sets between the two stores is not enough: one thread starts both copies, and every
-    # thread has to make what it wrote visible to them before.
+    # One thread starts both copies, and every thread has to make its writes visible to them first: the barrier that
+    # the compiler sets between the two stores is not enough.
     fence_async_shared()
     thread_barrier()
     async_copy_shared_to_global(dk_desc, k_corner, k_buffer)
@@ -367,7 +367,7 @@ def small_dkv_kernel(
 def query_gradient(
     config: SmallTileConfig, problem: Problem, inputs: Inputs, options: Options, cotangents: Cotangents
 ) -> tuple[Tensor, RowStatistics]:
-    """dQ, delta and the base-2 lse, as ``portable.backward`` has them. Allocates only these."""
+    """dQ, delta and the base-2 lse, as ``portable.backward`` returns them. Allocates only these."""
     query, key, value, reg_keys, reg_values, _ = inputs
     out, row_max, row_sum, grad_out, grad_lse = cotangents
     grad_query = new_like(query)
@@ -380,7 +380,7 @@ def query_gradient(
 
 @lru_cache(maxsize=1024)
 def query_call(config: SmallTileConfig, p: Problem, grad_out: Layout, grad_lse: Layout | None) -> Call:
-    """What the launches of a problem share."""
+    """What all calls of a problem share."""
     tiles, blocks = p.tiles(config.tile), p.query.shape[-2] // config.pack
     lengths, kernel_size, stride, _ = p.geometry
     shared = p.additional_keys is not None and p.additional_keys.stride[0] == 0
@@ -407,7 +407,9 @@ def key_gradients(
     grad_out: Tensor,
     statistics: RowStatistics,
 ) -> tuple[Tensor, Tensor]:
-    """dK and dV, those of registers aside, as ``portable.backward`` has them. Allocates only these."""
+    """dK and dV of the window keys, as ``portable.backward`` returns them; gradients of register tokens are computed
+    elsewhere. Allocates only these.
+    """
     query, key, value, *_ = inputs
     grad_key, grad_value = new_like(key), new_like(value)
     call = key_call(config, problem, layout(grad_out))

@@ -1,7 +1,8 @@
-"""The forward pass of small windows on compute capability 9.0 (H100, H200): ``forward.py``'s kernel, written in Gluon.
+"""The forward pass of small windows on compute capability 9.0 (H100, H200), in Gluon.
 
-A program computes one tile. All that the tile sees comes by TMA at once, and hardly an address is computed. Several
-programs share a multiprocessor, and some compute while others wait for their loads.
+It computes what ``portable/forward.py`` computes. A program computes one tile: TMA loads all that the tile sees at
+once, so that hardly any address is computed. Several programs share a multiprocessor, and some compute while others
+wait for their loads.
 """
 
 # Triton's language is Python to the parser only.
@@ -55,7 +56,7 @@ from .small_tiling import PARTS, RollingTileConfig, SmallTileConfig
 
 @gluon.jit
 def present_descriptors(first, second, third):
-    """The descriptors that there are."""
+    """Those of three descriptors that are not None."""
     descs = (first,)
     if second is not None:
         descs = descs + (second,)  # noqa: RUF005
@@ -66,9 +67,9 @@ def present_descriptors(first, second, third):
 
 @gluon.jit
 def own_tile(tiles, blocks, TILE: gl.constexpr):
-    """Batch, block of heads, first position of a program's tile.
+    """Batch, block of heads, and first position of the tile of this program.
 
-    Heads vary fastest, as in memory: what runs at the same time reads and writes whole rows of it.
+    Heads vary fastest, as in memory, so that programs that run together read and write whole rows of it.
     """
     i_tile = gl.program_id(0) // blocks
     t, h, w = i_tile // (tiles[1] * tiles[2]), i_tile // tiles[2] % tiles[1], i_tile % tiles[2]
@@ -77,23 +78,23 @@ def own_tile(tiles, blocks, TILE: gl.constexpr):
 
 @gluon.jit
 def shifted_along(kv_offset, by, AXIS: gl.constexpr):
-    """A place further along an axis."""
+    """A position ``by`` further along one axis."""
     t, h, w = kv_offset
     return t + (by if AXIS == 0 else 0), h + (by if AXIS == 1 else 0), w + (by if AXIS == 2 else 0)
 
 
 @gluon.jit
 def next_corner(corner, desc, AXIS: gl.constexpr):
-    """First key of the part behind the one at ``corner``."""
+    """First key of the part that follows the one at ``corner``."""
     return shifted_along(corner, desc.block_type.shape[AXIS + 1], AXIS)
 
 
 @gluon.jit
 def inside_frames(corner, length, descs, AXIS: gl.constexpr):
-    """``corner``, or as much earlier as parts from there on would reach past the last frame.
+    """``corner``, moved towards the first frame as far as the parts from there on would reach past the last one.
 
-    Behind it TMA finds the first frame of the next image, as batch and t share an axis. Not to be seen is not enough
-    for what lies there: zero times NaN is NaN.
+    Behind the last frame TMA finds the first frame of the next image, as batch and t share an axis. A mask is not
+    enough against what lies there, because zero times NaN is NaN.
     """
     frames = 0
     for PART in gl.static_range(len(descs) if AXIS == 0 else 1):
@@ -103,7 +104,7 @@ def inside_frames(corner, length, descs, AXIS: gl.constexpr):
 
 @gluon.jit
 def start_load(desc, corner, ready):
-    """Start to load a box; its buffer."""
+    """Start to load a box; returns its buffer."""
     buffer = gl.allocate_shared_memory(desc.dtype, desc.block_type.shape, desc.layout)
     async_copy_global_to_shared(desc, corner, ready, buffer)
     return buffer
@@ -111,7 +112,7 @@ def start_load(desc, corner, ready):
 
 @gluon.jit
 def start_part(desc, kv_offset, corner, ready):
-    """Start to load the keys or values of one part; its buffer ``[keys, D]``."""
+    """Start to load the keys or values of one part; returns its buffer ``[keys, D]``."""
     BOX: gl.constexpr = desc.block_type.shape
     buffer = start_load(desc, [kv_offset[0], kv_offset[1] + corner[0], corner[1], corner[2], 0], ready)
     return buffer.reshape([BOX[1] * BOX[2] * BOX[3], BOX[4]])
@@ -125,7 +126,7 @@ def start_registers(desc, kv_offset, ready):
 
 @gluon.jit
 def start_parts(descs, reg_desc, kv_offset, corner, ready, AXIS: gl.constexpr):
-    """Start to load what a tile sees of keys or values, and the registers; their buffers."""
+    """Start to load all keys or values that a tile sees, and the register tokens; returns their buffers."""
     buffers = ()
     for PART in gl.static_range(len(descs)):
         buffers = buffers + (start_part(descs[PART], kv_offset, corner, ready),)  # noqa: RUF005
@@ -143,7 +144,7 @@ def part_keys(boxes, part):
 
 @gluon.constexpr_function
 def part_start(boxes, part, axis):
-    """Keys along the axis of parts that lie before a part."""
+    """Keys along the axis of parts that come before a part."""
     return sum(box[axis] for box in boxes[:part])
 
 
@@ -171,9 +172,9 @@ def small_forward_kernel(
 ):  # fmt: skip
     """Attention of one tile; the grid is (tiles * blocks of heads, batch).
 
-    Keys come in up to three parts, ``BOXES`` along ``AXIS``, ``KEYS`` with the registers. ``WINDOW`` is the kernel size
-    in 1-D. ``reg_batch`` is 0 where all images share the registers, else 1. The tensors themselves are only for
-    ``attend_rows``.
+    Keys come in up to three parts, ``BOXES`` along ``AXIS``, ``KEYS`` keys with the register tokens. ``WINDOW`` is the
+    kernel size in 1-D. ``reg_batch`` is 0 where all images share the register tokens, else 1. Only ``attend_rows``
+    reads the tensors themselves; everything else goes through their descriptors.
     """
     M: gl.constexpr = TILE[0] * TILE[1] * TILE[2] * PACK
     EIGHTHS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, 8, 16])
@@ -183,7 +184,7 @@ def small_forward_kernel(
     i_batch, i_block, origin = own_tile(tiles, blocks, TILE)
     corner, _ = windows_of(origin, length, kernel, stride, CAUSAL)
     corner = inside_frames(corner, length, k_descs, AXIS)
-    # Of what it loads: KV head, first place on the axis of batch and t, and batch of registers.
+    # Where loads start: KV head, index on the axis of batch and t, and batch of the register tokens.
     kv_offset = i_block * PACK // group, i_batch * length[0], i_batch * reg_batch
     q_corner = [kv_offset[1] + origin[0], origin[1], origin[2], i_block * PACK, 0]
     ready = new_barriers(2, 1)
@@ -212,7 +213,7 @@ def small_forward_kernel(
     scores = scores_of(b_q, keys, masks)
     b_acc, row_m, row_l = weighted_sum(scores, values, ready.index(1), 0, row_sink, scale, SINK, BD, EIGHTHS)
     if all_finite(nonfinite_flags(b_acc, row_l)):
-        # Through the queries' buffer, so that TMA writes what lies inside the image.
+        # Results pass through the buffer of the queries, from which TMA writes the rows that lie inside the image.
         b_q.store(divided(b_acc, row_l, q_desc.dtype))
         fence_async_shared()
         async_copy_shared_to_global(out_desc, q_corner, buffer)
@@ -234,16 +235,16 @@ def small_forward_kernel(
 def forward(
     config: SmallTileConfig, problem: Problem, inputs: Inputs, options: Options, with_stats: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """What ``portable.forward`` computes, of calls that ``dispatch`` sends here. Allocates its results."""
+    """What ``portable.forward.forward`` computes, for calls that ``dispatch`` sends here. Allocates its results."""
     return attend(prepare(config, problem, with_stats), PARTS, inputs, options, with_stats)
 
 
 class Call(NamedTuple):
-    """What the calls of a problem share."""
+    """What all calls of a problem share."""
 
     launch: Launcher
     boxes: tuple[Boxes | None, ...]
-    """of the tensors that have TMA descriptors, in their order"""
+    """descriptors of the tensors that have one, in the order of the kernel's arguments"""
 
     def __call__(
         self, tensors: Sequence[Tensor | None], described: Sequence[Tensor | None], floats: Sequence[float | None]
@@ -259,7 +260,7 @@ class Call(NamedTuple):
 def call_of(
     kernel: Any, grid: Sequence[int], sizes: Sequence[Any], boxes: Iterable[Boxes | None], **options: Any
 ) -> Call:
-    """Arguments as those of ``launcher``."""
+    """Arguments as ``launcher`` takes them."""
     boxes = tuple(boxes)
     blocks = tuple(() if x is None else tuple(x["block_shape"]) for x in boxes)
     return Call(launcher(kernel, grid, sizes, blocks, **options), boxes)
@@ -269,9 +270,9 @@ def attend(
     call: Call, parts: int, inputs: Inputs, options: Options, with_stats: bool,
     tensors: Sequence[Tensor | None] = (), floats: Sequence[float | None] = (),
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """Results of a kernel with descriptors of queries, results, ``parts`` times keys and values, and registers.
+    """Call a kernel with descriptors of queries, results, ``parts`` times keys and values, and register tokens.
 
-    ``tensors`` and ``floats`` are what it takes behind those of all kernels.
+    ``tensors`` and ``floats`` are further arguments, behind those that all these kernels take.
     """
     query, key, value, reg_keys, reg_values, sink = inputs
     out, row_max, row_sum = new_results(query, query.shape[-1], with_stats)
@@ -299,7 +300,7 @@ def prepare(config: SmallTileConfig, p: Problem, with_stats: bool) -> Call:
 
 
 def options_of(config: SmallTileConfig | RollingTileConfig, p: Problem, with_stats: bool) -> dict[str, Any]:
-    """Compile-time arguments, and options of Triton, that tiles alone and strips of them have in common."""
+    """Compile-time arguments, and options of Triton, that the single-tile and the rolling kernel have in common."""
     return {
         "CAUSAL": three_axes(p.is_causal, False),
         "TILE": config.tile,
@@ -317,17 +318,17 @@ def options_of(config: SmallTileConfig | RollingTileConfig, p: Problem, with_sta
 
 
 def batches_of_registers(p: Problem) -> int:
-    """``reg_batch`` of the kernels: 0 where all images share the registers, else 1."""
+    """``reg_batch`` of the kernels: 0 where all images share the register tokens, else 1."""
     return 0 if p.additional_keys is not None and p.additional_keys.stride[0] == 0 else 1
 
 
 def boxes_of_rows(config: SmallTileConfig | RollingTileConfig, p: Problem) -> list[Boxes]:
-    """Of queries and results."""
+    """Descriptors of queries and results."""
     return [query_boxes(x, config.tile, config.pack) for x in (p.query, contiguous(p.query.shape))]
 
 
 def boxes_of_parts(config: SmallTileConfig, *tensors: Layout) -> list[Boxes | None]:
-    """Of the parts of one tensor after the other."""
+    """Descriptors of the parts of each tensor, one tensor after the other."""
     rest = [None] * (PARTS - len(config.parts))
     return [boxes for x in tensors for boxes in [*(key_boxes(x, box) for box in config.parts), *rest]]
 

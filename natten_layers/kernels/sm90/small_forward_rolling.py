@@ -1,8 +1,8 @@
-"""The forward pass of small windows on compute capability 9.0, a strip of tiles at a time.
+"""The forward pass of small windows on compute capability 9.0 with a rolling K/V buffer.
 
-Windows of neighboring tiles overlap. A program computes the tiles of a strip one after the other, along one axis, and
-keeps what they see in a ring of slabs, each as long as a tile: the next tile takes all slabs but one from the one
-before. The slab that is new, and the next queries, are on their way while a tile is computed.
+Windows of neighbouring tiles overlap. A program computes a run of tiles one after the other along one axis, and keeps
+what they see in a ring buffer in shared memory, whose stages are as long as a tile. A tile finds all stages but one as
+the tile before has left them. The new stage, and the queries of the next tile, are loaded while a tile is computed.
 """
 
 # Triton's language is Python to the parser only.
@@ -76,10 +76,10 @@ NO_QK_PREP = QKPrepKind("none", axes=1, pairs=0, by_head=False, batched=False)
 
 @gluon.jit
 def own_run(tiles, batches, blocks, long, short, shift, TILE: gl.constexpr, AXIS: gl.constexpr):
-    """Batch, block of heads, first position, and number of tiles of a program's strip.
+    """Batch, block of heads, first position, and number of tiles of the run of this program.
 
-    ``long`` is how many strips along an axis are of how many tiles; those behind them, which start last, are of
-    ``short``. Heads vary fastest, as in memory, then what is beside each other.
+    ``long`` is the number of long runs along an axis and their length; the runs behind them, which start last, have
+    ``short`` tiles. Heads vary fastest, as in memory, then rows of tiles beside each other.
     """
     across = tiles[0] * tiles[1] * tiles[2] // tiles[AXIS]
     i_across, i_rest = gl.program_id(0) // blocks % across, gl.program_id(0) // blocks // across
@@ -106,7 +106,7 @@ def load_queries(desc, buffer, kv_offset, origin, head, ready):
 
 @gluon.jit
 def load_stage(desc, ring, kv_offset, corner, first, i_stage, ready, AXIS: gl.constexpr):
-    """Start to load the slab that begins at ``first``, on the axis of the strip, into a slot of the ring."""
+    """Start to load the keys or values from ``first`` on, along the axis of the run, into a stage of the ring."""
     if AXIS == 0:
         at = [kv_offset[0], kv_offset[1] + first, corner[1], corner[2], 0]
     elif AXIS == 1:
@@ -118,7 +118,7 @@ def load_stage(desc, ring, kv_offset, corner, first, i_stage, ready, AXIS: gl.co
 
 @gluon.jit
 def stage_positions(n, BOX: gl.constexpr, AXIS: gl.constexpr):
-    """Keys ``n`` of a slab as ``t, h, w``."""
+    """Positions ``t, h, w`` of keys ``n`` of a stage."""
     along, first, second = unravel(n, BOX[2], BOX[3])
     if AXIS == 0:
         t, h, w = along, first, second
@@ -131,7 +131,7 @@ def stage_positions(n, BOX: gl.constexpr, AXIS: gl.constexpr):
 
 @gluon.constexpr_function
 def parts_of(stages, keys, rest):
-    """Slot, first key and number of keys of every part: slots of ``keys``, and of the last one what is needed."""
+    """Stage, first key and number of keys of every part: whole stages, and of the last one what is needed."""
     return [(i, 0, keys) for i in range(stages - 1)] + [
         (stages - 1, sum(rest[:i]), count) for i, count in enumerate(rest)
     ]
@@ -153,7 +153,7 @@ def rolling_masks(
 
 @gluon.jit
 def ring_parts(ring, i_stage, extra, PARTS: gl.constexpr, STAGES: gl.constexpr):
-    """Views ``[keys, D]`` of the parts, of which the first is in slot ``i_stage``, and of registers if there are."""
+    """Views ``[keys, D]`` of the parts, of which the first is in ``i_stage``, and of the register tokens, if any."""
     KEYS: gl.constexpr = ring.shape[2] * ring.shape[3] * ring.shape[4]
     views = ()
     for PART in gl.static_range(len(PARTS)):
@@ -168,7 +168,7 @@ def ring_parts(ring, i_stage, extra, PARTS: gl.constexpr, STAGES: gl.constexpr):
 
 @gluon.jit
 def stage_coordinates(Positions, n, corner, first, length, BOX: gl.constexpr, AXIS: gl.constexpr, AXES: gl.constexpr):
-    """Coordinates of keys ``n`` of the slab that begins at ``first``; None where ``n`` is."""
+    """Coordinates of keys ``n`` of the stage that starts at ``first``; None where ``n`` is None."""
     b_position = None
     if n is not None:
         token = shifted(shifted_along(stage_positions(n, BOX, AXIS), first - corner[AXIS], AXIS), corner)
@@ -178,7 +178,7 @@ def stage_coordinates(Positions, n, corner, first, length, BOX: gl.constexpr, AX
 
 @gluon.jit
 def query_coordinates(Positions, row, origin, length, TILE: gl.constexpr, PACK: gl.constexpr, AXES: gl.constexpr):
-    """The same of rows of a tile."""
+    """Coordinates of the rows of a tile; None where ``row`` is None."""
     b_position = None
     if row is not None:
         token = shifted(unravel(row // PACK, TILE[1], TILE[2]), origin)
@@ -188,7 +188,10 @@ def query_coordinates(Positions, row, origin, length, TILE: gl.constexpr, PACK: 
 
 @gluon.jit
 def await_writes():
-    """Until what this program wrote is where the next write will find it; ``store_wait`` waits for reads only."""
+    """Wait until the writes of this program are complete, so that later ones come after them.
+
+    ``store_wait`` waits only until their source has been read.
+    """
     gl.inline_asm_elementwise(
         "cp.async.bulk.wait_group 0; mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
     )  # fmt: skip
@@ -207,14 +210,14 @@ def small_forward_rolling_kernel(
     BD: gl.constexpr, SINK: gl.constexpr, WITH_STATS: gl.constexpr, IN_RING: gl.constexpr, NORM: gl.constexpr,
     AXES: gl.constexpr, PAIRS: gl.constexpr,
 ):  # fmt: skip
-    """Attention of the tiles of one strip; the grid is strips * batch * lines of tiles * blocks of heads.
+    """Attention of a run of tiles; the grid is runs * batch * rows of tiles * blocks of heads.
 
-    Slab ``i`` begins at ``i * TILE[AXIS] + phase`` of the axis, and lies in slot ``i % STAGES``. A tile sees ``STAGES``
-    of them, of the last one ``REST`` keys, in parts. ``long`` and ``short`` are explained at ``own_run``, ``shift``
-    is how far the first tile begins before the image. ``IN_RING``: results are staged where the values were that no
-    tile needs any more, which saves memory, but the next values wait for it. With ``NORM`` or ``PAIRS``, queries and
-    keys are normalised and rotated where they have arrived; ``position_step`` and ``freq_step`` are from one image's
-    positions, and from one head's frequencies, to the next, or 0. The other arguments are those of
+    Load ``i`` starts at ``i * TILE[AXIS] + phase`` on the axis and fills stage ``i % STAGES``. A tile sees ``STAGES``
+    stages, of the last one ``REST`` keys, in parts. ``long`` and ``short`` are explained at ``own_run``; ``shift`` is
+    how far before the image the first tile starts. ``IN_RING``: results pass through the stage of values that no tile
+    needs any more, which saves memory, but the next values have to wait for it. With ``NORM`` or ``PAIRS``, queries and
+    keys are normalised and rotated in shared memory; ``position_step`` and ``freq_step`` lead from the positions of one
+    image, and from the frequencies of one head, to the next, or are 0. The other arguments are those of
     ``small_forward_kernel``.
     """
     M: gl.constexpr = TILE[0] * TILE[1] * TILE[2] * PACK
@@ -229,7 +232,7 @@ def small_forward_rolling_kernel(
     ROW: gl.constexpr = gl.SliceLayout(1, EIGHTHS)
 
     i_batch, i_block, origin, steps = own_run(tiles, batches, blocks, long, short, shift, TILE, AXIS)
-    # Of what it loads: KV head, first place on the axis of batch and t, and batch of registers.
+    # Where loads start: KV head, index on the axis of batch and t, and batch of the register tokens.
     kv_offset = i_block * PACK // group, i_batch * length[0], i_batch * reg_batch
     corner, _ = windows_of(origin, length, kernel, stride, CAUSAL)
     i_load = (corner[AXIS] - phase) // STEP
@@ -275,7 +278,7 @@ def small_forward_rolling_kernel(
             stage.store(
                 prepare_heads(stage.load(KEY_HEADS), rotation_of(b_position, k_freqs, factor), k_gain, GainK, eps, NORM)
             )
-    nonfinite = no_nonfinite_flags(M)  # NaN where a result of the strip is not finite
+    nonfinite = no_nonfinite_flags(M)  # NaN where a result of the run is not finite
 
     for i_step in range(steps):
         zero = opaque_i32(0)
@@ -288,7 +291,7 @@ def small_forward_rolling_kernel(
             q_rotation = rotation_of(q_position, q_freqs, factor)
             mbarrier.wait(ready.index(0), i_step & 1)
             stage, own = keys.index(i_fresh % STAGES).reshape([KEYS, BD]), queries.index(zero).reshape([M, BD])
-            # Both are read before either is written, as threads wait for each other between.
+            # Both are read before either is written: threads wait for each other once, in between.
             b_k, b_q = stage.load(KEY_HEADS), own.load(QUERY_HEADS)
             stage.store(prepare_heads(b_k, k_rotation, k_gain, GainK, eps, NORM))
             own.store(prepare_heads(b_q, q_rotation, q_gain, GainQ, eps, NORM))
@@ -302,9 +305,9 @@ def small_forward_rolling_kernel(
             masks = rolling_masks(low, row_lo, row_hi, PARTS, BOX, AXIS, M, RANK)
         if regk_desc is not None:
             masks = masks + (register_mask(registers, 0, REGISTERS, M),)  # noqa: RUF005
-        if IN_RING:  # noqa: SIM102 - the one is known when this is compiled
+        if IN_RING:  # noqa: SIM102 - the outer condition is known at compile time
             if i_step > 0:
-                store_wait(0)  # has read what this overwrites
+                store_wait(0)  # results that this overwrites have been read
                 mbarrier.expect(ready.index(1), KEYS * BD * 2)
                 load_stage(v_desc, values, kv_offset, corner, i_fresh * STEP + phase, i_free, ready.index(1), AXIS)
 
@@ -318,7 +321,7 @@ def small_forward_rolling_kernel(
         origin = shifted_along(origin, STEP, AXIS)
         ahead, _ = windows_of(origin, length, kernel, stride, CAUSAL)
         i_next = (ahead[AXIS] - phase) // STEP
-        # At a border two tiles may need the same slabs: then the first one is loaded again.
+        # At a border two tiles may need the same stages: then the first stage is loaded again.
         i_fresh = i_load + (i_next - i_load) * STAGES
         if i_step + 1 < steps:
             mbarrier.expect(ready.index(0), (M + KEYS) * BD * 2)
@@ -337,15 +340,15 @@ def small_forward_rolling_kernel(
             if i_step + 1 < steps:
                 mbarrier.expect(ready.index(1), KEYS * BD * 2)
                 load_stage(v_desc, values, kv_offset, corner, i_fresh * STEP + phase, i_free, ready.index(1), AXIS)
-        # Always so, which ptxas does not know: it would start on this while the last product is under way, and where
-        # registers are few, wait for every product instead.
+        # Always true; the branch stops ptxas from moving the epilogue above the last product, and from serializing all
+        # products where registers are scarce.
         if length[2] > 0:
             nonfinite += nonfinite_flags(b_acc, row_l)
             if IN_RING:
                 staged = values.index(i_free)._reinterpret(q_desc.dtype, q_desc.block_type.shape, q_desc.layout)
             else:
                 staged = results
-                store_wait(0)  # has read the last ones
+                store_wait(0)  # the last results have been read
             staged.reshape([M, BD]).store(divided(b_acc, row_l, q_desc.dtype))
             fence_async_shared()
             async_copy_shared_to_global(
@@ -374,7 +377,7 @@ def forward(
     config: RollingTileConfig, problem: Problem, inputs: Inputs, options: Options, with_stats: bool,
     prep: QKPrep | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """What ``small_forward.forward`` computes, with ``prep`` of queries and keys that are prepared by it first."""
+    """What ``small_forward.forward`` computes; with ``prep``, of queries and keys that the kernel prepares first."""
     kind, tensors, floats = NO_QK_PREP, (None,) * 4, (None,) * 2
     if prep is not None:
         kind = prep.kind
@@ -412,7 +415,9 @@ def prepare(config: RollingTileConfig, p: Problem, with_stats: bool, kind: QKPre
 
 
 def stage_boxes(tensor: Layout, box: Box, axis: int) -> Boxes:
-    """Boxes of positions of one head, the axis of the strip first: what is cut off a slab there is contiguous."""
+    """The descriptor of keys or values: boxes of positions of one head, with the axis of the run first, so that the
+    part of a stage that a tile does not see is contiguous.
+    """
     (*sizes, heads), (*steps, head) = axes_of(tensor)
     order = [axis, *(i for i in range(3) if i != axis)]
     dim = tensor.shape[-1]

@@ -1,8 +1,9 @@
-"""Attention of a tile row by row, for the kernel of small windows: what it computes where a result is not finite.
+"""Attention of a tile row by row: what the kernels of small windows compute where a result is not finite.
 
-A weight of zero times NaN is NaN, and a query must not be changed by a token that it does not see. Here each warp
-takes a row of the tile and reads the tokens of its window, and no others. It is rare, so it may be slow, but must not
-slow down what it is part of: it is a function that is called, so that nothing of it is computed or kept before.
+A query must not be changed by a token that it does not see, but a weight of zero times NaN is NaN. Here each warp takes
+one row of the tile and reads the tokens of its window and no others. This is rare and may be slow, but it must not slow
+down the kernels that contain it. It is a function that is really called (``noinline``), so that nothing of it is
+computed, or kept in registers, before the call.
 """
 
 # Triton's language is Python to the parser only.
@@ -24,16 +25,16 @@ def channel_indices(BD: gl.constexpr, ALL: gl.constexpr):
 
 @gluon.jit
 def load_heads(X, o_x, m_tokens, D: gl.constexpr, BD: gl.constexpr, ALL: gl.constexpr):
-    """``[R, N, BD]`` at ``o_x [R, N]``, in fp32; zero from channel ``D`` on."""
+    """Heads ``[R, N, BD]`` at ``o_x [R, N]``, in fp32; channels from ``D`` on are zero."""
     col = channel_indices(BD, ALL)
     return gl.load(X + (o_x[:, :, None] + col), mask=m_tokens[:, :, None] & (col < D), other=0.0).to(gl.float32)
 
 
 @gluon.jit
 def fold_tokens(b_q, b_acc, row_m, row_l, b_k, V, o_v, m_tokens, factor, D: gl.constexpr, ALL: gl.constexpr):
-    """Fold tokens, with keys ``b_k`` and values at ``o_v [R, N]``, into the softmax state of rows ``[R]``.
+    """Fold tokens, with keys ``b_k`` and values at ``o_v [R, N]``, into the softmax of rows ``[R]``.
 
-    ``b_q``, ``b_acc`` are ``[R, BD]``; ``ALL`` is the layout of ``[R, N, BD]``, of which the others have slices.
+    ``b_q`` and ``b_acc`` are ``[R, BD]``; ``ALL`` is the layout of ``[R, N, BD]``, of which the others have slices.
     """
     OUT: gl.constexpr = gl.SliceLayout(1, ALL)
     b_s = gl.where(m_tokens, gl.sum(b_q[:, None, :] * b_k, 2) * factor, float("-inf"))
@@ -46,14 +47,14 @@ def fold_tokens(b_q, b_acc, row_m, row_l, b_k, V, o_v, m_tokens, factor, D: gl.c
 
 @gluon.jit
 def wide_token_offset(token, strides):
-    """Offset of a token, in 64 bits."""
+    """Offset of a token in 64 bits."""
     t, h, w = token
     return t.to(gl.int64) * strides[1] + h.to(gl.int64) * strides[2] + w.to(gl.int64) * strides[3]
 
 
 @gluon.jit
 def window_tokens(n, lo, hi, kernel):
-    """The ``n``-th tokens of windows, and whether there are as many: at a causal axis's start there are fewer."""
+    """The ``n``-th tokens of windows, and whether they exist: at the start of a causal axis windows have fewer."""
     t, h, w = n // (kernel[1] * kernel[2]), n // kernel[2] % kernel[1], n % kernel[2]
     token = lo[0][:, None] + t[None, :], lo[1][:, None] + h[None, :], lo[2][:, None] + w[None, :]
     m_t, m_h, m_w = token[0] <= hi[0][:, None], token[1] <= hi[1][:, None], token[2] <= hi[2][:, None]
@@ -67,14 +68,14 @@ def attend_rows(
     CAUSAL: gl.constexpr, TILE: gl.constexpr, PACK: gl.constexpr, D: gl.constexpr, BD: gl.constexpr,
     SINK: gl.constexpr, WITH_STATS: gl.constexpr, NORM: gl.constexpr, AXES: gl.constexpr, PAIRS: gl.constexpr,
 ):  # fmt: skip
-    """Output and state of a tile.
+    """Output and statistics of a tile.
 
     Args:
-        tensors: queries, keys, values, keys and values of registers (None without), sink, output.
+        tensors: queries, keys, values, keys and values of register tokens (None without), sink, output.
         states: maximum and sum of rows.
-        strides: of the first five tensors: ``(batch, t, h, w, head)``, of registers ``(batch, register, head)``.
-        plan: length, kernel and stride of axes, and query heads.
-        GainQ, GainK, Positions, Freqs, rope_factor, eps, NORM, AXES, PAIRS: what is done to queries and keys first, as
+        strides: of the first five tensors: ``(batch, t, h, w, head)``, of register tokens ``(batch, token, head)``.
+        plan: length, kernel and stride of the axes, and the number of query heads.
+        GainQ, GainK, Positions, Freqs, rope_factor, eps, NORM, AXES, PAIRS: how queries and keys are prepared, as
             ``load_prepared`` takes it.
     """
     Q, K, V, RegK, RegV, Sink, Out = tensors

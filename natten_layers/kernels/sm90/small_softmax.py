@@ -1,7 +1,7 @@
 """Attention of one tile of small windows, whose keys and values lie in shared memory: masks, softmax, weighted sum.
 
-All scores of a tile are in registers at once, so that one maximum and one sum are enough: no state is rescaled. They
-come in parts, as matrix instructions take powers of two, and so do masks.
+All scores of a tile are held in hardware registers at once, so that one maximum and one sum a row are enough and
+nothing is rescaled. Scores and masks come in parts, because matrix instructions take powers of two.
 """
 
 # Triton's language is Python to the parser only.
@@ -19,17 +19,17 @@ WARPS = 4
 
 @gluon.jit
 def key_columns(N: gl.constexpr, FIRST: gl.constexpr = 0):
-    """``FIRST`` to ``FIRST + N - 1``, as the columns of ``N`` scores a row."""
+    """``FIRST`` to ``FIRST + N - 1``, in the layout of the columns of ``N`` scores a row."""
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, N, 16])
     return FIRST + gl.arange(0, N, gl.SliceLayout(0, LAYOUT))
 
 
 @gluon.jit
 def key_mask(inner, corner, row_lo, row_hi, M: gl.constexpr, RANK: gl.constexpr, SEEN: gl.constexpr = None):
-    """0 and -inf ``[M, N]``: which of the keys at ``inner``, counted from ``corner``, the rows see.
+    """0 and -inf ``[M, N]``: which of the keys at ``inner``, counted from ``corner``, each row sees.
 
-    ``SEEN`` names the first and the last key of a 1-D tile that all its rows see, if that is known: what is so is
-    not asked.
+    ``SEEN`` names the first and the last key of a 1-D tile that all its rows see, if that is known; these keys are not
+    compared with the limits of the rows.
     """
     N: gl.constexpr = inner[2].shape[0]
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, N, 16])
@@ -41,7 +41,7 @@ def key_mask(inner, corner, row_lo, row_hi, M: gl.constexpr, RANK: gl.constexpr,
         m_first, m_last = n >= first[:, None], n <= last[:, None]
         if SEEN is not None:
             m_first, m_last = m_first | (n >= SEEN[0]), m_last | (n <= SEEN[1])
-        # Two selections: one comparison of unsigned differences takes more instructions here.
+        # Two selections take fewer instructions here than one comparison of unsigned differences.
         b_hidden = gl.where(m_first, b_hidden, float("-inf"))
         b_hidden = gl.where(m_last, b_hidden, float("-inf"))
     return b_hidden
@@ -61,14 +61,14 @@ def keys_before(window, causal):
 
 @gluon.jit
 def is_inside(origin, length, TILE: gl.constexpr, WINDOW: gl.constexpr, CAUSAL: gl.constexpr):
-    """Whether the window of no row of a 1-D tile is cut off, or moved, at an end of the sequence."""
+    """Whether no window of a row of a 1-D tile is cut off or shifted at an end of the sequence."""
     BEFORE: gl.constexpr = keys_before(WINDOW, CAUSAL[2])
     return (origin[2] >= BEFORE) & (origin[2] - BEFORE + TILE[2] + WINDOW - 2 < length[2])
 
 
 @gluon.jit
 def scores_of(b_q, keys, masks):
-    """``[M, N]`` of every part; hidden ones are -inf."""
+    """Scores ``[M, N]`` of every part; those of hidden keys are -inf."""
     scores = ()
     for PART in gl.static_range(len(keys)):
         scores = scores + (warpgroup_mma(b_q, keys[PART].permute((1, 0)), masks[PART], is_async=True),)  # noqa: RUF005
@@ -80,13 +80,13 @@ def scores_of(b_q, keys, masks):
 
 @gluon.jit
 def part_top(b_s, EIGHTHS: gl.constexpr):
-    """``[M, 8]``: maxima over every eighth column, those that one thread has, so that none is exchanged."""
+    """Maxima ``[M, 8]`` over every eighth column, which one thread holds, so that threads exchange nothing."""
     return gl.convert_layout(gl.max(b_s.reshape([b_s.shape[0], b_s.shape[1] // 8, 8]), 1), EIGHTHS)
 
 
 @gluon.jit
 def row_maxima(scores, row_sink, factor, EIGHTHS: gl.constexpr):
-    """Over all parts and the sink."""
+    """Maxima of rows over all parts and the sink."""
     part_m = part_top(scores[0], EIGHTHS)
     for PART in gl.static_range(1, len(scores)):
         part_m = gl.maximum(part_m, part_top(scores[PART], EIGHTHS))
@@ -106,8 +106,9 @@ def part_weights(b_s, row_m, factor, DTYPE: gl.constexpr, WEIGHTS: gl.constexpr,
 def weighted_sum(
     scores, values, ready, phase, row_sink, scale, SINK: gl.constexpr, D: gl.constexpr, EIGHTHS: gl.constexpr
 ):
-    """Sums ``[M, D]`` of values by weights that are not divided by their sums yet; maxima, in powers of two, and sums
-    of rows. Values are read when barrier ``ready`` is in ``phase``.
+    """Sums ``[M, D]`` of values by weights, and the maxima (base-2 logits) and sums of rows.
+
+    The weights are not divided by their sums yet. Values are read once barrier ``ready`` has left ``phase``.
     """
     M: gl.constexpr = scores[0].shape[0]
     DTYPE: gl.constexpr = values[0].dtype
@@ -118,7 +119,7 @@ def weighted_sum(
     for PART in gl.static_range(len(scores)):
         b_p, part = part_weights(scores[PART], row_m, scale * LOG2E, DTYPE, gl.DotOperandLayout(0, OUT, 2), EIGHTHS)
         part_l += part
-        # Sums are done before the last product starts, and no part's weights are kept for later: both save registers.
+        # Sums end before the last product starts, and no weights of a part are kept for later: both save registers.
         if len(scores) == PART + 1:
             row_l = gl.sum(part_l, 1)
             if SINK != "none":
@@ -131,15 +132,16 @@ def weighted_sum(
 
 @gluon.jit
 def no_nonfinite_flags(M: gl.constexpr):
-    """What ``nonfinite_flags`` returns of finite rows: ``[M / 16, 8, 4]``, one for each thread."""
+    """What ``nonfinite_flags`` returns for finite rows: ``[M / 16, 8, 4]`` zeros, one for each thread."""
     OWN: gl.constexpr = gl.BlockedLayout([1, 1, 1], [1, 8, 4], [gl.num_warps(), 1, 1], [2, 1, 0])
     return gl.zeros([M // 16, 8, 4], gl.float32, OWN)
 
 
 @gluon.jit
 def nonfinite_flags(b_acc, row_l):
-    """For each thread NaN where some of what it has of ``b_acc`` is not finite, or where a row has no weight of about
-    one in its sum (``are_sound`` explains when), else 0.
+    """One flag for each thread: NaN where a value of ``b_acc`` that the thread holds is not finite, else 0.
+
+    It is also NaN where no weight in the sum of a row is about one (``are_sound`` explains when that happens).
     """
     M: gl.constexpr = b_acc.shape[0]
     D: gl.constexpr = b_acc.shape[1]
@@ -150,7 +152,7 @@ def nonfinite_flags(b_acc, row_l):
 
 @gluon.jit
 def all_finite(flags):
-    """Whether none of what ``nonfinite_flags`` returned is NaN."""
+    """Whether none of the flags that ``nonfinite_flags`` returned is NaN."""
     return gl.max(gl.max(gl.max(gl.where(gl.abs(flags) >= 0.0, 0, 1), 2), 1), 0) == 0
 
 

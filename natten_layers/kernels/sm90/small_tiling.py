@@ -1,6 +1,6 @@
-"""How the kernels of small windows compute a problem: tiles alone, or strips of them.
+"""Tiles of the kernels for small windows: single tiles, or runs of tiles along an axis with a rolling K/V buffer.
 
-Apart from the kernels, as not every Triton has what they are written in.
+This module is separate from the kernels because it needs neither Triton nor Gluon, which older Tritons lack.
 """
 
 from functools import lru_cache
@@ -14,89 +14,96 @@ from ...geometry import query_bounds, window_bounds
 from ..host.problem import Layout, Problem, three_axes
 from ..host.tiling import Axis, Bounds, Box, boxes, extent, head_width, next_power_of_2
 
-SMALL_ROWS = 64  # of a tile of the kernels for small windows
-SCORES = 320  # of a row there at most, as they are in registers at once
-ROLLING_SCORES = 336  # the same of a strip: registers beside 320 keys are worth that some values spill
-GRADIENTS = 256  # the same in the backward pass, whose kernels keep more beside them
-LEAST_LOADED = 96  # keys that a tile sees, from which on strips are used,
-RELOADED = 0.6  # if no more than this share of them is new to a strip
-PARTS = 3  # that the keys of a tile come in at most
-START = 0.2  # of a tile's time, that a strip needs for its first loads
+# Query rows of a tile.
+SMALL_ROWS = 64
+# Most scores a query row may have: all are held in hardware registers.
+SCORES = 320
+# The same in the rolling kernel: room for register tokens beside 320 keys is worth it although a few values spill.
+ROLLING_SCORES = 336
+# The same in the backward pass, whose kernels hold gradients beside the scores.
+GRADIENTS = 256
+# The rolling kernel is used where a tile sees at least this many keys, and at most this share of them is new to it.
+LEAST_LOADED = 96
+RELOADED = 0.6
+# Most parts in which the keys of a tile are loaded.
+PARTS = 3
+# Time that a run needs for its first loads, in units of the time of a tile.
+START = 0.2
 
 
 class SmallTileConfig(NamedTuple):
-    """How the kernel of small windows computes a problem."""
+    """How the kernel of small windows computes a problem one tile a program."""
 
     tile: Box
     """positions of a program"""
     pack: int
     """query heads of a program"""
     parts: tuple[Box, ...]
-    """boxes of keys, one behind the other along ``axis``, that cover what a tile sees"""
+    """boxes of keys, one after the other along ``axis``, that cover what a tile sees"""
     axis: int
     registers: int
-    """keys of the box that holds the registers, or 0"""
+    """keys of the box that holds the register tokens, or 0"""
     maxnreg: int
 
     @property
     def keys(self) -> int:
-        """that a program loads, registers included"""
+        """Keys that a program loads, register tokens included."""
         return sum(map(prod, self.parts)) + self.registers
 
     @property
     def frames(self) -> int:
-        """that the parts have along ``t``"""
+        """Frames that the parts have along ``t``."""
         return sum(box[0] for box in self.parts) if self.axis == 0 else self.parts[0][0]
 
     @property
     def programs(self) -> int:
-        """that share a multiprocessor"""
+        """Programs that share a multiprocessor."""
         return _programs(self.maxnreg)
 
 
 class RollingTileConfig(NamedTuple):
-    """How the kernel of small windows computes a problem a strip of tiles at a time."""
+    """How the rolling kernel of small windows computes a problem one run of tiles a program."""
 
     tile: Box
-    """positions of a turn"""
+    """positions that a program computes at a time"""
     pack: int
     """query heads of a program"""
     axis: int
-    """along which the tiles of a strip follow each other"""
+    """along which the tiles of a run follow each other"""
     box: Box
-    """keys of a slab, which is as long as a tile"""
+    """keys of one stage of the rolling buffer, which is as long as a tile"""
     stages: int
-    """slabs that a tile sees"""
+    """stages of the buffer: all that a tile sees"""
     rest: tuple[int, ...]
-    """keys that it sees of the last one, in parts"""
+    """keys of the last stage that a tile sees, in parts"""
     shift: int
-    """positions that the first tile begins before the image, so that slabs begin where windows do"""
+    """positions by which the first tile starts before the image, so that stages start where windows do"""
     phase: int
-    """where on the axis the first slab begins, 0 or less"""
+    """position on the axis at which the first stage starts, 0 or less"""
     registers: int
-    """keys of the box that holds the registers, or 0"""
+    """keys of the box that holds the register tokens, or 0"""
     in_ring: bool
-    """whether results leave through a slot that is free, and not through memory of their own"""
+    """whether results pass through a free stage of the buffer, not through shared memory of their own"""
     maxnreg: int
 
     @property
     def keys(self) -> int:
-        """whose scores a row has, registers included"""
+        """Keys whose scores a row has, register tokens included."""
         return (self.stages - 1) * prod(self.box) + sum(self.rest) + self.registers
 
     @property
     def programs(self) -> int:
-        """that share a multiprocessor"""
+        """Programs that share a multiprocessor."""
         return _programs(self.maxnreg)
 
     def tiles(self, problem: Problem) -> Box:
-        """Tiles per axis."""
+        """Tiles for each axis."""
         lengths = [n + self.shift if i == self.axis else n for i, n in enumerate(problem.lengths)]
         return three_axes([ceil(n / b) for n, b in zip(lengths, self.tile, strict=True)], 1)
 
 
 def rolling_gap(problem: Problem, rolling: RollingTileConfig, single: SmallTileConfig | None) -> str | None:
-    """Why strips were measured to be slower than tiles alone on problems like this one; None where they are faster."""
+    """Why runs were measured to be slower than single tiles on problems like this one; None where they are faster."""
     if single is None:
         return None
     loaded = sum(map(prod, single.parts))
@@ -113,9 +120,10 @@ def rolling_gap(problem: Problem, rolling: RollingTileConfig, single: SmallTileC
 
 @lru_cache(maxsize=1024)
 def small_tile_config(problem: Problem, pack: int | None = None, with_stats: bool = False) -> SmallTileConfig | None:
-    """The launch that computes the fewest scores, in the fewest parts; None if it can not be computed so.
+    """The configuration with the fewest scores, in the fewest parts; None if the kernel cannot compute the problem.
 
-    Strides are 1. Rows of one image follow those of another where TMA writes, so tiles do not reach past its end.
+    Strides are 1. Where TMA writes, the rows of one image follow those of another, so that tiles must not reach past
+    the end of an image along ``t``.
     """
     if not _is_small(problem):
         return None
@@ -126,7 +134,7 @@ def small_tile_config(problem: Problem, pack: int | None = None, with_stats: boo
 
 
 def _is_small(problem: Problem) -> bool:
-    """Whether the kernels of small windows can compute a call, given enough registers of the multiprocessor."""
+    """Whether the kernels of small windows can compute a call, if there are enough hardware registers."""
     p = problem
     registers = [x for x in (p.additional_keys, p.additional_values) if x is not None]
     if (
@@ -140,29 +148,29 @@ def _is_small(problem: Problem) -> bool:
 
 
 def _has_small_heads(problem: Problem) -> bool:
-    """Whether queries and values are equally wide, and registers hold scores and accumulators of that width."""
+    """Whether queries and values are equally wide, and so narrow that registers hold scores and accumulators."""
     dim = problem.query.shape[-1]
     return dim == problem.value.shape[-1] and head_width(dim) <= 128
 
 
 def most_packed(problem: Problem) -> int:
-    """Query heads of a program, the most that there can be: a power of two that divides the group."""
+    """The most query heads that a program can have: a power of two that divides the group."""
     return min(problem.group & -problem.group, 16)
 
 
 def small_tiles(problem: Problem, pack: int) -> list[Box]:
-    """Tiles of ``SMALL_ROWS`` rows."""
+    """Tiles of ``SMALL_ROWS`` query rows."""
     tiles = boxes(SMALL_ROWS // pack, problem.lengths)
     return [x for x in tiles if problem.lengths[0] % x[0] == 0 and prod(x) * pack == SMALL_ROWS]
 
 
 def _register_keys(problem: Problem) -> int:
-    """Of the box that holds the registers."""
+    """Keys of the box that holds the register tokens."""
     return max(16, next_power_of_2(problem.registers)) if problem.registers else 0
 
 
 def _fits(problem: Problem, config: SmallTileConfig) -> bool:
-    """Whether an image of a batch has as many frames as parts have: else they would reach into another image."""
+    """Whether an image of a batch has as many frames as the parts: else they would reach into the next image."""
     return problem.query.shape[0] == 1 or config.frames <= problem.lengths[0]
 
 
@@ -173,18 +181,21 @@ def _small_cost(config: SmallTileConfig) -> tuple[int, int, int]:
 def small_candidate(
     problem: Problem, tile: Box, axis: int, pack: int, bounds: Bounds = window_bounds, with_stats: bool = False
 ) -> SmallTileConfig:
-    """That of one tile, which sees by ``bounds`` what comes in parts along one axis."""
+    """The configuration of one tile, whose keys (by ``bounds``) come in parts along one axis.
+
+    ``maxnreg`` is 0 if too few programs would share a multiprocessor.
+    """
     extents = [extent(x, b, bounds) for x, b in zip(problem.axes, tile, strict=True)]
     box = [next_power_of_2(e) for e in extents]
-    unit = max(1, 16 // (prod(box) // box[axis]))  # matrix instructions take 16 keys at least
+    unit = max(1, 16 // (prod(box) // box[axis]))  # a matrix instruction takes at least 16 keys
     sides = binary_parts(ceil(extents[axis] / unit), PARTS)
     parts = [three_axes([unit * side if i == axis else box[i] for i in range(3)], 1) for side in sides]
     config = SmallTileConfig(tile, pack, tuple(parts), axis, _register_keys(problem), 0)
     if config.keys > SCORES:
         return config
     dim = head_width(problem.query.shape[-1])
-    # Scores, accumulators and, kept for the end, where statistics go; with fewer ptxas serializes the products, and
-    # below 94 has no code for those of 128 channels.
+    # Room for scores, accumulators and, until the end, the addresses of statistics. With fewer registers ptxas
+    # serializes the products, and with fewer than 94 it cannot compile those of 128 channels.
     least = 80 if config.keys <= 80 and dim <= 64 else 96
     needed = max(config.keys // 2 + max(dim, 64) // 2 + (8 if with_stats else 0), least)
     return config._replace(maxnreg=_maxnreg(needed, 2 * (2 * config.keys + SMALL_ROWS) * dim))
@@ -194,10 +205,10 @@ def small_candidate(
 def rolling_tile_config(
     problem: Problem, pack: int | None = None, with_stats: bool = False, with_qk_prep: bool = False
 ) -> RollingTileConfig | None:
-    """The same a strip at a time: few scores, few parts, few keys that are new to a tile.
+    """The configuration of the rolling kernel with few scores, few parts, and few keys that are new to a tile.
 
     Args:
-        rotates: queries and keys are normalised or rotated first.
+        with_qk_prep: queries and keys are normalised or rotated first.
     """
     if not _is_small(problem):
         return None
@@ -217,13 +228,13 @@ def _rolling_cost(config: RollingTileConfig) -> tuple[int, int]:
 def rolling_candidate(
     problem: Problem, tile: Box, axis: int, pack: int, with_stats: bool = False, with_qk_prep: bool = False
 ) -> RollingTileConfig | None:
-    """That of strips of such tiles along an axis, if there is one."""
+    """The configuration of runs of these tiles along an axis; None if there is none."""
     axes = problem.axes
     step, window = tile[axis], axes[axis][1]
     extents = [extent(x, b, window_bounds) for x, b in zip(axes, tile, strict=True)]
     box = three_axes([step if i == axis else next_power_of_2(n) for i, n in enumerate(extents)], 1)
     across = prod(box) // step
-    stages, unit = ceil((step + window - 1) / step), max(1, 16 // across)  # matrix instructions take 16 keys at least
+    stages, unit = ceil((step + window - 1) / step), max(1, 16 // across)  # a matrix instruction takes at least 16 keys
     last = step + window - 1 - (stages - 1) * step
     rest = tuple(across * unit * n for n in binary_parts(ceil(last / unit), PARTS))
     start = _rolling_start(axes[axis], step, (stages - 1) * step + sum(rest) // across)
@@ -234,19 +245,19 @@ def rolling_candidate(
         return None
     dim = head_width(problem.query.shape[-1])
     shared = 2 * dim * (2 * (stages * prod(box) + config.registers) + SMALL_ROWS)
-    # Scores, accumulators, what stays from turn to turn and, kept for the end, where statistics go.
+    # Room for scores, accumulators, what stays from tile to tile and, until the end, the addresses of statistics.
     needed = max(config.keys // 2 + max(dim, 64) // 2 + 12 + config.keys // 32 + (8 if with_stats else 0), 80)
     apart = config._replace(maxnreg=_maxnreg(needed, shared + 2 * dim * SMALL_ROWS))
     in_ring = config._replace(in_ring=True, maxnreg=_maxnreg(needed, shared))
-    # Where each query head has keys of its own, loads that start early are worth more than programs, if there is little
-    # else to do.
+    # Where every query head has keys of its own, loads that start early are worth more than another program, unless
+    # queries and keys are prepared, which takes time of its own.
     ways = (apart, in_ring) if problem.group == 1 and not with_qk_prep else (in_ring, apart)
     return next((x for x in ways if x.maxnreg and (prod(box) >= SMALL_ROWS or not x.in_ring)), None)
 
 
 @lru_cache(maxsize=4096)
 def _rolling_start(axis: Axis, step: int, covered: int) -> tuple[int, int] | None:
-    """``shift`` and ``phase`` of strips, with which ``covered`` keys are enough for every tile."""
+    """``shift`` and ``phase`` of runs for which ``covered`` keys are enough for every tile; None if there are none."""
     length, window, stride, causal = axis
     for shift in range(step):
         phase = -((shift + (window - 1 if causal else window // 2)) % step)
@@ -254,7 +265,7 @@ def _rolling_start(axis: Axis, step: int, covered: int) -> tuple[int, int] | Non
         low, _ = window_bounds(first.clamp(min=0), length, window, stride, causal)
         _, high = window_bounds((first + step - 1).clamp(max=length - 1), length, window, stride, causal)
         first_stage = (low - phase) // step
-        # No more than one slab is new to a tile, and what a tile sees does not reach past the last one.
+        # At most one stage is new to a tile, and what a tile sees ends within its stages.
         if bool((high - first_stage * step - phase < covered).all()) and bool((first_stage.diff() <= 1).all()):
             return shift, phase
     return None
@@ -263,10 +274,12 @@ def _rolling_start(axis: Axis, step: int, covered: int) -> tuple[int, int] | Non
 def cut(tiles: int, tile_rows: int, programs: int) -> tuple[tuple[int, int], int]:
     """How to cut rows of tiles into runs: number and length of the long runs of a row, and length of the others.
 
-    Long ones load less, short ones that start last let all programs end at the same time.
+    Long runs load less; short runs that start last let all programs end at the same time.
 
     Args:
-        programs: that run at the same time.
+        tiles: tiles of a row.
+        tile_rows: number of rows.
+        programs: programs that run at the same time.
     """
 
     def cost(runs: tuple[tuple[int, int], int]) -> float:
@@ -283,12 +296,12 @@ def cut(tiles: int, tile_rows: int, programs: int) -> tuple[tuple[int, int], int
 
 @lru_cache(maxsize=1024)
 def small_dq_tile_config(problem: Problem, pack: int | None = None) -> SmallTileConfig | None:
-    """The same for the gradients of queries."""
+    """The configuration for gradients of queries; None if the kernel cannot compute them."""
     config = small_tile_config(problem, pack)
     if config is None or config.keys > GRADIENTS:
         return None
     dim = head_width(problem.query.shape[-1])
-    # Scores and their gradients of 64 keys, accumulators and some more; with too few ptxas serializes the products.
+    # Room for scores of 64 keys and their gradients, accumulators and some more; with less ptxas serializes products.
     repeats = sum(prod(part) // 64 for part in config.parts) > 1
     needed = dim // 2 + (112 if repeats else 80)
     most = _maxnreg(needed, 4 * (config.keys + SMALL_ROWS) * dim)
@@ -297,7 +310,10 @@ def small_dq_tile_config(problem: Problem, pack: int | None = None) -> SmallTile
 
 @lru_cache(maxsize=1024)
 def small_dkv_tile_config(problem: Problem) -> SmallTileConfig | None:
-    """The same for the gradients of keys and values: ``keys`` are the queries that see a tile, of one head."""
+    """The configuration for gradients of keys and values; None if the kernel cannot compute them.
+
+    Here rows are keys, and ``keys`` are the queries of one head that see a tile.
+    """
     p = problem
     if not _has_small_heads(p) or prod(p.stride) > 1 or p.query.shape[0] >= 2**16:
         return None
@@ -307,31 +323,31 @@ def small_dkv_tile_config(problem: Problem) -> SmallTileConfig | None:
     config = min((x for x in configs if x.keys <= GRADIENTS and _fits(p, x)), key=_small_cost, default=None)
     if config is None:
         return None
-    needed = 72 + dim  # scores and their gradients of 32 queries, two accumulators and some more
+    needed = 72 + dim  # scores of 32 queries and their gradients, two accumulators and some more
     most = _maxnreg(needed, 4 * (config.keys + SMALL_ROWS) * dim + 8 * config.keys)
     return config._replace(maxnreg=most) if most else None
 
 
 def _programs(maxnreg: int) -> int:
-    """How many of four warps the registers of a multiprocessor are enough for."""
+    """Programs of four warps for which the hardware registers of a multiprocessor are enough."""
     return 2**16 // (128 * maxnreg)
 
 
 def _maxnreg(needed: int, shared: int) -> int:
-    """As many as the programs that share a multiprocessor leave to each other.
+    """Hardware registers a thread: as many as the programs that share a multiprocessor leave to each other.
 
-    0 where a program would be alone there: then nothing is computed while it waits.
+    0 where a program would be alone on a multiprocessor, because nothing would be computed there while it waits.
 
     Args:
-        needed: less is not tried.
-        shared: bytes of shared memory that a program has, but for barriers and the like.
+        needed: the least number that is tried.
+        shared: bytes of shared memory of a program, without barriers and the like.
     """
     programs = min(228 * 1024 // (shared + 1024 + 256), _programs(needed))
     return min(2**16 // (128 * programs) // 8 * 8, 248) if programs > 1 else 0
 
 
 def binary_parts(count: int, most: int) -> list[int]:
-    """At most ``most`` powers of two, the largest first, whose sum is ``count`` or the next that can be had."""
+    """At most ``most`` powers of two, the largest first, with the sum ``count`` or the least possible one above."""
     parts: list[int] = []
     while count > 0:
         last = len(parts) == most - 1
@@ -341,6 +357,6 @@ def binary_parts(count: int, most: int) -> list[int]:
 
 
 def holds_registers(registers: Layout) -> bool:
-    """Whether a TMA descriptor can hold them: one batch of them for all images, or strides as those of tokens."""
+    """Whether a TMA descriptor can hold register tokens: all images share them, or strides are like those of tokens."""
     axes = zip(registers.shape[:-1], registers.stride[:-1], strict=True)
     return all(size == 1 or (step > 0 and step % 8 == 0) or (i == step == 0) for i, (size, step) in enumerate(axes))
