@@ -1,17 +1,17 @@
-"""Normalisation and rotary embedding of query and key heads: one launch forward, one backward, and their launchers.
+"""Normalisation and rotary embedding (RoPE) of query and key heads: a forward and a backward kernel.
 
-Both are bound by memory: a head is read once where it lies, in fp32 from there on, and written once. Angles come from
-positions and frequencies, as a table of them would be as large as the heads; a program computes those of its tokens
-once and uses them for all that shares them: images of a batch, or heads with equal frequencies.
+Both are bound by memory: every head is read once, with any strides, computed on in fp32 and written once. Angles are
+computed from positions and frequencies, as a table of angles would be as large as the heads. A program computes the
+angles of its tokens once, and uses them for all heads or images that share them.
 
-Legend as in ``primitives.py``. A head is handled in four parts of one layout: ``PAIRS`` elements, the ``PAIRS`` next
-that they turn with, and two halves of the ``REST`` that does not turn; ``BP`` is the larger size padded to a power of
-two. ``outer`` and ``item`` are the axes of batch and head, in the order in which a program has one ``outer`` and a run
-of ``items``.
+Names are those of ``primitives.py``. A head is handled in four parts with equal layouts: ``PAIRS`` elements, the next
+``PAIRS`` elements that RoPE rotates them with, and the two halves of the ``REST`` that is not rotated; ``BP`` is the
+larger of their sizes, padded to a power of two. ``outer`` and ``item`` are the batch and the head axis, or the other
+way round: a program computes one ``outer`` and several consecutive ``items``, so that these share its angles.
 """
 
+# A call of one jit function from another is typed as a call from the host, which never returns.
 # pyright: reportGeneralTypeIssues=false
-# A call of one jit function from another is typed as one from the host, which never returns.
 
 from collections.abc import Sequence
 from typing import Any
@@ -25,13 +25,13 @@ from ..host.launcher import launcher
 from ..host.problem import QKPrep, new_like
 from ..host.tiling import next_power_of_2
 
-ELEMENTS = 4096  # of a tile of tokens: four 16-byte loads a thread in half precision
-PROGRAMS = 8192  # enough to fill any device several times; beyond that a program takes more items
+ELEMENTS = 4096  # elements of a tile of tokens: four 16-byte loads a thread in half precision
+PROGRAMS = 8192  # enough programs to fill any device several times; a larger problem gives each more items instead
 
 
 @triton.jit
 def load_parts(X, o_row, m_row, PAIRS: tl.constexpr, REST: tl.constexpr, BP: tl.constexpr):
-    """The parts of rows that start at ``o_row [T, 1]``, each ``[T, BP]`` in fp32."""
+    """The four parts of the heads that start at ``o_row [T, 1]``, each ``[T, BP]`` in fp32."""
     HALF: tl.constexpr = REST // 2
     p = tl.arange(0, BP)[None, :]
     m_pairs, m_rest = m_row & (p < PAIRS), m_row & (p < HALF)
@@ -72,13 +72,13 @@ def scaled(a, b):
 
 @triton.jit
 def product(a, b):
-    """``[T, 1]`` scalar products of rows."""
+    """Scalar products ``[T, 1]`` of the rows of two tiles."""
     return tl.sum(a[0] * b[0] + a[1] * b[1] + a[2] * b[2] + a[3] * b[3], 1, keep_dims=True)
 
 
 @triton.jit
 def column_sums(a):
-    """Parts of ``[1, BP]``"""
+    """Sum of all rows, in four parts ``[1, BP]``."""
     return (
         tl.sum(a[0], 0, keep_dims=True),
         tl.sum(a[1], 0, keep_dims=True),
@@ -89,17 +89,18 @@ def column_sums(a):
 
 @triton.jit
 def inverse_norm(x, eps, D: tl.constexpr, NORM: tl.constexpr):
-    """``[T, 1]``"""
+    """Factor ``[T, 1]`` that normalises each head: the reciprocal of its RMS, or of its 2-norm for cosine."""
     square = product(x, x)
     return tl.rsqrt((square / D if NORM == "rms" else square) + eps)
 
 
 @triton.jit
 def cos_sin(angle):
-    """Both in fp32, true to about two roundings for angles up to millions of radians.
+    """Cosine and sine in fp32, accurate to about two roundings for angles up to millions of radians.
 
-    The library functions have a branch for huge angles, whose tables cost more registers than all else here. Reduction
-    by quarter turns in fp64 instead; polynomials for |r| <= pi / 4 from Moshier's Cephes library.
+    CUDA's functions have a branch for huge angles whose tables take more registers than the rest of the kernel. Instead
+    multiples of pi / 2 are subtracted in fp64, and polynomials for the rest, ``|r| <= pi / 4``, are those of Moshier's
+    Cephes library.
     """
     quarter = tl.floor(angle * 0.6366197723675814 + 0.5)
     r = (angle.to(tl.float64) - quarter.to(tl.float64) * 1.5707963267948966).to(tl.float32)
@@ -117,7 +118,10 @@ def rotation_of(
     Positions, Freqs, o_token, m_token, i_freq, factor,
     AXES: tl.constexpr, PAIRS: tl.constexpr, T: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """cos and sin ``[T, BP]`` of the angles ``positions[token, axis] * freqs[i_freq, j]``, ``j`` running fastest."""
+    """Cosine and sine ``[T, BP]`` of the angles ``positions[token, axis] * freqs[i_freq, j]``, ``j`` varying fastest.
+
+    Both are multiplied by ``factor``.
+    """
     if PAIRS == 0:
         cos, sin = tl.full([T, BP], 1.0, tl.float32), tl.zeros([T, BP], tl.float32)
     else:
@@ -132,9 +136,10 @@ def rotation_of(
 
 @triton.jit
 def program_share(tokens, outers, items, run, T: tl.constexpr):
-    """Tile of tokens and run of items of this program.
+    """The tile of tokens and the run of consecutive items that this program computes.
 
-    ``outer`` varies fastest, as heads of a token lie side by side; blocks are pairs of a run and a tile.
+    A block is a pair of a run and a tile. ``outer`` varies faster than the block, as the heads of a token are neighbors
+    in memory.
     """
     i_block = (tl.program_id(0) // outers).to(tl.int64)
     tiles = tl.cdiv(tokens, T)
@@ -146,7 +151,7 @@ def program_share(tokens, outers, items, run, T: tl.constexpr):
 
 @triton.jit
 def element_gains(Gain, PAIRS: tl.constexpr, REST: tl.constexpr, BP: tl.constexpr):
-    """Those of an RMS norm, parts of ``[1, BP]``."""
+    """The gains of an RMS norm, one per element of a head, in four parts ``[1, BP]``."""
     row = tl.zeros([1, 1], tl.int32)
     return load_parts(Gain, row, row == 0, PAIRS, REST, BP)
 
@@ -186,11 +191,13 @@ def turn_back_tile(
     AXES: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, BP: tl.constexpr, T: tl.constexpr,
     NORM: tl.constexpr, BY_HEAD: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of ``turn_tile``: turn the gradient back to ``u``, then with ``n = x * scale`` and ``h = u * gain``
-    ``dgain = sum u * n`` and ``dx = scale * (h - n * (h . n))``, the product a mean for RMS norms.
+    """Gradient of ``turn_tile``.
 
-    Gains get partial sums, which the caller adds in a fixed order: cosine ``[tiles, outer, item]``, RMS ``[blocks,
-    outer, D]`` with one row a program.
+    The gradient of the result is rotated back to ``u``. With ``n = x * scale`` and ``h = u * gain`` the gradients are
+    ``dgain = sum u * n`` and ``dx = scale * (h - n * (h . n))``, where the scalar product is a mean for RMS norms.
+
+    The gradient of gains is written as partial sums, which the caller adds in a fixed order: ``[tiles, outer, item]``
+    for cosine, and ``[blocks, outer, D]``, a row per program, for RMS norms.
     """
     D: tl.constexpr = 2 * PAIRS + REST
     i_tile, i_block, o_token, m_token, i_item, count = program_share(tokens, outers, items, run, T)
@@ -235,9 +242,10 @@ def rotate_kernel(
     AXES: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, BP: tl.constexpr, T: tl.constexpr,
     NORM: tl.constexpr, BY_HEAD: tl.constexpr,
 ):  # fmt: skip
-    """Tensors are ``[outer, token, item, D]`` with contiguous last axes.
+    """Normalise and rotate queries and keys in one launch.
 
-    ``outers``, ``items``: of q and of k; ``group``: how many outers of each share a row of ``Freqs``.
+    Tensors are ``[outer, token, item, D]`` with contiguous last axes. ``outers``, ``items`` and ``group`` are pairs,
+    for queries and for keys; ``group`` is the number of outers that share a row of ``Freqs``.
     """
     total = outers[0] + outers[1]
     i_outer = (tl.program_id(0) % total).to(tl.int64)
@@ -263,7 +271,7 @@ def rotate_backward_kernel(
     AXES: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, BP: tl.constexpr, T: tl.constexpr,
     NORM: tl.constexpr, BY_HEAD: tl.constexpr,
 ):  # fmt: skip
-    """Takes what ``rotate_kernel`` takes, gradients of its results, and gives gradients and sums for those of gains."""
+    """Gradients of ``rotate_kernel``: ``DQ``, ``DK``, and partial sums of the gradients of gains."""
     total = outers[0] + outers[1]
     i_outer = (tl.program_id(0) % total).to(tl.int64)
     if i_outer < outers[0]:
@@ -281,7 +289,10 @@ def rotate_backward_kernel(
 
 
 def _view(prep: QKPrep, x: Tensor) -> Tensor:
-    """``[outer, token, item, D]``: a copy only where spatial axes do not merge, never of a projection's output."""
+    """A tensor as ``[outer, token, item, D]``.
+
+    It is copied only if its spatial axes cannot be merged, which never happens to the output of a projection.
+    """
     x = x.flatten(1, -3)
     if prep.positions is not None and prep.positions.shape[0] > 1:
         x = x.flatten(0, 1)[None]
@@ -289,7 +300,7 @@ def _view(prep: QKPrep, x: Tensor) -> Tensor:
 
 
 def _launch(prep: QKPrep, kernel: Any, tensors: Sequence[Tensor], partials: Sequence[Tensor | None] = ()) -> None:
-    """Call ``kernel`` on viewed ``tensors``, of which the first two are query and key."""
+    """Launch ``kernel`` on ``tensors [outer, token, item, D]``, of which the first two are query and key."""
     query, key = tensors[:2]
     norm, axes, pairs, by_head, _ = prep.kind
     rest = query.shape[3] - 2 * pairs
@@ -319,7 +330,7 @@ def tile_size(head_dim: int) -> int:
 
 
 def blocks(query: Tensor, key: Tensor) -> tuple[int, int, int]:
-    """Of viewed tensors: tiles of tokens, runs of items, and the items of a run."""
+    """Number of tiles of tokens, number of runs of items, items of a run; inputs are ``[outer, token, item, D]``."""
     tiles = _ceil(query.shape[1], tile_size(query.shape[3]))
     items = max(query.shape[2], key.shape[2])
     run = _ceil(items, _ceil(PROGRAMS, tiles * (len(query) + len(key))))
@@ -336,7 +347,7 @@ def rotate(query: Tensor, key: Tensor, prep: QKPrep) -> tuple[Tensor, Tensor]:
 def rotate_backward(
     query: Tensor, key: Tensor, prep: QKPrep, grad_query: Tensor, grad_key: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of query and key, contiguous, and of the gains."""
+    """Gradients of query and key, contiguous, and of their gains."""
     gains = prep.query_gain, prep.key_gain
     d_query, d_key = new_like(query), new_like(key)
     views = [_view(prep, x) for x in (query, key, grad_query, grad_key, d_query, d_key)]
@@ -347,7 +358,7 @@ def rotate_backward(
         shape = (tiles * runs, outers, head_dim) if prep.norm == "rms" else (tiles, outers, items)
         partials.append(None if gain is None else view.new_empty(shape, dtype=torch.float32))
     _launch(prep, rotate_backward_kernel, views, partials)
-    # All but the elements of a head are summed for an RMS norm, all but the heads for cosines.
+    # The gain of an RMS norm has an entry per element of a head, that of cosine an entry per head: the rest is summed.
     summed = (0, 2) if prep.norm == "cosine" and prep.by_head else (0, 1)
     d_gains = [
         None if gain is None or sums is None else sums.sum(summed).to(gain.dtype)
