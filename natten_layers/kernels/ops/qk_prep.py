@@ -1,4 +1,7 @@
-"""Operators that normalise and rotate query and key heads: schemas, fakes, autograd. Triton is imported on launch."""
+"""The operators that normalise query and key heads and apply RoPE: schemas, fake implementations and autograd.
+
+Importing this module needs no Triton, which is imported on the first launch.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ class HeadGradients(NamedTuple):
 
 
 def rotate(query: Tensor, key: Tensor, prep: QKPrep) -> tuple[Tensor, Tensor]:
-    """Both prepared, contiguous. No gradient reaches positions and frequencies."""
+    """Query and key, normalised and rotated, contiguous. Positions and frequencies get no gradient."""
     heads = Heads(last_contiguous(query), last_contiguous(key))
     if is_tracked((query, key, prep.query_gain, prep.key_gain)):
         plain = not torch.compiler.is_compiling() and not is_transformed()
