@@ -24,7 +24,7 @@ class Kernel:
     """forward, backward_query (dQ), backward_key (dK and dV) or backward_registers (gradients of additional keys)."""
     name: str
     settings: tuple[tuple[str, Any], ...]
-    """Tiles and options by name. Sizes are ``t, h, w`` in tokens; ``pack`` is the query heads of a program."""
+    """Tiles and options by name. Sizes are ``t, h, w`` in tokens; ``pack`` is the number of heads a program."""
     passed_over: tuple[tuple[str, str], ...]
     """Kernels that were considered before this one, each with the reason why it does not compute the call."""
 

@@ -43,9 +43,9 @@ GLUON_GAP = gluon_gap()
 if TYPE_CHECKING or GLUON_GAP is None:  # only a missing Gluon leaves these modules out; other import errors are raised
     from .sm90 import large_backward, large_forward, small_backward, small_forward, small_forward_rolling
 
-# A window is large from so many key elements a head on: 256 keys of head dim 128, 512 keys of 64.
+# Key elements of a head from which on a window is large: 256 keys of head dim 128, or 512 keys of 64.
 NUMBERS = 2**15
-# With registers it is large from so many on, as these take a second launch that reads and writes the output once more.
+# The same with registers, which take a second launch that reads and writes the output once more.
 REGISTERED = 2**18
 # Query rows from which on a call with a small window is large enough to hide launch overhead.
 LEAST_ROWS = 2**18

@@ -60,7 +60,7 @@ class Launcher:
 
 
 class Plan(NamedTuple):
-    """How a portable kernel computes a call."""
+    """The tile configuration of a portable kernel for a call, and its launcher."""
 
     config: Any
     """Tiles and options, for :func:`natten_layers.explain`."""

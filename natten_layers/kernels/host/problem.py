@@ -41,7 +41,7 @@ def layout(tensor: Tensor) -> Layout:
 
 
 def strides(tensor: Layout) -> tuple[int, ...]:
-    """``(batch, t, h, w, head)`` of ``[B, *spatial, H, D]``."""
+    """Strides ``(batch, t, h, w, head)`` of a tensor ``[B, *spatial, H, D]``."""
     return tensor.stride[0], *three_axes(tensor.stride[1:-2], 0), tensor.stride[-2]
 
 
@@ -62,7 +62,7 @@ def in_units(strides: Iterable[Sequence[int]], unit: int) -> tuple[tuple[int, ..
 
 
 def register_strides(tensor: Layout | None) -> tuple[int, ...]:
-    """``(batch, register, head)`` of ``[B, R, H, D]``."""
+    """Strides ``(batch, register, head)`` of registers ``[B, R, H, D]``; zeros if there are none."""
     return (0, 0, 0) if tensor is None else tensor.stride[:3]
 
 
@@ -181,13 +181,13 @@ class Problem(NamedTuple):
 
     @property
     def geometry(self) -> tuple[Box, Box, Box, Box]:
-        """Lengths, kernel size, stride and dilation of three axes."""
+        """Lengths, kernel sizes, strides and dilations of three axes."""
         kernel_size, stride, dilation = (three_axes(x, 1) for x in (self.kernel_size, self.stride, self.dilation))
         return self.lengths, kernel_size, stride, dilation
 
     @property
     def axes(self) -> tuple[Axis, ...]:
-        """Length, kernel size, stride and whether it is causal, of three axes."""
+        """For each of three axes its length, kernel size and stride, and whether it is causal."""
         lengths, kernel_size, stride, _ = self.geometry
         return tuple(zip(lengths, kernel_size, stride, three_axes(self.is_causal, False), strict=True))
 
@@ -309,7 +309,7 @@ class RotationKind(NamedTuple):
 
 
 class QKPrep(NamedTuple):
-    """What is done to queries and keys before attention: normalisation of every head, then RoPE."""
+    """The arguments of what is done to queries and keys before attention: normalisation of every head, then RoPE."""
 
     query_gain: Tensor | None
     """cosine: ``[Hq]`` or None; rms: ``[D]``"""

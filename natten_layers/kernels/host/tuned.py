@@ -44,6 +44,8 @@ Tuned = dict[tuple[Kind, ProblemClass], Launch]
 
 
 class Overrides(NamedTuple):
+    """What :func:`override` replaces."""
+
     launches: Mapping[Kind, Launch] = MappingProxyType({})
     pack: int | None = None
 

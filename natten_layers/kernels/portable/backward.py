@@ -136,6 +136,7 @@ def backward_query_kernel(
     tl.store(Lse + o_row, row_lse, mask=m_rows)
 
     score_scale = scale * LOG2E
+    # As in the forward kernel: scores that are scaled before the mask are not scaled again.
     factor = 1.0 if SCALE_FIRST else score_scale
     b_dq = zero_columns(BM, BD)
     if BR > 0:

@@ -98,9 +98,9 @@ def inverse_norm(x, eps, D: tl.constexpr, NORM: tl.constexpr):
 def cos_sin(angle):
     """Cosine and sine in fp32, accurate to about two roundings for angles up to millions of radians.
 
-    CUDA's functions have a branch for huge angles whose tables take more registers than the rest of the kernel. Instead
-    multiples of pi / 2 are subtracted in fp64, and polynomials for the rest, ``|r| <= pi / 4``, are those of Moshier's
-    Cephes library.
+    CUDA's functions have a branch for huge angles, whose tables take more hardware registers than the rest of the
+    kernel. So multiples of pi / 2 are subtracted in fp64 instead; the polynomials for the rest, ``|r| <= pi / 4``, are
+    those of Moshier's Cephes library.
     """
     quarter = tl.floor(angle * 0.6366197723675814 + 0.5)
     r = (angle.to(tl.float64) - quarter.to(tl.float64) * 1.5707963267948966).to(tl.float32)
@@ -163,6 +163,7 @@ def turn_tile(
     AXES: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, BP: tl.constexpr, T: tl.constexpr,
     NORM: tl.constexpr, BY_HEAD: tl.constexpr,
 ):  # fmt: skip
+    """Normalise and rotate a tile of tokens of one ``outer``, for a run of its items."""
     _, _, o_token, m_token, i_item, count = program_share(tokens, outers, items, run, T)
     i_freq = i_outer // group if BY_HEAD else 0
     cos, sin = rotation_of(Positions, Freqs, o_token, m_token, i_freq, factor, AXES, PAIRS, T, BP)
