@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
+import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["readable_as_usual", "replacing"]
+from safetensors import SafetensorError
+
+__all__ = ["leftovers", "readable_as_usual", "replacing"]
 
 
 @contextmanager
@@ -15,16 +19,45 @@ def replacing(path: Path) -> Iterator[Path]:
     """A path to write to beside ``path``, which it replaces if all went well: a failure leaves the old file whole.
 
     Makes the folder where it is missing. The suffix stays, for writers that look at it. Who may read the file is what
-    the user's umask says, also where a writer is stricter, as safetensors is.
+    the user's umask says, also where a writer is stricter, as safetensors is. Every call has a path of its own, so
+    that threads and processes may save one file at the same time: the last one to end wins.
+
+    Raises:
+        OSError: the file cannot be written, be it that the disk is full; the message names ``path``.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.tmp{path.suffix}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with readable_as_usual(temporary):
             yield temporary
+        _sync(temporary)  # else a power cut could leave the name with nothing behind it
         os.replace(temporary, path)
+        with suppress(OSError):  # not every file system lets a folder be opened; the file itself is safe
+            _sync(path.parent)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' words for a full disk
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise OSError(f"cannot write {path}: {reason}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def leftovers(folder: Path) -> Iterator[tuple[Path, str]]:
+    """What :func:`replacing` began to write in ``folder`` and was killed over, each with the name that it was to have.
+
+    Some of it may be a file that another process writes right now.
+    """
+    for path in folder.glob(".*.tmp*"):
+        if match := re.fullmatch(r"\.(.+)\.[0-9a-f]{8}\.tmp(\.[^.]+)?", path.name):
+            yield path, match[1] + (match[2] or "")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
