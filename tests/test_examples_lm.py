@@ -79,7 +79,7 @@ def test_resuming_equals_not_stopping(flags: list[str], tmp_path: Path, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train_step", interrupted)
-        assert train_lm.main(flags) == 0
+        assert train_lm.main(flags) == 130
     assert saved(tmp_path / "run")["step"] == 4
     assert train_lm.main([*flags, "--resume"]) == 0
     expected, got = saved(tmp_path / "whole"), saved(tmp_path / "run")
@@ -174,7 +174,7 @@ def test_config_file_and_flags(flags: list[str], tmp_path: Path) -> None:
     ],
 )
 def test_bad_flags(flags: list[str], change: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train_lm.main([*flags, *change]) == 1
+    assert train_lm.main([*flags, *change]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -184,9 +184,9 @@ def test_what_is_there_is_kept(
     assert train_lm.main(flags) == 0
     checkpoint = tmp_path / "run" / "checkpoint.pt"
     before = checkpoint.read_bytes()
-    assert train_lm.main(flags) == 1
+    assert train_lm.main(flags) == 2
     assert "exists: go on from it with --resume" in capsys.readouterr().err
-    assert train_lm.main([*flags, "--resume", "--sink", "none"]) == 1
+    assert train_lm.main([*flags, "--resume", "--sink", "none"]) == 2
     assert "sink is zero there, None here" in capsys.readouterr().err
 
     def full_disk(_: object, path: Path) -> None:
@@ -195,12 +195,12 @@ def test_what_is_there_is_kept(
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full_disk)
-        assert train_lm.main([*flags, "--resume", "--steps", "7"]) == 1
+        assert train_lm.main([*flags, "--resume", "--steps", "7"]) == 2
     assert f"cannot write {checkpoint}" in capsys.readouterr().err
     assert checkpoint.read_bytes() == before
     assert not list(checkpoint.parent.glob(".*"))
     checkpoint.write_bytes(before[:1000])
-    assert train_lm.main([*flags, "--resume"]) == 1
+    assert train_lm.main([*flags, "--resume"]) == 2
     assert "is damaged" in capsys.readouterr().err
 
 
@@ -231,12 +231,12 @@ def test_generate_with_a_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="a"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     DecoderLM(DecoderLMConfig(**{**vars(TINY), "vocab_size": 3})).save_pretrained(tmp_path)
-    assert generate.main([str(tmp_path), "--prompt", "a b"]) == 1
+    assert generate.main([str(tmp_path), "--prompt", "a b"]) == 2
     assert "tokenizer.json does not exist" in capsys.readouterr().err
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     assert generate.main([str(tmp_path), "--prompt", "a b", "--tokens", "4", "--device", "cpu"]) == 0
     assert len(capsys.readouterr().out.split()) >= 5
-    assert generate.main([str(tmp_path), "--prompt", ""]) == 1
+    assert generate.main([str(tmp_path), "--prompt", ""]) == 2
 
 
 @pytest.mark.parametrize(
@@ -248,10 +248,10 @@ def test_generate_with_a_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture
     ],
 )
 def test_generate_refuses(options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert generate.main([str(tmp_path), *options]) == 1
+    assert generate.main([str(tmp_path), *options]) == 2
     assert "config.json does not exist" in capsys.readouterr().err
     DecoderLM(TINY).save_pretrained(tmp_path)
-    assert generate.main([str(tmp_path), "--device", "cpu", *options]) == 1
+    assert generate.main([str(tmp_path), "--device", "cpu", *options]) == 2
     assert message in capsys.readouterr().err
 
 
