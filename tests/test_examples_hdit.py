@@ -851,6 +851,27 @@ def test_what_a_config_lacks_is_named(
     assert message in error
 
 
+def test_convert_answers_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [str(tmp_path / "nowhere.safetensors"), str(tmp_path / "x.safetensors"), "--group-size", "2"]
+    with pytest.raises(SystemExit, match="1"):
+        convert.main(command)
+    assert "nowhere.safetensors" in capsys.readouterr().err
+
+    def fail(error: BaseException) -> Any:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(convert, "convert_file", lambda *_: fail(RuntimeError("no\nmemory\n")))
+        with pytest.raises(SystemExit, match="1"):
+            convert.main(command)
+        assert capsys.readouterr().err.endswith("error: no memory\n")
+        patch.setattr(convert, "convert_file", lambda *_: fail(KeyboardInterrupt()))
+        assert convert.main(command) == 130
+    assert not list(tmp_path.iterdir())
+
+
 @contextmanager
 def small_disk(size: int) -> Iterator[None]:
     """No file can grow beyond ``size`` bytes, as on a full disk."""
