@@ -531,6 +531,8 @@ def test_a_kill_during_the_last_save_loses_nothing(config: Path, monkeypatch: py
         patch.setattr(owner, where, killed)
         with pytest.raises(SystemExit):
             train(config, "killed", "--end-step", "4")
+    state = json.loads((config.parent / "killed_state.json").read_text())
+    assert state == {"latest_checkpoint": "killed_00000002.pth"}  # until all that belongs to the newer one is there
     left = [config.parent / name for name in (".killed_00000004.0123abcd.tmp.pth", ".killed.89abcdef.tmp.safetensors")]
     others = [
         config.parent / name for name in (".killed_2_00000004.0123abcd.tmp.pth", ".kill.89abcdef.tmp.safetensors")
@@ -803,7 +805,17 @@ def test_a_run_with_workers_ends_with_the_name_of_an_image_that_breaks(
     flags = ["--config", str(config), "--name", str(config.parent / "a"), "--device", "cpu", "--num-workers", "2"]
     command = [sys.executable, str(EXAMPLES / "train_hdit.py"), *flags, "--data", str(folder), "--save-every", "100000"]
     pipe = subprocess.PIPE
-    process = subprocess.Popen(command, text=True, env=ENVIRONMENT, stdout=pipe, stderr=pipe)
+    process = subprocess.Popen(command, start_new_session=True, text=True, env=ENVIRONMENT, stdout=pipe, stderr=pipe)
+    try:
+        check_a_run_with_workers(config, process, folder)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+    assert "another process is training" in capsys.readouterr().err
+
+
+def check_a_run_with_workers(config: Path, process: subprocess.Popen[str], folder: Path) -> None:
     path, deadline = config.parent / "a_metrics.csv", time.monotonic() + 120
 
     def wait_for_steps(count: int) -> None:
@@ -815,7 +827,6 @@ def test_a_run_with_workers_ends_with_the_name_of_an_image_that_breaks(
 
     wait_for_steps(3)
     assert train(config, "a", "--end-step", "1") == 2
-    assert "another process is training" in capsys.readouterr().err
     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     assert len(workers) >= 2
     for worker in workers:
@@ -828,6 +839,7 @@ def test_a_run_with_workers_ends_with_the_name_of_an_image_that_breaks(
     output, error = process.communicate(timeout=60)
     assert process.returncode == 2, (output, error)
     assert f"error: {folder / '1.jpg'} cannot be read as an image" in error.splitlines()[-1]
+    assert "stopping" not in error  # as a worker would say that answers for the run
     assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
 
 
