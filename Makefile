@@ -9,11 +9,11 @@ TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
-SOURCES := natten_layers examples benchmarks tests
+SOURCES := natten_layers examples benchmarks tests docs
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint suite windows constraints clean
+.PHONY: help demo test lint docs suite windows constraints clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -24,12 +24,16 @@ demo: $(VENV)/demo.stamp ## Train, sample, save and reload a small HDiT on this 
 	$(BIN)/python examples/train_hdit.py --name $(RUN)/demo
 	$(BIN)/python examples/sample_hdit.py $(RUN)/demo.safetensors --reproduce $(RUN)/demo_samples.png
 
-test: lint suite ## Lint, types and the whole CPU suite
+test: lint docs suite ## Lint, types, the site of the documentation and the whole CPU suite
 
 lint: $(VENV)/test.stamp ## ruff and pyright
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pyright --pythonpath $(BIN)/python
+
+# Strict: a link that leads nowhere, or a name that the reference does not know, is an error.
+docs: $(VENV)/test.stamp ## Build the site of the documentation into site/ (open site/index.html)
+	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --quiet --strict
 
 # One process a core, so each gets one thread: more only fight over the cores. A test that hangs fails, and says where.
 suite: $(VENV)/test.stamp ## The CPU suite alone
@@ -44,7 +48,7 @@ constraints: $(VENV)/test.stamp ## Record the installed versions as the tested s
 	mv constraints.new constraints.txt
 
 clean: ## Remove the environment and caches; runs/ is kept
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) site .pytest_cache .ruff_cache .hypothesis *.egg-info
 
 # torch first and alone: the CPU index holds little else, and an index that cannot be reached costs retries a package.
 $(VENV)/torch.stamp: constraints.txt
@@ -59,6 +63,6 @@ $(VENV)/demo.stamp: $(VENV)/torch.stamp pyproject.toml
 
 # natten's source package imports torch while it builds, and would compile CUDA kernels that the suite does not use.
 $(VENV)/test.stamp: $(VENV)/torch.stamp pyproject.toml
-	$(PIP) --editable '.[examples,test]'
+	$(PIP) --editable '.[examples,test,docs]'
 	CUDA_VISIBLE_DEVICES= $(PIP) --no-build-isolation --editable '.[peers]'
 	touch $@

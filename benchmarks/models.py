@@ -18,7 +18,7 @@ from natten_layers import DecoderLMConfig, Denoiser, HDiT, HDiTConfig, LevelConf
 from natten_layers.arguments import Call
 from natten_layers.modules.llm import DecoderBlock
 from natten_layers.modules.query_key import HeadNorm, normalize_and_rotate
-from natten_layers.modules.rope import Angles, RoPE
+from natten_layers.modules.rope import Angles
 
 from .implementations import HeadsFirst, UnsupportedError, flex_mask
 from .workloads import Workload
@@ -127,14 +127,12 @@ def _decoder_block(sizes: Sizes, device: torch.device, *, registers: int) -> Sub
     block = DecoderBlock(config, sizes.window, device=device, dtype=torch.bfloat16)
     if block.self_attn.registers is not None:
         nn.init.normal_(block.self_attn.registers)
-    rope = RoPE(config.dim, device=device)
     generator = torch.Generator(device).manual_seed(0)
     tokens = torch.randn(1, sizes.tokens, sizes.hidden, device=device, dtype=torch.bfloat16, generator=generator)
 
     def run(model: nn.Module, x: Tensor) -> Tensor:
         positions = torch.arange(x.shape[1], device=device)[None]
-        angles = rope.angles_at(positions, torch.float64 if x.dtype == torch.float64 else torch.float32)
-        return model(x, angles, positions, None, x.shape[1])
+        return model(x, positions, None, x.shape[1])
 
     def output(model: nn.Module, dtype: torch.dtype) -> Tensor:
         return run(model, tokens[:, : sizes.checked_tokens].to(dtype))
@@ -171,12 +169,14 @@ def _behind_rotation(attend: Attend) -> Callable[[Call, HeadNorm | None, Angles 
     """One function for each: a compiled model is compiled anew for another."""
 
     def attend_projected(call: Call, norm: HeadNorm | None, angles: Angles | None) -> Tensor:
-        query, key = normalize_and_rotate(call.query, call.key, norm, angles)
-        w = call.window
+        inputs, w = call.inputs, call.window
+        sink = call.options.sink_value if inputs.sink is None else inputs.sink
+        query, key = normalize_and_rotate(inputs.query, inputs.key, norm, angles)
         return attend(
-            query, key, call.value, w.kernel_size, stride=w.stride, dilation=w.dilation, is_causal=w.is_causal,
-            scale=call.scale, additional_keys=call.additional_keys, additional_values=call.additional_values,
-            sink=call.sink,
+            query, key, inputs.value, w.kernel_size, stride=w.stride, dilation=w.dilation, is_causal=w.is_causal,
+            scale=call.options.scale, additional_keys=inputs.additional_keys,
+            additional_values=inputs.additional_values,
+            sink=sink,
         )  # fmt: skip
 
     return attend_projected

@@ -25,8 +25,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from natten_layers.checkpoints import hdit_name, load_plain
-from natten_layers.files import leftovers, replacing
+from natten_layers.io.checkpoints import hdit_name, load_plain
+from natten_layers.io.files import leftovers, replacing
 from parallel import Processes, local
 from running import one_line, running_alone
 

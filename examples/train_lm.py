@@ -31,8 +31,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from checkpointing import check_finite
-from natten_layers import hf
-from natten_layers.files import leftovers, replacing
+from natten_layers.io import hf
+from natten_layers.io.files import leftovers, replacing
 from natten_layers.modules.llm import DecoderLM, DecoderLMConfig
 from parallel import Processes
 from running import SIGNALS_HELP, Signals, check_device, one_line, run_command, running_alone
@@ -358,11 +358,17 @@ class Trainer:
         tqdm.write("\n".join(lines))
 
 
+def remove_leftovers(out: Path) -> None:
+    """What a run that was killed left half written; the run holds the lock of ``out``."""
+    temporary = [path for folder in (out, out / "model") for path, _ in leftovers(folder)]
+    for path in (*temporary, *(out / "model").glob(".*.partial")):  # the latter are hf.save's
+        path.unlink()
+
+
 def run(args: argparse.Namespace, processes: Processes) -> int:
     with running_alone(args.out / "lock", str(args.out)) if processes.first else nullcontext():
         if processes.first:
-            for path in (*leftovers(args.out), *leftovers(args.out / "model")):
-                path[0].unlink()
+            remove_leftovers(args.out)
         trainer = Trainer(args, processes)
         if processes.first:
             count = sum(p.numel() for p in trainer.model.parameters())

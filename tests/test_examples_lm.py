@@ -140,7 +140,7 @@ def test_a_kill_while_the_last_model_is_written(
         with pytest.raises(SystemExit):
             train_lm.main(flags)
     assert saved(out)["step"] == 3
-    left = [out / ".checkpoint.0123abcd.tmp.pt", out / "model" / ".model.0123abcd.tmp.safetensors"]
+    left = [out / ".checkpoint.0123abcd.tmp.pt", out / "model" / ".model.safetensors.partial"]
     for path in left:
         path.write_bytes(b"half")
     assert train_lm.main([*flags, "--resume"]) == 0

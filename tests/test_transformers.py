@@ -17,12 +17,13 @@ from torch import Tensor
 
 transformers = pytest.importorskip("transformers")
 
+from helpers import error  # noqa: E402
 from transformers.masking_utils import create_masks_for_generate  # noqa: E402
 
 from natten_layers.integrations import transformers as plugin  # noqa: E402
 
 WINDOW = 5
-TOLERANCE = 1e-5  # relative to the largest reference value, fp32
+TOLERANCE = 1e-5  # relative, fp32
 FP64_TOLERANCE = 1e-12
 SMALL: dict[str, Any] = {
     "vocab_size": 61,
@@ -77,11 +78,6 @@ def padding_mask(kind: str, batch: int = 2, length: int = 11) -> Tensor:
     for row, columns in PADDING[kind]:
         mask[row, columns] = 0
     return mask
-
-
-def error(actual: Tensor, expected: Tensor) -> float:
-    scale = expected.abs().max()
-    return float((actual - expected).abs().max() / scale) if scale else float(actual.abs().max())
 
 
 def reference_for(family: str) -> str:

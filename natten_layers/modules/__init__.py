@@ -1,23 +1,26 @@
 """Layers and models built on neighborhood attention."""
 
 from .attention import NeighborhoodGQA
+from .cache import Cache
 from .denoiser import Denoiser
-from .feed_forward import GEGLU
+from .feed_forward import GEGLU, GatedFeedForward
 from .hdit import HDiT
 from .hdit_config import HDiTConfig, LevelConfig
 from .llm import DecoderLM
 from .llm_config import DecoderLMConfig
 from .natten import NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D, na1d, na2d, na3d
 from .norm import AdaRMSNorm, RMSNorm
-from .rope import AxialRoPE, RoPE, make_axial_pos
+from .rope import AxialRoPE, Positions, RoPE, make_axial_pos
 
 __all__ = [
     "GEGLU",
     "AdaRMSNorm",
     "AxialRoPE",
+    "Cache",
     "DecoderLM",
     "DecoderLMConfig",
     "Denoiser",
+    "GatedFeedForward",
     "HDiT",
     "HDiTConfig",
     "LevelConfig",
@@ -25,6 +28,7 @@ __all__ = [
     "NeighborhoodAttention2D",
     "NeighborhoodAttention3D",
     "NeighborhoodGQA",
+    "Positions",
     "RMSNorm",
     "RoPE",
     "make_axial_pos",

@@ -8,14 +8,15 @@ from numbers import Integral
 from typing import Literal, NamedTuple, TypeVar
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
-from ..arguments import prepare
+from ..arguments import check_dense, prepare
 from ..functional import neighborhood_attention
 from ..geometry import make_window, normalise_axes
 from .norm import RMSNorm
-from .query_key import HeadNorm, attend_projected, normalize_and_rotate
-from .rope import Angles, angles_of
+from .query_key import HeadNorm, attend_projected, call_watched, normalize_and_rotate
+from .rope import Angles, Positions, Rotary
 
 __all__ = ["Heads", "NeighborhoodGQA", "Projected"]
 
@@ -68,6 +69,7 @@ class NeighborhoodGQA(nn.Module):
             both rotated.
         qk_norm: "cosine" makes the scores cosines times the parameter ``qk_scale [num_heads]``, which starts at 10;
             "rms" gives query and key heads an RMS norm with weights (``q_norm``, ``k_norm``). Both precede ``rope``.
+        dropout: probability with which an element of the attention's result is dropped before ``proj`` in training.
         qkv_bias, out_bias: give the projections a bias.
         scale: factor on the scores, default ``head_dim ** -0.5``, and 1 with cosine normalisation.
 
@@ -94,6 +96,7 @@ class NeighborhoodGQA(nn.Module):
         sink: Literal["zero", "learned"] | None = None,
         rope: nn.Module | None = None,
         qk_norm: Literal["cosine", "rms"] | None = None,
+        dropout: float = 0.0,
         qkv_bias: bool = True,
         out_bias: bool = True,
         scale: float | None = None,
@@ -135,19 +138,28 @@ class NeighborhoodGQA(nn.Module):
         rows = (num_heads + 2 * num_kv_heads) * self.head_dim
         self.qkv = nn.Linear(embed_dim, rows, bias=qkv_bias, device=device, dtype=dtype)
         self.proj = nn.Linear(num_heads * self.head_dim, embed_dim, bias=out_bias, device=device, dtype=dtype)
+        self.dropout = nn.Dropout(dropout)
         self.rope = rope
         self.registers = parameter(num_registers, embed_dim) if num_registers else None
         self.sink = parameter(num_heads) if sink == "learned" else 0.0 if sink == "zero" else None
         self.qk_scale = parameter(num_heads) if qk_norm == "cosine" else None
         self.q_norm = RMSNorm(self.head_dim, device=device, dtype=dtype) if qk_norm == "rms" else None
         self.k_norm = RMSNorm(self.head_dim, device=device, dtype=dtype) if qk_norm == "rms" else None
-        self.reset_parameters()
+        self._reset_own_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise all parameters anew, except those of ``rope``, which other layers may share."""
+        """Initialise all parameters anew, except those of a ``rope`` of another package, which layers may share.
+
+        Constants are set too, so that all is as the constructor leaves it.
+        """
         for layer in (self.qkv, self.proj, self.q_norm, self.k_norm):
             if layer is not None:
                 layer.reset_parameters()
+        if isinstance(self.rope, Rotary):
+            self.rope.reset_parameters()
+        self._reset_own_parameters()
+
+    def _reset_own_parameters(self) -> None:
         if self.registers is not None:
             nn.init.normal_(self.registers, std=0.02)
         if isinstance(self.sink, nn.Parameter):
@@ -173,13 +185,14 @@ class NeighborhoodGQA(nn.Module):
         return ", ".join([str(self.embed_dim), str(self.num_heads), f"kernel_size={self.kernel_size}", *chosen])
 
     def forward(
-        self, x: Tensor, *, positions: Tensor | None = None, registers: Tensor | None = None
+        self, x: Tensor, *, positions: Tensor | Positions | None = None, registers: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attend from every token.
 
         Args:
             x: ``[B, *spatial, embed_dim]``.
-            positions: handed to ``rope``, in the form that it takes.
+            positions: handed to ``rope``, in the form that it takes. :class:`Positions` keeps mixed-precision policies
+                from casting them on the way here.
             registers: register tokens of the stream, ``[B, R, embed_dim]``. They follow the module's own, if it has
                 any.
 
@@ -191,18 +204,21 @@ class NeighborhoodGQA(nn.Module):
             ValueError: an argument does not fit; the message names it and the values.
         """
         tokens, registers = self.attend(x, positions=positions, registers=registers)
-        return self.proj(tokens) if registers is None else (self.proj(tokens), self.proj(registers))
+        tokens = self.proj(self.dropout(tokens))
+        return tokens if registers is None else (tokens, self.proj(self.dropout(registers)))
 
     def attend(
-        self, x: Tensor, *, positions: Tensor | None = None, registers: Tensor | None = None
+        self, x: Tensor, *, positions: Tensor | Positions | None = None, registers: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """:meth:`forward` up to the input of ``proj``: ``[B, *spatial, Hq * D]``, and ``[B, R, Hq * D]`` or None."""
+        """:meth:`forward` up to ``dropout`` and ``proj``: ``[B, *spatial, Hq * D]``, and ``[B, R, Hq * D]`` or None."""
+        check_dense("x", x)
         if x.ndim not in (3, 4, 5) or x.shape[-1] != self.embed_dim:
             raise ValueError(
                 f"x has shape {tuple(x.shape)}; expected [B, *spatial, {self.embed_dim}] with 1 to 3 spatial axes"
             )
         if positions is not None and self.rope is None:
             raise ValueError("positions were given, but the layer has no rope to use them")
+        positions = positions.tensor if isinstance(positions, Positions) else positions
         projected = self._project(x, self.rope, positions)
         extra = self._register_heads(x, registers)
         if not self.registers_attend:
@@ -212,24 +228,17 @@ class NeighborhoodGQA(nn.Module):
         return tokens.flatten(-2), self._attend_from_registers(heads, extra).flatten(-2)
 
     def _project(self, tokens: Tensor, rope: nn.Module | None = None, positions: Tensor | None = None) -> Projected:
-        """Views of one projection, unless ``rope`` has to be called, which gives new query and key."""
+        """Views of one projection, unless norms or ``rope`` have to be called, which gives new query and key."""
         counts = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         query, key, value = self.qkv(tokens).unflatten(-1, (-1, self.head_dim)).split(counts, -2)
-        angles = None if rope is None else angles_of(rope, query, key, positions)
-        projected = Projected(Heads(query, key, value), self._head_norm(), angles)
-        if rope is None or angles is not None:
-            return projected
-        query, key, value = projected.prepared()
-        query, key = rope(query, key, positions)
-        return Projected(Heads(query, key, value))
+        query, key, norm, angles = call_watched(query, key, self._head_norm(), rope, positions)
+        return Projected(Heads(query, key, value), norm, angles)
 
-    def _head_norm(self) -> HeadNorm | None:
+    def _head_norm(self) -> HeadNorm | tuple[nn.Module, nn.Module] | None:
         if self.qk_scale is not None:
             # All of the temperature on the query: a shared key cannot hold that of every head of its group.
             return HeadNorm("cosine", self.qk_scale, None)
-        if self.q_norm is not None and self.k_norm is not None:
-            return HeadNorm("rms", self.q_norm.gain(), self.k_norm.gain())
-        return None
+        return None if self.q_norm is None or self.k_norm is None else (self.q_norm, self.k_norm)
 
     def _register_heads(self, x: Tensor, registers: Tensor | None) -> Heads | None:
         if registers is not None and (registers.ndim != 3 or registers.shape[::2] != (x.shape[0], self.embed_dim)):
@@ -268,8 +277,8 @@ class NeighborhoodGQA(nn.Module):
             value,
             (query.shape[1],),
             scale=self.scale,
-            additional_keys=heads.key.flatten(1, -3),
-            additional_values=heads.value.flatten(1, -3),
+            additional_keys=rearrange(heads.key, "b ... heads dim -> b (...) heads dim"),
+            additional_values=rearrange(heads.value, "b ... heads dim -> b (...) heads dim"),
             sink=self.sink,
         )
 

@@ -7,6 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .base import at_least_fp32, reset_children
+
 __all__ = ["Denoiser"]
 
 
@@ -42,6 +44,10 @@ class Denoiser(nn.Module):
             raise ValueError(f"{type(model).__name__} has no config with a sigma_data; give sigma_data")
         self.model, self.sigma_data, self.weighting = model, float(sigma_data), weighting
 
+    def reset_parameters(self) -> None:
+        """Initialise the network anew."""
+        reset_children(self)
+
     def extra_repr(self) -> str:
         return f"sigma_data={self.sigma_data}, weighting={self.weighting!r}"
 
@@ -60,7 +66,7 @@ class Denoiser(nn.Module):
         Returns:
             ``[B, C, H, W]`` in ``x``'s dtype.
         """
-        c_skip, c_out, c_in = (_per_image(c, x) for c in self.scalings(sigma.to(_at_least_fp32(x))))
+        c_skip, c_out, c_in = (_per_image(c, x) for c in self.scalings(sigma.to(at_least_fp32(x.dtype))))
         return (self.model((x * c_in).to(x.dtype), sigma, **conditions) * c_out + x * c_skip).to(x.dtype)
 
     def loss(self, x: Tensor, noise: Tensor, sigma: Tensor, **conditions: Tensor | None) -> Tensor:
@@ -74,7 +80,7 @@ class Denoiser(nn.Module):
         Returns:
             ``[B]``
         """
-        sigma = sigma.to(_at_least_fp32(x))
+        sigma = sigma.to(at_least_fp32(x.dtype))
         c_skip, c_out, c_in = (_per_image(c, x) for c in self.scalings(sigma))
         noised = x + noise * _per_image(sigma, x)
         target = (x - c_skip * noised) / c_out
@@ -97,9 +103,5 @@ class Denoiser(nn.Module):
         return torch.ones_like(sigma)
 
 
-def _at_least_fp32(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 def _per_image(c: Tensor, x: Tensor) -> Tensor:
-    return c.view(-1, *(1,) * (x.ndim - 1))
+    return c.view(c.numel(), *(1,) * (x.ndim - 1))

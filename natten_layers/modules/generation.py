@@ -14,7 +14,7 @@ from .cache import Cache
 if TYPE_CHECKING:
     from .llm import DecoderLM
 
-__all__ = ["generate", "sample", "text_first"]
+__all__ = ["generate", "longest_of", "sample", "text_first"]
 
 
 @torch.no_grad()
@@ -60,12 +60,13 @@ def generate(
     for name, value in (("max_new_tokens", max_new_tokens), ("prefill_chunk", prefill_chunk)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    longest = input_ids.shape[1] if attention_mask is None else int((attention_mask != 0).sum(1).max())
-    model.check_length(longest + max_new_tokens)
+    longest = input_ids.shape[1] if attention_mask is None else longest_of((attention_mask != 0).sum(1))
+    model.model.check_length(longest + max_new_tokens)
     if isinstance(generator, int):
         generator = torch.Generator(input_ids.device).manual_seed(generator)
     stops = input_ids.new_tensor(list(model.config.stop_tokens if stop_tokens is None else stop_tokens))
-    cache = model.make_cache(len(input_ids), max_length=input_ids.shape[1] + max_new_tokens)
+    longest = input_ids.shape[1] + max_new_tokens
+    cache = model.make_cache(len(input_ids), max_length=longest, device=input_ids.device)
     logits = _prefill(model, input_ids, attention_mask, cache, prefill_chunk)
     step = one_token(model, cache, cuda_graph=cuda_graph)
     ended = torch.zeros_like(input_ids[:, 0], dtype=torch.bool)
@@ -92,7 +93,7 @@ def one_token(model: DecoderLM, cache: Cache, *, cuda_graph: bool = True) -> Cal
 
 
 def _next(model: DecoderLM, cache: Cache, token: Tensor) -> Tensor:
-    return model.logits(model.hidden(token[:, None], None, cache)[:, -1])
+    return model(token[:, None], cache=cache)[:, -1]
 
 
 class Recorded:
@@ -123,7 +124,7 @@ class Recorded:
                 raise RuntimeError(f"the model cannot be recorded, pass cuda_graph=False: {error}") from error
         else:  # what the recorded call did on the host
             self.cache.longest += 1
-            self.model.check_length(self.cache.longest)
+            self.model.model.check_length(self.cache.longest)
         self.graph.replay()
         assert self.logits is not None
         return self.logits.clone()
@@ -138,18 +139,19 @@ def _prefill(model: DecoderLM, input_ids: Tensor, attention_mask: Tensor | None,
         last = mask.sum(1) - 1
         if bool((last < 0).any()):
             raise ValueError("attention_mask has a row without any text")
-        longest = int(last.max()) + 1
+        longest = longest_of(last) + 1
         input_ids, mask = input_ids.gather(1, order)[:, :longest], mask[:, :longest]
     end: Tensor | None = None
     for start in range(0, input_ids.shape[1], chunk):
         stop = start + chunk
-        hidden = model.hidden(input_ids[:, start:stop], None if mask is None else mask[:, start:stop], cache)
-        index = (last - start).clamp(0, hidden.shape[1] - 1)
-        candidate = hidden[torch.arange(len(hidden), device=hidden.device), index]
+        part = input_ids[:, start:stop]
+        index = (last - start).clamp(0, part.shape[1] - 1)
+        text = None if mask is None else mask[:, start:stop]
+        candidate = model(part, attention_mask=text, cache=cache, logits_at=index)
         # Rows whose prompt ended in an earlier chunk keep what they had.
         end = candidate if end is None else torch.where((last >= start)[:, None], candidate, end)
     assert end is not None
-    return model.logits(end)
+    return end
 
 
 def sample(
@@ -193,6 +195,11 @@ def sample(
         probabilities = probabilities.masked_fill(before >= top_p, 0.0)  # the likeliest has nothing before it
     drawn = torch.multinomial(probabilities, 1, generator=generator)
     return tokens.gather(-1, drawn)[:, 0]
+
+
+def longest_of(lengths: Tensor) -> int:
+    """The largest of ``lengths [B]``, for which the device is waited for; 0 of an empty batch."""
+    return int(lengths.max()) if len(lengths) else 0
 
 
 def text_first(attention_mask: Tensor) -> tuple[Tensor, Tensor]:

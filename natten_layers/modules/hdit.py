@@ -2,7 +2,7 @@
 
 Pixel-space diffusion at a cost linear in the number of pixels: fine levels attend in neighborhoods, the coarsest one
 globally. With the options of this library at their defaults it is k-diffusion's ``image_transformer_v2``, weight for
-weight; :mod:`natten_layers.checkpoints` reads and writes that format.
+weight; :mod:`natten_layers.io.checkpoints` reads and writes that format.
 
 Tensors are heads-last and channels-last inside: ``x [B, h, w, C]``, ``pos [h, w, 2]``, ``cond [B, mapping_width]``.
 """
@@ -17,16 +17,21 @@ from os import PathLike
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .. import checkpoints
 from ..functional import neighborhood_attention
+from ..io import checkpoints
+from ..io.files import naming
+from ..io.tensors import make_on_meta
+from ..kernels.ops.define import is_transformed
 from .attention import Heads, NeighborhoodGQA, Projected
+from .base import Constants, at_least_fp32, default_dtype, reset_children
 from .feed_forward import GEGLU
 from .hdit_config import HDiTConfig, LevelConfig
 from .norm import AdaRMSNorm, RMSNorm
-from .rope import AxialRoPE, make_axial_pos
+from .rope import AxialRoPE, Positions, make_axial_pos
 
 __all__ = ["HDiT"]
 
@@ -36,8 +41,11 @@ AUG_FEATURES = 9  # of k-diffusion's augmentation pipeline
 # --- Parts
 
 
-class FourierFeatures(nn.Module):
-    """``cat(cos, sin)(2 pi x W^T)`` with fixed random frequencies ``weight [out_features / 2, in_features]``."""
+class FourierFeatures(Constants):
+    """``cat(cos, sin)(2 pi x W^T)`` with fixed random frequencies ``weight [out_features / 2, in_features]``.
+
+    Angles are of several turns, so all is computed in fp32 or better: bf16 would be off by a tenth of a radian.
+    """
 
     weight: Tensor
 
@@ -45,18 +53,17 @@ class FourierFeatures(nn.Module):
         super().__init__()
         if out_features % 2:
             raise ValueError(f"mapping_width must be even, got {out_features}")
-        self.register_buffer("weight", torch.randn(out_features // 2, in_features))
+        self.register_buffer("weight", torch.randn(out_features // 2, in_features, dtype=default_dtype()))
+
+    def reset_parameters(self) -> None:
+        self.weight.normal_()
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        angle = 2 * math.pi * x.to(wide) @ self.weight.to(wide).T
+        wide = at_least_fp32(x.dtype)
+        turns = 2 * math.pi * x.to(wide)[..., None, :] * self.weight.to(wide)  # [..., out_features / 2, in_features]
+        # Not a matrix product: autocast would compute that in half precision, and torch's switches in TF32.
+        angle = turns.sum(-1)
         return torch.cat((angle.cos(), angle.sin()), -1)
-
-
-def _shuffle(x: Tensor, patch_size: tuple[int, int]) -> Tensor:
-    """Spread features over pixels: ``[B, H, W, h w C]`` to ``[B, H h, W w, C]``."""
-    patches = x.unflatten(-1, (*patch_size, -1))  # [B, H, W, h, w, C]
-    return patches.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
 class TokenMerge(nn.Module):
@@ -69,8 +76,7 @@ class TokenMerge(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h, w = self.patch_size
-        patches = x.unflatten(2, (-1, w)).unflatten(1, (-1, h))  # [B, H / h, h, W / w, w, C]
-        return self.proj(patches.transpose(2, 3).flatten(3))
+        return self.proj(rearrange(x, "b (rows h) (columns w) c -> b rows columns (h w c)", h=h, w=w))
 
 
 class TokenSplit(nn.Module):
@@ -81,8 +87,12 @@ class TokenSplit(nn.Module):
         self.proj = nn.Linear(in_features, 4 * out_features, bias=False)
         self.fac = nn.Parameter(torch.full([1], 0.5))
 
+    def reset_parameters(self) -> None:
+        self.proj.reset_parameters()
+        nn.init.constant_(self.fac, 0.5)
+
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        x = _shuffle(self.proj(x), (2, 2))
+        x = rearrange(self.proj(x), "b rows columns (h w c) -> b (rows h) (columns w) c", h=2, w=2)
         return torch.lerp(skip, x, self.fac.to(x.dtype))
 
 
@@ -95,7 +105,8 @@ class PatchOut(nn.Module):
         self.proj = nn.Linear(in_features, out_features * math.prod(patch_size), bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _shuffle(self.proj(x), self.patch_size)
+        h, w = self.patch_size
+        return rearrange(self.proj(x), "b rows columns (h w c) -> b (rows h) (columns w) c", h=h, w=w)
 
 
 class MappingBlock(nn.Module):
@@ -181,6 +192,7 @@ def _make_attention(level: LevelConfig, index: int) -> NeighborhoodGQA:
         "sink": level.sink,
         "rope": rope,
         "qk_norm": "cosine",
+        "dropout": level.dropout,
         "qkv_bias": False,
         "out_bias": False,
     }
@@ -197,11 +209,9 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.norm = AdaRMSNorm(level.width, cond_dim)
         self.attn = _make_attention(level, index)
-        self.dropout = nn.Dropout(level.dropout)
 
-    def forward(self, x: Tensor, pos: Tensor, cond: Tensor) -> Tensor:
-        mixed, _ = self.attn.attend(self.norm(x, cond), positions=pos)
-        return x + self.attn.proj(self.dropout(mixed))
+    def forward(self, x: Tensor, pos: Positions, cond: Tensor) -> Tensor:
+        return x + self.attn(self.norm(x, cond), positions=pos)
 
 
 class FeedForward(nn.Module):
@@ -221,7 +231,7 @@ class TransformerLayer(nn.Module):
         self.self_attn = SelfAttention(level, cond_dim, index) if level.attention != "none" else None
         self.ff = FeedForward(level, cond_dim)
 
-    def forward(self, x: Tensor, pos: Tensor, cond: Tensor) -> Tensor:
+    def forward(self, x: Tensor, pos: Positions, cond: Tensor) -> Tensor:
         if self.self_attn is not None:
             x = self.self_attn(x, pos, cond)
         return self.ff(x, cond)
@@ -279,6 +289,14 @@ class HDiT(nn.Module):
         self.patch_out = PatchOut(width, config.input_channels, config.patch_size)
         self._zero_outputs()
 
+    def reset_parameters(self) -> None:
+        """Initialise all parameters and constants as the constructor does, e.g. after ``to_empty``.
+
+        To be called on the model, not on each of its modules: it is the model that makes its branches start as zero.
+        """
+        reset_children(self)
+        self._zero_outputs()
+
     def _zero_outputs(self) -> None:
         """Every residual branch, and the model, start as zero."""
         nn.init.zeros_(self.patch_out.proj.weight)
@@ -309,12 +327,9 @@ class HDiT(nn.Module):
         if config is None:
             if described is None:
                 raise ValueError(f"{path} holds no config; give the JSON config of its training as config=")
-            try:
+            with naming(path):
                 config = HDiTConfig.from_json(described)
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from error
-        with torch.device("meta"):
-            model = cls(config)
+        model = make_on_meta(lambda: cls(config), path, layers=config.num_layers, tensors=len(tensors))
         checkpoints.load_tensors(model, tensors, path, dtype)
         return model.eval()
 
@@ -343,7 +358,7 @@ class HDiT(nn.Module):
         Args:
             x: ``[B, input_channels, H, W]``, scaled by the preconditioner. Height and width must be multiples of the
                 patch size times 2 for every merge; nothing ties them to the size trained at.
-            sigma: noise level ``[B]``, positive.
+            sigma: noise level ``[B]``, positive, in fp32 or better: half precision moves its embedding.
             aug_cond: parameters of an augmentation ``[B, 9]``; None is none.
             class_cond: ``[B]`` int64, 0 to ``num_classes``, the last of which is unconditional; given exactly to models
                 with classes. On a GPU an index out of range is torch's device-side assertion: to look at it first would
@@ -358,9 +373,8 @@ class HDiT(nn.Module):
         """
         self._check(x, sigma)
         cond = self._condition(x, sigma, aug_cond, class_cond, mapping_cond)
-        x = self.patch_in(x.movedim(1, -1))
-        angle_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        pos = make_axial_pos(x.shape[1], x.shape[2], dtype=angle_dtype, device=x.device)
+        x = self.patch_in(rearrange(x, "b c h w -> b h w c"))
+        pos = make_axial_pos(x.shape[1], x.shape[2], dtype=at_least_fp32(x.dtype), device=x.device)
 
         skips = []
         for level, merge in zip(self.down_levels, self.merges, strict=True):
@@ -372,13 +386,14 @@ class HDiT(nn.Module):
             reversed(self.up_levels), reversed(self.splits), reversed(skips), strict=True
         ):
             x = self._run(level, split(x, skip), pos, cond)
-        return self.patch_out(self.out_norm(x)).movedim(-1, 1)
+        return rearrange(self.patch_out(self.out_norm(x)), "b h w c -> b c h w")
 
     def _run(self, level: nn.Module, x: Tensor, pos: Tensor, cond: Tensor) -> Tensor:
         assert isinstance(level, nn.ModuleList)
+        positions = Positions(pos)  # a level may be sharded with a policy that casts its arguments
         for layer in level:
             run = partial(checkpoint, layer, use_reentrant=False) if self.checkpointing and self.training else layer
-            x = run(x, pos, cond)
+            x = run(x, positions, cond)
         return x
 
     def _condition(
@@ -389,13 +404,12 @@ class HDiT(nn.Module):
         class_cond: Tensor | None,
         mapping_cond: Tensor | None,
     ) -> Tensor:
-        dtype = self.time_in_proj.weight.dtype
-        c_noise = sigma.to(torch.promote_types(x.dtype, torch.float32)).log() / 4
-        cond = self.time_in_proj(self.time_emb(c_noise[:, None]).to(dtype))
+        c_noise = sigma.to(at_least_fp32(x.dtype)).log() / 4
+        cond = self.time_in_proj(self.time_emb(c_noise[:, None]).to(x.dtype))
         if aug_cond is None:
             aug_cond = x.new_zeros(x.shape[0], AUG_FEATURES)
         _check_condition("aug_cond", aug_cond, (x.shape[0], AUG_FEATURES))
-        cond = cond + self.aug_in_proj(self.aug_emb(aug_cond).to(dtype))
+        cond = cond + self.aug_in_proj(self.aug_emb(aug_cond).to(x.dtype))
         for name, given, module in (
             ("class_cond", class_cond, self.class_emb),
             ("mapping_cond", mapping_cond, self.mapping_cond_in_proj),
@@ -403,22 +417,22 @@ class HDiT(nn.Module):
             if (given is None) != (module is None):
                 raise ValueError(f"this model {'needs' if given is None else 'has no use for'} {name}")
         if self.class_emb is not None and class_cond is not None:
-            self._check_classes(class_cond, x.shape[0])
-            cond = cond + self.class_emb(class_cond)
+            _check_condition("class_cond", class_cond, (x.shape[0],))
+            cond = cond + self._embed_classes(self.class_emb, class_cond)
         if self.mapping_cond_in_proj is not None and mapping_cond is not None:
             _check_condition("mapping_cond", mapping_cond, (x.shape[0], self.config.mapping_cond_dim))
-            cond = cond + self.mapping_cond_in_proj(mapping_cond.to(dtype))
+            cond = cond + self.mapping_cond_in_proj(mapping_cond.to(x.dtype))
         return self.mapping(cond)
 
-    def _check_classes(self, class_cond: Tensor, batch: int) -> None:
-        _check_condition("class_cond", class_cond, (batch,))
-        if class_cond.device.type == "cpu" and not torch.compiler.is_compiling():
-            outside = class_cond[(class_cond < 0) | (class_cond > self.config.num_classes)]
-            if outside.numel():
-                raise ValueError(
-                    f"class_cond holds {outside.tolist()}; classes are 0 to {self.config.num_classes - 1}, "
-                    f"and {self.config.num_classes} is unconditional"
-                )
+    def _embed_classes(self, class_emb: nn.Module, class_cond: Tensor) -> Tensor:
+        try:
+            return class_emb(class_cond)
+        except IndexError as error:  # on a CPU: the embedding has looked at the indices, which nobody else need do
+            last = self.config.num_classes
+            outside = "" if is_transformed() else f" {class_cond[(class_cond < 0) | (class_cond > last)].tolist()}"
+            raise ValueError(
+                f"class_cond holds{outside}; classes are 0 to {last - 1}, and {last} is unconditional"
+            ) from error
 
     def _check(self, x: Tensor, sigma: Tensor) -> None:
         channels = self.config.input_channels
@@ -453,7 +467,7 @@ class HDiT(nn.Module):
 
 def _coarsen(pos: Tensor) -> Tensor:
     """Mean position of each 2 x 2 block: ``[h, w, 2]`` to ``[h / 2, w / 2, 2]``."""
-    return pos.unflatten(1, (-1, 2)).unflatten(0, (-1, 2)).transpose(1, 2).flatten(2, 3).mean(2)
+    return rearrange(pos, "(rows h) (columns w) axes -> rows columns (h w) axes", h=2, w=2).mean(2)
 
 
 def _check_condition(name: str, tensor: Tensor, shape: Sequence[int]) -> None:

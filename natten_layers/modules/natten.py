@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..functional import neighborhood_attention
 from ..geometry import normalise_axes
 from .attention import NeighborhoodGQA
+from .rope import Positions
 
 __all__ = [
     "NeighborhoodAttention1D",
@@ -82,7 +83,12 @@ def _operation(rank: int):
     return na
 
 
-na1d, na2d, na3d = _operation(1), _operation(2), _operation(3)
+na1d = _operation(1)
+"""NATTEN's ``na1d``, for ``query [B, L, heads, head_dim]``: NATTEN's arguments in NATTEN's order."""
+na2d = _operation(2)
+"""NATTEN's ``na2d``, for ``query [B, H, W, heads, head_dim]``: NATTEN's arguments in NATTEN's order."""
+na3d = _operation(3)
+"""NATTEN's ``na3d``, for ``query [B, T, H, W, heads, head_dim]``: NATTEN's arguments in NATTEN's order."""
 
 
 class _NeighborhoodAttention(NeighborhoodGQA):
@@ -126,7 +132,9 @@ class _NeighborhoodAttention(NeighborhoodGQA):
         self.proj_drop = nn.Dropout(proj_drop)
         self.register_load_state_dict_pre_hook(_handle_rpb)
 
-    def forward(self, x: Tensor, *, positions: Tensor | None = None, registers: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, *, positions: Tensor | Positions | None = None, registers: Tensor | None = None
+    ) -> Tensor:
         if x.ndim != self.rank + 2:
             raise ValueError(
                 f"{type(self).__name__} takes [B, {self.rank} spatial axes, {self.embed_dim}], got {tuple(x.shape)}"

@@ -6,11 +6,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .base import at_least_fp32
+
 __all__ = ["AdaRMSNorm", "RMSNorm", "cosine_normalize", "rms_normalize"]
 
 
 def _statistics(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(at_least_fp32(x.dtype))
 
 
 def rms_normalize(x: Tensor, gain: Tensor, eps: float = 1e-6) -> Tensor:
@@ -108,9 +110,10 @@ class AdaRMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.linear = nn.Linear(cond_dim, dim, bias=False, device=device, dtype=dtype)
-        self.reset_parameters()
+        nn.init.zeros_(self.linear.weight)
 
     def reset_parameters(self) -> None:
+        self.linear.reset_parameters()  # draws as many random numbers as the constructor
         nn.init.zeros_(self.linear.weight)
 
     def extra_repr(self) -> str:
@@ -119,4 +122,4 @@ class AdaRMSNorm(nn.Module):
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
         """Normalise ``x [B, *spatial, dim]`` with the gain that ``cond [B, cond_dim]`` asks for."""
         gain = 1 + _statistics(self.linear(cond))
-        return rms_normalize(x, gain.view(gain.shape[0], *(1,) * (x.ndim - 2), -1), self.eps)
+        return rms_normalize(x, gain.view(gain.shape[0], *(1,) * (x.ndim - 2), gain.shape[1]), self.eps)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..arguments import Call
 from ..functional import Impl, attend, takes_fused
+from ..kernels.host.problem import QKPrep
 from ..kernels.ops import attention as attention_ops
 from ..kernels.ops import qk_prep as qk_prep_ops
 from ..kernels.ops import qk_prep_attention as qk_prep_attention_ops
 from ..kernels.ops.define import is_tracked
-from .norm import cosine_normalize, rms_normalize
-from .rope import Angles
+from .base import is_plain
+from .norm import RMSNorm, cosine_normalize, rms_normalize
+from .rope import Angles, angles_of
 
-__all__ = ["HeadNorm", "attend_projected", "normalize_and_rotate"]
+__all__ = ["HeadNorm", "Pending", "attend_projected", "call_watched", "normalize_and_rotate"]
 
 
 class HeadNorm(NamedTuple):
@@ -31,6 +33,66 @@ class HeadNorm(NamedTuple):
             return cosine_normalize(x, gain, self.eps)
         assert gain is not None
         return rms_normalize(x, gain, self.eps)
+
+
+class Pending(NamedTuple):
+    """Query and key heads, and what has yet to be done to them before they are multiplied."""
+
+    query: Tensor
+    key: Tensor
+    norm: HeadNorm | None
+    angles: Angles | None
+
+
+def call_watched(
+    query: Tensor,
+    key: Tensor,
+    norm: HeadNorm | tuple[nn.Module, nn.Module] | None,
+    rope: nn.Module | None,
+    positions: Tensor | None,
+) -> Pending:
+    """Leave normalisation and rotation to the kernels where their modules do what we know and nobody watches them.
+
+    Otherwise, modules are called here: other classes than ours, and those that have hooks.
+
+    Args:
+        norm: of query and key: modules, or what to do.
+        rope: called as ``rope(query, key, positions)``.
+    """
+    if norm is not None and not isinstance(norm, HeadNorm):
+        described = _describe(*norm)
+        if described is None:
+            query, key = norm[0](query), norm[1](key)
+        norm = described
+    if rope is None:
+        return Pending(query, key, norm, None)
+    angles = angles_of(rope, query, key, positions)
+    if angles is None:
+        query, key = _rotated(rope, *normalize_and_rotate(query, key, norm, None), positions)
+        norm = None
+    return Pending(query, key, norm, angles)
+
+
+def _rotated(rope: nn.Module, query: Tensor, key: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What a module that only calling it can tell makes of query and key."""
+    result = rope(query, key, positions)
+    pair = isinstance(result, tuple | list) and len(result) == 2 and all(isinstance(x, Tensor) for x in result)
+    if not pair or (result[0].shape, result[1].shape) != (query.shape, key.shape):
+        found = [tuple(x.shape) if isinstance(x, Tensor) else x for x in result] if pair else type(result).__name__
+        raise ValueError(
+            f"{type(rope).__name__} as rope must return query and key rotated, of shapes {tuple(query.shape)} and "
+            f"{tuple(key.shape)}; it returned {found}"
+        )
+    return result[0], result[1]
+
+
+def _describe(q_norm: nn.Module, k_norm: nn.Module) -> HeadNorm | None:
+    if not isinstance(q_norm, RMSNorm) or not isinstance(k_norm, RMSNorm) or q_norm.eps != k_norm.eps:
+        return None
+    if not is_plain(q_norm, RMSNorm.forward) or not is_plain(k_norm, RMSNorm.forward):
+        return None
+    assert q_norm.eps is not None
+    return HeadNorm("rms", q_norm.gain(), k_norm.gain(), q_norm.eps)
 
 
 def normalize_and_rotate(
@@ -64,10 +126,10 @@ def _unsupported(query: Tensor, key: Tensor, angles: Angles | None) -> str | Non
 
 
 def _fused(query: Tensor, key: Tensor, norm: HeadNorm | None, angles: Angles | None) -> tuple[Tensor, Tensor]:
-    return qk_prep_ops.rotate(query, key, *_rotation(query, norm, angles))
+    return qk_prep_ops.rotate(query, key, _rotation(query, norm, angles))
 
 
-def _rotation(query: Tensor, norm: HeadNorm | None, angles: Angles | None) -> qk_prep_ops.Options:
+def _rotation(query: Tensor, norm: HeadNorm | None, angles: Angles | None) -> QKPrep:
     """What the operators take behind query and key."""
     positions = freqs = None
     query_gain, key_gain = (None, None) if norm is None else (norm.query_gain, norm.key_gain)
@@ -75,7 +137,7 @@ def _rotation(query: Tensor, norm: HeadNorm | None, angles: Angles | None) -> qk
         positions, freqs = angles.positions.contiguous(), angles.freqs.float().contiguous()
         if positions.ndim < query.ndim - 1:
             positions = positions[None]
-    return (
+    return QKPrep(
         None if query_gain is None else query_gain.contiguous(),
         None if key_gain is None else key_gain.contiguous(),
         positions,
@@ -97,10 +159,12 @@ def attend_projected(call: Call, norm: HeadNorm | None, angles: Angles | None, *
     Raises:
         RuntimeError: ``impl="fused"`` where the kernels cannot run.
     """
-    query, key = call.query, call.key
+    query, key = call.inputs.query, call.inputs.key
     if norm is not None or angles is not None:
-        tracked = is_tracked((*call[:6], *(norm or ()), *(angles or ())))
+        tracked = is_tracked((*call.inputs, *(norm or ()), *(angles or ())))
         if not tracked and takes_fused(impl, query, call.why_not_fused):
-            return call.restore(qk_prep_attention_ops.attention(call.arguments, _rotation(query, norm, angles)))
+            return call.restore(
+                qk_prep_attention_ops.attention(call.inputs, call.options, _rotation(query, norm, angles))
+            )
         query, key = normalize_and_rotate(query, key, norm, angles, impl=impl)
-    return attend(call._replace(query=query, key=key), impl)
+    return attend(call._replace(inputs=call.inputs._replace(query=query, key=key)), impl)

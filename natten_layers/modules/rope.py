@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Angles", "AxialRoPE", "RoPE", "angles_of", "make_axial_pos", "rotate_half_split"]
+from .base import Constants, at_least_fp32, default_dtype, is_plain
+
+__all__ = ["Angles", "AxialRoPE", "Positions", "RoPE", "angles_of", "make_axial_pos", "rotate_half_split"]
 
 
 def rotate_half_split(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -39,6 +41,9 @@ def make_axial_pos(
 ) -> Tensor:
     """Cell centres of an image whose long side spans [-1, 1] and whose short side is scaled by the aspect ratio.
 
+    Args:
+        dtype: torch.float32 or torch.float64; None is torch's default dtype, and float32 where that is half precision.
+
     Returns:
         ``[height, width, 2]``, (y, x).
 
@@ -47,13 +52,41 @@ def make_axial_pos(
     """
     if height < 1 or width < 1:
         raise ValueError(f"height and width must be at least 1, got {height} and {width}")
+    dtype = default_dtype() if dtype is None else dtype
     aspect = width / height
     bounds = (min(1.0, 1 / aspect), min(1.0, aspect))  # not height / width: the last bit is k-diffusion's
     centres = []
     for bound, length in zip(bounds, (height, width), strict=True):
-        edges = torch.linspace(-bound, bound, length + 1, dtype=dtype, device=device)
+        edges = _even_steps(bound, length, dtype or torch.get_default_dtype(), device)
         centres.append((edges[:-1] + edges[1:]) / 2)
     return torch.stack(torch.meshgrid(*centres, indexing="ij"), -1)
+
+
+class Positions:
+    """Positions that arrive as they are where they are an argument of a module: ``layer(x, positions=Positions(p))``.
+
+    A mixed-precision policy casts the tensors among a sharded module's arguments (FSDP2's ``cast_forward_inputs``), and
+    bf16 tells neither distant tokens nor close pixels apart.
+
+    Args:
+        tensor: in the form that the layer's ``rope`` takes.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def to(self, *args: Any, **kwargs: Any) -> Positions:
+        """On another device, as :meth:`torch.Tensor.to`, for those who move a module's arguments to it."""
+        return Positions(self.tensor.to(*args, **kwargs))
+
+
+def _even_steps(bound: float, steps: int, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
+    """``linspace(-bound, bound, steps + 1)``."""
+    if not torch.compiler.is_compiling():
+        return torch.linspace(-bound, bound, steps + 1, dtype=dtype, device=device)
+    # The same formula in operations that take a symbol for the size: `linspace` ties a graph to one.
+    index, step = torch.arange(steps + 1, device=device).to(dtype), 2 * bound / steps
+    return torch.where(index < (steps + 1) / 2, index * step - bound, bound - (steps - index) * step)
 
 
 class Angles(NamedTuple):
@@ -81,18 +114,30 @@ class Angles(NamedTuple):
         return rotate_half_split(query, cos, sin), key
 
 
-class _Rotary(nn.Module):
-    """Holds ``freqs`` at fp32 or better, whatever dtype the surrounding model is cast to."""
+class Rotary(Constants):
+    """Holds ``freqs``, which follow from the constructor's arguments and are made anew where they were never set."""
 
     freqs: Tensor
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Rotary:
-        exact = self.freqs
+    def default_freqs(self, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
+        raise NotImplementedError
+
+    def reset_parameters(self) -> None:
+        """Write the frequencies of the constructor's arguments."""
+        self.freqs.copy_(self.default_freqs(self.freqs.dtype, self.freqs.device))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotary:
+        unset = self.freqs.is_meta
         super()._apply(fn, recurse)
-        # A cast to half precision would move every far position; keep the device change and drop the rounding.
-        if self.freqs.dtype in (torch.float16, torch.bfloat16):
-            self.freqs = exact.to(self.freqs.device)
+        if unset and not self.freqs.is_meta:
+            self.reset_parameters()
         return self
+
+    def set_freqs(self, device: torch.device) -> Tensor:
+        """``freqs``. Loading a file into a model on the meta device may have left them there."""
+        if self.freqs.is_meta and device.type != "meta":
+            self.freqs = self.default_freqs(self.freqs.dtype, device)
+        return self.freqs
 
     def angles(self, query: Tensor, key: Tensor, positions: Tensor | None) -> Angles:
         raise NotImplementedError
@@ -103,17 +148,35 @@ class _Rotary(nn.Module):
 
 
 def angles_of(rope: nn.Module, query: Tensor, key: Tensor, positions: Tensor | None) -> Angles | None:
-    """By what ``rope(query, key, positions)`` turns its arguments, or None where only calling it can tell."""
-    if isinstance(rope, _Rotary) and type(rope).forward is _Rotary.forward:
+    """By what ``rope(query, key, positions)`` turns its arguments, or None where it has to be called."""
+    if isinstance(rope, Rotary) and is_plain(rope, Rotary.forward):
         return rope.angles(query, key, positions)
     return None
 
 
+def _check_precision(positions: Tensor) -> None:
+    if positions.dtype in (torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"positions are {positions.dtype}, which is too coarse: give float32, float64 or integers. Where a "
+            "mixed-precision policy casts the arguments of modules, give positions=natten_layers.Positions(tensor)"
+        )
+
+
+def _check_positions(positions: Tensor, batch: int, shape: tuple[int, ...]) -> None:
+    """Positions of tokens ``shape``, with an axis for the batch or not."""
+    given = tuple(positions.shape)
+    # Not `in`: the compiler cannot trace it for a `torch.Size` of symbols.
+    if given != shape and given != (1, *shape) and given != (batch, *shape):
+        sizes = ", ".join(map(str, shape))
+        raise ValueError(f"positions has shape {given}; expected [{sizes}] or [{batch} or 1, {sizes}]")
+    _check_precision(positions)
+
+
 def _angle_dtype(query: Tensor) -> torch.dtype:
-    return torch.float64 if query.dtype == torch.float64 else torch.float32
+    return at_least_fp32(query.dtype)
 
 
-class AxialRoPE(_Rotary):
+class AxialRoPE(Rotary):
     """Rotary embedding over real-valued coordinates, with its own frequencies for every head.
 
     With ``n = head_dim // (4 * axes)`` frequencies per head and axis, the first ``2 * axes * n`` elements of a head
@@ -128,7 +191,8 @@ class AxialRoPE(_Rotary):
         axes: coordinates of a position.
         freqs: the caller's own frequencies ``[num_kv_heads, n]`` in radians per unit of position.
 
-    The frequencies are the buffer ``freqs [num_kv_heads, n]``. It stays in fp32 or better under ``half()``.
+    The frequencies are the buffer ``freqs [num_kv_heads, n]``. It is in fp32 or better, whatever torch's default dtype,
+    and stays so under ``half()``; ``reset_parameters`` writes it again.
 
     Raises:
         ValueError: heads that do not group, a head too small, or ``freqs`` of another shape.
@@ -156,18 +220,18 @@ class AxialRoPE(_Rotary):
         if freqs is not None and freqs.shape != (num_kv_heads, n):
             raise ValueError(f"freqs has shape {tuple(freqs.shape)}; expected [{num_kv_heads}, {n}]")
         self.head_dim, self.num_heads, self.num_kv_heads, self.axes = head_dim, num_heads, num_kv_heads, axes
-        if freqs is None:
-            freqs = self._default_freqs(n, device)
-        self.register_buffer("freqs", freqs.detach().clone().to(device))
+        self.own_freqs = None if freqs is None else freqs.detach().clone()
+        dtype = default_dtype() if freqs is None else at_least_fp32(freqs.dtype)
+        self.register_buffer("freqs", self.default_freqs(dtype, device))
 
-    def _default_freqs(self, n: int, device: torch.device | str | None) -> Tensor:
-        ramp = torch.linspace(math.log(math.pi), math.log(10 * math.pi), self.num_heads * n + 1, device=device)
+    def default_freqs(self, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
+        if self.own_freqs is not None:
+            return self.own_freqs.to(device, dtype, copy=True)
+        n = self.head_dim // (4 * self.axes)
+        ends = math.log(math.pi), math.log(10 * math.pi)
+        ramp = torch.linspace(*ends, self.num_heads * n + 1, dtype=dtype, device=device)
         per_query_head = ramp[:-1].exp().view(n, self.num_heads).T
         return per_query_head[:: self.num_heads // self.num_kv_heads].contiguous()
-
-    def reset_parameters(self) -> None:
-        """Write the default frequencies, e.g. after ``to_empty``."""
-        self.freqs.copy_(self._default_freqs(self.freqs.shape[1], self.freqs.device))
 
     def extra_repr(self) -> str:
         return (
@@ -198,16 +262,11 @@ class AxialRoPE(_Rotary):
                     f"with {self.axes} coordinates"
                 )
             positions = make_axial_pos(*spatial, dtype=_angle_dtype(query), device=query.device)
-        expected = torch.Size([*spatial, self.axes])
-        if positions.shape not in (expected, (1, *expected), (query.shape[0], *expected)):
-            raise ValueError(
-                f"positions has shape {tuple(positions.shape)}; expected {[*expected]}, batched by 1 or "
-                f"{query.shape[0]} or not"
-            )
-        return Angles(positions, self.freqs)
+        _check_positions(positions, query.shape[0], (*spatial, self.axes))
+        return Angles(positions, self.set_freqs(query.device))
 
 
-class RoPE(_Rotary):
+class RoPE(Rotary):
     """Rotary embedding over token indices, as language models use it.
 
     Args:
@@ -240,16 +299,13 @@ class RoPE(_Rotary):
             raise ValueError(f"head_dim must be an even number of at least 2, got {head_dim}")
         self.head_dim, self.theta, self.scaling = head_dim, theta, dict(scaling or {})
         self.attention_factor = _attention_factor(self.scaling)
-        self.register_buffer("freqs", self._frequencies(torch.float32, device), persistent=False)
+        self.register_buffer("freqs", self.default_freqs(torch.float32, device), persistent=False)
 
-    def _frequencies(self, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
+    def default_freqs(self, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
         # The same operations in the same order as the models were trained with: at position 1e5 the last bit of an fp32
         # frequency turns a pair by a hundredth of a radian.
         exponents = torch.arange(0, self.head_dim, 2, device=device).to(dtype) / self.head_dim
-        return _scale_frequencies(1.0 / self.theta**exponents, self.theta, self.scaling)
-
-    def reset_parameters(self) -> None:
-        self.freqs.copy_(self._frequencies(torch.float32, self.freqs.device))
+        return _scaled_frequencies(self.theta**exponents, self.theta, self.scaling)
 
     def extra_repr(self) -> str:
         return f"head_dim={self.head_dim}, theta={self.theta}" + (f", scaling={self.scaling}" if self.scaling else "")
@@ -268,19 +324,9 @@ class RoPE(_Rotary):
             raise ValueError(f"query has shape {tuple(query.shape)}; expected [B, L, heads, at least {self.head_dim}]")
         if positions is None:
             positions = torch.arange(length, device=query.device)
-        if positions.shape not in ((length,), (1, length), (batch, length)):
-            raise ValueError(
-                f"positions has shape {tuple(positions.shape)}; expected [{length}] or [{batch} or 1, {length}]"
-            )
-        return self.angles_at(positions, _angle_dtype(query))
-
-    def angles_at(self, positions: Tensor, dtype: torch.dtype) -> Angles:
-        """At token indices ``[..., L]``, so that layers with equal embeddings share them.
-
-        Args:
-            dtype: torch.float32 or torch.float64, of the frequencies.
-        """
-        freqs = self.freqs if dtype == torch.float32 else self._frequencies(dtype, positions.device)
+        _check_positions(positions, batch, (length,))
+        exact = _angle_dtype(query) == torch.float32  # otherwise those that are held are rounded
+        freqs = self.set_freqs(query.device) if exact else self.default_freqs(torch.float64, query.device)
         return Angles(positions[..., None], freqs[None], self.attention_factor)
 
 
@@ -295,9 +341,9 @@ def _required(scaling: Mapping[str, Any], *keys: str) -> list[float]:
     return [float(scaling[key]) for key in keys]
 
 
-def _scale_frequencies(freqs: Tensor, theta: float, scaling: Mapping[str, Any]) -> Tensor:
-    """Apply a Hugging Face scaling dictionary to plain frequencies ``[head_dim / 2]``."""
-    kind = _rope_type(scaling)
+def _scaled_frequencies(periods: Tensor, theta: float, scaling: Mapping[str, Any]) -> Tensor:
+    """Frequencies ``[head_dim / 2]`` of a Hugging Face scaling dictionary, which changes plain ``1 / periods``."""
+    kind, freqs = _rope_type(scaling), 1.0 / periods
     if kind == "default":
         return freqs
     if kind == "linear":
@@ -305,7 +351,7 @@ def _scale_frequencies(freqs: Tensor, theta: float, scaling: Mapping[str, Any]) 
     if kind == "llama3":
         return _llama3(freqs, scaling)
     if kind == "yarn":
-        return _yarn(freqs, theta, scaling)
+        return _yarn(periods, theta, scaling)
     raise ValueError(f'rope_type "{kind}" is not implemented; known are "default", "linear", "llama3" and "yarn"')
 
 
@@ -321,21 +367,23 @@ def _llama3(freqs: Tensor, scaling: Mapping[str, Any]) -> Tensor:
     return torch.where(wavelength < length / high, freqs, scaled)
 
 
-def _yarn(freqs: Tensor, theta: float, scaling: Mapping[str, Any]) -> Tensor:
+def _yarn(periods: Tensor, theta: float, scaling: Mapping[str, Any]) -> Tensor:
     """Divide frequencies of fewer than ``beta_slow`` turns in the original text, keep those above ``beta_fast``."""
     factor, length = _required(scaling, "factor", "original_max_position_embeddings")
-    n = freqs.shape[0]
+    n = periods.shape[0]
 
     def dimension(turns: float) -> float:
-        return n * math.log(length / (turns * 2 * math.pi)) / math.log(theta)
+        return 2 * n * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     first, last = dimension(scaling.get("beta_fast") or 32.0), dimension(scaling.get("beta_slow") or 1.0)
     if scaling.get("truncate", True):
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, 2 * n - 1)
-    span = last - first if last != first else 0.001
-    ramp = ((torch.arange(n, dtype=freqs.dtype, device=freqs.device) - first) / span).clamp(0, 1)
-    return freqs / factor * ramp + freqs * (1 - ramp)
+    last = last if last != first else last + 0.001
+    ramp = ((torch.arange(n, dtype=periods.dtype, device=periods.device) - first) / (last - first)).clamp(0, 1)
+    # Written as transformers writes it, for its last bits: freqs / factor, or ramp for 1 - kept, would differ in them.
+    kept = 1 - ramp
+    return 1.0 / (factor * periods) * (1 - kept) + 1.0 / periods * kept
 
 
 def _attention_factor(scaling: Mapping[str, Any]) -> float:

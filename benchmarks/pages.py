@@ -1,0 +1,162 @@
+"""Write the recorded figures into the pages that show them: ``python -m benchmarks.pages``.
+
+A page holds ``<!-- table: NAME -->`` and ``<!-- end -->`` around each of its tables; what stands between them is made
+from the JSON files under ``benchmarks/results/``, so that no page can say what no run has measured.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from .plot import TITLES, best_rows, summary
+
+__all__ = ["PAGES", "TABLES", "filled"]
+
+ROOT = Path(__file__).parent.parent
+PAGES = ("README.md", "docs/speed.md")
+MARKS = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+MEANING = {
+    "hdit-l0": "HDiT's outer level, 1024x1024 pixels: windows of 7x7",
+    "hdit-l1": "HDiT's second level: 7x7",
+    "hdit-gqa": "the same, groups of 4 query heads: 7x7",
+    "seed": "groups of 2 query heads: 13x13",
+    "flux-4k": "FLUX.1's heads, 4096x4096 pixels: 80x80",
+    "hunyuan": "HunyuanVideo's heads, 30 frames: 18x24x24",
+    "mistral": "Mistral 7B, 32768 tokens: 4096, causal",
+    "gpt-oss": "gpt-oss, 16384 tokens: 128, causal, sinks",
+}
+"""what a workload stands for, and its windows"""
+
+
+def filled(page: str) -> str:
+    """``page`` with every marked table made anew.
+
+    Raises:
+        KeyError: a mark names no table.
+    """
+    return MARKS.sub(lambda marks: "\n".join([marks[1], *TABLES[marks[2]](), "", marks[3]]), page)
+
+
+def _record(name: str) -> dict[str, Any]:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    head = list(head)
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+
+
+def _ms(row: dict[str, Any] | None) -> str:
+    """Two digits or whole milliseconds: what runs agree on."""
+    if row is None:
+        return ""
+    ms = row["median_ms"]
+    return f"{ms:.0f}" if ms >= 9.95 else f"{ms:#.2g}"
+
+
+def _headline() -> list[str]:
+    """Ours, FlexAttention, and the dense or windowed kernel of torch, a line a workload."""
+    best = best_rows(_record("attention")["rows"])
+
+    def cells(workload: str) -> Iterable[str]:
+        yield f"`{workload}`: {MEANING[workload]}"
+        for mode in ("fwd", "fwdbwd"):
+            ours, flex, cudnn, fa2 = (
+                best.get((mode, workload, peer)) for peer in ("natten_layers", "flex", "cudnn", "fa2")
+            )
+            yield from (f"**{_ms(ours)}**", _ms(flex), _ms(cudnn or fa2))
+
+    head = ["workload", "forward, ms", "Flex", "cuDNN or FA2", "and backward, ms", "Flex", "cuDNN or FA2"]
+    return _table(head, map(cells, MEANING))
+
+
+def _attention() -> list[str]:
+    return summary(_record("attention")["rows"])
+
+
+def _layer() -> list[str]:
+    rows = [row for row in _record("module")["rows"] if row["implementation"] != "steps in PyTorch"]
+    layers, bare = (
+        {row["workload"]: row for row in rows if row["implementation"] == name} for name in ("layer", "bare operation")
+    )
+
+    def cells(workload: str) -> Iterable[str]:
+        yield workload
+        yield from (f"{ways[workload]['median_ms']:.3f}" for ways in (bare, layers))
+        yield f"{layers[workload]['times_bare']:.2f}"
+
+    return _table(["workload", "operation, ms", "with normalisation and RoPE, ms", "ratio"], map(cells, layers))
+
+
+def _models() -> list[str]:
+    rows = [row for name in ("step-hdit-flowers-compiled", "step-mistral-block") for row in _record(name)["rows"]]
+
+    def cells(row: dict[str, Any]) -> Iterable[str]:
+        yield from (row["model"], row["step"], "yes" if row["compiled"] else "no")
+        yield row["attention"].replace("flex", "FlexAttention")
+        yield f"{row['median_ms']:.1f}"
+        yield "" if row["attention_share"] is None else f"{row['attention_share']:.0%}"
+
+    return _table(["model", "step", "compiled", "attention", "ms", "share of attention"], map(cells, rows))
+
+
+def _decode() -> list[str]:
+    cells: dict[str, dict[str, Any]] = {}
+    for row in _record("decode")["rows"]:
+        cells.setdefault(row["workload"], {})[row["implementation"]] = row
+
+    def line(workload: str) -> Iterable[str]:
+        ours, sdpa = cells[workload]["natten_layers"], cells[workload]["sdpa"]
+        note = f" ({sdpa['note']})" if sdpa["note"] else ""
+        yield workload
+        yield f"{1000 * ours['median_ms']:.0f}"
+        yield f"{ours['of_copy']:.0%}"
+        yield f"{1000 * sdpa['median_ms']:.0f}{note}"
+
+    head = ["cache", "natten_layers, us", "of copy bandwidth", "scaled_dot_product_attention, us"]
+    return _table(head, map(line, cells))
+
+
+def _generation() -> list[str]:
+    def cells(row: dict[str, Any]) -> Iterable[str]:
+        yield from (str(row["batch"]), f"{row['median_ms']:.1f}", f"{row['tokens_per_s']:.0f}", f"{row['of_copy']:.0%}")
+
+    rows = _record("generation")["rows"]
+    return _table(["batch", "ms a token", "tokens a second", "of copy bandwidth"], map(cells, rows))
+
+
+def _host() -> list[str]:
+    times = _record("registers")["host_us"]
+
+    def cells(mode: str) -> Iterable[str]:
+        ours, sdpa = times[f"ours {mode}"], times[f"sdpa {mode}"]
+        yield from (TITLES[mode], f"{ours:.0f}", f"{sdpa:.0f}", f"{ours / sdpa:.1f}")
+
+    return _table(["pass", "natten_layers, us", "scaled_dot_product_attention, us", "ratio"], map(cells, TITLES))
+
+
+TABLES: dict[str, Callable[[], list[str]]] = {
+    "headline": _headline,
+    "attention": _attention,
+    "layer": _layer,
+    "models": _models,
+    "decode": _decode,
+    "generation": _generation,
+    "host": _host,
+}
+
+
+def main() -> None:
+    for name in PAGES:
+        path = ROOT / name
+        path.write_text(filled(path.read_text()))
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
