@@ -7,6 +7,7 @@ import fcntl
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -27,6 +28,7 @@ training processes).
 
 def run_command(body: Callable[[], int], *, when_interrupted: str = "interrupted") -> int:
     """The exit status of a command. What users, files and machines do wrong becomes one line on standard error."""
+    threading.excepthook, hook = _quiet_about_files, threading.excepthook
     try:
         status = body()
         sys.stdout.flush()  # while a reader that is gone can still be answered
@@ -40,6 +42,14 @@ def run_command(body: Callable[[], int], *, when_interrupted: str = "interrupted
     except KeyboardInterrupt:
         print(when_interrupted, file=sys.stderr)
         return 128 + signal.SIGINT
+    finally:
+        threading.excepthook = hook
+
+
+def _quiet_about_files(error: threading.ExceptHookArgs) -> None:
+    """TensorBoard's thread raises what it cannot write at its next call, too, where it is reported in one line."""
+    if not isinstance(error.exc_value, OSError):
+        threading.__excepthook__(error)
 
 
 def one_line(error: BaseException) -> str:
@@ -47,6 +57,17 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say of an error that names no file, as a full disk's under a file that is open, that it is of ``path``."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(f"cannot write {path}: {error.strerror}") from error
 
 
 def check_device(parser: argparse.ArgumentParser, device: str) -> None:

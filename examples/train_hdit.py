@@ -46,7 +46,7 @@ from natten_layers import Denoiser, HDiT, HDiTConfig
 from natten_layers.io.checkpoints import load_tensors, read_hdit
 from parallel import Processes, local
 from pictures import save_loss_curve, save_png
-from running import SIGNALS_HELP, Signals, check_device, run_command
+from running import SIGNALS_HELP, Signals, check_device, run_command, writing
 from sample_hdit import Request, digest, picture, sample
 
 PRESETS = Path(__file__).parent / "configs"
@@ -447,7 +447,7 @@ class Log:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
 
             files.rewrite_metrics(files.losses(step))  # the steps after the checkpoint are run again
-            self.metrics = files.path("_metrics.csv").open("a", buffering=1)
+            self.metrics = files.path("_metrics.csv").open("ab", buffering=0)  # a line is there before the next step
             self.board = SummaryWriter(str(files.path("_tensorboard")), purge_step=step + 1)
 
     def __enter__(self) -> Log:
@@ -457,23 +457,27 @@ class Log:
         self.bar.close()
         if self.files is not None:
             self.metrics.close()
-            self.board.close()
+            with writing(self.files.path("_tensorboard")):
+                self.board.close()
 
     def write(self, step: int, loss: float, images: int) -> None:
         now = time.perf_counter()
         rate, self.before = images / (now - self.before), now
         self.mean = loss if self.mean is None else self.mean + 0.05 * (loss - self.mean)
         if self.files is not None:
-            self.metrics.write(f"{step},{loss!r}\n")
-            self.board.add_scalar("loss", loss, step)
-            self.board.add_scalar("images per second", rate, step)
+            with writing(self.files.path("_metrics.csv")):
+                self.metrics.write(f"{step},{loss!r}\n".encode())
+            with writing(self.files.path("_tensorboard")):
+                self.board.add_scalar("loss", loss, step)
+                self.board.add_scalar("images per second", rate, step)
             self.bar.set_postfix_str(f"loss {self.mean:.4f}, {rate:.0f} images/s", refresh=False)
             self.bar.update()
 
     def picture(self, step: int, grid: Image.Image) -> None:
         self.before = time.perf_counter()  # the time that sampling takes is not the training's
         if self.files is not None:
-            self.board.add_image("samples", np.asarray(grid), step, dataformats="HWC")
+            with writing(self.files.path("_tensorboard")):
+                self.board.add_image("samples", np.asarray(grid), step, dataformats="HWC")
 
 
 def run(arguments: argparse.Namespace, processes: Processes) -> int:

@@ -35,7 +35,7 @@ from natten_layers.io import hf
 from natten_layers.io.files import leftovers, replacing
 from natten_layers.modules.llm import DecoderLM, DecoderLMConfig
 from parallel import Processes
-from running import SIGNALS_HELP, Signals, check_device, one_line, run_command, running_alone
+from running import SIGNALS_HELP, Signals, check_device, one_line, run_command, running_alone, writing
 from text import Corpus, random_windows, read_corpus
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -374,7 +374,8 @@ def run(args: argparse.Namespace, processes: Processes) -> int:
             count = sum(p.numel() for p in trainer.model.parameters())
             size = len(trainer.corpus.train)
             print(f"{count / 1e6:.2f} M parameters, {size / 1e6:.1f} MB of text, device {processes.device}")
-        return trainer.train()
+        with writing(args.out / "tensorboard"):  # all other files name themselves
+            return trainer.train()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

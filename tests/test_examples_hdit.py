@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -877,6 +878,10 @@ def small_disk(size: int) -> Iterator[None]:
 def test_a_full_disk_loses_nothing(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(config, "run", "--end-step", "2") == 0
     before = {path: path.read_bytes() for path in config.parent.glob("run*") if path.suffix in (".pth", ".safetensors")}
+    with small_disk(1000):
+        assert train(config, "log", "--end-step", "99", "--save-every", "1000") == 2
+        (error,) = re.findall(r"error: cannot write (.*): File too large", capsys.readouterr().err)
+        assert Path(error) in (config.parent / "log_tensorboard", config.parent / "log_metrics.csv")
     with small_disk(20_000):
         assert train(config, "run", "--end-step", "4") == 2
         assert f"error: cannot write {config.parent / 'run_00000004.pth'}: " in capsys.readouterr().err.splitlines()[-1]
