@@ -308,8 +308,8 @@ def main(argv: Sequence[str] | None = None, *, timer: Timer = _device_seconds) -
         if gains:
             write_tuned(cache_file(), gains)
             print(f"written to {cache_file()}")
-    except (ValueError, RuntimeError, OSError) as error:
-        parser.exit(1, f"{parser.prog}: error: {error}\n")
+    except (ValueError, RuntimeError, OSError, MemoryError) as error:
+        parser.exit(1, f"{parser.prog}: error: {' '.join(str(error).split()) or type(error).__name__}\n")
     except KeyboardInterrupt:  # before or after the search
         return 130
     return status
