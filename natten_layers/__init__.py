@@ -34,7 +34,6 @@ These names and modules are the public interface. All other modules are internal
 """
 
 from .cached import cached_attention
-from .functional import AttentionState, attention_state, merge_attention, neighborhood_attention
 from .modules import (
     GEGLU,
     AdaRMSNorm,
@@ -59,6 +58,7 @@ from .modules import (
     na2d,
     na3d,
 )
+from .operations import AttentionState, attention_state, merge_attention, neighborhood_attention
 
 __all__ = [
     "GEGLU",

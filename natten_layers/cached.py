@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from .arguments import DTYPES, check_additional, check_like, check_pair, check_scale, check_sink, check_tensors
 from .eager import without_autocast
-from .functional import Impl, takes_fused
 from .kernels.ops import decode as decode_ops
+from .operations import Impl, takes_fused
 
 __all__ = ["cached_attention"]
 

@@ -56,7 +56,7 @@ def dense_attention_state(
 ) -> State:
     """The definition, literally: all scores, one mask, one softmax. Allocates tokens x tokens; for tests.
 
-    Arguments as validated by ``functional``; returns ``(out, row_max, row_sum)``. Statistics are fp32, or fp64 for fp64
+    Arguments as validated by ``operations``; returns ``(out, row_max, row_sum)``. Statistics are fp32, or fp64 for fp64
     inputs. Scores and softmax are computed in that precision.
     """
     batch, heads, kv_heads = query.shape[0], query.shape[-2], key.shape[-2]

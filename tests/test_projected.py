@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from natten_layers.arguments import Call, prepare
-from natten_layers.functional import Impl
 from natten_layers.kernels import dispatch
 from natten_layers.kernels.host.problem import Inputs, Layout, Problem, RotationKind, problem_of
 from natten_layers.kernels.host.tuned import forget, override
@@ -23,6 +22,7 @@ from natten_layers.kernels.ops import qk_prep_attention as qk_prep_attention_ops
 from natten_layers.modules import AxialRoPE, NeighborhoodGQA, RoPE, query_key
 from natten_layers.modules.query_key import HeadNorm, attend_projected
 from natten_layers.modules.rope import Angles, angles_of
+from natten_layers.operations import Impl
 
 pytest.importorskip("triton")
 

@@ -12,8 +12,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..arguments import prepare
-from ..functional import neighborhood_attention
 from ..geometry import make_window, normalise_axes
+from ..operations import neighborhood_attention
 from .norm import RMSNorm
 from .query_key import HeadNorm, attend_projected, call_watched, normalize_and_rotate
 from .rope import Angles, Positions, Rotary

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import checkpoints
-from ..functional import neighborhood_attention
 from ..kernels.ops.define import is_transformed
+from ..operations import neighborhood_attention
 from .attention import Heads, NeighborhoodGQA, Projected
 from .base import Constants, at_least_fp32, default_dtype, reset_children
 from .feed_forward import GEGLU

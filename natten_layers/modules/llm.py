@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from .. import hf
 from ..arguments import prepare
 from ..cached import cached_attention
-from ..functional import neighborhood_attention
+from ..operations import neighborhood_attention
 from .cache import Cache, LayerCache
 from .feed_forward import GatedFeedForward
 from .generation import generate, text_first

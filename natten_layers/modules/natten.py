@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..functional import neighborhood_attention
 from ..geometry import normalise_axes
+from ..operations import neighborhood_attention
 from .attention import NeighborhoodGQA
 from .rope import Positions
 

@@ -7,11 +7,11 @@ from typing import Literal, NamedTuple
 from torch import Tensor, nn
 
 from ..arguments import Call
-from ..functional import Impl, attend, takes_fused
 from ..kernels.ops import attention as attention_ops
 from ..kernels.ops import qk_prep as qk_prep_ops
 from ..kernels.ops import qk_prep_attention as qk_prep_attention_ops
 from ..kernels.ops.define import is_tracked
+from ..operations import Impl, attend, takes_fused
 from .base import is_plain
 from .norm import RMSNorm, cosine_normalize, rms_normalize
 from .rope import Angles, angles_of
