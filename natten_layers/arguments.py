@@ -68,7 +68,7 @@ def prepare(
     stride: Axes,
     dilation: Axes,
     is_causal: bool | Sequence[bool],
-    scale: float | None,
+    scale: float | Tensor | None,
     additional_keys: Tensor | None,
     additional_values: Tensor | None,
     sink: float | Tensor | None,
@@ -326,6 +326,8 @@ def _expand_registers(keys: Tensor | None, values: Tensor | None, batch: int) ->
 
 
 def check_scale(scale: object) -> float:
+    if isinstance(scale, Tensor) and scale.ndim == 0 and not scale.requires_grad:
+        scale = scale.item()  # waits for the device, if it is there
     if not _is_finite_number(scale):
         raise ValueError(f"scale must be a finite number, got {scale!r}; multiply a learned scale into the query")
     return float(scale)

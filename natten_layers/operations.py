@@ -45,7 +45,7 @@ def neighborhood_attention(
     stride: Axes = 1,
     dilation: Axes = 1,
     is_causal: bool | Sequence[bool] = False,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     sink: float | Tensor | None = None,
@@ -62,7 +62,7 @@ def neighborhood_attention(
     stride: Axes = 1,
     dilation: Axes = 1,
     is_causal: bool | Sequence[bool] = False,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     sink: float | Tensor | None = None,
@@ -78,7 +78,7 @@ def neighborhood_attention(
     stride: Axes = 1,
     dilation: Axes = 1,
     is_causal: bool | Sequence[bool] = False,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     sink: float | Tensor | None = None,
@@ -100,7 +100,7 @@ def neighborhood_attention(
         stride: queries per shared window, ``1 <= stride <= kernel_size``.
         dilation: distance in tokens between neighboring keys of a window; ``kernel_size * dilation <= length``.
         is_causal: mask keys after the query, per axis.
-        scale: factor on the scores, default ``D ** -0.5``.
+        scale: factor on the scores, a number or a tensor of one that needs no gradient, default ``D ** -0.5``.
         additional_keys: registers, ``[B or 1, R, Hkv, D]``, visible to every query.
         additional_values: ``[B or 1, R, Hkv, Dv]``; given exactly when ``additional_keys`` is.
         sink: one extra logit per query head with a zero value vector: a float (``0.0`` is zero attention, also called
@@ -142,7 +142,7 @@ def attention_state(
     stride: Axes = 1,
     dilation: Axes = 1,
     is_causal: bool | Sequence[bool] = False,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     sink: float | Tensor | None = None,

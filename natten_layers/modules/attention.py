@@ -130,7 +130,7 @@ class NeighborhoodGQA(nn.Module):
         self.kernel_size = None if kernel_size is None else _hashable(kernel_size)
         self.stride, self.dilation, self.is_causal = _hashable(stride), _hashable(dilation), _hashable(is_causal)
         self.registers_attend, self.qk_norm = registers_attend, qk_norm
-        self.scale = 1.0 if scale is None and qk_norm == "cosine" else scale
+        self.scale = self._default_scale() if scale is None else scale
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -167,6 +167,9 @@ class NeighborhoodGQA(nn.Module):
         if self.qk_scale is not None:
             nn.init.constant_(self.qk_scale, 10.0)
 
+    def _default_scale(self) -> float:
+        return 1.0 if self.qk_norm == "cosine" else self.head_dim**-0.5
+
     def extra_repr(self) -> str:
         sink = "learned" if isinstance(self.sink, nn.Parameter) else "zero" if self.sink is not None else None
         options = {
@@ -179,7 +182,7 @@ class NeighborhoodGQA(nn.Module):
             "registers_attend": (self.registers_attend, False),
             "sink": (sink, None),
             "qk_norm": (self.qk_norm, None),
-            "scale": (self.scale, 1.0 if self.qk_norm == "cosine" else None),
+            "scale": (self.scale, self._default_scale()),
         }
         chosen = [f"{name}={value!r}" for name, (value, default) in options.items() if value != default]
         return ", ".join([str(self.embed_dim), str(self.num_heads), f"kernel_size={self.kernel_size}", *chosen])
