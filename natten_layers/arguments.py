@@ -18,6 +18,7 @@ __all__ = [
     "Axes",
     "Call",
     "check_additional",
+    "check_bias",
     "check_like",
     "check_pair",
     "check_scale",
@@ -348,6 +349,22 @@ def check_sink(sink: float | Tensor | None, query: Tensor) -> Tensor | float | N
     if not sink.is_floating_point():
         raise ValueError(f"sink has dtype {sink.dtype}; expected a floating point dtype")
     return sink
+
+
+def check_bias(rpb: Tensor | None, query: Tensor, heads: int, window: Window) -> None:
+    """A table on relative positions, for ``heads`` query heads."""
+    if rpb is None:
+        return
+    check_tensors(rpb=rpb)
+    expected = (heads, *(2 * k - 1 for k in window.kernel_size))
+    if rpb.shape != expected:
+        raise ValueError(
+            f"rpb has shape {tuple(rpb.shape)}; expected {expected}, [heads, 2 * kernel_size - 1 per axis]"
+        )
+    if rpb.device != query.device:
+        raise ValueError(f"rpb is on {rpb.device}, but query is on {query.device}")
+    if not rpb.is_floating_point():
+        raise ValueError(f"rpb has dtype {rpb.dtype}; expected a floating point dtype")
 
 
 def _is_finite_number(value: object) -> TypeGuard[float]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, overload
 
 from torch import Tensor
 
 from . import eager
-from .arguments import Axes, Call, prepare
+from .arguments import Axes, Call, check_bias, prepare
 from .kernels.ops import attention as attention_ops
 
 __all__ = ["AttentionState", "attention_state", "merge_attention", "neighborhood_attention"]
@@ -49,6 +50,7 @@ def neighborhood_attention(
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     sink: float | Tensor | None = None,
+    rpb: Tensor | None = None,
     return_lse: Literal[False] = False,
     impl: Impl = "auto",
 ) -> Tensor: ...
@@ -66,6 +68,7 @@ def neighborhood_attention(
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     sink: float | Tensor | None = None,
+    rpb: Tensor | None = None,
     return_lse: Literal[True],
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]: ...
@@ -82,6 +85,7 @@ def neighborhood_attention(
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     sink: float | Tensor | None = None,
+    rpb: Tensor | None = None,
     return_lse: bool = False,
     impl: Impl = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -105,6 +109,10 @@ def neighborhood_attention(
         additional_values: ``[B or 1, R, Hkv, Dv]``; given exactly when ``additional_keys`` is.
         sink: one extra logit per query head with a zero value vector: a float (``0.0`` is zero attention, also called
             softmax1), a tensor ``[Hq]``, or None. Not multiplied by ``scale``.
+        rpb: a bias on relative positions, ``[Hq, 2 * kernel_size - 1 per axis]`` of any floating point dtype, as old
+            NATTEN has it: entry ``(j - i) / dilation + kernel_size - 1`` on every axis is added to the scaled score of
+            query ``i`` and key ``j``. Registers and the sink have none. Its gradient has the same bits in every run.
+            Computed in PyTorch only, on GPUs too.
         return_lse: also return the log-sum-exp over every key the softmax saw: neighborhood, registers and sink.
         impl: "auto" takes the fused kernels where Triton can run on the tensors' device and dtype, else eager;
             "fused" and "eager" never fall back.
@@ -122,13 +130,15 @@ def neighborhood_attention(
         query, key, value, kernel_size, stride, dilation, is_causal, scale, additional_keys, additional_values, sink
     )
     if return_lse:
-        state = _run(call, impl)
+        state = _run(call, impl, rpb)
         return call.restore(state.out), call.restore(state.lse)
-    return attend(call, impl)
+    return attend(call, impl, rpb)
 
 
-def attend(call: Call, impl: Impl) -> Tensor:
-    """``out`` of prepared arguments."""
+def attend(call: Call, impl: Impl, rpb: Tensor | None = None) -> Tensor:
+    """``out`` of prepared arguments, ``rpb`` as the user gave it."""
+    if rpb is not None:
+        return call.restore(_run(call, impl, rpb).out)
     operation = attention_ops.attention if takes_fused(impl, call.query, call.why_not_fused) else eager.attention
     return call.restore(operation(*call.arguments))
 
@@ -146,6 +156,7 @@ def attention_state(
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     sink: float | Tensor | None = None,
+    rpb: Tensor | None = None,
     impl: Impl = "auto",
 ) -> AttentionState:
     """:func:`neighborhood_attention` that also returns what :func:`merge_attention` needs.
@@ -158,7 +169,7 @@ def attention_state(
     call = prepare(
         query, key, value, kernel_size, stride, dilation, is_causal, scale, additional_keys, additional_values, sink
     )
-    return AttentionState(*map(call.restore, _run(call, impl)))
+    return AttentionState(*map(call.restore, _run(call, impl, rpb)))
 
 
 def merge_attention(*states: tuple[Tensor, Tensor, Tensor]) -> AttentionState:
@@ -194,7 +205,11 @@ def merge_attention(*states: tuple[Tensor, Tensor, Tensor]) -> AttentionState:
     return AttentionState(*eager.merge_states(*states))
 
 
-def _run(call: Call, impl: Impl) -> AttentionState:
+def _run(call: Call, impl: Impl, rpb: Tensor | None) -> AttentionState:
+    if rpb is not None:
+        check_bias(rpb, call.query, math.prod(call.head_shape), call.window)
+        takes_fused(impl, call.query, lambda: "the kernels have no rpb, the bias on relative positions")
+        return AttentionState(*eager.attention_state(*call.arguments, rpb))
     run = attention_ops.attention_state if takes_fused(impl, call.query, call.why_not_fused) else eager.attention_state
     return AttentionState(*run(*call.arguments))
 

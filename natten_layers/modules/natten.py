@@ -30,6 +30,8 @@ class _NeighborhoodAttention(NeighborhoodGQA):
         embed_dim, num_heads, kernel_size, stride, dilation, is_causal, qkv_bias: as there.
         qk_scale: factor on the scores, default ``head_dim ** -0.5``.
         proj_drop: probability with which an element of the output is dropped in training.
+        rel_pos_bias: have the table on relative positions of NATTEN's modules before 0.20, the parameter ``rpb``. The
+            others load state dicts in which it is zero or missing.
 
     Raises:
         ValueError: ``embed_dim`` not a multiple of ``num_heads``, or a tuple of another rank.
@@ -48,6 +50,8 @@ class _NeighborhoodAttention(NeighborhoodGQA):
         qkv_bias: bool = True,
         qk_scale: float | None = None,
         proj_drop: float = 0.0,
+        *,
+        rel_pos_bias: bool = False,
     ) -> None:
         super().__init__(
             embed_dim,
@@ -58,6 +62,7 @@ class _NeighborhoodAttention(NeighborhoodGQA):
             is_causal=normalise_axes("is_causal", is_causal, self.rank, bool),
             qkv_bias=qkv_bias,
             scale=qk_scale,
+            rel_pos_bias=rel_pos_bias,
         )
         self.na_dim, self.expected_input_tensor_rank = self.rank, self.rank + 2
         self.proj_drop = nn.Dropout(proj_drop)
@@ -101,9 +106,12 @@ def _handle_rpb(
     error_msgs: list[str],
 ) -> None:
     """Checkpoints from before NATTEN 0.20 may hold a bias table on relative positions; a zero one says nothing."""
+    assert isinstance(module, NeighborhoodGQA)
+    if module.rpb is not None:
+        return
     table = state_dict.pop(f"{prefix}rpb", None)
     if table is not None and table.any():
         error_msgs.append(
-            f'"{prefix}rpb" {tuple(table.shape)} is a relative positional bias, which {type(module).__name__} does not '
-            "have (nor has NATTEN since 0.20). Remove the key to load the rest; the outputs will differ."
+            f'"{prefix}rpb" {tuple(table.shape)} is a relative positional bias, which this {type(module).__name__} '
+            "does not have: make it with rel_pos_bias=True. Without the key the rest loads, and outputs will differ."
         )

@@ -134,13 +134,16 @@ def _rotation(query: Tensor, norm: HeadNorm | None, angles: Angles | None) -> qk
     )
 
 
-def attend_projected(call: Call, norm: HeadNorm | None, angles: Angles | None, *, impl: Impl = "auto") -> Tensor:
+def attend_projected(
+    call: Call, norm: HeadNorm | None, angles: Angles | None, rpb: Tensor | None = None, *, impl: Impl = "auto"
+) -> Tensor:
     """:func:`neighborhood_attention` of heads that :func:`normalize_and_rotate` prepares first; registers are ready.
 
     Where no gradient is asked for, this is one operation, and where the kernels can, one launch.
 
     Args:
         call: prepared arguments of attention, with heads as they are projected.
+        rpb: a bias on relative positions, as :func:`neighborhood_attention` takes it.
 
     Raises:
         RuntimeError: ``impl="fused"`` where the kernels cannot run.
@@ -148,7 +151,7 @@ def attend_projected(call: Call, norm: HeadNorm | None, angles: Angles | None, *
     query, key = call.query, call.key
     if norm is not None or angles is not None:
         tracked = is_tracked((*call[:6], *(norm or ()), *(angles or ())))
-        if not tracked and takes_fused(impl, query, call.why_not_fused):
+        if rpb is None and not tracked and takes_fused(impl, query, call.why_not_fused):
             return call.restore(qk_prep_attention_ops.attention(call.arguments, _rotation(query, norm, angles)))
         query, key = normalize_and_rotate(query, key, norm, angles, impl=impl)
-    return attend(call._replace(query=query, key=key), impl)
+    return attend(call._replace(query=query, key=key), impl, rpb)
