@@ -47,7 +47,8 @@ Modules
     natten_layers.utils.varlen                 lengths of packed sequences for attention, as in natten.utils.varlen
     natten_layers.convert                      multi-head checkpoints to grouped-query ones, also a command
     natten_layers.tune                         a search for the fastest tiles of one problem, also a command
-    natten_layers.integrations.transformers    attn_implementation="natten_layers" in Hugging Face transformers
+    natten_layers.integrations.transformers    attn_implementation="natten_layers" in Hugging Face transformers,
+                                               and its DiNAT models
 
 These names and modules are the public interface. All other modules are internal and may change in any release.
 """

@@ -39,8 +39,9 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 
 from ..cached import cached_attention
 from ..operations import neighborhood_attention
+from .dinat import register_dinat
 
-__all__ = ["NAME", "register"]
+__all__ = ["NAME", "register", "register_dinat"]
 
 NAME = "natten_layers"
 
