@@ -11,6 +11,7 @@ import inspect
 import random
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, assert_type
 
 import pytest
@@ -20,7 +21,12 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import natten_layers as natten
-from natten_layers.functional import attention, merge_attentions, neighborhood_attention_generic
+from natten_layers.functional import (
+    attention,
+    merge_attentions,
+    neighborhood_attention,
+    neighborhood_attention_generic,
+)
 from natten_layers.geometry import make_window, window_mask
 from natten_layers.natten.context import warn_no_effect
 from natten_layers.utils.varlen import generate_varlen_parameters
@@ -110,6 +116,18 @@ def test_attention_over_other_numbers_of_keys(queries: int, keys: int, is_causal
     mask = torch.ones(queries, keys, dtype=torch.bool).tril() if is_causal else None
     actual = attention(query, key, value, is_causal, torch.tensor(0.3), backend="cutlass-fmha", return_lse=True)
     assert_equal(actual, reference(query, [key], [value], mask, 0.3), inputs)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(5, 9), (9, 5)])
+def test_attention_over_other_numbers_of_keys_in_the_kernels(
+    queries: int, keys: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there are more queries than keys, the tokens of the first key have stride 0."""
+    fused = partial(neighborhood_attention, impl="fused")
+    monkeypatch.setattr("natten_layers.natten.dense.neighborhood_attention", fused)
+    torch.manual_seed(0)
+    inputs = query, key, value = draw((1, queries, 2, 16), (1, keys, 1, 16), (1, keys, 1, 16))
+    assert_equal(attention(query, key, value, return_lse=True), reference(query, [key], [value], None), inputs)
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
