@@ -201,12 +201,13 @@ def _registers(workload: Workload, variants: list[Variant]) -> Iterator[Implemen
 
 def _folded(workload: Workload, inputs: Inputs, state: AttentionState) -> Tensor:
     from natten_layers.kernels.host.problem import Inputs as Tensors
-    from natten_layers.kernels.host.problem import problem_of
+    from natten_layers.kernels.host.problem import Options, problem_of
     from natten_layers.kernels.portable.fold_registers import fold_registers
 
     w = make_window(workload.spatial, workload.kernel_size, 1, 1, workload.causal)
-    tensors = Tensors(inputs.query, inputs.key, inputs.value, inputs.additional_keys, inputs.additional_values, None)
-    problem = problem_of(tensors, None, (w.kernel_size, w.stride, w.dilation, w.is_causal), workload.scale)
+    tensors = Tensors(inputs.query, inputs.key, inputs.value, inputs.additional_keys, inputs.additional_values)
+    options = Options(None, w.kernel_size, w.stride, w.dilation, w.is_causal, workload.scale)
+    problem = problem_of(tensors, options)
     fold_registers(problem, tensors, workload.scale, *state)
     return state.out
 

@@ -169,12 +169,14 @@ def _behind_rotation(attend: Attend) -> Callable[[Call, HeadNorm | None, Angles 
     """One function for each: a compiled model is compiled anew for another."""
 
     def attend_projected(call: Call, norm: HeadNorm | None, angles: Angles | None) -> Tensor:
-        query, key = normalize_and_rotate(call.query, call.key, norm, angles)
-        w = call.window
+        inputs, w = call.inputs, call.window
+        sink = call.options.sink_value if inputs.sink is None else inputs.sink
+        query, key = normalize_and_rotate(inputs.query, inputs.key, norm, angles)
         return attend(
-            query, key, call.value, w.kernel_size, stride=w.stride, dilation=w.dilation, is_causal=w.is_causal,
-            scale=call.scale, additional_keys=call.additional_keys, additional_values=call.additional_values,
-            sink=call.sink,
+            query, key, inputs.value, w.kernel_size, stride=w.stride, dilation=w.dilation, is_causal=w.is_causal,
+            scale=call.options.scale, additional_keys=inputs.additional_keys,
+            additional_values=inputs.additional_values,
+            sink=sink,
         )  # fmt: skip
 
     return attend_projected

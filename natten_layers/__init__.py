@@ -11,6 +11,7 @@ Operations
     na1d, na2d, na3d          NATTEN's operations, with their arguments
     attention, merge_attentions
                               NATTEN's dense attention, and the merge of results by their log-sum-exp
+    explain                   which kernels a call takes, with what tiles, and why not others: an Explanation
 
 Layers
     NeighborhoodGQA           self-attention: projections, windows, registers, sinks, RoPE, q/k norm
@@ -56,6 +57,7 @@ These names and modules are the public interface. All other modules are internal
 from . import functional as functional
 from . import utils as utils
 from .cached import cached_attention
+from .explanation import Explanation, explain
 from .modules import (
     GEGLU,
     AdaRMSNorm,
@@ -130,6 +132,7 @@ __all__ = [
     "DecoderLM",
     "DecoderLMConfig",
     "Denoiser",
+    "Explanation",
     "GatedFeedForward",
     "HDiT",
     "HDiTConfig",
@@ -150,6 +153,7 @@ __all__ = [
     "cached_attention",
     "disable_flex_compile",
     "disable_flex_compile_backprop",
+    "explain",
     "get_bwd_configs_for_cutlass_blackwell_fmha",
     "get_bwd_configs_for_cutlass_blackwell_fna",
     "get_bwd_configs_for_cutlass_fmha",

@@ -1,20 +1,22 @@
-"""The public operations, and the one dispatch between eager and fused."""
+"""The public operations, and the one choice between eager and fused."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, overload
 
 from torch import Tensor
 
 from . import eager
-from .arguments import Axes, Call, check_bias, prepare
+from .arguments import Axes, Call, check_bias, check_dense, prepare
 from .kernels.ops import attention as attention_ops
 
 __all__ = ["AttentionState", "attention_state", "merge_attention", "neighborhood_attention"]
 
 Impl = Literal["auto", "fused", "eager"]
+
+NO_BIAS = "the kernels have no rpb, the bias on relative positions"
+"""Why they do not compute a call that has one"""
 
 
 class AttentionState(NamedTuple):
@@ -93,8 +95,10 @@ def neighborhood_attention(
 
     Query head ``h`` reads KV head ``h // (Hq // Hkv)``. KV heads that were expanded with stride 0, either on a group
     axis (``[B, *spatial, Hkv, G, D]``, all three tensors; ``kernel_size`` must then be a tuple unless there are three
-    spatial axes) or from a single head (``[B, *spatial, Hq, D]``), are read without a copy,
-    unless a gradient is asked for the expanded tensor itself and not for what it views.
+    spatial axes) or from a single head (``[B, *spatial, Hq, D]``), are read without a copy where no gradient
+    is asked for them. Where one may be, every head of the expanded tensor gets its own, at the price of multi-head
+    attention, and a group axis that was expanded from several KV heads is copied. To train at the price of grouped
+    queries, leave the heads unexpanded: ``Hkv`` of them, or a group axis of length 1.
 
     Args:
         query: ``[B, *spatial, Hq, D]``, fp16, bf16, fp32 or (eager only) fp64.
@@ -119,8 +123,9 @@ def neighborhood_attention(
 
     Returns:
         ``out [B, *spatial, Hq, Dv]`` in the query's dtype, or ``(out, lse)`` with ``lse [B, *spatial, Hq]`` in fp32
-        (fp64 for fp64 inputs), natural log. A token that is not finite makes outputs whose windows hold it NaN or inf,
-        and no others; in the backward pass NaN spreads further, to gradients of the same image and head.
+        (fp64 for fp64 inputs), natural log. Both are contiguous on every path, and empty for an empty batch. A token
+        that is not finite makes outputs whose windows hold it NaN or inf, and no others; in the backward pass NaN
+        spreads further, to gradients of the same image and head.
 
     Raises:
         ValueError: an argument does not fit; the message names it, the axis and the values.
@@ -139,8 +144,9 @@ def attend(call: Call, impl: Impl, rpb: Tensor | None = None) -> Tensor:
     """``out`` of prepared arguments, ``rpb`` as the user gave it."""
     if rpb is not None:
         return call.restore(_run(call, impl, rpb).out)
-    operation = attention_ops.attention if takes_fused(impl, call.query, call.why_not_fused) else eager.attention
-    return call.restore(operation(*call.arguments))
+    if takes_fused(impl, call.inputs.query, call.why_not_fused):
+        return call.restore(attention_ops.attention(call.inputs, call.options))
+    return call.restore(eager.attention(*call.for_eager))
 
 
 def attention_state(
@@ -164,7 +170,7 @@ def attention_state(
     Takes and checks the same arguments. Give the sink to exactly one of the states to be merged.
 
     Returns:
-        ``(out, row_max, row_sum)``, see :class:`AttentionState`.
+        ``(out, row_max, row_sum)``, contiguous, see :class:`AttentionState`.
     """
     call = prepare(
         query, key, value, kernel_size, stride, dilation, is_causal, scale, additional_keys, additional_values, sink
@@ -194,6 +200,7 @@ def merge_attention(*states: tuple[Tensor, Tensor, Tensor]) -> AttentionState:
     first = states[0][0]
     for i, (out, row_max, row_sum) in enumerate(states):
         for name, tensor in (("out", out), ("row_max", row_max), ("row_sum", row_sum)):
+            check_dense(f"{name} of state {i}", tensor)
             if tensor.device != first.device:
                 raise ValueError(f"{name} of state {i} is on {tensor.device}, but out of state 0 is on {first.device}")
         if out.shape != first.shape or not out.shape[:-1] == row_max.shape == row_sum.shape:
@@ -206,19 +213,28 @@ def merge_attention(*states: tuple[Tensor, Tensor, Tensor]) -> AttentionState:
 
 
 def _run(call: Call, impl: Impl, rpb: Tensor | None) -> AttentionState:
+    query = call.inputs.query
     if rpb is not None:
-        check_bias(rpb, call.query, math.prod(call.head_shape), call.window)
-        takes_fused(impl, call.query, lambda: "the kernels have no rpb, the bias on relative positions")
-        return AttentionState(*eager.attention_state(*call.arguments, rpb))
-    run = attention_ops.attention_state if takes_fused(impl, call.query, call.why_not_fused) else eager.attention_state
-    return AttentionState(*run(*call.arguments))
+        check_bias(rpb, call)
+        takes_fused(impl, query, lambda: NO_BIAS)  # raises if they are insisted on
+        return AttentionState(*eager.attention_state(*call.for_eager, rpb=rpb))
+    if takes_fused(impl, query, call.why_not_fused):
+        return AttentionState(*attention_ops.attention_state(call.inputs, call.options))
+    return AttentionState(*eager.attention_state(*call.for_eager))
 
 
 def takes_fused(impl: Impl, query: Tensor, why_not: Callable[[], str | None]) -> bool:
-    """The one dispatch: whether ``impl`` on tensors like ``query`` means the fused kernels.
+    """Whether ``impl`` on tensors like ``query`` means the fused kernels; arguments as those of :func:`why_eager`."""
+    return why_eager(impl, query, why_not) is None
+
+
+def why_eager(impl: Impl, query: Tensor, why_not: Callable[[], str | None]) -> str | None:
+    """The one choice between PyTorch and the fused kernels: why ``impl`` means the former, or None.
+
+    Never for an empty batch: in PyTorch its results and gradients are the same, and kernels need not know of it.
 
     Args:
-        why_not: why they cannot run, or None; only asked where they would.
+        why_not: why the kernels cannot run on tensors like ``query``, or None; only asked where they would.
 
     Raises:
         ValueError: an unknown ``impl``.
@@ -226,9 +242,11 @@ def takes_fused(impl: Impl, query: Tensor, why_not: Callable[[], str | None]) ->
     """
     if impl not in ("auto", "fused", "eager"):
         raise ValueError(f'impl must be "auto", "fused" or "eager", got {impl!r}')
-    if impl == "eager" or (impl == "auto" and query.device.type != "cuda"):
-        return False  # Triton's interpreter is for tests: only on request
+    if impl == "eager":
+        return 'impl="eager" asks for it'
+    if impl == "auto" and query.device.type != "cuda":  # Triton's interpreter is for tests: only on request
+        return f"the tensors are on {query.device.type}, the kernels run on CUDA devices"
     reason = why_not()
     if reason is not None and impl == "fused":
         raise RuntimeError(f'impl="fused" cannot run: {reason}; use impl="auto" or "eager"')
-    return reason is None
+    return "the batch is empty: there is nothing to launch" if reason is None and query.shape[0] == 0 else reason

@@ -21,7 +21,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from .kernels.host.problem import Inputs, device_traits, problem_of, three_axes
+from .kernels.host.problem import Inputs, Options, device_traits, problem_of, three_axes
 from .kernels.host.tiling import Kind, Launch, ProblemClass, best_boxes, boxes, rule
 from .kernels.host.tuned import cache_file, override, write_tuned
 from .operations import neighborhood_attention
@@ -245,19 +245,19 @@ def _problem_class(args: argparse.Namespace, query: Tensor, kv_heads: int) -> Pr
 
 def _kinds(args: argparse.Namespace, heads: Sequence[Tensor]) -> list[Kind]:
     """The kernels to search: not those whose places others take, which have nothing to search."""
-    from .kernels import dispatch  # Triton is there: a call has run
+    from .kernels.dispatch import Question, choose  # Triton is there: a call has run
 
-    rank = len(args.tokens)
-    window = _spread(args.kernel_size, rank), (1,) * rank, _spread(args.dilation, rank), (args.causal,) * rank
     query, key, value = heads
-    problem = problem_of(Inputs(query, key, value, None, None, None), None, window, 1.0)
-    taken: list[str] = []
-    if dispatch.forward_launch(problem) is not None:
-        taken.append("forward")
-    if dispatch.backward_launches(problem, problem.query) is not None:
-        taken.extend(("backward_query", "backward_key"))
-    if (small := dispatch.small_backward_launches(problem, problem.query)) is not None:
-        taken.extend(kind for kind, launch in zip(("backward_query", "backward_key"), small, strict=True) if launch)
+    rank = len(args.tokens)
+    options = Options(
+        None, _spread(args.kernel_size, rank), (1,) * rank, _spread(args.dilation, rank), (args.causal,) * rank, 1.0
+    )
+    problem = problem_of(Inputs(query, key, value), options)
+    questions: dict[Kind, Question] = {
+        "forward": Question(problem),
+        **dict.fromkeys(("backward_query", "backward_key"), Question(problem, True, problem.query)),
+    }
+    taken = [kind for kind, question in questions.items() if not choose(kind, question).is_portable]
     if taken:
         print(f"{', '.join(taken)}: windows of this size have kernels of their own on this GPU")
     return [kind for kind in args.kernels if kind not in taken]

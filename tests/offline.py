@@ -18,12 +18,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from natten_layers import cached_attention, neighborhood_attention
-from natten_layers.kernels import dispatch
 from natten_layers.kernels.host import problem
 from natten_layers.kernels.ops import attention as attention_ops
 from natten_layers.kernels.ops import decode as decode_ops
-from natten_layers.kernels.portable.qk_prep import Rotation
 from natten_layers.kernels.sm90 import small_tiling
+from natten_layers.kernels.sm90.available import gluon_gap
 from natten_layers.modules import AxialRoPE, RoPE
 from natten_layers.modules.query_key import HeadNorm, normalize_and_rotate
 from natten_layers.modules.rope import angles_of
@@ -65,81 +64,89 @@ class Driver:
         return "int"
 
 
-def draw(*shape: int) -> Tensor:
-    return torch.zeros(shape, dtype=torch.bfloat16, requires_grad=True)
+def draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.zeros(shape, dtype=dtype, requires_grad=True)
 
 
-def attend(spatial: tuple[int, ...], kernel_size: int, heads: int, dim: int, registers: int, **options: Any) -> None:
-    q, k, v = (draw(1, *spatial, h, dim) for h in (heads, 2, 2))
+def attend(
+    spatial: tuple[int, ...], kernel_size: int, heads: int, dim: int, registers: int,
+    dtype: torch.dtype = torch.bfloat16, **options: Any,
+) -> None:  # fmt: skip
+    q, k, v = (draw(1, *spatial, h, dim, dtype=dtype) for h in (heads, 2, 2))
     inputs = [q, k, v]
     if registers:
-        inputs += [draw(1, registers, 2, dim), torch.zeros(heads, requires_grad=True)]
+        inputs += [draw(1, registers, 2, dim, dtype=dtype), torch.zeros(heads, requires_grad=True)]
         options |= {"additional_keys": inputs[3], "additional_values": inputs[3], "sink": inputs[4]}
     out = neighborhood_attention(q, k, v, kernel_size, **options, impl="fused")
     torch.autograd.grad(out.float().sum(), inputs)
 
 
-def attend_on_hopper(spatial: tuple[int, ...], kernel_size: int, heads: int, *, sink: float | None) -> None:
-    modules = dispatch.kernels()
-    assert modules is not None
-    tensors = problem.Inputs(
-        *(torch.zeros(1, *spatial, h, 128, dtype=torch.bfloat16) for h in (heads, 2, 2)), *[None] * 3
-    )
-    rank = len(spatial)
-    window = (kernel_size,) * rank, (1,) * rank, (1,) * rank, (rank == 1,) * rank
-    one = problem.problem_of(tensors, sink, window, 1.0)
-    launch, key_launch = dispatch.launch_of(one), dispatch.key_launch_of(one)
-    modules.forward.forward(launch, one, tensors, sink, 1.0, with_state=sink is None)
+def options_of(rank: int, kernel_size: int, sink: float | None) -> problem.Options:
+    return problem.Options(sink, (kernel_size,) * rank, (1,) * rank, (1,) * rank, (rank == 1,) * rank, 1.0)
+
+
+def attend_on_hopper(
+    spatial: tuple[int, ...], kernel_size: int, heads: int, *, sink: float | None, dim: int = 128
+) -> None:
+    from natten_layers.kernels.sm90 import large_backward, large_forward, large_tiling
+
+    tensors = problem.Inputs(*(torch.zeros(1, *spatial, h, dim, dtype=torch.bfloat16) for h in (heads, 2, 2)))
+    options = options_of(len(spatial), kernel_size, sink)
+    one = problem.problem_of(tensors, options)
+    launch, key_launch = large_tiling.launch_of(one), large_tiling.key_launch_of(one)
+    large_forward.forward(launch, one, tensors, options, with_state=sink is None)
     rows = torch.ones(1, *spatial, heads)
-    statistics, _ = modules.backward.statistics_of(one, tensors.query, rows, rows, tensors.query, None)
-    modules.backward.query_gradient(launch, one, tensors, 1.0, tensors.query, statistics)
-    modules.backward.key_gradients(key_launch, one, tensors, 1.0, tensors.query, statistics)
-    registers = torch.zeros(1, 5, 2, 128, dtype=torch.bfloat16)
+    cotangents = problem.Cotangents(tensors.query, rows, rows, tensors.query, None)
+    query_launch = large_tiling.query_launch_of(one)
+    _, statistics = large_backward.query_gradient(query_launch, one, tensors, options, cotangents)
+    large_backward.key_gradients(key_launch, one, tensors, options, tensors.query, statistics)
+    registers = torch.zeros(1, 5, 2, dim, dtype=torch.bfloat16)
     tensors = tensors._replace(additional_keys=registers, additional_values=registers)
-    one = problem.problem_of(tensors, sink, window, 1.0)
-    modules.forward.forward(launch, one, tensors, sink, 1.0, with_state=False)
+    one = problem.problem_of(tensors, options)
+    large_forward.forward(launch, one, tensors, options, with_state=False)
+    large_backward.key_gradients(key_launch, one, tensors, options, tensors.query, problem.RowStatistics(rows, rows))
 
 
 def attend_small_on_hopper(
     spatial: tuple[int, ...], kernel_size: int, heads: int, *, registers: int, dim: int = 64
 ) -> None:
-    modules = dispatch.kernels()
-    assert modules is not None
+    from natten_layers.kernels.sm90 import small_backward, small_forward, small_forward_rolling
+
     query, key = (torch.zeros(1, *spatial, h, dim, dtype=torch.bfloat16) for h in (heads, 2))
     extra = torch.zeros(1, registers, 2, dim, dtype=torch.bfloat16) if registers else None
     tensors = problem.Inputs(query, key, key, extra, extra, torch.zeros(heads))
     rank = len(spatial)
-    window = (kernel_size,) * rank, (1,) * rank, (1,) * rank, (rank == 1,) * rank
-    one = problem.problem_of(tensors, None, window, 1.0)
+    options = options_of(rank, kernel_size, None)
+    one = problem.problem_of(tensors, options)
     launch = small_tiling.small_launch_of(one)
     assert launch is not None
-    modules.small_forward.forward(launch, one, tensors, None, 1.0, with_state=rank > 1)
+    small_forward.forward(launch, one, tensors, options, with_state=rank > 1)
     launch = small_tiling.strip_launch_of(one)
     assert launch is not None
-    modules.strip_forward.forward(launch, one, tensors, None, 1.0, with_state=rank > 1)
+    small_forward_rolling.forward(launch, one, tensors, options, with_state=rank > 1)
     launch = small_tiling.small_query_launch_of(one)
     assert launch is not None
     rows = torch.ones(query.shape[:-1])
-    modules.small_backward.query_gradient(launch, one, tensors, 1.0, query, rows, rows, query, rows)
+    cotangents = problem.Cotangents(query, rows, rows, query, rows)
+    _, statistics = small_backward.query_gradient(launch, one, tensors, options, cotangents)
     launch = small_tiling.small_key_launch_of(one)
     assert launch is not None
-    modules.small_backward.key_gradients(launch, one, tensors, 1.0, query, rows, rows)
+    small_backward.key_gradients(launch, one, tensors, options, query, statistics)
 
 
 def attend_projected_on_hopper(spatial: tuple[int, ...], kernel_size: int, rope: AxialRoPE | RoPE, norm: str) -> None:
-    modules = dispatch.kernels()
-    assert modules is not None
+    from natten_layers.kernels.sm90 import small_forward_rolling
+
     qkv = torch.zeros(1, *spatial, 12, 64, dtype=torch.bfloat16)
     query, key, value = qkv.split((8, 2, 2), -2)
-    rank, angles = len(spatial), rope.angles(query, key, None)
+    angles = rope.angles(query, key, None)
     gain = torch.zeros(64, dtype=torch.bfloat16)
-    rotation = Rotation(query, key, gain, gain, angles.positions[None], angles.freqs, angles.factor, norm, 1e-6)
-    window = (kernel_size,) * rank, (1,) * rank, (1,) * rank, (rank == 1,) * rank
-    tensors = problem.Inputs(query, key, value, None, None, None)
-    one = problem.problem_of(tensors, None, window, 1.0)
+    prep = problem.QKPrep(gain, gain, angles.positions[None], angles.freqs, angles.factor, norm, 1e-6)
+    tensors, options = problem.Inputs(query, key, value), options_of(len(spatial), kernel_size, None)
+    one = problem.problem_of(tensors, options)
     launch = small_tiling.strip_launch_of(one, rotates=True)
     assert launch is not None
-    modules.strip_forward.forward(launch, one, tensors, None, 1.0, False, rotation)
+    small_forward_rolling.forward(launch, one, tensors, options, False, prep)
 
 
 def main(capability: int) -> None:
@@ -152,13 +159,20 @@ def main(capability: int) -> None:
     attend((12, 12, 20), 5, 2, 40, 0, dilation=2, stride=3)
     attend((2048,), 1024, 8, 128, 40, is_causal=True)
     attend((32, 32), 7, 4, 256, 40)
-    if capability == 90 and (modules := dispatch.kernels()) is not None:
-        for module in (modules.forward, modules.backward, modules.strip_forward):
+    if capability == 90:
+        attend((32, 32), 7, 8, 256, 40, torch.float32)
+    if capability == 90 and gluon_gap() is None:
+        from natten_layers.kernels.sm90 import large_backward, large_forward, small_forward_rolling
+
+        for module in (large_forward, large_backward, small_forward_rolling):
             setattr(module, "multiprocessors", lambda device: 132)  # noqa: B010
         attend_on_hopper((4096,), 2048, 8, sink=0.0)
         attend_on_hopper((64, 80), 48, 2, sink=None)
         attend_on_hopper((16, 24, 32), 14, 2, sink=None)
+        attend_on_hopper((4096,), 1024, 8, sink=0.0, dim=256)
+        attend_on_hopper((64, 80), 24, 2, sink=None, dim=80)
         attend_small_on_hopper((64, 64), 7, 8, registers=5)
+        attend_small_on_hopper((64, 64), 7, 8, registers=0, dim=40)
         attend_small_on_hopper((4096,), 128, 16, registers=0)
         attend_small_on_hopper((4096,), 8, 8, registers=0, dim=128)
         attend_projected_on_hopper((64, 64), 7, AxialRoPE(64, 8, num_kv_heads=2), "cosine")

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
-from helpers import Case, assert_close, error, make_inputs, oracle, run
+from helpers import Case, assert_close, assert_nan_stays, enlarge, error, make_inputs, oracle, run
 from torch import Tensor
 
 pytest.importorskip("triton.experimental.gluon")
 
-from natten_layers import neighborhood_attention
+from natten_layers import attention_state, neighborhood_attention
 from natten_layers.geometry import make_window, query_bounds, window_bounds
 from natten_layers.kernels import dispatch
+from natten_layers.kernels.dispatch import VARIANTS, Direction, Question, choose, sm90_gap
 from natten_layers.kernels.host import problem as problem_module
-from natten_layers.kernels.host.problem import Inputs, Layout, Problem, problem_of
+from natten_layers.kernels.host.problem import Cotangents, Inputs, Layout, Options, Problem, problem_of
 from natten_layers.kernels.host.tiling import Box, Launch
 from natten_layers.kernels.host.tuned import forget, override
 from natten_layers.kernels.portable import forward
-from natten_layers.kernels.sm90 import large_backward, large_forward
+from natten_layers.kernels.sm90 import large_backward, large_forward, large_tiling
 
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
 HAS_DEVICE = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 needs_device = pytest.mark.skipif(not HAS_DEVICE, reason="compute capability 9.0 only")
 
@@ -39,6 +43,16 @@ CASES = (
          sink="zero"),
     Case("3d-gqa", (10, 17, 19), (6, 10, 12), heads=2, kv_heads=1, head_dim=128, value_dim=128, batch=1),
     Case("3d-causal", (12, 16, 18), (7, 9, 10), 1, 1, (True, False, False), 4, 1, head_dim=128, value_dim=128),
+    Case("1d-wide-causal-gqa-sink", (700,), 300, is_causal=True, heads=8, kv_heads=2, head_dim=256, value_dim=256,
+         sink="learned"),
+    Case("2d-wide-registers", (37, 41), (15, 17), heads=3, kv_heads=3, head_dim=256, value_dim=256, registers=5),
+    Case("3d-wide-padded", (9, 12, 18), (5, 7, 8), heads=2, kv_heads=1, head_dim=192, value_dim=192),
+    Case("1d-values-narrower", (900,), 257, is_causal=True, heads=4, kv_heads=2, head_dim=192, value_dim=128),
+    Case("2d-values-wider", (30, 41), (17, 15), heads=2, kv_heads=2, head_dim=64, value_dim=128),
+    Case("2d-padded-80-sink", (37, 41), 21, heads=4, kv_heads=2, head_dim=80, value_dim=80, sink="zero"),
+    Case("1d-padded-96-gqa", (1000,), 400, is_causal=True, heads=4, kv_heads=1, head_dim=96, value_dim=96),
+    Case("3d-padded-40", (9, 12, 18), (5, 7, 8), heads=2, kv_heads=2, head_dim=40, value_dim=40),
+    Case("2d-narrow", (40, 48), (24, 20), heads=2, kv_heads=2, head_dim=32, value_dim=32),
 )  # fmt: skip
 
 
@@ -46,10 +60,17 @@ def call_of(case: Case, tensors: dict[str, Tensor]) -> tuple[Problem, tuple[Any,
     """The problem of a case, and the arguments of both kernels' launchers."""
     registers = tensors.get("additional_keys"), tensors.get("additional_values")
     inputs = Inputs(tensors["query"], tensors["key"], tensors["value"], *registers, tensors.get("sink"))
-    sink, scale = 0.0 if case.sink == "zero" else None, case.head_dim**-0.5
     w = make_window(case.spatial, case.kernel_size, case.stride, case.dilation, case.is_causal)
-    problem = problem_of(inputs, sink, (w.kernel_size, w.stride, w.dilation, w.is_causal), scale)
-    return problem, (problem, inputs, sink, scale, True)
+    sink, scale = 0.0 if case.sink == "zero" else None, case.head_dim**-0.5
+    options = Options(sink, w.kernel_size, w.stride, w.dilation, w.is_causal, scale)
+    problem = problem_of(inputs, options)
+    return problem, (problem, inputs, options, True)
+
+
+def planned(direction: Direction, problem: Problem, **question: Any) -> Any:
+    """The plan of the kernel for compute capability 9.0 that computes a call, or None if that is the last resort."""
+    choice = choose(direction, Question(problem, **question))
+    return None if choice.variant is VARIANTS[direction][-1] else choice.plan
 
 
 def assert_oracle(case: Case, leaves: dict[str, Tensor], state: tuple[Tensor, Tensor | None, Tensor | None]) -> None:
@@ -70,15 +91,16 @@ def test_matches_the_oracle(case: Case, dtype: torch.dtype) -> None:
     case = replace(case, dtype=dtype)
     leaves = make_inputs(case, "cuda")
     problem, arguments = call_of(case, {name: t.detach() for name, t in leaves.items()})
-    assert dispatch.supports(problem)
-    assert_oracle(case, leaves, large_forward.forward(dispatch.launch_of(problem), *arguments))
+    assert sm90_gap(Question(problem)) is None
+    assert_oracle(case, leaves, large_forward.forward(large_tiling.launch_of(problem), *arguments))
 
 
 @pytest.fixture
 def wherever_possible(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Small windows take the kernels too."""
     with monkeypatch.context() as patch:
-        patch.setattr(dispatch, "pays", lambda problem: True)
+        for name in ("NUMBERS", "REGISTERED", "PAIRS"):
+            patch.setattr(dispatch, name, 0)
         forget()
         yield
     forget()
@@ -121,7 +143,7 @@ def test_any_number_of_programs_computes_every_tile(case: Case, monkeypatch: pyt
             problem, arguments = call_of(case, {name: t.detach() for name, t in leaves.items()})
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                out = large_forward.forward(dispatch.launch_of(problem), *arguments)[0]
+                out = large_forward.forward(large_tiling.launch_of(problem), *arguments)[0]
         for _ in range(2):
             out.zero_()
             graph.replay()
@@ -135,8 +157,8 @@ def test_reads_views_of_a_fused_projection() -> None:
     qkv = torch.randn(2, *case.spatial, 8, 128, device="cuda", dtype=torch.bfloat16)
     views: dict[str, Tensor] = dict(zip(("query", "key", "value"), qkv.split((4, 2, 2), -2), strict=True))
     problem, arguments = call_of(case, views)
-    assert dispatch.supports(problem)
-    launch = dispatch.launch_of(problem)
+    assert sm90_gap(Question(problem)) is None
+    launch = large_tiling.launch_of(problem)
     copies = call_of(case, {name: t.contiguous() for name, t in views.items()})[1]
     for ours, expected in zip(
         large_forward.forward(launch, *arguments), large_forward.forward(launch, *copies), strict=True
@@ -152,10 +174,122 @@ def test_nan_and_inf_reach_only_the_queries_that_see_them() -> None:
     tensors["value"][0, 3, 4, 1, 7] = float("nan")
     tensors["key"][1, 39, 47, 0, 5] = float("inf")
     problem, arguments = call_of(case, tensors)
-    ours, expected = large_forward.forward(dispatch.launch_of(problem), *arguments)[0], forward.forward(*arguments)[0]
+    ours = large_forward.forward(large_tiling.launch_of(problem), *arguments)[0]
+    expected = forward.forward(forward.plan(problem, True), *arguments)[0]
     assert expected.isnan().any()
     assert torch.equal(ours.isnan(), expected.isnan())
     assert error(ours.nan_to_num(), expected.nan_to_num()) < 4e-3
+
+
+VIDEOS = (
+    Case("causal", (6, 12, 12), (6, 9, 9), is_causal=True, head_dim=128, value_dim=128, batch=3),
+    Case("gqa-sink", (10, 17, 19), (6, 10, 12), heads=4, kv_heads=2, head_dim=128, value_dim=128, batch=3,
+         sink="learned"),
+    Case("odd", (9, 16, 18), (5, 9, 10), 1, 1, (False, True, False), head_dim=64, value_dim=64, batch=2),
+    Case("image", (40, 48), (24, 32), head_dim=64, value_dim=64),
+)  # fmt: skip
+
+
+@pytest.mark.gpu
+@needs_device
+@pytest.mark.usefixtures("wherever_possible")
+@pytest.mark.parametrize("case", VIDEOS, ids=str)
+def test_nan_reaches_no_other_image_and_no_other_head(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batch and t are one axis to TMA: behind a video's last frame comes the first one of the next."""
+    case = replace(case, dtype=torch.bfloat16)
+    taken: list[Launch] = []
+    compute = large_backward.key_gradients
+    monkeypatch.setattr(large_backward, "key_gradients", lambda *args: taken.append(args[0]) or compute(*args))
+    assert_nan_stays(case, make_inputs(case, "cuda"))
+    assert taken
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_chunks_of_a_batch_end_with_the_last_frame(causal: bool) -> None:
+    """And those of one video need not, which may leave better ones."""
+    reached = []
+    for frames, window in ((6, 6), (6, 3), (9, 5), (10, 6), (12, 7)):
+        axes = tuple(zip((frames, 12, 18), (window, 9, 9), (1, 1, 1), (causal, False, True), strict=True))
+        for rows, columns, bounds, alignment in ((128, 128, window_bounds, 1), (128, 64, query_bounds, 4)):
+            for batch in (1, 3):
+                tile, chunk = large_tiling.best_boxes(axes, rows, columns, bounds, alignment, batch)
+                ends = []
+                for origin in range(0, frames, tile[0]):
+                    own = torch.arange(origin, min(origin + tile[0], frames))
+                    low, high = bounds(own, frames, window, 1, causal)
+                    count = -(-(int(high.max()) - int(low.min()) + 1) // chunk[0])
+                    ends.append(int(low.min()) + count * chunk[0])
+                assert batch == 1 or max(ends) <= frames, (axes, tile, chunk)
+                reached.append(max(ends) > frames)
+    assert any(reached)
+
+
+@pytest.mark.gpu
+@needs_device
+@pytest.mark.parametrize("sink", ["none", "zero"])
+@pytest.mark.parametrize("exponent", [32, 40, 112])
+@pytest.mark.parametrize("case", [CASES[1], CASES[4], CASES[7]], ids=str)
+def test_scores_may_be_as_large_as_fp32_holds(case: Case, exponent: int, sink: Literal["none", "zero"]) -> None:
+    case = replace(case, dtype=torch.bfloat16, sink=sink)
+    inputs = enlarge({name: t.detach() for name, t in make_inputs(case, "cuda").items()}, exponent)
+    problem, arguments = call_of(case, inputs)
+    assert_oracle(
+        case,
+        {name: t.clone().requires_grad_() for name, t in inputs.items()},
+        large_forward.forward(large_tiling.launch_of(problem), *arguments),
+    )
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's NumPy
+@pytest.mark.parametrize("with_state", [False, True])
+def test_tiles_that_are_marked_are_computed_once_more(with_state: bool) -> None:
+    """Those and no others, by more than one program that looks at marks; a NaN stays in its windows."""
+    case = Case("marked", (300,), 20, heads=4, head_dim=64, value_dim=64, sink="learned", batch=1, dtype=torch.float16)
+    tensors = {name: t.detach() for name, t in make_inputs(case, DEVICE).items()}
+    tensors["value"][0, 40, 1, 7] = float("nan")
+    problem, (_, inputs, options, _) = call_of(case, tensors)
+    launch = Launch((1, 1, 8), (1, 1, 16), pack=2, num_warps=4, stages=1)
+    blocks, programs = 2, problem.programs(launch)
+    assert programs == 38 * blocks
+    assert programs > large_forward.FLAGS.value
+    marked = [0, 9, 11, 63, 64, 74, 75]  # tiles times blocks of heads; the last tile is cut
+    broken = torch.zeros(programs + 1, dtype=torch.int32, device=DEVICE)
+    broken[[*marked, programs]] = 1  # behind the marks is a count of tiles
+    expected = attention_state(inputs.query, inputs.key, inputs.value, 20, sink=inputs.sink, impl="fused")
+    expected = expected.out, expected.row_max, expected.row_sum
+    untouched = -3.0
+    results = [torch.full_like(x, untouched) for x in expected]
+    state = results[1:] if with_state else (None, None)
+    large_forward.repair(launch, problem, inputs, options, broken, (results[0], state[0], state[1]))
+    rows = torch.zeros(1, 300, 4, dtype=torch.bool, device=DEVICE)
+    for i in marked:
+        first, head = i // blocks * 8, i % blocks * 2
+        rows[:, first : first + 8, head : head + 2] = True
+    for found, wanted in zip(results[: 3 if with_state else 1], expected, strict=False):
+        assert (found[~rows] == untouched).all()
+        torch.testing.assert_close(found[rows], wanted[rows], rtol=1e-3, atol=1e-3, equal_nan=True)
+    assert results[0][rows].isnan().any()
+
+
+@pytest.mark.parametrize("with_grad_lse", [False, True])
+def test_statistics_of_the_backward_pass_are_what_they_are_called(with_grad_lse: bool) -> None:
+    case = Case("statistics", (3, 5, 9), 3, heads=3, kv_heads=1, head_dim=64, value_dim=64, dtype=torch.float16)
+    tensors = {name: t.detach() for name, t in make_inputs(case, DEVICE).items()}
+    problem, _ = call_of(case, tensors)
+    draw = torch.Generator().manual_seed(2)
+    out, wide = (torch.randn(2, 3, 5, 9, n, 64, generator=draw).half().to(DEVICE) for n in (3, 5))
+    grad_out = wide[..., 1:4, :]  # a view, as of a wider tensor
+    row_max, row_sum, grad_lse = torch.rand(3, 2, 3, 5, 9, 3, generator=draw).to(DEVICE) + 0.5
+    grad_lse = grad_lse.transpose(1, 2).contiguous().transpose(1, 2) if with_grad_lse else None
+    statistics, delta = large_backward.statistics_of(problem, Cotangents(out, row_max, row_sum, grad_out, grad_lse))
+    expected = (out.double() * grad_out.double()).sum(-1) - (0 if grad_lse is None else grad_lse.double())
+    assert error(delta, expected) < 1e-6
+    lines = [x.permute(4, 0, 1, 2, 3).reshape(3, 6, 5, 9) for x in (row_max + row_sum.log(), expected)]
+    assert error(statistics.lse[..., :9] * math.log(2), lines[0]) < 1e-6
+    assert error(statistics.delta[..., :9], lines[1]) < 1e-6
+    assert statistics.lse.stride(-2) % large_tiling.ALIGNMENT == 0
+    portable = large_backward.lined_up(problem, row_max, delta)
+    assert torch.equal(portable.delta[..., :9], statistics.delta[..., :9])
 
 
 @pytest.mark.gpu
@@ -177,7 +311,6 @@ def test_a_call_takes_it_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def problem_of_text(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0), **changes: Any) -> Problem:
     """A window of 4096 over 8192 tokens with four query heads a KV head, as if a GPU was there."""
-    dispatch.supports.cache_clear()
     forget()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(problem_module, "device_traits", lambda device: ("stub", 2**17))
@@ -191,11 +324,11 @@ def problem_of_text(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
 
 def test_large_windows_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = problem_of_text(monkeypatch)
-    launch = dispatch.forward_launch(problem)
+    launch = planned("forward", problem)
     assert launch is not None
     assert (launch.tile, launch.pack) == ((1, 1, 32), 4)
     with override(pack=1):
-        unpacked = dispatch.forward_launch(problem)
+        unpacked = planned("forward", problem)
     assert unpacked is not None
     assert (unpacked.tile, unpacked.pack) == ((1, 1, 128), 1)
 
@@ -220,8 +353,7 @@ def test_large_is_what_the_keys_of_a_window_take(
         monkeypatch, query=query, key=key, value=key, additional_keys=extra, additional_values=extra,
         kernel_size=(window,),
     )  # fmt: skip
-    assert dispatch.pays(problem) == is_large
-    assert isinstance(dispatch.forward_launch(problem), Launch) == is_large
+    assert isinstance(planned("forward", problem), Launch) == is_large
 
 
 @pytest.mark.parametrize(
@@ -236,20 +368,20 @@ def test_large_is_what_the_keys_of_a_window_take(
         {"capability": (12, 0)},
         {"device": torch.device("cpu")},
         {"key": Layout((1, 8192, 2, 128), (8192 * 257, 257, 128, 1))},
-        {"value": Layout((1, 8192, 2, 64), (8192 * 128, 128, 64, 1))},
+        {"query": Layout((1, 8192, 8, 264), (8192 * 8 * 264, 8 * 264, 264, 1))},  # more channels than registers hold
     ],
     ids=str,
 )
 def test_other_calls_do_not(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
-    assert dispatch.forward_launch(problem_of_text(monkeypatch, **changes)) is None
+    assert planned("forward", problem_of_text(monkeypatch, **changes)) is None
 
 
 def test_a_launch_that_somebody_chose_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = problem_of_text(monkeypatch)
     with override({"forward": Launch((1, 1, 64), (1, 1, 64), 2, 4, 2)}):
-        assert dispatch.forward_launch(problem) is None
+        assert planned("forward", problem) is None
     with override(pack=8):  # more heads than there are in a group
-        assert dispatch.forward_launch(problem) is None
+        assert planned("forward", problem) is None
 
 
 @pytest.mark.parametrize(
@@ -264,29 +396,32 @@ def test_boxes_execute_few_scores(
     lengths: Box, kernel: Box, causal: tuple[bool, bool, bool], group: int, tile: Box, chunk: Box
 ) -> None:
     axes = tuple(zip(lengths, kernel, (1, 1, 1), causal, strict=True))
-    assert dispatch.best_boxes(axes, 128 // group, 128, window_bounds) == (tile, chunk)
+    assert large_tiling.best_boxes(axes, 128 // group, 128, window_bounds) == (tile, chunk)
 
 
 def test_chunks_of_queries_start_where_statistics_can_be_loaded_from() -> None:
     axes = (12, 7, 1, True), (16, 9, 1, False), (18, 10, 1, False)
-    (_, free), (_, aligned) = (dispatch.best_boxes(axes, 128, 64, query_bounds, n) for n in (1, 4))
+    (_, free), (_, aligned) = (large_tiling.best_boxes(axes, 128, 64, query_bounds, n) for n in (1, 4))
     assert free[2] < 4
     assert aligned[2] % 4 == 0
     # Keys 2 and 3 are seen by queries 2 to 5, a chunk of four; from 0 on these are in two. The other pairs stay at one.
-    chunks = [dispatch.executed((8, 3, 1, True), 2, 4, query_bounds, n) // (2 * 4) for n in (1, 4)]
+    chunks = [large_tiling.executed((8, 3, 1, True), 2, 4, query_bounds, n) // (2 * 4) for n in (1, 4)]
     assert chunks == [4, 5]
 
 
 def test_gradients_of_large_windows_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = problem_of_text(monkeypatch)
-    launches = dispatch.backward_launches(problem, problem.query)
-    assert launches is not None
-    assert (launches.query.tile, launches.query.pack) == ((1, 1, 32), 4)
-    assert (launches.key.tile, launches.key.chunk) == ((1, 1, 128), (1, 1, 64))
+
+    def both(grad_out: Layout) -> list[Any]:
+        return [planned(kind, problem, grad_out=grad_out) for kind in ("backward_query", "backward_key")]
+
+    query, key = both(problem.query)
+    assert (query.tile, query.pack) == ((1, 1, 32), 4)
+    assert (key.tile, key.chunk) == ((1, 1, 128), (1, 1, 64))
     expanded = problem.query._replace(stride=(0, 0, 0, 0))  # as the gradient of a sum is
-    assert dispatch.backward_launches(problem, expanded) is None
-    with override({"backward_key": launches.key}):
-        assert dispatch.backward_launches(problem, problem.query) is None
+    assert both(expanded) == [None, None]
+    with override({"backward_key": key}):  # they share statistics
+        assert both(problem.query) == [None, None]
 
 
 def test_strides_that_tma_does_not_take_are_refused() -> None:

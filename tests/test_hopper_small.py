@@ -12,9 +12,9 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
-from helpers import Case, assert_close, error, make_inputs, oracle, run
+from helpers import Case, assert_close, assert_nan_stays, enlarge, error, make_inputs, oracle, run
 from hypothesis import given, settings
-from test_hopper import assert_oracle, call_of, needs_device, problem_of_text
+from test_hopper import assert_oracle, call_of, needs_device, planned, problem_of_text
 from torch import Tensor
 
 pytest.importorskip("triton.experimental.gluon")
@@ -24,7 +24,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from natten_layers import neighborhood_attention
 from natten_layers.geometry import query_bounds, window_bounds
 from natten_layers.kernels import dispatch
-from natten_layers.kernels.host.problem import Inputs, Layout, Problem, contiguous, layout, problem_of
+from natten_layers.kernels.dispatch import Question, sm90_gap
+from natten_layers.kernels.host.problem import Inputs, Layout, Options, Problem, contiguous, layout, problem_of
 from natten_layers.kernels.host.tiling import extent
 from natten_layers.kernels.host.tuned import forget, override
 from natten_layers.kernels.portable import forward
@@ -55,6 +56,11 @@ CASES = (
     Case("1d-too-many-scores-for-gradients", (700,), 256, is_causal=True, heads=8, kv_heads=2, head_dim=64,
          value_dim=64, sink="learned"),
     Case("2d-too-many-scores-for-gradients", (21, 40), 13, heads=6, kv_heads=3, head_dim=64, value_dim=64),
+    Case("2d-padded-40", (32, 40), 7, heads=4, kv_heads=4, head_dim=40, value_dim=40),
+    Case("2d-narrow-gqa-sink", (28, 41), 7, heads=8, kv_heads=2, head_dim=32, value_dim=32, sink="zero"),
+    Case("3d-padded-24", (8, 12, 18), 3, heads=4, kv_heads=4, head_dim=24, value_dim=24),
+    Case("1d-padded-96-registers", (1000,), 128, is_causal=True, heads=8, kv_heads=2, head_dim=96, value_dim=96,
+         registers=5, sink="learned"),
     Case("1d-even-window", (333,), 32, heads=4, kv_heads=4, head_dim=64, value_dim=64, sink="zero"),
     Case("1d-even-window-gqa", (333,), 64, heads=8, kv_heads=2, head_dim=64, value_dim=64),
     Case("3d", (8, 12, 18), 3, heads=4, kv_heads=4, head_dim=64, value_dim=64),
@@ -80,7 +86,7 @@ def test_matches_the_oracle(case: Case, dtype: torch.dtype, module: ModuleType, 
     case = replace(case, dtype=dtype)
     leaves = make_inputs(case, "cuda")
     problem, arguments = call_of(case, {name: t.detach() for name, t in leaves.items()})
-    assert dispatch.supports(problem)
+    assert sm90_gap(Question(problem)) is None
     launch = find(problem)
     assert launch is not None
     assert_oracle(case, leaves, module.forward(launch, *arguments))
@@ -148,6 +154,39 @@ def test_gradients_match_the_oracle(case: Case, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.gpu
 @needs_device
+@pytest.mark.usefixtures("wherever_possible")
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(case for case in CASES if len(case.spatial) == 3 or case.registers),
+        Case("3d-gqa", (16, 12, 12), 3, heads=8, kv_heads=2, head_dim=64, value_dim=64, batch=3),
+        Case("3d-thin", (6, 16, 20), (1, 5, 5), heads=4, kv_heads=2, head_dim=64, value_dim=64, sink="zero"),
+        Case("3d-causal", (4, 12, 12), (2, 3, 3), 1, 1, True, 4, 1, head_dim=64, value_dim=64, batch=3),
+    ],
+    ids=str,
+)
+def test_nan_reaches_no_other_image_and_no_other_head(case: Case) -> None:
+    case = replace(case, dtype=torch.bfloat16)
+    assert_nan_stays(case, make_inputs(case, "cuda"))
+
+
+@pytest.mark.gpu
+@needs_device
+@each_kernel
+@pytest.mark.parametrize("exponent", [32, 40, 112])
+@pytest.mark.parametrize("case", [CASES[2], CASES[5], CASES[6], CASES[9]], ids=str)
+def test_scores_may_be_as_large_as_fp32_holds(case: Case, exponent: int, module: ModuleType, find: Find) -> None:
+    case = replace(case, dtype=torch.bfloat16)
+    inputs = enlarge({name: t.detach() for name, t in make_inputs(case, "cuda").items()}, exponent)
+    problem, arguments = call_of(case, inputs)
+    launch = find(problem)
+    assert launch is not None
+    leaves = {name: t.clone().requires_grad_() for name, t in inputs.items()}
+    assert_oracle(case, leaves, module.forward(launch, *arguments))
+
+
+@pytest.mark.gpu
+@needs_device
 @each_kernel
 def test_reads_views_of_a_fused_projection(module: ModuleType, find: Find) -> None:
     case = replace(CASES[0], dtype=torch.bfloat16, heads=4)
@@ -178,8 +217,8 @@ def test_nan_and_inf_reach_only_the_queries_that_see_them(case: Case, module: Mo
         for name, t in ((name, t.detach()) for name, t in make_inputs(case, "cuda").items())
     }
 
-    def outputs(forward: Callable[..., Any], *launch: SmallLaunch | StripLaunch) -> tuple[Tensor, Tensor]:
-        out, row_max, row_sum = forward(*launch, *call_of(case, tensors)[1])
+    def outputs(forward: Callable[..., Any], *plan: Any) -> tuple[Tensor, Tensor]:
+        out, row_max, row_sum = forward(*plan, *call_of(case, tensors)[1])
         return out, row_max + row_sum.log()
 
     launch = find(call_of(case, tensors)[0])
@@ -191,7 +230,10 @@ def test_nan_and_inf_reach_only_the_queries_that_see_them(case: Case, module: Mo
     tensors["query"][(1, *(0,) * rank, 0, 3)] = float("nan")
     if case.registers:
         tensors["additional_values"][0, 0, 0, 9] = float("-inf")
-    ours, portable = outputs(module.forward, launch), outputs(forward.forward)
+    ours, portable = (
+        outputs(module.forward, launch),
+        outputs(forward.forward, forward.plan(call_of(case, tensors)[0], True)),
+    )
     # The portable kernel makes inf NaN where it is seen.
     assert ours[0][(0, *middle, 0, 8)] == float("inf")
     for mine, expected, allowed in zip(ours, portable, (4e-3, 1e-5), strict=True):
@@ -230,7 +272,7 @@ def problem_of_image(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Problem
 
 def test_small_windows_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = problem_of_image(monkeypatch)
-    alone, launch = small_launch_of(problem), dispatch.forward_launch(problem)
+    alone, launch = small_launch_of(problem), planned("forward", problem)
     assert alone is not None
     # 8 x 14 keys, without one that no query sees
     assert (alone.tile, alone.pack, alone.parts) == ((1, 2, 8), 4, ((1, 8, 8), (1, 8, 4), (1, 8, 2)))
@@ -239,7 +281,7 @@ def test_small_windows_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
     # Of them the 8 x 8 in front of a tile are new to it, and what it sees of those is 8 x 6.
     assert (launch.axis, launch.box, launch.slots, launch.rest) == (2, (1, 8, 8), 2, (32, 16))
     with override(pack=1):
-        unpacked = dispatch.forward_launch(problem)
+        unpacked = planned("forward", problem)
     assert isinstance(unpacked, StripLaunch)
     assert (unpacked.tile, unpacked.pack, unpacked.keys) == ((1, 8, 8), 1, 14 * 16)
 
@@ -261,12 +303,12 @@ def test_strips_have_room_for_registers_beside_many_keys(monkeypatch: pytest.Mon
     extra = Layout((8, 16, 3, 64), (3072, 192, 64, 1))
     image = {"query": query, "key": key, "value": key, "kernel_size": (13, 13)}
     problem = problem_of_image(monkeypatch, **image, additional_keys=extra, additional_values=extra)
-    strip = dispatch.forward_launch(problem)
+    strip = planned("forward", problem)
     assert small_launch_of(problem) is None
     assert isinstance(strip, StripLaunch)
     assert (strip.keys, strip.programs) == (336, 2)
     more = extra._replace(shape=(8, 17, 3, 64))
-    assert dispatch.forward_launch(problem._replace(additional_keys=more, additional_values=more)) is None
+    assert planned("forward", problem._replace(additional_keys=more, additional_values=more)) is None
 
 
 @pytest.mark.parametrize(
@@ -283,7 +325,7 @@ def test_strips_are_taken_where_windows_overlap_much(
 ) -> None:
     query, key = (Layout((8, 128, 128, h, 64), (2**20 * h, 2**13 * h, 64 * h, 64, 1)) for h in (6, 3))
     problem = problem_of_image(monkeypatch, query=query, key=key, value=key, **changes)
-    assert type(dispatch.forward_launch(problem)) is taken
+    assert type(planned("forward", problem)) is taken
 
 
 def test_statistics_take_registers_of_the_multiprocessor(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,40 +361,38 @@ IMAGES = (8, 128, 128, 8, 64), (2**23, 2**16, 512, 64, 1)
 def test_other_calls_do_not(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
     if "additional_keys" in changes:
         changes = {"additional_values": changes["additional_keys"], **changes}
-    assert dispatch.forward_launch(problem_of_image(monkeypatch, **changes)) is None
+    assert planned("forward", problem_of_image(monkeypatch, **changes)) is None
+
+
+def gradients(problem: Problem, grad_out: Layout) -> list[Any]:
+    """Plans of the gradients of queries and of keys."""
+    return [planned(kind, problem, grad_out=grad_out) for kind in ("backward_query", "backward_key")]
 
 
 def test_gradients_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = problem_of_image(monkeypatch)
-    launches = dispatch.small_backward_launches
-    both = launches(problem, problem.query)
-    assert both is not None
-    assert both.query is not None
-    assert both.key is not None
-    assert both.query.parts == ((1, 8, 8), (1, 8, 4), (1, 8, 2))
-    assert (both.key.tile, both.key.keys) == ((1, 8, 8), 14 * 16)
+    query, key = gradients(problem, problem.query)
+    assert query.parts == ((1, 8, 8), (1, 8, 4), (1, 8, 2))
+    assert (key.tile, key.keys) == ((1, 8, 8), 14 * 16)
     expanded = problem.query._replace(stride=(0, 0, 0, 0, 0))  # as the gradient of a sum is
-    assert launches(problem, expanded) is None
+    assert gradients(problem, expanded) == [None, None]
     chosen = forward.launch_for("forward", problem.problem_class)
     with override({"backward_query": chosen}):
-        assert launches(problem, problem.query) == (None, both.key)
+        assert gradients(problem, problem.query) == [None, key]
     with override({"backward_key": chosen}):
-        assert launches(problem, problem.query) == (both.query, None)
+        assert gradients(problem, problem.query) == [query, None]
     with override(pack=1):  # of queries; keys come one head at a time anyway
-        unpacked = launches(problem, problem.query)
-    assert unpacked is not None
-    assert unpacked.query is not None
-    assert (unpacked.query.pack, unpacked.key) == (1, both.key)
+        unpacked, same = gradients(problem, problem.query)
+    assert (unpacked.pack, same) == (1, key)
 
 
 def test_wide_heads_leave_gradients_of_keys_to_the_portable_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """One program a multiprocessor would fit."""
     query, key = (Layout((8, 128, 128, h, 128), (2**21 * h, 2**14 * h, 128 * h, 128, 1)) for h in (8, 2))
     problem = problem_of_image(monkeypatch, query=query, key=key, value=key)
-    launches = dispatch.small_backward_launches(problem, query)
-    assert launches is not None
-    assert launches.query is not None
-    assert launches.key is None
+    of_query, of_key = gradients(problem, query)
+    assert of_query is not None
+    assert of_key is None
 
 
 def test_scores_in_registers_are_fewer_in_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -362,7 +402,7 @@ def test_scores_in_registers_are_fewer_in_the_backward_pass(monkeypatch: pytest.
     launch = small_launch_of(problem)
     assert launch is not None
     assert (launch.tile, launch.pack, launch.parts) == ((1, 4, 8), 2, ((1, 16, 16), (1, 16, 4)))
-    assert dispatch.small_backward_launches(problem, query) == (None, None)
+    assert gradients(problem, query) == [None, None]
 
 
 def test_queries_of_a_border_are_more_than_those_of_the_middle(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -376,9 +416,9 @@ def test_queries_of_a_border_are_more_than_those_of_the_middle(monkeypatch: pyte
 def test_a_launch_that_somebody_chose_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = problem_of_image(monkeypatch)
     with override({"forward": forward.launch_for("forward", problem.problem_class)}):
-        assert dispatch.forward_launch(problem) is None
+        assert planned("forward", problem) is None
     with override(pack=8):  # more heads than there are in a group
-        assert dispatch.forward_launch(problem) is None
+        assert planned("forward", problem) is None
 
 
 def test_tiles_end_with_the_frames_of_a_video(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -427,7 +467,7 @@ def problems(draw: st.DrawFn) -> Problem:
     query, key = (torch.empty(2, *lengths, h, dim, dtype=torch.bfloat16, device="meta") for h in (2 * group, 2))
     extra = torch.empty(2, registers, 2, dim, dtype=torch.bfloat16, device="meta") if registers else None
     window = kernel, (1,) * rank, (1,) * rank, causal
-    return problem_of(Inputs(query, key, key, extra, extra, None), None, window, 1.0)
+    return problem_of(Inputs(query, key, key, extra, extra), Options(None, *window, 1.0))
 
 
 @settings(deadline=None)
@@ -456,6 +496,9 @@ def test_parts_cover_what_a_tile_sees(problem: Problem) -> None:
             last = (first + launch.tile[axis] - 1).clamp(max=length - 1)
             corner, _ = bounds(first, length, kernel, stride, causal)
             _, end = bounds(last, length, kernel, stride, causal)
+            if axis == 0:  # as the kernels have it: behind the last frame comes the next image of the batch
+                corner = corner.clamp(max=length - covered).clamp(min=0)
+                assert int(corner.max()) + covered <= length
             assert int((end - corner).max()) < covered
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +18,11 @@ from natten_layers.kernels.host.tiling import (
     register_block,
     register_memory,
     register_tile,
+    room,
     shared_memory,
 )
 from natten_layers.kernels.ops.attention import compiler_gap
+from natten_layers.kernels.sm90.available import gluon_gap
 
 triton = pytest.importorskip("triton")
 
@@ -48,6 +51,57 @@ HOPPER_KERNELS = (
 )
 
 
+FENCES = {
+    "hopper_kernel": 2,  # one a group of warps, which hand buffers back to TMA
+    "hopper_query_kernel": 2,
+    "hopper_key_kernel": 2,
+    "hopper_small_kernel": 1,
+    "hopper_small_query_kernel": 1,
+    "hopper_small_key_kernel": 1,
+    "hopper_strip_kernel": 1,  # and one more where it turns queries and keys, which tensor cores read then
+}
+"""Proxy fences of a kernel. None comes from the compiler: behind what threads write to shared memory, and before what
+reads or overwrites it by another way (TMA, tensor cores), there must be one in the source."""
+
+
+def unfenced_copies(ptx: str) -> list[str]:
+    """Copies from shared to global memory by TMA without both a proxy fence and, behind it, a barrier of all threads
+    since the last write of threads to shared memory. Without the fence, TMA may read what was there before; without
+    the barrier, so it may with what other threads wrote than the one that starts the copy.
+    """
+    unfenced, fenced, ready = [], False, False
+    for line in ptx.splitlines():
+        if re.search(r"\b(st\.shared|stmatrix)", line):
+            fenced = ready = False
+        elif "fence.proxy.async" in line:
+            fenced = True
+        elif re.search(r"\b(bar|barrier)\.(cta\.)?sync", line):
+            ready = fenced
+        elif re.search(r"cp\.async\.bulk\.tensor\.\dd\.global\.shared::cta", line) and not ready:
+            unfenced.append(line.strip())
+    return unfenced
+
+
+@pytest.mark.parametrize(
+    ("lines", "count"),
+    [
+        (["write", "fence", "barrier", "copy", "copy"], 0),
+        (["write", "barrier", "write", "fence", "copy", "barrier", "copy"], 1),
+        (["write", "barrier", "fence", "copy"], 1),
+        (["write", "barrier", "copy"], 1),
+        (["write", "fence", "barrier", "write", "copy"], 1),
+    ],
+)
+def test_copies_without_a_fence_are_found(lines: list[str], count: int) -> None:
+    words = {
+        "write": "\tstmatrix.sync.aligned.m8n8.x4.shared.b16 [%r1+32768], {%r2, %r3, %r4, %r5};",
+        "fence": "\tfence.proxy.async.shared::cta;",
+        "barrier": "\tbar.sync \t0;",
+        "copy": "\t@%p8 cp.async.bulk.tensor.5d.global.shared::cta.bulk_group [%rd1, {%r1, %r2, %r3, %r4, %r5}], [%r6];",  # noqa: E501,
+    }
+    assert len(unfenced_copies("\n".join(words[line] for line in lines))) == count
+
+
 @pytest.mark.parametrize("capability", [80, 86, 90, 100])
 def test_kernels_compile(capability: int, tmp_path: Path) -> None:
     if (reason := compiler_gap((capability // 10, capability % 10), triton.__version__)) is not None:
@@ -58,12 +112,24 @@ def test_kernels_compile(capability: int, tmp_path: Path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     compiled = done.stdout.split()
-    from natten_layers.kernels.dispatch import kernels
-
-    own = HOPPER_KERNELS if capability == 90 and kernels() is not None else ()
+    own = HOPPER_KERNELS if capability == 90 and gluon_gap() is None else ()
     assert set(compiled) == {*KERNELS, *own}
-    assert compiled.count("forward_kernel") == 4
+    assert compiled.count("forward_kernel") == (5 if capability == 90 else 4)
     assert compiled.count("hopper_strip_kernel") == (5 if own else 0)  # two of them normalise and rotate
+    if own:
+        check_fences(tmp_path)
+
+
+def check_fences(cache: Path) -> None:
+    """Of the kernels that were compiled into a folder of Triton's."""
+    found: dict[str, list[int]] = {}
+    for file in cache.rglob("hopper_*.ptx"):
+        ptx = file.read_text()
+        assert unfenced_copies(ptx) == [], file.stem
+        found.setdefault(file.stem, []).append(ptx.count("fence.proxy.async"))
+        assert ("global.shared::cta" in ptx) == ("small" in file.stem or "strip" in file.stem), file.stem
+    assert {name: min(counts) for name, counts in found.items()} == FENCES
+    assert sorted(found["hopper_strip_kernel"]) == [1, 1, 1, 2, 2]
 
 
 def test_blackwell_needs_a_triton_that_compiles_for_it() -> None:
@@ -111,6 +177,25 @@ def test_shared_memory_is_not_less_than_compiled_kernels_take(
     assert taken <= found < 1.5 * taken
 
 
+@pytest.mark.parametrize(
+    ("kind", "rows", "keys", "stages", "width", "taken"),
+    [
+        ("forward", 128, 128, 3, 128, 262144),
+        ("forward", 64, 32, 2, 256, 131072),
+        ("forward", 16, 16, 2, 512, 98304),
+        ("backward_query", 64, 32, 2, 256, 196608),
+        ("backward_query", 16, 16, 2, 512, 131072),
+    ],
+)
+def test_tiles_of_fp32_are_counted_twice(kind: Kind, rows: int, keys: int, stages: int, width: int, taken: int) -> None:
+    """As Triton 3.7 compiled them for compute capability 9.0, each product as three in TF32."""
+    problem = ProblemClass("stub", 227 * 1024, (1, 1, 2048), (1, 1, 1024), 4, width // 2, width // 2, 4)
+    space = room(problem)
+    assert space.width == width
+    assert taken <= shared_memory(kind, rows, keys, stages, space) < 1.1 * taken
+    assert room(problem._replace(element_size=2)).copies == 1
+
+
 @pytest.mark.parametrize("limit", [64 * 1024, 99 * 1024, 163 * 1024, 227 * 1024])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("element_size", [2, 4])
@@ -119,7 +204,8 @@ def test_gradients_of_registers_fit_into_shared_memory(limit: int, head_dim: int
     registers, rows = register_block(problem, register_tile(problem, 100))
     assert registers >= 16
     assert rows >= 16
-    width = head_dim * element_size // 2
-    assert register_memory(registers, rows, width) <= max(limit, register_memory(16, 16, width))
+    width, copies = head_dim * element_size // 2, room(problem).copies
+    assert register_memory(registers, rows, width, copies) <= max(limit, register_memory(16, 16, width, copies))
     assert register_block(problem, 16)[0] == 16
     assert register_memory(64, 64, 256) >= 263168  # what ptxas asked for, for an H100
+    assert register_memory(64, 16, 512, copies=2) >= 360704

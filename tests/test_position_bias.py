@@ -17,6 +17,7 @@ from natten_layers import (
     NeighborhoodAttention2D,
     NeighborhoodGQA,
     attention_state,
+    explain,
     neighborhood_attention,
 )
 from natten_layers.eager import dense_attention_state
@@ -174,6 +175,9 @@ def test_wrong_tables_and_the_kernels() -> None:
             neighborhood_attention(query, query, query, 3, rpb=wrong)  # pyright: ignore[reportArgumentType]
     with raises_naming("fused", "rpb", "eager", error=RuntimeError):
         neighborhood_attention(query, query, query, 3, rpb=rpb, impl="fused")
+    with raises_naming("fused", "rpb", error=RuntimeError):
+        explain(query, query, query, 3, rpb=rpb, impl="fused")
+    assert explain(query, query, query, 3, rpb=rpb).impl == "eager"
     grouped = query.unflatten(3, (2, 2))
     out = neighborhood_attention(grouped, grouped, grouped, (3, 3), rpb=rpb.bfloat16())
     torch.testing.assert_close(out.flatten(3, 4), neighborhood_attention(query, query, query, 3))

@@ -9,22 +9,25 @@ from typing import Any
 import pytest
 import torch
 from helpers import FLOOR, error
-from test_hopper import needs_device
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from natten_layers.arguments import Call, prepare
-from natten_layers.kernels import dispatch
-from natten_layers.kernels.host.problem import Inputs, Layout, Problem, RotationKind, problem_of
+from natten_layers.kernels.host.problem import Layout, Problem, RotationKind, problem_of
 from natten_layers.kernels.host.tuned import forget, override
 from natten_layers.kernels.ops import attention as attention_ops
 from natten_layers.kernels.ops import qk_prep_attention as qk_prep_attention_ops
+from natten_layers.kernels.ops.define import flattened, grouped
 from natten_layers.modules import AxialRoPE, NeighborhoodGQA, RoPE, query_key
 from natten_layers.modules.query_key import HeadNorm, attend_projected
 from natten_layers.modules.rope import Angles, angles_of
 from natten_layers.operations import Impl
 
-pytest.importorskip("triton")
+pytest.importorskip("triton.experimental.gluon")
+
+from test_hopper import needs_device, planned
+
+from natten_layers.kernels.sm90 import small_forward_rolling
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -164,10 +167,8 @@ def test_auto_on_a_cpu_is_eager(monkeypatch: pytest.MonkeyPatch) -> None:
 def operands(case: Case, tensors: dict[str, Tensor]) -> tuple[Any, ...]:
     """Of ``natten_layers::projected``."""
     call, norm, angles = arguments_of(case, tensors)
-    inputs = attention_ops.readable(
-        call.query, call.key, call.value, call.additional_keys, call.additional_values, call.sink
-    )  # fmt: skip
-    return *inputs, *attention_ops.flat(call.window), call.scale, *query_key._rotation(call.query, norm, angles)
+    prep = query_key._rotation(call.inputs.query, norm, angles)
+    return flattened((attention_ops.readable(call.inputs), call.options, prep))
 
 
 @pytest.mark.parametrize("case", SMALL[:3], ids=str)
@@ -200,21 +201,12 @@ def test_a_compiled_layer_computes_the_same(options: dict[str, Any]) -> None:
 # --- One launch on compute capability 9.0
 
 
-def launch_arguments(case: Case, tensors: dict[str, Tensor]) -> tuple[Problem, Inputs, float | None, float, Any]:
-    rotate = pytest.importorskip("natten_layers.kernels.portable.qk_prep")
-    args = operands(case, tensors)
-    inputs, (sink_value, *window, scale), options = Inputs(*args[:6]), args[6:12], args[12:]
-    rotation = rotate.Rotation(inputs.query, inputs.key, *options)
-    return problem_of(inputs, sink_value, window, scale), inputs, sink_value, scale, rotation
-
-
 def one_launch(case: Case, tensors: dict[str, Tensor]) -> Tensor:
-    kernels = dispatch.kernels()
-    problem, inputs, sink_value, scale, rotation = launch_arguments(case, tensors)
-    launch = dispatch.projected_launch(problem, rotation.kind)
-    assert launch is not None
-    assert kernels is not None
-    return kernels.strip_forward.forward(launch, problem, inputs, sink_value, scale, False, rotation)[0]
+    inputs, options, prep = grouped("projected", operands(case, tensors))
+    problem = problem_of(inputs, options)
+    plan = planned("qk_prep + forward", problem, prep=prep.kind)
+    assert plan is not None
+    return small_forward_rolling.forward(plan, problem, inputs, options, False, prep)[0]
 
 
 @pytest.mark.gpu
@@ -255,7 +247,6 @@ def test_nan_and_inf_reach_only_the_queries_that_see_them(case: Case) -> None:
 
 def problem_of_image(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Problem:
     """8 images of 128 x 128, 8 heads of 2, window 7, projected together, as if a GPU was there."""
-    dispatch.supports.cache_clear()
     forget()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr("natten_layers.kernels.host.problem.device_traits", lambda device: ("stub", 2**17))
@@ -273,17 +264,19 @@ KIND = RotationKind("cosine", axes=2, pairs=16, by_head=True, batched=False)
 def test_small_windows_take_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton.experimental.gluon")
     problem = problem_of_image(monkeypatch)
-    launch = dispatch.projected_launch(problem, KIND)
+    launch = planned("qk_prep + forward", problem, prep=KIND)
     assert launch is not None
     assert (launch.in_ring, launch.programs) == (True, 4)
     few = Layout((1, 32, 32, 8, 64), (2**10 * 768, 2**5 * 768, 768, 64, 1))
     few_keys = few._replace(shape=(1, 32, 32, 2, 64))
-    assert dispatch.projected_launch(problem._replace(query=few, key=few_keys, value=few_keys), KIND) is not None
+    assert (
+        planned("qk_prep + forward", problem._replace(query=few, key=few_keys, value=few_keys), prep=KIND) is not None
+    )
     kinds = KIND._replace(pairs=32), KIND._replace(axes=1, pairs=0), KIND._replace(axes=16)
-    assert all(dispatch.projected_launch(problem, kind) is not None for kind in kinds)
+    assert all(planned("qk_prep + forward", problem, prep=kind) is not None for kind in kinds)
     # A head for itself: another program is worth more than loads that start early.
     alone = problem_of_image(monkeypatch, key=problem.query, value=problem.query)
-    one, bare = dispatch.projected_launch(alone, KIND), dispatch.forward_launch(alone)
+    one, bare = planned("qk_prep + forward", alone, prep=KIND), planned("forward", alone)
     assert one is not None
     assert bare is not None
     assert (one.programs, one.in_ring) == (3, True)
@@ -305,16 +298,16 @@ def test_small_windows_take_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     ids=str,
 )
 def test_others_take_two(kind: RotationKind, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert dispatch.projected_launch(problem_of_image(monkeypatch, **changes), kind) is None
+    assert planned("qk_prep + forward", problem_of_image(monkeypatch, **changes), prep=kind) is None
 
 
 def test_a_launch_that_somebody_chose_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     forward = pytest.importorskip("natten_layers.kernels.portable.forward")
     problem = problem_of_image(monkeypatch)
     with override({"forward": forward.launch_for("forward", problem.problem_class)}):
-        assert dispatch.projected_launch(problem, KIND) is None
+        assert planned("qk_prep + forward", problem, prep=KIND) is None
     with override(pack=8):  # more heads than there are in a group
-        assert dispatch.projected_launch(problem, KIND) is None
+        assert planned("qk_prep + forward", problem, prep=KIND) is None
 
 
 @pytest.mark.parametrize(

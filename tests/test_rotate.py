@@ -144,7 +144,7 @@ def test_layers_keep_their_meaning(rope: nn.Module, monkeypatch: pytest.MonkeyPa
         return normalize_and_rotate(query, *args, impl="fused" if query.dtype == torch.float32 else "eager")
 
     def attend_fused_in_fp32(call: Call, *args: Any) -> Tensor:
-        return attend_projected(call, *args, impl="fused" if call.query.dtype == torch.float32 else "eager")
+        return attend_projected(call, *args, impl="fused" if call.inputs.query.dtype == torch.float32 else "eager")
 
     monkeypatch.setattr(attention, "normalize_and_rotate", fused_in_fp32)
     monkeypatch.setattr(attention, "attend_projected", attend_fused_in_fp32)
@@ -259,5 +259,5 @@ def test_a_layer_takes_two_launches_at_most(num_kv_heads: int, shape: tuple[int,
     assert "rotate_kernel" in names[0]
     with torch.no_grad():
         names = kernels()
-    is_hopper = torch.cuda.get_device_capability() == (9, 0) and dispatch.kernels() is not None
+    is_hopper = torch.cuda.get_device_capability() == (9, 0) and dispatch.GLUON_GAP is None
     assert len(names) == (1 if is_hopper else 2), names

@@ -1,125 +1,200 @@
-"""Which calls the kernels in Gluon compute, with what boxes; apart from them, as not every Triton has it."""
+"""The choice of kernels, and the only place that makes it.
 
-from functools import cache, lru_cache
-from itertools import product
+Each direction of a call has an ordered list of variants. The first one that supports a call, pays for it and finds a
+plan computes it; the last one is the portable kernel, which supports everything that gets here. To add a kernel is to
+add a :class:`Variant` to a list.
+
+Importing this module imports the kernels, and so Triton; operators load it on their first launch (``ops.define``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
-from types import ModuleType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..geometry import query_bounds, window_bounds
-from .host.problem import Layout, Problem, RotationKind, strides
-from .host.tiling import Axis, Bounds, Box, Launch, boxes, spans
-from .host.tuned import explicit_launch, override_pack, remembered
-from .sm90.small_tiling import (
-    SCORES,
-    SmallBackwardLaunches,
-    SmallLaunch,
-    StripLaunch,
-    most_packed,
-    small_key_launch_of,
-    small_launch_of,
-    small_query_launch_of,
-    strip_launch_of,
-    strip_pays,
+from .host.cache_problem import CacheInputs, CacheOptions, CacheProblem, cache_problem_of
+from .host.problem import (
+    Cotangents,
+    Inputs,
+    Layout,
+    Options,
+    Problem,
+    QKPrep,
+    RotationKind,
+    contiguous,
+    layout,
+    strides,
 )
+from .host.tiling import Kind
+from .host.tuned import explicit_launch, override_pack, remembered
+from .portable import backward as portable_backward
+from .portable import decode as portable_decode
+from .portable import forward as portable_forward
+from .portable import qk_prep
+from .sm90 import large_tiling, small_tiling
+from .sm90.available import gluon_gap
 
-ROWS = 128  # of a tile: positions times packed heads
-COLUMNS = 128  # of a chunk; the kernel of key gradients keeps twice as many accumulators and takes half of it
-STAGES = 2  # chunks in shared memory
+GLUON_GAP = gluon_gap()
+if TYPE_CHECKING or GLUON_GAP is None:  # an error in one of them is raised: only a missing Gluon leaves them out
+    from .sm90 import large_backward, large_forward, small_backward, small_forward, small_forward_rolling
+
 NUMBERS = 2**15  # in a head's keys of a window, from which on it is large: 256 keys of 128 channels, 512 of 64
 REGISTERED = 2**18  # the same where registers take a second launch, which reads and writes the output once more
 LEAST_ROWS = 2**18  # of queries, from which on a small window's kernel runs for as long as the host needs to launch it
+WIDE_WINDOW, WIDE_PAIRS = 64, 2**24  # the same of heads wider than 128 channels, where portable kernels are slow
 PAIRS = 2**28  # of a query and a key in large windows: fewer are done before the host has prepared a launch
-ALIGNMENT = 4  # statistics of queries: TMA loads 16 bytes at least, from multiples of as many
+
+Direction = Literal["forward", "qk_prep + forward", "backward_query", "backward_key", "backward_registers", "decode"]
 
 
-class BackwardLaunches(NamedTuple):
-    query: Launch
-    key: Launch
+class Question(NamedTuple):
+    """All that a choice depends on."""
+
+    problem: Problem
+    with_state: bool = False
+    """whether the statistics of rows are wanted"""
+    grad_out: Layout | None = None
+    grad_lse: Layout | None = None
+    prep: RotationKind | None = None
+    aligned: bool = True
+    """whether addresses are multiples of 16, as TMA wants them; they are not part of a problem"""
 
 
-class Kernels(NamedTuple):
-    forward: ModuleType
-    backward: ModuleType
-    small_forward: ModuleType
-    strip_forward: ModuleType
-    small_backward: ModuleType
+@dataclass(frozen=True)
+class Variant:
+    """One way to compute a direction. All that is asked of it takes a :class:`Question`, or a cache's problem."""
 
-    def forward_of(self, launch: Launch | SmallLaunch | StripLaunch) -> ModuleType:
-        """The module whose kernel takes such a launch."""
-        return {SmallLaunch: self.small_forward, StripLaunch: self.strip_forward}.get(type(launch), self.forward)
-
-
-@cache
-def kernels() -> Kernels | None:
-    """The modules with the kernels, if this Triton has the Gluon that they are written in."""
-    try:
-        from .sm90 import large_backward, large_forward, small_backward, small_forward, small_forward_rolling
-    except ImportError:
-        return None
-    return Kernels(large_forward, large_backward, small_forward, small_forward_rolling, small_backward)
+    name: str
+    plan: Callable[[Any], Any]
+    """Tiles and what else a launch needs; or a sentence that says why there is none."""
+    run: Callable[..., Any]
+    """All variants of a direction take the same arguments, the plan first."""
+    supports: Callable[[Any], str | None] = lambda question: None
+    """Why it cannot compute a call, or None."""
+    pays: Callable[[Any], str | None] = lambda question: None
+    """Why it is passed over though it could, or None."""
+    uses_tma: bool = False
 
 
-def forward_launch(problem: Problem, with_state: bool = False) -> Launch | SmallLaunch | StripLaunch | None:
-    """How a call is computed here, with or without statistics of rows; None where the portable kernel does it."""
-    pack, large = override_pack(), pays(problem)
-    if not (large or small_pays(problem)) or not supports(problem) or kernels() is None:
-        return None
-    if _is_chosen_elsewhere(problem):
-        return None
-    if large:
-        return launch_of(problem, pack)
-    single, strip = small_launch_of(problem, pack, with_state), strip_launch_of(problem, pack, with_state)
-    return strip if strip is not None and strip_pays(problem, strip, single) else single
+class PassedOver(NamedTuple):
+    kernel: str
+    reason: str
+
+
+class Choice(NamedTuple):
+    variant: Variant
+    plan: Any
+    passed_over: tuple[PassedOver, ...]
+
+    @property
+    def is_portable(self) -> bool:
+        return self.variant.name == PORTABLE
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Tiles and options of the plan, by name."""
+        config = getattr(self.plan, "config", self.plan)
+        return config if isinstance(config, dict) else getattr(config, "_asdict", lambda: vars(config))()
 
 
 @remembered
-def projected_launch(problem: Problem, rotation: RotationKind) -> StripLaunch | None:
-    """The launch that also normalises and rotates queries and keys; None where that takes one of its own.
+def choose(direction: Direction, question: Question | CacheProblem) -> Choice:
+    """The variant that computes a call, and why those before it do not."""
+    passed: list[PassedOver] = []
+    for variant in VARIANTS[direction]:
+        reason = variant.supports(question) or variant.pays(question)
+        if reason is None:
+            plan = variant.plan(question)
+            if not isinstance(plan, str):
+                return Choice(variant, plan, tuple(passed))
+            reason = plan
+        passed.append(PassedOver(variant.name, reason))
+    raise AssertionError(f"no kernel computes {question}")
 
-    However small the problem: two launches take the host longer than one.
+
+class BackwardChoices(NamedTuple):
+    query: Choice
+    key: Choice
+    registers: Choice | None
+    uses_tma: bool
+
+
+@remembered
+def choose_backward(question: Question) -> BackwardChoices:
+    query, key = choose("backward_query", question), choose("backward_key", question)
+    registers = choose("backward_registers", question) if question.problem.registers else None
+    # Only their keys read the statistics that it writes.
+    assert query.variant.name != LARGE or key.variant.name == LARGE
+    return BackwardChoices(query, key, registers, query.variant.uses_tma or key.variant.uses_tma)
+
+
+def choices(problem: Problem, inputs: Inputs, *, with_state: bool, with_gradients: bool) -> dict[Direction, Choice]:
+    """What computes a call: the choice of each direction that it takes. Gradients of outputs count as contiguous."""
+    question = Question(problem, with_state or with_gradients, aligned=are_aligned(*inputs[:-1]))
+    found: dict[Direction, Choice] = {"forward": choose("forward", question)}
+    if with_gradients:
+        out = contiguous((*problem.query.shape[:-1], problem.value.shape[-1]))
+        query, key, registers, _ = choose_backward(question._replace(grad_out=out))
+        found |= {"backward_query": query, "backward_key": key}
+        found |= {} if registers is None else {"backward_registers": registers}
+    return found
+
+
+# --- What operators run
+
+
+def forward(
+    problem: Problem, inputs: Inputs, options: Options, with_state: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """``out [B, *spatial, Hq, Dv]`` and, ``with_state``, ``row_max`` and ``row_sum [B, *spatial, Hq]`` in fp32."""
+    question = Question(problem, with_state)
+    variant, plan, _ = choose("forward", question)
+    if variant.uses_tma and not are_aligned(*inputs[:-1]):
+        variant, plan, _ = choose("forward", question._replace(aligned=False))
+    return variant.run(plan, problem, inputs, options, with_state)
+
+
+def prepare_and_attend(problem: Problem, inputs: Inputs, options: Options, prep: QKPrep) -> Tensor:
+    """``out`` of attention over queries and keys that are normalised and rotated first."""
+    question = Question(problem, prep=prep.kind)
+    variant, plan, _ = choose("qk_prep + forward", question)
+    if variant.uses_tma and not are_aligned(*inputs[:-1]):
+        variant, plan, _ = choose("qk_prep + forward", question._replace(aligned=False))
+    return variant.run(plan, problem, inputs, options, prep)
+
+
+def backward(
+    problem: Problem, inputs: Inputs, options: Options, cotangents: Cotangents
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
+    """dQ, dK, dV, gradients of the registers, and delta ``[B, *spatial, Hq]`` in fp32.
+
+    Allocates the gradients, delta and the base-2 lse, for large windows both of these in a second order; with registers
+    also ``slices x registers`` partial sums in fp32, under 1 MiB each for usual sizes.
     """
-    p = problem
-    if not has_small_window(p) or pays(p) or not supports(p) or not is_rotatable(p, rotation) or kernels() is None:
-        return None
-    return None if _is_chosen_elsewhere(p) else strip_launch_of(p, override_pack(), rotates=True)
+    grad_out, grad_lse = cotangents.grad_out, cotangents.grad_lse
+    question = Question(problem, True, layout(grad_out), None if grad_lse is None else layout(grad_lse[..., None]))
+    choices = choose_backward(question)
+    if choices.uses_tma and not are_aligned(*inputs[:-1], grad_out):
+        choices = choose_backward(question._replace(aligned=False))
+    query, key, registers, _ = choices
+    grad_query, statistics = query.variant.run(query.plan, problem, inputs, options, cotangents)
+    arguments = problem, inputs, options, grad_out, statistics
+    grad_key, grad_value = key.variant.run(key.plan, *arguments)
+    grad_keys = grad_values = None
+    if registers is not None:
+        grad_keys, grad_values = registers.variant.run(registers.plan, *arguments)
+    return grad_query, grad_key, grad_value, grad_keys, grad_values, statistics.delta
 
 
-def _is_chosen_elsewhere(problem: Problem) -> bool:
-    """Whether somebody chose a launch, or heads a program, of the portable forward kernel."""
-    pack = override_pack()
-    return explicit_launch("forward", problem.problem_class) is not None or bool(pack and problem.group % pack)
-
-
-@remembered
-def backward_launches(problem: Problem, grad_out: Layout) -> BackwardLaunches | None:
-    """The same for the gradients."""
-    pack = override_pack()
-    if (
-        not (pays(problem) and supports_backward(problem, grad_out))
-        or kernels() is None
-        or (pack and problem.group % pack)
-    ):
-        return None
-    if any(explicit_launch(kind, problem.problem_class) for kind in ("backward_query", "backward_key")):
-        return None
-    return BackwardLaunches(launch_of(problem, pack), key_launch_of(problem))
-
-
-@remembered
-def small_backward_launches(problem: Problem, grad_out: Layout) -> SmallBackwardLaunches | None:
-    """The same for the gradients of small windows, of which the portable kernels may compute some."""
-    pack = override_pack()
-    if not (small_pays(problem) and supports(problem) and is_addressable(grad_out)) or kernels() is None:
-        return None
-    query, key = (explicit_launch(kind, problem.problem_class) for kind in ("backward_query", "backward_key"))
-    return SmallBackwardLaunches(
-        None if query is not None or (pack and problem.group % pack) else small_query_launch_of(problem, pack),
-        None if key is not None else small_key_launch_of(problem),
-    )
+def decode(inputs: CacheInputs, options: CacheOptions, with_lse: bool) -> tuple[Tensor, Tensor | None]:
+    """``out [B, Lq, Hq, Dv]`` and, ``with_lse``, the log-sum-exp ``[B, Lq, Hq]`` in fp32."""
+    variant, plan, _ = choose("decode", cache_problem_of(inputs, options))
+    return variant.run(plan, inputs, options, with_lse)
 
 
 def are_aligned(*tensors: Tensor | None) -> bool:
@@ -130,42 +205,35 @@ def are_aligned(*tensors: Tensor | None) -> bool:
     return True
 
 
-@lru_cache(maxsize=1024)
-def supports(problem: Problem) -> bool:
-    """Whether the forward kernel can compute a call, if its tensors' addresses are multiples of 16."""
-    p = problem
-    return (
-        p.device.type == "cuda"
-        and torch.cuda.get_device_capability(p.device) == (9, 0)
-        and p.dtype in (torch.float16, torch.bfloat16)
-        and p.query.shape[-1] == p.value.shape[-1]
-        and p.value.shape[-1] in (64, 128)
-        and not p.scale_first
-        and prod(p.dilation) == 1
-        and all(map(is_addressable, (p.query, p.key, p.value)))
-    )
+# --- What the kernels for compute capability 9.0 support
 
 
-def is_rotatable(problem: Problem, rotation: RotationKind) -> bool:
-    """Whether a thread can have whole pairs of a head: half of it turns, or all, or nothing."""
-    dim, pairs = problem.query.shape[-1], rotation.pairs
-    return pairs in (0, dim // 4, dim // 2) and pairs % rotation.axes == 0
-
-
-def pays(problem: Problem) -> bool:
-    """Whether it was measured to be faster than the portable kernel, on problems like this one."""
-    window = prod(problem.kernel_size)
-    least = REGISTERED if problem.registers else NUMBERS
-    return window * problem.query.shape[-1] >= least and prod(problem.query.shape[:-1]) * window >= PAIRS
-
-
-def small_pays(problem: Problem) -> bool:
-    """The same for the kernel of small windows."""
-    return prod(problem.query.shape[:-1]) >= LEAST_ROWS and has_small_window(problem)
-
-
-def has_small_window(problem: Problem) -> bool:
-    return prod(problem.kernel_size) < SCORES
+def sm90_gap(question: Question) -> str | None:
+    """Why none of them can compute a call."""
+    p = question.problem
+    if p.device.type != "cuda":
+        return f"it is for CUDA devices, the tensors are on {p.device}"
+    capability = torch.cuda.get_device_capability(p.device)
+    if capability != (9, 0):
+        return f"it is for compute capability 9.0, the device has {capability[0]}.{capability[1]}"
+    if GLUON_GAP is not None:
+        return GLUON_GAP
+    if p.dtype not in (torch.float16, torch.bfloat16):
+        return f"it takes float16 and bfloat16, not {p.dtype}"
+    head_dim, value_dim = p.query.shape[-1], p.value.shape[-1]
+    if max(head_dim, value_dim) > 256:
+        return f"it takes heads of up to 256 channels, not {head_dim} and {value_dim}"
+    if p.scale_first:
+        return "scale is not positive"
+    if prod(p.dilation) > 1:
+        return f"it takes no dilation, but dilation is {p.dilation}"
+    tensors = {"query": p.query, "key": p.key, "value": p.value, "the gradient of the output": question.grad_out}
+    for name, tensor in tensors.items():
+        if tensor is not None and not is_addressable(tensor):
+            return f"TMA cannot address {name} with shape {tuple(tensor.shape)} and strides {tuple(tensor.stride)}"
+    if not question.aligned:
+        return "TMA cannot address a tensor that does not start at a multiple of 16 bytes"
+    return None
 
 
 def is_addressable(tensor: Layout) -> bool:
@@ -176,46 +244,227 @@ def is_addressable(tensor: Layout) -> bool:
     return foldable and all(size == 1 or (step > 0 and step % 8 == 0) for size, step in axes)
 
 
-def supports_backward(problem: Problem, grad_out: Layout) -> bool:
-    """Whether the backward kernels can compute a call's gradients, if its tensors' addresses are multiples of 16."""
-    return supports(problem) and problem.lengths[2] >= ALIGNMENT and is_addressable(grad_out)
+def _chosen_elsewhere(question: Question, *kinds: Kind) -> str | None:
+    """Whether somebody chose tiles, or heads a program, of the portable kernel."""
+    pack, group = override_pack(), question.problem.group
+    if pack and group % pack and kinds != ("backward_key",):  # which takes one query head after the other anyway
+        return f"an override asks for {pack} heads a program, which do not divide the group of {group}"
+    for kind in kinds:
+        if explicit_launch(kind, question.problem.problem_class) is not None:
+            return f"tiles of the portable {kind} kernel were tuned, or are overridden, for this problem"
+    return None
 
 
-def launch_of(problem: Problem, pack: int | None = None) -> Launch:
-    """The launch over queries of a problem, with ``pack`` heads a program if given: a power of two in the group."""
-    pack = pack or most_packed(problem)
-    tile, chunk = best_boxes(problem.axes, ROWS // pack, COLUMNS, window_bounds)
-    return Launch(tile, chunk, pack, num_warps=4, stages=STAGES, max_registers=168)
+# --- Large windows
 
 
-def key_launch_of(problem: Problem) -> Launch:
-    """The launch over keys. In 1-D there is one buffer of tiles (``buffered_tiles``), which leaves room for a stage."""
-    tile, chunk = best_boxes(problem.axes, ROWS, COLUMNS // 2, query_bounds, ALIGNMENT)
-    stages = STAGES if problem.rank > 1 else STAGES + 1
-    return Launch(tile, chunk, pack=1, num_warps=4, stages=stages, max_registers=168)
+def _large_pays(question: Question, *kinds: Kind) -> str | None:
+    p = question.problem
+    window, queries = prod(p.kernel_size), prod(p.query.shape[:-1])
+    if large_tiling.is_wide(p):
+        least, pairs = WIDE_WINDOW * p.query.shape[-1], WIDE_PAIRS
+    else:
+        least, pairs = REGISTERED if p.registers else NUMBERS, PAIRS
+    if window * p.query.shape[-1] < least:
+        beside = " with additional keys" if p.registers else ""
+        return f"the window is small: {window} keys of {p.query.shape[-1]} elements are fewer than {least}{beside}"
+    if queries * window < pairs:
+        return f"the call is small: {queries} queries of {window} keys are fewer than {pairs} pairs"
+    return _chosen_elsewhere(question, *kinds)
 
 
-@lru_cache(maxsize=1024)
-def best_boxes(axes: tuple[Axis, ...], rows: int, columns: int, bounds: Bounds, alignment: int = 1) -> tuple[Box, Box]:
-    """The tile and the chunk that execute the fewest scores, borders included; of equals those with the longest rows.
-
-    ``bounds`` says what the rows see; chunks along the last axis start at multiples of ``alignment``.
-    """
-    lengths = axes[0][0], axes[1][0], axes[2][0]
-
-    def cost(pair: tuple[Box, Box]) -> tuple[int, int]:
-        tile, chunk = pair
-        alignments = 1, 1, alignment
-        scores = (executed(axes[i], tile[i], chunk[i], bounds, alignments[i]) for i in range(3))
-        return prod(scores), -tile[2] - chunk[2]
-
-    chunks = [chunk for chunk in boxes(columns, lengths) if chunk[2] >= alignment]
-    return min(product(boxes(rows, lengths), chunks), key=cost)
+def _large_backward_pays(question: Question) -> str | None:
+    return _large_pays(question, "backward_query", "backward_key")  # both or neither: they share statistics
 
 
-@lru_cache(maxsize=4096)
-def executed(axis: Axis, tile: int, chunk: int, bounds: Bounds, alignment: int) -> int:
-    """Pairs of a row and a column along an axis that a kernel computes."""
-    low, high = spans(axis, tile, bounds)
-    low = low // alignment * alignment
-    return int(((high - low + chunk).clamp(min=0) // chunk).sum()) * tile * chunk
+def _large_key_gap(question: Question) -> str | None:
+    width = question.problem.lengths[2]
+    if width < large_tiling.ALIGNMENT:
+        return f"the last axis is shorter than {large_tiling.ALIGNMENT} tokens"
+    return sm90_gap(question)
+
+
+def _large_query_gap(question: Question) -> str | None:
+    if question.problem.registers:
+        return "it takes no additional keys"
+    return _large_key_gap(question)
+
+
+# --- Small windows
+
+NO_SMALL_TILES = "no tiles: strides, additional keys, batch or the scores of a row do not fit"
+
+
+def _small_pays(question: Question, *kinds: Kind) -> str | None:
+    window, queries = prod(question.problem.kernel_size), prod(question.problem.query.shape[:-1])
+    if window >= small_tiling.SCORES:
+        return f"the window is large: {window} keys, {small_tiling.SCORES} or more"
+    if queries < LEAST_ROWS:
+        return f"the call is small: {queries} query rows are fewer than {LEAST_ROWS}"
+    return _chosen_elsewhere(question, *kinds)
+
+
+def _tile_plan(question: Question) -> small_tiling.SmallLaunch | str:
+    return small_tiling.small_launch_of(question.problem, override_pack(), question.with_state) or NO_SMALL_TILES
+
+
+def _rolling_plan(question: Question) -> small_tiling.StripLaunch | str:
+    p, pack = question.problem, override_pack()
+    strip = small_tiling.strip_launch_of(p, pack, question.with_state)
+    if strip is None:
+        return NO_SMALL_TILES
+    return small_tiling.strip_gap(p, strip, small_tiling.small_launch_of(p, pack, question.with_state)) or strip
+
+
+def _small_query_plan(question: Question) -> small_tiling.SmallLaunch | str:
+    return small_tiling.small_query_launch_of(question.problem, override_pack()) or NO_SMALL_TILES
+
+
+def _small_key_plan(question: Question) -> small_tiling.SmallLaunch | str:
+    return small_tiling.small_key_launch_of(question.problem) or NO_SMALL_TILES
+
+
+# --- Preparation of queries and keys, and attention
+
+
+def _fused_prep_gap(question: Question) -> str | None:
+    """A thread has to hold whole pairs of a head: half of it turns, or all, or nothing."""
+    assert question.prep is not None
+    dim, pairs, axes = question.problem.query.shape[-1], question.prep.pairs, question.prep.axes
+    if dim not in (64, 128):
+        return f"it prepares heads of 64 and of 128 channels, not of {dim}"
+    if pairs not in (0, dim // 4, dim // 2) or pairs % axes:
+        return f"{pairs} pairs of {axes} axes turn in heads of {dim} elements; it turns half of a head, or all, or none"
+    return sm90_gap(question)
+
+
+def _fused_prep_pays(question: Question) -> str | None:
+    """However small the problem: two launches take the host longer than one."""
+    window = prod(question.problem.kernel_size)
+    if window >= small_tiling.SCORES:
+        return f"the window is large: {window} keys, {small_tiling.SCORES} or more"
+    if _large_pays(question) is None:
+        return f"the {LARGE} kernel pays, which takes heads that are prepared"
+    return _chosen_elsewhere(question, "forward")
+
+
+def _fused_prep_plan(question: Question) -> small_tiling.StripLaunch | str:
+    return small_tiling.strip_launch_of(question.problem, override_pack(), rotates=True) or NO_SMALL_TILES
+
+
+def _prepared(question: Question) -> Problem:
+    """The problem that is left once queries and keys are prepared: new tensors, which are contiguous."""
+    p = question.problem
+    return p._replace(query=contiguous(p.query.shape), key=contiguous(p.key.shape))
+
+
+def _prepare_then_attend(prepared: Problem, problem: Problem, inputs: Inputs, options: Options, prep: QKPrep) -> Tensor:
+    query, key = qk_prep.rotate(inputs.query, inputs.key, prep)
+    return forward(prepared, inputs._replace(query=query, key=key), options, False)[0]
+
+
+# --- The lists, each in the order in which its variants are asked
+
+PORTABLE, LARGE, ROLLING, TILES = "portable", "sm90 large window", "sm90 small window, rolling", "sm90 small window"
+
+# Lambdas look their module up when they run: it is not there without Gluon.
+VARIANTS: Mapping[Direction, Sequence[Variant]] = {
+    "forward": (
+        Variant(
+            LARGE,
+            supports=sm90_gap,
+            pays=lambda q: _large_pays(q, "forward"),
+            plan=lambda q: large_tiling.launch_of(q.problem, override_pack()),
+            run=lambda *args: large_forward.forward(*args),
+            uses_tma=True,
+        ),
+        Variant(
+            ROLLING,
+            supports=sm90_gap,
+            pays=lambda q: _small_pays(q, "forward"),
+            plan=_rolling_plan,
+            run=lambda *args: small_forward_rolling.forward(*args),
+            uses_tma=True,
+        ),
+        Variant(
+            TILES,
+            supports=sm90_gap,
+            pays=lambda q: _small_pays(q, "forward"),
+            plan=_tile_plan,
+            run=lambda *args: small_forward.forward(*args),
+            uses_tma=True,
+        ),
+        Variant(
+            PORTABLE,
+            plan=lambda q: portable_forward.plan(q.problem, q.with_state),
+            run=portable_forward.forward,
+        ),
+    ),
+    "qk_prep + forward": (
+        Variant(
+            ROLLING,
+            supports=_fused_prep_gap,
+            pays=_fused_prep_pays,
+            plan=_fused_prep_plan,
+            run=lambda plan, problem, inputs, options, prep: small_forward_rolling.forward(
+                plan, problem, inputs, options, False, prep
+            )[0],
+            uses_tma=True,
+        ),
+        Variant("qk_prep, then forward", plan=_prepared, run=_prepare_then_attend),
+    ),
+    "backward_query": (
+        Variant(
+            LARGE,
+            supports=_large_query_gap,
+            pays=_large_backward_pays,
+            plan=lambda q: large_tiling.query_launch_of(q.problem, override_pack()),
+            run=lambda *args: large_backward.query_gradient(*args),
+            uses_tma=True,
+        ),
+        Variant(
+            TILES,
+            supports=sm90_gap,
+            pays=lambda q: _small_pays(q, "backward_query"),
+            plan=_small_query_plan,
+            run=lambda *args: small_backward.query_gradient(*args),
+            uses_tma=True,
+        ),
+        Variant(
+            PORTABLE,
+            plan=lambda q: portable_backward.query_plan(q.problem, q.grad_out, q.grad_lse),
+            run=portable_backward.backward_query,
+        ),
+    ),
+    "backward_key": (
+        Variant(
+            LARGE,
+            supports=_large_key_gap,
+            pays=_large_backward_pays,
+            plan=lambda q: large_tiling.key_launch_of(q.problem),
+            run=lambda *args: large_backward.key_gradients(*args),
+            uses_tma=True,
+        ),
+        Variant(
+            TILES,
+            supports=sm90_gap,
+            pays=lambda q: _small_pays(q, "backward_key"),
+            plan=_small_key_plan,
+            run=lambda *args: small_backward.key_gradients(*args),
+            uses_tma=True,
+        ),
+        Variant(
+            PORTABLE,
+            plan=lambda q: portable_backward.key_plan(q.problem, q.grad_out),
+            run=portable_backward.backward_key,
+        ),
+    ),
+    "backward_registers": (
+        Variant(
+            PORTABLE,
+            plan=lambda q: portable_backward.register_plan(q.problem, q.grad_out),
+            run=portable_backward.backward_registers,
+        ),
+    ),
+    "decode": (Variant(PORTABLE, plan=portable_decode.plan, run=portable_decode.decode),),
+}

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 from torch import Tensor, nn
 
 from ..arguments import Call
+from ..kernels.host.problem import QKPrep
 from ..kernels.ops import attention as attention_ops
 from ..kernels.ops import qk_prep as qk_prep_ops
 from ..kernels.ops import qk_prep_attention as qk_prep_attention_ops
@@ -67,9 +68,22 @@ def call_watched(
         return Pending(query, key, norm, None)
     angles = angles_of(rope, query, key, positions)
     if angles is None:
-        query, key = rope(*normalize_and_rotate(query, key, norm, None), positions)
+        query, key = _rotated(rope, *normalize_and_rotate(query, key, norm, None), positions)
         norm = None
     return Pending(query, key, norm, angles)
+
+
+def _rotated(rope: nn.Module, query: Tensor, key: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What a module that only calling it can tell makes of query and key."""
+    result = rope(query, key, positions)
+    pair = isinstance(result, tuple | list) and len(result) == 2 and all(isinstance(x, Tensor) for x in result)
+    if not pair or (result[0].shape, result[1].shape) != (query.shape, key.shape):
+        found = [tuple(x.shape) if isinstance(x, Tensor) else x for x in result] if pair else type(result).__name__
+        raise ValueError(
+            f"{type(rope).__name__} as rope must return query and key rotated, of shapes {tuple(query.shape)} and "
+            f"{tuple(key.shape)}; it returned {found}"
+        )
+    return result[0], result[1]
 
 
 def _describe(q_norm: nn.Module, k_norm: nn.Module) -> HeadNorm | None:
@@ -112,10 +126,10 @@ def _unsupported(query: Tensor, key: Tensor, angles: Angles | None) -> str | Non
 
 
 def _fused(query: Tensor, key: Tensor, norm: HeadNorm | None, angles: Angles | None) -> tuple[Tensor, Tensor]:
-    return qk_prep_ops.rotate(query, key, *_rotation(query, norm, angles))
+    return qk_prep_ops.rotate(query, key, _rotation(query, norm, angles))
 
 
-def _rotation(query: Tensor, norm: HeadNorm | None, angles: Angles | None) -> qk_prep_ops.Options:
+def _rotation(query: Tensor, norm: HeadNorm | None, angles: Angles | None) -> QKPrep:
     """What the operators take behind query and key."""
     positions = freqs = None
     query_gain, key_gain = (None, None) if norm is None else (norm.query_gain, norm.key_gain)
@@ -123,7 +137,7 @@ def _rotation(query: Tensor, norm: HeadNorm | None, angles: Angles | None) -> qk
         positions, freqs = angles.positions.contiguous(), angles.freqs.float().contiguous()
         if positions.ndim < query.ndim - 1:
             positions = positions[None]
-    return (
+    return QKPrep(
         None if query_gain is None else query_gain.contiguous(),
         None if key_gain is None else key_gain.contiguous(),
         positions,
@@ -148,10 +162,12 @@ def attend_projected(
     Raises:
         RuntimeError: ``impl="fused"`` where the kernels cannot run.
     """
-    query, key = call.query, call.key
+    query, key = call.inputs.query, call.inputs.key
     if norm is not None or angles is not None:
-        tracked = is_tracked((*call[:6], *(norm or ()), *(angles or ())))
+        tracked = is_tracked((*call.inputs, *(norm or ()), *(angles or ())))
         if rpb is None and not tracked and takes_fused(impl, query, call.why_not_fused):
-            return call.restore(qk_prep_attention_ops.attention(call.arguments, _rotation(query, norm, angles)))
+            return call.restore(
+                qk_prep_attention_ops.attention(call.inputs, call.options, _rotation(query, norm, angles))
+            )
         query, key = normalize_and_rotate(query, key, norm, angles, impl=impl)
-    return attend(call._replace(query=query, key=key), impl, rpb)
+    return attend(call._replace(inputs=call.inputs._replace(query=query, key=key)), impl, rpb)

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from triton import knobs
 from triton.compiler import CompiledKernel
 
-__all__ = ["Launcher", "launcher"]
+__all__ = ["Launcher", "Plan", "launcher"]
+
+
+TINY = torch.finfo(torch.float32).tiny
 
 
 class Launcher:
@@ -36,9 +39,10 @@ class Launcher:
 
         Args:
             tensors: the kernel's first parameters: tensors, TMA descriptors of tensors, or None. The first is a tensor.
-            floats: its last ones that are not compiled in. An integer is converted: Triton would compile it in.
+            floats: its last ones that are not compiled in. An integer is converted: Triton would compile it in. What
+                is not normal in fp32 is zero, as it is for a GPU's instructions: Triton may take it for fp64.
         """
-        numbers = [x if x is None else float(x) for x in floats]
+        numbers = [x if x is None else float(x) if abs(x) >= TINY else 0.0 for x in floats]
         if _is_watched(self.kernel):
             self.kernel[self.grid](*tensors, *self.sizes, *numbers, **self.options)
             return
@@ -50,6 +54,14 @@ class Launcher:
         compiled = self.kernel[self.grid](*tensors, *self.sizes, *numbers, **self.options)
         if isinstance(compiled, CompiledKernel):  # Triton's interpreter compiles nothing
             self.compiled[key] = compiled[self.grid]
+
+
+class Plan(NamedTuple):
+    """How a portable kernel computes a call."""
+
+    config: Any
+    """its tiles and options, for people"""
+    launch: Launcher
 
 
 @lru_cache(maxsize=1024)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import accumulate
-from math import ceil, prod
+from math import ceil
 from operator import mul
 from typing import Any, NamedTuple, TypeVar
 
@@ -45,6 +45,13 @@ def strides(tensor: Layout) -> tuple[int, ...]:
     return tensor.stride[0], *three_axes(tensor.stride[1:-2], 0), tensor.stride[-2]
 
 
+def need_wide_offsets(tensors: Iterable[Layout | None]) -> bool:
+    """Whether offsets inside one image need 64 bits. Offsets of images and heads always have them."""
+    spans = (sum(map(mul, x.shape[1:-2], x.stride[1:-2])) for x in tensors if x is not None)
+    # Chunks may reach past the end of an axis by less than their own size.
+    return 2 * max(spans) >= 2**31
+
+
 def register_strides(tensor: Layout | None) -> tuple[int, ...]:
     """``(batch, register, head)`` of ``[B, R, H, D]``."""
     return (0, 0, 0) if tensor is None else tensor.stride[:3]
@@ -55,9 +62,26 @@ def sink_kind(sink: Tensor | None, value: float | None) -> str:
     return "tensor" if sink is not None else "none" if value is None else "value"
 
 
+def scales_first(scale: float) -> bool:
+    """``SCALE_FIRST`` of the kernels: whether scores are scaled before their maximum is taken, and before a mask.
+
+    A scale that is not positive does not commute with the maximum; and what is zero in fp32, or is taken for zero as
+    it is not normal there, makes NaN of a mask of -inf.
+    """
+    return scale < torch.finfo(torch.float32).tiny
+
+
 def precision(dtype: torch.dtype) -> str:
-    """``PRECISION`` of the kernels' matrix products."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    """``PRECISION`` of the kernels' matrix products, as Triton calls it; it matters for fp32 only.
+
+    TF32 where torch's switches ask for it, IEEE where they ask for that: ``torch.backends.cuda.matmul.fp32_precision``,
+    which also tells what ``allow_tf32`` and ``torch.set_float32_matmul_precision`` were set to. If nobody has set any,
+    three products in TF32, whose errors are those of IEEE's (3e-7) and which run on tensor cores.
+    """
+    if dtype != torch.float32:
+        return "ieee"
+    asked = torch.backends.cuda.matmul.fp32_precision
+    return asked if asked in ("tf32", "ieee") else "tf32x3"
 
 
 SHARED_MEMORY = 227 * 1024
@@ -79,9 +103,42 @@ class Inputs(NamedTuple):
     query: Tensor
     key: Tensor
     value: Tensor
-    additional_keys: Tensor | None
-    additional_values: Tensor | None
-    sink: Tensor | None
+    additional_keys: Tensor | None = None
+    additional_values: Tensor | None = None
+    sink: Tensor | None = None
+
+
+class Options(NamedTuple):
+    """What a call is beside its tensors; windows have one entry per axis."""
+
+    sink_value: float | None
+    """One logit for all heads. A sink that differs by head is a tensor of :class:`Inputs`."""
+    kernel_size: Sequence[int]
+    stride: Sequence[int]
+    dilation: Sequence[int]
+    is_causal: Sequence[bool]
+    scale: float
+
+
+class Cotangents(NamedTuple):
+    """What the backward pass takes beside the arguments of the forward: its results, and the gradients of them."""
+
+    out: Tensor
+    row_max: Tensor
+    row_sum: Tensor
+    grad_out: Tensor
+    grad_lse: Tensor | None
+
+
+class RowStatistics(NamedTuple):
+    """What the query kernel of a backward pass leaves for those of keys and registers."""
+
+    delta: Tensor
+    """``[B, *spatial, Hq]`` in fp32"""
+    lse: Tensor | None
+    """log-sum-exp in base 2, likewise; None if only the head-major form was written"""
+    head_major: Any = None
+    """both once more in the order that the kernels for large windows load by TMA, if one of them wrote it"""
 
 
 class Problem(NamedTuple):
@@ -101,7 +158,7 @@ class Problem(NamedTuple):
     sink: str
     """how it is given: none, value or tensor"""
     scale_first: bool
-    """A scale that is not positive does not commute with the maximum of the scores."""
+    """of :func:`scales_first`"""
     precision: str
     """of matrix products, as Triton calls it"""
 
@@ -126,12 +183,14 @@ class Problem(NamedTuple):
         return tuple(zip(lengths, kernel_size, stride, three_axes(self.is_causal, False), strict=True))
 
     @property
-    def wide(self) -> bool:
-        """Whether offsets inside one image need 64 bits. Offsets of images and heads always have them."""
-        spans = [sum(map(mul, x.shape[1:-2], x.stride[1:-2])) for x in (self.query, self.key, self.value)]
-        out = prod(self.lengths) * self.query.shape[-2] * self.value.shape[-1]
-        # Chunks may reach past the end of an axis by less than their own size.
-        return 2 * max(out, *spans) >= 2**31
+    def out(self) -> Layout:
+        """Of the output ``[B, *spatial, Hq, Dv]``, which is new."""
+        return contiguous((*self.query.shape[:-1], self.value.shape[-1]))
+
+    @property
+    def statistics(self) -> Layout:
+        """Of one number for every query and head, ``[B, *spatial, Hq, 1]``, new."""
+        return contiguous((*self.query.shape[:-1], 1))
 
     @property
     def kv_heads(self) -> int:
@@ -176,8 +235,12 @@ class Problem(NamedTuple):
             register_strides(self.additional_keys), register_strides(self.additional_values),
         )  # fmt: skip
 
-    def program(self, launch: Launch) -> dict[str, Any]:
-        """Compile-time arguments and options that follow from a launch."""
+    def program(self, launch: Launch, tensors: Iterable[Layout | None]) -> dict[str, Any]:
+        """Compile-time arguments and options that follow from a launch.
+
+        Args:
+            tensors: all that have tokens and that the kernel reads or writes: its offsets are as wide as they need.
+        """
         # A score of -inf that is scaled later needs a positive scale.
         mask = "border" if launch.skip_mask else "select" if self.scale_first else "add"
         return {
@@ -186,7 +249,7 @@ class Problem(NamedTuple):
             "CHUNK": launch.chunk,
             "MASK": mask,
             "RANK": self.rank,
-            "WIDE": self.wide,
+            "WIDE": need_wide_offsets(tensors),
             "STAGES": launch.stages,
             "num_warps": launch.num_warps,
             "maxnreg": launch.max_registers,
@@ -220,7 +283,7 @@ def new_results(query: Tensor, value_dim: int, with_state: bool) -> tuple[Tensor
 
 
 class RotationKind(NamedTuple):
-    """What a rotation is apart from its data."""
+    """What the preparation of queries and keys is apart from its data."""
 
     norm: str
     axes: int
@@ -233,14 +296,43 @@ class RotationKind(NamedTuple):
     """whether positions differ by image"""
 
 
-def problem_of(inputs: Inputs, sink_value: float | None, window: Sequence[Sequence[Any]], scale: float) -> Problem:
-    """Of operators' arguments; ``window`` has kernel size, stride, dilation and what is causal, one entry per axis."""
-    kernel_size, stride, dilation, is_causal = window
+class QKPrep(NamedTuple):
+    """What is done to queries and keys before attention: normalisation of every head, then RoPE."""
+
+    query_gain: Tensor | None
+    """cosine: ``[Hq]`` or None; rms: ``[D]``"""
+    key_gain: Tensor | None
+    """cosine: ``[Hkv]`` or None; rms: ``[D]``"""
+    positions: Tensor | None
+    """``[B or 1, *spatial, axes]``"""
+    freqs: Tensor | None
+    """``[heads that differ, n]``, fp32"""
+    factor: float
+    norm: str
+    """none, cosine or rms"""
+    eps: float
+
+    @property
+    def kind(self) -> RotationKind:
+        if self.positions is None or self.freqs is None:
+            return RotationKind(self.norm, 1, 0, False, False)
+        batch, *_, axes = self.positions.shape
+        heads, each = self.freqs.shape
+        return RotationKind(self.norm, axes, axes * each, heads > 1, batch > 1)
+
+    @property
+    def by_head(self) -> bool:
+        """Angles differ by head: a program then takes images that share them; otherwise it takes heads."""
+        return self.freqs is not None and len(self.freqs) > 1
+
+
+def problem_of(inputs: Inputs, options: Options) -> Problem:
     query, key, value, additional_keys, additional_values, sink = inputs
-    return Problem(
-        layout(query), layout(key), layout(value),
+    sink_value, kernel_size, stride, dilation, is_causal, scale = options
+    return Problem(  # a call of a function for each layout would take as long as the rest
+        Layout(query.shape, query.stride()), Layout(key.shape, key.stride()), Layout(value.shape, value.stride()),
         None if additional_keys is None else layout(additional_keys),
         None if additional_values is None else layout(additional_values),
         query.device, query.dtype, tuple(kernel_size), tuple(stride), tuple(dilation), tuple(is_causal),
-        sink_kind(sink, sink_value), scale <= 0, precision(query.dtype),
+        sink_kind(sink, sink_value), scales_first(scale), precision(query.dtype),
     )  # fmt: skip

@@ -40,6 +40,11 @@ def padded_head_dim(head_dim: int) -> int:
     return max(16, next_power_of_2(head_dim))
 
 
+def head_width(head_dim: int) -> int:
+    """Channels of a head in shared memory: matrix instructions take powers of two. TMA reads zeros behind the last."""
+    return max(32, next_power_of_2(head_dim))
+
+
 def boxes(size: int, limits: Sequence[int]) -> list[Box]:
     """Boxes of ``size`` positions with power-of-two sides, within the padded limits where that is possible."""
     caps = [next_power_of_2(n) for n in limits]
@@ -105,11 +110,19 @@ class Room(NamedTuple):
     """the wider padded head dim, in units of two bytes"""
     element_size: int
     """bytes"""
+    copies: int = 1
+    """of :func:`tile_copies`"""
 
 
 def room(problem: ProblemClass) -> Room:
     columns = max(padded_head_dim(problem.head_dim), padded_head_dim(problem.value_dim))
-    return Room(problem.shared_memory, columns * max(problem.element_size // 2, 1), problem.element_size)
+    width = columns * max(problem.element_size // 2, 1)
+    return Room(problem.shared_memory, width, problem.element_size, tile_copies(problem.element_size))
+
+
+def tile_copies(element_size: int) -> int:
+    """How often a program's own tile is in shared memory at most: a product of fp32 may be three in TF32."""
+    return 2 if element_size == 4 else 1
 
 
 def rule(kind: Kind, problem: ProblemClass, pack: int | None = None) -> Launch:
@@ -129,14 +142,14 @@ def register_tile(problem: ProblemClass, registers: int) -> int:
 def register_block(problem: ProblemClass, registers: int) -> tuple[int, int]:
     """Registers, at most so many, and queries that the kernel of registers' gradients takes at a time."""
     rows, space = 64 if problem.element_size == 2 else 16, room(problem)
-    while register_memory(registers, rows, space.width) > space.limit and registers * rows > 256:
+    while register_memory(registers, rows, space.width, space.copies) > space.limit and registers * rows > 256:
         registers, rows = (registers, rows // 2) if rows > 16 else (registers // 2, rows)
     return registers, rows
 
 
-def register_memory(registers: int, rows: int, width: int) -> int:
-    """:func:`shared_memory` of that kernel: two tensors' registers, and their rows three times."""
-    return (registers + 3 * rows) * width * 4 + 1024
+def register_memory(registers: int, rows: int, width: int, copies: int = 1) -> int:
+    """:func:`shared_memory` of that kernel: two tensors' registers, ``copies`` times, and their rows three times."""
+    return (copies * registers + 3 * rows) * width * 4 + 1024
 
 
 def shared_memory(kind: Kind, rows: int, keys: int, stages: int, space: Room) -> int:
@@ -145,7 +158,7 @@ def shared_memory(kind: Kind, rows: int, keys: int, stages: int, space: Room) ->
     Its own tile, of one tensor or two, and two tensors' chunks a stage; or for one stage less the weights of a chunk,
     which are more where heads are narrow. Read off compiled kernels; scratch is under 1 KiB.
     """
-    tile = rows * space.width * (2 if kind == "forward" else 4)
+    tile = rows * space.width * (2 if kind == "forward" else 4) * space.copies
     chunk = keys * space.width * 4
     return (stages - 1) * chunk + max(chunk, rows * keys * space.element_size) + tile + 1024
 

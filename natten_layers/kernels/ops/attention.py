@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Sequence
 from functools import lru_cache
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.utils.flop_counter import register_flop_formula
 
 from ...geometry import Window, visible_pairs
-from ..host.problem import Inputs, problem_of
+from ..host.problem import Cotangents, Inputs, Options, problem_of
 from .define import (
     NO_FORWARD_MODE,
     NOT_FUSED,
     WAY_OUT,
     call,
     call_in_backward,
-    call_untracked,
     eager_form,
+    flattened,
+    grouped,
     is_tracked,
     is_transformed,
     last_contiguous,
@@ -33,10 +32,15 @@ from .define import (
     register,
 )
 
-__all__ = ["Arguments", "attention", "attention_state", "unsupported"]
+__all__ = ["attention", "attention_state", "choices", "readable", "unsupported"]
 
-Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | float | None, Window, float]
-"""of :func:`attention`, in their order"""
+
+class WithState(NamedTuple):
+    with_state: bool
+
+
+WITH_STATE, WITHOUT_STATE = WithState(True), WithState(False)
+
 MAX_HEAD_DIM = 256
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # asked once: a search takes longer than a launch
 
@@ -82,70 +86,48 @@ def unsupported(query: Tensor, value: Tensor) -> str | None:
     return None
 
 
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    sink: Tensor | float | None,
-    window: Window,
-    scale: float,
-) -> Tensor:
+def attention(inputs: Inputs, options: Options) -> Tensor:
     """``out`` alone; without gradients no statistics are written."""
-    inputs = readable(query, key, value, additional_keys, additional_values, sink)
+    inputs = readable(inputs)
     if is_tracked(inputs):
-        return _function().apply(*inputs, window, scale)[0]
-    return call_untracked("forward", *inputs, *flat(window), scale, False)[0]
+        return _function().apply(*inputs, options)[0]
+    return call("forward", inputs, options, WITHOUT_STATE)[0]
 
 
-def attention_state(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    sink: Tensor | float | None,
-    window: Window,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def attention_state(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor]:
     """``(out, row_max, row_sum)``; no gradient flows through ``row_max``, which is a reference point."""
-    inputs = readable(query, key, value, additional_keys, additional_values, sink)
-    return _function().apply(*inputs, window, scale)  # pyright: ignore[reportReturnType]
+    return _function().apply(*readable(inputs), options)  # pyright: ignore[reportReturnType]
 
 
-def readable(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    sink: Tensor | float | None,
-) -> tuple[Any, ...]:
-    """The tensors of the operators' schemas: last axes contiguous, a sink either a tensor or a number."""
-    tensors = query, key, value, additional_keys, additional_values
-    for x in tensors:  # most calls copy nothing, and are done with a look at each
+def choices(inputs: Inputs, options: Options, *, with_state: bool, with_gradients: bool) -> dict[str, Any]:
+    """The kernels that compute a call, by direction: a ``dispatch.Choice`` each. Launches nothing."""
+    inputs = readable(inputs)
+    problem = problem_of(inputs, options)
+    return module("dispatch").choices(problem, inputs, with_state=with_state, with_gradients=with_gradients)
+
+
+def readable(inputs: Inputs) -> Inputs:
+    """What the kernels can read: last axes contiguous."""
+    if torch.compiler.is_compiling():
+        # The compiler refuses an `autograd.Function` that is given one tensor twice, as in attention of x over x.
+        return Inputs._make([None if x is None else last_contiguous(x.view_as(x)) for x in inputs])
+    for x in inputs:  # most calls copy nothing, and are done with a look at each
         if x is not None and x.stride(-1) != 1:
-            tensors = [x if x is None else last_contiguous(x) for x in tensors]
-            break
-    return (*tensors, last_contiguous(sink), None) if isinstance(sink, Tensor) else (*tensors, None, sink)
-
-
-def flat(window: Window) -> tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[bool]]:
-    return window.kernel_size, window.stride, window.dilation, window.is_causal
+            return Inputs._make([None if x is None else last_contiguous(x) for x in inputs])
+    return inputs
 
 
 class _Attention(Function):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        *inputs, window, scale = args
-        return call("forward", *inputs, *flat(window), scale, True)
+        *inputs, options = args
+        return call("forward", Inputs._make(inputs), options, WITH_STATE)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        *tensors, sink_value, window, scale = inputs
+        *tensors, options = inputs
         ctx.save_for_backward(*tensors, *output)
-        ctx.sink_value, ctx.window, ctx.scale = sink_value, window, scale
+        ctx.options = options
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
 
@@ -156,12 +138,10 @@ class _Attention(Function):
         # lse = row_max + log(row_sum) with row_max held fixed, so dL/dlse = dL/drow_sum * row_sum.
         grad_lse = None if grad_sum is None else grad_sum * row_sum
         grad_out = torch.zeros_like(out) if grad_out is None else last_contiguous(grad_out)
-        window = (*flat(ctx.window), ctx.scale)
-        results = call_in_backward(
-            "backward", *tensors, ctx.sink_value, *window, out, row_max, row_sum, grad_out, grad_lse
-        )
+        cotangents = Cotangents(out, row_max, row_sum, grad_out, grad_lse)
+        results = call_in_backward("backward", Inputs._make(tensors), ctx.options, cotangents)
         needed = (r if x is not None else None for r, x in zip(results, tensors, strict=True))
-        return *needed, None, None, None
+        return *needed, None
 
 
 class _Transformable(_Attention):
@@ -183,27 +163,26 @@ def _function() -> type[Function]:
     return _Transformable if is_transformed() else _Eager
 
 
-def _forward(*args: Any) -> tuple[Tensor | None, ...]:
-    inputs, (sink_value, *window, scale, with_state) = Inputs(*args[:6]), args[6:]
+def _forward(inputs: Inputs, options: Options, state: WithState) -> tuple[Tensor | None, ...]:
     with on_device(inputs.query):
-        return module("portable.forward").forward(
-            problem_of(inputs, sink_value, window, scale), inputs, sink_value, scale, with_state
-        )
+        return module("dispatch").forward(problem_of(inputs, options), inputs, options, state.with_state)
 
 
-def _forward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    query, value, with_state = args[0], args[2], args[-1]
-    shape, dtype = (query.shape[:-1], torch.float32) if with_state else ((0,), query.dtype)
+def _forward_fake(inputs: Inputs, options: Options, state: WithState) -> tuple[Tensor, Tensor, Tensor]:
+    query, value = inputs.query, inputs.value
+    shape, dtype = (query.shape[:-1], torch.float32) if state.with_state else ((0,), query.dtype)
     row_max, row_sum = (query.new_empty(shape, dtype=dtype) for _ in range(2))
     return query.new_empty(*query.shape[:-1], value.shape[-1]), row_max, row_sum
 
 
 def _forward_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     """One call for all samples: the mapped axis becomes a part of the batch."""
-    if in_dims[5] is not None:
+    (inputs, *others), (dims, *_) = grouped("forward", args), grouped("forward", in_dims)
+    if dims.sink is not None:
         raise NotImplementedError(f"{NOT_FUSED} torch.func.vmap over sinks{WAY_OUT}")
-    folded = [_fold(x, dim, info.batch_size) for x, dim in zip(args[:5], in_dims, strict=False)]
-    results = torch.ops.natten_layers.forward(*folded, *args[5:])
+    *tensors, sink = inputs
+    folded = [_fold(x, dim, info.batch_size) for x, dim in zip(tensors, dims, strict=False)]
+    results = torch.ops.natten_layers.forward(*flattened((Inputs._make((*folded, sink)), *others)))
     return tuple(x.unflatten(0, (info.batch_size, -1)) for x in results), (0, 0, 0)
 
 
@@ -215,18 +194,15 @@ def _fold(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
     return tensor.flatten(0, 1)
 
 
-def _backward(*args: Any) -> tuple[Tensor | None, ...]:
-    inputs, (sink_value, *window, scale, out, row_max, row_sum, grad_out, grad_lse) = Inputs(*args[:6]), args[6:]
-    with on_device(out):
-        problem = problem_of(inputs, sink_value, window, scale)
-        *grads, delta = module("portable.backward").backward(
-            problem, inputs, scale, out, row_max, row_sum, grad_out, grad_lse
-        )
-        return *grads, _sink_gradient(inputs.sink, row_max, row_sum, delta)
+def _backward(inputs: Inputs, options: Options, cotangents: Cotangents) -> tuple[Tensor | None, ...]:
+    with on_device(inputs.query):
+        problem = problem_of(inputs, options)
+        *grads, delta = module("dispatch").backward(problem, inputs, options, cotangents)
+        return *grads, _sink_gradient(inputs.sink, cotangents.row_max, cotangents.row_sum, delta)
 
 
-def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
-    return tuple(args[0].new_empty(0) if x is None else x.new_empty(x.shape) for x in args[:6])
+def _backward_fake(inputs: Inputs, options: Options, cotangents: Cotangents) -> tuple[Tensor, ...]:
+    return tuple(inputs.query.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs)
 
 
 def _sink_gradient(sink: Tensor | None, row_max: Tensor, row_sum: Tensor, delta: Tensor) -> Tensor | None:
@@ -237,36 +213,28 @@ def _sink_gradient(sink: Tensor | None, row_max: Tensor, row_sum: Tensor, delta:
     return -(weight * delta).flatten(0, -2).sum(0).to(sink.dtype)
 
 
-def forward_flop(
-    query: Tensor, key: Tensor, value: Tensor, additional_keys: Tensor | None, *args: Any, **_: Any
-) -> int:
+def forward_flop(inputs: Inputs, options: Options, *_: Any) -> int:
     """Useful FLOP: ``2 (D + Dv)`` for every pair of a query and a key that it sees, registers included."""
-    kernel_size, stride, dilation, is_causal = args[3:7]
+    query, value = inputs.query, inputs.value
+    window = Window(
+        tuple(options.kernel_size), tuple(options.stride), tuple(options.dilation), tuple(options.is_causal)
+    )
     spatial = query.shape[1:-2]
-    pairs = visible_pairs(spatial, Window(*map(tuple, (kernel_size, stride, dilation, is_causal))))
-    if additional_keys is not None:
-        pairs += prod(spatial) * additional_keys.shape[1]
+    pairs = visible_pairs(spatial, window)
+    if inputs.additional_keys is not None:
+        pairs += prod(spatial) * inputs.additional_keys.shape[1]
     return 2 * pairs * query.shape[0] * query.shape[-2] * (query.shape[-1] + value.shape[-1])
 
 
-def _backward_flop(*args: Any, **kwargs: Any) -> int:
+def _backward_flop(*groups: Any) -> int:
     """The convention of published benchmarks: five matrix products where the forward has two."""
-    return forward_flop(*args, **kwargs) * 5 // 2
+    return forward_flop(*groups) * 5 // 2
 
 
-WINDOW = "int[] kernel_size, int[] stride, int[] dilation, bool[] is_causal, float scale"
-INPUTS = (
-    "Tensor query, Tensor key, Tensor value, Tensor? additional_keys, Tensor? additional_values, "
-    "Tensor? sink, float? sink_value, " + WINDOW
-)
-register(f"forward({INPUTS}, bool with_state) -> (Tensor, Tensor, Tensor)", _forward, _forward_fake)
+register("forward", (Inputs, Options, WithState), "(Tensor, Tensor, Tensor)", _forward, _forward_fake, forward_flop)
 register(
-    f"backward({INPUTS}, Tensor out, Tensor row_max, Tensor row_sum, Tensor grad_out, Tensor? grad_lse) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _backward,
-    _backward_fake,
-)
-register_flop_formula(torch.ops.natten_layers.forward, get_raw=True)(forward_flop)
-register_flop_formula(torch.ops.natten_layers.backward, get_raw=True)(_backward_flop)
+    "backward", (Inputs, Options, Cotangents), f"({', '.join(['Tensor'] * len(Inputs._fields))})",
+    _backward, _backward_fake, _backward_flop,
+)  # fmt: skip
 # The backward operator has no rule: vmap calls it once for each sample, as gradients of each are asked for.
 torch.library.register_vmap("natten_layers::forward", _forward_vmap, lib=library)

@@ -1,12 +1,13 @@
-"""The operator that attends over a cache: schema and fake, as ``ops.py`` has for neighborhoods. No autograd."""
+"""The operator that attends over a cache: schema and fake, as ``attention`` has for neighborhoods. No autograd."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..host.cache_problem import CacheInputs, CacheOptions
 from .attention import unsupported
 from .define import call, last_contiguous, module, on_device, register
 
@@ -18,6 +19,10 @@ def why_not(query: Tensor, value: Tensor, *others: Tensor | float | None) -> str
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (query, value, *others)):
         return "the decode kernel has no backward, and an input requires a gradient"
     return unsupported(query, value)
+
+
+class WithLse(NamedTuple):
+    with_lse: bool
 
 
 def decode(
@@ -37,25 +42,20 @@ def decode(
     tensors = (last_contiguous(t) for t in (query, key, value))
     registers = (t if t is None else last_contiguous(t) for t in (additional_keys, additional_values))
     positions = (p.expand(query.shape[0], -1) for p in (query_positions, key_positions))
-    sinks = (last_contiguous(sink), None) if isinstance(sink, Tensor) else (None, sink)
-    return call("decode", *tensors, *positions, *registers, *sinks, window, scale, with_lse)
+    sink, sink_value = (last_contiguous(sink), None) if isinstance(sink, Tensor) else (None, sink)
+    inputs = CacheInputs._make((*tensors, *positions, *registers, sink))
+    return call("decode", inputs, CacheOptions(sink_value, window, scale), WithLse(with_lse))
 
 
-def _decode(*args: Any) -> tuple[Tensor, Tensor | None]:
-    with on_device(args[0]):
-        return module("portable.decode").decode(*args)
+def _decode(inputs: CacheInputs, options: CacheOptions, wanted: WithLse) -> tuple[Tensor, Tensor | None]:
+    with on_device(inputs.query):
+        return module("dispatch").decode(inputs, options, wanted.with_lse)
 
 
-def _decode_fake(*args: Any) -> tuple[Tensor, Tensor]:
-    query, value, with_lse = args[0], args[2], args[-1]
-    shape, dtype = (query.shape[:-1], torch.float32) if with_lse else ((0,), query.dtype)
+def _decode_fake(inputs: CacheInputs, options: CacheOptions, wanted: WithLse) -> tuple[Tensor, Tensor]:
+    query, value = inputs.query, inputs.value
+    shape, dtype = (query.shape[:-1], torch.float32) if wanted.with_lse else ((0,), query.dtype)
     return query.new_empty(*query.shape[:-1], value.shape[-1]), query.new_empty(shape, dtype=dtype)
 
 
-register(
-    "decode(Tensor query, Tensor key, Tensor value, Tensor query_positions, Tensor key_positions, "
-    "Tensor? additional_keys, Tensor? additional_values, Tensor? sink, float? sink_value, "
-    "SymInt? window, float scale, bool with_lse) -> (Tensor, Tensor)",
-    _decode,
-    _decode_fake,
-)
+register("decode", (CacheInputs, CacheOptions, WithLse), "(Tensor, Tensor)", _decode, _decode_fake)

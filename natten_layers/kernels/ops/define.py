@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib import import_module
-from typing import Any
+from itertools import accumulate, chain
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function, forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.utils.flop_counter import register_flop_formula
 
 __all__ = [
     "NOT_FUSED",
@@ -19,8 +21,9 @@ __all__ = [
     "WAY_OUT",
     "call",
     "call_in_backward",
-    "call_untracked",
     "eager_form",
+    "flattened",
+    "grouped",
     "is_differentiated",
     "is_tracked",
     "is_transformed",
@@ -39,31 +42,87 @@ NO_FORWARD_MODE = f"{NOT_FUSED} forward-mode derivatives{WAY_OUT}"
 Results = Tensor | tuple[Tensor | None, ...]
 
 library = torch.library.Library("natten_layers", "DEF")
-_kernels: dict[str, Callable[..., Results]] = {}
 _PLAIN = frozenset((Tensor, nn.Parameter, type(None), int, float, bool, str, tuple, list))
 """types of arguments that do not want to see an operator"""
 _HERE = nullcontext()
 
 
-def register(schema: str, kernel: Callable[..., Results], fake: Callable[..., Any]) -> None:
-    """Define the operator ``natten_layers::name`` of a schema ``name(...) -> ...``, without a derivative.
+class _Operator(NamedTuple):
+    kernel: Callable[..., Results]
+    spans: tuple[tuple[type[Any], int, int], ...]
+    """Each group, and where it begins and ends in the flat arguments."""
+
+
+_operators: dict[str, _Operator] = {}
+_SCHEMA_TYPES: dict[Any, str] = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    bool: "bool",
+    str: "str",
+    float: "float",
+    float | None: "float?",
+    int | None: "SymInt?",
+    Sequence[int]: "SymInt[]",
+    Sequence[bool]: "bool[]",
+}
+
+
+def register(
+    name: str,
+    groups: tuple[type[Any], ...],
+    results: str,
+    kernel: Callable[..., Results],
+    fake: Callable[..., Any],
+    flop: Callable[..., int] | None = None,
+) -> None:
+    """Define the operator ``natten_layers::name``, without a derivative.
+
+    An operator's arguments are a flat list, in which a position is all that tells one from the other. They are written
+    down once, as fields of named tuples: the schema is made of these, and ``kernel``, ``fake`` and ``flop`` take one
+    of each. A field that is added to a group is an argument of every operator that has it.
 
     Operators return tensors: where a kernel's result is None, the operator's is empty, in its first argument's dtype.
     They are opaque to the compiler; derivatives are ``autograd.Function`` outside of them, so that eager and compiled
     code take the same backward.
+
+    Args:
+        groups: classes of named tuples.
+        results: the schema's part behind the arrow.
+        flop: counts floating-point operations.
     """
-    name = schema.partition("(")[0]
-    library.define(schema)
+    ends = list(accumulate((len(group._fields) for group in groups), initial=0))
+    _operators[name] = _Operator(kernel, tuple(zip(groups, ends, ends[1:], strict=False)))
+    library.define(f"{name}({_schema(groups)}) -> {results}")
     for device in ("CUDA", "CPU"):  # on the latter under Triton's interpreter
-        library.impl(name, _returning_tensors(kernel), device)
+        library.impl(name, _returning_tensors(name), device)
     library.impl(name, _below_autograd(name), "Autograd")
-    torch.library.register_fake(f"natten_layers::{name}", fake, lib=library)
-    _kernels[name] = kernel
+    torch.library.register_fake(f"natten_layers::{name}", lambda *args: fake(*grouped(name, args)), lib=library)
+    if flop is not None:
+        register_flop_formula(getattr(torch.ops.natten_layers, name), get_raw=True)(
+            lambda *args, **_: flop(*grouped(name, args))
+        )
 
 
-def _returning_tensors(kernel: Callable[..., Results]) -> Callable[..., Tensor | tuple[Tensor, ...]]:
+def _schema(groups: tuple[type[Any], ...]) -> str:
+    hints = [hint for group in groups for hint in get_type_hints(group).items()]
+    return ", ".join(f"{_SCHEMA_TYPES[kind]} {field}" for field, kind in hints)
+
+
+def grouped(name: str, args: Sequence[Any]) -> list[Any]:
+    """An operator's flat arguments as named tuples."""
+    return [group._make(args[start:end]) for group, start, end in _operators[name].spans]
+
+
+def flattened(groups: tuple[tuple[Any, ...], ...]) -> tuple[Any, ...]:
+    """Named tuples as an operator's flat arguments."""
+    return tuple([x for group in groups for x in group])
+
+
+def _returning_tensors(name: str) -> Callable[..., Tensor | tuple[Tensor, ...]]:
+    kernel = _operators[name].kernel
+
     def run(*args: Any) -> Tensor | tuple[Tensor, ...]:
-        results = kernel(*args)
+        results = kernel(*grouped(name, args))
         if isinstance(results, Tensor):
             return results
         return tuple(args[0].new_empty(0) if x is None else x for x in results)
@@ -71,24 +130,18 @@ def _returning_tensors(kernel: Callable[..., Results]) -> Callable[..., Tensor |
     return run
 
 
-def call(name: str, *args: Any) -> Any:
-    """Run an operator, without the dispatcher where that adds nothing: it costs the host as much as the launch.
+def call(name: str, *groups: tuple[Any, ...]) -> Any:
+    """Run an operator on arguments of which nobody asks derivatives here.
 
-    A result that is not asked for is an empty tensor, or None without the dispatcher.
+    Without the dispatcher where that adds nothing: it costs the host as much as the launch. A result that is not asked
+    for is an empty tensor, or None without the dispatcher.
     """
-    if needs_gradient(args):
-        return getattr(torch.ops.natten_layers, name)(*args)
-    return call_untracked(name, *args)
+    if is_watched(chain.from_iterable(groups)):
+        return getattr(torch.ops.natten_layers, name)(*flattened(groups))
+    return _operators[name].kernel(*groups)
 
 
-def call_untracked(name: str, *args: Any) -> Any:
-    """:func:`call` of arguments for which nobody asks derivatives: looking at all of them again takes the host time."""
-    if is_watched(args):
-        return getattr(torch.ops.natten_layers, name)(*args)
-    return _kernels[name](*args)
-
-
-def is_watched(args: tuple[Any, ...]) -> bool:
+def is_watched(args: Iterable[Any]) -> bool:
     """Whether a compiler, a transform, a mode or a tensor's own class may want to see what is done with arguments."""
     return (
         torch.compiler.is_compiling()
@@ -99,11 +152,11 @@ def is_watched(args: tuple[Any, ...]) -> bool:
     )
 
 
-def call_in_backward(name: str, *args: Any) -> Any:
+def call_in_backward(name: str, *groups: tuple[Any, ...]) -> Any:
     """:func:`call` for a derivative that has none itself: asking for one fails."""
     # Grad mode is on where a second derivative may be asked for.
     once = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    return _Once.apply(name, *args) if once else call(name, *args)
+    return _Once.apply(name, *flattened(groups)) if once else call(name, *groups)
 
 
 class _Once(Function):
@@ -113,7 +166,7 @@ class _Once(Function):
 
     @staticmethod
     def forward(name: str, *args: Any) -> Any:
-        return call(name, *args)
+        return getattr(torch.ops.natten_layers, name)(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -165,7 +218,11 @@ def needs_gradient(args: tuple[Any, ...]) -> bool:
 
 @cache
 def module(name: str) -> Any:
-    """A module of kernels, which imports Triton, on the first launch: an import statement is work on each one."""
+    """A module of ``kernels`` that imports Triton, on the first launch.
+
+    The one import that is not at the top of a file: importing the library must need no Triton. It hides no circle, as
+    what is loaded imports no operator.
+    """
     return import_module(f"natten_layers.kernels.{name}")
 
 

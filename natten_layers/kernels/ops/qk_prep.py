@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..host.problem import QKPrep
 from .define import (
     call,
     call_in_backward,
     eager_form,
+    grouped,
     is_tracked,
     is_transformed,
     last_contiguous,
@@ -19,78 +21,78 @@ from .define import (
     register,
 )
 
-__all__ = ["OPTIONS", "Options", "rotate"]
-
-Options = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, float, str, float]
-"""What is done to queries and keys, as ``rotate.Rotation`` has it: gains, positions, frequencies, factor, norm, eps."""
-OPTIONS = "Tensor? query_gain, Tensor? key_gain, Tensor? positions, Tensor? freqs, float factor, str norm, float eps"
+__all__ = ["rotate"]
 
 
-def rotate(
-    query: Tensor,
-    key: Tensor,
-    query_gain: Tensor | None,
-    key_gain: Tensor | None,
-    positions: Tensor | None,
-    freqs: Tensor | None,
-    factor: float,
-    norm: str,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    """Both contiguous. Arguments as ``rotate.Rotation`` has them; no gradient reaches positions and frequencies."""
-    inputs = *map(last_contiguous, (query, key)), query_gain, key_gain, positions, freqs, factor, norm, eps
-    if is_tracked((query, key, query_gain, key_gain)):
+class Heads(NamedTuple):
+    query: Tensor
+    key: Tensor
+
+
+class HeadGradients(NamedTuple):
+    grad_query: Tensor
+    grad_key: Tensor
+
+
+def rotate(query: Tensor, key: Tensor, prep: QKPrep) -> tuple[Tensor, Tensor]:
+    """Both prepared, contiguous. No gradient reaches positions and frequencies."""
+    heads = Heads(last_contiguous(query), last_contiguous(key))
+    if is_tracked((query, key, prep.query_gain, prep.key_gain)):
         plain = not torch.compiler.is_compiling() and not is_transformed()
-        return (_Eager if plain else _Rotate).apply(*inputs)  # pyright: ignore[reportReturnType]
-    return call("rotate", *inputs)
+        return (_Eager if plain else _Rotate).apply(*heads, *prep)  # pyright: ignore[reportReturnType]
+    return call("rotate", heads, prep)
 
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        return call("rotate", *args)
+        return call("rotate", *grouped("rotate", args))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs[:6])
-        ctx.options = inputs[6:]
+        heads, prep = grouped("rotate", inputs)
+        ctx.save_for_backward(*heads, prep.query_gain, prep.key_gain, prep.positions, prep.freqs)
+        ctx.numbers = prep.factor, prep.norm, prep.eps
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors
-        results = call_in_backward("rotate_backward", *tensors, *ctx.options, *map(last_contiguous, grads))
-        return *(g if x is not None else None for g, x in zip(results, tensors[:4], strict=True)), *(None,) * 5
+        query, key, *tensors = ctx.saved_tensors
+        prep, gradients = QKPrep._make((*tensors, *ctx.numbers)), HeadGradients(*map(last_contiguous, grads))
+        d_query, d_key, d_query_gain, d_key_gain = call_in_backward(
+            "rotate_backward", Heads(query, key), prep, gradients
+        )
+        d_gains = (
+            None if prep.query_gain is None else d_query_gain,
+            None if prep.key_gain is None else d_key_gain,
+        )
+        return d_query, d_key, *d_gains, *(None,) * (len(prep) - len(d_gains))
 
 
 _Eager = eager_form(_Rotate)
 
 
-def _rotate(*args: Any) -> tuple[Tensor, Tensor]:
-    rotate = module("portable.qk_prep")
-    with on_device(args[0]):
-        return rotate.rotate(rotate.Rotation(*args))
+def _rotate(heads: Heads, prep: QKPrep) -> tuple[Tensor, Tensor]:
+    with on_device(heads.query):
+        return module("portable.qk_prep").rotate(*heads, prep)
 
 
-def _rotate_fake(*args: Any) -> tuple[Tensor, Tensor]:
-    query, key = args[:2]
+def _rotate_fake(heads: Heads, prep: QKPrep) -> tuple[Tensor, Tensor]:
+    query, key = heads
     return query.new_empty(query.shape), key.new_empty(key.shape)
 
 
-def _rotate_backward(*args: Any) -> tuple[Tensor | None, ...]:
-    rotate = module("portable.qk_prep")
-    *inputs, grad_query, grad_key = args
-    with on_device(grad_query):
-        return rotate.rotate_backward(rotate.Rotation(*inputs), grad_query, grad_key)
+def _rotate_backward(heads: Heads, prep: QKPrep, gradients: HeadGradients) -> tuple[Tensor | None, ...]:
+    with on_device(heads.query):
+        return module("portable.qk_prep").rotate_backward(*heads, prep, *gradients)
 
 
-def _rotate_backward_fake(*args: Any) -> tuple[Tensor, ...]:
-    return tuple(args[0].new_empty(0) if x is None else x.new_empty(x.shape) for x in args[:4])
+def _rotate_backward_fake(heads: Heads, prep: QKPrep, gradients: HeadGradients) -> tuple[Tensor, ...]:
+    tensors = *heads, prep.query_gain, prep.key_gain
+    return tuple(heads.query.new_empty(0) if x is None else x.new_empty(x.shape) for x in tensors)
 
 
-_INPUTS = f"Tensor query, Tensor key, {OPTIONS}"
-register(f"rotate({_INPUTS}) -> (Tensor, Tensor)", _rotate, _rotate_fake)
+register("rotate", (Heads, QKPrep), "(Tensor, Tensor)", _rotate, _rotate_fake)
 register(
-    f"rotate_backward({_INPUTS}, Tensor grad_query, Tensor grad_key) -> (Tensor, Tensor, Tensor, Tensor)",
-    _rotate_backward,
-    _rotate_backward_fake,
-)
+    "rotate_backward", (Heads, QKPrep, HeadGradients), "(Tensor, Tensor, Tensor, Tensor)",
+    _rotate_backward, _rotate_backward_fake,
+)  # fmt: skip

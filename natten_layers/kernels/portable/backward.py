@@ -10,7 +10,6 @@ over a slice of the tokens, and the slices are added in order.
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false
 
 from math import ceil, prod
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -18,12 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import dispatch
-from ..dispatch import BackwardLaunches, SmallBackwardLaunches
-from ..host.launcher import Launcher, launcher
-from ..host.problem import Inputs, Layout, Problem, layout, new_like, strides
+from ..host.launcher import Plan, launcher
+from ..host.problem import Cotangents, Inputs, Layout, Options, Problem, RowStatistics, contiguous, new_like, strides
 from ..host.tiling import register_block
-from ..host.tuned import launch_for, remembered
+from ..host.tuned import launch_for
 from .forward import query_tile
 from .primitives import (
     LOG2E,
@@ -265,139 +262,95 @@ def backward_register_kernel(
     store_rows(DV_, o_r * DV, m_r, b_dv, DV, BDV)
 
 
-def backward(
-    problem: Problem,
-    inputs: Inputs,
-    scale: float,
-    out: Tensor,
-    row_max: Tensor,
-    row_sum: Tensor,
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
-    """dQ, dK, dV, gradients of the registers, and delta ``[B, *spatial, Hq]`` in fp32.
-
-    Allocates the gradients, delta and the base-2 lse, for large windows both of these in a second order; with registers
-    also ``slices x registers`` partial sums in fp32, under 1 MiB each for usual sizes.
-    """
-    query, key, value, additional_keys, additional_values, _ = inputs
-    hopper = _hopper(problem, inputs, grad_out)
-    if hopper is not None and not problem.registers:
-        module, launches = hopper
-        statistics, delta = module.statistics_of(problem, out, row_max, row_sum, grad_out, grad_lse)
-        grad_query = module.query_gradient(launches.query, problem, inputs, scale, grad_out, statistics)
-        grad_key, grad_value = module.key_gradients(launches.key, problem, inputs, scale, grad_out, statistics)
-        return grad_query, grad_key, grad_value, None, None, delta
-
-    launch = backward_launchers(problem, layout(grad_out), None if grad_lse is None else layout(grad_lse[..., None]))
-    small_kernels, small = _hopper_small(problem, inputs, grad_out)
-    if small_kernels is not None and small.query is not None:
-        grad_query, delta, lse = small_kernels.query_gradient(
-            small.query, problem, inputs, scale, out, row_max, row_sum, grad_out, grad_lse
-        )
-    else:
-        grad_query = new_like(query)
-        delta, lse = torch.empty_like(row_max), torch.empty_like(row_max)
-        launch.query(
-            (
-                query, key, value, additional_keys, additional_values, out, grad_out, grad_lse, row_max, row_sum,
-                grad_query, delta, lse,
-            ),
-            (scale,),
-        )  # fmt: skip
-    if hopper is not None:
-        module, launches = hopper
-        statistics = module.lined_up(problem, lse, delta)
-        grad_key, grad_value = module.key_gradients(launches.key, problem, inputs, scale, grad_out, statistics)
-    elif small_kernels is not None and small.key is not None:
-        grad_key, grad_value = small_kernels.key_gradients(small.key, problem, inputs, scale, grad_out, delta, lse)
-    else:
-        grad_key, grad_value = new_like(key), new_like(value)
-        launch.key((query, key, value, grad_out, delta, lse, grad_key, grad_value), (scale,))
-    grad_keys = grad_values = None
-    if launch.register is not None and additional_keys is not None and additional_values is not None:
-        registers = additional_keys, additional_values
-        partial = [torch.empty((launch.slices, *x.shape), dtype=torch.float32, device=x.device) for x in registers]
-        launch.register((query, *registers, grad_out, delta, lse, *partial), (scale,))
-        grad_keys, grad_values = (sums.sum(0).to(x.dtype) for sums, x in zip(partial, registers, strict=True))
-    return grad_query, grad_key, grad_value, grad_keys, grad_values, delta
-
-
-def _hopper(problem: Problem, inputs: Inputs, grad_out: Tensor) -> tuple[ModuleType, BackwardLaunches] | None:
-    """The kernels for large windows and their launches, if they compute this call."""
-    if not (dispatch.pays(problem) and dispatch.are_aligned(*inputs[:3], grad_out)):
-        return None
-    launches, kernels = dispatch.backward_launches(problem, layout(grad_out)), dispatch.kernels()
-    return None if launches is None or kernels is None else (kernels.backward, launches)
-
-
-def _hopper_small(
-    problem: Problem, inputs: Inputs, grad_out: Tensor
-) -> tuple[ModuleType | None, SmallBackwardLaunches]:
-    """The kernels for small windows and the launches of those that compute this call."""
-    if dispatch.small_pays(problem) and dispatch.are_aligned(*inputs[:5], grad_out):
-        launches = dispatch.small_backward_launches(problem, layout(grad_out))
-        if launches is not None and (kernels := dispatch.kernels()) is not None:
-            return kernels.small_backward, launches
-    return None, SmallBackwardLaunches(None, None)
-
-
-class BackwardLaunchers(NamedTuple):
-    query: Launcher
-    key: Launcher
-    register: Launcher | None
-    slices: int
-    """of the tokens, that the registers' gradients are summed over"""
-
-
-@remembered
-def backward_launchers(problem: Problem, grad_out: Layout, grad_lse: Layout | None) -> BackwardLaunchers:
-    slices = register_slices(problem) if problem.registers else 0
-    return BackwardLaunchers(
-        _query_launcher(problem, grad_out, grad_lse),
-        _key_launcher(problem, grad_out),
-        _register_launcher(problem, grad_out, slices) if slices else None,
-        slices,
-    )
-
-
-def _query_launcher(p: Problem, grad_out: Layout, grad_lse: Layout | None) -> Launcher:
-    launch = launch_for("backward_query", p.problem_class)
+def query_plan(p: Problem, grad_out: Layout, grad_lse: Layout | None) -> Plan:
+    config = launch_for("backward_query", p.problem_class)
     grad_strides = strides(grad_out), (0,) * 5 if grad_lse is None else strides(grad_lse)
-    return launcher(
+    tensors = p.query, p.key, p.value, grad_out, grad_lse, p.out, p.statistics, contiguous(p.query.shape)
+    launch = launcher(
         backward_query_kernel,
-        (p.programs(launch),),
-        (*p.input_strides(), *grad_strides, *p.geometry, p.tiles(launch.tile), p.group, p.kv_heads, p.registers),
-        **p.program(launch), **p.constants(), PACK=launch.pack, BR=p.register_tile, WITH_DLSE=grad_lse is not None,
+        (p.programs(config),),
+        (*p.input_strides(), *grad_strides, *p.geometry, p.tiles(config.tile), p.group, p.kv_heads, p.registers),
+        **p.program(config, tensors), **p.constants(),
+        PACK=config.pack, BR=p.register_tile, WITH_DLSE=grad_lse is not None,
     )  # fmt: skip
+    return Plan(config, launch)
 
 
-def _key_launcher(p: Problem, grad_out: Layout) -> Launcher:
-    launch = launch_for("backward_key", p.problem_class)
-    tiles = p.tiles(launch.tile)
-    return launcher(
+def backward_query(
+    plan: Plan, problem: Problem, inputs: Inputs, options: Options, cotangents: Cotangents
+) -> tuple[Tensor, RowStatistics]:
+    """dQ, delta and the base-2 lse. Allocates only these."""
+    query, key, value, additional_keys, additional_values, _ = inputs
+    out, row_max, row_sum, grad_out, grad_lse = cotangents
+    grad_query = new_like(query)
+    delta, lse = torch.empty_like(row_max), torch.empty_like(row_max)
+    tensors = (
+        query, key, value, additional_keys, additional_values, out, grad_out, grad_lse, row_max, row_sum,
+        grad_query, delta, lse,
+    )  # fmt: skip
+    plan.launch(tensors, (options.scale,))
+    return grad_query, RowStatistics(delta, lse)
+
+
+def key_plan(p: Problem, grad_out: Layout) -> Plan:
+    config = launch_for("backward_key", p.problem_class)
+    tiles = p.tiles(config.tile)
+    results = contiguous(p.key.shape), contiguous(p.value.shape)
+    launch = launcher(
         backward_key_kernel,
         (p.query.shape[0] * prod(tiles) * p.kv_heads,),
         (*p.input_strides()[:3], strides(grad_out), *p.geometry, tiles, p.group, p.kv_heads),
-        **p.program(launch), **p.constants(),
+        **p.program(config, (p.query, p.key, p.value, grad_out, p.statistics, *results)), **p.constants(),
     )  # fmt: skip
+    return Plan(config, launch)
 
 
-def _register_launcher(p: Problem, grad_out: Layout, slices: int) -> Launcher:
-    input_strides = p.input_strides()
+def backward_key(
+    plan: Plan, problem: Problem, inputs: Inputs, options: Options, grad_out: Tensor, statistics: RowStatistics
+) -> tuple[Tensor, Tensor]:
+    """dK and dV, those of registers aside. Allocates only these."""
+    grad_key, grad_value = new_like(inputs.key), new_like(inputs.value)
+    delta, lse, _ = statistics
+    plan.launch((*inputs[:3], grad_out, delta, lse, grad_key, grad_value), (options.scale,))
+    return grad_key, grad_value
+
+
+class RegisterConfig(NamedTuple):
+    registers: int
+    """registers that a program takes at a time"""
+    rows: int
+    """queries that it takes at a time"""
+    slices: int
+    """parts of the tokens that are summed apart, and then added in order"""
+
+
+def register_plan(p: Problem, grad_out: Layout) -> Plan:
+    q_strides, _, _, *register_strides = p.input_strides()
     registers, rows = register_block(p.problem_class, p.register_tile)
-    return launcher(
+    # Enough programs to fill a large GPU, each with several blocks of rows; from shapes, so that sums stay the same.
+    most = prod(p.lengths) * p.group // (4 * rows)
+    slices = max(1, min(ceil(512 / (p.query.shape[0] * p.kv_heads)), most))
+    launch = launcher(
         backward_register_kernel,
         (p.query.shape[0] * p.kv_heads * slices, ceil(p.registers / registers)),
         (
-            input_strides[0], *input_strides[3:], strides(grad_out),
+            q_strides, *register_strides, strides(grad_out),
             p.lengths, prod(p.lengths), slices, p.group, p.kv_heads, p.registers,
         ),
         **p.constants(), BR=registers, BM=rows, num_warps=4,
     )  # fmt: skip
+    return Plan(RegisterConfig(registers, rows, slices), launch)
 
 
-def register_slices(p: Problem) -> int:
-    """Enough programs to fill a large GPU, each with several blocks of rows; from shapes, so sums stay the same."""
-    _, rows = register_block(p.problem_class, p.register_tile)
-    return max(1, min(ceil(512 / (p.query.shape[0] * p.kv_heads)), prod(p.lengths) * p.group // (4 * rows)))
+def backward_registers(
+    plan: Plan, problem: Problem, inputs: Inputs, options: Options, grad_out: Tensor, statistics: RowStatistics
+) -> tuple[Tensor, Tensor]:
+    """Of the registers' keys and values. Allocates ``slices`` times as many in fp32, under 1 MiB for usual sizes."""
+    query, _, _, keys, values, _ = inputs
+    assert keys is not None
+    assert values is not None
+    slices = plan.config.slices
+    sums_k, sums_v = (torch.empty((slices, *x.shape), dtype=torch.float32, device=x.device) for x in (keys, values))
+    delta, lse, _ = statistics
+    plan.launch((query, keys, values, grad_out, delta, lse, sums_k, sums_v), (options.scale,))
+    return sums_k.sum(0).to(keys.dtype), sums_v.sum(0).to(values.dtype)

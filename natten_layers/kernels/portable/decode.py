@@ -10,17 +10,19 @@ Legend as in ``primitives.py``; ``[M]`` rows are (token, head of the group) pair
 
 from functools import lru_cache
 from math import ceil
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..host.launcher import launcher
-from ..host.problem import device_traits, precision, sink_kind
-from ..host.tiling import next_power_of_2, padded_head_dim
+from ..host.cache_problem import CacheInputs, CacheOptions, CacheProblem
+from ..host.launcher import Launcher, launcher
+from ..host.problem import device_traits
+from ..host.tiling import next_power_of_2, padded_head_dim, tile_copies
 from .forward import attend_registers, initial_state
-from .primitives import LN2, LOG2E, LOWEST, between, load_rows, softmax_step, store_rows
+from .primitives import LN2, LOG2E, LOWEST, are_sound, load_rows, softmax_step, store_rows
 
 MAX_ROWS = 64
 TILE_BYTES = 2**14
@@ -28,7 +30,7 @@ TILE_BYTES = 2**14
 PROGRAMS = 2048
 """Enough for the last wave not to matter, and for the merge not to: many times the SMs of any device."""
 MAX_SPLITS = 128
-NO_WINDOW = 2**31 - 1
+NO_WINDOW = 2**63 - 1
 TRIM_FROM = 512
 """Slots of a slice from which it is worth to look at all its positions before any key is loaded."""
 STAGES = 3
@@ -36,16 +38,16 @@ STAGES = 3
 
 @triton.jit
 def load_positions(KeyPositions, start, stride, end, BN: tl.constexpr):
-    """Positions of the slots from ``start``; -1, an empty slot's, from ``end`` on."""
+    """Positions of the slots from ``start``, in 64 bits, as any may be given; -1, an empty slot's, from ``end`` on."""
     n = tl.arange(0, BN)
     p_slots = KeyPositions + tl.cast(start, tl.int64) * stride + n.to(tl.int64) * stride
-    return tl.load(p_slots, mask=n < end - start, other=-1).to(tl.int32)
+    return tl.load(p_slots, mask=n < end - start, other=-1).to(tl.int64)
 
 
 @triton.jit
 def seen_slots(KeyPositions, stride, begin, end, row_lo, row_hi, BLOCK: tl.constexpr):
     """First slot that a row sees, or ``end``, and the one after the last, or 0; from the positions alone."""
-    lo = tl.min(tl.where(row_lo <= row_hi, row_lo, 2147483647), 0)
+    lo = tl.min(tl.where(row_lo <= row_hi, row_lo, 9223372036854775807), 0)
     hi = tl.max(row_hi, 0)
     first = tl.zeros([BLOCK], tl.int32) + end
     last = tl.full([BLOCK], -1, tl.int32)
@@ -56,6 +58,15 @@ def seen_slots(KeyPositions, stride, begin, end, row_lo, row_hi, BLOCK: tl.const
         first = tl.minimum(first, tl.where(m_seen, slot, end))
         last = tl.maximum(last, tl.where(m_seen, slot, -1))
     return tl.min(first, 0), tl.max(last, 0) + 1
+
+
+@triton.jit
+def first_chunk(begin, seen, BN: tl.constexpr):
+    """Start of the chunk that holds slot ``seen``, of those of ``BN`` slots from ``begin`` on."""
+    # Not begin = seen: Triton knows no alignment of what comes from a reduction, and would load single elements.
+    while begin + BN <= seen:
+        begin += BN
+    return begin
 
 
 @triton.jit
@@ -80,7 +91,7 @@ def attend_cache(
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [M, N]
         if SCALE_FIRST:
             b_s = b_s * score_scale
-        b_visible = between(row_lo, row_hi, col)
+        b_visible = (col[None, :] >= row_lo[:, None]) & (col[None, :] <= row_hi[:, None])
         b_s = tl.where(b_visible, b_s, float("-inf"))
         b_acc, row_m, row_l = softmax_step(b_acc, row_m, row_l, b_s, b_v, b_visible, factor, CLEAN, PRECISION)
     return b_acc, row_m, row_l
@@ -148,7 +159,7 @@ def decode_kernel(
     row_head = i_kv * group + row % group
     b_q = load_rows(Q + i_batch * q_strides[0], row_token * q_strides[1] + row_head * q_strides[2], m_rows, D, BD)
     QueryPositions += i_batch * qp_strides[0]
-    row_p = tl.load(QueryPositions + row_token * qp_strides[1], mask=m_rows, other=-1).to(tl.int32)
+    row_p = tl.load(QueryPositions + row_token * qp_strides[1], mask=m_rows, other=-1).to(tl.int64)
     row_hi = tl.maximum(row_p, -1)
     row_lo = tl.maximum(row_hi - window + 1, 0)
 
@@ -162,9 +173,7 @@ def decode_kernel(
     end = tl.minimum(begin + share, length)
     if TRIM:
         seen, end = seen_slots(KeyPositions, kp_strides[1], begin, end, row_lo, row_hi, 512)
-        # Not begin = seen: Triton knows no alignment of what comes from a reduction, and would load single elements.
-        while begin + BN <= seen:
-            begin += BN
+        begin = first_chunk(begin, seen, BN)
     with_sink = i_split == 0
     registers = tl.where(i_split == 0, registers, 0)
     b_acc, row_m, row_l = attend_slice(
@@ -172,12 +181,12 @@ def decode_kernel(
         regk_strides, regv_strides, begin, end, row_lo, row_hi, row_head, registers, sink, with_sink, scale,
         BM, BN, D, BD, DV, BDV, BR, SINK, False, SCALE_FIRST, PRECISION, STAGES,
     )  # fmt: skip
-    # NaN or inf times a weight of zero: rare enough to pay for it with a second pass, and only then.
-    if tl.max(tl.where(tl.abs(tl.sum(b_acc * 0.0, 1)) >= 0.0, 0, 1), 0) > 0:
+    # A second pass as in the forward kernel.
+    if tl.max(tl.where(are_sound(b_acc, row_m, row_l), 0, 1), 0) > 0:
         b_acc, row_m, row_l = attend_slice(
             b_q, K, V, KeyPositions, RegK, RegV, Sink, k_strides[1], v_strides[1], kp_strides[1],
             regk_strides, regv_strides, begin, end, row_lo, row_hi, row_head, registers, sink, with_sink, scale,
-            BM, 16, D, BD, DV, BDV, BR, SINK, True, SCALE_FIRST, PRECISION, 1,
+            BM, 16, D, BD, DV, BDV, BR, SINK, True, True, PRECISION, 1,
         )  # fmt: skip
 
     o_row = (i_batch * tokens + row_token) * (kv_heads * group) + row_head
@@ -231,71 +240,71 @@ def block(rows: int, width: int, element_size: int, limit: int) -> tuple[int, in
     slots = min(max(16, TILE_BYTES // (width * element_size)), 128)
     most = min(max(16, next_power_of_2(rows)), MAX_ROWS)
     # Queries and weights beside two stages of keys and values. Read off compiled kernels; the rest is under 2 KiB.
-    while most > 16 and most * (width + slots) * element_size + 4 * TILE_BYTES + 2048 > limit:
+    columns = tile_copies(element_size) * width + slots
+    while most > 16 and most * columns * element_size + 4 * TILE_BYTES + 2048 > limit:
         most //= 2
     return most, slots
 
 
+class DecodePlan(NamedTuple):
+    config: dict[str, int]
+    """for people"""
+    attend: Launcher
+    merge: Launcher | None
+    """of the slices, if there are several"""
+    splits: int
+
+
+def plan(p: CacheProblem) -> DecodePlan:
+    batch, tokens, heads, head_dim = p.query.shape
+    length, kv_heads, value_dim = p.value.shape[1:]
+    group = heads // kv_heads
+    BD, BDV = padded_head_dim(head_dim), padded_head_dim(value_dim)
+    BM, BN = block(group * tokens, max(BD, BDV), p.dtype.itemsize, device_traits(p.device)[1])
+    blocks = ceil(group * tokens / BM)
+    splits, share = split(batch * kv_heads * blocks, length, BN)
+    registers = 0 if p.additional_keys is None else p.additional_keys.shape[1]
+    total = batch * tokens * heads
+    num_warps = 4 if BM * BDV <= 8192 else 8
+    attend = launcher(
+        decode_kernel,
+        (batch * splits * blocks * kv_heads,),
+        (
+            *(x.stride[:3] for x in (p.query, p.key, p.value)), p.query_positions.stride, p.key_positions.stride,
+            *((0, 0, 0) if x is None else x.stride[:3] for x in (p.additional_keys, p.additional_values)),
+            tokens, length, group, kv_heads, blocks, splits, share, total, registers,
+            NO_WINDOW if p.window is None else min(p.window, NO_WINDOW),
+        ),
+        BM=BM, BN=BN, D=head_dim, BD=BD, DV=value_dim, BDV=BDV, BR=16 if registers else 0,
+        SINK=p.sink, TRIM=share > TRIM_FROM, SCALE_FIRST=p.scale_first, PRECISION=p.precision, STAGES=STAGES,
+        num_warps=num_warps,
+    )  # fmt: skip
+    merge = None
+    if splits > 1:
+        merge = launcher(
+            merge_kernel, (total,), (splits, total),
+            DV=value_dim, BDV=BDV, BS=next_power_of_2(splits), BLOCK=16, num_warps=2,
+        )  # fmt: skip
+    return DecodePlan({"rows": BM, "keys": BN, "splits": splits, "num_warps": num_warps}, attend, merge, splits)
+
+
 def decode(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    query_positions: Tensor,
-    key_positions: Tensor,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    sink: Tensor | None,
-    sink_value: float | None,
-    window: int | None,
-    scale: float,
-    with_lse: bool,
+    plan: DecodePlan, inputs: CacheInputs, options: CacheOptions, with_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     """``out [B, Lq, Hq, Dv]`` and, ``with_lse``, the log-sum-exp ``[B, Lq, Hq]`` in fp32.
 
-    Tensors as ``cached_attention`` has them, last axes of all but positions contiguous, positions ``[B, ...]`` of any
-    integer dtype. Allocates ``slices * (Dv + 2)`` fp32 for each row of the result if there is more than one slice.
+    Allocates ``slices * (Dv + 2)`` fp32 for each row of the result if there is more than one slice.
     """
-    batch, tokens, heads, head_dim = query.shape
-    length, kv_heads, value_dim = value.shape[1:]
-    group = heads // kv_heads
-    BD, BDV = padded_head_dim(head_dim), padded_head_dim(value_dim)
-    BM, BN = block(group * tokens, max(BD, BDV), key.element_size(), device_traits(query.device)[1])
-    blocks = ceil(group * tokens / BM)
-    splits, share = split(batch * kv_heads * blocks, length, BN)
-    registers = 0 if additional_keys is None else additional_keys.shape[1]
+    query, value_dim, splits = inputs.query, inputs.value.shape[-1], plan.splits
+    batch, tokens, heads, _ = query.shape
     total = batch * tokens * heads
-
     out = query.new_empty(batch, tokens, heads, value_dim)
     lse = query.new_empty(batch, tokens, heads, dtype=torch.float32) if with_lse else None
     parts = None, None, None
     if splits > 1:
         part_out = query.new_empty(splits, total, value_dim, dtype=torch.float32)
         parts = part_out, *query.new_empty(2, splits, total, dtype=torch.float32)
-    attend = launcher(
-        decode_kernel,
-        (batch * splits * blocks * kv_heads,),
-        (
-            *(t.stride()[:3] for t in (query, key, value)), query_positions.stride(), key_positions.stride(),
-            *((0, 0, 0) if t is None else t.stride()[:3] for t in (additional_keys, additional_values)),
-            tokens, length, group, kv_heads, blocks, splits, share, total, registers,
-            NO_WINDOW if window is None else min(window, NO_WINDOW),
-        ),
-        BM=BM, BN=BN, D=head_dim, BD=BD, DV=value_dim, BDV=BDV, BR=16 if registers else 0,
-        SINK=sink_kind(sink, sink_value), TRIM=share > TRIM_FROM,
-        SCALE_FIRST=scale <= 0, PRECISION=precision(query.dtype), STAGES=STAGES,
-        num_warps=4 if BM * BDV <= 8192 else 8,
-    )  # fmt: skip
-    attend(
-        (
-            query, key, value, query_positions, key_positions, additional_keys, additional_values, sink,
-            out, lse, *parts,
-        ),
-        (sink_value, scale),
-    )  # fmt: skip
-    if splits > 1:
-        merge = launcher(
-            merge_kernel, (total,), (splits, total),
-            DV=value_dim, BDV=BDV, BS=next_power_of_2(splits), BLOCK=16, num_warps=2,
-        )  # fmt: skip
-        merge((*parts, out, lse))
+    plan.attend((*inputs, out, lse, *parts), (options.sink_value, options.scale))
+    if plan.merge is not None:
+        plan.merge((*parts, out, lse))
     return out, lse

@@ -8,21 +8,18 @@ Registers come last, as more keys of the same softmax; the sink is the softmax's
 # Triton's language is Python to the parser only.
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false
 
-from types import ModuleType
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import dispatch
-from ..host.launcher import Launcher, launcher
-from ..host.problem import Inputs, Problem, new_results
-from ..host.tuned import launch_for, remembered
+from ..host.launcher import Plan, launcher
+from ..host.problem import Inputs, Options, Problem, new_results
+from ..host.tuned import launch_for
 from .primitives import (
     LN2,
     LOG2E,
     LOWEST,
+    are_sound,
     contiguous_row,
     corner_offset,
     inner_indices,
@@ -179,18 +176,19 @@ def attend_tile(
             b_q, b_acc, row_m, row_l, RegK, RegV, regk_strides, regv_strides, registers, factor, score_scale,
             BR, D, BD, DV, BDV, False, SCALE_FIRST, PRECISION,
         )  # fmt: skip
-    # NaN or inf times zero: rare enough to pay for it with a second pass, and only then.
-    if tl.max(tl.where(tl.abs(tl.sum(b_acc * 0.0, 1)) >= 0.0, 0, 1), 0) > 0:
+    # NaN or inf times zero, or scores that are too large to be scaled while the maximum is subtracted: rare enough to
+    # pay for it with a second pass, which scales them before, and only then.
+    if tl.max(tl.where(are_sound(b_acc, row_m, row_l), 0, 1), 0) > 0:
         b_acc, row_m, row_l = initial_state(Sink, row_head, sink, SINK, BM, BDV)
         if BR > 0:
             b_acc, row_m, row_l = attend_registers(
-                b_q, b_acc, row_m, row_l, RegK, RegV, regk_strides, regv_strides, registers, factor, score_scale,
-                16, D, BD, DV, BDV, True, SCALE_FIRST, PRECISION,
+                b_q, b_acc, row_m, row_l, RegK, RegV, regk_strides, regv_strides, registers, 1.0, score_scale,
+                16, D, BD, DV, BDV, True, True, PRECISION,
             )  # fmt: skip
         b_acc, row_m, row_l = attend_window(
             b_q, b_acc, row_m, row_l, K, V, k_strides, v_strides, residue, count, origin, index,
-            kernel, stride, dilation, factor, score_scale, CAUSAL, TILE, (1, 1, 16), RANK, WIDE, D, BD, DV, BDV,
-            "select", True, SCALE_FIRST, PRECISION, 1,
+            kernel, stride, dilation, 1.0, score_scale, CAUSAL, TILE, (1, 1, 16), RANK, WIDE, D, BD, DV, BDV,
+            "select", True, True, PRECISION, 1,
         )  # fmt: skip
 
     o_row = contiguous_row(i_batch, token, length) * (kv_heads * group) + row_head
@@ -220,38 +218,24 @@ def forward_kernel(
     )  # fmt: skip
 
 
+def plan(p: Problem, with_state: bool) -> Plan:
+    config = launch_for("forward", p.problem_class)
+    launch = launcher(
+        forward_kernel,
+        (p.programs(config),),
+        (*p.input_strides(), *p.geometry, p.tiles(config.tile), p.group, p.kv_heads, p.registers),
+        **p.program(config, (p.query, p.key, p.value, p.out)), **p.constants(),
+        PACK=config.pack, BR=p.register_tile, SINK=p.sink, WITH_STATE=with_state,
+    )  # fmt: skip
+    return Plan(config, launch)
+
+
 def forward(
-    problem: Problem, inputs: Inputs, sink_value: float | None, scale: float, with_state: bool
+    plan: Plan, problem: Problem, inputs: Inputs, options: Options, with_state: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``out [B, *spatial, Hq, Dv]`` and, ``with_state``, ``row_max`` and ``row_sum [B, *spatial, Hq]`` in fp32."""
     query, key, value, additional_keys, additional_values, sink = inputs
-    launch, kernels = forward_choice(problem, with_state)
-    if kernels is not None:
-        if dispatch.are_aligned(*inputs[:5]):
-            return kernels.forward(launch, problem, inputs, sink_value, scale, with_state)
-        launch = forward_launcher(problem, with_state)
     out, row_max, row_sum = new_results(query, problem.value.shape[-1], with_state)
-    launch((query, key, value, out, row_max, row_sum, additional_keys, additional_values, sink), (sink_value, scale))
+    tensors = query, key, value, out, row_max, row_sum, additional_keys, additional_values, sink
+    plan.launch(tensors, (options.sink_value, options.scale))
     return out, row_max, row_sum
-
-
-@remembered
-def forward_choice(problem: Problem, with_state: bool) -> tuple[Any, ModuleType | None]:
-    """The launch of a call, and the module whose kernel in Gluon takes it: None for the portable kernel."""
-    launch, kernels = dispatch.forward_launch(problem, with_state), dispatch.kernels()
-    if launch is None or kernels is None:
-        return forward_launcher(problem, with_state), None
-    return launch, kernels.forward_of(launch)
-
-
-@remembered
-def forward_launcher(problem: Problem, with_state: bool) -> Launcher:
-    """Of the portable kernel."""
-    p = problem
-    launch = launch_for("forward", p.problem_class)
-    return launcher(
-        forward_kernel,
-        (p.programs(launch),),
-        (*p.input_strides(), *p.geometry, p.tiles(launch.tile), p.group, p.kv_heads, p.registers),
-        **p.program(launch), **p.constants(), PACK=launch.pack, BR=p.register_tile, SINK=p.sink, WITH_STATE=with_state,
-    )  # fmt: skip

@@ -15,8 +15,9 @@ import triton.language as tl
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
-# Start of the running maximum. Finite, so that a row whose first chunk is fully masked stays free of inf - inf.
-LOWEST: tl.constexpr = tl.constexpr(-1.0e30)
+# Start of the running maximum: fp32's least finite number, so that no score is below it. Finite, so that a row whose
+# first chunk is fully masked stays free of inf - inf.
+LOWEST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
@@ -311,6 +312,16 @@ def store_rows(pointer, o_rows, m_rows, b_tile, D: tl.constexpr, BD: tl.constexp
     if BD != D:
         mask = mask & (col < D)[None, :]
     tl.store(pointer + o_rows[:, None] + col[None, :], b_tile.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def are_sound(b_acc, row_m, row_l):
+    """Rows whose softmax came out: no NaN or inf in them, and the largest weight, about one, in the sum.
+
+    ``score * factor - maximum`` may be one instruction, which rounds once, while the maximum is a rounded product. Both
+    differ by so much where scores are very large, from 2^30 on, that weights overflow or vanish.
+    """
+    return (tl.abs(tl.sum(b_acc * 0.0, 1)) >= 0.0) & ((row_l >= 0.5) | (row_m == LOWEST))
 
 
 @triton.jit

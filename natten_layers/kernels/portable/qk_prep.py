@@ -14,7 +14,7 @@ of ``items``.
 # A call of one jit function from another is typed as one from the host, which never returns.
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..host.launcher import launcher
-from ..host.problem import RotationKind, new_like
+from ..host.problem import QKPrep, new_like
 from ..host.tiling import next_power_of_2
 
 ELEMENTS = 4096  # of a tile of tokens: four 16-byte loads a thread in half precision
@@ -280,59 +280,34 @@ def rotate_backward_kernel(
         )  # fmt: skip
 
 
-class Rotation(NamedTuple):
-    """What is done to ``query [B, *spatial, Hq, D]`` and ``key [B, *spatial, Hkv, D]``; the operators' arguments."""
+def _view(prep: QKPrep, x: Tensor) -> Tensor:
+    """``[outer, token, item, D]``: a copy only where spatial axes do not merge, never of a projection's output."""
+    x = x.flatten(1, -3)
+    if prep.positions is not None and prep.positions.shape[0] > 1:
+        x = x.flatten(0, 1)[None]
+    return x.transpose(0, 2) if prep.by_head else x
 
-    query: Tensor
-    key: Tensor
-    query_gain: Tensor | None  # cosine: [Hq] or None; rms: [D]
-    key_gain: Tensor | None  # cosine: [Hkv] or None; rms: [D]
-    positions: Tensor | None  # [B or 1, *spatial, axes]
-    freqs: Tensor | None  # [heads that differ, n], fp32
-    factor: float
-    norm: str  # "none", "cosine" or "rms"
-    eps: float
 
-    @property
-    def kind(self) -> RotationKind:
-        if self.positions is None or self.freqs is None:
-            return RotationKind(self.norm, 1, 0, False, False)
-        batch, *_, axes = self.positions.shape
-        heads, each = self.freqs.shape
-        return RotationKind(self.norm, axes, axes * each, heads > 1, batch > 1)
-
-    @property
-    def by_head(self) -> bool:
-        """Angles differ by head: a program then takes images that share them; otherwise it takes heads."""
-        return self.freqs is not None and len(self.freqs) > 1
-
-    def view(self, x: Tensor) -> Tensor:
-        """``[outer, token, item, D]``: a copy only where spatial axes do not merge, never of a projection's output."""
-        x = x.flatten(1, -3)
-        if self.positions is not None and self.positions.shape[0] > 1:
-            x = x.flatten(0, 1)[None]
-        return x.transpose(0, 2) if self.by_head else x
-
-    def launch(self, kernel: Any, tensors: Sequence[Tensor], partials: Sequence[Tensor | None] = ()) -> None:
-        """Call ``kernel`` on viewed ``tensors``, of which the first two are query and key."""
-        query, key = tensors[:2]
-        norm, axes, pairs, by_head, _ = self.kind
-        rest = query.shape[3] - 2 * pairs
-        tiles, runs, run = blocks(query, key)
-        outers = len(query), len(key)
-        launch = launcher(
-            kernel,
-            (sum(outers) * tiles * runs,),
-            (
-                *(t.stride()[:3] for t in tensors),
-                query.shape[1], outers, (query.shape[2], key.shape[2]),
-                tuple(n // len(self.freqs) if self.freqs is not None and by_head else 1 for n in outers), run,
-            ),
-            AXES=axes, PAIRS=pairs, REST=rest, BP=next_power_of_2(max(pairs, rest // 2)),
-            T=tile_size(query.shape[3]), NORM=norm, BY_HEAD=by_head, num_warps=4,
-        )  # fmt: skip
-        inputs = (*tensors, *partials, self.query_gain, self.key_gain, self.positions, self.freqs)
-        launch(inputs, (self.factor, self.eps))
+def _launch(prep: QKPrep, kernel: Any, tensors: Sequence[Tensor], partials: Sequence[Tensor | None] = ()) -> None:
+    """Call ``kernel`` on viewed ``tensors``, of which the first two are query and key."""
+    query, key = tensors[:2]
+    norm, axes, pairs, by_head, _ = prep.kind
+    rest = query.shape[3] - 2 * pairs
+    tiles, runs, run = blocks(query, key)
+    outers = len(query), len(key)
+    launch = launcher(
+        kernel,
+        (sum(outers) * tiles * runs,),
+        (
+            *(t.stride()[:3] for t in tensors),
+            query.shape[1], outers, (query.shape[2], key.shape[2]),
+            tuple(n // len(prep.freqs) if prep.freqs is not None and by_head else 1 for n in outers), run,
+        ),
+        AXES=axes, PAIRS=pairs, REST=rest, BP=next_power_of_2(max(pairs, rest // 2)),
+        T=tile_size(query.shape[3]), NORM=norm, BY_HEAD=by_head, num_warps=4,
+    )  # fmt: skip
+    inputs = (*tensors, *partials, prep.query_gain, prep.key_gain, prep.positions, prep.freqs)
+    launch(inputs, (prep.factor, prep.eps))
 
 
 def _ceil(a: int, b: int) -> int:
@@ -351,30 +326,29 @@ def blocks(query: Tensor, key: Tensor) -> tuple[int, int, int]:
     return tiles, _ceil(items, run), run
 
 
-def rotate(rotation: Rotation) -> tuple[Tensor, Tensor]:
-    """Query and key normalised and rotated, contiguous."""
-    inputs = rotation.query, rotation.key
-    out_query, out_key = map(new_like, inputs)
-    rotation.launch(rotate_kernel, [rotation.view(x) for x in (*inputs, out_query, out_key)])
+def rotate(query: Tensor, key: Tensor, prep: QKPrep) -> tuple[Tensor, Tensor]:
+    """``query [B, *spatial, Hq, D]`` and ``key [B, *spatial, Hkv, D]`` normalised and rotated, contiguous."""
+    out_query, out_key = new_like(query), new_like(key)
+    _launch(prep, rotate_kernel, [_view(prep, x) for x in (query, key, out_query, out_key)])
     return out_query, out_key
 
 
 def rotate_backward(
-    rotation: Rotation, grad_query: Tensor, grad_key: Tensor
+    query: Tensor, key: Tensor, prep: QKPrep, grad_query: Tensor, grad_key: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of query and key, contiguous, and of the gains."""
-    inputs, gains = (rotation.query, rotation.key), (rotation.query_gain, rotation.key_gain)
-    d_query, d_key = map(new_like, inputs)
-    views = [rotation.view(x) for x in (*inputs, grad_query, grad_key, d_query, d_key)]
+    gains = prep.query_gain, prep.key_gain
+    d_query, d_key = new_like(query), new_like(key)
+    views = [_view(prep, x) for x in (query, key, grad_query, grad_key, d_query, d_key)]
     tiles, runs, _ = blocks(*views[:2])
     partials: list[Tensor | None] = []
     for gain, view in zip(gains, views[:2], strict=True):
         outers, _, items, head_dim = view.shape
-        shape = (tiles * runs, outers, head_dim) if rotation.norm == "rms" else (tiles, outers, items)
+        shape = (tiles * runs, outers, head_dim) if prep.norm == "rms" else (tiles, outers, items)
         partials.append(None if gain is None else view.new_empty(shape, dtype=torch.float32))
-    rotation.launch(rotate_backward_kernel, views, partials)
+    _launch(prep, rotate_backward_kernel, views, partials)
     # All but the elements of a head are summed for an RMS norm, all but the heads for cosines.
-    summed = (0, 2) if rotation.norm == "cosine" and rotation.by_head else (0, 1)
+    summed = (0, 2) if prep.norm == "cosine" and prep.by_head else (0, 1)
     d_gains = [
         None if gain is None or sums is None else sums.sum(summed).to(gain.dtype)
         for gain, sums in zip(gains, partials, strict=True)

@@ -1,0 +1,101 @@
+"""Which implementation and which kernels a call takes, and why: :func:`explain`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from .arguments import Axes, check_bias, prepare
+from .kernels.ops import attention as attention_ops
+from .kernels.ops.define import is_tracked
+from .operations import NO_BIAS, Impl, why_eager
+
+__all__ = ["Explanation", "Kernel", "explain"]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """The kernel that computes one direction of a call."""
+
+    direction: str
+    """forward, backward_query (dQ), backward_key (dK and dV) or backward_registers (those of additional keys)"""
+    name: str
+    settings: tuple[tuple[str, Any], ...]
+    """Tiles and options by name; sizes are ``t, h, w`` in tokens, ``pack`` is query heads of a program."""
+    passed_over: tuple[tuple[str, str], ...]
+    """Kernels that were asked before it, and why each does not compute the call."""
+
+    def __str__(self) -> str:
+        settings = ", ".join(f"{name}={value}" for name, value in self.settings)
+        lines = [f"{self.direction}: {self.name}", f"  {settings}"]
+        return "\n".join(lines + [f"  not {name}: {reason}" for name, reason in self.passed_over])
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What computes a call. Its text is made for reading, and may change."""
+
+    impl: Literal["fused", "eager"]
+    why_eager: str | None
+    """Why the fused kernels do not compute it, if they do not."""
+    kernels: tuple[Kernel, ...] = ()
+
+    def __str__(self) -> str:
+        if self.why_eager is not None:
+            return f"eager (PyTorch), not fused: {self.why_eager}"
+        return "\n".join(["fused", *map(str, self.kernels)])
+
+
+def explain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: Axes,
+    *,
+    stride: Axes = 1,
+    dilation: Axes = 1,
+    is_causal: bool | Sequence[bool] = False,
+    scale: float | Tensor | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    sink: float | Tensor | None = None,
+    rpb: Tensor | None = None,
+    return_lse: bool = False,
+    impl: Impl = "auto",
+    needs_grad: bool | None = None,
+) -> Explanation:
+    """Which kernels :func:`neighborhood_attention` takes for these arguments, with what tiles, and why not others.
+
+    Nothing is computed or compiled. ``print(explain(...))`` is the quick way to see why a call is slower than expected.
+
+    Args:
+        query, key, value, kernel_size, stride, dilation, is_causal, scale, additional_keys, additional_values, sink,
+            rpb, return_lse, impl: as those of :func:`neighborhood_attention`, which checks them in the same way. Of
+            tensors only shape, strides, dtype, device and the alignment of their address matter.
+        needs_grad: whether gradients are asked for; None: whether an input requires one. The gradient of the output
+            counts as contiguous.
+
+    Returns:
+        An :class:`Explanation`, to be printed, or read field by field.
+
+    Raises:
+        ValueError: an argument does not fit.
+        RuntimeError: ``impl="fused"`` where the fused kernels cannot run.
+    """
+    call = prepare(
+        query, key, value, kernel_size, stride, dilation, is_causal, scale, additional_keys, additional_values, sink
+    )
+    check_bias(rpb, call)
+    reason = why_eager(impl, call.inputs.query, call.why_not_fused if rpb is None else lambda: NO_BIAS)
+    if reason is not None:
+        return Explanation("eager", reason)
+    with_gradients = is_tracked(call.inputs) if needs_grad is None else needs_grad
+    choices = attention_ops.choices(call.inputs, call.options, with_state=return_lse, with_gradients=with_gradients)
+    kernels = (
+        Kernel(direction, x.variant.name, tuple(x.settings.items()), tuple(map(tuple, x.passed_over)))
+        for direction, x in choices.items()
+    )
+    return Explanation("fused", None, tuple(kernels))

@@ -1,0 +1,118 @@
+"""What ``explain`` says of a call is what computes it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import raises_naming
+from torch import Tensor
+
+from natten_layers import Explanation, explain, neighborhood_attention
+
+pytest.importorskip("triton.experimental.gluon")
+
+from test_hopper import problem_of_text
+from test_hopper_small import problem_of_image
+
+from natten_layers.kernels import dispatch
+from natten_layers.kernels.host.launcher import Launcher
+from natten_layers.kernels.host.problem import Problem
+from natten_layers.kernels.host.tiling import Launch
+from natten_layers.kernels.host.tuned import override
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+SM90 = {"sm90 large window", "sm90 small window, rolling", "sm90 small window"}
+
+
+def draw(*shape: int, **options: Any) -> Tensor:
+    return torch.randn(*shape, device=DEVICE, **options)
+
+
+def test_on_a_cpu_it_is_eager_and_says_why() -> None:
+    q = torch.randn(1, 8, 2, 16)
+    said = explain(q, q, q, 3)
+    assert said == Explanation("eager", "the tensors are on cpu, the kernels run on CUDA devices")
+    assert str(said) == "eager (PyTorch), not fused: the tensors are on cpu, the kernels run on CUDA devices"
+    assert "asks for it" in str(explain(q, q, q, 3, impl="eager"))
+    with raises_naming("kernel_size", "9", "8"):
+        explain(q, q, q, 9)
+    odd = torch.randn(1, 8, 2, 12)
+    with raises_naming("impl", "head_dim 12", error=RuntimeError):
+        explain(odd, odd, odd, 3, impl="fused")
+
+
+@pytest.mark.parametrize("needs_grad", [False, True])
+@pytest.mark.parametrize("registers", [0, 3])
+def test_it_names_the_kernels_that_are_launched(
+    needs_grad: bool, registers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the tiles that they are launched with."""
+    q, k = draw(1, 6, 7, 4, 16, requires_grad=needs_grad), draw(1, 6, 7, 2, 16)
+    extras = dict.fromkeys(("additional_keys", "additional_values"), draw(1, registers, 2, 16)) if registers else {}
+    launched: list[Launcher] = []
+    launch = Launcher.__call__
+    monkeypatch.setattr(Launcher, "__call__", lambda self, *args: launched.append(self) or launch(self, *args))
+    said = explain(q, k, k, 3, **extras, impl="fused")
+    assert not launched
+    out = neighborhood_attention(q, k, k, 3, **extras, impl="fused")
+    if needs_grad:
+        out.sum().backward()
+    directions = ["forward", "backward_query", "backward_key", *(["backward_registers"] if registers else [])]
+    assert [kernel.direction for kernel in said.kernels] == directions[: None if needs_grad else 1]
+    assert len(launched) == len(said.kernels)
+    for kernel, one in zip(said.kernels, launched, strict=True):
+        assert kernel.name == "portable"
+        settings = dict(kernel.settings)
+        if kernel.direction == "backward_registers":
+            assert one.options["BR"] == settings["registers"]
+        else:
+            assert (one.options["TILE"], one.options["CHUNK"]) == (settings["tile"], settings["chunk"])
+            assert f"tile={settings['tile']}, chunk={settings['chunk']}" in str(kernel)
+            assert {name for name, _ in kernel.passed_over} <= SM90
+            assert all(reason for _, reason in kernel.passed_over)
+    assert explain(q, k, k, 3, **extras, impl="fused", needs_grad=True).kernels[1].direction == "backward_query"
+    if not ON_GPU:
+        assert "not sm90 large window: it is for CUDA devices, the tensors are on cpu" in str(said)
+
+
+def test_tensors_without_data_will_do() -> None:
+    q = torch.empty(2, 64, 64, 8, 64, device="meta", dtype=torch.float16)
+    if ON_GPU:
+        assert "on meta" in str(explain(q, q, q, 7))
+    else:
+        assert explain(q, q, q, 7, impl="fused").kernels[0].name == "portable"
+
+
+def test_a_choice_of_the_caller_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = problem_of_text(monkeypatch)
+    assert dispatch.choose("forward", dispatch.Question(problem)).variant.name == "sm90 large window"
+    with override({"forward": Launch((1, 1, 64), (1, 1, 64), 2, 4, 2)}):
+        choice = dispatch.choose("forward", dispatch.Question(problem))
+    assert choice.is_portable
+    assert "overridden" in choice.passed_over[0].reason
+
+
+@pytest.mark.parametrize(
+    ("make", "changes", "question", "names"),
+    [
+        (problem_of_text, {}, {"aligned": False}, ["16 bytes"] * 3),
+        (problem_of_text, {"dilation": (2,)}, {}, ["dilation is (2,)"] * 3),
+        (problem_of_text, {"capability": (8, 0)}, {}, ["the device has 8.0"] * 3),
+        (problem_of_text, {"kernel_size": (2048,)}, {}, ["the call is small", "the window is large", "is large"]),
+        (problem_of_image, {}, {}, ["the window is small"]),
+        (problem_of_image, {"kernel_size": (3, 3)}, {}, ["the window is small", "tiles alone are faster"]),
+        (problem_of_image, {"stride": (2, 1)}, {}, ["the window is small", "no tiles", "no tiles"]),
+    ],
+    ids=lambda part: getattr(part, "__name__", str(part)),
+)
+def test_kernels_that_are_passed_over_have_a_reason(
+    make: Any, changes: dict[str, Any], question: dict[str, Any], names: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem: Problem = make(monkeypatch, **changes)
+    choice = dispatch.choose("forward", dispatch.Question(problem, **question))
+    assert len(choice.passed_over) == len(names)
+    for (_, reason), word in zip(choice.passed_over, names, strict=True):
+        assert word in reason
