@@ -21,6 +21,7 @@ from natten_layers import cached_attention, neighborhood_attention
 from natten_layers.kernels.host import problem
 from natten_layers.kernels.ops import attention as attention_ops
 from natten_layers.kernels.ops import decode as decode_ops
+from natten_layers.kernels.portable.forward import forward_kernel
 from natten_layers.kernels.sm90 import small_tiling
 from natten_layers.kernels.sm90.available import gluon_gap
 from natten_layers.modules import AxialRoPE, RoPE
@@ -149,6 +150,13 @@ def attend_projected_on_hopper(spatial: tuple[int, ...], kernel_size: int, rope:
     small_forward_rolling.forward(launch, one, tensors, options, False, prep)
 
 
+def check_loads() -> None:
+    """Head dims are multiples of 8: no kernel may load two bytes at a time, as Triton does where it cannot tell."""
+    for kernels, *_ in forward_kernel.device_caches.values():
+        for kernel in kernels.values():
+            assert "ld.global.b16" not in kernel.asm["ptx"], "elements are loaded one by one"
+
+
 def main(capability: int) -> None:
     stub = Driver(capability)
     driver.set_active(stub)  # pyright: ignore[reportArgumentType]
@@ -159,6 +167,7 @@ def main(capability: int) -> None:
     attend((12, 12, 20), 5, 2, 40, 0, dilation=2, stride=3)
     attend((2048,), 1024, 8, 128, 40, is_causal=True)
     attend((32, 32), 7, 4, 256, 40)
+    check_loads()
     if capability == 90:
         attend((32, 32), 7, 8, 256, 40, torch.float32)
     if capability == 90 and gluon_gap() is None:

@@ -6,19 +6,30 @@ import os
 import re
 import subprocess
 import sys
+from math import ceil, prod
 from pathlib import Path
+from typing import get_args
 
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from natten_layers import neighborhood_attention
+from natten_layers.kernels.host.problem import in_units, stride_unit
 from natten_layers.kernels.host.tiling import (
     Kind,
     ProblemClass,
     Room,
+    best_boxes,
+    column_parts,
     fit,
+    packed_heads,
     register_block,
     register_memory,
     register_tile,
     room,
+    rule,
     shared_memory,
 )
 from natten_layers.kernels.ops.attention import compiler_gap
@@ -209,3 +220,83 @@ def test_gradients_of_registers_fit_into_shared_memory(limit: int, head_dim: int
     assert register_block(problem, 16)[0] == 16
     assert register_memory(64, 64, 256) >= 263168  # what ptxas asked for, for an H100
     assert register_memory(64, 16, 512, copies=2) >= 360704
+
+
+LIMITS = (99 * 1024, 163 * 1024, 227 * 1024)
+
+
+@st.composite
+def problem_classes(draw: st.DrawFn) -> ProblemClass:
+    """Any that the kernels take."""
+    rank = draw(st.integers(1, 3))
+    lengths = [1] * (3 - rank) + draw(st.lists(st.integers(1, 500), min_size=rank, max_size=rank))
+    t, h, w = ((n, draw(st.integers(1, n))) for n in lengths)
+    head_dim, value_dim = (8 * draw(st.integers(1, 32)) for _ in range(2))
+    group, limit = draw(st.integers(1, 64)), draw(st.sampled_from(LIMITS))
+    axes = (t[0], h[0], w[0]), (t[1], h[1], w[1])
+    return ProblemClass("stub", limit, *axes, group, head_dim, value_dim, draw(st.sampled_from((2, 4))))
+
+
+@given(problem=problem_classes(), kind=st.sampled_from(get_args(Kind)))
+def test_rule_serves_every_problem(problem: ProblemClass, kind: Kind) -> None:
+    launch = rule(kind, problem)
+    rows, keys = prod(launch.tile) * launch.pack, prod(launch.chunk)
+    space = room(problem)
+    least = shared_memory(kind, 16, 16, 1, space)
+    assert shared_memory(kind, rows, keys, launch.stages, space) <= max(problem.shared_memory, least)
+    assert min(rows, keys) >= 16
+    assert all(side & (side - 1) == 0 for side in (*launch.tile, *launch.chunk, launch.pack, launch.num_warps))
+    # Accumulators of the wider tensor, and of both where there are two: 255 registers a thread hold no more.
+    tensors = 2 if kind == "backward_key" else 1
+    columns = space.width // max(1, problem.element_size // 2)
+    assert rows * columns * tensors <= 160 * 32 * launch.num_warps
+    if kind == "backward_key":
+        assert launch.pack == 1
+    else:
+        assert ceil(problem.group / launch.pack) * launch.pack <= problem.group * 8 / 7
+
+
+@given(head_dim=st.integers(1, 32).map(lambda n: 8 * n))
+def test_columns_come_in_parts_that_hold_them(head_dim: int) -> None:
+    parts = column_parts(head_dim)
+    assert len(parts) <= 2
+    assert all(part >= 16 and part & (part - 1) == 0 for part in parts)
+    assert sum(parts[:-1]) < head_dim <= sum(parts)
+    assert sum(parts) <= max(16, 2 * head_dim - 8)
+
+
+def test_columns_by_hand() -> None:
+    dims = (8, 32, 40, 64, 72, 80, 88, 96, 112, 128, 160, 192, 256)
+    parts = [(16,), (32,), (32, 16), (64,), (64, 16), (64, 16), (64, 32), (64, 32), (128,), (128,)]
+    assert [column_parts(dim) for dim in dims] == [*parts, (128, 32), (128, 64), (256,)]
+
+
+def test_packed_heads_leave_few_rows_idle() -> None:
+    groups = (1, 2, 3, 4, 5, 6, 7, 8, 12, 14, 16, 24, 64)
+    assert [packed_heads(group, 64) for group in groups] == [1, 2, 1, 4, 1, 2, 8, 8, 4, 16, 16, 8, 16]
+    assert packed_heads(16, 4) == 4
+
+
+def test_boxes_waste_no_rows_on_a_short_axis() -> None:
+    """A tile 32 long on an axis of 24 sees least, but a quarter of its rows is idle."""
+    tile, _ = best_boxes(128, 64, (24, 68, 80), (11, 11, 11))
+    assert tile[0] <= 8
+
+
+def test_strides_are_counted_in_units_that_divide_all_of_them() -> None:
+    assert stride_unit([(40, 0, 80), (72,)]) == 8
+    assert stride_unit([(40, 80), (36,)]) == 1
+    assert in_units([(40, 0, 80), (72,)], 8) == ((5, 0, 10), (9,))
+
+
+@pytest.mark.parametrize("room_after", [0, 3])
+def test_heads_may_lie_anywhere(room_after: int) -> None:
+    """With strides that 8 divides, and with others."""
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randn(3, 1, 5, 6, 2, 40 + room_after, generator=generator)
+    query, key, value = whole[..., :40].requires_grad_()
+    out = neighborhood_attention(query, key, value, 3, impl="fused")
+    expected = neighborhood_attention(query, key, value, 3, impl="eager")
+    torch.testing.assert_close(out, expected)
+    gradients = (torch.autograd.grad(x.square().sum(), (query, key, value)) for x in (out, expected))
+    torch.testing.assert_close(*gradients)

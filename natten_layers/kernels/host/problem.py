@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from .tiling import Axis, Box, Launch, ProblemClass, padded_head_dim, register_tile
+from .tiling import Axis, Box, Launch, ProblemClass, column_parts, register_tile
 
 T = TypeVar("T", int, bool)
 
@@ -50,6 +50,15 @@ def need_wide_offsets(tensors: Iterable[Layout | None]) -> bool:
     spans = (sum(map(mul, x.shape[1:-2], x.stride[1:-2])) for x in tensors if x is not None)
     # Chunks may reach past the end of an axis by less than their own size.
     return 2 * max(spans) >= 2**31
+
+
+def stride_unit(strides: Iterable[Sequence[int]]) -> int:
+    """``UNIT`` of the kernels: 8 if that divides all these strides, else 1."""
+    return 1 if any(step % 8 for each in strides for step in each) else 8
+
+
+def in_units(strides: Iterable[Sequence[int]], unit: int) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(step // unit for step in each) for each in strides)
 
 
 def register_strides(tensor: Layout | None) -> tuple[int, ...]:
@@ -260,9 +269,9 @@ class Problem(NamedTuple):
         head_dim, value_dim = self.query.shape[-1], self.value.shape[-1]
         return {
             "D": head_dim,
-            "BD": padded_head_dim(head_dim),
+            "BD": column_parts(head_dim),
             "DV": value_dim,
-            "BDV": padded_head_dim(value_dim),
+            "BDV": column_parts(value_dim),
             "SCALE_FIRST": self.scale_first,
             "PRECISION": self.precision,
         }

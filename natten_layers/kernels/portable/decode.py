@@ -22,7 +22,18 @@ from ..host.launcher import Launcher, launcher
 from ..host.problem import device_traits
 from ..host.tiling import next_power_of_2, padded_head_dim, tile_copies
 from .forward import attend_registers, initial_state
-from .primitives import LN2, LOG2E, LOWEST, are_sound, load_rows, softmax_step, store_rows
+from .primitives import (
+    LN2,
+    LOG2E,
+    LOWEST,
+    are_sound,
+    load_columns,
+    load_rows,
+    products,
+    scale_rows,
+    softmax_step,
+    store_columns,
+)
 
 MAX_ROWS = 64
 TILE_BYTES = 2**14
@@ -86,9 +97,9 @@ def attend_cache(
     for start in tl.range(begin, end, BN, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
         m_keys = n < end - start
         col = load_positions(KeyPositions, start, position_stride, end, BN)
-        b_k = load_rows(K + tl.cast(start, tl.int64) * k_stride, o_k, m_keys, D, BD)
-        b_v = load_rows(V + tl.cast(start, tl.int64) * v_stride, o_v, m_keys, DV, BDV)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [M, N]
+        b_k = load_columns(K + tl.cast(start, tl.int64) * k_stride, o_k, m_keys, D, BD)
+        b_v = load_columns(V + tl.cast(start, tl.int64) * v_stride, o_v, m_keys, DV, BDV)
+        b_s = products(b_q, b_k, None, PRECISION)  # [M, N]
         if SCALE_FIRST:
             b_s = b_s * score_scale
         b_visible = (col[None, :] >= row_lo[:, None]) & (col[None, :] <= row_hi[:, None])
@@ -129,7 +140,7 @@ def store_result(Out, Lse, o_row, m_rows, b_acc, row_m, row_l, DV: tl.constexpr,
     """Divide by the row sum and store; a row that saw nothing gives 0 and a log-sum-exp of -inf."""
     row_nothing = row_l == 0.0
     row_d = tl.where(row_nothing, 1.0, row_l)
-    store_rows(Out, o_row * DV, m_rows, b_acc / row_d[:, None], DV, BDV)
+    store_columns(Out, o_row * DV, m_rows, scale_rows(b_acc, 1.0 / row_d), DV, BDV)
     if Lse is not None:
         row_lse = tl.where(row_nothing, float("-inf"), (row_m + tl.log2(row_d)) * LN2)
         tl.store(Lse + o_row, row_lse, mask=m_rows)
@@ -157,7 +168,7 @@ def decode_kernel(
     m_rows = row < tokens * group
     row_token = tl.minimum(row // group, tokens - 1).to(tl.int64)
     row_head = i_kv * group + row % group
-    b_q = load_rows(Q + i_batch * q_strides[0], row_token * q_strides[1] + row_head * q_strides[2], m_rows, D, BD)
+    b_q = load_columns(Q + i_batch * q_strides[0], row_token * q_strides[1] + row_head * q_strides[2], m_rows, D, BD)
     QueryPositions += i_batch * qp_strides[0]
     row_p = tl.load(QueryPositions + row_token * qp_strides[1], mask=m_rows, other=-1).to(tl.int64)
     row_hi = tl.maximum(row_p, -1)
@@ -194,7 +205,7 @@ def decode_kernel(
         store_result(Out, Lse, o_row, m_rows, b_acc, row_m, row_l, DV, BDV)
     else:
         o_part = i_split.to(tl.int64) * total + o_row
-        store_rows(PartOut, o_part * DV, m_rows, b_acc, DV, BDV)
+        store_columns(PartOut, o_part * DV, m_rows, b_acc, DV, BDV)
         tl.store(PartMax + o_part, row_m, mask=m_rows)
         tl.store(PartSum + o_part, row_l, mask=m_rows)
 
@@ -220,7 +231,7 @@ def merge_kernel(
         row_l += tl.sum(part_l * weight, 0)
         b_acc += tl.sum(load_rows(PartOut, o_part * DV, m_split, DV, BDV) * weight[:, None], 0, keep_dims=True)
     o_row = i_row + tl.zeros([1], tl.int64)
-    store_result(Out, Lse, o_row, o_row >= 0, b_acc, row_m, row_l, DV, BDV)
+    store_result(Out, Lse, o_row, o_row >= 0, (b_acc,), row_m, row_l, DV, (BDV,))
 
 
 def split(programs: int, length: int, chunk: int) -> tuple[int, int]:
@@ -275,7 +286,7 @@ def plan(p: CacheProblem) -> DecodePlan:
             tokens, length, group, kv_heads, blocks, splits, share, total, registers,
             NO_WINDOW if p.window is None else min(p.window, NO_WINDOW),
         ),
-        BM=BM, BN=BN, D=head_dim, BD=BD, DV=value_dim, BDV=BDV, BR=16 if registers else 0,
+        BM=BM, BN=BN, D=head_dim, BD=(BD,), DV=value_dim, BDV=(BDV,), BR=16 if registers else 0,
         SINK=p.sink, TRIM=share > TRIM_FROM, SCALE_FIRST=p.scale_first, PRECISION=p.precision, STAGES=STAGES,
         num_warps=num_warps,
     )  # fmt: skip

@@ -296,7 +296,8 @@ def repair_kernel(
                 Q, K, V, Out, RowMax, RowSum, RegK, RegV, Sink,
                 q_strides, k_strides, v_strides, regk_strides, regv_strides,
                 length, kernel, stride, dilation, tiles, group, kv_heads, registers, sink, scale,
-                CAUSAL, TILE, CHUNK, RANK, WIDE, PACK, D, BD, DV, BDV, BR, SINK, WITH_STATE, "select", False, "ieee", 1,
+                CAUSAL, TILE, CHUNK, RANK, WIDE, PACK, D, (BD,), DV, (BDV,), BR, SINK, WITH_STATE, "select", False,
+                "ieee", 1, 1,
             )  # fmt: skip
 
 
