@@ -21,10 +21,10 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from .functional import neighborhood_attention
 from .kernels.host.problem import Inputs, Options, device_traits, problem_of, three_axes
 from .kernels.host.tiling import Kind, Launch, ProblemClass, best_boxes, boxes, rule
 from .kernels.host.tuned import cache_file, override, write_tuned
+from .operations import neighborhood_attention
 
 __all__ = ["Found", "main", "neighbors", "search", "tune"]
 

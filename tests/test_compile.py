@@ -18,10 +18,10 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from natten_layers import AxialRoPE, NeighborhoodGQA, neighborhood_attention
-from natten_layers.functional import Impl
 from natten_layers.geometry import make_window, visible_pairs, window_mask
 from natten_layers.kernels.ops import define
 from natten_layers.modules import make_axial_pos
+from natten_layers.operations import Impl
 
 pytest.importorskip("triton")
 

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from natten_layers.arguments import Call, prepare
-from natten_layers.functional import Impl
 from natten_layers.kernels.host.problem import Layout, Problem, RotationKind, problem_of
 from natten_layers.kernels.host.tuned import forget, override
 from natten_layers.kernels.ops import attention as attention_ops
@@ -22,6 +21,7 @@ from natten_layers.kernels.ops.define import flattened, grouped
 from natten_layers.modules import AxialRoPE, NeighborhoodGQA, RoPE, query_key
 from natten_layers.modules.query_key import HeadNorm, attend_projected
 from natten_layers.modules.rope import Angles, angles_of
+from natten_layers.operations import Impl
 
 pytest.importorskip("triton.experimental.gluon")
 

@@ -21,11 +21,11 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..functional import neighborhood_attention
 from ..io import checkpoints
 from ..io.files import naming
 from ..io.tensors import make_on_meta
 from ..kernels.ops.define import is_transformed
+from ..operations import neighborhood_attention
 from .attention import Heads, NeighborhoodGQA, Projected
 from .base import Constants, at_least_fp32, default_dtype, reset_children
 from .feed_forward import GEGLU

@@ -7,12 +7,12 @@ from typing import Literal, NamedTuple
 from torch import Tensor, nn
 
 from ..arguments import Call
-from ..functional import Impl, attend, takes_fused
 from ..kernels.host.problem import QKPrep
 from ..kernels.ops import attention as attention_ops
 from ..kernels.ops import qk_prep as qk_prep_ops
 from ..kernels.ops import qk_prep_attention as qk_prep_attention_ops
 from ..kernels.ops.define import is_tracked
+from ..operations import Impl, attend, takes_fused
 from .base import is_plain
 from .norm import RMSNorm, cosine_normalize, rms_normalize
 from .rope import Angles, angles_of
@@ -148,13 +148,16 @@ def _rotation(query: Tensor, norm: HeadNorm | None, angles: Angles | None) -> QK
     )
 
 
-def attend_projected(call: Call, norm: HeadNorm | None, angles: Angles | None, *, impl: Impl = "auto") -> Tensor:
+def attend_projected(
+    call: Call, norm: HeadNorm | None, angles: Angles | None, rpb: Tensor | None = None, *, impl: Impl = "auto"
+) -> Tensor:
     """:func:`neighborhood_attention` of heads that :func:`normalize_and_rotate` prepares first; registers are ready.
 
     Where no gradient is asked for, this is one operation, and where the kernels can, one launch.
 
     Args:
         call: prepared arguments of attention, with heads as they are projected.
+        rpb: a bias on relative positions, as :func:`neighborhood_attention` takes it.
 
     Raises:
         RuntimeError: ``impl="fused"`` where the kernels cannot run.
@@ -162,9 +165,9 @@ def attend_projected(call: Call, norm: HeadNorm | None, angles: Angles | None, *
     query, key = call.inputs.query, call.inputs.key
     if norm is not None or angles is not None:
         tracked = is_tracked((*call.inputs, *(norm or ()), *(angles or ())))
-        if not tracked and takes_fused(impl, query, call.why_not_fused):
+        if rpb is None and not tracked and takes_fused(impl, query, call.why_not_fused):
             return call.restore(
                 qk_prep_attention_ops.attention(call.inputs, call.options, _rotation(query, norm, angles))
             )
         query, key = normalize_and_rotate(query, key, norm, angles, impl=impl)
-    return attend(call._replace(inputs=call.inputs._replace(query=query, key=key)), impl)
+    return attend(call._replace(inputs=call.inputs._replace(query=query, key=key)), impl, rpb)

@@ -107,7 +107,7 @@ def device_traits(device: torch.device) -> tuple[str, int]:
 
 
 class Inputs(NamedTuple):
-    """The tensors of a call as ``functional`` validated them, last axes contiguous."""
+    """The tensors of a call as ``operations`` validated them, last axes contiguous."""
 
     query: Tensor
     key: Tensor
