@@ -132,6 +132,8 @@ def _rotation(query: Tensor, norm: HeadNorm | None, angles: Angles | None) -> QK
         1.0 if angles is None else angles.factor,
         "none" if norm is None else norm.kind,
         0.0 if norm is None else norm.eps,
+        () if angles is None else angles.split,
+        angles is not None and angles.interleaved,
     )
 
 
