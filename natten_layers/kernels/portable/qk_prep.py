@@ -44,8 +44,11 @@ def load_parts(X, o_row, m_row, PAIRS: tl.constexpr, REST: tl.constexpr, BP: tl.
         m_pairs = m_row & (p < PAIRS)
         b_first = tl.load(X + (o_row + p), mask=m_pairs, other=0.0).to(tl.float32)
         b_second = tl.load(X + (o_row + p + PAIRS), mask=m_pairs, other=0.0).to(tl.float32)
-    b_third = tl.load(X + (o_row + p + 2 * PAIRS), mask=m_rest, other=0.0).to(tl.float32)
-    b_fourth = tl.load(X + (o_row + p + (2 * PAIRS + HALF)), mask=m_rest, other=0.0).to(tl.float32)
+    if REST > 0:
+        b_third = tl.load(X + (o_row + p + 2 * PAIRS), mask=m_rest, other=0.0).to(tl.float32)
+        b_fourth = tl.load(X + (o_row + p + (2 * PAIRS + HALF)), mask=m_rest, other=0.0).to(tl.float32)
+    else:
+        b_third, b_fourth = tl.zeros_like(b_first), tl.zeros_like(b_first)
     return b_first, b_second, b_third, b_fourth
 
 
