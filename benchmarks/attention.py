@@ -83,7 +83,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _variants(workload: Workload, args: argparse.Namespace) -> list[Variant]:
-    base = Variant(0, "learned" if workload.learned_sink else None)
+    base = workload.variant
     variants = [base]
     if args.registers:
         variants.append(replace(base, registers=args.registers))

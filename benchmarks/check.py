@@ -3,25 +3,29 @@
 The reference is computed in fp64 for sampled queries (their whole windows), sampled keys (every query that sees them,
 with those queries' whole windows) and whole heads where a gradient sums over all queries (registers, sink). A second
 pass of the same formula rounds where a flash kernel of the input's precision must: the weights before they meet the
-values, the score gradients, and the results. A tested result may err at most twice as much as that pass.
+values, the score gradients, and the results; with inputs in fp32 it is that formula in fp32. A tested result may err at
+most twice as much as that pass, in fp32 eight times.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from natten_layers.geometry import query_bounds, window_bounds
+from natten_layers.geometry import class_length, query_bounds, window_bounds
 
 from .workloads import Inputs, Mode, Workload
 
 __all__ = ["Errors", "Reference"]
 
 ERROR_FACTOR = 2.0
+FP32_FACTOR = 8.0  # the GPU's exponential alone errs by two units in the last place; TF32 products err a thousand times
 QUERY_SAMPLES, KEY_SAMPLES, SINK_SAMPLES = 48, 8, 8
 SLAB_PAIRS = 2**25  # query-key pairs at a time: 256 MiB of fp64 scores
 KEY_PAIRS = 2**34  # pairs that the sampled keys may cost together
@@ -52,11 +56,19 @@ class Rows:
     d_sink: Tensor  # []
 
 
+class Grid(NamedTuple):
+    """One residue class of an image's tokens: positions are indices in it."""
+
+    batch: int
+    residue: tuple[int, ...]
+    lengths: tuple[int, ...]
+
+
 class Reference:
     """Exact samples of one problem, computed once and compared with any number of implementations."""
 
     def __init__(self, workload: Workload, inputs: Inputs, mode: Mode, seed: int = 0) -> None:
-        self.workload, self.inputs = workload, inputs
+        self.workload, self.inputs, self.window = workload, inputs, workload.window
         self._generator = torch.Generator().manual_seed(seed)
         self._samples: dict[str, list[Sample]] = {}
         self._sample_queries(mode)
@@ -78,7 +90,8 @@ class Reference:
             exact, rounded = (torch.stack(list(t)) for t in zip(*((s.exact, s.rounded) for s in samples), strict=True))
             norm = exact.norm()
             error, twin = ((t - exact).norm() / norm for t in (got, rounded))
-            errors[name] = (error.item(), ERROR_FACTOR * twin.item())
+            factor = FP32_FACTOR if self.inputs.query.dtype == torch.float32 else ERROR_FACTOR
+            errors[name] = (error.item(), factor * twin.item())
         return errors
 
     def _positions(self, count: int) -> list[tuple[int, ...]]:
@@ -94,8 +107,9 @@ class Reference:
         names = ("out",) if mode == "fwd" else ("out", "d_query")
         for position in self._positions(QUERY_SAMPLES):
             at = (self._random(self.workload.batch), *position, self._random(self.workload.heads))
-            box = tuple((p, p) for p in position)
-            exact, rounded = (self._rows(at[0], at[-1], box, None, rounding) for rounding in (False, True))
+            grid, index = self._grid(at[0], position)
+            box = tuple((i, i) for i in index)
+            exact, rounded = (self._rows(grid, at[-1], box, None, rounding) for rounding in (False, True))
             for name in names:
                 sample = Sample(at, getattr(exact, name)[0], getattr(rounded, name)[0])
                 self._samples.setdefault(name, []).append(sample)
@@ -109,87 +123,110 @@ class Reference:
         )
         for position in self._positions(max(2, min(KEY_SAMPLES, KEY_PAIRS // cost))):
             batch, kv_head = self._random(w.batch), self._random(w.kv_heads)
-            box = self._bounds(query_bounds, tuple((p, p) for p in position))
-            exact, rounded = (self._key_gradients(batch, kv_head, box, position, r) for r in (False, True))
+            grid, index = self._grid(batch, position)
+            box = self._bounds(query_bounds, tuple((i, i) for i in index), grid.lengths)
+            exact, rounded = (self._key_gradients([(grid, box)], kv_head, index, r) for r in (False, True))
             for name, e, r in zip(("d_key", "d_value"), exact, rounded, strict=True):
                 self._samples.setdefault(name, []).append(Sample((batch, *position, kv_head), e[0], r[0]))
 
     def _sample_sums(self) -> None:
         """Gradients to which every query of a head contributes."""
         w, inputs = self.workload, self.inputs
-        everything = tuple((0, length - 1) for length in w.spatial)
         if inputs.additional_keys is not None:
             batch, kv_head = self._random(w.batch), self._random(w.kv_heads)
-            exact, rounded = (self._key_gradients(batch, kv_head, everything, (), r) for r in (False, True))
+            exact, rounded = (self._key_gradients(self._everything(batch), kv_head, (), r) for r in (False, True))
             for name, e, r in zip(("d_additional_keys", "d_additional_values"), exact, rounded, strict=True):
                 self._samples[name] = [Sample((batch, i, kv_head), e[i], r[i]) for i in range(len(e))]
         if isinstance(inputs.sink, Tensor):
-            slabs = [(b, slab) for b in range(w.batch) for slab in self._slabs(everything)]
+            parts = [part for batch in range(w.batch) for part in self._everything(batch)]
+            slabs = [(grid, slab) for grid, box in parts for slab in self._slabs(grid, box)]
             heads = torch.randperm(w.heads, generator=self._generator)[:SINK_SAMPLES].tolist()
             self._samples["d_sink"] = []
             for head in heads:
                 exact, rounded = (
-                    torch.stack([self._rows(b, head, slab, None, r).d_sink for b, slab in slabs]).sum()
+                    torch.stack([self._rows(grid, head, slab, None, r).d_sink for grid, slab in slabs]).sum()
                     for r in (False, True)
                 )
                 self._samples["d_sink"].append(Sample((head,), exact, rounded))
 
+    def _grid(self, batch: int, position: tuple[int, ...]) -> tuple[Grid, tuple[int, ...]]:
+        """The residue class of a token, and the token's index in it."""
+        residue, index = zip(
+            *((p % d, p // d) for p, d in zip(position, self.window.dilation, strict=True)), strict=True
+        )
+        axes = zip(self.workload.spatial, self.window.dilation, residue, strict=True)
+        return Grid(batch, residue, tuple(class_length(*axis) for axis in axes)), index
+
+    def _everything(self, batch: int) -> list[tuple[Grid, Box]]:
+        """All tokens of an image, class by class."""
+        residues = itertools.product(*map(range, self.window.dilation))
+        grids = [self._grid(batch, residue)[0] for residue in residues]
+        return [(grid, tuple((0, length - 1) for length in grid.lengths)) for grid in grids]
+
     def _key_gradients(
-        self, batch: int, kv_head: int, box: Box, columns: tuple[int, ...], rounding: bool
+        self, boxes: Sequence[tuple[Grid, Box]], kv_head: int, columns: tuple[int, ...], rounding: bool
     ) -> tuple[Tensor, Tensor]:
         group = self.workload.heads // self.workload.kv_heads
         heads = range(kv_head * group, (kv_head + 1) * group)
-        rows = [self._rows(batch, head, slab, columns, rounding) for head in heads for slab in self._slabs(box)]
+        slabs = [(grid, slab) for grid, box in boxes for slab in self._slabs(grid, box)]
+        rows = [self._rows(grid, head, slab, columns, rounding) for head in heads for grid, slab in slabs]
+        if not rows:  # with a causal stride there are keys that nobody sees
+            d_key, d_value = (x.new_zeros(1, x.shape[-1]).double() for x in (self.inputs.key, self.inputs.value))
+            return d_key, d_value
         d_key, d_value = (
             torch.stack(parts).sum(0) for parts in zip(*((r.d_key, r.d_value) for r in rows), strict=True)
         )
         return self._round(d_key, rounding), self._round(d_value, rounding)
 
     def _round(self, tensor: Tensor, rounding: bool) -> Tensor:
-        return tensor.to(self.inputs.query.dtype).double() if rounding else tensor
+        return tensor.to(self.inputs.query.dtype).to(tensor.dtype) if rounding else tensor
 
-    def _slabs(self, box: Box) -> Iterator[Box]:
+    def _slabs(self, grid: Grid, box: Box) -> Iterator[Box]:
         """Cut a box of queries along its first axis so that no piece has many more pairs than ``SLAB_PAIRS``."""
         (first, last), *rest = box
-        keys = self._bounds(window_bounds, box)
+        keys = self._bounds(window_bounds, box, grid.lengths)
         # A thin slab sees about one window along the first axis.
-        per_row = math.prod(b - a + 1 for a, b in (*rest, *keys[1:])) * self.workload.kernel_size[0]
-        rows = max(1, min(SLAB_PAIRS // per_row, 2 * self.workload.kernel_size[0]))
+        per_row = math.prod(b - a + 1 for a, b in (*rest, *keys[1:])) * self.window.kernel_size[0]
+        rows = max(1, min(SLAB_PAIRS // per_row, 2 * self.window.kernel_size[0]))
         for start in range(first, last + 1, rows):
             yield ((start, min(start + rows - 1, last)), *rest)
 
-    def _bounds(self, bounds: Bounds, box: Box) -> Box:
+    def _axes(self, lengths: Sequence[int]) -> Iterator[tuple[int, int, int, bool]]:
+        """Length, kernel size, stride and whether it is causal."""
+        return zip(lengths, self.window.kernel_size, self.window.stride, self.window.is_causal, strict=True)
+
+    def _bounds(self, bounds: Bounds, box: Box, lengths: Sequence[int]) -> Box:
         """The smallest box that holds what ``bounds`` (of windows or of their inverse) gives for every position."""
         result = []
-        for (a, b), length, kernel in zip(box, self.workload.spatial, self.workload.kernel_size, strict=True):
-            first, last = bounds(torch.arange(a, b + 1), length, kernel, 1, self.workload.causal)
+        for (a, b), axis in zip(box, self._axes(lengths), strict=True):
+            first, last = bounds(torch.arange(a, b + 1), *axis)
             result.append((int(first.min()), int(last.max())))
         return tuple(result)
 
-    def _mask(self, box: Box, keys: Box, device: torch.device) -> Tensor:
+    def _mask(self, box: Box, keys: Box, lengths: Sequence[int], device: torch.device) -> Tensor:
         mask = torch.ones(1, 1, dtype=torch.bool, device=device)
-        for (a, b), (c, d), length, kernel in zip(
-            box, keys, self.workload.spatial, self.workload.kernel_size, strict=True
-        ):
+        for (a, b), (c, d), axis in zip(box, keys, self._axes(lengths), strict=True):
             query, key = torch.arange(a, b + 1, device=device), torch.arange(c, d + 1, device=device)
-            first, last = window_bounds(query, length, kernel, 1, self.workload.causal)
-            axis = (key >= first[:, None]) & (key <= last[:, None])
-            mask = (mask[:, None, :, None] & axis[None, :, None, :]).reshape(mask.shape[0] * axis.shape[0], -1)
+            first, last = window_bounds(query, *axis)
+            visible = (key >= first[:, None]) & (key <= last[:, None])
+            mask = (mask[:, None, :, None] & visible[None, :, None, :]).reshape(mask.shape[0] * visible.shape[0], -1)
         return mask
 
-    def _rows(self, batch: int, head: int, box: Box, columns: tuple[int, ...] | None, rounding: bool) -> Rows:
+    def _rows(self, grid: Grid, head: int, box: Box, columns: tuple[int, ...] | None, rounding: bool) -> Rows:
         """``columns``: a key's position, () for the registers, or None."""
         w, inputs = self.workload, self.inputs
         kv_head = head * w.kv_heads // w.heads
-        keys = self._bounds(window_bounds, box)
-        q, do = (_take(t[batch], box, head) for t in (inputs.query, inputs.grad_out))
-        k, v = (_take(t[batch], keys, kv_head) for t in (inputs.key, inputs.value))
-        mask = self._mask(box, keys, q.device)
+        # What a kernel in fp32 rounds is every sum: its twin is the formula in fp32.
+        dtype = torch.float32 if rounding and inputs.query.dtype == torch.float32 else torch.float64
+        keys = self._bounds(window_bounds, box, grid.lengths)
+        q, do = (self._take(t, grid, box, head).to(dtype) for t in (inputs.query, inputs.grad_out))
+        k, v = (self._take(t, grid, keys, kv_head).to(dtype) for t in (inputs.key, inputs.value))
+        mask = self._mask(box, keys, grid.lengths, q.device)
         registers = 0
         if inputs.additional_keys is not None and inputs.additional_values is not None:
             registers = inputs.additional_keys.shape[1]
-            k = torch.cat([inputs.additional_keys[batch, :, kv_head].double(), k])
-            v = torch.cat([inputs.additional_values[batch, :, kv_head].double(), v])
+            k = torch.cat([inputs.additional_keys[grid.batch, :, kv_head].to(dtype), k])
+            v = torch.cat([inputs.additional_values[grid.batch, :, kv_head].to(dtype), v])
             mask = torch.cat([mask.new_ones(mask.shape[0], registers), mask], 1)
 
         scores = (w.scale * q @ k.T).masked_fill_(~mask, -math.inf)
@@ -198,7 +235,7 @@ class Reference:
         row_sum = weights.sum(-1, keepdim=True)
         sink_weight = torch.zeros_like(row_sum)
         if inputs.sink is not None:
-            logit = inputs.sink[head].double() if isinstance(inputs.sink, Tensor) else inputs.sink
+            logit = inputs.sink[head].to(dtype) if isinstance(inputs.sink, Tensor) else inputs.sink
             sink_weight = torch.exp(logit - row_max)
         row_sum = row_sum + sink_weight
         out = self._round(self._round(weights, rounding) @ v / row_sum, rounding)
@@ -218,12 +255,11 @@ class Reference:
             d_sink=-(sink_weight / row_sum * delta).sum(),
         )
 
-
-def _take(tensor: Tensor, box: Box, head: int) -> Tensor:
-    """The box's tokens of ``[*spatial, H, D]``, as fp64 ``[tokens, D]``."""
-    for axis, (first, last) in enumerate(box):
-        tensor = tensor.narrow(axis, first, last - first + 1)
-    return tensor.select(-2, head).flatten(0, -2).double()
+    def _take(self, tensor: Tensor, grid: Grid, box: Box, head: int) -> Tensor:
+        """The box's tokens of ``[B, *spatial, H, D]`` as ``[tokens, D]``."""
+        axes = zip(grid.residue, self.window.dilation, box, strict=True)
+        tokens = tuple(slice(r + d * first, r + d * last + 1, d) for r, d, (first, last) in axes)
+        return tensor[(grid.batch, *tokens, ..., head, slice(None))].flatten(0, -2)
 
 
 def _ravel(position: Sequence[int], box: Box) -> int:

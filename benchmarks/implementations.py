@@ -15,7 +15,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from natten_layers import AttentionState, attention_state, merge_attention, neighborhood_attention
-from natten_layers.geometry import make_window
 
 from .workloads import Inputs, Variant, Workload
 
@@ -138,13 +137,14 @@ def implementations(
     plain workload runs without its sink where the peer knows none.
     """
     base, *extra = variants
+    plain = Variant(workload.registers)
     for variant in variants:
         yield Implementation(_label(OURS, variant), OURS, variant, workload, ours(workload), Layout())
     makers: dict[str, Callable[[], Iterator[Implementation]]] = {
         "flex": lambda: _flex(workload, flex_orders, device),
         "fa2": lambda: _fa2(workload),
         "cudnn": lambda: _cudnn(workload),
-        "natten": lambda: _natten(workload, [Variant(), *(v for v in extra if v.registers and not v.sink)], device),
+        "natten": lambda: _natten(workload, [plain, *(v for v in extra if v.registers and not v.sink)], device),
         "fa4": lambda: _fa4(workload, [base, *(v for v in extra if v.sink == "learned" and not v.registers)]),
         "registers": lambda: _registers(workload, [v for v in variants if v.registers]),
     }
@@ -168,6 +168,8 @@ def ours(workload: Workload) -> Callable[[Inputs], Tensor]:
             inputs.key,
             inputs.value,
             workload.kernel_size,
+            stride=workload.stride,
+            dilation=workload.dilation,
             is_causal=workload.causal,
             additional_keys=inputs.additional_keys,
             additional_values=inputs.additional_values,
@@ -188,8 +190,9 @@ def _registers(workload: Workload, variants: list[Variant]) -> Iterator[Implemen
             if torch.is_grad_enabled():
                 raise UnsupportedError("forward only")
             qkv = inputs.query, inputs.key, inputs.value
-            options = {"is_causal": workload.causal, "sink": inputs.sink}
-            state = attention_state(*qkv, workload.kernel_size, **options, impl="fused" if qkv[0].is_cuda else "auto")
+            w = workload
+            options = {"stride": w.stride, "dilation": w.dilation, "is_causal": w.causal, "sink": inputs.sink}
+            state = attention_state(*qkv, w.kernel_size, **options, impl="fused" if qkv[0].is_cuda else "auto")
             return join(workload, inputs, state)
 
         return call
@@ -204,7 +207,7 @@ def _folded(workload: Workload, inputs: Inputs, state: AttentionState) -> Tensor
     from natten_layers.kernels.host.problem import Options, problem_of
     from natten_layers.kernels.portable.fold_registers import fold_registers
 
-    w = make_window(workload.spatial, workload.kernel_size, 1, 1, workload.causal)
+    w = workload.window
     tensors = Tensors(inputs.query, inputs.key, inputs.value, inputs.additional_keys, inputs.additional_values)
     options = Options(None, w.kernel_size, w.stride, w.dilation, w.is_causal, workload.scale)
     problem = problem_of(tensors, options)
@@ -232,11 +235,14 @@ def _merged(workload: Workload, inputs: Inputs, state: AttentionState) -> Tensor
 
 
 def _flex(workload: Workload, orders: list[str], device: torch.device) -> Iterator[Implementation]:
+    if workload.registers:
+        raise UnsupportedError("it has no registers")
     torch.compiler.reset()  # else eight workloads meet the limit on recompiled variants of one function
     for order in orders:
-        layout = HeadsFirst(TILES[len(workload.spatial)] if order == "tiled" and len(workload.spatial) > 1 else None)
-        if order == "tiled" and layout.tile is None:
+        tile = TILES.get(len(workload.spatial)) if order == "tiled" else None
+        if order == "tiled" and (tile is None or any(n % t for n, t in zip(workload.spatial, tile, strict=True))):
             continue
+        layout = HeadsFirst(tile)
         yield Implementation(
             f"flex, {order}", "flex", Variant(), workload, _flex_forward(workload, layout, device), layout
         )
@@ -244,23 +250,33 @@ def _flex(workload: Workload, orders: list[str], device: torch.device) -> Iterat
 
 def flex_mask(workload: Workload, layout: HeadsFirst, device: torch.device) -> BlockMask:
     """The exact neighborhood for FlexAttention, in the layout's order of tokens."""
+    window = workload.window
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         del batch, head
         inside = query >= 0  # every token
-        for q, k, length, kernel in zip(
-            layout.coordinates(query, workload.spatial),
-            layout.coordinates(key, workload.spatial),
-            workload.spatial,
-            workload.kernel_size,
-            strict=True,
-        ):
-            first = q - kernel + 1 if workload.causal else (q - kernel // 2).clamp(0, length - kernel)
-            last = q if workload.causal else first + kernel - 1
-            inside = inside & (k >= first) & (k <= last)
+        for q, k, length, kernel, stride, dilation, causal in zip(
+            layout.coordinates(query, workload.spatial), layout.coordinates(key, workload.spatial), workload.spatial,
+            window.kernel_size, window.stride, window.dilation, window.is_causal, strict=True,
+        ):  # fmt: skip
+            inside = inside & _sees(q, k, length, kernel, stride, dilation, causal)
         return inside
 
     return _block_mask(visible, math.prod(workload.spatial), device)
+
+
+def _sees(query: Tensor, key: Tensor, length: int, kernel: int, stride: int, dilation: int, causal: bool) -> Tensor:
+    """Whether ``query`` sees ``key`` on one axis."""
+    residue, i, j = query % dilation, query // dilation, key // dilation
+    end = (length - residue + dilation - 1) // dilation  # of the residue class
+    group = i // stride * stride
+    if causal:
+        first, last = torch.minimum(group + stride, end) - kernel, i
+    else:
+        first = torch.minimum((group + stride // 2 - kernel // 2).clamp(min=0), end - kernel)
+        last = first + kernel - 1
+    inside = (j >= first) & (j <= last)
+    return inside & (residue == key % dilation) if dilation > 1 else inside
 
 
 def _flex_forward(workload: Workload, layout: HeadsFirst, device: torch.device) -> Callable[[Inputs], Tensor]:
@@ -306,8 +322,10 @@ def _block_mask(
 
 def _fa2(workload: Workload) -> Iterator[Implementation]:
     """Torch's flash kernel, which has a window that ``scaled_dot_product_attention`` does not offer."""
-    if not workload.causal or len(workload.spatial) != 1:
+    if not _is_sliding(workload) or workload.registers:
         raise UnsupportedError("its window is causal and one-dimensional")
+    if workload.head_dims[0] != workload.head_dims[1] or workload.dtype == torch.float32:
+        raise UnsupportedError("values must be as wide as queries, and of two bytes")
     tokens = workload.spatial[0]
 
     def forward(inputs: Inputs) -> Tensor:
@@ -320,11 +338,17 @@ def _fa2(workload: Workload) -> Iterator[Implementation]:
     yield Implementation("fa2", "fa2", Variant(), workload, forward, Layout())
 
 
+def _is_sliding(workload: Workload) -> bool:
+    """Whether it is causal attention in a sliding window over text."""
+    window = workload.window
+    return window.is_causal == (True,) and window.stride == window.dilation == (1,)
+
+
 def _cudnn(workload: Workload) -> Iterator[Implementation]:
     """Dense attention over the same tokens: what a user without neighborhood attention pays."""
-    if workload.causal:
+    if any(workload.window.is_causal):
         raise UnsupportedError("dense attention is compared on images and videos only")
-    dense = replace(workload, kernel_size=workload.spatial)
+    dense = replace(workload, kernel_size=workload.spatial, stride=1, dilation=1)
 
     def forward(inputs: Inputs) -> Tensor:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
@@ -352,6 +376,8 @@ def _natten(workload: Workload, variants: list[Variant], device: torch.device) -
                 inputs.key,
                 inputs.value,
                 kernel_size=workload.kernel_size,
+                stride=workload.stride,
+                dilation=workload.dilation,
                 is_causal=workload.causal,
                 scale=workload.scale,
                 backend=backend,
@@ -368,8 +394,8 @@ def _natten(workload: Workload, variants: list[Variant], device: torch.device) -
 def _fa4(workload: Workload, variants: list[Variant]) -> Iterator[Implementation]:
     from flash_attn.cute.interface import flash_attn_func  # pyright: ignore[reportMissingImports]
 
-    if not workload.causal or len(workload.spatial) != 1:
-        raise UnsupportedError("its window is one-dimensional")
+    if not _is_sliding(workload) or workload.registers or workload.dtype == torch.float32:
+        raise UnsupportedError("its window is one-dimensional and its elements have two bytes")
     left = workload.kernel_size[0] - 1
 
     def forward(inputs: Inputs) -> Tensor:

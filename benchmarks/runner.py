@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natten_layers.files import replacing
+from natten_layers.io.files import replacing
 
 from . import timing
 from .check import Errors, Reference

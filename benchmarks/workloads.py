@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from natten_layers.geometry import window_bounds
+from natten_layers.geometry import Window, make_window, visible_pairs
 
 __all__ = [
     "MODES",
@@ -32,8 +32,21 @@ DTYPE = torch.bfloat16
 
 
 @dataclass(frozen=True)
+class Variant:
+    """What a workload is run with beyond its windows."""
+
+    registers: int = 0
+    sink: Literal["zero", "learned"] | None = None
+
+    @property
+    def label(self) -> str:
+        parts = [f"{self.registers} registers"] if self.registers else []
+        return " + ".join([*parts, *([f"{self.sink} sink"] if self.sink else [])])
+
+
+@dataclass(frozen=True)
 class Workload:
-    """One attention problem, stride and dilation 1."""
+    """One attention problem. ``causal``, ``stride`` and ``dilation`` are one value for all axes, or one each."""
 
     name: str
     batch: int
@@ -42,26 +55,43 @@ class Workload:
     kv_heads: int
     head_dim: int
     kernel_size: tuple[int, ...]
-    causal: bool = False
+    causal: bool | tuple[bool, ...] = False
     learned_sink: bool = False
+    stride: int | tuple[int, ...] = 1
+    dilation: int | tuple[int, ...] = 1
+    value_dim: int | None = None
+    """of a head; default: ``head_dim``"""
+    registers: int = 0
+    dtype: torch.dtype = DTYPE
+
+    @property
+    def window(self) -> Window:
+        return make_window(self.spatial, self.kernel_size, self.stride, self.dilation, self.causal)
 
     @property
     def scale(self) -> float:
         return self.head_dim**-0.5
 
-    def query_elements(self) -> int:
-        return self.batch * math.prod(self.spatial) * self.heads * self.head_dim
+    @property
+    def head_dims(self) -> tuple[int, int]:
+        """Of queries and keys, and of values."""
+        return self.head_dim, self.value_dim or self.head_dim
 
-    def kv_elements(self) -> int:
-        return self.query_elements() // self.heads * self.kv_heads
+    @property
+    def variant(self) -> Variant:
+        """What the model itself has beyond its windows."""
+        return Variant(self.registers, "learned" if self.learned_sink else None)
+
+    def tokens(self) -> int:
+        return self.batch * math.prod(self.spatial)
+
+    def elements(self) -> int:
+        """Of query, key, value and output together."""
+        return self.tokens() * (self.heads + self.kv_heads) * sum(self.head_dims)
 
     def visible_pairs(self) -> int:
-        """Query-key pairs inside the windows of one image and one head, exactly."""
-        pairs = 1
-        for length, kernel in zip(self.spatial, self.kernel_size, strict=True):
-            first, last = window_bounds(torch.arange(length), length, kernel, 1, self.causal)
-            pairs *= int((last - first + 1).sum())
-        return pairs
+        """Query-key pairs of one image and one head, exactly: those inside the windows, and the registers."""
+        return visible_pairs(self.spatial, self.window) + math.prod(self.spatial) * self.registers
 
 
 WORKLOADS = {
@@ -82,22 +112,19 @@ WORKLOADS = {
 def smoke(workload: Workload) -> Workload:
     """The same problem in miniature, so that every line of a benchmark runs on a CPU in a moment."""
     spatial = {1: (96,), 2: (16, 16), 3: (4, 8, 8)}[len(workload.spatial)]
-    kernel = tuple(min(k, length // 2 + 1) for k, length in zip(workload.kernel_size, spatial, strict=True))
+    window = workload.window
+    dilation = tuple(min(d, 2) for d in window.dilation)
+    kernel = tuple(
+        max(1, min(k, length // 2 + 1, length // d))
+        for k, length, d in zip(workload.kernel_size, spatial, dilation, strict=True)
+    )
     heads = 2 * workload.heads // workload.kv_heads
-    return replace(workload, batch=1, spatial=spatial, heads=heads, kv_heads=2, head_dim=16, kernel_size=kernel)
-
-
-@dataclass(frozen=True)
-class Variant:
-    """What a workload is run with beyond its windows."""
-
-    registers: int = 0
-    sink: Literal["zero", "learned"] | None = None
-
-    @property
-    def label(self) -> str:
-        parts = [f"{self.registers} registers"] if self.registers else []
-        return " + ".join([*parts, *([f"{self.sink} sink"] if self.sink else [])])
+    head_dim, value_dim = (16 if dim == workload.head_dim else 8 for dim in workload.head_dims)
+    return replace(
+        workload, batch=1, spatial=spatial, heads=heads, kv_heads=2, head_dim=head_dim, value_dim=value_dim,
+        kernel_size=kernel, stride=tuple(map(min, window.stride, kernel)), dilation=dilation,
+        registers=min(workload.registers, 3),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -106,10 +133,10 @@ class Inputs:
 
     query: Tensor  # [B, *spatial, Hq, D]
     key: Tensor  # [B, *spatial, Hkv, D]
-    value: Tensor  # [B, *spatial, Hkv, D]
-    grad_out: Tensor  # [B, *spatial, Hq, D]
+    value: Tensor  # [B, *spatial, Hkv, Dv]
+    grad_out: Tensor  # [B, *spatial, Hq, Dv]
     additional_keys: Tensor | None = None  # [B, R, Hkv, D]
-    additional_values: Tensor | None = None  # [B, R, Hkv, D]
+    additional_values: Tensor | None = None  # [B, R, Hkv, Dv]
     sink: Tensor | float | None = None  # [Hq] fp32, or one logit
 
 
@@ -117,13 +144,13 @@ def make_inputs(workload: Workload, device: torch.device, seed: int) -> Inputs:
     """Normal data, never zeros: the chip's clock, and so the time, depends on how many bits flip."""
     generator = torch.Generator(device).manual_seed(seed)
 
-    def normal(length: tuple[int, ...], heads: int) -> Tensor:
-        shape = (workload.batch, *length, heads, workload.head_dim)
-        return torch.randn(shape, device=device, dtype=DTYPE, generator=generator)
+    def normal(heads: int, dim: int) -> Tensor:
+        shape = (workload.batch, *workload.spatial, heads, dim)
+        return torch.randn(shape, device=device, dtype=workload.dtype, generator=generator)
 
-    query, grad_out = (normal(workload.spatial, workload.heads) for _ in range(2))
-    key, value = (normal(workload.spatial, workload.kv_heads) for _ in range(2))
-    return Inputs(query, key, value, grad_out)
+    head_dim, value_dim = workload.head_dims
+    query, grad_out = (normal(workload.heads, dim) for dim in workload.head_dims)
+    return Inputs(query, normal(workload.kv_heads, head_dim), normal(workload.kv_heads, value_dim), grad_out)
 
 
 def add_variant(inputs: Inputs, variant: Variant, seed: int) -> Inputs:
@@ -131,8 +158,12 @@ def add_variant(inputs: Inputs, variant: Variant, seed: int) -> Inputs:
     query, key = inputs.query, inputs.key
     generator = torch.Generator(query.device).manual_seed(seed)
     if variant.registers:
-        shape = (key.shape[0], variant.registers, *key.shape[-2:])
-        keys, values = (torch.randn(shape, device=key.device, dtype=key.dtype, generator=generator) for _ in range(2))
+        keys, values = (
+            torch.randn(
+                x.shape[0], variant.registers, *x.shape[-2:], device=x.device, dtype=x.dtype, generator=generator
+            )
+            for x in (key, inputs.value)
+        )
         inputs = replace(inputs, additional_keys=keys, additional_values=values)
     if variant.sink == "learned":
         # Large enough that a forgotten sink changes every result by far more than rounding does.
@@ -153,20 +184,24 @@ class Floor:
     bytes: int
     """every tensor read or written once"""
 
+    element_size: int = 2
+
     def seconds(self, copy_rate: float, matmul_rate: float) -> float:
-        """With rates in bytes/s and FLOP/s."""
-        return max(self.flop / matmul_rate, self.bytes / copy_rate)
+        """With rates in bytes/s and bf16 FLOP/s, of which matrix units do half with elements of four bytes."""
+        return max(self.flop / (matmul_rate * 2 / self.element_size), self.bytes / copy_rate)
 
 
 def floor(workload: Workload, mode: Mode) -> Floor:
     """The floor of a forward, or of a forward and backward.
 
-    Forward: two matrix products; q, k, v are read, out written. Backward: five matrix products; q, k, v, out and its
-    gradient are read, three gradients written. Row statistics, registers and sinks are small and left out.
+    Forward: two matrix products; q, k, v are read, out written. Backward: five matrix products, three of them as wide
+    as queries and two as wide as values; q, k, v, out and its gradient are read, three gradients written. Row
+    statistics and sinks are small and left out, and so are the bytes of registers.
     """
-    product = 2 * workload.batch * workload.heads * workload.head_dim * workload.visible_pairs()
-    width = DTYPE.itemsize
-    q, kv = width * workload.query_elements(), width * workload.kv_elements()
+    pairs = 2 * workload.batch * workload.heads * workload.visible_pairs()
+    head_dim, value_dim = workload.head_dims
+    width = workload.dtype.itemsize
+    size = width * workload.elements()
     if mode == "fwd":
-        return Floor(2 * product, 2 * q + 2 * kv)
-    return Floor(7 * product, 6 * q + 6 * kv)
+        return Floor(pairs * (head_dim + value_dim), size, width)
+    return Floor(pairs * (4 * head_dim + 3 * value_dim), 3 * size, width)

@@ -22,8 +22,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from natten_layers.checkpoints import hdit_name, load_plain
-from natten_layers.files import replacing
+from natten_layers.io.checkpoints import hdit_name, load_plain
+from natten_layers.io.files import replacing
 from parallel import Processes
 
 SHARDED_CONFIG = "config.json"

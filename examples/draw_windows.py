@@ -15,8 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
-from natten_layers.files import replacing
 from natten_layers.geometry import make_window, window_mask
+from natten_layers.io.files import replacing
 
 SPATIAL = (12, 12)
 COLOURS = ListedColormap(["#eef1f5", "#7fb2e5", "#d1495b"])  # a key not seen, a key seen, the query

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-from natten_layers.files import replacing
+from natten_layers.io.files import replacing
 
 RECORD = "natten_layers"  # the text chunk that says how a grid was made
 

@@ -42,7 +42,7 @@ from checkpointing import (
 from data import Batch, Examples, Keys, load_batches, open_source, parse_data_flag
 from diffusion import ema_decay, learning_rate_factor, loss_weighting, make_sigma_quantile, stratified
 from natten_layers import Denoiser, HDiT, HDiTConfig
-from natten_layers.checkpoints import load_tensors, read_hdit
+from natten_layers.io.checkpoints import load_tensors, read_hdit
 from parallel import Processes, local
 from pictures import save_loss_curve, save_png
 from sample_hdit import Request, check_device, digest, picture, sample

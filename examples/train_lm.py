@@ -32,8 +32,8 @@ from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from natten_layers import hf
-from natten_layers.files import replacing
+from natten_layers.io import hf
+from natten_layers.io.files import replacing
 from natten_layers.modules.llm import DecoderLM, DecoderLMConfig
 from parallel import Processes
 from text import Corpus, random_windows, read_corpus

@@ -29,6 +29,7 @@ Models
 Modules
     natten_layers.convert                      multi-head checkpoints to grouped-query ones, also a command
     natten_layers.tune                         a search for the fastest tiles of one problem, also a command
+    natten_layers.integrations.diffusers       LTX-2's video decoder, and windows for transformers, in diffusers
     natten_layers.integrations.transformers    attn_implementation="natten_layers" in Hugging Face transformers
 
 These names and modules are the public interface. All other modules are internal and may change in any release.

@@ -13,12 +13,14 @@ from torch import Tensor
 from .geometry import AXES, Window, make_window
 from .kernels.host.problem import Inputs, Options
 from .kernels.ops import attention as attention_ops
+from .kernels.ops.define import is_tracked
 
 __all__ = [
     "DTYPES",
     "Axes",
     "Call",
     "check_additional",
+    "check_dense",
     "check_like",
     "check_pair",
     "check_scale",
@@ -117,22 +119,23 @@ def _accept(signature: Hashable, accepted: Accepted) -> Accepted:
 def _recall(tensors: Sequence[object], axes: Sequence[object]) -> tuple[Hashable, Accepted | None]:
     """What the checks look at, and what is known if they have passed.
 
-    The former is None where it has something that cannot be hashed, such as a list or a symbolic size.
+    The former is None where it has something that cannot be hashed, such as a list or a symbolic size, or a tensor
+    without one shape and strides, such as a nested or a sparse one.
     """
     layouts: list[Hashable] = []
-    for tensor in tensors:
-        if isinstance(tensor, Tensor):
-            layouts.append((tensor.shape, tensor.stride(), tensor.dtype, tensor.device))
-        elif tensor is None:
-            layouts.append(None)
-        else:
-            return None, None
-    # Equal is not enough: True == 1, but one is no kernel size and the other does not say what is causal.
-    types = [tuple(map(type, axis)) if isinstance(axis, tuple) else type(axis) for axis in axes]
-    signature = (*layouts, *axes, *types)
     try:
+        for tensor in tensors:
+            if isinstance(tensor, Tensor):
+                layouts.append((type(tensor), tensor.shape, tensor.stride(), tensor.dtype, tensor.device))
+            elif tensor is None:
+                layouts.append(None)
+            else:
+                return None, None
+        # Equal is not enough: True == 1, but one is no kernel size and the other does not say what is causal.
+        types = [tuple(map(type, axis)) if isinstance(axis, tuple) else type(axis) for axis in axes]
+        signature = (*layouts, *axes, *types)
         return signature, _accepted.get(signature)
-    except TypeError:
+    except (TypeError, RuntimeError):
         return None, None
 
 
@@ -145,7 +148,10 @@ def _check_user_form(tensors: _Tensors, axes: _AxisOptions) -> int:
     rank = _spatial_rank(query, kernel_size=kernel_size, stride=stride, dilation=dilation, is_causal=is_causal)
     _check_qkv(query, key, value, rank)
     head_shape = query.shape[rank + 1 : -1]
-    for name, tensor in (("key", key), ("value", value)) if len(head_shape) == 2 else ():
+    if len(head_shape) == 1:
+        _check_groups(query, key, value)
+        return rank
+    for name, tensor in (("key", key), ("value", value)):
         if tensor.shape[-3] != head_shape[0] or tensor.shape[-2] not in (1, head_shape[1]):
             raise ValueError(
                 f"{name} has head axes {tuple(tensor.shape[-3:-1])}; "
@@ -166,7 +172,6 @@ def _canonical_heads(tensors: _Tensors, head_shape: torch.Size) -> _Tensors:
 def _check_canonical_form(tensors: _Tensors, axes: _AxisOptions) -> Window:
     """Check what is left to check once there is one axis of heads."""
     query, key, value, additional_keys, additional_values = tensors
-    _check_groups(query, key, value)
     window = make_window(query.shape[1:-2], *axes)
     check_additional(additional_keys, additional_values, query, key, value)
     return window
@@ -186,6 +191,25 @@ def check_tensors(**arguments: object) -> None:
             raise ValueError(f"additional_keys and additional_values come together, but {name} is None")
         if not isinstance(value, Tensor):
             raise ValueError(f"{name} must be a tensor, got {value!r:.100} of type {type(value).__name__}")
+        _check_kind(name, value)
+
+
+def _check_kind(name: str, tensor: Tensor) -> None:
+    """Refuse tensors that the operations cannot compute on."""
+    check_dense(name, tensor)
+    if type(tensor).__name__ == "DTensor":  # by its name, as to import the class loads all of torch.distributed
+        raise ValueError(f"{name} is a DTensor, which is not supported; pass each device's part, {name}.to_local()")
+
+
+def check_dense(name: str, tensor: Tensor) -> None:
+    """Refuse tensors that do not have one shape and strides: nested and sparse ones."""
+    if tensor.is_nested:
+        raise ValueError(
+            f"{name} is a nested tensor, which is not supported; pad it (torch.nested.to_padded_tensor) or call once "
+            "for each of its parts"
+        )
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{name} has layout {tensor.layout}, which is not supported; pass {name}.to_dense()")
 
 
 def check_pair(additional_keys: object, additional_values: object) -> None:
@@ -225,7 +249,7 @@ def _check_qkv(query: Tensor, key: Tensor, value: Tensor, rank: int) -> None:
         raise ValueError(f"query dtype {query.dtype} is not supported; use one of {', '.join(map(str, DTYPES))}")
     for name, tensor in (("query", query), ("value", value)):
         for axis, size in enumerate(tensor.shape):
-            if size == 0:
+            if axis and size == 0:  # a batch may be empty
                 raise ValueError(f"{name} {tuple(tensor.shape)} is empty on axis {axis}")
 
 
@@ -244,7 +268,6 @@ def _collapse_heads(
     if not _has_one_head((query, key, value, *registers)):
         return key, value, *registers
     if any(map(_has_own_gradient, (key, value, *registers))):
-        _check_groups(query, key, value)  # that one head fits, which may be remembered, does not say it
         register_keys, register_values = (
             None if t is None else t.expand(*t.shape[:-2], key.shape[-2], -1) for t in registers
         )
@@ -264,14 +287,14 @@ def _is_one_head(tensor: Tensor | None) -> bool:
 
 
 def _has_own_gradient(tensor: Tensor | None) -> bool:
-    """Whether a gradient is asked for an expanded tensor, each head's by itself, and not for what it views."""
-    return (
-        tensor is not None
-        and tensor.requires_grad
-        and not torch.compiler.is_compiling()
-        and (tensor.is_leaf or torch._C._are_functorch_transforms_active())
-        and tensor.shape[-2] > 1
-    )
+    """Whether a derivative by an expanded tensor may be asked for, which tells its heads apart.
+
+    Nobody can know in the forward pass whether it will be asked for that tensor or only for the one that it views.
+    """
+    if tensor is None or tensor.shape[-2] == 1:
+        return False
+    # While a transform of torch.func is compiled, its tensors do not tell that they are differentiated.
+    return torch.is_grad_enabled() if torch.compiler.is_compiling() else is_tracked((tensor,))
 
 
 def _first_head(tensor: Tensor) -> Tensor:
@@ -340,6 +363,7 @@ def check_sink(sink: float | Tensor | None, query: Tensor) -> Tensor | float | N
         if not _is_finite_number(sink):
             raise ValueError(f"sink must be None, a finite number or a tensor [{heads}], got {sink!r}")
         return float(sink)
+    _check_kind("sink", sink)
     if sink.shape != (heads,):
         raise ValueError(f"sink has shape {tuple(sink.shape)}; expected [{heads}], one logit per query head")
     if sink.device != query.device:

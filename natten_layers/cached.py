@@ -104,7 +104,7 @@ def cached_attention(
 
     Returns:
         ``out [B, Lq, Hq, Dv]`` in the query's dtype, or ``(out, lse)`` with ``lse [B, Lq, Hq]`` in fp32 (fp64 for fp64
-        inputs), natural log.
+        inputs), natural log. Contiguous; empty for an empty batch.
 
     Raises:
         ValueError: an argument does not fit; the message names it and the values.
@@ -119,7 +119,7 @@ def cached_attention(
     if takes_fused(impl, query, lambda: decode_ops.why_not(query, value, key, *registers, sink)):
         out, lse = decode_ops.decode(*arguments, with_lse=return_lse)
     else:
-        out, lse = _eager(*arguments)
+        out, lse = (t.contiguous() for t in _eager(*arguments))
     return (out, lse) if return_lse else out
 
 
@@ -134,8 +134,8 @@ def _check(
 ) -> None:
     check_tensors(query=query, key=key, value=value, query_positions=query_positions, key_positions=key_positions)
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor.ndim != 4 or 0 in tensor.shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected [B, L, heads, head_dim], none 0")
+        if tensor.ndim != 4 or 0 in tensor.shape[1:]:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected [B, L, heads, head_dim], none but B 0")
         check_like(name, tensor, query)
     if query.dtype not in DTYPES:
         raise ValueError(f"query dtype {query.dtype} is not supported; use one of {', '.join(map(str, DTYPES))}")
@@ -196,7 +196,7 @@ def _eager(
             visible = visible & (key_positions[:, None] > positions[..., None] - min(window, MAX_POSITION))
         return _attend(q.to(accumulate) * scale, keys, values, deaf, visible, registers, sink)
 
-    step = max(1, CHUNK_SCORES // (batch * heads * key.shape[1]))
+    step = max(1, CHUNK_SCORES // (max(1, batch) * heads * key.shape[1]))
     if step >= length:
         out, lse = attend(query, query_positions)
         return out.to(query.dtype), lse

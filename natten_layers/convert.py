@@ -34,8 +34,12 @@ def mha_to_gqa(state: Mapping[str, Tensor], num_heads: int, num_kv_heads: int) -
         group remain, since a key turns with all query heads that it meets. The rest is ``state``'s own.
 
     Raises:
-        ValueError: heads that do not divide.
+        ValueError: heads that do not divide, or no state dict of such a module.
     """
+    if missing := [name for name in ("qkv.weight", "proj.weight") if name not in state]:
+        raise ValueError(
+            f"state has no {' and no '.join(missing)}; it holds {', '.join(sorted(state)[:8]) or 'nothing'}"
+        )
     width, rows = state["proj.weight"].shape[1], state["qkv.weight"].shape[0]
     if width % num_heads:
         raise ValueError(f"proj.weight has {width} columns, not a multiple of num_heads {num_heads}")

@@ -101,9 +101,10 @@ def attention_state(
 ) -> State:
     """:func:`dense_attention_state` in time and memory linear in the tokens, by tiles of queries.
 
-    Differentiable to any order and in forward mode; the backward pass recomputes the scores. Beside its results it
-    allocates one copy of query, key and value in the accumulation dtype, what one chunk of ``CHUNK_SCORES`` scores
-    needs (or one tile's scores and keys, if more) and, where there are registers, tokens x registers scores.
+    Differentiable to any order and in forward mode; the backward pass recomputes the scores. Beside its results, which
+    are contiguous, it allocates one copy of query, key and value in the accumulation dtype, what one chunk of
+    ``CHUNK_SCORES`` scores needs (or one tile's scores and keys, if more) and, where there are registers,
+    tokens x registers scores.
     A key or value that is not finite turns the whole rows of the queries that see it into NaN, and no others.
     """
     group = query.shape[-2] // key.shape[-2]
@@ -125,7 +126,7 @@ def attention_state(
     if sink is not None:
         state = _add_sink(state, torch.as_tensor(sink, dtype=accumulate, device=query.device), tiles)
     out, row_max, row_sum = (untile(t, axes, query) for t in (state[0], *(s[..., None] for s in state[1:])))
-    return out.to(query.dtype), row_max[..., 0], row_sum[..., 0]
+    return out.to(query.dtype).contiguous(), row_max[..., 0].contiguous(), row_sum[..., 0].contiguous()
 
 
 @without_autocast
@@ -139,7 +140,7 @@ def attention(
     window: Window,
     scale: float,
 ) -> Tensor:
-    """``out`` of :func:`attention_state` alone.
+    """``out`` of :func:`attention_state` alone, contiguous as there.
 
     On a CPU, where tokens see all others, or all before them, it is PyTorch's attention, unless somebody may ask for
     derivatives: that one does not have all of them.
@@ -162,9 +163,10 @@ def attention(
         k, v = (pad(t, (0, 0, 0, 1)) for t in (k, v))
         mask = k.new_zeros(1, q.shape[1], 1, k.shape[2])
         mask[..., -1] = torch.as_tensor(sink, dtype=accumulate).reshape(1, -1, 1)
-    grouped = q.shape[1] != k.shape[1]
-    out = scaled_dot_product_attention(q, k, v, mask, is_causal=past, scale=scale, enable_gqa=grouped)
-    return out.transpose(1, 2).reshape(query.shape).to(query.dtype)
+    # A choice, not the comparison: in a graph with symbols for sizes that is a symbol, which PyTorch refuses here.
+    grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
+    out = scaled_dot_product_attention(q, k, v, mask, is_causal=past, scale=scale, **grouped)
+    return out.transpose(1, 2).reshape(query.shape).to(query.dtype).contiguous()
 
 
 def _are_known_finite(*tensors: Tensor) -> bool:
@@ -195,7 +197,7 @@ def _attend_registers(query: Tensor, key: Tensor, value: Tensor) -> State:
     row_sum = weights.sum(-1)
     out = (weights @ value) / row_sum[..., None]
     shape = query.shape[:-1]
-    return out.reshape(*shape, -1), row_max.reshape(shape), row_sum.reshape(shape)
+    return out.reshape(*shape, value.shape[-1]), row_max.reshape(shape), row_sum.reshape(shape)
 
 
 def _add_sink(state: State, sink: Tensor, tiles: Tensor) -> State:

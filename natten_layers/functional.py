@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, overload
 from torch import Tensor
 
 from . import eager
-from .arguments import Axes, Call, prepare
+from .arguments import Axes, Call, check_dense, prepare
 from .kernels.ops import attention as attention_ops
 
 __all__ = ["AttentionState", "attention_state", "merge_attention", "neighborhood_attention"]
@@ -89,8 +89,10 @@ def neighborhood_attention(
 
     Query head ``h`` reads KV head ``h // (Hq // Hkv)``. KV heads that were expanded with stride 0, either on a group
     axis (``[B, *spatial, Hkv, G, D]``, all three tensors; ``kernel_size`` must then be a tuple unless there are three
-    spatial axes) or from a single head (``[B, *spatial, Hq, D]``), are read without a copy,
-    unless a gradient is asked for the expanded tensor itself and not for what it views.
+    spatial axes) or from a single head (``[B, *spatial, Hq, D]``), are read without a copy where no gradient
+    is asked for them. Where one may be, every head of the expanded tensor gets its own, at the price of multi-head
+    attention, and a group axis that was expanded from several KV heads is copied. To train at the price of grouped
+    queries, leave the heads unexpanded: ``Hkv`` of them, or a group axis of length 1.
 
     Args:
         query: ``[B, *spatial, Hq, D]``, fp16, bf16, fp32 or (eager only) fp64.
@@ -111,8 +113,9 @@ def neighborhood_attention(
 
     Returns:
         ``out [B, *spatial, Hq, Dv]`` in the query's dtype, or ``(out, lse)`` with ``lse [B, *spatial, Hq]`` in fp32
-        (fp64 for fp64 inputs), natural log. A token that is not finite makes outputs whose windows hold it NaN or inf,
-        and no others; in the backward pass NaN spreads further, to gradients of the same image and head.
+        (fp64 for fp64 inputs), natural log. Both are contiguous on every path, and empty for an empty batch. A token
+        that is not finite makes outputs whose windows hold it NaN or inf, and no others; in the backward pass NaN
+        spreads further, to gradients of the same image and head.
 
     Raises:
         ValueError: an argument does not fit; the message names it, the axis and the values.
@@ -154,7 +157,7 @@ def attention_state(
     Takes and checks the same arguments. Give the sink to exactly one of the states to be merged.
 
     Returns:
-        ``(out, row_max, row_sum)``, see :class:`AttentionState`.
+        ``(out, row_max, row_sum)``, contiguous, see :class:`AttentionState`.
     """
     call = prepare(
         query, key, value, kernel_size, stride, dilation, is_causal, scale, additional_keys, additional_values, sink
@@ -184,6 +187,7 @@ def merge_attention(*states: tuple[Tensor, Tensor, Tensor]) -> AttentionState:
     first = states[0][0]
     for i, (out, row_max, row_sum) in enumerate(states):
         for name, tensor in (("out", out), ("row_max", row_max), ("row_sum", row_sum)):
+            check_dense(f"{name} of state {i}", tensor)
             if tensor.device != first.device:
                 raise ValueError(f"{name} of state {i} is on {tensor.device}, but out of state 0 is on {first.device}")
         if out.shape != first.shape or not out.shape[:-1] == row_max.shape == row_sum.shape:
@@ -209,6 +213,8 @@ def takes_fused(impl: Impl, query: Tensor, why_not: Callable[[], str | None]) ->
 def why_eager(impl: Impl, query: Tensor, why_not: Callable[[], str | None]) -> str | None:
     """The one choice between PyTorch and the fused kernels: why ``impl`` means the former, or None.
 
+    Never for an empty batch: in PyTorch its results and gradients are the same, and kernels need not know of it.
+
     Args:
         why_not: why the kernels cannot run on tensors like ``query``, or None; only asked where they would.
 
@@ -225,4 +231,4 @@ def why_eager(impl: Impl, query: Tensor, why_not: Callable[[], str | None]) -> s
     reason = why_not()
     if reason is not None and impl == "fused":
         raise RuntimeError(f'impl="fused" cannot run: {reason}; use impl="auto" or "eager"')
-    return reason
+    return "the batch is empty: there is nothing to launch" if reason is None and query.shape[0] == 0 else reason

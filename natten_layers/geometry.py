@@ -72,7 +72,8 @@ def normalise_axes(name: str, value: T | Sequence[T], rank: int, kind: type[T]) 
     if kind is int and any(type(entry) is not int for entry in values):
         values = tuple(int(v) if isinstance(v, Integral) and not isinstance(v, bool) else v for v in values)  # NumPy's
     for axis, entry in enumerate(values):
-        if type(entry) is not kind:
+        # A size of an exported graph may be a symbol.
+        if type(entry) is not kind and not (kind is int and isinstance(entry, torch.SymInt)):
             raise ValueError(
                 f"{name} must be {kind.__name__} or a tuple of {kind.__name__}, "
                 f"got {entry!r} of type {type(entry).__name__} on the {AXES[rank][axis]} axis"

@@ -174,18 +174,21 @@ def tile_queries(query: Tensor, axes: tuple[Axis, ...], group: int) -> Tensor:
     rank = len(axes)
     x = _pad(query, [a.count * a.tile * a.dilation for a in axes], 1)
     shape = [n for a in axes for n in (a.count, a.tile, a.dilation)]
-    x = x.reshape(x.shape[0], *shape, -1, group, x.shape[-1])
+    kv_heads = x.shape[-2] // group  # sizes are spelled out: an empty batch leaves nothing to infer them from
+    x = x.reshape(x.shape[0], *shape, kv_heads, group, x.shape[-1])
     head = 1 + 3 * rank
     tiles = [d for i in range(rank) for d in (3 + 3 * i, 1 + 3 * i)]
     x = x.permute(0, head, *tiles, head + 1, *(2 + 3 * i for i in range(rank)), head + 2)
-    return x.reshape(-1, *(a.tiles for a in axes), group, math.prod([a.tile for a in axes]), x.shape[-1])
+    rows = math.prod([a.tile for a in axes])
+    return x.reshape(x.shape[0] * kv_heads, *(a.tiles for a in axes), group, rows, x.shape[-1])
 
 
 def untile(x: Tensor, axes: tuple[Axis, ...], query: Tensor) -> Tensor:
     """The inverse of :func:`tile_queries`: ``[Z, *m, G, T, D]`` to ``[B, *spatial, Hq, D]``."""
     rank, batch = len(axes), query.shape[0]
     tiles = [n for a in axes for n in (a.dilation, a.count)]
-    x = x.reshape(batch, -1, *tiles, x.shape[-3], *(a.tile for a in axes), x.shape[-1])
+    kv_heads = query.shape[-2] // x.shape[-3]
+    x = x.reshape(batch, kv_heads, *tiles, x.shape[-3], *(a.tile for a in axes), x.shape[-1])
     inner = 3 + 2 * rank  # the first axis of the queries of a tile, after the group
     axis_dims = [d for i in range(rank) for d in (3 + 2 * i, inner + i, 2 + 2 * i)]
     x = x.permute(0, *axis_dims, 1, inner - 1, inner + rank)
@@ -248,12 +251,12 @@ def _chunks(tiles: Tensor, axes: tuple[Axis, ...]) -> tuple[list[int], Iterator[
     while (1 if compiling else z) * scores * math.prod(steps) > CHUNK_SCORES and max(steps) > 1:
         i = next(i for i, step in enumerate(steps) if step > 1)
         steps[i] = -(-steps[i] // 2)
-    z_step = z if compiling else min(z, max(1, CHUNK_SCORES // (scores * math.prod(steps))))
+    z_step = max(1, CHUNK_SCORES // (scores * math.prod(steps)))
     blocks = [
         [a.block(start, min(start + step, a.tiles)) for start in range(0, a.tiles, step)]
         for a, step in zip(axes, steps, strict=True)
     ]
-    z_parts = [(0, z)] if compiling else [(start, min(z_step, z - start)) for start in range(0, z, z_step)]
+    z_parts = [(0, z)] if compiling or z == 0 else [(start, min(z_step, z - start)) for start in range(0, z, z_step)]
     counts = [*map(len, blocks), len(z_parts)]
     return counts, _iterate(blocks, z_parts, tiles)
 

@@ -113,6 +113,67 @@ def make_inputs(case: Case, device: torch.device | str = "cpu", seed: int = 0) -
     return inputs
 
 
+def assert_nan_stays(case: Case, inputs: Inputs, impl: Impl = "fused") -> None:
+    """A head of one image full of NaN, in each of the inputs and in the output's gradient: no other image and no other
+    head may notice, nor may other query heads of the group if it is a query's.
+    """
+    assert case.batch > 1
+    generator = torch.Generator().manual_seed(3)
+    clean = {name: t.detach() for name, t in inputs.items()}
+    shape = *inputs["query"].shape[:-1], case.value_dim
+    clean["grad_out"] = torch.randn(shape, generator=generator).to(inputs["query"])
+
+    def results(tensors: Inputs) -> Inputs:
+        leaves = {name: t.clone().requires_grad_() for name, t in tensors.items() if name != "grad_out"}
+        out, lse = neighborhood_attention(**arguments(case, leaves), return_lse=True, impl=impl)
+        grads = torch.autograd.grad((out, lse), tuple(leaves.values()), (tensors["grad_out"], torch.ones_like(lse)))
+        return {"out": out.detach(), "lse": lse.detach()[..., None]} | dict(zip(leaves, grads, strict=True))
+
+    expected = results(clean)
+    assert all(t.isfinite().all() for t in expected.values())
+    limit = 4 * FLOOR[case.dtype]
+    for name in clean:
+        if name == "sink":
+            continue
+        dirty = dict(clean)
+        dirty[name] = clean[name].clone()
+        dirty[name][1, ..., 0, :] = math.nan
+        own = 1 if name in ("query", "grad_out") else case.heads // case.kv_heads
+        found = results(dirty)
+        assert any(not t.isfinite().all() for t in found.values()), name
+        for result, tensor in found.items():
+            wanted = expected[result]
+            if result == "sink":
+                assert error(tensor[own:], wanted[own:]) < limit, (name, result)
+                continue
+            count = own if result in ("query", "out", "lse") else 1
+            others = [i for i in range(case.batch) if i != 1]
+            assert error(tensor[others], wanted[others]) < limit, (name, result, "other images")
+            assert error(tensor[1, ..., count:, :], wanted[1, ..., count:, :]) < limit, (name, result, "other heads")
+
+
+def enlarge(inputs: Inputs, exponent: int) -> Inputs:
+    """The same values, but queries and keys such that products are ``±2**exponent``, ``2 ** (exponent + 1)`` or twice
+    that: of a row's scores the largest has all the weight, and those that equal it a share each, exactly.
+
+    Each head has the sign of its scores: all of a row are far below zero, or far above.
+    """
+    half = 2.0 ** (exponent // 2)
+    large = dict(inputs)
+    for name, tensor in inputs.items():
+        if name not in ("query", "key", "additional_keys"):
+            continue
+        *_, heads, _ = tensor.shape
+        values = torch.zeros_like(tensor)
+        if name == "query":
+            values[..., 0] = half * (1 - 2 * (torch.arange(heads) % 2)).to(tensor)
+        else:
+            count = values[..., 0].numel() // heads
+            values[..., 0] = half * (2.0 ** (torch.arange(count) * 7 % 5 % 3)).to(tensor).view(*tensor.shape[:-2], 1)
+        large[name] = values
+    return large
+
+
 def arguments(case: Case, inputs: Inputs) -> dict[str, Any]:
     """Of the public operation."""
     return {

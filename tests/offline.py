@@ -21,6 +21,7 @@ from natten_layers import cached_attention, neighborhood_attention
 from natten_layers.kernels.host import problem
 from natten_layers.kernels.ops import attention as attention_ops
 from natten_layers.kernels.ops import decode as decode_ops
+from natten_layers.kernels.portable.forward import forward_kernel
 from natten_layers.kernels.sm90 import small_tiling
 from natten_layers.kernels.sm90.available import gluon_gap
 from natten_layers.modules import AxialRoPE, RoPE
@@ -64,15 +65,18 @@ class Driver:
         return "int"
 
 
-def draw(*shape: int) -> Tensor:
-    return torch.zeros(shape, dtype=torch.bfloat16, requires_grad=True)
+def draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.zeros(shape, dtype=dtype, requires_grad=True)
 
 
-def attend(spatial: tuple[int, ...], kernel_size: int, heads: int, dim: int, registers: int, **options: Any) -> None:
-    q, k, v = (draw(1, *spatial, h, dim) for h in (heads, 2, 2))
+def attend(
+    spatial: tuple[int, ...], kernel_size: int, heads: int, dim: int, registers: int,
+    dtype: torch.dtype = torch.bfloat16, **options: Any,
+) -> None:  # fmt: skip
+    q, k, v = (draw(1, *spatial, h, dim, dtype=dtype) for h in (heads, 2, 2))
     inputs = [q, k, v]
     if registers:
-        inputs += [draw(1, registers, 2, dim), torch.zeros(heads, requires_grad=True)]
+        inputs += [draw(1, registers, 2, dim, dtype=dtype), torch.zeros(heads, requires_grad=True)]
         options |= {"additional_keys": inputs[3], "additional_values": inputs[3], "sink": inputs[4]}
     out = neighborhood_attention(q, k, v, kernel_size, **options, impl="fused")
     torch.autograd.grad(out.float().sum(), inputs)
@@ -82,19 +86,22 @@ def options_of(rank: int, kernel_size: int, sink: float | None) -> problem.Optio
     return problem.Options(sink, (kernel_size,) * rank, (1,) * rank, (1,) * rank, (rank == 1,) * rank, 1.0)
 
 
-def attend_on_hopper(spatial: tuple[int, ...], kernel_size: int, heads: int, *, sink: float | None) -> None:
+def attend_on_hopper(
+    spatial: tuple[int, ...], kernel_size: int, heads: int, *, sink: float | None, dim: int = 128
+) -> None:
     from natten_layers.kernels.sm90 import large_backward, large_forward, large_tiling
 
-    tensors = problem.Inputs(*(torch.zeros(1, *spatial, h, 128, dtype=torch.bfloat16) for h in (heads, 2, 2)))
+    tensors = problem.Inputs(*(torch.zeros(1, *spatial, h, dim, dtype=torch.bfloat16) for h in (heads, 2, 2)))
     options = options_of(len(spatial), kernel_size, sink)
     one = problem.problem_of(tensors, options)
     launch, key_launch = large_tiling.launch_of(one), large_tiling.key_launch_of(one)
     large_forward.forward(launch, one, tensors, options, with_state=sink is None)
     rows = torch.ones(1, *spatial, heads)
     cotangents = problem.Cotangents(tensors.query, rows, rows, tensors.query, None)
-    _, statistics = large_backward.query_gradient(launch, one, tensors, options, cotangents)
+    query_launch = large_tiling.query_launch_of(one)
+    _, statistics = large_backward.query_gradient(query_launch, one, tensors, options, cotangents)
     large_backward.key_gradients(key_launch, one, tensors, options, tensors.query, statistics)
-    registers = torch.zeros(1, 5, 2, 128, dtype=torch.bfloat16)
+    registers = torch.zeros(1, 5, 2, dim, dtype=torch.bfloat16)
     tensors = tensors._replace(additional_keys=registers, additional_values=registers)
     one = problem.problem_of(tensors, options)
     large_forward.forward(launch, one, tensors, options, with_state=False)
@@ -143,6 +150,13 @@ def attend_projected_on_hopper(spatial: tuple[int, ...], kernel_size: int, rope:
     small_forward_rolling.forward(launch, one, tensors, options, False, prep)
 
 
+def check_loads() -> None:
+    """Head dims are multiples of 8: no kernel may load two bytes at a time, as Triton does where it cannot tell."""
+    for kernels, *_ in forward_kernel.device_caches.values():
+        for kernel in kernels.values():
+            assert "ld.global.b16" not in kernel.asm["ptx"], "elements are loaded one by one"
+
+
 def main(capability: int) -> None:
     stub = Driver(capability)
     driver.set_active(stub)  # pyright: ignore[reportArgumentType]
@@ -153,6 +167,9 @@ def main(capability: int) -> None:
     attend((12, 12, 20), 5, 2, 40, 0, dilation=2, stride=3)
     attend((2048,), 1024, 8, 128, 40, is_causal=True)
     attend((32, 32), 7, 4, 256, 40)
+    check_loads()
+    if capability == 90:
+        attend((32, 32), 7, 8, 256, 40, torch.float32)
     if capability == 90 and gluon_gap() is None:
         from natten_layers.kernels.sm90 import large_backward, large_forward, small_forward_rolling
 
@@ -161,7 +178,10 @@ def main(capability: int) -> None:
         attend_on_hopper((4096,), 2048, 8, sink=0.0)
         attend_on_hopper((64, 80), 48, 2, sink=None)
         attend_on_hopper((16, 24, 32), 14, 2, sink=None)
+        attend_on_hopper((4096,), 1024, 8, sink=0.0, dim=256)
+        attend_on_hopper((64, 80), 24, 2, sink=None, dim=80)
         attend_small_on_hopper((64, 64), 7, 8, registers=5)
+        attend_small_on_hopper((64, 64), 7, 8, registers=0, dim=40)
         attend_small_on_hopper((4096,), 128, 16, registers=0)
         attend_small_on_hopper((4096,), 8, 8, registers=0, dim=128)
         attend_projected_on_hopper((64, 64), 7, AxialRoPE(64, 8, num_kv_heads=2), "cosine")

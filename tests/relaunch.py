@@ -136,9 +136,14 @@ def forward_calls() -> None:
     for i, call in enumerate((attend(sink=0.75), attend(sink=1), attend(sink=2))):
         assert repeat(call) == 0, i
 
-    torch.backends.cuda.matmul.allow_tf32 = True
-    assert repeat(attend()) == 1
-    torch.backends.cuda.matmul.allow_tf32 = False
+    # A kernel is loaded on one device. Another's tensors, here without memory, have a launch of their own.
+    assert repeat(attend(*(x.to("meta") for x in (q, k, v)))) == 1
+    assert repeat(attend()) == 0
+
+    for precision in ("tf32", "ieee"):
+        torch.backends.cuda.matmul.fp32_precision = precision
+        assert repeat(attend()) == 1
+    torch.backends.cuda.matmul.fp32_precision = "none"
     assert repeat(attend()) == 0
 
     with tuned.override({"forward": Launch((1, 4, 8), (1, 4, 8), 1, 2, 1)}):

@@ -13,28 +13,42 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
-from benchmarks import attention, check, generation, implementations, models, plot, repeat, runner, step, timing
+from benchmarks import (
+    attention,
+    census,
+    check,
+    generation,
+    implementations,
+    models,
+    plot,
+    repeat,
+    runner,
+    step,
+    sweep,
+    timing,
+)
 from benchmarks.check import Reference
 from benchmarks.implementations import HeadsFirst, Implementation, Layout
-from benchmarks.workloads import WORKLOADS, Inputs, Variant, Workload, add_variant, floor, make_inputs, smoke
+from benchmarks.shapes import CENSUS
+from benchmarks.workloads import MODES, WORKLOADS, Inputs, Variant, Workload, add_variant, floor, make_inputs, smoke
 from natten_layers import neighborhood_attention
 from natten_layers.eager import dense_attention_state
-from natten_layers.geometry import make_window, window_mask
+from natten_layers.geometry import window_mask
 
 CPU = torch.device("cpu")
 RATES = runner.Rates(copy=1e10, matmul=1e11)
 
 
 def problem(
-    spatial: tuple[int, ...], kernel: tuple[int, ...], causal: bool = False, registers: int = 0, sink: Any = None
+    spatial: tuple[int, ...], kernel: tuple[int, ...], registers: int = 0, sink: Any = None, **fields: Any
 ) -> tuple[Workload, Inputs]:
-    workload = Workload("test", 2, spatial, 4, 2, 8, kernel, causal)
+    workload = Workload("test", 2, spatial, 4, 2, 8, kernel, **fields)
     return workload, add_variant(make_inputs(workload, CPU, 0), Variant(registers, sink), 0)
 
 
 def dense(workload: Workload, inputs: Inputs) -> Tensor:
     """The oracle, which shares no code with the checker, in the inputs' dtype."""
-    window = make_window(workload.spatial, workload.kernel_size, 1, 1, workload.causal)
+    window = workload.window
     registers = (inputs.additional_keys, inputs.additional_values)
     qkv = (inputs.query, inputs.key, inputs.value)
     return dense_attention_state(*qkv, *registers, inputs.sink, window, workload.scale)[0]
@@ -89,6 +103,15 @@ def test_floor_counts() -> None:
         {"spatial": (9, 11), "kernel": (3, 6), "registers": 3, "sink": "zero"},
         {"spatial": (4, 5, 6), "kernel": (3, 2, 3), "registers": 1, "sink": "learned"},
         {"spatial": (5, 6), "kernel": (5, 6)},
+        {"spatial": (11, 12), "kernel": (3, 4), "dilation": (3, 1), "stride": (2, 3), "registers": 2, "value_dim": 16},
+        {
+            "spatial": (5, 7, 6),
+            "kernel": (2, 3, 2),
+            "dilation": (2, 2, 1),
+            "causal": (True, False, True),
+            "sink": "learned",
+        },
+        {"spatial": (19,), "kernel": (5,), "causal": True, "stride": 4, "dtype": torch.float16},
     ],
 )
 def test_reference_is_exact(arguments: Any, slab_pairs: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +222,9 @@ def test_flex_layout_and_blocks(spatial: tuple[int, ...], tile: tuple[int, ...] 
     assert packed.shape == (2, 3, torch.Size(spatial).numel(), 1)
     assert torch.equal(layout.unpack(packed, spatial), tensor)
 
-    workload = Workload("test", 1, spatial, 1, 1, 8, tuple(3 for _ in spatial), causal=tile is None)
+    dilation = tuple(1 + i for i in range(len(spatial)))  # 7 = 2 * 3 + 1: residue classes differ in length
+    causal = tuple(n % 3 == 2 for n in spatial)
+    workload = Workload("test", 1, spatial, 1, 1, 8, (3,) * len(spatial), causal, stride=2, dilation=dilation)
     mask = implementations.flex_mask(workload, layout, CPU)
     expected = create_block_mask(mask.mask_mod, None, None, *mask.seq_lengths, device="cpu")
     for field in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
@@ -210,8 +235,7 @@ def test_flex_layout_and_blocks(spatial: tuple[int, ...], tile: tuple[int, ...] 
     zero = torch.zeros((), dtype=torch.long)
     visible = mask.mask_mod(zero, zero, tokens[:, None], tokens[None, :])
     raster = layout.pack(tokens.view(1, *spatial, 1, 1)).flatten()
-    window = make_window(spatial, workload.kernel_size, 1, 1, workload.causal)
-    assert torch.equal(visible, window_mask(spatial, window)[raster][:, raster])
+    assert torch.equal(visible, window_mask(spatial, workload.window)[raster][:, raster])
 
 
 def test_measure_takes_turns_and_rotates(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,11 +285,101 @@ def test_attention_command_rejects_unknown_names(capsys: pytest.CaptureFixture[s
 
 
 def test_every_workload_has_a_small_twin() -> None:
-    for workload in WORKLOADS.values():
+    for workload in (*WORKLOADS.values(), *CENSUS.values()):
         small = smoke(workload)
         assert small.heads * workload.kv_heads == workload.heads * small.kv_heads
-        assert (small.causal, small.learned_sink) == (workload.causal, workload.learned_sink)
-        make_window(small.spatial, small.kernel_size, 1, 1, small.causal)
+        assert (small.window.is_causal, small.learned_sink) == (workload.window.is_causal, workload.learned_sink)
+        for what in ("stride", "dilation"):  # what is unusual stays so
+            assert [s > 1 for s in getattr(small.window, what)] == [s > 1 for s in getattr(workload.window, what)]
+        assert (small.registers > 0, small.dtype) == (workload.registers > 0, workload.dtype)
+        assert len({*small.head_dims}) == len({*workload.head_dims})
+
+
+def test_census_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "census.json"
+    names = "dinat-s3,mimo,hdit-reg,fp32,causal-video,flux-gna"
+    flags = f"--device cpu --smoke --budget-s 0 --peers fa2 --rows {names} --out {path}"
+    assert census.main(flags.split()) == 0
+    rows = json.loads(path.read_text())["rows"]
+    ours = [row for row in rows if row["peer"] == "natten_layers"]
+    assert [(row["workload"], row["mode"]) for row in ours] == [(n, m) for n in names.split(",") for m in MODES]
+    assert all(row["median_ms"] > 0 and row["errors"] and row["kernel"] == "eager" for row in ours)
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")][2:]
+    ratios = [float(line.split("|")[6]) for line in printed]
+    assert len(ratios) == len(ours)
+    assert ratios == sorted(ratios, reverse=True)
+
+
+def test_census_stops_in_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "census.json"
+    flags = f"--device cpu --smoke --budget-s 0 --peers= --mode fwd --rows fp32,globe --limit-s 0 --out {path}"
+    assert census.main(flags.split()) == 0
+    assert json.loads(path.read_text())["skipped"] == ["fp32", "globe"]
+    assert "out of time before fp32, globe" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        census.main(["--rows", "hdit-l9"])
+    assert "hdit-l9" in capsys.readouterr().err
+
+
+def test_census_table_names_the_best_peer() -> None:
+    def row(implementation: str, peer: str, ms: float | None, failure: str | None = None) -> tuple[runner.Row, str]:
+        ratio = None if ms is None else ms / 0.5
+        return runner.Row(
+            "fp32", "fwd", implementation, peer, "", 0.5, failure, median_ms=ms, times_floor=ratio
+        ), "portable"  # fmt: skip
+
+    rows = [
+        row("natten_layers", "natten_layers", 2.0),
+        row("a", "a", 4.0),
+        row("b", "b", 3.0),
+        row("c", "c", None, "no"),
+    ]
+    line = census.table(rows)[2]
+    assert line.endswith("| fwd | 2 | 0.5 | 4.00 | b 3 | 1.50 | portable |  |")
+    rows[0] = row("natten_layers", "natten_layers", None, "wrong result")
+    assert census.table(rows)[2].endswith("| fwd | - | 0.5 | - | b 3 | - | portable | wrong result |")
+
+
+def test_census_shapes_are_described() -> None:
+    assert census.shape(CENSUS["flux-text"]) == "1, 128x128, 24/24, 128, 40x40, 512 registers"
+    assert census.shape(CENSUS["mimo"]) == "1, 16384, 64/8, 192/128, 128, causal, learned sink"
+    described = "1, 30x48x80, 24/24, 128, 18x24x24, stride 16x8x8"
+    assert census.shape(CENSUS["hunyuan-gna"]) == described
+    assert census.shape(CENSUS["longformer-d2"]) == "8, 4096, 16/16, 64, 257, dilation 2, float16"
+
+
+def test_fp32_results_are_held_to_fp32() -> None:
+    workload, inputs = problem((9, 11), (3, 5), dtype=torch.float32)
+    reference = Reference(workload, inputs, "fwdbwd")
+    exact = dense_gradients(workload, inputs)
+    for name, (error, allowed) in reference.errors({n: t.float() for n, t in exact.items()}).items():
+        assert error < allowed < 5e-6, name
+    in_tf32 = exact["out"].float().view(torch.int32).bitwise_and(-(2**13)).view(torch.float32)
+    assert not reference.errors({"out": in_tf32})["out"][0] < reference.errors({"out": in_tf32})["out"][1]
+
+
+def test_sweep_refuses_wrong_launches_and_keeps_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    timer = sweep.Timer(CPU, miniature=True)
+    subject = sweep.Subject(sweep.workload_of("fp32", True), CPU)
+    launches = list(dict.fromkeys(sweep.grid("forward", subject.problem)))
+    assert len(launches) > 5
+    trials = [
+        sweep.Trial("fp32", "forward", launch, "grid", ms=ms)
+        for launch, ms in zip(launches[:3], (3.0, 2.0, 4.0), strict=True)
+    ]
+    best = sweep.best_of([*trials, replace(trials[0], ms=None, failure="wrong result")])
+    assert best["fp32", "forward"] == trials[1]
+    assert "| fp32 | forward | 3 | - | 2 |" in sweep.table(trials)[2]
+    assert timer(replace(trials[0], failure="does not compile")).failure == "does not compile"
+    subject.out.fill_(1.0)
+    timer.subjects["fp32"], timer.expected["fp32", "forward"] = subject, (torch.zeros_like(subject.out),)
+    idle = type("Idle", (), {"kernel": {None: lambda *a, **k: None}, "grid": None, "sizes": (), "options": {}})()
+    monkeypatch.setattr(subject, "launcher", lambda kind, launch: (idle, (), ()))
+    monkeypatch.setattr(timer, "_run_rule", lambda row: None)
+    refused = timer(trials[0]).failure
+    assert refused is not None
+    assert refused.startswith("wrong result")
 
 
 def test_repeat_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -172,7 +172,7 @@ def test_half_precision_rounds_only_its_inputs_and_its_output(dtype: torch.dtype
         ({"scale": math.inf}, "scale must be a finite number"),
         ({"query": torch.zeros(2, 3, 3, 4)}, "query has 3, key and value 2"),
         ({"query": torch.zeros(1, 3, 4, 4)}, "do not fit"),
-        ({"query": torch.zeros(2, 0, 4, 4)}, "none 0"),
+        ({"query": torch.zeros(2, 0, 4, 4)}, "none but B 0"),
         ({"key": torch.zeros(2, 5, 2, 4, dtype=torch.float16)}, "key has dtype torch.float16"),
         ({"value": torch.zeros(2, 4, 2, 4)}, "do not fit"),
         ({"query_positions": torch.zeros(2, 4, dtype=torch.int64)}, r"query_positions has shape \(2, 4\)"),
@@ -231,3 +231,24 @@ def test_arguments_of_other_types_are_errors(change: dict[str, Any], names: tupl
     }
     with raises_naming(*names):
         cached_attention(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("impl", ["eager", "fused"])
+def test_results_are_contiguous_and_empty_for_an_empty_batch(impl: Any) -> None:
+    if impl == "fused":
+        pytest.importorskip("triton")
+    positions = torch.arange(9)[None]
+    for batch in (0, 2):
+        q, kv = torch.randn(batch, 3, 4, 8), torch.randn(batch, 9, 2, 8)
+        out, lse = cached_attention(q, kv, kv, positions[:, 6:], positions, return_lse=True, impl=impl)
+        assert (out.shape, lse.shape) == ((batch, 3, 4, 8), (batch, 3, 4))
+        assert out.is_contiguous()
+        assert lse.is_contiguous()
+
+
+def test_an_empty_batch_gives_gradients_of_zero() -> None:
+    positions, sink = torch.arange(9)[None], randn(4, grad=True)
+    q, kv = randn(0, 3, 4, 8, grad=True), randn(0, 9, 2, 8, grad=True)
+    out, lse = cached_attention(q, kv, kv, positions[:, 6:], positions, sink=sink, return_lse=True)
+    for grad, x in zip(torch.autograd.grad((out.sum(), lse.sum()), (q, kv, sink)), (q, kv, sink), strict=True):
+        assert torch.equal(grad, torch.zeros_like(x))

@@ -17,10 +17,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
-from natten_layers import NeighborhoodGQA, neighborhood_attention
+from natten_layers import AxialRoPE, NeighborhoodGQA, neighborhood_attention
 from natten_layers.functional import Impl
 from natten_layers.geometry import make_window, visible_pairs, window_mask
 from natten_layers.kernels.ops import define
+from natten_layers.modules import make_axial_pos
 
 pytest.importorskip("triton")
 
@@ -320,3 +321,84 @@ def test_other_lengths_compile_into_one_graph_too(lengths: list[tuple[int, ...]]
         q, k = (torch.randn(1, *spatial, heads, 8, requires_grad=True) for heads in (2, 1))
         results = [torch.autograd.grad(f(q, k).square().sum(), (q, k)) for f in (compiled, attend)]
         torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_compiled_calls_give_every_expanded_head_its_own_gradient(impl: Impl) -> None:
+    """Whether the graph takes the expanded tensor as a leaf, as a view, or under a transform; and one tensor twice."""
+    q, k = torch.randn(1, 7, 2, 8, device=DEVICE), torch.randn(1, 7, 1, 8, device=DEVICE)
+
+    def loss(kv: Tensor) -> Tensor:
+        return neighborhood_attention(q, kv, kv, 3, impl=impl).square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    whole = k.repeat(1, 1, 2, 1).requires_grad_()
+    (expected,) = torch.autograd.grad(loss(whole), whole)
+    leaf = k.expand(-1, -1, 2, -1).detach().requires_grad_()
+    for asked in (leaf, leaf.view_as(leaf)):
+        assert asked.stride(-2) == 0
+        torch.testing.assert_close(torch.autograd.grad(compiled(asked), asked), (expected,))
+    transformed = torch.compile(torch.func.grad(loss), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(transformed(leaf.detach()), expected)
+
+
+SIZES = ((3, 4), (4, 5), (5, 3))
+
+
+def test_sizes_of_images_are_symbols() -> None:
+    """One graph for the first size and one for all, with gradients: a local window, a global one, and positions."""
+    rope = AxialRoPE(8, 2, num_kv_heads=1).to(DEVICE)
+
+    def call(q: Tensor, kv: Tensor) -> Tensor:
+        query, key = rope(q, kv)
+        local = neighborhood_attention(query, key, kv, 3, impl="fused")
+        return local + neighborhood_attention(q, kv, kv, tuple(q.shape[1:3]), impl="fused")
+
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(call, fullgraph=True, backend=counter)
+    for size in SIZES:
+        inputs = [torch.randn(1, *size, heads, 8, device=DEVICE, requires_grad=True) for heads in (2, 1)]
+        for actual, wanted in zip(
+            *(with_grads(lambda *x, f=f: (f(*x),), tuple(inputs)) for f in (compiled, call)), strict=True
+        ):
+            assert error(actual, wanted) < 2e-6
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize(("kernel_size", "dynamic"), [(3, None), (None, True)])
+def test_a_layer_with_positions_compiles_at_every_size(kernel_size: int | None, dynamic: bool | None) -> None:
+    rope = AxialRoPE(8, 4, num_kv_heads=2)
+    layer = NeighborhoodGQA(32, 4, kernel_size, num_kv_heads=2, rope=rope).requires_grad_(False)
+    compiled = torch.compile(layer, fullgraph=True, backend="eager", dynamic=dynamic)
+    for size in SIZES[:2]:
+        x = torch.randn(1, *size, 32)
+        torch.testing.assert_close(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exports_with_lengths_as_symbols(strict: bool) -> None:
+    class Attend(nn.Module):
+        def forward(self, q: Tensor) -> tuple[Tensor, ...]:
+            whole = (q.shape[1],)
+            eager = neighborhood_attention(q, q, q, whole, impl="eager")
+            fused = [neighborhood_attention(q, q, q, k, is_causal=True, impl="fused") for k in (3, whole)]
+            return eager, *fused
+
+    def draw(length: int) -> Tensor:
+        return torch.randn(2, length, 2, 8, device=DEVICE)
+
+    shapes = {"q": {1: torch.export.Dim.DYNAMIC}}
+    program = torch.export.export(Attend(), (draw(9),), dynamic_shapes=shapes, strict=strict).module()
+    for length in (9, 14):
+        q = draw(length)
+        torch.testing.assert_close(program(q), Attend()(q))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 4), (7, 64), (128, 96)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_compiled_positions_are_those_of_linspace(size: tuple[int, int], dtype: torch.dtype) -> None:
+    compiled = torch.compile(make_axial_pos, fullgraph=True, backend="eager")
+    expected = make_axial_pos(*size, dtype=torch.float64)
+    found = compiled(*size, dtype=dtype)
+    assert found.dtype == dtype
+    assert (found - expected).abs().max() <= torch.finfo(dtype).eps

@@ -10,13 +10,16 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from helpers import FLOOR, error, raises_naming
+from helpers import FLOOR, enlarge, error, raises_naming
 from torch import Tensor
 
 from benchmarks import decode as benchmark
 from natten_layers import cached, cached_attention
 
 pytest.importorskip("triton")
+
+import triton
+import triton.language as tl
 
 from natten_layers.kernels.portable import decode
 
@@ -133,6 +136,18 @@ def test_matches_the_oracle_in_trimmed_slices(case: Case, monkeypatch: pytest.Mo
     check(case)
 
 
+@triton.jit
+def first_chunks_kernel(Out, begin, BN: tl.constexpr):
+    seen = begin + tl.program_id(0)
+    tl.store(Out + tl.program_id(0), decode.first_chunk(begin, seen, BN))
+
+
+def test_a_trimmed_slice_begins_with_the_chunk_of_the_first_slot_that_is_seen() -> None:
+    starts = torch.zeros(50, dtype=torch.int32, device=DEVICE)
+    first_chunks_kernel[(50,)](starts, 64, BN=16)  # pyright: ignore[reportArgumentType]
+    assert starts.tolist() == [64 + i // 16 * 16 for i in range(50)]
+
+
 @pytest.mark.parametrize("programs", [1, 3, 100, 5000])
 @pytest.mark.parametrize("length", [1, 64, 65, 1000, 10**6])
 def test_slices_cover_the_cache(programs: int, length: int) -> None:
@@ -171,6 +186,57 @@ def test_a_token_that_sees_nothing_gets_nothing() -> None:
     assert error(out[:, 1], attend(widened(arguments), "eager")[0][:, 1]) < 1e-6
     _, lse = attend(arguments | {"sink": 2.5}, "fused")
     torch.testing.assert_close(lse[:, 0], torch.full_like(lse[:, 0], 2.5))
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # to -inf, of which a weight is 0
+@pytest.mark.parametrize("tile_bytes", [1, decode.TILE_BYTES])
+@pytest.mark.parametrize("exponent", [32, 112])
+def test_scores_may_be_as_large_as_fp32_holds(exponent: int, tile_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "TILE_BYTES", tile_bytes)
+    arguments = make_arguments(Case("large", 70, tokens=2, window=40, registers=2))
+    arguments |= enlarge({name: arguments[name] for name in ("query", "key", "additional_keys")}, exponent)
+    expected = attend(widened(arguments), "eager")
+    for got, wanted in zip(attend(arguments, "fused"), expected, strict=True):
+        assert error(got, wanted) < 1e-6
+
+
+@pytest.mark.parametrize("scale", [1e-50, 1e-40])
+def test_a_scale_that_fp32_does_not_hold_gives_every_key_the_same_weight(scale: float) -> None:
+    check(Case("tiny", 70, tokens=2, window=40, registers=2, sink="learned", scale=scale))
+
+
+@pytest.mark.parametrize("trim_from", [0, decode.TRIM_FROM])
+@pytest.mark.parametrize("hole", [-(2**63), -(2**63) + 30, -(2**32) + 30, -(2**31) - 1])
+def test_padding_may_have_any_negative_position(hole: int, trim_from: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some of these are 0 or more in their last 32 bits."""
+    monkeypatch.setattr(decode, "TRIM_FROM", trim_from)
+    arguments = make_arguments(Case("padding", 40, tokens=2, window=25))
+    expected = attend(arguments, "fused")
+    keys, queries = arguments["key_positions"], arguments["query_positions"]
+    assert (keys == -1).any()
+    arguments["key_positions"] = torch.where(keys == -1, hole, keys)
+    for got, wanted in zip(attend(arguments, "fused"), expected, strict=True):
+        assert torch.equal(got, wanted)
+    arguments["query_positions"] = torch.cat((queries[:, :1], torch.full_like(queries[:, :1], hole)), 1)
+    out, lse = attend(arguments, "fused")
+    assert torch.equal(out[:, 0], expected[0][:, 0])
+    assert (out[:, 1] == 0).all()
+    assert (lse[:, 1] == -math.inf).all()
+
+
+@pytest.mark.parametrize("trim_from", [0, decode.TRIM_FROM])
+@pytest.mark.parametrize("window", [None, 25])
+@pytest.mark.parametrize("by", [2**31 - 20, 2**32, 2**62])
+def test_positions_have_64_bits(by: int, window: int | None, trim_from: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All positions further on by the same number: the same keys are seen."""
+    monkeypatch.setattr(decode, "TRIM_FROM", trim_from)
+    arguments = make_arguments(Case("further", 40, tokens=2, window=window, fill="rolled"))
+    expected = attend(arguments, "fused")
+    keys = arguments["key_positions"]
+    arguments["key_positions"] = torch.where(keys >= 0, keys + by, keys)
+    arguments["query_positions"] = arguments["query_positions"] + by
+    for got, wanted in zip(attend(arguments, "fused"), expected, strict=True):
+        assert torch.equal(got, wanted)
 
 
 @pytest.mark.parametrize("registers", [0, 2])

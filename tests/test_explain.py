@@ -106,7 +106,7 @@ def test_a_choice_of_the_caller_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> 
         (problem_of_image, {"kernel_size": (3, 3)}, {}, ["the window is small", "tiles alone are faster"]),
         (problem_of_image, {"stride": (2, 1)}, {}, ["the window is small", "no tiles", "no tiles"]),
     ],
-    ids=str,
+    ids=lambda part: getattr(part, "__name__", str(part)),
 )
 def test_kernels_that_are_passed_over_have_a_reason(
     make: Any, changes: dict[str, Any], question: dict[str, Any], names: list[str], monkeypatch: pytest.MonkeyPatch

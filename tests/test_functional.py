@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,16 @@ import pytest
 import torch
 from helpers import Case, make_inputs, oracle, raises_naming, run
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
-from natten_layers import attention_state, cached_attention, eager, merge_attention, neighborhood_attention
+from natten_layers import (
+    NeighborhoodGQA,
+    attention_state,
+    cached_attention,
+    eager,
+    merge_attention,
+    neighborhood_attention,
+)
 from natten_layers.kernels.ops import attention as attention_ops
 
 FP64 = torch.float64
@@ -312,7 +321,6 @@ def blank() -> tuple[Tensor, Tensor, Tensor]:
         ((Q, (2, 8, 9, 3, 8), (2, 8, 9, 3, 8)), ["multiple", "query has 4", "key 3"]),
         ((Q, KV, (2, 8, 9, 4, 8)), ["key 2", "value 4"]),
         ((Q, (2, 8, 9, 2, 7), KV), ["key head_dim 7", "8"]),
-        (((0, *Q[1:]), (0, *KV[1:]), (0, *KV[1:])), ["query", "empty", "axis 0"]),
         (((2, 0, *Q[2:]), (2, 0, *KV[2:]), (2, 0, *KV[2:])), ["query", "empty", "axis 1"]),
         ((Q, KV, (2, 8, 9, 2, 0)), ["value", "empty", "axis 4"]),
         (((2, 8, 9), (2, 8, 9), (2, 8, 9)), ["query", "3 axes", "(2, 8, 9)"]),
@@ -479,33 +487,68 @@ def test_everything_runs_without_triton() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("transform", [False, True], ids=["leaf", "func.grad"])
+@pytest.mark.parametrize("asked", ["leaf", "view", "func.grad", "vmap"])
 @pytest.mark.parametrize("form", ["heads", "group", "registers"])
-def test_expanded_heads_that_are_asked_for_get_a_gradient_each(form: str, transform: bool) -> None:
+def test_expanded_heads_that_are_asked_for_get_a_gradient_each(form: str, asked: str) -> None:
     """A gradient of the tensor that was expanded is their sum; one of the expanded tensor tells them apart."""
     torch.manual_seed(0)
     shape = (1, 12, 2, 2, 8) if form == "group" else (1, 12, 4, 8)
     q, base = torch.randn(shape, dtype=torch.float64), torch.randn(1, 12, 1, 8, dtype=torch.float64)
     base = base.unsqueeze(-2).expand(1, 12, 2, 1, 8) if form == "group" else base
-    extra: dict[str, Tensor] = {}
+    inputs = {"key": base.expand(shape), "value": base.expand(shape)}
     if form == "registers":
-        extra = {f"additional_{n}": torch.randn(1, 3, 1, 8, dtype=torch.float64) for n in ("keys", "values")}
+        register = torch.randn(1, 3, 1, 8, dtype=torch.float64)
+        inputs |= {f"additional_{name}": register.expand(-1, -1, 4, -1) for name in ("keys", "values")}
 
-    def gradients(key: Tensor, value: Tensor, **extra: Any) -> tuple[Tensor, ...]:
-        def loss(key: Tensor, value: Tensor) -> Tensor:
-            return neighborhood_attention(q, key, value, (5,), **extra).square().sum()
+    def loss(*tensors: Tensor) -> Tensor:
+        named: Any = dict(zip(inputs, tensors, strict=True))
+        return neighborhood_attention(q, **named, kernel_size=(5,)).square().sum()
 
-        if transform:
-            return torch.func.grad(loss, argnums=(0, 1))(key, value)
-        leaves = key.detach().requires_grad_(), value.detach().requires_grad_()
-        assert leaves[0].stride() == key.stride()
-        return torch.autograd.grad(loss(*leaves), leaves)
+    def mapped(*tensors: Tensor) -> Tensor:
+        return torch.func.vmap(lambda factor: factor * loss(*tensors))(torch.ones(1, dtype=FP64)).sum()
 
-    wide = {name: t.expand(-1, -1, 4, -1) for name, t in extra.items()}
-    expected = gradients(*(base.expand(shape).contiguous() for _ in range(2)), **wide)
-    for ours, theirs in zip(gradients(*(base.expand(shape) for _ in range(2)), **extra), expected, strict=True):
-        torch.testing.assert_close(ours, theirs)
-        assert not torch.allclose(theirs[..., :1, :], theirs)
+    leaves = [t.contiguous().requires_grad_() for t in inputs.values()]
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    expanded, everything = tuple(inputs.values()), tuple(range(len(inputs)))
+    if asked == "func.grad":
+        found = torch.func.grad(loss, everything)(*expanded)
+    elif asked == "vmap":  # inside which a tensor does not tell that it is differentiated
+        found = torch.func.grad(mapped, everything)(*expanded)
+    else:
+        sources = [t.detach().requires_grad_() for t in expanded]
+        tensors = sources if asked == "leaf" else [t.expand(t.shape) for t in sources]
+        assert [t.stride() for t in tensors] == [t.stride() for t in expanded]
+        found = torch.autograd.grad(loss(*tensors), tensors)
+    torch.testing.assert_close(found, expected)
+    assert not torch.allclose(expected[0][..., :1, :], expected[0])
+
+
+def test_a_base_of_expanded_heads_gets_the_sum_of_their_gradients() -> None:
+    q, k = torch.randn(1, 12, 4, 8, dtype=FP64), torch.randn(1, 12, 1, 8, dtype=FP64, requires_grad=True)
+    view = k.expand(-1, -1, 4, -1)
+    of_base, of_view = torch.autograd.grad(attend(q, view, view, kernel_size=5).square().sum(), (k, view))
+    close(of_base, of_view.sum(-2, keepdim=True))
+    close(of_base, torch.autograd.grad(attend(q, k, k, kernel_size=5).square().sum(), k)[0])
+
+
+def test_registers_expanded_over_the_batch_get_a_gradient_for_every_image() -> None:
+    query, key, value = qkv((9,), heads=4)
+    registers = torch.randn(1, 2, 2, 8, dtype=FP64).expand(2, -1, -1, -1)
+    grads = []
+    for r in (registers.detach().requires_grad_(), registers.contiguous().requires_grad_()):
+        for asked in (r, r.view_as(r)):
+            out = attend(query, key, value, kernel_size=(3,), additional_keys=asked, additional_values=asked)
+            grads.append(torch.autograd.grad(out.square().sum(), asked)[0])
+    for grad in grads[1:]:
+        close(grad, grads[0])
+    assert not torch.allclose(grads[0][:1], grads[0])
+
+
+def test_expanded_heads_must_fit_whether_differentiated_or_not() -> None:
+    query, key = torch.zeros(1, 9, 4, 8), torch.zeros(1, 9, 1, 8).expand(-1, -1, 3, -1)
+    for k in (key, key.detach().requires_grad_()):
+        with raises_naming("query has 4", "key 3"):
+            attend(query, k, k, kernel_size=3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -541,3 +584,133 @@ def test_states_without_keys_merge() -> None:
     gradients = torch.autograd.grad(merged.out.sum() + merged.lse.sum(), (out, lse))
     for gradient in gradients:
         torch.testing.assert_close(gradient, torch.ones_like(gradient))
+
+
+# ---- One contract on every path -------------------------------------------------------------------------------------
+
+PATHS = [
+    pytest.param((9,), 4, "eager", id="tiles-1d"),
+    pytest.param((9,), 9, "eager", id="dense"),
+    pytest.param((5, 6), 3, "eager", id="tiles-2d"),
+    pytest.param((3, 2, 3), 2, "eager", id="tiles-3d"),
+    pytest.param((2, 3), 2, "fused", id="fused"),
+]
+
+
+def fp32(*shape: int) -> Tensor:
+    return torch.randn(shape, requires_grad=True)
+
+
+def results(spatial: tuple[int, ...], kernel_size: int, impl: Any, batch: int, heads: int) -> Iterator[Tensor]:
+    """What every operation returns, with and without gradients, registers and sinks, and in the group axis form."""
+    if impl == "fused":
+        pytest.importorskip("triton")
+    query, key, extra = fp32(batch, *spatial, 2 * heads, 8), fp32(batch, *spatial, heads, 8), fp32(1, 2, heads, 8)
+    grouped = query.unflatten(-2, (heads, 2)), key[..., None, :], key[..., None, :]
+    window = (kernel_size,) * len(spatial)
+    registers = {"additional_keys": extra, "additional_values": extra}
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled):
+            every: list[dict[str, Any]] = [{}, {"sink": 0.0}, registers, {"is_causal": True}]
+            for options in every:
+                yield neighborhood_attention(query, key, key, window, impl=impl, **options)
+                yield from neighborhood_attention(query, key, key, window, impl=impl, return_lse=True, **options)
+            state = attention_state(query, key, key, window, impl=impl)
+            yield from (*state, *merge_attention(state, state))
+            yield from neighborhood_attention(*grouped, window, impl=impl, return_lse=True)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize(("spatial", "kernel_size", "impl"), PATHS)
+def test_results_are_contiguous_and_can_be_viewed(
+    spatial: tuple[int, ...], kernel_size: int, impl: str, heads: int
+) -> None:
+    for result in results(spatial, kernel_size, impl, 2, heads):
+        assert result.is_contiguous(), result.stride()
+        result.view(2, -1)
+
+
+@pytest.mark.parametrize(("spatial", "kernel_size", "impl"), PATHS)
+def test_an_empty_batch_gives_empty_results(spatial: tuple[int, ...], kernel_size: int, impl: str) -> None:
+    pairs = zip(results(spatial, kernel_size, impl, 0, 2), results(spatial, kernel_size, "eager", 2, 2), strict=True)
+    for result, of_two in pairs:
+        assert (result.shape, result.dtype) == ((0, *of_two.shape[1:]), of_two.dtype)
+        assert result.is_contiguous()
+        assert result.requires_grad == of_two.requires_grad
+
+
+@pytest.mark.parametrize(("spatial", "kernel_size", "impl"), PATHS)
+def test_an_empty_batch_gives_gradients_of_zero(spatial: tuple[int, ...], kernel_size: int, impl: Any) -> None:
+    """Of what the batch shares too: registers and sinks."""
+    query, key, value = inputs = [fp32(0, *spatial, heads, 8) for heads in (4, 2, 2)]
+    shared = [fp32(1, 3, 2, 8), fp32(1, 3, 2, 8), fp32(4)]
+    named: Any = dict(zip(("additional_keys", "additional_values", "sink"), shared, strict=True))
+    out, lse = neighborhood_attention(query, key, value, kernel_size, return_lse=True, impl=impl, **named)
+    leaves = inputs + shared
+    for gradient, tensor in zip(torch.autograd.grad((out.sum(), lse.sum()), leaves), leaves, strict=True):
+        assert torch.equal(gradient, torch.zeros_like(tensor))
+
+
+def draw_unsupported(kind: str) -> Tensor:
+    dense = torch.randn(2, 9, 4, 8)
+    if kind == "DTensor":
+        tensor = pytest.importorskip("torch.distributed.tensor")
+        with FakeProcessGroup():
+            mesh = init_device_mesh("cpu", (1,))
+            return tensor.DTensor.from_local(dense, mesh, [tensor.Replicate()])
+    return {
+        "nested": lambda: torch.nested.nested_tensor([*dense]),
+        "jagged": lambda: torch.nested.nested_tensor([dense[0], dense[1, :5]], layout=torch.jagged),
+        "sparse": dense.to_sparse,
+    }[kind]()
+
+
+class FakeProcessGroup:
+    """A group of this process alone, in which nothing is sent."""
+
+    def __enter__(self) -> None:
+        torch.distributed.init_process_group("fake", rank=0, world_size=1, store=torch.distributed.HashStore())  # pyright: ignore[reportPrivateImportUsage]
+
+    def __exit__(self, *_: object) -> None:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype:UserWarning")
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("nested", ["nested tensor", "to_padded_tensor"]),
+        ("jagged", ["nested tensor", "to_padded_tensor"]),
+        ("sparse", ["torch.sparse_coo", "to_dense()"]),
+        ("DTensor", ["DTensor", "to_local()"]),
+    ],
+)
+def test_tensors_without_one_dense_form_are_named(kind: str, words: list[str]) -> None:
+    dense, other = torch.randn(2, 9, 4, 8), draw_unsupported(kind)
+    attend(dense, dense, dense)  # a call of the same shape passed the checks before
+    positions = torch.arange(9)[None]
+    with raises_naming("query", *words):
+        attend(other, other, other)
+    with raises_naming("value", *words):
+        attend(dense, dense, other)
+    with raises_naming("additional_keys", *words):
+        attend(dense, dense, dense, additional_keys=other, additional_values=other)
+    with raises_naming("sink", *words):
+        attend(dense, dense, dense, sink=other)
+    with raises_naming("key", *words):
+        cached_attention(dense, other, other, positions, positions)
+    if kind != "DTensor":
+        with raises_naming("out of state 0", *words):
+            merge_attention((other, other, other))
+        with raises_naming("x ", *words):
+            NeighborhoodGQA(8, 2, 3)(other)
+
+
+def test_tensors_of_a_subclass_and_parameters_are_taken() -> None:
+    class Subclass(Tensor):
+        pass
+
+    query, key, value = qkv()
+    expected = attend(query, key, value)
+    assert torch.equal(attend(query.as_subclass(Subclass), key, value).as_subclass(Tensor), expected)
+    assert torch.equal(attend(torch.nn.Parameter(query), key, value), expected)

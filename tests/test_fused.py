@@ -7,14 +7,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import CASES, Case, assert_close, error, make_inputs, oracle, run
+from helpers import CASES, Case, arguments, assert_close, assert_nan_stays, enlarge, error, make_inputs, oracle, run
 from torch import Tensor
 
 from natten_layers import attention_state, merge_attention, neighborhood_attention
 
 pytest.importorskip("triton")
 
-from natten_layers.kernels.host.problem import Inputs, Options, problem_of
+from natten_layers.kernels.host.problem import Inputs, Layout, Options, contiguous, problem_of
+from natten_layers.kernels.portable import backward, forward
 from natten_layers.kernels.portable.fold_registers import fold_registers
 
 ON_GPU = torch.cuda.is_available()
@@ -162,6 +163,55 @@ def test_a_second_launch_folds_registers_into_a_saved_state(registers: int, scal
     assert error(state.lse, expected.lse) < 1e-6
 
 
+EXTREMES = (
+    Case("2d", (5, 6), 3, heads=4),
+    Case("1d-causal-registers", (9,), 4, is_causal=True, heads=4, registers=3),
+    Case("2d-border", (20, 33), (16, 32), heads=2, kv_heads=1, batch=1),
+)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # to -inf, of which a weight is 0
+@pytest.mark.parametrize("exponent", [32, 112])
+@pytest.mark.parametrize("case", EXTREMES, ids=str)
+def test_scores_may_be_as_large_as_fp32_holds(case: Case, exponent: int) -> None:
+    """On a GPU, whose products and sums are rounded once, they have to be scaled apart from 2^30 on."""
+    inputs = enlarge({name: t.detach() for name, t in make_inputs(case, DEVICE).items()}, exponent)
+    expected = oracle(case, {name: t.requires_grad_() for name, t in inputs.items()})
+    with torch.no_grad():
+        out, lse = neighborhood_attention(**arguments(case, inputs), return_lse=True, impl="fused")
+    assert expected.lse.abs().min() > 1e8
+    assert error(out, expected.out) < 1e-6
+    assert error(lse, expected.lse) < 1e-6
+
+
+@pytest.mark.parametrize("scale", [1e-50, 1e-40, 5e-39])
+def test_a_scale_that_fp32_does_not_hold_gives_every_key_the_same_weight(scale: float) -> None:
+    case = Case("tiny", (5, 6), 3, heads=4, kv_heads=2, registers=2, sink="learned", scale=scale)
+    inputs = make_inputs(case, DEVICE)
+    actual, expected = run(case, inputs, "fused").tensors(), oracle(case, inputs).tensors()
+    for name in ("out", "lse", "grad of value", "grad of additional_values", "grad of sink"):
+        assert error(actual[name], expected[name]) < 2e-6, name
+    for name in ("grad of query", "grad of key", "grad of additional_keys"):
+        assert actual[name].abs().max() < 1e-36, name
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+@pytest.mark.parametrize("exponent", [32, 112])
+def test_registers_fold_into_a_state_of_large_scores(exponent: int) -> None:
+    case = Case("fold-large", (7, 9), 3, heads=4, registers=3)
+    tensors = enlarge({name: t.detach() for name, t in make_inputs(case, DEVICE).items()}, exponent)
+    expected = oracle(case, {name: t.requires_grad_() for name, t in tensors.items()})
+    with torch.no_grad():
+        q, k, v, rk, rv = tensors.values()
+        state = attention_state(q, k, v, 3, impl="fused")
+        inputs = Inputs(q, k, v, rk, rv, None)
+        problem = problem_of(inputs, Options(None, (3, 3), (1, 1), (1, 1), (False, False), case.head_dim**-0.5))
+        fold_registers(problem, inputs, case.head_dim**-0.5, *state)
+    assert error(state.lse, expected.lse) < 1e-6
+    # Maxima are saved as natural logarithms and rounded once more: of equal scores one may get all the weight.
+    assert state.out.isfinite().all()
+
+
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's NumPy
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", ["key", "value"])
@@ -176,6 +226,82 @@ def test_what_is_not_finite_stays_in_its_windows(name: str, value: float) -> Non
     seen[0, 3:6, 4:7] = True
     assert not dirty[seen].isfinite().all(-1).any()
     torch.testing.assert_close(dirty[~seen], clean[~seen], rtol=1e-5, atol=1e-6)
+
+
+def test_takes_gradients_whose_last_axis_is_not_contiguous() -> None:
+    case = Case("transposed", (5, 6), 3, heads=4, kv_heads=2, registers=2)
+    inputs = make_inputs(case, DEVICE)
+    out = neighborhood_attention(**arguments(case, inputs), impl="fused")
+    grad = torch.randn(*out.shape[:-2], out.shape[-1], out.shape[-2], device=DEVICE).transpose(-1, -2)
+    assert grad.stride(-1) != 1
+    leaves = tuple(inputs.values())
+    expected = torch.autograd.grad(out, leaves, grad.contiguous(), retain_graph=True)
+    for name, actual, wanted in zip(inputs, torch.autograd.grad(out, leaves, grad), expected, strict=True):
+        assert torch.equal(actual, wanted), name
+
+
+FAR = 2**30 + 8
+"""elements from one token to the next: of three, the last begins where only 64 bits reach"""
+
+
+def far(tensor: Tensor) -> Tensor:
+    """``[1, L, H, D]`` with its tokens far apart. The memory between them is never touched, and so costs nothing."""
+    _, length, heads, dim = tensor.shape
+    storage = torch.empty((length - 1) * FAR + heads * dim, dtype=tensor.dtype, device=tensor.device)
+    return storage.as_strided((1, length, heads, dim), (length * FAR, FAR, dim, 1)).copy_(tensor)
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value", "grad_out", "out"])
+@pytest.mark.parametrize("kernel", ["query", "key"])
+def test_every_tensor_of_a_gradient_decides_how_wide_offsets_are(name: str, kernel: str) -> None:
+    shape = (1, 4, 2, 16)
+    near, away = contiguous(shape), Layout(shape, (4 * FAR, FAR, 16, 1))
+    inputs = Inputs(*(torch.empty(shape) for _ in range(3)), *[None] * 3)
+    problem = problem_of(inputs, Options(None, (3,), (1,), (1,), (False,), 1.0))
+
+    def is_wide(grad_out: Layout) -> bool:
+        plan = backward.key_plan(problem, grad_out) if kernel == "key" else backward.query_plan(problem, grad_out, None)
+        return plan.launch.options["WIDE"]
+
+    assert not is_wide(near)
+    if name == "out":  # nothing but new results is large: an image of 2^30 values of one head
+        shape = (1, 2**20, 1, 2**10)
+        narrow = Layout(shape, (0, 0, 0, 1))
+        problem = problem._replace(query=narrow, key=narrow, value=narrow)
+        away = narrow
+    elif name != "grad_out":
+        problem, away = problem._replace(**{name: away}), near
+    assert is_wide(away)
+    if name != "grad_out":
+        assert forward.plan(problem, True).launch.options["WIDE"]
+
+
+def test_reads_tensors_whose_tokens_lie_far_apart() -> None:
+    """As in a row that attention shares with much else: inputs, and the output's gradient."""
+    draw = torch.Generator().manual_seed(0)
+    q, k, v, grad = (torch.randn(1, 3, 2, 16, generator=draw).half().to(DEVICE) for _ in range(4))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = neighborhood_attention(q, k, v, 2, impl="fused")
+    expected = torch.autograd.grad(out, leaves, grad, retain_graph=True)
+    for actual, wanted in zip(torch.autograd.grad(out, leaves, far(grad)), expected, strict=True):
+        assert torch.equal(actual, wanted)
+    with torch.no_grad():
+        for inputs in ((far(q), k, v), (q, far(k), v), (q, k, far(v))):
+            assert torch.equal(neighborhood_attention(*inputs, 2, impl="fused"), out)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's NumPy
+@pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning")
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("video", (2, 2, 4), (2, 1, 3), 1, 1, (True, False, False)),
+        Case("text", (9,), 3, heads=4, sink="learned", registers=1),
+    ],
+    ids=str,
+)
+def test_nan_reaches_no_other_image_and_no_other_head(case: Case) -> None:
+    assert_nan_stays(case, make_inputs(case, DEVICE))
 
 
 def test_gradients_are_bitwise_reproducible() -> None:

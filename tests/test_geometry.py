@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 from helpers import raises_naming
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,7 +17,6 @@ from natten_layers.geometry import (
     window_bounds,
     window_mask,
 )
-from natten_layers.kernels.portable import primitives
 
 
 def windows(length: int, kernel: int, stride: int = 1, dilation: int = 1, causal: bool = False) -> list[list[int]]:
@@ -159,44 +156,3 @@ def test_bad_windows_name_argument_axis_and_values(arguments: dict, words: list[
 def test_empty_axis_is_named():
     with pytest.raises(ValueError, match="height axis is empty"):
         make_window((3, 0, 4), 1)
-
-
-# --- the same arithmetic on the device
-
-TOKENS = [
-    (i, length, kernel, stride)
-    for length in range(1, 16)
-    for kernel in range(1, length + 1)
-    for stride in range(1, kernel + 1)
-    for i in range(length)
-]
-
-
-@triton.jit
-def bounds_kernel(tokens, results, COUNT: tl.constexpr, CAUSAL: tl.constexpr):
-    """Bounds of the keys that each token sees, and of the queries that see it: rows of ``results [4, COUNT]``."""
-    column = tl.arange(0, COUNT)
-    index, length = tl.load(tokens + column), tl.load(tokens + COUNT + column)
-    kernel, stride = tl.load(tokens + 2 * COUNT + column), tl.load(tokens + 3 * COUNT + column)
-    first_key, last_key = primitives.window_bounds(index, length, kernel, stride, CAUSAL)  # pyright: ignore
-    first_query, last_query = primitives.query_bounds(index, length, kernel, stride, CAUSAL)  # pyright: ignore
-    tl.store(results + column, first_key)
-    tl.store(results + COUNT + column, last_key)
-    tl.store(results + 2 * COUNT + column, first_query)
-    tl.store(results + 3 * COUNT + column, last_query)
-
-
-@pytest.mark.parametrize("causal", [False, True])
-def test_kernels_compute_the_same_bounds(causal: bool) -> None:
-    """For every token of every axis without dilation of up to 15 tokens; the formulas differ in form."""
-    count = triton.next_power_of_2(len(TOKENS))
-    tokens = torch.tensor(TOKENS + [(0, 1, 1, 1)] * (count - len(TOKENS)), dtype=torch.int32).T.contiguous()
-    found = torch.empty_like(tokens)
-    bounds_kernel[(1,)](tokens, found, COUNT=count, CAUSAL=causal)  # pyright: ignore
-    axes: dict[tuple[int, ...], list[int]] = {}
-    for column, (_, *axis) in enumerate(TOKENS):
-        axes.setdefault(tuple(axis), []).append(column)
-    for (length, kernel, stride), columns in axes.items():
-        index = torch.arange(length, dtype=torch.int32)
-        keys, queries = (f(index, length, kernel, stride, causal) for f in (window_bounds, query_bounds))
-        assert torch.equal(found[:, columns], torch.stack((*keys, *queries))), (length, kernel, stride)

@@ -159,16 +159,16 @@ def test_json_of_an_original_model_holds_only_original_keys() -> None:
     ("changes", "message"),
     [
         ({"type": "image_v1"}, r"\[\"type\"\] must be \"image_transformer_v2\", got 'image_v1'"),
-        ({"self_attns": [{"type": "axial"}] * 3}, r"self_attns\"\]\[0\]: unknown attention type 'axial'; known are"),
-        ({"self_attns": [{"type": "global", "heads": 2}] * 3}, r"unknown keys \['heads'\]; known are"),
+        ({"self_attns": [{"type": "axial"}] * 3}, r"self_attns\"\]\[0\]: attention must be one of .* got 'axial'"),
+        ({"self_attns": [{"type": "global", "heads": 2}] * 3}, r"unknown keys 'heads' .*; known are"),
         ({"self_attns": [{"type": "global"}] * 2}, r"\"self_attns\"\] has 2 entries, but \"widths\" has 3"),
         ({"self_attns": [{"type": "shifted-window"}] * 3}, "needs window_size"),
-        ({"widths": None}, r'lacks the key "widths"'),
+        ({"widths": None}, r'"widths"\] must be a list, each entry an int of at least 1, got None'),
         ({"widths": [100, 256, 512]}, "width 100 is not a multiple of d_head 64"),
         ({"self_attns": [{"type": "neighborhood", "kernel_size": 7.5}] * 3}, "kernel_size must be an int .* got 7.5"),
-        ({"depths": [2, -1, 4]}, "depth must be an int of at least 0, got -1"),
-        ({"patch_size": [4]}, r"patch_size must be two positive ints, \(height, width\), got \(4,\)"),
-        ({"mapping_width": 0}, "mapping_width must be an int of at least 2, got 0"),
+        ({"depths": [2, -1, 4]}, r'"depths"\]\[1\] must be an int of at least 0, got -1'),
+        ({"patch_size": [4]}, r'"patch_size"\] must be an int of at least 1 or a list of 2, .* got \[4\]'),
+        ({"mapping_width": 0}, r'"mapping_width"\] must be an int of at least 2, got 0'),
         ({"self_attns": [{"type": "global", "dilation": 2}] * 3}, "dilation 2 applies to neighborhood attention"),
     ],
 )
@@ -329,7 +329,6 @@ def test_parameter_groups() -> None:
     ("options", "message"),
     [
         ({"num_kv_heads": 3}, "level 1: num_heads must be a multiple of num_kv_heads, got 2 and 3"),
-        ({"sink": "one"}, "level 1: sink must be"),
         ({"d_head": 4, "num_kv_heads": 4}, r"level 1: head_dim must be at least 4 \* axes = 8, got 4"),
     ],
 )

@@ -16,7 +16,8 @@ from helpers import error
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from natten_layers import hf
+from natten_layers import RoPE
+from natten_layers.io import hf, tensors
 from natten_layers.modules.llm import DecoderLM, DecoderLMConfig
 
 COMMON: dict[str, Any] = {
@@ -146,6 +147,53 @@ def test_sharded_equals_single(theirs: Any, directory: Path, tmp_path: Path) -> 
     assert all(torch.equal(single[name], sharded[name]) for name in single)
 
 
+TIED = {**COMMON, "model_type": "llama", "tie_word_embeddings": True, "architectures": ["LlamaForCausalLM"]}
+
+
+@pytest.mark.parametrize("stored", ["both", "the projection alone"])
+@torch.no_grad()
+def test_the_files_decide_whether_the_projection_is_the_embedding(
+    stored: str, transformers: Any, tmp_path: Path
+) -> None:
+    DecoderLM(dataclasses.replace(hf.config_from_hf(TIED, DecoderLMConfig), tie_embeddings=False)).save_pretrained(
+        tmp_path
+    )
+    (tmp_path / hf.CONFIG).write_text(json.dumps(TIED))
+    tensors = load_file(tmp_path / hf.WEIGHTS)
+    if stored != "both":
+        del tensors[hf.EMBEDDING]
+    save_file(tensors, tmp_path / hf.WEIGHTS, metadata={"format": "pt"})
+    ours, theirs = (kind.from_pretrained(tmp_path) for kind in (DecoderLM, transformers.AutoModelForCausalLM))
+    ids = tokens(2, 9)
+    assert error(ours(ids), theirs(ids).logits) < 1e-5
+    assert ours.config.tie_embeddings == (ours.lm_head is None) == (stored != "both")
+    ours.save_pretrained(tmp_path / "again")
+    assert error(DecoderLM.from_pretrained(tmp_path / "again")(ids), ours(ids)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"model_type": "gemma3_text", "layer_types": ["full_attention"] * 4},
+        {"model_type": "gemma3_text", "layer_types": ["full_attention"] * 4, "sliding_window": None},
+        {"model_type": "gemma3_text", "layer_types": ["sliding_attention"] * 4, "sliding_window": 5},
+        {"model_type": "llama", "hidden_size": 36, "num_attention_heads": 8},
+        {"model_type": "llama", "rms_norm_eps": 0, "initializer_range": 1, "rope_theta": 10000, "eos_token_id": [1, 2]},
+        {"model_type": "mistral", "sliding_window": None},
+        {"model_type": "qwen3", "use_sliding_window": False},
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_transformers_runs_what_is_saved(raw: dict[str, Any], transformers: Any, tmp_path: Path) -> None:
+    ours = DecoderLM(hf.config_from_hf({**COMMON, **raw}, DecoderLMConfig)).eval()
+    ours.save_pretrained(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = tokens(2, 20)
+    assert error(ours(ids), theirs(ids).logits) < 1e-5
+    assert DecoderLM.from_pretrained(tmp_path).config == ours.config
+
+
 # ---- without transformers ------------------------------------------------------------------------------------------
 
 TINY = DecoderLMConfig(
@@ -187,22 +235,22 @@ def test_dtype_is_the_files_or_the_callers(tmp_path: Path) -> None:
     for dtype, expected in ((None, torch.bfloat16), (torch.float64, torch.float64)):
         model = DecoderLM.from_pretrained(tmp_path, dtype=dtype)
         assert {p.dtype for p in model.parameters()} == {expected}
-        assert model.model.layers[0].self_attn.rope.freqs.dtype == torch.float32
+        assert next(b for n, b in model.named_buffers() if n.endswith("rope.freqs")).dtype == torch.float32
         assert model(tokens(1, 4) % 17).dtype == expected
 
 
 def test_old_and_new_rope_keys_mean_the_same() -> None:
     scaling = {key: value for key, value in LLAMA3.items() if key != "rope_theta"}
     old = {key.replace("rope_type", "type"): value for key, value in scaling.items()}
-    new = hf.config_from_hf({**LLAMA, "rope_parameters": LLAMA3})
-    assert hf.config_from_hf({**LLAMA, "rope_theta": 10000.0, "rope_scaling": scaling}) == new
-    assert hf.config_from_hf({**LLAMA, "rope_theta": 10000.0, "rope_scaling": old}) == new
-    assert hf.config_from_hf({**LLAMA, "rope_theta": 7.0}).rope["rope_theta"] == 7.0
+    new = hf.config_from_hf({**LLAMA, "rope_parameters": LLAMA3}, DecoderLMConfig)
+    assert hf.config_from_hf({**LLAMA, "rope_theta": 10000.0, "rope_scaling": scaling}, DecoderLMConfig) == new
+    assert hf.config_from_hf({**LLAMA, "rope_theta": 10000.0, "rope_scaling": old}, DecoderLMConfig) == new
+    assert hf.config_from_hf({**LLAMA, "rope_theta": 7.0}, DecoderLMConfig).rope["rope_theta"] == 7.0
 
 
 def test_windows_follow_each_family() -> None:
     def windows(**raw: Any) -> tuple[int | None, ...]:
-        return hf.config_from_hf({**LLAMA, **raw}).windows
+        return hf.config_from_hf({**LLAMA, **raw}, DecoderLMConfig).windows
 
     full = (None,) * 8
     assert windows() == full
@@ -233,8 +281,8 @@ def test_windows_follow_each_family() -> None:
         ({"layer_types": ["chunked_attention"] * 8}, "layer_types has"),
         ({"layer_types": ["sliding_attention"] * 8}, "sets no sliding_window"),
         ({"layer_types": ["full_attention"]}, "layer_types has 1 entries for 8 layers"),
-        ({"vocab_size": None}, "has no vocab_size"),
-        ({"num_attention_heads": 2.5}, "num_heads must be an int"),
+        ({"vocab_size": None}, r'config\["vocab_size"\] must be an int'),
+        ({"num_attention_heads": 2.5}, r'config\["num_attention_heads"\] must be an int'),
         ({"model_type": "natten_layers"}, "unknown keys"),
     ],
 )
@@ -255,14 +303,16 @@ def test_files_that_are_refused(tmp_path: Path) -> None:
 
     def refused(changed: dict[str, Tensor]) -> str:
         save_file(changed, weights)
-        with pytest.raises(ValueError, match="do not fit its config") as error:
+        with pytest.raises(ValueError, match="does not fit its config") as error:
             DecoderLM.from_pretrained(tmp_path)
         return str(error.value)
 
     name = "model.layers.1.self_attn.k_proj.weight"
-    assert f"{name} is missing" in refused({n: t for n, t in tensors.items() if n != name})
-    assert "more.weight is not in the model" in refused({**tensors, "more.weight": torch.zeros(1)})
-    assert f"{name} has shape (4, 16), the model's is (16, 16)" in refused({**tensors, name: torch.zeros(4, 16)})
+    assert f'it lacks "{name}"' in refused({n: t for n, t in tensors.items() if n != name})
+    assert 'it has an unknown "more.weight"' in refused({**tensors, "more.weight": torch.zeros(1)})
+    assert f'"{name}" has shape (4, 16), but the config asks for (16, 16)' in refused(
+        {**tensors, name: torch.zeros(4, 16)}
+    )
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
         DecoderLM.from_pretrained(tmp_path)
@@ -277,7 +327,7 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     shards[1].unlink()
     with pytest.raises(FileNotFoundError, match=rf"lacks 1 of the {len(shards)} shards.*{shards[1].name}"):
         DecoderLM.from_pretrained(tmp_path)
-    (tmp_path / hf.INDEX).write_text("[]")
+    (tmp_path / hf.INDEX).write_text("{}")
     with pytest.raises(ValueError, match=r"index\.json is no index"):
         DecoderLM.from_pretrained(tmp_path)
 
@@ -291,8 +341,8 @@ def test_saving_replaces_or_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(hf, "save_file", full_disk)
-        with pytest.raises(OSError, match="No space"):
+        patch.setattr(tensors, "save_file", full_disk)
+        with pytest.raises(OSError, match=r"cannot write .*model\.safetensors: No space"):
             second.save_pretrained(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     second.save_pretrained(tmp_path)
@@ -315,7 +365,7 @@ def test_tied_projection_may_be_stored(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / hf.WEIGHTS)
     inv_freq = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}
-    save_file({**tensors, **inv_freq, "lm_head.weight": torch.zeros(17, 16)}, tmp_path / hf.WEIGHTS)
+    save_file({**tensors, **inv_freq, hf.HEAD: tensors[hf.EMBEDDING].clone()}, tmp_path / hf.WEIGHTS)
     assert DecoderLM.from_pretrained(tmp_path).lm_head is None
 
 
@@ -349,4 +399,49 @@ def test_loading_takes_the_models_own_memory(tmp_path: Path) -> None:
 def test_the_activation_is_what_the_family_reads(family: str, keys: dict[str, str], activation: str) -> None:
     sizes = {"vocab_size": 8, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1}
     raw = {"model_type": family, "num_attention_heads": 2, "num_key_value_heads": 2, **sizes, **keys}
-    assert hf.config_from_hf(raw).activation == activation
+    assert hf.config_from_hf(raw, DecoderLMConfig).activation == activation
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"rope_type": "default"},
+        {"rope_type": "linear", "factor": 3.0},
+        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        | {"original_max_position_embeddings": 8192},
+        {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096},
+        {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False},
+        {
+            "rope_type": "yarn",
+            "factor": 6.5,
+            "original_max_position_embeddings": 4096,
+            "mscale": 0.7,
+            "mscale_all_dim": 1,
+        },
+        {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 32768,
+            "beta_fast": 24,
+            "beta_slow": 2,
+        },
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2},  # both ends of the ramp coincide
+    ],
+    ids=lambda parameters: "-".join(map(str, parameters.values())),
+)
+@pytest.mark.parametrize(("head_dim", "theta"), [(64, 10000.0), (128, 1e6), (80, 150000.0)])
+def test_frequencies_are_those_of_transformers_bit_for_bit(
+    parameters: dict[str, Any], head_dim: int, theta: float, transformers: Any
+) -> None:
+    """The last bit of an fp32 frequency is milliradians at positions of long texts."""
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    config = transformers.LlamaConfig(
+        hidden_size=head_dim,
+        num_attention_heads=1,
+        head_dim=head_dim,
+        rope_parameters={**parameters, "rope_theta": theta},
+    )
+    theirs, ours = LlamaRotaryEmbedding(config), RoPE(head_dim, theta=theta, scaling=parameters)
+    assert torch.equal(ours.freqs, theirs.inv_freq)
+    assert ours.attention_factor == theirs.attention_scaling

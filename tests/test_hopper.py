@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
-from helpers import Case, assert_close, error, make_inputs, oracle, run
+from helpers import Case, assert_close, assert_nan_stays, enlarge, error, make_inputs, oracle, run
 from torch import Tensor
 
 pytest.importorskip("triton.experimental.gluon")
 
-from natten_layers import neighborhood_attention
+from natten_layers import attention_state, neighborhood_attention
 from natten_layers.geometry import make_window, query_bounds, window_bounds
 from natten_layers.kernels import dispatch
 from natten_layers.kernels.dispatch import VARIANTS, Direction, Question, choose, sm90_gap
 from natten_layers.kernels.host import problem as problem_module
-from natten_layers.kernels.host.problem import Inputs, Layout, Options, Problem, problem_of
+from natten_layers.kernels.host.problem import Cotangents, Inputs, Layout, Options, Problem, problem_of
 from natten_layers.kernels.host.tiling import Box, Launch
 from natten_layers.kernels.host.tuned import forget, override
 from natten_layers.kernels.portable import forward
 from natten_layers.kernels.sm90 import large_backward, large_forward, large_tiling
 
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
 HAS_DEVICE = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 needs_device = pytest.mark.skipif(not HAS_DEVICE, reason="compute capability 9.0 only")
 
@@ -40,6 +43,16 @@ CASES = (
          sink="zero"),
     Case("3d-gqa", (10, 17, 19), (6, 10, 12), heads=2, kv_heads=1, head_dim=128, value_dim=128, batch=1),
     Case("3d-causal", (12, 16, 18), (7, 9, 10), 1, 1, (True, False, False), 4, 1, head_dim=128, value_dim=128),
+    Case("1d-wide-causal-gqa-sink", (700,), 300, is_causal=True, heads=8, kv_heads=2, head_dim=256, value_dim=256,
+         sink="learned"),
+    Case("2d-wide-registers", (37, 41), (15, 17), heads=3, kv_heads=3, head_dim=256, value_dim=256, registers=5),
+    Case("3d-wide-padded", (9, 12, 18), (5, 7, 8), heads=2, kv_heads=1, head_dim=192, value_dim=192),
+    Case("1d-values-narrower", (900,), 257, is_causal=True, heads=4, kv_heads=2, head_dim=192, value_dim=128),
+    Case("2d-values-wider", (30, 41), (17, 15), heads=2, kv_heads=2, head_dim=64, value_dim=128),
+    Case("2d-padded-80-sink", (37, 41), 21, heads=4, kv_heads=2, head_dim=80, value_dim=80, sink="zero"),
+    Case("1d-padded-96-gqa", (1000,), 400, is_causal=True, heads=4, kv_heads=1, head_dim=96, value_dim=96),
+    Case("3d-padded-40", (9, 12, 18), (5, 7, 8), heads=2, kv_heads=2, head_dim=40, value_dim=40),
+    Case("2d-narrow", (40, 48), (24, 20), heads=2, kv_heads=2, head_dim=32, value_dim=32),
 )  # fmt: skip
 
 
@@ -168,6 +181,117 @@ def test_nan_and_inf_reach_only_the_queries_that_see_them() -> None:
     assert error(ours.nan_to_num(), expected.nan_to_num()) < 4e-3
 
 
+VIDEOS = (
+    Case("causal", (6, 12, 12), (6, 9, 9), is_causal=True, head_dim=128, value_dim=128, batch=3),
+    Case("gqa-sink", (10, 17, 19), (6, 10, 12), heads=4, kv_heads=2, head_dim=128, value_dim=128, batch=3,
+         sink="learned"),
+    Case("odd", (9, 16, 18), (5, 9, 10), 1, 1, (False, True, False), head_dim=64, value_dim=64, batch=2),
+    Case("image", (40, 48), (24, 32), head_dim=64, value_dim=64),
+)  # fmt: skip
+
+
+@pytest.mark.gpu
+@needs_device
+@pytest.mark.usefixtures("wherever_possible")
+@pytest.mark.parametrize("case", VIDEOS, ids=str)
+def test_nan_reaches_no_other_image_and_no_other_head(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batch and t are one axis to TMA: behind a video's last frame comes the first one of the next."""
+    case = replace(case, dtype=torch.bfloat16)
+    taken: list[Launch] = []
+    compute = large_backward.key_gradients
+    monkeypatch.setattr(large_backward, "key_gradients", lambda *args: taken.append(args[0]) or compute(*args))
+    assert_nan_stays(case, make_inputs(case, "cuda"))
+    assert taken
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_chunks_of_a_batch_end_with_the_last_frame(causal: bool) -> None:
+    """And those of one video need not, which may leave better ones."""
+    reached = []
+    for frames, window in ((6, 6), (6, 3), (9, 5), (10, 6), (12, 7)):
+        axes = tuple(zip((frames, 12, 18), (window, 9, 9), (1, 1, 1), (causal, False, True), strict=True))
+        for rows, columns, bounds, alignment in ((128, 128, window_bounds, 1), (128, 64, query_bounds, 4)):
+            for batch in (1, 3):
+                tile, chunk = large_tiling.best_boxes(axes, rows, columns, bounds, alignment, batch)
+                ends = []
+                for origin in range(0, frames, tile[0]):
+                    own = torch.arange(origin, min(origin + tile[0], frames))
+                    low, high = bounds(own, frames, window, 1, causal)
+                    count = -(-(int(high.max()) - int(low.min()) + 1) // chunk[0])
+                    ends.append(int(low.min()) + count * chunk[0])
+                assert batch == 1 or max(ends) <= frames, (axes, tile, chunk)
+                reached.append(max(ends) > frames)
+    assert any(reached)
+
+
+@pytest.mark.gpu
+@needs_device
+@pytest.mark.parametrize("sink", ["none", "zero"])
+@pytest.mark.parametrize("exponent", [32, 40, 112])
+@pytest.mark.parametrize("case", [CASES[1], CASES[4], CASES[7]], ids=str)
+def test_scores_may_be_as_large_as_fp32_holds(case: Case, exponent: int, sink: Literal["none", "zero"]) -> None:
+    case = replace(case, dtype=torch.bfloat16, sink=sink)
+    inputs = enlarge({name: t.detach() for name, t in make_inputs(case, "cuda").items()}, exponent)
+    problem, arguments = call_of(case, inputs)
+    assert_oracle(
+        case,
+        {name: t.clone().requires_grad_() for name, t in inputs.items()},
+        large_forward.forward(large_tiling.launch_of(problem), *arguments),
+    )
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's NumPy
+@pytest.mark.parametrize("with_state", [False, True])
+def test_tiles_that_are_marked_are_computed_once_more(with_state: bool) -> None:
+    """Those and no others, by more than one program that looks at marks; a NaN stays in its windows."""
+    case = Case("marked", (300,), 20, heads=4, head_dim=64, value_dim=64, sink="learned", batch=1, dtype=torch.float16)
+    tensors = {name: t.detach() for name, t in make_inputs(case, DEVICE).items()}
+    tensors["value"][0, 40, 1, 7] = float("nan")
+    problem, (_, inputs, options, _) = call_of(case, tensors)
+    launch = Launch((1, 1, 8), (1, 1, 16), pack=2, num_warps=4, stages=1)
+    blocks, programs = 2, problem.programs(launch)
+    assert programs == 38 * blocks
+    assert programs > large_forward.FLAGS.value
+    marked = [0, 9, 11, 63, 64, 74, 75]  # tiles times blocks of heads; the last tile is cut
+    broken = torch.zeros(programs + 1, dtype=torch.int32, device=DEVICE)
+    broken[[*marked, programs]] = 1  # behind the marks is a count of tiles
+    expected = attention_state(inputs.query, inputs.key, inputs.value, 20, sink=inputs.sink, impl="fused")
+    expected = expected.out, expected.row_max, expected.row_sum
+    untouched = -3.0
+    results = [torch.full_like(x, untouched) for x in expected]
+    state = results[1:] if with_state else (None, None)
+    large_forward.repair(launch, problem, inputs, options, broken, (results[0], state[0], state[1]))
+    rows = torch.zeros(1, 300, 4, dtype=torch.bool, device=DEVICE)
+    for i in marked:
+        first, head = i // blocks * 8, i % blocks * 2
+        rows[:, first : first + 8, head : head + 2] = True
+    for found, wanted in zip(results[: 3 if with_state else 1], expected, strict=False):
+        assert (found[~rows] == untouched).all()
+        torch.testing.assert_close(found[rows], wanted[rows], rtol=1e-3, atol=1e-3, equal_nan=True)
+    assert results[0][rows].isnan().any()
+
+
+@pytest.mark.parametrize("with_grad_lse", [False, True])
+def test_statistics_of_the_backward_pass_are_what_they_are_called(with_grad_lse: bool) -> None:
+    case = Case("statistics", (3, 5, 9), 3, heads=3, kv_heads=1, head_dim=64, value_dim=64, dtype=torch.float16)
+    tensors = {name: t.detach() for name, t in make_inputs(case, DEVICE).items()}
+    problem, _ = call_of(case, tensors)
+    draw = torch.Generator().manual_seed(2)
+    out, wide = (torch.randn(2, 3, 5, 9, n, 64, generator=draw).half().to(DEVICE) for n in (3, 5))
+    grad_out = wide[..., 1:4, :]  # a view, as of a wider tensor
+    row_max, row_sum, grad_lse = torch.rand(3, 2, 3, 5, 9, 3, generator=draw).to(DEVICE) + 0.5
+    grad_lse = grad_lse.transpose(1, 2).contiguous().transpose(1, 2) if with_grad_lse else None
+    statistics, delta = large_backward.statistics_of(problem, Cotangents(out, row_max, row_sum, grad_out, grad_lse))
+    expected = (out.double() * grad_out.double()).sum(-1) - (0 if grad_lse is None else grad_lse.double())
+    assert error(delta, expected) < 1e-6
+    lines = [x.permute(4, 0, 1, 2, 3).reshape(3, 6, 5, 9) for x in (row_max + row_sum.log(), expected)]
+    assert error(statistics.lse[..., :9] * math.log(2), lines[0]) < 1e-6
+    assert error(statistics.delta[..., :9], lines[1]) < 1e-6
+    assert statistics.lse.stride(-2) % large_tiling.ALIGNMENT == 0
+    portable = large_backward.lined_up(problem, row_max, delta)
+    assert torch.equal(portable.delta[..., :9], statistics.delta[..., :9])
+
+
 @pytest.mark.gpu
 @needs_device
 def test_a_call_takes_it_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,7 +368,7 @@ def test_large_is_what_the_keys_of_a_window_take(
         {"capability": (12, 0)},
         {"device": torch.device("cpu")},
         {"key": Layout((1, 8192, 2, 128), (8192 * 257, 257, 128, 1))},
-        {"value": Layout((1, 8192, 2, 64), (8192 * 128, 128, 64, 1))},
+        {"query": Layout((1, 8192, 8, 264), (8192 * 8 * 264, 8 * 264, 264, 1))},  # more channels than registers hold
     ],
     ids=str,
 )

@@ -12,7 +12,7 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
-from helpers import Case, assert_close, error, make_inputs, oracle, run
+from helpers import Case, assert_close, assert_nan_stays, enlarge, error, make_inputs, oracle, run
 from hypothesis import given, settings
 from test_hopper import assert_oracle, call_of, needs_device, planned, problem_of_text
 from torch import Tensor
@@ -56,6 +56,11 @@ CASES = (
     Case("1d-too-many-scores-for-gradients", (700,), 256, is_causal=True, heads=8, kv_heads=2, head_dim=64,
          value_dim=64, sink="learned"),
     Case("2d-too-many-scores-for-gradients", (21, 40), 13, heads=6, kv_heads=3, head_dim=64, value_dim=64),
+    Case("2d-padded-40", (32, 40), 7, heads=4, kv_heads=4, head_dim=40, value_dim=40),
+    Case("2d-narrow-gqa-sink", (28, 41), 7, heads=8, kv_heads=2, head_dim=32, value_dim=32, sink="zero"),
+    Case("3d-padded-24", (8, 12, 18), 3, heads=4, kv_heads=4, head_dim=24, value_dim=24),
+    Case("1d-padded-96-registers", (1000,), 128, is_causal=True, heads=8, kv_heads=2, head_dim=96, value_dim=96,
+         registers=5, sink="learned"),
     Case("1d-even-window", (333,), 32, heads=4, kv_heads=4, head_dim=64, value_dim=64, sink="zero"),
     Case("1d-even-window-gqa", (333,), 64, heads=8, kv_heads=2, head_dim=64, value_dim=64),
     Case("3d", (8, 12, 18), 3, heads=4, kv_heads=4, head_dim=64, value_dim=64),
@@ -145,6 +150,39 @@ def test_gradients_match_the_oracle(case: Case, monkeypatch: pytest.MonkeyPatch)
     assert_close(case, first, oracle(case, leaves), run(case, leaves, "eager"))
     for name, tensor in first.tensors().items():
         assert torch.equal(tensor, second.tensors()[name]), name
+
+
+@pytest.mark.gpu
+@needs_device
+@pytest.mark.usefixtures("wherever_possible")
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(case for case in CASES if len(case.spatial) == 3 or case.registers),
+        Case("3d-gqa", (16, 12, 12), 3, heads=8, kv_heads=2, head_dim=64, value_dim=64, batch=3),
+        Case("3d-thin", (6, 16, 20), (1, 5, 5), heads=4, kv_heads=2, head_dim=64, value_dim=64, sink="zero"),
+        Case("3d-causal", (4, 12, 12), (2, 3, 3), 1, 1, True, 4, 1, head_dim=64, value_dim=64, batch=3),
+    ],
+    ids=str,
+)
+def test_nan_reaches_no_other_image_and_no_other_head(case: Case) -> None:
+    case = replace(case, dtype=torch.bfloat16)
+    assert_nan_stays(case, make_inputs(case, "cuda"))
+
+
+@pytest.mark.gpu
+@needs_device
+@each_kernel
+@pytest.mark.parametrize("exponent", [32, 40, 112])
+@pytest.mark.parametrize("case", [CASES[2], CASES[5], CASES[6], CASES[9]], ids=str)
+def test_scores_may_be_as_large_as_fp32_holds(case: Case, exponent: int, module: ModuleType, find: Find) -> None:
+    case = replace(case, dtype=torch.bfloat16)
+    inputs = enlarge({name: t.detach() for name, t in make_inputs(case, "cuda").items()}, exponent)
+    problem, arguments = call_of(case, inputs)
+    launch = find(problem)
+    assert launch is not None
+    leaves = {name: t.clone().requires_grad_() for name, t in inputs.items()}
+    assert_oracle(case, leaves, module.forward(launch, *arguments))
 
 
 @pytest.mark.gpu
@@ -458,6 +496,9 @@ def test_parts_cover_what_a_tile_sees(problem: Problem) -> None:
             last = (first + launch.tile[axis] - 1).clamp(max=length - 1)
             corner, _ = bounds(first, length, kernel, stride, causal)
             _, end = bounds(last, length, kernel, stride, causal)
+            if axis == 0:  # as the kernels have it: behind the last frame comes the next image of the batch
+                corner = corner.clamp(max=length - covered).clamp(min=0)
+                assert int(corner.max()) + covered <= length
             assert int((end - corner).max()) < covered
 
 

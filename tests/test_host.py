@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import raises_naming
+from helpers import error, raises_naming
 from torch import Tensor
 
 from natten_layers import arguments, neighborhood_attention
@@ -67,14 +68,6 @@ def test_equal_shapes_of_other_strides_are_checked() -> None:
         neighborhood_attention(q, one.contiguous(), one.contiguous(), 3, **extras)
 
 
-def test_heads_that_get_a_gradient_each_are_checked_though_one_head_has_passed() -> None:
-    q, three = draw(), draw(1).expand(-1, -1, 3, -1)
-    neighborhood_attention(q, three, three, 3)
-    leaf = three.detach().requires_grad_()
-    with raises_naming("multiple of KV heads", "4", "3"):
-        neighborhood_attention(q, leaf, leaf, 3)
-
-
 def test_other_dtypes_shapes_and_axes_are_checked() -> None:
     q = draw()
     neighborhood_attention(q, q, q, 3)
@@ -97,6 +90,44 @@ def test_lists_are_taken_and_what_is_kept_is_bounded(accepted: dict[Any, Any], m
     for kernel_size in range(4, 12):
         neighborhood_attention(q, q, q, kernel_size)
         assert len(accepted) <= 3
+
+
+@pytest.fixture
+def default_precision() -> Iterator[None]:
+    """torch's switches as if nobody had set any, before the test and after it."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "none"
+    yield
+    torch.set_float32_matmul_precision("highest")  # what the old switch tells must fit to the new one
+    matmul.fp32_precision = before
+
+
+@pytest.mark.usefixtures("default_precision")
+def test_products_of_fp32_follow_the_switches_of_torch() -> None:
+    problem = pytest.importorskip("natten_layers.kernels.host.problem")
+    matmul = torch.backends.cuda.matmul
+    assert problem.precision(torch.float32) == "tf32x3"
+    assert problem.precision(torch.bfloat16) == "ieee"
+    for asked in ("tf32", "ieee"):  # the new switch: the old getter raises after it
+        matmul.fp32_precision = asked
+        assert problem.precision(torch.float32) == asked
+    matmul.fp32_precision = "none"
+    for allowed, expected in ((True, "tf32"), (False, "ieee")):
+        matmul.allow_tf32 = allowed
+        assert problem.precision(torch.float32) == expected
+    for asked, expected in (("high", "tf32"), ("highest", "ieee"), ("medium", "tf32")):
+        torch.set_float32_matmul_precision(asked)
+        assert problem.precision(torch.float32) == expected
+
+
+@pytest.mark.usefixtures("default_precision")
+def test_calls_follow_the_new_switch_of_precision() -> None:
+    pytest.importorskip("triton")
+    q = torch.randn(1, 9, 2, 16, device="cuda" if torch.cuda.is_available() else "cpu")
+    expected = neighborhood_attention(q, q, q, 3, impl="eager")
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    assert error(neighborhood_attention(q, q, q, 3, impl="fused"), expected) < 2e-3
 
 
 def test_kept_kernels_are_those_that_triton_chooses() -> None:

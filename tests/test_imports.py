@@ -16,7 +16,7 @@ import natten_layers
 
 ROOT = Path(natten_layers.__file__).parent
 RANKS = (
-    {"files", "geometry", "kernels"},  # the last one is empty
+    {"io", "geometry", "kernels"},  # the last one is empty
     {"kernels.host"},
     {"kernels.portable"},
     {"kernels.sm90"},
@@ -27,8 +27,6 @@ RANKS = (
     {"arguments"},
     {"functional"},
     {"cached", "explanation", "tune"},
-    {"checkpoints", "modules.llm_config"},
-    {"hf"},
     {"modules"},
     {"convert", "integrations"},
     {""},  # the package itself, which gathers the public names

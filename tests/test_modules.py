@@ -15,7 +15,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import natten_layers
-from natten_layers import NeighborhoodGQA, neighborhood_attention
+from natten_layers import (
+    DecoderLM,
+    DecoderLMConfig,
+    Denoiser,
+    HDiT,
+    HDiTConfig,
+    LevelConfig,
+    NeighborhoodGQA,
+    neighborhood_attention,
+)
 from natten_layers.arguments import Call
 from natten_layers.geometry import make_window, window_mask
 from natten_layers.modules import GEGLU, AdaRMSNorm, AxialRoPE, RMSNorm, RoPE, attention, make_axial_pos
@@ -434,6 +443,57 @@ def test_gqa_repr_names_what_was_chosen() -> None:
 def test_gqa_errors(make, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("result", [lambda q, k: q, lambda q, k: (q, k, q), lambda q, k: (q, k.mT), lambda q, k: None])
+def test_a_rope_that_does_not_return_query_and_key_is_named(result: Callable[[Tensor, Tensor], object]) -> None:
+    class Turn(nn.Module):
+        def forward(self, query: Tensor, key: Tensor, positions: Tensor | None) -> object:
+            return result(query, key)
+
+    layer = NeighborhoodGQA(16, 4, 3, num_kv_heads=2, rope=Turn())
+    # Two images: a single tensor of them could be taken for the pair.
+    with pytest.raises(ValueError, match=r"Turn as rope must return query and key rotated, .*\(2, 5, 4, 4\)"):
+        layer(torch.randn(2, 5, 16))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rope": AxialRoPE(8, 4, num_kv_heads=2)},
+        {"num_registers": 2, "registers_attend": True, "sink": "learned", "qk_norm": "rms"},
+        {"qk_norm": "cosine"},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_an_empty_batch_passes_through(options: dict[str, Any]) -> None:
+    layer, x = NeighborhoodGQA(32, 4, 3, num_kv_heads=2, **options), torch.randn(0, 4, 5, 32, requires_grad=True)
+    out = layer(x)
+    out, *registers = out if isinstance(out, tuple) else (out,)
+    assert out.shape == x.shape
+    assert [r.shape for r in registers] == [(0, 2, 32)] * ("num_registers" in options)
+    torch.autograd.backward([t.sum() for t in (out, *registers)])
+    assert not any(p.grad.any() for p in layer.parameters() if p.grad is not None)
+    assert x.grad is not None
+    assert layer.qkv.weight.grad is not None
+
+
+def test_an_empty_batch_passes_through_models() -> None:
+    levels = (LevelConfig(1, 16, "neighborhood", d_head=8, kernel_size=3), LevelConfig(1, 16, "global", d_head=8))
+    images = torch.randn(0, 3, 8, 8, requires_grad=True)
+    for denoise in (model := HDiT(HDiTConfig(levels, patch_size=(2, 2), mapping_width=8)), Denoiser(model)):
+        denoise(images, torch.ones(0)).sum().backward()
+        assert images.grad is not None
+    config = DecoderLMConfig(
+        vocab_size=31, hidden_size=24, intermediate_size=20, num_layers=2, num_heads=2, windows=(3, None)
+    )
+    lm, ids = DecoderLM(config), torch.zeros(0, 5, dtype=torch.long)
+    mask = torch.ones_like(ids)
+    lm(ids).sum().backward()
+    with torch.no_grad():
+        cache = lm.make_cache(0)
+        assert lm(ids, attention_mask=mask, cache=cache).shape == lm(ids, cache=cache).shape == (0, 5, 31)
+        assert lm.generate(ids, max_new_tokens=2, attention_mask=mask).shape[0] == 0
 
 
 # --- NATTEN's names

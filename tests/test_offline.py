@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from math import ceil, prod
 from pathlib import Path
+from typing import get_args
 
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from natten_layers import neighborhood_attention
+from natten_layers.kernels.host.problem import in_units, stride_unit
 from natten_layers.kernels.host.tiling import (
     Kind,
     ProblemClass,
     Room,
+    best_boxes,
+    column_parts,
     fit,
+    packed_heads,
     register_block,
     register_memory,
     register_tile,
+    room,
+    rule,
     shared_memory,
 )
 from natten_layers.kernels.ops.attention import compiler_gap
@@ -49,6 +62,57 @@ HOPPER_KERNELS = (
 )
 
 
+FENCES = {
+    "hopper_kernel": 2,  # one a group of warps, which hand buffers back to TMA
+    "hopper_query_kernel": 2,
+    "hopper_key_kernel": 2,
+    "hopper_small_kernel": 1,
+    "hopper_small_query_kernel": 1,
+    "hopper_small_key_kernel": 1,
+    "hopper_strip_kernel": 1,  # and one more where it turns queries and keys, which tensor cores read then
+}
+"""Proxy fences of a kernel. None comes from the compiler: behind what threads write to shared memory, and before what
+reads or overwrites it by another way (TMA, tensor cores), there must be one in the source."""
+
+
+def unfenced_copies(ptx: str) -> list[str]:
+    """Copies from shared to global memory by TMA without both a proxy fence and, behind it, a barrier of all threads
+    since the last write of threads to shared memory. Without the fence, TMA may read what was there before; without
+    the barrier, so it may with what other threads wrote than the one that starts the copy.
+    """
+    unfenced, fenced, ready = [], False, False
+    for line in ptx.splitlines():
+        if re.search(r"\b(st\.shared|stmatrix)", line):
+            fenced = ready = False
+        elif "fence.proxy.async" in line:
+            fenced = True
+        elif re.search(r"\b(bar|barrier)\.(cta\.)?sync", line):
+            ready = fenced
+        elif re.search(r"cp\.async\.bulk\.tensor\.\dd\.global\.shared::cta", line) and not ready:
+            unfenced.append(line.strip())
+    return unfenced
+
+
+@pytest.mark.parametrize(
+    ("lines", "count"),
+    [
+        (["write", "fence", "barrier", "copy", "copy"], 0),
+        (["write", "barrier", "write", "fence", "copy", "barrier", "copy"], 1),
+        (["write", "barrier", "fence", "copy"], 1),
+        (["write", "barrier", "copy"], 1),
+        (["write", "fence", "barrier", "write", "copy"], 1),
+    ],
+)
+def test_copies_without_a_fence_are_found(lines: list[str], count: int) -> None:
+    words = {
+        "write": "\tstmatrix.sync.aligned.m8n8.x4.shared.b16 [%r1+32768], {%r2, %r3, %r4, %r5};",
+        "fence": "\tfence.proxy.async.shared::cta;",
+        "barrier": "\tbar.sync \t0;",
+        "copy": "\t@%p8 cp.async.bulk.tensor.5d.global.shared::cta.bulk_group [%rd1, {%r1, %r2, %r3, %r4, %r5}], [%r6];",  # noqa: E501,
+    }
+    assert len(unfenced_copies("\n".join(words[line] for line in lines))) == count
+
+
 @pytest.mark.parametrize("capability", [80, 86, 90, 100])
 def test_kernels_compile(capability: int, tmp_path: Path) -> None:
     if (reason := compiler_gap((capability // 10, capability % 10), triton.__version__)) is not None:
@@ -61,8 +125,22 @@ def test_kernels_compile(capability: int, tmp_path: Path) -> None:
     compiled = done.stdout.split()
     own = HOPPER_KERNELS if capability == 90 and gluon_gap() is None else ()
     assert set(compiled) == {*KERNELS, *own}
-    assert compiled.count("forward_kernel") == 4
+    assert compiled.count("forward_kernel") == (5 if capability == 90 else 4)
     assert compiled.count("hopper_strip_kernel") == (5 if own else 0)  # two of them normalise and rotate
+    if own:
+        check_fences(tmp_path)
+
+
+def check_fences(cache: Path) -> None:
+    """Of the kernels that were compiled into a folder of Triton's."""
+    found: dict[str, list[int]] = {}
+    for file in cache.rglob("hopper_*.ptx"):
+        ptx = file.read_text()
+        assert unfenced_copies(ptx) == [], file.stem
+        found.setdefault(file.stem, []).append(ptx.count("fence.proxy.async"))
+        assert ("global.shared::cta" in ptx) == ("small" in file.stem or "strip" in file.stem), file.stem
+    assert {name: min(counts) for name, counts in found.items()} == FENCES
+    assert sorted(found["hopper_strip_kernel"]) == [1, 1, 1, 2, 2]
 
 
 def test_blackwell_needs_a_triton_that_compiles_for_it() -> None:
@@ -110,6 +188,25 @@ def test_shared_memory_is_not_less_than_compiled_kernels_take(
     assert taken <= found < 1.5 * taken
 
 
+@pytest.mark.parametrize(
+    ("kind", "rows", "keys", "stages", "width", "taken"),
+    [
+        ("forward", 128, 128, 3, 128, 262144),
+        ("forward", 64, 32, 2, 256, 131072),
+        ("forward", 16, 16, 2, 512, 98304),
+        ("backward_query", 64, 32, 2, 256, 196608),
+        ("backward_query", 16, 16, 2, 512, 131072),
+    ],
+)
+def test_tiles_of_fp32_are_counted_twice(kind: Kind, rows: int, keys: int, stages: int, width: int, taken: int) -> None:
+    """As Triton 3.7 compiled them for compute capability 9.0, each product as three in TF32."""
+    problem = ProblemClass("stub", 227 * 1024, (1, 1, 2048), (1, 1, 1024), 4, width // 2, width // 2, 4)
+    space = room(problem)
+    assert space.width == width
+    assert taken <= shared_memory(kind, rows, keys, stages, space) < 1.1 * taken
+    assert room(problem._replace(element_size=2)).copies == 1
+
+
 @pytest.mark.parametrize("limit", [64 * 1024, 99 * 1024, 163 * 1024, 227 * 1024])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("element_size", [2, 4])
@@ -118,7 +215,88 @@ def test_gradients_of_registers_fit_into_shared_memory(limit: int, head_dim: int
     registers, rows = register_block(problem, register_tile(problem, 100))
     assert registers >= 16
     assert rows >= 16
-    width = head_dim * element_size // 2
-    assert register_memory(registers, rows, width) <= max(limit, register_memory(16, 16, width))
+    width, copies = head_dim * element_size // 2, room(problem).copies
+    assert register_memory(registers, rows, width, copies) <= max(limit, register_memory(16, 16, width, copies))
     assert register_block(problem, 16)[0] == 16
     assert register_memory(64, 64, 256) >= 263168  # what ptxas asked for, for an H100
+    assert register_memory(64, 16, 512, copies=2) >= 360704
+
+
+LIMITS = (99 * 1024, 163 * 1024, 227 * 1024)
+
+
+@st.composite
+def problem_classes(draw: st.DrawFn) -> ProblemClass:
+    """Any that the kernels take."""
+    rank = draw(st.integers(1, 3))
+    lengths = [1] * (3 - rank) + draw(st.lists(st.integers(1, 500), min_size=rank, max_size=rank))
+    t, h, w = ((n, draw(st.integers(1, n))) for n in lengths)
+    head_dim, value_dim = (8 * draw(st.integers(1, 32)) for _ in range(2))
+    group, limit = draw(st.integers(1, 64)), draw(st.sampled_from(LIMITS))
+    axes = (t[0], h[0], w[0]), (t[1], h[1], w[1])
+    return ProblemClass("stub", limit, *axes, group, head_dim, value_dim, draw(st.sampled_from((2, 4))))
+
+
+@given(problem=problem_classes(), kind=st.sampled_from(get_args(Kind)))
+def test_rule_serves_every_problem(problem: ProblemClass, kind: Kind) -> None:
+    launch = rule(kind, problem)
+    rows, keys = prod(launch.tile) * launch.pack, prod(launch.chunk)
+    space = room(problem)
+    least = shared_memory(kind, 16, 16, 1, space)
+    assert shared_memory(kind, rows, keys, launch.stages, space) <= max(problem.shared_memory, least)
+    assert min(rows, keys) >= 16
+    assert all(side & (side - 1) == 0 for side in (*launch.tile, *launch.chunk, launch.pack, launch.num_warps))
+    # Accumulators of the wider tensor, and of both where there are two: 255 registers a thread hold no more.
+    tensors = 2 if kind == "backward_key" else 1
+    columns = space.width // max(1, problem.element_size // 2)
+    assert rows * columns * tensors <= 160 * 32 * launch.num_warps
+    if kind == "backward_key":
+        assert launch.pack == 1
+    else:
+        assert ceil(problem.group / launch.pack) * launch.pack <= problem.group * 8 / 7
+
+
+@given(head_dim=st.integers(1, 32).map(lambda n: 8 * n))
+def test_columns_come_in_parts_that_hold_them(head_dim: int) -> None:
+    parts = column_parts(head_dim)
+    assert len(parts) <= 2
+    assert all(part >= 16 and part & (part - 1) == 0 for part in parts)
+    assert sum(parts[:-1]) < head_dim <= sum(parts)
+    assert sum(parts) <= max(16, 2 * head_dim - 8)
+
+
+def test_columns_by_hand() -> None:
+    dims = (8, 32, 40, 64, 72, 80, 88, 96, 112, 128, 160, 192, 256)
+    parts = [(16,), (32,), (32, 16), (64,), (64, 16), (64, 16), (64, 32), (64, 32), (128,), (128,)]
+    assert [column_parts(dim) for dim in dims] == [*parts, (128, 32), (128, 64), (256,)]
+
+
+def test_packed_heads_leave_few_rows_idle() -> None:
+    groups = (1, 2, 3, 4, 5, 6, 7, 8, 12, 14, 16, 24, 64)
+    assert [packed_heads(group, 64) for group in groups] == [1, 2, 1, 4, 1, 2, 8, 8, 4, 16, 16, 8, 16]
+    assert packed_heads(16, 4) == 4
+
+
+def test_boxes_waste_no_rows_on_a_short_axis() -> None:
+    """A tile 32 long on an axis of 24 sees least, but a quarter of its rows is idle."""
+    tile, _ = best_boxes(128, 64, (24, 68, 80), (11, 11, 11))
+    assert tile[0] <= 8
+
+
+def test_strides_are_counted_in_units_that_divide_all_of_them() -> None:
+    assert stride_unit([(40, 0, 80), (72,)]) == 8
+    assert stride_unit([(40, 80), (36,)]) == 1
+    assert in_units([(40, 0, 80), (72,)], 8) == ((5, 0, 10), (9,))
+
+
+@pytest.mark.parametrize("room_after", [0, 3])
+def test_heads_may_lie_anywhere(room_after: int) -> None:
+    """With strides that 8 divides, and with others."""
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randn(3, 1, 5, 6, 2, 40 + room_after, generator=generator)
+    query, key, value = whole[..., :40].requires_grad_()
+    out = neighborhood_attention(query, key, value, 3, impl="fused")
+    expected = neighborhood_attention(query, key, value, 3, impl="eager")
+    torch.testing.assert_close(out, expected)
+    gradients = (torch.autograd.grad(x.square().sum(), (query, key, value)) for x in (out, expected))
+    torch.testing.assert_close(*gradients)

@@ -17,7 +17,12 @@ DOCS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md
 PAGES = ("README.md", "CONTRIBUTING.md", "benchmarks/README.md", *DOCS)
 NOT_RUN = "<!-- not run -->\n"
 BLOCK = re.compile(rf"({re.escape(NOT_RUN)})?^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
-PUBLIC_MODULES = ("natten_layers.convert", "natten_layers.tune", "natten_layers.integrations.transformers")
+PUBLIC_MODULES = (
+    "natten_layers.convert",
+    "natten_layers.tune",
+    "natten_layers.integrations.diffusers",
+    "natten_layers.integrations.transformers",
+)
 
 
 def blocks(page: str) -> list[str]:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -141,22 +142,45 @@ def test_the_file_keeps_other_problems(cache: Path) -> None:
         assert tuned.launch_for("forward", PROBLEM).pack == 1
 
 
-@pytest.mark.parametrize(
-    "damage", ["{", '{"format": 2, "launches": []}', '{"format": 1}', "tile", "pack", "stages", "[" * 10**5]
-)
+DAMAGE: dict[str, Callable[[dict[str, Any]], object]] = {
+    "a tile of three": lambda entry: entry["launch"].update(tile=[1, 3, 4]),
+    "a tile of text": lambda entry: entry["launch"].update(tile="124"),
+    "two sides": lambda entry: entry["launch"].update(tile=[4, 4]),
+    "a huge pack": lambda entry: entry["launch"].update(pack=4096),
+    "stages of text": lambda entry: entry["launch"].update(stages="x"),
+    "stages true": lambda entry: entry["launch"].update(stages=True),
+    "registers of text": lambda entry: entry["launch"].update(max_registers="96"),
+    "a mask of text": lambda entry: entry["launch"].update(skip_mask="no"),
+    "an unknown option": lambda entry: entry["launch"].update(cluster=2),
+    "no pack": lambda entry: entry["launch"].pop("pack"),
+    "a launch that is a list": lambda entry: entry.update(launch=[1]),
+    "no launch": lambda entry: entry.pop("launch"),
+    "a problem that is null": lambda entry: entry.update(problem=None),
+    "lengths of text": lambda entry: entry["problem"].update(lengths=["1", 2, 3]),
+    "nested lengths": lambda entry: entry["problem"].update(lengths=[[1], 2, 3]),
+    "an unknown kernel": lambda entry: entry.update(kind="sideways"),
+    "a kernel that is a list": lambda entry: entry.update(kind=["forward"]),
+}
+TEXTS = [
+    "{", "[]", "null", '{"format": 2, "launches": []}', '{"format": 1}', '{"format": 1, "launches": {}}',
+    '{"format": 1, "launches": [7]}', "[" * 10**5, f'{{"format": {"9" * 5000}}}', "\udcff",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", [*DAMAGE, *TEXTS], ids=lambda text: text[:30])
 def test_a_damaged_file_is_named_and_kept(cache: Path, damage: str) -> None:
     tuned.write_tuned(cache, {("forward", PROBLEM): Launch((1, 4, 4), (1, 4, 8), 4, 2, 1)})
-    if damage in (wrong := {"tile": [1, 3, 4], "pack": 4096, "stages": "x"}):
+    if damage in DAMAGE:
         content = json.loads(cache.read_text())
-        content["launches"][0]["launch"][damage] = wrong[damage]
+        DAMAGE[damage](content["launches"][0])
         damage = json.dumps(content)
-    cache.write_text(damage)
+    cache.write_bytes(damage.encode(errors="surrogateescape"))
     tuned._tuned.cache_clear()
     with pytest.warns(UserWarning, match=r"launches\.json is damaged"):
         assert tuned.launch_for("forward", PROBLEM) == rule("forward", PROBLEM)
     with pytest.raises(ValueError, match="delete it"):
         tuned.write_tuned(cache, {})
-    assert cache.read_text() == damage
+    assert cache.read_bytes() == damage.encode(errors="surrogateescape")
 
 
 def test_ctrl_c_keeps_what_was_found(cache: Path) -> None:

@@ -46,6 +46,7 @@ if TYPE_CHECKING or GLUON_GAP is None:  # an error in one of them is raised: onl
 NUMBERS = 2**15  # in a head's keys of a window, from which on it is large: 256 keys of 128 channels, 512 of 64
 REGISTERED = 2**18  # the same where registers take a second launch, which reads and writes the output once more
 LEAST_ROWS = 2**18  # of queries, from which on a small window's kernel runs for as long as the host needs to launch it
+WIDE_WINDOW, WIDE_PAIRS = 64, 2**24  # the same of heads wider than 128 channels, where portable kernels are slow
 PAIRS = 2**28  # of a query and a key in large windows: fewer are done before the host has prepared a launch
 
 Direction = Literal["forward", "qk_prep + forward", "backward_query", "backward_key", "backward_registers", "decode"]
@@ -220,8 +221,8 @@ def sm90_gap(question: Question) -> str | None:
     if p.dtype not in (torch.float16, torch.bfloat16):
         return f"it takes float16 and bfloat16, not {p.dtype}"
     head_dim, value_dim = p.query.shape[-1], p.value.shape[-1]
-    if head_dim != value_dim or head_dim not in (64, 128):
-        return f"it takes head dims 64 and 128, equal for queries and values, not {head_dim} and {value_dim}"
+    if max(head_dim, value_dim) > 256:
+        return f"it takes heads of up to 256 channels, not {head_dim} and {value_dim}"
     if p.scale_first:
         return "scale is not positive"
     if prod(p.dilation) > 1:
@@ -260,12 +261,15 @@ def _chosen_elsewhere(question: Question, *kinds: Kind) -> str | None:
 def _large_pays(question: Question, *kinds: Kind) -> str | None:
     p = question.problem
     window, queries = prod(p.kernel_size), prod(p.query.shape[:-1])
-    least = REGISTERED if p.registers else NUMBERS
+    if large_tiling.is_wide(p):
+        least, pairs = WIDE_WINDOW * p.query.shape[-1], WIDE_PAIRS
+    else:
+        least, pairs = REGISTERED if p.registers else NUMBERS, PAIRS
     if window * p.query.shape[-1] < least:
         beside = " with additional keys" if p.registers else ""
         return f"the window is small: {window} keys of {p.query.shape[-1]} elements are fewer than {least}{beside}"
-    if queries * window < PAIRS:
-        return f"the call is small: {queries} queries of {window} keys are fewer than {PAIRS} pairs"
+    if queries * window < pairs:
+        return f"the call is small: {queries} queries of {window} keys are fewer than {pairs} pairs"
     return _chosen_elsewhere(question, *kinds)
 
 
@@ -327,6 +331,8 @@ def _fused_prep_gap(question: Question) -> str | None:
     """A thread has to hold whole pairs of a head: half of it turns, or all, or nothing."""
     assert question.prep is not None
     dim, pairs, split = question.problem.query.shape[-1], question.prep.pairs, question.prep.split
+    if dim not in (64, 128):
+        return f"it prepares heads of 64 and of 128 channels, not of {dim}"
     if question.prep.interleaved:
         return "pairs of neighboring elements turn; it turns halves with each other"
     if pairs not in (0, dim // 4, dim // 2) or len(set(split)) > 1:
@@ -416,7 +422,7 @@ VARIANTS: Mapping[Direction, Sequence[Variant]] = {
             LARGE,
             supports=_large_query_gap,
             pays=_large_backward_pays,
-            plan=lambda q: large_tiling.launch_of(q.problem, override_pack()),
+            plan=lambda q: large_tiling.query_launch_of(q.problem, override_pack()),
             run=lambda *args: large_backward.query_gradient(*args),
             uses_tma=True,
         ),

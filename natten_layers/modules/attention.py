@@ -11,7 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..arguments import prepare
+from ..arguments import check_dense, prepare
 from ..functional import neighborhood_attention
 from ..geometry import make_window, normalise_axes
 from .norm import RMSNorm
@@ -211,6 +211,7 @@ class NeighborhoodGQA(nn.Module):
         self, x: Tensor, *, positions: Tensor | Positions | None = None, registers: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """:meth:`forward` up to ``dropout`` and ``proj``: ``[B, *spatial, Hq * D]``, and ``[B, R, Hq * D]`` or None."""
+        check_dense("x", x)
         if x.ndim not in (3, 4, 5) or x.shape[-1] != self.embed_dim:
             raise ValueError(
                 f"x has shape {tuple(x.shape)}; expected [B, *spatial, {self.embed_dim}] with 1 to 3 spatial axes"

@@ -104,4 +104,4 @@ class Denoiser(nn.Module):
 
 
 def _per_image(c: Tensor, x: Tensor) -> Tensor:
-    return c.view(-1, *(1,) * (x.ndim - 1))
+    return c.view(c.numel(), *(1,) * (x.ndim - 1))

@@ -14,7 +14,7 @@ from .cache import Cache
 if TYPE_CHECKING:
     from .llm import DecoderLM
 
-__all__ = ["generate", "sample", "text_first"]
+__all__ = ["generate", "longest_of", "sample", "text_first"]
 
 
 @torch.no_grad()
@@ -60,7 +60,7 @@ def generate(
     for name, value in (("max_new_tokens", max_new_tokens), ("prefill_chunk", prefill_chunk)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    longest = input_ids.shape[1] if attention_mask is None else int((attention_mask != 0).sum(1).max())
+    longest = input_ids.shape[1] if attention_mask is None else longest_of((attention_mask != 0).sum(1))
     model.model.check_length(longest + max_new_tokens)
     if isinstance(generator, int):
         generator = torch.Generator(input_ids.device).manual_seed(generator)
@@ -139,7 +139,7 @@ def _prefill(model: DecoderLM, input_ids: Tensor, attention_mask: Tensor | None,
         last = mask.sum(1) - 1
         if bool((last < 0).any()):
             raise ValueError("attention_mask has a row without any text")
-        longest = int(last.max()) + 1
+        longest = longest_of(last) + 1
         input_ids, mask = input_ids.gather(1, order)[:, :longest], mask[:, :longest]
     end: Tensor | None = None
     for start in range(0, input_ids.shape[1], chunk):
@@ -195,6 +195,11 @@ def sample(
         probabilities = probabilities.masked_fill(before >= top_p, 0.0)  # the likeliest has nothing before it
     drawn = torch.multinomial(probabilities, 1, generator=generator)
     return tokens.gather(-1, drawn)[:, 0]
+
+
+def longest_of(lengths: Tensor) -> int:
+    """The largest of ``lengths [B]``, for which the device is waited for; 0 of an empty batch."""
+    return int(lengths.max()) if len(lengths) else 0
 
 
 def text_first(attention_mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 Pixel-space diffusion at a cost linear in the number of pixels: fine levels attend in neighborhoods, the coarsest one
 globally. With the options of this library at their defaults it is k-diffusion's ``image_transformer_v2``, weight for
-weight; :mod:`natten_layers.checkpoints` reads and writes that format.
+weight; :mod:`natten_layers.io.checkpoints` reads and writes that format.
 
 Tensors are heads-last and channels-last inside: ``x [B, h, w, C]``, ``pos [h, w, 2]``, ``cond [B, mapping_width]``.
 """
@@ -21,8 +21,10 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .. import checkpoints
 from ..functional import neighborhood_attention
+from ..io import checkpoints
+from ..io.files import naming
+from ..io.tensors import make_on_meta
 from ..kernels.ops.define import is_transformed
 from .attention import Heads, NeighborhoodGQA, Projected
 from .base import Constants, at_least_fp32, default_dtype, reset_children
@@ -325,12 +327,9 @@ class HDiT(nn.Module):
         if config is None:
             if described is None:
                 raise ValueError(f"{path} holds no config; give the JSON config of its training as config=")
-            try:
+            with naming(path):
                 config = HDiTConfig.from_json(described)
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from error
-        with torch.device("meta"):
-            model = cls(config)
+        model = make_on_meta(lambda: cls(config), path, layers=config.num_layers, tensors=len(tensors))
         checkpoints.load_tensors(model, tensors, path, dtype)
         return model.eval()
 

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypedDict
+
+from ..io.files import naming, read_json
+from ..io.schema import (
+    Between,
+    Count,
+    Natural,
+    NotNegative,
+    Positive,
+    Rate,
+    check_keys,
+    check_mapping,
+    check_types,
+    shorten,
+)
 
 __all__ = ["HDiTConfig", "LevelConfig"]
 
 MODEL_TYPE = "image_transformer_v2"
-ATTENTION_TYPES = ("neighborhood", "global", "shifted-window", "none")
+AttentionType = Literal["neighborhood", "global", "shifted-window", "none"]
+MappingWidth = Annotated[int, Between(2, 2**31 - 1)]
 
 # Keys of an entry of "self_attns". The first group is k-diffusion's; the second this library's, written only where an
 # option departs from its default, so that k-diffusion can run every model that it could have made.
@@ -26,44 +39,143 @@ KEYS_OF_TYPE = {
 }
 
 
+# The JSON form: every key that k-diffusion reads for models of this type, and those of this library's examples. A key
+# that is not here is misspelt or of another type of model, and would change nothing without a word.
+
+
+class _Density(TypedDict, total=False):
+    type: str
+    mean: float
+    loc: float
+    std: Positive
+    scale: Positive
+    std_1: Positive
+    std_2: Positive
+    scale_1: Positive
+    scale_2: Positive
+    min_value: NotNegative
+    max_value: Positive
+    image_d: Positive
+    noise_d_low: Positive
+    noise_d_high: Positive
+
+
+class _Model(TypedDict, total=False):
+    type: str
+    input_channels: Count
+    input_size: Count | tuple[Count, Count]
+    patch_size: Count | tuple[Count, Count]
+    widths: Sequence[Count]
+    depths: Sequence[Natural]
+    d_ffs: Sequence[Count | None] | None
+    self_attns: Sequence[Mapping[str, Any]] | None
+    dropout_rate: Rate | Sequence[Rate] | None
+    mapping_width: MappingWidth
+    mapping_depth: Natural
+    mapping_d_ff: Natural | None
+    mapping_cond_dim: Natural
+    mapping_dropout_rate: Rate
+    sigma_data: Positive
+    sigma_min: NotNegative
+    sigma_max: Positive
+    sigma_sample_density: _Density
+    loss_config: str
+    loss_weighting: str
+    loss_scales: Count
+    augment_wrapper: bool
+    augment_prob: Rate
+    has_variance: bool
+    skip_stages: Natural
+
+
+class _Dataset(TypedDict, total=False):
+    type: str
+    location: str
+    image_key: str | int
+    class_key: str | int
+    num_classes: Natural
+    cond_dropout_rate: Rate
+    get_dataset: str
+    config: Any
+    files: Mapping[str, str]
+    short_side: Count
+    class_names: Sequence[str]
+
+
+class _Optimizer(TypedDict, total=False):
+    type: str
+    lr: Positive
+    betas: tuple[Rate, Rate]
+    eps: NotNegative
+    weight_decay: NotNegative
+    momentum: NotNegative
+    nesterov: bool
+
+
+class _LearningRate(TypedDict, total=False):
+    type: str
+    warmup: Rate
+    inv_gamma: Positive
+    power: float
+    num_steps: Positive
+    decay: Positive
+
+
+class _Ema(TypedDict, total=False):
+    type: str
+    power: NotNegative
+    max_value: Rate
+
+
+SECTIONS: dict[str, type | None] = {
+    "model": _Model,
+    "dataset": _Dataset,
+    "optimizer": _Optimizer,
+    "lr_sched": _LearningRate,
+    "ema_sched": _Ema,
+    "run": None,  # flags of the training script, which checks them
+}
+
+
+def _check_sections(config: Mapping[str, Any]) -> None:
+    """Refuse unknown keys, and values of other types than k-diffusion reads there."""
+    check_keys(config.keys(), SECTIONS.keys(), "the config")
+    for name, kind in SECTIONS.items():
+        if kind is not None and config.get(name) is not None:
+            check_mapping(config[name], kind, f'config["{name}"]')
+
+
 @dataclass(frozen=True)
 class LevelConfig:
     """One level of the hourglass. The outer levels have ``depth`` layers on the way down and as many on the way up."""
 
-    depth: int
-    width: int
-    attention: Literal["neighborhood", "global", "shifted-window", "none"] = "neighborhood"
-    d_ff: int | None = None
+    depth: Natural
+    width: Count
+    attention: AttentionType = "neighborhood"
+    d_ff: Count | None = None
     """hidden length of the feed-forward layers, default ``3 * width``"""
-    d_head: int = 64
-    kernel_size: int = 7
+    d_head: Count = 64
+    kernel_size: Count = 7
     """of neighborhood attention, in tokens"""
-    window_size: int | None = None
+    window_size: Count | None = None
     """of shifted-window attention, in tokens"""
-    dropout: float = 0.0
-    num_kv_heads: int | None = None
+    dropout: Rate = 0.0
+    num_kv_heads: Count | None = None
     """heads of keys and values, a divisor of ``width // d_head``, which is the default"""
-    num_registers: int = 0
+    num_registers: Natural = 0
     """register tokens that each layer adds to every token's keys"""
     sink: Literal["zero", "learned"] | None = None
-    dilation: int = 1
+    dilation: Count = 1
     """of neighborhood attention"""
 
     def __post_init__(self) -> None:
-        _check_counts(self, {"depth": 0, "width": 1, "d_head": 1, "kernel_size": 1, "num_registers": 0, "dilation": 1})
+        check_types(self)
         if self.d_ff is None:
             object.__setattr__(self, "d_ff", 3 * self.width)
-        _check_counts(self, {"d_ff": 1})
-        _check_rate(self, "dropout")
-        if self.attention not in ATTENTION_TYPES:
-            known = ", ".join(f'"{name}"' for name in ATTENTION_TYPES)
-            raise ValueError(f"unknown attention type {self.attention!r}; known are {known}")
         if self.attention != "none" and self.width % self.d_head:
             raise ValueError(f"width {self.width} is not a multiple of d_head {self.d_head}")
-        if self.attention == "shifted-window":
-            if self.window_size is None:
-                raise ValueError("shifted-window attention needs window_size")
-            _check_counts(self, {"window_size": 1})
+        if self.attention == "shifted-window" and self.window_size is None:
+            raise ValueError("shifted-window attention needs window_size")
         if self.attention != "neighborhood" and self.dilation != 1:
             raise ValueError(f"dilation {self.dilation} applies to neighborhood attention, not to {self.attention}")
 
@@ -93,44 +205,40 @@ class HDiTConfig:
     """
 
     levels: Sequence[LevelConfig]
-    input_channels: int = 3
-    patch_size: tuple[int, int] = (4, 4)
+    input_channels: Count = 3
+    patch_size: tuple[Count, Count] = (4, 4)
     """pixels of a token of the first level, (height, width)"""
-    num_classes: int = 0
+    num_classes: Natural = 0
     """without the unconditional one, which has the index ``num_classes``; 0 is no class conditioning"""
-    mapping_width: int = 256
-    mapping_depth: int = 2
-    mapping_d_ff: int | None = None
+    mapping_width: MappingWidth = 256
+    mapping_depth: Natural = 2
+    mapping_d_ff: Count | None = None
     """default ``3 * mapping_width``"""
-    mapping_cond_dim: int = 0
+    mapping_cond_dim: Natural = 0
     """length of ``mapping_cond``; 0 is none"""
-    mapping_dropout_rate: float = 0.0
-    input_size: tuple[int, int] = (256, 256)
+    mapping_dropout_rate: Rate = 0.0
+    input_size: tuple[Count, Count] = (256, 256)
     """(height, width) that the model is trained at; it runs at others"""
-    sigma_data: float = 1.0
+    sigma_data: Positive = 1.0
     """standard deviation of the data, for :class:`Denoiser`"""
-    sigma_min: float = 1e-2
-    sigma_max: float = 80.0
+    sigma_min: NotNegative = 1e-2
+    sigma_max: Positive = 80.0
     other: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """the rest of the JSON form (optimizer, loss, ...), which no model reads; kept to be saved again"""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "levels", tuple(self.levels))
+        check_types(self)
         if not self.levels:
             raise ValueError("levels is empty; an HDiT has at least one level")
         if self.mapping_d_ff is None:
             object.__setattr__(self, "mapping_d_ff", 3 * self.mapping_width)
-        for name in ("patch_size", "input_size"):
-            size = getattr(self, name)
-            if len(size) != 2 or any(type(length) is not int or length < 1 for length in size):
-                raise ValueError(f"{name} must be two positive ints, (height, width), got {size}")
-        for name in ("sigma_data", "sigma_min", "sigma_max"):
-            value = getattr(self, name)
-            if not _is_number(value) or not 0 <= value < math.inf or (value == 0 and name != "sigma_min"):
-                raise ValueError(f"{name} must be a positive number, got {value!r}")
-        _check_rate(self, "mapping_dropout_rate")
-        sizes = {"input_channels": 1, "mapping_width": 2, "mapping_d_ff": 1}
-        _check_counts(self, sizes | {"num_classes": 0, "mapping_depth": 0, "mapping_cond_dim": 0})
+        _check_sections(self.other)
+
+    @property
+    def num_layers(self) -> int:
+        """Blocks in all: outer levels have theirs twice, and the mapping network has some too."""
+        *outer, middle = (level.depth for level in self.levels)
+        return 2 * sum(outer) + middle + self.mapping_depth
 
     @classmethod
     def from_json(cls, source: Mapping[str, Any] | str | Path) -> HDiTConfig:
@@ -146,27 +254,27 @@ class HDiTConfig:
         """
         if not isinstance(source, Mapping):
             path = Path(source)
-            try:
-                return cls.from_json(json.loads(path.read_text()))
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from error
+            config = read_json(path)
+            with naming(path):
+                return cls.from_json(config)
         config = {key: dict(value) if isinstance(value, Mapping) else value for key, value in source.items()}
         model = config.get("model")
-        if not isinstance(model, dict) or model.pop("type", None) != MODEL_TYPE:
-            found = source["model"].get("type") if isinstance(source.get("model"), Mapping) else None
-            raise ValueError(f'config["model"]["type"] must be "{MODEL_TYPE}", got {found!r}')
+        kind = model.pop("type", None) if isinstance(model, dict) else None
+        if not isinstance(model, dict) or kind != MODEL_TYPE:
+            raise ValueError(f'config["model"]["type"] must be "{MODEL_TYPE}", got {shorten(kind)}')
+        if not isinstance(config.setdefault("dataset", {}), dict):
+            raise ValueError(f'config["dataset"] must be an object, got {shorten(config["dataset"])}')
+        _check_sections(config)
         known: dict[str, Any] = {"levels": _levels_from_json(model)}
         for key in ("patch_size", "input_size"):
             size = _pop(model, key)
-            known[key] = tuple(size) if isinstance(size, list | tuple) else (size, size)
+            known[key] = (size, size) if isinstance(size, int) else tuple(size)
         known["input_channels"] = _pop(model, "input_channels")
         known["mapping_d_ff"] = model.pop("mapping_d_ff", None) or None
         scalars = ("mapping_width", "mapping_depth", "mapping_cond_dim", "mapping_dropout_rate")
         for key in (*scalars, "sigma_data", "sigma_min", "sigma_max"):
             if key in model:
                 known[key] = model.pop(key)
-        if not isinstance(config.setdefault("dataset", {}), dict):
-            raise ValueError(f'config["dataset"] must be an object, got {config["dataset"]!r}')
         known["num_classes"] = config["dataset"].pop("num_classes", 0)
         return cls(**known, other={key: value for key, value in config.items() if value != {}})
 
@@ -196,37 +304,15 @@ class HDiTConfig:
         return other | {"model": other.get("model", {}) | model, "dataset": other.get("dataset", {}) | dataset}
 
 
-def _check_counts(config: LevelConfig | HDiTConfig, least: Mapping[str, int]) -> None:
-    for name, minimum in least.items():
-        value = getattr(config, name)
-        if type(value) is not int or value < minimum:
-            raise ValueError(f"{name} must be an int of at least {minimum}, got {value!r}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _check_rate(config: LevelConfig | HDiTConfig, name: str) -> None:
-    if not _is_number(value := getattr(config, name)) or not 0 <= value <= 1:
-        raise ValueError(f"{name} must be a number from 0 to 1, got {value!r}")
-
-
 def _pop(model: dict[str, Any], key: str) -> Any:
     if model.get(key) is None:
         raise ValueError(f'config["model"] lacks the key "{key}"')
     return model.pop(key)
 
 
-def _check_list(key: str, value: object) -> None:
-    if not isinstance(value, list | tuple):
-        raise ValueError(f'config["model"]["{key}"] must be a list with an entry for each level, got {value!r}')
-
-
 def _levels_from_json(model: dict[str, Any]) -> list[LevelConfig]:
     """Take the lists with one entry per level out of ``model``."""
     widths, depths = _pop(model, "widths"), _pop(model, "depths")
-    _check_list("widths", widths)
     if not widths:
         raise ValueError('config["model"]["widths"] is empty; an HDiT has at least one level')
     count = len(widths)
@@ -239,20 +325,14 @@ def _levels_from_json(model: dict[str, Any]) -> list[LevelConfig]:
     if isinstance(lists["dropout_rate"], int | float):
         lists["dropout_rate"] = [lists["dropout_rate"]] * count
     for key, values in lists.items():
-        _check_list(key, values)
         if len(values) != count:
             raise ValueError(f'config["model"]["{key}"] has {len(values)} entries, but "widths" has {count}')
     levels = []
     for index, (width, depth, d_ff, entry, dropout) in enumerate(zip(widths, *lists.values(), strict=True)):
-        if not isinstance(entry, Mapping):
-            raise ValueError(f'config["model"]["self_attns"][{index}] must be an object with a "type", got {entry!r}')
+        where = f'config["model"]["self_attns"][{index}]'
         options = dict(entry)
         kind = options.pop("type", None)
-        unknown = options.keys() - {*SHARED_KEYS, *OWN_KEYS}
-        try:
-            if unknown:
-                raise ValueError(f"unknown keys {sorted(unknown)}; known are {[*SHARED_KEYS, *OWN_KEYS]}")
+        check_keys(options.keys(), (*SHARED_KEYS, *OWN_KEYS), where)
+        with naming(where):
             levels.append(LevelConfig(depth, width, kind, d_ff=d_ff, dropout=dropout, **options))
-        except ValueError as error:
-            raise ValueError(f'config["model"]["self_attns"][{index}]: {error}') from error
     return levels

@@ -6,19 +6,22 @@ Shapes: B sequences, L tokens, C channels, Hq and Hkv query and KV heads of D el
 
 from __future__ import annotations
 
+import dataclasses
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import hf
 from ..arguments import prepare
 from ..cached import cached_attention
 from ..functional import neighborhood_attention
+from ..io import hf
+from ..io.tensors import make_on_meta
 from .cache import Cache, LayerCache
 from .feed_forward import GatedFeedForward
-from .generation import generate, text_first
+from .generation import generate, longest_of, text_first
 from .llm_config import DecoderLMConfig
 from .norm import RMSNorm
 from .query_key import attend_projected, call_watched, normalize_and_rotate
@@ -181,9 +184,9 @@ class DecoderStack(nn.Module):
         longest = length
         if cache is not None:
             positions = positions + cache.lengths[:, None]
-            longest = length + cache.longest if mask is None else int((cache.lengths + mask.sum(1)).max())
+            longest = length + cache.longest if mask is None else longest_of(cache.lengths + mask.sum(1))
         elif mask is not None and length > self.config.max_positions:  # asks the device, which a graph can not
-            longest = int(mask.sum(1).max())
+            longest = longest_of(mask.sum(1))
         self.check_length(longest)
         if mask is not None:
             positions = torch.where(mask, positions, -1)
@@ -292,10 +295,10 @@ class DecoderLM(nn.Module):
 
     def check(self, input_ids: Tensor, attention_mask: Tensor | None, cache: Cache | None) -> None:
         """Refuse arguments that do not fit the model or each other; see :meth:`forward`."""
-        if input_ids.ndim != 2 or 0 in input_ids.shape or input_ids.dtype not in (torch.int32, torch.int64):
+        if input_ids.ndim != 2 or input_ids.shape[1] == 0 or input_ids.dtype not in (torch.int32, torch.int64):
             raise ValueError(
                 f"input_ids has shape {tuple(input_ids.shape)} and dtype {input_ids.dtype}; expected [B, L], int64 or "
-                "int32, not empty"
+                "int32, L at least 1"
             )
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
             raise ValueError(
@@ -317,20 +320,25 @@ class DecoderLM(nn.Module):
     ) -> DecoderLM:
         """Read a Hugging Face directory of a known family, or one that :meth:`save_pretrained` wrote.
 
-        Memory is the model's own: parameters are made from the files, each of which is read once.
+        Memory is the model's own: parameters are made from the files, each of which is read once. Where the config says
+        that the output projection is the embedding, but the files hold another one, the model has that one, as in
+        transformers.
 
         Args:
             device: where to put the model, default the CPU.
-            dtype: of the parameters, default the one that the files hold.
+            dtype: of the parameters, default the one that the files hold; they must then hold one.
 
         Raises:
             FileNotFoundError: no config, no weights or a missing shard.
             ValueError: an architecture or option that is not implemented, with its config key; or weights that are not
-                exactly the model's, with names and shapes.
+                exactly the model's, with names, shapes and dtypes. The message names the file or directory.
         """
-        config, stored = hf.read_config(directory)
-        model = cls(config, device="meta", dtype=dtype or stored)
-        hf.load_weights(model, directory, device=device or "cpu", dtype=dtype)
+        config = hf.read_config(directory, DecoderLMConfig)
+        with hf.open_weights(directory, tied=config.tie_embeddings) as weights:
+            config = dataclasses.replace(config, tie_embeddings=weights.tied)
+            make = partial(cls, config, device="meta")
+            model = make_on_meta(make, directory, layers=config.num_layers, tensors=len(weights.infos))
+            weights.fill(model, device=device or "cpu", dtype=dtype)
         for module in model.modules():
             if isinstance(module, RoPE):  # no file holds its constants
                 module.to_empty(device=device or "cpu")

@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypedDict
+
+from ..io.schema import Between, Count, Natural, NotNegative, Positive, check_mapping, check_types
 
 __all__ = ["DecoderLMConfig"]
+
+Layers = Annotated[int, Between(1, 2**16)]
+
+
+class RopeOptions(TypedDict, total=False):
+    """What ``rope`` and ``windowed_rope`` may hold."""
+
+    rope_theta: Positive
+    rope_type: Literal["default", "linear", "llama3", "yarn"]
+    factor: Positive
+    low_freq_factor: Positive
+    high_freq_factor: Positive
+    original_max_position_embeddings: Count
+    attention_factor: Positive
+    beta_fast: Positive
+    beta_slow: Positive
+    mscale: NotNegative
+    mscale_all_dim: NotNegative
+    truncate: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,18 +65,18 @@ class DecoderLMConfig:
         ValueError: options that do not fit together; the message names them.
     """
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int | None = None
-    head_dim: int | None = None
-    windows: tuple[int | None, ...] = (None,)
-    max_positions: int = 131072
+    vocab_size: Count
+    hidden_size: Count
+    intermediate_size: Count
+    num_layers: Layers
+    num_heads: Count
+    num_kv_heads: Count | None = None
+    head_dim: Count | None = None
+    windows: tuple[Count | None, ...] = (None,)
+    max_positions: Count = 131072
     rope: Mapping[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
     windowed_rope: Mapping[str, Any] | None = None
-    norm_eps: float = 1e-6
+    norm_eps: NotNegative = 1e-6
     zero_centered_norm: bool = False
     post_norms: bool = False
     qk_norm: bool = False
@@ -68,50 +88,32 @@ class DecoderLMConfig:
     embedding_scale: float = 1.0
     tie_embeddings: bool = False
     sink: Literal["zero", "learned"] | None = None
-    num_registers: int = 0
-    initializer_range: float = 0.02
+    num_registers: Natural = 0
+    initializer_range: NotNegative = 0.02
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "max_positions"):
-            _check_positive(name, getattr(self, name))
+        check_types(self)
         # Filled in once, so that equal models have equal configs.
         if self.num_kv_heads is None:
             object.__setattr__(self, "num_kv_heads", self.num_heads)
         if self.head_dim is None:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_heads)
-        _check_positive("num_kv_heads", self.kv_heads)
-        _check_positive("head_dim", self.dim)
-        if not isinstance(self.windows, Sequence):
-            raise ValueError(f"windows must have an entry for each layer, or one for all, got {self.windows!r}")
-        windows = tuple(self.windows)
-        object.__setattr__(self, "windows", windows * self.num_layers if len(windows) == 1 else windows)
-        if isinstance(self.eos_token_id, list):  # as JSON has it
-            object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
+        if len(self.windows) == 1:
+            object.__setattr__(self, "windows", self.windows * self.num_layers)
         if self.num_heads % self.kv_heads:
             raise ValueError(f"num_heads must be a multiple of num_kv_heads, got {self.num_heads} and {self.kv_heads}")
-        if self.dim % 2:
+        if self.dim < 2 or self.dim % 2:
             raise ValueError(f"head_dim must be even for RoPE, got {self.dim}")
         if len(self.windows) != self.num_layers:
             raise ValueError(f"windows has {len(self.windows)} entries for num_layers={self.num_layers}")
-        for window in self.windows:
-            if window is not None:
-                _check_positive("windows", window)
-        for name, allowed in (("activation", ("silu", "gelu_tanh")), ("sink", (None, "zero", "learned"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
-        if type(self.num_registers) is not int or self.num_registers < 0:
-            raise ValueError(f"num_registers must be an int of at least 0, got {self.num_registers!r}")
         for name, rope in (("rope", self.rope), ("windowed_rope", self.windowed_rope)):
-            if name == "windowed_rope" and rope is None:
-                continue
-            theta = rope.get("rope_theta") if isinstance(rope, Mapping) else None
-            if not isinstance(theta, int | float) or not 0 < theta < math.inf:
-                raise ValueError(f'{name} must have a positive "rope_theta", got {rope!r}')
-        if not 0 <= self.norm_eps < math.inf:
-            raise ValueError(f"norm_eps must not be negative, got {self.norm_eps}")
+            if rope is not None:
+                check_mapping(rope, RopeOptions, name)
+                if "rope_theta" not in rope:
+                    raise ValueError(f'{name} must have a positive "rope_theta", got {rope!r}')
 
     @property
     def kv_heads(self) -> int:
@@ -131,8 +133,3 @@ class DecoderLMConfig:
         if self.eos_token_id is None:
             return ()
         return (self.eos_token_id,) if isinstance(self.eos_token_id, int) else self.eos_token_id
-
-
-def _check_positive(name: str, value: object) -> None:
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{name} must be an int of at least 1, got {value!r}")

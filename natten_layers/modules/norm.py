@@ -122,4 +122,4 @@ class AdaRMSNorm(nn.Module):
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
         """Normalise ``x [B, *spatial, dim]`` with the gain that ``cond [B, cond_dim]`` asks for."""
         gain = 1 + _statistics(self.linear(cond))
-        return rms_normalize(x, gain.view(gain.shape[0], *(1,) * (x.ndim - 2), -1), self.eps)
+        return rms_normalize(x, gain.view(gain.shape[0], *(1,) * (x.ndim - 2), gain.shape[1]), self.eps)

@@ -68,9 +68,22 @@ def call_watched(
         return Pending(query, key, norm, None)
     angles = angles_of(rope, query, key, positions)
     if angles is None:
-        query, key = rope(*normalize_and_rotate(query, key, norm, None), positions)
+        query, key = _rotated(rope, *normalize_and_rotate(query, key, norm, None), positions)
         norm = None
     return Pending(query, key, norm, angles)
+
+
+def _rotated(rope: nn.Module, query: Tensor, key: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What a module that only calling it can tell makes of query and key."""
+    result = rope(query, key, positions)
+    pair = isinstance(result, tuple | list) and len(result) == 2 and all(isinstance(x, Tensor) for x in result)
+    if not pair or (result[0].shape, result[1].shape) != (query.shape, key.shape):
+        found = [tuple(x.shape) if isinstance(x, Tensor) else x for x in result] if pair else type(result).__name__
+        raise ValueError(
+            f"{type(rope).__name__} as rope must return query and key rotated, of shapes {tuple(query.shape)} and "
+            f"{tuple(key.shape)}; it returned {found}"
+        )
+    return result[0], result[1]
 
 
 def _describe(q_norm: nn.Module, k_norm: nn.Module) -> HeadNorm | None:

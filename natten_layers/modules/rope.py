@@ -78,7 +78,7 @@ def make_axial_pos(
     bounds = (min(1.0, 1 / aspect), min(1.0, aspect))  # not height / width: the last bit is k-diffusion's
     centres = []
     for bound, length in zip(bounds, (height, width), strict=True):
-        edges = torch.linspace(-bound, bound, length + 1, dtype=dtype, device=device)
+        edges = _even_steps(bound, length, dtype or torch.get_default_dtype(), device)
         centres.append((edges[:-1] + edges[1:]) / 2)
     return torch.stack(torch.meshgrid(*centres, indexing="ij"), -1)
 
@@ -99,6 +99,15 @@ class Positions:
     def to(self, *args: Any, **kwargs: Any) -> Positions:
         """On another device, as :meth:`torch.Tensor.to`, for those who move a module's arguments to it."""
         return Positions(self.tensor.to(*args, **kwargs))
+
+
+def _even_steps(bound: float, steps: int, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
+    """``linspace(-bound, bound, steps + 1)``."""
+    if not torch.compiler.is_compiling():
+        return torch.linspace(-bound, bound, steps + 1, dtype=dtype, device=device)
+    # The same formula in operations that take a symbol for the size: `linspace` ties a graph to one.
+    index, step = torch.arange(steps + 1, device=device).to(dtype), 2 * bound / steps
+    return torch.where(index < (steps + 1) / 2, index * step - bound, bound - (steps - index) * step)
 
 
 class Angles(NamedTuple):
@@ -179,6 +188,16 @@ def _check_precision(positions: Tensor) -> None:
             f"positions are {positions.dtype}, which is too coarse: give float32, float64 or integers. Where a "
             "mixed-precision policy casts the arguments of modules, give positions=natten_layers.Positions(tensor)"
         )
+
+
+def _check_positions(positions: Tensor, batch: int, shape: tuple[int, ...]) -> None:
+    """Positions of tokens ``shape``, with an axis for the batch or not."""
+    given = tuple(positions.shape)
+    # Not `in`: the compiler cannot trace it for a `torch.Size` of symbols.
+    if given != shape and given != (1, *shape) and given != (batch, *shape):
+        sizes = ", ".join(map(str, shape))
+        raise ValueError(f"positions has shape {given}; expected [{sizes}] or [{batch} or 1, {sizes}]")
+    _check_precision(positions)
 
 
 def _angle_dtype(query: Tensor) -> torch.dtype:
@@ -280,13 +299,7 @@ class AxialRoPE(Rotary):
                     f"with {self.axes} coordinates"
                 )
             positions = make_axial_pos(*spatial, dtype=_angle_dtype(query), device=query.device)
-        expected = torch.Size([*spatial, self.axes])
-        if positions.shape not in (expected, (1, *expected), (query.shape[0], *expected)):
-            raise ValueError(
-                f"positions has shape {tuple(positions.shape)}; expected {[*expected]}, batched by 1 or "
-                f"{query.shape[0]} or not"
-            )
-        _check_precision(positions)
+        _check_positions(positions, query.shape[0], (*spatial, self.axes))
         return Angles(positions, self.set_freqs(query.device), split=self.split, interleaved=self.interleaved)
 
 
@@ -352,7 +365,7 @@ class RoPE(Rotary):
         # The same operations in the same order as the models were trained with: at position 1e5 the last bit of an fp32
         # frequency turns a pair by a hundredth of a radian.
         exponents = torch.arange(0, self.head_dim, 2, device=device).to(dtype) / self.head_dim
-        return _scale_frequencies(1.0 / self.theta**exponents, self.theta, self.scaling)
+        return _scaled_frequencies(self.theta**exponents, self.theta, self.scaling)
 
     def extra_repr(self) -> str:
         return (
@@ -375,11 +388,7 @@ class RoPE(Rotary):
             raise ValueError(f"query has shape {tuple(query.shape)}; expected [B, L, heads, at least {self.head_dim}]")
         if positions is None:
             positions = torch.arange(length, device=query.device)
-        if positions.shape not in ((length,), (1, length), (batch, length)):
-            raise ValueError(
-                f"positions has shape {tuple(positions.shape)}; expected [{length}] or [{batch} or 1, {length}]"
-            )
-        _check_precision(positions)
+        _check_positions(positions, batch, (length,))
         exact = _angle_dtype(query) == torch.float32  # otherwise those that are held are rounded
         freqs = self.set_freqs(query.device) if exact else self.default_freqs(torch.float64, query.device)
         return Angles(positions[..., None], freqs[None], self.attention_factor, interleaved=self.interleaved)
@@ -396,9 +405,9 @@ def _required(scaling: Mapping[str, Any], *keys: str) -> list[float]:
     return [float(scaling[key]) for key in keys]
 
 
-def _scale_frequencies(freqs: Tensor, theta: float, scaling: Mapping[str, Any]) -> Tensor:
-    """Apply a Hugging Face scaling dictionary to plain frequencies ``[head_dim / 2]``."""
-    kind = _rope_type(scaling)
+def _scaled_frequencies(periods: Tensor, theta: float, scaling: Mapping[str, Any]) -> Tensor:
+    """Frequencies ``[head_dim / 2]`` of a Hugging Face scaling dictionary, which changes plain ``1 / periods``."""
+    kind, freqs = _rope_type(scaling), 1.0 / periods
     if kind == "default":
         return freqs
     if kind == "linear":
@@ -406,7 +415,7 @@ def _scale_frequencies(freqs: Tensor, theta: float, scaling: Mapping[str, Any]) 
     if kind == "llama3":
         return _llama3(freqs, scaling)
     if kind == "yarn":
-        return _yarn(freqs, theta, scaling)
+        return _yarn(periods, theta, scaling)
     raise ValueError(f'rope_type "{kind}" is not implemented; known are "default", "linear", "llama3" and "yarn"')
 
 
@@ -422,21 +431,23 @@ def _llama3(freqs: Tensor, scaling: Mapping[str, Any]) -> Tensor:
     return torch.where(wavelength < length / high, freqs, scaled)
 
 
-def _yarn(freqs: Tensor, theta: float, scaling: Mapping[str, Any]) -> Tensor:
+def _yarn(periods: Tensor, theta: float, scaling: Mapping[str, Any]) -> Tensor:
     """Divide frequencies of fewer than ``beta_slow`` turns in the original text, keep those above ``beta_fast``."""
     factor, length = _required(scaling, "factor", "original_max_position_embeddings")
-    n = freqs.shape[0]
+    n = periods.shape[0]
 
     def dimension(turns: float) -> float:
-        return n * math.log(length / (turns * 2 * math.pi)) / math.log(theta)
+        return 2 * n * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     first, last = dimension(scaling.get("beta_fast") or 32.0), dimension(scaling.get("beta_slow") or 1.0)
     if scaling.get("truncate", True):
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, 2 * n - 1)
-    span = last - first if last != first else 0.001
-    ramp = ((torch.arange(n, dtype=freqs.dtype, device=freqs.device) - first) / span).clamp(0, 1)
-    return freqs / factor * ramp + freqs * (1 - ramp)
+    last = last if last != first else last + 0.001
+    ramp = ((torch.arange(n, dtype=periods.dtype, device=periods.device) - first) / (last - first)).clamp(0, 1)
+    # Written as transformers writes it, for its last bits: freqs / factor, or ramp for 1 - kept, would differ in them.
+    kept = 1 - ramp
+    return 1.0 / (factor * periods) * (1 - kept) + 1.0 / periods * kept
 
 
 def _attention_factor(scaling: Mapping[str, Any]) -> float:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .problem import Layout, layout, precision, sink_kind
+from .problem import Layout, layout, precision, scales_first, sink_kind
 
 
 class CacheInputs(NamedTuple):
@@ -51,7 +51,7 @@ class CacheProblem(NamedTuple):
     sink: str
     """how it is given: none, value or tensor"""
     scale_first: bool
-    """A scale that is not positive does not commute with the maximum of the scores."""
+    """of :func:`scales_first`"""
     precision: str
     """of matrix products, as Triton calls it"""
 
@@ -62,6 +62,6 @@ def cache_problem_of(inputs: CacheInputs, options: CacheOptions) -> CacheProblem
         layout(query), layout(key), layout(value), layout(query_positions), layout(key_positions),
         None if additional_keys is None else layout(additional_keys),
         None if additional_values is None else layout(additional_values),
-        query.device, query.dtype, options.window, sink_kind(sink, options.sink_value), options.scale <= 0,
+        query.device, query.dtype, options.window, sink_kind(sink, options.sink_value), scales_first(options.scale),
         precision(query.dtype),
     )  # fmt: skip

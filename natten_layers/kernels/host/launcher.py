@@ -17,6 +17,9 @@ from triton.compiler import CompiledKernel
 __all__ = ["Launcher", "Plan", "launcher"]
 
 
+TINY = torch.finfo(torch.float32).tiny
+
+
 class Launcher:
     """A kernel, its grid, and all its arguments but tensors and floats.
 
@@ -36,9 +39,10 @@ class Launcher:
 
         Args:
             tensors: the kernel's first parameters: tensors, TMA descriptors of tensors, or None. The first is a tensor.
-            floats: its last ones that are not compiled in. An integer is converted: Triton would compile it in.
+            floats: its last ones that are not compiled in. An integer is converted: Triton would compile it in. What
+                is not normal in fp32 is zero, as it is for a GPU's instructions: Triton may take it for fp64.
         """
-        numbers = [x if x is None else float(x) for x in floats]
+        numbers = [x if x is None else float(x) if abs(x) >= TINY else 0.0 for x in floats]
         if _is_watched(self.kernel):
             self.kernel[self.grid](*tensors, *self.sizes, *numbers, **self.options)
             return

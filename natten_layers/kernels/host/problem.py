@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import accumulate
-from math import ceil, prod
+from math import ceil
 from operator import mul
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from .tiling import Axis, Box, Launch, ProblemClass, padded_head_dim, register_tile
+from .tiling import Axis, Box, Launch, ProblemClass, column_parts, register_tile
 
 T = TypeVar("T", int, bool)
 
@@ -45,6 +45,22 @@ def strides(tensor: Layout) -> tuple[int, ...]:
     return tensor.stride[0], *three_axes(tensor.stride[1:-2], 0), tensor.stride[-2]
 
 
+def need_wide_offsets(tensors: Iterable[Layout | None]) -> bool:
+    """Whether offsets inside one image need 64 bits. Offsets of images and heads always have them."""
+    spans = (sum(map(mul, x.shape[1:-2], x.stride[1:-2])) for x in tensors if x is not None)
+    # Chunks may reach past the end of an axis by less than their own size.
+    return 2 * max(spans) >= 2**31
+
+
+def stride_unit(strides: Iterable[Sequence[int]]) -> int:
+    """``UNIT`` of the kernels: 8 if that divides all these strides, else 1."""
+    return 1 if any(step % 8 for each in strides for step in each) else 8
+
+
+def in_units(strides: Iterable[Sequence[int]], unit: int) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(step // unit for step in each) for each in strides)
+
+
 def register_strides(tensor: Layout | None) -> tuple[int, ...]:
     """``(batch, register, head)`` of ``[B, R, H, D]``."""
     return (0, 0, 0) if tensor is None else tensor.stride[:3]
@@ -55,9 +71,26 @@ def sink_kind(sink: Tensor | None, value: float | None) -> str:
     return "tensor" if sink is not None else "none" if value is None else "value"
 
 
+def scales_first(scale: float) -> bool:
+    """``SCALE_FIRST`` of the kernels: whether scores are scaled before their maximum is taken, and before a mask.
+
+    A scale that is not positive does not commute with the maximum; and what is zero in fp32, or is taken for zero as
+    it is not normal there, makes NaN of a mask of -inf.
+    """
+    return scale < torch.finfo(torch.float32).tiny
+
+
 def precision(dtype: torch.dtype) -> str:
-    """``PRECISION`` of the kernels' matrix products."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    """``PRECISION`` of the kernels' matrix products, as Triton calls it; it matters for fp32 only.
+
+    TF32 where torch's switches ask for it, IEEE where they ask for that: ``torch.backends.cuda.matmul.fp32_precision``,
+    which also tells what ``allow_tf32`` and ``torch.set_float32_matmul_precision`` were set to. If nobody has set any,
+    three products in TF32, whose errors are those of IEEE's (3e-7) and which run on tensor cores.
+    """
+    if dtype != torch.float32:
+        return "ieee"
+    asked = torch.backends.cuda.matmul.fp32_precision
+    return asked if asked in ("tf32", "ieee") else "tf32x3"
 
 
 SHARED_MEMORY = 227 * 1024
@@ -134,7 +167,7 @@ class Problem(NamedTuple):
     sink: str
     """how it is given: none, value or tensor"""
     scale_first: bool
-    """A scale that is not positive does not commute with the maximum of the scores."""
+    """of :func:`scales_first`"""
     precision: str
     """of matrix products, as Triton calls it"""
 
@@ -159,12 +192,14 @@ class Problem(NamedTuple):
         return tuple(zip(lengths, kernel_size, stride, three_axes(self.is_causal, False), strict=True))
 
     @property
-    def wide(self) -> bool:
-        """Whether offsets inside one image need 64 bits. Offsets of images and heads always have them."""
-        spans = [sum(map(mul, x.shape[1:-2], x.stride[1:-2])) for x in (self.query, self.key, self.value)]
-        out = prod(self.lengths) * self.query.shape[-2] * self.value.shape[-1]
-        # Chunks may reach past the end of an axis by less than their own size.
-        return 2 * max(out, *spans) >= 2**31
+    def out(self) -> Layout:
+        """Of the output ``[B, *spatial, Hq, Dv]``, which is new."""
+        return contiguous((*self.query.shape[:-1], self.value.shape[-1]))
+
+    @property
+    def statistics(self) -> Layout:
+        """Of one number for every query and head, ``[B, *spatial, Hq, 1]``, new."""
+        return contiguous((*self.query.shape[:-1], 1))
 
     @property
     def kv_heads(self) -> int:
@@ -209,8 +244,12 @@ class Problem(NamedTuple):
             register_strides(self.additional_keys), register_strides(self.additional_values),
         )  # fmt: skip
 
-    def program(self, launch: Launch) -> dict[str, Any]:
-        """Compile-time arguments and options that follow from a launch."""
+    def program(self, launch: Launch, tensors: Iterable[Layout | None]) -> dict[str, Any]:
+        """Compile-time arguments and options that follow from a launch.
+
+        Args:
+            tensors: all that have tokens and that the kernel reads or writes: its offsets are as wide as they need.
+        """
         # A score of -inf that is scaled later needs a positive scale.
         mask = "border" if launch.skip_mask else "select" if self.scale_first else "add"
         return {
@@ -219,7 +258,7 @@ class Problem(NamedTuple):
             "CHUNK": launch.chunk,
             "MASK": mask,
             "RANK": self.rank,
-            "WIDE": self.wide,
+            "WIDE": need_wide_offsets(tensors),
             "STAGES": launch.stages,
             "num_warps": launch.num_warps,
             "maxnreg": launch.max_registers,
@@ -230,9 +269,9 @@ class Problem(NamedTuple):
         head_dim, value_dim = self.query.shape[-1], self.value.shape[-1]
         return {
             "D": head_dim,
-            "BD": padded_head_dim(head_dim),
+            "BD": column_parts(head_dim),
             "DV": value_dim,
-            "BDV": padded_head_dim(value_dim),
+            "BDV": column_parts(value_dim),
             "SCALE_FIRST": self.scale_first,
             "PRECISION": self.precision,
         }
@@ -313,10 +352,10 @@ class QKPrep(NamedTuple):
 def problem_of(inputs: Inputs, options: Options) -> Problem:
     query, key, value, additional_keys, additional_values, sink = inputs
     sink_value, kernel_size, stride, dilation, is_causal, scale = options
-    return Problem(
-        layout(query), layout(key), layout(value),
+    return Problem(  # a call of a function for each layout would take as long as the rest
+        Layout(query.shape, query.stride()), Layout(key.shape, key.stride()), Layout(value.shape, value.stride()),
         None if additional_keys is None else layout(additional_keys),
         None if additional_values is None else layout(additional_values),
         query.device, query.dtype, tuple(kernel_size), tuple(stride), tuple(dilation), tuple(is_causal),
-        sink_kind(sink, sink_value), scale <= 0, precision(query.dtype),
+        sink_kind(sink, sink_value), scales_first(scale), precision(query.dtype),
     )  # fmt: skip

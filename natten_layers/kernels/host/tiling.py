@@ -40,6 +40,23 @@ def padded_head_dim(head_dim: int) -> int:
     return max(16, next_power_of_2(head_dim))
 
 
+def head_width(head_dim: int) -> int:
+    """Channels of a head in shared memory: matrix instructions take powers of two. TMA reads zeros behind the last."""
+    return max(32, next_power_of_2(head_dim))
+
+
+def column_parts(head_dim: int) -> tuple[int, ...]:
+    """Columns of tiles: one power of two, or two where the sum of two is at most three quarters of it (80 = 64 + 16).
+
+    Forward on an H200, in ms, padded and in parts: head dim 80 0.141 and 0.114, 96 0.362 and 0.327, 192 0.532 and
+    0.483.
+    """
+    padded = padded_head_dim(head_dim)
+    first = padded // 2
+    rest = padded_head_dim(head_dim - first) if head_dim > first else padded
+    return (first, rest) if padded > 32 and first + rest <= padded * 3 // 4 else (padded,)
+
+
 def boxes(size: int, limits: Sequence[int]) -> list[Box]:
     """Boxes of ``size`` positions with power-of-two sides, within the padded limits where that is possible."""
     caps = [next_power_of_2(n) for n in limits]
@@ -59,12 +76,16 @@ def covered(extents: Sequence[int], chunk: Box) -> int:
 
 @lru_cache(maxsize=1024)
 def best_boxes(positions: int, keys: int, lengths: Box, kernel: Box) -> tuple[Box, Box]:
-    """Tile and chunk that execute the fewest scores per query; among equals near-cubes, then rows of 16."""
+    """Tile and chunk that execute the fewest scores, idle rows included; among equals near-cubes, then rows of 16.
+
+    Idle rows decide where an axis is short: over 24x68x80 positions a tile of 32x2x2 sees fewer keys than one of 4x4x8
+    does, and yet executes more scores.
+    """
 
     def cost(pair: tuple[Box, Box]) -> tuple[int, int, int]:
         tile, chunk = pair
         union = [min(b + k - 1, n) for b, k, n in zip(tile, kernel, lengths, strict=True)]
-        return covered(union, chunk), sum(union), abs(chunk[2] - 16)
+        return covered(union, chunk) * covered(lengths, tile), sum(union), abs(chunk[2] - 16)
 
     unions = tuple(min(n, positions + k - 1) for n, k in zip(lengths, kernel, strict=True))
     pairs = product(boxes(positions, lengths), boxes(keys, unions))
@@ -72,8 +93,17 @@ def best_boxes(positions: int, keys: int, lengths: Box, kernel: Box) -> tuple[Bo
 
 
 def packed_heads(group: int, positions: int) -> int:
-    """Query heads of one KV head in one program: they share its key loads, its masks and its window arithmetic."""
-    return min(next_power_of_2(group), 16, positions)
+    """Query heads of one KV head in one program: they share its key loads, its masks and its window arithmetic.
+
+    A power of two, as tiles are: the largest that leaves at most an eighth of the rows idle. For a group of 3 that is
+    one head (17x17, head dim 96: 0.425 ms, with four 0.464).
+    """
+
+    def idle(pack: int) -> float:
+        return 1 - group / (ceil(group / pack) * pack)
+
+    packs = (2**i for i in range(5) if 2**i <= positions)
+    return max(pack for pack in packs if pack <= next_power_of_2(group) and idle(pack) <= 0.125)
 
 
 Kind = Literal["forward", "backward_query", "backward_key"]
@@ -102,26 +132,41 @@ class Room(NamedTuple):
     limit: int
     """bytes that a program can have"""
     width: int
-    """the wider padded head dim, in units of two bytes"""
+    """columns of the wider head dim's tiles, in units of two bytes"""
     element_size: int
     """bytes"""
+    copies: int = 1
+    """of :func:`tile_copies`"""
+
+
+def columns(kind: Kind, problem: ProblemClass) -> int:
+    """Columns of a row's accumulators, which stay in registers."""
+    query, value = sum(column_parts(problem.head_dim)), sum(column_parts(problem.value_dim))
+    return {"forward": value, "backward_query": query, "backward_key": max(query, value)}[kind]
 
 
 def room(problem: ProblemClass) -> Room:
-    columns = max(padded_head_dim(problem.head_dim), padded_head_dim(problem.value_dim))
-    return Room(problem.shared_memory, columns * max(problem.element_size // 2, 1), problem.element_size)
+    columns = max(sum(column_parts(dim)) for dim in (problem.head_dim, problem.value_dim))
+    width = columns * max(problem.element_size // 2, 1)
+    return Room(problem.shared_memory, width, problem.element_size, tile_copies(problem.element_size))
+
+
+def tile_copies(element_size: int) -> int:
+    """How often a program's own tile is in shared memory at most: a product of fp32 may be three in TF32."""
+    return 2 if element_size == 4 else 1
 
 
 def rule(kind: Kind, problem: ProblemClass, pack: int | None = None) -> Launch:
     """What serves any problem, with ``pack`` heads a program if given."""
     group = 1 if kind == "backward_key" else problem.group
-    return _rule(kind, problem.lengths, problem.kernel, group, pack, room(problem))
+    return _rule(kind, problem.lengths, problem.kernel, group, pack, room(problem), columns(kind, problem))
 
 
 def register_tile(problem: ProblemClass, registers: int) -> int:
     """Registers that the kernels over queries take at a time."""
-    tile, space = min(max(16, next_power_of_2(registers)), 64), room(problem)
-    while tile > 16 and shared_memory("backward_query", 16, tile, 1, space) > space.limit:
+    tile, space, launch = min(max(16, next_power_of_2(registers)), 64), room(problem), rule("backward_query", problem)
+    rows = prod(launch.tile) * launch.pack
+    while tile > 16 and shared_memory("backward_query", rows, tile, 1, space) > space.limit:
         tile //= 2
     return tile
 
@@ -129,14 +174,14 @@ def register_tile(problem: ProblemClass, registers: int) -> int:
 def register_block(problem: ProblemClass, registers: int) -> tuple[int, int]:
     """Registers, at most so many, and queries that the kernel of registers' gradients takes at a time."""
     rows, space = 64 if problem.element_size == 2 else 16, room(problem)
-    while register_memory(registers, rows, space.width) > space.limit and registers * rows > 256:
+    while register_memory(registers, rows, space.width, space.copies) > space.limit and registers * rows > 256:
         registers, rows = (registers, rows // 2) if rows > 16 else (registers // 2, rows)
     return registers, rows
 
 
-def register_memory(registers: int, rows: int, width: int) -> int:
-    """:func:`shared_memory` of that kernel: two tensors' registers, and their rows three times."""
-    return (registers + 3 * rows) * width * 4 + 1024
+def register_memory(registers: int, rows: int, width: int, copies: int = 1) -> int:
+    """:func:`shared_memory` of that kernel: two tensors' registers, ``copies`` times, and their rows three times."""
+    return (copies * registers + 3 * rows) * width * 4 + 1024
 
 
 def shared_memory(kind: Kind, rows: int, keys: int, stages: int, space: Room) -> int:
@@ -145,7 +190,7 @@ def shared_memory(kind: Kind, rows: int, keys: int, stages: int, space: Room) ->
     Its own tile, of one tensor or two, and two tensors' chunks a stage; or for one stage less the weights of a chunk,
     which are more where heads are narrow. Read off compiled kernels; scratch is under 1 KiB.
     """
-    tile = rows * space.width * (2 if kind == "forward" else 4)
+    tile = rows * space.width * (2 if kind == "forward" else 4) * space.copies
     chunk = keys * space.width * 4
     return (stages - 1) * chunk + max(chunk, rows * keys * space.element_size) + tile + 1024
 
@@ -163,42 +208,90 @@ def fit(kind: Kind, rows: int, keys: int, stages: int, space: Room) -> tuple[int
 
 
 LARGE_WINDOW = 512  # keys; from here on matrix products bound the kernels, below it instructions and L2 do
+MIDDLE_WINDOW = 100  # keys; from here on a tile of 64 keys is worth the queries that see only some of it
+INSIDE = 0.2  # share of chunks inside every window of a tile, from which on a branch around the mask pays
+
+
+class Size(NamedTuple):
+    """Of a program, before its boxes are chosen."""
+
+    rows: int
+    keys: int
+    num_warps: int
+    stages: int
+    max_registers: int | None = None
+
+
+def size_of(kind: Kind, lengths: Box, window: int, space: Room, columns: int) -> Size:
+    """What was fastest on problems like this one: an H200, Triton 3.6, ``python -m benchmarks.sweep``.
+
+    Times are of the problems named: ms of this size against that of the next best kind of size.
+    """
+    large, middle = window >= LARGE_WINDOW, window >= MIDDLE_WINDOW
+    deep, flat = lengths[0] > 1, lengths[0] == lengths[1] == 1
+    if space.element_size == 4:
+        # Three products in TF32 for one: their operands are split in registers, so tiles are half as large.
+        # 7x7, head dim 64: forward 0.54 (64 rows 1.23), dQ 0.78 (1.13), dK and dV 1.22 (32 queries a chunk 1.30).
+        # 3x7x13: 1.58 (2.74), 2.43 (3.04), 4.06 (16 queries a chunk 5.05). 7x11, head dim 32: 1.75 (2.49), 2.46 (2.82),
+        # 4.26 (4.60). 9x9, head dim 128, with four warps: 1.64 (two 2.37), 2.36 (4.13), 3.80 (7.35).
+        if space.width > 128:
+            return Size(32, 32, 4, 2)
+        if kind == "forward":
+            return Size(32, 32, 2, 2)
+        if kind == "backward_query":
+            return Size(64, 32, 4, 2, 128) if space.width <= 64 else Size(32, 32, 2, 2)
+        if space.width <= 64:
+            return Size(64, 32, 4, 3)
+        return Size(32, 32, 4, 2) if middle else Size(32, 16, 2, 3)
+    if space.width > 128:
+        # 64 rows of 256 accumulators leave four warps no registers: 1024 keys take 0.68 with eight (four 4.8, 380 bytes
+        # spilled), 7x7 keys 0.71 with four warps and 32 rows (eight 0.92). Where only keys are so wide (192 with values
+        # of 128), four warps have enough: 0.53.
+        if kind == "forward" and columns > 128:
+            return Size(64, 64, 8, 2) if large else Size(32, 64, 4, 2)
+        if kind == "forward":
+            return Size(64, 32, 4, 3)
+        # 1024 keys of 256: 0.45 (64 rows 0.56); 128 keys of 192: 0.77 (32 keys a chunk 0.81).
+        if kind == "backward_query":
+            return Size(128, 32, 8, 3) if large else Size(64, 16, 4, 3)
+        return Size(32, 32, 4, 2)  # 1024 keys of 256: 1.37 (16 queries a chunk 1.91)
+    if kind == "backward_key":
+        # Short chunks suit windows that are planes. 13x13 keys of 128: 1.26 (32 queries a chunk 1.41), of 64: 0.61
+        # (0.64); 9x9 of 80: 0.34 (0.37); but 4x7x7: 3.92 (2.79), 2048 in a row: 1.50 (1.33).
+        plane = not large and not flat and (space.width > 64 or not deep)
+        return Size(64, 16, 4, 3) if plane else Size(64, 32, 4, 3)
+    if large:
+        # 11x11x11 of 64: forward 1.27, dQ 1.15 (with 128 rows 2.3 and 2.6); 40x40 of 128: 0.33 and 0.37 with 128 rows
+        # (64 rows 0.36 and 0.39); dQ of 512 keys in a row, 0.23 (64 keys a chunk 0.26).
+        if columns > 64:
+            return Size(128, 64, 8, 3)
+        return Size(64, 32, 4, 3) if flat and kind == "backward_query" else Size(64, 64, 4, 3)
+    if kind == "backward_query":
+        return Size(64, 32, 4, 3, 96 if space.width <= 64 else None)
+    if space.width > 64:
+        return Size(64, 64, 4, 3)
+    return Size(64, 32, 4, 3, 96) if flat else Size(64, 64, 4, 3, 128)
 
 
 @lru_cache(maxsize=1024)
-def _rule(kind: Kind, lengths: Box, kernel: Box, group: int, pack: int | None, space: Room) -> Launch:
-    """Tiles from the problem's shape.
-
-    Measured on an H200 at head dims 64 and 128 in bf16 (``benchmarks/results``); wider heads, and devices with less
-    shared memory, take what fits.
-    """
-    width = space.width
-    if width > 128:
-        rows, keys, warps, stages, registers = (32, 16, 4, 2, None) if kind == "backward_key" else (64, 32, 4, 2, None)
-        if width > 256:
-            rows, keys = 16, 16
-    elif prod(kernel) >= LARGE_WINDOW:
-        rows, keys, warps, stages, registers = {
-            "forward": (128, 128, 8, 3, None),
-            "backward_query": (128, 64, 8, 3, None),
-            "backward_key": (64, 32, 4, 3, None),
-        }[kind]
-        pack = pack or min(next_power_of_2(group), 2)
-    else:
-        flat = lengths[0] == lengths[1] == 1
-        rows, keys, warps, stages, registers = {
-            "forward": (64, 32, 4, 3, 96) if flat else (64, 64, 4, 3, 128),
-            "backward_query": (64, 32, 4, 3, 96),
-            "backward_key": (64, 32, 4, 3, None) if flat else (32, 32, 2, 3, None),
-        }[kind]
-        if width > 64:
-            registers = None
-    rows, keys, stages = fit(kind, rows, keys, stages, space)
+def _rule(kind: Kind, lengths: Box, kernel: Box, group: int, pack: int | None, space: Room, columns: int) -> Launch:
+    """Tiles from the problem's shape; devices with less shared memory than an H200 take what fits."""
+    window = prod(kernel)
+    size = size_of(kind, lengths, window, space, columns)
+    rows, keys, stages = fit(kind, size.rows, size.keys, size.stages, space)
+    warps = min(size.num_warps, max(1, rows // 8))
+    if window >= LARGE_WINDOW:
+        pack = pack or min(packed_heads(group, rows), 4 if space.width > 128 else 2)
     pack = min(pack or packed_heads(group, rows), rows)
     tile, chunk = best_boxes(rows // pack, keys, lengths, kernel)
-    # A branch around the mask pays where many chunks lie inside every window: large windows, and long rows.
-    skip_mask = prod(kernel) >= LARGE_WINDOW or kernel[2] >= 4 * chunk[2]
-    return Launch(tile, chunk, pack, warps, stages, registers, skip_mask)
+    skip_mask = inside_share(tile, chunk, kernel) >= INSIDE
+    return Launch(tile, chunk, pack, warps, stages, size.max_registers, skip_mask)
+
+
+def inside_share(tile: Box, chunk: Box, kernel: Box) -> float:
+    """About what share of the chunks that a tile walks over lies inside all its windows, and needs no mask."""
+    axes = zip(tile, chunk, kernel, strict=True)
+    return prod(max(0, k - b + 1 - c + 1) / (b + k - 1) for b, c, k in axes)
 
 
 @lru_cache(maxsize=4096)

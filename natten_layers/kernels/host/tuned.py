@@ -15,9 +15,10 @@ from contextvars import ContextVar
 from functools import cache, lru_cache, wraps
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, ParamSpec, TypeVar, get_args
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
-from ...files import replacing
+from ...io.files import read_json, replacing
+from ...io.schema import build, shorten
 from .tiling import Kind, Launch, ProblemClass, rule
 
 __all__ = [
@@ -118,6 +119,14 @@ def _tuned() -> Tuned:
         return {}
 
 
+class _Entry(NamedTuple):
+    """One launch in the file. What a launch means to the kernels is checked in :func:`_check_launch`."""
+
+    kind: Kind
+    problem: Mapping[str, Any]
+    launch: Mapping[str, Any]
+
+
 def read_tuned(path: Path) -> Tuned:
     """What :func:`write_tuned` wrote; nothing if there is no such file.
 
@@ -125,32 +134,35 @@ def read_tuned(path: Path) -> Tuned:
         ValueError: a damaged file, or one of another format.
     """
     try:
-        content = json.loads(path.read_text())
-        if content["format"] != FORMAT:
-            raise ValueError(f"format {content['format']}, expected {FORMAT}")
-        return dict(_entry(entry) for entry in content["launches"])
+        content = read_json(path)
+        if content.get("format") != FORMAT:
+            raise ValueError(f"format {shorten(content.get('format'))}, expected {FORMAT}")
+        entries = content.get("launches")
+        if not isinstance(entries, list):
+            raise ValueError(f"launches must be a list, got {shorten(entries)}")
+        return dict(_launch_of(entry, f"launches[{i}]") for i, entry in enumerate(entries))
     except FileNotFoundError:
         return {}
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged or of another version ({error!r}); delete it and tune again") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged or of another version ({error}); delete it and tune again") from error
 
 
-def _entry(entry: Mapping[str, Any]) -> tuple[tuple[Kind, ProblemClass], Launch]:
-    if entry["kind"] not in get_args(Kind):
-        raise ValueError(f"unknown kernel {entry['kind']!r}")
-    problem, launch = ProblemClass(**_tuples(entry["problem"])), Launch(**_tuples(entry["launch"]))
+def _launch_of(entry: object, where: str) -> tuple[tuple[Kind, ProblemClass], Launch]:
+    kind, problem, launch = build(_Entry, entry, where)
+    checked = build(Launch, launch, f"{where}.launch")
+    _check_launch(checked, where)
+    return (kind, build(ProblemClass, problem, f"{where}.problem")), checked
+
+
+def _check_launch(launch: Launch, where: str) -> None:
+    """Refuse what no GPU runs."""
     sides = (*launch.tile, *launch.chunk, launch.pack, launch.num_warps)
-    if len(sides) != 8 or any(type(n) is not int or n < 1 or n & (n - 1) for n in sides):
-        raise ValueError(f"a launch has sides that are no powers of two: {launch}")
+    if any(n < 1 or n & (n - 1) for n in sides):
+        raise ValueError(f"{where} has sides that are no powers of two: {shorten(launch)}")
     rows, columns = math.prod(launch.tile) * launch.pack, math.prod(launch.chunk)
     counts = (launch.num_warps, 32), (launch.stages, 8), (launch.max_registers or 255, 255)
-    if max(rows, columns) > MOST_SIDES or any(type(n) is not int or not 1 <= n <= most for n, most in counts):
-        raise ValueError(f"no GPU runs such a launch: {launch}")
-    return (entry["kind"], problem), launch
-
-
-def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    if max(rows, columns) > MOST_SIDES or any(not 1 <= n <= most for n, most in counts):
+        raise ValueError(f"{where}: no GPU runs such a launch: {shorten(launch)}")
 
 
 def write_tuned(path: Path, launches: Mapping[tuple[Kind, ProblemClass], Launch]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib import import_module
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
@@ -48,9 +48,9 @@ _HERE = nullcontext()
 
 
 class _Operator(NamedTuple):
-    groups: tuple[type[Any], ...]
-    """The arguments, in their order."""
     kernel: Callable[..., Results]
+    spans: tuple[tuple[type[Any], int, int], ...]
+    """Each group, and where it begins and ends in the flat arguments."""
 
 
 _operators: dict[str, _Operator] = {}
@@ -90,7 +90,8 @@ def register(
         results: the schema's part behind the arrow.
         flop: counts floating-point operations.
     """
-    _operators[name] = _Operator(groups, kernel)
+    ends = list(accumulate((len(group._fields) for group in groups), initial=0))
+    _operators[name] = _Operator(kernel, tuple(zip(groups, ends, ends[1:], strict=False)))
     library.define(f"{name}({_schema(groups)}) -> {results}")
     for device in ("CUDA", "CPU"):  # on the latter under Triton's interpreter
         library.impl(name, _returning_tensors(name), device)
@@ -109,12 +110,7 @@ def _schema(groups: tuple[type[Any], ...]) -> str:
 
 def grouped(name: str, args: Sequence[Any]) -> list[Any]:
     """An operator's flat arguments as named tuples."""
-    found, start = [], 0
-    for group in _operators[name].groups:
-        end = start + len(group._fields)
-        found.append(group(*args[start:end]))
-        start = end
-    return found
+    return [group._make(args[start:end]) for group, start, end in _operators[name].spans]
 
 
 def flattened(groups: tuple[tuple[Any, ...], ...]) -> tuple[Any, ...]:

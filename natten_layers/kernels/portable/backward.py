@@ -18,34 +18,52 @@ import triton.language as tl
 from torch import Tensor
 
 from ..host.launcher import Plan, launcher
-from ..host.problem import Cotangents, Inputs, Layout, Options, Problem, RowStatistics, new_like, strides
+from ..host.problem import (
+    Cotangents,
+    Inputs,
+    Layout,
+    Options,
+    Problem,
+    RowStatistics,
+    contiguous,
+    in_units,
+    new_like,
+    stride_unit,
+    strides,
+)
 from ..host.tiling import register_block
 from ..host.tuned import launch_for
 from .forward import query_tile
 from .primitives import (
     LOG2E,
+    add_weighted,
     contiguous_row,
     contiguous_strides,
     corner_offset,
+    in_elements,
     inner_indices,
     inner_offsets,
     inside_axes,
     inside_box,
     is_empty,
-    load_rows,
+    load_columns,
     masked_product,
     next_chunk,
+    products,
     queries_of,
+    row_products,
     shifted,
     spatial_tile,
     steps_over,
-    store_rows,
+    store_columns,
+    times,
     token_offset,
     tokens_of,
     union_of_queries,
     union_of_windows,
     unravel,
     windows_of,
+    zero_columns,
 )
 
 
@@ -55,19 +73,19 @@ def key_gradients(
 ):  # fmt: skip
     """Add what queries ``[M]`` give to keys ``[N]``, from masked scores ``b_s [N, M]``; dK lacks ``scale``."""
     b_p = tl.exp2(b_s * factor - col_lse[None, :])
-    b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
-    b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
+    b_dv = add_weighted(b_dv, b_p, b_do, PRECISION)
+    b_dp = products(b_v, b_do, None, PRECISION)
     b_ds = b_p * (b_dp - col_delta[None, :])
-    return tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION), b_dv
+    return add_weighted(b_dk, b_ds, b_q, PRECISION), b_dv
 
 
 @triton.jit
 def query_gradient(b_dq, b_s, b_k, b_v, b_do, row_lse, row_delta, factor, PRECISION: tl.constexpr):
     """Add what keys ``[N]`` give to queries ``[M]``, from masked scores ``b_s [M, N]``; dQ lacks ``scale``."""
     b_p = tl.exp2(b_s * factor - row_lse[:, None])
-    b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+    b_dp = products(b_do, b_v, None, PRECISION)
     b_ds = b_p * (b_dp - row_delta[:, None])
-    return tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
+    return add_weighted(b_dq, b_ds, b_k, PRECISION)
 
 
 @triton.jit
@@ -78,10 +96,17 @@ def backward_query_kernel(
     CAUSAL: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr,
     PACK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, BR: tl.constexpr,
     WITH_DLSE: tl.constexpr, MASK: tl.constexpr, SCALE_FIRST: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """dQ, ``delta = rowsum(dOut * Out) - dLse`` and the base-2 lse of one query tile; contiguous like the output."""
     BM: tl.constexpr = TILE[0] * TILE[1] * TILE[2] * PACK
+    q_strides, k_strides, v_strides = (
+        in_elements(q_strides, UNIT),
+        in_elements(k_strides, UNIT),
+        in_elements(v_strides, UNIT),
+    )
+    regk_strides, regv_strides = in_elements(regk_strides, UNIT), in_elements(regv_strides, UNIT)
+    do_strides = in_elements(do_strides, UNIT)
     i_batch, i_kv, row_head, m_rows, residue, count, origin, index = query_tile(
         tl.program_id(0), length, dilation, tiles, group, kv_heads, TILE, PACK
     )
@@ -91,10 +116,10 @@ def backward_query_kernel(
     o_q = token_offset(token, q_strides) + row_head * q_strides[4]
     o_do = token_offset(token, do_strides) + row_head * do_strides[4]
     o_row = contiguous_row(i_batch, token, length) * (kv_heads * group) + row_head
-    b_q = load_rows(Q + i_batch * q_strides[0], o_q, m_rows, D, BD)
-    b_do = load_rows(DOut + i_batch * do_strides[0], o_do, m_rows, DV, BDV)
-    b_out = load_rows(Out, o_row * DV, m_rows, DV, BDV)
-    row_delta = tl.sum(b_out.to(tl.float32) * b_do.to(tl.float32), 1)
+    b_q = load_columns(Q + i_batch * q_strides[0], o_q, m_rows, D, BD)
+    b_do = load_columns(DOut + i_batch * do_strides[0], o_do, m_rows, DV, BDV)
+    b_out = load_columns(Out, o_row * DV, m_rows, DV, BDV)
+    row_delta = row_products(b_out, b_do)
     if WITH_DLSE:
         o_dl = token_offset(token, dl_strides) + row_head * dl_strides[4]
         row_delta -= tl.load(DLse + i_batch * dl_strides[0] + o_dl, mask=m_rows, other=0.0)
@@ -105,7 +130,7 @@ def backward_query_kernel(
 
     score_scale = scale * LOG2E
     factor = 1.0 if SCALE_FIRST else score_scale
-    b_dq = tl.zeros([BM, BD], tl.float32)
+    b_dq = zero_columns(BM, BD)
     if BR > 0:
         RegK += i_batch * regk_strides[0] + i_kv * regk_strides[2]
         RegV += i_batch * regv_strides[0] + i_kv * regv_strides[2]
@@ -113,9 +138,9 @@ def backward_query_kernel(
         for start in tl.range(0, registers, BR, num_stages=1):
             m_r = start + n < registers
             o_r = (start + n).to(tl.int64)
-            b_k = load_rows(RegK, o_r * regk_strides[1], m_r, D, BD)
-            b_v = load_rows(RegV, o_r * regv_strides[1], m_r, DV, BDV)
-            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+            b_k = load_columns(RegK, o_r * regk_strides[1], m_r, D, BD)
+            b_v = load_columns(RegV, o_r * regv_strides[1], m_r, DV, BDV)
+            b_s = products(b_q, b_k, None, PRECISION)
             if SCALE_FIRST:
                 b_s = b_s * score_scale
             b_s = tl.where(m_r[None, :], b_s, float("-inf"))
@@ -132,15 +157,15 @@ def backward_query_kernel(
     corner = lo
     for _ in tl.range(0, steps[0] * steps[1] * steps[2], num_stages=STAGES):
         m_keys = inside_box(inner, corner, hi, RANK)
-        b_k = load_rows(K + corner_offset(corner, residue, dilation, k_strides, RANK, WIDE), o_k, m_keys, D, BD)
-        b_v = load_rows(V + corner_offset(corner, residue, dilation, v_strides, RANK, WIDE), o_v, m_keys, DV, BDV)
+        b_k = load_columns(K + corner_offset(corner, residue, dilation, k_strides, RANK, WIDE), o_k, m_keys, D, BD)
+        b_v = load_columns(V + corner_offset(corner, residue, dilation, v_strides, RANK, WIDE), o_v, m_keys, DV, BDV)
         b_s = masked_product(
             b_q, b_k, row_lo, row_hi, corner, inner, inner_lo, inner_hi, score_scale,
             CHUNK, RANK, MASK, SCALE_FIRST, PRECISION,
         )  # fmt: skip
         b_dq = query_gradient(b_dq, b_s, b_k, b_v, b_do, row_lse, row_delta, factor, PRECISION)
         corner = next_chunk(corner, lo, hi, CHUNK, RANK)
-    store_rows(DQ, o_row * D, m_rows, b_dq * scale, D, BD)
+    store_columns(DQ, o_row * D, m_rows, times(b_dq, scale), D, BD)
 
 
 @triton.jit
@@ -150,9 +175,15 @@ def backward_key_kernel(
     length, kernel, stride, dilation, tiles, group, kv_heads, scale,
     CAUSAL: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
-    MASK: tl.constexpr, SCALE_FIRST: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    MASK: tl.constexpr, SCALE_FIRST: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one tile of keys, contiguous. A chunk holds queries, its rows here are the matrix's columns."""
+    q_strides, k_strides, v_strides = (
+        in_elements(q_strides, UNIT),
+        in_elements(k_strides, UNIT),
+        in_elements(v_strides, UNIT),
+    )
+    do_strides = in_elements(do_strides, UNIT)
     i_kv = (tl.program_id(0) % kv_heads).to(tl.int64)
     i_batch, residue, count, origin = spatial_tile(tl.program_id(0) // kv_heads, length, dilation, tiles, TILE)
     if is_empty(origin, count):
@@ -162,10 +193,10 @@ def backward_key_kernel(
     token = tokens_of(key, residue, count, dilation)
     o_k = i_batch * k_strides[0] + i_kv * k_strides[4] + token_offset(token, k_strides)
     o_v = i_batch * v_strides[0] + i_kv * v_strides[4] + token_offset(token, v_strides)
-    b_k = load_rows(K, o_k, m_keys, D, BD)
-    b_v = load_rows(V, o_v, m_keys, DV, BDV)
-    b_dk = tl.zeros(b_k.shape, tl.float32)
-    b_dv = tl.zeros(b_v.shape, tl.float32)
+    b_k = load_columns(K, o_k, m_keys, D, BD)
+    b_v = load_columns(V, o_v, m_keys, DV, BDV)
+    b_dk = zero_columns(TILE[0] * TILE[1] * TILE[2], BD)
+    b_dv = zero_columns(TILE[0] * TILE[1] * TILE[2], BDV)
     score_scale = scale * LOG2E
     factor = 1.0 if SCALE_FIRST else score_scale
 
@@ -187,8 +218,8 @@ def backward_key_kernel(
         p_q = Q + i_batch * q_strides[0] + i_head * q_strides[4]
         p_do = DOut + i_batch * do_strides[0] + i_head * do_strides[4]
         o_head = i_batch * stat_strides[0] + i_head + corner_offset(corner, residue, dilation, stat_strides, RANK, WIDE)
-        b_q = load_rows(p_q + corner_offset(corner, residue, dilation, q_strides, RANK, WIDE), o_q, m_queries, D, BD)
-        b_do = load_rows(
+        b_q = load_columns(p_q + corner_offset(corner, residue, dilation, q_strides, RANK, WIDE), o_q, m_queries, D, BD)
+        b_do = load_columns(
             p_do + corner_offset(corner, residue, dilation, do_strides, RANK, WIDE), o_do, m_queries, DV, BDV
         )
         col_lse = tl.load(Lse + o_head + o_stat, mask=m_queries, other=0.0)
@@ -206,8 +237,8 @@ def backward_key_kernel(
         corner = (tl.where(ends, lo[0], corner[0]), tl.where(ends, lo[1], corner[1]), tl.where(ends, lo[2], corner[2]))
 
     o_row = contiguous_row(i_batch, token, length) * kv_heads + i_kv
-    store_rows(DK, o_row * D, m_keys, b_dk * scale, D, BD)
-    store_rows(DV_, o_row * DV, m_keys, b_dv, DV, BDV)
+    store_columns(DK, o_row * D, m_keys, times(b_dk, scale), D, BD)
+    store_columns(DV_, o_row * DV, m_keys, b_dv, DV, BDV)
 
 
 @triton.jit
@@ -228,10 +259,10 @@ def backward_register_kernel(
     n = n.to(tl.int64)
     RegK += i_batch * regk_strides[0] + i_kv * regk_strides[2]
     RegV += i_batch * regv_strides[0] + i_kv * regv_strides[2]
-    b_k = load_rows(RegK, n * regk_strides[1], m_r, D, BD)  # [R, D]
-    b_v = load_rows(RegV, n * regv_strides[1], m_r, DV, BDV)
-    b_dk = tl.zeros([BR, BD], tl.float32)
-    b_dv = tl.zeros([BR, BDV], tl.float32)
+    b_k = load_columns(RegK, n * regk_strides[1], m_r, D, BD)  # [R, D]
+    b_v = load_columns(RegV, n * regv_strides[1], m_r, DV, BDV)
+    b_dk = zero_columns(BR, BD)
+    b_dv = zero_columns(BR, BDV)
     score_scale = scale * LOG2E
     factor = 1.0 if SCALE_FIRST else score_scale
     # Rows are (token, head of the group) pairs: neighbors in memory.
@@ -247,29 +278,35 @@ def backward_register_kernel(
         o_q = i_batch * q_strides[0] + i_head * q_strides[4] + token_offset(position, q_strides)
         o_do = i_batch * do_strides[0] + i_head * do_strides[4] + token_offset(position, do_strides)
         o_row = (i_batch * tokens + token) * (kv_heads * group) + i_head
-        b_q = load_rows(Q, o_q, None, D, BD)
-        b_do = load_rows(DOut, o_do, None, DV, BDV)
+        b_q = load_columns(Q, o_q, None, D, BD)
+        b_do = load_columns(DOut, o_do, None, DV, BDV)
         col_lse = tl.load(Lse + o_row, mask=m_rows, other=0.0)
         col_delta = tl.load(Delta + o_row, mask=m_rows, other=0.0)
-        b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [R, M]
+        b_s = products(b_k, b_q, None, PRECISION)  # [R, M]
         if SCALE_FIRST:
             b_s = b_s * score_scale
         b_s = tl.where(m_rows[None, :], b_s, float("-inf"))
         b_dk, b_dv = key_gradients(b_dk, b_dv, b_s, b_q, b_v, b_do, col_lse, col_delta, factor, PRECISION)
     batches = tl.num_programs(0) // (slices * kv_heads)
     o_r = ((i_slice * batches + i_batch) * registers + n) * kv_heads + i_kv
-    store_rows(DK, o_r * D, m_r, b_dk * scale, D, BD)
-    store_rows(DV_, o_r * DV, m_r, b_dv, DV, BDV)
+    store_columns(DK, o_r * D, m_r, times(b_dk, scale), D, BD)
+    store_columns(DV_, o_r * DV, m_r, b_dv, DV, BDV)
 
 
 def query_plan(p: Problem, grad_out: Layout, grad_lse: Layout | None) -> Plan:
     config = launch_for("backward_query", p.problem_class)
-    grad_strides = strides(grad_out), (0,) * 5 if grad_lse is None else strides(grad_lse)
+    unit = stride_unit((*p.input_strides(), strides(grad_out)))
+    grad_strides = (0,) * 5 if grad_lse is None else strides(grad_lse)
+    tensors = p.query, p.key, p.value, grad_out, grad_lse, p.out, p.statistics, contiguous(p.query.shape)
     launch = launcher(
         backward_query_kernel,
         (p.programs(config),),
-        (*p.input_strides(), *grad_strides, *p.geometry, p.tiles(config.tile), p.group, p.kv_heads, p.registers),
-        **p.program(config), **p.constants(), PACK=config.pack, BR=p.register_tile, WITH_DLSE=grad_lse is not None,
+        (
+            *in_units((*p.input_strides(), strides(grad_out)), unit), grad_strides,
+            *p.geometry, p.tiles(config.tile), p.group, p.kv_heads, p.registers,
+        ),
+        **p.program(config, tensors), **p.constants(),
+        PACK=config.pack, BR=p.register_tile, WITH_DLSE=grad_lse is not None, UNIT=unit,
     )  # fmt: skip
     return Plan(config, launch)
 
@@ -293,11 +330,14 @@ def backward_query(
 def key_plan(p: Problem, grad_out: Layout) -> Plan:
     config = launch_for("backward_key", p.problem_class)
     tiles = p.tiles(config.tile)
+    results = contiguous(p.key.shape), contiguous(p.value.shape)
+    tensor_strides = *p.input_strides()[:3], strides(grad_out)
+    unit = stride_unit(tensor_strides)
     launch = launcher(
         backward_key_kernel,
         (p.query.shape[0] * prod(tiles) * p.kv_heads,),
-        (*p.input_strides()[:3], strides(grad_out), *p.geometry, tiles, p.group, p.kv_heads),
-        **p.program(config), **p.constants(),
+        (*in_units(tensor_strides, unit), *p.geometry, tiles, p.group, p.kv_heads),
+        **p.program(config, (p.query, p.key, p.value, grad_out, p.statistics, *results)), **p.constants(), UNIT=unit,
     )  # fmt: skip
     return Plan(config, launch)
 

@@ -20,9 +20,20 @@ from torch import Tensor
 from ..host.cache_problem import CacheInputs, CacheOptions, CacheProblem
 from ..host.launcher import Launcher, launcher
 from ..host.problem import device_traits
-from ..host.tiling import next_power_of_2, padded_head_dim
+from ..host.tiling import next_power_of_2, padded_head_dim, tile_copies
 from .forward import attend_registers, initial_state
-from .primitives import LN2, LOG2E, LOWEST, between, load_rows, softmax_step, store_rows
+from .primitives import (
+    LN2,
+    LOG2E,
+    LOWEST,
+    are_sound,
+    load_columns,
+    load_rows,
+    products,
+    scale_rows,
+    softmax_step,
+    store_columns,
+)
 
 MAX_ROWS = 64
 TILE_BYTES = 2**14
@@ -30,7 +41,7 @@ TILE_BYTES = 2**14
 PROGRAMS = 2048
 """Enough for the last wave not to matter, and for the merge not to: many times the SMs of any device."""
 MAX_SPLITS = 128
-NO_WINDOW = 2**31 - 1
+NO_WINDOW = 2**63 - 1
 TRIM_FROM = 512
 """Slots of a slice from which it is worth to look at all its positions before any key is loaded."""
 STAGES = 3
@@ -38,16 +49,16 @@ STAGES = 3
 
 @triton.jit
 def load_positions(KeyPositions, start, stride, end, BN: tl.constexpr):
-    """Positions of the slots from ``start``; -1, an empty slot's, from ``end`` on."""
+    """Positions of the slots from ``start``, in 64 bits, as any may be given; -1, an empty slot's, from ``end`` on."""
     n = tl.arange(0, BN)
     p_slots = KeyPositions + tl.cast(start, tl.int64) * stride + n.to(tl.int64) * stride
-    return tl.load(p_slots, mask=n < end - start, other=-1).to(tl.int32)
+    return tl.load(p_slots, mask=n < end - start, other=-1).to(tl.int64)
 
 
 @triton.jit
 def seen_slots(KeyPositions, stride, begin, end, row_lo, row_hi, BLOCK: tl.constexpr):
     """First slot that a row sees, or ``end``, and the one after the last, or 0; from the positions alone."""
-    lo = tl.min(tl.where(row_lo <= row_hi, row_lo, 2147483647), 0)
+    lo = tl.min(tl.where(row_lo <= row_hi, row_lo, 9223372036854775807), 0)
     hi = tl.max(row_hi, 0)
     first = tl.zeros([BLOCK], tl.int32) + end
     last = tl.full([BLOCK], -1, tl.int32)
@@ -58,6 +69,15 @@ def seen_slots(KeyPositions, stride, begin, end, row_lo, row_hi, BLOCK: tl.const
         first = tl.minimum(first, tl.where(m_seen, slot, end))
         last = tl.maximum(last, tl.where(m_seen, slot, -1))
     return tl.min(first, 0), tl.max(last, 0) + 1
+
+
+@triton.jit
+def first_chunk(begin, seen, BN: tl.constexpr):
+    """Start of the chunk that holds slot ``seen``, of those of ``BN`` slots from ``begin`` on."""
+    # Not begin = seen: Triton knows no alignment of what comes from a reduction, and would load single elements.
+    while begin + BN <= seen:
+        begin += BN
+    return begin
 
 
 @triton.jit
@@ -77,12 +97,12 @@ def attend_cache(
     for start in tl.range(begin, end, BN, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
         m_keys = n < end - start
         col = load_positions(KeyPositions, start, position_stride, end, BN)
-        b_k = load_rows(K + tl.cast(start, tl.int64) * k_stride, o_k, m_keys, D, BD)
-        b_v = load_rows(V + tl.cast(start, tl.int64) * v_stride, o_v, m_keys, DV, BDV)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [M, N]
+        b_k = load_columns(K + tl.cast(start, tl.int64) * k_stride, o_k, m_keys, D, BD)
+        b_v = load_columns(V + tl.cast(start, tl.int64) * v_stride, o_v, m_keys, DV, BDV)
+        b_s = products(b_q, b_k, None, PRECISION)  # [M, N]
         if SCALE_FIRST:
             b_s = b_s * score_scale
-        b_visible = between(row_lo, row_hi, col)
+        b_visible = (col[None, :] >= row_lo[:, None]) & (col[None, :] <= row_hi[:, None])
         b_s = tl.where(b_visible, b_s, float("-inf"))
         b_acc, row_m, row_l = softmax_step(b_acc, row_m, row_l, b_s, b_v, b_visible, factor, CLEAN, PRECISION)
     return b_acc, row_m, row_l
@@ -120,7 +140,7 @@ def store_result(Out, Lse, o_row, m_rows, b_acc, row_m, row_l, DV: tl.constexpr,
     """Divide by the row sum and store; a row that saw nothing gives 0 and a log-sum-exp of -inf."""
     row_nothing = row_l == 0.0
     row_d = tl.where(row_nothing, 1.0, row_l)
-    store_rows(Out, o_row * DV, m_rows, b_acc / row_d[:, None], DV, BDV)
+    store_columns(Out, o_row * DV, m_rows, scale_rows(b_acc, 1.0 / row_d), DV, BDV)
     if Lse is not None:
         row_lse = tl.where(row_nothing, float("-inf"), (row_m + tl.log2(row_d)) * LN2)
         tl.store(Lse + o_row, row_lse, mask=m_rows)
@@ -148,9 +168,9 @@ def decode_kernel(
     m_rows = row < tokens * group
     row_token = tl.minimum(row // group, tokens - 1).to(tl.int64)
     row_head = i_kv * group + row % group
-    b_q = load_rows(Q + i_batch * q_strides[0], row_token * q_strides[1] + row_head * q_strides[2], m_rows, D, BD)
+    b_q = load_columns(Q + i_batch * q_strides[0], row_token * q_strides[1] + row_head * q_strides[2], m_rows, D, BD)
     QueryPositions += i_batch * qp_strides[0]
-    row_p = tl.load(QueryPositions + row_token * qp_strides[1], mask=m_rows, other=-1).to(tl.int32)
+    row_p = tl.load(QueryPositions + row_token * qp_strides[1], mask=m_rows, other=-1).to(tl.int64)
     row_hi = tl.maximum(row_p, -1)
     row_lo = tl.maximum(row_hi - window + 1, 0)
 
@@ -164,9 +184,7 @@ def decode_kernel(
     end = tl.minimum(begin + share, length)
     if TRIM:
         seen, end = seen_slots(KeyPositions, kp_strides[1], begin, end, row_lo, row_hi, 512)
-        # Not begin = seen: Triton knows no alignment of what comes from a reduction, and would load single elements.
-        while begin + BN <= seen:
-            begin += BN
+        begin = first_chunk(begin, seen, BN)
     with_sink = i_split == 0
     registers = tl.where(i_split == 0, registers, 0)
     b_acc, row_m, row_l = attend_slice(
@@ -174,12 +192,12 @@ def decode_kernel(
         regk_strides, regv_strides, begin, end, row_lo, row_hi, row_head, registers, sink, with_sink, scale,
         BM, BN, D, BD, DV, BDV, BR, SINK, False, SCALE_FIRST, PRECISION, STAGES,
     )  # fmt: skip
-    # NaN or inf times a weight of zero: rare enough to pay for it with a second pass, and only then.
-    if tl.max(tl.where(tl.abs(tl.sum(b_acc * 0.0, 1)) >= 0.0, 0, 1), 0) > 0:
+    # A second pass as in the forward kernel.
+    if tl.max(tl.where(are_sound(b_acc, row_m, row_l), 0, 1), 0) > 0:
         b_acc, row_m, row_l = attend_slice(
             b_q, K, V, KeyPositions, RegK, RegV, Sink, k_strides[1], v_strides[1], kp_strides[1],
             regk_strides, regv_strides, begin, end, row_lo, row_hi, row_head, registers, sink, with_sink, scale,
-            BM, 16, D, BD, DV, BDV, BR, SINK, True, SCALE_FIRST, PRECISION, 1,
+            BM, 16, D, BD, DV, BDV, BR, SINK, True, True, PRECISION, 1,
         )  # fmt: skip
 
     o_row = (i_batch * tokens + row_token) * (kv_heads * group) + row_head
@@ -187,7 +205,7 @@ def decode_kernel(
         store_result(Out, Lse, o_row, m_rows, b_acc, row_m, row_l, DV, BDV)
     else:
         o_part = i_split.to(tl.int64) * total + o_row
-        store_rows(PartOut, o_part * DV, m_rows, b_acc, DV, BDV)
+        store_columns(PartOut, o_part * DV, m_rows, b_acc, DV, BDV)
         tl.store(PartMax + o_part, row_m, mask=m_rows)
         tl.store(PartSum + o_part, row_l, mask=m_rows)
 
@@ -213,7 +231,7 @@ def merge_kernel(
         row_l += tl.sum(part_l * weight, 0)
         b_acc += tl.sum(load_rows(PartOut, o_part * DV, m_split, DV, BDV) * weight[:, None], 0, keep_dims=True)
     o_row = i_row + tl.zeros([1], tl.int64)
-    store_result(Out, Lse, o_row, o_row >= 0, b_acc, row_m, row_l, DV, BDV)
+    store_result(Out, Lse, o_row, o_row >= 0, (b_acc,), row_m, row_l, DV, (BDV,))
 
 
 def split(programs: int, length: int, chunk: int) -> tuple[int, int]:
@@ -233,7 +251,8 @@ def block(rows: int, width: int, element_size: int, limit: int) -> tuple[int, in
     slots = min(max(16, TILE_BYTES // (width * element_size)), 128)
     most = min(max(16, next_power_of_2(rows)), MAX_ROWS)
     # Queries and weights beside two stages of keys and values. Read off compiled kernels; the rest is under 2 KiB.
-    while most > 16 and most * (width + slots) * element_size + 4 * TILE_BYTES + 2048 > limit:
+    columns = tile_copies(element_size) * width + slots
+    while most > 16 and most * columns * element_size + 4 * TILE_BYTES + 2048 > limit:
         most //= 2
     return most, slots
 
@@ -267,7 +286,7 @@ def plan(p: CacheProblem) -> DecodePlan:
             tokens, length, group, kv_heads, blocks, splits, share, total, registers,
             NO_WINDOW if p.window is None else min(p.window, NO_WINDOW),
         ),
-        BM=BM, BN=BN, D=head_dim, BD=BD, DV=value_dim, BDV=BDV, BR=16 if registers else 0,
+        BM=BM, BN=BN, D=head_dim, BD=(BD,), DV=value_dim, BDV=(BDV,), BR=16 if registers else 0,
         SINK=p.sink, TRIM=share > TRIM_FROM, SCALE_FIRST=p.scale_first, PRECISION=p.precision, STAGES=STAGES,
         num_warps=num_warps,
     )  # fmt: skip

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..host.launcher import Launcher, launcher
 from ..host.problem import Inputs, Problem
 from .forward import attend_registers
-from .primitives import LN2, LOG2E, load_rows, store_rows, token_offset, unravel
+from .primitives import LN2, LOG2E, load_columns, scale_rows, store_columns, token_offset, unravel
 
 ROWS = 64  # of a program
 
@@ -27,7 +27,7 @@ def fold_registers_kernel(
     Q, RegK, RegV, Out, RowMax, RowSum,
     q_strides, regk_strides, regv_strides, length, tokens, blocks, group, kv_heads, registers, scale,
     D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, BR: tl.constexpr, BM: tl.constexpr,
-    SCALE_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Fold the registers into ``Out [B, T, H, W, heads, DV]`` and its statistics, all contiguous, in place."""
     i_program = tl.program_id(0)
@@ -40,18 +40,17 @@ def fold_registers_kernel(
     i_head = i_kv * group + row % group
     o_q = i_batch * q_strides[0] + i_head * q_strides[4] + token_offset(unravel(token, length[1], length[2]), q_strides)
     o_row = (i_batch * tokens + token) * (kv_heads * group) + i_head
-    b_q = load_rows(Q, o_q, m_rows, D, BD)  # [M, D]
+    b_q = load_columns(Q, o_q, m_rows, D, BD)  # [M, D]
     row_m = tl.load(RowMax + o_row, mask=m_rows, other=0.0) * LOG2E
     row_l = tl.load(RowSum + o_row, mask=m_rows, other=1.0)
-    b_acc = load_rows(Out, o_row * DV, m_rows, DV, BDV).to(tl.float32) * row_l[:, None]
-    score_scale = scale * LOG2E
-    factor = 1.0 if SCALE_FIRST else score_scale
+    b_acc = scale_rows(load_columns(Out, o_row * DV, m_rows, DV, BDV), row_l)
+    # Scores are scaled first, whatever their size: here that costs nothing, and there is no second pass.
     b_acc, row_m, row_l = attend_registers(
         b_q, b_acc, row_m, row_l, RegK + i_batch * regk_strides[0] + i_kv * regk_strides[2],
-        RegV + i_batch * regv_strides[0] + i_kv * regv_strides[2], regk_strides, regv_strides, registers, factor,
-        score_scale, BR, D, BD, DV, BDV, False, SCALE_FIRST, PRECISION,
+        RegV + i_batch * regv_strides[0] + i_kv * regv_strides[2], regk_strides, regv_strides, registers, 1.0,
+        scale * LOG2E, BR, D, BD, DV, BDV, False, True, PRECISION,
     )  # fmt: skip
-    store_rows(Out, o_row * DV, m_rows, b_acc * (1.0 / row_l)[:, None], DV, BDV)
+    store_columns(Out, o_row * DV, m_rows, scale_rows(b_acc, 1.0 / row_l), DV, BDV)
     tl.store(RowMax + o_row, row_m * LN2, mask=m_rows)
     tl.store(RowSum + o_row, row_l, mask=m_rows)
 
@@ -69,9 +68,11 @@ def fold_launcher(p: Problem) -> Launcher:
     q_strides, _, _, *register_strides = p.input_strides()
     tokens = prod(p.lengths)
     blocks = triton.cdiv(tokens * p.group, ROWS)
+    constants = p.constants()
+    del constants["SCALE_FIRST"]
     return launcher(
         fold_registers_kernel,
         (p.query.shape[0] * p.kv_heads * blocks,),
         (q_strides, *register_strides, p.lengths, tokens, blocks, p.group, p.kv_heads, p.registers),
-        **p.constants(), BR=p.register_tile, BM=ROWS, num_warps=4,
+        **constants, BR=p.register_tile, BM=ROWS, num_warps=4,
     )  # fmt: skip

@@ -13,32 +13,37 @@ import triton.language as tl
 from torch import Tensor
 
 from ..host.launcher import Plan, launcher
-from ..host.problem import Inputs, Options, Problem, new_results
+from ..host.problem import Inputs, Options, Problem, in_units, new_results, stride_unit
 from ..host.tuned import launch_for
 from .primitives import (
     LN2,
     LOG2E,
     LOWEST,
+    are_sound,
     contiguous_row,
     corner_offset,
+    in_elements,
     inner_indices,
     inner_offsets,
     inside_axes,
     inside_box,
     is_empty,
-    load_rows,
+    load_columns,
     masked_product,
     next_chunk,
+    products,
+    scale_rows,
     softmax_step,
     spatial_tile,
     steps_over,
-    store_rows,
+    store_columns,
     token_offset,
     tokens_of,
     union_of_windows,
     unravel,
     visibility,
     windows_of,
+    zero_columns,
 )
 
 
@@ -79,8 +84,8 @@ def attend_window(
     corner = lo
     for _ in tl.range(0, steps[0] * steps[1] * steps[2], num_stages=STAGES):
         m_keys = inside_box(inner, corner, hi, RANK)
-        b_k = load_rows(K + corner_offset(corner, residue, dilation, k_strides, RANK, WIDE), o_k, m_keys, D, BD)
-        b_v = load_rows(V + corner_offset(corner, residue, dilation, v_strides, RANK, WIDE), o_v, m_keys, DV, BDV)
+        b_k = load_columns(K + corner_offset(corner, residue, dilation, k_strides, RANK, WIDE), o_k, m_keys, D, BD)
+        b_v = load_columns(V + corner_offset(corner, residue, dilation, v_strides, RANK, WIDE), o_v, m_keys, DV, BDV)
         b_s = masked_product(
             b_q, b_k, row_lo, row_hi, corner, inner, inner_lo, inner_hi, score_scale,
             CHUNK, RANK, MASK, SCALE_FIRST, PRECISION,
@@ -104,9 +109,9 @@ def attend_registers(
     for start in tl.range(0, registers, BR, num_stages=1):
         m_r = start + n < registers
         o_r = (start + n).to(tl.int64)
-        b_k = load_rows(RegK, o_r * regk_strides[1], m_r, D, BD)  # [R, D]
-        b_v = load_rows(RegV, o_r * regv_strides[1], m_r, DV, BDV)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [M, R]
+        b_k = load_columns(RegK, o_r * regk_strides[1], m_r, D, BD)  # [R, D]
+        b_v = load_columns(RegV, o_r * regv_strides[1], m_r, DV, BDV)
+        b_s = products(b_q, b_k, None, PRECISION)  # [M, R]
         if SCALE_FIRST:
             b_s = b_s * score_scale
         b_visible = tl.broadcast_to(m_r[None, :], b_s.shape)
@@ -128,7 +133,7 @@ def initial_state(Sink, row_head, sink, SINK: tl.constexpr, BM: tl.constexpr, BD
             row_sink = tl.full([BM], sink * LOG2E, tl.float32)
         row_m = tl.maximum(row_sink, LOWEST)
         row_l = tl.where(row_sink > LOWEST, 1.0, 0.0)
-    return tl.zeros([BM, BDV], tl.float32), row_m, row_l
+    return zero_columns(BM, BDV), row_m, row_l
 
 
 @triton.jit
@@ -139,13 +144,20 @@ def attend_tile(
     CAUSAL: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr,
     PACK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, BR: tl.constexpr,
     SINK: tl.constexpr, WITH_STATE: tl.constexpr, MASK: tl.constexpr, SCALE_FIRST: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Attention of one query tile. ``Out [B, T, H, W, heads, DV]`` and the statistics are contiguous.
 
-    Strides are ``(batch, t, h, w, head)``, those of registers ``(batch, register, head)``; the last axis is contiguous.
+    Strides are ``(batch, t, h, w, head)``, those of registers ``(batch, register, head)``, both in units of
+    ``UNIT`` elements; the last axis is contiguous.
     """
     BM: tl.constexpr = TILE[0] * TILE[1] * TILE[2] * PACK
+    q_strides, k_strides, v_strides = (
+        in_elements(q_strides, UNIT),
+        in_elements(k_strides, UNIT),
+        in_elements(v_strides, UNIT),
+    )
+    regk_strides, regv_strides = in_elements(regk_strides, UNIT), in_elements(regv_strides, UNIT)
     i_batch, i_kv, row_head, m_rows, residue, count, origin, index = query_tile(
         i_program, length, dilation, tiles, group, kv_heads, TILE, PACK
     )
@@ -153,7 +165,7 @@ def attend_tile(
         return
     token = tokens_of(index, residue, count, dilation)
     o_q = token_offset(token, q_strides) + row_head * q_strides[4]
-    b_q = load_rows(Q + i_batch * q_strides[0], o_q, m_rows, D, BD)  # [M, D]
+    b_q = load_columns(Q + i_batch * q_strides[0], o_q, m_rows, D, BD)  # [M, D]
     K += i_batch * k_strides[0] + i_kv * k_strides[4]
     V += i_batch * v_strides[0] + i_kv * v_strides[4]
     score_scale = scale * LOG2E
@@ -175,22 +187,23 @@ def attend_tile(
             b_q, b_acc, row_m, row_l, RegK, RegV, regk_strides, regv_strides, registers, factor, score_scale,
             BR, D, BD, DV, BDV, False, SCALE_FIRST, PRECISION,
         )  # fmt: skip
-    # NaN or inf times zero: rare enough to pay for it with a second pass, and only then.
-    if tl.max(tl.where(tl.abs(tl.sum(b_acc * 0.0, 1)) >= 0.0, 0, 1), 0) > 0:
+    # NaN or inf times zero, or scores that are too large to be scaled while the maximum is subtracted: rare enough to
+    # pay for it with a second pass, which scales them before, and only then.
+    if tl.max(tl.where(are_sound(b_acc, row_m, row_l), 0, 1), 0) > 0:
         b_acc, row_m, row_l = initial_state(Sink, row_head, sink, SINK, BM, BDV)
         if BR > 0:
             b_acc, row_m, row_l = attend_registers(
-                b_q, b_acc, row_m, row_l, RegK, RegV, regk_strides, regv_strides, registers, factor, score_scale,
-                16, D, BD, DV, BDV, True, SCALE_FIRST, PRECISION,
+                b_q, b_acc, row_m, row_l, RegK, RegV, regk_strides, regv_strides, registers, 1.0, score_scale,
+                16, D, BD, DV, BDV, True, True, PRECISION,
             )  # fmt: skip
         b_acc, row_m, row_l = attend_window(
             b_q, b_acc, row_m, row_l, K, V, k_strides, v_strides, residue, count, origin, index,
-            kernel, stride, dilation, factor, score_scale, CAUSAL, TILE, (1, 1, 16), RANK, WIDE, D, BD, DV, BDV,
-            "select", True, SCALE_FIRST, PRECISION, 1,
+            kernel, stride, dilation, 1.0, score_scale, CAUSAL, TILE, (1, 1, 16), RANK, WIDE, D, BD, DV, BDV,
+            "select", True, True, PRECISION, 1,
         )  # fmt: skip
 
     o_row = contiguous_row(i_batch, token, length) * (kv_heads * group) + row_head
-    store_rows(Out, o_row * DV, m_rows, b_acc * (1.0 / row_l)[:, None], DV, BDV)
+    store_columns(Out, o_row * DV, m_rows, scale_rows(b_acc, 1.0 / row_l), DV, BDV)
     if WITH_STATE:
         tl.store(RowMax + o_row, row_m * LN2, mask=m_rows)
         tl.store(RowSum + o_row, row_l, mask=m_rows)
@@ -204,7 +217,7 @@ def forward_kernel(
     CAUSAL: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr,
     PACK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, BR: tl.constexpr,
     SINK: tl.constexpr, WITH_STATE: tl.constexpr, MASK: tl.constexpr, SCALE_FIRST: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """One tile a program; arguments as those of ``attend_tile``."""
     attend_tile(
@@ -212,17 +225,18 @@ def forward_kernel(
         q_strides, k_strides, v_strides, regk_strides, regv_strides,
         length, kernel, stride, dilation, tiles, group, kv_heads, registers, sink, scale,
         CAUSAL, TILE, CHUNK, RANK, WIDE, PACK, D, BD, DV, BDV, BR, SINK, WITH_STATE, MASK, SCALE_FIRST, PRECISION,
-        STAGES,
+        STAGES, UNIT,
     )  # fmt: skip
 
 
 def plan(p: Problem, with_state: bool) -> Plan:
-    config = launch_for("forward", p.problem_class)
+    config, unit = launch_for("forward", p.problem_class), stride_unit(p.input_strides())
     launch = launcher(
         forward_kernel,
         (p.programs(config),),
-        (*p.input_strides(), *p.geometry, p.tiles(config.tile), p.group, p.kv_heads, p.registers),
-        **p.program(config), **p.constants(), PACK=config.pack, BR=p.register_tile, SINK=p.sink, WITH_STATE=with_state,
+        (*in_units(p.input_strides(), unit), *p.geometry, p.tiles(config.tile), p.group, p.kv_heads, p.registers),
+        **p.program(config, (p.query, p.key, p.value, p.out)), **p.constants(),
+        PACK=config.pack, BR=p.register_tile, SINK=p.sink, WITH_STATE=with_state, UNIT=unit,
     )  # fmt: skip
     return Plan(config, launch)
 

@@ -2,21 +2,23 @@
 
 Legend, here and in the kernels: ``b_`` a tile of values, ``o_`` element offsets, ``i_`` an index of this program,
 ``m_`` a load/store mask, ``row_`` a vector over a tile's queries, ``col_`` over its keys. ``[M]`` queries of a tile
-(times packed heads), ``[N]`` keys of a chunk, ``[D]`` head dim padded to a power of two. Axes are always three, ``t h
-w``; a missing one has length 1. Window arithmetic is that of ``geometry.py``, on class indices (token ``i`` of
-residue class ``i % dilation`` has index ``i // dilation``).
+(times packed heads), ``[N]`` keys of a chunk, ``[D]`` head dim. Sides of tiles are powers of two: a tile with a head
+dim is a tuple of one, padded, or where padding wastes much of two, its columns in parts (80 = 64 + 16). Axes are always
+three, ``t h w``; a missing one has length 1. Window arithmetic is that of ``geometry.py``, on class indices (token
+``i`` of residue class ``i % dilation`` has index ``i // dilation``).
 """
 
 # Triton's language is Python to the parser only.
-# pyright: reportGeneralTypeIssues=false
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false
 
 import triton
 import triton.language as tl
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
-# Start of the running maximum. Finite, so that a row whose first chunk is fully masked stays free of inf - inf.
-LOWEST: tl.constexpr = tl.constexpr(-1.0e30)
+# Start of the running maximum: fp32's least finite number, so that no score is below it. Finite, so that a row whose
+# first chunk is fully masked stays free of inf - inf.
+LOWEST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
@@ -255,9 +257,9 @@ def masked_product(
     """
     if MASK == "add":
         b_hidden = hidden(row_lo, row_hi, corner, inner, RANK)
-        b_s = tl.dot(b_rows, tl.trans(b_columns), b_hidden, input_precision=PRECISION)
+        b_s = products(b_rows, b_columns, b_hidden, PRECISION)
     else:
-        b_s = tl.dot(b_rows, tl.trans(b_columns), input_precision=PRECISION)
+        b_s = products(b_rows, b_columns, None, PRECISION)
         if SCALE_FIRST:
             b_s = b_s * score_scale
         if MASK == "select" or not chunk_inside(corner, inner_lo, inner_hi, CHUNK):
@@ -314,6 +316,122 @@ def store_rows(pointer, o_rows, m_rows, b_tile, D: tl.constexpr, BD: tl.constexp
 
 
 @triton.jit
+def in_elements(strides, UNIT: tl.constexpr):
+    """Strides that the host counts in units of ``UNIT`` elements, so that Triton knows what divides them.
+
+    By itself it asks only whether 16 does. The strides of head dims 40, 72 and 88 are multiples of 8: unknown, each
+    element would be loaded by itself, and none asynchronously.
+    """
+    return [stride * UNIT for stride in strides]
+
+
+@triton.jit
+def load_columns(pointer, o_rows, m_rows, D: tl.constexpr, BD: tl.constexpr):
+    """:func:`load_rows` in parts of ``BD`` columns."""
+    if len(BD) == 1:
+        b_tile = (load_rows(pointer, o_rows, m_rows, D, BD[0]),)
+    else:
+        b_last = load_rows(pointer + BD[0], o_rows, m_rows, D - BD[0], BD[1])
+        b_tile = load_rows(pointer, o_rows, m_rows, BD[0], BD[0]), b_last
+    return b_tile
+
+
+@triton.jit
+def store_columns(pointer, o_rows, m_rows, b_tile, D: tl.constexpr, BD: tl.constexpr):
+    if len(BD) == 1:
+        store_rows(pointer, o_rows, m_rows, b_tile[0], D, BD[0])
+    else:
+        store_rows(pointer, o_rows, m_rows, b_tile[0], BD[0], BD[0])
+        store_rows(pointer + BD[0], o_rows, m_rows, b_tile[1], D - BD[0], BD[1])
+
+
+@triton.jit
+def accumulator(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    return tl.zeros([ROWS, COLUMNS], tl.float32)
+
+
+@triton.jit
+def zero_columns(ROWS: tl.constexpr, BD: tl.constexpr):
+    """Accumulators."""
+    b_tile = (accumulator(ROWS, BD[0]),)
+    if len(BD) == 2:
+        b_tile = (b_tile[0], accumulator(ROWS, BD[1]))
+    return b_tile
+
+
+@triton.jit
+def products(b_rows, b_columns, b_onto, PRECISION: tl.constexpr):
+    """``[M, N]``: products of rows ``[M, D]`` with rows ``[N, D]``, added to ``b_onto`` if that is given."""
+    b_s = tl.dot(b_rows[0], tl.trans(b_columns[0]), b_onto, input_precision=PRECISION)
+    if len(b_rows) == 2:
+        b_s = tl.dot(b_rows[1], tl.trans(b_columns[1]), b_s, input_precision=PRECISION)
+    return b_s
+
+
+@triton.jit
+def add_weighted(b_acc, b_weight, b_rows, PRECISION: tl.constexpr):
+    """``b_acc [M, D] + b_weight [M, N] @ b_rows [N, D]``."""
+    b_weight = b_weight.to(b_rows[0].dtype)
+    b_tile = (tl.dot(b_weight, b_rows[0], b_acc[0], input_precision=PRECISION),)
+    if len(b_acc) == 2:
+        b_tile = (b_tile[0], tl.dot(b_weight, b_rows[1], b_acc[1], input_precision=PRECISION))
+    return b_tile
+
+
+@triton.jit
+def scale_rows(b_tile, row_factor):
+    """In fp32."""
+    b_scaled = (b_tile[0].to(tl.float32) * row_factor[:, None],)
+    if len(b_tile) == 2:
+        b_scaled = (b_scaled[0], b_tile[1].to(tl.float32) * row_factor[:, None])
+    return b_scaled
+
+
+@triton.jit
+def times(b_tile, factor):
+    b_scaled = (b_tile[0] * factor,)
+    if len(b_tile) == 2:
+        b_scaled = (b_scaled[0], b_tile[1] * factor)
+    return b_scaled
+
+
+@triton.jit
+def row_products(b_left, b_right):
+    """``[M]``: sums of the products of two tiles' elements in fp32."""
+    row = tl.sum(b_left[0].to(tl.float32) * b_right[0].to(tl.float32), 1)
+    if len(b_left) == 2:
+        row += tl.sum(b_left[1].to(tl.float32) * b_right[1].to(tl.float32), 1)
+    return row
+
+
+@triton.jit
+def row_zeros(b_tile):
+    """``[M]``: 0, or NaN where a row holds NaN or inf."""
+    row = tl.sum(b_tile[0] * 0.0, 1)
+    if len(b_tile) == 2:
+        row += tl.sum(b_tile[1] * 0.0, 1)
+    return row
+
+
+@triton.jit
+def hear_nonfinite(b_acc, b_v, b_visible):
+    """``b_acc`` with NaN where a visible value is not finite, and ``b_v`` with zeros there."""
+    b_finite = tl.abs(b_v.to(tl.float32)) < float("inf")
+    b_heard = tl.dot(b_visible.to(b_v.dtype), tl.where(b_finite, 0.0, 1.0).to(b_v.dtype))
+    return tl.where(b_heard > 0, float("nan"), b_acc), tl.where(b_finite, b_v, 0.0)
+
+
+@triton.jit
+def are_sound(b_acc, row_m, row_l):
+    """Rows whose softmax came out: no NaN or inf in them, and the largest weight, about one, in the sum.
+
+    ``score * factor - maximum`` may be one instruction, which rounds once, while the maximum is a rounded product. Both
+    differ by so much where scores are very large, from 2^30 on, that weights overflow or vanish.
+    """
+    return (tl.abs(row_zeros(b_acc)) >= 0.0) & ((row_l >= 0.5) | (row_m == LOWEST))
+
+
+@triton.jit
 def softmax_step(b_acc, row_m, row_l, b_s, b_v, b_visible, factor, CLEAN: tl.constexpr, PRECISION: tl.constexpr):
     """Fold the masked scores ``b_s [M, N]`` and values ``b_v [N, D]`` into the state; ``factor >= 0`` to base-2 logits.
 
@@ -324,11 +442,12 @@ def softmax_step(b_acc, row_m, row_l, b_s, b_v, b_visible, factor, CLEAN: tl.con
     row_alpha = tl.exp2(row_m - row_m_new)
     b_p = tl.exp2(b_s * factor - row_m_new[:, None])
     row_l = row_l * row_alpha + tl.sum(b_p, 1)
-    b_acc = b_acc * row_alpha[:, None]
+    b_acc = scale_rows(b_acc, row_alpha)
     if CLEAN:
-        b_finite = tl.abs(b_v.to(tl.float32)) < float("inf")
-        b_heard = tl.dot(b_visible.to(b_v.dtype), tl.where(b_finite, 0.0, 1.0).to(b_v.dtype))
-        b_acc = tl.where(b_heard > 0, float("nan"), b_acc)
-        b_v = tl.where(b_finite, b_v, 0.0)
-    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
-    return b_acc, row_m_new, row_l
+        b_acc0, b_v0 = hear_nonfinite(b_acc[0], b_v[0], b_visible)
+        if len(b_acc) == 1:
+            b_acc, b_v = (b_acc0,), (b_v0,)
+        else:
+            b_acc1, b_v1 = hear_nonfinite(b_acc[1], b_v[1], b_visible)
+            b_acc, b_v = (b_acc0, b_acc1), (b_v0, b_v1)
+    return add_weighted(b_acc, b_p, b_v, PRECISION), row_m_new, row_l

@@ -33,10 +33,11 @@ from ..host.problem import (
     strides,
     three_axes,
 )
-from ..host.tiling import Box, Launch
+from ..host.tiling import Box, Launch, head_width
 from ..portable.primitives import (
     LOG2E,
     inside_axes,
+    load_rows,
     queries_of,
     shifted,
     token_offset,
@@ -63,6 +64,7 @@ from .primitives import (
     query_descriptor,
     release,
     slot,
+    store_rows,
     take_tile,
     tile_of,
     tile_walk,
@@ -94,7 +96,7 @@ def load_tiles(ring, schedule, Taken, k_desc, v_desc, plan, works, CAUSAL: gl.co
     while i_work < works:
         i_batch, i_kv, origin, _walk = key_walk(i_work, plan, CAUSAL, TILE, CHUNK)
         corner = [i_kv, i_batch * plan[0][0] + origin[0], origin[1], origin[2], 0]
-        expect_load(ring, n, 2 * k_desc.block_type.nbytes, TILES)
+        expect_load(ring, n, k_desc.block_type.nbytes + v_desc.block_type.nbytes, TILES)
         load_box(ring, k_desc, corner, n, 0, TILES)
         load_box(ring, v_desc, corner, n, 1, TILES)
         n += 1
@@ -105,6 +107,9 @@ def load_tiles(ring, schedule, Taken, k_desc, v_desc, plan, works, CAUSAL: gl.co
 def load_chunks(ring, schedule, q_desc, do_desc, lse_desc, delta_desc, plan, works, group, CAUSAL: gl.constexpr,
                 TILE: gl.constexpr, CHUNK: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
     """The warp that loads queries, their output gradients, lse and delta."""
+    BYTES: gl.constexpr = (
+        q_desc.block_type.nbytes + do_desc.block_type.nbytes + lse_desc.block_type.nbytes + delta_desc.block_type.nbytes
+    )
     n = 0
     i_tile = 0
     i_work = await_tile(schedule, 0)
@@ -114,7 +119,7 @@ def load_chunks(ring, schedule, q_desc, do_desc, lse_desc, delta_desc, plan, wor
         for _ in range(chunk_count(walk) * group):
             t, h, w = corner_at(place, walk, CHUNK)
             t += i_batch * plan[0][0]
-            expect_load(ring, n, 2 * (q_desc.block_type.nbytes + lse_desc.block_type.nbytes), STAGES)
+            expect_load(ring, n, BYTES, STAGES)
             load_box(ring, q_desc, [i_head, t, h, w, 0], n, 0, STAGES)
             load_box(ring, do_desc, [i_head, t, h, w, 0], n, 1, STAGES)
             load_box(ring, lse_desc, [i_head, t, h, w], n, 2, STAGES)
@@ -143,23 +148,23 @@ def start_product(b_rows, b_columns, b_acc):
 @gluon.jit
 def add_queries(
     b_dk, b_dv, b_k, b_v, b_hidden, ring, n, factor,
-    N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, SCORES: gl.constexpr, WEIGHTS: gl.constexpr,
+    N: gl.constexpr, STAGES: gl.constexpr, SCORES: gl.constexpr, WEIGHTS_K: gl.constexpr, WEIGHTS_V: gl.constexpr,
 ):  # fmt: skip
     """Add what chunk ``n`` of queries gives to dK, which lacks ``scale``, and dV."""
     await_load(ring, n, True, STAGES)
     i, _ = slot(n, STAGES)
-    b_q = ring[0][0].index(i).reshape([N, D])
-    b_do = ring[0][1].index(i).reshape([N, D])
+    b_q = ring[0][0].index(i).reshape([N, b_k.shape[1]])
+    b_do = ring[0][1].index(i).reshape([N, b_v.shape[1]])
     b_s = start_product(b_k, b_q, b_hidden)
     b_dp = start_product(b_v, b_do, None)
     b_s = warpgroup_mma_wait(1, deps=[b_s])
     col_lse = ring[0][2].index(i).reshape([N]).load(gl.SliceLayout(0, SCORES))
     b_p = gl.exp2(b_s * factor - col_lse[None, :])
-    b_dv = warpgroup_mma(gl.convert_layout(b_p.to(b_do.dtype), WEIGHTS), b_do, b_dv, is_async=True)
+    b_dv = warpgroup_mma(gl.convert_layout(b_p.to(b_do.dtype), WEIGHTS_V), b_do, b_dv, is_async=True)
     col_delta = ring[0][3].index(i).reshape([N]).load(gl.SliceLayout(0, SCORES))
     b_dp = warpgroup_mma_wait(1, deps=[b_dp])
     b_ds = b_p * (b_dp - col_delta[None, :])
-    b_dk = warpgroup_mma(gl.convert_layout(b_ds.to(b_q.dtype), WEIGHTS), b_q, b_dk, is_async=True)
+    b_dk = warpgroup_mma(gl.convert_layout(b_ds.to(b_q.dtype), WEIGHTS_K), b_q, b_dk, is_async=True)
     # Kept running into the next chunk, these two would need more registers than there are.
     b_dk, b_dv = warpgroup_mma_wait(0, deps=[b_dk, b_dv])
     release(ring, n, STAGES)
@@ -167,26 +172,81 @@ def add_queries(
 
 
 @gluon.jit
-def store_half(buffer, b_rows, Out, o_row, m_rows, D: gl.constexpr, STORE: gl.constexpr):
-    """Through shared memory that is not needed any more, so that a warp writes whole rows."""
-    buffer.store(b_rows.to(buffer.dtype))
-    col = gl.arange(0, D, gl.SliceLayout(0, STORE))
-    gl.store(Out + (o_row * D)[:, None] + col[None, :], buffer.load(STORE), mask=m_rows[:, None])
+def store_half(buffer, b_rows, Out, i_head, i_batch, origin, length, heads, HALF: gl.constexpr, TILE: gl.constexpr,
+               PACK: gl.constexpr, D: gl.constexpr):  # fmt: skip
+    """Through shared memory that is not needed any more, so that a warp writes whole rows; without such if None."""
+    M: gl.constexpr = b_rows.shape[0]
+    BD: gl.constexpr = b_rows.shape[1]
+    b_rows = b_rows.to(Out.dtype.element_ty)
+    if buffer is None:
+        STORE: gl.constexpr = b_rows.type.layout
+    else:
+        STORE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BD, BD // 8], [4, 1], [1, 0])
+        buffer.store(b_rows)
+        b_rows = buffer.load(STORE)
+    position, head = half_rows(HALF, M, TILE, PACK, gl.SliceLayout(1, STORE))
+    m_rows, o_row = output_rows(position, i_head * PACK + head, i_batch, origin, length, heads)
+    store_rows(Out, o_row, m_rows, b_rows, D, BD, STORE)
+
+
+@gluon.jit
+def add_to_values(
+    b_dv, b_k, b_v, b_hidden, ring, n, factor,
+    N: gl.constexpr, STAGES: gl.constexpr, SCORES: gl.constexpr, WEIGHTS: gl.constexpr,
+):  # fmt: skip
+    """Add what chunk ``n`` of queries gives to dV alone."""
+    await_load(ring, n, True, STAGES)
+    i, _ = slot(n, STAGES)
+    b_s = start_product(b_k, ring[0][0].index(i).reshape([N, b_k.shape[1]]), b_hidden)
+    b_s = warpgroup_mma_wait(0, deps=[b_s])
+    b_p = gl.exp2(b_s * factor - ring[0][2].index(i).reshape([N]).load(gl.SliceLayout(0, SCORES))[None, :])
+    b_do = ring[0][1].index(i).reshape([N, b_v.shape[1]])
+    b_dv = warpgroup_mma(gl.convert_layout(b_p.to(b_do.dtype), WEIGHTS), b_do, b_dv, is_async=True)
+    b_dv = warpgroup_mma_wait(0, deps=[b_dv])
+    release(ring, n, STAGES)
+    return b_dv
+
+
+@gluon.jit
+def add_to_keys(
+    b_dk, b_k, b_v, b_hidden, ring, n, factor,
+    N: gl.constexpr, STAGES: gl.constexpr, SCORES: gl.constexpr, WEIGHTS: gl.constexpr,
+):  # fmt: skip
+    """Add what chunk ``n`` of queries gives to dK alone, which lacks ``scale``."""
+    await_load(ring, n, True, STAGES)
+    i, _ = slot(n, STAGES)
+    b_q = ring[0][0].index(i).reshape([N, b_k.shape[1]])
+    b_s = start_product(b_k, b_q, b_hidden)
+    b_dp = start_product(b_v, ring[0][1].index(i).reshape([N, b_v.shape[1]]), None)
+    b_s = warpgroup_mma_wait(1, deps=[b_s])
+    b_p = gl.exp2(b_s * factor - ring[0][2].index(i).reshape([N]).load(gl.SliceLayout(0, SCORES))[None, :])
+    b_dp = warpgroup_mma_wait(0, deps=[b_dp])
+    b_ds = b_p * (b_dp - ring[0][3].index(i).reshape([N]).load(gl.SliceLayout(0, SCORES))[None, :])
+    b_dk = warpgroup_mma(gl.convert_layout(b_ds.to(b_q.dtype), WEIGHTS), b_q, b_dk, is_async=True)
+    b_dk = warpgroup_mma_wait(0, deps=[b_dk])
+    release(ring, n, STAGES)
+    return b_dk
 
 
 @gluon.jit
 def gather(
     tile_ring, ring, schedule, DK, DV, plan, works, group, scale,
-    HALF: gl.constexpr, CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr, RANK: gl.constexpr,
-    D: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr,
+    GROUP: gl.constexpr, BY_RESULT: gl.constexpr, CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr,
+    RANK: gl.constexpr, D: gl.constexpr, BD: gl.constexpr, DIM_V: gl.constexpr, BDV: gl.constexpr,
+    STAGES: gl.constexpr, TILES: gl.constexpr,
 ):  # fmt: skip
-    """A group of four warps that computes one half of the keys of every tile."""
-    M: gl.constexpr = TILE[0] * TILE[1] * TILE[2] // 2
+    """One of two groups of four warps. Each computes both results of one half of a tile's keys, or ``BY_RESULT`` one
+    result of all of them: of wide heads a thread's registers hold only one.
+    """
+    M: gl.constexpr = TILE[0] * TILE[1] * TILE[2] // (1 if BY_RESULT else 2)
+    HALF: gl.constexpr = 0 if BY_RESULT else GROUP
     N: gl.constexpr = CHUNK[0] * CHUNK[1] * CHUNK[2]
+    ROWS: gl.constexpr = TILE[0] * TILE[1] * TILE[2]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
-    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
-    STORE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    OUT_K: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BD, 16])
+    OUT_V: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BDV, 16])
+    WEIGHTS_K: gl.constexpr = gl.DotOperandLayout(0, OUT_K, 2)
+    WEIGHTS_V: gl.constexpr = gl.DotOperandLayout(0, OUT_V, 2)
     length, kernel, stride, _tiles, kv_heads = plan
     factor = scale * LOG2E
     inner = unravel(gl.arange(0, N, gl.SliceLayout(0, SCORES)), CHUNK[1], CHUNK[2])
@@ -197,25 +257,40 @@ def gather(
     while i_work < works:
         i_batch, i_kv, origin, walk = key_walk(i_work, plan, CAUSAL, TILE, CHUNK)
         row_lo, row_hi = queries_of(shifted(position, origin), length, kernel, stride, CAUSAL)
-        b_dk = gl.zeros([M, D], gl.float32, OUT)
-        b_dv = gl.zeros([M, D], gl.float32, OUT)
+        if not (BY_RESULT and GROUP == 0):
+            b_dk = gl.zeros([M, BD], gl.float32, OUT_K)
+        if not (BY_RESULT and GROUP == 1):
+            b_dv = gl.zeros([M, BDV], gl.float32, OUT_V)
         await_load(tile_ring, i_tile, True, TILES)
         i, _ = slot(i_tile, TILES)
-        b_k = tile_ring[0][0].index(i).reshape([2 * M, D]).slice(HALF * M, M)
-        b_v = tile_ring[0][1].index(i).reshape([2 * M, D]).slice(HALF * M, M)
+        b_k = tile_ring[0][0].index(i).reshape([ROWS, BD])
+        b_v = tile_ring[0][1].index(i).reshape([ROWS, BDV])
+        if not BY_RESULT:
+            b_k, b_v = b_k.slice(HALF * M, M), b_v.slice(HALF * M, M)
         place = (0, 0, 0)
         for _ in range(chunk_count(walk) * group):
             b_hidden = chunk_mask(place, walk, row_lo, row_hi, inner, M, N, CHUNK, RANK, SCORES)
-            b_dk, b_dv = add_queries(b_dk, b_dv, b_k, b_v, b_hidden, ring, n, factor, N, D, STAGES, SCORES, WEIGHTS)
+            if not BY_RESULT:
+                b_dk, b_dv = add_queries(
+                    b_dk, b_dv, b_k, b_v, b_hidden, ring, n, factor, N, STAGES, SCORES, WEIGHTS_K, WEIGHTS_V
+                )
+            elif GROUP == 0:
+                b_dv = add_to_values(b_dv, b_k, b_v, b_hidden, ring, n, factor, N, STAGES, SCORES, WEIGHTS_V)
+            else:
+                b_dk = add_to_keys(b_dk, b_k, b_v, b_hidden, ring, n, factor, N, STAGES, SCORES, WEIGHTS_K)
             place, _wraps = next_place(place, walk)
             n += 1
 
-        out_position = half_rows(HALF, M, TILE, 1, gl.SliceLayout(1, STORE))[0]
-        m_rows, o_row = output_rows(out_position, i_kv, i_batch, origin, length, kv_heads)
-        # Only this group reads its half of the keys and values.
-        store_half(b_v, b_dv, DV, o_row, m_rows, D, STORE)
-        store_half(b_k, b_dk * scale, DK, o_row, m_rows, D, STORE)
-        fence_async_shared()
+        if not BY_RESULT:
+            # Only this group reads its half of the keys and values.
+            store_half(b_v, b_dv, DV, i_kv, i_batch, origin, length, kv_heads, HALF, TILE, 1, DIM_V)
+            store_half(b_k, b_dk * scale, DK, i_kv, i_batch, origin, length, kv_heads, HALF, TILE, 1, D)
+            fence_async_shared()
+        elif GROUP == 0:
+            # The other group may still read keys and values, so their memory is not free for results.
+            store_half(None, b_dv, DV, i_kv, i_batch, origin, length, kv_heads, HALF, TILE, 1, DIM_V)
+        else:
+            store_half(None, b_dk * scale, DK, i_kv, i_batch, origin, length, kv_heads, HALF, TILE, 1, D)
         release(tile_ring, i_tile, TILES)
         i_tile += 1
         i_work = await_tile(schedule, i_tile)
@@ -225,19 +300,20 @@ def gather(
 def hopper_key_kernel(
     q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, DK, DV, Taken,
     length, kernel, stride, tiles, group, kv_heads, works, scale,
-    CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr, RANK: gl.constexpr, D: gl.constexpr,
-    STAGES: gl.constexpr, TILES: gl.constexpr,
+    BY_RESULT: gl.constexpr, CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr, RANK: gl.constexpr,
+    D: gl.constexpr, BD: gl.constexpr, DIM_V: gl.constexpr, BDV: gl.constexpr, STAGES: gl.constexpr,
+    TILES: gl.constexpr,
 ):  # fmt: skip
-    """dK and dV, contiguous."""
+    """dK and dV, contiguous; heads have ``D`` and ``DIM_V`` channels, ``BD`` and ``BDV`` in shared memory."""
     tile_ring = new_ring((k_desc, v_desc), TILES)
     ring, schedule = new_ring((q_desc, do_desc, lse_desc, delta_desc), STAGES), new_schedule(3)
     plan = (length, kernel, stride, tiles, kv_heads)
     gl.warp_specialize(
         [
             (gather, (tile_ring, ring, schedule, DK, DV, plan, works, group, scale,
-                      0, CAUSAL, TILE, CHUNK, RANK, D, STAGES, TILES)),
+                      0, BY_RESULT, CAUSAL, TILE, CHUNK, RANK, D, BD, DIM_V, BDV, STAGES, TILES)),
             (gather, (tile_ring, ring, schedule, DK, DV, plan, works, group, scale,
-                      1, CAUSAL, TILE, CHUNK, RANK, D, STAGES, TILES)),
+                      1, BY_RESULT, CAUSAL, TILE, CHUNK, RANK, D, BD, DIM_V, BDV, STAGES, TILES)),
             (load_tiles, (tile_ring, schedule, Taken, k_desc, v_desc, plan, works, CAUSAL, TILE, CHUNK, TILES)),
             (load_chunks, (ring, schedule, q_desc, do_desc, lse_desc, delta_desc, plan, works, group,
                            CAUSAL, TILE, CHUNK, STAGES)),
@@ -248,15 +324,15 @@ def hopper_key_kernel(
 
 
 @gluon.jit
-def load_rows(ring, schedule, Taken, q_desc, do_desc, plan, works, CAUSAL: gl.constexpr, TILE: gl.constexpr,
-              CHUNK: gl.constexpr, PACK: gl.constexpr, TILES: gl.constexpr):  # fmt: skip
+def load_queries(ring, schedule, Taken, q_desc, do_desc, plan, works, CAUSAL: gl.constexpr, TILE: gl.constexpr,
+                 CHUNK: gl.constexpr, PACK: gl.constexpr, TILES: gl.constexpr):  # fmt: skip
     """The warp that takes tiles and loads their queries and output gradients."""
     n = 0
     i_work = take_tile(schedule, 0, Taken)
     while i_work < works:
         i_batch, i_head, _i_flag, origin, _walk = tile_walk(i_work, plan, CAUSAL, TILE, CHUNK)
         corner = [i_batch * plan[0][0] + origin[0], origin[1], origin[2], i_head * PACK, 0]
-        expect_load(ring, n, 2 * q_desc.block_type.nbytes, TILES)
+        expect_load(ring, n, q_desc.block_type.nbytes + do_desc.block_type.nbytes, TILES)
         load_box(ring, q_desc, corner, n, 0, TILES)
         load_box(ring, do_desc, corner, n, 1, TILES)
         n += 1
@@ -276,7 +352,7 @@ def load_windows(ring, schedule, k_desc, v_desc, plan, works, group, CAUSAL: gl.
         for _ in range(chunk_count(walk)):
             t, h, w = corner_at(place, walk, CHUNK)
             corner = [i_head * PACK // group, i_batch * plan[0][0] + t, h, w, 0]
-            expect_load(ring, n, 2 * k_desc.block_type.nbytes, STAGES)
+            expect_load(ring, n, k_desc.block_type.nbytes + v_desc.block_type.nbytes, STAGES)
             load_box(ring, k_desc, corner, n, 0, STAGES)
             load_box(ring, v_desc, corner, n, 1, STAGES)
             place, _wraps = next_place(place, walk)
@@ -288,12 +364,12 @@ def load_windows(ring, schedule, k_desc, v_desc, plan, works, group, CAUSAL: gl.
 @gluon.jit
 def add_keys(
     b_dq, b_q, b_do, b_hidden, ring, n, last, row_lse, row_delta, factor,
-    N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, SCORES: gl.constexpr, WEIGHTS: gl.constexpr,
+    N: gl.constexpr, STAGES: gl.constexpr, SCORES: gl.constexpr, WEIGHTS: gl.constexpr,
 ):  # fmt: skip
     """Add what chunk ``n`` of keys gives to dQ, which lacks ``scale``; the chunk was awaited."""
     i, _ = slot(n, STAGES)
-    b_k = ring[0][0].index(i).reshape([N, D])
-    b_v = ring[0][1].index(i).reshape([N, D])
+    b_k = ring[0][0].index(i).reshape([N, b_q.shape[1]])
+    b_v = ring[0][1].index(i).reshape([N, b_do.shape[1]])
     b_s = start_product(b_q, b_k, b_hidden)
     b_dp = start_product(b_do, b_v, None)
     b_s = warpgroup_mma_wait(1, deps=[b_s])
@@ -312,15 +388,15 @@ def add_keys(
 def walk_windows(
     tile_ring, ring, schedule, Lse, Delta, DQ, plan, works, width, scale,
     HALF: gl.constexpr, CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr, PACK: gl.constexpr,
-    RANK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr,
+    RANK: gl.constexpr, D: gl.constexpr, BD: gl.constexpr, BDV: gl.constexpr, STAGES: gl.constexpr,
+    TILES: gl.constexpr,
 ):  # fmt: skip
     """A group of four warps that computes one half of the rows of every tile of queries."""
     M: gl.constexpr = TILE[0] * TILE[1] * TILE[2] * PACK // 2
     N: gl.constexpr = CHUNK[0] * CHUNK[1] * CHUNK[2]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
-    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BD, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
-    STORE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     length, kernel, stride, tiles, blocks = plan
     factor = scale * LOG2E
     inner = unravel(gl.arange(0, N, gl.SliceLayout(0, SCORES)), CHUNK[1], CHUNK[2])
@@ -338,25 +414,23 @@ def walk_windows(
         o_stat = (line * length[1] + index[1]) * width + index[2]
         row_lse = gl.load(Lse + o_stat, mask=m_rows, other=0.0)
         row_delta = gl.load(Delta + o_stat, mask=m_rows, other=0.0)
-        b_dq = gl.zeros([M, D], gl.float32, OUT)
+        b_dq = gl.zeros([M, BD], gl.float32, OUT)
         await_load(tile_ring, i_tile, True, TILES)
         i, _ = slot(i_tile, TILES)
-        b_q = tile_ring[0][0].index(i).reshape([2 * M, D]).slice(HALF * M, M)
-        b_do = tile_ring[0][1].index(i).reshape([2 * M, D]).slice(HALF * M, M)
+        b_q = tile_ring[0][0].index(i).reshape([2 * M, BD]).slice(HALF * M, M)
+        b_do = tile_ring[0][1].index(i).reshape([2 * M, BDV]).slice(HALF * M, M)
         last = n + chunk_count(walk) - 1
         await_load(ring, n, True, STAGES)
         place = (0, 0, 0)
         for _ in range(chunk_count(walk)):
             b_hidden = chunk_mask(place, walk, row_lo, row_hi, inner, M, N, CHUNK, RANK, SCORES)
             b_dq = add_keys(
-                b_dq, b_q, b_do, b_hidden, ring, n, last, row_lse, row_delta, factor, N, D, STAGES, SCORES, WEIGHTS
+                b_dq, b_q, b_do, b_hidden, ring, n, last, row_lse, row_delta, factor, N, STAGES, SCORES, WEIGHTS
             )
             place, _wraps = next_place(place, walk)
             n += 1
 
-        out_position, out_head = half_rows(HALF, M, TILE, PACK, gl.SliceLayout(1, STORE))
-        m_out, o_row = output_rows(out_position, i_head * PACK + out_head, i_batch, origin, length, blocks * PACK)
-        store_half(b_q, b_dq * scale, DQ, o_row, m_out, D, STORE)
+        store_half(b_q, b_dq * scale, DQ, i_head, i_batch, origin, length, blocks * PACK, HALF, TILE, PACK, D)
         fence_async_shared()
         release(tile_ring, i_tile, TILES)
         i_tile += 1
@@ -368,7 +442,7 @@ def hopper_query_kernel(
     q_desc, k_desc, v_desc, do_desc, Lse, Delta, DQ, Taken,
     length, kernel, stride, tiles, group, blocks, works, width, scale,
     CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr, PACK: gl.constexpr, RANK: gl.constexpr,
-    D: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr,
+    D: gl.constexpr, BD: gl.constexpr, BDV: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr,
 ):  # fmt: skip
     """dQ, contiguous."""
     tile_ring, ring = new_ring((q_desc, do_desc), TILES), new_ring((k_desc, v_desc), STAGES)
@@ -377,10 +451,11 @@ def hopper_query_kernel(
     gl.warp_specialize(
         [
             (walk_windows, (tile_ring, ring, schedule, Lse, Delta, DQ, plan, works, width, scale,
-                            0, CAUSAL, TILE, CHUNK, PACK, RANK, D, STAGES, TILES)),
+                            0, CAUSAL, TILE, CHUNK, PACK, RANK, D, BD, BDV, STAGES, TILES)),
             (walk_windows, (tile_ring, ring, schedule, Lse, Delta, DQ, plan, works, width, scale,
-                            1, CAUSAL, TILE, CHUNK, PACK, RANK, D, STAGES, TILES)),
-            (load_rows, (tile_ring, schedule, Taken, q_desc, do_desc, plan, works, CAUSAL, TILE, CHUNK, PACK, TILES)),
+                            1, CAUSAL, TILE, CHUNK, PACK, RANK, D, BD, BDV, STAGES, TILES)),
+            (load_queries, (tile_ring, schedule, Taken, q_desc, do_desc, plan, works,
+                            CAUSAL, TILE, CHUNK, PACK, TILES)),
             (load_windows, (ring, schedule, k_desc, v_desc, plan, works, group, CAUSAL, TILE, CHUNK, PACK, STAGES)),
         ],
         [4, 1, 1],  # warps: the first function has those of the launch
@@ -392,7 +467,7 @@ def hopper_query_kernel(
 def statistics_kernel(
     Out, DOut, DLse, RowMax, RowSum, Delta, Lse, DeltaLines,
     do_strides, dl_strides, length, rows, heads, images, width,
-    D: tl.constexpr, BM: tl.constexpr, WITH_DLSE: tl.constexpr,
+    DV: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, WITH_DLSE: tl.constexpr,
 ):  # fmt: skip
     """``delta = rowsum(dOut * Out) - dLse`` like the output, and with the base-2 lse in lines ``[heads, B T H, W]``."""
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
@@ -401,9 +476,7 @@ def statistics_kernel(
     w, line = token % length[2], token // length[2]
     h, t, i_batch = line % length[1], line // length[1] % length[0], line // (length[1] * length[0])
     o_do = i_batch * do_strides[0] + token_offset((t, h, w), do_strides) + head * do_strides[4]
-    col = tl.arange(0, D)
-    b_out = tl.load(Out + (row * D)[:, None] + col[None, :], mask=m_rows[:, None], other=0.0)
-    b_do = tl.load(DOut + o_do[:, None] + col[None, :], mask=m_rows[:, None], other=0.0)
+    b_out, b_do = load_rows(Out, row * DV, m_rows, DV, BDV), load_rows(DOut, o_do, m_rows, DV, BDV)
     row_delta = tl.sum(b_out.to(tl.float32) * b_do.to(tl.float32), 1)
     if WITH_DLSE:
         o_dl = i_batch * dl_strides[0] + token_offset((t, h, w), dl_strides) + head * dl_strides[4]
@@ -454,14 +527,14 @@ def statistics_of(problem: Problem, cotangents: Cotangents) -> tuple[Statistics,
         out, grad_out, grad_lse, row_max, row_sum, delta, statistics.lse, statistics.delta,
         strides(layout(grad_out)), dl_strides, problem.lengths, rows, row_max.shape[-1], row_max.shape[0],
         statistics.lse.shape[-1],
-        D=out.shape[-1], BM=64, WITH_DLSE=grad_lse is not None, num_warps=4,
+        DV=out.shape[-1], BDV=head_width(out.shape[-1]), BM=64, WITH_DLSE=grad_lse is not None, num_warps=4,
     )  # fmt: skip
     return statistics, delta
 
 
 def buffered_tiles(problem: Problem) -> int:
     """With two a group need not await the other one before its next tile; in 1-D the loop then spills registers."""
-    return 2 if problem.rank > 1 else 1
+    return 2 if problem.rank > 1 and not large_tiling.is_wide(problem) else 1
 
 
 def query_gradient(
@@ -480,7 +553,8 @@ def query_gradient(
         lengths, kernel_size, stride, problem.tiles(launch.tile), problem.group, query.shape[-2] // launch.pack, works,
         statistics.lse.shape[-1], options.scale,
         CAUSAL=three_axes(problem.is_causal, False), TILE=launch.tile, CHUNK=launch.chunk, PACK=launch.pack,
-        RANK=problem.rank, D=query.shape[-1], STAGES=launch.stages, TILES=1,
+        RANK=problem.rank, D=query.shape[-1], BD=head_width(query.shape[-1]), BDV=head_width(value.shape[-1]),
+        STAGES=launch.stages, TILES=1,
         num_warps=launch.num_warps, maxnreg=launch.max_registers,
     )  # fmt: skip
     return grad_query, RowStatistics(delta, None, statistics)
@@ -508,8 +582,9 @@ def key_gradients(
         *(line_descriptor(x, lengths[2], launch.chunk) for x in lines),
         grad_key, grad_value, key.new_zeros(1, dtype=torch.int32),
         lengths, kernel_size, stride, tiles, problem.group, problem.kv_heads, works, options.scale,
-        CAUSAL=three_axes(problem.is_causal, False), TILE=launch.tile, CHUNK=launch.chunk, RANK=problem.rank,
-        D=key.shape[-1], STAGES=launch.stages, TILES=buffered_tiles(problem),
+        BY_RESULT=large_tiling.is_wide(problem), CAUSAL=three_axes(problem.is_causal, False), TILE=launch.tile,
+        CHUNK=launch.chunk, RANK=problem.rank, D=key.shape[-1], BD=head_width(key.shape[-1]),
+        DIM_V=value.shape[-1], BDV=head_width(value.shape[-1]), STAGES=launch.stages, TILES=buffered_tiles(problem),
         num_warps=launch.num_warps, maxnreg=launch.max_registers,
     )  # fmt: skip
     return grad_key, grad_value

@@ -10,6 +10,8 @@ computed.
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAssignmentType=false, reportArgumentType=false
 # pyright: reportIndexIssue=false
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -22,8 +24,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..host.problem import Inputs, Options, Problem, new_results, three_axes
-from ..host.tiling import Launch
+from ..host.problem import Inputs, Options, Problem, need_wide_offsets, new_results, three_axes
+from ..host.tiling import Launch, head_width
 from ..portable.fold_registers import fold_registers
 from ..portable.forward import attend_tile
 from ..portable.primitives import LN2, LOG2E, LOWEST, shifted, unravel, windows_of
@@ -45,6 +47,7 @@ from .primitives import (
     query_descriptor,
     release,
     slot,
+    store_rows,
     take_tile,
     tile_walk,
 )
@@ -54,15 +57,15 @@ FLAGS: tl.constexpr = tl.constexpr(64)  # tiles that a program of the repair loo
 
 @gluon.jit
 def load_queries(ring, schedule, Taken, desc, plan, works, CAUSAL: gl.constexpr, TILE: gl.constexpr,
-                 CHUNK: gl.constexpr, PACK: gl.constexpr):  # fmt: skip
+                 CHUNK: gl.constexpr, PACK: gl.constexpr, TILES: gl.constexpr):  # fmt: skip
     """The warp that takes tiles and loads their queries."""
     n = 0
     i_work = take_tile(schedule, 0, Taken)
     while i_work < works:
         i_batch, i_head, _i_flag, origin, _walk = tile_walk(i_work, plan, CAUSAL, TILE, CHUNK)
         corner = [i_batch * plan[0][0] + origin[0], origin[1], origin[2], i_head * PACK, 0]
-        expect_load(ring, n, desc.block_type.nbytes, 2)
-        load_box(ring, desc, corner, n, 0, 2)
+        expect_load(ring, n, desc.block_type.nbytes, TILES)
+        load_box(ring, desc, corner, n, 0, TILES)
         n += 1
         i_work = take_tile(schedule, n, Taken)
 
@@ -172,16 +175,17 @@ def initial_state(Sink, row_head, sink, SINK: gl.constexpr, M: gl.constexpr, ROW
 def attend(
     q_ring, k_ring, v_ring, schedule, Out, RowMax, RowSum, Broken, Sink, plan, works, sink, factor,
     HALF: gl.constexpr, CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr, PACK: gl.constexpr,
-    RANK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, SINK: gl.constexpr, WITH_STATE: gl.constexpr,
+    RANK: gl.constexpr, BD: gl.constexpr, DV: gl.constexpr, BDV: gl.constexpr, STAGES: gl.constexpr,
+    TILES: gl.constexpr, SINK: gl.constexpr, WITH_STATE: gl.constexpr,
 ):  # fmt: skip
     """A group of four warps that computes one half of the rows of every tile."""
     M: gl.constexpr = TILE[0] * TILE[1] * TILE[2] * PACK // 2
     N: gl.constexpr = CHUNK[0] * CHUNK[1] * CHUNK[2]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
-    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BDV, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
     PARTS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16])
-    STORE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    STORE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BDV, BDV // 8], [4, 1], [1, 0])
     length, kernel, stride, _tiles, blocks = plan
     inner = unravel(gl.arange(0, N, gl.SliceLayout(0, SCORES)), CHUNK[1], CHUNK[2])
     position, head = half_rows(HALF, M, TILE, PACK, gl.SliceLayout(1, SCORES))
@@ -192,14 +196,15 @@ def attend(
         i_batch, i_head, i_flag, origin, walk = tile_walk(i_work, plan, CAUSAL, TILE, CHUNK)
         row_lo, row_hi = windows_of(shifted(position, origin), length, kernel, stride, CAUSAL)
         row_m, part_l = initial_state(Sink, i_head * PACK + head, sink, SINK, M, gl.SliceLayout(1, SCORES), PARTS)
-        b_acc = gl.zeros([M, D], gl.float32, OUT)
+        b_acc = gl.zeros([M, BDV], gl.float32, OUT)
         last = n + chunk_count(walk) - 1
 
         place = (0, 0, 0)
         b_hidden = chunk_mask(place, walk, row_lo, row_hi, inner, M, N, CHUNK, RANK, SCORES)
-        await_load(q_ring, i_tile, True, 2)
-        b_q = q_ring[0][0].index(i_tile % 2).reshape([2 * M, D]).slice(HALF * M, M)
-        b_p, row_m, part_l = attend_first(b_q, b_hidden, row_m, part_l, k_ring, n, factor, D, STAGES, WEIGHTS, PARTS)
+        await_load(q_ring, i_tile, True, TILES)
+        i_query, _ = slot(i_tile, TILES)
+        b_q = q_ring[0][0].index(i_query).reshape([2 * M, BD]).slice(HALF * M, M)
+        b_p, row_m, part_l = attend_first(b_q, b_hidden, row_m, part_l, k_ring, n, factor, BD, STAGES, WEIGHTS, PARTS)
         n += 1
         await_load(k_ring, n, n <= last, STAGES)
         for _ in range(1, chunk_count(walk)):
@@ -207,7 +212,7 @@ def attend(
             b_hidden = chunk_mask(place, walk, row_lo, row_hi, inner, M, N, CHUNK, RANK, SCORES)
             b_p, b_acc, row_m, part_l = attend_next(
                 b_q, b_hidden, b_p, b_acc, row_m, part_l, k_ring, v_ring, n, last, factor,
-                D, STAGES, WEIGHTS, PARTS, OUT,
+                BD, STAGES, WEIGHTS, PARTS, OUT,
             )  # fmt: skip
             n += 1
         b_acc = start_values(b_p, b_acc, v_ring, n - 1, STAGES)
@@ -215,23 +220,27 @@ def attend(
         release(v_ring, n - 1, STAGES)
 
         row_l = gl.convert_layout(gl.sum(part_l, 1), gl.SliceLayout(1, OUT))
-        # Through the queries' buffer, so that a warp writes whole rows.
-        b_q.store((b_acc / row_l[:, None]).to(b_q.dtype))
-        b_out = b_q.load(STORE)
-        fence_async_shared()
-        release(q_ring, i_tile, 2)
+        b_out = (b_acc / row_l[:, None]).to(b_q.dtype)
+        if BD == BDV:
+            # Through the queries' buffer, so that a warp writes whole rows.
+            b_q.store(b_out)
+            b_out = b_q.load(STORE)
+            fence_async_shared()
+        else:
+            b_out = gl.convert_layout(b_out, STORE)
+        release(q_ring, i_tile, TILES)
         i_tile += 1
 
         out_position, out_head = half_rows(HALF, M, TILE, PACK, gl.SliceLayout(1, STORE))
         m_rows, o_row = output_rows(out_position, i_head * PACK + out_head, i_batch, origin, length, blocks * PACK)
-        col = gl.arange(0, D, gl.SliceLayout(0, STORE))
-        gl.store(Out + (o_row * D)[:, None] + col[None, :], b_out, mask=m_rows[:, None])
+        store_rows(Out, o_row, m_rows, b_out, DV, BDV, STORE)
         m_rows, o_row = output_rows(position, i_head * PACK + head, i_batch, origin, length, blocks * PACK)
         if WITH_STATE:
             gl.store(RowMax + o_row, row_m * LN2, mask=m_rows)
             gl.store(RowSum + o_row, gl.convert_layout(row_l, gl.SliceLayout(1, SCORES)), mask=m_rows)
-        row_rest = gl.convert_layout(gl.sum(b_acc * 0.0, 1), gl.SliceLayout(1, SCORES))
-        m_broken = m_rows & ~(gl.abs(row_rest) >= 0.0)
+        # Not finite, or without a weight of about one, as ``are_sound`` explains.
+        row_rest = gl.where(row_l >= 0.5, gl.sum(b_acc * 0.0, 1), float("nan"))
+        m_broken = m_rows & ~(gl.abs(gl.convert_layout(row_rest, gl.SliceLayout(1, SCORES))) >= 0.0)
         gl.store(Broken + i_flag + head * 0, gl.full([M], 1, gl.int32, gl.SliceLayout(1, SCORES)), mask=m_broken)
         i_work = await_tile(schedule, i_tile)
 
@@ -241,20 +250,24 @@ def hopper_kernel(
     q_desc, k_desc, v_desc, Out, RowMax, RowSum, Broken, Sink,
     length, kernel, stride, tiles, group, blocks, works, sink, scale,
     CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr, PACK: gl.constexpr, RANK: gl.constexpr,
-    D: gl.constexpr, SINK: gl.constexpr, WITH_STATE: gl.constexpr, STAGES: gl.constexpr,
+    BD: gl.constexpr, DV: gl.constexpr, BDV: gl.constexpr, SINK: gl.constexpr, WITH_STATE: gl.constexpr,
+    STAGES: gl.constexpr, TILES: gl.constexpr,
 ):  # fmt: skip
-    """Attention of all tiles. ``Broken`` marks those whose results are not finite; behind the marks it counts tiles."""
-    q_ring, k_ring, v_ring = new_ring((q_desc,), 2), new_ring((k_desc,), STAGES), new_ring((v_desc,), STAGES)
+    """Attention of all tiles. ``Broken`` marks those whose results are not finite; behind the marks it counts tiles.
+
+    Heads are ``BD`` and ``BDV`` channels wide in shared memory, where TMA writes zeros behind their own.
+    """
+    q_ring, k_ring, v_ring = new_ring((q_desc,), TILES), new_ring((k_desc,), STAGES), new_ring((v_desc,), STAGES)
     schedule = new_schedule(4)
     plan = (length, kernel, stride, tiles, blocks)
     factor = scale * LOG2E
     gl.warp_specialize(
         [
             (attend, (q_ring, k_ring, v_ring, schedule, Out, RowMax, RowSum, Broken, Sink, plan, works, sink, factor,
-                      0, CAUSAL, TILE, CHUNK, PACK, RANK, D, STAGES, SINK, WITH_STATE)),
+                      0, CAUSAL, TILE, CHUNK, PACK, RANK, BD, DV, BDV, STAGES, TILES, SINK, WITH_STATE)),
             (attend, (q_ring, k_ring, v_ring, schedule, Out, RowMax, RowSum, Broken, Sink, plan, works, sink, factor,
-                      1, CAUSAL, TILE, CHUNK, PACK, RANK, D, STAGES, SINK, WITH_STATE)),
-            (load_queries, (q_ring, schedule, Broken + works, q_desc, plan, works, CAUSAL, TILE, CHUNK, PACK)),
+                      1, CAUSAL, TILE, CHUNK, PACK, RANK, BD, DV, BDV, STAGES, TILES, SINK, WITH_STATE)),
+            (load_queries, (q_ring, schedule, Broken + works, q_desc, plan, works, CAUSAL, TILE, CHUNK, PACK, TILES)),
             (load_chunks, (k_ring, schedule, k_desc, plan, works, group, CAUSAL, TILE, CHUNK, PACK, STAGES)),
             (load_chunks, (v_ring, schedule, v_desc, plan, works, group, CAUSAL, TILE, CHUNK, PACK, STAGES)),
         ],
@@ -269,7 +282,8 @@ def repair_kernel(
     q_strides, k_strides, v_strides, regk_strides, regv_strides,
     programs, length, kernel, stride, dilation, tiles, group, kv_heads, registers, sink, scale,
     CAUSAL: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr,
-    PACK: tl.constexpr, D: tl.constexpr, BR: tl.constexpr, SINK: tl.constexpr, WITH_STATE: tl.constexpr,
+    PACK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, BR: tl.constexpr,
+    SINK: tl.constexpr, WITH_STATE: tl.constexpr,
 ):  # fmt: skip
     """Tiles with NaN or inf once more, by the kernel that keeps them out of the queries that do not see them."""
     i_flag = tl.program_id(0) * FLAGS + tl.arange(0, FLAGS)
@@ -282,8 +296,14 @@ def repair_kernel(
                 Q, K, V, Out, RowMax, RowSum, RegK, RegV, Sink,
                 q_strides, k_strides, v_strides, regk_strides, regv_strides,
                 length, kernel, stride, dilation, tiles, group, kv_heads, registers, sink, scale,
-                CAUSAL, TILE, CHUNK, RANK, WIDE, PACK, D, D, D, D, BR, SINK, WITH_STATE, "select", False, "ieee", 1,
+                CAUSAL, TILE, CHUNK, RANK, WIDE, PACK, D, (BD,), DV, (BDV,), BR, SINK, WITH_STATE, "select", False,
+                "ieee", 1, 1,
             )  # fmt: skip
+
+
+def query_buffers(problem: Problem) -> int:
+    """With two the next tile's queries arrive in time; of wide heads shared memory holds one."""
+    return 1 if head_width(problem.query.shape[-1]) > 128 else 2
 
 
 def forward(
@@ -303,24 +323,44 @@ def _attend_windows(
     launch: Launch, problem: Problem, inputs: Inputs, options: Options, with_state: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     query, key, value, _, _, sink = inputs
-    out, row_max, row_sum = new_results(query, query.shape[-1], with_state)
-    lengths, kernel_size, stride, dilation = problem.geometry
+    out, row_max, row_sum = new_results(query, value.shape[-1], with_state)
+    lengths, kernel_size, stride, _ = problem.geometry
     tiles, programs = problem.tiles(launch.tile), problem.programs(launch)
     broken = query.new_zeros(programs + 1, dtype=torch.int32)
     sink_value, scale = options.sink_value, options.scale
-    constants = {
-        "CAUSAL": three_axes(problem.is_causal, False), "TILE": launch.tile, "CHUNK": launch.chunk,
-        "RANK": problem.rank, "PACK": launch.pack, "D": query.shape[-1], "SINK": problem.sink, "WITH_STATE": with_state,
-    }  # fmt: skip
     hopper_kernel[(min(programs, multiprocessors(query.device)),)](
         query_descriptor(query, launch), box_descriptor(key, launch.chunk), box_descriptor(value, launch.chunk),
         out, row_max, row_sum, broken, sink,
         lengths, kernel_size, stride, tiles, problem.group, query.shape[-2] // launch.pack, programs, sink_value, scale,
-        **constants, STAGES=launch.stages, num_warps=launch.num_warps, maxnreg=launch.max_registers,
+        **constants_of(launch, problem, with_state), STAGES=launch.stages, TILES=query_buffers(problem),
+        num_warps=launch.num_warps, maxnreg=launch.max_registers,
     )  # fmt: skip
-    repair_kernel[(triton.cdiv(programs, FLAGS),)](
-        broken, query, key, value, out, row_max, row_sum, None, None, sink, *problem.input_strides()[:3], (0, 0, 0),
-        (0, 0, 0), programs, lengths, kernel_size, stride, dilation, tiles, problem.group, problem.kv_heads, 0,
-        sink_value, scale, **constants, WIDE=problem.wide, BR=0, num_warps=8,
-    )  # fmt: skip
+    repair(launch, problem, inputs, options, broken, (out, row_max, row_sum))
     return out, row_max, row_sum
+
+
+def repair(
+    launch: Launch, problem: Problem, inputs: Inputs, options: Options, broken: Tensor,
+    results: tuple[Tensor, Tensor | None, Tensor | None],
+) -> None:  # fmt: skip
+    """Compute the tiles that are marked in ``broken`` once more, in place: without registers, as ``hopper_kernel``."""
+    query, key, value, _, _, sink = inputs
+    lengths, kernel_size, stride, dilation = problem.geometry
+    programs = problem.programs(launch)
+    repair_kernel[(triton.cdiv(programs, FLAGS),)](
+        broken, query, key, value, *results, None, None, sink, *problem.input_strides()[:3], (0, 0, 0), (0, 0, 0),
+        programs, lengths, kernel_size, stride, dilation, problem.tiles(launch.tile), problem.group, problem.kv_heads,
+        0, options.sink_value, options.scale,
+        **constants_of(launch, problem, results[1] is not None), D=query.shape[-1], BR=0, num_warps=8,
+        WIDE=need_wide_offsets((problem.query, problem.key, problem.value, problem.out)),
+    )  # fmt: skip
+
+
+def constants_of(launch: Launch, problem: Problem, with_state: bool) -> dict[str, Any]:
+    """Compile-time arguments of both kernels."""
+    return {
+        "CAUSAL": three_axes(problem.is_causal, False), "TILE": launch.tile, "CHUNK": launch.chunk,
+        "RANK": problem.rank, "PACK": launch.pack, "BD": head_width(problem.query.shape[-1]),
+        "DV": problem.value.shape[-1], "BDV": head_width(problem.value.shape[-1]), "SINK": problem.sink,
+        "WITH_STATE": with_state,
+    }  # fmt: skip

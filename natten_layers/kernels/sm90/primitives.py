@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper.tma import async_copy_glob
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..host.problem import Layout, layout, strides, three_axes
-from ..host.tiling import Box, Launch
+from ..host.tiling import Box, Launch, head_width
 from ..portable.primitives import (
     LOG2E,
     LOWEST,
@@ -234,6 +234,16 @@ def output_rows(position, head, i_batch, origin, length, heads):
 
 
 @gluon.jit
+def store_rows(Out, o_row, m_rows, b_rows, D: gl.constexpr, BD: gl.constexpr, STORE: gl.constexpr):
+    """Store the first ``D`` of ``BD`` channels of rows, in a contiguous ``[rows, D]``."""
+    col = gl.arange(0, BD, gl.SliceLayout(0, STORE))[None, :]
+    mask = m_rows[:, None]
+    if BD != D:
+        mask = mask & (col < D)
+    gl.store(Out + (o_row * D)[:, None] + col, b_rows, mask=mask)
+
+
+@gluon.jit
 def row_sinks(Sink, head, sink, SINK: gl.constexpr):
     """The sinks of rows, in powers of two; ``LOWEST`` where there is none."""
     row_sink = gl.full(head.shape, LOWEST, gl.float32, head.type.layout)
@@ -249,7 +259,8 @@ Boxes = dict[str, Any]
 
 
 def boxes_of(shape: list[int], strides: list[int], block_shape: list[int]) -> Boxes:
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=len(shape))
+    swizzle = min(128, 2 * block_shape[-1])
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=16, rank=len(shape))
     return {"shape": shape, "strides": strides, "block_shape": block_shape, "layout": layout, "padding": "zero"}
 
 
@@ -267,14 +278,14 @@ def query_boxes(query: Layout, tile: Box, pack: int) -> Boxes:
     """Boxes of positions times heads."""
     sizes, steps = axes_of(query)
     dim = query.shape[-1]
-    return boxes_of([*sizes, dim], [*steps, 1], [*tile, pack, dim])
+    return boxes_of([*sizes, dim], [*steps, 1], [*tile, pack, head_width(dim)])
 
 
 def key_boxes(tensor: Layout, box: Box) -> Boxes:
     """Boxes of positions of one head."""
     (*sizes, heads), (*steps, head) = axes_of(tensor)
     dim = tensor.shape[-1]
-    return boxes_of([heads, *sizes, dim], [head, *steps, 1], [1, *box, dim])
+    return boxes_of([heads, *sizes, dim], [head, *steps, 1], [1, *box, head_width(dim)])
 
 
 def register_boxes(registers: Layout, rows: int) -> Boxes:
@@ -283,7 +294,7 @@ def register_boxes(registers: Layout, rows: int) -> Boxes:
     steps = [step if size > 1 else 8 for size, step in zip(registers.shape, registers.stride, strict=True)][:3]
     if registers.stride[0] == 0:
         batch, steps[0] = 1, 8
-    return boxes_of([batch, *counts, dim], [*steps, 1], [1, rows, 1, dim])
+    return boxes_of([batch, *counts, dim], [*steps, 1], [1, rows, 1, head_width(dim)])
 
 
 def descriptor(tensor: Tensor, boxes: Boxes) -> TensorDescriptor:

@@ -191,26 +191,26 @@ def turn_heads(b_x, rotation, row_gain, Gain, eps, NORM: gl.constexpr):
 @gluon.jit
 def load_turned(
     X, o_x, token, m_token, col, gain, Gain, Positions, Freqs, length, factor, eps,
-    NORM: gl.constexpr, AXES: gl.constexpr, PAIRS: gl.constexpr,
+    D: gl.constexpr, NORM: gl.constexpr, AXES: gl.constexpr, PAIRS: gl.constexpr,
 ):  # fmt: skip
-    """Heads ``[R, N, D]`` at ``o_x [R, N]``, normalised and rotated, in fp32: in any layout, and slowly.
+    """Heads ``[R, N, BD]`` at ``o_x [R, N]``, normalised and rotated, in fp32: in any layout, and slowly.
 
     Args:
         token: ``t, h, w`` of each, whose positions are looked up.
-        col: indices of elements, ``[1, 1, D]``.
+        col: indices of channels, ``[1, 1, BD]``; from ``D`` on they read as zero.
         gain: of normalised cosines, a scalar or ``[R, N, 1]``, or None.
         Gain: as ``turn_heads`` takes it.
         Positions, Freqs: those of the image and of the head.
     """
-    m_token = m_token[:, :, None]
+    m_token = m_token[:, :, None] & (col < D)
     x = gl.load(X + (o_x[:, :, None] + col), mask=m_token, other=0.0).to(gl.float32)
     b_scale = 1.0
     if NORM != "none":
-        b_scale = inverse_norm(gl.sum(x * x, 2), eps, x.shape[2], NORM)[:, :, None]
+        b_scale = inverse_norm(gl.sum(x * x, 2), eps, D, NORM)[:, :, None]
         if gain is not None:
             b_scale *= gain
         if NORM == "rms":
-            x *= gl.load(Gain + col).to(gl.float32)
+            x *= gl.load(Gain + col, mask=col < D, other=0.0).to(gl.float32)
     if PAIRS > 0:
         EACH: gl.constexpr = PAIRS // AXES
         partner = gl.where(col < PAIRS, col + PAIRS, col - PAIRS)

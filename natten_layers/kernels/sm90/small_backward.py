@@ -40,6 +40,7 @@ from ..host.problem import (
     strides,
     three_axes,
 )
+from ..host.tiling import head_width
 from ..portable.primitives import (
     LOG2E,
     inside_axes,
@@ -57,6 +58,7 @@ from .small_forward import (
     boxes_of_parts,
     boxes_of_registers,
     call_of,
+    inside_frames,
     next_corner,
     own_tile,
     start_load,
@@ -118,25 +120,26 @@ def hopper_small_query_kernel(
     k0_desc, k1_desc, k2_desc, v0_desc, v1_desc, v2_desc, regk_desc, regv_desc,
     dl_strides, length, kernel, stride, tiles, group, blocks, registers, reg_batch, scale,
     CAUSAL: gl.constexpr, TILE: gl.constexpr, AXIS: gl.constexpr, PACK: gl.constexpr, RANK: gl.constexpr,
-    KEYS: gl.constexpr, D: gl.constexpr, WITH_DLSE: gl.constexpr,
+    KEYS: gl.constexpr, D: gl.constexpr, BD: gl.constexpr, WITH_DLSE: gl.constexpr,
 ):  # fmt: skip
     """dQ, ``delta = rowsum(dOut * Out) - dLse`` and the base-2 lse of one tile; arguments as those of the forward."""
     M: gl.constexpr = TILE[0] * TILE[1] * TILE[2] * PACK
-    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, D, 16])
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BD, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, OUT)
-    LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [gl.num_warps(), 1], [1, 0])
+    LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BD, BD // 8], [gl.num_warps(), 1], [1, 0])
     k_descs, v_descs = those(k0_desc, k1_desc, k2_desc), those(v0_desc, v1_desc, v2_desc)
 
     i_batch, i_block, origin = own_tile(tiles, blocks, TILE)
     corner, _ = windows_of(origin, length, kernel, stride, CAUSAL)
+    corner = inside_frames(corner, length, k_descs, AXIS)
     place = i_block * PACK // group, i_batch * length[0], i_batch * reg_batch
     q_corner = [place[1] + origin[0], origin[1], origin[2], i_block * PACK, 0]
     ready = new_barriers(2, 1)
-    mbarrier.expect(ready.index(0), (M + KEYS) * D * 2)
-    mbarrier.expect(ready.index(1), (M + KEYS) * D * 2)
+    mbarrier.expect(ready.index(0), (M + KEYS) * BD * 2)
+    mbarrier.expect(ready.index(1), (M + KEYS) * BD * 2)
     buffer = start_load(q_desc, q_corner, ready.index(0))
     keys = start_parts(k_descs, regk_desc, place, corner, ready.index(0), AXIS)
-    b_do = start_load(do_desc, q_corner, ready.index(1)).reshape([M, D])
+    b_do = start_load(do_desc, q_corner, ready.index(1)).reshape([M, BD])
     values = start_parts(v_descs, regv_desc, place, corner, ready.index(1), AXIS)
 
     out_row = gl.arange(0, M, gl.SliceLayout(1, LOAD))
@@ -144,8 +147,8 @@ def hopper_small_query_kernel(
         unravel(out_row // PACK, TILE[1], TILE[2]), i_block * PACK + out_row % PACK, i_batch, origin, length,
         blocks * PACK,
     )  # fmt: skip
-    col = gl.arange(0, D, gl.SliceLayout(0, LOAD))
-    b_out = gl.load(Out + (o_out * D)[:, None] + col[None, :], mask=m_out[:, None], other=0.0)
+    col = gl.arange(0, BD, gl.SliceLayout(0, LOAD))[None, :]
+    b_out = gl.load(Out + (o_out * D)[:, None] + col, mask=m_out[:, None] & (col < D), other=0.0)
 
     row = gl.arange(0, M, ROW)
     position, head = unravel(row // PACK, TILE[1], TILE[2]), i_block * PACK + row % PACK
@@ -164,9 +167,9 @@ def hopper_small_query_kernel(
         row_delta -= gl.load(DLse + o_dl, mask=m_rows, other=0.0)
     gl.store(Delta + o_row, row_delta, mask=m_rows)
 
-    b_q = buffer.reshape([M, D])
+    b_q = buffer.reshape([M, BD])
     factor = scale * LOG2E
-    b_dq = gl.zeros([M, D], gl.float32, OUT)
+    b_dq = gl.zeros([M, BD], gl.float32, OUT)
     for PART in gl.static_range(len(k_descs)):
         b_dq = add_part(
             b_dq, b_q, b_do, keys[PART], values[PART], k_descs[PART], corner, row_lo, row_hi, registers, row_lse,
@@ -289,22 +292,23 @@ def hopper_small_key_kernel(
     Delta, Lse, k_desc, v_desc, dk_desc, dv_desc, q0_desc, q1_desc, q2_desc, do0_desc, do1_desc, do2_desc,
     length, kernel, stride, tiles, group, kv_heads, scale,
     CAUSAL: gl.constexpr, TILE: gl.constexpr, AXIS: gl.constexpr, RANK: gl.constexpr, QUERIES: gl.constexpr,
-    D: gl.constexpr,
+    BD: gl.constexpr,
 ):  # fmt: skip
     """dK and dV of one tile of keys; the grid is (tiles * KV heads, batch).
 
     The queries of one head come in up to three parts along ``AXIS``, ``QUERIES`` in all; then those of the next head.
     """
     M: gl.constexpr = TILE[0] * TILE[1] * TILE[2]
-    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, D, 16])
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BD, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, OUT)
     q_descs, do_descs = those(q0_desc, q1_desc, q2_desc), those(do0_desc, do1_desc, do2_desc)
 
     i_batch, i_kv, origin = own_tile(tiles, kv_heads, TILE)
     first, _, _, _ = union_of_queries(origin, length, kernel, stride, CAUSAL, TILE)
+    first = inside_frames(first, length, q_descs, AXIS)
     i_bt = i_batch * length[0]
     ready = new_barriers(2, 1)
-    mbarrier.expect(ready.index(0), 2 * M * D * 2)
+    mbarrier.expect(ready.index(0), 2 * M * BD * 2)
     k_corner = [i_kv, i_bt + origin[0], origin[1], origin[2], 0]
     k_buffer, v_buffer = start_load(k_desc, k_corner, ready.index(0)), start_load(v_desc, k_corner, ready.index(0))
     queries, grads, lses, deltas = new_buffers(q_descs), new_buffers(do_descs), new_lines(q_descs), new_lines(q_descs)
@@ -314,13 +318,13 @@ def hopper_small_key_kernel(
     key = shifted(unravel(row, TILE[1], TILE[2]), origin)
     row_lo, row_hi = queries_of(key, length, kernel, stride, CAUSAL)
     factor = scale * LOG2E
-    b_dk, b_dv = gl.zeros([M, D], gl.float32, OUT), gl.zeros([M, D], gl.float32, OUT)
+    b_dk, b_dv = gl.zeros([M, BD], gl.float32, OUT), gl.zeros([M, BD], gl.float32, OUT)
     mbarrier.wait(ready.index(0), 0)
     for i_group in range(group):
         zero = here(i_group) - i_group
         head = i_kv * group + i_group
         thread_barrier()  # the queries of the head before have been read
-        mbarrier.expect(ready.index(1), 2 * QUERIES * D * 2)
+        mbarrier.expect(ready.index(1), 2 * QUERIES * BD * 2)
         corner = first
         for PART in gl.static_range(len(q_descs)):
             load_part(q_descs[PART], queries[PART].index(0), head, i_bt, corner, ready.index(1))
@@ -352,7 +356,10 @@ def hopper_small_key_kernel(
 
     b_k.store((b_dk * scale).to(k_desc.dtype))
     b_v.store(b_dv.to(k_desc.dtype))
+    # The barrier that the compiler sets between the two stores is not enough: one thread starts both copies, and every
+    # thread has to make what it wrote visible to them before.
     fence_async_shared()
+    thread_barrier()
     async_copy_shared_to_global(dk_desc, k_corner, k_buffer)
     async_copy_shared_to_global(dv_desc, k_corner, v_buffer)
     store_wait(0)
@@ -388,7 +395,7 @@ def query_call(launch: SmallLaunch, p: Problem, grad_out: Layout, grad_lse: Layo
         ),
         [*boxes, *boxes_of_parts(launch, p.key, p.value), *boxes_of_registers(launch, p)],
         CAUSAL=three_axes(p.is_causal, False), TILE=launch.tile, AXIS=launch.axis, PACK=launch.pack, RANK=p.rank,
-        KEYS=launch.keys, D=p.query.shape[-1], WITH_DLSE=grad_lse is not None,
+        KEYS=launch.keys, D=p.query.shape[-1], BD=head_width(p.query.shape[-1]), WITH_DLSE=grad_lse is not None,
         num_warps=WARPS, maxnreg=launch.max_registers,
     )  # fmt: skip
 
@@ -418,5 +425,5 @@ def key_call(launch: SmallLaunch, p: Problem, grad_out: Layout) -> Call:
         (lengths, kernel_size, stride, tiles, p.group, p.kv_heads),
         [*tile, *boxes_of_parts(launch, p.query, grad_out)],
         CAUSAL=three_axes(p.is_causal, False), TILE=launch.tile, AXIS=launch.axis, RANK=p.rank, QUERIES=launch.keys,
-        D=p.query.shape[-1], num_warps=WARPS, maxnreg=launch.max_registers,
+        BD=head_width(p.query.shape[-1]), num_warps=WARPS, maxnreg=launch.max_registers,
     )  # fmt: skip

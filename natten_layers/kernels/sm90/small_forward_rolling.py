@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper.tma import (
 )
 
 from ..host.problem import Inputs, Layout, Options, Problem, QKPrep, RotationKind
-from ..host.tiling import Box
+from ..host.tiling import Box, head_width
 from ..portable.primitives import LN2, LOG2E, shifted, unravel, windows_of
 from .primitives import (
     Boxes,
@@ -209,8 +209,8 @@ def hopper_strip_kernel(
     position_step, freq_step, sink, scale, factor, eps,
     CAUSAL: gl.constexpr, TILE: gl.constexpr, AXIS: gl.constexpr, SLOTS: gl.constexpr, REST: gl.constexpr,
     PACK: gl.constexpr, RANK: gl.constexpr, WINDOW: gl.constexpr, REGISTERS: gl.constexpr, D: gl.constexpr,
-    SINK: gl.constexpr, WITH_STATE: gl.constexpr, IN_RING: gl.constexpr, NORM: gl.constexpr, AXES: gl.constexpr,
-    PAIRS: gl.constexpr,
+    BD: gl.constexpr, SINK: gl.constexpr, WITH_STATE: gl.constexpr, IN_RING: gl.constexpr, NORM: gl.constexpr,
+    AXES: gl.constexpr, PAIRS: gl.constexpr,
 ):  # fmt: skip
     """Attention of the tiles of one strip; the grid is strips * batch * lines of tiles * blocks of heads.
 
@@ -228,8 +228,8 @@ def hopper_strip_kernel(
     TURNS: gl.constexpr = NORM != "none" or PAIRS > 0
     KEYS: gl.constexpr = BOX[1] * BOX[2] * BOX[3]
     PARTS: gl.constexpr = parts_of(SLOTS, KEYS, REST)
-    KEY_HEADS: gl.constexpr = heads_layout(KEYS, D, PAIRS)
-    QUERY_HEADS: gl.constexpr = heads_layout(M, D, PAIRS)
+    KEY_HEADS: gl.constexpr = heads_layout(KEYS, BD, PAIRS)
+    QUERY_HEADS: gl.constexpr = heads_layout(M, BD, PAIRS)
     EIGHTHS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, 8, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, EIGHTHS)
 
@@ -246,13 +246,13 @@ def hopper_strip_kernel(
         results = gl.allocate_shared_memory(q_desc.dtype, q_desc.block_type.shape, q_desc.layout)
     reg_keys = None
     reg_values = None
-    mbarrier.expect(ready.index(0), (M + SLOTS * KEYS + REGISTERS) * D * 2)
+    mbarrier.expect(ready.index(0), (M + SLOTS * KEYS + REGISTERS) * BD * 2)
     load_queries(q_desc, queries, place, origin, i_block * PACK, ready.index(0))
     for i in gl.static_range(SLOTS):
         load_slab(
             k_desc, keys, place, corner, (i_slab + i) * STEP + phase, (i_slab + i) % SLOTS, ready.index(0), AXIS
         )  # fmt: skip
-    mbarrier.expect(ready.index(1), (SLOTS * KEYS + REGISTERS) * D * 2)
+    mbarrier.expect(ready.index(1), (SLOTS * KEYS + REGISTERS) * BD * 2)
     for i in gl.static_range(SLOTS):
         load_slab(
             v_desc, values, place, corner, (i_slab + i) * STEP + phase, (i_slab + i) % SLOTS, ready.index(1), AXIS
@@ -276,7 +276,7 @@ def hopper_strip_kernel(
         mbarrier.wait(ready.index(0), 0)
         for i in range(i_slab, i_fresh):
             b_place = slab_coordinates(Positions, k_index, corner, i * STEP + phase, length, BOX, AXIS, AXES)
-            slab = keys.index(i % SLOTS).reshape([KEYS, D])
+            slab = keys.index(i % SLOTS).reshape([KEYS, BD])
             slab.store(
                 turn_heads(slab.load(KEY_HEADS), rotation_of(b_place, k_freqs, factor), k_gain, GainK, eps, NORM)
             )
@@ -292,7 +292,7 @@ def hopper_strip_kernel(
             k_turn = rotation_of(k_place, k_freqs, factor)
             q_turn = rotation_of(q_place, q_freqs, factor)
             mbarrier.wait(ready.index(0), i_step & 1)
-            slab, own = keys.index(i_fresh % SLOTS).reshape([KEYS, D]), queries.index(zero).reshape([M, D])
+            slab, own = keys.index(i_fresh % SLOTS).reshape([KEYS, BD]), queries.index(zero).reshape([M, BD])
             # Both are read before either is written, as threads wait for each other between.
             b_k, b_q = slab.load(KEY_HEADS), own.load(QUERY_HEADS)
             slab.store(turn_heads(b_k, k_turn, k_gain, GainK, eps, NORM))
@@ -310,14 +310,14 @@ def hopper_strip_kernel(
         if IN_RING:  # noqa: SIM102 - the one is known when this is compiled
             if i_step > 0:
                 store_wait(0)  # has read what this overwrites
-                mbarrier.expect(ready.index(1), KEYS * D * 2)
+                mbarrier.expect(ready.index(1), KEYS * BD * 2)
                 load_slab(v_desc, values, place, corner, i_fresh * STEP + phase, i_free, ready.index(1), AXIS)
 
         if not TURNS:
             mbarrier.wait(ready.index(0), i_step & 1)
         i_free = i_slab % SLOTS
         scores = scores_of(
-            queries.index(zero).reshape([M, D]), ring_parts(keys, i_free, reg_keys, PARTS, SLOTS), masks
+            queries.index(zero).reshape([M, BD]), ring_parts(keys, i_free, reg_keys, PARTS, SLOTS), masks
         )  # fmt: skip
         here = origin
         origin = moved(origin, STEP, AXIS)
@@ -326,7 +326,7 @@ def hopper_strip_kernel(
         # At a border two tiles may need the same slabs: then the first one is loaded again.
         i_fresh = i_slab + (i_next - i_slab) * SLOTS
         if i_step + 1 < steps:
-            mbarrier.expect(ready.index(0), (M + KEYS) * D * 2)
+            mbarrier.expect(ready.index(0), (M + KEYS) * BD * 2)
             load_queries(q_desc, queries, place, origin, i_block * PACK, ready.index(0))
             load_slab(k_desc, keys, place, corner, i_fresh * STEP + phase, i_free, ready.index(0), AXIS)
         i_slab = i_next
@@ -336,22 +336,22 @@ def hopper_strip_kernel(
 
         b_acc, row_m, row_l = weighted_sum(
             scores, ring_parts(values, i_free, reg_values, PARTS, SLOTS), ready.index(1), i_step & 1, row_sink, scale,
-            SINK, D, EIGHTHS,
+            SINK, BD, EIGHTHS,
         )  # fmt: skip
         if not IN_RING:  # noqa: SIM102
             if i_step + 1 < steps:
-                mbarrier.expect(ready.index(1), KEYS * D * 2)
+                mbarrier.expect(ready.index(1), KEYS * BD * 2)
                 load_slab(v_desc, values, place, corner, i_fresh * STEP + phase, i_free, ready.index(1), AXIS)
         # Always so, which ptxas does not know: it would start on this while the last product is under way, and where
         # registers are few, wait for every product instead.
         if length[2] > 0:
-            rest += unfinite(b_acc)
+            rest += unfinite(b_acc, row_l)
             if IN_RING:
                 staged = values.index(i_free)._reinterpret(q_desc.dtype, q_desc.block_type.shape, q_desc.layout)
             else:
                 staged = results
                 store_wait(0)  # has read the last ones
-            staged.reshape([M, D]).store(divided(b_acc, row_l, q_desc.dtype))
+            staged.reshape([M, BD]).store(divided(b_acc, row_l, q_desc.dtype))
             fence_async_shared()
             async_copy_shared_to_global(out_desc, [place[1] + here[0], here[1], here[2], i_block * PACK, 0], staged)
             if WITH_STATE:
@@ -369,7 +369,7 @@ def hopper_strip_kernel(
                 moved(origin, (i_step - steps) * STEP, AXIS),
                 (length, kernel, stride, blocks * PACK), group, registers, sink, scale * LOG2E,
                 GainQ, GainK, Positions, Freqs, factor, eps,
-                CAUSAL, TILE, PACK, D, SINK, WITH_STATE, NORM, AXES, PAIRS,
+                CAUSAL, TILE, PACK, D, BD, SINK, WITH_STATE, NORM, AXES, PAIRS,
             )  # fmt: skip
 
 
@@ -421,5 +421,5 @@ def slab_boxes(tensor: Layout, box: Box, axis: int) -> Boxes:
     dim = tensor.shape[-1]
     return boxes_of(
         [heads, *(sizes[i] for i in order), dim], [head, *(steps[i] for i in order), 1],
-        [1, *(box[i] for i in order), dim],
+        [1, *(box[i] for i in order), head_width(dim)],
     )  # fmt: skip

@@ -137,11 +137,14 @@ def no_rest(M: gl.constexpr):
 
 
 @gluon.jit
-def unfinite(b_acc):
-    """For each thread NaN where some of what it has of ``b_acc`` is not finite, else 0."""
+def unfinite(b_acc, row_l):
+    """For each thread NaN where some of what it has of ``b_acc`` is not finite, or where a row has no weight of about
+    one in its sum (``are_sound`` explains when), else 0.
+    """
     M: gl.constexpr = b_acc.shape[0]
     D: gl.constexpr = b_acc.shape[1]
-    b_rest = (b_acc * 0.0).reshape([M // 16, 2, 8, D // 8, 4, 2])
+    row_zero = gl.where(gl.convert_layout(row_l, gl.SliceLayout(1, b_acc.type.layout)) >= 0.5, 0.0, float("nan"))
+    b_rest = (b_acc * row_zero[:, None]).reshape([M // 16, 2, 8, D // 8, 4, 2])
     return gl.convert_layout(gl.sum(gl.sum(gl.sum(b_rest, 5), 3), 1), no_rest(M).type.layout)
 
 

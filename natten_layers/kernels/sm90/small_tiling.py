@@ -12,7 +12,7 @@ import torch
 
 from ...geometry import query_bounds, window_bounds
 from ..host.problem import Layout, Problem, three_axes
-from ..host.tiling import Axis, Bounds, Box, boxes, extent, next_power_of_2
+from ..host.tiling import Axis, Bounds, Box, boxes, extent, head_width, next_power_of_2
 
 SMALL_ROWS = 64  # of a tile of the kernels for small windows
 SCORES = 320  # of a row there at most, as they are in registers at once
@@ -42,6 +42,11 @@ class SmallLaunch(NamedTuple):
     def keys(self) -> int:
         """that a program loads, registers included"""
         return sum(map(prod, self.parts)) + self.registers
+
+    @property
+    def frames(self) -> int:
+        """that the parts have along ``t``"""
+        return sum(box[0] for box in self.parts) if self.axis == 0 else self.parts[0][0]
 
     @property
     def programs(self) -> int:
@@ -101,7 +106,7 @@ def strip_gap(problem: Problem, strip: StripLaunch, single: SmallLaunch | None) 
         return f"tiles alone are faster: {prod(strip.box)} of the {loaded} keys that a tile sees are new to it"
     if problem.rank == problem.group == 1:
         return "tiles alone are faster in 1-D where every query head has keys of its own"
-    if strip.programs < single.programs and problem.query.shape[-1] != 64:
+    if strip.programs < single.programs and head_width(problem.query.shape[-1]) > 64:
         return f"tiles alone are faster: {single.programs} programs share a multiprocessor, not {strip.programs}"
     return None
 
@@ -117,16 +122,27 @@ def small_launch_of(problem: Problem, pack: int | None = None, with_state: bool 
     pack = pack or most_packed(problem)
     tiles = small_tiles(problem, pack)
     launches = [small_launch(problem, tile, axis, pack, with_state=with_state) for tile in tiles for axis in range(3)]
-    return min((x for x in launches if x.max_registers), key=_small_cost, default=None)
+    return min((x for x in launches if x.max_registers and _fits(problem, x)), key=_small_cost, default=None)
 
 
 def _is_small(problem: Problem) -> bool:
     """Whether the kernels of small windows can compute a call, given enough registers of the multiprocessor."""
     p = problem
     registers = [x for x in (p.additional_keys, p.additional_values) if x is not None]
-    if prod(p.stride) > 1 or p.query.shape[0] >= 2**16 or not all(map(holds_registers, registers)):
+    if (
+        not _has_small_heads(p)
+        or prod(p.stride) > 1
+        or p.query.shape[0] >= 2**16
+        or not all(map(holds_registers, registers))
+    ):
         return False
     return len({x.stride[0] == 0 for x in registers}) < 2  # no keys that all images share, with values that they do not
+
+
+def _has_small_heads(problem: Problem) -> bool:
+    """Whether queries and values are equally wide, and registers hold scores and accumulators of that width."""
+    dim = problem.query.shape[-1]
+    return dim == problem.value.shape[-1] and head_width(dim) <= 128
 
 
 def most_packed(problem: Problem) -> int:
@@ -145,6 +161,11 @@ def _register_keys(problem: Problem) -> int:
     return max(16, next_power_of_2(problem.registers)) if problem.registers else 0
 
 
+def _fits(problem: Problem, launch: SmallLaunch) -> bool:
+    """Whether an image of a batch has as many frames as parts have: else they would reach into another image."""
+    return problem.query.shape[0] == 1 or launch.frames <= problem.lengths[0]
+
+
 def _small_cost(launch: SmallLaunch) -> tuple[int, int, int]:
     return launch.keys, len(launch.parts), -launch.parts[0][2]
 
@@ -161,11 +182,11 @@ def small_launch(
     launch = SmallLaunch(tile, pack, tuple(parts), axis, _register_keys(problem), 0)
     if launch.keys > SCORES:
         return launch
-    dim = problem.query.shape[-1]
+    dim = head_width(problem.query.shape[-1])
     # Scores, accumulators and, kept for the end, where statistics go; with fewer ptxas serializes the products, and
     # below 94 has no code for those of 128 channels.
-    least = 80 if launch.keys <= 80 and dim == 64 else 96
-    needed = max(launch.keys // 2 + dim // 2 + (8 if with_state else 0), least)
+    least = 80 if launch.keys <= 80 and dim <= 64 else 96
+    needed = max(launch.keys // 2 + max(dim, 64) // 2 + (8 if with_state else 0), least)
     return launch._replace(max_registers=_registers_a_thread(needed, 2 * (2 * launch.keys + SMALL_ROWS) * dim))
 
 
@@ -211,10 +232,10 @@ def strip_launch(
     launch = StripLaunch(tile, pack, axis, box, slots, rest, *start, _register_keys(problem), False, 0)
     if launch.keys > STRIP_SCORES:
         return None
-    dim = problem.query.shape[-1]
+    dim = head_width(problem.query.shape[-1])
     shared = 2 * dim * (2 * (slots * prod(box) + launch.registers) + SMALL_ROWS)
     # Scores, accumulators, what stays from turn to turn and, kept for the end, where statistics go.
-    needed = max(launch.keys // 2 + dim // 2 + 12 + launch.keys // 32 + (8 if with_state else 0), 80)
+    needed = max(launch.keys // 2 + max(dim, 64) // 2 + 12 + launch.keys // 32 + (8 if with_state else 0), 80)
     apart = launch._replace(max_registers=_registers_a_thread(needed, shared + 2 * dim * SMALL_ROWS))
     in_ring = launch._replace(in_ring=True, max_registers=_registers_a_thread(needed, shared))
     # Where each query head has keys of its own, loads that start early are worth more than programs, if there is little
@@ -266,7 +287,7 @@ def small_query_launch_of(problem: Problem, pack: int | None = None) -> SmallLau
     launch = small_launch_of(problem, pack)
     if launch is None or launch.keys > GRADIENTS:
         return None
-    dim = problem.query.shape[-1]
+    dim = head_width(problem.query.shape[-1])
     # Scores and their gradients of 64 keys, accumulators and some more; with too few ptxas serializes the products.
     repeats = sum(prod(part) // 64 for part in launch.parts) > 1
     needed = dim // 2 + (112 if repeats else 80)
@@ -278,12 +299,12 @@ def small_query_launch_of(problem: Problem, pack: int | None = None) -> SmallLau
 def small_key_launch_of(problem: Problem) -> SmallLaunch | None:
     """The same for the gradients of keys and values: ``keys`` are the queries that see a tile, of one head."""
     p = problem
-    if prod(p.stride) > 1 or p.query.shape[0] >= 2**16:
+    if not _has_small_heads(p) or prod(p.stride) > 1 or p.query.shape[0] >= 2**16:
         return None
-    dim = p.query.shape[-1]
+    dim = head_width(p.query.shape[-1])
     bare = p._replace(additional_keys=None)
     launches = [small_launch(bare, tile, axis, 1, query_bounds) for tile in small_tiles(p, 1) for axis in range(3)]
-    launch = min((x for x in launches if x.keys <= GRADIENTS), key=_small_cost, default=None)
+    launch = min((x for x in launches if x.keys <= GRADIENTS and _fits(p, x)), key=_small_cost, default=None)
     if launch is None:
         return None
     needed = 72 + dim  # scores and their gradients of 32 queries, two accumulators and some more

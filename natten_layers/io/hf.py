@@ -6,19 +6,25 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .files import readable_as_usual
-from .modules.llm_config import DecoderLMConfig
+from .files import naming, read_json, readable_as_usual
+from .schema import Between, Count, Natural, NotNegative, Positive, build, check_mapping, shorten
+from .tensors import Info, SafeTensors, check_fit, open_safetensors, write_safetensors
 
-__all__ = ["config_from_hf", "config_to_hf", "load_weights", "read_config", "save"]
+__all__ = ["Weights", "config_from_hf", "config_to_hf", "open_weights", "read_config", "save"]
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+C = TypeVar("C")
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 NATIVE = "natten_layers"
@@ -40,16 +46,72 @@ ROPE_KEYS = {
     ),
 }
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 # What a key must be for the model to compute what its file means; a missing key is fine.
 ONLY = {
     "attention_dropout": (None, 0.0),
     "attn_logit_softcapping": (None,),
     "final_logit_softcapping": (None,),
+    "is_causal": (None, True),
     "partial_rotary_factor": (None, 1.0),
     "quantization_config": (None,),
     "use_bidirectional_attention": (None, False),
 }
+
+
+class RopeKeys(TypedDict, total=False):
+    """What is read of ``rope_scaling``, of ``rope_parameters``, and of an entry of it for one kind of layers."""
+
+    rope_type: str | None
+    type: str | None
+    rope_theta: Positive | None
+    factor: Positive | None
+    low_freq_factor: Positive | None
+    high_freq_factor: Positive | None
+    original_max_position_embeddings: Count | None
+    attention_factor: Positive | None
+    beta_fast: Positive | None
+    beta_slow: Positive | None
+    mscale: NotNegative | None
+    mscale_all_dim: NotNegative | None
+    truncate: bool | None
+    partial_rotary_factor: float | None
+
+
+class Keys(TypedDict, total=False):
+    """What is read of a ``config.json``. Other keys are ignored: every version of every tool writes its own there."""
+
+    model_type: str
+    vocab_size: Count
+    hidden_size: Count
+    intermediate_size: Count
+    num_hidden_layers: Annotated[int, Between(1, 2**16)]
+    num_attention_heads: Count
+    num_key_value_heads: Count | None
+    head_dim: Count | None
+    max_position_embeddings: Count
+    rms_norm_eps: NotNegative
+    initializer_range: NotNegative
+    tie_word_embeddings: bool
+    attention_bias: bool
+    mlp_bias: bool
+    hidden_act: str | None
+    hidden_activation: str | None
+    query_pre_attn_scalar: Positive
+    sliding_window: Count | None
+    sliding_window_pattern: Count | None
+    use_sliding_window: bool
+    max_window_layers: Natural
+    layer_types: Sequence[str] | None
+    original_max_position_embeddings: Count | None
+    rope_theta: Positive | None
+    rope_local_base_freq: Positive | None
+    rope_scaling: Mapping[str, Any] | None
+    rope_parameters: Mapping[str, Any] | None
+    bos_token_id: int | None
+    eos_token_id: int | Sequence[int] | None
+    pad_token_id: int | None
 
 
 # ---- configs -------------------------------------------------------------------------------------------------------
@@ -130,26 +192,33 @@ ARCHITECTURES = {
 }
 
 
-def config_from_hf(raw: Mapping[str, Any]) -> DecoderLMConfig:
-    """The options that a ``config.json`` asks for.
+def config_from_hf(raw: Mapping[str, Any], kind: type[C]) -> C:
+    """The options that a ``config.json`` asks for, as an instance of ``kind``, a dataclass like DecoderLMConfig.
 
     Both of transformers' ways to write RoPE are read, ``rope_parameters`` and ``rope_theta`` with ``rope_scaling``.
-    Missing keys have the defaults of the family's class in transformers 5.
+    Missing keys have the defaults of the family's class in transformers 5. A config of ``model_type`` "natten_layers"
+    holds the options themselves; of the other families' keys those that this library does not know are ignored, unless
+    they are known to change what is computed.
 
     Raises:
-        ValueError: an unknown ``model_type``, a missing key, or an option that is not implemented, with its key.
+        ValueError: an unknown ``model_type``, a missing key, a value of another type, or an option that is not
+            implemented, with its key.
     """
+    if raw.get("model_type") == NATIVE:
+        options = {key: value for key, value in raw.items() if key not in ("model_type", "dtype")}
+    else:
+        options = _options(raw)
+    return build(kind, options, "the config")
+
+
+def _options(raw: Mapping[str, Any]) -> dict[str, Any]:
     family = raw.get("model_type")
-    if family == NATIVE:
-        fields = {field.name for field in dataclasses.fields(DecoderLMConfig)}
-        if unknown := raw.keys() - fields - {"model_type", "dtype"}:
-            raise ValueError(f"the config has unknown keys {sorted(unknown)}")
-        return DecoderLMConfig(**{name: value for name, value in raw.items() if name in fields})
-    if family not in FAMILIES:
-        raise ValueError(f"model_type {family!r} is not implemented; known are {[*FAMILIES, NATIVE]}")
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise ValueError(f"model_type {shorten(family)} is not implemented; known are {[*FAMILIES, NATIVE]}")
+    raw = check_mapping(raw, Keys, "config", closed=False)
     for key, allowed in ONLY.items():
         if raw.get(key) not in allowed:
-            raise ValueError(f"config key {key}={raw[key]!r} is not implemented; it must be one of {allowed}")
+            raise ValueError(f"config key {key}={shorten(raw[key])} is not implemented; it must be one of {allowed}")
     required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     if missing := [key for key in required if raw.get(key) is None]:
         raise ValueError(f"the config has no {', '.join(missing)}")
@@ -176,7 +245,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> DecoderLMConfig:
     }
     options |= FAMILIES[family](raw)
     rope, windowed = _ropes(raw, options["max_positions"], family)
-    return DecoderLMConfig(**options, rope=rope, windowed_rope=None if windowed == rope else windowed)
+    return {**options, "rope": rope, "windowed_rope": None if windowed == rope else windowed}
 
 
 def _windows(raw: Mapping[str, Any], is_windowed: Callable[[int], bool]) -> tuple[int | None, ...]:
@@ -208,7 +277,8 @@ def _ropes(raw: Mapping[str, Any], max_positions: int, family: str) -> tuple[dic
     return _rope(full, theta, raw, max_positions), _rope(windowed, windowed_theta, raw, max_positions)
 
 
-def _rope(given: Mapping[str, Any], theta: float, raw: Mapping[str, Any], max_positions: int) -> dict[str, Any]:
+def _rope(given: Any, theta: float, raw: Mapping[str, Any], max_positions: int) -> dict[str, Any]:
+    given = check_mapping(given, RopeKeys, 'config["rope_parameters"]', closed=False)
     kind = given.get("rope_type") or given.get("type") or "default"
     if kind not in ROPE_KEYS:
         raise ValueError(f"config key rope_scaling: rope_type {kind!r} is not implemented; known are {list(ROPE_KEYS)}")
@@ -226,56 +296,62 @@ def _rope(given: Mapping[str, Any], theta: float, raw: Mapping[str, Any], max_po
     return rope
 
 
-def config_to_hf(config: DecoderLMConfig) -> dict[str, Any]:
+def config_to_hf(config: DataclassInstance) -> dict[str, Any]:
     """The ``config.json`` of the transformers family that computes the same, or of ``model_type`` "natten_layers"."""
+    options = dataclasses.asdict(config)
     for family in FAMILIES:
-        raw = _family_config(config, family)
+        # These classes of transformers refuse such sizes, though a head_dim of its own makes them no contradiction.
+        if family in ("llama", "gemma3_text") and options["hidden_size"] % options["num_heads"]:
+            continue
+        raw = _family_config(options, family)
         try:
-            if config_from_hf(raw) == config:
+            if config_from_hf(raw, type(config)) == config:
                 return raw
         except ValueError:
             continue
-    return {"model_type": NATIVE, **dataclasses.asdict(config)}
+    return {"model_type": NATIVE, **options}
 
 
-def _family_config(config: DecoderLMConfig, family: str) -> dict[str, Any]:
-    kinds = ["full_attention" if window is None else "sliding_attention" for window in config.windows]
-    window = next((window for window in config.windows if window is not None), None)
-    activation = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == config.activation)
+def _family_config(options: Mapping[str, Any], family: str) -> dict[str, Any]:
+    windows = options["windows"]
+    kinds = ["full_attention" if window is None else "sliding_attention" for window in windows]
+    window = next((window for window in windows if window is not None), None)
+    activation = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == options["activation"])
     raw: dict[str, Any] = {
         "architectures": [ARCHITECTURES[family]],
         "model_type": family,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "max_position_embeddings": config.max_positions,
-        "rms_norm_eps": config.norm_eps,
-        "tie_word_embeddings": config.tie_embeddings,
-        "initializer_range": config.initializer_range,
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": config.eos_token_id,
-        "pad_token_id": config.pad_token_id,
-        "rope_parameters": dict(config.rope),
+        "vocab_size": options["vocab_size"],
+        "hidden_size": options["hidden_size"],
+        "intermediate_size": options["intermediate_size"],
+        "num_hidden_layers": options["num_layers"],
+        "num_attention_heads": options["num_heads"],
+        "num_key_value_heads": options["num_kv_heads"],
+        "head_dim": options["head_dim"],
+        "max_position_embeddings": options["max_positions"],
+        "rms_norm_eps": float(options["norm_eps"]),  # transformers refuses an int
+        "tie_word_embeddings": options["tie_embeddings"],
+        "initializer_range": float(options["initializer_range"]),
+        "bos_token_id": options["bos_token_id"],
+        "eos_token_id": options["eos_token_id"],
+        "pad_token_id": options["pad_token_id"],
+        "rope_parameters": dict(options["rope"]),
     }
     if family == "gemma3_text":
-        scale = config.attention_scale
-        windowed = dict(config.windowed_rope or config.rope)
+        scale = options["attention_scale"]
+        windowed = dict(options["windowed_rope"] or options["rope"])
         raw |= {
             "hidden_activation": activation,
-            "query_pre_attn_scalar": config.head_dim if scale is None else round(scale**-2),
-            "rope_parameters": {"full_attention": dict(config.rope), "sliding_attention": windowed},
+            "query_pre_attn_scalar": options["head_dim"] if scale is None else round(scale**-2),
+            "rope_parameters": {"full_attention": dict(options["rope"]), "sliding_attention": windowed},
         }
     else:
         raw["hidden_act"] = activation
     if family == "llama":
-        raw["mlp_bias"] = config.mlp_bias
+        raw["mlp_bias"] = options["mlp_bias"]
     if family in ("llama", "qwen3", "gemma3_text"):
-        raw["attention_bias"] = config.out_bias
-    if family != "llama":
+        raw["attention_bias"] = options["out_bias"]
+    # transformers' Gemma 3 makes the mask of windows in any case, and has a default where the key is missing.
+    if family != "llama" and not (family == "gemma3_text" and window is None):
         raw["sliding_window"] = window
     if family in ("qwen2", "qwen3"):
         raw["use_sliding_window"] = window is not None
@@ -284,8 +360,8 @@ def _family_config(config: DecoderLMConfig, family: str) -> dict[str, Any]:
     return raw
 
 
-def read_config(directory: str | os.PathLike[str]) -> tuple[DecoderLMConfig, torch.dtype | None]:
-    """The options in ``directory/config.json`` and the dtype that it names.
+def read_config(directory: str | os.PathLike[str], kind: type[C]) -> C:
+    """The options in ``directory/config.json``, see :func:`config_from_hf`.
 
     Raises:
         FileNotFoundError: no such file.
@@ -294,49 +370,87 @@ def read_config(directory: str | os.PathLike[str]) -> tuple[DecoderLMConfig, tor
     path = Path(directory) / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; expected a directory with config.json and safetensors files")
-    try:
-        raw = json.loads(path.read_text())
-        if not isinstance(raw, dict):
-            raise ValueError("expected a JSON object")
-        dtype = getattr(torch, str(raw.get("dtype") or raw.get("torch_dtype")), None)
-        return config_from_hf(raw), dtype if isinstance(dtype, torch.dtype) else None
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: {error}") from error
+    raw = read_json(path)
+    with naming(path):
+        return config_from_hf(raw, kind)
 
 
 # ---- weights -------------------------------------------------------------------------------------------------------
 
 
-def load_weights(
-    model: nn.Module,
-    directory: str | os.PathLike[str],
-    *,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-) -> None:
-    """Put a directory's tensors in the place of ``model``'s, which may lie on the meta device.
+class Weights:
+    """The open safetensors files of a directory, whose tensors are looked at before they are read.
 
-    Names and shapes of all files are checked before the first tensor is read, and each is read once, to its device and
-    dtype. On the CPU, tensors that need no conversion stay mapped to the file.
+    Args:
+        tied: whether the config says that the output projection is the embedding.
+    """
+
+    def __init__(self, directory: Path, files: Sequence[SafeTensors], *, tied: bool) -> None:
+        self.directory = directory
+        self._files: dict[str, SafeTensors] = {}
+        for file in files:
+            if twice := sorted(file.infos.keys() & self._files.keys()):
+                raise ValueError(
+                    f'{directory} holds "{twice[0]}" twice: in {self._files[twice[0]].path} and {file.path}'
+                )
+            self._files |= dict.fromkeys(file.infos, file)
+        self.tied = tied and not self._differ(EMBEDDING, HEAD)
+        """whether the output projection is the embedding; not so where the files hold both and they differ"""
+
+    @property
+    def infos(self) -> dict[str, Info]:
+        return {name: file.infos[name] for name, file in self._files.items()}
+
+    def _differ(self, first: str, second: str) -> bool:
+        if first not in self._files or second not in self._files:
+            return False
+        if self._files[first].infos[first] != self._files[second].infos[second]:
+            return True
+        return not torch.equal(self._files[first].read(first), self._files[second].read(second))
+
+    def fill(self, model: nn.Module, *, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        """Put the tensors in the place of ``model``'s, which may lie on the meta device.
+
+        Names, shapes and dtypes of all files are checked before the first tensor is put in place, and each is read
+        once, to its device and dtype. On the CPU, tensors that need no conversion stay mapped to the file.
+
+        Raises:
+            ValueError: what :func:`~natten_layers.io.tensors.check_fit` refuses.
+        """
+        expected = model.state_dict()
+        # Some tools keep, of two tied tensors, the projection.
+        source = {name: name for name in expected}
+        if self.tied and EMBEDDING in expected and EMBEDDING not in self._files and HEAD in self._files:
+            source[EMBEDDING] = HEAD
+        check_fit(
+            {source[name]: tensor for name, tensor in expected.items()},
+            self.infos,
+            self.directory,
+            dtype=dtype,
+            parameters={source[name] for name, _ in model.named_parameters()},
+            # A tied projection may be stored all the same, and old Llama files hold RoPE's frequencies.
+            ignored=lambda name: name == HEAD or name.endswith("rotary_emb.inv_freq"),
+        )
+        tensors = {name: self._files[stored].read(stored).to(device, dtype) for name, stored in source.items()}
+        model.load_state_dict(tensors, assign=True)
+
+
+@contextmanager
+def open_weights(directory: str | os.PathLike[str], *, tied: bool) -> Iterator[Weights]:
+    """Open the weights of a directory for as long as the context lasts.
+
+    Args:
+        tied: whether the config says that the output projection is the embedding. As in transformers, the files decide:
+            a projection of their own that differs from the embedding is used, and one alone is the embedding too.
 
     Raises:
         FileNotFoundError: no weights, or a shard that the index names is missing.
-        ValueError: a file that is no safetensors file, or names and shapes that are not exactly the model's.
+        ValueError: a file that is no safetensors file, an odd index, or a tensor that is there twice.
     """
-    expected = model.state_dict()
+    directory = Path(directory)
     with contextlib.ExitStack() as stack:
-        files = [(path, stack.enter_context(_open(path))) for path in _weight_files(Path(directory))]
-        _check_tensors(expected, files, directory)
-        for _, file in files:
-            tensors = {name: file.get_tensor(name).to(device, dtype) for name in file.keys() if name in expected}  # noqa: SIM118
-            model.load_state_dict(tensors, strict=False, assign=True)
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
+        files = [stack.enter_context(open_safetensors(path)) for path in _weight_files(directory)]
+        yield Weights(directory, files, tied=tied)
 
 
 def _weight_files(directory: Path) -> list[Path]:
@@ -345,37 +459,24 @@ def _weight_files(directory: Path) -> list[Path]:
     index = directory / INDEX
     if not index.is_file():
         raise FileNotFoundError(f"{directory} holds neither {WEIGHTS} nor {INDEX}; other formats are not read")
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{index} is no index of safetensors files: {error!r}") from error
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise ValueError(f'{index} is no index of safetensors files: "weight_map" is {shorten(shards)}')
+    for tensor, name in shards.items():
+        # On any system: no folders, no drives, nothing that leads out of the directory.
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.,=+ -]*\.safetensors", name):
+            raise ValueError(
+                f"{index}: the shard of {shorten(tensor)} is {shorten(name)}; expected the name of a .safetensors file "
+                "beside the index"
+            )
+    names = sorted(set(shards.values()))
     if missing := [name for name in names if not (directory / name).is_file()]:
         raise FileNotFoundError(f"{directory} lacks {len(missing)} of the {len(names)} shards in {INDEX}: {missing}")
     return [directory / name for name in names]
 
 
-def _check_tensors(expected: Mapping[str, Tensor], files: list[tuple[Path, Any]], directory: object) -> None:
-    found = {name: tuple(file.get_slice(name).get_shape()) for _, file in files for name in file.keys()}  # noqa: SIM118
-    # A tied projection may be stored all the same, and old Llama files hold RoPE's frequencies.
-    extra = [
-        name
-        for name in found.keys() - expected.keys()
-        if name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq")
-    ]
-    wrong = [
-        f"{name} has shape {shape}, the model's is {tuple(expected[name].shape)}"
-        for name, shape in found.items()
-        if name in expected and shape != tuple(expected[name].shape)
-    ]
-    problems = [f"{name} is missing" for name in sorted(expected.keys() - found.keys())]
-    problems += [f"{name} is not in the model" for name in sorted(extra)] + wrong
-    if problems:
-        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise ValueError(f"the weights in {directory} do not fit its config: {'; '.join(problems[:8])}{more}")
-
-
 def save(
-    config: DecoderLMConfig,
+    config: DataclassInstance,
     weights: Mapping[str, Tensor],
     directory: str | os.PathLike[str],
     *,
@@ -408,11 +509,8 @@ def save(
     pending = {directory / name: directory / f".{name}.partial" for name in [*names, *texts]}
     try:
         for name, shard in zip(names, shards, strict=True):
-            try:
-                with readable_as_usual(pending[directory / name]):
-                    save_file(shard, pending[directory / name], metadata={"format": "pt"})
-            except SafetensorError as error:  # a full disk, among others
-                raise OSError(f"cannot write {directory / name}: {error}") from error
+            with readable_as_usual(pending[directory / name]):
+                write_safetensors(shard, pending[directory / name], {"format": "pt"}, final=directory / name)
         for name, text in texts.items():
             pending[directory / name].write_text(text)
         for final, partial in pending.items():

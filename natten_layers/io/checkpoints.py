@@ -8,16 +8,17 @@ from __future__ import annotations
 import json
 import os
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .files import replacing
+from .files import parse_json, replacing
+from .schema import shorten
+from .tensors import check_fit, info_of, open_safetensors, write_safetensors
 
 __all__ = ["hdit_name", "load_plain", "load_tensors", "read_hdit", "write_hdit"]
 
@@ -62,46 +63,65 @@ def read_hdit(path: str | os.PathLike[str]) -> tuple[dict[str, Any] | None, dict
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dictionary
-    except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or no safetensors file: {error}") from error
-    if "config" not in metadata:
-        return None, tensors
-    try:
-        config = json.loads(metadata["config"])
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: the config in its metadata is no JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: the config in its metadata is no JSON object, but {config!r}")
-    return config, tensors
+    with open_safetensors(path) as file:
+        text = file.metadata.get("config")
+        config = None if text is None else parse_json(text, f"{path}: the config in its metadata")
+        return config, {name: file.read(name) for name in file.infos}
 
 
 def load_plain(path: Path) -> Any:
     """What ``torch.save`` wrote of tensors and plain objects. Nothing in the file is executed.
 
+    The checksums of its entries are verified first, which files from before PyTorch 1.6 do not have.
+
     Raises:
         ValueError: damaged, or with other objects; the message names the file.
     """
     try:
+        with path.open("rb") as file:
+            is_archive = file.read(2) == b"PK"
+        if is_archive:
+            _check_archive(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
     except Exception as error:  # bytes that are missing or changed surface as almost any type
-        reason = str(error).strip() or type(error).__name__
+        # torch surrounds its reason by the advice to load the file with the right to execute what it holds.
+        _, _, reason = str(error).rpartition("WeightsUnpickler error:")
+        reason = reason.strip().partition("\n")[0] or type(error).__name__
         raise ValueError(f"{path} is damaged, or holds objects that are not plain tensors: {reason}") from error
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse a zip archive that is not as ``torch.save`` writes it: plain entries, each with its checksum.
+
+    torch neither looks at the checksums nor at how much memory compressed entries will take.
+    """
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        if packed := [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]:
+            raise ValueError(f"its entry {shorten(packed[0])} is compressed, which torch.save never does")
+        declared, size = sum(entry.file_size for entry in entries), path.stat().st_size
+        if declared > size:
+            raise ValueError(f"its entries are {declared} bytes long together, more than the file's {size}")
+        if (wrong := archive.testzip()) is not None:
+            raise ValueError(f"the content of its entry {shorten(wrong)} does not have the checksum written there")
 
 
 def _read_training(path: Path) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
     content = load_plain(path)
     tensors = content.get("model_ema") if isinstance(content, dict) else None
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
+    ):
         raise ValueError(f'{path} is no k-diffusion training checkpoint: it has no entry "model_ema" of tensors')
+    # A few stored elements can stand for any number of tensors of any size, by strides of 0.
+    nbytes, size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()), path.stat().st_size
+    if nbytes > size:
+        raise ValueError(f"{path}: its tensors are {nbytes} bytes long together, more than the file's {size}")
     config = content.get("config")
     if not isinstance(config, dict | None):
-        raise ValueError(f"{path}: its config is no JSON object, but {config!r:.100}")
+        raise ValueError(f"{path}: its config is no JSON object, but {shorten(config)}")
     return config, tensors
 
 
@@ -110,29 +130,23 @@ def load_tensors(
 ) -> None:
     """Give an HDiT all of its tensors, by k-diffusion's names, or change nothing.
 
-    The model may be on the meta device: its tensors are replaced. Parameters become ``dtype``, or keep the file's for
-    None; buffers, which are constants of the model, are kept in fp32 or better.
+    The model may be on the meta device: its tensors are replaced. Parameters become ``dtype``, whatever mix of dtypes
+    the file has, or keep the file's for None, which must then be one; buffers, which are constants of the model, are
+    kept in fp32 or better.
 
     Raises:
-        ValueError: missing, unknown or misshapen tensors; the message names the file, the keys and the shapes.
+        ValueError: what :func:`~natten_layers.io.tensors.check_fit` refuses.
     """
     own = model.state_dict()
     names = {key: hdit_name(key) for key in own}
-    missing = [f'it lacks "{name}"' for name in names.values() if name not in tensors]
-    unknown = [f'it has an unknown "{name}"' for name in sorted(tensors.keys() - set(names.values()))]
-    misshapen = [
-        f'"{name}" has shape {tuple(tensors[name].shape)}, but the config asks for {tuple(own[key].shape)}'
-        for key, name in names.items()
-        if name in tensors and tensors[name].shape != own[key].shape
-    ]
-    if problems := [*missing, *unknown, *misshapen]:
-        shown = [*missing[:2], *unknown[:2], *misshapen[:2]]
-        rest = f"; and {len(problems) - len(shown)} more" if len(problems) > len(shown) else ""
-        way_out = "Use the config that it was trained with."
-        if len(missing) == len(names):
-            way_out = "No tensor has a name that an HDiT knows: is there a prefix before them?"
-        raise ValueError(f"{path} does not fit its config: {'; '.join(shown)}{rest}. {way_out}")
     buffers = {name for name, _ in model.named_buffers()}
+    check_fit(
+        {names[key]: tensor for key, tensor in own.items()},
+        {name: info_of(tensor) for name, tensor in tensors.items()},
+        path,
+        dtype=dtype,
+        parameters={name for key, name in names.items() if key not in buffers},
+    )
     state = {}
     for key, name in names.items():
         wanted = tensors[name].dtype if dtype is None else dtype
@@ -148,6 +162,9 @@ def write_hdit(
     Args:
         path: the file, or a directory (anything not ending in ".safetensors") to hold ``model.safetensors``.
         dtype: of the parameters in the file, None for the model's.
+
+    Raises:
+        OSError: it cannot be written; the message names the file, and what was there is untouched.
     """
     path = Path(path)
     path = path if path.suffix == ".safetensors" else path / WEIGHTS
@@ -156,7 +173,8 @@ def write_hdit(
         hdit_name(key): tensor.detach().to(dtype if key in parameters else None).cpu().contiguous()
         for key, tensor in model.state_dict().items()
     }
+    # One entry: safetensors writes several in any order, and equal models shall make equal files.
+    metadata = {"config": json.dumps(config)}
     with replacing(path) as temporary:
-        # One entry: safetensors writes several in any order, and equal models shall make equal files.
-        save_file(tensors, temporary, metadata={"config": json.dumps(config)})
+        write_safetensors(tensors, temporary, metadata, final=path)
     return path

@@ -1,0 +1,210 @@
+"""Shapes of many real models, slowest beside its floor first: ``python -m benchmarks.census --help``.
+
+Prints one table, with the kernel that each call took, and writes JSON. A result that fails its check in fp64 gets no
+time. Kernels are compiled beforehand in ``--jobs`` processes, which fill Triton's cache on disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import runner, timing
+from .implementations import FLEX_ORDERS, OURS, PEERS, implementations, ours
+from .runner import Row
+from .shapes import CENSUS, HEAVY
+from .workloads import MODES, Mode, Workload, add_variant, make_inputs, smoke
+
+if TYPE_CHECKING:  # it imports Triton
+    from natten_layers.kernels.dispatch import Choice
+
+DEFAULT_PEERS = ("fa2", "natten", "fa4")  # FlexAttention takes long to compile
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 1 if this library failed anywhere."""
+    args = _parse(argv)
+    device = torch.device(args.device)
+    if args.compile_only:
+        compile_ahead(args.rows, args.modes, device, args.smoke)
+        return 0
+    start = time.monotonic()
+    if args.jobs > 1:
+        _compile_in_processes(args)
+        print(f"compiled in {time.monotonic() - start:.0f} s", flush=True)
+    rates = runner.Rates(timing.copy_rate(device), timing.matmul_rate(device))
+    report: dict[str, Any] = {
+        "environment": timing.environment(device, args.commit),
+        "arguments": {name: value for name, value in vars(args).items() if name != "out"},
+        "rates": asdict(rates),
+        "rows": [],
+        "skipped": [],
+    }
+    rows: list[tuple[Row, str]] = []
+    for name in args.rows:
+        if time.monotonic() - start > args.limit_s:
+            report["skipped"].append(name)
+            continue
+        workload = workload_of(name, args.smoke)
+        for mode in args.modes:
+            entries = implementations(workload, [workload.variant], args.peers, list(FLEX_ORDERS), device)
+            kernel = kernel_of(workload, mode, device)
+            rows += [(row, kernel) for row in runner.run(workload, mode, entries, rates, args.budget_s, device)]
+        report["rows"] = [{**asdict(row), "kernel": kernel} for row, kernel in rows]
+        runner.save(report, args.out)  # after every row, so that a run that is cut off still counts
+    runner.save(report, args.out)
+    print(f"\n{runner.heading(report)}\n")
+    print("\n".join(table(rows)))
+    if report["skipped"]:
+        print(f"\nout of time before {', '.join(report['skipped'])}")
+    print(f"\nwritten to {args.out}")
+    return int(any(row.failure and row.peer == OURS for row, _ in rows))
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = runner.make_parser("census", __doc__, budget_s=0.2, timed="each row and mode")
+    parser.add_argument("--rows", help=f"names, comma-separated; default: all but {', '.join(sorted(HEAVY))}")
+    parser.add_argument("--mode", choices=(*MODES, "both"), default="both")
+    parser.add_argument("--peers", default=",".join(DEFAULT_PEERS), help=f"of {', '.join(PEERS)}; or an empty string")
+    parser.add_argument("--limit-s", type=float, default=math.inf, help="begin no row after so many seconds")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that compile beforehand")
+    parser.add_argument("--compile-only", action="store_true", help="call every row once, and time nothing")
+    args = parser.parse_args(argv)
+    args.rows = [name for name in CENSUS if name not in HEAVY] if args.rows is None else _names(args.rows)
+    args.peers = _names(args.peers)
+    args.modes = list(MODES) if args.mode == "both" else [args.mode]
+    for what, names, valid in (("rows", args.rows, CENSUS), ("peers", args.peers, PEERS)):
+        if unknown := sorted(set(names) - set(valid)):
+            parser.error(f"unknown {what} {', '.join(unknown)}; choose from {', '.join(valid)}")
+    return args
+
+
+def _names(text: str) -> list[str]:
+    return [part for part in text.split(",") if part]
+
+
+def workload_of(name: str, miniature: bool) -> Workload:
+    return smoke(CENSUS[name]) if miniature else CENSUS[name]
+
+
+def compile_ahead(names: Iterable[str], modes: Sequence[Mode], device: torch.device, miniature: bool) -> None:
+    """Call every row once, so that its kernels are in Triton's cache."""
+    for name in names:
+        workload = workload_of(name, miniature)
+        inputs = add_variant(make_inputs(workload, device, 0), workload.variant, 0)
+        attend = ours(workload)
+        try:
+            if "fwd" in modes:
+                with torch.no_grad():
+                    attend(inputs)
+            if "fwdbwd" in modes:
+                for each in (inputs.query, inputs.key, inputs.value, inputs.additional_keys, inputs.additional_values):
+                    if each is not None:
+                        each.requires_grad_()
+                attend(inputs).backward(inputs.grad_out)
+        except Exception as error:  # the run itself reports it
+            print(f"{name}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
+        del inputs
+
+
+def _compile_in_processes(args: argparse.Namespace) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.census",
+        "--compile-only",
+        "--mode",
+        args.mode,
+        "--device",
+        args.device,
+    ]
+    command += ["--smoke"] if args.smoke else []
+    shares = [args.rows[i :: args.jobs] for i in range(args.jobs)]
+    processes = [subprocess.Popen([*command, "--rows", ",".join(share)]) for share in shares if share]
+    for process in processes:
+        process.wait()
+
+
+def kernel_of(workload: Workload, mode: Mode, device: torch.device) -> str:
+    """Which kernels a call takes, in words."""
+    if device.type != "cuda":
+        return "eager"
+    from natten_layers.kernels import dispatch
+    from natten_layers.kernels.host.problem import Inputs as Tensors
+    from natten_layers.kernels.host.problem import Options, problem_of
+
+    w, window = workload, workload.window
+    queries, keys, registers = (w.batch, *w.spatial, w.heads), (w.batch, *w.spatial, w.kv_heads), (w.batch, w.registers)
+
+    def empty(shape: tuple[int, ...], dim: int) -> Tensor:
+        return torch.empty(*shape, dim, dtype=w.dtype, device="meta")
+
+    query, key, value = empty(queries, w.head_dims[0]), *(empty(keys, dim) for dim in w.head_dims)
+    extra_keys, extra_values = (empty((*registers, w.kv_heads), dim) if w.registers else None for dim in w.head_dims)
+    sink = torch.empty(w.heads, device="meta") if w.learned_sink else None
+    tensors = Tensors(query, key, value, extra_keys, extra_values, sink)
+    options = Options(None, window.kernel_size, window.stride, window.dilation, window.is_causal, w.scale)
+    problem = problem_of(tensors, options)._replace(device=device)
+    backward = mode == "fwdbwd"
+    found = dispatch.choices(problem, tensors, with_state=False, with_gradients=backward)
+    return ", ".join(_named(choice) for choice in found.values())
+
+
+def _named(choice: Choice) -> str:
+    boxes = ["x".join(map(str, choice.settings[name])) for name in ("tile", "chunk") if name in choice.settings]
+    return " ".join([choice.variant.name, "/".join(boxes)]).strip()
+
+
+def table(rows: Sequence[tuple[Row, str]]) -> list[str]:
+    """Markdown, this library's slowest row beside its floor first; beside each the best peer of the same run."""
+    lines = [
+        "| row | shape | mode | ms | floor | x floor | best peer | peer / ours | kernel | note |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    own = [(row, kernel) for row, kernel in rows if row.peer == OURS]
+    for row, kernel in sorted(own, key=lambda pair: -(pair[0].times_floor or math.inf)):
+        peers = [r for r, _ in rows if r.peer != OURS and (r.workload, r.mode) == (row.workload, row.mode)]
+        best = min((r for r in peers if r.median_ms is not None), key=lambda r: r.median_ms or 0.0, default=None)
+        cells = [row.workload, shape(CENSUS[row.workload]), row.mode, "-", f"{row.floor_ms:.3g}", "-", "-", "-"]
+        if row.median_ms is not None:
+            cells[3], cells[5] = f"{row.median_ms:.3g}", f"{row.times_floor:.2f}"
+        if best is not None and best.median_ms is not None:
+            cells[6] = f"{best.implementation} {best.median_ms:.3g}"
+            cells[7] = f"{best.median_ms / row.median_ms:.2f}" if row.median_ms else "-"
+        lines.append(f"| {' | '.join([*cells, kernel, row.failure or row.note or ''])} |")
+    for mode in MODES:
+        ratios = [row.times_floor for row, _ in own if row.mode == mode and row.times_floor is not None]
+        if ratios:
+            middle, worst = statistics.median(ratios), max(ratios)
+            lines.append(f"\n{mode}: {len(ratios)} rows, median {middle:.2f} x floor, worst {worst:.2f}")
+    return lines
+
+
+def shape(workload: Workload) -> str:
+    """``batch, tokens, heads/KV heads, head dim, window`` and what is unusual about it."""
+    w, window = workload, workload.window
+    tokens, kernel = ("x".join(map(str, axes)) for axes in (w.spatial, w.kernel_size))
+    dims = "/".join(map(str, dict.fromkeys(w.head_dims)))
+    extra = []
+    for name, axes in (("stride", window.stride), ("dilation", window.dilation)):
+        if max(axes) > 1:
+            extra.append(f"{name} {'x'.join(map(str, axes))}")
+    if any(window.is_causal):
+        extra.append("causal" if all(window.is_causal) else f"causal {'x'.join(str(int(c)) for c in window.is_causal)}")
+    extra += [w.variant.label] if w.variant.label else []
+    extra += [str(w.dtype).removeprefix("torch.")] if w.dtype != torch.bfloat16 else []
+    return ", ".join([str(w.batch), tokens, f"{w.heads}/{w.kv_heads}", dims, kernel, *extra])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,377 @@
+"""Which tiles are fastest, problem by problem: what the rule of the portable kernels is made from.
+
+    python -m benchmarks.sweep --rows gemma3,mid-2d --kinds forward backward_key
+
+For each row of the census and each kernel, a grid of launches is compiled in parallel processes, checked against the
+rule's result and timed, and then the neighbors of the fastest. ``natten_layers.tune`` serves one user's problem with
+the same neighbors; this looks at many problems at once, for what they have in common. Prints a table and writes JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import TimeoutError as FuturesTimeoutError
+from dataclasses import asdict, dataclass, replace
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from natten_layers.kernels.host.launcher import Launcher
+from natten_layers.kernels.host.problem import Inputs, Options, Problem, layout, problem_of
+from natten_layers.kernels.host.tiling import Kind, Launch, best_boxes, fit, next_power_of_2, packed_heads, room, rule
+from natten_layers.kernels.host.tuned import override
+from natten_layers.tune import neighbors
+
+from . import runner, timing
+from .shapes import CENSUS
+from .workloads import WORKLOADS, Workload, make_inputs, smoke
+
+KINDS: tuple[Kind, ...] = get_args(Kind)
+TIMED_S = 0.02  # for one launch
+LAUNCH_S = 1e-3  # a launch that takes longer tells by its first run whether it is far off
+ERROR = {2: 8e-3, 4: 1e-5}  # of a result against the rule's, by element size
+
+# Rows, keys, warps, stages and most registers.
+GRID: dict[Kind, tuple[tuple[int, int, int, int, int | None], ...]] = {
+    "forward": (
+        (64, 64, 4, 2, None), (64, 32, 4, 3, None), (64, 32, 4, 2, 128), (64, 64, 8, 2, None), (64, 32, 8, 2, None),
+        (128, 64, 8, 2, None), (128, 64, 8, 3, None), (128, 32, 8, 3, None), (128, 64, 4, 2, None),
+        (128, 128, 8, 2, None), (32, 32, 2, 3, None), (32, 64, 4, 2, None), (64, 128, 8, 2, None),
+        (32, 32, 4, 2, None), (32, 16, 2, 2, None),
+    ),
+    "backward_query": (
+        (64, 64, 4, 2, None), (64, 32, 4, 3, None), (64, 32, 4, 2, 128), (64, 64, 8, 2, None), (64, 32, 8, 2, None),
+        (128, 32, 8, 2, None), (128, 64, 8, 2, None), (128, 64, 8, 3, None), (32, 32, 4, 2, None),
+        (32, 32, 2, 3, None), (64, 16, 4, 3, None), (32, 16, 2, 3, None), (32, 16, 4, 2, None),
+    ),
+    "backward_key": (
+        (64, 64, 4, 2, None), (64, 32, 4, 3, None), (64, 32, 4, 2, None), (64, 64, 8, 2, None), (64, 32, 8, 2, None),
+        (128, 32, 8, 2, None), (128, 64, 8, 2, None), (32, 32, 4, 2, None), (32, 32, 2, 3, None), (32, 64, 4, 2, None),
+        (64, 16, 4, 3, None), (32, 16, 2, 3, None), (32, 16, 4, 2, None),
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One launch of one kernel on one problem; times in ms."""
+
+    row: str
+    kind: Kind
+    launch: Launch
+    origin: str
+    """rule, grid or neighbor"""
+    ms: float | None = None
+    registers: int | None = None
+    spills: int | None = None
+    failure: str | None = None
+
+
+class Subject:
+    """A problem with its tensors, of which any launch of a kernel can be made."""
+
+    def __init__(self, workload: Workload, device: torch.device) -> None:
+        with_data = device.type == "cuda"
+        window, self.scale = workload.window, workload.scale
+        if with_data:
+            data = make_inputs(workload, device, 0)
+            query, key, value, self.grad_out = data.query, data.key, data.value, data.grad_out
+        else:  # addresses are all that compiling asks for
+            shapes = ((heads, dim) for heads in (workload.heads, workload.kv_heads) for dim in workload.head_dims)
+            query, self.grad_out, key, value = (
+                torch.empty(workload.batch, *workload.spatial, *shape, dtype=workload.dtype) for shape in shapes
+            )
+        self.inputs = Inputs(query, key, value)
+        options = Options(None, window.kernel_size, window.stride, window.dilation, window.is_causal, self.scale)
+        problem = problem_of(self.inputs, options)
+        self.problem = problem._replace(precision="tf32x3") if workload.dtype == torch.float32 else problem
+        self.out = torch.empty_like(self.grad_out)
+        self.row_max, self.row_sum, self.delta, self.lse = (
+            torch.empty(query.shape[:-1], dtype=torch.float32, device=device) for _ in range(4)
+        )
+        self.gradients = tuple(torch.empty_like(x) for x in (query, key, value))
+
+    def launcher(self, kind: Kind, launch: Launch) -> tuple[Launcher, tuple[Any, ...], tuple[float | None, ...]]:
+        """The launcher, its tensors and floats."""
+        from natten_layers.kernels.portable import backward, forward
+
+        query, key, value = self.inputs[:3]
+        with override({kind: launch}):
+            if kind == "forward":
+                tensors = (query, key, value, self.out, self.row_max, self.row_sum, None, None, None)
+                return forward.plan(self.problem, True).launch, tensors, (None, self.scale)
+            if kind == "backward_query":
+                tensors = (query, key, value, None, None, self.out, self.grad_out, None, self.row_max, self.row_sum)
+                tensors += (self.gradients[0], self.delta, self.lse)
+                return backward.query_plan(self.problem, layout(self.grad_out), None).launch, tensors, (self.scale,)
+            tensors = (query, key, value, self.grad_out, self.delta, self.lse, *self.gradients[1:])
+            return backward.key_plan(self.problem, layout(self.grad_out)).launch, tensors, (self.scale,)
+
+    def results(self, kind: Kind) -> tuple[Tensor, ...]:
+        """What a kernel writes, apart from statistics."""
+        return {"forward": (self.out,), "backward_query": self.gradients[:1], "backward_key": self.gradients[1:]}[kind]
+
+
+def grid(kind: Kind, problem: Problem) -> Iterator[Launch]:
+    """The launches to begin with."""
+    known, space = problem.problem_class, room(problem.problem_class)
+    base = rule(kind, known)
+    group = 1 if kind == "backward_key" else known.group
+    for rows, keys, warps, stages, registers in GRID[kind]:
+        if fit(kind, rows, keys, stages, space) != (rows, keys, stages):
+            continue
+        for pack in {packed_heads(group, rows), min(2, packed_heads(group, rows)), min(next_power_of_2(group), 4)}:
+            tile, chunk = best_boxes(rows // pack, keys, known.lengths, known.kernel)
+            yield Launch(tile, chunk, pack, warps, stages, registers, base.skip_mask)
+
+
+def workload_of(name: str, miniature: bool) -> Workload:
+    workload = {**WORKLOADS, **SMALLER}.get(name) or CENSUS[name]
+    return smoke(workload) if miniature else workload
+
+
+# Rows that take too long for many launches, with less of everything.
+SMALLER = {
+    w.name: w
+    for w in (
+        replace(WORKLOADS["flux-4k"], name="flux-s", spatial=(96, 96), heads=12, kv_heads=12, kernel_size=(40, 40)),
+        replace(WORKLOADS["flux-4k"], name="flux-64", spatial=(96, 96), head_dim=64, kernel_size=(32, 32)),
+        replace(WORKLOADS["mistral"], name="mistral-s", spatial=(8192,), kernel_size=(2048,)),
+        replace(WORKLOADS["hdit-l1"], name="group-3", heads=12),
+        replace(WORKLOADS["hdit-l1"], name="hdit-256", head_dim=256),
+        replace(CENSUS["ltx-s5"], name="ltx-s", spatial=(24, 68, 80)),
+        replace(CENSUS["sdxl-80"], name="sdxl-64", head_dim=64),
+        replace(CENSUS["gemma3"], name="gemma3-s", spatial=(16384,)),
+        replace(CENSUS["aurora"], name="aurora-s", spatial=(4, 90, 180)),
+        replace(CENSUS["fp32"], name="fp32-128", head_dim=128, kernel_size=(9, 9)),
+    )
+}
+ROWS = (
+    "gemma3-s", "mid-2d", "causal-video", "fp32", "sdxl-80", "dinat-s1", "ltx-s", "mid-128", "gpt-oss", "hdit-l1",
+    "mimo", "lumina-96", "seed", "aurora-s", "phi4-flash", "gemma3-1b", "mistral-s", "sdxl-64", "flux-s", "globe",
+)  # fmt: skip
+
+
+# In the processes that compile. They start as copies of this one before it has touched the GPU, and never do so: a
+# driver that launches nothing takes the place of CUDA's, and what they compile reaches this process through Triton's
+# cache on disk.
+class _Utilities:
+    def load_binary(self, *_: object) -> tuple[int, ...]:
+        return 1, 1, 0, 0, 1024  # module, function, registers, spills, most threads
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        del device
+        return {"max_shared_mem": 227 * 1024, "warpSize": 32, "max_num_regs": 65536, "multiprocessor_count": 132}
+
+
+class _Driver:
+    def __init__(self, capability: int) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self.target, self.utils = GPUTarget("cuda", capability, 32), _Utilities()
+        self.launcher_cls = lambda source, metadata: lambda *arguments: None
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        del device
+        return 0
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def map_python_to_cpp_type(self, kind: str) -> str:
+        del kind
+        return "int"
+
+
+_subjects: dict[str, Subject] = {}
+
+
+def _compile(trial: Trial, capability: int, miniature: bool) -> Trial:
+    from triton.runtime import driver
+
+    if not _subjects:
+        driver.set_active(_Driver(capability))  # pyright: ignore[reportArgumentType]
+    if trial.row not in _subjects:
+        _subjects.clear()
+        _subjects[trial.row] = Subject(workload_of(trial.row, miniature), torch.device("cpu"))
+    try:
+        launcher, tensors, floats = _subjects[trial.row].launcher(trial.kind, trial.launch)
+        launcher(tensors, floats)
+    except Exception as error:  # Triton fails in many ways where a launch asks for more than there is
+        return replace(trial, failure=_reason(error))
+    return trial
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:120]}"
+
+
+class Timer:
+    """Checks and times launches, and keeps the tensors of every row it has seen."""
+
+    def __init__(self, device: torch.device, miniature: bool) -> None:
+        self.device, self.miniature = device, miniature
+        self.subjects: dict[str, Subject] = {}
+        self.expected: dict[tuple[str, Kind], tuple[Tensor, ...]] = {}
+        self.best: dict[tuple[str, Kind], float] = {}
+
+    def __call__(self, trial: Trial) -> Trial:
+        if trial.failure is not None:
+            return trial
+        try:
+            if trial.row not in self.subjects:
+                self.subjects[trial.row] = Subject(workload_of(trial.row, self.miniature), self.device)
+                self._run_rule(trial.row)
+            return self._timed(trial)
+        except Exception as error:  # as when compiling
+            return replace(trial, failure=_reason(error))
+
+    def _run_rule(self, row: str) -> None:
+        subject = self.subjects[row]
+        for kind in KINDS:
+            launcher, tensors, floats = subject.launcher(kind, rule(kind, subject.problem.problem_class))
+            launcher(tensors, floats)
+            self.expected[row, kind] = tuple(x.clone() for x in subject.results(kind))
+
+    def _timed(self, trial: Trial) -> Trial:
+        subject = self.subjects[trial.row]
+        key: tuple[str, Kind] = (trial.row, trial.kind)
+        launcher, tensors, floats = subject.launcher(trial.kind, trial.launch)
+        for result in subject.results(trial.kind):
+            result.fill_(math.nan)
+        numbers = [x if x is None else float(x) for x in floats]
+        kernel = launcher.kernel[launcher.grid](*tensors, *launcher.sizes, *numbers, **launcher.options)
+        usage = {name: getattr(kernel, f"n_{short}", None) for name, short in (("registers", "regs"), ("spills",) * 2)}
+        limit = ERROR[subject.grad_out.element_size()]
+        pairs = zip(subject.results(trial.kind), self.expected[key], strict=True)
+        errors = [((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in pairs]
+        if not all(error <= limit for error in errors):
+            self._run_rule(trial.row)  # what the next launches read
+            return replace(trial, failure=f"wrong result, relative error {max(errors):.2g}", **usage)
+        calls: dict[str, timing.Call] = {"launch": lambda _: launcher(tensors, floats)}
+        seconds = _once(calls["launch"], self.device)
+        if seconds < max(1.5 * self.best.get(key, math.inf), LAUNCH_S):  # the host's share of one launch is in it
+            seconds = timing.measure(calls, self.device, TIMED_S)["launch"].median
+        self.best[key] = min(seconds, self.best.get(key, math.inf))
+        return replace(trial, ms=1e3 * seconds, **usage)
+
+
+def _once(call: timing.Call, device: torch.device) -> float:
+    if device.type != "cuda":
+        return 0.0
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call(0)
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e-3
+
+
+def _round(
+    pool: ProcessPoolExecutor, timer: Timer, trials: Sequence[Trial], deadline: float, capability: int
+) -> list[Trial]:
+    """Compile, check and time ``trials``; those that the deadline leaves out are missing."""
+    futures: list[Future[Trial]] = [pool.submit(_compile, t, capability, timer.miniature) for t in trials]
+    done = []
+    with contextlib.suppress(FuturesTimeoutError):
+        for future in as_completed(futures, max(0.0, deadline - time.monotonic())):
+            done.append(timer(future.result()))
+            if time.monotonic() > deadline:
+                break
+    for future in futures:
+        future.cancel()
+    return done
+
+
+def sweep(
+    pool: ProcessPoolExecutor, timer: Timer, rows: Sequence[str], kinds: Sequence[Kind], budget_s: float,
+    capability: int,
+) -> list[Trial]:  # fmt: skip
+    """The rule's launches, a grid, then the neighbors of the best, as often as there is time."""
+    deadline = time.monotonic() + budget_s
+    problems = {row: Subject(workload_of(row, timer.miniature), torch.device("cpu")).problem for row in rows}
+    first = []
+    pairs: list[tuple[str, Kind]] = [(row, kind) for row in rows for kind in kinds]
+    for row, kind in pairs:
+        known = rule(kind, problems[row].problem_class)
+        first.append(Trial(row, kind, known, "rule"))
+        first += [Trial(row, kind, x, "grid") for x in dict.fromkeys(grid(kind, problems[row])) if x != known]
+    trials = _round(pool, timer, first, deadline, capability)
+    moved = set(pairs)
+    while moved and time.monotonic() < deadline:
+        print(f"{len(trials)} launches, {deadline - time.monotonic():.0f} s left", flush=True)
+        before, more = best_of(trials), []
+        for row, kind in [key for key in before if key in moved]:
+            seen = {t.launch for t in trials if (t.row, t.kind) == (row, kind)}
+            near = neighbors(kind, problems[row].problem_class, before[row, kind].launch)
+            more += [Trial(row, kind, x, "neighbor") for x in dict.fromkeys(near) if x not in seen]
+        trials += _round(pool, timer, more, deadline, capability)
+        after = best_of(trials)
+        moved = {key for key in before if (after[key].ms or 0) < 0.98 * (before[key].ms or 0)}
+    return trials
+
+
+def best_of(trials: Sequence[Trial]) -> dict[tuple[str, Kind], Trial]:
+    """The fastest of every row and kernel."""
+    best: dict[tuple[str, Kind], Trial] = {}
+    for t in trials:
+        if t.ms is not None and t.ms < (best[t.row, t.kind].ms or math.inf if (t.row, t.kind) in best else math.inf):
+            best[t.row, t.kind] = t
+    return best
+
+
+def table(trials: Sequence[Trial]) -> list[str]:
+    lines = [
+        "| row | kernel | launches | rule, ms | best, ms | gain | tile | chunk | heads | warps | stages | maxnreg "
+        "| branch | registers | spills |",
+        f"|{'---|' * 15}",
+    ]
+    ruled = {(t.row, t.kind): t for t in trials if t.origin == "rule"}
+    for (row, kind), t in sorted(best_of(trials).items()):
+        base = ruled.get((row, kind))
+        known = "-" if base is None or base.ms is None else f"{base.ms:.4g}"
+        gain = "-" if base is None or base.ms is None or not t.ms else f"{base.ms / t.ms:.2f}"
+        x, count = t.launch, sum((t.row, t.kind) == (row, kind) for t in trials)
+        boxes = ("x".join(map(str, box)) for box in (x.tile, x.chunk))
+        cells = [row, kind, count, known, f"{t.ms:.4g}", gain, *boxes, x.pack, x.num_warps, x.stages, x.max_registers]
+        lines.append(f"| {' | '.join(map(str, [*cells, x.skip_mask, t.registers, t.spills]))} |")
+    return lines
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = runner.make_parser("sweep", __doc__, budget_s=240.0, timed="everything")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--rows", default=",".join(ROWS), help="names, comma-separated")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
+    parser.add_argument("--capability", type=int, default=90, help="compute capability of the GPU")
+    args = parser.parse_args(argv)
+    device, rows = torch.device(args.device), args.rows.split(",")
+    pool = ProcessPoolExecutor(args.jobs, multiprocessing.get_context("fork"))
+    pool.submit(int).result()  # starts all of them, before this process has touched the GPU
+    timer = Timer(device, args.smoke)
+    trials = sweep(pool, timer, rows, args.kinds, args.budget_s, args.capability)
+    report = {"environment": timing.environment(device, args.commit), "trials": [asdict(t) for t in trials]}
+    runner.save(report, args.out)
+    print("\n".join(table(trials)))
+    print(f"\nwritten to {args.out}", flush=True)
+    for process in list(getattr(pool, "_processes", {}).values()):  # one may be in a compiler that does not end
+        process.terminate()
+    pool.shutdown(wait=False, cancel_futures=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

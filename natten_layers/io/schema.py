@@ -1,0 +1,212 @@
+"""What a mapping that came from outside may hold: known keys, and values of the types that a class's fields declare.
+
+The types are written once, as annotations of a dataclass, a named tuple or a ``TypedDict``; bounds stand beside them as
+``Annotated[int, Between(1, 9)]``. Every error is a ValueError that names the key, the value and what is expected.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import types
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import lru_cache
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints, is_typeddict
+
+__all__ = [
+    "Between",
+    "Count",
+    "Natural",
+    "NotNegative",
+    "Positive",
+    "Rate",
+    "build",
+    "check_keys",
+    "check_mapping",
+    "check_types",
+    "shorten",
+]
+
+T = TypeVar("T")
+
+SCALARS: dict[type, str] = {int: "an int", float: "a finite number", bool: "true or false", str: "a string"}
+
+
+@dataclass(frozen=True)
+class Between:
+    """Bounds of a number: both included, or the lower one not."""
+
+    least: float
+    most: float = math.inf
+    open: bool = False
+
+    def holds(self, value: float) -> bool:
+        return (self.least < value if self.open else self.least <= value) and value <= self.most
+
+    def describe(self, value: object) -> str:
+        """The bound that ``value`` breaks, the lower one where it breaks none."""
+        if isinstance(value, int | float) and value > self.most:
+            return f"of at most {self.most}"
+        return f"{'above' if self.open else 'of at least'} {self.least}"
+
+
+# Sizes of tensors: the upper bound keeps an integer within what torch and CUDA count with.
+Count = Annotated[int, Between(1, 2**31 - 1)]
+Natural = Annotated[int, Between(0, 2**31 - 1)]
+Rate = Annotated[float, Between(0, 1)]
+Positive = Annotated[float, Between(0, open=True)]
+NotNegative = Annotated[float, Between(0)]
+
+
+def shorten(value: object) -> str:
+    """``repr`` in a length that fits a message."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested without end; an int of too many digits
+        return f"a value of type {type(value).__name__}"
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def check_keys(found: Collection[object], known: Collection[str], where: str) -> None:
+    """Refuse keys that nothing reads: a misspelt option would otherwise leave its default in place without a word.
+
+    Raises:
+        ValueError: the unknown keys, with the known key that each resembles most.
+    """
+    unknown = [key for key in found if key not in known]
+    if not unknown:
+        return
+    hints = []
+    for key in unknown[:5]:
+        near = difflib.get_close_matches(str(key), known, n=1)
+        hints.append(f"{shorten(key)} (did you mean {near[0]!r}?)" if near else shorten(key))
+    rest = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+    raise ValueError(f"{where} has unknown keys {', '.join(hints)}{rest}; known are {', '.join(sorted(known))}")
+
+
+@lru_cache(maxsize=64)
+def _hints(kind: type) -> Mapping[str, Any]:
+    return get_type_hints(kind, include_extras=True)
+
+
+def check_types(config: object) -> None:
+    """Check every field of a dataclass's instance against its annotation; a list becomes a tuple where one is declared.
+
+    For ``__post_init__``, so that a config holds what its types say whether it came from a file or from Python.
+
+    Raises:
+        ValueError: a value of another type or out of bounds; the message names the field.
+    """
+    for name, hint in _hints(type(config)).items():
+        object.__setattr__(config, name, _conform(getattr(config, name), hint, name))
+
+
+def check_mapping(found: object, kind: type, where: str, *, closed: bool = True) -> dict[str, Any]:
+    """``found`` with its values checked against the annotations of ``kind``.
+
+    Args:
+        kind: a class with annotations.
+        where: how a message names the mapping.
+        closed: whether keys that ``kind`` does not annotate are an error. Otherwise they pass unseen.
+
+    Raises:
+        ValueError: no mapping, an unknown key, or a value of another type.
+    """
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{where} must be an object, got {shorten(found)}")
+    hints = _hints(kind)
+    if closed:
+        check_keys(found, hints.keys(), where)
+    return {
+        key: _conform(value, hints[key], f'{where}["{key}"]') if key in hints else value for key, value in found.items()
+    }
+
+
+def build(kind: type[T], found: object, where: str) -> T:
+    """An instance of a dataclass or named tuple from a mapping of all its fields, or of those without defaults.
+
+    Raises:
+        ValueError: a missing or unknown key, or a value of another type.
+    """
+    checked = check_mapping(found, kind, where)
+    if missing := [name for name in _required(kind) if name not in checked]:
+        raise ValueError(f"{where} lacks {', '.join(missing)}")
+    return kind(**checked)
+
+
+def _required(kind: type) -> list[str]:
+    if is_dataclass(kind):
+        return [f.name for f in fields(kind) if f.init and f.default is MISSING and f.default_factory is MISSING]
+    return [name for name in _hints(kind) if name not in getattr(kind, "_field_defaults", {})]
+
+
+def _conform(value: Any, hint: Any, where: str) -> Any:
+    """``value``, with lists as tuples where the annotation says so."""
+    for alternative in get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,):
+        fits, conformed = _match(value, alternative, where)
+        if fits:
+            return conformed
+    raise ValueError(f"{where} must be {_describe(hint, value)}, got {shorten(value)}")
+
+
+def _match(value: Any, hint: Any, where: str) -> tuple[bool, Any]:
+    """Whether ``value`` is of one kind, and what it becomes. What is wrong inside a container is an error at once."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True, value
+    if hint is None or hint is type(None):
+        return value is None, value
+    if origin is Annotated:
+        fits, value = _match(value, arguments[0], where)
+        return fits and all(bound.holds(value) for bound in arguments[1:]), value
+    if origin is Literal:
+        return any(type(value) is type(one) and value == one for one in arguments), value
+    if hint is float:
+        # An int of thousands of digits has no float: it is compared as an int, never converted.
+        return (type(value) is int and abs(value) < 2**63) or (isinstance(value, float) and math.isfinite(value)), value
+    if hint in SCALARS:
+        return type(value) is hint, value
+    if origin is tuple or origin is Sequence:
+        return _match_sequence(value, arguments, where)
+    if is_typeddict(hint):
+        return isinstance(value, Mapping), check_mapping(value, hint, where) if isinstance(value, Mapping) else value
+    if isinstance(origin or hint, type) and issubclass(origin or hint, Mapping):
+        if not isinstance(value, Mapping):
+            return False, value
+        key, of = arguments or (Any, Any)
+        return True, {
+            _conform(k, key, f"a key of {where}"): _conform(v, of, f'{where}["{k}"]') for k, v in value.items()
+        }
+    assert isinstance(hint, type), f"{where}: no rule for the annotation {hint}"
+    return isinstance(value, hint), value
+
+
+def _match_sequence(value: Any, arguments: tuple[Any, ...], where: str) -> tuple[bool, Any]:
+    if not isinstance(value, list | tuple):
+        return False, value
+    if len(arguments) == 1 or arguments[-1] is Ellipsis:
+        arguments = (arguments[0],) * len(value)
+    if len(value) != len(arguments):
+        return False, value
+    return True, tuple(
+        _conform(one, hint, f"{where}[{i}]") for i, (one, hint) in enumerate(zip(value, arguments, strict=True))
+    )
+
+
+def _describe(hint: Any, value: object) -> str:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_describe(one, value) for one in arguments)
+    if hint is None or hint is type(None):
+        return "null"
+    if origin is Annotated:
+        return " ".join([_describe(arguments[0], value), *(bound.describe(value) for bound in arguments[1:])])
+    if origin is Literal:
+        return f"one of {', '.join(map(repr, arguments))}"
+    if origin in (tuple, Sequence):
+        number = "" if len(arguments) == 1 or arguments[-1] is Ellipsis else f" of {len(arguments)}"
+        return f"a list{number}, each entry {_describe(arguments[0], None)}"
+    if is_typeddict(hint) or (isinstance(origin or hint, type) and issubclass(origin or hint, Mapping)):
+        return "an object"
+    return SCALARS.get(hint) or str(getattr(hint, "__name__", hint))

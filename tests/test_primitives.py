@@ -1,0 +1,117 @@
+"""The kernels' arithmetic of windows against the host's: every axis that is short, alone and in tiles."""
+
+# Triton's language is Python to the parser only.
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportArgumentType=false
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+import triton
+import triton.language as tl
+
+from natten_layers.geometry import class_length, query_bounds, window_bounds
+from natten_layers.kernels.portable import primitives
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+# One suite, two machines: interpreted where there is no GPU, compiled (and marked so) where there is one.
+pytestmark = [pytest.mark.gpu] if ON_GPU else []
+LONGEST = 15
+
+
+@triton.jit
+def bounds_kernel(Index, Length, Kernel, Stride, First, Last, INVERSE: tl.constexpr, CAUSAL: tl.constexpr,
+                  BLOCK: tl.constexpr):  # fmt: skip
+    """Bounds of any number of axes, one element each."""
+    n = tl.arange(0, BLOCK)
+    index, length, kernel, stride = tl.load(Index + n), tl.load(Length + n), tl.load(Kernel + n), tl.load(Stride + n)
+    if INVERSE:
+        first, last = primitives.query_bounds(index, length, kernel, stride, CAUSAL)
+    else:
+        first, last = primitives.window_bounds(index, length, kernel, stride, CAUSAL)
+    tl.store(First + n, first)
+    tl.store(Last + n, last)
+
+
+def on_device(columns: Tensor, inverse: bool, causal: bool) -> tuple[Tensor, Tensor]:
+    """First and last of ``(index, length, kernel, stride)`` in the rows of ``columns``."""
+    size = triton.next_power_of_2(len(columns))
+    padded = torch.ones(4, size, dtype=torch.int32)
+    padded[:, : len(columns)] = columns.t()
+    first, last = torch.empty(2, size, dtype=torch.int32, device=DEVICE)
+    bounds_kernel[(1,)](*padded.to(DEVICE), first, last, INVERSE=inverse, CAUSAL=causal, BLOCK=size)
+    return first[: len(columns)].cpu().long(), last[: len(columns)].cpu().long()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("inverse", [False, True])
+def test_bounds_on_the_device_are_those_of_the_host(inverse: bool, causal: bool) -> None:
+    """Of every token of every axis, dilated ones too: their classes are the axes here, of all lengths up to a limit."""
+    bounds = query_bounds if inverse else window_bounds
+    axes = [(n, k, s) for n in range(1, LONGEST + 1) for k in range(1, n + 1) for s in range(1, k + 1)]
+    rows = [(i, *axis) for axis in axes for i in range(axis[0])]
+    first, last = on_device(torch.tensor(rows), inverse, causal)
+    host = [bounds(torch.arange(n), n, k, s, causal) for n, k, s in axes]
+    expected_first, expected_last = (torch.cat(ends) for ends in zip(*host, strict=True))
+    assert torch.equal(first, expected_first)
+    assert torch.equal(last, expected_last)
+
+
+@triton.jit
+def tiles_kernel(Residue, Count, Origin, length, dilation, tiles, TILE: tl.constexpr):
+    _, residue, count, origin = primitives.spatial_tile(tl.program_id(0), length, dilation, tiles, TILE)
+    for AXIS in tl.static_range(3):
+        tl.store(Residue + tl.program_id(0) * 3 + AXIS, residue[AXIS])
+        tl.store(Count + tl.program_id(0) * 3 + AXIS, count[AXIS])
+        tl.store(Origin + tl.program_id(0) * 3 + AXIS, origin[AXIS])
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("dilation", [1, 2, 3, 5])
+def test_tiles_have_every_token_of_every_residue_class_once(dilation: int, axis: int) -> None:
+    length, tile = 11, 2
+    classes = [class_length(length, dilation, r) for r in range(dilation)]
+    tiles = dilation * -(-max(classes) // tile)
+    residue, count, origin = torch.empty(3, tiles, 3, dtype=torch.int32, device=DEVICE)
+    on_axis = [tuple(n if i == axis else 1 for i in range(3)) for n in (length, dilation, tiles, tile)]
+    tiles_kernel[(tiles,)](residue, count, origin, *on_axis[:3], TILE=on_axis[3])
+    found = [
+        r + index * dilation
+        for r, n, start in zip(*(x[:, axis].tolist() for x in (residue, count, origin)), strict=True)
+        for index in range(start, min(start + tile, n))
+    ]
+    assert sorted(found) == list(range(length))
+    assert count[:, axis].tolist() == [classes[r] for r in residue[:, axis].tolist()]
+
+
+@triton.jit
+def inside_kernel(Origin, Lo, Hi, Out, AXIS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    n = tl.arange(0, BLOCK)
+    origin, lo, hi = tl.load(Origin + n), tl.load(Lo + n), tl.load(Hi + n)
+    zero = origin * 0
+    if AXIS == 0:
+        inside = primitives.chunk_inside((origin, zero, zero), (lo, zero, zero), (hi, zero, zero), CHUNK)
+    elif AXIS == 1:
+        inside = primitives.chunk_inside((zero, origin, zero), (zero, lo, zero), (zero, hi, zero), CHUNK)
+    else:
+        inside = primitives.chunk_inside((zero, zero, origin), (zero, zero, lo), (zero, zero, hi), CHUNK)
+    tl.store(Out + n, inside.to(tl.int32))
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_chunk_needs_no_mask_if_and_only_if_every_query_sees_all_of_it(axis: int) -> None:
+    side = 4
+    rows = list(product(range(8), range(8), range(8)))  # first key of a chunk, first and last key that all queries see
+    origin, lo, hi = torch.tensor(rows, dtype=torch.int32).t().contiguous().to(DEVICE)
+    out = torch.empty_like(origin)
+    chunk = tuple(side if i == axis else 1 for i in range(3))
+    inside_kernel[(1,)](origin, lo, hi, out, AXIS=axis, CHUNK=chunk, BLOCK=len(rows))
+    expected = [all(first <= key <= last for key in range(start, start + side)) for start, first, last in rows]
+    assert out.bool().tolist() == expected
