@@ -257,6 +257,18 @@ CASES = {
         },
         VIDEO, 2,
     ),
+    "HunyuanVideo15Transformer3DModel": Case(
+        HEADS | CHANNELS | {
+            "num_layers": 2, "num_refiner_layers": 1, "patch_size": 2, "text_embed_dim": 8, "text_embed_2_dim": 8,
+            "image_embed_dim": 8, "rope_axes_dim": (4, 6, 6),
+        },
+        lambda: video(2) | {
+            "timestep": STEP.float().repeat(2), "encoder_attention_mask": PADDED.float(),
+            "encoder_hidden_states_2": torch.randn(2, 7, 8),
+            "encoder_attention_mask_2": PADDED.float().flip(0), "image_embeds": torch.zeros(2, 3, 8),
+        },
+        VIDEO, 2,
+    ),
     "CogVideoXTransformer3DModel": Case(
         HEADS | CHANNELS | {
             "time_embed_dim": 4, "text_embed_dim": 8, "num_layers": 2, "sample_width": 10, "sample_height": 8,

@@ -101,6 +101,8 @@ class Family(NamedTuple):
     """the attention of tokens with each other, as lists of blocks and names in a block, in the order of a call"""
     text: Literal["first", "last", "elsewhere"]
     """where text lies in the sequence; elsewhere: image tokens see it in an attention of its own, which stays"""
+    masks_pairs: bool = False
+    """whether a mask of padding comes as one of all pairs of tokens, ``m[i] & m[j]``"""
 
 
 _JOINT = "transformer_blocks.attn", "single_transformer_blocks.attn"
@@ -113,6 +115,7 @@ FAMILIES = {
     "WanVACETransformer3DModel": Family(3, _video, ("vace_blocks.attn1", "blocks.attn1"), "elsewhere"),
     "SkyReelsV2Transformer3DModel": Family(3, _video, ("blocks.attn1",), "elsewhere"),
     "HunyuanVideoTransformer3DModel": Family(3, _video, _JOINT, "last"),
+    "HunyuanVideo15Transformer3DModel": Family(3, _video, ("transformer_blocks.attn",), "last", masks_pairs=True),
     "CogVideoXTransformer3DModel": Family(3, _video_frames_first, ("transformer_blocks.attn1",), "first"),
     "LTXVideoTransformer3DModel": Family(3, _video_numbers, ("transformer_blocks.attn1",), "elsewhere"),
     "LTX2VideoTransformer3DModel": Family(3, _video_numbers, ("transformer_blocks.attn1",), "elsewhere"),
@@ -262,13 +265,17 @@ class _Tokens:
             self.ids = weakref.ref(ids), ids._version
 
     def visible_text(self, mask: Tensor, text: slice, batch: int) -> list[Tensor]:
-        """Indices of the text tokens of each sample that a mask ``[B or 1, 1, 1, L]`` lets others see."""
+        """Indices of the text tokens of each sample that a mask ``[B or 1, 1, 1 or L, L]`` lets image tokens see."""
         if self.mask[0] is not mask:  # which layers share, as a rule: to find the indices waits for the device
-            if mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[1:3] != (1, 1):
+            length = mask.shape[-1]
+            of_queries = length if self.family.masks_pairs else 1
+            if mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[1:] != (1, of_queries, length):
                 raise ValueError(
-                    f"attention mask {mask.dtype} {tuple(mask.shape)} is not one of padding, bool [B, 1, 1, tokens]"
+                    f"attention mask {mask.dtype} {tuple(mask.shape)} is not one of padding, bool "
+                    f"[B, 1, {of_queries}, {length}]"
                 )
-            rows = mask[:, 0, 0].expand(batch, -1)
+            pixel = text.stop % length if self.family.masks_pairs else 0  # text is the first or the last part
+            rows = mask[:, 0, pixel].expand(batch, -1)
             if not bool(torch.cat([rows[:, : text.start], rows[:, text.stop :]], 1).all()):
                 raise ValueError("the attention mask hides image tokens, which windows cannot honour")
             self.mask = mask, [row.nonzero()[:, 0] for row in rows[:, text]]
@@ -372,6 +379,8 @@ def _attention(
         ]
         parts = [torch.cat(samples)]
     if length > image:
+        if attn_mask is not None and attn_mask.shape[2] > 1:
+            attn_mask = attn_mask[:, :, text]
         out = F.scaled_dot_product_attention(query[:, :, text], key, value, attn_mask=attn_mask, **options)
         parts.insert(0 if where == "first" else 1, out.transpose(1, 2))
     return (torch.cat(parts, 1) if len(parts) > 1 else parts[0]).transpose(1, 2)
