@@ -341,6 +341,24 @@ def test_whole_windows_are_the_unpatched_model(name: str) -> None:
     assert torch.equal(output(model, inputs), expected)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_a_token_reaches_those_whose_window_holds_it(name: str) -> None:
+    """In the first layer, what the last token is reaches the last two rows and columns of the last frame."""
+    (model, inputs), grid = tiny(name), CASES[name].grid
+    neighborhood(model, (1, 3, 3)[-len(grid) :])
+    results: list[Any] = []
+    first = transformers._attentions(model, transformers.FAMILIES[name])[0]
+    first.register_forward_hook(lambda module, args, result: results.append(result))
+    output(model, inputs)
+    changed = inputs["hidden_states"].clone()
+    changed.view(-1)[-1] += 1  # the last token of the last sample, whatever the order of axes
+    output(model, inputs | {"hidden_states": changed})
+    before, after = (result[0] if isinstance(result, tuple) else result for result in results)
+    expected = torch.zeros(grid, dtype=torch.bool)
+    (expected if len(grid) == 2 else expected[-1])[-2:, -2:] = True
+    assert torch.equal((before != after)[-1].any(-1), expected.flatten())
+
+
 @pytest.mark.parametrize("where", ["first", "last", "elsewhere"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_image_tokens_see_their_window_and_the_text(where: Any, padded: bool) -> None:
