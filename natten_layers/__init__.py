@@ -48,6 +48,7 @@ Modules
     natten_layers.utils.varlen                 lengths of packed sequences for attention, as in natten.utils.varlen
     natten_layers.convert                      multi-head checkpoints to grouped-query ones, also a command
     natten_layers.tune                         a search for the fastest tiles of one problem, also a command
+    natten_layers.integrations.diffusers       LTX-2's video decoder, and windows for transformers, in diffusers
     natten_layers.integrations.transformers    attn_implementation="natten_layers" in Hugging Face transformers,
                                                and its DiNAT models
 

@@ -258,7 +258,7 @@ def problem_of_image(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Problem
     return problem._replace(**changes)
 
 
-KIND = RotationKind("cosine", axes=2, pairs=16, by_head=True, batched=False)
+KIND = RotationKind("cosine", split=(8, 8), by_head=True, batched=False)
 
 
 def test_small_windows_take_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,7 +272,7 @@ def test_small_windows_take_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (
         planned("qk_prep + forward", problem._replace(query=few, key=few_keys, value=few_keys), prep=KIND) is not None
     )
-    kinds = KIND._replace(pairs=32), KIND._replace(axes=1, pairs=0), KIND._replace(axes=16)
+    kinds = (KIND._replace(split=split) for split in ((16, 16), (0,), (1,) * 16))
     assert all(planned("qk_prep + forward", problem, prep=kind) is not None for kind in kinds)
     # A head for itself: another program is worth more than loads that start early.
     alone = problem_of_image(monkeypatch, key=problem.query, value=problem.query)
@@ -286,9 +286,10 @@ def test_small_windows_take_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("kind", "changes"),
     [
-        (KIND._replace(pairs=15, axes=3), {}),
-        (KIND._replace(pairs=8), {}),
-        (KIND._replace(axes=3), {}),
+        (KIND._replace(split=(5, 5, 5)), {}),
+        (KIND._replace(split=(4, 4)), {}),
+        (KIND._replace(split=(4, 6, 6)), {}),
+        (KIND._replace(interleaved=True), {}),
         (KIND, {"dtype": torch.float32}),
         (KIND, {"dilation": (2, 2)}),
         (KIND, {"stride": (2, 1)}),

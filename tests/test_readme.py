@@ -22,6 +22,7 @@ PUBLIC_MODULES = (
     "natten_layers.utils.varlen",
     "natten_layers.convert",
     "natten_layers.tune",
+    "natten_layers.integrations.diffusers",
     "natten_layers.integrations.transformers",
 )
 

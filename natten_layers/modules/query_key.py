@@ -87,12 +87,21 @@ def _rotated(rope: nn.Module, query: Tensor, key: Tensor, positions: Tensor | No
 
 
 def _describe(q_norm: nn.Module, k_norm: nn.Module) -> HeadNorm | None:
-    if not isinstance(q_norm, RMSNorm) or not isinstance(k_norm, RMSNorm) or q_norm.eps != k_norm.eps:
+    query, key = _rms_norm(q_norm), _rms_norm(k_norm)
+    if query is None or key is None or query[1] != key[1]:
         return None
-    if not is_plain(q_norm, RMSNorm.forward) or not is_plain(k_norm, RMSNorm.forward):
+    return HeadNorm("rms", query[0], key[0], key[1])
+
+
+def _rms_norm(norm: nn.Module) -> tuple[Tensor, float] | None:
+    """Gain and eps of an RMS norm of ours or of torch's that may be fused; otherwise None."""
+    if isinstance(norm, RMSNorm):
+        plain, gain = is_plain(norm, RMSNorm.forward), norm.gain()
+    elif isinstance(norm, nn.RMSNorm):
+        plain, gain = is_plain(norm, nn.RMSNorm.forward) and len(norm.normalized_shape) == 1, norm.weight
+    else:
         return None
-    assert q_norm.eps is not None
-    return HeadNorm("rms", q_norm.gain(), k_norm.gain(), q_norm.eps)
+    return (gain, norm.eps) if plain and gain is not None and norm.eps is not None else None
 
 
 def normalize_and_rotate(
@@ -145,6 +154,8 @@ def _rotation(query: Tensor, norm: HeadNorm | None, angles: Angles | None) -> QK
         1.0 if angles is None else angles.factor,
         "none" if norm is None else norm.kind,
         0.0 if norm is None else norm.eps,
+        () if angles is None else angles.split,
+        angles is not None and angles.interleaved,
     )
 
 
