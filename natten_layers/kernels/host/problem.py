@@ -107,7 +107,7 @@ def device_traits(device: torch.device) -> tuple[str, int]:
 
 
 class Inputs(NamedTuple):
-    """The tensors of a call after validation by ``functional``. Their last axes are contiguous."""
+    """The tensors of a call after validation by ``operations``. Their last axes are contiguous."""
 
     query: Tensor
     key: Tensor
@@ -298,14 +298,24 @@ class RotationKind(NamedTuple):
     """The properties of normalisation and RoPE that the choice of a kernel depends on."""
 
     norm: str
-    axes: int
-    """Coordinates of a position."""
-    pairs: int
-    """Pairs of elements that RoPE rotates, over all axes: element ``i`` with element ``i + pairs``."""
+    split: tuple[int, ...]
+    """How many pairs of elements RoPE rotates by each coordinate of a position."""
     by_head: bool
     """Whether frequencies differ by head."""
     batched: bool
     """Whether positions differ by image."""
+    interleaved: bool = False
+    """Whether element ``2 i`` is rotated with ``2 i + 1``; otherwise ``i`` is rotated with ``i + pairs``."""
+
+    @property
+    def axes(self) -> int:
+        """Number of coordinates of a position."""
+        return len(self.split)
+
+    @property
+    def pairs(self) -> int:
+        """Number of pairs of elements that RoPE rotates, over all axes."""
+        return sum(self.split)
 
 
 class QKPrep(NamedTuple):
@@ -318,20 +328,27 @@ class QKPrep(NamedTuple):
     positions: Tensor | None
     """``[B or 1, *spatial, axes]``"""
     freqs: Tensor | None
-    """``[1 or more, n]``, fp32; several rows serve equally many consecutive heads each"""
+    """``[1 or more, n]``, fp32; several rows serve equally many consecutive heads each.
+
+    A row has the frequencies of every axis or, with ``split``, those of all axes one after the other.
+    """
     factor: float
     """Factor on the cosine and sine of all angles."""
     norm: str
     """none, cosine or rms"""
     eps: float
+    split: Sequence[int] = ()
+    """how many pairs turn by each axis; empty where all axes have the same frequencies"""
+    interleaved: bool = False
 
     @property
     def kind(self) -> RotationKind:
         if self.positions is None or self.freqs is None:
-            return RotationKind(self.norm, 1, 0, False, False)
+            return RotationKind(self.norm, (0,), False, False)
         batch, *_, axes = self.positions.shape
         heads, each = self.freqs.shape
-        return RotationKind(self.norm, axes, axes * each, heads > 1, batch > 1)
+        split = tuple(self.split) or (each,) * axes
+        return RotationKind(self.norm, split, heads > 1, batch > 1, self.interleaved)
 
     @property
     def by_head(self) -> bool:
