@@ -352,7 +352,7 @@ def _expand_registers(keys: Tensor | None, values: Tensor | None, batch: int) ->
 
 def check_scale(scale: object) -> float:
     if isinstance(scale, Tensor) and scale.ndim == 0 and not scale.requires_grad:
-        scale = scale.item()  # waits for the device, if it is there
+        scale = scale.item()  # this waits if the tensor is on a GPU
     if not _is_finite_number(scale):
         raise ValueError(f"scale must be a finite number, got {scale!r}; multiply a learned scale into the query")
     return float(scale)
@@ -377,7 +377,7 @@ def check_sink(sink: float | Tensor | None, query: Tensor) -> Tensor | float | N
 
 
 def check_bias(rpb: Tensor | None, call: Call) -> None:
-    """A table on relative positions, for the caller's heads."""
+    """Check the relative position bias, a table for the heads that the caller gave."""
     if rpb is None:
         return
     check_tensors(rpb=rpb)

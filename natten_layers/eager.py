@@ -95,7 +95,7 @@ def dense_attention_state(
 
 
 def _dense_bias(rpb: Tensor, spatial: Sequence[int], window: Window) -> Tensor:
-    """``[N, Hq, N]``: the bias of every pair of tokens, anything where the key is not seen."""
+    """``[N, Hq, N]``: the bias of every pair of tokens; where the query does not see the key it is arbitrary."""
     entries = []
     for axis, (k, d) in enumerate(zip(window.kernel_size, window.dilation, strict=True)):
         shape = [1] * len(spatial)

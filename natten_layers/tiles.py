@@ -129,7 +129,7 @@ class _Block:
         return like.new_zeros(seen.shape).masked_fill_(~seen, -math.inf)
 
     def entries(self, device: torch.device) -> Tensor:
-        """``[tiles, T, U]``: where in a table of relative positions query and key look, anywhere if it is not seen."""
+        """``[tiles, T, U]``: index into the table of relative positions; arbitrary where the key is invisible."""
         index, key = self._indices(device)
         most = self.axis.kernel - 1
         return (key[:, None, :] - index[..., None]).clamp(-most, most) + most
@@ -332,7 +332,7 @@ def _weights(q: Tensor, k: Tensor, bias: Tensor, relative: Tensor | None) -> tup
 
 
 def _relative(table: Tensor, chunk: Chunk, part: Part, group: int) -> tuple[list[Tensor], Tensor, int]:
-    """What :func:`look_up` and :func:`sum_up` take behind the tensor."""
+    """Arguments of :func:`look_up` and :func:`sum_up` after the tensor."""
     start, length = part
     heads = torch.arange(start, start + length, device=table.device) % (table.shape[0] // group)
     return [block.entries(table.device) for block in chunk], heads, group

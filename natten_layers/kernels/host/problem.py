@@ -338,7 +338,7 @@ class QKPrep(NamedTuple):
     """none, cosine or rms"""
     eps: float
     split: Sequence[int] = ()
-    """how many pairs turn by each axis; empty where all axes have the same frequencies"""
+    """How many pairs of elements RoPE rotates by each axis; empty if all axes have the same frequencies."""
     interleaved: bool = False
 
     @property

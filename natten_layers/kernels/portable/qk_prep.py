@@ -39,7 +39,7 @@ def load_parts(X, o_row, m_row, PAIRS: tl.constexpr, REST: tl.constexpr, BP: tl.
     p = tl.arange(0, BP)[None, :]
     m_rest = m_row & (p < HALF)
     if INTERLEAVED:
-        e = tl.arange(0, 2 * BP)[None, :]  # in one piece, as elements two apart cannot be loaded together
+        e = tl.arange(0, 2 * BP)[None, :]  # one load and a split, as strided loads would not be vectorised
         b_pairs = tl.load(X + (o_row + e), mask=m_row & (e < 2 * PAIRS), other=0.0).to(tl.float32)
         b_first, b_second = tl.split(tl.reshape(b_pairs, (b_pairs.shape[0], BP, 2)))
     else:
