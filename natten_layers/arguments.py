@@ -1,4 +1,4 @@
-"""Arguments of a call as users give them: checked, and brought into the one form that the implementations take."""
+"""Checks of users' arguments, and their conversion to the canonical form that the implementations take."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ __all__ = [
     "Axes",
     "Call",
     "check_additional",
+    "check_bias",
     "check_dense",
     "check_like",
     "check_pair",
@@ -38,17 +39,17 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Call(NamedTuple):
-    """Validated, canonical arguments: heads last, KV heads unrepeated, registers of every image."""
+    """Validated arguments in canonical form: one axis of heads, KV heads not repeated, registers for every image."""
 
     inputs: Inputs
     options: Options
     window: Window
     head_shape: torch.Size
-    """the caller's head axes: ``(Hq,)`` or ``(Hkv, G)``"""
+    """The caller's head axes: ``(Hq,)`` or ``(Hkv, G)``."""
 
     @property
     def for_eager(self) -> tuple[Any, ...]:
-        """What the functions of :mod:`eager` take, in their order."""
+        """The arguments of the functions of :mod:`eager`, in their order."""
         *tensors, sink = self.inputs
         return *tensors, self.options.sink_value if sink is None else sink, self.window, self.options.scale
 
@@ -56,7 +57,7 @@ class Call(NamedTuple):
         return attention_ops.unsupported(self.inputs.query, self.inputs.value)
 
     def restore(self, out: Tensor) -> Tensor:
-        """Give a result the caller's head axes back; ``out`` is ``[B, *spatial, Hq, ...]``."""
+        """Give a result ``[B, *spatial, Hq, ...]`` the head axes that the caller's query has."""
         return out if len(self.head_shape) == 1 else out.unflatten(self.window.rank + 1, self.head_shape)
 
 
@@ -68,14 +69,14 @@ def prepare(
     stride: Axes,
     dilation: Axes,
     is_causal: bool | Sequence[bool],
-    scale: float | None,
+    scale: float | Tensor | None,
     additional_keys: Tensor | None,
     additional_values: Tensor | None,
     sink: float | Tensor | None,
 ) -> Call:
-    """Check every user argument and bring them into the one form that the implementations take.
+    """Check all arguments of a user and convert them to the canonical form that the implementations take.
 
-    What shapes, strides, dtypes, devices and axes decide is checked on the first call that has them.
+    Checks that depend only on shapes, strides, dtypes, devices and options of axes are made once for each combination.
     """
     tensors = query, key, value, additional_keys, additional_values
     axes = kernel_size, stride, dilation, is_causal
@@ -96,15 +97,15 @@ def prepare(
 
 
 class Accepted(NamedTuple):
-    """What is known of calls that passed the checks."""
+    """What is known of a call whose signature passed the checks."""
 
     window: Window
     has_plain_heads: bool
-    """on one axis, and KV heads are not one that was expanded"""
+    """Whether there is one axis of heads, and its KV heads are not a single one that was expanded."""
 
 
 _accepted: dict[Hashable, Accepted] = {}
-"""by the signatures of calls"""
+"""Keys are the signatures of calls."""
 MAX_ACCEPTED = 1024
 
 
@@ -117,10 +118,10 @@ def _accept(signature: Hashable, accepted: Accepted) -> Accepted:
 
 
 def _recall(tensors: Sequence[object], axes: Sequence[object]) -> tuple[Hashable, Accepted | None]:
-    """What the checks look at, and what is known if they have passed.
+    """The signature of a call, which is all that the checks depend on, and what is known if it has passed them.
 
-    The former is None where it has something that cannot be hashed, such as a list or a symbolic size, or a tensor
-    without one shape and strides, such as a nested or a sparse one.
+    The signature is None if it would hold something that cannot be hashed, such as a list or a symbolic size, or if a
+    tensor does not have one shape and strides, as nested and sparse tensors do not.
     """
     layouts: list[Hashable] = []
     try:
@@ -131,7 +132,7 @@ def _recall(tensors: Sequence[object], axes: Sequence[object]) -> tuple[Hashable
                 layouts.append(None)
             else:
                 return None, None
-        # Equal is not enough: True == 1, but one is no kernel size and the other does not say what is causal.
+        # The types belong to the signature, as True == 1, but True is no kernel size and 1 is no value of is_causal.
         types = [tuple(map(type, axis)) if isinstance(axis, tuple) else type(axis) for axis in axes]
         signature = (*layouts, *axes, *types)
         return signature, _accepted.get(signature)
@@ -140,7 +141,7 @@ def _recall(tensors: Sequence[object], axes: Sequence[object]) -> tuple[Hashable
 
 
 def _check_user_form(tensors: _Tensors, axes: _AxisOptions) -> int:
-    """Check arguments as the user has them up to the head axes; returns the number of spatial axes."""
+    """Check the arguments in the form in which the user gives them; returns the number of spatial axes."""
     query, key, value, additional_keys, additional_values = tensors
     kernel_size, stride, dilation, is_causal = axes
     check_tensors(query=query, key=key, value=value)
@@ -162,7 +163,7 @@ def _check_user_form(tensors: _Tensors, axes: _AxisOptions) -> int:
 
 
 def _canonical_heads(tensors: _Tensors, head_shape: torch.Size) -> _Tensors:
-    """One axis of heads, KV heads unrepeated."""
+    """Tensors with one axis of heads, and KV heads not repeated where they were expanded."""
     query, key, value, additional_keys, additional_values = tensors
     if len(head_shape) == 1:
         return query, *_collapse_heads(query, key, value, additional_keys, additional_values)
@@ -170,7 +171,7 @@ def _canonical_heads(tensors: _Tensors, head_shape: torch.Size) -> _Tensors:
 
 
 def _check_canonical_form(tensors: _Tensors, axes: _AxisOptions) -> Window:
-    """Check what is left to check once there is one axis of heads."""
+    """Make the checks that need tensors with one axis of heads."""
     query, key, value, additional_keys, additional_values = tensors
     window = make_window(query.shape[1:-2], *axes)
     check_additional(additional_keys, additional_values, query, key, value)
@@ -195,14 +196,14 @@ def check_tensors(**arguments: object) -> None:
 
 
 def _check_kind(name: str, tensor: Tensor) -> None:
-    """Refuse tensors that the operations cannot compute on."""
+    """Raise a ValueError for tensors that the operations cannot compute on."""
     check_dense(name, tensor)
-    if type(tensor).__name__ == "DTensor":  # by its name, as to import the class loads all of torch.distributed
+    if type(tensor).__name__ == "DTensor":  # by name, as importing the class would load all of torch.distributed
         raise ValueError(f"{name} is a DTensor, which is not supported; pass each device's part, {name}.to_local()")
 
 
 def check_dense(name: str, tensor: Tensor) -> None:
-    """Refuse tensors that do not have one shape and strides: nested and sparse ones."""
+    """Raise a ValueError for tensors that do not have one shape and strides: nested and sparse ones."""
     if tensor.is_nested:
         raise ValueError(
             f"{name} is a nested tensor, which is not supported; pad it (torch.nested.to_padded_tensor) or call once "
@@ -213,13 +214,13 @@ def check_dense(name: str, tensor: Tensor) -> None:
 
 
 def check_pair(additional_keys: object, additional_values: object) -> None:
-    """Registers have keys and values, or there are none."""
+    """Check that registers have both keys and values, or neither."""
     if additional_keys is not None or additional_values is not None:
         check_tensors(additional_keys=additional_keys, additional_values=additional_values)
 
 
 def _spatial_rank(query: Tensor, **axis_arguments: object) -> int:
-    """Number of spatial axes: what the tuples say, else ``query [B, *spatial, H, D]``."""
+    """Number of spatial axes: the length of the tuples, else that of ``query [B, *spatial, H, D]``."""
     entries = {name: len(a) for name, a in axis_arguments.items() if isinstance(a, Sequence)}
     if len(set(entries.values())) > 1:
         raise ValueError(f"kernel_size, stride, dilation and is_causal disagree on the number of axes: {entries}")
@@ -263,7 +264,7 @@ def check_like(name: str, tensor: Tensor, query: Tensor) -> None:
 def _collapse_heads(
     query: Tensor, key: Tensor, value: Tensor, additional_keys: Tensor | None, additional_values: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """One KV head expanded with stride 0 (MQA) becomes that head, unless registers differ from head to head."""
+    """Reduce a single KV head that was expanded with stride 0 (MQA) to one head, unless registers differ by head."""
     registers = additional_keys, additional_values
     if not _has_one_head((query, key, value, *registers)):
         return key, value, *registers
@@ -277,7 +278,7 @@ def _collapse_heads(
 
 
 def _has_one_head(tensors: _Tensors) -> bool:
-    """Whether keys, values and registers have one head each, or one that was expanded."""
+    """Whether keys, values and registers each have a single head, which may be expanded."""
     _, key, value, *registers = tensors
     return key.shape[-2] == value.shape[-2] and all(map(_is_one_head, (key, value, *registers)))
 
@@ -287,13 +288,13 @@ def _is_one_head(tensor: Tensor | None) -> bool:
 
 
 def _has_own_gradient(tensor: Tensor | None) -> bool:
-    """Whether a derivative by an expanded tensor may be asked for, which tells its heads apart.
+    """Whether the gradient of an expanded tensor may be needed, which differs from head to head.
 
-    Nobody can know in the forward pass whether it will be asked for that tensor or only for the one that it views.
+    The forward pass cannot know whether it will be that gradient, or only that of the tensor that was expanded.
     """
     if tensor is None or tensor.shape[-2] == 1:
         return False
-    # While a transform of torch.func is compiled, its tensors do not tell that they are differentiated.
+    # While a transform of torch.func is compiled, its tensors do not tell whether they are differentiated.
     return torch.is_grad_enabled() if torch.compiler.is_compiling() else is_tracked((tensor,))
 
 
@@ -304,9 +305,9 @@ def _first_head(tensor: Tensor) -> Tensor:
 def _collapse_group(
     key: Tensor, value: Tensor, additional_keys: Tensor | None, additional_values: Tensor | None, group: int
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """``[..., Hkv, G, D]`` to ``[..., Hkv, D]`` where the group axis is expanded, else to ``[..., Hkv * G, D]``.
+    """``[..., Hkv, G, D]`` to ``[..., Hkv, D]`` if the group axis is expanded, else to ``[..., Hkv * G, D]``.
 
-    Registers of ``Hkv`` heads are taken either way; those of ``Hkv * G`` make every query head have its own.
+    Registers may have ``Hkv`` heads in either case. If they have ``Hkv * G``, keys and values get as many.
     """
     kv_heads = key.shape[-3]
 
@@ -327,7 +328,7 @@ def _collapse_group(
 def check_additional(
     keys: Tensor | None, values: Tensor | None, query: Tensor, key: Tensor, value: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    if keys is None or values is None:  # both: `check_pair` came first
+    if keys is None or values is None:  # both are None, as `check_pair` has been called
         return None, None
     batch, kv_heads = query.shape[0], key.shape[-2]
     for name, tensor, like in (("additional_keys", keys, key), ("additional_values", values, value)):
@@ -343,13 +344,15 @@ def check_additional(
 
 
 def _expand_registers(keys: Tensor | None, values: Tensor | None, batch: int) -> tuple[Tensor | None, Tensor | None]:
-    """A set for each image, or None if there are none."""
+    """Registers expanded to the batch, or None if there are none."""
     if keys is None or values is None or keys.shape[1] == 0:
         return None, None
     return keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1)
 
 
 def check_scale(scale: object) -> float:
+    if isinstance(scale, Tensor) and scale.ndim == 0 and not scale.requires_grad:
+        scale = scale.item()  # this waits if the tensor is on a GPU
     if not _is_finite_number(scale):
         raise ValueError(f"scale must be a finite number, got {scale!r}; multiply a learned scale into the query")
     return float(scale)
@@ -373,9 +376,29 @@ def check_sink(sink: float | Tensor | None, query: Tensor) -> Tensor | float | N
     return sink
 
 
+def check_bias(rpb: Tensor | None, call: Call) -> None:
+    """Check the relative position bias, a table for the heads that the caller gave."""
+    if rpb is None:
+        return
+    check_tensors(rpb=rpb)
+    query = call.inputs.query
+    expected = (query.shape[-2], *(2 * k - 1 for k in call.window.kernel_size))
+    if rpb.shape != expected:
+        raise ValueError(
+            f"rpb has shape {tuple(rpb.shape)}; expected {expected}, [heads, 2 * kernel_size - 1 on every axis]"
+        )
+    if rpb.device != query.device:
+        raise ValueError(f"rpb is on {rpb.device}, but query is on {query.device}")
+    if not rpb.is_floating_point():
+        raise ValueError(f"rpb has dtype {rpb.dtype}; expected a floating point dtype")
+
+
 def _is_finite_number(value: object) -> TypeGuard[float]:
-    """Compared rather than asked ``math.isfinite``, which cannot be traced for a number that a graph takes as input."""
-    if isinstance(value, float):  # asked first: an abstract class takes its time
+    """Whether a value is a finite real number.
+
+    ``math.isfinite`` would not do: it cannot be traced for a number that is an input of a graph.
+    """
+    if isinstance(value, float):  # first, as a check against the abstract class Real is slow
         return -math.inf < value < math.inf
     try:
         return isinstance(value, Real) and not isinstance(value, bool) and -math.inf < float(value) < math.inf

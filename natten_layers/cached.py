@@ -1,4 +1,4 @@
-"""Causal attention of new tokens over cached ones, by position: decoding, chunked prefill, padding."""
+"""Causal attention of new tokens over a cache, by token position: decoding, chunked prefill, padding."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch.utils.checkpoint import checkpoint
 
 from .arguments import DTYPES, check_additional, check_like, check_pair, check_scale, check_sink, check_tensors
 from .eager import without_autocast
-from .functional import Impl, takes_fused
 from .kernels.ops import decode as decode_ops
+from .operations import Impl, takes_fused
 
 __all__ = ["cached_attention"]
 
 MAX_POSITION = 1 << 31
 CHUNK_SCORES = 1 << 24
-"""Scores that the eager path holds at a time: 64 MiB in fp32."""
+"""Most scores that the eager path holds at a time: 64 MiB in fp32."""
 
 
 @overload
@@ -31,7 +31,7 @@ def cached_attention(
     key_positions: Tensor,
     *,
     window: int | None = None,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     sink: float | Tensor | None = None,
@@ -47,7 +47,7 @@ def cached_attention(
     key_positions: Tensor,
     *,
     window: int | None = None,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     sink: float | Tensor | None = None,
@@ -62,29 +62,29 @@ def cached_attention(
     key_positions: Tensor,
     *,
     window: int | None = None,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     sink: float | Tensor | None = None,
     return_lse: bool = False,
     impl: Impl = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Causal, optionally windowed attention in which visibility follows token positions instead of memory order.
+    """Causal attention, windowed if wanted, in which visibility follows token positions instead of memory order.
 
     Key ``j`` is visible to query ``i`` if ``0 <= key_positions[j] <= query_positions[i]`` and, with a window,
-    ``key_positions[j] > query_positions[i] - window``. Empty slots and padding carry position -1. So a rolling buffer,
-    a buffer that is partly filled, padding on either side and several new tokens at once need nothing else. Over a
-    whole text this equals causal :func:`neighborhood_attention` with ``kernel_size=window``.
+    ``key_positions[j] > query_positions[i] - window``. Empty cache entries and padding have position -1. This covers
+    rolling buffers, partly filled buffers, padding on either side and several new tokens at once. Over a whole sequence
+    it equals causal :func:`neighborhood_attention` with ``kernel_size=window``.
 
-    A query that sees no key at all (padding) gets ``out`` 0 and ``lse`` -inf, with zero gradients.
+    A query that sees no key at all, such as padding, gets ``out`` 0 and ``lse`` -inf, with zero gradients.
 
-    The fused path is for inference: one kernel that reads every visible key and value once, in place and with any
-    strides, and no others, and a second one that merges its slices of the cache where there are several. It is made for
-    a few query tokens; more are correct, and read the cache once per 64 rows of tokens times grouped heads. It never
+    The fused path is for inference. Its kernel reads every visible key and value once, with any strides and without a
+    copy; a second kernel merges the results if the cache is split into several slices. It is made for few query tokens.
+    With more it is correct, but reads the cache once for each 64 rows (query tokens times grouped heads). It never
     waits for the device, and can be captured in a CUDA graph.
 
-    The eager path holds ``CHUNK_SCORES`` scores at a time (at least one query's), also when it records gradients, and
-    copies of ``key`` and ``value`` in fp32 if they are of lower precision.
+    The eager path holds at most ``CHUNK_SCORES`` scores at a time (but at least those of one query), even when it
+    records gradients, and fp32 copies of ``key`` and ``value`` if they have lower precision.
 
     Args:
         query: ``[B, Lq, Hq, D]``, fp16, bf16, fp32 or (eager only) fp64. Head ``h`` reads KV head
@@ -92,15 +92,15 @@ def cached_attention(
         key: ``[B, S, Hkv, D]``, ``Hq % Hkv == 0``.
         value: ``[B, S, Hkv, Dv]``.
         query_positions: ``[B or 1, Lq]``, an integer dtype, below 2^31; negative for padding.
-        key_positions: ``[B or 1, S]``, an integer dtype, below 2^31; negative for empty slots and padding.
-        window: number of keys that a query sees, itself included; None is all of them.
+        key_positions: ``[B or 1, S]``, an integer dtype, below 2^31; negative for empty entries and padding.
+        window: number of positions that a query sees, its own included; None for all of them.
         scale: factor on the scores, default ``D ** -0.5``.
         additional_keys: registers, ``[B or 1, R, Hkv, D]``, visible to every query.
         additional_values: ``[B or 1, R, Hkv, Dv]``; given exactly when ``additional_keys`` is.
         sink: one extra logit per query head with a zero value vector: a float, a tensor ``[Hq]``, or None.
-        return_lse: also return the log-sum-exp over every key the softmax saw: cached, registers and sink.
-        impl: "auto" takes the fused path where Triton can run on the tensors' device and dtype and no gradient is
-            asked for, else eager; "fused" and "eager" never fall back.
+        return_lse: also return the log-sum-exp of all scores in the softmax: cache, registers and sink.
+        impl: "auto" uses the fused path if it can run on the tensors' device and dtype and no gradient is needed, else
+            PyTorch ("eager"); "fused" and "eager" never fall back.
 
     Returns:
         ``out [B, Lq, Hq, Dv]`` in the query's dtype, or ``(out, lse)`` with ``lse [B, Lq, Hq]`` in fp32 (fp64 for fp64
@@ -108,13 +108,13 @@ def cached_attention(
 
     Raises:
         ValueError: an argument does not fit; the message names it and the values.
-        RuntimeError: ``impl="fused"`` where the fused kernel cannot run.
+        RuntimeError: ``impl="fused"``, but the fused kernel cannot run.
     """
-    _check(query, key, value, query_positions, key_positions, window, scale)
+    _check(query, key, value, query_positions, key_positions, window)
     check_pair(additional_keys, additional_values)
     registers = check_additional(additional_keys, additional_values, query, key, value)
     sink = check_sink(sink, query)
-    factor = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    factor = query.shape[-1] ** -0.5 if scale is None else check_scale(scale)
     arguments = (query, key, value, query_positions, key_positions, *registers, sink, window, factor)
     if takes_fused(impl, query, lambda: decode_ops.why_not(query, value, key, *registers, sink)):
         out, lse = decode_ops.decode(*arguments, with_lse=return_lse)
@@ -130,7 +130,6 @@ def _check(
     query_positions: Tensor,
     key_positions: Tensor,
     window: int | None,
-    scale: float | None,
 ) -> None:
     check_tensors(query=query, key=key, value=value, query_positions=query_positions, key_positions=key_positions)
     for name, tensor in (("query", query), ("key", key), ("value", value)):
@@ -158,8 +157,6 @@ def _check(
             raise ValueError(f"{name} is on {positions.device}, but query is on {query.device}")
     if window is not None and (isinstance(window, bool) or not isinstance(window, Integral) or window < 1):
         raise ValueError(f"window must be None or an int of at least 1, got {window!r}")
-    if scale is not None:
-        check_scale(scale)
 
 
 @without_autocast
@@ -175,14 +172,14 @@ def _eager(
     window: int | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Validated arguments to ``(out, lse)``, a chunk of queries at a time."""
-    query_positions, key_positions = query_positions.long(), key_positions.long()  # narrow ones would wrap around
+    """``(out, lse)`` of validated arguments, computed a chunk of queries at a time."""
+    query_positions, key_positions = query_positions.long(), key_positions.long()  # narrow dtypes would overflow
     accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
     batch, length, heads = query.shape[:3]
     if sink is not None:
         sink = sink.to(accumulate) if isinstance(sink, Tensor) else query.new_full((heads,), sink, dtype=accumulate)
     keys, values = [t.to(accumulate) for t in (key, value)]
-    # A weight of zero times NaN is NaN: a token that is not seen must not be heard.
+    # A weight of zero times NaN is NaN, but a nonfinite value must reach only the queries that see it.
     finite = values.isfinite()
     nonfinite = ~finite.all(-1)  # [B, S, Hkv]
     values = torch.where(finite, values, 0.0)
@@ -202,7 +199,7 @@ def _eager(
         return out.to(query.dtype), lse
     outs, lses = [], []
     for q, p in zip(query.split(step, 1), query_positions.split(step, 1), strict=True):
-        # Recomputing a chunk in the backward pass keeps its scores from being saved.
+        # A chunk is recomputed in the backward pass, so that its scores need not be saved.
         out, lse = checkpoint(attend, q, p, use_reentrant=False, preserve_rng_state=False)
         outs.append(out.to(query.dtype))
         lses.append(lse)
@@ -213,7 +210,7 @@ def _attend(
     query: Tensor,  # [B, L, Hq, D], scaled
     key: Tensor,  # [B, S, Hkv, D]
     value: Tensor,  # [B, S, Hkv, Dv], finite
-    nonfinite: Tensor,  # [B, S, Hkv], True where the value was not finite
+    nonfinite: Tensor,  # [B, S, Hkv], True where the value was nonfinite
     visible: Tensor,  # [B or 1, L, S]
     registers: tuple[Tensor, Tensor] | None,
     sink: Tensor | None,  # [Hq]
@@ -224,7 +221,7 @@ def _attend(
     scores = scores.masked_fill(~visible[:, None, None], -math.inf)
     if registers is not None:
         scores = torch.cat((torch.einsum("blhgd,brhd->bhglr", q, registers[0]), scores), -1)
-    # The reference point of the exponentials carries no gradient: the result does not depend on it.
+    # The reference point of the exponentials needs no gradient, as the result does not depend on it.
     row_max = scores.detach().amax(-1)  # [B, Hkv, G, L]
     logit = None if sink is None else sink.view(kv_heads, -1, 1)  # [Hkv, G, 1]
     if logit is not None:
@@ -234,7 +231,7 @@ def _attend(
     row_sum = weights.sum(-1)
     if logit is not None:
         row_sum = row_sum + torch.exp(logit - row_max)
-    nothing = row_sum == 0  # no key, register or sink: padding
+    nothing = row_sum == 0  # queries without any key, register or sink, such as padding
     row_sum = row_sum.masked_fill(nothing, 1.0)
     lse = (row_max + row_sum.log()).masked_fill(nothing, -math.inf)
     count = 0 if registers is None else registers[0].shape[1]

@@ -1,13 +1,14 @@
-"""Multi-head checkpoints to grouped-query ones: ``python -m natten_layers.convert SOURCE TARGET --group-size 4``.
+"""Convert multi-head to grouped-query checkpoints: ``python -m natten_layers.convert SOURCE TARGET --group-size 4``.
 
-Each new KV head is the mean of the heads that it replaces, the start for uptraining of Ainslie et al. 2023
-(https://arxiv.org/abs/2305.13245). The result is meant to be trained on for a few per cent of the original steps.
+Each new KV head is the mean of the heads that it replaces, from which Ainslie et al. 2023 start uptraining
+(https://arxiv.org/abs/2305.13245). Train the result for a few per cent of the original steps.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Mapping, Sequence
 from os import PathLike
 
@@ -22,19 +23,20 @@ __all__ = ["convert", "convert_file", "mha_to_gqa"]
 
 
 def mha_to_gqa(state: Mapping[str, Tensor], num_heads: int, num_kv_heads: int) -> dict[str, Tensor]:
-    """The state dict of a :class:`NeighborhoodGQA` with fewer KV heads, by mean-pooling those that it has.
+    """The state dict of a :class:`NeighborhoodGQA` with fewer KV heads, each the mean of several in ``state``.
 
     Args:
-        state: of a :class:`NeighborhoodGQA` or a NATTEN module, multi-head or grouped. Not changed.
-        num_heads: its query heads.
-        num_kv_heads: KV heads of the result, a divisor of those in ``state``.
+        state: state dict of a :class:`NeighborhoodGQA` or a NATTEN module, multi-head or grouped. It is not changed.
+        num_heads: number of query heads in ``state``.
+        num_kv_heads: number of KV heads of the result, a divisor of the number in ``state``.
 
     Returns:
-        ``qkv`` with pooled rows of keys and values. Of per-head axial frequencies (``rope.freqs``) the first of each
-        group remain, since a key turns with all query heads that it meets. The rest is ``state``'s own.
+        A state dict in which ``qkv`` has pooled rows of keys and values. Of axial RoPE frequencies per head
+        (``rope.freqs``) those of the first head of each group remain, as a key must be rotated like all query heads
+        that read it. All other tensors are those of ``state``.
 
     Raises:
-        ValueError: heads that do not divide, or no state dict of such a module.
+        ValueError: a number of heads does not divide another, or ``state`` belongs to another module.
     """
     if missing := [name for name in ("qkv.weight", "proj.weight") if name not in state]:
         raise ValueError(
@@ -63,14 +65,14 @@ def mha_to_gqa(state: Mapping[str, Tensor], num_heads: int, num_kv_heads: int) -
 
 
 def convert(model: HDiT, group_size: int | Sequence[int]) -> HDiT:
-    """A copy of an HDiT in which ``group_size`` KV heads have become one.
+    """A copy of an HDiT in which each ``group_size`` KV heads have become one.
 
     Args:
-        model: not changed.
-        group_size: one for all levels with attention, or one per level; 1 leaves a level as it is.
+        model: the model to copy; it is not changed.
+        group_size: one int for all levels with attention, or one per level; 1 leaves a level as it is.
 
     Raises:
-        ValueError: a level whose KV heads the group size does not divide.
+        ValueError: the group size does not divide the KV heads of a level.
     """
     levels = model.config.levels
     sizes = [group_size] * len(levels) if isinstance(group_size, int) else list(group_size)
@@ -104,13 +106,13 @@ def convert_file(
     group_size: int | Sequence[int],
     config: HDiTConfig | None = None,
 ) -> tuple[HDiT, HDiT]:
-    """:func:`convert` from file to file, in the source's precision; returns both models.
+    """:func:`convert` a file, in its precision, to another file; returns the model before and after.
 
     Args:
-        config: for a source that holds none.
+        config: the configuration, if the source file holds none.
 
     Raises:
-        ValueError: as :func:`convert` and :meth:`HDiT.from_pretrained`; the target is then untouched.
+        ValueError: as for :func:`convert` and :meth:`HDiT.from_pretrained`; the target is then not written.
     """
     model = HDiT.from_pretrained(source, config=config, dtype=None)
     converted = convert(model, group_size)
@@ -118,7 +120,8 @@ def convert_file(
     return model, converted
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m natten_layers.convert", description=(__doc__ or "").split("\n\n")[1]
     )
@@ -138,12 +141,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         config = HDiTConfig.from_json(options.config) if options.config else None
         models = convert_file(options.source, options.target, sizes, config)
-    except (ValueError, OSError) as error:
-        parser.exit(1, f"{parser.prog}: error: {error}\n")
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        parser.exit(1, f"{parser.prog}: error: {' '.join(str(error).split()) or type(error).__name__}\n")
+    except KeyboardInterrupt:
+        print(f"interrupted; {options.target} is as it was", file=sys.stderr)
+        return 130
     before, after = (sum(p.numel() for p in model.parameters()) for model in models)
     heads = [level.num_kv_heads or level.num_heads for level in models[1].config.levels if level.attention != "none"]
     print(f"{options.target}: {after:,} parameters, from {before:,}; KV heads by level: {heads}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,12 +1,13 @@
-"""PyTorch implementations: the dense fp64 oracle, and the blocked path that CPU and MPS users run.
+"""PyTorch implementations: a dense reference for tests, and the blocked attention that runs on CPU and MPS.
 
-The latter's tiles are in ``tiles.py``, with the legend of their shapes; registers and the sink join them here.
+``tiles.py`` computes the blocked attention over windows, and explains the letters of its shapes; this module adds
+registers and the sink.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Concatenate, ParamSpec, TypeVar
 
@@ -23,14 +24,14 @@ __all__ = ["attention", "attention_state", "dense_attention_state", "merge_state
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Asked once, here: the compiler of torch 2.11 can not trace the question.
+# Asked at import, as torch.compile of torch 2.11 cannot trace the question.
 AUTOCAST_DEVICES = frozenset(
     device for device in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla") if torch.amp.is_autocast_available(device)
 )
 
 
 def without_autocast(function: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatenate[Tensor, P], R]:
-    """Keep autocast, which takes products of fp32 tensors in half precision, out of a function that casts by itself."""
+    """Switch autocast off in a function that casts by itself: it would compute fp32 products in half precision."""
 
     @wraps(function)
     def run(tensor: Tensor, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -53,23 +54,28 @@ def dense_attention_state(
     sink: Tensor | float | None,
     window: Window,
     scale: float,
+    rpb: Tensor | None = None,
 ) -> State:
-    """The definition, literally: all scores, one mask, one softmax. Allocates tokens x tokens; for tests.
+    """The definition of the operation, literally: all scores, one mask, one softmax. For tests.
 
-    Arguments as validated by ``functional``; returns ``(out, row_max, row_sum)``. Statistics are fp32, or fp64 for fp64
-    inputs. Scores and softmax are computed in that precision.
+    Takes arguments validated by ``operations`` and returns ``(out, row_max, row_sum)``. Scores, softmax and statistics
+    are fp32, or fp64 for fp64 inputs. ``rpb [Hq, 2 k_1 - 1, ...]`` is added to the scores of tokens, for query ``i``
+    and key ``j`` its entry ``(j - i) / d + k - 1`` on each axis. Allocates several times tokens x tokens.
     """
     batch, heads, kv_heads = query.shape[0], query.shape[-2], key.shape[-2]
     spatial = query.shape[1:-2]
     accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
     q, k, v = (t.flatten(1, -3).to(accumulate) for t in (query, key, value))  # [B, N, H, D]
     mask = window_mask(spatial, window, query.device)  # [N, N]
+    bias = None if rpb is None else _dense_bias(rpb.to(accumulate), spatial, window)  # [N, Hq, N]
     if additional_keys is not None and additional_values is not None:
         k = torch.cat([additional_keys.to(accumulate), k], 1)
         v = torch.cat([additional_values.to(accumulate), v], 1)
         mask = torch.cat([mask.new_ones(mask.shape[0], additional_keys.shape[1]), mask], 1)
+        bias = None if bias is None else pad(bias, (additional_keys.shape[1], 0))
     k, v = (t.repeat_interleave(heads // kv_heads, -2) for t in (k, v))
     scores = scale * torch.einsum("bqhd,bkhd->bqhk", q, k)
+    scores = scores if bias is None else scores + bias
     scores = scores.masked_fill(~mask[:, None, :], -torch.inf)
     row_max = scores.amax(-1)
     if sink is not None:
@@ -79,13 +85,25 @@ def dense_attention_state(
     row_sum = weights.sum(-1)
     if sink is not None:
         row_sum = row_sum + torch.exp(sink - row_max)
-    # A weight of zero times NaN is NaN: a token that is not seen must not be heard.
+    # A weight of zero times NaN is NaN, but a nonfinite value must reach only the queries that see it.
     finite = v.isfinite()
     out = torch.einsum("bqhk,bkhd->bqhd", weights, torch.where(finite, v, 0.0))
     sees_nonfinite = torch.einsum("qk,bkhd->bqhd", mask.to(accumulate), (~finite).to(accumulate)) > 0
     out = torch.where(sees_nonfinite, torch.nan, out / row_sum[..., None])
     shape = (batch, *spatial, heads)
     return out.to(query.dtype).reshape(*shape, -1), row_max.reshape(shape), row_sum.reshape(shape)
+
+
+def _dense_bias(rpb: Tensor, spatial: Sequence[int], window: Window) -> Tensor:
+    """``[N, Hq, N]``: the bias of every pair of tokens; where the query does not see the key it is arbitrary."""
+    entries = []
+    for axis, (k, d) in enumerate(zip(window.kernel_size, window.dilation, strict=True)):
+        shape = [1] * len(spatial)
+        shape[axis] = spatial[axis]
+        place = torch.arange(spatial[axis], device=rpb.device).reshape(shape).expand(*spatial).flatten()
+        distance = torch.div(place - place[:, None], d, rounding_mode="floor")
+        entries.append((distance + k - 1).clamp(0, 2 * k - 2))
+    return rpb[:, *entries].movedim(0, 1)
 
 
 @without_autocast
@@ -98,27 +116,27 @@ def attention_state(
     sink: Tensor | float | None,
     window: Window,
     scale: float,
+    rpb: Tensor | None = None,
 ) -> State:
-    """:func:`dense_attention_state` in time and memory linear in the tokens, by tiles of queries.
+    """:func:`dense_attention_state` by tiles of queries, in time and memory linear in the number of tokens.
 
     Differentiable to any order and in forward mode; the backward pass recomputes the scores. Beside its results, which
-    are contiguous, it allocates one copy of query, key and value in the accumulation dtype, what one chunk of
-    ``CHUNK_SCORES`` scores needs (or one tile's scores and keys, if more) and, where there are registers,
-    tokens x registers scores.
-    A key or value that is not finite turns the whole rows of the queries that see it into NaN, and no others.
+    are contiguous, it allocates a copy of query, key and value in the accumulation dtype, the scores and keys of one
+    chunk of ``CHUNK_SCORES`` scores (or of one tile, if that has more) and, with registers, tokens x registers scores.
+    A nonfinite key or value turns the whole rows of the queries that see it into NaN, and no others.
     """
     group = query.shape[-2] // key.shape[-2]
     accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
     axes = plan(query.shape[1:-2], window, group)
     tiles = tile_queries(query.to(accumulate) * scale, axes, group)
     k, v = (heads_first(t.to(accumulate), axes) for t in (key, value))
-    # A masked weight is exactly zero, but zero times NaN is NaN. So tiles compute on finite keys and values only, and
-    # rows that see a non-finite one are poisoned afterwards.
+    # A masked weight is exactly zero, but zero times NaN is NaN. So tiles compute with zeros in place of nonfinite keys
+    # and values, and rows that see one are set to NaN afterwards.
     nonfinite = None
     if not _are_known_finite(k, v):
         nonfinite = torch.cat([nonfinite_mask(k), nonfinite_mask(v)], -1)
         k, v = (t.nan_to_num(0.0, 0.0, 0.0) for t in (k, v))
-    out, row_max, log_sum = attend_tiles(tiles, k, v, nonfinite, axes)
+    out, row_max, log_sum = attend_tiles(tiles, k, v, None if rpb is None else rpb.to(accumulate), nonfinite, axes)
     state = out, row_max, log_sum.exp()
     if additional_keys is not None and additional_values is not None:
         registers = (t.to(accumulate).movedim(1, 2).flatten(0, 1) for t in (additional_keys, additional_values))
@@ -140,16 +158,16 @@ def attention(
     window: Window,
     scale: float,
 ) -> Tensor:
-    """``out`` of :func:`attention_state` alone, contiguous as there.
+    """``out`` of :func:`attention_state`, contiguous.
 
-    On a CPU, where tokens see all others, or all before them, it is PyTorch's attention, unless somebody may ask for
-    derivatives: that one does not have all of them.
+    Plain and plain causal attention on a CPU is left to PyTorch's, unless derivatives may be needed, of which PyTorch's
+    does not have all.
     """
     inputs = query, key, value, additional_keys, additional_values, sink
     spatial, extras = query.shape[1:-2], inputs[3:]
     is_plain = query.device.type == "cpu" and query.shape[-1] == value.shape[-1] and not is_differentiated(inputs)
     past = is_plain and window.is_past(spatial) and all(x is None for x in extras)
-    past = past and _are_known_finite(key, value)  # a weight of zero times NaN is NaN
+    past = past and _are_known_finite(key, value)  # PyTorch would multiply masked NaN by a weight of zero
     if not past and not (is_plain and window.is_full(spatial)):
         return attention_state(*inputs, window, scale)[0]
     accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -159,18 +177,21 @@ def attention(
         k, v = (torch.cat(parts, 2) for parts in zip((k, v), registers, strict=True))
     mask = None
     if sink is not None:
-        # One more key, of score zero but for what the mask adds, and of value zero.
+        # The sink is one more key and value of zeros. The mask adds its logit to the score, which is zero.
         k, v = (pad(t, (0, 0, 0, 1)) for t in (k, v))
         mask = k.new_zeros(1, q.shape[1], 1, k.shape[2])
         mask[..., -1] = torch.as_tensor(sink, dtype=accumulate).reshape(1, -1, 1)
-    # A choice, not the comparison: in a graph with symbols for sizes that is a symbol, which PyTorch refuses here.
+    # In a graph with symbolic sizes the comparison is symbolic, and PyTorch does not take it as ``enable_gqa``.
     grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
     out = scaled_dot_product_attention(q, k, v, mask, is_causal=past, scale=scale, **grouped)
     return out.transpose(1, 2).reshape(query.shape).to(query.dtype).contiguous()
 
 
 def _are_known_finite(*tensors: Tensor) -> bool:
-    """Whether all are finite, where asking costs little: a device would be waited for, a graph can not ask."""
+    """Whether all elements are finite; False also where checking is expensive or impossible.
+
+    On a GPU the check would wait for the device, and a compiled graph cannot branch on data.
+    """
     if any(t.device.type != "cpu" for t in tensors) or is_watched(tensors):
         return False
     return all(math.isfinite(t.detach().sum().item()) for t in tensors)
@@ -180,7 +201,7 @@ def merge_states(*states: State) -> State:
     """Attention of the same queries over the union of disjoint sets of keys: ``(out, row_max, row_sum)``."""
     outs, maxima, sums = zip(*states, strict=True)
     row_max = torch.stack(maxima).amax(0)
-    reference = row_max.masked_fill(row_max == -math.inf, 0.0)  # rows that no state has a key for
+    reference = row_max.masked_fill(row_max == -math.inf, 0.0)  # a row without keys in any state must not become NaN
     weights = [row_sum * torch.exp(m - reference) for m, row_sum in zip(maxima, sums, strict=True)]
     row_sum = torch.stack(weights).sum(0)
     total = row_sum.masked_fill(row_sum == 0, 1.0)
@@ -189,7 +210,7 @@ def merge_states(*states: State) -> State:
 
 
 def _attend_registers(query: Tensor, key: Tensor, value: Tensor) -> State:
-    """Scaled queries ``[Z, ..., D]`` over registers ``[Z, R, D]`` that all of them see."""
+    """Attention of scaled queries ``[Z, ..., D]`` over registers ``[Z, R, D]``, which all queries see."""
     rows = query.flatten(1, -2)
     scores = rows @ key.mT
     row_max = scores.amax(-1).detach()
@@ -201,7 +222,7 @@ def _attend_registers(query: Tensor, key: Tensor, value: Tensor) -> State:
 
 
 def _add_sink(state: State, sink: Tensor, tiles: Tensor) -> State:
-    """One more key of score ``sink`` (``[Hq]`` or one for all heads) and value zero; finite for scores of any size."""
+    """Add a key with score ``sink`` (``[Hq]``, or one for all heads) and value zero. It does not overflow."""
     out, row_max, row_sum = state
     group = tiles.shape[-3]
     if sink.ndim:

@@ -1,4 +1,4 @@
-"""Which implementation and which kernels a call takes, and why: :func:`explain`."""
+""":func:`explain`: which implementation and which kernels compute a call, and why."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from .arguments import Axes, prepare
-from .functional import Impl, why_eager
+from .arguments import Axes, check_bias, prepare
 from .kernels.ops import attention as attention_ops
 from .kernels.ops.define import is_tracked
+from .operations import NO_BIAS, Impl, why_eager
 
 __all__ = ["Explanation", "Kernel", "explain"]
 
@@ -21,12 +21,12 @@ class Kernel:
     """The kernel that computes one direction of a call."""
 
     direction: str
-    """forward, backward_query (dQ), backward_key (dK and dV) or backward_registers (those of additional keys)"""
+    """forward, backward_query (dQ), backward_key (dK and dV) or backward_registers (gradients of additional keys)."""
     name: str
     settings: tuple[tuple[str, Any], ...]
-    """Tiles and options by name; sizes are ``t, h, w`` in tokens, ``pack`` is query heads of a program."""
+    """Tiles and options by name. Sizes are ``t, h, w`` in tokens; ``pack`` is the number of heads a program."""
     passed_over: tuple[tuple[str, str], ...]
-    """Kernels that were asked before it, and why each does not compute the call."""
+    """Kernels that were considered before this one, each with the reason why it does not compute the call."""
 
     def __str__(self) -> str:
         settings = ", ".join(f"{name}={value}" for name, value in self.settings)
@@ -36,11 +36,11 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What computes a call. Its text is made for reading, and may change."""
+    """The implementation and the kernels that compute a call. Its text is for people to read, and may change."""
 
     impl: Literal["fused", "eager"]
     why_eager: str | None
-    """Why the fused kernels do not compute it, if they do not."""
+    """Why the fused kernels do not compute the call; None if they do."""
     kernels: tuple[Kernel, ...] = ()
 
     def __str__(self) -> str:
@@ -58,36 +58,38 @@ def explain(
     stride: Axes = 1,
     dilation: Axes = 1,
     is_causal: bool | Sequence[bool] = False,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     sink: float | Tensor | None = None,
+    rpb: Tensor | None = None,
     return_lse: bool = False,
     impl: Impl = "auto",
     needs_grad: bool | None = None,
 ) -> Explanation:
-    """Which kernels :func:`neighborhood_attention` takes for these arguments, with what tiles, and why not others.
+    """Which kernels compute :func:`neighborhood_attention` of these arguments, with which tiles, and why not others.
 
-    Nothing is computed or compiled. ``print(explain(...))`` is the quick way to see why a call is slower than expected.
+    Nothing is computed or compiled. ``print(explain(...))`` shows quickly why a call is slower than expected.
 
     Args:
         query, key, value, kernel_size, stride, dilation, is_causal, scale, additional_keys, additional_values, sink,
-            return_lse, impl: as those of :func:`neighborhood_attention`, which checks them in the same way. Of tensors
-            only shape, strides, dtype, device and the alignment of their address matter.
-        needs_grad: whether gradients are asked for; None: whether an input requires one. The gradient of the output
-            counts as contiguous.
+            rpb, return_lse, impl: the arguments of :func:`neighborhood_attention`, which are checked in the same way.
+            Of tensors only shape, strides, dtype, device and alignment of the address matter.
+        needs_grad: whether gradients are needed; None if they are whenever an input requires one. The gradient of the
+            output is assumed to be contiguous.
 
     Returns:
-        An :class:`Explanation`, to be printed, or read field by field.
+        An :class:`Explanation`, to be printed or read field by field.
 
     Raises:
         ValueError: an argument does not fit.
-        RuntimeError: ``impl="fused"`` where the fused kernels cannot run.
+        RuntimeError: ``impl="fused"``, but the fused kernels cannot run.
     """
     call = prepare(
         query, key, value, kernel_size, stride, dilation, is_causal, scale, additional_keys, additional_values, sink
     )
-    reason = why_eager(impl, call.inputs.query, call.why_not_fused)
+    check_bias(rpb, call)
+    reason = why_eager(impl, call.inputs.query, call.why_not_fused if rpb is None else lambda: NO_BIAS)
     if reason is not None:
         return Explanation("eager", reason)
     with_gradients = is_tracked(call.inputs) if needs_grad is None else needs_grad

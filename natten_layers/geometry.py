@@ -1,11 +1,11 @@
 """Neighborhood windows: which keys a query sees along one axis, and which queries see a key.
 
-Everything that knows the shape of a window on the host lives here; the kernels hold the same arithmetic in
-``kernels/portable/primitives.py`` and the tests compare the two.
+The host's window arithmetic is in this module; kernels have the same in ``kernels/portable/primitives.py``, and tests
+compare the two.
 
-An axis of length ``L`` with dilation ``d`` splits into ``d`` residue classes (tokens ``i`` with equal ``i % d``).
-Inside a class a token has index ``i // d`` and the class has ``class_length(L, d, i % d)`` tokens. Windows are
-intervals of class indices. Source of the definition: NATTEN 0.21 (https://natten.org), kernel size 1 allowed too.
+An axis of length ``L`` with dilation ``d`` splits into ``d`` residue classes of tokens ``i`` with equal ``i % d``.
+Inside its class a token has index ``i // d``, and the class has ``class_length(L, d, i % d)`` tokens. Windows are
+intervals of class indices. The definition is that of NATTEN 0.21 (https://natten.org), but kernel size 1 is allowed.
 """
 
 from __future__ import annotations
@@ -55,24 +55,24 @@ class Window:
         return tuple(spatial) == self.kernel_size and not any(self.is_causal)
 
     def is_past(self, spatial: Sequence[int]) -> bool:
-        """True if every token of a text sees itself and all before it."""
+        """True if every token of a sequence sees itself and all tokens before it: plain causal attention."""
         return self == Window(tuple(spatial), (1,), (1,), (True,))
 
 
 def normalise_axes(name: str, value: T | Sequence[T], rank: int, kind: type[T]) -> tuple[T, ...]:
-    """Spread one value over ``rank`` axes, or check a sequence of ``rank`` values.
+    """Repeat one value for ``rank`` axes, or check a sequence of ``rank`` values.
 
     Raises:
-        ValueError: a wrong number of entries, or an entry that is not of ``kind`` (a bool is no int here, an integer of
-            NumPy is).
+        ValueError: a wrong number of entries, or an entry that is not of ``kind``. A bool does not count as an int, an
+            integer of NumPy does.
     """
     values = tuple(value) if isinstance(value, Sequence) else (value,) * rank
     if len(values) != rank:
         raise ValueError(f"{name} has {len(values)} entries {values}, but the tensors have {rank} spatial axes")
     if kind is int and any(type(entry) is not int for entry in values):
-        values = tuple(int(v) if isinstance(v, Integral) and not isinstance(v, bool) else v for v in values)  # NumPy's
+        values = tuple(int(v) if isinstance(v, Integral) and not isinstance(v, bool) else v for v in values)  # NumPy
     for axis, entry in enumerate(values):
-        # A size of an exported graph may be a symbol.
+        # In an exported graph a size may be symbolic.
         if type(entry) is not kind and not (kind is int and isinstance(entry, torch.SymInt)):
             raise ValueError(
                 f"{name} must be {kind.__name__} or a tuple of {kind.__name__}, "
@@ -91,9 +91,8 @@ def make_window(
     """Validate a neighborhood over axes of the lengths ``spatial``.
 
     Raises:
-        ValueError: names the argument, the axis and the values, unless on every axis
-            ``kernel_size >= 1``, ``1 <= stride <= kernel_size``, ``dilation >= 1`` and
-            ``kernel_size * dilation <= length``.
+        ValueError: on some axis not ``kernel_size >= 1``, ``1 <= stride <= kernel_size``, ``dilation >= 1`` and
+            ``kernel_size * dilation <= length``; the message names the argument, the axis and the values.
     """
     rank = len(spatial)
     window = Window(
@@ -127,14 +126,16 @@ def class_length(length: int, dilation: int, residue: int) -> int:
 
 
 def window_bounds(index: Index, length: int, kernel: int, stride: int, causal: bool) -> tuple[Index, Index]:
-    """First and last key (inclusive) that each query of one residue class sees. Neither decreases with the query.
+    """First and last key (inclusive) that each query of one residue class sees.
+
+    Neither decreases as the query increases.
 
     Args:
         index: class indices of the queries: an int, or an integer tensor of any shape.
         length: length of the class.
 
     Returns:
-        Two of ``index``'s kind and shape.
+        Two ints, or two tensors of the shape of ``index``.
     """
     group = index // stride * stride
     if causal:
@@ -148,7 +149,7 @@ def _clamp(value: Index, low: int, high: int) -> Index:
 
 
 def visible_pairs(spatial: Sequence[int], window: Window) -> int:
-    """Number of (query, key) pairs of one head. Axes are independent, so it is the product of theirs."""
+    """Number of (query, key) pairs of one head: the product of the numbers on each axis, as axes are independent."""
     axes = zip(spatial, window.kernel_size, window.stride, window.dilation, window.is_causal, strict=True)
     return prod(_axis_pairs(*axis) for axis in axes)
 
@@ -168,8 +169,8 @@ def _axis_pairs(length: int, kernel: int, stride: int, dilation: int, causal: bo
 def query_bounds(index: Tensor, length: int, kernel: int, stride: int, causal: bool) -> tuple[Tensor, Tensor]:
     """The inverse of :func:`window_bounds`: first and last query (inclusive) that see each key of one class.
 
-    Window starts never decrease with the query, so the queries that see a key form an interval. Empty intervals
-    (first > last) do occur: with a causal stride, late keys of a group may be seen by fewer queries.
+    Window bounds never decrease as the query increases, so the queries that see a key form an interval. It is never
+    empty, as every query sees its own token.
     """
     end = index.new_full((), length - 1)
     if causal:

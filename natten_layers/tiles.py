@@ -1,10 +1,11 @@
-"""Queries in tiles, each over the union of its windows: what the blocked path of ``eager.py`` is made of.
+"""Blocked attention in PyTorch: tiles of queries that attend to the union of their windows; ``eager.py`` uses it.
 
-It cuts every residue class of every axis into tiles of consecutive queries. A tile attends to the union
-of its windows, which is again a box of keys, under a small mask: gather, matrix product, softmax, matrix product. All
-ranks, strides, dilations and causal axes are the same loop over such tiles.
+Every residue class of every axis is cut into tiles of consecutive queries. The union of a tile's windows is a box of
+keys, too. So a tile takes a gather, a matrix product with a small mask, a softmax and a matrix product; any number of
+axes, strides, dilations and causal axes are the same loop over tiles.
 
-Shape legend: Z = batch * KV heads, G query heads a KV head, m tiles of an axis, T queries of a tile, U keys of a union.
+Shapes: ``Z`` is batch * KV heads, ``G`` query heads of a KV head, ``m`` tiles of an axis, ``T`` queries of a tile,
+``U`` keys of a union.
 """
 
 from __future__ import annotations
@@ -21,19 +22,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .geometry import Window, class_length, window_bounds
+from .position_bias import look_up, sum_up
 
 __all__ = ["Axis", "State", "attend_tiles", "heads_first", "nonfinite_mask", "plan", "tile_queries", "untile"]
 
 State = tuple[Tensor, Tensor, Tensor]
-"""``out``, ``row_max`` and ``row_sum`` or its logarithm"""
+"""``out``, ``row_max``, and ``row_sum`` or its logarithm."""
 
 LEAST_ROWS, TILE_ROWS = 16, 64
-"""Queries of a tile, all heads of its group counted: enough rows for a matrix product."""
+"""Least and intended rows of a tile, which are its queries times the heads of the group."""
 LOAD_SCORES = 45
-"""Scores that take as long as a key and its value to gather: tiles of 32 and 64 rows were timed to be equally fast for
-a window of 7 x 7, the smaller ones to be faster for 3 x 3 x 3."""
+"""Number of scores whose computation takes as long as gathering a key and its value. It follows from timings: tiles of
+32 and 64 rows are equally fast for a window of 7 x 7, and the smaller ones faster for 3 x 3 x 3."""
 CHUNK_SCORES = 1 << 19
-"""Scores computed at once, so that they stay in a core's cache between the two matrix products."""
+"""Scores that are computed at once, so few that they stay in a core's cache between the two matrix products."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Axis:
 
     @property
     def longest(self) -> int:
-        """Length of the longest residue class. Shorter ones are one token shorter and padded to it."""
+        """Length of the longest residue class. Others may be one token shorter, and are padded to it."""
         return class_length(self.length, self.dilation, 0)
 
     @property
@@ -65,7 +67,7 @@ class Axis:
         return window_bounds(min(index, length - 1), length, self.kernel, self.stride, self.causal)
 
     def union(self, tile: int) -> tuple[int, int, int]:
-        """Residue class, first and last key (class indices, inclusive) of a tile's windows together."""
+        """Residue class of a tile, and first and last key (class indices, inclusive) of the union of its windows."""
         residue, position = divmod(tile, self.count)
         start = position * self.tile
         return residue, self.bounds(start, residue)[0], self.bounds(start + self.tile - 1, residue)[1]
@@ -73,7 +75,7 @@ class Axis:
     def block(self, start: int, stop: int) -> _Block:
         unions = [self.union(tile) for tile in range(start, stop)]
         keys = max(last - first + 1 for _, first, last in unions)
-        # Unions are brought to one size; at a border the start moves inwards.
+        # All unions get the size of the largest, so at a border a union starts further inwards.
         first = [min(first, self.longest - keys) for _, first, _ in unions]
         tokens = [f * self.dilation + residue for f, (residue, *_) in zip(first, unions, strict=True)]
         origin = min(tokens)
@@ -84,18 +86,19 @@ class Axis:
 
 @dataclass(frozen=True)
 class _Block:
-    """Some tiles of one axis, with unions of ``keys`` keys each."""
+    """Consecutive tiles of one axis, whose unions have ``keys`` keys each."""
 
     axis: Axis
     start: int
     keys: int
     first: tuple[int, ...]
-    """First key of every tile, as class index"""
+    """First key of every tile's union, as a class index."""
     origin: int
-    """First token that any tile sees"""
+    """First token that any tile sees."""
     spread: int
+    """Largest of the offsets."""
     offsets: tuple[int, ...]
-    """First token of every tile, from the origin"""
+    """First token of every tile's union, relative to the origin."""
 
     @property
     def reach(self) -> int:
@@ -107,7 +110,7 @@ class _Block:
         return self.spread + self.reach
 
     def view(self, x: Tensor, tile: int, dim: int) -> Tensor:
-        """Keys of one tile along ``dim``, which starts at the origin."""
+        """Keys of one tile's union, as a view of ``x``, which starts at the origin along ``dim``."""
         x = x.narrow(dim, self.offsets[tile], self.reach)
         return x if self.axis.dilation == 1 else x[(slice(None),) * dim + (slice(None, None, self.axis.dilation),)]
 
@@ -115,17 +118,29 @@ class _Block:
         """``[tiles, T, U]``: 0 where the query sees the key, else -inf."""
         axis, longest, device = self.axis, self.axis.longest, like.device
         tiles = range(self.start, self.start + len(self.first))
-        start = torch.tensor([tile % axis.count * axis.tile for tile in tiles], device=device)
-        index = start[:, None] + torch.arange(axis.tile, device=device)  # [tiles, T]
+        index, key = self._indices(device)
         first, last = window_bounds(index.clamp(max=longest - 1), longest, axis.kernel, axis.stride, axis.causal)
         if axis.length % axis.dilation:
             shorter = [tile // axis.count >= axis.length % axis.dilation for tile in tiles]
             short = torch.tensor(shorter, device=device)[:, None]
             bounds = window_bounds(index.clamp(max=longest - 2), longest - 1, axis.kernel, axis.stride, axis.causal)
             first, last = (torch.where(short, *pair) for pair in zip(bounds, (first, last), strict=True))
-        key = torch.tensor(self.first, device=device)[:, None] + torch.arange(self.keys, device=device)  # [tiles, U]
         seen = (key[:, None, :] >= first[..., None]) & (key[:, None, :] <= last[..., None])
         return like.new_zeros(seen.shape).masked_fill_(~seen, -math.inf)
+
+    def entries(self, device: torch.device) -> Tensor:
+        """``[tiles, T, U]``: index into the table of relative positions; arbitrary where the key is invisible."""
+        index, key = self._indices(device)
+        most = self.axis.kernel - 1
+        return (key[:, None, :] - index[..., None]).clamp(-most, most) + most
+
+    def _indices(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Class indices of queries ``[tiles, T]`` and keys ``[tiles, U]``."""
+        axis, tiles = self.axis, range(self.start, self.start + len(self.first))
+        start = torch.tensor([tile % axis.count * axis.tile for tile in tiles], device=device)
+        index = start[:, None] + torch.arange(axis.tile, device=device)
+        key = torch.tensor(self.first, device=device)[:, None] + torch.arange(self.keys, device=device)
+        return index, key
 
 
 Chunk = tuple[_Block, ...]
@@ -133,8 +148,8 @@ Part = tuple[int, int]  # start and length along Z
 
 
 def plan(spatial: Sequence[int], window: Window, group: int) -> tuple[Axis, ...]:
-    """Grow the tile, one axis at a time, where that adds the fewest keys to the union; as long as it pays."""
-    # A compiled graph is for these lengths: with symbols for them, to trace the loops over tiles takes minutes.
+    """Choose tiles: double the tile on the axis where that adds the fewest keys to the union, as long as it pays."""
+    # A compiled graph is specialised for these lengths. If they were symbolic, tracing the loops would take minutes.
     lengths = map(operator.index, spatial)
     axes = [
         Axis(*arguments, tile=1)
@@ -155,13 +170,13 @@ def plan(spatial: Sequence[int], window: Window, group: int) -> tuple[Axis, ...]
 
 
 def _cost_of_query(axes: Sequence[Axis], group: int) -> float:
-    """Scores that it takes as long to compute as a query's share of its tile, apart from borders."""
+    """Time of a query's share of its tile, in units of the time to compute a score; borders are neglected."""
     keys = math.prod([min(a.kernel + a.tile - 1, a.longest) for a in axes])
     return keys * (1 + LOAD_SCORES / (group * math.prod([a.tile for a in axes])))
 
 
 def _pad(x: Tensor, lengths: Sequence[int], dim: int) -> Tensor:
-    """Zeros behind the axes from ``dim`` on, up to ``lengths``."""
+    """Pad the axes from ``dim`` on to ``lengths`` with zeros at their ends."""
     extra = [new - old for new, old in zip(lengths, x.shape[dim:], strict=False)]
     if not any(extra):
         return x
@@ -170,11 +185,11 @@ def _pad(x: Tensor, lengths: Sequence[int], dim: int) -> Tensor:
 
 
 def tile_queries(query: Tensor, axes: tuple[Axis, ...], group: int) -> Tensor:
-    """``[B, *spatial, Hq, D]`` to ``[Z, *m, G, T, D]``, tiles of one residue class next to each other."""
+    """Cut ``[B, *spatial, Hq, D]`` into tiles ``[Z, *m, G, T, D]``; those of a residue class follow each other."""
     rank = len(axes)
     x = _pad(query, [a.count * a.tile * a.dilation for a in axes], 1)
     shape = [n for a in axes for n in (a.count, a.tile, a.dilation)]
-    kv_heads = x.shape[-2] // group  # sizes are spelled out: an empty batch leaves nothing to infer them from
+    kv_heads = x.shape[-2] // group  # no size below is -1, as an empty batch leaves nothing to infer it from
     x = x.reshape(x.shape[0], *shape, kv_heads, group, x.shape[-1])
     head = 1 + 3 * rank
     tiles = [d for i in range(rank) for d in (3 + 3 * i, 1 + 3 * i)]
@@ -197,12 +212,15 @@ def untile(x: Tensor, axes: tuple[Axis, ...], query: Tensor) -> Tensor:
 
 
 def heads_first(x: Tensor, axes: tuple[Axis, ...]) -> Tensor:
-    """``[B, *spatial, Hkv, D]`` to ``[Z, *spatial, D]``, residue classes padded to one length."""
+    """``[B, *spatial, Hkv, D]`` to ``[Z, *spatial, D]``, with all residue classes padded to one length."""
     return _pad(x.movedim(-2, 1).flatten(0, 1), [a.longest * a.dilation for a in axes], 1)
 
 
 def nonfinite_mask(x: Tensor) -> Tensor:
-    """``[..., 1]``: 1.0 where a channel is NaN or infinite. ``x - x`` is zero or NaN, and cheaper than ``isfinite``."""
+    """``[..., 1]``: 1.0 where some element of the last axis is nonfinite, else 0.0.
+
+    ``x - x`` is zero for finite numbers and NaN for others, and cheaper than ``isfinite``.
+    """
     x = x.detach()
     return ((x - x).sum(-1, keepdim=True) != 0).to(x.dtype)
 
@@ -215,7 +233,7 @@ def _box(x: Tensor, chunk: Chunk) -> Tensor:
 
 
 def _gather(x: Tensor, chunk: Chunk) -> Tensor:
-    """``[Z, *spatial, D]`` to the unions of the chunk's tiles, ``[Z, tiles, U, D]``."""
+    """Gather the unions of the chunk's tiles, ``[Z, tiles, U, D]``, from ``[Z, *spatial, D]``."""
     rank = len(chunk)
     x = _box(x, chunk)
     for i, block in enumerate(chunk):  # [Z, *tiles so far, *keys so far, length, ..., D]
@@ -225,7 +243,7 @@ def _gather(x: Tensor, chunk: Chunk) -> Tensor:
 
 
 def _scatter_add(target: Tensor, grad: Tensor, chunk: Chunk) -> None:
-    """Add the adjoint of :func:`_gather` to ``target [Z, *spatial, D]``."""
+    """Add ``grad [Z, tiles, U, D]`` to ``target [Z, *spatial, D]``: the adjoint of :func:`_gather`."""
     target = _box(target, chunk)
     grad = grad.unflatten(2, [b.keys for b in chunk]).unflatten(1, [len(b.first) for b in chunk])
     for i, block in reversed(list(enumerate(chunk))):  # [Z, *tiles to i, *keys to i, width of i + 1, ..., D]
@@ -238,10 +256,10 @@ def _scatter_add(target: Tensor, grad: Tensor, chunk: Chunk) -> None:
 
 
 def _chunks(tiles: Tensor, axes: tuple[Axis, ...]) -> tuple[list[int], Iterator[tuple[Chunk, Part, Tensor]]]:
-    """Cut the tiles into chunks of about ``CHUNK_SCORES`` scores, at least one tile of one Z each.
+    """Cut the tiles into chunks of about ``CHUNK_SCORES`` scores, but of at least one tile and one index of Z.
 
-    Returns the number of chunks along every axis and along Z, and the chunks with their part of Z, which runs fastest,
-    and their bias ``[tiles, T, U]``.
+    Returns the number of chunks along every axis and along Z, and an iterator over chunks, each with its part of Z,
+    which varies fastest, and its mask ``[tiles, T, U]`` of 0 and -inf.
     """
     z = tiles.shape[0]
     scores = math.prod(tiles.shape[-3:-1]) * math.prod([min(a.kernel + a.tile + a.stride - 2, a.longest) for a in axes])
@@ -262,7 +280,7 @@ def _chunks(tiles: Tensor, axes: tuple[Axis, ...]) -> tuple[list[int], Iterator[
 
 
 def _iterate(blocks: list[list[_Block]], z_parts: list[Part], like: Tensor) -> Iterator[tuple[Chunk, Part, Tensor]]:
-    # The biases of one axis are small beside the tensors, unless it is the only axis: those of the first are not kept.
+    # Masks of one axis are small beside the tensors unless there is no other axis, so those of the first are not kept.
     inner = [[(block, block.bias(like)) for block in axis] for axis in blocks[1:]]
     for outer in blocks[0]:
         outer_bias = outer.bias(like)
@@ -273,7 +291,7 @@ def _iterate(blocks: list[list[_Block]], z_parts: list[Part], like: Tensor) -> I
 
 
 def _select(tiles: Tensor, chunk: Chunk, part: Part) -> Tensor:
-    """A chunk's rows of ``[Z, *m, G, T, ...]`` as ``[Z, tiles, G * T, ...]``."""
+    """Rows ``[Z, tiles, G * T, ...]`` of a chunk of ``[Z, *m, G, T, ...]``."""
     rank = len(chunk)
     x = tiles.narrow(0, *part)
     for i, block in enumerate(chunk):
@@ -282,19 +300,19 @@ def _select(tiles: Tensor, chunk: Chunk, part: Part) -> Tensor:
 
 
 def _unselect(x: Tensor, chunk: Chunk, like: Tensor) -> Tensor:
-    """The inverse: ``[Z, tiles, G * T, ...]`` to ``[Z, *m, G, T, ...]``, G and T those of ``like``."""
+    """The inverse of :func:`_select`: ``[Z, tiles, G * T, ...]`` to ``[Z, *m, G, T, ...]``, G and T as in ``like``."""
     return x.unflatten(2, like.shape[-3:-1]).unflatten(1, [len(b.first) for b in chunk])
 
 
 def _assemble(parts: list[Tensor], counts: Sequence[int]) -> Tensor:
-    """Put the results of all chunks together, each ``[Z, *m, ...]``."""
+    """Concatenate the results ``[Z, *m, ...]`` of all chunks."""
     for dim, count in zip((0, *range(len(counts) - 1, 0, -1)), reversed(counts), strict=True):
         parts = [torch.cat(parts[i : i + count], dim) for i in range(0, len(parts), count)]
     return parts[0]
 
 
 def _combine(biases: list[Tensor]) -> Tensor:
-    """The axes' ``[tiles, T, U]``, as one over all axes: 0 where a query sees a key on every axis, else -inf."""
+    """Combine the masks ``[tiles, T, U]`` of all axes into one: 0 where a query sees a key on every axis, else -inf."""
     rank = len(biases)
     total = biases[0].new_zeros(())
     for i, bias in enumerate(biases):
@@ -304,31 +322,52 @@ def _combine(biases: list[Tensor]) -> Tensor:
     return total.flatten(2 * rank).flatten(rank, 2 * rank - 1).flatten(0, rank - 1)
 
 
-def _weights(q: Tensor, k: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores' row maximum ``[Z, tiles, G * T]`` and softmax ``[Z, tiles, G * T, U]`` of one chunk."""
+def _weights(q: Tensor, k: Tensor, bias: Tensor, relative: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Row maximum ``[Z, tiles, G * T]`` and softmax ``[Z, tiles, G * T, U]`` of the scores of one chunk."""
     scores = q @ k.mT
     scores.unflatten(2, (-1, bias.shape[1])).add_(bias[:, None])
+    if relative is not None:
+        scores = scores + relative
     return scores.amax(-1), scores.softmax(-1)
 
 
-class _Tiles(torch.autograd.Function):
-    """Attention of every tile over the union of its windows, without keeping the weights of any chunk.
+def _relative(table: Tensor, chunk: Chunk, part: Part, group: int) -> tuple[list[Tensor], Tensor, int]:
+    """Arguments of :func:`look_up` and :func:`sum_up` after the tensor."""
+    start, length = part
+    heads = torch.arange(start, start + length, device=table.device) % (table.shape[0] // group)
+    return [block.entries(table.device) for block in chunk], heads, group
 
-    ``(query [Z, *m, G, T, D], key [Z, *spatial, D], value [Z, *spatial, Dv], nonfinite [Z, *spatial, 2], axes)`` to
-    ``(out [Z, *m, G, T, Dv], row_max [Z, *m, G, T], log(row_sum))``. ``row_max`` is a constant to autograd.
-    ``nonfinite`` is 1 where a key or a value was not finite: rows that see it become NaN, their gradients do not. It is
-    None where all are finite.
+
+def _look_up(table: Tensor | None, chunk: Chunk, part: Part, group: int) -> Tensor | None:
+    return None if table is None else look_up(table, *_relative(table, chunk, part, group))
+
+
+class _Tiles(torch.autograd.Function):
+    """Attention of every tile over the union of its windows. Weights are recomputed in the backward pass.
+
+    ``(query [Z, *m, G, T, D], key [Z, *spatial, D], value [Z, *spatial, Dv], table, nonfinite [Z, *spatial, 2], axes)``
+    to ``(out [Z, *m, G, T, Dv], row_max [Z, *m, G, T], log(row_sum))``. ``row_max`` is a constant to autograd.
+    ``table`` is that of ``position_bias.py``, or None. ``nonfinite`` is 1 where a key or a value was nonfinite, and
+    None if all are finite. Rows that see such a key become NaN, their gradients do not.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(query: Tensor, key: Tensor, value: Tensor, nonfinite: Tensor | None, axes: tuple[Axis, ...]) -> State:
+    def forward(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        table: Tensor | None,
+        nonfinite: Tensor | None,
+        axes: tuple[Axis, ...],
+    ) -> State:
         parts: list[tuple[Tensor, ...]] = []
         counts, chunks = _chunks(query, axes)
         for chunk, z, bias in chunks:
-            row_max, p = _weights(_select(query, chunk, z), _gather(key.narrow(0, *z), chunk), bias)
-            # The largest weight is exp(0) / row_sum: the sum at the price of a maximum.
+            relative = _look_up(table, chunk, z, query.shape[-3])
+            row_max, p = _weights(_select(query, chunk, z), _gather(key.narrow(0, *z), chunk), bias, relative)
+            # The largest weight is exp(0) / row_sum, so a maximum over weights gives the sum.
             log_sum = -p.amax(-1).log()
             out = p @ _gather(value.narrow(0, *z), chunk)
             out, row_max, log_sum = (_unselect(x, chunk, query) for x in (out, row_max, log_sum))
@@ -354,14 +393,14 @@ class _Tiles(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value = ctx.saved_tensors
+        query, key, value, table = ctx.saved_tensors
         grad_out, _, grad_lse = grads
         parts: list[Tensor] = []
-        grad_key = grad_value = None
+        grad_key = grad_value = grad_table = None
         counts, chunks = _chunks(query, ctx.axes)
         for chunk, z, bias in chunks:
             q, k = _select(query, chunk, z), _gather(key.narrow(0, *z), chunk)
-            _, p = _weights(q, k, bias)
+            _, p = _weights(q, k, bias, _look_up(table, chunk, z, query.shape[-3]))
             do, dlse = _select(grad_out, chunk, z), _select(grad_lse, chunk, z)
             weighted = p * (do @ _gather(value.narrow(0, *z), chunk).mT)
             # dS = P (dP - delta), delta = rowsum(P dP) - dlse
@@ -372,7 +411,10 @@ class _Tiles(torch.autograd.Function):
                 grad_key, grad_value = dk.new_zeros(key.shape), dv.new_zeros(value.shape)
             _scatter_add(grad_key.narrow(0, *z), dk, chunk)
             _scatter_add(grad_value.narrow(0, *z), dv, chunk)
-        return _assemble(parts, counts), grad_key, grad_value, None, None
+            if table is not None:
+                dt = sum_up(ds, *_relative(table, chunk, z, query.shape[-3]), table)
+                grad_table = dt if grad_table is None else grad_table + dt
+        return _assemble(parts, counts), grad_key, grad_value, grad_table, None, None
 
 
 class _ForwardModeTiles(_Tiles):
@@ -380,16 +422,20 @@ class _ForwardModeTiles(_Tiles):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, None, Tensor]:
-        query, key, value = ctx.saved_tensors
+        query, key, value, table = ctx.saved_tensors
         q_dot, k_dot, v_dot = (
             torch.zeros_like(x) if t is None else t for x, t in zip((query, key, value), tangents, strict=False)
         )
+        group = query.shape[-3]
         parts: list[tuple[Tensor, Tensor]] = []
         counts, chunks = _chunks(query, ctx.axes)
         for chunk, z, bias in chunks:
             q, k = _select(query, chunk, z), _gather(key.narrow(0, *z), chunk)
-            _, p = _weights(q, k, bias)
-            weighted = p * (_select(q_dot, chunk, z) @ k.mT + q @ _gather(k_dot.narrow(0, *z), chunk).mT)
+            _, p = _weights(q, k, bias, _look_up(table, chunk, z, group))
+            s_dot = _select(q_dot, chunk, z) @ k.mT + q @ _gather(k_dot.narrow(0, *z), chunk).mT
+            if tangents[3] is not None:
+                s_dot = s_dot + look_up(tangents[3], *_relative(tangents[3], chunk, z, group))
+            weighted = p * s_dot
             mean = weighted.sum(-1)
             out_dot = (weighted - p * mean[..., None]) @ _gather(value.narrow(0, *z), chunk) + p @ _gather(
                 v_dot.narrow(0, *z), chunk
@@ -399,7 +445,9 @@ class _ForwardModeTiles(_Tiles):
         return out_dot, None, lse_dot
 
 
-def attend_tiles(query: Tensor, key: Tensor, value: Tensor, nonfinite: Tensor | None, axes: tuple[Axis, ...]) -> State:
-    """:class:`_Tiles`, differentiable in every way that whoever asks can have."""
+def attend_tiles(
+    query: Tensor, key: Tensor, value: Tensor, table: Tensor | None, nonfinite: Tensor | None, axes: tuple[Axis, ...]
+) -> State:
+    """Apply :class:`_Tiles`; it is differentiable in forward mode too, except in compiled graphs."""
     function = _Tiles if torch.compiler.is_compiling() else _ForwardModeTiles
-    return function.apply(query, key, value, nonfinite, axes)
+    return function.apply(query, key, value, table, nonfinite, axes)

@@ -1,11 +1,11 @@
-"""Search the fastest launches of the fused kernels for a problem on this machine's GPU, and keep them for later calls.
+"""Search the fastest tile configurations of the fused kernels on this machine's GPU, and save them for later calls.
 
     python -m natten_layers.tune 128x128 --kernel-size 7x7 --heads 8 --kv-heads 2 --head-dim 64 --batch 8
 
-The library never searches on a call: without this command a rule chooses. What is found goes to ``configs.json`` in
-``$NATTEN_LAYERS_CACHE`` or the user's cache folder, and serves every call with these lengths, window, heads a KV head,
-head dim and dtype on this kind of GPU, in processes that start afterwards. A launch is kept only if its results agree
-with the rule's. Delete the file to forget it all.
+A call never searches; without this command tiles are chosen by rule. Results are saved in ``configs.json`` in
+``$NATTEN_LAYERS_CACHE`` or the user's cache folder. Processes that start afterwards use them for every call with these
+lengths, window, query heads per KV head, head dim and dtype on this kind of GPU. A tile configuration is saved only if
+the kernel's results agree with those of the rule's. Delete the file to go back to the rule.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from .functional import neighborhood_attention
 from .kernels.host.problem import Inputs, Options, device_traits, problem_of, three_axes
 from .kernels.host.tiling import Kind, ProblemClass, TileConfig, best_boxes, boxes, rule
 from .kernels.host.tuned import cache_file, override, write_tuned
+from .operations import neighborhood_attention
 
 __all__ = ["Found", "main", "neighbors", "search", "tune"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MAXNREGS = (None, 96, 128, 168)
 GAIN = 0.02
-"""part of the time that a change must save, or it is noise"""
+"""Part of the time that a change must save to be more than noise."""
 
 Timer = Callable[[Callable[[], object]], float]
 Measure = Callable[[TileConfig], float]
-"""Seconds of a launch; infinite if it cannot run or its results are wrong."""
+"""Returns the seconds that a tile configuration takes; infinite if it cannot run or its results are wrong."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """The best launch of one kernel, and its seconds beside those of the rule's."""
+    """The best tile configuration of one kernel, its seconds, and those of the rule's tile configuration."""
 
     config: TileConfig
     seconds: float
@@ -52,7 +52,7 @@ class Found:
 
 
 def neighbors(kind: Kind, problem: ProblemClass, config: TileConfig) -> Iterator[TileConfig]:
-    """Launches that differ in one respect."""
+    """Tile configurations that differ from ``config`` in one respect."""
     for warps in (config.num_warps * 2, config.num_warps // 2):
         if 1 <= warps <= 16:
             yield replace(config, num_warps=warps)
@@ -85,9 +85,9 @@ def search(
     trials: int,
     report: Callable[[TileConfig, float], None] = lambda config, seconds: None,
 ) -> Iterator[Found]:
-    """Go from the rule's launch to the best neighbor, as long as that gains and ``trials`` last.
+    """Hill climbing: from the rule's tile configuration to the best neighbor, until none gains or ``trials`` are used.
 
-    Yields the best so far after every trial, so that a search that is cut off still found something.
+    Yields the best so far after every trial, so that an interrupted search has a result.
     """
     best = rule(kind, problem)
     seconds = rule_seconds = measure(best)
@@ -121,11 +121,11 @@ def tune(
     timer: Timer,
     report: Callable[[Kind, TileConfig, float], None],
 ) -> Iterator[tuple[Kind, Found]]:
-    """:func:`search` for several kernels, on a call of the operation.
+    """:func:`search` for several kernels, timing calls of the operation.
 
     Args:
-        attend: the operation on query, key and value.
-        inputs: query, key, value, and the gradient of the output.
+        attend: the operation, a function of query, key and value.
+        inputs: query, key, value and the gradient of the output.
     """
     for kind in kinds:
         measure = _measure(kind, attend, inputs, timer)
@@ -151,14 +151,15 @@ def _measure(
             return torch.autograd.grad(out, leaves, grad_out, retain_graph=True)
 
     expected = run()
-    limit = 4 * torch.finfo(grad_out.dtype).eps  # another order of sums, and a rounding of weights and result each
+    # Results may differ by the order of sums, and by the rounding of weights and of the result.
+    limit = 4 * torch.finfo(grad_out.dtype).eps
 
     def seconds(config: TileConfig) -> float:
-        # Overrides hold in one thread: the backward pass must not move to another.
+        # Overrides hold in one thread only, so the backward pass must stay in this one.
         with override({kind: config}), torch.autograd.set_multithreading_enabled(False):
             try:
                 results = run()
-            except Exception:  # Triton fails in many ways where a launch asks for more than the device has
+            except Exception:  # Triton raises many kinds of errors if a launch needs more than the device has
                 return math.inf
             right = all(_error(a, b) <= limit for a, b in zip(results, expected, strict=True))
             return timer(run) if right else math.inf
@@ -167,7 +168,7 @@ def _measure(
 
 
 def _error(actual: Tensor, expected: Tensor) -> float:
-    """Relative, in the 2-norm."""
+    """Relative error in the 2-norm."""
     return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
@@ -224,7 +225,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argpars
 
 
 def _draw(args: argparse.Namespace, kv_heads: int) -> list[Tensor]:
-    """Query, key, value and the output's gradient."""
+    """Random query, key, value and gradient of the output."""
     generator = torch.Generator(args.device).manual_seed(0)
     shapes = (
         (args.batch, *args.tokens, heads, args.head_dim) for heads in (args.heads, kv_heads, kv_heads, args.heads)
@@ -234,7 +235,7 @@ def _draw(args: argparse.Namespace, kv_heads: int) -> list[Tensor]:
 
 
 def _problem_class(args: argparse.Namespace, query: Tensor, kv_heads: int) -> ProblemClass:
-    """As a call with these tensors looks it up."""
+    """The problem class under which a call with these tensors looks up its tile configuration."""
     dilation, kernel_size = (_spread(v, len(args.tokens)) for v in (args.dilation, args.kernel_size))
     classes = [math.ceil(n / d) for n, d in zip(args.tokens, dilation, strict=True)]
     return ProblemClass(
@@ -244,8 +245,8 @@ def _problem_class(args: argparse.Namespace, query: Tensor, kv_heads: int) -> Pr
 
 
 def _kinds(args: argparse.Namespace, heads: Sequence[Tensor]) -> list[Kind]:
-    """The kernels to search: not those whose places others take, which have nothing to search."""
-    from .kernels.dispatch import Question, choose  # Triton is there: a call has run
+    """The kernels to search: without those that this call does not use, as kernels without tuned tiles replace them."""
+    from .kernels.dispatch import Question, choose  # imports Triton, which is installed, as a call has run
 
     query, key, value = heads
     rank = len(args.tokens)
@@ -273,7 +274,7 @@ def _report(kind: Kind, config: TileConfig, seconds: float) -> None:
 
 
 def main(argv: Sequence[str] | None = None, *, timer: Timer = _device_seconds) -> int:
-    """Returns the exit status. What a search found before Ctrl-C is kept."""
+    """Run the command; returns the exit status. Results that were found before Ctrl-C are saved."""
     parser, args = _parse(argv)
     kv_heads = args.heads if args.kv_heads is None else args.kv_heads
     found: dict[Kind, Found] = {}
@@ -286,8 +287,9 @@ def main(argv: Sequence[str] | None = None, *, timer: Timer = _device_seconds) -
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return neighborhood_attention(q, k, v, kernel_size, dilation=dilation, is_causal=args.causal, impl="fused")
 
-        attend(*heads)  # what does not fit is an error here
-        write_tuned(cache_file(), {})  # and a file that is damaged or cannot be written, not after the search
+        # Arguments that do not fit, and a file that is damaged or cannot be written, must fail before the search.
+        attend(*heads)
+        write_tuned(cache_file(), {})
         problem = _problem_class(args, heads[0], kv_heads)
         try:
             for kind, best in tune(
@@ -308,9 +310,9 @@ def main(argv: Sequence[str] | None = None, *, timer: Timer = _device_seconds) -
         if gains:
             write_tuned(cache_file(), gains)
             print(f"written to {cache_file()}")
-    except (ValueError, RuntimeError, OSError) as error:
-        parser.exit(1, f"{parser.prog}: error: {error}\n")
-    except KeyboardInterrupt:  # before or after the search
+    except (ValueError, RuntimeError, OSError, MemoryError) as error:
+        parser.exit(1, f"{parser.prog}: error: {' '.join(str(error).split()) or type(error).__name__}\n")
+    except KeyboardInterrupt:  # pressed before or after the search
         return 130
     return status
 

@@ -18,10 +18,10 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from natten_layers import AxialRoPE, NeighborhoodGQA, neighborhood_attention
-from natten_layers.functional import Impl
 from natten_layers.geometry import make_window, visible_pairs, window_mask
 from natten_layers.kernels.ops import define
 from natten_layers.modules import make_axial_pos
+from natten_layers.operations import Impl
 
 pytest.importorskip("triton")
 
@@ -146,7 +146,7 @@ def test_exports() -> None:
     layer = make_layer().eval().requires_grad_(False)
     x = torch.randn(2, 6, 7, 32, device=DEVICE)
     program = torch.export.export(layer, (x,), dynamic_shapes={"x": {0: torch.export.Dim.DYNAMIC}})
-    assert ("natten_layers.projected" in str(program.graph)) == ON_GPU
+    assert ("natten_layers.attention_with_qk_prep" in str(program.graph)) == ON_GPU
     for batch in (2, 4):
         x = torch.randn(batch, 6, 7, 32, device=DEVICE)
         torch.testing.assert_close(program.module()(x), layer(x))
@@ -380,9 +380,9 @@ def test_exports_with_lengths_as_symbols(strict: bool) -> None:
     class Attend(nn.Module):
         def forward(self, q: Tensor) -> tuple[Tensor, ...]:
             whole = (q.shape[1],)
-            eager = neighborhood_attention(q, q, q, whole, impl="eager")
             fused = [neighborhood_attention(q, q, q, k, is_causal=True, impl="fused") for k in (3, whole)]
-            return eager, *fused
+            # On a CPU alone, windows of the whole axis take PyTorch's attention, which knows symbols.
+            return *fused, *([] if ON_GPU else [neighborhood_attention(q, q, q, whole, impl="eager")])
 
     def draw(length: int) -> Tensor:
         return torch.randn(2, length, 2, 8, device=DEVICE)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import threading
+import re
+import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from .schema import shorten
 
-__all__ = ["naming", "parse_json", "read_json", "readable_as_usual", "replacing"]
+__all__ = ["leftovers", "naming", "parse_json", "read_json", "readable_as_usual", "replacing"]
 
 
 @contextmanager
@@ -20,17 +23,47 @@ def replacing(path: Path) -> Iterator[Path]:
     """A path to write to beside ``path``, which it replaces if all went well: a failure leaves the old file whole.
 
     Makes the folder where it is missing. The suffix stays, for writers that look at it. Who may read the file is what
-    the user's umask says, also where a writer is stricter, as safetensors is.
+    the user's umask says, also where a writer is stricter, as safetensors is. Every call has a path of its own, so
+    that threads and processes may save one file at the same time: the last one to end wins.
+
+    Raises:
+        OSError: the file cannot be written, be it that the disk is full; the message names ``path``.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Two processes and two threads that write one file do so beside each other; the last one to finish wins.
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}-{threading.get_ident()}{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.tmp{path.suffix}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with readable_as_usual(temporary):
             yield temporary
+        _sync(temporary)  # else a power cut could leave the name with nothing behind it
         os.replace(temporary, path)
+        with suppress(OSError):  # not every file system lets a folder be opened; the file itself is safe
+            _sync(path.parent)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' words for a full disk
+        if f"cannot write {path}" in str(error):
+            raise
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise OSError(f"cannot write {path}: {reason}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def leftovers(folder: Path) -> Iterator[tuple[Path, str]]:
+    """What :func:`replacing` began to write in ``folder`` and was killed over, each with the name that it was to have.
+
+    Some of it may be a file that another process writes right now.
+    """
+    for path in folder.glob(".*.tmp*"):
+        if match := re.fullmatch(r"\.(.+)\.[0-9a-f]{8}\.tmp(\.[^.]+)?", path.name):
+            yield path, match[1] + (match[2] or "")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

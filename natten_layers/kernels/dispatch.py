@@ -1,10 +1,10 @@
-"""The choice of kernels, and the only place that makes it.
+"""The choice of kernels, which is made in this module only.
 
-Each direction of a call has an ordered list of variants. The first one that supports a call, pays for it and finds a
-plan computes it; the last one is the portable kernel, which supports everything that gets here. To add a kernel is to
+Each direction of a call has an ordered list of variants. The first variant that supports the call, pays off and has a
+plan for it computes it. The last one is the portable kernel, which supports every call of an operator. To add a kernel,
 add a :class:`Variant` to a list.
 
-Importing this module imports the kernels, and so Triton; operators load it on their first launch (``ops.define``).
+Importing this module imports the kernels, and so Triton; operators import it on their first launch (``ops.define``).
 """
 
 from __future__ import annotations
@@ -40,46 +40,53 @@ from .sm90 import large_tiling, small_tiling
 from .sm90.available import gluon_gap
 
 GLUON_GAP = gluon_gap()
-if TYPE_CHECKING or GLUON_GAP is None:  # an error in one of them is raised: only a missing Gluon leaves them out
+if TYPE_CHECKING or GLUON_GAP is None:  # only a missing Gluon leaves these modules out; other import errors are raised
     from .sm90 import large_backward, large_forward, small_backward, small_forward, small_forward_rolling
 
-# A window is large from this many key elements a head: 256 keys of 128 channels, 512 of 64.
+# Key elements of a head from which on a window is large: 256 keys of head dim 128, or 512 keys of 64.
 LARGE_KEY_ELEMENTS = 2**15
-# The same with register tokens: they take a second launch, which reads and writes the output once more.
+# The same with registers, which take a second launch that reads and writes the output once more.
 LARGE_KEY_ELEMENTS_WITH_REGISTERS = 2**18
-LEAST_ROWS = 2**18  # of queries, from which on a small window's kernel runs for as long as the host needs to launch it
-WIDE_WINDOW, WIDE_PAIRS = 64, 2**24  # the same of heads wider than 128 channels, where portable kernels are slow
-PAIRS = 2**28  # of a query and a key in large windows: fewer are done before the host has prepared a launch
+# Query rows from which on a call with a small window is large enough to hide launch overhead.
+LEAST_ROWS = 2**18
+# Keys of a window and (query, key) pairs from which on kernels for large windows pay with head dims above 128, with
+# which portable kernels are slow.
+WIDE_WINDOW, WIDE_PAIRS = 64, 2**24
+# (query, key) pairs from which on a call with a large window is large enough to hide launch overhead.
+PAIRS = 2**28
 
 Direction = Literal["forward", "qk_prep + forward", "backward_query", "backward_key", "backward_registers", "decode"]
 
 
 class Question(NamedTuple):
-    """All that a choice depends on."""
+    """Everything that the choice of a kernel depends on."""
 
     problem: Problem
     with_stats: bool = False
-    """whether the statistics of rows are wanted"""
+    """Whether the caller wants ``row_max`` and ``row_sum``."""
     grad_out: Layout | None = None
     grad_lse: Layout | None = None
     prep: QKPrepKind | None = None
     aligned: bool = True
-    """whether addresses are multiples of 16, as TMA wants them; they are not part of a problem"""
+    """Whether addresses are multiples of 16, as TMA needs them. They are not part of a problem."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to compute a direction. All that is asked of it takes a :class:`Question`, or a cache's problem."""
+    """One way to compute a direction.
+
+    ``supports``, ``pays`` and ``plan`` take a :class:`Question`, or a :class:`CacheProblem` for decode.
+    """
 
     name: str
     plan: Callable[[Any], Any]
-    """Tiles and what else a launch needs; or a sentence that says why there is none."""
+    """Returns tiles and whatever else a launch needs, or the reason why no tiles fit."""
     run: Callable[..., Any]
-    """All variants of a direction take the same arguments, the plan first."""
+    """Launches the kernel. All variants of a direction take the same arguments, of which the plan is the first."""
     supports: Callable[[Any], str | None] = lambda question: None
-    """Why it cannot compute a call, or None."""
+    """Returns the reason why the variant cannot compute a call, or None if it can."""
     pays: Callable[[Any], str | None] = lambda question: None
-    """Why it is passed over though it could, or None."""
+    """Returns the reason why another variant is expected to be faster, or None."""
     uses_tma: bool = False
 
 
@@ -99,14 +106,14 @@ class Choice(NamedTuple):
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """Tiles and options of the plan, by name."""
+        """Tiles and options of the plan by name."""
         config = getattr(self.plan, "config", self.plan)
         return config if isinstance(config, dict) else getattr(config, "_asdict", lambda: vars(config))()
 
 
 @remembered
 def choose(direction: Direction, question: Question | CacheProblem) -> Choice:
-    """The variant that computes a call, and why those before it do not."""
+    """The variant that computes a call, with the reasons why those before it in the list do not."""
     passed: list[PassedOver] = []
     for variant in VARIANTS[direction]:
         reason = variant.supports(question) or variant.pays(question)
@@ -130,13 +137,13 @@ class BackwardChoices(NamedTuple):
 def choose_backward(question: Question) -> BackwardChoices:
     query, key = choose("backward_query", question), choose("backward_key", question)
     registers = choose("backward_registers", question) if question.problem.registers else None
-    # Only their keys read the statistics that it writes.
+    # The dQ kernel for large windows writes head-major statistics, which only the dK and dV kernel for these reads.
     assert query.variant.name != LARGE or key.variant.name == LARGE
     return BackwardChoices(query, key, registers, query.variant.uses_tma or key.variant.uses_tma)
 
 
 def choices(problem: Problem, inputs: Inputs, *, with_stats: bool, with_gradients: bool) -> dict[Direction, Choice]:
-    """What computes a call: the choice of each direction that it takes. Gradients of outputs count as contiguous."""
+    """The choice for each direction of a call. The gradient of the output is assumed to be contiguous."""
     question = Question(problem, with_stats or with_gradients, aligned=are_aligned(*inputs[:-1]))
     found: dict[Direction, Choice] = {"forward": choose("forward", question)}
     if with_gradients:
@@ -147,13 +154,13 @@ def choices(problem: Problem, inputs: Inputs, *, with_stats: bool, with_gradient
     return found
 
 
-# --- What operators run
+# --- Functions that the operators call
 
 
 def forward(
     problem: Problem, inputs: Inputs, options: Options, with_stats: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """``out [B, *spatial, Hq, Dv]`` and, ``with_stats``, ``row_max`` and ``row_sum [B, *spatial, Hq]`` in fp32."""
+    """``out [B, *spatial, Hq, Dv]`` and, if ``with_stats``, ``row_max`` and ``row_sum [B, *spatial, Hq]`` in fp32."""
     question = Question(problem, with_stats)
     variant, plan, _ = choose("forward", question)
     if variant.uses_tma and not are_aligned(*inputs[:-1]):
@@ -175,8 +182,9 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
     """dQ, dK, dV, gradients of the registers, and delta ``[B, *spatial, Hq]`` in fp32.
 
-    Allocates the gradients, delta and the base-2 lse, for large windows both of these in a second order; with registers
-    also ``slices x registers`` partial sums in fp32, under 1 MiB each for usual sizes.
+    Allocates the gradients, delta and the base-2 log-sum-exp, which both may exist in a second, head-major order for
+    large windows. With registers it also allocates ``slices`` fp32 copies of their gradients for partial sums, under
+    1 MiB for usual sizes.
     """
     grad_out, grad_lse = cotangents.grad_out, cotangents.grad_lse
     question = Question(problem, True, layout(grad_out), None if grad_lse is None else layout(grad_lse[..., None]))
@@ -194,14 +202,14 @@ def backward(
 
 
 def decode(inputs: CacheInputs, options: CacheOptions, with_lse: bool) -> tuple[Tensor, Tensor | None]:
-    """``out [B, Lq, Hq, Dv]`` and, ``with_lse``, the log-sum-exp ``[B, Lq, Hq]`` in fp32."""
+    """``out [B, Lq, Hq, Dv]`` and, if ``with_lse``, the log-sum-exp ``[B, Lq, Hq]`` in fp32."""
     variant, plan, _ = choose("decode", cache_problem_of(inputs, options))
     return variant.run(plan, inputs, options, with_lse)
 
 
 def are_aligned(*tensors: Tensor | None) -> bool:
-    """Whether the tensors start where TMA can: addresses are not part of a problem."""
-    for x in tensors:  # noqa: SIM110 - all() over a generator takes twice as long, in every call
+    """Whether the tensors' addresses are multiples of 16 bytes, as TMA needs them."""
+    for x in tensors:  # noqa: SIM110 - all() over a generator would take twice as long, in every call
         if x is not None and x.data_ptr() % 16:
             return False
     return True
@@ -211,7 +219,7 @@ def are_aligned(*tensors: Tensor | None) -> bool:
 
 
 def sm90_gap(question: Question) -> str | None:
-    """Why none of them can compute a call."""
+    """Why none of the kernels for compute capability 9.0 can compute a call, or None."""
     p = question.problem
     if p.device.type != "cuda":
         return f"it is for CUDA devices, the tensors are on {p.device}"
@@ -239,7 +247,10 @@ def sm90_gap(question: Question) -> str | None:
 
 
 def is_addressable(tensor: Layout) -> bool:
-    """Whether a TMA descriptor can hold it: five axes at most, strides that are positive multiples of 16 bytes."""
+    """Whether TMA can address a tensor: at most five axes, and strides that are positive multiples of 16 bytes.
+
+    Batch and first spatial axis are folded into one where there would be six axes.
+    """
     batch, t, *_ = strides(tensor)
     foldable = tensor.shape[0] == 1 or len(tensor.shape) < 6 or tensor.shape[1] == 1 or batch == tensor.shape[1] * t
     axes = zip(tensor.shape[:-1], tensor.stride[:-1], strict=True)
@@ -247,9 +258,9 @@ def is_addressable(tensor: Layout) -> bool:
 
 
 def _chosen_elsewhere(question: Question, *kinds: Kind) -> str | None:
-    """Whether somebody chose tiles, or heads a program, of the portable kernel."""
+    """Why tuning or an override asks for the portable kernel, or None if neither does."""
     pack, group = override_pack(), question.problem.group
-    if pack and group % pack and kinds != ("backward_key",):  # which takes one query head after the other anyway
+    if pack and group % pack and kinds != ("backward_key",):  # the dK and dV kernel takes one query head at a time
         return f"an override asks for {pack} heads a program, which do not divide the group of {group}"
     for kind in kinds:
         if explicit_tile_config(kind, question.problem.problem_class) is not None:
@@ -276,7 +287,7 @@ def _large_pays(question: Question, *kinds: Kind) -> str | None:
 
 
 def _large_backward_pays(question: Question) -> str | None:
-    return _large_pays(question, "backward_query", "backward_key")  # both or neither: they share statistics
+    return _large_pays(question, "backward_query", "backward_key")  # both or neither, as they share statistics
 
 
 def _large_key_gap(question: Question) -> str | None:
@@ -330,18 +341,29 @@ def _small_key_plan(question: Question) -> small_tiling.SmallTileConfig | str:
 
 
 def _fused_prep_gap(question: Question) -> str | None:
-    """A thread has to hold whole pairs of a head: half of it turns, or all, or nothing."""
+    """Why the fused kernel cannot prepare the heads, or None.
+
+    A thread must hold both elements of each pair that RoPE rotates. Its layout allows that if half of a head is
+    rotated, or all of it, or nothing.
+    """
     assert question.prep is not None
-    dim, pairs, axes = question.problem.query.shape[-1], question.prep.pairs, question.prep.axes
+    dim, pairs, split = question.problem.query.shape[-1], question.prep.pairs, question.prep.split
     if dim not in (64, 128):
         return f"it prepares heads of 64 and of 128 channels, not of {dim}"
-    if pairs not in (0, dim // 4, dim // 2) or pairs % axes:
-        return f"{pairs} pairs of {axes} axes turn in heads of {dim} elements; it turns half of a head, or all, or none"
+    if question.prep.interleaved:
+        return "pairs of neighboring elements turn; it turns halves with each other"
+    if pairs not in (0, dim // 4, dim // 2) or len(set(split)) > 1:
+        return (
+            f"{split} pairs turn in heads of {dim} elements; it turns half of a head, or all, or none, in equal parts"
+        )
     return sm90_gap(question)
 
 
 def _fused_prep_pays(question: Question) -> str | None:
-    """However small the problem: two launches take the host longer than one."""
+    """Why two launches are expected to be faster than the fused kernel, or None.
+
+    The fused kernel pays however small the call is, as one launch costs the host less than two.
+    """
     window = prod(question.problem.kernel_size)
     if window >= small_tiling.SCORES:
         return f"the window is large: {window} keys, {small_tiling.SCORES} or more"
@@ -355,7 +377,7 @@ def _fused_prep_plan(question: Question) -> small_tiling.RollingTileConfig | str
 
 
 def _prepared(question: Question) -> Problem:
-    """The problem that is left once queries and keys are prepared: new tensors, which are contiguous."""
+    """The attention problem over normalised and rotated queries and keys, which are new contiguous tensors."""
     p = question.problem
     return p._replace(query=contiguous(p.query.shape), key=contiguous(p.key.shape))
 
@@ -365,11 +387,11 @@ def _prepare_then_attend(prepared: Problem, problem: Problem, inputs: Inputs, op
     return forward(prepared, inputs._replace(query=query, key=key), options, False)[0]
 
 
-# --- The lists, each in the order in which its variants are asked
+# --- The variants of each direction, in the order in which they are considered
 
 PORTABLE, LARGE, ROLLING, TILES = "portable", "sm90 large window", "sm90 small window, rolling", "sm90 small window"
 
-# Lambdas look their module up when they run: it is not there without Gluon.
+# Lambdas look their module up when they run, as modules that need Gluon are not always imported.
 VARIANTS: Mapping[Direction, Sequence[Variant]] = {
     "forward": (
         Variant(

@@ -1,4 +1,4 @@
-"""One call over a cache on the host: its tensors, and apart from them all that its launches depend on."""
+"""A call of the decode kernel as the host sees it: its tensors, and the description that its launches depend on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .problem import Layout, layout, precision, scales_first, sink_kind
 
 
 class CacheInputs(NamedTuple):
-    """The tensors of a call as ``cached`` validated them; last axes of all but positions contiguous."""
+    """The tensors of a call after validation by ``cached``. The last axes of all but positions are contiguous."""
 
     query: Tensor
     """``[B, Lq, Hq, D]``"""
@@ -22,7 +22,7 @@ class CacheInputs(NamedTuple):
     query_positions: Tensor
     """``[B, Lq]``, any integer dtype"""
     key_positions: Tensor
-    """``[B, S]``"""
+    """``[B, S]``, any integer dtype"""
     additional_keys: Tensor | None
     additional_values: Tensor | None
     sink: Tensor | None
@@ -30,13 +30,13 @@ class CacheInputs(NamedTuple):
 
 class CacheOptions(NamedTuple):
     sink_value: float | None
-    """One logit for all heads. A sink that differs by head is a tensor of :class:`CacheInputs`."""
+    """One logit for all heads. A sink with a logit per head is a tensor of :class:`CacheInputs`."""
     window: int | None
     scale: float
 
 
 class CacheProblem(NamedTuple):
-    """What a call over a cache is apart from its data: everything that its launches depend on. Hashable."""
+    """Everything that the launches of a call over a cache depend on: all of it but the data. Hashable."""
 
     query: Layout
     key: Layout
@@ -49,11 +49,11 @@ class CacheProblem(NamedTuple):
     dtype: torch.dtype
     window: int | None
     sink: str
-    """how it is given: none, value or tensor"""
+    """How the sink is given: none, value or tensor."""
     scale_first: bool
-    """of :func:`scales_first`"""
+    """See :func:`scales_first`."""
     precision: str
-    """of matrix products, as Triton calls it"""
+    """``input_precision`` of Triton's matrix products."""
 
 
 def cache_problem_of(inputs: CacheInputs, options: CacheOptions) -> CacheProblem:

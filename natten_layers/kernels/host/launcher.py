@@ -1,6 +1,7 @@
-"""Launches that cost the host little: what depends on shapes alone is worked out once, compiled kernels are kept.
+"""Launching kernels at little cost to the host.
 
-Triton looks at every argument of every launch, which takes the host longer than everything else in a call.
+Triton inspects every argument on every launch, which takes the host longer than everything else in a call. A launcher
+computes once what depends on shapes alone, and keeps the compiled kernels.
 """
 
 from __future__ import annotations
@@ -21,26 +22,28 @@ TINY = torch.finfo(torch.float32).tiny
 
 
 class Launcher:
-    """A kernel, its grid, and all its arguments but tensors and floats.
+    """A kernel with its grid and all its arguments but tensors and floats.
 
-    Of arguments that it does not compile in, Triton compiles for an integer's value (1, a multiple of 16, the bits that
-    it needs), a tensor's dtype and whether its address is a multiple of 16, and whether there is a tensor or float at
-    all. The integers of a launcher are fixed, so a compiled kernel is kept for every combination of the rest.
+    Triton specialises a compiled kernel for properties of its run-time arguments: whether an integer is 1 or a multiple
+    of 16 and how many bits it needs, a tensor's dtype and whether its address is a multiple of 16, and whether an
+    argument is None. The integers of a launcher are fixed, so it keeps a compiled kernel for each combination of the
+    rest.
     """
 
     def __init__(self, kernel: Any, grid: Sequence[int], sizes: Sequence[Any], options: dict[str, Any]) -> None:
         self.kernel, self.grid, self.sizes, self.options = kernel, (*grid, 1, 1)[:3], sizes, options
-        # A compiled kernel takes all parameters in their order, and skips those that were compiled in.
+        # A compiled kernel takes all parameters in order, and ignores those that are compile-time constants.
         self.constants = [options[name] for name in kernel.arg_names if name in options]
         self.compiled: dict[Hashable, Callable[..., None]] = {}
 
     def __call__(self, tensors: Sequence[Any], floats: Sequence[float | None] = ()) -> None:
-        """Launch on the current device, which is the tensors', and its current stream.
+        """Launch on the current stream of the current device, which must be the tensors' device.
 
         Args:
             tensors: the kernel's first parameters: tensors, TMA descriptors of tensors, or None. The first is a tensor.
-            floats: its last ones that are not compiled in. An integer is converted: Triton would compile it in. What
-                is not normal in fp32 is zero, as it is for a GPU's instructions: Triton may take it for fp64.
+            floats: the kernel's last parameters that are not compile-time constants. Integers are converted to floats,
+                as Triton would specialise the kernel for them. Numbers that are subnormal in fp32 become zero, as GPU
+                instructions flush them; Triton might pass them in fp64 instead.
         """
         numbers = [x if x is None else float(x) if abs(x) >= TINY else 0.0 for x in floats]
         if _is_watched(self.kernel):
@@ -52,15 +55,15 @@ class Launcher:
             run(*addresses, *self.sizes, *numbers, *self.constants)
             return
         compiled = self.kernel[self.grid](*tensors, *self.sizes, *numbers, **self.options)
-        if isinstance(compiled, CompiledKernel):  # Triton's interpreter compiles nothing
+        if isinstance(compiled, CompiledKernel):  # Triton's interpreter returns no compiled kernel
             self.compiled[key] = compiled[self.grid]
 
 
 class Plan(NamedTuple):
-    """How a portable kernel computes a call."""
+    """The tile configuration of a portable kernel for a call, and its launcher."""
 
     config: Any
-    """its tiles and options, for people"""
+    """Tiles and options, for :func:`natten_layers.explain`."""
     launch: Launcher
 
 
@@ -68,27 +71,28 @@ class Plan(NamedTuple):
 def launcher(
     kernel: Any, grid: Sequence[int], sizes: Sequence[Any], blocks: Hashable = None, **options: Any
 ) -> Launcher:
-    """The launcher of one kernel for such arguments, in the order of its parameters: tensors, sizes, floats, options.
+    """The launcher of a kernel whose parameters are, in this order, tensors, sizes, floats and compile-time constants.
 
     Args:
         sizes: integers and tuples of integers.
-        blocks: shapes of the blocks of its TMA descriptors, which each have a launcher of their own.
-        options: compile-time arguments, and options of Triton such as ``num_warps``.
+        blocks: block shapes of the kernel's TMA descriptors. They are no parameters, but a kernel is compiled for them,
+            so each combination has a launcher of its own.
+        options: compile-time constants, and options of Triton such as ``num_warps``.
     """
     return Launcher(kernel, grid, sizes, options)
 
 
 def _passed(tensors: Sequence[Any]) -> tuple[list[Any], list[Hashable]]:
-    """What a compiled kernel takes for tensors, and what it was compiled for.
+    """What a compiled kernel is given for tensors, and the properties of tensors that it is specialised for.
 
-    Addresses, as Triton's launcher takes numbers as they are; of a tensor it asks for the address, and the driver
-    about that.
+    It is given addresses, which Triton's launcher passes on as they are. Given a tensor, it would ask for the address
+    and check it with the driver on every launch.
     """
     addresses: list[Any] = []
     kinds: list[Hashable] = []
     for x in tensors:
         if x is None:
-            addresses.append(0)  # compiled in
+            addresses.append(0)  # ignored: the kernel is specialised for None
             kinds.append(None)
         elif isinstance(x, Tensor):
             address = x.data_ptr()
@@ -101,10 +105,10 @@ def _passed(tensors: Sequence[Any]) -> tuple[list[Any], list[Hashable]]:
 
 
 def _is_watched(kernel: Any) -> bool:
-    """Whether Triton does something on each launch that a compiled kernel does not: debugging, hooks.
+    """Whether Triton has something to do on each launch that a compiled kernel does not do by itself.
 
-    On AMD it also compiles for the size of tensors. Hooks around launches, which profilers set, do not count: compiled
-    kernels call them.
+    Debugging and some hooks are such things, and on AMD specialisation for the size of tensors. The hooks that
+    profilers set around launches are not: compiled kernels call them.
     """
     return bool(
         knobs.runtime.debug

@@ -1,4 +1,4 @@
-"""One call of the kernels on the host: its tensors, and apart from them all that its launches depend on."""
+"""A call of the attention kernels as the host sees it: its tensors, and the description its launches depend on."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ T = TypeVar("T", int, bool)
 
 
 def three_axes(values: Sequence[T], fill: T) -> tuple[T, T, T]:
-    """``t, h, w`` from one to three axes."""
+    """Values of the axes ``t, h, w``, from those of one to three axes; missing axes get ``fill``."""
     t, h, w = (fill,) * (3 - len(values)) + tuple(values)
     return t, h, w
 
 
 class Layout(NamedTuple):
-    """Of a tensor ``[B, *spatial, H, D]``, or of registers ``[B, R, H, D]``."""
+    """Shape and strides of a tensor ``[B, *spatial, H, D]``, or of registers ``[B, R, H, D]``."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
 
 
 def contiguous(shape: Sequence[int]) -> Layout:
-    """Of a new tensor."""
+    """Layout of a contiguous tensor."""
     steps = accumulate(reversed(shape[1:]), mul, initial=1)
     return Layout(tuple(shape), tuple(steps)[::-1])
 
@@ -41,19 +41,19 @@ def layout(tensor: Tensor) -> Layout:
 
 
 def strides(tensor: Layout) -> tuple[int, ...]:
-    """``(batch, t, h, w, head)`` of ``[B, *spatial, H, D]``."""
+    """Strides ``(batch, t, h, w, head)`` of a tensor ``[B, *spatial, H, D]``."""
     return tensor.stride[0], *three_axes(tensor.stride[1:-2], 0), tensor.stride[-2]
 
 
 def need_wide_offsets(tensors: Iterable[Layout | None]) -> bool:
-    """Whether offsets inside one image need 64 bits. Offsets of images and heads always have them."""
+    """Whether element offsets inside one image need 64 bits. Those of images and heads always have 64 bits."""
     spans = (sum(map(mul, x.shape[1:-2], x.stride[1:-2])) for x in tensors if x is not None)
     # Chunks may reach past the end of an axis by less than their own size.
     return 2 * max(spans) >= 2**31
 
 
 def stride_unit(strides: Iterable[Sequence[int]]) -> int:
-    """``UNIT`` of the kernels: 8 if that divides all these strides, else 1."""
+    """The unit in which strides are passed to kernels, their ``UNIT``: 8 if that divides all strides, else 1."""
     return 1 if any(step % 8 for each in strides for step in each) else 8
 
 
@@ -62,30 +62,30 @@ def in_units(strides: Iterable[Sequence[int]], unit: int) -> tuple[tuple[int, ..
 
 
 def register_strides(tensor: Layout | None) -> tuple[int, ...]:
-    """``(batch, register, head)`` of ``[B, R, H, D]``."""
+    """Strides ``(batch, register, head)`` of registers ``[B, R, H, D]``; zeros if there are none."""
     return (0, 0, 0) if tensor is None else tensor.stride[:3]
 
 
 def sink_kind(sink: Tensor | None, value: float | None) -> str:
-    """``SINK`` of the kernels."""
+    """How a sink is given, ``SINK`` of the kernels: none, value or tensor."""
     return "tensor" if sink is not None else "none" if value is None else "value"
 
 
 def scales_first(scale: float) -> bool:
-    """``SCALE_FIRST`` of the kernels: whether scores are scaled before their maximum is taken, and before a mask.
+    """``SCALE_FIRST`` of the kernels: whether scores are scaled before they are masked and their maximum is taken.
 
-    A scale that is not positive does not commute with the maximum; and what is zero in fp32, or is taken for zero as
-    it is not normal there, makes NaN of a mask of -inf.
+    A scale that is not positive does not commute with the maximum. A scale that is zero in fp32, or subnormal and
+    therefore flushed to zero, would turn a mask of -inf into NaN.
     """
     return scale < torch.finfo(torch.float32).tiny
 
 
 def precision(dtype: torch.dtype) -> str:
-    """``PRECISION`` of the kernels' matrix products, as Triton calls it; it matters for fp32 only.
+    """``input_precision`` of Triton's matrix products, ``PRECISION`` of the kernels. It matters for fp32 only.
 
-    TF32 where torch's switches ask for it, IEEE where they ask for that: ``torch.backends.cuda.matmul.fp32_precision``,
-    which also tells what ``allow_tf32`` and ``torch.set_float32_matmul_precision`` were set to. If nobody has set any,
-    three products in TF32, whose errors are those of IEEE's (3e-7) and which run on tensor cores.
+    It follows ``torch.backends.cuda.matmul.fp32_precision``, which also reflects ``allow_tf32`` and
+    ``torch.set_float32_matmul_precision``: TF32 or IEEE where one of these is set. If none is, a product is computed as
+    three products in TF32 (``tf32x3``), which run on tensor cores with errors like those of IEEE products (3e-7).
     """
     if dtype != torch.float32:
         return "ieee"
@@ -94,12 +94,12 @@ def precision(dtype: torch.dtype) -> str:
 
 
 SHARED_MEMORY = 227 * 1024
-"""of an H100 or H200: where a device does not tell"""
+"""Bytes that a program can have on an H100 or H200, assumed where a device does not report it."""
 
 
 @lru_cache
 def device_traits(device: torch.device) -> tuple[str, int]:
-    """Its name, and the bytes of shared memory that a program can have on it."""
+    """Name of a device, and the bytes of shared memory that a program can have on it."""
     if device.type != "cuda":
         return device.type, SHARED_MEMORY  # Triton's interpreter has no limit
     properties = torch.cuda.get_device_properties(device)
@@ -107,7 +107,7 @@ def device_traits(device: torch.device) -> tuple[str, int]:
 
 
 class Inputs(NamedTuple):
-    """The tensors of a call as ``functional`` validated them, last axes contiguous."""
+    """The tensors of a call after validation by ``operations``. Their last axes are contiguous."""
 
     query: Tensor
     key: Tensor
@@ -118,10 +118,10 @@ class Inputs(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What a call is beside its tensors; windows have one entry per axis."""
+    """The arguments of a call that are no tensors. Those of the window have one entry per axis."""
 
     sink_value: float | None
-    """One logit for all heads. A sink that differs by head is a tensor of :class:`Inputs`."""
+    """One logit for all heads. A sink with a logit per head is a tensor of :class:`Inputs`."""
     kernel_size: Sequence[int]
     stride: Sequence[int]
     dilation: Sequence[int]
@@ -130,7 +130,7 @@ class Options(NamedTuple):
 
 
 class Cotangents(NamedTuple):
-    """What the backward pass takes beside the arguments of the forward: its results, and the gradients of them."""
+    """What the backward pass takes beside the forward pass's arguments: its results, and their gradients."""
 
     out: Tensor
     row_max: Tensor
@@ -140,18 +140,18 @@ class Cotangents(NamedTuple):
 
 
 class RowStatistics(NamedTuple):
-    """What the query kernel of a backward pass leaves for those of keys and registers."""
+    """Statistics of query rows that the dQ kernel writes, and the kernels of dK and dV read."""
 
     delta: Tensor
     """``[B, *spatial, Hq]`` in fp32"""
     lse: Tensor | None
-    """log-sum-exp in base 2, likewise; None if only the head-major form was written"""
+    """Log-sum-exp in base 2, shaped like delta; None if only the head-major statistics were written."""
     head_major: Any = None
-    """both once more in the order that the kernels for large windows load by TMA, if one of them wrote it"""
+    """Both in the head-major order in which kernels for large windows load them by TMA, if such a kernel wrote them."""
 
 
 class Problem(NamedTuple):
-    """What a call is apart from its data: everything that launches depend on. Hashable; axes as the caller has them."""
+    """Everything that the launches of a call depend on: all of it but the data. Hashable; it has the caller's axes."""
 
     query: Layout
     key: Layout
@@ -165,11 +165,11 @@ class Problem(NamedTuple):
     dilation: tuple[int, ...]
     is_causal: tuple[bool, ...]
     sink: str
-    """how it is given: none, value or tensor"""
+    """How the sink is given: none, value or tensor."""
     scale_first: bool
-    """of :func:`scales_first`"""
+    """See :func:`scales_first`."""
     precision: str
-    """of matrix products, as Triton calls it"""
+    """``input_precision`` of Triton's matrix products."""
 
     @property
     def rank(self) -> int:
@@ -181,24 +181,24 @@ class Problem(NamedTuple):
 
     @property
     def geometry(self) -> tuple[Box, Box, Box, Box]:
-        """Lengths, kernel size, stride and dilation of three axes."""
+        """Lengths, kernel sizes, strides and dilations of three axes."""
         kernel_size, stride, dilation = (three_axes(x, 1) for x in (self.kernel_size, self.stride, self.dilation))
         return self.lengths, kernel_size, stride, dilation
 
     @property
     def axes(self) -> tuple[Axis, ...]:
-        """Length, kernel size, stride and whether it is causal, of three axes."""
+        """For each of three axes its length, kernel size and stride, and whether it is causal."""
         lengths, kernel_size, stride, _ = self.geometry
         return tuple(zip(lengths, kernel_size, stride, three_axes(self.is_causal, False), strict=True))
 
     @property
     def out(self) -> Layout:
-        """Of the output ``[B, *spatial, Hq, Dv]``, which is new."""
+        """Layout of the output ``[B, *spatial, Hq, Dv]``, which is contiguous."""
         return contiguous((*self.query.shape[:-1], self.value.shape[-1]))
 
     @property
     def statistics(self) -> Layout:
-        """Of one number for every query and head, ``[B, *spatial, Hq, 1]``, new."""
+        """Layout of one number for every query and head, ``[B, *spatial, Hq, 1]``, contiguous."""
         return contiguous((*self.query.shape[:-1], 1))
 
     @property
@@ -215,12 +215,12 @@ class Problem(NamedTuple):
 
     @property
     def register_tile(self) -> int:
-        """Registers that a program over queries takes at a time; 0 without registers."""
+        """Registers that a program of the forward and dQ kernels takes at a time; 0 without registers."""
         return register_tile(self.problem_class, self.registers) if self.registers else 0
 
     @property
     def problem_class(self) -> ProblemClass:
-        """What the choice of tiles depends on."""
+        """The properties that the choice of tiles depends on."""
         lengths, kernel_size, _, dilation = self.geometry
         t, h, w = (ceil(n / d) for n, d in zip(lengths, dilation, strict=True))
         return ProblemClass(
@@ -229,7 +229,7 @@ class Problem(NamedTuple):
         )  # fmt: skip
 
     def tiles(self, tile: Box) -> Box:
-        """Tiles per axis, over all its residue classes."""
+        """Number of tiles of size ``tile`` on each axis, over all its residue classes."""
         lengths, _, _, dilation = self.geometry
         t, h, w = (d * ceil(ceil(n / d) / b) for n, d, b in zip(lengths, dilation, tile, strict=True))
         return t, h, w
@@ -245,12 +245,12 @@ class Problem(NamedTuple):
         )  # fmt: skip
 
     def program(self, config: TileConfig, tensors: Iterable[Layout | None]) -> dict[str, Any]:
-        """Compile-time arguments and options that follow from a launch.
+        """Compile-time constants and options of Triton that follow from the tile configuration.
 
         Args:
-            tensors: all that have tokens and that the kernel reads or writes: its offsets are as wide as they need.
+            tensors: all tensors with tokens that the kernel reads or writes. They decide whether offsets need 64 bits.
         """
-        # A score of -inf that is scaled later needs a positive scale.
+        # An additive mask is applied before scores are scaled, so -inf stays -inf only if the scale is positive.
         mask = "border" if config.skip_mask else "select" if self.scale_first else "add"
         return {
             "CAUSAL": three_axes(self.is_causal, False),
@@ -265,7 +265,7 @@ class Problem(NamedTuple):
         }
 
     def constants(self) -> dict[str, Any]:
-        """Compile-time arguments that every kernel takes."""
+        """Compile-time constants that every kernel takes."""
         head_dim, value_dim = self.query.shape[-1], self.value.shape[-1]
         return {
             "D": head_dim,
@@ -278,12 +278,15 @@ class Problem(NamedTuple):
 
 
 def new_like(tensor: Tensor) -> Tensor:
-    """An empty contiguous tensor of the same shape: half the host's time of ``new_empty``."""
+    """An uninitialised contiguous tensor of the same shape. It takes the host half the time of ``new_empty``."""
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
 def new_results(query: Tensor, value_dim: int, with_stats: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Unset ``out [B, *spatial, Hq, Dv]`` and, ``with_stats``, ``row_max`` and ``row_sum [B, *spatial, Hq]``, fp32."""
+    """Uninitialised ``out [B, *spatial, Hq, Dv]`` and statistics ``row_max`` and ``row_sum [B, *spatial, Hq]``.
+
+    The statistics are fp32, and None unless ``with_stats``.
+    """
     out = new_like(query) if query.shape[-1] == value_dim else query.new_empty(*query.shape[:-1], value_dim)
     if not with_stats:
         return out, None, None
@@ -292,21 +295,31 @@ def new_results(query: Tensor, value_dim: int, with_stats: bool) -> tuple[Tensor
 
 
 class QKPrepKind(NamedTuple):
-    """What the preparation of queries and keys is apart from its data."""
+    """The properties of normalisation and RoPE that the choice of a kernel depends on."""
 
     norm: str
-    axes: int
-    """coordinates of a position"""
-    pairs: int
-    """elements that turn with one ``pairs`` further on, all axes together"""
+    split: tuple[int, ...]
+    """How many pairs of elements RoPE rotates by each coordinate of a position."""
     by_head: bool
-    """whether frequencies differ by head"""
+    """Whether frequencies differ by head."""
     batched: bool
-    """whether positions differ by image"""
+    """Whether positions differ by image."""
+    interleaved: bool = False
+    """Whether element ``2 i`` is rotated with ``2 i + 1``; otherwise ``i`` is rotated with ``i + pairs``."""
+
+    @property
+    def axes(self) -> int:
+        """Number of coordinates of a position."""
+        return len(self.split)
+
+    @property
+    def pairs(self) -> int:
+        """Number of pairs of elements that RoPE rotates, over all axes."""
+        return sum(self.split)
 
 
 class QKPrep(NamedTuple):
-    """What is done to queries and keys before attention: normalisation of every head, then RoPE."""
+    """The arguments of what is done to queries and keys before attention: normalisation of every head, then RoPE."""
 
     query_gain: Tensor | None
     """cosine: ``[Hq]`` or None; rms: ``[D]``"""
@@ -315,30 +328,38 @@ class QKPrep(NamedTuple):
     positions: Tensor | None
     """``[B or 1, *spatial, axes]``"""
     freqs: Tensor | None
-    """``[heads that differ, n]``, fp32"""
+    """``[1 or more, n]``, fp32; several rows serve equally many consecutive heads each.
+
+    A row has the frequencies of every axis or, with ``split``, those of all axes one after the other.
+    """
     factor: float
+    """Factor on the cosine and sine of all angles."""
     norm: str
     """none, cosine or rms"""
     eps: float
+    split: Sequence[int] = ()
+    """How many pairs of elements RoPE rotates by each axis; empty if all axes have the same frequencies."""
+    interleaved: bool = False
 
     @property
     def kind(self) -> QKPrepKind:
         if self.positions is None or self.freqs is None:
-            return QKPrepKind(self.norm, 1, 0, False, False)
+            return QKPrepKind(self.norm, (0,), False, False)
         batch, *_, axes = self.positions.shape
         heads, each = self.freqs.shape
-        return QKPrepKind(self.norm, axes, axes * each, heads > 1, batch > 1)
+        split = tuple(self.split) or (each,) * axes
+        return QKPrepKind(self.norm, split, heads > 1, batch > 1, self.interleaved)
 
     @property
     def by_head(self) -> bool:
-        """Angles differ by head: a program then takes images that share them; otherwise it takes heads."""
+        """Whether angles differ by head. A program then computes a head of several images, else heads of an image."""
         return self.freqs is not None and len(self.freqs) > 1
 
 
 def problem_of(inputs: Inputs, options: Options) -> Problem:
     query, key, value, additional_keys, additional_values, sink = inputs
     sink_value, kernel_size, stride, dilation, is_causal, scale = options
-    return Problem(  # a call of a function for each layout would take as long as the rest
+    return Problem(  # layouts are made without `layout`, whose calls would take as long as everything else
         Layout(query.shape, query.stride()), Layout(key.shape, key.stride()), Layout(value.shape, value.stride()),
         None if additional_keys is None else layout(additional_keys),
         None if additional_values is None else layout(additional_values),

@@ -1,4 +1,4 @@
-"""Tiles: how many queries and keys a program takes at a time, by a rule that knows every problem."""
+"""Tile configurations by rule: how many queries and keys a program takes at a time, for any problem."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Bounds = Callable[[torch.Tensor, int, int, int, bool], tuple[torch.Tensor, torch
 
 @dataclass(frozen=True)
 class TileConfig:
-    """Shape of one program: a ``tile`` of positions times ``pack`` heads, and a ``chunk`` it walks with."""
+    """Tile configuration: a program computes a ``tile`` of positions times ``pack`` heads, a ``chunk`` at a time."""
 
     tile: Box
     chunk: Box
@@ -26,9 +26,9 @@ class TileConfig:
     num_warps: int
     stages: int
     maxnreg: int | None = None
-    """Cap per thread, so that more programs share a multiprocessor."""
+    """``maxnreg``: most registers of a thread, so that more programs share a multiprocessor."""
     skip_mask: bool = False
-    """Branch around the mask where a chunk lies inside every window: pays when windows are much larger than tiles."""
+    """Skip the mask of chunks that lie inside every window. It pays when windows are much larger than tiles."""
 
 
 def next_power_of_2(n: int) -> int:
@@ -36,20 +36,20 @@ def next_power_of_2(n: int) -> int:
 
 
 def padded_head_dim(head_dim: int) -> int:
-    """Columns of a tile: matrix instructions take powers of two from 16."""
+    """Columns of a tile that holds a head dim: Triton's matrix products take powers of two from 16 on."""
     return max(16, next_power_of_2(head_dim))
 
 
 def head_width(head_dim: int) -> int:
-    """Channels of a head in shared memory: matrix instructions take powers of two. TMA reads zeros behind the last."""
+    """Columns of a head in shared memory, a power of two from 32 on. TMA fills those behind the last with zeros."""
     return max(32, next_power_of_2(head_dim))
 
 
 def column_parts(head_dim: int) -> tuple[int, ...]:
-    """Columns of tiles: one power of two, or two where the sum of two is at most three quarters of it (80 = 64 + 16).
+    """Columns of the tiles that hold a head dim: a power of two, or two whose sum is at most 3/4 of it (80 = 64 + 16).
 
-    Forward on an H200, in ms, padded and in parts: head dim 80 0.141 and 0.114, 96 0.362 and 0.327, 192 0.532 and
-    0.483.
+    Milliseconds of the forward kernel on an H200, padded and in two parts: head dim 80 0.141 and 0.114, head dim 96
+    0.362 and 0.327, head dim 192 0.532 and 0.483.
     """
     padded = padded_head_dim(head_dim)
     first = padded // 2
@@ -58,7 +58,7 @@ def column_parts(head_dim: int) -> tuple[int, ...]:
 
 
 def boxes(size: int, limits: Sequence[int]) -> list[Box]:
-    """Boxes of ``size`` positions with power-of-two sides, within the padded limits where that is possible."""
+    """All boxes of ``size`` positions whose sides are powers of two, and within the padded limits if possible."""
     caps = [next_power_of_2(n) for n in limits]
     sides = [2**i for i in range(size.bit_length())]
     fitting = [
@@ -70,16 +70,17 @@ def boxes(size: int, limits: Sequence[int]) -> list[Box]:
 
 
 def covered(extents: Sequence[int], chunk: Box) -> int:
-    """Positions executed when chunks walk over a box of ``extents``."""
+    """Positions that a walk in chunks over a box of ``extents`` computes, those outside of the box included."""
     return prod(ceil(extent / step) * step for extent, step in zip(extents, chunk, strict=True))
 
 
 @lru_cache(maxsize=1024)
 def best_boxes(positions: int, keys: int, lengths: Box, kernel: Box) -> tuple[Box, Box]:
-    """Tile and chunk that execute the fewest scores, idle rows included; among equals near-cubes, then rows of 16.
+    """Tile and chunk for which the fewest scores are computed, those of idle rows included.
 
-    Idle rows decide where an axis is short: over 24x68x80 positions a tile of 32x2x2 sees fewer keys than one of 4x4x8
-    does, and yet executes more scores.
+    Among equals the tile with the smallest union of windows is taken, then the chunk whose rows are nearest to 16 keys.
+    Idle rows decide where an axis is short: over 24x68x80 positions a tile of 32x2x2 sees fewer keys than one of 4x4x8,
+    but makes the kernel compute more scores.
     """
 
     def cost(pair: tuple[Box, Box]) -> tuple[int, int, int]:
@@ -93,10 +94,10 @@ def best_boxes(positions: int, keys: int, lengths: Box, kernel: Box) -> tuple[Bo
 
 
 def packed_heads(group: int, positions: int) -> int:
-    """Query heads of one KV head in one program: they share its key loads, its masks and its window arithmetic.
+    """Number of query heads of a KV head that a program computes; they share loads of keys, masks and window bounds.
 
-    A power of two, as tiles are: the largest that leaves at most an eighth of the rows idle. For a group of 3 that is
-    one head (17x17, head dim 96: 0.425 ms, with four 0.464).
+    It is the largest power of two that leaves at most an eighth of the rows idle. For a group of 3 that is one head
+    (17x17 keys of head dim 96 take 0.425 ms, and 0.464 ms with four heads a program).
     """
 
     def idle(pack: int) -> float:
@@ -110,37 +111,37 @@ Kind = Literal["forward", "backward_query", "backward_key"]
 
 
 class ProblemClass(NamedTuple):
-    """What tiles depend on. Axes are three, ``t h w``."""
+    """The properties of a call that tiles depend on. There are always three axes, ``t h w``."""
 
     device: str
-    """its name"""
+    """Name of the device."""
     shared_memory: int
-    """bytes that a program can have on it"""
+    """Bytes of shared memory that a program can have on the device."""
     lengths: Box
-    """tokens of a residue class, the longest one"""
+    """Tokens of the longest residue class, per axis."""
     kernel: Box
     group: int
     head_dim: int
     value_dim: int
     element_size: int
-    """bytes"""
+    """In bytes."""
 
 
 class Room(NamedTuple):
-    """Of shared memory: what there is, and what decides how much tiles take."""
+    """The shared memory that there is, and the properties that decide how much of it tiles take."""
 
     limit: int
-    """bytes that a program can have"""
+    """Bytes that a program can have."""
     width: int
-    """columns of the wider head dim's tiles, in units of two bytes"""
+    """Columns of tiles that hold the larger head dim, in units of two bytes."""
     element_size: int
-    """bytes"""
+    """In bytes."""
     copies: int = 1
-    """of :func:`tile_copies`"""
+    """See :func:`tile_copies`."""
 
 
 def columns(kind: Kind, problem: ProblemClass) -> int:
-    """Columns of a row's accumulators, which stay in registers."""
+    """Columns of a program's accumulators, which it holds in registers."""
     query, value = sum(column_parts(problem.head_dim)), sum(column_parts(problem.value_dim))
     return {"forward": value, "backward_query": query, "backward_key": max(query, value)}[kind]
 
@@ -152,18 +153,18 @@ def room(problem: ProblemClass) -> Room:
 
 
 def tile_copies(element_size: int) -> int:
-    """How often a program's own tile is in shared memory at most: a product of fp32 may be three in TF32."""
+    """Most copies of a program's own tile in shared memory: 2 for fp32, as a product may be three products in TF32."""
     return 2 if element_size == 4 else 1
 
 
 def rule(kind: Kind, problem: ProblemClass, pack: int | None = None) -> TileConfig:
-    """What serves any problem, with ``pack`` heads a program if given."""
+    """The tile configuration for any problem, with ``pack`` heads a program if given."""
     group = 1 if kind == "backward_key" else problem.group
     return _rule(kind, problem.lengths, problem.kernel, group, pack, room(problem), columns(kind, problem))
 
 
 def register_tile(problem: ProblemClass, registers: int) -> int:
-    """Registers that the kernels over queries take at a time."""
+    """Register tokens that the forward and dQ kernels take at a time."""
     tile, space, config = min(max(16, next_power_of_2(registers)), 64), room(problem), rule("backward_query", problem)
     rows = prod(config.tile) * config.pack
     while tile > 16 and shared_memory("backward_query", rows, tile, 1, space) > space.limit:
@@ -172,7 +173,7 @@ def register_tile(problem: ProblemClass, registers: int) -> int:
 
 
 def register_block(problem: ProblemClass, registers: int) -> tuple[int, int]:
-    """Registers, at most so many, and queries that the kernel of registers' gradients takes at a time."""
+    """Register tokens, at most ``registers``, and queries that the kernel of their gradients takes at a time."""
     rows, space = 64 if problem.element_size == 2 else 16, room(problem)
     while register_memory(registers, rows, space.width, space.copies) > space.limit and registers * rows > 256:
         registers, rows = (registers, rows // 2) if rows > 16 else (registers // 2, rows)
@@ -180,15 +181,19 @@ def register_block(problem: ProblemClass, registers: int) -> tuple[int, int]:
 
 
 def register_memory(registers: int, rows: int, width: int, copies: int = 1) -> int:
-    """:func:`shared_memory` of that kernel: two tensors' registers, ``copies`` times, and their rows three times."""
+    """Most bytes of shared memory of the kernel of register tokens' gradients.
+
+    It holds ``copies`` of the keys and values of registers, and three stages of queries and output gradients.
+    """
     return (copies * registers + 3 * rows) * width * 4 + 1024
 
 
 def shared_memory(kind: Kind, rows: int, keys: int, stages: int, space: Room) -> int:
-    """Bytes of shared memory that a program takes at most.
+    """Most bytes of shared memory that a program takes.
 
-    Its own tile, of one tensor or two, and two tensors' chunks a stage; or for one stage less the weights of a chunk,
-    which are more where heads are narrow. Read off compiled kernels; scratch is under 1 KiB.
+    It holds its own tile of one tensor, or of two in the backward pass, and per stage a chunk of two tensors. In one of
+    the stages there may be the weights of a chunk instead, which are larger where the head dim is small. Compiled
+    kernels report these sizes, and less than 1 KiB of scratch.
     """
     tile = rows * space.width * (2 if kind == "forward" else 4) * space.copies
     chunk = keys * space.width * 4
@@ -196,7 +201,7 @@ def shared_memory(kind: Kind, rows: int, keys: int, stages: int, space: Room) ->
 
 
 def fit(kind: Kind, rows: int, keys: int, stages: int, space: Room) -> tuple[int, int, int]:
-    """``rows``, ``keys`` and ``stages`` that there is room for: fewer stages first, then smaller tiles."""
+    """``rows``, ``keys`` and ``stages``, reduced until they fit: fewer stages first, then smaller tiles."""
     while shared_memory(kind, rows, keys, stages, space) > space.limit and (stages, keys, rows) != (1, 16, 16):
         if stages > 2 or (keys == rows == 16):
             stages -= 1
@@ -207,13 +212,13 @@ def fit(kind: Kind, rows: int, keys: int, stages: int, space: Room) -> tuple[int
     return rows, keys, stages
 
 
-LARGE_WINDOW = 512  # keys; from here on matrix products bound the kernels, below it instructions and L2 do
-MIDDLE_WINDOW = 100  # keys; from here on a tile of 64 keys is worth the queries that see only some of it
-INSIDE = 0.2  # share of chunks inside every window of a tile, from which on a branch around the mask pays
+LARGE_WINDOW = 512  # keys from which on matrix products bound the kernels; below, other instructions and L2 do
+MIDDLE_WINDOW = 100  # keys from which on a tile of 64 keys pays, although some queries see only a part of it
+INSIDE = 0.2  # share of chunks inside every window of a tile, from which on it pays to branch around the mask
 
 
 class Size(NamedTuple):
-    """Of a program, before its boxes are chosen."""
+    """Size of a program, before the boxes of its tile and chunk are chosen."""
 
     rows: int
     keys: int
@@ -223,14 +228,15 @@ class Size(NamedTuple):
 
 
 def size_of(kind: Kind, lengths: Box, window: int, space: Room, columns: int) -> Size:
-    """What was fastest on problems like this one: an H200, Triton 3.6, ``python -m benchmarks.sweep``.
+    """The size that was fastest for problems like this one (H200, Triton 3.6, ``python -m benchmarks.sweep``).
 
-    Times are of the problems named: ms of this size against that of the next best kind of size.
+    Comments give examples: a problem, the milliseconds that its kernel takes with this size, and in parentheses those
+    with the best size of another kind.
     """
     large, middle = window >= LARGE_WINDOW, window >= MIDDLE_WINDOW
     deep, flat = lengths[0] > 1, lengths[0] == lengths[1] == 1
     if space.element_size == 4:
-        # Three products in TF32 for one: their operands are split in registers, so tiles are half as large.
+        # A product is computed as three in TF32. As the operands are split in registers, tiles are half as large.
         # 7x7, head dim 64: forward 0.54 (64 rows 1.23), dQ 0.78 (1.13), dK and dV 1.22 (32 queries a chunk 1.30).
         # 3x7x13: 1.58 (2.74), 2.43 (3.04), 4.06 (16 queries a chunk 5.05). 7x11, head dim 32: 1.75 (2.49), 2.46 (2.82),
         # 4.26 (4.60). 9x9, head dim 128, with four warps: 1.64 (two 2.37), 2.36 (4.13), 3.80 (7.35).
@@ -244,9 +250,9 @@ def size_of(kind: Kind, lengths: Box, window: int, space: Room, columns: int) ->
             return Size(64, 32, 4, 3)
         return Size(32, 32, 4, 2) if middle else Size(32, 16, 2, 3)
     if space.width > 128:
-        # 64 rows of 256 accumulators leave four warps no registers: 1024 keys take 0.68 with eight (four 4.8, 380 bytes
-        # spilled), 7x7 keys 0.71 with four warps and 32 rows (eight 0.92). Where only keys are so wide (192 with values
-        # of 128), four warps have enough: 0.53.
+        # 64 rows of 256 accumulators do not fit into the registers of four warps. 1024 keys: 0.68 with eight warps
+        # (four 4.8, with 380 bytes spilled); 7x7 keys: 0.71 with four warps and 32 rows (eight 0.92). Where only keys
+        # are so wide (head dim 192 with values of 128), four warps suffice: 0.53.
         if kind == "forward" and columns > 128:
             return Size(64, 64, 8, 2) if large else Size(32, 64, 4, 2)
         if kind == "forward":
@@ -256,13 +262,13 @@ def size_of(kind: Kind, lengths: Box, window: int, space: Room, columns: int) ->
             return Size(128, 32, 8, 3) if large else Size(64, 16, 4, 3)
         return Size(32, 32, 4, 2)  # 1024 keys of 256: 1.37 (16 queries a chunk 1.91)
     if kind == "backward_key":
-        # Short chunks suit windows that are planes. 13x13 keys of 128: 1.26 (32 queries a chunk 1.41), of 64: 0.61
-        # (0.64); 9x9 of 80: 0.34 (0.37); but 4x7x7: 3.92 (2.79), 2048 in a row: 1.50 (1.33).
+        # Short chunks suit 2-D windows. 13x13 keys of head dim 128: 1.26 (32 queries a chunk 1.41), of 64: 0.61 (0.64);
+        # 9x9 of 80: 0.34 (0.37); but 4x7x7: 3.92 (2.79), 2048 keys on one axis: 1.50 (1.33).
         plane = not large and not flat and (space.width > 64 or not deep)
         return Size(64, 16, 4, 3) if plane else Size(64, 32, 4, 3)
     if large:
-        # 11x11x11 of 64: forward 1.27, dQ 1.15 (with 128 rows 2.3 and 2.6); 40x40 of 128: 0.33 and 0.37 with 128 rows
-        # (64 rows 0.36 and 0.39); dQ of 512 keys in a row, 0.23 (64 keys a chunk 0.26).
+        # 11x11x11 keys of head dim 64: forward 1.27, dQ 1.15 (128 rows 2.3 and 2.6); 40x40 of 128: 0.33 and 0.37 with
+        # 128 rows (64 rows 0.36 and 0.39); dQ of 512 keys on one axis: 0.23 (64 keys a chunk 0.26).
         if columns > 64:
             return Size(128, 64, 8, 3)
         return Size(64, 32, 4, 3) if flat and kind == "backward_query" else Size(64, 64, 4, 3)
@@ -275,7 +281,7 @@ def size_of(kind: Kind, lengths: Box, window: int, space: Room, columns: int) ->
 
 @lru_cache(maxsize=1024)
 def _rule(kind: Kind, lengths: Box, kernel: Box, group: int, pack: int | None, space: Room, columns: int) -> TileConfig:
-    """Tiles from the problem's shape; devices with less shared memory than an H200 take what fits."""
+    """The tile configuration for a problem's shape, reduced to what fits on devices with little shared memory."""
     window = prod(kernel)
     size = size_of(kind, lengths, window, space, columns)
     rows, keys, stages = fit(kind, size.rows, size.keys, size.stages, space)
@@ -289,14 +295,14 @@ def _rule(kind: Kind, lengths: Box, kernel: Box, group: int, pack: int | None, s
 
 
 def inside_share(tile: Box, chunk: Box, kernel: Box) -> float:
-    """About what share of the chunks that a tile walks over lies inside all its windows, and needs no mask."""
+    """Estimated share of the chunks of a tile's walk that lie inside all its windows, and so need no mask."""
     axes = zip(tile, chunk, kernel, strict=True)
     return prod(max(0, k - b + 1 - c + 1) / (b + k - 1) for b, c, k in axes)
 
 
 @lru_cache(maxsize=4096)
 def extent(axis: Axis, tile: int, bounds: Bounds) -> int:
-    """Most columns that some tile of rows sees along an axis."""
+    """The most columns that a tile of rows sees along an axis."""
     low, high = spans(axis, tile, bounds)
     return int((high - low + 1).max())
 

@@ -1,6 +1,6 @@
-"""Which launch a problem gets: an override, what ``python -m natten_layers.tune`` found on this machine, or the rule.
+"""The tile configuration of a problem: from an override, from ``python -m natten_layers.tune``, or by rule.
 
-Nothing is searched on a user's call. The file of tuned launches is read once, when the first kernel is launched.
+A user's call never searches. The file with what was tuned on this machine is read once, on the first launch.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = [
 
 FORMAT = 2
 MOST_SIDES = 1024
-"""rows of a tile, or columns of a chunk, that a file may ask for: more than any multiprocessor holds"""
+"""Most rows of a tile, or columns of a chunk, that a file may ask for. It is more than any multiprocessor holds."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -44,6 +44,8 @@ Tuned = dict[tuple[Kind, ProblemClass], TileConfig]
 
 
 class Overrides(NamedTuple):
+    """What :func:`override` replaces."""
+
     configs: Mapping[Kind, TileConfig] = MappingProxyType({})
     pack: int | None = None
 
@@ -55,7 +57,7 @@ _forgetters: list[Callable[[], None]] = []
 
 @contextmanager
 def override(configs: Mapping[Kind, TileConfig] | None = None, *, pack: int | None = None) -> Iterator[None]:
-    """Replace the choice in this thread, for measurements: whole launches, or ``pack`` heads a program."""
+    """Replace whole tile configurations, or the number ``pack`` of heads a program, in this thread, to measure."""
     token = _overrides.set(Overrides(configs or {}, pack))
     try:
         yield
@@ -64,12 +66,12 @@ def override(configs: Mapping[Kind, TileConfig] | None = None, *, pack: int | No
 
 
 def tile_config_for(kind: Kind, problem: ProblemClass) -> TileConfig:
-    """The launch of one kernel for a problem class."""
+    """The tile configuration of one kernel for a problem class."""
     return explicit_tile_config(kind, problem) or rule(kind, problem, override_pack())
 
 
 def explicit_tile_config(kind: Kind, problem: ProblemClass) -> TileConfig | None:
-    """The launch that an override or the file of tuned launches names, if one does."""
+    """The tile configuration from an override or from the file of tuned ones, or None if neither has one."""
     overrides = _overrides.get()
     if kind in overrides.configs:
         return overrides.configs[kind]
@@ -77,14 +79,14 @@ def explicit_tile_config(kind: Kind, problem: ProblemClass) -> TileConfig | None
 
 
 def override_pack() -> int | None:
-    """Heads a program that an override asks for."""
+    """Number of heads a program that an override asks for, or None."""
     return _overrides.get().pack
 
 
 def remembered(choose: Callable[P, R]) -> Callable[P, R]:
-    """Cache what a function makes of its arguments and :func:`tile_config_for`, until :func:`forget`.
+    """Cache the results of a function that depends on its arguments and :func:`tile_config_for`, until :func:`forget`.
 
-    Under :func:`override` the function is called each time.
+    Under :func:`override` nothing is cached.
     """
     known = lru_cache(maxsize=1024)(choose)
     _forgetters.append(known.cache_clear)
@@ -97,7 +99,7 @@ def remembered(choose: Callable[P, R]) -> Callable[P, R]:
 
 
 def forget() -> None:
-    """Read the file of tuned launches again, on the next launch."""
+    """Make the next launch read the file of tuned configurations again."""
     _tuned.cache_clear()
     for clear in _forgetters:
         clear()
@@ -120,7 +122,7 @@ def _tuned() -> Tuned:
 
 
 class _Entry(NamedTuple):
-    """One launch in the file. What a launch means to the kernels is checked in :func:`_check_tile_config`."""
+    """One tile configuration in the file. :func:`_check_tile_config` checks whether a kernel could run it."""
 
     kind: Kind
     problem: Mapping[str, Any]
@@ -128,10 +130,10 @@ class _Entry(NamedTuple):
 
 
 def read_tuned(path: Path) -> Tuned:
-    """What :func:`write_tuned` wrote; nothing if there is no such file.
+    """Read the tile configurations that :func:`write_tuned` wrote; none if there is no such file.
 
     Raises:
-        ValueError: a damaged file, or one of another format.
+        ValueError: the file is damaged or has another format.
     """
     try:
         content = read_json(path)
@@ -155,7 +157,7 @@ def _parse_entry(entry: object, where: str) -> tuple[tuple[Kind, ProblemClass], 
 
 
 def _check_tile_config(config: TileConfig, where: str) -> None:
-    """Refuse what no GPU runs."""
+    """Raise a ValueError for a tile configuration that no GPU can run."""
     sides = (*config.tile, *config.chunk, config.pack, config.num_warps)
     if any(n < 1 or n & (n - 1) for n in sides):
         raise ValueError(f"{where} has sides that are no powers of two: {shorten(config)}")
@@ -166,10 +168,10 @@ def _check_tile_config(config: TileConfig, where: str) -> None:
 
 
 def write_tuned(path: Path, configs: Mapping[tuple[Kind, ProblemClass], TileConfig]) -> None:
-    """Add launches to the file, in place of those of the same problems; the next call uses them.
+    """Add tile configurations to the file, replacing those of the same problems; the next call uses them.
 
     Raises:
-        ValueError: what is there is damaged; it is not touched.
+        ValueError: the existing file is damaged; it is not touched.
     """
     entries = [
         {"kind": kind, "problem": problem._asdict(), "config": vars(config)}

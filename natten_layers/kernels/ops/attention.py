@@ -1,4 +1,7 @@
-"""The operators of attention and its gradient: schemas, fakes and autograd. Triton is imported on the first launch."""
+"""The operators of attention and of its gradient: schemas, fake implementations and autograd.
+
+Importing this module needs no Triton, which is imported on the first launch.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,7 @@ class WithStats(NamedTuple):
 WITH_STATS, WITHOUT_STATS = WithStats(True), WithStats(False)
 
 MAX_HEAD_DIM = 256
-HAS_TRITON = importlib.util.find_spec("triton") is not None  # asked once: a search takes longer than a launch
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # asked once, as the search takes longer than a launch
 
 
 def _interpreted() -> bool:
@@ -59,7 +62,7 @@ def _compiler_gap(device: torch.device) -> str | None:
 def compiler_gap(capability: tuple[int, int], version: str) -> str | None:
     """Why this release of Triton cannot compile the kernels for a device, or None if it can."""
     release = tuple(int(part) for part in version.split(".")[:2])
-    if capability[0] == 10 and release < (3, 8):  # its compiler crashes while it lays out tensor memory
+    if capability[0] == 10 and release < (3, 8):  # older compilers crash while they lay out tensor memory
         return f"Triton {version} cannot compile it for compute capability {capability[0]}.{capability[1]}; 3.8 can"
     return None
 
@@ -70,14 +73,14 @@ def unsupported(query: Tensor, value: Tensor) -> str | None:
         return f"the tensors are on {query.device}, the kernels run on CUDA devices"
     if not HAS_TRITON:
         return "Triton is not installed"
-    # A compiled graph takes what it finds: nothing here may ask for the device while it is traced.
+    # torch.compile cannot trace the question for the device's capability, so compiled graphs skip this check.
     if query.device.type == "cuda" and not torch.compiler.is_compiling():
         gap = _compiler_gap(query.device)
         if gap is not None:
             return gap
     if query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"dtype {query.dtype} is not one of float16, bfloat16, float32"
-    # Asked of the device, as to look into the environment takes the host as long as everything else here.
+    # The device tells whether kernels are interpreted. Reading the environment would take as long as this function.
     if query.dtype == torch.bfloat16 and query.device.type != "cuda":
         return "Triton's interpreter does not multiply bfloat16 matrices"
     for name, size in (("head_dim", query.shape[-1]), ("value head_dim", value.shape[-1])):
@@ -87,7 +90,7 @@ def unsupported(query: Tensor, value: Tensor) -> str | None:
 
 
 def attention(inputs: Inputs, options: Options) -> Tensor:
-    """``out`` alone; without gradients no statistics are written."""
+    """``out`` without statistics, which are not even written if no gradient is needed."""
     inputs = readable(inputs)
     if is_tracked(inputs):
         return _function().apply(*inputs, options)[0]
@@ -95,23 +98,23 @@ def attention(inputs: Inputs, options: Options) -> Tensor:
 
 
 def attention_state(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor]:
-    """``(out, row_max, row_sum)``; no gradient flows through ``row_max``, which is a reference point."""
+    """``(out, row_max, row_sum)``. No gradient flows through ``row_max``, which is only a reference point."""
     return _function().apply(*readable(inputs), options)  # pyright: ignore[reportReturnType]
 
 
 def choices(inputs: Inputs, options: Options, *, with_stats: bool, with_gradients: bool) -> dict[str, Any]:
-    """The kernels that compute a call, by direction: a ``dispatch.Choice`` each. Launches nothing."""
+    """The kernels that compute a call: a ``dispatch.Choice`` per direction. Nothing is launched."""
     inputs = readable(inputs)
     problem = problem_of(inputs, options)
     return module("dispatch").choices(problem, inputs, with_stats=with_stats, with_gradients=with_gradients)
 
 
 def readable(inputs: Inputs) -> Inputs:
-    """What the kernels can read: last axes contiguous."""
+    """Tensors that the kernels can read: those whose last axis is not contiguous are copied."""
     if torch.compiler.is_compiling():
-        # The compiler refuses an `autograd.Function` that is given one tensor twice, as in attention of x over x.
+        # torch.compile refuses to give an `autograd.Function` the same tensor twice, as in attention of x over x.
         return Inputs._make([None if x is None else last_contiguous(x.view_as(x)) for x in inputs])
-    for x in inputs:  # most calls copy nothing, and are done with a look at each
+    for x in inputs:  # most calls copy nothing, so this check comes first
         if x is not None and x.stride(-1) != 1:
             return Inputs._make([None if x is None else last_contiguous(x) for x in inputs])
     return inputs
@@ -145,7 +148,7 @@ class _Attention(Function):
 
 
 class _Transformable(_Attention):
-    """:class:`_Attention` under the transforms of ``torch.func``, whose rules ``torch.compile`` does not trace."""
+    """:class:`_Attention` with the rules for the transforms of ``torch.func``, which ``torch.compile`` cannot trace."""
 
     generate_vmap_rule = True
 
@@ -176,7 +179,7 @@ def _forward_fake(inputs: Inputs, options: Options, state: WithStats) -> tuple[T
 
 
 def _forward_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """One call for all samples: the mapped axis becomes a part of the batch."""
+    """The rule of ``vmap``: the mapped axis becomes a part of the batch, so that one launch computes all samples."""
     (inputs, *others), (dims, *_) = grouped("forward", args), grouped("forward", in_dims)
     if dims.sink is not None:
         raise NotImplementedError(f"{NOT_FUSED} torch.func.vmap over sinks{WAY_OUT}")
@@ -187,7 +190,7 @@ def _forward_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tup
 
 
 def _fold(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
-    """Make a mapped axis a part of the batch; what is not mapped is expanded."""
+    """Make a mapped axis a part of the batch; a tensor that is not mapped is expanded."""
     if tensor is None:
         return None
     tensor = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
@@ -206,7 +209,7 @@ def _backward_fake(inputs: Inputs, options: Options, cotangents: Cotangents) -> 
 
 
 def _sink_gradient(sink: Tensor | None, row_max: Tensor, row_sum: Tensor, delta: Tensor) -> Tensor | None:
-    """``dsink[h] = -sum exp(sink[h] - lse) * delta`` over batch and tokens, in fp32."""
+    """``dsink[h] = -sum exp(sink[h] - lse) * delta``, summed over batch and tokens in fp32."""
     if sink is None:
         return None
     weight = torch.exp(sink.float() - row_max) / row_sum
@@ -214,7 +217,7 @@ def _sink_gradient(sink: Tensor | None, row_max: Tensor, row_sum: Tensor, delta:
 
 
 def forward_flop(inputs: Inputs, options: Options, *_: Any) -> int:
-    """Useful FLOP: ``2 (D + Dv)`` for every pair of a query and a key that it sees, registers included."""
+    """Useful floating-point operations: ``2 (D + Dv)`` per visible pair of a query and a key or register."""
     query, value = inputs.query, inputs.value
     window = Window(
         tuple(options.kernel_size), tuple(options.stride), tuple(options.dilation), tuple(options.is_causal)
@@ -227,7 +230,7 @@ def forward_flop(inputs: Inputs, options: Options, *_: Any) -> int:
 
 
 def _backward_flop(*groups: Any) -> int:
-    """The convention of published benchmarks: five matrix products where the forward has two."""
+    """By the convention of published benchmarks: five matrix products, where the forward pass has two."""
     return forward_flop(*groups) * 5 // 2
 
 
@@ -236,5 +239,5 @@ define_op(
     "backward", (Inputs, Options, Cotangents), f"({', '.join(['Tensor'] * len(Inputs._fields))})",
     _backward, _backward_fake, _backward_flop,
 )  # fmt: skip
-# The backward operator has no rule: vmap calls it once for each sample, as gradients of each are asked for.
+# The backward operator has no such rule, as gradients are wanted for each sample: vmap calls it once for each.
 torch.library.register_vmap("natten_layers::forward", _forward_vmap, lib=library)

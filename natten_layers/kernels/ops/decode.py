@@ -1,4 +1,4 @@
-"""The operator that attends over a cache: schema and fake, as ``attention`` has for neighborhoods. No autograd."""
+"""The operator of attention over a cache: schema and fake implementation. It has no derivative."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def decode(
     scale: float,
     with_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """``(out, lse)`` of validated arguments; without ``with_lse`` the latter is nothing to read."""
+    """``(out, lse)`` of validated arguments. Unless ``with_lse``, do not read ``lse``: it is empty or None."""
     tensors = (last_contiguous(t) for t in (query, key, value))
     registers = (t if t is None else last_contiguous(t) for t in (additional_keys, additional_values))
     positions = (p.expand(query.shape[0], -1) for p in (query_positions, key_positions))

@@ -1,4 +1,4 @@
-"""How the operators over the Triton kernels are registered and called. Torch only."""
+"""Registration and calls of the operators over the Triton kernels. Importing this module needs no Triton."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ Results = Tensor | tuple[Tensor | None, ...]
 
 library = torch.library.Library("natten_layers", "DEF")
 _PLAIN = frozenset((Tensor, nn.Parameter, type(None), int, float, bool, str, tuple, list))
-"""types of arguments that do not want to see an operator"""
+"""Types without torch-dispatch hooks: arguments of these types cannot intercept an operator."""
 NO_DEVICE_GUARD = nullcontext()
 
 
 class _Operator(NamedTuple):
     kernel: Callable[..., Results]
     spans: tuple[tuple[type[Any], int, int], ...]
-    """Each group, and where it begins and ends in the flat arguments."""
+    """Each group's class, and where the group begins and ends in the flat arguments."""
 
 
 _operators: dict[str, _Operator] = {}
@@ -77,23 +77,23 @@ def define_op(
 ) -> None:
     """Define the operator ``natten_layers::name``, without a derivative.
 
-    An operator's arguments are a flat list, in which a position is all that tells one from the other. They are written
-    down once, as fields of named tuples: the schema is made of these, and ``kernel``, ``fake`` and ``flop`` take one
-    of each. A field that is added to a group is an argument of every operator that has it.
+    The arguments of an operator are a flat list, in which only the position tells them apart. So they are written down
+    once, as fields of named tuples: the schema is made from these, and ``kernel``, ``fake`` and ``flop`` take one tuple
+    of each group. A field that is added to a group becomes an argument of every operator with that group.
 
-    Operators return tensors: where a kernel's result is None, the operator's is empty, in its first argument's dtype.
-    They are opaque to the compiler; derivatives are ``autograd.Function`` outside of them, so that eager and compiled
-    code take the same backward.
+    Operators must return tensors: where a kernel returns None, the operator returns an empty tensor with the dtype of
+    its first argument. Operators are opaque to the compiler, and their derivatives are in ``autograd.Function`` around
+    them, so that eager and compiled code have the same backward pass.
 
     Args:
         groups: classes of named tuples.
-        results: the schema's part behind the arrow.
-        flop: counts floating-point operations.
+        results: the part of the schema behind the arrow.
+        flop: counts the floating-point operations of a call.
     """
     ends = list(accumulate((len(group._fields) for group in groups), initial=0))
     _operators[name] = _Operator(kernel, tuple(zip(groups, ends, ends[1:], strict=False)))
     library.define(f"{name}({_schema(groups)}) -> {results}")
-    for device in ("CUDA", "CPU"):  # on the latter under Triton's interpreter
+    for device in ("CUDA", "CPU"):  # on CPU tensors Triton's interpreter runs the kernels
         library.impl(name, _returning_tensors(name), device)
     library.impl(name, _below_autograd(name), "Autograd")
     torch.library.register_fake(f"natten_layers::{name}", lambda *args: fake(*grouped(name, args)), lib=library)
@@ -109,12 +109,12 @@ def _schema(groups: tuple[type[Any], ...]) -> str:
 
 
 def grouped(name: str, args: Sequence[Any]) -> list[Any]:
-    """An operator's flat arguments as named tuples."""
+    """Group an operator's flat arguments into named tuples."""
     return [group._make(args[start:end]) for group, start, end in _operators[name].spans]
 
 
 def flattened(groups: tuple[tuple[Any, ...], ...]) -> tuple[Any, ...]:
-    """Named tuples as an operator's flat arguments."""
+    """Flatten named tuples into an operator's arguments."""
     return tuple([x for group in groups for x in group])
 
 
@@ -131,10 +131,10 @@ def _returning_tensors(name: str) -> Callable[..., Tensor | tuple[Tensor, ...]]:
 
 
 def call(name: str, *groups: tuple[Any, ...]) -> Any:
-    """Run an operator on arguments of which nobody asks derivatives here.
+    """Run an operator on arguments that need no derivative at this level.
 
-    Without the dispatcher where that adds nothing: it costs the host as much as the launch. A result that is not asked
-    for is an empty tensor, or None without the dispatcher.
+    PyTorch's dispatcher costs the host as much as the launch, so it is skipped where it has nothing to do. A result
+    that the caller did not ask for is an empty tensor, or None if the dispatcher was skipped.
     """
     if is_watched(chain.from_iterable(groups)):
         return getattr(torch.ops.natten_layers, name)(*flattened(groups))
@@ -142,7 +142,7 @@ def call(name: str, *groups: tuple[Any, ...]) -> Any:
 
 
 def is_watched(args: Iterable[Any]) -> bool:
-    """Whether a compiler, a transform, a mode or a tensor's own class may want to see what is done with arguments."""
+    """Whether a compiler, a transform, a dispatch mode or a tensor subclass may intercept an operator on arguments."""
     return (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
@@ -153,14 +153,17 @@ def is_watched(args: Iterable[Any]) -> bool:
 
 
 def call_in_backward(name: str, *groups: tuple[Any, ...]) -> Any:
-    """:func:`call` for a derivative that has none itself: asking for one fails."""
-    # Grad mode is on where a second derivative may be asked for.
+    """:func:`call` of a backward operator, so that differentiating it again raises an error."""
+    # Grad mode is on in a backward pass only if a second derivative may be needed.
     once = torch.is_grad_enabled() and not torch.compiler.is_compiling()
     return _Once.apply(name, *flattened(groups)) if once else call(name, *groups)
 
 
 class _Once(Function):
-    """Fails when it is differentiated. ``once_differentiable`` gives ``torch.func`` zeros instead."""
+    """A call that raises an error when it is differentiated.
+
+    Torch's ``once_differentiable`` would not do: under ``torch.func`` it gives zeros instead of an error.
+    """
 
     generate_vmap_rule = True
 
@@ -170,7 +173,7 @@ class _Once(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        """Nothing is kept for a derivative that is not there."""
+        """Save nothing, as there is no derivative."""
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
@@ -178,9 +181,10 @@ class _Once(Function):
 
 
 def eager_form(function: type[Function]) -> type[Function]:
-    """A function with a ``setup_context`` as it runs outside of compilers and transforms, which need that.
+    """The faster form of an ``autograd.Function`` with ``setup_context``, for use outside of compilers and transforms.
 
-    Torch binds arguments by name where there is one, which takes the host as long as a whole call without gradients.
+    Those need a separate ``setup_context``. For a function that has one, however, torch binds arguments by name, which
+    takes the host as long as a whole call without gradients.
     """
 
     def forward(ctx: Any, *args: Any) -> Any:
@@ -193,24 +197,24 @@ def eager_form(function: type[Function]) -> type[Function]:
 
 
 def is_tracked(args: tuple[Any, ...]) -> bool:
-    """Whether a derivative may be asked for."""
-    # Inside torch.func's transforms a tensor does not tell whether it is differentiated further out.
+    """Whether somebody may ask for a derivative in reverse mode, or under a transform of ``torch.func``."""
+    # Inside such a transform a tensor does not tell whether an outer transform differentiates it.
     return is_transformed() or needs_gradient(args)
 
 
 def is_differentiated(args: tuple[Any, ...]) -> bool:
-    """:func:`is_tracked`, or whether a forward-mode derivative may be asked for. A compiled graph has none."""
+    """Whether somebody may ask for a derivative in reverse or forward mode. A compiled graph has no forward mode."""
     return is_tracked(args) or (not torch.compiler.is_compiling() and forward_ad._current_level >= 0)
 
 
 def is_transformed() -> bool:
-    """Whether a transform of torch.func is active. A compiled graph does not ask."""
+    """Whether a transform of ``torch.func`` is active; False in a compiled graph, which cannot ask."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def needs_gradient(args: tuple[Any, ...]) -> bool:
     if torch.is_grad_enabled():
-        for x in args:  # any() over a generator takes three times as long, twice in every call
+        for x in args:  # any() over a generator would take three times as long, and every call asks twice
             if isinstance(x, Tensor) and x.requires_grad:
                 return True
     return False
@@ -218,28 +222,31 @@ def needs_gradient(args: tuple[Any, ...]) -> bool:
 
 @cache
 def module(name: str) -> Any:
-    """A module of ``kernels`` that imports Triton, on the first launch.
+    """Import a module of ``kernels`` that needs Triton, on the first launch.
 
-    The one import that is not at the top of a file: importing the library must need no Triton. It hides no circle, as
-    what is loaded imports no operator.
+    This import is not at the top of the file, as importing the library must not need Triton. It hides no import cycle:
+    the modules that it loads import no operators.
     """
     return import_module(f"natten_layers.kernels.{name}")
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device: make it the tensor's."""
+    """A context in which the tensor's device is the current one, on which Triton launches."""
     if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
         return NO_DEVICE_GUARD
     return torch.cuda.device_of(tensor)
 
 
 def last_contiguous(tensor: Tensor) -> Tensor:
-    """What the kernels can read: any strides, but neighbors on the last axis."""
+    """The tensor, or a copy if its last axis is not contiguous. Kernels can read any strides of the other axes."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _below_autograd(name: str) -> Callable[..., Any]:
-    """The operator as autograd calls it. It would drop derivatives that nobody wrote in silence; this says so."""
+    """The operator's implementation for autograd, which raises an error where a derivative is needed.
+
+    Without it autograd would silently drop the derivative that the operator does not have.
+    """
 
     def run(*args: Any) -> Any:
         if any(forward_ad.unpack_dual(x).tangent is not None for x in args if isinstance(x, Tensor)):

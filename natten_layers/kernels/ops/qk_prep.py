@@ -1,4 +1,7 @@
-"""Operators that normalise and rotate query and key heads: schemas, fakes, autograd. Triton is imported on launch."""
+"""The operators that normalise query and key heads and apply RoPE: schemas, fake implementations and autograd.
+
+Importing this module needs no Triton, which is imported on the first launch.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ class HeadGradients(NamedTuple):
 
 
 def qk_prep(query: Tensor, key: Tensor, prep: QKPrep) -> tuple[Tensor, Tensor]:
-    """Both prepared, contiguous. No gradient reaches positions and frequencies."""
+    """Query and key, normalised and rotated, contiguous. Positions and frequencies get no gradient."""
     heads = Heads(last_contiguous(query), last_contiguous(key))
     if is_tracked((query, key, prep.query_gain, prep.key_gain)):
         plain = not torch.compiler.is_compiling() and not is_transformed()
@@ -52,7 +55,7 @@ class _QKPrep(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         heads, prep = grouped("qk_prep", inputs)
         ctx.save_for_backward(*heads, prep.query_gain, prep.key_gain, prep.positions, prep.freqs)
-        ctx.numbers = prep.factor, prep.norm, prep.eps
+        ctx.numbers = prep.factor, prep.norm, prep.eps, prep.split, prep.interleaved
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

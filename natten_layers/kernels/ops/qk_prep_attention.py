@@ -1,4 +1,4 @@
-"""The operator of attention on heads as they are projected: normalised and rotated first, without gradients."""
+"""The operator that normalises query and key heads, applies RoPE and attends, for inference: it has no derivative."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["attention"]
 
 
 def attention(inputs: Inputs, options: Options, prep: QKPrep) -> Tensor:
-    """``out`` of ``attention_ops.attention``'s arguments, whose query and key ``qk_prep_ops.qk_prep`` would prepare."""
+    """``out`` of attention over a query and key that are normalised and rotated first, as ``prep`` says."""
     return call("attention_with_qk_prep", attention_ops.readable(inputs), options, prep)
 
 

@@ -1,12 +1,13 @@
-"""Backward kernels, in gather form: every gradient element is summed by one program in a fixed order, without atomics.
+"""The portable backward kernels and their launchers.
 
-The query kernel walks over keys like the forward, and writes delta on its way. The key kernel owns a tile of keys and
-walks over the queries that see it (the inverse of a window is an interval too) for one query head of its group after
-the other, so grouped heads need neither a repeat nor atomics. Registers are seen by all queries: each program sums
-over a slice of the tokens, and the slices are added in order.
+They gather: every element of a gradient is summed by one program in a fixed order, without atomics. The query kernel
+walks over keys as the forward kernel does, and also writes delta. A program of the key kernel owns a tile of keys and
+walks over the queries that see it, which form intervals too, for one query head of the group after the other; so
+grouped heads are not repeated. Registers are seen by all queries: each program of their kernel sums over a slice of the
+tokens, and the slices are added in order.
 """
 
-# Triton's language is Python to the parser only.
+# Triton's language shares the syntax of Python, but not its types.
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false
 
 from math import ceil, prod
@@ -71,7 +72,10 @@ from .primitives import (
 def key_gradients(
     b_dk, b_dv, b_s, b_q, b_v, b_do, col_lse, col_delta, factor, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """Add what queries ``[M]`` give to keys ``[N]``, from masked scores ``b_s [N, M]``; dK lacks ``scale``."""
+    """Add the contribution of queries ``[M]`` to dK and dV of keys ``[N]``, from masked scores ``b_s [N, M]``.
+
+    The caller multiplies dK by ``scale`` in the end.
+    """
     b_p = tl.exp2(b_s * factor - col_lse[None, :])
     b_dv = add_weighted(b_dv, b_p, b_do, PRECISION)
     b_dp = products(b_v, b_do, None, PRECISION)
@@ -81,7 +85,10 @@ def key_gradients(
 
 @triton.jit
 def query_gradient(b_dq, b_s, b_k, b_v, b_do, row_lse, row_delta, factor, PRECISION: tl.constexpr):
-    """Add what keys ``[N]`` give to queries ``[M]``, from masked scores ``b_s [M, N]``; dQ lacks ``scale``."""
+    """Add the contribution of keys ``[N]`` to dQ of queries ``[M]``, from masked scores ``b_s [M, N]``.
+
+    The caller multiplies dQ by ``scale`` in the end.
+    """
     b_p = tl.exp2(b_s * factor - row_lse[:, None])
     b_dp = products(b_do, b_v, None, PRECISION)
     b_ds = b_p * (b_dp - row_delta[:, None])
@@ -98,7 +105,7 @@ def backward_query_kernel(
     WITH_DLSE: tl.constexpr, MASK: tl.constexpr, SCALE_FIRST: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """dQ, ``delta = rowsum(dOut * Out) - dLse`` and the base-2 lse of one query tile; contiguous like the output."""
+    """dQ, ``delta = rowsum(dOut * Out) - dLse`` and the base-2 log-sum-exp of one query tile, all contiguous."""
     BM: tl.constexpr = TILE[0] * TILE[1] * TILE[2] * PACK
     q_strides, k_strides, v_strides = (
         in_elements(q_strides, UNIT),
@@ -129,6 +136,7 @@ def backward_query_kernel(
     tl.store(Lse + o_row, row_lse, mask=m_rows)
 
     score_scale = scale * LOG2E
+    # As in the forward kernel: scores that are scaled before the mask are not scaled again.
     factor = 1.0 if SCALE_FIRST else score_scale
     b_dq = zero_columns(BM, BD)
     if BR > 0:
@@ -177,7 +185,7 @@ def backward_key_kernel(
     D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
     MASK: tl.constexpr, SCALE_FIRST: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of one tile of keys, contiguous. A chunk holds queries, its rows here are the matrix's columns."""
+    """dK and dV of one tile of keys, contiguous. Rows of its matrices are keys; a chunk holds queries, the columns."""
     q_strides, k_strides, v_strides = (
         in_elements(q_strides, UNIT),
         in_elements(k_strides, UNIT),
@@ -212,7 +220,7 @@ def backward_key_kernel(
     i_head = i_kv * group
     steps_per_head = steps[0] * steps[1] * steps[2]
     step = 0
-    # One loop over all heads of the group, so that loads run ahead across heads too.
+    # A single loop over all heads of the group, so that its software pipeline also loads ahead from head to head.
     for _ in tl.range(0, group * steps_per_head, num_stages=STAGES):
         m_queries = inside_box(inner, corner, hi, RANK)
         p_q = Q + i_batch * q_strides[0] + i_head * q_strides[4]
@@ -249,7 +257,7 @@ def backward_register_kernel(
     D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, BR: tl.constexpr, BM: tl.constexpr,
     SCALE_FIRST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of ``BR`` registers, summed over one slice of the tokens: ``[slices, B, R, Hkv, D]`` in fp32."""
+    """dK and dV of ``BR`` registers, summed over one slice of the tokens, into ``[slices, B, R, Hkv, D]`` in fp32."""
     i_program = tl.program_id(0)
     i_slice = i_program % slices
     i_kv = (i_program // slices % kv_heads).to(tl.int64)
@@ -265,7 +273,7 @@ def backward_register_kernel(
     b_dv = zero_columns(BR, BDV)
     score_scale = scale * LOG2E
     factor = 1.0 if SCALE_FIRST else score_scale
-    # Rows are (token, head of the group) pairs: neighbors in memory.
+    # Rows are (token, head of the group) pairs, which are neighbors in memory.
     rows = tokens * group
     share = tl.cdiv(tl.cdiv(rows, BM), slices) * BM
     for start in tl.range(i_slice * share, tl.minimum((i_slice + 1) * share, rows), BM):
@@ -314,7 +322,7 @@ def query_plan(p: Problem, grad_out: Layout, grad_lse: Layout | None) -> Plan:
 def backward_query(
     plan: Plan, problem: Problem, inputs: Inputs, options: Options, cotangents: Cotangents
 ) -> tuple[Tensor, RowStatistics]:
-    """dQ, delta and the base-2 lse. Allocates only these."""
+    """dQ, delta and the base-2 log-sum-exp. Allocates only these."""
     query, key, value, additional_keys, additional_values, _ = inputs
     out, row_max, row_sum, grad_out, grad_lse = cotangents
     grad_query = new_like(query)
@@ -345,7 +353,7 @@ def key_plan(p: Problem, grad_out: Layout) -> Plan:
 def backward_key(
     plan: Plan, problem: Problem, inputs: Inputs, options: Options, grad_out: Tensor, statistics: RowStatistics
 ) -> tuple[Tensor, Tensor]:
-    """dK and dV, those of registers aside. Allocates only these."""
+    """dK and dV of the tokens, without those of registers. Allocates only these."""
     grad_key, grad_value = new_like(inputs.key), new_like(inputs.value)
     delta, lse, _ = statistics
     plan.launch((*inputs[:3], grad_out, delta, lse, grad_key, grad_value), (options.scale,))
@@ -354,17 +362,18 @@ def backward_key(
 
 class RegisterTokensConfig(NamedTuple):
     registers: int
-    """registers that a program takes at a time"""
+    """Registers that a program takes at a time."""
     rows: int
-    """queries that it takes at a time"""
+    """Queries that a program takes at a time."""
     slices: int
-    """parts of the tokens that are summed apart, and then added in order"""
+    """Number of parts of the tokens, whose sums are added in order."""
 
 
 def register_plan(p: Problem, grad_out: Layout) -> Plan:
     q_strides, _, _, *register_strides = p.input_strides()
     registers, rows = register_block(p.problem_class, p.register_tile)
-    # Enough programs to fill a large GPU, each with several blocks of rows; from shapes, so that sums stay the same.
+    # Enough programs to fill a large GPU, each with several blocks of rows. The number depends on shapes alone, so that
+    # results do not differ between devices.
     most = prod(p.lengths) * p.group // (4 * rows)
     slices = max(1, min(ceil(512 / (p.query.shape[0] * p.kv_heads)), most))
     launch = launcher(
@@ -382,7 +391,10 @@ def register_plan(p: Problem, grad_out: Layout) -> Plan:
 def backward_registers(
     plan: Plan, problem: Problem, inputs: Inputs, options: Options, grad_out: Tensor, statistics: RowStatistics
 ) -> tuple[Tensor, Tensor]:
-    """Of the registers' keys and values. Allocates ``slices`` times as many in fp32, under 1 MiB for usual sizes."""
+    """dK and dV of the registers.
+
+    Allocates ``slices`` times the size of the registers in fp32 for partial sums, under 1 MiB for usual sizes.
+    """
     query, _, _, keys, values, _ = inputs
     assert keys is not None
     assert values is not None

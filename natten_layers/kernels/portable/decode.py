@@ -1,11 +1,12 @@
-"""The decode kernel: a few query tokens a sequence over a cache, split over its keys, and its launcher.
+"""The decode kernel, which attends from a few query tokens per sequence to a cache, and its launcher.
 
-One program takes all query heads of one KV head, times the query tokens, over a slice of the cache, so every key and
-value is read once (more than ``MAX_ROWS`` such rows take further programs). Visibility follows positions, not memory
-order; a slice is first trimmed to what its rows see. Registers and the sink belong to the first slice. With several
-slices each writes its softmax state in fp32, and a second kernel merges them.
+The cache is split into slices (split-K). A program computes all query tokens and all query heads of one KV head over
+one slice, so that every key and value is read once; more than ``MAX_ROWS`` such rows take further programs. Visibility
+follows positions, not memory order, and a slice is first trimmed to what its rows see. Registers and the sink belong to
+the first slice. If there are several slices, each writes its softmax state in fp32, and a second kernel merges them.
 
-Legend as in ``primitives.py``; ``[M]`` rows are (token, head of the group) pairs, ``[N]`` cache slots.
+Names are those of ``primitives.py``. ``[M]`` rows are (token, head of the group) pairs, ``[N]`` are entries of the
+cache.
 """
 
 from functools import lru_cache
@@ -37,19 +38,22 @@ from .primitives import (
 
 MAX_ROWS = 64
 TILE_BYTES = 2**14
-"""Of keys that a program loads at a time: with as many of values and three stages, three programs share an SM."""
+"""Bytes of keys that a program loads at a time. With as many of values and three stages, three programs share an SM."""
 PROGRAMS = 2048
-"""Enough for the last wave not to matter, and for the merge not to: many times the SMs of any device."""
+"""Programs to aim at: many times the SMs of any device, so that the last wave is short beside the rest."""
 MAX_SPLITS = 128
 NO_WINDOW = 2**63 - 1
 TRIM_FROM = 512
-"""Slots of a slice from which it is worth to look at all its positions before any key is loaded."""
+"""Entries of a slice from which on it pays to read all its positions first, and to skip the keys that no row sees."""
 STAGES = 3
 
 
 @triton.jit
 def load_positions(KeyPositions, start, stride, end, BN: tl.constexpr):
-    """Positions of the slots from ``start``, in 64 bits, as any may be given; -1, an empty slot's, from ``end`` on."""
+    """Positions of ``BN`` cache entries from ``start`` on; from ``end`` on they are -1, as for an empty entry.
+
+    They are 64-bit whatever their dtype is, since a caller may give any integer dtype.
+    """
     n = tl.arange(0, BN)
     p_slots = KeyPositions + tl.cast(start, tl.int64) * stride + n.to(tl.int64) * stride
     return tl.load(p_slots, mask=n < end - start, other=-1).to(tl.int64)
@@ -57,7 +61,7 @@ def load_positions(KeyPositions, start, stride, end, BN: tl.constexpr):
 
 @triton.jit
 def seen_slots(KeyPositions, stride, begin, end, row_lo, row_hi, BLOCK: tl.constexpr):
-    """First slot that a row sees, or ``end``, and the one after the last, or 0; from the positions alone."""
+    """First cache entry of a slice that a row sees, and the one after the last; ``end`` and 0 if no row sees any."""
     lo = tl.min(tl.where(row_lo <= row_hi, row_lo, 9223372036854775807), 0)
     hi = tl.max(row_hi, 0)
     first = tl.zeros([BLOCK], tl.int32) + end
@@ -73,8 +77,9 @@ def seen_slots(KeyPositions, stride, begin, end, row_lo, row_hi, BLOCK: tl.const
 
 @triton.jit
 def first_chunk(begin, seen, BN: tl.constexpr):
-    """Start of the chunk that holds slot ``seen``, of those of ``BN`` slots from ``begin`` on."""
-    # Not begin = seen: Triton knows no alignment of what comes from a reduction, and would load single elements.
+    """Start of the chunk that holds cache entry ``seen``, where chunks of ``BN`` entries begin at ``begin``."""
+    # The slice does not simply begin at ``seen``: that comes from a reduction, so Triton would not know its alignment,
+    # and would load single elements.
     while begin + BN <= seen:
         begin += BN
     return begin
@@ -87,9 +92,9 @@ def attend_cache(
     BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
     NONFINITE: tl.constexpr, SCALE_FIRST: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Fold those of the slots ``begin`` to ``end`` whose positions lie in the rows' ``[row_lo, row_hi]``.
+    """Fold the cache entries ``begin`` to ``end``, of which a row sees positions ``row_lo`` to ``row_hi``.
 
-    No load depends on a position, so that all of them run ahead of the arithmetic.
+    Loads do not depend on positions, so that they can run ahead of the arithmetic.
     """
     n = tl.arange(0, BN)
     o_k = n.to(tl.int64) * k_stride
@@ -118,7 +123,7 @@ def attend_slice(
 ):  # fmt: skip
     """Softmax state of the rows over the sink (if ``with_sink``), ``registers`` and one slice of the cache."""
     score_scale = scale * LOG2E
-    # A scale that is not positive does not commute with the maximum: then the scores are scaled before it.
+    # A scale that is not positive does not commute with the maximum, so scores are then scaled before it is taken.
     factor = 1.0 if SCALE_FIRST else score_scale
     b_acc, row_m, row_l = initial_stats(Sink, row_head, sink, SINK, BM, BDV)  # pyright: ignore[reportGeneralTypeIssues]
     if SINK != "none":
@@ -137,7 +142,7 @@ def attend_slice(
 
 @triton.jit
 def store_result(Out, Lse, o_row, m_rows, b_acc, row_m, row_l, DV: tl.constexpr, BDV: tl.constexpr):
-    """Divide by the row sum and store; a row that saw nothing gives 0 and a log-sum-exp of -inf."""
+    """Divide by the row sum and store. A row that saw no key gets output 0 and a log-sum-exp of -inf."""
     row_nothing = row_l == 0.0
     row_d = tl.where(row_nothing, 1.0, row_l)
     store_columns(Out, o_row * DV, m_rows, scale_rows(b_acc, 1.0 / row_d), DV, BDV)
@@ -155,11 +160,12 @@ def decode_kernel(
     BR: tl.constexpr, SINK: tl.constexpr, TRIM: tl.constexpr, SCALE_FIRST: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A slice of ``share`` slots for ``BM`` rows of one KV head; the result, or ``Part``s of it where given.
+    """Attention of ``BM`` rows of one KV head over a slice of ``share`` cache entries.
 
-    Strides are ``(batch, token, head)`` or, of positions, ``(batch, token)``. ``Out`` has ``total`` rows.
+    Writes the softmax state to ``PartOut``, ``PartMax`` and ``PartSum`` if they are given, else the result to ``Out``
+    and ``Lse``. ``Out`` has ``total`` rows. Strides are ``(batch, token, head)``, of positions ``(batch, token)``.
     """
-    # KV heads vary fastest: in a cache [B, S, Hkv, D] they are neighbors in memory.
+    # KV heads vary fastest, as they are neighbors in memory in a cache [B, S, Hkv, D].
     i_kv = (tl.program_id(0) % kv_heads).to(tl.int64)
     i_block = tl.program_id(0) // kv_heads % blocks
     i_split = tl.program_id(0) // (kv_heads * blocks) % splits
@@ -192,7 +198,7 @@ def decode_kernel(
         regk_strides, regv_strides, begin, end, row_lo, row_hi, row_head, registers, sink, with_sink, scale,
         BM, BN, D, BD, DV, BDV, BR, SINK, False, SCALE_FIRST, PRECISION, STAGES,
     )  # fmt: skip
-    # A second pass as in the forward kernel.
+    # If the fast softmax of a row is not correct, which is rare, all are computed again as in the forward kernel.
     if tl.max(tl.where(are_sound(b_acc, row_m, row_l), 0, 1), 0) > 0:
         b_acc, row_m, row_l = attend_slice(
             b_q, K, V, KeyPositions, RegK, RegV, Sink, k_strides[1], v_strides[1], kp_strides[1],
@@ -215,7 +221,7 @@ def merge_kernel(
     PartOut, PartMax, PartSum, Out, Lse, splits, total,
     DV: tl.constexpr, BDV: tl.constexpr, BS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row of the result from its states ``[splits, total, ...]``, ``BLOCK`` splits at a time; ``BS >= splits``."""
+    """Merge the states ``[splits, total, ...]`` of one row, ``BLOCK`` splits at a time; ``BS >= splits``."""
     i_row = tl.program_id(0).to(tl.int64)
     s = tl.arange(0, BS)
     row_m = tl.max(tl.load(PartMax + s.to(tl.int64) * total + i_row, mask=s < splits, other=LOWEST), 0)
@@ -235,9 +241,13 @@ def merge_kernel(
 
 
 def split(programs: int, length: int, chunk: int) -> tuple[int, int]:
-    """Slices of a cache of ``length`` slots and slots of each, a multiple of ``chunk``; from shapes alone.
+    """Number of slices of a cache of ``length`` entries, and entries of a slice, a multiple of ``chunk``.
 
-    Without slices there are ``programs``. A slice has at least two chunks, so that loads run ahead of the arithmetic.
+    Args:
+        programs: programs that there would be with a single slice.
+
+    A slice has at least two chunks, so that loads run ahead of the arithmetic. The result depends on shapes alone, so
+    that sums are always added in the same order.
     """
     chunks = ceil(length / chunk)
     splits = min(ceil(PROGRAMS / programs), ceil(chunks / 2), MAX_SPLITS)
@@ -247,10 +257,11 @@ def split(programs: int, length: int, chunk: int) -> tuple[int, int]:
 
 @lru_cache(maxsize=1024)
 def block(rows: int, width: int, element_size: int, limit: int) -> tuple[int, int]:
-    """Rows and slots that a program takes at a time: no more rows than ``limit`` bytes of shared memory hold."""
+    """Rows and cache entries that a program takes at a time, within ``limit`` bytes of shared memory."""
     slots = min(max(16, TILE_BYTES // (width * element_size)), 128)
     most = min(max(16, next_power_of_2(rows)), MAX_ROWS)
-    # Queries and weights beside two stages of keys and values. Read off compiled kernels; the rest is under 2 KiB.
+    # Shared memory holds queries and weights beside two stages of keys and values, and less than 2 KiB of other data,
+    # as compiled kernels report.
     columns = tile_copies(element_size) * width + slots
     while most > 16 and most * columns * element_size + 4 * TILE_BYTES + 2048 > limit:
         most //= 2
@@ -259,10 +270,10 @@ def block(rows: int, width: int, element_size: int, limit: int) -> tuple[int, in
 
 class DecodePlan(NamedTuple):
     config: dict[str, int]
-    """for people"""
+    """Rows, keys, splits and warps, for :func:`natten_layers.explain`."""
     attend: Launcher
     merge: Launcher | None
-    """of the slices, if there are several"""
+    """Launcher of the kernel that merges the slices; None if there is only one."""
     splits: int
 
 
@@ -302,9 +313,9 @@ def plan(p: CacheProblem) -> DecodePlan:
 def decode(
     plan: DecodePlan, inputs: CacheInputs, options: CacheOptions, with_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """``out [B, Lq, Hq, Dv]`` and, ``with_lse``, the log-sum-exp ``[B, Lq, Hq]`` in fp32.
+    """``out [B, Lq, Hq, Dv]`` and, if ``with_lse``, the log-sum-exp ``[B, Lq, Hq]`` in fp32.
 
-    Allocates ``slices * (Dv + 2)`` fp32 for each row of the result if there is more than one slice.
+    If there are several slices, it also allocates ``slices * (Dv + 2)`` fp32 numbers for each row of the result.
     """
     query, value_dim, splits = inputs.query, inputs.value.shape[-1], plan.splits
     batch, tokens, heads, _ = query.shape

@@ -1,10 +1,10 @@
-"""Registers in a launch of their own, which goes on from the state that attention over the windows saved.
+"""Attention over register tokens as a second launch, for kernels that attend to the windows only.
 
-For kernels that do not take registers themselves. It reads the queries and the output once more, which shows least
-where windows are large; elsewhere registers are more keys of the same launch.
+It continues the online softmax from the state that the first launch stored. Reading queries and output once more costs
+little beside a large window; kernels for other windows fold the registers themselves.
 """
 
-# Triton's language is Python to the parser only.
+# Triton's language shares the syntax of Python, but not its types.
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false
 
 from functools import lru_cache
@@ -19,7 +19,7 @@ from ..host.problem import Inputs, Problem
 from .forward import attend_registers
 from .primitives import LN2, LOG2E, load_columns, scale_rows, store_columns, token_offset, unravel
 
-ROWS = 64  # of a program
+ROWS = 64  # (token, head) pairs that a program computes
 
 
 @triton.jit
@@ -29,11 +29,11 @@ def fold_registers_kernel(
     D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, BR: tl.constexpr, BM: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Fold the registers into ``Out [B, T, H, W, heads, DV]`` and its statistics, all contiguous, in place."""
+    """Fold the registers into ``Out [B, T, H, W, heads, DV]`` and its softmax statistics in place; all contiguous."""
     i_program = tl.program_id(0)
     i_kv = (i_program // blocks % kv_heads).to(tl.int64)
     i_batch = (i_program // (blocks * kv_heads)).to(tl.int64)
-    # Rows are (token, head of the group) pairs: neighbors in memory.
+    # Rows are (token, head of the group) pairs, which are neighbors in memory.
     row = i_program % blocks * BM + tl.arange(0, BM)
     m_rows = row < tokens * group
     token = (tl.minimum(row // group, tokens - 1)).to(tl.int64)
@@ -44,7 +44,8 @@ def fold_registers_kernel(
     row_m = tl.load(RowMax + o_row, mask=m_rows, other=0.0) * LOG2E
     row_l = tl.load(RowSum + o_row, mask=m_rows, other=1.0)
     b_acc = scale_rows(load_columns(Out, o_row * DV, m_rows, DV, BDV), row_l)
-    # Scores are scaled first, whatever their size: here that costs nothing, and there is no second pass.
+    # Scores are always scaled before the maximum is taken. With so few keys that costs nothing, and it makes a second
+    # pass for very large scores unnecessary.
     b_acc, row_m, row_l = attend_registers(
         b_q, b_acc, row_m, row_l, RegK + i_batch * regk_strides[0] + i_kv * regk_strides[2],
         RegV + i_batch * regv_strides[0] + i_kv * regv_strides[2], regk_strides, regv_strides, registers, 1.0,
@@ -58,7 +59,7 @@ def fold_registers_kernel(
 def fold_registers(
     problem: Problem, inputs: Inputs, scale: float, out: Tensor, row_max: Tensor, row_sum: Tensor
 ) -> None:
-    """Turn the state of attention over windows and sink into that over registers too, in place."""
+    """Fold the registers into the results of attention over windows and sink, in place."""
     launch = fold_launcher(problem)
     launch((inputs.query, inputs.additional_keys, inputs.additional_values, out, row_max, row_sum), (scale,))
 

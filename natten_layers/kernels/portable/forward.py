@@ -1,11 +1,11 @@
-"""The fused forward kernel, for all ranks, and its launcher.
+"""The portable forward kernel, one for 1, 2 and 3 axes, and its launcher.
 
-One program computes a tile of queries in space, times ``PACK`` query heads of one KV head, and walks in chunks over the
-union of their windows, which starts anywhere: no alignment of keys to tiles, no copy or permutation of K and V.
-Registers come last, as more keys of the same softmax; the sink is the softmax's initial state.
+A program computes a box of query positions times ``PACK`` query heads of one KV head. It walks in chunks over the union
+of their windows, which may start at any key: keys need not be aligned to tiles, and K and V are neither copied nor
+permuted. The sink is the initial state of the softmax; registers are folded last, as more keys of the same softmax.
 """
 
-# Triton's language is Python to the parser only.
+# Triton's language shares the syntax of Python, but not its types.
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false
 
 import triton
@@ -51,7 +51,7 @@ from .primitives import (
 def query_tile(
     i_program, length, dilation, tiles, group, kv_heads, TILE: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
-    """What a program computes: a box of positions times ``PACK`` heads, rows in (position, head) order."""
+    """The queries of a program: a box of positions times ``PACK`` heads, rows in (position, head) order."""
     blocks = (group + PACK - 1) // PACK
     i_head = i_program % (kv_heads * blocks)
     i_tile = i_program // (kv_heads * blocks)
@@ -75,7 +75,7 @@ def attend_window(
     MASK: tl.constexpr, NONFINITE: tl.constexpr, SCALE_FIRST: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Fold the union of the tile's windows into the softmax state. ``K``, ``V`` point at the batch and KV head."""
+    """Fold the union of the tile's windows into the softmax state. ``K`` and ``V`` point at the image and KV head."""
     row_lo, row_hi = windows_of(index, count, kernel, stride, CAUSAL)
     lo, hi, inner_lo, inner_hi = union_of_windows(origin, count, kernel, stride, CAUSAL, TILE)
     steps = steps_over(lo, hi, CHUNK)
@@ -105,7 +105,7 @@ def attend_registers(
     BR: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
     NONFINITE: tl.constexpr, SCALE_FIRST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Fold the registers, seen by every query, into the softmax state."""
+    """Fold the registers, which every query sees, into the softmax state."""
     n = tl.arange(0, BR)
     for start in tl.range(0, registers, BR, num_stages=1):
         m_r = start + n < registers
@@ -123,7 +123,7 @@ def attend_registers(
 
 @triton.jit
 def initial_stats(Sink, row_head, sink, SINK: tl.constexpr, BM: tl.constexpr, BDV: tl.constexpr):
-    """Empty softmax state, or one that has seen the sink: ``m = sink, l = 1, acc = 0``."""
+    """Softmax state without keys: empty, or with the sink folded in (``m = sink, l = 1, acc = 0``)."""
     if SINK == "none":
         row_m = tl.full([BM], LOWEST, tl.float32)
         row_l = tl.zeros([BM], tl.float32)
@@ -147,10 +147,10 @@ def attend_tile(
     SINK: tl.constexpr, WITH_STATS: tl.constexpr, MASK: tl.constexpr, SCALE_FIRST: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Attention of one query tile. ``Out [B, T, H, W, heads, DV]`` and the statistics are contiguous.
+    """Attention of one query tile. ``Out [B, T, H, W, heads, DV]`` and the softmax statistics are contiguous.
 
     Strides are ``(batch, t, h, w, head)``, those of registers ``(batch, register, head)``, both in units of
-    ``UNIT`` elements; the last axis is contiguous.
+    ``UNIT`` elements. The last axis of every tensor is contiguous.
     """
     BM: tl.constexpr = TILE[0] * TILE[1] * TILE[2] * PACK
     q_strides, k_strides, v_strides = (
@@ -170,7 +170,7 @@ def attend_tile(
     K += i_batch * k_strides[0] + i_kv * k_strides[4]
     V += i_batch * v_strides[0] + i_kv * v_strides[4]
     score_scale = scale * LOG2E
-    # A scale that is not positive does not commute with the maximum: then the scores are scaled before it.
+    # A scale that is not positive does not commute with the maximum, so scores are then scaled before it is taken.
     factor = 1.0 if SCALE_FIRST else score_scale
 
     if BR > 0:
@@ -183,13 +183,14 @@ def attend_tile(
         MASK, False, SCALE_FIRST, PRECISION, STAGES,
     )  # fmt: skip
     if BR > 0:
-        # After the window, whose first chunks load while the query does; not loaded before it, as it needs the room.
+        # Registers come after the window, so that the window's first chunks load at the same time as the query. They
+        # are not loaded ahead, as the window's stages need the shared memory.
         b_acc, row_m, row_l = attend_registers(
             b_q, b_acc, row_m, row_l, RegK, RegV, regk_strides, regv_strides, registers, factor, score_scale,
             BR, D, BD, DV, BDV, False, SCALE_FIRST, PRECISION,
         )  # fmt: skip
-    # NaN or inf times zero, or scores that are too large to be scaled while the maximum is subtracted: rare enough to
-    # pay for it with a second pass, which scales them before, and only then.
+    # A nonfinite value times a weight of zero, or scores too large to be scaled in the instruction that subtracts the
+    # maximum: both are so rare that a slower second pass repairs them, which runs only then.
     if tl.max(tl.where(are_sound(b_acc, row_m, row_l), 0, 1), 0) > 0:
         b_acc, row_m, row_l = initial_stats(Sink, row_head, sink, SINK, BM, BDV)
         if BR > 0:
@@ -220,7 +221,7 @@ def forward_kernel(
     SINK: tl.constexpr, WITH_STATS: tl.constexpr, MASK: tl.constexpr, SCALE_FIRST: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """One tile a program; arguments as those of ``attend_tile``."""
+    """Each program computes one tile. The arguments are those of ``attend_tile``."""
     attend_tile(
         tl.program_id(0), Q, K, V, Out, RowMax, RowSum, RegK, RegV, Sink,
         q_strides, k_strides, v_strides, regk_strides, regv_strides,
@@ -245,7 +246,7 @@ def plan(p: Problem, with_stats: bool) -> Plan:
 def forward(
     plan: Plan, problem: Problem, inputs: Inputs, options: Options, with_stats: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """``out [B, *spatial, Hq, Dv]`` and, ``with_stats``, ``row_max`` and ``row_sum [B, *spatial, Hq]`` in fp32."""
+    """``out [B, *spatial, Hq, Dv]`` and, if ``with_stats``, ``row_max`` and ``row_sum [B, *spatial, Hq]`` in fp32."""
     query, key, value, additional_keys, additional_values, sink = inputs
     out, row_max, row_sum = new_results(query, problem.value.shape[-1], with_stats)
     tensors = query, key, value, out, row_max, row_sum, additional_keys, additional_values, sink

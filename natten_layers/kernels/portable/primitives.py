@@ -1,14 +1,17 @@
-"""Pieces shared by the kernels: tiles of an axis, window bounds, visibility, one step of the online softmax.
+"""Device functions that the portable kernels share: tiles, window bounds, visibility, one step of the online softmax.
 
-Legend, here and in the kernels: ``b_`` a tile of values, ``o_`` element offsets, ``i_`` an index of this program,
-``m_`` a load/store mask, ``row_`` a vector over a tile's queries, ``col_`` over its keys. ``[M]`` queries of a tile
-(times packed heads), ``[N]`` keys of a chunk, ``[D]`` head dim. Sides of tiles are powers of two: a tile with a head
-dim is a tuple of one, padded, or where padding wastes much of two, its columns in parts (80 = 64 + 16). Axes are always
-three, ``t h w``; a missing one has length 1. Window arithmetic is that of ``geometry.py``, on class indices (token
-``i`` of residue class ``i % dilation`` has index ``i // dilation``).
+Names in these kernels: ``b_`` is a tile of values, ``o_`` are element offsets, ``i_`` is an index that belongs to the
+program, ``m_`` is a mask of a load or store, ``row_`` is a vector with an entry per query of a tile, ``col_`` one with
+an entry per key. Shapes: ``[M]`` queries of a tile times packed heads, ``[N]`` keys of a chunk, ``[D]`` head dim.
+
+The sides of a Triton tensor are powers of two. A tile that has a head dim is therefore a tuple: one tensor with padded
+columns or, where padding would waste much, two tensors with a part of the columns each (80 = 64 + 16).
+
+There are always three axes, ``t h w``; a missing one has length 1. Window arithmetic is that of ``geometry.py``, on
+class indices: token ``i`` belongs to residue class ``i % dilation`` and has index ``i // dilation`` in it.
 """
 
-# Triton's language is Python to the parser only.
+# Triton's language shares the syntax of Python, but not its types.
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false
 
 import triton
@@ -16,14 +19,14 @@ import triton.language as tl
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
-# Start of the running maximum: fp32's least finite number, so that no score is below it. Finite, so that a row whose
-# first chunk is fully masked stays free of inf - inf.
+# Start of the running maximum: the lowest finite fp32 number. It is finite so that a row whose first chunk is fully
+# masked does not compute inf - inf.
 LOWEST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
 def window_bounds(index, length, kernel, stride, CAUSAL: tl.constexpr):
-    """First and last key seen by query ``index``; the device twin of ``geometry.window_bounds``."""
+    """First and last key that query ``index`` sees; the device version of ``geometry.window_bounds``."""
     group = index // stride * stride
     if CAUSAL:
         first = tl.maximum(tl.minimum(group + stride - 1, length - 1) - kernel + 1, 0)
@@ -36,7 +39,7 @@ def window_bounds(index, length, kernel, stride, CAUSAL: tl.constexpr):
 
 @triton.jit
 def query_bounds(index, length, kernel, stride, CAUSAL: tl.constexpr):
-    """First and last query that see key ``index``; the device twin of ``geometry.query_bounds``."""
+    """First and last query that see key ``index``; the device version of ``geometry.query_bounds``."""
     if CAUSAL:
         first = index
         last = (index + kernel - stride) // stride * stride + stride - 1
@@ -56,7 +59,10 @@ def unravel(n, H: tl.constexpr, W: tl.constexpr):
 
 @triton.jit
 def spatial_tile(i_tile, length, dilation, tiles, TILE: tl.constexpr):
-    """Batch, residue class, class length and first class index of tile ``i_tile``; on an axis classes vary fastest."""
+    """Batch index, and per axis the residue class, its length and the first class index of tile ``i_tile``.
+
+    Along an axis, consecutive tiles belong to different residue classes: the class varies fastest.
+    """
     i_w = i_tile % tiles[2]
     i_h = i_tile // tiles[2] % tiles[1]
     i_t = i_tile // (tiles[2] * tiles[1]) % tiles[0]
@@ -73,7 +79,7 @@ def spatial_tile(i_tile, length, dilation, tiles, TILE: tl.constexpr):
 
 @triton.jit
 def is_empty(origin, count):
-    """Residue classes differ in length by one: the last tile of a short class may hold nothing."""
+    """Whether a tile holds no token, as may the last of a residue class that is shorter by one than others."""
     return (origin[0] >= count[0]) | (origin[1] >= count[1]) | (origin[2] >= count[2])
 
 
@@ -84,7 +90,7 @@ def inside_axes(index, count):
 
 @triton.jit
 def steps_over(lo, hi, CHUNK: tl.constexpr):
-    """Chunks per axis that cover the box ``[lo, hi]``; an axis without keys has no step."""
+    """How many chunks cover the box ``[lo, hi]`` on each axis; none on an axis without keys."""
     t = tl.maximum(hi[0] - lo[0] + CHUNK[0], 0) // CHUNK[0]
     h = tl.maximum(hi[1] - lo[1] + CHUNK[1], 0) // CHUNK[1]
     w = tl.maximum(hi[2] - lo[2] + CHUNK[2], 0) // CHUNK[2]
@@ -93,7 +99,10 @@ def steps_over(lo, hi, CHUNK: tl.constexpr):
 
 @triton.jit
 def next_chunk(corner, lo, hi, CHUNK: tl.constexpr, RANK: tl.constexpr):
-    """Class index of the chunk after ``corner``, rows of chunks first: carried along, as divisions cost more."""
+    """Class index of the chunk that follows the one at ``corner`` in raster order.
+
+    It is advanced from chunk to chunk, as dividing the chunk's number by the counts per axis would cost more.
+    """
     t, h, w = corner
     w += CHUNK[2]
     if RANK > 1:
@@ -109,7 +118,7 @@ def next_chunk(corner, lo, hi, CHUNK: tl.constexpr, RANK: tl.constexpr):
 
 @triton.jit
 def corner_offset(corner, residue, dilation, strides, RANK: tl.constexpr, WIDE: tl.constexpr):
-    """Element offset of class index ``corner``, a scalar; 64-bit only if ``WIDE``."""
+    """Scalar element offset of class index ``corner``; 64-bit only if ``WIDE``."""
     t, h, w = (
         residue[0] + corner[0] * dilation[0],
         residue[1] + corner[1] * dilation[1],
@@ -127,7 +136,7 @@ def corner_offset(corner, residue, dilation, strides, RANK: tl.constexpr, WIDE: 
 
 @triton.jit
 def inner_offsets(inner, dilation, strides, RANK: tl.constexpr, WIDE: tl.constexpr):
-    """Element offsets inside a chunk: the same for every chunk; 64-bit only if ``WIDE``."""
+    """Element offsets of a chunk's positions from its corner, equal for all chunks; 64-bit only if ``WIDE``."""
     t, h, w = inner
     if WIDE:
         t, h, w = t.to(tl.int64), h.to(tl.int64), w.to(tl.int64)
@@ -141,7 +150,7 @@ def inner_offsets(inner, dilation, strides, RANK: tl.constexpr, WIDE: tl.constex
 
 @triton.jit
 def inside_box(inner, corner, hi, RANK: tl.constexpr):
-    """Positions ``inner`` of the chunk at ``corner`` up to ``hi``: the rest is not loaded."""
+    """Load mask of the chunk at ``corner``: whether its positions ``inner`` lie in the box that ends at ``hi``."""
     m = inner[2] <= hi[2] - corner[2]
     if RANK > 1:
         m = m & (inner[1] <= hi[1] - corner[1])
@@ -152,7 +161,7 @@ def inside_box(inner, corner, hi, RANK: tl.constexpr):
 
 @triton.jit
 def inner_indices(BOX: tl.constexpr):
-    """Positions ``t, h, w`` of a box."""
+    """Positions ``t, h, w`` of all elements of a box, in raster order."""
     return unravel(tl.arange(0, BOX[0] * BOX[1] * BOX[2]), BOX[1], BOX[2])
 
 
@@ -163,7 +172,7 @@ def shifted(inner, corner):
 
 @triton.jit
 def tokens_of(index, residue, count, dilation):
-    """Tokens ``t, h, w`` in int64, clamped to the class so that loads past its end stay inside the tensor."""
+    """Token coordinates ``t, h, w`` in int64 of class indices, clamped so that loads stay inside the tensor."""
     t = (residue[0] + tl.minimum(index[0], count[0] - 1) * dilation[0]).to(tl.int64)
     h = (residue[1] + tl.minimum(index[1], count[1] - 1) * dilation[1]).to(tl.int64)
     w = (residue[2] + tl.minimum(index[2], count[2] - 1) * dilation[2]).to(tl.int64)
@@ -177,7 +186,10 @@ def token_offset(token, strides):
 
 @triton.jit
 def windows_of(index, count, kernel, stride, CAUSAL: tl.constexpr):
-    """Boxes ``lo, hi`` of keys seen by the queries at ``index``; indices past the class count as its last."""
+    """Corners ``lo, hi`` of the boxes of keys that the queries at ``index`` see.
+
+    An index past the end of the class is taken for its last one.
+    """
     lo_t, hi_t = window_bounds(tl.minimum(index[0], count[0] - 1), count[0], kernel[0], stride[0], CAUSAL[0])
     lo_h, hi_h = window_bounds(tl.minimum(index[1], count[1] - 1), count[1], kernel[1], stride[1], CAUSAL[1])
     lo_w, hi_w = window_bounds(tl.minimum(index[2], count[2] - 1), count[2], kernel[2], stride[2], CAUSAL[2])
@@ -186,7 +198,7 @@ def windows_of(index, count, kernel, stride, CAUSAL: tl.constexpr):
 
 @triton.jit
 def queries_of(index, count, kernel, stride, CAUSAL: tl.constexpr):
-    """Boxes ``lo, hi`` of queries that see the keys at ``index``: the inverse of ``windows_of``."""
+    """Corners ``lo, hi`` of the boxes of queries that see the keys at ``index``: the inverse of ``windows_of``."""
     lo_t, hi_t = query_bounds(tl.minimum(index[0], count[0] - 1), count[0], kernel[0], stride[0], CAUSAL[0])
     lo_h, hi_h = query_bounds(tl.minimum(index[1], count[1] - 1), count[1], kernel[1], stride[1], CAUSAL[1])
     lo_w, hi_w = query_bounds(tl.minimum(index[2], count[2] - 1), count[2], kernel[2], stride[2], CAUSAL[2])
@@ -200,9 +212,9 @@ def last_of(origin, TILE: tl.constexpr):
 
 @triton.jit
 def union_of_windows(origin, count, kernel, stride, CAUSAL: tl.constexpr, TILE: tl.constexpr):
-    """Boxes ``lo, hi`` of keys that some query of a tile sees, and ``inner_lo, inner_hi`` that all of them see.
+    """The box ``lo, hi`` of keys that some query of a tile sees, and ``inner_lo, inner_hi`` of those that all see.
 
-    Both ends of a window never decrease with the query, so the tile's first and last query tell.
+    Neither end of a window decreases with the query, so the windows of the tile's first and last query suffice.
     """
     lo, inner_hi = windows_of(origin, count, kernel, stride, CAUSAL)
     inner_lo, hi = windows_of(last_of(origin, TILE), count, kernel, stride, CAUSAL)
@@ -211,7 +223,7 @@ def union_of_windows(origin, count, kernel, stride, CAUSAL: tl.constexpr, TILE: 
 
 @triton.jit
 def union_of_queries(origin, count, kernel, stride, CAUSAL: tl.constexpr, TILE: tl.constexpr):
-    """The same for a tile of keys and the queries that see them."""
+    """The box ``lo, hi`` of queries that see some key of a tile, and ``inner_lo, inner_hi`` of those that see all."""
     lo, inner_hi = queries_of(origin, count, kernel, stride, CAUSAL)
     inner_lo, hi = queries_of(last_of(origin, TILE), count, kernel, stride, CAUSAL)
     return lo, hi, inner_lo, inner_hi
@@ -219,13 +231,16 @@ def union_of_queries(origin, count, kernel, stride, CAUSAL: tl.constexpr, TILE: 
 
 @triton.jit
 def between(row_lo, row_hi, col):
-    """``[M, N]``: ``row_lo <= col <= row_hi`` as one subtraction and one unsigned comparison; false if lo > hi."""
+    """``[M, N]``: whether ``row_lo <= col <= row_hi``, with one subtraction and one unsigned comparison an element.
+
+    An empty interval (``row_lo > row_hi``) contains nothing.
+    """
     return (col[None, :] - row_lo[:, None]).to(tl.uint32) < tl.maximum(row_hi - row_lo + 1, 0)[:, None].to(tl.uint32)
 
 
 @triton.jit
 def visibility(row_lo, row_hi, corner, inner, RANK: tl.constexpr):
-    """``[M, N]``: columns ``inner`` of the chunk at ``corner`` inside the rows' boxes. Missing axes have length 1."""
+    """``[M, N]``: whether the column at ``inner`` of the chunk at ``corner`` lies inside the row's box."""
     b_visible = between(row_lo[2] - corner[2], row_hi[2] - corner[2], inner[2])
     if RANK > 1:
         b_visible = b_visible & between(row_lo[1] - corner[1], row_hi[1] - corner[1], inner[1])
@@ -236,7 +251,7 @@ def visibility(row_lo, row_hi, corner, inner, RANK: tl.constexpr):
 
 @triton.jit
 def hidden(row_lo, row_hi, corner, inner, RANK: tl.constexpr):
-    """``[M, N]``: the mask of ``visibility`` as 0 and -inf, summed over axes."""
+    """``[M, N]``: ``visibility`` as an additive mask: 0 where the row sees the column, else -inf."""
     b_hidden = tl.where(between(row_lo[2] - corner[2], row_hi[2] - corner[2], inner[2]), 0.0, float("-inf"))
     if RANK > 1:
         b_hidden += tl.where(between(row_lo[1] - corner[1], row_hi[1] - corner[1], inner[1]), 0.0, float("-inf"))
@@ -250,10 +265,11 @@ def masked_product(
     b_rows, b_columns, row_lo, row_hi, corner, inner, inner_lo, inner_hi, score_scale,
     CHUNK: tl.constexpr, RANK: tl.constexpr, MASK: tl.constexpr, SCALE_FIRST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Scores ``[M, N]`` of a chunk, -inf where hidden; times ``score_scale`` if ``SCALE_FIRST``, else bare products.
+    """Masked scores ``[M, N]`` of a chunk, multiplied by ``score_scale`` if ``SCALE_FIRST``.
 
-    ``MASK`` says how: "add" makes the mask what the product accumulates onto, half the instructions of a selection per
-    axis; "border" selects, and only in chunks that are not inside every box; "select" keeps NaN out of hidden scores.
+    ``MASK`` is the way in which invisible pairs get -inf. With "add" the matrix product accumulates onto an additive
+    mask, which takes half the instructions of a selection per axis. With "select" scores are replaced, so that NaN in
+    an invisible one does not survive. "border" does the same, but skips chunks that lie inside the boxes of all rows.
     """
     if MASK == "add":
         b_hidden = hidden(row_lo, row_hi, corner, inner, RANK)
@@ -269,7 +285,7 @@ def masked_product(
 
 @triton.jit
 def chunk_inside(origin, inner_lo, inner_hi, CHUNK: tl.constexpr):
-    """Whether every query of the tile sees every key of the chunk at ``origin``: then it needs no mask."""
+    """Whether every query of the tile sees every key of the chunk at ``origin``, which then needs no mask."""
     t = (origin[0] >= inner_lo[0]) & (origin[0] + CHUNK[0] - 1 <= inner_hi[0])
     h = (origin[1] >= inner_lo[1]) & (origin[1] + CHUNK[1] - 1 <= inner_hi[1])
     w = (origin[2] >= inner_lo[2]) & (origin[2] + CHUNK[2] - 1 <= inner_hi[2])
@@ -278,13 +294,16 @@ def chunk_inside(origin, inner_lo, inner_hi, CHUNK: tl.constexpr):
 
 @triton.jit
 def contiguous_row(i_batch, token, length):
-    """Row of ``token`` in a contiguous ``[B, T, H, W]``."""
+    """Index of ``token`` in a contiguous ``[B, T, H, W]``."""
     return ((i_batch * length[0] + token[0]) * length[1] + token[1]) * length[2] + token[2]
 
 
 @triton.jit
 def contiguous_strides(length, heads, WIDE: tl.constexpr):
-    """``(batch, t, h, w)`` strides of a contiguous ``[B, T, H, W, heads]``; only the batch's is always 64-bit."""
+    """Strides ``(batch, t, h, w)`` of a contiguous ``[B, T, H, W, heads]``.
+
+    The batch's is always 64-bit, the others only if ``WIDE``.
+    """
     w = heads
     if WIDE:
         w = w.to(tl.int64)
@@ -294,7 +313,10 @@ def contiguous_strides(length, heads, WIDE: tl.constexpr):
 
 @triton.jit
 def load_rows(pointer, o_rows, m_rows, D: tl.constexpr, BD: tl.constexpr):
-    """``[rows, BD]`` at element offsets ``o_rows``; zero where masked (None: nothing is) and from column ``D`` on."""
+    """Load ``[rows, BD]`` from element offsets ``o_rows``, with zeros in masked rows and from column ``D`` on.
+
+    ``m_rows`` is None if no row is masked.
+    """
     col = tl.arange(0, BD)
     p_tile = pointer + o_rows[:, None] + col[None, :]
     if m_rows is None:
@@ -317,17 +339,18 @@ def store_rows(pointer, o_rows, m_rows, b_tile, D: tl.constexpr, BD: tl.constexp
 
 @triton.jit
 def in_elements(strides, UNIT: tl.constexpr):
-    """Strides that the host counts in units of ``UNIT`` elements, so that Triton knows what divides them.
+    """Strides in elements, from strides that the host passes in units of ``UNIT`` elements.
 
-    By itself it asks only whether 16 does. The strides of head dims 40, 72 and 88 are multiples of 8: unknown, each
-    element would be loaded by itself, and none asynchronously.
+    The multiplication tells Triton that ``UNIT`` divides them; by itself it only checks divisibility by 16. Strides of
+    head dims 40, 72 and 88 are multiples of 8: if Triton did not know, it would load single elements, and no tile
+    asynchronously.
     """
     return [stride * UNIT for stride in strides]
 
 
 @triton.jit
 def load_columns(pointer, o_rows, m_rows, D: tl.constexpr, BD: tl.constexpr):
-    """:func:`load_rows` in parts of ``BD`` columns."""
+    """:func:`load_rows` of a tile whose columns are split into parts of sizes ``BD``."""
     if len(BD) == 1:
         b_tile = (load_rows(pointer, o_rows, m_rows, D, BD[0]),)
     else:
@@ -352,7 +375,7 @@ def accumulator(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def zero_columns(ROWS: tl.constexpr, BD: tl.constexpr):
-    """Accumulators."""
+    """Accumulators for a tile whose columns are split into parts of sizes ``BD``."""
     b_tile = (accumulator(ROWS, BD[0]),)
     if len(BD) == 2:
         b_tile = (b_tile[0], accumulator(ROWS, BD[1]))
@@ -361,7 +384,7 @@ def zero_columns(ROWS: tl.constexpr, BD: tl.constexpr):
 
 @triton.jit
 def products(b_rows, b_columns, b_onto, PRECISION: tl.constexpr):
-    """``[M, N]``: products of rows ``[M, D]`` with rows ``[N, D]``, added to ``b_onto`` if that is given."""
+    """``b_rows [M, D] @ b_columns [N, D].T``, added to ``b_onto [M, N]`` unless that is None."""
     b_s = tl.dot(b_rows[0], tl.trans(b_columns[0]), b_onto, input_precision=PRECISION)
     if len(b_rows) == 2:
         b_s = tl.dot(b_rows[1], tl.trans(b_columns[1]), b_s, input_precision=PRECISION)
@@ -380,7 +403,7 @@ def add_weighted(b_acc, b_weight, b_rows, PRECISION: tl.constexpr):
 
 @triton.jit
 def scale_rows(b_tile, row_factor):
-    """In fp32."""
+    """Multiply each row by its factor, in fp32."""
     b_scaled = (b_tile[0].to(tl.float32) * row_factor[:, None],)
     if len(b_tile) == 2:
         b_scaled = (b_scaled[0], b_tile[1].to(tl.float32) * row_factor[:, None])
@@ -397,7 +420,7 @@ def times(b_tile, factor):
 
 @triton.jit
 def row_products(b_left, b_right):
-    """``[M]``: sums of the products of two tiles' elements in fp32."""
+    """``[M]``: the scalar product of each row of one tile with the same row of another, in fp32."""
     row = tl.sum(b_left[0].to(tl.float32) * b_right[0].to(tl.float32), 1)
     if len(b_left) == 2:
         row += tl.sum(b_left[1].to(tl.float32) * b_right[1].to(tl.float32), 1)
@@ -406,7 +429,7 @@ def row_products(b_left, b_right):
 
 @triton.jit
 def row_zeros(b_tile):
-    """``[M]``: 0, or NaN where a row holds NaN or inf."""
+    """``[M]``: NaN where a row holds NaN or inf, else 0."""
     row = tl.sum(b_tile[0] * 0.0, 1)
     if len(b_tile) == 2:
         row += tl.sum(b_tile[1] * 0.0, 1)
@@ -415,7 +438,7 @@ def row_zeros(b_tile):
 
 @triton.jit
 def nonfinite_to_rows(b_acc, b_v, b_visible):
-    """``b_acc`` with NaN where a visible value is not finite, and ``b_v`` with zeros there."""
+    """``b_acc`` with NaN in the elements that a visible nonfinite value reaches, and ``b_v`` with that value zeroed."""
     b_finite = tl.abs(b_v.to(tl.float32)) < float("inf")
     b_nonfinite = tl.dot(b_visible.to(b_v.dtype), tl.where(b_finite, 0.0, 1.0).to(b_v.dtype))
     return tl.where(b_nonfinite > 0, float("nan"), b_acc), tl.where(b_finite, b_v, 0.0)
@@ -423,20 +446,21 @@ def nonfinite_to_rows(b_acc, b_v, b_visible):
 
 @triton.jit
 def are_sound(b_acc, row_m, row_l):
-    """Rows whose softmax came out: no NaN or inf in them, and the largest weight, about one, in the sum.
+    """``[M]``: whether the fast softmax of a row is correct; a tile with a row where it is not is computed again.
 
-    ``score * factor - maximum`` may be one instruction, which rounds once, while the maximum is a rounded product. Both
-    differ by so much where scores are very large, from 2^30 on, that weights overflow or vanish.
+    A correct row holds no NaN or inf, and its sum of weights contains the largest weight, which is about one. The
+    latter fails for scores from about 2^30 on: ``score * factor - maximum`` may be one instruction that rounds once,
+    while the maximum is a rounded product, and the difference makes all weights overflow or vanish.
     """
     return (tl.abs(row_zeros(b_acc)) >= 0.0) & ((row_l >= 0.5) | (row_m == LOWEST))
 
 
 @triton.jit
 def softmax_step(b_acc, row_m, row_l, b_s, b_v, b_visible, factor, NONFINITE: tl.constexpr, PRECISION: tl.constexpr):
-    """Fold the masked scores ``b_s [M, N]`` and values ``b_v [N, D]`` into the state; ``factor >= 0`` to base-2 logits.
+    """Fold the masked scores ``b_s [M, N]`` and values ``b_v [N, D]`` into the state of the online softmax.
 
-    ``NONFINITE`` keeps values that are not finite to the queries that see them: a weight of zero times NaN is NaN, so
-    such values count as zero for the queries that do not see them and as NaN for those that do.
+    ``factor >= 0`` turns scores into base-2 logits. A weight of zero times NaN is NaN; so with ``NONFINITE`` a
+    nonfinite value counts as zero for the queries that do not see it, and as NaN for those that do.
     """
     row_m_new = tl.maximum(row_m, tl.max(b_s, 1) * factor)
     row_alpha = tl.exp2(row_m - row_m_new)

@@ -71,7 +71,7 @@ from .small_softmax import (
 )
 from .small_tiling import RollingTileConfig, cut
 
-NO_QK_PREP = QKPrepKind("none", axes=1, pairs=0, by_head=False, batched=False)
+NO_QK_PREP = QKPrepKind("none", split=(0,), by_head=False, batched=False)
 
 
 @gluon.jit

@@ -1,4 +1,4 @@
-"""The public operations, and the one choice between eager and fused."""
+"""The public operations, and the only place that chooses between PyTorch ("eager") and the fused kernels."""
 
 from __future__ import annotations
 
@@ -8,19 +8,22 @@ from typing import Literal, NamedTuple, overload
 from torch import Tensor
 
 from . import eager
-from .arguments import Axes, Call, check_dense, prepare
+from .arguments import Axes, Call, check_bias, check_dense, prepare
 from .kernels.ops import attention as attention_ops
 
 __all__ = ["AttentionState", "attention_state", "merge_attention", "neighborhood_attention"]
 
 Impl = Literal["auto", "fused", "eager"]
 
+NO_BIAS = "the kernels have no rpb, the bias on relative positions"
+"""Why they do not compute a call that has one"""
+
 
 class AttentionState(NamedTuple):
-    """Softmax attention over some set of keys, in the form that can be merged with another set's.
+    """Softmax attention over a set of keys, in a form that can be merged with attention over other sets.
 
-    ``lse = row_max + row_sum.log()``. ``row_max`` is a reference point, any value near the largest score; only the lse
-    is meaningful, and gradients are exact for every function that depends on the state through ``out`` and the lse.
+    ``lse = row_max + row_sum.log()``. ``row_max`` is only a reference point and may be any value near the largest
+    score. Gradients are exact for every function of ``out`` and ``lse``.
     """
 
     out: Tensor
@@ -45,10 +48,11 @@ def neighborhood_attention(
     stride: Axes = 1,
     dilation: Axes = 1,
     is_causal: bool | Sequence[bool] = False,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     sink: float | Tensor | None = None,
+    rpb: Tensor | None = None,
     return_lse: Literal[False] = False,
     impl: Impl = "auto",
 ) -> Tensor: ...
@@ -62,10 +66,11 @@ def neighborhood_attention(
     stride: Axes = 1,
     dilation: Axes = 1,
     is_causal: bool | Sequence[bool] = False,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     sink: float | Tensor | None = None,
+    rpb: Tensor | None = None,
     return_lse: Literal[True],
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]: ...
@@ -78,21 +83,24 @@ def neighborhood_attention(
     stride: Axes = 1,
     dilation: Axes = 1,
     is_causal: bool | Sequence[bool] = False,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     sink: float | Tensor | None = None,
+    rpb: Tensor | None = None,
     return_lse: bool = False,
     impl: Impl = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Grouped-query neighborhood attention over 1, 2 or 3 spatial axes.
 
-    Query head ``h`` reads KV head ``h // (Hq // Hkv)``. KV heads that were expanded with stride 0, either on a group
-    axis (``[B, *spatial, Hkv, G, D]``, all three tensors; ``kernel_size`` must then be a tuple unless there are three
-    spatial axes) or from a single head (``[B, *spatial, Hq, D]``), are read without a copy where no gradient
-    is asked for them. Where one may be, every head of the expanded tensor gets its own, at the price of multi-head
-    attention, and a group axis that was expanded from several KV heads is copied. To train at the price of grouped
-    queries, leave the heads unexpanded: ``Hkv`` of them, or a group axis of length 1.
+    Query head ``h`` reads KV head ``h // (Hq // Hkv)``.
+
+    KV heads may also be expanded with stride 0: on a group axis (``[B, *spatial, Hkv, G, D]`` for all three tensors;
+    ``kernel_size`` must then be a tuple unless there are three spatial axes), or from a single head
+    (``[B, *spatial, Hq, D]``). If no gradient is needed for them, they are read without a copy. If one is, every
+    expanded head gets its own gradient at the cost of multi-head attention, and a group axis that was expanded from
+    several KV heads is copied. To train at the cost of grouped-query attention, do not expand the heads: give ``Hkv``
+    heads, or a group axis of length 1.
 
     Args:
         query: ``[B, *spatial, Hq, D]``, fp16, bf16, fp32 or (eager only) fp64.
@@ -102,36 +110,42 @@ def neighborhood_attention(
         stride: queries per shared window, ``1 <= stride <= kernel_size``.
         dilation: distance in tokens between neighboring keys of a window; ``kernel_size * dilation <= length``.
         is_causal: mask keys after the query, per axis.
-        scale: factor on the scores, default ``D ** -0.5``.
+        scale: factor on the scores, a number or a tensor of one that needs no gradient, default ``D ** -0.5``.
         additional_keys: registers, ``[B or 1, R, Hkv, D]``, visible to every query.
         additional_values: ``[B or 1, R, Hkv, Dv]``; given exactly when ``additional_keys`` is.
         sink: one extra logit per query head with a zero value vector: a float (``0.0`` is zero attention, also called
-            softmax1), a tensor ``[Hq]``, or None. Not multiplied by ``scale``.
-        return_lse: also return the log-sum-exp over every key the softmax saw: neighborhood, registers and sink.
-        impl: "auto" takes the fused kernels where Triton can run on the tensors' device and dtype, else eager;
+            softmax1), a tensor ``[Hq]``, or None. It is not multiplied by ``scale``.
+        rpb: a relative position bias ``[Hq, 2 * kernel_size - 1 per axis]`` of any floating point dtype, as in old
+            versions of NATTEN: entry ``(j - i) / dilation + kernel_size - 1`` on every axis is added to the scaled
+            score of query ``i`` and key ``j``. Registers and the sink have none. Its gradient is deterministic. It is
+            computed in PyTorch only, on GPUs too.
+        return_lse: also return the log-sum-exp of all scores in the softmax: neighborhood, registers and sink.
+        impl: "auto" uses the fused kernels if they can run on the tensors' device and dtype, else PyTorch ("eager");
             "fused" and "eager" never fall back.
 
     Returns:
         ``out [B, *spatial, Hq, Dv]`` in the query's dtype, or ``(out, lse)`` with ``lse [B, *spatial, Hq]`` in fp32
-        (fp64 for fp64 inputs), natural log. Both are contiguous on every path, and empty for an empty batch. A token
-        that is not finite makes outputs whose windows hold it NaN or inf, and no others; in the backward pass NaN
-        spreads further, to gradients of the same image and head.
+        (fp64 for fp64 inputs), natural log. Both are contiguous, and empty for an empty batch. A nonfinite token makes
+        the outputs whose windows hold it NaN or inf, and no others. In the backward pass NaN spreads further, but only
+        to gradients of the same image and head.
 
     Raises:
         ValueError: an argument does not fit; the message names it, the axis and the values.
-        RuntimeError: ``impl="fused"`` where the fused kernels cannot run.
+        RuntimeError: ``impl="fused"``, but the fused kernels cannot run.
     """
     call = prepare(
         query, key, value, kernel_size, stride, dilation, is_causal, scale, additional_keys, additional_values, sink
     )
     if return_lse:
-        state = _run(call, impl)
+        state = _run(call, impl, rpb)
         return call.restore(state.out), call.restore(state.lse)
-    return attend(call, impl)
+    return attend(call, impl, rpb)
 
 
-def attend(call: Call, impl: Impl) -> Tensor:
-    """``out`` of prepared arguments."""
+def attend(call: Call, impl: Impl, rpb: Tensor | None = None) -> Tensor:
+    """``out`` of the attention that the prepared arguments describe; ``rpb`` is in the user's form."""
+    if rpb is not None:
+        return call.restore(_run(call, impl, rpb).out)
     if takes_fused(impl, call.inputs.query, call.why_not_fused):
         return call.restore(attention_ops.attention(call.inputs, call.options))
     return call.restore(eager.attention(*call.for_eager))
@@ -146,38 +160,39 @@ def attention_state(
     stride: Axes = 1,
     dilation: Axes = 1,
     is_causal: bool | Sequence[bool] = False,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     sink: float | Tensor | None = None,
+    rpb: Tensor | None = None,
     impl: Impl = "auto",
 ) -> AttentionState:
-    """:func:`neighborhood_attention` that also returns what :func:`merge_attention` needs.
+    """:func:`neighborhood_attention` that returns its softmax statistics too, as :func:`merge_attention` needs them.
 
-    Takes and checks the same arguments. Give the sink to exactly one of the states to be merged.
+    It takes and checks the same arguments. Give the sink to exactly one of the states to be merged.
 
     Returns:
-        ``(out, row_max, row_sum)``, contiguous, see :class:`AttentionState`.
+        ``(out, row_max, row_sum)``, contiguous; see :class:`AttentionState`.
     """
     call = prepare(
         query, key, value, kernel_size, stride, dilation, is_causal, scale, additional_keys, additional_values, sink
     )
-    return AttentionState(*map(call.restore, _run(call, impl)))
+    return AttentionState(*map(call.restore, _run(call, impl, rpb)))
 
 
 def merge_attention(*states: tuple[Tensor, Tensor, Tensor]) -> AttentionState:
-    """Attention over the union of disjoint sets of keys, from the states of the same queries over each set.
+    """Attention over the union of disjoint sets of keys, from the states of the same queries over each of the sets.
 
     Args:
         states: one or more ``(out [..., Dv], row_max [...], row_sum [...])`` of equal shapes.
 
     Returns:
-        The merged state; ``out`` in the first state's dtype, statistics in theirs. Associative, and differentiable in
-        every input. Rows that no state has a key for (``row_max`` -inf) stay so, with ``out`` 0. The merge of Milakov
-        and Gimelshein, "Online normalizer calculation for softmax" (2018).
+        The merged state; ``out`` in the first state's dtype, statistics in theirs. Merging is associative, and
+        differentiable in every input. A row without keys in any state (``row_max`` -inf) stays one, with ``out`` 0.
+        The formula is that of Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018).
 
     Raises:
-        ValueError: no state, something else than a state, or shapes or devices that differ.
+        ValueError: there is no state, an argument is no state, or shapes or devices differ.
     """
     if not states:
         raise ValueError("merge_attention needs at least one state, got none")
@@ -199,34 +214,40 @@ def merge_attention(*states: tuple[Tensor, Tensor, Tensor]) -> AttentionState:
     return AttentionState(*eager.merge_states(*states))
 
 
-def _run(call: Call, impl: Impl) -> AttentionState:
-    if takes_fused(impl, call.inputs.query, call.why_not_fused):
+def _run(call: Call, impl: Impl, rpb: Tensor | None) -> AttentionState:
+    query = call.inputs.query
+    if rpb is not None:
+        check_bias(rpb, call)
+        takes_fused(impl, query, lambda: NO_BIAS)  # raises if they are insisted on
+        return AttentionState(*eager.attention_state(*call.for_eager, rpb=rpb))
+    if takes_fused(impl, query, call.why_not_fused):
         return AttentionState(*attention_ops.attention_state(call.inputs, call.options))
     return AttentionState(*eager.attention_state(*call.for_eager))
 
 
 def takes_fused(impl: Impl, query: Tensor, why_not: Callable[[], str | None]) -> bool:
-    """Whether ``impl`` on tensors like ``query`` means the fused kernels; arguments as those of :func:`why_eager`."""
+    """Whether ``impl`` selects the fused kernels for tensors like ``query``; arguments as in :func:`why_eager`."""
     return why_eager(impl, query, why_not) is None
 
 
 def why_eager(impl: Impl, query: Tensor, why_not: Callable[[], str | None]) -> str | None:
-    """The one choice between PyTorch and the fused kernels: why ``impl`` means the former, or None.
+    """Why ``impl`` selects PyTorch for tensors like ``query``, or None if it selects the fused kernels.
 
-    Never for an empty batch: in PyTorch its results and gradients are the same, and kernels need not know of it.
+    An empty batch is always left to PyTorch, which gives the same results and gradients, so that kernels need not
+    handle it.
 
     Args:
-        why_not: why the kernels cannot run on tensors like ``query``, or None; only asked where they would.
+        why_not: returns why the kernels cannot run on tensors like ``query``, or None. It is called only if needed.
 
     Raises:
-        ValueError: an unknown ``impl``.
-        RuntimeError: an explicit "fused" that cannot run, and why.
+        ValueError: ``impl`` is unknown.
+        RuntimeError: ``impl`` is "fused", but the kernels cannot run; the message says why.
     """
     if impl not in ("auto", "fused", "eager"):
         raise ValueError(f'impl must be "auto", "fused" or "eager", got {impl!r}')
     if impl == "eager":
         return 'impl="eager" asks for it'
-    if impl == "auto" and query.device.type != "cuda":  # Triton's interpreter is for tests: only on request
+    if impl == "auto" and query.device.type != "cuda":  # Triton's interpreter is for tests, so it runs on request only
         return f"the tensors are on {query.device.type}, the kernels run on CUDA devices"
     reason = why_not()
     if reason is not None and impl == "fused":
