@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and JSON files whose content nobody vouches for."""
+"""Atomic replacement of files, and parsing of JSON files from untrusted sources."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ __all__ = ["naming", "parse_json", "read_json", "readable_as_usual", "replacing"
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to beside ``path``, which it replaces if all went well: a failure leaves the old file whole.
+    """Yield a temporary path beside ``path``; the file written to it replaces ``path`` at the end of the context.
 
-    Makes the folder where it is missing. The suffix stays, for writers that look at it. Who may read the file is what
-    the user's umask says, also where a writer is stricter, as safetensors is.
+    If the context raises, an existing file stays unchanged. A missing folder is created. The temporary name keeps the
+    suffix, for writers that depend on it. The file gets the permissions that the user's umask gives, even if the writer
+    sets stricter ones, as safetensors does.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Two processes and two threads that write one file do so beside each other; the last one to finish wins.
+    # Processes and threads that write the same file at once use different names; the last one to finish wins.
     temporary = path.with_name(f".{path.stem}.{os.getpid()}-{threading.get_ident()}{path.suffix}")
     try:
         with readable_as_usual(temporary):
@@ -35,7 +36,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def readable_as_usual(path: Path) -> Iterator[None]:
-    """Give a file that is written here the mode of any new file of the user's."""
+    """Give the file that is written in the context the permissions of any new file of this user."""
     path.touch()
     mode = path.stat().st_mode & 0o777
     yield
@@ -44,7 +45,7 @@ def readable_as_usual(path: Path) -> Iterator[None]:
 
 MOST_JSON_BYTES = 2**26
 MOST_DIGITS = 40
-"""of a number in a JSON file: more than any 64-bit integer or double has, few enough to be shown in a message"""
+"""Most digits of an integer in a JSON file: more than any 64-bit integer needs, few enough to be shown in a message."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -52,7 +53,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: what :func:`parse_json` refuses; the message names the file.
+        ValueError: the content is refused by :func:`parse_json`; the message names the file.
     """
     with path.open("rb") as file:
         content = file.read(MOST_JSON_BYTES + 1)
@@ -60,11 +61,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_json(content: str | bytes, name: object) -> dict[str, Any]:
-    """The JSON object in a text, which may be hostile.
+    """The JSON object in a text that may come from an untrusted source.
 
     Raises:
-        ValueError: longer than 64 MiB, no UTF-8, no JSON, no object, nested beyond Python's limit, or with an integer
-            of more than 40 digits; the message begins with ``name``.
+        ValueError: the text is longer than 64 MiB, is not UTF-8 or not a JSON object, is nested beyond Python's limit,
+            or has an integer of more than 40 digits; the message begins with ``name``.
     """
     if len(content) > MOST_JSON_BYTES:
         raise ValueError(f"{name} is longer than {MOST_JSON_BYTES} bytes, too long for a JSON file of this kind")
@@ -88,7 +89,7 @@ def _parse_int(digits: str) -> int:
 
 @contextmanager
 def naming(name: object) -> Iterator[None]:
-    """Put the name of a file before the message of a ValueError."""
+    """Prefix the message of any ValueError raised in the context with the name of a file."""
     try:
         yield
     except ValueError as error:
