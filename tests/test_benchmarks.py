@@ -1,4 +1,4 @@
-"""The benchmarks' arithmetic and, above all, that they refuse wrong results."""
+"""The benchmarks' arithmetic, and above all their refusal of wrong results."""
 
 from __future__ import annotations
 
