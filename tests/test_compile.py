@@ -346,7 +346,7 @@ SIZES = ((3, 4), (4, 5), (5, 3))
 
 
 def test_sizes_of_images_are_symbols() -> None:
-    """Two graphs serve all image sizes, with gradients: for a local window, a global one, and positions."""
+    """One graph for the first image size and one for all others suffice, with gradients and with any window."""
     rope = AxialRoPE(8, 2, num_kv_heads=1).to(DEVICE)
 
     def call(q: Tensor, kv: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ BLOCKINGS = {"default": (tiles.TILE_ROWS, tiles.CHUNK_SCORES), "small": (6, 200)
 
 @pytest.fixture(params=BLOCKINGS)
 def blocking(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within the context, tiles and chunks are small, so that tiny tensors have several of both."""
+    """Make tiles and chunks small during a test, so that tiny tensors have several of both."""
     rows, scores = BLOCKINGS[request.param]
     monkeypatch.setattr(tiles, "TILE_ROWS", rows)
     monkeypatch.setattr(tiles, "CHUNK_SCORES", scores)
