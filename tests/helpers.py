@@ -246,7 +246,7 @@ FLOOR = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 5e-4, torch.b
 def assert_close(case: Case, actual: Result, expected: Result, peer: Result | None = None) -> None:
     """Check every tensor against the oracle.
 
-    Its error may be twice that of ``peer``, the eager result in the same precision, or :data:`FLOOR`.
+    Its error may be twice that of ``peer``, the eager result in the same precision, or ``FLOOR``.
     """
     wide = expected.tensors()
     peers = {} if peer is None else peer.tensors()

@@ -29,7 +29,7 @@ class Info(NamedTuple):
 
     shape: tuple[int, ...]
     kind: str
-    """A value of :data:`FLOATS` for a tensor that can be a weight, otherwise a description of what it is."""
+    """A value of ``FLOATS`` for a tensor that can be a weight, otherwise a description of what it is."""
 
 
 def info_of(tensor: Tensor) -> Info:
