@@ -27,7 +27,7 @@ __all__ = ["Errors", "Reference"]
 ERROR_FACTOR = 2.0
 FP32_FACTOR = 8.0  # a GPU's exponential is off by two units in the last place; TF32 products would be by a thousand
 QUERY_SAMPLES, KEY_SAMPLES, SINK_SAMPLES = 48, 8, 8
-SLAB_PAIRS = 2**25  # query-key pairs at a time: 256 MiB of fp64 scores
+SLAB_PAIRS = 2**25  # most query-key pairs computed at a time: 256 MiB of fp64 scores
 KEY_PAIRS = 2**34  # most query-key pairs to compute for all sampled keys together
 
 Bounds = Callable[[Tensor, int, int, int, bool], tuple[Tensor, Tensor]]
@@ -170,7 +170,7 @@ class Reference:
         heads = range(kv_head * group, (kv_head + 1) * group)
         slabs = [(grid, slab) for grid, box in boxes for slab in self._slabs(grid, box)]
         rows = [self._rows(grid, head, slab, columns, rounding) for head in heads for grid, slab in slabs]
-        if not rows:  # with a causal stride there are keys that nobody sees
+        if not rows:  # with a causal stride there are keys that no query sees
             d_key, d_value = (x.new_zeros(1, x.shape[-1]).double() for x in (self.inputs.key, self.inputs.value))
             return d_key, d_value
         d_key, d_value = (
@@ -192,11 +192,11 @@ class Reference:
             yield ((start, min(start + rows - 1, last)), *rest)
 
     def _axes(self, lengths: Sequence[int]) -> Iterator[tuple[int, int, int, bool]]:
-        """Length, kernel size, stride and whether it is causal."""
+        """For each axis: its length, kernel size, stride and whether it is causal."""
         return zip(lengths, self.window.kernel_size, self.window.stride, self.window.is_causal, strict=True)
 
     def _bounds(self, bounds: Bounds, box: Box, lengths: Sequence[int]) -> Box:
-        """The smallest box that holds what ``bounds`` (of windows or of their inverse) gives for every position."""
+        """The smallest box that contains what ``bounds`` (of windows or their inverse) returns for every position."""
         result = []
         for (a, b), axis in zip(box, self._axes(lengths), strict=True):
             first, last = bounds(torch.arange(a, b + 1), *axis)
@@ -213,7 +213,10 @@ class Reference:
         return mask
 
     def _rows(self, grid: Grid, head: int, box: Box, columns: tuple[int, ...] | None, rounding: bool) -> Rows:
-        """``columns``: a key's position, () for the registers, or None."""
+        """Attention and its backward for one head and the queries of one box.
+
+        ``columns`` selects the keys whose gradients are computed: a key's position, () for the registers, or None.
+        """
         w, inputs = self.workload, self.inputs
         kv_head = head * w.kv_heads // w.heads
         # A kernel in fp32 rounds every sum, as the formula evaluated in fp32 does.
