@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from natten_layers import cached_attention
-from natten_layers.functional import Impl
+from natten_layers.operations import Impl
 
 from . import runner, timing
 

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from natten_layers import neighborhood_attention
-from natten_layers.functional import Impl
 from natten_layers.modules import AxialRoPE, NeighborhoodGQA, make_axial_pos
 from natten_layers.modules.query_key import HeadNorm, normalize_and_rotate
 from natten_layers.modules.rope import angles_of
+from natten_layers.operations import Impl
 
 from . import runner, timing
 from .check import ERROR_FACTOR, Reference

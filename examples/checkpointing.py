@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import csv
+import glob
 import json
+import math
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -23,16 +26,31 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from natten_layers.io.checkpoints import hdit_name, load_plain
-from natten_layers.io.files import replacing
-from parallel import Processes
+from natten_layers.io.files import leftovers, replacing
+from parallel import Processes, local
+from running import one_line, running_alone
 
 SHARDED_CONFIG = "config.json"
 
 
+class DamagedError(ValueError):
+    """A checkpoint that is not whole, or none at all; an older one may be."""
+
+
 class RunFiles:
-    """Where a run called ``name`` keeps its files: ``name`` is the prefix of their paths."""
+    """Where a run called ``name`` keeps its files: ``name`` is the prefix of their paths.
+
+    Raises:
+        ValueError: a name that makes hidden files.
+    """
 
     def __init__(self, name: str) -> None:
+        start = name.replace(os.sep, "/").rpartition("/")[2]
+        if not start or start.startswith("."):
+            raise ValueError(
+                f"--name {name!r} is the start of all files' names, and would make hidden ones; "
+                f"use, for example, {os.path.join(os.path.dirname(name), 'run')}"
+            )
         self.name = name
         Path(name).parent.mkdir(parents=True, exist_ok=True)
 
@@ -43,19 +61,49 @@ class RunFiles:
     def state(self) -> Path:
         return self.path("_state.json")
 
-    def latest(self) -> Path | None:
-        """The checkpoint that the state file names, if the run has one.
+    @contextmanager
+    def own(self) -> Iterator[None]:
+        """Keep other runs of this name away, and remove what one that was killed left half written.
 
         Raises:
-            ValueError: a damaged state file.
+            ValueError: another run has the name.
         """
+        with running_alone(self.path(".lock"), self.name):
+            start = re.escape(Path(self.name).name)
+            kinds = r"_\d{8,}(\.pth)?|_state\.json|\.safetensors|_metrics\.csv|_loss\.png|_samples\.png|_demo_\d+\.png"
+            for path, name in leftovers(Path(self.name).parent):
+                if re.fullmatch(f"{start}({kinds})", name):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            yield
+
+    def checkpoints(self) -> tuple[list[Path], str]:
+        """The run's checkpoints to go on from, the best first, and what is wrong with the state file, if anything.
+
+        The best is the one that the state file names, then the newest of the older ones; without that file, the newest.
+        """
+        start = Path(self.name).name
+        found = {}
+        for path in self.state.parent.glob(f"{glob.escape(start)}_*"):
+            if match := re.fullmatch(r"_(\d{8,})(\.pth)?", path.name.removeprefix(start)):
+                found[int(match[1])] = path
+        latest, problem = self._latest()
+        if latest is None:
+            return [found[step] for step in sorted(found, reverse=True)], problem
+        match = re.fullmatch(r".*_(\d{8,})(\.pth)?", latest.name)
+        before = int(match[1]) if match else math.inf
+        return [latest, *(found[step] for step in sorted(found, reverse=True) if step < before)], ""
+
+    def _latest(self) -> tuple[Path | None, str]:
+        """The checkpoint that the state file names, or why it names none."""
         try:
-            name = json.loads(self.state.read_text())["latest_checkpoint"]
+            name = json.loads(self.state.read_bytes())["latest_checkpoint"]
+            if isinstance(name, str) and name and Path(name).name == name:
+                return self.state.parent / name, ""
         except FileNotFoundError:
-            return None
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.state} does not name a checkpoint; give one with --resume") from error
-        return self.state.parent / name
+            return None, f"{self.state} does not exist"
+        except (ValueError, KeyError, TypeError, RecursionError):
+            pass
+        return None, f"{self.state} is damaged: it names no checkpoint"
 
     def record(self, checkpoint: Path) -> None:
         """Make ``checkpoint``, which lies beside the state file, the latest."""
@@ -65,23 +113,48 @@ class RunFiles:
     def losses(self, before: int) -> dict[int, float]:
         """What the metrics file holds of the steps up to ``before``, by step.
 
+        A last line without an end, on which the run was killed, does not count.
+
         Raises:
             ValueError: a damaged file.
         """
         path = self.path("_metrics.csv")
         try:
-            with path.open() as file:
-                rows = [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file)]
+            lines = path.read_bytes().split(b"\n")[:-1]
         except FileNotFoundError:
             return {}
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is damaged ({error}); mend or delete it") from error
-        return {step: loss for step, loss in rows if step <= before}
+        if not lines:
+            return {}
+        if lines[0].rstrip() != b"step,loss":
+            raise ValueError(f'{path} is damaged (its first line is not "step,loss"); mend or delete it')
+        losses = {}
+        for number, line in enumerate(lines[1:], 2):
+            try:
+                step, loss = line.split(b",")
+                losses[int(step)] = float(loss)
+            except ValueError as error:
+                if number == len(lines):  # a power cut can leave zeros in place of what was written last
+                    break
+                raise ValueError(f"{path} is damaged (line {number} is {line!r:.60}); mend or delete it") from error
+        return {step: loss for step, loss in losses.items() if step <= before}
 
     def rewrite_metrics(self, losses: Mapping[int, float]) -> None:
         with replacing(self.path("_metrics.csv")) as temporary:
             rows = "".join(f"{step},{loss!r}\n" for step, loss in losses.items())
             temporary.write_text(f"step,loss\n{rows}")
+
+
+def check_finite(model: nn.Module, processes: Processes) -> None:
+    """Refuse to save a model that NaN or infinity has reached; every process must call it.
+
+    Raises:
+        RuntimeError: it has.
+    """
+    finite = torch.stack([local(parameter).isfinite().all() for parameter in model.parameters()]).all()
+    if processes.any(not finite):
+        raise RuntimeError(
+            "the weights are no longer finite, and are not saved: the last checkpoint is from before; try a lower --lr"
+        )
 
 
 def save_checkpoint(
@@ -94,10 +167,8 @@ def save_checkpoint(
         "model_ema": {hdit_name(key): tensor for key, tensor in ema.state_dict().items()},
         "opt": optimizer.state_dict(),
     }
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())  # the state file must never name a checkpoint that a power cut could empty
+    with replacing(path) as temporary:
+        torch.save(content, temporary)
 
 
 def load_checkpoint(
@@ -106,23 +177,42 @@ def load_checkpoint(
     """Put a run back to where :func:`save_checkpoint` left it; returns ``rest``.
 
     Raises:
-        ValueError: a damaged file, or one of another model.
+        DamagedError: a damaged file, or none.
+        ValueError: a file of another model.
     """
-    content = load_plain(path)
-    keys = ("model", "model_ema", "opt", "config", "step", "scaler")
-    missing = [key for key in keys if not isinstance(content, dict) or key not in content]
-    if missing:
-        raise ValueError(f"{path} is no training checkpoint of this script: it lacks {', '.join(missing)}")
+    try:
+        content = load_plain(path)
+    except (ValueError, OSError) as error:
+        raise DamagedError(one_line(error)) from error
+    check_rest(path, content, ("model", "model_ema", "opt"))
     tensors, ema_tensors, state = content.pop("model"), content.pop("model_ema"), content.pop("opt")
     check_config(path, content["config"], config)
     try:
         model.load_state_dict(tensors)
         ema.load_state_dict({key: ema_tensors[hdit_name(key)] for key in ema.state_dict()})
-    except (RuntimeError, KeyError) as error:
-        raise ValueError(f"{path} holds other weights than this script saves: {error}") from error
-    with own_settings(optimizer):
-        optimizer.load_state_dict(state)
+        with own_settings(optimizer):
+            optimizer.load_state_dict(state)
+    except (RuntimeError, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} holds other content than this script saves: {one_line(error)}") from error
     return content
+
+
+def check_rest(path: Path, content: Any, states: tuple[str, ...] = ()) -> None:
+    """What a checkpoint holds beside ``states``: a step, the run's config and a scaler's state.
+
+    Raises:
+        DamagedError: it does not.
+    """
+    types = {**dict.fromkeys(states, dict), "config": dict, "step": int, "scaler": dict}
+    if not isinstance(content, dict):
+        raise DamagedError(f"{path} is no training checkpoint of this script")
+    if missing := [key for key in types if key not in content]:
+        raise DamagedError(f"{path} is no training checkpoint of this script: it lacks {', '.join(missing)}")
+    for key, kind in types.items():
+        if not isinstance(content[key], kind):
+            raise DamagedError(f"{path} is no training checkpoint of this script: its {key} is a {type(content[key])}")
+    if not isinstance(content["config"].get("model"), dict) or content["step"] < 0:
+        raise DamagedError(f"{path} is no training checkpoint of this script: its config or its step is odd")
 
 
 @contextmanager
@@ -164,16 +254,29 @@ def save_sharded(
     processes: Processes,
 ) -> None:
     """:func:`save_checkpoint` for a model that no process holds whole: a folder that every process writes to."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    # Names that leftovers() knows, and that all processes share: replacing() would give each its own.
+    temporary, old = (path.with_name(f".{path.name}.{i:08x}.tmp") for i in range(2))
     if processes.first:
         shutil.rmtree(temporary, ignore_errors=True)
     processes.barrier()
-    state_dict_saver.save(_sharded_state(model, ema, optimizer), checkpoint_id=temporary)
-    if processes.first:
-        (temporary / SHARDED_CONFIG).write_text(json.dumps(rest))
-        shutil.rmtree(path, ignore_errors=True)
-        temporary.rename(path)
+    try:
+        state_dict_saver.save(_sharded_state(model, ema, optimizer), checkpoint_id=temporary)
+        if processes.first:
+            (temporary / SHARDED_CONFIG).write_text(json.dumps(rest))
+            if path.exists():
+                path.rename(old)
+            temporary.rename(path)
+            shutil.rmtree(old, ignore_errors=True)
+    except (OSError, CheckpointException) as error:
+        if processes.first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(f"cannot write {path}: {_reason(error)}") from error
     processes.barrier()
+
+
+def _reason(error: OSError | CheckpointException) -> str:
+    """What the first process that failed says; several fail together."""
+    return one_line(next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error)
 
 
 def load_sharded(
@@ -181,12 +284,16 @@ def load_sharded(
 ) -> dict[str, Any]:
     """:func:`load_checkpoint` for such a folder; any number of processes may have written it."""
     try:
-        rest = json.loads((path / SHARDED_CONFIG).read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is no sharded checkpoint of this script: {error}") from error
+        rest = json.loads((path / SHARDED_CONFIG).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise DamagedError(f"{path} is no sharded checkpoint of this script: {one_line(error)}") from error
+    check_rest(path, rest)
     check_config(path, rest["config"], config)
     state = _sharded_state(model, ema, optimizer)
-    state_dict_loader.load(state, checkpoint_id=path)
+    try:
+        state_dict_loader.load(state, checkpoint_id=path)
+    except CheckpointException as error:
+        raise DamagedError(f"{path} is damaged: {_reason(error)}") from error
     with own_settings(optimizer):
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["opt"])
     set_model_state_dict(ema, state["model_ema"])

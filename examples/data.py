@@ -8,20 +8,36 @@ several processes what a run on one would have seen, without any state to save.
 from __future__ import annotations
 
 import math
+import os
 import random
 import signal
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from itertools import chain
+from multiprocessing import RawValue
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, features
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
 
-IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+from running import one_line
+
+IMAGE_SUFFIXES = {
+    *(".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tga", ".tif", ".tiff"),
+    *((".webp",) if features.check("webp") else ()),  # what Pillow was built without is named as skipped
+    *((".avif",) if features.check("avif") else ()),
+}
+LITTER = {"__MACOSX", "@eaDir", "$RECYCLE.BIN"}  # folders that systems leave, some with images in them
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
@@ -76,27 +92,77 @@ class Photographs:
         return crop.flip(-1) if torch.rand((), generator=generator) < 0.5 else crop, index
 
 
+class Found(NamedTuple):
+    """What lies in a folder, but for hidden files and litter."""
+
+    loose: list[Path]
+    """images in the folder itself"""
+    classes: dict[str, list[Path]]
+    """images below each subfolder that has any"""
+    skipped: Counter[str]
+    """other files, by suffix"""
+
+
+def scan(folder: Path) -> Found:
+    """Sort what is in a folder, and in those below it.
+
+    Raises:
+        ValueError: no such folder.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder of images")
+    images, skipped, seen = [], Counter(), set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        here = os.path.realpath(place)
+        folders[:] = [] if here in seen else [name for name in folders if not _is_litter(name)]
+        for name in [] if here in seen else files:
+            path = Path(place, name)
+            if path.suffix.lower() in IMAGE_SUFFIXES and not _is_litter(name):
+                images.append(path)
+            elif not _is_litter(name):
+                skipped[path.suffix.lower() or name] += 1
+        seen.add(here)
+    loose, classes = [], {}
+    for path in sorted(images, key=lambda path: path.parts):
+        first, *below = path.relative_to(folder).parts
+        (classes.setdefault(first, []) if below else loose).append(path)
+    return Found(loose, classes, skipped)
+
+
+def _is_litter(name: str) -> bool:
+    return name.startswith(".") or name in LITTER
+
+
+def _some(names: Sequence[str], most: int = 10) -> str:
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
+
+
 class Folder:
     """All images under a folder, resized and cropped to their middle; with ``classes``, each subfolder is a class.
 
+    Of an animation the first picture is taken. Hidden files and folders do not count, nor do folders without images.
+
     Raises:
-        ValueError: no folder, or no image in it.
+        ValueError: no folder, no image in it, or with ``classes`` images that are in no class.
     """
 
     def __init__(self, folder: Path, size: tuple[int, int], channels: int, *, classes: bool) -> None:
-        if not folder.is_dir():
-            raise ValueError(f"{folder} is not a folder of images")
+        loose, subfolders, self.skipped = scan(folder)
+        if not loose and not subfolders:
+            has = f"; it has {_some(sorted(self.skipped))} files" if self.skipped else ""
+            raise ValueError(f"{folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}){has}")
+        if classes and loose:
+            found = f"{_some([path.name for path in loose], 3)} beside class folders ({_some(list(subfolders))})"
+            raise ValueError(
+                f"{folder} holds {found if subfolders else 'no class folders'}: move such images into class folders, "
+                'or elsewhere; or train on all images without classes, with "type": "imagefolder" in the dataset of a '
+                "--config"
+            )
         self.size, self.channels = size, channels
-        self.class_names = tuple(sorted(p.name for p in folder.iterdir() if _is_class(p))) if classes else ()
-        roots = [folder / name for name in self.class_names] or [folder]
-        self.images = [
-            (path, label)
-            for label, root in enumerate(roots)
-            for path in sorted(root.rglob("*"))
-            if path.suffix.lower() in IMAGE_SUFFIXES
-        ]
-        if not self.images:
-            raise ValueError(f"{folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        self.class_names = tuple(subfolders) if classes else ()
+        groups = list(subfolders.values()) if classes else [sorted(chain(loose, *subfolders.values()))]
+        self.images = [(path, label) for label, paths in enumerate(groups) for path in paths]
 
     def __len__(self) -> int:
         return len(self.images)
@@ -105,9 +171,32 @@ class Folder:
         path, label = self.images[index]
         return _to_tensor(_centre_crop(_open_image(path, self.channels), self.size)), label
 
+    def check(self, rank: int, world: int) -> None:
+        """Look at this process's share of the files for such as :meth:`load` would fail on.
 
-def _is_class(path: Path) -> bool:
-    return path.is_dir() and not path.name.startswith(".")
+        Raises:
+            ValueError: there are; the message names them.
+        """
+        paths = [path for path, _ in self.images[rank::world]]
+        with ThreadPoolExecutor() as pool:  # reading from a disk is most of the work
+            checks = pool.map(partial(_problem, channels=self.channels), paths)
+            shown = tqdm(checks, "checking images", len(paths), leave=False, disable=rank > 0 or len(paths) < 500)
+            problems = [problem for problem in shown if problem]
+        if problems:
+            raise ValueError(
+                f"{len(problems)} of {len(paths)} images cannot be used; mend, move or delete: {_some(problems)}"
+            )
+
+
+def describe(source: Source) -> str:
+    """What was found, for the user to see whether it is what was meant."""
+    count, names = len(source), source.class_names
+    text = f"{count} image{'s' * (count != 1)}, "
+    text += f"{len(names)} class{'es' * (len(names) != 1)}: {_some(names)}" if names else "no classes"
+    if isinstance(source, Folder) and source.skipped:
+        text += f"; skipped {source.skipped.total()} other files: "
+        text += _some([f"{count} {suffix}" for suffix, count in source.skipped.most_common()])
+    return text
 
 
 class HuggingFace:
@@ -124,7 +213,7 @@ class HuggingFace:
             from datasets import load_dataset  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise ValueError(f"dataset {name!r} is on the Hugging Face hub: pip install datasets") from error
-        self.rows = load_dataset(name, split="train")
+        self.name, self.rows = name, load_dataset(name, split="train")
         self.size, self.channels, self.image_key, self.class_key = size, channels, image_key, class_key
         for key in (image_key, class_key):
             if key is not None and key not in self.rows.features:
@@ -140,18 +229,23 @@ class HuggingFace:
         return len(self.rows)
 
     def load(self, index: int, generator: torch.Generator) -> tuple[Tensor, int]:
-        row = self.rows[index]
-        image = _centre_crop(_convert(row[self.image_key], self.channels), self.size)
+        try:
+            row = self.rows[index]
+            image = _centre_crop(_convert(row[self.image_key], self.channels), self.size)
+        except Exception as error:  # of the many kinds that decoders raise
+            raise ValueError(f"image {index} of {self.name} cannot be read: {one_line(error)}") from error
         return _to_tensor(image), 0 if self.class_key is None else row[self.class_key]
 
 
 def parse_data_flag(value: str) -> dict[str, Any]:
-    """``DIR`` or ``hf:OWNER/NAME`` as a config's dataset section. A folder of folders has classes."""
+    """``DIR`` or ``hf:OWNER/NAME`` as a config's dataset section. A folder of folders with images has classes.
+
+    Raises:
+        ValueError: no such folder.
+    """
     if value.startswith("hf:"):
         return {"type": "huggingface", "location": value.removeprefix("hf:"), "image_key": "image"}
-    folder = Path(value)
-    flat = not folder.is_dir() or any(p.suffix.lower() in IMAGE_SUFFIXES for p in folder.iterdir())
-    return {"type": "imagefolder" if flat else "imagefolder-class", "location": value}
+    return {"type": "imagefolder-class" if scan(Path(value)).classes else "imagefolder", "location": value}
 
 
 def open_source(dataset: Mapping[str, Any], size: tuple[int, int], channels: int) -> Source:
@@ -184,15 +278,51 @@ def _open_image(path: Path, channels: int) -> Image.Image:
     try:
         with Image.open(path) as image:
             return _convert(image, channels)
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+    except Exception as error:  # of the many kinds that decoders raise
+        raise ValueError(f"{path} cannot be read as an image: {one_line(error)}") from error
+
+
+def _problem(path: Path, channels: int) -> str:
+    """What :func:`_open_image` would say; decodes only where a look at the file does not tell."""
+    try:
+        with Image.open(path) as image:
+            _check_mode(image)
+            if image.format == "PNG":
+                image.verify()  # sums over all of its chunks
+                return ""
+            if image.format == "JPEG" and _ends_as_jpeg(path):
+                return ""
+        _open_image(path, channels)
+    except Exception as error:
+        return f"{path} ({one_line(error).removeprefix(f'{path} cannot be read as an image: ')})"
+    return ""
+
+
+def _ends_as_jpeg(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 1024))  # some programs write after the end
+        return b"\xff\xd9" in file.read()
+
+
+def _check_mode(image: Image.Image) -> None:
+    """Refuse numbers of which nobody says what is white: clipping them to 8 bits would train on other pictures."""
+    scaled = image.format in ("PNG", "PPM")  # Pillow makes wide integers of their 16 bits
+    if image.mode == "F" or (image.mode == "I" and not scaled):
+        kind = "floating-point numbers" if image.mode == "F" else "32-bit or signed integers"
+        raise ValueError(f"its pixels are {kind}, whose range is unknown: convert it to 8 or 16 bits a channel")
 
 
 def _convert(image: Image.Image, channels: int) -> Image.Image:
-    """To 8 bits a channel."""
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        # 16-bit grey, which Pillow would clip to 255 instead of scaling it.
-        image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
+    """To 8 bits a channel, upright, and on white where it is transparent, unless alpha is a channel of the model."""
+    _check_mode(image)
+    bits = getattr(image, "tag_v2", {}).get(258, (16,))[0]  # a TIFF's BitsPerSample, which the mode does not tell
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        # Grey of 16 (or 12) bits, which Pillow would clip to 255 instead of scaling it.
+        image = Image.fromarray(np.rint(np.asarray(image) * (255 / (2**bits - 1))).astype(np.uint8))
+    if channels != 4 and image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert(MODES[channels])
 
 
@@ -341,18 +471,55 @@ class Keys(Sampler[list[Key]]):
             number += self.world * self.batch_size
 
 
-def load_batches(examples: Examples, keys: Keys, *, workers: int, pin_memory: bool) -> Iterator[Batch]:
+@contextmanager
+def load_batches(examples: Examples, keys: Keys, *, workers: int, pin_memory: bool) -> Iterator[Iterator[Batch]]:
+    """Batches without end, loaded by ``workers`` processes that end with the context.
+
+    An error in one of them is raised here, by the batch that it belongs to.
+    """
+    ending = RawValue("b", 0)  # shared with the workers, and without a lock that one of them could die with
     loader = DataLoader(
         examples,
         batch_sampler=keys,
         num_workers=workers,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
-        worker_init_fn=_outlive_termination,
+        worker_init_fn=partial(_outlive_signals, ending),
     )
-    return iter(loader)
+    iterator = iter(loader)
+    try:
+        yield _in_one_line(iterator)
+    finally:
+        ending.value = 1
+        # A traceback may hold the iterator until Python exits, which then would wait for workers that wait for work.
+        shutdown: Callable[[], None] | None = getattr(iterator, "_shutdown_workers", None)
+        if shutdown is not None:
+            shutdown()
 
 
-def _outlive_termination(worker: int) -> None:
-    """SIGTERM to the whole group is the main process's to answer: it takes its step to the end, and needs the data."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _in_one_line(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The loader puts a worker's traceback into the message of its error; what is wrong is in its last line."""
+    while True:
+        try:
+            batch = next(batches)
+        except Exception as error:
+            if not str(error).startswith("Caught "):
+                raise
+            raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
+        yield batch
+
+
+def _outlive_signals(ending: Any, worker: int) -> None:
+    """Signals to all processes of a run are the main one's to answer: it takes its step to the end, and needs the data.
+
+    Ctrl-C comes to all, and schedulers send to all. Only when the main process ends does SIGTERM mean what it says.
+    """
+    parent = os.getppid()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if ending.value or os.getppid() != parent:
+            os._exit(0)
+
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, end)

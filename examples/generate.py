@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from natten_layers.modules.llm import DecoderLM
+from running import check_device, run_command
 
 
 class Codec(Protocol):
@@ -52,7 +54,10 @@ class HubTokenizer:
             from tokenizers import Tokenizer
         except ImportError as error:
             raise ValueError(f"{path} needs the tokenizers package: pip install tokenizers") from error
-        self.tokenizer = Tokenizer.from_file(str(path))
+        try:
+            self.tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the package raises no narrower type
+            raise ValueError(f"{path} is no tokenizer that can be read: {error}") from error
         self.tokens: list[int] = []
         self.text = ""
 
@@ -93,41 +98,58 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--bf16", action="store_true", help="convert the weights to bfloat16")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_device(parser, args.device)
+    return args
+
+
+def read_prompt(value: str) -> str:
+    """The prompt that a flag gives, from standard input for "-".
+
+    Raises:
+        ValueError: bytes that are no UTF-8.
+    """
+    data = sys.stdin.buffer.read() if value == "-" else os.fsencode(value)
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        at = f"byte {error.start} of it is {data[error.start]:#04x}"
+        raise ValueError(f"the prompt must be UTF-8 text, but {at}") from error
+
+
+def run(args: argparse.Namespace) -> int:
+    prompt = read_prompt(args.prompt)
+    dtype = torch.bfloat16 if args.bf16 else None
+    model = DecoderLM.from_pretrained(args.model, device=args.device, dtype=dtype)
+    codec = open_codec(args.model, model.config.vocab_size)
+    ids = codec.encode(prompt)
+    if not ids:
+        raise ValueError("this model's tokenizer makes no token of an empty prompt: give one with --prompt")
+    if max(ids) >= model.config.vocab_size:
+        size = model.config.vocab_size
+        raise ValueError(f"{args.model}/tokenizer.json makes token {max(ids)}, but the model knows {size} tokens")
+    text = prompt
+
+    def show(token: Tensor) -> None:
+        nonlocal text  # the prompt comes with the first token: not before all has been checked
+        print(text + codec.add(int(token)), end="", flush=True)
+        text = ""
+
+    model.generate(
+        torch.tensor([ids], device=args.device),
+        args.tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        generator=args.seed,
+        callback=show,
+    )
+    print()
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_arguments(argv)
-    try:
-        dtype = torch.bfloat16 if args.bf16 else None
-        model = DecoderLM.from_pretrained(args.model, device=args.device, dtype=dtype)
-        codec = open_codec(args.model, model.config.vocab_size)
-        prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-        ids = codec.encode(prompt)
-        if not ids:
-            raise ValueError("this model's tokenizer makes no token of an empty prompt: give one with --prompt")
-        print(prompt, end="", flush=True)
-
-        def show(token: Tensor) -> None:
-            print(codec.add(int(token)), end="", flush=True)
-
-        model.generate(
-            torch.tensor([ids], device=args.device),
-            args.tokens,
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            generator=args.seed,
-            callback=show,
-        )
-        print()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print()
-        return 130
-    return 0
+    return run_command(lambda: run(parse_arguments(argv)), when_interrupted="")
 
 
 if __name__ == "__main__":

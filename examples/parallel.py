@@ -69,6 +69,10 @@ class Processes(AbstractContextManager["Processes"]):
             dist.all_reduce(values)
         return values / self.world
 
+    def any(self, flag: bool) -> bool:
+        """Whether ``flag`` is true in any process; every process must call it."""
+        return bool(self.mean(torch.tensor(float(flag), device=self.device)) > 0) if self.distributed else flag
+
     def shard(self, model: nn.Module) -> None:
         """Split the model's parameters over the processes, in place; it gathers a layer at a time to compute."""
         mesh = init_device_mesh(self.device.type, (self.world,))

@@ -59,7 +59,13 @@ def read_record(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read as a picture: {error}") from error
     if text is None:
         raise ValueError(f"{path} does not say how it was made; give a grid that sample_hdit.py or train_hdit.py drew")
-    return json.loads(text)
+    try:
+        record = json.loads(text)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} says how it was made in another form than this script: {error}") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{path} says how it was made in another form than this script: {record!r:.100}")
+    return record
 
 
 def save_loss_curve(losses: Mapping[int, float], path: Path, title: str) -> None:

@@ -11,7 +11,7 @@ import argparse
 import hashlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from tqdm import tqdm
 from diffusion import SAMPLERS, guided, karras_sigmas
 from natten_layers import Denoiser, HDiT, HDiTConfig
 from pictures import draw_grid, read_record, save_png
+from running import check_device, run_command
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,37 @@ class Request:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Request:
-        """From ``asdict`` by way of JSON, which has no tuples."""
+        """From ``asdict`` by way of JSON, which has no tuples.
+
+        Raises:
+            KeyError, TypeError, ValueError: a record of another kind.
+        """
         size = record["size"]
-        return cls(**{**record, "classes": tuple(record["classes"]), "size": tuple(size) if size else None})
+        request = cls(**{**record, "classes": tuple(record["classes"]), "size": tuple(size) if size else None})
+        counts = (
+            *request.classes,
+            *(request.size or ()),
+            request.count,
+            request.steps,
+            request.seed,
+            request.batch_size,
+        )
+        if any(type(count) is not int for count in counts) or type(request.guidance) is not float:
+            raise TypeError(f"a number is of another type in {dict(record)}")
+        if request.sampler not in SAMPLERS or min(request.count, request.steps, request.batch_size) < 1:
+            raise ValueError(f"a sampler or number is out of range in {dict(record)}")
+        return request
 
 
-def sample(denoiser: Denoiser, config: HDiTConfig, request: Request, *, quiet: bool = False) -> Tensor:
-    """Images ``[N, C, H, W]`` on the model's device, class by class."""
+def sample(
+    denoiser: Denoiser,
+    config: HDiTConfig,
+    request: Request,
+    *,
+    quiet: bool = False,
+    on_step: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """Images ``[N, C, H, W]`` on the model's device, class by class. What ``on_step`` raises ends it."""
     device = next(denoiser.parameters()).device
     size = request.size or config.input_size
     labels = torch.tensor(request.classes, dtype=torch.long).repeat_interleave(request.count)
@@ -68,13 +93,18 @@ def sample(denoiser: Denoiser, config: HDiTConfig, request: Request, *, quiet: b
             disable=quiet,
         ) as bar,
     ):
+
+        def progress(steps: int) -> None:
+            bar.update(steps)
+            on_step()
+
         for start in range(0, total, request.batch_size):
             x = noise[start : start + request.batch_size].to(device) * config.sigma_max
             denoise = denoiser
             if request.classes:
                 batch = labels[start : start + request.batch_size].to(device)
                 denoise = guided(denoiser, batch, config.num_classes, request.guidance)
-            images.append(SAMPLERS[request.sampler](denoise, x, sigmas, bar.update))
+            images.append(SAMPLERS[request.sampler](denoise, x, sigmas, progress))
     return torch.cat(images)
 
 
@@ -110,11 +140,6 @@ def parse_classes(values: Sequence[str] | None, config: HDiTConfig) -> tuple[int
         has = f"classes 0 to {len(names) - 1}: {', '.join(names)}" if names else "no classes"
         raise ValueError(f"--classes {' '.join(unknown)}: this model has {has}")
     return tuple(known[value] for value in values)
-
-
-def check_device(parser: argparse.ArgumentParser, device: str) -> None:
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error(f"--device {device}: this PyTorch finds no CUDA device")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -159,8 +184,10 @@ def run(arguments: argparse.Namespace) -> int:
         try:
             expected = record.pop("sha256")
             request = Request.from_record(record)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{arguments.reproduce} was made by another version: {error}") from error
+            if any(not 0 <= label < config.num_classes for label in request.classes):
+                raise ValueError(f"it shows classes {request.classes}, of which the model has {config.num_classes}")
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{arguments.reproduce} was made by another version or model: {error}") from error
     else:
         expected = None
         request = Request(
@@ -186,14 +213,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    try:
-        return run(parse_arguments(argv))
-    except (OSError, RuntimeError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
+    return run_command(lambda: run(parse_arguments(argv)), when_interrupted="interrupted; nothing was written")
 
 
 if __name__ == "__main__":

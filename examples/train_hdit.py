@@ -6,7 +6,7 @@ torchrun --nproc-per-node 2 examples/train_hdit.py --preset gpu-demo --name runs
 
 A run called NAME writes NAME_STEP.pth (everything needed to go on), NAME_state.json (which of them is the latest; the
 same command finds it and goes on from there), NAME.safetensors (EMA weights to sample from), NAME_metrics.csv,
-NAME_demo_STEP.png, NAME_loss.png and NAME_tensorboard/.
+NAME_demo_STEP.png, NAME_loss.png and NAME_tensorboard/. While it runs, NAME.lock keeps a second run of the name away.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ import copy
 import json
 import math
 import random
-import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +31,23 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from checkpointing import (
+    DamagedError,
     RunFiles,
+    check_finite,
     gathered_state,
     load_checkpoint,
     load_sharded,
     save_checkpoint,
     save_sharded,
 )
-from data import Batch, Examples, Keys, load_batches, open_source, parse_data_flag
+from data import Batch, Examples, Folder, Keys, describe, load_batches, open_source, parse_data_flag
 from diffusion import ema_decay, learning_rate_factor, loss_weighting, make_sigma_quantile, stratified
 from natten_layers import Denoiser, HDiT, HDiTConfig
 from natten_layers.io.checkpoints import load_tensors, read_hdit
 from parallel import Processes, local
 from pictures import save_loss_curve, save_png
-from sample_hdit import Request, check_device, digest, picture, sample
+from running import SIGNALS_HELP, Signals, check_device, run_command, writing
+from sample_hdit import Request, digest, picture, sample
 
 PRESETS = Path(__file__).parent / "configs"
 SECTIONS: dict[str, dict[str, Any]] = {  # k-diffusion's defaults for this type of model
@@ -58,7 +60,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Flags win over the config's "run" section, and that over the defaults here, which are k-diffusion's."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=SIGNALS_HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     switch = argparse.BooleanOptionalAction
     cuda = torch.cuda.is_available()
     parser.add_argument("--config", type=Path, help="JSON in k-diffusion's format (image_transformer_v2)")
@@ -71,9 +75,16 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--name", default="runs/hdit", help="prefix of all files written, default: %(default)s")
     parser.add_argument("--resume", type=Path, help="go on from this checkpoint, not from NAME's latest")
     parser.add_argument(
-        "--resume-inference", type=Path, metavar="FILE", help="start at step 0 from these weights (safetensors or .pth)"
+        "--resume-inference",
+        type=Path,
+        metavar="FILE",
+        help="start at step 0 from these weights (safetensors or .pth), with the KV heads that they were made for",
     )
-    parser.add_argument("--data", metavar="DIR|hf:OWNER/NAME", help="train on these images, not on the config's")
+    parser.add_argument(
+        "--data",
+        metavar="DIR|hf:OWNER/NAME",
+        help="train on these images, not on the config's; each subfolder is a class, transparent pixels become white",
+    )
     parser.add_argument("--batch-size", type=int, default=64, help="images per process and accumulation step")
     parser.add_argument("--grad-accum-steps", type=int, default=1, help="batches per optimiser step")
     parser.add_argument("--end-step", type=int, help="stop after so many steps in all; default: at Ctrl-C")
@@ -92,7 +103,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     argv = sys.argv[1:] if argv is None else argv
     arguments = parser.parse_args(argv)
     config = arguments.config or PRESETS / f"{arguments.preset}.json"
-    arguments = parser.parse_args([*_as_flags(_read_json(config).get("run", {})), *argv])
+    section = _read_json(config).get("run") or {}
+    if not isinstance(section, dict):
+        parser.error(f'{config}: "run" is no JSON object, but {section!r:.100}')
+    arguments = parser.parse_args([*_as_flags(section), *argv])
     arguments.config = config
     least = dict.fromkeys(("batch_size", "grad_accum_steps", "save_every", "sample_n", "sample_steps", "end_step"), 1)
     for key, minimum in {**least, "demo_every": 0, "num_workers": 0}.items():
@@ -107,15 +121,16 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def _as_flags(section: Mapping[str, Any]) -> Iterator[str]:
     for key, value in section.items():
         flag = key.replace("_", "-")
-        yield from (
-            [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
-        )
+        if isinstance(value, bool):
+            yield f"--{flag}" if value else f"--no-{flag}"
+        elif value is not None:
+            yield from (f"--{flag}", str(value))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON file: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no JSON object, but {content!r:.100}")
@@ -151,41 +166,20 @@ def read_config(path: Path, data: str | None) -> dict[str, Any]:
     return config
 
 
-class Stop:
-    """Turns Ctrl-C and SIGTERM into a wish to stop after the step; another one, a second or more later, stops at once.
-
-    A Ctrl-C under torchrun comes twice: from the terminal, and from torchrun, which passes on what it got itself.
-    """
-
-    def __init__(self) -> None:
-        self.asked: float | None = None
-
-    @property
-    def wanted(self) -> bool:
-        return self.asked is not None
-
-    def __enter__(self) -> Stop:
-        self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: object) -> None:
-        now = time.monotonic()
-        if self.asked is not None and now - self.asked >= 1:
-            raise KeyboardInterrupt
-        self.asked = self.asked or now
+class DemoStoppedError(Exception):
+    """A process was told to stop while a grid was sampled."""
 
 
 class Trainer:
     """A run: what it trains, on what, and how far it has come."""
 
-    def __init__(self, arguments: argparse.Namespace, processes: Processes) -> None:
-        self.arguments, self.processes, self.files = arguments, processes, RunFiles(arguments.name)
+    def __init__(self, arguments: argparse.Namespace, processes: Processes, files: RunFiles) -> None:
+        self.arguments, self.processes, self.files, self.signals = arguments, processes, files, Signals()
+        start = read_hdit(arguments.resume_inference) if arguments.resume_inference else None
         with naming(arguments.config):
             self._read_data()
+            if start is not None and start[0] is not None:
+                self._take_kv_heads(HDiTConfig.from_json(start[0]))
             self.model_config = self.plan.to_json()["model"]
             self.quantile = make_sigma_quantile(self.model_config)
             self.quantile(torch.tensor([0.5]))  # what it lacks shows on its first call
@@ -194,9 +188,8 @@ class Trainer:
 
         torch.manual_seed(arguments.seed)
         self.model = HDiT(self.plan, checkpointing=arguments.checkpointing)
-        if arguments.resume_inference:  # a checkpoint of the run itself, loaded below, wins
-            _, tensors = read_hdit(arguments.resume_inference)
-            load_tensors(self.model, tensors, arguments.resume_inference, torch.float32)
+        if start is not None:  # a checkpoint of the run itself, loaded below, wins
+            load_tensors(self.model, start[1], arguments.resume_inference, torch.float32)
         self.model.to(processes.device)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         if arguments.compile:
@@ -214,6 +207,8 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=arguments.mixed_precision == "fp16")
         self.step = 0
         self.saved_step = 0
+        self.written_step: int | None = None
+        """of which this process wrote the EMA weights to sample from"""
         self._resume()
 
     def _read_data(self) -> None:
@@ -226,20 +221,67 @@ class Trainer:
             raise ValueError(f"dataset.num_classes is {dataset['num_classes']}, but the data has {len(names)}: {names}")
         dataset["class_names"] = names if dataset["num_classes"] else []
         self.config, self.plan = config, HDiTConfig.from_json(config)
+        self.say(describe(self.source))
+        if isinstance(self.source, Folder):
+            self.source.check(self.processes.rank, self.processes.world)
+
+    def _take_kv_heads(self, stored: HDiTConfig) -> None:
+        """Give the model the KV heads of the weights it starts from, where ``natten_layers.convert`` has pooled them.
+
+        Where more differs than those, the weights do not fit, and loading them says so.
+
+        Raises:
+            ValueError: weights with more KV heads than the config asks for, which are to be pooled first.
+        """
+        own, source = self.plan.levels, self.arguments.resume_inference
+        if [(level.width, level.d_head) for level in own] != [(level.width, level.d_head) for level in stored.levels]:
+            return
+        here, there = ([level.num_kv_heads or level.num_heads for level in levels] for levels in (own, stored.levels))
+        if any(theirs > ours for ours, theirs in zip(here, there, strict=True)):
+            raise ValueError(
+                f"{source} has {there} KV heads on its levels, and the config asks for {here}: "
+                "pool them with python -m natten_layers.convert, or change num_kv_heads"
+            )
+        if here != there:
+            levels = zip(own, stored.levels, strict=True)
+            levels = [replace(level, num_kv_heads=other.num_kv_heads) for level, other in levels]
+            self.plan = replace(self.plan, levels=levels)
+            self.say(f"the levels have {there} KV heads, as in {source}, not {here} as in the config")
 
     # Checkpoints
 
     def _resume(self) -> None:
-        path = self.arguments.resume or self.files.latest()
-        if path is not None:
-            load = load_sharded if self.processes.fsdp else load_checkpoint
-            rest = load(path, self.model, self.ema, self.optimizer, self.plan.to_json())
+        """Go on from the newest checkpoint that is whole, and say so where that is not the one expected."""
+        paths, problem = ([self.arguments.resume], "") if self.arguments.resume else self.files.checkpoints()
+        problems = [problem] if problem else []
+        load = load_sharded if self.processes.fsdp else load_checkpoint
+        for path in paths:
+            if path.exists() and path.is_dir() != self.processes.fsdp:
+                raise ValueError(f"{path} was saved {'without' if self.processes.fsdp else 'with'} --fsdp")
+            try:
+                rest = load(path, self.model, self.ema, self.optimizer, self.plan.to_json())
+            except DamagedError as error:
+                problems.append(str(error))
+                continue
             if rest["scaler"]:  # empty where the run had another precision
                 self.scaler.load_state_dict(rest["scaler"])
             self.step = self.saved_step = rest["step"]
+            for problem in problems:
+                self.say(f"warning: {problem}")
+            if problems and self.processes.first:
+                self.files.record(path)
             self.say(f"resuming from {path} at step {self.step}")
+            return
+        if paths or self.files.state.exists():
+            way_out = f"; no older checkpoint is whole: delete {self.files.state} to start anew"
+            raise ValueError("; ".join(problems) + ("" if self.arguments.resume else way_out))
 
     def save(self) -> None:
+        """Write a checkpoint, the weights to sample from, and last the state file: a kill before it undoes nothing.
+
+        Every process must call it.
+        """
+        check_finite(self.model, self.processes)
         rest = {"config": self.plan.to_json(), "step": self.step, "scaler": self.scaler.state_dict()}
         suffix = "" if self.processes.fsdp else ".pth"
         path = self.files.path(f"_{self.step:08}{suffix}")
@@ -247,20 +289,26 @@ class Trainer:
             save_sharded(path, self.model, self.ema, self.optimizer, rest, self.processes)
         elif self.processes.first:
             save_checkpoint(path, self.model, self.ema, self.optimizer, rest)
-        weights = gathered_state(self.ema) if self.processes.fsdp else self.ema.state_dict()
+        self.write_weights()
         if self.processes.first:
             self.files.record(path)
+        self.processes.barrier()
+        self.saved_step = self.step
+
+    def write_weights(self) -> None:
+        """The EMA weights, to sample from; every process must call it."""
+        weights = gathered_state(self.ema) if self.processes.fsdp else self.ema.state_dict()
+        if self.processes.first:
             whole = HDiT(self.plan)
             whole.load_state_dict(weights)
             whole.save_pretrained(self.files.path(".safetensors"))
-        self.processes.barrier()
-        self.saved_step = self.step
+        self.written_step = self.step
 
     # Training
 
     def train(self) -> bool:
         """Until ``--end-step``, or until somebody asks to stop; True if nobody did."""
-        arguments, processes = self.arguments, self.processes
+        arguments, processes, signals = self.arguments, self.processes, self.signals
         keys = Keys(
             len(self.source),
             arguments.batch_size,
@@ -270,23 +318,31 @@ class Trainer:
             rank=processes.rank,
             world=processes.world,
         )
-        with Stop() as stop, self._log() as log:
-            examples = Examples(self.source, self.model_config.get("augment_prob", 0.0))
-            pin_memory = processes.device.type == "cuda"
-            batches = load_batches(examples, keys, workers=arguments.num_workers, pin_memory=pin_memory)
+        examples = Examples(self.source, self.model_config.get("augment_prob", 0.0))
+        loading = load_batches(
+            examples, keys, workers=arguments.num_workers, pin_memory=processes.device.type == "cuda"
+        )
+        with self._log() as log, loading as batches:
             while arguments.end_step is None or self.step < arguments.end_step:
-                loss = self._train_step(batches, keys.global_batch)
-                # All processes must stop after the same step, whichever of them was asked to.
-                loss, stopping = processes.mean(torch.stack([loss, loss.new_tensor(float(stop.wanted))])).tolist()
+                with signals.interruptible():
+                    loss = self._train_step(batches, keys.global_batch)
+                # All processes must do the same after the same step, whichever of them was asked to.
+                asked = loss.new_tensor([signals.stop_wanted, signals.take_save()])
+                loss, stopping, saving = processes.mean(torch.cat([loss[None], asked])).tolist()
                 if not math.isfinite(loss):
                     raise RuntimeError(f"the loss of step {self.step} is {loss}; try a lower --lr")
                 log.write(self.step, loss, keys.global_batch)
-                if stopping or self.step % arguments.save_every == 0:
+                if stopping or saving or self.step % arguments.save_every == 0:
                     self.save()
                 if stopping:
                     return False
                 if arguments.demo_every and self.step % arguments.demo_every == 0:
-                    log.picture(self.step, self.demo(f"_demo_{self.step:08}.png"))
+                    try:
+                        log.picture(self.step, self.demo(f"_demo_{self.step:08}.png"))
+                    except DemoStoppedError:
+                        if self.step > self.saved_step:
+                            self.save()
+                        return False
         return True
 
     def _train_step(self, batches: Iterator[Batch], global_batch: int) -> Tensor:
@@ -333,30 +389,44 @@ class Trainer:
     # What a run shows
 
     def demo(self, suffix: str) -> Image.Image:
-        """Sample a grid, every class a row; the first process writes it."""
+        """Sample a grid, every class a row; the first process writes it.
+
+        Raises:
+            DemoStoppedError: a process was asked to stop.
+        """
         request = Request(
             classes=tuple(range(self.plan.num_classes)),
             count=self.arguments.sample_n,
             steps=self.arguments.sample_steps,
             seed=self.arguments.seed,
         )
-        images = sample(Denoiser(self.ema), self.plan, request, quiet=not self.processes.first)
+
+        def on_step() -> None:
+            if self.processes.any(self.signals.stop_wanted):
+                raise DemoStoppedError
+
+        images = sample(Denoiser(self.ema), self.plan, request, quiet=not self.processes.first, on_step=on_step)
         grid = picture(images, self.plan, request)
         if self.processes.first:
             save_png(grid, self.files.path(suffix), asdict(request) | {"sha256": digest(images)})
         return grid
 
-    def finish(self) -> None:
-        """The last checkpoint, grid and loss curve."""
+    def finish(self) -> bool:
+        """The last checkpoint, grid and loss curve; False if somebody asked to stop meanwhile."""
         if self.step > self.saved_step:
             self.save()
-        self.demo("_samples.png")
-        written = [".safetensors", "_samples.png"] if self.files.path(".safetensors").exists() else ["_samples.png"]
+        elif self.written_step != self.step:  # of a checkpoint that an earlier process saved, or another run
+            self.write_weights()
+        self.say(f"wrote {self.files.path('.safetensors')}")
+        try:
+            self.demo("_samples.png")
+        except DemoStoppedError:
+            return False
+        self.say(f"wrote {self.files.path('_samples.png')}")
         if self.processes.first and (losses := self.files.losses(self.step)):
             save_loss_curve(losses, self.files.path("_loss.png"), f"{self.arguments.name}, {self.step} steps")
-            written.append("_loss.png")
-        for suffix in written:
-            self.say(f"wrote {self.files.path(suffix)}")
+            self.say(f"wrote {self.files.path('_loss.png')}")
+        return True
 
     def say(self, text: str) -> None:
         if self.processes.first:
@@ -377,7 +447,7 @@ class Log:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
 
             files.rewrite_metrics(files.losses(step))  # the steps after the checkpoint are run again
-            self.metrics = files.path("_metrics.csv").open("a", buffering=1)
+            self.metrics = files.path("_metrics.csv").open("ab", buffering=0)  # a line is there before the next step
             self.board = SummaryWriter(str(files.path("_tensorboard")), purge_step=step + 1)
 
     def __enter__(self) -> Log:
@@ -387,48 +457,50 @@ class Log:
         self.bar.close()
         if self.files is not None:
             self.metrics.close()
-            self.board.close()
+            with writing(self.files.path("_tensorboard")):
+                self.board.close()
 
     def write(self, step: int, loss: float, images: int) -> None:
         now = time.perf_counter()
         rate, self.before = images / (now - self.before), now
         self.mean = loss if self.mean is None else self.mean + 0.05 * (loss - self.mean)
         if self.files is not None:
-            self.metrics.write(f"{step},{loss!r}\n")
-            self.board.add_scalar("loss", loss, step)
-            self.board.add_scalar("images per second", rate, step)
+            with writing(self.files.path("_metrics.csv")):
+                self.metrics.write(f"{step},{loss!r}\n".encode())
+            with writing(self.files.path("_tensorboard")):
+                self.board.add_scalar("loss", loss, step)
+                self.board.add_scalar("images per second", rate, step)
             self.bar.set_postfix_str(f"loss {self.mean:.4f}, {rate:.0f} images/s", refresh=False)
             self.bar.update()
 
     def picture(self, step: int, grid: Image.Image) -> None:
         self.before = time.perf_counter()  # the time that sampling takes is not the training's
         if self.files is not None:
-            self.board.add_image("samples", np.asarray(grid), step, dataformats="HWC")
+            with writing(self.files.path("_tensorboard")):
+                self.board.add_image("samples", np.asarray(grid), step, dataformats="HWC")
 
 
 def run(arguments: argparse.Namespace, processes: Processes) -> int:
-    trainer = Trainer(arguments, processes)
-    parameters = sum(p.numel() for p in trainer.model.parameters())
-    trainer.say(f"{parameters:,} parameters, {processes.world} process(es) on {processes.device.type}")
-    if trainer.train():
-        trainer.finish()
-        return 0
-    command = "The same command without --resume" if arguments.resume else "The same command"
-    trainer.say(f"stopped after step {trainer.step}; saved. {command} goes on from here.")
-    return 130
+    files = RunFiles(arguments.name)
+    with files.own() if processes.first else nullcontext():
+        trainer = Trainer(arguments, processes, files)
+        parameters = sum(p.numel() for p in trainer.model.parameters())
+        trainer.say(f"{parameters:,} parameters, {processes.world} process(es) on {processes.device.type}")
+        with trainer.signals as signals:
+            if trainer.train() and trainer.finish():
+                return 0
+        command = "The same command without --resume" if arguments.resume else "The same command"
+        trainer.say(f"stopped after step {trainer.step}; saved. {command} goes on from here.")
+        return signals.status
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    try:
+    def body() -> int:
         arguments = parse_arguments(argv)
         with Processes(arguments.device, fsdp=arguments.fsdp) as processes:
             return run(arguments, processes)
-    except (OSError, RuntimeError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped at once; checkpoints that were saved before are whole", file=sys.stderr)
-        return 130
+
+    return run_command(body, when_interrupted="stopped at once; checkpoints that were saved before are whole")
 
 
 if __name__ == "__main__":

@@ -7,22 +7,20 @@ torchrun --nproc-per-node 2 examples/train_lm.py --fsdp --out runs/two-gpus
 
 OUT/ gets checkpoint.pt (to go on from, with --resume), model/ (config.json and safetensors, for generate.py) and
 tensorboard/. At the end, bits per byte on held-out files are compared with ``xz -9`` on the same files. A config file
-is TOML whose keys are the flags' names, with _ for -; flags win over it.
+is TOML whose keys are the flags' names, with _ for -; flags win over it. While a run lasts, OUT/lock keeps others away.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import signal
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -32,10 +30,12 @@ from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from checkpointing import check_finite
 from natten_layers.io import hf
-from natten_layers.io.files import replacing
+from natten_layers.io.files import leftovers, replacing
 from natten_layers.modules.llm import DecoderLM, DecoderLMConfig
 from parallel import Processes
+from running import SIGNALS_HELP, Signals, check_device, one_line, run_command, running_alone, writing
 from text import Corpus, random_windows, read_corpus
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -45,7 +45,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     cuda = torch.cuda.is_available()
     switch = argparse.BooleanOptionalAction
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        epilog=SIGNALS_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", type=Path, help="TOML file with defaults for these flags")
     parser.add_argument("--data", type=Path, help="folder of text files; default: Python's standard library")
@@ -89,10 +92,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     given = list(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(given if config is None else [*_flags_of(config, parser), *given])
     positive = ("layers", "hidden", "heads", "kv_heads", "window", "context", "steps", "batch_size", "grad_accum_steps")
-    for name in (*positive, "eval_every", "eval_bytes"):
-        least = 2 if name == "context" else 1
-        if getattr(args, name) < least:
-            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
+    least = dict.fromkeys((*positive, "eval_every", "eval_bytes"), 1) | {"context": 2}
+    counts = ("full_every", "registers", "warmup", "held_out_bytes", "sample_bytes", "weight_decay")
+    for name, minimum in {**dict.fromkeys(counts, 0), **least}.items():
+        if not getattr(args, name) >= minimum:
+            parser.error(f"--{name.replace('_', '-')} must be at least {minimum}, got {getattr(args, name)}")
+    for name in ("lr", "grad_clip"):
+        if not 0 < getattr(args, name) < math.inf:
+            parser.error(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
+    check_device(parser, args.device)
     return args
 
 
@@ -167,8 +175,8 @@ class Trainer:
         self.wrapped = processes.wrap(self.model)
         self.run = torch.compile(self.wrapped) if args.compile else self.wrapped
         self.optimizer = make_optimizer(self.model, args)
-        self.step = 0
-        self.stopping = False
+        self.step, self.saved_step = 0, -1
+        self.signals = Signals()
         if args.resume:
             self.load()
 
@@ -228,33 +236,44 @@ class Trainer:
         return get_state_dict(self.model, self.optimizer, options=WHOLE)
 
     def save(self) -> None:
-        """Write checkpoint and model; every process must call it."""
+        """Write model and checkpoint; every process must call it.
+
+        The checkpoint comes last: after a kill before it, a resumed run writes the model again.
+        """
+        check_finite(self.model, self.processes)
         model, optimizer = self.state()
         if self.processes.first:
+            hf.save(self.config, model, self.args.out / "model")
             state = {"model": model, "optimizer": optimizer, "step": self.step, "config": asdict(self.config)}
             with replacing(self.checkpoint) as temporary:
-                try:
-                    torch.save(state, temporary)
-                except RuntimeError as error:  # torch's word for a full disk
-                    raise OSError(f"cannot write {self.checkpoint}: {error}") from error
-            hf.save(self.config, model, self.args.out / "model")
+                torch.save(state, temporary)
         self.processes.barrier()
+        self.saved_step = self.step
 
     def load(self) -> None:
         try:
             state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
             model, optimizer, step, config = (state[name] for name in ("model", "optimizer", "step", "config"))
+            if not isinstance(step, int) or not isinstance(config, dict):
+                raise TypeError(f"its step is {step!r:.50}, its config {config!r:.50}")
         except FileNotFoundError:
             raise ValueError(f"{self.checkpoint} does not exist: leave --resume out to start") from None
         except Exception as error:
-            raise ValueError(f"{self.checkpoint} is damaged or no checkpoint of this script: {error!r}") from error
+            raise ValueError(
+                f"{self.checkpoint} is damaged or no checkpoint of this script: {one_line(error)}"
+            ) from error
         if config != asdict(self.config):
             here = asdict(self.config)
             differ = [
                 f"{key} is {config.get(key)} there, {here[key]} here" for key in here if config.get(key) != here[key]
             ]
             raise ValueError(f"{self.checkpoint} is of another model: {'; '.join(differ)}")
-        set_state_dict(self.model, self.optimizer, model_state_dict=model, optim_state_dict=optimizer, options=WHOLE)
+        try:
+            set_state_dict(
+                self.model, self.optimizer, model_state_dict=model, optim_state_dict=optimizer, options=WHOLE
+            )
+        except (RuntimeError, KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{self.checkpoint} holds other content than this script saves: {error!r}") from error
         self.step = step
 
     def sample(self) -> str:
@@ -275,52 +294,53 @@ class Trainer:
         # An untrained model also writes what moves a terminal's cursor.
         return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
-    def stop(self, number: int, _: FrameType | None) -> None:
-        """On a signal: finish the step, save and end. A second one ends at once."""
-        if self.stopping:
-            signal.default_int_handler(number, None)
-        self.stopping = True
-
-    def should_stop(self) -> bool:
-        """Whether any process was told to."""
-        if not self.processes.distributed:
-            return self.stopping
-        return bool(self.processes.mean(torch.tensor(float(self.stopping), device=self.device)) > 0)
-
-    def train(self) -> None:
-        """To the last step, or until told to stop."""
+    def train(self) -> int:
+        """To the last step, or until told to stop; returns the exit status."""
         args, first = self.args, self.processes.first
         with SummaryWriter(args.out / "tensorboard", purge_step=self.step) if first else nullcontext() as writer:
-            with handling(self.stop):
-                self._steps(writer)
-            self.save()
-            if self.step == args.steps:
+            with self.signals as signals:
+                stopped = self._steps(writer)
+                if self.step > self.saved_step:
+                    self.save()
+            if not stopped:
                 self.report(writer)
-            elif first:
-                print(f"stopped at step {self.step}; go on with --resume")
+                return 0
+        if first:
+            print(f"stopped at step {self.step}; go on with --resume")
+        return signals.status
 
-    def _steps(self, writer: SummaryWriter | None) -> None:
-        args = self.args
-        bar = tqdm(initial=self.step, total=args.steps, unit="step", disable=writer is None, dynamic_ncols=True)
+    def _steps(self, writer: SummaryWriter | None) -> bool:
+        """Train to the last step; True if told to stop."""
+        args, signals = self.args, self.signals
         clock, since = time.perf_counter(), self.step
-        while self.step < args.steps and not self.should_stop():
-            loss = self.train_step()
-            bar.update()
-            if self.step % 10 == 0:
-                now = time.perf_counter()
-                speed = (self.step - since) * args.batch_size * args.context / (now - clock)
-                clock, since = now, self.step
-                bits = float(loss) / math.log(2)
-                bar.set_postfix_str(f"{bits:.3f} bits/byte, {speed:.3g} bytes/s")
-                if writer is not None:
-                    writer.add_scalar("bits_per_byte/train", bits, self.step)
-                    writer.add_scalar("bytes_per_second", speed, self.step)
-                    writer.add_scalar("learning_rate", self.optimizer.param_groups[0]["lr"], self.step)
-            if self.step % args.eval_every == 0 and self.step < args.steps:
-                self.save()
-                self.report(writer, args.eval_bytes)
-                clock, since = time.perf_counter(), self.step
-        bar.close()
+        with tqdm(initial=self.step, total=args.steps, unit="step", disable=writer is None, dynamic_ncols=True) as bar:
+            while self.step < args.steps:
+                with signals.interruptible():
+                    loss = self.train_step()
+                bar.update()
+                if self.step % 10 == 0:
+                    now = time.perf_counter()
+                    speed = (self.step - since) * args.batch_size * args.context / (now - clock)
+                    clock, since = now, self.step
+                    bits = float(loss) / math.log(2)
+                    if not math.isfinite(bits):
+                        raise RuntimeError(f"the loss of step {self.step} is {bits}; try a lower --lr")
+                    bar.set_postfix_str(f"{bits:.3f} bits/byte, {speed:.3g} bytes/s")
+                    if writer is not None:
+                        writer.add_scalar("bits_per_byte/train", bits, self.step)
+                        writer.add_scalar("bytes_per_second", speed, self.step)
+                        writer.add_scalar("learning_rate", self.optimizer.param_groups[0]["lr"], self.step)
+                # All processes must do the same after the same step, whichever of them was asked to.
+                if self.processes.any(signals.stop_wanted):
+                    return True
+                evaluating = self.step % args.eval_every == 0 and self.step < args.steps
+                if self.processes.any(signals.take_save()) or evaluating:
+                    self.save()
+                if evaluating:
+                    with signals.interruptible():
+                        self.report(writer, args.eval_bytes)
+                    clock, since = time.perf_counter(), self.step
+        return False
 
     def report(self, writer: SummaryWriter | None, limit: int | None = None) -> None:
         """Held-out bits per byte, beside xz's if of the whole held-out text, and a sample."""
@@ -338,38 +358,33 @@ class Trainer:
         tqdm.write("\n".join(lines))
 
 
-@contextmanager
-def handling(stop: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Call ``stop`` on Ctrl-C and when the system asks the process to end."""
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def remove_leftovers(out: Path) -> None:
+    """What a run that was killed left half written; the run holds the lock of ``out``."""
+    temporary = [path for folder in (out, out / "model") for path, _ in leftovers(folder)]
+    for path in (*temporary, *(out / "model").glob(".*.partial")):  # the latter are hf.save's
+        path.unlink()
 
 
-def run(args: argparse.Namespace, processes: Processes) -> None:
-    trainer = Trainer(args, processes)
-    if processes.first:
-        count = sum(p.numel() for p in trainer.model.parameters())
-        size = len(trainer.corpus.train)
-        print(f"{count / 1e6:.2f} M parameters, {size / 1e6:.1f} MB of text, device {processes.device}")
-    trainer.train()
+def run(args: argparse.Namespace, processes: Processes) -> int:
+    with running_alone(args.out / "lock", str(args.out)) if processes.first else nullcontext():
+        if processes.first:
+            remove_leftovers(args.out)
+        trainer = Trainer(args, processes)
+        if processes.first:
+            count = sum(p.numel() for p in trainer.model.parameters())
+            size = len(trainer.corpus.train)
+            print(f"{count / 1e6:.2f} M parameters, {size / 1e6:.1f} MB of text, device {processes.device}")
+        with writing(args.out / "tensorboard"):  # all other files name themselves
+            return trainer.train()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_arguments(argv)
-    try:
+    def body() -> int:
+        args = parse_arguments(argv)
         with Processes(args.device, fsdp=args.fsdp) as processes:
-            run(args, processes)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+            return run(args, processes)
+
+    return run_command(body)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ Operations
     merge_attention           attention over the union of sets of keys, from their states; gives an AttentionState
     cached_attention          new tokens over a cache, by position
     na1d, na2d, na3d          NATTEN's operations, with their arguments
+    attention, merge_attentions
+                              NATTEN's dense attention, and the merge of results by their log-sum-exp
     explain                   which kernels a call takes, with what tiles, and why not others: an Explanation
 
 Layers
@@ -26,17 +28,37 @@ Models
     Denoiser                  preconditioning and loss around it
     DecoderLM                 a language model with sliding windows: DecoderLMConfig, Cache
 
+NATTEN's switches and lists, which change no result
+    use_deterministic_algorithms, are_deterministic_algorithms_enabled
+    use_kv_parallelism_in_fused_na, is_kv_parallelism_in_fused_na_enabled
+    set_memory_usage_preference, get_memory_usage_preference, is_memory_usage_default, is_memory_usage_strict,
+    is_memory_usage_unrestricted
+    allow_flex_compile, allow_flex_compile_backprop, disable_flex_compile, disable_flex_compile_backprop,
+    is_flex_compile_allowed, is_flex_compile_backprop_allowed
+    get_configs_for_cutlass_fna, get_configs_for_cutlass_fmha, get_configs_for_cutlass_hopper_fna,
+    get_configs_for_cutlass_hopper_fmha, get_configs_for_cutlass_blackwell_fna, get_configs_for_cutlass_blackwell_fmha,
+    get_configs_for_flex_fna, get_configs_for_flex_fmha, get_bwd_configs_for_cutlass_fna,
+    get_bwd_configs_for_cutlass_fmha, get_bwd_configs_for_cutlass_hopper_fna, get_bwd_configs_for_cutlass_hopper_fmha,
+    get_bwd_configs_for_cutlass_blackwell_fna, get_bwd_configs_for_cutlass_blackwell_fmha
+    HAS_LIBNATTEN             True: what asks for NATTEN's compiled library runs without it
+    __version__               the version of this library
+
 Modules
+    natten_layers.functional                   the operations, this library's and NATTEN's, as in natten.functional
+    natten_layers.utils.varlen                 lengths of packed sequences for attention, as in natten.utils.varlen
     natten_layers.convert                      multi-head checkpoints to grouped-query ones, also a command
     natten_layers.tune                         a search for the fastest tiles of one problem, also a command
-    natten_layers.integrations.transformers    attn_implementation="natten_layers" in Hugging Face transformers
+    natten_layers.integrations.diffusers       LTX-2's video decoder, and windows for transformers, in diffusers
+    natten_layers.integrations.transformers    attn_implementation="natten_layers" in Hugging Face transformers,
+                                               and its DiNAT models
 
 These names and modules are the public interface. All other modules are internal and may change in any release.
 """
 
+from . import functional as functional
+from . import utils as utils
 from .cached import cached_attention
 from .explanation import Explanation, explain
-from .functional import AttentionState, attention_state, merge_attention, neighborhood_attention
 from .modules import (
     GEGLU,
     AdaRMSNorm,
@@ -57,13 +79,53 @@ from .modules import (
     RMSNorm,
     RoPE,
     make_axial_pos,
+)
+from .natten import (
+    allow_flex_compile,
+    allow_flex_compile_backprop,
+    are_deterministic_algorithms_enabled,
+    attention,
+    disable_flex_compile,
+    disable_flex_compile_backprop,
+    get_bwd_configs_for_cutlass_blackwell_fmha,
+    get_bwd_configs_for_cutlass_blackwell_fna,
+    get_bwd_configs_for_cutlass_fmha,
+    get_bwd_configs_for_cutlass_fna,
+    get_bwd_configs_for_cutlass_hopper_fmha,
+    get_bwd_configs_for_cutlass_hopper_fna,
+    get_configs_for_cutlass_blackwell_fmha,
+    get_configs_for_cutlass_blackwell_fna,
+    get_configs_for_cutlass_fmha,
+    get_configs_for_cutlass_fna,
+    get_configs_for_cutlass_hopper_fmha,
+    get_configs_for_cutlass_hopper_fna,
+    get_configs_for_flex_fmha,
+    get_configs_for_flex_fna,
+    get_memory_usage_preference,
+    is_flex_compile_allowed,
+    is_flex_compile_backprop_allowed,
+    is_kv_parallelism_in_fused_na_enabled,
+    is_memory_usage_default,
+    is_memory_usage_strict,
+    is_memory_usage_unrestricted,
+    merge_attentions,
     na1d,
     na2d,
     na3d,
+    set_memory_usage_preference,
+    use_deterministic_algorithms,
+    use_kv_parallelism_in_fused_na,
 )
+from .natten import context as context
+from .operations import AttentionState, attention_state, merge_attention, neighborhood_attention
+
+__version__ = "0.1.0"
+HAS_LIBNATTEN = True
+"""Programs ask it before they call NATTEN's fused operations; all of them run here."""
 
 __all__ = [
     "GEGLU",
+    "HAS_LIBNATTEN",
     "AdaRMSNorm",
     "AttentionState",
     "AxialRoPE",
@@ -83,13 +145,45 @@ __all__ = [
     "Positions",
     "RMSNorm",
     "RoPE",
+    "__version__",
+    "allow_flex_compile",
+    "allow_flex_compile_backprop",
+    "are_deterministic_algorithms_enabled",
+    "attention",
     "attention_state",
     "cached_attention",
+    "disable_flex_compile",
+    "disable_flex_compile_backprop",
     "explain",
+    "get_bwd_configs_for_cutlass_blackwell_fmha",
+    "get_bwd_configs_for_cutlass_blackwell_fna",
+    "get_bwd_configs_for_cutlass_fmha",
+    "get_bwd_configs_for_cutlass_fna",
+    "get_bwd_configs_for_cutlass_hopper_fmha",
+    "get_bwd_configs_for_cutlass_hopper_fna",
+    "get_configs_for_cutlass_blackwell_fmha",
+    "get_configs_for_cutlass_blackwell_fna",
+    "get_configs_for_cutlass_fmha",
+    "get_configs_for_cutlass_fna",
+    "get_configs_for_cutlass_hopper_fmha",
+    "get_configs_for_cutlass_hopper_fna",
+    "get_configs_for_flex_fmha",
+    "get_configs_for_flex_fna",
+    "get_memory_usage_preference",
+    "is_flex_compile_allowed",
+    "is_flex_compile_backprop_allowed",
+    "is_kv_parallelism_in_fused_na_enabled",
+    "is_memory_usage_default",
+    "is_memory_usage_strict",
+    "is_memory_usage_unrestricted",
     "make_axial_pos",
     "merge_attention",
+    "merge_attentions",
     "na1d",
     "na2d",
     "na3d",
     "neighborhood_attention",
+    "set_memory_usage_preference",
+    "use_deterministic_algorithms",
+    "use_kv_parallelism_in_fused_na",
 ]

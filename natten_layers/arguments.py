@@ -20,6 +20,7 @@ __all__ = [
     "Axes",
     "Call",
     "check_additional",
+    "check_bias",
     "check_dense",
     "check_like",
     "check_pair",
@@ -68,7 +69,7 @@ def prepare(
     stride: Axes,
     dilation: Axes,
     is_causal: bool | Sequence[bool],
-    scale: float | None,
+    scale: float | Tensor | None,
     additional_keys: Tensor | None,
     additional_values: Tensor | None,
     sink: float | Tensor | None,
@@ -350,6 +351,8 @@ def _expand_registers(keys: Tensor | None, values: Tensor | None, batch: int) ->
 
 
 def check_scale(scale: object) -> float:
+    if isinstance(scale, Tensor) and scale.ndim == 0 and not scale.requires_grad:
+        scale = scale.item()  # waits for the device, if it is there
     if not _is_finite_number(scale):
         raise ValueError(f"scale must be a finite number, got {scale!r}; multiply a learned scale into the query")
     return float(scale)
@@ -371,6 +374,23 @@ def check_sink(sink: float | Tensor | None, query: Tensor) -> Tensor | float | N
     if not sink.is_floating_point():
         raise ValueError(f"sink has dtype {sink.dtype}; expected a floating point dtype")
     return sink
+
+
+def check_bias(rpb: Tensor | None, call: Call) -> None:
+    """A table on relative positions, for the caller's heads."""
+    if rpb is None:
+        return
+    check_tensors(rpb=rpb)
+    query = call.inputs.query
+    expected = (query.shape[-2], *(2 * k - 1 for k in call.window.kernel_size))
+    if rpb.shape != expected:
+        raise ValueError(
+            f"rpb has shape {tuple(rpb.shape)}; expected {expected}, [heads, 2 * kernel_size - 1 on every axis]"
+        )
+    if rpb.device != query.device:
+        raise ValueError(f"rpb is on {rpb.device}, but query is on {query.device}")
+    if not rpb.is_floating_point():
+        raise ValueError(f"rpb has dtype {rpb.dtype}; expected a floating point dtype")
 
 
 def _is_finite_number(value: object) -> TypeGuard[float]:

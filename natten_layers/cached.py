@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from .arguments import DTYPES, check_additional, check_like, check_pair, check_scale, check_sink, check_tensors
 from .eager import without_autocast
-from .functional import Impl, takes_fused
 from .kernels.ops import decode as decode_ops
+from .operations import Impl, takes_fused
 
 __all__ = ["cached_attention"]
 
@@ -31,7 +31,7 @@ def cached_attention(
     key_positions: Tensor,
     *,
     window: int | None = None,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     sink: float | Tensor | None = None,
@@ -47,7 +47,7 @@ def cached_attention(
     key_positions: Tensor,
     *,
     window: int | None = None,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     sink: float | Tensor | None = None,
@@ -62,7 +62,7 @@ def cached_attention(
     key_positions: Tensor,
     *,
     window: int | None = None,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     sink: float | Tensor | None = None,
@@ -110,11 +110,11 @@ def cached_attention(
         ValueError: an argument does not fit; the message names it and the values.
         RuntimeError: ``impl="fused"`` where the fused kernel cannot run.
     """
-    _check(query, key, value, query_positions, key_positions, window, scale)
+    _check(query, key, value, query_positions, key_positions, window)
     check_pair(additional_keys, additional_values)
     registers = check_additional(additional_keys, additional_values, query, key, value)
     sink = check_sink(sink, query)
-    factor = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    factor = query.shape[-1] ** -0.5 if scale is None else check_scale(scale)
     arguments = (query, key, value, query_positions, key_positions, *registers, sink, window, factor)
     if takes_fused(impl, query, lambda: decode_ops.why_not(query, value, key, *registers, sink)):
         out, lse = decode_ops.decode(*arguments, with_lse=return_lse)
@@ -130,7 +130,6 @@ def _check(
     query_positions: Tensor,
     key_positions: Tensor,
     window: int | None,
-    scale: float | None,
 ) -> None:
     check_tensors(query=query, key=key, value=value, query_positions=query_positions, key_positions=key_positions)
     for name, tensor in (("query", query), ("key", key), ("value", value)):
@@ -158,8 +157,6 @@ def _check(
             raise ValueError(f"{name} is on {positions.device}, but query is on {query.device}")
     if window is not None and (isinstance(window, bool) or not isinstance(window, Integral) or window < 1):
         raise ValueError(f"window must be None or an int of at least 1, got {window!r}")
-    if scale is not None:
-        check_scale(scale)
 
 
 @without_autocast

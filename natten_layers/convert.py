@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Mapping, Sequence
 from os import PathLike
 
@@ -118,7 +119,8 @@ def convert_file(
     return model, converted
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m natten_layers.convert", description=(__doc__ or "").split("\n\n")[1]
     )
@@ -138,12 +140,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         config = HDiTConfig.from_json(options.config) if options.config else None
         models = convert_file(options.source, options.target, sizes, config)
-    except (ValueError, OSError) as error:
-        parser.exit(1, f"{parser.prog}: error: {error}\n")
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        parser.exit(1, f"{parser.prog}: error: {' '.join(str(error).split()) or type(error).__name__}\n")
+    except KeyboardInterrupt:
+        print(f"interrupted; {options.target} is as it was", file=sys.stderr)
+        return 130
     before, after = (sum(p.numel() for p in model.parameters()) for model in models)
     heads = [level.num_kv_heads or level.num_heads for level in models[1].config.levels if level.attention != "none"]
     print(f"{options.target}: {after:,} parameters, from {before:,}; KV heads by level: {heads}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -6,7 +6,7 @@ The latter's tiles are in ``tiles.py``, with the legend of their shapes; registe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Concatenate, ParamSpec, TypeVar
 
@@ -53,23 +53,28 @@ def dense_attention_state(
     sink: Tensor | float | None,
     window: Window,
     scale: float,
+    rpb: Tensor | None = None,
 ) -> State:
     """The definition, literally: all scores, one mask, one softmax. Allocates tokens x tokens; for tests.
 
-    Arguments as validated by ``functional``; returns ``(out, row_max, row_sum)``. Statistics are fp32, or fp64 for fp64
-    inputs. Scores and softmax are computed in that precision.
+    Arguments as validated by ``operations``; returns ``(out, row_max, row_sum)``. Statistics are fp32, or fp64 for fp64
+    inputs. Scores and softmax are computed in that precision. ``rpb [Hq, 2 k_1 - 1, ...]`` is added to the scores of
+    tokens, entry ``(j - i) / d + k - 1`` on each axis for query ``i`` and key ``j``.
     """
     batch, heads, kv_heads = query.shape[0], query.shape[-2], key.shape[-2]
     spatial = query.shape[1:-2]
     accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
     q, k, v = (t.flatten(1, -3).to(accumulate) for t in (query, key, value))  # [B, N, H, D]
     mask = window_mask(spatial, window, query.device)  # [N, N]
+    bias = None if rpb is None else _dense_bias(rpb.to(accumulate), spatial, window)  # [N, Hq, N]
     if additional_keys is not None and additional_values is not None:
         k = torch.cat([additional_keys.to(accumulate), k], 1)
         v = torch.cat([additional_values.to(accumulate), v], 1)
         mask = torch.cat([mask.new_ones(mask.shape[0], additional_keys.shape[1]), mask], 1)
+        bias = None if bias is None else pad(bias, (additional_keys.shape[1], 0))
     k, v = (t.repeat_interleave(heads // kv_heads, -2) for t in (k, v))
     scores = scale * torch.einsum("bqhd,bkhd->bqhk", q, k)
+    scores = scores if bias is None else scores + bias
     scores = scores.masked_fill(~mask[:, None, :], -torch.inf)
     row_max = scores.amax(-1)
     if sink is not None:
@@ -88,6 +93,18 @@ def dense_attention_state(
     return out.to(query.dtype).reshape(*shape, -1), row_max.reshape(shape), row_sum.reshape(shape)
 
 
+def _dense_bias(rpb: Tensor, spatial: Sequence[int], window: Window) -> Tensor:
+    """``[N, Hq, N]``: the bias of every pair of tokens, anything where the key is not seen."""
+    entries = []
+    for axis, (k, d) in enumerate(zip(window.kernel_size, window.dilation, strict=True)):
+        shape = [1] * len(spatial)
+        shape[axis] = spatial[axis]
+        place = torch.arange(spatial[axis], device=rpb.device).reshape(shape).expand(*spatial).flatten()
+        distance = torch.div(place - place[:, None], d, rounding_mode="floor")
+        entries.append((distance + k - 1).clamp(0, 2 * k - 2))
+    return rpb[:, *entries].movedim(0, 1)
+
+
 @without_autocast
 def attention_state(
     query: Tensor,
@@ -98,6 +115,7 @@ def attention_state(
     sink: Tensor | float | None,
     window: Window,
     scale: float,
+    rpb: Tensor | None = None,
 ) -> State:
     """:func:`dense_attention_state` in time and memory linear in the tokens, by tiles of queries.
 
@@ -118,7 +136,7 @@ def attention_state(
     if not _are_known_finite(k, v):
         lost = torch.cat([is_lost(k), is_lost(v)], -1)
         k, v = (t.nan_to_num(0.0, 0.0, 0.0) for t in (k, v))
-    out, row_max, log_sum = attend_tiles(tiles, k, v, lost, axes)
+    out, row_max, log_sum = attend_tiles(tiles, k, v, None if rpb is None else rpb.to(accumulate), lost, axes)
     state = out, row_max, log_sum.exp()
     if additional_keys is not None and additional_values is not None:
         registers = (t.to(accumulate).movedim(1, 2).flatten(0, 1) for t in (additional_keys, additional_values))

@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from .arguments import Axes, prepare
-from .functional import Impl, why_eager
+from .arguments import Axes, check_bias, prepare
 from .kernels.ops import attention as attention_ops
 from .kernels.ops.define import is_tracked
+from .operations import NO_BIAS, Impl, why_eager
 
 __all__ = ["Explanation", "Kernel", "explain"]
 
@@ -58,10 +58,11 @@ def explain(
     stride: Axes = 1,
     dilation: Axes = 1,
     is_causal: bool | Sequence[bool] = False,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     sink: float | Tensor | None = None,
+    rpb: Tensor | None = None,
     return_lse: bool = False,
     impl: Impl = "auto",
     needs_grad: bool | None = None,
@@ -72,8 +73,8 @@ def explain(
 
     Args:
         query, key, value, kernel_size, stride, dilation, is_causal, scale, additional_keys, additional_values, sink,
-            return_lse, impl: as those of :func:`neighborhood_attention`, which checks them in the same way. Of tensors
-            only shape, strides, dtype, device and the alignment of their address matter.
+            rpb, return_lse, impl: as those of :func:`neighborhood_attention`, which checks them in the same way. Of
+            tensors only shape, strides, dtype, device and the alignment of their address matter.
         needs_grad: whether gradients are asked for; None: whether an input requires one. The gradient of the output
             counts as contiguous.
 
@@ -87,7 +88,8 @@ def explain(
     call = prepare(
         query, key, value, kernel_size, stride, dilation, is_causal, scale, additional_keys, additional_values, sink
     )
-    reason = why_eager(impl, call.inputs.query, call.why_not_fused)
+    check_bias(rpb, call)
+    reason = why_eager(impl, call.inputs.query, call.why_not_fused if rpb is None else lambda: NO_BIAS)
     if reason is not None:
         return Explanation("eager", reason)
     with_gradients = is_tracked(call.inputs) if needs_grad is None else needs_grad

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .geometry import Window, class_length, window_bounds
+from .position_bias import look_up, sum_up
 
 __all__ = ["Axis", "State", "attend_tiles", "heads_first", "is_lost", "plan", "tile_queries", "untile"]
 
@@ -115,17 +116,29 @@ class _Block:
         """``[tiles, T, U]``: 0 where the query sees the key, else -inf."""
         axis, longest, device = self.axis, self.axis.longest, like.device
         tiles = range(self.start, self.start + len(self.first))
-        start = torch.tensor([tile % axis.count * axis.tile for tile in tiles], device=device)
-        index = start[:, None] + torch.arange(axis.tile, device=device)  # [tiles, T]
+        index, key = self._indices(device)
         first, last = window_bounds(index.clamp(max=longest - 1), longest, axis.kernel, axis.stride, axis.causal)
         if axis.length % axis.dilation:
             shorter = [tile // axis.count >= axis.length % axis.dilation for tile in tiles]
             short = torch.tensor(shorter, device=device)[:, None]
             bounds = window_bounds(index.clamp(max=longest - 2), longest - 1, axis.kernel, axis.stride, axis.causal)
             first, last = (torch.where(short, *pair) for pair in zip(bounds, (first, last), strict=True))
-        key = torch.tensor(self.first, device=device)[:, None] + torch.arange(self.keys, device=device)  # [tiles, U]
         seen = (key[:, None, :] >= first[..., None]) & (key[:, None, :] <= last[..., None])
         return like.new_zeros(seen.shape).masked_fill_(~seen, -math.inf)
+
+    def entries(self, device: torch.device) -> Tensor:
+        """``[tiles, T, U]``: where in a table of relative positions query and key look, anywhere if it is not seen."""
+        index, key = self._indices(device)
+        most = self.axis.kernel - 1
+        return (key[:, None, :] - index[..., None]).clamp(-most, most) + most
+
+    def _indices(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Class indices of queries ``[tiles, T]`` and keys ``[tiles, U]``."""
+        axis, tiles = self.axis, range(self.start, self.start + len(self.first))
+        start = torch.tensor([tile % axis.count * axis.tile for tile in tiles], device=device)
+        index = start[:, None] + torch.arange(axis.tile, device=device)
+        key = torch.tensor(self.first, device=device)[:, None] + torch.arange(self.keys, device=device)
+        return index, key
 
 
 Chunk = tuple[_Block, ...]
@@ -304,18 +317,32 @@ def _combine(biases: list[Tensor]) -> Tensor:
     return total.flatten(2 * rank).flatten(rank, 2 * rank - 1).flatten(0, rank - 1)
 
 
-def _weights(q: Tensor, k: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def _weights(q: Tensor, k: Tensor, bias: Tensor, relative: Tensor | None) -> tuple[Tensor, Tensor]:
     """Scores' row maximum ``[Z, tiles, G * T]`` and softmax ``[Z, tiles, G * T, U]`` of one chunk."""
     scores = q @ k.mT
     scores.unflatten(2, (-1, bias.shape[1])).add_(bias[:, None])
+    if relative is not None:
+        scores = scores + relative
     return scores.amax(-1), scores.softmax(-1)
+
+
+def _relative(table: Tensor, chunk: Chunk, part: Part, group: int) -> tuple[list[Tensor], Tensor, int]:
+    """What :func:`look_up` and :func:`sum_up` take behind the tensor."""
+    start, length = part
+    heads = torch.arange(start, start + length, device=table.device) % (table.shape[0] // group)
+    return [block.entries(table.device) for block in chunk], heads, group
+
+
+def _look_up(table: Tensor | None, chunk: Chunk, part: Part, group: int) -> Tensor | None:
+    return None if table is None else look_up(table, *_relative(table, chunk, part, group))
 
 
 class _Tiles(torch.autograd.Function):
     """Attention of every tile over the union of its windows, without keeping the weights of any chunk.
 
-    ``(query [Z, *m, G, T, D], key [Z, *spatial, D], value [Z, *spatial, Dv], lost [Z, *spatial, 2], axes)`` to
+    ``(query [Z, *m, G, T, D], key [Z, *spatial, D], value [Z, *spatial, Dv], table, lost [Z, *spatial, 2], axes)`` to
     ``(out [Z, *m, G, T, Dv], row_max [Z, *m, G, T], log(row_sum))``. ``row_max`` is a constant to autograd.
+    ``table`` is that of ``position_bias.py``, or None.
     ``lost`` is 1 where a key or a value was not finite: rows that see it become NaN, their gradients do not. It is None
     where all are.
     """
@@ -323,11 +350,14 @@ class _Tiles(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(query: Tensor, key: Tensor, value: Tensor, lost: Tensor | None, axes: tuple[Axis, ...]) -> State:
+    def forward(
+        query: Tensor, key: Tensor, value: Tensor, table: Tensor | None, lost: Tensor | None, axes: tuple[Axis, ...]
+    ) -> State:
         parts: list[tuple[Tensor, ...]] = []
         counts, chunks = _chunks(query, axes)
         for chunk, z, bias in chunks:
-            row_max, p = _weights(_select(query, chunk, z), _gather(key.narrow(0, *z), chunk), bias)
+            relative = _look_up(table, chunk, z, query.shape[-3])
+            row_max, p = _weights(_select(query, chunk, z), _gather(key.narrow(0, *z), chunk), bias, relative)
             # The largest weight is exp(0) / row_sum: the sum at the price of a maximum.
             log_sum = -p.amax(-1).log()
             out = p @ _gather(value.narrow(0, *z), chunk)
@@ -350,14 +380,14 @@ class _Tiles(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value = ctx.saved_tensors
+        query, key, value, table = ctx.saved_tensors
         grad_out, _, grad_lse = grads
         parts: list[Tensor] = []
-        grad_key = grad_value = None
+        grad_key = grad_value = grad_table = None
         counts, chunks = _chunks(query, ctx.axes)
         for chunk, z, bias in chunks:
             q, k = _select(query, chunk, z), _gather(key.narrow(0, *z), chunk)
-            _, p = _weights(q, k, bias)
+            _, p = _weights(q, k, bias, _look_up(table, chunk, z, query.shape[-3]))
             do, dlse = _select(grad_out, chunk, z), _select(grad_lse, chunk, z)
             weighted = p * (do @ _gather(value.narrow(0, *z), chunk).mT)
             # dS = P (dP - delta), delta = rowsum(P dP) - dlse
@@ -368,7 +398,10 @@ class _Tiles(torch.autograd.Function):
                 grad_key, grad_value = dk.new_zeros(key.shape), dv.new_zeros(value.shape)
             _scatter_add(grad_key.narrow(0, *z), dk, chunk)
             _scatter_add(grad_value.narrow(0, *z), dv, chunk)
-        return _assemble(parts, counts), grad_key, grad_value, None, None
+            if table is not None:
+                dt = sum_up(ds, *_relative(table, chunk, z, query.shape[-3]), table)
+                grad_table = dt if grad_table is None else grad_table + dt
+        return _assemble(parts, counts), grad_key, grad_value, grad_table, None, None
 
 
 class _ForwardModeTiles(_Tiles):
@@ -376,16 +409,20 @@ class _ForwardModeTiles(_Tiles):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, None, Tensor]:
-        query, key, value = ctx.saved_tensors
+        query, key, value, table = ctx.saved_tensors
         q_dot, k_dot, v_dot = (
             torch.zeros_like(x) if t is None else t for x, t in zip((query, key, value), tangents, strict=False)
         )
+        group = query.shape[-3]
         parts: list[tuple[Tensor, Tensor]] = []
         counts, chunks = _chunks(query, ctx.axes)
         for chunk, z, bias in chunks:
             q, k = _select(query, chunk, z), _gather(key.narrow(0, *z), chunk)
-            _, p = _weights(q, k, bias)
-            weighted = p * (_select(q_dot, chunk, z) @ k.mT + q @ _gather(k_dot.narrow(0, *z), chunk).mT)
+            _, p = _weights(q, k, bias, _look_up(table, chunk, z, group))
+            s_dot = _select(q_dot, chunk, z) @ k.mT + q @ _gather(k_dot.narrow(0, *z), chunk).mT
+            if tangents[3] is not None:
+                s_dot = s_dot + look_up(tangents[3], *_relative(tangents[3], chunk, z, group))
+            weighted = p * s_dot
             mean = weighted.sum(-1)
             out_dot = (weighted - p * mean[..., None]) @ _gather(value.narrow(0, *z), chunk) + p @ _gather(
                 v_dot.narrow(0, *z), chunk
@@ -395,7 +432,9 @@ class _ForwardModeTiles(_Tiles):
         return out_dot, None, lse_dot
 
 
-def attend_tiles(query: Tensor, key: Tensor, value: Tensor, lost: Tensor | None, axes: tuple[Axis, ...]) -> State:
+def attend_tiles(
+    query: Tensor, key: Tensor, value: Tensor, table: Tensor | None, lost: Tensor | None, axes: tuple[Axis, ...]
+) -> State:
     """:class:`_Tiles`, differentiable in every way that whoever asks can have."""
     function = _Tiles if torch.compiler.is_compiling() else _ForwardModeTiles
-    return function.apply(query, key, value, lost, axes)
+    return function.apply(query, key, value, table, lost, axes)

@@ -21,10 +21,10 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from .functional import neighborhood_attention
 from .kernels.host.problem import Inputs, Options, device_traits, problem_of, three_axes
 from .kernels.host.tiling import Kind, Launch, ProblemClass, best_boxes, boxes, rule
 from .kernels.host.tuned import cache_file, override, write_tuned
+from .operations import neighborhood_attention
 
 __all__ = ["Found", "main", "neighbors", "search", "tune"]
 
@@ -308,8 +308,8 @@ def main(argv: Sequence[str] | None = None, *, timer: Timer = _device_seconds) -
         if gains:
             write_tuned(cache_file(), gains)
             print(f"written to {cache_file()}")
-    except (ValueError, RuntimeError, OSError) as error:
-        parser.exit(1, f"{parser.prog}: error: {error}\n")
+    except (ValueError, RuntimeError, OSError, MemoryError) as error:
+        parser.exit(1, f"{parser.prog}: error: {' '.join(str(error).split()) or type(error).__name__}\n")
     except KeyboardInterrupt:  # before or after the search
         return 130
     return status

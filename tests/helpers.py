@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from natten_layers import neighborhood_attention
 from natten_layers.eager import dense_attention_state
-from natten_layers.functional import Impl
 from natten_layers.geometry import make_window
+from natten_layers.operations import Impl
 
 Inputs = dict[str, Tensor]
 """Differentiable inputs by argument name: query, key, value and, where the case has them, additional_keys,

@@ -195,6 +195,9 @@ def main(capability: int) -> None:
     angles = angles_of(AxialRoPE(64, 4, num_kv_heads=2), q, k, None)
     turned = normalize_and_rotate(q, k, HeadNorm("cosine", gain, None), angles, impl="fused")
     torch.autograd.grad([t.float().sum() for t in turned], [q, k, gain])
+    rope = AxialRoPE(64, 4, num_kv_heads=2, axes=3, freqs=torch.ones(1, 32), split=(8, 12, 12), interleaved=True)
+    angles = rope.angles(q[None], k[None], torch.zeros(1, 16, 16, 3))
+    normalize_and_rotate(q[None], k[None], None, angles, impl="fused")
     print(" ".join(stub.utils.loaded))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from natten_layers import cached
 from natten_layers.cached import cached_attention
-from natten_layers.functional import neighborhood_attention
+from natten_layers.operations import neighborhood_attention
 
 
 def randn(*shape: int, seed: int = 0, grad: bool = False) -> Tensor:

@@ -18,10 +18,10 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from natten_layers import AxialRoPE, NeighborhoodGQA, neighborhood_attention
-from natten_layers.functional import Impl
 from natten_layers.geometry import make_window, visible_pairs, window_mask
 from natten_layers.kernels.ops import define
 from natten_layers.modules import make_axial_pos
+from natten_layers.operations import Impl
 
 pytest.importorskip("triton")
 
@@ -380,9 +380,9 @@ def test_exports_with_lengths_as_symbols(strict: bool) -> None:
     class Attend(nn.Module):
         def forward(self, q: Tensor) -> tuple[Tensor, ...]:
             whole = (q.shape[1],)
-            eager = neighborhood_attention(q, q, q, whole, impl="eager")
             fused = [neighborhood_attention(q, q, q, k, is_causal=True, impl="fused") for k in (3, whole)]
-            return eager, *fused
+            # On a CPU alone, windows of the whole axis take PyTorch's attention, which knows symbols.
+            return *fused, *([] if ON_GPU else [neighborhood_attention(q, q, q, whole, impl="eager")])
 
     def draw(length: int) -> Tensor:
         return torch.randn(2, length, 2, 8, device=DEVICE)

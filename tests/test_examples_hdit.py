@@ -6,12 +6,13 @@ import copy
 import json
 import math
 import os
+import re
 import resource
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -24,12 +25,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import running
 import sample_hdit
 import train_hdit
-from data import Examples, Folder, Keys, Photographs, augment, open_source, parse_data_flag
+from checkpointing import DamagedError, RunFiles, check_rest
+from data import Examples, Folder, Keys, Photographs, augment, describe, open_source, parse_data_flag
 from diffusion import SAMPLERS, guided, karras_sigmas, learning_rate_factor, make_sigma_quantile, stratified
 from natten_layers import HDiT, HDiTConfig, convert
-from pictures import read_record
+from parallel import Processes
+from pictures import read_record, save_png
 
 EXAMPLES = Path(train_hdit.__file__).parent
 # New processes find the package without an installation, and leave the cores to the tests that run beside them.
@@ -265,13 +269,108 @@ def test_folders(tmp_path: Path) -> None:
     assert parse_data_flag(str(tmp_path / "b"))["type"] == "imagefolder"
 
 
-def test_bad_images_are_named(tmp_path: Path) -> None:
-    (tmp_path / "broken.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match=r"broken\.png cannot be read"):
-        Folder(tmp_path, (8, 8), 3, classes=False).load(0, torch.Generator())
+def loaded(folder: Path, index: int = 0, channels: int = 3) -> Tensor:
+    return Folder(folder, (8, 8), channels, classes=False).load(index, torch.Generator())[0]
+
+
+def draw(path: Path, mode: str = "RGB", color: Any = "red", size: tuple[int, int] = (8, 8), **options: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, color).save(path, **options)
+    return path
+
+
+def cut(path: Path) -> None:
+    """As a copy that was broken off."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+
+
+def test_litter_and_empty_folders_are_no_images_and_no_classes(tmp_path: Path) -> None:
+    for name in ("dogs/1.png", "cats/2.png", "cats/3.gif", "dogs/._1.png", ".ipynb_checkpoints/1.png"):
+        draw(tmp_path / name)
+    draw(tmp_path / "__MACOSX/cats/2.png")
+    draw(tmp_path / "._4.png")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "cats/x.png").mkdir()
+    for name in ("notes.txt", "cats/b.heic", "cats/c.heic"):
+        (tmp_path / name).write_text("?")
+    outside = draw(tmp_path.parent / f"{tmp_path.name}-outside/5.png").parent
+    (tmp_path / "elsewhere").symlink_to(outside)
+    (tmp_path / "cats/round").symlink_to(tmp_path / "cats")
+    section = parse_data_flag(str(tmp_path))
+    assert section["type"] == "imagefolder-class"
+    folder = open_source(section, (8, 8), 3)
+    assert isinstance(folder, Folder)
+    assert [(path.name, label) for path, label in folder.images] == [
+        ("2.png", 0), ("3.gif", 0), ("1.png", 1), ("5.png", 2)
+    ]  # fmt: skip
+    assert describe(folder) == "4 images, 3 classes: cats, dogs, elsewhere; skipped 3 other files: 2 .heic, 1 .txt"
+    assert describe(Folder(tmp_path, (8, 8), 3, classes=False)).startswith("4 images, no classes; skipped 3")
+
+
+def test_images_beside_class_folders_are_refused(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = config.parent / "mixed"
+    draw(folder / "cats/1.png")
+    draw(folder / "stray.png")
+    assert train(config, "a", "--end-step", "1", "--data", str(folder)) == 2
+    error = capsys.readouterr().err
+    assert f"{folder} holds stray.png beside class folders (cats)" in error
+    assert '"type": "imagefolder"' in error
+    section = {"type": "imagefolder", "location": str(folder)}
+    assert describe(open_source(section, (8, 8), 3)) == "2 images, no classes"
+
+
+def test_broken_images_are_named_at_the_start(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Cut files that begin well, a flipped bit, no picture at all, and pixels that could only be clipped."""
+    folder = config.parent / "images"
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    draw(folder / "good.png")
+    for name in ("cut.jpg", "cut.tif", "cut.webp", "flipped.png"):
+        noise.save(folder / name)
+        if name.startswith("cut"):
+            cut(folder / name)
+    content = bytearray((folder / "flipped.png").read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / "flipped.png").write_bytes(content)
+    (folder / "text.png").write_bytes(b"no picture")
+    draw(folder / "float.tif", "F", 0.5)
+    draw(folder / "wide.tif", "I", 70000)
+    assert train(config, "a", "--end-step", "1", "--data", str(folder)) == 2
+    captured = capsys.readouterr()
+    assert captured.out.startswith("8 images, no classes")
+    message = captured.err.splitlines()[-1]
+    assert "error: 7 of 8 images cannot be used" in message
+    for name in ("cut.jpg", "cut.tif", "cut.webp", "flipped.png", "text.png"):
+        assert str(folder / name) in message
+    assert f"{folder / 'float.tif'} (its pixels are floating-point numbers" in message
+    assert f"{folder / 'wide.tif'} (its pixels are 32-bit" in message
+    assert not list(config.parent.glob("a_*"))
+    (folder / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no images"):
-        Folder(tmp_path / "empty", (8, 8), 3, classes=False)
+        Folder(folder / "empty", (8, 8), 3, classes=False)
+
+
+def test_images_look_as_their_files_say(tmp_path: Path) -> None:
+    """Upright, on white where they are transparent, and of animations the first picture."""
+    turned = Image.Exif()
+    turned[0x0112] = 6  # the first row is the right side
+    half = Image.new("RGB", (8, 8), "black")
+    half.paste("white", (0, 0, 8, 4))
+    half.save(tmp_path / "exif.png", exif=turned)
+    upright = loaded(tmp_path)
+    assert (upright[:, :, 4:] == 255).all()
+    assert (upright[:, :, :4] == 0).all()
+    for i, (mode, color) in enumerate((("RGBA", (255, 0, 0, 0)), ("LA", (0, 0)), ("PA", (0, 0)))):
+        draw(tmp_path / f"{mode}/hidden.tif" if mode == "PA" else tmp_path / f"{mode}/hidden.png", mode, color)
+        assert (loaded(tmp_path / mode) == 255).all(), i
+    draw(tmp_path / "P/hidden.gif", "P", 0, transparency=0)
+    assert (loaded(tmp_path / "P") == 255).all()
+    draw(tmp_path / "half/half.png", "RGBA", (255, 0, 0, 51))
+    assert loaded(tmp_path / "half")[:, 0, 0].tolist() == [255, 204, 204]
+    assert loaded(tmp_path / "half", channels=4)[:, 0, 0].tolist() == [255, 0, 0, 51]
+    frames = [Image.new("RGB", (8, 8), color) for color in ("lime", "blue")]
+    (tmp_path / "gif").mkdir()
+    frames[0].save(tmp_path / "gif/a.gif", save_all=True, append_images=frames[1:])
+    assert loaded(tmp_path / "gif")[:, 0, 0].tolist() == [0, 255, 0]
 
 
 def test_hub_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,9 +382,11 @@ def test_hub_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_images_of_16_bits_keep_their_greys(tmp_path: Path) -> None:
     """Pillow's own conversion would clip all values above 255 (of 65535) to white."""
     grey = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
-    Image.fromarray(grey).save(tmp_path / "grey.png")
-    image, _ = Folder(tmp_path, (8, 8), 3, classes=False).load(0, torch.Generator())
-    assert torch.equal(image, torch.tensor(np.rint(grey / 257), dtype=torch.uint8).expand(3, -1, -1))
+    for name in ("grey.png", "grey.pgm", "grey.tif"):
+        Image.fromarray(grey).save(tmp_path / name)
+    for index in range(3):
+        image = loaded(tmp_path, index)
+        assert torch.equal(image, torch.tensor(np.rint(grey / 257), dtype=torch.uint8).expand(3, -1, -1))
 
 
 def test_hub_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,21 +450,248 @@ def test_a_killed_run_resumes_to_the_same_loss_curve(config: Path, monkeypatch: 
         assert (config.parent / f"killed{suffix}").read_bytes() == (config.parent / f"whole{suffix}").read_bytes()
 
 
-def test_ctrl_c_saves_and_goes_on(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert train(config, "whole", "--end-step", "4", "--grad-accum-steps", "2", "--batch-size", "2") == 0
+@pytest.mark.parametrize("signal_name", ["SIGINT", "SIGHUP", "SIGUSR1"])
+def test_signals_save_and_the_run_goes_on(config: Path, monkeypatch: pytest.MonkeyPatch, signal_name: str) -> None:
+    number = signal.Signals[signal_name]
+    flags = ["--end-step", "4", "--grad-accum-steps", "2", "--batch-size", "2"]
+    assert train(config, "whole", *flags) == 0
     step = train_hdit.Trainer._train_step
 
     def interrupted(self: train_hdit.Trainer, *arguments) -> Tensor:
         if self.step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
         return step(self, *arguments)
 
     with monkeypatch.context() as patch:
+        patch.setattr(os, "isatty", lambda descriptor: False)  # SIGHUP must not silence a terminal under the tests
         patch.setattr(train_hdit.Trainer, "_train_step", interrupted)
-        assert train(config, "stopped", "--end-step", "4", "--grad-accum-steps", "2", "--batch-size", "2") == 130
+        assert train(config, "stopped", *flags) == {"SIGINT": 130, "SIGHUP": 129, "SIGUSR1": 0}[signal_name]
     assert (config.parent / "stopped_00000003.pth").exists()
-    assert train(config, "stopped", "--end-step", "4", "--grad-accum-steps", "2", "--batch-size", "2") == 0
+    assert train(config, "stopped", *flags) == 0
     assert metrics(config, "stopped") == metrics(config, "whole")
+
+
+@pytest.mark.parametrize("where", ["demo", "save", "step"])
+def test_a_second_ctrl_c_loses_no_state_that_is_whole(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], where: str
+) -> None:
+    """While a grid is sampled, or a checkpoint written, the state is whole; within a step it is not."""
+
+    def twice(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **options: Any) -> Any:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            return function(*arguments, **options)
+
+        return run
+
+    ticks = iter(range(0, 1000, 10))
+    monkeypatch.setattr(running, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    if where == "demo":
+        monkeypatch.setattr(train_hdit, "sample", twice(train_hdit.sample))
+    elif where == "save":
+        monkeypatch.setattr(train_hdit, "save_checkpoint", twice(train_hdit.save_checkpoint))
+    else:
+        monkeypatch.setattr(train_hdit.Trainer, "_loss", twice(train_hdit.Trainer._loss))
+    assert train(config, "a", "--end-step", "5", "--demo-every", "1", "--save-every", "1000") == 130
+    error = capfd.readouterr().err
+    if where == "save":  # the last one, of a run that needs no other
+        assert "saving what there is" in error
+        assert (config.parent / "a_00000005.pth").exists()
+    else:
+        assert (config.parent / "a_00000001.pth").exists() == (where == "demo")
+        assert ("stopped at once" in error) == (where == "step")
+
+
+def test_a_terminal_that_is_gone_is_not_written_to(tmp_path: Path) -> None:
+    """After SIGHUP, writing to it is an error, and a progress bar writes before the state is saved."""
+    with (tmp_path / "terminal").open("wb", buffering=0) as terminal, running.Signals() as signals:
+        signals.terminals = [terminal.fileno()]
+        terminal.write(b"before")
+        signal.raise_signal(signal.SIGHUP)
+        terminal.write(b"after")
+        assert signals.status == 129
+    assert (tmp_path / "terminal").read_bytes() == b"before"
+
+
+@pytest.mark.parametrize("where", ["save_checkpoint", "save_pretrained", "record"])
+def test_a_kill_during_the_last_save_loses_nothing(config: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """Before each of the files that a save writes, and with what is half written left behind."""
+    assert train(config, "whole", "--end-step", "4") == 0
+    owner = {"save_checkpoint": train_hdit, "save_pretrained": HDiT, "record": RunFiles}[where]
+    original, calls = getattr(owner, where), iter(range(9))
+
+    def killed(*arguments: Any) -> Any:
+        if next(calls) == 1:
+            raise SystemExit(9)
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, where, killed)
+        with pytest.raises(SystemExit):
+            train(config, "killed", "--end-step", "4")
+    state = json.loads((config.parent / "killed_state.json").read_text())
+    assert state == {"latest_checkpoint": "killed_00000002.pth"}  # until all that belongs to the newer one is there
+    left = [config.parent / name for name in (".killed_00000004.0123abcd.tmp.pth", ".killed.89abcdef.tmp.safetensors")]
+    others = [
+        config.parent / name for name in (".killed_2_00000004.0123abcd.tmp.pth", ".kill.89abcdef.tmp.safetensors")
+    ]
+    for path in (*left, *others):
+        path.write_bytes(b"half")
+    assert train(config, "killed", "--end-step", "4") == 0
+    for suffix in (".safetensors", "_samples.png", "_metrics.csv"):
+        assert (config.parent / f"killed{suffix}").read_bytes() == (config.parent / f"whole{suffix}").read_bytes()
+    assert temporaries(config.parent) == others or temporaries(config.parent) == others[::-1]
+
+
+def test_weights_that_are_missing_at_the_end_are_written_again(config: Path) -> None:
+    assert train(config, "a", "--end-step", "2") == 0
+    weights = config.parent / "a.safetensors"
+    before = weights.read_bytes()
+    weights.write_bytes(b"stale")
+    assert train(config, "a", "--end-step", "2") == 0
+    assert weights.read_bytes() == before
+
+
+@pytest.mark.parametrize("damage", ["cut", "deleted", "state deleted", "state odd"])
+def test_an_older_checkpoint_takes_the_place_of_a_damaged_one(
+    config: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    assert train(config, "a", "--end-step", "4") == 0
+    whole = {path: path.read_bytes() for path in config.parent.glob("a[._]*") if path.suffix in (".pth", ".csv")}
+    newest, state = config.parent / "a_00000004.pth", config.parent / "a_state.json"
+    if damage == "cut":
+        cut(newest)
+    elif damage == "deleted":
+        newest.unlink()
+    elif damage == "state deleted":
+        state.unlink()
+    else:
+        state.write_text('{"latest_checkpoint": ["a_00000004.pth"]}')
+    capsys.readouterr()
+    assert train(config, "a", "--end-step", "4") == 0
+    printed = capsys.readouterr().out
+    assert f"warning: {state if 'state' in damage else newest}" in printed
+    assert f"resuming from {newest if 'state' in damage else config.parent / 'a_00000002.pth'}" in printed
+    metrics_file = config.parent / "a_metrics.csv"
+    assert metrics_file.read_bytes() == whole[metrics_file]
+    assert json.loads(state.read_text()) == {"latest_checkpoint": "a_00000004.pth"}
+    assert torch.load(newest, weights_only=True)["step"] == 4
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        "{}",
+        '{"latest_checkpoint": 5}',
+        '{"latest_checkpoint": "../b.pth"}',
+        "[" * 100_000,
+        "\xff",
+    ],
+)
+def test_state_files_of_odd_content(config: Path, capsys: pytest.CaptureFixture[str], content: str) -> None:
+    state = config.parent / "a_state.json"
+    state.write_bytes(content.encode("latin-1"))
+    assert train(config, "a", "--end-step", "1") == 2
+    error = capsys.readouterr().err.splitlines()
+    assert error == [f"error: {state} is damaged: it names no checkpoint; no older checkpoint is whole: "
+                     f"delete {state} to start anew"]  # fmt: skip
+
+
+def test_metrics_files_of_odd_content(tmp_path: Path) -> None:
+    """A line without an end is where a run was killed; zeros are what a power cut may leave of the last one."""
+    files = RunFiles(str(tmp_path / "a"))
+    path = files.path("_metrics.csv")
+    assert files.losses(9) == {}
+    for tail in (b"", b"2,0.2", b"2", b"\0\0\0", b"\0\0\0\n", b"2,\n"):
+        path.write_bytes(b"step,loss\n1,0.5\n" + tail)
+        assert files.losses(9) == {1: 0.5}, tail
+    path.write_bytes(b"")
+    assert files.losses(9) == {}
+    for content in (b"\xff\n", b"step\n1\n", b"step,loss\n1,\0\n2,0.5\n", b"step,loss\n1,2,3\n2,0.5\n", b"{}\n"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"a_metrics\.csv is damaged"):
+            files.losses(9)
+
+
+def test_checkpoints_of_odd_content(tmp_path: Path) -> None:
+    whole = {"config": {"model": {}}, "step": 1, "scaler": {}}
+    check_rest(tmp_path, whole)
+    for change in ({"config": None}, {"config": {}}, {"step": "1"}, {"step": -1}, {"scaler": []}):
+        with pytest.raises(DamagedError, match="is no training checkpoint"):
+            check_rest(tmp_path, whole | change)
+    for content in ([], None, {"step": 1}):
+        with pytest.raises(DamagedError, match="is no training checkpoint"):
+            check_rest(tmp_path, content)
+
+
+@pytest.mark.parametrize("name", ["runs/", "", ".", "runs/..", "runs/.hidden"])
+def test_names_that_would_hide_files_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=r"use, for example, .*run"):
+        RunFiles(name)
+
+
+def make_trainer(config: Path, *flags: str) -> train_hdit.Trainer:
+    arguments = train_hdit.parse_arguments(
+        ["--config", str(config), "--name", str(config.parent / "a"), "--device", "cpu", *flags]
+    )
+    return train_hdit.Trainer(arguments, Processes("cpu", fsdp=False), RunFiles(arguments.name))
+
+
+def take_steps(trainer: train_hdit.Trainer, count: int) -> list[Tensor]:
+    """The parameters after each step, as one vector."""
+    keys = Keys(len(trainer.source), 4, seed=0, first_step=trainer.step, accumulate=1, rank=0, world=1)
+    taken = []
+    with train_hdit.load_batches(Examples(trainer.source, 0.0), keys, workers=0, pin_memory=False) as batches:
+        for _ in range(count):
+            trainer._train_step(batches, keys.global_batch)
+            taken.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+    return taken
+
+
+def test_the_average_of_weights_is_that_of_k_diffusion(config: Path) -> None:
+    """Its decay is 1 - (1 + n)^(-2/3) at the n-th update, counted from 0: the first one keeps nothing of the start."""
+    trainer = make_trainer(config, "--lr", "0.01")
+    first, second, third = take_steps(trainer, 3)
+    average = torch.cat([p.flatten() for p in trainer.ema.parameters()])
+    expected = torch.lerp(torch.lerp(first, second, 2**-0.6667), third, 3**-0.6667)
+    assert (third - first).abs().max() > 1e-3
+    torch.testing.assert_close(average, expected, rtol=0, atol=1e-6)
+
+
+def test_the_gradient_scale_survives_a_resume(config: Path) -> None:
+    trainer = make_trainer(config, "--mixed-precision", "fp16")
+    take_steps(trainer, 1)
+    trainer.scaler.update(1024.0)
+    trainer.save()
+    again = make_trainer(config, "--mixed-precision", "fp16")
+    assert again.step == 1
+    assert again.scaler.get_scale() == 1024.0
+    assert again.scaler.state_dict() == trainer.scaler.state_dict()
+
+
+@pytest.mark.parametrize("loss", [1.0, math.nan])
+def test_training_stops_before_it_saves_nan(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], loss: float
+) -> None:
+    """In the loss, or in the weights alone, as an update may leave them."""
+    assert train(config, "a", "--end-step", "2") == 0
+    before = {path: path.read_bytes() for path in config.parent.glob("a*.[pjs]*")}
+
+    def spoil(self: train_hdit.Trainer, *_: object) -> Tensor:
+        next(self.model.parameters()).data.fill_(math.nan)
+        self.step += 1
+        return torch.tensor(loss)
+
+    monkeypatch.setattr(train_hdit.Trainer, "_train_step", spoil)
+    assert train(config, "a", "--end-step", "4") == 2
+    assert "try a lower --lr" in capsys.readouterr().err.splitlines()[-1]
+    assert len(before) == 5  # checkpoint, state, weights and two pictures
+    assert {path: path.read_bytes() for path in config.parent.glob("a*.[pjs]*")} == before
 
 
 def test_metrics_keep_their_steps_under_a_new_name(config: Path) -> None:
@@ -375,7 +703,7 @@ def test_metrics_keep_their_steps_under_a_new_name(config: Path) -> None:
     assert train(config, "c", "--resume", str(config.parent / "a_00000004.pth"), "--end-step", "4") == 0
 
 
-def test_training_goes_on_from_converted_weights(config: Path) -> None:
+def test_training_goes_on_from_converted_weights(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wide = copy.deepcopy(CONFIG)
     wide["model"]["self_attns"][0]["num_kv_heads"] = 2
     config.write_text(json.dumps(wide))
@@ -391,6 +719,13 @@ def test_training_goes_on_from_converted_weights(config: Path) -> None:
     for name, tensor in before.items():
         torch.testing.assert_close(after[name], tensor, rtol=1e-6, atol=1e-7)
     assert train(config, "other", "--resume-inference", str(config.parent / "wide.safetensors"), "--end-step", "1") == 2
+    assert "has [2, 2] KV heads on its levels, and the config asks for [1, 2]" in capsys.readouterr().err
+    config.write_text(json.dumps(wide))  # the config that the weights were pooled from serves, too
+    flags = ("--resume-inference", str(pooled), "--end-step", "1", "--lr", "1e-30")
+    assert train(config, "same", *flags) == 0
+    assert "the levels have [1, 2] KV heads" in capsys.readouterr().out
+    assert (config.parent / "same.safetensors").read_bytes() == (config.parent / "grouped.safetensors").read_bytes()
+    assert train(config, "same", *flags) == 0
 
 
 def test_a_run_may_change_its_precision_and_its_optimizer_but_not_its_classes(
@@ -435,9 +770,57 @@ def test_sigterm_to_all_processes_saves(config: Path) -> None:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGTERM)
     output = process.communicate(timeout=60)
-    assert process.returncode == 130, output
+    assert process.returncode == 143, output
     saved = json.loads((config.parent / "a_state.json").read_text())["latest_checkpoint"]
     assert int(saved.removeprefix("a_").removesuffix(".pth")) >= 3
+
+
+def test_a_run_with_workers_ends_with_the_name_of_an_image_that_breaks(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the way there: signals to the workers themselves change nothing, and the name is taken."""
+    folder = config.parent / "images"
+    for i in range(3):
+        draw(folder / f"{i}.jpg", size=(32, 32))
+    flags = ["--config", str(config), "--name", str(config.parent / "a"), "--device", "cpu", "--num-workers", "2"]
+    command = [sys.executable, str(EXAMPLES / "train_hdit.py"), *flags, "--data", str(folder), "--save-every", "100000"]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, start_new_session=True, text=True, env=ENVIRONMENT, stdout=pipe, stderr=pipe)
+    try:
+        check_a_run_with_workers(config, process, folder)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+    assert "another process is training" in capsys.readouterr().err
+
+
+def check_a_run_with_workers(config: Path, process: subprocess.Popen[str], folder: Path) -> None:
+    path, deadline = config.parent / "a_metrics.csv", time.monotonic() + 120
+
+    def wait_for_steps(count: int) -> None:
+        start = len(path.read_text().splitlines()) if path.exists() else 0
+        while not path.exists() or len(path.read_text().splitlines()) < start + count:
+            assert time.monotonic() < deadline
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+
+    wait_for_steps(3)
+    assert train(config, "a", "--end-step", "1") == 2
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(workers) >= 2
+    for worker in workers:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+            os.kill(int(worker), number)
+    process.send_signal(signal.SIGUSR1)
+    wait_for_steps(5)
+    assert list(config.parent.glob("a_*.pth"))
+    cut(folder / "1.jpg")
+    output, error = process.communicate(timeout=60)
+    assert process.returncode == 2, (output, error)
+    assert f"error: {folder / '1.jpg'} cannot be read as an image" in error.splitlines()[-1]
+    assert "stopping" not in error  # as a worker would say that answers for the run
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
 
 
 @pytest.mark.parametrize(
@@ -460,6 +843,27 @@ def test_what_a_config_lacks_is_named(
     assert message in error
 
 
+def test_convert_answers_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [str(tmp_path / "nowhere.safetensors"), str(tmp_path / "x.safetensors"), "--group-size", "2"]
+    with pytest.raises(SystemExit, match="1"):
+        convert.main(command)
+    assert "nowhere.safetensors" in capsys.readouterr().err
+
+    def fail(error: BaseException) -> Any:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(convert, "convert_file", lambda *_: fail(RuntimeError("no\nmemory\n")))
+        with pytest.raises(SystemExit, match="1"):
+            convert.main(command)
+        assert capsys.readouterr().err.endswith("error: no memory\n")
+        patch.setattr(convert, "convert_file", lambda *_: fail(KeyboardInterrupt()))
+        assert convert.main(command) == 130
+    assert not list(tmp_path.iterdir())
+
+
 @contextmanager
 def small_disk(size: int) -> Iterator[None]:
     """Within the context, no file can grow beyond ``size`` bytes, as on a full disk."""
@@ -474,9 +878,18 @@ def small_disk(size: int) -> Iterator[None]:
 def test_a_full_disk_loses_nothing(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(config, "run", "--end-step", "2") == 0
     before = {path: path.read_bytes() for path in config.parent.glob("run*") if path.suffix in (".pth", ".safetensors")}
+    with small_disk(1000):
+        assert train(config, "log", "--end-step", "99", "--save-every", "1000") == 2
+        (error,) = re.findall(r"error: cannot write (.*): File too large", capsys.readouterr().err)
+        assert Path(error) in (config.parent / "log_tensorboard", config.parent / "log_metrics.csv")
     with small_disk(20_000):
         assert train(config, "run", "--end-step", "4") == 2
-    assert "error:" in capsys.readouterr().err
+        assert f"error: cannot write {config.parent / 'run_00000004.pth'}: " in capsys.readouterr().err.splitlines()[-1]
+        source, target = config.parent / "run.safetensors", config.parent / "other.safetensors"
+        with pytest.raises(SystemExit) as stop:
+            convert.main([str(source), str(target), "--group-size", "1"])
+        assert stop.value.code == 1
+        assert capsys.readouterr().err.splitlines()[-1].count(f"cannot write {target}: ") == 1
     assert {path: path.read_bytes() for path in before} == before
     assert not temporaries(config.parent)
     assert train(config, "run", "--end-step", "4") == 0
@@ -497,6 +910,18 @@ def test_bad_input_to_training(config: Path, capsys: pytest.CaptureFixture[str])
     assert "run_00000001.pth is damaged" in says("run")
     config.write_text("{")
     assert "config.json is no JSON file" in says("run")
+    config.write_text("[" * 100_000)
+    assert "config.json is no JSON file" in says("run")
+    config.unlink()
+    assert says("run").splitlines() == [f"error: {config}: No such file or directory"]
+    config.write_text('{"run": []}')
+    assert says("run").startswith("error: ")
+    config.write_text(json.dumps({**CONFIG, "run": ["end-step"]}))
+    for flags, message in (((), '"run" is no JSON object'), (("--device", "foo"), "--device foo: ")):
+        with pytest.raises(SystemExit, match="2"):
+            says("run", *flags)
+        assert message in capsys.readouterr().err.splitlines()[-1]
+        config.write_text(json.dumps(CONFIG))
 
 
 def torchrun(config: Path, name: str, *flags: str) -> None:
@@ -594,7 +1019,21 @@ def test_bad_input_to_sampling(trained: Path, tmp_path: Path, capsys: pytest.Cap
         says(model, "--output", str(tmp_path / "grid.jpg"))
     assert "--output must end with .png" in capsys.readouterr().err
     assert "--classes dog 7: this model has classes 0 to 1: cat, brick" in says(model, "--classes", "dog", "cat", "7")
+    # Level 0 sees tokens of 2 pixels and windows of 3, level 1 tokens of 4.
+    assert "height 17 is not a multiple of 2, the pixels of a token of level 0; use 16 or 20 pixels" in says(
+        model, "--size", "17", "16"
+    )
     assert "height 18" in says(model, "--size", "18", "16")
+    assert "height 5 is not a multiple of 2, the pixels of a token of level 0; use at least 8 pixels" in says(
+        model, "--size", "5", "16"
+    )
+    changes: list[dict[str, Any]] = [{"steps": "2"}, {"size": 5}, {"sampler": "magic"}, {"classes": [7]}, {"count": 0}]
+    for record in [*(read_record(trained / "run_samples.png") | change for change in changes), {}]:
+        save_png(Image.new("RGB", (4, 4)), tmp_path / "odd.png", record)
+        assert f"error: {tmp_path / 'odd.png'} " in says(model, "--reproduce", str(tmp_path / "odd.png"))
+    with pytest.raises(SystemExit):
+        says(model, "--device", "foo")
+    assert "--device foo: " in capsys.readouterr().err.splitlines()[-1]
     assert "does not say how it was made" in says(model, "--reproduce", _plain_png(tmp_path))
     with small_disk(100):
         says(model)

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import generate
 import train_lm
 from natten_layers.modules.llm import DecoderLM, DecoderLMConfig
 from parallel import Processes
+from running import run_command
 from text import random_windows, read_corpus
 from train_lm import Trainer
 
@@ -67,25 +69,118 @@ def test_a_run_trains_reports_and_saves(flags: list[str], tmp_path: Path, capsys
     assert list((out / "tensorboard").iterdir())
 
 
-def test_resuming_equals_not_stopping(flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("signal_name", "status"), [("SIGINT", 130), ("SIGHUP", 129), ("SIGUSR1", 0)])
+def test_resuming_equals_not_stopping(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signal_name: str, status: int
+) -> None:
     whole = trainer(flags, "--out", str(tmp_path / "whole"))
     whole.train()
-    train_step = Trainer.train_step
+    train_step, save, saves = Trainer.train_step, Trainer.save, []
 
     def interrupted(self: Trainer) -> torch.Tensor:
         if self.step == 3:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.Signals[signal_name])
         return train_step(self)
 
+    def noted(self: Trainer) -> None:
+        save(self)
+        saves.append(saved(self.args.out)["step"])
+
     with monkeypatch.context() as patch:
+        patch.setattr(os, "isatty", lambda descriptor: False)  # SIGHUP must not silence a terminal under the tests
         patch.setattr(Trainer, "train_step", interrupted)
-        assert train_lm.main(flags) == 0
-    assert saved(tmp_path / "run")["step"] == 4
+        patch.setattr(Trainer, "save", noted)
+        assert train_lm.main(flags) == status
+    assert saves == [3, 4, 6][: 3 if status == 0 else 2]
     assert train_lm.main([*flags, "--resume"]) == 0
     expected, got = saved(tmp_path / "whole"), saved(tmp_path / "run")
     assert got["step"] == 6
     assert expected["model"].keys() == got["model"].keys()
     assert all(torch.equal(got["model"][name], expected["model"][name]) for name in expected["model"])
+
+
+def files(out: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in (out / "checkpoint.pt", *(out / "model").iterdir())}
+
+
+def test_nan_is_not_saved(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train_lm.main(flags) == 0
+    before = files(tmp_path / "run")
+    capsys.readouterr()
+    assert train_lm.main([*flags, "--resume", "--steps", "9", "--lr", "1e30"]) == 2
+    assert "the weights are no longer finite" in capsys.readouterr().err.splitlines()[-1]
+    assert files(tmp_path / "run") == before
+
+    def spoil(self: Trainer) -> torch.Tensor:
+        self.step += 1
+        return torch.tensor(math.nan)
+
+    monkeypatch.setattr(Trainer, "train_step", spoil)
+    assert train_lm.main([*flags, "--resume", "--steps", "12", "--eval-every", "100"]) == 2
+    assert "error: the loss of step 10 is nan; try a lower --lr" in capsys.readouterr().err.splitlines()[-1]
+    assert files(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize(("owner", "name", "file"), [(os, "replace", "config.json"), (torch, "save", "checkpoint")])
+def test_a_kill_while_the_last_model_is_written(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, file: str
+) -> None:
+    """The same command writes it again, and removes what was left half written."""
+    out, calls, original = tmp_path / "run", iter(range(99)), getattr(owner, name)
+
+    def killed(*arguments: Any) -> None:
+        if file in str(arguments[1]) and next(calls) == 1:
+            sys.exit(9)
+        original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, killed)
+        with pytest.raises(SystemExit):
+            train_lm.main(flags)
+    assert saved(out)["step"] == 3
+    left = [out / ".checkpoint.0123abcd.tmp.pt", out / "model" / ".model.safetensors.partial"]
+    for path in left:
+        path.write_bytes(b"half")
+    assert train_lm.main([*flags, "--resume"]) == 0
+    assert not any(path.exists() for path in left)
+    model = DecoderLM.from_pretrained(out / "model")
+    assert saved(out)["step"] == 6
+    assert all(torch.equal(tensor, saved(out)["model"][name]) for name, tensor in model.state_dict().items())
+    assert not (out / "lock").exists()
+
+
+def test_one_run_at_a_time(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A lock file that a killed run left behind keeps nobody away: what counts is who holds it."""
+    lock = tmp_path / "run" / "lock"
+    lock.parent.mkdir()
+    hold = f"import fcntl, sys; file = open({str(lock)!r}, 'a+'); fcntl.lockf(file, fcntl.LOCK_EX); print(flush=True)"
+    command = [sys.executable, "-c", f"{hold}; sys.stdin.read()"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        assert train_lm.main(flags) == 2
+        assert f"another process is training {lock.parent} (it holds {lock})" in capsys.readouterr().err
+        other.kill()
+    assert lock.exists()
+    assert train_lm.main([*flags, "--steps", "1"]) == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda state: [], lambda state: {}, *(lambda state, key=key: state | {key: "odd"} for key in
+     ("model", "optimizer", "step", "config"))],
+)  # fmt: skip
+def test_checkpoints_of_odd_content(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Callable[[dict[str, Any]], Any]
+) -> None:
+    run = trainer(flags)
+    run.save()
+    torch.save(change(saved(tmp_path / "run")), run.checkpoint)
+    assert train_lm.main([*flags, "--resume"]) == 2
+    (message,) = capsys.readouterr().err.splitlines()
+    assert message.startswith(f"error: {run.checkpoint} ")
 
 
 @pytest.mark.parametrize("mode", ["--no-fsdp", "--fsdp"])
@@ -174,8 +269,18 @@ def test_config_file_and_flags(flags: list[str], tmp_path: Path) -> None:
     ],
 )
 def test_bad_flags(flags: list[str], change: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train_lm.main([*flags, *change]) == 1
+    assert train_lm.main([*flags, *change]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change",
+    [["--lr", "nan"], ["--grad-clip", "0"], ["--registers", "-1"], ["--weight-decay", "-1"], ["--device", "foo"]],
+)
+def test_flags_out_of_range(flags: list[str], change: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        train_lm.main([*flags, *change])
+    assert change[0] in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_what_is_there_is_kept(
@@ -184,9 +289,9 @@ def test_what_is_there_is_kept(
     assert train_lm.main(flags) == 0
     checkpoint = tmp_path / "run" / "checkpoint.pt"
     before = checkpoint.read_bytes()
-    assert train_lm.main(flags) == 1
+    assert train_lm.main(flags) == 2
     assert "exists: go on from it with --resume" in capsys.readouterr().err
-    assert train_lm.main([*flags, "--resume", "--sink", "none"]) == 1
+    assert train_lm.main([*flags, "--resume", "--sink", "none"]) == 2
     assert "sink is zero there, None here" in capsys.readouterr().err
 
     def full_disk(_: object, path: Path) -> None:
@@ -195,12 +300,12 @@ def test_what_is_there_is_kept(
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full_disk)
-        assert train_lm.main([*flags, "--resume", "--steps", "7"]) == 1
+        assert train_lm.main([*flags, "--resume", "--steps", "7"]) == 2
     assert f"cannot write {checkpoint}" in capsys.readouterr().err
     assert checkpoint.read_bytes() == before
     assert not list(checkpoint.parent.glob(".*"))
     checkpoint.write_bytes(before[:1000])
-    assert train_lm.main([*flags, "--resume"]) == 1
+    assert train_lm.main([*flags, "--resume"]) == 2
     assert "is damaged" in capsys.readouterr().err
 
 
@@ -231,12 +336,12 @@ def test_generate_with_a_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="a"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     DecoderLM(DecoderLMConfig(**{**vars(TINY), "vocab_size": 3})).save_pretrained(tmp_path)
-    assert generate.main([str(tmp_path), "--prompt", "a b"]) == 1
+    assert generate.main([str(tmp_path), "--prompt", "a b"]) == 2
     assert "tokenizer.json does not exist" in capsys.readouterr().err
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     assert generate.main([str(tmp_path), "--prompt", "a b", "--tokens", "4", "--device", "cpu"]) == 0
     assert len(capsys.readouterr().out.split()) >= 5
-    assert generate.main([str(tmp_path), "--prompt", ""]) == 1
+    assert generate.main([str(tmp_path), "--prompt", ""]) == 2
 
 
 @pytest.mark.parametrize(
@@ -245,14 +350,48 @@ def test_generate_with_a_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--tokens", "5", "--temperature", "-1"], "temperature"),
         (["--tokens", "0"], "max_new_tokens"),
         (["--tokens", "99"], "max_positions=64"),
+        (["--prompt", "a\udcff"], "the prompt must be UTF-8 text, but byte 1 of it is 0xff"),
+        (["--seed", str(2**70), "--tokens", "5"], "verflow"),
     ],
 )
 def test_generate_refuses(options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert generate.main([str(tmp_path), *options]) == 1
+    """In one line, and before anything is printed of a text."""
+    prompt = ["--prompt", "hello"]
+    assert generate.main([str(tmp_path), "--device", "cpu", *prompt]) == 2
     assert "config.json does not exist" in capsys.readouterr().err
     DecoderLM(TINY).save_pretrained(tmp_path)
-    assert generate.main([str(tmp_path), "--device", "cpu", *options]) == 1
-    assert message in capsys.readouterr().err
+    assert generate.main([str(tmp_path), "--device", "cpu", *prompt, *options]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert (captured.out, captured.err.count("\n")) == ("", 1)
+    (tmp_path / "tokenizer.json").write_text("{")
+    assert generate.main([str(tmp_path), "--device", "cpu", *prompt]) == 2
+    assert f"{tmp_path / 'tokenizer.json'} is no tokenizer" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        generate.main([str(tmp_path), "--device", "foo"])
+    assert "--device foo: " in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_what_commands_answer(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """Errors are one line; a reader that is gone and Ctrl-C are no errors of the command."""
+
+    def status(error: BaseException) -> tuple[int, str]:
+        def body() -> int:
+            raise error
+
+        return run_command(body, when_interrupted="interrupted"), capfd.readouterr().err
+
+    assert status(RuntimeError("two\n  lines\n")) == (2, "error: two lines\n")
+    assert status(MemoryError()) == (2, "error: MemoryError\n")
+    assert status(FileNotFoundError(2, "No such file or directory", "x.json")) == (
+        2, "error: x.json: No such file or directory\n"
+    )  # fmt: skip
+    assert status(KeyboardInterrupt()) == (130, "interrupted\n")
+    with Path(os.devnull).open("w") as nowhere, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", nowhere)
+        assert status(BrokenPipeError(32, "Broken pipe")) == (141, "")
+    with pytest.raises(KeyError):  # a mistake of the program's own keeps its traceback
+        status(KeyError("x"))
 
 
 def test_xz_is_the_bar() -> None:

@@ -99,7 +99,7 @@ def test_matches_the_oracle(case: Case, dtype: torch.dtype) -> None:
 def wherever_possible(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Use the kernels for windows of any size."""
     with monkeypatch.context() as patch:
-        for name in ("NUMBERS", "REGISTERED", "PAIRS"):
+        for name in ("NUMBERS", "REGISTERED", "PAIRS", "WIDE_WINDOW", "WIDE_PAIRS"):
             patch.setattr(dispatch, name, 0)
         forget()
         yield

@@ -28,7 +28,7 @@ from natten_layers import (
 from natten_layers.arguments import Call
 from natten_layers.geometry import make_window, window_mask
 from natten_layers.modules import GEGLU, AdaRMSNorm, AxialRoPE, RMSNorm, RoPE, attention, make_axial_pos
-from natten_layers.modules.rope import rotate_half_split
+from natten_layers.modules.rope import Rotary, rotate_half_split, rotate_interleaved
 
 F64 = torch.float64
 
@@ -77,6 +77,33 @@ def test_rotation_pairs_are_half_split() -> None:
     y = rotate_half_split(x, angle.cos(), angle.sin())
     pairs = torch.view_as_real(torch.complex(x[:2], x[2:4]) * torch.polar(torch.ones(2, dtype=F64), angle))
     torch.testing.assert_close(y, torch.tensor([*pairs[:, 0], *pairs[:, 1], 5.0], dtype=F64))
+
+
+def test_interleaved_pairs_are_complex_numbers() -> None:
+    x, angle = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0], dtype=F64), torch.tensor([0.3, 0.7], dtype=F64)
+    y = rotate_interleaved(x, angle.cos(), angle.sin())
+    turned = torch.view_as_complex(x[:4].view(2, 2)) * torch.polar(torch.ones(2, dtype=F64), angle)
+    torch.testing.assert_close(y, torch.cat([torch.view_as_real(turned).flatten(), x[4:]]))
+
+
+@pytest.mark.parametrize("rope", [lambda **kw: RoPE(8, **kw), lambda **kw: AxialRoPE(24, 2, axes=1, **kw)])
+def test_interleaved_modules_are_half_split_ones_of_sorted_elements(rope: Callable[..., Rotary]) -> None:
+    x, positions = randn(2, 5, 2, 24), torch.arange(5.0)
+    half_split, interleaved = rope(), rope(interleaved=True)
+    positions = positions if isinstance(half_split, RoPE) else positions[:, None]
+    turning = 8 if isinstance(half_split, RoPE) else 12
+    order = torch.cat([torch.arange(0, turning, 2), torch.arange(1, turning, 2), torch.arange(turning, 24)])
+    expected, _ = half_split(x[..., order], x, positions)
+    actual, _ = interleaved(x, x, positions)
+    torch.testing.assert_close(actual[..., order], expected, rtol=0, atol=0)
+    assert "interleaved=True" in repr(interleaved)
+
+
+def test_axes_may_have_unequal_parts() -> None:
+    freqs, x, positions = randn(1, 6), randn(1, 3, 4, 2, 16), randn(3, 4, 2)
+    rope = AxialRoPE(16, 2, axes=2, freqs=freqs, split=(2, 4))
+    theta = torch.cat([positions[..., :1] * freqs[0, :2], positions[..., 1:] * freqs[0, 2:]], -1)[..., None, :]
+    torch.testing.assert_close(rope(x, x, positions)[1], rotate_half_split(x, theta.cos(), theta.sin()))
 
 
 def test_axial_positions() -> None:
@@ -184,7 +211,11 @@ def test_frequencies_survive_half_precision(rope: AxialRoPE | RoPE) -> None:
         (lambda: RoPE(8, scaling={"rope_type": "linear"}), 'linear.*needs the key "factor"'),
         (lambda: AxialRoPE(7, 2), "head_dim must be at least 4 \\* axes = 8, got 7"),
         (lambda: AxialRoPE(8, 3, num_kv_heads=2), "multiple of num_kv_heads, got 3 and 2"),
-        (lambda: AxialRoPE(8, 2, freqs=torch.ones(3, 1)), r"freqs has shape \(3, 1\); expected \[2, 1\]"),
+        (lambda: AxialRoPE(8, 2, freqs=torch.ones(3, 1)), r"freqs has shape \(3, 1\); expected \[2 or 1, n\]"),
+        (lambda: AxialRoPE(8, 2, freqs=torch.ones(1, 3)), "turn 6 pairs; a head of 8 elements has 1 to 4"),
+        (lambda: AxialRoPE(8, 2, freqs=torch.ones(1, 3), split=(1, 3)), r"split=\(1, 3\) .* add up to 3"),
+        (lambda: AxialRoPE(8, 2, freqs=torch.ones(1, 3), split=(1, 1, 1)), r"split=\(1, 1, 1\) must be 2 numbers"),
+        (lambda: AxialRoPE(8, 2, split=(1, 1)), r"split=\(1, 1\) .* give freqs too"),
         (lambda: AxialRoPE(8, 2)(randn(1, 4, 2, 8), randn(1, 4, 2, 8)), "positions must be given"),
         (lambda: AxialRoPE(8, 2)(randn(1, 4, 4, 4, 8), randn(1, 4, 4, 4, 8)), "made for 2 and 2 of 8"),
         (lambda: AxialRoPE(8, 2)(randn(1, 4, 4, 2, 8), randn(1, 4, 4, 2, 8), randn(4, 3, 2)), "positions has shape"),

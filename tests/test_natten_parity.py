@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import natten_layers
 from natten_layers import neighborhood_attention
 
 natten = pytest.importorskip("natten")
@@ -38,3 +39,23 @@ def test_equals_natten(rank: int, seed: int):
     expected = getattr(natten, f"na{rank}d")(query, *repeated, kernel, backend="flex-fna", **arguments)
     actual = neighborhood_attention(query, key, value, kernel, impl="eager", **arguments)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=2e-6)
+
+
+# As above.
+@pytest.mark.filterwarnings("ignore:return_lse is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+@pytest.mark.parametrize("library", [natten, natten_layers], ids=["natten", "natten_layers"])
+def test_one_program_for_both(library: Any):
+    """Windows and more keys by hand: equal in either library to the operation that takes both."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, 5, 6, 2, 8, generator=generator) for _ in range(3))
+    more_keys, more_values = (torch.randn(2, 7, 2, 8, generator=generator) for _ in range(2))
+    near, near_lse = library.na2d(query, key, value, (3, 4), backend="flex-fna", return_lse=True)
+    far, far_lse = library.attention(query.flatten(1, 2), more_keys, more_values, backend="flex-fmha", return_lse=True)
+    merged, _ = library.merge_attentions(
+        [near.flatten(1, 2), far], [near_lse.flatten(1, 2), far_lse], torch_compile=False, use_autograd_fix=False
+    )
+    expected = neighborhood_attention(
+        query, key, value, (3, 4), additional_keys=more_keys, additional_values=more_values
+    )
+    torch.testing.assert_close(merged.unflatten(1, (5, 6)), expected, rtol=1e-5, atol=2e-6)

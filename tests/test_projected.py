@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from natten_layers.arguments import Call, prepare
-from natten_layers.functional import Impl
 from natten_layers.kernels.host.problem import Layout, Problem, RotationKind, problem_of
 from natten_layers.kernels.host.tuned import forget, override
 from natten_layers.kernels.ops import attention as attention_ops
@@ -22,6 +21,7 @@ from natten_layers.kernels.ops.define import flattened, grouped
 from natten_layers.modules import AxialRoPE, NeighborhoodGQA, RoPE, query_key
 from natten_layers.modules.query_key import HeadNorm, attend_projected
 from natten_layers.modules.rope import Angles, angles_of
+from natten_layers.operations import Impl
 
 pytest.importorskip("triton.experimental.gluon")
 
@@ -258,7 +258,7 @@ def problem_of_image(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Problem
     return problem._replace(**changes)
 
 
-KIND = RotationKind("cosine", axes=2, pairs=16, by_head=True, batched=False)
+KIND = RotationKind("cosine", split=(8, 8), by_head=True, batched=False)
 
 
 def test_small_windows_take_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,7 +272,7 @@ def test_small_windows_take_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (
         planned("qk_prep + forward", problem._replace(query=few, key=few_keys, value=few_keys), prep=KIND) is not None
     )
-    kinds = KIND._replace(pairs=32), KIND._replace(axes=1, pairs=0), KIND._replace(axes=16)
+    kinds = (KIND._replace(split=split) for split in ((16, 16), (0,), (1,) * 16))
     assert all(planned("qk_prep + forward", problem, prep=kind) is not None for kind in kinds)
     # A head for itself: another program is worth more than loads that start early.
     alone = problem_of_image(monkeypatch, key=problem.query, value=problem.query)
@@ -286,9 +286,10 @@ def test_small_windows_take_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("kind", "changes"),
     [
-        (KIND._replace(pairs=15, axes=3), {}),
-        (KIND._replace(pairs=8), {}),
-        (KIND._replace(axes=3), {}),
+        (KIND._replace(split=(5, 5, 5)), {}),
+        (KIND._replace(split=(4, 4)), {}),
+        (KIND._replace(split=(4, 6, 6)), {}),
+        (KIND._replace(interleaved=True), {}),
         (KIND, {"dtype": torch.float32}),
         (KIND, {"dilation": (2, 2)}),
         (KIND, {"stride": (2, 1)}),

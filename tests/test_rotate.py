@@ -52,6 +52,14 @@ def coordinates(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(7))
 
 
+def video_rope(*, interleaved: bool) -> AxialRoPE:
+    """Axes of unequal parts, with the same frequencies for all heads or with those of each KV head."""
+    freqs = torch.rand(1 if interleaved else 2, 32, generator=torch.Generator().manual_seed(7))
+    return AxialRoPE(
+        64, 4, num_kv_heads=4 if interleaved else 2, axes=3, freqs=freqs, split=(8, 12, 12), interleaved=interleaved
+    )
+
+
 CASES = (
     Case("cosine-axial", (6, 7), 4, 4, 16, "cosine", AxialRoPE(16, 4)),
     Case("cosine-axial-gqa", (9, 17), 4, 2, 64, "cosine", AxialRoPE(64, 4, num_kv_heads=2)),
@@ -65,6 +73,10 @@ CASES = (
     Case("text", (33,), 4, 1, 8, None, RoPE(8), far(1, 33)),
     Case("cosine", (5, 6), 4, 2, 40, "cosine"),
     Case("rms", (33,), 4, 2, 16, "rms"),
+    Case("rms-text-interleaved", (37,), 4, 2, 24, "rms", RoPE(16, interleaved=True), far(2, 37)),
+    Case("axial-interleaved", (5, 4), 2, 2, 40, "cosine", AxialRoPE(40, 2, interleaved=True)),
+    Case("rms-video", (3, 4, 5), 4, 4, 64, "rms", video_rope(interleaved=True), coordinates(3, 4, 5, 3)),
+    Case("video-half-split", (3, 4, 5), 4, 2, 64, "cosine", video_rope(interleaved=False), coordinates(3, 4, 5, 3)),
 )  # fmt: skip
 
 
@@ -194,7 +206,7 @@ def test_second_derivatives_say_that_they_are_missing() -> None:
     with raises_naming("second derivatives", 'impl="eager"', error=NotImplementedError):
         torch.autograd.grad(slope.square().sum(), x)
     with raises_naming("natten_layers::rotate has no derivative", error=NotImplementedError):
-        torch.ops.natten_layers.rotate(x, x, None, None, None, None, 1.0, "cosine", 1e-6)
+        torch.ops.natten_layers.rotate(x, x, None, None, None, None, 1.0, "cosine", 1e-6, [], False)
 
 
 @pytest.mark.gpu
@@ -206,14 +218,15 @@ def test_gradients_are_bitwise_reproducible(norm: str) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[8], CASES[10]], ids=str)
+@pytest.mark.parametrize("case", [CASES[0], CASES[8], CASES[10], CASES[-1]], ids=str)
 def test_operators_keep_their_schemas(case: Case) -> None:
     heads = [torch.randn(2, *case.spatial, h, case.head_dim, device=DEVICE) for h in (case.heads, case.kv_heads)]
     positions = None if case.positions is None else case.positions.to(DEVICE)
     angles = None if case.rope is None else angles_of(case.rope.to(DEVICE), heads[0], heads[1], positions)
     gains = [torch.rand(case.heads, device=DEVICE), None] if case.norm == "cosine" else [None, None]
     batched = None if angles is None else angles.positions.contiguous().expand(1, *case.spatial, -1)
-    inputs = (*heads, *gains, batched, None if angles is None else angles.freqs, 1.0, case.norm, 1e-6)
+    of_angles = () if angles is None else angles.split, angles is not None and angles.interleaved
+    inputs = (*heads, *gains, batched, None if angles is None else angles.freqs, 1.0, case.norm, 1e-6, *of_angles)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.natten_layers.rotate.default, inputs, test_utils=checks)
     backward = torch.ops.natten_layers.rotate_backward.default

@@ -38,9 +38,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sliding_window_overlay
 
 from ..cached import cached_attention
-from ..functional import neighborhood_attention
+from ..operations import neighborhood_attention
+from .dinat import register_dinat
 
-__all__ = ["NAME", "register"]
+__all__ = ["NAME", "register", "register_dinat"]
 
 NAME = "natten_layers"
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import threading
+import re
+import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from .schema import shorten
 
-__all__ = ["naming", "parse_json", "read_json", "readable_as_usual", "replacing"]
+__all__ = ["leftovers", "naming", "parse_json", "read_json", "readable_as_usual", "replacing"]
 
 
 @contextmanager
@@ -21,17 +24,47 @@ def replacing(path: Path) -> Iterator[Path]:
 
     If the context raises, an existing file stays unchanged. A missing folder is created. The temporary name keeps the
     suffix, for writers that depend on it. The file gets the permissions that the user's umask gives, even if the writer
-    sets stricter ones, as safetensors does.
+    sets stricter ones, as safetensors does. Every call has a temporary path of its own, so threads and processes may
+    save the same file at once; the last one to finish wins.
+
+    Raises:
+        OSError: the file cannot be written, for example because the disk is full; the message names ``path``.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Processes and threads that write the same file at once use different names; the last one to finish wins.
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}-{threading.get_ident()}{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.tmp{path.suffix}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with readable_as_usual(temporary):
             yield temporary
+        _sync(temporary)  # else a power cut could leave the name with nothing behind it
         os.replace(temporary, path)
+        with suppress(OSError):  # not every file system lets a folder be opened; the file itself is safe
+            _sync(path.parent)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' words for a full disk
+        if f"cannot write {path}" in str(error):
+            raise
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise OSError(f"cannot write {path}: {reason}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def leftovers(folder: Path) -> Iterator[tuple[Path, str]]:
+    """Temporary files that :func:`replacing` left in ``folder`` when its process was killed, each with its final name.
+
+    Some of them may belong to another process that is still writing.
+    """
+    for path in folder.glob(".*.tmp*"):
+        if match := re.fullmatch(r"\.(.+)\.[0-9a-f]{8}\.tmp(\.[^.]+)?", path.name):
+            yield path, match[1] + (match[2] or "")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -330,11 +330,15 @@ def _small_key_plan(question: Question) -> small_tiling.SmallLaunch | str:
 def _fused_prep_gap(question: Question) -> str | None:
     """A thread has to hold whole pairs of a head: half of it turns, or all, or nothing."""
     assert question.prep is not None
-    dim, pairs, axes = question.problem.query.shape[-1], question.prep.pairs, question.prep.axes
+    dim, pairs, split = question.problem.query.shape[-1], question.prep.pairs, question.prep.split
     if dim not in (64, 128):
         return f"it prepares heads of 64 and of 128 channels, not of {dim}"
-    if pairs not in (0, dim // 4, dim // 2) or pairs % axes:
-        return f"{pairs} pairs of {axes} axes turn in heads of {dim} elements; it turns half of a head, or all, or none"
+    if question.prep.interleaved:
+        return "pairs of neighboring elements turn; it turns halves with each other"
+    if pairs not in (0, dim // 4, dim // 2) or len(set(split)) > 1:
+        return (
+            f"{split} pairs turn in heads of {dim} elements; it turns half of a head, or all, or none, in equal parts"
+        )
     return sm90_gap(question)
 
 

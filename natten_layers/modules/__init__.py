@@ -8,7 +8,7 @@ from .hdit import HDiT
 from .hdit_config import HDiTConfig, LevelConfig
 from .llm import DecoderLM
 from .llm_config import DecoderLMConfig
-from .natten import NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D, na1d, na2d, na3d
+from .natten import NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D
 from .norm import AdaRMSNorm, RMSNorm
 from .rope import AxialRoPE, Positions, RoPE, make_axial_pos
 
@@ -32,7 +32,4 @@ __all__ = [
     "RMSNorm",
     "RoPE",
     "make_axial_pos",
-    "na1d",
-    "na2d",
-    "na3d",
 ]

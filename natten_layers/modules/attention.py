@@ -12,8 +12,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..arguments import check_dense, prepare
-from ..functional import neighborhood_attention
 from ..geometry import make_window, normalise_axes
+from ..operations import neighborhood_attention
 from .norm import RMSNorm
 from .query_key import HeadNorm, attend_projected, call_watched, normalize_and_rotate
 from .rope import Angles, Positions, Rotary
@@ -69,6 +69,9 @@ class NeighborhoodGQA(nn.Module):
             returns query and key rotated.
         qk_norm: "cosine" makes the scores cosines times the parameter ``qk_scale [num_heads]``, which starts at 10;
             "rms" gives query and key heads RMS norms with weights (``q_norm``, ``k_norm``). Both come before ``rope``.
+        rel_pos_bias: add a learned bias to every score, which depends on the distance of query and key, as NATTEN's
+            modules did before 0.20. It is the parameter ``rpb [num_heads, 2 * kernel_size - 1 per axis]``.
+            ``kernel_size`` must then have one entry per axis, and attention runs in PyTorch, not in the fused kernels.
         dropout: probability with which an element of the attention's output is dropped before ``proj`` in training.
         qkv_bias, out_bias: whether ``qkv`` and ``proj`` have a bias.
         scale: factor on the scores, default ``head_dim ** -0.5``, or 1 with cosine normalisation.
@@ -96,6 +99,7 @@ class NeighborhoodGQA(nn.Module):
         sink: Literal["zero", "learned"] | None = None,
         rope: nn.Module | None = None,
         qk_norm: Literal["cosine", "rms"] | None = None,
+        rel_pos_bias: bool = False,
         dropout: float = 0.0,
         qkv_bias: bool = True,
         out_bias: bool = True,
@@ -130,11 +134,13 @@ class NeighborhoodGQA(nn.Module):
         self.kernel_size = None if kernel_size is None else _hashable(kernel_size)
         self.stride, self.dilation, self.is_causal = _hashable(stride), _hashable(dilation), _hashable(is_causal)
         self.registers_attend, self.qk_norm = registers_attend, qk_norm
-        self.scale = 1.0 if scale is None and qk_norm == "cosine" else scale
+        self.scale = self._default_scale() if scale is None else scale
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
 
+        if rel_pos_bias and not isinstance(self.kernel_size, tuple):
+            raise ValueError(f"rel_pos_bias needs a kernel_size with one entry per axis, got {kernel_size}")
         rows = (num_heads + 2 * num_kv_heads) * self.head_dim
         self.qkv = nn.Linear(embed_dim, rows, bias=qkv_bias, device=device, dtype=dtype)
         self.proj = nn.Linear(num_heads * self.head_dim, embed_dim, bias=out_bias, device=device, dtype=dtype)
@@ -143,6 +149,8 @@ class NeighborhoodGQA(nn.Module):
         self.registers = parameter(num_registers, embed_dim) if num_registers else None
         self.sink = parameter(num_heads) if sink == "learned" else 0.0 if sink == "zero" else None
         self.qk_scale = parameter(num_heads) if qk_norm == "cosine" else None
+        entries = [2 * k - 1 for k in self.kernel_size] if isinstance(self.kernel_size, tuple) else []
+        self.rpb = parameter(num_heads, *entries) if rel_pos_bias else None
         self.q_norm = RMSNorm(self.head_dim, device=device, dtype=dtype) if qk_norm == "rms" else None
         self.k_norm = RMSNorm(self.head_dim, device=device, dtype=dtype) if qk_norm == "rms" else None
         self._reset_own_parameters()
@@ -166,6 +174,11 @@ class NeighborhoodGQA(nn.Module):
             nn.init.zeros_(self.sink)
         if self.qk_scale is not None:
             nn.init.constant_(self.qk_scale, 10.0)
+        if self.rpb is not None:
+            nn.init.trunc_normal_(self.rpb, std=0.02)
+
+    def _default_scale(self) -> float:
+        return 1.0 if self.qk_norm == "cosine" else self.head_dim**-0.5
 
     def extra_repr(self) -> str:
         sink = "learned" if isinstance(self.sink, nn.Parameter) else "zero" if self.sink is not None else None
@@ -179,7 +192,8 @@ class NeighborhoodGQA(nn.Module):
             "registers_attend": (self.registers_attend, False),
             "sink": (sink, None),
             "qk_norm": (self.qk_norm, None),
-            "scale": (self.scale, 1.0 if self.qk_norm == "cosine" else None),
+            "rel_pos_bias": (self.rpb is not None, False),
+            "scale": (self.scale, self._default_scale()),
         }
         chosen = [f"{name}={value!r}" for name, (value, default) in options.items() if value != default]
         return ", ".join([str(self.embed_dim), str(self.num_heads), f"kernel_size={self.kernel_size}", *chosen])
@@ -256,9 +270,10 @@ class NeighborhoodGQA(nn.Module):
 
     def _attention(self, projected: Projected, registers: Heads | None) -> Tensor:
         """Attention of the tokens, ``[B, *spatial, Hq, D]``."""
+        kernel_size = self._fitted_kernel_size(projected.heads.query.shape[1:-2])
         call = prepare(
             *projected.heads,
-            self._fitted_kernel_size(projected.heads.query.shape[1:-2]),
+            kernel_size,
             self.stride,
             self.dilation,
             self.is_causal,
@@ -267,7 +282,7 @@ class NeighborhoodGQA(nn.Module):
             None if registers is None else registers.value,
             self.sink,
         )
-        return attend_projected(call, projected.norm, projected.angles)
+        return attend_projected(call, projected.norm, projected.angles, self._fitted_bias(kernel_size))
 
     def _attend_from_registers(self, heads: Heads, registers: Heads | None) -> Tensor:
         """Attention of the registers to all registers and all tokens, ``[B, R, Hq, D]``.
@@ -306,6 +321,15 @@ class NeighborhoodGQA(nn.Module):
                 strict=True,
             )
         )
+
+    def _fitted_bias(self, kernel_size: int | Sequence[int]) -> Tensor | None:
+        """The part of the table that is about distances in windows of this size."""
+        if self.rpb is None or kernel_size == self.kernel_size:
+            return self.rpb
+        assert isinstance(self.kernel_size, tuple)
+        assert isinstance(kernel_size, tuple)
+        pairs = zip(self.kernel_size, kernel_size, strict=True)
+        return self.rpb[:, *(slice(own - fitted, own + fitted - 1) for own, fitted in pairs)]
 
 
 def _hashable(axes: T | Sequence[T]) -> T | tuple[T, ...]:

@@ -22,11 +22,11 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..functional import neighborhood_attention
 from ..io import checkpoints
 from ..io.files import naming
 from ..io.tensors import make_on_meta
 from ..kernels.ops.define import is_transformed
+from ..operations import neighborhood_attention
 from .attention import Heads, NeighborhoodGQA, Projected
 from .base import Constants, at_least_fp32, default_dtype, reset_children
 from .feed_forward import GEGLU
@@ -460,8 +460,7 @@ class HDiT(nn.Module):
         if sigma.shape != x.shape[:1]:
             raise ValueError(f"sigma has shape {tuple(sigma.shape)}; expected [{x.shape[0]}], one per image")
         for axis, size, patch in zip(("height", "width"), x.shape[2:], self.config.patch_size, strict=True):
-            for index, level in enumerate(self.config.levels):
-                _check_axis(axis, size, patch * 2**index, index, level)
+            _check_axis(axis, size, patch, self.config.levels)
 
     def param_groups(self, lr: float, weight_decay: float, *, mapping_lr_scale: float = 1 / 3) -> list[dict[str, Any]]:
         """Parameter groups for an optimizer, as in k-diffusion's training script.
@@ -501,21 +500,31 @@ def _check_condition(name: str, tensor: Tensor, shape: Sequence[int]) -> None:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {list(shape)}")
 
 
-def _check_axis(axis: str, size: int, pixels: int, index: int, level: LevelConfig) -> None:
-    """Raise if an axis of the image does not fit a level whose tokens are ``pixels`` long on it."""
-    if size % pixels:
-        raise ValueError(
-            f"image {axis} {size} is not a multiple of {pixels}, the pixels of a token of level {index}; "
-            f"use {max(size // pixels, 1) * pixels} or {(size // pixels + 1) * pixels}"
-        )
-    tokens = size // pixels
-    if level.attention == "neighborhood" and tokens < level.kernel_size * level.dilation:
-        raise ValueError(
-            f"image {axis} {size} has {tokens} tokens on level {index}, fewer than kernel_size * dilation = "
-            f"{level.kernel_size} * {level.dilation}; use at least {level.kernel_size * level.dilation * pixels} pixels"
-        )
-    if level.attention == "shifted-window" and level.window_size is not None and tokens % level.window_size:
-        raise ValueError(
-            f"image {axis} {size} has {tokens} tokens on level {index}, not a multiple of window_size "
-            f"{level.window_size}; use a multiple of {level.window_size * pixels} pixels"
-        )
+def _check_axis(axis: str, size: int, patch: int, levels: Sequence[LevelConfig]) -> None:
+    """Raise if an axis of the image does not fit a level; tokens of a level are ``patch * 2**index`` pixels long."""
+    for index, level in enumerate(levels):
+        pixels = patch * 2**index
+        tokens, reach = size // pixels, level.kernel_size * level.dilation
+        fault = None
+        if size % pixels:
+            fault = f"is not a multiple of {pixels}, the pixels of a token of level {index}"
+        elif level.attention == "neighborhood" and tokens < reach:
+            product = f"kernel_size * dilation = {level.kernel_size} * {level.dilation}"
+            fault = f"has {tokens} tokens on level {index}, fewer than {product}"
+        elif level.attention == "shifted-window" and level.window_size is not None and tokens % level.window_size:
+            fault = f"has {tokens} tokens on level {index}, not a multiple of window_size {level.window_size}"
+        if fault is not None:
+            raise ValueError(f"image {axis} {size} {fault}; use {_nearest_sizes(size, patch, levels)} pixels")
+
+
+def _nearest_sizes(size: int, patch: int, levels: Sequence[LevelConfig]) -> str:
+    """Describe the lengths nearest to ``size`` that fit all levels, not only the one that raised."""
+    unit, least = 1, 1
+    for index, level in enumerate(levels):
+        pixels = patch * 2**index
+        window = level.window_size if level.attention == "shifted-window" else None
+        unit = math.lcm(unit, pixels * (window or 1))
+        if level.attention == "neighborhood":
+            least = max(least, pixels * level.kernel_size * level.dilation)
+    below, above = size // unit * unit, -(-max(size, least) // unit) * unit
+    return f"{below} or {above}" if below >= least else f"at least {above}"

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 from ..arguments import prepare
 from ..cached import cached_attention
-from ..functional import neighborhood_attention
 from ..io import hf
 from ..io.tensors import make_on_meta
+from ..operations import neighborhood_attention
 from .cache import Cache, LayerCache
 from .feed_forward import GatedFeedForward
 from .generation import generate, longest_of, text_first

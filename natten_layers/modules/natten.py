@@ -1,4 +1,4 @@
-"""NATTEN's names (https://natten.org, 0.21): call sites and checkpoints move over unchanged."""
+"""NATTEN's modules (https://natten.org, 0.21): call sites and checkpoints move over unchanged."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..functional import neighborhood_attention
 from ..geometry import normalise_axes
 from .attention import NeighborhoodGQA
 from .rope import Positions
@@ -16,79 +15,10 @@ __all__ = [
     "NeighborhoodAttention1D",
     "NeighborhoodAttention2D",
     "NeighborhoodAttention3D",
-    "na1d",
-    "na2d",
-    "na3d",
 ]
 
 Axes = int | Sequence[int]
 Causal = bool | Sequence[bool]
-
-
-def _operation(rank: int):
-    def na(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        kernel_size: Axes,
-        stride: Axes = 1,
-        dilation: Axes = 1,
-        is_causal: Causal | None = False,
-        scale: float | None = None,
-        additional_keys: Tensor | None = None,
-        additional_values: Tensor | None = None,
-        attention_kwargs: dict[str, Any] | None = None,
-        backend: str | None = None,
-        q_tile_shape: Sequence[int] | None = None,
-        kv_tile_shape: Sequence[int] | None = None,
-        backward_q_tile_shape: Sequence[int] | None = None,
-        backward_kv_tile_shape: Sequence[int] | None = None,
-        backward_kv_splits: Sequence[int] | None = None,
-        backward_use_pt_reduction: bool = False,
-        run_persistent_kernel: bool = True,
-        kernel_schedule: Any = None,
-        torch_compile: bool = False,
-        return_lse: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Neighborhood attention with NATTEN's arguments in NATTEN's order, for one number of spatial axes.
-
-        See :func:`natten_layers.neighborhood_attention` for shapes, for the arguments from ``query`` to
-        ``additional_values`` and for ``return_lse``. A ``scale`` of 0.0 counts, where NATTEN takes its default instead.
-
-        The arguments from ``attention_kwargs`` to ``torch_compile`` choose among NATTEN's kernels and never change a
-        result. They are accepted so that calls need no change, and have no effect here.
-
-        Raises:
-            ValueError: as :func:`natten_layers.neighborhood_attention`, and for a query of another rank.
-        """
-        if isinstance(query, Tensor) and query.ndim != rank + 3:
-            raise ValueError(
-                f"na{rank}d takes a query [B, {rank} spatial axes, heads, head_dim], got {tuple(query.shape)}"
-            )
-        arguments: dict[str, Any] = {
-            "stride": stride,
-            "dilation": dilation,
-            "is_causal": False if is_causal is None else is_causal,
-            "scale": scale,
-            "additional_keys": additional_keys,
-            "additional_values": additional_values,
-            "return_lse": return_lse,
-        }
-        # One entry per axis: a shorter tuple would make the last spatial axis one of KV heads.
-        return neighborhood_attention(
-            query, key, value, normalise_axes("kernel_size", kernel_size, rank, int), **arguments
-        )
-
-    na.__name__ = na.__qualname__ = f"na{rank}d"
-    return na
-
-
-na1d = _operation(1)
-"""NATTEN's ``na1d``, for ``query [B, L, heads, head_dim]``: NATTEN's arguments in NATTEN's order."""
-na2d = _operation(2)
-"""NATTEN's ``na2d``, for ``query [B, H, W, heads, head_dim]``: NATTEN's arguments in NATTEN's order."""
-na3d = _operation(3)
-"""NATTEN's ``na3d``, for ``query [B, T, H, W, heads, head_dim]``: NATTEN's arguments in NATTEN's order."""
 
 
 class _NeighborhoodAttention(NeighborhoodGQA):
@@ -100,6 +30,8 @@ class _NeighborhoodAttention(NeighborhoodGQA):
         embed_dim, num_heads, kernel_size, stride, dilation, is_causal, qkv_bias: as there.
         qk_scale: factor on the scores, default ``head_dim ** -0.5``.
         proj_drop: probability with which an element of the output is dropped in training.
+        rel_pos_bias: have the table on relative positions of NATTEN's modules before 0.20, the parameter ``rpb``. The
+            others load state dicts in which it is zero or missing.
 
     Raises:
         ValueError: ``embed_dim`` not a multiple of ``num_heads``, or a tuple of another rank.
@@ -118,6 +50,8 @@ class _NeighborhoodAttention(NeighborhoodGQA):
         qkv_bias: bool = True,
         qk_scale: float | None = None,
         proj_drop: float = 0.0,
+        *,
+        rel_pos_bias: bool = False,
     ) -> None:
         super().__init__(
             embed_dim,
@@ -128,7 +62,9 @@ class _NeighborhoodAttention(NeighborhoodGQA):
             is_causal=normalise_axes("is_causal", is_causal, self.rank, bool),
             qkv_bias=qkv_bias,
             scale=qk_scale,
+            rel_pos_bias=rel_pos_bias,
         )
+        self.na_dim, self.expected_input_tensor_rank = self.rank, self.rank + 2
         self.proj_drop = nn.Dropout(proj_drop)
         self.register_load_state_dict_pre_hook(_handle_rpb)
 
@@ -170,9 +106,12 @@ def _handle_rpb(
     error_msgs: list[str],
 ) -> None:
     """Checkpoints from before NATTEN 0.20 may hold a bias table on relative positions; a zero one says nothing."""
+    assert isinstance(module, NeighborhoodGQA)
+    if module.rpb is not None:
+        return
     table = state_dict.pop(f"{prefix}rpb", None)
     if table is not None and table.any():
         error_msgs.append(
-            f'"{prefix}rpb" {tuple(table.shape)} is a relative positional bias, which {type(module).__name__} does not '
-            "have (nor has NATTEN since 0.20). Remove the key to load the rest; the outputs will differ."
+            f'"{prefix}rpb" {tuple(table.shape)} is a relative positional bias, which this {type(module).__name__} '
+            "does not have: make it with rel_pos_bias=True. Without the key the rest loads, and outputs will differ."
         )

@@ -7,12 +7,12 @@ from typing import Literal, NamedTuple
 from torch import Tensor, nn
 
 from ..arguments import Call
-from ..functional import Impl, attend, takes_fused
 from ..kernels.host.problem import QKPrep
 from ..kernels.ops import attention as attention_ops
 from ..kernels.ops import qk_prep as qk_prep_ops
 from ..kernels.ops import qk_prep_attention as qk_prep_attention_ops
 from ..kernels.ops.define import is_tracked
+from ..operations import Impl, attend, takes_fused
 from .base import is_plain
 from .norm import RMSNorm, cosine_normalize, rms_normalize
 from .rope import Angles, angles_of
@@ -97,12 +97,21 @@ def _rotated(rope: nn.Module, query: Tensor, key: Tensor, positions: Tensor | No
 
 
 def _describe(q_norm: nn.Module, k_norm: nn.Module) -> HeadNorm | None:
-    if not isinstance(q_norm, RMSNorm) or not isinstance(k_norm, RMSNorm) or q_norm.eps != k_norm.eps:
+    query, key = _rms_norm(q_norm), _rms_norm(k_norm)
+    if query is None or key is None or query[1] != key[1]:
         return None
-    if not is_plain(q_norm, RMSNorm.forward) or not is_plain(k_norm, RMSNorm.forward):
+    return HeadNorm("rms", query[0], key[0], key[1])
+
+
+def _rms_norm(norm: nn.Module) -> tuple[Tensor, float] | None:
+    """Gain and eps of an RMS norm of ours or of torch's that may be fused; otherwise None."""
+    if isinstance(norm, RMSNorm):
+        plain, gain = is_plain(norm, RMSNorm.forward), norm.gain()
+    elif isinstance(norm, nn.RMSNorm):
+        plain, gain = is_plain(norm, nn.RMSNorm.forward) and len(norm.normalized_shape) == 1, norm.weight
+    else:
         return None
-    assert q_norm.eps is not None
-    return HeadNorm("rms", q_norm.gain(), k_norm.gain(), q_norm.eps)
+    return (gain, norm.eps) if plain and gain is not None and norm.eps is not None else None
 
 
 def normalize_and_rotate(
@@ -159,10 +168,14 @@ def _rotation(query: Tensor, norm: HeadNorm | None, angles: Angles | None) -> QK
         1.0 if angles is None else angles.factor,
         "none" if norm is None else norm.kind,
         0.0 if norm is None else norm.eps,
+        () if angles is None else angles.split,
+        angles is not None and angles.interleaved,
     )
 
 
-def attend_projected(call: Call, norm: HeadNorm | None, angles: Angles | None, *, impl: Impl = "auto") -> Tensor:
+def attend_projected(
+    call: Call, norm: HeadNorm | None, angles: Angles | None, rpb: Tensor | None = None, *, impl: Impl = "auto"
+) -> Tensor:
     """Normalise and rotate query and key heads, then compute :func:`neighborhood_attention`.
 
     Without gradients this is one operation, and one launch where a kernel supports that. Register keys in ``call`` are
@@ -172,6 +185,7 @@ def attend_projected(call: Call, norm: HeadNorm | None, angles: Angles | None, *
         call: prepared arguments of attention, with query and key heads as they are projected.
         norm: normalisation of query and key heads, or None.
         angles: positions and frequencies of RoPE, or None.
+        rpb: a bias on relative positions, as :func:`neighborhood_attention` takes it, or None.
         impl: see :func:`normalize_and_rotate`.
 
     Returns:
@@ -183,9 +197,9 @@ def attend_projected(call: Call, norm: HeadNorm | None, angles: Angles | None, *
     query, key = call.inputs.query, call.inputs.key
     if norm is not None or angles is not None:
         tracked = is_tracked((*call.inputs, *(norm or ()), *(angles or ())))
-        if not tracked and takes_fused(impl, query, call.why_not_fused):
+        if rpb is None and not tracked and takes_fused(impl, query, call.why_not_fused):
             return call.restore(
                 qk_prep_attention_ops.attention(call.inputs, call.options, _rotation(query, norm, angles))
             )
         query, key = normalize_and_rotate(query, key, norm, angles, impl=impl)
-    return attend(call._replace(inputs=call.inputs._replace(query=query, key=key)), impl)
+    return attend(call._replace(inputs=call.inputs._replace(query=query, key=key)), impl, rpb)

@@ -1,4 +1,7 @@
-"""Rotary position embeddings, half-split form: element ``i`` turns with element ``i + n`` of the ``2 n`` rotated ones.
+"""Rotary position embeddings, in two forms, of the ``2 n`` elements of a head that turn.
+
+Half-split (Llama, HDiT, most others): element ``i`` turns with element ``i + n``. Interleaved (GPT-J, GLM, Cohere,
+LTX): element ``2 i`` turns with element ``2 i + 1``.
 
 A module of this file is called as ``rope(query, key, positions)`` with ``query [B, *spatial, Hq, D]`` and
 ``key [B, *spatial, Hkv, D]``, and returns both rotated, in their own dtypes. Query head ``h`` turns with KV head
@@ -8,7 +11,7 @@ A module of this file is called as ``rope(query, key, positions)`` with ``query 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +19,16 @@ from torch import Tensor, nn
 
 from .base import Constants, at_least_fp32, default_dtype, is_plain
 
-__all__ = ["Angles", "AxialRoPE", "Positions", "RoPE", "angles_of", "make_axial_pos", "rotate_half_split"]
+__all__ = [
+    "Angles",
+    "AxialRoPE",
+    "Positions",
+    "RoPE",
+    "angles_of",
+    "make_axial_pos",
+    "rotate_half_split",
+    "rotate_interleaved",
+]
 
 
 def rotate_half_split(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -33,6 +45,15 @@ def rotate_half_split(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     n = cos.shape[-1]
     first, second, rest = x[..., :n].to(cos.dtype), x[..., n : 2 * n].to(cos.dtype), x[..., 2 * n :]
     turned = torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
+    return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
+
+
+def rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """:func:`rotate_half_split` of the pairs ``(x[..., 2 i], x[..., 2 i + 1])``."""
+    n = cos.shape[-1]
+    pairs, rest = x[..., : 2 * n].unflatten(-1, (n, 2)).to(cos.dtype), x[..., 2 * n :]
+    first, second = pairs.unbind(-1)
+    turned = torch.stack((first * cos - second * sin, second * cos + first * sin), -1).flatten(-2).to(x.dtype)
     return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
 
 
@@ -90,28 +111,35 @@ def _even_steps(bound: float, steps: int, dtype: torch.dtype, device: torch.devi
 
 
 class Angles(NamedTuple):
-    """Angles ``positions[..., axis] * freqs[head, j]`` of the pairs ``axis * n + j`` of every token and KV head."""
+    """Angles ``positions[..., axis] * freqs[head, j]`` of every token, KV head and pair, ``j`` running fastest."""
 
     positions: Tensor  # [..., *spatial, axes]
     freqs: Tensor  # [Hkv, n], or [1, n] for all heads
     factor: float = 1.0
     """on cos and sin"""
+    split: tuple[int, ...] = ()
+    """How many of the ``n`` frequencies belong to each axis, in their order; empty where every axis has all of them."""
+    interleaved: bool = False
+    """Pairs are neighbors, see :func:`rotate_interleaved`."""
 
     def table(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin ``[..., *spatial, Hkv or 1, axes * n]``."""
+        """cos and sin ``[..., *spatial, Hkv or 1, pairs]``."""
         freqs = self.freqs.to(dtype)
+        positions = self.positions.to(dtype).unbind(-1)
+        of_axes = freqs.split(self.split, -1) if self.split else (freqs,) * len(positions)
         # [..., *spatial, 1, 1] * [Hkv, n] for each axis
-        theta = torch.cat([p[..., None, None] * freqs for p in self.positions.to(dtype).unbind(-1)], -1)
+        theta = torch.cat([p[..., None, None] * f for p, f in zip(positions, of_axes, strict=True)], -1)
         cos, sin = theta.cos(), theta.sin()
         return (cos, sin) if self.factor == 1.0 else (cos * self.factor, sin * self.factor)
 
     def turn(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        rotate = rotate_interleaved if self.interleaved else rotate_half_split
         cos, sin = self.table(_angle_dtype(query))
-        key = rotate_half_split(key, cos, sin)
+        key = rotate(key, cos, sin)
         if cos.shape[-2] > 1:
             group = query.shape[-2] // cos.shape[-2]
             cos, sin = cos.repeat_interleave(group, -2), sin.repeat_interleave(group, -2)
-        return rotate_half_split(query, cos, sin), key
+        return rotate(query, cos, sin), key
 
 
 class Rotary(Constants):
@@ -189,13 +217,19 @@ class AxialRoPE(Rotary):
         num_heads: query heads, ``Hq``.
         num_kv_heads: KV heads, default ``num_heads``.
         axes: coordinates of a position.
-        freqs: the caller's own frequencies ``[num_kv_heads, n]`` in radians per unit of position.
+        freqs: the caller's own frequencies in radians per unit of position, ``[num_kv_heads or 1, n]`` with one row
+            for all heads if it is one, and any ``n`` for which ``2 * axes * n`` elements, or with ``split``
+            ``2 * n``, fit into a head.
+        split: how many of the ``n`` own frequencies belong to each axis, in their order, where axes differ. Without it
+            each axis has all of them.
+        interleaved: element ``2 i`` turns with ``2 i + 1``, as in LTX's video models, instead of ``i`` with
+            ``i + pairs``.
 
-    The frequencies are the buffer ``freqs [num_kv_heads, n]``. It is in fp32 or better, whatever torch's default dtype,
-    and stays so under ``half()``; ``reset_parameters`` writes it again.
+    The frequencies are the buffer ``freqs``. It is in fp32 or better, whatever torch's default dtype, and stays so
+    under ``half()``; ``reset_parameters`` writes it again.
 
     Raises:
-        ValueError: heads that do not group, a head too small, or ``freqs`` of another shape.
+        ValueError: heads that do not group, a head too small, or ``freqs`` or ``split`` that do not fit.
     """
 
     def __init__(
@@ -206,20 +240,21 @@ class AxialRoPE(Rotary):
         num_kv_heads: int | None = None,
         axes: int = 2,
         freqs: Tensor | None = None,
+        split: Sequence[int] | None = None,
+        interleaved: bool = False,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if axes < 1:
             raise ValueError(f"axes must be at least 1, got {axes}")
-        n = head_dim // (4 * axes)
-        if n < 1:
+        if freqs is None and head_dim < 4 * axes:
             raise ValueError(f"head_dim must be at least 4 * axes = {4 * axes}, got {head_dim}")
         if num_kv_heads < 1 or num_heads % num_kv_heads:
             raise ValueError(f"num_heads must be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}")
-        if freqs is not None and freqs.shape != (num_kv_heads, n):
-            raise ValueError(f"freqs has shape {tuple(freqs.shape)}; expected [{num_kv_heads}, {n}]")
+        _check_freqs(freqs, split, head_dim, num_kv_heads, axes)
         self.head_dim, self.num_heads, self.num_kv_heads, self.axes = head_dim, num_heads, num_kv_heads, axes
+        self.split, self.interleaved = () if split is None else tuple(split), interleaved
         self.own_freqs = None if freqs is None else freqs.detach().clone()
         dtype = default_dtype() if freqs is None else at_least_fp32(freqs.dtype)
         self.register_buffer("freqs", self.default_freqs(dtype, device))
@@ -236,6 +271,8 @@ class AxialRoPE(Rotary):
     def extra_repr(self) -> str:
         return (
             f"head_dim={self.head_dim}, num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, axes={self.axes}"
+            + (f", split={self.split}" if self.split else "")
+            + (", interleaved=True" if self.interleaved else "")
         )
 
     def angles(self, query: Tensor, key: Tensor, positions: Tensor | None) -> Angles:
@@ -263,7 +300,27 @@ class AxialRoPE(Rotary):
                 )
             positions = make_axial_pos(*spatial, dtype=_angle_dtype(query), device=query.device)
         _check_positions(positions, query.shape[0], (*spatial, self.axes))
-        return Angles(positions, self.set_freqs(query.device))
+        return Angles(positions, self.set_freqs(query.device), split=self.split, interleaved=self.interleaved)
+
+
+def _check_freqs(
+    freqs: Tensor | None, split: Sequence[int] | None, head_dim: int, num_kv_heads: int, axes: int
+) -> None:
+    if freqs is None:
+        if split is not None:
+            raise ValueError(f"split={tuple(split)} says which axis freqs belong to; give freqs too")
+        return
+    if freqs.ndim != 2 or len(freqs) not in (1, num_kv_heads):
+        raise ValueError(f"freqs has shape {tuple(freqs.shape)}; expected [{num_kv_heads} or 1, n]")
+    n = freqs.shape[1]
+    if split is not None and (len(split) != axes or min(split) < 0 or sum(split) != n):
+        raise ValueError(f"split={tuple(split)} must be {axes} numbers, one an axis, that add up to {n} frequencies")
+    pairs = n if split is not None else axes * n
+    if not 1 <= pairs <= head_dim // 2:
+        raise ValueError(
+            f"freqs of shape {tuple(freqs.shape)} turn {pairs} pairs; a head of {head_dim} elements has 1 "
+            f"to {head_dim // 2}"
+        )
 
 
 class RoPE(Rotary):
@@ -275,6 +332,8 @@ class RoPE(Rotary):
         scaling: None, or a dictionary as ``rope_scaling`` / ``rope_parameters`` in Hugging Face configs. ``rope_type``
             (or ``type``) is "default", "linear", "llama3" or "yarn"; the other keys are those of that type. YaRN's
             attention factor multiplies cos and sin.
+        interleaved: element ``2 i`` turns with ``2 i + 1``, as in GPT-J, GLM and Cohere, instead of ``i`` with
+            ``i + head_dim / 2``.
 
     The frequencies are the buffer ``freqs [head_dim / 2]``, outside the state dict; ``reset_parameters`` writes it
     again, e.g. after ``to_empty``.
@@ -292,13 +351,14 @@ class RoPE(Rotary):
         *,
         theta: float = 10000.0,
         scaling: Mapping[str, Any] | None = None,
+        interleaved: bool = False,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         if head_dim < 2 or head_dim % 2:
             raise ValueError(f"head_dim must be an even number of at least 2, got {head_dim}")
         self.head_dim, self.theta, self.scaling = head_dim, theta, dict(scaling or {})
-        self.attention_factor = _attention_factor(self.scaling)
+        self.attention_factor, self.interleaved = _attention_factor(self.scaling), interleaved
         self.register_buffer("freqs", self.default_freqs(torch.float32, device), persistent=False)
 
     def default_freqs(self, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
@@ -308,7 +368,11 @@ class RoPE(Rotary):
         return _scaled_frequencies(self.theta**exponents, self.theta, self.scaling)
 
     def extra_repr(self) -> str:
-        return f"head_dim={self.head_dim}, theta={self.theta}" + (f", scaling={self.scaling}" if self.scaling else "")
+        return (
+            f"head_dim={self.head_dim}, theta={self.theta}"
+            + (f", scaling={self.scaling}" if self.scaling else "")
+            + (", interleaved=True" if self.interleaved else "")
+        )
 
     def angles(self, query: Tensor, key: Tensor, positions: Tensor | None) -> Angles:
         """Of ``query [B, L, Hq, D]`` and ``key [B, L, Hkv, D]``, ``D >= head_dim``.
@@ -327,7 +391,7 @@ class RoPE(Rotary):
         _check_positions(positions, batch, (length,))
         exact = _angle_dtype(query) == torch.float32  # otherwise those that are held are rounded
         freqs = self.set_freqs(query.device) if exact else self.default_freqs(torch.float64, query.device)
-        return Angles(positions[..., None], freqs[None], self.attention_factor)
+        return Angles(positions[..., None], freqs[None], self.attention_factor, interleaved=self.interleaved)
 
 
 def _rope_type(scaling: Mapping[str, Any]) -> str:

@@ -107,7 +107,7 @@ def device_traits(device: torch.device) -> tuple[str, int]:
 
 
 class Inputs(NamedTuple):
-    """The tensors of a call as ``functional`` validated them, last axes contiguous."""
+    """The tensors of a call as ``operations`` validated them, last axes contiguous."""
 
     query: Tensor
     key: Tensor
@@ -295,14 +295,24 @@ class RotationKind(NamedTuple):
     """What the preparation of queries and keys is apart from its data."""
 
     norm: str
-    axes: int
-    """coordinates of a position"""
-    pairs: int
-    """elements that turn with one ``pairs`` further on, all axes together"""
+    split: tuple[int, ...]
+    """how many pairs of elements turn by each coordinate of a position"""
     by_head: bool
     """whether frequencies differ by head"""
     batched: bool
     """whether positions differ by image"""
+    interleaved: bool = False
+    """Element ``2 i`` turns with ``2 i + 1``; otherwise ``i`` with ``i + pairs``."""
+
+    @property
+    def axes(self) -> int:
+        """coordinates of a position"""
+        return len(self.split)
+
+    @property
+    def pairs(self) -> int:
+        """all axes together"""
+        return sum(self.split)
 
 
 class QKPrep(NamedTuple):
@@ -315,19 +325,23 @@ class QKPrep(NamedTuple):
     positions: Tensor | None
     """``[B or 1, *spatial, axes]``"""
     freqs: Tensor | None
-    """``[heads that differ, n]``, fp32"""
+    """``[heads that differ, n]``, fp32: of every axis, or with ``split`` of all axes one after the other"""
     factor: float
     norm: str
     """none, cosine or rms"""
     eps: float
+    split: Sequence[int] = ()
+    """how many pairs turn by each axis; empty where all axes have the same frequencies"""
+    interleaved: bool = False
 
     @property
     def kind(self) -> RotationKind:
         if self.positions is None or self.freqs is None:
-            return RotationKind(self.norm, 1, 0, False, False)
+            return RotationKind(self.norm, (0,), False, False)
         batch, *_, axes = self.positions.shape
         heads, each = self.freqs.shape
-        return RotationKind(self.norm, axes, axes * each, heads > 1, batch > 1)
+        split = tuple(self.split) or (each,) * axes
+        return RotationKind(self.norm, split, heads > 1, batch > 1, self.interleaved)
 
     @property
     def by_head(self) -> bool:

@@ -52,7 +52,7 @@ class _Rotate(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         heads, prep = grouped("rotate", inputs)
         ctx.save_for_backward(*heads, prep.query_gain, prep.key_gain, prep.positions, prep.freqs)
-        ctx.numbers = prep.factor, prep.norm, prep.eps
+        ctx.numbers = prep.factor, prep.norm, prep.eps, prep.split, prep.interleaved
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

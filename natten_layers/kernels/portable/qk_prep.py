@@ -4,10 +4,11 @@ Both are bound by memory: a head is read once where it lies, in fp32 from there 
 positions and frequencies, as a table of them would be as large as the heads; a program computes those of its tokens
 once and uses them for all that shares them: images of a batch, or heads with equal frequencies.
 
-Legend as in ``primitives.py``. A head is handled in four parts of one layout: ``PAIRS`` elements, the ``PAIRS`` next
-that they turn with, and two halves of the ``REST`` that does not turn; ``BP`` is the larger size padded to a power of
-two. ``outer`` and ``item`` are the axes of batch and head, in the order in which a program has one ``outer`` and a run
-of ``items``.
+Legend as in ``primitives.py``. A head is handled in four parts of one layout: the first elements of ``PAIRS`` pairs,
+their second ones, and two halves of the ``REST`` that does not turn; ``BP`` is the larger size padded to a power of
+two. Second elements follow all the first ones, or with ``INTERLEAVED`` each its own. ``SPLIT`` has how many pairs turn
+by each axis of a position, ``FREQS`` is the length of a row of frequencies: of one axis, or of all. ``outer`` and
+``item`` are the axes of batch and head, in the order in which a program has one ``outer`` and a run of ``items``.
 """
 
 # pyright: reportGeneralTypeIssues=false
@@ -30,24 +31,40 @@ PROGRAMS = 8192  # enough to fill any device several times; beyond that a progra
 
 
 @triton.jit
-def load_parts(X, o_row, m_row, PAIRS: tl.constexpr, REST: tl.constexpr, BP: tl.constexpr):
+def load_parts(X, o_row, m_row, PAIRS: tl.constexpr, REST: tl.constexpr, BP: tl.constexpr, INTERLEAVED: tl.constexpr):
     """The parts of rows that start at ``o_row [T, 1]``, each ``[T, BP]`` in fp32."""
     HALF: tl.constexpr = REST // 2
     p = tl.arange(0, BP)[None, :]
-    m_pairs, m_rest = m_row & (p < PAIRS), m_row & (p < HALF)
-    b_first = tl.load(X + (o_row + p), mask=m_pairs, other=0.0).to(tl.float32)
-    b_second = tl.load(X + (o_row + p + PAIRS), mask=m_pairs, other=0.0).to(tl.float32)
-    b_third = tl.load(X + (o_row + p + 2 * PAIRS), mask=m_rest, other=0.0).to(tl.float32)
-    b_fourth = tl.load(X + (o_row + p + (2 * PAIRS + HALF)), mask=m_rest, other=0.0).to(tl.float32)
+    m_rest = m_row & (p < HALF)
+    if INTERLEAVED:
+        e = tl.arange(0, 2 * BP)[None, :]  # in one piece, as elements two apart cannot be loaded together
+        b_pairs = tl.load(X + (o_row + e), mask=m_row & (e < 2 * PAIRS), other=0.0).to(tl.float32)
+        b_first, b_second = tl.split(tl.reshape(b_pairs, (b_pairs.shape[0], BP, 2)))
+    else:
+        m_pairs = m_row & (p < PAIRS)
+        b_first = tl.load(X + (o_row + p), mask=m_pairs, other=0.0).to(tl.float32)
+        b_second = tl.load(X + (o_row + p + PAIRS), mask=m_pairs, other=0.0).to(tl.float32)
+    if REST > 0:
+        b_third = tl.load(X + (o_row + p + 2 * PAIRS), mask=m_rest, other=0.0).to(tl.float32)
+        b_fourth = tl.load(X + (o_row + p + (2 * PAIRS + HALF)), mask=m_rest, other=0.0).to(tl.float32)
+    else:
+        b_third, b_fourth = tl.zeros_like(b_first), tl.zeros_like(b_first)
     return b_first, b_second, b_third, b_fourth
 
 
 @triton.jit
-def store_parts(X, o_row, m_row, parts, PAIRS: tl.constexpr, REST: tl.constexpr, BP: tl.constexpr):
+def store_parts(
+    X, o_row, m_row, parts, PAIRS: tl.constexpr, REST: tl.constexpr, BP: tl.constexpr, INTERLEAVED: tl.constexpr
+):  # fmt: skip
     HALF: tl.constexpr = REST // 2
     p = tl.arange(0, BP)[None, :]
-    m_pairs, m_rest = m_row & (p < PAIRS), m_row & (p < HALF)
-    if PAIRS > 0:
+    m_rest = m_row & (p < HALF)
+    if INTERLEAVED:
+        e = tl.arange(0, 2 * BP)[None, :]
+        b_pairs = tl.reshape(tl.join(parts[0], parts[1]), (parts[0].shape[0], 2 * BP))
+        tl.store(X + (o_row + e), b_pairs, mask=m_row & (e < 2 * PAIRS))
+    elif PAIRS > 0:
+        m_pairs = m_row & (p < PAIRS)
         tl.store(X + (o_row + p), parts[0], mask=m_pairs)
         tl.store(X + (o_row + p + PAIRS), parts[1], mask=m_pairs)
     if REST > 0:
@@ -115,17 +132,21 @@ def cos_sin(angle):
 @triton.jit
 def rotation_of(
     Positions, Freqs, o_token, m_token, i_freq, factor,
-    AXES: tl.constexpr, PAIRS: tl.constexpr, T: tl.constexpr, BP: tl.constexpr,
+    SPLIT: tl.constexpr, FREQS: tl.constexpr, PAIRS: tl.constexpr, T: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """cos and sin ``[T, BP]`` of the angles ``positions[token, axis] * freqs[i_freq, j]``, ``j`` running fastest."""
     if PAIRS == 0:
         cos, sin = tl.full([T, BP], 1.0, tl.float32), tl.zeros([T, BP], tl.float32)
     else:
-        N: tl.constexpr = PAIRS // AXES
         p = tl.arange(0, BP)[None, :]
         m_pairs = p < PAIRS
-        b_position = tl.load(Positions + o_token * AXES + p // N, mask=m_token & m_pairs, other=0).to(tl.float32)
-        cos, sin = cos_sin(b_position * tl.load(Freqs + i_freq * N + p % N, mask=m_pairs, other=0.0))
+        axis = tl.zeros([1, BP], tl.int32)
+        FIRST = 0
+        for AXIS in tl.static_range(len(SPLIT) - 1):
+            FIRST += SPLIT[AXIS]
+            axis += (p >= FIRST).to(tl.int32)
+        b_position = tl.load(Positions + o_token * len(SPLIT) + axis, mask=m_token & m_pairs, other=0).to(tl.float32)
+        cos, sin = cos_sin(b_position * tl.load(Freqs + i_freq * FREQS + p % FREQS, mask=m_pairs, other=0.0))
         cos, sin = cos * factor, sin * factor
     return cos, sin
 
@@ -145,28 +166,28 @@ def program_share(tokens, outers, items, run, T: tl.constexpr):
 
 
 @triton.jit
-def element_gains(Gain, PAIRS: tl.constexpr, REST: tl.constexpr, BP: tl.constexpr):
+def element_gains(Gain, PAIRS: tl.constexpr, REST: tl.constexpr, BP: tl.constexpr, INTERLEAVED: tl.constexpr):
     """Those of an RMS norm, parts of ``[1, BP]``."""
     row = tl.zeros([1, 1], tl.int32)
-    return load_parts(Gain, row, row == 0, PAIRS, REST, BP)
+    return load_parts(Gain, row, row == 0, PAIRS, REST, BP, INTERLEAVED)
 
 
 @triton.jit
 def turn_tile(
     X, Out, Gain, Positions, Freqs, x_strides, out_strides,
     i_outer, tokens, outers, items, run, group, factor, eps,
-    AXES: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, BP: tl.constexpr, T: tl.constexpr,
-    NORM: tl.constexpr, BY_HEAD: tl.constexpr,
+    SPLIT: tl.constexpr, FREQS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, BP: tl.constexpr,
+    T: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, BY_HEAD: tl.constexpr,
 ):  # fmt: skip
     _, _, o_token, m_token, i_item, count = program_share(tokens, outers, items, run, T)
     i_freq = i_outer // group if BY_HEAD else 0
-    cos, sin = rotation_of(Positions, Freqs, o_token, m_token, i_freq, factor, AXES, PAIRS, T, BP)
+    cos, sin = rotation_of(Positions, Freqs, o_token, m_token, i_freq, factor, SPLIT, FREQS, PAIRS, T, BP)
     if NORM == "rms":
-        gains = element_gains(Gain, PAIRS, REST, BP)
+        gains = element_gains(Gain, PAIRS, REST, BP, INTERLEAVED)
     X += i_outer * x_strides[0]
     Out += i_outer * out_strides[0]
     for _ in tl.range(0, count, num_stages=1):
-        x = load_parts(X, o_token * x_strides[1] + i_item * x_strides[2], m_token, PAIRS, REST, BP)
+        x = load_parts(X, o_token * x_strides[1] + i_item * x_strides[2], m_token, PAIRS, REST, BP, INTERLEAVED)
         if NORM != "none":
             b_scale = inverse_norm(x, eps, 2 * PAIRS + REST, NORM)
             if NORM == "rms":
@@ -175,7 +196,7 @@ def turn_tile(
                 b_scale *= tl.load(Gain + (i_outer if BY_HEAD else i_item)).to(tl.float32)
             x = scaled(x, b_scale)
         x = (x[0] * cos - x[1] * sin, x[1] * cos + x[0] * sin, x[2], x[3])
-        store_parts(Out, o_token * out_strides[1] + i_item * out_strides[2], m_token, x, PAIRS, REST, BP)
+        store_parts(Out, o_token * out_strides[1] + i_item * out_strides[2], m_token, x, PAIRS, REST, BP, INTERLEAVED)
         i_item += 1
 
 
@@ -183,8 +204,8 @@ def turn_tile(
 def turn_back_tile(
     X, Grad, GradX, Partial, Gain, Positions, Freqs, x_strides, grad_strides, out_strides,
     i_outer, tokens, outers, own_outers, items, run, group, factor, eps,
-    AXES: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, BP: tl.constexpr, T: tl.constexpr,
-    NORM: tl.constexpr, BY_HEAD: tl.constexpr,
+    SPLIT: tl.constexpr, FREQS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, BP: tl.constexpr,
+    T: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, BY_HEAD: tl.constexpr,
 ):  # fmt: skip
     """Gradient of ``turn_tile``: turn the gradient back to ``u``, then with ``n = x * scale`` and ``h = u * gain``
     ``dgain = sum u * n`` and ``dx = scale * (h - n * (h . n))``, the product a mean for RMS norms.
@@ -195,19 +216,21 @@ def turn_back_tile(
     D: tl.constexpr = 2 * PAIRS + REST
     i_tile, i_block, o_token, m_token, i_item, count = program_share(tokens, outers, items, run, T)
     i_freq = i_outer // group if BY_HEAD else 0
-    cos, sin = rotation_of(Positions, Freqs, o_token, m_token, i_freq, factor, AXES, PAIRS, T, BP)
+    cos, sin = rotation_of(Positions, Freqs, o_token, m_token, i_freq, factor, SPLIT, FREQS, PAIRS, T, BP)
     if NORM == "rms":
-        gains = element_gains(Gain, PAIRS, REST, BP)
+        gains = element_gains(Gain, PAIRS, REST, BP, INTERLEAVED)
         zeros = tl.zeros([T, BP], tl.float32)
         sums = (zeros, zeros, zeros, zeros)
     X += i_outer * x_strides[0]
     Grad += i_outer * grad_strides[0]
     GradX += i_outer * out_strides[0]
     for _ in tl.range(0, count, num_stages=1):
-        d = load_parts(Grad, o_token * grad_strides[1] + i_item * grad_strides[2], m_token, PAIRS, REST, BP)
+        d = load_parts(
+            Grad, o_token * grad_strides[1] + i_item * grad_strides[2], m_token, PAIRS, REST, BP, INTERLEAVED
+        )
         u = (d[0] * cos + d[1] * sin, d[1] * cos - d[0] * sin, d[2], d[3])
         if NORM != "none":
-            x = load_parts(X, o_token * x_strides[1] + i_item * x_strides[2], m_token, PAIRS, REST, BP)
+            x = load_parts(X, o_token * x_strides[1] + i_item * x_strides[2], m_token, PAIRS, REST, BP, INTERLEAVED)
             b_scale = inverse_norm(x, eps, D, NORM)
             n = scaled(x, b_scale)
             if NORM == "rms":
@@ -221,19 +244,19 @@ def turn_back_tile(
                     tl.store(Partial + o_partial, tl.sum(tl.where(m_token, b_along, 0.0)))
                     b_scale *= tl.load(Gain + (i_outer if BY_HEAD else i_item)).to(tl.float32)
             u = scaled(plus(u, scaled(n, -b_along)), b_scale)
-        store_parts(GradX, o_token * out_strides[1] + i_item * out_strides[2], m_token, u, PAIRS, REST, BP)
+        store_parts(GradX, o_token * out_strides[1] + i_item * out_strides[2], m_token, u, PAIRS, REST, BP, INTERLEAVED)
         i_item += 1
     if NORM == "rms":
         row = tl.zeros([1, 1], tl.int64) + (i_block * own_outers + i_outer) * D
-        store_parts(Partial, row, row >= 0, column_sums(sums), PAIRS, REST, BP)
+        store_parts(Partial, row, row >= 0, column_sums(sums), PAIRS, REST, BP, INTERLEAVED)
 
 
 @triton.jit
 def rotate_kernel(
     Q, K, OutQ, OutK, GainQ, GainK, Positions, Freqs, q_strides, k_strides, outq_strides, outk_strides,
     tokens, outers, items, group, run, factor, eps,
-    AXES: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, BP: tl.constexpr, T: tl.constexpr,
-    NORM: tl.constexpr, BY_HEAD: tl.constexpr,
+    SPLIT: tl.constexpr, FREQS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, BP: tl.constexpr,
+    T: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, BY_HEAD: tl.constexpr,
 ):  # fmt: skip
     """Tensors are ``[outer, token, item, D]`` with contiguous last axes.
 
@@ -245,13 +268,13 @@ def rotate_kernel(
         turn_tile(
             Q, OutQ, GainQ, Positions, Freqs, q_strides, outq_strides,
             i_outer, tokens, total, items[0], run, group[0], factor, eps,
-            AXES, PAIRS, REST, BP, T, NORM, BY_HEAD,
+            SPLIT, FREQS, PAIRS, REST, BP, T, INTERLEAVED, NORM, BY_HEAD,
         )  # fmt: skip
     else:
         turn_tile(
             K, OutK, GainK, Positions, Freqs, k_strides, outk_strides,
             i_outer - outers[0], tokens, total, items[1], run, group[1], factor, eps,
-            AXES, PAIRS, REST, BP, T, NORM, BY_HEAD,
+            SPLIT, FREQS, PAIRS, REST, BP, T, INTERLEAVED, NORM, BY_HEAD,
         )  # fmt: skip
 
 
@@ -260,8 +283,8 @@ def rotate_backward_kernel(
     Q, K, DOutQ, DOutK, DQ, DK, PartialQ, PartialK, GainQ, GainK, Positions, Freqs,
     q_strides, k_strides, doutq_strides, doutk_strides, dq_strides, dk_strides,
     tokens, outers, items, group, run, factor, eps,
-    AXES: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, BP: tl.constexpr, T: tl.constexpr,
-    NORM: tl.constexpr, BY_HEAD: tl.constexpr,
+    SPLIT: tl.constexpr, FREQS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, BP: tl.constexpr,
+    T: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, BY_HEAD: tl.constexpr,
 ):  # fmt: skip
     """Takes what ``rotate_kernel`` takes, gradients of its results, and gives gradients and sums for those of gains."""
     total = outers[0] + outers[1]
@@ -270,13 +293,13 @@ def rotate_backward_kernel(
         turn_back_tile(
             Q, DOutQ, DQ, PartialQ, GainQ, Positions, Freqs, q_strides, doutq_strides, dq_strides,
             i_outer, tokens, total, outers[0], items[0], run, group[0], factor, eps,
-            AXES, PAIRS, REST, BP, T, NORM, BY_HEAD,
+            SPLIT, FREQS, PAIRS, REST, BP, T, INTERLEAVED, NORM, BY_HEAD,
         )  # fmt: skip
     else:
         turn_back_tile(
             K, DOutK, DK, PartialK, GainK, Positions, Freqs, k_strides, doutk_strides, dk_strides,
             i_outer - outers[0], tokens, total, outers[1], items[1], run, group[1], factor, eps,
-            AXES, PAIRS, REST, BP, T, NORM, BY_HEAD,
+            SPLIT, FREQS, PAIRS, REST, BP, T, INTERLEAVED, NORM, BY_HEAD,
         )  # fmt: skip
 
 
@@ -291,8 +314,8 @@ def _view(prep: QKPrep, x: Tensor) -> Tensor:
 def _launch(prep: QKPrep, kernel: Any, tensors: Sequence[Tensor], partials: Sequence[Tensor | None] = ()) -> None:
     """Call ``kernel`` on viewed ``tensors``, of which the first two are query and key."""
     query, key = tensors[:2]
-    norm, axes, pairs, by_head, _ = prep.kind
-    rest = query.shape[3] - 2 * pairs
+    kind = prep.kind
+    rest = query.shape[3] - 2 * kind.pairs
     tiles, runs, run = blocks(query, key)
     outers = len(query), len(key)
     launch = launcher(
@@ -301,10 +324,11 @@ def _launch(prep: QKPrep, kernel: Any, tensors: Sequence[Tensor], partials: Sequ
         (
             *(t.stride()[:3] for t in tensors),
             query.shape[1], outers, (query.shape[2], key.shape[2]),
-            tuple(n // len(prep.freqs) if prep.freqs is not None and by_head else 1 for n in outers), run,
+            tuple(n // len(prep.freqs) if prep.freqs is not None and kind.by_head else 1 for n in outers), run,
         ),
-        AXES=axes, PAIRS=pairs, REST=rest, BP=next_power_of_2(max(pairs, rest // 2)),
-        T=tile_size(query.shape[3]), NORM=norm, BY_HEAD=by_head, num_warps=4,
+        SPLIT=kind.split, FREQS=1 if prep.freqs is None else prep.freqs.shape[1], PAIRS=kind.pairs, REST=rest,
+        BP=next_power_of_2(max(kind.pairs, rest // 2)), T=tile_size(query.shape[3]),
+        INTERLEAVED=kind.interleaved, NORM=kind.norm, BY_HEAD=kind.by_head, num_warps=4,
     )  # fmt: skip
     inputs = (*tensors, *partials, prep.query_gain, prep.key_gain, prep.positions, prep.freqs)
     launch(inputs, (prep.factor, prep.eps))

@@ -70,7 +70,7 @@ from .small_softmax import (
 )
 from .small_tiling import StripLaunch, cut
 
-AS_THEY_ARE = RotationKind("none", axes=1, pairs=0, by_head=False, batched=False)
+AS_THEY_ARE = RotationKind("none", split=(0,), by_head=False, batched=False)
 
 
 @gluon.jit

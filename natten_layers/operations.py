@@ -8,12 +8,15 @@ from typing import Literal, NamedTuple, overload
 from torch import Tensor
 
 from . import eager
-from .arguments import Axes, Call, check_dense, prepare
+from .arguments import Axes, Call, check_bias, check_dense, prepare
 from .kernels.ops import attention as attention_ops
 
 __all__ = ["AttentionState", "attention_state", "merge_attention", "neighborhood_attention"]
 
 Impl = Literal["auto", "fused", "eager"]
+
+NO_BIAS = "the kernels have no rpb, the bias on relative positions"
+"""Why they do not compute a call that has one"""
 
 
 class AttentionState(NamedTuple):
@@ -45,10 +48,11 @@ def neighborhood_attention(
     stride: Axes = 1,
     dilation: Axes = 1,
     is_causal: bool | Sequence[bool] = False,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     sink: float | Tensor | None = None,
+    rpb: Tensor | None = None,
     return_lse: Literal[False] = False,
     impl: Impl = "auto",
 ) -> Tensor: ...
@@ -62,10 +66,11 @@ def neighborhood_attention(
     stride: Axes = 1,
     dilation: Axes = 1,
     is_causal: bool | Sequence[bool] = False,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     sink: float | Tensor | None = None,
+    rpb: Tensor | None = None,
     return_lse: Literal[True],
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]: ...
@@ -78,10 +83,11 @@ def neighborhood_attention(
     stride: Axes = 1,
     dilation: Axes = 1,
     is_causal: bool | Sequence[bool] = False,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     sink: float | Tensor | None = None,
+    rpb: Tensor | None = None,
     return_lse: bool = False,
     impl: Impl = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -102,11 +108,15 @@ def neighborhood_attention(
         stride: queries per shared window, ``1 <= stride <= kernel_size``.
         dilation: distance in tokens between neighboring keys of a window; ``kernel_size * dilation <= length``.
         is_causal: mask keys after the query, per axis.
-        scale: factor on the scores, default ``D ** -0.5``.
+        scale: factor on the scores, a number or a tensor of one that needs no gradient, default ``D ** -0.5``.
         additional_keys: registers, ``[B or 1, R, Hkv, D]``, visible to every query.
         additional_values: ``[B or 1, R, Hkv, Dv]``; given exactly when ``additional_keys`` is.
         sink: one extra logit per query head with a zero value vector: a float (``0.0`` is zero attention, also called
             softmax1), a tensor ``[Hq]``, or None. Not multiplied by ``scale``.
+        rpb: a bias on relative positions, ``[Hq, 2 * kernel_size - 1 per axis]`` of any floating point dtype, as old
+            NATTEN has it: entry ``(j - i) / dilation + kernel_size - 1`` on every axis is added to the scaled score of
+            query ``i`` and key ``j``. Registers and the sink have none. Its gradient has the same bits in every run.
+            Computed in PyTorch only, on GPUs too.
         return_lse: also return the log-sum-exp over every key the softmax saw: neighborhood, registers and sink.
         impl: "auto" takes the fused kernels where Triton can run on the tensors' device and dtype, else eager;
             "fused" and "eager" never fall back.
@@ -125,13 +135,15 @@ def neighborhood_attention(
         query, key, value, kernel_size, stride, dilation, is_causal, scale, additional_keys, additional_values, sink
     )
     if return_lse:
-        state = _run(call, impl)
+        state = _run(call, impl, rpb)
         return call.restore(state.out), call.restore(state.lse)
-    return attend(call, impl)
+    return attend(call, impl, rpb)
 
 
-def attend(call: Call, impl: Impl) -> Tensor:
-    """``out`` of prepared arguments."""
+def attend(call: Call, impl: Impl, rpb: Tensor | None = None) -> Tensor:
+    """``out`` of prepared arguments, ``rpb`` as the user gave it."""
+    if rpb is not None:
+        return call.restore(_run(call, impl, rpb).out)
     if takes_fused(impl, call.inputs.query, call.why_not_fused):
         return call.restore(attention_ops.attention(call.inputs, call.options))
     return call.restore(eager.attention(*call.for_eager))
@@ -146,10 +158,11 @@ def attention_state(
     stride: Axes = 1,
     dilation: Axes = 1,
     is_causal: bool | Sequence[bool] = False,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     sink: float | Tensor | None = None,
+    rpb: Tensor | None = None,
     impl: Impl = "auto",
 ) -> AttentionState:
     """:func:`neighborhood_attention` that also returns what :func:`merge_attention` needs.
@@ -162,7 +175,7 @@ def attention_state(
     call = prepare(
         query, key, value, kernel_size, stride, dilation, is_causal, scale, additional_keys, additional_values, sink
     )
-    return AttentionState(*map(call.restore, _run(call, impl)))
+    return AttentionState(*map(call.restore, _run(call, impl, rpb)))
 
 
 def merge_attention(*states: tuple[Tensor, Tensor, Tensor]) -> AttentionState:
@@ -199,8 +212,13 @@ def merge_attention(*states: tuple[Tensor, Tensor, Tensor]) -> AttentionState:
     return AttentionState(*eager.merge_states(*states))
 
 
-def _run(call: Call, impl: Impl) -> AttentionState:
-    if takes_fused(impl, call.inputs.query, call.why_not_fused):
+def _run(call: Call, impl: Impl, rpb: Tensor | None) -> AttentionState:
+    query = call.inputs.query
+    if rpb is not None:
+        check_bias(rpb, call)
+        takes_fused(impl, query, lambda: NO_BIAS)  # raises if they are insisted on
+        return AttentionState(*eager.attention_state(*call.for_eager, rpb=rpb))
+    if takes_fused(impl, query, call.why_not_fused):
         return AttentionState(*attention_ops.attention_state(call.inputs, call.options))
     return AttentionState(*eager.attention_state(*call.for_eager))
 

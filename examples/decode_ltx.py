@@ -1,0 +1,133 @@
+"""Decode latents with LTX-2's diffusion decoder, by the library's own attention and by this one's, and compare them.
+
+python examples/decode_ltx.py --tiny
+python examples/decode_ltx.py --random --frames 121 --height 512 --width 768 --device cuda --bf16 --patched-only
+python examples/decode_ltx.py path/to/decoder --latents latents.pt --save video.pt --device cuda --bf16 --patched-only
+
+The path is a directory that ``LTX2VideoDiffusionDecoderModel.from_pretrained`` takes. Without ``--latents`` they are
+random, as are the weights with ``--tiny`` and ``--random``. Needs diffusers (``pip install natten-layers[diffusers]``).
+At the sizes of real videos FlexAttention's block mask fits no device (167 GiB for 69x64x96 tokens): there, leave it out
+by ``--patched-only``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.autoencoders.ltx2_diffusion_decoder import LTX2VideoDiffusionDecoderModel
+from torch import Tensor
+
+from natten_layers.integrations.diffusers import patch, unpatch
+
+TINY = {
+    "latent_channels": 8,
+    "patch_size": 1,
+    "decoder_head_dim": 16,
+    "decoder_stage_channels": (64, 32, 32, 32, 32),
+    "decoder_stage_depths": (1, 1, 1, 1, 2),
+    "decoder_stage_kernels": ((3, 3, 3), (3, 5, 5), (3, 5, 5), (3, 5, 5)),
+    "decoder_upsample_strides": ((1, 2, 2), (2, 1, 1), (1, 1, 1), (1, 1, 1)),
+    "decoder_upsample_channel_reductions": (2, 1, 1, 1),
+    "decoder_stage5_kernel": (3, 5, 5),
+    "decoder_t_emb_dim": 32,
+    "spatial_compression_ratio": 2,
+    "temporal_compression_ratio": 2,
+}
+TINY_VIDEO = {"frames": 7, "height": 12, "width": 10}
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("weights", nargs="?", type=Path, help="directory of a decoder")
+    source.add_argument("--tiny", action="store_true", help="a tiny decoder with random weights, for any machine")
+    source.add_argument("--random", action="store_true", help="a decoder of LTX-2.5's size with random weights")
+    parser.add_argument("--latents", type=Path, help="tensor [1, C, T, H, W] that torch.save wrote; default random")
+    for name, size in (("frames", 121), ("height", 512), ("width", 768)):
+        parser.add_argument(f"--{name}", type=int, default=size, help=f"of the video, default {size}; not with --tiny")
+    parser.add_argument("--tiled", action="store_true", help="decode the last stages in overlapping tiles")
+    parser.add_argument("--patched-only", action="store_true", help="leave the library's own attention out")
+    parser.add_argument("--repeat", type=int, default=3, help="calls of which the shortest counts")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--save", type=Path, help="write the video [1, 3, frames, height, width] by torch.save")
+    arguments = parser.parse_args(argv)
+    if arguments.tiny:
+        vars(arguments).update(TINY_VIDEO)
+    if arguments.repeat < 1:
+        parser.error(f"--repeat must be at least 1, got {arguments.repeat}")
+    return arguments
+
+
+def load_decoder(arguments: argparse.Namespace) -> Any:
+    torch.manual_seed(arguments.seed)
+    dtype = torch.bfloat16 if arguments.bf16 else torch.float32
+    if arguments.weights is not None:
+        model = LTX2VideoDiffusionDecoderModel.from_pretrained(arguments.weights, torch_dtype=dtype)
+    else:
+        with torch.device(arguments.device):
+            model = LTX2VideoDiffusionDecoderModel(**(TINY if arguments.tiny else {}))
+    return model.to(arguments.device, dtype).eval()
+
+
+def load_latents(arguments: argparse.Namespace, model: Any) -> Tensor:
+    if arguments.latents is not None:
+        latents = torch.load(arguments.latents, weights_only=True)
+    else:
+        in_time, in_space = model.temporal_compression_ratio, model.spatial_compression_ratio
+        frames = (arguments.frames - 1) // in_time + 1
+        size = arguments.height // in_space, arguments.width // in_space
+        generator = torch.Generator().manual_seed(arguments.seed)
+        latents = torch.randn(1, model.config.latent_channels, frames, *size, generator=generator)
+    return latents.to(arguments.device, model.dtype)
+
+
+def decode(model: Any, latents: Tensor, arguments: argparse.Namespace) -> tuple[Tensor, float, float]:
+    """The video, and the seconds of the first call and of the shortest one."""
+    seconds, video = [], latents
+    for _ in range(arguments.repeat):
+        generator = torch.Generator(arguments.device).manual_seed(arguments.seed)
+        start = time.perf_counter()
+        with torch.inference_mode():
+            video = model.decode(latents, generator=generator, return_dict=False)[0]
+        if latents.is_cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return video, seconds[0], min(seconds)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    model = load_decoder(arguments)
+    latents = load_latents(arguments, model)
+    if arguments.tiled:
+        tile = {"tile_sample_min_height": 10, "tile_sample_min_width": 10, "tile_sample_min_num_frames": 6}
+        stride = {"tile_sample_stride_height": 6, "tile_sample_stride_width": 6, "tile_sample_stride_num_frames": 4}
+        model.enable_tiling(**(tile | stride if arguments.tiny else {}))
+    expected = None
+    if not arguments.patched_only:
+        expected, first, best = decode(model, latents, arguments)
+        print(f"unpatched  first call {first:.3f} s, shortest {best:.3f} s")
+    layers = patch(model)
+    video, first, best = decode(model, latents, arguments)
+    print(f"patched    first call {first:.3f} s, shortest {best:.3f} s, {layers} layers, video {tuple(video.shape)}")
+    if latents.is_cuda:
+        print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+    if expected is not None:
+        difference, largest = (video - expected).abs().max().item(), expected.abs().max().item()
+        print(f"largest difference {difference:.1e} of values up to {largest:.1f}")
+    unpatch(model)
+    if arguments.save is not None:
+        torch.save(video.cpu(), arguments.save)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

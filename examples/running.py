@@ -1,0 +1,192 @@
+"""What the commands of this folder share: errors in one line, answers to signals, and one run of a name at a time."""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+FAILED = 2  # the exit status of argparse, too
+
+SIGNALS_HELP = """
+Signals: after Ctrl-C, SIGTERM or SIGHUP the step is taken to its end, everything is saved, and the exit status is 130,
+143 or 129. A second Ctrl-C while a step is computed ends the run at once. SIGUSR1 saves and goes on: under SLURM,
+"#SBATCH --signal=USR1@300" saves five minutes before the time is up (torchrun does not pass it on: send it to the
+training processes).
+"""
+
+
+def run_command(body: Callable[[], int], *, when_interrupted: str = "interrupted") -> int:
+    """The exit status of a command. What users, files and machines do wrong becomes one line on standard error."""
+    threading.excepthook, hook = _quiet_about_files, threading.excepthook
+    try:
+        status = body()
+        sys.stdout.flush()  # while a reader that is gone can still be answered
+        return status
+    except BrokenPipeError:  # "| head" has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except (OSError, RuntimeError, ValueError, MemoryError) as error:  # torch raises RuntimeError for what users ask
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print(when_interrupted, file=sys.stderr)
+        return 128 + signal.SIGINT
+    finally:
+        threading.excepthook = hook
+
+
+def _quiet_about_files(error: threading.ExceptHookArgs) -> None:
+    """TensorBoard's thread raises what it cannot write at its next call, too, where it is reported in one line."""
+    if not isinstance(error.exc_value, OSError):
+        threading.__excepthook__(error)
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, without line breaks; its type, if it says nothing."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say of an error that names no file, as a full disk's under a file that is open, that it is of ``path``."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(f"cannot write {path}: {error.strerror}") from error
+
+
+def check_device(parser: argparse.ArgumentParser, device: str) -> None:
+    """End with a usage error where nothing can be computed on ``device``."""
+    try:
+        kind = torch.device(device)
+        if kind.type == "cuda":  # asked without taking memory of it: under torchrun another one may be meant
+            count = torch.cuda.device_count()
+            if (kind.index or 0) >= count:
+                parser.error(
+                    f"--device {device}: this PyTorch finds {count or 'no'} CUDA device{'' if count < 2 else 's'}"
+                )
+        else:
+            torch.ones((), device=kind).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch has no one type for it
+        parser.error(f"--device {device}: {one_line(error).split('. ')[0]}")
+
+
+class Signals:
+    """While it lasts, signals are wishes that a training loop reads between two steps.
+
+    SIGINT, SIGTERM and SIGHUP ask it to save and stop, SIGUSR1 to save and go on. Inside :meth:`interruptible` a second
+    wish to stop raises KeyboardInterrupt; everywhere else, as in the middle of a save, it changes nothing. Both hold
+    only from a second after the first wish on, since a Ctrl-C under torchrun comes twice: from the terminal, and from
+    torchrun, which passes on what it got itself.
+    """
+
+    STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self.since = 0.0
+        self.save_wanted = False
+        self.may_raise = False
+
+    @property
+    def stop_wanted(self) -> bool:
+        return self.number is not None
+
+    @property
+    def status(self) -> int:
+        """The exit status to stop with: that of the signal, or of SIGTERM where another process of the run got one."""
+        return 128 + (signal.SIGTERM if self.number is None else self.number)
+
+    def take_save(self) -> bool:
+        """Whether a save was asked for since the last call."""
+        wanted, self.save_wanted = self.save_wanted, False
+        return wanted
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        self.may_raise = True
+        try:
+            yield
+        finally:
+            self.may_raise = False
+
+    def __enter__(self) -> Signals:
+        self.terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+        handlers = dict.fromkeys(self.STOPPING, self._stop) | {signal.SIGUSR1: self._save}
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup
+            del handlers[signal.SIGHUP]
+        self.before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _save(self, number: int, frame: FrameType | None) -> None:
+        self.save_wanted = True
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:  # the terminal is gone: a progress bar that writes to it would end the run
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for descriptor in self.terminals:
+                os.dup2(nowhere, descriptor)
+            os.close(nowhere)
+        now = time.monotonic()
+        if self.number is None:
+            self.number, self.since = number, now
+            _tell("stopping after this step; a second Ctrl-C does not wait for it, and loses what is not saved")
+        elif now - self.since >= 1:
+            if self.may_raise:
+                raise KeyboardInterrupt
+            _tell("saving what there is, please wait")
+
+
+def _tell(text: str) -> None:
+    """To standard error from within a signal handler, where its buffer may be in use."""
+    with suppress(OSError):
+        os.write(2, f"\n{text}\n".encode())
+
+
+@contextmanager
+def running_alone(path: Path, what: str) -> Iterator[None]:
+    """Hold the lock file ``path`` for as long as a run lasts. The kernel releases it, however the run ends.
+
+    A POSIX lock, as flock(2)'s would outlive a killed run in the processes that it started.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        file = path.open("a+")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):  # POSIX allows both
+            file.close()
+            raise ValueError(f"another process is training {what} (it holds {path}); choose another name") from None
+        except OSError as error:  # not every network file system has locks
+            print(f"{path} cannot be locked ({one_line(error)}): do not start {what} twice", file=sys.stderr)
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            break
+        file.close()  # its holder removed it while this process waited to open it
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+        file.close()

@@ -1,0 +1,56 @@
+"""Attention processors that stand in for others, and how those come back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol, runtime_checkable
+
+import diffusers
+from torch import nn
+
+__all__ = ["VERSION", "Replacement", "modules_of", "unpatch"]
+
+VERSION = f"diffusers {diffusers.__version__}"
+"""for errors about something that is not as this integration knows it"""
+
+
+@runtime_checkable
+class Replacement(Protocol):
+    """An attention processor of ours."""
+
+    replaced: Any
+    """the processor that it stands in for"""
+
+    def release(self) -> None:
+        """Undo what was done to the model for this processor's sake."""
+
+
+def modules_of(model: Any) -> Iterator[nn.Module]:
+    """All modules of a model, or of a pipeline's models."""
+    if isinstance(model, nn.Module):
+        yield from model.modules()
+    elif isinstance(components := getattr(model, "components", None), dict):
+        for component in components.values():
+            if isinstance(component, nn.Module):
+                yield from component.modules()
+    else:
+        raise ValueError(f"expected a model or a pipeline of diffusers, got {type(model).__name__}")
+
+
+def unpatch(model: Any) -> int:
+    """Put back the attention processors that ``patch`` and ``neighborhood`` replaced.
+
+    Args:
+        model: a model or a pipeline of diffusers.
+
+    Returns:
+        In how many layers.
+    """
+    count = 0
+    for module in modules_of(model):
+        processor: Any = getattr(module, "processor", None)
+        if isinstance(processor, Replacement):
+            processor.release()
+            module.set_processor(processor.replaced)  # pyright: ignore[reportCallIssue]
+            count += 1
+    return count

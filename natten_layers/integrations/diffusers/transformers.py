@@ -1,0 +1,401 @@
+"""Windows for image and video transformers: an image token sees its neighborhood and all of the text.
+
+A processor of diffusers projects, normalises and rotates tokens, calls ``scaled_dot_product_attention`` once, and
+projects the result. All of that stays the library's: a replaced layer runs its own processor, in which that one call is
+computed here. What the call does not say, how tokens lie in the image, comes from the arguments of the model, which a
+hook reads; ``FAMILIES`` says how, for each class of model.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache, wraps
+from math import prod
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from ...functional import neighborhood_attention
+from .replacement import VERSION, Replacement
+
+__all__ = ["FAMILIES", "neighborhood"]
+
+Grid = tuple[int, ...]
+Arguments = Mapping[str, Any]
+
+
+# --- How tokens lie, by class of model
+
+
+def _image_ids(model: Any, arguments: Arguments) -> Grid:
+    """From the positions ``img_ids [L, 3 or 4]`` of FLUX, of which columns 1 and 2 are the row and the column."""
+    ids: Tensor = arguments["img_ids"]
+    ids = ids[0] if ids.ndim == 3 else ids
+    height, width = (int(n) + 1 for n in (ids[:, 1:3].amax(0) - ids[:, 1:3].amin(0)).tolist())
+    rows, columns = torch.meshgrid(
+        *(torch.arange(n, dtype=ids.dtype, device=ids.device) for n in (height, width)), indexing="ij"
+    )
+    expected = torch.stack([rows, columns], -1).flatten(0, 1) + ids[:1, 1:3]
+    if len(ids) != height * width or not torch.equal(ids[:, 1:3], expected):
+        raise ValueError(
+            f"img_ids of {len(ids)} tokens are not one image of {height} rows and {width} columns in their order: "
+            "reference images (Kontext, editing) have no neighborhoods here"
+        )
+    return height, width
+
+
+def _image_shapes(model: Any, arguments: Arguments) -> Grid:
+    """From ``img_shapes`` of Qwen-Image, for each sample one ``(1, height, width)``, or a list of that one."""
+    shapes = {tuple(map(tuple, s)) if len(s) != 3 else (tuple(s),) for s in arguments["img_shapes"]}
+    images = [image for sample in shapes for image in sample]
+    if len(images) != 1 or images[0][0] != 1:
+        raise ValueError(
+            f"img_shapes {arguments['img_shapes']} is more than one image a sample, or images of several sizes, "
+            "which have no neighborhoods here"
+        )
+    _, height, width = images[0]
+    return height, width
+
+
+def _image(model: Any, arguments: Arguments) -> Grid:
+    """From latents ``[B, C, H, W]``."""
+    return tuple(n // model.config.patch_size for n in arguments["hidden_states"].shape[2:])
+
+
+def _video(model: Any, arguments: Arguments) -> Grid:
+    """From latents ``[B, C, T, H, W]``."""
+    patch = model.config.patch_size
+    patch = (model.config.patch_size_t, patch, patch) if isinstance(patch, int) else patch
+    return tuple(n // p for n, p in zip(arguments["hidden_states"].shape[2:], patch, strict=True))
+
+
+def _video_frames_first(model: Any, arguments: Arguments) -> Grid:
+    """From latents ``[B, T, C, H, W]``."""
+    frames, _, height, width = arguments["hidden_states"].shape[1:]
+    patch = model.config.patch_size
+    return -(-frames // (model.config.patch_size_t or 1)), height // patch, width // patch
+
+
+def _video_numbers(model: Any, arguments: Arguments) -> Grid:
+    """From the numbers that the model is given, where the latents are flat: of frames, rows and columns."""
+    found = tuple(arguments.get(name) for name in ("num_frames", "height", "width"))
+    if None in found:
+        raise ValueError(f"give the model num_frames, height and width, from which windows are known; got {found}")
+    return tuple(map(int, found))  # pyright: ignore[reportArgumentType]
+
+
+class Family(NamedTuple):
+    """What has to be known of a class of models."""
+
+    rank: int
+    """axes of a grid"""
+    grid: Callable[[Any, Arguments], Grid]
+    """of a call's arguments"""
+    layers: tuple[str, ...]
+    """the attention of tokens with each other, as lists of blocks and names in a block, in the order of a call"""
+    text: Literal["first", "last", "elsewhere"]
+    """where text lies in the sequence; elsewhere: image tokens see it in an attention of its own, which stays"""
+    masks_pairs: bool = False
+    """whether a mask of padding comes as one of all pairs of tokens, ``m[i] & m[j]``"""
+
+
+_JOINT = "transformer_blocks.attn", "single_transformer_blocks.attn"
+FAMILIES = {
+    "FluxTransformer2DModel": Family(2, _image_ids, _JOINT, "first"),
+    "Flux2Transformer2DModel": Family(2, _image_ids, _JOINT, "first"),
+    "QwenImageTransformer2DModel": Family(2, _image_shapes, ("transformer_blocks.attn",), "first"),
+    "SD3Transformer2DModel": Family(2, _image, ("transformer_blocks.attn", "transformer_blocks.attn2"), "last"),
+    "WanTransformer3DModel": Family(3, _video, ("blocks.attn1",), "elsewhere"),
+    "WanVACETransformer3DModel": Family(3, _video, ("vace_blocks.attn1", "blocks.attn1"), "elsewhere"),
+    "SkyReelsV2Transformer3DModel": Family(3, _video, ("blocks.attn1",), "elsewhere"),
+    "HunyuanVideoTransformer3DModel": Family(3, _video, _JOINT, "last"),
+    "HunyuanVideo15Transformer3DModel": Family(3, _video, ("transformer_blocks.attn",), "last", masks_pairs=True),
+    "CogVideoXTransformer3DModel": Family(3, _video_frames_first, ("transformer_blocks.attn1",), "first"),
+    "LTXVideoTransformer3DModel": Family(3, _video_numbers, ("transformer_blocks.attn1",), "elsewhere"),
+    "LTX2VideoTransformer3DModel": Family(3, _video_numbers, ("transformer_blocks.attn1",), "elsewhere"),
+    "CosmosTransformer3DModel": Family(3, _video, ("transformer_blocks.attn1",), "elsewhere"),
+}
+
+
+# --- What users call
+
+
+def neighborhood(
+    model: nn.Module,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] = 1,
+    layers: Iterable[int] | None = None,
+) -> int:
+    """Let the image or video tokens of a transformer see their neighborhood and all text tokens, nothing else.
+
+    Text tokens go on seeing everything. Windows as long as the axes leave the result as it was. Calls for different
+    layers add up; one for a layer that has a window already changes it. :func:`unpatch` undoes all.
+
+    Args:
+        model: a transformer of diffusers, such as ``pipeline.transformer``, of a class in ``FAMILIES``.
+        kernel_size: window in tokens, one int or one per axis, (rows, columns) or (frames, rows, columns). Where an
+            axis is shorter than its window, the window is the axis.
+        stride: tokens per shared window, likewise.
+        layers: indices of layers, in the order in which the model runs them, negative ones from the end; None is all.
+
+    Returns:
+        How many layers have a window now.
+
+    Raises:
+        ValueError: a model, a window or a layer that does not fit, or a processor that cannot be replaced.
+    """
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    family = _family_of(model)
+    window = _Window(
+        *(_per_axis(name, n, family.rank) for name, n in (("kernel_size", kernel_size), ("stride", stride)))
+    )
+    if any(s > k for k, s in zip(*window, strict=True)):
+        raise ValueError(f"stride {window.stride} must not exceed kernel_size {window.kernel_size} on any axis")
+    attentions = _attentions(model, family)
+    chosen = _chosen(layers, attentions)
+    for attn in chosen:
+        _check(attn)
+    tokens = next((a.processor.tokens for a in attentions if hasattr(a.processor, "tokens")), None)
+    tokens = _Tokens(model, family) if tokens is None else tokens
+    for attn in chosen:
+        attn.set_processor(_replacement(attn.processor, window, tokens))
+    return sum(isinstance(attn.processor, Replacement) for attn in attentions)
+
+
+class _Window(NamedTuple):
+    kernel_size: Grid
+    stride: Grid
+
+
+def _family_of(model: nn.Module) -> Family:
+    for kind in type(model).__mro__:
+        if kind.__name__ in FAMILIES and kind.__module__.startswith("diffusers."):
+            return FAMILIES[kind.__name__]
+    raise ValueError(
+        f"{type(model).__name__} is not supported; supported are {', '.join(FAMILIES)}. Of a pipeline, give the "
+        "transformer"
+    )
+
+
+def _per_axis(name: str, value: int | Sequence[int], rank: int) -> Grid:
+    found = (value,) * rank if isinstance(value, int) else tuple(value)
+    if len(found) != rank or min(found) < 1:
+        raise ValueError(f"{name} must be a positive int or {rank} of them, one per axis, got {value}")
+    return found
+
+
+def _attentions(model: nn.Module, family: Family) -> list[Any]:
+    """Layers in the order in which the model runs them: block by block, of each list of blocks."""
+    lists: dict[str, list[str]] = {}
+    for path in family.layers:
+        blocks, name = path.split(".")
+        lists.setdefault(blocks, []).append(name)
+    found = [
+        attention
+        for blocks, names in lists.items()
+        for block in getattr(model, blocks, ())
+        for name in names
+        if (attention := getattr(block, name, None)) is not None
+    ]
+    if not found:
+        raise ValueError(f"{type(model).__name__} of {VERSION} has no layers {', '.join(family.layers)}")
+    return found
+
+
+def _chosen(layers: Iterable[int] | None, attentions: list[Any]) -> list[Any]:
+    count = len(attentions)
+    indices = range(count) if layers is None else list(layers)
+    outside = [i for i in indices if not -count <= i < count]
+    if outside:
+        raise ValueError(f"layers {outside} are not among the {count} of the model")
+    return [attentions[i] for i in indices]
+
+
+def _check(attn: Any) -> None:
+    processor = attn.processor
+    if isinstance(processor, nn.Module):
+        raise ValueError(f"{type(processor).__name__} has attention of its own (an adapter); unload it first")
+    if getattr(processor, "_parallel_config", None) is not None:
+        raise ValueError("context parallelism splits images between devices: windows cannot be told there")
+
+
+# --- The call of a model
+
+
+class _Tokens:
+    """How the tokens of the call that a model is in lie. Belongs to one model, whose hook it is."""
+
+    def __init__(self, model: nn.Module, family: Family) -> None:
+        self.family = family
+        self.grid: Grid = ()
+        self.mask: tuple[Tensor | None, list[Tensor]] = None, []
+        self.signature = inspect.signature(type(model).forward)
+        self.ids: tuple[Callable[[], Any], int] = (lambda: None), 0
+        # A bound method, so that a deep copy of the model has a hook of its own.
+        self.handle = model.register_forward_pre_hook(self.read, with_kwargs=True)  # pyright: ignore
+
+    def release(self) -> None:
+        self.handle.remove()
+        self.grid = ()
+
+    @torch.compiler.disable
+    def read(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        try:
+            arguments = self.signature.bind(model, *args, **kwargs).arguments
+        except TypeError:
+            return  # the model will say so
+        self.mask = None, []
+        ids = arguments.get("img_ids")
+        if ids is not None and ids is self.ids[0]() and ids._version == self.ids[1]:
+            return  # As in the last step: reading them would wait for the device.
+        try:
+            self.grid = self.family.grid(model, arguments)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"how the tokens of {type(model).__name__} of {VERSION} lie cannot be told from its arguments "
+                f"{[*arguments][1:]}: {error!r}"
+            ) from error
+        if ids is not None:
+            self.ids = weakref.ref(ids), ids._version
+
+    def visible_text(self, mask: Tensor, text: slice, batch: int) -> list[Tensor]:
+        """Indices of the text tokens of each sample that a mask ``[B or 1, 1, 1 or L, L]`` lets image tokens see."""
+        if self.mask[0] is not mask:  # which layers share, as a rule: to find the indices waits for the device
+            length = mask.shape[-1]
+            of_queries = length if self.family.masks_pairs else 1
+            if mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[1:] != (1, of_queries, length):
+                raise ValueError(
+                    f"attention mask {mask.dtype} {tuple(mask.shape)} is not one of padding, bool "
+                    f"[B, 1, {of_queries}, {length}]"
+                )
+            pixel = text.stop % length if self.family.masks_pairs else 0  # text is the first or the last part
+            rows = mask[:, 0, pixel].expand(batch, -1)
+            if not bool(torch.cat([rows[:, : text.start], rows[:, text.stop :]], 1).all()):
+                raise ValueError("the attention mask hides image tokens, which windows cannot honour")
+            self.mask = mask, [row.nonzero()[:, 0] for row in rows[:, text]]
+        return self.mask[1]
+
+
+class _Interception(TorchFunctionMode):
+    """Computes ``scaled_dot_product_attention`` by ``attend``."""
+
+    def __init__(self, attend: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.attend = attend
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.scaled_dot_product_attention:
+            func = self.attend
+        elif getattr(Tensor, name := getattr(func, "__name__", ""), None) is func:
+            # The compiler knows methods of tensors by name, not the Python code that some of them are.
+            return getattr(args[0], name)(*args[1:], **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _replacement(processor: Any, window: _Window, tokens: _Tokens) -> Any:
+    """A copy of a processor, of a class of its own, as layers and their library ask for a processor's class."""
+    replaced = processor.replaced if isinstance(processor, Replacement) else processor
+    new = copy.copy(replaced)
+    new.__class__ = _windowed(type(replaced))
+    new.replaced, new.window, new.tokens = replaced, window, tokens
+    if hasattr(new, "_attention_backend"):
+        new._attention_backend = "native"  # the one that calls PyTorch's function
+    return new
+
+
+@cache
+def _windowed(kind: Any) -> Any:
+    """A subclass of a processor's class whose attention has windows."""
+
+    @wraps(kind.__call__)  # layers pass the keyword arguments that the signature names
+    def call(self: Any, attn: Any, *args: Any, **kwargs: Any) -> Any:
+        outputs: list[Tensor] = []
+
+        def attend(*args: Any, **kwargs: Any) -> Tensor:
+            outputs.append(_attention(self.tokens, self.window, *args, **kwargs))
+            return outputs[-1]
+
+        with _Interception(attend):
+            result = kind.__call__(self, attn, *args, **kwargs)
+        # LTX-2's guidance by perturbation leaves attention out, of some samples or of all.
+        skips = kwargs.get("all_perturbed") or kwargs.get("perturbation_mask") is not None
+        if len(outputs) != 1 and not (skips and not outputs):
+            raise RuntimeError(
+                f"{kind.__name__} of {VERSION} calls scaled_dot_product_attention {len(outputs)} times; "
+                "windows need one call. Set attention backends before calling neighborhood, not after"
+            )
+        return result
+
+    def release(self: Any) -> None:
+        self.tokens.release()
+
+    return type(f"Neighborhood{kind.__name__}", (kind,), {"__call__": call, "release": release})
+
+
+def _attention(
+    tokens: _Tokens,
+    window: _Window,
+    query: Tensor,  # [B, Hq, L, D]
+    key: Tensor,  # [B, Hkv, L, D]
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **options: Any,
+) -> Tensor:
+    """What ``scaled_dot_product_attention`` takes and returns."""
+    length, image, where = query.shape[2], prod(tokens.grid), tokens.family.text
+    if is_causal or dropout_p or key.shape[2] != length:
+        raise ValueError(
+            f"attention of {length} queries over {key.shape[2]} keys, is_causal={is_causal}, dropout_p={dropout_p}, "
+            "has no neighborhoods here"
+        )
+    if not tokens.grid or length < image or (length > image and where == "elsewhere"):
+        raise ValueError(
+            f"attention of {length} tokens does not fit a grid of {tokens.grid}: call the whole model, on one device"
+        )
+    pixels = slice(length - image, length) if where == "first" else slice(0, image)
+    text = slice(0, length - image) if where == "first" else slice(image, length)
+    heads = [x.transpose(1, 2) for x in (query, key, value)]  # heads last, as views
+    of_image = [x[:, pixels].unflatten(1, tokens.grid) for x in heads]
+    of_text = [x[:, text] for x in heads[1:]]
+    if attn_mask is None:
+        parts = [_image_attention(window, of_image, of_text, options.get("scale"))]
+    else:  # each sample has a number of text tokens of its own
+        seen = tokens.visible_text(attn_mask, text, len(query))
+        samples = [
+            _image_attention(
+                window, [x[i : i + 1] for x in of_image], [x[i : i + 1, rows] for x in of_text], options.get("scale")
+            )
+            for i, rows in enumerate(seen)
+        ]
+        parts = [torch.cat(samples)]
+    if length > image:
+        if attn_mask is not None and attn_mask.shape[2] > 1:
+            attn_mask = attn_mask[:, :, text]
+        out = F.scaled_dot_product_attention(query[:, :, text], key, value, attn_mask=attn_mask, **options)
+        parts.insert(0 if where == "first" else 1, out.transpose(1, 2))
+    return (torch.cat(parts, 1) if len(parts) > 1 else parts[0]).transpose(1, 2)
+
+
+def _image_attention(window: _Window, image: list[Tensor], text: list[Tensor], scale: float | None) -> Tensor:
+    """``[B, tokens, Hq, D]`` of query, key and value ``[B, *grid, H, D]``, and key and value ``[B, R, H, D]``."""
+    query, key, value = image
+    has_text = text[0].shape[1] > 0
+    kernel_size = tuple(map(min, window.kernel_size, query.shape[1:-2]))
+    out = neighborhood_attention(
+        query, key, value, kernel_size,
+        stride=tuple(map(min, window.stride, kernel_size)),
+        scale=scale,
+        additional_keys=text[0] if has_text else None,
+        additional_values=text[1] if has_text else None,
+    )  # fmt: skip
+    return out.flatten(1, -3)

@@ -1,0 +1,466 @@
+"""The diffusers plug-in: tiny random models of the real library, computed by its own attention and by ours."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from helpers import error, raises_naming, randomize
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+diffusers = pytest.importorskip("diffusers")
+
+import decode_ltx  # noqa: E402
+from natten_layers import neighborhood_attention  # noqa: E402
+from natten_layers.geometry import make_window, window_mask  # noqa: E402
+from natten_layers.integrations.diffusers import ltx_decoder, neighborhood, patch, transformers, unpatch  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+
+
+# --- LTX-2's diffusion decoder
+
+
+def tiny_decoder(head_dim: int = 16, **options: Any) -> Any:
+    """Three latent frames and 3x3 latents are enough for every window, with little upsampling behind them."""
+    torch.manual_seed(0)
+    model = diffusers.LTX2VideoDiffusionDecoderModel(
+        **{
+            "latent_channels": 8,
+            "patch_size": 1,
+            "decoder_head_dim": head_dim,
+            "decoder_stage_channels": tuple(n * head_dim for n in (4, 2, 2, 2, 2)),
+            "decoder_stage_depths": (1, 1, 1, 1, 2),
+            "decoder_stage_kernels": ((3, 3, 3), (3, 5, 5), (3, 5, 3), (5, 3, 3)),
+            "decoder_upsample_strides": ((1, 2, 2), (2, 1, 1), (1, 1, 1), (1, 1, 1)),
+            "decoder_upsample_channel_reductions": (2, 1, 1, 1),
+            "decoder_stage5_kernel": (3, 5, 5),
+            "decoder_t_emb_dim": 32,
+            "spatial_compression_ratio": 2,
+            "temporal_compression_ratio": 2,
+        }
+        | options
+    )
+    randomize(model)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def decoded() -> tuple[Any, dict[bool, Tensor]]:
+    """A decoder and what it decodes with the library's FlexAttention, whole and in tiles."""
+    return (model := tiny_decoder()), {tiled: decode(model, tiled) for tiled in (False, True)}
+
+
+def decode(model: Any, tiled: bool) -> Tensor:
+    model.disable_tiling()
+    if tiled:
+        sizes = {"tile_sample_min_height": 8, "tile_sample_min_width": 8, "tile_sample_min_num_frames": 6}
+        model.enable_tiling(
+            **sizes, tile_sample_stride_height=6, tile_sample_stride_width=6, tile_sample_stride_num_frames=4
+        )
+    latents = torch.randn(1, 8, 4, 6, 5, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return model.decode(latents, generator=torch.Generator().manual_seed(2)).sample
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+def test_a_patched_decoder_decodes_the_same(decoded: tuple[Any, dict[bool, Tensor]], tiled: bool) -> None:
+    model, expected = decoded
+    before = [m.processor for m in model.modules() if hasattr(m, "processor")]
+    assert patch(model) == len(before) == 6
+    assert patch(model) == 6  # once more changes nothing
+    actual = decode(model, tiled)
+    torch.testing.assert_close(actual, expected[tiled], rtol=1e-5, atol=1e-5 * float(expected[tiled].abs().max()))
+    assert unpatch(model) == 6
+    assert [m.processor for m in model.modules() if hasattr(m, "processor")] == before
+    assert unpatch(model) == 0
+
+
+def ltx_layer(head_dim: int, kernel_size: tuple[int, int, int] = (3, 3, 3)) -> Any:
+    torch.manual_seed(0)
+    layer = ltx_decoder._attention_class()(2 * head_dim, kernel_size, head_dim=head_dim)
+    randomize(layer)
+    return layer
+
+
+@pytest.mark.parametrize("kernel_size", [(3, 7, 7), (3, 5, 5), (11, 11, 11)], ids=str)
+def test_windows_of_ltx_are_ours(kernel_size: tuple[int, int, int]) -> None:
+    layer = ltx_layer(8, kernel_size)
+    tokens = torch.randn(1, *(n + 1 for n in kernel_size), 16)
+    with torch.no_grad():
+        expected = layer(tokens)
+        patch(layer)
+        torch.testing.assert_close(layer(tokens), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("head_dim", [8, 16, 24, 64, 72, 128])
+def test_ltx_splits_every_head_dim_as_we_do(head_dim: int) -> None:
+    layer, tokens = ltx_layer(head_dim), torch.randn(1, 3, 4, 5, 2 * head_dim)
+    query, key, _ = layer.project_qkv(tokens)
+    rope, positions = ltx_decoder._rope_of(layer, tokens.device), ltx_decoder._TokenIndices()
+    heads = (norm(to(tokens).unflatten(-1, (2, head_dim))) for to, norm in
+             ((layer.to_q, layer.norm_q), (layer.to_k, layer.norm_k)))  # fmt: skip
+    turned = rope(*heads, positions.of(tokens.shape[1:-1], tokens.device))
+    torch.testing.assert_close(turned[0] * layer.scale, query)
+    torch.testing.assert_close(turned[1], key)
+
+
+def test_a_patched_layer_rounds_less_in_half_precision() -> None:
+    layer, tokens = ltx_layer(16), torch.randn(1, 4, 5, 6, 32)
+    layer, tokens = layer.bfloat16(), tokens.bfloat16()
+    with torch.no_grad():
+        exact = copy.deepcopy(layer).double()(tokens.double())
+        before = error(layer(tokens), exact)
+        patch(layer)
+        assert error(layer(tokens), exact) <= 1.1 * before
+
+
+def test_a_patched_layer_trains_after_inference() -> None:
+    layer, tokens = ltx_layer(16), torch.randn(1, 3, 4, 5, 32)
+    query, key, value = layer.project_qkv(tokens)  # FlexAttention has no gradient on a CPU
+    dense = neighborhood_attention(query, key, value, layer.kernel_size, scale=1.0, impl="eager")
+    out = layer.to_out[0](dense.flatten(-2))
+    (expected,) = torch.autograd.grad(out.square().sum(), layer.norm_q.weight)
+    patch(layer)
+    with torch.inference_mode():
+        layer(tokens)
+    (actual,) = torch.autograd.grad(layer(tokens).square().sum(), layer.norm_q.weight)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_watched_norms_are_called() -> None:
+    layer, seen = ltx_layer(16), list[torch.Size]()
+    patch(layer)
+    layer.norm_k.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    layer(torch.randn(1, 3, 3, 3, 32))
+    assert seen == [(1, 3, 3, 3, 2, 16)]
+
+
+def test_patch_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    with raises_naming("Linear", "LTX2VideoVaeNeighborhoodAttention"):
+        patch(nn.Linear(2, 2))
+    with raises_naming("a model or a pipeline", "str"):
+        patch("name")
+    layer = ltx_layer(16)
+    del layer.norm_k
+    layer.rope = nn.Identity()
+    with raises_naming(diffusers.__version__, "norm_k, rope.rope_dim_split, rope.base", error=AttributeError):
+        patch(layer)
+    monkeypatch.delattr("diffusers.models.autoencoders.ltx2_diffusion_decoder.LTX2VideoVaeNeighborhoodAttention")
+    with raises_naming(diffusers.__version__, "0.42.1", error=ImportError):
+        patch(layer)
+
+
+def test_the_example_compares_both(capsys: pytest.CaptureFixture[str]) -> None:
+    assert decode_ltx.main(["--tiny", "--repeat", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "6 layers" in printed
+    assert float(re.findall(r"largest difference (\S+)", printed)[0]) < 1e-5
+
+
+# --- Image and video transformers
+
+
+class Case(NamedTuple):
+    config: dict[str, Any]
+    inputs: Callable[[], dict[str, Any]]
+    grid: tuple[int, ...]
+    layers: int
+
+
+def image_ids(height: int, width: int, columns: int) -> Tensor:
+    ids = torch.zeros(height, width, columns)
+    ids[..., 1] += torch.arange(height)[:, None]
+    ids[..., 2] += torch.arange(width)
+    return ids.flatten(0, 1)
+
+
+HEADS = {"num_attention_heads": 2, "attention_head_dim": 16}
+CHANNELS = {"in_channels": 4, "out_channels": 4}
+JOINT = HEADS | {"in_channels": 4, "joint_attention_dim": 8}
+WAN = CHANNELS | {
+    "num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 8, "freq_dim": 8, "ffn_dim": 16, "num_layers": 2,
+    "rope_max_seq_len": 32,
+}  # fmt: skip
+LTX = HEADS | CHANNELS | {"cross_attention_dim": 32, "num_layers": 2, "caption_channels": 8}
+STEP, HALF = torch.tensor([500]), torch.tensor([0.5])
+PADDED = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0]])
+IMAGE, VIDEO = (5, 6), (3, 4, 5)
+LENGTHS = dict(zip(("num_frames", "height", "width"), VIDEO, strict=True))
+
+
+def text(batch: int = 1) -> dict[str, Tensor]:
+    return {"encoder_hidden_states": torch.randn(batch, 7, 8)}
+
+
+def video(batch: int = 1) -> dict[str, Tensor]:
+    latents = torch.randn(batch, 4, 3, 8, 10)
+    return text(batch) | {"hidden_states": latents, "timestep": STEP.repeat(batch)}
+
+
+CASES = {
+    "FluxTransformer2DModel": Case(
+        JOINT | {"num_layers": 1, "num_single_layers": 2, "pooled_projection_dim": 8, "axes_dims_rope": (4, 6, 6)},
+        lambda: text() | {
+            "hidden_states": torch.randn(1, 30, 4), "pooled_projections": torch.randn(1, 8), "timestep": HALF,
+            "img_ids": image_ids(*IMAGE, 3), "txt_ids": torch.zeros(7, 3),
+        },
+        IMAGE, 3,
+    ),
+    "Flux2Transformer2DModel": Case(
+        JOINT | {
+            "num_layers": 1, "num_single_layers": 2, "axes_dims_rope": (4, 4, 4, 4), "timestep_guidance_channels": 8
+        },
+        lambda: text() | {
+            "hidden_states": torch.randn(1, 30, 4), "timestep": HALF, "guidance": HALF,
+            "img_ids": image_ids(*IMAGE, 4)[None], "txt_ids": torch.zeros(1, 7, 4),
+        },
+        IMAGE, 3,
+    ),
+    "QwenImageTransformer2DModel": Case(
+        JOINT | {"out_channels": 1, "num_layers": 2, "axes_dims_rope": (4, 6, 6)},
+        lambda: text(2) | {
+            "hidden_states": torch.randn(2, 30, 4), "encoder_hidden_states_mask": PADDED, "timestep": HALF.repeat(2),
+            "img_shapes": [[(1, *IMAGE)]] * 2,
+        },
+        IMAGE, 2,
+    ),
+    "SD3Transformer2DModel": Case(
+        JOINT | {
+            "sample_size": 12, "out_channels": 4, "num_layers": 2, "caption_projection_dim": 32,
+            "pooled_projection_dim": 8, "pos_embed_max_size": 12, "dual_attention_layers": (0,),
+        },
+        lambda: text() | {
+            "hidden_states": torch.randn(1, 4, 10, 12), "pooled_projections": torch.randn(1, 8), "timestep": STEP
+        },
+        IMAGE, 3,
+    ),
+    "WanTransformer3DModel": Case(WAN, video, VIDEO, 2),
+    "WanVACETransformer3DModel": Case(
+        WAN | {"vace_layers": [0], "vace_in_channels": 6},
+        lambda: video() | {"control_hidden_states": torch.randn(1, 6, 3, 8, 10)},
+        VIDEO, 3,
+    ),
+    "SkyReelsV2Transformer3DModel": Case(WAN, video, VIDEO, 2),
+    "HunyuanVideoTransformer3DModel": Case(
+        HEADS | CHANNELS | {
+            "num_layers": 1, "num_single_layers": 1, "num_refiner_layers": 1, "text_embed_dim": 8,
+            "pooled_projection_dim": 8, "rope_axes_dim": (4, 6, 6),
+        },
+        lambda: video(2) | {
+            "encoder_attention_mask": PADDED, "pooled_projections": torch.randn(2, 8), "guidance": STEP.repeat(2)
+        },
+        VIDEO, 2,
+    ),
+    "HunyuanVideo15Transformer3DModel": Case(
+        HEADS | CHANNELS | {
+            "num_layers": 2, "num_refiner_layers": 1, "patch_size": 2, "text_embed_dim": 8, "text_embed_2_dim": 8,
+            "image_embed_dim": 8, "rope_axes_dim": (4, 6, 6),
+        },
+        lambda: video(2) | {
+            "timestep": STEP.float().repeat(2), "encoder_attention_mask": PADDED.float(),
+            "encoder_hidden_states_2": torch.randn(2, 7, 8),
+            "encoder_attention_mask_2": PADDED.float().flip(0), "image_embeds": torch.zeros(2, 3, 8),
+        },
+        VIDEO, 2,
+    ),
+    "CogVideoXTransformer3DModel": Case(
+        HEADS | CHANNELS | {
+            "time_embed_dim": 4, "text_embed_dim": 8, "num_layers": 2, "sample_width": 10, "sample_height": 8,
+            "sample_frames": 9, "max_text_seq_length": 7,
+        },
+        lambda: video() | {"hidden_states": torch.randn(1, 3, 4, 8, 10)},
+        VIDEO, 2,
+    ),
+    "LTXVideoTransformer3DModel": Case(
+        LTX,
+        lambda: text() | LENGTHS | {
+            "hidden_states": torch.randn(1, 60, 4), "timestep": STEP, "encoder_attention_mask": torch.ones(1, 7)
+        },
+        VIDEO, 2,
+    ),
+    "LTX2VideoTransformer3DModel": Case(
+        LTX | {
+            "audio_in_channels": 4, "audio_out_channels": 4, "audio_num_attention_heads": 2,
+            "audio_attention_head_dim": 8, "audio_cross_attention_dim": 16,
+        },
+        lambda: text() | LENGTHS | {
+            "hidden_states": torch.randn(1, 60, 4), "audio_hidden_states": torch.randn(1, 6, 4), "timestep": HALF,
+            "audio_encoder_hidden_states": torch.randn(1, 7, 8), "audio_num_frames": 6,
+        },
+        VIDEO, 2,
+    ),
+    "CosmosTransformer3DModel": Case(
+        HEADS | CHANNELS | {
+            "num_layers": 2, "text_embed_dim": 8, "adaln_lora_dim": 4, "max_size": (16, 16, 16),
+            "encoder_hidden_states_channels": 8, "concat_padding_mask": False, "extra_pos_embed_type": None,
+        },
+        video, VIDEO, 2,
+    ),
+}  # fmt: skip
+
+
+def tiny(name: str) -> tuple[Any, dict[str, Any]]:
+    torch.manual_seed(0)
+    model = getattr(diffusers, name)(**CASES[name].config)
+    randomize(model)
+    return model.eval(), CASES[name].inputs()
+
+
+@torch.no_grad()
+def output(model: Any, inputs: dict[str, Any]) -> Tensor:
+    return model(**inputs, return_dict=False)[0]
+
+
+def processors(model: Any) -> list[Any]:
+    return [m.processor for m in model.modules() if hasattr(m, "processor")]
+
+
+def test_every_family_is_tried() -> None:
+    assert CASES.keys() == transformers.FAMILIES.keys()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_whole_windows_are_the_unpatched_model(name: str) -> None:
+    (model, inputs), case = tiny(name), CASES[name]
+    before, expected = processors(model), output(model, inputs)
+    assert neighborhood(model, 99, 99) == case.layers
+    torch.testing.assert_close(output(model, inputs), expected, rtol=1e-5, atol=1e-5)
+    assert neighborhood(model, 3) == case.layers  # replaces the windows
+    tokens = {p.tokens for p in processors(model) if hasattr(p, "tokens")}
+    assert [t.grid for t in tokens] == [case.grid]
+    assert error(output(model, inputs), expected) > 1e-2
+    assert unpatch(model) == case.layers
+    assert processors(model) == before
+    assert not model._forward_pre_hooks
+    assert torch.equal(output(model, inputs), expected)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_token_reaches_those_whose_window_holds_it(name: str) -> None:
+    """In the first layer, what the last token is reaches the last two rows and columns of the last frame."""
+    (model, inputs), grid = tiny(name), CASES[name].grid
+    neighborhood(model, (1, 3, 3)[-len(grid) :])
+    results: list[Any] = []
+    first = transformers._attentions(model, transformers.FAMILIES[name])[0]
+    first.register_forward_hook(lambda module, args, result: results.append(result))
+    output(model, inputs)
+    changed = inputs["hidden_states"].clone()
+    changed.view(-1)[-1] += 1  # the last token of the last sample, whatever the order of axes
+    output(model, inputs | {"hidden_states": changed})
+    before, after = (result[0] if isinstance(result, tuple) else result for result in results)
+    expected = torch.zeros(grid, dtype=torch.bool)
+    (expected if len(grid) == 2 else expected[-1])[-2:, -2:] = True
+    assert torch.equal((before != after)[-1].any(-1), expected.flatten())
+
+
+@pytest.mark.parametrize("where", ["first", "last", "elsewhere"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_image_tokens_see_their_window_and_the_text(where: Any, padded: bool) -> None:
+    grid, registers, kernel_size, stride = (4, 5), 3 if where != "elsewhere" else 0, (3, 4), (2, 1)
+    tokens = transformers._Tokens(nn.Module(), transformers.Family(2, lambda *_: grid, (), where))
+    tokens.grid, length = grid, 20 + registers
+    pixels = torch.arange(20) + (registers if where == "first" else 0)
+    allowed = torch.ones(length, length, dtype=torch.bool)
+    allowed[pixels[:, None], pixels] = window_mask(grid, make_window(grid, kernel_size, stride))
+    query, key, value = torch.randn(3, 2, 2, length, 8).unbind()
+    mask = None
+    if padded:
+        mask = torch.ones(2, 1, 1, length, dtype=torch.bool)
+        if registers:
+            mask[1, :, :, 1 if where == "first" else -1] = False
+    expected = F.scaled_dot_product_attention(query, key, value, allowed if mask is None else allowed & mask, scale=0.7)
+    window = transformers._Window(kernel_size, stride)
+    actual = transformers._attention(tokens, window, query, key, value, mask, scale=0.7)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_layers_have_their_own_windows() -> None:
+    model, inputs = tiny("WanTransformer3DModel")
+    assert neighborhood(model, 3, layers=[0]) == 1
+    first = output(model, inputs)
+    assert neighborhood(model, (1, 3, 3), layers=[-1]) == 2
+    assert error(output(model, inputs), first) > 1e-3
+    kinds = [model.blocks[i].attn1.processor.window.kernel_size for i in (0, 1)]
+    assert kinds == [(3, 3, 3), (1, 3, 3)]
+
+
+def test_the_grid_follows_the_call() -> None:
+    model, inputs = tiny("FluxTransformer2DModel")
+    expected = output(model, turned := inputs | {"img_ids": image_ids(6, 5, 3)})
+    neighborhood(model, 99)
+    output(model, inputs)
+    torch.testing.assert_close(output(model, turned), expected, rtol=1e-5, atol=1e-5)
+    neighborhood(model, 3)
+    assert error(output(model, inputs), output(model, turned)) > 1e-3
+    ids = inputs["img_ids"]
+    output(model, inputs)
+    ids.copy_(image_ids(6, 5, 3))  # the same tensor with another image in it
+    output(model, inputs)
+    assert model.transformer_blocks[0].attn.processor.tokens.grid == (6, 5)
+
+
+def test_a_copy_is_a_model_of_its_own() -> None:
+    model, inputs = tiny("WanTransformer3DModel")
+    neighborhood(model, 3)
+    windowed = output(model, inputs)
+    twin = copy.deepcopy(model)
+    unpatch(model)
+    assert torch.equal(output(twin, inputs), windowed)
+    unpatch(twin)
+    assert not twin._forward_pre_hooks
+
+
+def test_a_part_that_is_left_alone_says_so() -> None:
+    model, inputs = tiny("WanTransformer3DModel")
+    neighborhood(model, 3)
+    unpatch(model.blocks[0])
+    with raises_naming("does not fit a grid"):
+        output(model, inputs)
+
+
+def test_a_compiled_block_has_windows() -> None:
+    model, inputs = tiny("FluxTransformer2DModel")
+    neighborhood(model, 3)
+    expected = output(model, inputs)
+    model.single_transformer_blocks[0].compile(backend="eager", fullgraph=True)
+    torch.testing.assert_close(output(model, inputs), expected)
+
+
+def test_refusals_name_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = tiny("FluxTransformer2DModel")
+    with raises_naming("Linear", "FluxTransformer2DModel", "WanTransformer3DModel", "the transformer"):
+        neighborhood(nn.Linear(2, 2), 3)
+    with raises_naming("kernel_size", "2 of them", "(3, 3, 3)"):
+        neighborhood(model, (3, 3, 3))
+    with raises_naming("stride (4, 4)", "kernel_size (3, 3)"):
+        neighborhood(model, 3, stride=4)
+    with raises_naming("layers [3, -4]", "the 3 of the model"):
+        neighborhood(model, 3, layers=[0, 3, -4])
+    assert not model._forward_pre_hooks
+    neighborhood(model, 3)
+    two = torch.cat([inputs["img_ids"]] * 2)
+    with raises_naming("60 tokens", "reference images"):
+        output(model, inputs | {"img_ids": two, "hidden_states": torch.randn(1, 60, 4)})
+    with raises_naming("FluxTransformer2DModel", diffusers.__version__, "img_ids"):
+        output(model, {name: x for name, x in inputs.items() if name != "img_ids"})
+    original = diffusers.models.transformers.transformer_flux.FluxAttnProcessor.__call__
+    monkeypatch.setattr(
+        "diffusers.models.transformers.transformer_flux.FluxAttnProcessor.__call__",
+        lambda *args, **kwargs: (original(*args, **kwargs), original(*args, **kwargs))[0],
+    )
+    with raises_naming("FluxAttnProcessor", diffusers.__version__, "attention backends", error=RuntimeError):
+        output(model, inputs)
+    with raises_naming("does not fit a grid", "the whole model"):
+        video, _ = tiny("WanTransformer3DModel")
+        neighborhood(video, 3)
+        video.blocks[0].attn1(torch.randn(1, 60, 24))
+    qwen, inputs = tiny("QwenImageTransformer2DModel")
+    neighborhood(qwen, 3)
+    with raises_naming("img_shapes", "more than one image"):
+        output(qwen, inputs | {"img_shapes": [[(1, 5, 3), (1, 5, 3)]] * 2})
