@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
             entries = implementations(workload, _variants(workload, args), args.peers, args.flex_order, device)
             rows += runner.run(workload, mode, entries, rates, args.budget_s, device)
             report["rows"] = [asdict(row) for row in rows]
-            runner.save(report, args.out)  # after every step, so that a run that is cut off still counts
+            runner.save(report, args.out)  # after every step, so that an interrupted run keeps its results
     print(f"\n{runner.heading(report)}\n")
     print("\n".join(_table(rows)))
     print(f"\nwritten to {args.out}")
@@ -93,7 +93,7 @@ def _variants(workload: Workload, args: argparse.Namespace) -> list[Variant]:
 
 
 def _host_times(device: torch.device) -> dict[str, float]:
-    """Microseconds of host time per asynchronous call at a size where the device is not what one waits for."""
+    """Microseconds of host time per asynchronous call, at a size so small that the device is never waited for."""
     query, key, value = (torch.randn(1, 32, 32, 4, 64, device=device, dtype=torch.bfloat16) for _ in range(3))
     dense = [t.flatten(1, 2).transpose(1, 2) for t in (query, key, value)]
 
@@ -109,7 +109,7 @@ def _host_times(device: torch.device) -> dict[str, float]:
         grad = torch.randn_like(query) if function is ours else torch.randn_like(dense[0])
         calls[f"{function.__name__} fwd"] = lambda _, f=function, t=tensors: f(*t)
         calls[f"{function.__name__} fwdbwd"] = lambda _, f=function, t=leaves, g=grad: torch.autograd.grad(f(*t), t, g)
-    repeats = 50 if device.type == "cuda" else 3  # the CPU has no asynchronous calls, and so nothing to learn here
+    repeats = 50 if device.type == "cuda" else 3  # on the CPU, calls are not asynchronous, so this only tests the code
     for call in calls.values():
         timing.host_seconds(call, device, repeats)
     return {name: 1e6 * timing.host_seconds(call, device, repeats) for name, call in calls.items()}

@@ -1,7 +1,8 @@
-"""Shapes of many real models, slowest beside its floor first: ``python -m benchmarks.census --help``.
+"""Time attention on shapes of many real models: ``python -m benchmarks.census --help``.
 
-Prints one table, with the kernel that each call took, and writes JSON. A result that fails its check in fp64 gets no
-time. Kernels are compiled beforehand in ``--jobs`` processes, which fill Triton's cache on disk.
+Prints one table, sorted by the ratio of time to floor, slowest first, with the kernel that computed each call, and
+writes JSON. A result that fails its check against fp64 gets no time. Kernels are compiled beforehand in ``--jobs``
+processes, which fill Triton's cache on disk.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from .runner import Row
 from .shapes import CENSUS, HEAVY
 from .workloads import MODES, Mode, Workload, add_variant, make_inputs, smoke
 
-if TYPE_CHECKING:  # it imports Triton
+if TYPE_CHECKING:  # the module imports Triton
     from natten_layers.kernels.dispatch import Choice
 
 DEFAULT_PEERS = ("fa2", "natten", "fa4")  # FlexAttention takes long to compile
@@ -61,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
             kernel = kernel_of(workload, mode, device)
             rows += [(row, kernel) for row in runner.run(workload, mode, entries, rates, args.budget_s, device)]
         report["rows"] = [{**asdict(row), "kernel": kernel} for row, kernel in rows]
-        runner.save(report, args.out)  # after every row, so that a run that is cut off still counts
+        runner.save(report, args.out)  # after every row, so that an interrupted run keeps its results
     runner.save(report, args.out)
     print(f"\n{runner.heading(report)}\n")
     print("\n".join(table(rows)))
@@ -112,7 +113,7 @@ def compile_ahead(names: Iterable[str], modes: Sequence[Mode], device: torch.dev
                     if each is not None:
                         each.requires_grad_()
                 attend(inputs).backward(inputs.grad_out)
-        except Exception as error:  # the run itself reports it
+        except Exception as error:  # the timed run will report the error
             print(f"{name}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
         del inputs
 
@@ -136,7 +137,7 @@ def _compile_in_processes(args: argparse.Namespace) -> None:
 
 
 def kernel_of(workload: Workload, mode: Mode, device: torch.device) -> str:
-    """Which kernels a call takes, in words."""
+    """The names of the kernels that compute a call."""
     if device.type != "cuda":
         return "eager"
     from natten_layers.kernels import dispatch
@@ -166,7 +167,7 @@ def _named(choice: Choice) -> str:
 
 
 def table(rows: Sequence[tuple[Row, str]]) -> list[str]:
-    """Markdown, this library's slowest row beside its floor first; beside each the best peer of the same run."""
+    """A Markdown table, sorted by this library's time over the floor, slowest first, with each row's best peer."""
     lines = [
         "| row | shape | mode | ms | floor | x floor | best peer | peer / ours | kernel | note |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -191,7 +192,7 @@ def table(rows: Sequence[tuple[Row, str]]) -> list[str]:
 
 
 def shape(workload: Workload) -> str:
-    """``batch, tokens, heads/KV heads, head dim, window`` and what is unusual about it."""
+    """``batch, tokens, heads/KV heads, head dim, window``, followed by the options that are not at their defaults."""
     w, window = workload, workload.window
     tokens, kernel = ("x".join(map(str, axes)) for axes in (w.spatial, w.kernel_size))
     dims = "/".join(map(str, dict.fromkeys(w.head_dims)))

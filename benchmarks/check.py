@@ -1,10 +1,10 @@
-"""Exact attention at a sample of positions, at any size: a benchmark prints no time for a result that this refuses.
+"""Exact attention at a sample of positions, at any size. A benchmark prints no time for a result that fails this check.
 
 The reference is computed in fp64 for sampled queries (their whole windows), sampled keys (every query that sees them,
 with those queries' whole windows) and whole heads where a gradient sums over all queries (registers, sink). A second
-pass of the same formula rounds where a flash kernel of the input's precision must: the weights before they meet the
-values, the score gradients, and the results; with inputs in fp32 it is that formula in fp32. A tested result may err at
-most twice as much as that pass, in fp32 eight times.
+pass of the same formula rounds where a flash kernel of the input's precision has to: the weights before they are
+multiplied with the values, the score gradients, and the results; with inputs in fp32 it is the formula in fp32. The
+error of a tested result may be at most twice that of the second pass, in fp32 eight times.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from .workloads import Inputs, Mode, Workload
 __all__ = ["Errors", "Reference"]
 
 ERROR_FACTOR = 2.0
-FP32_FACTOR = 8.0  # the GPU's exponential alone errs by two units in the last place; TF32 products err a thousand times
+FP32_FACTOR = 8.0  # a GPU's exponential is off by two units in the last place; TF32 products would be by a thousand
 QUERY_SAMPLES, KEY_SAMPLES, SINK_SAMPLES = 48, 8, 8
-BAND_PAIRS = 2**25  # query-key pairs at a time: 256 MiB of fp64 scores
-KEY_PAIRS = 2**34  # pairs that the sampled keys may cost together
+BAND_PAIRS = 2**25  # most query-key pairs computed at a time: 256 MiB of fp64 scores
+KEY_PAIRS = 2**34  # most query-key pairs to compute for all sampled keys together
 
 Bounds = Callable[[Tensor, int, int, int, bool], tuple[Tensor, Tensor]]
 Box = tuple[tuple[int, int], ...]  # first and last position (inclusive) on each axis
@@ -38,7 +38,7 @@ Errors = dict[str, tuple[float, float]]
 
 @dataclass
 class Sample:
-    """One exact vector (or number) and its low-precision twin."""
+    """One exact vector (or number), and the same computed in the input's precision."""
 
     at: tuple[int, ...]  # index into the result
     exact: Tensor
@@ -51,13 +51,13 @@ class Rows:
 
     out: Tensor  # [n, D]
     d_query: Tensor  # [n, D]
-    d_key: Tensor  # [c, D], this box's share for the columns asked for
+    d_key: Tensor  # [c, D], the part of the requested columns' gradient that comes from this box
     d_value: Tensor  # [c, D]
     d_sink: Tensor  # []
 
 
 class Grid(NamedTuple):
-    """One residue class of an image's tokens: positions are indices in it."""
+    """The tokens of one residue class of a dilated window; positions are indices within the class."""
 
     batch: int
     residue: tuple[int, ...]
@@ -170,7 +170,7 @@ class Reference:
         heads = range(kv_head * group, (kv_head + 1) * group)
         bands = [(grid, band) for grid, box in boxes for band in self._bands(grid, box)]
         rows = [self._rows(grid, head, band, columns, rounding) for head in heads for grid, band in bands]
-        if not rows:  # with a causal stride there are keys that nobody sees
+        if not rows:  # with a causal stride there are keys that no query sees
             d_key, d_value = (x.new_zeros(1, x.shape[-1]).double() for x in (self.inputs.key, self.inputs.value))
             return d_key, d_value
         d_key, d_value = (
@@ -185,18 +185,18 @@ class Reference:
         """Cut a box of queries along its first axis so that no piece has many more pairs than ``BAND_PAIRS``."""
         (first, last), *rest = box
         keys = self._bounds(window_bounds, box, grid.lengths)
-        # A thin slab sees about one window along the first axis.
+        # A piece that is thin along the first axis sees about one window of keys there.
         per_row = math.prod(b - a + 1 for a, b in (*rest, *keys[1:])) * self.window.kernel_size[0]
         rows = max(1, min(BAND_PAIRS // per_row, 2 * self.window.kernel_size[0]))
         for start in range(first, last + 1, rows):
             yield ((start, min(start + rows - 1, last)), *rest)
 
     def _axes(self, lengths: Sequence[int]) -> Iterator[tuple[int, int, int, bool]]:
-        """Length, kernel size, stride and whether it is causal."""
+        """For each axis: its length, kernel size, stride and whether it is causal."""
         return zip(lengths, self.window.kernel_size, self.window.stride, self.window.is_causal, strict=True)
 
     def _bounds(self, bounds: Bounds, box: Box, lengths: Sequence[int]) -> Box:
-        """The smallest box that holds what ``bounds`` (of windows or of their inverse) gives for every position."""
+        """The smallest box that contains what ``bounds`` (of windows or their inverse) returns for every position."""
         result = []
         for (a, b), axis in zip(box, self._axes(lengths), strict=True):
             first, last = bounds(torch.arange(a, b + 1), *axis)
@@ -213,10 +213,13 @@ class Reference:
         return mask
 
     def _rows(self, grid: Grid, head: int, box: Box, columns: tuple[int, ...] | None, rounding: bool) -> Rows:
-        """``columns``: a key's position, () for the registers, or None."""
+        """Attention and its backward for one head and the queries of one box.
+
+        ``columns`` selects the keys whose gradients are computed: a key's position, () for the registers, or None.
+        """
         w, inputs = self.workload, self.inputs
         kv_head = head * w.kv_heads // w.heads
-        # What a kernel in fp32 rounds is every sum: its twin is the formula in fp32.
+        # A kernel in fp32 rounds every sum, as the formula evaluated in fp32 does.
         dtype = torch.float32 if rounding and inputs.query.dtype == torch.float32 else torch.float64
         keys = self._bounds(window_bounds, box, grid.lengths)
         q, do = (self._take(t, grid, box, head).to(dtype) for t in (inputs.query, inputs.grad_out))

@@ -1,7 +1,7 @@
 """The eager path against dense ``scaled_dot_product_attention`` with a boolean mask, fp32 on the CPU.
 
-``python -m benchmarks.cpu [--repeats N] [--only NAME]`` prints interleaved medians; a result that disagrees with the
-dense one is an error, not a time.
+``python -m benchmarks.cpu [--repeats N] [--only NAME]`` prints medians of calls in alternation. A result that disagrees
+with the dense one is reported as an error and gets no time.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ WORKLOADS = {
 
 
 def dense(workload: Workload) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    # A window of a whole axis needs no mask, which is the harder baseline.
+    # A window over all of every axis needs no mask. Leaving it out makes the baseline faster, as a user would.
     full = workload.spatial == workload.kernel_size
     window = make_window(workload.spatial, workload.kernel_size, is_causal=workload.is_causal)
     mask = None if full else window_mask(workload.spatial, window)

@@ -1,7 +1,8 @@
-"""New tokens that attend over a cache, as a fraction of the copy bandwidth: ``python -m benchmarks.decode --help``.
+"""Time new tokens that attend over a cache, against the copy bandwidth: ``python -m benchmarks.decode --help``.
 
-Every result is checked against fp64 before it is timed. Calls rotate over copies of the cache that together exceed the
-L2 cache, in turns with ``scaled_dot_product_attention`` over the same cache. Prints a markdown table and writes JSON.
+Every result is checked against fp64 before it is timed. Calls alternate with ``scaled_dot_product_attention`` over the
+same cache, and rotate over copies of the cache that together exceed the L2 cache. Prints a Markdown table and writes
+JSON.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ Attend = Callable[["Inputs"], Tensor]
 
 @dataclass(frozen=True)
 class Workload:
-    """``tokens`` new tokens a sequence over a rolling cache of one ``window``, of which every slot is filled."""
+    """``tokens`` new tokens per sequence over a rolling cache of ``window`` slots, all of them filled."""
 
     name: str
     batch: int
@@ -38,7 +39,7 @@ class Workload:
 
     @property
     def bytes(self) -> int:
-        """Read or written once, in bf16: query, key, value, output."""
+        """Bytes of query, key, value and output in bf16."""
         rows = 2 * self.tokens * self.heads + 2 * self.window * self.kv_heads
         return 2 * self.batch * rows * self.head_dim
 
@@ -80,7 +81,7 @@ class Row:
     p10_ms: float | None = None
     p90_ms: float | None = None
     of_copy: float | None = None
-    """fraction of the copy bandwidth"""
+    """Achieved fraction of the copy bandwidth."""
 
 
 def make_inputs(workload: Workload, device: torch.device, seed: int) -> Inputs:
@@ -104,7 +105,7 @@ def make_inputs(workload: Workload, device: torch.device, seed: int) -> Inputs:
 
 
 def ours(inputs: Inputs) -> Tensor:
-    """This library's operation; on a GPU, no fallback may pass for the kernel."""
+    """This library's operation. On a GPU it must use the kernel, never the eager path."""
     return _cached(inputs, "fused" if inputs.query.is_cuda else "auto")
 
 
@@ -119,7 +120,7 @@ def _cached(inputs: Inputs, impl: Impl) -> Tensor:
 
 
 def sdpa(inputs: Inputs) -> Tensor:
-    """What torch offers, without sinks; only several tokens need a mask here."""
+    """torch's ``scaled_dot_product_attention``, which has no sinks. A single new token needs no mask."""
     mask = None
     if inputs.query.shape[1] > 1:
         mask = inputs.key_positions <= inputs.query_positions.mT  # [L, S]
@@ -163,7 +164,7 @@ def _rotating(attend: Attend, inputs: list[Inputs]) -> timing.Call:
 
 
 def _error(actual: Tensor, expected: Tensor) -> float:
-    """Relative, in the 2-norm."""
+    """Relative error in the 2-norm."""
     return ((actual.double() - expected).norm() / expected.norm()).item()
 
 
@@ -191,7 +192,7 @@ def main(argv: list[str] | None = None) -> int:
             workload = replace(workload, batch=2, window=24, head_dim=16)
         rows += run(workload, rates["copy"], args.budget_s, device)
         report["rows"] = [asdict(row) for row in rows]
-        runner.save(report, args.out)  # after every step, so that a run that is cut off still counts
+        runner.save(report, args.out)  # after every step, so that an interrupted run keeps its results
     print("\n".join([f"{runner.heading(report)}.", "", *table(rows), "", f"written to {args.out}"]))
     return int(any(row.failure for row in rows if row.implementation == "natten_layers"))
 

@@ -1,9 +1,9 @@
-"""One token of a whole language model over full caches: ``python -m benchmarks.generation --help``.
+"""Time one generated token of a whole language model over full caches: ``python -m benchmarks.generation --help``.
 
-A decoder of Mistral-7B's shape with random weights in bf16 makes a token for each of a batch of texts whose caches hold
-a whole window. The floor reads every weight and every cached key and value once at the copy bandwidth. Times are of the
-call as a user makes it, the host's part included. A model of two such layers is compared with fp64 first; an error over
-twice that of the eager path in bf16 gets no time.
+A decoder of Mistral-7B's shape with random weights in bf16 generates one token for each of a batch of texts, whose
+caches hold a whole window. The floor is the time to read every weight and every cached key and value once at the copy
+bandwidth. Times are of the call as a user makes it, host time included. First, a model of two such layers is compared
+with fp64; if its error exceeds twice that of the eager path in bf16, there is no time.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ SMOKE = replace(
     head_dim=16, windows=(12,),
 )  # fmt: skip
 GOAL = 0.7
-"""of the copy bandwidth"""
+"""The fraction of the copy bandwidth that a row should reach."""
 
 
 @dataclass
 class Row:
-    """A token of every text of a batch; times are None where ``failure`` says why."""
+    """One generated token for every text of a batch. Times are None if ``failure`` gives a reason."""
 
     batch: int
     floor_ms: float
@@ -51,7 +51,7 @@ class Row:
     p90_ms: float | None = None
     tokens_per_s: float | None = None
     of_copy: float | None = None
-    """fraction of the copy bandwidth"""
+    """Achieved fraction of the copy bandwidth."""
 
 
 def make_model(config: DecoderLMConfig, device: torch.device) -> DecoderLM:
@@ -60,7 +60,7 @@ def make_model(config: DecoderLMConfig, device: torch.device) -> DecoderLM:
 
 
 def full_cache(model: DecoderLM, batch: int, dtype: torch.dtype) -> Cache:
-    """A cache as after ``window`` tokens, of random keys and values."""
+    """A cache of random keys and values in the state that it has after ``window`` tokens."""
     config, device = model.config, model.model.embed_tokens.weight.device
     cache = model.make_cache(batch)
     generator = torch.Generator(device).manual_seed(1)
@@ -82,7 +82,7 @@ def draw_ids(model: DecoderLM, batch: int) -> Tensor:
 
 @torch.inference_mode()
 def check(config: DecoderLMConfig, device: torch.device) -> tuple[float, float]:
-    """Relative error of the logits in bf16 against fp64, and the error that is allowed, for two layers of the model."""
+    """Relative error of the logits in bf16 against fp64, and the allowed error, for two layers of the model."""
     small = replace(config, num_layers=2, windows=config.windows[:2])
     model = make_model(small, device)
     ids = draw_ids(model, 2)
@@ -101,7 +101,7 @@ def check(config: DecoderLMConfig, device: torch.device) -> tuple[float, float]:
 
 @torch.inference_mode()
 def measure(model: DecoderLM, batch: int, row: Row, budget_s: float, device: torch.device) -> None:
-    """Fill in the times of ``row``. Caches roll, so every call reads as much as the one before."""
+    """Fill in the times of ``row``. The caches roll, so every call reads the same number of bytes."""
     cache, ids = full_cache(model, batch, torch.bfloat16), draw_ids(model, batch)[:, 0]
     next_token = one_token(model, cache)
 
@@ -119,7 +119,7 @@ def measure(model: DecoderLM, batch: int, row: Row, budget_s: float, device: tor
 
 
 def floor_bytes(model: DecoderLM, batch: int) -> int:
-    """In bf16: weights (of the embedding, one row a text) and cached keys and values, each read once."""
+    """Bytes in bf16 of the weights (of the embedding, one row per text) and of the cached keys and values."""
     config = model.config
     weights = sum(p.nbytes for p in model.parameters()) - model.model.embed_tokens.weight.nbytes
     cached = sum(4 * batch * (window or 0) * config.kv_heads * config.dim for window in config.windows)

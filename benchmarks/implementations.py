@@ -1,4 +1,4 @@
-"""This library and its peers behind one interface: what each takes, in the layout that it likes best."""
+"""This library and its peers behind one interface, each with inputs in the layout that suits it best."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ PEERS = ("flex", "fa2", "cudnn", "natten", "fa4", "registers")
 FLEX_ORDERS = ("raster", "tiled")
 
 BLOCK = 128  # FlexAttention's block of tokens
-TILES = {2: (8, 16), 3: (2, 8, 8)}  # 128 tokens that lie close together
+TILES = {2: (8, 16), 3: (2, 8, 8)}  # by rank, blocks of 128 tokens that are close to each other
 
 
 class UnsupportedError(Exception):
-    """Why an implementation cannot run a problem."""
+    """An implementation cannot run a problem; the message says why."""
 
 
 class Layout:
-    """How an implementation stores ``[B, *spatial, H, D]``. Conversions are not timed."""
+    """How an implementation stores ``[B, *spatial, H, D]``. Conversions are not part of the timed call."""
 
     name = "raster"
 
@@ -74,7 +74,7 @@ class HeadsFirst(Layout):
         return tensor.transpose(1, 2).unflatten(1, spatial)
 
     def coordinates(self, index: Tensor, spatial: tuple[int, ...]) -> list[Tensor]:
-        """The position on each axis of a token, from its place in memory."""
+        """The position on each axis of a token, from its index in memory."""
         if self.tile is None:
             return _unravel(index, spatial)
         size = math.prod(self.tile)
@@ -105,14 +105,14 @@ class Implementation:
 
     name: str
     peer: str
-    """rows of one peer are alternatives, and the best of them counts"""
+    """Library that is compared. Several implementations of one peer are alternatives, and the best one counts."""
     variant: Variant
     workload: Workload
-    """what it computes: dense attention is another problem than the one it is compared with"""
+    """The problem that is computed. For dense attention it differs from the problem with which it is compared."""
     forward: Callable[[Inputs], Tensor]
     layout: Layout
     context: Callable[[], AbstractContextManager[object]] = nullcontext
-    """entered around every call"""
+    """Makes the context in which every call runs."""
 
     def pack(self, inputs: Inputs) -> Inputs:
         names = ("query", "key", "value", "grad_out")
@@ -123,7 +123,7 @@ class Implementation:
         return self.layout.unpack(tensor, self.workload.spatial) if local else tensor
 
     def differentiated(self, inputs: Inputs) -> dict[str, Tensor]:
-        """The inputs that have a gradient, by field name."""
+        """The inputs that get a gradient, by field name."""
         named = {f.name: getattr(inputs, f.name) for f in fields(inputs) if f.name != "grad_out"}
         return {name: t for name, t in named.items() if isinstance(t, Tensor)}
 
@@ -131,10 +131,10 @@ class Implementation:
 def implementations(
     workload: Workload, variants: list[Variant], peers: list[str], flex_orders: list[str], device: torch.device
 ) -> Iterator[Implementation | tuple[str, str]]:
-    """Everything that may run ``workload``, or the name and the reason where something cannot.
+    """All implementations that can run ``workload``; for those that cannot, the name and the reason.
 
-    This library runs every variant. A peer runs a variant only if it has what the variant asks for, except that the
-    plain workload runs without its sink where the peer knows none.
+    This library runs every variant. A peer runs a variant only if it supports its registers and sink, except that the
+    plain workload runs without its sink on a peer that has none.
     """
     base, *extra = variants
     plain = Variant(workload.registers)
@@ -151,7 +151,7 @@ def implementations(
     for peer in peers:
         try:
             yield from makers[peer]()
-        except Exception as error:  # whatever a peer fails with while it is set up, the others still run
+        except Exception as error:  # a peer whose setup fails must not keep the others from running
             yield peer, str(error) if isinstance(error, (UnsupportedError, ImportError)) else repr(error)
 
 
@@ -174,14 +174,14 @@ def ours(workload: Workload) -> Callable[[Inputs], Tensor]:
             additional_keys=inputs.additional_keys,
             additional_values=inputs.additional_values,
             sink=inputs.sink,
-            impl="fused" if inputs.query.is_cuda else "auto",  # on a GPU, no fallback may pass for the kernels
+            impl="fused" if inputs.query.is_cuda else "auto",  # on a GPU, never time the eager path
         )
 
     return forward
 
 
 def _registers(workload: Workload, variants: list[Variant]) -> Iterator[Implementation]:
-    """The other two ways to registers, forward only: a launch that goes on from a saved state, and a branch merged."""
+    """Two other ways to compute registers, forward only: a second launch from a saved state, and a merged branch."""
     if not variants:
         raise UnsupportedError("needs --registers")
 
@@ -216,7 +216,7 @@ def _folded(workload: Workload, inputs: Inputs, state: AttentionState) -> Tensor
 
 
 def _merged(workload: Workload, inputs: Inputs, state: AttentionState) -> Tensor:
-    """Registers by torch's flash kernel, which returns the log-sum-exp, joined by :func:`merge_attention`."""
+    """Attention to the registers by torch's flash kernel, merged with the window's by :func:`merge_attention`."""
     assert inputs.additional_keys is not None
     assert inputs.additional_values is not None
     query = inputs.query.flatten(1, -3).transpose(1, 2)
@@ -237,7 +237,7 @@ def _merged(workload: Workload, inputs: Inputs, state: AttentionState) -> Tensor
 def _flex(workload: Workload, orders: list[str], device: torch.device) -> Iterator[Implementation]:
     if workload.registers:
         raise UnsupportedError("it has no registers")
-    torch.compiler.reset()  # else eight workloads meet the limit on recompiled variants of one function
+    torch.compiler.reset()  # else several workloads exceed torch's limit on recompilations of one function
     for order in orders:
         tile = TILES.get(len(workload.spatial)) if order == "tiled" else None
         if order == "tiled" and (tile is None or any(n % t for n, t in zip(workload.spatial, tile, strict=True))):
@@ -249,12 +249,12 @@ def _flex(workload: Workload, orders: list[str], device: torch.device) -> Iterat
 
 
 def flex_mask(workload: Workload, layout: HeadsFirst, device: torch.device) -> BlockMask:
-    """The exact neighborhood for FlexAttention, in the layout's order of tokens."""
+    """FlexAttention's mask of the exact neighborhoods, for the order in which the layout stores tokens."""
     window = workload.window
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         del batch, head
-        inside = query >= 0  # every token
+        inside = query >= 0  # true for every token
         for q, k, length, kernel, stride, dilation, causal in zip(
             layout.coordinates(query, workload.spatial), layout.coordinates(key, workload.spatial), workload.spatial,
             window.kernel_size, window.stride, window.dilation, window.is_causal, strict=True,
@@ -295,7 +295,7 @@ def _flex_forward(workload: Workload, layout: HeadsFirst, device: torch.device) 
 def _block_mask(
     visible: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], tokens: int, device: torch.device
 ) -> BlockMask:
-    """``create_block_mask`` without its tokens x tokens intermediate results: one block of queries at a time."""
+    """``create_block_mask`` for one block of queries at a time, so that no tokens x tokens mask is in memory."""
     blocks = -(-tokens // BLOCK)
     zero = torch.zeros((), dtype=torch.long, device=device)
     key = torch.arange(blocks * BLOCK, device=device)
@@ -321,7 +321,7 @@ def _block_mask(
 
 
 def _fa2(workload: Workload) -> Iterator[Implementation]:
-    """Torch's flash kernel, which has a window that ``scaled_dot_product_attention`` does not offer."""
+    """torch's flash kernel with its window, an option that ``scaled_dot_product_attention`` does not expose."""
     if not _is_sliding(workload) or workload.registers:
         raise UnsupportedError("its window is causal and one-dimensional")
     if workload.head_dims[0] != workload.head_dims[1] or workload.dtype == torch.float32:
@@ -339,13 +339,13 @@ def _fa2(workload: Workload) -> Iterator[Implementation]:
 
 
 def _is_sliding(workload: Workload) -> bool:
-    """Whether it is causal attention in a sliding window over text."""
+    """Whether the workload is causal attention in a sliding window over text."""
     window = workload.window
     return window.is_causal == (True,) and window.stride == window.dilation == (1,)
 
 
 def _cudnn(workload: Workload) -> Iterator[Implementation]:
-    """Dense attention over the same tokens: what a user without neighborhood attention pays."""
+    """Dense attention over the same tokens, which is what a user without neighborhood attention would run."""
     if any(workload.window.is_causal):
         raise UnsupportedError("dense attention is compared on images and videos only")
     dense = replace(workload, kernel_size=workload.spatial, stride=1, dilation=1)

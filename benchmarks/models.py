@@ -1,4 +1,4 @@
-"""Whole models to time steps of, and FlexAttention in the place of this library's operation inside them."""
+"""Whole models whose steps are timed, and the replacement of this library's operation in them by FlexAttention."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ __all__ = ["SMOKE", "Attend", "Sizes", "Subject", "attention", "calling", "flex_
 Attend = Callable[..., Tensor]
 
 CALLERS = ("natten_layers.modules.attention", "natten_layers.modules.llm")
-"""modules that call operations by name"""
+"""Modules that import operations by name, in which :func:`calling` replaces them."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """An HDiT as k-diffusion's config for Oxford flowers has it, and a block of Mistral's shape."""
+    """Sizes of the HDiT in k-diffusion's config for Oxford flowers, and of a decoder block of Mistral's shape."""
 
     image: int = 256
     batch: int = 32
@@ -41,7 +41,7 @@ class Sizes:
     depths: tuple[int, ...] = (2, 2, 4)
     tokens: int = 32768
     checked_tokens: int = 8192
-    """of the block where it is compared with fp64"""
+    """Number of tokens for which the decoder block is compared with fp64."""
     hidden: int = 4096
     intermediate: int = 14336
     heads: int = 32
@@ -54,20 +54,20 @@ SMOKE = Sizes(64, 2, (64, 64, 64), (1, 1, 1), 96, 48, 64, 96, 4, 2, 16)
 
 @dataclass(frozen=True)
 class Subject:
-    """A model and what it runs on. ``output`` and ``loss`` take the model, which may be a copy of this one."""
+    """A model and functions that run it. They take the model as an argument, so that it may be a copy."""
 
     model: nn.Module
     output: Callable[[nn.Module, torch.dtype], Tensor]
-    """of a part of the batch, computed in the dtype: what is checked"""
+    """The output for a part of the batch, computed in the given dtype, for the comparison with fp64."""
     loss: Callable[[nn.Module], Tensor]
     sample: Callable[[nn.Module], Tensor] | None
-    """one call of the denoiser on the whole batch"""
+    """One call of the denoiser on the whole batch."""
     parameters: list[dict[str, Any]]
-    """groups for the optimizer"""
+    """Parameter groups for the optimizer."""
 
 
 def make_subjects(sizes: Sizes, device: torch.device) -> dict[str, dict[str, Callable[[], Subject]]]:
-    """By model and by what its attention has."""
+    """Functions that make each model, by the model's name and by the options of its attention."""
     hdit, block = partial(_hdit, sizes, device), partial(_decoder_block, sizes, device)
     return {
         "hdit-flowers": {
@@ -83,7 +83,7 @@ def make_subjects(sizes: Sizes, device: torch.device) -> dict[str, dict[str, Cal
 
 
 def _hdit(sizes: Sizes, device: torch.device, *, group: int, registers: int) -> Subject:
-    """bf16 autocast. Levels of fewer heads than ``group`` have one KV head."""
+    """HDiT under bf16 autocast. Levels with fewer heads than ``group`` have one KV head."""
     shapes = list(zip(sizes.depths, sizes.widths, strict=True))
     outer = [
         LevelConfig(depth, width, num_kv_heads=max(1, width // 64 // group), num_registers=registers)
@@ -94,7 +94,7 @@ def _hdit(sizes: Sizes, device: torch.device, *, group: int, registers: int) -> 
     network = HDiT(HDiTConfig([*outer, LevelConfig(*shapes[-1], "global")], input_size=size, sigma_data=0.5))
     for parameter in network.parameters():
         if not parameter.any():
-            nn.init.normal_(parameter, std=0.02)  # a branch that starts as zero would hide what it computes
+            nn.init.normal_(parameter, std=0.02)  # else branches start with an output of zero, which hides errors
     generator = torch.Generator(device).manual_seed(0)
     shape = (sizes.batch, 3, *size)
     images, noise = (torch.randn(shape, device=device, generator=generator) for _ in range(2))
@@ -118,7 +118,7 @@ def _hdit(sizes: Sizes, device: torch.device, *, group: int, registers: int) -> 
 
 
 def _decoder_block(sizes: Sizes, device: torch.device, *, registers: int) -> Subject:
-    """Parameters and activations in bf16."""
+    """A decoder block of Mistral's shape, with parameters and activations in bf16."""
     config = DecoderLMConfig(
         vocab_size=1, hidden_size=sizes.hidden, intermediate_size=sizes.intermediate, num_layers=1,
         num_heads=sizes.heads, num_kv_heads=sizes.kv_heads, windows=(sizes.window,), num_registers=registers,
@@ -148,7 +148,7 @@ def _decoder_block(sizes: Sizes, device: torch.device, *, registers: int) -> Sub
 
 @contextmanager
 def calling(name: str, function: Callable[..., Any] | None, callers: Sequence[str]) -> Iterator[None]:
-    """Put a function in the place of the one that modules call by ``name``; None leaves it."""
+    """Within the context, replace the function that modules call by ``name``; None replaces nothing."""
     with ExitStack() as stack:
         if function is not None:
             for caller in callers:
@@ -158,7 +158,7 @@ def calling(name: str, function: Callable[..., Any] | None, callers: Sequence[st
 
 @contextmanager
 def attention(attend: Attend | None) -> Iterator[None]:
-    """Put another function in the place of the operation inside the models, behind normalisation and rotation."""
+    """Within the context, replace attention in the models by another function, after normalisation and RoPE."""
     projected = None if attend is None else _behind_rotation(attend)
     with calling("neighborhood_attention", attend, CALLERS), calling("attend_with_qk_prep", projected, CALLERS):
         yield
@@ -166,7 +166,7 @@ def attention(attend: Attend | None) -> Iterator[None]:
 
 @lru_cache
 def _behind_rotation(attend: Attend) -> Callable[[Call, HeadNorm | None, Angles | None], Tensor]:
-    """One function for each: a compiled model is compiled anew for another."""
+    """The same function object for the same replacement, because a compiled model recompiles for another object."""
 
     def attend_with_qk_prep(call: Call, norm: HeadNorm | None, angles: Angles | None) -> Tensor:
         inputs, w = call.inputs, call.window
@@ -196,7 +196,7 @@ def flex_attend(
     stride: int | tuple[int, ...] = 1,
     dilation: int | tuple[int, ...] = 1,
 ) -> Tensor:
-    """What these models ask of the operation: FlexAttention, and torch's own attention where the window is all.
+    """Attention as these models need it: FlexAttention, or torch's dense attention if the window covers everything.
 
     Raises:
         UnsupportedError: registers or a sink.
@@ -220,7 +220,7 @@ _masks: dict[tuple[tuple[int, ...], tuple[int, ...], bool, torch.device], BlockM
 
 
 def _mask(key: tuple[tuple[int, ...], tuple[int, ...], bool, torch.device]) -> BlockMask:
-    """Made once, in a call that is not compiled: a compiled one looks it up."""
+    """FlexAttention's mask, made once by an uncompiled call; compiled calls look it up."""
     if key not in _masks:
         spatial, kernel_size, causal, device = key
         _masks[key] = flex_mask(Workload("step", 1, spatial, 1, 1, 64, kernel_size, causal), HeadsFirst(), device)
@@ -229,5 +229,5 @@ def _mask(key: tuple[tuple[int, ...], tuple[int, ...], bool, torch.device]) -> B
 
 @lru_cache
 def _compiled_flex(device_type: str) -> Callable[..., Any]:
-    """Uncompiled, it would hold all scores; on a CPU, where only miniatures run, it may."""
+    """Compiled FlexAttention, since uncompiled it stores all scores. On a CPU only miniatures run, uncompiled."""
     return torch.compile(flex_attention, dynamic=False) if device_type == "cuda" else flex_attention

@@ -1,8 +1,9 @@
-"""What a layer costs beyond the operation: from the ``qkv`` projection's output to the input of ``proj``.
+"""Time a layer without its projections against the bare operation: ``python -m benchmarks.module --help``.
 
-``python -m benchmarks.module --help``. Times ``NeighborhoodGQA`` with cosine normalisation and axial RoPE without its
-projections, the bare operation on normalised and rotated heads, and both steps in PyTorch before the operation, and
-counts the launches of each. A result whose error exceeds twice that of the steps in PyTorch gets no time.
+Three ways are timed, from the output of ``qkv`` to the input of ``proj``, and their launches counted:
+``NeighborhoodGQA`` with cosine normalisation and axial RoPE, the bare operation on heads that are already normalised
+and rotated, and the operation after both steps in PyTorch. A result whose error exceeds twice that of the steps in
+PyTorch gets no time.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Row:
     error: float
     allowed: float
     launches: int | None
-    """None where there is no device to count them on"""
+    """Number of kernel launches, None without a GPU."""
     failure: str | None = None
     median_ms: float | None = None
     p10_ms: float | None = None
@@ -47,7 +48,7 @@ class Row:
 
 
 class Problem:
-    """One workload as a layer sees it, and its steps one by one."""
+    """One workload as input of a layer, and the steps of the layer."""
 
     def __init__(self, workload: Workload, device: torch.device) -> None:
         self.workload = w = workload
@@ -58,19 +59,19 @@ class Problem:
         layer.register_module("qkv", nn.Identity())  # its output is the input
         self.rope, self.layer = rope.to(device), layer.to(device, DTYPE).eval()
         assert layer.qk_scale is not None
-        # The layer's default temperature of 10, as the operation multiplies by its scale too.
+        # This gives the layer's default temperature of 10, since the operation multiplies by its scale too.
         nn.init.constant_(layer.qk_scale, 10 / w.scale)
         self.gain = layer.qk_scale.detach()
         height, width = w.spatial
         self.positions = make_axial_pos(height, width, device=device)
         generator = torch.Generator(device).manual_seed(0)
         shape = (w.batch, *w.spatial, rows)
-        # Enough copies that none is in the cache when its turn comes.
+        # So many copies of the input that none is still in the L2 cache when it is used again.
         copies = 2 if device.type == "cuda" else 1
         self.qkv = [torch.randn(shape, device=device, dtype=DTYPE, generator=generator) for _ in range(copies)]
 
     def heads(self, qkv: Tensor, impl: Impl) -> tuple[Tensor, Tensor, Tensor]:
-        """What the operation takes, in the dtype of ``qkv``."""
+        """Normalised and rotated heads as inputs of the operation, in the dtype of ``qkv``."""
         w = self.workload
         query, key, value = qkv.unflatten(-1, (-1, w.head_dim)).split((w.heads, w.kv_heads, w.kv_heads), -2)
         angles = angles_of(self.rope, query, key, self.positions)
@@ -81,7 +82,7 @@ class Problem:
         return neighborhood_attention(*heads, self.workload.kernel_size, scale=self.workload.scale)
 
     def calls(self) -> dict[str, Callable[[int], Tensor]]:
-        """Each gives ``[B, *spatial, Hq, D]`` for one of the inputs, in turns."""
+        """The calls to time, by name. Each returns ``[B, *spatial, Hq, D]`` for one of the inputs, which take turns."""
         ready = [tuple(t.contiguous() for t in self.heads(qkv, "auto")) for qkv in self.qkv]
         count = len(self.qkv)
         return {

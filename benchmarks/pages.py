@@ -1,7 +1,7 @@
 """Write the recorded figures into the pages that show them: ``python -m benchmarks.pages``.
 
-A page holds ``<!-- table: NAME -->`` and ``<!-- end -->`` around each of its tables; what stands between them is made
-from the JSON files under ``benchmarks/results/``, so that no page can say what no run has measured.
+A page marks each of its tables with ``<!-- table: NAME -->`` and ``<!-- end -->``. The lines between these marks are
+generated from the JSON files under ``benchmarks/results/``, so that a page shows only what was measured.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MEANING = {
 
 
 def filled(page: str) -> str:
-    """``page`` with every marked table made anew.
+    """``page`` with every marked table regenerated.
 
     Raises:
         KeyError: a mark names no table.
@@ -52,7 +52,7 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
 
 
 def _ms(row: dict[str, Any] | None) -> str:
-    """Two digits or whole milliseconds: what runs agree on."""
+    """A time with two digits, or in whole milliseconds: repeated runs do not agree on more."""
     if row is None:
         return ""
     ms = row["median_ms"]
@@ -60,7 +60,7 @@ def _ms(row: dict[str, Any] | None) -> str:
 
 
 def _headline() -> list[str]:
-    """Ours, FlexAttention, and the dense or windowed kernel of torch, a line a workload."""
+    """One line per workload: this library, FlexAttention, and torch's dense or windowed kernel."""
     best = best_rows(_record("attention")["rows"])
 
     def cells(workload: str) -> Iterable[str]:

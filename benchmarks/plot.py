@@ -1,6 +1,7 @@
 """Draw a result of ``benchmarks.attention`` and print its summary: ``python -m benchmarks.plot --help``.
 
-Bars of time over the floor, on a logarithmic axis, one group a workload; of a peer's alternatives the best.
+The bars show time over the floor on a logarithmic axis, one group per workload, with the best of each peer's
+alternatives.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ TITLES = {"fwd": "forward", "fwdbwd": "forward + backward"}
 
 
 def best_rows(rows: list[dict[str, Any]]) -> dict[tuple[str, str, str], dict[str, Any]]:
-    """The fastest row of each (mode, workload, peer), variants apart from the plain workload left out."""
+    """The fastest row of each (mode, workload, peer) among the plain variants of the workloads."""
     plain: dict[str, str] = {}
     for row in rows:
         plain.setdefault(row["workload"], row["variant"])  # the first row of a workload is this library's plain one
@@ -31,7 +32,7 @@ def best_rows(rows: list[dict[str, Any]]) -> dict[tuple[str, str, str], dict[str
 
 
 def summary(rows: list[dict[str, Any]]) -> list[str]:
-    """Markdown: a line a workload and mode; the floor and the best time of each peer, in ms."""
+    """A Markdown table with one line per workload and mode: the floor and each peer's best time, in ms."""
     best = best_rows(rows)
     peers = list(dict.fromkeys(peer for _, _, peer in best))
     lines = [f"| workload | pass | floor | {' | '.join(peers)} |", f"|{'---|' * (3 + len(peers))}"]
@@ -48,7 +49,7 @@ def _label(ms: float) -> str:
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """Write a PNG."""
+    """Write the plot as a PNG file."""
     import matplotlib.pyplot as plt
 
     best = best_rows(report["rows"])

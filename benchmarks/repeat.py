@@ -1,9 +1,9 @@
-"""Repeat KV heads or read them with stride 0? Time and peak memory of both: ``python -m benchmarks.repeat --help``.
+"""Compare repeated KV heads with heads read with stride 0: ``python -m benchmarks.repeat --help``.
 
-Three ways to the same grouped-query attention, all with this library's kernels: an explicit ``repeat_interleave`` of
-key and value (its copy and, backward, its sum over the group included), unrepeated heads with one program for each
-query head, and unrepeated heads with the query heads of a group packed into one program. Prints a markdown table and
-writes JSON.
+Measures time and peak memory of three ways to compute the same grouped-query attention with this library's kernels: an
+explicit ``repeat_interleave`` of key and value (including its copy and, in the backward pass, its sum over the group),
+unrepeated heads with one program for each query head, and unrepeated heads with the query heads of a group packed into
+one program. Prints a Markdown table and writes JSON.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ WAYS = {"repeat": "explicit repeat", "unpacked": "stride 0, unpacked", "packed":
 GROUPS = (1, 2, 4, 8)
 BEGIN, END = "<!-- measured -->", "<!-- end -->"
 
-# 8 and 32 query heads; the KV heads are what is left of them by group.
+# 8 and 32 query heads; the number of KV heads follows from the size of the groups.
 WORKLOADS = (
     Workload("7x7", 8, (128, 128), 8, 8, 64, (7, 7)),
     Workload("13x13", 8, (128, 128), 8, 8, 64, (13, 13)),
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         page = args.page.read_text() if args.page else f"{BEGIN}{END}"
-        fill(page, "")  # it fails before, not after, all has been measured
+        fill(page, "")  # raise for a page without marks before measuring, not after
         reports = [json.loads(path.read_text()) for path in args.report or ()]
     except (OSError, ValueError) as error:
         parser.error(str(error))
@@ -73,13 +73,13 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
         for mode in MODES if args.mode == "both" else (args.mode,):
             rows = runner.run(grouped, mode, _ways(grouped), rates, args.budget_s, device)
             report["rows"] += [{"group": group, **asdict(row)} for row in rows]
-            runner.save(report, args.out)  # after every step, so that a run that is cut off still counts
+            runner.save(report, args.out)  # after every step, so that an interrupted run keeps its results
     print(f"\nwritten to {args.out}")
     return report
 
 
 def fill(page: str, text: str) -> str:
-    """``page`` with ``text`` between its marks.
+    """The text of ``page`` with ``text`` inserted between its marks.
 
     Raises:
         ValueError: the page does not have both marks.
@@ -92,7 +92,7 @@ def fill(page: str, text: str) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    """Markdown: a line for each window, group and mode; ms and MiB of each way, and how much faster packing is."""
+    """A Markdown table, one line per window, group and mode: ms and MiB of each way, and the speedup of packing."""
     cells: dict[tuple[str, int, str], dict[str, dict[str, Any]]] = {}
     for row in rows:
         cells.setdefault((row["workload"], row["group"], row["mode"]), {})[row["implementation"]] = row
@@ -134,7 +134,7 @@ def _repeated(workload: Workload, attend: Callable[[Inputs], Tensor]) -> Callabl
 
 @contextmanager
 def _unpacked() -> Iterator[None]:
-    # The override is a context variable: backward must not move to another thread, where it would not hold.
+    # The override is a context variable, so backward must run in this thread, where it is set.
     with tuned.override(pack=1), torch.autograd.set_multithreading_enabled(False):
         yield
 

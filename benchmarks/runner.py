@@ -29,17 +29,17 @@ Outputs = Callable[[int], tuple[Tensor | None, ...]]
 
 @dataclass(frozen=True)
 class Rates:
-    """What the machine reaches."""
+    """Measured rates of the machine."""
 
     copy: float
-    """bytes per second, read plus written"""
+    """Bytes per second, read plus written."""
     matmul: float
-    """bf16 FLOP per second"""
+    """Floating point operations per second in bf16."""
 
 
 @dataclass
 class Row:
-    """One implementation on one workload. Times in ms; every time is None where ``failure`` says why."""
+    """One implementation on one workload. Times are in ms; all are None if ``failure`` gives a reason."""
 
     workload: str
     mode: Mode
@@ -56,7 +56,7 @@ class Row:
     times_floor: float | None = None
     peak_mib: float | None = None
     first_call_s: float | None = None
-    """with all that is compiled on a first call, unless a cache on disk held it"""
+    """Time of the first call, which includes compilation unless a cache on disk has the kernels."""
     errors: Errors | None = None
 
 
@@ -68,10 +68,10 @@ def run(
     budget_s: float,
     device: torch.device,
 ) -> list[Row]:
-    """One row for each entry: an implementation, or the name of one and why it cannot run."""
-    _free(device)  # what the last workload left
+    """One row for each entry, which is an implementation, or a name and the reason why it cannot run."""
+    _free(device)  # memory of the previous workload
     floor_ms = 1e3 * floor(workload, mode).seconds(rates.copy, rates.matmul)
-    # Enough copies of small inputs that none is in the cache when its turn comes.
+    # So many copies of small inputs that none is still in the L2 cache when it is used again.
     copies = 1 + (2 * timing.L2_BYTES if device.type == "cuda" else 1) // floor(workload, "fwd").bytes
     inputs = [make_inputs(workload, device, seed) for seed in range(copies)]
     packed: dict[str, list[Inputs]] = {}
@@ -98,7 +98,7 @@ def run(
             if row.failure is None:
                 row.peak_mib = _mib(timing.peak_bytes(call, device))
                 calls[entry.name] = call
-        except Exception as error:  # each fails in its own way; the others still deserve their times
+        except Exception as error:  # one implementation's error must not stop the others
             row.failure = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
         if row.failure:
             _free(device)
@@ -113,7 +113,7 @@ def run(
 
 
 def _call(implementation: Implementation, inputs: list[Inputs], mode: Mode) -> Outputs:
-    """Gives ``(out,)``, or ``(out, *gradients)`` with None where there is no gradient."""
+    """A function that returns ``(out,)``, or ``(out, *gradients)`` with None where there is no gradient."""
     if mode == "fwd":
 
         def forward(i: int) -> tuple[Tensor]:
@@ -137,7 +137,7 @@ def _call(implementation: Implementation, inputs: list[Inputs], mode: Mode) -> O
 
 
 def _check(implementation: Implementation, call: Outputs, mode: Mode, reference: Reference, row: Row) -> None:
-    """Fill in ``row.errors``, and ``row.failure`` if they are too large."""
+    """Fill in ``row.errors``, and ``row.failure`` if an error is too large."""
     names = ["out"]
     if mode == "fwdbwd":
         names += [f"d_{name}" for name in implementation.differentiated(reference.inputs)]
@@ -173,7 +173,7 @@ def _free(device: torch.device) -> None:
 
 
 def make_parser(name: str, description: str | None, *, budget_s: float, timed: str) -> argparse.ArgumentParser:
-    """The flags that all benchmarks have; ``timed`` says what the budget is for."""
+    """A parser with the flags that all benchmarks have; ``timed`` describes what the time budget covers."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
     parser.add_argument("--budget-s", type=float, default=budget_s, help=f"seconds to time {timed}")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -184,13 +184,13 @@ def make_parser(name: str, description: str | None, *, budget_s: float, timed: s
 
 
 def save(report: dict[str, Any], path: Path) -> None:
-    """Write JSON, making the folder where it is missing."""
+    """Write a report as JSON, creating the folder if it is missing."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def heading(report: dict[str, Any]) -> str:
-    """One line that says where and what was measured."""
+    """One line with the machine and the code that were measured."""
     names = ("device", "driver", "torch", "triton", "commit", "date")
     copy, matmul = report["rates"]["copy"] / 1e12, report["rates"]["matmul"] / 1e12
     machine = ", ".join(f"{name} {report['environment'][name]}" for name in names)

@@ -1,7 +1,7 @@
-"""Shapes of attention in real models, away from the anchor workloads: what users bring.
+"""Shapes of attention in real models, as a check that kernels are fast beyond the anchor workloads.
 
-Comments name the model, its layer, and where its numbers are published. Where a model has full attention, or windows
-that are shifted instead of centred, the row is its layer with the neighborhood window that its name gives.
+Comments name the model, its layer, and where its numbers are published. For models with full attention, or with windows
+that are shifted instead of centred, the row is their layer with a neighborhood window in place of its own attention.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ CENSUS = {
         Workload("dinat-s3", 64, (14, 14), 16, 16, 32, (7, 7), dilation=2),
         # NAT-Tiny's stage 1, 2 heads of 32, in ADE20K's pictures of 512x2048 (arXiv 2204.07143).
         Workload("nat-ade", 4, (128, 512), 2, 2, 32, (7, 7)),
-        # A window between small and large, as in HDiT's middle levels at more context (arXiv 2401.11605).
+        # A window between small and large, as for HDiT's middle levels with more context (arXiv 2401.11605).
         Workload("mid-2d", 8, (128, 128), 8, 8, 64, (21, 21)),
         # The same with head dim 128, as in transformers for images from 2024 on (FLUX's heads).
         Workload("mid-128", 2, (128, 128), 24, 24, 128, (13, 13)),
@@ -95,10 +95,10 @@ CENSUS = {
         # Weather in fp32. Aurora's first level at 0.25 degrees: 8 heads of 64 over 4x180x360 patches, windows of 2x6x12
         # (arXiv 2405.13063), odd and centred here.
         Workload("aurora", 1, (4, 180, 360), 8, 8, 64, (3, 7, 13), dtype=FP32),
-        # Swin-sized heads of 32 over a globe at 1 degree, whose last row is a pole more.
+        # Swin-sized heads of 32 over a globe at 1 degree, with 181 rows because both poles have one.
         Workload("globe", 4, (181, 360), 8, 8, 32, (7, 11), dtype=FP32),
     )
 }
 
 HEAVY = frozenset({"ltx-1080p"})
-"""More memory and time than a short run has: only where they are asked for by name."""
+"""Rows that need more memory and time than a short run has. They run only if they are named."""

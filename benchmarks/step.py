@@ -1,10 +1,10 @@
-"""What a step of a whole model costs, and how much of it is attention: ``python -m benchmarks.step --help``.
+"""Time a step of a whole model, and the share of attention in it: ``python -m benchmarks.step --help``.
 
-Two models: HDiT of k-diffusion's config for Oxford flowers (256x256, batch 32, bf16 autocast), and a decoder block of
-Mistral's shape over one text of 32768 tokens in bf16. A step is a training step (loss, backward, AdamW), or one call of
-the sampler's denoiser. Each model runs on this library, plain and with grouped heads and registers, and on
-FlexAttention in the place of this library's operation; compiled, or not. A model whose output is further from fp64 than
-twice the error of the eager path in its precision gets no time.
+There are two models: the HDiT of k-diffusion's config for Oxford flowers (256x256, batch 32, bf16 autocast), and a
+decoder block of Mistral's shape over one text of 32768 tokens in bf16. A step is a training step (loss, backward,
+AdamW) or one call of the sampler's denoiser. Each model runs with this library, plain and with grouped heads and
+registers, and with FlexAttention instead, compiled or not. A model whose error against fp64 exceeds twice that of the
+eager path in its precision gets no time.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ OUR_KERNELS = (
     "small_forward_kernel", "small_forward_rolling_kernel", "small_dq_kernel", "small_dkv_kernel",
     "fold_registers_kernel", "qk_prep_kernel", "qk_prep_backward_kernel",
 )  # fmt: skip
-"""beginnings of the names of all that runs between the projections: attention, normalisation and rotation"""
+"""Prefixes of the names of this library's kernels: attention, normalisation and RoPE."""
 PEERS = ("flex",)
 
 
 @dataclass
 class Row:
-    """One step of one model. Times are None where ``failure`` says why, and in a run that was cut off."""
+    """One step of one model. Times are None if ``failure`` gives a reason, or if the run was interrupted."""
 
     model: str
     step: str
@@ -52,18 +52,18 @@ class Row:
     p90_ms: float | None = None
     peak_mib: float | None = None
     device_ms: float | None = None
-    """that the device was busy in one step; for the rest of ``median_ms`` it waited for the host"""
+    """Time for which the device is busy in one step; for the rest of ``median_ms`` it waits for the host."""
     attention_share: float | None = None
-    """of the device's busy time, from the output of ``qkv`` to the input of ``proj``; None for peers"""
+    """Share of this library's kernels in the device's busy time; None for peers."""
 
 
 def run(
     name: str, variants: dict[str, Callable[[], Subject]], compiled: bool, device: torch.device, budget_s: float,
     *, peers: Sequence[str] = PEERS, report: Callable[[list[Row]], None] = lambda rows: None,
 ) -> list[Row]:  # fmt: skip
-    """Every step of every variant of one model, timed in turns.
+    """Time every step of every variant of one model, in alternation.
 
-    ``report`` gets the rows after each variant, when their times are still to come, and once more with these.
+    ``report`` is called with the rows after each variant is checked, still without times, and again with times.
     """
     rows: list[Row] = []
     calls: dict[str, timing.Call] = {}
@@ -84,7 +84,7 @@ def run(
                     row.device_ms, share = _busy(call, device)
                     row.attention_share = share if attend is None else None
                     calls[str(len(rows) - 1)] = call
-            except Exception as error_of_step:  # the others still deserve their times
+            except Exception as error_of_step:  # one step's error must not stop the others
                 row.failure = _first_line(error_of_step)
             busy = "" if row.device_ms is None else f", device busy for {row.device_ms:.3g} ms"
             print(f"{name} {step} {label}: {row.failure or 'checked'}{busy}", flush=True)
@@ -101,7 +101,7 @@ def _pairs(
 ) -> Iterator[tuple[tuple[str, Callable[[], Subject]], tuple[str, Attend | None]]]:
     for variant in variants.items():
         yield variant, (OURS, None)
-        if "flex" in peers and "registers" not in variant[0]:  # it has none
+        if "flex" in peers and "registers" not in variant[0]:  # FlexAttention has no registers
             yield variant, ("flex", flex_attend)
 
 
@@ -130,7 +130,7 @@ def _check(
     """Compile the model if it has steps to run compiled, then compare it with fp64.
 
     Returns:
-        What is wrong, if anything; the relative error of the output; and what is allowed.
+        A description of what is wrong, or None; the relative error of the output; and the allowed error.
     """
 
     def eager_attend(*args: Any, **options: Any) -> Tensor:
@@ -140,7 +140,7 @@ def _check(
         plain = copy.deepcopy(subject.model)
         if to_compile:
             for call in to_compile.values():
-                call(0)  # what a peer prepares on its first call must not become a part of the graph
+                call(0)  # a peer's preparations in its first call must not become part of the graph
             plain.load_state_dict(subject.model.state_dict())
             subject.model.compile()
         with torch.no_grad(), attention(eager_attend):
@@ -161,7 +161,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _busy(call: timing.Call, device: torch.device) -> tuple[float | None, float | None]:
-    """Milliseconds that the device is busy in one call, and the part of them that this library's kernels take."""
+    """Milliseconds for which the device is busy in one call, and the share of this library's kernels in them."""
     if device.type != "cuda":
         return None, None
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
@@ -203,14 +203,14 @@ def main(argv: list[str] | None = None) -> int:
     report: dict[str, Any] = {"environment": timing.environment(device, args.commit), "rates": rates, "rows": []}
     rows: list[Row] = []
 
-    def save(more: list[Row]) -> None:  # often, so that a run that is cut off still counts
+    def save(more: list[Row]) -> None:  # often, so that an interrupted run keeps its results
         report["rows"] = [asdict(row) for row in rows + more]
         runner.save(report, args.out)
 
     for name, variants in make_subjects(SMOKE if args.smoke else Sizes(), device).items():
         for compiled in {"yes": (True,), "no": (False,), "both": (False, True)}[args.compile]:
             if args.models is None or name in args.models:
-                # Many variants of one function: past the usual limit they would run uncompiled, without a word.
+                # Beyond torch's usual limit, further variants of one function would silently run uncompiled.
                 with dynamo_config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
                     rows += run(name, variants, compiled, device, args.budget_s, peers=args.peers, report=save)
     print("\n".join([f"\n{runner.heading(report)}.\n", *table(rows), f"\nwritten to {args.out}"]))

@@ -1,10 +1,11 @@
-"""Which tiles are fastest, problem by problem: what the rule of the portable kernels is made from.
+"""Find the fastest tiles of the portable kernels for many problems: the data behind the rule that chooses tiles.
 
     python -m benchmarks.sweep --rows gemma3,mid-2d --kinds forward backward_key
 
-For each row of the census and each kernel, a grid of launches is compiled in parallel processes, checked against the
-rule's result and timed, and then the neighbors of the fastest. ``natten_layers.tune`` serves one user's problem with
-the same neighbors; this looks at many problems at once, for what they have in common. Prints a table and writes JSON.
+For each row of the census and each kernel, a grid of tile configurations is compiled in parallel processes, checked
+against the result of the rule's choice and timed, followed by the neighbors of the fastest. ``natten_layers.tune``
+searches the same neighbors for one user's problem; this benchmark looks for what many problems have in common. Prints a
+table and writes JSON.
 """
 
 from __future__ import annotations
@@ -45,11 +46,11 @@ from .shapes import CENSUS
 from .workloads import WORKLOADS, Workload, make_inputs, smoke
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
-TIMED_S = 0.02  # for one launch
-LAUNCH_S = 1e-3  # a launch that takes longer tells by its first run whether it is far off
-ERROR = {2: 8e-3, 4: 1e-5}  # of a result against the rule's, by element size
+TIMED_S = 0.02  # seconds for which one configuration is timed
+LAUNCH_S = 1e-3  # if a launch takes longer, its first run shows whether it is much slower than the best one
+ERROR = {2: 8e-3, 4: 1e-5}  # allowed error against the result of the rule's choice, by element size
 
-# Rows, keys, warps, stages and most registers.
+# Query rows, keys, warps, stages and maxnreg (None for no limit).
 GRID: dict[Kind, tuple[tuple[int, int, int, int, int | None], ...]] = {
     "forward": (
         (64, 64, 4, 2, None), (64, 32, 4, 3, None), (64, 32, 4, 2, 128), (64, 64, 8, 2, None), (64, 32, 8, 2, None),
@@ -72,13 +73,13 @@ GRID: dict[Kind, tuple[tuple[int, int, int, int, int | None], ...]] = {
 
 @dataclass(frozen=True)
 class Trial:
-    """One launch of one kernel on one problem; times in ms."""
+    """One tile configuration of one kernel on one problem, and its time in ms."""
 
     row: str
     kind: Kind
     config: TileConfig
     origin: str
-    """rule, grid or neighbor"""
+    """How the configuration was found: "rule", "grid" or "neighbor"."""
     ms: float | None = None
     registers: int | None = None
     spills: int | None = None
@@ -86,7 +87,7 @@ class Trial:
 
 
 class Subject:
-    """A problem with its tensors, of which any launch of a kernel can be made."""
+    """A problem and its tensors, on which a kernel can be launched with any tile configuration."""
 
     def __init__(self, workload: Workload, device: torch.device) -> None:
         with_data = device.type == "cuda"
@@ -94,7 +95,7 @@ class Subject:
         if with_data:
             data = make_inputs(workload, device, 0)
             query, key, value, self.grad_out = data.query, data.key, data.value, data.grad_out
-        else:  # addresses are all that compiling asks for
+        else:  # to compile a kernel, the addresses of tensors suffice
             shapes = ((heads, dim) for heads in (workload.heads, workload.kv_heads) for dim in workload.head_dims)
             query, self.grad_out, key, value = (
                 torch.empty(workload.batch, *workload.spatial, *shape, dtype=workload.dtype) for shape in shapes
@@ -131,7 +132,7 @@ class Subject:
 
 
 def grid(kind: Kind, problem: Problem) -> Iterator[TileConfig]:
-    """The launches to begin with."""
+    """The tile configurations that are tried first."""
     known, space = problem.problem_class, room(problem.problem_class)
     base = rule(kind, known)
     group = 1 if kind == "backward_key" else known.group
@@ -148,7 +149,7 @@ def workload_of(name: str, miniature: bool) -> Workload:
     return smoke(workload) if miniature else workload
 
 
-# Rows that take too long for many launches, with less of everything.
+# Smaller versions of rows that take too long to be run many times, and variants of anchor workloads.
 SMALLER = {
     w.name: w
     for w in (
@@ -170,9 +171,9 @@ ROWS = (
 )  # fmt: skip
 
 
-# In the processes that compile. They start as copies of this one before it has touched the GPU, and never do so: a
-# driver that launches nothing takes the place of CUDA's, and what they compile reaches this process through Triton's
-# cache on disk.
+# What follows runs in the processes that compile. They are forked before this process uses the GPU and never use it
+# themselves: a driver that launches nothing replaces CUDA's. This process finds the compiled kernels in Triton's cache
+# on disk.
 class _Utilities:
     def load_binary(self, *_: object) -> tuple[int, ...]:
         return 1, 1, 0, 0, 1024  # module, function, registers, spills, most threads
@@ -218,7 +219,7 @@ def _compile(trial: Trial, capability: int, miniature: bool) -> Trial:
     try:
         launcher, tensors, floats = _subjects[trial.row].launcher(trial.kind, trial.config)
         launcher(tensors, floats)
-    except Exception as error:  # Triton fails in many ways where a launch asks for more than there is
+    except Exception as error:  # Triton raises many types of errors for configurations that do not fit the chip
         return replace(trial, failure=_reason(error))
     return trial
 
@@ -228,7 +229,7 @@ def _reason(error: Exception) -> str:
 
 
 class Timer:
-    """Checks and times launches, and keeps the tensors of every row it has seen."""
+    """Checks and times tile configurations, and keeps the tensors of every row that it was given."""
 
     def __init__(self, device: torch.device, miniature: bool) -> None:
         self.device, self.miniature = device, miniature
@@ -244,7 +245,7 @@ class Timer:
                 self.subjects[trial.row] = Subject(workload_of(trial.row, self.miniature), self.device)
                 self._run_rule(trial.row)
             return self._timed(trial)
-        except Exception as error:  # as when compiling
+        except Exception as error:  # the same errors as in compilation
             return replace(trial, failure=_reason(error))
 
     def _run_rule(self, row: str) -> None:
@@ -267,11 +268,11 @@ class Timer:
         pairs = zip(subject.results(trial.kind), self.expected[key], strict=True)
         errors = [((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in pairs]
         if not all(error <= limit for error in errors):
-            self._run_rule(trial.row)  # what the next launches read
+            self._run_rule(trial.row)  # computes the tensors that the next launches read
             return replace(trial, failure=f"wrong result, relative error {max(errors):.2g}", **usage)
         calls: dict[str, timing.Call] = {"launch": lambda _: launcher(tensors, floats)}
         seconds = _once(calls["launch"], self.device)
-        if seconds < max(1.5 * self.best.get(key, math.inf), LAUNCH_S):  # the host's share of one launch is in it
+        if seconds < max(1.5 * self.best.get(key, math.inf), LAUNCH_S):  # includes host time
             seconds = timing.measure(calls, self.device, TIMED_S)["launch"].median
         self.best[key] = min(seconds, self.best.get(key, math.inf))
         return replace(trial, ms=1e3 * seconds, **usage)
@@ -291,7 +292,7 @@ def _once(call: timing.Call, device: torch.device) -> float:
 def _round(
     pool: ProcessPoolExecutor, timer: Timer, trials: Sequence[Trial], deadline: float, capability: int
 ) -> list[Trial]:
-    """Compile, check and time ``trials``; those that the deadline leaves out are missing."""
+    """Compile, check and time ``trials``. Those that did not finish before the deadline are left out of the result."""
     futures: list[Future[Trial]] = [pool.submit(_compile, t, capability, timer.miniature) for t in trials]
     done = []
     with contextlib.suppress(FuturesTimeoutError):
@@ -308,7 +309,7 @@ def sweep(
     pool: ProcessPoolExecutor, timer: Timer, rows: Sequence[str], kinds: Sequence[Kind], budget_s: float,
     capability: int,
 ) -> list[Trial]:  # fmt: skip
-    """The rule's launches, a grid, then the neighbors of the best, as often as there is time."""
+    """Try the rule's choice and a grid, then the neighbors of the best configuration for as long as time allows."""
     deadline = time.monotonic() + budget_s
     problems = {row: Subject(workload_of(row, timer.miniature), torch.device("cpu")).problem for row in rows}
     first = []
@@ -333,7 +334,7 @@ def sweep(
 
 
 def best_of(trials: Sequence[Trial]) -> dict[tuple[str, Kind], Trial]:
-    """The fastest of every row and kernel."""
+    """The fastest configuration of every row and kernel."""
     best: dict[tuple[str, Kind], Trial] = {}
     for t in trials:
         if t.ms is not None and t.ms < (best[t.row, t.kind].ms or math.inf if (t.row, t.kind) in best else math.inf):
@@ -369,14 +370,14 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     device, rows = torch.device(args.device), args.rows.split(",")
     pool = ProcessPoolExecutor(args.jobs, multiprocessing.get_context("fork"))
-    pool.submit(int).result()  # starts all of them, before this process has touched the GPU
+    pool.submit(int).result()  # starts all processes before this one uses the GPU
     timer = Timer(device, args.smoke)
     trials = sweep(pool, timer, rows, args.kinds, args.budget_s, args.capability)
     report = {"environment": timing.environment(device, args.commit), "trials": [asdict(t) for t in trials]}
     runner.save(report, args.out)
     print("\n".join(table(trials)))
     print(f"\nwritten to {args.out}", flush=True)
-    for process in list(getattr(pool, "_processes", {}).values()):  # one may be in a compiler that does not end
+    for process in list(getattr(pool, "_processes", {}).values()):  # a compilation may never end
         process.terminate()
     pool.shutdown(wait=False, cancel_futures=True)
     return 0

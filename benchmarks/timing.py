@@ -1,4 +1,4 @@
-"""Interleaved timing, peak memory, host time, and what the machine itself reaches."""
+"""Timing of calls in alternation, peak memory, host time, and the rates that the machine reaches."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ Call = Callable[[int], object]
 
 L2_BYTES = 60 * 2**20  # H200
 WARM_UP = 3
-SLOW = 0.1  # seconds from which a call is warm when it ends
+SLOW = 0.1  # seconds; a call that takes longer needs only one warm-up
 MIN_SAMPLES, MAX_SAMPLES = 4, 200
-LONGEST_WAIT = 0.2  # seconds that the device is kept waiting for the host, enough for a training step of many launches
+LONGEST_WAIT = 0.2  # most seconds that the device waits while the host enqueues a call: enough for a training step
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,10 @@ class Sample:
 
 
 def measure(calls: Mapping[str, Call], device: torch.device, budget_s: float) -> dict[str, Sample]:
-    """Median and spread of every call, timed in turns so that clock and temperature drift hit all alike.
+    """Median and spread of every call. Calls alternate, so that drifts of clock and temperature affect all equally.
 
-    ``budget_s`` is the time for all calls together, but every call gets at least ``MIN_SAMPLES``; slow ones sit out.
+    ``budget_s`` is the time for all calls together, but every call gets at least ``MIN_SAMPLES``; when the slow ones
+    have theirs, only faster ones are called again.
     """
     timer = _time_on_device if device.type == "cuda" else _time_on_host
     counts, delays = {}, {}
@@ -77,7 +78,7 @@ def measure(calls: Mapping[str, Call], device: torch.device, budget_s: float) ->
 
 
 def _time_on_device(call: Call, i: int, delay: float) -> Callable[[], float]:
-    """Enqueue one timed call. The device first waits while the host enqueues, so that no launch gap is timed."""
+    """Enqueue one timed call. The device first waits until the host has enqueued it, so that no launch gap is timed."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda._sleep(int(min(2 * delay, LONGEST_WAIT) * 2e9))  # cycles, at about 2 GHz
     start.record()
@@ -92,7 +93,7 @@ def _time_on_device(call: Call, i: int, delay: float) -> Callable[[], float]:
 
 
 def _time_on_host(call: Call, i: int, delay: float) -> Callable[[], float]:
-    del delay  # nothing is asynchronous here
+    del delay  # calls on the CPU are not asynchronous
     start = time.perf_counter()
     call(i)
     seconds = time.perf_counter() - start
@@ -107,7 +108,7 @@ def _summary(seconds: list[float]) -> Sample:
 
 
 def host_seconds(call: Call, device: torch.device, repeats: int) -> float:
-    """Median time that a call keeps the host busy. Keep ``repeats`` small enough for the launch queue not to fill."""
+    """Median host time of a call. Choose ``repeats`` so small that the device's launch queue does not fill up."""
     seconds = []
     for i in range(repeats):
         synchronize(device)
@@ -119,7 +120,7 @@ def host_seconds(call: Call, device: torch.device, repeats: int) -> float:
 
 
 def peak_bytes(call: Call, device: torch.device) -> int | None:
-    """Most memory that one call holds beyond what was allocated before it, results included; None on the CPU."""
+    """Peak memory of one call beyond what was allocated before, including its results; None on the CPU."""
     if device.type != "cuda":
         return None
     synchronize(device)
@@ -131,7 +132,7 @@ def peak_bytes(call: Call, device: torch.device) -> int | None:
 
 
 def copy_rate(device: torch.device) -> float:
-    """Bytes per second, read and written both counted, of copying a tensor that fits no cache."""
+    """Bytes per second, reads plus writes, of a copy of a tensor that is larger than any cache."""
     size = 2**30 if device.type == "cuda" else 2**24
     source, target = (torch.randint(256, (size,), dtype=torch.uint8, device=device) for _ in range(2))
     return 2 * size / measure({"copy": lambda i: target.copy_(source)}, device, 0.1)["copy"].median
@@ -145,7 +146,7 @@ def matmul_rate(device: torch.device) -> float:
 
 
 def environment(device: torch.device, commit: str | None = None) -> dict[str, str | None]:
-    """What a time depends on beyond the code measured, and which code that was (``commit``, else git is asked)."""
+    """The device, the versions of software and the commit of a measurement (``commit``, or else git's)."""
     try:
         import triton
 

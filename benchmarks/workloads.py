@@ -1,4 +1,4 @@
-"""The anchor workloads, their inputs, and the time below which no implementation can go."""
+"""The anchor workloads, their inputs, and the floor: a time that no implementation can beat."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ DTYPE = torch.bfloat16
 
 @dataclass(frozen=True)
 class Variant:
-    """What a workload is run with beyond its windows."""
+    """Registers and sink with which a workload runs."""
 
     registers: int = 0
     sink: Literal["zero", "learned"] | None = None
@@ -46,7 +46,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Workload:
-    """One attention problem. ``causal``, ``stride`` and ``dilation`` are one value for all axes, or one each."""
+    """One attention problem. ``causal``, ``stride`` and ``dilation`` are one value for all axes or one per axis."""
 
     name: str
     batch: int
@@ -60,7 +60,7 @@ class Workload:
     stride: int | tuple[int, ...] = 1
     dilation: int | tuple[int, ...] = 1
     value_dim: int | None = None
-    """of a head; default: ``head_dim``"""
+    """Elements of a value head, default ``head_dim``."""
     registers: int = 0
     dtype: torch.dtype = DTYPE
 
@@ -74,23 +74,23 @@ class Workload:
 
     @property
     def head_dims(self) -> tuple[int, int]:
-        """Of queries and keys, and of values."""
+        """Head dims of queries and keys, and of values."""
         return self.head_dim, self.value_dim or self.head_dim
 
     @property
     def variant(self) -> Variant:
-        """What the model itself has beyond its windows."""
+        """The registers and sink that the model itself has."""
         return Variant(self.registers, "learned" if self.learned_sink else None)
 
     def tokens(self) -> int:
         return self.batch * math.prod(self.spatial)
 
     def elements(self) -> int:
-        """Of query, key, value and output together."""
+        """Number of elements of query, key, value and output together."""
         return self.tokens() * (self.heads + self.kv_heads) * sum(self.head_dims)
 
     def visible_pairs(self) -> int:
-        """Query-key pairs of one image and one head, exactly: those inside the windows, and the registers."""
+        """Exact number of query-key pairs of one image and one head, those with registers included."""
         return visible_pairs(self.spatial, self.window) + math.prod(self.spatial) * self.registers
 
 
@@ -110,7 +110,7 @@ WORKLOADS = {
 
 
 def smoke(workload: Workload) -> Workload:
-    """The same problem in miniature, so that every line of a benchmark runs on a CPU in a moment."""
+    """The same problem at a size that a CPU computes quickly, to test the benchmark itself."""
     spatial = {1: (96,), 2: (16, 16), 3: (4, 8, 8)}[len(workload.spatial)]
     window = workload.window
     dilation = tuple(min(d, 2) for d in window.dilation)
@@ -141,7 +141,7 @@ class Inputs:
 
 
 def make_inputs(workload: Workload, device: torch.device, seed: int) -> Inputs:
-    """Normal data, never zeros: the chip's clock, and so the time, depends on how many bits flip."""
+    """Normally distributed data. Zeros would be timed too fast: a chip's power, and so its clock, depends on data."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(heads: int, dim: int) -> Tensor:
@@ -166,8 +166,8 @@ def add_variant(inputs: Inputs, variant: Variant, seed: int) -> Inputs:
         )
         inputs = replace(inputs, additional_keys=keys, additional_values=values)
     if variant.sink == "learned":
-        # Large enough that a forgotten sink changes every result by far more than rounding does.
-        # Exact in bf16, which some peers take it in.
+        # The sink is so large that leaving it out changes every result by far more than rounding does, and it is exact
+        # in bf16, the dtype in which some peers take it.
         sink = 3 + torch.randn(query.shape[-2], device=query.device, generator=generator)
         inputs = replace(inputs, sink=sink.bfloat16().float())
     elif variant.sink == "zero":
@@ -177,17 +177,17 @@ def add_variant(inputs: Inputs, variant: Variant, seed: int) -> Inputs:
 
 @dataclass(frozen=True)
 class Floor:
-    """Lower bounds of one call."""
+    """Lower bounds on the work of one call."""
 
     flop: int
-    """useful floating point operations: matrix products over visible pairs only"""
+    """Floating point operations of the matrix products over visible pairs."""
     bytes: int
-    """every tensor read or written once"""
+    """Bytes to read or write every tensor once."""
 
     element_size: int = 2
 
     def seconds(self, copy_rate: float, matmul_rate: float) -> float:
-        """With rates in bytes/s and bf16 FLOP/s, of which matrix units do half with elements of four bytes."""
+        """Time at rates in bytes/s and bf16 FLOP/s; with four-byte elements, matrix units reach half of the latter."""
         return max(self.flop / (matmul_rate * 2 / self.element_size), self.bytes / copy_rate)
 
 

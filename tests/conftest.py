@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import settings
 
-# What this machine's user has tuned is not what is tested.
+# Tests must not depend on tiles that were tuned on this machine, so the cache folder is one that does not exist.
 os.environ["NATTEN_LAYERS_CACHE"] = str(Path(__file__).parent / "no-such-folder")
 
-# Examples are the same in every run, and a busy machine is no failure.
+# Hypothesis draws the same examples in every run, and a slow machine does not fail a test.
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("suite")
 
@@ -19,10 +19,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Decide where kernels run, before anything imports one: on a GPU for ``-m gpu``, else under Triton's interpreter.
+    """Choose where kernels run before any is imported: on a GPU for ``-m gpu``, otherwise in Triton's interpreter.
 
-    The interpreted suite does not see a GPU, so that it holds the same tests on every machine. xdist's workers inherit
-    the environment.
+    The interpreted suite hides GPUs, so that it has the same tests on every machine. xdist's workers inherit the
+    environment.
     """
     if asks_for_gpu(config.getoption("markexpr") or ""):
         if not torch.cuda.is_available():
@@ -32,5 +32,5 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def asks_for_gpu(marks: str) -> bool:
-    """Whether an expression of pytest's ``-m`` names the mark "gpu", and not only to exclude it."""
+    """Whether an expression for pytest's ``-m`` selects the mark "gpu", rather than only excluding it."""
     return re.search(r"(?<!not )\bgpu\b", marks) is not None

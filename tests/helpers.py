@@ -1,4 +1,4 @@
-"""The matrix of cases for the attention operation, and the fp64 oracle that every implementation is held against."""
+"""Cases of the attention operation, and the fp64 oracle with which every implementation is compared."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ additional_values and sink."""
 
 @dataclass(frozen=True)
 class Case:
-    """Arguments of one call. Axis arguments are an int/bool for all axes, or one entry per axis."""
+    """Arguments of one call. Arguments per axis are a single value for all axes, or one entry per axis."""
 
     name: str
     spatial: tuple[int, ...]
@@ -48,7 +48,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Result:
-    """What one call gives: outputs, and the gradient of every input for fixed random cotangents of out and lse."""
+    """The outputs of one call, and the gradient of every input for fixed random cotangents of out and lse."""
 
     out: Tensor
     lse: Tensor
@@ -90,7 +90,7 @@ CASES: Sequence[Case] = (
 
 
 def make_inputs(case: Case, device: torch.device | str = "cpu", seed: int = 0) -> Inputs:
-    """Random leaves in the case's dtype; equal on every device, as they are drawn on the CPU."""
+    """Random leaf tensors in the case's dtype. They are drawn on the CPU, so they are equal on every device."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
@@ -107,15 +107,17 @@ def make_inputs(case: Case, device: torch.device | str = "cpu", seed: int = 0) -
         inputs["additional_keys"] = draw(case.batch, case.registers, case.kv_heads, case.head_dim)
         inputs["additional_values"] = draw(case.batch, case.registers, case.kv_heads, case.value_dim)
     if case.sink == "learned":
-        # Around the lse of a few keys, so that the sink takes a visible share of the softmax. A parameter stays fp32.
+        # Logits near the lse of a few keys give the sink a visible share of the softmax. As a parameter it is in fp32.
         dtype = torch.promote_types(case.dtype, torch.float32)
         inputs["sink"] = (draw(case.heads).detach().to(dtype) + 2.0).requires_grad_()
     return inputs
 
 
 def assert_nan_stays(case: Case, inputs: Inputs, impl: Impl = "fused") -> None:
-    """A head of one image full of NaN, in each of the inputs and in the output's gradient: no other image and no other
-    head may notice, nor may other query heads of the group if it is a query's.
+    """Check that NaN in one head of one image does not reach other images or heads.
+
+    Each input and the output's gradient in turn has a head full of NaN. NaN in a query head must not reach the other
+    query heads of its group either.
     """
     assert case.batch > 1
     generator = torch.Generator().manual_seed(3)
@@ -153,10 +155,10 @@ def assert_nan_stays(case: Case, inputs: Inputs, impl: Impl = "fused") -> None:
 
 
 def enlarge(inputs: Inputs, exponent: int) -> Inputs:
-    """The same values, but queries and keys such that products are ``±2**exponent``, ``2 ** (exponent + 1)`` or twice
-    that: of a row's scores the largest has all the weight, and those that equal it a share each, exactly.
+    """Replace queries and keys by ones whose products are 1, 2 or 4 times ``2**exponent``, with a sign per head.
 
-    Each head has the sign of its scores: all of a row are far below zero, or far above.
+    A row's scores are so far apart that the largest one has all the weight, and equal largest ones have equal shares,
+    exactly. Scores of one head are all far above zero, those of the next all far below.
     """
     half = 2.0 ** (exponent // 2)
     large = dict(inputs)
@@ -175,7 +177,7 @@ def enlarge(inputs: Inputs, exponent: int) -> Inputs:
 
 
 def arguments(case: Case, inputs: Inputs) -> dict[str, Any]:
-    """Of the public operation."""
+    """The keyword arguments with which a case calls the public operation."""
     return {
         "query": inputs["query"],
         "key": inputs["key"],
@@ -192,13 +194,13 @@ def arguments(case: Case, inputs: Inputs) -> dict[str, Any]:
 
 
 def run(case: Case, inputs: Inputs, impl: Impl) -> Result:
-    """The public operation on one implementation, with the gradient of every input."""
+    """Run the public operation with one implementation, and compute the gradient of every input."""
     out, lse = neighborhood_attention(**arguments(case, inputs), return_lse=True, impl=impl)
     return _with_grads(out, lse, inputs)
 
 
 def oracle(case: Case, inputs: Inputs) -> Result:
-    """The definition in fp64 with a dense mask, on the CPU, on the very values that the implementation sees."""
+    """The definition with a dense mask, computed in fp64 on the CPU from the same (rounded) input values."""
     wide = {name: t.detach().cpu().double().requires_grad_() for name, t in inputs.items()}
     out, row_max, row_sum = dense_attention_state(
         wide["query"],
@@ -215,14 +217,14 @@ def oracle(case: Case, inputs: Inputs) -> Result:
 
 def _with_grads(out: Tensor, lse: Tensor, inputs: Inputs) -> Result:
     generator = torch.Generator().manual_seed(1)
-    # Values that every dtype holds exactly, so that all implementations and the oracle differentiate one function.
+    # Every dtype represents these cotangents exactly, so implementations and oracle compute the same gradient.
     cotangents = [torch.randint(-8, 9, t.shape, generator=generator).to(t) / 4 for t in (out, lse)]
     grads = torch.autograd.grad((out, lse), tuple(inputs.values()), cotangents)
     return Result(out.detach(), lse.detach(), dict(zip(inputs, grads, strict=True)))
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
-    """Relative error in the 2-norm, measured in fp64; inf where ``actual`` is not finite."""
+    """Relative error in the 2-norm, measured in fp64; inf if any element of ``actual`` is not finite."""
     actual, expected = (t.detach().cpu().double() for t in (actual, expected))
     assert actual.shape == expected.shape, f"{tuple(actual.shape)} != {tuple(expected.shape)}"
     if not actual.isfinite().all():
@@ -231,25 +233,28 @@ def error(actual: Tensor, expected: Tensor) -> float:
 
 
 def randomize(module: nn.Module, std: float = 0.2) -> None:
-    """Move every parameter off its initial value: most branches of a new model are zero."""
+    """Add noise to every parameter, because most branches of a new model have an output of zero."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(std * torch.randn_like(parameter))
 
 
 FLOOR = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
-"""Errors below a few roundings of the dtype, summed over a window, are not compared with each other."""
+"""Relative errors that are always allowed: a few roundings of the dtype, summed over a window."""
 
 
 def assert_close(case: Case, actual: Result, expected: Result, peer: Result | None = None) -> None:
-    """Every tensor within twice the error of ``peer``, the same-precision eager result, or about one rounding."""
+    """Check every tensor against the oracle.
+
+    Its error may be twice that of ``peer``, the eager result in the same precision, or ``FLOOR``.
+    """
     wide = expected.tensors()
     peers = {} if peer is None else peer.tensors()
     for name, tensor in actual.tensors().items():
         if case.scale == 0.0 and name in ("grad of query", "grad of key"):
             assert not tensor.any(), f"{case}: {name} must be zero at scale 0"
             continue
-        # delta is a sum over the rounded output: gradients, a fp32 sink's too, carry the activations' rounding.
+        # Gradients depend on sums over the rounded output, so even a fp32 sink's gradient has the activations' error.
         limit = FLOOR[case.dtype if name.startswith("grad") else tensor.dtype]
         if name in peers:
             limit = max(limit, 2 * error(peers[name], wide[name]))
@@ -259,7 +264,7 @@ def assert_close(case: Case, actual: Result, expected: Result, peer: Result | No
 
 @contextmanager
 def raises_naming(*words: str, error: type[Exception] = ValueError) -> Iterator[None]:
-    """Expect an error whose message holds every one of ``words``."""
+    """Expect an error whose message contains all of ``words``."""
     with pytest.raises(error) as caught:
         yield
     missing = [word for word in words if word not in str(caught.value)]

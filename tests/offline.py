@@ -1,7 +1,7 @@
-"""Compile the kernels for a GPU that is not there, as calls on it would: ``python tests/offline.py 90``.
+"""Compile the kernels for a GPU without having one, as calls on it would: ``python tests/offline.py 90``.
 
-A driver that loads and launches nothing takes the place of CUDA's, so everything before the launch is real: the choice
-of tiles, Triton's argument handling, compilation to machine code, and the check that shared memory suffices.
+A driver that loads and launches nothing replaces CUDA's. Everything before the launch is real: the choice of tiles,
+Triton's argument handling, compilation to machine code, and the check that shared memory suffices.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from natten_layers.modules.rope import angles_of
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-"""bytes that a program can have, by compute capability"""
+"""Bytes of shared memory that a program can have, by compute capability."""
 
 
 class Utils:
@@ -151,7 +151,7 @@ def attend_with_qk_prep_on_sm90(spatial: tuple[int, ...], kernel_size: int, rope
 
 
 def check_loads() -> None:
-    """Head dims are multiples of 8: no kernel may load two bytes at a time, as Triton does where it cannot tell."""
+    """Check that no kernel loads two bytes at a time, as Triton does if it does not know that head dims are aligned."""
     for kernels, *_ in forward_kernel.device_caches.values():
         for kernel in kernels.values():
             assert "ld.global.b16" not in kernel.asm["ptx"], "elements are loaded one by one"

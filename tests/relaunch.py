@@ -1,7 +1,7 @@
-"""Calls whose launches are compared, one by one, with those that Triton makes of the same arguments.
+"""Compare the launches of repeated calls, one by one, with those that Triton makes for the same arguments.
 
-Nothing is compiled and nothing runs: a driver and a compiler that only take note stand in for Triton's. A kernel that
-was kept for other arguments than a call's would differ from the one that Triton chooses.
+Nothing is compiled and nothing runs: a driver and a compiler that only record calls replace Triton's. If a call reused
+a kernel that was compiled for other arguments, it would differ from the one that Triton chooses.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from natten_layers.modules.query_key import HeadNorm, normalize_and_rotate
 from natten_layers.modules.rope import angles_of
 
 METADATA = 7
-"""where a launch has what it tells its hooks"""
+"""Index of the metadata for launch hooks in the arguments of a launch."""
 launched: list[tuple[Any, ...]] = []
-"""kernels and their arguments"""
+"""Every launch: the kernel and its arguments."""
 chosen_by_triton: list[str] = []
-"""names of the kernels that a call left to Triton"""
+"""Names of the kernels that a call launched through Triton."""
 
 
 class Noted(CompiledKernel):
-    """A kernel that is not there."""
+    """A compiled kernel that only records what it is called with."""
 
     def __init__(self, source: Any) -> None:
         self.src, self.name, self.metadata = source, source.name, None
@@ -53,12 +53,12 @@ def same(ours: Sequence[object], theirs: Sequence[object]) -> bool:
         return a is b or (not isinstance(a, Tensor) and type(a) is type(b) and a == b)
 
     pairs = enumerate(zip(ours, theirs, strict=True))
-    return all(i == METADATA or equal(*pair) for i, pair in pairs)  # metadata is made anew for every launch
+    return all(i == METADATA or equal(*pair) for i, pair in pairs)  # metadata is a new object for every launch
 
 
 @contextmanager
 def compared() -> Iterator[None]:
-    """Ask Triton for every launch too, and compare."""
+    """Within the context, make every launch through Triton as well, and compare the two."""
     run, launch = JITFunction.run, Launcher.__call__
 
     def counting(self: Any, *args: Any, **kwargs: Any) -> object:
@@ -76,7 +76,7 @@ def compared() -> Iterator[None]:
 
 
 def repeat(call: Callable[[], object], *, kept: bool = True) -> int:
-    """Make a call three times; how many launches of the first were left to Triton. Of the others none, or all."""
+    """Make a call three times, and return how many launches of the first were made by Triton itself."""
     counts, total = [], 0
     for _ in range(3):
         chosen_by_triton.clear()
@@ -90,7 +90,7 @@ def repeat(call: Callable[[], object], *, kept: bool = True) -> int:
 
 
 def misaligned(tensor: Tensor) -> Tensor:
-    """Equal but for its address, which is no multiple of 16."""
+    """An equal tensor at an address that is not a multiple of 16."""
     storage = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)
     return storage[1:].view(tensor.shape)
 
@@ -136,7 +136,7 @@ def forward_calls() -> None:
     for i, call in enumerate((attend(sink=0.75), attend(sink=1), attend(sink=2))):
         assert repeat(call) == 0, i
 
-    # A kernel is loaded on one device. Another's tensors, here without memory, have a launch of their own.
+    # A kernel is loaded on one device, so tensors of another device (without memory in this test) need a new launch.
     assert repeat(attend(*(x.to("meta") for x in (q, k, v)))) == 1
     assert repeat(attend()) == 0
 
@@ -182,7 +182,7 @@ def backward_calls() -> None:
         assert repeat(differentiate(misaligned(grad))) == 2
         assert repeat(differentiate(torch.zeros(1, 16, 16, 4, 32)[..., :16])) == 2
         assert repeat(differentiate_lse) == 1
-        assert repeat(differentiate(grad, registers, sink, **extras)) == 3  # dK and dV: as without registers
+        assert repeat(differentiate(grad, registers, sink, **extras)) == 3  # dK and dV as without registers
         assert repeat(differentiate(grad, registers, sink, scale=0.1, **extras)) == 0
 
 

@@ -1,4 +1,4 @@
-"""The benchmarks' arithmetic and, above all, that they refuse wrong results."""
+"""The benchmarks' arithmetic, and above all their refusal of wrong results."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def problem(
 
 
 def dense(workload: Workload, inputs: Inputs) -> Tensor:
-    """The oracle, which shares no code with the checker, in the inputs' dtype."""
+    """Dense attention by the oracle, which shares no code with the benchmarks' checker, in the inputs' dtype."""
     window = workload.window
     registers = (inputs.additional_keys, inputs.additional_values)
     qkv = (inputs.query, inputs.key, inputs.value)
@@ -79,7 +79,7 @@ def dense_gradients(workload: Workload, inputs: Inputs) -> dict[str, Tensor]:
     ],
 )
 def test_floors(name: str, forward_ms: float, both_ms: float) -> None:
-    """Worked out by hand for an H200 that copies 4.27 TB/s and multiplies 736 TFLOP/s."""
+    """Floors computed by hand for an H200 with a copy bandwidth of 4.27 TB/s and 736 TFLOP/s."""
     seconds = [floor(WORKLOADS[name], mode).seconds(4.27e12, 736e12) for mode in ("fwd", "fwdbwd")]
     assert [1e3 * s for s in seconds] == pytest.approx([forward_ms, both_ms], rel=0.01)
 
@@ -289,7 +289,7 @@ def test_every_workload_has_a_small_twin() -> None:
         small = smoke(workload)
         assert small.heads * workload.kv_heads == workload.heads * small.kv_heads
         assert (small.window.is_causal, small.learned_sink) == (workload.window.is_causal, workload.learned_sink)
-        for what in ("stride", "dilation"):  # what is unusual stays so
+        for what in ("stride", "dilation"):  # options that are not at their defaults stay so
             assert [s > 1 for s in getattr(small.window, what)] == [s > 1 for s in getattr(workload.window, what)]
         assert (small.registers > 0, small.dtype) == (workload.registers > 0, workload.dtype)
         assert len({*small.head_dims}) == len({*workload.head_dims})
@@ -395,7 +395,7 @@ def test_repeat_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monk
 
     page = tmp_path / "page.md"
     page.write_text(f"Before.\n\n{repeat.BEGIN}\nold\n{repeat.END}\n\nAfter.\n")
-    for _ in range(2):  # filled pages can be filled again
+    for _ in range(2):  # a page that is already filled can be filled again
         assert repeat.main(["--report", str(path), str(path), "--page", str(page)]) == 0
     filled = page.read_text()
     assert filled.startswith("Before.\n")
@@ -512,7 +512,7 @@ def test_generation_command(
 
 
 def test_generation_floor_and_full_caches() -> None:
-    """By hand: 7.11e9 weights without the embedding, and half a GiB of cache a text."""
+    """The floor computed by hand: 7.11e9 weights without the embedding, and half a GiB of cache per text."""
     with torch.device("meta"):
         model = generation.make_model(generation.MISTRAL_7B, torch.device("meta"))
     assert generation.floor_bytes(model, 0) == 2 * (7241732096 - 32000 * 4096)
@@ -522,4 +522,4 @@ def test_generation_floor_and_full_caches() -> None:
     with torch.inference_mode():
         small(generation.draw_ids(small, 2), cache=cache)
     for layer in cache.layers:
-        assert sorted(layer.positions[0, :-1].tolist()) == list(range(1, 13))  # the first token has rolled out
+        assert sorted(layer.positions[0, :-1].tolist()) == list(range(1, 13))  # the first token has left the window

@@ -1,4 +1,4 @@
-"""Files of HDiT: formats in and out, what happens to bad ones, and conversion to grouped queries."""
+"""HDiT's files: reading, writing, refusal of bad files, and conversion to grouped queries."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def metadata(path: Path) -> dict[str, str]:
 
 
 def rewrite(path: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any] | None = None) -> Path:
-    """A file like ``SOURCE`` with other contents."""
+    """Write a copy of ``SOURCE`` with changed contents."""
     text = metadata(SOURCE)["config"] if config is None else json.dumps(config)
     save_file(tensors, path, metadata={"config": text})
     return path
@@ -209,7 +209,7 @@ def test_saved_weights_are_as_readable_as_any_new_file(tmp_path: Path) -> None:
 
 
 def tie_groups(layer: NeighborhoodGQA, group: int) -> None:
-    """Make the KV heads of each group equal, frequencies too: grouping them must then change nothing."""
+    """Make the KV heads of each group equal, including their frequencies, so that grouping them changes nothing."""
     with torch.no_grad():
         for tensor in (layer.qkv.weight, layer.qkv.bias):
             if tensor is not None:

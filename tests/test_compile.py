@@ -1,4 +1,4 @@
-"""What torch does with the operators beside calling them: compile, export, check, count and transform them.
+"""The operators under torch.compile, export, opcheck, FLOP counting and function transforms.
 
 The kernels run under Triton's interpreter where there is no GPU, as in ``test_fused.py``.
 """
@@ -142,7 +142,7 @@ def test_the_layer_compiles_on_a_gpu(dtype: torch.dtype) -> None:
 
 
 def test_exports() -> None:
-    """The layer for inference, any batch; on a GPU the program holds the fused operator."""
+    """The layer can be exported for inference with any batch size; on a GPU the program holds the fused operator."""
     layer = make_layer().eval().requires_grad_(False)
     x = torch.randn(2, 6, 7, 32, device=DEVICE)
     program = torch.export.export(layer, (x,), dynamic_shapes={"x": {0: torch.export.Dim.DYNAMIC}})
@@ -195,7 +195,7 @@ def test_flop_are_counted_without_running() -> None:
 
 
 class Subclass(Tensor):
-    """A tensor that wants to see the operators, as a sharded one does."""
+    """A tensor with torch-dispatch hooks, such as a sharded tensor."""
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ class Subclass(Tensor):
 def test_operators_go_through_the_dispatcher_only_where_it_sees_something(
     within: AbstractContextManager[object], seen: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The dispatcher costs more than a launch; leaving it out must change nothing."""
+    """The dispatcher costs more host time than a launch, so it is skipped where that has no effect."""
     tensors = [t.detach() for t in make_inputs(PLAIN, DEVICE).values()]
     expected = attend(PLAIN, return_lse=False)(*tensors)[0]
     direct: list[str] = []
@@ -282,7 +282,7 @@ def test_vmap_over_sinks_says_that_it_is_missing() -> None:
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo's look
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_forward_mode_says_that_it_is_missing(requires_grad: bool) -> None:
-    """Compiled or not: a derivative that is silently zero is worse than none."""
+    """Forward-mode derivatives raise, compiled or not, because they would silently be zero otherwise."""
     query, *rest = (t.detach().requires_grad_(requires_grad) for t in make_inputs(PLAIN, DEVICE).values())
     tangent = torch.ones_like(query)
 
@@ -325,7 +325,7 @@ def test_other_lengths_compile_into_one_graph_too(lengths: list[tuple[int, ...]]
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_compiled_calls_give_every_expanded_head_its_own_gradient(impl: Impl) -> None:
-    """Whether the graph takes the expanded tensor as a leaf, as a view, or under a transform; and one tensor twice."""
+    """The expanded tensor may be a leaf, a view, under a function transform, or passed twice."""
     q, k = torch.randn(1, 7, 2, 8, device=DEVICE), torch.randn(1, 7, 1, 8, device=DEVICE)
 
     def loss(kv: Tensor) -> Tensor:
@@ -346,7 +346,7 @@ SIZES = ((3, 4), (4, 5), (5, 3))
 
 
 def test_sizes_of_images_are_symbols() -> None:
-    """One graph for the first size and one for all, with gradients: a local window, a global one, and positions."""
+    """One graph for the first image size and one for all others suffice, with gradients and with any window."""
     rope = AxialRoPE(8, 2, num_kv_heads=1).to(DEVICE)
 
     def call(q: Tensor, kv: Tensor) -> Tensor:

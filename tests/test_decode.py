@@ -1,4 +1,4 @@
-"""The decode kernel against the fp64 eager path: small sizes under Triton's interpreter, real ones too on a GPU."""
+"""The decode kernel against the fp64 eager path: small sizes in Triton's interpreter, realistic ones on a GPU."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from natten_layers.kernels.portable import decode
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
-# One suite, two machines: interpreted where there is no GPU, compiled (and marked so) where there is one.
+# These tests run interpreted without a GPU. With one, they run compiled and have the mark "gpu".
 pytestmark = [pytest.mark.gpu] if ON_GPU else []
 
 
@@ -66,7 +66,7 @@ def make_arguments(case: Case) -> dict[str, Any]:
         "shuffled": torch.randperm(case.slots, generator=generator) - 2,
     }[case.fill]
     key_positions = positions.repeat(case.batch, 1)
-    key_positions[-1, ::7] = -1  # holes in one sequence
+    key_positions[-1, ::7] = -1  # empty slots between the tokens of one sequence
     query_positions = torch.arange(case.tokens)[None] + positions.max() - case.tokens + 1
     arguments: dict[str, Any] = {
         "query": draw(case.batch, case.tokens, case.heads, case.head_dim),
@@ -81,7 +81,7 @@ def make_arguments(case: Case) -> dict[str, Any]:
         arguments["additional_keys"] = draw(1, case.registers, case.kv_heads, case.head_dim)
         arguments["additional_values"] = draw(1, case.registers, case.kv_heads, case.value_dim)
     if case.sink != "none":
-        # Near the lse of a few keys, so that a sink that is lost, or counted twice, shows.
+        # Sinks near the lse of a few keys: leaving one out, or counting it twice, changes the result visibly.
         arguments["sink"] = 0.0 if case.sink == "zero" else draw(case.heads).float() + 3.0
     return arguments
 
@@ -95,7 +95,7 @@ def widened(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def check(case: Case) -> None:
-    """Within twice the error of the eager path in the same precision, or a rounding."""
+    """The error may be twice that of the eager path in the same precision, or a rounding."""
     arguments = make_arguments(case)
     exact, peer = attend(widened(arguments), "eager"), attend(arguments, "eager")
     for name, got, near, true in zip(("out", "lse"), attend(arguments, "fused"), peer, exact, strict=True):
@@ -129,7 +129,7 @@ def test_matches_the_oracle(case: Case) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_the_oracle_in_trimmed_slices(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many slices of small caches: sink and registers count once, and the merge takes slices that see nothing."""
+    """With many slices of small caches, sink and registers count once, and slices may see no key at all."""
     monkeypatch.setattr(decode, "TILE_BYTES", 1)
     monkeypatch.setattr(decode, "TRIM_FROM", 0)
     assert case.slots <= 32 or decode.split(1, case.slots, 16)[0] > 1
@@ -188,7 +188,7 @@ def test_a_token_that_sees_nothing_gets_nothing() -> None:
     torch.testing.assert_close(lse[:, 0], torch.full_like(lse[:, 0], 2.5))
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # to -inf, of which a weight is 0
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # to -inf, whose weight is 0
 @pytest.mark.parametrize("tile_bytes", [1, decode.TILE_BYTES])
 @pytest.mark.parametrize("exponent", [32, 112])
 def test_scores_may_be_as_large_as_fp32_holds(exponent: int, tile_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,7 +208,7 @@ def test_a_scale_that_fp32_does_not_hold_gives_every_key_the_same_weight(scale: 
 @pytest.mark.parametrize("trim_from", [0, decode.TRIM_FROM])
 @pytest.mark.parametrize("hole", [-(2**63), -(2**63) + 30, -(2**32) + 30, -(2**31) - 1])
 def test_padding_may_have_any_negative_position(hole: int, trim_from: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some of these are 0 or more in their last 32 bits."""
+    """Some of these positions are not negative if cut to 32 bits."""
     monkeypatch.setattr(decode, "TRIM_FROM", trim_from)
     arguments = make_arguments(Case("padding", 40, tokens=2, window=25))
     expected = attend(arguments, "fused")
@@ -228,7 +228,7 @@ def test_padding_may_have_any_negative_position(hole: int, trim_from: int, monke
 @pytest.mark.parametrize("window", [None, 25])
 @pytest.mark.parametrize("by", [2**31 - 20, 2**32, 2**62])
 def test_positions_have_64_bits(by: int, window: int | None, trim_from: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All positions further on by the same number: the same keys are seen."""
+    """Adding the same large number to all positions does not change which keys are seen."""
     monkeypatch.setattr(decode, "TRIM_FROM", trim_from)
     arguments = make_arguments(Case("further", 40, tokens=2, window=window, fill="rolled"))
     expected = attend(arguments, "fused")
@@ -247,18 +247,18 @@ def test_what_is_not_seen_changes_nothing(name: str, value: float, registers: in
     arguments = make_arguments(Case("nan", 40, tokens=2, window=10, registers=registers, batch=1))
     clean, _ = attend(arguments, "fused")
     arguments[name][:, 29] = value  # in the first token's window, before the second's
-    arguments[name][:, 7] = value  # a hole
+    arguments[name][:, 7] = value  # an empty slot
     arguments["key_positions"][:, 36] = -1
     arguments[name][:, 36] = value
     expected, _ = attend(widened(arguments), "eager")
     out, _ = attend(arguments, "fused")
     assert not out[:, 0].isfinite().all(-1).any()
     assert error(out[:, 1], expected[:, 1]) < 1e-6
-    assert error(clean[:, 1], expected[:, 1]) > 1e-3  # slot 36 was heard before
+    assert error(clean[:, 1], expected[:, 1]) > 1e-3  # the clean call does see slot 36
 
 
 def test_reads_caches_of_any_strides() -> None:
-    """Heads before slots in memory, room at the end, positions with strides: bitwise what a contiguous cache gives."""
+    """Caches with heads before slots, spare slots or strided positions give the bits that a contiguous cache gives."""
     case = Case("strides", 60, tokens=2, registers=3)
     arguments = make_arguments(case)
     expected = attend(arguments, "fused")

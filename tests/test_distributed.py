@@ -1,4 +1,4 @@
-"""Data-parallel and fully sharded training of the layer: two processes with half the batch each train as one does."""
+"""Data-parallel and fully sharded training: two processes with half the batch each match one process with all of it."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def check(device: torch.device, folder: Path) -> None:
                 process.kill()
             pytest.fail("two processes did not end within 240 seconds")
     expected = losses("single", 0, 1, device)
-    assert expected[-1] < 0.99 * expected[0]  # it learns, so a wrong gradient shows
+    assert expected[-1] < 0.99 * expected[0]  # the loss falls, so a wrong gradient is visible
     results = torch.load(folder / "losses.pt")
     for kind in SHARDED:
         torch.testing.assert_close(results[kind], expected, rtol=1e-6, atol=0.0, msg=lambda m, k=kind: f"{k}: {m}")
@@ -105,7 +105,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view:UserWarning")  # a projection comes last
 def test_models_end_before_their_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model that outlives its group deadlocks or aborts the process as it ends, now and then."""
+    """Models are deleted before their process group, else the process sometimes deadlocks or aborts at exit."""
     for name, value in as_torchrun_sets(rank=0, world=1, port=0).items():
         monkeypatch.setenv(name, value)
     models: list[weakref.ref[nn.Module]] = []

@@ -27,7 +27,7 @@ BLOCKINGS = {"default": (tiles.TILE_ROWS, tiles.CHUNK_SCORES), "small": (6, 200)
 
 @pytest.fixture(params=BLOCKINGS)
 def blocking(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small tiles and chunks, so that tiny tensors have several of both."""
+    """Make tiles and chunks small during a test, so that tiny tensors have several of both."""
     rows, scores = BLOCKINGS[request.param]
     monkeypatch.setattr(tiles, "TILE_ROWS", rows)
     monkeypatch.setattr(tiles, "CHUNK_SCORES", scores)
@@ -40,7 +40,7 @@ def blocking(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         ((64, 64), 7, 1, [8, 8]),
         ((64, 64), 7, 4, [4, 4]),
         ((4096,), 256, 1, [64]),
-        ((4096,), 3, 1, [16]),  # the least that a matrix product is worth
+        ((4096,), 3, 1, [16]),  # smaller tiles make matrix products inefficient
         ((3, 5), 3, 1, [3, 5]),
     ],
 )
@@ -351,7 +351,7 @@ DENSE = (
 def test_what_all_tokens_see_is_dense_attention(
     case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By PyTorch's own operator, if nobody asks for gradients; a causal text only without registers and sink."""
+    """Without gradients it is torch's own operator; for causal text only if there are no registers and no sink."""
     calls: list[str] = []
     dense = eager.scaled_dot_product_attention
     monkeypatch.setattr(eager, "scaled_dot_product_attention", lambda *a, **k: calls.append("") or dense(*a, **k))

@@ -1,4 +1,4 @@
-"""The training and sampling commands of HDiT, at sizes of seconds."""
+"""The training and sampling commands of HDiT, at sizes that run in seconds."""
 
 from __future__ import annotations
 
@@ -243,7 +243,7 @@ def test_augment_moves_a_spot_to_where_it_reports() -> None:
 
 
 def _moved(x: float, y: float, shift: float, condition: list[float], sign: int) -> tuple[float, float]:
-    """The reported operations, one after the other, on a point: shift, stretch, turn, scale, flip, mirror."""
+    """A point after the reported operations in their order: shift, stretch, rotation, scale, flips."""
     mirror, flip, scale, cos, sin, stretch_x, stretch_y, shift_x, shift_y = condition
     x, y, cos = x + shift * shift_x, y + shift * shift_y, cos + 1
     stretch, angle = math.hypot(stretch_x, stretch_y), math.atan2(stretch_y, stretch_x)
@@ -380,7 +380,7 @@ def test_hub_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_images_of_16_bits_keep_their_greys(tmp_path: Path) -> None:
-    """Pillow by itself clips all above 255 of 65535 to white."""
+    """Pillow's own conversion would clip all values above 255 (of 65535) to white."""
     grey = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
     for name in ("grey.png", "grey.pgm", "grey.tif"):
         Image.fromarray(grey).save(tmp_path / name)
@@ -757,7 +757,7 @@ def test_a_truncated_checkpoint_is_named(config: Path, capsys: pytest.CaptureFix
 
 
 def test_sigterm_to_all_processes_saves(config: Path) -> None:
-    """As schedulers and ``timeout`` send it: those that load images must live until the step is taken."""
+    """Schedulers and ``timeout`` signal all processes: those that load images must run until the step is finished."""
     flags = ["--config", str(config), "--name", str(config.parent / "a"), "--device", "cpu", "--num-workers", "2"]
     command = [sys.executable, str(EXAMPLES / "train_hdit.py"), *flags]
     pipe = subprocess.PIPE
@@ -866,7 +866,7 @@ def test_convert_answers_in_one_line(
 
 @contextmanager
 def small_disk(size: int) -> Iterator[None]:
-    """No file can grow beyond ``size`` bytes, as on a full disk."""
+    """Within the context, no file can grow beyond ``size`` bytes, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -937,7 +937,7 @@ def losses(config: Path, name: str) -> Tensor:
 
 
 def test_two_processes_train_as_one(config: Path) -> None:
-    """DDP, FSDP2, and FSDP2 from its own sharded checkpoint, against one process with the whole batch."""
+    """DDP, FSDP2, and FSDP2 resumed from a sharded checkpoint match one process with the whole batch."""
     plain = {**CONFIG, "model": {**CONFIG["model"], "dropout_rate": 0.0}}  # each process draws its own dropout
     config.write_text(json.dumps(plain))
     assert train(config, "one", "--end-step", "4", "--lr", "0.01") == 0
@@ -962,7 +962,7 @@ def test_two_processes_train_as_one(config: Path) -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run's folder, with run.safetensors and run_samples.png."""
+    """The folder of a finished training run, with run.safetensors and run_samples.png."""
     config = tmp_path_factory.mktemp("trained") / "config.json"
     config.write_text(json.dumps(CONFIG))
     assert train(config, "run", "--end-step", "2") == 0

@@ -1,4 +1,4 @@
-"""The training and generating commands of language models, at sizes of seconds."""
+"""The training and generating commands of language models, at sizes that run in seconds."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREAD
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty small files of regular text, one file of bytes that are no text, and one of another kind."""
+    """A folder of forty small text files, a file of bytes that are not text, and a file of another type."""
     path = tmp_path_factory.mktemp("text")
     for i in range(40):
         (path / f"{i}.txt").write_text("".join(f"line {n} of file {i}\n" for n in range(20)))
@@ -395,7 +395,7 @@ def test_what_commands_answer(monkeypatch: pytest.MonkeyPatch, capfd: pytest.Cap
 
 
 def test_xz_is_the_bar() -> None:
-    """The number printed beside the model's is what ``xz -9`` makes of the same bytes, in bits per byte."""
+    """The number to compare the model's with is the size of ``xz -9``'s output for the same bytes, in bits per byte."""
     corpus = read_corpus(None, "t*.py", most_held_out=50000)
     assert 1 < corpus.xz_bits_per_byte < 3
     assert math.isclose(corpus.held_out_bytes, 50000, rel_tol=0.9)

@@ -1,4 +1,4 @@
-"""What ``explain`` says of a call is what computes it."""
+"""``explain`` names the kernels that compute a call."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_on_a_cpu_it_is_eager_and_says_why() -> None:
 def test_it_names_the_kernels_that_are_launched(
     needs_grad: bool, registers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the tiles that they are launched with."""
+    """The tiles it reports are those of the launches, too."""
     q, k = draw(1, 6, 7, 4, 16, requires_grad=needs_grad), draw(1, 6, 7, 2, 16)
     extras = dict.fromkeys(("additional_keys", "additional_values"), draw(1, registers, 2, 16)) if registers else {}
     launched: list[Launcher] = []

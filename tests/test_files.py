@@ -1,6 +1,6 @@
-"""Files that nobody vouches for: what is wrong in one is a ValueError or an OSError that names it, whatever it is.
+"""Damaged and hostile files: every fault raises a ValueError or an OSError that names the file.
 
-The damage is first chosen by hand, kind by kind, and then drawn: bits turned over, JSON values put in other places.
+Tests first apply faults of each kind that were chosen by hand, then random ones: flipped bits and moved JSON values.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def copied(good: Path, folder: Path, name: str) -> Path:
 
 
 def refused(load: Callable[[], object], *words: str) -> None:
-    """``load`` raises a ValueError that holds ``words`` and is short enough to read."""
+    """Check that ``load`` raises a ValueError whose message contains ``words`` and is short enough to read."""
     with pytest.raises(ValueError, match=r".") as error:
         load()
     message = str(error.value)
@@ -115,7 +115,7 @@ def test_json_that_is_none(text: str | bytes, word: str, tmp_path: Path) -> None
 
 def test_json_files_have_a_longest_length(tmp_path: Path) -> None:
     with (tmp_path / "long.json").open("wb") as file:
-        file.truncate(2**26 + 1)  # sparse: takes no room
+        file.truncate(2**26 + 1)  # a sparse file, which takes no disk space
     refused(lambda: read_json(tmp_path / "long.json"), "long.json is longer than")
 
 
@@ -386,7 +386,7 @@ def rezip(source: Path, target: Path, *, compression: int = zipfile.ZIP_STORED, 
 
 def test_training_checkpoints_that_inflate(good: Path, tmp_path: Path) -> None:
     path = rezip(good / "hdit.pth", tmp_path / "same.pth")
-    HDiT.from_pretrained(path)  # written again as it was, it is as good as it was
+    HDiT.from_pretrained(path)  # an unchanged archive that is written again still loads
     bomb = rezip(good / "hdit.pth", tmp_path / "bomb.pth", compression=zipfile.ZIP_DEFLATED, content=bytes(10**7))
     assert bomb.stat().st_size < 200000
     refused(lambda: HDiT.from_pretrained(bomb), "bomb.pth", "is compressed")
@@ -394,7 +394,7 @@ def test_training_checkpoints_that_inflate(good: Path, tmp_path: Path) -> None:
 
 
 def test_turned_bits_in_a_training_checkpoint_are_seen(good: Path, tmp_path: Path) -> None:
-    """In the middle of a tensor, where nothing but the checksum can tell."""
+    """In the middle of a tensor, only the checksum can reveal flipped bits."""
     path = copied(good, tmp_path, "hdit.pth")
     data = bytearray(path.read_bytes())
     tensor = torch.load(path)["model_ema"][NAME["hdit"]]
@@ -450,7 +450,7 @@ def test_a_tensor_in_two_shards_is_refused(good: Path, tmp_path: Path) -> None:
 
 
 def test_files_know_no_models() -> None:
-    """What reads and writes files is imported by models, and gets from them what it builds and fills."""
+    """``io`` imports no model: models import ``io`` and pass it the classes to build and the modules to fill."""
     for path in Path(hf.__file__).parent.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom):
@@ -476,7 +476,7 @@ def test_threads_that_save_one_file_do_not_meet(tmp_path: Path) -> None:
 
 
 def load_checked(path: Path) -> None:
-    """A checkpoint whose checksums hold has the content that was written."""
+    """Load a checkpoint. If its checksums are right, it must have the content that was written."""
     model, expected = HDiT.from_pretrained(path), HDiT.from_pretrained(path.parent / "hdit.safetensors")
     for name, tensor in expected.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
@@ -499,10 +499,10 @@ DRAWN = settings(
 
 
 def loads_or_names_itself(load: Callable[[Path], object], path: Path) -> None:
-    """A damaged file may still be a good one of another content. If it is not, the error says which it is."""
+    """Check that a damaged file either loads, as a valid file of other content, or raises an error that names it."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd pickles make torch warn before it fails
+            warnings.simplefilter("ignore")  # torch warns about unusual pickles before it fails
             load(path)
     except (ValueError, OSError) as error:
         message = str(error)
@@ -521,7 +521,7 @@ def test_turned_bits(name: str, data: st.DataObject, good: Path, tmp_path: Path)
     copied(good, tmp_path, "hdit.safetensors")
     path = tmp_path / name
     content = bytearray((good / name).read_bytes())
-    # Structure lies at the beginning and, in a zip archive, at the end.
+    # A file's structure is at its beginning and, in a zip archive, at its end.
     near = st.integers(0, min(len(content), 3000) - 1)
     places = near | near.map(lambda i: len(content) - 1 - i) | st.integers(0, len(content) - 1)
     for place in data.draw(st.lists(places, min_size=1, max_size=4)):
@@ -560,7 +560,7 @@ def test_other_values_in_json(name: str, data: st.DataObject, good: Path, tmp_pa
     inner = content
     for key in keys:
         inner = inner[key]
-    # What is almost right goes further than what is quite different.
+    # Values that are almost valid get past more checks than arbitrary ones.
     near = st.sampled_from([str(inner[last]), [inner[last]], {"a": inner[last]}, {}, [], None])
     inner[last] = data.draw(near | JSON)
     path.write_text(json.dumps(content))

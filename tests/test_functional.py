@@ -149,7 +149,7 @@ def test_sink_identity_holds_and_its_effect_is_far_above_the_tolerance():
     out, lse_with = attend(query, key, value, sink=sink, return_lse=True)
     close(out, plain * torch.sigmoid(lse - sink)[..., None])
     close(lse_with, torch.logaddexp(lse, sink.expand_as(lse)))
-    for head in range(4):  # what a forgotten sink would look like, against rtol 1e-12
+    for head in range(4):  # leaving out a sink would exceed rtol 1e-12 by far
         assert ((out - plain)[..., head, :].norm() / plain[..., head, :].norm()) > 0.01
     assert ((lse_with - lse) > 1e-3).all()
 
@@ -254,7 +254,7 @@ def test_merge_of_split_keys_equals_the_whole():
     query, key, value = qkv(heads=4, kv_heads=2)
     k, v = torch.randn(2, 5, 2, 8, dtype=FP64), torch.randn(2, 5, 2, 8, dtype=FP64)
     whole = attention_state(query, key, value, 3, additional_keys=k, additional_values=v, sink=0.7, impl="eager")
-    # A window of one key is the token itself, so that registers alone cannot be asked for: split them instead.
+    # Every window holds at least the token itself, so attention to registers alone is not possible: split them instead.
     window = attention_state(query, key, value, 3, sink=0.7, impl="eager")
     scores = torch.einsum("bxyhd,brhd->bxyhr", query, k.repeat_interleave(2, 2)) * 8**-0.5
     parts = []
@@ -491,7 +491,7 @@ def test_everything_runs_without_triton() -> None:
 @pytest.mark.parametrize("asked", ["leaf", "view", "func.grad", "vmap"])
 @pytest.mark.parametrize("form", ["heads", "group", "registers"])
 def test_expanded_heads_that_are_asked_for_get_a_gradient_each(form: str, asked: str) -> None:
-    """A gradient of the tensor that was expanded is their sum; one of the expanded tensor tells them apart."""
+    """The gradient of the tensor before expansion is the sum over its copies, that of the expanded one is not."""
     torch.manual_seed(0)
     shape = (1, 12, 2, 2, 8) if form == "group" else (1, 12, 4, 8)
     q, base = torch.randn(shape, dtype=torch.float64), torch.randn(1, 12, 1, 8, dtype=torch.float64)
@@ -570,7 +570,7 @@ def test_autocast_leaves_scores_and_statistics_in_fp32(dtype: torch.dtype) -> No
 
 
 def test_states_without_keys_merge() -> None:
-    """As :func:`cached_attention` gives them for padding: ``out`` 0, lse -inf."""
+    """States with ``out`` 0 and lse -inf, as :func:`cached_attention` returns for padding, can be merged."""
     out, lse = torch.randn(1, 3, 2, 4, dtype=torch.float64), torch.randn(1, 3, 2, dtype=torch.float64)
     ones = torch.ones_like(lse)
     empty = torch.zeros_like(out), torch.full_like(lse, -math.inf), ones
@@ -603,7 +603,7 @@ def fp32(*shape: int) -> Tensor:
 
 
 def results(spatial: tuple[int, ...], kernel_size: int, impl: Any, batch: int, heads: int) -> Iterator[Tensor]:
-    """What every operation returns, with and without gradients, registers and sinks, and in the group axis form."""
+    """Results of every operation, with and without gradients, registers and sinks, and with a group axis."""
     if impl == "fused":
         pytest.importorskip("triton")
     query, key, extra = fp32(batch, *spatial, 2 * heads, 8), fp32(batch, *spatial, heads, 8), fp32(1, 2, heads, 8)
@@ -642,7 +642,7 @@ def test_an_empty_batch_gives_empty_results(spatial: tuple[int, ...], kernel_siz
 
 @pytest.mark.parametrize(("spatial", "kernel_size", "impl"), PATHS)
 def test_an_empty_batch_gives_gradients_of_zero(spatial: tuple[int, ...], kernel_size: int, impl: Any) -> None:
-    """Of what the batch shares too: registers and sinks."""
+    """Gradients of registers and sinks, which the batch shares, are zero too."""
     query, key, value = inputs = [fp32(0, *spatial, heads, 8) for heads in (4, 2, 2)]
     shared = [fp32(1, 3, 2, 8), fp32(1, 3, 2, 8), fp32(4)]
     named: Any = dict(zip(("additional_keys", "additional_values", "sink"), shared, strict=True))

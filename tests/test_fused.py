@@ -1,4 +1,4 @@
-"""The fused kernels against the fp64 oracle: small sizes under Triton's interpreter, the matrix and more on a GPU."""
+"""The fused kernels against the fp64 oracle: small cases in Triton's interpreter, all cases on a GPU."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from natten_layers.kernels.portable.fold_registers import fold_registers
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
-# One suite, two machines: interpreted where there is no GPU, compiled (and marked so) where there is one.
+# These tests run interpreted without a GPU. With one, they run compiled and have the mark "gpu".
 pytestmark = [pytest.mark.gpu] if ON_GPU else []
 
 RUNS_HERE = [case for case in CASES if case.dtype != torch.float64]
-if not ON_GPU:  # the interpreter multiplies no bfloat16, and takes its time
+if not ON_GPU:  # the interpreter cannot multiply bfloat16 matrices, and it is slow
     RUNS_HERE = [
         replace(case, batch=1) if len(case.spatial) == 3 else case for case in RUNS_HERE if case.dtype != torch.bfloat16
     ]
@@ -86,7 +86,7 @@ def test_reads_views_of_a_fused_projection() -> None:
 
 
 def test_grouped_heads_equal_repeated_heads() -> None:
-    """Grouped heads are read as they are; repeated for training they must give the same, gradients included."""
+    """Grouped heads, which are read unrepeated, give the same outputs and gradients as repeated ones."""
     case = Case("group", (7, 8), 5, heads=4, kv_heads=2, registers=2, sink="learned")
     inputs = make_inputs(case, DEVICE)
     grouped = run(case, inputs, "fused")
@@ -122,7 +122,7 @@ def test_an_expanded_sink_is_read_as_such() -> None:
 
 
 def test_merging_a_register_branch_equals_registers_in_the_kernel() -> None:
-    """Statistics of both branches merge, and the gradient through the merge is the gradient of the union."""
+    """The states of both branches merge exactly, and so do the gradients through the merge."""
     case = Case("merge", (7, 9), 3, heads=4, kv_heads=2, registers=3, sink="learned")
     inputs = make_inputs(case, DEVICE)
     q, k, v, rk, rv, sink = inputs.values()
@@ -170,11 +170,11 @@ EXTREMES = (
 )
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # to -inf, of which a weight is 0
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # to -inf, whose weight is 0
 @pytest.mark.parametrize("exponent", [32, 112])
 @pytest.mark.parametrize("case", EXTREMES, ids=str)
 def test_scores_may_be_as_large_as_fp32_holds(case: Case, exponent: int) -> None:
-    """On a GPU, whose products and sums are rounded once, they have to be scaled apart from 2^30 on."""
+    """A GPU fuses the scaling with the subtraction of the maximum, which is too inexact for scores from 2^30 on."""
     inputs = enlarge({name: t.detach() for name, t in make_inputs(case, DEVICE).items()}, exponent)
     expected = oracle(case, {name: t.requires_grad_() for name, t in inputs.items()})
     with torch.no_grad():
@@ -208,7 +208,7 @@ def test_registers_fold_into_a_state_of_large_scores(exponent: int) -> None:
         problem = problem_of(inputs, Options(None, (3, 3), (1, 1), (1, 1), (False, False), case.head_dim**-0.5))
         fold_registers(problem, inputs, case.head_dim**-0.5, *state)
     assert error(state.lse, expected.lse) < 1e-6
-    # Maxima are saved as natural logarithms and rounded once more: of equal scores one may get all the weight.
+    # Maxima are saved as natural logarithms, rounded once more, so one of two equal scores may get all the weight.
     assert state.out.isfinite().all()
 
 
@@ -241,11 +241,11 @@ def test_takes_gradients_whose_last_axis_is_not_contiguous() -> None:
 
 
 FAR = 2**30 + 8
-"""elements from one token to the next: of three, the last begins where only 64 bits reach"""
+"""Elements between two tokens: the third token starts beyond what a 32-bit offset reaches."""
 
 
 def far(tensor: Tensor) -> Tensor:
-    """``[1, L, H, D]`` with its tokens far apart. The memory between them is never touched, and so costs nothing."""
+    """A copy of ``[1, L, H, D]`` with its tokens far apart. Memory between them is untouched, so it costs nothing."""
     _, length, heads, dim = tensor.shape
     storage = torch.empty((length - 1) * FAR + heads * dim, dtype=tensor.dtype, device=tensor.device)
     return storage.as_strided((1, length, heads, dim), (length * FAR, FAR, dim, 1)).copy_(tensor)
@@ -264,7 +264,7 @@ def test_every_tensor_of_a_gradient_decides_how_wide_offsets_are(name: str, kern
         return plan.launch.options["WIDE"]
 
     assert not is_wide(near)
-    if name == "out":  # nothing but new results is large: an image of 2^30 values of one head
+    if name == "out":  # only a new result can be large here: an image of 2^30 values of one head
         shape = (1, 2**20, 1, 2**10)
         narrow = Layout(shape, (0, 0, 0, 1))
         problem = problem._replace(query=narrow, key=narrow, value=narrow)
@@ -277,7 +277,7 @@ def test_every_tensor_of_a_gradient_decides_how_wide_offsets_are(name: str, kern
 
 
 def test_reads_tensors_whose_tokens_lie_far_apart() -> None:
-    """As in a row that attention shares with much else: inputs, and the output's gradient."""
+    """Inputs and the output's gradient may be views of much larger tensors, with offsets beyond 32 bits."""
     draw = torch.Generator().manual_seed(0)
     q, k, v, grad = (torch.randn(1, 3, 2, 16, generator=draw).half().to(DEVICE) for _ in range(4))
     leaves = [x.requires_grad_() for x in (q, k, v)]
@@ -313,7 +313,7 @@ def test_gradients_are_bitwise_reproducible() -> None:
 
 
 def test_saved_tensors_may_come_back_with_other_strides() -> None:
-    """As from ``torch.autograd.graph.save_on_cpu``: the backward pass looks at their strides again."""
+    """``torch.autograd.graph.save_on_cpu`` changes strides, so the backward pass must read them again."""
 
     def gradient() -> tuple[Tensor, ...]:
         qkv = torch.linspace(-1, 1, 2 * 9 * 6 * 16, device=DEVICE).view(2, 9, 6, 16).sin().requires_grad_()
@@ -360,10 +360,10 @@ def test_replays_in_a_graph_forward_and_backward() -> None:
         out = neighborhood_attention(query, key, value, SHAPES[0].kernel_size, impl="fused")
         return out, *torch.autograd.grad(out, leaves, out.detach())
 
-    def leaves() -> list[torch.Tensor]:  # torch warns of leaves whose gradients are taken on two streams
+    def leaves() -> list[torch.Tensor]:  # new ones each step: torch warns about gradients from two streams
         return [t.detach().clone().requires_grad_() for t in recorded]
 
-    step(leaves())  # compiles
+    step(leaves())  # compiles the kernels
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         results = step(recorded)
@@ -388,7 +388,7 @@ def test_tensors_need_not_be_on_the_current_device(case: Case) -> None:
 
 @pytest.mark.gpu
 def test_tensors_beyond_two_to_the_31_elements() -> None:
-    """Offsets are 64-bit: a single image of 2.2e9 elements, checked on its last rows, which only wide offsets reach."""
+    """Offsets are 64-bit: a single image of 2.2e9 elements, checked on its last rows, which 32 bits cannot reach."""
     height, width, dim = 1056, 8192, 256
     qkv = torch.randn(1, height, width, 1, dim, device="cuda", dtype=torch.bfloat16)
     assert qkv.numel() > 2**31

@@ -1,4 +1,4 @@
-"""Windows of one axis and of several: hand-computed, and each function against the others."""
+"""Windows of one axis and of several, against values computed by hand, and the functions against each other."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def test_golden_files_cover_what_they_should() -> None:
 
 
 def dense_shifted_windows(layer: ShiftedWindowGQA, x: Tensor) -> Tensor:
-    """Tokens see each other where their blocks of the shifted grid agree on both axes."""
+    """Reference: two tokens see each other if they are in the same block of the shifted grid on both axes."""
     height, width = x.shape[1:3]
     blocks = [(torch.arange(n) + layer.shift) // layer.window_size for n in (height, width)]
     block = blocks[0][:, None] * (width + 1) + blocks[1]
@@ -223,7 +223,7 @@ def test_any_resolution_that_fits() -> None:
 
 
 def test_patches_and_positions_keep_their_places() -> None:
-    """With attention off everywhere, a pixel reaches only the patch of the coarsest level that holds it."""
+    """Without attention on any level, a pixel affects only its own patch of the coarsest level."""
     levels = (LevelConfig(1, 16, "none"), LevelConfig(1, 16, "none"))
     model = HDiT(HDiTConfig(levels, patch_size=(2, 3), mapping_width=8)).double()
     randomize(model)
@@ -261,7 +261,7 @@ def test_checkpointing_changes_no_gradient() -> None:
 
 
 def round_results_of_layers(model: nn.Module, dtype: torch.dtype) -> None:
-    """What must be lost in ``dtype``: every layer's result is rounded to it, and all else stays as wide as it is."""
+    """Register hooks that round every layer's result to ``dtype``; everything else keeps the model's wider dtype."""
 
     def rounded(_module: nn.Module, _args: Any, result: Any) -> Any:
         return result.to(dtype).to(result.dtype) if isinstance(result, Tensor) else result
@@ -276,14 +276,14 @@ def round_results_of_layers(model: nn.Module, dtype: torch.dtype) -> None:
 )
 @torch.no_grad()
 def test_half_precision_is_as_exact_as_its_roundings_allow(dtype: torch.dtype, autocast: bool) -> None:
-    """Twice the error of fp64 arithmetic that rounds each layer's result, a budget far below what a lost sink makes."""
+    """The error may be twice that of fp64 with rounded layer results, which is far below that of a missing sink."""
     model = HDiT(small_config())
     randomize(model)
     for layer in model.modules():
         if isinstance(layer, NeighborhoodGQA) and isinstance(layer.sink, Tensor):
             layer.sink.add_(3)
     x, sigma, classes = torch.randn(2, 3, 24, 24).to(dtype), torch.tensor([0.02, 70.0]), torch.tensor([0, 1])
-    model.to(dtype)  # all that follow hold the same numbers
+    model.to(dtype)  # all later models hold the same numbers
 
     def in_fp64(change: Callable[[nn.Module], None] = lambda _: None) -> Tensor:
         wide = copy.deepcopy(model).double()

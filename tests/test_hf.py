@@ -71,7 +71,7 @@ def transformers() -> Any:
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
 def theirs(request: pytest.FixtureRequest, transformers: Any) -> Any:
-    """A tiny model of one family, every parameter random and large enough to matter."""
+    """transformers' tiny model of one family, with all parameters random and large enough to affect the output."""
     name, options = FAMILIES[request.param]
     config = getattr(transformers, name)(**COMMON, **options)
     config._attn_implementation = "eager"
@@ -101,8 +101,8 @@ def test_logits_equal_transformers(theirs: Any, directory: Path) -> None:
     ours, ids = DecoderLM.from_pretrained(directory), tokens(3, 40)
     assert error(ours(ids), theirs(ids).logits) < 1e-5
     mask = torch.ones_like(ids)
-    mask[0, :9] = 0  # left
-    mask[1, -5:] = 0  # right
+    mask[0, :9] = 0  # padding on the left
+    mask[1, -5:] = 0  # padding on the right
     expected = theirs(ids, attention_mask=mask).logits
     text = mask.bool()
     assert error(ours(ids, attention_mask=mask)[text], expected[text]) < 1e-5
@@ -226,7 +226,7 @@ def test_own_round_trip(config: DecoderLMConfig, tmp_path: Path) -> None:
     assert again.config == config
     for name, tensor in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
-    # Not bit for bit: tensors that are mapped from a file are aligned otherwise, and sums take another order.
+    # Not bit by bit: tensors that are mapped from a file have another alignment, which changes the order of sums.
     torch.testing.assert_close(again(tokens(1, 9) % 17), model(tokens(1, 9) % 17), rtol=1e-6, atol=1e-6)
 
 
@@ -433,7 +433,7 @@ def test_the_activation_is_what_the_family_reads(family: str, keys: dict[str, st
 def test_frequencies_are_those_of_transformers_bit_for_bit(
     parameters: dict[str, Any], head_dim: int, theta: float, transformers: Any
 ) -> None:
-    """The last bit of an fp32 frequency is milliradians at positions of long texts."""
+    """Frequencies must agree bit by bit: at positions in long texts, their last bit makes milliradians."""
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     config = transformers.LlamaConfig(

@@ -1,4 +1,4 @@
-"""What is worked out once for many calls: the checks of arguments, and launches."""
+"""Work that is done once for many calls: checks of arguments, and the preparation of launches."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def draw(heads: int = 4, length: int = 12) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def accepted(monkeypatch: pytest.MonkeyPatch) -> dict[Any, Any]:
-    """Signatures whose checks have passed, none so far."""
+    """The cache of argument signatures that passed the checks, emptied for the test."""
     empty: dict[Any, Any] = {}
     monkeypatch.setattr(arguments, "_accepted", empty)
     return empty
@@ -58,7 +58,7 @@ def test_equal_arguments_of_other_types_are_checked() -> None:
 
 
 def test_equal_shapes_of_other_strides_are_checked() -> None:
-    """Registers of one head serve KV heads that are one head expanded, and no others."""
+    """Registers with one head fit KV heads that are one expanded head, but no others of the same shape."""
     q, registers = draw(), torch.randn(1, 3, 1, 8)
     one = draw(1).expand(-1, -1, 4, -1)
     extras: dict[str, Any] = {"additional_keys": registers, "additional_values": registers}
@@ -94,7 +94,7 @@ def test_lists_are_taken_and_what_is_kept_is_bounded(accepted: dict[Any, Any], m
 
 @pytest.fixture
 def default_precision() -> Iterator[None]:
-    """torch's switches as if nobody had set any, before the test and after it."""
+    """Reset torch's precision settings to their defaults before and after the test."""
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     matmul.fp32_precision = "none"

@@ -113,7 +113,7 @@ def test_kernels_know_nothing_of_who_calls_them() -> None:
 
 
 def test_the_package_needs_no_triton() -> None:
-    """Nor does eager attention, and an explanation of it."""
+    """Neither importing the package nor eager attention and ``explain`` import Triton."""
     script = """
 import sys
 sys.modules["triton"] = None

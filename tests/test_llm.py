@@ -44,7 +44,7 @@ VARIANTS = {
 
 
 def make(config: DecoderLMConfig, dtype: torch.dtype = torch.float64) -> DecoderLM:
-    """A model whose every parameter is random and large enough to matter."""
+    """A model in which all parameters are random and large enough to affect the output."""
     torch.manual_seed(0)
     model = DecoderLM(config, dtype=dtype).eval()
     for parameter in model.parameters():
@@ -66,7 +66,7 @@ def close(got: Tensor, expected: Tensor) -> None:
 
 
 def test_a_window_bounds_what_a_token_depends_on() -> None:
-    # Two layers of windows 3 and 2 reach 2 + 1 tokens back.
+    # Two layers with windows of 3 and 2 see 2 + 1 tokens back.
     model = make(dataclasses.replace(BASE, num_layers=2, windows=(3, 2), num_registers=1))
     ids = tokens(1, 12)
     changed = ids.clone()
@@ -300,7 +300,7 @@ def test_tied_models_hold_one_matrix() -> None:
 
 @pytest.mark.gpu
 def test_on_a_gpu(model: DecoderLM) -> None:
-    """Fused attention in the model: logits, gradients and cached generation are the CPU's."""
+    """With fused attention, logits, gradients and cached generation agree with the CPU's."""
     model, ids = model.float(), tokens(2, 40)
     twin = copy.deepcopy(model).cuda()
     logits, expected = twin(ids.cuda()), model(ids)
@@ -364,7 +364,7 @@ def test_bad_config(change: dict, message: str) -> None:
 
 
 def test_whole_buffers_give_the_same(model: DecoderLM) -> None:
-    """Empty slots have no position, so no token sees them."""
+    """Returning the empty slots too changes nothing, since they have position -1 and no token sees them."""
     ids = torch.randint(model.config.vocab_size, (2, 9), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         caches = [model.make_cache(2, max_length=20) for _ in range(2)]
@@ -377,7 +377,7 @@ def test_whole_buffers_give_the_same(model: DecoderLM) -> None:
 
 @pytest.mark.gpu
 def test_generation_on_a_gpu_is_recorded(model: DecoderLM) -> None:
-    """The recorded step gives what whole texts give, past the windows and for prompts of two lengths."""
+    """The recorded step agrees with a pass over whole texts, beyond the windows and for prompts of two lengths."""
     model = copy.deepcopy(model).cuda()
     ids = torch.randint(model.config.vocab_size, (2, 9), generator=torch.Generator().manual_seed(3)).cuda()
     mask = torch.ones_like(ids)
@@ -432,13 +432,13 @@ def test_options_of_other_types_are_errors(change: dict[str, Any], message: str)
 
 @pytest.mark.parametrize("pad_token", [None, -1])
 def test_without_a_padding_token_the_stop_token_is_repeated(pad_token: int | None) -> None:
-    """-1 is how old configs of LLaMA say that there is none."""
+    """Old LLaMA configs write -1 for no padding token."""
     model = make(dataclasses.replace(BASE, pad_token_id=pad_token))
     ids = tokens(2, 5)
     plain = model.generate(ids, 8, stop_tokens=[])
     ends, goes_on = plain[:, 5:].tolist()
     stop = next(token for token in ends if token not in goes_on)
     end = ends.index(stop) + 1
-    assert end < 8  # something has to follow the first text's end
+    assert end < 8  # the first text must end before the last step
     got = model.generate(ids, 8, stop_tokens=[stop])[:, 5:].tolist()
     assert got == [ends[:end] + [stop] * (8 - end), goes_on]

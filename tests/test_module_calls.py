@@ -1,4 +1,4 @@
-"""What others do to modules: hooks, offloading, sharding, casts, the meta device, quantisation, transforms."""
+"""The modules under hooks, offloading, sharding, casts, the meta device, quantisation and function transforms."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ HALVES = (torch.bfloat16, torch.float16)
 
 
 def randomize(module: nn.Module) -> nn.Module:
-    """Move every parameter off its initial value, so that none of them is a no-op."""
+    """Change every parameter from its initial value, so that each affects the output."""
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -83,7 +83,7 @@ IDS = torch.randint(0, 31, (2, 7), generator=torch.Generator().manual_seed(0))
 
 
 def attend(model: nn.Module, dtype: torch.dtype = F64) -> Tensor:
-    # Far positions that bf16 does not hold.
+    # Distant positions that bf16 cannot represent.
     positions = 20 / 7 * make_axial_pos(5, 4, dtype=torch.promote_types(dtype, torch.float32))
     tokens, registers = model(draw(2, 5, 4, 16, dtype=dtype), positions=Positions(positions))
     return torch.cat((tokens.flatten(1, 2), registers), 1)
@@ -124,7 +124,7 @@ def test_hooks_on_every_module_fire(name: str) -> None:
 
 
 def offload(module: nn.Module, *, wrap: bool) -> None:
-    """Keep the module's own tensors on the meta device except during its forward: by hooks, or as accelerate does."""
+    """Keep each module's own tensors on the meta device except during its forward, by hooks or like accelerate."""
     owners: list[dict[str, Any]] = [module._parameters, module._buffers]
     held = [(owner, key, value) for owner in owners for key, value in owner.items() if value is not None]
     blank = [nn.Parameter(v.to("meta")) if isinstance(v, nn.Parameter) else v.to("meta") for _, _, v in held]
@@ -209,7 +209,7 @@ def one_process() -> Iterator[None]:
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view:UserWarning")  # a projection comes last
 @pytest.mark.parametrize("name", ["HDiT", "gemma", "rms", "cosine"])
 def test_sharding_in_half_precision_casts_no_position(name: str, one_process: None) -> None:
-    """Sharded modules, with inputs cast on their way in, compute what the model in half precision does."""
+    """Sharded modules, whose inputs FSDP casts, compute the same as the model in half precision."""
     make, run = MODELS[name]
     model = randomize(make())
     expected = run(copy.deepcopy(model).bfloat16(), torch.bfloat16)
@@ -256,7 +256,7 @@ def test_positions_in_half_precision_are_an_error() -> None:
             layer()(x, positions=make_axial_pos(5, 4).to(dtype))
         with pytest.raises(ValueError, match=f"positions are {dtype}"):
             RoPE(8)(x, x, torch.arange(5).to(dtype))
-    assert Positions(x).to("meta").tensor.is_meta  # as those who move arguments between devices do
+    assert Positions(x).to("meta").tensor.is_meta  # like libraries that move arguments between devices
 
 
 # --- Constants in half precision
@@ -283,7 +283,7 @@ EXPECTED = {name: dict(make().named_buffers()) for name, make in CONSTANTS.items
 def test_constants_ignore_a_half_precision_default(name: str, default_bfloat16: None) -> None:
     for path, buffer in CONSTANTS[name]().named_buffers():
         assert buffer.dtype == torch.float32, path
-        if "emb" not in path:  # those are random
+        if "emb" not in path:  # those of embeddings are random
             assert torch.equal(buffer, EXPECTED[name][path]), path
 
 
@@ -334,7 +334,7 @@ PUBLIC: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.fixture
 def empty_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is not set shows."""
+    """Make new tensors NaN, so that any that ``reset_parameters`` leaves out is found."""
     monkeypatch.setattr(torch, "empty_like", lambda t, **options: torch.full_like(t, torch.nan, **options))
 
 
@@ -352,7 +352,7 @@ def on_cpu(make: Callable[[], nn.Module]) -> nn.Module:
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_resetting_is_making_anew(name: str, empty_is_nan: None) -> None:
-    """Off the meta device too: parameters, constants and the random numbers drawn are the constructor's."""
+    """``reset_parameters`` gives the constructor's parameters and constants, drawing the same random numbers."""
     torch.manual_seed(3)
     expected = PUBLIC[name]()
     after = torch.rand(1)
@@ -406,7 +406,7 @@ def test_linear_layers_can_be_quantized(name: str) -> None:
     with torch.no_grad():
         expected, actual = run(model, torch.float32), run(quantized, torch.float32)
     assert not torch.equal(actual, expected)
-    assert (actual - expected).norm() < 0.5 * expected.norm()  # or it would be another model
+    assert (actual - expected).norm() < 0.5 * expected.norm()  # else the quantised model would compute something else
 
 
 def test_gradients_of_each_image() -> None:
@@ -428,7 +428,7 @@ def test_gradients_of_each_image() -> None:
 
 
 def test_embeddings_are_scaled_on_their_own_device() -> None:
-    """By the factor rounded to their dtype, as Gemma was trained, and with no look at torch's default device."""
+    """The factor is rounded to the embeddings' dtype, as in Gemma's training, and ignores torch's default device."""
     model = randomize(gemma()).bfloat16()
     expected, seen = model(IDS), []
     model.model.layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))  # pyright: ignore

@@ -233,7 +233,7 @@ def test_rope_errors(make, message: str) -> None:
 def reference(
     layer: NeighborhoodGQA, x: Tensor, positions: Tensor | None, registers: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Tokens and registers by a dense mask, one softmax and explicit repeats."""
+    """Reference for tokens and registers: a dense mask, one softmax and explicitly repeated heads."""
     batch, spatial = x.shape[0], x.shape[1:-1]
     heads, kv_heads, dim = layer.num_heads, layer.num_kv_heads, layer.head_dim
     group = heads // kv_heads

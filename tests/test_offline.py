@@ -1,4 +1,4 @@
-"""The kernels compile for GPUs that are not there: what the interpreter cannot tell."""
+"""The kernels compile for GPUs, on a machine without one: errors that the interpreter cannot find."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_kernels_compile(capability: int, tmp_path: Path) -> None:
 
 
 def check_fences(cache: Path) -> None:
-    """Of the kernels that were compiled into a folder of Triton's."""
+    """Check the fences of all kernels that were compiled into a folder of Triton's cache."""
     found: dict[str, list[int]] = {}
     for file in (file for file in cache.rglob("*.ptx") if file.stem in FENCES):
         ptx = file.read_text()
@@ -183,7 +183,7 @@ def test_tiles_fit_into_shared_memory(limit: int, width: int, element_size: int)
 def test_shared_memory_is_not_less_than_compiled_kernels_take(
     kind: Kind, rows: int, keys: int, stages: int, width: int, element_size: int, taken: int
 ) -> None:
-    """As Triton 3.6 compiled them for compute capability 8.6."""
+    """The estimate is at least what Triton 3.6 needed for compute capability 8.6."""
     found = shared_memory(kind, rows, keys, stages, Room(0, width, element_size))
     assert taken <= found < 1.5 * taken
 
@@ -199,7 +199,7 @@ def test_shared_memory_is_not_less_than_compiled_kernels_take(
     ],
 )
 def test_tiles_of_fp32_are_counted_twice(kind: Kind, rows: int, keys: int, stages: int, width: int, taken: int) -> None:
-    """As Triton 3.7 compiled them for compute capability 9.0, each product as three in TF32."""
+    """The estimate fits what Triton 3.7 needed on compute capability 9.0, with each product as three in TF32."""
     problem = ProblemClass("stub", 227 * 1024, (1, 1, 2048), (1, 1, 1024), 4, width // 2, width // 2, 4)
     space = room(problem)
     assert space.width == width
@@ -227,7 +227,7 @@ LIMITS = (99 * 1024, 163 * 1024, 227 * 1024)
 
 @st.composite
 def problem_classes(draw: st.DrawFn) -> ProblemClass:
-    """Any that the kernels take."""
+    """Problem classes of all kinds that the kernels support."""
     rank = draw(st.integers(1, 3))
     lengths = [1] * (3 - rank) + draw(st.lists(st.integers(1, 500), min_size=rank, max_size=rank))
     t, h, w = ((n, draw(st.integers(1, n))) for n in lengths)
@@ -278,7 +278,7 @@ def test_packed_heads_leave_few_rows_idle() -> None:
 
 
 def test_boxes_waste_no_rows_on_a_short_axis() -> None:
-    """A tile 32 long on an axis of 24 sees least, but a quarter of its rows is idle."""
+    """On an axis of 24, a tile of length 32 would see the fewest keys, but a quarter of its rows would be idle."""
     tile, _ = best_boxes(128, 64, (24, 68, 80), (11, 11, 11))
     assert tile[0] <= 8
 
@@ -291,7 +291,7 @@ def test_strides_are_counted_in_units_that_divide_all_of_them() -> None:
 
 @pytest.mark.parametrize("room_after", [0, 3])
 def test_heads_may_lie_anywhere(room_after: int) -> None:
-    """With strides that 8 divides, and with others."""
+    """Heads may have any strides, multiples of 8 or not."""
     generator = torch.Generator().manual_seed(0)
     whole = torch.randn(3, 1, 5, 6, 2, 40 + room_after, generator=generator)
     query, key, value = whole[..., :40].requires_grad_()

@@ -1,6 +1,6 @@
-"""The kernels' arithmetic of windows against the host's: every axis that is short, alone and in tiles."""
+"""The kernels' computation of windows against the host's, for every short axis, per token and per tile."""
 
-# Triton's language is Python to the parser only.
+# Triton's language is Python only in syntax, so type checks do not apply to kernels.
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportArgumentType=false
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from natten_layers.kernels.portable import primitives
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
-# One suite, two machines: interpreted where there is no GPU, compiled (and marked so) where there is one.
+# These tests run interpreted without a GPU. With one, they run compiled and have the mark "gpu".
 pytestmark = [pytest.mark.gpu] if ON_GPU else []
 LONGEST = 15
 
@@ -29,7 +29,7 @@ LONGEST = 15
 @triton.jit
 def bounds_kernel(Index, Length, Kernel, Stride, First, Last, INVERSE: tl.constexpr, CAUSAL: tl.constexpr,
                   BLOCK: tl.constexpr):  # fmt: skip
-    """Bounds of any number of axes, one element each."""
+    """Compute the bounds of many windows, one element each."""
     n = tl.arange(0, BLOCK)
     index, length, kernel, stride = tl.load(Index + n), tl.load(Length + n), tl.load(Kernel + n), tl.load(Stride + n)
     if INVERSE:
@@ -41,7 +41,7 @@ def bounds_kernel(Index, Length, Kernel, Stride, First, Last, INVERSE: tl.conste
 
 
 def on_device(columns: Tensor, inverse: bool, causal: bool) -> tuple[Tensor, Tensor]:
-    """First and last of ``(index, length, kernel, stride)`` in the rows of ``columns``."""
+    """The first and last key for ``(index, length, kernel, stride)``, the rows of ``columns``."""
     size = triton.next_power_of_2(len(columns))
     padded = torch.ones(4, size, dtype=torch.int32)
     padded[:, : len(columns)] = columns.t()
@@ -53,7 +53,7 @@ def on_device(columns: Tensor, inverse: bool, causal: bool) -> tuple[Tensor, Ten
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("inverse", [False, True])
 def test_bounds_on_the_device_are_those_of_the_host(inverse: bool, causal: bool) -> None:
-    """Of every token of every axis, dilated ones too: their classes are the axes here, of all lengths up to a limit."""
+    """Bounds agree for every token of every axis up to a length; residue classes of dilated axes are such axes too."""
     bounds = query_bounds if inverse else window_bounds
     axes = [(n, k, s) for n in range(1, LONGEST + 1) for k in range(1, n + 1) for s in range(1, k + 1)]
     rows = [(i, *axis) for axis in axes for i in range(axis[0])]

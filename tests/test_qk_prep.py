@@ -81,7 +81,7 @@ CASES = (
 
 
 def evaluate(case: Case, dtype: torch.dtype, impl: str, source: torch.dtype) -> dict[str, Tensor]:
-    """Results and gradients in ``dtype`` of one computation, whose inputs and cotangents ``source`` holds exactly."""
+    """Results and gradients computed in ``dtype`` from inputs and cotangents that ``source`` represents exactly."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -116,7 +116,7 @@ ROUNDING = {torch.float32: 4e-7, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 )
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_fused_matches_pytorch_in_double(case: Case, dtype: torch.dtype) -> None:
-    """At most twice the error of PyTorch in the same precision, or about one rounding."""
+    """The error is at most twice that of PyTorch in the same precision, or about one rounding."""
     exact = evaluate(case, torch.float64, "eager", dtype)
     eager, fused = (evaluate(case, dtype, impl, dtype) for impl in ("eager", "fused"))
     for name, expected in exact.items():
@@ -132,7 +132,7 @@ def evaluate_far(impl: str) -> Tensor:
 
 
 def test_far_angles_keep_their_accuracy() -> None:
-    """These angles are exact in fp32, so only range reduction and polynomials err."""
+    """The angles are exact in fp32, so errors come only from range reduction and the polynomials of cosine and sine."""
     assert (evaluate_far("fused").double() - evaluate_far("eager")).abs().max() < 3e-7
 
 
@@ -150,7 +150,7 @@ class Backwards(AxialRoPE):
     "rope", [AxialRoPE(8, 4, num_kv_heads=2), Doubling(), Backwards(8, 4, num_kv_heads=2)], ids=str
 )
 def test_layers_keep_their_meaning(rope: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Any rope module is honoured: what is not known by its angles is called, after a fused normalisation."""
+    """Any rope module is supported: one that cannot be fused is called, after a fused normalisation."""
 
     def fused_in_fp32(query: Tensor, *args: Any) -> tuple[Tensor, Tensor]:  # "auto" never means the interpreter
         return normalize_and_rotate(query, *args, impl="fused" if query.dtype == torch.float32 else "eager")
@@ -172,7 +172,7 @@ def test_layers_keep_their_meaning(rope: nn.Module, monkeypatch: pytest.MonkeyPa
 
 
 def test_auto_on_a_cpu_is_eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As for attention: Triton's interpreter is for tests that ask for it."""
+    """With ``impl="auto"``, a CPU uses the eager path; Triton's interpreter must be asked for, as in attention."""
 
     def fail(*args: object) -> None:
         raise AssertionError("the kernel was called")
@@ -251,7 +251,7 @@ def test_benchmark_times_only_what_is_right(
 @pytest.mark.parametrize("shape", [(2, 32, 32), (8, 160, 160)], ids=str)  # the latter has a kernel of its own on Hopper
 @pytest.mark.parametrize("num_kv_heads", [4, 2])
 def test_a_layer_takes_two_launches_at_most(num_kv_heads: int, shape: tuple[int, int, int]) -> None:
-    """Between the projections, where it copies neither query nor key nor value beyond that."""
+    """A layer makes at most two launches between its projections, and no other copy of query, key or value."""
     rope = AxialRoPE(64, 4, num_kv_heads=num_kv_heads)
     rows = (4 + 2 * num_kv_heads) * 64
     options = {"num_kv_heads": num_kv_heads, "head_dim": 64, "qk_norm": "cosine", "rope": rope, "sink": "zero"}

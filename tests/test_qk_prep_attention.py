@@ -1,4 +1,4 @@
-"""Attention on heads as they are projected: against its steps one by one in fp64, interpreted or on a GPU."""
+"""Attention that normalises and rotates heads itself, against separate steps in fp64, interpreted or on a GPU."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ CASES = (
 
 
 def draw(case: Case) -> dict[str, Tensor]:
-    """Inputs in fp64 that are exact in half precision."""
+    """Random inputs in fp64 that half precision represents exactly."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -139,7 +139,7 @@ SMALL = tuple(
 
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_is_its_steps_one_after_the_other(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The operator where no launch does all: under Triton's interpreter, or on any GPU for few tokens."""
+    """Without a kernel for all steps (interpreted, or on a GPU for few tokens), the operator equals separate steps."""
     taken: list[str] = []
     attention = qk_prep_attention_ops.attention
     monkeypatch.setattr(qk_prep_attention_ops, "attention", lambda *args: taken.append("one") or attention(*args))
@@ -246,7 +246,7 @@ def test_nan_and_inf_reach_only_the_queries_that_see_them(case: Case) -> None:
 
 
 def problem_of_image(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Problem:
-    """8 images of 128 x 128, 8 heads of 2, window 7, projected together, as if a GPU was there."""
+    """8 images of 128 x 128, 8 query and 2 KV heads from one projection, window 7, as if there was a GPU."""
     forget()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr("natten_layers.kernels.host.problem.device_traits", lambda device: ("stub", 2**17))
@@ -307,7 +307,7 @@ def test_tiles_that_somebody_chose_win(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = problem_of_image(monkeypatch)
     with override({"forward": forward.tile_config_for("forward", problem.problem_class)}):
         assert planned("qk_prep + forward", problem, prep=KIND) is None
-    with override(pack=8):  # more heads than there are in a group
+    with override(pack=8):  # more heads than a group has
         assert planned("qk_prep + forward", problem, prep=KIND) is None
 
 

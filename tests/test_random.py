@@ -1,6 +1,8 @@
-"""Random calls against the fp64 eager path, small ones interpreted, real ones on a GPU: ``--seeds 1000`` draws more.
+"""Random calls against the fp64 eager path: small ones interpreted, realistic ones on a GPU.
 
-Kernels that are for large problems elsewhere take small ones here, at sizes that are no multiple of anything.
+``--seeds 1000`` draws that many calls.
+
+Kernels for large problems are used for small ones as well, with sizes that are not multiples of tile sizes.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def draw_case(random: Random) -> Case:
-    """Of one to three axes, everything that a call may have."""
+    """Draw a case of one to three axes with any options that a call may have."""
     rank = random.choice((1, 2, 2, 3))
     side = random.choices(WINDOWS[rank], (3, 1))[0]
     spatial = tuple(random.randint(1, LENGTHS[rank]) for _ in range(rank))
@@ -65,7 +67,7 @@ def draw_case(random: Random) -> Case:
 
 
 def laid_out(inputs: Inputs, layout: str) -> Inputs:
-    """The same values elsewhere in memory."""
+    """The same values with another layout in memory."""
     moved = {name: tensor.detach() for name, tensor in inputs.items()}
     heads = {name: moved[name] for name in ("query", "key", "value")}
     if layout == "packed" and heads["key"].shape == heads["value"].shape:
@@ -73,7 +75,7 @@ def laid_out(inputs: Inputs, layout: str) -> Inputs:
         moved |= zip(heads, parts, strict=True)
     elif layout == "heads first":
         moved |= {name: x.movedim(-2, 1).contiguous().movedim(1, -2) for name, x in heads.items()}
-    elif layout == "offset":  # no address is a multiple of 16
+    elif layout == "offset":  # addresses are not multiples of 16
         moved |= {name: x.new_empty(x.numel() + 1)[1:].view(x.shape).copy_(x) for name, x in heads.items()}
     return {name: x.requires_grad_() for name, x in moved.items()}
 
@@ -97,7 +99,7 @@ def test_a_random_call(seed: int) -> None:
         alone = neighborhood_attention(**arguments(case, inputs), impl="fused")
     results = {"out": alone}, run(case, inputs, "fused").tensors()
     for name, tensor in (item for tensors in results for item in tensors.items()):
-        if name == "grad of sink":  # one sum over all tokens, which may cancel; other tests hold it
+        if name == "grad of sink":  # a sum over all tokens that may cancel; other tests check it
             continue
         limit = 2 * FLOOR[case.dtype if name.startswith("grad") else tensor.dtype]
         limit, found = max(limit, 3 * error(peer[name], expected[name])), error(tensor, expected[name])

@@ -1,4 +1,4 @@
-"""What the README and the pages of the documentation claim: code, links, names, figures."""
+"""The code, links, names and figures in the README and in the pages of the documentation."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ PUBLIC_MODULES = (
 
 
 def blocks(page: str) -> list[str]:
-    """The Python on a page that stands for itself."""
+    """The Python blocks of a page, without those that are marked as not run."""
     return [code for skipped, code in BLOCK.findall((ROOT / page).read_text()) if not skipped]
 
 
 def run(page: str) -> dict[str, Any]:
-    """The names that the page's code leaves; later blocks use what earlier ones made, as readers do."""
+    """Run a page's code, each block with the names that earlier ones defined, and return all names."""
     names: dict[str, Any] = {}
     for number, code in enumerate(blocks(page)):
         exec(compile(code, f"{page}, block {number}", "exec"), names)

@@ -68,7 +68,7 @@ def call_of(case: Case, tensors: dict[str, Tensor]) -> tuple[Problem, tuple[Any,
 
 
 def planned(direction: Direction, problem: Problem, **question: Any) -> Any:
-    """The plan of the kernel for compute capability 9.0 that computes a call, or None if that is the last resort."""
+    """The plan of the sm_90 kernel that computes a call, or None if the portable kernel computes it."""
     choice = choose(direction, Question(problem, **question))
     return None if choice.variant is VARIANTS[direction][-1] else choice.plan
 
@@ -97,7 +97,7 @@ def test_matches_the_oracle(case: Case, dtype: torch.dtype) -> None:
 
 @pytest.fixture
 def wherever_possible(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Small windows take the kernels too."""
+    """Use the kernels for windows of any size."""
     with monkeypatch.context() as patch:
         for name in ("NUMBERS", "REGISTERED", "PAIRS", "WIDE_WINDOW", "WIDE_PAIRS"):
             patch.setattr(dispatch, name, 0)
@@ -112,7 +112,7 @@ def wherever_possible(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gradients_match_the_oracle(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where, on an axis, every chunk of a walk needs a mask or none does; and twice the same bits."""
+    """Gradients match, also where all chunks of an axis or none need a mask, and two runs are equal bit by bit."""
     case = replace(case, dtype=dtype)
     leaves = make_inputs(case, "cuda")
     taken: list[TileConfig] = []
@@ -130,7 +130,7 @@ def test_gradients_match_the_oracle(case: Case, dtype: torch.dtype, monkeypatch:
 @pytest.mark.usefixtures("wherever_possible")
 @pytest.mark.parametrize("case", [CASES[1], CASES[4], CASES[7]], ids=str)
 def test_any_number_of_programs_computes_every_tile(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They take tiles from a count, which starts at zero in each replay of a graph too."""
+    """Programs take tiles from an atomic counter, which must be reset in each replay of a CUDA graph too."""
     case = replace(case, dtype=torch.bfloat16)
     expected = run(case, make_inputs(case, "cuda"), "fused").tensors()
     leaves = make_inputs(case, "cuda")
@@ -195,7 +195,7 @@ VIDEOS = (
 @pytest.mark.usefixtures("wherever_possible")
 @pytest.mark.parametrize("case", VIDEOS, ids=str)
 def test_nan_reaches_no_other_image_and_no_other_head(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batch and t are one axis to TMA: behind a video's last frame comes the first one of the next."""
+    """For TMA, batch and time are one axis, so a video's last frame is followed by the next video's first."""
     case = replace(case, dtype=torch.bfloat16)
     taken: list[TileConfig] = []
     compute = large_backward.key_gradients
@@ -206,7 +206,7 @@ def test_nan_reaches_no_other_image_and_no_other_head(case: Case, monkeypatch: p
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_chunks_of_a_batch_end_with_the_last_frame(causal: bool) -> None:
-    """And those of one video need not, which may leave better ones."""
+    """With a batch of one, chunks may extend beyond the last frame, which allows better shapes."""
     reached = []
     for frames, window in ((6, 6), (6, 3), (9, 5), (10, 6), (12, 7)):
         axes = tuple(zip((frames, 12, 18), (window, 9, 9), (1, 1, 1), (causal, False, True), strict=True))
@@ -243,7 +243,7 @@ def test_scores_may_be_as_large_as_fp32_holds(case: Case, exponent: int, sink: L
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's NumPy
 @pytest.mark.parametrize("with_stats", [False, True])
 def test_tiles_that_are_marked_are_computed_once_more(with_stats: bool) -> None:
-    """Those and no others, by more than one program that looks at marks; a NaN stays in its windows."""
+    """Only marked tiles are computed again, by several programs that search for marks; NaN stays in its windows."""
     case = Case("marked", (300,), 20, heads=4, head_dim=64, value_dim=64, sink="learned", batch=1, dtype=torch.float16)
     tensors = {name: t.detach() for name, t in make_inputs(case, DEVICE).items()}
     tensors["value"][0, 40, 1, 7] = float("nan")
@@ -252,9 +252,9 @@ def test_tiles_that_are_marked_are_computed_once_more(with_stats: bool) -> None:
     blocks, programs = 2, problem.programs(config)
     assert programs == 38 * blocks
     assert programs > large_forward.FLAGS.value
-    marked = [0, 9, 11, 63, 64, 74, 75]  # tiles times blocks of heads; the last tile is cut
+    marked = [0, 9, 11, 63, 64, 74, 75]  # indices over tiles and blocks of heads; the last tile is only partly filled
     nonfinite_tiles = torch.zeros(programs + 1, dtype=torch.int32, device=DEVICE)
-    nonfinite_tiles[[*marked, programs]] = 1  # behind the marks is a count of tiles
+    nonfinite_tiles[[*marked, programs]] = 1  # the element after the marks is the tile counter
     expected = attention_state(inputs.query, inputs.key, inputs.value, 20, sink=inputs.sink, impl="fused")
     expected = expected.out, expected.row_max, expected.row_sum
     untouched = -3.0
@@ -278,7 +278,7 @@ def test_statistics_of_the_backward_pass_are_what_they_are_called(with_grad_lse:
     problem, _ = call_of(case, tensors)
     draw = torch.Generator().manual_seed(2)
     out, wide = (torch.randn(2, 3, 5, 9, n, 64, generator=draw).half().to(DEVICE) for n in (3, 5))
-    grad_out = wide[..., 1:4, :]  # a view, as of a wider tensor
+    grad_out = wide[..., 1:4, :]  # a view of a wider tensor
     row_max, row_sum, grad_lse = torch.rand(3, 2, 3, 5, 9, 3, generator=draw).to(DEVICE) + 0.5
     grad_lse = grad_lse.transpose(1, 2).contiguous().transpose(1, 2) if with_grad_lse else None
     statistics, delta = large_backward.statistics_of(problem, Cotangents(out, row_max, row_sum, grad_out, grad_lse))
@@ -303,14 +303,14 @@ def test_a_call_takes_it_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     neighborhood_attention(aligned, aligned, aligned, 2048, is_causal=True)
     assert len(configs) == 1
     out = neighborhood_attention(shifted, shifted, shifted, 2048, is_causal=True)
-    assert len(configs) == 1  # addresses that TMA does not take
+    assert len(configs) == 1  # TMA requires addresses of another alignment
     whole = shifted.contiguous()
     assert error(out, neighborhood_attention(whole, whole, whole, 2048, is_causal=True)) < 4e-3
     assert len(configs) == 2
 
 
 def problem_of_text(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0), **changes: Any) -> Problem:
-    """A window of 4096 over 8192 tokens with four query heads a KV head, as if a GPU was there."""
+    """A window of 4096 over 8192 tokens with four query heads per KV head, as if there was a GPU."""
     forget()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(problem_module, "device_traits", lambda device: ("stub", 2**17))
@@ -359,7 +359,7 @@ def test_large_is_what_the_keys_of_a_window_take(
 @pytest.mark.parametrize(
     "changes",
     [
-        {"kernel_size": (2048,)},  # too few pairs for a launch to be worth its preparation
+        {"kernel_size": (2048,)},  # too few pairs to hide the host time of such a launch
         {"query": Layout((1, 8192, 4, 128), (8192 * 512, 512, 128, 1))},
         {"dtype": torch.float32},
         {"scale_first": True},
@@ -380,7 +380,7 @@ def test_tiles_that_somebody_chose_win(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = problem_of_text(monkeypatch)
     with override({"forward": TileConfig((1, 1, 64), (1, 1, 64), 2, 4, 2)}):
         assert planned("forward", problem) is None
-    with override(pack=8):  # more heads than there are in a group
+    with override(pack=8):  # more heads than a group has
         assert planned("forward", problem) is None
 
 
@@ -404,7 +404,8 @@ def test_chunks_of_queries_start_where_statistics_can_be_loaded_from() -> None:
     (_, free), (_, aligned) = (large_tiling.best_boxes(axes, 128, 64, query_bounds, n) for n in (1, 4))
     assert free[2] < 4
     assert aligned[2] % 4 == 0
-    # Keys 2 and 3 are seen by queries 2 to 5, a chunk of four; from 0 on these are in two. The other pairs stay at one.
+    # Queries 2 to 5 see keys 2 and 3: one chunk of four, but two chunks if these start at multiples of 4. The queries
+    # of the other pairs of keys are one chunk either way.
     chunks = [large_tiling.executed((8, 3, 1, True), 2, 4, query_bounds, n) // (2 * 4) for n in (1, 4)]
     assert chunks == [4, 5]
 
@@ -418,9 +419,9 @@ def test_gradients_of_large_windows_take_it(monkeypatch: pytest.MonkeyPatch) -> 
     query, key = both(problem.query)
     assert (query.tile, query.pack) == ((1, 1, 32), 4)
     assert (key.tile, key.chunk) == ((1, 1, 128), (1, 1, 64))
-    expanded = problem.query._replace(stride=(0, 0, 0, 0))  # as the gradient of a sum is
+    expanded = problem.query._replace(stride=(0, 0, 0, 0))  # like the gradient of a sum
     assert both(expanded) == [None, None]
-    with override({"backward_key": key}):  # they share statistics
+    with override({"backward_key": key}):  # both gradients read the same statistics
         assert both(problem.query) == [None, None]
 
 

@@ -114,7 +114,7 @@ def test_where_runs_are_cut_changes_nothing(case: Case, monkeypatch: pytest.Monk
 
 @pytest.fixture
 def wherever_possible(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Small problems take the kernel too."""
+    """Use the kernels for problems of any size."""
     with monkeypatch.context() as patch:
         patch.setattr(dispatch, "LEAST_ROWS", 0)
         forget()
@@ -234,7 +234,7 @@ def test_nan_and_inf_reach_only_the_queries_that_see_them(case: Case, module: Mo
         outputs(module.forward, config),
         outputs(forward.forward, forward.plan(call_of(case, tensors)[0], True)),
     )
-    # The portable kernel makes inf NaN where it is seen.
+    # In the portable kernel, inf becomes NaN in the windows that see it.
     assert ours[0][(0, *middle, 0, 8)] == float("inf")
     for mine, expected, allowed in zip(ours, portable, (4e-3, 1e-5), strict=True):
         broken = ~expected.isfinite()
@@ -260,11 +260,11 @@ def test_a_call_takes_it_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     assert error(out, neighborhood_attention(whole, whole, whole, 7)) < 4e-3
     assert len(configs) == 2
     neighborhood_attention(aligned[:1], aligned[:1], aligned[:1], 7)
-    assert len(configs) == 2  # over before the host has prepared it
+    assert len(configs) == 2  # the GPU would finish before the host has prepared the launch
 
 
 def problem_of_image(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Problem:
-    """A 7x7 window over eight images of 128x128 with four query heads a KV head, as if a GPU was there."""
+    """A 7x7 window over eight images of 128x128 with four query heads per KV head, as if there was a GPU."""
     query, key = (Layout((8, 128, 128, h, 64), (2**14 * h * 64, 2**7 * h * 64, h * 64, 64, 1)) for h in (8, 2))
     image = {"query": query, "key": key, "value": key, "kernel_size": (7, 7), "stride": (1, 1), "dilation": (1, 1)}
     return problem_of_text(monkeypatch, **{**image, "is_causal": (False, False), **changes})
@@ -274,11 +274,11 @@ def test_small_windows_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = problem_of_image(monkeypatch)
     alone, config = small_tile_config(problem), planned("forward", problem)
     assert alone is not None
-    # 8 x 14 keys, without one that no query sees
+    # Tiles see 8 x 14 keys; the parts load no key that no query sees.
     assert (alone.tile, alone.pack, alone.parts) == ((1, 2, 8), 4, ((1, 8, 8), (1, 8, 4), (1, 8, 2)))
     assert isinstance(config, RollingTileConfig)
     assert (config.tile, config.pack, config.keys) == (alone.tile, alone.pack, alone.keys)
-    # Of them the 8 x 8 in front of a tile are new to it, and what it sees of those is 8 x 6.
+    # A tile loads one new box of 8 x 8 keys in the direction of the walk, of which its queries see 8 x 6.
     assert (config.axis, config.box, config.stages, config.rest) == (2, (1, 8, 8), 2, (32, 16))
     with override(pack=1):
         unpacked = planned("forward", problem)
@@ -287,7 +287,7 @@ def test_small_windows_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_results_leave_through_the_ring_where_that_leaves_room_for_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """But apart from it where there are as many keys as queries to load: then values are on their way earlier."""
+    """With as many keys as queries, outputs have a buffer of their own, so that values can be loaded earlier."""
     grouped = rolling_tile_config(problem_of_image(monkeypatch))
     query = Layout((8, 128, 128, 4, 64), (2**22, 2**15, 256, 64, 1))
     alone = rolling_tile_config(problem_of_image(monkeypatch, query=query, key=query, value=query))
@@ -298,7 +298,7 @@ def test_results_leave_through_the_ring_where_that_leaves_room_for_programs(monk
 
 
 def test_runs_have_room_for_registers_beside_many_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles of 4 x 8 queries, two heads each, see 320 keys of windows of 13 x 13."""
+    """Tiles of 4 x 8 queries with two heads see 320 keys under windows of 13 x 13, and 16 registers still fit."""
     query, key = (Layout((8, 128, 128, h, 64), (2**20 * h, 2**13 * h, 64 * h, 64, 1)) for h in (6, 3))
     extra = Layout((8, 16, 3, 64), (3072, 192, 64, 1))
     image = {"query": query, "key": key, "value": key, "kernel_size": (13, 13)}
@@ -315,7 +315,7 @@ def test_runs_have_room_for_registers_beside_many_keys(monkeypatch: pytest.Monke
     ("changes", "taken"),
     [
         ({"kernel_size": (13, 13)}, RollingTileConfig),
-        ({"kernel_size": (3, 3)}, SmallTileConfig),  # little that a tile sees was seen by the one before
+        ({"kernel_size": (3, 3)}, SmallTileConfig),  # a tile shares few keys with the one before
         ({"kernel_size": (1, 5)}, SmallTileConfig),
     ],
     ids=str,
@@ -329,7 +329,7 @@ def test_runs_are_taken_where_windows_overlap_much(
 
 
 def test_statistics_take_registers_of_the_multiprocessor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 128 keys: five programs share one, or four that write statistics too."""
+    """With 128 keys, five programs fit on a multiprocessor, but only four that also write statistics."""
     extra = Layout((8, 16, 2, 64), (2**11, 128, 64, 1))
     problem = problem_of_image(monkeypatch, additional_keys=extra, additional_values=extra)
     configs = [small_tile_config(problem, None, with_stats) for with_stats in (False, True)]
@@ -365,7 +365,7 @@ def test_other_calls_do_not(monkeypatch: pytest.MonkeyPatch, changes: dict[str, 
 
 
 def gradients(problem: Problem, grad_out: Layout) -> list[Any]:
-    """Plans of the gradients of queries and of keys."""
+    """Plans for the gradients of queries and for those of keys and values."""
     return [planned(kind, problem, grad_out=grad_out) for kind in ("backward_query", "backward_key")]
 
 
@@ -381,13 +381,13 @@ def test_gradients_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
         assert gradients(problem, problem.query) == [None, key]
     with override({"backward_key": chosen}):
         assert gradients(problem, problem.query) == [query, None]
-    with override(pack=1):  # of queries; keys come one head at a time anyway
+    with override(pack=1):  # only for queries, since gradients of keys are computed for one head at a time
         unpacked, same = gradients(problem, problem.query)
     assert (unpacked.pack, same) == (1, key)
 
 
 def test_wide_heads_leave_gradients_of_keys_to_the_portable_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One program a multiprocessor would fit."""
+    """Only one program would fit on a multiprocessor, so the portable kernel is used."""
     query, key = (Layout((8, 128, 128, h, 128), (2**21 * h, 2**14 * h, 128 * h, 128, 1)) for h in (8, 2))
     problem = problem_of_image(monkeypatch, query=query, key=key, value=key)
     of_query, of_key = gradients(problem, query)
@@ -396,7 +396,7 @@ def test_wide_heads_leave_gradients_of_keys_to_the_portable_kernel(monkeypatch: 
 
 
 def test_scores_in_registers_are_fewer_in_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles of 4 x 8 queries, two heads each, see 16 x 20 keys of windows of 13 x 13."""
+    """Tiles of 4 x 8 queries with two heads see 16 x 20 keys under windows of 13 x 13: too many for the backward."""
     query, key = (Layout((8, 128, 128, h, 64), (2**20 * h, 2**13 * h, 64 * h, 64, 1)) for h in (6, 3))
     problem = problem_of_image(monkeypatch, query=query, key=key, value=key, kernel_size=(13, 13))
     config = small_tile_config(problem)
@@ -406,7 +406,7 @@ def test_scores_in_registers_are_fewer_in_the_backward_pass(monkeypatch: pytest.
 
 
 def test_queries_of_a_border_are_more_than_those_of_the_middle(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under a window of 7, queries 0 to 10 see keys 4 to 7, and 5 to 14 see keys 8 to 11."""
+    """With a window of 7, queries 0 to 10 see keys 4 to 7, but only queries 5 to 14 see keys 8 to 11."""
     axis = (128, 7, 1, False)
     assert extent(axis, 4, query_bounds) == 11
     assert extent(axis, 8, query_bounds) == 14
@@ -422,7 +422,7 @@ def test_tiles_that_somebody_chose_win(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_tiles_end_with_the_frames_of_a_video(monkeypatch: pytest.MonkeyPatch) -> None:
-    """TMA would write rows behind the last frame into the next video."""
+    """A tile that extends beyond the last frame would be written by TMA into the next video."""
 
     def tile_config_for(frames: int) -> SmallTileConfig | None:
         layout = Layout((8, frames, 16, 16, 2, 64), (frames * 2**15, 2**15, 2**11, 128, 64, 1))
@@ -434,17 +434,17 @@ def test_tiles_end_with_the_frames_of_a_video(monkeypatch: pytest.MonkeyPatch) -
     even = tile_config_for(10)
     assert even is not None
     assert even.tile[0] == 2
-    assert tile_config_for(9) is None  # one frame at a time would not fit
+    assert tile_config_for(9) is None  # 9 frames allow only tiles of one frame, which do not fit
 
 
 def test_descriptors_are_what_their_constructor_makes() -> None:
-    """It is left out on each call; here it checks sizes and strides, and has all that this Triton looks at."""
+    """Calls make descriptors without TensorDescriptor's checks; the constructor accepts the same fields."""
     query, key = (torch.empty(2, 12, 20, h, 64, dtype=torch.bfloat16) for h in (8, 2))
     registers = torch.empty(5, 2, 64, dtype=torch.bfloat16).expand(2, -1, -1, -1)
     for tensor, boxes in (
         (query, query_boxes(layout(query), (1, 2, 8), 4)),
         (key, key_boxes(layout(key), (1, 8, 2))),
-        (key[:1, :1, ..., :1, :], key_boxes(layout(key[:1, :1, ..., :1, :]), (1, 8, 2))),  # axes of one
+        (key[:1, :1, ..., :1, :], key_boxes(layout(key[:1, :1, ..., :1, :]), (1, 8, 2))),  # axes of length one
         (registers, register_boxes(layout(registers), 16)),
     ):
         assert descriptor(tensor, boxes) == TensorDescriptor(tensor, **boxes)
@@ -457,7 +457,7 @@ def test_layout_of_a_new_tensor(shape: tuple[int, ...]) -> None:
 
 @st.composite
 def problems(draw: st.DrawFn) -> Problem:
-    """Of one to three axes, as if there were only what a launch depends on."""
+    """Problems of one to three axes, made from meta tensors."""
     rank = draw(st.integers(1, 3))
     lengths = [draw(st.integers(1, 40 if rank < 3 else 12)) for _ in range(rank)]
     kernel = tuple(draw(st.integers(1, min(n, 20))) for n in lengths)
@@ -473,7 +473,7 @@ def problems(draw: st.DrawFn) -> Problem:
 @settings(deadline=None)
 @given(problems())
 def test_parts_cover_what_a_tile_sees(problem: Problem) -> None:
-    """Also at borders, where a tile may be seen by more queries than inside; and within the limits of TMA."""
+    """Parts respect the limits of TMA and cover all that tiles see, also at borders, where that may be more."""
     configs = (
         (small_tile_config(problem), window_bounds),
         (small_dq_tile_config(problem), window_bounds),
@@ -496,7 +496,7 @@ def test_parts_cover_what_a_tile_sees(problem: Problem) -> None:
             last = (first + config.tile[axis] - 1).clamp(max=length - 1)
             corner, _ = bounds(first, length, kernel, stride, causal)
             _, end = bounds(last, length, kernel, stride, causal)
-            if axis == 0:  # as the kernels have it: behind the last frame comes the next image of the batch
+            if axis == 0:  # like the kernels: the last frame is followed by the next image of the batch
                 corner = corner.clamp(max=length - covered).clamp(min=0)
                 assert int(corner.max()) + covered <= length
             assert int((end - corner).max()) < covered
@@ -522,7 +522,7 @@ def test_the_ring_of_a_run_has_what_each_tile_sees(problem: Problem) -> None:
         first = torch.arange(-shift, length, config.tile[axis])
         assert len(first) == config.tiles(problem)[axis]
         last = (first + config.tile[axis] - 1).clamp(max=length - 1)
-        # As the kernel has it: from where the first position's window starts, which may lie before the image.
+        # Like the kernel, start at the first position's window; with a shift that position may be before the image.
         corner, _ = window_bounds(first.clamp(min=0), length, kernel, stride, causal)
         _, end = window_bounds(last, length, kernel, stride, causal)
         if axis != config.axis:
@@ -539,7 +539,7 @@ def test_the_ring_of_a_run_has_what_each_tile_sees(problem: Problem) -> None:
 
 
 def end_of(runs: list[int], tile_rows: int, programs: int) -> float:
-    """When the last program ends, in tiles, if each run goes to the one that is free first."""
+    """Time at which the last program ends, in tiles, if each run goes to the program that is free first."""
     free = [0.0] * programs
     for length in runs:
         for _ in range(tile_rows):
@@ -548,7 +548,7 @@ def end_of(runs: list[int], tile_rows: int, programs: int) -> float:
 
 
 def runs_of(tiles: int, count: int, long: int, short: int) -> list[int]:
-    """As the kernel has them: the last one may be shorter."""
+    """Lengths of the rows of tiles that the kernel walks: ``count`` long ones, then short ones; the last is cut."""
     first = [i * long for i in range(count)] + list(range(count * long, tiles, short))
     return [end - start for start, end in zip(first, [*first[1:], tiles], strict=True)]
 
@@ -569,8 +569,8 @@ def test_a_cut_ends_as_early_as_runs_of_one_length(tiles: int, tile_rows: int, p
 @pytest.mark.parametrize(
     ("tiles", "tile_rows", "programs", "expected"),
     [
-        (32, 512, 396, ((3, 10), 1)),  # four rounds of long ones would end after 44 tiles, the rest fills the gaps
-        (16, 1, 132, ((0, 1), 1)),  # one row of tiles: each tile a run
+        (32, 512, 396, ((3, 10), 1)),  # long runs alone would end after 44 tiles; short ones fill the gaps
+        (16, 1, 132, ((0, 1), 1)),  # a single row is cut into single tiles
         (16, 132, 132, ((1, 16), 1)),
     ],
 )

@@ -1,4 +1,4 @@
-"""Which tests run where."""
+"""Which tests are selected on machines with and without a GPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ sys.exit(pytest.main(["--collect-only", "--quiet", "-p", "no:cacheprovider", "te
 
 
 def test_kernels_are_tested_interpreted_on_a_machine_with_a_gpu_too() -> None:
-    """The default selection holds the kernels' files where torch sees a GPU, unless it is hidden."""
+    """The default selection includes the kernels' interpreted tests even if the machine has a GPU."""
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES")}
     done = subprocess.run(
         [sys.executable, "-c", COLLECT], cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True

@@ -1,4 +1,4 @@
-"""How people train: autocast, activation checkpointing, mixed dtypes, and the memory that a call is allowed to take."""
+"""Training with autocast, activation checkpointing and mixed dtypes, and the memory that a call may allocate."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def size(*tensors: Tensor) -> int:
 
 
 def peak_over(function: Callable[[], object]) -> int:
-    """Bytes that the allocator held at most during a call, beyond what it held before it."""
+    """Peak of allocated bytes during a call, beyond what was allocated before it."""
     function()  # compiles the kernels
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -126,7 +126,7 @@ def peak_over(function: Callable[[], object]) -> int:
 @pytest.mark.gpu
 @pytest.mark.parametrize("return_lse", [False, True])
 def test_inference_allocates_its_results(return_lse: bool) -> None:
-    """Output, row statistics where they are asked for (and the lse made of them), and 1 MiB."""
+    """Inference allocates its output, row statistics and lse if requested, and at most 1 MiB more."""
     q, k, v = draw_tokens(128, requires_grad=False)
     statistics = 4 * q.numel() // q.shape[-1]
 
@@ -142,7 +142,7 @@ def test_inference_allocates_its_results(return_lse: bool) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("side", [96, 192])
 def test_training_allocates_no_workspace(side: int) -> None:
-    """Inputs, outputs, gradients, row statistics and delta, plus 5 %: nothing of size tokens x window."""
+    """Training holds inputs, results, gradients, row statistics and delta, plus 5 %: nothing of tokens x window."""
     q, k, v = draw_tokens(side, requires_grad=True)
     grad_out = torch.randn_like(q)
     statistics = 4 * q.numel() // q.shape[-1]

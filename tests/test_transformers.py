@@ -1,7 +1,7 @@
 """The transformers plug-in on tiny random models, against transformers' own attention.
 
-Weights are drawn large enough that windows, padding and sinks each move the logits by far more than the tolerance:
-``test_the_reference_feels_every_part``.
+Weights are so large that windows, padding and sinks each change the logits by far more than the tolerance, which
+``test_the_reference_feels_every_part`` checks.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         **{**SMALL, "max_position_embeddings": 131072},
         layer_types=MIXED,
         num_local_experts=2,
-        num_experts_per_tok=2,  # all of them: a choice would turn rounding into jumps
+        num_experts_per_tok=2,  # all experts, because choosing some would turn rounding errors into jumps
         experts_implementation="eager",
     ),
 }
@@ -63,7 +63,7 @@ def _registered() -> None:
 
 
 def build(config: Any, implementation: str, dtype: torch.dtype = torch.float32) -> Any:
-    """The same model for the same configuration, whatever its attention; in inference mode."""
+    """A model in eval mode with weights that depend on the configuration only, not on the attention."""
     torch.manual_seed(0)
     auto = transformers.AutoModel if config.model_type in ("bert", "bart") else transformers.AutoModelForCausalLM
     return auto.from_config(config, attn_implementation=implementation, dtype=dtype).eval()
@@ -117,7 +117,7 @@ def test_logits_and_gradients_in_fp64(family: str, kind: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_reference_feels_every_part(family: str) -> None:
-    """The comparisons above prove something only if forgetting a window, padding or a sink would make them fail."""
+    """The comparisons above are meaningful only if leaving out a window, padding or a sink would make them fail."""
     ids, mask = tokens(), padding_mask("left")
     model = build(FAMILIES[family](), "eager")
     with torch.no_grad():
@@ -163,7 +163,7 @@ CACHES: dict[str, Callable[[Any], Any]] = {
 
 
 def as_cache(function: Any, cache: object) -> dict[str, Any]:
-    """By the name that this release of transformers has for it."""
+    """Pass a cache under the name that this release of transformers uses for it."""
     names = inspect.signature(getattr(function, "forward", function)).parameters
     return {"cache" if "cache" in names else "past_key_values": cache}
 
@@ -171,7 +171,7 @@ def as_cache(function: Any, cache: object) -> dict[str, Any]:
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("family", ["mistral", "gpt_oss"])
 def test_chunks_through_a_cache_equal_one_pass(family: str, cache: str) -> None:
-    """Chunks that fill a sliding-window cache, overflow it, and follow when it is full; padding on both sides."""
+    """Chunks fill a sliding-window cache, overflow it, and follow when it is full, with padding on both sides."""
     ids, mask = tokens(2, 18), torch.ones(2, 18, dtype=torch.long)
     mask[0, :3] = 0
     mask[1, 3:4] = 0  # a text of three tokens, padded on the right before it goes on
@@ -229,7 +229,7 @@ def test_cross_attention(kind: str) -> None:
 
 
 def test_window_that_the_layer_does_not_pass_on() -> None:
-    """Qwen2-MoE's layers leave the window to the mask alone."""
+    """Qwen2-MoE's layers do not pass their window to attention; only the mask has it."""
     config = transformers.Qwen2MoeConfig(
         **{**SMALL, "num_hidden_layers": 2},
         use_sliding_window=True,
@@ -299,7 +299,7 @@ def test_compiled_model() -> None:
 
 
 def test_compiled_decoding_has_one_graph() -> None:
-    """What generate does with a static cache on CUDA: masks first, then the compiled step."""
+    """As in ``generate`` with a static cache on CUDA, masks are made first, then the compiled step runs."""
     config = FAMILIES["mistral"]()
     config.num_hidden_layers = 1
     model, ids, mask = build(config, "natten_layers"), tokens(2, 14), torch.ones(2, 14, dtype=torch.long)
@@ -323,7 +323,7 @@ def test_compiled_decoding_has_one_graph() -> None:
 @pytest.mark.parametrize("kind", PADDING)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cuda(family: str, kind: str) -> None:
-    """The fused kernels in fp32. Their lower precisions are tested where one operation's rounding can be seen."""
+    """The fused kernels in fp32. Half precision is tested on single operations, where rounding can be bounded."""
     ids, mask = tokens().cuda(), padding_mask(kind).cuda()
     results = []
     for name in ("natten_layers", "eager"):
@@ -397,7 +397,7 @@ def test_dropout_raises_in_training_only() -> None:
 
 
 def test_masks_that_are_missing_raise() -> None:
-    """What a layer would get if the model made no masks: nothing must be guessed."""
+    """If a model makes no masks, positions are unknown, and attention must raise instead of guessing them."""
     attention = transformers.AttentionInterface()["natten_layers"]
     query, key = torch.randn(1, 4, 2, 8), torch.randn(1, 2, 6, 8)
     with pytest.raises(ValueError, match="2 causal queries over 6 keys"):

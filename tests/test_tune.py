@@ -1,4 +1,4 @@
-"""The choice of tiles: the search, its file, and that calls use what was found. Kernels run as in test_fused.py."""
+"""Tuning of tiles: the search, its file, and the use of its results by calls. Kernels run as in test_fused.py."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_a_wrong_result_has_no_time() -> None:
 
 
 def first_neighbor_wins(kind: Kind) -> Callable[[Callable[[], object]], float]:
-    """A clock for which one launch of ``kind`` is faster than all others."""
+    """A stub for timing, according to which one configuration of ``kind`` is faster than all others."""
     seen: list[TileConfig] = []
 
     def timer(run: Callable[[], object]) -> float:

@@ -1,1 +1,1 @@
-"""Bridges to other libraries: each module needs the library that it is named after, the package itself needs none."""
+"""Integrations with other libraries. Each module requires the library after which it is named, the package none."""

@@ -5,24 +5,24 @@
     register()
     model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="natten_layers")
 
-Works with every model that calls its attention through ``AttentionInterface``: causal and sliding-window layers, sinks,
-grouped KV heads (read unrepeated), left and right padding, dynamic, static and sliding-window caches, and bidirectional
-encoders without windows. Everything else raises ``ValueError``: softcap, dropout, paged caches, 4-D masks made by the
-caller, packed sequences, chunked or otherwise customised masks, bidirectional windows, position biases. Outputs at
-padded tokens are unspecified, and attention weights are not returned.
+It works with every model that calls its attention through ``AttentionInterface``: causal and sliding-window layers,
+sinks, grouped KV heads (which are not repeated), left and right padding, dynamic, static and sliding-window caches, and
+bidirectional encoders without windows. Everything else raises ``ValueError``: softcap, dropout, paged caches, 4-D masks
+made by the caller, packed sequences, chunked or otherwise customised masks, bidirectional windows and position biases.
+Outputs at padded tokens are unspecified, and attention weights are not returned.
 
-Registering the attention function alone would be a trap: transformers then hands every layer ``attention_mask=None``,
-and padding, the offset of the cache and causality are lost without a word. A registered mask function sees all of them,
-but what it returns must pass through ``generate`` and the model untouched, which holds for None and for 4-D tensors.
-So it returns positions, not a mask of ``Lq x S`` numbers: int64 ``[N, 1, R, Lq + S]``, where
+A mask function is registered too. Without one, transformers passes ``attention_mask=None`` to every layer, and padding,
+the offset of the cache and causality would be ignored silently. What the mask function returns must pass through
+``generate`` and the model unchanged, which holds for None and for 4-D tensors. It therefore returns positions in a 4-D
+tensor instead of a mask of ``Lq x S`` elements: int64 ``[N, 1, R, Lq + S]``, where
 
-- ``N`` is the batch size; or 0, which says that the queries are the first ``Lq`` keys and no token sees padding;
-- ``R`` is 1 for a causal layer and 2 for one with a sliding window, all rows being equal;
-- the last axis holds the positions of the queries, then those of the cache's slots, -1 where a slot is padding.
+- ``N`` is the batch size, or 0 if the queries are the first ``Lq`` keys and no token sees padding;
+- ``R`` is 1 for a causal layer and 2 for one with a sliding window; both rows are equal;
+- the last axis holds the positions of the queries, then those of the cache slots, with -1 for padding.
 
-What the attention function must branch on is in the shape, so that no layer waits for the device. The mask function
-itself is not traced: a model that is compiled whole breaks its graph there; ``generate`` calls it before the compiled
-step.
+Everything that the attention function must branch on is in the shape, so that no layer waits for the device. The mask
+function itself is not traced: compiling a whole model breaks the graph there, while ``generate`` calls it before the
+compiled step.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ __all__ = ["NAME", "register", "register_dinat"]
 
 NAME = "natten_layers"
 
-_CAUSAL, _WINDOWED = 1, 2  # the row counts of a mask
+_CAUSAL, _WINDOWED = 1, 2  # R, the number of rows by which a mask marks its kind of layer
 
-# Arguments that models or caches pass and that change the result; None, False or absent means unused.
+# Arguments that models or caches pass and that would change the result. None, False or a missing argument is fine.
 _UNSUPPORTED = {
     "softcap": "soft-capped scores",
     "cache": "paged caches",
@@ -64,7 +64,10 @@ _UNSUPPORTED = {
 
 
 def register() -> None:
-    """Make ``attn_implementation="natten_layers"`` known to transformers. Calling it again changes nothing."""
+    """Register ``attn_implementation="natten_layers"`` with transformers. Calling it again has no further effect.
+
+    Models then raise ``ValueError`` at a call that asks for something unsupported; the module's documentation lists it.
+    """
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, _positions_mask)
 
@@ -83,7 +86,7 @@ def _attention(
     s_aux: Tensor | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
-    """One layer's attention: ``(out [B, Lq, Hq, Dv], None)``, the weights not being formed."""
+    """One layer's attention: ``(out [B, Lq, Hq, Dv], None)``, where None stands for the attention weights."""
     _refuse(dropout, kwargs)
     query, key, value = (t.transpose(1, 2) for t in (query, key, value))  # heads last, as views
     length, slots = query.shape[1], key.shape[1]
@@ -93,7 +96,7 @@ def _attention(
         window = _window(module, sliding_window) if attention_mask.shape[2] == _WINDOWED else None
         positions = attention_mask[:, 0, 0] if attention_mask.shape[0] else None
     else:
-        # The mask function returns None for full bidirectional attention only, but some models build no mask at all.
+        # The mask function returns None only for full bidirectional attention, but some models do not call it at all.
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         if causal and length != slots:
             raise ValueError(
@@ -105,7 +108,7 @@ def _attention(
             positions = _bidirectional_positions(length, slots, query.device)[None]
     if positions is None:
         kernel_size = length if window is None else min(window, length)
-        key, value = key[:, :length], value[:, :length]  # the later slots of a static cache are still empty
+        key, value = key[:, :length], value[:, :length]  # a static cache has empty slots behind these
         out = neighborhood_attention(query, key, value, (kernel_size,), is_causal=causal, scale=scaling, sink=s_aux)
     else:
         out = cached_attention(
@@ -114,7 +117,7 @@ def _attention(
     return out, None
 
 
-@torch.compiler.disable  # it looks at padding and into closures, once per model call
+@torch.compiler.disable  # it reads values of the padding mask and inspects closures, once per model call
 def _positions_mask(
     *,
     batch_size: int,
@@ -125,10 +128,10 @@ def _positions_mask(
     mask_function: Callable[..., object] = causal_mask_function,
     attention_mask: Tensor | None = None,  # bool [B, tokens], False at padding
     device: torch.device | str = "cpu",
-    **_: object,  # hints for the makers of dense masks
+    **_: object,  # options that only dense masks need
 ) -> Tensor | None:
-    """What the layers of one kind get as their ``attention_mask``, see the head of this file."""
-    if attention_mask is not None:  # as long as the cache's slots: those after the last token are empty
+    """The ``attention_mask`` of all layers of one kind, in the form that this module's docstring describes."""
+    if attention_mask is not None:  # extend it to all slots of the cache; those behind the last token are empty
         attention_mask = F.pad(attention_mask, (0, max(0, kv_offset + kv_length - attention_mask.shape[-1])))
         attention_mask = attention_mask[:, kv_offset : kv_offset + kv_length]
     if mask_function is bidirectional_mask_function:
@@ -148,17 +151,20 @@ def _positions_mask(
 
 
 def _bidirectional_positions(length: int, slots: int, device: torch.device | str) -> Tensor:
-    """Positions ``[Lq + S]`` that let causal queries see every key: all of them stand at the last slot."""
+    """Positions ``[Lq + S]`` with which causal queries see every key: each query has the position of the last key."""
     keys = torch.arange(slots, device=device)
     return torch.cat([keys[-1:].expand(length), keys])
 
 
 def _is_windowed(mask_function: Callable[..., object]) -> bool:
-    """Tell transformers' causal mask function from its causal sliding-window one, and refuse all others."""
+    """Whether a mask function of transformers is causal with a sliding window (true) or plain causal (false).
+
+    Any other mask function raises a ValueError.
+    """
     if mask_function is causal_mask_function:
         return False
     parts = ()
-    if inspect.isfunction(mask_function):  # the windowed one is and_masks(sliding_window_overlay(window), causal)
+    if inspect.isfunction(mask_function):  # transformers builds it as and_masks(sliding_window_overlay(window), causal)
         parts = inspect.getclosurevars(mask_function).nonlocals.get("mask_functions", ())
     code = sliding_window_overlay(1).__code__
     if len(parts) == 2 and getattr(parts[0], "__code__", None) is code and parts[1] is causal_mask_function:
@@ -171,7 +177,7 @@ def _is_windowed(mask_function: Callable[..., object]) -> bool:
 
 
 def _is_aligned(q_length: int, kv_length: int, q_offset: int | Tensor, attention_mask: Tensor | None) -> bool:
-    """Whether the queries are the first keys and no token sees padding: causal ones see none that is on the right."""
+    """Whether the queries are the first keys and no token sees padding, as when all padding follows the tokens."""
     if q_length > kv_length or bool(q_offset != 0):
         return False
     if attention_mask is None:
@@ -196,7 +202,7 @@ def _check_mask(mask: Tensor, batch: int, length: int, slots: int) -> None:
 
 
 def _window(module: nn.Module, sliding_window: int | None) -> int:
-    """The window of a layer whose mask has one. Some layers do not say; the masks take it from the configuration."""
+    """The window of a layer whose mask is windowed: the layer's own, or else the config's, which the mask uses too."""
     config: Any = module.config
     return config.sliding_window if sliding_window is None else sliding_window
 

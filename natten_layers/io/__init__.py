@@ -1,1 +1,1 @@
-"""Files in and out. Nothing here knows a model: what is to be built or filled is handed in by its caller."""
+"""Reading and writing of files. These modules import no model: callers pass the classes to build or modules to fill."""

@@ -1,6 +1,6 @@
-"""Files of HDiT: k-diffusion's safetensors format and training checkpoints in, safetensors out.
+"""HDiT's files: reading k-diffusion's safetensors files and training checkpoints, and writing safetensors files.
 
-This module knows file formats and names of tensors, not models, so that models can import it.
+This module handles file formats and names of tensors and imports no model, so that models can import it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["hdit_name", "load_plain", "load_tensors", "read_hdit", "write_hdit"]
 
 WEIGHTS = "model.safetensors"
 
-# Where this library's names differ from k-diffusion's; applied in order to every key.
+# Patterns that turn this library's parameter names into k-diffusion's. All are applied to every key, in this order.
 RENAMES = [
     (r"\.self_attn\.attn\.qkv\.", ".self_attn.qkv_proj."),
     (r"\.self_attn\.attn\.proj\.", ".self_attn.out_proj."),
@@ -37,28 +37,32 @@ RENAMES = [
 
 
 def hdit_name(key: str) -> str:
-    """The name in k-diffusion's files of a tensor in an HDiT's state dict."""
+    """The name that a tensor of an HDiT's state dict has in k-diffusion's files."""
     for pattern, name in RENAMES:
         key = re.sub(pattern, name, key)
     return key
 
 
 def read_hdit(path: str | os.PathLike[str]) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
-    """The JSON config, if the file holds one, and the tensors of a checkpoint, by their names in the file.
+    """Read a checkpoint.
 
     Args:
-        path: a safetensors file, a k-diffusion training checkpoint, of which the EMA weights are taken, or a directory
-            with a ``model.safetensors``. The content decides, not the suffix, and nothing in it is executed.
+        path: a safetensors file, a k-diffusion training checkpoint, of which the EMA weights are read, or a directory
+            with a ``model.safetensors``. The format is recognised by the content, not by the suffix, and no code in a
+            file is executed.
+
+    Returns:
+        The JSON config, or None if the file holds none, and the tensors by their names in the file.
 
     Raises:
-        ValueError: neither format, damaged, or without what it should hold; the message names the file.
         FileNotFoundError: no such file.
+        ValueError: the file has neither format, is damaged, or lacks a required entry; the message names the file.
     """
     path = Path(path)
     path = path / WEIGHTS if path.is_dir() else path
     with path.open("rb") as file:
         start = file.read(4)
-    # torch.save writes a zip archive, long ago a bare pickle
+    # torch.save writes a zip archive; before PyTorch 1.6 it wrote a bare pickle.
     return _read_training(path) if start[:2] in (b"PK", b"\x80\x02") else _read_safetensors(path)
 
 
@@ -70,12 +74,12 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any] | None, dict[str, Tens
 
 
 def load_plain(path: Path) -> Any:
-    """What ``torch.save`` wrote of tensors and plain objects. Nothing in the file is executed.
+    """Load a file of tensors and plain Python objects that ``torch.save`` wrote, without executing code from it.
 
-    The checksums of its entries are verified first, which files from before PyTorch 1.6 do not have.
+    The checksums of its entries are verified first; files from before PyTorch 1.6 have none.
 
     Raises:
-        ValueError: damaged, or with other objects; the message names the file.
+        ValueError: the file is damaged or holds other objects; the message names it.
     """
     try:
         with path.open("rb") as file:
@@ -85,17 +89,17 @@ def load_plain(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
-    except Exception as error:  # bytes that are missing or changed surface as almost any type
-        # torch surrounds its reason by the advice to load the file with the right to execute what it holds.
+    except Exception as error:  # missing or changed bytes raise exceptions of almost any type
+        # Keep torch's reason only: around it, torch advises to load the file in a way that executes its code.
         _, _, reason = str(error).rpartition("WeightsUnpickler error:")
         reason = reason.strip().partition("\n")[0] or type(error).__name__
         raise ValueError(f"{path} is damaged, or holds objects that are not plain tensors: {reason}") from error
 
 
 def _check_archive(path: Path) -> None:
-    """Refuse a zip archive that is not as ``torch.save`` writes it: plain entries, each with its checksum.
+    """Raise unless a zip archive has uncompressed entries and correct checksums, as ``torch.save`` writes it.
 
-    torch neither looks at the checksums nor at how much memory compressed entries will take.
+    torch checks neither the checksums nor how much memory compressed entries would take.
     """
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
@@ -115,7 +119,7 @@ def _read_training(path: Path) -> tuple[dict[str, Any] | None, dict[str, Tensor]
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
     ):
         raise ValueError(f'{path} is no k-diffusion training checkpoint: it has no entry "model_ema" of tensors')
-    # A few stored elements can stand for any number of tensors of any size, by strides of 0.
+    # With strides of 0, a few stored elements can claim to be tensors of any size.
     nbytes, size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()), path.stat().st_size
     if nbytes > size:
         raise ValueError(f"{path}: its tensors are {nbytes} bytes long together, more than the file's {size}")
@@ -128,14 +132,19 @@ def _read_training(path: Path) -> tuple[dict[str, Any] | None, dict[str, Tensor]
 def load_tensors(
     model: nn.Module, tensors: Mapping[str, Tensor], path: str | os.PathLike[str], dtype: torch.dtype | None
 ) -> None:
-    """Give an HDiT all of its tensors, by k-diffusion's names, or change nothing.
+    """Replace all tensors of an HDiT by those of a file; the model is unchanged if they do not fit.
 
-    The model may be on the meta device: its tensors are replaced. Parameters become ``dtype``, whatever mix of dtypes
-    the file has, or keep the file's for None, which must then be one; buffers, which are constants of the model, are
-    kept in fp32 or better.
+    The model may be on the meta device.
+
+    Args:
+        model: the HDiT.
+        tensors: the file's tensors, by k-diffusion's names.
+        path: the file to name in error messages.
+        dtype: dtype of the parameters. None keeps the file's dtype, which must be the same for all parameters. Buffers,
+            which are constants of the model, stay in fp32 or better.
 
     Raises:
-        ValueError: what :func:`~natten_layers.io.tensors.check_fit` refuses.
+        ValueError: the tensors are refused by :func:`~natten_layers.io.tensors.check_fit`.
     """
     own = model.state_dict()
     names = {key: hdit_name(key) for key in own}
@@ -157,14 +166,19 @@ def load_tensors(
 def write_hdit(
     path: str | os.PathLike[str], model: nn.Module, config: Mapping[str, Any], dtype: torch.dtype | None
 ) -> Path:
-    """Write an HDiT's tensors under k-diffusion's names, with the config in the metadata; returns the file.
+    """Write an HDiT's tensors under k-diffusion's names, with the config in the metadata.
 
     Args:
-        path: the file, or a directory (anything not ending in ".safetensors") to hold ``model.safetensors``.
-        dtype: of the parameters in the file, None for the model's.
+        path: the file, or a directory (any path that does not end in ".safetensors") for ``model.safetensors``.
+        model: the HDiT.
+        config: its JSON form.
+        dtype: dtype of the parameters in the file; None keeps the model's.
+
+    Returns:
+        The path of the file.
 
     Raises:
-        OSError: it cannot be written; the message names the file, and what was there is untouched.
+        OSError: the file cannot be written; the message names it, and an existing file stays unchanged.
     """
     path = Path(path)
     path = path if path.suffix == ".safetensors" else path / WEIGHTS
@@ -173,7 +187,7 @@ def write_hdit(
         hdit_name(key): tensor.detach().to(dtype if key in parameters else None).cpu().contiguous()
         for key, tensor in model.state_dict().items()
     }
-    # One entry: safetensors writes several in any order, and equal models shall make equal files.
+    # A single entry, because safetensors writes several in any order, and equal models must give equal files.
     metadata = {"config": json.dumps(config)}
     with replacing(path) as temporary:
         write_safetensors(tensors, temporary, metadata, final=path)

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and JSON files whose content nobody vouches for."""
+"""Atomic replacement of files, and parsing of JSON files from untrusted sources."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ __all__ = ["leftovers", "naming", "parse_json", "read_json", "readable_as_usual"
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to beside ``path``, which it replaces if all went well: a failure leaves the old file whole.
+    """Yield a temporary path beside ``path``; the file written to it replaces ``path`` at the end of the context.
 
-    Makes the folder where it is missing. The suffix stays, for writers that look at it. Who may read the file is what
-    the user's umask says, also where a writer is stricter, as safetensors is. Every call has a path of its own, so
-    that threads and processes may save one file at the same time: the last one to end wins.
+    If the context raises, an existing file stays unchanged. A missing folder is created. The temporary name keeps the
+    suffix, for writers that depend on it. The file gets the permissions that the user's umask gives, even if the writer
+    sets stricter ones, as safetensors does. Every call has a temporary path of its own, so threads and processes may
+    save the same file at once; the last one to finish wins.
 
     Raises:
-        OSError: the file cannot be written, be it that the disk is full; the message names ``path``.
+        OSError: the file cannot be written, for example because the disk is full; the message names ``path``.
     """
     temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.tmp{path.suffix}")
     try:
@@ -49,9 +50,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def leftovers(folder: Path) -> Iterator[tuple[Path, str]]:
-    """What :func:`replacing` began to write in ``folder`` and was killed over, each with the name that it was to have.
+    """Temporary files that :func:`replacing` left in ``folder`` when its process was killed, each with its final name.
 
-    Some of it may be a file that another process writes right now.
+    Some of them may belong to another process that is still writing.
     """
     for path in folder.glob(".*.tmp*"):
         if match := re.fullmatch(r"\.(.+)\.[0-9a-f]{8}\.tmp(\.[^.]+)?", path.name):
@@ -68,7 +69,7 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def readable_as_usual(path: Path) -> Iterator[None]:
-    """Give a file that is written here the mode of any new file of the user's."""
+    """Give the file that is written in the context the permissions of any new file of this user."""
     path.touch()
     mode = path.stat().st_mode & 0o777
     yield
@@ -77,7 +78,7 @@ def readable_as_usual(path: Path) -> Iterator[None]:
 
 MOST_JSON_BYTES = 2**26
 MOST_DIGITS = 40
-"""of a number in a JSON file: more than any 64-bit integer or double has, few enough to be shown in a message"""
+"""Most digits of an integer in a JSON file: more than any 64-bit integer needs, few enough to be shown in a message."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -85,7 +86,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: what :func:`parse_json` refuses; the message names the file.
+        ValueError: the content is refused by :func:`parse_json`; the message names the file.
     """
     with path.open("rb") as file:
         content = file.read(MOST_JSON_BYTES + 1)
@@ -93,11 +94,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_json(content: str | bytes, name: object) -> dict[str, Any]:
-    """The JSON object in a text, which may be hostile.
+    """The JSON object in a text that may come from an untrusted source.
 
     Raises:
-        ValueError: longer than 64 MiB, no UTF-8, no JSON, no object, nested beyond Python's limit, or with an integer
-            of more than 40 digits; the message begins with ``name``.
+        ValueError: the text is longer than 64 MiB, is not UTF-8 or not a JSON object, is nested beyond Python's limit,
+            or has an integer of more than 40 digits; the message begins with ``name``.
     """
     if len(content) > MOST_JSON_BYTES:
         raise ValueError(f"{name} is longer than {MOST_JSON_BYTES} bytes, too long for a JSON file of this kind")
@@ -121,7 +122,7 @@ def _parse_int(digits: str) -> int:
 
 @contextmanager
 def naming(name: object) -> Iterator[None]:
-    """Put the name of a file before the message of a ValueError."""
+    """Prefix the message of any ValueError raised in the context with the name of a file."""
     try:
         yield
     except ValueError as error:

@@ -28,7 +28,7 @@ C = TypeVar("C")
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 NATIVE = "natten_layers"
-"""``model_type`` of models that transformers has no class for"""
+"""The ``model_type`` of models for which transformers has no class."""
 
 ROPE_KEYS = {
     "default": (),
@@ -48,7 +48,7 @@ ROPE_KEYS = {
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
-# What a key must be for the model to compute what its file means; a missing key is fine.
+# Options that are not implemented, and the values with which they change nothing. A missing key is fine.
 ONLY = {
     "attention_dropout": (None, 0.0),
     "attn_logit_softcapping": (None,),
@@ -61,7 +61,7 @@ ONLY = {
 
 
 class RopeKeys(TypedDict, total=False):
-    """What is read of ``rope_scaling``, of ``rope_parameters``, and of an entry of it for one kind of layers."""
+    """Keys that are read from ``rope_scaling``, from ``rope_parameters``, or from its entry for one kind of layer."""
 
     rope_type: str | None
     type: str | None
@@ -80,7 +80,7 @@ class RopeKeys(TypedDict, total=False):
 
 
 class Keys(TypedDict, total=False):
-    """What is read of a ``config.json``. Other keys are ignored: every version of every tool writes its own there."""
+    """Keys that are read from a ``config.json``. Others are ignored, since many tools add keys of their own."""
 
     model_type: str
     vocab_size: Count
@@ -193,16 +193,20 @@ ARCHITECTURES = {
 
 
 def config_from_hf(raw: Mapping[str, Any], kind: type[C]) -> C:
-    """The options that a ``config.json`` asks for, as an instance of ``kind``, a dataclass like DecoderLMConfig.
+    """Convert a ``config.json`` to an instance of ``kind``, a dataclass such as DecoderLMConfig.
 
-    Both of transformers' ways to write RoPE are read, ``rope_parameters`` and ``rope_theta`` with ``rope_scaling``.
-    Missing keys have the defaults of the family's class in transformers 5. A config of ``model_type`` "natten_layers"
-    holds the options themselves; of the other families' keys those that this library does not know are ignored, unless
-    they are known to change what is computed.
+    Both ways in which transformers writes RoPE are read: ``rope_parameters``, and ``rope_theta`` with
+    ``rope_scaling``. Missing keys get the defaults of the family's class in transformers 5. Unknown keys are ignored,
+    except those that change what is computed. A config of ``model_type`` "natten_layers" holds the fields of ``kind``,
+    and unknown keys in it are errors.
+
+    Args:
+        raw: the content of ``config.json``.
+        kind: the dataclass to make.
 
     Raises:
-        ValueError: an unknown ``model_type``, a missing key, a value of another type, or an option that is not
-            implemented, with its key.
+        ValueError: ``model_type`` is unknown, a key is missing, a value has another type, or an option is not
+            implemented; the message names the key.
     """
     if raw.get("model_type") == NATIVE:
         options = {key: value for key, value in raw.items() if key not in ("model_type", "dtype")}
@@ -222,7 +226,7 @@ def _options(raw: Mapping[str, Any]) -> dict[str, Any]:
     required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     if missing := [key for key in required if raw.get(key) is None]:
         raise ValueError(f"the config has no {', '.join(missing)}")
-    # Each family's class in transformers reads one of the two keys.
+    # Gemma's class in transformers reads the activation from another key than the other families' classes.
     key, usual = ("hidden_activation", "gelu_pytorch_tanh") if "gemma" in family else ("hidden_act", "silu")
     activation = raw.get(key) or usual
     if activation not in ACTIVATIONS:
@@ -249,7 +253,7 @@ def _options(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _windows(raw: Mapping[str, Any], is_windowed: Callable[[int], bool]) -> tuple[int | None, ...]:
-    """Per layer: what ``layer_types`` says, or else the family's rule."""
+    """The window of each layer, None for full attention, from ``layer_types`` or else from the family's rule."""
     kinds = raw.get("layer_types") or [
         "sliding_attention" if is_windowed(layer) else "full_attention" for layer in range(raw["num_hidden_layers"])
     ]
@@ -264,7 +268,7 @@ def _windows(raw: Mapping[str, Any], is_windowed: Callable[[int], bool]) -> tupl
 
 
 def _ropes(raw: Mapping[str, Any], max_positions: int, family: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """RoPE of full and of windowed layers."""
+    """RoPE options of layers with full attention, and of those with a window."""
     gemma = family == "gemma3_text"
     theta = raw.get("rope_theta") or (1000000.0 if gemma else 10000.0)
     given = raw.get("rope_parameters") or {}
@@ -297,10 +301,13 @@ def _rope(given: Any, theta: float, raw: Mapping[str, Any], max_positions: int) 
 
 
 def config_to_hf(config: DataclassInstance) -> dict[str, Any]:
-    """The ``config.json`` of the transformers family that computes the same, or of ``model_type`` "natten_layers"."""
+    """Convert a DecoderLMConfig to a ``config.json``.
+
+    It has the ``model_type`` of a transformers family that computes the same, or "natten_layers" if there is none.
+    """
     options = dataclasses.asdict(config)
     for family in FAMILIES:
-        # These classes of transformers refuse such sizes, though a head_dim of its own makes them no contradiction.
+        # These classes of transformers require hidden_size to be a multiple of num_heads, even where head_dim is given.
         if family in ("llama", "gemma3_text") and options["hidden_size"] % options["num_heads"]:
             continue
         raw = _family_config(options, family)
@@ -350,7 +357,8 @@ def _family_config(options: Mapping[str, Any], family: str) -> dict[str, Any]:
         raw["mlp_bias"] = options["mlp_bias"]
     if family in ("llama", "qwen3", "gemma3_text"):
         raw["attention_bias"] = options["out_bias"]
-    # transformers' Gemma 3 makes the mask of windows in any case, and has a default where the key is missing.
+    # Gemma 3 in transformers always builds the windowed mask, so sliding_window must not be None; left out, it has a
+    # default.
     if family != "llama" and not (family == "gemma3_text" and window is None):
         raw["sliding_window"] = window
     if family in ("qwen2", "qwen3"):
@@ -361,11 +369,11 @@ def _family_config(options: Mapping[str, Any], family: str) -> dict[str, Any]:
 
 
 def read_config(directory: str | os.PathLike[str], kind: type[C]) -> C:
-    """The options in ``directory/config.json``, see :func:`config_from_hf`.
+    """Read ``directory/config.json`` as :func:`config_from_hf` does.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no JSON object, or what :func:`config_from_hf` refuses; the message names the file.
+        ValueError: it is not a JSON object, or :func:`config_from_hf` refuses it; the message names the file.
     """
     path = Path(directory) / CONFIG
     if not path.is_file():
@@ -379,10 +387,15 @@ def read_config(directory: str | os.PathLike[str], kind: type[C]) -> C:
 
 
 class Weights:
-    """The open safetensors files of a directory, whose tensors are looked at before they are read.
+    """The open safetensors files of a directory, whose names, shapes and dtypes are known before data is read.
 
     Args:
+        directory: the directory to name in error messages.
+        files: the open files.
         tied: whether the config says that the output projection is the embedding.
+
+    Raises:
+        ValueError: two files hold a tensor of the same name.
     """
 
     def __init__(self, directory: Path, files: Sequence[SafeTensors], *, tied: bool) -> None:
@@ -395,7 +408,8 @@ class Weights:
                 )
             self._files |= dict.fromkeys(file.infos, file)
         self.tied = tied and not self._differ(EMBEDDING, HEAD)
-        """whether the output projection is the embedding; not so where the files hold both and they differ"""
+        """Whether the output projection is the embedding: the config says so, and the files do not hold two that
+        differ."""
 
     @property
     def infos(self) -> dict[str, Info]:
@@ -409,16 +423,21 @@ class Weights:
         return not torch.equal(self._files[first].read(first), self._files[second].read(second))
 
     def fill(self, model: nn.Module, *, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
-        """Put the tensors in the place of ``model``'s, which may lie on the meta device.
+        """Replace ``model``'s tensors, which may be on the meta device, by those of the files.
 
-        Names, shapes and dtypes of all files are checked before the first tensor is put in place, and each is read
-        once, to its device and dtype. On the CPU, tensors that need no conversion stay mapped to the file.
+        The names, shapes and dtypes of all tensors are checked before the first one is read. Each is read once. On the
+        CPU, tensors that need no conversion are memory-mapped.
+
+        Args:
+            model: the module to fill.
+            device: device of the tensors.
+            dtype: dtype of the tensors. None keeps the files' dtype, which must be the same for all parameters.
 
         Raises:
-            ValueError: what :func:`~natten_layers.io.tensors.check_fit` refuses.
+            ValueError: the tensors are refused by :func:`~natten_layers.io.tensors.check_fit`.
         """
         expected = model.state_dict()
-        # Some tools keep, of two tied tensors, the projection.
+        # Some tools store a tied tensor under the name of the projection instead of the embedding.
         source = {name: name for name in expected}
         if self.tied and EMBEDDING in expected and EMBEDDING not in self._files and HEAD in self._files:
             source[EMBEDDING] = HEAD
@@ -428,7 +447,7 @@ class Weights:
             self.directory,
             dtype=dtype,
             parameters={source[name] for name, _ in model.named_parameters()},
-            # A tied projection may be stored all the same, and old Llama files hold RoPE's frequencies.
+            # Files may also store a projection that is tied, and old Llama files store RoPE's frequencies.
             ignored=lambda name: name == HEAD or name.endswith("rotary_emb.inv_freq"),
         )
         tensors = {name: self._files[stored].read(stored).to(device, dtype) for name, stored in source.items()}
@@ -437,15 +456,16 @@ class Weights:
 
 @contextmanager
 def open_weights(directory: str | os.PathLike[str], *, tied: bool) -> Iterator[Weights]:
-    """Open the weights of a directory for as long as the context lasts.
+    """Open the weights of a directory for the duration of the context.
 
     Args:
-        tied: whether the config says that the output projection is the embedding. As in transformers, the files decide:
-            a projection of their own that differs from the embedding is used, and one alone is the embedding too.
+        directory: holds ``model.safetensors``, or several files and their index.
+        tied: whether the config says that the output projection is the embedding. As in transformers, files that hold a
+            projection different from the embedding override this, and a projection alone also serves as the embedding.
 
     Raises:
-        FileNotFoundError: no weights, or a shard that the index names is missing.
-        ValueError: a file that is no safetensors file, an odd index, or a tensor that is there twice.
+        FileNotFoundError: there are no weights, or a shard that the index names is missing.
+        ValueError: a file is not in the safetensors format, the index is malformed, or a tensor is in two files.
     """
     directory = Path(directory)
     with contextlib.ExitStack() as stack:
@@ -463,7 +483,7 @@ def _weight_files(directory: Path) -> list[Path]:
     if not isinstance(shards, dict) or not shards:
         raise ValueError(f'{index} is no index of safetensors files: "weight_map" is {shorten(shards)}')
     for tensor, name in shards.items():
-        # On any system: no folders, no drives, nothing that leads out of the directory.
+        # Only plain file names: no folder, drive or ".." that leads out of the directory on any operating system.
         if not isinstance(name, str) or not re.fullmatch(r"[\w.,=+ -]*\.safetensors", name):
             raise ValueError(
                 f"{index}: the shard of {shorten(tensor)} is {shorten(name)}; expected the name of a .safetensors file "
@@ -482,10 +502,14 @@ def save(
     *,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
-    """Write ``config.json`` and safetensors files, sharded if larger than ``max_shard_bytes``.
+    """Write ``config.json`` and safetensors files, in several shards if larger than ``max_shard_bytes``.
 
-    Everything is written beside the final names first, so that a failure (a full disk) leaves what was there. Takes the
-    place of other weight files of these names in the directory.
+    All files are first written under temporary names, so that earlier files stay unchanged if writing fails, for
+    example because the disk is full. Earlier weight files (``model*.safetensors`` and their index) that are not
+    overwritten are removed.
+
+    Raises:
+        OSError: a file cannot be written; the message names it.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
-"""What a mapping that came from outside may hold: known keys, and values of the types that a class's fields declare.
+"""Validation of configs: known keys, and values of the types that the fields of a class declare.
 
-The types are written once, as annotations of a dataclass, a named tuple or a ``TypedDict``; bounds stand beside them as
+Types are the annotations of a dataclass, a named tuple or a ``TypedDict``, with bounds written as
 ``Annotated[int, Between(1, 9)]``. Every error is a ValueError that names the key, the value and what is expected.
 """
 
@@ -35,7 +35,7 @@ SCALARS: dict[type, str] = {int: "an int", float: "a finite number", bool: "true
 
 @dataclass(frozen=True)
 class Between:
-    """Bounds of a number: both included, or the lower one not."""
+    """Bounds of a number, both inclusive; with ``open`` the lower bound is exclusive."""
 
     least: float
     most: float = math.inf
@@ -45,13 +45,13 @@ class Between:
         return (self.least < value if self.open else self.least <= value) and value <= self.most
 
     def describe(self, value: object) -> str:
-        """The bound that ``value`` breaks, the lower one where it breaks none."""
+        """The bound that ``value`` violates, or the lower bound if it is within both."""
         if isinstance(value, int | float) and value > self.most:
             return f"of at most {self.most}"
         return f"{'above' if self.open else 'of at least'} {self.least}"
 
 
-# Sizes of tensors: the upper bound keeps an integer within what torch and CUDA count with.
+# For sizes of tensors. The upper bound is the largest int32, within which sizes on a GPU must stay.
 Count = Annotated[int, Between(1, 2**31 - 1)]
 Natural = Annotated[int, Between(0, 2**31 - 1)]
 Rate = Annotated[float, Between(0, 1)]
@@ -60,19 +60,19 @@ NotNegative = Annotated[float, Between(0)]
 
 
 def shorten(value: object) -> str:
-    """``repr`` in a length that fits a message."""
+    """``repr(value)``, cut to a length that fits an error message."""
     try:
         text = repr(value)
-    except (RecursionError, ValueError):  # nested without end; an int of too many digits
+    except (RecursionError, ValueError):  # too deeply nested, or an int of more digits than Python prints
         return f"a value of type {type(value).__name__}"
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def check_keys(found: Collection[object], known: Collection[str], where: str) -> None:
-    """Refuse keys that nothing reads: a misspelt option would otherwise leave its default in place without a word.
+    """Raise for unknown keys, since a misspelt option would otherwise be ignored silently.
 
     Raises:
-        ValueError: the unknown keys, with the known key that each resembles most.
+        ValueError: some keys are unknown; the message names them, each with the known key that it resembles most.
     """
     unknown = [key for key in found if key not in known]
     if not unknown:
@@ -91,27 +91,28 @@ def _hints(kind: type) -> Mapping[str, Any]:
 
 
 def check_types(config: object) -> None:
-    """Check every field of a dataclass's instance against its annotation; a list becomes a tuple where one is declared.
+    """Check every field of a dataclass's instance against its annotation; lists become tuples where these are declared.
 
-    For ``__post_init__``, so that a config holds what its types say whether it came from a file or from Python.
+    Called from ``__post_init__``, it holds for configs from files and from Python alike.
 
     Raises:
-        ValueError: a value of another type or out of bounds; the message names the field.
+        ValueError: a value has another type or is out of bounds; the message names the field.
     """
     for name, hint in _hints(type(config)).items():
         object.__setattr__(config, name, _conform(getattr(config, name), hint, name))
 
 
 def check_mapping(found: object, kind: type, where: str, *, closed: bool = True) -> dict[str, Any]:
-    """``found`` with its values checked against the annotations of ``kind``.
+    """A dictionary of the items of ``found``, whose values are checked against the annotations of ``kind``.
 
     Args:
+        found: the mapping.
         kind: a class with annotations.
-        where: how a message names the mapping.
-        closed: whether keys that ``kind`` does not annotate are an error. Otherwise they pass unseen.
+        where: how error messages name the mapping.
+        closed: whether keys without an annotation in ``kind`` are an error. Otherwise they are kept unchecked.
 
     Raises:
-        ValueError: no mapping, an unknown key, or a value of another type.
+        ValueError: ``found`` is not a mapping, a key is unknown, or a value has another type or is out of bounds.
     """
     if not isinstance(found, Mapping):
         raise ValueError(f"{where} must be an object, got {shorten(found)}")
@@ -124,10 +125,10 @@ def check_mapping(found: object, kind: type, where: str, *, closed: bool = True)
 
 
 def build(kind: type[T], found: object, where: str) -> T:
-    """An instance of a dataclass or named tuple from a mapping of all its fields, or of those without defaults.
+    """Make an instance of a dataclass or named tuple from a mapping, which may leave out fields with defaults.
 
     Raises:
-        ValueError: a missing or unknown key, or a value of another type.
+        ValueError: a key is missing or unknown, or a value has another type or is out of bounds.
     """
     checked = check_mapping(found, kind, where)
     if missing := [name for name in _required(kind) if name not in checked]:
@@ -142,7 +143,7 @@ def _required(kind: type) -> list[str]:
 
 
 def _conform(value: Any, hint: Any, where: str) -> Any:
-    """``value``, with lists as tuples where the annotation says so."""
+    """Check ``value`` against an annotation and return it, with lists converted to tuples where these are declared."""
     for alternative in get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,):
         fits, conformed = _match(value, alternative, where)
         if fits:
@@ -151,7 +152,10 @@ def _conform(value: Any, hint: Any, where: str) -> Any:
 
 
 def _match(value: Any, hint: Any, where: str) -> tuple[bool, Any]:
-    """Whether ``value`` is of one kind, and what it becomes. What is wrong inside a container is an error at once."""
+    """Whether ``value`` matches a type that is not a union, and the converted value.
+
+    A wrong value inside a container raises at once.
+    """
     origin, arguments = get_origin(hint), get_args(hint)
     if hint is Any:
         return True, value
@@ -163,7 +167,7 @@ def _match(value: Any, hint: Any, where: str) -> tuple[bool, Any]:
     if origin is Literal:
         return any(type(value) is type(one) and value == one for one in arguments), value
     if hint is float:
-        # An int of thousands of digits has no float: it is compared as an int, never converted.
+        # A large int is not converted to float to test it, because that overflows.
         return (type(value) is int and abs(value) < 2**63) or (isinstance(value, float) and math.isfinite(value)), value
     if hint in SCALARS:
         return type(value) is hint, value

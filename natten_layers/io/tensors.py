@@ -1,4 +1,4 @@
-"""Tensors of files, compared with what a model expects before any is put in place."""
+"""Tensors in files, and their comparison with a model's before any of them is loaded."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ __all__ = ["Info", "SafeTensors", "check_fit", "info_of", "make_on_meta", "open_
 M = TypeVar("M", bound=nn.Module)
 
 FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
-"""dtypes of weights, as safetensors and as torch call them"""
+"""The dtypes that weights may have: safetensors' names and torch's."""
 
 FEW_LAYERS = 1000
-"""that are built in no time, so that the message can say which tensors are missing"""
+"""Up to this many layers are always built, since that is quick and lets the message name the missing tensors."""
 
 
 class Info(NamedTuple):
-    """What is known of a tensor before it is read."""
+    """Shape and dtype of a tensor, known before its data is read."""
 
     shape: tuple[int, ...]
     kind: str
-    """``float32`` and the like where it can be a weight; other dtypes, layouts and devices are no kinds of weights"""
+    """A value of ``FLOATS`` for a tensor that can be a weight, otherwise a description of what it is."""
 
 
 def info_of(tensor: Tensor) -> Info:
@@ -40,7 +40,7 @@ def info_of(tensor: Tensor) -> Info:
 
 
 class SafeTensors:
-    """An open safetensors file. On the CPU a tensor that is read stays mapped to it."""
+    """An open safetensors file. Tensors that are read on the CPU are memory-mapped views of it."""
 
     def __init__(self, path: os.PathLike[str], file: Any) -> None:
         self.path, self._file = path, file
@@ -59,11 +59,11 @@ class SafeTensors:
 
 @contextmanager
 def open_safetensors(path: os.PathLike[str]) -> Iterator[SafeTensors]:
-    """Open a file for as long as the context lasts.
+    """Open a safetensors file for the duration of the context.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: truncated, or no safetensors file; the message names it.
+        ValueError: the file is truncated or not in the safetensors format; the message names it.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -73,13 +73,16 @@ def open_safetensors(path: os.PathLike[str]) -> Iterator[SafeTensors]:
 
 
 def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str], *, final: Path) -> None:
-    """Write a file.
+    """Write a safetensors file.
 
     Args:
-        final: the name under which the user knows the file, if ``path`` is a temporary one.
+        tensors: contiguous tensors by name.
+        path: the file to write, usually a temporary one.
+        metadata: strings to store in the header.
+        final: the name of the file in error messages.
 
     Raises:
-        OSError: it cannot be written, for example as the disk is full.
+        OSError: the file cannot be written, for example because the disk is full.
     """
     try:
         save_file(tensors, path, metadata=metadata)
@@ -90,13 +93,19 @@ def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str
 
 
 def make_on_meta(make: Callable[[], M], path: object, *, layers: int, tensors: int) -> M:
-    """What ``make`` builds, without memory for its tensors.
+    """The module that ``make`` builds, on the meta device, so that its tensors take no memory.
 
-    Modules themselves take memory and time. As every layer has at least one tensor, a config that asks for a great many
-    layers, and for more than its file has tensors, is refused before the first one is built.
+    Even so, modules take memory and time. Since every layer has at least one tensor, a config that asks for very many
+    layers, and for more than its file has tensors, is refused before any layer is built.
+
+    Args:
+        make: builds the module.
+        path: the file or directory to name in error messages.
+        layers: number of layers that the config asks for.
+        tensors: number of tensors in the file.
 
     Raises:
-        ValueError: such a config, or sizes of which no tensor can be made; the message names the file.
+        ValueError: such a config, or sizes for which no tensor can be made; the message names the file.
     """
     if layers > max(tensors, FEW_LAYERS):
         raise ValueError(f"{path} does not fit its config, which asks for {layers} layers: it holds {tensors} tensors")
@@ -116,18 +125,20 @@ def check_fit(
     parameters: Collection[str],
     ignored: Callable[[str], bool] = lambda name: False,
 ) -> None:
-    """Refuse tensors that are not exactly the model's.
+    """Raise unless a file holds exactly the tensors that a model expects.
 
     Args:
-        expected: the model's, by their names in the file; they may be on meta.
-        found: the file's.
-        dtype: what parameters will become. None keeps the file's dtype, which must then be one.
+        expected: the model's tensors by their names in the file; they may be on the meta device.
+        found: shapes and dtypes of the file's tensors.
+        path: the file or directory to name in the message.
+        dtype: the dtype to which parameters will be converted. None keeps the file's dtype, which must then be the same
+            for all parameters.
         parameters: the names in ``expected`` that are parameters, not buffers.
-        ignored: names in the file that are not looked at, where ``expected`` has none of them.
+        ignored: tells which tensors a file may hold although ``expected`` does not have them.
 
     Raises:
-        ValueError: missing, unknown or misshapen tensors, or such as can be no weights; the message names the file, the
-            tensors, the shapes and the dtypes.
+        ValueError: tensors are missing, unknown, of another shape, or of a dtype that weights cannot have; the message
+            names the file, the tensors, the shapes and the dtypes.
     """
     if dtype is not None and info_of(torch.empty(0, dtype=dtype)).kind not in FLOATS.values():
         raise ValueError(f"dtype must be one of {_floats()}, got {dtype}")
@@ -162,7 +173,7 @@ def check_fit(
 
 
 def _mixed(kinds: dict[str, str]) -> list[str]:
-    """One tensor of each dtype, if there are several."""
+    """A message that names one tensor of each dtype, if there are several dtypes."""
     firsts = {kind: name for name, kind in reversed(kinds.items())}
     if len(firsts) < 2:
         return []

@@ -24,7 +24,7 @@ T = TypeVar("T", int, bool)
 
 
 class Heads(NamedTuple):
-    """Projected tokens, heads last, as :func:`natten_layers.neighborhood_attention` takes them."""
+    """Query, key and value heads in the layout that :func:`natten_layers.neighborhood_attention` takes."""
 
     query: Tensor  # [B, *tokens, Hq, D]
     key: Tensor  # [B, *tokens, Hkv, D]
@@ -32,14 +32,14 @@ class Heads(NamedTuple):
 
 
 class Projected(NamedTuple):
-    """Heads of tokens, and what has yet to be done to query and key before they are multiplied."""
+    """Heads as they are projected, and the normalisation and RoPE that queries and keys still need."""
 
     heads: Heads
     norm: HeadNorm | None = None
     angles: Angles | None = None
 
     def prepared(self) -> Heads:
-        """Heads with that done."""
+        """The heads, with queries and keys normalised and rotated."""
         query, key, value = self.heads
         return Heads(*normalize_and_rotate(query, key, self.norm, self.angles), value)
 
@@ -47,40 +47,40 @@ class Projected(NamedTuple):
 class NeighborhoodGQA(nn.Module):
     """Self-attention of every token over its neighborhood, with grouped query heads, on 1, 2 or 3 axes.
 
-    It asks nothing of the model around it: tokens ``[B, *spatial, embed_dim]`` in, the same shape out. With
-    ``num_kv_heads == num_heads`` and the defaults otherwise it loads the state dict of NATTEN's modules.
+    The layer takes tokens ``[B, *spatial, embed_dim]`` and returns the same shape; it needs nothing else of the model
+    around it. With ``num_kv_heads == num_heads`` and defaults otherwise it loads the state dict of NATTEN's modules.
 
     Args:
         embed_dim: length of a token.
-        num_heads: query heads, ``Hq``.
-        kernel_size: window in keys, one int or one per axis; None is every axis whole (global attention). On a causal
-            axis without stride and dilation, a window longer than the axis sees the whole past; any other window that
-            does not fit is an error of the call.
-        num_kv_heads: heads of keys and values, ``Hkv``, a divisor of ``num_heads``, which is the default.
+        num_heads: number of query heads, ``Hq``.
+        kernel_size: keys in the window, one int or one per axis. None means that every token sees every axis whole
+            (global attention). On a causal axis without stride and dilation, the window may be longer than the axis
+            and then covers the whole past. Any other window that does not fit its axis raises when the layer is called.
+        num_kv_heads: number of key and value heads, ``Hkv``. It must divide ``num_heads``, which is its default.
         head_dim: elements of a head, default ``embed_dim // num_heads``.
-        stride, dilation, is_causal: of the window, one value or one per axis.
-        num_registers: own register tokens, the parameter ``registers [R, embed_dim]``. They go through the same
-            ``qkv``, carry no position, and every token sees them whatever its window.
-        registers_attend: registers attend too, to all tokens and all registers whatever axis is causal, and are
-            returned.
-        sink: an extra logit per query head that draws weight and has no value: "zero" is zero attention (softmax1),
-            "learned" the parameter ``sink [num_heads]``, which starts at 0.
-        rope: module called as ``rope(query [B, *spatial, Hq, D], key [B, *spatial, Hkv, D], positions)`` that returns
-            both rotated.
+        stride, dilation, is_causal: options of the window, each one value or one per axis.
+        num_registers: number of register tokens that the layer owns, as the parameter ``registers [R, embed_dim]``.
+            They pass through the same ``qkv``, carry no position, and are seen by every token, whatever its window.
+        registers_attend: registers attend as well, to all tokens and all registers even if an axis is causal, and
+            :meth:`forward` returns them.
+        sink: an extra logit per query head that takes a share of the softmax but adds no value: "zero" is zero
+            attention (softmax1), "learned" is the parameter ``sink [num_heads]``, which starts at 0.
+        rope: module that is called as ``rope(query [B, *spatial, Hq, D], key [B, *spatial, Hkv, D], positions)`` and
+            returns query and key rotated.
         qk_norm: "cosine" makes the scores cosines times the parameter ``qk_scale [num_heads]``, which starts at 10;
-            "rms" gives query and key heads an RMS norm with weights (``q_norm``, ``k_norm``). Both precede ``rope``.
-        rel_pos_bias: add to every score what the parameter ``rpb [num_heads, 2 * kernel_size - 1 per axis]`` has for
-            the distance of query and key, as NATTEN's modules did before 0.20. ``kernel_size`` must then have one entry
-            per axis. Attention runs in PyTorch, not in the fused kernels.
-        dropout: probability with which an element of the attention's result is dropped before ``proj`` in training.
-        qkv_bias, out_bias: give the projections a bias.
-        scale: factor on the scores, default ``head_dim ** -0.5``, and 1 with cosine normalisation.
+            "rms" gives query and key heads RMS norms with weights (``q_norm``, ``k_norm``). Both come before ``rope``.
+        rel_pos_bias: add a learned bias to every score, which depends on the distance of query and key, as NATTEN's
+            modules did before 0.20. It is the parameter ``rpb [num_heads, 2 * kernel_size - 1 per axis]``.
+            ``kernel_size`` must then have one entry per axis, and attention runs in PyTorch, not in the fused kernels.
+        dropout: probability with which an element of the attention's output is dropped before ``proj`` in training.
+        qkv_bias, out_bias: whether ``qkv`` and ``proj`` have a bias.
+        scale: factor on the scores, default ``head_dim ** -0.5``, or 1 with cosine normalisation.
 
-    ``qkv`` (rows: ``num_heads * head_dim`` of queries, ``num_kv_heads * head_dim`` of keys, as many of values) and
-    ``proj`` are ``Linear`` layers.
+    ``qkv`` and ``proj`` are ``Linear`` layers. The rows of ``qkv`` are ``num_heads * head_dim`` for queries, then
+    ``num_kv_heads * head_dim`` for keys and as many for values.
 
     Raises:
-        ValueError: sizes that do not divide, or an unknown option.
+        ValueError: sizes do not divide, window options contradict each other, or an option is unknown.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class NeighborhoodGQA(nn.Module):
 
         self.embed_dim, self.num_heads, self.num_kv_heads = embed_dim, num_heads, num_kv_heads
         self.head_dim = embed_dim // num_heads if head_dim is None else head_dim
-        # As tuples, since what is known of a call's arguments is looked up by them.
+        # Tuples, because checked arguments are cached under these values, which must be hashable.
         self.kernel_size = None if kernel_size is None else _hashable(kernel_size)
         self.stride, self.dilation, self.is_causal = _hashable(stride), _hashable(dilation), _hashable(is_causal)
         self.registers_attend, self.qk_norm = registers_attend, qk_norm
@@ -156,9 +156,9 @@ class NeighborhoodGQA(nn.Module):
         self._reset_own_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise all parameters anew, except those of a ``rope`` of another package, which layers may share.
+        """Set parameters and constant buffers as the constructor does.
 
-        Constants are set too, so that all is as the constructor leaves it.
+        A ``rope`` from another package is left as it is, since several layers may share it.
         """
         for layer in (self.qkv, self.proj, self.q_norm, self.k_norm):
             if layer is not None:
@@ -205,14 +205,14 @@ class NeighborhoodGQA(nn.Module):
 
         Args:
             x: ``[B, *spatial, embed_dim]``.
-            positions: handed to ``rope``, in the form that it takes. :class:`Positions` keeps mixed-precision policies
-                from casting them on the way here.
-            registers: register tokens of the stream, ``[B, R, embed_dim]``. They follow the module's own, if it has
-                any.
+            positions: passed to ``rope`` in the form that it takes. Wrapped in :class:`Positions`, they are not cast by
+                the mixed-precision policies of FSDP.
+            registers: register tokens ``[B, R, embed_dim]`` that the model carries from layer to layer. They follow
+                the layer's own, if it has any.
 
         Returns:
-            ``[B, *spatial, embed_dim]``; with ``registers_attend`` also the registers ``[B, R, embed_dim]``, own and
-            passed ones.
+            ``[B, *spatial, embed_dim]``; with ``registers_attend`` also the registers ``[B, R, embed_dim]``, the
+            layer's own and then the passed ones.
 
         Raises:
             ValueError: an argument does not fit; the message names it and the values.
@@ -242,7 +242,10 @@ class NeighborhoodGQA(nn.Module):
         return tokens.flatten(-2), self._attend_from_registers(heads, extra).flatten(-2)
 
     def _project(self, tokens: Tensor, rope: nn.Module | None = None, positions: Tensor | None = None) -> Projected:
-        """Views of one projection, unless norms or ``rope`` have to be called, which gives new query and key."""
+        """Query, key and value as views of one projection.
+
+        Query and key are new tensors where norms or ``rope`` cannot be fused and are called as modules.
+        """
         counts = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         query, key, value = self.qkv(tokens).unflatten(-1, (-1, self.head_dim)).split(counts, -2)
         query, key, norm, angles = call_watched(query, key, self._head_norm(), rope, positions)
@@ -250,7 +253,7 @@ class NeighborhoodGQA(nn.Module):
 
     def _head_norm(self) -> HeadNorm | tuple[nn.Module, nn.Module] | None:
         if self.qk_scale is not None:
-            # All of the temperature on the query: a shared key cannot hold that of every head of its group.
+            # The query takes the whole temperature: a key is shared by a group of query heads with a scale each.
             return HeadNorm("cosine", self.qk_scale, None)
         return None if self.q_norm is None or self.k_norm is None else (self.q_norm, self.k_norm)
 
@@ -262,11 +265,11 @@ class NeighborhoodGQA(nn.Module):
         tokens = [] if self.registers is None else [self.registers[None]]
         if registers is not None:
             tokens = [own.expand(x.shape[0], -1, -1) for own in tokens] + [registers]
-        # The copy is aligned: results must not depend on where a file's reader left a parameter.
+        # torch.cat makes an aligned copy: results must not depend on the address at which a parameter was loaded.
         return self._project(torch.cat(tokens, 1)).prepared() if tokens else None
 
     def _attention(self, projected: Projected, registers: Heads | None) -> Tensor:
-        """``[B, *spatial, Hq, D]``"""
+        """Attention of the tokens, ``[B, *spatial, Hq, D]``."""
         kernel_size = self._fitted_kernel_size(projected.heads.query.shape[1:-2])
         call = prepare(
             *projected.heads,
@@ -282,7 +285,10 @@ class NeighborhoodGQA(nn.Module):
         return attend_with_qk_prep(call, projected.norm, projected.angles, self._fitted_bias(kernel_size))
 
     def _attend_from_registers(self, heads: Heads, registers: Heads | None) -> Tensor:
-        """``[B, R, Hq, D]``: full attention among registers, with all tokens as the keys that everyone sees."""
+        """Attention of the registers to all registers and all tokens, ``[B, R, Hq, D]``.
+
+        Registers form the sequence, with a window over all of it, and the tokens are its additional keys.
+        """
         if registers is None or registers.query.shape[1] == 0:
             raise ValueError("registers_attend needs registers: set num_registers or pass registers")
         query, key, value = (t.expand(heads.query.shape[0], -1, -1, -1) for t in registers)
@@ -341,7 +347,7 @@ def _check_window(
     dilation: int | Sequence[int],
     is_causal: bool | Sequence[bool],
 ) -> None:
-    """What no input can make right is an error of the constructor, not of the first call."""
+    """Raise in the constructor for window options that no input could fit, instead of at the first call."""
     ranks = {len(a) for a in (kernel_size, stride, dilation, is_causal) if isinstance(a, Sequence)} or {1}
     if len(ranks) > 1 or not ranks <= {1, 2, 3}:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What modules of this package share: buffers that are constants, initialisation, and calls that may be fused."""
+"""Helpers shared by the modules: constant buffers, initialisation, and the test whether a module may be fused."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ __all__ = ["Constants", "at_least_fp32", "default_dtype", "is_plain", "reset_chi
 
 
 def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
-    """Of angles, embeddings of time and statistics: float64 for float64, otherwise float32."""
+    """The dtype for angles, time embeddings and norm statistics: float64 for float64, otherwise float32."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def default_dtype() -> torch.dtype:
-    """Of constants that are made where no dtype is given: torch's default, but never half precision."""
+    """The dtype of constants for which none is given: torch's default dtype, but at least float32."""
     return at_least_fp32(torch.get_default_dtype())
 
 
 class Constants(nn.Module):
     """A module whose own buffers are constants: they stay in fp32 or better, whatever dtype a model is cast to.
 
-    A cast to half precision would move every far position. What changes a module's tensors (``to``, ``half``,
-    ``to_empty``) therefore decides on the buffers' device and on fp64 alone, and the values stay.
+    In half precision, frequencies would be so inexact that distant positions move. Calls that change a module's
+    tensors (``to``, ``half``, ``to_empty``) therefore change the buffers' device and may widen them to fp64, but they
+    neither narrow nor lose their values.
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Constants:
@@ -34,16 +35,16 @@ class Constants(nn.Module):
         for name, values in exact.items():
             moved = self._buffers[name]
             assert moved is not None
-            # On the meta device there are no values to keep.
+            # A buffer on the meta device has no values that could be kept.
             source = moved if values.is_meta else values
             self._buffers[name] = source.to(moved.device, at_least_fp32(moved.dtype))
         return self
 
 
 def reset_children(module: nn.Module) -> None:
-    """Initialise what the modules inside ``module`` own, in the order in which they were made.
+    """Call ``reset_parameters`` of the modules inside ``module``, in the order in which they were made.
 
-    So it draws the random numbers that making them drew.
+    From the same seed, this draws the same random numbers as the constructors did.
     """
     for child in module.children():
         reset = getattr(child, "reset_parameters", None)
@@ -54,10 +55,10 @@ def reset_children(module: nn.Module) -> None:
 
 
 def is_plain(module: nn.Module, forward: Callable[..., object]) -> bool:
-    """Whether a call of ``module`` runs its class's ``forward`` and nothing else.
+    """Whether a call of ``module`` runs exactly ``forward`` and nothing else.
 
-    Only then may its caller do the same in another way, fused with what follows. Hooks want to see the call; offloading
-    and sharding put the module's tensors in place for no longer than it lasts.
+    Only then may the caller compute the same in a fused kernel without calling the module. Hooks must see the call, and
+    offloading and sharding make the module's tensors available only while it lasts.
     """
     return (
         type(module).forward is forward

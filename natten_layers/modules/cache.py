@@ -12,7 +12,7 @@ __all__ = ["Cache", "LayerCache"]
 
 
 class CacheSlots(NamedTuple):
-    """Where new tokens are stored, as indices into a buffer ``[B, slots]``, and the positions that are stored there."""
+    """Cache slots of new tokens, as indices into a buffer ``[B, slots]``, and the positions that these slots get."""
 
     batch: Tensor  # [B, 1]
     slots: Tensor  # [B, L]
@@ -20,7 +20,7 @@ class CacheSlots(NamedTuple):
 
 
 class _SlotAllocator:
-    """Places of one call's tokens, worked out once for all layers with the same window."""
+    """Cache slots of one call's tokens, computed once for all layers with the same window and capacity."""
 
     def __init__(self) -> None:
         self.positions: Tensor | None = None
@@ -38,50 +38,53 @@ def _cache_slots(positions: Tensor, window: int | None, capacity: int) -> CacheS
     keep, slots = positions >= 0, positions
     if window is not None:
         slots = positions % window
-        if positions.shape[1] > window:  # two of these tokens would claim one slot
+        if positions.shape[1] > window:  # several of these tokens map to one slot; only the last one is kept
             keep = keep & (positions > positions.amax(1, keepdim=True) - window)
     batch = torch.arange(len(positions), device=positions.device)[:, None]
     return CacheSlots(batch, torch.where(keep, slots, capacity), torch.where(keep, positions, -1))
 
 
 class LayerCache:
-    """Keys and values of one layer. Sequence ``b``'s token at position ``p`` lies in slot ``p``, or ``p % window``.
+    """Keys and values of one layer. The token at position ``p`` is stored in slot ``p``, or ``p % window``.
 
-    Positions, not arrival, choose the slot, so texts of a batch may have different lengths and padding takes no room.
-    Memory: at most ``window + 1`` tokens a sequence; without a window less than twice the longest text, or exactly
-    ``max_length + 1`` where that is given.
+    Because the position determines the slot, texts of a batch may have different lengths and padding takes no memory.
+    A layer with a window holds at most ``window + 1`` tokens a sequence. A layer without one holds fewer than twice the
+    tokens of the longest text, or exactly ``max_length + 1`` if that is given.
     """
 
     def __init__(self, window: int | None, max_length: int | None, allocator: _SlotAllocator | None = None) -> None:
         self.window, self.max_length = window, max_length
         self.allocator = allocator or _SlotAllocator()
         self.used = 0
-        """slots ``0 .. used - 1`` may hold tokens"""
+        """Only slots ``0 .. used - 1`` may hold tokens."""
         self.whole = False
-        """return all slots, of which empty ones have position -1: then shapes stay the same from call to call"""
+        """Return all slots, the empty ones with position -1, so that shapes stay the same from call to call."""
         self.keys = self.values = self.positions = torch.empty(0)
         self.registers: tuple[Tensor, Tensor] | None = None
-        """projected registers ``[1, R, Hkv, D]``, which the layer leaves here so that they are computed once"""
+        """Keys and values of the layer's register tokens, ``[1, R, Hkv, D]`` each, kept after the first call."""
 
     @property
     def capacity(self) -> int:
-        """Slots for tokens, -1 before the first call. One more is there, for padding: its position stays -1."""
+        """Number of slots for tokens, -1 before the first call.
+
+        The buffers have one slot more, to which padding is written: its position is always -1.
+        """
         return self.positions.shape[-1] - 1
 
     def extend(self, key: Tensor, value: Tensor, positions: Tensor, longest: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Store new tokens and return all that they may see.
+        """Store new tokens and return the keys and values of all tokens that they may see.
 
         Args:
             key: ``[B, L, Hkv, D]``.
             value: ``[B, L, Hkv, Dv]``.
-            positions: ``[B, L]``, growing by one from token to token; -1 for padding, which is dropped. Layers of one
-                cache that are given the same tensor share what follows from it, so it must not change in between.
-            longest: upper bound on the tokens of any sequence, these included.
+            positions: ``[B, L]`` int64, increasing by one from token to token; -1 marks padding, which is dropped.
+                Layers of one cache compute the slots once per tensor, so it must not be changed between layers.
+            longest: upper bound on the tokens of any sequence, the new ones included.
 
         Returns:
-            Keys ``[B, S, Hkv, D]``, values and positions ``[B, S]``. A view of the buffer, except when more than one
-            token comes to a window that is full: then tokens that the first ones see are about to be overwritten, and
-            a copy of window + L tokens is returned.
+            Keys ``[B, S, Hkv, D]``, values ``[B, S, Hkv, Dv]`` and positions ``[B, S]``. They are views of the buffers,
+            except when several tokens at once overflow the window: they overwrite tokens that the first of them still
+            see, so copies of up to ``window + L`` tokens are returned.
         """
         rolls = self.window is not None and longest > self.window
         seen = None
@@ -105,7 +108,7 @@ class LayerCache:
         self.positions[target.batch, target.slots] = target.positions
 
     def _reserve(self, key: Tensor, value: Tensor) -> None:
-        """Make room for ``used`` tokens, doubling so that growth costs a constant per token."""
+        """Make room for ``used`` tokens. Buffers double in size, so that growth costs constant time per token."""
         if self.used <= self.capacity:
             return
         room = max(self.used, 2 * self.capacity if self.max_length is None else self.max_length)
@@ -115,7 +118,7 @@ class LayerCache:
 
         def grow(old: Tensor, like: Tensor) -> Tensor:
             batch, _, heads, dim = like.shape
-            # Heads before slots in memory: batch and heads are then one axis of the matrix products.
+            # In memory, heads come before slots, so that matrix products see batch and heads as one axis.
             new = like.new_zeros(batch, heads, room + 1, dim).transpose(1, 2)
             if kept > 0:
                 new[:, :kept] = old[:, :kept]
@@ -129,12 +132,12 @@ class LayerCache:
 
 
 class Cache:
-    """What a model remembers of the texts of a batch, for inference. Make one with ``DecoderLM.make_cache``.
+    """Keys and values of a batch of texts in every layer, for inference. ``DecoderLM.make_cache`` makes one.
 
     Args:
         batch_size: number of sequences.
-        windows: per layer, the window or None.
-        max_length: tokens to make room for in layers without a window; None grows as needed.
+        windows: one entry per layer: the number of tokens that a token sees, or None for all before it.
+        max_length: tokens to allocate in layers without a window; None lets them grow as needed.
     """
 
     def __init__(
@@ -148,15 +151,15 @@ class Cache:
         allocator = _SlotAllocator()
         self.layers = [LayerCache(window, max_length, allocator) for window in windows]
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        """tokens of every sequence so far, ``[B]``"""
+        """Number of tokens of every sequence so far, ``[B]``."""
         self.longest = 0
-        """an upper bound on ``lengths`` that is known without asking the device"""
+        """An upper bound on ``lengths`` that the host knows without waiting for the device."""
 
     @property
     def batch_size(self) -> int:
         return len(self.lengths)
 
     def nbytes(self) -> int:
-        """Bytes that the buffers hold."""
+        """Total size of the buffers in bytes."""
         buffers = (t for layer in self.layers for t in (layer.keys, layer.values, layer.positions))
         return sum(t.numel() * t.element_size() for t in buffers)

@@ -1,4 +1,4 @@
-"""The diffusion model around a network: preconditioning and loss."""
+"""Preconditioning and loss of a diffusion model."""
 
 from __future__ import annotations
 
@@ -13,19 +13,22 @@ __all__ = ["Denoiser"]
 
 
 class Denoiser(nn.Module):
-    """A network in the preconditioner of Karras et al. 2022 (https://arxiv.org/abs/2206.00364): images in, images out.
+    """A denoiser of images: a network with the preconditioning of Karras et al. 2022.
 
-    With ``c = sigma_data``: ``c_skip = c^2 / (s^2 + c^2)``, ``c_out = s c / sqrt(s^2 + c^2)``,
-    ``c_in = 1 / sqrt(s^2 + c^2)``.
+    It computes ``c_skip * x + c_out * model(c_in * x, sigma)``. With ``s = sigma`` and ``c = sigma_data``,
+    ``c_skip = c^2 / (s^2 + c^2)``, ``c_out = s c / sqrt(s^2 + c^2)`` and ``c_in = 1 / sqrt(s^2 + c^2)``.
+
+    Source: https://arxiv.org/abs/2206.00364, table 1, without the scaling of the noise level, which the network does.
 
     Args:
         model: called as ``model(x, sigma, **conditions)``.
-        sigma_data: standard deviation of the data; default ``model.config.sigma_data``.
-        weighting: of :meth:`loss` over noise levels: "karras" is constant in the scale of the network's output; "snr",
-            ``c^2 / (s^2 + c^2)``, and "soft-min-snr", ``(s c)^2 / (s^2 + c^2)^2``, are k-diffusion's.
+        sigma_data: standard deviation of the data, default ``model.config.sigma_data``.
+        weighting: weight of each noise level in :meth:`loss`, whose error is measured on the network's output:
+            "karras" is 1, "snr" is ``c^2 / (s^2 + c^2)`` and "soft-min-snr" is ``(s c)^2 / (s^2 + c^2)^2``, the last
+            two as in k-diffusion.
 
     Raises:
-        ValueError: an unknown weighting, or no ``sigma_data`` to be found.
+        ValueError: an unknown weighting, or no ``sigma_data`` is given and the model has no config with one.
     """
 
     def __init__(
@@ -45,23 +48,24 @@ class Denoiser(nn.Module):
         self.model, self.sigma_data, self.weighting = model, float(sigma_data), weighting
 
     def reset_parameters(self) -> None:
-        """Initialise the network anew."""
+        """Initialise the network's parameters again."""
         reset_children(self)
 
     def extra_repr(self) -> str:
         return f"sigma_data={self.sigma_data}, weighting={self.weighting!r}"
 
     def scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``c_skip, c_out, c_in`` in ``sigma``'s shape."""
+        """``(c_skip, c_out, c_in)``, each in ``sigma``'s shape."""
         total = sigma**2 + self.sigma_data**2
         return self.sigma_data**2 / total, sigma * self.sigma_data / total.sqrt(), total.rsqrt()
 
     def forward(self, x: Tensor, sigma: Tensor, **conditions: Tensor | None) -> Tensor:
-        """The expected clean image behind each noisy one.
+        """Estimate the clean image of each noisy one.
 
         Args:
-            x: ``[B, C, H, W]``, clean image plus ``sigma`` times standard normal noise.
-            sigma: ``[B]``.
+            x: ``[B, C, H, W]``, clean images plus ``sigma`` times standard normal noise.
+            sigma: noise levels ``[B]``, positive. They are used in fp32 or better.
+            conditions: passed to the network.
 
         Returns:
             ``[B, C, H, W]`` in ``x``'s dtype.
@@ -70,15 +74,16 @@ class Denoiser(nn.Module):
         return (self.model((x * c_in).to(x.dtype), sigma, **conditions) * c_out + x * c_skip).to(x.dtype)
 
     def loss(self, x: Tensor, noise: Tensor, sigma: Tensor, **conditions: Tensor | None) -> Tensor:
-        """Weighted mean squared error of each image, in the scale of the network's output.
+        """Weighted mean squared error of the network's output for each image.
 
         Args:
             x: clean images ``[B, C, H, W]``.
-            noise: standard normal, of their shape.
-            sigma: ``[B]``.
+            noise: standard normal noise of the same shape.
+            sigma: noise levels ``[B]``, positive.
+            conditions: passed to the network.
 
         Returns:
-            ``[B]``
+            One loss per image, ``[B]``, in fp32 or better.
         """
         sigma = sigma.to(at_least_fp32(x.dtype))
         c_skip, c_out, c_in = (_per_image(c, x) for c in self.scalings(sigma))
@@ -88,9 +93,10 @@ class Denoiser(nn.Module):
         return (output - target).square().flatten(1).mean(1) * self._weight(sigma)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the network, which :meth:`forward` and :meth:`loss` share, with ``torch.compile``'s arguments.
+        """Compile the network, with the arguments of ``torch.compile``.
 
-        ``nn.Module.compile`` compiles calls of this module alone, and training calls the loss.
+        ``nn.Module.compile`` would compile :meth:`forward` alone, but training calls :meth:`loss`; both call the
+        network.
         """
         self.model.compile(*args, **kwargs)
 

@@ -12,15 +12,15 @@ __all__ = ["GEGLU", "GatedFeedForward"]
 
 
 class GEGLU(nn.Module):
-    """``down_proj(dropout(value * gelu(gate)))`` with ``value, gate = up_proj(x)``, exact gelu.
+    """``down_proj(dropout(value * gelu(gate)))`` with ``value, gate = up_proj(x)`` and the exact gelu.
 
-    Source: Shazeer 2020 (https://arxiv.org/abs/2002.05202).
+    It maps ``[..., dim]`` to ``[..., dim]``. Source: Shazeer 2020 (https://arxiv.org/abs/2002.05202).
 
     Args:
-        dim: length of the last axis, in and out.
-        hidden_dim: length between the projections; ``up_proj`` has ``2 * hidden_dim`` rows, values first.
+        dim: length of the last axis of input and output.
+        hidden_dim: length between the projections; ``up_proj`` has ``2 * hidden_dim`` rows, those of values first.
         dropout: probability with which a hidden element is dropped in training.
-        bias: give both projections one.
+        bias: whether both projections have a bias.
     """
 
     def __init__(
@@ -48,13 +48,15 @@ class GEGLU(nn.Module):
 
 
 class GatedFeedForward(nn.Module):
-    """``down_proj(activation(gate_proj(x)) * up_proj(x))``, with the projections that Llama's files hold.
+    """``down_proj(activation(gate_proj(x)) * up_proj(x))``, with the parameter names of Llama's checkpoints.
+
+    It maps ``[..., dim]`` to ``[..., dim]``. Source: Shazeer 2020 (https://arxiv.org/abs/2002.05202).
 
     Args:
-        dim: length of the last axis, in and out.
+        dim: length of the last axis of input and output.
         hidden_dim: length between the projections.
-        activation: of the gate; "gelu_tanh" is gelu by its tanh approximation.
-        bias: give the projections one.
+        activation: applied to the gate; "gelu_tanh" is the tanh approximation of gelu.
+        bias: whether the projections have a bias.
     """
 
     def __init__(

@@ -36,25 +36,27 @@ def generate(
     """Continue the prompts ``input_ids [B, L]``.
 
     Args:
-        max_new_tokens: tokens to add.
+        input_ids: token indices ``[B, L]``, int64 or int32.
+        max_new_tokens: largest number of tokens to add.
         attention_mask: ``[B, L]`` as in :meth:`DecoderLM.forward`, for prompts of different lengths.
         temperature: divides the logits; 0 takes the likeliest token.
         top_k: sample among the ``k`` likeliest tokens.
         top_p: sample among the likeliest tokens that together reach this probability.
-        generator: a seed, or a generator on the model's device; None is torch's global one.
-        stop_tokens: a text ends after one of these, default the config's ``eos_token_id``; padding follows
-            (``pad_token_id``, or the stop token again).
-        callback: called with every new token of the batch, ``[B]``, as it is made.
-        prefill_chunk: prompt tokens read at a time, a bound on memory.
-        cuda_graph: on a GPU, record the second new token's computation and replay it for the others. False for a model
-            with hooks or layers that cannot be recorded, such as those that read values.
+        generator: a seed, or a generator on the model's device; None uses torch's global generator.
+        stop_tokens: tokens after which a text ends, default the config's ``eos_token_id``. An ended text is padded with
+            ``pad_token_id``, or by repeating its stop token if the config has none.
+        callback: called with the new tokens ``[B]`` after each step.
+        prefill_chunk: number of prompt tokens that are read at a time; it bounds memory.
+        cuda_graph: on a GPU, record the second step as a CUDA graph and replay it for the later ones. Pass False for a
+            model that cannot be recorded, such as one with hooks or layers that read values on the host.
 
     Returns:
-        ``[B, L + new]``, prompts first. ``new`` is smaller than ``max_new_tokens`` if all texts ended.
+        ``[B, L + new]``, each row the prompt and then the new tokens. ``new`` is smaller than ``max_new_tokens`` if all
+        texts ended.
 
     Raises:
-        ValueError: as in :meth:`DecoderLM.forward`, or sampling options out of range.
-        RuntimeError: the model cannot be recorded.
+        ValueError: arguments that :meth:`DecoderLM.forward` refuses, or sampling options out of range.
+        RuntimeError: the model cannot be recorded as a CUDA graph.
     """
     model.check(input_ids, attention_mask, None)
     for name, value in (("max_new_tokens", max_new_tokens), ("prefill_chunk", prefill_chunk)):
@@ -71,7 +73,7 @@ def generate(
     step = one_token(model, cache, cuda_graph=cuda_graph)
     ended = torch.zeros_like(input_ids[:, 0], dtype=torch.bool)
     pad = model.config.pad_token_id
-    pad = None if pad is not None and pad < 0 else pad  # -1 in old configs: there is none
+    pad = None if pad is not None and pad < 0 else pad  # old configs write -1 for no padding token
     tokens: list[Tensor] = []
     while True:
         token = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
@@ -88,7 +90,7 @@ def generate(
 
 
 def one_token(model: DecoderLM, cache: Cache, *, cuda_graph: bool = True) -> Callable[[Tensor], Tensor]:
-    """What adds a token ``[B]`` to each text and gives the logits ``[B, V]`` after it."""
+    """A function that appends a token ``[B]`` to each text in the cache and returns the logits ``[B, V]`` after it."""
     return Recorded(model, cache) if cuda_graph and cache.lengths.is_cuda else partial(_next, model, cache)
 
 
@@ -97,9 +99,9 @@ def _next(model: DecoderLM, cache: Cache, token: Tensor) -> Tensor:
 
 
 class Recorded:
-    """:func:`_next` as a CUDA graph: a token of a large model takes the host longer than the device.
+    """:func:`_next` as a CUDA graph, because launching one step's kernels takes the host longer than the GPU needs.
 
-    The first call runs as it is, which compiles kernels; the second one records.
+    The first call runs without a graph, which compiles the kernels; the second call records the graph.
     """
 
     def __init__(self, model: DecoderLM, cache: Cache) -> None:
@@ -122,7 +124,7 @@ class Recorded:
                     self.logits = _next(self.model, self.cache, self.token)
             except RuntimeError as error:
                 raise RuntimeError(f"the model cannot be recorded, pass cuda_graph=False: {error}") from error
-        else:  # what the recorded call did on the host
+        else:  # a replay runs no host code, so the cache's host state is updated as the model would
             self.cache.longest += 1
             self.model.model.check_length(self.cache.longest)
         self.graph.replay()
@@ -131,7 +133,7 @@ class Recorded:
 
 
 def _prefill(model: DecoderLM, input_ids: Tensor, attention_mask: Tensor | None, cache: Cache, chunk: int) -> Tensor:
-    """Read prompts in chunks; logits ``[B, V]`` after the last token of each."""
+    """Read the prompts into the cache in chunks and return the logits ``[B, V]`` after each prompt's last token."""
     mask = None
     last = torch.full_like(input_ids[:, 0], input_ids.shape[1] - 1)
     if attention_mask is not None:
@@ -148,7 +150,7 @@ def _prefill(model: DecoderLM, input_ids: Tensor, attention_mask: Tensor | None,
         index = (last - start).clamp(0, part.shape[1] - 1)
         text = None if mask is None else mask[:, start:stop]
         candidate = model(part, attention_mask=text, cache=cache, logits_at=index)
-        # Rows whose prompt ended in an earlier chunk keep what they had.
+        # A text whose prompt ended in an earlier chunk keeps the logits of that chunk.
         end = candidate if end is None else torch.where((last >= start)[:, None], candidate, end)
     assert end is not None
     return end
@@ -166,17 +168,17 @@ def sample(
 
     Args:
         logits: ``[B, V]``.
-        temperature: 0 takes the largest logit.
+        temperature: divides the logits; 0 takes the largest logit.
         top_k: draw among the ``k`` largest logits only.
         top_p: draw among the likeliest tokens that together just reach this probability (Holtzman et al. 2020,
-            https://arxiv.org/abs/1904.09751), after ``top_k``.
-        generator: on the logits' device; None is torch's global one.
+            https://arxiv.org/abs/1904.09751); applied after ``top_k``.
+        generator: a generator on the logits' device; None uses torch's global generator.
 
     Returns:
-        ``[B]``, int64.
+        Token indices ``[B]``, int64.
 
     Raises:
-        ValueError: an option out of range.
+        ValueError: an option is out of range.
     """
     if not temperature >= 0:
         raise ValueError(f"temperature must not be negative, got {temperature}")
@@ -192,20 +194,20 @@ def sample(
     probabilities = scores.softmax(-1)
     if top_p is not None:
         before = probabilities.cumsum(-1) - probabilities
-        probabilities = probabilities.masked_fill(before >= top_p, 0.0)  # the likeliest has nothing before it
+        probabilities = probabilities.masked_fill(before >= top_p, 0.0)  # never drops the likeliest: its `before` is 0
     drawn = torch.multinomial(probabilities, 1, generator=generator)
     return tokens.gather(-1, drawn)[:, 0]
 
 
 def longest_of(lengths: Tensor) -> int:
-    """The largest of ``lengths [B]``, for which the device is waited for; 0 of an empty batch."""
+    """The largest of ``lengths [B]``, or 0 for an empty batch. This waits for the device."""
     return int(lengths.max()) if len(lengths) else 0
 
 
 def text_first(attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """A permutation ``[B, L]`` that moves padding behind the text, and the mask so permuted.
+    """A permutation ``[B, L]`` that moves padding behind each text, and the mask in that order.
 
-    Causal attention never looks right, so behind the text padding needs no mask.
+    Causal attention never sees what comes later, so padding behind the text needs no mask.
     """
     order = torch.argsort((attention_mask == 0).to(torch.uint8), dim=1, stable=True)
     return order, (attention_mask != 0).gather(1, order)

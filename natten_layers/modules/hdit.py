@@ -1,10 +1,11 @@
 """HDiT, the hourglass diffusion transformer (Crowson et al. 2024, https://arxiv.org/abs/2401.11605).
 
-Pixel-space diffusion at a cost linear in the number of pixels: fine levels attend in neighborhoods, the coarsest one
-globally. With the options of this library at their defaults it is k-diffusion's ``image_transformer_v2``, weight for
-weight; :mod:`natten_layers.io.checkpoints` reads and writes that format.
+The cost of this pixel-space diffusion model is linear in the number of pixels: fine levels attend in neighborhoods,
+only the coarsest one globally. With this library's own options at their defaults, it is k-diffusion's
+``image_transformer_v2`` with the same parameters; :mod:`natten_layers.io.checkpoints` reads and writes that format.
 
-Tensors are heads-last and channels-last inside: ``x [B, h, w, C]``, ``pos [h, w, 2]``, ``cond [B, mapping_width]``.
+Inside, images are channels-last and heads come last: ``x [B, h, w, C]``, ``pos [h, w, 2]``,
+``cond [B, mapping_width]``.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from .rope import AxialRoPE, Positions, make_axial_pos
 
 __all__ = ["HDiT"]
 
-AUG_FEATURES = 9  # of k-diffusion's augmentation pipeline
+AUG_FEATURES = 9  # parameters of k-diffusion's augmentation pipeline
 
 
 # --- Parts
@@ -44,7 +45,8 @@ AUG_FEATURES = 9  # of k-diffusion's augmentation pipeline
 class FourierFeatures(Constants):
     """``cat(cos, sin)(2 pi x W^T)`` with fixed random frequencies ``weight [out_features / 2, in_features]``.
 
-    Angles are of several turns, so all is computed in fp32 or better: bf16 would be off by a tenth of a radian.
+    Everything is computed in fp32 or better: angles may exceed a full circle several times, and bf16 would be off by a
+    tenth of a radian.
     """
 
     weight: Tensor
@@ -61,13 +63,13 @@ class FourierFeatures(Constants):
     def forward(self, x: Tensor) -> Tensor:
         wide = at_least_fp32(x.dtype)
         phases = 2 * math.pi * x.to(wide)[..., None, :] * self.weight.to(wide)  # [..., out_features / 2, in_features]
-        # Not a matrix product: autocast would compute that in half precision, and torch's switches in TF32.
+        # A sum instead of a matrix product, which autocast would compute in half precision, and torch perhaps in TF32.
         angle = phases.sum(-1)
         return torch.cat((angle.cos(), angle.sin()), -1)
 
 
 class TokenMerge(nn.Module):
-    """Pixel-unshuffle, then Linear: ``[B, H, W, in]`` to ``[B, H / h, W / w, out]``."""
+    """Join ``h`` x ``w`` tokens into one, then Linear: ``[B, H, W, in]`` to ``[B, H / h, W / w, out]``."""
 
     def __init__(self, in_features: int, out_features: int, patch_size: tuple[int, int] = (2, 2)) -> None:
         super().__init__()
@@ -80,7 +82,10 @@ class TokenMerge(nn.Module):
 
 
 class TokenSplit(nn.Module):
-    """Linear, then pixel-shuffle, then ``lerp(skip, x, fac)``: ``[B, H, W, in]`` to ``[B, 2 H, 2 W, out]``."""
+    """Linear, then split each token into 2 x 2, then ``lerp(skip, x, fac)``.
+
+    Maps ``x [B, H, W, in]`` and ``skip [B, 2 H, 2 W, out]`` to ``[B, 2 H, 2 W, out]``.
+    """
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -97,7 +102,7 @@ class TokenSplit(nn.Module):
 
 
 class PatchOut(nn.Module):
-    """Linear, then pixel-shuffle: ``[B, H, W, in]`` to ``[B, H h, W w, out]``."""
+    """Linear, then split each token into ``h`` x ``w`` pixels: ``[B, H, W, in]`` to ``[B, H h, W w, out]``."""
 
     def __init__(self, in_features: int, out_features: int, patch_size: tuple[int, int]) -> None:
         super().__init__()
@@ -120,7 +125,7 @@ class MappingBlock(nn.Module):
 
 
 class MappingNetwork(nn.Module):
-    """From the sum of all embeddings to the condition of every layer."""
+    """Turn the sum of all embeddings into the condition of every layer: ``[B, width]`` to ``[B, width]``."""
 
     def __init__(self, width: int, depth: int, d_ff: int, dropout: float) -> None:
         super().__init__()
@@ -139,10 +144,10 @@ class MappingNetwork(nn.Module):
 
 
 class ShiftedWindowGQA(NeighborhoodGQA):
-    """Attention inside square windows of a grid whose origin lies at ``shift`` (Swin; Liu et al. 2021).
+    """Attention inside the square windows of a shifted grid (Swin, Liu et al. 2021, https://arxiv.org/abs/2103.14030).
 
-    The window that the grid cuts off at the start of an axis is not joined with the one at its end: along each axis
-    there are a first block of ``window_size - shift`` tokens, whole windows, and a last block of ``shift``.
+    Windows that are cut off at the two ends of an axis are not joined, as in Swin with its mask: a shifted axis has a
+    first window of ``window_size - shift`` tokens, then whole windows, and a last one of ``shift`` tokens.
     """
 
     def __init__(self, embed_dim: int, num_heads: int, window_size: int, shift: int, **options: Any) -> None:
@@ -154,12 +159,12 @@ class ShiftedWindowGQA(NeighborhoodGQA):
 
     def _attention(self, projected: Projected, registers: Heads | None) -> Tensor:
         heads = projected.prepared()
-        # Windows are equal within a stretch, so each pair of stretches is one blocked call on a view: no mask, no copy.
+        # Each pair of row and column ranges has windows of one size: one blocked call on a view, without mask or copy.
         rows, columns = (self._stretches(length) for length in heads.query.shape[1:3])
         return torch.cat([torch.cat([self._block(heads, registers, r, c) for c in columns], 2) for r in rows], 1)
 
     def _stretches(self, length: int) -> list[tuple[int, int, int]]:
-        """(start, stop, size of its windows) of each run of equal windows on an axis."""
+        """Ranges of an axis with windows of equal size, each as (start, stop, window size)."""
         size, shift = self.window_size, self.shift
         if shift == 0:
             return [(0, length, size)]
@@ -184,7 +189,7 @@ class ShiftedWindowGQA(NeighborhoodGQA):
 
 
 def _make_attention(level: LevelConfig, index: int) -> NeighborhoodGQA:
-    """The attention of a level's layer; ``index`` counts its layers, down and up."""
+    """The attention of a layer; ``index`` counts the layers of the level, first those down and then those up."""
     rope = AxialRoPE(level.d_head, level.num_heads, num_kv_heads=level.num_kv_heads)
     options: dict[str, Any] = {
         "num_kv_heads": level.num_kv_heads,
@@ -238,7 +243,7 @@ class TransformerLayer(nn.Module):
 
 
 def _make_level(config: HDiTConfig, level_index: int, *, up: bool = False) -> nn.ModuleList:
-    """The layers of a level. Those on the way up go on counting after those on the way down."""
+    """The layers of a level on the way down, or with ``up`` those on the way up, whose indices follow."""
     level = config.levels[level_index]
     first = level.depth if up else 0
     try:
@@ -251,13 +256,17 @@ def _make_level(config: HDiTConfig, level_index: int, *, up: bool = False) -> nn
 
 
 class HDiT(nn.Module):
-    """The bare denoising network; :class:`natten_layers.Denoiser` wraps it for training and sampling.
+    """The hourglass diffusion transformer, without preconditioning (Crowson et al. 2024).
+
+    :class:`natten_layers.Denoiser` wraps it for training and sampling. :meth:`from_pretrained` and
+    :meth:`save_pretrained` read and write k-diffusion's files. Source: https://arxiv.org/abs/2401.11605.
 
     Args:
         config: sizes and options.
         checkpointing: recompute each layer in the backward pass instead of keeping its activations.
 
-    ``HDiT.from_pretrained(path)`` and ``save_pretrained(path)`` read and write k-diffusion's files.
+    Raises:
+        ValueError: a level's sizes do not fit together; the message names the level.
     """
 
     def __init__(self, config: HDiTConfig, *, checkpointing: bool = False) -> None:
@@ -290,15 +299,16 @@ class HDiT(nn.Module):
         self._zero_outputs()
 
     def reset_parameters(self) -> None:
-        """Initialise all parameters and constants as the constructor does, e.g. after ``to_empty``.
+        """Initialise all parameters and constants as the constructor does, for example after ``to_empty``.
 
-        To be called on the model, not on each of its modules: it is the model that makes its branches start as zero.
+        Call it on the model, not on its modules one by one: only the model sets the last weight of each residual branch
+        to zero.
         """
         reset_children(self)
         self._zero_outputs()
 
     def _zero_outputs(self) -> None:
-        """Every residual branch, and the model, start as zero."""
+        """Zero the last weight of the model and of every residual branch, so that their outputs start as zero."""
         nn.init.zeros_(self.patch_out.proj.weight)
         for module in self.modules():
             if isinstance(module, NeighborhoodGQA):
@@ -310,18 +320,22 @@ class HDiT(nn.Module):
     def from_pretrained(
         cls, path: str | PathLike[str], *, config: HDiTConfig | None = None, dtype: torch.dtype | None = torch.float32
     ) -> HDiT:
-        """Build the model that a file describes and load its weights, all of them or none.
+        """Build the model that a file describes and load its weights, on the CPU and in eval mode.
 
         Args:
             path: a safetensors file as k-diffusion's ``convert_for_inference.py`` or :meth:`save_pretrained` write it,
-                a k-diffusion training checkpoint (``.pth``; its EMA weights are taken, and nothing in it is executed),
+                a k-diffusion training checkpoint (``.pth``; its EMA weights are loaded, and no code in it is executed),
                 or a directory with a ``model.safetensors``.
-            config: for a file that holds none.
-            dtype: of the parameters; None keeps the file's. Buffers stay in fp32 or better.
+            config: used instead of the file's config, and needed for a file without one.
+            dtype: dtype of the parameters; None keeps the file's. Buffers stay in fp32 or better.
+
+        Returns:
+            The model, with all weights of the file: a tensor that is missing or unknown is an error.
 
         Raises:
-            ValueError: the file is damaged, foreign, or does not fit its config; the message names the file, the keys
-                and the shapes.
+            FileNotFoundError: no such file.
+            ValueError: the file is damaged, of another format, or does not fit its config; the message names the file,
+                the keys and the shapes.
         """
         described, tensors = checkpoints.read_hdit(path)
         if config is None:
@@ -336,11 +350,15 @@ class HDiT(nn.Module):
     def save_pretrained(self, path: str | PathLike[str], *, dtype: torch.dtype | None = None) -> None:
         """Write a safetensors file in k-diffusion's format, with the config in its metadata.
 
-        k-diffusion can run models that use none of this library's options. The file appears whole or not at all.
+        k-diffusion can run models that use none of this library's own options. If writing fails, an earlier file of
+        that name stays unchanged.
 
         Args:
-            path: the file, or a directory to hold ``model.safetensors``.
-            dtype: of the parameters in the file; None keeps the model's. Buffers keep theirs.
+            path: the file, or a directory in which ``model.safetensors`` is written.
+            dtype: dtype of the parameters in the file; None keeps the model's. Buffers keep theirs.
+
+        Raises:
+            OSError: the file cannot be written; the message names it.
         """
         checkpoints.write_hdit(path, self, self.config.to_json(), dtype)
 
@@ -353,17 +371,18 @@ class HDiT(nn.Module):
         class_cond: Tensor | None = None,
         mapping_cond: Tensor | None = None,
     ) -> Tensor:
-        """One evaluation of the network.
+        """Evaluate the network on a batch of noisy images.
 
         Args:
             x: ``[B, input_channels, H, W]``, scaled by the preconditioner. Height and width must be multiples of the
-                patch size times 2 for every merge; nothing ties them to the size trained at.
-            sigma: noise level ``[B]``, positive, in fp32 or better: half precision moves its embedding.
-            aug_cond: parameters of an augmentation ``[B, 9]``; None is none.
-            class_cond: ``[B]`` int64, 0 to ``num_classes``, the last of which is unconditional; given exactly to models
-                with classes. On a GPU an index out of range is torch's device-side assertion: to look at it first would
-                wait for the GPU.
-            mapping_cond: ``[B, mapping_cond_dim]``; given exactly to models with a ``mapping_cond_dim``.
+                patch size times ``2 ** (levels - 1)``; they may differ from the size that the model was trained at.
+            sigma: noise levels ``[B]``, positive, in fp32 or better: rounding to half precision changes the embedding.
+            aug_cond: parameters of the augmentation, ``[B, 9]``; None means no augmentation.
+            class_cond: ``[B]`` int64, 0 to ``num_classes``, where ``num_classes`` means unconditional. Required by
+                models with classes and refused by others. On a GPU, an index out of range is torch's device-side
+                assertion instead of a ValueError, because a check would have to wait for the GPU.
+            mapping_cond: ``[B, mapping_cond_dim]``. Required by models with a ``mapping_cond_dim`` and refused by
+                others.
 
         Returns:
             ``[B, input_channels, H, W]``.
@@ -390,7 +409,7 @@ class HDiT(nn.Module):
 
     def _run(self, level: nn.Module, x: Tensor, pos: Tensor, cond: Tensor) -> Tensor:
         assert isinstance(level, nn.ModuleList)
-        positions = Positions(pos)  # a level may be sharded with a policy that casts its arguments
+        positions = Positions(pos)  # FSDP's mixed precision casts tensor arguments of a sharded level, but not these
         for layer in level:
             run = partial(checkpoint, layer, use_reentrant=False) if self.checkpointing and self.training else layer
             x = run(x, positions, cond)
@@ -427,7 +446,7 @@ class HDiT(nn.Module):
     def _embed_classes(self, class_emb: nn.Module, class_cond: Tensor) -> Tensor:
         try:
             return class_emb(class_cond)
-        except IndexError as error:  # on a CPU: the embedding has looked at the indices, which nobody else need do
+        except IndexError as error:  # the CPU's embedding checks the indices, so valid calls need no check of their own
             last = self.config.num_classes
             outside = "" if is_transformed() else f" {class_cond[(class_cond < 0) | (class_cond > last)].tolist()}"
             raise ValueError(
@@ -444,10 +463,16 @@ class HDiT(nn.Module):
             _check_axis(axis, size, patch, self.config.levels)
 
     def param_groups(self, lr: float, weight_decay: float, *, mapping_lr_scale: float = 1 / 3) -> list[dict[str, Any]]:
-        """Parameter groups for an optimizer, as k-diffusion trains.
+        """Parameter groups for an optimizer, as in k-diffusion's training script.
 
-        Weight decay applies to the matrices of Linear layers, except those that embed a condition; the mapping network
-        and the norms that it drives learn at ``lr * mapping_lr_scale``.
+        Args:
+            lr: learning rate of all parameters but those of the mapping network and of the projections from its
+                output to the norms' gains.
+            weight_decay: applied to the matrices of Linear layers, except those that embed a condition.
+            mapping_lr_scale: factor on the learning rate of the mapping network and those projections.
+
+        Returns:
+            Dictionaries with ``params``, ``lr`` and ``weight_decay``, as optimizers of ``torch.optim`` take them.
         """
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
         for module_name, module in self.named_modules():
@@ -476,7 +501,7 @@ def _check_condition(name: str, tensor: Tensor, shape: Sequence[int]) -> None:
 
 
 def _check_axis(axis: str, size: int, patch: int, levels: Sequence[LevelConfig]) -> None:
-    """One axis of the image against every level, whose tokens are ``patch * 2**index`` pixels long."""
+    """Raise if an axis of the image does not fit a level; tokens of a level are ``patch * 2**index`` pixels long."""
     for index, level in enumerate(levels):
         pixels = patch * 2**index
         tokens, reach = size // pixels, level.kernel_size * level.dilation
@@ -493,7 +518,7 @@ def _check_axis(axis: str, size: int, patch: int, levels: Sequence[LevelConfig])
 
 
 def _nearest_sizes(size: int, patch: int, levels: Sequence[LevelConfig]) -> str:
-    """The lengths around ``size`` that fit all levels, not only the one at fault."""
+    """Describe the lengths nearest to ``size`` that fit all levels, not only the one that raised."""
     unit, least = 1, 1
     for index, level in enumerate(levels):
         pixels = patch * 2**index

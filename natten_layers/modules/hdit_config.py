@@ -27,8 +27,8 @@ MODEL_TYPE = "image_transformer_v2"
 AttentionType = Literal["neighborhood", "global", "shifted-window", "none"]
 MappingWidth = Annotated[int, Between(2, 2**31 - 1)]
 
-# Keys of an entry of "self_attns". The first group is k-diffusion's; the second this library's, written only where an
-# option departs from its default, so that k-diffusion can run every model that it could have made.
+# Keys of an entry of "self_attns": first k-diffusion's, then this library's own. The latter are written only where an
+# option differs from its default, so that k-diffusion can read every config without such options.
 SHARED_KEYS = ("d_head", "kernel_size", "window_size")
 OWN_KEYS = ("num_kv_heads", "num_registers", "sink", "dilation")
 KEYS_OF_TYPE = {
@@ -39,8 +39,8 @@ KEYS_OF_TYPE = {
 }
 
 
-# The JSON form: every key that k-diffusion reads for models of this type, and those of this library's examples. A key
-# that is not here is misspelt or of another type of model, and would change nothing without a word.
+# The JSON form: every key that k-diffusion reads for models of this type, and those of this library's examples. Any
+# other key is misspelt or of another type of model; it is an error, since it would be ignored silently otherwise.
 
 
 class _Density(TypedDict, total=False):
@@ -133,12 +133,12 @@ SECTIONS: dict[str, type | None] = {
     "optimizer": _Optimizer,
     "lr_sched": _LearningRate,
     "ema_sched": _Ema,
-    "run": None,  # flags of the training script, which checks them
+    "run": None,  # flags of the training script, which checks them itself
 }
 
 
 def _check_sections(config: Mapping[str, Any]) -> None:
-    """Refuse unknown keys, and values of other types than k-diffusion reads there."""
+    """Raise for unknown keys, and for values of other types than k-diffusion expects."""
     check_keys(config.keys(), SECTIONS.keys(), "the config")
     for name, kind in SECTIONS.items():
         if kind is not None and config.get(name) is not None:
@@ -147,26 +147,32 @@ def _check_sections(config: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class LevelConfig:
-    """One level of the hourglass. The outer levels have ``depth`` layers on the way down and as many on the way up."""
+    """One level of the hourglass.
+
+    All levels but the last have ``depth`` layers on the way down and as many on the way up; the last has ``depth``.
+
+    Raises:
+        ValueError: a value of another type or out of bounds, or options that contradict each other.
+    """
 
     depth: Natural
     width: Count
     attention: AttentionType = "neighborhood"
     d_ff: Count | None = None
-    """hidden length of the feed-forward layers, default ``3 * width``"""
+    """Hidden length of the feed-forward layers, default ``3 * width``."""
     d_head: Count = 64
     kernel_size: Count = 7
-    """of neighborhood attention, in tokens"""
+    """Window of neighborhood attention on each axis, in tokens."""
     window_size: Count | None = None
-    """of shifted-window attention, in tokens"""
+    """Side of the windows of shifted-window attention, in tokens."""
     dropout: Rate = 0.0
     num_kv_heads: Count | None = None
-    """heads of keys and values, a divisor of ``width // d_head``, which is the default"""
+    """Number of key and value heads, a divisor of the ``width // d_head`` query heads, which is the default."""
     num_registers: Natural = 0
-    """register tokens that each layer adds to every token's keys"""
+    """Number of register tokens that each layer adds to every token's keys."""
     sink: Literal["zero", "learned"] | None = None
     dilation: Count = 1
-    """of neighborhood attention"""
+    """Dilation of neighborhood attention on both axes."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -184,7 +190,7 @@ class LevelConfig:
         return self.width // self.d_head
 
     def attention_to_json(self) -> dict[str, Any]:
-        """The entry of "self_attns"."""
+        """This level's entry of "self_attns" in the JSON form."""
         entry: dict[str, Any] = {"type": self.attention}
         entry |= {key: getattr(self, key) for key in KEYS_OF_TYPE[self.attention]}
         if self.attention != "none":
@@ -195,36 +201,36 @@ class LevelConfig:
 
 @dataclass(frozen=True)
 class HDiTConfig:
-    """Everything that :class:`HDiT` and its sampler need to know.
+    """Sizes and options of an :class:`HDiT`, and the noise levels for its sampler.
 
     ``HDiTConfig(levels=(LevelConfig(2, 128), LevelConfig(2, 256, "global")))`` is a small model. The last level is the
-    middle of the hourglass; every other one halves height and width.
+    middle of the hourglass; after every other level, height and width are halved.
 
     Raises:
-        ValueError: no level, or a level that contradicts itself.
+        ValueError: there is no level, or a value has another type or is out of bounds; the message names the field.
     """
 
     levels: Sequence[LevelConfig]
     input_channels: Count = 3
     patch_size: tuple[Count, Count] = (4, 4)
-    """pixels of a token of the first level, (height, width)"""
+    """Pixels of a token of the first level, (height, width)."""
     num_classes: Natural = 0
-    """without the unconditional one, which has the index ``num_classes``; 0 is no class conditioning"""
+    """Number of classes; 0 means no class conditioning. The index ``num_classes`` stands for "unconditional"."""
     mapping_width: MappingWidth = 256
     mapping_depth: Natural = 2
     mapping_d_ff: Count | None = None
-    """default ``3 * mapping_width``"""
+    """Hidden length of the mapping network's feed-forward layers, default ``3 * mapping_width``."""
     mapping_cond_dim: Natural = 0
-    """length of ``mapping_cond``; 0 is none"""
+    """Length of ``mapping_cond``; 0 means that the model takes none."""
     mapping_dropout_rate: Rate = 0.0
     input_size: tuple[Count, Count] = (256, 256)
-    """(height, width) that the model is trained at; it runs at others"""
+    """Size of the training images, (height, width). The model runs at other sizes too."""
     sigma_data: Positive = 1.0
-    """standard deviation of the data, for :class:`Denoiser`"""
+    """Standard deviation of the data, for :class:`Denoiser`."""
     sigma_min: NotNegative = 1e-2
     sigma_max: Positive = 80.0
     other: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    """the rest of the JSON form (optimizer, loss, ...), which no model reads; kept to be saved again"""
+    """Other parts of the JSON form (optimizer, loss, ...). The model ignores them; :meth:`to_json` writes them back."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -236,21 +242,25 @@ class HDiTConfig:
 
     @property
     def num_layers(self) -> int:
-        """Blocks in all: outer levels have theirs twice, and the mapping network has some too."""
+        """Number of blocks: those of the outer levels count twice, down and up, and the mapping network's once."""
         *outer, middle = (level.depth for level in self.levels)
         return 2 * sum(outer) + middle + self.mapping_depth
 
     @classmethod
     def from_json(cls, source: Mapping[str, Any] | str | Path) -> HDiTConfig:
-        """Read k-diffusion's JSON form, a dictionary or a file, and fill in k-diffusion's defaults.
+        """Read k-diffusion's JSON form and fill in k-diffusion's defaults.
 
         Entries of "self_attns" take this library's options too: "num_kv_heads", "num_registers", "sink", "dilation".
-        "has_variance", "skip_stages" and "augment_wrapper" are kept and change nothing: k-diffusion's models of this
-        type do not have those parts either.
+        "has_variance", "skip_stages" and "augment_wrapper" are kept but have no effect, as in k-diffusion, whose
+        models of this type do not have those parts.
+
+        Args:
+            source: the config as a mapping, or the path of a JSON file.
 
         Raises:
-            ValueError: another model type, a missing or unknown key, lists of different lengths; the message names the
-                key.
+            FileNotFoundError: no such file.
+            ValueError: another model type, a missing or unknown key, a value of another type, or lists of different
+                lengths; the message names the key.
         """
         if not isinstance(source, Mapping):
             path = Path(source)
@@ -279,7 +289,7 @@ class HDiTConfig:
         return cls(**known, other={key: value for key, value in config.items() if value != {}})
 
     def to_json(self) -> dict[str, Any]:
-        """k-diffusion's JSON form, defaults spelled out."""
+        """k-diffusion's JSON form of this config, with all defaults written out."""
         other = {key: dict(value) if isinstance(value, Mapping) else value for key, value in self.other.items()}
         model = {
             "type": MODEL_TYPE,
@@ -311,7 +321,7 @@ def _pop(model: dict[str, Any], key: str) -> Any:
 
 
 def _levels_from_json(model: dict[str, Any]) -> list[LevelConfig]:
-    """Take the lists with one entry per level out of ``model``."""
+    """Make the levels from the lists in ``model`` that have one entry per level, and remove these lists from it."""
     widths, depths = _pop(model, "widths"), _pop(model, "depths")
     if not widths:
         raise ValueError('config["model"]["widths"] is empty; an HDiT has at least one level')

@@ -1,7 +1,7 @@
-"""A decoder language model on causal neighborhood attention: block, model, generation.
+"""A decoder language model with causal neighborhood attention: attention, block and model.
 
-Parameter names are those of Hugging Face's files, so that weights are read and written without a mapping.
-Shapes: B sequences, L tokens, C channels, Hq and Hkv query and KV heads of D elements, V vocabulary.
+Parameters have the names that Hugging Face's files use, so weights are read and written without renaming.
+Shapes: B sequences, L tokens, C channels, Hq query heads and Hkv KV heads of D elements, V tokens in the vocabulary.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ def _norm(dim: int, config: DecoderLMConfig, device: Device, dtype: torch.dtype 
 
 
 class TokenEmbedding(nn.Embedding):
-    """Of token indices, their rows of ``weight [V, C]``; of hidden states ``[..., C]``, their products with all rows.
+    """Embed token indices with ``weight [V, C]``, or compute the logits ``[..., V]`` of hidden states ``[..., C]``.
 
-    The latter are the logits of a model whose embeddings are tied. As both are calls of one module, whoever puts its
-    weight in place for a call (offloading, sharding) does so for both.
+    Models with tied embeddings use both. Since the logits too are a call of this module, offloading and sharding, which
+    load a module's weight for the time of its call, work for both.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -48,14 +48,14 @@ class TokenEmbedding(nn.Embedding):
 
 
 class DecoderAttention(nn.Module):
-    """Causal grouped-query attention, windowed or full, with registers, a sink and a cache as its options.
+    """Causal grouped-query attention, windowed or full, with optional registers, sink and cache.
 
-    Not :class:`~natten_layers.modules.attention.NeighborhoodGQA`: files on the hub hold q, k and v apart, and a cache
-    makes keys outlive their call.
+    It is separate from :class:`~natten_layers.modules.attention.NeighborhoodGQA` because Hugging Face's files hold the
+    projections of query, key and value as separate tensors, and because it has a cache.
 
     Args:
         config: the model's options.
-        window: number of tokens that a token sees, itself included, or None.
+        window: number of tokens that a token sees, itself included, or None for all before it.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class DecoderAttention(nn.Module):
         self.initializer_range = config.initializer_range
 
     def reset_parameters(self) -> None:
-        """Initialise the parameters that are its own, not those of its modules."""
+        """Initialise the sinks and registers that this module owns, but not the parameters of its submodules."""
         if self.sinks is not None:
             nn.init.zeros_(self.sinks)
         if self.registers is not None:
@@ -90,20 +90,24 @@ class DecoderAttention(nn.Module):
         return f"window={self.window}" + (", sink=zero" if self.zero_sink is not None else "")
 
     def forward(self, x: Tensor, positions: Tensor, cache: LayerCache | None, longest: int) -> Tensor:
-        """Attend from ``x [B, L, C]``.
+        """Attend from every token of ``x``.
 
         Args:
-            positions: ``[B or 1, L]``, with a cache ``[B, L]``; where there is padding it comes last, with position
-                -1, and its result is of no meaning.
-            cache: earlier keys and values; ``x``'s are added.
-            longest: upper bound on the cached tokens of a sequence, ``x`` included.
+            x: ``[B, L, C]``.
+            positions: int64 ``[B or 1, L]``, with a cache ``[B, L]``. Padding must come last and has position -1; its
+                output has no meaning.
+            cache: keys and values of earlier tokens, to which those of ``x`` are added.
+            longest: upper bound on the cached tokens of a sequence, those of ``x`` included.
+
+        Returns:
+            ``[B, L, C]``.
         """
         query, key, value = (self._heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
         norms = None if self.q_norm is None or self.k_norm is None else (self.q_norm, self.k_norm)
         query, key, norm, angles = call_watched(query, key, norms, self.rope, positions)
         registers = (None, None) if self.registers is None else self._register_key_value(self.registers, cache)
         sink = self.zero_sink if self.sinks is None else self.sinks
-        # Padding comes last, so no token sees it: a text without a past is plain causal attention.
+        # Padding comes last, so no token sees it, and without earlier tokens this is plain causal attention.
         length = x.shape[1]
         window = length if self.window is None else min(self.window, length)
         if cache is None:
@@ -135,7 +139,10 @@ class DecoderAttention(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """Attention, then feed-forward, each behind a norm and added to the stream; arguments as DecoderAttention's."""
+    """Attention and feed-forward, each applied to the normed stream and added to it.
+
+    The arguments are those of :class:`DecoderAttention`.
+    """
 
     def __init__(
         self, config: DecoderLMConfig, window: int | None, *, device: Device = None, dtype: torch.dtype | None = None
@@ -152,7 +159,7 @@ class DecoderBlock(nn.Module):
             dtype=dtype,
         )
         self.input_layernorm = _norm(config.hidden_size, config, device, dtype)
-        # Hugging Face's name: the feed-forward's input norm in Llama, attention's output norm in Gemma.
+        # Hugging Face uses this name for the feed-forward's input norm in Llama and attention's output norm in Gemma.
         self.post_attention_layernorm = _norm(config.hidden_size, config, device, dtype)
         if config.post_norms:
             self.pre_feedforward_layernorm = _norm(config.hidden_size, config, device, dtype)
@@ -168,7 +175,7 @@ class DecoderBlock(nn.Module):
 
 
 class DecoderStack(nn.Module):
-    """What Hugging Face's files hold under the name ``model``: all of it but the output head."""
+    """Embedding, blocks and final norm: all that Hugging Face's files name ``model.*``, without the output head."""
 
     def __init__(self, config: DecoderLMConfig, *, device: Device = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
@@ -178,21 +185,25 @@ class DecoderStack(nn.Module):
         self.norm = _norm(config.hidden_size, config, device, dtype)
 
     def forward(self, input_ids: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:
-        """The stream after the last norm, ``[B, L, C]``; with a mask, padding comes last."""
+        """The stream after the last norm, ``[B, L, C]``, of ``input_ids [B, L]``.
+
+        With a ``mask [B, L]``, true for text, padding must come last.
+        """
         length = input_ids.shape[1]
         positions = torch.arange(length, device=input_ids.device)[None]
         longest = length
         if cache is not None:
             positions = positions + cache.lengths[:, None]
             longest = length + cache.longest if mask is None else longest_of(cache.lengths + mask.sum(1))
-        elif mask is not None and length > self.config.max_positions:  # asks the device, which a graph can not
+        elif mask is not None and length > self.config.max_positions:  # only then, as longest_of waits for the device
             longest = longest_of(mask.sum(1))
         self.check_length(longest)
         if mask is not None:
             positions = torch.where(mask, positions, -1)
         x = self.embed_tokens(input_ids)
         if self.config.embedding_scale != 1.0:
-            # Rounded to the stream's dtype first, as Gemma was trained; made where it is used, so nobody waits for it.
+            # The factor is rounded to the stream's dtype, as in Gemma's training, and created on the device, so that
+            # nothing waits for a copy.
             x = x * x.new_full((), self.config.embedding_scale)
         for i, block in enumerate(self.layers):
             x = block(x, positions, None if cache is None else cache.layers[i], longest)
@@ -202,7 +213,7 @@ class DecoderStack(nn.Module):
         return self.norm(x)
 
     def check_length(self, length: int) -> None:
-        """Refuse texts longer than the positions allow."""
+        """Raise a ValueError if a text of ``length`` tokens exceeds ``max_positions``."""
         if length > self.config.max_positions:
             raise ValueError(
                 f"a text of {length} tokens is longer than the model's max_positions={self.config.max_positions}"
@@ -210,18 +221,20 @@ class DecoderStack(nn.Module):
 
 
 class DecoderLM(nn.Module):
-    """A decoder language model: Llama, Mistral, Qwen2, Qwen3, Gemma 3 text, and this library's sinks and registers.
+    """A decoder language model: Llama, Mistral, Qwen2, Qwen3 or Gemma 3 (text), optionally with sinks and registers.
 
-    ``impl`` of the attention follows the tensors' device: fused kernels where they run, otherwise eager.
+    Attention uses the fused kernels where they support the tensors, otherwise the eager path.
 
     Args:
-        config: the options.
+        config: sizes and options.
+        device: device of the parameters; None is torch's default device.
+        dtype: dtype of the parameters; None is torch's default dtype.
     """
 
     def __init__(self, config: DecoderLMConfig, *, device: Device = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.config = config
-        # On the meta device first: every parameter is drawn once, by reset_parameters.
+        # Modules are made on the meta device, so that parameters are initialised once, by reset_parameters.
         self.model = DecoderStack(config, device="meta", dtype=dtype)
         self.lm_head = None
         if not config.tie_embeddings:
@@ -232,7 +245,10 @@ class DecoderLM(nn.Module):
             self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Normal weights of ``initializer_range``, scaled down where a layer adds to the stream (GPT-2)."""
+        """Draw weights from a normal distribution with standard deviation ``initializer_range``; biases are zero.
+
+        Projections that add to the residual stream are scaled by ``(2 * num_layers) ** -0.5``, as in GPT-2.
+        """
         std = self.config.initializer_range
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Embedding):
@@ -251,22 +267,22 @@ class DecoderLM(nn.Module):
         cache: Cache | None = None,
         logits_at: Tensor | None = None,
     ) -> Tensor:
-        """Logits of the token after each of ``input_ids [B, L]``, continuing the texts in ``cache``.
+        """Logits for the token that follows each of ``input_ids``, which continue the texts in ``cache``.
 
         Args:
-            input_ids: token indices, an integer dtype.
-            attention_mask: ``[B, L]``, true or non-zero for text, false or 0 for padding, which may be anywhere. It is
-                about ``input_ids`` alone: the cache knows its own. Logits of padding have no meaning.
-            cache: what the model has read before, from :meth:`make_cache`. It takes ``input_ids`` in, and only works
-                without gradients.
-            logits_at: ``[B]`` int64, the index of the one token of each text whose logits are wanted.
+            input_ids: token indices ``[B, L]``, int64 or int32.
+            attention_mask: ``[B, L]``, true or non-zero for text, false or 0 for padding, which may be anywhere. It
+                covers only ``input_ids``, not the tokens in the cache. Logits at padding have no meaning.
+            cache: the earlier tokens of each text, made by :meth:`make_cache`. ``input_ids`` are added to it in place,
+                so it works only while no gradients are recorded.
+            logits_at: ``[B]`` int64, for each text the index of the only token whose logits are computed.
 
         Returns:
             ``[B, L, V]``, or ``[B, V]`` with ``logits_at``, in the parameters' dtype.
 
         Raises:
-            ValueError: shapes that do not fit, a text longer than ``max_positions``, a cache of another batch size,
-                or a cache while gradients are recorded.
+            ValueError: shapes or dtypes that do not fit, a text longer than ``max_positions``, a cache of another batch
+                size or number of layers, or a cache while gradients are recorded.
         """
         self.check(input_ids, attention_mask, cache)
         if attention_mask is None:
@@ -282,11 +298,13 @@ class DecoderLM(nn.Module):
     def make_cache(self, batch_size: int, *, max_length: int | None = None, device: Device = None) -> Cache:
         """An empty cache for ``batch_size`` texts.
 
-        Layers with a window hold ``window`` tokens (and the registers), however long the text. Other layers grow; with
-        ``max_length`` they take that many tokens at once.
+        A layer with a window holds ``window`` tokens (and the registers), however long the text. Other layers grow with
+        the text.
 
         Args:
-            device: of the texts, default the parameters', which does not hold where they are offloaded.
+            batch_size: number of texts.
+            max_length: tokens for which layers without a window allocate memory at once, instead of growing.
+            device: device of the texts, default that of the embedding. Give it if the parameters are offloaded.
         """
         device = self.model.embed_tokens.weight.device if device is None else device
         return Cache(batch_size, self.config.windows, max_length=max_length, device=device)
@@ -294,7 +312,7 @@ class DecoderLM(nn.Module):
     generate = generate
 
     def check(self, input_ids: Tensor, attention_mask: Tensor | None, cache: Cache | None) -> None:
-        """Refuse arguments that do not fit the model or each other; see :meth:`forward`."""
+        """Raise a ValueError for arguments of :meth:`forward` that do not fit the model or each other."""
         if input_ids.ndim != 2 or input_ids.shape[1] == 0 or input_ids.dtype not in (torch.int32, torch.int64):
             raise ValueError(
                 f"input_ids has shape {tuple(input_ids.shape)} and dtype {input_ids.dtype}; expected [B, L], int64 or "
@@ -318,20 +336,24 @@ class DecoderLM(nn.Module):
     def from_pretrained(
         cls, directory: str | Path, *, device: Device = None, dtype: torch.dtype | None = None
     ) -> DecoderLM:
-        """Read a Hugging Face directory of a known family, or one that :meth:`save_pretrained` wrote.
+        """Read a Hugging Face directory of a supported family, or one that :meth:`save_pretrained` wrote.
 
-        Memory is the model's own: parameters are made from the files, each of which is read once. Where the config says
-        that the output projection is the embedding, but the files hold another one, the model has that one, as in
-        transformers.
+        Each file is read once, straight into the parameters, without a second copy of the model in memory. If the
+        config ties the output projection to the embedding, but the files hold a different projection, that one is
+        used, as in transformers.
 
         Args:
-            device: where to put the model, default the CPU.
-            dtype: of the parameters, default the one that the files hold; they must then hold one.
+            directory: holds ``config.json`` and safetensors files.
+            device: device of the model, default the CPU.
+            dtype: dtype of the parameters. None keeps the files' dtype, which must be the same for all parameters.
+
+        Returns:
+            The model, in eval mode.
 
         Raises:
-            FileNotFoundError: no config, no weights or a missing shard.
-            ValueError: an architecture or option that is not implemented, with its config key; or weights that are not
-                exactly the model's, with names, shapes and dtypes. The message names the file or directory.
+            FileNotFoundError: there is no config or no weights, or a shard is missing.
+            ValueError: an architecture or option is not implemented (the message names its config key), or the weights
+                are not exactly the model's (it names tensors, shapes and dtypes and the file or directory).
         """
         config = hf.read_config(directory, DecoderLMConfig)
         with hf.open_weights(directory, tied=config.tie_embeddings) as weights:
@@ -340,14 +362,21 @@ class DecoderLM(nn.Module):
             model = make_on_meta(make, directory, layers=config.num_layers, tensors=len(weights.infos))
             weights.fill(model, device=device or "cpu", dtype=dtype)
         for module in model.modules():
-            if isinstance(module, RoPE):  # no file holds its constants
+            if isinstance(module, RoPE):  # its constants are not in the files
                 module.to_empty(device=device or "cpu")
         return model.eval()
 
     def save_pretrained(self, directory: str | Path, *, max_shard_bytes: int = 5 * 10**9) -> None:
-        """Write ``config.json`` and safetensors, in shards if larger than ``max_shard_bytes``.
+        """Write ``config.json`` and safetensors files that :meth:`from_pretrained` reads.
 
-        transformers loads the files, unless the model has options that none of its families has (a sink, registers, a
-        mix of windows): such files have ``model_type`` "natten_layers". A failure leaves what was there.
+        transformers loads them too, unless the model has options that none of its families has (a sink, registers, a
+        mix of windows): then ``model_type`` is "natten_layers". If writing fails, earlier files stay unchanged.
+
+        Args:
+            directory: created if it does not exist; other weight files of these names in it are removed.
+            max_shard_bytes: larger models are split into several files of at most about this size.
+
+        Raises:
+            OSError: a file cannot be written; the message names it.
         """
         hf.save(self.config, self.state_dict(), directory, max_shard_bytes=max_shard_bytes)

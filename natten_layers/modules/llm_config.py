@@ -14,7 +14,7 @@ Layers = Annotated[int, Between(1, 2**16)]
 
 
 class RopeOptions(TypedDict, total=False):
-    """What ``rope`` and ``windowed_rope`` may hold."""
+    """The keys that ``rope`` and ``windowed_rope`` may have."""
 
     rope_theta: Positive
     rope_type: Literal["default", "linear", "llama3", "yarn"]
@@ -32,37 +32,39 @@ class RopeOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderLMConfig:
-    """A Llama-shaped decoder. Its options cover Llama, Mistral, Qwen2, Qwen3 and Gemma 3 (text).
+    """Options of a Llama-shaped decoder. They cover Llama, Mistral, Qwen2, Qwen3 and Gemma 3 (text).
 
     Args:
-        vocab_size: rows of the embedding.
+        vocab_size: number of rows of the embedding.
         hidden_size: channels of the residual stream.
         intermediate_size: channels inside the gated feed-forward layer.
-        num_layers: decoder blocks.
-        num_heads: query heads.
-        num_kv_heads: KV heads, default ``num_heads``.
+        num_layers: number of decoder blocks.
+        num_heads: number of query heads.
+        num_kv_heads: number of KV heads, a divisor of ``num_heads``, which is the default.
         head_dim: elements of a head, default ``hidden_size // num_heads``.
-        windows: one entry per layer: the number of tokens a token sees, itself included, or None for all before it.
-            A single entry is spread over the layers.
-        max_positions: longest text, prompt and generated tokens together.
+        windows: one entry per layer: the number of tokens that a token sees, itself included, or None for all before
+            it. A single entry applies to every layer.
+        max_positions: length of the longest text, prompt and generated tokens together.
         rope: ``rope_theta``, ``rope_type`` and the keys of that type, see :class:`~natten_layers.modules.rope.RoPE`.
-        windowed_rope: the same for layers with a window; None is ``rope``.
+        windowed_rope: RoPE options of layers with a window, default ``rope``.
         norm_eps: added to the mean square in every norm.
-        zero_centered_norm: norm gains are ``1 + weight`` (Gemma).
-        post_norms: norm the outputs of attention and feed-forward too (Gemma).
-        qk_norm: RMS norm of every query and key head before RoPE (Qwen3, Gemma).
-        qkv_bias, out_bias, mlp_bias: biases of those projections.
-        activation: of the feed-forward gate.
+        zero_centered_norm: the gain of a norm is ``1 + weight`` (Gemma) instead of ``weight``.
+        post_norms: also normalise the outputs of attention and feed-forward (Gemma).
+        qk_norm: apply an RMS norm to every query and key head before RoPE (Qwen3, Gemma).
+        qkv_bias, out_bias, mlp_bias: whether those projections have a bias.
+        activation: applied to the feed-forward gate; "gelu_tanh" is the tanh approximation of gelu.
         attention_scale: factor on attention scores, default ``head_dim ** -0.5``.
         embedding_scale: factor on embeddings (Gemma: ``hidden_size ** 0.5``).
         tie_embeddings: use the embedding as output projection.
-        sink: None; "zero" (zero attention, softmax1); or "learned", one logit per query head and layer.
-        num_registers: learned tokens per layer that every token sees whatever the window.
+        sink: an extra logit in the softmax, without a value: None for none, "zero" for zero attention (softmax1), or
+            "learned" for one logit per query head and layer.
+        num_registers: number of learned tokens per layer that every token sees, whatever its window.
         initializer_range: standard deviation of initial weights.
-        bos_token_id, eos_token_id, pad_token_id: special tokens; ``generate`` stops at the second kind.
+        bos_token_id, eos_token_id, pad_token_id: special tokens; ``generate`` stops after any ``eos_token_id``.
 
     Raises:
-        ValueError: options that do not fit together; the message names them.
+        ValueError: a value of another type or out of bounds, or options that do not fit together; the message names
+            them.
     """
 
     vocab_size: Count
@@ -96,7 +98,7 @@ class DecoderLMConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        # Filled in once, so that equal models have equal configs.
+        # Defaults are filled in, so that configs of equal models are equal.
         if self.num_kv_heads is None:
             object.__setattr__(self, "num_kv_heads", self.num_heads)
         if self.head_dim is None:

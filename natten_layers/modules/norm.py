@@ -1,4 +1,7 @@
-"""Root-mean-square norms and the cosine normalisation of queries and keys. Statistics are fp32, or fp64 for fp64."""
+"""Root-mean-square norms and the cosine normalisation of queries and keys.
+
+Statistics are computed in fp32, or in fp64 for inputs in fp64.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,12 @@ def _statistics(x: Tensor) -> Tensor:
 def rms_normalize(x: Tensor, gain: Tensor, eps: float = 1e-6) -> Tensor:
     """``x * gain * rsqrt(mean(x ** 2) + eps)`` over the last axis, computed in fp32 or better.
 
+    Source: Zhang and Sennrich 2019 (https://arxiv.org/abs/1910.07467).
+
     Args:
         x: ``[..., C]``.
         gain: ``[..., C]``, broadcastable to ``x``.
+        eps: added to the mean square.
 
     Returns:
         ``[..., C]`` in ``x``'s dtype.
@@ -35,6 +41,7 @@ def cosine_normalize(x: Tensor, gain: Tensor | None = None, eps: float = 1e-6) -
     Args:
         x: ``[..., heads, D]``.
         gain: ``[heads]``, or None for 1.
+        eps: added to the sum of squares.
 
     Returns:
         ``[..., heads, D]`` in ``x``'s dtype.
@@ -47,13 +54,13 @@ def cosine_normalize(x: Tensor, gain: Tensor | None = None, eps: float = 1e-6) -
 
 
 class RMSNorm(nn.RMSNorm):
-    """``torch.nn.RMSNorm`` of one axis, whose gain may be kept as its difference from one.
+    """``torch.nn.RMSNorm`` over the last axis, with an optional zero-centered gain.
 
     Args:
         dim: length of the last axis.
         eps: added to the mean square.
-        zero_centered: the gain is ``1 + weight`` and ``weight`` starts at 0 (Gemma), so that weight decay pulls the
-            gain to 1. Otherwise it is ``weight``, which starts at 1.
+        zero_centered: if true, the gain is ``1 + weight`` and ``weight`` starts at 0 (Gemma), so that weight decay
+            pulls the gain to 1. Otherwise the gain is ``weight``, which starts at 1.
     """
 
     def __init__(
@@ -65,7 +72,7 @@ class RMSNorm(nn.RMSNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        self.zero_centered = zero_centered  # before super(), which resets the parameters
+        self.zero_centered = zero_centered  # set before super().__init__, which calls reset_parameters
         super().__init__(dim, eps, device=device, dtype=dtype)
 
     def reset_parameters(self) -> None:
@@ -82,20 +89,21 @@ class RMSNorm(nn.RMSNorm):
         if x.shape[-1:] != self.weight.shape:
             raise ValueError(f"x {tuple(x.shape)} must end in the normalised axis of length {self.weight.shape[0]}")
         gain = self.gain()
-        # One kernel, which has no autocast rule of its own and takes no gain of another dtype.
+        # torch's fused kernel requires a gain of x's dtype, and autocast does not cast for it.
         if gain.dtype == x.dtype and not torch.is_autocast_enabled(x.device.type):
             return F.rms_norm(x, gain.shape, gain, self.eps)
         return rms_normalize(x, gain, self.eps)
 
 
 class AdaRMSNorm(nn.Module):
-    """RMS norm whose gain follows a condition: ``1 + linear(cond)``, one at initialisation.
+    """RMS norm whose gain ``1 + linear(cond)`` depends on a condition. The gain is 1 at initialisation.
 
     Source: the adaptive norm of HDiT (Crowson et al. 2024, https://arxiv.org/abs/2401.11605).
 
     Args:
         dim: length of the last axis of ``x``.
         cond_dim: length of the last axis of ``cond``.
+        eps: added to the mean square.
     """
 
     def __init__(
@@ -113,13 +121,13 @@ class AdaRMSNorm(nn.Module):
         nn.init.zeros_(self.linear.weight)
 
     def reset_parameters(self) -> None:
-        self.linear.reset_parameters()  # draws as many random numbers as the constructor
+        self.linear.reset_parameters()  # keeps the random generator in step with the constructor, which draws them too
         nn.init.zeros_(self.linear.weight)
 
     def extra_repr(self) -> str:
         return f"eps={self.eps}"
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
-        """Normalise ``x [B, *spatial, dim]`` with the gain that ``cond [B, cond_dim]`` asks for."""
+        """Normalise ``x [B, *spatial, dim]`` with the gain that ``cond [B, cond_dim]`` determines."""
         gain = 1 + _statistics(self.linear(cond))
         return rms_normalize(x, gain.view(gain.shape[0], *(1,) * (x.ndim - 2), gain.shape[1]), self.eps)

@@ -1,4 +1,4 @@
-"""From projected query and key heads to what attention takes: normalisation and rotation, fused or in PyTorch."""
+"""Normalisation and RoPE of query and key heads before attention, fused into a kernel or in PyTorch."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ __all__ = ["HeadNorm", "Pending", "attend_with_qk_prep", "call_watched", "normal
 
 
 class HeadNorm(NamedTuple):
-    """Normalisation of every head by itself."""
+    """How each query and key head is normalised."""
 
     kind: Literal["cosine", "rms"]
-    query_gain: Tensor | None  # cosine: one a head [Hq], None is 1; rms: one an element [D]
+    query_gain: Tensor | None  # cosine: per head [Hq], None means 1; rms: per element [D]
     key_gain: Tensor | None
     eps: float = 1e-6
 
@@ -36,7 +36,7 @@ class HeadNorm(NamedTuple):
 
 
 class Pending(NamedTuple):
-    """Query and key heads, and what has yet to be done to them before they are multiplied."""
+    """Query and key heads, and the normalisation and RoPE that they still need; None where that step is done."""
 
     query: Tensor
     key: Tensor
@@ -51,13 +51,23 @@ def call_watched(
     rope: nn.Module | None,
     positions: Tensor | None,
 ) -> Pending:
-    """Leave normalisation and rotation to the kernels where their modules do what we know and nobody watches them.
+    """Call those normalisation and RoPE modules that cannot be fused, and describe the others for the kernels.
 
-    Otherwise, modules are called here: other classes than ours, and those that have hooks.
+    A module is fused only if it is one of this library's classes and a call of it would run nothing else, such as
+    hooks; otherwise it is called.
 
     Args:
-        norm: of query and key: modules, or what to do.
-        rope: called as ``rope(query, key, positions)``.
+        query: ``[B, *spatial, Hq, D]``.
+        key: ``[B, *spatial, Hkv, D]``.
+        norm: modules that normalise query and key, or the description of a normalisation.
+        rope: module that is called as ``rope(query, key, positions)``.
+        positions: positions in the form that ``rope`` takes.
+
+    Returns:
+        Query and key after the called modules, and the steps that are left to the kernels.
+
+    Raises:
+        ValueError: ``rope`` does not return a query and a key of the shapes that it was given.
     """
     if norm is not None and not isinstance(norm, HeadNorm):
         described = _describe(*norm)
@@ -74,7 +84,7 @@ def call_watched(
 
 
 def _rotated(rope: nn.Module, query: Tensor, key: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What a module that only calling it can tell makes of query and key."""
+    """Call ``rope`` and check that it returns a query and a key of the same shapes."""
     result = rope(query, key, positions)
     pair = isinstance(result, tuple | list) and len(result) == 2 and all(isinstance(x, Tensor) for x in result)
     if not pair or (result[0].shape, result[1].shape) != (query.shape, key.shape):
@@ -109,15 +119,19 @@ def normalize_and_rotate(
 ) -> tuple[Tensor, Tensor]:
     """Normalise ``query [B, *spatial, Hq, D]`` and ``key [B, *spatial, Hkv, D]``, then rotate them.
 
-    The fused form is one launch that reads the heads where they lie and writes contiguous ones, with one rounding to
-    their dtype at the end; in PyTorch each step rounds. Neither changes its inputs.
+    The fused kernel is one launch. It reads the heads with their strides, writes contiguous ones, and rounds to their
+    dtype once, at the end; in PyTorch each step rounds. Neither changes its inputs.
 
     Args:
-        norm, angles: None leaves that step out.
-        impl: "auto" takes the fused kernel where attention takes its own; "fused" and "eager" never fall back.
+        norm: the normalisation; None leaves it out.
+        angles: positions and frequencies of RoPE; None leaves it out.
+        impl: "auto" uses the fused kernel where attention would use its own; "fused" and "eager" never fall back.
+
+    Returns:
+        Query and key, of the shapes and dtypes given.
 
     Raises:
-        RuntimeError: ``impl="fused"`` where the kernel cannot run.
+        RuntimeError: ``impl="fused"`` and the kernel cannot run.
     """
     if norm is None and angles is None:
         return query, key
@@ -139,7 +153,7 @@ def _fused(query: Tensor, key: Tensor, norm: HeadNorm | None, angles: Angles | N
 
 
 def _rotation(query: Tensor, norm: HeadNorm | None, angles: Angles | None) -> QKPrep:
-    """What the operators take behind query and key."""
+    """Gains, positions and frequencies in the form that the operators take."""
     positions = freqs = None
     query_gain, key_gain = (None, None) if norm is None else (norm.query_gain, norm.key_gain)
     if angles is not None:
@@ -162,16 +176,23 @@ def _rotation(query: Tensor, norm: HeadNorm | None, angles: Angles | None) -> QK
 def attend_with_qk_prep(
     call: Call, norm: HeadNorm | None, angles: Angles | None, rpb: Tensor | None = None, *, impl: Impl = "auto"
 ) -> Tensor:
-    """:func:`neighborhood_attention` of heads that :func:`normalize_and_rotate` prepares first; registers are ready.
+    """Normalise and rotate query and key heads, then compute :func:`neighborhood_attention`.
 
-    Where no gradient is asked for, this is one operation, and where the kernels can, one launch.
+    Without gradients this is one operation, and one launch where a kernel supports that. Register keys in ``call`` are
+    expected to be normalised already.
 
     Args:
-        call: prepared arguments of attention, with heads as they are projected.
-        rpb: a bias on relative positions, as :func:`neighborhood_attention` takes it.
+        call: prepared arguments of attention, with query and key heads as they are projected.
+        norm: normalisation of query and key heads, or None.
+        angles: positions and frequencies of RoPE, or None.
+        rpb: a bias on relative positions, as :func:`neighborhood_attention` takes it, or None.
+        impl: see :func:`normalize_and_rotate`.
+
+    Returns:
+        ``[B, *spatial, Hq, Dv]``.
 
     Raises:
-        RuntimeError: ``impl="fused"`` where the kernels cannot run.
+        RuntimeError: ``impl="fused"`` and the kernels cannot run.
     """
     query, key = call.inputs.query, call.inputs.key
     if norm is not None or angles is not None:

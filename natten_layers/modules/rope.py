@@ -97,7 +97,7 @@ class Positions:
         self.tensor = tensor
 
     def to(self, *args: Any, **kwargs: Any) -> Positions:
-        """On another device, as :meth:`torch.Tensor.to`, for those who move a module's arguments to it."""
+        """On another device, as ``torch.Tensor.to``, for those who move a module's arguments to it."""
         return Positions(self.tensor.to(*args, **kwargs))
 
 

@@ -18,7 +18,7 @@ _USED = ("to_q", "to_k", "to_v", "to_out", "norm_q", "norm_k", "rope", "heads", 
 
 
 def patch(model: Any) -> int:
-    """Compute the neighborhood attention of LTX-2's diffusion decoder by this library. :func:`unpatch` undoes it.
+    """Compute the neighborhood attention of LTX-2's diffusion decoder by this library. ``unpatch`` undoes it.
 
     The result stays the same up to rounding. Queries and keys are normalised and rotated in one launch, or in that of
     attention where the window is small; there is no block mask and no copy of heads. Projections stay the layer's

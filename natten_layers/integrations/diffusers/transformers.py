@@ -135,7 +135,7 @@ def neighborhood(
     """Let the image or video tokens of a transformer see their neighborhood and all text tokens, nothing else.
 
     Text tokens go on seeing everything. Windows as long as the axes leave the result as it was. Calls for different
-    layers add up; one for a layer that has a window already changes it. :func:`unpatch` undoes all.
+    layers add up; one for a layer that has a window already changes it. ``unpatch`` undoes all.
 
     Args:
         model: a transformer of diffusers, such as ``pipeline.transformer``, of a class in ``FAMILIES``.
