@@ -417,6 +417,7 @@ def test_windows_follow_each_family() -> None:
         ({"model_type": "smollm3", "no_rope_layers": [1]}, "no_rope_layers has 1 entries for 8 layers"),
         ({"model_type": "exaone4", "sliding_window_pattern": "LLLG"}, "sliding_window_pattern='LLLG'"),
         ({"model_type": "ministral3", "layer_types": ["full_attention"] * 8}, "layer_types is not implemented"),
+        ({"model_type": "olmo3", "rope_parameters": {"rope_theta": 5.0}}, "rope_parameters must name full_attention"),
         ({"model_type": "gemma3"}, "text_config of model_type 'gemma3'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"rope_scaling": {"rope_type": "proportional"}}, "'proportional' is not implemented"),

@@ -410,7 +410,7 @@ FAMILIES: dict[str, Family] = {
             **_bias(o),
             **_qwen_kinds(o),
             "mlp_bias": o["mlp_bias"],
-            "no_rope_layers": [int(turns) for turns in o["rope_layers"]],
+            "no_rope_layers": [*map(int, o["rope_layers"])] * (o["num_layers"] // len(o["rope_layers"])),
         },
         2000000.0,
     ),
@@ -534,6 +534,8 @@ def _ropes(raw: Mapping[str, Any], max_positions: int, family: str) -> tuple[dic
         given = MINISTRAL3_ROPE
     if "full_attention" in given or "sliding_attention" in given:
         full, windowed = given.get("full_attention") or {}, given.get("sliding_attention") or {}
+    elif family == "olmo3" and raw.get("rope_parameters"):
+        raise ValueError("config key rope_parameters must name full_attention and sliding_attention for olmo3")
     else:
         full = raw.get("rope_scaling") or given
         windowed = {} if gemma or family == "olmo3" else full

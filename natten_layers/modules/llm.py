@@ -83,7 +83,7 @@ class DecoderAttention(nn.Module):
         self.k_norm = _norm(k_dim, config, device, dtype) if config.qk_norm else None
         embedding = config.rope if window is None or config.windowed_rope is None else config.windowed_rope
         self.rope = None
-        if config.rope_layers[layer]:
+        if config.has_rope(layer):
             self.rope = RoPE(
                 rotary_dim(dim, embedding),
                 theta=embedding["rope_theta"],
@@ -228,7 +228,7 @@ class DecoderStack(nn.Module):
 
     def __init__(self, config: DecoderLMConfig, *, device: Device = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.longest_short_text = config, config.longest_short_text
         self.embed_tokens = TokenEmbedding(config.vocab_size, config.hidden_size, device=device, dtype=dtype)
         self.layers = nn.ModuleList(
             DecoderBlock(config, layer, device=device, dtype=dtype) for layer in range(config.num_layers)
@@ -261,7 +261,7 @@ class DecoderStack(nn.Module):
 
     def check_length(self, length: int, *, past: int = 0) -> None:
         """Refuse texts longer than the positions allow, of which ``past`` tokens are in a cache."""
-        short = self.config.longest_short_text
+        short = self.longest_short_text
         if short is not None and 0 < past <= short < length:
             raise ValueError(
                 f"a cached text of {past} tokens grows to {length}, but its keys have LongRoPE's factors for up to "

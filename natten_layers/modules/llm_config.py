@@ -128,16 +128,18 @@ class DecoderLMConfig:
             object.__setattr__(self, "num_kv_heads", self.num_heads)
         if self.head_dim is None:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_heads)
-        for name in ("windows", "rope_layers"):
-            if len(getattr(self, name)) == 1:
-                object.__setattr__(self, name, getattr(self, name) * self.num_layers)
+        if len(self.windows) == 1:
+            object.__setattr__(self, "windows", self.windows * self.num_layers)
         if self.num_heads % self.kv_heads:
             raise ValueError(f"num_heads must be a multiple of num_kv_heads, got {self.num_heads} and {self.kv_heads}")
         if self.dim < 2 or self.dim % 2:
             raise ValueError(f"head_dim must be even for RoPE, got {self.dim}")
-        for name in ("windows", "rope_layers"):
-            if len(getattr(self, name)) != self.num_layers:
-                raise ValueError(f"{name} has {len(getattr(self, name))} entries for num_layers={self.num_layers}")
+        if len(self.windows) != self.num_layers:
+            raise ValueError(f"windows has {len(self.windows)} entries for num_layers={self.num_layers}")
+        if len(self.rope_layers) not in (1, self.num_layers):
+            raise ValueError(f"rope_layers has {len(self.rope_layers)} entries for num_layers={self.num_layers}")
+        if len(set(self.rope_layers)) == 1:
+            object.__setattr__(self, "rope_layers", self.rope_layers[:1])
         for name, rope in (("rope", self.rope), ("windowed_rope", self.windowed_rope)):
             if rope is not None:
                 object.__setattr__(self, name, self._checked_rope(name, rope))
@@ -163,6 +165,10 @@ class DecoderLMConfig:
                 f"{name}: llama_4_scaling_beta needs original_max_position_embeddings, and qk_norm to be false"
             )
         return rope
+
+    def has_rope(self, layer: int) -> bool:
+        """What ``rope_layers`` says of a layer."""
+        return self.rope_layers[layer if len(self.rope_layers) > 1 else 0]
 
     @property
     def longest_short_text(self) -> int | None:
