@@ -124,7 +124,7 @@ def _decoder_block(sizes: Sizes, device: torch.device, *, registers: int) -> Sub
         num_heads=sizes.heads, num_kv_heads=sizes.kv_heads, windows=(sizes.window,), num_registers=registers,
     )  # fmt: skip
     torch.manual_seed(0)
-    block = DecoderBlock(config, sizes.window, device=device, dtype=torch.bfloat16)
+    block = DecoderBlock(config, 0, device=device, dtype=torch.bfloat16)
     if block.self_attn.registers is not None:
         nn.init.normal_(block.self_attn.registers)
     generator = torch.Generator(device).manual_seed(0)

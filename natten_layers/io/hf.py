@@ -1,4 +1,4 @@
-"""Hugging Face model directories: ``config.json`` and safetensors files, read and written without transformers."""
+"""Hugging Face model directories: ``config.json`` and weights, read and written without transformers."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from .checkpoints import load_plain
 from .files import naming, read_json, readable_as_usual
 from .schema import Between, Count, Natural, NotNegative, Positive, build, check_mapping, shorten
-from .tensors import Info, SafeTensors, check_fit, open_safetensors, write_safetensors
+from .tensors import Info, SafeTensors, check_fit, info_of, open_safetensors, write_safetensors
 
-__all__ = ["Weights", "config_from_hf", "config_to_hf", "open_weights", "read_config", "save"]
+__all__ = ["Weights", "config_from_hf", "config_to_hf", "open_weights", "read_config", "save", "to_family_names"]
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 C = TypeVar("C")
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+TORCH_WEIGHTS, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 NATIVE = "natten_layers"
 """The ``model_type`` of models for which transformers has no class."""
 
@@ -44,17 +46,31 @@ ROPE_KEYS = {
         "mscale_all_dim",
         "truncate",
     ),
+    "longrope": ("factor", "original_max_position_embeddings", "attention_factor", "short_factor", "long_factor"),
 }
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
-# Options that are not implemented, and the values with which they change nothing. A missing key is fine.
+MINISTRAL3_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 1000000.0,
+    "factor": 16.0,
+    "original_max_position_embeddings": 16384,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
+"""of a Ministral 3 whose config does not say any"""
+
+# What a key must be for the model to compute what its file means; a missing key is fine.
 ONLY = {
     "attention_dropout": (None, 0.0),
     "attn_logit_softcapping": (None,),
     "final_logit_softcapping": (None,),
     "is_causal": (None, True),
-    "partial_rotary_factor": (None, 1.0),
+    "resid_pdrop": (None, 0.0),
     "quantization_config": (None,),
     "use_bidirectional_attention": (None, False),
 }
@@ -76,7 +92,10 @@ class RopeKeys(TypedDict, total=False):
     mscale: NotNegative | None
     mscale_all_dim: NotNegative | None
     truncate: bool | None
-    partial_rotary_factor: float | None
+    partial_rotary_factor: Positive | None
+    short_factor: tuple[Positive, ...] | None
+    long_factor: tuple[Positive, ...] | None
+    llama_4_scaling_beta: float | None
 
 
 class Keys(TypedDict, total=False):
@@ -100,10 +119,19 @@ class Keys(TypedDict, total=False):
     hidden_activation: str | None
     query_pre_attn_scalar: Positive
     sliding_window: Count | None
-    sliding_window_pattern: Count | None
+    sliding_window_pattern: Count | str | None
     use_sliding_window: bool
     max_window_layers: Natural
     layer_types: Sequence[str] | None
+    no_rope_layers: Sequence[int] | None
+    no_rope_layer_interval: Count
+    attention_multiplier: Positive
+    embedding_multiplier: float
+    residual_multiplier: float
+    logits_scaling: Positive
+    logit_scale: float
+    layer_norm_eps: NotNegative
+    partial_rotary_factor: Positive | None
     original_max_position_embeddings: Count | None
     rope_theta: Positive | None
     rope_local_base_freq: Positive | None
@@ -176,20 +204,237 @@ def _gemma3(raw: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-FAMILIES: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
-    "llama": _llama,
-    "mistral": _mistral,
-    "qwen2": _qwen2,
-    "qwen3": _qwen3,
-    "gemma3_text": _gemma3,
+def _phi3(raw: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "norm_eps": raw.get("rms_norm_eps", 1e-5),
+        "max_positions": raw.get("max_position_embeddings", 4096),
+        "windows": _windows(raw, lambda layer: raw.get("sliding_window") is not None),
+    }
+
+
+def _smollm3(raw: Mapping[str, Any]) -> dict[str, Any]:
+    interval = raw.get("no_rope_layer_interval") or 4
+    layers = range(raw["num_hidden_layers"])
+    turns = raw.get("no_rope_layers") or [int((layer + 1) % interval != 0) for layer in layers]  # 1 is RoPE
+    if len(turns) != len(layers):
+        raise ValueError(f"config key no_rope_layers has {len(turns)} entries for {len(layers)} layers")
+    windowed = raw.get("use_sliding_window", False) and raw.get("sliding_window") is not None
+    return {
+        **_llama(raw),
+        "num_kv_heads": raw.get("num_key_value_heads", 4),
+        "max_positions": raw.get("max_position_embeddings", 32768),
+        "rope_layers": tuple(map(bool, turns)),
+        "windows": _windows(raw, lambda layer: windowed and not turns[layer]),
+        "tie_embeddings": raw.get("tie_word_embeddings", True),
+    }
+
+
+def _olmo2(raw: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        **_llama(raw),
+        "mlp_bias": False,
+        "norm_eps": raw.get("rms_norm_eps", 1e-5),
+        "pre_norms": False,
+        "post_norms": True,
+        "qk_norm": "all heads",
+    }
+
+
+def _olmo3(raw: Mapping[str, Any]) -> dict[str, Any]:
+    windows = _windows({"sliding_window": 4096, **raw}, lambda layer: (layer + 1) % 4 != 0)
+    return {**_olmo2({**raw, "layer_types": None}), "windows": windows}
+
+
+def _ministral3(raw: Mapping[str, Any]) -> dict[str, Any]:
+    if raw.get("layer_types") is not None:
+        raise ValueError("config key layer_types is not implemented for ministral3, whose layers are all alike")
+    return {
+        "num_kv_heads": raw.get("num_key_value_heads", 8),
+        "head_dim": raw.get("head_dim", 128),
+        "norm_eps": raw.get("rms_norm_eps", 1e-5),
+        "max_positions": raw.get("max_position_embeddings", 262144),
+        "windows": _windows(raw, lambda layer: raw.get("sliding_window") is not None),
+    }
+
+
+def _granite(raw: Mapping[str, Any]) -> dict[str, Any]:
+    scale = raw.get("attention_multiplier", 1.0)
+    head_dim = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
+    return {
+        **_llama(raw),
+        "attention_scale": None if scale == head_dim**-0.5 else scale,
+        "embedding_scale": raw.get("embedding_multiplier", 1.0),
+        "residual_scale": raw.get("residual_multiplier", 1.0),
+        "logit_scale": 1 / raw.get("logits_scaling", 1.0),
+    }
+
+
+def _exaone4(raw: Mapping[str, Any]) -> dict[str, Any]:
+    window, every = raw.get("sliding_window", 4096), raw.get("sliding_window_pattern", 4)
+    if raw.get("layer_types") is None and window is not None and not isinstance(every, int):
+        raise ValueError(f"config key sliding_window_pattern={every!r} is not implemented without layer_types")
+    windows = _windows({**raw, "sliding_window": window}, lambda layer: window is not None and (layer + 1) % every != 0)
+    return {
+        "num_kv_heads": raw.get("num_key_value_heads", 32),
+        "norm_eps": raw.get("rms_norm_eps", 1e-5),
+        "max_positions": raw.get("max_position_embeddings", 2048),
+        "windows": windows,
+        # Full layers of a model that has windows know no positions.
+        "rope_layers": tuple(window is None or own is not None for own in windows),
+        "pre_norms": False,
+        "post_norms": True,
+        "qk_norm": True,
+    }
+
+
+def _glm4(raw: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "num_kv_heads": raw.get("num_key_value_heads", 2),
+        "head_dim": raw.get("head_dim", 128),
+        "norm_eps": raw.get("rms_norm_eps", 1.5625e-7),
+        "max_positions": raw.get("max_position_embeddings", 131072),
+        "windows": _windows(raw, lambda layer: False),
+        "qkv_bias": raw.get("attention_bias", True),
+        "post_norms": True,
+        "rope_interleaved": True,
+    }
+
+
+def _cohere2(raw: Mapping[str, Any]) -> dict[str, Any]:
+    bias, every = raw.get("attention_bias", False), raw.get("sliding_window_pattern") or 4
+    windows = _windows({"sliding_window": 4096, **raw}, lambda layer: (layer + 1) % every != 0)
+    return {
+        "head_dim": raw["hidden_size"] // raw["num_attention_heads"],
+        "norm": "layer",
+        "norm_eps": raw.get("layer_norm_eps", 1e-5),
+        "max_positions": raw.get("max_position_embeddings", 8192),
+        "windows": windows,
+        "rope_layers": tuple(window is not None for window in windows),
+        "rope_interleaved": True,
+        "parallel_blocks": True,
+        "qkv_bias": bias,
+        "out_bias": bias,
+        "logit_scale": raw.get("logit_scale", 0.0625),
+        "tie_embeddings": raw.get("tie_word_embeddings", True),
+    }
+
+
+class Family(NamedTuple):
+    """What sets a ``model_type`` of transformers apart."""
+
+    architecture: str
+    read: Callable[[Mapping[str, Any]], dict[str, Any]]
+    """options that follow from the keys of a config.json"""
+    write: Callable[[Mapping[str, Any]], dict[str, Any]]
+    """keys that say what :func:`_family_config` does not write for all, from the options"""
+    theta: float = 10000.0
+    partial: float | None = None
+    """default of ``partial_rotary_factor``, None where the class in transformers does not know it"""
+    refuses_odd_sizes: bool = False
+    """whether the class refuses a ``hidden_size`` that ``num_attention_heads`` does not divide"""
+    fused: Mapping[str, tuple[str, ...]] = {}
+    """names of projections that its files hold as one, which has the name's rows in this order"""
+    names: Mapping[str, str] = {}
+    """our names of modules to those in its files, where they differ"""
+
+
+QKV = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
+GATE_UP = {"gate_up_proj": ("gate_proj", "up_proj")}
+GLM_NORMS = {
+    "post_attention_layernorm": "post_self_attn_layernorm",
+    "pre_feedforward_layernorm": "post_attention_layernorm",
+    "post_feedforward_layernorm": "post_mlp_layernorm",
 }
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "gemma3_text": "Gemma3ForCausalLM",
+
+
+def _bias(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {"attention_bias": options["out_bias"]}
+
+
+def _window(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {"sliding_window": next((window for window in options["windows"] if window is not None), None)}
+
+
+def _kinds(options: Mapping[str, Any]) -> dict[str, Any]:
+    kinds = ["full_attention" if window is None else "sliding_attention" for window in options["windows"]]
+    return {**_window(options), "layer_types": kinds}
+
+
+def _qwen_kinds(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {**_kinds(options), "use_sliding_window": any(options["windows"])}
+
+
+def _nested_ropes(options: Mapping[str, Any]) -> dict[str, Any]:
+    windowed = options["windowed_rope"] or options["rope"]
+    return {"rope_parameters": {"full_attention": dict(options["rope"]), "sliding_attention": dict(windowed)}}
+
+
+def _gemma3_keys(options: Mapping[str, Any]) -> dict[str, Any]:
+    scale, kinds = options["attention_scale"], _kinds(options)
+    if kinds["sliding_window"] is None:  # transformers' Gemma 3 makes the mask of windows in any case
+        del kinds["sliding_window"]
+    scalar = options["head_dim"] if scale is None else round(scale**-2)
+    return {**_bias(options), **kinds, **_nested_ropes(options), "query_pre_attn_scalar": scalar}
+
+
+def _phi3_keys(options: Mapping[str, Any]) -> dict[str, Any]:
+    original = options["rope"].get("original_max_position_embeddings")
+    return {**_window(options), **({} if original is None else {"original_max_position_embeddings": original})}
+
+
+def _granite_keys(options: Mapping[str, Any]) -> dict[str, Any]:
+    scale = options["attention_scale"]
+    return {
+        **_bias(options),
+        "mlp_bias": options["mlp_bias"],
+        "attention_multiplier": options["head_dim"] ** -0.5 if scale is None else scale,
+        "embedding_multiplier": options["embedding_scale"],
+        "residual_multiplier": options["residual_scale"],
+        "logits_scaling": 1 / options["logit_scale"] if options["logit_scale"] else 1.0,
+    }
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(
+        "LlamaForCausalLM", _llama, lambda o: {**_bias(o), "mlp_bias": o["mlp_bias"]}, refuses_odd_sizes=True
+    ),
+    "mistral": Family("MistralForCausalLM", _mistral, _window),
+    "qwen2": Family("Qwen2ForCausalLM", _qwen2, _qwen_kinds),
+    "qwen3": Family("Qwen3ForCausalLM", _qwen3, lambda o: {**_bias(o), **_qwen_kinds(o)}),
+    "gemma3_text": Family("Gemma3ForCausalLM", _gemma3, _gemma3_keys, 1000000.0, refuses_odd_sizes=True),
+    "phi3": Family("Phi3ForCausalLM", _phi3, _phi3_keys, partial=1.0, fused={**QKV, **GATE_UP}),
+    "smollm3": Family(
+        "SmolLM3ForCausalLM",
+        _smollm3,
+        lambda o: {
+            **_bias(o),
+            **_qwen_kinds(o),
+            "mlp_bias": o["mlp_bias"],
+            "no_rope_layers": [*map(int, o["rope_layers"])] * (o["num_layers"] // len(o["rope_layers"])),
+        },
+        2000000.0,
+    ),
+    "olmo2": Family("Olmo2ForCausalLM", _olmo2, _bias),
+    "olmo3": Family("Olmo3ForCausalLM", _olmo3, lambda o: {**_bias(o), **_kinds(o), **_nested_ropes(o)}, 500000.0),
+    "ministral3": Family("Ministral3ForCausalLM", _ministral3, _window, 1000000.0),
+    "granite": Family("GraniteForCausalLM", _granite, _granite_keys),
+    "exaone4": Family("Exaone4ForCausalLM", _exaone4, _kinds),
+    "glm4": Family(
+        "Glm4ForCausalLM",
+        _glm4,
+        lambda o: {"attention_bias": o["qkv_bias"]},
+        partial=0.5,
+        fused=GATE_UP,
+        names=GLM_NORMS,
+    ),
+    "cohere2": Family(
+        "Cohere2ForCausalLM",
+        _cohere2,
+        lambda o: {**_bias(o), **_kinds(o), "layer_norm_eps": float(o["norm_eps"]), "logit_scale": o["logit_scale"]},
+    ),
 }
+COMPOSITES = {"gemma3": {"vocab_size": 262208, "num_attention_heads": 8}, "mistral3": {}}
+"""``model_type`` of models that have one of these as their ``text_config``, with its defaults there"""
 
 
 def config_from_hf(raw: Mapping[str, Any], kind: type[C]) -> C:
@@ -216,9 +461,11 @@ def config_from_hf(raw: Mapping[str, Any], kind: type[C]) -> C:
 
 
 def _options(raw: Mapping[str, Any]) -> dict[str, Any]:
+    raw = _text_config(raw)
     family = raw.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
-        raise ValueError(f"model_type {shorten(family)} is not implemented; known are {[*FAMILIES, NATIVE]}")
+        known = [*FAMILIES, *COMPOSITES, NATIVE]
+        raise ValueError(f"model_type {shorten(family)} is not implemented; known are {known}")
     raw = check_mapping(raw, Keys, "config", closed=False)
     for key, allowed in ONLY.items():
         if raw.get(key) not in allowed:
@@ -247,9 +494,24 @@ def _options(raw: Mapping[str, Any]) -> dict[str, Any]:
         "eos_token_id": raw.get("eos_token_id"),
         "pad_token_id": raw.get("pad_token_id"),
     }
-    options |= FAMILIES[family](raw)
+    options |= FAMILIES[family].read(raw)
     rope, windowed = _ropes(raw, options["max_positions"], family)
     return {**options, "rope": rope, "windowed_rope": None if windowed == rope else windowed}
+
+
+def _text_config(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config of the language model in a composite one, or the config itself."""
+    composite = raw.get("model_type")
+    if not isinstance(composite, str) or composite not in COMPOSITES:
+        return raw
+    text = raw.get("text_config")
+    if not isinstance(text, Mapping):
+        raise ValueError(f"config key text_config of model_type {composite!r} must be an object, got {shorten(text)}")
+    # About the whole, so the outer config has the word on them.
+    outer = {"tie_word_embeddings": raw.get("tie_word_embeddings", True)}
+    if raw.get("quantization_config") is not None:
+        outer["quantization_config"] = raw["quantization_config"]
+    return {**COMPOSITES[composite], **text, **outer}
 
 
 def _windows(raw: Mapping[str, Any], is_windowed: Callable[[int], bool]) -> tuple[int | None, ...]:
@@ -270,34 +532,60 @@ def _windows(raw: Mapping[str, Any], is_windowed: Callable[[int], bool]) -> tupl
 def _ropes(raw: Mapping[str, Any], max_positions: int, family: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """RoPE options of layers with full attention, and of those with a window."""
     gemma = family == "gemma3_text"
-    theta = raw.get("rope_theta") or (1000000.0 if gemma else 10000.0)
+    theta = raw.get("rope_theta") or FAMILIES[family].theta
     given = raw.get("rope_parameters") or {}
+    if family == "ministral3" and not given and not raw.get("rope_scaling"):
+        given = MINISTRAL3_ROPE
     if "full_attention" in given or "sliding_attention" in given:
         full, windowed = given.get("full_attention") or {}, given.get("sliding_attention") or {}
+    elif family == "olmo3" and raw.get("rope_parameters"):
+        raise ValueError("config key rope_parameters must name full_attention and sliding_attention for olmo3")
     else:
         full = raw.get("rope_scaling") or given
-        windowed = {} if gemma else full
+        windowed = {} if gemma or family == "olmo3" else full
     windowed_theta = (raw.get("rope_local_base_freq") or 10000.0) if gemma else theta
-    return _rope(full, theta, raw, max_positions), _rope(windowed, windowed_theta, raw, max_positions)
+    return (
+        _rope(full, theta, raw, max_positions, family),
+        _rope(windowed, windowed_theta, raw, max_positions, family),
+    )
 
 
-def _rope(given: Any, theta: float, raw: Mapping[str, Any], max_positions: int) -> dict[str, Any]:
+def _rope(given: Any, theta: float, raw: Mapping[str, Any], max_positions: int, family: str) -> dict[str, Any]:
     given = check_mapping(given, RopeKeys, 'config["rope_parameters"]', closed=False)
     kind = given.get("rope_type") or given.get("type") or "default"
+    if family == "phi3" and kind in ("su", "yarn"):  # what Phi-3's first files called it
+        kind = "longrope"
+    if kind == "dynamic":  # stretches texts beyond max_position_embeddings alone, where this model ends
+        kind = "default"
     if kind not in ROPE_KEYS:
         raise ValueError(f"config key rope_scaling: rope_type {kind!r} is not implemented; known are {list(ROPE_KEYS)}")
-    if given.get("partial_rotary_factor") not in ONLY["partial_rotary_factor"]:
-        raise ValueError(f"config key partial_rotary_factor={given['partial_rotary_factor']} is not implemented")
     rope = {"rope_type": kind, "rope_theta": given.get("rope_theta") or theta}
     rope |= {key: given[key] for key in ROPE_KEYS[kind] if given.get(key) is not None}
+    rope |= _partial(given.get("partial_rotary_factor") or raw.get("partial_rotary_factor"), family)
+    if beta := given.get("llama_4_scaling_beta"):
+        if family != "ministral3" or given.get("original_max_position_embeddings") is None:
+            raise ValueError(f"config key llama_4_scaling_beta={beta} is not implemented for model_type {family!r}")
+        rope["llama_4_scaling_beta"] = beta
+        rope["original_max_position_embeddings"] = given["original_max_position_embeddings"]
+    if family == "phi3" and kind == "longrope":  # as in transformers, this key goes before the one in the dictionary
+        rope["original_max_position_embeddings"] = raw.get("original_max_position_embeddings") or 4096
     if "original_max_position_embeddings" in ROPE_KEYS[kind]:
         original = raw.get("original_max_position_embeddings") or max_positions
         rope.setdefault("original_max_position_embeddings", original)
-    if kind == "yarn":
+    if kind in ("yarn", "longrope"):
         rope.setdefault("factor", max_positions / rope["original_max_position_embeddings"])
-    elif missing := [key for key in ROPE_KEYS[kind] if key not in rope]:
+    needed = {"yarn": (), "longrope": ("short_factor", "long_factor")}.get(kind, ROPE_KEYS[kind])
+    if missing := [key for key in needed if key not in rope]:
         raise ValueError(f"config key rope_scaling of rope_type {kind!r} has no {', '.join(missing)}")
     return rope
+
+
+def _partial(factor: float | None, family: str) -> dict[str, float]:
+    default = FAMILIES[family].partial
+    if default is None and factor not in (None, 1.0):
+        raise ValueError(f"config key partial_rotary_factor={factor} is not implemented for model_type {family!r}")
+    factor = factor or default or 1.0
+    return {} if factor == 1.0 else {"partial_rotary_factor": factor}
 
 
 def config_to_hf(config: DataclassInstance) -> dict[str, Any]:
@@ -306,9 +594,9 @@ def config_to_hf(config: DataclassInstance) -> dict[str, Any]:
     It has the ``model_type`` of a transformers family that computes the same, or "natten_layers" if there is none.
     """
     options = dataclasses.asdict(config)
-    for family in FAMILIES:
-        # These classes of transformers require hidden_size to be a multiple of num_heads, even where head_dim is given.
-        if family in ("llama", "gemma3_text") and options["hidden_size"] % options["num_heads"]:
+    for family, its in FAMILIES.items():
+        # Some classes of transformers refuse such sizes, though a head_dim of its own makes them no contradiction.
+        if its.refuses_odd_sizes and options["hidden_size"] % options["num_heads"]:
             continue
         raw = _family_config(options, family)
         try:
@@ -320,12 +608,9 @@ def config_to_hf(config: DataclassInstance) -> dict[str, Any]:
 
 
 def _family_config(options: Mapping[str, Any], family: str) -> dict[str, Any]:
-    windows = options["windows"]
-    kinds = ["full_attention" if window is None else "sliding_attention" for window in windows]
-    window = next((window for window in windows if window is not None), None)
     activation = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == options["activation"])
     raw: dict[str, Any] = {
-        "architectures": [ARCHITECTURES[family]],
+        "architectures": [FAMILIES[family].architecture],
         "model_type": family,
         "vocab_size": options["vocab_size"],
         "hidden_size": options["hidden_size"],
@@ -343,29 +628,8 @@ def _family_config(options: Mapping[str, Any], family: str) -> dict[str, Any]:
         "pad_token_id": options["pad_token_id"],
         "rope_parameters": dict(options["rope"]),
     }
-    if family == "gemma3_text":
-        scale = options["attention_scale"]
-        windowed = dict(options["windowed_rope"] or options["rope"])
-        raw |= {
-            "hidden_activation": activation,
-            "query_pre_attn_scalar": options["head_dim"] if scale is None else round(scale**-2),
-            "rope_parameters": {"full_attention": dict(options["rope"]), "sliding_attention": windowed},
-        }
-    else:
-        raw["hidden_act"] = activation
-    if family == "llama":
-        raw["mlp_bias"] = options["mlp_bias"]
-    if family in ("llama", "qwen3", "gemma3_text"):
-        raw["attention_bias"] = options["out_bias"]
-    # Gemma 3 in transformers always builds the windowed mask, so sliding_window must not be None; left out, it has a
-    # default.
-    if family != "llama" and not (family == "gemma3_text" and window is None):
-        raw["sliding_window"] = window
-    if family in ("qwen2", "qwen3"):
-        raw["use_sliding_window"] = window is not None
-    if family in ("qwen2", "qwen3", "gemma3_text"):
-        raw["layer_types"] = kinds
-    return raw
+    raw["hidden_activation" if family == "gemma3_text" else "hidden_act"] = activation
+    return {**raw, **FAMILIES[family].write(options)}
 
 
 def read_config(directory: str | os.PathLike[str], kind: type[C]) -> C:
@@ -377,7 +641,7 @@ def read_config(directory: str | os.PathLike[str], kind: type[C]) -> C:
     """
     path = Path(directory) / CONFIG
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; expected a directory with config.json and safetensors files")
+        raise FileNotFoundError(f"{path} does not exist; expected a directory with config.json and weights")
     raw = read_json(path)
     with naming(path):
         return config_from_hf(raw, kind)
@@ -386,41 +650,94 @@ def read_config(directory: str | os.PathLike[str], kind: type[C]) -> C:
 # ---- weights -------------------------------------------------------------------------------------------------------
 
 
+class TorchFile:
+    """The tensors of a file that ``torch.save`` wrote, as :class:`SafeTensors` has them.
+
+    Raises:
+        ValueError: damaged, or with anything but tensors; the message names the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        tensors = load_plain(path)
+        if not isinstance(tensors, dict) or not all(
+            isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
+        ):
+            raise ValueError(f"{path} is no file of weights: it holds other objects than tensors by name")
+        # A few stored elements can stand for any number of tensors of any size, by strides of 0. Tied tensors are one.
+        distinct = {
+            (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape): tensor.nbytes
+            for tensor in tensors.values()
+            if tensor.layout is torch.strided and not tensor.is_meta
+        }
+        if sum(distinct.values()) > path.stat().st_size:
+            raise ValueError(f"{path}: its tensors are {sum(distinct.values())} bytes long, more than the file")
+        self.path, self._tensors = path, tensors
+        self.infos = {name: info_of(tensor) for name, tensor in tensors.items()}
+
+    def read(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+
+class Stored(NamedTuple):
+    """Where a tensor is: all of one in a file, or some of its rows."""
+
+    file: SafeTensors | TorchFile
+    name: str
+    start: int | None = None
+    stop: int | None = None
+
+    def info(self) -> Info:
+        info = self.file.infos[self.name]
+        if self.start is None or self.stop is None:
+            return info
+        return info._replace(shape=(self.stop - self.start, *info.shape[1:]))
+
+    def read(self) -> Tensor:
+        return self.file.read(self.name)[self.start : self.stop] if self.stop is not None else self.file.read(self.name)
+
+
 class Weights:
-    """The open safetensors files of a directory, whose names, shapes and dtypes are known before data is read.
+    """The open weight files of a directory, whose tensors are looked at before they are read.
 
     Args:
         directory: the directory to name in error messages.
         files: the open files.
         tied: whether the config says that the output projection is the embedding.
-
-    Raises:
-        ValueError: two files hold a tensor of the same name.
+        rows: of projections that the family's files may hold as one.
+        family: decides on names.
     """
 
-    def __init__(self, directory: Path, files: Sequence[SafeTensors], *, tied: bool) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        files: Sequence[SafeTensors | TorchFile],
+        *,
+        tied: bool,
+        rows: Mapping[str, int],
+        family: Family | None,
+    ) -> None:
         self.directory = directory
-        self._files: dict[str, SafeTensors] = {}
+        self._files: dict[str, Stored] = {}
         for file in files:
-            if twice := sorted(file.infos.keys() & self._files.keys()):
-                raise ValueError(
-                    f'{directory} holds "{twice[0]}" twice: in {self._files[twice[0]].path} and {file.path}'
-                )
-            self._files |= dict.fromkeys(file.infos, file)
+            for name in file.infos:
+                for ours, stored in _split(_our_name(name, family), Stored(file, name), rows, family):
+                    if (other := self._files.get(ours)) is not None:
+                        raise ValueError(f'{directory} holds "{ours}" twice: in {other.file.path} and {file.path}')
+                    self._files[ours] = stored
         self.tied = tied and not self._differ(EMBEDDING, HEAD)
         """Whether the output projection is the embedding: the config says so, and the files do not hold two that
         differ."""
 
     @property
     def infos(self) -> dict[str, Info]:
-        return {name: file.infos[name] for name, file in self._files.items()}
+        return {name: stored.info() for name, stored in self._files.items()}
 
     def _differ(self, first: str, second: str) -> bool:
         if first not in self._files or second not in self._files:
             return False
-        if self._files[first].infos[first] != self._files[second].infos[second]:
+        if self._files[first].info() != self._files[second].info():
             return True
-        return not torch.equal(self._files[first].read(first), self._files[second].read(second))
+        return not torch.equal(self._files[first].read(), self._files[second].read())
 
     def fill(self, model: nn.Module, *, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         """Replace ``model``'s tensors, which may be on the meta device, by those of the files.
@@ -447,51 +764,119 @@ class Weights:
             self.directory,
             dtype=dtype,
             parameters={source[name] for name, _ in model.named_parameters()},
-            # Files may also store a projection that is tied, and old Llama files store RoPE's frequencies.
-            ignored=lambda name: name == HEAD or name.endswith("rotary_emb.inv_freq"),
+            # A tied projection may be stored all the same, and old Llama files hold RoPE's frequencies.
+            ignored=lambda name: name == HEAD or name.endswith("rotary_emb.inv_freq") or name.startswith(VISION),
         )
-        tensors = {name: self._files[stored].read(stored).to(device, dtype) for name, stored in source.items()}
+        tensors = {name: self._files[stored].read().to(device, dtype) for name, stored in source.items()}
         model.load_state_dict(tensors, assign=True)
 
 
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+"""parts of names that say how a model was trained: in parallel, compiled, sharded, with checkpointing"""
+VISION = ("model.vision_tower.", "model.multi_modal_projector.", "vision_tower.", "multi_modal_projector.")
+LANGUAGE = {"model.language_model.": "model.", "language_model.model.": "model.", "language_model.lm_head.": "lm_head."}
+"""where composite models keep the language model, today and in older files"""
+
+
+def _our_name(name: str, family: Family | None) -> str:
+    """What a tensor of a file is called in the model."""
+    ours = {theirs: ours for ours, theirs in family.names.items()} if family is not None else {}
+    name = ".".join(ours.get(part, part) for part in name.split(".") if part not in WRAPPERS)
+    for prefix, own in LANGUAGE.items():
+        if name.startswith(prefix):
+            return own + name.removeprefix(prefix)
+    return name
+
+
+def _split(name: str, stored: Stored, rows: Mapping[str, int], family: Family | None) -> Iterator[tuple[str, Stored]]:
+    """The tensors that one in a file stands for."""
+    fused = next((part for part in name.split(".") if family is not None and part in family.fused), None)
+    if fused is None or family is None:
+        yield name, stored
+        return
+    parts, shape = family.fused[fused], stored.info().shape
+    if shape[:1] != (total := sum(rows[part] for part in parts),):
+        raise ValueError(
+            f'{stored.file.path} does not fit its config: "{stored.name}" has shape {shape}, but the config asks for '
+            f"{total} rows"
+        )
+    start = 0
+    for part in parts:
+        yield name.replace(fused, part), stored._replace(start=start, stop=start + rows[part])
+        start += rows[part]
+
+
+def to_family_names(weights: Mapping[str, Tensor], model_type: str) -> dict[str, Tensor]:
+    """A model's tensors as the files of a family hold them."""
+    family = FAMILIES.get(model_type)
+    if family is None:
+        return dict(weights)
+    first = {parts[0]: fused for fused, parts in family.fused.items()}
+    others = {part for parts in family.fused.values() for part in parts[1:]}
+    stored = {}
+    for name, tensor in weights.items():
+        *_, module, kind = name.split(".")
+        if module in others:
+            continue
+        if module in first:
+            parts = family.fused[first[module]]
+            tensor = torch.cat([weights[name.replace(f"{module}.{kind}", f"{part}.{kind}")] for part in parts])
+        theirs = first.get(module) or family.names.get(module, module)
+        stored[name.replace(f"{module}.{kind}", f"{theirs}.{kind}")] = tensor
+    return stored
+
+
 @contextmanager
-def open_weights(directory: str | os.PathLike[str], *, tied: bool) -> Iterator[Weights]:
-    """Open the weights of a directory for the duration of the context.
+def open_weights(directory: str | os.PathLike[str], *, tied: bool, rows: Mapping[str, int]) -> Iterator[Weights]:
+    """Open the weights of a directory for as long as the context lasts.
 
     Args:
-        directory: holds ``model.safetensors``, or several files and their index.
-        tied: whether the config says that the output projection is the embedding. As in transformers, files that hold a
-            projection different from the embedding override this, and a projection alone also serves as the embedding.
+        tied: whether the config says that the output projection is the embedding. As in transformers, the files decide:
+            a projection of their own that differs from the embedding is used, and one alone is the embedding too.
+        rows: of the projections that files may hold as one.
 
     Raises:
-        FileNotFoundError: there are no weights, or a shard that the index names is missing.
-        ValueError: a file is not in the safetensors format, the index is malformed, or a tensor is in two files.
+        FileNotFoundError: no weights, or a shard that the index names is missing.
+        ValueError: a damaged file, an odd index, or a tensor that is there twice.
     """
     directory = Path(directory)
+    family = FAMILIES.get(str(_text_config(read_json(directory / CONFIG)).get("model_type")))
     with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(open_safetensors(path)) for path in _weight_files(directory)]
-        yield Weights(directory, files, tied=tied)
+        files = [
+            TorchFile(path) if path.suffix == ".bin" else stack.enter_context(open_safetensors(path))
+            for path in _weight_files(directory)
+        ]
+        yield Weights(directory, files, tied=tied, rows=rows, family=family)
 
 
 def _weight_files(directory: Path) -> list[Path]:
-    if (directory / WEIGHTS).is_file():
-        return [directory / WEIGHTS]
-    index = directory / INDEX
-    if not index.is_file():
-        raise FileNotFoundError(f"{directory} holds neither {WEIGHTS} nor {INDEX}; other formats are not read")
+    """Safetensors files before those of ``torch.save``, and one file before shards."""
+    for whole, index in ((WEIGHTS, INDEX), (TORCH_WEIGHTS, TORCH_INDEX)):
+        if (directory / whole).is_file():
+            return [directory / whole]
+        if (directory / index).is_file():
+            return _shards(directory / index, Path(whole).suffix)
+    raise FileNotFoundError(
+        f"{directory} holds none of {WEIGHTS}, {INDEX}, {TORCH_WEIGHTS} and {TORCH_INDEX}; other formats are not read"
+    )
+
+
+def _shards(index: Path, suffix: str) -> list[Path]:
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not shards:
-        raise ValueError(f'{index} is no index of safetensors files: "weight_map" is {shorten(shards)}')
+        raise ValueError(f'{index} is no index of {suffix} files: "weight_map" is {shorten(shards)}')
     for tensor, name in shards.items():
-        # Only plain file names: no folder, drive or ".." that leads out of the directory on any operating system.
-        if not isinstance(name, str) or not re.fullmatch(r"[\w.,=+ -]*\.safetensors", name):
+        # On any system: no folders, no drives, nothing that leads out of the directory.
+        if not isinstance(name, str) or not re.fullmatch(rf"[\w.,=+ -]*\{suffix}", name):
             raise ValueError(
-                f"{index}: the shard of {shorten(tensor)} is {shorten(name)}; expected the name of a .safetensors file "
+                f"{index}: the shard of {shorten(tensor)} is {shorten(name)}; expected the name of a {suffix} file "
                 "beside the index"
             )
-    names = sorted(set(shards.values()))
+    directory, names = index.parent, sorted(set(shards.values()))
     if missing := [name for name in names if not (directory / name).is_file()]:
-        raise FileNotFoundError(f"{directory} lacks {len(missing)} of the {len(names)} shards in {INDEX}: {missing}")
+        raise FileNotFoundError(
+            f"{directory} lacks {len(missing)} of the {len(names)} shards in {index.name}: {missing}"
+        )
     return [directory / name for name in names]
 
 
@@ -513,6 +898,8 @@ def save(
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    raw = config_to_hf(config)
+    weights = to_family_names(weights, raw["model_type"])
     shards: list[dict[str, Tensor]] = [{}]
     for name, tensor in weights.items():
         size = sum(t.nbytes for t in shards[-1].values())
@@ -525,7 +912,7 @@ def save(
         else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     )
     dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
-    texts = {CONFIG: json.dumps({**config_to_hf(config), "dtype": dtype}, indent=2) + "\n"}
+    texts = {CONFIG: json.dumps({**raw, "dtype": dtype}, indent=2) + "\n"}
     if len(shards) > 1:
         size = sum(t.nbytes for t in weights.values())
         where = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}

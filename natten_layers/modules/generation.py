@@ -67,8 +67,11 @@ def generate(
     if isinstance(generator, int):
         generator = torch.Generator(input_ids.device).manual_seed(generator)
     stops = input_ids.new_tensor(list(model.config.stop_tokens if stop_tokens is None else stop_tokens))
-    longest = input_ids.shape[1] + max_new_tokens
-    cache = model.make_cache(len(input_ids), max_length=longest, device=input_ids.device)
+    short = model.config.longest_short_text
+    if short is not None and longest > short:  # the first chunk decides on LongRoPE's factors
+        prefill_chunk = max(prefill_chunk, short + 1)
+    capacity = input_ids.shape[1] + max_new_tokens
+    cache = model.make_cache(len(input_ids), max_length=capacity, device=input_ids.device)
     logits = _prefill(model, input_ids, attention_mask, cache, prefill_chunk)
     step = one_token(model, cache, cuda_graph=cuda_graph)
     ended = torch.zeros_like(input_ids[:, 0], dtype=torch.bool)
@@ -86,7 +89,16 @@ def generate(
             ended = ended | torch.isin(token, stops)
         if len(tokens) == max_new_tokens or (len(stops) and bool(ended.all())):
             return torch.cat((input_ids, torch.stack(tokens, 1)), 1)
-        logits = step(token)
+        if short is None or longest + len(tokens) - 1 != short:
+            logits = step(token)
+            continue
+        # LongRoPE's other factors from here on: all keys are made anew.
+        text, mask = torch.cat((input_ids, torch.stack(tokens, 1)), 1), attention_mask
+        if mask is not None:
+            mask = torch.cat((mask != 0, mask.new_ones(len(mask), len(tokens), dtype=torch.bool)), 1)
+        cache = model.make_cache(len(input_ids), max_length=capacity, device=input_ids.device)
+        logits = _prefill(model, text, mask, cache, max(prefill_chunk, short + 1))
+        step = one_token(model, cache, cuda_graph=cuda_graph)
 
 
 def one_token(model: DecoderLM, cache: Cache, *, cuda_graph: bool = True) -> Callable[[Tensor], Tensor]:
@@ -126,7 +138,7 @@ class Recorded:
                 raise RuntimeError(f"the model cannot be recorded, pass cuda_graph=False: {error}") from error
         else:  # a replay runs no host code, so the cache's host state is updated as the model would
             self.cache.longest += 1
-            self.model.model.check_length(self.cache.longest)
+            self.model.model.check_length(self.cache.longest, past=self.cache.longest - 1)
         self.graph.replay()
         assert self.logits is not None
         return self.logits.clone()

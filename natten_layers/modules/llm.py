@@ -7,6 +7,7 @@ Shapes: B sequences, L tokens, C channels, Hq query heads and Hkv KV heads of D 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from ..operations import neighborhood_attention
 from .cache import Cache, LayerCache
 from .feed_forward import GatedFeedForward
 from .generation import generate, longest_of, text_first
-from .llm_config import DecoderLMConfig
+from .llm_config import DecoderLMConfig, rotary_dim
 from .norm import RMSNorm
 from .query_key import attend_with_qk_prep, call_watched, normalize_and_rotate
 from .rope import RoPE
@@ -34,6 +35,12 @@ Device = torch.device | str | None
 
 def _norm(dim: int, config: DecoderLMConfig, device: Device, dtype: torch.dtype | None) -> RMSNorm:
     return RMSNorm(dim, config.norm_eps, zero_centered=config.zero_centered_norm, device=device, dtype=dtype)
+
+
+def _stream_norm(config: DecoderLMConfig, device: Device, dtype: torch.dtype | None) -> RMSNorm | nn.LayerNorm:
+    if config.norm == "layer":
+        return nn.LayerNorm(config.hidden_size, config.norm_eps, bias=False, device=device, dtype=dtype)
+    return _norm(config.hidden_size, config, device, dtype)
 
 
 class TokenEmbedding(nn.Embedding):
@@ -55,24 +62,37 @@ class DecoderAttention(nn.Module):
 
     Args:
         config: the model's options.
-        window: number of tokens that a token sees, itself included, or None for all before it.
+        layer: which of the config's layers this is, for its window and whether it has RoPE.
     """
 
     def __init__(
-        self, config: DecoderLMConfig, window: int | None, *, device: Device = None, dtype: torch.dtype | None = None
+        self, config: DecoderLMConfig, layer: int, *, device: Device = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
         channels, heads, kv_heads, dim = config.hidden_size, config.num_heads, config.kv_heads, config.dim
+        window = config.windows[layer]
         self.head_dim, self.window, self.scale = dim, window, config.attention_scale
         factory = {"device": device, "dtype": dtype}
         self.q_proj = nn.Linear(channels, heads * dim, config.qkv_bias, **factory)
         self.k_proj = nn.Linear(channels, kv_heads * dim, config.qkv_bias, **factory)
         self.v_proj = nn.Linear(channels, kv_heads * dim, config.qkv_bias, **factory)
         self.o_proj = nn.Linear(heads * dim, channels, config.out_bias, **factory)
-        self.q_norm = _norm(dim, config, device, dtype) if config.qk_norm else None
-        self.k_norm = _norm(dim, config, device, dtype) if config.qk_norm else None
+        self.norms_all_heads = config.qk_norm == "all heads"
+        q_dim, k_dim = (heads * dim, kv_heads * dim) if self.norms_all_heads else (dim, dim)
+        self.q_norm = _norm(q_dim, config, device, dtype) if config.qk_norm else None
+        self.k_norm = _norm(k_dim, config, device, dtype) if config.qk_norm else None
         embedding = config.rope if window is None or config.windowed_rope is None else config.windowed_rope
-        self.rope = RoPE(dim, theta=embedding["rope_theta"], scaling=embedding, device=device)
+        self.rope = None
+        if config.has_rope(layer):
+            self.rope = RoPE(
+                rotary_dim(dim, embedding),
+                theta=embedding["rope_theta"],
+                scaling=embedding,
+                interleaved=config.rope_interleaved,
+                device=device,
+            )
+        self.query_growth = embedding.get("llama_4_scaling_beta", 0.0)
+        self.query_growth_length = embedding.get("original_max_position_embeddings", 1)
         self.sinks = nn.Parameter(torch.zeros(heads, **factory)) if config.sink == "learned" else None
         self.zero_sink = 0.0 if config.sink == "zero" else None
         registers = torch.zeros(config.num_registers, channels, **factory)
@@ -102,8 +122,13 @@ class DecoderAttention(nn.Module):
         Returns:
             ``[B, L, C]``.
         """
-        query, key, value = (self._heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         norms = None if self.q_norm is None or self.k_norm is None else (self.q_norm, self.k_norm)
+        if norms is not None and self.norms_all_heads:
+            query, key, norms = norms[0](query), norms[1](key), None
+        query, key, value = self._heads(query), self._heads(key), self._heads(value)
+        if self.query_growth:
+            query = query * self._query_factor(positions).to(query.dtype)
         query, key, norm, angles = call_watched(query, key, norms, self.rope, positions)
         registers = (None, None) if self.registers is None else self._register_key_value(self.registers, cache)
         sink = self.zero_sink if self.sinks is None else self.sinks
@@ -128,28 +153,37 @@ class DecoderAttention(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim))
 
+    def _query_factor(self, positions: Tensor) -> Tensor:
+        """``[B or 1, L, 1, 1]``, which grows with the position as in Llama 4."""
+        spans = torch.div(positions.clamp(min=0), self.query_growth_length, rounding_mode="floor")
+        return (1 + self.query_growth * torch.log1p(spans.float()))[..., None, None]
+
     def _register_key_value(self, registers: Tensor, cache: LayerCache | None) -> tuple[Tensor, Tensor]:
         if cache is not None and cache.registers is not None:
             return cache.registers
-        key, value = (self._heads(project(registers[None])) for project in (self.k_proj, self.v_proj))
-        key = key if self.k_norm is None else self.k_norm(key)
+        key, value = self.k_proj(registers[None]), self._heads(self.v_proj(registers[None]))
+        if self.k_norm is None:
+            key = self._heads(key)
+        else:
+            key = self._heads(self.k_norm(key)) if self.norms_all_heads else self.k_norm(self._heads(key))
         if cache is not None:
             cache.registers = key, value
         return key, value
 
 
 class DecoderBlock(nn.Module):
-    """Attention and feed-forward, each applied to the normed stream and added to it.
+    """Attention and feed-forward, added to the stream, with norms before or after each.
 
-    The arguments are those of :class:`DecoderAttention`.
+    The names of the norms are those of Llama where there are norms before only, and else those of Gemma and OLMo:
+    ``post_attention_layernorm`` is the feed-forward's input norm in the one and attention's output norm in the others.
     """
 
     def __init__(
-        self, config: DecoderLMConfig, window: int | None, *, device: Device = None, dtype: torch.dtype | None = None
+        self, config: DecoderLMConfig, layer: int, *, device: Device = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
-        self.post_norms = config.post_norms
-        self.self_attn = DecoderAttention(config, window, device=device, dtype=dtype)
+        self.residual_scale = config.residual_scale
+        self.self_attn = DecoderAttention(config, layer, device=device, dtype=dtype)
         self.mlp = GatedFeedForward(
             config.hidden_size,
             config.intermediate_size,
@@ -158,20 +192,39 @@ class DecoderBlock(nn.Module):
             device=device,
             dtype=dtype,
         )
-        self.input_layernorm = _norm(config.hidden_size, config, device, dtype)
-        # Hugging Face uses this name for the feed-forward's input norm in Llama and attention's output norm in Gemma.
-        self.post_attention_layernorm = _norm(config.hidden_size, config, device, dtype)
-        if config.post_norms:
-            self.pre_feedforward_layernorm = _norm(config.hidden_size, config, device, dtype)
-            self.post_feedforward_layernorm = _norm(config.hidden_size, config, device, dtype)
+        self.order = _norm_order(config)
+        for name in dict.fromkeys(name for name in self.order if name is not None):
+            self.add_module(name, _stream_norm(config, device, dtype))
+        self.parallel = config.parallel_blocks
 
     def forward(self, x: Tensor, positions: Tensor, cache: LayerCache | None, longest: int) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(x), positions, cache, longest)
-        if self.post_norms:
-            x = x + self.post_attention_layernorm(attended)
-            return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
-        x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x))
+        before_attention, after_attention, before_mlp, after_mlp = map(self._norm, self.order)
+        normed = before_attention(x)
+        attended = after_attention(self.self_attn(normed, positions, cache, longest))
+        if self.parallel:
+            return self._add(self._add(x, attended), self.mlp(normed))
+        x = self._add(x, attended)
+        return self._add(x, after_mlp(self.mlp(before_mlp(x))))
+
+    def _norm(self, name: str | None) -> Callable[[Tensor], Tensor]:
+        return _unchanged if name is None else self.get_submodule(name)
+
+    def _add(self, x: Tensor, branch: Tensor) -> Tensor:
+        return x + (branch if self.residual_scale == 1.0 else branch * self.residual_scale)
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
+
+
+def _norm_order(config: DecoderLMConfig) -> tuple[str | None, str | None, str | None, str | None]:
+    """Names of the norms before and after attention, and before and after feed-forward."""
+    if config.parallel_blocks:
+        return "input_layernorm", None, None, None
+    if not config.post_norms:
+        return "input_layernorm", None, "post_attention_layernorm", None
+    before = ("input_layernorm", "pre_feedforward_layernorm") if config.pre_norms else (None, None)
+    return before[0], "post_attention_layernorm", before[1], "post_feedforward_layernorm"
 
 
 class DecoderStack(nn.Module):
@@ -179,10 +232,12 @@ class DecoderStack(nn.Module):
 
     def __init__(self, config: DecoderLMConfig, *, device: Device = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.longest_short_text = config, config.longest_short_text
         self.embed_tokens = TokenEmbedding(config.vocab_size, config.hidden_size, device=device, dtype=dtype)
-        self.layers = nn.ModuleList(DecoderBlock(config, w, device=device, dtype=dtype) for w in config.windows)
-        self.norm = _norm(config.hidden_size, config, device, dtype)
+        self.layers = nn.ModuleList(
+            DecoderBlock(config, layer, device=device, dtype=dtype) for layer in range(config.num_layers)
+        )
+        self.norm = _stream_norm(config, device, dtype)
 
     def forward(self, input_ids: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:
         """The stream after the last norm, ``[B, L, C]``, of ``input_ids [B, L]``.
@@ -197,7 +252,7 @@ class DecoderStack(nn.Module):
             longest = length + cache.longest if mask is None else longest_of(cache.lengths + mask.sum(1))
         elif mask is not None and length > self.config.max_positions:  # only then, as longest_of waits for the device
             longest = longest_of(mask.sum(1))
-        self.check_length(longest)
+        self.check_length(longest, past=0 if cache is None else cache.longest)
         if mask is not None:
             positions = torch.where(mask, positions, -1)
         x = self.embed_tokens(input_ids)
@@ -212,8 +267,14 @@ class DecoderStack(nn.Module):
             cache.longest = longest
         return self.norm(x)
 
-    def check_length(self, length: int) -> None:
-        """Raise a ValueError if a text of ``length`` tokens exceeds ``max_positions``."""
+    def check_length(self, length: int, *, past: int = 0) -> None:
+        """Refuse texts longer than the positions allow, of which ``past`` tokens are in a cache."""
+        short = self.longest_short_text
+        if short is not None and 0 < past <= short < length:
+            raise ValueError(
+                f"a cached text of {past} tokens grows to {length}, but its keys have LongRoPE's factors for up to "
+                f"original_max_position_embeddings={short}. Read the whole text at once into a new cache"
+            )
         if length > self.config.max_positions:
             raise ValueError(
                 f"a text of {length} tokens is longer than the model's max_positions={self.config.max_positions}"
@@ -221,7 +282,10 @@ class DecoderStack(nn.Module):
 
 
 class DecoderLM(nn.Module):
-    """A decoder language model: Llama, Mistral, Qwen2, Qwen3 or Gemma 3 (text), optionally with sinks and registers.
+    """A decoder language model: Llama and the families that differ from it in parts, and our sinks and registers.
+
+    :meth:`from_pretrained` reads Llama, Mistral, Ministral 3, Qwen2, Qwen3, Gemma 3 (its text model), Phi-3 and Phi-4,
+    SmolLM3, OLMo 2 and 3, Granite, Exaone 4, GLM-4 and Cohere 2.
 
     Attention uses the fused kernels where they support the tensors, otherwise the eager path.
 
@@ -256,7 +320,7 @@ class DecoderLM(nn.Module):
                 nn.init.normal_(module.weight, std=std / (2 * self.config.num_layers) ** 0.5 if adds else std)
                 if isinstance(module, nn.Linear) and module.bias is not None:
                     nn.init.zeros_(module.bias)
-            elif isinstance(module, RMSNorm | RoPE | DecoderAttention):
+            elif isinstance(module, RMSNorm | nn.LayerNorm | RoPE | DecoderAttention):
                 module.reset_parameters()
 
     def forward(
@@ -293,7 +357,8 @@ class DecoderLM(nn.Module):
             hidden = hidden.gather(1, order.argsort(1)[..., None].expand_as(hidden))
         if logits_at is not None:
             hidden = hidden[torch.arange(len(hidden), device=hidden.device), logits_at]
-        return self.model.embed_tokens(hidden) if self.lm_head is None else self.lm_head(hidden)
+        logits = self.model.embed_tokens(hidden) if self.lm_head is None else self.lm_head(hidden)
+        return logits if self.config.logit_scale == 1.0 else logits * self.config.logit_scale
 
     def make_cache(self, batch_size: int, *, max_length: int | None = None, device: Device = None) -> Cache:
         """An empty cache for ``batch_size`` texts.
@@ -356,7 +421,7 @@ class DecoderLM(nn.Module):
                 are not exactly the model's (it names tensors, shapes and dtypes and the file or directory).
         """
         config = hf.read_config(directory, DecoderLMConfig)
-        with hf.open_weights(directory, tied=config.tie_embeddings) as weights:
+        with hf.open_weights(directory, tied=config.tie_embeddings, rows=config.projection_rows) as weights:
             config = dataclasses.replace(config, tie_embeddings=weights.tied)
             make = partial(cls, config, device="meta")
             model = make_on_meta(make, directory, layers=config.num_layers, tensors=len(weights.infos))

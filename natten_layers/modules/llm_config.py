@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypedDict
 
 from ..io.schema import Between, Count, Natural, NotNegative, Positive, check_mapping, check_types
 
-__all__ = ["DecoderLMConfig"]
+__all__ = ["DecoderLMConfig", "rotary_dim"]
 
 Layers = Annotated[int, Between(1, 2**16)]
 
@@ -17,7 +17,8 @@ class RopeOptions(TypedDict, total=False):
     """The keys that ``rope`` and ``windowed_rope`` may have."""
 
     rope_theta: Positive
-    rope_type: Literal["default", "linear", "llama3", "yarn"]
+    rope_type: Literal["default", "linear", "llama3", "yarn", "longrope"]
+    partial_rotary_factor: Positive
     factor: Positive
     low_freq_factor: Positive
     high_freq_factor: Positive
@@ -28,11 +29,19 @@ class RopeOptions(TypedDict, total=False):
     mscale: NotNegative
     mscale_all_dim: NotNegative
     truncate: bool
+    short_factor: tuple[Positive, ...]
+    long_factor: tuple[Positive, ...]
+    llama_4_scaling_beta: float
+
+
+def rotary_dim(head_dim: int, rope: Mapping[str, Any]) -> int:
+    """Elements of a head that turn."""
+    return int(head_dim * rope.get("partial_rotary_factor", 1.0))
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderLMConfig:
-    """Options of a Llama-shaped decoder. They cover Llama, Mistral, Qwen2, Qwen3 and Gemma 3 (text).
+    """A Llama-shaped decoder, whose options are the parts in which the families on the Hugging Face hub differ.
 
     Args:
         vocab_size: number of rows of the embedding.
@@ -46,15 +55,26 @@ class DecoderLMConfig:
             it. A single entry applies to every layer.
         max_positions: length of the longest text, prompt and generated tokens together.
         rope: ``rope_theta``, ``rope_type`` and the keys of that type, see :class:`~natten_layers.modules.rope.RoPE`.
-        windowed_rope: RoPE options of layers with a window, default ``rope``.
-        norm_eps: added to the mean square in every norm.
-        zero_centered_norm: the gain of a norm is ``1 + weight`` (Gemma) instead of ``weight``.
-        post_norms: also normalise the outputs of attention and feed-forward (Gemma).
-        qk_norm: apply an RMS norm to every query and key head before RoPE (Qwen3, Gemma).
-        qkv_bias, out_bias, mlp_bias: whether those projections have a bias.
-        activation: applied to the feed-forward gate; "gelu_tanh" is the tanh approximation of gelu.
+            ``partial_rotary_factor`` is the share of a head, from its start, that turns (Phi-4-mini, GLM-4).
+            ``llama_4_scaling_beta`` multiplies queries by ``1 + beta * log(1 + position //
+            original_max_position_embeddings)`` (Ministral 3).
+        windowed_rope: the same for layers with a window; None is ``rope``.
+        rope_layers: one entry per layer, or one for all: whether it has RoPE (SmolLM3, Exaone 4, Cohere 2).
+        rope_interleaved: neighboring elements turn together (GLM-4, Cohere 2).
+        norm: "rms", or "layer" for layer norm without a bias (Cohere 2).
+        norm_eps: added to the mean square, or the variance, in every norm.
+        zero_centered_norm: norm gains are ``1 + weight`` (Gemma).
+        pre_norms: norm the inputs of attention and feed-forward (all but OLMo and Exaone 4).
+        post_norms: norm the outputs of attention and feed-forward (Gemma, OLMo, Exaone 4, GLM-4).
+        parallel_blocks: attention and feed-forward read the same norm's result and are added together (Cohere 2).
+        qk_norm: RMS norm of every query and key head before RoPE (Qwen3, Gemma, Exaone 4); "all heads" is one norm over
+            all heads of the queries, and one over those of the keys (OLMo).
+        qkv_bias, out_bias, mlp_bias: biases of those projections.
+        activation: of the feed-forward gate.
         attention_scale: factor on attention scores, default ``head_dim ** -0.5``.
-        embedding_scale: factor on embeddings (Gemma: ``hidden_size ** 0.5``).
+        embedding_scale: factor on embeddings (Gemma: ``hidden_size ** 0.5``; Granite).
+        residual_scale: factor on what attention and feed-forward add to the stream (Granite).
+        logit_scale: factor on logits (Cohere 2, Granite).
         tie_embeddings: use the embedding as output projection.
         sink: an extra logit in the softmax, without a value: None for none, "zero" for zero attention (softmax1), or
             "learned" for one logit per query head and layer.
@@ -78,16 +98,23 @@ class DecoderLMConfig:
     max_positions: Count = 131072
     rope: Mapping[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
     windowed_rope: Mapping[str, Any] | None = None
+    rope_layers: tuple[bool, ...] = (True,)
+    rope_interleaved: bool = False
+    norm: Literal["rms", "layer"] = "rms"
     norm_eps: NotNegative = 1e-6
     zero_centered_norm: bool = False
+    pre_norms: bool = True
     post_norms: bool = False
-    qk_norm: bool = False
+    parallel_blocks: bool = False
+    qk_norm: bool | Literal["all heads"] = False
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
     activation: Literal["silu", "gelu_tanh"] = "silu"
     attention_scale: float | None = None
     embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
     tie_embeddings: bool = False
     sink: Literal["zero", "learned"] | None = None
     num_registers: Natural = 0
@@ -111,11 +138,45 @@ class DecoderLMConfig:
             raise ValueError(f"head_dim must be even for RoPE, got {self.dim}")
         if len(self.windows) != self.num_layers:
             raise ValueError(f"windows has {len(self.windows)} entries for num_layers={self.num_layers}")
+        if len(self.rope_layers) not in (1, self.num_layers):
+            raise ValueError(f"rope_layers has {len(self.rope_layers)} entries for num_layers={self.num_layers}")
+        if len(set(self.rope_layers)) == 1:
+            object.__setattr__(self, "rope_layers", self.rope_layers[:1])
         for name, rope in (("rope", self.rope), ("windowed_rope", self.windowed_rope)):
             if rope is not None:
-                check_mapping(rope, RopeOptions, name)
-                if "rope_theta" not in rope:
-                    raise ValueError(f'{name} must have a positive "rope_theta", got {rope!r}')
+                object.__setattr__(self, name, self._checked_rope(name, rope))
+        if self.parallel_blocks and (self.post_norms or not self.pre_norms):
+            raise ValueError("parallel_blocks have one norm before them: pre_norms must be true and post_norms false")
+        if not self.pre_norms and not self.post_norms:
+            raise ValueError("pre_norms and post_norms are both false: a block needs norms")
+        if self.norm == "layer" and self.zero_centered_norm:
+            raise ValueError('norm="layer" has no zero_centered_norm')
+
+    def _checked_rope(self, name: str, rope: Mapping[str, Any]) -> dict[str, Any]:
+        rope = check_mapping(rope, RopeOptions, name)
+        if "rope_theta" not in rope:
+            raise ValueError(f'{name} must have a positive "rope_theta", got {rope!r}')
+        turning = rotary_dim(self.dim, rope)
+        if not 2 <= turning <= self.dim or turning % 2:
+            raise ValueError(
+                f"{name}: partial_rotary_factor={rope.get('partial_rotary_factor')} of head_dim={self.dim} elements is "
+                f"{turning}; expected an even number from 2 to head_dim"
+            )
+        if "llama_4_scaling_beta" in rope and (self.qk_norm or "original_max_position_embeddings" not in rope):
+            raise ValueError(
+                f"{name}: llama_4_scaling_beta needs original_max_position_embeddings, and qk_norm to be false"
+            )
+        return rope
+
+    def has_rope(self, layer: int) -> bool:
+        """What ``rope_layers`` says of a layer."""
+        return self.rope_layers[layer if len(self.rope_layers) > 1 else 0]
+
+    @property
+    def longest_short_text(self) -> int | None:
+        """The length up to which LongRoPE takes its short factors, None without LongRoPE."""
+        ropes = [rope for rope in (self.rope, self.windowed_rope) if rope and rope.get("rope_type") == "longrope"]
+        return min((rope["original_max_position_embeddings"] for rope in ropes), default=None)
 
     @property
     def kv_heads(self) -> int:
@@ -128,6 +189,13 @@ class DecoderLMConfig:
         """``head_dim``, which is never None after construction."""
         assert self.head_dim is not None
         return self.head_dim
+
+    @property
+    def projection_rows(self) -> dict[str, int]:
+        """Rows of the projections that some families' files hold as one."""
+        kv_rows = self.kv_heads * self.dim
+        heads = {"q_proj": self.num_heads * self.dim, "k_proj": kv_rows, "v_proj": kv_rows}
+        return {**heads, "gate_proj": self.intermediate_size, "up_proj": self.intermediate_size}
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:

@@ -330,16 +330,18 @@ class RoPE(Rotary):
         head_dim: elements of a head that turn, an even number; a longer head keeps its last elements.
         theta: base of the frequencies ``theta ** (-2 i / head_dim)``.
         scaling: None, or a dictionary as ``rope_scaling`` / ``rope_parameters`` in Hugging Face configs. ``rope_type``
-            (or ``type``) is "default", "linear", "llama3" or "yarn"; the other keys are those of that type. YaRN's
-            attention factor multiplies cos and sin.
+            (or ``type``) is "default", "linear", "llama3", "yarn" or "longrope"; the other keys are those of that
+            type. The attention factor of YaRN and LongRoPE multiplies cos and sin. LongRoPE divides the frequencies by
+            ``short_factor`` in calls whose positions all lie below ``original_max_position_embeddings``, and by
+            ``long_factor`` in others.
         interleaved: element ``2 i`` turns with ``2 i + 1``, as in GPT-J, GLM and Cohere, instead of ``i`` with
             ``i + head_dim / 2``.
 
-    The frequencies are the buffer ``freqs [head_dim / 2]``, outside the state dict; ``reset_parameters`` writes it
-    again, e.g. after ``to_empty``.
+    The frequencies are the buffer ``freqs [head_dim / 2]``, for LongRoPE ``[2, head_dim / 2]``, short and long. It is
+    outside the state dict; ``reset_parameters`` writes it again, e.g. after ``to_empty``.
 
     Sources: Su et al. 2021 (https://arxiv.org/abs/2104.09864), Peng et al. 2023 (YaRN, https://arxiv.org/abs/2309.00071),
-    Llama 3.1's published configuration.
+    Ding et al. 2024 (LongRoPE, https://arxiv.org/abs/2402.13753), Llama 3.1's published configuration.
 
     Raises:
         ValueError: an odd ``head_dim``, an unknown ``rope_type``, or a key that the type needs and does not have.
@@ -391,6 +393,10 @@ class RoPE(Rotary):
         _check_positions(positions, batch, (length,))
         exact = _angle_dtype(query) == torch.float32  # otherwise those that are held are rounded
         freqs = self.set_freqs(query.device) if exact else self.default_freqs(torch.float64, query.device)
+        if freqs.ndim == 2:
+            # Chosen on the device, which nobody then waits for.
+            is_long = positions.max() >= self.scaling["original_max_position_embeddings"]
+            freqs = torch.where(is_long, freqs[1], freqs[0])
         return Angles(positions[..., None], freqs[None], self.attention_factor, interleaved=self.interleaved)
 
 
@@ -406,7 +412,7 @@ def _required(scaling: Mapping[str, Any], *keys: str) -> list[float]:
 
 
 def _scaled_frequencies(periods: Tensor, theta: float, scaling: Mapping[str, Any]) -> Tensor:
-    """Frequencies ``[head_dim / 2]`` of a Hugging Face scaling dictionary, which changes plain ``1 / periods``."""
+    """Frequencies of a Hugging Face scaling dictionary, which changes plain ``1 / periods [head_dim / 2]``."""
     kind, freqs = _rope_type(scaling), 1.0 / periods
     if kind == "default":
         return freqs
@@ -416,7 +422,10 @@ def _scaled_frequencies(periods: Tensor, theta: float, scaling: Mapping[str, Any
         return _llama3(freqs, scaling)
     if kind == "yarn":
         return _yarn(periods, theta, scaling)
-    raise ValueError(f'rope_type "{kind}" is not implemented; known are "default", "linear", "llama3" and "yarn"')
+    if kind == "longrope":
+        return _longrope(periods, scaling)
+    known = '"default", "linear", "llama3", "yarn" and "longrope"'
+    raise ValueError(f'rope_type "{kind}" is not implemented; known are {known}')
 
 
 def _llama3(freqs: Tensor, scaling: Mapping[str, Any]) -> Tensor:
@@ -450,12 +459,26 @@ def _yarn(periods: Tensor, theta: float, scaling: Mapping[str, Any]) -> Tensor:
     return 1.0 / (factor * periods) * (1 - kept) + 1.0 / periods * kept
 
 
+def _longrope(periods: Tensor, scaling: Mapping[str, Any]) -> Tensor:
+    """``[2, head_dim / 2]``: every frequency divided by its own factor, in short and in long texts."""
+    rows = []
+    for key in ("short_factor", "long_factor"):
+        factors = scaling.get(key)
+        if factors is None or len(factors) != len(periods):
+            raise ValueError(f'scaling of rope_type "longrope" needs {len(periods)} numbers "{key}", got {factors}')
+        rows.append(1.0 / (torch.tensor(factors, dtype=periods.dtype, device=periods.device) * periods))
+    return torch.stack(rows)
+
+
 def _attention_factor(scaling: Mapping[str, Any]) -> float:
-    """YaRN's factor on cos and sin; 1 for the other types."""
-    if _rope_type(scaling) != "yarn":
+    """The factor of YaRN and LongRoPE on cos and sin; 1 for the other types."""
+    if _rope_type(scaling) not in ("yarn", "longrope"):
         return 1.0
     if scaling.get("attention_factor") is not None:
         return float(scaling["attention_factor"])
+    if _rope_type(scaling) == "longrope":
+        factor, length = _required(scaling, "factor", "original_max_position_embeddings")
+        return math.sqrt(1 + math.log(factor) / math.log(length)) if factor > 1 else 1.0
     (factor,) = _required(scaling, "factor")
 
     def mscale(weight: float) -> float:
