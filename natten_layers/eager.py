@@ -18,7 +18,7 @@ from .geometry import Window, window_mask
 from .kernels.ops.define import is_differentiated, is_watched
 from .tiles import State, attend_tiles, heads_first, is_lost, plan, tile_queries, untile
 
-__all__ = ["attention", "attention_state", "dense_attention_state", "merge_states", "without_autocast"]
+__all__ = ["attention", "attention_state", "autocasts", "dense_attention_state", "merge_states", "without_autocast"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -29,13 +29,18 @@ AUTOCAST_DEVICES = frozenset(
 )
 
 
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for a type of device. Some, such as meta, have none, and torch raises if it is asked."""
+    return device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
+
+
 def without_autocast(function: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatenate[Tensor, P], R]:
     """Keep autocast, which takes products of fp32 tensors in half precision, out of a function that casts by itself."""
 
     @wraps(function)
     def run(tensor: Tensor, *args: P.args, **kwargs: P.kwargs) -> R:
         device = tensor.device.type
-        if device not in AUTOCAST_DEVICES or not torch.is_autocast_enabled(device):
+        if not autocasts(device):
             return function(tensor, *args, **kwargs)
         with torch.autocast(device, enabled=False):
             return function(tensor, *args, **kwargs)

@@ -387,6 +387,16 @@ def test_a_state_dict_brings_a_model_off_the_meta_device(name: str, assign: bool
     assert torch.equal(run(model, torch.float32), run(expected, torch.float32))
 
 
+def test_models_run_on_the_meta_device() -> None:
+    """As those do who count operations or ask for shapes: nothing there may be asked for autocast."""
+    x, sigma, classes = torch.empty(2, 3, 16, 8), torch.empty(2), torch.empty(2, dtype=torch.int64)
+    conditions = {"class_cond": classes.to("meta"), "mapping_cond": torch.empty(2, 4, device="meta")}
+    assert on_meta(hdit)(x.to("meta"), sigma.to("meta"), **conditions).shape == x.shape
+    assert on_meta(gemma)(IDS.to("meta")).shape == (2, 7, 31)
+    assert on_meta(layer)(torch.empty(2, 5, 4, 16, device="meta"))[0].is_meta
+    assert on_meta(lambda: RMSNorm(8))(torch.empty(3, 8, device="meta")).is_meta
+
+
 def test_own_frequencies_come_back(empty_is_nan: None) -> None:
     rope = CONSTANTS["own frequencies"]()
     for blank in (copy.deepcopy(rope).to_empty(device="cpu"), copy.deepcopy(rope).to("meta").to_empty(device="cpu")):
