@@ -19,7 +19,7 @@ from .geometry import Window, window_mask
 from .kernels.ops.define import is_differentiated, is_watched
 from .tiles import State, attend_tiles, heads_first, nonfinite_mask, plan, tile_queries, untile
 
-__all__ = ["attention", "attention_state", "dense_attention_state", "merge_states", "without_autocast"]
+__all__ = ["attention", "attention_state", "autocasts", "dense_attention_state", "merge_states", "without_autocast"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -30,13 +30,18 @@ AUTOCAST_DEVICES = frozenset(
 )
 
 
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for a type of device. Some, such as meta, have none, and torch raises if it is asked."""
+    return device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
+
+
 def without_autocast(function: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatenate[Tensor, P], R]:
     """Switch autocast off in a function that casts by itself: it would compute fp32 products in half precision."""
 
     @wraps(function)
     def run(tensor: Tensor, *args: P.args, **kwargs: P.kwargs) -> R:
         device = tensor.device.type
-        if device not in AUTOCAST_DEVICES or not torch.is_autocast_enabled(device):
+        if not autocasts(device):
             return function(tensor, *args, **kwargs)
         with torch.autocast(device, enabled=False):
             return function(tensor, *args, **kwargs)

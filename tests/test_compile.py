@@ -402,3 +402,14 @@ def test_compiled_positions_are_those_of_linspace(size: tuple[int, int], dtype: 
     found = compiled(*size, dtype=dtype)
     assert found.dtype == dtype
     assert (found - expected).abs().max() <= torch.finfo(dtype).eps
+
+
+@pytest.mark.skipif(ON_GPU, reason="the eager path has symbols on a CPU alone")
+def test_exported_images_may_be_wide_or_high() -> None:
+    """The aspect ratio is a symbol too."""
+    layer = NeighborhoodGQA(16, 2, None, rope=AxialRoPE(8, 2)).requires_grad_(False)
+    shapes = {"x": {1: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC}}
+    program = torch.export.export(layer, (torch.randn(1, 4, 6, 16),), dynamic_shapes=shapes).module()
+    for size in ((4, 6), (7, 5)):
+        x = torch.randn(1, *size, 16)
+        torch.testing.assert_close(program(x), layer(x))

@@ -387,6 +387,16 @@ def test_a_state_dict_brings_a_model_off_the_meta_device(name: str, assign: bool
     assert torch.equal(run(model, torch.float32), run(expected, torch.float32))
 
 
+def test_models_run_on_the_meta_device() -> None:
+    """As those do who count operations or ask for shapes: nothing there may be asked for autocast."""
+    x, sigma, classes = torch.empty(2, 3, 16, 8), torch.empty(2), torch.empty(2, dtype=torch.int64)
+    conditions = {"class_cond": classes.to("meta"), "mapping_cond": torch.empty(2, 4, device="meta")}
+    assert on_meta(hdit)(x.to("meta"), sigma.to("meta"), **conditions).shape == x.shape
+    assert on_meta(gemma)(IDS.to("meta")).shape == (2, 7, 31)
+    assert on_meta(layer)(torch.empty(2, 5, 4, 16, device="meta"))[0].is_meta
+    assert on_meta(lambda: RMSNorm(8))(torch.empty(3, 8, device="meta")).is_meta
+
+
 def test_own_frequencies_come_back(empty_is_nan: None) -> None:
     rope = CONSTANTS["own frequencies"]()
     for blank in (copy.deepcopy(rope).to_empty(device="cpu"), copy.deepcopy(rope).to("meta").to_empty(device="cpu")):
@@ -437,3 +447,24 @@ def test_embeddings_are_scaled_on_their_own_device() -> None:
     factor = torch.tensor(4.1).bfloat16()
     assert torch.equal(seen[0], model.model.embed_tokens(IDS) * factor)  # pyright: ignore
     assert not torch.equal(seen[0], model.model.embed_tokens(IDS) * 4.1)  # pyright: ignore
+
+
+def test_nested_tensors_are_named() -> None:
+    """By models and layers too, wherever a tensor goes in."""
+    jagged = torch.nested.nested_tensor([torch.ones(4, 16), torch.ones(6, 16)], layout=torch.jagged)
+    ids = torch.nested.nested_tensor([torch.arange(4), torch.arange(6)], layout=torch.jagged)
+    x, sigma, classes = torch.ones(2, 3, 16, 8), torch.ones(2), torch.tensor([0, 3])
+    attention, model, lm, cond = layer(), hdit(), gemma(), torch.ones(2, 4)
+    calls: dict[str, Callable[[], object]] = {
+        "registers": lambda: attention(torch.ones(2, 5, 4, 16), registers=jagged),
+        "positions": lambda: attention(torch.ones(2, 5, 4, 16), positions=Positions(jagged)),
+        "input_ids": lambda: lm(ids),
+        "attention_mask": lambda: lm(IDS, attention_mask=ids),
+        "x": lambda: model(jagged, sigma, class_cond=classes),
+        "sigma": lambda: model(x, jagged, class_cond=classes),
+        "aug_cond": lambda: model(x, sigma, aug_cond=jagged, class_cond=classes),
+        "class_cond": lambda: model(x, sigma, class_cond=ids, mapping_cond=cond),
+    }
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match=f"{name} is a nested tensor"):
+            call()

@@ -233,6 +233,8 @@ class NeighborhoodGQA(nn.Module):
         if positions is not None and self.rope is None:
             raise ValueError("positions were given, but the layer has no rope to use them")
         positions = positions.tensor if isinstance(positions, Positions) else positions
+        if positions is not None:
+            check_dense("positions", positions)
         projected = self._project(x, self.rope, positions)
         extra = self._register_heads(x, registers)
         if not self.registers_attend:
@@ -258,6 +260,8 @@ class NeighborhoodGQA(nn.Module):
         return None if self.q_norm is None or self.k_norm is None else (self.q_norm, self.k_norm)
 
     def _register_heads(self, x: Tensor, registers: Tensor | None) -> Heads | None:
+        if registers is not None:
+            check_dense("registers", registers)
         if registers is not None and (registers.ndim != 3 or registers.shape[::2] != (x.shape[0], self.embed_dim)):
             raise ValueError(
                 f"registers has shape {tuple(registers.shape)}; expected [{x.shape[0]}, R, {self.embed_dim}]"

@@ -22,6 +22,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..arguments import check_dense
 from ..io import checkpoints
 from ..io.files import naming
 from ..io.tensors import make_on_meta
@@ -454,6 +455,8 @@ class HDiT(nn.Module):
             ) from error
 
     def _check(self, x: Tensor, sigma: Tensor) -> None:
+        check_dense("x", x)
+        check_dense("sigma", sigma)
         channels = self.config.input_channels
         if x.ndim != 4 or x.shape[1] != channels:
             raise ValueError(f"x has shape {tuple(x.shape)}; expected [B, {channels}, height, width]")
@@ -496,6 +499,7 @@ def _coarsen(pos: Tensor) -> Tensor:
 
 
 def _check_condition(name: str, tensor: Tensor, shape: Sequence[int]) -> None:
+    check_dense(name, tensor)
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {list(shape)}")
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..arguments import prepare
+from ..arguments import check_dense, prepare
 from ..cached import cached_attention
 from ..io import hf
 from ..io.tensors import make_on_meta
@@ -378,6 +378,9 @@ class DecoderLM(nn.Module):
 
     def check(self, input_ids: Tensor, attention_mask: Tensor | None, cache: Cache | None) -> None:
         """Raise a ValueError for arguments of :meth:`forward` that do not fit the model or each other."""
+        check_dense("input_ids", input_ids)
+        if attention_mask is not None:
+            check_dense("attention_mask", attention_mask)
         if input_ids.ndim != 2 or input_ids.shape[1] == 0 or input_ids.dtype not in (torch.int32, torch.int64):
             raise ValueError(
                 f"input_ids has shape {tuple(input_ids.shape)} and dtype {input_ids.dtype}; expected [B, L], int64 or "

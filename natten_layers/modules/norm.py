@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..eager import autocasts
 from .base import at_least_fp32
 
 __all__ = ["AdaRMSNorm", "RMSNorm", "cosine_normalize", "rms_normalize"]
@@ -90,7 +91,7 @@ class RMSNorm(nn.RMSNorm):
             raise ValueError(f"x {tuple(x.shape)} must end in the normalised axis of length {self.weight.shape[0]}")
         gain = self.gain()
         # torch's fused kernel requires a gain of x's dtype, and autocast does not cast for it.
-        if gain.dtype == x.dtype and not torch.is_autocast_enabled(x.device.type):
+        if gain.dtype == x.dtype and not autocasts(x.device.type):
             return F.rms_norm(x, gain.shape, gain, self.eps)
         return rms_normalize(x, gain, self.eps)
 

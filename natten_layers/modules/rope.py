@@ -75,7 +75,10 @@ def make_axial_pos(
         raise ValueError(f"height and width must be at least 1, got {height} and {width}")
     dtype = default_dtype() if dtype is None else dtype
     aspect = width / height
-    bounds = (min(1.0, 1 / aspect), min(1.0, aspect))  # not height / width: the last bit is k-diffusion's
+    bounds = (
+        torch.sym_min(1.0, 1 / aspect),
+        torch.sym_min(1.0, aspect),
+    )  # not height / width: the last bit is k-diffusion's
     centres = []
     for bound, length in zip(bounds, (height, width), strict=True):
         edges = _even_steps(bound, length, dtype or torch.get_default_dtype(), device)
