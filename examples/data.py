@@ -73,6 +73,8 @@ class Photographs:
         self.class_names = tuple(files)
         self.size = size
         self.photographs = []
+        if not files:
+            raise ValueError("dataset.files names no photographs")
         for name in files.values():
             image = _open_image(folder / name, channels)
             self.photographs.append(_to_tensor(_resize_to_cover(image, (short_side, short_side))))

@@ -909,19 +909,21 @@ def test_bad_input_to_training(config: Path, capsys: pytest.CaptureFixture[str])
     (config.parent / "run_00000001.pth").write_bytes(b"PK")
     assert "run_00000001.pth is damaged" in says("run")
     config.write_text("{")
-    assert "config.json is no JSON file" in says("run")
+    assert "config.json is no JSON" in says("run")
     config.write_text("[" * 100_000)
-    assert "config.json is no JSON file" in says("run")
+    assert "config.json is no JSON" in says("run")
     config.unlink()
     assert says("run").splitlines() == [f"error: {config}: No such file or directory"]
-    config.write_text('{"run": []}')
-    assert says("run").startswith("error: ")
-    config.write_text(json.dumps({**CONFIG, "run": ["end-step"]}))
-    for flags, message in (((), '"run" is no JSON object'), (("--device", "foo"), "--device foo: ")):
-        with pytest.raises(SystemExit, match="2"):
-            says("run", *flags)
-        assert message in capsys.readouterr().err.splitlines()[-1]
-        config.write_text(json.dumps(CONFIG))
+    for section in ("run", "dataset", "optimizer", "lr_sched", "ema_sched"):
+        for odd in ([], ["end-step"], False, 0, "", "x"):  # also such as Python takes for nothing
+            config.write_text(json.dumps({**CONFIG, section: odd}))
+            assert says("odd") == f'error: {config}: "{section}" is no JSON object, but {odd!r}\n'
+    config.write_text(json.dumps({**CONFIG, "dataset": {**CONFIG["dataset"], "files": {}}}))
+    assert says("odd") == "error: dataset.files names no photographs\n"
+    config.write_text(json.dumps(CONFIG))
+    with pytest.raises(SystemExit, match="2"):
+        says("run", "--device", "foo")
+    assert "--device foo: " in capsys.readouterr().err.splitlines()[-1]
 
 
 def torchrun(config: Path, name: str, *flags: str) -> None:
