@@ -363,16 +363,16 @@ def test_saved_weights_are_as_readable_as_any_new_file(tmp_path: Path) -> None:
 def test_processes_that_save_to_one_directory_do_not_share_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second save begins and ends while the first writes; nothing of the first is lost, and no half stays."""
+    """The second save begins and ends before the first one is through; nothing of the first is lost, and no half stays."""
     first, second = DecoderLM(TINY), DecoderLM(TINY)
     write = hf.write_safetensors
 
-    def write_late(tensors: dict[str, Tensor], path: Path, *rest: Any, **options: Any) -> None:
+    def write_and_wait(tensors: dict[str, Tensor], path: Path, *rest: Any, **options: Any) -> None:
         monkeypatch.setattr(hf, "write_safetensors", write)
-        second.save_pretrained(tmp_path)
         write(tensors, path, *rest, **options)
+        second.save_pretrained(tmp_path)
 
-    monkeypatch.setattr(hf, "write_safetensors", write_late)
+    monkeypatch.setattr(hf, "write_safetensors", write_and_wait)
     first.save_pretrained(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {hf.CONFIG, hf.WEIGHTS}
     assert torch.equal(DecoderLM.from_pretrained(tmp_path).lm_head.weight, first.lm_head.weight)  # pyright: ignore[reportOptionalMemberAccess]
