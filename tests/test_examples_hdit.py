@@ -1033,9 +1033,14 @@ def test_bad_input_to_sampling(trained: Path, tmp_path: Path, capsys: pytest.Cap
     for record in [*(read_record(trained / "run_samples.png") | change for change in changes), {}]:
         save_png(Image.new("RGB", (4, 4)), tmp_path / "odd.png", record)
         assert f"error: {tmp_path / 'odd.png'} " in says(model, "--reproduce", str(tmp_path / "odd.png"))
-    with pytest.raises(SystemExit):
-        says(model, "--device", "foo")
-    assert "--device foo: " in capsys.readouterr().err.splitlines()[-1]
+    for flag, *values in (["--device", "foo"], ["--guidance", "nan"], ["--guidance", "inf"], ["--size", "-8", "16"]):
+        with pytest.raises(SystemExit, match="2"):
+            says(model, flag, *values)
+        assert f"error: {flag} " in capsys.readouterr().err.splitlines()[-1]
+    named = HDiT.from_pretrained(model)
+    named.config.other["dataset"]["class_names"].pop()
+    named.save_pretrained(tmp_path / "named.safetensors")
+    assert "has 2 classes, but names 1: ['cat']" in says(tmp_path / "named.safetensors")
     assert "does not say how it was made" in says(model, "--reproduce", _plain_png(tmp_path))
     with small_disk(100):
         says(model)

@@ -363,7 +363,7 @@ def test_saved_weights_are_as_readable_as_any_new_file(tmp_path: Path) -> None:
 def test_processes_that_save_to_one_directory_do_not_share_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second save begins and ends before the first one is through; nothing of the first is lost, and no half stays."""
+    """The second save begins and ends before the first one is through; nothing of the first is lost."""
     first, second = DecoderLM(TINY), DecoderLM(TINY)
     write = hf.write_safetensors
 

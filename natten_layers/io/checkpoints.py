@@ -87,8 +87,8 @@ def load_plain(path: Path) -> Any:
         raise
     except Exception as error:  # bytes that are missing or changed surface as almost any type
         # torch surrounds its reason by the advice to load the file with the right to execute what it holds.
-        _, _, reason = str(error).rpartition("WeightsUnpickler error:")
-        reason = reason.strip().partition("\n")[0] or type(error).__name__
+        lines = map(str.strip, str(error).rpartition("WeightsUnpickler error:")[2].splitlines())
+        reason = next((line for line in lines if line and "weights_only" not in line), type(error).__name__)
         raise ValueError(f"{path} is damaged, or holds objects that are not plain tensors: {reason}") from error
 
 
