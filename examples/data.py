@@ -287,6 +287,8 @@ def _open_image(path: Path, channels: int) -> Image.Image:
 def _problem(path: Path, channels: int) -> str:
     """What :func:`_open_image` would say; decodes only where a look at the file does not tell."""
     try:
+        if path.exists() and not path.is_file():  # opening a pipe would wait for somebody who writes to it
+            return f"{path} (it is no regular file)"
         with Image.open(path) as image:
             _check_mode(image)
             if image.format == "PNG":

@@ -334,15 +334,17 @@ def test_broken_images_are_named_at_the_start(config: Path, capsys: pytest.Captu
     (folder / "text.png").write_bytes(b"no picture")
     draw(folder / "float.tif", "F", 0.5)
     draw(folder / "wide.tif", "I", 70000)
+    os.mkfifo(folder / "pipe.png")
     assert train(config, "a", "--end-step", "1", "--data", str(folder)) == 2
     captured = capsys.readouterr()
-    assert captured.out.startswith("8 images, no classes")
+    assert captured.out.startswith("9 images, no classes")
     message = captured.err.splitlines()[-1]
-    assert "error: 7 of 8 images cannot be used" in message
+    assert "error: 8 of 9 images cannot be used" in message
     for name in ("cut.jpg", "cut.tif", "cut.webp", "flipped.png", "text.png"):
         assert str(folder / name) in message
     assert f"{folder / 'float.tif'} (its pixels are floating-point numbers" in message
     assert f"{folder / 'wide.tif'} (its pixels are 32-bit" in message
+    assert f"{folder / 'pipe.png'} (it is no regular file)" in message
     assert not list(config.parent.glob("a_*"))
     (folder / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no images"):
