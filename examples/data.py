@@ -73,6 +73,8 @@ class Photographs:
         self.class_names = tuple(files)
         self.size = size
         self.photographs = []
+        if not files:
+            raise ValueError("dataset.files names no photographs")
         for name in files.values():
             image = _open_image(folder / name, channels)
             self.photographs.append(_to_tensor(_resize_to_cover(image, (short_side, short_side))))
@@ -285,6 +287,8 @@ def _open_image(path: Path, channels: int) -> Image.Image:
 def _problem(path: Path, channels: int) -> str:
     """What :func:`_open_image` would say; decodes only where a look at the file does not tell."""
     try:
+        if path.exists() and not path.is_file():  # opening a pipe would wait for somebody who writes to it
+            return f"{path} (it is no regular file)"
         with Image.open(path) as image:
             _check_mode(image)
             if image.format == "PNG":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -114,8 +115,14 @@ def digest(images: Tensor) -> str:
 
 
 def class_names(config: HDiTConfig) -> list[str]:
-    """The names in the config, or numbers."""
+    """The names in the config, or numbers.
+
+    Raises:
+        ValueError: another number of names than of classes.
+    """
     names = config.other.get("dataset", {}).get("class_names") or range(config.num_classes)
+    if len(names) != config.num_classes:
+        raise ValueError(f"the model's config has {config.num_classes} classes, but names {len(names)}: {list(names)}")
     return [str(name) for name in names]
 
 
@@ -165,6 +172,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     folder = next(path for path in output.absolute().parents if path.exists())  # what is missing is made
     if not arguments.reproduce and not (folder.is_dir() and os.access(folder, os.W_OK)):
         parser.error(f"--output {output}: nothing can be written to {folder}")
+    if min(arguments.size or (1, 1)) < 1:
+        parser.error(f"--size must be at least 1, got {arguments.size}")
+    if not math.isfinite(arguments.guidance):
+        parser.error(f"--guidance must be finite, got {arguments.guidance}")
     for name in ("count", "steps", "batch_size"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")

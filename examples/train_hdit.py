@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import random
 import sys
@@ -44,6 +43,8 @@ from data import Batch, Examples, Folder, Keys, describe, load_batches, open_sou
 from diffusion import ema_decay, learning_rate_factor, loss_weighting, make_sigma_quantile, stratified
 from natten_layers import Denoiser, HDiT, HDiTConfig
 from natten_layers.io.checkpoints import load_tensors, read_hdit
+from natten_layers.io.files import read_json
+from natten_layers.io.schema import shorten
 from parallel import Processes, local
 from pictures import save_loss_curve, save_png
 from running import SIGNALS_HELP, Signals, check_device, run_command, writing
@@ -103,9 +104,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     argv = sys.argv[1:] if argv is None else argv
     arguments = parser.parse_args(argv)
     config = arguments.config or PRESETS / f"{arguments.preset}.json"
-    section = _read_json(config).get("run") or {}
-    if not isinstance(section, dict):
-        parser.error(f'{config}: "run" is no JSON object, but {section!r:.100}')
+    section = _section(read_json(config), "run", config)
     arguments = parser.parse_args([*_as_flags(section), *argv])
     arguments.config = config
     least = dict.fromkeys(("batch_size", "grad_accum_steps", "save_every", "sample_n", "sample_steps", "end_step"), 1)
@@ -127,14 +126,12 @@ def _as_flags(section: Mapping[str, Any]) -> Iterator[str]:
             yield from (f"--{flag}", str(value))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON file: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object, but {content!r:.100}")
-    return content
+def _section(config: Mapping[str, Any], name: str, path: Path) -> dict[str, Any]:
+    """A section that may be missing, or null."""
+    section = config.get(name)
+    if not isinstance(section, dict | None):
+        raise ValueError(f'{path}: "{name}" is no JSON object, but {shorten(section)}')
+    return section or {}
 
 
 @contextmanager
@@ -150,15 +147,15 @@ def naming(path: Path) -> Iterator[None]:
 
 def read_config(path: Path, data: str | None) -> dict[str, Any]:
     """The JSON config, with k-diffusion's defaults of its training sections filled in."""
-    config = _read_json(path)
+    config = read_json(path)
     config.pop("run", None)
     if data is not None:
-        kept = {key: value for key, value in (config.get("dataset") or {}).items() if key == "cond_dropout_rate"}
+        kept = {key: value for key, value in _section(config, "dataset", path).items() if key == "cond_dropout_rate"}
         config["dataset"] = parse_data_flag(data) | kept
-    elif config.get("dataset") is None:
+    elif not _section(config, "dataset", path):
         raise ValueError(f"{path} has no dataset; name one with --data")
     for section, defaults in SECTIONS.items():
-        config[section] = defaults | (config.get(section) or {})
+        config[section] = defaults | _section(config, section, path)
     for section in ("optimizer", "ema_sched"):
         found, only = config[section]["type"], SECTIONS[section]["type"]
         if found != only:

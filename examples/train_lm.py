@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from checkpointing import check_finite
 from natten_layers.io import hf
+from natten_layers.io.checkpoints import load_plain
 from natten_layers.io.files import leftovers, replacing
 from natten_layers.modules.llm import DecoderLM, DecoderLMConfig
 from parallel import Processes
@@ -252,7 +253,7 @@ class Trainer:
 
     def load(self) -> None:
         try:
-            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+            state = load_plain(self.checkpoint)
             model, optimizer, step, config = (state[name] for name in ("model", "optimizer", "step", "config"))
             if not isinstance(step, int) or not isinstance(config, dict):
                 raise TypeError(f"its step is {step!r:.50}, its config {config!r:.50}")
@@ -360,9 +361,9 @@ class Trainer:
 
 def remove_leftovers(out: Path) -> None:
     """What a run that was killed left half written; the run holds the lock of ``out``."""
-    temporary = [path for folder in (out, out / "model") for path, _ in leftovers(folder)]
-    for path in (*temporary, *(out / "model").glob(".*.partial")):  # the latter are hf.save's
-        path.unlink()
+    for folder in (out, out / "model"):
+        for path, _ in leftovers(folder):
+            path.unlink()
 
 
 def run(args: argparse.Namespace, processes: Processes) -> int:

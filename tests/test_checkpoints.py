@@ -124,6 +124,7 @@ def test_unreadable_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.chdir(tmp_path)
     data = SOURCE.read_bytes()
     torch.save({"model_ema": Bomb()}, "pickled.pth")
+    Path("system.pth").write_bytes(b"\x80\x02cposix\nsystem\nX\x0e\x00\x00\x00touch explodedq\x00\x85R.")
     torch.save({"weights": torch.ones(1)}, "foreign.pth")
     Path("truncated.safetensors").write_bytes(data[: len(data) // 2])
     Path("header.safetensors").write_bytes(data[:100])
@@ -136,6 +137,7 @@ def test_unreadable_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         "empty.safetensors": "is damaged, truncated or no safetensors file",
         "picture.safetensors": "is damaged, truncated or no safetensors file",
         "pickled.pth": "is damaged, or holds objects that are not plain tensors",
+        "system.pth": "is damaged, or holds objects that are not plain tensors: .*posix.system",
         "truncated.pth": "is damaged",
         "foreign.pth": 'no k-diffusion training checkpoint: it has no entry "model_ema"',
     }

@@ -334,15 +334,17 @@ def test_broken_images_are_named_at_the_start(config: Path, capsys: pytest.Captu
     (folder / "text.png").write_bytes(b"no picture")
     draw(folder / "float.tif", "F", 0.5)
     draw(folder / "wide.tif", "I", 70000)
+    os.mkfifo(folder / "pipe.png")
     assert train(config, "a", "--end-step", "1", "--data", str(folder)) == 2
     captured = capsys.readouterr()
-    assert captured.out.startswith("8 images, no classes")
+    assert captured.out.startswith("9 images, no classes")
     message = captured.err.splitlines()[-1]
-    assert "error: 7 of 8 images cannot be used" in message
+    assert "error: 8 of 9 images cannot be used" in message
     for name in ("cut.jpg", "cut.tif", "cut.webp", "flipped.png", "text.png"):
         assert str(folder / name) in message
     assert f"{folder / 'float.tif'} (its pixels are floating-point numbers" in message
     assert f"{folder / 'wide.tif'} (its pixels are 32-bit" in message
+    assert f"{folder / 'pipe.png'} (it is no regular file)" in message
     assert not list(config.parent.glob("a_*"))
     (folder / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no images"):
@@ -909,19 +911,21 @@ def test_bad_input_to_training(config: Path, capsys: pytest.CaptureFixture[str])
     (config.parent / "run_00000001.pth").write_bytes(b"PK")
     assert "run_00000001.pth is damaged" in says("run")
     config.write_text("{")
-    assert "config.json is no JSON file" in says("run")
+    assert "config.json is no JSON" in says("run")
     config.write_text("[" * 100_000)
-    assert "config.json is no JSON file" in says("run")
+    assert "config.json is no JSON" in says("run")
     config.unlink()
     assert says("run").splitlines() == [f"error: {config}: No such file or directory"]
-    config.write_text('{"run": []}')
-    assert says("run").startswith("error: ")
-    config.write_text(json.dumps({**CONFIG, "run": ["end-step"]}))
-    for flags, message in (((), '"run" is no JSON object'), (("--device", "foo"), "--device foo: ")):
-        with pytest.raises(SystemExit, match="2"):
-            says("run", *flags)
-        assert message in capsys.readouterr().err.splitlines()[-1]
-        config.write_text(json.dumps(CONFIG))
+    for section in ("run", "dataset", "optimizer", "lr_sched", "ema_sched"):
+        for odd in ([], ["end-step"], False, 0, "", "x"):  # also such as Python takes for nothing
+            config.write_text(json.dumps({**CONFIG, section: odd}))
+            assert says("odd") == f'error: {config}: "{section}" is no JSON object, but {odd!r}\n'
+    config.write_text(json.dumps({**CONFIG, "dataset": {**CONFIG["dataset"], "files": {}}}))
+    assert says("odd") == "error: dataset.files names no photographs\n"
+    config.write_text(json.dumps(CONFIG))
+    with pytest.raises(SystemExit, match="2"):
+        says("run", "--device", "foo")
+    assert "--device foo: " in capsys.readouterr().err.splitlines()[-1]
 
 
 def torchrun(config: Path, name: str, *flags: str) -> None:
@@ -1031,9 +1035,14 @@ def test_bad_input_to_sampling(trained: Path, tmp_path: Path, capsys: pytest.Cap
     for record in [*(read_record(trained / "run_samples.png") | change for change in changes), {}]:
         save_png(Image.new("RGB", (4, 4)), tmp_path / "odd.png", record)
         assert f"error: {tmp_path / 'odd.png'} " in says(model, "--reproduce", str(tmp_path / "odd.png"))
-    with pytest.raises(SystemExit):
-        says(model, "--device", "foo")
-    assert "--device foo: " in capsys.readouterr().err.splitlines()[-1]
+    for flag, *values in (["--device", "foo"], ["--guidance", "nan"], ["--guidance", "inf"], ["--size", "-8", "16"]):
+        with pytest.raises(SystemExit, match="2"):
+            says(model, flag, *values)
+        assert f"error: {flag} " in capsys.readouterr().err.splitlines()[-1]
+    named = HDiT.from_pretrained(model)
+    named.config.other["dataset"]["class_names"].pop()
+    named.save_pretrained(tmp_path / "named.safetensors")
+    assert "has 2 classes, but names 1: ['cat']" in says(tmp_path / "named.safetensors")
     assert "does not say how it was made" in says(model, "--reproduce", _plain_png(tmp_path))
     with small_disk(100):
         says(model)

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -140,7 +141,7 @@ def test_a_kill_while_the_last_model_is_written(
         with pytest.raises(SystemExit):
             train_lm.main(flags)
     assert saved(out)["step"] == 3
-    left = [out / ".checkpoint.0123abcd.tmp.pt", out / "model" / ".model.safetensors.partial"]
+    left = [out / ".checkpoint.0123abcd.tmp.pt", out / "model" / ".model.0123abcd.tmp.safetensors"]
     for path in left:
         path.write_bytes(b"half")
     assert train_lm.main([*flags, "--resume"]) == 0
@@ -304,9 +305,14 @@ def test_what_is_there_is_kept(
     assert f"cannot write {checkpoint}" in capsys.readouterr().err
     assert checkpoint.read_bytes() == before
     assert not list(checkpoint.parent.glob(".*"))
-    checkpoint.write_bytes(before[:1000])
-    assert train_lm.main([*flags, "--resume"]) == 2
-    assert "is damaged" in capsys.readouterr().err
+    with zipfile.ZipFile(checkpoint) as archive:
+        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+    flipped = bytearray(before)
+    flipped[largest.header_offset + largest.file_size // 2] ^= 0x40
+    for damaged in (before[:1000], flipped):
+        checkpoint.write_bytes(damaged)
+        assert train_lm.main([*flags, "--resume"]) == 2
+        assert "is damaged" in capsys.readouterr().err
 
 
 TINY = DecoderLMConfig(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import re
 from collections.abc import Callable
@@ -272,7 +273,7 @@ def round_results_of_layers(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "autocast"), [(torch.bfloat16, False), (torch.float16, False), (torch.bfloat16, True)], ids=str
+    ("dtype", "autocast"), list(itertools.product((torch.bfloat16, torch.float16), (False, True))), ids=str
 )
 @torch.no_grad()
 def test_half_precision_is_as_exact_as_its_roundings_allow(dtype: torch.dtype, autocast: bool) -> None:

@@ -584,6 +584,40 @@ def test_saved_weights_are_as_readable_as_any_new_file(tmp_path: Path) -> None:
     assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o640}
 
 
+def test_processes_that_save_to_one_directory_do_not_share_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second save begins and ends before the first one is through; nothing of the first is lost."""
+    first, second = DecoderLM(TINY), DecoderLM(TINY)
+    write = hf.write_safetensors
+
+    def write_and_wait(tensors: dict[str, Tensor], path: Path, *rest: Any, **options: Any) -> None:
+        monkeypatch.setattr(hf, "write_safetensors", write)
+        write(tensors, path, *rest, **options)
+        second.save_pretrained(tmp_path)
+
+    monkeypatch.setattr(hf, "write_safetensors", write_and_wait)
+    first.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {hf.CONFIG, hf.WEIGHTS}
+    assert torch.equal(DecoderLM.from_pretrained(tmp_path).lm_head.weight, first.lm_head.weight)  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def test_a_save_that_fails_names_its_file_and_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    DecoderLM(TINY).save_pretrained(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full_disk(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("natten_layers.io.tensors.save_file", full_disk)
+    with pytest.raises(OSError, match=f"cannot write {tmp_path / hf.WEIGHTS}: No space left on device$") as caught:
+        DecoderLM(TINY).save_pretrained(tmp_path)
+    assert str(caught.value).count("cannot write") == 1
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_tied_projection_may_be_stored(tmp_path: Path) -> None:
     model = DecoderLM(dataclasses.replace(TINY, tie_embeddings=True))
     model.save_pretrained(tmp_path)

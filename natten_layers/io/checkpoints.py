@@ -91,8 +91,8 @@ def load_plain(path: Path) -> Any:
         raise
     except Exception as error:  # missing or changed bytes raise exceptions of almost any type
         # Keep torch's reason only: around it, torch advises to load the file in a way that executes its code.
-        _, _, reason = str(error).rpartition("WeightsUnpickler error:")
-        reason = reason.strip().partition("\n")[0] or type(error).__name__
+        lines = map(str.strip, str(error).rpartition("WeightsUnpickler error:")[2].splitlines())
+        reason = next((line for line in lines if line and "weights_only" not in line), type(error).__name__)
         raise ValueError(f"{path} is damaged, or holds objects that are not plain tensors: {reason}") from error
 
 

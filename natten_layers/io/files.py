@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from .schema import shorten
 
-__all__ = ["leftovers", "naming", "parse_json", "read_json", "readable_as_usual", "replacing"]
+__all__ = ["leftovers", "naming", "parse_json", "read_json", "replacing"]
 
 
 @contextmanager
@@ -33,14 +33,14 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.tmp{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with readable_as_usual(temporary):
+        with _readable_as_usual(temporary):
             yield temporary
         _sync(temporary)  # else a power cut could leave the name with nothing behind it
         os.replace(temporary, path)
         with suppress(OSError):  # not every file system lets a folder be opened; the file itself is safe
             _sync(path.parent)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' words for a full disk
-        if f"cannot write {path}" in str(error):
+        if "cannot write " in str(error):  # it names this file, or another one that was to appear with it
             raise
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise OSError(f"cannot write {path}: {reason}") from error
@@ -68,7 +68,7 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def readable_as_usual(path: Path) -> Iterator[None]:
+def _readable_as_usual(path: Path) -> Iterator[None]:
     """Give the file that is written in the context the permissions of any new file of this user."""
     path.touch()
     mode = path.stat().st_mode & 0o777

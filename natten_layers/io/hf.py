@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoints import load_plain
-from .files import naming, read_json, readable_as_usual
+from .files import naming, read_json, replacing
 from .schema import Between, Count, Natural, NotNegative, Positive, build, check_mapping, shorten
 from .tensors import Info, SafeTensors, check_fit, info_of, open_safetensors, write_safetensors
 
@@ -897,7 +897,6 @@ def save(
         OSError: a file cannot be written; the message names it.
     """
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     raw = config_to_hf(config)
     weights = to_family_names(weights, raw["model_type"])
     shards: list[dict[str, Tensor]] = [{}]
@@ -917,18 +916,13 @@ def save(
         size = sum(t.nbytes for t in weights.values())
         where = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
         texts[INDEX] = json.dumps({"metadata": {"total_size": size}, "weight_map": where}, indent=2) + "\n"
-    pending = {directory / name: directory / f".{name}.partial" for name in [*names, *texts]}
-    try:
-        for name, shard in zip(names, shards, strict=True):
-            with readable_as_usual(pending[directory / name]):
-                write_safetensors(shard, pending[directory / name], {"format": "pt"}, final=directory / name)
+    with contextlib.ExitStack() as stack:  # whose last file is the first to appear: the weights, and then the texts
         for name, text in texts.items():
-            pending[directory / name].write_text(text)
-        for final, partial in pending.items():
-            os.replace(partial, final)
-    except BaseException:
-        for partial in pending.values():
-            partial.unlink(missing_ok=True)
-        raise
-    for stale in {*directory.glob("model*.safetensors"), directory / INDEX} - pending.keys():
+            stack.enter_context(replacing(directory / name)).write_text(text)
+        for name, shard in zip(names, shards, strict=True):
+            temporary = stack.enter_context(replacing(directory / name))
+            write_safetensors(shard, temporary, {"format": "pt"}, final=directory / name)
+    for stale in {*directory.glob("model*.safetensors"), directory / INDEX} - {
+        directory / name for name in [*names, *texts]
+    }:
         stale.unlink(missing_ok=True)
