@@ -20,6 +20,7 @@ transformers = pytest.importorskip("transformers")
 from helpers import error  # noqa: E402
 from transformers.masking_utils import create_masks_for_generate  # noqa: E402
 
+from benchmarks import transformers_support  # noqa: E402
 from natten_layers.integrations import transformers as plugin  # noqa: E402
 
 WINDOW = 5
@@ -413,7 +414,8 @@ def test_scales_that_are_tensors() -> None:
     actual = attention(module, query, key, key, None, scaling=scale)[0]
     assert error(actual.detach(), expected) < TOLERANCE
     actual.square().sum().backward()
-    assert scale.grad is not None and scale.grad.abs() > 1e-3
+    assert scale.grad is not None
+    assert scale.grad.abs() > 1e-3
     per_head = torch.tensor([0.3, 0.3, 0.3, 0.9]).view(1, 4, 1, 1)
     actual = attention(module, query, key, key, None, scaling=per_head)[0]
     assert error(actual[:, :, :3], expected[:, :, :3]) < TOLERANCE < error(actual[:, :, 3], expected[:, :, 3])
@@ -501,6 +503,41 @@ def llama4() -> Any:
 def test_what_is_not_supported_raises(config: Callable[[], Any], inputs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build(config(), "natten_layers")(tokens(), **inputs)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "kind", "verdict", "reason"),
+    [
+        ("llama", "causal LM", "equal", ""),
+        ("llama4_text", "causal LM", "equal", ""),
+        ("modernbert", "masked LM", "equal", ""),
+        ("bloom", "causal LM", "refused", "arithmetic on its masks"),
+        ("gemma2", "causal LM", "refused", "soft-capped"),
+        ("llama4", "causal LM", "not applicable", "its text model"),
+        ("cpmant", "causal LM", "not applicable", "no attention through AttentionInterface"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")  # those of other people's models
+def test_rows_of_the_support_table(model_type: str, kind: str, verdict: str, reason: str) -> None:
+    row = transformers_support.survey(model_type, kind)
+    assert row.verdict == verdict, row
+    assert reason in row.reason
+    page = transformers_support.table([row])
+    assert f"| `{model_type}` | {kind} | {verdict} | " in page
+    assert f"1 {verdict}" in page
+
+
+def test_wrong_and_unclear_rows_are_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*args: Any, **options: Any) -> Any:
+        return attention(*args, **{**options, "scaling": 1.0})
+
+    attention = plugin._attention
+    monkeypatch.setattr(plugin, "_attention", wrong)
+    assert transformers_support.survey("llama", "causal LM").verdict == "WRONG"
+    monkeypatch.setattr(plugin, "_MASK_ARITHMETIC", set())
+    assert transformers_support.survey("bloom", "causal LM").verdict == "UNCLEAR"
+    monkeypatch.undo()
+    plugin.register()
 
 
 def test_dropout_raises_in_training_only() -> None:

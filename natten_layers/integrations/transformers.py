@@ -80,6 +80,38 @@ _UNSUPPORTED = {
 }
 
 
+# Models that add biases to their masks, cut pieces from them or join others to them, which positions do not survive.
+# benchmarks/transformers_support.py finds those that a release of transformers adds.
+_MASK_ARITHMETIC = {
+    "axk2",
+    "big_bird",
+    "bloom",
+    "codegen",
+    "convbert",
+    "deepseek_v32",
+    "deepseek_v4",
+    "doge",
+    "dots3_note_text",
+    "glm_moe_dsa",
+    "gpt_neox_japanese",
+    "hy_v4",
+    "ibert",
+    "longformer",
+    "luke",
+    "megatron-bert",
+    "mpt",
+    "mpnet",
+    "mvp",
+    "nystromformer",
+    "rembert",
+    "roformer",
+    "squeezebert",
+    "tapas",
+    "trocr",
+    "xglm",
+}
+
+
 def register() -> None:
     """Make ``attn_implementation="natten_layers"`` known to transformers. Calling it again changes nothing."""
     AttentionInterface.register(NAME, _attention)
@@ -120,8 +152,8 @@ def _attention(
             )
         if not causal and window is not None:
             raise ValueError(
-                f"a bidirectional layer with sliding_window={window} came with attention_mask=None: models do not agree "
-                "on what the number counts, so it must come with a mask"
+                f"a bidirectional layer with sliding_window={window} came with attention_mask=None: models do not "
+                "agree on what the number counts, so it must come with a mask"
             )
         if length != slots:
             positions = _bidirectional_positions(length, slots, query.device)[None]
@@ -147,9 +179,15 @@ def _positions_mask(
     mask_function: Callable[..., object] = causal_mask_function,
     attention_mask: Tensor | None = None,  # bool [B, tokens], False at padding
     device: torch.device | str = "cpu",
+    config: Any = None,
     **_: object,  # hints for the makers of dense masks
 ) -> Tensor | None:
     """What the layers of one kind get as their ``attention_mask``, see the head of this file."""
+    if getattr(config, "model_type", None) in _MASK_ARITHMETIC:
+        raise ValueError(
+            f"{NAME} does not support {config.model_type}: it does arithmetic on its masks, and {NAME} hands positions "
+            'to the layers instead of a mask; use attn_implementation="eager" for it'
+        )
     if attention_mask is not None:  # as long as the cache's slots: those after the last token are empty
         attention_mask = F.pad(attention_mask, (0, max(0, kv_offset + kv_length - attention_mask.shape[-1])))
         attention_mask = attention_mask[:, kv_offset : kv_offset + kv_length]
@@ -256,13 +294,16 @@ def _check_mask(mask: Tensor, batch: int, length: int, slots: int) -> None:
     ):
         raise ValueError(
             f"attention_mask is {mask.dtype} {tuple(mask.shape)}, not what {NAME}'s mask function made for {length} "
-            f"queries and {slots} keys; pass the model a 2-D padding mask [batch, tokens]"
+            f"queries and {slots} keys; pass the model a 2-D padding mask [batch, tokens]; if "
+            "it got one or none, the model does arithmetic on its masks and cannot be supported"
         )
 
 
 def _window(module: nn.Module, sliding_window: int | None, rows: int, slots: int) -> int | None:
     """How many positions a layer's queries see. Some layers do not say; the masks take it from the configuration."""
     config: Any = module.config
+    if getattr(config, "per_layer_config", None):  # sizes that vary by layer
+        config = config.per_layer_config[module.layer_idx]
     if rows == _CAUSAL:
         return None
     if rows == _PACKED:
