@@ -302,12 +302,13 @@ def _check_mask(mask: Tensor, batch: int, length: int, slots: int) -> None:
 def _window(module: nn.Module, sliding_window: int | None, rows: int, slots: int) -> int | None:
     """How many positions a layer's queries see. Some layers do not say; the masks take it from the configuration."""
     config: Any = module.config
-    if getattr(config, "per_layer_config", None):  # sizes that vary by layer
-        config = config.per_layer_config[module.layer_idx]
     if rows == _CAUSAL:
         return None
     if rows == _PACKED:
         return slots
+    layer = getattr(module, "layer_idx", None)
+    if layer is not None and getattr(config, "per_layer_config", None):  # sizes that vary by layer
+        config = config.per_layer_config[layer]
     if rows == _CHUNKED:
         return config.attention_chunk_size
     if rows == _BIDIRECTIONAL:  # the argument counts one side, both or the query too, as each model likes
