@@ -20,6 +20,7 @@ transformers = pytest.importorskip("transformers")
 from helpers import error  # noqa: E402
 from transformers.masking_utils import create_masks_for_generate  # noqa: E402
 
+from benchmarks import transformers_support  # noqa: E402
 from natten_layers.integrations import transformers as plugin  # noqa: E402
 
 WINDOW = 5
@@ -319,6 +320,124 @@ def test_compiled_decoding_has_one_graph() -> None:
             assert error(actual[:, 0], expected[:, i]) < TOLERANCE
 
 
+def modernbert(window: int = 2) -> Any:
+    return transformers.ModernBertConfig(
+        **{k: v for k, v in SMALL.items() if k not in ("sliding_window", "num_key_value_heads", "head_dim")},
+        local_attention=2 * window,
+        layer_types=MIXED,
+    )
+
+
+def t5gemma(window: int = 2) -> Any:
+    module = transformers.T5GemmaConfig().encoder.__class__
+    size = {**SMALL, "num_hidden_layers": 2, "sliding_window": window, "attn_logit_softcapping": None}
+    return transformers.T5GemmaEncoderModel, transformers.T5GemmaConfig(
+        encoder=module(**size), decoder=module(**size), is_encoder_decoder=False
+    )
+
+
+def privacy_filter(window: int = 2) -> Any:
+    return transformers.OpenAIPrivacyFilterConfig(
+        **{**SMALL, "sliding_window": window},
+        num_local_experts=2,
+        num_experts_per_tok=2,
+        experts_implementation="eager",
+    )
+
+
+def encoded(config: Any, name: str, **inputs: Tensor) -> Tensor:
+    torch.manual_seed(0)
+    if isinstance(config, tuple):
+        kind, config = config
+        config._attn_implementation = name
+        model = kind(config)
+    else:
+        model = transformers.AutoModel.from_config(config, attn_implementation=name)
+    with torch.no_grad():
+        return model.eval()(tokens(), **inputs).last_hidden_state
+
+
+@pytest.mark.parametrize("kind", PADDING)
+@pytest.mark.parametrize("make", [modernbert, t5gemma, privacy_filter])
+def test_bidirectional_windows(make: Callable[..., Any], kind: str) -> None:
+    mask = padding_mask(kind)
+    actual, expected, wider = (
+        encoded(make(*window), name, attention_mask=mask)[mask.bool()]
+        for name, window in (("natten_layers", ()), ("eager", ()), ("eager", (3,)))
+    )
+    assert error(wider, expected) > 1000 * TOLERANCE
+    assert error(actual, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen3", "gemma3"])  # gpt-oss does not tell its masks the positions
+@pytest.mark.parametrize(
+    "positions", [PACKED, torch.tensor([[0, 1, 2, 3, 7, 8, 9, 10, 11, 12, 13]])], ids=["packed", "gap"]
+)
+def test_packed_sequences(family: str, positions: Tensor) -> None:
+    """transformers takes every position that is not one more than the last for the start of another text."""
+    inputs = {"position_ids": positions, "use_cache": False}
+    with torch.no_grad():
+        actual, expected = (
+            build(FAMILIES[family](), name)(tokens(), **inputs).logits for name in ("natten_layers", "eager")
+        )
+        one_text = build(FAMILIES[family](), "eager")(tokens(), attention_mask=padding_mask("none"), **inputs).logits
+    assert error(one_text, expected) > 1000 * TOLERANCE
+    assert error(actual, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("kind", PADDING)
+def test_chunked_attention(kind: str) -> None:
+    mask = padding_mask(kind)
+    with torch.no_grad():
+        actual, expected = (
+            build(llama4(), name)(tokens(), attention_mask=mask).logits[mask.bool()]
+            for name in ("natten_layers", "eager")
+        )
+    assert error(actual, expected) < TOLERANCE
+
+
+def test_chunked_attention_through_a_cache() -> None:
+    options: dict[str, Any] = {"attention_mask": padding_mask("left"), "max_new_tokens": 7, "do_sample": False}
+    actual, expected = (
+        build(llama4(), name).generate(tokens(), output_logits=True, return_dict_in_generate=True, **options)
+        for name in ("natten_layers", "eager")
+    )
+    assert error(torch.stack(actual.logits), torch.stack(expected.logits)) < TOLERANCE
+
+
+def test_scales_that_are_tensors() -> None:
+    attention = transformers.AttentionInterface()["natten_layers"]
+    query, key = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8)
+    module = SimpleNamespace(is_causal=True)
+    expected = attention(module, query, key, key, None, scaling=0.3)[0]
+    scale = torch.tensor(0.3, requires_grad=True)
+    actual = attention(module, query, key, key, None, scaling=scale)[0]
+    assert error(actual.detach(), expected) < TOLERANCE
+    actual.square().sum().backward()
+    assert scale.grad is not None
+    assert scale.grad.abs() > 1e-3
+    per_head = torch.tensor([0.3, 0.3, 0.3, 0.9]).view(1, 4, 1, 1)
+    actual = attention(module, query, key, key, None, scaling=per_head)[0]
+    assert error(actual[:, :, :3], expected[:, :, :3]) < TOLERANCE < error(actual[:, :, 3], expected[:, :, 3])
+    with pytest.raises(ValueError, match="must not depend on the key"):
+        attention(module, query, key, key, None, scaling=torch.ones(6, 6))
+
+
+def test_compiled_training_without_a_mask() -> None:
+    """A compiler cannot look at position_ids, so transformers' mask is then that of packed sequences."""
+    config = FAMILIES["mistral"]()
+    config.num_hidden_layers = 1
+    model = build(config, "natten_layers").train()
+    inputs = {"position_ids": PACKED, "use_cache": False}
+    expected = build(config, "eager")(tokens(), **inputs).logits
+    compiled = torch.compile(model, backend="eager")
+    actual = compiled(tokens(), **inputs).logits
+    assert error(actual.detach(), expected.detach()) < TOLERANCE
+    actual.square().mean().backward()
+    expected = model(tokens(), use_cache=False).logits
+    assert error(compiled(tokens(), use_cache=False).logits.detach(), expected.detach()) < TOLERANCE
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", PADDING)
 @pytest.mark.parametrize("family", FAMILIES)
@@ -373,9 +492,8 @@ def llama4() -> Any:
     ("config", "inputs", "message"),
     [
         (gemma2, {}, "soft-capped"),
-        (llama4, {}, "chunked"),
-        (lambda: transformers.Gemma3TextConfig(**SMALL, use_bidirectional_attention=True), {}, "bidirectional window"),
-        (FAMILIES["mistral"], {"position_ids": PACKED, "use_cache": False}, "packed"),
+        (llama4, {"position_ids": PACKED, "use_cache": False}, "in causal and sliding-window layers only"),
+        (lambda: transformers.Gemma3TextConfig(**SMALL, use_bidirectional_attention=True), {}, "asks for another"),
         (FAMILIES["mistral"], {"attention_mask": torch.ones(2, 1, 11, 11, dtype=torch.bool)}, "2-D padding mask"),
         (FAMILIES["mistral"], {"block_table": object()}, "paged"),
         (FAMILIES["mistral"], {"output_attentions": True}, "attention weights"),
@@ -385,6 +503,41 @@ def llama4() -> Any:
 def test_what_is_not_supported_raises(config: Callable[[], Any], inputs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build(config(), "natten_layers")(tokens(), **inputs)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "kind", "verdict", "reason"),
+    [
+        ("llama", "causal LM", "equal", ""),
+        ("llama4_text", "causal LM", "equal", ""),
+        ("modernbert", "masked LM", "equal", ""),
+        ("bloom", "causal LM", "refused", "arithmetic on its masks"),
+        ("gemma2", "causal LM", "refused", "soft-capped"),
+        ("llama4", "causal LM", "not applicable", "its text model"),
+        ("cpmant", "causal LM", "not applicable", "no attention through AttentionInterface"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")  # those of other people's models
+def test_rows_of_the_support_table(model_type: str, kind: str, verdict: str, reason: str) -> None:
+    row = transformers_support.survey(model_type, kind)
+    assert row.verdict == verdict, row
+    assert reason in row.reason
+    page = transformers_support.table([row])
+    assert f"| `{model_type}` | {kind} | {verdict} | " in page
+    assert f"1 {verdict}" in page
+
+
+def test_wrong_and_unclear_rows_are_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*args: Any, **options: Any) -> Any:
+        return attention(*args, **{**options, "scaling": 1.0})
+
+    attention = plugin._attention
+    monkeypatch.setattr(plugin, "_attention", wrong)
+    assert transformers_support.survey("llama", "causal LM").verdict == "WRONG"
+    monkeypatch.setattr(plugin, "_MASK_ARITHMETIC", set())
+    assert transformers_support.survey("bloom", "causal LM").verdict == "UNCLEAR"
+    monkeypatch.undo()
+    plugin.register()
 
 
 def test_dropout_raises_in_training_only() -> None:

@@ -5,24 +5,32 @@
     register()
     model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="natten_layers")
 
-It works with every model that calls its attention through ``AttentionInterface``: causal and sliding-window layers,
-sinks, grouped KV heads (which are not repeated), left and right padding, dynamic, static and sliding-window caches, and
-bidirectional encoders without windows. Everything else raises ``ValueError``: softcap, dropout, paged caches, 4-D masks
-made by the caller, packed sequences, chunked or otherwise customised masks, bidirectional windows and position biases.
-Outputs at padded tokens are unspecified, and attention weights are not returned.
+Works with every model that calls its attention through ``AttentionInterface``: causal, sliding-window (also
+bidirectional) and chunked layers, full encoders and cross attention, sinks, grouped KV heads (read unrepeated), scales
+that are tensors, left and right padding, packed sequences (``position_ids`` that do not grow by one; of causal and
+sliding-window layers), dynamic, static and sliding-window caches. Everything else raises ``ValueError``: softcap,
+dropout, paged caches, 4-D masks made by the caller, customised masks such as those in which image tokens see their
+whole block, position biases, models that do arithmetic on their masks. Outputs at padded tokens are unspecified, and
+attention weights are not returned. The documentation has a table of the architectures.
 
 A mask function is registered too. Without one, transformers passes ``attention_mask=None`` to every layer, and padding,
 the offset of the cache and causality would be ignored silently. What the mask function returns must pass through
 ``generate`` and the model unchanged, which holds for None and for 4-D tensors. It therefore returns positions in a 4-D
 tensor instead of a mask of ``Lq x S`` elements: int64 ``[N, 1, R, Lq + S]``, where
 
-- ``N`` is the batch size, or 0 if the queries are the first ``Lq`` keys and no token sees padding;
-- ``R`` is 1 for a causal layer and 2 for one with a sliding window; both rows are equal;
-- the last axis holds the positions of the queries, then those of the cache slots, with -1 for padding.
+- ``N`` is the batch size; or 0, which says that the queries are the first ``Lq`` keys and no token sees padding;
+- ``R`` names the layer's window, all rows being equal: none, the configuration's ``sliding_window``, twice that and the
+  query itself, its ``attention_chunk_size``, or the number of slots (``_ROWS``);
+- the last axis holds the positions of the queries, then those of the cache's slots, -1 where a slot is padding.
 
-Everything that the attention function must branch on is in the shape, so that no layer waits for the device. The mask
-function itself is not traced: compiling a whole model breaks the graph there, while ``generate`` calls it before the
-compiled step.
+Layers see the keys whose positions are at most the query's and less than a window behind it, so the other patterns are
+choices of positions. In a bidirectional window of ``w`` keys on each side, queries stand ``w`` positions further right
+and see ``2 w + 1``. In packed texts and in chunks, each text or chunk stands a window's length further right than it
+would, and no window reaches back over that gap.
+
+What the attention function must branch on is in the shape, so that no layer waits for the device. The mask function
+itself is not traced: a model that is compiled whole breaks its graph there; ``generate`` calls it before the compiled
+step.
 """
 
 from __future__ import annotations
@@ -35,7 +43,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sliding_window_overlay
+from transformers.masking_utils import (
+    bidirectional_mask_function,
+    causal_mask_function,
+    chunked_overlay,
+    packed_sequence_mask_function,
+    remap_positions_for_packed_sequence,
+    sliding_window_bidirectional_overlay,
+    sliding_window_overlay,
+)
 
 from ..cached import cached_attention
 from ..operations import neighborhood_attention
@@ -45,7 +61,8 @@ __all__ = ["NAME", "register", "register_dinat"]
 
 NAME = "natten_layers"
 
-_CAUSAL, _WINDOWED = 1, 2  # R, the number of rows by which a mask marks its kind of layer
+# The row counts of a mask, see the head of this file.
+_CAUSAL, _WINDOWED, _BIDIRECTIONAL, _CHUNKED, _PACKED, _PACKED_WINDOWED = _ROWS = range(1, 7)
 
 # Arguments that models or caches pass and that would change the result. None, False or a missing argument is fine.
 _UNSUPPORTED = {
@@ -60,6 +77,38 @@ _UNSUPPORTED = {
     "topk_indices": "sparse attention",
     "block_indices": "sparse attention",
     "output_attentions": "returning attention weights",
+}
+
+
+# Models that add biases to their masks, cut pieces from them or join others to them, which positions do not survive.
+# benchmarks/transformers_support.py finds those that a release of transformers adds.
+_MASK_ARITHMETIC = {
+    "axk2",
+    "big_bird",
+    "bloom",
+    "codegen",
+    "convbert",
+    "deepseek_v32",
+    "deepseek_v4",
+    "doge",
+    "dots3_note_text",
+    "glm_moe_dsa",
+    "gpt_neox_japanese",
+    "hy_v4",
+    "ibert",
+    "longformer",
+    "luke",
+    "megatron-bert",
+    "mpt",
+    "mpnet",
+    "mvp",
+    "nystromformer",
+    "rembert",
+    "roformer",
+    "squeezebert",
+    "tapas",
+    "trocr",
+    "xglm",
 }
 
 
@@ -80,7 +129,7 @@ def _attention(
     attention_mask: Tensor | None,
     *,
     dropout: float = 0.0,
-    scaling: float | None = None,
+    scaling: float | Tensor | None = None,
     sliding_window: int | None = None,
     is_causal: bool | None = None,
     s_aux: Tensor | None = None,
@@ -88,12 +137,14 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """One layer's attention: ``(out [B, Lq, Hq, Dv], None)``, where None stands for the attention weights."""
     _refuse(dropout, kwargs)
+    if isinstance(scaling, Tensor):
+        query, scaling = _scaled(query, scaling), 1.0
     query, key, value = (t.transpose(1, 2) for t in (query, key, value))  # heads last, as views
     length, slots = query.shape[1], key.shape[1]
     causal, window, positions = True, sliding_window, None
     if attention_mask is not None:
         _check_mask(attention_mask, query.shape[0], length, slots)
-        window = _window(module, sliding_window) if attention_mask.shape[2] == _WINDOWED else None
+        window = _window(module, sliding_window, attention_mask.shape[2], slots)
         positions = attention_mask[:, 0, 0] if attention_mask.shape[0] else None
     else:
         # The mask function returns None only for full bidirectional attention, but some models do not call it at all.
@@ -103,7 +154,10 @@ def _attention(
                 f"{length} causal queries over {slots} keys came with attention_mask=None: positions unknown"
             )
         if not causal and window is not None:
-            raise ValueError(f"bidirectional sliding windows are not supported, got sliding_window={window}")
+            raise ValueError(
+                f"a bidirectional layer with sliding_window={window} came with attention_mask=None: models do not "
+                "agree on what the number counts, so it must come with a mask"
+            )
         if length != slots:
             positions = _bidirectional_positions(length, slots, query.device)[None]
     if positions is None:
@@ -128,26 +182,48 @@ def _positions_mask(
     mask_function: Callable[..., object] = causal_mask_function,
     attention_mask: Tensor | None = None,  # bool [B, tokens], False at padding
     device: torch.device | str = "cpu",
-    **_: object,  # options that only dense masks need
+    config: Any = None,
+    **_: object,  # hints for the makers of dense masks
 ) -> Tensor | None:
-    """The ``attention_mask`` of all layers of one kind, in the form that this module's docstring describes."""
-    if attention_mask is not None:  # extend it to all slots of the cache; those behind the last token are empty
+    """What the layers of one kind get as their ``attention_mask``, see the head of this file."""
+    if getattr(config, "model_type", None) in _MASK_ARITHMETIC:
+        raise ValueError(
+            f"{NAME} does not support {config.model_type}: it does arithmetic on its masks, and {NAME} hands positions "
+            'to the layers instead of a mask; use attn_implementation="eager" for it'
+        )
+    if attention_mask is not None:  # as long as the cache's slots: those after the last token are empty
         attention_mask = F.pad(attention_mask, (0, max(0, kv_offset + kv_length - attention_mask.shape[-1])))
         attention_mask = attention_mask[:, kv_offset : kv_offset + kv_length]
     if mask_function is bidirectional_mask_function:
         if attention_mask is None or bool(attention_mask.all()):
             return None
-        rows, positions = _CAUSAL, _bidirectional_positions(q_length, kv_length, device)
+        rows, positions = _CAUSAL, _bidirectional_positions(q_length, kv_length, device)[None]
     else:
-        rows = _WINDOWED if _is_windowed(mask_function) else _CAUSAL
-        if _is_aligned(q_length, kv_length, q_offset, attention_mask):
+        rows, overlay = _pattern(mask_function)
+        if rows in (_CAUSAL, _WINDOWED) and _is_aligned(q_length, kv_length, q_offset, attention_mask):
             return torch.empty(0, 1, rows, q_length + kv_length, dtype=torch.long, device=device)
-        queries = torch.arange(q_length, device=device) + q_offset
-        positions = torch.cat([queries, torch.arange(kv_length, device=device) + kv_offset])
-    positions = positions.repeat(batch_size, 1, rows, 1)
+        queries = torch.arange(q_length, device=device)[None] + q_offset
+        slots = torch.arange(kv_length, device=device)[None] + kv_offset
+        positions = torch.cat(_moved(rows, overlay, queries, slots), dim=-1)
+    positions = positions.expand(batch_size, -1)[:, None, None].repeat(1, 1, rows, 1)
     if attention_mask is not None:
         positions[..., q_length:].masked_fill_(~attention_mask[:, None, None], -1)
     return positions
+
+
+def _moved(rows: int, overlay: dict[str, Any], queries: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    """The positions of queries and slots under the pattern that :func:`_pattern` found, see the head of this file."""
+    if rows == _BIDIRECTIONAL:
+        return queries + overlay["sliding_window"], slots
+    if rows == _CHUNKED:
+        size, padding = overlay["chunk_size"], overlay["left_padding"][:, None].to(slots.device)
+        moved = [p + (p - padding) // size * size for p in (queries, slots)]
+        # A chunk before the text's start is a negative number of chunks away; what is there is padding.
+        return moved[0], torch.where(slots < padding, -1, moved[1])
+    if rows in (_PACKED, _PACKED_WINDOWED):
+        texts = overlay["packed_sequence_mask"] * slots.shape[-1]  # as many queries as slots
+        return queries + texts, slots + texts
+    return queries, slots
 
 
 def _bidirectional_positions(length: int, slots: int, device: torch.device | str) -> Tensor:
@@ -156,24 +232,48 @@ def _bidirectional_positions(length: int, slots: int, device: torch.device | str
     return torch.cat([keys[-1:].expand(length), keys])
 
 
-def _is_windowed(mask_function: Callable[..., object]) -> bool:
-    """Whether a mask function of transformers is causal with a sliding window (true) or plain causal (false).
-
-    Any other mask function raises a ValueError.
-    """
+def _pattern(mask_function: Callable[..., object]) -> tuple[int, dict[str, Any]]:
+    """Which of transformers' mask functions this is, as a number of rows, and the variables of its overlay."""
     if mask_function is causal_mask_function:
-        return False
-    parts = ()
-    if inspect.isfunction(mask_function):  # transformers builds it as and_masks(sliding_window_overlay(window), causal)
-        parts = inspect.getclosurevars(mask_function).nonlocals.get("mask_functions", ())
-    code = sliding_window_overlay(1).__code__
-    if len(parts) == 2 and getattr(parts[0], "__code__", None) is code and parts[1] is causal_mask_function:
-        return True
+        return _CAUSAL, {}
+    parts = _variables(mask_function).get("mask_functions", ())
+    if len(parts) == 2:
+        overlay, base = parts
+        variables = _variables(overlay)
+        if base is causal_mask_function and _is_made_by(sliding_window_overlay, overlay):
+            return _WINDOWED, variables
+        if base is causal_mask_function and _is_made_by(chunked_overlay, overlay):
+            return _CHUNKED, variables
+        if base is bidirectional_mask_function and _is_made_by(sliding_window_bidirectional_overlay, overlay):
+            return _BIDIRECTIONAL, variables
+        if _is_made_by(packed_sequence_mask_function, overlay) and _is_made_by(
+            remap_positions_for_packed_sequence, base
+        ):
+            return _packed(_variables(base)["mask_function"], variables)
     raise ValueError(
-        f"{NAME} supports causal, causal sliding-window and full bidirectional masks, but this model asks for another: "
-        "chunked attention, a bidirectional window, tokens that see their whole block, or packed sequences "
-        "(position_ids that restart; torch.compile assumes them unless attention_mask is given)"
+        f"{NAME} supports causal, sliding-window, chunked and full masks, but this model asks for another, such as one "
+        'in which image tokens see their whole block; use attn_implementation="sdpa" for it'
     )
+
+
+def _packed(mask_function: Callable[..., object], packed: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    rows, _ = _pattern(mask_function)
+    if rows not in (_CAUSAL, _WINDOWED):
+        raise ValueError(
+            f"{NAME} supports packed sequences (position_ids that do not always grow by one) in causal and "
+            "sliding-window layers only; pass attention_mask, or pad the texts instead"
+        )
+    return (_PACKED, packed) if rows == _CAUSAL else (_PACKED_WINDOWED, packed)
+
+
+def _variables(function: Callable[..., object]) -> dict[str, Any]:
+    """What the closure of a function holds."""
+    return dict(inspect.getclosurevars(function).nonlocals) if inspect.isfunction(function) else {}
+
+
+def _is_made_by(maker: Callable[..., Any], function: Callable[..., object]) -> bool:
+    """Whether transformers' ``maker`` returned this function: each of them returns the one function inside itself."""
+    return getattr(function, "__code__", None) in maker.__code__.co_consts
 
 
 def _is_aligned(q_length: int, kv_length: int, q_offset: int | Tensor, attention_mask: Tensor | None) -> bool:
@@ -192,19 +292,39 @@ def _check_mask(mask: Tensor, batch: int, length: int, slots: int) -> None:
         or mask.ndim != 4
         or mask.shape[0] not in (0, batch)
         or mask.shape[1] != 1
-        or mask.shape[2] not in (_CAUSAL, _WINDOWED)
+        or mask.shape[2] not in _ROWS
         or mask.shape[3] != length + slots
     ):
         raise ValueError(
             f"attention_mask is {mask.dtype} {tuple(mask.shape)}, not what {NAME}'s mask function made for {length} "
-            f"queries and {slots} keys; pass the model a 2-D padding mask [batch, tokens]"
+            f"queries and {slots} keys; pass the model a 2-D padding mask [batch, tokens]; if "
+            "it got one or none, the model does arithmetic on its masks and cannot be supported"
         )
 
 
-def _window(module: nn.Module, sliding_window: int | None) -> int:
-    """The window of a layer whose mask is windowed: the layer's own, or else the config's, which the mask uses too."""
+def _window(module: nn.Module, sliding_window: int | None, rows: int, slots: int) -> int | None:
+    """How many positions a layer's queries see. Some layers do not say; the masks take it from the configuration."""
     config: Any = module.config
-    return config.sliding_window if sliding_window is None else sliding_window
+    if rows == _CAUSAL:
+        return None
+    if rows == _PACKED:
+        return slots
+    layer = getattr(module, "layer_idx", None)
+    if layer is not None and getattr(config, "per_layer_config", None):  # sizes that vary by layer
+        config = config.per_layer_config[layer]
+    if rows == _CHUNKED:
+        return config.attention_chunk_size
+    if rows == _BIDIRECTIONAL:  # the argument counts one side, both or the query too, as each model likes
+        return 2 * config.sliding_window + 1
+    window: int = config.sliding_window if sliding_window is None else sliding_window
+    return min(window, slots) if rows == _PACKED_WINDOWED else window
+
+
+def _scaled(query: Tensor, scaling: Tensor) -> Tensor:
+    """The query times a scale that is a tensor, so that gradients reach it and no device is waited for."""
+    if scaling.ndim and scaling.shape[-1] != 1:
+        raise ValueError(f"scaling must not depend on the key, got a tensor of shape {tuple(scaling.shape)}")
+    return query * scaling.to(query.dtype)
 
 
 def _refuse(dropout: float, kwargs: dict[str, object]) -> None:

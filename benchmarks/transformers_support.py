@@ -1,0 +1,273 @@
+"""Which of transformers' text models run with ``attn_implementation="natten_layers"``, found by running them.
+
+    python benchmarks/transformers_support.py --table docs/transformers-support.md
+    python benchmarks/transformers_support.py mistral modernbert
+
+Every architecture that transformers maps to a causal or a masked language model is built tiny, with random weights, and
+its logits are compared with those of its own attention, on whole texts and on texts padded on the left or the right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import re
+import sys
+import warnings
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers.models.auto import modeling_auto
+
+from natten_layers.integrations.transformers import NAME, register
+
+TOLERANCE = 1e-4  # of the largest logit, fp32
+KINDS = {
+    "causal LM": (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, transformers.AutoModelForCausalLM),
+    "masked LM": (modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, transformers.AutoModelForMaskedLM),
+}
+LENGTH = 12
+WINDOW = 5
+SIZES: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "d_model": 32,
+    "n_embd": 32,
+    "embedding_size": 32,
+    "embed_dim": 32,
+    "word_embed_proj_dim": 32,
+    "intermediate_size": 32,
+    "ffn_dim": 32,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+    "d_ff": 32,
+    "n_inner": 32,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_layers": 2,
+    "n_layer": 2,
+    "n_layers": 2,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "num_attention_heads": 4,
+    "n_head": 4,
+    "n_heads": 4,
+    "num_heads": 4,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "n_positions": 128,
+    "num_experts": 2,
+    "num_local_experts": 2,
+    "n_routed_experts": 2,
+    "num_experts_per_tok": 2,
+    "sliding_window": WINDOW,
+    "local_attention": 2 * WINDOW,
+    "attention_chunk_size": WINDOW,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.2,
+    "attention_dropout": 0.0,
+}
+
+
+# What to change where the sizes above do not fit together, tried in turn until the model's own attention runs.
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"head_dim": None, "num_key_value_heads": 4},
+    {"head_dim": 8, "qk_rope_head_dim": 8, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16},
+    {"head_dim": None, "num_key_value_heads": 4, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16},
+    {"head_dim": 8, "rotary_dim": 8, "layer_types": None, "num_experts_per_tok": 1},
+]
+
+
+@dataclass(frozen=True)
+class Row:
+    model_type: str
+    kind: str
+    verdict: str
+    reason: str = ""
+
+
+def tiny(config_class: type, changes: dict[str, Any]) -> Any:
+    """A small configuration of the architecture: its defaults with every size that it has made small."""
+    defaults = config_class()
+    sizes = {name: value for name, value in {**SIZES, **changes}.items() if value is not None}
+    fields = {name: value for name, value in sizes.items() if has_field(defaults, name)}
+    types = getattr(defaults, "layer_types", None)
+    if types and changes.get("layer_types", types) and has_field(defaults, "layer_types"):  # a layer of each kind
+        fields["layer_types"] = list(dict.fromkeys(types))
+        fields["num_hidden_layers"] = len(fields["layer_types"])
+    return config_class(**fields)
+
+
+def has_field(defaults: Any, name: str) -> bool:
+    if name in getattr(defaults, "attribute_map", {}) or not is_field(type(defaults), name):
+        return False
+    try:
+        return getattr(defaults, name, None) is not None
+    except Exception:  # sizes that vary by layer, which some configurations do not let one ask for
+        return False
+
+
+def is_field(config_class: type, name: str) -> bool:
+    return not isinstance(getattr(config_class, name, None), property)
+
+
+def build(auto: Any, config: Any, implementation: str) -> Any:
+    torch.manual_seed(0)
+    return auto.from_config(copy.deepcopy(config), attn_implementation=implementation).float().eval()
+
+
+def texts() -> list[dict[str, Tensor]]:
+    """Whole texts, and texts with three tokens of padding on the left and on the right."""
+    ids = torch.randint(3, 60, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+    whole = torch.ones(2, LENGTH, dtype=torch.long)
+    left, right = whole.clone(), whole.clone()
+    left[1, :3], right[1, -3:] = 0, 0
+    return [{"input_ids": ids, "attention_mask": mask} for mask in (whole, left, right)]
+
+
+@torch.no_grad()
+def logits(model: Any, text: dict[str, Tensor]) -> Tensor:
+    torch.manual_seed(0)
+    inputs = dict(text)
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = text["input_ids"][:, :7]
+    else:
+        inputs["use_cache"] = False  # type: ignore[assignment]
+    try:
+        out = model(**inputs).logits
+    except TypeError:  # encoders have no such argument
+        inputs.pop("use_cache", None)
+        out = model(**inputs).logits
+    return out if model.config.is_encoder_decoder else out[text["attention_mask"].bool()]
+
+
+def difference(actual: Tensor, expected: Tensor) -> float:
+    if actual.shape != expected.shape:
+        return float("inf")
+    return float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-9))
+
+
+def survey(model_type: str, kind: str) -> Row:
+    """The row of one architecture: equal, refused (why) or not applicable (why); never anything that is unclear."""
+    auto = KINDS[kind][1]
+    try:
+        config_class = type(transformers.AutoConfig.for_model(model_type))
+    except Exception as error:  # some are parts of others and have no defaults of their own
+        return Row(model_type, kind, "not applicable", f"has no default configuration ({short(repr(error))})")
+    if config_class.sub_configs:
+        return Row(model_type, kind, "not applicable", "several models in one; see its text model")
+    problem = ""
+    for changes in VARIANTS:
+        try:
+            config = tiny(config_class, changes)
+            model = build(auto, config, "eager")
+            expected = [logits(model, text) for text in texts()]
+        except Exception as error:  # whatever a configuration that does not fit together leads to
+            problem = problem or f"{type(error).__name__}: {error}"
+            continue
+        if not all(bool(out.isfinite().all()) for out in expected):
+            problem = problem or "its logits are not finite"
+            continue
+        return Row(model_type, kind, *compare(auto, config, expected))
+    return Row(model_type, kind, "not applicable", f"does not run this small with its own attention ({short(problem)})")
+
+
+def compare(auto: Any, config: Any, expected: list[Tensor]) -> tuple[str, str]:
+    used = []
+    register()
+    attention = transformers.AttentionInterface()[NAME]
+
+    def counted(*args: Any, **options: Any) -> Any:
+        used.append(True)
+        return attention(*args, **options)
+
+    transformers.AttentionInterface.register(NAME, counted)
+    try:
+        model = build(auto, config, NAME)
+        actual = [logits(model, text) for text in texts()]
+    except ValueError as error:
+        return ("refused", short(str(error))) if NAME in str(error) else ("UNCLEAR", short(repr(error)))
+    except KeyError as error:
+        return ("refused", "it has no AttentionInterface") if NAME in str(error) else ("UNCLEAR", short(repr(error)))
+    except Exception as error:
+        return "UNCLEAR", short(repr(error))
+    finally:
+        register()
+    worst = max(difference(*pair) for pair in zip(actual, expected, strict=True))
+    if not worst < TOLERANCE:
+        return "WRONG", f"logits differ by {worst:.1e}"
+    return ("equal", "") if used else ("not applicable", "it calls no attention through AttentionInterface")
+
+
+def short(text: str) -> str:
+    """The first words of a message, fit for a cell of a table."""
+    words = re.sub(r"\s+", " ", text.replace("|", "/").replace("<", "").replace(">", "")).strip()
+    words = re.sub(rf"^{NAME} does not support [^:]*: ", "", words)
+    return words if len(words) <= 150 else words[:147].rsplit(" ", 1)[0] + " ..."
+
+
+def table(rows: Iterable[Row]) -> str:
+    rows = list(rows)
+    counts = {
+        verdict: sum(row.verdict == verdict for row in rows) for verdict in dict.fromkeys(r.verdict for r in rows)
+    }
+    lines = [
+        "# transformers: the architectures that were tried",
+        "",
+        f"`python benchmarks/transformers_support.py --table docs/transformers-support.md` wrote this page with "
+        f"transformers {transformers.__version__}: "
+        + ", ".join(f"{number} {verdict}" for verdict, number in sorted(counts.items()))
+        + ".",
+        "",
+        'Each architecture is built tiny with random weights. *Equal*: with `attn_implementation="natten_layers"` its '
+        f"logits are those of its own eager attention to {TOLERANCE:g} of the largest, on whole texts and on texts "
+        "padded on the left and on the right. *Refused*: an error says why. *Not applicable*: nothing to compare. "
+        "Models of several parts (images and text) are not built; their text models are. Caches, gradients and packed "
+        "texts are tested on a few families only.",
+        "",
+        "| architecture | as | result | reason |",
+        "|---|---|---|---|",
+    ]
+    return "\n".join(lines + [f"| `{r.model_type}` | {r.kind} | {r.verdict} | {r.reason} |" for r in rows]) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model_types", nargs="*", help="all of them if none is named")
+    parser.add_argument("--table", type=Path, help="the page to write")
+    parser.add_argument("--jobs", type=int, default=2, help="processes")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    tasks = [
+        (model_type, kind)
+        for kind, (names, _) in KINDS.items()
+        for model_type in sorted(names)
+        if not arguments.model_types or model_type in arguments.model_types
+    ]
+    rows = []
+    with ProcessPoolExecutor(arguments.jobs) as pool:
+        for row in pool.map(survey, *zip(*tasks, strict=True)):
+            rows.append(row)
+            print(row.model_type, row.kind, row.verdict, row.reason, sep="  ", flush=True)
+    if arguments.table:
+        arguments.table.write_text(table(rows))
+    if any(row.verdict.isupper() for row in rows):
+        sys.exit("some rows are wrong or unclear")
+
+
+if __name__ == "__main__":
+    main()
