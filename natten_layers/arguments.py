@@ -36,6 +36,7 @@ _Tensors = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 _AxisOptions = tuple[Axes, Axes, Axes, bool | Sequence[bool]]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+LARGEST_FP32, LARGEST_FP64 = torch.finfo(torch.float32).max, torch.finfo(torch.float64).max
 
 
 class Call(NamedTuple):
@@ -87,7 +88,7 @@ def prepare(
         plain = len(head_shape) == 1 and not _has_one_head(tensors)
         tensors = query, key, value, additional_keys, additional_values = _canonical_heads(tensors, head_shape)
         accepted = accepted or _accept(signature, Accepted(_check_canonical_form(tensors, axes), plain))
-    factor = query.shape[-1] ** -0.5 if scale is None else check_scale(scale)
+    factor = query.shape[-1] ** -0.5 if scale is None else check_scale(scale, query)
     register_keys, register_values = _expand_registers(additional_keys, additional_values, query.shape[0])
     sink, sink_value = (sink, None) if isinstance(sink := check_sink(sink, query), Tensor) else (None, sink)
     inputs = Inputs(query, key, value, register_keys, register_values, sink)
@@ -350,11 +351,14 @@ def _expand_registers(keys: Tensor | None, values: Tensor | None, batch: int) ->
     return keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1)
 
 
-def check_scale(scale: object) -> float:
+def check_scale(scale: object, query: Tensor) -> float:
     if isinstance(scale, Tensor) and scale.ndim == 0 and not scale.requires_grad:
         scale = scale.item()  # this waits if the tensor is on a GPU
-    if not _is_finite_number(scale):
-        raise ValueError(f"scale must be a finite number, got {scale!r}; multiply a learned scale into the query")
+    if not _is_finite_number(scale, query):
+        raise ValueError(
+            f"scale must be a finite number of the scores' precision, got {scale!r}; multiply a learned scale into the "
+            "query"
+        )
     return float(scale)
 
 
@@ -363,8 +367,10 @@ def check_sink(sink: float | Tensor | None, query: Tensor) -> Tensor | float | N
     if sink is None or (isinstance(sink, float) and sink == -math.inf):
         return None
     if not isinstance(sink, Tensor):
-        if not _is_finite_number(sink):
-            raise ValueError(f"sink must be None, a finite number or a tensor [{heads}], got {sink!r}")
+        if not _is_finite_number(sink, query):
+            raise ValueError(
+                f"sink must be None, a finite number of the scores' precision or a tensor [{heads}], got {sink!r}"
+            )
         return float(sink)
     _check_kind("sink", sink)
     if sink.shape != (heads,):
@@ -393,14 +399,15 @@ def check_bias(rpb: Tensor | None, call: Call) -> None:
         raise ValueError(f"rpb has dtype {rpb.dtype}; expected a floating point dtype")
 
 
-def _is_finite_number(value: object) -> TypeGuard[float]:
-    """Whether a value is a finite real number.
+def _is_finite_number(value: object, query: Tensor) -> TypeGuard[float]:
+    """Whether a value is a real number that is finite in the precision of scores: fp32, or fp64 for fp64 queries.
 
     ``math.isfinite`` would not do: it cannot be traced for a number that is an input of a graph.
     """
+    most = LARGEST_FP64 if query.dtype == torch.float64 else LARGEST_FP32
     if isinstance(value, float):  # first, as a check against the abstract class Real is slow
-        return -math.inf < value < math.inf
+        return -most <= value <= most
     try:
-        return isinstance(value, Real) and not isinstance(value, bool) and -math.inf < float(value) < math.inf
+        return isinstance(value, Real) and not isinstance(value, bool) and -most <= float(value) <= most
     except OverflowError:  # an integer of hundreds of digits
         return False

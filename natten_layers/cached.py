@@ -114,7 +114,7 @@ def cached_attention(
     check_pair(additional_keys, additional_values)
     registers = check_additional(additional_keys, additional_values, query, key, value)
     sink = check_sink(sink, query)
-    factor = query.shape[-1] ** -0.5 if scale is None else check_scale(scale)
+    factor = query.shape[-1] ** -0.5 if scale is None else check_scale(scale, query)
     arguments = (query, key, value, query_positions, key_positions, *registers, sink, window, factor)
     if takes_fused(impl, query, lambda: decode_ops.why_not(query, value, key, *registers, sink)):
         out, lse = decode_ops.decode(*arguments, with_lse=return_lse)
