@@ -165,10 +165,13 @@ def attention(attend: Attend | None) -> Iterator[None]:
 
 
 @lru_cache
-def _behind_rotation(attend: Attend) -> Callable[[Call, HeadNorm | None, Angles | None], Tensor]:
+def _behind_rotation(attend: Attend) -> Callable[..., Tensor]:
     """The same function object for the same replacement, because a compiled model recompiles for another object."""
 
-    def attend_with_qk_prep(call: Call, norm: HeadNorm | None, angles: Angles | None) -> Tensor:
+    def attend_with_qk_prep(
+        call: Call, norm: HeadNorm | None, angles: Angles | None, rpb: Tensor | None = None
+    ) -> Tensor:
+        assert rpb is None, "the models of the benchmarks have no bias"
         inputs, w = call.inputs, call.window
         sink = call.options.sink_value if inputs.sink is None else inputs.sink
         query, key = normalize_and_rotate(inputs.query, inputs.key, norm, angles)

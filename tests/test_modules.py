@@ -207,7 +207,8 @@ def test_frequencies_survive_half_precision(rope: AxialRoPE | RoPE) -> None:
     ("make", "message"),
     [
         (lambda: RoPE(7), "head_dim .* 7"),
-        (lambda: RoPE(8, scaling={"rope_type": "longrope"}), "longrope.*not implemented"),
+        (lambda: RoPE(8, scaling={"rope_type": "longrope"}), 'longrope.*needs the key "factor"'),
+        (lambda: RoPE(8, scaling={"rope_type": "ntk"}), "ntk.*not implemented"),
         (lambda: RoPE(8, scaling={"rope_type": "linear"}), 'linear.*needs the key "factor"'),
         (lambda: AxialRoPE(7, 2), "head_dim must be at least 4 \\* axes = 8, got 7"),
         (lambda: AxialRoPE(8, 3, num_kv_heads=2), "multiple of num_kv_heads, got 3 and 2"),
