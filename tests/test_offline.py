@@ -63,16 +63,16 @@ SM90_KERNELS = (
 
 
 FENCES = {
-    "large_forward_kernel": 2,  # one a group of warps, which hand buffers back to TMA
-    "large_dq_kernel": 2,
-    "large_dkv_kernel": 2,
-    "small_forward_kernel": 1,
-    "small_dq_kernel": 1,
-    "small_dkv_kernel": 1,
-    "small_forward_rolling_kernel": 1,  # and one more where it turns queries and keys, which tensor cores read then
+    "large_forward_kernel": {2},  # one for each group of warps, as these hand buffers back to TMA
+    "large_dq_kernel": {2},
+    "large_dkv_kernel": {2, 0},  # none for wide heads, whose results do not pass through shared memory
+    "small_forward_kernel": {1},
+    "small_dq_kernel": {1},
+    "small_dkv_kernel": {1},
+    "small_forward_rolling_kernel": {1, 2},  # 2 where it rotates queries and keys, which tensor cores read afterwards
 }
-"""Proxy fences of a kernel. None comes from the compiler: behind what threads write to shared memory, and before what
-reads or overwrites it by another way (TMA, tensor cores), there must be one in the source."""
+"""Numbers of proxy fences of a kernel's variants. None comes from the compiler: behind what threads write to shared
+memory, and before what reads or overwrites it by another way (TMA, tensor cores), there must be one in the source."""
 
 
 def unfenced_copies(ptx: str) -> list[str]:
@@ -139,8 +139,8 @@ def check_fences(cache: Path) -> None:
         assert unfenced_copies(ptx) == [], file.stem
         found.setdefault(file.stem, []).append(ptx.count("fence.proxy.async"))
         assert ("global.shared::cta" in ptx) == ("small" in file.stem), file.stem
-    assert {name: min(counts) for name, counts in found.items()} == FENCES
-    assert sorted(found["small_forward_rolling_kernel"]) == [1, 1, 1, 2, 2]
+    assert {name: set(counts) for name, counts in found.items()} == FENCES
+    assert sorted(found["small_forward_rolling_kernel"]) == [1, 1, 1, 1, 2, 2]
 
 
 def test_blackwell_needs_a_triton_that_compiles_for_it() -> None:
