@@ -80,13 +80,8 @@ from .modules import (
     RoPE,
     make_axial_pos,
 )
-from .natten import (
-    allow_flex_compile,
-    allow_flex_compile_backprop,
-    are_deterministic_algorithms_enabled,
-    attention,
-    disable_flex_compile,
-    disable_flex_compile_backprop,
+from .natten import context as context
+from .natten.configs import (
     get_bwd_configs_for_cutlass_blackwell_fmha,
     get_bwd_configs_for_cutlass_blackwell_fna,
     get_bwd_configs_for_cutlass_fmha,
@@ -101,6 +96,13 @@ from .natten import (
     get_configs_for_cutlass_hopper_fna,
     get_configs_for_flex_fmha,
     get_configs_for_flex_fna,
+)
+from .natten.context import (
+    allow_flex_compile,
+    allow_flex_compile_backprop,
+    are_deterministic_algorithms_enabled,
+    disable_flex_compile,
+    disable_flex_compile_backprop,
     get_memory_usage_preference,
     is_flex_compile_allowed,
     is_flex_compile_backprop_allowed,
@@ -108,15 +110,12 @@ from .natten import (
     is_memory_usage_default,
     is_memory_usage_strict,
     is_memory_usage_unrestricted,
-    merge_attentions,
-    na1d,
-    na2d,
-    na3d,
     set_memory_usage_preference,
     use_deterministic_algorithms,
     use_kv_parallelism_in_fused_na,
 )
-from .natten import context as context
+from .natten.dense import attention, merge_attentions
+from .natten.neighborhood import na1d, na2d, na3d
 from .operations import AttentionState, attention_state, merge_attention, neighborhood_attention
 
 __version__ = "0.1.0"
