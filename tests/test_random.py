@@ -82,7 +82,7 @@ def laid_out(inputs: Inputs, layout: str) -> Inputs:
 
 @pytest.fixture(autouse=True)
 def small_problems_take_kernels_of_large_ones(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in ("LEAST_ROWS", "PAIRS"):
+    for name in ("LEAST_ROWS", "LEAST_FILLED", "PAIRS", "WIDE_PAIRS"):
         monkeypatch.setattr(dispatch, name, 0)
     forget()
     yield

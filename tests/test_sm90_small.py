@@ -117,6 +117,7 @@ def wherever_possible(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Use the kernels for problems of any size."""
     with monkeypatch.context() as patch:
         patch.setattr(dispatch, "LEAST_ROWS", 0)
+        patch.setattr(dispatch, "LEAST_FILLED", 0)
         forget()
         yield
     forget()
@@ -268,6 +269,17 @@ def problem_of_image(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Problem
     query, key = (Layout((8, 128, 128, h, 64), (2**14 * h * 64, 2**7 * h * 64, h * 64, 64, 1)) for h in (8, 2))
     image = {"query": query, "key": key, "value": key, "kernel_size": (7, 7), "stride": (1, 1), "dilation": (1, 1)}
     return problem_of_text(monkeypatch, **{**image, "is_causal": (False, False), **changes})
+
+
+@pytest.mark.parametrize(("dim", "pays"), [(32, False), (40, False), (48, True), (64, True), (80, False), (96, True)])
+def test_gradients_take_it_where_heads_fill_their_columns(
+    monkeypatch: pytest.MonkeyPatch, dim: int, pays: bool
+) -> None:
+    heads = Layout((8, 128, 128, 8, dim), (2**14 * 8 * dim, 2**7 * 8 * dim, 8 * dim, dim, 1))
+    problem = problem_of_image(monkeypatch, query=heads, key=heads, value=heads, kernel_size=(3, 3))
+    choice = dispatch.choose("backward_query", dispatch.Question(problem, True, heads))
+    assert (choice.variant.name == dispatch.TILES) == pays
+    assert ("fill less" in choice.passed_over[-1].reason) == (not pays)
 
 
 def test_small_windows_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
