@@ -95,15 +95,23 @@ def test_matches_the_oracle(case: Case, dtype: torch.dtype) -> None:
     assert_oracle(case, leaves, large_forward.forward(large_tiling.forward_tile_config(problem), *arguments))
 
 
+THRESHOLDS = "LARGE_KEY_ELEMENTS", "LARGE_KEY_ELEMENTS_WITH_REGISTERS", "PAIRS", "WIDE_WINDOW", "WIDE_PAIRS"
+
+
 @pytest.fixture
 def wherever_possible(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Use the kernels for windows of any size."""
     with monkeypatch.context() as patch:
-        for name in ("NUMBERS", "REGISTERED", "PAIRS", "WIDE_WINDOW", "WIDE_PAIRS"):
+        for name in THRESHOLDS:
             patch.setattr(dispatch, name, 0)
         forget()
         yield
     forget()
+
+
+def test_the_thresholds_exist(wherever_possible: None) -> None:
+    """The fixture sets them in tests that only a GPU runs; here it fails when one of them is renamed."""
+    assert {getattr(dispatch, name) for name in THRESHOLDS} == {0}
 
 
 @pytest.mark.gpu
