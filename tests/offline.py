@@ -14,9 +14,9 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from benchmarks.compile_only import SHARED_MEMORY, Driver
 from natten_layers import cached_attention, neighborhood_attention
 from natten_layers.kernels.host import problem
 from natten_layers.kernels.ops import attention as attention_ops
@@ -29,40 +29,6 @@ from natten_layers.modules.query_key import HeadNorm, normalize_and_rotate
 from natten_layers.modules.rope import angles_of
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
-SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-"""Bytes of shared memory that a program can have, by compute capability."""
-
-
-class Utils:
-    def __init__(self, shared_memory: int) -> None:
-        self.shared_memory = shared_memory
-        self.loaded: list[str] = []
-
-    def load_binary(self, name: str, *_: object) -> tuple[int, ...]:
-        self.loaded.append(name)
-        return 1, 1, 0, 0, 1024  # module, function, registers, spills, most threads
-
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        names = ("max_num_regs", "multiprocessor_count", "sm_clock_rate", "mem_clock_rate", "mem_bus_width")
-        return {**dict.fromkeys(names, 1), "max_shared_mem": self.shared_memory, "warpSize": 32}
-
-
-class Driver:
-    def __init__(self, capability: int) -> None:
-        self.target, self.utils = GPUTarget("cuda", capability, 32), Utils(SHARED_MEMORY[capability])
-        self.launcher_cls = lambda source, metadata: lambda *arguments: None
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int | None = None) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def map_python_to_cpp_type(self, kind: str) -> str:
-        return "int"
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:

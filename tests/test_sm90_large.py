@@ -10,6 +10,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from helpers import Case, assert_close, assert_nan_stays, enlarge, error, make_inputs, oracle, run
+from problems import problem_of_text
 from torch import Tensor
 
 pytest.importorskip("triton.experimental.gluon")
@@ -18,7 +19,6 @@ from natten_layers import attention_state, neighborhood_attention
 from natten_layers.geometry import make_window, query_bounds, window_bounds
 from natten_layers.kernels import dispatch
 from natten_layers.kernels.dispatch import VARIANTS, Direction, Question, choose, sm90_gap
-from natten_layers.kernels.host import problem as problem_module
 from natten_layers.kernels.host.problem import Cotangents, Inputs, Layout, Options, Problem, problem_of
 from natten_layers.kernels.host.tiling import Box, TileConfig
 from natten_layers.kernels.host.tuned import forget, override
@@ -315,19 +315,6 @@ def test_a_call_takes_it_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = shifted.contiguous()
     assert error(out, neighborhood_attention(whole, whole, whole, 2048, is_causal=True)) < 4e-3
     assert len(configs) == 2
-
-
-def problem_of_text(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0), **changes: Any) -> Problem:
-    """A window of 4096 over 8192 tokens with four query heads per KV head, as if there was a GPU."""
-    forget()
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    monkeypatch.setattr(problem_module, "device_traits", lambda device: ("stub", 2**17))
-    query, key = (Layout((1, 8192, h, 128), (8192 * h * 128, h * 128, 128, 1)) for h in (8, 2))
-    problem = Problem(
-        query, key, key, None, None, torch.device("cuda", 0), torch.bfloat16, (4096,), (1,), (1,), (True,),
-        "none", scale_first=False, precision="ieee",
-    )  # fmt: skip
-    return problem._replace(**changes)
 
 
 def test_large_windows_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
