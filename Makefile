@@ -9,7 +9,7 @@ TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
-SOURCES := natten_layers examples benchmarks tests docs
+SOURCES := natten_layers natten_layers_cli examples benchmarks tests docs
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -21,8 +21,8 @@ help: ## List the targets
 # Threads that spin while they wait crawl on cores that others use too: passive ones cost nothing there.
 demo: export OMP_WAIT_POLICY ?= PASSIVE
 demo: $(VENV)/demo.stamp ## Train, sample, save and reload a small HDiT on this machine (minutes)
-	$(BIN)/python examples/train_hdit.py --name $(RUN)/demo
-	$(BIN)/python examples/sample_hdit.py $(RUN)/demo.safetensors --reproduce $(RUN)/demo_samples.png
+	$(BIN)/natten-layers-train-hdit --name $(RUN)/demo
+	$(BIN)/natten-layers-sample-hdit $(RUN)/demo.safetensors --reproduce $(RUN)/demo_samples.png
 
 test: lint docs suite ## Lint, types, the site of the documentation and the whole CPU suite
 
@@ -58,11 +58,11 @@ $(VENV)/torch.stamp: constraints.txt
 	touch $@
 
 $(VENV)/demo.stamp: $(VENV)/torch.stamp pyproject.toml
-	$(PIP) --editable '.[examples]'
+	$(PIP) --editable '.[hdit]'
 	touch $@
 
 # natten's source package imports torch while it builds, and would compile CUDA kernels that the suite does not use.
 $(VENV)/test.stamp: $(VENV)/torch.stamp pyproject.toml
-	$(PIP) --editable '.[examples,test,docs]'
+	$(PIP) --editable '.[hdit,lm,test,docs]'
 	CUDA_VISIBLE_DEVICES= $(PIP) --no-build-isolation --editable '.[peers]'
 	touch $@

@@ -81,8 +81,8 @@ def test_commands_name_files_and_targets_that_exist() -> None:
     for script in re.findall(r"examples/\w+\.py", text):
         assert (ROOT / script).exists(), script
     for preset in re.findall(r"--preset ([\w-]+)", text):
-        assert (ROOT / "examples" / "configs" / f"{preset}.json").exists(), preset
-    for module in re.findall(r"python -m ((?:natten_layers|benchmarks)\.\w+)", text):
+        assert (ROOT / "natten_layers_cli" / "configs" / f"{preset}.json").exists(), preset
+    for module in re.findall(r"-m ((?:natten_layers|natten_layers_cli|benchmarks)\.\w+)", text):
         assert (ROOT / f"{module.replace('.', '/')}.py").exists(), module
 
 

@@ -1,4 +1,4 @@
-"""What the commands of this folder share: errors in one line, answers to signals, and one run of a name at a time."""
+"""What the commands share: errors in one line, answers to signals, and one run of a name at a time."""
 
 from __future__ import annotations
 

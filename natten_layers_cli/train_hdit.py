@@ -1,8 +1,8 @@
 """Train an HDiT as k-diffusion's users know it: a JSON config, auto-resume, demo grids, EMA.
 
-python examples/train_hdit.py                                   a few minutes on a CPU, or the GPU's preset
-python examples/train_hdit.py --config flowers.json --name runs/flowers --mixed-precision bf16 --compile
-torchrun --nproc-per-node 2 examples/train_hdit.py --preset gpu-demo --name runs/two-gpus
+natten-layers-train-hdit                                   a few minutes on a CPU, or the GPU's preset
+natten-layers-train-hdit --config flowers.json --name runs/flowers --mixed-precision bf16 --compile
+torchrun --nproc-per-node 2 -m natten_layers_cli.train_hdit --preset gpu-demo --name runs/two-gpus
 
 A run called NAME writes NAME_STEP.pth (everything needed to go on), NAME_state.json (which of them is the latest; the
 same command finds it and goes on from there), NAME.safetensors (EMA weights to sample from), NAME_metrics.csv,
@@ -29,7 +29,12 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpointing import (
+from natten_layers import Denoiser, HDiT, HDiTConfig
+from natten_layers.io.checkpoints import load_tensors, read_hdit
+from natten_layers.io.files import read_json
+from natten_layers.io.schema import shorten
+
+from .checkpointing import (
     DamagedError,
     RunFiles,
     check_finite,
@@ -39,16 +44,12 @@ from checkpointing import (
     save_checkpoint,
     save_sharded,
 )
-from data import Batch, Examples, Folder, Keys, describe, load_batches, open_source, parse_data_flag
-from diffusion import ema_decay, learning_rate_factor, loss_weighting, make_sigma_quantile, stratified
-from natten_layers import Denoiser, HDiT, HDiTConfig
-from natten_layers.io.checkpoints import load_tensors, read_hdit
-from natten_layers.io.files import read_json
-from natten_layers.io.schema import shorten
-from parallel import Processes, local
-from pictures import save_loss_curve, save_png
-from running import SIGNALS_HELP, Signals, check_device, run_command, writing
-from sample_hdit import Request, digest, picture, sample
+from .data import Batch, Examples, Folder, Keys, describe, load_batches, open_source, parse_data_flag
+from .diffusion import ema_decay, learning_rate_factor, loss_weighting, make_sigma_quantile, stratified
+from .parallel import Processes, local
+from .pictures import save_loss_curve, save_png
+from .running import SIGNALS_HELP, Signals, check_device, run_command, writing
+from .sample_hdit import Request, digest, picture, sample
 
 PRESETS = Path(__file__).parent / "configs"
 SECTIONS: dict[str, dict[str, Any]] = {  # k-diffusion's defaults for this type of model
@@ -71,7 +72,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--preset",
         choices=sorted(path.stem for path in PRESETS.glob("*.json")),
         default="gpu-demo" if cuda else "cpu-demo",
-        help="a config of this repository, if --config names no other; default: %(default)s",
+        help="a config that comes with this command, if --config names no other; default: %(default)s",
     )
     parser.add_argument("--name", default="runs/hdit", help="prefix of all files written, default: %(default)s")
     parser.add_argument("--resume", type=Path, help="go on from this checkpoint, not from NAME's latest")

@@ -1,7 +1,7 @@
-"""Continue text with a language model: one that train_lm.py made, or a Hugging Face directory of a known family.
+"""Continue text with a model that natten-layers-train-lm made, or a Hugging Face directory of a known family.
 
-python examples/generate.py runs/lm/model --prompt 'def read_' --temperature 0.8
-python examples/generate.py ~/models/Qwen3-0.6B --prompt 'The capital of France is' --device cuda --bf16
+natten-layers-generate runs/lm/model --prompt 'def read_' --temperature 0.8
+natten-layers-generate ~/models/Qwen3-0.6B --prompt 'The capital of France is' --device cuda --bf16
 
 A model of 256 tokens without a tokenizer.json reads and writes bytes. Others need the tokenizers package.
 """
@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from natten_layers.modules.llm import DecoderLM
-from running import check_device, run_command
+
+from .running import check_device, run_command
 
 
 class Codec(Protocol):
@@ -34,7 +35,7 @@ class Codec(Protocol):
 
 
 class Bytes:
-    """A token is a byte. Byte 0 stands before every file that train_lm.py reads."""
+    """A token is a byte. Byte 0 stands before every file that natten-layers-train-lm reads."""
 
     def __init__(self) -> None:
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -53,7 +54,7 @@ class HubTokenizer:
         try:
             from tokenizers import Tokenizer
         except ImportError as error:
-            raise ValueError(f"{path} needs the tokenizers package: pip install tokenizers") from error
+            raise ValueError(f"{path} needs the tokenizers package: pip install 'natten-layers[lm]'") from error
         try:
             self.tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the package raises no narrower type

@@ -1,13 +1,14 @@
 """Train a byte-level language model, with windows, grouped heads, zero attention and registers.
 
-python examples/train_lm.py                                              Python's source; minutes on two CPU cores
-python examples/train_lm.py --data ~/notes --pattern '*.md' --out runs/notes
-python examples/train_lm.py --config examples/configs/lm-gpu.toml --sink none --registers 0
-torchrun --nproc-per-node 2 examples/train_lm.py --fsdp --out runs/two-gpus
+natten-layers-train-lm                                              Python's source; minutes on two CPU cores
+natten-layers-train-lm --data ~/notes --pattern '*.md' --out runs/notes
+natten-layers-train-lm --config examples/configs/lm-gpu.toml --sink none --registers 0
+torchrun --nproc-per-node 2 -m natten_layers_cli.train_lm --fsdp --out runs/two-gpus
 
-OUT/ gets checkpoint.pt (to go on from, with --resume), model/ (config.json and safetensors, for generate.py) and
-tensorboard/. At the end, bits per byte on held-out files are compared with ``xz -9`` on the same files. A config file
-is TOML whose keys are the flags' names, with _ for -; flags win over it. While a run lasts, OUT/lock keeps others away.
+OUT/ gets checkpoint.pt (to go on from, with --resume), model/ (config.json and safetensors, for
+natten-layers-generate) and tensorboard/. At the end, bits per byte on held-out files are compared with ``xz -9`` on the
+same files. A config file is TOML whose keys are the flags' names, with _ for -; flags win over it. While a run lasts,
+OUT/lock keeps others away.
 """
 
 from __future__ import annotations
@@ -30,14 +31,15 @@ from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from checkpointing import check_finite
 from natten_layers.io import hf
 from natten_layers.io.checkpoints import load_plain
 from natten_layers.io.files import leftovers, replacing
 from natten_layers.modules.llm import DecoderLM, DecoderLMConfig
-from parallel import Processes
-from running import SIGNALS_HELP, Signals, check_device, one_line, run_command, running_alone, writing
-from text import Corpus, random_windows, read_corpus
+
+from .checkpointing import check_finite
+from .parallel import Processes
+from .running import SIGNALS_HELP, Signals, check_device, one_line, run_command, running_alone, writing
+from .text import Corpus, random_windows, read_corpus
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 

@@ -1,6 +1,6 @@
 """Sample images from an HDiT checkpoint: a safetensors file in, one PNG grid out.
 
-python examples/sample_hdit.py model.safetensors --classes cat coffee -n 8 --guidance 2 --output samples.png
+natten-layers-sample-hdit model.safetensors --classes cat coffee -n 8 --guidance 2 --output samples.png
 
 The grid's metadata says how it was made; ``--reproduce GRID.png`` samples it again and checks that it is the same.
 """
@@ -22,10 +22,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusion import SAMPLERS, guided, karras_sigmas
 from natten_layers import Denoiser, HDiT, HDiTConfig
-from pictures import draw_grid, read_record, save_png
-from running import check_device, run_command
+
+from .diffusion import SAMPLERS, guided, karras_sigmas
+from .pictures import draw_grid, read_record, save_png
+from .running import check_device, run_command
 
 
 @dataclass(frozen=True)

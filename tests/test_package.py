@@ -1,0 +1,70 @@
+"""What an installation brings: commands, their extras, and the page that a package index shows."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from natten_layers_cli.launch import launch
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+STUB = "natten_layers_command_stub"
+
+
+def stub(monkeypatch: pytest.MonkeyPatch, folder: Path, code: str) -> None:
+    """Make an importable module that runs ``code``."""
+    (folder / f"{STUB}.py").write_text(code)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, STUB, raising=False)
+
+
+def test_every_command_leads_to_a_function() -> None:
+    assert len(PROJECT["scripts"]) == 6
+    for command, target in PROJECT["scripts"].items():
+        module, _, function = target.partition(":")
+        assert callable(getattr(import_module(module), function)), command
+
+
+def test_commands_begin_without_pytorch() -> None:
+    """Ctrl-C in the seconds that PyTorch takes to load ends a command without a traceback."""
+    script = "import sys, natten_layers_cli.launch; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=60).returncode == 0
+
+
+def test_ctrl_c_during_imports_is_quiet(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stub(monkeypatch, tmp_path, "raise KeyboardInterrupt")
+    assert launch(STUB) == 130
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("code", ["import no_such_package", "def main(): import no_such_package"])
+def test_a_missing_package_names_the_extra(
+    code: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stub(monkeypatch, tmp_path, code)
+    assert launch(STUB, extra="hdit") == 2
+    assert capsys.readouterr().err == (
+        "error: Python finds no no_such_package: pip install 'natten-layers[hdit]' brings it\n"
+    )
+
+
+def test_a_module_of_ours_that_is_missing_is_a_bug(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    stub(monkeypatch, tmp_path, "import natten_layers_cli.no_such_module")
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        launch(STUB)
+
+
+def test_extras_that_commands_name_exist() -> None:
+    code = "\n".join(path.read_text() for path in (ROOT / "natten_layers_cli").glob("*.py"))
+    named = set(re.findall(r'extra="(\w+)"', code)) | set(re.findall(r"natten-layers\[(\w+)\]", code))
+    assert named
+    assert named <= set(PROJECT["optional-dependencies"])
