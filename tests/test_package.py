@@ -68,3 +68,10 @@ def test_extras_that_commands_name_exist() -> None:
     named = set(re.findall(r'extra="(\w+)"', code)) | set(re.findall(r"natten-layers\[(\w+)\]", code))
     assert named
     assert named <= set(PROJECT["optional-dependencies"])
+
+
+def test_examples_start_the_commands() -> None:
+    for name in ("train_hdit", "sample_hdit", "train_lm", "generate"):
+        code = (ROOT / "examples" / f"{name}.py").read_text()
+        assert f"natten_layers_cli.launch import {name}\n" in code
+        assert f"natten-layers-{name.replace('_', '-')}" in code
