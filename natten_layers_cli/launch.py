@@ -26,11 +26,11 @@ def generate() -> int:
 
 
 def convert() -> int:
-    return launch("natten_layers.convert")
+    return launch("natten_layers_cli.convert")
 
 
 def tune() -> int:
-    return launch("natten_layers.tune")
+    return launch("natten_layers_cli.tune")
 
 
 def launch(module: str, *, extra: str = "") -> int:

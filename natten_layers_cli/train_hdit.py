@@ -238,7 +238,7 @@ class Trainer:
         if any(theirs > ours for ours, theirs in zip(here, there, strict=True)):
             raise ValueError(
                 f"{source} has {there} KV heads on its levels, and the config asks for {here}: "
-                "pool them with python -m natten_layers.convert, or change num_kv_heads"
+                "pool them with natten-layers-convert, or change num_kv_heads"
             )
         if here != there:
             levels = zip(own, stored.levels, strict=True)

@@ -59,7 +59,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     DecoderLM(DecoderLMConfig(**{**vars(LANGUAGE), "sink": "learned", "num_registers": 1})).save_pretrained(
         folder / "own"
     )
-    tuned.write_tuned(folder / "launches.json", {("forward", PROBLEM): TileConfig((1, 4, 4), (1, 4, 8), 4, 2, 1)})
+    tuned.write_tuned(folder / "configs.json", {("forward", PROBLEM): TileConfig((1, 4, 4), (1, 4, 8), 4, 2, 1)})
     return folder
 
 
@@ -238,7 +238,7 @@ def test_what_python_hands_over_is_checked_too() -> None:
 def test_training_does_not_start_with_a_misspelt_key(
     section: str, key: str, good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train_hdit = pytest.importorskip("train_hdit")
+    train_hdit = pytest.importorskip("natten_layers_cli.train_hdit")
     content = json.loads((good / "hdit.json").read_text())
     content["dataset"] = {"type": "imagefolder", "location": str(tmp_path)}
     content.setdefault(section, {})[key] = 1
@@ -490,7 +490,7 @@ LOADS: dict[str, Callable[[Path], object]] = {
     "llama/model.safetensors": lambda path: DecoderLM.from_pretrained(path.parent),
     "own/config.json": lambda path: DecoderLM.from_pretrained(path.parent),
     "sharded/model.safetensors.index.json": lambda path: DecoderLM.from_pretrained(path.parent),
-    "launches.json": tuned.read_tuned,
+    "configs.json": tuned.read_tuned,
 }
 DRAWN = settings(
     max_examples=12, derandomize=True, database=None, deadline=None,

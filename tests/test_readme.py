@@ -21,7 +21,6 @@ PUBLIC_MODULES = (
     "natten_layers.functional",
     "natten_layers.utils.varlen",
     "natten_layers.convert",
-    "natten_layers.tune",
     "natten_layers.integrations.diffusers",
     "natten_layers.integrations.transformers",
 )
