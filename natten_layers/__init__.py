@@ -59,7 +59,8 @@ Commands, each with --help
     natten-layers-convert     multi-head checkpoints to grouped-query ones
     natten-layers-tune        a search for the fastest tiles of one problem on this machine's GPU
 
-These names, modules and commands are the public interface. All other modules are internal and may change at any time.
+These names, modules and commands are the public interface: docs/stable.md says what a release may change. All other
+modules are internal.
 """
 
 from . import functional as functional

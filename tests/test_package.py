@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import natten_layers
 from natten_layers_cli.launch import launch
 
 ROOT = Path(__file__).parents[1]
@@ -75,3 +76,16 @@ def test_examples_start_the_commands() -> None:
         code = (ROOT / "examples" / f"{name}.py").read_text()
         assert f"natten_layers_cli.launch import {name}\n" in code
         assert f"natten-layers-{name.replace('_', '-')}" in code
+
+
+def test_every_file_names_the_same_version() -> None:
+    released = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    cited = re.findall(r"^version: (\S+)", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert released[0] == natten_layers.__version__
+    assert cited == [natten_layers.__version__]
+
+
+def test_every_file_names_the_same_repository() -> None:
+    repository = PROJECT["urls"]["Repository"]
+    assert all(url.startswith(repository) for url in PROJECT["urls"].values())
+    assert f"repository-code: {repository}\n" in (ROOT / "CITATION.cff").read_text()

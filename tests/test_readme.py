@@ -14,7 +14,7 @@ from benchmarks import pages
 
 ROOT = Path(__file__).parent.parent
 DOCS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md"))
-PAGES = ("README.md", "CONTRIBUTING.md", "benchmarks/README.md", *DOCS)
+PAGES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md", *DOCS)
 NOT_RUN = "<!-- not run -->\n"
 BLOCK = re.compile(rf"({re.escape(NOT_RUN)})?^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 PUBLIC_MODULES = (
