@@ -17,13 +17,11 @@ from pathlib import Path
 from natten_layers.convert import convert_file
 from natten_layers.modules.hdit_config import HDiTConfig
 
-from .running import run_command
+from .running import Parser, run_command
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="natten-layers-convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="natten-layers-convert", description=__doc__)
     parser.add_argument("source", type=Path, help="an HDiT: safetensors, k-diffusion training checkpoint, or directory")
     parser.add_argument("target", type=Path, help="safetensors file, or directory to hold model.safetensors")
     parser.add_argument(

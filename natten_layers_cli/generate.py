@@ -21,7 +21,7 @@ from torch import Tensor
 
 from natten_layers.modules.llm import DecoderLM
 
-from .running import check_device, run_command
+from .running import Parser, check_device, run_command, seed
 
 
 class Codec(Protocol):
@@ -89,14 +89,14 @@ def open_codec(directory: Path, vocab_size: int) -> Codec:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("model", type=Path, help="directory with config.json and safetensors files")
     parser.add_argument("--prompt", default="", help='text to continue; "-" reads standard input')
     parser.add_argument("--tokens", type=int, default=512, help="most tokens to add")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
     parser.add_argument("--top-k", type=int)
     parser.add_argument("--top-p", type=float)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--bf16", action="store_true", help="convert the weights to bfloat16")
     args = parser.parse_args(argv)

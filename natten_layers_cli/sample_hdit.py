@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +25,7 @@ from natten_layers import Denoiser, HDiT, HDiTConfig
 
 from .diffusion import SAMPLERS, guided, karras_sigmas
 from .pictures import draw_grid, read_record, save_png
-from .running import check_device, run_command
+from .running import MOST_SEED, Parser, check_device, run_command, seed
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,8 @@ class Request:
         )
         if any(type(count) is not int for count in counts) or type(request.guidance) is not float:
             raise TypeError(f"a number is of another type in {dict(record)}")
-        if request.sampler not in SAMPLERS or min(request.count, request.steps, request.batch_size) < 1:
+        in_range = 0 <= request.seed <= MOST_SEED and min(request.count, request.steps, request.batch_size) >= 1
+        if request.sampler not in SAMPLERS or not in_range:
             raise ValueError(f"a sampler or number is out of range in {dict(record)}")
         return request
 
@@ -151,7 +151,7 @@ def parse_classes(values: Sequence[str] | None, config: HDiTConfig) -> tuple[int
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("checkpoint", type=Path, help="a safetensors file, or a training checkpoint (.pth)")
     parser.add_argument("--config", type=Path, help="JSON config, for a checkpoint that holds none")
     parser.add_argument("--output", type=Path, default=Path("samples.png"), help="default: %(default)s")
@@ -162,7 +162,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sampler", choices=SAMPLERS, default="dpmpp-2m", help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=50, help="default: %(default)s")
     parser.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance scale, 1 is none")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--seed", type=seed, default=0, help="default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=64, help="images at a time, default: %(default)s")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     arguments = parser.parse_args(argv)
@@ -175,8 +175,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--output {output}: nothing can be written to {folder}")
     if min(arguments.size or (1, 1)) < 1:
         parser.error(f"--size must be at least 1, got {arguments.size}")
-    if not math.isfinite(arguments.guidance):
-        parser.error(f"--guidance must be finite, got {arguments.guidance}")
     for name in ("count", "steps", "batch_size"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")

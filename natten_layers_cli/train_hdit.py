@@ -48,7 +48,7 @@ from .data import Batch, Examples, Folder, Keys, describe, load_batches, open_so
 from .diffusion import ema_decay, learning_rate_factor, loss_weighting, make_sigma_quantile, stratified
 from .parallel import Processes, local
 from .pictures import save_loss_curve, save_png
-from .running import SIGNALS_HELP, Signals, check_device, run_command, writing
+from .running import SIGNALS_HELP, Parser, Signals, check_device, run_command, seed, writing
 from .sample_hdit import Request, digest, picture, sample
 
 PRESETS = Path(__file__).parent / "configs"
@@ -62,9 +62,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Flags win over the config's "run" section, and that over the defaults here, which are k-diffusion's."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=SIGNALS_HELP, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, epilog=SIGNALS_HELP)
     switch = argparse.BooleanOptionalAction
     cuda = torch.cuda.is_available()
     parser.add_argument("--config", type=Path, help="JSON in k-diffusion's format (image_transformer_v2)")
@@ -100,7 +98,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--checkpointing", action=switch, default=False, help="recompute activations to save memory")
     parser.add_argument("--fsdp", action=switch, default=False, help="shard parameters over the processes (torchrun)")
     parser.add_argument("--num-workers", type=int, default=8, help="processes that load images")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     argv = sys.argv[1:] if argv is None else argv
     arguments = parser.parse_args(argv)

@@ -38,7 +38,17 @@ from natten_layers.modules.llm import DecoderLM, DecoderLMConfig
 
 from .checkpointing import check_finite
 from .parallel import Processes
-from .running import SIGNALS_HELP, Signals, check_device, one_line, run_command, running_alone, writing
+from .running import (
+    SIGNALS_HELP,
+    Parser,
+    Signals,
+    check_device,
+    one_line,
+    run_command,
+    running_alone,
+    seed,
+    writing,
+)
 from .text import Corpus, random_windows, read_corpus
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -47,12 +57,7 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     cuda = torch.cuda.is_available()
     switch = argparse.BooleanOptionalAction
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=SIGNALS_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(description=__doc__, epilog=SIGNALS_HELP, allow_abbrev=False)
     parser.add_argument("--config", type=Path, help="TOML file with defaults for these flags")
     parser.add_argument("--data", type=Path, help="folder of text files; default: Python's standard library")
     parser.add_argument("--pattern", help="glob of the files to read")
@@ -76,7 +81,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     train.add_argument("--warmup", type=int, default=50, help="steps")
     train.add_argument("--weight-decay", type=float, default=0.1)
     train.add_argument("--grad-clip", type=float, default=1.0)
-    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--seed", type=seed, default=0)
     train.add_argument("--eval-every", type=int, default=200, help="steps between validation, sample and checkpoint")
     train.add_argument("--eval-bytes", type=int, default=32768, help="held-out bytes of a validation, all at the end")
     train.add_argument(

@@ -27,7 +27,7 @@ from natten_layers.kernels.host.tiling import Kind, ProblemClass, TileConfig, be
 from natten_layers.kernels.host.tuned import cache_file, override, write_tuned
 from natten_layers.operations import neighborhood_attention
 
-from .running import run_command
+from .running import Parser, run_command
 
 __all__ = ["Found", "main", "neighbors", "search", "tune"]
 
@@ -204,9 +204,7 @@ def _axes(text: str) -> tuple[int, ...]:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="natten-layers-tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="natten-layers-tune", description=__doc__)
     parser.add_argument("tokens", type=_axes, help="length of every axis: 4096, 128x128, 30x48x80")
     parser.add_argument("--kernel-size", type=_axes, required=True, metavar="K", help="one for all axes or one each")
     parser.add_argument("--dilation", type=_axes, default=(1,), metavar="D")

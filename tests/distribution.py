@@ -90,7 +90,7 @@ def check_commands(python: Environment, folder: Path) -> None:
         folder=folder,
     )  # fmt: skip
     (folder / "text").mkdir()
-    for name in "abcdefgh":
+    for name in map(str, range(40)):
         (folder / "text" / f"{name}.txt").write_text(f"{name} is a letter. " * 100)
     python.run(
         "natten-layers-train-lm", "--data", "text", "--pattern", "*.txt", "--out", "lm", "--layers", "2", "--hidden",

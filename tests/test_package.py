@@ -89,3 +89,55 @@ def test_every_file_names_the_same_repository() -> None:
     repository = PROJECT["urls"]["Repository"]
     assert all(url.startswith(repository) for url in PROJECT["urls"].values())
     assert f"repository-code: {repository}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+COMMANDS = {
+    "train_hdit": [], "sample_hdit": ["model"], "train_lm": [], "generate": ["model"], "convert": ["a", "b"],
+    "tune": ["16"],
+}  # fmt: skip
+"""commands by their module, with the arguments that they must have"""
+SEEDED = ("train_hdit", "sample_hdit", "train_lm", "generate")
+
+
+@pytest.mark.parametrize(
+    ("command", "flag", "value", "message"),
+    [
+        *((name, "--seed", seed, "must be from 0 to") for name in SEEDED for seed in (str(2**70), "-1")),
+        ("train_hdit", "--batch-size", "9" * 5000, "is no whole number"),
+        ("train_hdit", "--end-step", str(2**63), "must be from"),
+        ("train_lm", "--steps", str(10**30), "must be from"),
+        ("generate", "--tokens", str(10**30), "must be from"),
+        ("convert", "--group-size", str(10**30), "must be from"),
+        ("tune", "--heads", str(10**30), "must be from"),
+        ("train_hdit", "--lr", "nan", "no finite number"),
+        ("train_lm", "--weight-decay", "inf", "no finite number"),
+        ("sample_hdit", "--guidance", "nan", "no finite number"),
+        ("generate", "--temperature", "nan", "no finite number"),
+        ("train_hdit", "--config", "", "'' is no path"),
+        ("train_lm", "--out", "", "'' is no path"),
+        ("train_lm", "--data", "", "'' is no path"),
+        ("sample_hdit", "--output", "", "'' is no path"),
+        ("convert", "--config", "", "'' is no path"),
+    ],
+)  # fmt: skip
+def test_a_value_that_no_flag_takes_is_named_with_its_flag(
+    command: str, flag: str, value: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main = import_module(f"natten_layers_cli.{command}").main
+    with pytest.raises(SystemExit, match="2"):
+        main([*COMMANDS[command], flag, value])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"error: argument {flag}" in error
+    assert message in error
+    assert len(error) < 300
+
+
+@pytest.mark.parametrize("arguments", [["", "b"], ["a", ""]])
+def test_an_empty_path_is_not_the_working_folder(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        import_module("natten_layers_cli.convert").main([*arguments, "--group-size", "1"])
+    assert "'' is no path" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
