@@ -1,6 +1,6 @@
 """Search the fastest tile configurations of the fused kernels on this machine's GPU, and save them for later calls.
 
-    python -m natten_layers.tune 128x128 --kernel-size 7x7 --heads 8 --kv-heads 2 --head-dim 64 --batch 8
+    natten-layers-tune 128x128 --kernel-size 7x7 --heads 8 --kv-heads 2 --head-dim 64 --batch 8
 
 A call never searches; without this command tiles are chosen by rule. Results are saved in ``configs.json`` in
 ``$NATTEN_LAYERS_CACHE`` or the user's cache folder. Processes that start afterwards use them for every call with these
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,10 +22,12 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from .kernels.host.problem import Inputs, Options, device_traits, problem_of, three_axes
-from .kernels.host.tiling import Kind, ProblemClass, TileConfig, best_boxes, boxes, rule
-from .kernels.host.tuned import cache_file, override, write_tuned
-from .operations import neighborhood_attention
+from natten_layers.kernels.host.problem import Inputs, Options, device_traits, problem_of, three_axes
+from natten_layers.kernels.host.tiling import Kind, ProblemClass, TileConfig, best_boxes, boxes, rule
+from natten_layers.kernels.host.tuned import cache_file, override, write_tuned
+from natten_layers.operations import neighborhood_attention
+
+from .running import Parser, run_command
 
 __all__ = ["Found", "main", "neighbors", "search", "tune"]
 
@@ -200,10 +203,8 @@ def _axes(text: str) -> tuple[int, ...]:
     return values
 
 
-def _parse(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    parser = argparse.ArgumentParser(
-        prog="python -m natten_layers.tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="natten-layers-tune", description=__doc__)
     parser.add_argument("tokens", type=_axes, help="length of every axis: 4096, 128x128, 30x48x80")
     parser.add_argument("--kernel-size", type=_axes, required=True, metavar="K", help="one for all axes or one each")
     parser.add_argument("--dilation", type=_axes, default=(1,), metavar="D")
@@ -221,7 +222,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argpars
         parser.error(f"--trials must be at least 1, got {args.trials}")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("there is no CUDA device here, and the fused kernels run on no other")
-    return parser, args
+    return args
 
 
 def _draw(args: argparse.Namespace, kv_heads: int) -> list[Tensor]:
@@ -246,7 +247,7 @@ def _problem_class(args: argparse.Namespace, query: Tensor, kv_heads: int) -> Pr
 
 def _kinds(args: argparse.Namespace, heads: Sequence[Tensor]) -> list[Kind]:
     """The kernels to search: without those that this call does not use, as kernels without tuned tiles replace them."""
-    from .kernels.dispatch import Question, choose  # imports Triton, which is installed, as a call has run
+    from natten_layers.kernels.dispatch import Question, choose  # imports Triton, which is installed, as a call has run
 
     query, key, value = heads
     rank = len(args.tokens)
@@ -273,48 +274,43 @@ def _report(kind: Kind, config: TileConfig, seconds: float) -> None:
     print(f"{kind:14} {time:>12}  {_describe(config)}", flush=True)
 
 
-def main(argv: Sequence[str] | None = None, *, timer: Timer = _device_seconds) -> int:
-    """Run the command; returns the exit status. Results that were found before Ctrl-C are saved."""
-    parser, args = _parse(argv)
+def run(args: argparse.Namespace, timer: Timer) -> int:
     kv_heads = args.heads if args.kv_heads is None else args.kv_heads
+    *heads, grad_out = _draw(args, kv_heads)
+    kernel_size, dilation = (_spread(v, len(args.tokens)) for v in (args.kernel_size, args.dilation))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return neighborhood_attention(q, k, v, kernel_size, dilation=dilation, is_causal=args.causal, impl="fused")
+
+    # Arguments that do not fit, and a file that is damaged or cannot be written, must fail before the search.
+    attend(*heads)
+    write_tuned(cache_file(), {})
+    problem = _problem_class(args, heads[0], kv_heads)
     found: dict[Kind, Found] = {}
     status = 0
     try:
-        *heads, grad_out = _draw(args, kv_heads)
-
-        kernel_size, dilation = (_spread(v, len(args.tokens)) for v in (args.kernel_size, args.dilation))
-
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return neighborhood_attention(q, k, v, kernel_size, dilation=dilation, is_causal=args.causal, impl="fused")
-
-        # Arguments that do not fit, and a file that is damaged or cannot be written, must fail before the search.
-        attend(*heads)
-        write_tuned(cache_file(), {})
-        problem = _problem_class(args, heads[0], kv_heads)
-        try:
-            for kind, best in tune(
-                problem, attend, (*heads, grad_out),
-                kinds=_kinds(args, heads), trials=args.trials, timer=timer, report=_report,
-            ):  # fmt: skip
-                found[kind] = best
-        except KeyboardInterrupt:
-            status = 130
-        gains: dict[tuple[Kind, ProblemClass], TileConfig] = {}
-        for kind, best in found.items():
-            if best.gains:
-                gains[kind, problem] = best.config
-            gain = (
-                f"{best.rule_seconds / best.seconds:.2f}x with {_describe(best.config)}" if best.gains else "the rule's"
-            )
-            print(f"{kind}: {gain}")
-        if gains:
-            write_tuned(cache_file(), gains)
-            print(f"written to {cache_file()}")
-    except (ValueError, RuntimeError, OSError, MemoryError) as error:
-        parser.exit(1, f"{parser.prog}: error: {' '.join(str(error).split()) or type(error).__name__}\n")
-    except KeyboardInterrupt:  # pressed before or after the search
-        return 130
+        for kind, best in tune(
+            problem, attend, (*heads, grad_out),
+            kinds=_kinds(args, heads), trials=args.trials, timer=timer, report=_report,
+        ):  # fmt: skip
+            found[kind] = best
+    except KeyboardInterrupt:
+        status = 128 + signal.SIGINT
+    gains: dict[tuple[Kind, ProblemClass], TileConfig] = {}
+    for kind, best in found.items():
+        if best.gains:
+            gains[kind, problem] = best.config
+        gain = f"{best.rule_seconds / best.seconds:.2f}x with {_describe(best.config)}" if best.gains else "the rule's"
+        print(f"{kind}: {gain}")
+    if gains:
+        write_tuned(cache_file(), gains)
+        print(f"written to {cache_file()}")
     return status
+
+
+def main(argv: Sequence[str] | None = None, *, timer: Timer = _device_seconds) -> int:
+    """Run the command; returns the exit status. Results that were found before Ctrl-C are saved."""
+    return run_command(lambda: run(_parse(argv), timer), when_interrupted="interrupted; nothing was written")
 
 
 if __name__ == "__main__":
