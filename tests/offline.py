@@ -55,7 +55,7 @@ def options_of(rank: int, kernel_size: int, sink: float | None) -> problem.Optio
 def attend_large_on_sm90(
     spatial: tuple[int, ...], kernel_size: int, heads: int, *, sink: float | None, dim: int = 128
 ) -> None:
-    from natten_layers.kernels.sm90 import large_backward, large_forward, large_tiling
+    from natten_layers.kernels.sm90 import large_dkv, large_dq, large_forward, large_tiling
 
     tensors = problem.Inputs(*(torch.zeros(1, *spatial, h, dim, dtype=torch.bfloat16) for h in (heads, 2, 2)))
     options = options_of(len(spatial), kernel_size, sink)
@@ -65,13 +65,13 @@ def attend_large_on_sm90(
     rows = torch.ones(1, *spatial, heads)
     cotangents = problem.Cotangents(tensors.query, rows, rows, tensors.query, None)
     dq_config = large_tiling.dq_tile_config(one)
-    _, statistics = large_backward.query_gradient(dq_config, one, tensors, options, cotangents)
-    large_backward.key_gradients(dkv_config, one, tensors, options, tensors.query, statistics)
+    _, statistics = large_dq.query_gradient(dq_config, one, tensors, options, cotangents)
+    large_dkv.key_gradients(dkv_config, one, tensors, options, tensors.query, statistics)
     registers = torch.zeros(1, 5, 2, dim, dtype=torch.bfloat16)
     tensors = tensors._replace(additional_keys=registers, additional_values=registers)
     one = problem.problem_of(tensors, options)
     large_forward.forward(config, one, tensors, options, with_stats=False)
-    large_backward.key_gradients(dkv_config, one, tensors, options, tensors.query, problem.RowStatistics(rows, rows))
+    large_dkv.key_gradients(dkv_config, one, tensors, options, tensors.query, problem.RowStatistics(rows, rows))
 
 
 def attend_small_on_sm90(
@@ -137,9 +137,9 @@ def main(capability: int) -> None:
     if capability == 90:
         attend((32, 32), 7, 8, 256, 40, torch.float32)
     if capability == 90 and gluon_gap() is None:
-        from natten_layers.kernels.sm90 import large_backward, large_forward, small_forward_rolling
+        from natten_layers.kernels.sm90 import large_dkv, large_dq, large_forward, small_forward_rolling
 
-        for module in (large_forward, large_backward, small_forward_rolling):
+        for module in (large_forward, large_dq, large_dkv, small_forward_rolling):
             setattr(module, "multiprocessors", lambda device: 132)  # noqa: B010
         attend_large_on_sm90((4096,), 2048, 8, sink=0.0)
         attend_large_on_sm90((64, 80), 48, 2, sink=None)

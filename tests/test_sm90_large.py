@@ -23,7 +23,7 @@ from natten_layers.kernels.host.problem import Cotangents, Inputs, Layout, Optio
 from natten_layers.kernels.host.tiling import Box, TileConfig
 from natten_layers.kernels.host.tuned import forget, override
 from natten_layers.kernels.portable import forward
-from natten_layers.kernels.sm90 import large_backward, large_forward, large_tiling
+from natten_layers.kernels.sm90 import large_dkv, large_dq, large_forward, large_statistics, large_tiling
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -124,8 +124,8 @@ def test_gradients_match_the_oracle(case: Case, dtype: torch.dtype, monkeypatch:
     case = replace(case, dtype=dtype)
     leaves = make_inputs(case, "cuda")
     taken: list[TileConfig] = []
-    compute = large_backward.key_gradients
-    monkeypatch.setattr(large_backward, "key_gradients", lambda *args: taken.append(args[0]) or compute(*args))
+    compute = large_dkv.key_gradients
+    monkeypatch.setattr(large_dkv, "key_gradients", lambda *args: taken.append(args[0]) or compute(*args))
     first, second = (run(case, leaves, "fused") for _ in range(2))
     assert len(taken) == 2
     assert_close(case, first, oracle(case, leaves), run(case, leaves, "eager"))
@@ -144,7 +144,7 @@ def test_any_number_of_programs_computes_every_tile(case: Case, monkeypatch: pyt
     leaves = make_inputs(case, "cuda")
     for programs in (1, 5):
         with monkeypatch.context() as patch:
-            for module in (large_forward, large_backward):
+            for module in (large_forward, large_dq, large_dkv):
                 patch.setattr(module, "multiprocessors", lambda device, count=programs: count)
             for name, tensor in run(case, leaves, "fused").tensors().items():
                 assert torch.equal(tensor, expected[name]), (programs, name)
@@ -206,8 +206,8 @@ def test_nan_reaches_no_other_image_and_no_other_head(case: Case, monkeypatch: p
     """For TMA, batch and time are one axis, so a video's last frame is followed by the next video's first."""
     case = replace(case, dtype=torch.bfloat16)
     taken: list[TileConfig] = []
-    compute = large_backward.key_gradients
-    monkeypatch.setattr(large_backward, "key_gradients", lambda *args: taken.append(args[0]) or compute(*args))
+    compute = large_dkv.key_gradients
+    monkeypatch.setattr(large_dkv, "key_gradients", lambda *args: taken.append(args[0]) or compute(*args))
     assert_nan_stays(case, make_inputs(case, "cuda"))
     assert taken
 
@@ -289,14 +289,14 @@ def test_statistics_of_the_backward_pass_are_what_they_are_called(with_grad_lse:
     grad_out = wide[..., 1:4, :]  # a view of a wider tensor
     row_max, row_sum, grad_lse = torch.rand(3, 2, 3, 5, 9, 3, generator=draw).to(DEVICE) + 0.5
     grad_lse = grad_lse.transpose(1, 2).contiguous().transpose(1, 2) if with_grad_lse else None
-    statistics, delta = large_backward.statistics_of(problem, Cotangents(out, row_max, row_sum, grad_out, grad_lse))
+    statistics, delta = large_statistics.statistics_of(problem, Cotangents(out, row_max, row_sum, grad_out, grad_lse))
     expected = (out.double() * grad_out.double()).sum(-1) - (0 if grad_lse is None else grad_lse.double())
     assert error(delta, expected) < 1e-6
     head_major = [x.permute(4, 0, 1, 2, 3).reshape(3, 6, 5, 9) for x in (row_max + row_sum.log(), expected)]
     assert error(statistics.lse[..., :9] * math.log(2), head_major[0]) < 1e-6
     assert error(statistics.delta[..., :9], head_major[1]) < 1e-6
     assert statistics.lse.stride(-2) % large_tiling.ALIGNMENT == 0
-    portable = large_backward.to_head_major(problem, row_max, delta)
+    portable = large_statistics.to_head_major(problem, row_max, delta)
     assert torch.equal(portable.delta[..., :9], statistics.delta[..., :9])
 
 
