@@ -26,6 +26,7 @@ Layers
 Models
     HDiT                      the image diffusion transformer of k-diffusion: HDiTConfig, LevelConfig
     Denoiser                  preconditioning and loss around it
+    MeanFlow                  the loss that has it sample in one step
     DecoderLM                 a language model with sliding windows: DecoderLMConfig, Cache
 
 NATTEN's switches and lists, which change no result
@@ -79,6 +80,7 @@ from .modules import (
     HDiT,
     HDiTConfig,
     LevelConfig,
+    MeanFlow,
     NeighborhoodAttention1D,
     NeighborhoodAttention2D,
     NeighborhoodAttention3D,
@@ -145,6 +147,7 @@ __all__ = [
     "HDiT",
     "HDiTConfig",
     "LevelConfig",
+    "MeanFlow",
     "NeighborhoodAttention1D",
     "NeighborhoodAttention2D",
     "NeighborhoodAttention3D",

@@ -2,6 +2,7 @@
 
 natten-layers-train-hdit                                   a few minutes on a CPU, or the GPU's preset
 natten-layers-train-hdit --config flowers.json --name runs/flowers --mixed-precision bf16 --compile
+natten-layers-train-hdit --objective meanflow              a model that samples in one step, as small
 torchrun --nproc-per-node 2 -m natten_layers_cli.train_hdit --preset gpu-demo --name runs/two-gpus
 
 A run called NAME writes NAME_STEP.pth (everything needed to go on), NAME_state.json (which of them is the latest; the
@@ -29,7 +30,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from natten_layers import Denoiser, HDiT, HDiTConfig
+from natten_layers import HDiT, HDiTConfig
 from natten_layers.io.checkpoints import load_tensors, read_hdit
 from natten_layers.io.files import read_json
 from natten_layers.io.schema import shorten
@@ -45,11 +46,12 @@ from .checkpointing import (
     save_sharded,
 )
 from .data import Batch, Examples, Folder, Keys, describe, load_batches, open_source, parse_data_flag
-from .diffusion import ema_decay, learning_rate_factor, loss_weighting, make_sigma_quantile, stratified
+from .diffusion import ema_decay, learning_rate_factor
+from .objectives import MEANFLOW, open_objective
 from .parallel import Processes, local
 from .pictures import save_loss_curve, save_png
 from .running import SIGNALS_HELP, Parser, Signals, check_device, run_command, seed, writing
-from .sample_hdit import Request, digest, picture, sample
+from .sample_hdit import DEFAULTS, Request, digest, picture, sample
 
 PRESETS = Path(__file__).parent / "configs"
 SECTIONS: dict[str, dict[str, Any]] = {  # k-diffusion's defaults for this type of model
@@ -57,6 +59,7 @@ SECTIONS: dict[str, dict[str, Any]] = {  # k-diffusion's defaults for this type 
     "lr_sched": {"type": "constant", "warmup": 0.0},
     "ema_sched": {"type": "inverse", "power": 0.6667, "max_value": 0.9999},
 }
+KINDS = {"diffusion": "demo", "meanflow": "meanflow"}  # the presets of an objective, after the device's name
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -69,8 +72,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--preset",
         choices=sorted(path.stem for path in PRESETS.glob("*.json")),
-        default="gpu-demo" if cuda else "cpu-demo",
-        help="a config that comes with this command, if --config names no other; default: %(default)s",
+        help="a config that comes with this command, if --config names no other; default: that of device and objective",
+    )
+    parser.add_argument(
+        "--objective",
+        choices=KINDS,
+        help="what to train, in place of the config's: a diffusion model, or one that samples in one step (MeanFlow)",
     )
     parser.add_argument("--name", default="runs/hdit", help="prefix of all files written, default: %(default)s")
     parser.add_argument("--resume", type=Path, help="go on from this checkpoint, not from NAME's latest")
@@ -91,7 +98,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--demo-every", type=int, default=500, help="steps between grids of samples, 0 for none")
     parser.add_argument("--save-every", type=int, default=10000, help="steps between checkpoints")
     parser.add_argument("--sample-n", type=int, default=8, help="images per class in a grid")
-    parser.add_argument("--sample-steps", type=int, default=50, help="steps of the sampler")
+    parser.add_argument("--sample-steps", type=int, help="steps of the sampler; default: 50, or 1 with meanflow")
     parser.add_argument("--lr", type=float, help="learning rate, in place of the config's")
     parser.add_argument("--mixed-precision", choices=["no", *DTYPES], default="no")
     parser.add_argument("--compile", action=switch, default=False, help="torch.compile the model")
@@ -102,7 +109,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     argv = sys.argv[1:] if argv is None else argv
     arguments = parser.parse_args(argv)
-    config = arguments.config or PRESETS / f"{arguments.preset}.json"
+    preset = arguments.preset or f"{'gpu' if cuda else 'cpu'}-{KINDS[arguments.objective or 'diffusion']}"
+    config = arguments.config or PRESETS / f"{preset}.json"
     section = _section(read_json(config), "run", config)
     arguments = parser.parse_args([*_as_flags(section), *argv])
     arguments.config = config
@@ -144,15 +152,19 @@ def naming(path: Path) -> Iterator[None]:
         raise ValueError(f"{path} is no config of this script: {error}") from error
 
 
-def read_config(path: Path, data: str | None) -> dict[str, Any]:
+def read_config(path: Path, data: str | None, objective: str | None = None) -> dict[str, Any]:
     """The JSON config, with k-diffusion's defaults of its training sections filled in."""
     config = read_json(path)
     config.pop("run", None)
+    if objective is not None:
+        config["model"] = _section(config, "model", path) | {"objective": objective}
     if data is not None:
         kept = {key: value for key, value in _section(config, "dataset", path).items() if key == "cond_dropout_rate"}
         config["dataset"] = parse_data_flag(data) | kept
     elif not _section(config, "dataset", path):
         raise ValueError(f"{path} has no dataset; name one with --data")
+    if _section(config, "model", path).get("objective") == "meanflow":
+        config["meanflow"] = MEANFLOW | _section(config, "meanflow", path)
     for section, defaults in SECTIONS.items():
         config[section] = defaults | _section(config, section, path)
     for section in ("optimizer", "ema_sched"):
@@ -176,11 +188,8 @@ class Trainer:
             self._read_data()
             if start is not None and start[0] is not None:
                 self._take_kv_heads(HDiTConfig.from_json(start[0]))
-            self.model_config = self.plan.to_json()["model"]
-            self.quantile = make_sigma_quantile(self.model_config)
-            self.quantile(torch.tensor([0.5]))  # what it lacks shows on its first call
+            self.objective = open_objective(self.config, self.plan)
             learning_rate_factor(self.config["lr_sched"], 0)
-            weighting = loss_weighting(self.model_config)
 
         torch.manual_seed(arguments.seed)
         self.model = HDiT(self.plan, checkpointing=arguments.checkpointing)
@@ -193,7 +202,7 @@ class Trainer:
         self.wrapped = processes.wrap(self.model)
         if processes.fsdp:
             processes.shard(self.ema)
-        self.denoiser = Denoiser(self.wrapped, sigma_data=self.plan.sigma_data, weighting=weighting)
+        self.learner = self.objective.around(self.wrapped, self.plan.sigma_data)
 
         settings = self.config["optimizer"]
         lr = settings["lr"] if arguments.lr is None else arguments.lr
@@ -208,7 +217,7 @@ class Trainer:
         self._resume()
 
     def _read_data(self) -> None:
-        config = read_config(self.arguments.config, self.arguments.data)
+        config = read_config(self.arguments.config, self.arguments.data, self.arguments.objective)
         plan = HDiTConfig.from_json(config)
         dataset = config["dataset"]
         self.source = open_source(dataset, plan.input_size, plan.input_channels)
@@ -314,7 +323,7 @@ class Trainer:
             rank=processes.rank,
             world=processes.world,
         )
-        examples = Examples(self.source, self.model_config.get("augment_prob", 0.0))
+        examples = Examples(self.source, self.plan.other.get("model", {}).get("augment_prob", 0.0))
         loading = load_batches(
             examples, keys, workers=arguments.num_workers, pin_memory=processes.device.type == "cuda"
         )
@@ -370,10 +379,10 @@ class Trainer:
         if self.plan.num_classes:
             drop = batch.uniform[:, 1] < self.config["dataset"].get("cond_dropout_rate", 0.1)
             conditions["class_cond"] = batch.label.masked_fill(drop, self.plan.num_classes)
-        sigma = self.quantile(stratified(batch.place, global_batch, batch.uniform[:, 0]))
         dtype = DTYPES.get(self.arguments.mixed_precision)
         with torch.autocast(self.processes.device.type, dtype, enabled=dtype is not None):
-            return self.denoiser.loss(batch.image, batch.noise, sigma, **conditions).mean()
+            losses, _ = self.objective.losses(self.learner, batch, global_batch, conditions)
+            return losses.mean()
 
     @torch.no_grad()
     def _update_ema(self) -> None:
@@ -390,10 +399,12 @@ class Trainer:
         Raises:
             DemoStoppedError: a process was asked to stop.
         """
+        sampler, steps = DEFAULTS[self.plan.objective]
         request = Request(
             classes=tuple(range(self.plan.num_classes)),
             count=self.arguments.sample_n,
-            steps=self.arguments.sample_steps,
+            sampler=sampler,
+            steps=self.arguments.sample_steps or steps,
             seed=self.arguments.seed,
         )
 
@@ -401,7 +412,7 @@ class Trainer:
             if self.processes.any(self.signals.stop_wanted):
                 raise DemoStoppedError
 
-        images = sample(Denoiser(self.ema), self.plan, request, quiet=not self.processes.first, on_step=on_step)
+        images = sample(self.ema, self.plan, request, quiet=not self.processes.first, on_step=on_step)
         grid = picture(images, self.plan, request)
         if self.processes.first:
             save_png(grid, self.files.path(suffix), asdict(request) | {"sha256": digest(images)})
