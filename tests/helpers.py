@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from natten_layers.eager import dense_attention_state
 from natten_layers.geometry import Window, make_window
 from natten_layers.operations import Impl
 
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 Inputs = dict[str, Tensor]
 """Differentiable inputs by argument name: query, key, value and, where the case has them, additional_keys,
 additional_values and sink."""
@@ -270,11 +271,22 @@ def error(actual: Tensor, expected: Tensor) -> float:
     return ((actual - expected).norm() / expected.norm().clamp(min=1e-30)).item()
 
 
-def randomize(module: nn.Module, std: float = 0.2) -> None:
+def randomize(module: ModuleT, std: float = 0.2) -> ModuleT:
     """Add noise to every parameter, because most branches of a new model have an output of zero."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(std * torch.randn_like(parameter))
+    return module
+
+
+def coordinates(*shape: int) -> Tensor:
+    """Positions between the tokens of a grid."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(7))
+
+
+def far(*shape: int) -> Tensor:
+    """Positions of tokens in a long text."""
+    return torch.randint(0, 100_000, shape, generator=torch.Generator().manual_seed(7))
 
 
 FLOOR = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}

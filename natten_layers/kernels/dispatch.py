@@ -41,7 +41,7 @@ from .sm90.available import gluon_gap
 
 GLUON_GAP = gluon_gap()
 if TYPE_CHECKING or GLUON_GAP is None:  # only a missing Gluon leaves these modules out; other import errors are raised
-    from .sm90 import large_backward, large_forward, small_backward, small_forward, small_forward_rolling
+    from .sm90 import large_dkv, large_dq, large_forward, small_backward, small_forward, small_forward_rolling
 
 # Key elements of a head from which on a window is large: 256 keys of head dim 128, or 512 keys of 64.
 LARGE_KEY_ELEMENTS = 2**15
@@ -461,7 +461,7 @@ VARIANTS: Mapping[Direction, Sequence[Variant]] = {
             supports=_large_query_gap,
             pays=_large_backward_pays,
             plan=lambda q: large_tiling.dq_tile_config(q.problem, override_pack()),
-            run=lambda *args: large_backward.query_gradient(*args),
+            run=lambda *args: large_dq.query_gradient(*args),
             uses_tma=True,
         ),
         Variant(
@@ -484,7 +484,7 @@ VARIANTS: Mapping[Direction, Sequence[Variant]] = {
             supports=_large_key_gap,
             pays=_large_backward_pays,
             plan=lambda q: large_tiling.dkv_tile_config(q.problem),
-            run=lambda *args: large_backward.key_gradients(*args),
+            run=lambda *args: large_dkv.key_gradients(*args),
             uses_tma=True,
         ),
         Variant(
