@@ -21,6 +21,11 @@ distribution of the logit of the times, and the power of the loss's weight, that
 class Objective(Protocol):
     """A loss and what it draws, but for the network."""
 
+    level: str
+    """what :meth:`losses` returns beside the losses: a noise level, or a time"""
+    edges: tuple[float, ...]
+    """that divide its values, to show the loss of each range"""
+
     def around(self, model: nn.Module, sigma_data: float) -> nn.Module:
         """The network with what the loss needs beside it."""
         ...
@@ -44,6 +49,8 @@ def open_objective(config: Mapping[str, Any], plan: HDiTConfig) -> Objective:
 class Diffusion:
     """The loss of Karras et al. 2022, with noise levels and weights as k-diffusion's configs describe them."""
 
+    level, edges = "sigma", (0.1, 0.5, 2.0, 10.0)
+
     def __init__(self, model_config: Mapping[str, Any]) -> None:
         self.quantile, self.weighting = make_sigma_quantile(model_config), loss_weighting(model_config)
         self.quantile(torch.tensor([0.5]))  # what it lacks shows on its first call
@@ -60,7 +67,9 @@ class Diffusion:
 
 
 class AverageVelocity:
-    """The loss of MeanFlow. Of each batch, the first images learn averages, and the others velocities."""
+    """The loss of MeanFlow: some images of a batch learn averages, and the others velocities."""
+
+    level, edges = "time", (0.25, 0.5, 0.75)
 
     def __init__(self, section: Mapping[str, Any]) -> None:
         self.section = section
@@ -88,4 +97,5 @@ class AverageVelocity:
         batch, conditions = Batch(*(part[order] for part in batch)), {k: v[order] for k, v in conditions.items()}
         t, r = self.times(batch.uniform[:, ::2])
         averaged = round(len(t) * share)
-        return module.loss(batch.image, batch.noise, t, r[:averaged], **conditions), t
+        losses, back = module.loss(batch.image, batch.noise, t, r[:averaged], **conditions), order.argsort()
+        return losses[back], t[back]
