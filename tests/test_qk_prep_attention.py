@@ -129,7 +129,7 @@ SMALL = (
         for case in CASES
         if case.positions is None
     ),
-    Case("ring", (4, 9), 3, 4, 2, norm="cosine", rope=AxialRoPE(64, 4, num_kv_heads=2, periods=(None, 2.0))),
+    LayerCase("ring", (4, 9), 3, 4, 2, norm="cosine", rope=AxialRoPE(64, 4, num_kv_heads=2, periods=(None, 2.0))),
 )
 """The last one has frequencies of its own for every axis, which no kernel for all steps takes."""
 
