@@ -71,7 +71,8 @@ def dense_attention_state(
     spatial = query.shape[1:-2]
     accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
     q, k, v = (t.flatten(1, -3).to(accumulate) for t in (query, key, value))  # [B, N, H, D]
-    mask = window_mask(spatial, window, query.device)  # [N, N]
+    key_spatial = key.shape[1:-2] if key.shape[1:-2] != spatial else None
+    mask = window_mask(spatial, window, query.device, key_spatial)  # [N, N]
     bias = None if rpb is None else _dense_bias(rpb.to(accumulate), spatial, window)  # [N, Hq, N]
     if additional_keys is not None and additional_values is not None:
         k = torch.cat([additional_keys.to(accumulate), k], 1)
@@ -137,7 +138,7 @@ def attention_state(
     """
     group = query.shape[-2] // key.shape[-2]
     accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
-    axes = plan(query.shape[1:-2], window, group)
+    axes = plan(query.shape[1:-2], window, group, key.shape[1:-2])
     tiles = tile_queries(query.to(accumulate) * scale, axes, group)
     k, v = (heads_first(t.to(accumulate), axes) for t in (key, value))
     # A masked weight is exactly zero, but zero times NaN is NaN. So tiles compute with zeros in place of nonfinite keys
@@ -174,7 +175,7 @@ def attention(
     does not have all.
     """
     inputs = query, key, value, additional_keys, additional_values, sink
-    spatial, extras = query.shape[1:-2], inputs[3:]
+    spatial, extras = key.shape[1:-2], inputs[3:]
     is_plain = query.device.type == "cpu" and query.shape[-1] == value.shape[-1] and not is_differentiated(inputs)
     past = is_plain and window.is_past(spatial) and all(x is None for x in extras)
     past = past and _are_known_finite(key, value)  # PyTorch would multiply masked NaN by a weight of zero

@@ -352,6 +352,8 @@ IMAGES = (8, 128, 128, 8, 64), (2**23, 2**16, 512, 64, 1)
         {"kernel_size": (15, 15)},
         {"stride": (2, 1)},
         {"dilation": (1, 2)},
+        {"is_periodic": (False, True)},
+        {"query": contiguous((8, 256, 256, 8, 64))},
         {"dtype": torch.float32},
         {"scale_first": True},
         {"capability": (8, 0)},
