@@ -177,7 +177,7 @@ def test_the_operator_keeps_its_schema_and_counts_flop(case: Case) -> None:
     operator = torch.ops.natten_layers.attention_with_qk_prep
     torch.library.opcheck(operator.default, inputs, test_utils=("test_schema", "test_faketensor"))
     counts = []
-    for run in (lambda: operator(*inputs), lambda: torch.ops.natten_layers.forward(*inputs[:12], False)):
+    for run in (lambda: operator(*inputs), lambda: torch.ops.natten_layers.forward(*inputs[:13], False)):
         with FlopCounterMode(display=False) as counter:
             run()
         counts.append(counter.get_total_flops())
