@@ -48,6 +48,7 @@ def neighborhood_attention(
     stride: Axes = 1,
     dilation: Axes = 1,
     is_causal: bool | Sequence[bool] = False,
+    is_periodic: bool | Sequence[bool] = False,
     scale: float | Tensor | None = None,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
@@ -67,6 +68,7 @@ def neighborhood_attention(
     stride: Axes = 1,
     dilation: Axes = 1,
     is_causal: bool | Sequence[bool] = False,
+    is_periodic: bool | Sequence[bool] = False,
     scale: float | Tensor | None = None,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
@@ -85,6 +87,7 @@ def neighborhood_attention(
     stride: Axes = 1,
     dilation: Axes = 1,
     is_causal: bool | Sequence[bool] = False,
+    is_periodic: bool | Sequence[bool] = False,
     scale: float | Tensor | None = None,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
@@ -113,6 +116,8 @@ def neighborhood_attention(
         stride: queries per shared window, ``1 <= stride <= kernel_size``.
         dilation: distance in tokens between neighboring keys of a window; ``kernel_size * dilation <= length``.
         is_causal: mask keys after the query, per axis.
+        is_periodic: per axis, whether it is a ring, such as longitude: windows wrap around its ends instead of shifting
+            inwards. Such an axis is not causal, and ``dilation`` divides its length.
         scale: factor on the scores, a number or a tensor of one that needs no gradient, default ``D ** -0.5``.
         additional_keys: registers, ``[B or 1, R, Hkv, D]``, visible to every query.
         additional_values: ``[B or 1, R, Hkv, Dv]``; given exactly when ``additional_keys`` is.
@@ -120,8 +125,8 @@ def neighborhood_attention(
             softmax1), a tensor ``[Hq]``, or None. It is not multiplied by ``scale``.
         rpb: a relative position bias ``[Hq, 2 * kernel_size - 1 per axis]`` of any floating point dtype, as in old
             versions of NATTEN: entry ``(j - i) / dilation + kernel_size - 1`` on every axis is added to the scaled
-            score of query ``i`` and key ``j``. Registers and the sink have none. Its gradient is deterministic. It is
-            computed in PyTorch only, on GPUs too.
+            score of query ``i`` and key ``j``, ``j - i`` along the ring on a periodic axis. Registers and the sink have
+            none. Its gradient is deterministic. It is computed in PyTorch only, on GPUs too.
         key_mask: ``[B or 1, *spatial]``, bool, True where a key may be seen. Windows do not move because of it. A key
             that is masked has no weight, its gradient and that of its value are zero, and its NaN or inf reaches
             nothing. Queries at masked places are computed like all others. A query that sees no key, register or sink
@@ -142,7 +147,7 @@ def neighborhood_attention(
     """
     call = prepare(
         query, key, value, kernel_size, stride, dilation, is_causal, scale, additional_keys, additional_values, sink,
-        key_mask=key_mask,
+        is_periodic, key_mask,
     )  # fmt: skip
     if return_lse:
         state = _run(call, impl, rpb)
@@ -168,6 +173,7 @@ def attention_state(
     stride: Axes = 1,
     dilation: Axes = 1,
     is_causal: bool | Sequence[bool] = False,
+    is_periodic: bool | Sequence[bool] = False,
     scale: float | Tensor | None = None,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
@@ -185,7 +191,7 @@ def attention_state(
     """
     call = prepare(
         query, key, value, kernel_size, stride, dilation, is_causal, scale, additional_keys, additional_values, sink,
-        key_mask=key_mask,
+        is_periodic, key_mask,
     )  # fmt: skip
     return AttentionState(*map(call.restore, _run(call, impl, rpb)))
 

@@ -22,10 +22,13 @@ from natten_layers.operations import Impl
 
 pytest.importorskip("triton")
 
+from natten_layers.kernels.host.problem import Inputs, Options
+
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 pytestmark = [pytest.mark.gpu] if ON_GPU else []
 IMPLS = ("eager", "fused")
+RING = Case("ring", (12, 3), (5, 2), (2, 1), (2, 1), is_periodic=(True, False), batch=1, seen=0.5)
 ALL = Case("all", (4, 5), 3, heads=4, kv_heads=2, registers=2, sink="learned", seen=0.5)
 
 
@@ -56,7 +59,7 @@ def test_by_hand(impl: Impl) -> None:
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of the interpreter
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dirty", [math.nan, math.inf])
-@pytest.mark.parametrize("case", [ALL, Case("1d", (40,), 33, head_dim=24, value_dim=8, batch=1, seen=0.6)], ids=str)
+@pytest.mark.parametrize("case", [ALL, RING, Case("1d", (40,), 33, value_dim=8, batch=1, seen=0.6)], ids=str)
 def test_what_is_masked_reaches_nothing(case: Case, dirty: float, impl: Impl) -> None:
     inputs = make_inputs(case, DEVICE)
     mask = key_mask(case, DEVICE)
@@ -164,7 +167,8 @@ def test_operators_keep_their_schemas_and_vmap_maps_masks() -> None:
     for impl in IMPLS:
         mapped = torch.func.vmap(partial(attend, impl=impl))(q, k, v, masks)
         torch.testing.assert_close(mapped, expected)
-    args = (q[0], k[0], v[0], None, None, None, masks[0], 1.0, (3,), (1,), (1,), (False,), 0.5)
+    inputs = Inputs(q[0], k[0], v[0], key_mask=masks[0])
+    args = (*inputs, *Options(1.0, (3,), (1,), (1,), (False,), 0.5))
     forward, backward = torch.ops.natten_layers.forward, torch.ops.natten_layers.backward
     utils = ("test_schema", "test_faketensor")
     torch.library.opcheck(forward.default, (*args, True), test_utils=utils)
