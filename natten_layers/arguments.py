@@ -22,6 +22,7 @@ __all__ = [
     "check_additional",
     "check_bias",
     "check_dense",
+    "check_key_mask",
     "check_like",
     "check_pair",
     "check_scale",
@@ -50,8 +51,8 @@ class Call(NamedTuple):
 
     @property
     def for_eager(self) -> tuple[Any, ...]:
-        """The arguments of the functions of :mod:`eager`, in their order."""
-        *tensors, sink = self.inputs
+        """The arguments of the functions of :mod:`eager`, in their order, up to ``scale``."""
+        *tensors, sink, _ = self.inputs
         return *tensors, self.options.sink_value if sink is None else sink, self.window, self.options.scale
 
     def why_not_fused(self) -> str | None:
@@ -75,6 +76,7 @@ def prepare(
     additional_values: Tensor | None,
     sink: float | Tensor | None,
     is_periodic: bool | Sequence[bool] = False,
+    key_mask: Tensor | None = None,
 ) -> Call:
     """Check all arguments of a user and convert them to the canonical form that the implementations take.
 
@@ -92,7 +94,8 @@ def prepare(
     factor = query.shape[-1] ** -0.5 if scale is None else check_scale(scale, query)
     register_keys, register_values = _expand_registers(additional_keys, additional_values, query.shape[0])
     sink, sink_value = (sink, None) if isinstance(sink := check_sink(sink, query), Tensor) else (None, sink)
-    inputs = Inputs(query, key, value, register_keys, register_values, sink)
+    mask = None if key_mask is None else check_key_mask(key_mask, key)
+    inputs = Inputs(query, key, value, register_keys, register_values, sink, mask)
     w = accepted.window
     periodic = w.is_periodic if any(w.is_periodic) else ()
     options = Options(sink_value, w.kernel_size, w.stride, w.dilation, w.is_causal, factor, periodic)
@@ -400,6 +403,24 @@ def check_sink(sink: float | Tensor | None, query: Tensor) -> Tensor | float | N
     if not sink.is_floating_point():
         raise ValueError(f"sink has dtype {sink.dtype}; expected a floating point dtype")
     return sink
+
+
+def check_key_mask(mask: Tensor, key: Tensor) -> Tensor:
+    """Check the mask of keys ``[B, *spatial, H, D]``; returns it expanded to the batch."""
+    check_tensors(key_mask=mask)
+    batch, *spatial = key.shape[:-2]
+    if mask.ndim != key.ndim - 2 or mask.shape[0] not in (1, batch) or list(mask.shape[1:]) != spatial:
+        axes = ", ".join(map(str, spatial))
+        raise ValueError(
+            f"key_mask has shape {tuple(mask.shape)}; expected [{batch} or 1, {axes}], a bool for each key"
+        )
+    if mask.dtype != torch.bool:
+        raise ValueError(
+            f"key_mask has dtype {mask.dtype}; expected torch.bool, True where a key may be seen. Pass key_mask != 0"
+        )
+    if mask.device != key.device:
+        raise ValueError(f"key_mask is on {mask.device}, but query is on {key.device}")
+    return mask.expand(batch, *spatial)
 
 
 def check_bias(rpb: Tensor | None, call: Call) -> None:

@@ -292,6 +292,10 @@ def _gather(x: Tensor, chunk: Chunk) -> Tensor:
     return x.flatten(1 + rank, 2 * rank).flatten(1, rank)
 
 
+def _gather_part(x: Tensor | None, chunk: Chunk, part: Part) -> Tensor | None:
+    return None if x is None else _gather(x.narrow(0, *part), chunk)
+
+
 def _scatter_add(target: Tensor, grad: Tensor, chunk: Chunk) -> None:
     """Add ``grad [Z, tiles, U, D]`` to ``target [Z, *spatial, D]``: the adjoint of :func:`_gather`."""
     target = _box(target, chunk)
@@ -372,13 +376,23 @@ def _combine(biases: list[Tensor]) -> Tensor:
     return total.flatten(2 * rank).flatten(rank, 2 * rank - 1).flatten(0, rank - 1)
 
 
-def _weights(q: Tensor, k: Tensor, bias: Tensor, relative: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Row maximum ``[Z, tiles, G * T]`` and softmax ``[Z, tiles, G * T, U]`` of the scores of one chunk."""
+def _weights(
+    q: Tensor, k: Tensor, bias: Tensor, relative: Tensor | None, hidden: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Row maximum ``[Z, tiles, G * T]`` and softmax ``[Z, tiles, G * T, U]`` of the scores of one chunk.
+
+    ``hidden [Z, tiles, U, 1]`` is 0 or, for keys that are masked, -inf. A row that sees no key has weights of zero.
+    """
     scores = q @ k.mT
     scores.unflatten(2, (-1, bias.shape[1])).add_(bias[:, None])
     if relative is not None:
         scores = scores + relative
-    return scores.amax(-1), scores.softmax(-1)
+    if hidden is None:
+        return scores.amax(-1), scores.softmax(-1)
+    scores = scores + hidden.mT
+    row_max = scores.amax(-1)
+    sees_nothing = (row_max == -math.inf)[..., None]
+    return row_max, scores.masked_fill(sees_nothing, 0.0).softmax(-1).masked_fill(sees_nothing, 0.0)
 
 
 def _relative(table: Tensor, chunk: Chunk, part: Part, group: int) -> tuple[list[Tensor], Tensor, int]:
@@ -395,10 +409,11 @@ def _look_up(table: Tensor | None, chunk: Chunk, part: Part, group: int) -> Tens
 class _Tiles(torch.autograd.Function):
     """Attention of every tile over the union of its windows. Weights are recomputed in the backward pass.
 
-    ``(query [Z, *m, G, T, D], key [Z, *spatial, D], value [Z, *spatial, Dv], table, nonfinite [Z, *spatial, 2], axes)``
-    to ``(out [Z, *m, G, T, Dv], row_max [Z, *m, G, T], log(row_sum))``. ``row_max`` is a constant to autograd.
-    ``table`` is that of ``position_bias.py``, or None. ``nonfinite`` is 1 where a key or a value was nonfinite, and
-    None if all are finite. Rows that see such a key become NaN, their gradients do not.
+    ``(query [Z, *m, G, T, D], key [Z, *spatial, D], value [Z, *spatial, Dv], table, nonfinite [Z, *spatial, 2],
+    hidden [Z, *spatial, 1], axes)`` to ``(out [Z, *m, G, T, Dv], row_max [Z, *m, G, T], log(row_sum))``. ``row_max`` is
+    a constant to autograd. ``table`` is that of ``position_bias.py``, or None. ``nonfinite`` is 1 where a key or a
+    value was nonfinite, and None if all are finite. Rows that see such a key become NaN, their gradients do not.
+    ``hidden`` is -inf where a key is masked, else 0, and None if none is. Rows that see no key have gradients of zero.
     """
 
     generate_vmap_rule = True
@@ -410,15 +425,24 @@ class _Tiles(torch.autograd.Function):
         value: Tensor,
         table: Tensor | None,
         nonfinite: Tensor | None,
+        hidden: Tensor | None,
         axes: tuple[Axis, ...],
     ) -> State:
         parts: list[tuple[Tensor, ...]] = []
         counts, chunks = _chunks(query, axes)
         for chunk, z, bias in chunks:
             relative = _look_up(table, chunk, z, query.shape[-3])
-            row_max, p = _weights(_select(query, chunk, z), _gather(key.narrow(0, *z), chunk), bias, relative)
+            row_max, p = _weights(
+                _select(query, chunk, z),
+                _gather(key.narrow(0, *z), chunk),
+                bias,
+                relative,
+                _gather_part(hidden, chunk, z),
+            )
             # The largest weight is exp(0) / row_sum, so a maximum over weights gives the sum.
             log_sum = -p.amax(-1).log()
+            if hidden is not None:
+                log_sum = log_sum.masked_fill(row_max == -math.inf, -math.inf)
             out = p @ _gather(value.narrow(0, *z), chunk)
             out, row_max, log_sum = (_unselect(x, chunk, query) for x in (out, row_max, log_sum))
             if nonfinite is not None:
@@ -436,22 +460,27 @@ class _Tiles(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: State) -> None:
-        *tensors, _, ctx.axes = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
+        query, key, value, table, _, hidden, ctx.axes = inputs
+        ctx.save_for_backward(query, key, value, table, hidden)
+        ctx.save_for_forward(query, key, value, table, hidden)
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, table = ctx.saved_tensors
+        query, key, value, table, hidden = ctx.saved_tensors
         grad_out, _, grad_lse = grads
         parts: list[Tensor] = []
         grad_key = grad_value = grad_table = None
         counts, chunks = _chunks(query, ctx.axes)
         for chunk, z, bias in chunks:
             q, k = _select(query, chunk, z), _gather(key.narrow(0, *z), chunk)
-            _, p = _weights(q, k, bias, _look_up(table, chunk, z, query.shape[-3]))
+            relative = _look_up(table, chunk, z, query.shape[-3])
+            row_max, p = _weights(q, k, bias, relative, _gather_part(hidden, chunk, z))
             do, dlse = _select(grad_out, chunk, z), _select(grad_lse, chunk, z)
+            if hidden is not None:
+                # A cotangent of log(0) may be NaN. What depends on a row that sees no key is constant.
+                sees_nothing = row_max == -math.inf
+                do, dlse = do.masked_fill(sees_nothing[..., None], 0.0), dlse.masked_fill(sees_nothing, 0.0)
             weighted = p * (do @ _gather(value.narrow(0, *z), chunk).mT)
             # dS = P (dP - delta), delta = rowsum(P dP) - dlse
             ds = weighted - p * (weighted.sum(-1) - dlse)[..., None]
@@ -464,7 +493,7 @@ class _Tiles(torch.autograd.Function):
             if table is not None:
                 dt = sum_up(ds, *_relative(table, chunk, z, query.shape[-3]), table)
                 grad_table = dt if grad_table is None else grad_table + dt
-        return _assemble(parts, counts), grad_key, grad_value, grad_table, None, None
+        return _assemble(parts, counts), grad_key, grad_value, grad_table, None, None, None
 
 
 class _ForwardModeTiles(_Tiles):
@@ -472,7 +501,7 @@ class _ForwardModeTiles(_Tiles):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, None, Tensor]:
-        query, key, value, table = ctx.saved_tensors
+        query, key, value, table, hidden = ctx.saved_tensors
         q_dot, k_dot, v_dot = (
             torch.zeros_like(x) if t is None else t for x, t in zip((query, key, value), tangents, strict=False)
         )
@@ -481,7 +510,7 @@ class _ForwardModeTiles(_Tiles):
         counts, chunks = _chunks(query, ctx.axes)
         for chunk, z, bias in chunks:
             q, k = _select(query, chunk, z), _gather(key.narrow(0, *z), chunk)
-            _, p = _weights(q, k, bias, _look_up(table, chunk, z, group))
+            _, p = _weights(q, k, bias, _look_up(table, chunk, z, group), _gather_part(hidden, chunk, z))
             s_dot = _select(q_dot, chunk, z) @ k.mT + q @ _gather(k_dot.narrow(0, *z), chunk).mT
             if tangents[3] is not None:
                 s_dot = s_dot + look_up(tangents[3], *_relative(tangents[3], chunk, z, group))
@@ -496,8 +525,14 @@ class _ForwardModeTiles(_Tiles):
 
 
 def attend_tiles(
-    query: Tensor, key: Tensor, value: Tensor, table: Tensor | None, nonfinite: Tensor | None, axes: tuple[Axis, ...]
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    table: Tensor | None,
+    nonfinite: Tensor | None,
+    hidden: Tensor | None,
+    axes: tuple[Axis, ...],
 ) -> State:
     """Apply :class:`_Tiles`; it is differentiable in forward mode too, except in compiled graphs."""
     function = _Tiles if torch.compiler.is_compiling() else _ForwardModeTiles
-    return function.apply(query, key, value, table, nonfinite, axes)
+    return function.apply(query, key, value, table, nonfinite, hidden, axes)

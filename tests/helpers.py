@@ -42,6 +42,8 @@ class Case:
     scale: float | None = None
     batch: int = 2
     dtype: torch.dtype = torch.float32
+    seen: float | None = None
+    """The share of keys that a key mask lets be seen, or None without one."""
     is_periodic: bool | tuple[bool, ...] = False
     key_spatial: tuple[int, ...] | None = None
     """axes of keys, if queries lie on another grid"""
@@ -97,6 +99,10 @@ CASES: Sequence[Case] = (
     Case("3d", (5, 6, 7), 3, head_dim=8, value_dim=8),
     Case("3d-causal-gqa", (4, 6, 5), (2, 3, 3), 1, (2, 1, 1), (True, False, False), 4, 2, sink="learned"),
     Case("3d-everything", (6, 5, 7), (3, 2, 3), (2, 1, 2), (1, 2, 2), (False, True, False), 2, 1, 8, 16, 3, "learned"),
+    Case("1d-mask", (19,), 5, heads=4, sink="learned", seen=0.5),
+    Case("2d-mask-everything", (12, 10), (4, 3), (2, 2), (2, 3), (True, False), 4, 2, 16, 24, 4, "learned", seen=0.6),
+    Case("3d-mask-scale", (3, 5, 4), 3, head_dim=8, value_dim=8, scale=-0.3, seen=0.1),
+    Case("2d-mask-nothing", (5, 4), 3, seen=0.0),
     Case("ring", (13,), 5, is_periodic=True, heads=4, head_dim=24, value_dim=24, registers=1, sink="learned"),
     Case("ring-short-of-a-turn", (12,), 11, 4, is_periodic=True, batch=1),
     Case("ring-whole", (9,), 9, 2, is_periodic=True, batch=1),
@@ -239,6 +245,14 @@ def enlarge(inputs: Inputs, exponent: int) -> Inputs:
     return large
 
 
+def key_mask(case: Case, device: torch.device | str = "cpu") -> Tensor | None:
+    """The key mask of a case ``[batch, *spatial]``, drawn on the CPU."""
+    if case.seen is None:
+        return None
+    generator = torch.Generator().manual_seed(5)
+    return (torch.rand(case.batch, *case.spatial, generator=generator) < case.seen).to(device)
+
+
 def arguments(case: Case, inputs: Inputs) -> dict[str, Any]:
     """The keyword arguments with which a case calls the public operation."""
     return {
@@ -254,6 +268,7 @@ def arguments(case: Case, inputs: Inputs) -> dict[str, Any]:
         "additional_keys": inputs.get("additional_keys"),
         "additional_values": inputs.get("additional_values"),
         "sink": 0.0 if case.sink == "zero" else inputs.get("sink"),
+        "key_mask": key_mask(case, inputs["query"].device),
     }
 
 
@@ -275,8 +290,11 @@ def oracle(case: Case, inputs: Inputs) -> Result:
         0.0 if case.sink == "zero" else wide.get("sink"),
         case.window,
         case.head_dim**-0.5 if case.scale is None else case.scale,
+        key_mask=key_mask(case),
     )
-    return _with_grads(out, row_max + row_sum.log(), wide)
+    nothing = row_sum == 0  # where a query sees nothing, lse is -inf and has no gradient
+    lse = (row_max + row_sum.masked_fill(nothing, 1.0).log()).masked_fill(nothing, -math.inf)
+    return _with_grads(out, lse, wide)
 
 
 def _with_grads(out: Tensor, lse: Tensor, inputs: Inputs) -> Result:
@@ -288,9 +306,11 @@ def _with_grads(out: Tensor, lse: Tensor, inputs: Inputs) -> Result:
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
-    """Relative error in the 2-norm, measured in fp64; inf if any element of ``actual`` is not finite."""
+    """Relative error in the 2-norm, measured in fp64; inf if any element of ``actual`` is unexpectedly not finite."""
     actual, expected = (t.detach().cpu().double() for t in (actual, expected))
     assert actual.shape == expected.shape, f"{tuple(actual.shape)} != {tuple(expected.shape)}"
+    nothing = (actual == -math.inf) & (expected == -math.inf)  # lse of queries that see nothing
+    actual, expected = (t.masked_fill(nothing, 0.0) for t in (actual, expected))
     if not actual.isfinite().all():
         return math.inf
     return ((actual - expected).norm() / expected.norm().clamp(min=1e-30)).item()

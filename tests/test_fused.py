@@ -256,7 +256,7 @@ def far(tensor: Tensor) -> Tensor:
 def test_every_tensor_of_a_gradient_decides_how_wide_offsets_are(name: str, kernel: str) -> None:
     shape = (1, 4, 2, 16)
     near, away = contiguous(shape), Layout(shape, (4 * FAR, FAR, 16, 1))
-    inputs = Inputs(*(torch.empty(shape) for _ in range(3)), *[None] * 3)
+    inputs = Inputs(*(torch.empty(shape) for _ in range(3)))
     problem = problem_of(inputs, Options(None, (3,), (1,), (1,), (False,), 1.0))
 
     def is_wide(grad_out: Layout) -> bool:

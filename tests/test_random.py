@@ -71,6 +71,7 @@ def draw_case(random: Random) -> Case:
         scale=random.choice((None, None, 0.3, -0.2)),
         batch=random.choice((1, 2, 3)),
         dtype=random.choice(DTYPES),
+        seen=random.choice((None, None, 0.9, 0.5, 0.02)),
     )
 
 
