@@ -6,12 +6,12 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 from .files import naming, read_json
 from .hf_families import ACTIVATIONS, COMPOSITES, FAMILIES, SOFTCAPS, Family, text_config
 from .hf_rope import rope_options
-from .schema import Between, Count, Natural, NotNegative, Positive, build, check_mapping, shorten
+from .schema import Count, Layers, Natural, NotNegative, Positive, build, check_mapping, shorten
 
 __all__ = ["CONFIG", "config_from_hf", "config_to_hf", "read_config"]
 
@@ -43,7 +43,7 @@ class Keys(TypedDict, total=False):
     vocab_size: Count
     hidden_size: Count
     intermediate_size: Count
-    num_hidden_layers: Annotated[int, Between(1, 2**16)]
+    num_hidden_layers: Layers
     num_attention_heads: Count
     num_key_value_heads: Count | None
     head_dim: Count | None
