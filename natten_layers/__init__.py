@@ -22,6 +22,7 @@ Layers
     Positions                 coordinates on their way through a model, which sharding does not cast
     RMSNorm, AdaRMSNorm       norms, the second one driven by a condition
     GEGLU, GatedFeedForward   feed-forward layers
+    MixtureOfExperts          several of them, of which each token takes a few
 
 Models
     HDiT                      the image diffusion transformer of k-diffusion: HDiTConfig, LevelConfig
@@ -79,6 +80,7 @@ from .modules import (
     HDiT,
     HDiTConfig,
     LevelConfig,
+    MixtureOfExperts,
     NeighborhoodAttention1D,
     NeighborhoodAttention2D,
     NeighborhoodAttention3D,
@@ -145,6 +147,7 @@ __all__ = [
     "HDiT",
     "HDiTConfig",
     "LevelConfig",
+    "MixtureOfExperts",
     "NeighborhoodAttention1D",
     "NeighborhoodAttention2D",
     "NeighborhoodAttention3D",
