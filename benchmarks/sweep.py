@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args
 
 import torch
+from natten_layers.tune import neighbors
 from torch import Tensor
 
 from natten_layers.kernels.host.launcher import Launcher
@@ -39,7 +40,6 @@ from natten_layers.kernels.host.tiling import (
     rule,
 )
 from natten_layers.kernels.host.tuned import override
-from natten_layers.tune import neighbors
 
 from . import runner, timing
 from .shapes import CENSUS
