@@ -1,4 +1,5 @@
-"""Convert multi-head to grouped-query checkpoints; the command ``natten-layers-convert`` does so with files.
+"""Convert multi-head to grouped-query checkpoints; the command ``natten-layers-convert`` does so with files,
+and so does ``python -m natten_layers.convert``.
 
 Each new KV head is the mean of the heads that it replaces, from which Ainslie et al. 2023 start uptraining
 (https://arxiv.org/abs/2305.13245). Train the result for a few per cent of the original steps.
@@ -7,6 +8,7 @@ Each new KV head is the mean of the heads that it replaces, from which Ainslie e
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Mapping, Sequence
 from os import PathLike
 
@@ -116,3 +118,9 @@ def convert_file(
     converted = convert(model, group_size)
     converted.save_pretrained(target)
     return model, converted
+
+
+if __name__ == "__main__":  # the commands stand above the library, which knows them here only, by name
+    from natten_layers_cli.launch import convert as command
+
+    sys.exit(command())

@@ -30,7 +30,7 @@ RANKS = (
     {"cached", "explanation", "natten"},
     {"functional", "utils"},
     {"modules"},
-    {"convert", "integrations"},
+    {"convert", "integrations", "tune"},
     {""},  # the package itself, which gathers the public names
 )
 """Modules and packages by rank, the lowest first: a package stands for all that is in it, unless that has its own."""

@@ -160,3 +160,10 @@ def test_an_empty_path_is_not_the_working_folder(
         import_module("natten_layers_cli.convert").main([*arguments, "--group-size", "1"])
     assert "'' is no path" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("module", ["tune", "convert"])
+def test_commands_of_library_modules_run_as_modules(module: str) -> None:
+    done = subprocess.run([sys.executable, "-m", f"natten_layers.{module}", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"usage: natten-layers-{module}" in done.stdout

@@ -14,11 +14,11 @@ import torch
 from helpers import Case, error, make_inputs, oracle
 from torch import Tensor
 
-from natten_layers import neighborhood_attention
+from natten_layers import neighborhood_attention, tune
 from natten_layers.kernels.host import tuned
 from natten_layers.kernels.host.problem import device_traits
 from natten_layers.kernels.host.tiling import Kind, ProblemClass, TileConfig, rule
-from natten_layers_cli import tune
+from natten_layers_cli import tune as command
 
 pytest.importorskip("triton")
 
@@ -106,7 +106,7 @@ def first_neighbor_wins(kind: Kind) -> Callable[[Callable[[], object]], float]:
 
 def test_calls_use_what_was_found(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = [*FLAGS, "--trials", "3", "--kernels", "forward"]
-    assert tune.main(flags, timer=first_neighbor_wins("forward")) == 0
+    assert command.main(flags, timer=first_neighbor_wins("forward")) == 0
     printed = capsys.readouterr().out
     assert "forward: 2.00x with tile" in printed
     assert f"written to {cache}" in printed
@@ -193,7 +193,7 @@ def test_ctrl_c_keeps_what_was_found(cache: Path) -> None:
             raise KeyboardInterrupt
         return clock(run)
 
-    assert tune.main([*FLAGS, "--kernels", "forward"], timer=timer) == 130
+    assert command.main([*FLAGS, "--kernels", "forward"], timer=timer) == 130
     assert len(tuned.read_tuned(cache)) == 1
 
 
@@ -201,7 +201,7 @@ def test_a_damaged_file_ends_the_command_before_the_search(cache: Path, capsys: 
     cache.parent.mkdir(parents=True, exist_ok=True)
     cache.write_text("{")
     with pytest.warns(UserWarning, match="is damaged"):
-        assert tune.main(FLAGS, timer=lambda run: pytest.fail("a search began")) == 2
+        assert command.main(FLAGS, timer=lambda run: pytest.fail("a search began")) == 2
     assert "delete it and tune again" in capsys.readouterr().err
     assert cache.read_text() == "{"
 
@@ -215,7 +215,7 @@ def test_a_damaged_file_ends_the_command_before_the_search(cache: Path, capsys: 
     ],
 )
 def test_bad_flags(change: list[str], message: str, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert tune.main([*FLAGS, *change]) == 2
+    assert command.main([*FLAGS, *change]) == 2
     assert message in capsys.readouterr().err
     assert not cache.exists()
 
