@@ -13,7 +13,7 @@ SOURCES := natten_layers natten_layers_cli examples benchmarks tests docs
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint docs suite dist fuzz fuzz-gpu bench-check windows constraints clean
+.PHONY: help demo test lint docs suite dist test-matrix fuzz fuzz-gpu bench-check windows constraints clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -48,6 +48,11 @@ dist: $(VENV)/test.stamp ## Build wheel and sdist, check them, and try all comma
 	$(BIN)/python -m twine check --strict dist/*
 	$(BIN)/python tests/distribution.py dist -- --disable-pip-version-check --constraint $(CURDIR)/constraints.txt \
 	    $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+
+# An environment for each row, gigabytes large while it lasts unless CPU wheels of torch are taken.
+test-matrix: $(VENV)/test.stamp ## Parts of the suite with the oldest and newest versions, and without some packages
+	$(PIP) uv
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/matrix.py -- $(if $(TORCH_INDEX),--torch-backend cpu)
 
 # New examples in every run; what fails prints how to draw it again. Threads of one process would only fight over the cores.
 fuzz: export OMP_NUM_THREADS := 1
