@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from natten_layers import neighborhood_attention
 from natten_layers.eager import dense_attention_state
-from natten_layers.geometry import make_window
+from natten_layers.geometry import Window, make_window
 from natten_layers.operations import Impl
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -42,6 +42,11 @@ class Case:
     scale: float | None = None
     batch: int = 2
     dtype: torch.dtype = torch.float32
+    is_periodic: bool | tuple[bool, ...] = False
+
+    @property
+    def window(self) -> Window:
+        return make_window(self.spatial, self.kernel_size, self.stride, self.dilation, self.is_causal, self.is_periodic)
 
     def __str__(self) -> str:  # pytest's id
         return self.name
@@ -83,6 +88,38 @@ CASES: Sequence[Case] = (
     Case("3d", (5, 6, 7), 3, head_dim=8, value_dim=8),
     Case("3d-causal-gqa", (4, 6, 5), (2, 3, 3), 1, (2, 1, 1), (True, False, False), 4, 2, sink="learned"),
     Case("3d-everything", (6, 5, 7), (3, 2, 3), (2, 1, 2), (1, 2, 2), (False, True, False), 2, 1, 8, 16, 3, "learned"),
+    Case("ring", (13,), 5, is_periodic=True, heads=4, head_dim=24, value_dim=24, registers=1, sink="learned"),
+    Case("ring-short-of-a-turn", (12,), 11, 4, is_periodic=True, batch=1),
+    Case("ring-whole", (9,), 9, 2, is_periodic=True, batch=1),
+    Case("ring-stride-dilated", (22,), 6, 4, 2, is_periodic=True, heads=4, kv_heads=1, sink="zero"),
+    Case(
+        "ring-by-line",
+        (7, 10),
+        (3, 4),
+        (2, 3),
+        (1, 2),
+        heads=4,
+        registers=2,
+        scale=-0.3,
+        batch=1,
+        is_periodic=(False, True),
+    ),
+    Case("torus", (5, 6), (4, 5), (3, 1), head_dim=8, value_dim=8, is_periodic=True),
+    Case(
+        "torus-causal",
+        (4, 6, 5),
+        (3, 2, 3),
+        2,
+        (1, 2, 1),
+        (True, False, False),
+        4,
+        2,
+        8,
+        8,
+        sink="learned",
+        is_periodic=(False, True, True),
+    ),
+    Case("torus-3d", (3, 4, 5), (2, 3, 4), (1, 3, 2), head_dim=8, value_dim=8, heads=2, kv_heads=1, is_periodic=True),
     Case("2d-bf16", (9, 11), 5, heads=4, kv_heads=2, registers=2, sink="learned", dtype=torch.bfloat16),
     Case("2d-fp16", (9, 11), 5, heads=4, kv_heads=2, registers=2, sink="learned", dtype=torch.float16),
     Case("1d-causal-bf16", (40,), 16, is_causal=True, heads=4, kv_heads=1, dtype=torch.bfloat16),
@@ -187,6 +224,7 @@ def arguments(case: Case, inputs: Inputs) -> dict[str, Any]:
         "stride": case.stride,
         "dilation": case.dilation,
         "is_causal": case.is_causal,
+        "is_periodic": case.is_periodic,
         "scale": case.scale,
         "additional_keys": inputs.get("additional_keys"),
         "additional_values": inputs.get("additional_values"),
@@ -210,7 +248,7 @@ def oracle(case: Case, inputs: Inputs) -> Result:
         wide.get("additional_keys"),
         wide.get("additional_values"),
         0.0 if case.sink == "zero" else wide.get("sink"),
-        make_window(case.spatial, case.kernel_size, case.stride, case.dilation, case.is_causal),
+        case.window,
         case.head_dim**-0.5 if case.scale is None else case.scale,
     )
     return _with_grads(out, row_max + row_sum.log(), wide)

@@ -123,11 +123,15 @@ def attend(case: LayerCase, tensors: dict[str, Tensor], impl: Impl) -> Tensor:
     return attend_with_qk_prep(*arguments_of(case, tensors), impl=impl)
 
 
-SMALL = tuple(
-    replace(case, spatial=tuple(min(n, 9) for n in case.spatial), kernel_size=3, positions=None)
-    for case in CASES
-    if case.positions is None
+SMALL = (
+    *(
+        replace(case, spatial=tuple(min(n, 9) for n in case.spatial), kernel_size=3, positions=None)
+        for case in CASES
+        if case.positions is None
+    ),
+    LayerCase("ring", (4, 9), 3, 4, 2, norm="cosine", rope=AxialRoPE(64, 4, num_kv_heads=2, periods=(None, 2.0))),
 )
+"""The last one has frequencies of its own for every axis, which no kernel for all steps takes."""
 
 
 @pytest.mark.parametrize("case", SMALL, ids=str)
@@ -170,7 +174,8 @@ def test_the_operator_keeps_its_schema_and_counts_flop(case: LayerCase) -> None:
     operator = torch.ops.natten_layers.attention_with_qk_prep
     torch.library.opcheck(operator.default, inputs, test_utils=("test_schema", "test_faketensor"))
     counts = []
-    for run in (lambda: operator(*inputs), lambda: torch.ops.natten_layers.forward(*inputs[:12], False)):
+    alone = flattened(tuple(grouped("attention_with_qk_prep", inputs)[:2]))  # without the preparation
+    for run in (lambda: operator(*inputs), lambda: torch.ops.natten_layers.forward(*alone, False)):
         with FlopCounterMode(display=False) as counter:
             run()
         counts.append(counter.get_total_flops())
@@ -270,9 +275,11 @@ def test_small_windows_take_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
         (KIND._replace(split=(4, 4)), {}),
         (KIND._replace(split=(4, 6, 6)), {}),
         (KIND._replace(interleaved=True), {}),
+        (KIND._replace(by_axis=True), {}),
         (KIND, {"dtype": torch.float32}),
         (KIND, {"dilation": (2, 2)}),
         (KIND, {"stride": (2, 1)}),
+        (KIND, {"is_periodic": (False, True)}),
         (KIND, {"kernel_size": (64, 64)}),
         (KIND, {"scale_first": True}),
     ],

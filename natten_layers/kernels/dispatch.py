@@ -241,6 +241,10 @@ def sm90_gap(question: Question) -> str | None:
         return "scale is not positive"
     if prod(p.dilation) > 1:
         return f"it takes no dilation, but dilation is {p.dilation}"
+    if p.is_periodic:
+        return f"it takes no periodic axes, but is_periodic is {p.is_periodic}"
+    if p.key_lengths is not None:
+        return "it takes no queries on another grid than keys"
     tensors = {"query": p.query, "key": p.key, "value": p.value, "the gradient of the output": question.grad_out}
     for name, tensor in tensors.items():
         if tensor is not None and not is_addressable(tensor):
@@ -364,6 +368,8 @@ def _fused_prep_gap(question: Question) -> str | None:
         return f"it prepares heads of 64 and of 128 channels, not of {dim}"
     if question.prep.interleaved:
         return "pairs of neighboring elements turn; it turns halves with each other"
+    if question.prep.by_axis:
+        return "coordinates have frequencies of their own; it takes the same ones for all"
     if pairs not in (0, dim // 4, dim // 2) or len(set(split)) > 1:
         return (
             f"{split} pairs turn in heads of {dim} elements; it turns half of a head, or all, or none, in equal parts"
