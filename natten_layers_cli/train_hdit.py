@@ -437,7 +437,6 @@ class Log:
     """Progress bar, metrics file and TensorBoard of the first process; silent with ``files=None``."""
 
     def __init__(self, files: RunFiles | None, step: int, end_step: int | None) -> None:
-        self.bar = tqdm(total=end_step, initial=step, unit="step", disable=files is None)
         self.files, self.mean, self.before = files, None, time.perf_counter()
         if files is not None:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
@@ -445,6 +444,8 @@ class Log:
             files.rewrite_metrics(files.losses(step))  # the steps after the checkpoint are run again
             self.metrics = files.path("_metrics.csv").open("ab", buffering=0)  # a line is there before the next step
             self.board = SummaryWriter(str(files.path("_tensorboard")), purge_step=step + 1)
+        # Last, as an error of what comes before it would stand behind the bar.
+        self.bar = tqdm(total=end_step, initial=step, unit="step", disable=files is None)
 
     def __enter__(self) -> Log:
         return self

@@ -166,6 +166,11 @@ def test_a_command_answers_in_one_line(
         path.write_bytes(turned_bits(path.read_bytes(), data))
     else:
         restructured(path, data)
+    answers_in_one_line(damage, folder, capsys)
+
+
+def answers_in_one_line(damage: Damage, folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """The line, or nothing where the command did its work."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns about unusual pickles before it fails
         try:
@@ -177,5 +182,32 @@ def test_a_command_answers_in_one_line(
     if status == 2:
         lines = [line for line in error.splitlines() if "error: " in line]
         assert len(lines) == 1, error
+        assert "step/s]" not in lines[0], "it stands behind a progress bar"
         assert lines[0] == error.splitlines()[-1]
         assert len(lines[0]) < 3000
+        return lines[0]
+    return ""
+
+
+@pytest.mark.parametrize("key", ["exp_avg", "step"])
+@pytest.mark.parametrize("damage", [d for d in DAMAGES if d.file in ("run_00000001.pth", "lm/checkpoint.pt")], ids=str)
+def test_a_checkpoint_without_a_moment_is_refused(
+    damage: Damage, key: str, good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(good, tmp_path / "files"))
+    content = torch.load(folder / damage.file, weights_only=True)
+    states = content["opt" if "opt" in content else "optimizer"]["state"]
+    del next(iter(states.values()))[key]
+    torch.save(content, folder / damage.file)
+    said = answers_in_one_line(damage, folder, capsys)
+    if damage.main is not sample_hdit.main:  # which reads the weights alone
+        assert damage.file in said
+
+
+def test_an_error_of_the_metrics_does_not_stand_behind_a_progress_bar(
+    good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(good, tmp_path / "files"))
+    (folder / "run_metrics.csv").write_text("odd\n1,2\n")
+    damage = next(one for one in DAMAGES if one.file == "run_metrics.csv")
+    assert answers_in_one_line(damage, folder, capsys).startswith("error: ")
