@@ -22,6 +22,7 @@ Layers
     Positions                 coordinates on their way through a model, which sharding does not cast
     RMSNorm, AdaRMSNorm       norms, the second one driven by a condition
     GEGLU, GatedFeedForward   feed-forward layers
+    MixtureOfExperts          several of them, of which each token takes a few
 
 Models
     HDiT                      the image diffusion transformer of k-diffusion: HDiTConfig, LevelConfig
@@ -81,6 +82,7 @@ from .modules import (
     HDiTConfig,
     LevelConfig,
     MeanFlow,
+    MixtureOfExperts,
     NeighborhoodAttention1D,
     NeighborhoodAttention2D,
     NeighborhoodAttention3D,
@@ -148,6 +150,7 @@ __all__ = [
     "HDiTConfig",
     "LevelConfig",
     "MeanFlow",
+    "MixtureOfExperts",
     "NeighborhoodAttention1D",
     "NeighborhoodAttention2D",
     "NeighborhoodAttention3D",

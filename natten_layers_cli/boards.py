@@ -74,11 +74,12 @@ class Log:
     """Progress bar, metrics file and boards of the first process; silent with ``files=None``."""
 
     def __init__(self, files: RunFiles | None, step: int, end_step: int | None, boards: Boards | None = None) -> None:
-        self.bar = tqdm(total=end_step, initial=step, unit="step", disable=files is None)
         self.files, self.boards, self.mean, self.before = files, boards, None, time.perf_counter()
         if files is not None:
             files.rewrite_metrics(files.losses(step))  # the steps after the checkpoint are run again
             self.metrics = files.path("_metrics.csv").open("ab", buffering=0)  # a line is there before the next step
+        # Last, as an error of what comes before it would stand behind the bar.
+        self.bar = tqdm(total=end_step, initial=step, unit="step", disable=files is None)
 
     def __enter__(self) -> Log:
         return self

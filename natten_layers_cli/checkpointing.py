@@ -27,11 +27,14 @@ from torch.distributed.checkpoint.state_dict import (
 
 from natten_layers.io.checkpoints import hdit_name, load_plain
 from natten_layers.io.files import leftovers, replacing
+from natten_layers.io.schema import shorten
 
 from .parallel import Processes, local
 from .running import one_line, running_alone
 
 SHARDED_CONFIG = "config.json"
+MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
+"""what an AdamW keeps of a parameter"""
 
 
 class DamagedError(ValueError):
@@ -219,6 +222,7 @@ def load_checkpoint(
         ema.load_state_dict({key: ema_tensors[hdit_name(key)] for key in ema.state_dict()})
         with own_settings(optimizer):
             optimizer.load_state_dict(state)
+        check_moments(optimizer)
     except (RuntimeError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} holds other content than this script saves: {one_line(error)}") from error
     return content
@@ -240,6 +244,22 @@ def check_rest(path: Path, content: Any, states: tuple[str, ...] = ()) -> None:
             raise DamagedError(f"{path} is no training checkpoint of this script: its {key} is a {type(content[key])}")
     if not isinstance(content["config"].get("model"), dict) or content["step"] < 0:
         raise DamagedError(f"{path} is no training checkpoint of this script: its config or its step is odd")
+
+
+def check_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse the state of an AdamW that its next step would stumble over; loading takes it as it is.
+
+    Raises:
+        ValueError: a moment or a count is missing, or of another type or shape than its parameter's.
+    """
+    for parameter, state in optimizer.state.items():
+        for key in sorted(MOMENTS):
+            found, shape = state.get(key), () if key == "step" else parameter.shape
+            is_plain = isinstance(found, Tensor) and found.layout == torch.strided and not found.is_meta
+            if not is_plain or found.shape != shape or not found.is_floating_point():
+                raise ValueError(
+                    f"the optimizer's {key} for a parameter of shape {tuple(parameter.shape)} is {shorten(found)}"
+                )
 
 
 @contextmanager

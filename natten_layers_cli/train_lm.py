@@ -39,7 +39,7 @@ from natten_layers.io.files import leftovers, replacing
 from natten_layers.modules.llm import DecoderLM, DecoderLMConfig
 
 from .boards import Boards
-from .checkpointing import check_finite
+from .checkpointing import MOMENTS, check_finite, check_moments
 from .parallel import Processes
 from .running import (
     SIGNALS_HELP,
@@ -305,9 +305,14 @@ class Trainer:
             ]
             raise ValueError(f"{path} is of another model: {'; '.join(differ)}. Use its flags, or another --name.")
         try:
+            # What is missing would be made anew, and the run would go on without what it had learned of its gradients.
+            for name, moments in optimizer["state"].items():
+                if missing := MOMENTS - moments.keys():
+                    raise ValueError(f"the optimizer's state of {name} lacks {', '.join(sorted(missing))}")
             set_state_dict(
                 self.model, self.optimizer, model_state_dict=model, optim_state_dict=optimizer, options=WHOLE
             )
+            check_moments(self.optimizer)
         except (RuntimeError, KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path} holds other content than this script saves: {error!r}") from error
         self.step = step

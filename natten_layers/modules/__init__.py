@@ -3,7 +3,7 @@
 from .attention import NeighborhoodGQA
 from .cache import Cache
 from .denoiser import Denoiser
-from .feed_forward import GEGLU, GatedFeedForward
+from .feed_forward import GEGLU, GatedFeedForward, MixtureOfExperts
 from .hdit import HDiT
 from .hdit_config import HDiTConfig, LevelConfig
 from .llm import DecoderLM
@@ -26,6 +26,7 @@ __all__ = [
     "HDiTConfig",
     "LevelConfig",
     "MeanFlow",
+    "MixtureOfExperts",
     "NeighborhoodAttention1D",
     "NeighborhoodAttention2D",
     "NeighborhoodAttention3D",

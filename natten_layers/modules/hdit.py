@@ -158,11 +158,12 @@ class ShiftedWindowGQA(NeighborhoodGQA):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, shift={self.shift}"
 
-    def _attention(self, projected: Projected, registers: Heads | None) -> Tensor:
+    def _attention(self, projected: Projected, registers: Heads | None, mask: Tensor | None) -> Tensor:
         heads = projected.prepared()
         # Each pair of row and column ranges has windows of one size: one blocked call on a view, without mask or copy.
         rows, columns = (self._stretches(length) for length in heads.query.shape[1:3])
-        return torch.cat([torch.cat([self._block(heads, registers, r, c) for c in columns], 2) for r in rows], 1)
+        lines = ([self._block(heads, registers, mask, r, c) for c in columns] for r in rows)
+        return torch.cat([torch.cat(line, 2) for line in lines], 1)
 
     def _stretches(self, length: int) -> list[tuple[int, int, int]]:
         """Ranges of an axis with windows of equal size, each as (start, stop, window size)."""
@@ -173,7 +174,12 @@ class ShiftedWindowGQA(NeighborhoodGQA):
         return [(0, first, first), *([(first, last, size)] if first < last else []), (last, length, shift)]
 
     def _block(
-        self, heads: Heads, registers: Heads | None, rows: tuple[int, int, int], columns: tuple[int, int, int]
+        self,
+        heads: Heads,
+        registers: Heads | None,
+        mask: Tensor | None,
+        rows: tuple[int, int, int],
+        columns: tuple[int, int, int],
     ) -> Tensor:
         query, key, value = (t[:, rows[0] : rows[1], columns[0] : columns[1]] for t in heads)
         return neighborhood_attention(
@@ -186,6 +192,7 @@ class ShiftedWindowGQA(NeighborhoodGQA):
             additional_keys=None if registers is None else registers.key,
             additional_values=None if registers is None else registers.value,
             sink=self.sink,
+            key_mask=None if mask is None else mask[:, rows[0] : rows[1], columns[0] : columns[1]],
         )
 
 
