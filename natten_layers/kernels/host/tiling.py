@@ -107,7 +107,7 @@ def packed_heads(group: int, positions: int) -> int:
     return max(pack for pack in packs if pack <= next_power_of_2(group) and idle(pack) <= 0.125)
 
 
-Kind = Literal["forward", "backward_query", "backward_key"]
+Kind = Literal["forward", "jvp", "backward_query", "backward_key"]
 
 
 class ProblemClass(NamedTuple):
@@ -143,7 +143,7 @@ class Room(NamedTuple):
 def columns(kind: Kind, problem: ProblemClass) -> int:
     """Columns of a program's accumulators, which it holds in registers."""
     query, value = sum(column_parts(problem.head_dim)), sum(column_parts(problem.value_dim))
-    return {"forward": value, "backward_query": query, "backward_key": max(query, value)}[kind]
+    return {"forward": value, "jvp": value, "backward_query": query, "backward_key": max(query, value)}[kind]
 
 
 def room(problem: ProblemClass) -> Room:
@@ -191,12 +191,12 @@ def register_memory(registers: int, rows: int, width: int, copies: int = 1) -> i
 def shared_memory(kind: Kind, rows: int, keys: int, stages: int, space: Room) -> int:
     """Most bytes of shared memory that a program takes.
 
-    It holds its own tile of one tensor, or of two in the backward pass, and per stage a chunk of two tensors. In one of
-    the stages there may be the weights of a chunk instead, which are larger where the head dim is small. Compiled
-    kernels report these sizes, and less than 1 KiB of scratch.
+    It holds its own tile of one tensor, or of two in the backward pass and in forward mode, and per stage a chunk of two
+    tensors, in forward mode of four. In one of the stages there may be the weights of a chunk instead, which are larger
+    where the head dim is small. Compiled kernels report these sizes, and less than 1 KiB of scratch.
     """
     tile = rows * space.width * (2 if kind == "forward" else 4) * space.copies
-    chunk = keys * space.width * 4
+    chunk = keys * space.width * (8 if kind == "jvp" else 4)
     return (stages - 1) * chunk + max(chunk, rows * keys * space.element_size) + tile + 1024
 
 
@@ -244,7 +244,7 @@ def size_of(kind: Kind, lengths: Box, window: int, space: Room, columns: int) ->
             return Size(32, 32, 4, 2)
         if kind == "forward":
             return Size(32, 32, 2, 2)
-        if kind == "backward_query":
+        if kind in ("backward_query", "jvp"):
             return Size(64, 32, 4, 2, 128) if space.width <= 64 else Size(32, 32, 2, 2)
         if space.width <= 64:
             return Size(64, 32, 4, 3)
@@ -258,7 +258,7 @@ def size_of(kind: Kind, lengths: Box, window: int, space: Room, columns: int) ->
         if kind == "forward":
             return Size(64, 32, 4, 3)
         # 1024 keys of 256: 0.45 (64 rows 0.56); 128 keys of 192: 0.77 (32 keys a chunk 0.81).
-        if kind == "backward_query":
+        if kind in ("backward_query", "jvp"):
             return Size(128, 32, 8, 3) if large else Size(64, 16, 4, 3)
         return Size(32, 32, 4, 2)  # 1024 keys of 256: 1.37 (16 queries a chunk 1.91)
     if kind == "backward_key":
@@ -272,7 +272,7 @@ def size_of(kind: Kind, lengths: Box, window: int, space: Room, columns: int) ->
         if columns > 64:
             return Size(128, 64, 8, 3)
         return Size(64, 32, 4, 3) if flat and kind == "backward_query" else Size(64, 64, 4, 3)
-    if kind == "backward_query":
+    if kind in ("backward_query", "jvp"):
         return Size(64, 32, 4, 3, 96 if space.width <= 64 else None)
     if space.width > 64:
         return Size(64, 64, 4, 3)

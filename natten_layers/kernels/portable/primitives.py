@@ -419,6 +419,16 @@ def times(b_tile, factor):
 
 
 @triton.jit
+def subtract_scaled(b_acc, b_tile, row_factor):
+    """``b_acc`` minus ``b_tile`` with each row multiplied by its factor, in fp32."""
+    b_scaled = scale_rows(b_tile, row_factor)
+    b_difference = (b_acc[0] - b_scaled[0],)
+    if len(b_acc) == 2:
+        b_difference = (b_difference[0], b_acc[1] - b_scaled[1])
+    return b_difference
+
+
+@triton.jit
 def row_products(b_left, b_right):
     """``[M]``: the scalar product of each row of one tile with the same row of another, in fp32."""
     row = tl.sum(b_left[0].to(tl.float32) * b_right[0].to(tl.float32), 1)
