@@ -163,11 +163,11 @@ def rule(kind: Kind, problem: ProblemClass, pack: int | None = None) -> TileConf
     return _rule(kind, problem.lengths, problem.kernel, group, pack, room(problem), columns(kind, problem))
 
 
-def register_tile(problem: ProblemClass, registers: int) -> int:
-    """Register tokens that the forward and dQ kernels take at a time."""
-    tile, space, config = min(max(16, next_power_of_2(registers)), 64), room(problem), rule("backward_query", problem)
+def register_tile(problem: ProblemClass, registers: int, kind: Kind = "backward_query") -> int:
+    """Register tokens that a kernel takes at a time. The forward kernel takes as many as that of dQ."""
+    tile, space, config = min(max(16, next_power_of_2(registers)), 64), room(problem), rule(kind, problem)
     rows = prod(config.tile) * config.pack
-    while tile > 16 and shared_memory("backward_query", rows, tile, 1, space) > space.limit:
+    while tile > 16 and shared_memory(kind, rows, tile, 1, space) > space.limit:
         tile //= 2
     return tile
 
@@ -191,12 +191,14 @@ def register_memory(registers: int, rows: int, width: int, copies: int = 1) -> i
 def shared_memory(kind: Kind, rows: int, keys: int, stages: int, space: Room) -> int:
     """Most bytes of shared memory that a program takes.
 
-    It holds its own tile of one tensor, or of two in the backward pass and in forward mode, and per stage a chunk of two
-    tensors, in forward mode of four. In one of the stages there may be the weights of a chunk instead, which are larger
-    where the head dim is small. Compiled kernels report these sizes, and less than 1 KiB of scratch.
+    It holds its own tile of one tensor, or of two in the backward pass and in forward mode, and per stage a chunk of
+    two tensors, in forward mode of four. In one of the stages there may be the weights of a chunk instead, which are
+    larger where the head dim is small. Compiled kernels report these sizes, and less than 1 KiB of scratch.
     """
     tile = rows * space.width * (2 if kind == "forward" else 4) * space.copies
     chunk = keys * space.width * (8 if kind == "jvp" else 4)
+    if kind == "jvp":  # weights and their tangents are beside the chunks
+        tile += 2 * rows * keys * space.element_size
     return (stages - 1) * chunk + max(chunk, rows * keys * space.element_size) + tile + 1024
 
 
@@ -233,6 +235,8 @@ def size_of(kind: Kind, lengths: Box, window: int, space: Room, columns: int) ->
     Comments give examples: a problem, the milliseconds that its kernel takes with this size, and in parentheses those
     with the best size of another kind.
     """
+    if kind == "jvp":
+        return jvp_size(window, space, columns)
     large, middle = window >= LARGE_WINDOW, window >= MIDDLE_WINDOW
     deep, flat = lengths[0] > 1, lengths[0] == lengths[1] == 1
     if space.element_size == 4:
@@ -244,7 +248,7 @@ def size_of(kind: Kind, lengths: Box, window: int, space: Room, columns: int) ->
             return Size(32, 32, 4, 2)
         if kind == "forward":
             return Size(32, 32, 2, 2)
-        if kind in ("backward_query", "jvp"):
+        if kind == "backward_query":
             return Size(64, 32, 4, 2, 128) if space.width <= 64 else Size(32, 32, 2, 2)
         if space.width <= 64:
             return Size(64, 32, 4, 3)
@@ -258,7 +262,7 @@ def size_of(kind: Kind, lengths: Box, window: int, space: Room, columns: int) ->
         if kind == "forward":
             return Size(64, 32, 4, 3)
         # 1024 keys of 256: 0.45 (64 rows 0.56); 128 keys of 192: 0.77 (32 keys a chunk 0.81).
-        if kind in ("backward_query", "jvp"):
+        if kind == "backward_query":
             return Size(128, 32, 8, 3) if large else Size(64, 16, 4, 3)
         return Size(32, 32, 4, 2)  # 1024 keys of 256: 1.37 (16 queries a chunk 1.91)
     if kind == "backward_key":
@@ -272,11 +276,26 @@ def size_of(kind: Kind, lengths: Box, window: int, space: Room, columns: int) ->
         if columns > 64:
             return Size(128, 64, 8, 3)
         return Size(64, 32, 4, 3) if flat and kind == "backward_query" else Size(64, 64, 4, 3)
-    if kind in ("backward_query", "jvp"):
+    if kind == "backward_query":
         return Size(64, 32, 4, 3, 96 if space.width <= 64 else None)
     if space.width > 64:
         return Size(64, 64, 4, 3)
     return Size(64, 32, 4, 3, 96) if flat else Size(64, 64, 4, 3, 128)
+
+
+def jvp_size(window: int, space: Room, columns: int) -> Size:
+    """The size of a program in forward mode, which holds scores, their tangents, and queries with their tangents.
+
+    Sizes are the largest for which ptxas spills few hardware registers or none, for compute capability 9.0.
+    """
+    if space.element_size == 4:
+        return Size(16, 32, 4, 2) if space.width <= 128 else Size(16, 16, 4, 2)
+    large = window >= LARGE_WINDOW
+    if space.width > 128:
+        return Size(128, 16, 8, 2) if large else Size(32, 32, 4, 2)
+    if large and columns > 64 and shared_memory("jvp", 128, 32, 3, space) <= space.limit:
+        return Size(128, 32, 8, 3)
+    return Size(64, 32, 4, 2 if space.width > 64 else 3)
 
 
 @lru_cache(maxsize=1024)

@@ -250,8 +250,9 @@ def _backward_flop(*groups: Any) -> int:
 
 
 def _jvp_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """The rule of ``vmap``: one launch a sample. Samples often share their inputs, as in ``torch.func.jacfwd``, and as a
-    batch they would need a copy each.
+    """The rule of ``vmap``: one launch a sample.
+
+    Samples often share their inputs, as in ``torch.func.jacfwd``, and as a batch they would need a copy each.
     """
     samples = [
         torch.ops.natten_layers.jvp(
@@ -263,7 +264,7 @@ def _jvp_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[t
 
 
 def _jvp_flop(inputs: Inputs, options: Options, saved: SavedResults, tangents: Tangents) -> int:
-    """Five matrix products where all tangents are given: scores, two for their tangents, two for those of the output."""
+    """Five matrix products if all tangents are given: scores, two for their tangents, two for those of the output."""
     head_dim, value_dim = inputs.query.shape[-1], inputs.value.shape[-1]
     of_scores = [x is not None for x in tangents[:2]]
     columns = head_dim * (1 + sum(of_scores)) + value_dim * (any(of_scores) + (tangents.value_tangent is not None))

@@ -84,7 +84,10 @@ class _QKPrep(torch.autograd.Function):
         query, key, *tensors = ctx.saved_tensors
         prep = QKPrep._make((*tensors, *ctx.numbers))
         gradients = HeadGradients(
-            *(torch.zeros_like(x) if g is None else last_contiguous(g) for x, g in zip((query, key), grads, strict=True))
+            *(
+                torch.zeros_like(x) if g is None else last_contiguous(g)
+                for x, g in zip((query, key), grads, strict=True)
+            )
         )
         d_query, d_key, d_query_gain, d_key_gain = call_derivative(
             "qk_prep_backward", Heads(query, key), prep, gradients

@@ -33,6 +33,7 @@ from ..host.problem import (
     stride_unit,
     strides,
 )
+from ..host.tiling import register_tile
 from ..host.tuned import tile_config_for
 from .forward import query_tile
 from .primitives import (
@@ -64,11 +65,7 @@ from .primitives import (
 @triton.jit
 def load_tangent(pointer, offset, o_rows, m_rows, D: tl.constexpr, BD: tl.constexpr):
     """The rows of a tangent, or None if there is no such tangent."""
-    if pointer is None:
-        b_tile = None
-    else:
-        b_tile = load_columns(pointer + offset, o_rows, m_rows, D, BD)
-    return b_tile
+    return None if pointer is None else load_columns(pointer + offset, o_rows, m_rows, D, BD)
 
 
 @triton.jit
@@ -106,7 +103,7 @@ def jvp_kernel(
     CAUSAL: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr,
     PACK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, BR: tl.constexpr,
     SINK: tl.constexpr, MASK: tl.constexpr, SCALE_FIRST: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr, UNIT: tl.constexpr,
+    STAGES: tl.constexpr, UNIT: tl.constexpr, SAME_STRIDES: tl.constexpr,
 ):  # fmt: skip
     """Tangents of the output and of its log-sum-exp of one query tile, contiguous. Names in ``Dot`` are tangents."""
     BM: tl.constexpr = TILE[0] * TILE[1] * TILE[2] * PACK
@@ -122,6 +119,8 @@ def jvp_kernel(
     )
     regk_strides, regv_strides = in_elements(regk_strides, UNIT), in_elements(regv_strides, UNIT)
     regk_dot_strides, regv_dot_strides = in_elements(regk_dot_strides, UNIT), in_elements(regv_dot_strides, UNIT)
+    if SAME_STRIDES:  # offsets of tangents are then those of their tensors, and take no hardware registers of their own
+        q_dot_strides, k_dot_strides, v_dot_strides = q_strides, k_strides, v_strides
     i_batch, i_kv, row_head, m_rows, residue, count, origin, index = query_tile(
         tl.program_id(0), length, dilation, tiles, group, kv_heads, TILE, PACK
     )
@@ -233,12 +232,15 @@ def plan(p: Problem, tangents: tuple[Layout | None, ...]) -> Plan:
         *map(register_strides, registers),
     )
     unit = stride_unit(tensor_strides)
+    pairs = zip((query, key, value), (p.query, p.key, p.value), strict=True)
     launch = launcher(
         jvp_kernel,
         (p.programs(config),),
         (*in_units(tensor_strides, unit), *p.geometry, p.tiles(config.tile), p.group, p.kv_heads, p.registers),
         **p.program(config, (p.query, p.key, p.value, p.out, query, key, value)), **p.constants(),
-        PACK=config.pack, BR=p.register_tile, SINK=p.sink, UNIT=unit,
+        PACK=config.pack, SINK=p.sink, UNIT=unit,
+        BR=register_tile(p.problem_class, p.registers, "jvp") if p.registers else 0,
+        SAME_STRIDES=all(tangent is None or strides(tangent) == strides(tensor) for tangent, tensor in pairs),
     )  # fmt: skip
     return Plan(config, launch)
 

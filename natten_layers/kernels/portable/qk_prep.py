@@ -217,8 +217,8 @@ def prepare_tile_jvp(
 ):  # fmt: skip
     """Tangent of ``prepare_tile``. ``XDot`` or ``GainDot`` is None where it is zero.
 
-    With ``n = x * scale`` the tangent of the normalised head is ``scale * (xdot - n * (n . xdot)) * gain + n * gaindot``,
-    where the scalar product is a mean for RMS norms. It is rotated as the head is.
+    With ``n = x * scale`` the tangent of the normalised head is ``scale * (xdot - n * (n . xdot)) * gain +
+    n * gaindot``, where the scalar product is a mean for RMS norms. It is rotated as the head is.
     """
     D: tl.constexpr = 2 * PAIRS + REST
     _, _, o_token, m_token, i_item, count = program_share(tokens, outers, items, run, T)
