@@ -31,6 +31,9 @@ from natten_layers import (
 )
 from natten_layers.eager import dense_attention_state
 from natten_layers.geometry import make_window
+from natten_layers.modules import AxialRoPE, RoPE
+from natten_layers.modules.query_key import HeadNorm, normalize_and_rotate
+from natten_layers.modules.rope import angles_of
 from natten_layers.operations import Impl
 
 pytest.importorskip("triton")
@@ -256,6 +259,49 @@ def test_merged_states_have_tangents() -> None:
     exact = directional(merged("eager"), wide, wide_tangents)[1]
     for found, expected in zip(directional(merged("fused"), inputs, tangents)[1], exact, strict=True):
         assert error(found, expected) < 2e-6
+
+
+# --- Normalisation and rotation of heads
+
+PREPARATIONS = {
+    "cosine-axial-gqa": ("cosine", AxialRoPE(16, 4, num_kv_heads=2), (3, 4), 16),
+    "rms-text-partly": ("rms", RoPE(16), (9,), 24),
+    "text-interleaved": (None, RoPE(16, interleaved=True), (9,), 16),
+    "cosine": ("cosine", None, (3, 4), 40),
+}
+
+
+@pytest.mark.parametrize("name", PREPARATIONS)
+def test_prepared_heads_have_tangents(name: str) -> None:
+    """Of heads and gains together, of one head alone, and of one gain alone."""
+    kind, rope, spatial, dim = PREPARATIONS[name]
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(DEVICE)
+
+    inputs = {"query": draw(2, *spatial, 4, dim), "key": draw(2, *spatial, 2, dim)}
+    if kind is not None:
+        inputs |= {f"{n}_gain": 2 + draw(h if kind == "cosine" else dim) for n, h in (("query", 4), ("key", 2))}
+    angles = None if rope is None else angles_of(rope.to(DEVICE), inputs["query"], inputs["key"], None)
+
+    def run(impl: Impl) -> Callable[..., tuple[Tensor, Tensor]]:
+        def prepare(query: Tensor, key: Tensor, **gains: Tensor) -> tuple[Tensor, Tensor]:
+            norm = None if kind is None else HeadNorm(kind, gains["query_gain"], gains["key_gain"])
+            return normalize_and_rotate(query, key, norm, angles, impl=impl)
+
+        return prepare
+
+    tangents = tangents_of(inputs)
+    for chosen in (tuple(inputs), ("key",), ("query_gain",)):
+        given = {n: tangents[n] for n in chosen if n in tangents}
+        if not given:
+            continue
+        wide = ({n: t.double() for n, t in x.items()} for x in (inputs, given))
+        exact = directional(run("eager"), *wide)[1]
+        peers = directional(run("eager"), inputs, given)[1]
+        for found, expected, peer in zip(directional(run("fused"), inputs, given)[1], exact, peers, strict=True):
+            assert error(found, expected) <= max(2 * error(peer, expected), 4e-7)
 
 
 # --- What is not computed, and errors

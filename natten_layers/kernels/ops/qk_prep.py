@@ -108,7 +108,7 @@ class _Transformable(_QKPrep):
         save_for_jvp(ctx, *_tensors_of(*grouped("qk_prep", inputs)))
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, Tensor]:
         query, key, *tensors = ctx.saved_tensors
         heads, prep = Heads(query, key), QKPrep._make((*tensors, *ctx.numbers))
         names = *Heads._fields, *QKPrep._fields
@@ -117,7 +117,9 @@ class _Transformable(_QKPrep):
             raise NotImplementedError(f"{NOT_FUSED} tangents of positions or frequencies{WAY_OUT}")
         known = HeadTangents(*of_heads)
         results = call_derivative("qk_prep_jvp", heads, prep, known)
-        d_query, d_key = (x if has else None for x, has in zip(results, known.of_results, strict=True))
+        # Torch takes no None for the tangent of a result.
+        sides = zip(results, known.of_results, heads, strict=True)
+        d_query, d_key = (x if has else torch.zeros_like(head) for x, has, head in sides)
         return d_query, d_key
 
 
