@@ -33,7 +33,7 @@ __all__ = [
 Axes = int | Sequence[int]
 
 _Tensors = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
-_AxisOptions = tuple[Axes, Axes, Axes, bool | Sequence[bool]]
+_AxisOptions = tuple[Axes, Axes, Axes, bool | Sequence[bool], bool | Sequence[bool]]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LARGEST_FP32, LARGEST_FP64 = torch.finfo(torch.float32).max, torch.finfo(torch.float64).max
@@ -74,13 +74,14 @@ def prepare(
     additional_keys: Tensor | None,
     additional_values: Tensor | None,
     sink: float | Tensor | None,
+    is_periodic: bool | Sequence[bool] = False,
 ) -> Call:
     """Check all arguments of a user and convert them to the canonical form that the implementations take.
 
     Checks that depend only on shapes, strides, dtypes, devices and options of axes are made once for each combination.
     """
     tensors = query, key, value, additional_keys, additional_values
-    axes = kernel_size, stride, dilation, is_causal
+    axes = kernel_size, stride, dilation, is_causal, is_periodic
     signature, accepted = (None, None) if torch.compiler.is_compiling() else _recall(tensors, axes)
     rank = _check_user_form(tensors, axes) if accepted is None else accepted.window.rank
     head_shape = query.shape[rank + 1 : -1]
@@ -93,7 +94,8 @@ def prepare(
     sink, sink_value = (sink, None) if isinstance(sink := check_sink(sink, query), Tensor) else (None, sink)
     inputs = Inputs(query, key, value, register_keys, register_values, sink)
     w = accepted.window
-    options = Options(sink_value, w.kernel_size, w.stride, w.dilation, w.is_causal, factor)
+    periodic = w.is_periodic if any(w.is_periodic) else ()
+    options = Options(sink_value, w.kernel_size, w.stride, w.dilation, w.is_causal, factor, periodic)
     return Call(inputs, options, w, head_shape)
 
 
@@ -144,10 +146,10 @@ def _recall(tensors: Sequence[object], axes: Sequence[object]) -> tuple[Hashable
 def _check_user_form(tensors: _Tensors, axes: _AxisOptions) -> int:
     """Check the arguments in the form in which the user gives them; returns the number of spatial axes."""
     query, key, value, additional_keys, additional_values = tensors
-    kernel_size, stride, dilation, is_causal = axes
+    names = "kernel_size", "stride", "dilation", "is_causal", "is_periodic"
     check_tensors(query=query, key=key, value=value)
     check_pair(additional_keys, additional_values)
-    rank = _spatial_rank(query, kernel_size=kernel_size, stride=stride, dilation=dilation, is_causal=is_causal)
+    rank = _spatial_rank(query, **dict(zip(names, axes, strict=True)))
     _check_qkv(query, key, value, rank)
     head_shape = query.shape[rank + 1 : -1]
     if len(head_shape) == 1:
@@ -224,7 +226,7 @@ def _spatial_rank(query: Tensor, **axis_arguments: object) -> int:
     """Number of spatial axes: the length of the tuples, else that of ``query [B, *spatial, H, D]``."""
     entries = {name: len(a) for name, a in axis_arguments.items() if isinstance(a, Sequence)}
     if len(set(entries.values())) > 1:
-        raise ValueError(f"kernel_size, stride, dilation and is_causal disagree on the number of axes: {entries}")
+        raise ValueError(f"{', '.join(entries)} disagree on the number of axes: {entries}")
     rank = next(iter(entries.values()), min(query.ndim - 3, 3))
     if not 1 <= rank <= 3 or query.ndim not in (rank + 3, rank + 4):
         given = "".join(f"; {name} has {count} entries" for name, count in entries.items())

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from .geometry import Window, window_mask
+from .geometry import Window, window_bounds, window_mask
 from .kernels.ops.define import is_differentiated, is_watched
 from .tiles import State, attend_tiles, heads_first, nonfinite_mask, plan, tile_queries, untile
 
@@ -102,11 +102,16 @@ def dense_attention_state(
 def _dense_bias(rpb: Tensor, spatial: Sequence[int], window: Window) -> Tensor:
     """``[N, Hq, N]``: the bias of every pair of tokens; where the query does not see the key it is arbitrary."""
     entries = []
-    for axis, (k, d) in enumerate(zip(window.kernel_size, window.dilation, strict=True)):
+    axes = zip(spatial, window.kernel_size, window.stride, window.dilation, window.is_periodic, strict=True)
+    for axis, (length, k, s, d, periodic) in enumerate(axes):
         shape = [1] * len(spatial)
-        shape[axis] = spatial[axis]
-        place = torch.arange(spatial[axis], device=rpb.device).reshape(shape).expand(*spatial).flatten()
+        shape[axis] = length
+        place = torch.arange(length, device=rpb.device).reshape(shape).expand(*spatial).flatten()
         distance = torch.div(place - place[:, None], d, rounding_mode="floor")
+        if periodic:  # the way along the ring from the query to the key, which leads through the window
+            index = place[:, None] // d
+            first, _ = window_bounds(index, length // d, k, s, False, True)
+            distance = first - index + (distance + index - first) % (length // d)
         entries.append((distance + k - 1).clamp(0, 2 * k - 2))
     return rpb[:, *entries].movedim(0, 1)
 

@@ -48,6 +48,7 @@ def neighborhood_attention(
     stride: Axes = 1,
     dilation: Axes = 1,
     is_causal: bool | Sequence[bool] = False,
+    is_periodic: bool | Sequence[bool] = False,
     scale: float | Tensor | None = None,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
@@ -66,6 +67,7 @@ def neighborhood_attention(
     stride: Axes = 1,
     dilation: Axes = 1,
     is_causal: bool | Sequence[bool] = False,
+    is_periodic: bool | Sequence[bool] = False,
     scale: float | Tensor | None = None,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
@@ -83,6 +85,7 @@ def neighborhood_attention(
     stride: Axes = 1,
     dilation: Axes = 1,
     is_causal: bool | Sequence[bool] = False,
+    is_periodic: bool | Sequence[bool] = False,
     scale: float | Tensor | None = None,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
@@ -110,6 +113,8 @@ def neighborhood_attention(
         stride: queries per shared window, ``1 <= stride <= kernel_size``.
         dilation: distance in tokens between neighboring keys of a window; ``kernel_size * dilation <= length``.
         is_causal: mask keys after the query, per axis.
+        is_periodic: per axis, whether it is a ring, such as longitude: windows wrap around its ends instead of shifting
+            inwards. Such an axis is not causal, and ``dilation`` divides its length.
         scale: factor on the scores, a number or a tensor of one that needs no gradient, default ``D ** -0.5``.
         additional_keys: registers, ``[B or 1, R, Hkv, D]``, visible to every query.
         additional_values: ``[B or 1, R, Hkv, Dv]``; given exactly when ``additional_keys`` is.
@@ -117,8 +122,8 @@ def neighborhood_attention(
             softmax1), a tensor ``[Hq]``, or None. It is not multiplied by ``scale``.
         rpb: a relative position bias ``[Hq, 2 * kernel_size - 1 per axis]`` of any floating point dtype, as in old
             versions of NATTEN: entry ``(j - i) / dilation + kernel_size - 1`` on every axis is added to the scaled
-            score of query ``i`` and key ``j``. Registers and the sink have none. Its gradient is deterministic. It is
-            computed in PyTorch only, on GPUs too.
+            score of query ``i`` and key ``j``, ``j - i`` along the ring on a periodic axis. Registers and the sink have
+            none. Its gradient is deterministic. It is computed in PyTorch only, on GPUs too.
         return_lse: also return the log-sum-exp of all scores in the softmax: neighborhood, registers and sink.
         impl: "auto" uses the fused kernels if they can run on the tensors' device and dtype, else PyTorch ("eager");
             "fused" and "eager" never fall back.
@@ -134,8 +139,9 @@ def neighborhood_attention(
         RuntimeError: ``impl="fused"``, but the fused kernels cannot run.
     """
     call = prepare(
-        query, key, value, kernel_size, stride, dilation, is_causal, scale, additional_keys, additional_values, sink
-    )
+        query, key, value, kernel_size, stride, dilation, is_causal, scale, additional_keys, additional_values, sink,
+        is_periodic,
+    )  # fmt: skip
     if return_lse:
         state = _run(call, impl, rpb)
         return call.restore(state.out), call.restore(state.lse)
@@ -160,6 +166,7 @@ def attention_state(
     stride: Axes = 1,
     dilation: Axes = 1,
     is_causal: bool | Sequence[bool] = False,
+    is_periodic: bool | Sequence[bool] = False,
     scale: float | Tensor | None = None,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
@@ -175,8 +182,9 @@ def attention_state(
         ``(out, row_max, row_sum)``, contiguous; see :class:`AttentionState`.
     """
     call = prepare(
-        query, key, value, kernel_size, stride, dilation, is_causal, scale, additional_keys, additional_values, sink
-    )
+        query, key, value, kernel_size, stride, dilation, is_causal, scale, additional_keys, additional_values, sink,
+        is_periodic,
+    )  # fmt: skip
     return AttentionState(*map(call.restore, _run(call, impl, rpb)))
 
 

@@ -14,14 +14,14 @@ import itertools
 import math
 import operator
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .geometry import Window, class_length, window_bounds
+from .geometry import Index, Window, class_length, window_bounds
 from .kernels.ops.define import known_tangents
 from .position_bias import look_up, sum_up
 
@@ -48,7 +48,18 @@ class Axis:
     stride: int
     dilation: int
     causal: bool
+    periodic: bool
     tile: int
+
+    @property
+    def lead(self) -> int:
+        """Keys of a ring's end that are repeated before its first, so that windows are intervals; else 0."""
+        return self.kernel // 2 if self.periodic else 0
+
+    @property
+    def keys(self) -> int:
+        """Keys of the longest residue class, those included that a ring repeats at both ends."""
+        return self.longest + (self.kernel - 1 if self.periodic else 0)
 
     @property
     def longest(self) -> int:
@@ -65,7 +76,13 @@ class Axis:
 
     def bounds(self, index: int, residue: int) -> tuple[int, int]:
         length = class_length(self.length, self.dilation, residue)
-        return window_bounds(min(index, length - 1), length, self.kernel, self.stride, self.causal)
+        first, last = self.windows(min(index, length - 1), length)
+        return first, last
+
+    def windows(self, index: Index, length: int) -> tuple[Index, Index]:
+        """First and last of the keys, repeated ones included, that queries of a class of this length see."""
+        first, last = window_bounds(index, length, self.kernel, self.stride, self.causal, self.periodic)
+        return first + self.lead, last + self.lead
 
     def union(self, tile: int) -> tuple[int, int, int]:
         """Residue class of a tile, and first and last key (class indices, inclusive) of the union of its windows."""
@@ -77,7 +94,7 @@ class Axis:
         unions = [self.union(tile) for tile in range(start, stop)]
         keys = max(last - first + 1 for _, first, last in unions)
         # All unions get the size of the largest, so at a border a union starts further inwards.
-        first = [min(first, self.longest - keys) for _, first, _ in unions]
+        first = [min(first, self.keys - keys) for _, first, _ in unions]
         tokens = [f * self.dilation + residue for f, (residue, *_) in zip(first, unions, strict=True)]
         origin = min(tokens)
         return _Block(
@@ -120,11 +137,11 @@ class _Block:
         axis, longest, device = self.axis, self.axis.longest, like.device
         tiles = range(self.start, self.start + len(self.first))
         index, key = self._indices(device)
-        first, last = window_bounds(index.clamp(max=longest - 1), longest, axis.kernel, axis.stride, axis.causal)
+        first, last = axis.windows(index.clamp(max=longest - 1), longest)
         if axis.length % axis.dilation:
             shorter = [tile // axis.count >= axis.length % axis.dilation for tile in tiles]
             short = torch.tensor(shorter, device=device)[:, None]
-            bounds = window_bounds(index.clamp(max=longest - 2), longest - 1, axis.kernel, axis.stride, axis.causal)
+            bounds = axis.windows(index.clamp(max=longest - 2), longest - 1)
             first, last = (torch.where(short, *pair) for pair in zip(bounds, (first, last), strict=True))
         seen = (key[:, None, :] >= first[..., None]) & (key[:, None, :] <= last[..., None])
         return like.new_zeros(seen.shape).masked_fill_(~seen, -math.inf)
@@ -133,7 +150,7 @@ class _Block:
         """``[tiles, T, U]``: index into the table of relative positions; arbitrary where the key is invisible."""
         index, key = self._indices(device)
         most = self.axis.kernel - 1
-        return (key[:, None, :] - index[..., None]).clamp(-most, most) + most
+        return (key[:, None, :] - self.axis.lead - index[..., None]).clamp(-most, most) + most
 
     def _indices(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Class indices of queries ``[tiles, T]`` and keys ``[tiles, U]``."""
@@ -152,10 +169,8 @@ def plan(spatial: Sequence[int], window: Window, group: int) -> tuple[Axis, ...]
     """Choose tiles: double the tile on the axis where that adds the fewest keys to the union, as long as it pays."""
     # A compiled graph is specialised for these lengths. If they were symbolic, tracing the loops would take minutes.
     lengths = map(operator.index, spatial)
-    axes = [
-        Axis(*arguments, tile=1)
-        for arguments in zip(lengths, window.kernel_size, window.stride, window.dilation, window.is_causal, strict=True)
-    ]
+    options = window.kernel_size, window.stride, window.dilation, window.is_causal, window.is_periodic
+    axes = [Axis(*arguments, tile=1) for arguments in zip(lengths, *options, strict=True)]
     while (rows := group * math.prod([a.tile for a in axes])) < TILE_ROWS:
         growth = [(a.kernel + 2 * a.tile) / (a.kernel + a.tile) if a.tile < a.longest else math.inf for a in axes]
         i = growth.index(min(growth))
@@ -163,7 +178,7 @@ def plan(spatial: Sequence[int], window: Window, group: int) -> tuple[Axis, ...]
         if a.tile == a.longest:
             break
         grown = [*axes]
-        grown[i] = Axis(a.length, a.kernel, a.stride, a.dilation, a.causal, min(2 * a.tile, a.longest))
+        grown[i] = replace(a, tile=min(2 * a.tile, a.longest))
         if rows >= LEAST_ROWS and _cost_of_query(grown, group) > _cost_of_query(axes, group):
             break
         axes = grown
@@ -172,7 +187,7 @@ def plan(spatial: Sequence[int], window: Window, group: int) -> tuple[Axis, ...]
 
 def _cost_of_query(axes: Sequence[Axis], group: int) -> float:
     """Time of a query's share of its tile, in units of the time to compute a score; borders are neglected."""
-    keys = math.prod([min(a.kernel + a.tile - 1, a.longest) for a in axes])
+    keys = math.prod([min(a.kernel + a.tile - 1, a.keys) for a in axes])
     return keys * (1 + LOAD_SCORES / (group * math.prod([a.tile for a in axes])))
 
 
@@ -213,8 +228,16 @@ def untile(x: Tensor, axes: tuple[Axis, ...], query: Tensor) -> Tensor:
 
 
 def heads_first(x: Tensor, axes: tuple[Axis, ...]) -> Tensor:
-    """``[B, *spatial, Hkv, D]`` to ``[Z, *spatial, D]``, with all residue classes padded to one length."""
-    return _pad(x.movedim(-2, 1).flatten(0, 1), [a.longest * a.dilation for a in axes], 1)
+    """``[B, *spatial, Hkv, D]`` to ``[Z, *spatial, D]``.
+
+    All residue classes are padded to one length, and rings repeat keys at both ends.
+    """
+    x = _pad(x.movedim(-2, 1).flatten(0, 1), [a.longest * a.dilation for a in axes], 1)
+    for dim, axis in enumerate(axes, 1):
+        if axis.keys > axis.longest:
+            before, after = axis.lead * axis.dilation, (axis.kernel - 1 - axis.lead) * axis.dilation
+            x = torch.cat([x.narrow(dim, axis.length - before, before), x, x.narrow(dim, 0, after)], dim)
+    return x
 
 
 def nonfinite_mask(x: Tensor) -> Tensor:
@@ -263,7 +286,7 @@ def _chunks(tiles: Tensor, axes: tuple[Axis, ...]) -> tuple[list[int], Iterator[
     which varies fastest, and its mask ``[tiles, T, U]`` of 0 and -inf.
     """
     z = tiles.shape[0]
-    scores = math.prod(tiles.shape[-3:-1]) * math.prod([min(a.kernel + a.tile + a.stride - 2, a.longest) for a in axes])
+    scores = math.prod(tiles.shape[-3:-1]) * math.prod([min(a.kernel + a.tile + a.stride - 2, a.keys) for a in axes])
     # A compiled graph must not depend on the batch, which may be symbolic.
     compiling = torch.compiler.is_compiling()
     steps = [a.tiles for a in axes]

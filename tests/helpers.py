@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import pytest
 import torch
@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from natten_layers import neighborhood_attention
 from natten_layers.eager import dense_attention_state
-from natten_layers.geometry import make_window
+from natten_layers.geometry import Window, make_window
 from natten_layers.operations import Impl
 
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 Inputs = dict[str, Tensor]
 """Differentiable inputs by argument name: query, key, value and, where the case has them, additional_keys,
 additional_values and sink."""
@@ -41,6 +42,11 @@ class Case:
     scale: float | None = None
     batch: int = 2
     dtype: torch.dtype = torch.float32
+    is_periodic: bool | tuple[bool, ...] = False
+
+    @property
+    def window(self) -> Window:
+        return make_window(self.spatial, self.kernel_size, self.stride, self.dilation, self.is_causal, self.is_periodic)
 
     def __str__(self) -> str:  # pytest's id
         return self.name
@@ -82,6 +88,38 @@ CASES: Sequence[Case] = (
     Case("3d", (5, 6, 7), 3, head_dim=8, value_dim=8),
     Case("3d-causal-gqa", (4, 6, 5), (2, 3, 3), 1, (2, 1, 1), (True, False, False), 4, 2, sink="learned"),
     Case("3d-everything", (6, 5, 7), (3, 2, 3), (2, 1, 2), (1, 2, 2), (False, True, False), 2, 1, 8, 16, 3, "learned"),
+    Case("ring", (13,), 5, is_periodic=True, heads=4, head_dim=24, value_dim=24, registers=1, sink="learned"),
+    Case("ring-short-of-a-turn", (12,), 11, 4, is_periodic=True, batch=1),
+    Case("ring-whole", (9,), 9, 2, is_periodic=True, batch=1),
+    Case("ring-stride-dilated", (22,), 6, 4, 2, is_periodic=True, heads=4, kv_heads=1, sink="zero"),
+    Case(
+        "ring-by-line",
+        (7, 10),
+        (3, 4),
+        (2, 3),
+        (1, 2),
+        heads=4,
+        registers=2,
+        scale=-0.3,
+        batch=1,
+        is_periodic=(False, True),
+    ),
+    Case("torus", (5, 6), (4, 5), (3, 1), head_dim=8, value_dim=8, is_periodic=True),
+    Case(
+        "torus-causal",
+        (4, 6, 5),
+        (3, 2, 3),
+        2,
+        (1, 2, 1),
+        (True, False, False),
+        4,
+        2,
+        8,
+        8,
+        sink="learned",
+        is_periodic=(False, True, True),
+    ),
+    Case("torus-3d", (3, 4, 5), (2, 3, 4), (1, 3, 2), head_dim=8, value_dim=8, heads=2, kv_heads=1, is_periodic=True),
     Case("2d-bf16", (9, 11), 5, heads=4, kv_heads=2, registers=2, sink="learned", dtype=torch.bfloat16),
     Case("2d-fp16", (9, 11), 5, heads=4, kv_heads=2, registers=2, sink="learned", dtype=torch.float16),
     Case("1d-causal-bf16", (40,), 16, is_causal=True, heads=4, kv_heads=1, dtype=torch.bfloat16),
@@ -186,6 +224,7 @@ def arguments(case: Case, inputs: Inputs) -> dict[str, Any]:
         "stride": case.stride,
         "dilation": case.dilation,
         "is_causal": case.is_causal,
+        "is_periodic": case.is_periodic,
         "scale": case.scale,
         "additional_keys": inputs.get("additional_keys"),
         "additional_values": inputs.get("additional_values"),
@@ -209,7 +248,7 @@ def oracle(case: Case, inputs: Inputs) -> Result:
         wide.get("additional_keys"),
         wide.get("additional_values"),
         0.0 if case.sink == "zero" else wide.get("sink"),
-        make_window(case.spatial, case.kernel_size, case.stride, case.dilation, case.is_causal),
+        case.window,
         case.head_dim**-0.5 if case.scale is None else case.scale,
     )
     return _with_grads(out, row_max + row_sum.log(), wide)
@@ -232,11 +271,22 @@ def error(actual: Tensor, expected: Tensor) -> float:
     return ((actual - expected).norm() / expected.norm().clamp(min=1e-30)).item()
 
 
-def randomize(module: nn.Module, std: float = 0.2) -> None:
+def randomize(module: ModuleT, std: float = 0.2) -> ModuleT:
     """Add noise to every parameter, because most branches of a new model have an output of zero."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(std * torch.randn_like(parameter))
+    return module
+
+
+def coordinates(*shape: int) -> Tensor:
+    """Positions between the tokens of a grid."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(7))
+
+
+def far(*shape: int) -> Tensor:
+    """Positions of tokens in a long text."""
+    return torch.randint(0, 100_000, shape, generator=torch.Generator().manual_seed(7))
 
 
 FLOOR = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}

@@ -14,9 +14,9 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from benchmarks.compile_only import SHARED_MEMORY, Driver
 from natten_layers import cached_attention, neighborhood_attention
 from natten_layers.kernels.host import problem
 from natten_layers.kernels.ops import attention as attention_ops
@@ -29,40 +29,6 @@ from natten_layers.modules.query_key import HeadNorm, normalize_and_rotate
 from natten_layers.modules.rope import angles_of
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
-SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-"""Bytes of shared memory that a program can have, by compute capability."""
-
-
-class Utils:
-    def __init__(self, shared_memory: int) -> None:
-        self.shared_memory = shared_memory
-        self.loaded: list[str] = []
-
-    def load_binary(self, name: str, *_: object) -> tuple[int, ...]:
-        self.loaded.append(name)
-        return 1, 1, 0, 0, 1024  # module, function, registers, spills, most threads
-
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        names = ("max_num_regs", "multiprocessor_count", "sm_clock_rate", "mem_clock_rate", "mem_bus_width")
-        return {**dict.fromkeys(names, 1), "max_shared_mem": self.shared_memory, "warpSize": 32}
-
-
-class Driver:
-    def __init__(self, capability: int) -> None:
-        self.target, self.utils = GPUTarget("cuda", capability, 32), Utils(SHARED_MEMORY[capability])
-        self.launcher_cls = lambda source, metadata: lambda *arguments: None
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int | None = None) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def map_python_to_cpp_type(self, kind: str) -> str:
-        return "int"
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -89,7 +55,7 @@ def options_of(rank: int, kernel_size: int, sink: float | None) -> problem.Optio
 def attend_large_on_sm90(
     spatial: tuple[int, ...], kernel_size: int, heads: int, *, sink: float | None, dim: int = 128
 ) -> None:
-    from natten_layers.kernels.sm90 import large_backward, large_forward, large_tiling
+    from natten_layers.kernels.sm90 import large_dkv, large_dq, large_forward, large_tiling
 
     tensors = problem.Inputs(*(torch.zeros(1, *spatial, h, dim, dtype=torch.bfloat16) for h in (heads, 2, 2)))
     options = options_of(len(spatial), kernel_size, sink)
@@ -99,13 +65,13 @@ def attend_large_on_sm90(
     rows = torch.ones(1, *spatial, heads)
     cotangents = problem.Cotangents(tensors.query, rows, rows, tensors.query, None)
     dq_config = large_tiling.dq_tile_config(one)
-    _, statistics = large_backward.query_gradient(dq_config, one, tensors, options, cotangents)
-    large_backward.key_gradients(dkv_config, one, tensors, options, tensors.query, statistics)
+    _, statistics = large_dq.query_gradient(dq_config, one, tensors, options, cotangents)
+    large_dkv.key_gradients(dkv_config, one, tensors, options, tensors.query, statistics)
     registers = torch.zeros(1, 5, 2, dim, dtype=torch.bfloat16)
     tensors = tensors._replace(additional_keys=registers, additional_values=registers)
     one = problem.problem_of(tensors, options)
     large_forward.forward(config, one, tensors, options, with_stats=False)
-    large_backward.key_gradients(dkv_config, one, tensors, options, tensors.query, problem.RowStatistics(rows, rows))
+    large_dkv.key_gradients(dkv_config, one, tensors, options, tensors.query, problem.RowStatistics(rows, rows))
 
 
 def attend_small_on_sm90(
@@ -171,9 +137,9 @@ def main(capability: int) -> None:
     if capability == 90:
         attend((32, 32), 7, 8, 256, 40, torch.float32)
     if capability == 90 and gluon_gap() is None:
-        from natten_layers.kernels.sm90 import large_backward, large_forward, small_forward_rolling
+        from natten_layers.kernels.sm90 import large_dkv, large_dq, large_forward, small_forward_rolling
 
-        for module in (large_forward, large_backward, small_forward_rolling):
+        for module in (large_forward, large_dq, large_dkv, small_forward_rolling):
             setattr(module, "multiprocessors", lambda device: 132)  # noqa: B010
         attend_large_on_sm90((4096,), 2048, 8, sink=0.0)
         attend_large_on_sm90((64, 80), 48, 2, sink=None)

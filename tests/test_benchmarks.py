@@ -278,6 +278,22 @@ def test_attention_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_census_is_drawn(tmp_path: Path) -> None:
+    def row(name: str, peer: str, mode: str, ratio: float) -> dict[str, Any]:
+        return {"workload": name, "peer": peer, "mode": mode, "variant": "", "median_ms": ratio, "times_floor": ratio,
+                "kernel": "portable"}  # fmt: skip
+
+    rows = [row(name, "natten_layers", mode, 2.0) for name in ("mid-2d", "gemma3") for mode in ("fwd", "fwdbwd")]
+    rows += [row("gemma3", "fa2", "fwd", 1.5), row("gemma3", "flex", "fwd", 3.0)]
+    best = plot.best_rows(rows)
+    assert plot.fastest_peer(best, "fwd", "gemma3") == rows[-2]
+    assert plot.fastest_peer(best, "fwd", "mid-2d") is None
+    report = tmp_path / "census.json"
+    report.write_text(json.dumps({"environment": {"device": "some", "torch": "2", "triton": "3"}, "rows": rows}))
+    plot.main([str(report)])
+    assert report.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_attention_command_rejects_unknown_names(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         attention.main(["--workloads", "hdit-l9"])

@@ -181,6 +181,24 @@ DERIVATIVE_CASES = (
     Case("2d", (4, 5), (3, 2), (2, 1), 1, (False, True), 2, 1, 2, 3, 2, "learned", 0.6, 1, torch.float64),
     Case("1d", (7,), 3, 1, 2, False, 2, 2, 3, 2, 0, "none", None, 1, torch.float64),
     Case("3d", (2, 3, 3), (2, 2, 3), 1, 1, (True, False, False), 1, 1, 2, 2, 1, "zero", None, 1, torch.float64),
+    Case(
+        "ring",
+        (4, 5),
+        (3, 4),
+        (1, 3),
+        1,
+        (True, False),
+        2,
+        1,
+        2,
+        3,
+        1,
+        "learned",
+        None,
+        1,
+        torch.float64,
+        (False, True),
+    ),
 )
 
 
@@ -200,6 +218,7 @@ def as_function(case: Case) -> Callable[..., Any]:
             stride=case.stride,
             dilation=case.dilation,
             is_causal=case.is_causal,
+            is_periodic=case.is_periodic,
             scale=case.scale,
             return_lse=True,
             impl="eager",

@@ -30,7 +30,6 @@ from natten_layers import (
     operations,
 )
 from natten_layers.eager import dense_attention_state
-from natten_layers.geometry import make_window
 from natten_layers.modules import AxialRoPE, RoPE
 from natten_layers.modules.query_key import HeadNorm, normalize_and_rotate
 from natten_layers.modules.rope import angles_of
@@ -50,6 +49,7 @@ SMALL = (
     Case("2d-scale-zero", (3, 4), 3, scale=0.0),
     Case("2d-value-dim", (3, 4), 2, value_dim=40),
     Case("3d", (2, 3, 4), 2, (1, 2, 1), 1, (True, False, False), 2, 1, 8, 16, sink="learned", batch=1),
+    Case("2d-ring", (6, 5), (3, 4), (2, 1), (2, 1), batch=1, is_periodic=(True, True)),
     Case("2d-fp16", (4, 5), 3, kv_heads=1, registers=2, sink="learned", batch=1, dtype=torch.float16),
     EVERYTHING,
 )
@@ -91,13 +91,12 @@ def attend(case: Case, impl: Impl) -> Callable[..., tuple[Tensor, Tensor]]:
 
 def definition(case: Case) -> Callable[..., tuple[Tensor, Tensor]]:
     """The definition with a dense mask, of whose plain operations torch knows the derivatives."""
-    window = make_window(case.spatial, case.kernel_size, case.stride, case.dilation, case.is_causal)
     scale = case.head_dim**-0.5 if case.scale is None else case.scale
 
     def run(**inputs: Tensor) -> tuple[Tensor, Tensor]:
         given = arguments(case, inputs)
         names = "query", "key", "value", "additional_keys", "additional_values", "sink"
-        out, row_max, row_sum = dense_attention_state(*(given[name] for name in names), window, scale)
+        out, row_max, row_sum = dense_attention_state(*(given[name] for name in names), case.window, scale)
         return out, row_max + row_sum.log()
 
     return run

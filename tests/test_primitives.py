@@ -28,37 +28,37 @@ LONGEST = 15
 
 @triton.jit
 def bounds_kernel(Index, Length, Kernel, Stride, First, Last, INVERSE: tl.constexpr, CAUSAL: tl.constexpr,
-                  BLOCK: tl.constexpr):  # fmt: skip
+                  PERIODIC: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Compute the bounds of many windows, one element each."""
     n = tl.arange(0, BLOCK)
     index, length, kernel, stride = tl.load(Index + n), tl.load(Length + n), tl.load(Kernel + n), tl.load(Stride + n)
     if INVERSE:
-        first, last = primitives.query_bounds(index, length, kernel, stride, CAUSAL)
+        first, last = primitives.query_bounds(index, length, kernel, stride, CAUSAL, PERIODIC)
     else:
-        first, last = primitives.window_bounds(index, length, kernel, stride, CAUSAL)
+        first, last = primitives.window_bounds(index, length, kernel, stride, CAUSAL, PERIODIC)
     tl.store(First + n, first)
     tl.store(Last + n, last)
 
 
-def on_device(columns: Tensor, inverse: bool, causal: bool) -> tuple[Tensor, Tensor]:
+def on_device(columns: Tensor, inverse: bool, causal: bool, periodic: bool) -> tuple[Tensor, Tensor]:
     """The first and last key for ``(index, length, kernel, stride)``, the rows of ``columns``."""
     size = triton.next_power_of_2(len(columns))
     padded = torch.ones(4, size, dtype=torch.int32)
     padded[:, : len(columns)] = columns.t()
     first, last = torch.empty(2, size, dtype=torch.int32, device=DEVICE)
-    bounds_kernel[(1,)](*padded.to(DEVICE), first, last, INVERSE=inverse, CAUSAL=causal, BLOCK=size)
+    bounds_kernel[(1,)](*padded.to(DEVICE), first, last, INVERSE=inverse, CAUSAL=causal, PERIODIC=periodic, BLOCK=size)
     return first[: len(columns)].cpu().long(), last[: len(columns)].cpu().long()
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("causal", "periodic"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("inverse", [False, True])
-def test_bounds_on_the_device_are_those_of_the_host(inverse: bool, causal: bool) -> None:
+def test_bounds_on_the_device_are_those_of_the_host(inverse: bool, causal: bool, periodic: bool) -> None:
     """Bounds agree for every token of every axis up to a length; residue classes of dilated axes are such axes too."""
     bounds = query_bounds if inverse else window_bounds
     axes = [(n, k, s) for n in range(1, LONGEST + 1) for k in range(1, n + 1) for s in range(1, k + 1)]
     rows = [(i, *axis) for axis in axes for i in range(axis[0])]
-    first, last = on_device(torch.tensor(rows), inverse, causal)
-    host = [bounds(torch.arange(n), n, k, s, causal) for n, k, s in axes]
+    first, last = on_device(torch.tensor(rows), inverse, causal, periodic)
+    host = [bounds(torch.arange(n), n, k, s, causal, periodic) for n, k, s in axes]
     expected_first, expected_last = (torch.cat(ends) for ends in zip(*host, strict=True))
     assert torch.equal(first, expected_first)
     assert torch.equal(last, expected_last)

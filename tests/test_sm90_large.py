@@ -10,6 +10,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from helpers import Case, assert_close, assert_nan_stays, enlarge, error, make_inputs, oracle, run
+from problems import problem_of_text
 from torch import Tensor
 
 pytest.importorskip("triton.experimental.gluon")
@@ -18,12 +19,11 @@ from natten_layers import attention_state, neighborhood_attention
 from natten_layers.geometry import make_window, query_bounds, window_bounds
 from natten_layers.kernels import dispatch
 from natten_layers.kernels.dispatch import VARIANTS, Direction, Question, choose, sm90_gap
-from natten_layers.kernels.host import problem as problem_module
 from natten_layers.kernels.host.problem import Cotangents, Inputs, Layout, Options, Problem, problem_of
 from natten_layers.kernels.host.tiling import Box, TileConfig
 from natten_layers.kernels.host.tuned import forget, override
 from natten_layers.kernels.portable import forward
-from natten_layers.kernels.sm90 import large_backward, large_forward, large_tiling
+from natten_layers.kernels.sm90 import large_dkv, large_dq, large_forward, large_statistics, large_tiling
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -95,15 +95,23 @@ def test_matches_the_oracle(case: Case, dtype: torch.dtype) -> None:
     assert_oracle(case, leaves, large_forward.forward(large_tiling.forward_tile_config(problem), *arguments))
 
 
+THRESHOLDS = "LARGE_KEY_ELEMENTS", "LARGE_KEY_ELEMENTS_WITH_REGISTERS", "PAIRS", "WIDE_WINDOW", "WIDE_PAIRS"
+
+
 @pytest.fixture
 def wherever_possible(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Use the kernels for windows of any size."""
     with monkeypatch.context() as patch:
-        for name in ("NUMBERS", "REGISTERED", "PAIRS", "WIDE_WINDOW", "WIDE_PAIRS"):
+        for name in THRESHOLDS:
             patch.setattr(dispatch, name, 0)
         forget()
         yield
     forget()
+
+
+def test_the_thresholds_exist(wherever_possible: None) -> None:
+    """The fixture sets them in tests that only a GPU runs; here it fails when one of them is renamed."""
+    assert {getattr(dispatch, name) for name in THRESHOLDS} == {0}
 
 
 @pytest.mark.gpu
@@ -116,8 +124,8 @@ def test_gradients_match_the_oracle(case: Case, dtype: torch.dtype, monkeypatch:
     case = replace(case, dtype=dtype)
     leaves = make_inputs(case, "cuda")
     taken: list[TileConfig] = []
-    compute = large_backward.key_gradients
-    monkeypatch.setattr(large_backward, "key_gradients", lambda *args: taken.append(args[0]) or compute(*args))
+    compute = large_dkv.key_gradients
+    monkeypatch.setattr(large_dkv, "key_gradients", lambda *args: taken.append(args[0]) or compute(*args))
     first, second = (run(case, leaves, "fused") for _ in range(2))
     assert len(taken) == 2
     assert_close(case, first, oracle(case, leaves), run(case, leaves, "eager"))
@@ -136,7 +144,7 @@ def test_any_number_of_programs_computes_every_tile(case: Case, monkeypatch: pyt
     leaves = make_inputs(case, "cuda")
     for programs in (1, 5):
         with monkeypatch.context() as patch:
-            for module in (large_forward, large_backward):
+            for module in (large_forward, large_dq, large_dkv):
                 patch.setattr(module, "multiprocessors", lambda device, count=programs: count)
             for name, tensor in run(case, leaves, "fused").tensors().items():
                 assert torch.equal(tensor, expected[name]), (programs, name)
@@ -198,8 +206,8 @@ def test_nan_reaches_no_other_image_and_no_other_head(case: Case, monkeypatch: p
     """For TMA, batch and time are one axis, so a video's last frame is followed by the next video's first."""
     case = replace(case, dtype=torch.bfloat16)
     taken: list[TileConfig] = []
-    compute = large_backward.key_gradients
-    monkeypatch.setattr(large_backward, "key_gradients", lambda *args: taken.append(args[0]) or compute(*args))
+    compute = large_dkv.key_gradients
+    monkeypatch.setattr(large_dkv, "key_gradients", lambda *args: taken.append(args[0]) or compute(*args))
     assert_nan_stays(case, make_inputs(case, "cuda"))
     assert taken
 
@@ -281,14 +289,14 @@ def test_statistics_of_the_backward_pass_are_what_they_are_called(with_grad_lse:
     grad_out = wide[..., 1:4, :]  # a view of a wider tensor
     row_max, row_sum, grad_lse = torch.rand(3, 2, 3, 5, 9, 3, generator=draw).to(DEVICE) + 0.5
     grad_lse = grad_lse.transpose(1, 2).contiguous().transpose(1, 2) if with_grad_lse else None
-    statistics, delta = large_backward.statistics_of(problem, Cotangents(out, row_max, row_sum, grad_out, grad_lse))
+    statistics, delta = large_statistics.statistics_of(problem, Cotangents(out, row_max, row_sum, grad_out, grad_lse))
     expected = (out.double() * grad_out.double()).sum(-1) - (0 if grad_lse is None else grad_lse.double())
     assert error(delta, expected) < 1e-6
     head_major = [x.permute(4, 0, 1, 2, 3).reshape(3, 6, 5, 9) for x in (row_max + row_sum.log(), expected)]
     assert error(statistics.lse[..., :9] * math.log(2), head_major[0]) < 1e-6
     assert error(statistics.delta[..., :9], head_major[1]) < 1e-6
     assert statistics.lse.stride(-2) % large_tiling.ALIGNMENT == 0
-    portable = large_backward.to_head_major(problem, row_max, delta)
+    portable = large_statistics.to_head_major(problem, row_max, delta)
     assert torch.equal(portable.delta[..., :9], statistics.delta[..., :9])
 
 
@@ -307,19 +315,6 @@ def test_a_call_takes_it_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = shifted.contiguous()
     assert error(out, neighborhood_attention(whole, whole, whole, 2048, is_causal=True)) < 4e-3
     assert len(configs) == 2
-
-
-def problem_of_text(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0), **changes: Any) -> Problem:
-    """A window of 4096 over 8192 tokens with four query heads per KV head, as if there was a GPU."""
-    forget()
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    monkeypatch.setattr(problem_module, "device_traits", lambda device: ("stub", 2**17))
-    query, key = (Layout((1, 8192, h, 128), (8192 * h * 128, h * 128, 128, 1)) for h in (8, 2))
-    problem = Problem(
-        query, key, key, None, None, torch.device("cuda", 0), torch.bfloat16, (4096,), (1,), (1,), (True,),
-        "none", scale_first=False, precision="ieee",
-    )  # fmt: skip
-    return problem._replace(**changes)
 
 
 def test_large_windows_take_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,8 @@ import pytest
 import torch
 from helpers import Case, assert_close, assert_nan_stays, enlarge, error, make_inputs, oracle, run
 from hypothesis import given, settings
-from test_sm90_large import assert_oracle, call_of, needs_device, planned, problem_of_text
+from problems import problem_of_image
+from test_sm90_large import assert_oracle, call_of, needs_device, planned
 from torch import Tensor
 
 pytest.importorskip("triton.experimental.gluon")
@@ -262,13 +263,6 @@ def test_a_call_takes_it_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(configs) == 2
     neighborhood_attention(aligned[:1], aligned[:1], aligned[:1], 7)
     assert len(configs) == 2  # the GPU would finish before the host has prepared the launch
-
-
-def problem_of_image(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Problem:
-    """A 7x7 window over eight images of 128x128 with four query heads per KV head, as if there was a GPU."""
-    query, key = (Layout((8, 128, 128, h, 64), (2**14 * h * 64, 2**7 * h * 64, h * 64, 64, 1)) for h in (8, 2))
-    image = {"query": query, "key": key, "value": key, "kernel_size": (7, 7), "stride": (1, 1), "dilation": (1, 1)}
-    return problem_of_text(monkeypatch, **{**image, "is_causal": (False, False), **changes})
 
 
 @pytest.mark.parametrize(("dim", "pays"), [(32, False), (40, False), (48, True), (64, True), (80, False), (96, True)])

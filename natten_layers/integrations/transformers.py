@@ -1,4 +1,4 @@
-"""Neighborhood attention inside Hugging Face transformers 5, as ``attn_implementation="natten_layers"``.
+"""Neighborhood attention inside Hugging Face transformers (5.4 or newer), as ``attn_implementation="natten_layers"``.
 
     from natten_layers.integrations.transformers import register
 
@@ -41,15 +41,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 from transformers.masking_utils import (
     bidirectional_mask_function,
     causal_mask_function,
     chunked_overlay,
     packed_sequence_mask_function,
-    remap_positions_for_packed_sequence,
-    sliding_window_bidirectional_overlay,
     sliding_window_overlay,
 )
 
@@ -60,6 +59,15 @@ from .dinat import register_dinat
 __all__ = ["NAME", "register", "register_dinat"]
 
 NAME = "natten_layers"
+
+if "q_length" not in inspect.signature(masking_utils.sdpa_mask).parameters:
+    raise ImportError(
+        "the natten_layers plug-in needs transformers 5.4 or newer, whose mask functions take the length of the query; "
+        f"this is {transformers.__version__}: pip install -U transformers"
+    )
+# Older versions of transformers 5 do not have these.
+sliding_window_bidirectional_overlay = getattr(masking_utils, "sliding_window_bidirectional_overlay", None)
+remap_positions_for_packed_sequence = getattr(masking_utils, "remap_positions_for_packed_sequence", None)
 
 # The row counts of a mask, see the head of this file.
 _CAUSAL, _WINDOWED, _BIDIRECTIONAL, _CHUNKED, _PACKED, _PACKED_WINDOWED = _ROWS = range(1, 7)
@@ -250,6 +258,8 @@ def _pattern(mask_function: Callable[..., object]) -> tuple[int, dict[str, Any]]
             remap_positions_for_packed_sequence, base
         ):
             return _packed(_variables(base)["mask_function"], variables)
+        if _is_made_by(packed_sequence_mask_function, base):  # in versions that do not remap positions
+            return _packed(overlay, _variables(base))
     raise ValueError(
         f"{NAME} supports causal, sliding-window, chunked and full masks, but this model asks for another, such as one "
         'in which image tokens see their whole block; use attn_implementation="sdpa" for it'
@@ -271,9 +281,9 @@ def _variables(function: Callable[..., object]) -> dict[str, Any]:
     return dict(inspect.getclosurevars(function).nonlocals) if inspect.isfunction(function) else {}
 
 
-def _is_made_by(maker: Callable[..., Any], function: Callable[..., object]) -> bool:
+def _is_made_by(maker: Any, function: Callable[..., object]) -> bool:
     """Whether transformers' ``maker`` returned this function: each of them returns the one function inside itself."""
-    return getattr(function, "__code__", None) in maker.__code__.co_consts
+    return maker is not None and getattr(function, "__code__", None) in maker.__code__.co_consts
 
 
 def _is_aligned(q_length: int, kv_length: int, q_offset: int | Tensor, attention_mask: Tensor | None) -> bool:

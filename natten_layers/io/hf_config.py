@@ -6,10 +6,10 @@ import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar
 
 from .files import naming, read_json
-from .schema import Between, Count, Natural, NotNegative, Positive, build, check_mapping, shorten
+from .schema import Count, Layers, Natural, NotNegative, Positive, build, check_mapping, shorten
 
 __all__ = ["CONFIG", "FAMILIES", "Family", "config_from_hf", "config_to_hf", "read_config", "text_config"]
 
@@ -94,7 +94,7 @@ class Keys(TypedDict, total=False):
     vocab_size: Count
     hidden_size: Count
     intermediate_size: Count
-    num_hidden_layers: Annotated[int, Between(1, 2**16)]
+    num_hidden_layers: Layers
     num_attention_heads: Count
     num_key_value_heads: Count | None
     head_dim: Count | None

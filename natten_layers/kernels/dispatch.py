@@ -44,7 +44,7 @@ from .sm90.available import gluon_gap
 
 GLUON_GAP = gluon_gap()
 if TYPE_CHECKING or GLUON_GAP is None:  # only a missing Gluon leaves these modules out; other import errors are raised
-    from .sm90 import large_backward, large_forward, small_backward, small_forward, small_forward_rolling
+    from .sm90 import large_dkv, large_dq, large_forward, small_backward, small_forward, small_forward_rolling
 
 # Key elements of a head from which on a window is large: 256 keys of head dim 128, or 512 keys of 64.
 LARGE_KEY_ELEMENTS = 2**15
@@ -257,6 +257,10 @@ def sm90_gap(question: Question) -> str | None:
         return "scale is not positive"
     if prod(p.dilation) > 1:
         return f"it takes no dilation, but dilation is {p.dilation}"
+    if p.is_periodic:
+        return f"it takes no periodic axes, but is_periodic is {p.is_periodic}"
+    if p.key_lengths is not None:
+        return "it takes no queries on another grid than keys"
     tensors = {"query": p.query, "key": p.key, "value": p.value, "the gradient of the output": question.grad_out}
     for name, tensor in tensors.items():
         if tensor is not None and not is_addressable(tensor):
@@ -380,6 +384,8 @@ def _fused_prep_gap(question: Question) -> str | None:
         return f"it prepares heads of 64 and of 128 channels, not of {dim}"
     if question.prep.interleaved:
         return "pairs of neighboring elements turn; it turns halves with each other"
+    if question.prep.by_axis:
+        return "coordinates have frequencies of their own; it takes the same ones for all"
     if pairs not in (0, dim // 4, dim // 2) or len(set(split)) > 1:
         return (
             f"{split} pairs turn in heads of {dim} elements; it turns half of a head, or all, or none, in equal parts"
@@ -472,7 +478,7 @@ VARIANTS: Mapping[Direction, Sequence[Variant]] = {
             supports=_large_query_gap,
             pays=_large_backward_pays,
             plan=lambda q: large_tiling.dq_tile_config(q.problem, override_pack()),
-            run=lambda *args: large_backward.query_gradient(*args),
+            run=lambda *args: large_dq.query_gradient(*args),
             uses_tma=True,
         ),
         Variant(
@@ -495,7 +501,7 @@ VARIANTS: Mapping[Direction, Sequence[Variant]] = {
             supports=_large_key_gap,
             pays=_large_backward_pays,
             plan=lambda q: large_tiling.dkv_tile_config(q.problem),
-            run=lambda *args: large_backward.key_gradients(*args),
+            run=lambda *args: large_dkv.key_gradients(*args),
             uses_tma=True,
         ),
         Variant(

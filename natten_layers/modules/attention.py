@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from numbers import Integral
@@ -58,7 +59,7 @@ class NeighborhoodGQA(nn.Module):
             and then covers the whole past. Any other window that does not fit its axis raises when the layer is called.
         num_kv_heads: number of key and value heads, ``Hkv``. It must divide ``num_heads``, which is its default.
         head_dim: elements of a head, default ``embed_dim // num_heads``.
-        stride, dilation, is_causal: options of the window, each one value or one per axis.
+        stride, dilation, is_causal, is_periodic: options of the window, each one value or one per axis.
         num_registers: number of register tokens that the layer owns, as the parameter ``registers [R, embed_dim]``.
             They pass through the same ``qkv``, carry no position, and are seen by every token, whatever its window.
         registers_attend: registers attend as well, to all tokens and all registers even if an axis is causal, and
@@ -94,6 +95,7 @@ class NeighborhoodGQA(nn.Module):
         stride: int | Sequence[int] = 1,
         dilation: int | Sequence[int] = 1,
         is_causal: bool | Sequence[bool] = False,
+        is_periodic: bool | Sequence[bool] = False,
         num_registers: int = 0,
         registers_attend: bool = False,
         sink: Literal["zero", "learned"] | None = None,
@@ -120,7 +122,7 @@ class NeighborhoodGQA(nn.Module):
             raise ValueError(f"embed_dim {embed_dim} is not divisible by num_heads {num_heads}; give head_dim")
         if kernel_size is None and not (_all_one(stride) and _all_one(dilation)):
             raise ValueError(f"kernel_size=None takes no stride or dilation, got stride={stride}, dilation={dilation}")
-        _check_window(kernel_size, stride, dilation, is_causal)
+        _check_window(kernel_size, stride, dilation, is_causal, is_periodic)
         if sink not in (None, "zero", "learned"):
             raise ValueError(f'sink must be None, "zero" or "learned", got {sink!r}')
         if qk_norm not in (None, "cosine", "rms"):
@@ -132,7 +134,8 @@ class NeighborhoodGQA(nn.Module):
         self.head_dim = embed_dim // num_heads if head_dim is None else head_dim
         # Tuples, because checked arguments are cached under these values, which must be hashable.
         self.kernel_size = None if kernel_size is None else _hashable(kernel_size)
-        self.stride, self.dilation, self.is_causal = _hashable(stride), _hashable(dilation), _hashable(is_causal)
+        self.stride, self.dilation = _hashable(stride), _hashable(dilation)
+        self.is_causal, self.is_periodic = _hashable(is_causal), _hashable(is_periodic)
         self.registers_attend, self.qk_norm = registers_attend, qk_norm
         self.scale = self._default_scale() if scale is None else scale
 
@@ -188,6 +191,7 @@ class NeighborhoodGQA(nn.Module):
             "stride": (self.stride, 1),
             "dilation": (self.dilation, 1),
             "is_causal": (self.is_causal, False),
+            "is_periodic": (self.is_periodic, False),
             "num_registers": (0 if self.registers is None else len(self.registers), 0),
             "registers_attend": (self.registers_attend, False),
             "sink": (sink, None),
@@ -285,6 +289,7 @@ class NeighborhoodGQA(nn.Module):
             None if registers is None else registers.key,
             None if registers is None else registers.value,
             self.sink,
+            self.is_periodic,
         )
         return attend_with_qk_prep(call, projected.norm, projected.angles, self._fitted_bias(kernel_size))
 
@@ -350,16 +355,21 @@ def _check_window(
     stride: int | Sequence[int],
     dilation: int | Sequence[int],
     is_causal: bool | Sequence[bool],
+    is_periodic: bool | Sequence[bool],
 ) -> None:
     """Raise in the constructor for window options that no input could fit, instead of at the first call."""
-    ranks = {len(a) for a in (kernel_size, stride, dilation, is_causal) if isinstance(a, Sequence)} or {1}
+    options = stride, dilation, is_causal, is_periodic
+    ranks = {len(a) for a in (kernel_size, *options) if isinstance(a, Sequence)} or {1}
     if len(ranks) > 1 or not ranks <= {1, 2, 3}:
         raise ValueError(
-            f"kernel_size={kernel_size}, stride={stride}, dilation={dilation} and is_causal={is_causal} must agree on "
-            "1 to 3 spatial axes"
+            f"kernel_size={kernel_size}, stride={stride}, dilation={dilation}, is_causal={is_causal} and "
+            f"is_periodic={is_periodic} must agree on 1 to 3 spatial axes"
         )
-    longest = sys.maxsize
-    make_window((longest,) * ranks.pop(), longest if kernel_size is None else kernel_size, stride, dilation, is_causal)
+    # The longest axis of all, but one that every dilation divides, as it does that of a periodic axis.
+    dilations = dilation if isinstance(dilation, Sequence) else (dilation,)
+    multiple = math.lcm(*(d for d in dilations if isinstance(d, int) and d > 0))
+    longest = sys.maxsize // multiple * multiple
+    make_window((longest,) * ranks.pop(), longest if kernel_size is None else kernel_size, *options)
 
 
 def _all_one(value: int | Sequence[int]) -> bool:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, TypedDict
 
 from ..io.files import naming, read_json
 from ..io.schema import (
+    MOST_LAYERS,
     Between,
     Count,
     Natural,
@@ -26,6 +27,7 @@ __all__ = ["HDiTConfig", "LevelConfig"]
 MODEL_TYPE = "image_transformer_v2"
 AttentionType = Literal["neighborhood", "global", "shifted-window", "none"]
 MappingWidth = Annotated[int, Between(2, 2**31 - 1)]
+Depth = Annotated[int, Between(0, MOST_LAYERS)]
 
 # Keys of an entry of "self_attns": first k-diffusion's, then this library's own. The latter are written only where an
 # option differs from its default, so that k-diffusion can read every config without such options.
@@ -66,12 +68,12 @@ class _Model(TypedDict, total=False):
     input_size: Count | tuple[Count, Count]
     patch_size: Count | tuple[Count, Count]
     widths: Sequence[Count]
-    depths: Sequence[Natural]
+    depths: Sequence[Depth]
     d_ffs: Sequence[Count | None] | None
     self_attns: Sequence[Mapping[str, Any]] | None
     dropout_rate: Rate | Sequence[Rate] | None
     mapping_width: MappingWidth
-    mapping_depth: Natural
+    mapping_depth: Depth
     mapping_d_ff: Natural | None
     mapping_cond_dim: Natural
     mapping_dropout_rate: Rate
@@ -155,7 +157,7 @@ class LevelConfig:
         ValueError: a value of another type or out of bounds, or options that contradict each other.
     """
 
-    depth: Natural
+    depth: Depth
     width: Count
     attention: AttentionType = "neighborhood"
     d_ff: Count | None = None
@@ -217,7 +219,7 @@ class HDiTConfig:
     num_classes: Natural = 0
     """Number of classes; 0 means no class conditioning. The index ``num_classes`` stands for "unconditional"."""
     mapping_width: MappingWidth = 256
-    mapping_depth: Natural = 2
+    mapping_depth: Depth = 2
     mapping_d_ff: Count | None = None
     """Hidden length of the mapping network's feed-forward layers, default ``3 * mapping_width``."""
     mapping_cond_dim: Natural = 0
@@ -238,6 +240,9 @@ class HDiTConfig:
             raise ValueError("levels is empty; an HDiT has at least one level")
         if self.mapping_d_ff is None:
             object.__setattr__(self, "mapping_d_ff", 3 * self.mapping_width)
+        if self.num_layers + len(self.levels) > MOST_LAYERS:
+            counts = f"{len(self.levels)} levels and {self.num_layers} layers"
+            raise ValueError(f"levels and mapping_depth make {counts}, more than {MOST_LAYERS} together")
         _check_sections(self.other)
 
     @property

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
-from ..io.schema import Between, Count, Natural, NotNegative, Positive, check_mapping, check_types
+from ..io.schema import Count, Layers, Natural, NotNegative, Positive, check_mapping, check_types
 
 __all__ = ["DecoderLMConfig", "rotary_dim"]
-
-Layers = Annotated[int, Between(1, 2**16)]
 
 
 class RopeOptions(TypedDict, total=False):

@@ -127,6 +127,8 @@ class Options(NamedTuple):
     dilation: Sequence[int]
     is_causal: Sequence[bool]
     scale: float
+    is_periodic: Sequence[bool] = ()
+    """Empty if no axis is periodic."""
 
 
 class Cotangents(NamedTuple):
@@ -192,6 +194,8 @@ class Problem(NamedTuple):
     """See :func:`scales_first`."""
     precision: str
     """``input_precision`` of Triton's matrix products."""
+    is_periodic: tuple[bool, ...] = ()
+    """Empty if no axis is. An axis whose windows hold all of it is not periodic here: it makes no difference to it."""
 
     @property
     def rank(self) -> int:
@@ -200,6 +204,13 @@ class Problem(NamedTuple):
     @property
     def lengths(self) -> Box:
         return three_axes(self.query.shape[1:-2], 1)
+
+    @property
+    def key_lengths(self) -> Box | None:
+        """Lengths of the keys' axes, or None if queries lie on the same grid."""
+        if self.query.shape[1:-2] == self.key.shape[1:-2]:
+            return None
+        return three_axes(self.key.shape[1:-2], 1)
 
     @property
     def geometry(self) -> tuple[Box, Box, Box, Box]:
@@ -250,10 +261,20 @@ class Problem(NamedTuple):
             self.query.shape[-1], self.value.shape[-1], self.dtype.itemsize,
         )  # fmt: skip
 
-    def tiles(self, tile: Box) -> Box:
-        """Number of tiles of size ``tile`` on each axis, over all its residue classes."""
-        lengths, _, _, dilation = self.geometry
-        t, h, w = (d * ceil(ceil(n / d) / b) for n, d, b in zip(lengths, dilation, tile, strict=True))
+    @property
+    def key_problem_class(self) -> ProblemClass:
+        """:attr:`problem_class` for tiles of keys: their lengths, and about as many queries as see a key."""
+        one, keys = self.problem_class, self.key_lengths
+        if keys is None:
+            return one
+        t, h, w = (ceil(k * n / m) for k, n, m in zip(one.kernel, one.lengths, keys, strict=True))
+        return one._replace(lengths=keys, kernel=(t, h, w))
+
+    def tiles(self, tile: Box, lengths: Box | None = None) -> Box:
+        """Number of tiles of size ``tile`` on each axis, over all its residue classes; of queries by default."""
+        _, _, _, dilation = self.geometry
+        axes = zip(self.lengths if lengths is None else lengths, dilation, tile, strict=True)
+        t, h, w = (d * ceil(ceil(n / d) / b) for n, d, b in axes)
         return t, h, w
 
     def programs(self, config: TileConfig) -> int:
@@ -276,6 +297,7 @@ class Problem(NamedTuple):
         mask = "border" if config.skip_mask else "select" if self.scale_first else "add"
         return {
             "CAUSAL": three_axes(self.is_causal, False),
+            "PERIODIC": three_axes(self.is_periodic, False),
             "TILE": config.tile,
             "CHUNK": config.chunk,
             "MASK": mask,
@@ -328,6 +350,8 @@ class QKPrepKind(NamedTuple):
     """Whether positions differ by image."""
     interleaved: bool = False
     """Whether element ``2 i`` is rotated with ``2 i + 1``; otherwise ``i`` is rotated with ``i + pairs``."""
+    by_axis: bool = False
+    """Whether each of several coordinates has frequencies of its own."""
 
     @property
     def axes(self) -> int:
@@ -370,7 +394,7 @@ class QKPrep(NamedTuple):
         batch, *_, axes = self.positions.shape
         heads, each = self.freqs.shape
         split = tuple(self.split) or (each,) * axes
-        return QKPrepKind(self.norm, split, heads > 1, batch > 1, self.interleaved)
+        return QKPrepKind(self.norm, split, heads > 1, batch > 1, self.interleaved, len(self.split) > 1)
 
     @property
     def by_head(self) -> bool:
@@ -380,11 +404,16 @@ class QKPrep(NamedTuple):
 
 def problem_of(inputs: Inputs, options: Options) -> Problem:
     query, key, value, additional_keys, additional_values, sink = inputs
-    sink_value, kernel_size, stride, dilation, is_causal, scale = options
+    sink_value, kernel_size, stride, dilation, is_causal, scale, is_periodic = options
+    rings: tuple[bool, ...] = ()
+    if is_periodic:
+        axes = zip(is_periodic, kernel_size, dilation, key.shape[1:-2], strict=True)
+        rings = tuple([periodic and k * d != length for periodic, k, d, length in axes])
     return Problem(  # layouts are made without `layout`, whose calls would take as long as everything else
         Layout(query.shape, query.stride()), Layout(key.shape, key.stride()), Layout(value.shape, value.stride()),
         None if additional_keys is None else layout(additional_keys),
         None if additional_values is None else layout(additional_values),
         query.device, query.dtype, tuple(kernel_size), tuple(stride), tuple(dilation), tuple(is_causal),
         sink_kind(sink, sink_value), scales_first(scale), precision(query.dtype),
+        rings if any(rings) else (),
     )  # fmt: skip

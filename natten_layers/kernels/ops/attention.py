@@ -234,10 +234,14 @@ def _jvp_fake(inputs: Inputs, options: Options, saved: SavedResults, tangents: T
 def forward_flop(inputs: Inputs, options: Options, *_: Any) -> int:
     """Useful floating-point operations: ``2 (D + Dv)`` per visible pair of a query and a key or register."""
     query, value = inputs.query, inputs.value
-    window = Window(
-        tuple(options.kernel_size), tuple(options.stride), tuple(options.dilation), tuple(options.is_causal)
-    )
     spatial = query.shape[1:-2]
+    window = Window(
+        tuple(options.kernel_size),
+        tuple(options.stride),
+        tuple(options.dilation),
+        tuple(options.is_causal),
+        tuple(options.is_periodic) or (False,) * len(spatial),
+    )
     pairs = visible_pairs(spatial, window)
     if inputs.additional_keys is not None:
         pairs += prod(spatial) * inputs.additional_keys.shape[1]

@@ -50,6 +50,7 @@ from .primitives import (
     load_columns,
     masked_product,
     next_chunk,
+    on_ring,
     products,
     queries_of,
     row_products,
@@ -99,8 +100,9 @@ def query_gradient(b_dq, b_s, b_k, b_v, b_do, row_lse, row_delta, factor, PRECIS
 def backward_query_kernel(
     Q, K, V, RegK, RegV, Out, DOut, DLse, RowMax, RowSum, DQ, Delta, Lse,
     q_strides, k_strides, v_strides, regk_strides, regv_strides, do_strides, dl_strides,
-    length, kernel, stride, dilation, tiles, group, kv_heads, registers, scale,
-    CAUSAL: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr,
+    length, kernel, stride, dilation, tiles, group, kv_heads, registers, key_length, scale,
+    CAUSAL: tl.constexpr, PERIODIC: tl.constexpr,
+    TILE: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr,
     PACK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, BR: tl.constexpr,
     WITH_DLSE: tl.constexpr, MASK: tl.constexpr, SCALE_FIRST: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr, UNIT: tl.constexpr,
@@ -156,8 +158,9 @@ def backward_query_kernel(
 
     K += i_batch * k_strides[0] + i_kv * k_strides[4]
     V += i_batch * v_strides[0] + i_kv * v_strides[4]
-    row_lo, row_hi = windows_of(index, count, kernel, stride, CAUSAL)
-    lo, hi, inner_lo, inner_hi = union_of_windows(origin, count, kernel, stride, CAUSAL, TILE)
+    row_lo, row_hi = windows_of(index, count, kernel, stride, CAUSAL, PERIODIC, key_length)
+    lo, hi, inner_lo, inner_hi = union_of_windows(origin, count, kernel, stride, CAUSAL, TILE, PERIODIC, key_length)
+    ring = count if key_length is None else key_length
     steps = steps_over(lo, hi, CHUNK)
     inner = inner_indices(CHUNK)
     o_k = inner_offsets(inner, dilation, k_strides, RANK, WIDE)
@@ -165,8 +168,10 @@ def backward_query_kernel(
     corner = lo
     for _ in tl.range(0, steps[0] * steps[1] * steps[2], num_stages=STAGES):
         m_keys = inside_box(inner, corner, hi, RANK)
-        b_k = load_columns(K + corner_offset(corner, residue, dilation, k_strides, RANK, WIDE), o_k, m_keys, D, BD)
-        b_v = load_columns(V + corner_offset(corner, residue, dilation, v_strides, RANK, WIDE), o_v, m_keys, DV, BDV)
+        o_n = on_ring(o_k, inner, corner, ring, dilation, k_strides, PERIODIC, RANK, WIDE)
+        b_k = load_columns(K + corner_offset(corner, residue, dilation, k_strides, RANK, WIDE), o_n, m_keys, D, BD)
+        o_n = on_ring(o_v, inner, corner, ring, dilation, v_strides, PERIODIC, RANK, WIDE)
+        b_v = load_columns(V + corner_offset(corner, residue, dilation, v_strides, RANK, WIDE), o_n, m_keys, DV, BDV)
         b_s = masked_product(
             b_q, b_k, row_lo, row_hi, corner, inner, inner_lo, inner_hi, score_scale,
             CHUNK, RANK, MASK, SCALE_FIRST, PRECISION,
@@ -180,8 +185,9 @@ def backward_query_kernel(
 def backward_key_kernel(
     Q, K, V, DOut, Delta, Lse, DK, DV_,
     q_strides, k_strides, v_strides, do_strides,
-    length, kernel, stride, dilation, tiles, group, kv_heads, scale,
-    CAUSAL: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr,
+    length, kernel, stride, dilation, tiles, group, kv_heads, key_length, scale,
+    CAUSAL: tl.constexpr, PERIODIC: tl.constexpr,
+    TILE: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
     MASK: tl.constexpr, SCALE_FIRST: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
@@ -193,12 +199,15 @@ def backward_key_kernel(
     )
     do_strides = in_elements(do_strides, UNIT)
     i_kv = (tl.program_id(0) % kv_heads).to(tl.int64)
-    i_batch, residue, count, origin = spatial_tile(tl.program_id(0) // kv_heads, length, dilation, tiles, TILE)
-    if is_empty(origin, count):
+    keys = length if key_length is None else key_length
+    i_batch, residue, key_count, origin = spatial_tile(tl.program_id(0) // kv_heads, keys, dilation, tiles, TILE)
+    if is_empty(origin, key_count):
         return
     key = shifted(inner_indices(TILE), origin)
-    m_keys = inside_axes(key, count)
-    token = tokens_of(key, residue, count, dilation)
+    m_keys = inside_axes(key, key_count)
+    token = tokens_of(key, residue, key_count, dilation)
+    # On another grid there is no dilation, so the only residue class is the whole axis.
+    count = key_count if key_length is None else length
     o_k = i_batch * k_strides[0] + i_kv * k_strides[4] + token_offset(token, k_strides)
     o_v = i_batch * v_strides[0] + i_kv * v_strides[4] + token_offset(token, v_strides)
     b_k = load_columns(K, o_k, m_keys, D, BD)
@@ -208,8 +217,8 @@ def backward_key_kernel(
     score_scale = scale * LOG2E
     factor = 1.0 if SCALE_FIRST else score_scale
 
-    row_lo, row_hi = queries_of(key, count, kernel, stride, CAUSAL)
-    lo, hi, inner_lo, inner_hi = union_of_queries(origin, count, kernel, stride, CAUSAL, TILE)
+    row_lo, row_hi = queries_of(key, count, kernel, stride, CAUSAL, PERIODIC, key_length)
+    lo, hi, inner_lo, inner_hi = union_of_queries(origin, count, kernel, stride, CAUSAL, TILE, PERIODIC, key_length)
     steps = steps_over(lo, hi, CHUNK)
     inner = inner_indices(CHUNK)
     stat_strides = contiguous_strides(length, kv_heads * group, WIDE)
@@ -226,12 +235,15 @@ def backward_key_kernel(
         p_q = Q + i_batch * q_strides[0] + i_head * q_strides[4]
         p_do = DOut + i_batch * do_strides[0] + i_head * do_strides[4]
         o_head = i_batch * stat_strides[0] + i_head + corner_offset(corner, residue, dilation, stat_strides, RANK, WIDE)
-        b_q = load_columns(p_q + corner_offset(corner, residue, dilation, q_strides, RANK, WIDE), o_q, m_queries, D, BD)
+        o_m = on_ring(o_q, inner, corner, count, dilation, q_strides, PERIODIC, RANK, WIDE)
+        b_q = load_columns(p_q + corner_offset(corner, residue, dilation, q_strides, RANK, WIDE), o_m, m_queries, D, BD)
+        o_m = on_ring(o_do, inner, corner, count, dilation, do_strides, PERIODIC, RANK, WIDE)
         b_do = load_columns(
-            p_do + corner_offset(corner, residue, dilation, do_strides, RANK, WIDE), o_do, m_queries, DV, BDV
+            p_do + corner_offset(corner, residue, dilation, do_strides, RANK, WIDE), o_m, m_queries, DV, BDV
         )
-        col_lse = tl.load(Lse + o_head + o_stat, mask=m_queries, other=0.0)
-        col_delta = tl.load(Delta + o_head + o_stat, mask=m_queries, other=0.0)
+        o_m = on_ring(o_stat, inner, corner, count, dilation, stat_strides, PERIODIC, RANK, WIDE)
+        col_lse = tl.load(Lse + o_head + o_m, mask=m_queries, other=0.0)
+        col_delta = tl.load(Delta + o_head + o_m, mask=m_queries, other=0.0)
         b_s = masked_product(
             b_k, b_q, row_lo, row_hi, corner, inner, inner_lo, inner_hi, score_scale,
             CHUNK, RANK, MASK, SCALE_FIRST, PRECISION,
@@ -244,7 +256,7 @@ def backward_key_kernel(
         i_head += tl.where(ends, 1, 0)
         corner = (tl.where(ends, lo[0], corner[0]), tl.where(ends, lo[1], corner[1]), tl.where(ends, lo[2], corner[2]))
 
-    o_row = contiguous_row(i_batch, token, length) * kv_heads + i_kv
+    o_row = contiguous_row(i_batch, token, keys) * kv_heads + i_kv
     store_columns(DK, o_row * D, m_keys, times(b_dk, scale), D, BD)
     store_columns(DV_, o_row * DV, m_keys, b_dv, DV, BDV)
 
@@ -311,7 +323,7 @@ def query_plan(p: Problem, grad_out: Layout, grad_lse: Layout | None) -> Plan:
         (p.programs(config),),
         (
             *in_units((*p.input_strides(), strides(grad_out)), unit), grad_strides,
-            *p.geometry, p.tiles(config.tile), p.group, p.kv_heads, p.registers,
+            *p.geometry, p.tiles(config.tile), p.group, p.kv_heads, p.registers, p.key_lengths,
         ),
         **p.program(config, tensors), **p.constants(),
         PACK=config.pack, BR=p.register_tile, WITH_DLSE=grad_lse is not None, UNIT=unit,
@@ -336,15 +348,15 @@ def backward_query(
 
 
 def key_plan(p: Problem, grad_out: Layout) -> Plan:
-    config = tile_config_for("backward_key", p.problem_class)
-    tiles = p.tiles(config.tile)
+    config = tile_config_for("backward_key", p.key_problem_class)
+    tiles = p.tiles(config.tile, p.key_lengths)
     results = contiguous(p.key.shape), contiguous(p.value.shape)
     tensor_strides = *p.input_strides()[:3], strides(grad_out)
     unit = stride_unit(tensor_strides)
     launch = launcher(
         backward_key_kernel,
         (p.query.shape[0] * prod(tiles) * p.kv_heads,),
-        (*in_units(tensor_strides, unit), *p.geometry, tiles, p.group, p.kv_heads),
+        (*in_units(tensor_strides, unit), *p.geometry, tiles, p.group, p.kv_heads, p.key_lengths),
         **p.program(config, (p.query, p.key, p.value, grad_out, p.statistics, *results)), **p.constants(), UNIT=unit,
     )  # fmt: skip
     return Plan(config, launch)

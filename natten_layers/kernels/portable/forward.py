@@ -19,6 +19,7 @@ from .primitives import (
     LN2,
     LOG2E,
     LOWEST,
+    NO_AXIS,
     are_sound,
     contiguous_row,
     corner_offset,
@@ -31,6 +32,7 @@ from .primitives import (
     load_columns,
     masked_product,
     next_chunk,
+    on_ring,
     products,
     scale_rows,
     softmax_step,
@@ -73,11 +75,12 @@ def attend_window(
     CAUSAL: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
     MASK: tl.constexpr, NONFINITE: tl.constexpr, SCALE_FIRST: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, PERIODIC: tl.constexpr, key_count,
 ):  # fmt: skip
     """Fold the union of the tile's windows into the softmax state. ``K`` and ``V`` point at the image and KV head."""
-    row_lo, row_hi = windows_of(index, count, kernel, stride, CAUSAL)
-    lo, hi, inner_lo, inner_hi = union_of_windows(origin, count, kernel, stride, CAUSAL, TILE)
+    row_lo, row_hi = windows_of(index, count, kernel, stride, CAUSAL, PERIODIC, key_count)
+    lo, hi, inner_lo, inner_hi = union_of_windows(origin, count, kernel, stride, CAUSAL, TILE, PERIODIC, key_count)
+    ring = count if key_count is None else key_count
     steps = steps_over(lo, hi, CHUNK)
     inner = inner_indices(CHUNK)
     o_k = inner_offsets(inner, dilation, k_strides, RANK, WIDE)
@@ -85,8 +88,10 @@ def attend_window(
     corner = lo
     for _ in tl.range(0, steps[0] * steps[1] * steps[2], num_stages=STAGES):
         m_keys = inside_box(inner, corner, hi, RANK)
-        b_k = load_columns(K + corner_offset(corner, residue, dilation, k_strides, RANK, WIDE), o_k, m_keys, D, BD)
-        b_v = load_columns(V + corner_offset(corner, residue, dilation, v_strides, RANK, WIDE), o_v, m_keys, DV, BDV)
+        o_n = on_ring(o_k, inner, corner, ring, dilation, k_strides, PERIODIC, RANK, WIDE)
+        b_k = load_columns(K + corner_offset(corner, residue, dilation, k_strides, RANK, WIDE), o_n, m_keys, D, BD)
+        o_n = on_ring(o_v, inner, corner, ring, dilation, v_strides, PERIODIC, RANK, WIDE)
+        b_v = load_columns(V + corner_offset(corner, residue, dilation, v_strides, RANK, WIDE), o_n, m_keys, DV, BDV)
         b_s = masked_product(
             b_q, b_k, row_lo, row_hi, corner, inner, inner_lo, inner_hi, score_scale,
             CHUNK, RANK, MASK, SCALE_FIRST, PRECISION,
@@ -145,12 +150,14 @@ def attend_tile(
     CAUSAL: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr,
     PACK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, BR: tl.constexpr,
     SINK: tl.constexpr, WITH_STATS: tl.constexpr, MASK: tl.constexpr, SCALE_FIRST: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr, UNIT: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, UNIT: tl.constexpr, PERIODIC: tl.constexpr = NO_AXIS,
+    key_length=None,
 ):  # fmt: skip
     """Attention of one query tile. ``Out [B, T, H, W, heads, DV]`` and the softmax statistics are contiguous.
 
     Strides are ``(batch, t, h, w, head)``, those of registers ``(batch, register, head)``, both in units of
-    ``UNIT`` elements. The last axis of every tensor is contiguous.
+    ``UNIT`` elements. The last axis of every tensor is contiguous. On another grid (``key_length``) there is no
+    dilation, so the only residue class of keys is the whole axis.
     """
     BM: tl.constexpr = TILE[0] * TILE[1] * TILE[2] * PACK
     q_strides, k_strides, v_strides = (
@@ -180,7 +187,7 @@ def attend_tile(
     b_acc, row_m, row_l = attend_window(
         b_q, b_acc, row_m, row_l, K, V, k_strides, v_strides, residue, count, origin, index,
         kernel, stride, dilation, factor, score_scale, CAUSAL, TILE, CHUNK, RANK, WIDE, D, BD, DV, BDV,
-        MASK, False, SCALE_FIRST, PRECISION, STAGES,
+        MASK, False, SCALE_FIRST, PRECISION, STAGES, PERIODIC, key_length,
     )  # fmt: skip
     if BR > 0:
         # Registers come after the window, so that the window's first chunks load at the same time as the query. They
@@ -201,7 +208,7 @@ def attend_tile(
         b_acc, row_m, row_l = attend_window(
             b_q, b_acc, row_m, row_l, K, V, k_strides, v_strides, residue, count, origin, index,
             kernel, stride, dilation, 1.0, score_scale, CAUSAL, TILE, (1, 1, 16), RANK, WIDE, D, BD, DV, BDV,
-            "select", True, True, PRECISION, 1,
+            "select", True, True, PRECISION, 1, PERIODIC, key_length,
         )  # fmt: skip
 
     o_row = contiguous_row(i_batch, token, length) * (kv_heads * group) + row_head
@@ -215,8 +222,9 @@ def attend_tile(
 def forward_kernel(
     Q, K, V, Out, RowMax, RowSum, RegK, RegV, Sink,
     q_strides, k_strides, v_strides, regk_strides, regv_strides,
-    length, kernel, stride, dilation, tiles, group, kv_heads, registers, sink, scale,
-    CAUSAL: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr,
+    length, kernel, stride, dilation, tiles, group, kv_heads, registers, key_length, sink, scale,
+    CAUSAL: tl.constexpr, PERIODIC: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr,
+    WIDE: tl.constexpr,
     PACK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, BR: tl.constexpr,
     SINK: tl.constexpr, WITH_STATS: tl.constexpr, MASK: tl.constexpr, SCALE_FIRST: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, UNIT: tl.constexpr,
@@ -227,7 +235,7 @@ def forward_kernel(
         q_strides, k_strides, v_strides, regk_strides, regv_strides,
         length, kernel, stride, dilation, tiles, group, kv_heads, registers, sink, scale,
         CAUSAL, TILE, CHUNK, RANK, WIDE, PACK, D, BD, DV, BDV, BR, SINK, WITH_STATS, MASK, SCALE_FIRST, PRECISION,
-        STAGES, UNIT,
+        STAGES, UNIT, PERIODIC, key_length,
     )  # fmt: skip
 
 
@@ -236,7 +244,10 @@ def plan(p: Problem, with_stats: bool) -> Plan:
     launch = launcher(
         forward_kernel,
         (p.programs(config),),
-        (*in_units(p.input_strides(), unit), *p.geometry, p.tiles(config.tile), p.group, p.kv_heads, p.registers),
+        (
+            *in_units(p.input_strides(), unit), *p.geometry, p.tiles(config.tile), p.group, p.kv_heads, p.registers,
+            p.key_lengths,
+        ),
         **p.program(config, (p.query, p.key, p.value, p.out)), **p.constants(),
         PACK=config.pack, BR=p.register_tile, SINK=p.sink, WITH_STATS=with_stats, UNIT=unit,
     )  # fmt: skip

@@ -49,6 +49,7 @@ from .primitives import (
     load_columns,
     masked_product,
     next_chunk,
+    on_ring,
     products,
     row_products,
     steps_over,
@@ -99,8 +100,9 @@ def jvp_kernel(
     Q, K, V, RegK, RegV, Sink, QDot, KDot, VDot, RegKDot, RegVDot, SinkDot, Out, RowMax, RowSum, OutDot, LseDot,
     q_strides, k_strides, v_strides, regk_strides, regv_strides,
     q_dot_strides, k_dot_strides, v_dot_strides, regk_dot_strides, regv_dot_strides,
-    length, kernel, stride, dilation, tiles, group, kv_heads, registers, sink, scale,
-    CAUSAL: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr,
+    length, kernel, stride, dilation, tiles, group, kv_heads, registers, key_length, sink, scale,
+    CAUSAL: tl.constexpr, PERIODIC: tl.constexpr,
+    TILE: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr,
     PACK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, BR: tl.constexpr,
     SINK: tl.constexpr, MASK: tl.constexpr, SCALE_FIRST: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr, UNIT: tl.constexpr, SAME_STRIDES: tl.constexpr,
@@ -143,21 +145,23 @@ def jvp_kernel(
     factor = 1.0 if SCALE_FIRST else score_scale
 
     # The softmax does not change if all scores of a row change by the same amount. So their tangents are taken relative
-    # to that of the query with the key at its own place: what all keys have in common would be rounded in products with
-    # values, and only then cancel.
+    # to that of the query with the key at its own place, or on another grid with some key: what all keys have in common
+    # would be rounded in products with values, and only then cancel.
     row_reference = tl.zeros([BM], tl.float32)
+    ring = count if key_length is None else key_length
+    own = tokens_of(index, residue, ring, dilation)
     if QDot is not None:
-        b_own = load_columns(K, token_offset(token, k_strides), m_rows, D, BD)
+        b_own = load_columns(K, token_offset(own, k_strides), m_rows, D, BD)
         row_reference += row_products(b_q_dot, b_own) * scale
     if KDot is not None:
-        b_own = load_columns(KDot + o_k_dot_head, token_offset(token, k_dot_strides), m_rows, D, BD)
+        b_own = load_columns(KDot + o_k_dot_head, token_offset(own, k_dot_strides), m_rows, D, BD)
         row_reference += row_products(b_q, b_own) * scale
 
     b_acc = zero_columns(BM, BDV)
     row_mu = tl.zeros([BM], tl.float32)
     if QDot is not None or KDot is not None or VDot is not None:
-        row_lo, row_hi = windows_of(index, count, kernel, stride, CAUSAL)
-        lo, hi, inner_lo, inner_hi = union_of_windows(origin, count, kernel, stride, CAUSAL, TILE)
+        row_lo, row_hi = windows_of(index, count, kernel, stride, CAUSAL, PERIODIC, key_length)
+        lo, hi, inner_lo, inner_hi = union_of_windows(origin, count, kernel, stride, CAUSAL, TILE, PERIODIC, key_length)
         steps = steps_over(lo, hi, CHUNK)
         inner = inner_indices(CHUNK)
         o_k = inner_offsets(inner, dilation, k_strides, RANK, WIDE)
@@ -167,15 +171,19 @@ def jvp_kernel(
         corner = lo
         for _ in tl.range(0, steps[0] * steps[1] * steps[2], num_stages=STAGES):
             m_keys = inside_box(inner, corner, hi, RANK)
-            b_k = load_columns(K + corner_offset(corner, residue, dilation, k_strides, RANK, WIDE), o_k, m_keys, D, BD)
+            o_n = on_ring(o_k, inner, corner, ring, dilation, k_strides, PERIODIC, RANK, WIDE)
+            b_k = load_columns(K + corner_offset(corner, residue, dilation, k_strides, RANK, WIDE), o_n, m_keys, D, BD)
             o_corner = o_k_dot_head + corner_offset(corner, residue, dilation, k_dot_strides, RANK, WIDE)
-            b_k_dot = load_tangent(KDot, o_corner, o_k_dot, m_keys, D, BD)
+            o_n = on_ring(o_k_dot, inner, corner, ring, dilation, k_dot_strides, PERIODIC, RANK, WIDE)
+            b_k_dot = load_tangent(KDot, o_corner, o_n, m_keys, D, BD)
             b_v = None
             if QDot is not None or KDot is not None:
                 o_corner = corner_offset(corner, residue, dilation, v_strides, RANK, WIDE)
-                b_v = load_columns(V + o_corner, o_v, m_keys, DV, BDV)
+                o_n = on_ring(o_v, inner, corner, ring, dilation, v_strides, PERIODIC, RANK, WIDE)
+                b_v = load_columns(V + o_corner, o_n, m_keys, DV, BDV)
             o_corner = o_v_dot_head + corner_offset(corner, residue, dilation, v_dot_strides, RANK, WIDE)
-            b_v_dot = load_tangent(VDot, o_corner, o_v_dot, m_keys, DV, BDV)
+            o_n = on_ring(o_v_dot, inner, corner, ring, dilation, v_dot_strides, PERIODIC, RANK, WIDE)
+            b_v_dot = load_tangent(VDot, o_corner, o_n, m_keys, DV, BDV)
             b_s = masked_product(
                 b_q, b_k, row_lo, row_hi, corner, inner, inner_lo, inner_hi, score_scale,
                 CHUNK, RANK, MASK, SCALE_FIRST, PRECISION,
@@ -236,7 +244,10 @@ def plan(p: Problem, tangents: tuple[Layout | None, ...]) -> Plan:
     launch = launcher(
         jvp_kernel,
         (p.programs(config),),
-        (*in_units(tensor_strides, unit), *p.geometry, p.tiles(config.tile), p.group, p.kv_heads, p.registers),
+        (
+            *in_units(tensor_strides, unit), *p.geometry, p.tiles(config.tile), p.group, p.kv_heads, p.registers,
+            p.key_lengths,
+        ),
         **p.program(config, (p.query, p.key, p.value, p.out, query, key, value)), **p.constants(),
         PACK=config.pack, SINK=p.sink, UNIT=unit,
         BR=register_tile(p.problem_class, p.registers, "jvp") if p.registers else 0,

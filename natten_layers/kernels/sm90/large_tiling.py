@@ -45,7 +45,7 @@ def is_wide(problem: Problem) -> bool:
 def dkv_tile_config(problem: Problem) -> TileConfig:
     """Tiles of the kernel of dK and dV, whose rows are keys.
 
-    In 1-D there is one buffer of tiles (``large_backward.buffered_tiles``), which leaves room for another stage.
+    In 1-D there is one buffer of tiles (``large_dkv.buffered_tiles``), which leaves room for another stage.
     """
     wide = is_wide(problem)
     rows = ROWS // 2 if wide else ROWS

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma
 from triton.experimental.gluon.language.nvidia.hopper.tma import async_copy_global_to_shared
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -273,6 +273,42 @@ def row_sinks(Sink, head, sink, SINK: gl.constexpr):
     if SINK == "value":
         row_sink = gl.maximum(sink * LOG2E, row_sink)
     return row_sink
+
+
+@gluon.jit
+def start_product(b_rows, b_columns, b_acc):
+    """Start ``[M, D]`` times the transpose of ``[N, D]``, both in shared memory, added to ``b_acc`` if it is given."""
+    M: gl.constexpr = b_rows.shape[0]
+    N: gl.constexpr = b_columns.shape[0]
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+    if b_acc is None:
+        b_zero = gl.zeros([M, N], gl.float32, SCORES)
+        b_product = warpgroup_mma(b_rows, b_columns.permute((1, 0)), b_zero, use_acc=False, is_async=True)
+    else:
+        b_product = warpgroup_mma(b_rows, b_columns.permute((1, 0)), b_acc, is_async=True)
+    return b_product
+
+
+@gluon.jit
+def store_half(buffer, b_rows, Out, i_head, i_batch, origin, length, heads, HALF: gl.constexpr, TILE: gl.constexpr,
+               PACK: gl.constexpr, D: gl.constexpr):  # fmt: skip
+    """Store one half of the rows of a result.
+
+    They pass through ``buffer``, shared memory that nothing needs any more, so that a warp writes whole rows; if it is
+    None they are stored from registers.
+    """
+    M: gl.constexpr = b_rows.shape[0]
+    BD: gl.constexpr = b_rows.shape[1]
+    b_rows = b_rows.to(Out.dtype.element_ty)
+    if buffer is None:
+        STORE: gl.constexpr = b_rows.type.layout
+    else:
+        STORE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BD, BD // 8], [4, 1], [1, 0])
+        buffer.store(b_rows)
+        b_rows = buffer.load(STORE)
+    position, head = half_rows(HALF, M, TILE, PACK, gl.SliceLayout(1, STORE))
+    m_rows, o_row = output_rows(position, i_head * PACK + head, i_batch, origin, length, heads)
+    store_rows(Out, o_row, m_rows, b_rows, D, BD, STORE)
 
 
 Boxes = dict[str, Any]

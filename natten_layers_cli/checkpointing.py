@@ -27,8 +27,9 @@ from torch.distributed.checkpoint.state_dict import (
 
 from natten_layers.io.checkpoints import hdit_name, load_plain
 from natten_layers.io.files import leftovers, replacing
-from parallel import Processes, local
-from running import one_line, running_alone
+
+from .parallel import Processes, local
+from .running import one_line, running_alone
 
 SHARDED_CONFIG = "config.json"
 

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
-from running import one_line
+from .running import one_line
 
 IMAGE_SUFFIXES = {
     *(".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tga", ".tif", ".tiff"),
@@ -214,7 +214,9 @@ class HuggingFace:
         try:
             from datasets import load_dataset  # pyright: ignore[reportMissingImports]
         except ImportError as error:
-            raise ValueError(f"dataset {name!r} is on the Hugging Face hub: pip install datasets") from error
+            raise ValueError(
+                f"dataset {name!r} is on the Hugging Face hub: pip install 'natten-layers[hub]' brings what reads it"
+            ) from error
         self.name, self.rows = name, load_dataset(name, split="train")
         self.size, self.channels, self.image_key, self.class_key = size, channels, image_key, class_key
         for key in (image_key, class_key):
