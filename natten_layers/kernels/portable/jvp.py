@@ -64,32 +64,25 @@ from .primitives import (
 
 
 @triton.jit
-def load_tangent(pointer, offset, o_rows, m_rows, D: tl.constexpr, BD: tl.constexpr):
-    """The rows of a tangent, or None if there is no such tangent."""
-    return None if pointer is None else load_columns(pointer + offset, o_rows, m_rows, D, BD)
-
-
-@triton.jit
-def score_tangents(b_q, b_q_dot, b_k, b_k_dot, PRECISION: tl.constexpr):
-    """Tangents ``[M, N]`` of unscaled scores, or None if neither queries nor keys have one."""
-    b_s_dot = None
-    if b_q_dot is not None:
-        b_s_dot = products(b_q_dot, b_k, None, PRECISION)
-    if b_k_dot is not None:
-        b_s_dot = products(b_q, b_k_dot, b_s_dot, PRECISION)
-    return b_s_dot
-
-
-@triton.jit
 def tangent_step(
-    b_acc, row_mu, b_s, b_s_dot, b_v, b_v_dot, row_lse, row_reference, factor, scale, PRECISION: tl.constexpr
+    b_acc, row_mu, b_s, b_q, b_q_dot, b_k, b_k_dot, b_v, b_v_dot, row_lse, row_reference, factor, scale,
+    MOVES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add the contribution of keys ``[N]`` to the accumulators, from masked scores ``b_s [M, N]``."""
+    """Add the contribution of keys ``[N]`` to the accumulators, from masked scores ``b_s [M, N]``.
+
+    Tangents that are missing are None. ``MOVES`` is whether scores have tangents, or tokens a reference.
+    """
     b_p = tl.exp2(b_s * factor - row_lse[:, None])
     if b_v_dot is not None:
         b_acc = add_weighted(b_acc, b_p, b_v_dot, PRECISION)
-    if b_s_dot is not None:
-        b_p = b_p * (b_s_dot * scale - row_reference[:, None])
+    if MOVES:
+        b_s_dot = None
+        if b_q_dot is not None:
+            b_s_dot = products(b_q_dot, b_k, None, PRECISION)
+        if b_k_dot is not None:
+            b_s_dot = products(b_q, b_k_dot, b_s_dot, PRECISION)
+        b_relative = -row_reference[:, None] if b_s_dot is None else b_s_dot * scale - row_reference[:, None]
+        b_p = b_p * b_relative
         row_mu += tl.sum(b_p, 1)
         b_acc = add_weighted(b_acc, b_p, b_v, PRECISION)
     return b_acc, row_mu
@@ -133,7 +126,9 @@ def jvp_kernel(
     o_q = token_offset(token, q_strides) + row_head * q_strides[4]
     o_q_dot = token_offset(token, q_dot_strides) + row_head * q_dot_strides[4]
     b_q = load_columns(Q + i_batch * q_strides[0], o_q, m_rows, D, BD)
-    b_q_dot = load_tangent(QDot, i_batch * q_dot_strides[0], o_q_dot, m_rows, D, BD)
+    b_q_dot = None
+    if QDot is not None:
+        b_q_dot = load_columns(QDot + i_batch * q_dot_strides[0], o_q_dot, m_rows, D, BD)
     row_lse = tl.load(RowMax + o_row, mask=m_rows, other=0.0) * LOG2E
     row_lse += tl.log2(tl.load(RowSum + o_row, mask=m_rows, other=1.0))
     K += i_batch * k_strides[0] + i_kv * k_strides[4]
@@ -159,7 +154,8 @@ def jvp_kernel(
 
     b_acc = zero_columns(BM, BDV)
     row_mu = tl.zeros([BM], tl.float32)
-    if QDot is not None or KDot is not None or VDot is not None:
+    MOVES: tl.constexpr = QDot is not None or KDot is not None
+    if MOVES or VDot is not None:
         row_lo, row_hi = windows_of(index, count, kernel, stride, CAUSAL, PERIODIC, key_length)
         lo, hi, inner_lo, inner_hi = union_of_windows(origin, count, kernel, stride, CAUSAL, TILE, PERIODIC, key_length)
         steps = steps_over(lo, hi, CHUNK)
@@ -173,25 +169,29 @@ def jvp_kernel(
             m_keys = inside_box(inner, corner, hi, RANK)
             o_n = on_ring(o_k, inner, corner, ring, dilation, k_strides, PERIODIC, RANK, WIDE)
             b_k = load_columns(K + corner_offset(corner, residue, dilation, k_strides, RANK, WIDE), o_n, m_keys, D, BD)
-            o_corner = o_k_dot_head + corner_offset(corner, residue, dilation, k_dot_strides, RANK, WIDE)
-            o_n = on_ring(o_k_dot, inner, corner, ring, dilation, k_dot_strides, PERIODIC, RANK, WIDE)
-            b_k_dot = load_tangent(KDot, o_corner, o_n, m_keys, D, BD)
+            b_k_dot = None
+            if KDot is not None:
+                o_corner = o_k_dot_head + corner_offset(corner, residue, dilation, k_dot_strides, RANK, WIDE)
+                o_n = on_ring(o_k_dot, inner, corner, ring, dilation, k_dot_strides, PERIODIC, RANK, WIDE)
+                b_k_dot = load_columns(KDot + o_corner, o_n, m_keys, D, BD)
             b_v = None
-            if QDot is not None or KDot is not None:
+            if MOVES:
                 o_corner = corner_offset(corner, residue, dilation, v_strides, RANK, WIDE)
                 o_n = on_ring(o_v, inner, corner, ring, dilation, v_strides, PERIODIC, RANK, WIDE)
                 b_v = load_columns(V + o_corner, o_n, m_keys, DV, BDV)
-            o_corner = o_v_dot_head + corner_offset(corner, residue, dilation, v_dot_strides, RANK, WIDE)
-            o_n = on_ring(o_v_dot, inner, corner, ring, dilation, v_dot_strides, PERIODIC, RANK, WIDE)
-            b_v_dot = load_tangent(VDot, o_corner, o_n, m_keys, DV, BDV)
+            b_v_dot = None
+            if VDot is not None:
+                o_corner = o_v_dot_head + corner_offset(corner, residue, dilation, v_dot_strides, RANK, WIDE)
+                o_n = on_ring(o_v_dot, inner, corner, ring, dilation, v_dot_strides, PERIODIC, RANK, WIDE)
+                b_v_dot = load_columns(VDot + o_corner, o_n, m_keys, DV, BDV)
             b_s = masked_product(
                 b_q, b_k, row_lo, row_hi, corner, inner, inner_lo, inner_hi, score_scale,
                 CHUNK, RANK, MASK, SCALE_FIRST, PRECISION,
             )  # fmt: skip
-            b_s_dot = score_tangents(b_q, b_q_dot, b_k, b_k_dot, PRECISION)
             b_acc, row_mu = tangent_step(
-                b_acc, row_mu, b_s, b_s_dot, b_v, b_v_dot, row_lse, row_reference, factor, scale, PRECISION
-            )
+                b_acc, row_mu, b_s, b_q, b_q_dot, b_k, b_k_dot, b_v, b_v_dot, row_lse, row_reference, factor, scale,
+                MOVES, PRECISION,
+            )  # fmt: skip
             corner = next_chunk(corner, lo, hi, CHUNK, RANK)
 
     if BR > 0:
@@ -205,18 +205,20 @@ def jvp_kernel(
             o_r = (start + n).to(tl.int64)
             b_k = load_columns(RegK, o_r * regk_strides[1], m_r, D, BD)
             b_v = load_columns(RegV, o_r * regv_strides[1], m_r, DV, BDV)
-            b_k_dot = load_tangent(RegKDot, o_regk_dot_head, o_r * regk_dot_strides[1], m_r, D, BD)
-            b_v_dot = load_tangent(RegVDot, o_regv_dot_head, o_r * regv_dot_strides[1], m_r, DV, BDV)
+            b_k_dot = None
+            if RegKDot is not None:
+                b_k_dot = load_columns(RegKDot + o_regk_dot_head, o_r * regk_dot_strides[1], m_r, D, BD)
+            b_v_dot = None
+            if RegVDot is not None:
+                b_v_dot = load_columns(RegVDot + o_regv_dot_head, o_r * regv_dot_strides[1], m_r, DV, BDV)
             b_s = products(b_q, b_k, None, PRECISION)
             if SCALE_FIRST:
                 b_s = b_s * score_scale
             b_s = tl.where(m_r[None, :], b_s, float("-inf"))
-            b_s_dot = score_tangents(b_q, b_q_dot, b_k, b_k_dot, PRECISION)
-            if b_s_dot is None:
-                b_s_dot = tl.zeros_like(b_s)  # the reference remains, if keys of tokens have a tangent
             b_acc, row_mu = tangent_step(
-                b_acc, row_mu, b_s, b_s_dot, b_v, b_v_dot, row_lse, row_reference, factor, scale, PRECISION
-            )
+                b_acc, row_mu, b_s, b_q, b_q_dot, b_k, b_k_dot, b_v, b_v_dot, row_lse, row_reference, factor, scale,
+                MOVES or RegKDot is not None, PRECISION,
+            )  # fmt: skip
 
     if SINK != "none":
         row_sink = tl.load(Sink + row_head).to(tl.float32) if SINK == "tensor" else sink
