@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CASES, FLOOR, Case, Inputs, arguments, error, make_inputs, raises_naming
+from helpers import CASES, FLOOR, Case, Inputs, arguments, error, key_mask, make_inputs, raises_naming
 from torch import Tensor, nn
+from torch._dynamo.exc import Unsupported
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
@@ -50,6 +51,9 @@ SMALL = (
     Case("2d-value-dim", (3, 4), 2, value_dim=40),
     Case("3d", (2, 3, 4), 2, (1, 2, 1), 1, (True, False, False), 2, 1, 8, 16, sink="learned", batch=1),
     Case("2d-ring", (6, 5), (3, 4), (2, 1), (2, 1), batch=1, is_periodic=(True, True)),
+    Case("2d-masked", (4, 5), 2, registers=1, batch=1, seen=0.5),
+    Case("1d-masked-alone", (9,), 2, batch=1, seen=0.4),
+    Case("finer-grid", (7,), 3, heads=4, registers=2, sink="learned", batch=1, key_spatial=(4,)),
     Case("2d-fp16", (4, 5), 3, kv_heads=1, registers=2, sink="learned", batch=1, dtype=torch.float16),
     EVERYTHING,
 )
@@ -96,8 +100,11 @@ def definition(case: Case) -> Callable[..., tuple[Tensor, Tensor]]:
     def run(**inputs: Tensor) -> tuple[Tensor, Tensor]:
         given = arguments(case, inputs)
         names = "query", "key", "value", "additional_keys", "additional_values", "sink"
-        out, row_max, row_sum = dense_attention_state(*(given[name] for name in names), case.window, scale)
-        return out, row_max + row_sum.log()
+        tensors = (given[name] for name in names)
+        out, row_max, row_sum = dense_attention_state(*tensors, case.window, scale, key_mask=key_mask(case))
+        nothing = row_sum == 0  # where a query sees nothing, lse is -inf, a constant
+        lse = (row_max + row_sum.masked_fill(nothing, 1.0).log()).masked_fill(nothing, -math.inf)
+        return out, lse
 
     return run
 
@@ -423,7 +430,7 @@ def test_compiled_duals_that_need_gradients_raise() -> None:
 @pytest.mark.usefixtures("fresh_compiler")
 def test_one_graph_with_fused_tangents_says_why_there_is_none() -> None:
     run, query, tangent = of_query(PLAIN)
-    with raises_naming("forward-mode derivative of the fused kernels", error=torch._dynamo.exc.Unsupported):
+    with raises_naming("forward-mode derivative of the fused kernels", error=Unsupported):
         torch.compile(tangent_of(run), backend="eager", fullgraph=True)(query, tangent)
 
 
@@ -442,7 +449,7 @@ Step = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
 def one_pass(run: Run, x: Tensor, v: Tensor) -> Tensor:
-    out, tangent = torch.func.jvp(run, (x,), (v,))
+    out, tangent = torch.func.jvp(run, (x,), (v,))[:2]
     return (out - (v - 0.3 * tangent).detach()).square().mean()
 
 
@@ -453,13 +460,13 @@ def two_passes(run: Run, x: Tensor, v: Tensor) -> Tensor:
 
 
 def as_functional_call(run: nn.Module, x: Tensor, v: Tensor) -> Tensor:
-    parameters = dict(run.named_parameters())
+    parameters: dict[str, Tensor] = dict(run.named_parameters())
 
     def with_aux(x: Tensor) -> tuple[Tensor, Tensor]:
         out = torch.func.functional_call(run, parameters, (x,))
         return out, out.detach()
 
-    out, tangent, aux = torch.func.jvp(with_aux, (x,), (v,), has_aux=True)
+    out, tangent, *(aux,) = torch.func.jvp(with_aux, (x,), (v,), has_aux=True)
     assert torch.equal(aux, out)
     return (out - (v - 0.3 * tangent).detach()).square().mean()
 
@@ -556,7 +563,7 @@ def test_tangents_of_an_image_model() -> None:
     model = randomized(HDiT(HDiTConfig((fine, coarse), patch_size=(2, 2), mapping_width=16, mapping_depth=1)))
     x = torch.randn(1, 3, 12, 12, dtype=torch.float64, device=DEVICE)
     sigma = torch.tensor([0.7], dtype=torch.float64, device=DEVICE)
-    parameters = dict(model.named_parameters())
+    parameters: dict[str, Tensor] = dict(model.named_parameters())
     assert differs_from_slope(lambda x: model(x, sigma), x) < 1e-7
     assert differs_from_slope(lambda s: torch.func.functional_call(model, parameters, (x, s)), sigma) < 1e-7
 

@@ -58,6 +58,8 @@ from .primitives import (
     token_offset,
     tokens_of,
     union_of_windows,
+    unmasked_columns,
+    where_rows,
     windows_of,
     zero_columns,
 )
@@ -90,17 +92,21 @@ def tangent_step(
 
 @triton.jit
 def jvp_kernel(
-    Q, K, V, RegK, RegV, Sink, QDot, KDot, VDot, RegKDot, RegVDot, SinkDot, Out, RowMax, RowSum, OutDot, LseDot,
+    Q, K, V, RegK, RegV, Sink, KeyMask, QDot, KDot, VDot, RegKDot, RegVDot, SinkDot,
+    Out, RowMax, RowSum, OutDot, LseDot,
     q_strides, k_strides, v_strides, regk_strides, regv_strides,
-    q_dot_strides, k_dot_strides, v_dot_strides, regk_dot_strides, regv_dot_strides,
+    q_dot_strides, k_dot_strides, v_dot_strides, regk_dot_strides, regv_dot_strides, mask_strides,
     length, kernel, stride, dilation, tiles, group, kv_heads, registers, key_length, sink, scale,
     CAUSAL: tl.constexpr, PERIODIC: tl.constexpr,
     TILE: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr,
     PACK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, BR: tl.constexpr,
     SINK: tl.constexpr, MASK: tl.constexpr, SCALE_FIRST: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr, UNIT: tl.constexpr, SAME_STRIDES: tl.constexpr,
+    STAGES: tl.constexpr, UNIT: tl.constexpr, MASKED: tl.constexpr, SAME_STRIDES: tl.constexpr,
 ):  # fmt: skip
-    """Tangents of the output and of its log-sum-exp of one query tile, contiguous. Names in ``Dot`` are tangents."""
+    """Tangents of the output and of its log-sum-exp of one query tile, contiguous. Names in ``Dot`` are tangents.
+
+    Masked keys are loaded as zeros, so that NaN in them is harmless.
+    """
     BM: tl.constexpr = TILE[0] * TILE[1] * TILE[2] * PACK
     q_strides, k_strides, v_strides = (
         in_elements(q_strides, UNIT),
@@ -129,8 +135,13 @@ def jvp_kernel(
     b_q_dot = None
     if QDot is not None:
         b_q_dot = load_columns(QDot + i_batch * q_dot_strides[0], o_q_dot, m_rows, D, BD)
-    row_lse = tl.load(RowMax + o_row, mask=m_rows, other=0.0) * LOG2E
-    row_lse += tl.log2(tl.load(RowSum + o_row, mask=m_rows, other=1.0))
+    row_sum = tl.load(RowSum + o_row, mask=m_rows, other=1.0)
+    row_max = tl.load(RowMax + o_row, mask=m_rows, other=0.0)
+    if MASKED:  # rows that see nothing, whose weights are zero for every finite lse
+        row_sees = row_sum != 0.0
+        row_sum, row_max = tl.where(row_sees, row_sum, 1.0), tl.where(row_sees, row_max, 0.0)
+        KeyMask += i_batch * mask_strides[0]
+    row_lse = row_max * LOG2E + tl.log2(row_sum)
     K += i_batch * k_strides[0] + i_kv * k_strides[4]
     V += i_batch * v_strides[0] + i_kv * v_strides[4]
     o_k_dot_head = i_batch * k_dot_strides[0] + i_kv * k_dot_strides[4]
@@ -152,6 +163,10 @@ def jvp_kernel(
         b_own = load_columns(KDot + o_k_dot_head, token_offset(own, k_dot_strides), m_rows, D, BD)
         row_reference += row_products(b_q, b_own) * scale
 
+    if MASKED:
+        row_own = tl.load(KeyMask + token_offset(own, mask_strides), mask=m_rows, other=0).to(tl.int1)
+        row_reference = tl.where(row_own, row_reference, 0.0)
+
     b_acc = zero_columns(BM, BDV)
     row_mu = tl.zeros([BM], tl.float32)
     MOVES: tl.constexpr = QDot is not None or KDot is not None
@@ -164,9 +179,16 @@ def jvp_kernel(
         o_v = inner_offsets(inner, dilation, v_strides, RANK, WIDE)
         o_k_dot = inner_offsets(inner, dilation, k_dot_strides, RANK, WIDE)
         o_v_dot = inner_offsets(inner, dilation, v_dot_strides, RANK, WIDE)
+        o_mask = inner_offsets(inner, dilation, mask_strides, RANK, WIDE) if MASKED else None
         corner = lo
         for _ in tl.range(0, steps[0] * steps[1] * steps[2], num_stages=STAGES):
             m_keys = inside_box(inner, corner, hi, RANK)
+            col, inside_hi = inner, inner_hi
+            if MASKED:
+                o_n = on_ring(o_mask, inner, corner, ring, dilation, mask_strides, PERIODIC, RANK, WIDE)
+                p_mask = KeyMask + corner_offset(corner, residue, dilation, mask_strides, RANK, WIDE) + o_n
+                col_seen, col, inside_hi = unmasked_columns(p_mask, m_keys, inner, inner_hi)
+                m_keys = m_keys & col_seen
             o_n = on_ring(o_k, inner, corner, ring, dilation, k_strides, PERIODIC, RANK, WIDE)
             b_k = load_columns(K + corner_offset(corner, residue, dilation, k_strides, RANK, WIDE), o_n, m_keys, D, BD)
             b_k_dot = None
@@ -185,7 +207,7 @@ def jvp_kernel(
                 o_n = on_ring(o_v_dot, inner, corner, ring, dilation, v_dot_strides, PERIODIC, RANK, WIDE)
                 b_v_dot = load_columns(VDot + o_corner, o_n, m_keys, DV, BDV)
             b_s = masked_product(
-                b_q, b_k, row_lo, row_hi, corner, inner, inner_lo, inner_hi, score_scale,
+                b_q, b_k, row_lo, row_hi, corner, col, inner_lo, inside_hi, score_scale,
                 CHUNK, RANK, MASK, SCALE_FIRST, PRECISION,
             )  # fmt: skip
             b_acc, row_mu = tangent_step(
@@ -228,8 +250,12 @@ def jvp_kernel(
         row_mu += tl.exp2(row_sink * LOG2E - row_lse) * (row_sink_dot - row_reference)
 
     b_out = load_columns(Out, o_row * DV, m_rows, DV, BDV)
-    store_columns(OutDot, o_row * DV, m_rows, subtract_scaled(b_acc, b_out, row_mu), DV, BDV)
-    tl.store(LseDot + o_row, row_mu + row_reference, mask=m_rows)
+    b_acc = subtract_scaled(b_acc, b_out, row_mu)
+    row_mu += row_reference
+    if MASKED:
+        b_acc, row_mu = where_rows(row_sees, b_acc), tl.where(row_sees, row_mu, 0.0)
+    store_columns(OutDot, o_row * DV, m_rows, b_acc, DV, BDV)
+    tl.store(LseDot + o_row, row_mu, mask=m_rows)
 
 
 def plan(p: Problem, tangents: tuple[Layout | None, ...]) -> Plan:
@@ -247,8 +273,8 @@ def plan(p: Problem, tangents: tuple[Layout | None, ...]) -> Plan:
         jvp_kernel,
         (p.programs(config),),
         (
-            *in_units(tensor_strides, unit), *p.geometry, p.tiles(config.tile), p.group, p.kv_heads, p.registers,
-            p.key_lengths,
+            *in_units(tensor_strides, unit), p.mask_strides, *p.geometry, p.tiles(config.tile),
+            p.group, p.kv_heads, p.registers, p.key_lengths,
         ),
         **p.program(config, (p.query, p.key, p.value, p.out, query, key, value)), **p.constants(),
         PACK=config.pack, SINK=p.sink, UNIT=unit,
