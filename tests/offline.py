@@ -186,7 +186,7 @@ def main(capability: int) -> None:
     prepared = normalize_and_rotate(q, k, HeadNorm("cosine", gain, None), angles, impl="fused")
     norm = HeadNorm("cosine", gain.detach(), None)
     with torch.no_grad():
-        torch.func.jvp(lambda *heads: normalize_and_rotate(*heads, norm, angles, impl="fused"), (q, k), (q, k))
+        torch.func.jvp(lambda q, k: normalize_and_rotate(q, k, norm, angles, impl="fused"), (q, k), (q, k))
     torch.autograd.grad([t.float().sum() for t in prepared], [q, k, gain])
     rope = AxialRoPE(64, 4, num_kv_heads=2, axes=3, freqs=torch.ones(1, 32), split=(8, 12, 12), interleaved=True)
     angles = rope.angles(q[None], k[None], torch.zeros(1, 16, 16, 3))

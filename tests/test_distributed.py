@@ -51,7 +51,7 @@ def loss_of(model: nn.Module, batch: Tensor, objective: Objective) -> Tensor:
         with forward_ad.dual_level():
             out, tangent = forward_ad.unpack_dual(model(forward_ad.make_dual(batch, target)))
     elif objective == "jvp":
-        out, tangent = torch.func.jvp(model, (batch,), (target,))
+        out, tangent, *_ = torch.func.jvp(model, (batch,), (target,))
     elif objective == "two passes":
         with torch.no_grad():
             tangent = torch.func.jvp(model, (batch,), (target,))[1]

@@ -80,13 +80,25 @@ def detached(inputs: Inputs) -> Inputs:
     return {name: t.detach() for name, t in inputs.items()}
 
 
+def jvp(function: Callable[..., Any], primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
+    """``torch.func.jvp`` without an auxiliary result, whose type has one."""
+    results, moved, *_ = torch.func.jvp(function, primals, tangents)
+    return results, moved
+
+
+def tangent_in(dual: Tensor) -> Tensor:
+    tangent = forward_ad.unpack_dual(dual).tangent
+    assert tangent is not None
+    return tangent
+
+
 def directional(
     function: Callable[..., tuple[Tensor, ...]], inputs: Inputs, tangents: Inputs
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Results and tangents of a function of keyword arguments; inputs without a tangent are constants."""
     rest = {name: t for name, t in inputs.items() if name not in tangents}
     moving = {name: inputs[name] for name in tangents}
-    return torch.func.jvp(lambda moved: function(**moved, **rest), (moving,), (tangents,))
+    return jvp(lambda moved: function(**moved, **rest), (moving,), (tangents,))
 
 
 def attend(case: Case, impl: Impl) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -100,8 +112,8 @@ def definition(case: Case) -> Callable[..., tuple[Tensor, Tensor]]:
     def run(**inputs: Tensor) -> tuple[Tensor, Tensor]:
         given = arguments(case, inputs)
         names = "query", "key", "value", "additional_keys", "additional_values", "sink"
-        tensors = (given[name] for name in names)
-        out, row_max, row_sum = dense_attention_state(*tensors, case.window, scale, key_mask=key_mask(case))
+        q, k, v, *rest = (given[name] for name in names)
+        out, row_max, row_sum = dense_attention_state(q, k, v, *rest[:3], case.window, scale, key_mask=key_mask(case))
         nothing = row_sum == 0  # where a query sees nothing, lse is -inf, a constant
         lse = (row_max + row_sum.masked_fill(nothing, 1.0).log()).masked_fill(nothing, -math.inf)
         return out, lse
@@ -160,14 +172,14 @@ def three_tokens(q: float, k: list[float], v: list[float]) -> tuple[Tensor, Tens
 def test_three_tokens_by_hand(moves: str) -> None:
     """Equal scores, so weights are 1/3. Scores move by 0, 3 and 6, on average 3; values 1, 2 and 6 are 3 on average."""
     columns = three_tokens(0, [0, 3, 6], [1, 2, 6]) if moves == "query" else three_tokens(1, [0, 0, 0], [1, 2, 6])
-    inputs = dict(zip(("query", "key", "value"), columns, strict=True))
+    inputs: Inputs = dict(zip(("query", "key", "value"), columns, strict=True))
     of_query, of_key, of_value = three_tokens(1, [0, 3, 6], [3, 0, 0])
     first: Inputs = {"query": of_query} if moves == "query" else {"key": of_key}
     sink = torch.full((1,), math.log(3), device=DEVICE)
 
     def tangents(inputs: Inputs, given: Inputs, sink: float | None = None) -> list[float]:
         def call(**tensors: Any) -> tuple[Tensor, Tensor]:
-            options = {"sink": sink} | tensors
+            options: dict[str, Any] = {"sink": sink} | tensors
             return neighborhood_attention(**options, kernel_size=3, scale=1.0, return_lse=True, impl="fused")
 
         _, (out, lse) = directional(call, inputs, given)
@@ -222,7 +234,7 @@ def test_tangents_may_have_strides_of_their_own() -> None:
         return call(**inputs | {"value": inputs["value"] + row})
 
     row = torch.randn(2, 16, device=DEVICE)
-    out, _ = torch.func.jvp(shifted, (row,), (row,))[1]
+    out, _ = jvp(shifted, (row,), (row,))[1]
     assert error(out, row.repeat_interleave(2, 0).expand_as(out)) < 1e-6
 
 
@@ -233,12 +245,12 @@ def test_one_head_that_was_expanded() -> None:
         return neighborhood_attention(q.to(k), k.expand_as(q), v.expand_as(q), 3, impl=impl)
 
     tangents = torch.randn_like(k), torch.randn_like(v)
-    wide = (t.double() for t in (k, v)), (t.double() for t in tangents)
-    _, expected = torch.func.jvp(lambda k, v: call(k, v, "eager"), *map(tuple, wide))
+    wide = [tuple(t.double() for t in x) for x in ((k, v), tangents)]
+    _, expected = jvp(lambda k, v: call(k, v, "eager"), *wide)
     with forward_ad.dual_level():
-        duals = call(*map(forward_ad.make_dual, (k, v), tangents))
-        assert error(forward_ad.unpack_dual(duals).tangent, expected) < 1e-6
-    assert error(torch.func.jvp(call, (k, v), tangents)[1], expected) < 1e-6
+        duals = call(*(forward_ad.make_dual(x, t) for x, t in zip((k, v), tangents, strict=True)), impl="fused")
+        assert error(tangent_in(duals), expected) < 1e-6
+    assert error(jvp(call, (k, v), tangents)[1], expected) < 1e-6
 
 
 def test_merged_states_have_tangents() -> None:
@@ -248,7 +260,7 @@ def test_merged_states_have_tangents() -> None:
 
     def merged(impl: Impl) -> Callable[..., tuple[Tensor, ...]]:
         def run(shift: Tensor, **given: Tensor) -> tuple[Tensor, Tensor]:
-            moved = {name: t.to(shift) + shift for name, t in other.items() if name != "value"}
+            moved: dict[str, Any] = {name: t.to(shift) + shift for name, t in other.items() if name != "value"}
             first = attention_state(**arguments(case, given), impl=impl)
             second = attention_state(
                 **moved, value=other["value"].to(shift), kernel_size=2, additional_keys=given["key"][:, :3],
@@ -331,16 +343,16 @@ def test_second_derivatives_say_that_they_are_missing() -> None:
     run, query, tangent = of_query(PLAIN)
 
     def slope(q: Tensor) -> Tensor:
-        return torch.func.jvp(run, (q,), (tangent,))[1]
+        return jvp(run, (q,), (tangent,))[1]
 
     def gradient(q: Tensor) -> Tensor:
         return torch.func.grad(lambda x: run(x).square().sum())(q)
 
     for second in (
         lambda: slope(query).sum().backward(),
-        lambda: torch.func.jvp(slope, (query,), (tangent,)),
+        lambda: jvp(slope, (query,), (tangent,)),
         lambda: torch.func.grad(lambda q: slope(q).sum())(query),
-        lambda: torch.func.jvp(gradient, (query,), (tangent,)),
+        lambda: jvp(gradient, (query,), (tangent,)),
     ):
         with raises_naming("second derivatives", 'impl="eager"', error=NotImplementedError):
             second()
@@ -352,7 +364,7 @@ def test_second_derivatives_on_the_eager_path() -> None:
     query.requires_grad_()
 
     def loss(q: Tensor) -> Tensor:
-        return torch.func.jvp(run, (q,), (tangent.cos(),))[1].square().sum()
+        return jvp(run, (q,), (tangent.cos(),))[1].square().sum()
 
     assert torch.autograd.gradcheck(loss, query, fast_mode=True)
 
@@ -361,16 +373,17 @@ def test_second_derivatives_on_the_eager_path() -> None:
 def test_tangents_of_another_shape_or_dtype(impl: Impl) -> None:
     run, query, tangent = of_query(PLAIN, impl)
     with raises_naming("size", str(list(query.shape)), error=RuntimeError):  # torch's own message
-        torch.func.jvp(run, (query,), (tangent[:, 1:],))
+        jvp(run, (query,), (tangent[:, 1:],))
     with raises_naming("tangent of query", "float64", "float32"):
-        torch.func.jvp(run, (query,), (tangent.double(),))
+        jvp(run, (query,), (tangent.double(),))
 
 
 def test_tangents_that_are_known_to_be_zero() -> None:
     run, query, _ = of_query(PLAIN)
+    zero = torch._C._VariableFunctions._efficientzerotensor(query.shape, device=DEVICE)  # pyright: ignore
     with forward_ad.dual_level():
-        out = run(forward_ad.make_dual(query, torch._efficientzerotensor(query.shape, device=DEVICE)))
-        assert not forward_ad.unpack_dual(out).tangent.any()
+        out = run(forward_ad.make_dual(query, zero))
+        assert not tangent_in(out).any()
 
 
 def test_jacobians_by_vmap_over_tangents() -> None:
@@ -393,13 +406,13 @@ def fresh_compiler() -> None:
 
 
 def tangent_of(run: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-    return lambda q, t: torch.func.jvp(run, (q,), (t,))[1]
+    return lambda q, t: jvp(run, (q,), (t,))[1]
 
 
 def dual_tangent_of(run: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
     def tangent(q: Tensor, t: Tensor) -> Tensor:
         with forward_ad.dual_level():
-            return forward_ad.unpack_dual(run(forward_ad.make_dual(q, t))).tangent
+            return tangent_in(run(forward_ad.make_dual(q, t)))
 
     return tangent
 
@@ -449,13 +462,13 @@ Step = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
 def one_pass(run: Run, x: Tensor, v: Tensor) -> Tensor:
-    out, tangent = torch.func.jvp(run, (x,), (v,))[:2]
+    out, tangent = jvp(run, (x,), (v,))
     return (out - (v - 0.3 * tangent).detach()).square().mean()
 
 
 def two_passes(run: Run, x: Tensor, v: Tensor) -> Tensor:
     with torch.no_grad():
-        tangent = torch.func.jvp(run, (x,), (v,))[1]
+        tangent = jvp(run, (x,), (v,))[1]
     return (run(x) - (v - 0.3 * tangent)).square().mean()
 
 
@@ -466,7 +479,8 @@ def as_functional_call(run: nn.Module, x: Tensor, v: Tensor) -> Tensor:
         out = torch.func.functional_call(run, parameters, (x,))
         return out, out.detach()
 
-    out, tangent, *(aux,) = torch.func.jvp(with_aux, (x,), (v,), has_aux=True)
+    results: tuple[Any, ...] = torch.func.jvp(with_aux, (x,), (v,), has_aux=True)
+    out, tangent, aux = results
     assert torch.equal(aux, out)
     return (out - (v - 0.3 * tangent).detach()).square().mean()
 
@@ -544,7 +558,7 @@ def test_training_steps_under_autocast(exact: list[Tensor]) -> None:
 def differs_from_slope(run: Run, x: Tensor) -> float:
     """Relative error of a tangent against a central difference, both in fp64."""
     v, step = torch.randn_like(x), 1e-5
-    tangent = torch.func.jvp(run, (x,), (v,))[1]
+    tangent = jvp(run, (x,), (v,))[1]
     assert tangent.norm() > 0.1
     with torch.no_grad():
         return error(tangent, (run(x + step * v) - run(x - step * v)) / (2 * step))
