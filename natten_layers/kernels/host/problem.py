@@ -159,6 +159,28 @@ class Cotangents(NamedTuple):
     grad_lse: Tensor | None
 
 
+class SavedResults(NamedTuple):
+    """Results of the forward pass that its derivative in forward mode takes."""
+
+    out: Tensor
+    row_max: Tensor
+    row_sum: Tensor
+
+
+class Tangents(NamedTuple):
+    """The direction of a derivative in forward mode: a tangent for each of :class:`Inputs`, or None for zero.
+
+    Their last axes are contiguous.
+    """
+
+    query_tangent: Tensor | None = None
+    key_tangent: Tensor | None = None
+    value_tangent: Tensor | None = None
+    additional_keys_tangent: Tensor | None = None
+    additional_values_tangent: Tensor | None = None
+    sink_tangent: Tensor | None = None
+
+
 class RowStatistics(NamedTuple):
     """Statistics of query rows that the dQ kernel writes, and the kernels of dK and dV read."""
 
