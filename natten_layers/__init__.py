@@ -27,6 +27,7 @@ Layers
 Models
     HDiT                      the image diffusion transformer of k-diffusion: HDiTConfig, LevelConfig
     Denoiser                  preconditioning and loss around it
+    MeanFlow                  the loss that has it sample in one step
     DecoderLM                 a language model with sliding windows: DecoderLMConfig, Cache
 
 NATTEN's switches and lists, which change no result
@@ -80,6 +81,7 @@ from .modules import (
     HDiT,
     HDiTConfig,
     LevelConfig,
+    MeanFlow,
     MixtureOfExperts,
     NeighborhoodAttention1D,
     NeighborhoodAttention2D,
@@ -147,6 +149,7 @@ __all__ = [
     "HDiT",
     "HDiTConfig",
     "LevelConfig",
+    "MeanFlow",
     "MixtureOfExperts",
     "NeighborhoodAttention1D",
     "NeighborhoodAttention2D",
