@@ -53,8 +53,7 @@ SMALL: dict[str, Any] = {
 SMALL_VIDEO = 7, 12, 10
 WINDOWS = {(3, 7, 7): (6, 12, 16), (3, 5, 5): (6, 12, 16), (11, 11, 11): (12, 14, 16)}
 """LTX's windows, with grids on which FlexAttention computes them without compilation"""
-FLEX_TOKENS = 8192
-"""Most tokens of a grid for which the library's own processor is timed: its block mask is made from all pairs."""
+FLEX_TOKENS = 8192  # the library's own processor makes its block mask from all pairs of tokens
 DENSE_FLOP = 1e13
 
 
@@ -198,7 +197,7 @@ def stages(model: Any, latents: Tensor) -> list[Stage]:
 
 
 @torch.no_grad()
-def measure(stage: Stage, device: torch.device, dtype: torch.dtype, budget_s: float) -> None:
+def measure(stage: Stage, device: torch.device, dtype: torch.dtype, budget_s: float, flex_tokens: int) -> None:
     """Time one layer of a stage and its parts."""
     layer = make_layer(stage.window, stage.heads, device).to(dtype)
     x = torch.randn(1, *stage.grid, 64 * stage.heads, device=device, dtype=dtype)
@@ -228,7 +227,7 @@ def measure(stage: Stage, device: torch.device, dtype: torch.dtype, budget_s: fl
         calls["dense attention"] = lambda i: F.scaled_dot_product_attention(q, k, v, scale=layer.scale)
     stage.ms = {name: 1e3 * s.median for name, s in timing.measure(calls, device, budget_s).items()}
     stage.kernels = kernels_of(lambda: ours(layer, x), device)
-    if tokens <= FLEX_TOKENS:
+    if tokens <= flex_tokens:
         unpatch(layer)
         with compiled_flex(device):
             mask = layer.build_block_mask(x)
@@ -280,6 +279,12 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 1 if a result was wrong."""
     parser = runner.make_parser("ltx", __doc__, budget_s=0.5, timed="each stage")
     parser.add_argument("--video", type=int, nargs=3, default=[121, 512, 768], help="frames, height and width")
+    parser.add_argument(
+        "--flex-tokens",
+        type=int,
+        default=FLEX_TOKENS,
+        help="most tokens of a grid for which the library's own processor is timed, which takes long to compile",
+    )
     parser.add_argument("--repeats", type=int, default=3, help="timed calls of decode")
     args = parser.parse_args(argv)
     device = torch.device(args.device)
@@ -296,7 +301,7 @@ def main(argv: list[str] | None = None) -> int:
         decodes.append(time_decode("steps in PyTorch", model, latents, args.repeats))
     del model
     for stage in rows:
-        measure(stage, device, dtype, args.budget_s)
+        measure(stage, device, dtype, args.budget_s, args.flex_tokens)
     report = {
         "environment": timing.environment(device, args.commit),
         "rates": asdict(runner.Rates(timing.copy_rate(device), timing.matmul_rate(device))),

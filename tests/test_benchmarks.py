@@ -546,10 +546,10 @@ def test_generation_floor_and_full_caches() -> None:
 def test_the_benchmark_of_ltx_in_miniature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ltx = pytest.importorskip("benchmarks.ltx")
     monkeypatch.setattr(ltx, "WINDOWS", {(3, 5, 5): (3, 6, 6)})
-    monkeypatch.setattr(ltx, "FLEX_TOKENS", 0)  # uncompiled, it is slow
     monkeypatch.setattr(ltx, "check_decoder", lambda device: ltx.Check("decoder", 0.0, 0.0))  # as test_diffusers does
     path = tmp_path / "ltx.json"
-    flags = ["--device", "cpu", "--smoke", "--budget-s", "0", "--repeats", "1", "--out", str(path)]
+    flags = ["--device", "cpu", "--smoke", "--budget-s", "0", "--repeats", "1", "--flex-tokens", "0"]
+    flags += ["--out", str(path)]
     assert ltx.main(flags) == 0
     report = json.loads(path.read_text())
     assert [stage["layers"] for stage in report["stages"]] == [1, 1, 2, 2]
