@@ -8,7 +8,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -114,6 +114,13 @@ class RunFiles:
         with replacing(self.state) as temporary:
             temporary.write_text(json.dumps({"latest_checkpoint": checkpoint.name}))
 
+    def prune(self, keep: int) -> None:
+        """Delete all but ``keep`` checkpoints, the one that the state file names and those before; 0 keeps all."""
+        latest, *older = self.checkpoints()[0]
+        for path in older[keep - 1 :] if keep else []:
+            if path.name != latest.name:
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
     def losses(self, before: int) -> dict[int, float]:
         """What the metrics file holds of the steps up to ``before``, by step.
 
@@ -146,6 +153,25 @@ class RunFiles:
         with replacing(self.path("_metrics.csv")) as temporary:
             rows = "".join(f"{step},{loss!r}\n" for step, loss in losses.items())
             temporary.write_text(f"step,loss\n{rows}")
+
+
+def reset(model: nn.Module, tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+    """A file's tensors, but for those called ``names`` or ``NAME.anything``, which are the model's own.
+
+    Raises:
+        ValueError: the model has none of a name.
+    """
+    own = {hdit_name(key): tensor for key, tensor in model.state_dict().items()}
+
+    def named(key: str, name: str) -> bool:
+        return key == name or key.startswith(f"{name}.")
+
+    for name in names:
+        if not any(named(key, name) for key in own):
+            heads = sorted({key.partition(".")[0] for key in own})
+            raise ValueError(f"--reset {name}: the model has no tensors of that name; it has {', '.join(heads)}")
+    kept = {key: tensor for key, tensor in tensors.items() if not any(named(key, name) for name in names)}
+    return kept | {key: tensor for key, tensor in own.items() if any(named(key, name) for name in names)}
 
 
 def check_finite(model: nn.Module, processes: Processes) -> None:

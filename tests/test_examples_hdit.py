@@ -500,7 +500,7 @@ def test_a_second_ctrl_c_loses_no_state_that_is_whole(
     elif where == "save":
         monkeypatch.setattr(train_hdit, "save_checkpoint", twice(train_hdit.save_checkpoint))
     else:
-        monkeypatch.setattr(train_hdit.Trainer, "_loss", twice(train_hdit.Trainer._loss))
+        monkeypatch.setattr(train_hdit.Trainer, "_losses", twice(train_hdit.Trainer._losses))
     assert train(config, "a", "--end-step", "5", "--demo-every", "1", "--save-every", "1000") == 130
     error = capfd.readouterr().err
     if where == "save":  # the last one, of a run that needs no other
@@ -1053,7 +1053,8 @@ def test_bad_input_to_sampling(trained: Path, tmp_path: Path, capsys: pytest.Cap
     named.save_pretrained(tmp_path / "named.safetensors")
     assert "has 2 classes, but names 1: ['cat']" in says(tmp_path / "named.safetensors")
     assert "does not say how it was made" in says(model, "--reproduce", _plain_png(tmp_path))
-    assert "nowhere.png cannot be read as a picture: No such" in says(model, "--reproduce", str(tmp_path / "nowhere.png"))
+    absent = str(tmp_path / "nowhere.png")
+    assert "nowhere.png cannot be read as a picture: No such" in says(model, "--reproduce", absent)
     with small_disk(100):
         says(model)
     assert output.read_bytes() == b"precious"

@@ -85,7 +85,8 @@ def precision(dtype: torch.dtype) -> str:
 
     It follows ``torch.backends.cuda.matmul.fp32_precision``, which also reflects ``allow_tf32`` and
     ``torch.set_float32_matmul_precision``: TF32 or IEEE where one of these is set. If none is, a product is computed as
-    three products in TF32 (``tf32x3``), which run on tensor cores with errors like those of IEEE products (3e-7).
+    three products in TF32 (``tf32x3``), which run on tensor cores. Results then differ from those of IEEE products by
+    about 5e-7.
     """
     if dtype != torch.float32:
         return "ieee"
@@ -115,6 +116,13 @@ class Inputs(NamedTuple):
     additional_keys: Tensor | None = None
     additional_values: Tensor | None = None
     sink: Tensor | None = None
+    key_mask: Tensor | None = None
+    """``[B, *spatial]``, bool: False where a key counts for no query. It has no gradient."""
+
+    @property
+    def addressed(self) -> tuple[Tensor | None, ...]:
+        """The tensors that some kernels read by TMA."""
+        return self[:5]
 
 
 class Options(NamedTuple):
@@ -174,6 +182,8 @@ class Problem(NamedTuple):
     """``input_precision`` of Triton's matrix products."""
     is_periodic: tuple[bool, ...] = ()
     """Empty if no axis is. An axis whose windows hold all of it is not periodic here: it makes no difference to it."""
+    key_mask: Layout | None = None
+    """With the axes of tokens; those of heads and channels have length 1."""
 
     @property
     def rank(self) -> int:
@@ -197,10 +207,17 @@ class Problem(NamedTuple):
         return self.lengths, kernel_size, stride, dilation
 
     @property
+    def class_lengths(self) -> Box:
+        """Tokens of the longest residue class, per axis."""
+        lengths, _, _, dilation = self.geometry
+        t, h, w = (ceil(n / d) for n, d in zip(lengths, dilation, strict=True))
+        return t, h, w
+
+    @property
     def axes(self) -> tuple[Axis, ...]:
-        """For each of three axes its length, kernel size and stride, and whether it is causal."""
-        lengths, kernel_size, stride, _ = self.geometry
-        return tuple(zip(lengths, kernel_size, stride, three_axes(self.is_causal, False), strict=True))
+        """For each of three axes the length of its longest class, kernel size, stride, and whether it is causal."""
+        _, kernel_size, stride, _ = self.geometry
+        return tuple(zip(self.class_lengths, kernel_size, stride, three_axes(self.is_causal, False), strict=True))
 
     @property
     def out(self) -> Layout:
@@ -232,10 +249,8 @@ class Problem(NamedTuple):
     @property
     def problem_class(self) -> ProblemClass:
         """The properties that the choice of tiles depends on."""
-        lengths, kernel_size, _, dilation = self.geometry
-        t, h, w = (ceil(n / d) for n, d in zip(lengths, dilation, strict=True))
         return ProblemClass(
-            *device_traits(self.device), (t, h, w), kernel_size, self.group,
+            *device_traits(self.device), self.class_lengths, self.geometry[1], self.group,
             self.query.shape[-1], self.value.shape[-1], self.dtype.itemsize,
         )  # fmt: skip
 
@@ -265,6 +280,10 @@ class Problem(NamedTuple):
             register_strides(self.additional_keys), register_strides(self.additional_values),
         )  # fmt: skip
 
+    @property
+    def mask_strides(self) -> tuple[int, ...] | None:
+        return None if self.key_mask is None else strides(self.key_mask)
+
     def program(self, config: TileConfig, tensors: Iterable[Layout | None]) -> dict[str, Any]:
         """Compile-time constants and options of Triton that follow from the tile configuration.
 
@@ -280,7 +299,8 @@ class Problem(NamedTuple):
             "CHUNK": config.chunk,
             "MASK": mask,
             "RANK": self.rank,
-            "WIDE": need_wide_offsets(tensors),
+            "WIDE": need_wide_offsets((*tensors, self.key_mask)),
+            "MASKED": self.key_mask is not None,
             "STAGES": config.stages,
             "num_warps": config.num_warps,
             "maxnreg": config.maxnreg,
@@ -381,7 +401,7 @@ class QKPrep(NamedTuple):
 
 
 def problem_of(inputs: Inputs, options: Options) -> Problem:
-    query, key, value, additional_keys, additional_values, sink = inputs
+    query, key, value, additional_keys, additional_values, sink, key_mask = inputs
     sink_value, kernel_size, stride, dilation, is_causal, scale, is_periodic = options
     rings: tuple[bool, ...] = ()
     if is_periodic:
@@ -394,4 +414,5 @@ def problem_of(inputs: Inputs, options: Options) -> Problem:
         query.device, query.dtype, tuple(kernel_size), tuple(stride), tuple(dilation), tuple(is_causal),
         sink_kind(sink, sink_value), scales_first(scale), precision(query.dtype),
         rings if any(rings) else (),
+        None if key_mask is None else layout(key_mask[..., None, None]),
     )  # fmt: skip

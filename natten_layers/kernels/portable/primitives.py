@@ -27,6 +27,8 @@ LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 # masked does not compute inf - inf.
 LOWEST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
 NO_AXIS: tl.constexpr = tl.constexpr((False, False, False))
+NO: tl.constexpr = tl.constexpr(False)
+FAR: tl.constexpr = tl.constexpr(1 << 30)  # an index that lies in no window
 
 
 @triton.jit
@@ -222,6 +224,19 @@ def inside_box(inner, corner, hi, RANK: tl.constexpr):
     if RANK > 2:
         m = m & (inner[0] <= hi[0] - corner[0])
     return m
+
+
+@triton.jit
+def unmasked_columns(p_mask, m_keys, inner, inner_hi):
+    """``inner`` and ``inner_hi`` of a chunk's keys, of which those that are masked lie in no window.
+
+    So a key mask costs one load a chunk, and nothing for every score. If some key is masked, the chunk does not lie
+    inside of all windows either.
+    """
+    col_seen = tl.load(p_mask, mask=m_keys, other=0).to(tl.int1)
+    all_seen = tl.min(col_seen.to(tl.int32), 0) > 0
+    inner_w = tl.where(col_seen, inner[2], FAR)
+    return col_seen, (inner[0], inner[1], inner_w), (inner_hi[0], inner_hi[1], tl.where(all_seen, inner_hi[2], -FAR))
 
 
 @triton.jit
@@ -495,11 +510,36 @@ def zero_columns(ROWS: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
+def split_tf32(b_tile):
+    """The nearest TF32 number, whose last 13 bits are zero, and what is left, of which products take the TF32 part."""
+    b_high = ((b_tile.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return b_high, b_tile - b_high
+
+
+@triton.jit
+def product(b_left, b_right, b_onto, PRECISION: tl.constexpr):
+    """``b_left @ b_right``, added to ``b_onto`` unless that is None.
+
+    With "tf32x3" it is the sum of three products in TF32, of which each accumulates onto the last. Triton has the same
+    precision, but takes five instructions to split a number, not three, and looks for NaN in the result.
+    """
+    if PRECISION == "tf32x3":
+        b_left, b_left_rest = split_tf32(b_left)
+        b_right, b_right_rest = split_tf32(b_right)
+        b_s = tl.dot(b_left_rest, b_right, b_onto, input_precision="tf32")
+        b_s = tl.dot(b_left, b_right_rest, b_s, input_precision="tf32")
+        b_s = tl.dot(b_left, b_right, b_s, input_precision="tf32")
+    else:
+        b_s = tl.dot(b_left, b_right, b_onto, input_precision=PRECISION)
+    return b_s
+
+
+@triton.jit
 def products(b_rows, b_columns, b_onto, PRECISION: tl.constexpr):
     """``b_rows [M, D] @ b_columns [N, D].T``, added to ``b_onto [M, N]`` unless that is None."""
-    b_s = tl.dot(b_rows[0], tl.trans(b_columns[0]), b_onto, input_precision=PRECISION)
+    b_s = product(b_rows[0], tl.trans(b_columns[0]), b_onto, PRECISION)
     if len(b_rows) == 2:
-        b_s = tl.dot(b_rows[1], tl.trans(b_columns[1]), b_s, input_precision=PRECISION)
+        b_s = product(b_rows[1], tl.trans(b_columns[1]), b_s, PRECISION)
     return b_s
 
 
@@ -507,9 +547,9 @@ def products(b_rows, b_columns, b_onto, PRECISION: tl.constexpr):
 def add_weighted(b_acc, b_weight, b_rows, PRECISION: tl.constexpr):
     """``b_acc [M, D] + b_weight [M, N] @ b_rows [N, D]``."""
     b_weight = b_weight.to(b_rows[0].dtype)
-    b_tile = (tl.dot(b_weight, b_rows[0], b_acc[0], input_precision=PRECISION),)
+    b_tile = (product(b_weight, b_rows[0], b_acc[0], PRECISION),)
     if len(b_acc) == 2:
-        b_tile = (b_tile[0], tl.dot(b_weight, b_rows[1], b_acc[1], input_precision=PRECISION))
+        b_tile = (b_tile[0], product(b_weight, b_rows[1], b_acc[1], PRECISION))
     return b_tile
 
 
@@ -554,6 +594,15 @@ def nonfinite_to_rows(b_acc, b_v, b_visible):
     b_finite = tl.abs(b_v.to(tl.float32)) < float("inf")
     b_nonfinite = tl.dot(b_visible.to(b_v.dtype), tl.where(b_finite, 0.0, 1.0).to(b_v.dtype))
     return tl.where(b_nonfinite > 0, float("nan"), b_acc), tl.where(b_finite, b_v, 0.0)
+
+
+@triton.jit
+def where_rows(row_kept, b_tile):
+    """The tile with zeros in place of the rows that are not kept, whatever they hold."""
+    b_kept = (tl.where(row_kept[:, None], b_tile[0], 0.0),)
+    if len(b_tile) == 2:
+        b_kept = (b_kept[0], tl.where(row_kept[:, None], b_tile[1], 0.0))
+    return b_kept
 
 
 @triton.jit
