@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -52,11 +53,9 @@ def attend(case: Case, *, return_lse: bool = True, impl: Impl = "fused") -> Call
         additional_values: Tensor | None = None,
         sink: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        results = neighborhood_attention(
-            query, key, value, case.kernel_size, is_causal=case.is_causal, is_periodic=case.is_periodic,
-            additional_keys=additional_keys,
-            additional_values=additional_values, sink=sink, return_lse=return_lse, impl=impl,
-        )  # fmt: skip
+        options: dict[str, Any] = {"is_causal": case.is_causal, "is_periodic": case.is_periodic, "impl": impl}
+        options |= {"additional_keys": additional_keys, "additional_values": additional_values, "sink": sink}
+        results = neighborhood_attention(query, key, value, case.kernel_size, return_lse=return_lse, **options)
         return results if isinstance(results, tuple) else (results,)
 
     return call
