@@ -64,6 +64,7 @@ def explain(
     additional_values: Tensor | None = None,
     sink: float | Tensor | None = None,
     rpb: Tensor | None = None,
+    key_mask: Tensor | None = None,
     return_lse: bool = False,
     impl: Impl = "auto",
     needs_grad: bool | None = None,
@@ -74,8 +75,9 @@ def explain(
 
     Args:
         query, key, value, kernel_size, stride, dilation, is_causal, is_periodic, scale, additional_keys,
-            additional_values, sink, rpb, return_lse, impl: the arguments of :func:`neighborhood_attention`, which are
-            checked in the same way. Of tensors only shape, strides, dtype, device and alignment of the address matter.
+            additional_values, sink, rpb, key_mask, return_lse, impl: the arguments of :func:`neighborhood_attention`,
+            which are checked in the same way. Of tensors only shape, strides, dtype, device and alignment of the
+            address matter.
         needs_grad: whether gradients are needed; None if they are whenever an input requires one. The gradient of the
             output is assumed to be contiguous.
 
@@ -88,7 +90,7 @@ def explain(
     """
     call = prepare(
         query, key, value, kernel_size, stride, dilation, is_causal, scale, additional_keys, additional_values, sink,
-        is_periodic,
+        is_periodic, key_mask,
     )  # fmt: skip
     check_bias(rpb, call)
     reason = why_eager(impl, call.inputs.query, call.why_not_fused if rpb is None else lambda: NO_BIAS)

@@ -136,6 +136,7 @@ def main(capability: int) -> None:
     attend((12, 12, 20), 5, 2, 40, 0, dilation=2, stride=3)
     attend((2048,), 1024, 8, 128, 40, is_causal=True)
     attend((32, 32), 7, 4, 256, 40)
+    attend((2048,), 1024, 8, 128, 5, key_mask=torch.ones(1, 2048, dtype=torch.bool), is_causal=True)
     check_loads()
     if capability == 90:
         attend((32, 32), 7, 8, 256, 40, torch.float32)

@@ -370,6 +370,8 @@ IMAGES = (8, 128, 128, 8, 64), (2**23, 2**16, 512, 64, 1)
     [
         {"query": Layout((1, *IMAGES[0][1:]), IMAGES[1])},
         {"kernel_size": (15, 15)},
+        {"is_periodic": (False, True)},
+        {"query": contiguous((8, 256, 256, 8, 64))},
         {"dilation": (1, 3)},  # classes of 43 and of 42 columns
         {"dilation": (1, 2), "key": Layout((8, 128, 128, 2, 64), (2**24, 2**15, 128, 64, 1))},  # every other row
         {"dtype": torch.float32},

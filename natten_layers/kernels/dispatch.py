@@ -149,7 +149,7 @@ def choose_backward(question: Question) -> BackwardChoices:
 
 def choices(problem: Problem, inputs: Inputs, *, with_stats: bool, with_gradients: bool) -> dict[Direction, Choice]:
     """The choice for each direction of a call. The gradient of the output is assumed to be contiguous."""
-    question = Question(problem, with_stats or with_gradients, aligned=are_aligned(*inputs[:-1]))
+    question = Question(problem, with_stats or with_gradients, aligned=are_aligned(*inputs.addressed))
     found: dict[Direction, Choice] = {"forward": choose("forward", question)}
     if with_gradients:
         out = contiguous((*problem.query.shape[:-1], problem.value.shape[-1]))
@@ -168,7 +168,7 @@ def forward(
     """``out [B, *spatial, Hq, Dv]`` and, if ``with_stats``, ``row_max`` and ``row_sum [B, *spatial, Hq]`` in fp32."""
     question = Question(problem, with_stats)
     variant, plan, _ = choose("forward", question)
-    if variant.uses_tma and not are_aligned(*inputs[:-1]):
+    if variant.uses_tma and not are_aligned(*inputs.addressed):
         variant, plan, _ = choose("forward", question._replace(aligned=False))
     return variant.run(plan, problem, inputs, options, with_stats)
 
@@ -177,7 +177,7 @@ def prepare_and_attend(problem: Problem, inputs: Inputs, options: Options, prep:
     """``out`` of attention over queries and keys that are normalised and rotated first."""
     question = Question(problem, prep=prep.kind)
     variant, plan, _ = choose("qk_prep + forward", question)
-    if variant.uses_tma and not are_aligned(*inputs[:-1]):
+    if variant.uses_tma and not are_aligned(*inputs.addressed):
         variant, plan, _ = choose("qk_prep + forward", question._replace(aligned=False))
     return variant.run(plan, problem, inputs, options, prep)
 
@@ -194,7 +194,7 @@ def backward(
     grad_out, grad_lse = cotangents.grad_out, cotangents.grad_lse
     question = Question(problem, True, layout(grad_out), None if grad_lse is None else layout(grad_lse[..., None]))
     choices = choose_backward(question)
-    if choices.uses_tma and not are_aligned(*inputs[:-1], grad_out):
+    if choices.uses_tma and not are_aligned(*inputs.addressed, grad_out):
         choices = choose_backward(question._replace(aligned=False))
     query, key, registers, _ = choices
     grad_query, statistics = query.variant.run(query.plan, problem, inputs, options, cotangents)
@@ -238,6 +238,8 @@ def sm90_gap(question: Question) -> str | None:
     head_dim, value_dim = p.query.shape[-1], p.value.shape[-1]
     if max(head_dim, value_dim) > 256:
         return f"it takes heads of up to 256 channels, not {head_dim} and {value_dim}"
+    if p.key_mask is not None:
+        return "it takes no key_mask"
     if p.scale_first:
         return "scale is not positive"
     if p.is_periodic:

@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..arguments import check_dense, prepare
+from ..cached import cached_attention
 from ..geometry import make_window, normalise_axes
 from ..operations import neighborhood_attention
 from .norm import RMSNorm
@@ -203,7 +204,12 @@ class NeighborhoodGQA(nn.Module):
         return ", ".join([str(self.embed_dim), str(self.num_heads), f"kernel_size={self.kernel_size}", *chosen])
 
     def forward(
-        self, x: Tensor, *, positions: Tensor | Positions | None = None, registers: Tensor | None = None
+        self,
+        x: Tensor,
+        *,
+        positions: Tensor | Positions | None = None,
+        registers: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attend from every token.
 
@@ -213,6 +219,8 @@ class NeighborhoodGQA(nn.Module):
                 the mixed-precision policies of FSDP.
             registers: register tokens ``[B, R, embed_dim]`` that the model carries from layer to layer. They follow
                 the layer's own, if it has any.
+            mask: ``[B or 1, *spatial]``, bool, False where a token counts for no other one, such as padding or land.
+                Windows do not move because of it, and masked tokens attend like all others.
 
         Returns:
             ``[B, *spatial, embed_dim]``; with ``registers_attend`` also the registers ``[B, R, embed_dim]``, the
@@ -221,12 +229,17 @@ class NeighborhoodGQA(nn.Module):
         Raises:
             ValueError: an argument does not fit; the message names it and the values.
         """
-        tokens, registers = self.attend(x, positions=positions, registers=registers)
+        tokens, registers = self.attend(x, positions=positions, registers=registers, mask=mask)
         tokens = self.proj(self.dropout(tokens))
         return tokens if registers is None else (tokens, self.proj(self.dropout(registers)))
 
     def attend(
-        self, x: Tensor, *, positions: Tensor | Positions | None = None, registers: Tensor | None = None
+        self,
+        x: Tensor,
+        *,
+        positions: Tensor | Positions | None = None,
+        registers: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """:meth:`forward` up to ``dropout`` and ``proj``: ``[B, *spatial, Hq * D]``, and ``[B, R, Hq * D]`` or None."""
         check_dense("x", x)
@@ -242,10 +255,10 @@ class NeighborhoodGQA(nn.Module):
         projected = self._project(x, self.rope, positions)
         extra = self._register_heads(x, registers)
         if not self.registers_attend:
-            return self._attention(projected, extra).flatten(-2), None
+            return self._attention(projected, extra, mask).flatten(-2), None
         heads = projected.prepared()
-        tokens = self._attention(Projected(heads), extra)
-        return tokens.flatten(-2), self._attend_from_registers(heads, extra).flatten(-2)
+        tokens = self._attention(Projected(heads), extra, mask)
+        return tokens.flatten(-2), self._attend_from_registers(heads, extra, mask).flatten(-2)
 
     def _project(self, tokens: Tensor, rope: nn.Module | None = None, positions: Tensor | None = None) -> Projected:
         """Query, key and value as views of one projection.
@@ -276,7 +289,7 @@ class NeighborhoodGQA(nn.Module):
         # torch.cat makes an aligned copy: results must not depend on the address at which a parameter was loaded.
         return self._project(torch.cat(tokens, 1)).prepared() if tokens else None
 
-    def _attention(self, projected: Projected, registers: Heads | None) -> Tensor:
+    def _attention(self, projected: Projected, registers: Heads | None, mask: Tensor | None) -> Tensor:
         """Attention of the tokens, ``[B, *spatial, Hq, D]``."""
         kernel_size = self._fitted_kernel_size(projected.heads.query.shape[1:-2])
         call = prepare(
@@ -290,25 +303,40 @@ class NeighborhoodGQA(nn.Module):
             None if registers is None else registers.value,
             self.sink,
             self.is_periodic,
+            mask,
         )
         return attend_with_qk_prep(call, projected.norm, projected.angles, self._fitted_bias(kernel_size))
 
-    def _attend_from_registers(self, heads: Heads, registers: Heads | None) -> Tensor:
-        """Attention of the registers to all registers and all tokens, ``[B, R, Hq, D]``.
+    def _attend_from_registers(self, heads: Heads, registers: Heads | None, mask: Tensor | None) -> Tensor:
+        """Attention of the registers to all registers and all tokens that are not masked, ``[B, R, Hq, D]``.
 
-        Registers form the sequence, with a window over all of it, and the tokens are its additional keys.
+        Registers form the sequence, with a window over all of it, and the tokens are its additional keys. These have no
+        mask; so where tokens have one, they are the entries of a cache, those that are masked being empty.
         """
         if registers is None or registers.query.shape[1] == 0:
             raise ValueError("registers_attend needs registers: set num_registers or pass registers")
         query, key, value = (t.expand(heads.query.shape[0], -1, -1, -1) for t in registers)
-        return neighborhood_attention(
+        keys, values = (rearrange(t, "b ... heads dim -> b (...) heads dim") for t in heads[1:])
+        if mask is None:
+            return neighborhood_attention(
+                query,
+                key,
+                value,
+                (query.shape[1],),
+                scale=self.scale,
+                additional_keys=keys,
+                additional_values=values,
+                sink=self.sink,
+            )
+        return cached_attention(
             query,
-            key,
-            value,
-            (query.shape[1],),
+            keys,
+            values,
+            torch.zeros(1, query.shape[1], dtype=torch.int32, device=query.device),
+            mask.flatten(1).int() - 1,
             scale=self.scale,
-            additional_keys=rearrange(heads.key, "b ... heads dim -> b (...) heads dim"),
-            additional_values=rearrange(heads.value, "b ... heads dim -> b (...) heads dim"),
+            additional_keys=key,
+            additional_values=value,
             sink=self.sink,
         )
 

@@ -116,6 +116,13 @@ class Inputs(NamedTuple):
     additional_keys: Tensor | None = None
     additional_values: Tensor | None = None
     sink: Tensor | None = None
+    key_mask: Tensor | None = None
+    """``[B, *spatial]``, bool: False where a key counts for no query. It has no gradient."""
+
+    @property
+    def addressed(self) -> tuple[Tensor | None, ...]:
+        """The tensors that some kernels read by TMA."""
+        return self[:5]
 
 
 class Options(NamedTuple):
@@ -175,6 +182,8 @@ class Problem(NamedTuple):
     """``input_precision`` of Triton's matrix products."""
     is_periodic: tuple[bool, ...] = ()
     """Empty if no axis is. An axis whose windows hold all of it is not periodic here: it makes no difference to it."""
+    key_mask: Layout | None = None
+    """With the axes of tokens; those of heads and channels have length 1."""
 
     @property
     def rank(self) -> int:
@@ -271,6 +280,10 @@ class Problem(NamedTuple):
             register_strides(self.additional_keys), register_strides(self.additional_values),
         )  # fmt: skip
 
+    @property
+    def mask_strides(self) -> tuple[int, ...] | None:
+        return None if self.key_mask is None else strides(self.key_mask)
+
     def program(self, config: TileConfig, tensors: Iterable[Layout | None]) -> dict[str, Any]:
         """Compile-time constants and options of Triton that follow from the tile configuration.
 
@@ -286,7 +299,8 @@ class Problem(NamedTuple):
             "CHUNK": config.chunk,
             "MASK": mask,
             "RANK": self.rank,
-            "WIDE": need_wide_offsets(tensors),
+            "WIDE": need_wide_offsets((*tensors, self.key_mask)),
+            "MASKED": self.key_mask is not None,
             "STAGES": config.stages,
             "num_warps": config.num_warps,
             "maxnreg": config.maxnreg,
@@ -387,7 +401,7 @@ class QKPrep(NamedTuple):
 
 
 def problem_of(inputs: Inputs, options: Options) -> Problem:
-    query, key, value, additional_keys, additional_values, sink = inputs
+    query, key, value, additional_keys, additional_values, sink, key_mask = inputs
     sink_value, kernel_size, stride, dilation, is_causal, scale, is_periodic = options
     rings: tuple[bool, ...] = ()
     if is_periodic:
@@ -400,4 +414,5 @@ def problem_of(inputs: Inputs, options: Options) -> Problem:
         query.device, query.dtype, tuple(kernel_size), tuple(stride), tuple(dilation), tuple(is_causal),
         sink_kind(sink, sink_value), scales_first(scale), precision(query.dtype),
         rings if any(rings) else (),
+        None if key_mask is None else layout(key_mask[..., None, None]),
     )  # fmt: skip

@@ -27,6 +27,8 @@ LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 # masked does not compute inf - inf.
 LOWEST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
 NO_AXIS: tl.constexpr = tl.constexpr((False, False, False))
+NO: tl.constexpr = tl.constexpr(False)
+FAR: tl.constexpr = tl.constexpr(1 << 30)  # an index that lies in no window
 
 
 @triton.jit
@@ -222,6 +224,19 @@ def inside_box(inner, corner, hi, RANK: tl.constexpr):
     if RANK > 2:
         m = m & (inner[0] <= hi[0] - corner[0])
     return m
+
+
+@triton.jit
+def unmasked_columns(p_mask, m_keys, inner, inner_hi):
+    """``inner`` and ``inner_hi`` of a chunk's keys, of which those that are masked lie in no window.
+
+    So a key mask costs one load a chunk, and nothing for every score. If some key is masked, the chunk does not lie
+    inside of all windows either.
+    """
+    col_seen = tl.load(p_mask, mask=m_keys, other=0).to(tl.int1)
+    all_seen = tl.min(col_seen.to(tl.int32), 0) > 0
+    inner_w = tl.where(col_seen, inner[2], FAR)
+    return col_seen, (inner[0], inner[1], inner_w), (inner_hi[0], inner_hi[1], tl.where(all_seen, inner_hi[2], -FAR))
 
 
 @triton.jit
@@ -579,6 +594,15 @@ def nonfinite_to_rows(b_acc, b_v, b_visible):
     b_finite = tl.abs(b_v.to(tl.float32)) < float("inf")
     b_nonfinite = tl.dot(b_visible.to(b_v.dtype), tl.where(b_finite, 0.0, 1.0).to(b_v.dtype))
     return tl.where(b_nonfinite > 0, float("nan"), b_acc), tl.where(b_finite, b_v, 0.0)
+
+
+@triton.jit
+def where_rows(row_kept, b_tile):
+    """The tile with zeros in place of the rows that are not kept, whatever they hold."""
+    b_kept = (tl.where(row_kept[:, None], b_tile[0], 0.0),)
+    if len(b_tile) == 2:
+        b_kept = (b_kept[0], tl.where(row_kept[:, None], b_tile[1], 0.0))
+    return b_kept
 
 
 @triton.jit

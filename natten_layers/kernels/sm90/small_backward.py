@@ -377,7 +377,7 @@ def query_gradient(
     config: SmallTileConfig, problem: Problem, inputs: Inputs, options: Options, cotangents: Cotangents
 ) -> tuple[Tensor, RowStatistics]:
     """dQ, delta and the base-2 lse, as ``portable.backward`` returns them. Allocates only these."""
-    query, key, value, reg_keys, reg_values, _ = inputs
+    query, key, value, reg_keys, reg_values, *_ = inputs
     out, row_max, row_sum, grad_out, grad_lse = cotangents
     grad_query = new_like(query)
     delta, lse = torch.empty_like(row_max), torch.empty_like(row_max)
