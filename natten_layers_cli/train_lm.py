@@ -47,6 +47,7 @@ from .running import (
     Signals,
     check_device,
     one_line,
+    reason,
     run_command,
     running_alone,
     seed,
@@ -132,7 +133,7 @@ def _flags_of(path: Path, parser: argparse.ArgumentParser) -> list[str]:
     try:
         values = tomllib.loads(path.read_text())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        parser.error(f"--config {path}: {error}")
+        parser.error(f"--config {path}: {reason(error)}")
     flags = []
     for key, value in values.items():
         flag = key.replace("_", "-")
