@@ -130,6 +130,33 @@ def test_a_network_stays_compiled_beside_its_derivative(whole: bool) -> None:
         assert len(runs) == count * len(set(runs)) > 0
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_gpu_computes_the_same_loss_and_gradients(compiled: bool) -> None:
+    """By the fused kernels, with a network that is compiled but for its derivative, and in half precision nearly so."""
+    x, noise = make_example(4, torch.float32)
+    t, r, labels = torch.tensor([0.9, 0.6, 0.4, 0.2]), torch.tensor([0.3, 0.5]), torch.tensor([0, 1, 2, 0])
+
+    def step(device: str, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        flow = MeanFlow(make_model(torch.float32).to(device))
+        if compiled and device == "cuda":
+            flow.compile()
+        with torch.autocast(device, dtype, enabled=dtype is not None):
+            arguments = (tensor.to(device) for tensor in (x, noise, t, r))
+            losses = flow.loss(*arguments, class_cond=labels.to(device))
+        losses.sum().backward()
+        gradients = [p.grad.flatten().cpu() for p in flow.parameters() if p.grad is not None]
+        return losses.detach().cpu(), torch.cat(gradients)
+
+    losses, gradients = step("cpu")
+    found = step("cuda")
+    torch.testing.assert_close(found[0], losses, rtol=1e-3, atol=0)
+    assert (found[1] - gradients).norm() < 1e-2 * gradients.norm()
+    found = step("cuda", torch.bfloat16)
+    torch.testing.assert_close(found[0], losses, rtol=3e-2, atol=0)
+    assert (found[1] - gradients).norm() < 0.1 * gradients.norm()
+
+
 def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match=r"power must be from 0 to 1, got 2"):
         MeanFlow(Linear(), sigma_data=1.0, power=2)
