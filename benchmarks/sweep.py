@@ -140,7 +140,7 @@ def grid(kind: Kind, problem: Problem) -> Iterator[TileConfig]:
         if fit(kind, rows, keys, stages, space) != (rows, keys, stages):
             continue
         for pack in {packed_heads(group, rows), min(2, packed_heads(group, rows)), min(next_power_of_2(group), 4)}:
-            tile, chunk = best_boxes(rows // pack, keys, known.lengths, known.kernel)
+            tile, chunk = best_boxes(rows // pack, keys, known.lengths, known.kernel, kind == "backward_key")
             yield TileConfig(tile, chunk, pack, warps, stages, registers, base.skip_mask)
 
 

@@ -24,10 +24,12 @@ Layers
     Positions                 coordinates on their way through a model, which sharding does not cast
     RMSNorm, AdaRMSNorm       norms, the second one driven by a condition
     GEGLU, GatedFeedForward   feed-forward layers
+    MixtureOfExperts          several of them, of which each token takes a few
 
 Models
     HDiT                      the image diffusion transformer of k-diffusion: HDiTConfig, LevelConfig
     Denoiser                  preconditioning and loss around it
+    MeanFlow                  the loss that has it sample in one step
     DecoderLM                 a language model with sliding windows: DecoderLMConfig, Cache
 
 NATTEN's switches and lists, which change no result
@@ -81,6 +83,8 @@ from .modules import (
     HDiT,
     HDiTConfig,
     LevelConfig,
+    MeanFlow,
+    MixtureOfExperts,
     NeighborhoodAttention1D,
     NeighborhoodAttention2D,
     NeighborhoodAttention3D,
@@ -148,6 +152,8 @@ __all__ = [
     "HDiT",
     "HDiTConfig",
     "LevelConfig",
+    "MeanFlow",
+    "MixtureOfExperts",
     "NeighborhoodAttention1D",
     "NeighborhoodAttention2D",
     "NeighborhoodAttention3D",

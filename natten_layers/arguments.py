@@ -141,6 +141,8 @@ def prepare_packed(
     window = make_window(longest, kernel_size, stride, dilation, is_causal)
     query, key, value = (t[None] for t in (query, key, value))
     _check_qkv(query, key, value, 1, may_be_empty=2)
+    if key.shape[1] != query.shape[1]:
+        raise ValueError(f"key has {key.shape[1]} tokens, but query {query.shape[1]}; packed samples share one grid")
     _check_groups(query, key, value)
     tensors = query, key, value, additional_keys, additional_values
     query, key, value, additional_keys, additional_values = _canonical_heads(tensors, query.shape[2:3])
@@ -237,9 +239,26 @@ def _canonical_heads(tensors: _Tensors, head_shape: torch.Size) -> _Tensors:
 def _check_canonical_form(tensors: _Tensors, axes: _AxisOptions) -> Window:
     """Make the checks that need tensors with one axis of heads."""
     query, key, value, additional_keys, additional_values = tensors
-    window = make_window(query.shape[1:-2], *axes)
+    window = make_window(key.shape[1:-2], *axes)
+    _check_grids(query.shape[1:-2], key.shape[1:-2], window)
     check_additional(additional_keys, additional_values, query, key, value)
     return window
+
+
+def _check_grids(spatial: torch.Size, key_spatial: torch.Size, window: Window) -> None:
+    """Check what a window may be if queries lie on another grid than keys."""
+    if spatial == key_spatial:
+        return
+    for name, values, default in (
+        ("stride", window.stride, 1),
+        ("dilation", window.dilation, 1),
+        ("is_causal", window.is_causal, False),
+    ):
+        if any(value != default for value in values):
+            raise ValueError(
+                f"query has the spatial axes {tuple(spatial)} and key {tuple(key_spatial)}: queries on another grid "
+                f"than keys take no {name}, got {values}; leave it out, or give tensors with equal axes"
+            )
 
 
 def _check_groups(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -300,20 +319,21 @@ def _spatial_rank(query: Tensor, **axis_arguments: object) -> int:
 
 def _check_qkv(query: Tensor, key: Tensor, value: Tensor, rank: int, may_be_empty: int = 1) -> None:
     """Check that three tensors fit. The first ``may_be_empty`` axes may have length 0, as that of the batch."""
-    for name, tensor in (("key", key), ("value", value)):
-        if tensor.ndim != query.ndim or tensor.shape[: rank + 1] != query.shape[: rank + 1]:
-            sizes = zip(("batch", *AXES[rank]), tensor.shape, query.shape, strict=False)
+    # Queries may lie on another grid, but keys and values on the same.
+    for name, tensor, other, like, axes in (("key", key, "query", query, 1), ("value", value, "key", key, rank + 1)):
+        if tensor.ndim != like.ndim or tensor.shape[:axes] != like.shape[:axes]:
+            sizes = zip(("batch", *AXES[rank]), tensor.shape[:axes], like.shape, strict=False)
             differing = [f"on the {axis} axis ({a} and {b})" for axis, a, b in sizes if a != b]
             raise ValueError(
-                f"{name} {tuple(tensor.shape)} and query {tuple(query.shape)} differ "
-                + ("in rank" if tensor.ndim != query.ndim else ", ".join(differing))
+                f"{name} {tuple(tensor.shape)} and {other} {tuple(like.shape)} differ "
+                + ("in rank" if tensor.ndim != like.ndim else ", ".join(differing))
             )
         check_like(name, tensor, query)
     if key.shape[-1] != query.shape[-1]:
         raise ValueError(f"key head_dim {key.shape[-1]} differs from query head_dim {query.shape[-1]}")
     if query.dtype not in DTYPES:
         raise ValueError(f"query dtype {query.dtype} is not supported; use one of {', '.join(map(str, DTYPES))}")
-    for name, tensor in (("query", query), ("value", value)):
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
         for axis, size in enumerate(tensor.shape):
             if axis >= may_be_empty and size == 0:
                 raise ValueError(f"{name} {tuple(tensor.shape)} is empty on axis {axis}")
@@ -470,7 +490,12 @@ def check_bias(rpb: Tensor | None, call: Call) -> None:
     if rpb is None:
         return
     check_tensors(rpb=rpb)
-    query = call.inputs.query
+    query, key = call.inputs.query, call.inputs.key
+    if query.shape[1:-2] != key.shape[1:-2]:
+        raise ValueError(
+            f"rpb is a bias on distances in keys, but query lies on another grid: its axes are "
+            f"{tuple(query.shape[1:-2])}, those of key {tuple(key.shape[1:-2])}; leave rpb out"
+        )
     expected = (query.shape[-2], *(2 * k - 1 for k in call.window.kernel_size))
     if rpb.shape != expected:
         raise ValueError(

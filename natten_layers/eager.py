@@ -74,7 +74,8 @@ def dense_attention_state(
     spatial = query.shape[1:-2]
     accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
     q, k, v = (t.flatten(1, -3).to(accumulate) for t in (query, key, value))  # [B, N, H, D]
-    mask = window_mask(spatial, window, query.device)[None]  # [1 or B, N, N]
+    key_spatial = key.shape[1:-2] if key.shape[1:-2] != spatial else None
+    mask = window_mask(spatial, window, query.device, key_spatial)[None]  # [1 or B, N, N]
     if key_mask is not None:
         mask = mask & key_mask.flatten(1)[:, None, :]
         k, v = (t.masked_fill(~key_mask.flatten(1)[..., None, None], 0.0) for t in (k, v))
@@ -146,7 +147,7 @@ def attention_state(
     """
     group = query.shape[-2] // key.shape[-2]
     accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
-    axes = plan(query.shape[1:-2], window, group)
+    axes = plan(query.shape[1:-2], window, group, key.shape[1:-2])
     tiles = tile_queries(query.to(accumulate) * scale, axes, group)
     hidden = None
     if key_mask is not None:
@@ -191,7 +192,7 @@ def attention(
     does not have all.
     """
     inputs = query, key, value, additional_keys, additional_values, sink
-    spatial, extras = query.shape[1:-2], inputs[3:]
+    spatial, extras = key.shape[1:-2], inputs[3:]
     is_plain = query.device.type == "cpu" and query.shape[-1] == value.shape[-1] and key_mask is None
     is_plain = is_plain and not is_differentiated(inputs)
     past = is_plain and window.is_past(spatial) and all(x is None for x in extras)

@@ -109,9 +109,12 @@ def neighborhood_attention(
     heads, or a group axis of length 1.
 
     Args:
-        query: ``[B, *spatial, Hq, D]``, fp16, bf16, fp32 or (eager only) fp64.
-        key: ``[B, *spatial, Hkv, D]``, ``Hq % Hkv == 0``.
-        value: ``[B, *spatial, Hkv, Dv]``.
+        query: ``[B, *spatial, Hq, D]``, fp16, bf16, fp32 or (eager only) fp64. It may lie on another grid than keys,
+            finer or coarser: its axes then have other lengths but the same extents, and a query sees the
+            ``kernel_size`` keys around the one that its centre falls on. Stride and dilation must be 1, and no axis
+            causal.
+        key: ``[B, *key_spatial, Hkv, D]``, ``Hq % Hkv == 0``.
+        value: ``[B, *key_spatial, Hkv, Dv]``.
         kernel_size: window size in keys, one int or one per axis. Windows shift inwards at borders.
         stride: queries per shared window, ``1 <= stride <= kernel_size``.
         dilation: distance in tokens between neighboring keys of a window; ``kernel_size * dilation <= length``.

@@ -49,6 +49,8 @@ class Axis:
     causal: bool
     periodic: bool
     tile: int
+    key_length: int | None = None
+    """Number of keys, if they are on another grid than queries. Stride and dilation are then 1."""
 
     @property
     def lead(self) -> int:
@@ -56,14 +58,26 @@ class Axis:
         return self.kernel // 2 if self.periodic else 0
 
     @property
-    def keys(self) -> int:
-        """Keys of the longest residue class, those included that a ring repeats at both ends."""
-        return self.longest + (self.kernel - 1 if self.periodic else 0)
+    def longest(self) -> int:
+        """Queries of the longest residue class. Others may be one token shorter, and are padded to it."""
+        return class_length(self.length, self.dilation, 0)
 
     @property
-    def longest(self) -> int:
-        """Length of the longest residue class. Others may be one token shorter, and are padded to it."""
-        return class_length(self.length, self.dilation, 0)
+    def distinct_keys(self) -> int:
+        """Keys of the longest residue class."""
+        return self.longest if self.key_length is None else self.key_length
+
+    @property
+    def keys(self) -> int:
+        """Keys of the longest residue class, those included that a ring repeats at both ends."""
+        return self.distinct_keys + (self.kernel - 1 if self.periodic else 0)
+
+    def union_keys(self, tile: int) -> int:
+        """About as many keys as a tile of this many queries sees, borders and strides neglected."""
+        spread = tile - 1
+        if self.key_length is not None:
+            spread = -(-spread * self.key_length // self.length)
+        return min(self.kernel + spread, self.keys)
 
     @property
     def count(self) -> int:
@@ -80,7 +94,9 @@ class Axis:
 
     def windows(self, index: Index, length: int) -> tuple[Index, Index]:
         """First and last of the keys, repeated ones included, that queries of a class of this length see."""
-        first, last = window_bounds(index, length, self.kernel, self.stride, self.causal, self.periodic)
+        first, last = window_bounds(
+            index, length, self.kernel, self.stride, self.causal, self.periodic, self.key_length
+        )
         return first + self.lead, last + self.lead
 
     def union(self, tile: int) -> tuple[int, int, int]:
@@ -164,14 +180,18 @@ Chunk = tuple[_Block, ...]
 Part = tuple[int, int]  # start and length along Z
 
 
-def plan(spatial: Sequence[int], window: Window, group: int) -> tuple[Axis, ...]:
+def plan(
+    spatial: Sequence[int], window: Window, group: int, key_spatial: Sequence[int] | None = None
+) -> tuple[Axis, ...]:
     """Choose tiles: double the tile on the axis where that adds the fewest keys to the union, as long as it pays."""
     # A compiled graph is specialised for these lengths. If they were symbolic, tracing the loops would take minutes.
     lengths = map(operator.index, spatial)
     options = window.kernel_size, window.stride, window.dilation, window.is_causal, window.is_periodic
     axes = [Axis(*arguments, tile=1) for arguments in zip(lengths, *options, strict=True)]
+    if key_spatial is not None and tuple(key_spatial) != tuple(spatial):
+        axes = [replace(a, key_length=operator.index(n)) for a, n in zip(axes, key_spatial, strict=True)]
     while (rows := group * math.prod([a.tile for a in axes])) < TILE_ROWS:
-        growth = [(a.kernel + 2 * a.tile) / (a.kernel + a.tile) if a.tile < a.longest else math.inf for a in axes]
+        growth = [_growth(a) if a.tile < a.longest else math.inf for a in axes]
         i = growth.index(min(growth))
         a = axes[i]
         if a.tile == a.longest:
@@ -184,9 +204,15 @@ def plan(spatial: Sequence[int], window: Window, group: int) -> tuple[Axis, ...]
     return tuple(axes)
 
 
+def _growth(a: Axis) -> float:
+    """By which factor the keys of a tile's union grow if the tile is doubled."""
+    step = 1 if a.key_length is None else a.key_length / a.length
+    return (a.kernel + 2 * a.tile * step) / (a.kernel + a.tile * step)
+
+
 def _cost_of_query(axes: Sequence[Axis], group: int) -> float:
     """Time of a query's share of its tile, in units of the time to compute a score; borders are neglected."""
-    keys = math.prod([min(a.kernel + a.tile - 1, a.keys) for a in axes])
+    keys = math.prod([a.union_keys(a.tile) for a in axes])
     return keys * (1 + LOAD_SCORES / (group * math.prod([a.tile for a in axes])))
 
 
@@ -231,11 +257,12 @@ def heads_first(x: Tensor, axes: tuple[Axis, ...]) -> Tensor:
 
     All residue classes are padded to one length, and rings repeat keys at both ends.
     """
-    x = _pad(x.movedim(-2, 1).flatten(0, 1), [a.longest * a.dilation for a in axes], 1)
+    x = _pad(x.movedim(-2, 1).flatten(0, 1), [a.distinct_keys * a.dilation for a in axes], 1)
     for dim, axis in enumerate(axes, 1):
-        if axis.keys > axis.longest:
+        if axis.keys > axis.distinct_keys:
             before, after = axis.lead * axis.dilation, (axis.kernel - 1 - axis.lead) * axis.dilation
-            x = torch.cat([x.narrow(dim, axis.length - before, before), x, x.narrow(dim, 0, after)], dim)
+            end = axis.distinct_keys * axis.dilation
+            x = torch.cat([x.narrow(dim, end - before, before), x, x.narrow(dim, 0, after)], dim)
     return x
 
 
@@ -289,7 +316,7 @@ def _chunks(tiles: Tensor, axes: tuple[Axis, ...]) -> tuple[list[int], Iterator[
     which varies fastest, and its mask ``[tiles, T, U]`` of 0 and -inf.
     """
     z = tiles.shape[0]
-    scores = math.prod(tiles.shape[-3:-1]) * math.prod([min(a.kernel + a.tile + a.stride - 2, a.keys) for a in axes])
+    scores = math.prod(tiles.shape[-3:-1]) * math.prod([a.union_keys(a.tile + a.stride - 1) for a in axes])
     # A compiled graph must not depend on the batch, which may be symbolic.
     compiling = torch.compiler.is_compiling()
     steps = [a.tiles for a in axes]

@@ -60,7 +60,9 @@ def neighbors(kind: Kind, problem: ProblemClass, config: TileConfig) -> Iterator
         *((rows, keys, p) for p in packs if p != config.pack),
     ):
         if 16 <= other_rows <= 256 and 16 <= other_keys <= 256 and 1 <= pack <= min(16, other_rows):
-            tile, chunk = best_boxes(other_rows // pack, other_keys, problem.lengths, problem.kernel)
+            tile, chunk = best_boxes(
+                other_rows // pack, other_keys, problem.lengths, problem.kernel, kind == "backward_key"
+            )
             yield replace(config, tile=tile, chunk=chunk, pack=pack)
     unions = [min(n, t + k - 1) for n, t, k in zip(problem.lengths, config.tile, problem.kernel, strict=True)]
     yield from (replace(config, tile=tile) for tile in boxes(positions, problem.lengths) if tile != config.tile)

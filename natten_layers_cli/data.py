@@ -424,7 +424,7 @@ class Batch(NamedTuple):
     image: Tensor  # [B, C, H, W] in [-1, 1]
     noise: Tensor  # [B, C, H, W]
     label: Tensor  # [B]
-    uniform: Tensor  # [B, 2] in [0, 1): for the noise level, and for whether to drop the class
+    uniform: Tensor  # [B, 3] in [0, 1): for the noise level, for whether to drop the class, and for a second time
     place: Tensor  # [B]
     aug_cond: Tensor  # [B, 9]
 
@@ -442,7 +442,7 @@ class Examples(Dataset[Batch]):
         if self.augment_probability:
             image, aug_cond = augment(image, self.augment_probability, generator)
         noise = torch.randn(image.shape, generator=generator)
-        uniform = torch.rand(2, generator=generator)
+        uniform = torch.rand(3, generator=generator)
         return Batch(image, noise, torch.tensor(label), uniform, torch.tensor(key.place), aug_cond)
 
 

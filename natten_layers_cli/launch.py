@@ -5,6 +5,10 @@ from __future__ import annotations
 import importlib
 import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 FAILED = 2  # the exit status of argparse, too
 
@@ -39,17 +43,39 @@ def launch(module: str, *, extra: str = "") -> int:
     Args:
         extra: the extra of natten-layers that brings what ``module`` imports beyond what the library needs.
     """
-    main = None
     try:
-        main = importlib.import_module(module).main
+        with noted_ctrl_c() as pressed:
+            try:
+                main = importlib.import_module(module).main
+            except BaseException:
+                if not pressed:
+                    raise
+                return 128 + signal.SIGINT
         return main()
-    except KeyboardInterrupt:  # PyTorch takes seconds to load; main() answers for itself
-        if main is not None:
-            raise
-        return 128 + signal.SIGINT
     except ModuleNotFoundError as error:  # some are imported only when they are used
         if not error.name or error.name.startswith("natten_layers"):
             raise
         package = f"natten-layers[{extra}]" if extra else "natten-layers"
         print(f"error: Python finds no {error.name}: pip install '{package}' brings it", file=sys.stderr)
         return FAILED
+
+
+@contextmanager
+def noted_ctrl_c() -> Iterator[list[int]]:
+    """A list that is empty until Ctrl-C raises KeyboardInterrupt. Extensions turn that into other errors at times."""
+    pressed: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        pressed.append(number)
+        raise KeyboardInterrupt
+
+    # A shell starts "command &" with the signal ignored, and only the main thread may have handlers.
+    ignored = signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    if ignored or threading.current_thread() is not threading.main_thread():
+        yield pressed
+        return
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

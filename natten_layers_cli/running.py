@@ -20,7 +20,10 @@ import torch
 
 from natten_layers.io.schema import shorten
 
-FAILED = 2  # the exit status of argparse, too
+from .launch import FAILED, noted_ctrl_c
+
+EXPECTED = (OSError, RuntimeError, ValueError, ArithmeticError, MemoryError)
+"""Errors that users and machines cause. PyTorch raises no narrower ones."""
 
 SIGNALS_HELP = """
 Signals: after Ctrl-C, SIGTERM or SIGHUP the step is taken to its end, everything is saved, and the exit status is 130,
@@ -78,21 +81,27 @@ def _path(text: str) -> Path:
 def run_command(body: Callable[[], int], *, when_interrupted: str = "interrupted") -> int:
     """The exit status of a command. What users, files and machines do wrong becomes one line on standard error."""
     threading.excepthook, hook = _quiet_about_files, threading.excepthook
-    try:
-        status = body()
-        sys.stdout.flush()  # while a reader that is gone can still be answered
-        return status
-    except BrokenPipeError:  # "| head" has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
-    except (OSError, RuntimeError, ValueError, ArithmeticError, MemoryError) as error:  # torch has no narrower ones
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return FAILED
-    except KeyboardInterrupt:
-        print(when_interrupted, file=sys.stderr)
-        return 128 + signal.SIGINT
-    finally:
-        threading.excepthook = hook
+    with noted_ctrl_c() as pressed:
+        try:
+            status = body()
+            sys.stdout.flush()  # while a reader that is gone can still be answered
+            return status
+        except BrokenPipeError:  # "| head" has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + signal.SIGPIPE
+        except EXPECTED as error:
+            if not pressed:
+                print(f"error: {one_line(error)}", file=sys.stderr)
+                return FAILED
+        except KeyboardInterrupt:
+            pass
+        except BaseException:
+            if not pressed:
+                raise
+        finally:
+            threading.excepthook = hook
+    print(when_interrupted, file=sys.stderr)
+    return 128 + signal.SIGINT
 
 
 def _quiet_about_files(error: threading.ExceptHookArgs) -> None:

@@ -2,6 +2,7 @@
 
 natten-layers-train-hdit                                   a few minutes on a CPU, or the GPU's preset
 natten-layers-train-hdit --config flowers.json --name runs/flowers --mixed-precision bf16 --compile
+natten-layers-train-hdit --objective meanflow              a model that samples in one step, as small
 torchrun --nproc-per-node 2 -m natten_layers_cli.train_hdit --preset gpu-demo --name runs/two-gpus
 
 A run called NAME writes NAME_STEP.pth (everything needed to go on), NAME_state.json (which of them is the latest; the
@@ -16,24 +17,24 @@ import copy
 import math
 import random
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from natten_layers import Denoiser, HDiT, HDiTConfig
+from natten_layers import HDiT, HDiTConfig
 from natten_layers.io.checkpoints import load_tensors, read_hdit
 from natten_layers.io.files import read_json
 from natten_layers.io.schema import shorten
 
+from .boards import Boards, Log
 from .checkpointing import (
     DamagedError,
     RunFiles,
@@ -41,15 +42,18 @@ from .checkpointing import (
     gathered_state,
     load_checkpoint,
     load_sharded,
+    reset,
     save_checkpoint,
     save_sharded,
 )
 from .data import Batch, Examples, Folder, Keys, describe, load_batches, open_source, parse_data_flag
-from .diffusion import ema_decay, learning_rate_factor, loss_weighting, make_sigma_quantile, stratified
+from .diffusion import ema_decay, learning_rate_factor
+from .held_out import held_out_batches, hold_out, level_names, means, sums_by_level
+from .objectives import MEANFLOW, open_objective
 from .parallel import Processes, local
 from .pictures import save_loss_curve, save_png
-from .running import SIGNALS_HELP, Parser, Signals, check_device, run_command, seed, writing
-from .sample_hdit import Request, digest, picture, sample
+from .running import SIGNALS_HELP, Parser, Signals, check_device, run_command, seed
+from .sample_hdit import DEFAULTS, Request, digest, picture, sample
 
 PRESETS = Path(__file__).parent / "configs"
 SECTIONS: dict[str, dict[str, Any]] = {  # k-diffusion's defaults for this type of model
@@ -57,6 +61,7 @@ SECTIONS: dict[str, dict[str, Any]] = {  # k-diffusion's defaults for this type 
     "lr_sched": {"type": "constant", "warmup": 0.0},
     "ema_sched": {"type": "inverse", "power": 0.6667, "max_value": 0.9999},
 }
+KINDS = {"diffusion": "demo", "meanflow": "meanflow"}  # the presets of an objective, after the device's name
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -69,8 +74,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--preset",
         choices=sorted(path.stem for path in PRESETS.glob("*.json")),
-        default="gpu-demo" if cuda else "cpu-demo",
-        help="a config that comes with this command, if --config names no other; default: %(default)s",
+        help="a config that comes with this command, if --config names no other; default: that of device and objective",
+    )
+    parser.add_argument(
+        "--objective",
+        choices=KINDS,
+        help="what to train, in place of the config's: a diffusion model, or one that samples in one step (MeanFlow)",
     )
     parser.add_argument("--name", default="runs/hdit", help="prefix of all files written, default: %(default)s")
     parser.add_argument("--resume", type=Path, help="go on from this checkpoint, not from NAME's latest")
@@ -79,6 +88,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         type=Path,
         metavar="FILE",
         help="start at step 0 from these weights (safetensors or .pth), with the KV heads that they were made for",
+    )
+    parser.add_argument(
+        "--reset",
+        nargs="+",
+        default=[],
+        metavar="TENSOR",
+        help="leave these as they begin, with all whose names start so, as class_emb for other classes: not from FILE",
     )
     parser.add_argument(
         "--data",
@@ -90,28 +106,40 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--end-step", type=int, help="stop after so many steps in all; default: at Ctrl-C")
     parser.add_argument("--demo-every", type=int, default=500, help="steps between grids of samples, 0 for none")
     parser.add_argument("--save-every", type=int, default=10000, help="steps between checkpoints")
+    parser.add_argument("--keep", type=int, default=0, help="newest checkpoints not to delete; 0: all")
+    parser.add_argument(
+        "--held-out", type=int, default=0, help="images that are not trained on, to measure the loss of"
+    )
+    parser.add_argument(
+        "--eval-every", type=int, default=500, help="steps between measures of the held-out images' loss"
+    )
     parser.add_argument("--sample-n", type=int, default=8, help="images per class in a grid")
-    parser.add_argument("--sample-steps", type=int, default=50, help="steps of the sampler")
+    parser.add_argument("--sample-steps", type=int, help="steps of the sampler; default: 50, or 1 with meanflow")
     parser.add_argument("--lr", type=float, help="learning rate, in place of the config's")
     parser.add_argument("--mixed-precision", choices=["no", *DTYPES], default="no")
     parser.add_argument("--compile", action=switch, default=False, help="torch.compile the model")
     parser.add_argument("--checkpointing", action=switch, default=False, help="recompute activations to save memory")
     parser.add_argument("--fsdp", action=switch, default=False, help="shard parameters over the processes (torchrun)")
+    parser.add_argument("--wandb", metavar="PROJECT", help="draw curves and grids in this project of Weights & Biases")
     parser.add_argument("--num-workers", type=int, default=8, help="processes that load images")
     parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     argv = sys.argv[1:] if argv is None else argv
     arguments = parser.parse_args(argv)
-    config = arguments.config or PRESETS / f"{arguments.preset}.json"
+    preset = arguments.preset or f"{'gpu' if cuda else 'cpu'}-{KINDS[arguments.objective or 'diffusion']}"
+    config = arguments.config or PRESETS / f"{preset}.json"
     section = _section(read_json(config), "run", config)
     arguments = parser.parse_args([*_as_flags(section), *argv])
     arguments.config = config
-    least = dict.fromkeys(("batch_size", "grad_accum_steps", "save_every", "sample_n", "sample_steps", "end_step"), 1)
-    for key, minimum in {**least, "demo_every": 0, "num_workers": 0}.items():
+    positive = ("batch_size", "grad_accum_steps", "save_every", "sample_n", "sample_steps", "end_step", "eval_every")
+    natural = ("demo_every", "num_workers", "keep", "held_out")
+    for key, minimum in {**dict.fromkeys(positive, 1), **dict.fromkeys(natural, 0)}.items():
         if (value := getattr(arguments, key)) is not None and value < minimum:
             parser.error(f"--{key.replace('_', '-')} must be at least {minimum}, got {value}")
     if arguments.lr is not None and not 0 < arguments.lr < math.inf:
         parser.error(f"--lr must be positive, got {arguments.lr}")
+    if arguments.reset and not arguments.resume_inference:
+        parser.error("--reset needs --resume-inference, the weights of which it leaves some out")
     check_device(parser, arguments.device)
     return arguments
 
@@ -144,15 +172,19 @@ def naming(path: Path) -> Iterator[None]:
         raise ValueError(f"{path} is no config of this script: {error}") from error
 
 
-def read_config(path: Path, data: str | None) -> dict[str, Any]:
+def read_config(path: Path, data: str | None, objective: str | None = None) -> dict[str, Any]:
     """The JSON config, with k-diffusion's defaults of its training sections filled in."""
     config = read_json(path)
     config.pop("run", None)
+    if objective is not None:
+        config["model"] = _section(config, "model", path) | {"objective": objective}
     if data is not None:
         kept = {key: value for key, value in _section(config, "dataset", path).items() if key == "cond_dropout_rate"}
         config["dataset"] = parse_data_flag(data) | kept
     elif not _section(config, "dataset", path):
         raise ValueError(f"{path} has no dataset; name one with --data")
+    if _section(config, "model", path).get("objective") == "meanflow":
+        config["meanflow"] = MEANFLOW | _section(config, "meanflow", path)
     for section, defaults in SECTIONS.items():
         config[section] = defaults | _section(config, section, path)
     for section in ("optimizer", "ema_sched"):
@@ -176,16 +208,14 @@ class Trainer:
             self._read_data()
             if start is not None and start[0] is not None:
                 self._take_kv_heads(HDiTConfig.from_json(start[0]))
-            self.model_config = self.plan.to_json()["model"]
-            self.quantile = make_sigma_quantile(self.model_config)
-            self.quantile(torch.tensor([0.5]))  # what it lacks shows on its first call
+            self.objective = open_objective(self.config, self.plan)
             learning_rate_factor(self.config["lr_sched"], 0)
-            weighting = loss_weighting(self.model_config)
 
         torch.manual_seed(arguments.seed)
         self.model = HDiT(self.plan, checkpointing=arguments.checkpointing)
         if start is not None:  # a checkpoint of the run itself, loaded below, wins
-            load_tensors(self.model, start[1], arguments.resume_inference, torch.float32)
+            tensors = reset(self.model, start[1], arguments.reset)
+            load_tensors(self.model, tensors, arguments.resume_inference, torch.float32)
         self.model.to(processes.device)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         if arguments.compile:
@@ -193,7 +223,7 @@ class Trainer:
         self.wrapped = processes.wrap(self.model)
         if processes.fsdp:
             processes.shard(self.ema)
-        self.denoiser = Denoiser(self.wrapped, sigma_data=self.plan.sigma_data, weighting=weighting)
+        self.learner = self.objective.around(self.wrapped, self.plan.sigma_data)
 
         settings = self.config["optimizer"]
         lr = settings["lr"] if arguments.lr is None else arguments.lr
@@ -201,6 +231,9 @@ class Trainer:
         self.base_lrs = [group["lr"] for group in groups]
         self.optimizer = torch.optim.AdamW(groups, betas=tuple(settings["betas"]), eps=settings["eps"])
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=arguments.mixed_precision == "fp16")
+        self.by_level = torch.zeros(2, len(self.objective.edges) + 1, device=processes.device)
+        """sums and numbers of this process's losses of the last step, by noise level"""
+        self.gradient_norm = torch.zeros((), device=processes.device)
         self.step = 0
         self.saved_step = 0
         self.written_step: int | None = None
@@ -208,7 +241,7 @@ class Trainer:
         self._resume()
 
     def _read_data(self) -> None:
-        config = read_config(self.arguments.config, self.arguments.data)
+        config = read_config(self.arguments.config, self.arguments.data, self.arguments.objective)
         plan = HDiTConfig.from_json(config)
         dataset = config["dataset"]
         self.source = open_source(dataset, plan.input_size, plan.input_channels)
@@ -220,6 +253,9 @@ class Trainer:
         self.say(describe(self.source))
         if isinstance(self.source, Folder):
             self.source.check(self.processes.rank, self.processes.world)
+        if count := self.arguments.held_out:
+            self.source, self.held_out = hold_out(self.source, count)
+            self.say(f"{len(self.source)} images to train on, {count} held out")
 
     def _take_kv_heads(self, stored: HDiTConfig) -> None:
         """Give the model the KV heads of the weights it starts from, where ``natten_layers.convert`` has pooled them.
@@ -288,6 +324,7 @@ class Trainer:
         self.write_weights()
         if self.processes.first:
             self.files.record(path)
+            self.files.prune(self.arguments.keep)
         self.processes.barrier()
         self.saved_step = self.step
 
@@ -314,7 +351,7 @@ class Trainer:
             rank=processes.rank,
             world=processes.world,
         )
-        examples = Examples(self.source, self.model_config.get("augment_prob", 0.0))
+        examples = Examples(self.source, self.plan.other.get("model", {}).get("augment_prob", 0.0))
         loading = load_batches(
             examples, keys, workers=arguments.num_workers, pin_memory=processes.device.type == "cuda"
         )
@@ -324,14 +361,20 @@ class Trainer:
                     loss = self._train_step(batches, keys.global_batch)
                 # All processes must do the same after the same step, whichever of them was asked to.
                 asked = loss.new_tensor([signals.stop_wanted, signals.take_save()])
-                loss, stopping, saving = processes.mean(torch.cat([loss[None], asked])).tolist()
+                seen = processes.mean(torch.cat([loss[None], asked, self.gradient_norm[None], self.by_level.flatten()]))
+                loss, stopping, saving, norm, *_ = seen.tolist()
                 if not math.isfinite(loss):
                     raise RuntimeError(f"the loss of step {self.step} is {loss}; try a lower --lr")
                 log.write(self.step, loss, keys.global_batch)
+                by_level = self._by_level("loss by", seen[4:].view_as(self.by_level))
+                log.show(self.step, {"learning rate": self._learning_rate(), "gradient norm": norm} | by_level)
                 if stopping or saving or self.step % arguments.save_every == 0:
                     self.save()
                 if stopping:
                     return False
+                if arguments.held_out and self.step % arguments.eval_every == 0:
+                    with signals.interruptible():
+                        log.show(self.step, self.evaluate())
                 if arguments.demo_every and self.step % arguments.demo_every == 0:
                     try:
                         log.picture(self.step, self.demo(f"_demo_{self.step:08}.png"))
@@ -346,6 +389,7 @@ class Trainer:
         arguments, processes = self.arguments, self.processes
         # Dropout is all that draws from the global generator; a seed a step spares the checkpoint its state.
         torch.manual_seed(random.Random(f"{arguments.seed} step {self.step} {processes.rank}").getrandbits(63))
+        self.by_level = torch.zeros_like(self.by_level)
         factor = learning_rate_factor(self.config["lr_sched"], self.step)
         for group, lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = lr * factor
@@ -353,11 +397,14 @@ class Trainer:
         for i in range(arguments.grad_accum_steps):
             batch = Batch(*(tensor.to(processes.device, non_blocking=True) for tensor in next(batches)))
             with processes.accumulation(self.wrapped, last=i == arguments.grad_accum_steps - 1):
-                loss = self._loss(batch, global_batch) / arguments.grad_accum_steps
+                images, levels = self._losses(self.learner, batch, global_batch, drop_classes=True)
+                loss = images.mean() / arguments.grad_accum_steps
                 self.scaler.scale(loss).backward()
             losses.append(loss.detach())
+            self.by_level += sums_by_level(images.detach().float(), levels, self.objective.edges)
         self.scaler.unscale_(self.optimizer)
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.gradient_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
@@ -365,15 +412,45 @@ class Trainer:
         self.step += 1
         return torch.stack(losses).sum()
 
-    def _loss(self, batch: Batch, global_batch: int) -> Tensor:
+    def _losses(
+        self, learner: nn.Module, batch: Batch, global_batch: int, *, drop_classes: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Of each image, with its noise level."""
         conditions = {"aug_cond": batch.aug_cond}
         if self.plan.num_classes:
-            drop = batch.uniform[:, 1] < self.config["dataset"].get("cond_dropout_rate", 0.1)
+            rate = self.config["dataset"].get("cond_dropout_rate", 0.1) if drop_classes else 0.0
+            drop = batch.uniform[:, 1] < rate
             conditions["class_cond"] = batch.label.masked_fill(drop, self.plan.num_classes)
-        sigma = self.quantile(stratified(batch.place, global_batch, batch.uniform[:, 0]))
         dtype = DTYPES.get(self.arguments.mixed_precision)
         with torch.autocast(self.processes.device.type, dtype, enabled=dtype is not None):
-            return self.denoiser.loss(batch.image, batch.noise, sigma, **conditions).mean()
+            return self.objective.losses(learner, batch, global_batch, conditions)
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """The EMA weights' loss of the held-out images, always under the same noise, as curves by name.
+
+        Every process must call it.
+        """
+        learner = self.objective.around(self.ema, self.plan.sigma_data)
+        sums = torch.zeros_like(self.by_level)
+        batches = held_out_batches(self.held_out, self.arguments.batch_size, self.processes.rank, self.processes.world)
+        for batch, counts in batches:
+            batch = Batch(*(tensor.to(self.processes.device) for tensor in batch))
+            losses, levels = self._losses(learner, batch, len(self.held_out), drop_classes=False)
+            counts = counts.to(losses.device)
+            sums += sums_by_level(losses[counts].float(), levels[counts], self.objective.edges)
+        sums = self.processes.mean(sums)
+        loss = (sums[0].sum() / sums[1].sum()).item()
+        self.say(f"step {self.step}: held-out loss {loss:.4f}")
+        return {"held-out loss": loss} | self._by_level("held-out loss by", sums)
+
+    def _by_level(self, name: str, sums: Tensor) -> dict[str, float]:
+        """Mean losses by noise level; a slash in their names makes one group of them."""
+        level, edges = self.objective.level, self.objective.edges
+        return means(sums, [f"{name} {level}/{bounds}" for bounds in level_names(level, edges)])
+
+    def _learning_rate(self) -> float:
+        return max(group["lr"] for group in self.optimizer.param_groups)
 
     @torch.no_grad()
     def _update_ema(self) -> None:
@@ -390,10 +467,12 @@ class Trainer:
         Raises:
             DemoStoppedError: a process was asked to stop.
         """
+        sampler, steps = DEFAULTS[self.plan.objective]
         request = Request(
             classes=tuple(range(self.plan.num_classes)),
             count=self.arguments.sample_n,
-            steps=self.arguments.sample_steps,
+            sampler=sampler,
+            steps=self.arguments.sample_steps or steps,
             seed=self.arguments.seed,
         )
 
@@ -401,7 +480,7 @@ class Trainer:
             if self.processes.any(self.signals.stop_wanted):
                 raise DemoStoppedError
 
-        images = sample(Denoiser(self.ema), self.plan, request, quiet=not self.processes.first, on_step=on_step)
+        images = sample(self.ema, self.plan, request, quiet=not self.processes.first, on_step=on_step)
         grid = picture(images, self.plan, request)
         if self.processes.first:
             save_png(grid, self.files.path(suffix), asdict(request) | {"sha256": digest(images)})
@@ -429,51 +508,12 @@ class Trainer:
             tqdm.write(text)
 
     def _log(self) -> Log:
-        shown = self.processes.first
-        return Log(self.files, self.step, self.arguments.end_step) if shown else Log(None, self.step, None)
-
-
-class Log:
-    """Progress bar, metrics file and TensorBoard of the first process; silent with ``files=None``."""
-
-    def __init__(self, files: RunFiles | None, step: int, end_step: int | None) -> None:
-        self.bar = tqdm(total=end_step, initial=step, unit="step", disable=files is None)
-        self.files, self.mean, self.before = files, None, time.perf_counter()
-        if files is not None:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import
-
-            files.rewrite_metrics(files.losses(step))  # the steps after the checkpoint are run again
-            self.metrics = files.path("_metrics.csv").open("ab", buffering=0)  # a line is there before the next step
-            self.board = SummaryWriter(str(files.path("_tensorboard")), purge_step=step + 1)
-
-    def __enter__(self) -> Log:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-        if self.files is not None:
-            self.metrics.close()
-            with writing(self.files.path("_tensorboard")):
-                self.board.close()
-
-    def write(self, step: int, loss: float, images: int) -> None:
-        now = time.perf_counter()
-        rate, self.before = images / (now - self.before), now
-        self.mean = loss if self.mean is None else self.mean + 0.05 * (loss - self.mean)
-        if self.files is not None:
-            with writing(self.files.path("_metrics.csv")):
-                self.metrics.write(f"{step},{loss!r}\n".encode())
-            with writing(self.files.path("_tensorboard")):
-                self.board.add_scalar("loss", loss, step)
-                self.board.add_scalar("images per second", rate, step)
-            self.bar.set_postfix_str(f"loss {self.mean:.4f}, {rate:.0f} images/s", refresh=False)
-            self.bar.update()
-
-    def picture(self, step: int, grid: Image.Image) -> None:
-        self.before = time.perf_counter()  # the time that sampling takes is not the training's
-        if self.files is not None:
-            with writing(self.files.path("_tensorboard")):
-                self.board.add_image("samples", np.asarray(grid), step, dataformats="HWC")
+        if not self.processes.first:
+            return Log(None, self.step, None)
+        arguments = self.arguments
+        folder = self.files.path("_tensorboard")
+        boards = Boards(folder, self.step, project=arguments.wandb, name=arguments.name, config=self.plan.to_json())
+        return Log(self.files, self.step, arguments.end_step, boards)
 
 
 def run(arguments: argparse.Namespace, processes: Processes) -> int:

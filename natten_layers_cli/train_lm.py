@@ -36,7 +36,7 @@ from natten_layers.io.checkpoints import load_plain
 from natten_layers.io.files import leftovers, replacing
 from natten_layers.modules.llm import DecoderLM, DecoderLMConfig
 
-from .checkpointing import check_finite
+from .checkpointing import MOMENTS, check_finite, check_moments
 from .parallel import Processes
 from .running import (
     SIGNALS_HELP,
@@ -277,9 +277,14 @@ class Trainer:
             ]
             raise ValueError(f"{self.checkpoint} is of another model: {'; '.join(differ)}")
         try:
+            # What is missing would be made anew, and the run would go on without what it had learned of its gradients.
+            for name, moments in optimizer["state"].items():
+                if missing := MOMENTS - moments.keys():
+                    raise ValueError(f"the optimizer's state of {name} lacks {', '.join(sorted(missing))}")
             set_state_dict(
                 self.model, self.optimizer, model_state_dict=model, optim_state_dict=optimizer, options=WHOLE
             )
+            check_moments(self.optimizer)
         except (RuntimeError, KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{self.checkpoint} holds other content than this script saves: {error!r}") from error
         self.step = step

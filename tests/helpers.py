@@ -45,10 +45,19 @@ class Case:
     seen: float | None = None
     """The share of keys that a key mask lets be seen, or None without one."""
     is_periodic: bool | tuple[bool, ...] = False
+    key_spatial: tuple[int, ...] | None = None
+    """axes of keys, if queries lie on another grid"""
 
     @property
     def window(self) -> Window:
-        return make_window(self.spatial, self.kernel_size, self.stride, self.dilation, self.is_causal, self.is_periodic)
+        return make_window(
+            self.key_spatial or self.spatial,
+            self.kernel_size,
+            self.stride,
+            self.dilation,
+            self.is_causal,
+            self.is_periodic,
+        )
 
     def __str__(self) -> str:  # pytest's id
         return self.name
@@ -126,6 +135,22 @@ CASES: Sequence[Case] = (
         is_periodic=(False, True, True),
     ),
     Case("torus-3d", (3, 4, 5), (2, 3, 4), (1, 3, 2), head_dim=8, value_dim=8, heads=2, kv_heads=1, is_periodic=True),
+    Case("finer", (23,), 3, heads=4, kv_heads=2, registers=2, sink="learned", key_spatial=(7,)),
+    Case("coarser", (3, 4), (2, 3), head_dim=24, value_dim=8, key_spatial=(10, 9)),
+    Case(
+        "finer-and-coarser", (9, 2), (3, 4), heads=4, kv_heads=1, scale=-0.3, sink="zero", batch=1, key_spatial=(4, 11)
+    ),
+    Case("finer-on-a-ring", (9, 8), (2, 5), heads=4, is_periodic=(False, True), batch=1, key_spatial=(9, 6)),
+    Case(
+        "coarser-torus",
+        (2, 3, 5),
+        (2, 3, 2),
+        head_dim=8,
+        value_dim=8,
+        is_periodic=(False, True, True),
+        key_spatial=(3, 4, 2),
+    ),
+    Case("one-query", (1,), 4, key_spatial=(9,)),
     Case("2d-bf16", (9, 11), 5, heads=4, kv_heads=2, registers=2, sink="learned", dtype=torch.bfloat16),
     Case("2d-fp16", (9, 11), 5, heads=4, kv_heads=2, registers=2, sink="learned", dtype=torch.float16),
     Case("1d-causal-bf16", (40,), 16, is_causal=True, heads=4, kv_heads=1, dtype=torch.bfloat16),
@@ -141,11 +166,11 @@ def make_inputs(case: Case, device: torch.device | str = "cpu", seed: int = 0) -
         values = torch.randn(shape, generator=generator, dtype=torch.float64)
         return values.to(case.dtype).to(device).requires_grad_()
 
-    tokens = (case.batch, *case.spatial)
+    tokens, key_tokens = (case.batch, *case.spatial), (case.batch, *(case.key_spatial or case.spatial))
     inputs = {
         "query": draw(*tokens, case.heads, case.head_dim),
-        "key": draw(*tokens, case.kv_heads, case.head_dim),
-        "value": draw(*tokens, case.kv_heads, case.value_dim),
+        "key": draw(*key_tokens, case.kv_heads, case.head_dim),
+        "value": draw(*key_tokens, case.kv_heads, case.value_dim),
     }
     if case.registers:
         inputs["additional_keys"] = draw(case.batch, case.registers, case.kv_heads, case.head_dim)

@@ -62,8 +62,9 @@ def attend_packed(
     torch.autograd.grad(out.float().sum(), [q, k, v] if extra is None else [q, k, v, extra])
 
 
-def options_of(rank: int, kernel_size: int, sink: float | None) -> problem.Options:
-    return problem.Options(sink, (kernel_size,) * rank, (1,) * rank, (1,) * rank, (rank == 1,) * rank, 1.0)
+def options_of(rank: int, kernel_size: int, sink: float | None, stride: int = 1, dilation: int = 1) -> problem.Options:
+    sizes = (kernel_size,) * rank, (stride,) * rank, (dilation,) * rank
+    return problem.Options(sink, *sizes, (rank == 1,) * rank, 1.0)
 
 
 def attend_large_on_sm90(
@@ -89,22 +90,24 @@ def attend_large_on_sm90(
 
 
 def attend_small_on_sm90(
-    spatial: tuple[int, ...], kernel_size: int, heads: int, *, registers: int, dim: int = 64
-) -> None:
+    spatial: tuple[int, ...], kernel_size: int, heads: int, *, registers: int, dim: int = 64, stride: int = 1,
+    dilation: int = 1,
+) -> None:  # fmt: skip
     from natten_layers.kernels.sm90 import small_backward, small_forward, small_forward_rolling
 
     query, key = (torch.zeros(1, *spatial, h, dim, dtype=torch.bfloat16) for h in (heads, 2))
     extra = torch.zeros(1, registers, 2, dim, dtype=torch.bfloat16) if registers else None
     tensors = problem.Inputs(query, key, key, extra, extra, torch.zeros(heads))
     rank = len(spatial)
-    options = options_of(rank, kernel_size, None)
+    options = options_of(rank, kernel_size, None, stride, dilation)
     one = problem.problem_of(tensors, options)
     config = small_tiling.small_tile_config(one)
     assert config is not None
     small_forward.forward(config, one, tensors, options, with_stats=rank > 1)
-    config = small_tiling.rolling_tile_config(one)
-    assert config is not None
-    small_forward_rolling.forward(config, one, tensors, options, with_stats=rank > 1)
+    if stride == dilation == 1:
+        config = small_tiling.rolling_tile_config(one)
+        assert config is not None
+        small_forward_rolling.forward(config, one, tensors, options, with_stats=rank > 1)
     config = small_tiling.small_dq_tile_config(one)
     assert config is not None
     rows = torch.ones(query.shape[:-1])
@@ -166,6 +169,8 @@ def main(capability: int) -> None:
         attend_small_on_sm90((64, 64), 7, 8, registers=0, dim=40)
         attend_small_on_sm90((4096,), 128, 16, registers=0)
         attend_small_on_sm90((4096,), 8, 8, registers=0, dim=128)
+        attend_small_on_sm90((56, 56), 7, 2, registers=0, dim=32, stride=3, dilation=2)
+        attend_small_on_sm90((4096,), 128, 8, registers=5, dim=64, stride=32, dilation=4)
         attend_with_qk_prep_on_sm90((64, 64), 7, AxialRoPE(64, 8, num_kv_heads=2), "cosine")
         attend_with_qk_prep_on_sm90((4096,), 128, RoPE(64, scaling=YARN), "rms")
     with torch.no_grad():

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -33,6 +34,7 @@ EVERYTHING = Case("all", (4, 5), 3, 1, 1, (True, False), heads=4, kv_heads=2, re
 IMPLS: tuple[Impl, ...] = ("fused", "eager")
 PLAIN = Case("plain", (9,), 3, heads=2, kv_heads=1)
 RING = Case("ring", (7, 8), (3, 4), heads=4, is_periodic=(False, True))
+FINER = Case("finer", (8,), 3, heads=4, key_spatial=(5,))
 
 
 @pytest.fixture(autouse=True)
@@ -51,11 +53,9 @@ def attend(case: Case, *, return_lse: bool = True, impl: Impl = "fused") -> Call
         additional_values: Tensor | None = None,
         sink: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        results = neighborhood_attention(
-            query, key, value, case.kernel_size, is_causal=case.is_causal, is_periodic=case.is_periodic,
-            additional_keys=additional_keys,
-            additional_values=additional_values, sink=sink, return_lse=return_lse, impl=impl,
-        )  # fmt: skip
+        options: dict[str, Any] = {"is_causal": case.is_causal, "is_periodic": case.is_periodic, "impl": impl}
+        options |= {"additional_keys": additional_keys, "additional_values": additional_values, "sink": sink}
+        results = neighborhood_attention(query, key, value, case.kernel_size, return_lse=return_lse, **options)
         return results if isinstance(results, tuple) else (results,)
 
     return call
@@ -76,7 +76,7 @@ def operator_arguments(case: Case) -> tuple[object, ...]:
     return *tensors, None, list(case.window.kernel_size), ones, ones, causal, 0.25, periodic
 
 
-@pytest.mark.parametrize("case", [EVERYTHING, Case("1d", (9,), 4, is_causal=True), RING], ids=str)
+@pytest.mark.parametrize("case", [EVERYTHING, Case("1d", (9,), 4, is_causal=True), RING, FINER], ids=str)
 def test_operators_keep_torchs_contract(case: Case) -> None:
     """Schemas, fakes (shapes, strides, dtypes), autograd registration and tracing with dynamic shapes."""
     arguments = operator_arguments(case)
@@ -102,7 +102,9 @@ def test_fakes_have_the_strides_of_results_for_views() -> None:
 
 
 @pytest.mark.parametrize(
-    ("case", "backend"), [(EVERYTHING, "aot_eager"), (EVERYTHING, "inductor"), (RING, "aot_eager")], ids=str
+    ("case", "backend"),
+    [(EVERYTHING, "aot_eager"), (EVERYTHING, "inductor"), (RING, "aot_eager"), (FINER, "aot_eager")],
+    ids=str,
 )
 def test_compiles_into_one_graph(case: Case, backend: str) -> None:
     inputs = tuple(make_inputs(case, DEVICE).values())
@@ -156,7 +158,7 @@ def test_exports() -> None:
         torch.testing.assert_close(program.module()(x), layer(x))
 
 
-@pytest.mark.parametrize("case", [PLAIN, RING], ids=str)
+@pytest.mark.parametrize("case", [PLAIN, RING, FINER], ids=str)
 def test_exports_the_fused_operator(case: Case) -> None:
     class Attend(nn.Module):
         def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -173,7 +175,8 @@ def test_exports_the_fused_operator(case: Case) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_visible_pairs_counts_the_mask(case: Case) -> None:
-    assert visible_pairs(case.spatial, case.window) == window_mask(case.spatial, case.window).sum()
+    mask = window_mask(case.spatial, case.window, key_spatial=case.key_spatial)
+    assert visible_pairs(case.spatial, case.window) == mask.sum()
 
 
 def test_flop_are_counted_by_visible_pairs() -> None:

@@ -500,7 +500,7 @@ def test_a_second_ctrl_c_loses_no_state_that_is_whole(
     elif where == "save":
         monkeypatch.setattr(train_hdit, "save_checkpoint", twice(train_hdit.save_checkpoint))
     else:
-        monkeypatch.setattr(train_hdit.Trainer, "_loss", twice(train_hdit.Trainer._loss))
+        monkeypatch.setattr(train_hdit.Trainer, "_losses", twice(train_hdit.Trainer._losses))
     assert train(config, "a", "--end-step", "5", "--demo-every", "1", "--save-every", "1000") == 130
     error = capfd.readouterr().err
     if where == "save":  # the last one, of a run that needs no other

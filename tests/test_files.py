@@ -494,10 +494,15 @@ LOADS: dict[str, Callable[[Path], object]] = {
     "sharded/model.safetensors.index.json": lambda path: DecoderLM.from_pretrained(path.parent),
     "configs.json": tuned.read_tuned,
 }
-DRAWN = settings(
-    max_examples=12, derandomize=True, database=None, deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)  # fmt: skip
+
+
+def drawn(examples: int) -> settings:
+    """So many examples, unless ``--examples`` asks for others."""
+    asked = settings.get_current_profile_name() == "fuzz"
+    return settings(
+        max_examples=settings().max_examples if asked else examples, database=None,
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    )  # fmt: skip
 
 
 def loads_or_names_itself(load: Callable[[Path], object], path: Path) -> None:
@@ -516,7 +521,7 @@ def loads_or_names_itself(load: Callable[[Path], object], path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", LOADS)
-@DRAWN
+@drawn(12)
 @given(data=st.data())
 def test_turned_bits(name: str, data: st.DataObject, good: Path, tmp_path: Path) -> None:
     copied(good, tmp_path, name.split("/")[0])
@@ -552,7 +557,7 @@ def places_in(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize("name", [name for name in LOADS if name.endswith(".json")])
-@DRAWN
+@drawn(12)
 @given(data=st.data())
 def test_other_values_in_json(name: str, data: st.DataObject, good: Path, tmp_path: Path) -> None:
     copied(good, tmp_path, name.split("/")[0])

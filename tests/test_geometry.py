@@ -78,6 +78,24 @@ def test_the_last_group_of_a_ring_may_be_shorter_than_its_stride():
     assert windows(6, 4, stride=4, periodic=True) == [[0, 1, 2, 3]] * 4 + [[0, 3, 4, 5]] * 2
 
 
+def other_grid(queries: int, keys: int, kernel: int, periodic: bool = False) -> list[list[int]]:
+    mask = axis_mask(queries, kernel, 1, 1, False, periodic=periodic, key_length=keys)
+    return [row.nonzero().flatten().tolist() for row in mask]
+
+
+def test_queries_on_another_grid_see_the_keys_around_their_centres():
+    assert other_grid(8, 4, 3) == spans(*[(0, 2)] * 4, *[(1, 3)] * 4)
+    assert other_grid(4, 8, 2) == spans((0, 1), (2, 3), (4, 5), (6, 7))
+    assert other_grid(1, 9, 2) == spans((3, 4))  # most keys are seen by nobody
+    # Leaders 0, 0, 1, 1, 2, 2, 3 and 3.
+    assert other_grid(8, 4, 3, periodic=True) == [[0, 1, 3]] * 2 + [[0, 1, 2]] * 2 + [[1, 2, 3]] * 2 + [[0, 2, 3]] * 2
+
+
+def test_another_grid_of_equal_lengths_is_the_same():
+    for kernel, periodic in [(1, False), (3, True), (4, False), (7, True)]:
+        assert other_grid(7, 7, kernel, periodic) == windows(7, kernel, periodic=periodic)
+
+
 def test_causal_dilation():
     assert windows(6, 2, dilation=2, causal=True) == [[0], [1], [0, 2], [1, 3], [2, 4], [3, 5]]
 
@@ -156,6 +174,25 @@ def test_on_a_ring_bounds_are_unwrapped_and_each_inverts_the_other():
                     for query in range(start, end + 1):
                         seen[query % length, key] += 1
                 assert torch.equal(seen, sees), (length, kernel, stride)
+
+
+@pytest.mark.parametrize("periodic", [False, True])
+def test_on_another_grid_query_bounds_invert_window_bounds(periodic: bool):
+    for length in range(1, 10):
+        for keys in range(1, 12):
+            for kernel in range(1, keys + 1):
+                sees = axis_mask(length, kernel, 1, 1, False, periodic=periodic, key_length=keys)
+                assert (sees.sum(1) == kernel).all()
+                first, last = query_bounds(torch.arange(keys), length, kernel, 1, False, periodic, keys)
+                assert (first.diff() >= 0).all()
+                assert (last.diff() >= 0).all()
+                assert (first >= -length * periodic).all()
+                assert (last < length * (1 + periodic)).all()
+                seen = torch.zeros(length, keys, dtype=torch.int)
+                for key, (start, end) in enumerate(zip(first.tolist(), last.tolist(), strict=True)):
+                    for query in range(start, end + 1):
+                        seen[query % length, key] += 1
+                assert torch.equal(seen, sees.int()), (length, keys, kernel)
 
 
 @given(st.data())

@@ -27,7 +27,17 @@ from natten_layers import (
 )
 from natten_layers.arguments import Call
 from natten_layers.geometry import make_window, window_mask
-from natten_layers.modules import GEGLU, AdaRMSNorm, AxialRoPE, RMSNorm, RoPE, attention, make_axial_pos
+from natten_layers.modules import (
+    GEGLU,
+    AdaRMSNorm,
+    AxialRoPE,
+    GatedFeedForward,
+    MixtureOfExperts,
+    RMSNorm,
+    RoPE,
+    attention,
+    make_axial_pos,
+)
 from natten_layers.modules.rope import Rotary, rotate_half_split, rotate_interleaved
 
 F64 = torch.float64
@@ -67,6 +77,28 @@ def test_geglu() -> None:
     layer, x = GEGLU(6, 10).double(), randn(2, 6)
     up, down = layer.up_proj.weight, layer.down_proj.weight
     torch.testing.assert_close(layer(x), (x @ up[:10].T * F.gelu(x @ up[10:].T)) @ down.T)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_mixture_of_experts(normalize: bool) -> None:
+    make = lambda: GatedFeedForward(8, 6, activation="clamped_swiglu", bias=True, swiglu_limit=0.4)  # noqa: E731
+    layer = MixtureOfExperts(make, 5, 2, 8, normalize=normalize, bias=True).double()
+    randomize(layer)
+    with torch.no_grad():
+        layer.router.bias[3] = -100.0  # an expert that no token chooses
+    x = randn(2, 7, 8)
+    scores = layer.router(x)
+    weights, chosen = scores.softmax(-1).topk(2)
+    expected = torch.zeros_like(x)
+    for b, i, k in torch.cartesian_prod(torch.arange(2), torch.arange(7), torch.arange(2)).tolist():
+        expert: Any = layer.experts[int(chosen[b, i, k])]
+        gate, up = expert.gate_proj(x[b, i]).clamp(max=0.4), expert.up_proj(x[b, i]).clamp(-0.4, 0.4)
+        out = expert.down_proj((up + 1) * gate / (1 + torch.exp(-1.702 * gate)))
+        expected[b, i] += out * (weights[b, i, k] / (weights[b, i].sum() if normalize else 1))
+    torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
+    layer(x).sum().backward()
+    unused = [parameter.grad for parameter in layer.experts[3].parameters()]
+    assert all(gradient is not None and not gradient.any() for gradient in unused)
 
 
 # --- rotary embeddings

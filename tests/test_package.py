@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
 import tomllib
@@ -13,6 +14,7 @@ import pytest
 
 import natten_layers
 from natten_layers_cli.launch import launch
+from natten_layers_cli.running import run_command
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -42,9 +44,26 @@ def test_commands_begin_without_pytorch() -> None:
 def test_ctrl_c_during_imports_is_quiet(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stub(monkeypatch, tmp_path, "raise KeyboardInterrupt")
-    assert launch(STUB) == 130
-    assert capsys.readouterr() == ("", "")
+    for answer in ("raise", "raise RuntimeError('the import failed')"):
+        code = f"import signal\ntry: signal.raise_signal(signal.SIGINT)\nexcept KeyboardInterrupt: {answer}"
+        stub(monkeypatch, tmp_path, code)
+        assert launch(STUB) == 130
+        assert capsys.readouterr() == ("", "")
+
+
+def test_ctrl_c_that_becomes_another_error_is_still_ctrl_c(capsys: pytest.CaptureFixture[str]) -> None:
+    """As torch.frombuffer does: "could not determine the shape of object type"."""
+
+    def body() -> int:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise RuntimeError("could not determine the shape") from None
+        return 0
+
+    assert run_command(body, when_interrupted="nothing was written") == 130
+    assert capsys.readouterr().err == "nothing was written\n"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.parametrize("code", ["import no_such_package", "def main(): import no_such_package"])

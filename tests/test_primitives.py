@@ -65,6 +65,44 @@ def test_bounds_on_the_device_are_those_of_the_host(inverse: bool, causal: bool,
 
 
 @triton.jit
+def grid_kernel(Index, Length, KeyLength, Kernel, First, Last, INVERSE: tl.constexpr, PERIODIC: tl.constexpr,
+                BLOCK: tl.constexpr):  # fmt: skip
+    """As ``bounds_kernel``, of queries on another grid than keys."""
+    n = tl.arange(0, BLOCK)
+    index, length, keys, kernel = tl.load(Index + n), tl.load(Length + n), tl.load(KeyLength + n), tl.load(Kernel + n)
+    if INVERSE:
+        first, last = primitives.query_bounds(index, length, kernel, 1, False, PERIODIC, keys)
+    else:
+        first, last = primitives.window_bounds(index, length, kernel, 1, False, PERIODIC, keys)
+    tl.store(First + n, first)
+    tl.store(Last + n, last)
+
+
+@pytest.mark.parametrize("periodic", [False, True])
+@pytest.mark.parametrize("inverse", [False, True])
+def test_bounds_on_another_grid_are_those_of_the_host(inverse: bool, periodic: bool) -> None:
+    """On short axes, and on long ones, whose lengths have a product beyond 32 bits."""
+    bounds = query_bounds if inverse else window_bounds
+    axes = [(n, keys, k) for n in range(1, 9) for keys in range(1, 9) for k in range(1, keys + 1)]
+    indices = [torch.arange(keys if inverse else n) for n, keys, _ in axes]
+    for n, keys in ((100_000, 70_000), (3, 1 << 20), (1 << 20, 3)):
+        axes.append((n, keys, min(keys, 1000)))
+        index = torch.linspace(0, 1, 50, dtype=torch.float64) * ((keys if inverse else n) - 1)
+        indices.append(index.long())
+    host = [bounds(index, n, k, 1, False, periodic, keys) for index, (n, keys, k) in zip(indices, axes, strict=True)]
+    rows = torch.cat(
+        [torch.stack([i, *(torch.full_like(i, x) for x in axis)]) for i, axis in zip(indices, axes, strict=True)], 1
+    )
+    size = triton.next_power_of_2(rows.shape[1])
+    padded = torch.ones(4, size, dtype=torch.int32)
+    padded[:, : rows.shape[1]] = rows
+    first, last = torch.empty(2, size, dtype=torch.int32, device=DEVICE)
+    grid_kernel[(1,)](*padded.to(DEVICE), first, last, INVERSE=inverse, PERIODIC=periodic, BLOCK=size)
+    for found, ends in zip((first, last), zip(*host, strict=True), strict=True):
+        assert torch.equal(found[: rows.shape[1]].cpu().long(), torch.cat(ends))
+
+
+@triton.jit
 def tiles_kernel(Residue, Count, Origin, length, dilation, tiles, TILE: tl.constexpr):
     _, residue, count, origin = primitives.spatial_tile(tl.program_id(0), length, dilation, tiles, TILE)
     for AXIS in tl.static_range(3):
@@ -115,3 +153,25 @@ def test_a_chunk_needs_no_mask_if_and_only_if_every_query_sees_all_of_it(axis: i
     inside_kernel[(1,)](origin, lo, hi, out, AXIS=axis, CHUNK=chunk, BLOCK=len(rows))
     expected = [all(first <= key <= last for key in range(start, start + side)) for start, first, last in rows]
     assert out.bool().tolist() == expected
+
+
+@triton.jit
+def split_kernel(X, High, Rest, BLOCK: tl.constexpr):
+    n = tl.arange(0, BLOCK)
+    b_high, b_rest = primitives.split_tf32(tl.load(X + n))
+    tl.store(High + n, b_high)
+    tl.store(Rest + n, b_rest)
+
+
+def test_a_number_is_split_into_the_nearest_tf32_number_and_the_rest() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1024, generator=generator) * torch.logspace(-30, 30, 1024)
+    x[:4] = torch.tensor([0.0, 1.0 + 2**-11, -(1.0 + 2**-11), 2.0 - 2**-23])  # two ties, and one that rounds up to 2
+    high, rest = torch.empty(2, 1024, device=DEVICE)
+    split_kernel[(1,)](x.to(DEVICE), high, rest, BLOCK=1024)
+    high, rest = high.cpu(), rest.cpu()
+    assert not (high.view(torch.int32) & 0x1FFF).any()
+    assert torch.equal(high.double() + rest.double(), x.double())
+    mantissa, exponent = torch.frexp(x.double())
+    nearest = torch.ldexp((mantissa.abs() * 2**11 + 0.5).floor() * mantissa.sign() / 2**11, exponent)  # ties go up
+    assert torch.equal(high.double(), nearest)

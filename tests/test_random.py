@@ -51,9 +51,12 @@ def draw_case(random: Random) -> Case:
     axes = zip(spatial, dilation, is_causal, strict=True)
     is_periodic = tuple(random.random() < 0.25 and n % d == 0 and not causal for n, d, causal in axes)
     kv_heads, dim = random.choice((1, 2, 3)), random.choice(HEAD_DIMS)
+    other = not any(is_causal) and set(dilation) == {1} and not strided and random.random() < 0.3
+    queries = tuple(random.randint(1, LENGTHS[rank]) for _ in spatial) if other else spatial
     return Case(
         name="random",
-        spatial=spatial,
+        spatial=queries,
+        key_spatial=spatial,
         kernel_size=kernel_size,
         stride=tuple(random.randint(1, k) if strided else 1 for k in kernel_size),
         dilation=dilation,

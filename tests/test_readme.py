@@ -75,7 +75,7 @@ def test_links_lead_somewhere(page: str) -> None:
 def test_commands_name_files_and_targets_that_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     text = "\n".join((ROOT / page).read_text() for page in PAGES)
-    for target in re.findall(r"(?:^|`)make (\w+)", text, re.MULTILINE):
+    for target in re.findall(r"(?:^|`)make ([\w-]+)", text, re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
     for script in re.findall(r"examples/\w+\.py", text):
         assert (ROOT / script).exists(), script

@@ -25,6 +25,7 @@ from ..io.schema import (
 __all__ = ["HDiTConfig", "LevelConfig"]
 
 MODEL_TYPE = "image_transformer_v2"
+Objective = Literal["diffusion", "meanflow"]
 AttentionType = Literal["neighborhood", "global", "shifted-window", "none"]
 MappingWidth = Annotated[int, Between(2, 2**31 - 1)]
 Depth = Annotated[int, Between(0, MOST_LAYERS)]
@@ -84,6 +85,7 @@ class _Model(TypedDict, total=False):
     loss_config: str
     loss_weighting: str
     loss_scales: Count
+    objective: str
     augment_wrapper: bool
     augment_prob: Rate
     has_variance: bool
@@ -123,6 +125,13 @@ class _LearningRate(TypedDict, total=False):
     decay: Positive
 
 
+class _MeanFlow(TypedDict, total=False):
+    averaged: Rate
+    loc: float
+    scale: Positive
+    power: Rate
+
+
 class _Ema(TypedDict, total=False):
     type: str
     power: NotNegative
@@ -135,6 +144,7 @@ SECTIONS: dict[str, type | None] = {
     "optimizer": _Optimizer,
     "lr_sched": _LearningRate,
     "ema_sched": _Ema,
+    "meanflow": _MeanFlow,
     "run": None,  # flags of the training script, which checks them itself
 }
 
@@ -231,6 +241,9 @@ class HDiTConfig:
     """Standard deviation of the data, for :class:`Denoiser`."""
     sigma_min: NotNegative = 1e-2
     sigma_max: Positive = 80.0
+    objective: Objective = "diffusion"
+    """What the model learns: "diffusion" is for :class:`Denoiser`, "meanflow" for :class:`MeanFlow`, whose models have
+    an embedding more, of the time that a velocity is averaged over."""
     other: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """Other parts of the JSON form (optimizer, loss, ...). The model ignores them; :meth:`to_json` writes them back."""
 
@@ -287,7 +300,7 @@ class HDiTConfig:
         known["input_channels"] = _pop(model, "input_channels")
         known["mapping_d_ff"] = model.pop("mapping_d_ff", None) or None
         scalars = ("mapping_width", "mapping_depth", "mapping_cond_dim", "mapping_dropout_rate")
-        for key in (*scalars, "sigma_data", "sigma_min", "sigma_max"):
+        for key in (*scalars, "sigma_data", "sigma_min", "sigma_max", "objective"):
             if key in model:
                 known[key] = model.pop(key)
         known["num_classes"] = config["dataset"].pop("num_classes", 0)
@@ -315,6 +328,8 @@ class HDiTConfig:
             "sigma_min": self.sigma_min,
             "sigma_max": self.sigma_max,
         }
+        if self.objective != "diffusion":
+            model["objective"] = self.objective
         dataset = {"num_classes": self.num_classes}
         return other | {"model": other.get("model", {}) | model, "dataset": other.get("dataset", {}) | dataset}
 

@@ -90,7 +90,8 @@ def precision(dtype: torch.dtype) -> str:
 
     It follows ``torch.backends.cuda.matmul.fp32_precision``, which also reflects ``allow_tf32`` and
     ``torch.set_float32_matmul_precision``: TF32 or IEEE where one of these is set. If none is, a product is computed as
-    three products in TF32 (``tf32x3``), which run on tensor cores with errors like those of IEEE products (3e-7).
+    three products in TF32 (``tf32x3``), which run on tensor cores. Results then differ from those of IEEE products by
+    about 5e-7.
     """
     if dtype != torch.float32:
         return "ieee"
@@ -218,10 +219,17 @@ class Problem(NamedTuple):
         return self.lengths, kernel_size, stride, dilation
 
     @property
+    def class_lengths(self) -> Box:
+        """Tokens of the longest residue class, per axis."""
+        lengths, _, _, dilation = self.geometry
+        t, h, w = (ceil(n / d) for n, d in zip(lengths, dilation, strict=True))
+        return t, h, w
+
+    @property
     def axes(self) -> tuple[Axis, ...]:
-        """For each of three axes its length, kernel size and stride, and whether it is causal."""
-        lengths, kernel_size, stride, _ = self.geometry
-        return tuple(zip(lengths, kernel_size, stride, three_axes(self.is_causal, False), strict=True))
+        """For each of three axes the length of its longest class, kernel size, stride, and whether it is causal."""
+        _, kernel_size, stride, _ = self.geometry
+        return tuple(zip(self.class_lengths, kernel_size, stride, three_axes(self.is_causal, False), strict=True))
 
     @property
     def out(self) -> Layout:
@@ -266,14 +274,14 @@ class Problem(NamedTuple):
 
         Those of a packed batch are its longest axes', as powers of two: so most batches have the same compiled kernels.
         """
-        lengths, kernel_size, _, dilation = self.geometry
+        lengths, kernel_size = self.class_lengths, self.geometry[1]
         if self.packing is not None:
-            lengths = three_axes(tuple(next_power_of_2(n) for n in self.packing.longest), 1)
-            k, h, w = (max(1, min(k, n // d)) for k, n, d in zip(kernel_size, lengths, dilation, strict=True))
-            kernel_size = k, h, w
-        t, h, w = (ceil(n / d) for n, d in zip(lengths, dilation, strict=True))
+            axes = zip(self.packing.longest, self.kernel_size, self.dilation, strict=True)
+            longest = [(next_power_of_2(n), k, d) for n, k, d in axes]
+            lengths = three_axes([ceil(n / d) for n, _, d in longest], 1)
+            kernel_size = three_axes([max(1, min(k, n // d)) for n, k, d in longest], 1)
         return ProblemClass(
-            *device_traits(self.device), (t, h, w), kernel_size, self.group,
+            *device_traits(self.device), lengths, kernel_size, self.group,
             self.query.shape[-1], self.value.shape[-1], self.dtype.itemsize,
         )  # fmt: skip
 

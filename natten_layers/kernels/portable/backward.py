@@ -82,10 +82,10 @@ def key_gradients(
 
     The caller multiplies dK by ``scale`` in the end.
     """
-    b_p = tl.exp2(b_s * factor - col_lse[None, :])
-    b_dv = add_weighted(b_dv, b_p, b_do, PRECISION)
     b_dp = products(b_v, b_do, None, PRECISION)
+    b_p = tl.exp2(b_s * factor - col_lse[None, :])
     b_ds = b_p * (b_dp - col_delta[None, :])
+    b_dv = add_weighted(b_dv, b_p, b_do, PRECISION)
     return add_weighted(b_dk, b_ds, b_q, PRECISION), b_dv
 
 

@@ -6,7 +6,7 @@ from math import prod
 
 from ...geometry import query_bounds, window_bounds
 from ..host.problem import Problem
-from ..host.tiling import Axis, Bounds, Box, TileConfig, boxes, spans
+from ..host.tiling import Axis, Bounds, Box, TileConfig, boxes, executed, spans
 from .small_tiling import most_packed
 
 # Rows of a tile: positions times packed heads.
@@ -84,11 +84,3 @@ def ends_inside(axis: Axis, tile: int, chunk: int, bounds: Bounds) -> bool:
     """Whether no walk of chunks reaches past the end of an axis. Chunks of one position never do."""
     low, high = spans(axis, tile, bounds)
     return bool((low + (high - low + chunk) // chunk * chunk <= axis[0]).all())
-
-
-@lru_cache(maxsize=4096)
-def executed(axis: Axis, tile: int, chunk: int, bounds: Bounds, alignment: int) -> int:
-    """Pairs of a row and a column that a kernel computes along an axis."""
-    low, high = spans(axis, tile, bounds)
-    low = low // alignment * alignment
-    return int(((high - low + chunk).clamp(min=0) // chunk).sum()) * tile * chunk
