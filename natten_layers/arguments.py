@@ -142,7 +142,7 @@ def prepare_packed(
     query, key, value = (t[None] for t in (query, key, value))
     _check_qkv(query, key, value, 1, may_be_empty=2)
     if key.shape[1] != query.shape[1]:
-        raise ValueError(f"key has {key.shape[1]} tokens, but query {query.shape[1]}; packed samples share one grid")
+        raise ValueError(f"key has {key.shape[1]} tokens, but query {query.shape[1]}: both hold those of all samples")
     _check_groups(query, key, value)
     tensors = query, key, value, additional_keys, additional_values
     query, key, value, additional_keys, additional_values = _canonical_heads(tensors, query.shape[2:3])

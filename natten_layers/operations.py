@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, overload
 
+import torch
 from torch import Tensor
 
 from . import eager
 from .arguments import Axes, Call, check_bias, check_dense, prepare
 from .kernels.ops import attention as attention_ops
+from .kernels.ops.define import is_forward_mode
 
 __all__ = ["AttentionState", "attention_state", "merge_attention", "neighborhood_attention"]
 
@@ -35,7 +37,9 @@ class AttentionState(NamedTuple):
 
     @property
     def lse(self) -> Tensor:
-        return self.row_max + self.row_sum.log()
+        lse = self.row_max + self.row_sum.log()
+        # The lse of a query that sees nothing is -inf, a constant, but the logarithm of zero has no tangent.
+        return torch.where(self.row_sum == 0, self.row_max, lse) if is_forward_mode() else lse
 
 
 @overload

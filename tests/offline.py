@@ -62,6 +62,22 @@ def attend_packed(
     torch.autograd.grad(out.float().sum(), [q, k, v] if extra is None else [q, k, v, extra])
 
 
+def attend_forward_mode(
+    spatial: tuple[int, ...], kernel_size: int, heads: int, dim: int, registers: int, **options: Any
+) -> None:
+    """A call with tangents of all tensors, registers and sinks included."""
+    tensors = *(draw(1, *spatial, h, dim) for h in (heads, 2, 2)), draw(1, registers, 2, dim), torch.zeros(heads)
+
+    def call(q: Tensor, k: Tensor, v: Tensor, register: Tensor, sink: Tensor) -> Tensor:
+        return neighborhood_attention(
+            q, k, v, kernel_size, **options, additional_keys=register, additional_values=register, sink=sink,
+            impl="fused",
+        )  # fmt: skip
+
+    with torch.no_grad():
+        torch.func.jvp(call, tensors, tensors)
+
+
 def options_of(rank: int, kernel_size: int, sink: float | None, stride: int = 1, dilation: int = 1) -> problem.Options:
     sizes = (kernel_size,) * rank, (stride,) * rank, (dilation,) * rank
     return problem.Options(sink, *sizes, (rank == 1,) * rank, 1.0)
@@ -150,6 +166,8 @@ def main(capability: int) -> None:
     attend((12, 12, 20), 5, 2, 40, 0, dilation=2, stride=3)
     attend((2048,), 1024, 8, 128, 40, is_causal=True)
     attend((32, 32), 7, 4, 256, 40)
+    attend_forward_mode((32, 32), 7, 8, 64, 5)
+    attend_forward_mode((2048,), 1024, 8, 128, 40, is_causal=True)
     attend((2048,), 1024, 8, 128, 5, key_mask=torch.ones(1, 2048, dtype=torch.bool), is_causal=True)
     attend_packed([(32, 32), (20, 48)], 7, 8, 64, 5)
     check_loads()
@@ -181,6 +199,9 @@ def main(capability: int) -> None:
     q, k, gain = draw(1, 16, 16, 4, 64), draw(1, 16, 16, 2, 64), torch.ones(4, requires_grad=True)
     angles = angles_of(AxialRoPE(64, 4, num_kv_heads=2), q, k, None)
     prepared = normalize_and_rotate(q, k, HeadNorm("cosine", gain, None), angles, impl="fused")
+    norm = HeadNorm("cosine", gain.detach(), None)
+    with torch.no_grad():
+        torch.func.jvp(lambda q, k: normalize_and_rotate(q, k, norm, angles, impl="fused"), (q, k), (q, k))
     torch.autograd.grad([t.float().sum() for t in prepared], [q, k, gain])
     rope = AxialRoPE(64, 4, num_kv_heads=2, axes=3, freqs=torch.ones(1, 32), split=(8, 12, 12), interleaved=True)
     angles = rope.angles(q[None], k[None], torch.zeros(1, 16, 16, 3))

@@ -43,12 +43,14 @@ triton = pytest.importorskip("triton")
 
 KERNELS = (
     "forward_kernel",
+    "jvp_kernel",
     "backward_query_kernel",
     "backward_key_kernel",
     "backward_register_kernel",
     "decode_kernel",
     "merge_kernel",
     "qk_prep_kernel",
+    "qk_prep_jvp_kernel",
     "qk_prep_backward_kernel",
 )
 

@@ -159,6 +159,28 @@ class Cotangents(NamedTuple):
     grad_lse: Tensor | None
 
 
+class SavedResults(NamedTuple):
+    """Results of the forward pass that its derivative in forward mode takes."""
+
+    out: Tensor
+    row_max: Tensor
+    row_sum: Tensor
+
+
+class Tangents(NamedTuple):
+    """The direction of a derivative in forward mode: a tangent for each of :class:`Inputs`, or None for zero.
+
+    Their last axes are contiguous.
+    """
+
+    query_tangent: Tensor | None = None
+    key_tangent: Tensor | None = None
+    value_tangent: Tensor | None = None
+    additional_keys_tangent: Tensor | None = None
+    additional_values_tangent: Tensor | None = None
+    sink_tangent: Tensor | None = None
+
+
 class RowStatistics(NamedTuple):
     """Statistics of query rows that the dQ kernel writes, and the kernels of dK and dV read."""
 
@@ -274,14 +296,16 @@ class Problem(NamedTuple):
 
         Those of a packed batch are its longest axes', as powers of two: so most batches have the same compiled kernels.
         """
-        lengths, kernel_size = self.class_lengths, self.geometry[1]
+        _, kernel_size, _, dilation = self.geometry
+        classes = self.class_lengths
         if self.packing is not None:
-            axes = zip(self.packing.longest, self.kernel_size, self.dilation, strict=True)
-            longest = [(next_power_of_2(n), k, d) for n, k, d in axes]
-            lengths = three_axes([ceil(n / d) for n, _, d in longest], 1)
-            kernel_size = three_axes([max(1, min(k, n // d)) for n, k, d in longest], 1)
+            lengths = three_axes(tuple(next_power_of_2(n) for n in self.packing.longest), 1)
+            t, h, w = (ceil(n / d) for n, d in zip(lengths, dilation, strict=True))
+            classes = t, h, w
+            t, h, w = (max(1, min(k, n // d)) for k, n, d in zip(kernel_size, lengths, dilation, strict=True))
+            kernel_size = t, h, w
         return ProblemClass(
-            *device_traits(self.device), lengths, kernel_size, self.group,
+            *device_traits(self.device), classes, kernel_size, self.group,
             self.query.shape[-1], self.value.shape[-1], self.dtype.itemsize,
         )  # fmt: skip
 

@@ -292,12 +292,6 @@ def token_offset(token, strides):
 
 
 @triton.jit
-def of_axis(lengths, AXIS: tl.constexpr):
-    """The length of one axis, or None if there are none."""
-    return None if lengths is None else lengths[AXIS]
-
-
-@triton.jit
 def windows_of(
     index, count, kernel, stride, CAUSAL: tl.constexpr, PERIODIC: tl.constexpr = NO_AXIS, key_count=None,
 ):  # fmt: skip
@@ -305,33 +299,16 @@ def windows_of(
 
     An index past the end of the class is taken for its last one.
     """
-    lo_t, hi_t = window_bounds(
+    # No function may return None to older Triton, so the lengths of axes are chosen here.
+    keys = (None, None, None) if key_count is None else key_count
+    t, h, w = (
         tl.minimum(index[0], count[0] - 1),
-        count[0],
-        kernel[0],
-        stride[0],
-        CAUSAL[0],
-        PERIODIC[0],
-        of_axis(key_count, 0),
-    )
-    lo_h, hi_h = window_bounds(
         tl.minimum(index[1], count[1] - 1),
-        count[1],
-        kernel[1],
-        stride[1],
-        CAUSAL[1],
-        PERIODIC[1],
-        of_axis(key_count, 1),
-    )
-    lo_w, hi_w = window_bounds(
         tl.minimum(index[2], count[2] - 1),
-        count[2],
-        kernel[2],
-        stride[2],
-        CAUSAL[2],
-        PERIODIC[2],
-        of_axis(key_count, 2),
     )
+    lo_t, hi_t = window_bounds(t, count[0], kernel[0], stride[0], CAUSAL[0], PERIODIC[0], keys[0])
+    lo_h, hi_h = window_bounds(h, count[1], kernel[1], stride[1], CAUSAL[1], PERIODIC[1], keys[1])
+    lo_w, hi_w = window_bounds(w, count[2], kernel[2], stride[2], CAUSAL[2], PERIODIC[2], keys[2])
     return (lo_t, lo_h, lo_w), (hi_t, hi_h, hi_w)
 
 
@@ -340,16 +317,12 @@ def queries_of(
     index, count, kernel, stride, CAUSAL: tl.constexpr, PERIODIC: tl.constexpr = NO_AXIS, key_count=None,
 ):  # fmt: skip
     """Corners ``lo, hi`` of the boxes of queries that see the keys at ``index``: the inverse of ``windows_of``."""
-    keys = count if key_count is None else key_count
-    lo_t, hi_t = query_bounds(
-        tl.minimum(index[0], keys[0] - 1), count[0], kernel[0], stride[0], CAUSAL[0], PERIODIC[0], of_axis(key_count, 0)
-    )
-    lo_h, hi_h = query_bounds(
-        tl.minimum(index[1], keys[1] - 1), count[1], kernel[1], stride[1], CAUSAL[1], PERIODIC[1], of_axis(key_count, 1)
-    )
-    lo_w, hi_w = query_bounds(
-        tl.minimum(index[2], keys[2] - 1), count[2], kernel[2], stride[2], CAUSAL[2], PERIODIC[2], of_axis(key_count, 2)
-    )
+    ends = count if key_count is None else key_count
+    keys = (None, None, None) if key_count is None else key_count
+    t, h, w = tl.minimum(index[0], ends[0] - 1), tl.minimum(index[1], ends[1] - 1), tl.minimum(index[2], ends[2] - 1)
+    lo_t, hi_t = query_bounds(t, count[0], kernel[0], stride[0], CAUSAL[0], PERIODIC[0], keys[0])
+    lo_h, hi_h = query_bounds(h, count[1], kernel[1], stride[1], CAUSAL[1], PERIODIC[1], keys[1])
+    lo_w, hi_w = query_bounds(w, count[2], kernel[2], stride[2], CAUSAL[2], PERIODIC[2], keys[2])
     return (lo_t, lo_h, lo_w), (hi_t, hi_h, hi_w)
 
 
@@ -595,6 +568,16 @@ def times(b_tile, factor):
     if len(b_tile) == 2:
         b_scaled = (b_scaled[0], b_tile[1] * factor)
     return b_scaled
+
+
+@triton.jit
+def subtract_scaled(b_acc, b_tile, row_factor):
+    """``b_acc`` minus ``b_tile`` with each row multiplied by its factor, in fp32."""
+    b_scaled = scale_rows(b_tile, row_factor)
+    b_difference = (b_acc[0] - b_scaled[0],)
+    if len(b_acc) == 2:
+        b_difference = (b_difference[0], b_acc[1] - b_scaled[1])
+    return b_difference
 
 
 @triton.jit
