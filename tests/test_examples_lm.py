@@ -252,7 +252,7 @@ def test_separate_documents_do_not_see_each_other(flags: list[str]) -> None:
     expected = torch.nn.functional.cross_entropy(logits, batch[:, 1:].flatten())
     assert len(documents) > 4
     assert float(one.train_step()) == pytest.approx(float(expected), rel=1e-5)
-    assert float(other.train_step()) != pytest.approx(float(expected), rel=1e-3)
+    assert float(other.train_step()) != pytest.approx(float(expected), rel=1e-4)
 
 
 def test_learning_rate(flags: list[str]) -> None:
