@@ -112,8 +112,10 @@ def definition(case: Case) -> Callable[..., tuple[Tensor, Tensor]]:
     def run(**inputs: Tensor) -> tuple[Tensor, Tensor]:
         given = arguments(case, inputs)
         names = "query", "key", "value", "additional_keys", "additional_values", "sink"
-        q, k, v, *rest = (given[name] for name in names)
-        out, row_max, row_sum = dense_attention_state(q, k, v, *rest[:3], case.window, scale, key_mask=key_mask(case))
+        q, k, v, register_k, register_v, sink = (given[name] for name in names)
+        out, row_max, row_sum = dense_attention_state(
+            q, k, v, register_k, register_v, sink, case.window, scale, key_mask=key_mask(case)
+        )
         nothing = row_sum == 0  # where a query sees nothing, lse is -inf, a constant
         lse = (row_max + row_sum.masked_fill(nothing, 1.0).log()).masked_fill(nothing, -math.inf)
         return out, lse
