@@ -69,7 +69,7 @@ def with_grads(function: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor
 def operator_arguments(case: Case) -> tuple[object, ...]:
     """Arguments of ``natten_layers::forward`` up to the last one."""
     inputs = make_inputs(case, DEVICE)
-    names = ("query", "key", "value", "additional_keys", "additional_values", "sink")
+    names = ("query", "key", "value", "additional_keys", "additional_values", "sink", "key_mask")
     causal, periodic = list(case.window.is_causal), list(case.window.is_periodic)
     ones = [1] * len(case.spatial)
     tensors = tuple(inputs.get(name) for name in names)

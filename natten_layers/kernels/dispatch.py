@@ -254,6 +254,8 @@ def sm90_gap(question: Question) -> str | None:
     head_dim, value_dim = p.query.shape[-1], p.value.shape[-1]
     if max(head_dim, value_dim) > 256:
         return f"it takes heads of up to 256 channels, not {head_dim} and {value_dim}"
+    if p.packing is not None:
+        return "it takes no packed batch"
     if p.key_mask is not None:
         return "it takes no key_mask"
     if p.scale_first:

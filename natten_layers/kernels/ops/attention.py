@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ...geometry import Window, visible_pairs
+from ...geometry import Window, fitted, visible_pairs
+from ..host.packing import packing_of
 from ..host.problem import Cotangents, Inputs, Options, SavedResults, Tangents, problem_of
 from .define import (
     NOT_FUSED,
@@ -144,7 +145,7 @@ class _Attention(Function):
         *tensors, out, row_max, row_sum = ctx.saved_tensors
         # lse = row_max + log(row_sum) with row_max held fixed, so dL/dlse = dL/drow_sum * row_sum.
         grad_lse = None if grad_sum is None else grad_sum * row_sum
-        if grad_lse is not None and tensors[-1] is not None:
+        if grad_lse is not None and Inputs._make(tensors).key_mask is not None:
             # The derivative of log(row_sum) is infinite for a query that sees nothing, whose lse is constant.
             grad_lse = torch.where(row_sum == 0, 0.0, grad_lse)
         grad_out = torch.zeros_like(out) if grad_out is None else last_contiguous(grad_out)
@@ -192,6 +193,8 @@ def _forward_fake(inputs: Inputs, options: Options, state: WithStats) -> tuple[T
 def _forward_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     """The rule of ``vmap``: the mapped axis becomes a part of the batch, so that one launch computes all samples."""
     (inputs, *others), (dims, *_) = grouped("forward", args), grouped("forward", in_dims)
+    if inputs.shapes is not None:
+        raise NotImplementedError(f"{NOT_FUSED} torch.func.vmap over packed batches{WAY_OUT}")
     if dims.sink is not None:
         raise NotImplementedError(f"{NOT_FUSED} torch.func.vmap over sinks{WAY_OUT}")
     tensors = zip(inputs._replace(sink=None), dims, strict=True)
@@ -212,11 +215,11 @@ def _backward(inputs: Inputs, options: Options, cotangents: Cotangents) -> tuple
     with on_device(inputs.query):
         problem = problem_of(inputs, options)
         *grads, delta = module("dispatch").backward(problem, inputs, options, cotangents)
-        return *grads, _sink_gradient(inputs, cotangents.row_max, cotangents.row_sum, delta), None
+        return *grads, _sink_gradient(inputs, cotangents.row_max, cotangents.row_sum, delta), None, None
 
 
 def _backward_fake(inputs: Inputs, options: Options, cotangents: Cotangents) -> tuple[Tensor, ...]:
-    tensors = inputs._replace(key_mask=None)  # which has no gradient
+    tensors = inputs._replace(key_mask=None, shapes=None)  # which have no gradient
     return tuple(inputs.query.new_empty(0) if x is None else x.new_empty(x.shape) for x in tensors)
 
 
@@ -249,9 +252,13 @@ def forward_flop(inputs: Inputs, options: Options, *_: Any) -> int:
         tuple(options.stride),
         tuple(options.dilation),
         tuple(options.is_causal),
-        tuple(options.is_periodic) or (False,) * len(spatial),
+        tuple(options.is_periodic) or (False,) * len(options.kernel_size),
     )
-    pairs = visible_pairs(spatial, window)
+    if inputs.shapes is None:
+        pairs = visible_pairs(spatial, window)
+    else:
+        samples = packing_of(inputs.shapes, query.shape[1]).shapes
+        pairs = sum(visible_pairs(shape, fitted(shape, window)) for shape in samples)
     if inputs.additional_keys is not None:
         pairs += prod(spatial) * inputs.additional_keys.shape[1]
     return 2 * pairs * query.shape[0] * query.shape[-2] * (query.shape[-1] + value.shape[-1])

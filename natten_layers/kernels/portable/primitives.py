@@ -119,6 +119,33 @@ def spatial_tile(i_tile, length, dilation, tiles, TILE: tl.constexpr):
 
 
 @triton.jit
+def packed_sample(i_program, SampleOfTile, Samples, HEADS):
+    """The sample of a program of a packed batch, of which each tile has ``HEADS`` programs.
+
+    Returns the sample, its first token, the program's number in the sample, and the sample's lengths, kernel sizes,
+    strides, dilations and numbers of tiles. ``host/packing.py`` lays the tables out.
+    """
+    i_sample = tl.load(SampleOfTile + i_program // HEADS)
+    p = Samples + i_sample * 17
+    first = tl.load(p + 1).to(tl.int64)
+    length = (tl.load(p + 2), tl.load(p + 3), tl.load(p + 4))
+    kernel = (tl.load(p + 5), tl.load(p + 6), tl.load(p + 7))
+    stride = (tl.load(p + 8), tl.load(p + 9), tl.load(p + 10))
+    dilation = (tl.load(p + 11), tl.load(p + 12), tl.load(p + 13))
+    tiles = (tl.load(p + 14), tl.load(p + 15), tl.load(p + 16))
+    return i_sample, first, i_program - tl.load(p) * HEADS, length, kernel, stride, dilation, tiles
+
+
+@triton.jit
+def packed_strides(strides, length, WIDE: tl.constexpr):
+    """Strides ``(batch, t, h, w, head)`` inside of a sample, from those of a packed tensor with one axis of tokens."""
+    w = strides[3]
+    if WIDE:
+        w = tl.cast(w, tl.int64)
+    return strides[0], w * length[1] * length[2], w * length[2], w, strides[4]
+
+
+@triton.jit
 def is_empty(origin, count):
     """Whether a tile holds no token, as may the last of a residue class that is shorter by one than others."""
     return (origin[0] >= count[0]) | (origin[1] >= count[1]) | (origin[2] >= count[2])
