@@ -267,7 +267,10 @@ def token_offset(token, strides):
 @triton.jit
 def of_axis(lengths, AXIS: tl.constexpr):
     """The length of one axis, or None if there are none."""
-    return None if lengths is None else lengths[AXIS]
+    length = None  # Triton 3.6 returns it as a variable only
+    if lengths is not None:
+        length = lengths[AXIS]
+    return length
 
 
 @triton.jit
