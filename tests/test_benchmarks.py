@@ -17,6 +17,7 @@ from benchmarks import (
     attention,
     census,
     check,
+    forward_mode,
     generation,
     implementations,
     models,
@@ -540,6 +541,41 @@ def test_generation_floor_and_full_caches() -> None:
         small(generation.draw_ids(small, 2), cache=cache)
     for layer in cache.layers:
         assert sorted(layer.positions[0, :-1].tolist()) == list(range(1, 13))  # the first token has left the window
+
+
+def test_forward_mode_is_checked_before_it_is_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "forward_mode.json"
+    flags = f"--device cpu --smoke --budget-s 0 --workloads hdit-gqa mistral full-4k --out {path}".split()
+    monkeypatch.setattr(forward_mode, "peer_attention", lambda: None)
+    assert forward_mode.main(flags) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert all((row["median_ms"] is None) == row["implementation"].startswith(forward_mode.PEER) for row in rows)
+    assert "not installed" in capsys.readouterr().out
+
+    def forgets_a_tangent(workload: Workload) -> dict[str, Any]:
+        return {
+            "natten_layers": lambda q, k, v: neighborhood_attention(
+                q, k.detach(), v, workload.kernel_size, is_causal=workload.causal
+            )
+        }
+
+    monkeypatch.setattr(forward_mode, "implementations", forgets_a_tangent)
+    assert forward_mode.main(flags) == 1
+    assert "wrong result" in capsys.readouterr().out
+
+
+def test_the_check_of_tangents_is_exact() -> None:
+    """Against forward mode of the eager path, in fp64."""
+    workload, inputs = problem((5, 6), (3, 4), causal=(True, False), dtype=torch.float64)
+    primals, tangents = ((x.query, x.key, x.value) for x in (inputs, make_inputs(workload, CPU, 1)))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return neighborhood_attention(q, k, v, workload.kernel_size, is_causal=workload.causal)
+
+    _, found, *_ = torch.func.jvp(attend, primals, tangents)
+    assert forward_mode.errors(workload, primals, tangents, found)[0] < 1e-12
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

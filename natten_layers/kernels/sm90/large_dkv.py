@@ -16,6 +16,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
+from ..host.launcher import TRITON_OPTIONS
 from ..host.problem import Inputs, Options, Problem, RowStatistics, new_like, three_axes
 from ..host.tiling import TileConfig, head_width
 from ..portable.primitives import LOG2E, queries_of, shifted, union_of_queries, unravel
@@ -302,6 +303,6 @@ def key_gradients(
         BY_RESULT=large_tiling.is_wide(problem), CAUSAL=three_axes(problem.is_causal, False), TILE=config.tile,
         CHUNK=config.chunk, RANK=problem.rank, D=key.shape[-1], BD=head_width(key.shape[-1]),
         DIM_V=value.shape[-1], BDV=head_width(value.shape[-1]), STAGES=config.stages, TILES=buffered_tiles(problem),
-        num_warps=config.num_warps, maxnreg=config.maxnreg,
+        **TRITON_OPTIONS, num_warps=config.num_warps, maxnreg=config.maxnreg,
     )  # fmt: skip
     return grad_key, grad_value

@@ -17,6 +17,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
+from ..host.launcher import TRITON_OPTIONS
 from ..host.problem import Cotangents, Inputs, Options, Problem, RowStatistics, new_like, three_axes
 from ..host.tiling import TileConfig, head_width
 from ..portable.primitives import LOG2E, inside_axes, shifted, unravel, windows_of
@@ -208,6 +209,6 @@ def query_gradient(
         CAUSAL=three_axes(problem.is_causal, False), TILE=config.tile, CHUNK=config.chunk, PACK=config.pack,
         RANK=problem.rank, D=query.shape[-1], BD=head_width(query.shape[-1]), BDV=head_width(value.shape[-1]),
         STAGES=config.stages, TILES=1,
-        num_warps=config.num_warps, maxnreg=config.maxnreg,
+        **TRITON_OPTIONS, num_warps=config.num_warps, maxnreg=config.maxnreg,
     )  # fmt: skip
     return grad_query, RowStatistics(delta, None, statistics)

@@ -25,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from ..host.launcher import TRITON_OPTIONS
 from ..host.problem import Inputs, Options, Problem, need_wide_offsets, new_results, three_axes
 from ..host.tiling import TileConfig, head_width
 from ..portable.fold_registers import fold_registers
@@ -339,7 +340,7 @@ def forward(
 def _attend_windows(
     config: TileConfig, problem: Problem, inputs: Inputs, options: Options, with_stats: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    query, key, value, _, _, sink, _ = inputs
+    query, key, value, _, _, sink, *_ = inputs
     out, row_max, row_sum = new_results(query, value.shape[-1], with_stats)
     lengths, kernel_size, stride, _ = problem.geometry
     tiles, programs = problem.tiles(config.tile), problem.programs(config)
@@ -350,7 +351,7 @@ def _attend_windows(
         out, row_max, row_sum, nonfinite_tiles, sink,
         lengths, kernel_size, stride, tiles, problem.group, query.shape[-2] // config.pack, programs, sink_value, scale,
         **constants_of(config, problem, with_stats), STAGES=config.stages, TILES=query_buffers(problem),
-        num_warps=config.num_warps, maxnreg=config.maxnreg,
+        **TRITON_OPTIONS, num_warps=config.num_warps, maxnreg=config.maxnreg,
     )  # fmt: skip
     repair(config, problem, inputs, options, nonfinite_tiles, (out, row_max, row_sum))
     return out, row_max, row_sum
@@ -363,7 +364,7 @@ def repair(
     """Compute the tiles that ``nonfinite_tiles`` marks once more, in place and without register tokens, as these are
     folded in afterwards.
     """
-    query, key, value, _, _, sink, _ = inputs
+    query, key, value, _, _, sink, *_ = inputs
     lengths, kernel_size, stride, dilation = problem.geometry
     programs = problem.programs(config)
     repair_kernel[(triton.cdiv(programs, FLAGS),)](
@@ -371,7 +372,7 @@ def repair(
         *problem.input_strides()[:3], (0, 0, 0), (0, 0, 0),
         programs, lengths, kernel_size, stride, dilation, problem.tiles(config.tile), problem.group, problem.kv_heads,
         0, options.sink_value, options.scale,
-        **constants_of(config, problem, results[1] is not None), D=query.shape[-1], BR=0, num_warps=8,
+        **constants_of(config, problem, results[1] is not None), D=query.shape[-1], BR=0, **TRITON_OPTIONS, num_warps=8,
         WIDE=need_wide_offsets((problem.query, problem.key, problem.value, problem.out)),
     )  # fmt: skip
 

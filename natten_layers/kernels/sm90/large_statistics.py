@@ -13,6 +13,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ..host.launcher import TRITON_OPTIONS
 from ..host.problem import Cotangents, Problem, layout, strides
 from ..host.tiling import Box, head_width
 from ..portable.primitives import LOG2E, load_rows, token_offset
@@ -89,6 +90,7 @@ def statistics_of(problem: Problem, cotangents: Cotangents) -> tuple[Statistics,
         out, grad_out, grad_lse, row_max, row_sum, delta, statistics.lse, statistics.delta,
         strides(layout(grad_out)), dl_strides, problem.lengths, rows, row_max.shape[-1], row_max.shape[0],
         statistics.lse.shape[-1],
-        DV=out.shape[-1], BDV=head_width(out.shape[-1]), BM=64, WITH_DLSE=grad_lse is not None, num_warps=4,
+        DV=out.shape[-1], BDV=head_width(out.shape[-1]), BM=64, WITH_DLSE=grad_lse is not None,
+        **TRITON_OPTIONS, num_warps=4,
     )  # fmt: skip
     return statistics, delta
