@@ -68,6 +68,7 @@ DAMAGES = (
     Damage("lm/checkpoint.pt", train_lm.main, ("--data", "HERE/text", "--out", "HERE/lm", "--resume", "--steps", "2",
         *LM, *CPU)),
     Damage("bytes/config.json", generate.main, ("HERE/bytes", "--tokens", "2", *CPU)),
+    Damage("bytes/generation_config.json", generate.main, ("HERE/bytes", "--tokens", "2", *CPU)),
     Damage("bytes/model.safetensors", generate.main, ("HERE/bytes", "--tokens", "2", *CPU)),
 )  # fmt: skip
 
@@ -93,6 +94,8 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vocab_size=256, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=2, max_positions=64
     )
     DecoderLM(config).save_pretrained(folder / "bytes")
+    settings = {"do_sample": True, "temperature": 0.7, "top_k": 5, "top_p": 0.9, "eos_token_id": [3, 4]}
+    (folder / "bytes" / "generation_config.json").write_text(json.dumps(settings))
     return folder
 
 
