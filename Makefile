@@ -16,7 +16,7 @@ SOURCES := natten_layers natten_layers_cli examples benchmarks tests docs
 .PHONY: help demo test lint docs suite dist test-matrix fuzz fuzz-gpu bench-check windows constraints clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 # Threads that spin while they wait crawl on cores that others use too: passive ones cost nothing there.
 demo: export OMP_WAIT_POLICY ?= PASSIVE
@@ -56,7 +56,7 @@ test-matrix: $(VENV)/test.stamp ## Parts of the suite with the oldest and newest
 
 # New examples in every run; what fails prints how to draw it again. Threads of one process would only fight over the cores.
 fuzz: export OMP_NUM_THREADS := 1
-fuzz: EXAMPLES ?= 150
+fuzz: EXAMPLES ?= 100
 fuzz: $(VENV)/test.stamp ## Random calls, damaged files, killed commands: minutes on a CPU (EXAMPLES=1000 for longer)
 	$(BIN)/python -m pytest --numprocesses auto --quiet -m 'hypothesis and not gpu' --examples $(EXAMPLES)
 	$(BIN)/python -m pytest --numprocesses auto --quiet tests/test_random.py tests/test_stress.py --seeds $(EXAMPLES)
