@@ -75,8 +75,9 @@ def check_library(python: Environment, folder: Path) -> None:
 
 def check_commands(python: Environment, folder: Path) -> None:
     """A tiny run of every command, each on what an earlier one wrote."""
-    for command in COMMANDS:
-        assert "usage:" in python.run(command, "--help", folder=folder)
+    said = {command: python.run(command, "--help", folder=folder) for command in COMMANDS}
+    assert all(text.startswith("usage: natten-layers-") for text in said.values())
+    assert "{cpu-demo,gpu-demo}" in said["natten-layers-train-hdit"]  # the wheel holds the presets
     (folder / "config.json").write_text(json.dumps(MODEL))
     cpu = ("--device", "cpu")
     python.run(
