@@ -69,7 +69,7 @@ def with_grads(function: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor
 def operator_arguments(case: Case) -> tuple[object, ...]:
     """Arguments of ``natten_layers::forward`` up to the last one."""
     inputs = make_inputs(case, DEVICE)
-    names = ("query", "key", "value", "additional_keys", "additional_values", "sink")
+    names = ("query", "key", "value", "additional_keys", "additional_values", "sink", "key_mask")
     causal, periodic = list(case.window.is_causal), list(case.window.is_periodic)
     ones = [1] * len(case.spatial)
     tensors = tuple(inputs.get(name) for name in names)
@@ -284,27 +284,6 @@ def test_vmap_over_sinks_says_that_it_is_missing() -> None:
     sample = tuple(t.detach() for t in make_inputs(EVERYTHING, DEVICE).values())
     with raises_naming("vmap over sinks", 'impl="eager"', error=NotImplementedError):
         torch.func.vmap(lambda sink: attend(EVERYTHING)(*sample[:5], sink))(torch.randn(3, 4, device=DEVICE))
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo's look
-@pytest.mark.parametrize("requires_grad", [False, True])
-def test_forward_mode_says_that_it_is_missing(requires_grad: bool) -> None:
-    """Forward-mode derivatives raise, compiled or not, because they would silently be zero otherwise."""
-    query, *rest = (t.detach().requires_grad_(requires_grad) for t in make_inputs(PLAIN, DEVICE).values())
-    tangent = torch.ones_like(query)
-
-    def of_query(q: Tensor) -> Tensor:
-        return attend(PLAIN, return_lse=False)(q, *rest)[0]
-
-    def derivative(q: Tensor, t: Tensor) -> Tensor:
-        return torch.func.jvp(of_query, (q,), (t,))[1]
-
-    with raises_naming("forward-mode", 'impl="eager"', error=NotImplementedError):
-        derivative(query, tangent)
-    with raises_naming("forward-mode", 'impl="eager"', error=NotImplementedError):
-        torch.compile(derivative, backend="aot_eager")(query, tangent)
-    with raises_naming("forward-mode", 'impl="eager"', error=NotImplementedError):
-        torch.func.jvp(torch.compile(of_query, backend="aot_eager"), (query,), (tangent,))
 
 
 def test_second_derivatives_of_torch_func_say_that_they_are_missing() -> None:

@@ -27,6 +27,7 @@ RANKS = (
     {"eager"},
     {"arguments"},
     {"operations"},
+    {"varlen"},
     {"cached", "explanation", "natten"},
     {"functional", "utils"},
     {"modules"},

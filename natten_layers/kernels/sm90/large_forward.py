@@ -340,7 +340,7 @@ def forward(
 def _attend_windows(
     config: TileConfig, problem: Problem, inputs: Inputs, options: Options, with_stats: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    query, key, value, _, _, sink, _ = inputs
+    query, key, value, _, _, sink, *_ = inputs
     out, row_max, row_sum = new_results(query, value.shape[-1], with_stats)
     lengths, kernel_size, stride, _ = problem.geometry
     tiles, programs = problem.tiles(config.tile), problem.programs(config)
@@ -364,7 +364,7 @@ def repair(
     """Compute the tiles that ``nonfinite_tiles`` marks once more, in place and without register tokens, as these are
     folded in afterwards.
     """
-    query, key, value, _, _, sink, _ = inputs
+    query, key, value, _, _, sink, *_ = inputs
     lengths, kernel_size, stride, dilation = problem.geometry
     programs = problem.programs(config)
     repair_kernel[(triton.cdiv(programs, FLAGS),)](
