@@ -1,4 +1,4 @@
-"""Statistics of query rows in the order in which the backward pass of large windows loads them: delta and lse by head."""
+"""Statistics of query rows, delta and lse, in the order in which the backward pass of large windows loads them."""
 
 # Triton's language is Python to the parser only.
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAssignmentType=false, reportArgumentType=false
@@ -11,12 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..host.problem import Cotangents, Problem, layout, strides
+from ..host.problem import Cotangents, Layout, Problem, layout, strides
 from ..host.tiling import Box, head_width
 from ..portable.primitives import LOG2E, load_rows, token_offset
 from . import large_tiling
+from .primitives import Boxes
 
 PLAIN = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=4)
 
@@ -58,9 +58,10 @@ class Statistics(NamedTuple):
     delta: Tensor
 
 
-def statistics_descriptor(head_major: Tensor, width: int, box: Box) -> TensorDescriptor:
+def statistics_boxes(head_major: Layout, width: int, box: Box) -> Boxes:
     """The descriptor of head-major statistics: boxes of one head. TMA reads zeros outside of the image."""
-    return TensorDescriptor(head_major, [*head_major.shape[:-1], width], list(head_major.stride()), [1, *box], PLAIN)
+    shape, strides = [*head_major.shape[:-1], width], list(head_major.stride)
+    return {"shape": shape, "strides": strides, "block_shape": [1, *box], "layout": PLAIN, "padding": "zero"}
 
 
 def new_statistics(problem: Problem) -> Statistics:
