@@ -60,14 +60,15 @@ ALIGNMENT: gl.constexpr = gl.constexpr(large_tiling.ALIGNMENT)
 
 
 @gluon.jit
-def key_walk(tile_id, plan, CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr):
+def key_walk(tile_id, plan, CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr, OFFSET: gl.constexpr):
     """Batch, KV head, first position of a tile of keys, and the walk over the queries that see the tile.
 
     A key is seen by the query at its own position, so that no walk is empty.
     """
     i_batch, i_kv, count, origin = tile_of(tile_id, plan, TILE)
     lo, hi, inner_lo, inner_hi = union_of_queries(origin, count, plan[1], plan[2], CAUSAL, TILE)
-    lo = (lo[0], lo[1], lo[2] // ALIGNMENT * ALIGNMENT)  # TMA loads statistics from multiples of this
+    # TMA loads statistics, which stand behind ``OFFSET`` columns, from multiples of their alignment.
+    lo = (lo[0], lo[1], (lo[2] + OFFSET) // ALIGNMENT * ALIGNMENT - OFFSET)
     return i_batch, i_kv, origin, walk_over(lo, hi, inner_lo, inner_hi, CHUNK)
 
 
@@ -75,14 +76,14 @@ def key_walk(tile_id, plan, CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.
 def kv_tile_producer(
     ring, schedule, TileCounter, k_desc, v_desc, plan, num_tiles,
     CAUSAL: gl.constexpr, TILE: gl.constexpr, PART: gl.constexpr, GROUPS: gl.constexpr, CHUNK: gl.constexpr,
-    TILES: gl.constexpr,
+    OFFSET: gl.constexpr, TILES: gl.constexpr,
 ):  # fmt: skip
     """The warp that takes tiles off the counter and loads their keys and values."""
     COUNT: gl.constexpr = GROUPS[0] * GROUPS[1] * GROUPS[2]
     n = 0
     tile_id = take_tile(schedule, 0, TileCounter)
     while tile_id < num_tiles:
-        i_batch, i_kv, origin, _walk = key_walk(tile_id, plan, CAUSAL, TILE, CHUNK)
+        i_batch, i_kv, origin, _walk = key_walk(tile_id, plan, CAUSAL, TILE, CHUNK, OFFSET)
         expect_load(ring, n, (k_desc.block_type.nbytes + v_desc.block_type.nbytes) * COUNT, TILES)
         for GROUP in gl.static_range(COUNT):
             t, h, w = part_of(origin, GROUP, GROUPS, PART)
@@ -95,7 +96,8 @@ def kv_tile_producer(
 @gluon.jit
 def q_chunk_producer(
     ring, notes, schedule, q_desc, do_desc, lse_desc, delta_desc, plan, num_tiles, group,
-    CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr, SKIP: gl.constexpr, STAGES: gl.constexpr,
+    CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr, OFFSET: gl.constexpr, SKIP: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """The warp that loads chunks of queries with their output gradients, lse and delta."""
     BYTES: gl.constexpr = (
@@ -105,7 +107,7 @@ def q_chunk_producer(
     i_tile = 0
     tile_id = await_tile(schedule, 0)
     while tile_id < num_tiles:
-        i_batch, i_kv, _origin, walk = key_walk(tile_id, plan, CAUSAL, TILE, CHUNK)
+        i_batch, i_kv, _origin, walk = key_walk(tile_id, plan, CAUSAL, TILE, CHUNK, OFFSET)
         i_walk, i_head = (0, 0, 0), i_kv * group
         for _ in range(chunk_count(walk) * group):
             t, h, w = corner_at(i_walk, walk, CHUNK, SKIP)
@@ -115,8 +117,8 @@ def q_chunk_producer(
             expect_load(ring, n, BYTES, STAGES)
             load_box(ring, q_desc, [i_head, t, h, w, 0], n, 0, STAGES)
             load_box(ring, do_desc, [i_head, t, h, w, 0], n, 1, STAGES)
-            load_box(ring, lse_desc, [i_head, t, h, w], n, 2, STAGES)
-            load_box(ring, delta_desc, [i_head, t, h, w], n, 3, STAGES)
+            load_box(ring, lse_desc, [i_head, t, h, w + OFFSET], n, 2, STAGES)
+            load_box(ring, delta_desc, [i_head, t, h, w + OFFSET], n, 3, STAGES)
             i_walk, wraps = next_walk_index(i_walk, walk)
             i_head += gl.where(wraps, 1, 0)
             n += 1
@@ -187,8 +189,9 @@ def add_to_keys(
 def dkv_consumer(
     tile_ring, ring, notes, schedule, DK, DV, plan, num_tiles, group, scale,
     BY_RESULT: gl.constexpr, CAUSAL: gl.constexpr, TILE: gl.constexpr, PART: gl.constexpr, GROUPS: gl.constexpr,
-    SKIP: gl.constexpr, CHUNK: gl.constexpr, RANK: gl.constexpr, D: gl.constexpr, BD: gl.constexpr,
-    DIM_V: gl.constexpr, BDV: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr, GROUP: gl.constexpr,
+    SKIP: gl.constexpr, CHUNK: gl.constexpr, OFFSET: gl.constexpr, RANK: gl.constexpr, D: gl.constexpr,
+    BD: gl.constexpr, DIM_V: gl.constexpr, BDV: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr,
+    GROUP: gl.constexpr,
 ):  # fmt: skip
     """One of the groups of four warps.
 
@@ -212,7 +215,7 @@ def dkv_consumer(
     i_tile = 0
     tile_id = await_tile(schedule, 0)
     while tile_id < num_tiles:
-        i_batch, i_kv, tile_origin, walk = key_walk(tile_id, plan, CAUSAL, TILE, CHUNK)
+        i_batch, i_kv, tile_origin, walk = key_walk(tile_id, plan, CAUSAL, TILE, CHUNK, OFFSET)
         origin = part_of(tile_origin, OWN, GROUPS, PART)
         row_lo, row_hi = queries_of(shifted(position, origin), length, kernel, stride, CAUSAL)
         if not (BY_RESULT and GROUP == 0):
@@ -273,25 +276,27 @@ def dkv_worker(
     tile_ring, ring, notes, schedule, q_desc, do_desc, lse_desc, delta_desc, k_desc, v_desc, DK, DV, TileCounter,
     plan, group, num_tiles, scale,
     BY_RESULT: gl.constexpr, CAUSAL: gl.constexpr, TILE: gl.constexpr, PART: gl.constexpr, GROUPS: gl.constexpr,
-    SKIP: gl.constexpr, CHUNK: gl.constexpr, RANK: gl.constexpr, D: gl.constexpr, BD: gl.constexpr,
-    DIM_V: gl.constexpr, BDV: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr, WORKER: gl.constexpr,
+    SKIP: gl.constexpr, CHUNK: gl.constexpr, OFFSET: gl.constexpr, RANK: gl.constexpr, D: gl.constexpr,
+    BD: gl.constexpr, DIM_V: gl.constexpr, BDV: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr,
+    WORKER: gl.constexpr,
 ):  # fmt: skip
     """What the groups of warps do: the first ones compute, the last two load."""
     READERS: gl.constexpr = 2 if BY_RESULT else GROUPS[0] * GROUPS[1] * GROUPS[2]
     if WORKER < READERS:
         dkv_consumer(
             tile_ring, ring, notes, schedule, DK, DV, plan, num_tiles, group, scale,
-            BY_RESULT, CAUSAL, TILE, PART, GROUPS, SKIP, CHUNK, RANK, D, BD, DIM_V, BDV, STAGES, TILES, WORKER,
+            BY_RESULT, CAUSAL, TILE, PART, GROUPS, SKIP, CHUNK, OFFSET, RANK, D, BD, DIM_V, BDV, STAGES, TILES,
+            WORKER,
         )  # fmt: skip
     elif WORKER == READERS:
         kv_tile_producer(
             tile_ring, schedule, TileCounter, k_desc, v_desc, plan, num_tiles,
-            CAUSAL, TILE, PART, GROUPS, CHUNK, TILES,
+            CAUSAL, TILE, PART, GROUPS, CHUNK, OFFSET, TILES,
         )  # fmt: skip
     else:
         q_chunk_producer(
             ring, notes, schedule, q_desc, do_desc, lse_desc, delta_desc, plan, num_tiles, group,
-            CAUSAL, TILE, CHUNK, SKIP, STAGES,
+            CAUSAL, TILE, CHUNK, OFFSET, SKIP, STAGES,
         )  # fmt: skip
 
 
@@ -300,9 +305,9 @@ def large_dkv_kernel(
     DK, DV, TileCounter, lse_desc, delta_desc, q_desc, do_desc, k_desc, v_desc,
     length, kernel, stride, tiles, group, kv_heads, num_tiles, scale,
     BY_RESULT: gl.constexpr, CAUSAL: gl.constexpr, TILE: gl.constexpr, PART: gl.constexpr, GROUPS: gl.constexpr,
-    SKIP: gl.constexpr, CHUNK: gl.constexpr, RANK: gl.constexpr, D: gl.constexpr, BD: gl.constexpr,
-    DIM_V: gl.constexpr, BDV: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr, WARPS: gl.constexpr,
-    REGISTERS: gl.constexpr,
+    SKIP: gl.constexpr, CHUNK: gl.constexpr, OFFSET: gl.constexpr, RANK: gl.constexpr, D: gl.constexpr,
+    BD: gl.constexpr, DIM_V: gl.constexpr, BDV: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr,
+    WARPS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """dK and dV, contiguous. Heads have ``D`` and ``DIM_V`` channels, and ``BD`` and ``BDV`` in shared memory.
 
@@ -318,7 +323,7 @@ def large_dkv_kernel(
         [
             (dkv_worker, (tile_ring, ring, notes, schedule, q_desc, do_desc, lse_desc, delta_desc, k_desc, v_desc, DK,
                           DV, TileCounter, plan, group, num_tiles, scale, BY_RESULT, CAUSAL, TILE, PART, GROUPS, SKIP,
-                          CHUNK, RANK, D, BD, DIM_V, BDV, STAGES, TILES, WORKER))
+                          CHUNK, OFFSET, RANK, D, BD, DIM_V, BDV, STAGES, TILES, WORKER))
             for WORKER in (0, 1, 2, 3, 4, 5, 6)[: READERS + 2]
         ],
         WARPS,
@@ -351,18 +356,19 @@ def prepare(config: LargeTileConfig, p: Problem, grad_out: Layout, head_major: L
     """What all calls of a problem share."""
     lengths, kernel_size, stride, _ = p.geometry
     tiles, by_result = p.tiles(config.tile), large_tiling.is_wide(p)
+    offset = large_tiling.statistics_offset(p.axes)
     programs = p.query.shape[0] * prod(tiles) * p.kv_heads
     return call_of(
         large_dkv_kernel,
         (min(programs, multiprocessors(p.device)),),
         (lengths, kernel_size, stride, tiles, p.group, p.kv_heads, programs),
         [
-            *(statistics_boxes(head_major, lengths[2], config.chunk) for _ in range(2)),
+            *(statistics_boxes(head_major, offset + lengths[2], config.chunk) for _ in range(2)),
             *(key_boxes(x, config.chunk) for x in (p.query, grad_out)),
             *(key_boxes(x, config.part) for x in (p.key, p.value)),
         ],
         BY_RESULT=by_result, CAUSAL=three_axes(p.is_causal, False), TILE=config.tile, PART=config.part,
-        GROUPS=config.groups, SKIP=config.skip, CHUNK=config.chunk, RANK=p.rank, D=p.key.shape[-1],
+        GROUPS=config.groups, SKIP=config.skip, CHUNK=config.chunk, OFFSET=offset, RANK=p.rank, D=p.key.shape[-1],
         BD=head_width(p.key.shape[-1]), DIM_V=p.value.shape[-1], BDV=head_width(p.value.shape[-1]),
         STAGES=config.stages, TILES=large_tiling.buffered_tiles(p), **config.work(2, 2 if by_result else None),
     )  # fmt: skip

@@ -22,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from ..host.problem import Cotangents, Inputs, Layout, Options, Problem, RowStatistics, layout, new_like, three_axes
 from ..host.tiling import head_width
 from ..portable.primitives import LOG2E, inside_axes, is_empty, shifted, union_of_windows, unravel, windows_of
+from . import large_tiling
 from .large_statistics import statistics_of
 from .large_tiling import LargeTileConfig
 from .primitives import (
@@ -81,7 +82,7 @@ def add_keys(
 
 @gluon.jit
 def dq_consumer(
-    tile_ring, ring, notes, schedule, Lse, Delta, DQ, plan, num_tiles, width, scale,
+    tile_ring, ring, notes, schedule, Lse, Delta, DQ, plan, num_tiles, width, offset, scale,
     CAUSAL: gl.constexpr, TILE: gl.constexpr, PART: gl.constexpr, GROUPS: gl.constexpr, SKIP: gl.constexpr,
     CHUNK: gl.constexpr, PACK: gl.constexpr, RANK: gl.constexpr, D: gl.constexpr, BD: gl.constexpr, BDV: gl.constexpr,
     STAGES: gl.constexpr, TILES: gl.constexpr, GROUP: gl.constexpr,
@@ -108,7 +109,7 @@ def dq_consumer(
         row_lo, row_hi = windows_of(index, length, kernel, stride, CAUSAL)
         m_rows = inside_axes(index, length)
         image_row = ((i_head * PACK + head).to(gl.int64) * images + i_batch) * length[0] + index[0]
-        o_stat = (image_row * length[1] + index[1]) * width + index[2]
+        o_stat = (image_row * length[1] + index[1]) * width + index[2] + offset
         row_lse = gl.load(Lse + o_stat, mask=m_rows, other=0.0)
         row_delta = gl.load(Delta + o_stat, mask=m_rows, other=0.0)
         b_dq = gl.zeros([M, BD], gl.float32, OUT)
@@ -154,7 +155,7 @@ def dq_consumer(
 @gluon.jit
 def dq_worker(
     tile_ring, ring, notes, schedule, q_desc, do_desc, k_desc, v_desc, Lse, Delta, DQ, TileCounter,
-    plan, group, num_tiles, width, scale,
+    plan, group, num_tiles, width, offset, scale,
     CAUSAL: gl.constexpr, TILE: gl.constexpr, PART: gl.constexpr, GROUPS: gl.constexpr, SKIP: gl.constexpr,
     CHUNK: gl.constexpr, PACK: gl.constexpr, RANK: gl.constexpr, D: gl.constexpr, BD: gl.constexpr, BDV: gl.constexpr,
     STAGES: gl.constexpr, TILES: gl.constexpr, WORKER: gl.constexpr,
@@ -163,7 +164,7 @@ def dq_worker(
     COUNT: gl.constexpr = GROUPS[0] * GROUPS[1] * GROUPS[2]
     if WORKER < COUNT:
         dq_consumer(
-            tile_ring, ring, notes, schedule, Lse, Delta, DQ, plan, num_tiles, width, scale,
+            tile_ring, ring, notes, schedule, Lse, Delta, DQ, plan, num_tiles, width, offset, scale,
             CAUSAL, TILE, PART, GROUPS, SKIP, CHUNK, PACK, RANK, D, BD, BDV, STAGES, TILES, WORKER,
         )  # fmt: skip
     elif WORKER == COUNT:
@@ -180,7 +181,7 @@ def dq_worker(
 @gluon.jit
 def large_dq_kernel(
     Lse, Delta, DQ, TileCounter, q_desc, do_desc, k_desc, v_desc,
-    length, kernel, stride, tiles, group, blocks, num_tiles, width, scale,
+    length, kernel, stride, tiles, group, blocks, num_tiles, width, offset, scale,
     CAUSAL: gl.constexpr, TILE: gl.constexpr, PART: gl.constexpr, GROUPS: gl.constexpr, SKIP: gl.constexpr,
     CHUNK: gl.constexpr, PACK: gl.constexpr, RANK: gl.constexpr, D: gl.constexpr, BD: gl.constexpr, BDV: gl.constexpr,
     STAGES: gl.constexpr, TILES: gl.constexpr, WARPS: gl.constexpr, REGISTERS: gl.constexpr,
@@ -194,8 +195,8 @@ def large_dq_kernel(
     gl.warp_specialize(
         [
             (dq_worker, (tile_ring, ring, notes, schedule, q_desc, do_desc, k_desc, v_desc, Lse, Delta, DQ, TileCounter,
-                         plan, group, num_tiles, width, scale, CAUSAL, TILE, PART, GROUPS, SKIP, CHUNK, PACK, RANK, D,
-                         BD, BDV, STAGES, TILES, WORKER))
+                         plan, group, num_tiles, width, offset, scale, CAUSAL, TILE, PART, GROUPS, SKIP, CHUNK, PACK,
+                         RANK, D, BD, BDV, STAGES, TILES, WORKER))
             for WORKER in (0, 1, 2, 3, 4, 5, 6)[: COUNT + 2]
         ],
         WARPS,
@@ -226,7 +227,7 @@ def prepare(config: LargeTileConfig, p: Problem, grad_out: Layout, width: int) -
         (min(programs, multiprocessors(p.device)),),
         (
             lengths, kernel_size, stride, p.tiles(config.tile), p.group, p.query.shape[-2] // config.pack, programs,
-            width,
+            width, large_tiling.statistics_offset(p.axes),
         ),
         [*(query_boxes(x, config.part, config.pack) for x in (p.query, grad_out)),
          *(key_boxes(x, config.chunk) for x in (p.key, p.value))],

@@ -80,8 +80,8 @@ FORWARD = {64: (Plan(2, 128, 1.0, False), Plan(2, 128, 0.96, True), Plan(3, 128,
 QUERY_GRADIENT = {64: (Plan(2, 128, 1.0, False), Plan(2, 128, 0.95, True), Plan(3, 64, 0.99, True)),
                   128: (Plan(2, 128, 1.0, False), Plan(2, 128, 1.01, True)),
                   256: (Plan(2, 32, 1.0, False),)}  # fmt: skip
-KEY_GRADIENTS = {64: (Plan(2, 64, 1.0, False),),
-                 128: (Plan(2, 64, 1.0, False),),
+KEY_GRADIENTS = {64: (Plan(2, 64, 1.0, False), Plan(2, 64, 0.95, True)),
+                 128: (Plan(2, 64, 1.0, False), Plan(2, 64, 1.01, True)),
                  256: (Plan(1, 64, 1.0, False),)}  # fmt: skip
 
 
@@ -146,12 +146,13 @@ def best_boxes(
     Args:
         rows: positions of a part.
         bounds: what the rows see.
-        alignment: along the last axis, walks start at multiples of it, and chunks have at least as many positions.
+        alignment: along the last axis, chunks start at multiples of it behind :func:`statistics_offset`, and have at
+            least as many positions.
         batch: if there is more than one image, chunks must end with the last frame. TMA would load the first frames of
             the next image behind it, and although their weights are zero, zero times NaN is NaN.
     """
     lengths = axes[0][0], axes[1][0], axes[2][0]
-    starts = (1, 1, alignment)
+    starts = (1, 0), (1, 0), (alignment, statistics_offset(axes) if alignment > 1 else 0)
     best: tuple[tuple[float, int], tuple[Plan, Box, Box, Box]] | None = None
     for plan in plans:
         chunks = [chunk for chunk in boxes(plan.columns, lengths) if chunk[2] >= alignment]
@@ -188,13 +189,14 @@ def ends_inside(axis: Axis, tile: int, chunk: int, bounds: Bounds) -> bool:
 
 @lru_cache(maxsize=4096)
 def work(
-    axis: Axis, part: int, count: int, chunk: int, skip: bool, bounds: Bounds, alignment: int = 1
+    axis: Axis, part: int, count: int, chunk: int, skip: bool, bounds: Bounds, start: tuple[int, int] = (1, 0)
 ) -> tuple[int, int]:
     """Along an axis, over all tiles of ``count`` parts: pairs of a part and a chunk that are computed, and chunks that
-    are loaded. Walks start at multiples of ``alignment``.
+    are loaded. Walks ``start`` at multiples of a number behind an offset.
     """
+    alignment, offset = start
     low, high = known_spans(axis, part * count, bounds)
-    low = low // alignment * alignment
+    low = (low + offset) // alignment * alignment - offset
     visited = int(((high - low + chunk).clamp(min=0) // chunk).sum())
     if not skip:
         return visited * count, visited
@@ -202,3 +204,13 @@ def work(
     low = low[torch.arange(len(part_low)) // count]
     seen = (part_high - low) // chunk - (part_low - low) // chunk + 1
     return int(seen[part_high >= part_low].sum()), visited
+
+
+@lru_cache(maxsize=1024)
+def statistics_offset(axes: tuple[Axis, ...]) -> int:
+    """Columns in front of the statistics of queries with which the queries that a tile of keys sees start at a multiple
+    of ``ALIGNMENT``, for tiles away from the borders.
+    """
+    length, *_ = axis = axes[2]
+    low, _ = query_bounds(torch.tensor(length // 2 // ALIGNMENT * ALIGNMENT), *axis)
+    return int(-low % ALIGNMENT)
