@@ -142,7 +142,9 @@ def test_matches_the_oracle(case: Case, dtype: torch.dtype) -> None:
 def wherever_possible(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Use the kernels for windows of any size."""
     with monkeypatch.context() as patch:
-        for name in ("LARGE_KEY_ELEMENTS", "LARGE_KEY_ELEMENTS_WITH_REGISTERS", "PAIRS", "WIDE_WINDOW", "WIDE_PAIRS"):
+        for name in ("", "_GRADIENT"):
+            patch.setattr(dispatch, f"LARGE{name}_KEY_ELEMENTS", 0)
+        for name in ("LARGE_KEY_ELEMENTS_WITH_REGISTERS", "PAIRS", "WIDE_WINDOW", "WIDE_PAIRS"):
             patch.setattr(dispatch, name, 0)
         forget()
         yield
@@ -476,8 +478,8 @@ def test_large_is_what_the_keys_of_a_window_take(
 @pytest.mark.parametrize(
     "changes",
     [
-        {"kernel_size": (2048,)},  # too few pairs to hide the host time of such a launch
-        {"query": Layout((1, 8192, 4, 128), (8192 * 512, 512, 128, 1))},
+        {"kernel_size": (1024,)},  # too few pairs to hide the host time of such a launch
+        {"query": Layout((1, 8192, 2, 128), (8192 * 256, 256, 128, 1))},
         {"dtype": torch.float32},
         {"scale_first": True},
         {"dilation": (2,)},
@@ -521,6 +523,25 @@ def test_parts_near_to_cubes_see_least() -> None:
     axes = ((61, 11, 1, False), (136, 11, 1, False), (240, 11, 1, False))
     _, part, _, chunk = large_tiling.best_boxes(axes, (Plan(4, 64, 1.0, True),), 64, window_bounds)
     assert (part, chunk) == ((4, 4, 4), (2, 2, 16))
+
+
+@pytest.mark.parametrize(("window", "dim", "forward", "gradients"), [
+    ((17, 19), 64, False, True),
+    ((17, 18), 64, False, False),
+    ((23, 23), 64, True, True),
+    ((13, 13), 128, False, False),
+])  # fmt: skip
+def test_gradients_take_it_with_smaller_windows(
+    monkeypatch: pytest.MonkeyPatch, window: tuple[int, int], dim: int, forward: bool, gradients: bool
+) -> None:
+    tokens = Layout((8, 128, 128, 8, dim), (128 * 128 * 8 * dim, 128 * 8 * dim, 8 * dim, dim, 1))
+    problem = problem_of_text(
+        monkeypatch, query=tokens, key=tokens, value=tokens, kernel_size=window, stride=(1, 1), dilation=(1, 1),
+        is_causal=(False, False),
+    )  # fmt: skip
+    assert isinstance(planned("forward", problem), LargeTileConfig) == forward
+    for direction in ("backward_query", "backward_key"):
+        assert isinstance(planned(direction, problem, grad_out=tokens), LargeTileConfig) == gradients
 
 
 def test_gradients_of_large_windows_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
