@@ -9,11 +9,11 @@ TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
-SOURCES := natten_layers examples benchmarks tests docs
+SOURCES := natten_layers natten_layers_cli examples benchmarks tests docs
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint docs suite windows constraints clean
+.PHONY: help demo test lint docs suite dist test-matrix fuzz fuzz-gpu bench-check windows constraints clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -21,8 +21,8 @@ help: ## List the targets
 # Threads that spin while they wait crawl on cores that others use too: passive ones cost nothing there.
 demo: export OMP_WAIT_POLICY ?= PASSIVE
 demo: $(VENV)/demo.stamp ## Train, sample, save and reload a small HDiT on this machine (minutes)
-	$(BIN)/python examples/train_hdit.py --name $(RUN)/demo
-	$(BIN)/python examples/sample_hdit.py $(RUN)/demo.safetensors --reproduce $(RUN)/demo_samples.png
+	$(BIN)/natten-layers-train-hdit --name $(RUN)/demo
+	$(BIN)/natten-layers-sample-hdit $(RUN)/demo.safetensors --reproduce $(RUN)/demo_samples.png
 
 test: lint docs suite ## Lint, types, the site of the documentation and the whole CPU suite
 
@@ -40,6 +40,42 @@ suite: $(VENV)/test.stamp ## The CPU suite alone
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --quiet \
 	    -o faulthandler_timeout=400 -o faulthandler_exit_on_timeout=true
 
+# The wheel is built of the source distribution, so that this one is known to be complete.
+dist: $(VENV)/test.stamp ## Build wheel and sdist, check them, and try all commands in an empty environment
+	rm -rf dist build
+	$(PIP) build twine
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python tests/distribution.py dist -- --disable-pip-version-check --constraint $(CURDIR)/constraints.txt \
+	    $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+
+# An environment for each row, gigabytes large while it lasts unless CPU wheels of torch are taken.
+test-matrix: $(VENV)/test.stamp ## Parts of the suite with the oldest and newest versions, and without some packages
+	$(PIP) uv
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/matrix.py -- $(if $(TORCH_INDEX),--torch-backend cpu)
+
+# New examples in every run; what fails prints how to draw it again. Threads of one process would only fight over the cores.
+fuzz: export OMP_NUM_THREADS := 1
+fuzz: EXAMPLES ?= 150
+fuzz: $(VENV)/test.stamp ## Random calls, damaged files, killed commands: minutes on a CPU (EXAMPLES=1000 for longer)
+	$(BIN)/python -m pytest --numprocesses auto --quiet -m 'hypothesis and not gpu' --examples $(EXAMPLES)
+	$(BIN)/python -m pytest --numprocesses auto --quiet tests/test_random.py tests/test_stress.py --seeds $(EXAMPLES)
+	$(BIN)/python tests/fuzz_kills.py --rounds $$(( $(EXAMPLES) / 5 )) --seed $$RANDOM
+
+# compute-sanitizer comes with the CUDA toolkit; under it a call takes a hundred times as long.
+fuzz-gpu: SEEDS ?= 2000
+fuzz-gpu: $(VENV)/test.stamp ## The same calls on a GPU, from several threads and streams over memory that holds NaN
+	$(BIN)/python -m pytest --quiet -m gpu tests/test_stress.py --seeds $(SEEDS)
+	if command -v compute-sanitizer; then \
+	    compute-sanitizer --tool memcheck --error-exitcode 9 --target-processes all \
+	        $(BIN)/python -m pytest --quiet -m gpu tests/test_random.py --seeds 10; \
+	else echo "no compute-sanitizer here: memory is checked by its contents alone"; fi
+
+# The record's own flags. Ten minutes on one card.
+bench-check: $(VENV)/test.stamp ## Fail if a row of the census is 10 % slower, beside the floor, than the record (GPU)
+	$(BIN)/python -m benchmarks.census --jobs 8 --peers fa2 --budget-s 0.06 --out runs/census.json
+	$(BIN)/python -m benchmarks.regression runs/census.json
+
 windows: $(VENV)/demo.stamp ## Redraw the README's picture of windows
 	$(BIN)/python examples/draw_windows.py docs/images/windows.png
 
@@ -48,7 +84,7 @@ constraints: $(VENV)/test.stamp ## Record the installed versions as the tested s
 	mv constraints.new constraints.txt
 
 clean: ## Remove the environment and caches; runs/ is kept
-	rm -rf $(VENV) site .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) site dist build .pytest_cache .ruff_cache .hypothesis *.egg-info
 
 # torch first and alone: the CPU index holds little else, and an index that cannot be reached costs retries a package.
 $(VENV)/torch.stamp: constraints.txt
@@ -58,11 +94,11 @@ $(VENV)/torch.stamp: constraints.txt
 	touch $@
 
 $(VENV)/demo.stamp: $(VENV)/torch.stamp pyproject.toml
-	$(PIP) --editable '.[examples]'
+	$(PIP) --editable '.[hdit]'
 	touch $@
 
 # natten's source package imports torch while it builds, and would compile CUDA kernels that the suite does not use.
 $(VENV)/test.stamp: $(VENV)/torch.stamp pyproject.toml
-	$(PIP) --editable '.[examples,test,docs]'
+	$(PIP) --editable '.[hdit,lm,test,docs]'
 	CUDA_VISIBLE_DEVICES= $(PIP) --no-build-isolation --editable '.[peers]'
 	touch $@

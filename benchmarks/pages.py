@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from .plot import TITLES, best_rows, summary
+from .census import shape
+from .plot import TITLES, best_rows, fastest_peer, summary
+from .shapes import CENSUS
 
 __all__ = ["PAGES", "TABLES", "filled"]
 
@@ -79,6 +81,27 @@ def _attention() -> list[str]:
     return summary(_record("attention")["rows"])
 
 
+def _census() -> list[str]:
+    """One line per shape, those furthest from the floor in the backward pass first."""
+    rows = _record("census")["rows"]
+    best = best_rows(rows)
+
+    def times_floor(name: str) -> float:
+        row = best.get(("fwdbwd", name, "natten_layers"))
+        return row["times_floor"] if row else 0.0
+
+    def cells(name: str) -> Iterable[str]:
+        yield from (f"`{name}`", shape(CENSUS[name]))
+        for mode in ("fwd", "fwdbwd"):
+            ours, peer = best.get((mode, name, "natten_layers")), fastest_peer(best, mode, name)
+            yield from (f"{ours['median_ms']:.3g}", f"{ours['times_floor']:.1f}") if ours else ("", "")
+            yield f"{peer['peer']} {peer['median_ms']:.3g}" if peer else ""
+
+    names = sorted({row["workload"] for row in rows}, key=times_floor, reverse=True)
+    head = ["row", "batch, tokens, heads, head dim, window", "forward, ms", "x floor", "fastest peer, ms"]
+    return _table([*head, "and backward, ms", "x floor", "fastest peer, ms"], map(cells, names))
+
+
 def _layer() -> list[str]:
     rows = [row for row in _record("module")["rows"] if row["implementation"] != "steps in PyTorch"]
     layers, bare = (
@@ -143,6 +166,7 @@ def _host() -> list[str]:
 TABLES: dict[str, Callable[[], list[str]]] = {
     "headline": _headline,
     "attention": _attention,
+    "census": _census,
     "layer": _layer,
     "models": _models,
     "decode": _decode,

@@ -1,7 +1,7 @@
-"""Draw a result of ``benchmarks.attention`` and print its summary: ``python -m benchmarks.plot --help``.
+"""Draw a result of ``benchmarks.attention`` or ``benchmarks.census``: ``python -m benchmarks.plot --help``.
 
-The bars show time over the floor on a logarithmic axis, one group per workload, with the best of each peer's
-alternatives.
+Times are shown over the floor on a logarithmic axis. Workloads have a group of bars each, with the best of each peer's
+alternatives. The census, which has many more rows, has a dot for this library and one for the fastest of all peers.
 """
 
 from __future__ import annotations
@@ -9,9 +9,15 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["best_rows", "draw", "summary"]
+from .implementations import OURS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["best_rows", "draw", "draw_census", "fastest_peer", "summary"]
 
 TITLES = {"fwd": "forward", "fwdbwd": "forward + backward"}
 
@@ -70,6 +76,50 @@ def draw(report: dict[str, Any], path: Path) -> None:
         axis.set_ylabel("time / floor")
         axis.set_title(f"{TITLES[mode]}; labels in ms")
     axes[0, 0].legend(ncols=len(peers), fontsize=8)
+    _save(figure, report, path)
+
+
+def draw_census(report: dict[str, Any], path: Path) -> None:
+    """Write the plot of all rows, those that are furthest from their floor first, as a PNG file."""
+    import matplotlib.pyplot as plt
+
+    best = best_rows(report["rows"])
+    modes = list(dict.fromkeys(row["mode"] for row in report["rows"]))
+    names = list(dict.fromkeys(row["workload"] for row in report["rows"]))
+    figure, axes = plt.subplots(
+        1, len(modes), figsize=(5.5 * len(modes), 1.5 + 0.2 * len(names)), squeeze=False, layout="constrained"
+    )
+    for axis, mode in zip(axes[0], modes, strict=True):
+        ours = {name: best[mode, name, OURS]["times_floor"] for name in names if (mode, name, OURS) in best}
+        order = sorted(ours, key=lambda name: ours[name])
+        fastest = [fastest_peer(best, mode, name) for name in order]
+        for y, (name, peer) in enumerate(zip(order, fastest, strict=True)):
+            if peer is not None:
+                axis.plot([ours[name], peer["times_floor"]], [y, y], color="lightgray", zorder=1)
+                axis.annotate(peer["peer"], (peer["times_floor"], y), (4, -2), textcoords="offset points", fontsize=6)
+        peers = [(peer["times_floor"], y) for y, peer in enumerate(fastest) if peer is not None]
+        axis.scatter(*zip(*peers, strict=True), s=18, color="tab:orange", label="fastest peer") if peers else None
+        axis.scatter([ours[name] for name in order], range(len(order)), s=18, color="tab:blue", label="natten_layers")
+        axis.set_yticks(range(len(order)), order, fontsize=7)
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.set_xlabel("time / floor")
+        axis.set_title(f"{TITLES[mode]}: median {median(ours.values()):.2f}", fontsize=10)
+        axis.margins(x=0.1, y=0.02)
+    axes[0, 0].legend(fontsize=8, loc="lower right")
+    _save(figure, report, path)
+
+
+def fastest_peer(best: dict[tuple[str, str, str], dict[str, Any]], mode: str, name: str) -> dict[str, Any] | None:
+    """The row of the fastest peer of this library in a mode of a workload; ``best`` comes from :func:`best_rows`."""
+    rows = [row for key, row in best.items() if key[:2] == (mode, name) and key[2] != OURS]
+    return min(rows, key=lambda row: row["median_ms"], default=None)
+
+
+def _save(figure: Figure, report: dict[str, Any], path: Path) -> None:
+    import matplotlib.pyplot as plt
+
     environment = report["environment"]
     figure.suptitle(
         f"{environment['device']}, torch {environment['torch']}, Triton {environment['triton']}", fontsize=10
@@ -80,12 +130,16 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plot", description=__doc__)
-    parser.add_argument("report", type=Path, help="JSON written by benchmarks.attention")
+    parser.add_argument("report", type=Path, help="JSON written by benchmarks.attention or benchmarks.census")
     parser.add_argument("--out", type=Path, help="PNG to write, default beside the JSON")
     args = parser.parse_args(argv)
     report = json.loads(args.report.read_text())
-    draw(report, args.out or args.report.with_suffix(".png"))
-    print("\n".join(summary(report["rows"])))
+    path = args.out or args.report.with_suffix(".png")
+    if "kernel" in report["rows"][0]:
+        draw_census(report, path)
+    else:
+        draw(report, path)
+        print("\n".join(summary(report["rows"])))
 
 
 if __name__ == "__main__":

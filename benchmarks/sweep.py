@@ -140,7 +140,7 @@ def grid(kind: Kind, problem: Problem) -> Iterator[TileConfig]:
         if fit(kind, rows, keys, stages, space) != (rows, keys, stages):
             continue
         for pack in {packed_heads(group, rows), min(2, packed_heads(group, rows)), min(next_power_of_2(group), 4)}:
-            tile, chunk = best_boxes(rows // pack, keys, known.lengths, known.kernel)
+            tile, chunk = best_boxes(rows // pack, keys, known.lengths, known.kernel, kind == "backward_key")
             yield TileConfig(tile, chunk, pack, warps, stages, registers, base.skip_mask)
 
 
@@ -174,45 +174,16 @@ ROWS = (
 # What follows runs in the processes that compile. They are forked before this process uses the GPU and never use it
 # themselves: a driver that launches nothing replaces CUDA's. This process finds the compiled kernels in Triton's cache
 # on disk.
-class _Utilities:
-    def load_binary(self, *_: object) -> tuple[int, ...]:
-        return 1, 1, 0, 0, 1024  # module, function, registers, spills, most threads
-
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        del device
-        return {"max_shared_mem": 227 * 1024, "warpSize": 32, "max_num_regs": 65536, "multiprocessor_count": 132}
-
-
-class _Driver:
-    def __init__(self, capability: int) -> None:
-        from triton.backends.compiler import GPUTarget
-
-        self.target, self.utils = GPUTarget("cuda", capability, 32), _Utilities()
-        self.launcher_cls = lambda source, metadata: lambda *arguments: None
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int | None = None) -> int:
-        del device
-        return 0
-
-    def get_current_target(self) -> Any:
-        return self.target
-
-    def map_python_to_cpp_type(self, kind: str) -> str:
-        del kind
-        return "int"
-
-
 _subjects: dict[str, Subject] = {}
 
 
 def _compile(trial: Trial, capability: int, miniature: bool) -> Trial:
     from triton.runtime import driver
 
+    from .compile_only import Driver
+
     if not _subjects:
-        driver.set_active(_Driver(capability))  # pyright: ignore[reportArgumentType]
+        driver.set_active(Driver(capability))  # pyright: ignore[reportArgumentType]
     if trial.row not in _subjects:
         _subjects.clear()
         _subjects[trial.row] = Subject(workload_of(trial.row, miniature), torch.device("cpu"))

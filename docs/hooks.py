@@ -14,7 +14,12 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
-ELSEWHERE = {"index.md": "README.md", "benchmarks.md": "benchmarks/README.md", "contributing.md": "CONTRIBUTING.md"}
+ELSEWHERE = {
+    "index.md": "README.md",
+    "benchmarks.md": "benchmarks/README.md",
+    "contributing.md": "CONTRIBUTING.md",
+    "changelog.md": "CHANGELOG.md",
+}
 """pages of the site by the files that they are made of"""
 
 LINK = re.compile(r"(?<!`)\[([^\]\[]*)\]\((?!https?:)([^)#\s]+)(#[^)\s]*)?\)")

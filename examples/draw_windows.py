@@ -14,35 +14,42 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from natten_layers.geometry import make_window, window_mask
 from natten_layers.io.files import replacing
 
 SPATIAL = (12, 12)
-COLOURS = ListedColormap(["#eef1f5", "#7fb2e5", "#d1495b"])  # a key not seen, a key seen, the query
+COLOURS, QUERY = ListedColormap(["#eef1f5", "#7fb2e5"]), "#d1495b"  # a key not seen and a key seen, the query
 
 
 class Panel(NamedTuple):
     title: str
     query: tuple[int, int]
     arguments: dict[str, Any]
+    grid: tuple[int, int] = SPATIAL
+    """that of queries"""
 
 
 PANELS = (
     Panel("interior\nkernel 5", (6, 5), {"kernel_size": 5}),
     Panel("border: shifted inwards\nkernel 5", (0, 11), {"kernel_size": 5}),
+    Panel("periodic width\nkernel 5", (6, 11), {"kernel_size": 5, "is_periodic": (False, True)}),
     Panel("causal height\nkernel 5", (6, 5), {"kernel_size": 5, "is_causal": (True, False)}),
     Panel("causal, both axes\nkernel 5", (6, 5), {"kernel_size": 5, "is_causal": True}),
     Panel("dilated\nkernel 5, dilation 2", (6, 5), {"kernel_size": 5, "dilation": 2}),
     Panel("strided\nkernel 6, stride 3", (6, 5), {"kernel_size": 6, "stride": 3}),
+    Panel("finer grid of queries\nkernel 5", (13, 11), {"kernel_size": 5}, (24, 24)),
 )
 
 
 def draw_panel(axes: Axes, panel: Panel) -> None:
-    mask = window_mask(SPATIAL, make_window(SPATIAL, **panel.arguments))  # [queries, keys], in raster order
-    seen = mask.view(*SPATIAL, *SPATIAL)[panel.query].int()
-    seen[panel.query] = 2
-    axes.imshow(seen.numpy(), cmap=COLOURS, vmin=0, vmax=2)
+    other = None if panel.grid == SPATIAL else SPATIAL
+    mask = window_mask(panel.grid, make_window(SPATIAL, **panel.arguments), key_spatial=other)  # in raster order
+    axes.imshow(mask.view(*panel.grid, *SPATIAL)[panel.query].int().numpy(), cmap=COLOURS, vmin=0, vmax=1)
+    height, width = (keys / queries for keys, queries in zip(SPATIAL, panel.grid, strict=True))
+    y, x = panel.query
+    axes.add_patch(Rectangle((x * width - 0.5, y * height - 0.5), width, height, color=QUERY, linewidth=0))
     axes.set_title(panel.title, fontsize=10)
     axes.set_xticks(np.arange(0.5, SPATIAL[1] - 1), minor=True)
     axes.set_yticks(np.arange(0.5, SPATIAL[0] - 1), minor=True)

@@ -22,10 +22,12 @@ Layers
     Positions                 coordinates on their way through a model, which sharding does not cast
     RMSNorm, AdaRMSNorm       norms, the second one driven by a condition
     GEGLU, GatedFeedForward   feed-forward layers
+    MixtureOfExperts          several of them, of which each token takes a few
 
 Models
     HDiT                      the image diffusion transformer of k-diffusion: HDiTConfig, LevelConfig
     Denoiser                  preconditioning and loss around it
+    MeanFlow                  the loss that has it sample in one step
     DecoderLM                 a language model with sliding windows: DecoderLMConfig, Cache
 
 NATTEN's switches and lists, which change no result
@@ -46,13 +48,21 @@ NATTEN's switches and lists, which change no result
 Modules
     natten_layers.functional                   the operations, this library's and NATTEN's, as in natten.functional
     natten_layers.utils.varlen                 lengths of packed sequences for attention, as in natten.utils.varlen
-    natten_layers.convert                      multi-head checkpoints to grouped-query ones, also a command
-    natten_layers.tune                         a search for the fastest tiles of one problem, also a command
+    natten_layers.convert                      multi-head checkpoints to grouped-query ones
     natten_layers.integrations.diffusers       LTX-2's video decoder, and windows for transformers, in diffusers
     natten_layers.integrations.transformers    attn_implementation="natten_layers" in Hugging Face transformers,
                                                and its DiNAT models
 
-These names and modules are the public interface. All other modules are internal and may change in any release.
+Commands, each with --help
+    natten-layers-train-hdit, natten-layers-sample-hdit
+                              k-diffusion's training script, with its configs; pictures from a checkpoint
+    natten-layers-train-lm, natten-layers-generate
+                              a language model on bytes; text from it, or from a Hugging Face directory
+    natten-layers-convert     multi-head checkpoints to grouped-query ones
+    natten-layers-tune        a search for the fastest tiles of one problem on this machine's GPU
+
+These names, modules and commands are the public interface: docs/stable.md says what a release may change. All other
+modules are internal.
 """
 
 from . import functional as functional
@@ -71,6 +81,8 @@ from .modules import (
     HDiT,
     HDiTConfig,
     LevelConfig,
+    MeanFlow,
+    MixtureOfExperts,
     NeighborhoodAttention1D,
     NeighborhoodAttention2D,
     NeighborhoodAttention3D,
@@ -137,6 +149,8 @@ __all__ = [
     "HDiT",
     "HDiTConfig",
     "LevelConfig",
+    "MeanFlow",
+    "MixtureOfExperts",
     "NeighborhoodAttention1D",
     "NeighborhoodAttention2D",
     "NeighborhoodAttention3D",

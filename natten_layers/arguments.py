@@ -22,6 +22,7 @@ __all__ = [
     "check_additional",
     "check_bias",
     "check_dense",
+    "check_key_mask",
     "check_like",
     "check_pair",
     "check_scale",
@@ -33,7 +34,7 @@ __all__ = [
 Axes = int | Sequence[int]
 
 _Tensors = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
-_AxisOptions = tuple[Axes, Axes, Axes, bool | Sequence[bool]]
+_AxisOptions = tuple[Axes, Axes, Axes, bool | Sequence[bool], bool | Sequence[bool]]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LARGEST_FP32, LARGEST_FP64 = torch.finfo(torch.float32).max, torch.finfo(torch.float64).max
@@ -50,8 +51,8 @@ class Call(NamedTuple):
 
     @property
     def for_eager(self) -> tuple[Any, ...]:
-        """The arguments of the functions of :mod:`eager`, in their order."""
-        *tensors, sink = self.inputs
+        """The arguments of the functions of :mod:`eager`, in their order, up to ``scale``."""
+        *tensors, sink, _ = self.inputs
         return *tensors, self.options.sink_value if sink is None else sink, self.window, self.options.scale
 
     def why_not_fused(self) -> str | None:
@@ -74,13 +75,15 @@ def prepare(
     additional_keys: Tensor | None,
     additional_values: Tensor | None,
     sink: float | Tensor | None,
+    is_periodic: bool | Sequence[bool] = False,
+    key_mask: Tensor | None = None,
 ) -> Call:
     """Check all arguments of a user and convert them to the canonical form that the implementations take.
 
     Checks that depend only on shapes, strides, dtypes, devices and options of axes are made once for each combination.
     """
     tensors = query, key, value, additional_keys, additional_values
-    axes = kernel_size, stride, dilation, is_causal
+    axes = kernel_size, stride, dilation, is_causal, is_periodic
     signature, accepted = (None, None) if torch.compiler.is_compiling() else _recall(tensors, axes)
     rank = _check_user_form(tensors, axes) if accepted is None else accepted.window.rank
     head_shape = query.shape[rank + 1 : -1]
@@ -91,9 +94,11 @@ def prepare(
     factor = query.shape[-1] ** -0.5 if scale is None else check_scale(scale, query)
     register_keys, register_values = _expand_registers(additional_keys, additional_values, query.shape[0])
     sink, sink_value = (sink, None) if isinstance(sink := check_sink(sink, query), Tensor) else (None, sink)
-    inputs = Inputs(query, key, value, register_keys, register_values, sink)
+    mask = None if key_mask is None else check_key_mask(key_mask, key)
+    inputs = Inputs(query, key, value, register_keys, register_values, sink, mask)
     w = accepted.window
-    options = Options(sink_value, w.kernel_size, w.stride, w.dilation, w.is_causal, factor)
+    periodic = w.is_periodic if any(w.is_periodic) else ()
+    options = Options(sink_value, w.kernel_size, w.stride, w.dilation, w.is_causal, factor, periodic)
     return Call(inputs, options, w, head_shape)
 
 
@@ -144,10 +149,10 @@ def _recall(tensors: Sequence[object], axes: Sequence[object]) -> tuple[Hashable
 def _check_user_form(tensors: _Tensors, axes: _AxisOptions) -> int:
     """Check the arguments in the form in which the user gives them; returns the number of spatial axes."""
     query, key, value, additional_keys, additional_values = tensors
-    kernel_size, stride, dilation, is_causal = axes
+    names = "kernel_size", "stride", "dilation", "is_causal", "is_periodic"
     check_tensors(query=query, key=key, value=value)
     check_pair(additional_keys, additional_values)
-    rank = _spatial_rank(query, kernel_size=kernel_size, stride=stride, dilation=dilation, is_causal=is_causal)
+    rank = _spatial_rank(query, **dict(zip(names, axes, strict=True)))
     _check_qkv(query, key, value, rank)
     head_shape = query.shape[rank + 1 : -1]
     if len(head_shape) == 1:
@@ -174,9 +179,26 @@ def _canonical_heads(tensors: _Tensors, head_shape: torch.Size) -> _Tensors:
 def _check_canonical_form(tensors: _Tensors, axes: _AxisOptions) -> Window:
     """Make the checks that need tensors with one axis of heads."""
     query, key, value, additional_keys, additional_values = tensors
-    window = make_window(query.shape[1:-2], *axes)
+    window = make_window(key.shape[1:-2], *axes)
+    _check_grids(query.shape[1:-2], key.shape[1:-2], window)
     check_additional(additional_keys, additional_values, query, key, value)
     return window
+
+
+def _check_grids(spatial: torch.Size, key_spatial: torch.Size, window: Window) -> None:
+    """Check what a window may be if queries lie on another grid than keys."""
+    if spatial == key_spatial:
+        return
+    for name, values, default in (
+        ("stride", window.stride, 1),
+        ("dilation", window.dilation, 1),
+        ("is_causal", window.is_causal, False),
+    ):
+        if any(value != default for value in values):
+            raise ValueError(
+                f"query has the spatial axes {tuple(spatial)} and key {tuple(key_spatial)}: queries on another grid "
+                f"than keys take no {name}, got {values}; leave it out, or give tensors with equal axes"
+            )
 
 
 def _check_groups(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -224,7 +246,7 @@ def _spatial_rank(query: Tensor, **axis_arguments: object) -> int:
     """Number of spatial axes: the length of the tuples, else that of ``query [B, *spatial, H, D]``."""
     entries = {name: len(a) for name, a in axis_arguments.items() if isinstance(a, Sequence)}
     if len(set(entries.values())) > 1:
-        raise ValueError(f"kernel_size, stride, dilation and is_causal disagree on the number of axes: {entries}")
+        raise ValueError(f"{', '.join(entries)} disagree on the number of axes: {entries}")
     rank = next(iter(entries.values()), min(query.ndim - 3, 3))
     if not 1 <= rank <= 3 or query.ndim not in (rank + 3, rank + 4):
         given = "".join(f"; {name} has {count} entries" for name, count in entries.items())
@@ -236,20 +258,21 @@ def _spatial_rank(query: Tensor, **axis_arguments: object) -> int:
 
 
 def _check_qkv(query: Tensor, key: Tensor, value: Tensor, rank: int) -> None:
-    for name, tensor in (("key", key), ("value", value)):
-        if tensor.ndim != query.ndim or tensor.shape[: rank + 1] != query.shape[: rank + 1]:
-            sizes = zip(("batch", *AXES[rank]), tensor.shape, query.shape, strict=False)
+    # Queries may lie on another grid, but keys and values on the same.
+    for name, tensor, other, like, axes in (("key", key, "query", query, 1), ("value", value, "key", key, rank + 1)):
+        if tensor.ndim != like.ndim or tensor.shape[:axes] != like.shape[:axes]:
+            sizes = zip(("batch", *AXES[rank]), tensor.shape[:axes], like.shape, strict=False)
             differing = [f"on the {axis} axis ({a} and {b})" for axis, a, b in sizes if a != b]
             raise ValueError(
-                f"{name} {tuple(tensor.shape)} and query {tuple(query.shape)} differ "
-                + ("in rank" if tensor.ndim != query.ndim else ", ".join(differing))
+                f"{name} {tuple(tensor.shape)} and {other} {tuple(like.shape)} differ "
+                + ("in rank" if tensor.ndim != like.ndim else ", ".join(differing))
             )
         check_like(name, tensor, query)
     if key.shape[-1] != query.shape[-1]:
         raise ValueError(f"key head_dim {key.shape[-1]} differs from query head_dim {query.shape[-1]}")
     if query.dtype not in DTYPES:
         raise ValueError(f"query dtype {query.dtype} is not supported; use one of {', '.join(map(str, DTYPES))}")
-    for name, tensor in (("query", query), ("value", value)):
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
         for axis, size in enumerate(tensor.shape):
             if axis and size == 0:  # a batch may be empty
                 raise ValueError(f"{name} {tuple(tensor.shape)} is empty on axis {axis}")
@@ -382,12 +405,35 @@ def check_sink(sink: float | Tensor | None, query: Tensor) -> Tensor | float | N
     return sink
 
 
+def check_key_mask(mask: Tensor, key: Tensor) -> Tensor:
+    """Check the mask of keys ``[B, *spatial, H, D]``; returns it expanded to the batch."""
+    check_tensors(key_mask=mask)
+    batch, *spatial = key.shape[:-2]
+    if mask.ndim != key.ndim - 2 or mask.shape[0] not in (1, batch) or list(mask.shape[1:]) != spatial:
+        axes = ", ".join(map(str, spatial))
+        raise ValueError(
+            f"key_mask has shape {tuple(mask.shape)}; expected [{batch} or 1, {axes}], a bool for each key"
+        )
+    if mask.dtype != torch.bool:
+        raise ValueError(
+            f"key_mask has dtype {mask.dtype}; expected torch.bool, True where a key may be seen. Pass key_mask != 0"
+        )
+    if mask.device != key.device:
+        raise ValueError(f"key_mask is on {mask.device}, but query is on {key.device}")
+    return mask.expand(batch, *spatial)
+
+
 def check_bias(rpb: Tensor | None, call: Call) -> None:
     """Check the relative position bias, a table for the heads that the caller gave."""
     if rpb is None:
         return
     check_tensors(rpb=rpb)
-    query = call.inputs.query
+    query, key = call.inputs.query, call.inputs.key
+    if query.shape[1:-2] != key.shape[1:-2]:
+        raise ValueError(
+            f"rpb is a bias on distances in keys, but query lies on another grid: its axes are "
+            f"{tuple(query.shape[1:-2])}, those of key {tuple(key.shape[1:-2])}; leave rpb out"
+        )
     expected = (query.shape[-2], *(2 * k - 1 for k in call.window.kernel_size))
     if rpb.shape != expected:
         raise ValueError(

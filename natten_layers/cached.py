@@ -18,6 +18,8 @@ from .operations import Impl, takes_fused
 __all__ = ["cached_attention"]
 
 MAX_POSITION = 1 << 31
+NO_SOFTCAP = "the kernels have no softcap"
+"""Why they do not compute a call that has one"""
 CHUNK_SCORES = 1 << 24
 """Most scores that the eager path holds at a time: 64 MiB in fp32."""
 
@@ -35,6 +37,7 @@ def cached_attention(
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     sink: float | Tensor | None = None,
+    softcap: float | None = None,
     return_lse: Literal[False] = False,
     impl: Impl = "auto",
 ) -> Tensor: ...
@@ -51,6 +54,7 @@ def cached_attention(
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     sink: float | Tensor | None = None,
+    softcap: float | None = None,
     return_lse: Literal[True],
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]: ...
@@ -66,6 +70,7 @@ def cached_attention(
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     sink: float | Tensor | None = None,
+    softcap: float | None = None,
     return_lse: bool = False,
     impl: Impl = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -98,6 +103,7 @@ def cached_attention(
         additional_keys: registers, ``[B or 1, R, Hkv, D]``, visible to every query.
         additional_values: ``[B or 1, R, Hkv, Dv]``; given exactly when ``additional_keys`` is.
         sink: one extra logit per query head with a zero value vector: a float, a tensor ``[Hq]``, or None.
+        softcap: scores of cache and registers become ``softcap * tanh(score / softcap)`` (Gemma 2); in PyTorch only.
         return_lse: also return the log-sum-exp of all scores in the softmax: cache, registers and sink.
         impl: "auto" uses the fused path if it can run on the tensors' device and dtype and no gradient is needed, else
             PyTorch ("eager"); "fused" and "eager" never fall back.
@@ -116,10 +122,14 @@ def cached_attention(
     sink = check_sink(sink, query)
     factor = query.shape[-1] ** -0.5 if scale is None else check_scale(scale, query)
     arguments = (query, key, value, query_positions, key_positions, *registers, sink, window, factor)
-    if takes_fused(impl, query, lambda: decode_ops.why_not(query, value, key, *registers, sink)):
+    if softcap is not None and not (isinstance(softcap, int | float) and 0 < softcap < math.inf):
+        raise ValueError(f"softcap must be None or a positive number, got {softcap!r}")
+    if takes_fused(
+        impl, query, lambda: NO_SOFTCAP if softcap else decode_ops.why_not(query, value, key, *registers, sink)
+    ):
         out, lse = decode_ops.decode(*arguments, with_lse=return_lse)
     else:
-        out, lse = (t.contiguous() for t in _eager(*arguments))
+        out, lse = (t.contiguous() for t in _eager(*arguments, softcap))
     return (out, lse) if return_lse else out
 
 
@@ -171,6 +181,7 @@ def _eager(
     sink: Tensor | float | None,
     window: int | None,
     scale: float,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """``(out, lse)`` of validated arguments, computed a chunk of queries at a time."""
     query_positions, key_positions = query_positions.long(), key_positions.long()  # narrow dtypes would overflow
@@ -191,7 +202,7 @@ def _eager(
         visible = (key_positions >= 0)[:, None] & (key_positions[:, None] <= positions[..., None])
         if window is not None:
             visible = visible & (key_positions[:, None] > positions[..., None] - min(window, MAX_POSITION))
-        return _attend(q.to(accumulate) * scale, keys, values, nonfinite, visible, registers, sink)
+        return _attend(q.to(accumulate) * scale, keys, values, nonfinite, visible, registers, sink, softcap)
 
     step = max(1, CHUNK_SCORES // (max(1, batch) * heads * key.shape[1]))
     if step >= length:
@@ -214,13 +225,14 @@ def _attend(
     visible: Tensor,  # [B or 1, L, S]
     registers: tuple[Tensor, Tensor] | None,
     sink: Tensor | None,  # [Hq]
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     kv_heads = key.shape[2]
     q = query.unflatten(2, (kv_heads, -1))  # [B, L, Hkv, G, D]
-    scores = torch.einsum("blhgd,bshd->bhgls", q, key)
+    scores = _capped(torch.einsum("blhgd,bshd->bhgls", q, key), softcap)
     scores = scores.masked_fill(~visible[:, None, None], -math.inf)
     if registers is not None:
-        scores = torch.cat((torch.einsum("blhgd,brhd->bhglr", q, registers[0]), scores), -1)
+        scores = torch.cat((_capped(torch.einsum("blhgd,brhd->bhglr", q, registers[0]), softcap), scores), -1)
     # The reference point of the exponentials needs no gradient, as the result does not depend on it.
     row_max = scores.detach().amax(-1)  # [B, Hkv, G, L]
     logit = None if sink is None else sink.view(kv_heads, -1, 1)  # [Hkv, G, 1]
@@ -244,3 +256,7 @@ def _attend(
     )
     out = out.masked_fill((sees_nonfinite > 0)[..., None, None], math.nan)
     return out.flatten(2, 3), lse.permute(0, 3, 1, 2).flatten(2, 3)
+
+
+def _capped(scores: Tensor, softcap: float | None) -> Tensor:
+    return scores if softcap is None else torch.tanh(scores / softcap) * softcap

@@ -1,4 +1,5 @@
-"""Convert multi-head to grouped-query checkpoints: ``python -m natten_layers.convert SOURCE TARGET --group-size 4``.
+"""Convert multi-head to grouped-query checkpoints; the command ``natten-layers-convert`` does so with files,
+and so does ``python -m natten_layers.convert``.
 
 Each new KV head is the mean of the heads that it replaces, from which Ainslie et al. 2023 start uptraining
 (https://arxiv.org/abs/2305.13245). Train the result for a few per cent of the original steps.
@@ -6,7 +7,6 @@ Each new KV head is the mean of the heads that it replaces, from which Ainslie e
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
@@ -120,37 +120,7 @@ def convert_file(
     return model, converted
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m natten_layers.convert", description=(__doc__ or "").split("\n\n")[1]
-    )
-    parser.add_argument("source", help="an HDiT: safetensors, k-diffusion training checkpoint, or directory")
-    parser.add_argument("target", help="safetensors file, or directory to hold model.safetensors")
-    parser.add_argument(
-        "--group-size",
-        type=int,
-        nargs="+",
-        required=True,
-        metavar="G",
-        help="KV heads to pool: one for all levels or one each",
-    )
-    parser.add_argument("--config", help="JSON config, for a source that holds none")
-    options = parser.parse_args(arguments)
-    sizes = options.group_size[0] if len(options.group_size) == 1 else options.group_size
-    try:
-        config = HDiTConfig.from_json(options.config) if options.config else None
-        models = convert_file(options.source, options.target, sizes, config)
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        parser.exit(1, f"{parser.prog}: error: {' '.join(str(error).split()) or type(error).__name__}\n")
-    except KeyboardInterrupt:
-        print(f"interrupted; {options.target} is as it was", file=sys.stderr)
-        return 130
-    before, after = (sum(p.numel() for p in model.parameters()) for model in models)
-    heads = [level.num_kv_heads or level.num_heads for level in models[1].config.levels if level.attention != "none"]
-    print(f"{options.target}: {after:,} parameters, from {before:,}; KV heads by level: {heads}")
-    return 0
+if __name__ == "__main__":  # the commands stand above the library, which knows them here only, by name
+    from natten_layers_cli.launch import convert as command
 
-
-if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command())

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from .geometry import Window, window_mask
+from .geometry import Window, window_bounds, window_mask
 from .kernels.ops.define import is_differentiated, is_watched
 from .tiles import State, attend_tiles, heads_first, nonfinite_mask, plan, tile_queries, untile
 
@@ -60,41 +60,49 @@ def dense_attention_state(
     window: Window,
     scale: float,
     rpb: Tensor | None = None,
+    key_mask: Tensor | None = None,
 ) -> State:
     """The definition of the operation, literally: all scores, one mask, one softmax. For tests.
 
     Takes arguments validated by ``operations`` and returns ``(out, row_max, row_sum)``. Scores, softmax and statistics
     are fp32, or fp64 for fp64 inputs. ``rpb [Hq, 2 k_1 - 1, ...]`` is added to the scores of tokens, for query ``i``
-    and key ``j`` its entry ``(j - i) / d + k - 1`` on each axis. Allocates several times tokens x tokens.
+    and key ``j`` its entry ``(j - i) / d + k - 1`` on each axis. ``key_mask [B, *spatial]`` is True where a key may be
+    seen. Allocates several times tokens x tokens.
     """
     batch, heads, kv_heads = query.shape[0], query.shape[-2], key.shape[-2]
     spatial = query.shape[1:-2]
     accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
     q, k, v = (t.flatten(1, -3).to(accumulate) for t in (query, key, value))  # [B, N, H, D]
-    mask = window_mask(spatial, window, query.device)  # [N, N]
+    key_spatial = key.shape[1:-2] if key.shape[1:-2] != spatial else None
+    mask = window_mask(spatial, window, query.device, key_spatial)[None]  # [1 or B, N, N]
+    if key_mask is not None:
+        mask = mask & key_mask.flatten(1)[:, None, :]
+        k, v = (t.masked_fill(~key_mask.flatten(1)[..., None, None], 0.0) for t in (k, v))
     bias = None if rpb is None else _dense_bias(rpb.to(accumulate), spatial, window)  # [N, Hq, N]
     if additional_keys is not None and additional_values is not None:
         k = torch.cat([additional_keys.to(accumulate), k], 1)
         v = torch.cat([additional_values.to(accumulate), v], 1)
-        mask = torch.cat([mask.new_ones(mask.shape[0], additional_keys.shape[1]), mask], 1)
+        mask = torch.cat([mask.new_ones(*mask.shape[:2], additional_keys.shape[1]), mask], 2)
         bias = None if bias is None else pad(bias, (additional_keys.shape[1], 0))
     k, v = (t.repeat_interleave(heads // kv_heads, -2) for t in (k, v))
     scores = scale * torch.einsum("bqhd,bkhd->bqhk", q, k)
     scores = scores if bias is None else scores + bias
-    scores = scores.masked_fill(~mask[:, None, :], -torch.inf)
+    scores = scores.masked_fill(~mask[:, :, None, :], -torch.inf)
     row_max = scores.amax(-1)
     if sink is not None:
         sink = torch.as_tensor(sink, dtype=accumulate, device=query.device).expand(heads)
         row_max = torch.maximum(row_max, sink)
-    weights = torch.exp(scores - row_max[..., None])
+    reference = row_max.masked_fill(row_max == -torch.inf, 0.0)  # of a query that sees nothing
+    weights = torch.exp(scores - reference[..., None])
     row_sum = weights.sum(-1)
     if sink is not None:
-        row_sum = row_sum + torch.exp(sink - row_max)
+        row_sum = row_sum + torch.exp(sink - reference)
     # A weight of zero times NaN is NaN, but a nonfinite value must reach only the queries that see it.
     finite = v.isfinite()
     out = torch.einsum("bqhk,bkhd->bqhd", weights, torch.where(finite, v, 0.0))
-    sees_nonfinite = torch.einsum("qk,bkhd->bqhd", mask.to(accumulate), (~finite).to(accumulate)) > 0
-    out = torch.where(sees_nonfinite, torch.nan, out / row_sum[..., None])
+    seen = mask.expand(batch, -1, -1).to(accumulate)
+    sees_nonfinite = torch.einsum("bqk,bkhd->bqhd", seen, (~finite).to(accumulate)) > 0
+    out = torch.where(sees_nonfinite, torch.nan, out / row_sum.masked_fill(row_sum == 0, 1.0)[..., None])
     shape = (batch, *spatial, heads)
     return out.to(query.dtype).reshape(*shape, -1), row_max.reshape(shape), row_sum.reshape(shape)
 
@@ -102,11 +110,16 @@ def dense_attention_state(
 def _dense_bias(rpb: Tensor, spatial: Sequence[int], window: Window) -> Tensor:
     """``[N, Hq, N]``: the bias of every pair of tokens; where the query does not see the key it is arbitrary."""
     entries = []
-    for axis, (k, d) in enumerate(zip(window.kernel_size, window.dilation, strict=True)):
+    axes = zip(spatial, window.kernel_size, window.stride, window.dilation, window.is_periodic, strict=True)
+    for axis, (length, k, s, d, periodic) in enumerate(axes):
         shape = [1] * len(spatial)
-        shape[axis] = spatial[axis]
-        place = torch.arange(spatial[axis], device=rpb.device).reshape(shape).expand(*spatial).flatten()
+        shape[axis] = length
+        place = torch.arange(length, device=rpb.device).reshape(shape).expand(*spatial).flatten()
         distance = torch.div(place - place[:, None], d, rounding_mode="floor")
+        if periodic:  # the way along the ring from the query to the key, which leads through the window
+            index = place[:, None] // d
+            first, _ = window_bounds(index, length // d, k, s, False, True)
+            distance = first - index + (distance + index - first) % (length // d)
         entries.append((distance + k - 1).clamp(0, 2 * k - 2))
     return rpb[:, *entries].movedim(0, 1)
 
@@ -122,6 +135,7 @@ def attention_state(
     window: Window,
     scale: float,
     rpb: Tensor | None = None,
+    key_mask: Tensor | None = None,
 ) -> State:
     """:func:`dense_attention_state` by tiles of queries, in time and memory linear in the number of tokens.
 
@@ -132,8 +146,14 @@ def attention_state(
     """
     group = query.shape[-2] // key.shape[-2]
     accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
-    axes = plan(query.shape[1:-2], window, group)
+    axes = plan(query.shape[1:-2], window, group, key.shape[1:-2])
     tiles = tile_queries(query.to(accumulate) * scale, axes, group)
+    hidden = None
+    if key_mask is not None:
+        masked = ~key_mask[..., None, None]
+        key, value = (t.masked_fill(masked, 0.0) for t in (key, value))
+        hidden = tiles.new_zeros(()).masked_fill(masked, -math.inf).expand(*key.shape[:-1], 1)
+        hidden = heads_first(hidden, axes)
     k, v = (heads_first(t.to(accumulate), axes) for t in (key, value))
     # A masked weight is exactly zero, but zero times NaN is NaN. So tiles compute with zeros in place of nonfinite keys
     # and values, and rows that see one are set to NaN afterwards.
@@ -141,7 +161,8 @@ def attention_state(
     if not _are_known_finite(k, v):
         nonfinite = torch.cat([nonfinite_mask(k), nonfinite_mask(v)], -1)
         k, v = (t.nan_to_num(0.0, 0.0, 0.0) for t in (k, v))
-    out, row_max, log_sum = attend_tiles(tiles, k, v, None if rpb is None else rpb.to(accumulate), nonfinite, axes)
+    table = None if rpb is None else rpb.to(accumulate)
+    out, row_max, log_sum = attend_tiles(tiles, k, v, table, nonfinite, hidden, axes)
     state = out, row_max, log_sum.exp()
     if additional_keys is not None and additional_values is not None:
         registers = (t.to(accumulate).movedim(1, 2).flatten(0, 1) for t in (additional_keys, additional_values))
@@ -162,6 +183,7 @@ def attention(
     sink: Tensor | float | None,
     window: Window,
     scale: float,
+    key_mask: Tensor | None = None,
 ) -> Tensor:
     """``out`` of :func:`attention_state`, contiguous.
 
@@ -169,12 +191,13 @@ def attention(
     does not have all.
     """
     inputs = query, key, value, additional_keys, additional_values, sink
-    spatial, extras = query.shape[1:-2], inputs[3:]
-    is_plain = query.device.type == "cpu" and query.shape[-1] == value.shape[-1] and not is_differentiated(inputs)
+    spatial, extras = key.shape[1:-2], inputs[3:]
+    is_plain = query.device.type == "cpu" and query.shape[-1] == value.shape[-1] and key_mask is None
+    is_plain = is_plain and not is_differentiated(inputs)
     past = is_plain and window.is_past(spatial) and all(x is None for x in extras)
     past = past and _are_known_finite(key, value)  # PyTorch would multiply masked NaN by a weight of zero
     if not past and not (is_plain and window.is_full(spatial)):
-        return attention_state(*inputs, window, scale)[0]
+        return attention_state(*inputs, window, scale, key_mask=key_mask)[0]
     accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
     q, k, v = (t.flatten(1, -3).to(accumulate).transpose(1, 2) for t in (query, key, value))  # [B, H, N, D]
     if additional_keys is not None and additional_values is not None:
@@ -235,6 +258,8 @@ def _add_sink(state: State, sink: Tensor, tiles: Tensor) -> State:
         sink = sink.reshape(kv_heads, group).repeat(tiles.shape[0] // kv_heads, 1)  # [Z, G]
         sink = sink.reshape(tiles.shape[0], *(1,) * (tiles.ndim - 4), group, 1)
     merged_max = torch.maximum(row_max, sink.detach())
-    window_sum = row_sum * torch.exp(row_max - merged_max)
-    row_sum = window_sum + torch.exp(sink - merged_max)
-    return out * (window_sum / row_sum)[..., None], merged_max, row_sum
+    sees_nothing = merged_max == -math.inf
+    reference = merged_max.masked_fill(sees_nothing, 0.0)
+    window_sum = row_sum * torch.exp(row_max - reference)
+    row_sum = (window_sum + torch.exp(sink - reference)).masked_fill(sees_nothing, 0.0)
+    return out * (window_sum / row_sum.masked_fill(sees_nothing, 1.0))[..., None], merged_max, row_sum

@@ -58,11 +58,13 @@ def explain(
     stride: Axes = 1,
     dilation: Axes = 1,
     is_causal: bool | Sequence[bool] = False,
+    is_periodic: bool | Sequence[bool] = False,
     scale: float | Tensor | None = None,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     sink: float | Tensor | None = None,
     rpb: Tensor | None = None,
+    key_mask: Tensor | None = None,
     return_lse: bool = False,
     impl: Impl = "auto",
     needs_grad: bool | None = None,
@@ -72,9 +74,10 @@ def explain(
     Nothing is computed or compiled. ``print(explain(...))`` shows quickly why a call is slower than expected.
 
     Args:
-        query, key, value, kernel_size, stride, dilation, is_causal, scale, additional_keys, additional_values, sink,
-            rpb, return_lse, impl: the arguments of :func:`neighborhood_attention`, which are checked in the same way.
-            Of tensors only shape, strides, dtype, device and alignment of the address matter.
+        query, key, value, kernel_size, stride, dilation, is_causal, is_periodic, scale, additional_keys,
+            additional_values, sink, rpb, key_mask, return_lse, impl: the arguments of :func:`neighborhood_attention`,
+            which are checked in the same way. Of tensors only shape, strides, dtype, device and alignment of the
+            address matter.
         needs_grad: whether gradients are needed; None if they are whenever an input requires one. The gradient of the
             output is assumed to be contiguous.
 
@@ -86,8 +89,9 @@ def explain(
         RuntimeError: ``impl="fused"``, but the fused kernels cannot run.
     """
     call = prepare(
-        query, key, value, kernel_size, stride, dilation, is_causal, scale, additional_keys, additional_values, sink
-    )
+        query, key, value, kernel_size, stride, dilation, is_causal, scale, additional_keys, additional_values, sink,
+        is_periodic, key_mask,
+    )  # fmt: skip
     check_bias(rpb, call)
     reason = why_eager(impl, call.inputs.query, call.why_not_fused if rpb is None else lambda: NO_BIAS)
     if reason is not None:

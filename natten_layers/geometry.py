@@ -6,6 +6,13 @@ compare the two.
 An axis of length ``L`` with dilation ``d`` splits into ``d`` residue classes of tokens ``i`` with equal ``i % d``.
 Inside its class a token has index ``i // d``, and the class has ``class_length(L, d, i % d)`` tokens. Windows are
 intervals of class indices. The definition is that of NATTEN 0.21 (https://natten.org), but kernel size 1 is allowed.
+
+On a periodic axis the tokens of a class form a ring. Its intervals are unwrapped: they may begin below 0 or end behind
+the last index, and an index stands for the token at the index modulo the length of the class. As a window is no longer
+than the ring, it holds every token at most once.
+
+Queries may lie on another grid than keys: ``length`` is then that of the queries, and ``key_length`` is given. The two
+axes have equal extents, so a query sees the keys around the one that its own centre falls on.
 """
 
 from __future__ import annotations
@@ -45,6 +52,7 @@ class Window:
     stride: tuple[int, ...]
     dilation: tuple[int, ...]
     is_causal: tuple[bool, ...]
+    is_periodic: tuple[bool, ...]
 
     @property
     def rank(self) -> int:
@@ -56,7 +64,7 @@ class Window:
 
     def is_past(self, spatial: Sequence[int]) -> bool:
         """True if every token of a sequence sees itself and all tokens before it: plain causal attention."""
-        return self == Window(tuple(spatial), (1,), (1,), (True,))
+        return self == Window(tuple(spatial), (1,), (1,), (True,), (False,))
 
 
 def normalise_axes(name: str, value: T | Sequence[T], rank: int, kind: type[T]) -> tuple[T, ...]:
@@ -87,12 +95,14 @@ def make_window(
     stride: int | Sequence[int] = 1,
     dilation: int | Sequence[int] = 1,
     is_causal: bool | Sequence[bool] = False,
+    is_periodic: bool | Sequence[bool] = False,
 ) -> Window:
     """Validate a neighborhood over axes of the lengths ``spatial``.
 
     Raises:
         ValueError: on some axis not ``kernel_size >= 1``, ``1 <= stride <= kernel_size``, ``dilation >= 1`` and
-            ``kernel_size * dilation <= length``; the message names the argument, the axis and the values.
+            ``kernel_size * dilation <= length``; or an axis is periodic and causal, or periodic with a length that its
+            dilation does not divide. The message names the argument, the axis and the values.
     """
     rank = len(spatial)
     window = Window(
@@ -100,10 +110,12 @@ def make_window(
         normalise_axes("stride", stride, rank, int),
         normalise_axes("dilation", dilation, rank, int),
         normalise_axes("is_causal", is_causal, rank, bool),
+        normalise_axes("is_periodic", is_periodic, rank, bool),
     )
-    for name, length, k, s, d in zip(
-        AXES[rank], spatial, window.kernel_size, window.stride, window.dilation, strict=True
-    ):
+    for name, length, k, s, d, causal, periodic in zip(
+        AXES[rank], spatial, window.kernel_size, window.stride, window.dilation, window.is_causal, window.is_periodic,
+        strict=True,
+    ):  # fmt: skip
         if length < 1:
             raise ValueError(f"the {name} axis is empty (length {length})")
         if k < 1:
@@ -117,6 +129,16 @@ def make_window(
                 f"kernel_size * dilation = {k} * {d} = {k * d} exceeds the {name} axis of length {length}; "
                 f"use a kernel_size of at most {length // d if d <= length else 0} or a smaller dilation"
             )
+        if periodic and causal:
+            raise ValueError(
+                f"is_causal and is_periodic are both True on the {name} axis, but a ring has no first token; set one "
+                "of them to False there"
+            )
+        if periodic and length % d:
+            raise ValueError(
+                f"dilation {d} does not divide the length {length} of the {name} axis, which is_periodic closes to a "
+                "ring; use a dilation that does, or pad or crop the axis"
+            )
     return window
 
 
@@ -125,7 +147,15 @@ def class_length(length: int, dilation: int, residue: int) -> int:
     return (length - residue + dilation - 1) // dilation
 
 
-def window_bounds(index: Index, length: int, kernel: int, stride: int, causal: bool) -> tuple[Index, Index]:
+def window_bounds(
+    index: Index,
+    length: int,
+    kernel: int,
+    stride: int,
+    causal: bool,
+    periodic: bool = False,
+    key_length: int | None = None,
+) -> tuple[Index, Index]:
     """First and last key (inclusive) that each query of one residue class sees.
 
     Neither decreases as the query increases.
@@ -133,6 +163,8 @@ def window_bounds(index: Index, length: int, kernel: int, stride: int, causal: b
     Args:
         index: class indices of the queries: an int, or an integer tensor of any shape.
         length: length of the class.
+        periodic: the class is a ring, and the bounds are unwrapped.
+        key_length: number of keys, if they are on another grid than queries.
 
     Returns:
         Two ints, or two tensors of the shape of ``index``.
@@ -140,7 +172,13 @@ def window_bounds(index: Index, length: int, kernel: int, stride: int, causal: b
     group = index // stride * stride
     if causal:
         return _clamp(group + stride - kernel, 0, max(length - kernel, 0)), index
-    first = _clamp(group + stride // 2 - kernel // 2, 0, length - kernel)
+    if key_length is not None:
+        leader = (2 * index + 1) * key_length // (2 * length)
+    else:
+        leader = _clamp(group + stride // 2, 0, length - 1)
+    first = leader - kernel // 2
+    if not periodic:
+        first = _clamp(first, 0, (length if key_length is None else key_length) - kernel)
     return first, first + kernel - 1
 
 
@@ -166,44 +204,101 @@ def _axis_pairs(length: int, kernel: int, stride: int, dilation: int, causal: bo
     return pairs
 
 
-def query_bounds(index: Tensor, length: int, kernel: int, stride: int, causal: bool) -> tuple[Tensor, Tensor]:
+def query_bounds(
+    index: Tensor,
+    length: int,
+    kernel: int,
+    stride: int,
+    causal: bool,
+    periodic: bool = False,
+    key_length: int | None = None,
+) -> tuple[Tensor, Tensor]:
     """The inverse of :func:`window_bounds`: first and last query (inclusive) that see each key of one class.
 
     Window bounds never decrease as the query increases, so the queries that see a key form an interval. It is never
-    empty, as every query sees its own token.
+    empty, as every query sees its own token, except where there are fewer queries than keys; its last query then comes
+    before its first. Bounds on a ring are unwrapped.
     """
     end = index.new_full((), length - 1)
     if causal:
         last = (index + kernel - stride).div(stride, rounding_mode="floor") * stride + stride - 1
         return index, torch.where(index >= length - kernel, end, last.clamp(max=length - 1))
-    half = kernel // 2 - stride // 2
-    last = (index + half).div(stride, rounding_mode="floor") * stride + stride - 1
-    last = torch.where(index >= length - kernel, end, last.clamp(max=length - 1))
-    # ceil((index - kernel + 1 + half) / stride) * stride
-    first = -(-(index - kernel + 1 + half)).div(stride, rounding_mode="floor") * stride
-    return torch.where(index < kernel, torch.zeros_like(index), first.clamp(min=0)), last
+    # A window begins ``kernel // 2`` keys before its leader.
+    first = _first_query(index + kernel // 2 - kernel + 1, length, stride, key_length)
+    last = _first_query(index + kernel // 2 + 1, length, stride, key_length) - 1
+    if periodic:
+        return first, last
+    keys = length if key_length is None else key_length
+    first = torch.where(index < kernel, torch.zeros_like(index), first.clamp(min=0))
+    return first, torch.where(index >= keys - kernel, end, last.clamp(max=length - 1))
+
+
+def _first_query(leader: Tensor, length: int, stride: int, key_length: int | None) -> Tensor:
+    """The first query, unwrapped, whose leader does not come before an unwrapped key."""
+    keys = length if key_length is None else key_length
+    turns = leader.div(keys, rounding_mode="floor")
+    leader = leader - turns * keys
+    if key_length is None:  # ceil((leader - stride // 2) / stride) * stride; the last group may be a part of one
+        first = (-(-(leader - stride // 2)).div(stride, rounding_mode="floor") * stride).clamp(max=length)
+    else:  # (2 query + 1) * key_length >= 2 * length * leader
+        first = -(key_length - 2 * length * leader).div(2 * key_length, rounding_mode="floor")
+    return first + turns * length
 
 
 def axis_mask(
-    length: int, kernel: int, stride: int, dilation: int, causal: bool, device: torch.device | str | None = None
+    length: int,
+    kernel: int,
+    stride: int,
+    dilation: int,
+    causal: bool,
+    device: torch.device | str | None = None,
+    *,
+    periodic: bool = False,
+    key_length: int | None = None,
 ) -> Tensor:
-    """Visibility along one axis: bool ``[length, length]``, queries by keys."""
-    token = torch.arange(length, device=device)
-    index, residue = token // dilation, token % dilation
-    mask = residue[:, None] == residue[None, :]
+    """Visibility along one axis: bool ``[length, length or key_length]``, queries by keys.
+
+    Args:
+        key_length: number of keys, if they are on another grid than queries. Stride and dilation are then 1.
+    """
+    token, key = (torch.arange(length if n is None else n, device=device) for n in (None, key_length))
+    mask = token[:, None] % dilation == key % dilation
     for r in range(dilation):
-        members = residue == r
-        first, last = window_bounds(index[members], class_length(length, dilation, r), kernel, stride, causal)
-        mask[members] &= (index[None, :] >= first[:, None]) & (index[None, :] <= last[:, None])
+        members, class_keys = (class_length(n, dilation, r) for n in (length, len(key)))
+        queries = token % dilation == r
+        first, last = window_bounds(
+            token[queries] // dilation,
+            members,
+            kernel,
+            stride,
+            causal,
+            periodic,
+            None if key_length is None else class_keys,
+        )
+        distance = key // dilation - first[:, None]
+        distance = distance % class_keys if periodic else distance
+        mask[queries] &= (distance >= 0) & (distance <= (last - first)[:, None])
     return mask
 
 
-def window_mask(spatial: Sequence[int], window: Window, device: torch.device | str | None = None) -> Tensor:
-    """Visibility over all axes: bool ``[tokens, tokens]`` in raster order. Allocates tokens x tokens bytes."""
+def window_mask(
+    spatial: Sequence[int],
+    window: Window,
+    device: torch.device | str | None = None,
+    key_spatial: Sequence[int] | None = None,
+) -> Tensor:
+    """Visibility over all axes: bool ``[queries, keys]`` in raster order. Allocates queries x keys bytes.
+
+    Args:
+        spatial: lengths of the queries' axes.
+        key_spatial: lengths of the keys' axes, if they are on another grid.
+    """
     mask = torch.ones(1, 1, dtype=torch.bool, device=device)
-    for length, k, s, d, c in zip(
-        spatial, window.kernel_size, window.stride, window.dilation, window.is_causal, strict=True
-    ):
-        axis = axis_mask(length, k, s, d, c, device)
-        mask = (mask[:, None, :, None] & axis[None, :, None, :]).reshape(mask.shape[0] * length, -1)
+    for length, keys, k, s, d, causal, periodic in zip(
+        spatial, key_spatial or [None] * len(spatial),
+        window.kernel_size, window.stride, window.dilation, window.is_causal, window.is_periodic,
+        strict=True,
+    ):  # fmt: skip
+        axis = axis_mask(length, k, s, d, causal, device, periodic=periodic, key_length=keys)
+        mask = (mask[:, None, :, None] & axis[None, :, None, :]).flatten(2).flatten(0, 1)
     return mask

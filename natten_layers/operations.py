@@ -48,11 +48,13 @@ def neighborhood_attention(
     stride: Axes = 1,
     dilation: Axes = 1,
     is_causal: bool | Sequence[bool] = False,
+    is_periodic: bool | Sequence[bool] = False,
     scale: float | Tensor | None = None,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     sink: float | Tensor | None = None,
     rpb: Tensor | None = None,
+    key_mask: Tensor | None = None,
     return_lse: Literal[False] = False,
     impl: Impl = "auto",
 ) -> Tensor: ...
@@ -66,11 +68,13 @@ def neighborhood_attention(
     stride: Axes = 1,
     dilation: Axes = 1,
     is_causal: bool | Sequence[bool] = False,
+    is_periodic: bool | Sequence[bool] = False,
     scale: float | Tensor | None = None,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     sink: float | Tensor | None = None,
     rpb: Tensor | None = None,
+    key_mask: Tensor | None = None,
     return_lse: Literal[True],
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]: ...
@@ -83,11 +87,13 @@ def neighborhood_attention(
     stride: Axes = 1,
     dilation: Axes = 1,
     is_causal: bool | Sequence[bool] = False,
+    is_periodic: bool | Sequence[bool] = False,
     scale: float | Tensor | None = None,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     sink: float | Tensor | None = None,
     rpb: Tensor | None = None,
+    key_mask: Tensor | None = None,
     return_lse: bool = False,
     impl: Impl = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -103,13 +109,18 @@ def neighborhood_attention(
     heads, or a group axis of length 1.
 
     Args:
-        query: ``[B, *spatial, Hq, D]``, fp16, bf16, fp32 or (eager only) fp64.
-        key: ``[B, *spatial, Hkv, D]``, ``Hq % Hkv == 0``.
-        value: ``[B, *spatial, Hkv, Dv]``.
+        query: ``[B, *spatial, Hq, D]``, fp16, bf16, fp32 or (eager only) fp64. It may lie on another grid than keys,
+            finer or coarser: its axes then have other lengths but the same extents, and a query sees the
+            ``kernel_size`` keys around the one that its centre falls on. Stride and dilation must be 1, and no axis
+            causal.
+        key: ``[B, *key_spatial, Hkv, D]``, ``Hq % Hkv == 0``.
+        value: ``[B, *key_spatial, Hkv, Dv]``.
         kernel_size: window size in keys, one int or one per axis. Windows shift inwards at borders.
         stride: queries per shared window, ``1 <= stride <= kernel_size``.
         dilation: distance in tokens between neighboring keys of a window; ``kernel_size * dilation <= length``.
         is_causal: mask keys after the query, per axis.
+        is_periodic: per axis, whether it is a ring, such as longitude: windows wrap around its ends instead of shifting
+            inwards. Such an axis is not causal, and ``dilation`` divides its length.
         scale: factor on the scores, a number or a tensor of one that needs no gradient, default ``D ** -0.5``.
         additional_keys: registers, ``[B or 1, R, Hkv, D]``, visible to every query.
         additional_values: ``[B or 1, R, Hkv, Dv]``; given exactly when ``additional_keys`` is.
@@ -117,8 +128,12 @@ def neighborhood_attention(
             softmax1), a tensor ``[Hq]``, or None. It is not multiplied by ``scale``.
         rpb: a relative position bias ``[Hq, 2 * kernel_size - 1 per axis]`` of any floating point dtype, as in old
             versions of NATTEN: entry ``(j - i) / dilation + kernel_size - 1`` on every axis is added to the scaled
-            score of query ``i`` and key ``j``. Registers and the sink have none. Its gradient is deterministic. It is
-            computed in PyTorch only, on GPUs too.
+            score of query ``i`` and key ``j``, ``j - i`` along the ring on a periodic axis. Registers and the sink have
+            none. Its gradient is deterministic. It is computed in PyTorch only, on GPUs too.
+        key_mask: ``[B or 1, *spatial]``, bool, True where a key may be seen. Windows do not move because of it. A key
+            that is masked has no weight, its gradient and that of its value are zero, and its NaN or inf reaches
+            nothing. Queries at masked places are computed like all others. A query that sees no key, register or sink
+            gets 0, and an lse of -inf.
         return_lse: also return the log-sum-exp of all scores in the softmax: neighborhood, registers and sink.
         impl: "auto" uses the fused kernels if they can run on the tensors' device and dtype, else PyTorch ("eager");
             "fused" and "eager" never fall back.
@@ -134,8 +149,9 @@ def neighborhood_attention(
         RuntimeError: ``impl="fused"``, but the fused kernels cannot run.
     """
     call = prepare(
-        query, key, value, kernel_size, stride, dilation, is_causal, scale, additional_keys, additional_values, sink
-    )
+        query, key, value, kernel_size, stride, dilation, is_causal, scale, additional_keys, additional_values, sink,
+        is_periodic, key_mask,
+    )  # fmt: skip
     if return_lse:
         state = _run(call, impl, rpb)
         return call.restore(state.out), call.restore(state.lse)
@@ -148,7 +164,7 @@ def attend(call: Call, impl: Impl, rpb: Tensor | None = None) -> Tensor:
         return call.restore(_run(call, impl, rpb).out)
     if takes_fused(impl, call.inputs.query, call.why_not_fused):
         return call.restore(attention_ops.attention(call.inputs, call.options))
-    return call.restore(eager.attention(*call.for_eager))
+    return call.restore(eager.attention(*call.for_eager, key_mask=call.inputs.key_mask))
 
 
 def attention_state(
@@ -160,11 +176,13 @@ def attention_state(
     stride: Axes = 1,
     dilation: Axes = 1,
     is_causal: bool | Sequence[bool] = False,
+    is_periodic: bool | Sequence[bool] = False,
     scale: float | Tensor | None = None,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     sink: float | Tensor | None = None,
     rpb: Tensor | None = None,
+    key_mask: Tensor | None = None,
     impl: Impl = "auto",
 ) -> AttentionState:
     """:func:`neighborhood_attention` that returns its softmax statistics too, as :func:`merge_attention` needs them.
@@ -175,8 +193,9 @@ def attention_state(
         ``(out, row_max, row_sum)``, contiguous; see :class:`AttentionState`.
     """
     call = prepare(
-        query, key, value, kernel_size, stride, dilation, is_causal, scale, additional_keys, additional_values, sink
-    )
+        query, key, value, kernel_size, stride, dilation, is_causal, scale, additional_keys, additional_values, sink,
+        is_periodic, key_mask,
+    )  # fmt: skip
     return AttentionState(*map(call.restore, _run(call, impl, rpb)))
 
 
@@ -219,10 +238,10 @@ def _run(call: Call, impl: Impl, rpb: Tensor | None) -> AttentionState:
     if rpb is not None:
         check_bias(rpb, call)
         takes_fused(impl, query, lambda: NO_BIAS)  # raises if they are insisted on
-        return AttentionState(*eager.attention_state(*call.for_eager, rpb=rpb))
+        return AttentionState(*eager.attention_state(*call.for_eager, rpb=rpb, key_mask=call.inputs.key_mask))
     if takes_fused(impl, query, call.why_not_fused):
         return AttentionState(*attention_ops.attention_state(call.inputs, call.options))
-    return AttentionState(*eager.attention_state(*call.for_eager))
+    return AttentionState(*eager.attention_state(*call.for_eager, key_mask=call.inputs.key_mask))
 
 
 def takes_fused(impl: Impl, query: Tensor, why_not: Callable[[], str | None]) -> bool:

@@ -14,14 +14,14 @@ import itertools
 import math
 import operator
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .geometry import Window, class_length, window_bounds
+from .geometry import Index, Window, class_length, window_bounds
 from .position_bias import look_up, sum_up
 
 __all__ = ["Axis", "State", "attend_tiles", "heads_first", "nonfinite_mask", "plan", "tile_queries", "untile"]
@@ -47,12 +47,37 @@ class Axis:
     stride: int
     dilation: int
     causal: bool
+    periodic: bool
     tile: int
+    key_length: int | None = None
+    """Number of keys, if they are on another grid than queries. Stride and dilation are then 1."""
+
+    @property
+    def lead(self) -> int:
+        """Keys of a ring's end that are repeated before its first, so that windows are intervals; else 0."""
+        return self.kernel // 2 if self.periodic else 0
 
     @property
     def longest(self) -> int:
-        """Length of the longest residue class. Others may be one token shorter, and are padded to it."""
+        """Queries of the longest residue class. Others may be one token shorter, and are padded to it."""
         return class_length(self.length, self.dilation, 0)
+
+    @property
+    def distinct_keys(self) -> int:
+        """Keys of the longest residue class."""
+        return self.longest if self.key_length is None else self.key_length
+
+    @property
+    def keys(self) -> int:
+        """Keys of the longest residue class, those included that a ring repeats at both ends."""
+        return self.distinct_keys + (self.kernel - 1 if self.periodic else 0)
+
+    def union_keys(self, tile: int) -> int:
+        """About as many keys as a tile of this many queries sees, borders and strides neglected."""
+        spread = tile - 1
+        if self.key_length is not None:
+            spread = -(-spread * self.key_length // self.length)
+        return min(self.kernel + spread, self.keys)
 
     @property
     def count(self) -> int:
@@ -64,7 +89,15 @@ class Axis:
 
     def bounds(self, index: int, residue: int) -> tuple[int, int]:
         length = class_length(self.length, self.dilation, residue)
-        return window_bounds(min(index, length - 1), length, self.kernel, self.stride, self.causal)
+        first, last = self.windows(min(index, length - 1), length)
+        return first, last
+
+    def windows(self, index: Index, length: int) -> tuple[Index, Index]:
+        """First and last of the keys, repeated ones included, that queries of a class of this length see."""
+        first, last = window_bounds(
+            index, length, self.kernel, self.stride, self.causal, self.periodic, self.key_length
+        )
+        return first + self.lead, last + self.lead
 
     def union(self, tile: int) -> tuple[int, int, int]:
         """Residue class of a tile, and first and last key (class indices, inclusive) of the union of its windows."""
@@ -76,7 +109,7 @@ class Axis:
         unions = [self.union(tile) for tile in range(start, stop)]
         keys = max(last - first + 1 for _, first, last in unions)
         # All unions get the size of the largest, so at a border a union starts further inwards.
-        first = [min(first, self.longest - keys) for _, first, _ in unions]
+        first = [min(first, self.keys - keys) for _, first, _ in unions]
         tokens = [f * self.dilation + residue for f, (residue, *_) in zip(first, unions, strict=True)]
         origin = min(tokens)
         return _Block(
@@ -119,11 +152,11 @@ class _Block:
         axis, longest, device = self.axis, self.axis.longest, like.device
         tiles = range(self.start, self.start + len(self.first))
         index, key = self._indices(device)
-        first, last = window_bounds(index.clamp(max=longest - 1), longest, axis.kernel, axis.stride, axis.causal)
+        first, last = axis.windows(index.clamp(max=longest - 1), longest)
         if axis.length % axis.dilation:
             shorter = [tile // axis.count >= axis.length % axis.dilation for tile in tiles]
             short = torch.tensor(shorter, device=device)[:, None]
-            bounds = window_bounds(index.clamp(max=longest - 2), longest - 1, axis.kernel, axis.stride, axis.causal)
+            bounds = axis.windows(index.clamp(max=longest - 2), longest - 1)
             first, last = (torch.where(short, *pair) for pair in zip(bounds, (first, last), strict=True))
         seen = (key[:, None, :] >= first[..., None]) & (key[:, None, :] <= last[..., None])
         return like.new_zeros(seen.shape).masked_fill_(~seen, -math.inf)
@@ -132,7 +165,7 @@ class _Block:
         """``[tiles, T, U]``: index into the table of relative positions; arbitrary where the key is invisible."""
         index, key = self._indices(device)
         most = self.axis.kernel - 1
-        return (key[:, None, :] - index[..., None]).clamp(-most, most) + most
+        return (key[:, None, :] - self.axis.lead - index[..., None]).clamp(-most, most) + most
 
     def _indices(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Class indices of queries ``[tiles, T]`` and keys ``[tiles, U]``."""
@@ -147,31 +180,39 @@ Chunk = tuple[_Block, ...]
 Part = tuple[int, int]  # start and length along Z
 
 
-def plan(spatial: Sequence[int], window: Window, group: int) -> tuple[Axis, ...]:
+def plan(
+    spatial: Sequence[int], window: Window, group: int, key_spatial: Sequence[int] | None = None
+) -> tuple[Axis, ...]:
     """Choose tiles: double the tile on the axis where that adds the fewest keys to the union, as long as it pays."""
     # A compiled graph is specialised for these lengths. If they were symbolic, tracing the loops would take minutes.
     lengths = map(operator.index, spatial)
-    axes = [
-        Axis(*arguments, tile=1)
-        for arguments in zip(lengths, window.kernel_size, window.stride, window.dilation, window.is_causal, strict=True)
-    ]
+    options = window.kernel_size, window.stride, window.dilation, window.is_causal, window.is_periodic
+    axes = [Axis(*arguments, tile=1) for arguments in zip(lengths, *options, strict=True)]
+    if key_spatial is not None and tuple(key_spatial) != tuple(spatial):
+        axes = [replace(a, key_length=operator.index(n)) for a, n in zip(axes, key_spatial, strict=True)]
     while (rows := group * math.prod([a.tile for a in axes])) < TILE_ROWS:
-        growth = [(a.kernel + 2 * a.tile) / (a.kernel + a.tile) if a.tile < a.longest else math.inf for a in axes]
+        growth = [_growth(a) if a.tile < a.longest else math.inf for a in axes]
         i = growth.index(min(growth))
         a = axes[i]
         if a.tile == a.longest:
             break
         grown = [*axes]
-        grown[i] = Axis(a.length, a.kernel, a.stride, a.dilation, a.causal, min(2 * a.tile, a.longest))
+        grown[i] = replace(a, tile=min(2 * a.tile, a.longest))
         if rows >= LEAST_ROWS and _cost_of_query(grown, group) > _cost_of_query(axes, group):
             break
         axes = grown
     return tuple(axes)
 
 
+def _growth(a: Axis) -> float:
+    """By which factor the keys of a tile's union grow if the tile is doubled."""
+    step = 1 if a.key_length is None else a.key_length / a.length
+    return (a.kernel + 2 * a.tile * step) / (a.kernel + a.tile * step)
+
+
 def _cost_of_query(axes: Sequence[Axis], group: int) -> float:
     """Time of a query's share of its tile, in units of the time to compute a score; borders are neglected."""
-    keys = math.prod([min(a.kernel + a.tile - 1, a.longest) for a in axes])
+    keys = math.prod([a.union_keys(a.tile) for a in axes])
     return keys * (1 + LOAD_SCORES / (group * math.prod([a.tile for a in axes])))
 
 
@@ -212,8 +253,17 @@ def untile(x: Tensor, axes: tuple[Axis, ...], query: Tensor) -> Tensor:
 
 
 def heads_first(x: Tensor, axes: tuple[Axis, ...]) -> Tensor:
-    """``[B, *spatial, Hkv, D]`` to ``[Z, *spatial, D]``, with all residue classes padded to one length."""
-    return _pad(x.movedim(-2, 1).flatten(0, 1), [a.longest * a.dilation for a in axes], 1)
+    """``[B, *spatial, Hkv, D]`` to ``[Z, *spatial, D]``.
+
+    All residue classes are padded to one length, and rings repeat keys at both ends.
+    """
+    x = _pad(x.movedim(-2, 1).flatten(0, 1), [a.distinct_keys * a.dilation for a in axes], 1)
+    for dim, axis in enumerate(axes, 1):
+        if axis.keys > axis.distinct_keys:
+            before, after = axis.lead * axis.dilation, (axis.kernel - 1 - axis.lead) * axis.dilation
+            end = axis.distinct_keys * axis.dilation
+            x = torch.cat([x.narrow(dim, end - before, before), x, x.narrow(dim, 0, after)], dim)
+    return x
 
 
 def nonfinite_mask(x: Tensor) -> Tensor:
@@ -242,6 +292,10 @@ def _gather(x: Tensor, chunk: Chunk) -> Tensor:
     return x.flatten(1 + rank, 2 * rank).flatten(1, rank)
 
 
+def _gather_part(x: Tensor | None, chunk: Chunk, part: Part) -> Tensor | None:
+    return None if x is None else _gather(x.narrow(0, *part), chunk)
+
+
 def _scatter_add(target: Tensor, grad: Tensor, chunk: Chunk) -> None:
     """Add ``grad [Z, tiles, U, D]`` to ``target [Z, *spatial, D]``: the adjoint of :func:`_gather`."""
     target = _box(target, chunk)
@@ -262,7 +316,7 @@ def _chunks(tiles: Tensor, axes: tuple[Axis, ...]) -> tuple[list[int], Iterator[
     which varies fastest, and its mask ``[tiles, T, U]`` of 0 and -inf.
     """
     z = tiles.shape[0]
-    scores = math.prod(tiles.shape[-3:-1]) * math.prod([min(a.kernel + a.tile + a.stride - 2, a.longest) for a in axes])
+    scores = math.prod(tiles.shape[-3:-1]) * math.prod([a.union_keys(a.tile + a.stride - 1) for a in axes])
     # A compiled graph must not depend on the batch, which may be symbolic.
     compiling = torch.compiler.is_compiling()
     steps = [a.tiles for a in axes]
@@ -322,13 +376,23 @@ def _combine(biases: list[Tensor]) -> Tensor:
     return total.flatten(2 * rank).flatten(rank, 2 * rank - 1).flatten(0, rank - 1)
 
 
-def _weights(q: Tensor, k: Tensor, bias: Tensor, relative: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Row maximum ``[Z, tiles, G * T]`` and softmax ``[Z, tiles, G * T, U]`` of the scores of one chunk."""
+def _weights(
+    q: Tensor, k: Tensor, bias: Tensor, relative: Tensor | None, hidden: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Row maximum ``[Z, tiles, G * T]`` and softmax ``[Z, tiles, G * T, U]`` of the scores of one chunk.
+
+    ``hidden [Z, tiles, U, 1]`` is 0 or, for keys that are masked, -inf. A row that sees no key has weights of zero.
+    """
     scores = q @ k.mT
     scores.unflatten(2, (-1, bias.shape[1])).add_(bias[:, None])
     if relative is not None:
         scores = scores + relative
-    return scores.amax(-1), scores.softmax(-1)
+    if hidden is None:
+        return scores.amax(-1), scores.softmax(-1)
+    scores = scores + hidden.mT
+    row_max = scores.amax(-1)
+    sees_nothing = (row_max == -math.inf)[..., None]
+    return row_max, scores.masked_fill(sees_nothing, 0.0).softmax(-1).masked_fill(sees_nothing, 0.0)
 
 
 def _relative(table: Tensor, chunk: Chunk, part: Part, group: int) -> tuple[list[Tensor], Tensor, int]:
@@ -345,10 +409,11 @@ def _look_up(table: Tensor | None, chunk: Chunk, part: Part, group: int) -> Tens
 class _Tiles(torch.autograd.Function):
     """Attention of every tile over the union of its windows. Weights are recomputed in the backward pass.
 
-    ``(query [Z, *m, G, T, D], key [Z, *spatial, D], value [Z, *spatial, Dv], table, nonfinite [Z, *spatial, 2], axes)``
-    to ``(out [Z, *m, G, T, Dv], row_max [Z, *m, G, T], log(row_sum))``. ``row_max`` is a constant to autograd.
-    ``table`` is that of ``position_bias.py``, or None. ``nonfinite`` is 1 where a key or a value was nonfinite, and
-    None if all are finite. Rows that see such a key become NaN, their gradients do not.
+    ``(query [Z, *m, G, T, D], key [Z, *spatial, D], value [Z, *spatial, Dv], table, nonfinite [Z, *spatial, 2],
+    hidden [Z, *spatial, 1], axes)`` to ``(out [Z, *m, G, T, Dv], row_max [Z, *m, G, T], log(row_sum))``. ``row_max`` is
+    a constant to autograd. ``table`` is that of ``position_bias.py``, or None. ``nonfinite`` is 1 where a key or a
+    value was nonfinite, and None if all are finite. Rows that see such a key become NaN, their gradients do not.
+    ``hidden`` is -inf where a key is masked, else 0, and None if none is. Rows that see no key have gradients of zero.
     """
 
     generate_vmap_rule = True
@@ -360,15 +425,24 @@ class _Tiles(torch.autograd.Function):
         value: Tensor,
         table: Tensor | None,
         nonfinite: Tensor | None,
+        hidden: Tensor | None,
         axes: tuple[Axis, ...],
     ) -> State:
         parts: list[tuple[Tensor, ...]] = []
         counts, chunks = _chunks(query, axes)
         for chunk, z, bias in chunks:
             relative = _look_up(table, chunk, z, query.shape[-3])
-            row_max, p = _weights(_select(query, chunk, z), _gather(key.narrow(0, *z), chunk), bias, relative)
+            row_max, p = _weights(
+                _select(query, chunk, z),
+                _gather(key.narrow(0, *z), chunk),
+                bias,
+                relative,
+                _gather_part(hidden, chunk, z),
+            )
             # The largest weight is exp(0) / row_sum, so a maximum over weights gives the sum.
             log_sum = -p.amax(-1).log()
+            if hidden is not None:
+                log_sum = log_sum.masked_fill(row_max == -math.inf, -math.inf)
             out = p @ _gather(value.narrow(0, *z), chunk)
             out, row_max, log_sum = (_unselect(x, chunk, query) for x in (out, row_max, log_sum))
             if nonfinite is not None:
@@ -386,22 +460,27 @@ class _Tiles(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: State) -> None:
-        *tensors, _, ctx.axes = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
+        query, key, value, table, _, hidden, ctx.axes = inputs
+        ctx.save_for_backward(query, key, value, table, hidden)
+        ctx.save_for_forward(query, key, value, table, hidden)
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, table = ctx.saved_tensors
+        query, key, value, table, hidden = ctx.saved_tensors
         grad_out, _, grad_lse = grads
         parts: list[Tensor] = []
         grad_key = grad_value = grad_table = None
         counts, chunks = _chunks(query, ctx.axes)
         for chunk, z, bias in chunks:
             q, k = _select(query, chunk, z), _gather(key.narrow(0, *z), chunk)
-            _, p = _weights(q, k, bias, _look_up(table, chunk, z, query.shape[-3]))
+            relative = _look_up(table, chunk, z, query.shape[-3])
+            row_max, p = _weights(q, k, bias, relative, _gather_part(hidden, chunk, z))
             do, dlse = _select(grad_out, chunk, z), _select(grad_lse, chunk, z)
+            if hidden is not None:
+                # A cotangent of log(0) may be NaN. What depends on a row that sees no key is constant.
+                sees_nothing = row_max == -math.inf
+                do, dlse = do.masked_fill(sees_nothing[..., None], 0.0), dlse.masked_fill(sees_nothing, 0.0)
             weighted = p * (do @ _gather(value.narrow(0, *z), chunk).mT)
             # dS = P (dP - delta), delta = rowsum(P dP) - dlse
             ds = weighted - p * (weighted.sum(-1) - dlse)[..., None]
@@ -414,7 +493,7 @@ class _Tiles(torch.autograd.Function):
             if table is not None:
                 dt = sum_up(ds, *_relative(table, chunk, z, query.shape[-3]), table)
                 grad_table = dt if grad_table is None else grad_table + dt
-        return _assemble(parts, counts), grad_key, grad_value, grad_table, None, None
+        return _assemble(parts, counts), grad_key, grad_value, grad_table, None, None, None
 
 
 class _ForwardModeTiles(_Tiles):
@@ -422,7 +501,7 @@ class _ForwardModeTiles(_Tiles):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, None, Tensor]:
-        query, key, value, table = ctx.saved_tensors
+        query, key, value, table, hidden = ctx.saved_tensors
         q_dot, k_dot, v_dot = (
             torch.zeros_like(x) if t is None else t for x, t in zip((query, key, value), tangents, strict=False)
         )
@@ -431,7 +510,7 @@ class _ForwardModeTiles(_Tiles):
         counts, chunks = _chunks(query, ctx.axes)
         for chunk, z, bias in chunks:
             q, k = _select(query, chunk, z), _gather(key.narrow(0, *z), chunk)
-            _, p = _weights(q, k, bias, _look_up(table, chunk, z, group))
+            _, p = _weights(q, k, bias, _look_up(table, chunk, z, group), _gather_part(hidden, chunk, z))
             s_dot = _select(q_dot, chunk, z) @ k.mT + q @ _gather(k_dot.narrow(0, *z), chunk).mT
             if tangents[3] is not None:
                 s_dot = s_dot + look_up(tangents[3], *_relative(tangents[3], chunk, z, group))
@@ -446,8 +525,14 @@ class _ForwardModeTiles(_Tiles):
 
 
 def attend_tiles(
-    query: Tensor, key: Tensor, value: Tensor, table: Tensor | None, nonfinite: Tensor | None, axes: tuple[Axis, ...]
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    table: Tensor | None,
+    nonfinite: Tensor | None,
+    hidden: Tensor | None,
+    axes: tuple[Axis, ...],
 ) -> State:
     """Apply :class:`_Tiles`; it is differentiable in forward mode too, except in compiled graphs."""
     function = _Tiles if torch.compiler.is_compiling() else _ForwardModeTiles
-    return function.apply(query, key, value, table, nonfinite, axes)
+    return function.apply(query, key, value, table, nonfinite, hidden, axes)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 # Tests must not depend on tiles that were tuned on this machine, so the cache folder is one that does not exist.
 os.environ["NATTEN_LAYERS_CACHE"] = str(Path(__file__).parent / "no-such-folder")
@@ -15,7 +15,8 @@ settings.load_profile("suite")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--seeds", type=int, help="how many random calls test_random.py makes")
+    parser.addoption("--seeds", type=int, help="how many random calls test_random.py and test_stress.py make")
+    parser.addoption("--examples", type=int, help="how many examples Hypothesis draws for each test, others every time")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -24,6 +25,10 @@ def pytest_configure(config: pytest.Config) -> None:
     The interpreted suite hides GPUs, so that it has the same tests on every machine. xdist's workers inherit the
     environment.
     """
+    if (examples := config.getoption("--examples")) is not None:  # before test modules copy the settings
+        checks = list(HealthCheck)
+        settings.register_profile("fuzz", deadline=None, max_examples=examples, suppress_health_check=checks)
+        settings.load_profile("fuzz")
     if asks_for_gpu(config.getoption("markexpr") or ""):
         if not torch.cuda.is_available():
             raise pytest.UsageError("-m gpu needs a CUDA GPU, and torch.cuda.is_available() is False here")

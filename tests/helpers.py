@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import pytest
 import torch
@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from natten_layers import neighborhood_attention
 from natten_layers.eager import dense_attention_state
-from natten_layers.geometry import make_window
+from natten_layers.geometry import Window, make_window
 from natten_layers.operations import Impl
 
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 Inputs = dict[str, Tensor]
 """Differentiable inputs by argument name: query, key, value and, where the case has them, additional_keys,
 additional_values and sink."""
@@ -41,6 +42,22 @@ class Case:
     scale: float | None = None
     batch: int = 2
     dtype: torch.dtype = torch.float32
+    seen: float | None = None
+    """The share of keys that a key mask lets be seen, or None without one."""
+    is_periodic: bool | tuple[bool, ...] = False
+    key_spatial: tuple[int, ...] | None = None
+    """axes of keys, if queries lie on another grid"""
+
+    @property
+    def window(self) -> Window:
+        return make_window(
+            self.key_spatial or self.spatial,
+            self.kernel_size,
+            self.stride,
+            self.dilation,
+            self.is_causal,
+            self.is_periodic,
+        )
 
     def __str__(self) -> str:  # pytest's id
         return self.name
@@ -82,6 +99,58 @@ CASES: Sequence[Case] = (
     Case("3d", (5, 6, 7), 3, head_dim=8, value_dim=8),
     Case("3d-causal-gqa", (4, 6, 5), (2, 3, 3), 1, (2, 1, 1), (True, False, False), 4, 2, sink="learned"),
     Case("3d-everything", (6, 5, 7), (3, 2, 3), (2, 1, 2), (1, 2, 2), (False, True, False), 2, 1, 8, 16, 3, "learned"),
+    Case("1d-mask", (19,), 5, heads=4, sink="learned", seen=0.5),
+    Case("2d-mask-everything", (12, 10), (4, 3), (2, 2), (2, 3), (True, False), 4, 2, 16, 24, 4, "learned", seen=0.6),
+    Case("3d-mask-scale", (3, 5, 4), 3, head_dim=8, value_dim=8, scale=-0.3, seen=0.1),
+    Case("2d-mask-nothing", (5, 4), 3, seen=0.0),
+    Case("ring", (13,), 5, is_periodic=True, heads=4, head_dim=24, value_dim=24, registers=1, sink="learned"),
+    Case("ring-short-of-a-turn", (12,), 11, 4, is_periodic=True, batch=1),
+    Case("ring-whole", (9,), 9, 2, is_periodic=True, batch=1),
+    Case("ring-stride-dilated", (22,), 6, 4, 2, is_periodic=True, heads=4, kv_heads=1, sink="zero"),
+    Case(
+        "ring-by-line",
+        (7, 10),
+        (3, 4),
+        (2, 3),
+        (1, 2),
+        heads=4,
+        registers=2,
+        scale=-0.3,
+        batch=1,
+        is_periodic=(False, True),
+    ),
+    Case("torus", (5, 6), (4, 5), (3, 1), head_dim=8, value_dim=8, is_periodic=True),
+    Case(
+        "torus-causal",
+        (4, 6, 5),
+        (3, 2, 3),
+        2,
+        (1, 2, 1),
+        (True, False, False),
+        4,
+        2,
+        8,
+        8,
+        sink="learned",
+        is_periodic=(False, True, True),
+    ),
+    Case("torus-3d", (3, 4, 5), (2, 3, 4), (1, 3, 2), head_dim=8, value_dim=8, heads=2, kv_heads=1, is_periodic=True),
+    Case("finer", (23,), 3, heads=4, kv_heads=2, registers=2, sink="learned", key_spatial=(7,)),
+    Case("coarser", (3, 4), (2, 3), head_dim=24, value_dim=8, key_spatial=(10, 9)),
+    Case(
+        "finer-and-coarser", (9, 2), (3, 4), heads=4, kv_heads=1, scale=-0.3, sink="zero", batch=1, key_spatial=(4, 11)
+    ),
+    Case("finer-on-a-ring", (9, 8), (2, 5), heads=4, is_periodic=(False, True), batch=1, key_spatial=(9, 6)),
+    Case(
+        "coarser-torus",
+        (2, 3, 5),
+        (2, 3, 2),
+        head_dim=8,
+        value_dim=8,
+        is_periodic=(False, True, True),
+        key_spatial=(3, 4, 2),
+    ),
+    Case("one-query", (1,), 4, key_spatial=(9,)),
     Case("2d-bf16", (9, 11), 5, heads=4, kv_heads=2, registers=2, sink="learned", dtype=torch.bfloat16),
     Case("2d-fp16", (9, 11), 5, heads=4, kv_heads=2, registers=2, sink="learned", dtype=torch.float16),
     Case("1d-causal-bf16", (40,), 16, is_causal=True, heads=4, kv_heads=1, dtype=torch.bfloat16),
@@ -97,11 +166,11 @@ def make_inputs(case: Case, device: torch.device | str = "cpu", seed: int = 0) -
         values = torch.randn(shape, generator=generator, dtype=torch.float64)
         return values.to(case.dtype).to(device).requires_grad_()
 
-    tokens = (case.batch, *case.spatial)
+    tokens, key_tokens = (case.batch, *case.spatial), (case.batch, *(case.key_spatial or case.spatial))
     inputs = {
         "query": draw(*tokens, case.heads, case.head_dim),
-        "key": draw(*tokens, case.kv_heads, case.head_dim),
-        "value": draw(*tokens, case.kv_heads, case.value_dim),
+        "key": draw(*key_tokens, case.kv_heads, case.head_dim),
+        "value": draw(*key_tokens, case.kv_heads, case.value_dim),
     }
     if case.registers:
         inputs["additional_keys"] = draw(case.batch, case.registers, case.kv_heads, case.head_dim)
@@ -176,6 +245,14 @@ def enlarge(inputs: Inputs, exponent: int) -> Inputs:
     return large
 
 
+def key_mask(case: Case, device: torch.device | str = "cpu") -> Tensor | None:
+    """The key mask of a case ``[batch, *spatial]``, drawn on the CPU."""
+    if case.seen is None:
+        return None
+    generator = torch.Generator().manual_seed(5)
+    return (torch.rand(case.batch, *case.spatial, generator=generator) < case.seen).to(device)
+
+
 def arguments(case: Case, inputs: Inputs) -> dict[str, Any]:
     """The keyword arguments with which a case calls the public operation."""
     return {
@@ -186,10 +263,12 @@ def arguments(case: Case, inputs: Inputs) -> dict[str, Any]:
         "stride": case.stride,
         "dilation": case.dilation,
         "is_causal": case.is_causal,
+        "is_periodic": case.is_periodic,
         "scale": case.scale,
         "additional_keys": inputs.get("additional_keys"),
         "additional_values": inputs.get("additional_values"),
         "sink": 0.0 if case.sink == "zero" else inputs.get("sink"),
+        "key_mask": key_mask(case, inputs["query"].device),
     }
 
 
@@ -209,10 +288,13 @@ def oracle(case: Case, inputs: Inputs) -> Result:
         wide.get("additional_keys"),
         wide.get("additional_values"),
         0.0 if case.sink == "zero" else wide.get("sink"),
-        make_window(case.spatial, case.kernel_size, case.stride, case.dilation, case.is_causal),
+        case.window,
         case.head_dim**-0.5 if case.scale is None else case.scale,
+        key_mask=key_mask(case),
     )
-    return _with_grads(out, row_max + row_sum.log(), wide)
+    nothing = row_sum == 0  # where a query sees nothing, lse is -inf and has no gradient
+    lse = (row_max + row_sum.masked_fill(nothing, 1.0).log()).masked_fill(nothing, -math.inf)
+    return _with_grads(out, lse, wide)
 
 
 def _with_grads(out: Tensor, lse: Tensor, inputs: Inputs) -> Result:
@@ -224,19 +306,32 @@ def _with_grads(out: Tensor, lse: Tensor, inputs: Inputs) -> Result:
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
-    """Relative error in the 2-norm, measured in fp64; inf if any element of ``actual`` is not finite."""
+    """Relative error in the 2-norm, measured in fp64; inf if any element of ``actual`` is unexpectedly not finite."""
     actual, expected = (t.detach().cpu().double() for t in (actual, expected))
     assert actual.shape == expected.shape, f"{tuple(actual.shape)} != {tuple(expected.shape)}"
+    nothing = (actual == -math.inf) & (expected == -math.inf)  # lse of queries that see nothing
+    actual, expected = (t.masked_fill(nothing, 0.0) for t in (actual, expected))
     if not actual.isfinite().all():
         return math.inf
     return ((actual - expected).norm() / expected.norm().clamp(min=1e-30)).item()
 
 
-def randomize(module: nn.Module, std: float = 0.2) -> None:
+def randomize(module: ModuleT, std: float = 0.2) -> ModuleT:
     """Add noise to every parameter, because most branches of a new model have an output of zero."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(std * torch.randn_like(parameter))
+    return module
+
+
+def coordinates(*shape: int) -> Tensor:
+    """Positions between the tokens of a grid."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(7))
+
+
+def far(*shape: int) -> Tensor:
+    """Positions of tokens in a long text."""
+    return torch.randint(0, 100_000, shape, generator=torch.Generator().manual_seed(7))
 
 
 FLOOR = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}

@@ -14,9 +14,9 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from benchmarks.compile_only import SHARED_MEMORY, Driver
 from natten_layers import cached_attention, neighborhood_attention
 from natten_layers.kernels.host import problem
 from natten_layers.kernels.ops import attention as attention_ops
@@ -29,40 +29,6 @@ from natten_layers.modules.query_key import HeadNorm, normalize_and_rotate
 from natten_layers.modules.rope import angles_of
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
-SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-"""Bytes of shared memory that a program can have, by compute capability."""
-
-
-class Utils:
-    def __init__(self, shared_memory: int) -> None:
-        self.shared_memory = shared_memory
-        self.loaded: list[str] = []
-
-    def load_binary(self, name: str, *_: object) -> tuple[int, ...]:
-        self.loaded.append(name)
-        return 1, 1, 0, 0, 1024  # module, function, registers, spills, most threads
-
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        names = ("max_num_regs", "multiprocessor_count", "sm_clock_rate", "mem_clock_rate", "mem_bus_width")
-        return {**dict.fromkeys(names, 1), "max_shared_mem": self.shared_memory, "warpSize": 32}
-
-
-class Driver:
-    def __init__(self, capability: int) -> None:
-        self.target, self.utils = GPUTarget("cuda", capability, 32), Utils(SHARED_MEMORY[capability])
-        self.launcher_cls = lambda source, metadata: lambda *arguments: None
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int | None = None) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def map_python_to_cpp_type(self, kind: str) -> str:
-        return "int"
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -82,8 +48,9 @@ def attend(
     torch.autograd.grad(out.float().sum(), inputs)
 
 
-def options_of(rank: int, kernel_size: int, sink: float | None) -> problem.Options:
-    return problem.Options(sink, (kernel_size,) * rank, (1,) * rank, (1,) * rank, (rank == 1,) * rank, 1.0)
+def options_of(rank: int, kernel_size: int, sink: float | None, stride: int = 1, dilation: int = 1) -> problem.Options:
+    sizes = (kernel_size,) * rank, (stride,) * rank, (dilation,) * rank
+    return problem.Options(sink, *sizes, (rank == 1,) * rank, 1.0)
 
 
 def attend_large_on_sm90(
@@ -109,22 +76,24 @@ def attend_large_on_sm90(
 
 
 def attend_small_on_sm90(
-    spatial: tuple[int, ...], kernel_size: int, heads: int, *, registers: int, dim: int = 64
-) -> None:
+    spatial: tuple[int, ...], kernel_size: int, heads: int, *, registers: int, dim: int = 64, stride: int = 1,
+    dilation: int = 1,
+) -> None:  # fmt: skip
     from natten_layers.kernels.sm90 import small_backward, small_forward, small_forward_rolling
 
     query, key = (torch.zeros(1, *spatial, h, dim, dtype=torch.bfloat16) for h in (heads, 2))
     extra = torch.zeros(1, registers, 2, dim, dtype=torch.bfloat16) if registers else None
     tensors = problem.Inputs(query, key, key, extra, extra, torch.zeros(heads))
     rank = len(spatial)
-    options = options_of(rank, kernel_size, None)
+    options = options_of(rank, kernel_size, None, stride, dilation)
     one = problem.problem_of(tensors, options)
     config = small_tiling.small_tile_config(one)
     assert config is not None
     small_forward.forward(config, one, tensors, options, with_stats=rank > 1)
-    config = small_tiling.rolling_tile_config(one)
-    assert config is not None
-    small_forward_rolling.forward(config, one, tensors, options, with_stats=rank > 1)
+    if stride == dilation == 1:
+        config = small_tiling.rolling_tile_config(one)
+        assert config is not None
+        small_forward_rolling.forward(config, one, tensors, options, with_stats=rank > 1)
     config = small_tiling.small_dq_tile_config(one)
     assert config is not None
     rows = torch.ones(query.shape[:-1])
@@ -167,6 +136,7 @@ def main(capability: int) -> None:
     attend((12, 12, 20), 5, 2, 40, 0, dilation=2, stride=3)
     attend((2048,), 1024, 8, 128, 40, is_causal=True)
     attend((32, 32), 7, 4, 256, 40)
+    attend((2048,), 1024, 8, 128, 5, key_mask=torch.ones(1, 2048, dtype=torch.bool), is_causal=True)
     check_loads()
     if capability == 90:
         attend((32, 32), 7, 8, 256, 40, torch.float32)
@@ -184,6 +154,8 @@ def main(capability: int) -> None:
         attend_small_on_sm90((64, 64), 7, 8, registers=0, dim=40)
         attend_small_on_sm90((4096,), 128, 16, registers=0)
         attend_small_on_sm90((4096,), 8, 8, registers=0, dim=128)
+        attend_small_on_sm90((56, 56), 7, 2, registers=0, dim=32, stride=3, dilation=2)
+        attend_small_on_sm90((4096,), 128, 8, registers=5, dim=64, stride=32, dilation=4)
         attend_with_qk_prep_on_sm90((64, 64), 7, AxialRoPE(64, 8, num_kv_heads=2), "cosine")
         attend_with_qk_prep_on_sm90((4096,), 128, RoPE(64, scaling=YARN), "rms")
     with torch.no_grad():

@@ -21,6 +21,7 @@ from benchmarks import (
     implementations,
     models,
     plot,
+    regression,
     repeat,
     runner,
     step,
@@ -278,6 +279,22 @@ def test_attention_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_census_is_drawn(tmp_path: Path) -> None:
+    def row(name: str, peer: str, mode: str, ratio: float) -> dict[str, Any]:
+        return {"workload": name, "peer": peer, "mode": mode, "variant": "", "median_ms": ratio, "times_floor": ratio,
+                "kernel": "portable"}  # fmt: skip
+
+    rows = [row(name, "natten_layers", mode, 2.0) for name in ("mid-2d", "gemma3") for mode in ("fwd", "fwdbwd")]
+    rows += [row("gemma3", "fa2", "fwd", 1.5), row("gemma3", "flex", "fwd", 3.0)]
+    best = plot.best_rows(rows)
+    assert plot.fastest_peer(best, "fwd", "gemma3") == rows[-2]
+    assert plot.fastest_peer(best, "fwd", "mid-2d") is None
+    report = tmp_path / "census.json"
+    report.write_text(json.dumps({"environment": {"device": "some", "torch": "2", "triton": "3"}, "rows": rows}))
+    plot.main([str(report)])
+    assert report.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_attention_command_rejects_unknown_names(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         attention.main(["--workloads", "hdit-l9"])
@@ -523,3 +540,71 @@ def test_generation_floor_and_full_caches() -> None:
         small(generation.draw_ids(small, 2), cache=cache)
     for layer in cache.layers:
         assert sorted(layer.positions[0, :-1].tolist()) == list(range(1, 13))  # the first token has left the window
+
+
+# A run of the census against the record
+
+
+def report(**times: float | None) -> dict[str, Any]:
+    """A made-up report of the census: milliseconds by "row", or "row__peer"; the floor of every row is 1 ms."""
+    rows = []
+    for name, ms in times.items():
+        workload, _, peer = name.partition("__")
+        peer = peer or implementations.OURS
+        row = runner.Row(workload, "fwd", peer, peer, "", 1.0, median_ms=ms, times_floor=ms)
+        row.failure = "wrong result" if ms is None else None
+        rows.append(vars(row))
+    names = ("device", "driver", "torch", "triton", "commit", "date")
+    arguments = {"rows": sorted({row["workload"] for row in rows}), "modes": ["fwd"]}
+    rates = {"copy": 1e12, "matmul": 1e14}
+    return {"environment": dict.fromkeys(names, "-"), "arguments": arguments, "rates": rates, "rows": rows}
+
+
+def verdicts(record: dict[str, Any], run: dict[str, Any]) -> dict[str, bool]:
+    return {change.key[0]: change.is_worse(1.1) for change in regression.compare(record, run)}
+
+
+def test_a_row_that_is_ten_percent_worse_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record, run = report(same=2.0, slower=2.0, faster=2.0), report(same=2.19, slower=2.21, faster=1.0)
+    assert verdicts(record, run) == {"same": False, "slower": True, "faster": False}
+    for name, content in (("record", record), ("run", run)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    arguments = [str(tmp_path / "run.json"), "--record", str(tmp_path / "record.json")]
+    assert regression.main(arguments) == 1
+    printed = capsys.readouterr().out
+    assert "| slower | fwd | 2.00 | 2.21 | +10% | - | WORSE |" in printed
+    assert printed.count("WORSE") == 1
+    assert regression.main([*arguments, "--limit", "1.2"]) == 0
+    (tmp_path / "run.json").write_text('{"rows": 3}')
+    assert regression.main(arguments) == 2
+    assert "no report of benchmarks.census" in capsys.readouterr().err
+
+
+def test_a_card_on_which_the_peer_is_slower_too_is_no_regression() -> None:
+    record = report(row=2.0, row__fa2=4.0)
+    assert verdicts(record, report(row=2.6, row__fa2=5.2)) == {"row": False}
+    assert verdicts(record, report(row=2.6, row__fa2=4.0)) == {"row": True}
+    assert verdicts(record, report(row=2.6, row__fa2=None)) == {"row": True}
+
+
+def test_a_row_that_lost_its_time_is_worse() -> None:
+    record = report(row=2.0, other=2.0, wide=None)
+    run = report(row=None, other=2.0, wide=None)
+    assert verdicts(record, run) == {"row": True, "other": False}
+    (change, _) = regression.compare(record, run)
+    assert change.failure == "wrong result"
+    run["rows"] = [row for row in run["rows"] if row["workload"] != "other"]
+    assert verdicts(record, run) == {"row": True, "other": True}  # as where the time was up before it
+
+
+def test_rows_that_were_not_asked_for_do_not_count() -> None:
+    assert verdicts(report(row=2.0, other=2.0), report(row=2.0)) == {"row": False}
+    with pytest.raises(ValueError, match="no row in common"):
+        regression.compare(report(row=2.0), report(other=2.0))
+
+
+def test_the_record_equals_itself() -> None:
+    record = json.loads(regression.RECORD.read_text())
+    changes = regression.compare(record, record)
+    assert len(changes) == len([row for row in record["rows"] if row["peer"] == implementations.OURS])
+    assert all(change.beside_floor == 1 and change.beside_peers in (1, None) for change in changes)

@@ -20,7 +20,7 @@ def randn(*shape: int, seed: int = 0, grad: bool = False) -> Tensor:
     return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_(grad)
 
 
-def definition(q, k, v, qp, kp, window, scale, registers, sink):
+def definition(q, k, v, qp, kp, window, scale, registers, sink, softcap=None):
     """One softmax per query over the keys that it may see, in plain loops."""
     out, lse = torch.zeros(*q.shape[:3], v.shape[-1], dtype=q.dtype), torch.full(q.shape[:3], -math.inf, dtype=q.dtype)
     for b in range(q.shape[0]):
@@ -37,6 +37,8 @@ def definition(q, k, v, qp, kp, window, scale, registers, sink):
                 if registers is not None:
                     keys, values = torch.cat((keys, registers[0][b, :, g])), torch.cat((values, registers[1][b, :, g]))
                 logits = keys @ q[b, i, h] * scale
+                if softcap is not None:
+                    logits = softcap * torch.tanh(logits / softcap)
                 if sink is not None:
                     logits = torch.cat((logits, sink[h : h + 1]))
                     values = torch.cat((values, values.new_zeros(1, values.shape[1])))
@@ -53,11 +55,14 @@ KEY_POSITIONS = torch.tensor([[4, 5, 6, 7, 0, 1, 2, 3, -1], [-1, -1, 0, 1, 2, 3,
 @pytest.mark.parametrize("window", [None, 1, 3, 50])
 @pytest.mark.parametrize("with_registers", [False, True])
 @pytest.mark.parametrize("with_sink", [False, True])
-def test_matches_the_definition(window: int | None, with_registers: bool, with_sink: bool) -> None:
+@pytest.mark.parametrize("softcap", [None, 0.9])
+def test_matches_the_definition(
+    window: int | None, with_registers: bool, with_sink: bool, softcap: float | None
+) -> None:
     q, k, v = randn(2, 3, 4, 6), randn(2, 9, 2, 6), randn(2, 9, 2, 5)
     registers = (randn(2, 2, 2, 6, seed=1), randn(2, 2, 2, 5, seed=2)) if with_registers else None
     sink = torch.tensor([3.0, -1.0, 0.0, 5.0], dtype=torch.float64) if with_sink else None
-    expected = definition(q, k, v, QUERY_POSITIONS, KEY_POSITIONS, window, 0.7, registers, sink)
+    expected = definition(q, k, v, QUERY_POSITIONS, KEY_POSITIONS, window, 0.7, registers, sink, softcap)
     got = cached_attention(
         q,
         k,
@@ -69,9 +74,19 @@ def test_matches_the_definition(window: int | None, with_registers: bool, with_s
         additional_keys=registers and registers[0],
         additional_values=registers and registers[1],
         sink=sink,
+        softcap=softcap,
         return_lse=True,
     )
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_kernels_have_no_softcap() -> None:
+    q, k = randn(1, 1, 2, 8).float(), randn(1, 3, 2, 8).float()
+    positions = torch.tensor([[2]]), torch.arange(3)[None]
+    with pytest.raises(RuntimeError, match="the kernels have no softcap"):
+        cached_attention(q, k, k, *positions, softcap=5.0, impl="fused")
+    with pytest.raises(ValueError, match=r"softcap must be None or a positive number, got 0\.0"):
+        cached_attention(q, k, k, *positions, softcap=0.0)
 
 
 @pytest.mark.parametrize("window", [1, 4, 11])

@@ -20,8 +20,9 @@ from natten_layers import (
     NeighborhoodAttention1D,
     NeighborhoodGQA,
 )
-from natten_layers.convert import convert, convert_file, main, mha_to_gqa
+from natten_layers.convert import convert, convert_file, mha_to_gqa
 from natten_layers.io import checkpoints, tensors
+from natten_layers_cli.convert import main
 
 GOLDEN = Path(__file__).parent / "data" / "hdit"
 CASES = sorted(p for p in GOLDEN.glob("*.safetensors") if ".expected" not in p.name)
@@ -275,12 +276,10 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "KV heads by level: [1, 1, 1]" in capsys.readouterr().out
     assert [level.num_kv_heads for level in HDiT.from_pretrained(target).config.levels] == [None, 1, None]
     before = target.read_bytes()
-    with pytest.raises(SystemExit) as stop:
-        main([str(source), str(target), "--group-size", "2"])
-    assert stop.value.code == 1
+    assert main([str(source), str(target), "--group-size", "2"]) == 2
     assert "level 0 has 1 KV heads, which group_size 2 does not divide" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main([str(tmp_path / "nowhere"), str(target), "--group-size", "1"])
+    assert main([str(tmp_path / "nowhere"), str(target), "--group-size", "1"]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / 'nowhere'}: No such file or directory\n"
     assert target.read_bytes() == before
     bare, config = tmp_path / "bare.safetensors", tmp_path / "config.json"
     save_file(load_file(source), bare)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -32,6 +33,8 @@ pytestmark = [pytest.mark.gpu] if ON_GPU else []
 EVERYTHING = Case("all", (4, 5), 3, 1, 1, (True, False), heads=4, kv_heads=2, registers=3, sink="learned")
 IMPLS: tuple[Impl, ...] = ("fused", "eager")
 PLAIN = Case("plain", (9,), 3, heads=2, kv_heads=1)
+RING = Case("ring", (7, 8), (3, 4), heads=4, is_periodic=(False, True))
+FINER = Case("finer", (8,), 3, heads=4, key_spatial=(5,))
 
 
 @pytest.fixture(autouse=True)
@@ -50,10 +53,9 @@ def attend(case: Case, *, return_lse: bool = True, impl: Impl = "fused") -> Call
         additional_values: Tensor | None = None,
         sink: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        results = neighborhood_attention(
-            query, key, value, case.kernel_size, is_causal=case.is_causal, additional_keys=additional_keys,
-            additional_values=additional_values, sink=sink, return_lse=return_lse, impl=impl,
-        )  # fmt: skip
+        options: dict[str, Any] = {"is_causal": case.is_causal, "is_periodic": case.is_periodic, "impl": impl}
+        options |= {"additional_keys": additional_keys, "additional_values": additional_values, "sink": sink}
+        results = neighborhood_attention(query, key, value, case.kernel_size, return_lse=return_lse, **options)
         return results if isinstance(results, tuple) else (results,)
 
     return call
@@ -65,16 +67,16 @@ def with_grads(function: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor
 
 
 def operator_arguments(case: Case) -> tuple[object, ...]:
-    """Arguments of ``natten_layers::forward`` up to the scale."""
+    """Arguments of ``natten_layers::forward`` up to the last one."""
     inputs = make_inputs(case, DEVICE)
-    names = ("query", "key", "value", "additional_keys", "additional_values", "sink")
-    causal = case.is_causal if isinstance(case.is_causal, tuple) else (case.is_causal,) * len(case.spatial)
+    names = ("query", "key", "value", "additional_keys", "additional_values", "sink", "key_mask")
+    causal, periodic = list(case.window.is_causal), list(case.window.is_periodic)
     ones = [1] * len(case.spatial)
     tensors = tuple(inputs.get(name) for name in names)
-    return *tensors, None, [case.kernel_size] * len(ones), ones, ones, list(causal), 0.25
+    return *tensors, None, list(case.window.kernel_size), ones, ones, causal, 0.25, periodic
 
 
-@pytest.mark.parametrize("case", [EVERYTHING, Case("1d", (9,), 4, is_causal=True)], ids=str)
+@pytest.mark.parametrize("case", [EVERYTHING, Case("1d", (9,), 4, is_causal=True), RING, FINER], ids=str)
 def test_operators_keep_torchs_contract(case: Case) -> None:
     """Schemas, fakes (shapes, strides, dtypes), autograd registration and tracing with dynamic shapes."""
     arguments = operator_arguments(case)
@@ -92,18 +94,22 @@ def test_operators_keep_torchs_contract(case: Case) -> None:
 def test_fakes_have_the_strides_of_results_for_views() -> None:
     """Heads of one projection are not contiguous; outputs and gradients are."""
     q, k, v = torch.randn(2, 6, 6, 8, 16, device=DEVICE).split((4, 2, 2), -2)
-    window = [3, 3], [1, 1], [1, 1], [False, False], 0.25
+    window = [3, 3], [1, 1], [1, 1], [False, False], 0.25, []
     torch.library.opcheck(torch.ops.natten_layers.forward.default, (q, k, v, *(None,) * 4, *window, True))
     state = torch.ops.natten_layers.forward(q, k, v, *(None,) * 4, *window, True)
     arguments = (q, k, v, *(None,) * 4, *window, *state, torch.randn_like(state[0]), None)
     torch.library.opcheck(torch.ops.natten_layers.backward.default, arguments)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiles_into_one_graph(backend: str) -> None:
-    inputs = tuple(make_inputs(EVERYTHING, DEVICE).values())
-    compiled = torch.compile(attend(EVERYTHING), fullgraph=True, backend=backend)
-    expected = with_grads(attend(EVERYTHING), inputs)
+@pytest.mark.parametrize(
+    ("case", "backend"),
+    [(EVERYTHING, "aot_eager"), (EVERYTHING, "inductor"), (RING, "aot_eager"), (FINER, "aot_eager")],
+    ids=str,
+)
+def test_compiles_into_one_graph(case: Case, backend: str) -> None:
+    inputs = tuple(make_inputs(case, DEVICE).values())
+    compiled = torch.compile(attend(case), fullgraph=True, backend=backend)
+    expected = with_grads(attend(case), inputs)
     for actual, wanted in zip(with_grads(compiled, inputs), expected, strict=True):
         assert error(actual, wanted) < 2e-6
 
@@ -152,13 +158,14 @@ def test_exports() -> None:
         torch.testing.assert_close(program.module()(x), layer(x))
 
 
-def test_exports_the_fused_operator() -> None:
+@pytest.mark.parametrize("case", [PLAIN, RING, FINER], ids=str)
+def test_exports_the_fused_operator(case: Case) -> None:
     class Attend(nn.Module):
         def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return attend(PLAIN, return_lse=False)(query, key, value)[0]
+            return attend(case, return_lse=False)(query, key, value)[0]
 
     def draw(batch: int) -> tuple[Tensor, ...]:
-        return tuple(t.detach() for t in make_inputs(replace(PLAIN, batch=batch), DEVICE).values())
+        return tuple(t.detach() for t in make_inputs(replace(case, batch=batch), DEVICE).values())
 
     batch = {0: torch.export.Dim.DYNAMIC}
     program = torch.export.export(Attend(), draw(2), dynamic_shapes=dict.fromkeys(("query", "key", "value"), batch))
@@ -168,8 +175,8 @@ def test_exports_the_fused_operator() -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_visible_pairs_counts_the_mask(case: Case) -> None:
-    window = make_window(case.spatial, case.kernel_size, case.stride, case.dilation, case.is_causal)
-    assert visible_pairs(case.spatial, window) == window_mask(case.spatial, window).sum()
+    mask = window_mask(case.spatial, case.window, key_spatial=case.key_spatial)
+    assert visible_pairs(case.spatial, case.window) == mask.sum()
 
 
 def test_flop_are_counted_by_visible_pairs() -> None:

@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.gpu] if ON_GPU else []
 
 
 @dataclass(frozen=True)
-class Case:
+class CacheCase:
     """A cache of ``slots`` in which the last ``tokens`` of a text are the queries."""
 
     name: str
@@ -52,7 +52,7 @@ class Case:
         return self.name
 
 
-def make_arguments(case: Case) -> dict[str, Any]:
+def make_arguments(case: CacheCase) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -94,7 +94,7 @@ def widened(arguments: dict[str, Any]) -> dict[str, Any]:
     return {n: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for n, t in arguments.items()}
 
 
-def check(case: Case) -> None:
+def check(case: CacheCase) -> None:
     """The error may be twice that of the eager path in the same precision, or a rounding."""
     arguments = make_arguments(case)
     exact, peer = attend(widened(arguments), "eager"), attend(arguments, "eager")
@@ -105,30 +105,30 @@ def check(case: Case) -> None:
 
 
 CASES = (
-    Case("one-token", 70),
-    Case("multi-head", 40, heads=3, kv_heads=3, head_dim=8, value_dim=24),
-    Case("multi-query", 40, heads=20, kv_heads=1, sink="learned", registers=1),
-    Case("window", 200, window=17, fill="rolled"),
-    Case("window-of-one", 40, tokens=2, window=1, sink="zero"),
-    Case("tokens", 70, tokens=5, window=30, fill="shuffled", sink="learned"),
-    Case("rows-in-blocks", 60, tokens=40, window=25, registers=2, batch=1),
-    Case("half-full", 300, fill="half", registers=20, sink="learned"),
-    Case("scale", 40, scale=-0.3, sink="zero"),
-    Case("scale-zero", 40, scale=0.0),
-    Case("one-slot", 1, registers=3),
-    Case("head-dims", 60, tokens=3, head_dim=40, value_dim=72, window=30, fill="rolled"),
-    Case("fp16", 150, tokens=2, head_dim=64, value_dim=64, registers=2, sink="learned", dtype=torch.float16),
-    Case("everything", 130, 3, 6, 3, 24, 40, 60, 5, "learned", 0.4, 3, "shuffled"),
+    CacheCase("one-token", 70),
+    CacheCase("multi-head", 40, heads=3, kv_heads=3, head_dim=8, value_dim=24),
+    CacheCase("multi-query", 40, heads=20, kv_heads=1, sink="learned", registers=1),
+    CacheCase("window", 200, window=17, fill="rolled"),
+    CacheCase("window-of-one", 40, tokens=2, window=1, sink="zero"),
+    CacheCase("tokens", 70, tokens=5, window=30, fill="shuffled", sink="learned"),
+    CacheCase("rows-in-blocks", 60, tokens=40, window=25, registers=2, batch=1),
+    CacheCase("half-full", 300, fill="half", registers=20, sink="learned"),
+    CacheCase("scale", 40, scale=-0.3, sink="zero"),
+    CacheCase("scale-zero", 40, scale=0.0),
+    CacheCase("one-slot", 1, registers=3),
+    CacheCase("head-dims", 60, tokens=3, head_dim=40, value_dim=72, window=30, fill="rolled"),
+    CacheCase("fp16", 150, tokens=2, head_dim=64, value_dim=64, registers=2, sink="learned", dtype=torch.float16),
+    CacheCase("everything", 130, 3, 6, 3, 24, 40, 60, 5, "learned", 0.4, 3, "shuffled"),
 )
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_matches_the_oracle(case: Case) -> None:
+def test_matches_the_oracle(case: CacheCase) -> None:
     check(case)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_matches_the_oracle_in_trimmed_slices(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_matches_the_oracle_in_trimmed_slices(case: CacheCase, monkeypatch: pytest.MonkeyPatch) -> None:
     """With many slices of small caches, sink and registers count once, and slices may see no key at all."""
     monkeypatch.setattr(decode, "TILE_BYTES", 1)
     monkeypatch.setattr(decode, "TRIM_FROM", 0)
@@ -158,14 +158,15 @@ def test_slices_cover_the_cache(programs: int, length: int) -> None:
 
 
 SHAPES = (
-    Case("mistral", 4096, heads=32, kv_heads=8, head_dim=128, value_dim=128, window=4096, batch=8, fill="rolled"),
-    Case("one-sequence", 4096, heads=32, kv_heads=8, head_dim=128, value_dim=128, batch=1),
-    Case("speculative", 2000, tokens=8, heads=32, kv_heads=8, head_dim=128, value_dim=128, window=1000, registers=4),
-    Case("gpt-oss", 128, heads=64, kv_heads=8, head_dim=64, value_dim=64, window=128, sink="learned", batch=16),
-    Case("gpt-oss-unrolled", 3000, heads=64, kv_heads=8, head_dim=64, value_dim=64, window=128, sink="learned"),
-    Case("prefill", 700, tokens=300, heads=8, kv_heads=2, head_dim=64, value_dim=64, window=200, sink="zero"),
-    Case("padding", 5000, heads=4, kv_heads=4, head_dim=64, value_dim=64, fill="half", registers=70),
-    *(Case(f"head-dim-{d}", 1111, tokens=2, head_dim=d, value_dim=d, registers=3, sink="zero")
+    CacheCase("mistral", 4096, heads=32, kv_heads=8, head_dim=128, value_dim=128, window=4096, batch=8, fill="rolled"),
+    CacheCase("one-sequence", 4096, heads=32, kv_heads=8, head_dim=128, value_dim=128, batch=1),
+    CacheCase("speculative", 2000, tokens=8, heads=32, kv_heads=8, head_dim=128, value_dim=128, window=1000,
+              registers=4),
+    CacheCase("gpt-oss", 128, heads=64, kv_heads=8, head_dim=64, value_dim=64, window=128, sink="learned", batch=16),
+    CacheCase("gpt-oss-unrolled", 3000, heads=64, kv_heads=8, head_dim=64, value_dim=64, window=128, sink="learned"),
+    CacheCase("prefill", 700, tokens=300, heads=8, kv_heads=2, head_dim=64, value_dim=64, window=200, sink="zero"),
+    CacheCase("padding", 5000, heads=4, kv_heads=4, head_dim=64, value_dim=64, fill="half", registers=70),
+    *(CacheCase(f"head-dim-{d}", 1111, tokens=2, head_dim=d, value_dim=d, registers=3, sink="zero")
       for d in (8, 32, 40, 80, 96, 128, 192, 256)),
 )  # fmt: skip
 
@@ -173,12 +174,12 @@ SHAPES = (
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("case", SHAPES, ids=str)
-def test_matches_the_oracle_at_real_shapes(case: Case, dtype: torch.dtype) -> None:
+def test_matches_the_oracle_at_real_shapes(case: CacheCase, dtype: torch.dtype) -> None:
     check(replace(case, dtype=dtype))
 
 
 def test_a_token_that_sees_nothing_gets_nothing() -> None:
-    arguments = make_arguments(Case("nothing", 40, tokens=2))
+    arguments = make_arguments(CacheCase("nothing", 40, tokens=2))
     arguments["query_positions"] = torch.tensor([[-1, 3], [-100, 3]], device=DEVICE)
     out, lse = attend(arguments, "fused")
     assert (out[:, 0] == 0).all()
@@ -193,7 +194,7 @@ def test_a_token_that_sees_nothing_gets_nothing() -> None:
 @pytest.mark.parametrize("exponent", [32, 112])
 def test_scores_may_be_as_large_as_fp32_holds(exponent: int, tile_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "TILE_BYTES", tile_bytes)
-    arguments = make_arguments(Case("large", 70, tokens=2, window=40, registers=2))
+    arguments = make_arguments(CacheCase("large", 70, tokens=2, window=40, registers=2))
     arguments |= enlarge({name: arguments[name] for name in ("query", "key", "additional_keys")}, exponent)
     expected = attend(widened(arguments), "eager")
     for got, wanted in zip(attend(arguments, "fused"), expected, strict=True):
@@ -202,7 +203,7 @@ def test_scores_may_be_as_large_as_fp32_holds(exponent: int, tile_bytes: int, mo
 
 @pytest.mark.parametrize("scale", [1e-50, 1e-40])
 def test_a_scale_that_fp32_does_not_hold_gives_every_key_the_same_weight(scale: float) -> None:
-    check(Case("tiny", 70, tokens=2, window=40, registers=2, sink="learned", scale=scale))
+    check(CacheCase("tiny", 70, tokens=2, window=40, registers=2, sink="learned", scale=scale))
 
 
 @pytest.mark.parametrize("trim_from", [0, decode.TRIM_FROM])
@@ -210,7 +211,7 @@ def test_a_scale_that_fp32_does_not_hold_gives_every_key_the_same_weight(scale: 
 def test_padding_may_have_any_negative_position(hole: int, trim_from: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Some of these positions are not negative if cut to 32 bits."""
     monkeypatch.setattr(decode, "TRIM_FROM", trim_from)
-    arguments = make_arguments(Case("padding", 40, tokens=2, window=25))
+    arguments = make_arguments(CacheCase("padding", 40, tokens=2, window=25))
     expected = attend(arguments, "fused")
     keys, queries = arguments["key_positions"], arguments["query_positions"]
     assert (keys == -1).any()
@@ -230,7 +231,7 @@ def test_padding_may_have_any_negative_position(hole: int, trim_from: int, monke
 def test_positions_have_64_bits(by: int, window: int | None, trim_from: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Adding the same large number to all positions does not change which keys are seen."""
     monkeypatch.setattr(decode, "TRIM_FROM", trim_from)
-    arguments = make_arguments(Case("further", 40, tokens=2, window=window, fill="rolled"))
+    arguments = make_arguments(CacheCase("further", 40, tokens=2, window=window, fill="rolled"))
     expected = attend(arguments, "fused")
     keys = arguments["key_positions"]
     arguments["key_positions"] = torch.where(keys >= 0, keys + by, keys)
@@ -244,7 +245,7 @@ def test_positions_have_64_bits(by: int, window: int | None, trim_from: int, mon
 @pytest.mark.parametrize("name", ["key", "value"])
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's NumPy
 def test_what_is_not_seen_changes_nothing(name: str, value: float, registers: int) -> None:
-    arguments = make_arguments(Case("nan", 40, tokens=2, window=10, registers=registers, batch=1))
+    arguments = make_arguments(CacheCase("nan", 40, tokens=2, window=10, registers=registers, batch=1))
     clean, _ = attend(arguments, "fused")
     arguments[name][:, 29] = value  # in the first token's window, before the second's
     arguments[name][:, 7] = value  # an empty slot
@@ -259,7 +260,7 @@ def test_what_is_not_seen_changes_nothing(name: str, value: float, registers: in
 
 def test_reads_caches_of_any_strides() -> None:
     """Caches with heads before slots, spare slots or strided positions give the bits that a contiguous cache gives."""
-    case = Case("strides", 60, tokens=2, registers=3)
+    case = CacheCase("strides", 60, tokens=2, registers=3)
     arguments = make_arguments(case)
     expected = attend(arguments, "fused")
     for name in ("key", "value"):
@@ -273,7 +274,7 @@ def test_reads_caches_of_any_strides() -> None:
 
 
 def test_sink_of_any_stride() -> None:
-    arguments = make_arguments(Case("sink", 20))
+    arguments = make_arguments(CacheCase("sink", 20))
     got = attend(arguments | {"sink": torch.tensor([2.0], device=DEVICE).expand(4)}, "fused")
     assert torch.equal(got[0], attend(arguments | {"sink": 2.0}, "fused")[0])
 
@@ -284,7 +285,7 @@ def test_without_lse_the_result_is_the_same() -> None:
 
 
 def test_inference_only() -> None:
-    arguments = make_arguments(Case("gradients", 9))
+    arguments = make_arguments(CacheCase("gradients", 9))
     arguments["value"].requires_grad_()
     with raises_naming("fused", "no backward", error=RuntimeError):
         attend(arguments, "fused")
@@ -296,12 +297,12 @@ def test_inference_only() -> None:
 
 def test_unsupported_head_dim_is_an_error() -> None:
     with raises_naming("fused", "head_dim 12", error=RuntimeError):
-        attend(make_arguments(Case("head-dim", 9, head_dim=12)), "fused")
+        attend(make_arguments(CacheCase("head-dim", 9, head_dim=12)), "fused")
 
 
 @pytest.mark.parametrize("with_lse", [False, True])
 def test_operator_is_well_formed(with_lse: bool) -> None:
-    a = make_arguments(Case("opcheck", 20, registers=2, sink="learned"))
+    a = make_arguments(CacheCase("opcheck", 20, registers=2, sink="learned"))
     positions = a["query_positions"].expand(2, -1), a["key_positions"]
     registers = (a[name].expand(2, -1, -1, -1) for name in ("additional_keys", "additional_values"))
     arguments = (a["query"], a["key"], a["value"], *positions, *registers, a["sink"], None, 5, 0.3, with_lse)

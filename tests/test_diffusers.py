@@ -166,7 +166,7 @@ def test_the_example_compares_both(capsys: pytest.CaptureFixture[str]) -> None:
 # --- Image and video transformers
 
 
-class Case(NamedTuple):
+class ModelCase(NamedTuple):
     config: dict[str, Any]
     inputs: Callable[[], dict[str, Any]]
     grid: tuple[int, ...]
@@ -204,7 +204,7 @@ def video(batch: int = 1) -> dict[str, Tensor]:
 
 
 CASES = {
-    "FluxTransformer2DModel": Case(
+    "FluxTransformer2DModel": ModelCase(
         JOINT | {"num_layers": 1, "num_single_layers": 2, "pooled_projection_dim": 8, "axes_dims_rope": (4, 6, 6)},
         lambda: text() | {
             "hidden_states": torch.randn(1, 30, 4), "pooled_projections": torch.randn(1, 8), "timestep": HALF,
@@ -212,7 +212,7 @@ CASES = {
         },
         IMAGE, 3,
     ),
-    "Flux2Transformer2DModel": Case(
+    "Flux2Transformer2DModel": ModelCase(
         JOINT | {
             "num_layers": 1, "num_single_layers": 2, "axes_dims_rope": (4, 4, 4, 4), "timestep_guidance_channels": 8
         },
@@ -222,7 +222,7 @@ CASES = {
         },
         IMAGE, 3,
     ),
-    "QwenImageTransformer2DModel": Case(
+    "QwenImageTransformer2DModel": ModelCase(
         JOINT | {"out_channels": 1, "num_layers": 2, "axes_dims_rope": (4, 6, 6)},
         lambda: text(2) | {
             "hidden_states": torch.randn(2, 30, 4), "encoder_hidden_states_mask": PADDED, "timestep": HALF.repeat(2),
@@ -230,7 +230,7 @@ CASES = {
         },
         IMAGE, 2,
     ),
-    "SD3Transformer2DModel": Case(
+    "SD3Transformer2DModel": ModelCase(
         JOINT | {
             "sample_size": 12, "out_channels": 4, "num_layers": 2, "caption_projection_dim": 32,
             "pooled_projection_dim": 8, "pos_embed_max_size": 12, "dual_attention_layers": (0,),
@@ -240,14 +240,14 @@ CASES = {
         },
         IMAGE, 3,
     ),
-    "WanTransformer3DModel": Case(WAN, video, VIDEO, 2),
-    "WanVACETransformer3DModel": Case(
+    "WanTransformer3DModel": ModelCase(WAN, video, VIDEO, 2),
+    "WanVACETransformer3DModel": ModelCase(
         WAN | {"vace_layers": [0], "vace_in_channels": 6},
         lambda: video() | {"control_hidden_states": torch.randn(1, 6, 3, 8, 10)},
         VIDEO, 3,
     ),
-    "SkyReelsV2Transformer3DModel": Case(WAN, video, VIDEO, 2),
-    "HunyuanVideoTransformer3DModel": Case(
+    "SkyReelsV2Transformer3DModel": ModelCase(WAN, video, VIDEO, 2),
+    "HunyuanVideoTransformer3DModel": ModelCase(
         HEADS | CHANNELS | {
             "num_layers": 1, "num_single_layers": 1, "num_refiner_layers": 1, "text_embed_dim": 8,
             "pooled_projection_dim": 8, "rope_axes_dim": (4, 6, 6),
@@ -257,7 +257,7 @@ CASES = {
         },
         VIDEO, 2,
     ),
-    "HunyuanVideo15Transformer3DModel": Case(
+    "HunyuanVideo15Transformer3DModel": ModelCase(
         HEADS | CHANNELS | {
             "num_layers": 2, "num_refiner_layers": 1, "patch_size": 2, "text_embed_dim": 8, "text_embed_2_dim": 8,
             "image_embed_dim": 8, "rope_axes_dim": (4, 6, 6),
@@ -269,7 +269,7 @@ CASES = {
         },
         VIDEO, 2,
     ),
-    "CogVideoXTransformer3DModel": Case(
+    "CogVideoXTransformer3DModel": ModelCase(
         HEADS | CHANNELS | {
             "time_embed_dim": 4, "text_embed_dim": 8, "num_layers": 2, "sample_width": 10, "sample_height": 8,
             "sample_frames": 9, "max_text_seq_length": 7,
@@ -277,14 +277,14 @@ CASES = {
         lambda: video() | {"hidden_states": torch.randn(1, 3, 4, 8, 10)},
         VIDEO, 2,
     ),
-    "LTXVideoTransformer3DModel": Case(
+    "LTXVideoTransformer3DModel": ModelCase(
         LTX,
         lambda: text() | LENGTHS | {
             "hidden_states": torch.randn(1, 60, 4), "timestep": STEP, "encoder_attention_mask": torch.ones(1, 7)
         },
         VIDEO, 2,
     ),
-    "LTX2VideoTransformer3DModel": Case(
+    "LTX2VideoTransformer3DModel": ModelCase(
         LTX | {
             "audio_in_channels": 4, "audio_out_channels": 4, "audio_num_attention_heads": 2,
             "audio_attention_head_dim": 8, "audio_cross_attention_dim": 16,
@@ -295,7 +295,7 @@ CASES = {
         },
         VIDEO, 2,
     ),
-    "CosmosTransformer3DModel": Case(
+    "CosmosTransformer3DModel": ModelCase(
         HEADS | CHANNELS | {
             "num_layers": 2, "text_embed_dim": 8, "adaln_lora_dim": 4, "max_size": (16, 16, 16),
             "encoder_hidden_states_channels": 8, "concat_padding_mask": False, "extra_pos_embed_type": None,

@@ -21,7 +21,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from natten_layers import NeighborhoodGQA
-from parallel import Processes
+from natten_layers_cli.parallel import Processes
 
 Kind = Literal["single", "ddp", "fsdp"]
 

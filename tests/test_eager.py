@@ -181,7 +181,11 @@ DERIVATIVE_CASES = (
     Case("2d", (4, 5), (3, 2), (2, 1), 1, (False, True), 2, 1, 2, 3, 2, "learned", 0.6, 1, torch.float64),
     Case("1d", (7,), 3, 1, 2, False, 2, 2, 3, 2, 0, "none", None, 1, torch.float64),
     Case("3d", (2, 3, 3), (2, 2, 3), 1, 1, (True, False, False), 1, 1, 2, 2, 1, "zero", None, 1, torch.float64),
-)
+    Case("ring", (4, 5), (3, 4), (1, 3), heads=2, kv_heads=1, head_dim=2, value_dim=3, registers=1, sink="learned",
+         is_causal=(True, False), is_periodic=(False, True), batch=1, dtype=torch.float64),
+    Case("grid", (5, 2), (2, 3), heads=2, kv_heads=1, head_dim=2, value_dim=3, registers=1, batch=1,
+         dtype=torch.float64, key_spatial=(3, 4)),
+)  # fmt: skip
 
 
 def as_function(case: Case) -> Callable[..., Any]:
@@ -200,6 +204,7 @@ def as_function(case: Case) -> Callable[..., Any]:
             stride=case.stride,
             dilation=case.dilation,
             is_causal=case.is_causal,
+            is_periodic=case.is_periodic,
             scale=case.scale,
             return_lse=True,
             impl="eager",

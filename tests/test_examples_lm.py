@@ -16,17 +16,16 @@ from typing import Any
 import pytest
 import torch
 
-import generate
-import train_lm
 from natten_layers.modules.llm import DecoderLM, DecoderLMConfig
-from parallel import Processes
-from running import run_command
-from text import random_windows, read_corpus
-from train_lm import Trainer
+from natten_layers_cli import generate, train_lm
+from natten_layers_cli.parallel import Processes
+from natten_layers_cli.running import run_command
+from natten_layers_cli.text import random_windows, read_corpus
+from natten_layers_cli.train_lm import Trainer
 
-EXAMPLES = Path(train_lm.__file__).parent
+ROOT = Path(__file__).parents[1]
 # New processes find the package without an installation, and leave the cores to the tests that run beside them.
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +187,7 @@ def test_checkpoints_of_odd_content(
 def test_two_processes_learn_what_one_does(flags: list[str], tmp_path: Path, mode: str) -> None:
     trainer(flags, "--out", str(tmp_path / "one")).train()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(EXAMPLES / "train_lm.py"), *flags, mode]
+    command += ["-m", "natten_layers_cli.train_lm", *flags, mode]
     result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr
     assert "held out" in result.stdout
@@ -250,7 +249,7 @@ def test_config_file_and_flags(flags: list[str], tmp_path: Path) -> None:
     args = train_lm.parse_arguments(["--config", str(config), "--window", "7"])
     assert (args.lr, args.sink, args.window, args.compile) == (0.01, "learned", 7, True)
     assert train_lm.model_config(args).windows == (7, 7, 7, None)
-    for path in (EXAMPLES / "configs").glob("lm-*.toml"):
+    for path in (ROOT / "examples" / "configs").glob("lm-*.toml"):
         train_lm.model_config(train_lm.parse_arguments(["--config", str(path)]))
     for text in ("speed = 3\n", "lr = \n", 'window = "wide"\n', 'sink = "big"\n'):
         config.write_text(text)
@@ -357,7 +356,6 @@ def test_generate_with_a_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--tokens", "0"], "max_new_tokens"),
         (["--tokens", "99"], "max_positions=64"),
         (["--prompt", "a\udcff"], "the prompt must be UTF-8 text, but byte 1 of it is 0xff"),
-        (["--seed", str(2**70), "--tokens", "5"], "verflow"),
     ],
 )
 def test_generate_refuses(options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

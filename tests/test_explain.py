@@ -18,7 +18,7 @@ from test_sm90_small import problem_of_image
 
 from natten_layers.kernels import dispatch
 from natten_layers.kernels.host.launcher import Launcher
-from natten_layers.kernels.host.problem import Problem
+from natten_layers.kernels.host.problem import Problem, contiguous
 from natten_layers.kernels.host.tiling import TileConfig
 from natten_layers.kernels.host.tuned import override
 
@@ -99,12 +99,14 @@ def test_a_choice_of_the_caller_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> 
     ("make", "changes", "question", "names"),
     [
         (problem_of_text, {}, {"aligned": False}, ["16 bytes"] * 3),
-        (problem_of_text, {"dilation": (2,)}, {}, ["dilation is (2,)"] * 3),
+        (problem_of_text, {"dilation": (2,)}, {}, ["dilation is (2,)"] * 2 + ["is large"]),
+        (problem_of_image, {"is_periodic": (False, True)}, {}, ["is_periodic is (False, True)"] * 3),
+        (problem_of_image, {"query": contiguous((8, 64, 64, 8, 64))}, {}, ["another grid"] * 3),
         (problem_of_text, {"capability": (8, 0)}, {}, ["the device has 8.0"] * 3),
         (problem_of_text, {"kernel_size": (1024,)}, {}, ["the call is small", "the window is large", "is large"]),
         (problem_of_image, {}, {}, ["the window is small"]),
         (problem_of_image, {"kernel_size": (3, 3)}, {}, ["the window is small", "tiles alone are faster"]),
-        (problem_of_image, {"stride": (2, 1)}, {}, ["the window is small", "no tiles", "no tiles"]),
+        (problem_of_image, {"stride": (2, 1)}, {}, ["the window is small", "no tiles"]),
     ],
     ids=lambda part: getattr(part, "__name__", str(part)),
 )

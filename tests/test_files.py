@@ -59,7 +59,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     DecoderLM(DecoderLMConfig(**{**vars(LANGUAGE), "sink": "learned", "num_registers": 1})).save_pretrained(
         folder / "own"
     )
-    tuned.write_tuned(folder / "launches.json", {("forward", PROBLEM): TileConfig((1, 4, 4), (1, 4, 8), 4, 2, 1)})
+    tuned.write_tuned(folder / "configs.json", {("forward", PROBLEM): TileConfig((1, 4, 4), (1, 4, 8), 4, 2, 1)})
     return folder
 
 
@@ -152,7 +152,7 @@ LANGUAGE_EDITS: list[tuple[str, Edit, str]] = [
     ("own", set_in("vocab_size", to=10**30), '"vocab_size"'),
     ("own", set_in("num_layers", to=10**9), '"num_layers"'),
     ("llama", set_in("num_hidden_layers", to=10**9), '"num_hidden_layers"'),
-    ("llama", set_in("num_hidden_layers", to=5000), "asks for 5000 layers"),
+    ("llama", set_in("num_hidden_layers", to=4000), "asks for 4000 layers"),
     ("llama", set_in("hidden_size", to=2**31 - 1), "does not fit its config"),
     ("llama", lambda raw: raw.update(hidden_size=2**31 - 1, vocab_size=2**31 - 1), "no model can be built"),
     ("llama", set_in("num_key_value_heads", to="1"), '"num_key_value_heads"'),
@@ -238,7 +238,7 @@ def test_what_python_hands_over_is_checked_too() -> None:
 def test_training_does_not_start_with_a_misspelt_key(
     section: str, key: str, good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train_hdit = pytest.importorskip("train_hdit")
+    train_hdit = pytest.importorskip("natten_layers_cli.train_hdit")
     content = json.loads((good / "hdit.json").read_text())
     content["dataset"] = {"type": "imagefolder", "location": str(tmp_path)}
     content.setdefault(section, {})[key] = 1
@@ -356,13 +356,15 @@ def test_tensors_in_memory_are_checked_too() -> None:
     refused(lambda: checkpoints.load_tensors(model, tensors, "memory", torch.float32), "memory", "on meta")
 
 
-@pytest.mark.parametrize("depth", [10**9, 5000])
-def test_modules_are_not_built_for_layers_that_the_file_cannot_have(depth: int, good: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("depth", "word"), [(10**9, "of at most 4096"), (4000, "asks for 4004 layers")])
+def test_modules_are_not_built_for_layers_that_the_file_cannot_have(
+    depth: int, word: str, good: Path, tmp_path: Path
+) -> None:
     path, config = tmp_path / "deep.safetensors", DIFFUSION.to_json()
     config["model"]["depths"] = [1, depth]
     save_file(load_file(good / "hdit.safetensors"), path, metadata={"config": json.dumps(config)})
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    refused(lambda: HDiT.from_pretrained(path), "deep.safetensors", f"asks for {depth + 4} layers")
+    refused(lambda: HDiT.from_pretrained(path), "deep.safetensors", word)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20 * 1024  # KiB on Linux, less elsewhere
 
 
@@ -490,12 +492,17 @@ LOADS: dict[str, Callable[[Path], object]] = {
     "llama/model.safetensors": lambda path: DecoderLM.from_pretrained(path.parent),
     "own/config.json": lambda path: DecoderLM.from_pretrained(path.parent),
     "sharded/model.safetensors.index.json": lambda path: DecoderLM.from_pretrained(path.parent),
-    "launches.json": tuned.read_tuned,
+    "configs.json": tuned.read_tuned,
 }
-DRAWN = settings(
-    max_examples=12, derandomize=True, database=None, deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)  # fmt: skip
+
+
+def drawn(examples: int) -> settings:
+    """So many examples, unless ``--examples`` asks for others."""
+    asked = settings.get_current_profile_name() == "fuzz"
+    return settings(
+        max_examples=settings().max_examples if asked else examples, database=None,
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    )  # fmt: skip
 
 
 def loads_or_names_itself(load: Callable[[Path], object], path: Path) -> None:
@@ -514,7 +521,7 @@ def loads_or_names_itself(load: Callable[[Path], object], path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", LOADS)
-@DRAWN
+@drawn(12)
 @given(data=st.data())
 def test_turned_bits(name: str, data: st.DataObject, good: Path, tmp_path: Path) -> None:
     copied(good, tmp_path, name.split("/")[0])
@@ -550,7 +557,7 @@ def places_in(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize("name", [name for name in LOADS if name.endswith(".json")])
-@DRAWN
+@drawn(12)
 @given(data=st.data())
 def test_other_values_in_json(name: str, data: st.DataObject, good: Path, tmp_path: Path) -> None:
     copied(good, tmp_path, name.split("/")[0])
@@ -565,3 +572,25 @@ def test_other_values_in_json(name: str, data: st.DataObject, good: Path, tmp_pa
     inner[last] = data.draw(near | JSON)
     path.write_text(json.dumps(content))
     loads_or_names_itself(LOADS[name], path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"depths": [10**7, 1]},
+        {"depths": [2000, 1000]},
+        {"mapping_depth": 10**7},
+        {"depths": [0] * 5000, "widths": [16] * 5000},
+    ],
+)
+def test_a_config_of_countless_layers_is_refused_before_one_is_built(change: dict[str, Any]) -> None:
+    """In the configs of users too, whose models come from no file whose size would tell."""
+    config = DIFFUSION.to_json()
+    model = {key: value for key, value in config["model"].items() if key not in ("d_ffs", "dropout_rate")}
+    if "widths" not in change:
+        change = {"widths": [16, 16]} | change
+    model["self_attns"] = [{"type": "none"}] * len(change["widths"])
+    with pytest.raises(ValueError, match="4096"):
+        HDiTConfig.from_json({**config, "model": model | change})
+    with pytest.raises(ValueError, match="num_layers must be an int of at most 4096"):
+        DecoderLMConfig(**{**vars(LANGUAGE), "num_layers": 10**7})

@@ -317,7 +317,7 @@ def blank() -> tuple[Tensor, Tensor, Tensor]:
     [
         ((Q, KV[1:], KV), ["key", "(8, 9, 2, 8)", "query", "rank"]),
         ((Q, KV, (3, *KV[1:])), ["value", "(3, 8, 9, 2, 8)", "batch"]),
-        ((Q, (2, 8, 10, 2, 8), KV), ["key", "(2, 8, 10, 2, 8)", "width axis (10 and 9)"]),
+        ((Q, (2, 8, 10, 2, 8), KV), ["value", "key (2, 8, 10, 2, 8)", "width axis (9 and 10)"]),
         ((Q, (2, 8, 9, 3, 8), (2, 8, 9, 3, 8)), ["multiple", "query has 4", "key 3"]),
         ((Q, KV, (2, 8, 9, 4, 8)), ["key 2", "value 4"]),
         ((Q, (2, 8, 9, 2, 7), KV), ["key head_dim 7", "8"]),

@@ -256,7 +256,7 @@ def far(tensor: Tensor) -> Tensor:
 def test_every_tensor_of_a_gradient_decides_how_wide_offsets_are(name: str, kernel: str) -> None:
     shape = (1, 4, 2, 16)
     near, away = contiguous(shape), Layout(shape, (4 * FAR, FAR, 16, 1))
-    inputs = Inputs(*(torch.empty(shape) for _ in range(3)), *[None] * 3)
+    inputs = Inputs(*(torch.empty(shape) for _ in range(3)))
     problem = problem_of(inputs, Options(None, (3,), (1,), (1,), (False,), 1.0))
 
     def is_wide(grad_out: Layout) -> bool:
@@ -276,18 +276,19 @@ def test_every_tensor_of_a_gradient_decides_how_wide_offsets_are(name: str, kern
         assert forward.plan(problem, True).launch.options["WIDE"]
 
 
-def test_reads_tensors_whose_tokens_lie_far_apart() -> None:
+@pytest.mark.parametrize("periodic", [False, True])
+def test_reads_tensors_whose_tokens_lie_far_apart(periodic: bool) -> None:
     """Inputs and the output's gradient may be views of much larger tensors, with offsets beyond 32 bits."""
     draw = torch.Generator().manual_seed(0)
     q, k, v, grad = (torch.randn(1, 3, 2, 16, generator=draw).half().to(DEVICE) for _ in range(4))
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    out = neighborhood_attention(q, k, v, 2, impl="fused")
+    out = neighborhood_attention(q, k, v, 2, is_periodic=periodic, impl="fused")
     expected = torch.autograd.grad(out, leaves, grad, retain_graph=True)
     for actual, wanted in zip(torch.autograd.grad(out, leaves, far(grad)), expected, strict=True):
         assert torch.equal(actual, wanted)
     with torch.no_grad():
         for inputs in ((far(q), k, v), (q, far(k), v), (q, k, far(v))):
-            assert torch.equal(neighborhood_attention(*inputs, 2, impl="fused"), out)
+            assert torch.equal(neighborhood_attention(*inputs, 2, is_periodic=periodic, impl="fused"), out)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's NumPy

@@ -19,8 +19,11 @@ from natten_layers.geometry import (
 )
 
 
-def windows(length: int, kernel: int, stride: int = 1, dilation: int = 1, causal: bool = False) -> list[list[int]]:
-    return [row.nonzero().flatten().tolist() for row in axis_mask(length, kernel, stride, dilation, causal)]
+def windows(
+    length: int, kernel: int, stride: int = 1, dilation: int = 1, causal: bool = False, periodic: bool = False
+) -> list[list[int]]:
+    mask = axis_mask(length, kernel, stride, dilation, causal, periodic=periodic)
+    return [row.nonzero().flatten().tolist() for row in mask]
 
 
 def spans(*bounds: tuple[int, int]) -> list[list[int]]:
@@ -56,6 +59,43 @@ def test_causal_stride_ends_windows_at_the_query():
     assert windows(5, 3, stride=2, causal=True) == spans((0, 0), (0, 1), (1, 2), (1, 3), (2, 4))
 
 
+def test_windows_wrap_around_a_ring():
+    assert windows(5, 3, periodic=True) == [[0, 1, 4], [0, 1, 2], [1, 2, 3], [2, 3, 4], [0, 3, 4]]
+    assert windows(6, 4, periodic=True)[0] == [0, 1, 4, 5]  # two to the left of token 0, one to the right
+
+
+def test_residue_classes_of_a_ring_are_rings():
+    rows = windows(6, 3, dilation=2, periodic=True)
+    assert rows[0] == [0, 2, 4]
+    assert rows[5] == [1, 3, 5]
+    rows = windows(8, 2, dilation=2, periodic=True)
+    assert rows[1] == [1, 7]
+    assert rows[6] == [4, 6]
+
+
+def test_the_last_group_of_a_ring_may_be_shorter_than_its_stride():
+    # Leaders 2, 2, 2, 2, 5 and 5, as 6 would lie behind the end. Windows are leader - 2 .. leader + 1.
+    assert windows(6, 4, stride=4, periodic=True) == [[0, 1, 2, 3]] * 4 + [[0, 3, 4, 5]] * 2
+
+
+def other_grid(queries: int, keys: int, kernel: int, periodic: bool = False) -> list[list[int]]:
+    mask = axis_mask(queries, kernel, 1, 1, False, periodic=periodic, key_length=keys)
+    return [row.nonzero().flatten().tolist() for row in mask]
+
+
+def test_queries_on_another_grid_see_the_keys_around_their_centres():
+    assert other_grid(8, 4, 3) == spans(*[(0, 2)] * 4, *[(1, 3)] * 4)
+    assert other_grid(4, 8, 2) == spans((0, 1), (2, 3), (4, 5), (6, 7))
+    assert other_grid(1, 9, 2) == spans((3, 4))  # most keys are seen by nobody
+    # Leaders 0, 0, 1, 1, 2, 2, 3 and 3.
+    assert other_grid(8, 4, 3, periodic=True) == [[0, 1, 3]] * 2 + [[0, 1, 2]] * 2 + [[1, 2, 3]] * 2 + [[0, 2, 3]] * 2
+
+
+def test_another_grid_of_equal_lengths_is_the_same():
+    for kernel, periodic in [(1, False), (3, True), (4, False), (7, True)]:
+        assert other_grid(7, 7, kernel, periodic) == windows(7, kernel, periodic=periodic)
+
+
 def test_causal_dilation():
     assert windows(6, 2, dilation=2, causal=True) == [[0], [1], [0, 2], [1, 3], [2, 4], [3, 5]]
 
@@ -70,6 +110,7 @@ def test_full_kernel_sees_everything():
     assert make_window((4, 5), (4, 5)).is_full((4, 5))
     assert not make_window((4, 5), (4, 5), is_causal=(False, True)).is_full((4, 5))
     assert not make_window((4, 5), (4, 4)).is_full((4, 5))
+    assert make_window((4, 5), (4, 5), is_periodic=True).is_full((4, 5))
 
 
 def test_axes_combine_as_a_product():
@@ -109,14 +150,59 @@ def test_query_bounds_inverts_window_bounds(causal: bool):
                 assert torch.equal(sees, seen), (length, kernel, stride)
 
 
+def test_on_a_ring_bounds_are_unwrapped_and_each_inverts_the_other():
+    """Every window has ``kernel`` different keys, and wrapping either bounds gives the same pairs, each once."""
+    for length in range(1, 12):
+        index = torch.arange(length)
+        for kernel in range(1, length + 1):
+            for stride in range(1, kernel + 1):
+                first, last = window_bounds(index, length, kernel, stride, False, True)
+                assert (last - first + 1 == kernel).all()
+                assert (first.diff() >= 0).all()
+                sees = torch.zeros(length, length, dtype=torch.int)
+                for query, start in enumerate(first.tolist()):
+                    sees[query, torch.arange(start, start + kernel) % length] += 1
+                assert sees.max() == 1
+                assert torch.equal(axis_mask(length, kernel, stride, 1, False, periodic=True), sees.bool())
+                first, last = query_bounds(index, length, kernel, stride, False, True)
+                assert (first.diff() >= 0).all()
+                assert (last.diff() >= 0).all()
+                assert (first >= -length).all()  # a turn at most, as the kernels wrap by one
+                assert (last < 2 * length).all()
+                seen = torch.zeros(length, length, dtype=torch.int)
+                for key, (start, end) in enumerate(zip(first.tolist(), last.tolist(), strict=True)):
+                    for query in range(start, end + 1):
+                        seen[query % length, key] += 1
+                assert torch.equal(seen, sees), (length, kernel, stride)
+
+
+@pytest.mark.parametrize("periodic", [False, True])
+def test_on_another_grid_query_bounds_invert_window_bounds(periodic: bool):
+    for length in range(1, 10):
+        for keys in range(1, 12):
+            for kernel in range(1, keys + 1):
+                sees = axis_mask(length, kernel, 1, 1, False, periodic=periodic, key_length=keys)
+                assert (sees.sum(1) == kernel).all()
+                first, last = query_bounds(torch.arange(keys), length, kernel, 1, False, periodic, keys)
+                assert (first.diff() >= 0).all()
+                assert (last.diff() >= 0).all()
+                assert (first >= -length * periodic).all()
+                assert (last < length * (1 + periodic)).all()
+                seen = torch.zeros(length, keys, dtype=torch.int)
+                for key, (start, end) in enumerate(zip(first.tolist(), last.tolist(), strict=True)):
+                    for query in range(start, end + 1):
+                        seen[query % length, key] += 1
+                assert torch.equal(seen, sees.int()), (length, keys, kernel)
+
+
 @given(st.data())
 def test_window_bounds_of_an_int_equal_those_of_a_tensor(data: st.DataObject):
     length = data.draw(st.integers(1, 50))
     kernel = data.draw(st.integers(1, length))
     stride = data.draw(st.integers(1, kernel))
-    causal = data.draw(st.booleans())
-    first, last = window_bounds(torch.arange(length), length, kernel, stride, causal)
-    assert [window_bounds(i, length, kernel, stride, causal) for i in range(length)] == list(
+    causal, periodic = data.draw(st.sampled_from([(False, False), (True, False), (False, True)]))
+    first, last = window_bounds(torch.arange(length), length, kernel, stride, causal, periodic)
+    assert [window_bounds(i, length, kernel, stride, causal, periodic) for i in range(length)] == list(
         zip(first.tolist(), last.tolist(), strict=True)
     )
 
@@ -128,7 +214,7 @@ def test_class_lengths_count_the_tokens_of_each_class(length: int, dilation: int
 
 
 def test_ints_spread_over_axes():
-    assert make_window((8, 9), 3, 2, 1, True) == Window((3, 3), (2, 2), (1, 1), (True, True))
+    assert make_window((8, 9), 3, 2, 1, True) == Window((3, 3), (2, 2), (1, 1), (True, True), (False, False))
 
 
 @pytest.mark.parametrize(
@@ -145,6 +231,9 @@ def test_ints_spread_over_axes():
         ({"kernel_size": (3, True)}, ["kernel_size", "True", "bool", "width"]),
         ({"kernel_size": 3, "dilation": (1, 1.5)}, ["dilation", "1.5", "float", "width"]),
         ({"kernel_size": 3, "is_causal": (True, 1)}, ["is_causal", "1", "int", "width"]),
+        ({"kernel_size": 3, "is_periodic": (1, False)}, ["is_periodic", "1", "int", "height"]),
+        ({"kernel_size": 3, "is_periodic": True, "is_causal": (False, True)}, ["is_causal", "is_periodic", "width"]),
+        ({"kernel_size": 3, "is_periodic": True, "dilation": (2, 2)}, ["dilation 2", "length 9", "width", "ring"]),
         ({"kernel_size": (3, 3, 3)}, ["kernel_size", "3 entries", "2 spatial axes"]),
     ],
 )

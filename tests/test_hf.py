@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from natten_layers import RoPE
-from natten_layers.io import hf, tensors
+from natten_layers.io import hf, mxfp4, tensors
 from natten_layers.modules.llm import DecoderLM, DecoderLMConfig
 
 COMMON: dict[str, Any] = {
@@ -45,6 +46,7 @@ YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max
 WINDOWED = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}
 HEADS_OF_8: dict[str, Any] = {"head_dim": None}
 """for classes that have no head_dim of their own: 32 channels in 4 heads"""
+EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {"attention_bias": True, "mlp_bias": True}),
     "llama, llama3 RoPE": ("LlamaConfig", {"rope_parameters": LLAMA3}),
@@ -59,6 +61,43 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": (
         "Gemma3TextConfig",
         {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"] * 2, "query_pre_attn_scalar": 24},
+    ),
+    "gemma3, soft cap": ("Gemma3TextConfig", {"final_logit_softcapping": 3.0}),
+    "gemma2": (
+        "Gemma2Config",
+        {
+            "sliding_window": 6,
+            "query_pre_attn_scalar": 24,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
+    "mixtral": ("MixtralConfig", {"sliding_window": 7, **EXPERTS}),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {
+            **EXPERTS,
+            "moe_intermediate_size": 24,
+            "mlp_only_layers": [1],
+            "use_sliding_window": True,
+            "sliding_window": 6,
+        },
+    ),
+    "qwen3_moe, normalised": (
+        "Qwen3MoeConfig",
+        {**EXPERTS, "moe_intermediate_size": 24, "decoder_sparse_step": 2, "norm_topk_prob": True},
+    ),
+    "olmoe": ("OlmoeConfig", {**HEADS_OF_8, **EXPERTS}),
+    "gpt_oss": ("GptOssConfig", {**EXPERTS, "sliding_window": 6, "swiglu_limit": 0.5, "swiglu_alpha": 1.5}),
+    "granite_swa": (
+        "GraniteSWAConfig",
+        {
+            **HEADS_OF_8,
+            "sliding_window": 6,
+            "attention_multiplier": 0.2,
+            "residual_multiplier": 0.4,
+            "layer_rope_theta": [0.0, 500.0, 0.0, 500.0],
+        },
     ),
     "phi3": ("Phi3Config", {"sliding_window": 7, **HEADS_OF_8, "partial_rotary_factor": 0.75}),
     "phi3, longrope": (
@@ -107,6 +146,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "exaone4": ("Exaone4Config", {"sliding_window": 6, "sliding_window_pattern": 2}),
+    "glm": ("GlmConfig", {}),
     "glm4": ("Glm4Config", {}),
     "cohere2": (
         "Cohere2Config",
@@ -127,9 +167,11 @@ def transformers() -> Any:
 def theirs(request: pytest.FixtureRequest, transformers: Any) -> Any:
     """transformers' tiny model of one family, with all parameters random and large enough to affect the output."""
     name, options = FAMILIES[request.param]
+    if not hasattr(transformers, name):
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
     options = {key: value for key, value in {**COMMON, **options}.items() if key != "head_dim" or value is not None}
     config = getattr(transformers, name)(**options)
-    if name == "Glm4Config":  # whose class puts its own in the place of None
+    if name in ("GlmConfig", "Glm4Config"):  # whose class puts its own in the place of None
         config.eos_token_id = None
     config._attn_implementation = "eager"
     torch.manual_seed(0)
@@ -166,22 +208,31 @@ def test_logits_equal_transformers(theirs: Any, directory: Path) -> None:
     assert error(ours(ids, attention_mask=mask)[text], expected[text]) < 1e-5
 
 
+def as_files(model: Any, tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """``tensors``, named as a model's parameters, as its files name and stack them."""
+    model = copy.deepcopy(model)
+    for name, parameter in model.named_parameters():
+        parameter.data = tensors[name]
+    model.save_pretrained(path)
+    return load_file(path / hf.WEIGHTS)
+
+
 @torch.no_grad()
-def test_gradients_equal_transformers(theirs: Any, directory: Path) -> None:
+def test_gradients_equal_transformers(theirs: Any, directory: Path, tmp_path: Path) -> None:
     ours, ids = DecoderLM.from_pretrained(directory), tokens(2, 20)
     with torch.enable_grad():
         for model, logits in ((ours, ours(ids)), (theirs, theirs(ids).logits)):
             model.zero_grad()
             torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
-    expected = dict(theirs.named_parameters())
+    expected = as_files(theirs, {name: parameter.grad for name, parameter in theirs.named_parameters()}, tmp_path)
     found = {name: parameter.grad for name, parameter in ours.named_parameters() if parameter.grad is not None}
     found = hf.to_family_names(found, theirs.config.model_type)
     assert found.keys() == expected.keys()
     for name, gradient in found.items():
-        if expected[name].grad.abs().max() < 1e-8:  # 0 but for rounding: a key's bias without RoPE shifts all scores
+        if expected[name].abs().max() < 1e-8:  # 0 but for rounding: a key's bias without RoPE shifts all scores
             assert gradient.abs().max() < 1e-8, name
         else:
-            assert error(gradient, expected[name].grad) < 1e-4, name
+            assert error(gradient, expected[name]) < 1e-4, name
 
 
 def test_generation_equals_transformers(theirs: Any, directory: Path) -> None:
@@ -209,6 +260,87 @@ def test_sharded_equals_single(theirs: Any, directory: Path, tmp_path: Path) -> 
     single, sharded = (DecoderLM.from_pretrained(path).state_dict() for path in (directory, tmp_path))
     assert single.keys() == sharded.keys()
     assert all(torch.equal(single[name], sharded[name]) for name in single)
+
+
+def dequantized(blocks: Tensor, scales: Tensor) -> list[float]:
+    """MXFP4 by its definition: a sign, two bits of exponent and one of mantissa, times the block's power of two."""
+    numbers = []
+    for block, scale in zip(blocks.reshape(-1, 16).tolist(), scales.flatten().tolist(), strict=True):
+        for bits in (nibble for byte in block for nibble in (byte & 15, byte >> 4)):
+            exponent, mantissa = bits >> 1 & 3, bits & 1
+            value = (1 + mantissa / 2) * 2.0 ** (exponent - 1) if exponent else mantissa / 2
+            numbers.append((-1.0 if bits & 8 else 1.0) * value * 2.0 ** (scale - 127))
+    return numbers
+
+
+def test_mxfp4_is_dequantised_exactly() -> None:
+    generator = torch.Generator().manual_seed(0)
+    blocks = torch.randint(0, 256, (3, 5, 2, 16), dtype=torch.uint8, generator=generator)
+    scales = torch.randint(100, 150, (3, 5, 2), dtype=torch.uint8, generator=generator)
+    found = mxfp4.dequantize(blocks, scales)
+    assert (found.dtype, found.shape) == (torch.bfloat16, (3, 5, 64))
+    assert found.double().flatten().tolist() == dequantized(blocks, scales)
+
+
+@pytest.fixture
+def quantised(transformers: Any, tmp_path: Path) -> tuple[Any, Path]:
+    """transformers' gpt-oss with experts that MXFP4 holds exactly, and a directory that holds them in it."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    generator = torch.Generator().manual_seed(0)
+    sizes = {**COMMON, **EXPERTS, "num_hidden_layers": 2, "intermediate_size": 64}
+    theirs = transformers.AutoModelForCausalLM.from_config(transformers.GptOssConfig(**sizes)).bfloat16().eval()
+    for parameter in theirs.parameters():
+        parameter.data.normal_(std=0.2, generator=generator)
+    theirs.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / hf.WEIGHTS)
+    for name, parameter in theirs.named_parameters():
+        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            continue
+        experts, inputs, outputs = parameter.shape
+        shape = experts, outputs, inputs // 32
+        blocks = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8, generator=generator)
+        scales = torch.randint(120, 126, shape, dtype=torch.uint8, generator=generator)
+        parameter.data = convert_moe_packed_tensors(blocks, scales)
+        del stored[name]
+        stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+    save_file(stored, tmp_path / hf.WEIGHTS)
+    raw = json.loads((tmp_path / hf.CONFIG).read_text())
+    raw["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
+    (tmp_path / hf.CONFIG).write_text(json.dumps(raw))
+    return theirs, tmp_path
+
+
+@torch.no_grad()
+def test_experts_in_mxfp4_are_read(quantised: tuple[Any, Path]) -> None:
+    theirs, directory = quantised
+    ours, ids = DecoderLM.from_pretrained(directory), tokens(2, 20)
+    assert {parameter.dtype for parameter in ours.parameters()} == {torch.bfloat16}
+    assert error(ours.float()(ids), theirs.float()(ids).logits) < 1e-5
+    ours.save_pretrained(directory)
+    assert error(DecoderLM.from_pretrained(directory)(ids), ours(ids)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda name, t: (name, t[:, :, :-1]) if name.endswith("down_proj_scales") else (name, t),
+            "and its scales are",
+        ),
+        (lambda name, t: (name, t[..., :-1]) if name.endswith("down_proj_blocks") else (name, t), "and its scales are"),
+        (lambda name, t: (name, t[1:]) if "router" not in name else (name, t), "the config asks for 5 experts"),
+        (lambda name, t: (name.replace("_scales", "_odd"), t), 'has no "down_proj_scales" beside it'),
+    ],
+)
+def test_mxfp4_that_does_not_fit_is_refused(change: Any, message: str, quantised: tuple[Any, Path]) -> None:
+    directory = quantised[1]
+    stored = load_file(directory / hf.WEIGHTS)
+    changed = dict(change(name, t) if "experts" in name else (name, t) for name, t in stored.items())
+    save_file({name: t.contiguous() for name, t in changed.items()}, directory / hf.WEIGHTS)
+    with pytest.raises(ValueError, match=message) as caught:
+        DecoderLM.from_pretrained(directory)
+    assert str(directory) in str(caught.value)
 
 
 LONGROPE = {
@@ -420,6 +552,16 @@ def test_windows_follow_each_family() -> None:
         ({"model_type": "olmo3", "rope_parameters": {"rope_theta": 5.0}}, "rope_parameters must name full_attention"),
         ({"model_type": "gemma3"}, "text_config of model_type 'gemma3'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, "quantization_config"),
+        ({"model_type": "gpt_oss", "quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0"),
+        ({"model_type": "olmoe", "clip_qkv": 8.0}, "clip_qkv=8.0"),
+        ({"model_type": "olmoe", "num_experts": 2, "num_experts_per_tok": 3}, "must not exceed num_experts=2"),
+        ({"model_type": "granite_swa", "layer_rope_theta": [5.0]}, "layer_rope_theta has 1 entries for 8 layers"),
+        (
+            {"model_type": "granite_swa", "num_key_value_heads": 2, "layer_rope_theta": [5.0, 6.0, 7.0, 0.0] * 2},
+            r"layer_rope_theta has the bases \[6\.0, 7\.0\]",
+        ),
         ({"rope_scaling": {"rope_type": "proportional"}}, "'proportional' is not implemented"),
         ({"rope_scaling": {"rope_type": "longrope"}}, "'longrope' has no short_factor, long_factor"),
         ({"rope_scaling": {"rope_type": "llama3"}}, "'llama3' has no factor"),

@@ -27,10 +27,10 @@ RANKS = (
     {"eager"},
     {"arguments"},
     {"operations"},
-    {"cached", "explanation", "natten", "tune"},
+    {"cached", "explanation", "natten"},
     {"functional", "utils"},
     {"modules"},
-    {"convert", "integrations"},
+    {"convert", "integrations", "tune"},
     {""},  # the package itself, which gathers the public names
 )
 """Modules and packages by rank, the lowest first: a package stands for all that is in it, unless that has its own."""
@@ -105,7 +105,7 @@ def test_no_module_imports_itself_by_a_detour() -> None:
 
 def test_kernels_know_nothing_of_who_calls_them() -> None:
     callers = {"operations", "functional", "natten", "eager", "modules", "arguments", "cached"}
-    callers |= {"explanation", "tune", "hf", "integrations"}
+    callers |= {"explanation", "hf", "integrations"}
     for module, path in modules().items():
         if module.startswith("kernels."):
             found = {name.partition(".")[0] for name in imports(module, path)} & callers

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import ModuleT, randomize
 from torch import Tensor, nn
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
@@ -36,13 +37,10 @@ F64 = torch.float64
 HALVES = (torch.bfloat16, torch.float16)
 
 
-def randomize(module: nn.Module) -> nn.Module:
-    """Change every parameter from its initial value, so that each affects the output."""
+def randomized(module: ModuleT) -> ModuleT:
+    """In evaluation mode, with the same noise in each of its parameters at every call."""
     torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return module.eval()
+    return randomize(module, 0.3).eval()
 
 
 def hdit() -> HDiT:
@@ -112,7 +110,7 @@ BY_NAME = pytest.mark.parametrize("name", MODELS)
 @BY_NAME
 def test_hooks_on_every_module_fire(name: str) -> None:
     make, run = MODELS[name]
-    model = randomize(make()).double()
+    model = randomized(make()).double()
     expected, calls = run(model), {}
     for path, module in model.named_modules():
         if not isinstance(module, nn.ModuleList):  # has no forward
@@ -158,7 +156,7 @@ def offload(module: nn.Module, *, wrap: bool) -> None:
 @pytest.mark.parametrize("wrap", [False, True], ids=["hooks", "wrapped forward"])
 def test_tensors_are_needed_only_during_their_modules_forward(name: str, wrap: bool) -> None:
     make, run = MODELS[name]
-    model = randomize(make()).double()
+    model = randomized(make()).double()
     expected = run(model)
     for module in list(model.modules()):
         offload(module, wrap=wrap)
@@ -166,7 +164,7 @@ def test_tensors_are_needed_only_during_their_modules_forward(name: str, wrap: b
 
 
 def test_offloaded_text_models_generate() -> None:
-    model = randomize(gemma())
+    model = randomized(gemma())
     mask = torch.tensor([[0] * 3 + [1] * 4, [1] * 7])
     expected = [model.generate(IDS, 5, attention_mask=m) for m in (None, mask)]  # pyright: ignore[reportCallIssue]
     for module in list(model.modules()):
@@ -176,7 +174,7 @@ def test_offloaded_text_models_generate() -> None:
 
 
 def test_attention_is_checkpointed_where_it_is_wrapped() -> None:
-    model, calls = randomize(hdit()), []
+    model, calls = randomized(hdit()), []
     apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, NeighborhoodGQA))
     model.down_levels[0][0].self_attn.attn.qkv.register_forward_hook(lambda *_: calls.append(1))  # pyright: ignore
     out = denoise(model, torch.float32)
@@ -186,7 +184,7 @@ def test_attention_is_checkpointed_where_it_is_wrapped() -> None:
 
 
 def test_another_norm_in_the_place_of_ours_is_called() -> None:
-    model = randomize(layer()).double()
+    model = randomized(layer()).double()
     for name in ("q_norm", "k_norm"):
         own = getattr(model, name)
         theirs = nn.RMSNorm(8, own.eps, dtype=F64)
@@ -211,7 +209,7 @@ def one_process() -> Iterator[None]:
 def test_sharding_in_half_precision_casts_no_position(name: str, one_process: None) -> None:
     """Sharded modules, whose inputs FSDP casts, compute the same as the model in half precision."""
     make, run = MODELS[name]
-    model = randomize(make())
+    model = randomized(make())
     expected = run(copy.deepcopy(model).bfloat16(), torch.bfloat16)
     mesh, policy = init_device_mesh("cpu", (1,)), MixedPrecisionPolicy(param_dtype=torch.bfloat16)
     blocks = [m for m in model.modules() if isinstance(m, TransformerLayer | NeighborhoodGQA) or "layers" in vars(m)]
@@ -380,7 +378,7 @@ def test_every_module_can_reset_what_it_owns(name: str) -> None:
 @pytest.mark.parametrize("assign", [False, True])
 def test_a_state_dict_brings_a_model_off_the_meta_device(name: str, assign: bool, empty_is_nan: None) -> None:
     make, run = MODELS[name]
-    expected, model = randomize(make()), on_meta(make)
+    expected, model = randomized(make()), on_meta(make)
     if not assign:
         model.to_empty(device="cpu")
     model.load_state_dict(expected.state_dict(), assign=assign)
@@ -411,7 +409,7 @@ def test_own_frequencies_come_back(empty_is_nan: None) -> None:
 @BY_NAME
 def test_linear_layers_can_be_quantized(name: str) -> None:
     make, run = MODELS[name]
-    model = randomize(make())
+    model = randomized(make())
     quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
     with torch.no_grad():
         expected, actual = run(model, torch.float32), run(quantized, torch.float32)
@@ -420,7 +418,7 @@ def test_linear_layers_can_be_quantized(name: str) -> None:
 
 
 def test_gradients_of_each_image() -> None:
-    model = randomize(hdit()).double()
+    model = randomized(hdit()).double()
     parameters: dict[str, Tensor] = dict(model.named_parameters())
     x, sigma, cond = draw(2, 3, 16, 8), torch.tensor([0.02, 9.0], dtype=F64), draw(2, 4)
     classes = torch.tensor([0, 3])
@@ -439,7 +437,7 @@ def test_gradients_of_each_image() -> None:
 
 def test_embeddings_are_scaled_on_their_own_device() -> None:
     """The factor is rounded to the embeddings' dtype, as in Gemma's training, and ignores torch's default device."""
-    model = randomize(gemma()).bfloat16()
+    model = randomized(gemma()).bfloat16()
     expected, seen = model(IDS), []
     model.model.layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))  # pyright: ignore
     with torch.device("meta"):

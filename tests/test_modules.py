@@ -27,7 +27,17 @@ from natten_layers import (
 )
 from natten_layers.arguments import Call
 from natten_layers.geometry import make_window, window_mask
-from natten_layers.modules import GEGLU, AdaRMSNorm, AxialRoPE, RMSNorm, RoPE, attention, make_axial_pos
+from natten_layers.modules import (
+    GEGLU,
+    AdaRMSNorm,
+    AxialRoPE,
+    GatedFeedForward,
+    MixtureOfExperts,
+    RMSNorm,
+    RoPE,
+    attention,
+    make_axial_pos,
+)
 from natten_layers.modules.rope import Rotary, rotate_half_split, rotate_interleaved
 
 F64 = torch.float64
@@ -69,6 +79,28 @@ def test_geglu() -> None:
     torch.testing.assert_close(layer(x), (x @ up[:10].T * F.gelu(x @ up[10:].T)) @ down.T)
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+def test_mixture_of_experts(normalize: bool) -> None:
+    make = lambda: GatedFeedForward(8, 6, activation="clamped_swiglu", bias=True, swiglu_limit=0.4)  # noqa: E731
+    layer = MixtureOfExperts(make, 5, 2, 8, normalize=normalize, bias=True).double()
+    randomize(layer)
+    with torch.no_grad():
+        layer.router.bias[3] = -100.0  # an expert that no token chooses
+    x = randn(2, 7, 8)
+    scores = layer.router(x)
+    weights, chosen = scores.softmax(-1).topk(2)
+    expected = torch.zeros_like(x)
+    for b, i, k in torch.cartesian_prod(torch.arange(2), torch.arange(7), torch.arange(2)).tolist():
+        expert: Any = layer.experts[int(chosen[b, i, k])]
+        gate, up = expert.gate_proj(x[b, i]).clamp(max=0.4), expert.up_proj(x[b, i]).clamp(-0.4, 0.4)
+        out = expert.down_proj((up + 1) * gate / (1 + torch.exp(-1.702 * gate)))
+        expected[b, i] += out * (weights[b, i, k] / (weights[b, i].sum() if normalize else 1))
+    torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
+    layer(x).sum().backward()
+    unused = [parameter.grad for parameter in layer.experts[3].parameters()]
+    assert all(gradient is not None and not gradient.any() for gradient in unused)
+
+
 # --- rotary embeddings
 
 
@@ -104,6 +136,31 @@ def test_axes_may_have_unequal_parts() -> None:
     rope = AxialRoPE(16, 2, axes=2, freqs=freqs, split=(2, 4))
     theta = torch.cat([positions[..., :1] * freqs[0, :2], positions[..., 1:] * freqs[0, 2:]], -1)[..., None, :]
     torch.testing.assert_close(rope(x, x, positions)[1], rotate_half_split(x, theta.cos(), theta.sin()))
+
+
+def test_axial_scores_depend_on_the_distance_along_a_ring() -> None:
+    """Degrees of longitude: positions a whole turn apart turn alike, and near by across the seam is near."""
+    rope = AxialRoPE(16, 2, axes=2, freqs=randn(1, 4) / 10, periods=(None, 360)).double()
+    q, k, pos = randn(1, 3, 4, 2, 16), randn(1, 3, 4, 2, 16), randn(3, 4, 2) * 50
+    turned = rope(q, k, pos + torch.tensor([0.0, 360.0]))
+    for actual, expected in zip(turned, rope(q, k, pos), strict=True):
+        torch.testing.assert_close(actual, expected)
+    assert not torch.allclose(rope(q, k, pos + torch.tensor([360.0, 0.0]))[0], turned[0])
+    turns = rope.freqs[:, 4:] * 360 / (2 * torch.pi)
+    torch.testing.assert_close(turns, turns.round())
+    assert (turns.abs() >= 1).all()
+    assert "periods=(None, 360)" in repr(rope)
+
+
+def test_rounding_to_whole_turns_keeps_what_is_whole_already() -> None:
+    plain, rounded = AxialRoPE(32, 4, num_kv_heads=2), AxialRoPE(32, 4, num_kv_heads=2, periods=(None, 2.0))
+    assert rounded.split == (4, 4)
+    torch.testing.assert_close(rounded.freqs[:, :4], plain.freqs, rtol=0, atol=0)
+    assert rounded.freqs[0, 4].item() == pytest.approx(torch.pi, rel=1e-6)  # the lowest turns once over an image
+    assert ((rounded.freqs[:, 4:] - plain.freqs).abs() <= torch.pi / 2 + 1e-5).all()
+    split = AxialRoPE(16, 2, axes=2, freqs=torch.tensor([[0.0, 1.0, 2.0]]), split=(1, 2), periods=(2.0, None))
+    assert split.freqs.tolist() == [[0.0, 1.0, 2.0]]  # no turn is a whole number of turns
+    assert AxialRoPE(16, 2, periods=(None, None)).split == ()
 
 
 def test_axial_positions() -> None:
@@ -216,6 +273,8 @@ def test_frequencies_survive_half_precision(rope: AxialRoPE | RoPE) -> None:
         (lambda: AxialRoPE(8, 2, freqs=torch.ones(1, 3)), "turn 6 pairs; a head of 8 elements has 1 to 4"),
         (lambda: AxialRoPE(8, 2, freqs=torch.ones(1, 3), split=(1, 3)), r"split=\(1, 3\) .* add up to 3"),
         (lambda: AxialRoPE(8, 2, freqs=torch.ones(1, 3), split=(1, 1, 1)), r"split=\(1, 1, 1\) must be 2 numbers"),
+        (lambda: AxialRoPE(16, 2, periods=(1.0,)), r"periods=\(1.0,\) must be 2 entries"),
+        (lambda: AxialRoPE(16, 2, periods=(None, -1.0)), r"periods=\(None, -1.0\) .* above 0 or None"),
         (lambda: AxialRoPE(8, 2, split=(1, 1)), r"split=\(1, 1\) .* give freqs too"),
         (lambda: AxialRoPE(8, 2)(randn(1, 4, 2, 8), randn(1, 4, 2, 8)), "positions must be given"),
         (lambda: AxialRoPE(8, 2)(randn(1, 4, 4, 4, 8), randn(1, 4, 4, 4, 8)), "made for 2 and 2 of 8"),
@@ -262,7 +321,7 @@ def reference(
     count = extra[0].shape[1]
     kernel = tuple(spatial) if layer.kernel_size is None else layer.kernel_size
     mask = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool)
-    window = make_window(spatial, kernel, layer.stride, layer.dilation, layer.is_causal)
+    window = make_window(spatial, kernel, layer.stride, layer.dilation, layer.is_causal, layer.is_periodic)
     mask[count:, count:] = window_mask(spatial, window)
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * (dim**-0.5 if layer.scale is None else layer.scale)
     scores = scores.masked_fill(~mask, -torch.inf)
@@ -279,6 +338,7 @@ OPTIONS = {
     "gqa": {"num_kv_heads": 2},
     "mqa_head_dim": {"num_kv_heads": 1, "head_dim": 8, "qkv_bias": False, "out_bias": False},
     "window": {"num_kv_heads": 2, "stride": (1, 2), "dilation": (2, 1), "is_causal": (True, False)},
+    "ring": {"num_kv_heads": 2, "stride": (1, 2), "is_causal": (True, False), "is_periodic": (False, True)},
     "zero_sink": {"sink": "zero", "scale": 0.3},
     "learned_sink": {"sink": "learned", "num_kv_heads": 2},
     "registers": {"num_registers": 3, "num_kv_heads": 2},
@@ -426,6 +486,8 @@ def test_gqa_repr_names_what_was_chosen() -> None:
         (lambda: NeighborhoodGQA(16, 4, (3, 3), stride=(1, 4)), "stride .* 1..3, got 4 on the width axis"),
         (lambda: NeighborhoodGQA(16, 4, (3, 3), dilation=(1,)), "must agree on 1 to 3 spatial axes"),
         (lambda: NeighborhoodGQA(16, 4, (3,) * 4), "must agree on 1 to 3 spatial axes"),
+        (lambda: NeighborhoodGQA(16, 4, (3, 3), is_periodic=(True,)), "must agree on 1 to 3 spatial axes"),
+        (lambda: NeighborhoodGQA(16, 4, 3, is_causal=True, is_periodic=True), "is_causal and is_periodic are both"),
         (lambda: NeighborhoodGQA(16, 4, 3, rope="axial"), "rope must be a module"),  # pyright: ignore
         (lambda: NeighborhoodGQA(18, 4, 3), "embed_dim 18 is not divisible by num_heads 4"),
         (lambda: NeighborhoodGQA(16, 4, None, stride=2), "kernel_size=None takes no stride"),

@@ -16,13 +16,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from natten_layers import neighborhood_attention
+from natten_layers.geometry import query_bounds
 from natten_layers.kernels.host.problem import in_units, stride_unit
 from natten_layers.kernels.host.tiling import (
+    Box,
     Kind,
     ProblemClass,
     Room,
     best_boxes,
+    boxes,
     column_parts,
+    executed,
     fit,
     packed_heads,
     register_block,
@@ -125,7 +129,7 @@ def test_kernels_compile(capability: int, tmp_path: Path) -> None:
     compiled = done.stdout.split()
     own = SM90_KERNELS if capability == 90 and gluon_gap() is None else ()
     assert set(compiled) == {*KERNELS, *own}
-    assert compiled.count("forward_kernel") == (5 if capability == 90 else 4)
+    assert compiled.count("forward_kernel") == (6 if capability == 90 else 5)
     assert compiled.count("small_forward_rolling_kernel") == (6 if own else 0)  # two of them normalise and rotate
     if own:
         check_fences(tmp_path)
@@ -281,6 +285,26 @@ def test_boxes_waste_no_rows_on_a_short_axis() -> None:
     """On an axis of 24, a tile of length 32 would see the fewest keys, but a quarter of its rows would be idle."""
     tile, _ = best_boxes(128, 64, (24, 68, 80), (11, 11, 11))
     assert tile[0] <= 8
+
+
+def test_chunks_cover_the_queries_of_keys_near_a_border() -> None:
+    """Keys 8 to 15 of 9x9 windows are seen by queries 0 to 19, as those of the border see keys 0 to 8."""
+    axes = (1, 64, 64), (1, 9, 9)
+    assert best_boxes(64, 16, *axes, rows_are_keys=True) == ((1, 8, 8), (1, 4, 4))
+    assert best_boxes(64, 16, *axes) == ((1, 8, 8), (1, 1, 16))
+
+
+@given(problem=problem_classes())
+def test_tiles_of_keys_compute_no_more_scores_than_others(problem: ProblemClass) -> None:
+    config = rule("backward_key", problem)
+    axes = [(n, k, 1, False) for n, k in zip(problem.lengths, problem.kernel, strict=True)]
+
+    def scores(tile: Box, chunk: Box) -> int:
+        return prod(executed(*sides, query_bounds) for sides in zip(axes, tile, chunk, strict=True))
+
+    unions = [min(n, prod(config.tile) + k - 1) for n, k in zip(problem.lengths, problem.kernel, strict=True)]
+    others = boxes(prod(config.chunk), unions)
+    assert scores(config.tile, config.chunk) <= min(scores(config.tile, chunk) for chunk in others)
 
 
 def test_strides_are_counted_in_units_that_divide_all_of_them() -> None:

@@ -21,7 +21,6 @@ from natten_layers import (
     neighborhood_attention,
 )
 from natten_layers.eager import dense_attention_state
-from natten_layers.geometry import make_window
 
 FP64 = torch.float64
 CASES = (
@@ -31,6 +30,8 @@ CASES = (
     AttentionCase("2d-full", (4, 3), (4, 3), batch=1, dtype=FP64),
     AttentionCase("2d-all", (12, 10), (4, 3), 2, (2, 3), (True, False), 4, 2, 8, 16, 4, "learned", 0.3, dtype=FP64),
     AttentionCase("3d", (4, 6, 5), (2, 3, 3), (1, 2, 1), (2, 1, 1), (False, True, False), 2, 1, 8, 8, dtype=FP64),
+    AttentionCase("ring", (12,), 5, 2, 2, heads=4, kv_heads=2, is_periodic=True, dtype=FP64),
+    AttentionCase("ring-whole", (5, 4), (5, 2), is_periodic=(True, False), batch=1, dtype=FP64),
     AttentionCase("2d-fp32", (20, 20), 7, heads=4, kv_heads=4, batch=3),
 )
 
@@ -50,6 +51,16 @@ def test_by_hand() -> None:
     assert out.tolist() == pytest.approx(expected, rel=1e-12)
 
 
+def test_by_hand_on_a_ring() -> None:
+    """Of 4 tokens and windows of 3, scores being zero, each sees its neighbors, at distances -1, 0 and 1."""
+    zero = torch.zeros(1, 4, 1, 1, dtype=FP64)
+    value = torch.tensor([1.0, 10.0, 100.0, 1000.0], dtype=FP64).reshape(1, 4, 1, 1)
+    table = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0]], dtype=FP64).log()  # of distances -2 .. 2
+    out = neighborhood_attention(zero, zero, value, (3,), rpb=table, is_periodic=True).flatten()
+    expected = [(2000 + 3 + 40) / 9, (2 + 30 + 400) / 9, (20 + 300 + 4000) / 9, (200 + 3000 + 4) / 9]
+    assert out.tolist() == pytest.approx(expected, rel=1e-12)
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equals_the_definition(case: AttentionCase) -> None:
     """Results, and the gradients of every input and of the table."""
@@ -64,7 +75,7 @@ def test_equals_the_definition(case: AttentionCase) -> None:
         wide.get("additional_keys"),
         wide.get("additional_values"),
         wide.get("sink"),
-        make_window(case.spatial, case.kernel_size, case.stride, case.dilation, case.is_causal),
+        case.window,
         case.head_dim**-0.5 if case.scale is None else case.scale,
         wide["rpb"],
     )

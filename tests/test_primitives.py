@@ -28,40 +28,78 @@ LONGEST = 15
 
 @triton.jit
 def bounds_kernel(Index, Length, Kernel, Stride, First, Last, INVERSE: tl.constexpr, CAUSAL: tl.constexpr,
-                  BLOCK: tl.constexpr):  # fmt: skip
+                  PERIODIC: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Compute the bounds of many windows, one element each."""
     n = tl.arange(0, BLOCK)
     index, length, kernel, stride = tl.load(Index + n), tl.load(Length + n), tl.load(Kernel + n), tl.load(Stride + n)
     if INVERSE:
-        first, last = primitives.query_bounds(index, length, kernel, stride, CAUSAL)
+        first, last = primitives.query_bounds(index, length, kernel, stride, CAUSAL, PERIODIC)
     else:
-        first, last = primitives.window_bounds(index, length, kernel, stride, CAUSAL)
+        first, last = primitives.window_bounds(index, length, kernel, stride, CAUSAL, PERIODIC)
     tl.store(First + n, first)
     tl.store(Last + n, last)
 
 
-def on_device(columns: Tensor, inverse: bool, causal: bool) -> tuple[Tensor, Tensor]:
+def on_device(columns: Tensor, inverse: bool, causal: bool, periodic: bool) -> tuple[Tensor, Tensor]:
     """The first and last key for ``(index, length, kernel, stride)``, the rows of ``columns``."""
     size = triton.next_power_of_2(len(columns))
     padded = torch.ones(4, size, dtype=torch.int32)
     padded[:, : len(columns)] = columns.t()
     first, last = torch.empty(2, size, dtype=torch.int32, device=DEVICE)
-    bounds_kernel[(1,)](*padded.to(DEVICE), first, last, INVERSE=inverse, CAUSAL=causal, BLOCK=size)
+    bounds_kernel[(1,)](*padded.to(DEVICE), first, last, INVERSE=inverse, CAUSAL=causal, PERIODIC=periodic, BLOCK=size)
     return first[: len(columns)].cpu().long(), last[: len(columns)].cpu().long()
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("causal", "periodic"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("inverse", [False, True])
-def test_bounds_on_the_device_are_those_of_the_host(inverse: bool, causal: bool) -> None:
+def test_bounds_on_the_device_are_those_of_the_host(inverse: bool, causal: bool, periodic: bool) -> None:
     """Bounds agree for every token of every axis up to a length; residue classes of dilated axes are such axes too."""
     bounds = query_bounds if inverse else window_bounds
     axes = [(n, k, s) for n in range(1, LONGEST + 1) for k in range(1, n + 1) for s in range(1, k + 1)]
     rows = [(i, *axis) for axis in axes for i in range(axis[0])]
-    first, last = on_device(torch.tensor(rows), inverse, causal)
-    host = [bounds(torch.arange(n), n, k, s, causal) for n, k, s in axes]
+    first, last = on_device(torch.tensor(rows), inverse, causal, periodic)
+    host = [bounds(torch.arange(n), n, k, s, causal, periodic) for n, k, s in axes]
     expected_first, expected_last = (torch.cat(ends) for ends in zip(*host, strict=True))
     assert torch.equal(first, expected_first)
     assert torch.equal(last, expected_last)
+
+
+@triton.jit
+def grid_kernel(Index, Length, KeyLength, Kernel, First, Last, INVERSE: tl.constexpr, PERIODIC: tl.constexpr,
+                BLOCK: tl.constexpr):  # fmt: skip
+    """As ``bounds_kernel``, of queries on another grid than keys."""
+    n = tl.arange(0, BLOCK)
+    index, length, keys, kernel = tl.load(Index + n), tl.load(Length + n), tl.load(KeyLength + n), tl.load(Kernel + n)
+    if INVERSE:
+        first, last = primitives.query_bounds(index, length, kernel, 1, False, PERIODIC, keys)
+    else:
+        first, last = primitives.window_bounds(index, length, kernel, 1, False, PERIODIC, keys)
+    tl.store(First + n, first)
+    tl.store(Last + n, last)
+
+
+@pytest.mark.parametrize("periodic", [False, True])
+@pytest.mark.parametrize("inverse", [False, True])
+def test_bounds_on_another_grid_are_those_of_the_host(inverse: bool, periodic: bool) -> None:
+    """On short axes, and on long ones, whose lengths have a product beyond 32 bits."""
+    bounds = query_bounds if inverse else window_bounds
+    axes = [(n, keys, k) for n in range(1, 9) for keys in range(1, 9) for k in range(1, keys + 1)]
+    indices = [torch.arange(keys if inverse else n) for n, keys, _ in axes]
+    for n, keys in ((100_000, 70_000), (3, 1 << 20), (1 << 20, 3)):
+        axes.append((n, keys, min(keys, 1000)))
+        index = torch.linspace(0, 1, 50, dtype=torch.float64) * ((keys if inverse else n) - 1)
+        indices.append(index.long())
+    host = [bounds(index, n, k, 1, False, periodic, keys) for index, (n, keys, k) in zip(indices, axes, strict=True)]
+    rows = torch.cat(
+        [torch.stack([i, *(torch.full_like(i, x) for x in axis)]) for i, axis in zip(indices, axes, strict=True)], 1
+    )
+    size = triton.next_power_of_2(rows.shape[1])
+    padded = torch.ones(4, size, dtype=torch.int32)
+    padded[:, : rows.shape[1]] = rows
+    first, last = torch.empty(2, size, dtype=torch.int32, device=DEVICE)
+    grid_kernel[(1,)](*padded.to(DEVICE), first, last, INVERSE=inverse, PERIODIC=periodic, BLOCK=size)
+    for found, ends in zip((first, last), zip(*host, strict=True), strict=True):
+        assert torch.equal(found[: rows.shape[1]].cpu().long(), torch.cat(ends))
 
 
 @triton.jit
@@ -115,3 +153,25 @@ def test_a_chunk_needs_no_mask_if_and_only_if_every_query_sees_all_of_it(axis: i
     inside_kernel[(1,)](origin, lo, hi, out, AXIS=axis, CHUNK=chunk, BLOCK=len(rows))
     expected = [all(first <= key <= last for key in range(start, start + side)) for start, first, last in rows]
     assert out.bool().tolist() == expected
+
+
+@triton.jit
+def split_kernel(X, High, Rest, BLOCK: tl.constexpr):
+    n = tl.arange(0, BLOCK)
+    b_high, b_rest = primitives.split_tf32(tl.load(X + n))
+    tl.store(High + n, b_high)
+    tl.store(Rest + n, b_rest)
+
+
+def test_a_number_is_split_into_the_nearest_tf32_number_and_the_rest() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1024, generator=generator) * torch.logspace(-30, 30, 1024)
+    x[:4] = torch.tensor([0.0, 1.0 + 2**-11, -(1.0 + 2**-11), 2.0 - 2**-23])  # two ties, and one that rounds up to 2
+    high, rest = torch.empty(2, 1024, device=DEVICE)
+    split_kernel[(1,)](x.to(DEVICE), high, rest, BLOCK=1024)
+    high, rest = high.cpu(), rest.cpu()
+    assert not (high.view(torch.int32) & 0x1FFF).any()
+    assert torch.equal(high.double() + rest.double(), x.double())
+    mantissa, exponent = torch.frexp(x.double())
+    nearest = torch.ldexp((mantissa.abs() * 2**11 + 0.5).floor() * mantissa.sign() / 2**11, exponent)  # ties go up
+    assert torch.equal(high.double(), nearest)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import error, raises_naming
+from helpers import coordinates, error, far, raises_naming
 from torch import Tensor, nn
 
 from benchmarks import module
@@ -29,7 +29,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 
 
 @dataclass(frozen=True)
-class Case:
+class PrepCase:
     name: str
     spatial: tuple[int, ...]
     heads: int
@@ -44,14 +44,6 @@ class Case:
         return self.name
 
 
-def far(*shape: int) -> Tensor:
-    return torch.randint(0, 100_000, shape, generator=torch.Generator().manual_seed(7))
-
-
-def coordinates(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(7))
-
-
 def video_rope(*, interleaved: bool) -> AxialRoPE:
     """Axes of unequal parts, with the same frequencies for all heads or with those of each KV head."""
     freqs = torch.rand(1 if interleaved else 2, 32, generator=torch.Generator().manual_seed(7))
@@ -61,26 +53,27 @@ def video_rope(*, interleaved: bool) -> AxialRoPE:
 
 
 CASES = (
-    Case("cosine-axial", (6, 7), 4, 4, 16, "cosine", AxialRoPE(16, 4)),
-    Case("cosine-axial-gqa", (9, 17), 4, 2, 64, "cosine", AxialRoPE(64, 4, num_kv_heads=2)),
-    Case("cosine-axial-batched", (6, 7), 4, 2, 16, "cosine", AxialRoPE(16, 4, num_kv_heads=2), coordinates(2, 6, 7, 2)),
-    Case("cosine-axial-one-kv-head", (6, 7), 4, 1, 16, "cosine", AxialRoPE(16, 4, num_kv_heads=1)),
-    Case("rms-axial-3d", (3, 4, 5), 3, 3, 24, "rms", AxialRoPE(24, 3, axes=3), coordinates(3, 4, 5, 3)),
-    Case("axial-odd-pairs", (5, 4), 2, 2, 40, "cosine", AxialRoPE(40, 2)),
-    Case("rms-text", (41,), 6, 2, 32, "rms", RoPE(32)),
-    Case("rms-text-partly-batched", (37,), 4, 2, 24, "rms", RoPE(16), far(2, 37)),
-    Case("cosine-text-yarn", (140,), 4, 2, 16, "cosine", RoPE(16, scaling=YARN), far(140)),
-    Case("text", (33,), 4, 1, 8, None, RoPE(8), far(1, 33)),
-    Case("cosine", (5, 6), 4, 2, 40, "cosine"),
-    Case("rms", (33,), 4, 2, 16, "rms"),
-    Case("rms-text-interleaved", (37,), 4, 2, 24, "rms", RoPE(16, interleaved=True), far(2, 37)),
-    Case("axial-interleaved", (5, 4), 2, 2, 40, "cosine", AxialRoPE(40, 2, interleaved=True)),
-    Case("rms-video", (3, 4, 5), 4, 4, 64, "rms", video_rope(interleaved=True), coordinates(3, 4, 5, 3)),
-    Case("video-half-split", (3, 4, 5), 4, 2, 64, "cosine", video_rope(interleaved=False), coordinates(3, 4, 5, 3)),
+    PrepCase("cosine-axial", (6, 7), 4, 4, 16, "cosine", AxialRoPE(16, 4)),
+    PrepCase("cosine-axial-gqa", (9, 17), 4, 2, 64, "cosine", AxialRoPE(64, 4, num_kv_heads=2)),
+    PrepCase("cosine-axial-batched", (6, 7), 4, 2, 16, "cosine", AxialRoPE(16, 4, num_kv_heads=2),
+             coordinates(2, 6, 7, 2)),
+    PrepCase("cosine-axial-one-kv-head", (6, 7), 4, 1, 16, "cosine", AxialRoPE(16, 4, num_kv_heads=1)),
+    PrepCase("rms-axial-3d", (3, 4, 5), 3, 3, 24, "rms", AxialRoPE(24, 3, axes=3), coordinates(3, 4, 5, 3)),
+    PrepCase("axial-odd-pairs", (5, 4), 2, 2, 40, "cosine", AxialRoPE(40, 2)),
+    PrepCase("rms-text", (41,), 6, 2, 32, "rms", RoPE(32)),
+    PrepCase("rms-text-partly-batched", (37,), 4, 2, 24, "rms", RoPE(16), far(2, 37)),
+    PrepCase("cosine-text-yarn", (140,), 4, 2, 16, "cosine", RoPE(16, scaling=YARN), far(140)),
+    PrepCase("text", (33,), 4, 1, 8, None, RoPE(8), far(1, 33)),
+    PrepCase("cosine", (5, 6), 4, 2, 40, "cosine"),
+    PrepCase("rms", (33,), 4, 2, 16, "rms"),
+    PrepCase("rms-text-interleaved", (37,), 4, 2, 24, "rms", RoPE(16, interleaved=True), far(2, 37)),
+    PrepCase("axial-interleaved", (5, 4), 2, 2, 40, "cosine", AxialRoPE(40, 2, interleaved=True)),
+    PrepCase("rms-video", (3, 4, 5), 4, 4, 64, "rms", video_rope(interleaved=True), coordinates(3, 4, 5, 3)),
+    PrepCase("video-half-split", (3, 4, 5), 4, 2, 64, "cosine", video_rope(interleaved=False), coordinates(3, 4, 5, 3)),
 )  # fmt: skip
 
 
-def evaluate(case: Case, dtype: torch.dtype, impl: str, source: torch.dtype) -> dict[str, Tensor]:
+def evaluate(case: PrepCase, dtype: torch.dtype, impl: str, source: torch.dtype) -> dict[str, Tensor]:
     """Results and gradients computed in ``dtype`` from inputs and cotangents that ``source`` represents exactly."""
     generator = torch.Generator().manual_seed(0)
 
@@ -115,7 +108,7 @@ ROUNDING = {torch.float32: 4e-7, torch.float16: 5e-4, torch.bfloat16: 4e-3}
     "dtype", [torch.float32, torch.float16, torch.bfloat16] if ON_GPU else [torch.float32, torch.float16], ids=str
 )
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_fused_matches_pytorch_in_double(case: Case, dtype: torch.dtype) -> None:
+def test_fused_matches_pytorch_in_double(case: PrepCase, dtype: torch.dtype) -> None:
     """The error is at most twice that of PyTorch in the same precision, or about one rounding."""
     exact = evaluate(case, torch.float64, "eager", dtype)
     eager, fused = (evaluate(case, dtype, impl, dtype) for impl in ("eager", "fused"))
@@ -213,13 +206,13 @@ def test_second_derivatives_say_that_they_are_missing() -> None:
 @pytest.mark.parametrize("norm", ["cosine", "rms"])
 def test_gradients_are_bitwise_reproducible(norm: str) -> None:
     rope = AxialRoPE(16, 4, num_kv_heads=2) if norm == "cosine" else None
-    case = Case(norm, (100, 101), 4, 2, 16, norm, rope)
+    case = PrepCase(norm, (100, 101), 4, 2, 16, norm, rope)
     first, second = (evaluate(case, torch.float32, "fused", torch.float32) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[8], CASES[10], CASES[-1]], ids=str)
-def test_operators_keep_their_schemas(case: Case) -> None:
+def test_operators_keep_their_schemas(case: PrepCase) -> None:
     heads = [torch.randn(2, *case.spatial, h, case.head_dim, device=DEVICE) for h in (case.heads, case.kv_heads)]
     positions = None if case.positions is None else case.positions.to(DEVICE)
     angles = None if case.rope is None else angles_of(case.rope.to(DEVICE), heads[0], heads[1], positions)

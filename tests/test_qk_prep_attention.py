@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import FLOOR, error
+from helpers import FLOOR, coordinates, error, far
+from problems import problem_of_projected_image
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from natten_layers.arguments import Call, prepare
-from natten_layers.kernels.host.problem import Layout, Problem, QKPrepKind, problem_of
-from natten_layers.kernels.host.tuned import forget, override
+from natten_layers.kernels.host.problem import Layout, QKPrepKind, problem_of
+from natten_layers.kernels.host.tuned import override
 from natten_layers.kernels.ops import attention as attention_ops
 from natten_layers.kernels.ops import qk_prep_attention as qk_prep_attention_ops
 from natten_layers.kernels.ops.define import flattened, grouped
@@ -35,7 +36,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 
 
 @dataclass(frozen=True)
-class Case:
+class LayerCase:
     name: str
     spatial: tuple[int, ...]
     kernel_size: int | tuple[int, ...]
@@ -54,37 +55,29 @@ class Case:
         return self.name
 
 
-def coordinates(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(7))
-
-
-def far(*shape: int) -> Tensor:
-    return torch.randint(0, 100_000, shape, generator=torch.Generator().manual_seed(7))
-
-
 CASES = (
-    Case("image", (32, 40), 7, 2, 2, norm="cosine", rope=AxialRoPE(64, 2)),
-    Case("image-gqa-registers-sink", (37, 45), 7, 8, 2, norm="cosine", rope=AxialRoPE(64, 8, num_kv_heads=2),
+    LayerCase("image", (32, 40), 7, 2, 2, norm="cosine", rope=AxialRoPE(64, 2)),
+    LayerCase("image-gqa-registers-sink", (37, 45), 7, 8, 2, norm="cosine", rope=AxialRoPE(64, 8, num_kv_heads=2),
          registers=5, sink="learned"),
-    Case("image-of-own-positions", (20, 41), (5, 9), 6, 2, norm="cosine", rope=AxialRoPE(64, 6, num_kv_heads=2),
+    LayerCase("image-of-own-positions", (20, 41), (5, 9), 6, 2, norm="cosine", rope=AxialRoPE(64, 6, num_kv_heads=2),
          positions=coordinates(2, 20, 41, 2)),
-    Case("image-wide-heads", (33, 40), 7, 8, 2, 128, "cosine", AxialRoPE(128, 8, num_kv_heads=2), sink="zero"),
-    Case("image-one-kv-head", (24, 24), 5, 4, 1, norm="cosine", rope=AxialRoPE(64, 4, num_kv_heads=1)),
-    Case("image-large-window", (21, 40), 13, 6, 3, norm="rms", rope=AxialRoPE(64, 6, num_kv_heads=3)),
-    Case("image-cosine-only", (32, 40), 7, norm="cosine"),
-    Case("image-rms-only", (32, 40), 7, norm="rms", registers=3),
-    Case("text", (1000,), 128, 16, 2, rope=RoPE(64), is_causal=True, sink="learned"),
-    Case("text-rms-yarn", (333,), 64, 8, 2, norm="rms", rope=RoPE(64, scaling=YARN), positions=far(2, 333)),
-    Case("text-half-of-a-head", (500,), 32, 4, 4, norm="rms", rope=RoPE(32), is_causal=True),
-    Case("text-wide-heads", (400,), 64, 8, 2, 128, "rms", RoPE(128), positions=far(1, 400), is_causal=True),
-    Case("video", (8, 12, 18), 3, 4, 4, norm="cosine", rope=AxialRoPE(64, 4, axes=4),
+    LayerCase("image-wide-heads", (33, 40), 7, 8, 2, 128, "cosine", AxialRoPE(128, 8, num_kv_heads=2), sink="zero"),
+    LayerCase("image-one-kv-head", (24, 24), 5, 4, 1, norm="cosine", rope=AxialRoPE(64, 4, num_kv_heads=1)),
+    LayerCase("image-large-window", (21, 40), 13, 6, 3, norm="rms", rope=AxialRoPE(64, 6, num_kv_heads=3)),
+    LayerCase("image-cosine-only", (32, 40), 7, norm="cosine"),
+    LayerCase("image-rms-only", (32, 40), 7, norm="rms", registers=3),
+    LayerCase("text", (1000,), 128, 16, 2, rope=RoPE(64), is_causal=True, sink="learned"),
+    LayerCase("text-rms-yarn", (333,), 64, 8, 2, norm="rms", rope=RoPE(64, scaling=YARN), positions=far(2, 333)),
+    LayerCase("text-half-of-a-head", (500,), 32, 4, 4, norm="rms", rope=RoPE(32), is_causal=True),
+    LayerCase("text-wide-heads", (400,), 64, 8, 2, 128, "rms", RoPE(128), positions=far(1, 400), is_causal=True),
+    LayerCase("video", (8, 12, 18), 3, 4, 4, norm="cosine", rope=AxialRoPE(64, 4, axes=4),
          positions=coordinates(8, 12, 18, 4)),
-    Case("video-gqa", (8, 9, 10), (3, 5, 5), 8, 2, norm="rms", rope=AxialRoPE(64, 8, num_kv_heads=2),
+    LayerCase("video-gqa", (8, 9, 10), (3, 5, 5), 8, 2, norm="rms", rope=AxialRoPE(64, 8, num_kv_heads=2),
          positions=coordinates(2, 8, 9, 10, 2)),
 )  # fmt: skip
 
 
-def draw(case: Case) -> dict[str, Tensor]:
+def draw(case: LayerCase) -> dict[str, Tensor]:
     """Random inputs in fp64 that half precision represents exactly."""
     generator = torch.Generator().manual_seed(0)
 
@@ -104,7 +97,7 @@ def draw(case: Case) -> dict[str, Tensor]:
     return tensors
 
 
-def arguments_of(case: Case, tensors: dict[str, Tensor]) -> tuple[Call, HeadNorm | None, Angles | None]:
+def arguments_of(case: LayerCase, tensors: dict[str, Tensor]) -> tuple[Call, HeadNorm | None, Angles | None]:
     t = tensors
     query, key, value = t["qkv"].split((case.heads, case.kv_heads, case.kv_heads), -2)
     norm = None
@@ -126,19 +119,23 @@ def on(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: t.to(DEVICE, dtype) for name, t in tensors.items()}
 
 
-def attend(case: Case, tensors: dict[str, Tensor], impl: Impl) -> Tensor:
+def attend(case: LayerCase, tensors: dict[str, Tensor], impl: Impl) -> Tensor:
     return attend_with_qk_prep(*arguments_of(case, tensors), impl=impl)
 
 
-SMALL = tuple(
-    replace(case, spatial=tuple(min(n, 9) for n in case.spatial), kernel_size=3, positions=None)
-    for case in CASES
-    if case.positions is None
+SMALL = (
+    *(
+        replace(case, spatial=tuple(min(n, 9) for n in case.spatial), kernel_size=3, positions=None)
+        for case in CASES
+        if case.positions is None
+    ),
+    LayerCase("ring", (4, 9), 3, 4, 2, norm="cosine", rope=AxialRoPE(64, 4, num_kv_heads=2, periods=(None, 2.0))),
 )
+"""The last one has frequencies of its own for every axis, which no kernel for all steps takes."""
 
 
 @pytest.mark.parametrize("case", SMALL, ids=str)
-def test_is_its_steps_one_after_the_other(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_is_its_steps_one_after_the_other(case: LayerCase, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a kernel for all steps (interpreted, or on a GPU for few tokens), the operator equals separate steps."""
     taken: list[str] = []
     attention = qk_prep_attention_ops.attention
@@ -164,7 +161,7 @@ def test_auto_on_a_cpu_is_eager(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(ours, attend_with_qk_prep(call, norm, angles, impl="eager"))
 
 
-def operands(case: Case, tensors: dict[str, Tensor]) -> tuple[Any, ...]:
+def operands(case: LayerCase, tensors: dict[str, Tensor]) -> tuple[Any, ...]:
     """Of ``natten_layers::attention_with_qk_prep``."""
     call, norm, angles = arguments_of(case, tensors)
     prep = query_key._rotation(call.inputs.query, norm, angles)
@@ -172,12 +169,13 @@ def operands(case: Case, tensors: dict[str, Tensor]) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("case", SMALL[:3], ids=str)
-def test_the_operator_keeps_its_schema_and_counts_flop(case: Case) -> None:
+def test_the_operator_keeps_its_schema_and_counts_flop(case: LayerCase) -> None:
     inputs = operands(case, on(draw(case), torch.float32))
     operator = torch.ops.natten_layers.attention_with_qk_prep
     torch.library.opcheck(operator.default, inputs, test_utils=("test_schema", "test_faketensor"))
     counts = []
-    for run in (lambda: operator(*inputs), lambda: torch.ops.natten_layers.forward(*inputs[:12], False)):
+    alone = flattened(tuple(grouped("attention_with_qk_prep", inputs)[:2]))  # without the preparation
+    for run in (lambda: operator(*inputs), lambda: torch.ops.natten_layers.forward(*alone, False)):
         with FlopCounterMode(display=False) as counter:
             run()
         counts.append(counter.get_total_flops())
@@ -201,7 +199,7 @@ def test_a_compiled_layer_computes_the_same(options: dict[str, Any]) -> None:
 # --- One launch on compute capability 9.0
 
 
-def one_launch(case: Case, tensors: dict[str, Tensor]) -> Tensor:
+def one_launch(case: LayerCase, tensors: dict[str, Tensor]) -> Tensor:
     inputs, options, prep = grouped("attention_with_qk_prep", operands(case, tensors))
     problem = problem_of(inputs, options)
     plan = planned("qk_prep + forward", problem, prep=prep.kind)
@@ -213,7 +211,7 @@ def one_launch(case: Case, tensors: dict[str, Tensor]) -> Tensor:
 @needs_device
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_one_launch_matches_its_steps_in_double(case: Case, dtype: torch.dtype) -> None:
+def test_one_launch_matches_its_steps_in_double(case: LayerCase, dtype: torch.dtype) -> None:
     tensors = draw(case)
     exact = attend(case, on(tensors, torch.float64), "eager")
     ours = one_launch(case, on(tensors, dtype))
@@ -226,7 +224,7 @@ def test_one_launch_matches_its_steps_in_double(case: Case, dtype: torch.dtype) 
 @pytest.mark.gpu
 @needs_device
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_nan_and_inf_reach_only_the_queries_that_see_them(case: Case) -> None:
+def test_nan_and_inf_reach_only_the_queries_that_see_them(case: LayerCase) -> None:
     tensors = on(draw(case), torch.bfloat16)
     rank, middle = len(case.spatial), tuple(n // 2 for n in case.spatial)
     query, key, value = tensors["qkv"].split((case.heads, case.kv_heads, case.kv_heads), -2)
@@ -245,25 +243,12 @@ def test_nan_and_inf_reach_only_the_queries_that_see_them(case: Case) -> None:
     assert error(ours[~broken], exact[~broken]) <= allowed
 
 
-def problem_of_image(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Problem:
-    """8 images of 128 x 128, 8 query and 2 KV heads from one projection, window 7, as if there was a GPU."""
-    forget()
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr("natten_layers.kernels.host.problem.device_traits", lambda device: ("stub", 2**17))
-    query, key = (Layout((8, 128, 128, h, 64), (2**14 * 768, 2**7 * 768, 768, 64, 1)) for h in (8, 2))
-    problem = Problem(
-        query, key, key, None, None, torch.device("cuda", 0), torch.bfloat16, (7, 7), (1, 1), (1, 1), (False, False),
-        "none", scale_first=False, precision="ieee",
-    )  # fmt: skip
-    return problem._replace(**changes)
-
-
 KIND = QKPrepKind("cosine", split=(8, 8), by_head=True, batched=False)
 
 
 def test_small_windows_take_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton.experimental.gluon")
-    problem = problem_of_image(monkeypatch)
+    problem = problem_of_projected_image(monkeypatch)
     config = planned("qk_prep + forward", problem, prep=KIND)
     assert config is not None
     assert (config.in_ring, config.programs) == (True, 4)
@@ -275,7 +260,7 @@ def test_small_windows_take_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     kinds = (KIND._replace(split=split) for split in ((16, 16), (0,), (1,) * 16))
     assert all(planned("qk_prep + forward", problem, prep=kind) is not None for kind in kinds)
     # A head for itself: another program is worth more than loads that start early.
-    alone = problem_of_image(monkeypatch, key=problem.query, value=problem.query)
+    alone = problem_of_projected_image(monkeypatch, key=problem.query, value=problem.query)
     one, bare = planned("qk_prep + forward", alone, prep=KIND), planned("forward", alone)
     assert one is not None
     assert bare is not None
@@ -290,21 +275,23 @@ def test_small_windows_take_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
         (KIND._replace(split=(4, 4)), {}),
         (KIND._replace(split=(4, 6, 6)), {}),
         (KIND._replace(interleaved=True), {}),
+        (KIND._replace(by_axis=True), {}),
         (KIND, {"dtype": torch.float32}),
         (KIND, {"dilation": (2, 2)}),
         (KIND, {"stride": (2, 1)}),
+        (KIND, {"is_periodic": (False, True)}),
         (KIND, {"kernel_size": (64, 64)}),
         (KIND, {"scale_first": True}),
     ],
     ids=str,
 )
 def test_others_take_two(kind: QKPrepKind, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert planned("qk_prep + forward", problem_of_image(monkeypatch, **changes), prep=kind) is None
+    assert planned("qk_prep + forward", problem_of_projected_image(monkeypatch, **changes), prep=kind) is None
 
 
 def test_tiles_that_somebody_chose_win(monkeypatch: pytest.MonkeyPatch) -> None:
     forward = pytest.importorskip("natten_layers.kernels.portable.forward")
-    problem = problem_of_image(monkeypatch)
+    problem = problem_of_projected_image(monkeypatch)
     with override({"forward": forward.tile_config_for("forward", problem.problem_class)}):
         assert planned("qk_prep + forward", problem, prep=KIND) is None
     with override(pack=8):  # more heads than a group has

@@ -46,14 +46,22 @@ def draw_case(random: Random) -> Case:
     spatial = tuple(random.randint(1, LENGTHS[rank]) for _ in range(rank))
     kernel_size = tuple(random.randint(1, min(length, side)) for length in spatial)
     strided, dilated = (random.random() < 0.2 for _ in range(2))
+    dilation = tuple(random.randint(1, n // k) if dilated else 1 for n, k in zip(spatial, kernel_size, strict=True))
+    is_causal = tuple(random.random() < (0.5 if rank == 1 else 0.15) for _ in spatial)
+    axes = zip(spatial, dilation, is_causal, strict=True)
+    is_periodic = tuple(random.random() < 0.25 and n % d == 0 and not causal for n, d, causal in axes)
     kv_heads, dim = random.choice((1, 2, 3)), random.choice(HEAD_DIMS)
+    other = not any(is_causal) and set(dilation) == {1} and not strided and random.random() < 0.3
+    queries = tuple(random.randint(1, LENGTHS[rank]) for _ in spatial) if other else spatial
     return Case(
         name="random",
-        spatial=spatial,
+        spatial=queries,
+        key_spatial=spatial,
         kernel_size=kernel_size,
         stride=tuple(random.randint(1, k) if strided else 1 for k in kernel_size),
-        dilation=tuple(random.randint(1, n // k) if dilated else 1 for n, k in zip(spatial, kernel_size, strict=True)),
-        is_causal=tuple(random.random() < (0.5 if rank == 1 else 0.15) for _ in spatial),
+        dilation=dilation,
+        is_causal=is_causal,
+        is_periodic=is_periodic,
         heads=kv_heads * random.choice((1, 2, 3, 4, 8)),
         kv_heads=kv_heads,
         head_dim=dim,
@@ -63,6 +71,7 @@ def draw_case(random: Random) -> Case:
         scale=random.choice((None, None, 0.3, -0.2)),
         batch=random.choice((1, 2, 3)),
         dtype=random.choice(DTYPES),
+        seen=random.choice((None, None, 0.9, 0.5, 0.02)),
     )
 
 

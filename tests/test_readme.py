@@ -14,14 +14,13 @@ from benchmarks import pages
 
 ROOT = Path(__file__).parent.parent
 DOCS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md"))
-PAGES = ("README.md", "CONTRIBUTING.md", "benchmarks/README.md", *DOCS)
+PAGES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md", *DOCS)
 NOT_RUN = "<!-- not run -->\n"
 BLOCK = re.compile(rf"({re.escape(NOT_RUN)})?^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 PUBLIC_MODULES = (
     "natten_layers.functional",
     "natten_layers.utils.varlen",
     "natten_layers.convert",
-    "natten_layers.tune",
     "natten_layers.integrations.diffusers",
     "natten_layers.integrations.transformers",
 )
@@ -76,13 +75,13 @@ def test_links_lead_somewhere(page: str) -> None:
 def test_commands_name_files_and_targets_that_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     text = "\n".join((ROOT / page).read_text() for page in PAGES)
-    for target in re.findall(r"(?:^|`)make (\w+)", text, re.MULTILINE):
+    for target in re.findall(r"(?:^|`)make ([\w-]+)", text, re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
     for script in re.findall(r"examples/\w+\.py", text):
         assert (ROOT / script).exists(), script
     for preset in re.findall(r"--preset ([\w-]+)", text):
-        assert (ROOT / "examples" / "configs" / f"{preset}.json").exists(), preset
-    for module in re.findall(r"python -m ((?:natten_layers|benchmarks)\.\w+)", text):
+        assert (ROOT / "natten_layers_cli" / "configs" / f"{preset}.json").exists(), preset
+    for module in re.findall(r"-m ((?:natten_layers|natten_layers_cli|benchmarks)\.\w+)", text):
         assert (ROOT / f"{module.replace('.', '/')}.py").exists(), module
 
 

@@ -12,6 +12,7 @@ import torch
 from helpers import Case, assert_close, assert_nan_stays, enlarge, error, make_inputs, oracle, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from problems import problem_of_text
 from torch import Tensor
 
 pytest.importorskip("triton.experimental.gluon")
@@ -20,7 +21,6 @@ from natten_layers import attention_state, neighborhood_attention
 from natten_layers.geometry import make_window, query_bounds, window_bounds
 from natten_layers.kernels import dispatch
 from natten_layers.kernels.dispatch import VARIANTS, Direction, Question, choose, sm90_gap
-from natten_layers.kernels.host import problem as problem_module
 from natten_layers.kernels.host.problem import Cotangents, Inputs, Layout, Options, Problem, problem_of
 from natten_layers.kernels.host.tiling import Box, TileConfig
 from natten_layers.kernels.host.tuned import forget, override
@@ -138,17 +138,26 @@ def test_matches_the_oracle(case: Case, dtype: torch.dtype) -> None:
     assert_oracle(case, leaves, large_forward.forward(large_tiling.forward_tile_config(problem), *arguments))
 
 
+THRESHOLDS = (
+    "LARGE_KEY_ELEMENTS", "LARGE_GRADIENT_KEY_ELEMENTS", "LARGE_KEY_ELEMENTS_WITH_REGISTERS", "PAIRS", "WIDE_WINDOW",
+    "WIDE_PAIRS",
+)  # fmt: skip
+
+
 @pytest.fixture
 def wherever_possible(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Use the kernels for windows of any size."""
     with monkeypatch.context() as patch:
-        for name in ("", "_GRADIENT"):
-            patch.setattr(dispatch, f"LARGE{name}_KEY_ELEMENTS", 0)
-        for name in ("LARGE_KEY_ELEMENTS_WITH_REGISTERS", "PAIRS", "WIDE_WINDOW", "WIDE_PAIRS"):
+        for name in THRESHOLDS:
             patch.setattr(dispatch, name, 0)
         forget()
         yield
     forget()
+
+
+def test_the_thresholds_exist(wherever_possible: None) -> None:
+    """The fixture sets them in tests that only a GPU runs; here it fails when one of them is renamed."""
+    assert {getattr(dispatch, name) for name in THRESHOLDS} == {0}
 
 
 @pytest.mark.gpu
@@ -428,19 +437,6 @@ def test_a_call_takes_it_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(configs) == 2
 
 
-def problem_of_text(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0), **changes: Any) -> Problem:
-    """A window of 4096 over 8192 tokens with four query heads per KV head, as if there was a GPU."""
-    forget()
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    monkeypatch.setattr(problem_module, "device_traits", lambda device: ("stub", 2**17))
-    query, key = (Layout((1, 8192, h, 128), (8192 * h * 128, h * 128, 128, 1)) for h in (8, 2))
-    problem = Problem(
-        query, key, key, None, None, torch.device("cuda", 0), torch.bfloat16, (4096,), (1,), (1,), (True,),
-        "none", scale_first=False, precision="ieee",
-    )  # fmt: skip
-    return problem._replace(**changes)
-
-
 def test_large_windows_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = problem_of_text(monkeypatch)
     config = planned("forward", problem)
@@ -483,6 +479,7 @@ def test_large_is_what_the_keys_of_a_window_take(
         {"dtype": torch.float32},
         {"scale_first": True},
         {"dilation": (2,)},
+        {"is_causal": (False,), "is_periodic": (True,)},
         {"capability": (8, 0)},
         {"capability": (12, 0)},
         {"device": torch.device("cpu")},

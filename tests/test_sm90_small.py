@@ -14,7 +14,8 @@ import pytest
 import torch
 from helpers import Case, assert_close, assert_nan_stays, enlarge, error, make_inputs, oracle, run
 from hypothesis import given, settings
-from test_sm90_large import assert_oracle, call_of, needs_device, planned, problem_of_text
+from problems import problem_of_image
+from test_sm90_large import assert_oracle, call_of, needs_device, planned
 from torch import Tensor
 
 pytest.importorskip("triton.experimental.gluon")
@@ -68,20 +69,38 @@ CASES = (
          registers=3),
 )  # fmt: skip
 
+# Only the kernel that takes a tile alone takes strides and dilation.
+SPREAD_CASES = (
+    Case("2d-dilated-gqa-registers-sink", (32, 48), (7, 5), 1, (2, 3), heads=8, kv_heads=2, head_dim=64, value_dim=64,
+         registers=5, sink="learned"),
+    Case("2d-dilated-narrow", (28, 28), 7, 1, 4, heads=4, kv_heads=4, head_dim=32, value_dim=32),
+    Case("2d-dilated-rows-only", (36, 40), 7, 1, (3, 1), (True, False), 2, 2, head_dim=64, value_dim=64),
+    Case("1d-dilated-causal-gqa", (960,), 32, 1, 3, True, 8, 2, head_dim=64, value_dim=64, sink="zero"),
+    Case("2d-strided", (33, 40), 9, (4, 3), heads=4, kv_heads=2, head_dim=64, value_dim=64, registers=3),
+    Case("1d-strided-dilated-causal", (1024,), 64, 16, 2, True, 4, 4, head_dim=32, value_dim=32, sink="learned"),
+    Case("3d-strided-causal", (8, 12, 18), 3, (2, 1, 3), 1, (True, False, False), 4, 2, head_dim=64, value_dim=64),
+)  # fmt: skip
 
-each_kernel = pytest.mark.parametrize(
-    ("module", "find"),
-    [(small_forward, small_tile_config), (small_forward_rolling, rolling_tile_config)],
-    ids=["tiles", "runs"],
+KERNELS = {
+    "tiles": (small_forward, small_tile_config, CASES + SPREAD_CASES),
+    "runs": (small_forward_rolling, rolling_tile_config, CASES),
+}
+each_kernel = pytest.mark.parametrize(("module", "find"), [x[:2] for x in KERNELS.values()], ids=list(KERNELS))
+each_kernel_and_case = pytest.mark.parametrize(
+    ("module", "find", "case"),
+    [
+        pytest.param(module, find, case, id=f"{case}-{name}")
+        for name, (module, find, cases) in KERNELS.items()
+        for case in cases
+    ],
 )
 Find = Callable[[Problem], Any]
 
 
 @pytest.mark.gpu
 @needs_device
-@each_kernel
+@each_kernel_and_case
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_the_oracle(case: Case, dtype: torch.dtype, module: ModuleType, find: Find) -> None:
     case = replace(case, dtype=dtype)
     leaves = make_inputs(case, "cuda")
@@ -126,7 +145,7 @@ def wherever_possible(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.gpu
 @needs_device
 @pytest.mark.usefixtures("wherever_possible")
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES + SPREAD_CASES, ids=str)
 def test_gradients_match_the_oracle(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     case = replace(case, dtype=torch.bfloat16)
     leaves = make_inputs(case, "cuda")
@@ -207,8 +226,7 @@ def test_reads_views_of_a_fused_projection(module: ModuleType, find: Find) -> No
 
 @pytest.mark.gpu
 @needs_device
-@each_kernel
-@pytest.mark.parametrize("case", CASES, ids=str)
+@each_kernel_and_case
 def test_nan_and_inf_reach_only_the_queries_that_see_them(case: Case, module: ModuleType, find: Find) -> None:
     case = replace(case, dtype=torch.bfloat16)
     rank = len(case.spatial)
@@ -264,14 +282,9 @@ def test_a_call_takes_it_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(configs) == 2  # the GPU would finish before the host has prepared the launch
 
 
-def problem_of_image(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Problem:
-    """A 7x7 window over eight images of 128x128 with four query heads per KV head, as if there was a GPU."""
-    query, key = (Layout((8, 128, 128, h, 64), (2**14 * h * 64, 2**7 * h * 64, h * 64, 64, 1)) for h in (8, 2))
-    image = {"query": query, "key": key, "value": key, "kernel_size": (7, 7), "stride": (1, 1), "dilation": (1, 1)}
-    return problem_of_text(monkeypatch, **{**image, "is_causal": (False, False), **changes})
-
-
-@pytest.mark.parametrize(("dim", "pays"), [(32, False), (40, False), (48, True), (64, True), (80, False), (96, True)])
+@pytest.mark.parametrize(
+    ("dim", "pays"), [(16, False), (32, True), (40, False), (48, True), (64, True), (80, False), (96, True)]
+)
 def test_gradients_take_it_where_heads_fill_their_columns(
     monkeypatch: pytest.MonkeyPatch, dim: int, pays: bool
 ) -> None:
@@ -356,8 +369,10 @@ IMAGES = (8, 128, 128, 8, 64), (2**23, 2**16, 512, 64, 1)
     [
         {"query": Layout((1, *IMAGES[0][1:]), IMAGES[1])},
         {"kernel_size": (15, 15)},
-        {"stride": (2, 1)},
-        {"dilation": (1, 2)},
+        {"is_periodic": (False, True)},
+        {"query": contiguous((8, 256, 256, 8, 64))},
+        {"dilation": (1, 3)},  # classes of 43 and of 42 columns
+        {"dilation": (1, 2), "key": Layout((8, 128, 128, 2, 64), (2**24, 2**15, 128, 64, 1))},  # every other row
         {"dtype": torch.float32},
         {"scale_first": True},
         {"capability": (8, 0)},
@@ -379,6 +394,47 @@ def test_other_calls_do_not(monkeypatch: pytest.MonkeyPatch, changes: dict[str, 
 def gradients(problem: Problem, grad_out: Layout) -> list[Any]:
     """Plans for the gradients of queries and for those of keys and values."""
     return [planned(kind, problem, grad_out=grad_out) for kind in ("backward_query", "backward_key")]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"stride": (2, 3)}, {"dilation": (4, 1)}, {"dilation": (2, 8), "stride": (1, 2)}], ids=str
+)
+def test_strides_and_dilation_take_tiles(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
+    problem = problem_of_image(monkeypatch, **changes)
+    assert isinstance(planned("forward", problem), SmallTileConfig)
+    assert None not in gradients(problem, problem.query)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"dilation": (1, 3)}, "dilation (1, 3) does not divide the image of (128, 128) tokens"),
+        (
+            {"dilation": (1, 2), "key": Layout((8, 128, 128, 2, 64), (2**24, 2**15, 128, 64, 1))},
+            "tokens of key with strides (16777216, 32768, 128, 64, 1) are not at equal distances in memory",
+        ),
+    ],
+    ids=str,
+)
+def test_why_a_residue_class_is_no_image_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], reason: str
+) -> None:
+    problem = problem_of_image(monkeypatch, **changes)
+    assert dispatch.choose("forward", Question(problem)).passed_over[-1] == (dispatch.TILES, reason)
+
+
+@pytest.mark.parametrize("dilation", [(1, 2, 3), (1, 4, 1), (1, 1, 2)], ids=str)
+def test_descriptors_find_the_tokens_of_a_residue_class(dilation: tuple[int, int, int]) -> None:
+    """The first axis counts tokens: from the first token of a class on, h and w count those of the class."""
+    tokens = torch.arange(2 * 8 * 12).reshape(2, 8, 12)
+    wide = torch.zeros(2, 8, 12, 5, 8)  # heads of a fused projection
+    wide[..., 2, 0] = tokens
+    boxes = key_boxes(layout(wide[..., 2:4, :]), (1, 4, 4), dilation)
+    _, by_h, by_w = dilation
+    for batch, r_h, r_w in ((0, 0, 0), (1, by_h - 1, by_w - 1)):
+        first = wide[..., 2:4, :].storage_offset() + ((batch * 8 + r_h) * 12 + r_w) * boxes["strides"][1]
+        view = torch.as_strided(wide, boxes["shape"][2:], boxes["strides"][2:], first)
+        assert torch.equal(view[..., 0].long(), tokens[batch, r_h::by_h, r_w::by_w])
 
 
 def test_gradients_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -476,10 +532,12 @@ def problems(draw: st.DrawFn) -> Problem:
     causal = tuple(draw(st.booleans()) for _ in lengths)
     group, dim = draw(st.sampled_from((1, 2, 3, 4, 6, 8, 20))), draw(st.sampled_from((64, 128)))
     registers = draw(st.sampled_from((0, 1, 16, 40)))
+    stride = tuple(draw(st.integers(1, n)) if draw(st.booleans()) else 1 for n in kernel)
+    dilation = tuple(draw(st.sampled_from((1, 2, 3))) if rank < 3 else 1 for _ in lengths)
+    lengths = [n * d for n, d in zip(lengths, dilation, strict=True)]
     query, key = (torch.empty(2, *lengths, h, dim, dtype=torch.bfloat16, device="meta") for h in (2 * group, 2))
     extra = torch.empty(2, registers, 2, dim, dtype=torch.bfloat16, device="meta") if registers else None
-    window = kernel, (1,) * rank, (1,) * rank, causal
-    return problem_of(Inputs(query, key, key, extra, extra), Options(None, *window, 1.0))
+    return problem_of(Inputs(query, key, key, extra, extra), Options(None, kernel, stride, dilation, causal, 1.0))
 
 
 @settings(deadline=None)

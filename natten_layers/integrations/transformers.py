@@ -1,4 +1,4 @@
-"""Neighborhood attention inside Hugging Face transformers 5, as ``attn_implementation="natten_layers"``.
+"""Neighborhood attention inside Hugging Face transformers (5.4 or newer), as ``attn_implementation="natten_layers"``.
 
     from natten_layers.integrations.transformers import register
 
@@ -7,11 +7,12 @@
 
 Works with every model that calls its attention through ``AttentionInterface``: causal, sliding-window (also
 bidirectional) and chunked layers, full encoders and cross attention, sinks, grouped KV heads (read unrepeated), scales
-that are tensors, left and right padding, packed sequences (``position_ids`` that do not grow by one; of causal and
-sliding-window layers), dynamic, static and sliding-window caches. Everything else raises ``ValueError``: softcap,
-dropout, paged caches, 4-D masks made by the caller, customised masks such as those in which image tokens see their
-whole block, position biases, models that do arithmetic on their masks. Outputs at padded tokens are unspecified, and
-attention weights are not returned. The documentation has a table of the architectures.
+that are tensors, soft-capped scores (in PyTorch, as the kernels do not have them), left and right padding, blocks of
+tokens that see each other in both directions (the images of Gemma 3 and PaliGemma's prefixes), packed sequences
+(``position_ids`` that do not grow by one; of causal and sliding-window layers), dynamic, static and sliding-window
+caches. Everything else raises ``ValueError``: dropout, paged caches, 4-D masks made by the caller, customised masks,
+position biases, models that do arithmetic on their masks. Outputs at padded tokens are unspecified, and attention
+weights are not returned. The documentation has a table of the architectures.
 
 A mask function is registered too. Without one, transformers passes ``attention_mask=None`` to every layer, and padding,
 the offset of the cache and causality would be ignored silently. What the mask function returns must pass through
@@ -19,14 +20,18 @@ the offset of the cache and causality would be ignored silently. What the mask f
 tensor instead of a mask of ``Lq x S`` elements: int64 ``[N, 1, R, Lq + S]``, where
 
 - ``N`` is the batch size; or 0, which says that the queries are the first ``Lq`` keys and no token sees padding;
-- ``R`` names the layer's window, all rows being equal: none, the configuration's ``sliding_window``, twice that and the
-  query itself, its ``attention_chunk_size``, or the number of slots (``_ROWS``);
+- ``R`` names the pattern, and with it the layer's window: ``_ROWS`` and :func:`_window`. Rows are equal but for the
+  second one of patterns with blocks;
 - the last axis holds the positions of the queries, then those of the cache's slots, -1 where a slot is padding.
 
 Layers see the keys whose positions are at most the query's and less than a window behind it, so the other patterns are
 choices of positions. In a bidirectional window of ``w`` keys on each side, queries stand ``w`` positions further right
 and see ``2 w + 1``. In packed texts and in chunks, each text or chunk stands a window's length further right than it
 would, and no window reaches back over that gap.
+
+A token of a block sees, besides what it sees in any case, those tokens of its block that follow it. That is causal
+attention of another order of tokens, in which each block runs backwards, far from the others; a second call computes it
+and the results are merged. Its positions are the second row.
 
 What the attention function must branch on is in the shape, so that no layer waits for the device. The mask function
 itself is not traced: a model that is compiled whole breaks its graph there; ``generate`` calls it before the compiled
@@ -41,32 +46,46 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 from transformers.masking_utils import (
+    and_masks,
     bidirectional_mask_function,
     causal_mask_function,
     chunked_overlay,
+    or_masks,
     packed_sequence_mask_function,
-    remap_positions_for_packed_sequence,
-    sliding_window_bidirectional_overlay,
     sliding_window_overlay,
 )
 
 from ..cached import cached_attention
-from ..operations import neighborhood_attention
+from ..operations import AttentionState, merge_attention, neighborhood_attention
 from .dinat import register_dinat
 
 __all__ = ["NAME", "register", "register_dinat"]
 
 NAME = "natten_layers"
 
+if "q_length" not in inspect.signature(masking_utils.sdpa_mask).parameters:
+    raise ImportError(
+        "the natten_layers plug-in needs transformers 5.4 or newer, whose mask functions take the length of the query; "
+        f"this is {transformers.__version__}: pip install -U transformers"
+    )
+# Older versions of transformers 5 do not have these.
+blockwise_overlay = getattr(masking_utils, "blockwise_overlay", None)
+sliding_window_bidirectional_overlay = getattr(masking_utils, "sliding_window_bidirectional_overlay", None)
+remap_positions_for_packed_sequence = getattr(masking_utils, "remap_positions_for_packed_sequence", None)
+
 # The row counts of a mask, see the head of this file.
-_CAUSAL, _WINDOWED, _BIDIRECTIONAL, _CHUNKED, _PACKED, _PACKED_WINDOWED = _ROWS = range(1, 7)
+_CAUSAL, _BLOCKS, _WINDOWED, _BLOCKS_WINDOWED, _BIDIRECTIONAL, _BIDIRECTIONAL_BELOW = range(1, 7)
+_CHUNKED, _PACKED, _PACKED_WINDOWED = range(7, 10)
+_ROWS = range(1, 10)
+_FULL = 0
+"""A pattern for which :func:`_positions_mask` needs no rows of its own"""
 
 # Arguments that models or caches pass and that would change the result. None, False or a missing argument is fine.
 _UNSUPPORTED = {
-    "softcap": "soft-capped scores",
     "cache": "paged caches",
     "block_table": "paged caches",
     "cu_seq_lens_q": "packed sequences; pad them instead",
@@ -133,6 +152,7 @@ def _attention(
     sliding_window: int | None = None,
     is_causal: bool | None = None,
     s_aux: Tensor | None = None,
+    softcap: float | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """One layer's attention: ``(out [B, Lq, Hq, Dv], None)``, where None stands for the attention weights."""
@@ -141,11 +161,13 @@ def _attention(
         query, scaling = _scaled(query, scaling), 1.0
     query, key, value = (t.transpose(1, 2) for t in (query, key, value))  # heads last, as views
     length, slots = query.shape[1], key.shape[1]
-    causal, window, positions = True, sliding_window, None
+    causal, window, positions, blocks = True, sliding_window, None, None
     if attention_mask is not None:
         _check_mask(attention_mask, query.shape[0], length, slots)
-        window = _window(module, sliding_window, attention_mask.shape[2], slots)
+        rows = attention_mask.shape[2]
+        window = _window(module, sliding_window, rows, slots)
         positions = attention_mask[:, 0, 0] if attention_mask.shape[0] else None
+        blocks = attention_mask[:, 0, 1] if rows in (_BLOCKS, _BLOCKS_WINDOWED) and attention_mask.shape[0] else None
     else:
         # The mask function returns None only for full bidirectional attention, but some models do not call it at all.
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -161,14 +183,21 @@ def _attention(
         if length != slots:
             positions = _bidirectional_positions(length, slots, query.device)[None]
     if positions is None:
-        kernel_size = length if window is None else min(window, length)
         key, value = key[:, :length], value[:, :length]  # a static cache has empty slots behind these
-        out = neighborhood_attention(query, key, value, (kernel_size,), is_causal=causal, scale=scaling, sink=s_aux)
-    else:
-        out = cached_attention(
-            query, key, value, positions[:, :length], positions[:, length:], window=window, scale=scaling, sink=s_aux
-        )
-    return out, None
+        if softcap is None:
+            kernel_size = length if window is None else min(window, length)
+            options: dict[str, Any] = {"is_causal": causal, "scale": scaling, "sink": s_aux}
+            return neighborhood_attention(query, key, value, (kernel_size,), **options), None
+        row = torch.arange(length, device=query.device)
+        positions = (torch.cat([row, row]) if causal else _bidirectional_positions(length, length, query.device))[None]
+    options = {"scale": scaling, "softcap": softcap}
+    sees = positions[:, :length], positions[:, length:]
+    if blocks is None:
+        return cached_attention(query, key, value, *sees, window=window, sink=s_aux, **options), None
+    before = cached_attention(query, key, value, *sees, window=window, sink=s_aux, return_lse=True, **options)
+    sees = blocks[:, :length], blocks[:, length:]
+    behind = cached_attention(query, key, value, *sees, window=slots, return_lse=True, **options)
+    return merge_attention(*(AttentionState(out, lse, torch.ones_like(lse)) for out, lse in (before, behind))).out, None
 
 
 @torch.compiler.disable  # it reads values of the padding mask and inspects closures, once per model call
@@ -194,18 +223,25 @@ def _positions_mask(
     if attention_mask is not None:  # as long as the cache's slots: those after the last token are empty
         attention_mask = F.pad(attention_mask, (0, max(0, kv_offset + kv_length - attention_mask.shape[-1])))
         attention_mask = attention_mask[:, kv_offset : kv_offset + kv_length]
-    if mask_function is bidirectional_mask_function:
+    queries = torch.arange(q_length, device=device)[None] + q_offset
+    slots = torch.arange(kv_length, device=device)[None] + kv_offset
+    rows, overlay = _FULL, {}
+    if mask_function is not bidirectional_mask_function:
+        rows, overlay = _pattern(mask_function, queries, slots)
+    if rows == _FULL:
         if attention_mask is None or bool(attention_mask.all()):
             return None
         rows, positions = _CAUSAL, _bidirectional_positions(q_length, kv_length, device)[None]
     else:
-        rows, overlay = _pattern(mask_function)
+        blocks = overlay.get("block_sequence_ids")
+        if blocks is not None and not bool((blocks >= 0).any()):  # a text without images
+            rows = _CAUSAL if rows == _BLOCKS else _WINDOWED
         if rows in (_CAUSAL, _WINDOWED) and _is_aligned(q_length, kv_length, q_offset, attention_mask):
             return torch.empty(0, 1, rows, q_length + kv_length, dtype=torch.long, device=device)
-        queries = torch.arange(q_length, device=device)[None] + q_offset
-        slots = torch.arange(kv_length, device=device)[None] + kv_offset
         positions = torch.cat(_moved(rows, overlay, queries, slots), dim=-1)
     positions = positions.expand(batch_size, -1)[:, None, None].repeat(1, 1, rows, 1)
+    if rows in (_BLOCKS, _BLOCKS_WINDOWED):
+        positions[:, 0, 1] = torch.cat(_backwards(overlay["block_sequence_ids"], queries, slots), dim=-1)
     if attention_mask is not None:
         positions[..., q_length:].masked_fill_(~attention_mask[:, None, None], -1)
     return positions
@@ -215,6 +251,8 @@ def _moved(rows: int, overlay: dict[str, Any], queries: Tensor, slots: Tensor) -
     """The positions of queries and slots under the pattern that :func:`_pattern` found, see the head of this file."""
     if rows == _BIDIRECTIONAL:
         return queries + overlay["sliding_window"], slots
+    if rows == _BIDIRECTIONAL_BELOW:
+        return queries + overlay["sliding_window"] - 1, slots
     if rows == _CHUNKED:
         size, padding = overlay["chunk_size"], overlay["left_padding"][:, None].to(slots.device)
         moved = [p + (p - padding) // size * size for p in (queries, slots)]
@@ -226,18 +264,33 @@ def _moved(rows: int, overlay: dict[str, Any], queries: Tensor, slots: Tensor) -
     return queries, slots
 
 
+def _backwards(blocks: Tensor, queries: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions with which causal queries see the keys of their block (of the same number, not -1) that follow them.
+
+    Windows must have as many positions as there are slots.
+    """
+    last, far = slots[:, -1:], 2 * slots.shape[1]
+    of_queries, of_slots = (blocks.to(slots.device)[:, each[0]] for each in (queries, slots))
+    moved_queries = far * of_queries + last - queries - 1  # one less than its own key's, which it sees already
+    return torch.where(of_queries < 0, -1, moved_queries), torch.where(of_slots < 0, -1, far * of_slots + last - slots)
+
+
 def _bidirectional_positions(length: int, slots: int, device: torch.device | str) -> Tensor:
     """Positions ``[Lq + S]`` with which causal queries see every key: each query has the position of the last key."""
     keys = torch.arange(slots, device=device)
     return torch.cat([keys[-1:].expand(length), keys])
 
 
-def _pattern(mask_function: Callable[..., object]) -> tuple[int, dict[str, Any]]:
-    """Which of transformers' mask functions this is, as a number of rows, and the variables of its overlay."""
+def _pattern(mask_function: Callable[..., object], queries: Tensor, slots: Tensor) -> tuple[int, dict[str, Any]]:
+    """Which of transformers' mask functions this is, as a number of rows, and the variables of its overlay.
+
+    Args:
+        queries, slots: the indices ``[1, Lq]`` and ``[1, S]`` that the function is asked about.
+    """
     if mask_function is causal_mask_function:
         return _CAUSAL, {}
     parts = _variables(mask_function).get("mask_functions", ())
-    if len(parts) == 2:
+    if len(parts) == 2 and _is_made_by(and_masks, mask_function):
         overlay, base = parts
         variables = _variables(overlay)
         if base is causal_mask_function and _is_made_by(sliding_window_overlay, overlay):
@@ -249,15 +302,61 @@ def _pattern(mask_function: Callable[..., object]) -> tuple[int, dict[str, Any]]
         if _is_made_by(packed_sequence_mask_function, overlay) and _is_made_by(
             remap_positions_for_packed_sequence, base
         ):
-            return _packed(_variables(base)["mask_function"], variables)
+            return _packed(*_pattern(_variables(base)["mask_function"], queries, slots), variables)
+        if _is_made_by(packed_sequence_mask_function, base):  # in versions that do not remap positions
+            return _packed(*_pattern(overlay, queries, slots), _variables(base))
+        if _is_made_by(sliding_window_overlay, base) and _is_made_by(or_masks, overlay):
+            rows, variables = _pattern(overlay, queries, slots)
+            if rows == _BLOCKS:
+                return _BLOCKS_WINDOWED, variables
+    if len(parts) == 2 and _is_made_by(or_masks, mask_function):
+        base, more = parts
+        if base is causal_mask_function and _is_made_by(blockwise_overlay, more):
+            return _BLOCKS, _variables(more)
+        if _sees(more, queries, slots):
+            return _FULL, {}
+        rows, variables = _pattern(base, queries, slots)
+        if rows == _WINDOWED and _is_made_by(blockwise_overlay, more):
+            # Here no window limits what a token sees of its block, which only makes a difference to longer blocks.
+            _check_span(_variables(more)["block_sequence_ids"], variables["sliding_window"])
+            return _BLOCKS_WINDOWED, _variables(more)
+        if rows == _WINDOWED and _sees(more, queries, slots, below=variables["sliding_window"]):
+            return _BIDIRECTIONAL_BELOW, variables
     raise ValueError(
-        f"{NAME} supports causal, sliding-window, chunked and full masks, but this model asks for another, such as one "
-        'in which image tokens see their whole block; use attn_implementation="sdpa" for it'
+        f"{NAME} supports causal, sliding-window, chunked and full masks and blocks of tokens that see each other, but "
+        'this model asks for another mask; use attn_implementation="sdpa" for it'
     )
 
 
-def _packed(mask_function: Callable[..., object], packed: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-    rows, _ = _pattern(mask_function)
+def _check_span(blocks: Tensor, window: int) -> None:
+    """Raise unless the tokens of each block ``[B, tokens]`` (of the same number, not -1) lie within a window."""
+    index = torch.arange(blocks.shape[1], device=blocks.device).expand_as(blocks)
+    ids, nothing = blocks.long() + 1, index.new_zeros(len(blocks), blocks.shape[1] + 1)
+    first, last = (nothing.scatter_reduce(1, ids, index, kind, include_self=False) for kind in ("amin", "amax"))
+    span = torch.where(blocks >= 0, (last - first).gather(1, ids) + 1, 0)
+    if bool((span > window).any()):
+        raise ValueError(
+            f"{NAME} does not support a block of {int(span.max())} tokens that see each other in a layer with "
+            f'sliding_window={window}, which does not limit them; use attn_implementation="sdpa" for it'
+        )
+
+
+def _sees(mask_function: Callable[..., object], queries: Tensor, slots: Tensor, below: int | None = None) -> bool:
+    """Whether every query sees all keys, or those less than ``below`` away and no others, found by asking for each.
+
+    For functions of models' own, such as those of Gemma 3 as an encoder (EmbeddingGemma).
+    """
+    query, key = queries[0, :, None], slots
+    expected = torch.ones((), dtype=torch.bool) if below is None else (query - key).abs() < below
+    zero = torch.zeros((), dtype=torch.long, device=slots.device)
+    try:
+        found = mask_function(zero, zero, query, key)
+    except Exception:  # whatever a function that is made for something else does
+        return False
+    return isinstance(found, Tensor) and bool((found.to(expected.device) == expected).all())
+
+
+def _packed(rows: int, overlay: dict[str, Any], packed: dict[str, Any]) -> tuple[int, dict[str, Any]]:
     if rows not in (_CAUSAL, _WINDOWED):
         raise ValueError(
             f"{NAME} supports packed sequences (position_ids that do not always grow by one) in causal and "
@@ -271,9 +370,9 @@ def _variables(function: Callable[..., object]) -> dict[str, Any]:
     return dict(inspect.getclosurevars(function).nonlocals) if inspect.isfunction(function) else {}
 
 
-def _is_made_by(maker: Callable[..., Any], function: Callable[..., object]) -> bool:
+def _is_made_by(maker: Any, function: Callable[..., object]) -> bool:
     """Whether transformers' ``maker`` returned this function: each of them returns the one function inside itself."""
-    return getattr(function, "__code__", None) in maker.__code__.co_consts
+    return maker is not None and getattr(function, "__code__", None) in maker.__code__.co_consts
 
 
 def _is_aligned(q_length: int, kv_length: int, q_offset: int | Tensor, attention_mask: Tensor | None) -> bool:
@@ -305,7 +404,7 @@ def _check_mask(mask: Tensor, batch: int, length: int, slots: int) -> None:
 def _window(module: nn.Module, sliding_window: int | None, rows: int, slots: int) -> int | None:
     """How many positions a layer's queries see. Some layers do not say; the masks take it from the configuration."""
     config: Any = module.config
-    if rows == _CAUSAL:
+    if rows in (_CAUSAL, _BLOCKS):
         return None
     if rows == _PACKED:
         return slots
@@ -316,6 +415,8 @@ def _window(module: nn.Module, sliding_window: int | None, rows: int, slots: int
         return config.attention_chunk_size
     if rows == _BIDIRECTIONAL:  # the argument counts one side, both or the query too, as each model likes
         return 2 * config.sliding_window + 1
+    if rows == _BIDIRECTIONAL_BELOW:
+        return 2 * config.sliding_window - 1
     window: int = config.sliding_window if sliding_window is None else sliding_window
     return min(window, slots) if rows == _PACKED_WINDOWED else window
 

@@ -9,16 +9,18 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from .checkpoints import load_plain
 from .files import read_json, replacing
-from .hf_config import CONFIG, FAMILIES, Family, config_from_hf, config_to_hf, read_config, text_config
+from .hf_config import CONFIG, config_from_hf, config_to_hf, read_config
+from .hf_families import FAMILIES, Family, text_config
+from .hf_layout import VISION, File, Stored, our_tensors, to_family_names
 from .schema import shorten
-from .tensors import Info, SafeTensors, check_fit, info_of, open_safetensors, write_safetensors
+from .tensors import Info, check_fit, info_of, open_safetensors, write_safetensors
 
 __all__ = [
     "CONFIG",
@@ -46,7 +48,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class TorchFile:
-    """The tensors of a file that ``torch.save`` wrote, as :class:`SafeTensors` has them.
+    """The tensors of a file that ``torch.save`` wrote, as ``SafeTensors`` has them.
 
     Raises:
         ValueError: damaged, or with anything but tensors; the message names the file.
@@ -73,24 +75,6 @@ class TorchFile:
         return self._tensors[name]
 
 
-class Stored(NamedTuple):
-    """Where a tensor is: all of one in a file, or some of its rows."""
-
-    file: SafeTensors | TorchFile
-    name: str
-    start: int | None = None
-    stop: int | None = None
-
-    def info(self) -> Info:
-        info = self.file.infos[self.name]
-        if self.start is None or self.stop is None:
-            return info
-        return info._replace(shape=(self.stop - self.start, *info.shape[1:]))
-
-    def read(self) -> Tensor:
-        return self.file.read(self.name)[self.start : self.stop] if self.stop is not None else self.file.read(self.name)
-
-
 class Weights:
     """The open weight files of a directory, whose tensors are looked at before they are read.
 
@@ -98,14 +82,14 @@ class Weights:
         directory: the directory to name in error messages.
         files: the open files.
         tied: whether the config says that the output projection is the embedding.
-        rows: of projections that the family's files may hold as one.
+        rows: of projections that the family's files may hold as one, and the number of experts.
         family: decides on names.
     """
 
     def __init__(
         self,
         directory: Path,
-        files: Sequence[SafeTensors | TorchFile],
+        files: Sequence[File],
         *,
         tied: bool,
         rows: Mapping[str, int],
@@ -113,12 +97,10 @@ class Weights:
     ) -> None:
         self.directory = directory
         self._files: dict[str, Stored] = {}
-        for file in files:
-            for name in file.infos:
-                for ours, stored in _split(_our_name(name, family), Stored(file, name), rows, family):
-                    if (other := self._files.get(ours)) is not None:
-                        raise ValueError(f'{directory} holds "{ours}" twice: in {other.file.path} and {file.path}')
-                    self._files[ours] = stored
+        for name, stored in our_tensors(files, rows, family):
+            if (other := self._files.get(name)) is not None:
+                raise ValueError(f'{directory} holds "{name}" twice: in {other.file.path} and {stored.file.path}')
+            self._files[name] = stored
         self.tied = tied and not self._differ(EMBEDDING, HEAD)
         """Whether the output projection is the embedding: the config says so, and the files do not hold two that
         differ."""
@@ -166,61 +148,6 @@ class Weights:
         model.load_state_dict(tensors, assign=True)
 
 
-WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-"""parts of names that say how a model was trained: in parallel, compiled, sharded, with checkpointing"""
-VISION = ("model.vision_tower.", "model.multi_modal_projector.", "vision_tower.", "multi_modal_projector.")
-LANGUAGE = {"model.language_model.": "model.", "language_model.model.": "model.", "language_model.lm_head.": "lm_head."}
-"""where composite models keep the language model, today and in older files"""
-
-
-def _our_name(name: str, family: Family | None) -> str:
-    """What a tensor of a file is called in the model."""
-    ours = {theirs: ours for ours, theirs in family.names.items()} if family is not None else {}
-    name = ".".join(ours.get(part, part) for part in name.split(".") if part not in WRAPPERS)
-    for prefix, own in LANGUAGE.items():
-        if name.startswith(prefix):
-            return own + name.removeprefix(prefix)
-    return name
-
-
-def _split(name: str, stored: Stored, rows: Mapping[str, int], family: Family | None) -> Iterator[tuple[str, Stored]]:
-    """The tensors that one in a file stands for."""
-    fused = next((part for part in name.split(".") if family is not None and part in family.fused), None)
-    if fused is None or family is None:
-        yield name, stored
-        return
-    parts, shape = family.fused[fused], stored.info().shape
-    if shape[:1] != (total := sum(rows[part] for part in parts),):
-        raise ValueError(
-            f'{stored.file.path} does not fit its config: "{stored.name}" has shape {shape}, but the config asks for '
-            f"{total} rows"
-        )
-    start = 0
-    for part in parts:
-        yield name.replace(fused, part), stored._replace(start=start, stop=start + rows[part])
-        start += rows[part]
-
-
-def to_family_names(weights: Mapping[str, Tensor], model_type: str) -> dict[str, Tensor]:
-    """A model's tensors as the files of a family hold them."""
-    family = FAMILIES.get(model_type)
-    if family is None:
-        return dict(weights)
-    first = {parts[0]: fused for fused, parts in family.fused.items()}
-    others = {part for parts in family.fused.values() for part in parts[1:]}
-    stored = {}
-    for name, tensor in weights.items():
-        *_, module, kind = name.split(".")
-        if module in others:
-            continue
-        if module in first:
-            parts = family.fused[first[module]]
-            tensor = torch.cat([weights[name.replace(f"{module}.{kind}", f"{part}.{kind}")] for part in parts])
-        theirs = first.get(module) or family.names.get(module, module)
-        stored[name.replace(f"{module}.{kind}", f"{theirs}.{kind}")] = tensor
-    return stored
-
-
 @contextmanager
 def open_weights(directory: str | os.PathLike[str], *, tied: bool, rows: Mapping[str, int]) -> Iterator[Weights]:
     """Open the weights of a directory for as long as the context lasts.
@@ -228,7 +155,7 @@ def open_weights(directory: str | os.PathLike[str], *, tied: bool, rows: Mapping
     Args:
         tied: whether the config says that the output projection is the embedding. As in transformers, the files decide:
             a projection of their own that differs from the embedding is used, and one alone is the embedding too.
-        rows: of the projections that files may hold as one.
+        rows: of the projections that files may hold as one, and the number of experts.
 
     Raises:
         FileNotFoundError: no weights, or a shard that the index names is missing.

@@ -15,8 +15,10 @@ from functools import lru_cache
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 __all__ = [
+    "MOST_LAYERS",
     "Between",
     "Count",
+    "Layers",
     "Natural",
     "NotNegative",
     "Positive",
@@ -54,6 +56,9 @@ class Between:
 # For sizes of tensors. The upper bound is the largest int32, within which sizes on a GPU must stay.
 Count = Annotated[int, Between(1, 2**31 - 1)]
 Natural = Annotated[int, Between(0, 2**31 - 1)]
+MOST_LAYERS = 2**12
+"""Most layers of a model. Building one takes a millisecond, so without a bound a config could keep a program busy."""
+Layers = Annotated[int, Between(1, MOST_LAYERS)]
 Rate = Annotated[float, Between(0, 1)]
 Positive = Annotated[float, Between(0, open=True)]
 NotNegative = Annotated[float, Between(0)]

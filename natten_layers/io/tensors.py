@@ -20,6 +20,9 @@ M = TypeVar("M", bound=nn.Module)
 FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 """The dtypes that weights may have: safetensors' names and torch's."""
 
+KNOWN = {**FLOATS, "U8": "uint8"}
+"""Those that are read: bytes may hold quantised weights."""
+
 FEW_LAYERS = 1000
 """Up to this many layers are always built, since that is quick and lets the message name the missing tensors."""
 
@@ -47,12 +50,12 @@ class SafeTensors:
         self.metadata: Mapping[str, str] = file.metadata() or {}
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
         self.infos = {
-            name: Info(tuple(one.get_shape()), FLOATS.get(dtype := str(one.get_dtype()), dtype))
+            name: Info(tuple(one.get_shape()), KNOWN.get(dtype := str(one.get_dtype()), dtype))
             for name, one in slices.items()
         }
 
     def read(self, name: str) -> Tensor:
-        if (kind := self.infos[name].kind) not in FLOATS.values():
+        if (kind := self.infos[name].kind) not in KNOWN.values():
             raise ValueError(f'{self.path}: "{name}" is of dtype {kind}; weights are {_floats()}')
         return self._file.get_tensor(name)
 

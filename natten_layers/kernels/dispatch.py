@@ -50,11 +50,12 @@ LARGE_KEY_ELEMENTS = 2**15
 LARGE_GRADIENT_KEY_ELEMENTS = 320 * 64
 # The same with registers, which take a second launch that reads and writes the output once more.
 LARGE_KEY_ELEMENTS_WITH_REGISTERS = 2**18
-# Query rows from which on a call with a small window is large enough to hide launch overhead.
-LEAST_ROWS = 2**18
-# Share of its columns that a head fills at least where gradients with small windows take kernels of their own. Forward
-# and backward on an H200 in ms, portable and own: 32 channels 0.75 and 0.99, 80 channels 0.61 and 0.88 (both 7x7), 96
-# channels 0.85 and 0.64 (1-D, window 128).
+# Query rows from which on a call with a small window is large enough to hide launch overhead. With 200704 rows of 32
+# channels, kernels take 26 to 40 us on an H200, portable ones 41 to 52 us.
+LEAST_ROWS = 3 * 2**16
+# Share of its columns that a head fills at least where gradients with small windows take kernels of their own. dQ, and
+# dK and dV, on an H200 in ms, portable and own: 32 channels, which fill 32 columns, 0.178 and 0.145, 0.306 and 0.172
+# (7x7); 40 channels, in 64 columns, dQ 0.090 and 0.108 (9x9).
 LEAST_FILLED = 0.75
 # Keys of a window and (query, key) pairs from which on kernels for large windows pay with head dims above 128, with
 # which portable kernels are slow.
@@ -152,7 +153,7 @@ def choose_backward(question: Question) -> BackwardChoices:
 
 def choices(problem: Problem, inputs: Inputs, *, with_stats: bool, with_gradients: bool) -> dict[Direction, Choice]:
     """The choice for each direction of a call. The gradient of the output is assumed to be contiguous."""
-    question = Question(problem, with_stats or with_gradients, aligned=are_aligned(*inputs[:-1]))
+    question = Question(problem, with_stats or with_gradients, aligned=are_aligned(*inputs.addressed))
     found: dict[Direction, Choice] = {"forward": choose("forward", question)}
     if with_gradients:
         out = contiguous((*problem.query.shape[:-1], problem.value.shape[-1]))
@@ -171,7 +172,7 @@ def forward(
     """``out [B, *spatial, Hq, Dv]`` and, if ``with_stats``, ``row_max`` and ``row_sum [B, *spatial, Hq]`` in fp32."""
     question = Question(problem, with_stats)
     variant, plan, _ = choose("forward", question)
-    if variant.uses_tma and not are_aligned(*inputs[:-1]):
+    if variant.uses_tma and not are_aligned(*inputs.addressed):
         variant, plan, _ = choose("forward", question._replace(aligned=False))
     return variant.run(plan, problem, inputs, options, with_stats)
 
@@ -180,7 +181,7 @@ def prepare_and_attend(problem: Problem, inputs: Inputs, options: Options, prep:
     """``out`` of attention over queries and keys that are normalised and rotated first."""
     question = Question(problem, prep=prep.kind)
     variant, plan, _ = choose("qk_prep + forward", question)
-    if variant.uses_tma and not are_aligned(*inputs[:-1]):
+    if variant.uses_tma and not are_aligned(*inputs.addressed):
         variant, plan, _ = choose("qk_prep + forward", question._replace(aligned=False))
     return variant.run(plan, problem, inputs, options, prep)
 
@@ -197,7 +198,7 @@ def backward(
     grad_out, grad_lse = cotangents.grad_out, cotangents.grad_lse
     question = Question(problem, True, layout(grad_out), None if grad_lse is None else layout(grad_lse[..., None]))
     choices = choose_backward(question)
-    if choices.uses_tma and not are_aligned(*inputs[:-1], grad_out):
+    if choices.uses_tma and not are_aligned(*inputs.addressed, grad_out):
         choices = choose_backward(question._replace(aligned=False))
     query, key, registers, _ = choices
     grad_query, statistics = query.variant.run(query.plan, problem, inputs, options, cotangents)
@@ -241,17 +242,56 @@ def sm90_gap(question: Question) -> str | None:
     head_dim, value_dim = p.query.shape[-1], p.value.shape[-1]
     if max(head_dim, value_dim) > 256:
         return f"it takes heads of up to 256 channels, not {head_dim} and {value_dim}"
+    if p.key_mask is not None:
+        return "it takes no key_mask"
     if p.scale_first:
         return "scale is not positive"
-    if prod(p.dilation) > 1:
-        return f"it takes no dilation, but dilation is {p.dilation}"
-    tensors = {"query": p.query, "key": p.key, "value": p.value, "the gradient of the output": question.grad_out}
-    for name, tensor in tensors.items():
-        if tensor is not None and not is_addressable(tensor):
+    if p.is_periodic:
+        return f"it takes no periodic axes, but is_periodic is {p.is_periodic}"
+    if p.key_lengths is not None:
+        return "it takes no queries on another grid than keys"
+    for name, tensor in _tensors(question):
+        if not is_addressable(tensor):
             return f"TMA cannot address {name} with shape {tuple(tensor.shape)} and strides {tuple(tensor.stride)}"
     if not question.aligned:
         return "TMA cannot address a tensor that does not start at a multiple of 16 bytes"
     return None
+
+
+def undilated_gap(question: Question) -> str | None:
+    """The same for kernels that take no dilation."""
+    reason, dilation = sm90_gap(question), question.problem.dilation
+    return f"it takes no dilation, but dilation is {dilation}" if reason is None and prod(dilation) > 1 else reason
+
+
+def classes_gap(question: Question) -> str | None:
+    """The same for kernels that take a residue class of dilation for an image of its own."""
+    p, reason = question.problem, sm90_gap(question)
+    if reason is not None or prod(p.dilation) == 1:
+        return reason
+    if p.rank == 3:
+        return f"it takes no dilation of three axes, but dilation is {p.dilation}"
+    spatial = p.query.shape[1:-2]
+    if any(n % d for n, d in zip(spatial, p.dilation, strict=True)):
+        return f"dilation {p.dilation} does not divide the image of {tuple(spatial)} tokens"
+    for name, tensor in _tensors(question):
+        if not _is_contiguous_in_tokens(tensor):
+            return f"tokens of {name} with strides {tuple(tensor.stride)} are not at equal distances in memory"
+    return None
+
+
+def _tensors(question: Question) -> list[tuple[str, Layout]]:
+    """The tensors with tokens, by name."""
+    p = question.problem
+    tensors = {"query": p.query, "key": p.key, "value": p.value, "the gradient of the output": question.grad_out}
+    return [(name, tensor) for name, tensor in tensors.items() if tensor is not None]
+
+
+def _is_contiguous_in_tokens(tensor: Layout) -> bool:
+    """Whether the tokens of all images lie at equal distances, in the order of their axes."""
+    axes = tensor.shape[:-2], tensor.stride[:-2]
+    expected = contiguous((*tensor.shape[:-2], 1)).stride[:-1]
+    return all(n == 1 or step == count * tensor.stride[-3] for n, step, count in zip(*axes, expected, strict=True))
 
 
 def is_addressable(tensor: Layout) -> bool:
@@ -306,7 +346,7 @@ def _large_key_gap(question: Question) -> str | None:
     width = question.problem.lengths[2]
     if width < large_tiling.ALIGNMENT:
         return f"the last axis is shorter than {large_tiling.ALIGNMENT} tokens"
-    return sm90_gap(question)
+    return undilated_gap(question)
 
 
 def _large_query_gap(question: Question) -> str | None:
@@ -331,7 +371,7 @@ def _small_pays(question: Question, *kinds: Kind) -> str | None:
 
 def _small_backward_pays(question: Question, kind: Kind) -> str | None:
     dim = question.problem.query.shape[-1]
-    columns = max(head_width(dim), 64)
+    columns = head_width(dim)
     if dim < LEAST_FILLED * columns:
         return f"the portable kernel is faster where heads of {dim} channels fill less of {columns} columns"
     return _small_pays(question, kind)
@@ -372,11 +412,13 @@ def _fused_prep_gap(question: Question) -> str | None:
         return f"it prepares heads of 64 and of 128 channels, not of {dim}"
     if question.prep.interleaved:
         return "pairs of neighboring elements turn; it turns halves with each other"
+    if question.prep.by_axis:
+        return "coordinates have frequencies of their own; it takes the same ones for all"
     if pairs not in (0, dim // 4, dim // 2) or len(set(split)) > 1:
         return (
             f"{split} pairs turn in heads of {dim} elements; it turns half of a head, or all, or none, in equal parts"
         )
-    return sm90_gap(question)
+    return undilated_gap(question)
 
 
 def _fused_prep_pays(question: Question) -> str | None:
@@ -416,7 +458,7 @@ VARIANTS: Mapping[Direction, Sequence[Variant]] = {
     "forward": (
         Variant(
             LARGE,
-            supports=sm90_gap,
+            supports=undilated_gap,
             pays=lambda q: _large_pays(q, "forward"),
             plan=lambda q: large_tiling.forward_tile_config(q.problem, override_pack()),
             run=lambda *args: large_forward.forward(*args),
@@ -424,7 +466,7 @@ VARIANTS: Mapping[Direction, Sequence[Variant]] = {
         ),
         Variant(
             ROLLING,
-            supports=sm90_gap,
+            supports=undilated_gap,
             pays=lambda q: _small_pays(q, "forward"),
             plan=_rolling_plan,
             run=lambda *args: small_forward_rolling.forward(*args),
@@ -432,7 +474,7 @@ VARIANTS: Mapping[Direction, Sequence[Variant]] = {
         ),
         Variant(
             TILES,
-            supports=sm90_gap,
+            supports=classes_gap,
             pays=lambda q: _small_pays(q, "forward"),
             plan=_tile_plan,
             run=lambda *args: small_forward.forward(*args),
@@ -468,7 +510,7 @@ VARIANTS: Mapping[Direction, Sequence[Variant]] = {
         ),
         Variant(
             TILES,
-            supports=sm90_gap,
+            supports=classes_gap,
             pays=lambda q: _small_backward_pays(q, "backward_query"),
             plan=_small_query_plan,
             run=lambda *args: small_backward.query_gradient(*args),
@@ -491,7 +533,7 @@ VARIANTS: Mapping[Direction, Sequence[Variant]] = {
         ),
         Variant(
             TILES,
-            supports=sm90_gap,
+            supports=classes_gap,
             pays=lambda q: _small_backward_pays(q, "backward_key"),
             plan=_small_key_plan,
             run=lambda *args: small_backward.key_gradients(*args),

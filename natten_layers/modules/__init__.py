@@ -3,11 +3,12 @@
 from .attention import NeighborhoodGQA
 from .cache import Cache
 from .denoiser import Denoiser
-from .feed_forward import GEGLU, GatedFeedForward
+from .feed_forward import GEGLU, GatedFeedForward, MixtureOfExperts
 from .hdit import HDiT
 from .hdit_config import HDiTConfig, LevelConfig
 from .llm import DecoderLM
 from .llm_config import DecoderLMConfig
+from .meanflow import MeanFlow
 from .natten import NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D
 from .norm import AdaRMSNorm, RMSNorm
 from .rope import AxialRoPE, Positions, RoPE, make_axial_pos
@@ -24,6 +25,8 @@ __all__ = [
     "HDiT",
     "HDiTConfig",
     "LevelConfig",
+    "MeanFlow",
+    "MixtureOfExperts",
     "NeighborhoodAttention1D",
     "NeighborhoodAttention2D",
     "NeighborhoodAttention3D",

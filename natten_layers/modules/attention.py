@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from numbers import Integral
@@ -12,6 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..arguments import check_dense, prepare
+from ..cached import cached_attention
 from ..geometry import make_window, normalise_axes
 from ..operations import neighborhood_attention
 from .norm import RMSNorm
@@ -58,7 +60,7 @@ class NeighborhoodGQA(nn.Module):
             and then covers the whole past. Any other window that does not fit its axis raises when the layer is called.
         num_kv_heads: number of key and value heads, ``Hkv``. It must divide ``num_heads``, which is its default.
         head_dim: elements of a head, default ``embed_dim // num_heads``.
-        stride, dilation, is_causal: options of the window, each one value or one per axis.
+        stride, dilation, is_causal, is_periodic: options of the window, each one value or one per axis.
         num_registers: number of register tokens that the layer owns, as the parameter ``registers [R, embed_dim]``.
             They pass through the same ``qkv``, carry no position, and are seen by every token, whatever its window.
         registers_attend: registers attend as well, to all tokens and all registers even if an axis is causal, and
@@ -94,6 +96,7 @@ class NeighborhoodGQA(nn.Module):
         stride: int | Sequence[int] = 1,
         dilation: int | Sequence[int] = 1,
         is_causal: bool | Sequence[bool] = False,
+        is_periodic: bool | Sequence[bool] = False,
         num_registers: int = 0,
         registers_attend: bool = False,
         sink: Literal["zero", "learned"] | None = None,
@@ -120,7 +123,7 @@ class NeighborhoodGQA(nn.Module):
             raise ValueError(f"embed_dim {embed_dim} is not divisible by num_heads {num_heads}; give head_dim")
         if kernel_size is None and not (_all_one(stride) and _all_one(dilation)):
             raise ValueError(f"kernel_size=None takes no stride or dilation, got stride={stride}, dilation={dilation}")
-        _check_window(kernel_size, stride, dilation, is_causal)
+        _check_window(kernel_size, stride, dilation, is_causal, is_periodic)
         if sink not in (None, "zero", "learned"):
             raise ValueError(f'sink must be None, "zero" or "learned", got {sink!r}')
         if qk_norm not in (None, "cosine", "rms"):
@@ -132,7 +135,8 @@ class NeighborhoodGQA(nn.Module):
         self.head_dim = embed_dim // num_heads if head_dim is None else head_dim
         # Tuples, because checked arguments are cached under these values, which must be hashable.
         self.kernel_size = None if kernel_size is None else _hashable(kernel_size)
-        self.stride, self.dilation, self.is_causal = _hashable(stride), _hashable(dilation), _hashable(is_causal)
+        self.stride, self.dilation = _hashable(stride), _hashable(dilation)
+        self.is_causal, self.is_periodic = _hashable(is_causal), _hashable(is_periodic)
         self.registers_attend, self.qk_norm = registers_attend, qk_norm
         self.scale = self._default_scale() if scale is None else scale
 
@@ -188,6 +192,7 @@ class NeighborhoodGQA(nn.Module):
             "stride": (self.stride, 1),
             "dilation": (self.dilation, 1),
             "is_causal": (self.is_causal, False),
+            "is_periodic": (self.is_periodic, False),
             "num_registers": (0 if self.registers is None else len(self.registers), 0),
             "registers_attend": (self.registers_attend, False),
             "sink": (sink, None),
@@ -199,7 +204,12 @@ class NeighborhoodGQA(nn.Module):
         return ", ".join([str(self.embed_dim), str(self.num_heads), f"kernel_size={self.kernel_size}", *chosen])
 
     def forward(
-        self, x: Tensor, *, positions: Tensor | Positions | None = None, registers: Tensor | None = None
+        self,
+        x: Tensor,
+        *,
+        positions: Tensor | Positions | None = None,
+        registers: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attend from every token.
 
@@ -209,6 +219,8 @@ class NeighborhoodGQA(nn.Module):
                 the mixed-precision policies of FSDP.
             registers: register tokens ``[B, R, embed_dim]`` that the model carries from layer to layer. They follow
                 the layer's own, if it has any.
+            mask: ``[B or 1, *spatial]``, bool, False where a token counts for no other one, such as padding or land.
+                Windows do not move because of it, and masked tokens attend like all others.
 
         Returns:
             ``[B, *spatial, embed_dim]``; with ``registers_attend`` also the registers ``[B, R, embed_dim]``, the
@@ -217,12 +229,17 @@ class NeighborhoodGQA(nn.Module):
         Raises:
             ValueError: an argument does not fit; the message names it and the values.
         """
-        tokens, registers = self.attend(x, positions=positions, registers=registers)
+        tokens, registers = self.attend(x, positions=positions, registers=registers, mask=mask)
         tokens = self.proj(self.dropout(tokens))
         return tokens if registers is None else (tokens, self.proj(self.dropout(registers)))
 
     def attend(
-        self, x: Tensor, *, positions: Tensor | Positions | None = None, registers: Tensor | None = None
+        self,
+        x: Tensor,
+        *,
+        positions: Tensor | Positions | None = None,
+        registers: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """:meth:`forward` up to ``dropout`` and ``proj``: ``[B, *spatial, Hq * D]``, and ``[B, R, Hq * D]`` or None."""
         check_dense("x", x)
@@ -238,10 +255,10 @@ class NeighborhoodGQA(nn.Module):
         projected = self._project(x, self.rope, positions)
         extra = self._register_heads(x, registers)
         if not self.registers_attend:
-            return self._attention(projected, extra).flatten(-2), None
+            return self._attention(projected, extra, mask).flatten(-2), None
         heads = projected.prepared()
-        tokens = self._attention(Projected(heads), extra)
-        return tokens.flatten(-2), self._attend_from_registers(heads, extra).flatten(-2)
+        tokens = self._attention(Projected(heads), extra, mask)
+        return tokens.flatten(-2), self._attend_from_registers(heads, extra, mask).flatten(-2)
 
     def _project(self, tokens: Tensor, rope: nn.Module | None = None, positions: Tensor | None = None) -> Projected:
         """Query, key and value as views of one projection.
@@ -272,7 +289,7 @@ class NeighborhoodGQA(nn.Module):
         # torch.cat makes an aligned copy: results must not depend on the address at which a parameter was loaded.
         return self._project(torch.cat(tokens, 1)).prepared() if tokens else None
 
-    def _attention(self, projected: Projected, registers: Heads | None) -> Tensor:
+    def _attention(self, projected: Projected, registers: Heads | None, mask: Tensor | None) -> Tensor:
         """Attention of the tokens, ``[B, *spatial, Hq, D]``."""
         kernel_size = self._fitted_kernel_size(projected.heads.query.shape[1:-2])
         call = prepare(
@@ -285,25 +302,41 @@ class NeighborhoodGQA(nn.Module):
             None if registers is None else registers.key,
             None if registers is None else registers.value,
             self.sink,
+            self.is_periodic,
+            mask,
         )
         return attend_with_qk_prep(call, projected.norm, projected.angles, self._fitted_bias(kernel_size))
 
-    def _attend_from_registers(self, heads: Heads, registers: Heads | None) -> Tensor:
-        """Attention of the registers to all registers and all tokens, ``[B, R, Hq, D]``.
+    def _attend_from_registers(self, heads: Heads, registers: Heads | None, mask: Tensor | None) -> Tensor:
+        """Attention of the registers to all registers and all tokens that are not masked, ``[B, R, Hq, D]``.
 
-        Registers form the sequence, with a window over all of it, and the tokens are its additional keys.
+        Registers form the sequence, with a window over all of it, and the tokens are its additional keys. These have no
+        mask; so where tokens have one, they are the entries of a cache, those that are masked being empty.
         """
         if registers is None or registers.query.shape[1] == 0:
             raise ValueError("registers_attend needs registers: set num_registers or pass registers")
         query, key, value = (t.expand(heads.query.shape[0], -1, -1, -1) for t in registers)
-        return neighborhood_attention(
+        keys, values = (rearrange(t, "b ... heads dim -> b (...) heads dim") for t in heads[1:])
+        if mask is None:
+            return neighborhood_attention(
+                query,
+                key,
+                value,
+                (query.shape[1],),
+                scale=self.scale,
+                additional_keys=keys,
+                additional_values=values,
+                sink=self.sink,
+            )
+        return cached_attention(
             query,
-            key,
-            value,
-            (query.shape[1],),
+            keys,
+            values,
+            torch.zeros(1, query.shape[1], dtype=torch.int32, device=query.device),
+            mask.flatten(1).int() - 1,
             scale=self.scale,
-            additional_keys=rearrange(heads.key, "b ... heads dim -> b (...) heads dim"),
-            additional_values=rearrange(heads.value, "b ... heads dim -> b (...) heads dim"),
+            additional_keys=key,
+            additional_values=value,
             sink=self.sink,
         )
 
@@ -350,16 +383,21 @@ def _check_window(
     stride: int | Sequence[int],
     dilation: int | Sequence[int],
     is_causal: bool | Sequence[bool],
+    is_periodic: bool | Sequence[bool],
 ) -> None:
     """Raise in the constructor for window options that no input could fit, instead of at the first call."""
-    ranks = {len(a) for a in (kernel_size, stride, dilation, is_causal) if isinstance(a, Sequence)} or {1}
+    options = stride, dilation, is_causal, is_periodic
+    ranks = {len(a) for a in (kernel_size, *options) if isinstance(a, Sequence)} or {1}
     if len(ranks) > 1 or not ranks <= {1, 2, 3}:
         raise ValueError(
-            f"kernel_size={kernel_size}, stride={stride}, dilation={dilation} and is_causal={is_causal} must agree on "
-            "1 to 3 spatial axes"
+            f"kernel_size={kernel_size}, stride={stride}, dilation={dilation}, is_causal={is_causal} and "
+            f"is_periodic={is_periodic} must agree on 1 to 3 spatial axes"
         )
-    longest = sys.maxsize
-    make_window((longest,) * ranks.pop(), longest if kernel_size is None else kernel_size, stride, dilation, is_causal)
+    # The longest axis of all, but one that every dilation divides, as it does that of a periodic axis.
+    dilations = dilation if isinstance(dilation, Sequence) else (dilation,)
+    multiple = math.lcm(*(d for d in dilations if isinstance(d, int) and d > 0))
+    longest = sys.maxsize // multiple * multiple
+    make_window((longest,) * ranks.pop(), longest if kernel_size is None else kernel_size, *options)
 
 
 def _all_one(value: int | Sequence[int]) -> bool:

@@ -41,11 +41,7 @@ class Denoiser(nn.Module):
         super().__init__()
         if weighting not in ("karras", "snr", "soft-min-snr"):
             raise ValueError(f'weighting must be "karras", "snr" or "soft-min-snr", got {weighting!r}')
-        if sigma_data is None:
-            sigma_data = getattr(getattr(model, "config", None), "sigma_data", None)
-        if sigma_data is None:
-            raise ValueError(f"{type(model).__name__} has no config with a sigma_data; give sigma_data")
-        self.model, self.sigma_data, self.weighting = model, float(sigma_data), weighting
+        self.model, self.sigma_data, self.weighting = model, sigma_data_of(model, sigma_data), weighting
 
     def reset_parameters(self) -> None:
         """Initialise the network's parameters again."""
@@ -70,7 +66,7 @@ class Denoiser(nn.Module):
         Returns:
             ``[B, C, H, W]`` in ``x``'s dtype.
         """
-        c_skip, c_out, c_in = (_per_image(c, x) for c in self.scalings(sigma.to(at_least_fp32(x.dtype))))
+        c_skip, c_out, c_in = (per_image(c, x) for c in self.scalings(sigma.to(at_least_fp32(x.dtype))))
         return (self.model((x * c_in).to(x.dtype), sigma, **conditions) * c_out + x * c_skip).to(x.dtype)
 
     def loss(self, x: Tensor, noise: Tensor, sigma: Tensor, **conditions: Tensor | None) -> Tensor:
@@ -86,8 +82,8 @@ class Denoiser(nn.Module):
             One loss per image, ``[B]``, in fp32 or better.
         """
         sigma = sigma.to(at_least_fp32(x.dtype))
-        c_skip, c_out, c_in = (_per_image(c, x) for c in self.scalings(sigma))
-        noised = x + noise * _per_image(sigma, x)
+        c_skip, c_out, c_in = (per_image(c, x) for c in self.scalings(sigma))
+        noised = x + noise * per_image(sigma, x)
         target = (x - c_skip * noised) / c_out
         output = self.model((noised * c_in).to(x.dtype), sigma, **conditions)
         return (output - target).square().flatten(1).mean(1) * self._weight(sigma)
@@ -109,5 +105,13 @@ class Denoiser(nn.Module):
         return torch.ones_like(sigma)
 
 
-def _per_image(c: Tensor, x: Tensor) -> Tensor:
+def sigma_data_of(model: nn.Module, given: float | None) -> float:  # also MeanFlow's
+    """The standard deviation of the data: ``given``, or what the model's config says."""
+    sigma_data = getattr(getattr(model, "config", None), "sigma_data", None) if given is None else given
+    if sigma_data is None:
+        raise ValueError(f"{type(model).__name__} has no config with a sigma_data; give sigma_data")
+    return float(sigma_data)
+
+
+def per_image(c: Tensor, x: Tensor) -> Tensor:
     return c.view(c.numel(), *(1,) * (x.ndim - 1))

@@ -1,14 +1,19 @@
-"""Gated feed-forward layers."""
+"""Gated feed-forward layers, and a mixture of them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["GEGLU", "GatedFeedForward"]
+from .base import at_least_fp32
+
+__all__ = ["GEGLU", "Activation", "GatedFeedForward", "MixtureOfExperts"]
+
+Activation = Literal["silu", "gelu_tanh", "clamped_swiglu"]
 
 
 class GEGLU(nn.Module):
@@ -55,8 +60,11 @@ class GatedFeedForward(nn.Module):
     Args:
         dim: length of the last axis of input and output.
         hidden_dim: length between the projections.
-        activation: applied to the gate; "gelu_tanh" is the tanh approximation of gelu.
+        activation: applied to the gate; "gelu_tanh" is the tanh approximation of gelu. "clamped_swiglu" is gpt-oss's:
+            ``(up + 1) * gate * sigmoid(swiglu_alpha * gate)`` of a gate that is at most ``swiglu_limit`` and an ``up``
+            between ``-swiglu_limit`` and ``swiglu_limit``.
         bias: whether the projections have a bias.
+        swiglu_alpha, swiglu_limit: of "clamped_swiglu".
     """
 
     def __init__(
@@ -64,13 +72,15 @@ class GatedFeedForward(nn.Module):
         dim: int,
         hidden_dim: int,
         *,
-        activation: Literal["silu", "gelu_tanh"] = "silu",
+        activation: Activation = "silu",
         bias: bool = False,
+        swiglu_alpha: float = 1.702,
+        swiglu_limit: float = 7.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.activation = activation
+        self.activation, self.swiglu_alpha, self.swiglu_limit = activation, swiglu_alpha, swiglu_limit
         self.gate_proj = nn.Linear(dim, hidden_dim, bias=bias, device=device, dtype=dtype)
         self.up_proj = nn.Linear(dim, hidden_dim, bias=bias, device=device, dtype=dtype)
         self.down_proj = nn.Linear(hidden_dim, dim, bias=bias, device=device, dtype=dtype)
@@ -79,6 +89,73 @@ class GatedFeedForward(nn.Module):
         return f"activation={self.activation}"
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = self.gate_proj(x)
+        return self.down_proj(self._gated(self.gate_proj(x), self.up_proj(x)))
+
+    def _gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        if self.activation == "clamped_swiglu":
+            gate, up = gate.clamp(max=self.swiglu_limit), up.clamp(-self.swiglu_limit, self.swiglu_limit)
+            return (up + 1) * (gate * torch.sigmoid(gate * self.swiglu_alpha))
         gate = F.silu(gate) if self.activation == "silu" else F.gelu(gate, approximate="tanh")
-        return self.down_proj(gate * self.up_proj(x))
+        return gate * up
+
+
+class MixtureOfExperts(nn.Module):
+    """The sum of a few of many feed-forward layers, chosen and weighted for each token by a linear router.
+
+    It maps ``[..., dim]`` to ``[..., dim]``. Experts run one after the other, each on its tokens; the host waits once a
+    call, for their numbers. There is no loss that balances experts. Source: Shazeer et al. 2017
+    (https://arxiv.org/abs/1701.06538), in the form of Mixtral (Jiang et al. 2024, https://arxiv.org/abs/2401.04088).
+
+    Args:
+        make_expert: makes an expert, which maps ``[N, dim]`` to ``[N, dim]``.
+        num_experts: how many.
+        experts_per_token: of them, those with the highest scores.
+        dim: length of the last axis of input and output.
+        normalize: the chosen experts' weights are the softmax of their own scores, so they add up to 1. Otherwise they
+            are what the softmax of all scores gives them.
+        bias: whether the router has a bias.
+    """
+
+    def __init__(
+        self,
+        make_expert: Callable[[], nn.Module],
+        num_experts: int,
+        experts_per_token: int,
+        dim: int,
+        *,
+        normalize: bool = True,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.experts_per_token, self.normalize = experts_per_token, normalize
+        self.router = nn.Linear(dim, num_experts, bias=bias, device=device, dtype=dtype)
+        self.experts = nn.ModuleList(make_expert() for _ in range(num_experts))
+
+    def extra_repr(self) -> str:
+        return f"experts_per_token={self.experts_per_token}, normalize={self.normalize}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, -2)  # [N, dim]
+        weights, chosen = self._route(tokens)  # [N, K]
+        by_expert = chosen.flatten().argsort(stable=True)  # [N * K]
+        counts = chosen.flatten().bincount(minlength=len(self.experts)).tolist()
+        results = [
+            expert(tokens[part // self.experts_per_token])
+            for expert, part in zip(self.experts, by_expert.split(counts), strict=True)
+            # With gradients, an expert without tokens runs too: its gradient is then 0 instead of missing, for which
+            # data-parallel training would have to search.
+            if len(part) or torch.is_grad_enabled()
+        ]
+        results = torch.cat(results)[by_expert.argsort()].unflatten(0, chosen.shape)  # [N, K, dim]
+        return (results * weights[..., None].to(results.dtype)).sum(1).view_as(x)
+
+    def _route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The weights ``[N, K]``, in fp32 or better, and the indices ``[N, K]`` of each token's experts."""
+        scores = self.router(tokens)
+        scores = scores.to(at_least_fp32(scores.dtype))
+        if not self.normalize:
+            return scores.softmax(-1).topk(self.experts_per_token)
+        chosen, indices = scores.topk(self.experts_per_token)
+        return chosen.softmax(-1), indices

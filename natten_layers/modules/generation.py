@@ -48,7 +48,8 @@ def generate(
         callback: called with the new tokens ``[B]`` after each step.
         prefill_chunk: number of prompt tokens that are read at a time; it bounds memory.
         cuda_graph: on a GPU, record the second step as a CUDA graph and replay it for the later ones. Pass False for a
-            model that cannot be recorded, such as one with hooks or layers that read values on the host.
+            model that cannot be recorded, such as one with hooks or layers that read values on the host. A model with
+            experts is never recorded, as the host calls those that tokens choose.
 
     Returns:
         ``[B, L + new]``, each row the prompt and then the new tokens. ``new`` is smaller than ``max_new_tokens`` if all
@@ -73,6 +74,7 @@ def generate(
     capacity = input_ids.shape[1] + max_new_tokens
     cache = model.make_cache(len(input_ids), max_length=capacity, device=input_ids.device)
     logits = _prefill(model, input_ids, attention_mask, cache, prefill_chunk)
+    cuda_graph = cuda_graph and model.config.num_experts is None
     step = one_token(model, cache, cuda_graph=cuda_graph)
     ended = torch.zeros_like(input_ids[:, 0], dtype=torch.bool)
     pad = model.config.pad_token_id

@@ -158,11 +158,12 @@ class ShiftedWindowGQA(NeighborhoodGQA):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, shift={self.shift}"
 
-    def _attention(self, projected: Projected, registers: Heads | None) -> Tensor:
+    def _attention(self, projected: Projected, registers: Heads | None, mask: Tensor | None) -> Tensor:
         heads = projected.prepared()
         # Each pair of row and column ranges has windows of one size: one blocked call on a view, without mask or copy.
         rows, columns = (self._stretches(length) for length in heads.query.shape[1:3])
-        return torch.cat([torch.cat([self._block(heads, registers, r, c) for c in columns], 2) for r in rows], 1)
+        lines = ([self._block(heads, registers, mask, r, c) for c in columns] for r in rows)
+        return torch.cat([torch.cat(line, 2) for line in lines], 1)
 
     def _stretches(self, length: int) -> list[tuple[int, int, int]]:
         """Ranges of an axis with windows of equal size, each as (start, stop, window size)."""
@@ -173,7 +174,12 @@ class ShiftedWindowGQA(NeighborhoodGQA):
         return [(0, first, first), *([(first, last, size)] if first < last else []), (last, length, shift)]
 
     def _block(
-        self, heads: Heads, registers: Heads | None, rows: tuple[int, int, int], columns: tuple[int, int, int]
+        self,
+        heads: Heads,
+        registers: Heads | None,
+        mask: Tensor | None,
+        rows: tuple[int, int, int],
+        columns: tuple[int, int, int],
     ) -> Tensor:
         query, key, value = (t[:, rows[0] : rows[1], columns[0] : columns[1]] for t in heads)
         return neighborhood_attention(
@@ -186,6 +192,7 @@ class ShiftedWindowGQA(NeighborhoodGQA):
             additional_keys=None if registers is None else registers.key,
             additional_values=None if registers is None else registers.value,
             sink=self.sink,
+            key_mask=None if mask is None else mask[:, rows[0] : rows[1], columns[0] : columns[1]],
         )
 
 
@@ -285,6 +292,9 @@ class HDiT(nn.Module):
         self.mapping_cond_in_proj = (
             nn.Linear(config.mapping_cond_dim, cond_dim, bias=False) if config.mapping_cond_dim else None
         )
+        averages = config.objective == "meanflow"
+        self.interval_emb = FourierFeatures(1, cond_dim) if averages else None
+        self.interval_in_proj = nn.Linear(cond_dim, cond_dim, bias=False) if averages else None
         self.mapping = MappingNetwork(cond_dim, config.mapping_depth, config.mapping_d_ff, config.mapping_dropout_rate)
 
         outer = range(len(levels) - 1)
@@ -371,6 +381,7 @@ class HDiT(nn.Module):
         aug_cond: Tensor | None = None,
         class_cond: Tensor | None = None,
         mapping_cond: Tensor | None = None,
+        interval: Tensor | None = None,
     ) -> Tensor:
         """Evaluate the network on a batch of noisy images.
 
@@ -378,12 +389,15 @@ class HDiT(nn.Module):
             x: ``[B, input_channels, H, W]``, scaled by the preconditioner. Height and width must be multiples of the
                 patch size times ``2 ** (levels - 1)``; they may differ from the size that the model was trained at.
             sigma: noise levels ``[B]``, positive, in fp32 or better: rounding to half precision changes the embedding.
+                To a model with ``objective="meanflow"``, whose times reach from 0 to 1, give those.
             aug_cond: parameters of the augmentation, ``[B, 9]``; None means no augmentation.
             class_cond: ``[B]`` int64, 0 to ``num_classes``, where ``num_classes`` means unconditional. Required by
                 models with classes and refused by others. On a GPU, an index out of range is torch's device-side
                 assertion instead of a ValueError, because a check would have to wait for the GPU.
             mapping_cond: ``[B, mapping_cond_dim]``. Required by models with a ``mapping_cond_dim`` and refused by
                 others.
+            interval: ``[B]``, the times that velocities are averaged over. Required by models with
+                ``objective="meanflow"`` and refused by others.
 
         Returns:
             ``[B, input_channels, H, W]``.
@@ -392,7 +406,7 @@ class HDiT(nn.Module):
             ValueError: an argument does not fit; the message names it and the values.
         """
         self._check(x, sigma)
-        cond = self._condition(x, sigma, aug_cond, class_cond, mapping_cond)
+        cond = self._condition(x, sigma, aug_cond, class_cond, mapping_cond, interval)
         x = self.patch_in(rearrange(x, "b c h w -> b h w c"))
         pos = make_axial_pos(x.shape[1], x.shape[2], dtype=at_least_fp32(x.dtype), device=x.device)
 
@@ -423,8 +437,11 @@ class HDiT(nn.Module):
         aug_cond: Tensor | None,
         class_cond: Tensor | None,
         mapping_cond: Tensor | None,
+        interval: Tensor | None,
     ) -> Tensor:
-        c_noise = sigma.to(at_least_fp32(x.dtype)).log() / 4
+        c_noise = sigma.to(at_least_fp32(x.dtype))
+        if self.interval_emb is None:
+            c_noise = c_noise.log() / 4
         cond = self.time_in_proj(self.time_emb(c_noise[:, None]).to(x.dtype))
         if aug_cond is None:
             aug_cond = x.new_zeros(x.shape[0], AUG_FEATURES)
@@ -433,6 +450,7 @@ class HDiT(nn.Module):
         for name, given, module in (
             ("class_cond", class_cond, self.class_emb),
             ("mapping_cond", mapping_cond, self.mapping_cond_in_proj),
+            ("interval", interval, self.interval_emb),
         ):
             if (given is None) != (module is None):
                 raise ValueError(f"this model {'needs' if given is None else 'has no use for'} {name}")
@@ -442,6 +460,9 @@ class HDiT(nn.Module):
         if self.mapping_cond_in_proj is not None and mapping_cond is not None:
             _check_condition("mapping_cond", mapping_cond, (x.shape[0], self.config.mapping_cond_dim))
             cond = cond + self.mapping_cond_in_proj(mapping_cond.to(x.dtype))
+        if self.interval_emb is not None and self.interval_in_proj is not None and interval is not None:
+            _check_condition("interval", interval, (x.shape[0],))
+            cond = cond + self.interval_in_proj(self.interval_emb(interval[:, None]).to(x.dtype))
         return self.mapping(cond)
 
     def _embed_classes(self, class_emb: nn.Module, class_cond: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, TypedDict
 
 from ..io.files import naming, read_json
 from ..io.schema import (
+    MOST_LAYERS,
     Between,
     Count,
     Natural,
@@ -24,8 +25,10 @@ from ..io.schema import (
 __all__ = ["HDiTConfig", "LevelConfig"]
 
 MODEL_TYPE = "image_transformer_v2"
+Objective = Literal["diffusion", "meanflow"]
 AttentionType = Literal["neighborhood", "global", "shifted-window", "none"]
 MappingWidth = Annotated[int, Between(2, 2**31 - 1)]
+Depth = Annotated[int, Between(0, MOST_LAYERS)]
 
 # Keys of an entry of "self_attns": first k-diffusion's, then this library's own. The latter are written only where an
 # option differs from its default, so that k-diffusion can read every config without such options.
@@ -66,12 +69,12 @@ class _Model(TypedDict, total=False):
     input_size: Count | tuple[Count, Count]
     patch_size: Count | tuple[Count, Count]
     widths: Sequence[Count]
-    depths: Sequence[Natural]
+    depths: Sequence[Depth]
     d_ffs: Sequence[Count | None] | None
     self_attns: Sequence[Mapping[str, Any]] | None
     dropout_rate: Rate | Sequence[Rate] | None
     mapping_width: MappingWidth
-    mapping_depth: Natural
+    mapping_depth: Depth
     mapping_d_ff: Natural | None
     mapping_cond_dim: Natural
     mapping_dropout_rate: Rate
@@ -82,6 +85,7 @@ class _Model(TypedDict, total=False):
     loss_config: str
     loss_weighting: str
     loss_scales: Count
+    objective: str
     augment_wrapper: bool
     augment_prob: Rate
     has_variance: bool
@@ -121,6 +125,13 @@ class _LearningRate(TypedDict, total=False):
     decay: Positive
 
 
+class _MeanFlow(TypedDict, total=False):
+    averaged: Rate
+    loc: float
+    scale: Positive
+    power: Rate
+
+
 class _Ema(TypedDict, total=False):
     type: str
     power: NotNegative
@@ -133,6 +144,7 @@ SECTIONS: dict[str, type | None] = {
     "optimizer": _Optimizer,
     "lr_sched": _LearningRate,
     "ema_sched": _Ema,
+    "meanflow": _MeanFlow,
     "run": None,  # flags of the training script, which checks them itself
 }
 
@@ -155,7 +167,7 @@ class LevelConfig:
         ValueError: a value of another type or out of bounds, or options that contradict each other.
     """
 
-    depth: Natural
+    depth: Depth
     width: Count
     attention: AttentionType = "neighborhood"
     d_ff: Count | None = None
@@ -217,7 +229,7 @@ class HDiTConfig:
     num_classes: Natural = 0
     """Number of classes; 0 means no class conditioning. The index ``num_classes`` stands for "unconditional"."""
     mapping_width: MappingWidth = 256
-    mapping_depth: Natural = 2
+    mapping_depth: Depth = 2
     mapping_d_ff: Count | None = None
     """Hidden length of the mapping network's feed-forward layers, default ``3 * mapping_width``."""
     mapping_cond_dim: Natural = 0
@@ -229,6 +241,9 @@ class HDiTConfig:
     """Standard deviation of the data, for :class:`Denoiser`."""
     sigma_min: NotNegative = 1e-2
     sigma_max: Positive = 80.0
+    objective: Objective = "diffusion"
+    """What the model learns: "diffusion" is for :class:`Denoiser`, "meanflow" for :class:`MeanFlow`, whose models have
+    an embedding more, of the time that a velocity is averaged over."""
     other: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """Other parts of the JSON form (optimizer, loss, ...). The model ignores them; :meth:`to_json` writes them back."""
 
@@ -238,6 +253,9 @@ class HDiTConfig:
             raise ValueError("levels is empty; an HDiT has at least one level")
         if self.mapping_d_ff is None:
             object.__setattr__(self, "mapping_d_ff", 3 * self.mapping_width)
+        if self.num_layers + len(self.levels) > MOST_LAYERS:
+            counts = f"{len(self.levels)} levels and {self.num_layers} layers"
+            raise ValueError(f"levels and mapping_depth make {counts}, more than {MOST_LAYERS} together")
         _check_sections(self.other)
 
     @property
@@ -282,7 +300,7 @@ class HDiTConfig:
         known["input_channels"] = _pop(model, "input_channels")
         known["mapping_d_ff"] = model.pop("mapping_d_ff", None) or None
         scalars = ("mapping_width", "mapping_depth", "mapping_cond_dim", "mapping_dropout_rate")
-        for key in (*scalars, "sigma_data", "sigma_min", "sigma_max"):
+        for key in (*scalars, "sigma_data", "sigma_min", "sigma_max", "objective"):
             if key in model:
                 known[key] = model.pop(key)
         known["num_classes"] = config["dataset"].pop("num_classes", 0)
@@ -310,6 +328,8 @@ class HDiTConfig:
             "sigma_min": self.sigma_min,
             "sigma_max": self.sigma_max,
         }
+        if self.objective != "diffusion":
+            model["objective"] = self.objective
         dataset = {"num_classes": self.num_classes}
         return other | {"model": other.get("model", {}) | model, "dataset": other.get("dataset", {}) | dataset}
 

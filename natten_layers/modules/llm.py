@@ -21,7 +21,7 @@ from ..io import hf
 from ..io.tensors import make_on_meta
 from ..operations import neighborhood_attention
 from .cache import Cache, LayerCache
-from .feed_forward import GatedFeedForward
+from .feed_forward import GatedFeedForward, MixtureOfExperts
 from .generation import generate, longest_of, text_first
 from .llm_config import DecoderLMConfig, rotary_dim
 from .norm import RMSNorm
@@ -54,6 +54,37 @@ class TokenEmbedding(nn.Embedding):
         return F.linear(input, self.weight) if input.is_floating_point() else super().forward(input)
 
 
+def _feed_forward(
+    config: DecoderLMConfig, layer: int, device: Device, dtype: torch.dtype | None
+) -> GatedFeedForward | MixtureOfExperts:
+    def make(hidden_dim: int) -> GatedFeedForward:
+        return GatedFeedForward(
+            config.hidden_size,
+            hidden_dim,
+            activation=config.activation,
+            bias=config.mlp_bias,
+            swiglu_alpha=config.swiglu_alpha,
+            swiglu_limit=config.swiglu_limit,
+            device=device,
+            dtype=dtype,
+        )
+
+    if not config.has_experts(layer):
+        return make(config.intermediate_size)
+    assert config.num_experts is not None
+    assert config.expert_size is not None
+    return MixtureOfExperts(
+        partial(make, config.expert_size),
+        config.num_experts,
+        config.experts_per_token,
+        config.hidden_size,
+        normalize=config.normalize_experts,
+        bias=config.router_bias,
+        device=device,
+        dtype=dtype,
+    )
+
+
 class DecoderAttention(nn.Module):
     """Causal grouped-query attention, windowed or full, with optional registers, sink and cache.
 
@@ -72,6 +103,7 @@ class DecoderAttention(nn.Module):
         channels, heads, kv_heads, dim = config.hidden_size, config.num_heads, config.kv_heads, config.dim
         window = config.windows[layer]
         self.head_dim, self.window, self.scale = dim, window, config.attention_scale
+        self.softcap = config.attention_softcap
         factory = {"device": device, "dtype": dtype}
         self.q_proj = nn.Linear(channels, heads * dim, config.qkv_bias, **factory)
         self.k_proj = nn.Linear(channels, kv_heads * dim, config.qkv_bias, **factory)
@@ -135,19 +167,22 @@ class DecoderAttention(nn.Module):
         # Padding comes last, so no token sees it, and without earlier tokens this is plain causal attention.
         length = x.shape[1]
         window = length if self.window is None else min(self.window, length)
-        if cache is None:
+        if cache is None and self.softcap is None:
             call = prepare(query, key, value, window, 1, 1, True, self.scale, *registers, sink)
             return self.o_proj(attend_with_qk_prep(call, norm, angles).flatten(-2))
         query, key = normalize_and_rotate(query, key, norm, angles)
-        empty = not cache.used
-        keys, values, key_positions = cache.extend(key, value, positions, longest)
+        empty = cache is None or not cache.used
+        keys, values, key_positions = key, value, positions
+        if cache is not None:
+            keys, values, key_positions = cache.extend(key, value, positions, longest)
         options = {
             "scale": self.scale, "sink": sink, "additional_keys": registers[0], "additional_values": registers[1]
         }  # fmt: skip
-        if empty:
+        if empty and self.softcap is None:
             out = neighborhood_attention(query, key, value, window, is_causal=True, **options)
         else:
-            out = cached_attention(query, keys, values, positions, key_positions, window=self.window, **options)
+            options |= {"window": self.window, "softcap": self.softcap}
+            out = cached_attention(query, keys, values, positions, key_positions, **options)
         return self.o_proj(out.flatten(-2))
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -184,14 +219,7 @@ class DecoderBlock(nn.Module):
         super().__init__()
         self.residual_scale = config.residual_scale
         self.self_attn = DecoderAttention(config, layer, device=device, dtype=dtype)
-        self.mlp = GatedFeedForward(
-            config.hidden_size,
-            config.intermediate_size,
-            activation=config.activation,
-            bias=config.mlp_bias,
-            device=device,
-            dtype=dtype,
-        )
+        self.mlp = _feed_forward(config, layer, device, dtype)
         self.order = _norm_order(config)
         for name in dict.fromkeys(name for name in self.order if name is not None):
             self.add_module(name, _stream_norm(config, device, dtype))
@@ -284,10 +312,12 @@ class DecoderStack(nn.Module):
 class DecoderLM(nn.Module):
     """A decoder language model: Llama and the families that differ from it in parts, and our sinks and registers.
 
-    :meth:`from_pretrained` reads Llama, Mistral, Ministral 3, Qwen2, Qwen3, Gemma 3 (its text model), Phi-3 and Phi-4,
-    SmolLM3, OLMo 2 and 3, Granite, Exaone 4, GLM-4 and Cohere 2.
+    :meth:`from_pretrained` reads Llama, Mistral, Mixtral, Ministral 3, Qwen2, Qwen3 and its MoE, Gemma 2 and 3 (text),
+    Phi-3 and Phi-4, SmolLM3, OLMo 2 and 3, OLMoE, Granite (with windows and sinks too), Exaone 4, GLM-4, Cohere 2 and
+    gpt-oss, whose experts in MXFP4 become bf16.
 
-    Attention uses the fused kernels where they support the tensors, otherwise the eager path.
+    Attention uses the fused kernels where they support the tensors, otherwise the eager path, as always with
+    ``attention_softcap``.
 
     Args:
         config: sizes and options.
@@ -358,7 +388,9 @@ class DecoderLM(nn.Module):
         if logits_at is not None:
             hidden = hidden[torch.arange(len(hidden), device=hidden.device), logits_at]
         logits = self.model.embed_tokens(hidden) if self.lm_head is None else self.lm_head(hidden)
-        return logits if self.config.logit_scale == 1.0 else logits * self.config.logit_scale
+        logits = logits if self.config.logit_scale == 1.0 else logits * self.config.logit_scale
+        cap = self.config.logit_softcap
+        return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def make_cache(self, batch_size: int, *, max_length: int | None = None, device: Device = None) -> Cache:
         """An empty cache for ``batch_size`` texts.

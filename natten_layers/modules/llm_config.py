@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
-from ..io.schema import Between, Count, Natural, NotNegative, Positive, check_mapping, check_types
+from ..io.schema import Count, Layers, Natural, NotNegative, Positive, check_mapping, check_types
+from .feed_forward import Activation
 
 __all__ = ["DecoderLMConfig", "rotary_dim"]
-
-Layers = Annotated[int, Between(1, 2**16)]
 
 
 class RopeOptions(TypedDict, total=False):
@@ -70,11 +69,22 @@ class DecoderLMConfig:
         qk_norm: RMS norm of every query and key head before RoPE (Qwen3, Gemma, Exaone 4); "all heads" is one norm over
             all heads of the queries, and one over those of the keys (OLMo).
         qkv_bias, out_bias, mlp_bias: biases of those projections.
-        activation: of the feed-forward gate.
+        activation: of the feed-forward gate; see :class:`~natten_layers.modules.feed_forward.GatedFeedForward`.
+        swiglu_alpha, swiglu_limit: of the activation "clamped_swiglu" (gpt-oss).
+        num_experts: number of feed-forward layers of which each token takes a few, or None for a single one (Mixtral,
+            Qwen3-MoE, OLMoE, gpt-oss).
+        experts_per_token: how many a token takes.
+        expert_size: channels inside an expert, default ``intermediate_size``.
+        expert_layers: one entry per layer, or one for all: whether it has experts (Qwen3-MoE).
+        normalize_experts: the weights of a token's experts add up to 1.
+        router_bias: whether the projection that chooses experts has a bias (gpt-oss).
         attention_scale: factor on attention scores, default ``head_dim ** -0.5``.
         embedding_scale: factor on embeddings (Gemma: ``hidden_size ** 0.5``; Granite).
         residual_scale: factor on what attention and feed-forward add to the stream (Granite).
         logit_scale: factor on logits (Cohere 2, Granite).
+        attention_softcap: scores become ``cap * tanh(score / cap)`` (Gemma 2). The kernels do not have it: attention is
+            then computed in PyTorch on every device, in time that grows with the square of the text's length.
+        logit_softcap: the same of logits (Gemma 2).
         tie_embeddings: use the embedding as output projection.
         sink: an extra logit in the softmax, without a value: None for none, "zero" for zero attention (softmax1), or
             "learned" for one logit per query head and layer.
@@ -110,11 +120,21 @@ class DecoderLMConfig:
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
-    activation: Literal["silu", "gelu_tanh"] = "silu"
+    activation: Activation = "silu"
+    swiglu_alpha: Positive = 1.702
+    swiglu_limit: Positive = 7.0
+    num_experts: Count | None = None
+    experts_per_token: Count = 1
+    expert_size: Count | None = None
+    expert_layers: tuple[bool, ...] = (True,)
+    normalize_experts: bool = True
+    router_bias: bool = False
     attention_scale: float | None = None
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logit_scale: float = 1.0
+    attention_softcap: Positive | None = None
+    logit_softcap: Positive | None = None
     tie_embeddings: bool = False
     sink: Literal["zero", "learned"] | None = None
     num_registers: Natural = 0
@@ -138,10 +158,13 @@ class DecoderLMConfig:
             raise ValueError(f"head_dim must be even for RoPE, got {self.dim}")
         if len(self.windows) != self.num_layers:
             raise ValueError(f"windows has {len(self.windows)} entries for num_layers={self.num_layers}")
-        if len(self.rope_layers) not in (1, self.num_layers):
-            raise ValueError(f"rope_layers has {len(self.rope_layers)} entries for num_layers={self.num_layers}")
-        if len(set(self.rope_layers)) == 1:
-            object.__setattr__(self, "rope_layers", self.rope_layers[:1])
+        for name in ("rope_layers", "expert_layers"):
+            of_layers = getattr(self, name)
+            if len(of_layers) not in (1, self.num_layers):
+                raise ValueError(f"{name} has {len(of_layers)} entries for num_layers={self.num_layers}")
+            if len(set(of_layers)) == 1:
+                object.__setattr__(self, name, of_layers[:1])
+        self._check_experts()
         for name, rope in (("rope", self.rope), ("windowed_rope", self.windowed_rope)):
             if rope is not None:
                 object.__setattr__(self, name, self._checked_rope(name, rope))
@@ -151,6 +174,18 @@ class DecoderLMConfig:
             raise ValueError("pre_norms and post_norms are both false: a block needs norms")
         if self.norm == "layer" and self.zero_centered_norm:
             raise ValueError('norm="layer" has no zero_centered_norm')
+
+    def _check_experts(self) -> None:
+        if self.num_experts is None:
+            if self.experts_per_token != 1 or self.expert_size is not None or self.expert_layers != (True,):
+                raise ValueError("experts_per_token, expert_size and expert_layers are given without num_experts")
+            return
+        if self.experts_per_token > self.num_experts:
+            raise ValueError(
+                f"experts_per_token={self.experts_per_token} must not exceed num_experts={self.num_experts}"
+            )
+        if self.expert_size is None:
+            object.__setattr__(self, "expert_size", self.intermediate_size)
 
     def _checked_rope(self, name: str, rope: Mapping[str, Any]) -> dict[str, Any]:
         rope = check_mapping(rope, RopeOptions, name)
@@ -172,6 +207,10 @@ class DecoderLMConfig:
         """What ``rope_layers`` says of a layer."""
         return self.rope_layers[layer if len(self.rope_layers) > 1 else 0]
 
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer's feed-forward is a mixture of experts."""
+        return self.num_experts is not None and self.expert_layers[layer if len(self.expert_layers) > 1 else 0]
+
     @property
     def longest_short_text(self) -> int | None:
         """The length up to which LongRoPE takes its short factors, None without LongRoPE."""
@@ -192,10 +231,11 @@ class DecoderLMConfig:
 
     @property
     def projection_rows(self) -> dict[str, int]:
-        """Rows of the projections that some families' files hold as one."""
+        """Rows of the projections that some families' files hold as one, and the number of experts."""
         kv_rows = self.kv_heads * self.dim
         heads = {"q_proj": self.num_heads * self.dim, "k_proj": kv_rows, "v_proj": kv_rows}
-        return {**heads, "gate_proj": self.intermediate_size, "up_proj": self.intermediate_size}
+        feed_forward = {"gate_proj": self.intermediate_size, "up_proj": self.intermediate_size}
+        return {**heads, **feed_forward, "experts": self.num_experts or 0}
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:

@@ -69,13 +69,18 @@ class _NeighborhoodAttention(NeighborhoodGQA):
         self.register_load_state_dict_pre_hook(_handle_rpb)
 
     def forward(
-        self, x: Tensor, *, positions: Tensor | Positions | None = None, registers: Tensor | None = None
+        self,
+        x: Tensor,
+        *,
+        positions: Tensor | Positions | None = None,
+        registers: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         if x.ndim != self.rank + 2:
             raise ValueError(
                 f"{type(self).__name__} takes [B, {self.rank} spatial axes, {self.embed_dim}], got {tuple(x.shape)}"
             )
-        out = super().forward(x, positions=positions, registers=registers)
+        out = super().forward(x, positions=positions, registers=registers, mask=mask)
         assert isinstance(out, Tensor)
         return self.proj_drop(out)
 

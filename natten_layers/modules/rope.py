@@ -225,6 +225,10 @@ class AxialRoPE(Rotary):
             ``2 * n``, fit into a head.
         split: how many of the ``n`` own frequencies belong to each axis, in their order, where axes differ. Without it
             each axis has all of them.
+        periods: of every coordinate, the length in units of position after which it comes back to the same place, such
+            as 360 for longitudes in degrees, or None where it does not. Frequencies are rounded to whole turns a
+            period, at least one, so that scores depend on the distance along the ring, as windows do with
+            ``is_periodic``. In :func:`make_axial_pos` the long side of an image is 2.0 long.
         interleaved: element ``2 i`` turns with ``2 i + 1``, as in LTX's video models, instead of ``i`` with
             ``i + pairs``.
 
@@ -232,7 +236,7 @@ class AxialRoPE(Rotary):
     under ``half()``; ``reset_parameters`` writes it again.
 
     Raises:
-        ValueError: heads that do not group, a head too small, or ``freqs`` or ``split`` that do not fit.
+        ValueError: heads that do not group, a head too small, or ``freqs``, ``split`` or ``periods`` that do not fit.
     """
 
     def __init__(
@@ -244,6 +248,7 @@ class AxialRoPE(Rotary):
         axes: int = 2,
         freqs: Tensor | None = None,
         split: Sequence[int] | None = None,
+        periods: Sequence[float | None] | None = None,
         interleaved: bool = False,
         device: torch.device | str | None = None,
     ) -> None:
@@ -256,13 +261,24 @@ class AxialRoPE(Rotary):
         if num_kv_heads < 1 or num_heads % num_kv_heads:
             raise ValueError(f"num_heads must be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}")
         _check_freqs(freqs, split, head_dim, num_kv_heads, axes)
+        _check_periods(periods, axes)
         self.head_dim, self.num_heads, self.num_kv_heads, self.axes = head_dim, num_heads, num_kv_heads, axes
         self.split, self.interleaved = () if split is None else tuple(split), interleaved
+        self.periods = () if periods is None or not any(periods) else tuple(periods)
+        if self.periods and not self.split:  # every axis has all frequencies, but rounds them by itself
+            self.split = (head_dim // (4 * axes) if freqs is None else freqs.shape[1],) * axes
         self.own_freqs = None if freqs is None else freqs.detach().clone()
         dtype = default_dtype() if freqs is None else at_least_fp32(freqs.dtype)
         self.register_buffer("freqs", self.default_freqs(dtype, device))
 
     def default_freqs(self, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
+        freqs = self._unrounded_freqs(dtype, device)
+        if not self.periods:
+            return freqs
+        of_axes = freqs.split(self.split, -1) if freqs.shape[-1] == sum(self.split) else (freqs,) * self.axes
+        return torch.cat([_whole_turns(f, period) for f, period in zip(of_axes, self.periods, strict=True)], -1)
+
+    def _unrounded_freqs(self, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
         if self.own_freqs is not None:
             return self.own_freqs.to(device, dtype, copy=True)
         n = self.head_dim // (4 * self.axes)
@@ -275,6 +291,7 @@ class AxialRoPE(Rotary):
         return (
             f"head_dim={self.head_dim}, num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, axes={self.axes}"
             + (f", split={self.split}" if self.split else "")
+            + (f", periods={self.periods}" if self.periods else "")
             + (", interleaved=True" if self.interleaved else "")
         )
 
@@ -304,6 +321,21 @@ class AxialRoPE(Rotary):
             positions = make_axial_pos(*spatial, dtype=_angle_dtype(query), device=query.device)
         _check_positions(positions, query.shape[0], (*spatial, self.axes))
         return Angles(positions, self.set_freqs(query.device), split=self.split, interleaved=self.interleaved)
+
+
+def _whole_turns(freqs: Tensor, period: float | None) -> Tensor:
+    """Frequencies rounded to whole turns in a period; one of zero stays so."""
+    if period is None:
+        return freqs
+    turns = (freqs.abs() * (period / (2 * math.pi))).round().clamp(min=1) * freqs.sign()
+    return turns * (2 * math.pi / period)
+
+
+def _check_periods(periods: Sequence[float | None] | None, axes: int) -> None:
+    if periods is None:
+        return
+    if len(periods) != axes or not all(p is None or 0 < p < math.inf for p in periods):
+        raise ValueError(f"periods={tuple(periods)} must be {axes} entries, one a coordinate: a length above 0 or None")
 
 
 def _check_freqs(

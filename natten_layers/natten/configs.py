@@ -16,7 +16,7 @@ Lister = Callable[..., list[Any]]
 def _lister(name: str) -> Lister:
     def configs(query: Tensor, key: Tensor, value: Tensor, torch_compile: bool = False) -> list[Any]:
         """No tile sizes, and one warning: NATTEN's kernels are not in this library, which chooses tiles by itself."""
-        warn_no_effect(name, "it chooses tiles by itself; python -m natten_layers.tune searches for faster ones")
+        warn_no_effect(name, "it chooses tiles by itself; natten-layers-tune searches for faster ones")
         return []
 
     configs.__name__ = configs.__qualname__ = name

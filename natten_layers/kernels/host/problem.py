@@ -85,7 +85,8 @@ def precision(dtype: torch.dtype) -> str:
 
     It follows ``torch.backends.cuda.matmul.fp32_precision``, which also reflects ``allow_tf32`` and
     ``torch.set_float32_matmul_precision``: TF32 or IEEE where one of these is set. If none is, a product is computed as
-    three products in TF32 (``tf32x3``), which run on tensor cores with errors like those of IEEE products (3e-7).
+    three products in TF32 (``tf32x3``), which run on tensor cores. Results then differ from those of IEEE products by
+    about 5e-7.
     """
     if dtype != torch.float32:
         return "ieee"
@@ -115,6 +116,13 @@ class Inputs(NamedTuple):
     additional_keys: Tensor | None = None
     additional_values: Tensor | None = None
     sink: Tensor | None = None
+    key_mask: Tensor | None = None
+    """``[B, *spatial]``, bool: False where a key counts for no query. It has no gradient."""
+
+    @property
+    def addressed(self) -> tuple[Tensor | None, ...]:
+        """The tensors that some kernels read by TMA."""
+        return self[:5]
 
 
 class Options(NamedTuple):
@@ -127,6 +135,8 @@ class Options(NamedTuple):
     dilation: Sequence[int]
     is_causal: Sequence[bool]
     scale: float
+    is_periodic: Sequence[bool] = ()
+    """Empty if no axis is periodic."""
 
 
 class Cotangents(NamedTuple):
@@ -170,6 +180,10 @@ class Problem(NamedTuple):
     """See :func:`scales_first`."""
     precision: str
     """``input_precision`` of Triton's matrix products."""
+    is_periodic: tuple[bool, ...] = ()
+    """Empty if no axis is. An axis whose windows hold all of it is not periodic here: it makes no difference to it."""
+    key_mask: Layout | None = None
+    """With the axes of tokens; those of heads and channels have length 1."""
 
     @property
     def rank(self) -> int:
@@ -180,16 +194,30 @@ class Problem(NamedTuple):
         return three_axes(self.query.shape[1:-2], 1)
 
     @property
+    def key_lengths(self) -> Box | None:
+        """Lengths of the keys' axes, or None if queries lie on the same grid."""
+        if self.query.shape[1:-2] == self.key.shape[1:-2]:
+            return None
+        return three_axes(self.key.shape[1:-2], 1)
+
+    @property
     def geometry(self) -> tuple[Box, Box, Box, Box]:
         """Lengths, kernel sizes, strides and dilations of three axes."""
         kernel_size, stride, dilation = (three_axes(x, 1) for x in (self.kernel_size, self.stride, self.dilation))
         return self.lengths, kernel_size, stride, dilation
 
     @property
+    def class_lengths(self) -> Box:
+        """Tokens of the longest residue class, per axis."""
+        lengths, _, _, dilation = self.geometry
+        t, h, w = (ceil(n / d) for n, d in zip(lengths, dilation, strict=True))
+        return t, h, w
+
+    @property
     def axes(self) -> tuple[Axis, ...]:
-        """For each of three axes its length, kernel size and stride, and whether it is causal."""
-        lengths, kernel_size, stride, _ = self.geometry
-        return tuple(zip(lengths, kernel_size, stride, three_axes(self.is_causal, False), strict=True))
+        """For each of three axes the length of its longest class, kernel size, stride, and whether it is causal."""
+        _, kernel_size, stride, _ = self.geometry
+        return tuple(zip(self.class_lengths, kernel_size, stride, three_axes(self.is_causal, False), strict=True))
 
     @property
     def out(self) -> Layout:
@@ -221,17 +249,25 @@ class Problem(NamedTuple):
     @property
     def problem_class(self) -> ProblemClass:
         """The properties that the choice of tiles depends on."""
-        lengths, kernel_size, _, dilation = self.geometry
-        t, h, w = (ceil(n / d) for n, d in zip(lengths, dilation, strict=True))
         return ProblemClass(
-            *device_traits(self.device), (t, h, w), kernel_size, self.group,
+            *device_traits(self.device), self.class_lengths, self.geometry[1], self.group,
             self.query.shape[-1], self.value.shape[-1], self.dtype.itemsize,
         )  # fmt: skip
 
-    def tiles(self, tile: Box) -> Box:
-        """Number of tiles of size ``tile`` on each axis, over all its residue classes."""
-        lengths, _, _, dilation = self.geometry
-        t, h, w = (d * ceil(ceil(n / d) / b) for n, d, b in zip(lengths, dilation, tile, strict=True))
+    @property
+    def key_problem_class(self) -> ProblemClass:
+        """:attr:`problem_class` for tiles of keys: their lengths, and about as many queries as see a key."""
+        one, keys = self.problem_class, self.key_lengths
+        if keys is None:
+            return one
+        t, h, w = (ceil(k * n / m) for k, n, m in zip(one.kernel, one.lengths, keys, strict=True))
+        return one._replace(lengths=keys, kernel=(t, h, w))
+
+    def tiles(self, tile: Box, lengths: Box | None = None) -> Box:
+        """Number of tiles of size ``tile`` on each axis, over all its residue classes; of queries by default."""
+        _, _, _, dilation = self.geometry
+        axes = zip(self.lengths if lengths is None else lengths, dilation, tile, strict=True)
+        t, h, w = (d * ceil(ceil(n / d) / b) for n, d, b in axes)
         return t, h, w
 
     def programs(self, config: TileConfig) -> int:
@@ -244,6 +280,10 @@ class Problem(NamedTuple):
             register_strides(self.additional_keys), register_strides(self.additional_values),
         )  # fmt: skip
 
+    @property
+    def mask_strides(self) -> tuple[int, ...] | None:
+        return None if self.key_mask is None else strides(self.key_mask)
+
     def program(self, config: TileConfig, tensors: Iterable[Layout | None]) -> dict[str, Any]:
         """Compile-time constants and options of Triton that follow from the tile configuration.
 
@@ -254,11 +294,13 @@ class Problem(NamedTuple):
         mask = "border" if config.skip_mask else "select" if self.scale_first else "add"
         return {
             "CAUSAL": three_axes(self.is_causal, False),
+            "PERIODIC": three_axes(self.is_periodic, False),
             "TILE": config.tile,
             "CHUNK": config.chunk,
             "MASK": mask,
             "RANK": self.rank,
-            "WIDE": need_wide_offsets(tensors),
+            "WIDE": need_wide_offsets((*tensors, self.key_mask)),
+            "MASKED": self.key_mask is not None,
             "STAGES": config.stages,
             "num_warps": config.num_warps,
             "maxnreg": config.maxnreg,
@@ -306,6 +348,8 @@ class QKPrepKind(NamedTuple):
     """Whether positions differ by image."""
     interleaved: bool = False
     """Whether element ``2 i`` is rotated with ``2 i + 1``; otherwise ``i`` is rotated with ``i + pairs``."""
+    by_axis: bool = False
+    """Whether each of several coordinates has frequencies of its own."""
 
     @property
     def axes(self) -> int:
@@ -348,7 +392,7 @@ class QKPrep(NamedTuple):
         batch, *_, axes = self.positions.shape
         heads, each = self.freqs.shape
         split = tuple(self.split) or (each,) * axes
-        return QKPrepKind(self.norm, split, heads > 1, batch > 1, self.interleaved)
+        return QKPrepKind(self.norm, split, heads > 1, batch > 1, self.interleaved, len(self.split) > 1)
 
     @property
     def by_head(self) -> bool:
@@ -357,12 +401,18 @@ class QKPrep(NamedTuple):
 
 
 def problem_of(inputs: Inputs, options: Options) -> Problem:
-    query, key, value, additional_keys, additional_values, sink = inputs
-    sink_value, kernel_size, stride, dilation, is_causal, scale = options
+    query, key, value, additional_keys, additional_values, sink, key_mask = inputs
+    sink_value, kernel_size, stride, dilation, is_causal, scale, is_periodic = options
+    rings: tuple[bool, ...] = ()
+    if is_periodic:
+        axes = zip(is_periodic, kernel_size, dilation, key.shape[1:-2], strict=True)
+        rings = tuple([periodic and k * d != length for periodic, k, d, length in axes])
     return Problem(  # layouts are made without `layout`, whose calls would take as long as everything else
         Layout(query.shape, query.stride()), Layout(key.shape, key.stride()), Layout(value.shape, value.stride()),
         None if additional_keys is None else layout(additional_keys),
         None if additional_values is None else layout(additional_values),
         query.device, query.dtype, tuple(kernel_size), tuple(stride), tuple(dilation), tuple(is_causal),
         sink_kind(sink, sink_value), scales_first(scale), precision(query.dtype),
+        rings if any(rings) else (),
+        None if key_mask is None else layout(key_mask[..., None, None]),
     )  # fmt: skip

@@ -11,6 +11,8 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from ...geometry import query_bounds
+
 Box = tuple[int, int, int]
 Axis = tuple[int, int, int, bool]  # length, kernel, stride, causal
 Bounds = Callable[[torch.Tensor, int, int, int, bool], tuple[torch.Tensor, torch.Tensor]]
@@ -75,18 +77,25 @@ def covered(extents: Sequence[int], chunk: Box) -> int:
 
 
 @lru_cache(maxsize=1024)
-def best_boxes(positions: int, keys: int, lengths: Box, kernel: Box) -> tuple[Box, Box]:
+def best_boxes(positions: int, keys: int, lengths: Box, kernel: Box, rows_are_keys: bool = False) -> tuple[Box, Box]:
     """Tile and chunk for which the fewest scores are computed, those of idle rows included.
 
     Among equals the tile with the smallest union of windows is taken, then the chunk whose rows are nearest to 16 keys.
     Idle rows decide where an axis is short: over 24x68x80 positions a tile of 32x2x2 sees fewer keys than one of 4x4x8,
-    but makes the kernel compute more scores.
+    but makes the kernel compute more scores. Borders decide where ``rows_are_keys``, which are seen by more queries
+    there: 8x8 keys of 9x9 windows are seen by 16x16 queries, and some near a border by 20x20, which chunks of 4x4 cover
+    better than those of 1x16.
     """
+    axes = [(n, min(k, n), 1, False) for n, k in zip(lengths, kernel, strict=True)]
 
     def cost(pair: tuple[Box, Box]) -> tuple[int, int, int]:
         tile, chunk = pair
         union = [min(b + k - 1, n) for b, k, n in zip(tile, kernel, lengths, strict=True)]
-        return covered(union, chunk) * covered(lengths, tile), sum(union), abs(chunk[2] - 16)
+        if rows_are_keys:
+            scores = prod(executed(*sides, query_bounds) for sides in zip(axes, tile, chunk, strict=True))
+        else:
+            scores = covered(union, chunk) * covered(lengths, tile)
+        return scores, sum(union), abs(chunk[2] - 16)
 
     unions = tuple(min(n, positions + k - 1) for n, k in zip(lengths, kernel, strict=True))
     pairs = product(boxes(positions, lengths), boxes(keys, unions))
@@ -237,7 +246,9 @@ def size_of(kind: Kind, lengths: Box, window: int, space: Room, columns: int) ->
     deep, flat = lengths[0] > 1, lengths[0] == lengths[1] == 1
     if space.element_size == 4:
         # A product is computed as three in TF32. As the operands are split in registers, tiles are half as large.
-        # 7x7, head dim 64: forward 0.54 (64 rows 1.23), dQ 0.78 (1.13), dK and dV 1.22 (32 queries a chunk 1.30).
+        # 7x7, head dim 64: forward 0.49 (64 rows 0.83), dQ 0.69 (1.11), dK and dV 1.11.
+        # Splitting took more instructions when the rest was measured, and these kernels up to 19 % more time.
+        # 7x7, head dim 64: dK and dV 1.22 (32 queries a chunk 1.30).
         # 3x7x13: 1.58 (2.74), 2.43 (3.04), 4.06 (16 queries a chunk 5.05). 7x11, head dim 32: 1.75 (2.49), 2.46 (2.82),
         # 4.26 (4.60). 9x9, head dim 128, with four warps: 1.64 (two 2.37), 2.36 (4.13), 3.80 (7.35).
         if space.width > 128:
@@ -263,9 +274,10 @@ def size_of(kind: Kind, lengths: Box, window: int, space: Room, columns: int) ->
         return Size(32, 32, 4, 2)  # 1024 keys of 256: 1.37 (16 queries a chunk 1.91)
     if kind == "backward_key":
         # Short chunks suit 2-D windows. 13x13 keys of head dim 128: 1.26 (32 queries a chunk 1.41), of 64: 0.61 (0.64);
-        # 9x9 of 80: 0.34 (0.37); but 4x7x7: 3.92 (2.79), 2048 keys on one axis: 1.50 (1.33).
+        # 9x9 of 80: 0.34 (0.37); but 4x7x7: 3.92 (2.79), 2048 keys on one axis: 1.50 (1.33). A third program on a
+        # multiprocessor pays where 80 accumulators leave room for it: 9x9 of 80 0.218 (two programs 0.227).
         plane = not large and not flat and (space.width > 64 or not deep)
-        return Size(64, 16, 4, 3) if plane else Size(64, 32, 4, 3)
+        return Size(64, 16, 4, 3, 168 if space.width == 80 else None) if plane else Size(64, 32, 4, 3)
     if large:
         # 11x11x11 keys of head dim 64: forward 1.27, dQ 1.15 (128 rows 2.3 and 2.6); 40x40 of 128: 0.33 and 0.37 with
         # 128 rows (64 rows 0.36 and 0.39); dQ of 512 keys on one axis: 0.23 (64 keys a chunk 0.26).
@@ -289,7 +301,7 @@ def _rule(kind: Kind, lengths: Box, kernel: Box, group: int, pack: int | None, s
     if window >= LARGE_WINDOW:
         pack = pack or min(packed_heads(group, rows), 4 if space.width > 128 else 2)
     pack = min(pack or packed_heads(group, rows), rows)
-    tile, chunk = best_boxes(rows // pack, keys, lengths, kernel)
+    tile, chunk = best_boxes(rows // pack, keys, lengths, kernel, kind == "backward_key")
     skip_mask = inside_share(tile, chunk, kernel) >= INSIDE
     return TileConfig(tile, chunk, pack, warps, stages, size.maxnreg, skip_mask)
 
@@ -305,6 +317,14 @@ def extent(axis: Axis, tile: int, bounds: Bounds) -> int:
     """The most columns that a tile of rows sees along an axis."""
     low, high = spans(axis, tile, bounds)
     return int((high - low + 1).max())
+
+
+@lru_cache(maxsize=4096)
+def executed(axis: Axis, tile: int, chunk: int, bounds: Bounds, alignment: int = 1) -> int:
+    """Pairs of a row and a column that a kernel computes along an axis, if chunks start at multiples of alignment."""
+    low, high = spans(axis, tile, bounds)
+    low = low // alignment * alignment
+    return int(((high - low + chunk).clamp(min=0) // chunk).sum()) * tile * chunk
 
 
 def spans(axis: Axis, tile: int, bounds: Bounds) -> tuple[torch.Tensor, torch.Tensor]:

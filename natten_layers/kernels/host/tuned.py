@@ -1,4 +1,4 @@
-"""The tile configuration of a problem: from an override, from ``python -m natten_layers.tune``, or by rule.
+"""The tile configuration of a problem: from an override, from ``natten-layers-tune``, or by rule.
 
 A user's call never searches. The file with what was tuned on this machine is read once, on the first launch.
 """
@@ -108,8 +108,8 @@ def forget() -> None:
 def cache_file() -> Path:
     """``configs.json`` in ``$NATTEN_LAYERS_CACHE``, or in ``natten_layers`` under the user's cache folder."""
     if own := os.environ.get("NATTEN_LAYERS_CACHE"):
-        return Path(own) / "launches.json"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "natten_layers" / "launches.json"
+        return Path(own) / "configs.json"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "natten_layers" / "configs.json"
 
 
 @cache

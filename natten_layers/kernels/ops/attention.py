@@ -140,10 +140,13 @@ class _Attention(Function):
         *tensors, out, row_max, row_sum = ctx.saved_tensors
         # lse = row_max + log(row_sum) with row_max held fixed, so dL/dlse = dL/drow_sum * row_sum.
         grad_lse = None if grad_sum is None else grad_sum * row_sum
+        if grad_lse is not None and tensors[-1] is not None:
+            # The derivative of log(row_sum) is infinite for a query that sees nothing, whose lse is constant.
+            grad_lse = torch.where(row_sum == 0, 0.0, grad_lse)
         grad_out = torch.zeros_like(out) if grad_out is None else last_contiguous(grad_out)
         cotangents = Cotangents(out, row_max, row_sum, grad_out, grad_lse)
         results = call_in_backward("backward", Inputs._make(tensors), ctx.options, cotangents)
-        needed = (r if x is not None else None for r, x in zip(results, tensors, strict=True))
+        needed = (r if x is not None and x.is_floating_point() else None for r, x in zip(results, tensors, strict=True))
         return *needed, None
 
 
@@ -183,9 +186,9 @@ def _forward_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tup
     (inputs, *others), (dims, *_) = grouped("forward", args), grouped("forward", in_dims)
     if dims.sink is not None:
         raise NotImplementedError(f"{NOT_FUSED} torch.func.vmap over sinks{WAY_OUT}")
-    *tensors, sink = inputs
-    folded = [_fold(x, dim, info.batch_size) for x, dim in zip(tensors, dims, strict=False)]
-    results = torch.ops.natten_layers.forward(*flattened((Inputs._make((*folded, sink)), *others)))
+    tensors = zip(inputs._replace(sink=None), dims, strict=True)
+    folded = Inputs._make(_fold(x, dim, info.batch_size) for x, dim in tensors)._replace(sink=inputs.sink)
+    results = torch.ops.natten_layers.forward(*flattened((folded, *others)))
     return tuple(x.unflatten(0, (info.batch_size, -1)) for x in results), (0, 0, 0)
 
 
@@ -201,28 +204,36 @@ def _backward(inputs: Inputs, options: Options, cotangents: Cotangents) -> tuple
     with on_device(inputs.query):
         problem = problem_of(inputs, options)
         *grads, delta = module("dispatch").backward(problem, inputs, options, cotangents)
-        return *grads, _sink_gradient(inputs.sink, cotangents.row_max, cotangents.row_sum, delta)
+        return *grads, _sink_gradient(inputs, cotangents.row_max, cotangents.row_sum, delta), None
 
 
 def _backward_fake(inputs: Inputs, options: Options, cotangents: Cotangents) -> tuple[Tensor, ...]:
-    return tuple(inputs.query.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs)
+    tensors = inputs._replace(key_mask=None)  # which has no gradient
+    return tuple(inputs.query.new_empty(0) if x is None else x.new_empty(x.shape) for x in tensors)
 
 
-def _sink_gradient(sink: Tensor | None, row_max: Tensor, row_sum: Tensor, delta: Tensor) -> Tensor | None:
+def _sink_gradient(inputs: Inputs, row_max: Tensor, row_sum: Tensor, delta: Tensor) -> Tensor | None:
     """``dsink[h] = -sum exp(sink[h] - lse) * delta``, summed over batch and tokens in fp32."""
+    sink = inputs.sink
     if sink is None:
         return None
     weight = torch.exp(sink.float() - row_max) / row_sum
+    if inputs.key_mask is not None:  # a sink of -inf may be all that a query sees
+        weight = torch.where(row_sum == 0, 0.0, weight)
     return -(weight * delta).flatten(0, -2).sum(0).to(sink.dtype)
 
 
 def forward_flop(inputs: Inputs, options: Options, *_: Any) -> int:
     """Useful floating-point operations: ``2 (D + Dv)`` per visible pair of a query and a key or register."""
     query, value = inputs.query, inputs.value
-    window = Window(
-        tuple(options.kernel_size), tuple(options.stride), tuple(options.dilation), tuple(options.is_causal)
-    )
     spatial = query.shape[1:-2]
+    window = Window(
+        tuple(options.kernel_size),
+        tuple(options.stride),
+        tuple(options.dilation),
+        tuple(options.is_causal),
+        tuple(options.is_periodic) or (False,) * len(spatial),
+    )
     pairs = visible_pairs(spatial, window)
     if inputs.additional_keys is not None:
         pairs += prod(spatial) * inputs.additional_keys.shape[1]

@@ -36,6 +36,7 @@ from ..host.tiling import register_block
 from ..host.tuned import tile_config_for
 from .forward import query_tile
 from .primitives import (
+    FAR,
     LOG2E,
     add_weighted,
     contiguous_row,
@@ -50,9 +51,11 @@ from .primitives import (
     load_columns,
     masked_product,
     next_chunk,
+    on_ring,
     products,
     queries_of,
     row_products,
+    row_zeros,
     shifted,
     spatial_tile,
     steps_over,
@@ -62,7 +65,9 @@ from .primitives import (
     tokens_of,
     union_of_queries,
     union_of_windows,
+    unmasked_columns,
     unravel,
+    where_rows,
     windows_of,
     zero_columns,
 )
@@ -76,10 +81,10 @@ def key_gradients(
 
     The caller multiplies dK by ``scale`` in the end.
     """
-    b_p = tl.exp2(b_s * factor - col_lse[None, :])
-    b_dv = add_weighted(b_dv, b_p, b_do, PRECISION)
     b_dp = products(b_v, b_do, None, PRECISION)
+    b_p = tl.exp2(b_s * factor - col_lse[None, :])
     b_ds = b_p * (b_dp - col_delta[None, :])
+    b_dv = add_weighted(b_dv, b_p, b_do, PRECISION)
     return add_weighted(b_dk, b_ds, b_q, PRECISION), b_dv
 
 
@@ -96,14 +101,81 @@ def query_gradient(b_dq, b_s, b_k, b_v, b_do, row_lse, row_delta, factor, PRECIS
 
 
 @triton.jit
-def backward_query_kernel(
-    Q, K, V, RegK, RegV, Out, DOut, DLse, RowMax, RowSum, DQ, Delta, Lse,
-    q_strides, k_strides, v_strides, regk_strides, regv_strides, do_strides, dl_strides,
-    length, kernel, stride, dilation, tiles, group, kv_heads, registers, scale,
+def register_query_gradient(
+    b_dq, b_q, b_do, row_lse, row_delta, RegK, RegV, regk_strides, regv_strides, registers, factor, score_scale,
+    BR: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
+    SCALE_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add the contribution of registers to dQ. ``RegK`` and ``RegV`` point at the image and KV head."""
+    n = tl.arange(0, BR)
+    for start in tl.range(0, registers, BR, num_stages=1):
+        m_r = start + n < registers
+        o_r = (start + n).to(tl.int64)
+        b_k = load_columns(RegK, o_r * regk_strides[1], m_r, D, BD)
+        b_v = load_columns(RegV, o_r * regv_strides[1], m_r, DV, BDV)
+        b_s = products(b_q, b_k, None, PRECISION)
+        if SCALE_FIRST:
+            b_s = b_s * score_scale
+        b_s = tl.where(m_r[None, :], b_s, float("-inf"))
+        b_dq = query_gradient(b_dq, b_s, b_k, b_v, b_do, row_lse, row_delta, factor, PRECISION)
+    return b_dq
+
+
+@triton.jit
+def window_query_gradient(
+    b_dq, b_q, b_do, row_lse, row_delta, K, V, KeyMask, k_strides, v_strides, mask_strides,
+    residue, count, origin, index, kernel, stride, dilation, factor, score_scale,
     CAUSAL: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
+    MASK: tl.constexpr, SCALE_FIRST: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    PERIODIC: tl.constexpr, key_count, MASKED: tl.constexpr, SKIP: tl.constexpr,
+):  # fmt: skip
+    """Add the contribution of the union of the tile's windows to dQ. Pointers are those of the image and KV head.
+
+    With ``SKIP`` masked keys are zeros, so that NaN in them is harmless. Otherwise they are loaded like all others, as
+    loads that wait for the mask cannot be made ahead.
+    """
+    row_lo, row_hi = windows_of(index, count, kernel, stride, CAUSAL, PERIODIC, key_count)
+    lo, hi, inner_lo, inner_hi = union_of_windows(origin, count, kernel, stride, CAUSAL, TILE, PERIODIC, key_count)
+    ring = count if key_count is None else key_count
+    steps = steps_over(lo, hi, CHUNK)
+    inner = inner_indices(CHUNK)
+    o_k = inner_offsets(inner, dilation, k_strides, RANK, WIDE)
+    o_v = inner_offsets(inner, dilation, v_strides, RANK, WIDE)
+    o_mask = inner_offsets(inner, dilation, mask_strides, RANK, WIDE) if MASKED else None
+    corner = lo
+    for _ in tl.range(0, steps[0] * steps[1] * steps[2], num_stages=STAGES):
+        m_keys = inside_box(inner, corner, hi, RANK)
+        col, inside_hi = inner, inner_hi
+        if MASKED:
+            o_n = on_ring(o_mask, inner, corner, ring, dilation, mask_strides, PERIODIC, RANK, WIDE)
+            p_mask = KeyMask + corner_offset(corner, residue, dilation, mask_strides, RANK, WIDE) + o_n
+            col_seen, col, inside_hi = unmasked_columns(p_mask, m_keys, inner, inner_hi)
+            if SKIP:
+                m_keys = m_keys & col_seen
+        o_n = on_ring(o_k, inner, corner, ring, dilation, k_strides, PERIODIC, RANK, WIDE)
+        b_k = load_columns(K + corner_offset(corner, residue, dilation, k_strides, RANK, WIDE), o_n, m_keys, D, BD)
+        o_n = on_ring(o_v, inner, corner, ring, dilation, v_strides, PERIODIC, RANK, WIDE)
+        b_v = load_columns(V + corner_offset(corner, residue, dilation, v_strides, RANK, WIDE), o_n, m_keys, DV, BDV)
+        b_s = masked_product(
+            b_q, b_k, row_lo, row_hi, corner, col, inner_lo, inside_hi, score_scale,
+            CHUNK, RANK, MASK, SCALE_FIRST, PRECISION,
+        )  # fmt: skip
+        b_dq = query_gradient(b_dq, b_s, b_k, b_v, b_do, row_lse, row_delta, factor, PRECISION)
+        corner = next_chunk(corner, lo, hi, CHUNK, RANK)
+    return b_dq
+
+
+@triton.jit
+def backward_query_kernel(
+    Q, K, V, RegK, RegV, Out, DOut, DLse, RowMax, RowSum, DQ, Delta, Lse, KeyMask,
+    q_strides, k_strides, v_strides, regk_strides, regv_strides, do_strides, dl_strides, mask_strides,
+    length, kernel, stride, dilation, tiles, group, kv_heads, registers, key_length, scale,
+    CAUSAL: tl.constexpr, PERIODIC: tl.constexpr,
+    TILE: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr,
     PACK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, BR: tl.constexpr,
     WITH_DLSE: tl.constexpr, MASK: tl.constexpr, SCALE_FIRST: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr, UNIT: tl.constexpr,
+    STAGES: tl.constexpr, UNIT: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """dQ, ``delta = rowsum(dOut * Out) - dLse`` and the base-2 log-sum-exp of one query tile, all contiguous."""
     BM: tl.constexpr = TILE[0] * TILE[1] * TILE[2] * PACK
@@ -130,9 +202,14 @@ def backward_query_kernel(
     if WITH_DLSE:
         o_dl = token_offset(token, dl_strides) + row_head * dl_strides[4]
         row_delta -= tl.load(DLse + i_batch * dl_strides[0] + o_dl, mask=m_rows, other=0.0)
+    row_sum = tl.load(RowSum + o_row, mask=m_rows, other=1.0)
+    row_max = tl.load(RowMax + o_row, mask=m_rows, other=0.0)
+    if MASKED:  # rows that see nothing, whose weights are zero for every finite lse
+        row_sees = row_sum != 0.0
+        row_sum, row_max = tl.where(row_sees, row_sum, 1.0), tl.where(row_sees, row_max, 0.0)
+        row_delta = tl.where(row_sees, row_delta, 0.0)
+    row_lse = row_max * LOG2E + tl.log2(row_sum)
     tl.store(Delta + o_row, row_delta, mask=m_rows)
-    row_lse = tl.load(RowMax + o_row, mask=m_rows, other=0.0) * LOG2E
-    row_lse += tl.log2(tl.load(RowSum + o_row, mask=m_rows, other=1.0))
     tl.store(Lse + o_row, row_lse, mask=m_rows)
 
     score_scale = scale * LOG2E
@@ -142,48 +219,52 @@ def backward_query_kernel(
     if BR > 0:
         RegK += i_batch * regk_strides[0] + i_kv * regk_strides[2]
         RegV += i_batch * regv_strides[0] + i_kv * regv_strides[2]
-        n = tl.arange(0, BR)
-        for start in tl.range(0, registers, BR, num_stages=1):
-            m_r = start + n < registers
-            o_r = (start + n).to(tl.int64)
-            b_k = load_columns(RegK, o_r * regk_strides[1], m_r, D, BD)
-            b_v = load_columns(RegV, o_r * regv_strides[1], m_r, DV, BDV)
-            b_s = products(b_q, b_k, None, PRECISION)
-            if SCALE_FIRST:
-                b_s = b_s * score_scale
-            b_s = tl.where(m_r[None, :], b_s, float("-inf"))
-            b_dq = query_gradient(b_dq, b_s, b_k, b_v, b_do, row_lse, row_delta, factor, PRECISION)
-
+        b_dq = register_query_gradient(
+            b_dq, b_q, b_do, row_lse, row_delta, RegK, RegV, regk_strides, regv_strides, registers, factor, score_scale,
+            BR, D, BD, DV, BDV, SCALE_FIRST, PRECISION,
+        )  # fmt: skip
     K += i_batch * k_strides[0] + i_kv * k_strides[4]
     V += i_batch * v_strides[0] + i_kv * v_strides[4]
-    row_lo, row_hi = windows_of(index, count, kernel, stride, CAUSAL)
-    lo, hi, inner_lo, inner_hi = union_of_windows(origin, count, kernel, stride, CAUSAL, TILE)
-    steps = steps_over(lo, hi, CHUNK)
-    inner = inner_indices(CHUNK)
-    o_k = inner_offsets(inner, dilation, k_strides, RANK, WIDE)
-    o_v = inner_offsets(inner, dilation, v_strides, RANK, WIDE)
-    corner = lo
-    for _ in tl.range(0, steps[0] * steps[1] * steps[2], num_stages=STAGES):
-        m_keys = inside_box(inner, corner, hi, RANK)
-        b_k = load_columns(K + corner_offset(corner, residue, dilation, k_strides, RANK, WIDE), o_k, m_keys, D, BD)
-        b_v = load_columns(V + corner_offset(corner, residue, dilation, v_strides, RANK, WIDE), o_v, m_keys, DV, BDV)
-        b_s = masked_product(
-            b_q, b_k, row_lo, row_hi, corner, inner, inner_lo, inner_hi, score_scale,
-            CHUNK, RANK, MASK, SCALE_FIRST, PRECISION,
-        )  # fmt: skip
-        b_dq = query_gradient(b_dq, b_s, b_k, b_v, b_do, row_lse, row_delta, factor, PRECISION)
-        corner = next_chunk(corner, lo, hi, CHUNK, RANK)
+    if MASKED:
+        KeyMask += i_batch * mask_strides[0]
+    b_dq = window_query_gradient(
+        b_dq, b_q, b_do, row_lse, row_delta, K, V, KeyMask, k_strides, v_strides, mask_strides,
+        residue, count, origin, index, kernel, stride, dilation, factor, score_scale,
+        CAUSAL, TILE, CHUNK, RANK, WIDE, D, BD, DV, BDV, MASK, SCALE_FIRST, PRECISION, STAGES,
+        PERIODIC, key_length, MASKED, False,
+    )  # fmt: skip
+    if MASKED:
+        # NaN or inf in a masked key times a weight of zero: so rare that a slower second pass repairs it. It loads its
+        # rows anew, as keeping them would take registers and shared memory from the first.
+        if tl.max(tl.where(tl.abs(row_zeros(b_dq)) >= 0.0, 0, 1), 0) > 0:
+            b_q = load_columns(Q + i_batch * q_strides[0], o_q, m_rows, D, BD)
+            b_do = load_columns(DOut + i_batch * do_strides[0], o_do, m_rows, DV, BDV)
+            b_dq = zero_columns(BM, BD)
+            if BR > 0:
+                b_dq = register_query_gradient(
+                    b_dq, b_q, b_do, row_lse, row_delta, RegK, RegV, regk_strides, regv_strides, registers, factor,
+                    score_scale, BR, D, BD, DV, BDV, SCALE_FIRST, PRECISION,
+                )  # fmt: skip
+            b_dq = window_query_gradient(
+                b_dq, b_q, b_do, row_lse, row_delta, K, V, KeyMask, k_strides, v_strides, mask_strides,
+                residue, count, origin, index, kernel, stride, dilation, factor, score_scale,
+                CAUSAL, TILE, (1, 1, 16), RANK, WIDE, D, BD, DV, BDV, MASK, SCALE_FIRST, PRECISION, 1,
+                PERIODIC, key_length, MASKED, True,
+            )  # fmt: skip
+        b_dq = where_rows(row_sees, b_dq)
     store_columns(DQ, o_row * D, m_rows, times(b_dq, scale), D, BD)
 
 
 @triton.jit
 def backward_key_kernel(
-    Q, K, V, DOut, Delta, Lse, DK, DV_,
-    q_strides, k_strides, v_strides, do_strides,
-    length, kernel, stride, dilation, tiles, group, kv_heads, scale,
-    CAUSAL: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr,
+    Q, K, V, DOut, Delta, Lse, DK, DV_, KeyMask,
+    q_strides, k_strides, v_strides, do_strides, mask_strides,
+    length, kernel, stride, dilation, tiles, group, kv_heads, key_length, scale,
+    CAUSAL: tl.constexpr, PERIODIC: tl.constexpr,
+    TILE: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
     MASK: tl.constexpr, SCALE_FIRST: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, UNIT: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one tile of keys, contiguous. Rows of its matrices are keys; a chunk holds queries, the columns."""
     q_strides, k_strides, v_strides = (
@@ -193,24 +274,37 @@ def backward_key_kernel(
     )
     do_strides = in_elements(do_strides, UNIT)
     i_kv = (tl.program_id(0) % kv_heads).to(tl.int64)
-    i_batch, residue, count, origin = spatial_tile(tl.program_id(0) // kv_heads, length, dilation, tiles, TILE)
-    if is_empty(origin, count):
+    keys = length if key_length is None else key_length
+    i_batch, residue, key_count, origin = spatial_tile(tl.program_id(0) // kv_heads, keys, dilation, tiles, TILE)
+    if is_empty(origin, key_count):
         return
     key = shifted(inner_indices(TILE), origin)
-    m_keys = inside_axes(key, count)
-    token = tokens_of(key, residue, count, dilation)
+    m_keys = inside_axes(key, key_count)
+    token = tokens_of(key, residue, key_count, dilation)
+    # On another grid there is no dilation, so the only residue class is the whole axis.
+    count = key_count if key_length is None else length
     o_k = i_batch * k_strides[0] + i_kv * k_strides[4] + token_offset(token, k_strides)
     o_v = i_batch * v_strides[0] + i_kv * v_strides[4] + token_offset(token, v_strides)
-    b_k = load_columns(K, o_k, m_keys, D, BD)
-    b_v = load_columns(V, o_v, m_keys, DV, BDV)
+    m_loaded = m_keys
+    if MASKED:
+        p_mask = KeyMask + i_batch * mask_strides[0] + token_offset(token, mask_strides)
+        row_seen = tl.load(p_mask, mask=m_keys, other=1).to(tl.int1)
+        m_loaded = m_keys & row_seen
+    b_k = load_columns(K, o_k, m_loaded, D, BD)
+    b_v = load_columns(V, o_v, m_loaded, DV, BDV)
     b_dk = zero_columns(TILE[0] * TILE[1] * TILE[2], BD)
     b_dv = zero_columns(TILE[0] * TILE[1] * TILE[2], BDV)
     score_scale = scale * LOG2E
     factor = 1.0 if SCALE_FIRST else score_scale
 
-    row_lo, row_hi = queries_of(key, count, kernel, stride, CAUSAL)
-    lo, hi, inner_lo, inner_hi = union_of_queries(origin, count, kernel, stride, CAUSAL, TILE)
+    row_lo, row_hi = queries_of(key, count, kernel, stride, CAUSAL, PERIODIC, key_length)
+    lo, hi, inner_lo, inner_hi = union_of_queries(origin, count, kernel, stride, CAUSAL, TILE, PERIODIC, key_length)
     steps = steps_over(lo, hi, CHUNK)
+    if MASKED:  # no query sees a masked key, so its box is empty, and a tile of such keys has nothing to do
+        row_hi = (row_hi[0], row_hi[1], tl.where(row_seen, row_hi[2], row_lo[2] - 1))
+        all_seen = tl.min(row_seen.to(tl.int32), 0) > 0
+        inner_hi = (inner_hi[0], inner_hi[1], tl.where(all_seen, inner_hi[2], -FAR))
+        steps = (steps[0], steps[1], tl.where(tl.max(m_loaded.to(tl.int32), 0) > 0, steps[2], 0))
     inner = inner_indices(CHUNK)
     stat_strides = contiguous_strides(length, kv_heads * group, WIDE)
     o_q = inner_offsets(inner, dilation, q_strides, RANK, WIDE)
@@ -226,12 +320,15 @@ def backward_key_kernel(
         p_q = Q + i_batch * q_strides[0] + i_head * q_strides[4]
         p_do = DOut + i_batch * do_strides[0] + i_head * do_strides[4]
         o_head = i_batch * stat_strides[0] + i_head + corner_offset(corner, residue, dilation, stat_strides, RANK, WIDE)
-        b_q = load_columns(p_q + corner_offset(corner, residue, dilation, q_strides, RANK, WIDE), o_q, m_queries, D, BD)
+        o_m = on_ring(o_q, inner, corner, count, dilation, q_strides, PERIODIC, RANK, WIDE)
+        b_q = load_columns(p_q + corner_offset(corner, residue, dilation, q_strides, RANK, WIDE), o_m, m_queries, D, BD)
+        o_m = on_ring(o_do, inner, corner, count, dilation, do_strides, PERIODIC, RANK, WIDE)
         b_do = load_columns(
-            p_do + corner_offset(corner, residue, dilation, do_strides, RANK, WIDE), o_do, m_queries, DV, BDV
+            p_do + corner_offset(corner, residue, dilation, do_strides, RANK, WIDE), o_m, m_queries, DV, BDV
         )
-        col_lse = tl.load(Lse + o_head + o_stat, mask=m_queries, other=0.0)
-        col_delta = tl.load(Delta + o_head + o_stat, mask=m_queries, other=0.0)
+        o_m = on_ring(o_stat, inner, corner, count, dilation, stat_strides, PERIODIC, RANK, WIDE)
+        col_lse = tl.load(Lse + o_head + o_m, mask=m_queries, other=0.0)
+        col_delta = tl.load(Delta + o_head + o_m, mask=m_queries, other=0.0)
         b_s = masked_product(
             b_k, b_q, row_lo, row_hi, corner, inner, inner_lo, inner_hi, score_scale,
             CHUNK, RANK, MASK, SCALE_FIRST, PRECISION,
@@ -244,7 +341,9 @@ def backward_key_kernel(
         i_head += tl.where(ends, 1, 0)
         corner = (tl.where(ends, lo[0], corner[0]), tl.where(ends, lo[1], corner[1]), tl.where(ends, lo[2], corner[2]))
 
-    o_row = contiguous_row(i_batch, token, length) * kv_heads + i_kv
+    if MASKED:  # zeros whatever NaN there is in queries and in the gradient of the output
+        b_dk, b_dv = where_rows(row_seen, b_dk), where_rows(row_seen, b_dv)
+    o_row = contiguous_row(i_batch, token, keys) * kv_heads + i_kv
     store_columns(DK, o_row * D, m_keys, times(b_dk, scale), D, BD)
     store_columns(DV_, o_row * DV, m_keys, b_dv, DV, BDV)
 
@@ -310,8 +409,8 @@ def query_plan(p: Problem, grad_out: Layout, grad_lse: Layout | None) -> Plan:
         backward_query_kernel,
         (p.programs(config),),
         (
-            *in_units((*p.input_strides(), strides(grad_out)), unit), grad_strides,
-            *p.geometry, p.tiles(config.tile), p.group, p.kv_heads, p.registers,
+            *in_units((*p.input_strides(), strides(grad_out)), unit), grad_strides, p.mask_strides,
+            *p.geometry, p.tiles(config.tile), p.group, p.kv_heads, p.registers, p.key_lengths,
         ),
         **p.program(config, tensors), **p.constants(),
         PACK=config.pack, BR=p.register_tile, WITH_DLSE=grad_lse is not None, UNIT=unit,
@@ -323,28 +422,28 @@ def backward_query(
     plan: Plan, problem: Problem, inputs: Inputs, options: Options, cotangents: Cotangents
 ) -> tuple[Tensor, RowStatistics]:
     """dQ, delta and the base-2 log-sum-exp. Allocates only these."""
-    query, key, value, additional_keys, additional_values, _ = inputs
+    query, key, value, additional_keys, additional_values, _, key_mask = inputs
     out, row_max, row_sum, grad_out, grad_lse = cotangents
     grad_query = new_like(query)
     delta, lse = torch.empty_like(row_max), torch.empty_like(row_max)
     tensors = (
         query, key, value, additional_keys, additional_values, out, grad_out, grad_lse, row_max, row_sum,
-        grad_query, delta, lse,
+        grad_query, delta, lse, key_mask,
     )  # fmt: skip
     plan.launch(tensors, (options.scale,))
     return grad_query, RowStatistics(delta, lse)
 
 
 def key_plan(p: Problem, grad_out: Layout) -> Plan:
-    config = tile_config_for("backward_key", p.problem_class)
-    tiles = p.tiles(config.tile)
+    config = tile_config_for("backward_key", p.key_problem_class)
+    tiles = p.tiles(config.tile, p.key_lengths)
     results = contiguous(p.key.shape), contiguous(p.value.shape)
     tensor_strides = *p.input_strides()[:3], strides(grad_out)
     unit = stride_unit(tensor_strides)
     launch = launcher(
         backward_key_kernel,
         (p.query.shape[0] * prod(tiles) * p.kv_heads,),
-        (*in_units(tensor_strides, unit), *p.geometry, tiles, p.group, p.kv_heads),
+        (*in_units(tensor_strides, unit), p.mask_strides, *p.geometry, tiles, p.group, p.kv_heads, p.key_lengths),
         **p.program(config, (p.query, p.key, p.value, grad_out, p.statistics, *results)), **p.constants(), UNIT=unit,
     )  # fmt: skip
     return Plan(config, launch)
@@ -356,7 +455,7 @@ def backward_key(
     """dK and dV of the tokens, without those of registers. Allocates only these."""
     grad_key, grad_value = new_like(inputs.key), new_like(inputs.value)
     delta, lse, _ = statistics
-    plan.launch((*inputs[:3], grad_out, delta, lse, grad_key, grad_value), (options.scale,))
+    plan.launch((*inputs[:3], grad_out, delta, lse, grad_key, grad_value, inputs.key_mask), (options.scale,))
     return grad_key, grad_value
 
 
@@ -395,7 +494,7 @@ def backward_registers(
 
     Allocates ``slices`` times the size of the registers in fp32 for partial sums, under 1 MiB for usual sizes.
     """
-    query, _, _, keys, values, _ = inputs
+    query, keys, values = inputs.query, inputs.additional_keys, inputs.additional_values
     assert keys is not None
     assert values is not None
     slices = plan.config.slices

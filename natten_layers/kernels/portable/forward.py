@@ -19,6 +19,8 @@ from .primitives import (
     LN2,
     LOG2E,
     LOWEST,
+    NO,
+    NO_AXIS,
     are_sound,
     contiguous_row,
     corner_offset,
@@ -31,6 +33,7 @@ from .primitives import (
     load_columns,
     masked_product,
     next_chunk,
+    on_ring,
     products,
     scale_rows,
     softmax_step,
@@ -40,6 +43,7 @@ from .primitives import (
     token_offset,
     tokens_of,
     union_of_windows,
+    unmasked_columns,
     unravel,
     visibility,
     windows_of,
@@ -73,27 +77,40 @@ def attend_window(
     CAUSAL: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
     MASK: tl.constexpr, NONFINITE: tl.constexpr, SCALE_FIRST: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, PERIODIC: tl.constexpr, key_count,
+    KeyMask=None, mask_strides=None, MASKED: tl.constexpr = NO,
 ):  # fmt: skip
-    """Fold the union of the tile's windows into the softmax state. ``K`` and ``V`` point at the image and KV head."""
-    row_lo, row_hi = windows_of(index, count, kernel, stride, CAUSAL)
-    lo, hi, inner_lo, inner_hi = union_of_windows(origin, count, kernel, stride, CAUSAL, TILE)
+    """Fold the union of the tile's windows into the softmax state.
+
+    ``K``, ``V`` and, if ``MASKED``, ``KeyMask`` point at the image and KV head.
+    """
+    row_lo, row_hi = windows_of(index, count, kernel, stride, CAUSAL, PERIODIC, key_count)
+    lo, hi, inner_lo, inner_hi = union_of_windows(origin, count, kernel, stride, CAUSAL, TILE, PERIODIC, key_count)
+    ring = count if key_count is None else key_count
     steps = steps_over(lo, hi, CHUNK)
     inner = inner_indices(CHUNK)
     o_k = inner_offsets(inner, dilation, k_strides, RANK, WIDE)
     o_v = inner_offsets(inner, dilation, v_strides, RANK, WIDE)
+    o_mask = inner_offsets(inner, dilation, mask_strides, RANK, WIDE) if MASKED else None
     corner = lo
     for _ in tl.range(0, steps[0] * steps[1] * steps[2], num_stages=STAGES):
         m_keys = inside_box(inner, corner, hi, RANK)
-        b_k = load_columns(K + corner_offset(corner, residue, dilation, k_strides, RANK, WIDE), o_k, m_keys, D, BD)
-        b_v = load_columns(V + corner_offset(corner, residue, dilation, v_strides, RANK, WIDE), o_v, m_keys, DV, BDV)
+        o_n = on_ring(o_k, inner, corner, ring, dilation, k_strides, PERIODIC, RANK, WIDE)
+        b_k = load_columns(K + corner_offset(corner, residue, dilation, k_strides, RANK, WIDE), o_n, m_keys, D, BD)
+        o_n = on_ring(o_v, inner, corner, ring, dilation, v_strides, PERIODIC, RANK, WIDE)
+        b_v = load_columns(V + corner_offset(corner, residue, dilation, v_strides, RANK, WIDE), o_n, m_keys, DV, BDV)
+        col, inside_hi = inner, inner_hi
+        if MASKED:
+            o_n = on_ring(o_mask, inner, corner, ring, dilation, mask_strides, PERIODIC, RANK, WIDE)
+            p_mask = KeyMask + corner_offset(corner, residue, dilation, mask_strides, RANK, WIDE) + o_n
+            _, col, inside_hi = unmasked_columns(p_mask, m_keys, inner, inner_hi)
         b_s = masked_product(
-            b_q, b_k, row_lo, row_hi, corner, inner, inner_lo, inner_hi, score_scale,
+            b_q, b_k, row_lo, row_hi, corner, col, inner_lo, inside_hi, score_scale,
             CHUNK, RANK, MASK, SCALE_FIRST, PRECISION,
         )  # fmt: skip
         b_visible = None
         if NONFINITE:
-            b_visible = visibility(row_lo, row_hi, corner, inner, RANK)
+            b_visible = visibility(row_lo, row_hi, corner, col, RANK)
         b_acc, row_m, row_l = softmax_step(b_acc, row_m, row_l, b_s, b_v, b_visible, factor, NONFINITE, PRECISION)
         corner = next_chunk(corner, lo, hi, CHUNK, RANK)
     return b_acc, row_m, row_l
@@ -145,12 +162,15 @@ def attend_tile(
     CAUSAL: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr,
     PACK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, BR: tl.constexpr,
     SINK: tl.constexpr, WITH_STATS: tl.constexpr, MASK: tl.constexpr, SCALE_FIRST: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr, UNIT: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, UNIT: tl.constexpr, PERIODIC: tl.constexpr = NO_AXIS,
+    key_length=None, KeyMask=None, mask_strides=None, MASKED: tl.constexpr = NO,
 ):  # fmt: skip
     """Attention of one query tile. ``Out [B, T, H, W, heads, DV]`` and the softmax statistics are contiguous.
 
     Strides are ``(batch, t, h, w, head)``, those of registers ``(batch, register, head)``, both in units of
-    ``UNIT`` elements. The last axis of every tensor is contiguous.
+    ``UNIT`` elements. The last axis of every tensor is contiguous. On another grid (``key_length``) there is no
+    dilation, so the only residue class of keys is the whole axis. ``KeyMask`` has strides like
+    ``K``, in elements.
     """
     BM: tl.constexpr = TILE[0] * TILE[1] * TILE[2] * PACK
     q_strides, k_strides, v_strides = (
@@ -169,6 +189,8 @@ def attend_tile(
     b_q = load_columns(Q + i_batch * q_strides[0], o_q, m_rows, D, BD)  # [M, D]
     K += i_batch * k_strides[0] + i_kv * k_strides[4]
     V += i_batch * v_strides[0] + i_kv * v_strides[4]
+    if MASKED:
+        KeyMask += i_batch * mask_strides[0]
     score_scale = scale * LOG2E
     # A scale that is not positive does not commute with the maximum, so scores are then scaled before it is taken.
     factor = 1.0 if SCALE_FIRST else score_scale
@@ -180,7 +202,8 @@ def attend_tile(
     b_acc, row_m, row_l = attend_window(
         b_q, b_acc, row_m, row_l, K, V, k_strides, v_strides, residue, count, origin, index,
         kernel, stride, dilation, factor, score_scale, CAUSAL, TILE, CHUNK, RANK, WIDE, D, BD, DV, BDV,
-        MASK, False, SCALE_FIRST, PRECISION, STAGES,
+        MASK, False, SCALE_FIRST, PRECISION, STAGES, PERIODIC, key_length,
+        KeyMask, mask_strides, MASKED,
     )  # fmt: skip
     if BR > 0:
         # Registers come after the window, so that the window's first chunks load at the same time as the query. They
@@ -201,25 +224,31 @@ def attend_tile(
         b_acc, row_m, row_l = attend_window(
             b_q, b_acc, row_m, row_l, K, V, k_strides, v_strides, residue, count, origin, index,
             kernel, stride, dilation, 1.0, score_scale, CAUSAL, TILE, (1, 1, 16), RANK, WIDE, D, BD, DV, BDV,
-            "select", True, True, PRECISION, 1,
+            "select", True, True, PRECISION, 1, PERIODIC, key_length,
+            KeyMask, mask_strides, MASKED,
         )  # fmt: skip
 
+    row_weight, row_max = row_l, row_m * LN2
+    if MASKED:  # rows that see nothing have a sum of zero
+        row_weight = tl.where(row_l == 0.0, 1.0, row_l)
+        row_max = tl.where(row_l == 0.0, float("-inf"), row_max)
     o_row = contiguous_row(i_batch, token, length) * (kv_heads * group) + row_head
-    store_columns(Out, o_row * DV, m_rows, scale_rows(b_acc, 1.0 / row_l), DV, BDV)
+    store_columns(Out, o_row * DV, m_rows, scale_rows(b_acc, 1.0 / row_weight), DV, BDV)
     if WITH_STATS:
-        tl.store(RowMax + o_row, row_m * LN2, mask=m_rows)
+        tl.store(RowMax + o_row, row_max, mask=m_rows)
         tl.store(RowSum + o_row, row_l, mask=m_rows)
 
 
 @triton.jit
 def forward_kernel(
-    Q, K, V, Out, RowMax, RowSum, RegK, RegV, Sink,
-    q_strides, k_strides, v_strides, regk_strides, regv_strides,
-    length, kernel, stride, dilation, tiles, group, kv_heads, registers, sink, scale,
-    CAUSAL: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr,
+    Q, K, V, Out, RowMax, RowSum, RegK, RegV, Sink, KeyMask,
+    q_strides, k_strides, v_strides, regk_strides, regv_strides, mask_strides,
+    length, kernel, stride, dilation, tiles, group, kv_heads, registers, key_length, sink, scale,
+    CAUSAL: tl.constexpr, PERIODIC: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr,
+    WIDE: tl.constexpr,
     PACK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, BR: tl.constexpr,
     SINK: tl.constexpr, WITH_STATS: tl.constexpr, MASK: tl.constexpr, SCALE_FIRST: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr, UNIT: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, UNIT: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Each program computes one tile. The arguments are those of ``attend_tile``."""
     attend_tile(
@@ -227,7 +256,7 @@ def forward_kernel(
         q_strides, k_strides, v_strides, regk_strides, regv_strides,
         length, kernel, stride, dilation, tiles, group, kv_heads, registers, sink, scale,
         CAUSAL, TILE, CHUNK, RANK, WIDE, PACK, D, BD, DV, BDV, BR, SINK, WITH_STATS, MASK, SCALE_FIRST, PRECISION,
-        STAGES, UNIT,
+        STAGES, UNIT, PERIODIC, key_length, KeyMask, mask_strides, MASKED,
     )  # fmt: skip
 
 
@@ -236,7 +265,10 @@ def plan(p: Problem, with_stats: bool) -> Plan:
     launch = launcher(
         forward_kernel,
         (p.programs(config),),
-        (*in_units(p.input_strides(), unit), *p.geometry, p.tiles(config.tile), p.group, p.kv_heads, p.registers),
+        (
+            *in_units(p.input_strides(), unit), p.mask_strides,
+            *p.geometry, p.tiles(config.tile), p.group, p.kv_heads, p.registers, p.key_lengths,
+        ),
         **p.program(config, (p.query, p.key, p.value, p.out)), **p.constants(),
         PACK=config.pack, BR=p.register_tile, SINK=p.sink, WITH_STATS=with_stats, UNIT=unit,
     )  # fmt: skip
@@ -247,8 +279,8 @@ def forward(
     plan: Plan, problem: Problem, inputs: Inputs, options: Options, with_stats: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``out [B, *spatial, Hq, Dv]`` and, if ``with_stats``, ``row_max`` and ``row_sum [B, *spatial, Hq]`` in fp32."""
-    query, key, value, additional_keys, additional_values, sink = inputs
+    query, key, value, additional_keys, additional_values, sink, key_mask = inputs
     out, row_max, row_sum = new_results(query, problem.value.shape[-1], with_stats)
-    tensors = query, key, value, out, row_max, row_sum, additional_keys, additional_values, sink
+    tensors = query, key, value, out, row_max, row_sum, additional_keys, additional_values, sink, key_mask
     plan.launch(tensors, (options.sink_value, options.scale))
     return out, row_max, row_sum

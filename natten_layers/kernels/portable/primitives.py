@@ -9,6 +9,10 @@ columns or, where padding would waste much, two tensors with a part of the colum
 
 There are always three axes, ``t h w``; a missing one has length 1. Window arithmetic is that of ``geometry.py``, on
 class indices: token ``i`` belongs to residue class ``i % dilation`` and has index ``i // dilation`` in it.
+
+On a periodic axis (``PERIODIC``) boxes are unwrapped: an index below 0 or behind the last one stands for the token one
+turn further, and only the addresses that a chunk loads from are wrapped. Where queries lie on another grid than keys,
+``length`` and ``count`` are the queries', and those of keys are given as ``key_length``; else that is None.
 """
 
 # Triton's language shares the syntax of Python, but not its types.
@@ -22,33 +26,70 @@ LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 # Start of the running maximum: the lowest finite fp32 number. It is finite so that a row whose first chunk is fully
 # masked does not compute inf - inf.
 LOWEST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
+NO_AXIS: tl.constexpr = tl.constexpr((False, False, False))
+NO: tl.constexpr = tl.constexpr(False)
+FAR: tl.constexpr = tl.constexpr(1 << 30)  # an index that lies in no window
 
 
 @triton.jit
-def window_bounds(index, length, kernel, stride, CAUSAL: tl.constexpr):
+def window_bounds(
+    index, length, kernel, stride, CAUSAL: tl.constexpr, PERIODIC: tl.constexpr = False, key_length=None,
+):  # fmt: skip
     """First and last key that query ``index`` sees; the device version of ``geometry.window_bounds``."""
     group = index // stride * stride
     if CAUSAL:
         first = tl.maximum(tl.minimum(group + stride - 1, length - 1) - kernel + 1, 0)
         last = index
     else:
-        first = tl.minimum(tl.maximum(group + stride // 2 - kernel // 2, 0), length - kernel)
+        if key_length is not None:  # the product may exceed 32 bits
+            leader = ((2 * index.to(tl.int64) + 1) * key_length // (2 * length)).to(tl.int32)
+            first = leader - kernel // 2
+            if not PERIODIC:
+                first = tl.minimum(tl.maximum(first, 0), key_length - kernel)
+        elif PERIODIC:
+            first = tl.minimum(group + stride // 2, length - 1) - kernel // 2
+        else:
+            first = tl.minimum(tl.maximum(group + stride // 2 - kernel // 2, 0), length - kernel)
         last = first + kernel - 1
     return first, last
 
 
 @triton.jit
-def query_bounds(index, length, kernel, stride, CAUSAL: tl.constexpr):
-    """First and last query that see key ``index``; the device version of ``geometry.query_bounds``."""
-    if CAUSAL:
-        first = index
-        last = (index + kernel - stride) // stride * stride + stride - 1
+def first_query(leader, length, stride, key_length):
+    """First query whose leader does not come before a key, both unwrapped; the key is at least ``-key_length``."""
+    keys = length if key_length is None else key_length
+    turns = (leader + keys) // keys - 1
+    leader -= turns * keys
+    if key_length is None:  # the last group may be a part of one
+        first = tl.minimum((tl.maximum(leader - stride // 2, 0) + stride - 1) // stride * stride, length)
     else:
-        half = kernel // 2 - stride // 2
-        first = (tl.maximum(index - kernel + 1 + half, 0) + stride - 1) // stride * stride
-        first = tl.where(index < kernel, 0, first)
-        last = (index + half) // stride * stride + stride - 1
-    return first, tl.where(index >= length - kernel, length - 1, tl.minimum(last, length - 1))
+        wide = tl.maximum(2 * leader.to(tl.int64) * length - keys, 0)
+        first = ((wide + 2 * keys - 1) // (2 * keys)).to(tl.int32)
+    return first + turns * length
+
+
+@triton.jit
+def query_bounds(
+    index, length, kernel, stride, CAUSAL: tl.constexpr, PERIODIC: tl.constexpr = False, key_length=None,
+):  # fmt: skip
+    """First and last query that see key ``index``; the device version of ``geometry.query_bounds``."""
+    if PERIODIC or key_length is not None:
+        first = first_query(index + kernel // 2 - kernel + 1, length, stride, key_length)
+        last = first_query(index + kernel // 2 + 1, length, stride, key_length) - 1
+        if not PERIODIC:
+            first = tl.where(index < kernel, 0, tl.maximum(first, 0))
+            last = tl.where(index >= key_length - kernel, length - 1, tl.minimum(last, length - 1))
+    else:
+        if CAUSAL:
+            first = index
+            last = (index + kernel - stride) // stride * stride + stride - 1
+        else:
+            half = kernel // 2 - stride // 2
+            first = (tl.maximum(index - kernel + 1 + half, 0) + stride - 1) // stride * stride
+            first = tl.where(index < kernel, 0, first)
+            last = (index + half) // stride * stride + stride - 1
+        last = tl.where(index >= length - kernel, length - 1, tl.minimum(last, length - 1))
+    return first, last
 
 
 @triton.jit
@@ -149,6 +190,32 @@ def inner_offsets(inner, dilation, strides, RANK: tl.constexpr, WIDE: tl.constex
 
 
 @triton.jit
+def on_ring(
+    o_inner, inner, corner, count, dilation, strides,
+    PERIODIC: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Element offsets ``o_inner`` of a chunk's positions, those outside of periodic axes moved by a turn onto them."""
+    o = o_inner
+    if PERIODIC[2]:
+        o += turn_offset(inner[2] + corner[2], count[2], dilation[2], strides[3], WIDE)
+    if PERIODIC[1] and RANK > 1:
+        o += turn_offset(inner[1] + corner[1], count[1], dilation[1], strides[2], WIDE)
+    if PERIODIC[0] and RANK > 2:
+        o += turn_offset(inner[0] + corner[0], count[0], dilation[0], strides[1], WIDE)
+    return o
+
+
+@triton.jit
+def turn_offset(index, count, dilation, step, WIDE: tl.constexpr):
+    """Element offset from an unwrapped index, at most a turn away, to the token that it stands for."""
+    turn = count * dilation
+    if WIDE:
+        turn = turn.to(tl.int64)
+    turn *= step
+    return tl.where(index < 0, turn, tl.where(index >= count, -turn, 0))
+
+
+@triton.jit
 def inside_box(inner, corner, hi, RANK: tl.constexpr):
     """Load mask of the chunk at ``corner``: whether its positions ``inner`` lie in the box that ends at ``hi``."""
     m = inner[2] <= hi[2] - corner[2]
@@ -157,6 +224,19 @@ def inside_box(inner, corner, hi, RANK: tl.constexpr):
     if RANK > 2:
         m = m & (inner[0] <= hi[0] - corner[0])
     return m
+
+
+@triton.jit
+def unmasked_columns(p_mask, m_keys, inner, inner_hi):
+    """``inner`` and ``inner_hi`` of a chunk's keys, of which those that are masked lie in no window.
+
+    So a key mask costs one load a chunk, and nothing for every score. If some key is masked, the chunk does not lie
+    inside of all windows either.
+    """
+    col_seen = tl.load(p_mask, mask=m_keys, other=0).to(tl.int1)
+    all_seen = tl.min(col_seen.to(tl.int32), 0) > 0
+    inner_w = tl.where(col_seen, inner[2], FAR)
+    return col_seen, (inner[0], inner[1], inner_w), (inner_hi[0], inner_hi[1], tl.where(all_seen, inner_hi[2], -FAR))
 
 
 @triton.jit
@@ -185,23 +265,64 @@ def token_offset(token, strides):
 
 
 @triton.jit
-def windows_of(index, count, kernel, stride, CAUSAL: tl.constexpr):
+def of_axis(lengths, AXIS: tl.constexpr):
+    """The length of one axis, or None if there are none."""
+    return None if lengths is None else lengths[AXIS]
+
+
+@triton.jit
+def windows_of(
+    index, count, kernel, stride, CAUSAL: tl.constexpr, PERIODIC: tl.constexpr = NO_AXIS, key_count=None,
+):  # fmt: skip
     """Corners ``lo, hi`` of the boxes of keys that the queries at ``index`` see.
 
     An index past the end of the class is taken for its last one.
     """
-    lo_t, hi_t = window_bounds(tl.minimum(index[0], count[0] - 1), count[0], kernel[0], stride[0], CAUSAL[0])
-    lo_h, hi_h = window_bounds(tl.minimum(index[1], count[1] - 1), count[1], kernel[1], stride[1], CAUSAL[1])
-    lo_w, hi_w = window_bounds(tl.minimum(index[2], count[2] - 1), count[2], kernel[2], stride[2], CAUSAL[2])
+    lo_t, hi_t = window_bounds(
+        tl.minimum(index[0], count[0] - 1),
+        count[0],
+        kernel[0],
+        stride[0],
+        CAUSAL[0],
+        PERIODIC[0],
+        of_axis(key_count, 0),
+    )
+    lo_h, hi_h = window_bounds(
+        tl.minimum(index[1], count[1] - 1),
+        count[1],
+        kernel[1],
+        stride[1],
+        CAUSAL[1],
+        PERIODIC[1],
+        of_axis(key_count, 1),
+    )
+    lo_w, hi_w = window_bounds(
+        tl.minimum(index[2], count[2] - 1),
+        count[2],
+        kernel[2],
+        stride[2],
+        CAUSAL[2],
+        PERIODIC[2],
+        of_axis(key_count, 2),
+    )
     return (lo_t, lo_h, lo_w), (hi_t, hi_h, hi_w)
 
 
 @triton.jit
-def queries_of(index, count, kernel, stride, CAUSAL: tl.constexpr):
+def queries_of(
+    index, count, kernel, stride, CAUSAL: tl.constexpr, PERIODIC: tl.constexpr = NO_AXIS, key_count=None,
+):  # fmt: skip
     """Corners ``lo, hi`` of the boxes of queries that see the keys at ``index``: the inverse of ``windows_of``."""
-    lo_t, hi_t = query_bounds(tl.minimum(index[0], count[0] - 1), count[0], kernel[0], stride[0], CAUSAL[0])
-    lo_h, hi_h = query_bounds(tl.minimum(index[1], count[1] - 1), count[1], kernel[1], stride[1], CAUSAL[1])
-    lo_w, hi_w = query_bounds(tl.minimum(index[2], count[2] - 1), count[2], kernel[2], stride[2], CAUSAL[2])
+    keys = count if key_count is None else key_count
+    lo_t, hi_t = query_bounds(
+        tl.minimum(index[0], keys[0] - 1), count[0], kernel[0], stride[0], CAUSAL[0], PERIODIC[0], of_axis(key_count, 0)
+    )
+    lo_h, hi_h = query_bounds(
+        tl.minimum(index[1], keys[1] - 1), count[1], kernel[1], stride[1], CAUSAL[1], PERIODIC[1], of_axis(key_count, 1)
+    )
+    lo_w, hi_w = query_bounds(
+        tl.minimum(index[2], keys[2] - 1), count[2], kernel[2], stride[2], CAUSAL[2], PERIODIC[2], of_axis(key_count, 2)
+    )
     return (lo_t, lo_h, lo_w), (hi_t, hi_h, hi_w)
 
 
@@ -211,21 +332,27 @@ def last_of(origin, TILE: tl.constexpr):
 
 
 @triton.jit
-def union_of_windows(origin, count, kernel, stride, CAUSAL: tl.constexpr, TILE: tl.constexpr):
+def union_of_windows(
+    origin, count, kernel, stride, CAUSAL: tl.constexpr, TILE: tl.constexpr, PERIODIC: tl.constexpr = NO_AXIS,
+    key_count=None,
+):  # fmt: skip
     """The box ``lo, hi`` of keys that some query of a tile sees, and ``inner_lo, inner_hi`` of those that all see.
 
     Neither end of a window decreases with the query, so the windows of the tile's first and last query suffice.
     """
-    lo, inner_hi = windows_of(origin, count, kernel, stride, CAUSAL)
-    inner_lo, hi = windows_of(last_of(origin, TILE), count, kernel, stride, CAUSAL)
+    lo, inner_hi = windows_of(origin, count, kernel, stride, CAUSAL, PERIODIC, key_count)
+    inner_lo, hi = windows_of(last_of(origin, TILE), count, kernel, stride, CAUSAL, PERIODIC, key_count)
     return lo, hi, inner_lo, inner_hi
 
 
 @triton.jit
-def union_of_queries(origin, count, kernel, stride, CAUSAL: tl.constexpr, TILE: tl.constexpr):
+def union_of_queries(
+    origin, count, kernel, stride, CAUSAL: tl.constexpr, TILE: tl.constexpr, PERIODIC: tl.constexpr = NO_AXIS,
+    key_count=None,
+):  # fmt: skip
     """The box ``lo, hi`` of queries that see some key of a tile, and ``inner_lo, inner_hi`` of those that see all."""
-    lo, inner_hi = queries_of(origin, count, kernel, stride, CAUSAL)
-    inner_lo, hi = queries_of(last_of(origin, TILE), count, kernel, stride, CAUSAL)
+    lo, inner_hi = queries_of(origin, count, kernel, stride, CAUSAL, PERIODIC, key_count)
+    inner_lo, hi = queries_of(last_of(origin, TILE), count, kernel, stride, CAUSAL, PERIODIC, key_count)
     return lo, hi, inner_lo, inner_hi
 
 
@@ -383,11 +510,36 @@ def zero_columns(ROWS: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
+def split_tf32(b_tile):
+    """The nearest TF32 number, whose last 13 bits are zero, and what is left, of which products take the TF32 part."""
+    b_high = ((b_tile.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return b_high, b_tile - b_high
+
+
+@triton.jit
+def product(b_left, b_right, b_onto, PRECISION: tl.constexpr):
+    """``b_left @ b_right``, added to ``b_onto`` unless that is None.
+
+    With "tf32x3" it is the sum of three products in TF32, of which each accumulates onto the last. Triton has the same
+    precision, but takes five instructions to split a number, not three, and looks for NaN in the result.
+    """
+    if PRECISION == "tf32x3":
+        b_left, b_left_rest = split_tf32(b_left)
+        b_right, b_right_rest = split_tf32(b_right)
+        b_s = tl.dot(b_left_rest, b_right, b_onto, input_precision="tf32")
+        b_s = tl.dot(b_left, b_right_rest, b_s, input_precision="tf32")
+        b_s = tl.dot(b_left, b_right, b_s, input_precision="tf32")
+    else:
+        b_s = tl.dot(b_left, b_right, b_onto, input_precision=PRECISION)
+    return b_s
+
+
+@triton.jit
 def products(b_rows, b_columns, b_onto, PRECISION: tl.constexpr):
     """``b_rows [M, D] @ b_columns [N, D].T``, added to ``b_onto [M, N]`` unless that is None."""
-    b_s = tl.dot(b_rows[0], tl.trans(b_columns[0]), b_onto, input_precision=PRECISION)
+    b_s = product(b_rows[0], tl.trans(b_columns[0]), b_onto, PRECISION)
     if len(b_rows) == 2:
-        b_s = tl.dot(b_rows[1], tl.trans(b_columns[1]), b_s, input_precision=PRECISION)
+        b_s = product(b_rows[1], tl.trans(b_columns[1]), b_s, PRECISION)
     return b_s
 
 
@@ -395,9 +547,9 @@ def products(b_rows, b_columns, b_onto, PRECISION: tl.constexpr):
 def add_weighted(b_acc, b_weight, b_rows, PRECISION: tl.constexpr):
     """``b_acc [M, D] + b_weight [M, N] @ b_rows [N, D]``."""
     b_weight = b_weight.to(b_rows[0].dtype)
-    b_tile = (tl.dot(b_weight, b_rows[0], b_acc[0], input_precision=PRECISION),)
+    b_tile = (product(b_weight, b_rows[0], b_acc[0], PRECISION),)
     if len(b_acc) == 2:
-        b_tile = (b_tile[0], tl.dot(b_weight, b_rows[1], b_acc[1], input_precision=PRECISION))
+        b_tile = (b_tile[0], product(b_weight, b_rows[1], b_acc[1], PRECISION))
     return b_tile
 
 
@@ -442,6 +594,15 @@ def nonfinite_to_rows(b_acc, b_v, b_visible):
     b_finite = tl.abs(b_v.to(tl.float32)) < float("inf")
     b_nonfinite = tl.dot(b_visible.to(b_v.dtype), tl.where(b_finite, 0.0, 1.0).to(b_v.dtype))
     return tl.where(b_nonfinite > 0, float("nan"), b_acc), tl.where(b_finite, b_v, 0.0)
+
+
+@triton.jit
+def where_rows(row_kept, b_tile):
+    """The tile with zeros in place of the rows that are not kept, whatever they hold."""
+    b_kept = (tl.where(row_kept[:, None], b_tile[0], 0.0),)
+    if len(b_tile) == 2:
+        b_kept = (b_kept[0], tl.where(row_kept[:, None], b_tile[1], 0.0))
+    return b_kept
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Statistics of query rows, delta and lse, in the order in which the backward pass of large windows loads them."""
+"""Delta and lse of query rows by head, in the order in which the backward pass of large windows loads them."""
 
 # Triton's language is Python to the parser only.
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAssignmentType=false, reportArgumentType=false

@@ -14,6 +14,7 @@ axis. Walks go along an axis in one of two orders:
 # pyright: reportIndexIssue=false
 
 from functools import lru_cache
+from math import prod
 from typing import Any
 
 import torch
@@ -410,9 +411,15 @@ def part_rows(PART: gl.constexpr, PACK: gl.constexpr, ROW: gl.constexpr):
 @gluon.jit
 def output_rows(position, head, i_batch, origin, length, heads):
     """Which rows lie inside the image, and their row numbers in a contiguous ``[B, T, H, W, heads]``."""
+    return class_rows(position, head, i_batch, origin, (0, 0, 0), length, (1, 1, 1), length, heads)
+
+
+@gluon.jit
+def class_rows(position, head, i_batch, origin, residue, count, dilation, length, heads):
+    """The same for a tile of a residue class with ``count`` tokens per axis."""
     index = shifted(position, origin)
-    token = tokens_of(index, (0, 0, 0), length, (1, 1, 1))
-    m_inside = inside_axes(index, length) & (index[0] >= 0) & (index[1] >= 0) & (index[2] >= 0)
+    token = tokens_of(index, residue, count, dilation)
+    m_inside = inside_axes(index, count) & (index[0] >= 0) & (index[1] >= 0) & (index[2] >= 0)
     return m_inside, contiguous_row(i_batch.to(gl.int64), token, length) * heads + head
 
 
@@ -482,29 +489,35 @@ def boxes_of(shape: list[int], strides: list[int], block_shape: list[int]) -> Bo
     return {"shape": shape, "strides": strides, "block_shape": block_shape, "layout": layout, "padding": "zero"}
 
 
-def axes_of(tensor: Layout) -> tuple[list[int], list[int]]:
+def axes_of(tensor: Layout, dilation: Box = (1, 1, 1)) -> tuple[list[int], list[int]]:
     """Sizes and strides of the axes ``batch and t, h, w, head`` of a tensor.
 
-    A TMA descriptor has five axes, of which channels take one, so batch and t share one.
+    A TMA descriptor has five axes, of which channels take one, so batch and t share one. With dilation, h and w are
+    those of a residue class, and the first axis counts tokens, of which the first of an image and class is chosen.
     """
     batch, t, h, w, head = strides(tensor)
     size_t, size_h, size_w = three_axes(tensor.shape[1:-2], 1)
-    sizes = [tensor.shape[0] * size_t, size_h, size_w, tensor.shape[-2]]
-    steps = [batch if size_t == 1 else t, h, w, head]
+    if prod(dilation) > 1:
+        _, by_h, by_w = dilation
+        sizes = [tensor.shape[0] * size_h * size_w, size_h // by_h, size_w // by_w, tensor.shape[-2]]
+        steps = [w, h * by_h, w * by_w, head]
+    else:
+        sizes = [tensor.shape[0] * size_t, size_h, size_w, tensor.shape[-2]]
+        steps = [batch if size_t == 1 else t, h, w, head]
     # The stride of an axis of size one has no effect, but may be one that TMA refuses.
     return sizes, [8 if size == 1 else step for size, step in zip(sizes, steps, strict=True)]
 
 
-def query_boxes(query: Layout, tile: Box, pack: int) -> Boxes:
+def query_boxes(query: Layout, tile: Box, pack: int, dilation: Box = (1, 1, 1)) -> Boxes:
     """The descriptor of queries: boxes of positions times heads."""
-    sizes, steps = axes_of(query)
+    sizes, steps = axes_of(query, dilation)
     dim = query.shape[-1]
     return boxes_of([*sizes, dim], [*steps, 1], [*tile, pack, head_width(dim)])
 
 
-def key_boxes(tensor: Layout, box: Box) -> Boxes:
+def key_boxes(tensor: Layout, box: Box, dilation: Box = (1, 1, 1)) -> Boxes:
     """The descriptor of keys or values: boxes of positions of one head."""
-    (*sizes, heads), (*steps, head) = axes_of(tensor)
+    (*sizes, heads), (*steps, head) = axes_of(tensor, dilation)
     dim = tensor.shape[-1]
     return boxes_of([heads, *sizes, dim], [head, *steps, 1], [1, *box, head_width(dim)])
 

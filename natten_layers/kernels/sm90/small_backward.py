@@ -43,6 +43,7 @@ from ..host.problem import (
 from ..host.tiling import head_width
 from ..portable.primitives import (
     LOG2E,
+    contiguous_row,
     inside_axes,
     queries_of,
     shifted,
@@ -52,12 +53,14 @@ from ..portable.primitives import (
     unravel,
     windows_of,
 )
-from .primitives import key_boxes, new_barriers, opaque_i32, output_rows, query_boxes, thread_barrier
+from .primitives import class_rows, key_boxes, new_barriers, opaque_i32, query_boxes, thread_barrier
 from .small_forward import (
     Call,
     boxes_of_parts,
     boxes_of_registers,
     call_of,
+    first_frame,
+    frames_of,
     inside_frames,
     next_corner,
     own_tile,
@@ -65,6 +68,7 @@ from .small_forward import (
     start_load,
     start_parts,
 )
+from .small_nonfinite import spread
 from .small_softmax import WARPS, key_columns, key_mask, register_mask
 from .small_tiling import PARTS, SmallTileConfig
 
@@ -118,7 +122,7 @@ def add_part(
 def small_dq_kernel(
     Delta, Lse, RowMax, RowSum, Out, DLse, q_desc, do_desc, dq_desc,
     k0_desc, k1_desc, k2_desc, v0_desc, v1_desc, v2_desc, regk_desc, regv_desc,
-    dl_strides, length, kernel, stride, tiles, group, blocks, registers, reg_batch, scale,
+    dl_strides, length, kernel, stride, dilation, tiles, frames, group, blocks, registers, reg_batch, scale,
     CAUSAL: gl.constexpr, TILE: gl.constexpr, AXIS: gl.constexpr, PACK: gl.constexpr, RANK: gl.constexpr,
     KEYS: gl.constexpr, D: gl.constexpr, BD: gl.constexpr, WITH_DLSE: gl.constexpr,
 ):  # fmt: skip
@@ -129,10 +133,10 @@ def small_dq_kernel(
     LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BD, BD // 8], [gl.num_warps(), 1], [1, 0])
     k_descs, v_descs = present_descriptors(k0_desc, k1_desc, k2_desc), present_descriptors(v0_desc, v1_desc, v2_desc)
 
-    i_batch, i_block, origin = own_tile(tiles, blocks, TILE)
-    corner, _ = windows_of(origin, length, kernel, stride, CAUSAL)
-    corner = inside_frames(corner, length, k_descs, AXIS)
-    kv_offset = i_block * PACK // group, i_batch * length[0], i_batch * reg_batch
+    i_batch, i_block, residue, count, origin = own_tile(length, dilation, tiles, blocks, TILE)
+    corner, _ = windows_of(origin, count, kernel, stride, CAUSAL)
+    corner = inside_frames(corner, count, k_descs, AXIS)
+    kv_offset = i_block * PACK // group, first_frame(i_batch, residue, length, frames), i_batch * reg_batch
     q_corner = [kv_offset[1] + origin[0], origin[1], origin[2], i_block * PACK, 0]
     ready = new_barriers(2, 1)
     mbarrier.expect(ready.index(0), (M + KEYS) * BD * 2)
@@ -143,17 +147,17 @@ def small_dq_kernel(
     values = start_parts(v_descs, regv_desc, kv_offset, corner, ready.index(1), AXIS)
 
     out_row = gl.arange(0, M, gl.SliceLayout(1, LOAD))
-    m_out, o_out = output_rows(
-        unravel(out_row // PACK, TILE[1], TILE[2]), i_block * PACK + out_row % PACK, i_batch, origin, length,
-        blocks * PACK,
+    m_out, o_out = class_rows(
+        unravel(out_row // PACK, TILE[1], TILE[2]), i_block * PACK + out_row % PACK, i_batch, origin, residue, count,
+        dilation, length, blocks * PACK,
     )  # fmt: skip
     col = gl.arange(0, BD, gl.SliceLayout(0, LOAD))[None, :]
     b_out = gl.load(Out + (o_out * D)[:, None] + col, mask=m_out[:, None] & (col < D), other=0.0)
 
     row = gl.arange(0, M, ROW)
     position, head = unravel(row // PACK, TILE[1], TILE[2]), i_block * PACK + row % PACK
-    m_rows, o_row = output_rows(position, head, i_batch, origin, length, blocks * PACK)
-    row_lo, row_hi = windows_of(shifted(position, origin), length, kernel, stride, CAUSAL)
+    m_rows, o_row = class_rows(position, head, i_batch, origin, residue, count, dilation, length, blocks * PACK)
+    row_lo, row_hi = windows_of(shifted(position, origin), count, kernel, stride, CAUSAL)
     row_lse = gl.load(RowMax + o_row, mask=m_rows, other=0.0) * LOG2E
     row_lse += gl.log2(gl.load(RowSum + o_row, mask=m_rows, other=1.0))
     gl.store(Lse + o_row, row_lse, mask=m_rows)
@@ -162,7 +166,7 @@ def small_dq_kernel(
     mbarrier.wait(ready.index(1), 0)
     row_delta = gl.convert_layout(gl.sum(b_out.to(gl.float32) * b_do.load(LOAD).to(gl.float32), 1), ROW)
     if WITH_DLSE:
-        token = tokens_of(shifted(position, origin), (0, 0, 0), length, (1, 1, 1))
+        token = tokens_of(shifted(position, origin), residue, count, dilation)
         o_dl = i_batch.to(gl.int64) * dl_strides[0] + token_offset(token, dl_strides) + head * dl_strides[4]
         row_delta -= gl.load(DLse + o_dl, mask=m_rows, other=0.0)
     gl.store(Delta + o_row, row_delta, mask=m_rows)
@@ -190,13 +194,13 @@ def small_dq_kernel(
 
 
 @gluon.jit
-def load_statistics(Stat, buffer, desc, corner, i_row, head, length, heads):
+def load_statistics(Stat, buffer, desc, corner, i_batch, residue, count, dilation, head, length, heads):
     """Load a statistic ``[B, T, H, W, heads]`` of the queries of a part; 0 beyond the end of an axis."""
     BOX: gl.constexpr = desc.block_type.shape
     LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     index = shifted(unravel(gl.arange(0, BOX[1] * BOX[2] * BOX[3], LAYOUT), BOX[2], BOX[3]), corner)
-    o_row = ((i_row + index[0]) * length[1] + index[1]) * length[2] + index[2]
-    buffer.store(gl.load(Stat + o_row * heads + head, mask=inside_axes(index, length), other=0.0))
+    o_row = contiguous_row(i_batch.to(gl.int64), spread(index, residue, dilation), length)
+    buffer.store(gl.load(Stat + o_row * heads + head, mask=inside_axes(index, count), other=0.0))
 
 
 @gluon.jit
@@ -281,7 +285,7 @@ def matrix_of(buffer, desc):
 @gluon.jit
 def small_dkv_kernel(
     Delta, Lse, k_desc, v_desc, dk_desc, dv_desc, q0_desc, q1_desc, q2_desc, do0_desc, do1_desc, do2_desc,
-    length, kernel, stride, tiles, group, kv_heads, scale,
+    length, kernel, stride, dilation, tiles, frames, group, kv_heads, scale,
     CAUSAL: gl.constexpr, TILE: gl.constexpr, AXIS: gl.constexpr, RANK: gl.constexpr, QUERIES: gl.constexpr,
     BD: gl.constexpr,
 ):  # fmt: skip
@@ -297,10 +301,10 @@ def small_dkv_kernel(
         present_descriptors(do0_desc, do1_desc, do2_desc),
     )
 
-    i_batch, i_kv, origin = own_tile(tiles, kv_heads, TILE)
-    first, _, _, _ = union_of_queries(origin, length, kernel, stride, CAUSAL, TILE)
-    first = inside_frames(first, length, q_descs, AXIS)
-    i_bt = i_batch * length[0]
+    i_batch, i_kv, residue, count, origin = own_tile(length, dilation, tiles, kv_heads, TILE)
+    first, _, _, _ = union_of_queries(origin, count, kernel, stride, CAUSAL, TILE)
+    first = inside_frames(first, count, q_descs, AXIS)
+    i_bt = first_frame(i_batch, residue, length, frames)
     ready = new_barriers(2, 1)
     mbarrier.expect(ready.index(0), 2 * M * BD * 2)
     k_corner = [i_kv, i_bt + origin[0], origin[1], origin[2], 0]
@@ -315,7 +319,7 @@ def small_dkv_kernel(
 
     row = gl.arange(0, M, ROW)
     key = shifted(unravel(row, TILE[1], TILE[2]), origin)
-    row_lo, row_hi = queries_of(key, length, kernel, stride, CAUSAL)
+    row_lo, row_hi = queries_of(key, count, kernel, stride, CAUSAL)
     factor = scale * LOG2E
     b_dk, b_dv = gl.zeros([M, BD], gl.float32, OUT), gl.zeros([M, BD], gl.float32, OUT)
     mbarrier.wait(ready.index(0), 0)
@@ -331,9 +335,14 @@ def small_dkv_kernel(
             corner = next_corner(corner, q_descs[PART], AXIS)
         corner = first
         for PART in gl.static_range(len(q_descs)):
-            i_row = i_bt.to(gl.int64)
-            load_statistics(Lse, lses[PART], q_descs[PART], corner, i_row, head, length, kv_heads * group)
-            load_statistics(Delta, deltas[PART], q_descs[PART], corner, i_row, head, length, kv_heads * group)
+            load_statistics(
+                Lse, lses[PART], q_descs[PART], corner, i_batch, residue, count, dilation, head, length,
+                kv_heads * group,
+            )  # fmt: skip
+            load_statistics(
+                Delta, deltas[PART], q_descs[PART], corner, i_batch, residue, count, dilation, head, length,
+                kv_heads * group,
+            )  # fmt: skip
             corner = next_corner(corner, q_descs[PART], AXIS)
         mbarrier.wait(ready.index(1), i_group & 1)
         corner = first
@@ -368,7 +377,7 @@ def query_gradient(
     config: SmallTileConfig, problem: Problem, inputs: Inputs, options: Options, cotangents: Cotangents
 ) -> tuple[Tensor, RowStatistics]:
     """dQ, delta and the base-2 lse, as ``portable.backward`` returns them. Allocates only these."""
-    query, key, value, reg_keys, reg_values, _ = inputs
+    query, key, value, reg_keys, reg_values, *_ = inputs
     out, row_max, row_sum, grad_out, grad_lse = cotangents
     grad_query = new_like(query)
     delta, lse = torch.empty_like(row_max), torch.empty_like(row_max)
@@ -382,17 +391,18 @@ def query_gradient(
 def query_call(config: SmallTileConfig, p: Problem, grad_out: Layout, grad_lse: Layout | None) -> Call:
     """What all calls of a problem share."""
     tiles, blocks = p.tiles(config.tile), p.query.shape[-2] // config.pack
-    lengths, kernel_size, stride, _ = p.geometry
     shared = p.additional_keys is not None and p.additional_keys.stride[0] == 0
-    boxes = [query_boxes(x, config.tile, config.pack) for x in (p.query, grad_out, contiguous(p.query.shape))]
+    *_, dilation = p.geometry
+    rows = p.query, grad_out, contiguous(p.query.shape)
+    boxes = [query_boxes(x, config.tile, config.pack, dilation) for x in rows]
     return call_of(
         small_dq_kernel,
         (prod(tiles) * blocks, p.query.shape[0]),
         (
             (0,) * 5 if grad_lse is None else strides(grad_lse),
-            lengths, kernel_size, stride, tiles, p.group, blocks, p.registers, 0 if shared else 1,
+            *p.geometry, tiles, frames_of(p), p.group, blocks, p.registers, 0 if shared else 1,
         ),
-        [*boxes, *boxes_of_parts(config, p.key, p.value), *boxes_of_registers(config, p)],
+        [*boxes, *boxes_of_parts(config, p, p.key, p.value), *boxes_of_registers(config, p)],
         CAUSAL=three_axes(p.is_causal, False), TILE=config.tile, AXIS=config.axis, PACK=config.pack, RANK=p.rank,
         KEYS=config.keys, D=p.query.shape[-1], BD=head_width(p.query.shape[-1]), WITH_DLSE=grad_lse is not None,
         num_warps=WARPS, maxnreg=config.maxnreg,
@@ -422,14 +432,14 @@ def key_gradients(
 @lru_cache(maxsize=1024)
 def key_call(config: SmallTileConfig, p: Problem, grad_out: Layout) -> Call:
     tiles = p.tiles(config.tile)
-    lengths, kernel_size, stride, _ = p.geometry
+    *_, dilation = p.geometry
     out = contiguous(p.key.shape)
-    tile = [key_boxes(x, config.tile) for x in (p.key, p.value, out, out)]
+    tile = [key_boxes(x, config.tile, dilation) for x in (p.key, p.value, out, out)]
     return call_of(
         small_dkv_kernel,
         (prod(tiles) * p.kv_heads, p.query.shape[0]),
-        (lengths, kernel_size, stride, tiles, p.group, p.kv_heads),
-        [*tile, *boxes_of_parts(config, p.query, grad_out)],
+        (*p.geometry, tiles, frames_of(p), p.group, p.kv_heads),
+        [*tile, *boxes_of_parts(config, p, p.query, grad_out)],
         CAUSAL=three_axes(p.is_causal, False), TILE=config.tile, AXIS=config.axis, RANK=p.rank, QUERIES=config.keys,
         BD=head_width(p.query.shape[-1]), num_warps=WARPS, maxnreg=config.maxnreg,
     )  # fmt: skip

@@ -30,10 +30,10 @@ from ..host.tiling import head_width
 from ..portable.primitives import LN2, LOG2E, shifted, unravel, windows_of
 from .primitives import (
     Boxes,
+    class_rows,
     descriptor,
     key_boxes,
     new_barriers,
-    output_rows,
     query_boxes,
     register_boxes,
     row_sinks,
@@ -66,14 +66,27 @@ def present_descriptors(first, second, third):
 
 
 @gluon.jit
-def own_tile(tiles, blocks, TILE: gl.constexpr):
-    """Batch, block of heads, and first position of the tile of this program.
+def own_tile(length, dilation, tiles, blocks, TILE: gl.constexpr):
+    """Batch, block of heads, and of the tile of this program its residue class, length of the class, first position.
 
-    Heads vary fastest, as in memory, so that programs that run together read and write whole rows of it.
+    Heads vary fastest, as in memory, then classes along an axis, so that programs that run together read and write
+    whole rows of it. Dilation divides the lengths, and is 1 along ``t``.
     """
     i_tile = gl.program_id(0) // blocks
     t, h, w = i_tile // (tiles[1] * tiles[2]), i_tile // tiles[2] % tiles[1], i_tile % tiles[2]
-    return gl.program_id(1), gl.program_id(0) % blocks, (t * TILE[0], h * TILE[1], w * TILE[2])
+    residue = 0, h % dilation[1], w % dilation[2]
+    count = length[0], length[1] // dilation[1], length[2] // dilation[2]
+    origin = t * TILE[0], h // dilation[1] * TILE[1], w // dilation[2] * TILE[2]
+    return gl.program_id(1), gl.program_id(0) % blocks, residue, count, origin
+
+
+@gluon.jit
+def first_frame(i_batch, residue, length, frames):
+    """Where a residue class of an image starts on the first axis of descriptors; see ``primitives.axes_of``.
+
+    ``frames`` is the size of an image on that axis.
+    """
+    return i_batch * frames + residue[1] * length[2] + residue[2]
 
 
 @gluon.jit
@@ -165,7 +178,7 @@ def small_forward_kernel(
     Q, K, V, Out, RowMax, RowSum, RegK, RegV, Sink,
     q_desc, out_desc, k0_desc, k1_desc, k2_desc, v0_desc, v1_desc, v2_desc, regk_desc, regv_desc,
     q_strides, k_strides, v_strides, regk_strides, regv_strides,
-    length, kernel, stride, tiles, group, blocks, registers, reg_batch, sink, scale,
+    length, kernel, stride, dilation, tiles, frames, group, blocks, registers, reg_batch, sink, scale,
     CAUSAL: gl.constexpr, TILE: gl.constexpr, BOXES: gl.constexpr, AXIS: gl.constexpr, PACK: gl.constexpr,
     RANK: gl.constexpr, WINDOW: gl.constexpr, KEYS: gl.constexpr, D: gl.constexpr, BD: gl.constexpr,
     SINK: gl.constexpr, WITH_STATS: gl.constexpr,
@@ -173,19 +186,20 @@ def small_forward_kernel(
     """Attention of one tile; the grid is (tiles * blocks of heads, batch).
 
     Keys come in up to three parts, ``BOXES`` along ``AXIS``, ``KEYS`` keys with the register tokens. ``WINDOW`` is the
-    kernel size in 1-D. ``reg_batch`` is 0 where all images share the register tokens, else 1. Only ``attend_rows``
-    reads the tensors themselves; everything else goes through their descriptors.
+    kernel size in 1-D. ``frames`` is explained at ``first_frame``. ``reg_batch`` is 0 where all images share the
+    register tokens, else 1. Only ``attend_rows`` reads the tensors themselves; everything else goes through their
+    descriptors.
     """
     M: gl.constexpr = TILE[0] * TILE[1] * TILE[2] * PACK
     EIGHTHS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, 8, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, EIGHTHS)
     k_descs, v_descs = present_descriptors(k0_desc, k1_desc, k2_desc), present_descriptors(v0_desc, v1_desc, v2_desc)
 
-    i_batch, i_block, origin = own_tile(tiles, blocks, TILE)
-    corner, _ = windows_of(origin, length, kernel, stride, CAUSAL)
-    corner = inside_frames(corner, length, k_descs, AXIS)
+    i_batch, i_block, residue, count, origin = own_tile(length, dilation, tiles, blocks, TILE)
+    corner, _ = windows_of(origin, count, kernel, stride, CAUSAL)
+    corner = inside_frames(corner, count, k_descs, AXIS)
     # Where loads start: KV head, index on the axis of batch and t, and batch of the register tokens.
-    kv_offset = i_block * PACK // group, i_batch * length[0], i_batch * reg_batch
+    kv_offset = i_block * PACK // group, first_frame(i_batch, residue, length, frames), i_batch * reg_batch
     q_corner = [kv_offset[1] + origin[0], origin[1], origin[2], i_block * PACK, 0]
     ready = new_barriers(2, 1)
     mbarrier.expect(ready.index(0), (M + KEYS) * BD * 2)
@@ -196,12 +210,12 @@ def small_forward_kernel(
 
     row = gl.arange(0, M, ROW)
     position, head = unravel(row // PACK, TILE[1], TILE[2]), i_block * PACK + row % PACK
-    row_lo, row_hi = windows_of(shifted(position, origin), length, kernel, stride, CAUSAL)
+    row_lo, row_hi = windows_of(shifted(position, origin), count, kernel, stride, CAUSAL)
     row_sink = row_sinks(Sink, head, sink, SINK)
 
     if WINDOW is None:
         masks = part_masks(corner, row_lo, row_hi, BOXES, AXIS, M, RANK)
-    elif is_inside(origin, length, TILE, WINDOW, CAUSAL):
+    elif is_inside(origin, count, TILE, WINDOW, CAUSAL):
         masks = part_masks(corner, row_lo, row_hi, BOXES, AXIS, M, RANK, (TILE[2] - 1, WINDOW - 1))
     else:
         masks = part_masks(corner, row_lo, row_hi, BOXES, AXIS, M, RANK)
@@ -218,7 +232,9 @@ def small_forward_kernel(
         fence_async_shared()
         async_copy_shared_to_global(out_desc, q_corner, buffer)
         if WITH_STATS:
-            m_rows, o_row = output_rows(position, head, i_batch, origin, length, blocks * PACK)
+            m_rows, o_row = class_rows(
+                position, head, i_batch, origin, residue, count, dilation, length, blocks * PACK
+            )  # fmt: skip
             gl.store(RowMax + o_row, row_m * LN2, mask=m_rows)
             gl.store(RowSum + o_row, row_l, mask=m_rows)
         store_wait(0)
@@ -226,7 +242,7 @@ def small_forward_kernel(
         attend_rows(
             (Q, K, V, RegK, RegV, Sink, Out), (RowMax, RowSum),
             (q_strides, k_strides, v_strides, regk_strides, regv_strides), i_batch, i_block, origin,
-            (length, kernel, stride, blocks * PACK), group, registers, sink, scale * LOG2E,
+            (length, kernel, stride, blocks * PACK), (residue, count, dilation), group, registers, sink, scale * LOG2E,
             None, None, None, None, None, None,
             CAUSAL, TILE, PACK, D, BD, SINK, WITH_STATS, "none", 1, 0,
         )  # fmt: skip
@@ -274,7 +290,7 @@ def attend(
 
     ``tensors`` and ``floats`` are further arguments, behind those that all these kernels take.
     """
-    query, key, value, reg_keys, reg_values, sink = inputs
+    query, key, value, reg_keys, reg_values, sink, _ = inputs
     out, row_max, row_sum = new_results(query, query.shape[-1], with_stats)
     described = query, out, *(key,) * parts, *(value,) * parts, reg_keys, reg_values
     pointers = query, key, value, out, row_max, row_sum, reg_keys, reg_values, sink, *tensors
@@ -285,16 +301,15 @@ def attend(
 @lru_cache(maxsize=1024)
 def prepare(config: SmallTileConfig, p: Problem, with_stats: bool) -> Call:
     blocks = p.query.shape[-2] // config.pack
-    lengths, kernel_size, stride, _ = p.geometry
     tiles = p.tiles(config.tile)
     return call_of(
         small_forward_kernel,
         (prod(tiles) * blocks, p.query.shape[0]),
         (
-            *p.input_strides(), lengths, kernel_size, stride, tiles, p.group, blocks, p.registers,
+            *p.input_strides(), *p.geometry, tiles, frames_of(p), p.group, blocks, p.registers,
             batches_of_registers(p),
         ),
-        [*boxes_of_rows(config, p), *boxes_of_parts(config, p.key, p.value), *boxes_of_registers(config, p)],
+        [*boxes_of_rows(config, p), *boxes_of_parts(config, p, p.key, p.value), *boxes_of_registers(config, p)],
         BOXES=config.parts, KEYS=config.keys, **options_of(config, p, with_stats),
     )  # fmt: skip
 
@@ -307,7 +322,7 @@ def options_of(config: SmallTileConfig | RollingTileConfig, p: Problem, with_sta
         "AXIS": config.axis,
         "PACK": config.pack,
         "RANK": p.rank,
-        "WINDOW": p.kernel_size[0] if p.rank == 1 else None,
+        "WINDOW": p.kernel_size[0] if p.rank == 1 and p.stride == (1,) else None,
         "D": p.query.shape[-1],
         "BD": head_width(p.query.shape[-1]),
         "SINK": p.sink,
@@ -317,6 +332,11 @@ def options_of(config: SmallTileConfig | RollingTileConfig, p: Problem, with_sta
     }
 
 
+def frames_of(p: Problem) -> int:
+    """Size of an image on the first axis of descriptors: its frames, or with dilation its tokens."""
+    return prod(p.lengths) if prod(p.dilation) > 1 else p.lengths[0]
+
+
 def batches_of_registers(p: Problem) -> int:
     """``reg_batch`` of the kernels: 0 where all images share the register tokens, else 1."""
     return 0 if p.additional_keys is not None and p.additional_keys.stride[0] == 0 else 1
@@ -324,13 +344,15 @@ def batches_of_registers(p: Problem) -> int:
 
 def boxes_of_rows(config: SmallTileConfig | RollingTileConfig, p: Problem) -> list[Boxes]:
     """Descriptors of queries and results."""
-    return [query_boxes(x, config.tile, config.pack) for x in (p.query, contiguous(p.query.shape))]
+    *_, dilation = p.geometry
+    return [query_boxes(x, config.tile, config.pack, dilation) for x in (p.query, contiguous(p.query.shape))]
 
 
-def boxes_of_parts(config: SmallTileConfig, *tensors: Layout) -> list[Boxes | None]:
+def boxes_of_parts(config: SmallTileConfig, p: Problem, *tensors: Layout) -> list[Boxes | None]:
     """Descriptors of the parts of each tensor, one tensor after the other."""
+    *_, dilation = p.geometry
     rest = [None] * (PARTS - len(config.parts))
-    return [boxes for x in tensors for boxes in [*(key_boxes(x, box) for box in config.parts), *rest]]
+    return [boxes for x in tensors for boxes in [*(key_boxes(x, box, dilation) for box in config.parts), *rest]]
 
 
 def boxes_of_registers(config: SmallTileConfig | RollingTileConfig, p: Problem) -> list[Boxes | None]:

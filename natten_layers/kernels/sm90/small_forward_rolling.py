@@ -367,8 +367,8 @@ def small_forward_rolling_kernel(
                 (Q, K, V, RegK, RegV, Sink, Out), (RowMax, RowSum),
                 (q_strides, k_strides, v_strides, regk_strides, regv_strides), i_batch, i_block,
                 shifted_along(origin, (i_step - steps) * STEP, AXIS),
-                (length, kernel, stride, blocks * PACK), group, registers, sink, scale * LOG2E,
-                GainQ, GainK, Positions, Freqs, factor, eps,
+                (length, kernel, stride, blocks * PACK), ((0, 0, 0), length, (1, 1, 1)), group, registers, sink,
+                scale * LOG2E, GainQ, GainK, Positions, Freqs, factor, eps,
                 CAUSAL, TILE, PACK, D, BD, SINK, WITH_STATS, NORM, AXES, PAIRS,
             )  # fmt: skip
 

@@ -14,7 +14,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from ..portable.primitives import LN2, LOWEST, shifted, unravel, windows_of
-from .primitives import output_rows, row_sinks
+from .primitives import class_rows, row_sinks
 from .qk_prep import load_prepared
 
 
@@ -53,6 +53,13 @@ def wide_token_offset(token, strides):
 
 
 @gluon.jit
+def spread(index, residue, dilation):
+    """Tokens with class indices ``index``."""
+    t, h, w = index
+    return residue[0] + t * dilation[0], residue[1] + h * dilation[1], residue[2] + w * dilation[2]
+
+
+@gluon.jit
 def window_tokens(n, lo, hi, kernel):
     """The ``n``-th tokens of windows, and whether they exist: at the start of a causal axis windows have fewer."""
     t, h, w = n // (kernel[1] * kernel[2]), n // kernel[2] % kernel[1], n % kernel[2]
@@ -63,7 +70,7 @@ def window_tokens(n, lo, hi, kernel):
 
 @gluon.jit(noinline=True)
 def attend_rows(
-    tensors, states, strides, i_batch, i_block, origin, plan, group, registers, sink, factor,
+    tensors, states, strides, i_batch, i_block, origin, plan, classes, group, registers, sink, factor,
     GainQ, GainK, Positions, Freqs, rope_factor, eps,
     CAUSAL: gl.constexpr, TILE: gl.constexpr, PACK: gl.constexpr, D: gl.constexpr, BD: gl.constexpr,
     SINK: gl.constexpr, WITH_STATS: gl.constexpr, NORM: gl.constexpr, AXES: gl.constexpr, PAIRS: gl.constexpr,
@@ -75,12 +82,14 @@ def attend_rows(
         states: maximum and sum of rows.
         strides: of the first five tensors: ``(batch, t, h, w, head)``, of register tokens ``(batch, token, head)``.
         plan: length, kernel and stride of the axes, and the number of query heads.
+        classes: the tile's residue class, its length, and dilation.
         GainQ, GainK, Positions, Freqs, rope_factor, eps, NORM, AXES, PAIRS: how queries and keys are prepared, as
             ``load_prepared`` takes it.
     """
     Q, K, V, RegK, RegV, Sink, Out = tensors
     q_strides, k_strides, v_strides, regk_strides, regv_strides = strides
     length, kernel, stride, heads = plan
+    residue, count, dilation = classes
     ROWS: gl.constexpr = gl.num_warps()
     N: gl.constexpr = 512 // BD
     ALL: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 256 // BD, BD // 8], [ROWS, 1, 1], [2, 1, 0])
@@ -98,9 +107,9 @@ def attend_rows(
     for first in range(0, TILE[0] * TILE[1] * TILE[2] * PACK, ROWS):
         row = first + gl.arange(0, ROWS, ROW)
         position, head = unravel(row // PACK, TILE[1], TILE[2]), i_block * PACK + row % PACK
-        m_rows, o_row = output_rows(position, head, i_batch, origin, length, heads)
-        own = shifted(position, origin)
-        lo, hi = windows_of(own, length, kernel, stride, CAUSAL)
+        m_rows, o_row = class_rows(position, head, i_batch, origin, residue, count, dilation, length, heads)
+        lo, hi = windows_of(shifted(position, origin), count, kernel, stride, CAUSAL)
+        own = spread(shifted(position, origin), residue, dilation)
 
         m_out = gl.convert_layout(m_rows, gl.SliceLayout(1, OUT))[:, None] & (col < D)
         o_q = (wide_token_offset(own, q_strides) + head.to(gl.int64) * q_strides[4])[:, None]
@@ -117,6 +126,7 @@ def attend_rows(
         row_l = gl.where(row_m > LOWEST, 1.0, 0.0)
         for start in range(0, kernel[0] * kernel[1] * kernel[2], N):
             token, m_tokens = window_tokens(start + n, lo, hi, kernel)
+            token = spread(token, residue, dilation)
             o_k, o_v = wide_token_offset(token, k_strides), wide_token_offset(token, v_strides)
             m_tokens &= m_rows[:, None]
             b_k = load_prepared(

@@ -122,7 +122,7 @@ def rolling_gap(problem: Problem, rolling: RollingTileConfig, single: SmallTileC
 def small_tile_config(problem: Problem, pack: int | None = None, with_stats: bool = False) -> SmallTileConfig | None:
     """The configuration with the fewest scores, in the fewest parts; None if the kernel cannot compute the problem.
 
-    Strides are 1. Where TMA writes, the rows of one image follow those of another, so that tiles must not reach past
+    Where TMA writes, the rows of one image follow those of another, so that tiles must not reach past
     the end of an image along ``t``.
     """
     if not _is_small(problem):
@@ -137,12 +137,7 @@ def _is_small(problem: Problem) -> bool:
     """Whether the kernels of small windows can compute a call, if there are enough hardware registers."""
     p = problem
     registers = [x for x in (p.additional_keys, p.additional_values) if x is not None]
-    if (
-        not _has_small_heads(p)
-        or prod(p.stride) > 1
-        or p.query.shape[0] >= 2**16
-        or not all(map(holds_registers, registers))
-    ):
+    if not _has_small_heads(p) or p.query.shape[0] >= 2**16 or not all(map(holds_registers, registers)):
         return False
     return len({x.stride[0] == 0 for x in registers}) < 2  # no keys that all images share, with values that they do not
 
@@ -160,7 +155,7 @@ def most_packed(problem: Problem) -> int:
 
 def small_tiles(problem: Problem, pack: int) -> list[Box]:
     """Tiles of ``SMALL_ROWS`` query rows."""
-    tiles = boxes(SMALL_ROWS // pack, problem.lengths)
+    tiles = boxes(SMALL_ROWS // pack, problem.class_lengths)
     return [x for x in tiles if problem.lengths[0] % x[0] == 0 and prod(x) * pack == SMALL_ROWS]
 
 
@@ -210,7 +205,7 @@ def rolling_tile_config(
     Args:
         with_qk_prep: queries and keys are normalised or rotated first.
     """
-    if not _is_small(problem):
+    if not _is_small(problem) or prod(problem.stride) > 1 or prod(problem.dilation) > 1:
         return None
     most = most_packed(problem)
     packs = [pack] if pack else [most >> i for i in range(most.bit_length())]
@@ -315,7 +310,7 @@ def small_dkv_tile_config(problem: Problem) -> SmallTileConfig | None:
     Here rows are keys, and ``keys`` are the queries of one head that see a tile.
     """
     p = problem
-    if not _has_small_heads(p) or prod(p.stride) > 1 or p.query.shape[0] >= 2**16:
+    if not _has_small_heads(p) or p.query.shape[0] >= 2**16:
         return None
     dim = head_width(p.query.shape[-1])
     bare = p._replace(additional_keys=None)

@@ -199,6 +199,20 @@ def sample_dpmpp_2m(denoiser: Denoiser, x: Tensor, sigmas: Sequence[float], prog
     return x
 
 
+def sample_meanflow(velocity: Callable[..., Tensor], x: Tensor, steps: int, progress: Progress) -> Tensor:
+    """From noise to images in ``steps`` steps of equal length: Geng et al., "Mean Flows" (2025), algorithm 2.
+
+    Args:
+        velocity: called as ``velocity(x, t, r)``, it estimates the average velocity between two times, ``[B]`` both.
+        x: noise, the point of time 1.
+    """
+    for i in range(steps, 0, -1):
+        t, r = (x.new_full((len(x),), j / steps) for j in (i, i - 1))
+        x = x - velocity(x, t, r) / steps
+        progress(1)
+    return x
+
+
 SAMPLERS = {"dpmpp-2m": sample_dpmpp_2m, "euler": sample_euler, "heun": sample_heun}
 
 

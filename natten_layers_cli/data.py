@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
-from running import one_line
+from .running import one_line
 
 IMAGE_SUFFIXES = {
     *(".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tga", ".tif", ".tiff"),
@@ -214,7 +214,9 @@ class HuggingFace:
         try:
             from datasets import load_dataset  # pyright: ignore[reportMissingImports]
         except ImportError as error:
-            raise ValueError(f"dataset {name!r} is on the Hugging Face hub: pip install datasets") from error
+            raise ValueError(
+                f"dataset {name!r} is on the Hugging Face hub: pip install 'natten-layers[hub]' brings what reads it"
+            ) from error
         self.name, self.rows = name, load_dataset(name, split="train")
         self.size, self.channels, self.image_key, self.class_key = size, channels, image_key, class_key
         for key in (image_key, class_key):
@@ -422,7 +424,7 @@ class Batch(NamedTuple):
     image: Tensor  # [B, C, H, W] in [-1, 1]
     noise: Tensor  # [B, C, H, W]
     label: Tensor  # [B]
-    uniform: Tensor  # [B, 2] in [0, 1): for the noise level, and for whether to drop the class
+    uniform: Tensor  # [B, 3] in [0, 1): for the noise level, for whether to drop the class, and for a second time
     place: Tensor  # [B]
     aug_cond: Tensor  # [B, 9]
 
@@ -440,7 +442,7 @@ class Examples(Dataset[Batch]):
         if self.augment_probability:
             image, aug_cond = augment(image, self.augment_probability, generator)
         noise = torch.randn(image.shape, generator=generator)
-        uniform = torch.rand(2, generator=generator)
+        uniform = torch.rand(3, generator=generator)
         return Batch(image, noise, torch.tensor(label), uniform, torch.tensor(key.place), aug_cond)
 
 

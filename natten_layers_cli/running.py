@@ -1,9 +1,10 @@
-"""What the commands of this folder share: errors in one line, answers to signals, and one run of a name at a time."""
+"""What the commands share: errors in one line, answers to signals, and one run of a name at a time."""
 
 from __future__ import annotations
 
 import argparse
 import fcntl
+import math
 import os
 import signal
 import sys
@@ -13,10 +14,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 
-FAILED = 2  # the exit status of argparse, too
+from natten_layers.io.schema import shorten
+
+from .launch import FAILED, noted_ctrl_c
+
+EXPECTED = (OSError, RuntimeError, ValueError, ArithmeticError, MemoryError)
+"""Errors that users and machines cause. PyTorch raises no narrower ones."""
 
 SIGNALS_HELP = """
 Signals: after Ctrl-C, SIGTERM or SIGHUP the step is taken to its end, everything is saved, and the exit status is 130,
@@ -26,24 +33,75 @@ training processes).
 """
 
 
+MOST_INT = 2**63 - 1  # that of PyTorch's sizes and numbers
+MOST_SEED = 2**32 - 1
+"""A seed and the number of a step, side by side, are the seed of the step, of which PyTorch reads 64 bits."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose flags of type int, float and Path take no value that PyTorch or the file system misunderstands."""
+
+    def __init__(self, *, description: str | None, **options: Any) -> None:
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        for kind, convert in ((int, _integer), (float, _finite), (Path, _path)):
+            self.register("type", kind, convert)
+
+
+def seed(text: str) -> int:
+    """The type of ``--seed``."""
+    return _integer(text, 0, MOST_SEED)
+
+
+def _integer(text: str, least: int = -MOST_INT, most: int = MOST_INT) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{shorten(text)} is no whole number") from None
+    if not least <= value <= most:
+        raise argparse.ArgumentTypeError(f"must be from {least} to {most}, got {shorten(value)}")
+    return value
+
+
+def _finite(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{shorten(text)} is no finite number")
+    return value
+
+
+def _path(text: str) -> Path:
+    if not text or "\0" in text:  # Path("") is the working folder, which nobody means by an empty variable
+        raise argparse.ArgumentTypeError(f"{shorten(text)} is no path")
+    return Path(text)
+
+
 def run_command(body: Callable[[], int], *, when_interrupted: str = "interrupted") -> int:
     """The exit status of a command. What users, files and machines do wrong becomes one line on standard error."""
     threading.excepthook, hook = _quiet_about_files, threading.excepthook
-    try:
-        status = body()
-        sys.stdout.flush()  # while a reader that is gone can still be answered
-        return status
-    except BrokenPipeError:  # "| head" has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
-    except (OSError, RuntimeError, ValueError, MemoryError) as error:  # torch raises RuntimeError for what users ask
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return FAILED
-    except KeyboardInterrupt:
-        print(when_interrupted, file=sys.stderr)
-        return 128 + signal.SIGINT
-    finally:
-        threading.excepthook = hook
+    with noted_ctrl_c() as pressed:
+        try:
+            status = body()
+            sys.stdout.flush()  # while a reader that is gone can still be answered
+            return status
+        except BrokenPipeError:  # "| head" has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + signal.SIGPIPE
+        except EXPECTED as error:
+            if not pressed:
+                print(f"error: {one_line(error)}", file=sys.stderr)
+                return FAILED
+        except KeyboardInterrupt:
+            pass
+        except BaseException:
+            if not pressed:
+                raise
+        finally:
+            threading.excepthook = hook
+    print(when_interrupted, file=sys.stderr)
+    return 128 + signal.SIGINT
 
 
 def _quiet_about_files(error: threading.ExceptHookArgs) -> None:

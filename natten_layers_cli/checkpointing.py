@@ -8,13 +8,13 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
@@ -27,10 +27,14 @@ from torch.distributed.checkpoint.state_dict import (
 
 from natten_layers.io.checkpoints import hdit_name, load_plain
 from natten_layers.io.files import leftovers, replacing
-from parallel import Processes, local
-from running import one_line, running_alone
+from natten_layers.io.schema import shorten
+
+from .parallel import Processes, local
+from .running import one_line, running_alone
 
 SHARDED_CONFIG = "config.json"
+MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
+"""what an AdamW keeps of a parameter"""
 
 
 class DamagedError(ValueError):
@@ -110,6 +114,13 @@ class RunFiles:
         with replacing(self.state) as temporary:
             temporary.write_text(json.dumps({"latest_checkpoint": checkpoint.name}))
 
+    def prune(self, keep: int) -> None:
+        """Delete all but ``keep`` checkpoints, the one that the state file names and those before; 0 keeps all."""
+        latest, *older = self.checkpoints()[0]
+        for path in older[keep - 1 :] if keep else []:
+            if path.name != latest.name:
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
     def losses(self, before: int) -> dict[int, float]:
         """What the metrics file holds of the steps up to ``before``, by step.
 
@@ -142,6 +153,25 @@ class RunFiles:
         with replacing(self.path("_metrics.csv")) as temporary:
             rows = "".join(f"{step},{loss!r}\n" for step, loss in losses.items())
             temporary.write_text(f"step,loss\n{rows}")
+
+
+def reset(model: nn.Module, tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+    """A file's tensors, but for those called ``names`` or ``NAME.anything``, which are the model's own.
+
+    Raises:
+        ValueError: the model has none of a name.
+    """
+    own = {hdit_name(key): tensor for key, tensor in model.state_dict().items()}
+
+    def named(key: str, name: str) -> bool:
+        return key == name or key.startswith(f"{name}.")
+
+    for name in names:
+        if not any(named(key, name) for key in own):
+            heads = sorted({key.partition(".")[0] for key in own})
+            raise ValueError(f"--reset {name}: the model has no tensors of that name; it has {', '.join(heads)}")
+    kept = {key: tensor for key, tensor in tensors.items() if not any(named(key, name) for name in names)}
+    return kept | {key: tensor for key, tensor in own.items() if any(named(key, name) for name in names)}
 
 
 def check_finite(model: nn.Module, processes: Processes) -> None:
@@ -192,6 +222,7 @@ def load_checkpoint(
         ema.load_state_dict({key: ema_tensors[hdit_name(key)] for key in ema.state_dict()})
         with own_settings(optimizer):
             optimizer.load_state_dict(state)
+        check_moments(optimizer)
     except (RuntimeError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} holds other content than this script saves: {one_line(error)}") from error
     return content
@@ -213,6 +244,22 @@ def check_rest(path: Path, content: Any, states: tuple[str, ...] = ()) -> None:
             raise DamagedError(f"{path} is no training checkpoint of this script: its {key} is a {type(content[key])}")
     if not isinstance(content["config"].get("model"), dict) or content["step"] < 0:
         raise DamagedError(f"{path} is no training checkpoint of this script: its config or its step is odd")
+
+
+def check_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse the state of an AdamW that its next step would stumble over; loading takes it as it is.
+
+    Raises:
+        ValueError: a moment or a count is missing, or of another type or shape than its parameter's.
+    """
+    for parameter, state in optimizer.state.items():
+        for key in sorted(MOMENTS):
+            found, shape = state.get(key), () if key == "step" else parameter.shape
+            is_plain = isinstance(found, Tensor) and found.layout == torch.strided and not found.is_meta
+            if not is_plain or found.shape != shape or not found.is_floating_point():
+                raise ValueError(
+                    f"the optimizer's {key} for a parameter of shape {tuple(parameter.shape)} is {shorten(found)}"
+                )
 
 
 @contextmanager

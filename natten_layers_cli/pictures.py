@@ -16,20 +16,24 @@ from natten_layers.io.files import replacing
 RECORD = "natten_layers"  # the text chunk that says how a grid was made
 
 
+def to_image(image: Tensor) -> Image.Image:
+    """Of ``[C, H, W]`` in [-1, 1]."""
+    pixels = ((image.float().clamp(-1, 1) + 1) * 127.5).round().byte().movedim(0, -1).cpu().numpy()
+    return Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels))
+
+
 def draw_grid(images: Tensor, columns: int, labels: Sequence[str] = ()) -> Image.Image:
     """Rows of ``columns`` images ``[N, C, H, W]`` in [-1, 1], each row with its label, if any, on its left."""
-    pixels = ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().movedim(1, -1).cpu().numpy()
-    pixels = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
-    height, width = pixels.shape[1:3]
+    height, width = images.shape[2:]
     zoom = max(1, 96 // max(height, width))  # small images are shown larger, pixel by pixel
     cell_height, cell_width, gap = height * zoom, width * zoom, 2
     font = ImageFont.load_default(max(12, cell_height // 7))
     margin = max((int(font.getlength(label)) for label in labels), default=0) + (16 if labels else 0)
-    rows = -(-len(pixels) // columns)
+    rows = -(-len(images) // columns)
     canvas = Image.new("RGB", (margin + columns * (cell_width + gap), rows * (cell_height + gap)), "white")
-    for i, image in enumerate(pixels):
+    for i, image in enumerate(images.cpu()):
         row, column = divmod(i, columns)
-        cell = Image.fromarray(np.ascontiguousarray(image)).resize((cell_width, cell_height), Image.Resampling.NEAREST)
+        cell = to_image(image).resize((cell_width, cell_height), Image.Resampling.NEAREST)
         canvas.paste(cell, (margin + column * (cell_width + gap), row * (cell_height + gap)))
     draw = ImageDraw.Draw(canvas)
     for row, label in enumerate(labels):

@@ -1,0 +1,148 @@
+"""Compare a run of the census with the record: ``python -m benchmarks.regression RUN.json`` (``make bench-check``).
+
+Times of two cards, or of one card on two days, differ; their ratios to the floor, which is computed of rates that each
+run measures, hardly do. Where both runs timed the same peer on a row, the ratio to that peer counts as well. A row is
+worse if it is so by both. A row that the record has a time for, and the run has not, is worse, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .implementations import OURS
+from .runner import RESULTS, heading
+
+__all__ = ["Change", "compare"]
+
+RECORD = RESULTS / "census.json"
+LIMIT = 1.1
+
+Key = tuple[str, str, str]
+"""workload, mode, and which of this library's implementations"""
+
+
+@dataclass(frozen=True)
+class Change:
+    """What became of one row. Changes are factors: 1.1 is 10 % slower."""
+
+    key: Key
+    before: float
+    """times the floor, in the record"""
+    after: float | None
+    """times the floor, in the run; None if that has no time"""
+    beside_peers: float | None
+    """change of the ratio to the peer for which it is least; None if no peer was timed in both"""
+    failure: str | None = None
+
+    @property
+    def beside_floor(self) -> float | None:
+        return None if self.after is None else self.after / self.before
+
+    def is_worse(self, limit: float) -> bool:
+        found = [change for change in (self.beside_floor, self.beside_peers) if change is not None]
+        return not found or min(found) > limit
+
+
+def compare(record: Mapping[str, Any], run: Mapping[str, Any]) -> list[Change]:
+    """One entry for each row of this library that the record has a time for and the run was asked for.
+
+    Raises:
+        ValueError: one of the two holds no rows as ``benchmarks.census`` writes them, or they have none in common.
+    """
+    try:
+        before, after = _timed(record), _timed(run)
+        failures = {_key(row): row["failure"] or "no time" for row in run["rows"]}
+        asked = set(run["arguments"]["rows"]), set(run["arguments"]["modes"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"this is no report of benchmarks.census: {error!r}") from error
+    changes = []
+    for key, row in before.items():
+        workload, mode, _ = key
+        if row["peer"] != OURS or workload not in asked[0] or mode not in asked[1]:
+            continue
+        now = after.get(key)
+        ratios = []
+        for other, peer in before.items():
+            is_beside = other[:2] == (workload, mode) and peer["peer"] != OURS and other in after
+            if is_beside and now is not None:
+                ratios.append(_ratio(now, after[other]) / _ratio(row, peer))
+        changes.append(
+            Change(
+                key,
+                row["times_floor"],
+                None if now is None else now["times_floor"],
+                min(ratios, default=None),
+                None if now is not None else failures.get(key, "not in the run"),
+            )
+        )
+    if not changes:
+        raise ValueError("the run and the record have no row in common")
+    return changes
+
+
+def _key(row: Mapping[str, Any]) -> Key:
+    return row["workload"], row["mode"], row["implementation"]
+
+
+def _timed(report: Mapping[str, Any]) -> dict[Key, Mapping[str, Any]]:
+    return {_key(row): row for row in report["rows"] if row["median_ms"] is not None}
+
+
+def _ratio(row: Mapping[str, Any], other: Mapping[str, Any]) -> float:
+    return row["median_ms"] / other["median_ms"]
+
+
+def table(changes: Sequence[Change], limit: float) -> list[str]:
+    """A Markdown table, the worst first."""
+    lines = [
+        "| row | mode | x floor, record | x floor, run | change | change beside peers | |",
+        "|---|---|---|---|---|---|---|",
+    ]
+
+    def size(change: Change) -> float:
+        return float("inf") if change.beside_floor is None else change.beside_floor
+
+    for change in sorted(changes, key=size, reverse=True):
+        workload, mode, implementation = change.key
+        name = workload if implementation == OURS else f"{workload}, {implementation.removeprefix(OURS).strip()}"
+        factors = (_percent(change.beside_floor), _percent(change.beside_peers))
+        after = change.failure if change.after is None else f"{change.after:.2f}"
+        verdict = "WORSE" if change.is_worse(limit) else ""
+        lines.append(f"| {name} | {mode} | {change.before:.2f} | {after} | {factors[0]} | {factors[1]} | {verdict} |")
+    return lines
+
+
+def _percent(factor: float | None) -> str:
+    return "-" if factor is None else f"{factor - 1:+.0%}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 1 if a row is worse, 2 if the two cannot be compared."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="what benchmarks.census wrote")
+    parser.add_argument("--record", type=Path, default=RECORD, help="default: %(default)s")
+    parser.add_argument(
+        "--limit", type=float, default=LIMIT, help="a row may be so many times slower, default %(default)s"
+    )
+    args = parser.parse_args(argv)
+    try:
+        record, run = (json.loads(path.read_bytes()) for path in (args.record, args.run))
+        changes = compare(record, run)
+        print(f"record: {heading(record)}\nrun:    {heading(run)}\n")
+    except (OSError, ValueError, KeyError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(table(changes, args.limit)))
+    worse = [change for change in changes if change.is_worse(args.limit)]
+    print(f"\n{len(changes)} rows, {len(worse)} worse than {args.limit:g} times the record")
+    return int(bool(worse))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

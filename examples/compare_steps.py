@@ -1,0 +1,48 @@
+"""Images that models make of the same noise in few and in many steps, a row each.
+
+natten-layers-train-hdit --name runs/demo
+natten-layers-train-hdit --objective meanflow --name runs/meanflow
+python examples/compare_steps.py runs/meanflow.safetensors:1,2,4 runs/demo.safetensors:50 --output steps.png
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from natten_layers import HDiT
+from natten_layers_cli.pictures import draw_grid, save_png
+from natten_layers_cli.running import run_command
+from natten_layers_cli.sample_hdit import DEFAULTS, Request, sample
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", metavar="FILE:STEPS,...", help="trained on images of one size and classes")
+    parser.add_argument("--output", type=Path, default=Path("steps.png"))
+    parser.add_argument("--count", type=int, default=12, help="images in a row, of one class after another")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args(argv)
+    rows, labels = [], []
+    for entry in arguments.models:
+        path, _, steps = entry.rpartition(":")
+        model = HDiT.from_pretrained(path).to(arguments.device)
+        objective, classes = model.config.objective, range(model.config.num_classes)
+        for number in map(int, steps.split(",")):
+            request = Request(
+                classes=tuple(classes[i % len(classes)] for i in range(arguments.count)) if classes else (),
+                count=1 if classes else arguments.count,
+                sampler=DEFAULTS[objective][0],
+                steps=number,
+            )
+            rows.append(sample(model, model.config, request).cpu())
+            labels.append(f"{objective}, {number} step{'s' if number > 1 else ''}")
+    save_png(draw_grid(torch.cat(rows), arguments.count, labels), arguments.output, {"models": arguments.models})
+    print(f"wrote {arguments.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(run))

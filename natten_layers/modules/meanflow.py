@@ -1,0 +1,137 @@
+"""The loss of a generator that needs one step: average velocities of a flow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .base import at_least_fp32, reset_children
+from .denoiser import per_image, sigma_data_of
+
+__all__ = ["MeanFlow"]
+
+FLOOR = 1e-3  # of the mean squared error that the loss is divided by
+
+
+class MeanFlow(nn.Module):
+    """A generator of images in one or a few steps (MeanFlow, Geng et al. 2025, https://arxiv.org/abs/2505.13447).
+
+    A path ``z_t = (1 - t) x / sigma_data + t noise`` leads from an image (t = 0) to noise (t = 1) with the velocity
+    ``v = noise - x / sigma_data``. The network estimates the *average* velocity over the times from r to t,
+    ``u(z_t, r, t) = (1 / (t - r)) * integral of v from r to t``, so one step leads from t to any earlier r:
+    ``z_r = z_t - (t - r) u(z_t, r, t)``. It learns from ``u = v - (t - r) d/dt u`` (the paper's equation 6), whose
+    derivative along the path is a forward-mode one of the network and passes no gradient on.
+
+    Args:
+        model: called as ``model(z, t, interval=t - r, **conditions)``: an ``HDiT`` whose config says
+            ``objective="meanflow"``, or any network that forward-mode derivatives pass through.
+        sigma_data: standard deviation of the data, default ``model.config.sigma_data``.
+        power: exponent p of the loss's weight ``1 / (error + 1e-3) ** p`` (equation 22). 0 is the squared error; at 1
+            the loss says nothing about progress any more, as it is about 1 for every error.
+
+    Raises:
+        ValueError: ``power`` is not from 0 to 1, or no ``sigma_data`` is given and the model has no config with one.
+    """
+
+    def __init__(self, model: nn.Module, *, sigma_data: float | None = None, power: float = 0.75) -> None:
+        super().__init__()
+        if not 0 <= power <= 1:
+            raise ValueError(f"power must be from 0 to 1, got {power}")
+        self.model, self.sigma_data, self.power = model, sigma_data_of(model, sigma_data), power
+
+    def reset_parameters(self) -> None:
+        """Initialise the network's parameters again."""
+        reset_children(self)
+
+    def extra_repr(self) -> str:
+        return f"sigma_data={self.sigma_data}, power={self.power}"
+
+    def forward(self, z: Tensor, t: Tensor, r: Tensor, **conditions: Tensor | None) -> Tensor:
+        """Estimate the average velocity from ``r`` to ``t``.
+
+        Args:
+            z: ``[B, C, H, W]``, points of the path at the times ``t``.
+            t: ``[B]`` in [0, 1], in fp32 or better.
+            r: ``[B]`` in [0, t]; where it equals ``t``, the velocity there is meant.
+            conditions: passed to the network.
+
+        Returns:
+            ``[B, C, H, W]``.
+        """
+        return self.model(z, t, interval=t - r, **conditions)
+
+    def target(self, z: Tensor, velocity: Tensor, t: Tensor, r: Tensor, **conditions: Tensor | None) -> Tensor:
+        """What the network should say: ``velocity - (t - r) d/dt u``, with the derivative of its own estimate.
+
+        One forward-mode pass, without a graph. A compiled network runs uncompiled here: Dynamo knows no ``jvp``.
+
+        Args:
+            z: ``[B, C, H, W]``, points of the path.
+            velocity: of the path, in ``z``'s shape.
+            t: ``[B]``.
+            r: ``[B]``, fixed while ``t`` moves.
+            conditions: passed to the network.
+
+        Returns:
+            ``[B, C, H, W]`` in ``z``'s dtype.
+        """
+        # DDP's own forward copies buffers between processes, which a derivative does not allow.
+        model = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+
+        def average_velocity(z: Tensor, t: Tensor, r: Tensor) -> Tensor:
+            return model(z, t, interval=t - r, **conditions)
+
+        derivative = cast(Callable[..., Tensor], torch.compiler.disable(_derivative))
+        slope = derivative(average_velocity, (z, t, r), (velocity, torch.ones_like(t), torch.zeros_like(r)))
+        return velocity - per_image(t - r, z) * slope.to(z.dtype)
+
+    def loss(self, x: Tensor, noise: Tensor, t: Tensor, r: Tensor, **conditions: Tensor | None) -> Tensor:
+        """Weighted squared error of the network's output for each image.
+
+        The first A images learn average velocities, the others the velocity at ``t``, which costs no forward-mode pass.
+        The paper has a quarter of the batch learn averages.
+
+        Args:
+            x: clean images ``[B, C, H, W]``.
+            noise: standard normal noise of the same shape.
+            t: times ``[B]`` in [0, 1].
+            r: earlier times ``[A]``, A from 0 to B, of the first A images.
+            conditions: passed to the network; tensors of batch size B.
+
+        Returns:
+            One loss per image, ``[B]``, in fp32 or better.
+
+        Raises:
+            ValueError: ``r`` is longer than ``t``.
+        """
+        averaged = len(r)
+        if averaged > len(t):
+            raise ValueError(f"r has {averaged} times, more than the {len(t)} of t")
+        wide = at_least_fp32(x.dtype)
+        x, noise, t, r = x.to(wide) / self.sigma_data, noise.to(wide), t.to(wide), r.to(wide)
+        z, velocity = torch.lerp(x, noise, per_image(t, x)), noise - x
+        target = velocity
+        if averaged:
+            first = self.target(z[:averaged], velocity[:averaged], t[:averaged], r, **_first(conditions, averaged))
+            target = torch.cat([first, velocity[averaged:]])
+        error = (self(z, t, torch.cat([r, t[averaged:]]), **conditions) - target).square().flatten(1).mean(1)
+        return error / (error.detach() + FLOOR) ** self.power
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the network, with the arguments of ``torch.compile``; :meth:`target` goes on without."""
+        self.model.compile(*args, **kwargs)
+
+
+def _derivative(function: Callable[..., Tensor], point: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> Tensor:
+    """Of ``function`` at ``point`` along ``tangents``."""
+    # Without the stance, Dynamo would fail to compile the derivative, and give up the network for good.
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        return torch.func.jvp(function, point, tangents)[1]
+
+
+def _first(conditions: Mapping[str, Tensor | None], count: int) -> dict[str, Tensor | None]:
+    return {name: None if value is None else value[:count] for name, value in conditions.items()}

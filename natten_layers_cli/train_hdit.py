@@ -1,0 +1,543 @@
+"""Train an HDiT as k-diffusion's users know it: a JSON config, auto-resume, demo grids, EMA.
+
+natten-layers-train-hdit                                   a few minutes on a CPU, or the GPU's preset
+natten-layers-train-hdit --config flowers.json --name runs/flowers --mixed-precision bf16 --compile
+natten-layers-train-hdit --objective meanflow              a model that samples in one step, as small
+torchrun --nproc-per-node 2 -m natten_layers_cli.train_hdit --preset gpu-demo --name runs/two-gpus
+
+A run called NAME writes NAME_STEP.pth (everything needed to go on), NAME_state.json (which of them is the latest; the
+same command finds it and goes on from there), NAME.safetensors (EMA weights to sample from), NAME_metrics.csv,
+NAME_demo_STEP.png, NAME_loss.png and NAME_tensorboard/. While it runs, NAME.lock keeps a second run of the name away.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import random
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
+
+from natten_layers import HDiT, HDiTConfig
+from natten_layers.io.checkpoints import load_tensors, read_hdit
+from natten_layers.io.files import read_json
+from natten_layers.io.schema import shorten
+
+from .boards import Boards, Log
+from .checkpointing import (
+    DamagedError,
+    RunFiles,
+    check_finite,
+    gathered_state,
+    load_checkpoint,
+    load_sharded,
+    reset,
+    save_checkpoint,
+    save_sharded,
+)
+from .data import Batch, Examples, Folder, Keys, describe, load_batches, open_source, parse_data_flag
+from .diffusion import ema_decay, learning_rate_factor
+from .held_out import held_out_batches, hold_out, level_names, means, sums_by_level
+from .objectives import MEANFLOW, open_objective
+from .parallel import Processes, local
+from .pictures import save_loss_curve, save_png
+from .running import SIGNALS_HELP, Parser, Signals, check_device, run_command, seed
+from .sample_hdit import DEFAULTS, Request, digest, picture, sample
+
+PRESETS = Path(__file__).parent / "configs"
+SECTIONS: dict[str, dict[str, Any]] = {  # k-diffusion's defaults for this type of model
+    "optimizer": {"type": "adamw", "lr": 5e-4, "betas": [0.9, 0.99], "eps": 1e-8, "weight_decay": 1e-4},
+    "lr_sched": {"type": "constant", "warmup": 0.0},
+    "ema_sched": {"type": "inverse", "power": 0.6667, "max_value": 0.9999},
+}
+KINDS = {"diffusion": "demo", "meanflow": "meanflow"}  # the presets of an objective, after the device's name
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Flags win over the config's "run" section, and that over the defaults here, which are k-diffusion's."""
+    parser = Parser(description=__doc__, epilog=SIGNALS_HELP)
+    switch = argparse.BooleanOptionalAction
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--config", type=Path, help="JSON in k-diffusion's format (image_transformer_v2)")
+    parser.add_argument(
+        "--preset",
+        choices=sorted(path.stem for path in PRESETS.glob("*.json")),
+        help="a config that comes with this command, if --config names no other; default: that of device and objective",
+    )
+    parser.add_argument(
+        "--objective",
+        choices=KINDS,
+        help="what to train, in place of the config's: a diffusion model, or one that samples in one step (MeanFlow)",
+    )
+    parser.add_argument("--name", default="runs/hdit", help="prefix of all files written, default: %(default)s")
+    parser.add_argument("--resume", type=Path, help="go on from this checkpoint, not from NAME's latest")
+    parser.add_argument(
+        "--resume-inference",
+        type=Path,
+        metavar="FILE",
+        help="start at step 0 from these weights (safetensors or .pth), with the KV heads that they were made for",
+    )
+    parser.add_argument(
+        "--reset",
+        nargs="+",
+        default=[],
+        metavar="TENSOR",
+        help="leave these as they begin, with all whose names start so, as class_emb for other classes: not from FILE",
+    )
+    parser.add_argument(
+        "--data",
+        metavar="DIR|hf:OWNER/NAME",
+        help="train on these images, not on the config's; each subfolder is a class, transparent pixels become white",
+    )
+    parser.add_argument("--batch-size", type=int, default=64, help="images per process and accumulation step")
+    parser.add_argument("--grad-accum-steps", type=int, default=1, help="batches per optimiser step")
+    parser.add_argument("--end-step", type=int, help="stop after so many steps in all; default: at Ctrl-C")
+    parser.add_argument("--demo-every", type=int, default=500, help="steps between grids of samples, 0 for none")
+    parser.add_argument("--save-every", type=int, default=10000, help="steps between checkpoints")
+    parser.add_argument("--keep", type=int, default=0, help="newest checkpoints not to delete; 0: all")
+    parser.add_argument(
+        "--held-out", type=int, default=0, help="images that are not trained on, to measure the loss of"
+    )
+    parser.add_argument(
+        "--eval-every", type=int, default=500, help="steps between measures of the held-out images' loss"
+    )
+    parser.add_argument("--sample-n", type=int, default=8, help="images per class in a grid")
+    parser.add_argument("--sample-steps", type=int, help="steps of the sampler; default: 50, or 1 with meanflow")
+    parser.add_argument("--lr", type=float, help="learning rate, in place of the config's")
+    parser.add_argument("--mixed-precision", choices=["no", *DTYPES], default="no")
+    parser.add_argument("--compile", action=switch, default=False, help="torch.compile the model")
+    parser.add_argument("--checkpointing", action=switch, default=False, help="recompute activations to save memory")
+    parser.add_argument("--fsdp", action=switch, default=False, help="shard parameters over the processes (torchrun)")
+    parser.add_argument("--wandb", metavar="PROJECT", help="draw curves and grids in this project of Weights & Biases")
+    parser.add_argument("--num-workers", type=int, default=8, help="processes that load images")
+    parser.add_argument("--seed", type=seed, default=0)
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = parser.parse_args(argv)
+    preset = arguments.preset or f"{'gpu' if cuda else 'cpu'}-{KINDS[arguments.objective or 'diffusion']}"
+    config = arguments.config or PRESETS / f"{preset}.json"
+    section = _section(read_json(config), "run", config)
+    arguments = parser.parse_args([*_as_flags(section), *argv])
+    arguments.config = config
+    positive = ("batch_size", "grad_accum_steps", "save_every", "sample_n", "sample_steps", "end_step", "eval_every")
+    natural = ("demo_every", "num_workers", "keep", "held_out")
+    for key, minimum in {**dict.fromkeys(positive, 1), **dict.fromkeys(natural, 0)}.items():
+        if (value := getattr(arguments, key)) is not None and value < minimum:
+            parser.error(f"--{key.replace('_', '-')} must be at least {minimum}, got {value}")
+    if arguments.lr is not None and not 0 < arguments.lr < math.inf:
+        parser.error(f"--lr must be positive, got {arguments.lr}")
+    if arguments.reset and not arguments.resume_inference:
+        parser.error("--reset needs --resume-inference, the weights of which it leaves some out")
+    check_device(parser, arguments.device)
+    return arguments
+
+
+def _as_flags(section: Mapping[str, Any]) -> Iterator[str]:
+    for key, value in section.items():
+        flag = key.replace("_", "-")
+        if isinstance(value, bool):
+            yield f"--{flag}" if value else f"--no-{flag}"
+        elif value is not None:
+            yield from (f"--{flag}", str(value))
+
+
+def _section(config: Mapping[str, Any], name: str, path: Path) -> dict[str, Any]:
+    """A section that may be missing, or null."""
+    section = config.get(name)
+    if not isinstance(section, dict | None):
+        raise ValueError(f'{path}: "{name}" is no JSON object, but {shorten(section)}')
+    return section or {}
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Say of which file it is that something is missing in it, or of another type."""
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f"{path} lacks {error}") from error
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no config of this script: {error}") from error
+
+
+def read_config(path: Path, data: str | None, objective: str | None = None) -> dict[str, Any]:
+    """The JSON config, with k-diffusion's defaults of its training sections filled in."""
+    config = read_json(path)
+    config.pop("run", None)
+    if objective is not None:
+        config["model"] = _section(config, "model", path) | {"objective": objective}
+    if data is not None:
+        kept = {key: value for key, value in _section(config, "dataset", path).items() if key == "cond_dropout_rate"}
+        config["dataset"] = parse_data_flag(data) | kept
+    elif not _section(config, "dataset", path):
+        raise ValueError(f"{path} has no dataset; name one with --data")
+    if _section(config, "model", path).get("objective") == "meanflow":
+        config["meanflow"] = MEANFLOW | _section(config, "meanflow", path)
+    for section, defaults in SECTIONS.items():
+        config[section] = defaults | _section(config, section, path)
+    for section in ("optimizer", "ema_sched"):
+        found, only = config[section]["type"], SECTIONS[section]["type"]
+        if found != only:
+            raise ValueError(f"{section}.type is {found!r}; only {only!r} is supported")
+    return config
+
+
+class DemoStoppedError(Exception):
+    """A process was told to stop while a grid was sampled."""
+
+
+class Trainer:
+    """A run: what it trains, on what, and how far it has come."""
+
+    def __init__(self, arguments: argparse.Namespace, processes: Processes, files: RunFiles) -> None:
+        self.arguments, self.processes, self.files, self.signals = arguments, processes, files, Signals()
+        start = read_hdit(arguments.resume_inference) if arguments.resume_inference else None
+        with naming(arguments.config):
+            self._read_data()
+            if start is not None and start[0] is not None:
+                self._take_kv_heads(HDiTConfig.from_json(start[0]))
+            self.objective = open_objective(self.config, self.plan)
+            learning_rate_factor(self.config["lr_sched"], 0)
+
+        torch.manual_seed(arguments.seed)
+        self.model = HDiT(self.plan, checkpointing=arguments.checkpointing)
+        if start is not None:  # a checkpoint of the run itself, loaded below, wins
+            tensors = reset(self.model, start[1], arguments.reset)
+            load_tensors(self.model, tensors, arguments.resume_inference, torch.float32)
+        self.model.to(processes.device)
+        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
+        if arguments.compile:
+            self.model.compile()
+        self.wrapped = processes.wrap(self.model)
+        if processes.fsdp:
+            processes.shard(self.ema)
+        self.learner = self.objective.around(self.wrapped, self.plan.sigma_data)
+
+        settings = self.config["optimizer"]
+        lr = settings["lr"] if arguments.lr is None else arguments.lr
+        groups = self.model.param_groups(lr, settings["weight_decay"])
+        self.base_lrs = [group["lr"] for group in groups]
+        self.optimizer = torch.optim.AdamW(groups, betas=tuple(settings["betas"]), eps=settings["eps"])
+        self.scaler = torch.amp.GradScaler(processes.device.type, enabled=arguments.mixed_precision == "fp16")
+        self.by_level = torch.zeros(2, len(self.objective.edges) + 1, device=processes.device)
+        """sums and numbers of this process's losses of the last step, by noise level"""
+        self.gradient_norm = torch.zeros((), device=processes.device)
+        self.step = 0
+        self.saved_step = 0
+        self.written_step: int | None = None
+        """of which this process wrote the EMA weights to sample from"""
+        self._resume()
+
+    def _read_data(self) -> None:
+        config = read_config(self.arguments.config, self.arguments.data, self.arguments.objective)
+        plan = HDiTConfig.from_json(config)
+        dataset = config["dataset"]
+        self.source = open_source(dataset, plan.input_size, plan.input_channels)
+        names = list(self.source.class_names)
+        if dataset.setdefault("num_classes", len(names)) not in (0, len(names)):
+            raise ValueError(f"dataset.num_classes is {dataset['num_classes']}, but the data has {len(names)}: {names}")
+        dataset["class_names"] = names if dataset["num_classes"] else []
+        self.config, self.plan = config, HDiTConfig.from_json(config)
+        self.say(describe(self.source))
+        if isinstance(self.source, Folder):
+            self.source.check(self.processes.rank, self.processes.world)
+        if count := self.arguments.held_out:
+            self.source, self.held_out = hold_out(self.source, count)
+            self.say(f"{len(self.source)} images to train on, {count} held out")
+
+    def _take_kv_heads(self, stored: HDiTConfig) -> None:
+        """Give the model the KV heads of the weights it starts from, where ``natten_layers.convert`` has pooled them.
+
+        Where more differs than those, the weights do not fit, and loading them says so.
+
+        Raises:
+            ValueError: weights with more KV heads than the config asks for, which are to be pooled first.
+        """
+        own, source = self.plan.levels, self.arguments.resume_inference
+        if [(level.width, level.d_head) for level in own] != [(level.width, level.d_head) for level in stored.levels]:
+            return
+        here, there = ([level.num_kv_heads or level.num_heads for level in levels] for levels in (own, stored.levels))
+        if any(theirs > ours for ours, theirs in zip(here, there, strict=True)):
+            raise ValueError(
+                f"{source} has {there} KV heads on its levels, and the config asks for {here}: "
+                "pool them with natten-layers-convert, or change num_kv_heads"
+            )
+        if here != there:
+            levels = zip(own, stored.levels, strict=True)
+            levels = [replace(level, num_kv_heads=other.num_kv_heads) for level, other in levels]
+            self.plan = replace(self.plan, levels=levels)
+            self.say(f"the levels have {there} KV heads, as in {source}, not {here} as in the config")
+
+    # Checkpoints
+
+    def _resume(self) -> None:
+        """Go on from the newest checkpoint that is whole, and say so where that is not the one expected."""
+        paths, problem = ([self.arguments.resume], "") if self.arguments.resume else self.files.checkpoints()
+        problems = [problem] if problem else []
+        load = load_sharded if self.processes.fsdp else load_checkpoint
+        for path in paths:
+            if path.exists() and path.is_dir() != self.processes.fsdp:
+                raise ValueError(f"{path} was saved {'without' if self.processes.fsdp else 'with'} --fsdp")
+            try:
+                rest = load(path, self.model, self.ema, self.optimizer, self.plan.to_json())
+            except DamagedError as error:
+                problems.append(str(error))
+                continue
+            if rest["scaler"]:  # empty where the run had another precision
+                self.scaler.load_state_dict(rest["scaler"])
+            self.step = self.saved_step = rest["step"]
+            for problem in problems:
+                self.say(f"warning: {problem}")
+            if problems and self.processes.first:
+                self.files.record(path)
+            self.say(f"resuming from {path} at step {self.step}")
+            return
+        if paths or self.files.state.exists():
+            way_out = f"; no older checkpoint is whole: delete {self.files.state} to start anew"
+            raise ValueError("; ".join(problems) + ("" if self.arguments.resume else way_out))
+
+    def save(self) -> None:
+        """Write a checkpoint, the weights to sample from, and last the state file: a kill before it undoes nothing.
+
+        Every process must call it.
+        """
+        check_finite(self.model, self.processes)
+        rest = {"config": self.plan.to_json(), "step": self.step, "scaler": self.scaler.state_dict()}
+        suffix = "" if self.processes.fsdp else ".pth"
+        path = self.files.path(f"_{self.step:08}{suffix}")
+        if self.processes.fsdp:
+            save_sharded(path, self.model, self.ema, self.optimizer, rest, self.processes)
+        elif self.processes.first:
+            save_checkpoint(path, self.model, self.ema, self.optimizer, rest)
+        self.write_weights()
+        if self.processes.first:
+            self.files.record(path)
+            self.files.prune(self.arguments.keep)
+        self.processes.barrier()
+        self.saved_step = self.step
+
+    def write_weights(self) -> None:
+        """The EMA weights, to sample from; every process must call it."""
+        weights = gathered_state(self.ema) if self.processes.fsdp else self.ema.state_dict()
+        if self.processes.first:
+            whole = HDiT(self.plan)
+            whole.load_state_dict(weights)
+            whole.save_pretrained(self.files.path(".safetensors"))
+        self.written_step = self.step
+
+    # Training
+
+    def train(self) -> bool:
+        """Until ``--end-step``, or until somebody asks to stop; True if nobody did."""
+        arguments, processes, signals = self.arguments, self.processes, self.signals
+        keys = Keys(
+            len(self.source),
+            arguments.batch_size,
+            seed=arguments.seed,
+            first_step=self.step,
+            accumulate=arguments.grad_accum_steps,
+            rank=processes.rank,
+            world=processes.world,
+        )
+        examples = Examples(self.source, self.plan.other.get("model", {}).get("augment_prob", 0.0))
+        loading = load_batches(
+            examples, keys, workers=arguments.num_workers, pin_memory=processes.device.type == "cuda"
+        )
+        with self._log() as log, loading as batches:
+            while arguments.end_step is None or self.step < arguments.end_step:
+                with signals.interruptible():
+                    loss = self._train_step(batches, keys.global_batch)
+                # All processes must do the same after the same step, whichever of them was asked to.
+                asked = loss.new_tensor([signals.stop_wanted, signals.take_save()])
+                seen = processes.mean(torch.cat([loss[None], asked, self.gradient_norm[None], self.by_level.flatten()]))
+                loss, stopping, saving, norm, *_ = seen.tolist()
+                if not math.isfinite(loss):
+                    raise RuntimeError(f"the loss of step {self.step} is {loss}; try a lower --lr")
+                log.write(self.step, loss, keys.global_batch)
+                by_level = self._by_level("loss by", seen[4:].view_as(self.by_level))
+                log.show(self.step, {"learning rate": self._learning_rate(), "gradient norm": norm} | by_level)
+                if stopping or saving or self.step % arguments.save_every == 0:
+                    self.save()
+                if stopping:
+                    return False
+                if arguments.held_out and self.step % arguments.eval_every == 0:
+                    with signals.interruptible():
+                        log.show(self.step, self.evaluate())
+                if arguments.demo_every and self.step % arguments.demo_every == 0:
+                    try:
+                        log.picture(self.step, self.demo(f"_demo_{self.step:08}.png"))
+                    except DemoStoppedError:
+                        if self.step > self.saved_step:
+                            self.save()
+                        return False
+        return True
+
+    def _train_step(self, batches: Iterator[Batch], global_batch: int) -> Tensor:
+        """One step of the optimiser; returns this process's part of the loss."""
+        arguments, processes = self.arguments, self.processes
+        # Dropout is all that draws from the global generator; a seed a step spares the checkpoint its state.
+        torch.manual_seed(random.Random(f"{arguments.seed} step {self.step} {processes.rank}").getrandbits(63))
+        self.by_level = torch.zeros_like(self.by_level)
+        factor = learning_rate_factor(self.config["lr_sched"], self.step)
+        for group, lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+            group["lr"] = lr * factor
+        losses = []
+        for i in range(arguments.grad_accum_steps):
+            batch = Batch(*(tensor.to(processes.device, non_blocking=True) for tensor in next(batches)))
+            with processes.accumulation(self.wrapped, last=i == arguments.grad_accum_steps - 1):
+                images, levels = self._losses(self.learner, batch, global_batch, drop_classes=True)
+                loss = images.mean() / arguments.grad_accum_steps
+                self.scaler.scale(loss).backward()
+            losses.append(loss.detach())
+            self.by_level += sums_by_level(images.detach().float(), levels, self.objective.edges)
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.gradient_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self._update_ema()
+        self.step += 1
+        return torch.stack(losses).sum()
+
+    def _losses(
+        self, learner: nn.Module, batch: Batch, global_batch: int, *, drop_classes: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Of each image, with its noise level."""
+        conditions = {"aug_cond": batch.aug_cond}
+        if self.plan.num_classes:
+            rate = self.config["dataset"].get("cond_dropout_rate", 0.1) if drop_classes else 0.0
+            drop = batch.uniform[:, 1] < rate
+            conditions["class_cond"] = batch.label.masked_fill(drop, self.plan.num_classes)
+        dtype = DTYPES.get(self.arguments.mixed_precision)
+        with torch.autocast(self.processes.device.type, dtype, enabled=dtype is not None):
+            return self.objective.losses(learner, batch, global_batch, conditions)
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """The EMA weights' loss of the held-out images, always under the same noise, as curves by name.
+
+        Every process must call it.
+        """
+        learner = self.objective.around(self.ema, self.plan.sigma_data)
+        sums = torch.zeros_like(self.by_level)
+        batches = held_out_batches(self.held_out, self.arguments.batch_size, self.processes.rank, self.processes.world)
+        for batch, counts in batches:
+            batch = Batch(*(tensor.to(self.processes.device) for tensor in batch))
+            losses, levels = self._losses(learner, batch, len(self.held_out), drop_classes=False)
+            counts = counts.to(losses.device)
+            sums += sums_by_level(losses[counts].float(), levels[counts], self.objective.edges)
+        sums = self.processes.mean(sums)
+        loss = (sums[0].sum() / sums[1].sum()).item()
+        self.say(f"step {self.step}: held-out loss {loss:.4f}")
+        return {"held-out loss": loss} | self._by_level("held-out loss by", sums)
+
+    def _by_level(self, name: str, sums: Tensor) -> dict[str, float]:
+        """Mean losses by noise level; a slash in their names makes one group of them."""
+        level, edges = self.objective.level, self.objective.edges
+        return means(sums, [f"{name} {level}/{bounds}" for bounds in level_names(level, edges)])
+
+    def _learning_rate(self) -> float:
+        return max(group["lr"] for group in self.optimizer.param_groups)
+
+    @torch.no_grad()
+    def _update_ema(self) -> None:
+        schedule = self.config["ema_sched"]
+        weight = 1 - ema_decay(self.step, schedule["power"], schedule["max_value"])
+        for averaged, own in zip(self.ema.parameters(), self.model.parameters(), strict=True):
+            local(averaged).lerp_(local(own), weight)
+
+    # What a run shows
+
+    def demo(self, suffix: str) -> Image.Image:
+        """Sample a grid, every class a row; the first process writes it.
+
+        Raises:
+            DemoStoppedError: a process was asked to stop.
+        """
+        sampler, steps = DEFAULTS[self.plan.objective]
+        request = Request(
+            classes=tuple(range(self.plan.num_classes)),
+            count=self.arguments.sample_n,
+            sampler=sampler,
+            steps=self.arguments.sample_steps or steps,
+            seed=self.arguments.seed,
+        )
+
+        def on_step() -> None:
+            if self.processes.any(self.signals.stop_wanted):
+                raise DemoStoppedError
+
+        images = sample(self.ema, self.plan, request, quiet=not self.processes.first, on_step=on_step)
+        grid = picture(images, self.plan, request)
+        if self.processes.first:
+            save_png(grid, self.files.path(suffix), asdict(request) | {"sha256": digest(images)})
+        return grid
+
+    def finish(self) -> bool:
+        """The last checkpoint, grid and loss curve; False if somebody asked to stop meanwhile."""
+        if self.step > self.saved_step:
+            self.save()
+        elif self.written_step != self.step:  # of a checkpoint that an earlier process saved, or another run
+            self.write_weights()
+        self.say(f"wrote {self.files.path('.safetensors')}")
+        try:
+            self.demo("_samples.png")
+        except DemoStoppedError:
+            return False
+        self.say(f"wrote {self.files.path('_samples.png')}")
+        if self.processes.first and (losses := self.files.losses(self.step)):
+            save_loss_curve(losses, self.files.path("_loss.png"), f"{self.arguments.name}, {self.step} steps")
+            self.say(f"wrote {self.files.path('_loss.png')}")
+        return True
+
+    def say(self, text: str) -> None:
+        if self.processes.first:
+            tqdm.write(text)
+
+    def _log(self) -> Log:
+        if not self.processes.first:
+            return Log(None, self.step, None)
+        arguments = self.arguments
+        folder = self.files.path("_tensorboard")
+        boards = Boards(folder, self.step, project=arguments.wandb, name=arguments.name, config=self.plan.to_json())
+        return Log(self.files, self.step, arguments.end_step, boards)
+
+
+def run(arguments: argparse.Namespace, processes: Processes) -> int:
+    files = RunFiles(arguments.name)
+    with files.own() if processes.first else nullcontext():
+        trainer = Trainer(arguments, processes, files)
+        parameters = sum(p.numel() for p in trainer.model.parameters())
+        trainer.say(f"{parameters:,} parameters, {processes.world} process(es) on {processes.device.type}")
+        with trainer.signals as signals:
+            if trainer.train() and trainer.finish():
+                return 0
+        command = "The same command without --resume" if arguments.resume else "The same command"
+        trainer.say(f"stopped after step {trainer.step}; saved. {command} goes on from here.")
+        return signals.status
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    def body() -> int:
+        arguments = parse_arguments(argv)
+        with Processes(arguments.device, fsdp=arguments.fsdp) as processes:
+            return run(arguments, processes)
+
+    return run_command(body, when_interrupted="stopped at once; checkpoints that were saved before are whole")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

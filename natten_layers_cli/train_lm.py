@@ -1,0 +1,404 @@
+"""Train a byte-level language model, with windows, grouped heads, zero attention and registers.
+
+natten-layers-train-lm                                              Python's source; minutes on two CPU cores
+natten-layers-train-lm --data ~/notes --pattern '*.md' --out runs/notes
+natten-layers-train-lm --config examples/configs/lm-gpu.toml --sink none --registers 0
+torchrun --nproc-per-node 2 -m natten_layers_cli.train_lm --fsdp --out runs/two-gpus
+
+OUT/ gets checkpoint.pt (to go on from, with --resume), model/ (config.json and safetensors, for
+natten-layers-generate) and tensorboard/. At the end, bits per byte on held-out files are compared with ``xz -9`` on the
+same files. A config file is TOML whose keys are the flags' names, with _ for -; flags win over it. While a run lasts,
+OUT/lock keeps others away.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+import tomllib
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.nn import functional as F
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from natten_layers.io import hf
+from natten_layers.io.checkpoints import load_plain
+from natten_layers.io.files import leftovers, replacing
+from natten_layers.modules.llm import DecoderLM, DecoderLMConfig
+
+from .checkpointing import MOMENTS, check_finite, check_moments
+from .parallel import Processes
+from .running import (
+    SIGNALS_HELP,
+    Parser,
+    Signals,
+    check_device,
+    one_line,
+    run_command,
+    running_alone,
+    seed,
+    writing,
+)
+from .text import Corpus, random_windows, read_corpus
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    cuda = torch.cuda.is_available()
+    switch = argparse.BooleanOptionalAction
+    parser = Parser(description=__doc__, epilog=SIGNALS_HELP, allow_abbrev=False)
+    parser.add_argument("--config", type=Path, help="TOML file with defaults for these flags")
+    parser.add_argument("--data", type=Path, help="folder of text files; default: Python's standard library")
+    parser.add_argument("--pattern", help="glob of the files to read")
+    parser.add_argument("--out", type=Path, default=Path("runs/lm"))
+    parser.add_argument("--resume", action=switch, default=False, help="go on from OUT/checkpoint.pt")
+    model = parser.add_argument_group("model")
+    model.add_argument("--layers", type=int, default=4)
+    model.add_argument("--hidden", type=int, default=128, help="channels")
+    model.add_argument("--heads", type=int, default=4, help="query heads")
+    model.add_argument("--kv-heads", type=int, default=2)
+    model.add_argument("--window", type=int, default=64, help="bytes that a windowed layer sees")
+    model.add_argument("--full-every", type=int, default=4, help="every so many layers one sees all; 0: none does")
+    model.add_argument("--context", type=int, default=256, help="bytes of a training example")
+    model.add_argument("--sink", choices=("none", "zero", "learned"), default="zero", help="zero: softmax1")
+    model.add_argument("--registers", type=int, default=4, help="learned tokens per layer that all bytes see")
+    train = parser.add_argument_group("training")
+    train.add_argument("--steps", type=int, default=800)
+    train.add_argument("--batch-size", type=int, default=16, help="examples per step, over all processes")
+    train.add_argument("--grad-accum-steps", type=int, default=1, help="parts that a process computes its batch in")
+    train.add_argument("--lr", type=float, default=3e-3, help="after warm-up; falls to a tenth by a cosine")
+    train.add_argument("--warmup", type=int, default=50, help="steps")
+    train.add_argument("--weight-decay", type=float, default=0.1)
+    train.add_argument("--grad-clip", type=float, default=1.0)
+    train.add_argument("--seed", type=seed, default=0)
+    train.add_argument("--eval-every", type=int, default=200, help="steps between validation, sample and checkpoint")
+    train.add_argument("--eval-bytes", type=int, default=32768, help="held-out bytes of a validation, all at the end")
+    train.add_argument(
+        "--held-out-bytes",
+        type=int,
+        default=0 if cuda else 200000,
+        help="most bytes of held-out files to keep for the comparison at the end; 0: all",
+    )
+    train.add_argument("--sample-bytes", type=int, default=256, help="length of the text printed; 0: none")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--device", default="cuda" if cuda else "cpu")
+    machine.add_argument("--bf16", action=switch, default=cuda, help="autocast to bfloat16")
+    machine.add_argument("--compile", action=switch, default=False)
+    machine.add_argument("--fsdp", action=switch, default=False, help="shard the model over torchrun's processes")
+    config = parser.parse_known_args(argv)[0].config
+    given = list(sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args(given if config is None else [*_flags_of(config, parser), *given])
+    positive = ("layers", "hidden", "heads", "kv_heads", "window", "context", "steps", "batch_size", "grad_accum_steps")
+    least = dict.fromkeys((*positive, "eval_every", "eval_bytes"), 1) | {"context": 2}
+    counts = ("full_every", "registers", "warmup", "held_out_bytes", "sample_bytes", "weight_decay")
+    for name, minimum in {**dict.fromkeys(counts, 0), **least}.items():
+        if not getattr(args, name) >= minimum:
+            parser.error(f"--{name.replace('_', '-')} must be at least {minimum}, got {getattr(args, name)}")
+    for name in ("lr", "grad_clip"):
+        if not 0 < getattr(args, name) < math.inf:
+            parser.error(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
+    check_device(parser, args.device)
+    return args
+
+
+def _flags_of(path: Path, parser: argparse.ArgumentParser) -> list[str]:
+    """A config file as the flags that it stands for, so that both are checked alike."""
+    try:
+        values = tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        parser.error(f"--config {path}: {error}")
+    flags = []
+    for key, value in values.items():
+        flag = key.replace("_", "-")
+        flags += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+    return flags
+
+
+def model_config(args: argparse.Namespace) -> DecoderLMConfig:
+    def window(layer: int) -> int | None:
+        return None if args.full_every and (layer + 1) % args.full_every == 0 else args.window
+
+    return DecoderLMConfig(
+        vocab_size=256,
+        hidden_size=args.hidden,
+        intermediate_size=-(-8 * args.hidden // 48) * 16,  # 8/3 of the channels: as many weights as without a gate
+        num_layers=args.layers,
+        num_heads=args.heads,
+        num_kv_heads=args.kv_heads,
+        windows=tuple(window(layer) for layer in range(args.layers)),
+        max_positions=max(4096, 4 * args.context),
+        qk_norm=True,
+        tie_embeddings=False,
+        sink=None if args.sink == "none" else args.sink,
+        num_registers=args.registers,
+    )
+
+
+def learning_rate(step: int, args: argparse.Namespace) -> float:
+    """Of step 0 .. steps - 1: linear warm-up, then a cosine to a tenth."""
+    if step < args.warmup:
+        return args.lr * (step + 1) / args.warmup
+    progress = (step - args.warmup) / max(1, args.steps - args.warmup)
+    return args.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+
+
+def make_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
+    """AdamW that decays matrices only: gains, biases, sinks and registers are no weights."""
+    decays = {name: p.ndim == 2 and not name.endswith("registers") for name, p in model.named_parameters()}
+    groups = [
+        {"params": [p for name, p in model.named_parameters() if decays[name] is decay], "weight_decay": weight}
+        for decay, weight in ((True, args.weight_decay), (False, 0.0))
+    ]
+    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=args.device.startswith("cuda"))
+
+
+class Trainer:
+    """One run: model, optimiser, text and files, and the step it is at."""
+
+    def __init__(self, args: argparse.Namespace, processes: Processes) -> None:
+        self.args, self.processes, self.device = args, processes, processes.device
+        share = processes.world * args.grad_accum_steps
+        if args.batch_size % share:
+            raise ValueError(f"--batch-size {args.batch_size} does not split into {share} equal parts")
+        self.checkpoint = args.out / "checkpoint.pt"
+        if self.checkpoint.exists() and not args.resume:
+            raise ValueError(f"{self.checkpoint} exists: go on from it with --resume, or choose another --out")
+        self.config = model_config(args)
+        self.corpus: Corpus = read_corpus(args.data, args.pattern, args.held_out_bytes)
+        if len(self.corpus.train) <= args.context + 1 or len(self.corpus.held_out) <= args.context + 1:
+            raise ValueError(f"--context {args.context} is longer than the text to train on or the one held out")
+        torch.manual_seed(args.seed)
+        self.model = DecoderLM(self.config, device=self.device)
+        self.wrapped = processes.wrap(self.model)
+        self.run = torch.compile(self.wrapped) if args.compile else self.wrapped
+        self.optimizer = make_optimizer(self.model, args)
+        self.step, self.saved_step = 0, -1
+        self.signals = Signals()
+        if args.resume:
+            self.load()
+
+    def autocast(self) -> Any:
+        return torch.autocast(self.device.type, torch.bfloat16) if self.args.bf16 else nullcontext()
+
+    def train_step(self) -> Tensor:
+        """One step; its mean loss in nats per byte, on the device."""
+        args = self.args
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, args)
+        # Every process draws the whole batch and takes its part, so their number does not change what is learned.
+        batch = random_windows(self.corpus.train, args.context, args.batch_size, args.seed * 2**32 + self.step)
+        parts = batch.chunk(self.processes.world)[self.processes.rank].chunk(args.grad_accum_steps)
+        total = torch.zeros((), device=self.device)
+        for i, part in enumerate(parts):
+            part = part.to(self.device)
+            with self.processes.accumulation(self.wrapped, last=i == len(parts) - 1), self.autocast():
+                loss = F.cross_entropy(self.run(part[:, :-1]).flatten(0, 1).float(), part[:, 1:].flatten())
+                (loss / len(parts)).backward()
+            total += loss.detach() / len(parts)
+        nn.utils.clip_grad_norm_(self.model.parameters(), args.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        return self.processes.mean(total)
+
+    @torch.no_grad()
+    def bits_per_byte(self, limit: int | None = None) -> float:
+        """Of the held-out text, or its first ``limit`` bytes. Every byte is predicted from half a context or more."""
+        context, stride = self.args.context, self.args.context // 2
+        text = self.corpus.held_out[: None if limit is None else max(limit, context) + 1]
+        targets = len(text) - 1
+        starts = torch.arange(0, targets - context + stride, stride).clamp(max=targets - context)
+        scored = torch.cat(
+            (starts.new_zeros(1), starts[:-1] + context)
+        )  # targets before this one are an earlier window's
+        batches = list(zip(starts.split(self.args.batch_size), scored.split(self.args.batch_size), strict=True))
+        nats = torch.zeros((), dtype=torch.float64, device=self.device)
+        world, rank = self.processes.world, self.processes.rank
+        # Sharded models run in step: a process without a batch of its own repeats the first, and does not count it.
+        for i in range(rank, -(-len(batches) // world) * world, world):
+            start, first = batches[i if i < len(batches) else 0]
+            index = start[:, None] + torch.arange(context)
+            tokens, following = (text[index + shift].to(self.device).long() for shift in (0, 1))
+            with self.autocast():
+                logits = self.wrapped(tokens)
+            losses = F.cross_entropy(logits.flatten(0, 1).float(), following.flatten(), reduction="none")
+            if i < len(batches):
+                nats += losses[(index >= first[:, None]).flatten().to(self.device)].double().sum()
+        size = (
+            self.corpus.held_out_bytes if limit is None else targets
+        )  # separators are predicted, but no bytes of a file
+        return float(self.processes.mean(nats)) * world / size / math.log(2)
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        return get_state_dict(self.model, self.optimizer, options=WHOLE)
+
+    def save(self) -> None:
+        """Write model and checkpoint; every process must call it.
+
+        The checkpoint comes last: after a kill before it, a resumed run writes the model again.
+        """
+        check_finite(self.model, self.processes)
+        model, optimizer = self.state()
+        if self.processes.first:
+            hf.save(self.config, model, self.args.out / "model")
+            state = {"model": model, "optimizer": optimizer, "step": self.step, "config": asdict(self.config)}
+            with replacing(self.checkpoint) as temporary:
+                torch.save(state, temporary)
+        self.processes.barrier()
+        self.saved_step = self.step
+
+    def load(self) -> None:
+        try:
+            state = load_plain(self.checkpoint)
+            model, optimizer, step, config = (state[name] for name in ("model", "optimizer", "step", "config"))
+            if not isinstance(step, int) or not isinstance(config, dict):
+                raise TypeError(f"its step is {step!r:.50}, its config {config!r:.50}")
+        except FileNotFoundError:
+            raise ValueError(f"{self.checkpoint} does not exist: leave --resume out to start") from None
+        except Exception as error:
+            raise ValueError(
+                f"{self.checkpoint} is damaged or no checkpoint of this script: {one_line(error)}"
+            ) from error
+        if config != asdict(self.config):
+            here = asdict(self.config)
+            differ = [
+                f"{key} is {config.get(key)} there, {here[key]} here" for key in here if config.get(key) != here[key]
+            ]
+            raise ValueError(f"{self.checkpoint} is of another model: {'; '.join(differ)}")
+        try:
+            # What is missing would be made anew, and the run would go on without what it had learned of its gradients.
+            for name, moments in optimizer["state"].items():
+                if missing := MOMENTS - moments.keys():
+                    raise ValueError(f"the optimizer's state of {name} lacks {', '.join(sorted(missing))}")
+            set_state_dict(
+                self.model, self.optimizer, model_state_dict=model, optim_state_dict=optimizer, options=WHOLE
+            )
+            check_moments(self.optimizer)
+        except (RuntimeError, KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{self.checkpoint} holds other content than this script saves: {error!r}") from error
+        self.step = step
+
+    def sample(self) -> str:
+        """Text from the start of a file on; every process must call it."""
+        model = self.model
+        if self.args.fsdp:  # no process holds the model: gather it
+            weights, _ = self.state()
+            if not self.processes.first:
+                return ""
+            model = DecoderLM(self.config, device=self.device)
+            model.load_state_dict(weights)
+        if not self.processes.first:
+            return ""
+        with self.autocast():
+            prompt = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+            out = model.generate(prompt, self.args.sample_bytes, temperature=0.8, generator=self.args.seed)
+        text = bytes(out[0, 1:].tolist()).decode(errors="replace")
+        # An untrained model also writes what moves a terminal's cursor.
+        return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+    def train(self) -> int:
+        """To the last step, or until told to stop; returns the exit status."""
+        args, first = self.args, self.processes.first
+        with SummaryWriter(args.out / "tensorboard", purge_step=self.step) if first else nullcontext() as writer:
+            with self.signals as signals:
+                stopped = self._steps(writer)
+                if self.step > self.saved_step:
+                    self.save()
+            if not stopped:
+                self.report(writer)
+                return 0
+        if first:
+            print(f"stopped at step {self.step}; go on with --resume")
+        return signals.status
+
+    def _steps(self, writer: SummaryWriter | None) -> bool:
+        """Train to the last step; True if told to stop."""
+        args, signals = self.args, self.signals
+        clock, since = time.perf_counter(), self.step
+        with tqdm(initial=self.step, total=args.steps, unit="step", disable=writer is None, dynamic_ncols=True) as bar:
+            while self.step < args.steps:
+                with signals.interruptible():
+                    loss = self.train_step()
+                bar.update()
+                if self.step % 10 == 0:
+                    now = time.perf_counter()
+                    speed = (self.step - since) * args.batch_size * args.context / (now - clock)
+                    clock, since = now, self.step
+                    bits = float(loss) / math.log(2)
+                    if not math.isfinite(bits):
+                        raise RuntimeError(f"the loss of step {self.step} is {bits}; try a lower --lr")
+                    bar.set_postfix_str(f"{bits:.3f} bits/byte, {speed:.3g} bytes/s")
+                    if writer is not None:
+                        writer.add_scalar("bits_per_byte/train", bits, self.step)
+                        writer.add_scalar("bytes_per_second", speed, self.step)
+                        writer.add_scalar("learning_rate", self.optimizer.param_groups[0]["lr"], self.step)
+                # All processes must do the same after the same step, whichever of them was asked to.
+                if self.processes.any(signals.stop_wanted):
+                    return True
+                evaluating = self.step % args.eval_every == 0 and self.step < args.steps
+                if self.processes.any(signals.take_save()) or evaluating:
+                    self.save()
+                if evaluating:
+                    with signals.interruptible():
+                        self.report(writer, args.eval_bytes)
+                    clock, since = time.perf_counter(), self.step
+        return False
+
+    def report(self, writer: SummaryWriter | None, limit: int | None = None) -> None:
+        """Held-out bits per byte, beside xz's if of the whole held-out text, and a sample."""
+        bits = self.bits_per_byte(limit)
+        text = self.sample() if self.args.sample_bytes else ""
+        if writer is None:
+            return
+        writer.add_scalar("bits_per_byte/held_out", bits, self.step)
+        lines = [f"step {self.step}: {bits:.4f} bits per byte held out"]
+        if limit is None:
+            lines[0] += f" ({self.corpus.held_out_bytes} bytes); xz -9: {self.corpus.xz_bits_per_byte:.4f}"
+        if text:
+            lines += ["-" * 80, text, "-" * 80]
+            writer.add_text("sample", f"```\n{text}\n```", self.step)
+        tqdm.write("\n".join(lines))
+
+
+def remove_leftovers(out: Path) -> None:
+    """What a run that was killed left half written; the run holds the lock of ``out``."""
+    for folder in (out, out / "model"):
+        for path, _ in leftovers(folder):
+            path.unlink()
+
+
+def run(args: argparse.Namespace, processes: Processes) -> int:
+    with running_alone(args.out / "lock", str(args.out)) if processes.first else nullcontext():
+        if processes.first:
+            remove_leftovers(args.out)
+        trainer = Trainer(args, processes)
+        if processes.first:
+            count = sum(p.numel() for p in trainer.model.parameters())
+            size = len(trainer.corpus.train)
+            print(f"{count / 1e6:.2f} M parameters, {size / 1e6:.1f} MB of text, device {processes.device}")
+        with writing(args.out / "tensorboard"):  # all other files name themselves
+            return trainer.train()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    def body() -> int:
+        args = parse_arguments(argv)
+        with Processes(args.device, fsdp=args.fsdp) as processes:
+            return run(args, processes)
+
+    return run_command(body)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

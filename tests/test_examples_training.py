@@ -1,0 +1,212 @@
+"""What training shows, keeps and starts from: curves, held-out losses, checkpoints, weights for other classes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+
+from natten_layers_cli import sample_hdit, train_hdit
+from natten_layers_cli.checkpointing import RunFiles
+from natten_layers_cli.data import Folder
+from natten_layers_cli.held_out import Part, held_out_batches, hold_out, level_names, means, sums_by_level
+from natten_layers_cli.parallel import Processes
+from natten_layers_cli.pictures import read_record, to_image
+
+MODEL: dict[str, Any] = {
+    "type": "image_transformer_v2",
+    "input_channels": 3,
+    "input_size": [8, 8],
+    "patch_size": [2, 2],
+    "depths": [1],
+    "widths": [16],
+    "self_attns": [{"type": "neighborhood", "d_head": 8, "kernel_size": 3}],
+    "mapping_width": 16,
+    "mapping_depth": 1,
+    "sigma_data": 0.5,
+    "sigma_sample_density": {"type": "cosine-interpolated"},
+}
+
+
+def write_config(folder: Path, classes: int = 2, images: int = 3, **dataset: Any) -> Path:
+    """A config of a folder of images of one colour each."""
+    for label in range(classes):
+        (folder / "data" / f"class{label}").mkdir(parents=True, exist_ok=True)
+        for i in range(images):
+            Image.new("RGB", (8, 8), (40 * i, 80 * label, 99)).save(folder / "data" / f"class{label}" / f"{i}.png")
+    run = {"batch_size": 4, "demo_every": 0, "save_every": 1, "sample_n": 1, "sample_steps": 1, "num_workers": 0}
+    content = {"model": MODEL, "dataset": {"type": "imagefolder-class", "location": str(folder / "data")}, "run": run}
+    path = folder / "config.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def train(config: Path, name: str, *flags: str) -> int:
+    return train_hdit.main(["--config", str(config), "--name", str(config.parent / name), "--device", "cpu", *flags])
+
+
+def make_trainer(config: Path, *flags: str) -> train_hdit.Trainer:
+    arguments = train_hdit.parse_arguments(
+        ["--config", str(config), "--name", str(config.parent / "a"), "--device", "cpu", *flags]
+    )
+    return train_hdit.Trainer(arguments, Processes("cpu", fsdp=False), RunFiles(arguments.name))
+
+
+def curves(folder: Path) -> dict[str, dict[int, float]]:
+    board = EventAccumulator(str(folder)).Reload()
+    return {tag: {event.step: event.value for event in board.Scalars(tag)} for tag in board.Tags()["scalars"]}
+
+
+def test_losses_by_level_by_hand() -> None:
+    losses, levels = torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor([0.05, 3.0, 0.2, 0.1])
+    sums = sums_by_level(losses, levels, (0.1, 1.0))
+    assert sums.tolist() == [[9.0, 4.0, 2.0], [2.0, 1.0, 1.0]]
+    names = level_names("sigma", (0.1, 1.0))
+    assert names == ["sigma below 0.1", "sigma 0.1 to 1", "sigma above 1"]
+    assert means(torch.tensor([[9.0, 0.0, 2.0], [2.0, 0.0, 1.0]]), names) == {names[0]: 4.5, names[2]: 2.0}
+
+
+def test_boards_show_learning_rate_gradient_and_losses(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    assert train(config, "a", "--end-step", "2", "--lr", "0.25", "--held-out", "2", "--eval-every", "2") == 0
+    shown = curves(tmp_path / "a_tensorboard")
+    assert shown["learning rate"] == {1: 0.25, 2: 0.25}
+    assert all(value > 0 for value in shown["gradient norm"].values())
+    assert set(shown["loss"]) == {1, 2}
+    by_level = {tag: steps for tag, steps in shown.items() if tag.startswith("loss by sigma/")}
+    values = [steps[1] for steps in by_level.values() if 1 in steps]
+    assert min(values) <= shown["loss"][1] <= max(values)
+    assert set(shown["held-out loss"]) == {2}
+    assert any(tag.startswith("held-out loss by sigma/") for tag in shown)
+
+
+def test_held_out_images_are_not_trained_on(tmp_path: Path) -> None:
+    trainer = make_trainer(write_config(tmp_path), "--held-out", "2")
+    assert isinstance(trainer.source, Part)
+    assert not set(trainer.source.indices) & set(trainer.held_out.indices)
+    assert sorted([*trainer.source.indices, *trainer.held_out.indices]) == list(range(6))
+    losses = trainer.evaluate()
+    trainer.arguments.batch_size = 1  # the same images under the same noise, whatever the size of a batch
+    again = trainer.evaluate()
+    assert losses.keys() == again.keys()
+    for name, loss in losses.items():
+        assert again[name] == pytest.approx(loss, rel=1e-5)
+    for parameter in trainer.ema.parameters():
+        parameter.data.add_(0.1)
+    assert trainer.evaluate()["held-out loss"] != pytest.approx(losses["held-out loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_every_held_out_image_counts_once(tmp_path: Path, world: int) -> None:
+    write_config(tmp_path)
+    _, part = hold_out(Folder(tmp_path / "data", (8, 8), 3, classes=True), 5)
+    counted: Counter[int] = Counter()
+    numbers = set()
+    for rank in range(world):
+        batches = list(held_out_batches(part, 2, rank, world))
+        numbers.add(tuple(len(batch.place) for batch, _ in batches))
+        for batch, counts in batches:
+            counted.update(batch.place[counts].tolist())
+    assert counted == dict.fromkeys(range(5), 1)
+    assert len(numbers) == 1  # processes of a sharded model run in step
+
+
+def test_what_cannot_be_held_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_config(tmp_path)
+    assert train(config, "a", "--held-out", "6") == 2
+    assert "--held-out 6 leaves none of the 6 images" in capsys.readouterr().err
+    assert train_hdit.main(["--held-out", "1", "--name", str(tmp_path / "a"), "--device", "cpu"]) == 2
+    assert "each is the only one of its class" in capsys.readouterr().err
+
+
+def test_old_checkpoints_are_deleted(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    other = tmp_path / "a_b_00000001.pth"  # of a run called a_b
+    other.touch()
+    assert train(config, "a", "--end-step", "4", "--keep", "2") == 0
+    assert sorted(path.name for path in tmp_path.glob("a_*.pth")) == ["a_00000003.pth", "a_00000004.pth", other.name]
+    assert train(config, "a", "--end-step", "5", "--keep", "1") == 0
+    assert sorted(path.name for path in tmp_path.glob("a_0*.pth")) == ["a_00000005.pth"]
+    assert json.loads((tmp_path / "a_state.json").read_text()) == {"latest_checkpoint": "a_00000005.pth"}
+
+
+def test_folders_of_shards_are_deleted_and_newer_ones_are_not(tmp_path: Path) -> None:
+    files = RunFiles(str(tmp_path / "a"))
+    for step in (1, 2, 3, 9):  # 9: of a run that went on from step 2 with --resume
+        (tmp_path / f"a_{step:08}").mkdir()
+    files.record(tmp_path / "a_00000003")
+    files.prune(0)
+    assert len(list(tmp_path.glob("a_0*"))) == 4
+    files.prune(2)
+    assert sorted(path.name for path in tmp_path.glob("a_0*")) == ["a_00000002", "a_00000003", "a_00000009"]
+
+
+def test_weights_for_other_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_config(tmp_path)
+    assert train(config, "two", "--end-step", "1", "--lr", "0.1") == 0
+    (tmp_path / "more").mkdir()
+    three = write_config(tmp_path / "more", classes=3)
+    start = ["--resume-inference", str(tmp_path / "two.safetensors")]
+    assert train(three, "three", *start, "--end-step", "1") == 2
+    assert "class_emb" in capsys.readouterr().err
+    trainer = make_trainer(three, *start, "--reset", "class_emb")
+    fresh = make_trainer(three)
+    old = make_trainer(config, *start)
+    for name, tensor in trainer.model.state_dict().items():
+        source = fresh if name.startswith("class_emb") else old
+        assert torch.equal(tensor, source.model.state_dict()[name]), name
+    with pytest.raises(ValueError, match=r"--reset clas: the model has no tensors of that name; it has .*class_emb"):
+        make_trainer(three, *start, "--reset", "clas")
+    with pytest.raises(SystemExit):
+        make_trainer(three, "--reset", "class_emb")
+
+
+def test_weights_and_biases(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(tmp_path)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert train(config, "a", "--end-step", "1", "--wandb", "flowers") == 2
+    assert "--wandb flowers needs the wandb package: pip install wandb" in capsys.readouterr().err
+    logged: list[tuple[int, dict[str, Any]]] = []
+    begun: list[dict[str, Any]] = []
+    run = SimpleNamespace(log=lambda values, step: logged.append((step, values)), finish=lambda: begun.append({}))
+
+    def init(**options: Any) -> SimpleNamespace:
+        begun.append(options)
+        return run
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Image=lambda image: image.size))
+    assert train(config, "a", "--end-step", "2", "--wandb", "flowers", "--demo-every", "2") == 0
+    assert (begun[0]["project"], begun[0]["resume"], begun[1:]) == ("flowers", "allow", [{}])
+    assert begun[0]["config"]["model"]["widths"] == [16]
+    assert {step for step, values in logged if "loss" in values} == {1, 2}
+    assert [step for step, values in logged if "samples" in values] == [2]
+
+
+def test_single_images(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    assert train(config, "a", "--end-step", "1") == 0
+    command = [str(tmp_path / "a.safetensors"), "-n", "3", "--steps", "1", "--device", "cpu", "--batch-size", "2"]
+    assert sample_hdit.main([*command, "--out", str(tmp_path / "out")]) == 0
+    names = [f"class{label}_{i:05}.png" for label in range(2) for i in range(3)]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    assert read_record(tmp_path / "out" / names[0])["count"] == 3
+
+    model = sample_hdit.HDiT.from_pretrained(tmp_path / "a.safetensors")
+    request = sample_hdit.Request(classes=(0, 1), count=3, steps=1, batch_size=2)
+    images: Tensor = sample_hdit.sample(model, model.config, request)
+    for name, image in zip(names, images, strict=True):
+        with Image.open(tmp_path / "out" / name) as written:
+            assert written.tobytes() == to_image(image).tobytes()
+    with pytest.raises(SystemExit):
+        sample_hdit.main([*command, "--out", str(tmp_path), "--reproduce", str(tmp_path / "a_samples.png")])

@@ -1,0 +1,169 @@
+"""What an installation brings: commands, their extras, and the page that a package index shows."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import tomllib
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import natten_layers
+from natten_layers_cli.launch import launch
+from natten_layers_cli.running import run_command
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+STUB = "natten_layers_command_stub"
+
+
+def stub(monkeypatch: pytest.MonkeyPatch, folder: Path, code: str) -> None:
+    """Make an importable module that runs ``code``."""
+    (folder / f"{STUB}.py").write_text(code)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, STUB, raising=False)
+
+
+def test_every_command_leads_to_a_function() -> None:
+    assert len(PROJECT["scripts"]) == 6
+    for command, target in PROJECT["scripts"].items():
+        module, _, function = target.partition(":")
+        assert callable(getattr(import_module(module), function)), command
+
+
+def test_commands_begin_without_pytorch() -> None:
+    """Ctrl-C in the seconds that PyTorch takes to load ends a command without a traceback."""
+    script = "import sys, natten_layers_cli.launch; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=60).returncode == 0
+
+
+def test_ctrl_c_during_imports_is_quiet(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for answer in ("raise", "raise RuntimeError('the import failed')"):
+        code = f"import signal\ntry: signal.raise_signal(signal.SIGINT)\nexcept KeyboardInterrupt: {answer}"
+        stub(monkeypatch, tmp_path, code)
+        assert launch(STUB) == 130
+        assert capsys.readouterr() == ("", "")
+
+
+def test_ctrl_c_that_becomes_another_error_is_still_ctrl_c(capsys: pytest.CaptureFixture[str]) -> None:
+    """As torch.frombuffer does: "could not determine the shape of object type"."""
+
+    def body() -> int:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise RuntimeError("could not determine the shape") from None
+        return 0
+
+    assert run_command(body, when_interrupted="nothing was written") == 130
+    assert capsys.readouterr().err == "nothing was written\n"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("code", ["import no_such_package", "def main(): import no_such_package"])
+def test_a_missing_package_names_the_extra(
+    code: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stub(monkeypatch, tmp_path, code)
+    assert launch(STUB, extra="hdit") == 2
+    assert capsys.readouterr().err == (
+        "error: Python finds no no_such_package: pip install 'natten-layers[hdit]' brings it\n"
+    )
+
+
+def test_a_module_of_ours_that_is_missing_is_a_bug(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    stub(monkeypatch, tmp_path, "import natten_layers_cli.no_such_module")
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        launch(STUB)
+
+
+def test_extras_that_commands_name_exist() -> None:
+    code = "\n".join(path.read_text() for path in (ROOT / "natten_layers_cli").glob("*.py"))
+    named = set(re.findall(r'extra="(\w+)"', code)) | set(re.findall(r"natten-layers\[(\w+)\]", code))
+    assert named
+    assert named <= set(PROJECT["optional-dependencies"])
+
+
+def test_examples_start_the_commands() -> None:
+    for name in ("train_hdit", "sample_hdit", "train_lm", "generate"):
+        code = (ROOT / "examples" / f"{name}.py").read_text()
+        assert f"natten_layers_cli.launch import {name}\n" in code
+        assert f"natten-layers-{name.replace('_', '-')}" in code
+
+
+def test_every_file_names_the_same_version() -> None:
+    released = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    cited = re.findall(r"^version: (\S+)", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert released[0] == natten_layers.__version__
+    assert cited == [natten_layers.__version__]
+
+
+def test_every_file_names_the_same_repository() -> None:
+    repository = PROJECT["urls"]["Repository"]
+    assert all(url.startswith(repository) for url in PROJECT["urls"].values())
+    assert f"repository-code: {repository}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+COMMANDS = {
+    "train_hdit": [], "sample_hdit": ["model"], "train_lm": [], "generate": ["model"], "convert": ["a", "b"],
+    "tune": ["16"],
+}  # fmt: skip
+"""commands by their module, with the arguments that they must have"""
+SEEDED = ("train_hdit", "sample_hdit", "train_lm", "generate")
+
+
+@pytest.mark.parametrize(
+    ("command", "flag", "value", "message"),
+    [
+        *((name, "--seed", seed, "must be from 0 to") for name in SEEDED for seed in (str(2**70), "-1")),
+        ("train_hdit", "--batch-size", "9" * 5000, "is no whole number"),
+        ("train_hdit", "--end-step", str(2**63), "must be from"),
+        ("train_lm", "--steps", str(10**30), "must be from"),
+        ("generate", "--tokens", str(10**30), "must be from"),
+        ("convert", "--group-size", str(10**30), "must be from"),
+        ("tune", "--heads", str(10**30), "must be from"),
+        ("train_hdit", "--lr", "nan", "no finite number"),
+        ("train_lm", "--weight-decay", "inf", "no finite number"),
+        ("sample_hdit", "--guidance", "nan", "no finite number"),
+        ("generate", "--temperature", "nan", "no finite number"),
+        ("train_hdit", "--config", "", "'' is no path"),
+        ("train_lm", "--out", "", "'' is no path"),
+        ("train_lm", "--data", "", "'' is no path"),
+        ("sample_hdit", "--output", "", "'' is no path"),
+        ("convert", "--config", "", "'' is no path"),
+    ],
+)  # fmt: skip
+def test_a_value_that_no_flag_takes_is_named_with_its_flag(
+    command: str, flag: str, value: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main = import_module(f"natten_layers_cli.{command}").main
+    with pytest.raises(SystemExit, match="2"):
+        main([*COMMANDS[command], flag, value])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"error: argument {flag}" in error
+    assert message in error
+    assert len(error) < 300
+
+
+@pytest.mark.parametrize("arguments", [["", "b"], ["a", ""]])
+def test_an_empty_path_is_not_the_working_folder(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        import_module("natten_layers_cli.convert").main([*arguments, "--group-size", "1"])
+    assert "'' is no path" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("module", ["tune", "convert"])
+def test_commands_of_library_modules_run_as_modules(module: str) -> None:
+    done = subprocess.run([sys.executable, "-m", f"natten_layers.{module}", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"usage: natten-layers-{module}" in done.stdout

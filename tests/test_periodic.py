@@ -1,0 +1,136 @@
+"""Periodic axes: windows that wrap around a ring, in PyTorch and in the fused kernels."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import Case, arguments, error, make_inputs, raises_naming, run
+from torch import Tensor
+
+from natten_layers import explain, neighborhood_attention
+
+pytest.importorskip("triton")
+
+from natten_layers.kernels.host.problem import Inputs, Options, problem_of
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+# These tests run interpreted without a GPU. With one, they run compiled and have the mark "gpu".
+pytestmark = [pytest.mark.gpu] if ON_GPU else []
+IMPLS = pytest.mark.parametrize("impl", ["eager", "fused"])
+
+
+def means(length: int, *, impl: str, **window: object) -> list[float]:
+    """The sums of the keys ``2 ** j`` that every token sees, from their mean: all scores are zero."""
+    zero = torch.zeros(1, length, 1, 16, device=DEVICE)
+    value = (2.0 ** torch.arange(length, device=DEVICE)).reshape(1, length, 1, 1).expand(-1, -1, -1, 16)
+    out = neighborhood_attention(zero, zero, value, is_periodic=True, impl=impl, **window)  # type: ignore[arg-type]
+    return (out[0, :, 0, 0] * window["kernel_size"]).round().tolist()  # type: ignore[operator]
+
+
+def bits(*keys: int) -> float:
+    return float(sum(2**key for key in keys))
+
+
+@IMPLS
+def test_five_tokens_on_a_ring(impl: str) -> None:
+    expected = [bits(4, 0, 1), bits(0, 1, 2), bits(1, 2, 3), bits(2, 3, 4), bits(3, 4, 0)]
+    assert means(5, kernel_size=3, impl=impl) == expected
+
+
+@IMPLS
+def test_a_ring_with_dilation(impl: str) -> None:
+    seen = means(8, kernel_size=2, dilation=2, impl=impl)
+    assert seen == [bits(i, (i - 2) % 8) for i in range(8)]
+    assert means(6, kernel_size=3, dilation=2, impl=impl) == [bits(i % 2, i % 2 + 2, i % 2 + 4) for i in range(6)]
+
+
+@IMPLS
+def test_an_even_window_has_one_key_more_on_the_left(impl: str) -> None:
+    assert means(6, kernel_size=4, impl=impl)[0] == bits(4, 5, 0, 1)
+
+
+@IMPLS
+def test_a_last_group_that_is_shorter_than_the_stride(impl: str) -> None:
+    assert means(6, kernel_size=4, stride=4, impl=impl) == [bits(0, 1, 2, 3)] * 4 + [bits(3, 4, 5, 0)] * 2
+
+
+SPATIAL = ("query", "key", "value", "out", "lse")
+"""Inputs and results that have tokens. Gradients have the names of the inputs."""
+
+
+def rolled(case: Case, shifts: tuple[int, ...]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Results of the fused kernels, rolled, and their results from rolled inputs."""
+    axes = tuple(range(1, 1 + len(case.spatial)))
+
+    def roll(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: x.detach().roll(shifts, axes) if name in SPATIAL else x for name, x in tensors.items()}
+
+    def results(inputs: dict[str, Tensor], cotangents: dict[str, Tensor]) -> dict[str, Tensor]:
+        leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+        out, lse = neighborhood_attention(**arguments(case, leaves), return_lse=True, impl="fused")
+        grads = torch.autograd.grad((out, lse), tuple(leaves.values()), (cotangents["out"], cotangents["lse"]))
+        return {"out": out.detach(), "lse": lse.detach()} | dict(zip(leaves, grads, strict=True))
+
+    inputs = make_inputs(case, DEVICE)
+    out = torch.randn_like(inputs["query"])
+    cotangents = {"out": out, "lse": out[..., 0]}
+    return roll(results(inputs, cotangents)), results(roll(inputs), roll(cotangents))
+
+
+def test_rolling_by_whole_tiles_rolls_results_and_gradients_bit_for_bit() -> None:
+    case = Case("ring", (128,), 7, heads=2, kv_heads=1, batch=1, is_periodic=True)
+    expected, found = rolled(case, (64,))
+    for name, tensor in found.items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_rolling_by_any_number_of_groups_rolls_results_and_gradients() -> None:
+    case = Case("torus", (6, 12), (3, 5), (1, 3), (1, 2), heads=2, kv_heads=1, registers=1, sink="learned", batch=1,
+                is_periodic=True)  # fmt: skip
+    expected, found = rolled(case, (1, 6))
+    for name, tensor in found.items():
+        assert error(tensor, expected[name]) < 2e-6, name
+    expected, found = rolled(replace(case, is_periodic=(False, True)), (1, 0))
+    assert error(found["out"], expected["out"]) > 0.05  # an axis that is no ring does not roll
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's NumPy
+@IMPLS
+def test_what_is_not_finite_stays_in_windows_that_wrap(impl: str) -> None:
+    q, k, v = (t.detach() for t in make_inputs(Case("nan", (7, 12), 3, batch=1), DEVICE).values())
+    options = {"is_periodic": (False, True), "impl": impl}
+    clean = neighborhood_attention(q, k, v, 3, **options)  # type: ignore[arg-type]
+    v[0, 3, 0] = float("nan")
+    dirty = neighborhood_attention(q, k, v, 3, **options)  # type: ignore[arg-type]
+    seen = torch.zeros(1, 7, 12, dtype=torch.bool)
+    seen[0, 2:5, [11, 0, 1]] = True
+    assert not dirty[seen].isfinite().any()
+    torch.testing.assert_close(dirty[~seen], clean[~seen], rtol=1e-5, atol=1e-6)
+
+
+def test_a_window_of_the_whole_ring_is_that_of_the_whole_axis() -> None:
+    """The kernels then compute it as an axis that is no ring, for which there are more of them."""
+    whole = Case("whole", (6, 5), (6, 3), is_periodic=(True, False))
+    inputs = make_inputs(whole, DEVICE)
+    plain = run(Case("plain", (6, 5), (6, 3)), inputs, "fused").tensors()
+    for name, tensor in run(whole, inputs, "fused").tensors().items():
+        assert torch.equal(tensor, plain[name]), name
+    tensors = Inputs(*(inputs[name] for name in ("query", "key", "value")))
+    window = (6, 3), (1, 1), (1, 1), (False, False)
+    assert problem_of(tensors, Options(None, *window, 1.0, (True, False))) == problem_of(
+        tensors, Options(None, *window, 1.0)
+    )
+    assert problem_of(tensors, Options(None, *window, 1.0, (True, True))).is_periodic == (False, True)
+
+
+def test_bad_rings_are_named() -> None:
+    x = torch.randn(1, 8, 9, 2, 16, device=DEVICE)
+    with raises_naming("is_causal", "is_periodic", "width"):
+        neighborhood_attention(x, x, x, 3, is_causal=(False, True), is_periodic=True)
+    with raises_naming("dilation 2", "length 9", "width"):
+        neighborhood_attention(x, x, x, 3, dilation=2, is_periodic=True)
+    with raises_naming("is_periodic", "3", "2"):
+        explain(x, x, x, (3, 3), is_periodic=(True, True, True))
