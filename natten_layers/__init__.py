@@ -5,7 +5,9 @@ are ``[batch, *spatial, heads, head_dim]`` for operations and ``[batch, *spatial
 
 Operations
     neighborhood_attention    attention of every token over its window, differentiable in every tensor
-    attention_state           the same, with the softmax statistics that a merge needs
+    neighborhood_attention_varlen
+                              the same of samples of different shapes, packed one after the other
+    attention_state           attention over windows, with the softmax statistics that a merge needs
     merge_attention           attention over the union of sets of keys, from their states; gives an AttentionState
     cached_attention          new tokens over a cache, by position
     na1d, na2d, na3d          NATTEN's operations, with their arguments
@@ -129,6 +131,7 @@ from .natten.context import (
 from .natten.dense import attention, merge_attentions
 from .natten.neighborhood import na1d, na2d, na3d
 from .operations import AttentionState, attention_state, merge_attention, neighborhood_attention
+from .varlen import neighborhood_attention_varlen
 
 __version__ = "0.1.0"
 HAS_LIBNATTEN = True
@@ -196,6 +199,7 @@ __all__ = [
     "na2d",
     "na3d",
     "neighborhood_attention",
+    "neighborhood_attention_varlen",
     "set_memory_usage_preference",
     "use_deterministic_algorithms",
     "use_kv_parallelism_in_fused_na",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Hashable, Sequence
 from numbers import Real
 from typing import Any, NamedTuple, TypeGuard
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .geometry import AXES, Window, make_window
+from .kernels.host.packing import Packing, packing_of
 from .kernels.host.problem import Inputs, Options
 from .kernels.ops import attention as attention_ops
 from .kernels.ops.define import is_tracked
@@ -29,6 +31,7 @@ __all__ = [
     "check_sink",
     "check_tensors",
     "prepare",
+    "prepare_packed",
 ]
 
 Axes = int | Sequence[int]
@@ -52,14 +55,23 @@ class Call(NamedTuple):
     @property
     def for_eager(self) -> tuple[Any, ...]:
         """The arguments of the functions of :mod:`eager`, in their order, up to ``scale``."""
-        *tensors, sink, _ = self.inputs
+        *tensors, sink, _, _ = self.inputs
         return *tensors, self.options.sink_value if sink is None else sink, self.window, self.options.scale
+
+    @property
+    def packing(self) -> Packing | None:
+        """The samples of a packed batch. Their shapes are read from the host's memory."""
+        shapes = self.inputs.shapes
+        return None if shapes is None else packing_of(shapes, self.inputs.query.shape[1])
 
     def why_not_fused(self) -> str | None:
         return attention_ops.unsupported(self.inputs.query, self.inputs.value)
 
     def restore(self, out: Tensor) -> Tensor:
-        """Give a result ``[B, *spatial, Hq, ...]`` the head axes that the caller's query has."""
+        """Give a result ``[B, *spatial, Hq, ...]`` the head axes that the caller's query has, or ``[1, N, ...]`` of a
+        packed batch its own."""
+        if self.inputs.shapes is not None:
+            return out.squeeze(0)
         return out if len(self.head_shape) == 1 else out.unflatten(self.window.rank + 1, self.head_shape)
 
 
@@ -100,6 +112,54 @@ def prepare(
     periodic = w.is_periodic if any(w.is_periodic) else ()
     options = Options(sink_value, w.kernel_size, w.stride, w.dilation, w.is_causal, factor, periodic)
     return Call(inputs, options, w, head_shape)
+
+
+def prepare_packed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    shapes: Tensor,
+    kernel_size: Axes,
+    stride: Axes,
+    dilation: Axes,
+    is_causal: bool | Sequence[bool],
+    scale: float | Tensor | None,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    sink: float | Tensor | None,
+    key_mask: Tensor | None = None,
+) -> Call:
+    """:func:`prepare` for a packed batch: ``query [N, Hq, D]`` and ``shapes [samples, rank]`` on the CPU."""
+    check_tensors(query=query, key=key, value=value)
+    check_pair(additional_keys, additional_values)
+    if query.ndim != 3:
+        raise ValueError(
+            f"query has shape {tuple(query.shape)}; expected [N, heads, head_dim], the tokens of all samples"
+        )
+    samples, rank = shapes.shape
+    longest = (sys.maxsize,) * rank
+    window = make_window(longest, kernel_size, stride, dilation, is_causal)
+    query, key, value = (t[None] for t in (query, key, value))
+    _check_qkv(query, key, value, 1, may_be_empty=2)
+    if key.shape[1] != query.shape[1]:
+        raise ValueError(f"key has {key.shape[1]} tokens, but query {query.shape[1]}: both hold those of all samples")
+    _check_groups(query, key, value)
+    tensors = query, key, value, additional_keys, additional_values
+    query, key, value, additional_keys, additional_values = _canonical_heads(tensors, query.shape[2:3])
+    registers = check_additional(additional_keys, additional_values, query, key, value, samples)
+    factor = query.shape[-1] ** -0.5 if scale is None else check_scale(scale, query)
+    sink, sink_value = (sink, None) if isinstance(sink := check_sink(sink, query), Tensor) else (None, sink)
+    if key_mask is not None:
+        check_tensors(key_mask=key_mask)
+        if key_mask.shape != query.shape[1:2]:
+            raise ValueError(f"key_mask has shape {tuple(key_mask.shape)}; expected [{query.shape[1]}], a bool a token")
+        key_mask = check_key_mask(key_mask[None], key)
+    inputs = Inputs(query, key, value, *registers, sink, key_mask, shapes)
+    options = Options(sink_value, window.kernel_size, window.stride, window.dilation, window.is_causal, factor)
+    call = Call(inputs, options, window, query.shape[-2:-1])
+    if not torch.compiler.is_compiling():  # in a compiled graph the operator checks what the shapes are
+        assert call.packing is not None
+    return call
 
 
 class Accepted(NamedTuple):
@@ -257,7 +317,8 @@ def _spatial_rank(query: Tensor, **axis_arguments: object) -> int:
     return rank
 
 
-def _check_qkv(query: Tensor, key: Tensor, value: Tensor, rank: int) -> None:
+def _check_qkv(query: Tensor, key: Tensor, value: Tensor, rank: int, may_be_empty: int = 1) -> None:
+    """Check that three tensors fit. The first ``may_be_empty`` axes may have length 0, as that of the batch."""
     # Queries may lie on another grid, but keys and values on the same.
     for name, tensor, other, like, axes in (("key", key, "query", query, 1), ("value", value, "key", key, rank + 1)):
         if tensor.ndim != like.ndim or tensor.shape[:axes] != like.shape[:axes]:
@@ -274,7 +335,7 @@ def _check_qkv(query: Tensor, key: Tensor, value: Tensor, rank: int) -> None:
         raise ValueError(f"query dtype {query.dtype} is not supported; use one of {', '.join(map(str, DTYPES))}")
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         for axis, size in enumerate(tensor.shape):
-            if axis and size == 0:  # a batch may be empty
+            if axis >= may_be_empty and size == 0:
                 raise ValueError(f"{name} {tuple(tensor.shape)} is empty on axis {axis}")
 
 
@@ -350,11 +411,12 @@ def _collapse_group(
 
 
 def check_additional(
-    keys: Tensor | None, values: Tensor | None, query: Tensor, key: Tensor, value: Tensor
+    keys: Tensor | None, values: Tensor | None, query: Tensor, key: Tensor, value: Tensor, batch: int | None = None
 ) -> tuple[Tensor | None, Tensor | None]:
+    """Check registers; returns them expanded to the batch, which may be the number of packed samples."""
     if keys is None or values is None:  # both are None, as `check_pair` has been called
         return None, None
-    batch, kv_heads = query.shape[0], key.shape[-2]
+    batch, kv_heads = query.shape[0] if batch is None else batch, key.shape[-2]
     for name, tensor, like in (("additional_keys", keys, key), ("additional_values", values, value)):
         check_like(name, tensor, query)
         expected = (kv_heads, like.shape[-1])

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from .geometry import Window, window_bounds, window_mask
+from .geometry import Window, fitted, window_bounds, window_mask
+from .kernels.host.packing import Packing
 from .kernels.ops.define import is_differentiated, is_watched
 from .tiles import State, attend_tiles, heads_first, nonfinite_mask, plan, tile_queries, untile
 
@@ -213,6 +214,53 @@ def attention(
     grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
     out = scaled_dot_product_attention(q, k, v, mask, is_causal=past, scale=scale, **grouped)
     return out.transpose(1, 2).reshape(query.shape).to(query.dtype).contiguous()
+
+
+def packed_attention_state(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    sink: Tensor | float | None,
+    window: Window,
+    scale: float,
+    *,
+    packing: Packing,
+    key_mask: Tensor | None = None,
+) -> State:
+    """:func:`attention_state` of the samples of a packed batch ``[1, N, ...]``, those of equal shapes in one call.
+
+    It gathers them, so it allocates a copy of its tensors unless all samples have one shape.
+    """
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for sample, shape in enumerate(packing.shapes):
+        if math.prod(shape):
+            groups.setdefault(shape, []).append(sample)
+    if not groups:  # an empty batch, of which results and gradients are empty
+        groups[(1,) * packing.rank] = []
+    parts: dict[int, tuple[Tensor, ...]] = {}
+    for shape, samples in groups.items():
+        q, k, v = (_batch(x, packing, samples, shape) for x in (query, key, value))
+        mask = None if key_mask is None else _batch(key_mask, packing, samples, shape)
+        keys, values = (None if x is None else x[samples] for x in (additional_keys, additional_values))
+        state = attention_state(q, k, v, keys, values, sink, fitted(shape, window), scale, key_mask=mask)
+        out, row_max, row_sum = (x.flatten(1, packing.rank) for x in state)
+        if len(groups) == 1:
+            return out.flatten(0, 1)[None], row_max.flatten(0, 1)[None], row_sum.flatten(0, 1)[None]
+        parts |= {sample: (out[i], row_max[i], row_sum[i]) for i, sample in enumerate(samples)}
+    out, row_max, row_sum = (torch.cat(x)[None] for x in zip(*(parts[i] for i in sorted(parts)), strict=True))
+    return out, row_max, row_sum
+
+
+def _batch(x: Tensor, packing: Packing, samples: Sequence[int], shape: tuple[int, ...]) -> Tensor:
+    """``[samples, *shape, ...]``: some samples of a packed tensor ``[1, N, ...]``, which all have one shape."""
+    if len(samples) * math.prod(shape) == packing.tokens:
+        whole = x[0]  # no other sample has tokens, so these follow each other
+    else:
+        parts = x[0].split(packing.sizes)
+        whole = torch.cat([parts[sample] for sample in samples])
+    return whole.reshape(len(samples), *shape, *x.shape[2:])
 
 
 def _are_known_finite(*tensors: Tensor) -> bool:

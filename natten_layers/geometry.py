@@ -18,7 +18,7 @@ axes have equal extents, so a query sees the keys around the one that its own ce
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
 from numbers import Integral
@@ -31,6 +31,7 @@ __all__ = [
     "Window",
     "axis_mask",
     "class_length",
+    "fitted",
     "make_window",
     "query_bounds",
     "visible_pairs",
@@ -140,6 +141,20 @@ def make_window(
                 "ring; use a dilation that does, or pad or crop the axis"
             )
     return window
+
+
+def fitted(shape: Sequence[int], window: Window) -> Window:
+    """The window cut to a sample of a packed batch, whose axes may be shorter than it.
+
+    ``kernel_size`` becomes at most ``length // dilation``, and ``stride`` at most that. On an axis that is shorter than
+    its dilation every token sees itself only, for which the dilation is 1 as well.
+    """
+    axes: list[tuple[int, int, int]] = []
+    for length, k, s, d in zip(shape, window.kernel_size, window.stride, window.dilation, strict=True):
+        k = max(1, min(k, length // d))
+        axes.append((k, min(s, k), d if length >= d else 1))
+    kernel_size, stride, dilation = zip(*axes, strict=True)
+    return replace(window, kernel_size=kernel_size, stride=stride, dilation=dilation)
 
 
 def class_length(length: int, dilation: int, residue: int) -> int:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, overload
 
+import torch
 from torch import Tensor
 
 from . import eager
 from .arguments import Axes, Call, check_bias, check_dense, prepare
 from .kernels.ops import attention as attention_ops
+from .kernels.ops.define import is_forward_mode
 
 __all__ = ["AttentionState", "attention_state", "merge_attention", "neighborhood_attention"]
 
@@ -35,7 +37,9 @@ class AttentionState(NamedTuple):
 
     @property
     def lse(self) -> Tensor:
-        return self.row_max + self.row_sum.log()
+        lse = self.row_max + self.row_sum.log()
+        # The lse of a query that sees nothing is -inf, a constant, but the logarithm of zero has no tangent.
+        return torch.where(self.row_sum == 0, self.row_max, lse) if is_forward_mode() else lse
 
 
 @overload
@@ -152,10 +156,7 @@ def neighborhood_attention(
         query, key, value, kernel_size, stride, dilation, is_causal, scale, additional_keys, additional_values, sink,
         is_periodic, key_mask,
     )  # fmt: skip
-    if return_lse:
-        state = _run(call, impl, rpb)
-        return call.restore(state.out), call.restore(state.lse)
-    return attend(call, impl, rpb)
+    return attend_with_lse(call, impl, rpb) if return_lse else attend(call, impl, rpb)
 
 
 def attend(call: Call, impl: Impl, rpb: Tensor | None = None) -> Tensor:
@@ -164,7 +165,15 @@ def attend(call: Call, impl: Impl, rpb: Tensor | None = None) -> Tensor:
         return call.restore(_run(call, impl, rpb).out)
     if takes_fused(impl, call.inputs.query, call.why_not_fused):
         return call.restore(attention_ops.attention(call.inputs, call.options))
+    if call.inputs.shapes is not None:
+        return call.restore(_run(call, "eager", None).out)
     return call.restore(eager.attention(*call.for_eager, key_mask=call.inputs.key_mask))
+
+
+def attend_with_lse(call: Call, impl: Impl, rpb: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """:func:`attend`, and the log-sum-exp of all scores."""
+    state = _run(call, impl, rpb)
+    return call.restore(state.out), call.restore(state.lse)
 
 
 def attention_state(
@@ -234,14 +243,16 @@ def merge_attention(*states: tuple[Tensor, Tensor, Tensor]) -> AttentionState:
 
 
 def _run(call: Call, impl: Impl, rpb: Tensor | None) -> AttentionState:
-    query = call.inputs.query
+    query, key_mask = call.inputs.query, call.inputs.key_mask
     if rpb is not None:
         check_bias(rpb, call)
         takes_fused(impl, query, lambda: NO_BIAS)  # raises if they are insisted on
-        return AttentionState(*eager.attention_state(*call.for_eager, rpb=rpb, key_mask=call.inputs.key_mask))
+        return AttentionState(*eager.attention_state(*call.for_eager, rpb=rpb, key_mask=key_mask))
     if takes_fused(impl, query, call.why_not_fused):
         return AttentionState(*attention_ops.attention_state(call.inputs, call.options))
-    return AttentionState(*eager.attention_state(*call.for_eager, key_mask=call.inputs.key_mask))
+    if (packing := call.packing) is not None:
+        return AttentionState(*eager.packed_attention_state(*call.for_eager, packing=packing, key_mask=key_mask))
+    return AttentionState(*eager.attention_state(*call.for_eager, key_mask=key_mask))
 
 
 def takes_fused(impl: Impl, query: Tensor, why_not: Callable[[], str | None]) -> bool:
@@ -271,4 +282,6 @@ def why_eager(impl: Impl, query: Tensor, why_not: Callable[[], str | None]) -> s
     reason = why_not()
     if reason is not None and impl == "fused":
         raise RuntimeError(f'impl="fused" cannot run: {reason}; use impl="auto" or "eager"')
-    return "the batch is empty: there is nothing to launch" if reason is None and query.shape[0] == 0 else reason
+    # An axis of tokens is empty only in a packed batch without tokens.
+    empty = 0 in query.shape[:2]
+    return "the batch is empty: there is nothing to launch" if reason is None and empty else reason

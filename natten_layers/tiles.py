@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .geometry import Index, Window, class_length, window_bounds
+from .kernels.ops.define import known_tangents
 from .position_bias import look_up, sum_up
 
 __all__ = ["Axis", "State", "attend_tiles", "heads_first", "nonfinite_mask", "plan", "tile_queries", "untile"]
@@ -502,8 +503,9 @@ class _ForwardModeTiles(_Tiles):
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, None, Tensor]:
         query, key, value, table, hidden = ctx.saved_tensors
+        known = known_tangents(("query", "key", "value"), (query, key, value), tangents)
         q_dot, k_dot, v_dot = (
-            torch.zeros_like(x) if t is None else t for x, t in zip((query, key, value), tangents, strict=False)
+            torch.zeros_like(x) if t is None else t for x, t in zip((query, key, value), known, strict=True)
         )
         group = query.shape[-3]
         parts: list[tuple[Tensor, Tensor]] = []

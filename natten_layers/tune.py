@@ -135,6 +135,12 @@ def _measure(
             with torch.no_grad():
                 return (attend(*leaves),)
 
+    elif kind == "jvp":
+
+        def run() -> tuple[Tensor, ...]:
+            with torch.no_grad():
+                return torch.func.jvp(attend, tuple(leaves), tuple(leaves))[1:]
+
     else:
         leaves = [t.requires_grad_() for t in leaves]
         out = attend(*leaves)

@@ -38,7 +38,8 @@ class Boards:
             try:
                 import wandb  # pyright: ignore[reportMissingImports]
             except ImportError as error:
-                raise ValueError(f"--wandb {project} needs the wandb package: pip install wandb") from error
+                message = f"--wandb {project} needs the wandb package: pip install 'natten-layers[wandb]'"
+                raise ValueError(message) from error
             self.images = wandb.Image
             identity = re.sub(r"[^A-Za-z0-9_-]+", "-", name)
             self.wandb = wandb.init(project=project, name=name, id=identity, resume="allow", config=dict(config))

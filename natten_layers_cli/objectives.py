@@ -15,7 +15,8 @@ from .diffusion import loss_weighting, make_sigma_quantile, stratified
 
 MEANFLOW: dict[str, Any] = {"averaged": 0.25, "loc": -0.4, "scale": 1.0, "power": 0.75}
 """The paper's (https://arxiv.org/abs/2505.13447, tables 1 and 4): the share of a batch that learns averages, the
-distribution of the logit of the times, and the power of the loss's weight, that of small images."""
+distribution of the logit of the times, and the power of the loss's weight, that of small images. The presets draw times
+more widely: the paper's are seldom near 1, where a single step begins, and a short run would hardly learn of them."""
 
 
 class Objective(Protocol):

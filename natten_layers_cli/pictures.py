@@ -13,6 +13,8 @@ from torch import Tensor
 
 from natten_layers.io.files import replacing
 
+from .running import reason
+
 RECORD = "natten_layers"  # the text chunk that says how a grid was made
 
 
@@ -60,7 +62,7 @@ def read_record(path: Path) -> dict[str, Any]:
         with Image.open(path) as image:
             text = image.info.get(RECORD)
     except (OSError, UnidentifiedImageError) as error:
-        raise ValueError(f"{path} cannot be read as a picture: {error}") from error
+        raise ValueError(f"{path} cannot be read as a picture: {reason(error)}") from error
     if text is None:
         raise ValueError(f"{path} does not say how it was made; give a grid that sample_hdit.py or train_hdit.py drew")
     try:

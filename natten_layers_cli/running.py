@@ -117,6 +117,11 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def reason(error: BaseException) -> str:
+    """:func:`one_line` for a message that names the file already."""
+    return error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Say of an error that names no file, as a full disk's under a file that is open, that it is of ``path``."""

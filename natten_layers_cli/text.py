@@ -1,4 +1,4 @@
-"""Bytes to train language models on: Python's standard library, or the text files of a folder."""
+"""Text to train language models on: Python's standard library, a file, or the text files of a folder."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .tokens import Codec
+
 SEPARATOR = b"\0"  # before every file; text does not hold it
 HELD_OUT = 1 / 12
 
 
 class Corpus(NamedTuple):
     train: Tensor
-    """``[bytes]``, uint8, each file behind a separator"""
+    """``[bytes]``, uint8, or ``[tokens]``, int32: each file behind a separator"""
     held_out: Tensor
     """the same of the files that are not trained on"""
     held_out_bytes: int
@@ -27,20 +29,30 @@ class Corpus(NamedTuple):
     """size of the held-out files, one behind the other, under ``xz -9``"""
 
 
-def read_corpus(folder: Path | None, pattern: str | None, most_held_out: int = 0) -> Corpus:
-    """Read all files below ``folder`` that match ``pattern`` and are UTF-8.
+def read_corpus(
+    folder: Path | None,
+    pattern: str | None,
+    most_held_out: int = 0,
+    codec: Codec | None = None,
+    separator: int = SEPARATOR[0],
+) -> Corpus:
+    """Read all files below ``folder`` that match ``pattern`` and are UTF-8, or a file.
 
     A twelfth of the files is held out, by a hash of their relative paths: the same ones on every machine, and adding a
-    file moves no other.
+    file moves no other. Of a single file, the last twelfth is.
 
     Args:
         folder: None is Python's standard library, without what is installed beside it.
         pattern: a glob; None is every file, or ``*.py`` of the standard library.
         most_held_out: bytes to keep of the held-out files, by dropping files (not into training); 0 keeps all.
+        codec: makes tokens of the text; None leaves bytes.
+        separator: the token between files.
 
     Raises:
         ValueError: no such folder, or too little text in it to train on some and hold some out.
     """
+    if folder is not None and folder.is_file():
+        return _corpus(*_split(folder, pattern, most_held_out), codec, separator)
     root = Path(sysconfig.get_paths()["stdlib"]) if folder is None else folder
     if not root.is_dir():
         raise ValueError(f"{root} is not a folder of text files")
@@ -62,9 +74,30 @@ def read_corpus(folder: Path | None, pattern: str | None, most_held_out: int = 0
             f"{root} has {len(train)} files to train on ({sum(map(len, train))} bytes) and {len(held_out)} to hold out "
             f'that match "{pattern}" and are UTF-8 text; at least 10000 bytes and 1 file are needed'
         )
+    return _corpus(train, held_out, codec, separator)
+
+
+def _split(path: Path, pattern: str | None, most_held_out: int) -> tuple[list[bytes], list[bytes]]:
+    """A file's start to train on, and its last twelfth, which begins with a line if it can."""
+    text = path.read_bytes()
+    if pattern is not None:
+        raise ValueError(f"--pattern {pattern} chooses files of a folder, and {path} is a file")
+    if not _is_text(text):
+        raise ValueError(f"{path} is not UTF-8 text without zero bytes")
+    if len(text) < 10000:
+        raise ValueError(f"{path} has {len(text)} bytes; at least 10000 are needed")
+    characters = text.decode()
+    cut = int(len(characters) * (1 - HELD_OUT))
+    cut = characters.rfind("\n", 0, cut) + 1 or cut
+    held_out = characters[cut:].encode()[: most_held_out or None].decode(errors="ignore")
+    return [characters[:cut].encode()], [(held_out or characters[cut]).encode()]
+
+
+def _corpus(train: list[bytes], held_out: list[bytes], codec: Codec | None, separator: int) -> Corpus:
     plain = b"".join(held_out)
     xz = 8 * len(lzma.compress(plain, preset=9)) / len(plain)
-    return Corpus(_join(train), _join(held_out), len(plain), xz)
+    first, second = (_join(files) if codec is None else _encode(files, codec, separator) for files in (train, held_out))
+    return Corpus(first, second, len(plain), xz)
 
 
 def random_windows(text: Tensor, length: int, count: int, seed: int) -> Tensor:
@@ -79,6 +112,11 @@ def _is_text(data: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     return SEPARATOR not in data
+
+
+def _encode(files: list[bytes], codec: Codec, separator: int) -> Tensor:
+    encoded = ([separator, *codec.encode(text.decode(), special=False)] for text in files)
+    return torch.cat([torch.tensor(tokens, dtype=torch.int32) for tokens in encoded])
 
 
 def _join(files: list[bytes]) -> Tensor:

@@ -94,7 +94,8 @@ def apply_chat_template(directory: Path, messages: Sequence[Mapping[str, str]]) 
     path, config = directory / "chat_template.jinja", _optional_json(directory / "tokenizer_config.json")
     template = path.read_text() if path.is_file() else config.get("chat_template")
     if isinstance(template, list):  # several, by name
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        named = (entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default")
+        template = next(named, {}).get("template")
     if not isinstance(template, str):
         raise ValueError(f"--chat: {directory} has neither {path.name} nor a chat_template in tokenizer_config.json")
 
@@ -109,7 +110,7 @@ def apply_chat_template(directory: Path, messages: Sequence[Mapping[str, str]]) 
     special = {key: _content(config.get(key)) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
     try:
         return environment.from_string(template).render(messages=messages, add_generation_prompt=True, **special)
-    except (TemplateError, TypeError) as error:
+    except Exception as error:  # a template computes: it can raise anything
         raise ValueError(f"the chat template of {directory} says: {error}") from error
 
 

@@ -1,25 +1,27 @@
-"""Train a byte-level language model, with windows, grouped heads, zero attention and registers.
+"""Train a language model: of bytes, with windows, grouped heads, zero attention and registers, or a Hugging Face one.
 
 natten-layers-train-lm                                              Python's source; minutes on two CPU cores
-natten-layers-train-lm --data ~/notes --pattern '*.md' --out runs/notes
+natten-layers-train-lm --data ~/notes --pattern '*.md' --name runs/notes
+natten-layers-train-lm --model ~/models/Qwen3-0.6B --data book.txt --name runs/book    # from its weights, in its tokens
 natten-layers-train-lm --config examples/configs/lm-gpu.toml --sink none --registers 0
-torchrun --nproc-per-node 2 -m natten_layers_cli.train_lm --fsdp --out runs/two-gpus
+torchrun --nproc-per-node 2 -m natten_layers_cli.train_lm --fsdp --name runs/two-gpus
 
-OUT/ gets checkpoint.pt (to go on from, with --resume), model/ (config.json and safetensors, for
+NAME/ gets checkpoint.pt (the same command goes on from there), model/ (config.json and safetensors, for
 natten-layers-generate) and tensorboard/. At the end, bits per byte on held-out files are compared with ``xz -9`` on the
 same files. A config file is TOML whose keys are the flags' names, with _ for -; flags win over it. While a run lasts,
-OUT/lock keeps others away.
+NAME/lock keeps others away.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import shutil
 import sys
 import time
 import tomllib
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,8 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from natten_layers.io import hf
@@ -36,6 +38,7 @@ from natten_layers.io.checkpoints import load_plain
 from natten_layers.io.files import leftovers, replacing
 from natten_layers.modules.llm import DecoderLM, DecoderLMConfig
 
+from .boards import Boards
 from .checkpointing import MOMENTS, check_finite, check_moments
 from .parallel import Processes
 from .running import (
@@ -44,13 +47,17 @@ from .running import (
     Signals,
     check_device,
     one_line,
+    reason,
     run_command,
     running_alone,
     seed,
-    writing,
 )
-from .text import Corpus, random_windows, read_corpus
+from .text import SEPARATOR, Corpus, random_windows, read_corpus
+from .tokens import Bytes, Codec, open_codec
 
+SIZES = {
+    "layers": 4, "hidden": 128, "heads": 4, "kv_heads": 2, "window": 64, "full_every": 4, "sink": "zero", "registers": 4
+}  # fmt: skip
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -59,49 +66,58 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     switch = argparse.BooleanOptionalAction
     parser = Parser(description=__doc__, epilog=SIGNALS_HELP, allow_abbrev=False)
     parser.add_argument("--config", type=Path, help="TOML file with defaults for these flags")
-    parser.add_argument("--data", type=Path, help="folder of text files; default: Python's standard library")
-    parser.add_argument("--pattern", help="glob of the files to read")
-    parser.add_argument("--out", type=Path, default=Path("runs/lm"))
-    parser.add_argument("--resume", action=switch, default=False, help="go on from OUT/checkpoint.pt")
+    parser.add_argument("--data", type=Path, help="text file, or folder of them; default: Python's standard library")
+    parser.add_argument("--pattern", help="glob of the files to read in a folder")
+    parser.add_argument("--name", type=Path, default=Path("runs/lm"), help="folder of the run, default: %(default)s")
+    parser.add_argument("--resume", type=Path, metavar="FILE", help="go on from this checkpoint, not from NAME's")
     model = parser.add_argument_group("model")
-    model.add_argument("--layers", type=int, default=4)
-    model.add_argument("--hidden", type=int, default=128, help="channels")
-    model.add_argument("--heads", type=int, default=4, help="query heads")
-    model.add_argument("--kv-heads", type=int, default=2)
-    model.add_argument("--window", type=int, default=64, help="bytes that a windowed layer sees")
-    model.add_argument("--full-every", type=int, default=4, help="every so many layers one sees all; 0: none does")
-    model.add_argument("--context", type=int, default=256, help="bytes of a training example")
-    model.add_argument("--sink", choices=("none", "zero", "learned"), default="zero", help="zero: softmax1")
-    model.add_argument("--registers", type=int, default=4, help="learned tokens per layer that all bytes see")
+    model.add_argument(
+        "--model", type=Path, metavar="DIR", help="start from this Hugging Face model, with its tokenizer"
+    )
+    model.add_argument("--layers", type=int)
+    model.add_argument("--hidden", type=int, help="channels")
+    model.add_argument("--heads", type=int, help="query heads")
+    model.add_argument("--kv-heads", type=int)
+    model.add_argument("--window", type=int, help="bytes that a windowed layer sees")
+    model.add_argument("--full-every", type=int, help="every so many layers one sees all; 0: none does")
+    model.add_argument("--sink", choices=("none", "zero", "learned"), help="zero: softmax1")
+    model.add_argument("--registers", type=int, help="learned tokens per layer that all bytes see")
     train = parser.add_argument_group("training")
-    train.add_argument("--steps", type=int, default=800)
+    train.add_argument("--context", type=int, default=256, help="tokens of a training example; without --model, bytes")
+    train.add_argument("--end-step", type=int, default=800)
     train.add_argument("--batch-size", type=int, default=16, help="examples per step, over all processes")
     train.add_argument("--grad-accum-steps", type=int, default=1, help="parts that a process computes its batch in")
-    train.add_argument("--lr", type=float, default=3e-3, help="after warm-up; falls to a tenth by a cosine")
+    train.add_argument("--lr", type=float, help="after warm-up; falls to a tenth by a cosine; default: 3e-3, or 2e-5")
     train.add_argument("--warmup", type=int, default=50, help="steps")
     train.add_argument("--weight-decay", type=float, default=0.1)
     train.add_argument("--grad-clip", type=float, default=1.0)
     train.add_argument("--seed", type=seed, default=0)
     train.add_argument("--eval-every", type=int, default=200, help="steps between validation, sample and checkpoint")
-    train.add_argument("--eval-bytes", type=int, default=32768, help="held-out bytes of a validation, all at the end")
+    train.add_argument("--eval-tokens", type=int, default=32768, help="held-out tokens of a validation, all at the end")
     train.add_argument(
         "--held-out-bytes",
         type=int,
         default=0 if cuda else 200000,
         help="most bytes of held-out files to keep for the comparison at the end; 0: all",
     )
-    train.add_argument("--sample-bytes", type=int, default=256, help="length of the text printed; 0: none")
+    train.add_argument("--sample-tokens", type=int, default=256, help="length of the text printed; 0: none")
+    train.add_argument("--wandb", metavar="PROJECT", help="draw curves in this project of Weights & Biases")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="cuda" if cuda else "cpu")
-    machine.add_argument("--bf16", action=switch, default=cuda, help="autocast to bfloat16")
+    machine.add_argument("--mixed-precision", choices=("no", "bf16"), default="bf16" if cuda else "no")
     machine.add_argument("--compile", action=switch, default=False)
     machine.add_argument("--fsdp", action=switch, default=False, help="shard the model over torchrun's processes")
     config = parser.parse_known_args(argv)[0].config
     given = list(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(given if config is None else [*_flags_of(config, parser), *given])
-    positive = ("layers", "hidden", "heads", "kv_heads", "window", "context", "steps", "batch_size", "grad_accum_steps")
-    least = dict.fromkeys((*positive, "eval_every", "eval_bytes"), 1) | {"context": 2}
-    counts = ("full_every", "registers", "warmup", "held_out_bytes", "sample_bytes", "weight_decay")
+    given_sizes = [key for key in SIZES if getattr(args, key) is not None]
+    if args.model and given_sizes:
+        parser.error(f"--model brings its own sizes: leave --{given_sizes[0].replace('_', '-')} away")
+    vars(args).update({key: size for key, size in SIZES.items() if getattr(args, key) is None})
+    args.lr = args.lr if args.lr is not None else 2e-5 if args.model else 3e-3
+    positive = ("layers", "hidden", "heads", "kv_heads", "window", "end_step", "batch_size", "grad_accum_steps")
+    least = dict.fromkeys((*positive, "eval_every", "eval_tokens"), 1) | {"context": 2}
+    counts = ("full_every", "registers", "warmup", "held_out_bytes", "sample_tokens", "weight_decay")
     for name, minimum in {**dict.fromkeys(counts, 0), **least}.items():
         if not getattr(args, name) >= minimum:
             parser.error(f"--{name.replace('_', '-')} must be at least {minimum}, got {getattr(args, name)}")
@@ -117,7 +133,7 @@ def _flags_of(path: Path, parser: argparse.ArgumentParser) -> list[str]:
     try:
         values = tomllib.loads(path.read_text())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        parser.error(f"--config {path}: {error}")
+        parser.error(f"--config {path}: {reason(error)}")
     flags = []
     for key, value in values.items():
         flag = key.replace("_", "-")
@@ -146,10 +162,10 @@ def model_config(args: argparse.Namespace) -> DecoderLMConfig:
 
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:
-    """Of step 0 .. steps - 1: linear warm-up, then a cosine to a tenth."""
+    """Of step 0 .. end_step - 1: linear warm-up, then a cosine to a tenth."""
     if step < args.warmup:
         return args.lr * (step + 1) / args.warmup
-    progress = (step - args.warmup) / max(1, args.steps - args.warmup)
+    progress = (step - args.warmup) / max(1, args.end_step - args.warmup)
     return args.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
 
@@ -171,25 +187,36 @@ class Trainer:
         share = processes.world * args.grad_accum_steps
         if args.batch_size % share:
             raise ValueError(f"--batch-size {args.batch_size} does not split into {share} equal parts")
-        self.checkpoint = args.out / "checkpoint.pt"
-        if self.checkpoint.exists() and not args.resume:
-            raise ValueError(f"{self.checkpoint} exists: go on from it with --resume, or choose another --out")
-        self.config = model_config(args)
-        self.corpus: Corpus = read_corpus(args.data, args.pattern, args.held_out_bytes)
+        self.checkpoint = args.name / "checkpoint.pt"
+        if args.model:  # before the text is read, which takes longer
+            self.config = hf.read_config(args.model, DecoderLMConfig)
+            self.codec = open_codec(args.model, self.config.vocab_size)
+        else:
+            self.config, self.codec = model_config(args), Bytes()
+        if args.context > self.config.max_positions:
+            raise ValueError(f"--context {args.context}: {args.model} knows {self.config.max_positions} positions")
+        self.separator = separator(self.config, self.codec)
+        self.corpus: Corpus = read_corpus(
+            args.data, args.pattern, args.held_out_bytes, None if args.model is None else self.codec, self.separator
+        )
         if len(self.corpus.train) <= args.context + 1 or len(self.corpus.held_out) <= args.context + 1:
             raise ValueError(f"--context {args.context} is longer than the text to train on or the one held out")
         torch.manual_seed(args.seed)
-        self.model = DecoderLM(self.config, device=self.device)
+        if args.model:
+            self.model = DecoderLM.from_pretrained(args.model, device=self.device, dtype=torch.float32).train()
+        else:
+            self.model = DecoderLM(self.config, device=self.device)
+        self.gradient_norm = torch.zeros(())
         self.wrapped = processes.wrap(self.model)
         self.run = torch.compile(self.wrapped) if args.compile else self.wrapped
         self.optimizer = make_optimizer(self.model, args)
         self.step, self.saved_step = 0, -1
         self.signals = Signals()
-        if args.resume:
-            self.load()
+        if args.resume or self.checkpoint.exists():
+            self.load(args.resume or self.checkpoint)
 
     def autocast(self) -> Any:
-        return torch.autocast(self.device.type, torch.bfloat16) if self.args.bf16 else nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.mixed_precision == "bf16")
 
     def train_step(self) -> Tensor:
         """One step; its mean loss in nats per byte, on the device."""
@@ -206,7 +233,8 @@ class Trainer:
                 loss = F.cross_entropy(self.run(part[:, :-1]).flatten(0, 1).float(), part[:, 1:].flatten())
                 (loss / len(parts)).backward()
             total += loss.detach() / len(parts)
-        nn.utils.clip_grad_norm_(self.model.parameters(), args.grad_clip)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), args.grad_clip)
+        self.gradient_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
@@ -214,7 +242,7 @@ class Trainer:
 
     @torch.no_grad()
     def bits_per_byte(self, limit: int | None = None) -> float:
-        """Of the held-out text, or its first ``limit`` bytes. Every byte is predicted from half a context or more."""
+        """Of the held-out text, or its first ``limit`` tokens. Every one is predicted from half a context or more."""
         context, stride = self.args.context, self.args.context // 2
         text = self.corpus.held_out[: None if limit is None else max(limit, context) + 1]
         targets = len(text) - 1
@@ -235,9 +263,10 @@ class Trainer:
             losses = F.cross_entropy(logits.flatten(0, 1).float(), following.flatten(), reduction="none")
             if i < len(batches):
                 nats += losses[(index >= first[:, None]).flatten().to(self.device)].double().sum()
-        size = (
-            self.corpus.held_out_bytes if limit is None else targets
-        )  # separators are predicted, but no bytes of a file
+        if limit is None:
+            size = self.corpus.held_out_bytes  # separators are predicted, but no bytes of a file
+        else:
+            size = targets * (self.corpus.held_out_bytes / len(self.corpus.held_out) if self.args.model else 1)
         return float(self.processes.mean(nats)) * world / size / math.log(2)
 
     def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -251,31 +280,31 @@ class Trainer:
         check_finite(self.model, self.processes)
         model, optimizer = self.state()
         if self.processes.first:
-            hf.save(self.config, model, self.args.out / "model")
+            hf.save(self.config, model, self.args.name / "model")
+            if self.args.model:
+                copy_companions(self.args.model, self.args.name / "model")
             state = {"model": model, "optimizer": optimizer, "step": self.step, "config": asdict(self.config)}
             with replacing(self.checkpoint) as temporary:
                 torch.save(state, temporary)
         self.processes.barrier()
         self.saved_step = self.step
 
-    def load(self) -> None:
+    def load(self, path: Path) -> None:
         try:
-            state = load_plain(self.checkpoint)
+            state = load_plain(path)
             model, optimizer, step, config = (state[name] for name in ("model", "optimizer", "step", "config"))
             if not isinstance(step, int) or not isinstance(config, dict):
                 raise TypeError(f"its step is {step!r:.50}, its config {config!r:.50}")
         except FileNotFoundError:
-            raise ValueError(f"{self.checkpoint} does not exist: leave --resume out to start") from None
+            raise ValueError(f"{path} does not exist: leave --resume out to start") from None
         except Exception as error:
-            raise ValueError(
-                f"{self.checkpoint} is damaged or no checkpoint of this script: {one_line(error)}"
-            ) from error
+            raise ValueError(f"{path} is damaged or no checkpoint of this script: {one_line(error)}") from error
         if config != asdict(self.config):
             here = asdict(self.config)
             differ = [
                 f"{key} is {config.get(key)} there, {here[key]} here" for key in here if config.get(key) != here[key]
             ]
-            raise ValueError(f"{self.checkpoint} is of another model: {'; '.join(differ)}")
+            raise ValueError(f"{path} is of another model: {'; '.join(differ)}. Use its flags, or another --name.")
         try:
             # What is missing would be made anew, and the run would go on without what it had learned of its gradients.
             for name, moments in optimizer["state"].items():
@@ -286,8 +315,10 @@ class Trainer:
             )
             check_moments(self.optimizer)
         except (RuntimeError, KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"{self.checkpoint} holds other content than this script saves: {error!r}") from error
+            raise ValueError(f"{path} holds other content than this script saves: {error!r}") from error
         self.step = step
+        if self.processes.first:
+            print(f"resuming from {path} at step {step}")
 
     def sample(self) -> str:
         """Text from the start of a file on; every process must call it."""
@@ -301,33 +332,40 @@ class Trainer:
         if not self.processes.first:
             return ""
         with self.autocast():
-            prompt = torch.zeros(1, 1, dtype=torch.long, device=self.device)
-            out = model.generate(prompt, self.args.sample_bytes, temperature=0.8, generator=self.args.seed)
-        text = bytes(out[0, 1:].tolist()).decode(errors="replace")
+            prompt = torch.full((1, 1), self.separator, device=self.device)
+            out = model.generate(prompt, self.args.sample_tokens, temperature=0.8, generator=self.args.seed)
+        codec = open_codec(self.args.model, self.config.vocab_size) if self.args.model else Bytes()  # with no text yet
+        text = "".join(codec.add(token) for token in out[0, 1:].tolist())
         # An untrained model also writes what moves a terminal's cursor.
         return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
     def train(self) -> int:
         """To the last step, or until told to stop; returns the exit status."""
-        args, first = self.args, self.processes.first
-        with SummaryWriter(args.out / "tensorboard", purge_step=self.step) if first else nullcontext() as writer:
+        first = self.processes.first
+        with self._boards() if first else nullcontext() as boards:
             with self.signals as signals:
-                stopped = self._steps(writer)
+                stopped = self._steps(boards)
                 if self.step > self.saved_step:
                     self.save()
             if not stopped:
-                self.report(writer)
+                self.report(boards)
                 return 0
         if first:
-            print(f"stopped at step {self.step}; go on with --resume")
+            print(f"stopped at step {self.step}; the same command goes on from here")
         return signals.status
 
-    def _steps(self, writer: SummaryWriter | None) -> bool:
+    def _boards(self) -> closing[Boards]:
+        args = self.args
+        folder = args.name / "tensorboard"
+        return closing(Boards(folder, self.step, project=args.wandb, name=str(args.name), config=asdict(self.config)))
+
+    def _steps(self, boards: Boards | None) -> bool:
         """Train to the last step; True if told to stop."""
         args, signals = self.args, self.signals
         clock, since = time.perf_counter(), self.step
-        with tqdm(initial=self.step, total=args.steps, unit="step", disable=writer is None, dynamic_ncols=True) as bar:
-            while self.step < args.steps:
+        shown = boards is not None
+        with tqdm(initial=self.step, total=args.end_step, unit="step", disable=not shown, dynamic_ncols=True) as bar:
+            while self.step < args.end_step:
                 with signals.interruptible():
                     loss = self.train_step()
                 bar.update()
@@ -338,57 +376,80 @@ class Trainer:
                     bits = float(loss) / math.log(2)
                     if not math.isfinite(bits):
                         raise RuntimeError(f"the loss of step {self.step} is {bits}; try a lower --lr")
-                    bar.set_postfix_str(f"{bits:.3f} bits/byte, {speed:.3g} bytes/s")
-                    if writer is not None:
-                        writer.add_scalar("bits_per_byte/train", bits, self.step)
-                        writer.add_scalar("bytes_per_second", speed, self.step)
-                        writer.add_scalar("learning_rate", self.optimizer.param_groups[0]["lr"], self.step)
+                    unit = "token" if args.model else "byte"
+                    bar.set_postfix_str(f"{bits:.3f} bits/{unit}, {speed:.3g} {unit}s/s")
+                    norm = float(self.gradient_norm)  # of a sharded model, gathered by every process
+                    if boards is not None:
+                        rate = self.optimizer.param_groups[0]["lr"]
+                        curves = {f"bits per {unit}/train": bits, f"{unit}s per second": speed}
+                        boards.scalars(self.step, curves | {"learning rate": rate, "gradient norm": norm})
                 # All processes must do the same after the same step, whichever of them was asked to.
                 if self.processes.any(signals.stop_wanted):
                     return True
-                evaluating = self.step % args.eval_every == 0 and self.step < args.steps
+                evaluating = self.step % args.eval_every == 0 and self.step < args.end_step
                 if self.processes.any(signals.take_save()) or evaluating:
                     self.save()
                 if evaluating:
                     with signals.interruptible():
-                        self.report(writer, args.eval_bytes)
+                        self.report(boards, args.eval_tokens)
                     clock, since = time.perf_counter(), self.step
         return False
 
-    def report(self, writer: SummaryWriter | None, limit: int | None = None) -> None:
+    def report(self, boards: Boards | None, limit: int | None = None) -> None:
         """Held-out bits per byte, beside xz's if of the whole held-out text, and a sample."""
         bits = self.bits_per_byte(limit)
-        text = self.sample() if self.args.sample_bytes else ""
-        if writer is None:
+        text = self.sample() if self.args.sample_tokens else ""
+        if boards is None:
             return
-        writer.add_scalar("bits_per_byte/held_out", bits, self.step)
+        boards.scalars(self.step, {"bits per byte/held out": bits})
         lines = [f"step {self.step}: {bits:.4f} bits per byte held out"]
         if limit is None:
             lines[0] += f" ({self.corpus.held_out_bytes} bytes); xz -9: {self.corpus.xz_bits_per_byte:.4f}"
         if text:
             lines += ["-" * 80, text, "-" * 80]
-            writer.add_text("sample", f"```\n{text}\n```", self.step)
+            boards.text(self.step, "sample", text)
         tqdm.write("\n".join(lines))
 
 
-def remove_leftovers(out: Path) -> None:
-    """What a run that was killed left half written; the run holds the lock of ``out``."""
-    for folder in (out, out / "model"):
+def separator(config: DecoderLMConfig, codec: Codec) -> int:
+    """The token between files, and before the first.
+
+    Raises:
+        ValueError: a model that names no token at which texts begin or end.
+    """
+    if isinstance(codec, Bytes):
+        return SEPARATOR[0]
+    if not config.stop_tokens:
+        raise ValueError("the model's config.json names no eos_token_id, which separates files of text")
+    return config.stop_tokens[0]
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """What natten-layers-generate and transformers read beside the weights."""
+    tokenizer = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+    for name in (*tokenizer, "generation_config.json", "chat_template.jinja"):
+        if (source / name).is_file():
+            with replacing(target / name) as temporary:
+                shutil.copyfile(source / name, temporary)
+
+
+def remove_leftovers(name: Path) -> None:
+    """What a run that was killed left half written; the run holds the lock of ``name``."""
+    for folder in (name, name / "model"):
         for path, _ in leftovers(folder):
             path.unlink()
 
 
 def run(args: argparse.Namespace, processes: Processes) -> int:
-    with running_alone(args.out / "lock", str(args.out)) if processes.first else nullcontext():
+    with running_alone(args.name / "lock", str(args.name)) if processes.first else nullcontext():
         if processes.first:
-            remove_leftovers(args.out)
+            remove_leftovers(args.name)
         trainer = Trainer(args, processes)
         if processes.first:
             count = sum(p.numel() for p in trainer.model.parameters())
-            size = len(trainer.corpus.train)
-            print(f"{count / 1e6:.2f} M parameters, {size / 1e6:.1f} MB of text, device {processes.device}")
-        with writing(args.out / "tensorboard"):  # all other files name themselves
-            return trainer.train()
+            size, unit = len(trainer.corpus.train), "million tokens" if args.model else "MB of text"
+            print(f"{count / 1e6:.2f} M parameters, {size / 1e6:.1f} {unit}, device {processes.device}")
+        return trainer.train()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -93,9 +93,9 @@ def check_commands(python: Environment, folder: Path) -> None:
     for name in map(str, range(40)):
         (folder / "text" / f"{name}.txt").write_text(f"{name} is a letter. " * 100)
     python.run(
-        "natten-layers-train-lm", "--data", "text", "--pattern", "*.txt", "--out", "lm", "--layers", "2", "--hidden",
-        "32", "--heads", "2", "--kv-heads", "1", "--context", "32", "--steps", "2", "--eval-every", "2",
-        "--eval-bytes", "64", "--sample-bytes", "8", *cpu, folder=folder,
+        "natten-layers-train-lm", "--data", "text", "--pattern", "*.txt", "--name", "lm", "--layers", "2", "--hidden",
+        "32", "--heads", "2", "--kv-heads", "1", "--context", "32", "--end-step", "2", "--eval-every", "2",
+        "--eval-tokens", "64", "--sample-tokens", "8", *cpu, folder=folder,
     )  # fmt: skip
     prompt = ("--prompt", "a is", "--tokens", "8")
     assert python.run("natten-layers-generate", "lm/model", *prompt, *cpu, folder=folder).startswith("a is")

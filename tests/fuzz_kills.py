@@ -41,9 +41,9 @@ HDIT = (
     "--demo-every", "3", "--sample-n", "1", "--sample-steps", "1", "--num-workers", "0", *CPU,
 )  # fmt: skip
 LM = (
-    "--data", "text", "--pattern", "*.txt", "--out", "out", "--layers", "1", "--hidden", "16", "--heads", "2",
-    "--kv-heads", "1", "--context", "16", "--batch-size", "2", "--steps", "6", "--eval-every", "2", "--eval-bytes",
-    "32", "--sample-bytes", "0", "--held-out-bytes", "100", *CPU,
+    "--data", "text", "--pattern", "*.txt", "--name", "out", "--layers", "1", "--hidden", "16", "--heads", "2",
+    "--kv-heads", "1", "--context", "16", "--batch-size", "2", "--end-step", "6", "--eval-every", "2", "--eval-tokens",
+    "32", "--sample-tokens", "0", "--held-out-bytes", "100", *CPU,
 )  # fmt: skip
 
 
@@ -56,10 +56,6 @@ class Command:
     """raises unless all files in out/ are whole"""
     result: Callable[[], object]
     """of a finished run: equal for equal runs"""
-
-
-def start_lm() -> int:
-    return train_lm.main([*LM, "--resume" if Path("out/checkpoint.pt").exists() else "--no-resume"])
 
 
 def start_tune() -> int:
@@ -104,7 +100,7 @@ COMMANDS = (
         "train-hdit", lambda: train_hdit.main(HDIT), check_hdit,
         lambda: (Path("out/run_metrics.csv").read_text(), Path("out/run.safetensors").read_bytes()),
     ),
-    Command("train-lm", start_lm, check_lm, lambda: Path("out/model/model.safetensors").read_bytes()),
+    Command("train-lm", lambda: train_lm.main(LM), check_lm, lambda: Path("out/model/model.safetensors").read_bytes()),
     Command(
         "sample-hdit",
         lambda: sample_hdit.main(["model.safetensors", "-n", "1", "--steps", "2", "--output", "out/grid.png", *CPU]),

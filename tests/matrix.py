@@ -17,13 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-EAGER = (
-    "tests/test_geometry.py", "tests/test_functional.py", "tests/test_eager.py", "tests/test_modules.py",
-    "tests/test_checkpoints.py", "tests/test_llm.py", "tests/test_imports.py",
-)  # fmt: skip
+EAGER = ("tests/test_geometry.py", "tests/test_imports.py", "tests/test_checkpoints.py", "tests/test_llm.py")
 """tests that need neither Triton nor NumPy nor an extra, or skip what does"""
 FUSED = (*EAGER, "tests/test_random.py", "tests/test_host.py")
-ALL = (*FUSED, "tests/test_package.py", "tests/test_examples_lm.py", "tests/test_damaged_files.py")
+ALL = (*FUSED, "tests/test_package.py", "tests/test_damaged_files.py")
 SHOWN = ("torch", "triton", "numpy")
 
 

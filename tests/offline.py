@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from math import prod
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
@@ -17,7 +18,7 @@ from torch import Tensor
 from triton.runtime import driver
 
 from benchmarks.compile_only import SHARED_MEMORY, Driver
-from natten_layers import cached_attention, neighborhood_attention
+from natten_layers import cached_attention, neighborhood_attention, neighborhood_attention_varlen
 from natten_layers.kernels.host import problem
 from natten_layers.kernels.ops import attention as attention_ops
 from natten_layers.kernels.ops import decode as decode_ops
@@ -46,6 +47,35 @@ def attend(
         options |= {"additional_keys": inputs[3], "additional_values": inputs[3], "sink": inputs[4]}
     out = neighborhood_attention(q, k, v, kernel_size, **options, impl="fused")
     torch.autograd.grad(out.float().sum(), inputs)
+
+
+def attend_packed(
+    shapes: list[tuple[int, ...]], kernel_size: int, heads: int, dim: int, registers: int,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:  # fmt: skip
+    tokens = sum(map(prod, shapes))
+    q, k, v = (draw(tokens, h, dim, dtype=dtype) for h in (heads, 2, 2))
+    extra = draw(len(shapes), registers, 2, dim, dtype=dtype) if registers else None
+    out = neighborhood_attention_varlen(
+        q, k, v, shapes, kernel_size, additional_keys=extra, additional_values=extra, impl="fused"
+    )
+    torch.autograd.grad(out.float().sum(), [q, k, v] if extra is None else [q, k, v, extra])
+
+
+def attend_forward_mode(
+    spatial: tuple[int, ...], kernel_size: int, heads: int, dim: int, registers: int, **options: Any
+) -> None:
+    """A call with tangents of all tensors, registers and sinks included."""
+    tensors = *(draw(1, *spatial, h, dim) for h in (heads, 2, 2)), draw(1, registers, 2, dim), torch.zeros(heads)
+
+    def call(q: Tensor, k: Tensor, v: Tensor, register: Tensor, sink: Tensor) -> Tensor:
+        return neighborhood_attention(
+            q, k, v, kernel_size, **options, additional_keys=register, additional_values=register, sink=sink,
+            impl="fused",
+        )  # fmt: skip
+
+    with torch.no_grad():
+        torch.func.jvp(call, tensors, tensors)
 
 
 def options_of(rank: int, kernel_size: int, sink: float | None, stride: int = 1, dilation: int = 1) -> problem.Options:
@@ -136,7 +166,10 @@ def main(capability: int) -> None:
     attend((12, 12, 20), 5, 2, 40, 0, dilation=2, stride=3)
     attend((2048,), 1024, 8, 128, 40, is_causal=True)
     attend((32, 32), 7, 4, 256, 40)
+    attend_forward_mode((32, 32), 7, 8, 64, 5)
+    attend_forward_mode((2048,), 1024, 8, 128, 40, is_causal=True)
     attend((2048,), 1024, 8, 128, 5, key_mask=torch.ones(1, 2048, dtype=torch.bool), is_causal=True)
+    attend_packed([(32, 32), (20, 48)], 7, 8, 64, 5)
     check_loads()
     if capability == 90:
         attend((32, 32), 7, 8, 256, 40, torch.float32)
@@ -166,6 +199,9 @@ def main(capability: int) -> None:
     q, k, gain = draw(1, 16, 16, 4, 64), draw(1, 16, 16, 2, 64), torch.ones(4, requires_grad=True)
     angles = angles_of(AxialRoPE(64, 4, num_kv_heads=2), q, k, None)
     prepared = normalize_and_rotate(q, k, HeadNorm("cosine", gain, None), angles, impl="fused")
+    norm = HeadNorm("cosine", gain.detach(), None)
+    with torch.no_grad():
+        torch.func.jvp(lambda q, k: normalize_and_rotate(q, k, norm, angles, impl="fused"), (q, k), (q, k))
     torch.autograd.grad([t.float().sum() for t in prepared], [q, k, gain])
     rope = AxialRoPE(64, 4, num_kv_heads=2, axes=3, freqs=torch.ones(1, 32), split=(8, 12, 12), interleaved=True)
     angles = rope.angles(q[None], k[None], torch.zeros(1, 16, 16, 3))

@@ -17,6 +17,7 @@ from benchmarks import (
     attention,
     census,
     check,
+    forward_mode,
     generation,
     implementations,
     models,
@@ -540,6 +541,76 @@ def test_generation_floor_and_full_caches() -> None:
         small(generation.draw_ids(small, 2), cache=cache)
     for layer in cache.layers:
         assert sorted(layer.positions[0, :-1].tolist()) == list(range(1, 13))  # the first token has left the window
+
+
+def test_forward_mode_is_checked_before_it_is_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "forward_mode.json"
+    flags = f"--device cpu --smoke --budget-s 0 --workloads hdit-gqa mistral full-4k --out {path}".split()
+    monkeypatch.setattr(forward_mode, "peer_attention", lambda: None)
+    assert forward_mode.main(flags) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert all((row["median_ms"] is None) == row["implementation"].startswith(forward_mode.PEER) for row in rows)
+    assert "not installed" in capsys.readouterr().out
+
+    def forgets_a_tangent(workload: Workload) -> dict[str, Any]:
+        return {
+            "natten_layers": lambda q, k, v: neighborhood_attention(
+                q, k.detach(), v, workload.kernel_size, is_causal=workload.causal
+            )
+        }
+
+    monkeypatch.setattr(forward_mode, "implementations", forgets_a_tangent)
+    assert forward_mode.main(flags) == 1
+    assert "wrong result" in capsys.readouterr().out
+
+
+def test_the_check_of_tangents_is_exact() -> None:
+    """Against forward mode of the eager path, in fp64."""
+    workload, inputs = problem((5, 6), (3, 4), causal=(True, False), dtype=torch.float64)
+    primals, tangents = ((x.query, x.key, x.value) for x in (inputs, make_inputs(workload, CPU, 1)))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return neighborhood_attention(q, k, v, workload.kernel_size, is_causal=workload.causal)
+
+    _, found, *_ = torch.func.jvp(attend, primals, tangents)
+    assert forward_mode.errors(workload, primals, tangents, found)[0] < 1e-12
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_the_benchmark_of_ltx_in_miniature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ltx = pytest.importorskip("benchmarks.ltx")
+    monkeypatch.setattr(ltx, "WINDOWS", {(3, 5, 5): (3, 6, 6)})
+    monkeypatch.setattr(ltx, "check_decoder", lambda device: ltx.Check("decoder", 0.0, 0.0))  # as test_diffusers does
+    path = tmp_path / "ltx.json"
+    flags = ["--device", "cpu", "--smoke", "--budget-s", "0", "--repeats", "1", "--flex-tokens", "0"]
+    flags += ["--out", str(path)]
+    assert ltx.main(flags) == 0
+    report = json.loads(path.read_text())
+    assert [stage["layers"] for stage in report["stages"]] == [1, 1, 2, 2]
+    assert set(report["stages"][0]["ms"]) == {*ltx.COLUMNS} - {"layer, its own processor"}
+    assert {one["processor"] for one in report["decode"]} == {"natten_layers", "steps in PyTorch"}
+    ours = "natten_layers.integrations.diffusers.ltx_decoder.attend_with_qk_prep"
+    monkeypatch.setattr(ours, lambda call, norm, angles: call.inputs.query)
+    (check,) = ltx.check_layers(torch.device("cpu"))
+    assert "layer of (3, 5, 5) in bf16: error" in check.failure
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_windows_of_transformers_are_timed_if_they_are_right(
+    broken: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    benchmark = pytest.importorskip("benchmarks.diffusers_attention")
+    if broken:
+        monkeypatch.setattr(benchmark, "windows", lambda problem: lambda sequence: benchmark.dense(sequence))
+    path = tmp_path / "windows.json"
+    flags = ["--device", "cpu", "--smoke", "--budget-s", "0", "--problems", "flux-4k", "wan-720p", "--out", str(path)]
+    assert benchmark.main(flags) == broken
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["implementation"] for row in rows] == [benchmark.WINDOWS, benchmark.DENSE] * 2
+    assert all((row["median_ms"] is None) == (broken and row["implementation"] == benchmark.WINDOWS) for row in rows)
+    assert set(rows[0]["errors"]) == {"image", "text"}
 
 
 # A run of the census against the record

@@ -286,27 +286,6 @@ def test_vmap_over_sinks_says_that_it_is_missing() -> None:
         torch.func.vmap(lambda sink: attend(EVERYTHING)(*sample[:5], sink))(torch.randn(3, 4, device=DEVICE))
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo's look
-@pytest.mark.parametrize("requires_grad", [False, True])
-def test_forward_mode_says_that_it_is_missing(requires_grad: bool) -> None:
-    """Forward-mode derivatives raise, compiled or not, because they would silently be zero otherwise."""
-    query, *rest = (t.detach().requires_grad_(requires_grad) for t in make_inputs(PLAIN, DEVICE).values())
-    tangent = torch.ones_like(query)
-
-    def of_query(q: Tensor) -> Tensor:
-        return attend(PLAIN, return_lse=False)(q, *rest)[0]
-
-    def derivative(q: Tensor, t: Tensor) -> Tensor:
-        return torch.func.jvp(of_query, (q,), (t,))[1]
-
-    with raises_naming("forward-mode", 'impl="eager"', error=NotImplementedError):
-        derivative(query, tangent)
-    with raises_naming("forward-mode", 'impl="eager"', error=NotImplementedError):
-        torch.compile(derivative, backend="aot_eager")(query, tangent)
-    with raises_naming("forward-mode", 'impl="eager"', error=NotImplementedError):
-        torch.func.jvp(torch.compile(of_query, backend="aot_eager"), (query,), (tangent,))
-
-
 def test_second_derivatives_of_torch_func_say_that_they_are_missing() -> None:
     query, *rest = (t.detach() for t in make_inputs(PLAIN, DEVICE).values())
 

@@ -34,7 +34,7 @@ CPU = ("--device", "cpu")
 SHORT = ("--batch-size", "1", "--demo-every", "0", "--num-workers", "0", "--sample-steps", "1", "--sample-n", "1")
 LM = (
     "--pattern", "*.txt", "--layers", "1", "--hidden", "8", "--heads", "2", "--kv-heads", "1", "--context", "8",
-    "--batch-size", "1", "--eval-every", "9", "--eval-bytes", "16", "--sample-bytes", "0", "--held-out-bytes", "50",
+    "--batch-size", "1", "--eval-every", "9", "--eval-tokens", "16", "--sample-tokens", "0", "--held-out-bytes", "50",
 )  # fmt: skip
 
 
@@ -64,10 +64,12 @@ DAMAGES = (
         "HERE/new.png", *CPU)),
     Damage("run_samples.png", sample_hdit.main, ("HERE/run.safetensors", "--reproduce", "HERE/run_samples.png", *CPU)),
     Damage("run.safetensors", convert.main, ("HERE/run.safetensors", "HERE/new.safetensors", "--group-size", "2")),
-    Damage("flags.toml", train_lm.main, ("--config", "HERE/flags.toml", "--out", "HERE/lm-toml", *CPU)),
-    Damage("lm/checkpoint.pt", train_lm.main, ("--data", "HERE/text", "--out", "HERE/lm", "--resume", "--steps", "2",
+    Damage("flags.toml", train_lm.main, ("--config", "HERE/flags.toml", "--name", "HERE/lm-toml", *CPU)),
+    Damage("lm/checkpoint.pt", train_lm.main, ("--data", "HERE/text", "--name", "HERE/lm", "--end-step", "2",
         *LM, *CPU)),
     Damage("bytes/config.json", generate.main, ("HERE/bytes", "--tokens", "2", *CPU)),
+    Damage("bytes/generation_config.json", generate.main, ("HERE/bytes", "--tokens", "2", *CPU)),
+    Damage("bytes/tokenizer_config.json", generate.main, ("HERE/bytes", "--chat", "--tokens", "2", *CPU)),
     Damage("bytes/model.safetensors", generate.main, ("HERE/bytes", "--tokens", "2", *CPU)),
 )  # fmt: skip
 
@@ -83,16 +85,26 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "text").mkdir()
     for number in range(20):
         (folder / "text" / f"{number}.txt").write_text(f"{number} is a number. " * 50)
-    flags = ("--data", str(folder / "text"), "--out", str(folder / "lm"), *LM, *CPU)
-    assert train_lm.main([*flags, "--steps", "1"]) == 0
+    flags = ("--data", str(folder / "text"), "--name", str(folder / "lm"), *LM, *CPU)
+    assert train_lm.main([*flags, "--end-step", "1"]) == 0
     (folder / "flags.toml").write_text(
         f'data = "{folder / "text"}"\npattern = "*.txt"\nlayers = 1\nhidden = 8\nheads = 2\nkv_heads = 1\ncontext = 8\n'
-        'steps = 1\nlr = 1e-3\nsink = "zero"\nsample_bytes = 0\nheld_out_bytes = 50\neval_bytes = 16\nbf16 = false\n'
+        'end_step = 1\nlr = 1e-3\nsink = "zero"\nsample_tokens = 0\nheld_out_bytes = 50\neval_tokens = 16\n'
+        "compile = false\n"
     )
     config = DecoderLMConfig(
         vocab_size=256, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=2, max_positions=64
     )
     DecoderLM(config).save_pretrained(folder / "bytes")
+    settings = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.9, "eos_token_id": [3], "min_p": 0.1}
+    (folder / "bytes" / "generation_config.json").write_text(json.dumps(settings))
+    template = "{{ bos_token }}{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
+    chat = {
+        "bos_token": {"content": "<"},
+        "eos_token": ">",
+        "chat_template": [{"name": "default", "template": template}],
+    }
+    (folder / "bytes" / "tokenizer_config.json").write_text(json.dumps(chat))
     return folder
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 diffusers = pytest.importorskip("diffusers")
 
 import decode_ltx  # noqa: E402
+import sample_flux_neighborhood  # noqa: E402
 from natten_layers import neighborhood_attention  # noqa: E402
 from natten_layers.geometry import make_window, window_mask  # noqa: E402
 from natten_layers.integrations.diffusers import ltx_decoder, neighborhood, patch, transformers, unpatch  # noqa: E402
@@ -164,6 +166,21 @@ def test_the_example_compares_both(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 # --- Image and video transformers
+
+
+def test_the_example_of_flux_samples(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Windows of the whole image change nothing, and windows of 5 of its 8 rows and columns do."""
+
+    def difference(*options: str) -> float:
+        size = ("--height", "16", "--width", "16", "--save", str(tmp_path / "image.png"))
+        assert sample_flux_neighborhood.main(["--tiny", "--compare", *size, *options]) == 0
+        return float(re.findall(r"largest difference (\S+)", capsys.readouterr().out)[0])
+
+    assert difference("--kernel-size", "8") < 1e-5
+    assert (tmp_path / "image.png").is_file()
+    assert difference("--kernel-size", "5", "8", "--layers", "0,2-3") > 1e-4
+    with pytest.raises(SystemExit):
+        sample_flux_neighborhood.main(["--tiny", "--kernel-size", "5", "5", "5"])
 
 
 class ModelCase(NamedTuple):

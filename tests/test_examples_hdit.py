@@ -1053,6 +1053,8 @@ def test_bad_input_to_sampling(trained: Path, tmp_path: Path, capsys: pytest.Cap
     named.save_pretrained(tmp_path / "named.safetensors")
     assert "has 2 classes, but names 1: ['cat']" in says(tmp_path / "named.safetensors")
     assert "does not say how it was made" in says(model, "--reproduce", _plain_png(tmp_path))
+    absent = str(tmp_path / "nowhere.png")
+    assert "nowhere.png cannot be read as a picture: No such" in says(model, "--reproduce", absent)
     with small_disk(100):
         says(model)
     assert output.read_bytes() == b"precious"

@@ -42,8 +42,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def flags(folder: Path, tmp_path: Path) -> list[str]:
     sizes = {"layers": 2, "hidden": 16, "heads": 2, "kv-heads": 1, "window": 8, "full-every": 2, "context": 16}
-    run = {"steps": 6, "batch-size": 4, "warmup": 2, "eval-every": 3, "eval-bytes": 64, "sample-bytes": 8}
-    where = {"data": folder, "pattern": "*.txt", "out": tmp_path / "run", "device": "cpu", "registers": 1}
+    run = {"end-step": 6, "batch-size": 4, "warmup": 2, "eval-every": 3, "eval-tokens": 64, "sample-tokens": 8}
+    where = {"data": folder, "pattern": "*.txt", "name": tmp_path / "run", "device": "cpu", "registers": 1}
     return [word for key, value in (sizes | run | where).items() for word in (f"--{key}", str(value))]
 
 
@@ -57,7 +57,7 @@ def saved(out: Path) -> dict[str, Any]:
 
 
 def test_a_run_trains_reports_and_saves(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train_lm.main([*flags, "--steps", "40", "--eval-every", "20", "--lr", "0.01"]) == 0
+    assert train_lm.main([*flags, "--end-step", "40", "--eval-every", "20", "--lr", "0.01"]) == 0
     printed = capsys.readouterr().out
     assert "step 20:" in printed
     before, after = (float(line.split(":")[1].split()[0]) for line in printed.splitlines() if "held out" in line)
@@ -73,7 +73,7 @@ def test_a_run_trains_reports_and_saves(flags: list[str], tmp_path: Path, capsys
 def test_resuming_equals_not_stopping(
     flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signal_name: str, status: int
 ) -> None:
-    whole = trainer(flags, "--out", str(tmp_path / "whole"))
+    whole = trainer(flags, "--name", str(tmp_path / "whole"))
     whole.train()
     train_step, save, saves = Trainer.train_step, Trainer.save, []
 
@@ -84,7 +84,7 @@ def test_resuming_equals_not_stopping(
 
     def noted(self: Trainer) -> None:
         save(self)
-        saves.append(saved(self.args.out)["step"])
+        saves.append(saved(self.args.name)["step"])
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "isatty", lambda descriptor: False)  # SIGHUP must not silence a terminal under the tests
@@ -92,7 +92,7 @@ def test_resuming_equals_not_stopping(
         patch.setattr(Trainer, "save", noted)
         assert train_lm.main(flags) == status
     assert saves == [3, 4, 6][: 3 if status == 0 else 2]
-    assert train_lm.main([*flags, "--resume"]) == 0
+    assert train_lm.main([*flags]) == 0
     expected, got = saved(tmp_path / "whole"), saved(tmp_path / "run")
     assert got["step"] == 6
     assert expected["model"].keys() == got["model"].keys()
@@ -109,7 +109,7 @@ def test_nan_is_not_saved(
     assert train_lm.main(flags) == 0
     before = files(tmp_path / "run")
     capsys.readouterr()
-    assert train_lm.main([*flags, "--resume", "--steps", "9", "--lr", "1e30"]) == 2
+    assert train_lm.main([*flags, "--end-step", "9", "--lr", "1e30"]) == 2
     assert "the weights are no longer finite" in capsys.readouterr().err.splitlines()[-1]
     assert files(tmp_path / "run") == before
 
@@ -118,7 +118,7 @@ def test_nan_is_not_saved(
         return torch.tensor(math.nan)
 
     monkeypatch.setattr(Trainer, "train_step", spoil)
-    assert train_lm.main([*flags, "--resume", "--steps", "12", "--eval-every", "100"]) == 2
+    assert train_lm.main([*flags, "--end-step", "12", "--eval-every", "100"]) == 2
     assert "error: the loss of step 10 is nan; try a lower --lr" in capsys.readouterr().err.splitlines()[-1]
     assert files(tmp_path / "run") == before
 
@@ -143,7 +143,7 @@ def test_a_kill_while_the_last_model_is_written(
     left = [out / ".checkpoint.0123abcd.tmp.pt", out / "model" / ".model.0123abcd.tmp.safetensors"]
     for path in left:
         path.write_bytes(b"half")
-    assert train_lm.main([*flags, "--resume"]) == 0
+    assert train_lm.main([*flags]) == 0
     assert not any(path.exists() for path in left)
     model = DecoderLM.from_pretrained(out / "model")
     assert saved(out)["step"] == 6
@@ -164,7 +164,7 @@ def test_one_run_at_a_time(flags: list[str], tmp_path: Path, capsys: pytest.Capt
         assert f"another process is training {lock.parent} (it holds {lock})" in capsys.readouterr().err
         other.kill()
     assert lock.exists()
-    assert train_lm.main([*flags, "--steps", "1"]) == 0
+    assert train_lm.main([*flags, "--end-step", "1"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -178,14 +178,14 @@ def test_checkpoints_of_odd_content(
     run = trainer(flags)
     run.save()
     torch.save(change(saved(tmp_path / "run")), run.checkpoint)
-    assert train_lm.main([*flags, "--resume"]) == 2
+    assert train_lm.main([*flags]) == 2
     (message,) = capsys.readouterr().err.splitlines()
     assert message.startswith(f"error: {run.checkpoint} ")
 
 
 @pytest.mark.parametrize("mode", ["--no-fsdp", "--fsdp"])
 def test_two_processes_learn_what_one_does(flags: list[str], tmp_path: Path, mode: str) -> None:
-    trainer(flags, "--out", str(tmp_path / "one")).train()
+    trainer(flags, "--name", str(tmp_path / "one")).train()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "natten_layers_cli.train_lm", *flags, mode]
     result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
@@ -237,7 +237,7 @@ def test_random_windows_depend_on_the_seed_alone() -> None:
 
 
 def test_learning_rate(flags: list[str]) -> None:
-    args = train_lm.parse_arguments([*flags, "--steps", "102", "--warmup", "2", "--lr", "1"])
+    args = train_lm.parse_arguments([*flags, "--end-step", "102", "--warmup", "2", "--lr", "1"])
     rates = [train_lm.learning_rate(step, args) for step in (0, 1, 2, 52, 101)]
     assert rates[:4] == pytest.approx([0.5, 1, 1, 0.55])
     assert rates[4] == pytest.approx(0.1, abs=1e-3)
@@ -264,7 +264,7 @@ def test_config_file_and_flags(flags: list[str], tmp_path: Path) -> None:
         (["--heads", "3", "--kv-heads", "2"], "multiple of num_kv_heads"),
         (["--batch-size", "4", "--grad-accum-steps", "3"], "does not split"),
         (["--context", "100000"], "longer than the text"),
-        (["--resume"], "does not exist"),
+        (["--resume", "/nowhere/checkpoint.pt"], "does not exist"),
         (["--fsdp"], "torchrun"),
     ],
 )
@@ -289,9 +289,7 @@ def test_what_is_there_is_kept(
     assert train_lm.main(flags) == 0
     checkpoint = tmp_path / "run" / "checkpoint.pt"
     before = checkpoint.read_bytes()
-    assert train_lm.main(flags) == 2
-    assert "exists: go on from it with --resume" in capsys.readouterr().err
-    assert train_lm.main([*flags, "--resume", "--sink", "none"]) == 2
+    assert train_lm.main([*flags, "--sink", "none"]) == 2
     assert "sink is zero there, None here" in capsys.readouterr().err
 
     def full_disk(_: object, path: Path) -> None:
@@ -300,7 +298,7 @@ def test_what_is_there_is_kept(
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full_disk)
-        assert train_lm.main([*flags, "--resume", "--steps", "7"]) == 2
+        assert train_lm.main([*flags, "--end-step", "7"]) == 2
     assert f"cannot write {checkpoint}" in capsys.readouterr().err
     assert checkpoint.read_bytes() == before
     assert not list(checkpoint.parent.glob(".*"))
@@ -310,7 +308,7 @@ def test_what_is_there_is_kept(
     flipped[largest.header_offset + largest.file_size // 2] ^= 0x40
     for damaged in (before[:1000], flipped):
         checkpoint.write_bytes(damaged)
-        assert train_lm.main([*flags, "--resume"]) == 2
+        assert train_lm.main([*flags]) == 2
         assert "is damaged" in capsys.readouterr().err
 
 

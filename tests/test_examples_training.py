@@ -176,7 +176,7 @@ def test_weights_and_biases(
     config = write_config(tmp_path)
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert train(config, "a", "--end-step", "1", "--wandb", "flowers") == 2
-    assert "--wandb flowers needs the wandb package: pip install wandb" in capsys.readouterr().err
+    assert "--wandb flowers needs the wandb package: pip install 'natten-layers[wandb]'" in capsys.readouterr().err
     logged: list[tuple[int, dict[str, Any]]] = []
     begun: list[dict[str, Any]] = []
     run = SimpleNamespace(log=lambda values, step: logged.append((step, values)), finish=lambda: begun.append({}))

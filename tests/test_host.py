@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -137,3 +139,13 @@ def test_kept_kernels_are_those_that_triton_chooses() -> None:
     command = [sys.executable, "-W", "error", str(script)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_every_launch_asks_for_fused_products_and_sums() -> None:
+    """Triton 3.9 warns where a launch does not, and 3.10 makes slower kernels of it."""
+    launcher = pytest.importorskip("natten_layers.kernels.host.launcher")
+    assert launcher.Launcher(SimpleNamespace(arg_names=()), (1,), (), {}).options["enable_fp_fusion"]
+    for path in Path(launcher.__file__).parents[1].rglob("*.py"):
+        source = path.read_text()
+        launches = re.findall(r"^ +\w+_kernel\[\(.*?^ +\)", source, re.MULTILINE | re.DOTALL)
+        assert all("**TRITON_OPTIONS" in launch for launch in launches), path

@@ -27,6 +27,7 @@ RANKS = (
     {"eager"},
     {"arguments"},
     {"operations"},
+    {"varlen"},
     {"cached", "explanation", "natten"},
     {"functional", "utils"},
     {"modules"},
@@ -112,15 +113,18 @@ def test_kernels_know_nothing_of_who_calls_them() -> None:
             assert not found, f"{module} imports {found}"
 
 
-def test_the_package_needs_no_triton() -> None:
-    """Neither importing the package nor eager attention and ``explain`` import Triton."""
+def test_the_package_needs_neither_triton_nor_numpy() -> None:
+    """Neither importing the package nor eager attention, ``explain`` and a model import one of them."""
     script = """
-import sys
-sys.modules["triton"] = None
+import sys, warnings
+sys.modules["triton"] = sys.modules["numpy"] = None
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch's own
 import torch, natten_layers
 q = torch.randn(1, 8, 2, 16, requires_grad=True)
 natten_layers.neighborhood_attention(q, q, q, 3).sum().backward()
 assert "not fused" in str(natten_layers.explain(q, q, q, 3))
+levels = natten_layers.LevelConfig(1, 16, d_head=8), natten_layers.LevelConfig(1, 16, "global", d_head=8)
+natten_layers.HDiT(natten_layers.HDiTConfig(levels))(torch.randn(1, 3, 32, 32), torch.ones(1))
 assert not any(name.startswith("natten_layers.kernels.") and name.split(".")[2] in ("portable", "sm90", "dispatch")
                for name in sys.modules)
 assert not torch.cuda.is_initialized()

@@ -43,12 +43,14 @@ triton = pytest.importorskip("triton")
 
 KERNELS = (
     "forward_kernel",
+    "jvp_kernel",
     "backward_query_kernel",
     "backward_key_kernel",
     "backward_register_kernel",
     "decode_kernel",
     "merge_kernel",
     "qk_prep_kernel",
+    "qk_prep_jvp_kernel",
     "qk_prep_backward_kernel",
 )
 
@@ -129,7 +131,7 @@ def test_kernels_compile(capability: int, tmp_path: Path) -> None:
     compiled = done.stdout.split()
     own = SM90_KERNELS if capability == 90 and gluon_gap() is None else ()
     assert set(compiled) == {*KERNELS, *own}
-    assert compiled.count("forward_kernel") == (6 if capability == 90 else 5)
+    assert compiled.count("forward_kernel") == (7 if capability == 90 else 6)
     assert compiled.count("small_forward_rolling_kernel") == (6 if own else 0)  # two of them normalise and rotate
     if own:
         check_fences(tmp_path)

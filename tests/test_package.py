@@ -124,7 +124,7 @@ SEEDED = ("train_hdit", "sample_hdit", "train_lm", "generate")
         *((name, "--seed", seed, "must be from 0 to") for name in SEEDED for seed in (str(2**70), "-1")),
         ("train_hdit", "--batch-size", "9" * 5000, "is no whole number"),
         ("train_hdit", "--end-step", str(2**63), "must be from"),
-        ("train_lm", "--steps", str(10**30), "must be from"),
+        ("train_lm", "--end-step", str(10**30), "must be from"),
         ("generate", "--tokens", str(10**30), "must be from"),
         ("convert", "--group-size", str(10**30), "must be from"),
         ("tune", "--heads", str(10**30), "must be from"),
@@ -133,7 +133,7 @@ SEEDED = ("train_hdit", "sample_hdit", "train_lm", "generate")
         ("sample_hdit", "--guidance", "nan", "no finite number"),
         ("generate", "--temperature", "nan", "no finite number"),
         ("train_hdit", "--config", "", "'' is no path"),
-        ("train_lm", "--out", "", "'' is no path"),
+        ("train_lm", "--name", "", "'' is no path"),
         ("train_lm", "--data", "", "'' is no path"),
         ("sample_hdit", "--output", "", "'' is no path"),
         ("convert", "--config", "", "'' is no path"),
@@ -167,3 +167,28 @@ def test_commands_of_library_modules_run_as_modules(module: str) -> None:
     done = subprocess.run([sys.executable, "-m", f"natten_layers.{module}", "--help"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"usage: natten-layers-{module}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        ("train_hdit", ["--config", "FILE"]),
+        ("train_lm", ["--config", "FILE"]),
+        ("sample_hdit", ["FILE"]),
+        ("convert", ["FILE", "b", "--group-size", "1"]),
+        ("convert", ["a", "b", "--group-size", "1", "--config", "FILE"]),
+    ],
+)
+def test_a_file_that_is_missing_is_named_in_words(
+    command: str, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(tmp_path / "nowhere")
+    main = import_module(f"natten_layers_cli.{command}").main
+    try:
+        status = main([path if argument == "FILE" else argument for argument in arguments])
+    except SystemExit as stop:
+        status = stop.code
+    assert status == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.endswith(f"{path}: No such file or directory")
+    assert error.count(path) == 1

@@ -179,6 +179,7 @@ def test_gradients_match_the_oracle(case: Case, monkeypatch: pytest.MonkeyPatch)
     "case",
     [
         *(case for case in CASES if len(case.spatial) == 3 or case.registers),
+        *SPREAD_CASES[:3],
         Case("3d-gqa", (16, 12, 12), 3, heads=8, kv_heads=2, head_dim=64, value_dim=64, batch=3),
         Case("3d-thin", (6, 16, 20), (1, 5, 5), heads=4, kv_heads=2, head_dim=64, value_dim=64, sink="zero"),
         Case("3d-causal", (4, 12, 12), (2, 3, 3), 1, 1, True, 4, 1, head_dim=64, value_dim=64, batch=3),

@@ -26,6 +26,8 @@ from .host.problem import (
     Problem,
     QKPrep,
     QKPrepKind,
+    SavedResults,
+    Tangents,
     contiguous,
     layout,
     strides,
@@ -35,6 +37,7 @@ from .host.tuned import explicit_tile_config, override_pack, remembered
 from .portable import backward as portable_backward
 from .portable import decode as portable_decode
 from .portable import forward as portable_forward
+from .portable import jvp as portable_jvp
 from .portable import qk_prep
 from .sm90 import large_tiling, small_tiling
 from .sm90.available import gluon_gap
@@ -64,7 +67,9 @@ WIDE_WINDOW, WIDE_PAIRS = 64, 2**24
 # keys, 8 heads of 128 channels, in microseconds: 2**27 pairs 152, portable 181; 2**26 pairs 101 (host time), 91.
 PAIRS = 2**27
 
-Direction = Literal["forward", "qk_prep + forward", "backward_query", "backward_key", "backward_registers", "decode"]
+Direction = Literal[
+    "forward", "qk_prep + forward", "jvp", "backward_query", "backward_key", "backward_registers", "decode"
+]
 
 
 class Question(NamedTuple):
@@ -76,6 +81,8 @@ class Question(NamedTuple):
     grad_out: Layout | None = None
     grad_lse: Layout | None = None
     prep: QKPrepKind | None = None
+    tangents: tuple[Layout | None, ...] = ()
+    """Layouts of :class:`Tangents`, without the sink's."""
     aligned: bool = True
     """Whether addresses are multiples of 16, as TMA needs them. They are not part of a problem."""
 
@@ -186,6 +193,15 @@ def prepare_and_attend(problem: Problem, inputs: Inputs, options: Options, prep:
     return variant.run(plan, problem, inputs, options, prep)
 
 
+def jvp(
+    problem: Problem, inputs: Inputs, options: Options, saved: SavedResults, tangents: Tangents
+) -> tuple[Tensor, Tensor]:
+    """Tangents of ``out [B, *spatial, Hq, Dv]`` and, in fp32, of the log-sum-exp ``[B, *spatial, Hq]``."""
+    layouts = tuple(None if x is None else layout(x) for x in tangents[:-1])
+    variant, plan, _ = choose("jvp", Question(problem, True, tangents=layouts))
+    return variant.run(plan, problem, inputs, options, saved, tangents)
+
+
 def backward(
     problem: Problem, inputs: Inputs, options: Options, cotangents: Cotangents
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
@@ -242,6 +258,8 @@ def sm90_gap(question: Question) -> str | None:
     head_dim, value_dim = p.query.shape[-1], p.value.shape[-1]
     if max(head_dim, value_dim) > 256:
         return f"it takes heads of up to 256 channels, not {head_dim} and {value_dim}"
+    if p.packing is not None:
+        return "it takes no packed batch"
     if p.key_mask is not None:
         return "it takes no key_mask"
     if p.scale_first:
@@ -499,6 +517,7 @@ VARIANTS: Mapping[Direction, Sequence[Variant]] = {
         ),
         Variant("qk_prep, then forward", plan=_prepared, run=_prepare_then_attend),
     ),
+    "jvp": (Variant(PORTABLE, plan=lambda q: portable_jvp.plan(q.problem, q.tangents), run=portable_jvp.jvp),),
     "backward_query": (
         Variant(
             LARGE,

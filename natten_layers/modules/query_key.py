@@ -11,7 +11,7 @@ from ..kernels.host.problem import QKPrep
 from ..kernels.ops import attention as attention_ops
 from ..kernels.ops import qk_prep as qk_prep_ops
 from ..kernels.ops import qk_prep_attention as qk_prep_attention_ops
-from ..kernels.ops.define import is_tracked
+from ..kernels.ops.define import is_differentiated
 from ..operations import Impl, attend, takes_fused
 from .base import is_plain
 from .norm import RMSNorm, cosine_normalize, rms_normalize
@@ -196,7 +196,7 @@ def attend_with_qk_prep(
     """
     query, key = call.inputs.query, call.inputs.key
     if norm is not None or angles is not None:
-        tracked = is_tracked((*call.inputs, *(norm or ()), *(angles or ())))
+        tracked = is_differentiated((*call.inputs, *(norm or ()), *(angles or ())))
         if rpb is None and not tracked and takes_fused(impl, query, call.why_not_fused):
             return call.restore(
                 qk_prep_attention_ops.attention(call.inputs, call.options, _rotation(query, norm, angles))

@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import accumulate
-from math import ceil
+from math import ceil, prod
 from operator import mul
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from .tiling import Axis, Box, ProblemClass, TileConfig, column_parts, register_tile
+from ...geometry import Window
+from .packing import Packing, packing_of, sample_tables, tile_count
+from .tiling import Axis, Box, ProblemClass, TileConfig, column_parts, next_power_of_2, register_tile
 
 T = TypeVar("T", int, bool)
+
+
+NO_EXTENTS = (1, 1, 1), (1, 1, 1), (1, 1, 1), (1, 1, 1), (1, 1, 1)
 
 
 def three_axes(values: Sequence[T], fill: T) -> tuple[T, T, T]:
@@ -118,6 +123,11 @@ class Inputs(NamedTuple):
     sink: Tensor | None = None
     key_mask: Tensor | None = None
     """``[B, *spatial]``, bool: False where a key counts for no query. It has no gradient."""
+    shapes: Tensor | None = None
+    """``[samples, rank]``, integers on the CPU, if the batch is packed.
+
+    Tensors with tokens are then ``[1, N, ...]``, registers ``[samples, R, ...]``.
+    """
 
     @property
     def addressed(self) -> tuple[Tensor | None, ...]:
@@ -147,6 +157,28 @@ class Cotangents(NamedTuple):
     row_sum: Tensor
     grad_out: Tensor
     grad_lse: Tensor | None
+
+
+class SavedResults(NamedTuple):
+    """Results of the forward pass that its derivative in forward mode takes."""
+
+    out: Tensor
+    row_max: Tensor
+    row_sum: Tensor
+
+
+class Tangents(NamedTuple):
+    """The direction of a derivative in forward mode: a tangent for each of :class:`Inputs`, or None for zero.
+
+    Their last axes are contiguous.
+    """
+
+    query_tangent: Tensor | None = None
+    key_tangent: Tensor | None = None
+    value_tangent: Tensor | None = None
+    additional_keys_tangent: Tensor | None = None
+    additional_values_tangent: Tensor | None = None
+    sink_tangent: Tensor | None = None
 
 
 class RowStatistics(NamedTuple):
@@ -184,10 +216,12 @@ class Problem(NamedTuple):
     """Empty if no axis is. An axis whose windows hold all of it is not periodic here: it makes no difference to it."""
     key_mask: Layout | None = None
     """With the axes of tokens; those of heads and channels have length 1."""
+    packing: Packing | None = None
+    """The samples of a packed batch. Layouts then have the batch's single axis of tokens."""
 
     @property
     def rank(self) -> int:
-        return len(self.query.shape) - 3
+        return len(self.kernel_size)
 
     @property
     def lengths(self) -> Box:
@@ -247,10 +281,31 @@ class Problem(NamedTuple):
         return register_tile(self.problem_class, self.registers) if self.registers else 0
 
     @property
+    def window(self) -> Window:
+        rings = self.is_periodic or (False,) * self.rank
+        return Window(self.kernel_size, self.stride, self.dilation, self.is_causal, rings)
+
+    @property
+    def samples(self) -> int:
+        """Number of images, or of a packed batch's samples: that of which each has register tokens of its own."""
+        return self.query.shape[0] if self.packing is None else len(self.packing.shapes)
+
+    @property
     def problem_class(self) -> ProblemClass:
-        """The properties that the choice of tiles depends on."""
+        """The properties that the choice of tiles depends on.
+
+        Those of a packed batch are its longest axes', as powers of two: so most batches have the same compiled kernels.
+        """
+        _, kernel_size, _, dilation = self.geometry
+        classes = self.class_lengths
+        if self.packing is not None:
+            lengths = three_axes(tuple(next_power_of_2(n) for n in self.packing.longest), 1)
+            t, h, w = (ceil(n / d) for n, d in zip(lengths, dilation, strict=True))
+            classes = t, h, w
+            t, h, w = (max(1, min(k, n // d)) for k, n, d in zip(kernel_size, lengths, dilation, strict=True))
+            kernel_size = t, h, w
         return ProblemClass(
-            *device_traits(self.device), self.class_lengths, self.geometry[1], self.group,
+            *device_traits(self.device), classes, kernel_size, self.group,
             self.query.shape[-1], self.value.shape[-1], self.dtype.itemsize,
         )  # fmt: skip
 
@@ -270,19 +325,52 @@ class Problem(NamedTuple):
         t, h, w = (d * ceil(ceil(n / d) / b) for n, d, b in axes)
         return t, h, w
 
+    def tile_count(self, tile: Box) -> int:
+        """Number of tiles of queries, over all images or samples."""
+        if self.packing is not None:
+            return tile_count(self.packing, self.window, tile)
+        return self.query.shape[0] * prod(self.tiles(tile))
+
+    def tile_count_of_keys(self, tile: Box) -> int:
+        if self.packing is not None:
+            return tile_count(self.packing, self.window, tile)
+        return self.query.shape[0] * prod(self.tiles(tile, self.key_lengths))
+
     def programs(self, config: TileConfig) -> int:
-        t, h, w = self.tiles(config.tile)
-        return self.query.shape[0] * t * h * w * self.kv_heads * -(-self.group // config.pack)
+        return self.tile_count(config.tile) * self.kv_heads * -(-self.group // config.pack)
+
+    def tables(self, tile: Box) -> tuple[Tensor | None, Tensor | None]:
+        """The tensors that tell kernels of a packed batch's samples; None for images."""
+        if self.packing is None:
+            return None, None
+        return sample_tables(self.packing, self.window, tile, self.device)
+
+    def extents(self, tile: Box) -> tuple[Box, Box, Box, Box, Box]:
+        """Lengths, kernel sizes, strides, dilations and numbers of tiles. Those of samples are read from a table."""
+        if self.packing is not None:
+            return NO_EXTENTS
+        return *self.geometry, self.tiles(tile)
+
+    def key_extents(self, tile: Box) -> tuple[Box, Box, Box, Box, Box]:
+        """:meth:`extents` with tiles of keys."""
+        if self.packing is not None:
+            return NO_EXTENTS
+        return *self.geometry, self.tiles(tile, self.key_lengths)
+
+    def strides_of(self, tensor: Layout) -> tuple[int, ...]:
+        """:func:`strides`, whose first is 0 in a packed batch, so that kernels are not compiled for its size."""
+        batch, *others = strides(tensor)
+        return (batch if self.packing is None else 0), *others
 
     def input_strides(self) -> tuple[tuple[int, ...], ...]:
         return (
-            strides(self.query), strides(self.key), strides(self.value),
+            self.strides_of(self.query), self.strides_of(self.key), self.strides_of(self.value),
             register_strides(self.additional_keys), register_strides(self.additional_values),
         )  # fmt: skip
 
     @property
     def mask_strides(self) -> tuple[int, ...] | None:
-        return None if self.key_mask is None else strides(self.key_mask)
+        return None if self.key_mask is None else self.strides_of(self.key_mask)
 
     def program(self, config: TileConfig, tensors: Iterable[Layout | None]) -> dict[str, Any]:
         """Compile-time constants and options of Triton that follow from the tile configuration.
@@ -301,6 +389,7 @@ class Problem(NamedTuple):
             "RANK": self.rank,
             "WIDE": need_wide_offsets((*tensors, self.key_mask)),
             "MASKED": self.key_mask is not None,
+            "PACKED": self.packing is not None,
             "STAGES": config.stages,
             "num_warps": config.num_warps,
             "maxnreg": config.maxnreg,
@@ -401,7 +490,7 @@ class QKPrep(NamedTuple):
 
 
 def problem_of(inputs: Inputs, options: Options) -> Problem:
-    query, key, value, additional_keys, additional_values, sink, key_mask = inputs
+    query, key, value, additional_keys, additional_values, sink, key_mask, shapes = inputs
     sink_value, kernel_size, stride, dilation, is_causal, scale, is_periodic = options
     rings: tuple[bool, ...] = ()
     if is_periodic:
@@ -415,4 +504,5 @@ def problem_of(inputs: Inputs, options: Options) -> Problem:
         sink_kind(sink, sink_value), scales_first(scale), precision(query.dtype),
         rings if any(rings) else (),
         None if key_mask is None else layout(key_mask[..., None, None]),
+        None if shapes is None else packing_of(shapes, query.shape[1]),
     )  # fmt: skip

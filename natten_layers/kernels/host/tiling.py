@@ -116,7 +116,7 @@ def packed_heads(group: int, positions: int) -> int:
     return max(pack for pack in packs if pack <= next_power_of_2(group) and idle(pack) <= 0.125)
 
 
-Kind = Literal["forward", "backward_query", "backward_key"]
+Kind = Literal["forward", "jvp", "backward_query", "backward_key"]
 
 
 class ProblemClass(NamedTuple):
@@ -152,7 +152,7 @@ class Room(NamedTuple):
 def columns(kind: Kind, problem: ProblemClass) -> int:
     """Columns of a program's accumulators, which it holds in registers."""
     query, value = sum(column_parts(problem.head_dim)), sum(column_parts(problem.value_dim))
-    return {"forward": value, "backward_query": query, "backward_key": max(query, value)}[kind]
+    return {"forward": value, "jvp": value, "backward_query": query, "backward_key": max(query, value)}[kind]
 
 
 def room(problem: ProblemClass) -> Room:
@@ -172,11 +172,11 @@ def rule(kind: Kind, problem: ProblemClass, pack: int | None = None) -> TileConf
     return _rule(kind, problem.lengths, problem.kernel, group, pack, room(problem), columns(kind, problem))
 
 
-def register_tile(problem: ProblemClass, registers: int) -> int:
-    """Register tokens that the forward and dQ kernels take at a time."""
-    tile, space, config = min(max(16, next_power_of_2(registers)), 64), room(problem), rule("backward_query", problem)
+def register_tile(problem: ProblemClass, registers: int, kind: Kind = "backward_query") -> int:
+    """Register tokens that a kernel takes at a time. The forward kernel takes as many as that of dQ."""
+    tile, space, config = min(max(16, next_power_of_2(registers)), 64), room(problem), rule(kind, problem)
     rows = prod(config.tile) * config.pack
-    while tile > 16 and shared_memory("backward_query", rows, tile, 1, space) > space.limit:
+    while tile > 16 and shared_memory(kind, rows, tile, 1, space) > space.limit:
         tile //= 2
     return tile
 
@@ -200,12 +200,14 @@ def register_memory(registers: int, rows: int, width: int, copies: int = 1) -> i
 def shared_memory(kind: Kind, rows: int, keys: int, stages: int, space: Room) -> int:
     """Most bytes of shared memory that a program takes.
 
-    It holds its own tile of one tensor, or of two in the backward pass, and per stage a chunk of two tensors. In one of
-    the stages there may be the weights of a chunk instead, which are larger where the head dim is small. Compiled
-    kernels report these sizes, and less than 1 KiB of scratch.
+    It holds its own tile of one tensor, or of two in the backward pass and in forward mode, and per stage a chunk of
+    two tensors, in forward mode of four. In one of the stages there may be the weights of a chunk instead, which are
+    larger where the head dim is small. Compiled kernels report these sizes, and less than 1 KiB of scratch.
     """
     tile = rows * space.width * (2 if kind == "forward" else 4) * space.copies
-    chunk = keys * space.width * 4
+    chunk = keys * space.width * (8 if kind == "jvp" else 4)
+    if kind == "jvp":  # weights and their tangents are beside the chunks
+        tile += 2 * rows * keys * space.element_size
     return (stages - 1) * chunk + max(chunk, rows * keys * space.element_size) + tile + 1024
 
 
@@ -242,6 +244,8 @@ def size_of(kind: Kind, lengths: Box, window: int, space: Room, columns: int) ->
     Comments give examples: a problem, the milliseconds that its kernel takes with this size, and in parentheses those
     with the best size of another kind.
     """
+    if kind == "jvp":
+        return jvp_size(window, space, columns)
     large, middle = window >= LARGE_WINDOW, window >= MIDDLE_WINDOW
     deep, flat = lengths[0] > 1, lengths[0] == lengths[1] == 1
     if space.element_size == 4:
@@ -289,6 +293,21 @@ def size_of(kind: Kind, lengths: Box, window: int, space: Room, columns: int) ->
     if space.width > 64:
         return Size(64, 64, 4, 3)
     return Size(64, 32, 4, 3, 96) if flat else Size(64, 64, 4, 3, 128)
+
+
+def jvp_size(window: int, space: Room, columns: int) -> Size:
+    """The size of a program in forward mode, which holds scores, their tangents, and queries with their tangents.
+
+    Sizes are the largest for which ptxas spills few hardware registers or none, for compute capability 9.0.
+    """
+    if space.element_size == 4:
+        return Size(16, 32, 4, 2) if space.width <= 128 else Size(16, 16, 4, 2)
+    large = window >= LARGE_WINDOW
+    if space.width > 128:
+        return Size(128, 16, 8, 2) if large else Size(32, 32, 4, 2)
+    if large and columns > 64 and shared_memory("jvp", 128, 32, 3, space) <= space.limit:
+        return Size(128, 32, 8, 3)
+    return Size(64, 32, 4, 2 if space.width > 64 else 3)
 
 
 @lru_cache(maxsize=1024)

@@ -15,24 +15,27 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ...geometry import Window, visible_pairs
-from ..host.problem import Cotangents, Inputs, Options, problem_of
+from ...geometry import Window, fitted, visible_pairs
+from ..host.packing import packing_of
+from ..host.problem import Cotangents, Inputs, Options, SavedResults, Tangents, problem_of
 from .define import (
-    NO_FORWARD_MODE,
     NOT_FUSED,
     WAY_OUT,
+    Forms,
+    apply,
     call,
-    call_in_backward,
+    call_derivative,
     define_op,
     eager_form,
     flattened,
     grouped,
-    is_tracked,
-    is_transformed,
+    is_differentiated,
+    known_tangents,
     last_contiguous,
     library,
     module,
     on_device,
+    save_for_jvp,
 )
 
 __all__ = ["attention", "attention_state", "choices", "readable", "unsupported"]
@@ -45,6 +48,8 @@ class WithStats(NamedTuple):
 WITH_STATS, WITHOUT_STATS = WithStats(True), WithStats(False)
 
 MAX_HEAD_DIM = 256
+DIFFERENTIABLE = Inputs._fields[: len(Tangents._fields)]
+"""Names of the inputs that may have tangents"""
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # asked once, as the search takes longer than a launch
 
 
@@ -92,14 +97,14 @@ def unsupported(query: Tensor, value: Tensor) -> str | None:
 def attention(inputs: Inputs, options: Options) -> Tensor:
     """``out`` without statistics, which are not even written if no gradient is needed."""
     inputs = readable(inputs)
-    if is_tracked(inputs):
-        return _function().apply(*inputs, options)[0]
+    if is_differentiated(inputs):
+        return apply(_FORMS, *inputs, options)[0]
     return call("forward", inputs, options, WITHOUT_STATS)[0]
 
 
 def attention_state(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor]:
     """``(out, row_max, row_sum)``. No gradient flows through ``row_max``, which is only a reference point."""
-    return _function().apply(*readable(inputs), options)  # pyright: ignore[reportReturnType]
+    return apply(_FORMS, *readable(inputs), options)
 
 
 def choices(inputs: Inputs, options: Options, *, with_stats: bool, with_gradients: bool) -> dict[str, Any]:
@@ -140,33 +145,37 @@ class _Attention(Function):
         *tensors, out, row_max, row_sum = ctx.saved_tensors
         # lse = row_max + log(row_sum) with row_max held fixed, so dL/dlse = dL/drow_sum * row_sum.
         grad_lse = None if grad_sum is None else grad_sum * row_sum
-        if grad_lse is not None and tensors[-1] is not None:
+        if grad_lse is not None and Inputs._make(tensors).key_mask is not None:
             # The derivative of log(row_sum) is infinite for a query that sees nothing, whose lse is constant.
             grad_lse = torch.where(row_sum == 0, 0.0, grad_lse)
         grad_out = torch.zeros_like(out) if grad_out is None else last_contiguous(grad_out)
         cotangents = Cotangents(out, row_max, row_sum, grad_out, grad_lse)
-        results = call_in_backward("backward", Inputs._make(tensors), ctx.options, cotangents)
+        results = call_derivative("backward", Inputs._make(tensors), ctx.options, cotangents)
         needed = (r if x is not None and x.is_floating_point() else None for r, x in zip(results, tensors, strict=True))
         return *needed, None
 
 
 class _Transformable(_Attention):
-    """:class:`_Attention` with the rules for the transforms of ``torch.func``, which ``torch.compile`` cannot trace."""
+    """:class:`_Attention` with the rules for vmap and forward mode, which ``torch.compile`` cannot trace."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> None:
-        raise NotImplementedError(NO_FORWARD_MODE)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        _Attention.setup_context(ctx, inputs, output)
+        save_for_jvp(ctx, *inputs[:-1], *output)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, None, Tensor]:
+        *tensors, out, row_max, row_sum = ctx.saved_tensors
+        known = Tangents._make(known_tangents(DIFFERENTIABLE, tensors, tangents))
+        saved = SavedResults(out, row_max, row_sum)
+        out_tangent, lse_tangent = call_derivative("jvp", Inputs._make(tensors), ctx.options, saved, known)
+        # As in the backward pass, row_max is held fixed.
+        return out_tangent, None, lse_tangent * row_sum
 
 
-_Eager = eager_form(_Transformable)
-
-
-def _function() -> type[Function]:
-    if torch.compiler.is_compiling():
-        return _Attention
-    return _Transformable if is_transformed() else _Eager
+_FORMS = Forms(_Attention, _Transformable, eager_form(_Transformable))
 
 
 def _forward(inputs: Inputs, options: Options, state: WithStats) -> tuple[Tensor | None, ...]:
@@ -184,6 +193,8 @@ def _forward_fake(inputs: Inputs, options: Options, state: WithStats) -> tuple[T
 def _forward_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     """The rule of ``vmap``: the mapped axis becomes a part of the batch, so that one launch computes all samples."""
     (inputs, *others), (dims, *_) = grouped("forward", args), grouped("forward", in_dims)
+    if inputs.shapes is not None:
+        raise NotImplementedError(f"{NOT_FUSED} torch.func.vmap over packed batches{WAY_OUT}")
     if dims.sink is not None:
         raise NotImplementedError(f"{NOT_FUSED} torch.func.vmap over sinks{WAY_OUT}")
     tensors = zip(inputs._replace(sink=None), dims, strict=True)
@@ -204,11 +215,11 @@ def _backward(inputs: Inputs, options: Options, cotangents: Cotangents) -> tuple
     with on_device(inputs.query):
         problem = problem_of(inputs, options)
         *grads, delta = module("dispatch").backward(problem, inputs, options, cotangents)
-        return *grads, _sink_gradient(inputs, cotangents.row_max, cotangents.row_sum, delta), None
+        return *grads, _sink_gradient(inputs, cotangents.row_max, cotangents.row_sum, delta), None, None
 
 
 def _backward_fake(inputs: Inputs, options: Options, cotangents: Cotangents) -> tuple[Tensor, ...]:
-    tensors = inputs._replace(key_mask=None)  # which has no gradient
+    tensors = inputs._replace(key_mask=None, shapes=None)  # which have no gradient
     return tuple(inputs.query.new_empty(0) if x is None else x.new_empty(x.shape) for x in tensors)
 
 
@@ -223,6 +234,15 @@ def _sink_gradient(inputs: Inputs, row_max: Tensor, row_sum: Tensor, delta: Tens
     return -(weight * delta).flatten(0, -2).sum(0).to(sink.dtype)
 
 
+def _jvp(inputs: Inputs, options: Options, saved: SavedResults, tangents: Tangents) -> tuple[Tensor, Tensor]:
+    with on_device(inputs.query):
+        return module("dispatch").jvp(problem_of(inputs, options), inputs, options, saved, tangents)
+
+
+def _jvp_fake(inputs: Inputs, options: Options, saved: SavedResults, tangents: Tangents) -> tuple[Tensor, Tensor]:
+    return saved.out.new_empty(saved.out.shape), saved.row_max.new_empty(saved.row_max.shape)
+
+
 def forward_flop(inputs: Inputs, options: Options, *_: Any) -> int:
     """Useful floating-point operations: ``2 (D + Dv)`` per visible pair of a query and a key or register."""
     query, value = inputs.query, inputs.value
@@ -232,9 +252,13 @@ def forward_flop(inputs: Inputs, options: Options, *_: Any) -> int:
         tuple(options.stride),
         tuple(options.dilation),
         tuple(options.is_causal),
-        tuple(options.is_periodic) or (False,) * len(spatial),
+        tuple(options.is_periodic) or (False,) * len(options.kernel_size),
     )
-    pairs = visible_pairs(spatial, window)
+    if inputs.shapes is None:
+        pairs = visible_pairs(spatial, window)
+    else:
+        samples = packing_of(inputs.shapes, query.shape[1]).shapes
+        pairs = sum(visible_pairs(shape, fitted(shape, window)) for shape in samples)
     if inputs.additional_keys is not None:
         pairs += prod(spatial) * inputs.additional_keys.shape[1]
     return 2 * pairs * query.shape[0] * query.shape[-2] * (query.shape[-1] + value.shape[-1])
@@ -245,10 +269,34 @@ def _backward_flop(*groups: Any) -> int:
     return forward_flop(*groups) * 5 // 2
 
 
+def _jvp_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """The rule of ``vmap``: one launch a sample.
+
+    Samples often share their inputs, as in ``torch.func.jacfwd``, and as a batch they would need a copy each.
+    """
+    samples = [
+        torch.ops.natten_layers.jvp(
+            *(x.select(d, i) if isinstance(d, int) else x for x, d in zip(args, in_dims, strict=True))
+        )
+        for i in range(info.batch_size)
+    ]
+    return tuple(map(torch.stack, zip(*samples, strict=True))), (0, 0)
+
+
+def _jvp_flop(inputs: Inputs, options: Options, saved: SavedResults, tangents: Tangents) -> int:
+    """Five matrix products if all tangents are given: scores, two for their tangents, two for those of the output."""
+    head_dim, value_dim = inputs.query.shape[-1], inputs.value.shape[-1]
+    of_scores = [x is not None for x in tangents[:2]]
+    columns = head_dim * (1 + sum(of_scores)) + value_dim * (any(of_scores) + (tangents.value_tangent is not None))
+    return forward_flop(inputs, options) * columns // (head_dim + value_dim)
+
+
 define_op("forward", (Inputs, Options, WithStats), "(Tensor, Tensor, Tensor)", _forward, _forward_fake, forward_flop)
 define_op(
     "backward", (Inputs, Options, Cotangents), f"({', '.join(['Tensor'] * len(Inputs._fields))})",
     _backward, _backward_fake, _backward_flop,
 )  # fmt: skip
+define_op("jvp", (Inputs, Options, SavedResults, Tangents), "(Tensor, Tensor)", _jvp, _jvp_fake, _jvp_flop)
 # The backward operator has no such rule, as gradients are wanted for each sample: vmap calls it once for each.
 torch.library.register_vmap("natten_layers::forward", _forward_vmap, lib=library)
+torch.library.register_vmap("natten_layers::jvp", _jvp_vmap, lib=library)

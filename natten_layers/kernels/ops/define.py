@@ -17,27 +17,33 @@ from torch.utils.flop_counter import register_flop_formula
 
 __all__ = [
     "NOT_FUSED",
-    "NO_FORWARD_MODE",
+    "NO_SECOND",
     "WAY_OUT",
+    "Forms",
+    "apply",
     "call",
-    "call_in_backward",
+    "call_derivative",
     "define_op",
     "eager_form",
     "flattened",
     "grouped",
     "is_differentiated",
+    "is_forward_mode",
     "is_tracked",
     "is_transformed",
     "is_watched",
+    "known_tangents",
     "last_contiguous",
     "library",
     "module",
     "on_device",
+    "save_for_jvp",
 ]
 
 NOT_FUSED = "the fused kernels do not have"
 WAY_OUT = '; use impl="eager"'
-NO_FORWARD_MODE = f"{NOT_FUSED} forward-mode derivatives{WAY_OUT}"
+NOT_COMPILED = "the forward-mode derivative of the fused kernels is not traced by torch.compile"
+NO_SECOND = f"{NOT_FUSED} second derivatives, which are those of gradients and of forward-mode tangents{WAY_OUT}"
 
 Results = Tensor | tuple[Tensor | None, ...]
 
@@ -147,13 +153,17 @@ def is_watched(args: Iterable[Any]) -> bool:
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or is_in_torch_dispatch_mode()
-        or forward_ad._current_level >= 0
+        or is_forward_mode()
         or not _PLAIN.issuperset(map(type, args))
     )
 
 
-def call_in_backward(name: str, *groups: tuple[Any, ...]) -> Any:
-    """:func:`call` of a backward operator, so that differentiating it again raises an error."""
+def call_derivative(name: str, *groups: tuple[Any, ...]) -> Any:
+    """:func:`call` of an operator that computes a derivative, so that differentiating it again raises an error.
+
+    The error comes in the backward pass of the derivative, if there is one. So tangents may be computed where reverse
+    mode is on, as in a loss whose target has them.
+    """
     # Grad mode is on in a backward pass only if a second derivative may be needed.
     once = torch.is_grad_enabled() and not torch.compiler.is_compiling()
     return _Once.apply(name, *flattened(groups)) if once else call(name, *groups)
@@ -177,7 +187,33 @@ class _Once(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        raise NotImplementedError(f"{NOT_FUSED} second derivatives{WAY_OUT}")
+        raise NotImplementedError(NO_SECOND)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
+        raise NotImplementedError(NO_SECOND)
+
+
+def save_for_jvp(ctx: Any, *tensors: Tensor | None) -> None:
+    """Save the inputs and outputs that the ``jvp`` of an ``autograd.Function`` takes, where it may be called."""
+    if is_forward_mode():
+        ctx.save_for_forward(*tensors)
+
+
+def known_tangents(names: Iterable[str], tensors: Iterable[Any], tangents: Iterable[Any]) -> list[Tensor | None]:
+    """Tangents that kernels can read; None where one is known to be zero, as it then costs neither loads nor products.
+
+    Raises:
+        ValueError: a tangent has another dtype than its tensor. Torch compares only their shapes.
+    """
+    known: list[Tensor | None] = []
+    for name, tensor, tangent in zip(names, tensors, tangents, strict=False):
+        if tangent is not None and tangent.dtype != tensor.dtype:
+            raise ValueError(
+                f"the tangent of {name} has dtype {tangent.dtype}, but {name} has {tensor.dtype}: convert the tangent"
+            )
+        known.append(None if tangent is None or tangent._is_zerotensor() else last_contiguous(tangent))
+    return known
 
 
 def eager_form(function: type[Function]) -> type[Function]:
@@ -196,6 +232,32 @@ def eager_form(function: type[Function]) -> type[Function]:
     return type(function.__name__, (function,), own)
 
 
+class Forms(NamedTuple):
+    """The forms of one ``autograd.Function``: each caller takes another."""
+
+    traced: type[Function]
+    """For ``torch.compile``, which refuses rules for vmap and forward mode"""
+    transformable: type[Function]
+    """For the transforms of ``torch.func``"""
+    eager: type[Function]
+    """For all others: :func:`eager_form` of the transformable one"""
+
+
+def apply(forms: Forms, *args: Any) -> Any:
+    """Apply an ``autograd.Function`` in the form that suits the caller."""
+    if is_forward_mode():
+        return _apply_uncompiled(forms, args)
+    if torch.compiler.is_compiling():
+        return forms.traced.apply(*args)
+    return (forms.transformable if is_transformed() else forms.eager).apply(*args)
+
+
+@torch.compiler.disable(reason=NOT_COMPILED)
+def _apply_uncompiled(forms: Forms, args: tuple[Any, ...]) -> Any:
+    """Compiled code leaves its graph here, as ``torch.compile`` would drop a forward-mode derivative or fail."""
+    return (forms.transformable if is_transformed() else forms.eager).apply(*args)
+
+
 def is_tracked(args: tuple[Any, ...]) -> bool:
     """Whether somebody may ask for a derivative in reverse mode, or under a transform of ``torch.func``."""
     # Inside such a transform a tensor does not tell whether an outer transform differentiates it.
@@ -203,8 +265,13 @@ def is_tracked(args: tuple[Any, ...]) -> bool:
 
 
 def is_differentiated(args: tuple[Any, ...]) -> bool:
-    """Whether somebody may ask for a derivative in reverse or forward mode. A compiled graph has no forward mode."""
-    return is_tracked(args) or (not torch.compiler.is_compiling() and forward_ad._current_level >= 0)
+    """Whether somebody may ask for a derivative in reverse or forward mode."""
+    return is_tracked(args) or is_forward_mode()
+
+
+def is_forward_mode() -> bool:
+    """Whether a level of forward mode is open: of ``torch.autograd.forward_ad``, or of ``torch.func.jvp``."""
+    return forward_ad._current_level >= 0
 
 
 def is_transformed() -> bool:
@@ -250,7 +317,7 @@ def _below_autograd(name: str) -> Callable[..., Any]:
 
     def run(*args: Any) -> Any:
         if any(forward_ad.unpack_dual(x).tangent is not None for x in args if isinstance(x, Tensor)):
-            raise NotImplementedError(NO_FORWARD_MODE)
+            raise NotImplementedError(f"{NOT_FUSED} a forward-mode derivative of natten_layers::{name}{WAY_OUT}")
         if needs_gradient(args):
             raise NotImplementedError(
                 f"natten_layers::{name} has no derivative; call the library's functions instead, such as "

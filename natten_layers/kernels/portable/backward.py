@@ -30,7 +30,6 @@ from ..host.problem import (
     in_units,
     new_like,
     stride_unit,
-    strides,
 )
 from ..host.tiling import register_block
 from ..host.tuned import tile_config_for
@@ -52,6 +51,8 @@ from .primitives import (
     masked_product,
     next_chunk,
     on_ring,
+    packed_sample,
+    packed_strides,
     products,
     queries_of,
     row_products,
@@ -168,14 +169,15 @@ def window_query_gradient(
 
 @triton.jit
 def backward_query_kernel(
-    Q, K, V, RegK, RegV, Out, DOut, DLse, RowMax, RowSum, DQ, Delta, Lse, KeyMask,
+    Q, K, V, RegK, RegV, Out, DOut, DLse, RowMax, RowSum, DQ, Delta, Lse, KeyMask, SampleOfTile,
+    Samples,
     q_strides, k_strides, v_strides, regk_strides, regv_strides, do_strides, dl_strides, mask_strides,
     length, kernel, stride, dilation, tiles, group, kv_heads, registers, key_length, scale,
     CAUSAL: tl.constexpr, PERIODIC: tl.constexpr,
     TILE: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr,
     PACK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, BR: tl.constexpr,
     WITH_DLSE: tl.constexpr, MASK: tl.constexpr, SCALE_FIRST: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr, UNIT: tl.constexpr, MASKED: tl.constexpr,
+    STAGES: tl.constexpr, UNIT: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """dQ, ``delta = rowsum(dOut * Out) - dLse`` and the base-2 log-sum-exp of one query tile, all contiguous."""
     BM: tl.constexpr = TILE[0] * TILE[1] * TILE[2] * PACK
@@ -186,8 +188,28 @@ def backward_query_kernel(
     )
     regk_strides, regv_strides = in_elements(regk_strides, UNIT), in_elements(regv_strides, UNIT)
     do_strides = in_elements(do_strides, UNIT)
+    i_program = tl.program_id(0)
+    if PACKED:
+        i_sample, first, i_program, length, kernel, stride, dilation, tiles = packed_sample(
+            i_program, SampleOfTile, Samples, kv_heads * ((group + PACK - 1) // PACK)
+        )
+        Q, K, V = Q + first * q_strides[3], K + first * k_strides[3], V + first * v_strides[3]
+        DOut += first * do_strides[3]
+        q_strides = packed_strides(q_strides, length, WIDE)
+        k_strides = packed_strides(k_strides, length, WIDE)
+        v_strides = packed_strides(v_strides, length, WIDE)
+        do_strides = packed_strides(do_strides, length, WIDE)
+        if MASKED:
+            KeyMask += first * mask_strides[3]
+            mask_strides = packed_strides(mask_strides, length, WIDE)
+        if WITH_DLSE:
+            DLse += first * dl_strides[3]
+            dl_strides = packed_strides(dl_strides, length, WIDE)
+        first *= kv_heads * group
+        Out, DQ = Out + first * DV, DQ + first * D
+        RowMax, RowSum, Delta, Lse = RowMax + first, RowSum + first, Delta + first, Lse + first
     i_batch, i_kv, row_head, m_rows, residue, count, origin, index = query_tile(
-        tl.program_id(0), length, dilation, tiles, group, kv_heads, TILE, PACK
+        i_program, length, dilation, tiles, group, kv_heads, TILE, PACK
     )
     if is_empty(origin, count):
         return
@@ -217,8 +239,9 @@ def backward_query_kernel(
     factor = 1.0 if SCALE_FIRST else score_scale
     b_dq = zero_columns(BM, BD)
     if BR > 0:
-        RegK += i_batch * regk_strides[0] + i_kv * regk_strides[2]
-        RegV += i_batch * regv_strides[0] + i_kv * regv_strides[2]
+        i_image = i_sample.to(tl.int64) if PACKED else i_batch
+        RegK += i_image * regk_strides[0] + i_kv * regk_strides[2]
+        RegV += i_image * regv_strides[0] + i_kv * regv_strides[2]
         b_dq = register_query_gradient(
             b_dq, b_q, b_do, row_lse, row_delta, RegK, RegV, regk_strides, regv_strides, registers, factor, score_scale,
             BR, D, BD, DV, BDV, SCALE_FIRST, PRECISION,
@@ -257,14 +280,14 @@ def backward_query_kernel(
 
 @triton.jit
 def backward_key_kernel(
-    Q, K, V, DOut, Delta, Lse, DK, DV_, KeyMask,
+    Q, K, V, DOut, Delta, Lse, DK, DV_, KeyMask, SampleOfTile, Samples,
     q_strides, k_strides, v_strides, do_strides, mask_strides,
     length, kernel, stride, dilation, tiles, group, kv_heads, key_length, scale,
     CAUSAL: tl.constexpr, PERIODIC: tl.constexpr,
     TILE: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
     MASK: tl.constexpr, SCALE_FIRST: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, UNIT: tl.constexpr,
-    MASKED: tl.constexpr,
+    MASKED: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one tile of keys, contiguous. Rows of its matrices are keys; a chunk holds queries, the columns."""
     q_strides, k_strides, v_strides = (
@@ -273,9 +296,25 @@ def backward_key_kernel(
         in_elements(v_strides, UNIT),
     )
     do_strides = in_elements(do_strides, UNIT)
-    i_kv = (tl.program_id(0) % kv_heads).to(tl.int64)
+    i_program = tl.program_id(0)
+    if PACKED:
+        _, first, i_program, length, kernel, stride, dilation, tiles = packed_sample(
+            i_program, SampleOfTile, Samples, kv_heads
+        )
+        Q, K, V = Q + first * q_strides[3], K + first * k_strides[3], V + first * v_strides[3]
+        DOut += first * do_strides[3]
+        q_strides = packed_strides(q_strides, length, WIDE)
+        k_strides = packed_strides(k_strides, length, WIDE)
+        v_strides = packed_strides(v_strides, length, WIDE)
+        do_strides = packed_strides(do_strides, length, WIDE)
+        if MASKED:
+            KeyMask += first * mask_strides[3]
+            mask_strides = packed_strides(mask_strides, length, WIDE)
+        Delta, Lse = Delta + first * kv_heads * group, Lse + first * kv_heads * group
+        DK, DV_ = DK + first * kv_heads * D, DV_ + first * kv_heads * DV
+    i_kv = (i_program % kv_heads).to(tl.int64)
     keys = length if key_length is None else key_length
-    i_batch, residue, key_count, origin = spatial_tile(tl.program_id(0) // kv_heads, keys, dilation, tiles, TILE)
+    i_batch, residue, key_count, origin = spatial_tile(i_program // kv_heads, keys, dilation, tiles, TILE)
     if is_empty(origin, key_count):
         return
     key = shifted(inner_indices(TILE), origin)
@@ -350,11 +389,11 @@ def backward_key_kernel(
 
 @triton.jit
 def backward_register_kernel(
-    Q, RegK, RegV, DOut, Delta, Lse, DK, DV_,
+    Q, RegK, RegV, DOut, Delta, Lse, DK, DV_, Samples,
     q_strides, regk_strides, regv_strides, do_strides,
     length, tokens, slices, group, kv_heads, registers, scale,
     D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, BR: tl.constexpr, BM: tl.constexpr,
-    SCALE_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+    SCALE_FIRST: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of ``BR`` registers, summed over one slice of the tokens, into ``[slices, B, R, Hkv, D]`` in fp32."""
     i_program = tl.program_id(0)
@@ -372,6 +411,15 @@ def backward_register_kernel(
     b_dv = zero_columns(BR, BDV)
     score_scale = scale * LOG2E
     factor = 1.0 if SCALE_FIRST else score_scale
+    i_image, i_first = i_batch, i_batch * tokens
+    if PACKED:
+        # The batch is one axis of tokens, of which the sample has a part.
+        p_sample = Samples + i_batch * 17
+        tokens = tl.load(p_sample + 2) * tl.load(p_sample + 3) * tl.load(p_sample + 4)
+        length = (1, 1, tokens)
+        i_first = tl.load(p_sample + 1).to(tl.int64)
+        Q, DOut = Q + i_first * q_strides[3], DOut + i_first * do_strides[3]
+        i_image = tl.zeros_like(i_batch)
     # Rows are (token, head of the group) pairs, which are neighbors in memory.
     rows = tokens * group
     share = tl.cdiv(tl.cdiv(rows, BM), slices) * BM
@@ -382,9 +430,9 @@ def backward_register_kernel(
         i_head = i_kv * group + row % group
         token = (row // group).to(tl.int64)
         position = unravel(token, length[1], length[2])
-        o_q = i_batch * q_strides[0] + i_head * q_strides[4] + token_offset(position, q_strides)
-        o_do = i_batch * do_strides[0] + i_head * do_strides[4] + token_offset(position, do_strides)
-        o_row = (i_batch * tokens + token) * (kv_heads * group) + i_head
+        o_q = i_image * q_strides[0] + i_head * q_strides[4] + token_offset(position, q_strides)
+        o_do = i_image * do_strides[0] + i_head * do_strides[4] + token_offset(position, do_strides)
+        o_row = (i_first + token) * (kv_heads * group) + i_head
         b_q = load_columns(Q, o_q, None, D, BD)
         b_do = load_columns(DOut, o_do, None, DV, BDV)
         col_lse = tl.load(Lse + o_row, mask=m_rows, other=0.0)
@@ -402,15 +450,15 @@ def backward_register_kernel(
 
 def query_plan(p: Problem, grad_out: Layout, grad_lse: Layout | None) -> Plan:
     config = tile_config_for("backward_query", p.problem_class)
-    unit = stride_unit((*p.input_strides(), strides(grad_out)))
-    grad_strides = (0,) * 5 if grad_lse is None else strides(grad_lse)
+    unit = stride_unit((*p.input_strides(), p.strides_of(grad_out)))
+    grad_strides = (0,) * 5 if grad_lse is None else p.strides_of(grad_lse)
     tensors = p.query, p.key, p.value, grad_out, grad_lse, p.out, p.statistics, contiguous(p.query.shape)
     launch = launcher(
         backward_query_kernel,
         (p.programs(config),),
         (
-            *in_units((*p.input_strides(), strides(grad_out)), unit), grad_strides, p.mask_strides,
-            *p.geometry, p.tiles(config.tile), p.group, p.kv_heads, p.registers, p.key_lengths,
+            *in_units((*p.input_strides(), p.strides_of(grad_out)), unit), grad_strides, p.mask_strides,
+            *p.extents(config.tile), p.group, p.kv_heads, p.registers, p.key_lengths,
         ),
         **p.program(config, tensors), **p.constants(),
         PACK=config.pack, BR=p.register_tile, WITH_DLSE=grad_lse is not None, UNIT=unit,
@@ -422,13 +470,13 @@ def backward_query(
     plan: Plan, problem: Problem, inputs: Inputs, options: Options, cotangents: Cotangents
 ) -> tuple[Tensor, RowStatistics]:
     """dQ, delta and the base-2 log-sum-exp. Allocates only these."""
-    query, key, value, additional_keys, additional_values, _, key_mask = inputs
+    query, key, value, additional_keys, additional_values, _, key_mask, _ = inputs
     out, row_max, row_sum, grad_out, grad_lse = cotangents
     grad_query = new_like(query)
     delta, lse = torch.empty_like(row_max), torch.empty_like(row_max)
     tensors = (
         query, key, value, additional_keys, additional_values, out, grad_out, grad_lse, row_max, row_sum,
-        grad_query, delta, lse, key_mask,
+        grad_query, delta, lse, key_mask, *problem.tables(plan.config.tile),
     )  # fmt: skip
     plan.launch(tensors, (options.scale,))
     return grad_query, RowStatistics(delta, lse)
@@ -436,14 +484,16 @@ def backward_query(
 
 def key_plan(p: Problem, grad_out: Layout) -> Plan:
     config = tile_config_for("backward_key", p.key_problem_class)
-    tiles = p.tiles(config.tile, p.key_lengths)
     results = contiguous(p.key.shape), contiguous(p.value.shape)
-    tensor_strides = *p.input_strides()[:3], strides(grad_out)
+    tensor_strides = *p.input_strides()[:3], p.strides_of(grad_out)
     unit = stride_unit(tensor_strides)
     launch = launcher(
         backward_key_kernel,
-        (p.query.shape[0] * prod(tiles) * p.kv_heads,),
-        (*in_units(tensor_strides, unit), p.mask_strides, *p.geometry, tiles, p.group, p.kv_heads, p.key_lengths),
+        (p.tile_count_of_keys(config.tile) * p.kv_heads,),
+        (
+            *in_units(tensor_strides, unit), p.mask_strides, *p.key_extents(config.tile),
+            p.group, p.kv_heads, p.key_lengths,
+        ),
         **p.program(config, (p.query, p.key, p.value, grad_out, p.statistics, *results)), **p.constants(), UNIT=unit,
     )  # fmt: skip
     return Plan(config, launch)
@@ -455,7 +505,8 @@ def backward_key(
     """dK and dV of the tokens, without those of registers. Allocates only these."""
     grad_key, grad_value = new_like(inputs.key), new_like(inputs.value)
     delta, lse, _ = statistics
-    plan.launch((*inputs[:3], grad_out, delta, lse, grad_key, grad_value, inputs.key_mask), (options.scale,))
+    tensors = *inputs[:3], grad_out, delta, lse, grad_key, grad_value, inputs.key_mask
+    plan.launch((*tensors, *problem.tables(plan.config.tile)), (options.scale,))
     return grad_key, grad_value
 
 
@@ -473,16 +524,17 @@ def register_plan(p: Problem, grad_out: Layout) -> Plan:
     registers, rows = register_block(p.problem_class, p.register_tile)
     # Enough programs to fill a large GPU, each with several blocks of rows. The number depends on shapes alone, so that
     # results do not differ between devices.
-    most = prod(p.lengths) * p.group // (4 * rows)
-    slices = max(1, min(ceil(512 / (p.query.shape[0] * p.kv_heads)), most))
+    tokens = prod(p.lengths) if p.packing is None else max(p.packing.sizes)
+    slices = max(1, min(ceil(512 / (p.samples * p.kv_heads)), tokens * p.group // (4 * rows)))
+    lengths, tokens = (p.lengths, tokens) if p.packing is None else ((1, 1, 1), 1)  # the kernel reads each sample's
     launch = launcher(
         backward_register_kernel,
-        (p.query.shape[0] * p.kv_heads * slices, ceil(p.registers / registers)),
+        (p.samples * p.kv_heads * slices, ceil(p.registers / registers)),
         (
-            q_strides, *register_strides, strides(grad_out),
-            p.lengths, prod(p.lengths), slices, p.group, p.kv_heads, p.registers,
+            q_strides, *register_strides, p.strides_of(grad_out),
+            lengths, tokens, slices, p.group, p.kv_heads, p.registers,
         ),
-        **p.constants(), BR=registers, BM=rows, num_warps=4,
+        **p.constants(), BR=registers, BM=rows, PACKED=p.packing is not None, num_warps=4,
     )  # fmt: skip
     return Plan(RegisterTokensConfig(registers, rows, slices), launch)
 
@@ -500,5 +552,7 @@ def backward_registers(
     slices = plan.config.slices
     sums_k, sums_v = (torch.empty((slices, *x.shape), dtype=torch.float32, device=x.device) for x in (keys, values))
     delta, lse, _ = statistics
-    plan.launch((query, keys, values, grad_out, delta, lse, sums_k, sums_v), (options.scale,))
+    # The part of the table that this kernel reads is equal for all tiles, and there is one for the dQ kernel's.
+    _, samples = problem.tables(tile_config_for("backward_query", problem.problem_class).tile)
+    plan.launch((query, keys, values, grad_out, delta, lse, sums_k, sums_v, samples), (options.scale,))
     return sums_k.sum(0).to(keys.dtype), sums_v.sum(0).to(values.dtype)

@@ -34,6 +34,8 @@ from .primitives import (
     masked_product,
     next_chunk,
     on_ring,
+    packed_sample,
+    packed_strides,
     products,
     scale_rows,
     softmax_step,
@@ -164,13 +166,14 @@ def attend_tile(
     SINK: tl.constexpr, WITH_STATS: tl.constexpr, MASK: tl.constexpr, SCALE_FIRST: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, UNIT: tl.constexpr, PERIODIC: tl.constexpr = NO_AXIS,
     key_length=None, KeyMask=None, mask_strides=None, MASKED: tl.constexpr = NO,
+    SampleOfTile=None, Samples=None, PACKED: tl.constexpr = NO,
 ):  # fmt: skip
     """Attention of one query tile. ``Out [B, T, H, W, heads, DV]`` and the softmax statistics are contiguous.
 
     Strides are ``(batch, t, h, w, head)``, those of registers ``(batch, register, head)``, both in units of
     ``UNIT`` elements. The last axis of every tensor is contiguous. On another grid (``key_length``) there is no
     dilation, so the only residue class of keys is the whole axis. ``KeyMask`` has strides like
-    ``K``, in elements.
+    ``K``, in elements. With ``PACKED`` the batch is one axis of tokens, and lengths and windows are the sample's.
     """
     BM: tl.constexpr = TILE[0] * TILE[1] * TILE[2] * PACK
     q_strides, k_strides, v_strides = (
@@ -179,6 +182,22 @@ def attend_tile(
         in_elements(v_strides, UNIT),
     )
     regk_strides, regv_strides = in_elements(regk_strides, UNIT), in_elements(regv_strides, UNIT)
+    if PACKED:
+        i_sample, first, i_program, length, kernel, stride, dilation, tiles = packed_sample(
+            i_program, SampleOfTile, Samples, kv_heads * ((group + PACK - 1) // PACK)
+        )
+        Q, K, V = Q + first * q_strides[3], K + first * k_strides[3], V + first * v_strides[3]
+        q_strides = packed_strides(q_strides, length, WIDE)
+        k_strides = packed_strides(k_strides, length, WIDE)
+        v_strides = packed_strides(v_strides, length, WIDE)
+        if MASKED:
+            KeyMask += first * mask_strides[3]
+            mask_strides = packed_strides(mask_strides, length, WIDE)
+        first *= kv_heads * group
+        Out += first * DV
+        if WITH_STATS:
+            RowMax += first
+            RowSum += first
     i_batch, i_kv, row_head, m_rows, residue, count, origin, index = query_tile(
         i_program, length, dilation, tiles, group, kv_heads, TILE, PACK
     )
@@ -196,8 +215,9 @@ def attend_tile(
     factor = 1.0 if SCALE_FIRST else score_scale
 
     if BR > 0:
-        RegK += i_batch * regk_strides[0] + i_kv * regk_strides[2]
-        RegV += i_batch * regv_strides[0] + i_kv * regv_strides[2]
+        i_image = i_sample.to(tl.int64) if PACKED else i_batch
+        RegK += i_image * regk_strides[0] + i_kv * regk_strides[2]
+        RegV += i_image * regv_strides[0] + i_kv * regv_strides[2]
     b_acc, row_m, row_l = initial_stats(Sink, row_head, sink, SINK, BM, BDV)
     b_acc, row_m, row_l = attend_window(
         b_q, b_acc, row_m, row_l, K, V, k_strides, v_strides, residue, count, origin, index,
@@ -241,7 +261,7 @@ def attend_tile(
 
 @triton.jit
 def forward_kernel(
-    Q, K, V, Out, RowMax, RowSum, RegK, RegV, Sink, KeyMask,
+    Q, K, V, Out, RowMax, RowSum, RegK, RegV, Sink, KeyMask, SampleOfTile, Samples,
     q_strides, k_strides, v_strides, regk_strides, regv_strides, mask_strides,
     length, kernel, stride, dilation, tiles, group, kv_heads, registers, key_length, sink, scale,
     CAUSAL: tl.constexpr, PERIODIC: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr,
@@ -249,6 +269,7 @@ def forward_kernel(
     PACK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, BR: tl.constexpr,
     SINK: tl.constexpr, WITH_STATS: tl.constexpr, MASK: tl.constexpr, SCALE_FIRST: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, UNIT: tl.constexpr, MASKED: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
     """Each program computes one tile. The arguments are those of ``attend_tile``."""
     attend_tile(
@@ -256,7 +277,7 @@ def forward_kernel(
         q_strides, k_strides, v_strides, regk_strides, regv_strides,
         length, kernel, stride, dilation, tiles, group, kv_heads, registers, sink, scale,
         CAUSAL, TILE, CHUNK, RANK, WIDE, PACK, D, BD, DV, BDV, BR, SINK, WITH_STATS, MASK, SCALE_FIRST, PRECISION,
-        STAGES, UNIT, PERIODIC, key_length, KeyMask, mask_strides, MASKED,
+        STAGES, UNIT, PERIODIC, key_length, KeyMask, mask_strides, MASKED, SampleOfTile, Samples, PACKED,
     )  # fmt: skip
 
 
@@ -267,7 +288,7 @@ def plan(p: Problem, with_stats: bool) -> Plan:
         (p.programs(config),),
         (
             *in_units(p.input_strides(), unit), p.mask_strides,
-            *p.geometry, p.tiles(config.tile), p.group, p.kv_heads, p.registers, p.key_lengths,
+            *p.extents(config.tile), p.group, p.kv_heads, p.registers, p.key_lengths,
         ),
         **p.program(config, (p.query, p.key, p.value, p.out)), **p.constants(),
         PACK=config.pack, BR=p.register_tile, SINK=p.sink, WITH_STATS=with_stats, UNIT=unit,
@@ -279,8 +300,8 @@ def forward(
     plan: Plan, problem: Problem, inputs: Inputs, options: Options, with_stats: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``out [B, *spatial, Hq, Dv]`` and, if ``with_stats``, ``row_max`` and ``row_sum [B, *spatial, Hq]`` in fp32."""
-    query, key, value, additional_keys, additional_values, sink, key_mask = inputs
+    query, key, value, additional_keys, additional_values, sink, key_mask, _ = inputs
     out, row_max, row_sum = new_results(query, problem.value.shape[-1], with_stats)
     tensors = query, key, value, out, row_max, row_sum, additional_keys, additional_values, sink, key_mask
-    plan.launch(tensors, (options.sink_value, options.scale))
+    plan.launch((*tensors, *problem.tables(plan.config.tile)), (options.sink_value, options.scale))
     return out, row_max, row_sum

@@ -119,6 +119,33 @@ def spatial_tile(i_tile, length, dilation, tiles, TILE: tl.constexpr):
 
 
 @triton.jit
+def packed_sample(i_program, SampleOfTile, Samples, HEADS):
+    """The sample of a program of a packed batch, of which each tile has ``HEADS`` programs.
+
+    Returns the sample, its first token, the program's number in the sample, and the sample's lengths, kernel sizes,
+    strides, dilations and numbers of tiles. ``host/packing.py`` lays the tables out.
+    """
+    i_sample = tl.load(SampleOfTile + i_program // HEADS)
+    p = Samples + i_sample * 17
+    first = tl.load(p + 1).to(tl.int64)
+    length = (tl.load(p + 2), tl.load(p + 3), tl.load(p + 4))
+    kernel = (tl.load(p + 5), tl.load(p + 6), tl.load(p + 7))
+    stride = (tl.load(p + 8), tl.load(p + 9), tl.load(p + 10))
+    dilation = (tl.load(p + 11), tl.load(p + 12), tl.load(p + 13))
+    tiles = (tl.load(p + 14), tl.load(p + 15), tl.load(p + 16))
+    return i_sample, first, i_program - tl.load(p) * HEADS, length, kernel, stride, dilation, tiles
+
+
+@triton.jit
+def packed_strides(strides, length, WIDE: tl.constexpr):
+    """Strides ``(batch, t, h, w, head)`` inside of a sample, from those of a packed tensor with one axis of tokens."""
+    w = strides[3]
+    if WIDE:
+        w = tl.cast(w, tl.int64)
+    return strides[0], w * length[1] * length[2], w * length[2], w, strides[4]
+
+
+@triton.jit
 def is_empty(origin, count):
     """Whether a tile holds no token, as may the last of a residue class that is shorter by one than others."""
     return (origin[0] >= count[0]) | (origin[1] >= count[1]) | (origin[2] >= count[2])
@@ -265,12 +292,6 @@ def token_offset(token, strides):
 
 
 @triton.jit
-def of_axis(lengths, AXIS: tl.constexpr):
-    """The length of one axis, or None if there are none."""
-    return None if lengths is None else lengths[AXIS]
-
-
-@triton.jit
 def windows_of(
     index, count, kernel, stride, CAUSAL: tl.constexpr, PERIODIC: tl.constexpr = NO_AXIS, key_count=None,
 ):  # fmt: skip
@@ -278,33 +299,16 @@ def windows_of(
 
     An index past the end of the class is taken for its last one.
     """
-    lo_t, hi_t = window_bounds(
+    # No function may return None to older Triton, so the lengths of axes are chosen here.
+    keys = (None, None, None) if key_count is None else key_count
+    t, h, w = (
         tl.minimum(index[0], count[0] - 1),
-        count[0],
-        kernel[0],
-        stride[0],
-        CAUSAL[0],
-        PERIODIC[0],
-        of_axis(key_count, 0),
-    )
-    lo_h, hi_h = window_bounds(
         tl.minimum(index[1], count[1] - 1),
-        count[1],
-        kernel[1],
-        stride[1],
-        CAUSAL[1],
-        PERIODIC[1],
-        of_axis(key_count, 1),
-    )
-    lo_w, hi_w = window_bounds(
         tl.minimum(index[2], count[2] - 1),
-        count[2],
-        kernel[2],
-        stride[2],
-        CAUSAL[2],
-        PERIODIC[2],
-        of_axis(key_count, 2),
     )
+    lo_t, hi_t = window_bounds(t, count[0], kernel[0], stride[0], CAUSAL[0], PERIODIC[0], keys[0])
+    lo_h, hi_h = window_bounds(h, count[1], kernel[1], stride[1], CAUSAL[1], PERIODIC[1], keys[1])
+    lo_w, hi_w = window_bounds(w, count[2], kernel[2], stride[2], CAUSAL[2], PERIODIC[2], keys[2])
     return (lo_t, lo_h, lo_w), (hi_t, hi_h, hi_w)
 
 
@@ -313,16 +317,12 @@ def queries_of(
     index, count, kernel, stride, CAUSAL: tl.constexpr, PERIODIC: tl.constexpr = NO_AXIS, key_count=None,
 ):  # fmt: skip
     """Corners ``lo, hi`` of the boxes of queries that see the keys at ``index``: the inverse of ``windows_of``."""
-    keys = count if key_count is None else key_count
-    lo_t, hi_t = query_bounds(
-        tl.minimum(index[0], keys[0] - 1), count[0], kernel[0], stride[0], CAUSAL[0], PERIODIC[0], of_axis(key_count, 0)
-    )
-    lo_h, hi_h = query_bounds(
-        tl.minimum(index[1], keys[1] - 1), count[1], kernel[1], stride[1], CAUSAL[1], PERIODIC[1], of_axis(key_count, 1)
-    )
-    lo_w, hi_w = query_bounds(
-        tl.minimum(index[2], keys[2] - 1), count[2], kernel[2], stride[2], CAUSAL[2], PERIODIC[2], of_axis(key_count, 2)
-    )
+    ends = count if key_count is None else key_count
+    keys = (None, None, None) if key_count is None else key_count
+    t, h, w = tl.minimum(index[0], ends[0] - 1), tl.minimum(index[1], ends[1] - 1), tl.minimum(index[2], ends[2] - 1)
+    lo_t, hi_t = query_bounds(t, count[0], kernel[0], stride[0], CAUSAL[0], PERIODIC[0], keys[0])
+    lo_h, hi_h = query_bounds(h, count[1], kernel[1], stride[1], CAUSAL[1], PERIODIC[1], keys[1])
+    lo_w, hi_w = query_bounds(w, count[2], kernel[2], stride[2], CAUSAL[2], PERIODIC[2], keys[2])
     return (lo_t, lo_h, lo_w), (hi_t, hi_h, hi_w)
 
 
@@ -568,6 +568,16 @@ def times(b_tile, factor):
     if len(b_tile) == 2:
         b_scaled = (b_scaled[0], b_tile[1] * factor)
     return b_scaled
+
+
+@triton.jit
+def subtract_scaled(b_acc, b_tile, row_factor):
+    """``b_acc`` minus ``b_tile`` with each row multiplied by its factor, in fp32."""
+    b_scaled = scale_rows(b_tile, row_factor)
+    b_difference = (b_acc[0] - b_scaled[0],)
+    if len(b_acc) == 2:
+        b_difference = (b_difference[0], b_acc[1] - b_scaled[1])
+    return b_difference
 
 
 @triton.jit

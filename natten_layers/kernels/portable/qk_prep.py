@@ -209,6 +209,58 @@ def prepare_tile(
 
 
 @triton.jit
+def prepare_tile_jvp(
+    X, XDot, OutDot, Gain, GainDot, Positions, Freqs, x_strides, x_dot_strides, out_strides,
+    i_outer, tokens, outers, items, run, group, factor, eps,
+    SPLIT: tl.constexpr, FREQS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, BP: tl.constexpr,
+    T: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, BY_HEAD: tl.constexpr,
+):  # fmt: skip
+    """Tangent of ``prepare_tile``. ``XDot`` or ``GainDot`` is None where it is zero.
+
+    With ``n = x * scale`` the tangent of the normalised head is ``scale * (xdot - n * (n . xdot)) * gain +
+    n * gaindot``, where the scalar product is a mean for RMS norms. It is rotated as the head is.
+    """
+    D: tl.constexpr = 2 * PAIRS + REST
+    _, _, o_token, m_token, i_item, count = program_share(tokens, outers, items, run, T)
+    i_freq = i_outer // group if BY_HEAD else 0
+    cos, sin = rotation_of(Positions, Freqs, o_token, m_token, i_freq, factor, SPLIT, FREQS, PAIRS, T, BP)
+    if NORM == "rms":
+        gains = element_gains(Gain, PAIRS, REST, BP, INTERLEAVED)
+        if GainDot is not None:
+            gain_dots = element_gains(GainDot, PAIRS, REST, BP, INTERLEAVED)
+    X += i_outer * x_strides[0]
+    if XDot is not None:
+        XDot += i_outer * x_dot_strides[0]
+    OutDot += i_outer * out_strides[0]
+    for _ in tl.range(0, count, num_stages=1):
+        zeros = tl.zeros([T, BP], tl.float32)
+        u = (zeros, zeros, zeros, zeros)
+        if XDot is not None:
+            o_dot = o_token * x_dot_strides[1] + i_item * x_dot_strides[2]
+            u = load_parts(XDot, o_dot, m_token, PAIRS, REST, BP, INTERLEAVED)
+        if NORM != "none":
+            x = load_parts(X, o_token * x_strides[1] + i_item * x_strides[2], m_token, PAIRS, REST, BP, INTERLEAVED)
+            b_scale = inverse_norm(x, eps, D, NORM)
+            n = scaled(x, b_scale)
+            if XDot is not None:
+                b_along = product(n, u) / D if NORM == "rms" else product(n, u)
+                u = scaled(plus(u, scaled(n, -b_along)), b_scale)
+            if NORM == "rms":
+                u = times(u, gains)
+                if GainDot is not None:
+                    u = plus(u, times(n, gain_dots))
+            elif Gain is not None:
+                i_gain = i_outer if BY_HEAD else i_item
+                u = scaled(u, tl.load(Gain + i_gain).to(tl.float32))
+                if GainDot is not None:
+                    u = plus(u, scaled(n, tl.load(GainDot + i_gain).to(tl.float32)))
+        u = (u[0] * cos - u[1] * sin, u[1] * cos + u[0] * sin, u[2], u[3])
+        o_out = o_token * out_strides[1] + i_item * out_strides[2]
+        store_parts(OutDot, o_out, m_token, u, PAIRS, REST, BP, INTERLEAVED)
+        i_item += 1
+
+
+@triton.jit
 def prepare_tile_backward(
     X, Grad, GradX, Partial, Gain, Positions, Freqs, x_strides, grad_strides, out_strides,
     i_outer, tokens, outers, own_outers, items, run, group, factor, eps,
@@ -290,6 +342,33 @@ def qk_prep_kernel(
 
 
 @triton.jit
+def qk_prep_jvp_kernel(
+    Q, K, QDot, KDot, OutQDot, OutKDot, GainQDot, GainKDot, GainQ, GainK, Positions, Freqs,
+    q_strides, k_strides, q_dot_strides, k_dot_strides, outq_strides, outk_strides,
+    tokens, outers, items, group, run, factor, eps,
+    SPLIT: tl.constexpr, FREQS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, BP: tl.constexpr,
+    T: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, BY_HEAD: tl.constexpr,
+):  # fmt: skip
+    """Tangents of ``qk_prep_kernel``; the result of a side is None if it has no tangent."""
+    total = outers[0] + outers[1]
+    i_outer = (tl.program_id(0) % total).to(tl.int64)
+    if i_outer < outers[0]:
+        if OutQDot is not None:
+            prepare_tile_jvp(
+                Q, QDot, OutQDot, GainQ, GainQDot, Positions, Freqs, q_strides, q_dot_strides, outq_strides,
+                i_outer, tokens, total, items[0], run, group[0], factor, eps,
+                SPLIT, FREQS, PAIRS, REST, BP, T, INTERLEAVED, NORM, BY_HEAD,
+            )  # fmt: skip
+    else:
+        if OutKDot is not None:
+            prepare_tile_jvp(
+                K, KDot, OutKDot, GainK, GainKDot, Positions, Freqs, k_strides, k_dot_strides, outk_strides,
+                i_outer - outers[0], tokens, total, items[1], run, group[1], factor, eps,
+                SPLIT, FREQS, PAIRS, REST, BP, T, INTERLEAVED, NORM, BY_HEAD,
+            )  # fmt: skip
+
+
+@triton.jit
 def qk_prep_backward_kernel(
     Q, K, DOutQ, DOutK, DQ, DK, PartialQ, PartialK, GainQ, GainK, Positions, Freqs,
     q_strides, k_strides, doutq_strides, doutk_strides, dq_strides, dk_strides,
@@ -325,9 +404,16 @@ def _view(prep: QKPrep, x: Tensor) -> Tensor:
     return x.transpose(0, 2) if prep.by_head else x
 
 
-def _launch(prep: QKPrep, kernel: Any, tensors: Sequence[Tensor], partials: Sequence[Tensor | None] = ()) -> None:
-    """Launch ``kernel`` on ``tensors [outer, token, item, D]``, of which the first two are query and key."""
+def _launch(
+    prep: QKPrep, kernel: Any, tensors: Sequence[Tensor | None], of_gains: Sequence[Tensor | None] = ()
+) -> None:
+    """Launch ``kernel`` on ``tensors [outer, token, item, D]``, of which the first two are query and key.
+
+    ``of_gains`` belong to the derivatives with respect to gains: partial sums of gradients, or tangents.
+    """
     query, key = tensors[:2]
+    assert query is not None
+    assert key is not None
     kind = prep.kind
     rest = query.shape[3] - 2 * kind.pairs
     tiles, runs, run = blocks(query, key)
@@ -336,7 +422,7 @@ def _launch(prep: QKPrep, kernel: Any, tensors: Sequence[Tensor], partials: Sequ
         kernel,
         (sum(outers) * tiles * runs,),
         (
-            *(t.stride()[:3] for t in tensors),
+            *((0, 0, 0) if t is None else t.stride()[:3] for t in tensors),
             query.shape[1], outers, (query.shape[2], key.shape[2]),
             tuple(n // len(prep.freqs) if prep.freqs is not None and kind.by_head else 1 for n in outers), run,
         ),
@@ -344,7 +430,7 @@ def _launch(prep: QKPrep, kernel: Any, tensors: Sequence[Tensor], partials: Sequ
         BP=next_power_of_2(max(kind.pairs, rest // 2)), T=tile_size(query.shape[3]),
         INTERLEAVED=kind.interleaved, NORM=kind.norm, BY_HEAD=kind.by_head, num_warps=4,
     )  # fmt: skip
-    inputs = (*tensors, *partials, prep.query_gain, prep.key_gain, prep.positions, prep.freqs)
+    inputs = (*tensors, *of_gains, prep.query_gain, prep.key_gain, prep.positions, prep.freqs)
     launch(inputs, (prep.factor, prep.eps))
 
 
@@ -369,6 +455,25 @@ def qk_prep(query: Tensor, key: Tensor, prep: QKPrep) -> tuple[Tensor, Tensor]:
     out_query, out_key = new_like(query), new_like(key)
     _launch(prep, qk_prep_kernel, [_view(prep, x) for x in (query, key, out_query, out_key)])
     return out_query, out_key
+
+
+def qk_prep_jvp(
+    query: Tensor,
+    key: Tensor,
+    prep: QKPrep,
+    query_tangent: Tensor | None,
+    key_tangent: Tensor | None,
+    query_gain_tangent: Tensor | None,
+    key_gain_tangent: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Tangents of the results of :func:`qk_prep`, contiguous; None where neither the head nor its gain has one."""
+    has_query = query_tangent is not None or query_gain_tangent is not None
+    has_key = key_tangent is not None or key_gain_tangent is not None
+    results = new_like(query) if has_query else None, new_like(key) if has_key else None
+    tensors = query, key, query_tangent, key_tangent, *results
+    views = [None if x is None else _view(prep, x) for x in tensors]
+    _launch(prep, qk_prep_jvp_kernel, views, (query_gain_tangent, key_gain_tangent))
+    return results
 
 
 def qk_prep_backward(

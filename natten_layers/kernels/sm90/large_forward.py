@@ -398,7 +398,7 @@ def forward(
 
     Allocates its results, four bytes for every part of a tile, and with register tokens the statistics in any case.
     """
-    query, key, value, _, _, sink, _ = inputs
+    query, key, value, _, _, sink, *_ = inputs
     call, flags = prepare(config, problem, with_stats or problem.registers > 0)
     out, row_max, row_sum = results = new_results(query, value.shape[-1], with_stats or problem.registers > 0)
     nonfinite = query.new_zeros(flags + 1, dtype=torch.int32)
@@ -439,7 +439,7 @@ def repair(
     """Compute the parts of tiles that ``nonfinite`` marks once more, in place and without register tokens, as these are
     folded in afterwards.
     """
-    query, key, value, _, _, sink, _ = inputs
+    query, key, value, _, _, sink, *_ = inputs
     launch = prepare_repair(config, problem, results[1] is not None)
     launch((nonfinite, query, key, value, *results, None, None, sink), (options.sink_value, options.scale))
 

@@ -290,7 +290,7 @@ def attend(
 
     ``tensors`` and ``floats`` are further arguments, behind those that all these kernels take.
     """
-    query, key, value, reg_keys, reg_values, sink, _ = inputs
+    query, key, value, reg_keys, reg_values, sink, *_ = inputs
     out, row_max, row_sum = new_results(query, query.shape[-1], with_stats)
     described = query, out, *(key,) * parts, *(value,) * parts, reg_keys, reg_values
     pointers = query, key, value, out, row_max, row_sum, reg_keys, reg_values, sink, *tensors

@@ -1,0 +1,114 @@
+"""Samples of different shapes, packed one after the other: their windows, and the tables that kernels read.
+
+A packed tensor ``[N, heads, head_dim]`` holds the tokens of sample after sample, each in raster order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import accumulate
+from math import ceil, prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...geometry import Window, fitted
+
+__all__ = ["FIELDS", "Packing", "SampleTables", "packing_of", "sample_tables"]
+
+FIELDS = 17
+"""Integers that describe a sample to a kernel: its first tile, its first token, and for each of three axes its length,
+kernel size, stride, dilation and number of tiles."""
+
+
+class Packing:
+    """The shapes of a packed batch's samples. Equal shapes are equal packings; the hash is computed once."""
+
+    def __init__(self, shapes: tuple[tuple[int, ...], ...], rank: int) -> None:
+        self.shapes, self.rank = shapes, rank
+        self.sizes = [prod(shape) for shape in shapes]
+        """Number of tokens of each sample."""
+        self.tokens = sum(self.sizes)
+        self._hash = hash((shapes, rank))
+        if any(length < 0 for shape in shapes for length in shape):
+            raise ValueError(f"shapes must not be negative, got {shapes!r:.200}")
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Packing) and (self.rank, self.shapes) == (other.rank, other.shapes))
+
+    def __repr__(self) -> str:
+        return f"Packing({len(self.shapes)} samples of {self.tokens} tokens)"
+
+    @property
+    def longest(self) -> tuple[int, ...]:
+        """The largest length of each axis, at least 1."""
+        return tuple(max((shape[axis] for shape in self.shapes), default=1) or 1 for axis in range(self.rank))
+
+
+@lru_cache(maxsize=256)
+def _packing(shapes: tuple[tuple[int, ...], ...], rank: int) -> Packing:
+    return Packing(shapes, rank)
+
+
+def packing_of(shapes: Tensor, tokens: int) -> Packing:
+    """The packing of ``tokens`` tokens that ``shapes [samples, rank]`` on the CPU describes.
+
+    Raises:
+        ValueError: a length is negative, or the samples do not have as many tokens.
+    """
+    packing = _packing(tuple(map(tuple, shapes.tolist())), shapes.shape[1])
+    if packing.tokens != tokens:
+        raise ValueError(f"shapes add up to {packing.tokens} tokens, but query has {tokens}: {packing.shapes!r:.200}")
+    return packing
+
+
+class SampleTables(NamedTuple):
+    """What a kernel reads to find the sample of a tile, and what it needs of it. Both are int32, on the device."""
+
+    sample_of_tile: Tensor
+    """``[tiles]``"""
+    samples: Tensor
+    """``[samples, FIELDS]``"""
+
+
+Box = tuple[int, int, int]
+
+
+def _three(values: Sequence[int]) -> list[int]:
+    return [1] * (3 - len(values)) + list(values)
+
+
+def _tiles(shape: Sequence[int], window: Window, tile: Box) -> list[int]:
+    """Number of tiles on each of three axes of a sample, over all its residue classes."""
+    axes = zip(_three(shape), _three(window.dilation), tile, strict=True)
+    return [d * ceil(ceil(n / d) / b) for n, d, b in axes]
+
+
+@lru_cache(maxsize=64)
+def tile_count(packing: Packing, window: Window, tile: Box) -> int:
+    return sum(prod(_tiles(shape, fitted(shape, window), tile)) for shape in packing.shapes)
+
+
+# Every layer of a model asks for the same few tables in a step. They take four bytes a tile, about 64 tokens.
+@lru_cache(maxsize=64)
+def sample_tables(packing: Packing, window: Window, tile: Box, device: torch.device) -> SampleTables:
+    """The tables of a packed batch for tiles of one size. They are copied to the device once for equal arguments."""
+    rows: list[list[int]] = []
+    counts: list[int] = []
+    for shape in packing.shapes:
+        own = fitted(shape, window)
+        tiles = _tiles(shape, own, tile)
+        counts.append(prod(tiles))
+        rows.append([n for axes in (shape, own.kernel_size, own.stride, own.dilation) for n in _three(axes)] + tiles)
+    first_tiles, first_tokens = (accumulate(n, initial=0) for n in (counts, packing.sizes))
+    table = [[start, token, *row] for start, token, row in zip(first_tiles, first_tokens, rows, strict=False)]
+    samples = torch.tensor(table, dtype=torch.int32).reshape(-1, FIELDS)
+    of_tile = torch.repeat_interleave(
+        torch.arange(len(rows), dtype=torch.int32), torch.tensor(counts, dtype=torch.long)
+    )
+    return SampleTables(of_tile.to(device), samples.to(device))

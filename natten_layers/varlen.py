@@ -1,0 +1,193 @@
+"""Attention over samples of different shapes that follow each other in one tensor, without padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, cast, overload
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .arguments import Axes, prepare_packed
+from .operations import Impl, attend, attend_with_lse
+
+__all__ = ["Shapes", "neighborhood_attention_varlen", "packed_shapes"]
+
+Shapes = Tensor | Sequence[Sequence[int]]
+
+_host_copies = WeakTensorKeyDictionary()
+"""Tensors on a device, and for each its version and its copy in the host's memory."""
+
+
+@overload
+def neighborhood_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    shapes: Shapes | None,
+    kernel_size: Axes,
+    *,
+    cu_seqlens: Tensor | None = None,
+    stride: Axes = 1,
+    dilation: Axes = 1,
+    is_causal: bool | Sequence[bool] = False,
+    scale: float | Tensor | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    sink: float | Tensor | None = None,
+    key_mask: Tensor | None = None,
+    return_lse: Literal[False] = False,
+    impl: Impl = "auto",
+) -> Tensor: ...
+@overload
+def neighborhood_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    shapes: Shapes | None,
+    kernel_size: Axes,
+    *,
+    cu_seqlens: Tensor | None = None,
+    stride: Axes = 1,
+    dilation: Axes = 1,
+    is_causal: bool | Sequence[bool] = False,
+    scale: float | Tensor | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    sink: float | Tensor | None = None,
+    key_mask: Tensor | None = None,
+    return_lse: Literal[True],
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor]: ...
+def neighborhood_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    shapes: Shapes | None,
+    kernel_size: Axes,
+    *,
+    cu_seqlens: Tensor | None = None,
+    stride: Axes = 1,
+    dilation: Axes = 1,
+    is_causal: bool | Sequence[bool] = False,
+    scale: float | Tensor | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    sink: float | Tensor | None = None,
+    key_mask: Tensor | None = None,
+    return_lse: bool = False,
+    impl: Impl = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`neighborhood_attention` of samples of different shapes, packed without padding and in one launch.
+
+    Sample ``i`` has ``prod(shapes[i])`` tokens, in raster order, right behind those of sample ``i - 1``. It is computed
+    as if it were alone, with windows cut to it: on an axis of length ``L`` the kernel size is
+    ``min(kernel_size, L // dilation)``, but at least 1, and the stride at most that. Samples may be empty.
+
+    The kernels need the shapes in the host's memory, where the number of programs is worked out. A list or a tensor on
+    the CPU is there. One on a GPU is copied, which waits for the device, once for each tensor that is not changed in
+    place. Kernels read a table of the samples, which is copied to the device once for each packing. In a compiled graph
+    give a tensor: for a list, the graph would be compiled anew.
+
+    Args:
+        query: ``[N, Hq, D]``, the tokens of all samples; or, on one axis, a nested tensor ``[samples, j, Hq, D]`` with
+            ``layout=torch.jagged`` like key and value, and ``shapes=None``.
+        key: ``[N, Hkv, D]``, ``Hq % Hkv == 0``.
+        value: ``[N, Hkv, Dv]``.
+        shapes: lengths of each sample's 1, 2 or 3 axes: a list of tuples, or an integer tensor ``[samples, axes]``.
+        kernel_size, stride, dilation, is_causal, scale, sink, return_lse, impl: see :func:`neighborhood_attention`.
+        cu_seqlens: instead of ``shapes`` on one axis, cumulative lengths: an integer tensor ``[samples + 1]`` that
+            begins with 0, as other libraries have it.
+        additional_keys: registers, ``[samples or 1, R, Hkv, D]``, visible to every query of their sample.
+        additional_values: ``[samples or 1, R, Hkv, Dv]``; given exactly when ``additional_keys`` is.
+        key_mask: ``[N]``, bool, True where a key may be seen.
+
+    Returns:
+        ``out [N, Hq, Dv]``, or ``(out, lse)`` with ``lse [N, Hq]``; nested tensors if query is one.
+
+    Raises:
+        ValueError: an argument does not fit, as shapes that do not add up to ``N`` tokens.
+        RuntimeError: ``impl="fused"``, but the fused kernels cannot run.
+    """
+    options = (kernel_size, stride, dilation, is_causal, scale, additional_keys, additional_values, sink, key_mask)
+    nested = isinstance(query, Tensor) and query.is_nested
+    if nested:
+        offsets = _offsets(query, key, value, shapes, cu_seqlens)
+        query, key, value, cu_seqlens = *(t.values() for t in (query, key, value)), offsets
+    call = prepare_packed(query, key, value, packed_shapes(shapes, cu_seqlens, kernel_size), *options)
+    results = attend_with_lse(call, impl) if return_lse else (attend(call, impl),)
+    if nested:
+        assert cu_seqlens is not None
+        results = tuple(torch.nested.nested_tensor_from_jagged(x, cu_seqlens) for x in results)
+    return cast("tuple[Tensor, Tensor]", results) if return_lse else results[0]
+
+
+def packed_shapes(shapes: Shapes | None, cu_seqlens: Tensor | None, kernel_size: Axes | None) -> Tensor:
+    """``[samples, axes]``, int64 in the host's memory, from what a user gave."""
+    if (shapes is None) == (cu_seqlens is None):
+        raise ValueError("give either shapes or, on one axis, cu_seqlens")
+    if cu_seqlens is not None:
+        _check_integers("cu_seqlens", cu_seqlens, 1, "[samples + 1], beginning with 0")
+        ends = _on_host(cu_seqlens)
+        if not torch.compiler.is_compiling() and (len(ends) == 0 or ends[0] != 0 or (ends.diff() < 0).any()):
+            raise ValueError(f"cu_seqlens must begin with 0 and not decrease, got {ends.tolist()!r:.200}")
+        return ends.diff()[:, None]
+    if isinstance(shapes, Tensor):
+        _check_integers("shapes", shapes, 2, "[samples, axes]")
+        found = _on_host(shapes)
+    else:
+        assert shapes is not None
+        found = _from_list(shapes, len(kernel_size) if isinstance(kernel_size, Sequence) else 1)
+    if not 1 <= found.shape[1] <= 3:
+        raise ValueError(f"shapes are of {found.shape[1]} axes; expected 1 to 3")
+    return found
+
+
+def _from_list(shapes: Sequence[Sequence[int]], rank: int) -> Tensor:
+    """``rank`` is the number of axes if there is no sample."""
+    entries = [tuple(shape) if isinstance(shape, Sequence) else shape for shape in shapes]
+    ranks = {len(shape) if isinstance(shape, tuple) else -1 for shape in entries} or {rank}
+    integers = all(isinstance(n, int | torch.SymInt) for shape in entries if isinstance(shape, tuple) for n in shape)
+    if len(ranks) != 1 or -1 in ranks or not integers:
+        raise ValueError(f"shapes must have a tuple for each sample, the lengths of its axes, got {entries!r:.200}")
+    return torch.tensor(entries, dtype=torch.int64).reshape(len(entries), ranks.pop())
+
+
+def _check_integers(name: str, tensor: object, ndim: int, expected: str) -> None:
+    if not isinstance(tensor, Tensor) or tensor.ndim != ndim:
+        found = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise ValueError(f"{name} must be an integer tensor {expected}, got {found}")
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise ValueError(f"{name} must be an integer tensor {expected}, got dtype {tensor.dtype}")
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    """The tensor as int64 in the host's memory. Copying it from a device waits for that, so copies are kept."""
+    if tensor.device.type == "cpu" or torch.compiler.is_compiling() or tensor.is_inference():
+        return tensor.cpu().long().contiguous()
+    known = _host_copies.get(tensor)
+    if known is None or known[0] != tensor._version:
+        known = _host_copies[tensor] = tensor._version, tensor.cpu().long().contiguous()
+    return known[1]
+
+
+def _offsets(query: Tensor, key: Tensor, value: Tensor, shapes: Shapes | None, cu_seqlens: Tensor | None) -> Tensor:
+    """Cumulative lengths of jagged tensors, which must have one structure."""
+    if shapes is not None or cu_seqlens is not None:
+        raise ValueError("query is a nested tensor, which has lengths of its own: give neither shapes nor cu_seqlens")
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor) or not tensor.is_nested or tensor.layout != torch.jagged:
+            raise ValueError(f"{name} must be a nested tensor with layout=torch.jagged, as all of query, key and value")
+        if tensor.ndim != 4 or _ragged(tensor)._ragged_idx != 1 or _ragged(tensor).lengths() is not None:
+            raise ValueError(f"{name} must be [samples, j, heads, head_dim] without holes between its samples")
+    offsets, *others = (_ragged(tensor).offsets() for tensor in (query, key, value))
+    for name, own in zip(("key", "value"), others, strict=True):
+        if own is not offsets and not torch.equal(own, offsets):
+            raise ValueError(f"{name} and query have samples of different lengths")
+    return offsets
+
+
+def _ragged(tensor: Tensor) -> Any:
+    """A nested tensor, whose methods the stubs of :class:`Tensor` do not know."""
+    return tensor

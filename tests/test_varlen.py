@@ -1,0 +1,280 @@
+"""Samples of different shapes in one tensor: by hand, against each sample alone, and in the forms that users have."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from helpers import FLOOR, Case, Result, _with_grads, arguments, error, make_inputs, raises_naming
+from torch import Tensor
+from torch.autograd import gradcheck
+
+from natten_layers import neighborhood_attention, neighborhood_attention_varlen
+from natten_layers.eager import dense_attention_state
+from natten_layers.geometry import fitted, make_window
+from natten_layers.operations import Impl
+
+pytest.importorskip("triton")
+
+from natten_layers.kernels.host.packing import FIELDS, packing_of, sample_tables
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+pytestmark = [pytest.mark.gpu] if ON_GPU else []
+IMPLS = ("eager", "fused")
+Shapes = list[tuple[int, ...]]
+
+CASES: tuple[tuple[Case, Shapes], ...] = (
+    (Case("1d-causal", (), 6, is_causal=True, heads=4), [(5,), (17,), (3,)]),
+    (Case("1d-all", (), 4, 2, 2, heads=4, registers=3, sink="learned", seen=0.7), [(5,), (0,), (11,), (1,), (5,)]),
+    (Case("1d-one-shape", (), 5, heads=4, registers=2), [(8,), (8,), (8,)]),
+    (Case("2d", (), 5), [(4, 9), (7, 3)]),
+    (
+        Case("2d-all", (), (3, 4), (2, 1), (1, 2), (False, True), 4, 2, 24, 8, 2, "learned", 0.3, seen=0.8),
+        [(5, 4), (5, 7), (0, 3), (2, 1), (5, 4)],
+    ),
+    (Case("3d", (), 2, head_dim=8, value_dim=8, sink="zero", dtype=torch.float16), [(2, 3, 4), (4, 3, 3)]),
+)
+SHAPES: tuple[tuple[Case, Shapes], ...] = (
+    (Case("documents", (), 128, is_causal=True, heads=8, kv_heads=2, head_dim=64, value_dim=64, dtype=torch.bfloat16),
+     [(700,), (3,), (1200,), (129,)]),
+    (Case("images", (), 7, heads=4, kv_heads=2, head_dim=64, value_dim=64, registers=4, sink="learned",
+          dtype=torch.bfloat16), [(32, 32), (24, 40), (5, 50)]),
+    (Case("videos", (), (3, 5, 5), head_dim=80, value_dim=80, dtype=torch.float16), [(4, 16, 16), (9, 8, 12)]),
+)  # fmt: skip
+
+
+def make_packed(case: Case, shapes: Shapes, seed: int = 0) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Inputs of a packed call, and its key mask."""
+    tokens = sum(map(math.prod, shapes))
+    inputs = make_inputs(replace(case, batch=1, spatial=(tokens,), registers=0), DEVICE, seed)
+    inputs = {n: t.detach()[0].requires_grad_() if n != "sink" else t for n, t in inputs.items()}
+    if case.registers:
+        registers = make_inputs(replace(case, batch=len(shapes), spatial=(1,)), DEVICE, seed)
+        inputs |= {name: registers[name] for name in ("additional_keys", "additional_values")}
+    generator = torch.Generator().manual_seed(seed)
+    mask = None if case.seen is None else (torch.rand(tokens, generator=generator) < case.seen).to(DEVICE)
+    return inputs, mask
+
+
+def run(case: Case, shapes: Any, inputs: dict[str, Tensor], mask: Tensor | None, impl: Impl) -> Result:
+    options: dict[str, Any] = {**arguments(replace(case, seen=None), inputs), "key_mask": mask}
+    del options["is_periodic"]
+    out, lse = neighborhood_attention_varlen(**options, shapes=shapes, return_lse=True, impl=impl)
+    return _with_grads(out, lse, inputs)
+
+
+def alone(case: Case, shapes: Shapes, inputs: dict[str, Tensor], mask: Tensor | None) -> Result:
+    """Each sample by the definition, in fp64."""
+    wide = {name: t.detach().cpu().double().requires_grad_() for name, t in inputs.items()}
+    sizes = [math.prod(shape) for shape in shapes]
+    outs, lses = [], []
+    for i, (shape, start) in enumerate(zip(shapes, [sum(sizes[:i]) for i in range(len(sizes))], strict=True)):
+        if sizes[i] == 0:
+            continue
+        own = slice(start, start + sizes[i])
+        window = fitted(shape, make_window((10**6,) * len(shape), *_axes(case)))
+        query, key, value = (wide[name][own].unflatten(0, shape)[None] for name in ("query", "key", "value"))
+        keys, values = (wide[n][i : i + 1] if n in wide else None for n in ("additional_keys", "additional_values"))
+        sink = 0.0 if case.sink == "zero" else wide.get("sink")
+        scale = case.head_dim**-0.5 if case.scale is None else case.scale
+        visible = None if mask is None else mask.cpu()[own].reshape(1, *shape)
+        out, row_max, row_sum = dense_attention_state(
+            query, key, value, keys, values, sink, window, scale, key_mask=visible
+        )
+        nothing = row_sum == 0
+        lse = (row_max + row_sum.masked_fill(nothing, 1.0).log()).masked_fill(nothing, -math.inf)
+        outs.append(out[0].flatten(0, len(shape) - 1))
+        lses.append(lse[0].flatten(0, len(shape) - 1))
+    return _with_grads(torch.cat(outs), torch.cat(lses), wide)
+
+
+def _axes(case: Case) -> tuple[Any, ...]:
+    return case.kernel_size, case.stride, case.dilation, case.is_causal
+
+
+def check(case: Case, shapes: Shapes, impl: Impl, seed: int = 0) -> None:
+    inputs, mask = make_packed(case, shapes, seed)
+    expected = alone(case, shapes, inputs, mask).tensors()
+    peer = run(case, shapes, inputs, mask, "eager").tensors()
+    for name, tensor in run(case, shapes, inputs, mask, impl).tensors().items():
+        limit = FLOOR[case.dtype if name.startswith("grad") else tensor.dtype]
+        found = error(tensor, expected[name])
+        assert found <= max(2 * limit, 2 * error(peer[name], expected[name]) if impl == "fused" else 0), (name, found)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(("case", "shapes"), CASES, ids=str)
+def test_each_sample_is_computed_as_if_it_were_alone(case: Case, shapes: Shapes, impl: Impl) -> None:
+    check(case, shapes, impl)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("case", "shapes"), SHAPES, ids=str)
+def test_real_shapes(case: Case, shapes: Shapes) -> None:
+    check(case, shapes, "fused")
+
+
+@pytest.mark.parametrize("seed", range(40 if ON_GPU else 4))
+def test_random_shapes(seed: int) -> None:
+    random = Random(seed)
+    rank = random.choice((1, 2, 3))
+    longest = {1: 300, 2: 24, 3: 9}[rank] if ON_GPU else {1: 16, 2: 4, 3: 2}[rank]
+    shapes = [tuple(random.randint(0 if rank == 1 else 1, longest) for _ in range(rank)) for _ in range(2)]
+    shapes.append((longest,) * rank)
+    kernel_size = tuple(random.randint(1, longest) for _ in range(rank))
+    kv_heads = random.choice((1, 2))
+    case = Case(
+        "random", (), kernel_size, tuple(random.randint(1, k) for k in kernel_size),
+        tuple(random.choice((1, 1, 2, 5)) for _ in range(rank)), tuple(random.random() < 0.3 for _ in range(rank)),
+        kv_heads * random.choice((1, 3, 4)), kv_heads, 8 * random.choice((1, 2, 5)),
+        registers=random.choice((0, 3)), sink=random.choice(("none", "learned")), seen=random.choice((None, 0.6)),
+    )  # fmt: skip
+    check(case, shapes, "fused", seed)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_by_hand(impl: Impl) -> None:
+    """Texts of 2, 5 and 1 tokens, windows of 3: equal scores make means of the visible values."""
+    zero = torch.zeros(8, 1, 8, device=DEVICE)
+    value = torch.tensor([1.0, 2.0, 10.0, 20.0, 30.0, 40.0, 50.0, 7.0], device=DEVICE)[:, None, None].expand(-1, 1, 8)
+    cu_seqlens = torch.tensor([0, 2, 7, 8], dtype=torch.int32, device=DEVICE)
+    out = neighborhood_attention_varlen(zero, zero, value, None, 3, cu_seqlens=cu_seqlens, impl=impl)
+    assert out[:, 0, 0].tolist() == pytest.approx([1.5, 1.5, 20.0, 20.0, 30.0, 40.0, 40.0, 7.0])
+    out = neighborhood_attention_varlen(zero, zero, value, [(2,), (5,), (1,)], 3, is_causal=True, impl=impl)
+    assert out[:, 0, 0].tolist() == pytest.approx([1.0, 1.5, 10.0, 15.0, 20.0, 30.0, 40.0, 7.0])
+
+
+def test_gradients_are_those_of_finite_differences() -> None:
+    case = Case("fp64", (), (2, 3), heads=2, kv_heads=1, head_dim=2, value_dim=2, dtype=torch.float64)
+    inputs, _ = make_packed(case, [(2, 3), (1, 2)])
+
+    def function(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        return neighborhood_attention_varlen(query, key, value, [(2, 3), (1, 2)], (2, 3), return_lse=True, impl="eager")
+
+    assert gradcheck(function, tuple(inputs.values()), fast_mode=True)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_jagged_tensors(impl: Impl) -> None:
+    lengths = [3, 0, 6]
+    parts = [torch.randn(n, 3, 2, 8, device=DEVICE) for n in lengths]
+    flat = torch.cat(parts).requires_grad_()
+    offsets = torch.tensor([0, 3, 3, 9], device=DEVICE)
+    query, key, value = (torch.nested.nested_tensor_from_jagged(x, offsets) for x in flat.unbind(1))
+    out, lse = neighborhood_attention_varlen(query, key, value, None, 3, is_causal=True, return_lse=True, impl=impl)
+    assert out.is_nested
+    assert out.shape[2:] == (*lse.shape[2:], 8)
+    (grad,) = torch.autograd.grad(out.values().sum() + lse.values().sum(), flat)
+    shapes = torch.tensor(lengths)[:, None]
+    query, key, value = flat.unbind(1)
+    expected = neighborhood_attention_varlen(query, key, value, shapes, 3, is_causal=True, return_lse=True, impl=impl)
+    (wanted,) = torch.autograd.grad(expected[0].sum() + expected[1].sum(), flat)
+    assert torch.equal(out.values(), expected[0])
+    torch.testing.assert_close(grad, wanted)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_no_tokens_and_no_samples(impl: Impl) -> None:
+    for shapes in ([], [(0, 4), (3, 0)]):
+        q = torch.zeros(0, 2, 8, device=DEVICE, requires_grad=True)
+        keys = torch.zeros(1, 2, 2, 8, device=DEVICE, requires_grad=True)
+        out = neighborhood_attention_varlen(
+            q, q, q, shapes, (3, 3), additional_keys=keys, additional_values=keys, impl=impl
+        )
+        assert out.shape == (0, 2, 8)
+        grads = torch.autograd.grad(out.sum(), (q, keys))
+        assert [grad.shape for grad in grads] == [q.shape, keys.shape]
+        assert not grads[1].any()
+
+
+def test_shared_registers_get_the_sum_of_their_gradients() -> None:
+    q = torch.randn(9, 2, 8, device=DEVICE)
+    grads = []
+    for impl in IMPLS:
+        keys = torch.ones(1, 2, 2, 8, device=DEVICE, requires_grad=True)
+        out = neighborhood_attention_varlen(
+            q, q, q, [(4,), (5,)], 3, additional_keys=keys, additional_values=keys, impl=impl
+        )
+        grads += torch.autograd.grad(out.square().sum(), keys)
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+def test_equal_shapes_are_a_batch_bit_for_bit() -> None:
+    """The kernels of packed samples are those of images, so results do not differ either where tiles are the same."""
+    case = Case("images", (8, 8), 5, sink="learned")
+    inputs = make_inputs(case, DEVICE)
+    packed = {n: t.detach().flatten(0, 2).requires_grad_() if n != "sink" else t for n, t in inputs.items()}
+    found = run(case, [(8, 8), (8, 8)], packed, None, "fused")
+    out = neighborhood_attention(**arguments(case, inputs), impl="fused")
+    assert torch.equal(found.out.view_as(out), out)
+
+
+def test_a_compiled_call_takes_other_shapes() -> None:
+    """One graph for all shapes: they are data."""
+    torch.compiler.reset()
+    compiled = torch.compile(
+        lambda q, shapes: neighborhood_attention_varlen(q, q, q, shapes, (3,), impl="fused").square().sum(),
+        backend="aot_eager",
+        fullgraph=True,
+    )
+    q = torch.randn(8, 2, 8, device=DEVICE, requires_grad=True)
+    for lengths in ([3, 5], [1, 7]):
+        shapes = torch.tensor(lengths)[:, None]
+        (grad,) = torch.autograd.grad(compiled(q, shapes), q)
+        out = neighborhood_attention_varlen(q, q, q, shapes, (3,), impl="eager")
+        (expected,) = torch.autograd.grad(out.square().sum(), q)
+        torch.testing.assert_close(grad, expected)
+    with raises_naming("shapes add up to 9", "8"):
+        compiled(q, torch.tensor([[4], [5]]))
+
+
+def test_tables_of_samples() -> None:
+    packing = packing_of(torch.tensor([[3, 5], [0, 2], [1, 4]]), 19)
+    window = make_window((100, 100), (3, 2), (2, 1), (2, 1))
+    tables = sample_tables(packing, window, (1, 2, 2), torch.device("cpu"))
+    assert tables.samples.shape == (3, FIELDS)
+    # First tile and token; lengths, kernel sizes, strides, dilations and tiles of three axes.
+    assert tables.samples.tolist() == [
+        [0, 0, 1, 3, 5, 1, 1, 2, 1, 1, 1, 1, 2, 1, 1, 2, 3],
+        [6, 15, 1, 0, 2, 1, 1, 2, 1, 1, 1, 1, 1, 1, 1, 0, 1],
+        [6, 15, 1, 1, 4, 1, 1, 2, 1, 1, 1, 1, 1, 1, 1, 1, 2],
+    ]
+    assert tables.sample_of_tile.tolist() == [0] * 6 + [2] * 2
+
+
+def test_bad_input() -> None:
+    q = torch.zeros(8, 2, 8, device=DEVICE)
+
+    def attend(shapes: Any, kernel_size: Any = 3, query: Tensor = q, **options: Any) -> Tensor:
+        return neighborhood_attention_varlen(query, query, query, shapes, kernel_size, **options)
+
+    for impl in IMPLS:
+        with raises_naming("shapes add up to 9", "8"):
+            attend([(4,), (5,)], impl=impl)
+    with raises_naming("negative", "-1"):
+        attend([(9,), (-1,)])
+    with raises_naming("shapes", "tuple for each sample"):
+        attend([(4,), (2, 2)])
+    with raises_naming("kernel_size", "1 spatial axes"):
+        attend([(8,)], (3, 3))
+    with raises_naming("shapes", "integer tensor", "float32"):
+        attend(torch.ones(1, 1))
+    with raises_naming("cu_seqlens", "begin with 0", "[1, 8]"):
+        attend(None, cu_seqlens=torch.tensor([1, 8]))
+    with raises_naming("either shapes or"):
+        attend(None)
+    with raises_naming("query", "(1, 8, 2, 8)", "[N, heads, head_dim]"):
+        attend([(8,)], query=q[None])
+    with raises_naming("additional_keys", "[2 or 1, R, 2, 8]"):
+        registers = torch.zeros(3, 1, 2, 8, device=DEVICE)
+        attend([(4,), (4,)], additional_keys=registers, additional_values=registers)
+    with raises_naming("key_mask", "(7,)", "[8]"):
+        attend([(8,)], key_mask=torch.ones(7, dtype=torch.bool, device=DEVICE))
+    with raises_naming("key", "nested"):
+        nested = torch.nested.as_nested_tensor([q], layout=torch.jagged)
+        neighborhood_attention_varlen(nested, q, q, None, 3)
