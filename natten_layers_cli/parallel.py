@@ -73,13 +73,18 @@ class Processes(AbstractContextManager["Processes"]):
         """Whether ``flag`` is true in any process; every process must call it."""
         return bool(self.mean(torch.tensor(float(flag), device=self.device)) > 0) if self.distributed else flag
 
-    def shard(self, model: nn.Module) -> None:
-        """Split the model's parameters over the processes, in place; it gathers a layer at a time to compute."""
+    def shard(self, model: nn.Module, *, reshard: bool | None = None) -> None:
+        """Split the model's parameters over the processes, in place; it gathers a layer at a time to compute.
+
+        Args:
+            reshard: True splits all parameters again after a forward pass. By default those that are in no layer stay
+                whole, as a backward pass needs them next.
+        """
         mesh = init_device_mesh(self.device.type, (self.world,))
         lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
         for layer in (layer for layers in lists for layer in layers if not isinstance(layer, nn.ModuleList)):
             fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+        fully_shard(model, mesh=mesh, reshard_after_forward=reshard)
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The module to call so that gradients are averaged over the processes."""

@@ -222,7 +222,7 @@ class Trainer:
             self.model.compile()
         self.wrapped = processes.wrap(self.model)
         if processes.fsdp:
-            processes.shard(self.ema)
+            processes.shard(self.ema, reshard=True)  # it has no backward pass, and is updated in parts
         self.learner = self.objective.around(self.wrapped, self.plan.sigma_data)
 
         settings = self.config["optimizer"]

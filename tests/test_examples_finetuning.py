@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from natten_layers import DecoderLM, DecoderLMConfig
 from natten_layers_cli import train_lm
@@ -70,6 +71,10 @@ def test_finetuning_starts_from_the_weights_and_writes_what_transformers_reads(
     printed = capsys.readouterr().out
     before, after = (float(line.split(":")[1].split()[0]) for line in printed.splitlines() if "held out" in line)
     assert after < before
+    board = EventAccumulator(str(directory.parent / "run" / "tensorboard")).Reload()
+    for tag, steps in {"bits per token/train": [10, 20], "learning rate": [10, 20], "gradient norm": [10, 20]}.items():
+        assert [event.step for event in board.Scalars(tag) if event.value > 0] == steps
+    assert [event.step for event in board.Scalars("bits per byte/held out")] == [10, 20]
     model = directory.parent / "run" / "model"
     assert AutoModelForCausalLM.from_pretrained(model).config.model_type == "llama"
     with torch.no_grad():

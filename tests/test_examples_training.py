@@ -170,6 +170,19 @@ def test_weights_for_other_classes(tmp_path: Path, capsys: pytest.CaptureFixture
         make_trainer(three, "--reset", "class_emb")
 
 
+def test_weights_for_another_resolution(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    assert train(config, "small", "--end-step", "1", "--lr", "0.1") == 0
+    larger = tmp_path / "larger.json"
+    larger.write_text(json.dumps(json.loads(config.read_text()) | {"model": MODEL | {"input_size": [16, 12]}}))
+    start = ["--resume-inference", str(tmp_path / "small.safetensors")]
+    trainer, old = make_trainer(larger, *start), make_trainer(config, *start)
+    for name, tensor in trainer.model.state_dict().items():
+        assert torch.equal(tensor, old.model.state_dict()[name]), name
+    assert train(larger, "large", *start, "--end-step", "1") == 0
+    assert sample_hdit.HDiT.from_pretrained(tmp_path / "large.safetensors").config.input_size == (16, 12)
+
+
 def test_weights_and_biases(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -130,6 +130,31 @@ def test_a_network_stays_compiled_beside_its_derivative(whole: bool) -> None:
         assert len(runs) == count * len(set(runs)) > 0
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_gpu_computes_the_same_derivative_and_gradients(compiled: bool) -> None:
+    """By the fused kernels, with a network that is compiled but for its derivative, and in half precision nearly so."""
+    x, noise = make_example(4, torch.float32)
+    t, r, labels = torch.tensor([0.9, 0.6, 0.4, 0.2]), torch.tensor([0.3, 0.5]), torch.tensor([0, 1, 2, 0])
+
+    def step(device: str, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        flow = MeanFlow(make_model(torch.float32).to(device))
+        if compiled and device == "cuda":
+            flow.compile()
+        arguments = [tensor.to(device) for tensor in (x, noise, t, r)]
+        with torch.autocast(device, dtype, enabled=dtype is not None):
+            flow.loss(*arguments, class_cond=labels.to(device)).sum().backward()
+            z, velocity, late, early = (tensor[:2] for tensor in arguments)
+            change = flow.target(z, velocity, late, early, class_cond=labels[:2].to(device)) - velocity
+        gradients = [p.grad.flatten().cpu() for p in flow.parameters() if p.grad is not None]
+        return change.cpu(), torch.cat(gradients)
+
+    expected = step("cpu")
+    for dtype, most in ((None, 1e-3), (torch.bfloat16, 5e-2)):
+        for found, right in zip(step("cuda", dtype), expected, strict=True):
+            assert (found - right).norm() < most * right.norm()
+
+
 def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match=r"power must be from 0 to 1, got 2"):
         MeanFlow(Linear(), sigma_data=1.0, power=2)
