@@ -163,7 +163,10 @@ def time_decode(name: str, model: Any, latents: Tensor, repeats: int) -> Decode:
         timing.synchronize(device)
         seconds.append(time.perf_counter() - start)
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
-    return Decode(name, seconds[0], statistics.median(seconds[1:]), peak)
+    one = Decode(name, seconds[0], statistics.median(seconds[1:]), peak)
+    memory = "" if peak is None else f", peak {peak:.1f} GiB"
+    print(f"decode, {name}: {one.median_s:.3f} s, first call {one.first_call_s:.1f} s{memory}", flush=True)
+    return one
 
 
 @contextmanager
@@ -302,6 +305,7 @@ def main(argv: list[str] | None = None) -> int:
     del model
     for stage in rows:
         measure(stage, device, dtype, args.budget_s, args.flex_tokens)
+        print(f"{stage.grid}: {stage.ms}", flush=True)
     report = {
         "environment": timing.environment(device, args.commit),
         "rates": asdict(runner.Rates(timing.copy_rate(device), timing.matmul_rate(device))),
@@ -312,9 +316,6 @@ def main(argv: list[str] | None = None) -> int:
     }
     runner.save(report, args.out)
     print(f"\n{runner.heading(report)}; video {'x'.join(map(str, video))}, {dtype}\n")
-    for one in decodes:
-        peak = "" if one.peak_gib is None else f", peak {one.peak_gib:.1f} GiB"
-        print(f"decode, {one.processor}: {one.median_s:.3f} s, first call {one.first_call_s:.1f} s{peak}")
     print(
         "\n".join(
             [*table(rows), *(f"launches of a layer: {row.kernels}" for row in rows[-1:]), f"written to {args.out}"]

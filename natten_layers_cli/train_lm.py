@@ -84,6 +84,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     model.add_argument("--registers", type=int, help="learned tokens per layer that all bytes see")
     train = parser.add_argument_group("training")
     train.add_argument("--context", type=int, default=256, help="tokens of a training example; without --model, bytes")
+    train.add_argument(
+        "--separate-documents",
+        action=switch,
+        default=False,
+        help="files do not see each other, and begin at 0",
+    )
     train.add_argument("--end-step", type=int, default=800)
     train.add_argument("--batch-size", type=int, default=16, help="examples per step, over all processes")
     train.add_argument("--grad-accum-steps", type=int, default=1, help="parts that a process computes its batch in")
@@ -228,9 +234,13 @@ class Trainer:
         parts = batch.chunk(self.processes.world)[self.processes.rank].chunk(args.grad_accum_steps)
         total = torch.zeros((), device=self.device)
         for i, part in enumerate(parts):
-            part = part.to(self.device)
+            tokens, options = part[:, :-1], {}
+            if args.separate_documents:
+                options["cu_seqlens"] = document_bounds(tokens, self.separator)
+                tokens = tokens.reshape(1, -1)
+            tokens, targets = tokens.to(self.device), part[:, 1:].to(self.device)
             with self.processes.accumulation(self.wrapped, last=i == len(parts) - 1), self.autocast():
-                loss = F.cross_entropy(self.run(part[:, :-1]).flatten(0, 1).float(), part[:, 1:].flatten())
+                loss = F.cross_entropy(self.run(tokens, **options).flatten(0, 1).float(), targets.flatten())
                 (loss / len(parts)).backward()
             total += loss.detach() / len(parts)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), args.grad_clip)
@@ -422,6 +432,16 @@ def separator(config: DecoderLMConfig, codec: Codec) -> int:
     if not config.stop_tokens:
         raise ValueError("the model's config.json names no eos_token_id, which separates files of text")
     return config.stop_tokens[0]
+
+
+def document_bounds(tokens: Tensor, separator: int) -> Tensor:
+    """Where documents begin in the rows of ``tokens [B, L]``, one after the other, and where the last one ends.
+
+    A document begins with the separator, and with each row.
+    """
+    begins = tokens == separator
+    begins[:, 0] = True
+    return F.pad(begins.flatten().nonzero()[:, 0], (0, 1), value=tokens.numel())
 
 
 def copy_companions(source: Path, target: Path) -> None:

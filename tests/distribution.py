@@ -67,7 +67,10 @@ class Environment:
 def check_library(python: Environment, folder: Path) -> None:
     """What works without any extra."""
     python.run("python", "-c", "import natten_layers; print(natten_layers.__version__)", folder=folder)
-    for command in ("natten-layers-convert", "natten-layers-tune", "natten-layers-generate"):
+    code = "from natten_layers import *; HDiT(HDiTConfig((LevelConfig(1, 64),))).save_pretrained('model.safetensors')"
+    python.run("python", "-c", code, folder=folder)
+    python.run("natten-layers-convert", "model.safetensors", "same.safetensors", "--group-size", "1", folder=folder)
+    for command in ("natten-layers-tune", "natten-layers-generate"):
         python.run(command, "--help", folder=folder)
     for command, extra in (("train-hdit", "hdit"), ("sample-hdit", "hdit"), ("train-lm", "lm")):
         assert f"natten-layers[{extra}]" in python.run(f"natten-layers-{command}", "--help", folder=folder, status=2)
@@ -75,8 +78,9 @@ def check_library(python: Environment, folder: Path) -> None:
 
 def check_commands(python: Environment, folder: Path) -> None:
     """A tiny run of every command, each on what an earlier one wrote."""
-    for command in COMMANDS:
-        assert "usage:" in python.run(command, "--help", folder=folder)
+    said = {command: python.run(command, "--help", folder=folder) for command in COMMANDS}
+    assert all(text.startswith("usage: natten-layers-") for text in said.values())
+    assert "{cpu-demo,gpu-demo}" in said["natten-layers-train-hdit"]  # the wheel holds the presets
     (folder / "config.json").write_text(json.dumps(MODEL))
     cpu = ("--device", "cpu")
     python.run(

@@ -246,11 +246,11 @@ def enlarge(inputs: Inputs, exponent: int) -> Inputs:
 
 
 def key_mask(case: Case, device: torch.device | str = "cpu") -> Tensor | None:
-    """The key mask of a case ``[batch, *spatial]``, drawn on the CPU."""
+    """The key mask of a case ``[batch, *axes of keys]``, drawn on the CPU."""
     if case.seen is None:
         return None
     generator = torch.Generator().manual_seed(5)
-    return (torch.rand(case.batch, *case.spatial, generator=generator) < case.seen).to(device)
+    return (torch.rand(case.batch, *(case.key_spatial or case.spatial), generator=generator) < case.seen).to(device)
 
 
 def arguments(case: Case, inputs: Inputs) -> dict[str, Any]:

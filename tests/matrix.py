@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 EAGER = ("tests/test_geometry.py", "tests/test_imports.py", "tests/test_checkpoints.py", "tests/test_llm.py")
-"""tests that need neither Triton nor NumPy nor an extra, or skip what does"""
+"""tests that need neither Triton nor an extra, or skip what does"""
 FUSED = (*EAGER, "tests/test_random.py", "tests/test_host.py")
 ALL = (*FUSED, "tests/test_package.py", "tests/test_damaged_files.py")
 SHOWN = ("torch", "triton", "numpy")
@@ -40,7 +40,7 @@ ROWS = (
     Row("lowest", "3.11", ALL, extras="[hdit,lm]", lowest=True),
     Row("highest", "3.12", ALL, extras="[hdit,lm]"),
     Row("highest", "3.13", ALL, extras="[hdit,lm]"),
-    Row("highest, without extras and NumPy", "3.13", EAGER),  # nothing that the library needs asks for NumPy
+    Row("highest, without extras", "3.13", EAGER),
     Row("highest, without Triton", "3.12", EAGER, extras="[hdit,lm]", without=("triton",)),
 )
 

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from natten_layers import AxialRoPE, NeighborhoodGQA, neighborhood_attention
 from natten_layers.geometry import make_window, visible_pairs, window_mask
+from natten_layers.kernels.host.problem import Inputs
 from natten_layers.kernels.ops import define
 from natten_layers.modules import make_axial_pos
 from natten_layers.operations import Impl
@@ -69,10 +70,9 @@ def with_grads(function: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor
 def operator_arguments(case: Case) -> tuple[object, ...]:
     """Arguments of ``natten_layers::forward`` up to the last one."""
     inputs = make_inputs(case, DEVICE)
-    names = ("query", "key", "value", "additional_keys", "additional_values", "sink", "key_mask")
     causal, periodic = list(case.window.is_causal), list(case.window.is_periodic)
     ones = [1] * len(case.spatial)
-    tensors = tuple(inputs.get(name) for name in names)
+    tensors = tuple(inputs.get(name) for name in Inputs._fields)
     return *tensors, None, list(case.window.kernel_size), ones, ones, causal, 0.25, periodic
 
 
@@ -94,10 +94,11 @@ def test_operators_keep_torchs_contract(case: Case) -> None:
 def test_fakes_have_the_strides_of_results_for_views() -> None:
     """Heads of one projection are not contiguous; outputs and gradients are."""
     q, k, v = torch.randn(2, 6, 6, 8, 16, device=DEVICE).split((4, 2, 2), -2)
+    leading = *Inputs(q, k, v), None  # no sink
     window = [3, 3], [1, 1], [1, 1], [False, False], 0.25, []
-    torch.library.opcheck(torch.ops.natten_layers.forward.default, (q, k, v, *(None,) * 4, *window, True))
-    state = torch.ops.natten_layers.forward(q, k, v, *(None,) * 4, *window, True)
-    arguments = (q, k, v, *(None,) * 4, *window, *state, torch.randn_like(state[0]), None)
+    torch.library.opcheck(torch.ops.natten_layers.forward.default, (*leading, *window, True))
+    state = torch.ops.natten_layers.forward(*leading, *window, True)
+    arguments = (*leading, *window, *state, torch.randn_like(state[0]), None)
     torch.library.opcheck(torch.ops.natten_layers.backward.default, arguments)
 
 

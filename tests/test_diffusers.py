@@ -135,6 +135,50 @@ def test_a_patched_layer_trains_after_inference() -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
+def test_heads_reach_the_prologue_as_they_are_projected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms, scale and rotation are left to the kernels, which read the projections where they lie."""
+    layer, tokens, projected = ltx_layer(16), torch.randn(1, 3, 4, 5, 32), list[int]()
+    patch(layer)
+    for to in (layer.to_q, layer.to_k, layer.to_v):
+        to.register_forward_hook(lambda module, args, out: projected.append(out.data_ptr()))
+    attend, calls = ltx_decoder.attend_with_qk_prep, list[Any]()
+
+    def spy(call: Any, norm: Any, angles: Any) -> Tensor:
+        calls.append((call, norm, angles))
+        return attend(call, norm, angles)
+
+    monkeypatch.setattr(ltx_decoder, "attend_with_qk_prep", spy)
+    with torch.inference_mode():
+        layer(tokens)
+    ((call, norm, angles),) = calls
+    assert [x.data_ptr() for x in call.inputs[:3]] == projected
+    assert norm.kind == "rms"
+    assert angles.interleaved
+    assert sum(angles.split) == 8
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel_size", [(3, 7, 7), (3, 5, 5), (11, 11, 11)], ids=str)
+def test_a_patched_layer_prepares_heads_in_one_launch_and_copies_nothing(kernel_size: tuple[int, int, int]) -> None:
+    layer, tokens = ltx_layer(64).cuda().bfloat16(), torch.randn(1, 12, 64, 96, 128, device="cuda").bfloat16()
+    layer.kernel_size = kernel_size
+    patch(layer)
+
+    def kernels(call: Callable[[], object]) -> list[str]:
+        with torch.inference_mode():
+            call()
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
+                call()
+                torch.cuda.synchronize()
+        return [e.name for e in profile.events() or [] if "CUDA" in str(e.device_type)]
+
+    projections = (layer.to_q, layer.to_k, layer.to_v, layer.to_out[0])
+    apart = kernels(lambda: [to(tokens) for to in projections])
+    own = [name for name in kernels(lambda: layer(tokens)) if name not in apart]
+    assert "qk_prep_kernel" in own[0], own
+    assert not [name for name in own[1:] if re.search("qk_prep|elementwise|copy|cat", name, re.IGNORECASE)], own
+
+
 def test_watched_norms_are_called() -> None:
     layer, seen = ltx_layer(16), list[torch.Size]()
     patch(layer)

@@ -236,6 +236,25 @@ def test_random_windows_depend_on_the_seed_alone() -> None:
     assert not torch.equal(windows, random_windows(text, 9, 5, seed=4))
 
 
+def test_separate_documents_do_not_see_each_other(flags: list[str]) -> None:
+    rows = torch.tensor([[5, 6, 0, 7], [0, 8, 9, 0]])
+    assert train_lm.document_bounds(rows, 0).tolist() == [0, 2, 4, 7, 8]
+    flags += ["--context", "200"]
+    one, other = trainer(flags, "--separate-documents"), trainer(flags)
+    for parameter in one.model.parameters():  # so large that what a token sees decides what it predicts
+        torch.nn.init.normal_(parameter.detach(), std=0.4)
+    other.model.load_state_dict(one.model.state_dict())
+    batch = random_windows(one.corpus.train, 200, 4, 0)
+    bounds = train_lm.document_bounds(batch[:, :-1], one.separator)
+    documents = [part[None] for part in batch[:, :-1].flatten().tensor_split(bounds[1:-1])]
+    with torch.no_grad():
+        logits = torch.cat([one.model(document)[0] for document in documents])
+    expected = torch.nn.functional.cross_entropy(logits, batch[:, 1:].flatten())
+    assert len(documents) > 4
+    assert float(one.train_step()) == pytest.approx(float(expected), rel=1e-5)
+    assert float(other.train_step()) != pytest.approx(float(expected), rel=1e-4)
+
+
 def test_learning_rate(flags: list[str]) -> None:
     args = train_lm.parse_arguments([*flags, "--end-step", "102", "--warmup", "2", "--lr", "1"])
     rates = [train_lm.learning_rate(step, args) for step in (0, 1, 2, 52, 101)]

@@ -28,6 +28,7 @@ from natten_layers import (
     attention_state,
     merge_attention,
     neighborhood_attention,
+    neighborhood_attention_varlen,
     operations,
 )
 from natten_layers.eager import dense_attention_state
@@ -112,8 +113,10 @@ def definition(case: Case) -> Callable[..., tuple[Tensor, Tensor]]:
     def run(**inputs: Tensor) -> tuple[Tensor, Tensor]:
         given = arguments(case, inputs)
         names = "query", "key", "value", "additional_keys", "additional_values", "sink"
-        q, k, v, *rest = (given[name] for name in names)
-        out, row_max, row_sum = dense_attention_state(q, k, v, *rest[:3], case.window, scale, key_mask=key_mask(case))
+        q, k, v, register_k, register_v, sink = (given[name] for name in names)
+        out, row_max, row_sum = dense_attention_state(
+            q, k, v, register_k, register_v, sink, case.window, scale, key_mask=key_mask(case)
+        )
         nothing = row_sum == 0  # where a query sees nothing, lse is -inf, a constant
         lse = (row_max + row_sum.masked_fill(nothing, 1.0).log()).masked_fill(nothing, -math.inf)
         return out, lse
@@ -277,6 +280,43 @@ def test_merged_states_have_tangents() -> None:
     exact = directional(merged("eager"), wide, wide_tangents)[1]
     for found, expected in zip(directional(merged("fused"), inputs, tangents)[1], exact, strict=True):
         assert error(found, expected) < 2e-6
+
+
+def test_samples_of_a_packed_batch_move_as_if_alone() -> None:
+    shapes, kernel_size = [(3, 4), (0, 2), (2, 3)], (2, 3)
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(DEVICE)
+
+    names = "query", "key", "value", "additional_keys", "additional_values"
+    inputs = {name: draw(18, 4 if name == "query" else 2, 16) for name in names[:3]}
+    inputs |= {name: draw(3, 2, 2, 16) for name in names[3:]} | {"sink": draw(4)}
+    tangents = tangents_of(inputs)
+
+    def packed(**tensors: Any) -> tuple[Tensor, Tensor]:
+        return neighborhood_attention_varlen(
+            **tensors, shapes=shapes, kernel_size=kernel_size, return_lse=True, impl="fused"
+        )
+
+    found = directional(packed, inputs, tangents)[1]
+    first = 0
+    for i, shape in enumerate(shapes):
+        end = first + math.prod(shape)
+        if end > first:
+
+            def alone(x: Inputs, i: int = i, shape: tuple[int, int] = shape, part: slice = slice(first, end)) -> Inputs:
+                tokens = {n: x[n][part].unflatten(0, shape)[None].double() for n in names[:3]}
+                registers = {n: x[n][i : i + 1].double() for n in names[3:]}
+                return {**tokens, **registers, "sink": x["sink"].double()}
+
+            def one(**tensors: Any) -> tuple[Tensor, Tensor]:
+                return neighborhood_attention(**tensors, kernel_size=kernel_size, return_lse=True, impl="eager")
+
+            expected = directional(one, alone(inputs), alone(tangents))[1]
+            for x, y in zip(found, expected, strict=True):
+                assert error(x[first:end], y[0].flatten(0, 1)) < 2e-6
+        first = end
 
 
 # --- Normalisation and rotation of heads

@@ -99,6 +99,9 @@ def test_mixture_of_experts(normalize: bool) -> None:
     layer(x).sum().backward()
     unused = [parameter.grad for parameter in layer.experts[3].parameters()]
     assert all(gradient is not None and not gradient.any() for gradient in unused)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
+        assert layer(x[:0]).shape == (0, 7, 8)
 
 
 # --- rotary embeddings

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -458,6 +459,31 @@ def test_packed_sequences(family: str, positions: Tensor) -> None:
     assert error(actual, expected) < TOLERANCE
 
 
+OTHERS = ("Llama", "Qwen2", "Qwen3Moe", "Olmo2", "Granite", "Cohere", "Starcoder2", "SmolLM3")
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *OTHERS])
+def test_packed_texts_train_as_separate_ones(name: str) -> None:
+    """``cu_seq_lens_q`` says where texts begin. Logits and gradients are those of each text alone."""
+    make = FAMILIES[name] if name in FAMILIES else partial(getattr(transformers, f"{name}Config"), **SMALL)
+    ids, ends = tokens(1), torch.tensor([0, 5, 11], dtype=torch.int32)
+    # Soft caps, experts and some norms are computed in fp32 whatever the model's dtype.
+    wide = name not in ("gemma2", "gemma3", "gpt_oss", "Qwen3Moe", "Cohere")
+    dtype, tolerance = (torch.float64, FP64_TOLERANCE) if wide else (torch.float32, TOLERANCE)
+    packed, alone = build(make(), "natten_layers", dtype), build(make(), reference_for(name), dtype)
+    logits = packed(ids, position_ids=PACKED, use_cache=False, cu_seq_lens_q=ends, cu_seq_lens_k=ends).logits
+    expected = torch.cat([alone(part, use_cache=False).logits for part in ids.split([5, 6], 1)], 1)
+    one_text = packed(ids, use_cache=False).logits
+    assert error(one_text, expected) > 1000 * tolerance
+    assert error(logits, expected) < tolerance
+    grads = []
+    for model, out in ((packed, logits), (alone, expected)):
+        out.float().log_softmax(-1)[..., 3].sum().backward()
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    assert max(error(grads[0][key], grads[1][key]) for key in grads[0]) < 100 * tolerance
+
+
 @pytest.mark.parametrize("kind", PADDING)
 def test_chunked_attention(kind: str) -> None:
     mask = padding_mask(kind)
@@ -565,7 +591,7 @@ def llama4() -> Any:
         (FAMILIES["mistral"], {"attention_mask": torch.ones(2, 1, 11, 11, dtype=torch.bool)}, "2-D padding mask"),
         (FAMILIES["mistral"], {"block_table": object()}, "paged"),
         (FAMILIES["mistral"], {"output_attentions": True}, "attention weights"),
-        (FAMILIES["mistral"], {"cu_seq_lens_q": torch.tensor([0, 22])}, "packed"),
+        (FAMILIES["mistral"], {"cu_seq_lens_q": torch.tensor([0, 22])}, "packed in one row"),
     ],
 )
 def test_what_is_not_supported_raises(config: Callable[[], Any], inputs: dict[str, Any], message: str) -> None:

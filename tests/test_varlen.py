@@ -13,9 +13,19 @@ from helpers import FLOOR, Case, Result, _with_grads, arguments, error, make_inp
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from natten_layers import neighborhood_attention, neighborhood_attention_varlen
+from natten_layers import (
+    AxialRoPE,
+    DecoderLM,
+    DecoderLMConfig,
+    NeighborhoodGQA,
+    RoPE,
+    make_axial_pos,
+    neighborhood_attention,
+    neighborhood_attention_varlen,
+)
 from natten_layers.eager import dense_attention_state
 from natten_layers.geometry import fitted, make_window
+from natten_layers.modules.hdit import ShiftedWindowGQA
 from natten_layers.operations import Impl
 
 pytest.importorskip("triton")
@@ -278,3 +288,81 @@ def test_bad_input() -> None:
     with raises_naming("key", "nested"):
         nested = torch.nested.as_nested_tensor([q], layout=torch.jagged)
         neighborhood_attention_varlen(nested, q, q, None, 3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_registers": 2, "sink": "learned", "qk_norm": "cosine"},
+        {"rope": True, "qk_norm": "rms", "qkv_bias": False},
+        {"is_causal": True, "kernel_size": None},
+    ],
+    ids=str,
+)
+def test_a_layer_takes_packed_images(options: dict[str, Any]) -> None:
+    """As it takes each image alone, gradients of parameters included."""
+    torch.manual_seed(0)
+    shapes = [(3, 4), (5, 3), (0, 2)]
+    with_rope = options.get("rope", False)
+    options = {"kernel_size": 3, **options, "rope": AxialRoPE(8, 4, num_kv_heads=2) if with_rope else None}
+    layer = NeighborhoodGQA(32, 4, num_kv_heads=2, **options).to(DEVICE)
+    parts = [torch.randn(math.prod(shape), 32, device=DEVICE) for shape in shapes]
+    places = [make_axial_pos(*shape).reshape(-1, 2).to(DEVICE) for shape in shapes[:2]]
+    packed = layer(torch.cat(parts), shapes=shapes, positions=torch.cat(places) if with_rope else None)
+    alone = torch.cat(
+        [
+            layer(
+                part.view(1, *shape, 32), positions=place.view(*shape, 2) if with_rope else None
+            ).flatten(0, 2)
+            for part, shape, place in zip(parts, shapes, places, strict=False)
+        ]
+    )  # fmt: skip
+    torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-5)
+    parameters = [p for p in layer.parameters() if p.requires_grad]
+    found, expected = (torch.autograd.grad(out.square().sum(), parameters) for out in (packed, alone))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_layers_refuse_what_packed_samples_do_not_have() -> None:
+    x = torch.zeros(6, 8)
+    with raises_naming("registers_attend"):
+        NeighborhoodGQA(8, 2, 3, num_registers=1, registers_attend=True)(x, shapes=[(6,)])
+    with raises_naming("x has shape (1, 6, 8)", "[N, 8]"):
+        NeighborhoodGQA(8, 2, 3)(x[None], shapes=[(6,)])
+    with raises_naming("positions"):
+        NeighborhoodGQA(8, 2, 3, rope=RoPE(4))(x, shapes=[(6,)])
+    with raises_naming("shifted windows"):
+        ShiftedWindowGQA(8, 2, 3, 1)(x, shapes=[(2, 3)])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"windows": (3, None), "qk_norm": True},
+        {"windows": (3, None), "sink": "learned", "num_registers": 2},
+        {"windows": (3, None), "attention_softcap": 2.0},
+    ],
+    ids=str,
+)
+def test_a_language_model_takes_packed_texts(options: dict[str, Any]) -> None:
+    """Logits and gradients are those of each text alone."""
+    torch.manual_seed(0)
+    config = DecoderLMConfig(
+        vocab_size=31, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4, num_kv_heads=2,
+        initializer_range=0.3, **options,
+    )  # fmt: skip
+    model = DecoderLM(config, device=DEVICE)
+    ids = torch.randint(0, 31, (1, 11), device=DEVICE)
+    packed = model(ids, cu_seqlens=torch.tensor([0, 5, 5, 11], device=DEVICE))
+    alone = torch.cat([model(part) for part in ids.split([5, 6], 1)], 1)
+    torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-5)
+    assert error(model(ids), alone) > 1e-2
+    found, expected = (
+        torch.autograd.grad(out.log_softmax(-1)[..., 3].sum(), list(model.parameters())) for out in (packed, alone)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    with raises_naming("cu_seqlens ends with 10", "11"):
+        model(ids, cu_seqlens=torch.tensor([0, 10]))
+    with raises_naming("cu_seqlens", "2 rows"):
+        model(ids.expand(2, -1), cu_seqlens=torch.tensor([0, 11]))

@@ -9,10 +9,11 @@ Works with every model that calls its attention through ``AttentionInterface``: 
 bidirectional) and chunked layers, full encoders and cross attention, sinks, grouped KV heads (read unrepeated), scales
 that are tensors, soft-capped scores (in PyTorch, as the kernels do not have them), left and right padding, blocks of
 tokens that see each other in both directions (the images of Gemma 3 and PaliGemma's prefixes), packed sequences
-(``position_ids`` that do not grow by one; of causal and sliding-window layers), dynamic, static and sliding-window
-caches. Everything else raises ``ValueError``: dropout, paged caches, 4-D masks made by the caller, customised masks,
-position biases, models that do arithmetic on their masks. Outputs at padded tokens are unspecified, and attention
-weights are not returned. The documentation has a table of the architectures.
+(``position_ids`` that do not grow by one, of causal and sliding-window layers; or ``cu_seq_lens_q`` and
+``cu_seq_lens_k``, of full layers as well, each text being computed as if it were alone), dynamic, static and
+sliding-window caches. Everything else raises ``ValueError``: dropout, paged caches, 4-D masks made by the caller,
+customised masks, position biases, models that do arithmetic on their masks. Outputs at padded tokens are unspecified,
+and attention weights are not returned. The documentation has a table of the architectures.
 
 A mask function is registered too. Without one, transformers passes ``attention_mask=None`` to every layer, and padding,
 the offset of the cache and causality would be ignored silently. What the mask function returns must pass through
@@ -61,6 +62,7 @@ from transformers.masking_utils import (
 
 from ..cached import cached_attention
 from ..operations import AttentionState, merge_attention, neighborhood_attention
+from ..varlen import neighborhood_attention_varlen
 from .dinat import register_dinat
 
 __all__ = ["NAME", "register", "register_dinat"]
@@ -88,8 +90,6 @@ _FULL = 0
 _UNSUPPORTED = {
     "cache": "paged caches",
     "block_table": "paged caches",
-    "cu_seq_lens_q": "packed sequences; pad them instead",
-    "cu_seq_lens_k": "packed sequences; pad them instead",
     "position_bias": "position biases",
     "sinks": "sinks that depend on the token",
     "indices": "sparse attention",
@@ -153,6 +153,8 @@ def _attention(
     is_causal: bool | None = None,
     s_aux: Tensor | None = None,
     softcap: float | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """One layer's attention: ``(out [B, Lq, Hq, Dv], None)``, where None stands for the attention weights."""
@@ -182,6 +184,11 @@ def _attention(
             )
         if length != slots:
             positions = _bidirectional_positions(length, slots, query.device)[None]
+    if cu_seq_lens_q is not None:
+        rows = _FULL if attention_mask is None else attention_mask.shape[2]
+        _check_packing(cu_seq_lens_q, cu_seq_lens_k, rows, query, key, positions)
+        options = {"is_causal": causal, "scale": scaling, "sink": s_aux}
+        return _attend_packed(query, key, value, cu_seq_lens_q, window, options, softcap), None
     if positions is None:
         key, value = key[:, :length], value[:, :length]  # a static cache has empty slots behind these
         if softcap is None:
@@ -198,6 +205,50 @@ def _attention(
     sees = blocks[:, :length], blocks[:, length:]
     behind = cached_attention(query, key, value, *sees, window=slots, return_lse=True, **options)
     return merge_attention(*(AttentionState(out, lse, torch.ones_like(lse)) for out, lse in (before, behind))).out, None
+
+
+def _check_packing(
+    of_queries: Tensor, of_keys: Tensor | None, rows: int, query: Tensor, key: Tensor, positions: Tensor | None
+) -> None:
+    """Raise unless cumulative lengths are those of texts that attend to themselves, in one row and without a cache."""
+    same = of_keys is None or of_keys is of_queries or torch.equal(of_keys, of_queries)
+    if not same or query.shape[0] != 1 or query.shape[1] != key.shape[1]:
+        raise ValueError(
+            f"{NAME} supports cu_seq_lens_q for texts that attend to themselves, packed in one row without a cache; "
+            f"got query {tuple(query.shape)}, key {tuple(key.shape)} and cu_seq_lens_k {of_keys}"
+        )
+    if rows not in (_FULL, _CAUSAL, _WINDOWED, _PACKED, _PACKED_WINDOWED) or (
+        rows in (_CAUSAL, _WINDOWED) and positions is not None
+    ):
+        raise ValueError(
+            f"{NAME} supports cu_seq_lens_q in causal, sliding-window and full layers, and without an attention_mask: "
+            "it says which tokens there are"
+        )
+
+
+def _attend_packed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_lens: Tensor,
+    window: int | None,
+    options: dict[str, Any],
+    softcap: float | None,
+) -> Tensor:
+    """Attention ``[1, N, Hq, Dv]`` of every text over itself."""
+    tokens = query.shape[1]
+    kernel_size = tokens if window is None else min(window, tokens)
+    if softcap is None:
+        packed = query[0], key[0], value[0]
+        return neighborhood_attention_varlen(*packed, None, (kernel_size,), cu_seqlens=cu_seq_lens, **options)[None]
+    if not options["is_causal"]:
+        raise ValueError(f"{NAME} does not support soft-capped scores of bidirectional layers with cu_seq_lens_q")
+    # Each text stands so far behind the one before that no window reaches back.
+    row = torch.arange(tokens, device=query.device)
+    text = torch.bucketize(row, cu_seq_lens.to(row), right=True)
+    positions = (row + text * tokens)[None]
+    of_text = {"scale": options["scale"], "sink": options["sink"], "softcap": softcap}
+    return cached_attention(query, key, value, positions, positions, window=kernel_size, **of_text)
 
 
 @torch.compiler.disable  # it reads values of the padding mask and inspects closures, once per model call

@@ -12,10 +12,11 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..arguments import check_dense, prepare
+from ..arguments import check_dense, prepare, prepare_packed
 from ..cached import cached_attention
 from ..geometry import make_window, normalise_axes
 from ..operations import neighborhood_attention
+from ..varlen import Shapes, packed_shapes
 from .norm import RMSNorm
 from .query_key import HeadNorm, attend_with_qk_prep, call_watched, normalize_and_rotate
 from .rope import Angles, Positions, Rotary
@@ -210,6 +211,7 @@ class NeighborhoodGQA(nn.Module):
         positions: Tensor | Positions | None = None,
         registers: Tensor | None = None,
         mask: Tensor | None = None,
+        shapes: Shapes | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attend from every token.
 
@@ -221,15 +223,19 @@ class NeighborhoodGQA(nn.Module):
                 the layer's own, if it has any.
             mask: ``[B or 1, *spatial]``, bool, False where a token counts for no other one, such as padding or land.
                 Windows do not move because of it, and masked tokens attend like all others.
+            shapes: lengths of the axes of samples that are packed into ``x [N, embed_dim]``, see
+                :func:`natten_layers.neighborhood_attention_varlen`. ``mask`` is then ``[N]``, ``registers`` are
+                ``[samples, R, embed_dim]``, and a ``rope`` needs ``positions [N, ...]``. Not together with
+                ``registers_attend``, ``rel_pos_bias`` and periodic axes.
 
         Returns:
-            ``[B, *spatial, embed_dim]``; with ``registers_attend`` also the registers ``[B, R, embed_dim]``, the
-            layer's own and then the passed ones.
+            ``[B, *spatial, embed_dim]``, or ``[N, embed_dim]`` of packed samples. With ``registers_attend`` also the
+            registers ``[B, R, embed_dim]``, the layer's own and then the passed ones.
 
         Raises:
             ValueError: an argument does not fit; the message names it and the values.
         """
-        tokens, registers = self.attend(x, positions=positions, registers=registers, mask=mask)
+        tokens, registers = self.attend(x, positions=positions, registers=registers, mask=mask, shapes=shapes)
         tokens = self.proj(self.dropout(tokens))
         return tokens if registers is None else (tokens, self.proj(self.dropout(registers)))
 
@@ -240,9 +246,12 @@ class NeighborhoodGQA(nn.Module):
         positions: Tensor | Positions | None = None,
         registers: Tensor | None = None,
         mask: Tensor | None = None,
+        shapes: Shapes | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """:meth:`forward` up to ``dropout`` and ``proj``: ``[B, *spatial, Hq * D]``, and ``[B, R, Hq * D]`` or None."""
         check_dense("x", x)
+        if shapes is not None:
+            return self._attend_packed(x, shapes, positions, registers, mask).flatten(-2), None
         if x.ndim not in (3, 4, 5) or x.shape[-1] != self.embed_dim:
             raise ValueError(
                 f"x has shape {tuple(x.shape)}; expected [B, *spatial, {self.embed_dim}] with 1 to 3 spatial axes"
@@ -259,6 +268,43 @@ class NeighborhoodGQA(nn.Module):
         heads = projected.prepared()
         tokens = self._attention(Projected(heads), extra, mask)
         return tokens.flatten(-2), self._attend_from_registers(heads, extra, mask).flatten(-2)
+
+    def _attend_packed(
+        self,
+        x: Tensor,
+        shapes: Shapes,
+        positions: Tensor | Positions | None,
+        registers: Tensor | None,
+        mask: Tensor | None,
+    ) -> Tensor:
+        """Attention of the tokens of packed samples, ``[N, Hq, D]``."""
+        if x.ndim != 2 or x.shape[-1] != self.embed_dim:
+            raise ValueError(f"x has shape {tuple(x.shape)}; expected [N, {self.embed_dim}] beside shapes")
+        periodic = any(self.is_periodic) if isinstance(self.is_periodic, tuple) else self.is_periodic
+        if self.registers_attend or self.rpb is not None or periodic:
+            raise ValueError("packed samples do not go with registers_attend, rel_pos_bias or is_periodic")
+        positions = positions.tensor if isinstance(positions, Positions) else positions
+        if (self.rope is None) != (positions is None):
+            raise ValueError("packed samples need positions if the layer has a rope, and only then")
+        sizes = packed_shapes(shapes, None, self.kernel_size)
+        heads, norm, angles = self._project(x[None], self.rope, positions)
+        extra = self._register_heads(x.new_empty(len(sizes), 0, 0), registers)
+        call = prepare_packed(
+            heads.query[0],
+            heads.key[0],
+            heads.value[0],
+            sizes,
+            (sys.maxsize,) * sizes.shape[1] if self.kernel_size is None else self.kernel_size,
+            self.stride,
+            self.dilation,
+            self.is_causal,
+            self.scale,
+            None if extra is None else extra.key,
+            None if extra is None else extra.value,
+            self.sink,
+            mask,
+        )
+        return attend_with_qk_prep(call, norm, angles)
 
     def _project(self, tokens: Tensor, rope: nn.Module | None = None, positions: Tensor | None = None) -> Projected:
         """Query, key and value as views of one projection.

@@ -145,8 +145,8 @@ class MixtureOfExperts(nn.Module):
             expert(tokens[part // self.experts_per_token])
             for expert, part in zip(self.experts, by_expert.split(counts), strict=True)
             # With gradients, an expert without tokens runs too: its gradient is then 0 instead of missing, for which
-            # data-parallel training would have to search.
-            if len(part) or torch.is_grad_enabled()
+            # data-parallel training would have to search. So do all where there are no tokens at all.
+            if len(part) or torch.is_grad_enabled() or not len(tokens)
         ]
         results = torch.cat(results)[by_expert.argsort()].unflatten(0, chosen.shape)  # [N, K, dim]
         return (results * weights[..., None].to(results.dtype)).sum(1).view_as(x)

@@ -165,6 +165,9 @@ class ShiftedWindowGQA(NeighborhoodGQA):
         lines = ([self._block(heads, registers, mask, r, c) for c in columns] for r in rows)
         return torch.cat([torch.cat(line, 2) for line in lines], 1)
 
+    def _attend_packed(self, *args: Any, **options: Any) -> Tensor:
+        raise ValueError("shifted windows are not computed on packed samples; pass images [B, height, width, channels]")
+
     def _stretches(self, length: int) -> list[tuple[int, int, int]]:
         """Ranges of an axis with windows of equal size, each as (start, stop, window size)."""
         size, shift = self.window_size, self.shift

@@ -15,18 +15,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..arguments import check_dense, prepare
+from ..arguments import check_dense, prepare, prepare_packed
 from ..cached import cached_attention
 from ..io import hf
 from ..io.tensors import make_on_meta
 from ..operations import neighborhood_attention
+from ..varlen import packed_shapes
 from .cache import Cache, LayerCache
 from .feed_forward import GatedFeedForward, MixtureOfExperts
 from .generation import generate, longest_of, text_first
 from .llm_config import DecoderLMConfig, rotary_dim
 from .norm import RMSNorm
-from .query_key import attend_with_qk_prep, call_watched, normalize_and_rotate
-from .rope import RoPE
+from .query_key import HeadNorm, attend_with_qk_prep, call_watched, normalize_and_rotate
+from .rope import Angles, RoPE
 
 __all__ = ["DecoderAttention", "DecoderBlock", "DecoderLM", "DecoderLMConfig"]
 
@@ -141,7 +142,9 @@ class DecoderAttention(nn.Module):
     def extra_repr(self) -> str:
         return f"window={self.window}" + (", sink=zero" if self.zero_sink is not None else "")
 
-    def forward(self, x: Tensor, positions: Tensor, cache: LayerCache | None, longest: int) -> Tensor:
+    def forward(
+        self, x: Tensor, positions: Tensor, cache: LayerCache | None, longest: int, shapes: Tensor | None = None
+    ) -> Tensor:
         """Attend from every token of ``x``.
 
         Args:
@@ -150,6 +153,8 @@ class DecoderAttention(nn.Module):
                 output has no meaning.
             cache: keys and values of earlier tokens, to which those of ``x`` are added.
             longest: upper bound on the cached tokens of a sequence, those of ``x`` included.
+            shapes: ``[texts, 1]`` int64 on the CPU, lengths of texts that are packed into ``x [1, N, C]`` and do not
+                see each other. There is no cache then.
 
         Returns:
             ``[B, L, C]``.
@@ -166,6 +171,8 @@ class DecoderAttention(nn.Module):
         sink = self.zero_sink if self.sinks is None else self.sinks
         # Padding comes last, so no token sees it, and without earlier tokens this is plain causal attention.
         length = x.shape[1]
+        if shapes is not None:
+            return self._attend_packed(query, key, value, norm, angles, shapes, registers, sink)
         window = length if self.window is None else min(self.window, length)
         if cache is None and self.softcap is None:
             call = prepare(query, key, value, window, 1, 1, True, self.scale, *registers, sink)
@@ -183,6 +190,33 @@ class DecoderAttention(nn.Module):
         else:
             options |= {"window": self.window, "softcap": self.softcap}
             out = cached_attention(query, keys, values, positions, key_positions, **options)
+        return self.o_proj(out.flatten(-2))
+
+    def _attend_packed(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        norm: HeadNorm | None,
+        angles: Angles | None,
+        shapes: Tensor,
+        registers: tuple[Tensor, Tensor] | tuple[None, None],
+        sink: Tensor | float | None,
+    ) -> Tensor:
+        """Attention of each packed text over itself."""
+        window = query.shape[1] if self.window is None else self.window
+        if self.softcap is None:
+            packed = query[0], key[0], value[0], shapes
+            call = prepare_packed(*packed, window, 1, 1, True, self.scale, *registers, sink)
+            return self.o_proj(attend_with_qk_prep(call, norm, angles).flatten(-2)[None])
+        # Positions at which each text stands so far behind the one before that no window reaches back.
+        query, key = normalize_and_rotate(query, key, norm, angles)
+        apart = torch.arange(len(shapes)).repeat_interleave(shapes[:, 0]).to(query.device) * window
+        apart = (apart + torch.arange(query.shape[1], device=query.device))[None]
+        out = cached_attention(
+            query, key, value, apart, apart, window=window, softcap=self.softcap, scale=self.scale, sink=sink,
+            additional_keys=registers[0], additional_values=registers[1],
+        )  # fmt: skip
         return self.o_proj(out.flatten(-2))
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -225,10 +259,12 @@ class DecoderBlock(nn.Module):
             self.add_module(name, _stream_norm(config, device, dtype))
         self.parallel = config.parallel_blocks
 
-    def forward(self, x: Tensor, positions: Tensor, cache: LayerCache | None, longest: int) -> Tensor:
+    def forward(
+        self, x: Tensor, positions: Tensor, cache: LayerCache | None, longest: int, shapes: Tensor | None = None
+    ) -> Tensor:
         before_attention, after_attention, before_mlp, after_mlp = map(self._norm, self.order)
         normed = before_attention(x)
-        attended = after_attention(self.self_attn(normed, positions, cache, longest))
+        attended = after_attention(self.self_attn(normed, positions, cache, longest, shapes))
         if self.parallel:
             return self._add(self._add(x, attended), self.mlp(normed))
         x = self._add(x, attended)
@@ -267,14 +303,24 @@ class DecoderStack(nn.Module):
         )
         self.norm = _stream_norm(config, device, dtype)
 
-    def forward(self, input_ids: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, mask: Tensor | None, cache: Cache | None, cu_seqlens: Tensor | None = None
+    ) -> Tensor:
         """The stream after the last norm, ``[B, L, C]``, of ``input_ids [B, L]``.
 
-        With a ``mask [B, L]``, true for text, padding must come last.
+        With a ``mask [B, L]``, true for text, padding must come last. With ``cu_seqlens``, ``B`` is 1.
         """
         length = input_ids.shape[1]
         positions = torch.arange(length, device=input_ids.device)[None]
-        longest = length
+        longest, shapes = length, None
+        if cu_seqlens is not None:
+            shapes = packed_shapes(None, cu_seqlens, 1)
+            if not torch.compiler.is_compiling():  # a compiled graph does not know the lengths
+                longest = int(shapes.max()) if len(shapes) else 0
+                if int(shapes.sum()) != length:
+                    raise ValueError(f"cu_seqlens ends with {int(shapes.sum())}, but input_ids has {length} tokens")
+            starts = (shapes.cumsum(0) - shapes)[:, 0].repeat_interleave(shapes[:, 0], output_size=length)
+            positions = positions - starts.to(positions.device)
         if cache is not None:
             positions = positions + cache.lengths[:, None]
             longest = length + cache.longest if mask is None else longest_of(cache.lengths + mask.sum(1))
@@ -289,7 +335,7 @@ class DecoderStack(nn.Module):
             # nothing waits for a copy.
             x = x * x.new_full((), self.config.embedding_scale)
         for i, block in enumerate(self.layers):
-            x = block(x, positions, None if cache is None else cache.layers[i], longest)
+            x = block(x, positions, None if cache is None else cache.layers[i], longest, shapes)
         if cache is not None:
             cache.lengths += length if mask is None else mask.sum(1)
             cache.longest = longest
@@ -360,6 +406,7 @@ class DecoderLM(nn.Module):
         attention_mask: Tensor | None = None,
         cache: Cache | None = None,
         logits_at: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """Logits for the token that follows each of ``input_ids``, which continue the texts in ``cache``.
 
@@ -370,6 +417,9 @@ class DecoderLM(nn.Module):
             cache: the earlier tokens of each text, made by :meth:`make_cache`. ``input_ids`` are added to it in place,
                 so it works only while no gradients are recorded.
             logits_at: ``[B]`` int64, for each text the index of the only token whose logits are computed.
+            cu_seqlens: ``[texts + 1]``, integers that begin with 0: where texts begin that are packed into a single
+                row of ``input_ids [1, N]``, and at last where they end. Each is computed as if it were alone: its
+                positions begin with 0, and it sees no other. Not together with a mask, a cache or ``logits_at``.
 
         Returns:
             ``[B, L, V]``, or ``[B, V]`` with ``logits_at``, in the parameters' dtype.
@@ -379,8 +429,13 @@ class DecoderLM(nn.Module):
                 size or number of layers, or a cache while gradients are recorded.
         """
         self.check(input_ids, attention_mask, cache)
+        if cu_seqlens is not None and not (attention_mask is cache is logits_at is None and len(input_ids) == 1):
+            raise ValueError(
+                f"cu_seqlens goes with one row of input_ids and without attention_mask, cache and logits_at; "
+                f"got {len(input_ids)} rows"
+            )
         if attention_mask is None:
-            hidden = self.model(input_ids, None, cache)
+            hidden = self.model(input_ids, None, cache, cu_seqlens)
         else:
             order, mask = text_first(attention_mask)
             hidden = self.model(input_ids.gather(1, order), mask, cache)

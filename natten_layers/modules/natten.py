@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..geometry import normalise_axes
+from ..varlen import Shapes
 from .attention import NeighborhoodGQA
 from .rope import Positions
 
@@ -75,12 +76,13 @@ class _NeighborhoodAttention(NeighborhoodGQA):
         positions: Tensor | Positions | None = None,
         registers: Tensor | None = None,
         mask: Tensor | None = None,
+        shapes: Shapes | None = None,
     ) -> Tensor:
-        if x.ndim != self.rank + 2:
+        if shapes is None and x.ndim != self.rank + 2:
             raise ValueError(
                 f"{type(self).__name__} takes [B, {self.rank} spatial axes, {self.embed_dim}], got {tuple(x.shape)}"
             )
-        out = super().forward(x, positions=positions, registers=registers, mask=mask)
+        out = super().forward(x, positions=positions, registers=registers, mask=mask, shapes=shapes)
         assert isinstance(out, Tensor)
         return self.proj_drop(out)
 

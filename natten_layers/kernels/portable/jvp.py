@@ -50,6 +50,8 @@ from .primitives import (
     masked_product,
     next_chunk,
     on_ring,
+    packed_sample,
+    packed_strides,
     products,
     row_products,
     steps_over,
@@ -93,7 +95,7 @@ def tangent_step(
 @triton.jit
 def jvp_kernel(
     Q, K, V, RegK, RegV, Sink, KeyMask, QDot, KDot, VDot, RegKDot, RegVDot, SinkDot,
-    Out, RowMax, RowSum, OutDot, LseDot,
+    Out, RowMax, RowSum, OutDot, LseDot, SampleOfTile, Samples,
     q_strides, k_strides, v_strides, regk_strides, regv_strides,
     q_dot_strides, k_dot_strides, v_dot_strides, regk_dot_strides, regv_dot_strides, mask_strides,
     length, kernel, stride, dilation, tiles, group, kv_heads, registers, key_length, sink, scale,
@@ -101,7 +103,8 @@ def jvp_kernel(
     TILE: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr,
     PACK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, BR: tl.constexpr,
     SINK: tl.constexpr, MASK: tl.constexpr, SCALE_FIRST: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr, UNIT: tl.constexpr, MASKED: tl.constexpr, SAME_STRIDES: tl.constexpr,
+    STAGES: tl.constexpr, UNIT: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
+    SAME_STRIDES: tl.constexpr,
 ):  # fmt: skip
     """Tangents of the output and of its log-sum-exp of one query tile, contiguous. Names in ``Dot`` are tangents.
 
@@ -122,8 +125,29 @@ def jvp_kernel(
     regk_dot_strides, regv_dot_strides = in_elements(regk_dot_strides, UNIT), in_elements(regv_dot_strides, UNIT)
     if SAME_STRIDES:  # offsets of tangents are then those of their tensors, and take no hardware registers of their own
         q_dot_strides, k_dot_strides, v_dot_strides = q_strides, k_strides, v_strides
+    i_program = tl.program_id(0)
+    if PACKED:
+        i_sample, first, i_program, length, kernel, stride, dilation, tiles = packed_sample(
+            i_program, SampleOfTile, Samples, kv_heads * ((group + PACK - 1) // PACK)
+        )
+        Q, K, V = Q + first * q_strides[3], K + first * k_strides[3], V + first * v_strides[3]
+        if QDot is not None:
+            QDot += first * q_dot_strides[3]
+        if KDot is not None:
+            KDot += first * k_dot_strides[3]
+        if VDot is not None:
+            VDot += first * v_dot_strides[3]
+        q_strides, q_dot_strides = packed_strides(q_strides, length, WIDE), packed_strides(q_dot_strides, length, WIDE)
+        k_strides, k_dot_strides = packed_strides(k_strides, length, WIDE), packed_strides(k_dot_strides, length, WIDE)
+        v_strides, v_dot_strides = packed_strides(v_strides, length, WIDE), packed_strides(v_dot_strides, length, WIDE)
+        if MASKED:
+            KeyMask += first * mask_strides[3]
+            mask_strides = packed_strides(mask_strides, length, WIDE)
+        first *= kv_heads * group
+        Out, OutDot = Out + first * DV, OutDot + first * DV
+        RowMax, RowSum, LseDot = RowMax + first, RowSum + first, LseDot + first
     i_batch, i_kv, row_head, m_rows, residue, count, origin, index = query_tile(
-        tl.program_id(0), length, dilation, tiles, group, kv_heads, TILE, PACK
+        i_program, length, dilation, tiles, group, kv_heads, TILE, PACK
     )
     if is_empty(origin, count):
         return
@@ -217,10 +241,11 @@ def jvp_kernel(
             corner = next_chunk(corner, lo, hi, CHUNK, RANK)
 
     if BR > 0:
-        RegK += i_batch * regk_strides[0] + i_kv * regk_strides[2]
-        RegV += i_batch * regv_strides[0] + i_kv * regv_strides[2]
-        o_regk_dot_head = i_batch * regk_dot_strides[0] + i_kv * regk_dot_strides[2]
-        o_regv_dot_head = i_batch * regv_dot_strides[0] + i_kv * regv_dot_strides[2]
+        i_image = i_sample.to(tl.int64) if PACKED else i_batch
+        RegK += i_image * regk_strides[0] + i_kv * regk_strides[2]
+        RegV += i_image * regv_strides[0] + i_kv * regv_strides[2]
+        o_regk_dot_head = i_image * regk_dot_strides[0] + i_kv * regk_dot_strides[2]
+        o_regv_dot_head = i_image * regv_dot_strides[0] + i_kv * regv_dot_strides[2]
         n = tl.arange(0, BR)
         for start in tl.range(0, registers, BR, num_stages=1):
             m_r = start + n < registers
@@ -264,7 +289,7 @@ def plan(p: Problem, tangents: tuple[Layout | None, ...]) -> Plan:
     query, key, value, *registers = tangents
     tensor_strides = (
         *p.input_strides(),
-        *((0,) * 5 if x is None else strides(x) for x in (query, key, value)),
+        *((0,) * 5 if x is None else p.strides_of(x) for x in (query, key, value)),
         *map(register_strides, registers),
     )
     unit = stride_unit(tensor_strides)
@@ -273,7 +298,7 @@ def plan(p: Problem, tangents: tuple[Layout | None, ...]) -> Plan:
         jvp_kernel,
         (p.programs(config),),
         (
-            *in_units(tensor_strides, unit), p.mask_strides, *p.geometry, p.tiles(config.tile),
+            *in_units(tensor_strides, unit), p.mask_strides, *p.extents(config.tile),
             p.group, p.kv_heads, p.registers, p.key_lengths,
         ),
         **p.program(config, (p.query, p.key, p.value, p.out, query, key, value)), **p.constants(),
@@ -289,5 +314,7 @@ def jvp(
 ) -> tuple[Tensor, Tensor]:
     """Tangents of ``out [B, *spatial, Hq, Dv]`` and, in fp32, of ``lse [B, *spatial, Hq]``. Allocates only these."""
     out_tangent, lse_tangent = new_like(saved.out), new_like(saved.row_max)
-    plan.launch((*inputs, *tangents, *saved, out_tangent, lse_tangent), (options.sink_value, options.scale))
+    *readable, _ = inputs
+    tensors = *readable, *tangents, *saved, out_tangent, lse_tangent
+    plan.launch((*tensors, *problem.tables(plan.config.tile)), (options.sink_value, options.scale))
     return out_tangent, lse_tangent
