@@ -95,7 +95,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         default=[],
         metavar="TENSOR",
-        help="leave these as they begin, with all whose names start so, as class_emb for other classes: not from FILE",
+        help="tensors, or modules of them, not to take from FILE: class_emb, to train on other classes",
     )
     parser.add_argument(
         "--data",
