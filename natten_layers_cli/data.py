@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from multiprocessing import RawValue
@@ -27,7 +28,7 @@ import torch
 from PIL import Image, ImageOps, features
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from tqdm import tqdm
 
 from .running import one_line
@@ -39,6 +40,10 @@ IMAGE_SUFFIXES = {
 }
 LITTER = {"__MACOSX", "@eaDir", "$RECYCLE.BIN"}  # folders that systems leave, some with images in them
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+Fit = Callable[[Image.Image, tuple[int, int]], Image.Image]
+"""Makes an image fit a size, (height, width)."""
 
 
 class Source(Protocol):
@@ -141,7 +146,7 @@ def _some(names: Sequence[str], most: int = 10) -> str:
 
 
 class Folder:
-    """All images under a folder, resized and cropped to their middle; with ``classes``, each subfolder is a class.
+    """All images under a folder, made to fit ``size``; with ``classes``, each subfolder is a class.
 
     Of an animation the first picture is taken. Hidden files and folders do not count, nor do folders without images.
 
@@ -149,7 +154,9 @@ class Folder:
         ValueError: no folder, no image in it, or with ``classes`` images that are in no class.
     """
 
-    def __init__(self, folder: Path, size: tuple[int, int], channels: int, *, classes: bool) -> None:
+    def __init__(
+        self, folder: Path, size: tuple[int, int], channels: int, *, classes: bool, fit: Fit | None = None
+    ) -> None:
         loose, subfolders, self.skipped = scan(folder)
         if not loose and not subfolders:
             has = f"; it has {_some(sorted(self.skipped))} files" if self.skipped else ""
@@ -161,7 +168,7 @@ class Folder:
                 'or elsewhere; or train on all images without classes, with "type": "imagefolder" in the dataset of a '
                 "--config"
             )
-        self.size, self.channels = size, channels
+        self.size, self.channels, self.fit = size, channels, fit or centre_crop
         self.class_names = tuple(subfolders) if classes else ()
         groups = list(subfolders.values()) if classes else [sorted(chain(loose, *subfolders.values()))]
         self.images = [(path, label) for label, paths in enumerate(groups) for path in paths]
@@ -171,7 +178,7 @@ class Folder:
 
     def load(self, index: int, generator: torch.Generator) -> tuple[Tensor, int]:
         path, label = self.images[index]
-        return _to_tensor(_centre_crop(_open_image(path, self.channels), self.size)), label
+        return _to_tensor(self.fit(_open_image(path, self.channels), self.size)), label
 
     def check(self, rank: int, world: int) -> None:
         """Look at this process's share of the files for such as :meth:`load` would fail on.
@@ -202,14 +209,21 @@ def describe(source: Source) -> str:
 
 
 class HuggingFace:
-    """The training split of a Hugging Face dataset, by name, resized and cropped to the middle.
+    """The training split of a Hugging Face dataset, by name, with images made to fit ``size``.
 
     Raises:
         ValueError: no such columns in the dataset, or the ``datasets`` package is missing.
     """
 
     def __init__(
-        self, name: str, size: tuple[int, int], channels: int, *, image_key: str, class_key: str | None
+        self,
+        name: str,
+        size: tuple[int, int],
+        channels: int,
+        *,
+        image_key: str,
+        class_key: str | None,
+        fit: Fit | None = None,
     ) -> None:
         try:
             from datasets import load_dataset  # pyright: ignore[reportMissingImports]
@@ -219,6 +233,7 @@ class HuggingFace:
             ) from error
         self.name, self.rows = name, load_dataset(name, split="train")
         self.size, self.channels, self.image_key, self.class_key = size, channels, image_key, class_key
+        self.fit = fit or centre_crop
         for key in (image_key, class_key):
             if key is not None and key not in self.rows.features:
                 raise ValueError(f"dataset {name!r} has no column {key!r}; it has {', '.join(self.rows.features)}")
@@ -235,7 +250,7 @@ class HuggingFace:
     def load(self, index: int, generator: torch.Generator) -> tuple[Tensor, int]:
         try:
             row = self.rows[index]
-            image = _centre_crop(_convert(row[self.image_key], self.channels), self.size)
+            image = self.fit(_convert(row[self.image_key], self.channels), self.size)
         except Exception as error:  # of the many kinds that decoders raise
             raise ValueError(f"image {index} of {self.name} cannot be read: {one_line(error)}") from error
         return _to_tensor(image), 0 if self.class_key is None else row[self.class_key]
@@ -252,8 +267,8 @@ def parse_data_flag(value: str) -> dict[str, Any]:
     return {"type": "imagefolder-class" if scan(Path(value)).classes else "imagefolder", "location": value}
 
 
-def open_source(dataset: Mapping[str, Any], size: tuple[int, int], channels: int) -> Source:
-    """What a config's dataset section describes.
+def open_source(dataset: Mapping[str, Any], size: tuple[int, int], channels: int, fit: Fit | None = None) -> Source:
+    """What a config's dataset section describes; ``fit`` makes images fit ``size``, by default :func:`centre_crop`.
 
     Raises:
         ValueError: an unknown type, or what the sources raise.
@@ -262,13 +277,15 @@ def open_source(dataset: Mapping[str, Any], size: tuple[int, int], channels: int
         raise ValueError(f"model.input_channels is {channels}; images have {', '.join(map(str, MODES))}")
     kind = dataset.get("type", "imagefolder")
     if kind == "photographs":
+        if fit is not None:
+            raise ValueError("--buckets none is for whole images; of the photographs, crops are trained on")
         return Photographs(dataset["files"], size, channels, dataset["short_side"])
     if kind in ("imagefolder", "imagefolder-class"):
-        return Folder(Path(dataset["location"]), size, channels, classes=kind == "imagefolder-class")
+        return Folder(Path(dataset["location"]), size, channels, classes=kind == "imagefolder-class", fit=fit)
     if kind == "huggingface":
         class_key = dataset.get("class_key", "label") if dataset.get("num_classes") else None
         image_key = dataset.get("image_key", "image")
-        return HuggingFace(dataset["location"], size, channels, image_key=image_key, class_key=class_key)
+        return HuggingFace(dataset["location"], size, channels, image_key=image_key, class_key=class_key, fit=fit)
     raise ValueError(
         f"dataset.type is {kind!r}; known are photographs, imagefolder, imagefolder-class and huggingface "
         "(MNIST and CIFAR-10 are on the hub as ylecun/mnist and uoft-cs/cifar10)"
@@ -339,10 +356,31 @@ def _resize_to_cover(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image.resize(shape, Image.Resampling.BICUBIC)
 
 
-def _centre_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+def centre_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     image = _resize_to_cover(image, size)
     left, top = (image.width - size[1]) // 2, (image.height - size[0]) // 2
     return image.crop((left, top, left + size[1], top + size[0]))
+
+
+@dataclass(frozen=True)
+class KeepShape:
+    """Resizes an image to about as many pixels as a size has, in its own shape.
+
+    Both sides become the nearest multiples of what the model takes, and no shorter than it takes them.
+    """
+
+    units: tuple[int, int]
+    """what height and width must be multiples of"""
+    least: tuple[int, int]
+    """the shortest height and width"""
+
+    def __call__(self, image: Image.Image, size: tuple[int, int]) -> Image.Image:
+        scale = math.sqrt(math.prod(size) / (image.width * image.height))
+        height, width = (
+            max(least, round(side * scale / unit) * unit)
+            for side, unit, least in zip((image.height, image.width), self.units, self.least, strict=True)
+        )
+        return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def _to_tensor(image: Image.Image) -> Tensor:
@@ -478,8 +516,8 @@ class Keys(Sampler[list[Key]]):
 
 
 @contextmanager
-def load_batches(examples: Examples, keys: Keys, *, workers: int, pin_memory: bool) -> Iterator[Iterator[Batch]]:
-    """Batches without end, loaded by ``workers`` processes that end with the context.
+def load_batches(examples: Examples, keys: Keys, *, workers: int, pin_memory: bool) -> Iterator[Iterator[list[Batch]]]:
+    """Batches without end, as :func:`by_shape` has them, loaded by ``workers`` processes that end with the context.
 
     An error in one of them is raised here, by the batch that it belongs to.
     """
@@ -487,6 +525,7 @@ def load_batches(examples: Examples, keys: Keys, *, workers: int, pin_memory: bo
     loader = DataLoader(
         examples,
         batch_sampler=keys,
+        collate_fn=by_shape,
         num_workers=workers,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
@@ -503,7 +542,15 @@ def load_batches(examples: Examples, keys: Keys, *, workers: int, pin_memory: bo
             shutdown()
 
 
-def _in_one_line(batches: Iterator[Batch]) -> Iterator[Batch]:
+def by_shape(examples: Sequence[Batch]) -> list[Batch]:
+    """The examples of a batch, those with images of one shape together."""
+    groups: dict[torch.Size, list[Batch]] = {}
+    for example in examples:
+        groups.setdefault(example.image.shape, []).append(example)
+    return [default_collate(group) for group in groups.values()]
+
+
+def _in_one_line(batches: Iterator[list[Batch]]) -> Iterator[list[Batch]]:
     """The loader puts a worker's traceback into the message of its error; what is wrong is in its last line."""
     while True:
         try:

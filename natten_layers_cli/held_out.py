@@ -8,9 +8,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.data import default_collate
 
-from .data import Batch, Examples, Key, Photographs, Source
+from .data import Batch, Examples, Key, Photographs, Source, by_shape
 
 
 class Part:
@@ -40,8 +39,8 @@ def hold_out(source: Source, count: int) -> tuple[Part, Part]:
     return Part(source, sorted(order[count:])), Part(source, order[:count])
 
 
-def held_out_batches(part: Part, batch_size: int, rank: int, world: int) -> Iterator[tuple[Batch, Tensor]]:
-    """This process's share, always with the same noise, and which images of each batch count ``[B]``.
+def held_out_batches(part: Part, batch_size: int, rank: int, world: int) -> Iterator[list[Batch]]:
+    """This process's share, always with the same noise. Only images whose place is less than ``len(part)`` count.
 
     All processes get as many batches of one size, as sharded models run in step: some see images again, uncounted.
     """
@@ -49,9 +48,7 @@ def held_out_batches(part: Part, batch_size: int, rank: int, world: int) -> Iter
     own = -(-len(part) // world)
     for start in range(0, own, batch_size):
         places = [(start + i) * world + rank for i in range(min(batch_size, own - start))]
-        keys = [Key(place % len(part), place, place % len(part)) for place in places]
-        counts = torch.tensor([place < len(part) for place in places])
-        yield default_collate([examples[key] for key in keys]), counts
+        yield by_shape([examples[Key(place % len(part), place, place)] for place in places])
 
 
 def sums_by_level(losses: Tensor, levels: Tensor, edges: Sequence[float]) -> Tensor:

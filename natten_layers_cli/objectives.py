@@ -97,6 +97,6 @@ class AverageVelocity:
         order = chosen.argsort(descending=True, stable=True)
         batch, conditions = Batch(*(part[order] for part in batch)), {k: v[order] for k, v in conditions.items()}
         t, r = self.times(batch.uniform[:, ::2])
-        averaged = round(len(t) * share)
+        averaged = int(chosen.sum())
         losses, back = module.loss(batch.image, batch.noise, t, r[:averaged], **conditions), order.argsort()
         return losses[back], t[back]

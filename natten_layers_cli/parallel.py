@@ -92,7 +92,9 @@ class Processes(AbstractContextManager["Processes"]):
             self.shard(model)
             return model
         if self.distributed:
-            return DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None)
+            devices = [self.device] if self.device.type == "cuda" else None
+            # Buffers are constants: processes need not wait for each other in every forward pass to send them.
+            return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
         return model
 
     def accumulation(self, wrapped: nn.Module, *, last: bool) -> AbstractContextManager[None]:

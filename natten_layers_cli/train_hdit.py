@@ -33,6 +33,7 @@ from natten_layers import HDiT, HDiTConfig
 from natten_layers.io.checkpoints import load_tensors, read_hdit
 from natten_layers.io.files import read_json
 from natten_layers.io.schema import shorten
+from natten_layers.modules.hdit_config import axis_grid
 
 from .boards import Boards, Log
 from .checkpointing import (
@@ -46,7 +47,7 @@ from .checkpointing import (
     save_checkpoint,
     save_sharded,
 )
-from .data import Batch, Examples, Folder, Keys, describe, load_batches, open_source, parse_data_flag
+from .data import Batch, Examples, Folder, KeepShape, Keys, describe, load_batches, open_source, parse_data_flag
 from .diffusion import ema_decay, learning_rate_factor
 from .held_out import held_out_batches, hold_out, level_names, means, sums_by_level
 from .objectives import MEANFLOW, open_objective
@@ -94,12 +95,18 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         default=[],
         metavar="TENSOR",
-        help="leave these as they begin, with all whose names start so, as class_emb for other classes: not from FILE",
+        help="tensors, or modules of them, not to take from FILE: class_emb, to train on other classes",
     )
     parser.add_argument(
         "--data",
         metavar="DIR|hf:OWNER/NAME",
         help="train on these images, not on the config's; each subfolder is a class, transparent pixels become white",
+    )
+    parser.add_argument(
+        "--buckets",
+        choices=("one", "none"),
+        default="one",
+        help="one: images are cropped to the config's size; none: they keep their shapes, at about as many pixels",
     )
     parser.add_argument("--batch-size", type=int, default=64, help="images per process and accumulation step")
     parser.add_argument("--grad-accum-steps", type=int, default=1, help="batches per optimiser step")
@@ -244,7 +251,13 @@ class Trainer:
         config = read_config(self.arguments.config, self.arguments.data, self.arguments.objective)
         plan = HDiTConfig.from_json(config)
         dataset = config["dataset"]
-        self.source = open_source(dataset, plan.input_size, plan.input_channels)
+        fit = None
+        if self.arguments.buckets == "none":
+            if self.processes.fsdp:  # which runs in step, but processes see other numbers of shapes
+                raise ValueError("--buckets none does not go with --fsdp: leave one of them out")
+            units, least = zip(*(axis_grid(patch, plan.levels) for patch in plan.patch_size), strict=True)
+            fit = KeepShape(units, least)
+        self.source = open_source(dataset, plan.input_size, plan.input_channels, fit)
         names = list(self.source.class_names)
         if dataset.setdefault("num_classes", len(names)) not in (0, len(names)):
             raise ValueError(f"dataset.num_classes is {dataset['num_classes']}, but the data has {len(names)}: {names}")
@@ -384,7 +397,7 @@ class Trainer:
                         return False
         return True
 
-    def _train_step(self, batches: Iterator[Batch], global_batch: int) -> Tensor:
+    def _train_step(self, batches: Iterator[list[Batch]], global_batch: int) -> Tensor:
         """One step of the optimiser; returns this process's part of the loss."""
         arguments, processes = self.arguments, self.processes
         # Dropout is all that draws from the global generator; a seed a step spares the checkpoint its state.
@@ -395,9 +408,9 @@ class Trainer:
             group["lr"] = lr * factor
         losses = []
         for i in range(arguments.grad_accum_steps):
-            batch = Batch(*(tensor.to(processes.device, non_blocking=True) for tensor in next(batches)))
+            groups = next(batches)
             with processes.accumulation(self.wrapped, last=i == arguments.grad_accum_steps - 1):
-                images, levels = self._losses(self.learner, batch, global_batch, drop_classes=True)
+                images, levels = self._losses(self.learner, groups, global_batch, drop_classes=True)
                 loss = images.mean() / arguments.grad_accum_steps
                 self.scaler.scale(loss).backward()
             losses.append(loss.detach())
@@ -413,9 +426,17 @@ class Trainer:
         return torch.stack(losses).sum()
 
     def _losses(
+        self, learner: nn.Module, groups: Sequence[Batch], global_batch: int, *, drop_classes: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Of each image, with its noise level; ``groups`` hold images of one shape each."""
+        parts = [self._group_losses(learner, group, global_batch, drop_classes=drop_classes) for group in groups]
+        losses, levels = zip(*parts, strict=True)
+        return torch.cat(losses), torch.cat(levels)
+
+    def _group_losses(
         self, learner: nn.Module, batch: Batch, global_batch: int, *, drop_classes: bool
     ) -> tuple[Tensor, Tensor]:
-        """Of each image, with its noise level."""
+        batch = Batch(*(tensor.to(self.processes.device, non_blocking=True) for tensor in batch))
         conditions = {"aug_cond": batch.aug_cond}
         if self.plan.num_classes:
             rate = self.config["dataset"].get("cond_dropout_rate", 0.1) if drop_classes else 0.0
@@ -434,10 +455,9 @@ class Trainer:
         learner = self.objective.around(self.ema, self.plan.sigma_data)
         sums = torch.zeros_like(self.by_level)
         batches = held_out_batches(self.held_out, self.arguments.batch_size, self.processes.rank, self.processes.world)
-        for batch, counts in batches:
-            batch = Batch(*(tensor.to(self.processes.device) for tensor in batch))
-            losses, levels = self._losses(learner, batch, len(self.held_out), drop_classes=False)
-            counts = counts.to(losses.device)
+        for groups in batches:
+            losses, levels = self._losses(learner, groups, len(self.held_out), drop_classes=False)
+            counts = torch.cat([group.place < len(self.held_out) for group in groups]).to(losses.device)
             sums += sums_by_level(losses[counts].float(), levels[counts], self.objective.edges)
         sums = self.processes.mean(sums)
         loss = (sums[0].sum() / sums[1].sum()).item()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from natten_layers_cli import sample_hdit, train_hdit
 from natten_layers_cli.checkpointing import RunFiles
-from natten_layers_cli.data import Folder
+from natten_layers_cli.data import Examples, Folder, KeepShape, Key, by_shape
 from natten_layers_cli.held_out import Part, held_out_batches, hold_out, level_names, means, sums_by_level
 from natten_layers_cli.parallel import Processes
 from natten_layers_cli.pictures import read_record, to_image
@@ -113,9 +113,8 @@ def test_every_held_out_image_counts_once(tmp_path: Path, world: int) -> None:
     numbers = set()
     for rank in range(world):
         batches = list(held_out_batches(part, 2, rank, world))
-        numbers.add(tuple(len(batch.place) for batch, _ in batches))
-        for batch, counts in batches:
-            counted.update(batch.place[counts].tolist())
+        numbers.add(tuple(len(batch.place) for (batch,) in batches))
+        counted.update(place for (batch,) in batches for place in batch.place.tolist() if place < 5)
     assert counted == dict.fromkeys(range(5), 1)
     assert len(numbers) == 1  # processes of a sharded model run in step
 
@@ -181,6 +180,54 @@ def test_weights_for_another_resolution(tmp_path: Path) -> None:
         assert torch.equal(tensor, old.model.state_dict()[name]), name
     assert train(larger, "large", *start, "--end-step", "1") == 0
     assert sample_hdit.HDiT.from_pretrained(tmp_path / "large.safetensors").config.input_size == (16, 12)
+
+
+@pytest.mark.parametrize(
+    ("given", "made"),
+    [((40, 20), (12, 6)), ((20, 40), (6, 12)), ((30, 30), (8, 8)), ((300, 20), (30, 6)), ((50, 40), (8, 8))],
+)
+def test_images_keep_their_shapes(given: tuple[int, int], made: tuple[int, int]) -> None:
+    """64 pixels, (height, width), in even sides of at least 6: sqrt(64 * 2) = 11.3 and half of that."""
+    height, width = given
+    image = Image.new("RGB", (width, height), "red")
+    image.paste("blue", (width // 2, height // 2, width, height))  # a quarter, which a crop would make more or less of
+    fitted = KeepShape((2, 2), (6, 6))(image, (8, 8))
+    assert (fitted.height, fitted.width) == made
+    for (x, y), blue in {(0.1, 0.1): False, (0.9, 0.1): False, (0.1, 0.9): False, (0.9, 0.9): True}.items():
+        pixel = fitted.getpixel((int(x * fitted.width), int(y * fitted.height)))
+        assert isinstance(pixel, tuple)
+        assert (pixel[2] > 200, pixel[0] > 200) == (blue, not blue)
+
+
+@pytest.mark.parametrize("objective", ["diffusion", "meanflow"])
+def test_images_of_several_shapes_train_together(tmp_path: Path, objective: str) -> None:
+    config = write_config(tmp_path)
+    for i, size in enumerate([(16, 8), (8, 16), (16, 8)]):
+        Image.new("RGB", size, (90, 20 * i, 0)).save(tmp_path / "data" / "class0" / f"wide{i}.png")
+    flags = ["--buckets", "none", "--objective", objective]
+    trainer = make_trainer(config, *flags)
+    for parameter in trainer.model.parameters():  # a new model's output is 0, whatever it sees
+        torch.nn.init.normal_(parameter, std=0.2)
+    examples = Examples(trainer.source, 0.0)
+    batch = [examples[Key(item, item, place)] for place, item in enumerate([0, 3, 1, 4, 5, 2, 6, 7])]
+    groups = by_shape(batch)
+    assert [tuple(group.image.shape) for group in groups] == [(5, 3, 8, 8), (2, 3, 6, 12), (1, 3, 12, 6)]
+    losses, levels = trainer._losses(trainer.learner, groups, 8, drop_classes=True)
+    places = torch.cat([group.place for group in groups]).tolist()
+    for loss, level, place in zip(losses, levels, places, strict=True):
+        alone = trainer._losses(trainer.learner, by_shape([batch[place]]), 8, drop_classes=True)
+        torch.testing.assert_close((loss[None], level[None]), alone, rtol=1e-4, atol=1e-6)
+    assert train(config, "mixed", *flags, "--end-step", "3", "--held-out", "3", "--eval-every", "1") == 0
+
+
+def test_what_does_not_keep_its_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train_hdit.main(["--buckets", "none", "--name", str(tmp_path / "a"), "--device", "cpu"]) == 2
+    assert "of the photographs, crops are trained on" in capsys.readouterr().err
+    arguments = train_hdit.parse_arguments(["--config", str(write_config(tmp_path)), "--buckets", "none"])
+    processes = Processes("cpu", fsdp=False)
+    processes.fsdp = True
+    with pytest.raises(ValueError, match="--buckets none does not go with --fsdp"):
+        train_hdit.Trainer(arguments, processes, RunFiles(str(tmp_path / "a")))
 
 
 def test_weights_and_biases(

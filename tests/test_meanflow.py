@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import compare_steps
-from natten_layers import HDiT, HDiTConfig, LevelConfig, MeanFlow
+from natten_layers import HDiT, HDiTConfig, LevelConfig, MeanFlow, operations
 from natten_layers_cli import sample_hdit, train_hdit
 from natten_layers_cli.data import Batch
 from natten_layers_cli.diffusion import sample_meanflow
@@ -128,6 +128,29 @@ def test_a_network_stays_compiled_beside_its_derivative(whole: bool) -> None:
     for count in (1, 2):
         assert torch.equal(loss(x, noise, t, r, shift=shift), plain)
         assert len(runs) == count * len(set(runs)) > 0
+
+
+def test_fused_kernels_give_the_same_loss_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The derivative of an HDiT, taken without a graph, and the backward pass beside it, interpreted."""
+    x, noise = make_example(2)
+    t, r, labels = torch.tensor([0.9, 0.5]).double(), torch.tensor([0.2]).double(), torch.tensor([0, 1])
+
+    def step(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        flow = MeanFlow(make_model(torch.float32).to(dtype), power=0)
+        loss = flow.loss(*(tensor.to(dtype) for tensor in (x, noise, t, r)), class_cond=labels).sum()
+        return loss.detach(), torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(flow.parameters()))])
+
+    expected = step(torch.float64)
+    why, asked = operations.why_eager, []
+
+    def fused(impl: operations.Impl, *arguments: Any) -> Any:
+        asked.append(impl)
+        return why("fused" if impl == "auto" else impl, *arguments)
+
+    monkeypatch.setattr(operations, "why_eager", fused)
+    for found, right in zip(step(torch.float32), expected, strict=True):
+        assert (found - right).norm() < 1e-4 * right.norm()
+    assert asked
 
 
 @pytest.mark.gpu

@@ -31,7 +31,7 @@ from ..operations import neighborhood_attention
 from .attention import Heads, NeighborhoodGQA, Projected
 from .base import Constants, at_least_fp32, default_dtype, reset_children
 from .feed_forward import GEGLU
-from .hdit_config import HDiTConfig, LevelConfig
+from .hdit_config import HDiTConfig, LevelConfig, axis_grid
 from .norm import AdaRMSNorm, RMSNorm
 from .rope import AxialRoPE, Positions, make_axial_pos
 
@@ -547,12 +547,6 @@ def _check_axis(axis: str, size: int, patch: int, levels: Sequence[LevelConfig])
 
 def _nearest_sizes(size: int, patch: int, levels: Sequence[LevelConfig]) -> str:
     """Describe the lengths nearest to ``size`` that fit all levels, not only the one that raised."""
-    unit, least = 1, 1
-    for index, level in enumerate(levels):
-        pixels = patch * 2**index
-        window = level.window_size if level.attention == "shifted-window" else None
-        unit = math.lcm(unit, pixels * (window or 1))
-        if level.attention == "neighborhood":
-            least = max(least, pixels * level.kernel_size * level.dilation)
+    unit, least = axis_grid(patch, levels)
     below, above = size // unit * unit, -(-max(size, least) // unit) * unit
     return f"{below} or {above}" if below >= least else f"at least {above}"

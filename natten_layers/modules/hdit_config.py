@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -332,6 +333,18 @@ class HDiTConfig:
             model["objective"] = self.objective
         dataset = {"num_classes": self.num_classes}
         return other | {"model": other.get("model", {}) | model, "dataset": other.get("dataset", {}) | dataset}
+
+
+def axis_grid(patch: int, levels: Sequence[LevelConfig]) -> tuple[int, int]:
+    """What the pixels of an image's axis must be a multiple of to fit all levels, and the least number of them."""
+    unit, least = 1, 1
+    for index, level in enumerate(levels):
+        pixels = patch * 2**index
+        window = level.window_size if level.attention == "shifted-window" else None
+        unit = math.lcm(unit, pixels * (window or 1))
+        if level.attention == "neighborhood":
+            least = max(least, pixels * level.kernel_size * level.dilation)
+    return unit, -(-least // unit) * unit
 
 
 def _pop(model: dict[str, Any], key: str) -> Any:
