@@ -214,6 +214,22 @@ def test_shared_registers_get_the_sum_of_their_gradients() -> None:
     torch.testing.assert_close(grads[0], grads[1])
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_nan_stays_in_its_sample(impl: Impl) -> None:
+    case = Case("nan", (), 3, heads=2, kv_heads=1, registers=2)
+    shapes: Shapes = [(5,), (7,), (4,)]
+    inputs, _ = make_packed(case, shapes)
+    clean = run(case, shapes, inputs, None, impl).tensors()
+    for name in inputs:
+        dirty = {n: t.detach().clone() for n, t in inputs.items()}
+        dirty[name][1 if name.startswith("additional") else slice(5, 12)] = math.nan
+        found = run(case, shapes, {n: t.requires_grad_() for n, t in dirty.items()}, None, impl).tensors()
+        assert any(tensor.isnan().any() for tensor in found.values())
+        for result, tensor in found.items():
+            others = [0, 2] if len(tensor) == 3 else [*range(5), *range(12, 16)]
+            assert error(tensor[others], clean[result][others]) < 2e-6, (name, result)
+
+
 def test_equal_shapes_are_a_batch_bit_for_bit() -> None:
     """The kernels of packed samples are those of images, so results do not differ either where tiles are the same."""
     case = Case("images", (8, 8), 5, sink="learned")
