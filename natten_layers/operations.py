@@ -134,8 +134,8 @@ def neighborhood_attention(
             versions of NATTEN: entry ``(j - i) / dilation + kernel_size - 1`` on every axis is added to the scaled
             score of query ``i`` and key ``j``, ``j - i`` along the ring on a periodic axis. Registers and the sink have
             none. Its gradient is deterministic. It is computed in PyTorch only, on GPUs too.
-        key_mask: ``[B or 1, *spatial]``, bool, True where a key may be seen. Windows do not move because of it. A key
-            that is masked has no weight, its gradient and that of its value are zero, and its NaN or inf reaches
+        key_mask: ``[B or 1, *key_spatial]``, bool, True where a key may be seen. Windows do not move because of it. A
+            key that is masked has no weight, its gradient and that of its value are zero, and its NaN or inf reaches
             nothing. Queries at masked places are computed like all others. A query that sees no key, register or sink
             gets 0, and an lse of -inf.
         return_lse: also return the log-sum-exp of all scores in the softmax: neighborhood, registers and sink.
