@@ -214,6 +214,7 @@ def test_shared_registers_get_the_sum_of_their_gradients() -> None:
     torch.testing.assert_close(grads[0], grads[1])
 
 
+@pytest.mark.filterwarnings("ignore:(All-NaN slice|invalid value):RuntimeWarning")  # of the interpreter
 @pytest.mark.parametrize("impl", IMPLS)
 def test_nan_stays_in_its_sample(impl: Impl) -> None:
     case = Case("nan", (), 3, heads=2, kv_heads=1, registers=2)
