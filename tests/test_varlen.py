@@ -260,6 +260,18 @@ def test_a_compiled_call_takes_other_shapes() -> None:
         compiled(q, torch.tensor([[4], [5]]))
 
 
+def test_a_compiled_call_breaks_its_graph_where_pytorch_computes_it() -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(
+        lambda q, shapes: neighborhood_attention_varlen(q, q, q, shapes, (3,), impl="eager"), backend="eager"
+    )
+    q = torch.randn(8, 2, 8, device=DEVICE)
+    for lengths in ([3, 5], [1, 7]):
+        shapes = torch.tensor(lengths)[:, None]
+        expected = neighborhood_attention_varlen(q, q, q, shapes, (3,), impl="eager")
+        torch.testing.assert_close(compiled(q, shapes), expected)
+
+
 def test_tables_of_samples() -> None:
     packing = packing_of(torch.tensor([[3, 5], [0, 2], [1, 4]]), 19)
     window = make_window((100, 100), (3, 2), (2, 1), (2, 1))
