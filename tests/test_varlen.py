@@ -214,6 +214,23 @@ def test_shared_registers_get_the_sum_of_their_gradients() -> None:
     torch.testing.assert_close(grads[0], grads[1])
 
 
+@pytest.mark.filterwarnings("ignore:(All-NaN slice|invalid value):RuntimeWarning")  # of the interpreter
+@pytest.mark.parametrize("impl", IMPLS)
+def test_nan_stays_in_its_sample(impl: Impl) -> None:
+    case = Case("nan", (), 3, heads=2, kv_heads=1, registers=2)
+    shapes: Shapes = [(5,), (7,), (4,)]
+    inputs, _ = make_packed(case, shapes)
+    clean = run(case, shapes, inputs, None, impl).tensors()
+    for name in inputs:
+        dirty = {n: t.detach().clone() for n, t in inputs.items()}
+        dirty[name][1 if name.startswith("additional") else slice(5, 12)] = math.nan
+        found = run(case, shapes, {n: t.requires_grad_() for n, t in dirty.items()}, None, impl).tensors()
+        assert any(tensor.isnan().any() for tensor in found.values())
+        for result, tensor in found.items():
+            others = [0, 2] if len(tensor) == 3 else [*range(5), *range(12, 16)]
+            assert error(tensor[others], clean[result][others]) < 2e-6, (name, result)
+
+
 def test_equal_shapes_are_a_batch_bit_for_bit() -> None:
     """The kernels of packed samples are those of images, so results do not differ either where tiles are the same."""
     case = Case("images", (8, 8), 5, sink="learned")
@@ -241,6 +258,18 @@ def test_a_compiled_call_takes_other_shapes() -> None:
         torch.testing.assert_close(grad, expected)
     with raises_naming("shapes add up to 9", "8"):
         compiled(q, torch.tensor([[4], [5]]))
+
+
+def test_a_compiled_call_breaks_its_graph_where_pytorch_computes_it() -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(
+        lambda q, shapes: neighborhood_attention_varlen(q, q, q, shapes, (3,), impl="eager"), backend="eager"
+    )
+    q = torch.randn(8, 2, 8, device=DEVICE)
+    for lengths in ([3, 5], [1, 7]):
+        shapes = torch.tensor(lengths)[:, None]
+        expected = neighborhood_attention_varlen(q, q, q, shapes, (3,), impl="eager")
+        torch.testing.assert_close(compiled(q, shapes), expected)
 
 
 def test_tables_of_samples() -> None:

@@ -50,9 +50,7 @@ class Packing:
         return tuple(max((shape[axis] for shape in self.shapes), default=1) or 1 for axis in range(self.rank))
 
 
-@lru_cache(maxsize=256)
-def _packing(shapes: tuple[tuple[int, ...], ...], rank: int) -> Packing:
-    return Packing(shapes, rank)
+_packing = lru_cache(maxsize=256)(Packing)
 
 
 def packing_of(shapes: Tensor, tokens: int) -> Packing:
@@ -61,7 +59,8 @@ def packing_of(shapes: Tensor, tokens: int) -> Packing:
     Raises:
         ValueError: a length is negative, or the samples do not have as many tokens.
     """
-    packing = _packing(tuple(map(tuple, shapes.tolist())), shapes.shape[1])
+    make = Packing if torch.compiler.is_compiling() else _packing  # a compiler warns of caches
+    packing = make(tuple(map(tuple, shapes.tolist())), shapes.shape[1])
     if packing.tokens != tokens:
         raise ValueError(f"shapes add up to {packing.tokens} tokens, but query has {tokens}: {packing.shapes!r:.200}")
     return packing

@@ -37,6 +37,7 @@ from .forward import query_tile
 from .primitives import (
     FAR,
     LOG2E,
+    SAMPLE_FIELDS,
     add_weighted,
     contiguous_row,
     contiguous_strides,
@@ -414,7 +415,7 @@ def backward_register_kernel(
     i_image, i_first = i_batch, i_batch * tokens
     if PACKED:
         # The batch is one axis of tokens, of which the sample has a part.
-        p_sample = Samples + i_batch * 17
+        p_sample = Samples + i_batch * SAMPLE_FIELDS
         tokens = tl.load(p_sample + 2) * tl.load(p_sample + 3) * tl.load(p_sample + 4)
         length = (1, 1, tokens)
         i_first = tl.load(p_sample + 1).to(tl.int64)

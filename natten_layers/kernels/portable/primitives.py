@@ -21,6 +21,8 @@ turn further, and only the addresses that a chunk loads from are wrapped. Where 
 import triton
 import triton.language as tl
 
+from ..host.packing import FIELDS
+
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 # Start of the running maximum: the lowest finite fp32 number. It is finite so that a row whose first chunk is fully
@@ -28,6 +30,7 @@ LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 LOWEST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
 NO_AXIS: tl.constexpr = tl.constexpr((False, False, False))
 NO: tl.constexpr = tl.constexpr(False)
+SAMPLE_FIELDS: tl.constexpr = tl.constexpr(FIELDS)
 FAR: tl.constexpr = tl.constexpr(1 << 30)  # an index that lies in no window
 
 
@@ -126,7 +129,7 @@ def packed_sample(i_program, SampleOfTile, Samples, HEADS):
     strides, dilations and numbers of tiles. ``host/packing.py`` lays the tables out.
     """
     i_sample = tl.load(SampleOfTile + i_program // HEADS)
-    p = Samples + i_sample * 17
+    p = Samples + i_sample * SAMPLE_FIELDS
     first = tl.load(p + 1).to(tl.int64)
     length = (tl.load(p + 2), tl.load(p + 3), tl.load(p + 4))
     kernel = (tl.load(p + 5), tl.load(p + 6), tl.load(p + 7))
