@@ -176,7 +176,8 @@ def test_a_patched_layer_prepares_heads_in_one_launch_and_copies_nothing(kernel_
     apart = kernels(lambda: [to(tokens) for to in projections])
     own = [name for name in kernels(lambda: layer(tokens)) if name not in apart]
     assert "qk_prep_kernel" in own[0], own
-    assert not [name for name in own[1:] if re.search("qk_prep|elementwise|copy|cat", name, re.IGNORECASE)], own
+    others = [name for name in own[1:] if "FillFunctor" not in name]  # flags and counters of kernels, set to zero
+    assert not [name for name in others if re.search("qk_prep|elementwise|copy|cat", name, re.IGNORECASE)], own
 
 
 def test_watched_norms_are_called() -> None:

@@ -153,25 +153,3 @@ def test_a_chunk_needs_no_mask_if_and_only_if_every_query_sees_all_of_it(axis: i
     inside_kernel[(1,)](origin, lo, hi, out, AXIS=axis, CHUNK=chunk, BLOCK=len(rows))
     expected = [all(first <= key <= last for key in range(start, start + side)) for start, first, last in rows]
     assert out.bool().tolist() == expected
-
-
-@triton.jit
-def split_kernel(X, High, Rest, BLOCK: tl.constexpr):
-    n = tl.arange(0, BLOCK)
-    b_high, b_rest = primitives.split_tf32(tl.load(X + n))
-    tl.store(High + n, b_high)
-    tl.store(Rest + n, b_rest)
-
-
-def test_a_number_is_split_into_the_nearest_tf32_number_and_the_rest() -> None:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1024, generator=generator) * torch.logspace(-30, 30, 1024)
-    x[:4] = torch.tensor([0.0, 1.0 + 2**-11, -(1.0 + 2**-11), 2.0 - 2**-23])  # two ties, and one that rounds up to 2
-    high, rest = torch.empty(2, 1024, device=DEVICE)
-    split_kernel[(1,)](x.to(DEVICE), high, rest, BLOCK=1024)
-    high, rest = high.cpu(), rest.cpu()
-    assert not (high.view(torch.int32) & 0x1FFF).any()
-    assert torch.equal(high.double() + rest.double(), x.double())
-    mantissa, exponent = torch.frexp(x.double())
-    nearest = torch.ldexp((mantissa.abs() * 2**11 + 0.5).floor() * mantissa.sign() / 2**11, exponent)  # ties go up
-    assert torch.equal(high.double(), nearest)

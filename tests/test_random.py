@@ -79,7 +79,11 @@ def laid_out(inputs: Inputs, layout: str) -> Inputs:
     """The same values with another layout in memory."""
     moved = {name: tensor.detach() for name, tensor in inputs.items()}
     heads = {name: moved[name] for name in ("query", "key", "value")}
-    if layout == "packed" and heads["key"].shape == heads["value"].shape:
+    if (
+        layout == "packed"
+        and heads["query"].shape[:-2] == heads["key"].shape[:-2]
+        and (heads["key"].shape == heads["value"].shape)
+    ):
         parts = torch.cat([*heads.values()], -2).split([x.shape[-2] for x in heads.values()], -2)
         moved |= zip(heads, parts, strict=True)
     elif layout == "heads first":

@@ -513,36 +513,11 @@ def zero_columns(ROWS: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
-def split_tf32(b_tile):
-    """The nearest TF32 number, whose last 13 bits are zero, and what is left, of which products take the TF32 part."""
-    b_high = ((b_tile.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-    return b_high, b_tile - b_high
-
-
-@triton.jit
-def product(b_left, b_right, b_onto, PRECISION: tl.constexpr):
-    """``b_left @ b_right``, added to ``b_onto`` unless that is None.
-
-    With "tf32x3" it is the sum of three products in TF32, of which each accumulates onto the last. Triton has the same
-    precision, but takes five instructions to split a number, not three, and looks for NaN in the result.
-    """
-    if PRECISION == "tf32x3":
-        b_left, b_left_rest = split_tf32(b_left)
-        b_right, b_right_rest = split_tf32(b_right)
-        b_s = tl.dot(b_left_rest, b_right, b_onto, input_precision="tf32")
-        b_s = tl.dot(b_left, b_right_rest, b_s, input_precision="tf32")
-        b_s = tl.dot(b_left, b_right, b_s, input_precision="tf32")
-    else:
-        b_s = tl.dot(b_left, b_right, b_onto, input_precision=PRECISION)
-    return b_s
-
-
-@triton.jit
 def products(b_rows, b_columns, b_onto, PRECISION: tl.constexpr):
     """``b_rows [M, D] @ b_columns [N, D].T``, added to ``b_onto [M, N]`` unless that is None."""
-    b_s = product(b_rows[0], tl.trans(b_columns[0]), b_onto, PRECISION)
+    b_s = tl.dot(b_rows[0], tl.trans(b_columns[0]), b_onto, input_precision=PRECISION)
     if len(b_rows) == 2:
-        b_s = product(b_rows[1], tl.trans(b_columns[1]), b_s, PRECISION)
+        b_s = tl.dot(b_rows[1], tl.trans(b_columns[1]), b_s, input_precision=PRECISION)
     return b_s
 
 
@@ -550,9 +525,9 @@ def products(b_rows, b_columns, b_onto, PRECISION: tl.constexpr):
 def add_weighted(b_acc, b_weight, b_rows, PRECISION: tl.constexpr):
     """``b_acc [M, D] + b_weight [M, N] @ b_rows [N, D]``."""
     b_weight = b_weight.to(b_rows[0].dtype)
-    b_tile = (product(b_weight, b_rows[0], b_acc[0], PRECISION),)
+    b_tile = (tl.dot(b_weight, b_rows[0], b_acc[0], input_precision=PRECISION),)
     if len(b_acc) == 2:
-        b_tile = (b_tile[0], product(b_weight, b_rows[1], b_acc[1], PRECISION))
+        b_tile = (b_tile[0], tl.dot(b_weight, b_rows[1], b_acc[1], input_precision=PRECISION))
     return b_tile
 
 
