@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import os
 import traceback
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -94,7 +96,11 @@ class Processes(AbstractContextManager["Processes"]):
         if self.distributed:
             devices = [self.device] if self.device.type == "cuda" else None
             # Buffers are constants: processes need not wait for each other in every forward pass to send them.
-            return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+            # Newer versions of torch have another name for it.
+            known = inspect.signature(DistributedDataParallel).parameters
+            name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+            options: dict[str, Any] = {name: False}
+            return DistributedDataParallel(model, device_ids=devices, **options)
         return model
 
     def accumulation(self, wrapped: nn.Module, *, last: bool) -> AbstractContextManager[None]:

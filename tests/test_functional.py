@@ -101,9 +101,9 @@ def test_expanded_kv_is_not_copied_per_head(monkeypatch: pytest.MonkeyPatch):
     query, key, value = qkv(heads=4, kv_heads=1)
     seen = []
 
-    def spy(*arguments: Any) -> Any:
+    def spy(*arguments: Any, **options: Any) -> Any:
         seen.append((arguments[1].shape[-2], arguments[2].shape[-2]))
-        return original(*arguments)
+        return original(*arguments, **options)
 
     original = eager.attention_state
     monkeypatch.setattr(eager, "attention_state", spy)
