@@ -1,5 +1,7 @@
 import os
 import re
+import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,9 @@ def pytest_configure(config: pytest.Config) -> None:
     The interpreted suite hides GPUs, so that it has the same tests on every machine. xdist's workers inherit the
     environment.
     """
+    if threading.current_thread() is threading.main_thread():  # nohup and shells in the background ignore these
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if (examples := config.getoption("--examples")) is not None:  # before test modules copy the settings
         checks = list(HealthCheck)
         settings.register_profile("fuzz", deadline=None, max_examples=examples, suppress_health_check=checks)
