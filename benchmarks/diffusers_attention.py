@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from math import prod
 from types import SimpleNamespace
 from typing import Any
@@ -188,7 +188,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--problems", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS))
     args = parser.parse_args(argv)
     device = torch.device(args.device)
-    rates = runner.Rates(timing.copy_rate(device), timing.matmul_rate(device))
+    report = runner.Report(args, device)
     rows: list[Row] = []
     models: set[str] = set()
     for name in args.problems:
@@ -199,16 +199,11 @@ def main(argv: list[str] | None = None) -> int:
         # Dense attention is the same for all windows of a model.
         rows += measure(problem, device, args.budget_s, with_dense=problem.family not in models)
         models.add(problem.family)
+        report.keep(rows=rows)
         print(
             f"{name}: {'; '.join(row.failure or f'{row.implementation} {row.median_ms:.3g} ms' for row in rows[-2:])}"
         )
-    report = {
-        "environment": timing.environment(device, args.commit),
-        "rates": asdict(rates),
-        "rows": [asdict(row) for row in rows],
-    }
-    runner.save(report, args.out)
-    print("\n".join([f"\n{runner.heading(report)}\n", *table(rows), f"\nwritten to {args.out}"]))
+    print(report.text(table(rows)))
     return int(any(row.failure for row in rows))
 
 

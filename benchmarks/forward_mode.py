@@ -11,8 +11,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -188,15 +187,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workloads", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS))
     args = parser.parse_args(argv)
     device = torch.device(args.device)
-    rates = runner.Rates(timing.copy_rate(device), timing.matmul_rate(device))
+    report = runner.Report(args, device)
     rows: list[Row] = []
-    report: dict[str, Any] = {"environment": timing.environment(device, args.commit), "rates": asdict(rates)}
     for name in args.workloads:
         rows += measure(smoke(PROBLEMS[name]) if args.smoke else PROBLEMS[name], device, args.budget_s)
-        report["rows"] = [asdict(row) for row in rows]
-        runner.save(report, args.out)  # after every step, so that an interrupted run keeps its results
+        report.keep(rows=rows)
         print("\n".join(table(rows)[-2:]), flush=True)
-    print("\n".join([f"\n{runner.heading(report)}\n", *table(rows), f"\nwritten to {args.out}"]))
+    print(report.text(table(rows)))
     return int(any(row.failure for row in rows if not row.implementation.startswith(PEER)))
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -146,21 +146,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16, 64])
     args = parser.parse_args(argv)
     device, config = torch.device(args.device), SMOKE if args.smoke else MISTRAL_7B
-    rates = {"copy": timing.copy_rate(device), "matmul": timing.matmul_rate(device)}
+    report = runner.Report(args, device)
     error, allowed = check(config, device)
     failure = None if error <= allowed else f"wrong result, relative error {error:.2g} > {allowed:.2g}"
     model = make_model(config, device)
-    rows = []
+    rows: list[Row] = []
     for batch in args.batch_sizes:
-        row = Row(batch, 1e3 * floor_bytes(model, batch) / rates["copy"], error, allowed, failure)
+        row = Row(batch, 1e3 * floor_bytes(model, batch) / report.rates.copy, error, allowed, failure)
         rows.append(row)
         if failure is None:
             measure(model, batch, row, args.budget_s, device)
-    report = {
-        "environment": timing.environment(device, args.commit), "rates": rates, "rows": [asdict(row) for row in rows],
-    }  # fmt: skip
-    runner.save(report, args.out)
-    print("\n".join([f"\n{runner.heading(report)}.\n", *table(rows), f"\nwritten to {args.out}"]))
+        report.keep(rows=rows)
+    print(report.text(table(rows)))
     return int(failure is not None)
 
 

@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -292,6 +292,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     dtype = torch.float32 if args.smoke else torch.bfloat16
+    report = runner.Report(args, device)
     checks = [*check_layers(device), check_decoder(device)]
     for check in checks:
         print(check.failure or f"{check.what}: error {check.error:.2g} of {check.allowed:.2g} allowed", flush=True)
@@ -299,6 +300,7 @@ def main(argv: list[str] | None = None) -> int:
     model, latents = make_decoder(options, device, dtype), make_latents(video, options, device, dtype)
     patch(model)
     decodes = [time_decode("natten_layers", model, latents, args.repeats)]
+    report.keep(video=video, checks=checks, decode=decodes)
     rows = stages(model, latents)
     with processors(model, Unfused()):
         decodes.append(time_decode("steps in PyTorch", model, latents, args.repeats))
@@ -306,21 +308,9 @@ def main(argv: list[str] | None = None) -> int:
     for stage in rows:
         measure(stage, device, dtype, args.budget_s, args.flex_tokens)
         print(f"{stage.grid}: {stage.ms}", flush=True)
-    report = {
-        "environment": timing.environment(device, args.commit),
-        "rates": asdict(runner.Rates(timing.copy_rate(device), timing.matmul_rate(device))),
-        "video": video,
-        "checks": [asdict(check) for check in checks],
-        "decode": [asdict(one) for one in decodes],
-        "stages": [asdict(stage) for stage in rows],
-    }
-    runner.save(report, args.out)
-    print(f"\n{runner.heading(report)}; video {'x'.join(map(str, video))}, {dtype}\n")
-    print(
-        "\n".join(
-            [*table(rows), *(f"launches of a layer: {row.kernels}" for row in rows[-1:]), f"written to {args.out}"]
-        )
-    )
+        report.keep(decode=decodes, stages=rows)
+    launches = [f"launches of a layer: {row.kernels}" for row in rows[-1:]]
+    print(report.text([f"video {'x'.join(map(str, video))}, {dtype}\n", *table(rows), *launches]))
     return int(any(check.failure for check in checks))
 
 

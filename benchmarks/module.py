@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -153,17 +153,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workloads", nargs="+", choices=NAMES, default=list(NAMES))
     args = parser.parse_args(argv)
     device = torch.device(args.device)
-    rates = runner.Rates(timing.copy_rate(device), timing.matmul_rate(device))
+    report = runner.Report(args, device)
     rows: list[Row] = []
     for name in args.workloads:
         rows += measure(smoke(WORKLOADS[name]) if args.smoke else WORKLOADS[name], device, args.budget_s)
-    report = {
-        "environment": timing.environment(device, args.commit),
-        "rates": asdict(rates),
-        "rows": [asdict(row) for row in rows],
-    }
-    runner.save(report, args.out)
-    print("\n".join([f"\n{runner.heading(report)}\n", *table(rows), f"\nwritten to {args.out}"]))
+        report.keep(rows=rows)
+    print(report.text(table(rows)))
     return int(any(row.failure for row in rows))
 
 

@@ -6,7 +6,7 @@ import argparse
 import gc
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from .check import Errors, Reference
 from .implementations import OURS, Implementation
 from .workloads import Inputs, Mode, Variant, Workload, add_variant, floor, make_inputs
 
-__all__ = ["RESULTS", "Rates", "Row", "heading", "make_parser", "run", "save"]
+__all__ = ["RESULTS", "Rates", "Report", "Row", "heading", "make_parser", "run", "save"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -187,6 +187,28 @@ def save(report: dict[str, Any], path: Path) -> None:
     """Write a report as JSON, creating the folder if it is missing."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(report, indent=1) + "\n")
+
+
+class Report:
+    """What a command has measured. It is written after every step, so that an interrupted run keeps its results."""
+
+    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
+        self.path: Path = args.out
+        self.rates = Rates(timing.copy_rate(device), timing.matmul_rate(device))
+        self.parts: dict[str, Any] = {
+            "environment": timing.environment(device, args.commit),
+            "rates": asdict(self.rates),
+        }
+
+    def keep(self, **parts: Any) -> None:
+        """Write these parts, by name, beside those that are known. Dataclasses in lists become dictionaries."""
+        for name, part in parts.items():
+            self.parts[name] = [asdict(row) for row in part] if isinstance(part, list) else part
+        save(self.parts, self.path)
+
+    def text(self, table: Iterable[str]) -> str:
+        """What a command prints last."""
+        return "\n".join([f"\n{heading(self.parts)}\n", *table, f"\nwritten to {self.path}"])
 
 
 def heading(report: dict[str, Any]) -> str:

@@ -103,9 +103,8 @@ def prepare(
         plain = len(head_shape) == 1 and not _has_one_head(tensors)
         tensors = query, key, value, additional_keys, additional_values = _canonical_heads(tensors, head_shape)
         accepted = accepted or _accept(signature, Accepted(_check_canonical_form(tensors, axes), plain))
-    factor = query.shape[-1] ** -0.5 if scale is None else check_scale(scale, query)
     register_keys, register_values = _expand_registers(additional_keys, additional_values, query.shape[0])
-    sink, sink_value = (sink, None) if isinstance(sink := check_sink(sink, query), Tensor) else (None, sink)
+    factor, sink, sink_value = _scalars(query, scale, sink)
     mask = None if key_mask is None else check_key_mask(key_mask, key)
     inputs = Inputs(query, key, value, register_keys, register_values, sink, mask)
     w = accepted.window
@@ -147,8 +146,7 @@ def prepare_packed(
     tensors = query, key, value, additional_keys, additional_values
     query, key, value, additional_keys, additional_values = _canonical_heads(tensors, query.shape[2:3])
     registers = check_additional(additional_keys, additional_values, query, key, value, samples)
-    factor = query.shape[-1] ** -0.5 if scale is None else check_scale(scale, query)
-    sink, sink_value = (sink, None) if isinstance(sink := check_sink(sink, query), Tensor) else (None, sink)
+    factor, sink, sink_value = _scalars(query, scale, sink)
     if key_mask is not None:
         check_tensors(key_mask=key_mask)
         if key_mask.shape != query.shape[1:2]:
@@ -160,6 +158,15 @@ def prepare_packed(
     if not torch.compiler.is_compiling():  # in a compiled graph the operator checks what the shapes are
         assert call.packing is not None
     return call
+
+
+def _scalars(
+    query: Tensor, scale: float | Tensor | None, sink: float | Tensor | None
+) -> tuple[float, Tensor | None, float | None]:
+    """The factor on scores, and the sink as a tensor with a logit a head or as one number."""
+    factor = query.shape[-1] ** -0.5 if scale is None else check_scale(scale, query)
+    checked = check_sink(sink, query)
+    return (factor, checked, None) if isinstance(checked, Tensor) else (factor, None, checked)
 
 
 class Accepted(NamedTuple):

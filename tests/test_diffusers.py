@@ -32,19 +32,11 @@ def tiny_decoder(head_dim: int = 16, **options: Any) -> Any:
     """Three latent frames and 3x3 latents are enough for every window, with little upsampling behind them."""
     torch.manual_seed(0)
     model = diffusers.LTX2VideoDiffusionDecoderModel(
-        **{
-            "latent_channels": 8,
-            "patch_size": 1,
+        **decode_ltx.TINY
+        | {
             "decoder_head_dim": head_dim,
             "decoder_stage_channels": tuple(n * head_dim for n in (4, 2, 2, 2, 2)),
-            "decoder_stage_depths": (1, 1, 1, 1, 2),
             "decoder_stage_kernels": ((3, 3, 3), (3, 5, 5), (3, 5, 3), (5, 3, 3)),
-            "decoder_upsample_strides": ((1, 2, 2), (2, 1, 1), (1, 1, 1), (1, 1, 1)),
-            "decoder_upsample_channel_reductions": (2, 1, 1, 1),
-            "decoder_stage5_kernel": (3, 5, 5),
-            "decoder_t_emb_dim": 32,
-            "spatial_compression_ratio": 2,
-            "temporal_compression_ratio": 2,
         }
         | options
     )

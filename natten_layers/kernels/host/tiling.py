@@ -250,9 +250,7 @@ def size_of(kind: Kind, lengths: Box, window: int, space: Room, columns: int) ->
     deep, flat = lengths[0] > 1, lengths[0] == lengths[1] == 1
     if space.element_size == 4:
         # A product is computed as three in TF32. As the operands are split in registers, tiles are half as large.
-        # 7x7, head dim 64: forward 0.49 (64 rows 0.83), dQ 0.69 (1.11), dK and dV 1.11.
-        # Splitting took more instructions when the rest was measured, and these kernels up to 19 % more time.
-        # 7x7, head dim 64: dK and dV 1.22 (32 queries a chunk 1.30).
+        # 7x7, head dim 64: forward 0.54 (64 rows 1.23), dQ 0.78 (1.13), dK and dV 1.22 (32 queries a chunk 1.30).
         # 3x7x13: 1.58 (2.74), 2.43 (3.04), 4.06 (16 queries a chunk 5.05). 7x11, head dim 32: 1.75 (2.49), 2.46 (2.82),
         # 4.26 (4.60). 9x9, head dim 128, with four warps: 1.64 (two 2.37), 2.36 (4.13), 3.80 (7.35).
         if space.width > 128:

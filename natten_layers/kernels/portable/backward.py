@@ -48,12 +48,13 @@ from .primitives import (
     inside_axes,
     inside_box,
     is_empty,
+    load_chunk,
     load_columns,
     masked_product,
     next_chunk,
+    of_sample,
     on_ring,
     packed_sample,
-    packed_strides,
     products,
     queries_of,
     row_products,
@@ -150,15 +151,16 @@ def window_query_gradient(
         m_keys = inside_box(inner, corner, hi, RANK)
         col, inside_hi = inner, inner_hi
         if MASKED:
-            o_n = on_ring(o_mask, inner, corner, ring, dilation, mask_strides, PERIODIC, RANK, WIDE)
-            p_mask = KeyMask + corner_offset(corner, residue, dilation, mask_strides, RANK, WIDE) + o_n
-            col_seen, col, inside_hi = unmasked_columns(p_mask, m_keys, inner, inner_hi)
+            col_seen, col, inside_hi = unmasked_columns(
+                KeyMask, o_mask, inner, corner, m_keys, inner_hi, residue, ring, dilation, mask_strides,
+                PERIODIC, RANK, WIDE,
+            )  # fmt: skip
             if SKIP:
                 m_keys = m_keys & col_seen
-        o_n = on_ring(o_k, inner, corner, ring, dilation, k_strides, PERIODIC, RANK, WIDE)
-        b_k = load_columns(K + corner_offset(corner, residue, dilation, k_strides, RANK, WIDE), o_n, m_keys, D, BD)
-        o_n = on_ring(o_v, inner, corner, ring, dilation, v_strides, PERIODIC, RANK, WIDE)
-        b_v = load_columns(V + corner_offset(corner, residue, dilation, v_strides, RANK, WIDE), o_n, m_keys, DV, BDV)
+        b_k = load_chunk(K, o_k, inner, corner, m_keys, residue, ring, dilation, k_strides, PERIODIC, RANK, WIDE, D, BD)
+        b_v = load_chunk(
+            V, o_v, inner, corner, m_keys, residue, ring, dilation, v_strides, PERIODIC, RANK, WIDE, DV, BDV
+        )
         b_s = masked_product(
             b_q, b_k, row_lo, row_hi, corner, col, inner_lo, inside_hi, score_scale,
             CHUNK, RANK, MASK, SCALE_FIRST, PRECISION,
@@ -194,18 +196,14 @@ def backward_query_kernel(
         i_sample, first, i_program, length, kernel, stride, dilation, tiles = packed_sample(
             i_program, SampleOfTile, Samples, kv_heads * ((group + PACK - 1) // PACK)
         )
-        Q, K, V = Q + first * q_strides[3], K + first * k_strides[3], V + first * v_strides[3]
-        DOut += first * do_strides[3]
-        q_strides = packed_strides(q_strides, length, WIDE)
-        k_strides = packed_strides(k_strides, length, WIDE)
-        v_strides = packed_strides(v_strides, length, WIDE)
-        do_strides = packed_strides(do_strides, length, WIDE)
+        Q, q_strides = of_sample(Q, q_strides, first, length, WIDE)
+        K, k_strides = of_sample(K, k_strides, first, length, WIDE)
+        V, v_strides = of_sample(V, v_strides, first, length, WIDE)
+        DOut, do_strides = of_sample(DOut, do_strides, first, length, WIDE)
         if MASKED:
-            KeyMask += first * mask_strides[3]
-            mask_strides = packed_strides(mask_strides, length, WIDE)
+            KeyMask, mask_strides = of_sample(KeyMask, mask_strides, first, length, WIDE)
         if WITH_DLSE:
-            DLse += first * dl_strides[3]
-            dl_strides = packed_strides(dl_strides, length, WIDE)
+            DLse, dl_strides = of_sample(DLse, dl_strides, first, length, WIDE)
         first *= kv_heads * group
         Out, DQ = Out + first * DV, DQ + first * D
         RowMax, RowSum, Delta, Lse = RowMax + first, RowSum + first, Delta + first, Lse + first
@@ -302,15 +300,12 @@ def backward_key_kernel(
         _, first, i_program, length, kernel, stride, dilation, tiles = packed_sample(
             i_program, SampleOfTile, Samples, kv_heads
         )
-        Q, K, V = Q + first * q_strides[3], K + first * k_strides[3], V + first * v_strides[3]
-        DOut += first * do_strides[3]
-        q_strides = packed_strides(q_strides, length, WIDE)
-        k_strides = packed_strides(k_strides, length, WIDE)
-        v_strides = packed_strides(v_strides, length, WIDE)
-        do_strides = packed_strides(do_strides, length, WIDE)
+        Q, q_strides = of_sample(Q, q_strides, first, length, WIDE)
+        K, k_strides = of_sample(K, k_strides, first, length, WIDE)
+        V, v_strides = of_sample(V, v_strides, first, length, WIDE)
+        DOut, do_strides = of_sample(DOut, do_strides, first, length, WIDE)
         if MASKED:
-            KeyMask += first * mask_strides[3]
-            mask_strides = packed_strides(mask_strides, length, WIDE)
+            KeyMask, mask_strides = of_sample(KeyMask, mask_strides, first, length, WIDE)
         Delta, Lse = Delta + first * kv_heads * group, Lse + first * kv_heads * group
         DK, DV_ = DK + first * kv_heads * D, DV_ + first * kv_heads * DV
     i_kv = (i_program % kv_heads).to(tl.int64)
@@ -360,11 +355,11 @@ def backward_key_kernel(
         p_q = Q + i_batch * q_strides[0] + i_head * q_strides[4]
         p_do = DOut + i_batch * do_strides[0] + i_head * do_strides[4]
         o_head = i_batch * stat_strides[0] + i_head + corner_offset(corner, residue, dilation, stat_strides, RANK, WIDE)
-        o_m = on_ring(o_q, inner, corner, count, dilation, q_strides, PERIODIC, RANK, WIDE)
-        b_q = load_columns(p_q + corner_offset(corner, residue, dilation, q_strides, RANK, WIDE), o_m, m_queries, D, BD)
-        o_m = on_ring(o_do, inner, corner, count, dilation, do_strides, PERIODIC, RANK, WIDE)
-        b_do = load_columns(
-            p_do + corner_offset(corner, residue, dilation, do_strides, RANK, WIDE), o_m, m_queries, DV, BDV
+        b_q = load_chunk(
+            p_q, o_q, inner, corner, m_queries, residue, count, dilation, q_strides, PERIODIC, RANK, WIDE, D, BD
+        )
+        b_do = load_chunk(
+            p_do, o_do, inner, corner, m_queries, residue, count, dilation, do_strides, PERIODIC, RANK, WIDE, DV, BDV
         )
         o_m = on_ring(o_stat, inner, corner, count, dilation, stat_strides, PERIODIC, RANK, WIDE)
         col_lse = tl.load(Lse + o_head + o_m, mask=m_queries, other=0.0)

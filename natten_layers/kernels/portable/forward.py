@@ -23,19 +23,18 @@ from .primitives import (
     NO_AXIS,
     are_sound,
     contiguous_row,
-    corner_offset,
     in_elements,
     inner_indices,
     inner_offsets,
     inside_axes,
     inside_box,
     is_empty,
+    load_chunk,
     load_columns,
     masked_product,
     next_chunk,
-    on_ring,
+    of_sample,
     packed_sample,
-    packed_strides,
     products,
     scale_rows,
     softmax_step,
@@ -97,15 +96,16 @@ def attend_window(
     corner = lo
     for _ in tl.range(0, steps[0] * steps[1] * steps[2], num_stages=STAGES):
         m_keys = inside_box(inner, corner, hi, RANK)
-        o_n = on_ring(o_k, inner, corner, ring, dilation, k_strides, PERIODIC, RANK, WIDE)
-        b_k = load_columns(K + corner_offset(corner, residue, dilation, k_strides, RANK, WIDE), o_n, m_keys, D, BD)
-        o_n = on_ring(o_v, inner, corner, ring, dilation, v_strides, PERIODIC, RANK, WIDE)
-        b_v = load_columns(V + corner_offset(corner, residue, dilation, v_strides, RANK, WIDE), o_n, m_keys, DV, BDV)
+        b_k = load_chunk(K, o_k, inner, corner, m_keys, residue, ring, dilation, k_strides, PERIODIC, RANK, WIDE, D, BD)
+        b_v = load_chunk(
+            V, o_v, inner, corner, m_keys, residue, ring, dilation, v_strides, PERIODIC, RANK, WIDE, DV, BDV
+        )
         col, inside_hi = inner, inner_hi
         if MASKED:
-            o_n = on_ring(o_mask, inner, corner, ring, dilation, mask_strides, PERIODIC, RANK, WIDE)
-            p_mask = KeyMask + corner_offset(corner, residue, dilation, mask_strides, RANK, WIDE) + o_n
-            _, col, inside_hi = unmasked_columns(p_mask, m_keys, inner, inner_hi)
+            _, col, inside_hi = unmasked_columns(
+                KeyMask, o_mask, inner, corner, m_keys, inner_hi, residue, ring, dilation, mask_strides,
+                PERIODIC, RANK, WIDE,
+            )  # fmt: skip
         b_s = masked_product(
             b_q, b_k, row_lo, row_hi, corner, col, inner_lo, inside_hi, score_scale,
             CHUNK, RANK, MASK, SCALE_FIRST, PRECISION,
@@ -186,13 +186,11 @@ def attend_tile(
         i_sample, first, i_program, length, kernel, stride, dilation, tiles = packed_sample(
             i_program, SampleOfTile, Samples, kv_heads * ((group + PACK - 1) // PACK)
         )
-        Q, K, V = Q + first * q_strides[3], K + first * k_strides[3], V + first * v_strides[3]
-        q_strides = packed_strides(q_strides, length, WIDE)
-        k_strides = packed_strides(k_strides, length, WIDE)
-        v_strides = packed_strides(v_strides, length, WIDE)
+        Q, q_strides = of_sample(Q, q_strides, first, length, WIDE)
+        K, k_strides = of_sample(K, k_strides, first, length, WIDE)
+        V, v_strides = of_sample(V, v_strides, first, length, WIDE)
         if MASKED:
-            KeyMask += first * mask_strides[3]
-            mask_strides = packed_strides(mask_strides, length, WIDE)
+            KeyMask, mask_strides = of_sample(KeyMask, mask_strides, first, length, WIDE)
         first *= kv_heads * group
         Out += first * DV
         if WITH_STATS:

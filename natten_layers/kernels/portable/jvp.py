@@ -40,18 +40,17 @@ from .primitives import (
     LOG2E,
     add_weighted,
     contiguous_row,
-    corner_offset,
     in_elements,
     inner_indices,
     inner_offsets,
     inside_box,
     is_empty,
+    load_chunk,
     load_columns,
     masked_product,
     next_chunk,
-    on_ring,
+    of_sample,
     packed_sample,
-    packed_strides,
     products,
     row_products,
     steps_over,
@@ -130,19 +129,17 @@ def jvp_kernel(
         i_sample, first, i_program, length, kernel, stride, dilation, tiles = packed_sample(
             i_program, SampleOfTile, Samples, kv_heads * ((group + PACK - 1) // PACK)
         )
-        Q, K, V = Q + first * q_strides[3], K + first * k_strides[3], V + first * v_strides[3]
+        Q, q_strides = of_sample(Q, q_strides, first, length, WIDE)
+        K, k_strides = of_sample(K, k_strides, first, length, WIDE)
+        V, v_strides = of_sample(V, v_strides, first, length, WIDE)
         if QDot is not None:
-            QDot += first * q_dot_strides[3]
+            QDot, q_dot_strides = of_sample(QDot, q_dot_strides, first, length, WIDE)
         if KDot is not None:
-            KDot += first * k_dot_strides[3]
+            KDot, k_dot_strides = of_sample(KDot, k_dot_strides, first, length, WIDE)
         if VDot is not None:
-            VDot += first * v_dot_strides[3]
-        q_strides, q_dot_strides = packed_strides(q_strides, length, WIDE), packed_strides(q_dot_strides, length, WIDE)
-        k_strides, k_dot_strides = packed_strides(k_strides, length, WIDE), packed_strides(k_dot_strides, length, WIDE)
-        v_strides, v_dot_strides = packed_strides(v_strides, length, WIDE), packed_strides(v_dot_strides, length, WIDE)
+            VDot, v_dot_strides = of_sample(VDot, v_dot_strides, first, length, WIDE)
         if MASKED:
-            KeyMask += first * mask_strides[3]
-            mask_strides = packed_strides(mask_strides, length, WIDE)
+            KeyMask, mask_strides = of_sample(KeyMask, mask_strides, first, length, WIDE)
         first *= kv_heads * group
         Out, OutDot = Out + first * DV, OutDot + first * DV
         RowMax, RowSum, LseDot = RowMax + first, RowSum + first, LseDot + first
@@ -209,27 +206,31 @@ def jvp_kernel(
             m_keys = inside_box(inner, corner, hi, RANK)
             col, inside_hi = inner, inner_hi
             if MASKED:
-                o_n = on_ring(o_mask, inner, corner, ring, dilation, mask_strides, PERIODIC, RANK, WIDE)
-                p_mask = KeyMask + corner_offset(corner, residue, dilation, mask_strides, RANK, WIDE) + o_n
-                col_seen, col, inside_hi = unmasked_columns(p_mask, m_keys, inner, inner_hi)
+                col_seen, col, inside_hi = unmasked_columns(
+                    KeyMask, o_mask, inner, corner, m_keys, inner_hi, residue, ring, dilation, mask_strides,
+                    PERIODIC, RANK, WIDE,
+                )  # fmt: skip
                 m_keys = m_keys & col_seen
-            o_n = on_ring(o_k, inner, corner, ring, dilation, k_strides, PERIODIC, RANK, WIDE)
-            b_k = load_columns(K + corner_offset(corner, residue, dilation, k_strides, RANK, WIDE), o_n, m_keys, D, BD)
+            b_k = load_chunk(
+                K, o_k, inner, corner, m_keys, residue, ring, dilation, k_strides, PERIODIC, RANK, WIDE, D, BD
+            )
             b_k_dot = None
             if KDot is not None:
-                o_corner = o_k_dot_head + corner_offset(corner, residue, dilation, k_dot_strides, RANK, WIDE)
-                o_n = on_ring(o_k_dot, inner, corner, ring, dilation, k_dot_strides, PERIODIC, RANK, WIDE)
-                b_k_dot = load_columns(KDot + o_corner, o_n, m_keys, D, BD)
+                b_k_dot = load_chunk(
+                    KDot + o_k_dot_head, o_k_dot, inner, corner, m_keys, residue, ring, dilation, k_dot_strides,
+                    PERIODIC, RANK, WIDE, D, BD,
+                )  # fmt: skip
             b_v = None
             if MOVES:
-                o_corner = corner_offset(corner, residue, dilation, v_strides, RANK, WIDE)
-                o_n = on_ring(o_v, inner, corner, ring, dilation, v_strides, PERIODIC, RANK, WIDE)
-                b_v = load_columns(V + o_corner, o_n, m_keys, DV, BDV)
+                b_v = load_chunk(
+                    V, o_v, inner, corner, m_keys, residue, ring, dilation, v_strides, PERIODIC, RANK, WIDE, DV, BDV
+                )
             b_v_dot = None
             if VDot is not None:
-                o_corner = o_v_dot_head + corner_offset(corner, residue, dilation, v_dot_strides, RANK, WIDE)
-                o_n = on_ring(o_v_dot, inner, corner, ring, dilation, v_dot_strides, PERIODIC, RANK, WIDE)
-                b_v_dot = load_columns(VDot + o_corner, o_n, m_keys, DV, BDV)
+                b_v_dot = load_chunk(
+                    VDot + o_v_dot_head, o_v_dot, inner, corner, m_keys, residue, ring, dilation, v_dot_strides,
+                    PERIODIC, RANK, WIDE, DV, BDV,
+                )  # fmt: skip
             b_s = masked_product(
                 b_q, b_k, row_lo, row_hi, corner, col, inner_lo, inside_hi, score_scale,
                 CHUNK, RANK, MASK, SCALE_FIRST, PRECISION,

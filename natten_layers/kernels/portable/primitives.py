@@ -140,12 +140,16 @@ def packed_sample(i_program, SampleOfTile, Samples, HEADS):
 
 
 @triton.jit
-def packed_strides(strides, length, WIDE: tl.constexpr):
-    """Strides ``(batch, t, h, w, head)`` inside of a sample, from those of a packed tensor with one axis of tokens."""
+def of_sample(pointer, strides, first, length, WIDE: tl.constexpr):
+    """Pointer and strides ``(batch, t, h, w, head)`` of a sample, whose first token is ``first``.
+
+    Those of the packed tensor, which has one axis of tokens, are given.
+    """
     w = strides[3]
+    pointer += first * w
     if WIDE:
         w = tl.cast(w, tl.int64)
-    return strides[0], w * length[1] * length[2], w * length[2], w, strides[4]
+    return pointer, (strides[0], w * length[1] * length[2], w * length[2], w, strides[4])
 
 
 @triton.jit
@@ -257,12 +261,28 @@ def inside_box(inner, corner, hi, RANK: tl.constexpr):
 
 
 @triton.jit
-def unmasked_columns(p_mask, m_keys, inner, inner_hi):
+def load_chunk(
+    pointer, o_inner, inner, corner, m_chunk, residue, count, dilation, strides,
+    PERIODIC: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """``load_columns`` at the chunk at ``corner``; ``pointer`` is that of the image and head."""
+    o_ring = on_ring(o_inner, inner, corner, count, dilation, strides, PERIODIC, RANK, WIDE)
+    corner_pointer = pointer + corner_offset(corner, residue, dilation, strides, RANK, WIDE)
+    return load_columns(corner_pointer, o_ring, m_chunk, D, BD)
+
+
+@triton.jit
+def unmasked_columns(
+    KeyMask, o_inner, inner, corner, m_keys, inner_hi, residue, count, dilation, strides,
+    PERIODIC: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
     """``inner`` and ``inner_hi`` of a chunk's keys, of which those that are masked lie in no window.
 
     So a key mask costs one load a chunk, and nothing for every score. If some key is masked, the chunk does not lie
     inside of all windows either.
     """
+    o_ring = on_ring(o_inner, inner, corner, count, dilation, strides, PERIODIC, RANK, WIDE)
+    p_mask = KeyMask + corner_offset(corner, residue, dilation, strides, RANK, WIDE) + o_ring
     col_seen = tl.load(p_mask, mask=m_keys, other=0).to(tl.int1)
     all_seen = tl.min(col_seen.to(tl.int32), 0) > 0
     inner_w = tl.where(col_seen, inner[2], FAR)
