@@ -1,6 +1,6 @@
 """Neighborhood windows: which keys a query sees along one axis, and which queries see a key.
 
-The host's window arithmetic is in this module; kernels have the same in ``kernels/portable/primitives.py``, and tests
+The host's window arithmetic is in this module; kernels have the same in ``kernels/portable/windows.py``, and tests
 compare the two.
 
 An axis of length ``L`` with dilation ``d`` splits into ``d`` residue classes of tokens ``i`` with equal ``i % d``.

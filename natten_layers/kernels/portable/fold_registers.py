@@ -17,7 +17,8 @@ from torch import Tensor
 from ..host.launcher import Launcher, launcher
 from ..host.problem import Inputs, Problem
 from .forward import attend_registers
-from .primitives import LN2, LOG2E, load_columns, scale_rows, store_columns, token_offset, unravel
+from .primitives import LN2, LOG2E, load_columns, scale_rows, store_columns
+from .windows import token_offset, unravel
 
 ROWS = 64  # (token, head) pairs that a program computes
 

@@ -19,7 +19,8 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from ..host.launcher import TRITON_OPTIONS
 from ..host.problem import Inputs, Options, Problem, RowStatistics, new_like, three_axes
 from ..host.tiling import TileConfig, head_width
-from ..portable.primitives import LOG2E, queries_of, shifted, union_of_queries, unravel
+from ..portable.primitives import LOG2E
+from ..portable.windows import queries_of, shifted, union_of_queries, unravel
 from . import large_tiling
 from .large_statistics import statistics_descriptor, to_head_major
 from .primitives import (

@@ -20,7 +20,8 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from ..host.launcher import TRITON_OPTIONS
 from ..host.problem import Cotangents, Inputs, Options, Problem, RowStatistics, new_like, three_axes
 from ..host.tiling import TileConfig, head_width
-from ..portable.primitives import LOG2E, inside_axes, shifted, unravel, windows_of
+from ..portable.primitives import LOG2E
+from ..portable.windows import inside_axes, shifted, unravel, windows_of
 from .large_statistics import statistics_of
 from .primitives import (
     await_load,

@@ -30,7 +30,8 @@ from ..host.problem import Inputs, Options, Problem, need_wide_offsets, new_resu
 from ..host.tiling import TileConfig, head_width
 from ..portable.fold_registers import fold_registers
 from ..portable.forward import attend_tile
-from ..portable.primitives import LN2, LOG2E, LOWEST, shifted, unravel, windows_of
+from ..portable.primitives import LN2, LOG2E, LOWEST
+from ..portable.windows import shifted, unravel, windows_of
 from .primitives import (
     await_load,
     await_tile,

@@ -16,7 +16,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from ..host.launcher import TRITON_OPTIONS
 from ..host.problem import Cotangents, Problem, layout, strides
 from ..host.tiling import Box, head_width
-from ..portable.primitives import LOG2E, load_rows, token_offset
+from ..portable.primitives import LOG2E, load_rows
+from ..portable.windows import token_offset
 from . import large_tiling
 
 PLAIN = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=4)

@@ -23,9 +23,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..host.problem import Layout, layout, strides, three_axes
 from ..host.tiling import Box, TileConfig, head_width
-from ..portable.primitives import (
-    LOG2E,
-    LOWEST,
+from ..portable.primitives import LOG2E, LOWEST
+from ..portable.windows import (
     between,
     contiguous_row,
     inside_axes,

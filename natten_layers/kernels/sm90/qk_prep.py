@@ -12,7 +12,7 @@ part. ``NORM``, ``AXES`` and ``PAIRS`` are explained at ``QKPrepKind``.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from ..portable.primitives import inside_axes
+from ..portable.windows import inside_axes
 from .small_softmax import WARPS
 
 

@@ -41,8 +41,8 @@ from ..host.problem import (
     three_axes,
 )
 from ..host.tiling import head_width
-from ..portable.primitives import (
-    LOG2E,
+from ..portable.primitives import LOG2E
+from ..portable.windows import (
     contiguous_row,
     inside_axes,
     queries_of,

@@ -27,7 +27,8 @@ from triton.experimental.gluon.language.nvidia.hopper.tma import (
 from ..host.launcher import Launcher, launcher
 from ..host.problem import Inputs, Layout, Options, Problem, contiguous, new_results, three_axes
 from ..host.tiling import head_width
-from ..portable.primitives import LN2, LOG2E, shifted, unravel, windows_of
+from ..portable.primitives import LN2, LOG2E
+from ..portable.windows import shifted, unravel, windows_of
 from .primitives import (
     Boxes,
     class_rows,

@@ -24,7 +24,8 @@ from triton.experimental.gluon.language.nvidia.hopper.tma import (
 
 from ..host.problem import Inputs, Layout, Options, Problem, QKPrep, QKPrepKind
 from ..host.tiling import Box, head_width
-from ..portable.primitives import LN2, LOG2E, shifted, unravel, windows_of
+from ..portable.primitives import LN2, LOG2E
+from ..portable.windows import shifted, unravel, windows_of
 from .primitives import (
     Boxes,
     axes_of,

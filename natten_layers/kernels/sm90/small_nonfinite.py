@@ -13,7 +13,8 @@ computed, or kept in registers, before the call.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from ..portable.primitives import LN2, LOWEST, shifted, unravel, windows_of
+from ..portable.primitives import LN2, LOWEST
+from ..portable.windows import shifted, unravel, windows_of
 from .primitives import class_rows, row_sinks
 from .qk_prep import load_prepared
 

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from natten_layers.geometry import class_length, query_bounds, window_bounds
-from natten_layers.kernels.portable import primitives
+from natten_layers.kernels.portable import windows
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -33,9 +33,9 @@ def bounds_kernel(Index, Length, Kernel, Stride, First, Last, INVERSE: tl.conste
     n = tl.arange(0, BLOCK)
     index, length, kernel, stride = tl.load(Index + n), tl.load(Length + n), tl.load(Kernel + n), tl.load(Stride + n)
     if INVERSE:
-        first, last = primitives.query_bounds(index, length, kernel, stride, CAUSAL, PERIODIC)
+        first, last = windows.query_bounds(index, length, kernel, stride, CAUSAL, PERIODIC)
     else:
-        first, last = primitives.window_bounds(index, length, kernel, stride, CAUSAL, PERIODIC)
+        first, last = windows.window_bounds(index, length, kernel, stride, CAUSAL, PERIODIC)
     tl.store(First + n, first)
     tl.store(Last + n, last)
 
@@ -71,9 +71,9 @@ def grid_kernel(Index, Length, KeyLength, Kernel, First, Last, INVERSE: tl.const
     n = tl.arange(0, BLOCK)
     index, length, keys, kernel = tl.load(Index + n), tl.load(Length + n), tl.load(KeyLength + n), tl.load(Kernel + n)
     if INVERSE:
-        first, last = primitives.query_bounds(index, length, kernel, 1, False, PERIODIC, keys)
+        first, last = windows.query_bounds(index, length, kernel, 1, False, PERIODIC, keys)
     else:
-        first, last = primitives.window_bounds(index, length, kernel, 1, False, PERIODIC, keys)
+        first, last = windows.window_bounds(index, length, kernel, 1, False, PERIODIC, keys)
     tl.store(First + n, first)
     tl.store(Last + n, last)
 
@@ -104,7 +104,7 @@ def test_bounds_on_another_grid_are_those_of_the_host(inverse: bool, periodic: b
 
 @triton.jit
 def tiles_kernel(Residue, Count, Origin, length, dilation, tiles, TILE: tl.constexpr):
-    _, residue, count, origin = primitives.spatial_tile(tl.program_id(0), length, dilation, tiles, TILE)
+    _, residue, count, origin = windows.spatial_tile(tl.program_id(0), length, dilation, tiles, TILE)
     for AXIS in tl.static_range(3):
         tl.store(Residue + tl.program_id(0) * 3 + AXIS, residue[AXIS])
         tl.store(Count + tl.program_id(0) * 3 + AXIS, count[AXIS])
@@ -135,11 +135,11 @@ def inside_kernel(Origin, Lo, Hi, Out, AXIS: tl.constexpr, CHUNK: tl.constexpr, 
     origin, lo, hi = tl.load(Origin + n), tl.load(Lo + n), tl.load(Hi + n)
     zero = origin * 0
     if AXIS == 0:
-        inside = primitives.chunk_inside((origin, zero, zero), (lo, zero, zero), (hi, zero, zero), CHUNK)
+        inside = windows.chunk_inside((origin, zero, zero), (lo, zero, zero), (hi, zero, zero), CHUNK)
     elif AXIS == 1:
-        inside = primitives.chunk_inside((zero, origin, zero), (zero, lo, zero), (zero, hi, zero), CHUNK)
+        inside = windows.chunk_inside((zero, origin, zero), (zero, lo, zero), (zero, hi, zero), CHUNK)
     else:
-        inside = primitives.chunk_inside((zero, zero, origin), (zero, zero, lo), (zero, zero, hi), CHUNK)
+        inside = windows.chunk_inside((zero, zero, origin), (zero, zero, lo), (zero, zero, hi), CHUNK)
     tl.store(Out + n, inside.to(tl.int32))
 
 
