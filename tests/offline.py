@@ -180,9 +180,9 @@ def main(capability: int) -> None:
             setattr(module, "multiprocessors", lambda device: 132)  # noqa: B010
         attend_large_on_sm90((4096,), 2048, 8, sink=0.0)
         attend_large_on_sm90((64, 80), 48, 2, sink=None)
-        attend_large_on_sm90((16, 24, 32), 14, 2, sink=None)
+        attend_large_on_sm90((16, 32, 40), 7, 4, sink=None, dim=64)
         attend_large_on_sm90((4096,), 1024, 8, sink=0.0, dim=256)
-        attend_large_on_sm90((64, 80), 24, 2, sink=None, dim=80)
+        attend_large_on_sm90((64, 80), 13, 2, sink=None, dim=80)
         attend_small_on_sm90((64, 64), 7, 8, registers=5)
         attend_small_on_sm90((64, 64), 7, 8, registers=0, dim=40)
         attend_small_on_sm90((4096,), 128, 16, registers=0)

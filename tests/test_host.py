@@ -146,6 +146,5 @@ def test_every_launch_asks_for_fused_products_and_sums() -> None:
     launcher = pytest.importorskip("natten_layers.kernels.host.launcher")
     assert launcher.Launcher(SimpleNamespace(arg_names=()), (1,), (), {}).options["enable_fp_fusion"]
     for path in Path(launcher.__file__).parents[1].rglob("*.py"):
-        source = path.read_text()
-        launches = re.findall(r"^ +\w+_kernel\[\(.*?^ +\)", source, re.MULTILINE | re.DOTALL)
-        assert all("**TRITON_OPTIONS" in launch for launch in launches), path
+        past_launchers = re.findall(r"^ +\w+_kernel\[", path.read_text(), re.MULTILINE)
+        assert not past_launchers, f"{path} launches kernels itself"

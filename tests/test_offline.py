@@ -71,7 +71,7 @@ SM90_KERNELS = (
 
 
 FENCES = {
-    "large_forward_kernel": {2},  # one for each group of warps, as these hand buffers back to TMA
+    "large_forward_kernel": {2, 3},  # one for each group of warps that computes, as these hand buffers back to TMA
     "large_dq_kernel": {2},
     "large_dkv_kernel": {2, 0},  # none for wide heads, whose results do not pass through shared memory
     "small_forward_kernel": {1},

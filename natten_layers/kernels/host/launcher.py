@@ -15,7 +15,7 @@ from torch import Tensor
 from triton import knobs
 from triton.compiler import CompiledKernel
 
-__all__ = ["TRITON_OPTIONS", "Launcher", "Plan", "launcher"]
+__all__ = ["Launcher", "Plan", "launcher"]
 
 TRITON_OPTIONS = {"enable_fp_fusion": True}
 """Options of every kernel: products and sums become one instruction. Triton 3.10 does so no more where nobody asks."""

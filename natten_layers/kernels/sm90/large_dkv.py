@@ -8,6 +8,7 @@ of a KV head includes all query heads that share it, so that nothing is repeated
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAssignmentType=false, reportArgumentType=false
 # pyright: reportIndexIssue=false
 
+from functools import lru_cache
 from math import prod
 
 import torch
@@ -16,73 +17,88 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
-from ..host.launcher import TRITON_OPTIONS
-from ..host.problem import Inputs, Options, Problem, RowStatistics, new_like, three_axes
-from ..host.tiling import TileConfig, head_width
+from ..host.problem import Inputs, Layout, Options, Problem, RowStatistics, layout, new_like, three_axes
+from ..host.tiling import head_width
 from ..portable.primitives import LOG2E
-from ..portable.windows import queries_of, shifted, union_of_queries, unravel
+from ..portable.windows import is_empty, queries_of, shifted, union_of_queries, unravel
 from . import large_tiling
-from .large_statistics import statistics_descriptor, to_head_major
+from .large_statistics import statistics_boxes, to_head_major
+from .large_tiling import LargeTileConfig
 from .primitives import (
     await_load,
     await_tile,
-    box_descriptor,
     chunk_count,
     chunk_mask,
     corner_at,
     expect_load,
-    half_rows,
+    hidden,
+    key_boxes,
     load_box,
+    meets,
     multiprocessors,
+    new_notes,
     new_ring,
     new_schedule,
     next_walk_index,
+    part_of,
+    part_rows,
+    reach_of,
+    read_note,
     release,
+    repeated,
+    row_sizes,
     stage_of,
     start_product,
-    store_half,
+    store_part,
     take_tile,
     tile_of,
     walk_over,
+    write_note,
 )
+from .small_forward import Call, call_of
 
 ALIGNMENT: gl.constexpr = gl.constexpr(large_tiling.ALIGNMENT)
 
 
 @gluon.jit
-def key_walk(tile_id, plan, CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr):
+def key_walk(tile_id, plan, CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr, OFFSET: gl.constexpr):
     """Batch, KV head, first position of a tile of keys, and the walk over the queries that see the tile.
 
     A key is seen by the query at its own position, so that no walk is empty.
     """
-    i_batch, i_kv, _i_tile, count, origin = tile_of(tile_id, plan, TILE)
+    i_batch, i_kv, count, origin = tile_of(tile_id, plan, TILE)
     lo, hi, inner_lo, inner_hi = union_of_queries(origin, count, plan[1], plan[2], CAUSAL, TILE)
-    lo = (lo[0], lo[1], lo[2] // ALIGNMENT * ALIGNMENT)  # TMA loads statistics from multiples of this
+    # TMA loads statistics, which stand behind ``OFFSET`` columns, from multiples of their alignment.
+    lo = (lo[0], lo[1], (lo[2] + OFFSET) // ALIGNMENT * ALIGNMENT - OFFSET)
     return i_batch, i_kv, origin, walk_over(lo, hi, inner_lo, inner_hi, CHUNK)
 
 
 @gluon.jit
 def kv_tile_producer(
     ring, schedule, TileCounter, k_desc, v_desc, plan, num_tiles,
-    CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr, TILES: gl.constexpr,
+    CAUSAL: gl.constexpr, TILE: gl.constexpr, PART: gl.constexpr, GROUPS: gl.constexpr, CHUNK: gl.constexpr,
+    OFFSET: gl.constexpr, TILES: gl.constexpr,
 ):  # fmt: skip
     """The warp that takes tiles off the counter and loads their keys and values."""
+    COUNT: gl.constexpr = GROUPS[0] * GROUPS[1] * GROUPS[2]
     n = 0
     tile_id = take_tile(schedule, 0, TileCounter)
     while tile_id < num_tiles:
-        i_batch, i_kv, origin, _walk = key_walk(tile_id, plan, CAUSAL, TILE, CHUNK)
-        corner = [i_kv, i_batch * plan[0][0] + origin[0], origin[1], origin[2], 0]
-        expect_load(ring, n, k_desc.block_type.nbytes + v_desc.block_type.nbytes, TILES)
-        load_box(ring, k_desc, corner, n, 0, TILES)
-        load_box(ring, v_desc, corner, n, 1, TILES)
+        i_batch, i_kv, origin, _walk = key_walk(tile_id, plan, CAUSAL, TILE, CHUNK, OFFSET)
+        expect_load(ring, n, (k_desc.block_type.nbytes + v_desc.block_type.nbytes) * COUNT, TILES)
+        for GROUP in gl.static_range(COUNT):
+            t, h, w = part_of(origin, GROUP, GROUPS, PART)
+            load_box(ring, k_desc, [i_kv, i_batch * plan[0][0] + t, h, w, 0], n, GROUP, TILES)
+            load_box(ring, v_desc, [i_kv, i_batch * plan[0][0] + t, h, w, 0], n, COUNT + GROUP, TILES)
         n += 1
         tile_id = take_tile(schedule, n, TileCounter)
 
 
 @gluon.jit
 def q_chunk_producer(
-    ring, schedule, q_desc, do_desc, lse_desc, delta_desc, plan, num_tiles, group,
-    CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr, STAGES: gl.constexpr,
+    ring, notes, schedule, q_desc, do_desc, lse_desc, delta_desc, plan, num_tiles, group,
+    CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr, OFFSET: gl.constexpr, SKIP: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """The warp that loads chunks of queries with their output gradients, lse and delta."""
     BYTES: gl.constexpr = (
@@ -92,16 +108,18 @@ def q_chunk_producer(
     i_tile = 0
     tile_id = await_tile(schedule, 0)
     while tile_id < num_tiles:
-        i_batch, i_kv, _origin, walk = key_walk(tile_id, plan, CAUSAL, TILE, CHUNK)
+        i_batch, i_kv, _origin, walk = key_walk(tile_id, plan, CAUSAL, TILE, CHUNK, OFFSET)
         i_walk, i_head = (0, 0, 0), i_kv * group
         for _ in range(chunk_count(walk) * group):
-            t, h, w = corner_at(i_walk, walk, CHUNK)
+            t, h, w = corner_at(i_walk, walk, CHUNK, SKIP)
+            if SKIP:
+                write_note(notes, ring, n, (t, h, w), STAGES)
             t += i_batch * plan[0][0]
             expect_load(ring, n, BYTES, STAGES)
             load_box(ring, q_desc, [i_head, t, h, w, 0], n, 0, STAGES)
             load_box(ring, do_desc, [i_head, t, h, w, 0], n, 1, STAGES)
-            load_box(ring, lse_desc, [i_head, t, h, w], n, 2, STAGES)
-            load_box(ring, delta_desc, [i_head, t, h, w], n, 3, STAGES)
+            load_box(ring, lse_desc, [i_head, t, h, w + OFFSET], n, 2, STAGES)
+            load_box(ring, delta_desc, [i_head, t, h, w + OFFSET], n, 3, STAGES)
             i_walk, wraps = next_walk_index(i_walk, walk)
             i_head += gl.where(wraps, 1, 0)
             n += 1
@@ -114,8 +132,9 @@ def add_queries(
     b_dk, b_dv, b_k, b_v, b_hidden, ring, n, factor,
     N: gl.constexpr, STAGES: gl.constexpr, SCORES: gl.constexpr, WEIGHTS_K: gl.constexpr, WEIGHTS_V: gl.constexpr,
 ):  # fmt: skip
-    """Add the contribution of chunk ``n`` of queries to dV, and to dK without its factor ``scale``."""
-    await_load(ring, n, True, STAGES)
+    """Add the contribution of chunk ``n`` of queries, which has arrived, to dV, and to dK without its factor
+    ``scale``.
+    """
     i, _ = stage_of(n, STAGES)
     b_q = ring[0][0].index(i).reshape([N, b_k.shape[1]])
     b_do = ring[0][1].index(i).reshape([N, b_v.shape[1]])
@@ -131,7 +150,6 @@ def add_queries(
     b_dk = warpgroup_mma(gl.convert_layout(b_ds.to(b_q.dtype), WEIGHTS_K), b_q, b_dk, is_async=True)
     # Left running into the next chunk, these two products would need more hardware registers than there are.
     b_dk, b_dv = warpgroup_mma_wait(0, deps=[b_dk, b_dv])
-    release(ring, n, STAGES)
     return b_dk, b_dv
 
 
@@ -140,17 +158,14 @@ def add_to_values(
     b_dv, b_k, b_v, b_hidden, ring, n, factor,
     N: gl.constexpr, STAGES: gl.constexpr, SCORES: gl.constexpr, WEIGHTS: gl.constexpr,
 ):  # fmt: skip
-    """Add the contribution of chunk ``n`` of queries to dV alone."""
-    await_load(ring, n, True, STAGES)
+    """Add the contribution of chunk ``n`` of queries, which has arrived, to dV alone."""
     i, _ = stage_of(n, STAGES)
     b_s = start_product(b_k, ring[0][0].index(i).reshape([N, b_k.shape[1]]), b_hidden)
     b_s = warpgroup_mma_wait(0, deps=[b_s])
     b_p = gl.exp2(b_s * factor - ring[0][2].index(i).reshape([N]).load(gl.SliceLayout(0, SCORES))[None, :])
     b_do = ring[0][1].index(i).reshape([N, b_v.shape[1]])
     b_dv = warpgroup_mma(gl.convert_layout(b_p.to(b_do.dtype), WEIGHTS), b_do, b_dv, is_async=True)
-    b_dv = warpgroup_mma_wait(0, deps=[b_dv])
-    release(ring, n, STAGES)
-    return b_dv
+    return warpgroup_mma_wait(0, deps=[b_dv])
 
 
 @gluon.jit
@@ -158,8 +173,7 @@ def add_to_keys(
     b_dk, b_k, b_v, b_hidden, ring, n, factor,
     N: gl.constexpr, STAGES: gl.constexpr, SCORES: gl.constexpr, WEIGHTS: gl.constexpr,
 ):  # fmt: skip
-    """Add the contribution of chunk ``n`` of queries to dK alone, without its factor ``scale``."""
-    await_load(ring, n, True, STAGES)
+    """Add the contribution of chunk ``n`` of queries, which has arrived, to dK alone, without its factor ``scale``."""
     i, _ = stage_of(n, STAGES)
     b_q = ring[0][0].index(i).reshape([N, b_k.shape[1]])
     b_s = start_product(b_k, b_q, b_hidden)
@@ -169,27 +183,26 @@ def add_to_keys(
     b_dp = warpgroup_mma_wait(0, deps=[b_dp])
     b_ds = b_p * (b_dp - ring[0][3].index(i).reshape([N]).load(gl.SliceLayout(0, SCORES))[None, :])
     b_dk = warpgroup_mma(gl.convert_layout(b_ds.to(b_q.dtype), WEIGHTS), b_q, b_dk, is_async=True)
-    b_dk = warpgroup_mma_wait(0, deps=[b_dk])
-    release(ring, n, STAGES)
-    return b_dk
+    return warpgroup_mma_wait(0, deps=[b_dk])
 
 
 @gluon.jit
 def dkv_consumer(
-    tile_ring, ring, schedule, DK, DV, plan, num_tiles, group, scale,
-    GROUP: gl.constexpr, BY_RESULT: gl.constexpr, CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr,
-    RANK: gl.constexpr, D: gl.constexpr, BD: gl.constexpr, DIM_V: gl.constexpr, BDV: gl.constexpr,
-    STAGES: gl.constexpr, TILES: gl.constexpr,
+    tile_ring, ring, notes, schedule, DK, DV, plan, num_tiles, group, scale,
+    BY_RESULT: gl.constexpr, CAUSAL: gl.constexpr, TILE: gl.constexpr, PART: gl.constexpr, GROUPS: gl.constexpr,
+    SKIP: gl.constexpr, CHUNK: gl.constexpr, OFFSET: gl.constexpr, RANK: gl.constexpr, D: gl.constexpr,
+    BD: gl.constexpr, DIM_V: gl.constexpr, BDV: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr,
+    GROUP: gl.constexpr,
 ):  # fmt: skip
-    """One of the two groups of four warps.
+    """One of the groups of four warps.
 
-    Each group computes both results for one half of the keys of a tile. ``BY_RESULT``, each computes one result for all
-    keys: of wide heads, the registers of a thread hold the accumulators of only one.
+    Each group computes both results for one part of a tile of keys. ``BY_RESULT``, each of two computes one result for
+    the only part: of wide heads, the registers of a thread hold the accumulators of only one.
     """
-    M: gl.constexpr = TILE[0] * TILE[1] * TILE[2] // (1 if BY_RESULT else 2)
-    HALF: gl.constexpr = 0 if BY_RESULT else GROUP
+    COUNT: gl.constexpr = GROUPS[0] * GROUPS[1] * GROUPS[2]
+    OWN: gl.constexpr = 0 if BY_RESULT else GROUP
+    M: gl.constexpr = PART[0] * PART[1] * PART[2]
     N: gl.constexpr = CHUNK[0] * CHUNK[1] * CHUNK[2]
-    ROWS: gl.constexpr = TILE[0] * TILE[1] * TILE[2]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     OUT_K: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BD, 16])
     OUT_V: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BDV, 16])
@@ -198,12 +211,13 @@ def dkv_consumer(
     length, kernel, stride, _tiles, kv_heads = plan
     factor = scale * LOG2E
     inner = unravel(gl.arange(0, N, gl.SliceLayout(0, SCORES)), CHUNK[1], CHUNK[2])
-    position = half_rows(HALF, M, TILE, 1, gl.SliceLayout(1, SCORES))[0]
+    position = part_rows(PART, 1, gl.SliceLayout(1, SCORES))[0]
     n = 0
     i_tile = 0
     tile_id = await_tile(schedule, 0)
     while tile_id < num_tiles:
-        i_batch, i_kv, origin, walk = key_walk(tile_id, plan, CAUSAL, TILE, CHUNK)
+        i_batch, i_kv, tile_origin, walk = key_walk(tile_id, plan, CAUSAL, TILE, CHUNK, OFFSET)
+        origin = part_of(tile_origin, OWN, GROUPS, PART)
         row_lo, row_hi = queries_of(shifted(position, origin), length, kernel, stride, CAUSAL)
         if not (BY_RESULT and GROUP == 0):
             b_dk = gl.zeros([M, BD], gl.float32, OUT_K)
@@ -211,99 +225,151 @@ def dkv_consumer(
             b_dv = gl.zeros([M, BDV], gl.float32, OUT_V)
         await_load(tile_ring, i_tile, True, TILES)
         i, _ = stage_of(i_tile, TILES)
-        b_k = tile_ring[0][0].index(i).reshape([ROWS, BD])
-        b_v = tile_ring[0][1].index(i).reshape([ROWS, BDV])
-        if not BY_RESULT:
-            b_k, b_v = b_k.slice(HALF * M, M), b_v.slice(HALF * M, M)
-        i_walk = (0, 0, 0)
-        for _ in range(chunk_count(walk) * group):
-            b_hidden = chunk_mask(i_walk, walk, row_lo, row_hi, inner, M, N, CHUNK, RANK, SCORES)
-            if not BY_RESULT:
-                b_dk, b_dv = add_queries(
-                    b_dk, b_dv, b_k, b_v, b_hidden, ring, n, factor, N, STAGES, SCORES, WEIGHTS_K, WEIGHTS_V
-                )
-            elif GROUP == 0:
-                b_dv = add_to_values(b_dv, b_k, b_v, b_hidden, ring, n, factor, N, STAGES, SCORES, WEIGHTS_V)
-            else:
-                b_dk = add_to_keys(b_dk, b_k, b_v, b_hidden, ring, n, factor, N, STAGES, SCORES, WEIGHTS_K)
-            i_walk, _wraps = next_walk_index(i_walk, walk)
-            n += 1
+        b_k = tile_ring[0][OWN].index(i).reshape([M, BD])
+        b_v = tile_ring[0][COUNT + OWN].index(i).reshape([M, BDV])
+        if SKIP:
+            lo, hi, _, _ = union_of_queries(origin, length, kernel, stride, CAUSAL, PART)
+            reach, row_size = reach_of(lo, hi, is_empty(origin, length), CHUNK), row_sizes(row_lo, row_hi)
+            for _ in range(chunk_count(walk) * group):
+                await_load(ring, n, True, STAGES)
+                corner = read_note(notes, n, STAGES)
+                if meets(corner, reach):
+                    b_hidden = hidden(corner, row_lo, row_size, inner, RANK)
+                    b_dk, b_dv = add_queries(
+                        b_dk, b_dv, b_k, b_v, b_hidden, ring, n, factor, N, STAGES, SCORES, WEIGHTS_K, WEIGHTS_V
+                    )
+                release(ring, n, STAGES)
+                n += 1
+        else:
+            i_walk = (0, 0, 0)
+            for _ in range(chunk_count(walk) * group):
+                b_hidden = chunk_mask(i_walk, walk, row_lo, row_hi, inner, M, N, CHUNK, RANK, SCORES)
+                await_load(ring, n, True, STAGES)
+                if not BY_RESULT:
+                    b_dk, b_dv = add_queries(
+                        b_dk, b_dv, b_k, b_v, b_hidden, ring, n, factor, N, STAGES, SCORES, WEIGHTS_K, WEIGHTS_V
+                    )
+                elif GROUP == 0:
+                    b_dv = add_to_values(b_dv, b_k, b_v, b_hidden, ring, n, factor, N, STAGES, SCORES, WEIGHTS_V)
+                else:
+                    b_dk = add_to_keys(b_dk, b_k, b_v, b_hidden, ring, n, factor, N, STAGES, SCORES, WEIGHTS_K)
+                release(ring, n, STAGES)
+                i_walk, _wraps = next_walk_index(i_walk, walk)
+                n += 1
 
         if not BY_RESULT:
-            # No other group reads this half of the keys and values, so the buffers are free for results.
-            store_half(b_v, b_dv, DV, i_kv, i_batch, origin, length, kv_heads, HALF, TILE, 1, DIM_V)
-            store_half(b_k, b_dk * scale, DK, i_kv, i_batch, origin, length, kv_heads, HALF, TILE, 1, D)
+            # No other group reads this part of the keys and values, so the buffers are free for results.
+            store_part(b_v, b_dv, DV, i_kv, i_batch, origin, length, kv_heads, PART, 1, DIM_V)
+            store_part(b_k, b_dk * scale, DK, i_kv, i_batch, origin, length, kv_heads, PART, 1, D)
             fence_async_shared()
         elif GROUP == 0:
             # The other group may still read keys and values, so results do not pass through their buffers.
-            store_half(None, b_dv, DV, i_kv, i_batch, origin, length, kv_heads, HALF, TILE, 1, DIM_V)
+            store_part(None, b_dv, DV, i_kv, i_batch, origin, length, kv_heads, PART, 1, DIM_V)
         else:
-            store_half(None, b_dk * scale, DK, i_kv, i_batch, origin, length, kv_heads, HALF, TILE, 1, D)
+            store_part(None, b_dk * scale, DK, i_kv, i_batch, origin, length, kv_heads, PART, 1, D)
         release(tile_ring, i_tile, TILES)
         i_tile += 1
         tile_id = await_tile(schedule, i_tile)
 
 
 @gluon.jit
-def large_dkv_kernel(
-    q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, DK, DV, TileCounter,
-    length, kernel, stride, tiles, group, kv_heads, num_tiles, scale,
-    BY_RESULT: gl.constexpr, CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr, RANK: gl.constexpr,
-    D: gl.constexpr, BD: gl.constexpr, DIM_V: gl.constexpr, BDV: gl.constexpr, STAGES: gl.constexpr,
-    TILES: gl.constexpr,
+def dkv_worker(
+    tile_ring, ring, notes, schedule, q_desc, do_desc, lse_desc, delta_desc, k_desc, v_desc, DK, DV, TileCounter,
+    plan, group, num_tiles, scale,
+    BY_RESULT: gl.constexpr, CAUSAL: gl.constexpr, TILE: gl.constexpr, PART: gl.constexpr, GROUPS: gl.constexpr,
+    SKIP: gl.constexpr, CHUNK: gl.constexpr, OFFSET: gl.constexpr, RANK: gl.constexpr, D: gl.constexpr,
+    BD: gl.constexpr, DIM_V: gl.constexpr, BDV: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr,
+    WORKER: gl.constexpr,
 ):  # fmt: skip
-    """dK and dV, contiguous. Heads have ``D`` and ``DIM_V`` channels, and ``BD`` and ``BDV`` in shared memory."""
-    tile_ring = new_ring((k_desc, v_desc), TILES)
-    ring, schedule = new_ring((q_desc, do_desc, lse_desc, delta_desc), STAGES), new_schedule(3)
+    """What the groups of warps do: the first ones compute, the last two load."""
+    READERS: gl.constexpr = 2 if BY_RESULT else GROUPS[0] * GROUPS[1] * GROUPS[2]
+    if WORKER < READERS:
+        dkv_consumer(
+            tile_ring, ring, notes, schedule, DK, DV, plan, num_tiles, group, scale,
+            BY_RESULT, CAUSAL, TILE, PART, GROUPS, SKIP, CHUNK, OFFSET, RANK, D, BD, DIM_V, BDV, STAGES, TILES,
+            WORKER,
+        )  # fmt: skip
+    elif WORKER == READERS:
+        kv_tile_producer(
+            tile_ring, schedule, TileCounter, k_desc, v_desc, plan, num_tiles,
+            CAUSAL, TILE, PART, GROUPS, CHUNK, OFFSET, TILES,
+        )  # fmt: skip
+    else:
+        q_chunk_producer(
+            ring, notes, schedule, q_desc, do_desc, lse_desc, delta_desc, plan, num_tiles, group,
+            CAUSAL, TILE, CHUNK, OFFSET, SKIP, STAGES,
+        )  # fmt: skip
+
+
+@gluon.jit
+def large_dkv_kernel(
+    DK, DV, TileCounter, lse_desc, delta_desc, q_desc, do_desc, k_desc, v_desc,
+    length, kernel, stride, tiles, group, kv_heads, num_tiles, scale,
+    BY_RESULT: gl.constexpr, CAUSAL: gl.constexpr, TILE: gl.constexpr, PART: gl.constexpr, GROUPS: gl.constexpr,
+    SKIP: gl.constexpr, CHUNK: gl.constexpr, OFFSET: gl.constexpr, RANK: gl.constexpr, D: gl.constexpr,
+    BD: gl.constexpr, DIM_V: gl.constexpr, BDV: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr,
+    WARPS: gl.constexpr, REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """dK and dV, contiguous. Heads have ``D`` and ``DIM_V`` channels, and ``BD`` and ``BDV`` in shared memory.
+
+    ``WARPS`` and ``REGISTERS`` are as in ``large_forward_kernel``.
+    """
+    COUNT: gl.constexpr = GROUPS[0] * GROUPS[1] * GROUPS[2]
+    READERS: gl.constexpr = 2 if BY_RESULT else COUNT
+    tile_ring = new_ring(repeated((k_desc, v_desc), COUNT), TILES, READERS)
+    ring, schedule = new_ring((q_desc, do_desc, lse_desc, delta_desc), STAGES, READERS), new_schedule(READERS + 1)
+    notes = new_notes(STAGES)
     plan = (length, kernel, stride, tiles, kv_heads)
     gl.warp_specialize(
         [
-            (dkv_consumer, (tile_ring, ring, schedule, DK, DV, plan, num_tiles, group, scale,
-                            0, BY_RESULT, CAUSAL, TILE, CHUNK, RANK, D, BD, DIM_V, BDV, STAGES, TILES)),
-            (dkv_consumer, (tile_ring, ring, schedule, DK, DV, plan, num_tiles, group, scale,
-                            1, BY_RESULT, CAUSAL, TILE, CHUNK, RANK, D, BD, DIM_V, BDV, STAGES, TILES)),
-            (kv_tile_producer, (tile_ring, schedule, TileCounter, k_desc, v_desc, plan, num_tiles,
-                                CAUSAL, TILE, CHUNK, TILES)),
-            (q_chunk_producer, (ring, schedule, q_desc, do_desc, lse_desc, delta_desc, plan, num_tiles, group,
-                                CAUSAL, TILE, CHUNK, STAGES)),
+            (dkv_worker, (tile_ring, ring, notes, schedule, q_desc, do_desc, lse_desc, delta_desc, k_desc, v_desc, DK,
+                          DV, TileCounter, plan, group, num_tiles, scale, BY_RESULT, CAUSAL, TILE, PART, GROUPS, SKIP,
+                          CHUNK, OFFSET, RANK, D, BD, DIM_V, BDV, STAGES, TILES, WORKER))
+            for WORKER in (0, 1, 2, 3, 4, 5, 6)[: READERS + 2]
         ],
-        [4, 1, 1],  # warps of all functions but the first, which has ``num_warps``
-        [240, 24, 24],  # hardware registers a thread of these
+        WARPS,
+        REGISTERS,
     )  # fmt: skip
 
 
-def buffered_tiles(problem: Problem) -> int:
-    """Buffers for tiles of keys. With two, a group need not wait for the other before its next tile; in 1-D the loop
-    would then spill registers.
-    """
-    return 2 if problem.rank > 1 and not large_tiling.is_wide(problem) else 1
-
-
 def key_gradients(
-    config: TileConfig, problem: Problem, inputs: Inputs, options: Options, grad_out: Tensor, statistics: RowStatistics
-) -> tuple[Tensor, Tensor]:
+    config: LargeTileConfig, problem: Problem, inputs: Inputs, options: Options, grad_out: Tensor,
+    statistics: RowStatistics,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dK and dV of the window keys; gradients of register tokens are computed elsewhere.
 
-    Allocates these, and the statistics in head-major order if another kernel than :func:`query_gradient` wrote them.
+    Allocates these, and the statistics in head-major order if another kernel than that of dQ for large windows wrote
+    them.
     """
     head_major = statistics.head_major
     if head_major is None:
         assert statistics.lse is not None
         head_major = to_head_major(problem, statistics.lse, statistics.delta)
     query, key, value = inputs[:3]
-    grad_key, grad_value = new_like(key), new_like(value)
-    lengths, kernel_size, stride, _ = problem.geometry
-    tiles = problem.tiles(config.tile)
-    num_tiles = query.shape[0] * prod(tiles) * problem.kv_heads
-    large_dkv_kernel[(min(num_tiles, multiprocessors(query.device)),)](
-        box_descriptor(query, config.chunk), box_descriptor(key, config.tile), box_descriptor(value, config.tile),
-        box_descriptor(grad_out, config.chunk),
-        *(statistics_descriptor(x, lengths[2], config.chunk) for x in head_major),
-        grad_key, grad_value, key.new_zeros(1, dtype=torch.int32),
-        lengths, kernel_size, stride, tiles, problem.group, problem.kv_heads, num_tiles, options.scale,
-        BY_RESULT=large_tiling.is_wide(problem), CAUSAL=three_axes(problem.is_causal, False), TILE=config.tile,
-        CHUNK=config.chunk, RANK=problem.rank, D=key.shape[-1], BD=head_width(key.shape[-1]),
-        DIM_V=value.shape[-1], BDV=head_width(value.shape[-1]), STAGES=config.stages, TILES=buffered_tiles(problem),
-        **TRITON_OPTIONS, num_warps=config.num_warps, maxnreg=config.maxnreg,
-    )  # fmt: skip
+    grad_key, grad_value, counter = new_like(key), new_like(value), key.new_zeros(1, dtype=torch.int32)
+    call = prepare(config, problem, layout(grad_out), layout(head_major.lse))
+    call((grad_key, grad_value, counter), (*head_major, query, grad_out, key, value), (options.scale,))
     return grad_key, grad_value
+
+
+@lru_cache(maxsize=1024)
+def prepare(config: LargeTileConfig, p: Problem, grad_out: Layout, head_major: Layout) -> Call:
+    """What all calls of a problem share."""
+    lengths, kernel_size, stride, _ = p.geometry
+    tiles, by_result = p.tiles(config.tile), large_tiling.is_wide(p)
+    offset = large_tiling.statistics_offset(p.axes)
+    programs = p.query.shape[0] * prod(tiles) * p.kv_heads
+    return call_of(
+        large_dkv_kernel,
+        (min(programs, multiprocessors(p.device)),),
+        (lengths, kernel_size, stride, tiles, p.group, p.kv_heads, programs),
+        [
+            *(statistics_boxes(head_major, offset + lengths[2], config.chunk) for _ in range(2)),
+            *(key_boxes(x, config.chunk) for x in (p.query, grad_out)),
+            *(key_boxes(x, config.part) for x in (p.key, p.value)),
+        ],
+        BY_RESULT=by_result, CAUSAL=three_axes(p.is_causal, False), TILE=config.tile, PART=config.part,
+        GROUPS=config.groups, SKIP=config.skip, CHUNK=config.chunk, OFFSET=offset, RANK=p.rank, D=p.key.shape[-1],
+        BD=head_width(p.key.shape[-1]), DIM_V=p.value.shape[-1], BDV=head_width(p.value.shape[-1]),
+        STAGES=config.stages, TILES=large_tiling.buffered_tiles(p), **config.work(2, 2 if by_result else None),
+    )  # fmt: skip

@@ -2,15 +2,18 @@
 
 It computes what ``portable/forward.py`` computes. The kernel is persistent with an atomic tile scheduler: one program a
 multiprocessor takes tile after tile off a counter. One producer warp each loads queries, keys and values by TMA into
-rings of shared memory; two consumer groups of four warps compute half of the rows of a tile each. A group starts the
+rings of shared memory; consumer groups of four warps compute a part of the rows of a tile each. Two groups start the
 scores of a chunk together with the weighted sum of the previous chunk, so that the tensor cores are busy while the
-softmax is computed.
+softmax is computed. With ``SKIP``, more groups keep them busy, each computing one chunk after the other and skipping
+those that none of its own rows sees: where windows are not much larger than tiles, a tile sees much more than a part.
 """
 
 # Triton's language is Python to the parser only.
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAssignmentType=false, reportArgumentType=false
 # pyright: reportIndexIssue=false
 
+from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -25,76 +28,45 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..host.launcher import TRITON_OPTIONS
+from ..host.launcher import Launcher, launcher
 from ..host.problem import Inputs, Options, Problem, need_wide_offsets, new_results, three_axes
-from ..host.tiling import TileConfig, head_width
+from ..host.tiling import head_width
 from ..portable.fold_registers import fold_registers
 from ..portable.forward import attend_tile
 from ..portable.primitives import LN2, LOG2E, LOWEST
-from ..portable.windows import shifted, unravel, windows_of
+from ..portable.windows import is_empty, shifted, union_of_windows, unravel, windows_of
+from .large_tiling import LargeTileConfig
 from .primitives import (
     await_load,
     await_tile,
-    box_descriptor,
     chunk_count,
     chunk_mask,
-    corner_at,
-    expect_load,
-    half_rows,
-    load_box,
+    hidden,
+    key_boxes,
+    key_chunk_producer,
+    meets,
     multiprocessors,
+    new_notes,
     new_ring,
     new_schedule,
     next_walk_index,
     output_rows,
-    query_descriptor,
+    part_of,
+    part_rows,
+    query_boxes,
+    query_tile_producer,
+    reach_of,
+    read_note,
     release,
+    repeated,
+    row_sizes,
     stage_of,
     store_rows,
-    take_tile,
     tile_walk,
 )
+from .small_forward import Call, call_of
 
 FLAGS: tl.constexpr = tl.constexpr(64)  # tiles whose flags one program of the repair kernel reads
-
-
-@gluon.jit
-def q_producer(
-    ring, schedule, TileCounter, desc, plan, num_tiles,
-    CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr, PACK: gl.constexpr, TILES: gl.constexpr,
-):  # fmt: skip
-    """The warp that takes tiles off the counter and loads their queries."""
-    n = 0
-    tile_id = take_tile(schedule, 0, TileCounter)
-    while tile_id < num_tiles:
-        i_batch, i_head, _i_flag, origin, _walk = tile_walk(tile_id, plan, CAUSAL, TILE, CHUNK)
-        corner = [i_batch * plan[0][0] + origin[0], origin[1], origin[2], i_head * PACK, 0]
-        expect_load(ring, n, desc.block_type.nbytes, TILES)
-        load_box(ring, desc, corner, n, 0, TILES)
-        n += 1
-        tile_id = take_tile(schedule, n, TileCounter)
-
-
-@gluon.jit
-def kv_producer(
-    ring, schedule, desc, plan, num_tiles, group,
-    CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr, PACK: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """The warp that loads keys, or the one that loads values, chunk by chunk."""
-    n = 0
-    i_tile = 0
-    tile_id = await_tile(schedule, 0)
-    while tile_id < num_tiles:
-        i_batch, i_head, _i_flag, _origin, walk = tile_walk(tile_id, plan, CAUSAL, TILE, CHUNK)
-        i_walk = (0, 0, 0)
-        for _ in range(chunk_count(walk)):
-            t, h, w = corner_at(i_walk, walk, CHUNK)
-            expect_load(ring, n, desc.block_type.nbytes, STAGES)
-            load_box(ring, desc, [i_head * PACK // group, i_batch * plan[0][0] + t, h, w, 0], n, 0, STAGES)
-            i_walk, _wraps = next_walk_index(i_walk, walk)
-            n += 1
-        i_tile += 1
-        tile_id = await_tile(schedule, i_tile)
 
 
 @gluon.jit
@@ -107,21 +79,36 @@ def start_scores(b_q, k_ring, n, b_hidden, D: gl.constexpr, STAGES: gl.constexpr
 
 @gluon.jit
 def start_values(b_p, b_acc, v_ring, n, STAGES: gl.constexpr):
-    """Wait for the values of chunk ``n``, and start to add them, weighted."""
-    await_load(v_ring, n, True, STAGES)
+    """Start to add the values of chunk ``n``, which have arrived, weighted."""
     i, _ = stage_of(n, STAGES)
     b_v = v_ring[0][0].index(i).reshape([b_p.shape[1], b_acc.shape[1]])
     return warpgroup_mma(b_p, b_v, b_acc, is_async=True)
 
 
 @gluon.jit
-def softmax_weights(b_s, row_m, part_l, factor, DTYPE: gl.constexpr, WEIGHTS: gl.constexpr, PARTS: gl.constexpr):
-    """Weights of a chunk, the new maximum, the new sums, and the factor by which all earlier sums shrink.
+def row_maximum(b_s):
+    """Maximum of each row. Halves of rows are compared with each other first, as a thread would otherwise compare the
+    elements that it has one after the other, each time waiting for the result. (Where a product is under way, this
+    gained nothing.)
+    """
+    for _ in gl.static_range(2):
+        halves = b_s.reshape([b_s.shape[0], 2, b_s.shape[1] // 2]).permute((0, 2, 1))
+        b_left, b_right = gl.split(halves)
+        b_s = gl.maximum(b_left, b_right)
+    return gl.max(b_s, 1)
+
+
+@gluon.jit
+def softmax_weights(
+    b_s, row_max, row_m, part_l, factor, DTYPE: gl.constexpr, WEIGHTS: gl.constexpr, PARTS: gl.constexpr
+):  # fmt: skip
+    """Weights of a chunk, whose maximum in each row is ``row_max``, the new maximum, the new sums, and the factor by
+    which all earlier sums shrink.
 
     ``part_l [M, 8]`` holds a sum over every eighth key of a row. These are the keys that one thread has, so that no
     values are exchanged between threads before the end of the tile.
     """
-    row_m_new = gl.maximum(row_m, gl.max(b_s, 1) * factor)
+    row_m_new = gl.maximum(row_m, row_max * factor)
     row_alpha = gl.exp2(row_m - row_m_new)
     b_p = gl.exp2(b_s * factor - row_m_new[:, None])
     part = gl.convert_layout(gl.sum(b_p.reshape([b_p.shape[0], b_p.shape[1] // 8, 8]), 1), PARTS)
@@ -139,7 +126,7 @@ def attend_first(
     b_s = start_scores(b_q, k_ring, n, b_hidden, D, STAGES)
     b_s = warpgroup_mma_wait(0, deps=[b_s])
     release(k_ring, n, STAGES)
-    b_p, row_m, part_l, _ = softmax_weights(b_s, row_m, part_l, factor, b_q.dtype, WEIGHTS, PARTS)
+    b_p, row_m, part_l, _ = softmax_weights(b_s, gl.max(b_s, 1), row_m, part_l, factor, b_q.dtype, WEIGHTS, PARTS)
     return b_p, row_m, part_l
 
 
@@ -151,10 +138,13 @@ def attend_next(
 ):  # fmt: skip
     """Weights of chunk ``n``, whose keys have arrived, while the weighted values of the previous chunk are added."""
     b_s = start_scores(b_q, k_ring, n, b_hidden, D, STAGES)
+    await_load(v_ring, n - 1, True, STAGES)
     b_acc = start_values(b_p, b_acc, v_ring, n - 1, STAGES)
     b_s = warpgroup_mma_wait(1, deps=[b_s])
     release(k_ring, n, STAGES)
-    b_p, row_m, part_l, row_alpha = softmax_weights(b_s, row_m, part_l, factor, b_q.dtype, WEIGHTS, PARTS)
+    b_p, row_m, part_l, row_alpha = softmax_weights(
+        b_s, gl.max(b_s, 1), row_m, part_l, factor, b_q.dtype, WEIGHTS, PARTS
+    )
     # This wait stands here because ptxas would move the next one above the softmax if there were none before it.
     await_load(k_ring, n + 1, n < last, STAGES)
     b_acc = warpgroup_mma_wait(0, deps=[b_acc])
@@ -183,14 +173,30 @@ def initial_stats(Sink, row_head, sink, SINK: gl.constexpr, M: gl.constexpr, ROW
 
 
 @gluon.jit
-def q_consumer(
-    q_ring, k_ring, v_ring, schedule, Out, RowMax, RowSum, Nonfinite, Sink, plan, num_tiles, sink, factor,
-    HALF: gl.constexpr, CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr, PACK: gl.constexpr,
-    RANK: gl.constexpr, BD: gl.constexpr, DV: gl.constexpr, BDV: gl.constexpr, STAGES: gl.constexpr,
-    TILES: gl.constexpr, SINK: gl.constexpr, WITH_STATS: gl.constexpr,
+def attend_alone(
+    b_q, b_hidden, b_acc, row_m, part_l, k_ring, v_ring, n, factor,
+    D: gl.constexpr, STAGES: gl.constexpr, WEIGHTS: gl.constexpr, PARTS: gl.constexpr, OUT: gl.constexpr,
 ):  # fmt: skip
-    """One of the two groups of four warps; each computes one half of the rows of every tile."""
-    M: gl.constexpr = TILE[0] * TILE[1] * TILE[2] * PACK // 2
+    """Add chunk ``n``, which has arrived, with no product under way before and after."""
+    b_s = start_scores(b_q, k_ring, n, b_hidden, D, STAGES)
+    b_s = warpgroup_mma_wait(0, deps=[b_s])
+    row_max = gl.convert_layout(row_maximum(b_s), row_m.type.layout)
+    b_p, row_m, part_l, row_alpha = softmax_weights(b_s, row_max, row_m, part_l, factor, b_q.dtype, WEIGHTS, PARTS)
+    b_acc = b_acc * gl.convert_layout(row_alpha, gl.SliceLayout(1, OUT))[:, None]
+    b_acc = start_values(b_p, b_acc, v_ring, n, STAGES)
+    b_acc = warpgroup_mma_wait(0, deps=[b_acc])
+    return b_acc, row_m, part_l
+
+
+@gluon.jit
+def q_consumer(
+    q_ring, k_ring, v_ring, notes, schedule, Out, RowMax, RowSum, Nonfinite, Sink, plan, parts, num_tiles, sink, factor,
+    CAUSAL: gl.constexpr, TILE: gl.constexpr, PART: gl.constexpr, GROUPS: gl.constexpr, SKIP: gl.constexpr,
+    CHUNK: gl.constexpr, PACK: gl.constexpr, RANK: gl.constexpr, BD: gl.constexpr, DV: gl.constexpr, BDV: gl.constexpr,
+    STAGES: gl.constexpr, TILES: gl.constexpr, SINK: gl.constexpr, WITH_STATS: gl.constexpr, GROUP: gl.constexpr,
+):  # fmt: skip
+    """One of the groups of four warps; each computes one part of every tile."""
+    M: gl.constexpr = PART[0] * PART[1] * PART[2] * PACK
     N: gl.constexpr = CHUNK[0] * CHUNK[1] * CHUNK[2]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BDV, 16])
@@ -199,36 +205,56 @@ def q_consumer(
     STORE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BDV, BDV // 8], [4, 1], [1, 0])
     length, kernel, stride, _tiles, blocks = plan
     inner = unravel(gl.arange(0, N, gl.SliceLayout(0, SCORES)), CHUNK[1], CHUNK[2])
-    position, head = half_rows(HALF, M, TILE, PACK, gl.SliceLayout(1, SCORES))
+    position, head = part_rows(PART, PACK, gl.SliceLayout(1, SCORES))
     n = 0
     i_tile = 0
     tile_id = await_tile(schedule, 0)
     while tile_id < num_tiles:
-        i_batch, i_head, i_flag, origin, walk = tile_walk(tile_id, plan, CAUSAL, TILE, CHUNK)
+        i_batch, i_head, tile_origin, walk = tile_walk(tile_id, plan, CAUSAL, TILE, CHUNK)
+        origin = part_of(tile_origin, GROUP, GROUPS, PART)
         row_lo, row_hi = windows_of(shifted(position, origin), length, kernel, stride, CAUSAL)
         row_m, part_l = initial_stats(Sink, i_head * PACK + head, sink, SINK, M, gl.SliceLayout(1, SCORES), PARTS)
         b_acc = gl.zeros([M, BDV], gl.float32, OUT)
-        last = n + chunk_count(walk) - 1
-
-        i_walk = (0, 0, 0)
-        b_hidden = chunk_mask(i_walk, walk, row_lo, row_hi, inner, M, N, CHUNK, RANK, SCORES)
-        await_load(q_ring, i_tile, True, TILES)
-        i_query, _ = stage_of(i_tile, TILES)
-        b_q = q_ring[0][0].index(i_query).reshape([2 * M, BD]).slice(HALF * M, M)
-        b_p, row_m, part_l = attend_first(b_q, b_hidden, row_m, part_l, k_ring, n, factor, BD, STAGES, WEIGHTS, PARTS)
-        n += 1
-        await_load(k_ring, n, n <= last, STAGES)
-        for _ in range(1, chunk_count(walk)):
-            i_walk, _wraps = next_walk_index(i_walk, walk)
+        if SKIP:
+            lo, hi, _, _ = union_of_windows(origin, length, kernel, stride, CAUSAL, PART)
+            reach, row_size = reach_of(lo, hi, is_empty(origin, length), CHUNK), row_sizes(row_lo, row_hi)
+            await_load(q_ring, i_tile, True, TILES)
+            i_query, _ = stage_of(i_tile, TILES)
+            b_q = q_ring[0][GROUP].index(i_query).reshape([M, BD])
+            for _ in range(chunk_count(walk)):
+                await_load(k_ring, n, True, STAGES)
+                corner = read_note(notes, n, STAGES)
+                if meets(corner, reach):
+                    b_hidden = hidden(corner, row_lo, row_size, inner, RANK)
+                    b_acc, row_m, part_l = attend_alone(
+                        b_q, b_hidden, b_acc, row_m, part_l, k_ring, v_ring, n, factor, BD, STAGES, WEIGHTS, PARTS, OUT
+                    )
+                release(k_ring, n, STAGES)
+                n += 1
+        else:
+            last = n + chunk_count(walk) - 1
+            i_walk = (0, 0, 0)
             b_hidden = chunk_mask(i_walk, walk, row_lo, row_hi, inner, M, N, CHUNK, RANK, SCORES)
-            b_p, b_acc, row_m, part_l = attend_next(
-                b_q, b_hidden, b_p, b_acc, row_m, part_l, k_ring, v_ring, n, last, factor,
-                BD, STAGES, WEIGHTS, PARTS, OUT,
-            )  # fmt: skip
+            await_load(q_ring, i_tile, True, TILES)
+            i_query, _ = stage_of(i_tile, TILES)
+            b_q = q_ring[0][GROUP].index(i_query).reshape([M, BD])
+            b_p, row_m, part_l = attend_first(
+                b_q, b_hidden, row_m, part_l, k_ring, n, factor, BD, STAGES, WEIGHTS, PARTS
+            )
             n += 1
-        b_acc = start_values(b_p, b_acc, v_ring, n - 1, STAGES)
-        b_acc = warpgroup_mma_wait(0, deps=[b_acc])
-        release(v_ring, n - 1, STAGES)
+            await_load(k_ring, n, n <= last, STAGES)
+            for _ in range(1, chunk_count(walk)):
+                i_walk, _wraps = next_walk_index(i_walk, walk)
+                b_hidden = chunk_mask(i_walk, walk, row_lo, row_hi, inner, M, N, CHUNK, RANK, SCORES)
+                b_p, b_acc, row_m, part_l = attend_next(
+                    b_q, b_hidden, b_p, b_acc, row_m, part_l, k_ring, v_ring, n, last, factor,
+                    BD, STAGES, WEIGHTS, PARTS, OUT,
+                )  # fmt: skip
+                n += 1
+            await_load(v_ring, n - 1, True, STAGES)
+            b_acc = start_values(b_p, b_acc, v_ring, n - 1, STAGES)
+            b_acc = warpgroup_mma_wait(0, deps=[b_acc])
+            release(v_ring, n - 1, STAGES)
 
         row_l = gl.convert_layout(gl.sum(part_l, 1), gl.SliceLayout(1, OUT))
         b_out = (b_acc / row_l[:, None]).to(b_q.dtype)
@@ -242,52 +268,93 @@ def q_consumer(
         release(q_ring, i_tile, TILES)
         i_tile += 1
 
-        out_position, out_head = half_rows(HALF, M, TILE, PACK, gl.SliceLayout(1, STORE))
+        out_position, out_head = part_rows(PART, PACK, gl.SliceLayout(1, STORE))
         m_rows, o_row = output_rows(out_position, i_head * PACK + out_head, i_batch, origin, length, blocks * PACK)
         store_rows(Out, o_row, m_rows, b_out, DV, BDV, STORE)
         m_rows, o_row = output_rows(position, i_head * PACK + head, i_batch, origin, length, blocks * PACK)
         if WITH_STATS:
             gl.store(RowMax + o_row, row_m * LN2, mask=m_rows)
             gl.store(RowSum + o_row, gl.convert_layout(row_l, gl.SliceLayout(1, SCORES)), mask=m_rows)
-        # Mark the tile if a result is not finite, or if no weight of a row is about one (see ``are_sound``).
+        # Mark the part if a result is not finite, or if no weight of a row is about one (see ``are_sound``).
         row_rest = gl.where(row_l >= 0.5, gl.sum(b_acc * 0.0, 1), float("nan"))
         m_nonfinite = m_rows & ~(gl.abs(gl.convert_layout(row_rest, gl.SliceLayout(1, SCORES))) >= 0.0)
+        i_part = (i_batch * parts[0] + origin[0] // PART[0]) * parts[1] + origin[1] // PART[1]
+        i_flag = (i_part * parts[2] + origin[2] // PART[2]) * blocks + i_head
         gl.store(Nonfinite + i_flag + head * 0, gl.full([M], 1, gl.int32, gl.SliceLayout(1, SCORES)), mask=m_nonfinite)
         tile_id = await_tile(schedule, i_tile)
 
 
 @gluon.jit
+def forward_worker(
+    q_ring, k_ring, v_ring, notes, schedule, q_desc, k_desc, v_desc, Out, RowMax, RowSum, Nonfinite, Sink,
+    plan, parts, group, num_tiles, flags, sink, scale,
+    CAUSAL: gl.constexpr, TILE: gl.constexpr, PART: gl.constexpr, GROUPS: gl.constexpr, SKIP: gl.constexpr,
+    CHUNK: gl.constexpr, PACK: gl.constexpr, RANK: gl.constexpr, BD: gl.constexpr, DV: gl.constexpr, BDV: gl.constexpr,
+    STAGES: gl.constexpr, TILES: gl.constexpr, SINK: gl.constexpr, WITH_STATS: gl.constexpr, WORKER: gl.constexpr,
+):  # fmt: skip
+    """What a group of warps does: the first ones compute, the others load queries, and keys and values."""
+    COUNT: gl.constexpr = GROUPS[0] * GROUPS[1] * GROUPS[2]
+    if WORKER < COUNT:
+        q_consumer(
+            q_ring, k_ring, v_ring, notes, schedule, Out, RowMax, RowSum, Nonfinite, Sink, plan, parts, num_tiles,
+            sink, scale * LOG2E, CAUSAL, TILE, PART, GROUPS, SKIP, CHUNK, PACK, RANK, BD, DV, BDV,
+            STAGES, TILES, SINK, WITH_STATS, WORKER,
+        )  # fmt: skip
+    elif WORKER == COUNT:
+        query_tile_producer(
+            q_ring, schedule, Nonfinite + flags, (q_desc,), plan, num_tiles,
+            CAUSAL, TILE, PART, GROUPS, CHUNK, PACK, TILES,
+        )  # fmt: skip
+    elif SKIP:
+        both = (k_ring[0][0], v_ring[0][0]), k_ring[1], k_ring[2]
+        key_chunk_producer(
+            both, notes, schedule, (k_desc, v_desc), plan, num_tiles, group, CAUSAL, TILE, CHUNK, PACK, SKIP, STAGES
+        )
+    elif WORKER == COUNT + 1:
+        key_chunk_producer(
+            k_ring, notes, schedule, (k_desc,), plan, num_tiles, group, CAUSAL, TILE, CHUNK, PACK, SKIP, STAGES
+        )
+    else:
+        key_chunk_producer(
+            v_ring, notes, schedule, (v_desc,), plan, num_tiles, group, CAUSAL, TILE, CHUNK, PACK, SKIP, STAGES
+        )
+
+
+@gluon.jit
 def large_forward_kernel(
-    q_desc, k_desc, v_desc, Out, RowMax, RowSum, Nonfinite, Sink,
-    length, kernel, stride, tiles, group, blocks, num_tiles, sink, scale,
-    CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr, PACK: gl.constexpr, RANK: gl.constexpr,
-    BD: gl.constexpr, DV: gl.constexpr, BDV: gl.constexpr, SINK: gl.constexpr, WITH_STATS: gl.constexpr,
-    STAGES: gl.constexpr, TILES: gl.constexpr,
+    Out, RowMax, RowSum, Nonfinite, Sink, q_desc, k_desc, v_desc,
+    length, kernel, stride, tiles, parts, group, blocks, num_tiles, flags, sink, scale,
+    CAUSAL: gl.constexpr, TILE: gl.constexpr, PART: gl.constexpr, GROUPS: gl.constexpr, SKIP: gl.constexpr,
+    CHUNK: gl.constexpr, PACK: gl.constexpr, RANK: gl.constexpr, BD: gl.constexpr, DV: gl.constexpr, BDV: gl.constexpr,
+    SINK: gl.constexpr, WITH_STATS: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr, WARPS: gl.constexpr,
+    REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Attention of all tiles.
 
-    ``Nonfinite`` has a flag for each tile, set where results are not finite, and behind the flags the tile counter.
-    Heads are ``BD`` and ``BDV`` channels wide in shared memory; TMA fills what is beyond their own width with zeros.
+    ``Nonfinite`` has a flag for each part of a tile, set where results are not finite, and behind the ``flags`` the
+    tile counter. Heads are ``BD`` and ``BDV`` channels wide in shared memory; TMA fills what is beyond their own width
+    with zeros. ``WARPS`` and ``REGISTERS``, those of a thread, are given for all but the first group of warps, which
+    has ``num_warps``.
     """
-    q_ring, k_ring, v_ring = new_ring((q_desc,), TILES), new_ring((k_desc,), STAGES), new_ring((v_desc,), STAGES)
-    schedule = new_schedule(4)
+    COUNT: gl.constexpr = GROUPS[0] * GROUPS[1] * GROUPS[2]
+    q_ring = new_ring(repeated((q_desc,), COUNT), TILES, COUNT)
+    if SKIP:
+        # Keys and values arrive together, which takes half as many barriers.
+        ring = new_ring((k_desc, v_desc), STAGES, COUNT)
+        k_ring, v_ring = ((ring[0][0],), ring[1], ring[2]), ((ring[0][1],), ring[1], ring[2])
+    else:
+        k_ring, v_ring = new_ring((k_desc,), STAGES, COUNT), new_ring((v_desc,), STAGES, COUNT)
+    notes, schedule = new_notes(STAGES), new_schedule(COUNT + (1 if SKIP else 2))
     plan = (length, kernel, stride, tiles, blocks)
-    factor = scale * LOG2E
     gl.warp_specialize(
         [
-            (q_consumer, (q_ring, k_ring, v_ring, schedule, Out, RowMax, RowSum, Nonfinite, Sink, plan, num_tiles,
-                          sink, factor, 0, CAUSAL, TILE, CHUNK, PACK, RANK, BD, DV, BDV, STAGES, TILES, SINK,
-                          WITH_STATS)),
-            (q_consumer, (q_ring, k_ring, v_ring, schedule, Out, RowMax, RowSum, Nonfinite, Sink, plan, num_tiles,
-                          sink, factor, 1, CAUSAL, TILE, CHUNK, PACK, RANK, BD, DV, BDV, STAGES, TILES, SINK,
-                          WITH_STATS)),
-            (q_producer, (q_ring, schedule, Nonfinite + num_tiles, q_desc, plan, num_tiles,
-                          CAUSAL, TILE, CHUNK, PACK, TILES)),
-            (kv_producer, (k_ring, schedule, k_desc, plan, num_tiles, group, CAUSAL, TILE, CHUNK, PACK, STAGES)),
-            (kv_producer, (v_ring, schedule, v_desc, plan, num_tiles, group, CAUSAL, TILE, CHUNK, PACK, STAGES)),
+            (forward_worker, (q_ring, k_ring, v_ring, notes, schedule, q_desc, k_desc, v_desc, Out, RowMax, RowSum,
+                              Nonfinite, Sink, plan, parts, group, num_tiles, flags, sink, scale, CAUSAL, TILE, PART,
+                              GROUPS, SKIP, CHUNK, PACK, RANK, BD, DV, BDV, STAGES, TILES, SINK, WITH_STATS, WORKER))
+            for WORKER in (0, 1, 2, 3, 4, 5, 6)[: COUNT + (2 if SKIP else 3)]
         ],
-        [4, 1, 1, 1],  # warps of all functions but the first, which has ``num_warps``
-        [240, 24, 24, 24],  # hardware registers a thread of these
+        WARPS,
+        REGISTERS,
     )  # fmt: skip
 
 
@@ -326,63 +393,78 @@ def query_buffers(problem: Problem) -> int:
 
 
 def forward(
-    config: TileConfig, problem: Problem, inputs: Inputs, options: Options, with_stats: bool
+    config: LargeTileConfig, problem: Problem, inputs: Inputs, options: Options, with_stats: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """What ``portable.forward.forward`` computes, for calls that ``dispatch`` sends here.
 
-    Allocates its results, four bytes for every tile of 128 rows, and with register tokens the statistics in any case.
+    Allocates its results, four bytes for every part of a tile, and with register tokens the statistics in any case.
     """
-    out, row_max, row_sum = _attend_windows(config, problem, inputs, options, with_stats or problem.registers > 0)
+    query, key, value, _, _, sink, *_ = inputs
+    call, flags = prepare(config, problem, with_stats or problem.registers > 0)
+    out, row_max, row_sum = results = new_results(query, value.shape[-1], with_stats or problem.registers > 0)
+    nonfinite = query.new_zeros(flags + 1, dtype=torch.int32)
+    call((*results, nonfinite, sink), (query, key, value), (options.sink_value, options.scale))
+    repair(config, problem, inputs, options, nonfinite, results)
     if row_max is not None and row_sum is not None and problem.registers:
         fold_registers(problem, inputs, options.scale, out, row_max, row_sum)
     return (out, row_max, row_sum) if with_stats else (out, None, None)
 
 
-def _attend_windows(
-    config: TileConfig, problem: Problem, inputs: Inputs, options: Options, with_stats: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    query, key, value, _, _, sink, *_ = inputs
-    out, row_max, row_sum = new_results(query, value.shape[-1], with_stats)
-    lengths, kernel_size, stride, _ = problem.geometry
-    tiles, programs = problem.tiles(config.tile), problem.programs(config)
-    nonfinite_tiles = query.new_zeros(programs + 1, dtype=torch.int32)
-    sink_value, scale = options.sink_value, options.scale
-    large_forward_kernel[(min(programs, multiprocessors(query.device)),)](
-        query_descriptor(query, config), box_descriptor(key, config.chunk), box_descriptor(value, config.chunk),
-        out, row_max, row_sum, nonfinite_tiles, sink,
-        lengths, kernel_size, stride, tiles, problem.group, query.shape[-2] // config.pack, programs, sink_value, scale,
-        **constants_of(config, problem, with_stats), STAGES=config.stages, TILES=query_buffers(problem),
-        **TRITON_OPTIONS, num_warps=config.num_warps, maxnreg=config.maxnreg,
+@lru_cache(maxsize=1024)
+def prepare(config: LargeTileConfig, p: Problem, with_stats: bool) -> tuple[Call, int]:
+    """What all calls of a problem share, and the number of parts of tiles."""
+    lengths, kernel_size, stride, _ = p.geometry
+    programs, flags = p.programs(config), p.programs(replace(config, tile=config.part))
+    call = call_of(
+        large_forward_kernel,
+        (min(programs, multiprocessors(p.device)),),
+        (
+            lengths, kernel_size, stride, p.tiles(config.tile), p.tiles(config.part), p.group,
+            p.query.shape[-2] // config.pack, programs, flags,
+        ),
+        (
+            query_boxes(p.query, config.part, config.pack),
+            key_boxes(p.key, config.chunk),
+            key_boxes(p.value, config.chunk),
+        ),
+        **constants_of(config, p, with_stats), PART=config.part, GROUPS=config.groups, SKIP=config.skip,
+        TILE=config.tile, STAGES=config.stages, TILES=query_buffers(p), **config.work(2 if config.skip else 3),
     )  # fmt: skip
-    repair(config, problem, inputs, options, nonfinite_tiles, (out, row_max, row_sum))
-    return out, row_max, row_sum
+    return call, flags
 
 
 def repair(
-    config: TileConfig, problem: Problem, inputs: Inputs, options: Options, nonfinite_tiles: Tensor,
+    config: LargeTileConfig, problem: Problem, inputs: Inputs, options: Options, nonfinite: Tensor,
     results: tuple[Tensor, Tensor | None, Tensor | None],
 ) -> None:  # fmt: skip
-    """Compute the tiles that ``nonfinite_tiles`` marks once more, in place and without register tokens, as these are
+    """Compute the parts of tiles that ``nonfinite`` marks once more, in place and without register tokens, as these are
     folded in afterwards.
     """
     query, key, value, _, _, sink, *_ = inputs
-    lengths, kernel_size, stride, dilation = problem.geometry
-    programs = problem.programs(config)
-    repair_kernel[(triton.cdiv(programs, FLAGS),)](
-        nonfinite_tiles, query, key, value, *results, None, None, sink,
-        *problem.input_strides()[:3], (0, 0, 0), (0, 0, 0),
-        programs, lengths, kernel_size, stride, dilation, problem.tiles(config.tile), problem.group, problem.kv_heads,
-        0, options.sink_value, options.scale,
-        **constants_of(config, problem, results[1] is not None), D=query.shape[-1], BR=0, **TRITON_OPTIONS, num_warps=8,
-        WIDE=need_wide_offsets((problem.query, problem.key, problem.value, problem.out)),
+    launch = prepare_repair(config, problem, results[1] is not None)
+    launch((nonfinite, query, key, value, *results, None, None, sink), (options.sink_value, options.scale))
+
+
+@lru_cache(maxsize=1024)
+def prepare_repair(config: LargeTileConfig, p: Problem, with_stats: bool) -> Launcher:
+    lengths, kernel_size, stride, dilation = p.geometry
+    programs = p.programs(replace(config, tile=config.part))
+    return launcher(
+        repair_kernel,
+        (triton.cdiv(programs, FLAGS.value),),
+        (
+            *p.input_strides()[:3], (0, 0, 0), (0, 0, 0), programs, lengths, kernel_size, stride, dilation,
+            p.tiles(config.part), p.group, p.kv_heads, 0,
+        ),
+        **constants_of(config, p, with_stats), TILE=config.part, D=p.query.shape[-1], BR=0, num_warps=8,
+        WIDE=need_wide_offsets((p.query, p.key, p.value, p.out)),
     )  # fmt: skip
 
 
-def constants_of(config: TileConfig, problem: Problem, with_stats: bool) -> dict[str, Any]:
+def constants_of(config: LargeTileConfig, problem: Problem, with_stats: bool) -> dict[str, Any]:
     """Compile-time arguments that the kernel and the repair kernel have in common."""
     return {
-        "CAUSAL": three_axes(problem.is_causal, False), "TILE": config.tile, "CHUNK": config.chunk,
-        "RANK": problem.rank, "PACK": config.pack, "BD": head_width(problem.query.shape[-1]),
-        "DV": problem.value.shape[-1], "BDV": head_width(problem.value.shape[-1]), "SINK": problem.sink,
-        "WITH_STATS": with_stats,
+        "CAUSAL": three_axes(problem.is_causal, False), "CHUNK": config.chunk, "RANK": problem.rank,
+        "PACK": config.pack, "BD": head_width(problem.query.shape[-1]), "DV": problem.value.shape[-1],
+        "BDV": head_width(problem.value.shape[-1]), "SINK": problem.sink, "WITH_STATS": with_stats,
     }  # fmt: skip

@@ -4,6 +4,8 @@
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAssignmentType=false, reportArgumentType=false
 # pyright: reportIndexIssue=false
 
+from functools import lru_cache
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -11,14 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..host.launcher import TRITON_OPTIONS
-from ..host.problem import Cotangents, Problem, layout, strides
+from ..host.launcher import Launcher, launcher
+from ..host.problem import Cotangents, Layout, Problem, layout, strides
 from ..host.tiling import Box, head_width
 from ..portable.primitives import LOG2E, load_rows
 from ..portable.windows import token_offset
 from . import large_tiling
+from .primitives import Boxes
 
 PLAIN = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=4)
 
@@ -26,11 +28,11 @@ PLAIN = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=4)
 @triton.jit
 def statistics_kernel(
     Out, DOut, DLse, RowMax, RowSum, Delta, Lse, DeltaHeadMajor,
-    do_strides, dl_strides, length, rows, heads, images, width,
+    do_strides, dl_strides, length, rows, heads, images, width, offset,
     DV: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, WITH_DLSE: tl.constexpr,
 ):  # fmt: skip
     """``delta = rowsum(dOut * Out) - dLse`` in the order of the output, and delta and the base-2 lse in head-major
-    order, ``[heads, B T H, W]``.
+    order, ``[heads, B T H, width]``, behind ``offset`` columns.
     """
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     m_rows = row < rows
@@ -45,7 +47,7 @@ def statistics_kernel(
         row_delta -= tl.load(DLse + o_dl, mask=m_rows, other=0.0)
     row_lse = tl.load(RowMax + row, mask=m_rows, other=0.0) * LOG2E
     row_lse += tl.log2(tl.load(RowSum + row, mask=m_rows, other=1.0))
-    o_stat = (head * (images * length[0] * length[1]) + image_row) * width + w
+    o_stat = (head * (images * length[0] * length[1]) + image_row) * width + w + offset
     tl.store(Delta + row, row_delta, mask=m_rows)
     tl.store(DeltaHeadMajor + o_stat, row_delta, mask=m_rows)
     tl.store(Lse + o_stat, row_lse, mask=m_rows)
@@ -53,31 +55,37 @@ def statistics_kernel(
 
 class Statistics(NamedTuple):
     """Base-2 lse and delta of every query and head in head-major order, from which TMA can load them: fp32 ``[Hq, B T,
-    H, W + padding]``.
+    H, offset + W + padding]``, where ``offset`` is that of :func:`large_tiling.statistics_offset`.
     """
 
     lse: Tensor
     delta: Tensor
 
 
-def statistics_descriptor(head_major: Tensor, width: int, box: Box) -> TensorDescriptor:
-    """The descriptor of head-major statistics: boxes of one head. TMA reads zeros outside of the image."""
-    return TensorDescriptor(head_major, [*head_major.shape[:-1], width], list(head_major.stride()), [1, *box], PLAIN)
+def statistics_boxes(head_major: Layout, columns: int, box: Box) -> Boxes:
+    """The descriptor of head-major statistics: boxes of one head. TMA reads zeros beyond the ``columns``."""
+    shape, strides = [*head_major.shape[:-1], columns], list(head_major.stride)
+    return {"shape": shape, "strides": strides, "block_shape": [1, *box], "layout": PLAIN, "padding": "zero"}
 
 
 def new_statistics(problem: Problem) -> Statistics:
     t, h, w = problem.lengths
-    padded = triton.cdiv(w, large_tiling.ALIGNMENT) * large_tiling.ALIGNMENT
+    offset = large_tiling.statistics_offset(problem.axes)
+    padded = triton.cdiv(offset + w, large_tiling.ALIGNMENT) * large_tiling.ALIGNMENT
     shape = 2, problem.query.shape[-2], problem.query.shape[0] * t, h, padded
-    return Statistics(*torch.empty(shape, dtype=torch.float32, device=problem.device))
+    # Columns in front of the first query belong to no query, but are loaded, and weights of NaN would be NaN.
+    new = torch.zeros if offset else torch.empty
+    return Statistics(*new(shape, dtype=torch.float32, device=problem.device))
 
 
 def to_head_major(problem: Problem, lse: Tensor, delta: Tensor) -> Statistics:
     """Statistics in head-major order from those that another query kernel wrote, ``[B, *spatial, Hq]``."""
     statistics, width = new_statistics(problem), problem.lengths[2]
+    offset = large_tiling.statistics_offset(problem.axes)
     for head_major, rows in zip(statistics, (lse, delta), strict=True):
         heads = rows.shape[-1]
-        head_major[..., :width] = rows.reshape(-1, heads).t().view(heads, *head_major.shape[1:-1], width)
+        own = rows.reshape(-1, heads).t().view(heads, *head_major.shape[1:-1], width)
+        head_major[..., offset : offset + width] = own
     return statistics
 
 
@@ -85,13 +93,24 @@ def statistics_of(problem: Problem, cotangents: Cotangents) -> tuple[Statistics,
     """Statistics in head-major order, and delta ``[B, *spatial, Hq]``."""
     out, row_max, row_sum, grad_out, grad_lse = cotangents
     statistics, delta = new_statistics(problem), torch.empty_like(row_max)
-    dl_strides = (0,) * 5 if grad_lse is None else strides(layout(grad_lse[..., None]))
-    rows = row_max.numel()
-    statistics_kernel[(triton.cdiv(rows, 64),)](
-        out, grad_out, grad_lse, row_max, row_sum, delta, statistics.lse, statistics.delta,
-        strides(layout(grad_out)), dl_strides, problem.lengths, rows, row_max.shape[-1], row_max.shape[0],
-        statistics.lse.shape[-1],
-        DV=out.shape[-1], BDV=head_width(out.shape[-1]), BM=64, WITH_DLSE=grad_lse is not None,
-        **TRITON_OPTIONS, num_warps=4,
-    )  # fmt: skip
+    launch = prepare(
+        problem, layout(grad_out), None if grad_lse is None else layout(grad_lse[..., None]), statistics.lse.shape[-1]
+    )
+    launch((out, grad_out, grad_lse, row_max, row_sum, delta, statistics.lse, statistics.delta))
     return statistics, delta
+
+
+@lru_cache(maxsize=1024)
+def prepare(p: Problem, grad_out: Layout, grad_lse: Layout | None, width: int) -> Launcher:
+    """What all calls of a problem share."""
+    rows, dim = prod(p.query.shape[:-1]), p.value.shape[-1]
+    dl_strides = (0,) * 5 if grad_lse is None else strides(grad_lse)
+    return launcher(
+        statistics_kernel,
+        (triton.cdiv(rows, 64),),
+        (
+            strides(grad_out), dl_strides, p.lengths, rows, p.query.shape[-2], p.query.shape[0], width,
+            large_tiling.statistics_offset(p.axes),
+        ),
+        DV=dim, BDV=head_width(dim), BM=64, WITH_DLSE=grad_lse is not None, num_warps=4,
+    )  # fmt: skip

@@ -1,86 +1,216 @@
-"""Tiles of the kernels for large windows on compute capability 9.0. Needs neither Triton nor Gluon."""
+"""Tiles of the kernels for large windows on compute capability 9.0. Needs neither Triton nor Gluon.
 
+A tile is computed by groups of four warps, a part each. Two kinds of plans are considered for a call:
+- Two groups compute every chunk that the tile sees.
+- Two to four groups skip the chunks that their own part does not see. A part sees less than a tile, which matters where
+  windows are not much larger than tiles: of 11x11x11 windows 4x4x4 queries see 14x14x14 keys, 8x4x4 see 18x14x14.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 from math import prod
+from typing import Any, NamedTuple
+
+import torch
 
 from ...geometry import query_bounds, window_bounds
 from ..host.problem import Problem
-from ..host.tiling import Axis, Bounds, Box, TileConfig, boxes, executed, spans
+from ..host.tiling import Axis, Bounds, Box, TileConfig, boxes, head_width, spans
 from .small_tiling import most_packed
 
-# Rows of a tile: positions times packed heads.
-ROWS = 128
-# Columns of a chunk. The kernel of dK and dV keeps twice as many accumulators and takes half as many.
-COLUMNS = 128
-# Stages of the ring of chunks in shared memory.
-STAGES = 2
+# Rows of a part: positions times packed heads. A matrix product of four warps has this many.
+ROWS = 64
+# By the number of groups of four warps that compute: hardware registers of their threads, and of all threads before
+# these are redistributed. Four more warps load.
+REGISTERS = {2: (240, 168), 3: (160, 128), 4: (112, 96)}
+# Bytes of shared memory for tiles and chunks.
+SHARED_MEMORY = 220 * 1024
+# Stages of the ring of chunks where no group skips any, and most stages elsewhere.
+STAGES, MOST_STAGES = 2, 8
+# Costs where groups skip chunks, which compute masks for all that they do not skip. The share that each line of a chunk
+# adds, and scores that take as long as a look at a chunk.
+LINE, VISIT = 1 / 128, 256
 # Queries whose statistics TMA loads together: at least 16 bytes, at addresses that are multiples of 16 bytes.
 ALIGNMENT = 4
 
 
-def forward_tile_config(problem: Problem, pack: int | None = None) -> TileConfig:
+@dataclass(frozen=True)
+class LargeTileConfig(TileConfig):
+    """Tiles of kernels in which groups of four warps compute a part of a tile each."""
+
+    groups: Box = (1, 1, 1)
+    """Along each axis, the number of parts of a tile."""
+    skip: bool = False
+    """Whether groups skip the chunks that none of the rows of their own part sees."""
+
+    @property
+    def part(self) -> Box:
+        """Positions of a part."""
+        t, h, w = (size // count for size, count in zip(self.tile, self.groups, strict=True))
+        return t, h, w
+
+    def work(self, producers: int, consumers: int | None = None) -> dict[str, Any]:
+        """How many warps there are, and how many hardware registers a thread of them has."""
+        consumers = consumers or prod(self.groups)
+        own, most = REGISTERS[consumers]
+        return {
+            "num_warps": 4,
+            "maxnreg": most,
+            "WARPS": (4,) * (consumers - 1) + (1,) * producers,
+            "REGISTERS": (own,) * (consumers - 1) + (24,) * producers,
+        }
+
+
+class Plan(NamedTuple):
+    """How many groups there are, the columns of a chunk, and what a score costs."""
+
+    groups: int
+    columns: int
+    cost: float
+    """Relative time of a score, from windows of 11x11x11, 21x21 and 18x24x24 on an H200 (``docs/profiles.md``)."""
+    skip: bool
+
+
+# By columns of a head in shared memory. Accumulators and scores of a group must fit into the registers of its threads.
+FORWARD = {64: (Plan(2, 128, 1.0, False), Plan(2, 128, 0.96, True), Plan(3, 128, 0.88, True), Plan(4, 64, 0.93, True)),
+           128: (Plan(2, 128, 1.0, False), Plan(2, 128, 1.01, True)),
+           256: (Plan(2, 64, 1.0, False),)}  # fmt: skip
+QUERY_GRADIENT = {64: (Plan(2, 128, 1.0, False), Plan(2, 128, 0.95, True), Plan(3, 64, 0.99, True)),
+                  128: (Plan(2, 128, 1.0, False), Plan(2, 128, 1.01, True)),
+                  256: (Plan(2, 32, 1.0, False),)}  # fmt: skip
+KEY_GRADIENTS = {64: (Plan(2, 64, 1.0, False), Plan(2, 64, 0.95, True)),
+                 128: (Plan(2, 64, 1.0, False), Plan(2, 64, 1.01, True)),
+                 256: (Plan(1, 64, 1.0, False),)}  # fmt: skip
+
+
+def forward_tile_config(problem: Problem, pack: int | None = None) -> LargeTileConfig:
     """Tiles of the forward; ``pack`` heads a program, if given: a power of two that divides the group."""
-    return _query_tile_config(problem, pack, COLUMNS // 2 if is_wide(problem) else COLUMNS)
-
-
-def dq_tile_config(problem: Problem, pack: int | None = None) -> TileConfig:
-    """Tiles of the kernel of dQ, which keeps the tile of a second tensor, the output gradient, in shared memory."""
-    return _query_tile_config(problem, pack, COLUMNS // 4 if is_wide(problem) else COLUMNS)
-
-
-def _query_tile_config(problem: Problem, pack: int | None, columns: int) -> TileConfig:
     pack = pack or most_packed(problem)
-    tile, chunk = best_boxes(problem.axes, ROWS // pack, columns, window_bounds, batch=problem.query.shape[0])
-    return TileConfig(tile, chunk, pack, num_warps=4, stages=STAGES, maxnreg=168)
+    return tile_config(problem, FORWARD, window_bounds, pack, buffers=2)
+
+
+def dq_tile_config(problem: Problem, pack: int | None = None) -> LargeTileConfig:
+    """Tiles of the kernel of dQ, which keeps the tile of a second tensor, the output gradient, in shared memory."""
+    pack = pack or most_packed(problem)
+    return tile_config(problem, QUERY_GRADIENT, window_bounds, pack, buffers=2)
+
+
+def dkv_tile_config(problem: Problem) -> LargeTileConfig:
+    """Tiles of the kernel of dK and dV, whose rows are keys."""
+    return tile_config(problem, KEY_GRADIENTS, query_bounds, 1, buffers=2 * buffered_tiles(problem))
 
 
 def is_wide(problem: Problem) -> bool:
     """Whether heads are so wide that shared memory holds smaller tiles, and a thread the accumulators of one result
     only.
     """
-    return max(problem.query.shape[-1], problem.value.shape[-1]) > 128
+    return width_of(problem) > 128
 
 
-def dkv_tile_config(problem: Problem) -> TileConfig:
-    """Tiles of the kernel of dK and dV, whose rows are keys.
+def width_of(problem: Problem) -> int:
+    return max(64, head_width(problem.query.shape[-1]), head_width(problem.value.shape[-1]))
 
-    In 1-D there is one buffer of tiles (``large_dkv.buffered_tiles``), which leaves room for another stage.
+
+def buffered_tiles(problem: Problem) -> int:
+    """Buffers for tiles of keys in the kernel of dK and dV. With two, a group need not wait for the others before its
+    next tile; in 1-D the loop would then spill registers.
     """
-    wide = is_wide(problem)
-    rows = ROWS // 2 if wide else ROWS
-    tile, chunk = best_boxes(problem.axes, rows, COLUMNS // 2, query_bounds, ALIGNMENT, problem.query.shape[0])
-    stages = STAGES if problem.rank > 1 or wide else STAGES + 1
-    return TileConfig(tile, chunk, pack=1, num_warps=4, stages=stages, maxnreg=168)
+    return 2 if problem.rank > 1 and not is_wide(problem) else 1
+
+
+def tile_config(
+    problem: Problem, plans: dict[int, tuple[Plan, ...]], bounds: Bounds, pack: int, buffers: int
+) -> LargeTileConfig:
+    """The cheapest plan; ``buffers`` tensors like the tile are kept in shared memory."""
+    width, keys = width_of(problem), bounds is query_bounds
+    alignment, batch = ALIGNMENT if keys else 1, problem.query.shape[0]
+    suitable = tuple(plan for plan in plans[width] if problem.rank > 1 or not plan.skip)
+    plan, part, groups, chunk = best_boxes(problem.axes, suitable, ROWS // pack, bounds, alignment, batch)
+    t, h, w = (size * count for size, count in zip(part, groups, strict=True))
+    stages = STAGES + (keys and problem.rank == 1 and width <= 128)
+    if plan.skip:
+        tile_bytes, chunk_bytes = plan.groups * ROWS * width * 2 * buffers, plan.columns * (width * 4 + 8)
+        stages = min((SHARED_MEMORY - tile_bytes) // chunk_bytes, MOST_STAGES)
+    return LargeTileConfig((t, h, w), chunk, pack, num_warps=4, stages=stages, groups=groups, skip=plan.skip)
 
 
 @lru_cache(maxsize=1024)
 def best_boxes(
-    axes: tuple[Axis, ...], rows: int, columns: int, bounds: Bounds, alignment: int = 1, batch: int = 1
-) -> tuple[Box, Box]:
-    """The tile and the chunk that execute the fewest scores, borders included; of equals those with the longest rows.
+    axes: tuple[Axis, ...], plans: Sequence[Plan], rows: int, bounds: Bounds, alignment: int = 1, batch: int = 1
+) -> tuple[Plan, Box, Box, Box]:
+    """The plan, part of a tile, parts of a tile on each axis, and chunk for which scores cost least, those beyond
+    borders included; of equals those with the longest rows.
 
     Args:
+        rows: positions of a part.
         bounds: what the rows see.
-        alignment: chunks start at multiples of it along the last axis.
+        alignment: along the last axis, chunks start at multiples of it behind :func:`statistics_offset`, and have at
+            least as many positions.
         batch: if there is more than one image, chunks must end with the last frame. TMA would load the first frames of
             the next image behind it, and although their weights are zero, zero times NaN is NaN.
     """
     lengths = axes[0][0], axes[1][0], axes[2][0]
+    starts = (1, 0), (1, 0), (alignment, statistics_offset(axes) if alignment > 1 else 0)
+    best: tuple[tuple[float, int], tuple[Plan, Box, Box, Box]] | None = None
+    for plan in plans:
+        chunks = [chunk for chunk in boxes(plan.columns, lengths) if chunk[2] >= alignment]
+        for part, groups, chunk in product(boxes(rows, lengths), divisions(plan.groups), chunks):
+            if batch > 1 and not ends_inside(axes[0], part[0] * groups[0], chunk[0], bounds):
+                continue
+            t, h, w = (work(axes[i], part[i], groups[i], chunk[i], plan.skip, bounds, starts[i]) for i in range(3))
+            scores = t[0] * h[0] * w[0] * prod(part) * prod(chunk)
+            if plan.skip:
+                lines, visited = plan.columns // chunk[2], t[1] * h[1] * w[1]
+                scores = scores * (1 + LINE * lines) + visited * plan.groups * VISIT
+            cost = scores * plan.cost, -part[2] * groups[2] - chunk[2]
+            if best is None or cost < best[0]:
+                best = cost, (plan, part, groups, chunk)
+    assert best is not None
+    return best[1]
 
-    def cost(pair: tuple[Box, Box]) -> tuple[int, int]:
-        tile, chunk = pair
-        alignments = 1, 1, alignment
-        scores = (executed(axes[i], tile[i], chunk[i], bounds, alignments[i]) for i in range(3))
-        return prod(scores), -tile[2] - chunk[2]
 
-    chunks = [chunk for chunk in boxes(columns, lengths) if chunk[2] >= alignment]
-    pairs = product(boxes(rows, lengths), chunks)
-    return min((x for x in pairs if batch == 1 or ends_inside(axes[0], x[0][0], x[1][0], bounds)), key=cost)
+def divisions(groups: int) -> list[Box]:
+    """All ways to divide a tile along its axes in as many parts as there are groups."""
+    counts = range(1, groups + 1)
+    return [(t, h, w) for t, h, w in product(counts, counts, counts) if t * h * w == groups]
+
+
+known_spans = lru_cache(maxsize=1024)(spans)
 
 
 @lru_cache(maxsize=4096)
 def ends_inside(axis: Axis, tile: int, chunk: int, bounds: Bounds) -> bool:
     """Whether no walk of chunks reaches past the end of an axis. Chunks of one position never do."""
-    low, high = spans(axis, tile, bounds)
+    low, high = known_spans(axis, tile, bounds)
     return bool((low + (high - low + chunk) // chunk * chunk <= axis[0]).all())
+
+
+@lru_cache(maxsize=4096)
+def work(
+    axis: Axis, part: int, count: int, chunk: int, skip: bool, bounds: Bounds, start: tuple[int, int] = (1, 0)
+) -> tuple[int, int]:
+    """Along an axis, over all tiles of ``count`` parts: pairs of a part and a chunk that are computed, and chunks that
+    are loaded. Walks ``start`` at multiples of a number behind an offset.
+    """
+    alignment, offset = start
+    low, high = known_spans(axis, part * count, bounds)
+    low = (low + offset) // alignment * alignment - offset
+    visited = int(((high - low + chunk).clamp(min=0) // chunk).sum())
+    if not skip:
+        return visited * count, visited
+    part_low, part_high = known_spans(axis, part, bounds)
+    low = low[torch.arange(len(part_low)) // count]
+    seen = (part_high - low) // chunk - (part_low - low) // chunk + 1
+    return int(seen[part_high >= part_low].sum()), visited
+
+
+@lru_cache(maxsize=1024)
+def statistics_offset(axes: tuple[Axis, ...]) -> int:
+    """Columns in front of the statistics of queries with which the queries that a tile of keys sees start at a multiple
+    of ``ALIGNMENT``, for tiles away from the borders.
+    """
+    length, *_ = axis = axes[2]
+    low, _ = query_bounds(torch.tensor(length // 2 // ALIGNMENT * ALIGNMENT), *axis)
+    return int(-low % ALIGNMENT)

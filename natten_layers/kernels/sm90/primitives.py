@@ -1,8 +1,12 @@
 """What the kernels for compute capability 9.0 share: walks over chunks, masks, rings of buffers and TMA descriptors.
 
-A walk visits a box of keys (or of queries) chunk by chunk, and a walk index ``(t, h, w)`` counts its chunks per axis.
-On each axis the walk starts behind the chunks that every row of the tile sees in full, and wraps around, so that the
-chunks that need no mask on that axis come last.
+Some groups of four warps compute the rows of a tile, each those of a box of it, its part of the tile. A walk visits a
+box of keys (or of queries), all that the tile sees, chunk by chunk; a walk index ``(t, h, w)`` counts its chunks per
+axis. Walks go along an axis in one of two orders:
+- Where all groups compute all chunks, a walk starts behind the chunks that every row of the tile sees in full, and
+  wraps around, so that the chunks that need no mask on that axis come last.
+- Where groups skip chunks (``SKIP``), a walk goes from both ends to the middle. Chunks that only the first or only the
+  last group sees come in turn, so that no group waits long for the others, with which it shares the stages of a ring.
 """
 
 # Triton's language is Python to the parser only.
@@ -21,8 +25,8 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 from triton.experimental.gluon.language.nvidia.hopper.tma import async_copy_global_to_shared
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..host.problem import Layout, layout, strides, three_axes
-from ..host.tiling import Box, TileConfig, head_width
+from ..host.problem import Layout, strides, three_axes
+from ..host.tiling import Box, head_width
 from ..portable.primitives import LOG2E, LOWEST
 from ..portable.windows import (
     between,
@@ -63,7 +67,7 @@ def walk_over(lo, hi, inner_lo, inner_hi, CHUNK: gl.constexpr):
 
 @gluon.jit
 def tile_of(tile_id, plan, TILE: gl.constexpr):
-    """Batch, index in the last count of ``plan``, tile, lengths and first position of a tile.
+    """Batch, index in the last count of ``plan``, lengths and first position of a tile.
 
     Neighbouring tiles have neighbouring numbers, so that programs that run together share what they load.
     """
@@ -72,16 +76,26 @@ def tile_of(tile_id, plan, TILE: gl.constexpr):
     i_head = tile_id // space % heads
     i_tile = tile_id // (space * heads) * space + tile_id % space
     i_batch, _, count, origin = spatial_tile(i_tile, length, (1, 1, 1), tiles, TILE)
-    return i_batch.to(gl.int32), i_head, i_tile, count, origin
+    return i_batch.to(gl.int32), i_head, count, origin
 
 
 @gluon.jit
 def tile_walk(tile_id, plan, CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr):
-    """Of a tile of queries: batch, block of heads, index of its flag, first position, and the walk over its keys."""
-    _length, kernel, stride, _tiles, blocks = plan
-    i_batch, i_head, i_tile, count, origin = tile_of(tile_id, plan, TILE)
+    """Of a tile of queries: batch, block of heads, first position, and the walk over its keys."""
+    _length, kernel, stride, _tiles, _blocks = plan
+    i_batch, i_head, count, origin = tile_of(tile_id, plan, TILE)
     lo, hi, inner_lo, inner_hi = union_of_windows(origin, count, kernel, stride, CAUSAL, TILE)
-    return i_batch, i_head, i_tile * blocks + i_head, origin, walk_over(lo, hi, inner_lo, inner_hi, CHUNK)
+    return i_batch, i_head, origin, walk_over(lo, hi, inner_lo, inner_hi, CHUNK)
+
+
+@gluon.jit
+def part_of(origin, GROUP: gl.constexpr, GROUPS: gl.constexpr, PART: gl.constexpr):
+    """First position of the part of a tile that one of its groups of warps computes."""
+    return (
+        origin[0] + GROUP // (GROUPS[1] * GROUPS[2]) * PART[0],
+        origin[1] + GROUP // GROUPS[2] % GROUPS[1] * PART[1],
+        origin[2] + GROUP % GROUPS[2] * PART[2],
+    )
 
 
 @gluon.jit
@@ -105,18 +119,23 @@ def next_walk_index(i_walk, walk):
 
 
 @gluon.jit
-def wrapped(i_walk, start, steps):
-    return gl.where(start + i_walk >= steps, start + i_walk - steps, start + i_walk)
+def in_order(i, start, steps, SKIP: gl.constexpr):
+    """Index along an axis of the ``i``-th chunk that a walk visits."""
+    if SKIP:
+        index = gl.where(i % 2 == 0, i // 2, steps - 1 - i // 2)
+    else:
+        index = gl.where(start + i >= steps, start + i - steps, start + i)
+    return index
 
 
 @gluon.jit
-def corner_at(i_walk, walk, CHUNK: gl.constexpr):
+def corner_at(i_walk, walk, CHUNK: gl.constexpr, SKIP: gl.constexpr):
     """First position of the chunk at a walk index."""
     lo, steps, _, start = walk
     return (
-        lo[0] + wrapped(i_walk[0], start[0], steps[0]) * CHUNK[0],
-        lo[1] + wrapped(i_walk[1], start[1], steps[1]) * CHUNK[1],
-        lo[2] + wrapped(i_walk[2], start[2], steps[2]) * CHUNK[2],
+        lo[0] + in_order(i_walk[0], start[0], steps[0], SKIP) * CHUNK[0],
+        lo[1] + in_order(i_walk[1], start[1], steps[1], SKIP) * CHUNK[1],
+        lo[2] + in_order(i_walk[2], start[2], steps[2], SKIP) * CHUNK[2],
     )
 
 
@@ -134,10 +153,62 @@ def chunk_mask(
     """
     b_hidden = gl.zeros([M, N], gl.float32, LAYOUT)
     if (i_walk[0] < walk[2][0]) | (i_walk[1] < walk[2][1]) | (i_walk[2] < walk[2][2]):
-        corner = corner_at(i_walk, walk, CHUNK)
+        corner = corner_at(i_walk, walk, CHUNK, False)
         for AXIS in gl.static_range(3 - RANK, 3):
             m_seen = between(row_lo[AXIS] - corner[AXIS], row_hi[AXIS] - corner[AXIS], inner[AXIS])
             b_hidden = gl.where(m_seen, b_hidden, float("-inf"))
+    return b_hidden
+
+
+@gluon.jit
+def reach_of(lo, hi, empty, CHUNK: gl.constexpr):
+    """The corners of chunks that meet a box ``lo, hi``: the first of them on each axis, and how many follow it. None do
+    if the part of the tile that sees the box is ``empty``.
+    """
+    first = gl.where(empty, 2**30, lo[0] - CHUNK[0] + 1), lo[1] - CHUNK[1] + 1, lo[2] - CHUNK[2] + 1
+    return first, (hi[0] - lo[0] + CHUNK[0] - 1, hi[1] - lo[1] + CHUNK[1] - 1, hi[2] - lo[2] + CHUNK[2] - 1)
+
+
+@gluon.jit
+def meets(corner, reach):
+    """Whether the chunk at ``corner`` meets the box of :func:`reach_of`."""
+    first, more = reach
+    m_t = (corner[0] - first[0]).to(gl.uint32) <= more[0].to(gl.uint32)
+    m_h = (corner[1] - first[1]).to(gl.uint32) <= more[1].to(gl.uint32)
+    m_w = (corner[2] - first[2]).to(gl.uint32) <= more[2].to(gl.uint32)
+    return m_t & m_h & m_w
+
+
+@gluon.jit
+def row_sizes(row_lo, row_hi):
+    """Number of positions that each row sees, on each axis."""
+    return (
+        gl.maximum(row_hi[0] - row_lo[0] + 1, 0),
+        gl.maximum(row_hi[1] - row_lo[1] + 1, 0),
+        gl.maximum(row_hi[2] - row_lo[2] + 1, 0),
+    )
+
+
+@gluon.jit
+def sees(corner, row_lo, row_size, inner, AXIS: gl.constexpr):
+    """``[M, N]``: which positions of the chunk at ``corner`` each row sees on one axis."""
+    offset = inner[AXIS][None, :] - (row_lo[AXIS] - corner[AXIS])[:, None]
+    return offset.to(gl.uint32) < row_size[AXIS][:, None].to(gl.uint32)
+
+
+@gluon.jit
+def hidden(corner, row_lo, row_size, inner, RANK: gl.constexpr):
+    """0 and -inf ``[M, N]``: which positions of the chunk at ``corner`` each row sees.
+
+    The last axis is added to the others, which all positions of a line of the chunk share: additions have twice the
+    rate of selections.
+    """
+    b_hidden = gl.where(sees(corner, row_lo, row_size, inner, 2), 0.0, float("-inf"))
+    if RANK > 1:
+        m_line = sees(corner, row_lo, row_size, inner, 1)
+        if RANK > 2:
+            m_line = m_line & sees(corner, row_lo, row_size, inner, 0)
+        b_hidden = b_hidden + gl.where(m_line, 0.0, float("-inf"))
     return b_hidden
 
 
@@ -167,21 +238,21 @@ def new_barriers(SIZE: gl.constexpr, arrivals):
 
 
 @gluon.jit
-def new_ring(descs, STAGES: gl.constexpr):
+def new_ring(descs, STAGES: gl.constexpr, READERS: gl.constexpr):
     """Buffers of ``STAGES`` stages for boxes that arrive together, with two barriers for each stage.
 
-    The first tells that the loads have arrived, the second that both consumer groups have read them.
+    The first tells that the loads have arrived, the second that all ``READERS`` groups of warps have read them.
     """
     buffers = ()
     for i in gl.static_range(len(descs)):
         buffer = gl.allocate_shared_memory(descs[i].dtype, [STAGES] + descs[i].block_type.shape, descs[i].layout)  # noqa: RUF005
         buffers = buffers + (buffer,)  # noqa: RUF005
-    return buffers, new_barriers(STAGES, 1), new_barriers(STAGES, 2)
+    return buffers, new_barriers(STAGES, 1), new_barriers(STAGES, READERS)
 
 
 @gluon.jit
 def expect_load(ring, n, BYTES: gl.constexpr, STAGES: gl.constexpr):
-    """Wait until both groups have read what the ``n``-th load overwrites, then announce its bytes."""
+    """Wait until all groups have read what the ``n``-th load overwrites, then announce its bytes."""
     i, phase = stage_of(n, STAGES)
     mbarrier.wait(ring[2].index(i), phase ^ 1)
     mbarrier.expect(ring[1].index(i), BYTES)
@@ -204,6 +275,36 @@ def await_load(ring, n, expected, STAGES: gl.constexpr):
 def release(ring, n, STAGES: gl.constexpr):
     i, _ = stage_of(n, STAGES)
     mbarrier.arrive(ring[2].index(i), count=1)
+
+
+@gluon.jit
+def new_notes(STAGES: gl.constexpr):
+    """For each stage of a ring, where its chunk is, so that groups that skip chunks need not walk themselves."""
+    return gl.allocate_shared_memory(gl.int32, [STAGES, 4], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+
+
+@gluon.jit
+def write_note(notes, ring, n, corner, STAGES: gl.constexpr):
+    """Publish the corner of the ``n``-th chunk. To be called before ``expect_load``, which makes it visible."""
+    i, phase = stage_of(n, STAGES)
+    mbarrier.wait(ring[2].index(i), phase ^ 1)
+    field = gl.arange(0, 4, gl.BlockedLayout([4], [32], [gl.num_warps()], [0]))
+    notes.index(i).store(gl.where(field == 0, corner[0], gl.where(field == 1, corner[1], corner[2])))
+    thread_barrier()
+
+
+@gluon.jit
+def read_note(notes, n, STAGES: gl.constexpr):
+    """The corner of the ``n``-th chunk, once it has arrived."""
+    i, _ = stage_of(n, STAGES)
+    LAYOUT: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
+    note, field = notes.index(i).load(LAYOUT), gl.arange(0, 4, LAYOUT)
+    # A thread holds all fields, so that the compiler sees through these sums.
+    return (
+        gl.sum(gl.where(field == 0, note, 0), 0),
+        gl.sum(gl.where(field == 1, note, 0), 0),
+        gl.sum(gl.where(field == 2, note, 0), 0),
+    )
 
 
 @gluon.jit
@@ -239,10 +340,71 @@ def await_tile(schedule, n):
 
 
 @gluon.jit
-def half_rows(HALF: gl.constexpr, M: gl.constexpr, TILE: gl.constexpr, PACK: gl.constexpr, ROW: gl.constexpr):
-    """For one half of the rows of a tile: their positions in the tile, and their heads in the block of heads."""
-    row = HALF * M + gl.arange(0, M, ROW)
-    return unravel(row // PACK, TILE[1], TILE[2]), row % PACK
+def repeated(descs, COUNT: gl.constexpr):
+    """``COUNT`` times each descriptor: boxes of the parts of a tile, one after the other."""
+    boxes = ()
+    for i in gl.static_range(len(descs)):
+        for _ in gl.static_range(COUNT):
+            boxes = boxes + (descs[i],)  # noqa: RUF005
+    return boxes
+
+
+@gluon.jit
+def query_tile_producer(
+    ring, schedule, TileCounter, descs, plan, num_tiles,
+    CAUSAL: gl.constexpr, TILE: gl.constexpr, PART: gl.constexpr, GROUPS: gl.constexpr, CHUNK: gl.constexpr,
+    PACK: gl.constexpr, TILES: gl.constexpr,
+):  # fmt: skip
+    """The warp that takes tiles of queries off the counter and loads them, part by part."""
+    COUNT: gl.constexpr = GROUPS[0] * GROUPS[1] * GROUPS[2]
+    BYTES: gl.constexpr = descs[0].block_type.nbytes + (descs[1].block_type.nbytes if len(descs) == 2 else 0)
+    n = 0
+    tile_id = take_tile(schedule, 0, TileCounter)
+    while tile_id < num_tiles:
+        i_batch, i_head, origin, _walk = tile_walk(tile_id, plan, CAUSAL, TILE, CHUNK)
+        expect_load(ring, n, BYTES * COUNT, TILES)
+        for GROUP in gl.static_range(COUNT):
+            t, h, w = part_of(origin, GROUP, GROUPS, PART)
+            for i in gl.static_range(len(descs)):
+                corner = [i_batch * plan[0][0] + t, h, w, i_head * PACK, 0]
+                load_box(ring, descs[i], corner, n, i * COUNT + GROUP, TILES)
+        n += 1
+        tile_id = take_tile(schedule, n, TileCounter)
+
+
+@gluon.jit
+def key_chunk_producer(
+    ring, notes, schedule, descs, plan, num_tiles, group,
+    CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr, PACK: gl.constexpr, SKIP: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """The warp that loads chunks of keys, of values, or of both."""
+    BYTES: gl.constexpr = descs[0].block_type.nbytes + (descs[1].block_type.nbytes if len(descs) == 2 else 0)
+    n = 0
+    i_tile = 0
+    tile_id = await_tile(schedule, 0)
+    while tile_id < num_tiles:
+        i_batch, i_head, _origin, walk = tile_walk(tile_id, plan, CAUSAL, TILE, CHUNK)
+        i_walk = (0, 0, 0)
+        for _ in range(chunk_count(walk)):
+            t, h, w = corner_at(i_walk, walk, CHUNK, SKIP)
+            if SKIP:
+                write_note(notes, ring, n, (t, h, w), STAGES)
+            expect_load(ring, n, BYTES, STAGES)
+            for i in gl.static_range(len(descs)):
+                corner = [i_head * PACK // group, i_batch * plan[0][0] + t, h, w, 0]
+                load_box(ring, descs[i], corner, n, i, STAGES)
+            i_walk, _wraps = next_walk_index(i_walk, walk)
+            n += 1
+        i_tile += 1
+        tile_id = await_tile(schedule, i_tile)
+
+
+@gluon.jit
+def part_rows(PART: gl.constexpr, PACK: gl.constexpr, ROW: gl.constexpr):
+    """For the rows of a part of a tile: their positions in it, and their heads in the block of heads."""
+    row = gl.arange(0, PART[0] * PART[1] * PART[2] * PACK, ROW)
+    return unravel(row // PACK, PART[1], PART[2]), row % PACK
 
 
 @gluon.jit
@@ -296,14 +458,13 @@ def start_product(b_rows, b_columns, b_acc):
 
 
 @gluon.jit
-def store_half(buffer, b_rows, Out, i_head, i_batch, origin, length, heads, HALF: gl.constexpr, TILE: gl.constexpr,
-               PACK: gl.constexpr, D: gl.constexpr):  # fmt: skip
-    """Store one half of the rows of a result.
+def store_part(buffer, b_rows, Out, i_head, i_batch, origin, length, heads, PART: gl.constexpr, PACK: gl.constexpr,
+               D: gl.constexpr):  # fmt: skip
+    """Store the rows of a result for the part of a tile at ``origin``.
 
     They pass through ``buffer``, shared memory that nothing needs any more, so that a warp writes whole rows; if it is
     None they are stored from registers.
     """
-    M: gl.constexpr = b_rows.shape[0]
     BD: gl.constexpr = b_rows.shape[1]
     b_rows = b_rows.to(Out.dtype.element_ty)
     if buffer is None:
@@ -312,7 +473,7 @@ def store_half(buffer, b_rows, Out, i_head, i_batch, origin, length, heads, HALF
         STORE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BD, BD // 8], [4, 1], [1, 0])
         buffer.store(b_rows)
         b_rows = buffer.load(STORE)
-    position, head = half_rows(HALF, M, TILE, PACK, gl.SliceLayout(1, STORE))
+    position, head = part_rows(PART, PACK, gl.SliceLayout(1, STORE))
     m_rows, o_row = output_rows(position, i_head * PACK + head, i_batch, origin, length, heads)
     store_rows(Out, o_row, m_rows, b_rows, D, BD, STORE)
 
@@ -377,14 +538,6 @@ def descriptor(tensor: Tensor, boxes: Boxes) -> TensorDescriptor:
     made = object.__new__(TensorDescriptor)
     made.__dict__ = {**boxes, "base": tensor}
     return made
-
-
-def query_descriptor(query: Tensor, config: TileConfig) -> TensorDescriptor:
-    return descriptor(query, query_boxes(layout(query), config.tile, config.pack))
-
-
-def box_descriptor(tensor: Tensor, box: Box) -> TensorDescriptor:
-    return descriptor(tensor, key_boxes(layout(tensor), box))
 
 
 @lru_cache
