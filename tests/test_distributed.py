@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
+from torch.torch_version import TorchVersion
 
 from natten_layers import NeighborhoodGQA
 from natten_layers_cli.parallel import Processes
@@ -33,6 +34,8 @@ SHARDED: tuple[Kind, ...] = ("ddp", "fsdp")
 OBJECTIVES: tuple[Objective, ...] = ("plain", "duals", "jvp", "two passes")
 UNSUPPORTED = {("ddp", "jvp")}
 """Under a transform of torch.func, DDP cannot rebuild its buckets, which it does in the second step."""
+if TorchVersion(torch.__version__) < "2.13":  # FSDP2 has no rule for tangents where gradients are recorded
+    UNSUPPORTED |= {("fsdp", "jvp"), ("fsdp", "duals")}
 STEPS = 4
 WORLD = 2
 
@@ -53,8 +56,8 @@ def loss_of(model: nn.Module, batch: Tensor, objective: Objective) -> Tensor:
     elif objective == "jvp":
         out, tangent, *_ = torch.func.jvp(model, (batch,), (target,))
     elif objective == "two passes":
-        with torch.no_grad():
-            tangent = torch.func.jvp(model, (batch,), (target,))[1]
+        with torch.no_grad(), forward_ad.dual_level():
+            tangent = forward_ad.unpack_dual(model(forward_ad.make_dual(batch, target))).tangent
     if objective in ("plain", "two passes"):
         out = model(batch)
     assert tangent is not None

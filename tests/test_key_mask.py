@@ -139,7 +139,10 @@ def test_a_mask_of_ones_changes_nothing(impl: Impl) -> None:
     plain = run(case, inputs, impl)
     ones = torch.ones(1, 9, 10, dtype=torch.bool, device=DEVICE).expand(2, -1, -1)  # stride 0
     out = neighborhood_attention(**with_mask(arguments(case, inputs), ones), impl=impl)
-    assert torch.equal(out, plain.out)
+    rounding = (
+        1e-6 if ON_GPU and impl == "fused" else 0.0
+    )  # two compiled kernels, each with its own fused multiply-adds
+    assert error(out, plain.out) <= rounding
 
 
 def test_a_mask_of_any_strides_on_windows_much_larger_than_tiles() -> None:

@@ -442,7 +442,7 @@ def _check_mask(mask: Tensor, batch: int, length: int, slots: int) -> None:
         or mask.ndim != 4
         or mask.shape[0] not in (0, batch)
         or mask.shape[1] != 1
-        or mask.shape[2] not in _ROWS
+        or not _ROWS.start <= mask.shape[2] < _ROWS.stop  # compiled graphs have symbols for sizes, which `in` refuses
         or mask.shape[3] != length + slots
     ):
         raise ValueError(

@@ -429,7 +429,9 @@ class HDiT(nn.Module):
         assert isinstance(level, nn.ModuleList)
         positions = Positions(pos)  # FSDP's mixed precision casts tensor arguments of a sharded level, but not these
         for layer in level:
-            run = partial(checkpoint, layer, use_reentrant=False) if self.checkpointing and self.training else layer
+            # Without gradients there is nothing to recompute, and checkpoints have tangents from torch 2.13 on only.
+            saves = self.checkpointing and self.training and torch.is_grad_enabled()
+            run = partial(checkpoint, layer, use_reentrant=False) if saves else layer
             x = run(x, positions, cond)
         return x
 

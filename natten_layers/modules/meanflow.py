@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.parallel import DistributedDataParallel
 
 from .base import at_least_fp32, reset_children
@@ -67,7 +68,7 @@ class MeanFlow(nn.Module):
     def target(self, z: Tensor, velocity: Tensor, t: Tensor, r: Tensor, **conditions: Tensor | None) -> Tensor:
         """What the network should say: ``velocity - (t - r) d/dt u``, with the derivative of its own estimate.
 
-        One forward-mode pass, without a graph. A compiled network runs uncompiled here: Dynamo knows no ``jvp``.
+        One forward-mode pass, without a graph. A compiled network runs uncompiled here: Dynamo knows no dual numbers.
 
         Args:
             z: ``[B, C, H, W]``, points of the path.
@@ -129,8 +130,10 @@ class MeanFlow(nn.Module):
 def _derivative(function: Callable[..., Tensor], point: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> Tensor:
     """Of ``function`` at ``point`` along ``tangents``."""
     # Without the stance, Dynamo would fail to compile the derivative, and give up the network for good.
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        return torch.func.jvp(function, point, tangents)[1]
+    # FSDP2 knows dual numbers in every release of torch, but `torch.func.jvp` from 2.13 on only.
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"), forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(function(*map(forward_ad.make_dual, point, tangents))).tangent
+    return torch.zeros_like(point[0]) if tangent is None else tangent
 
 
 def _first(conditions: Mapping[str, Tensor | None], count: int) -> dict[str, Tensor | None]:
