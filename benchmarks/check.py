@@ -13,7 +13,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ QUERY_SAMPLES, KEY_SAMPLES, SINK_SAMPLES = 48, 8, 8
 BAND_PAIRS = 2**25  # most query-key pairs computed at a time: 256 MiB of fp64 scores
 KEY_PAIRS = 2**34  # most query-key pairs to compute for all sampled keys together
 
-Bounds = Callable[[Tensor, int, int, int, bool], tuple[Tensor, Tensor]]
+Bounds = Callable[..., tuple[Tensor, Tensor]]
 Box = tuple[tuple[int, int], ...]  # first and last position (inclusive) on each axis
 Errors = dict[str, tuple[float, float]]
 """Relative error and the error allowed, by name of the result."""
@@ -56,19 +56,50 @@ class Rows:
     d_sink: Tensor  # []
 
 
-class Grid(NamedTuple):
-    """The tokens of one residue class of a dilated window; positions are indices within the class."""
+class Axis(NamedTuple):
+    """One axis of a residue class, in the order in which functions of :mod:`natten_layers.geometry` take it."""
 
-    batch: int
+    length: int
+    kernel_size: int
+    stride: int
+    is_causal: bool
+    is_periodic: bool
+    key_length: int | None
+
+    @property
+    def keys(self) -> int:
+        return self.length if self.key_length is None else self.key_length
+
+
+class Grid(NamedTuple):
+    """The tokens of one residue class of a dilated window; positions are indices within the class.
+
+    On a periodic axis positions are unwrapped, as in :mod:`natten_layers.geometry`.
+    """
+
+    image: int
     residue: tuple[int, ...]
-    lengths: tuple[int, ...]
+    dilation: tuple[int, ...]
+    axes: tuple[Axis, ...]
+
+    @property
+    def everything(self) -> Box:
+        return tuple((0, axis.length - 1) for axis in self.axes)
+
+
+def key_bounds(query: Tensor, length: int, *axis: Any) -> tuple[Tensor, Tensor]:
+    """:func:`window_bounds` of queries that may be unwrapped."""
+    keys = length if axis[-1] is None else axis[-1]
+    turns = query.div(length, rounding_mode="floor")
+    first, last = window_bounds(query - turns * length, length, *axis)
+    return first + turns * keys, last + turns * keys
 
 
 class Reference:
     """Exact samples of one problem, computed once and compared with any number of implementations."""
 
     def __init__(self, workload: Workload, inputs: Inputs, mode: Mode, seed: int = 0) -> None:
-        self.workload, self.inputs, self.window = workload, inputs, workload.window
+        self.workload, self.inputs, self.images = workload, inputs, workload.images
         self._generator = torch.Generator().manual_seed(seed)
         self._samples: dict[str, list[Sample]] = {}
         self._sample_queries(mode)
@@ -86,7 +117,7 @@ class Reference:
         errors = {}
         for name in results:
             samples = self._samples[name]
-            got = torch.stack([results[name][s.at].double() for s in samples])
+            got = torch.stack([self._result(name, results[name], s.at).double() for s in samples])
             exact, rounded = (torch.stack(list(t)) for t in zip(*((s.exact, s.rounded) for s in samples), strict=True))
             norm = exact.norm()
             error, twin = ((t - exact).norm() / norm for t in (got, rounded))
@@ -94,20 +125,42 @@ class Reference:
             errors[name] = (error.item(), factor * twin.item())
         return errors
 
-    def _positions(self, count: int) -> list[tuple[int, ...]]:
-        """Both corners, then random positions."""
-        spatial = self.workload.spatial
-        corners = [(0,) * len(spatial), tuple(length - 1 for length in spatial)]
-        return [*corners, *(tuple(self._random(length) for length in spatial) for _ in range(count - 2))]
+    def _result(self, name: str, result: Tensor, at: tuple[int, ...]) -> Tensor:
+        if name == "d_sink":
+            return result[at]
+        image, *index = at
+        return self._image(result, image)[tuple(index)]
+
+    def _image(self, tensor: Tensor, image: int) -> Tensor:
+        """``[*spatial, H, D]`` of an image, or ``[R, H, D]`` of its registers. Tokens of packed samples may come in
+        the shape of any images that are as many tokens."""
+        if not self.workload.shapes:
+            return tensor[image]
+        sizes = [math.prod(shape) for shape in self.workload.shapes]
+        return tensor.flatten(0, -3).split(sizes)[image].unflatten(0, self.workload.shapes[image])
+
+    def _positions(self, count: int, *, keys: bool = False) -> list[tuple[int, tuple[int, ...]]]:
+        """Images and positions of queries or keys: corners of the first images, then random ones."""
+        grids = [(image.key_spatial if keys else ()) or image.spatial for image in self.images]
+        corners = [
+            (image, tuple(end * (length - 1) for length in spatial))
+            for image, spatial in enumerate(grids)
+            for end in (0, 1)
+        ]
+        images = [self._random(len(grids)) for _ in range(count - min(len(corners), count // 2))]
+        return [
+            *corners[: count // 2],
+            *((image, tuple(self._random(length) for length in grids[image])) for image in images),
+        ]
 
     def _random(self, end: int) -> int:
         return int(torch.randint(end, (), generator=self._generator))
 
     def _sample_queries(self, mode: Mode) -> None:
         names = ("out",) if mode == "fwd" else ("out", "d_query")
-        for position in self._positions(QUERY_SAMPLES):
-            at = (self._random(self.workload.batch), *position, self._random(self.workload.heads))
-            grid, index = self._grid(at[0], position)
+        for image, position in self._positions(QUERY_SAMPLES):
+            at = (image, *position, self._random(self.workload.heads))
+            grid, index = self._grid(image, position)
             box = tuple((i, i) for i in index)
             exact, rounded = (self._rows(grid, at[-1], box, None, rounding) for rounding in (False, True))
             for name in names:
@@ -116,29 +169,29 @@ class Reference:
 
     def _sample_keys(self) -> None:
         w = self.workload
-        cost = (
-            w.heads
-            // w.kv_heads
-            * math.prod(k * min(2 * k, length) for k, length in zip(w.kernel_size, w.spatial, strict=True))
-        )
-        for position in self._positions(max(2, min(KEY_SAMPLES, KEY_PAIRS // cost))):
-            batch, kv_head = self._random(w.batch), self._random(w.kv_heads)
-            grid, index = self._grid(batch, position)
-            box = self._bounds(query_bounds, tuple((i, i) for i in index), grid.lengths)
+        longest = w.spatial or tuple(max(axis) for axis in zip(*w.shapes, strict=True))
+        axes = zip(w.kernel_size, longest, w.key_spatial or longest, strict=True)
+        # As many queries see a key as a window has keys, times the queries for a key.
+        pairs = math.prod(-(-k * queries // keys) * min(2 * k, keys) for k, queries, keys in axes)
+        count = max(2, min(KEY_SAMPLES, KEY_PAIRS // (w.heads // w.kv_heads * pairs)))
+        for image, position in self._positions(count, keys=True):
+            kv_head = self._random(w.kv_heads)
+            grid, index = self._grid(image, position)
+            box = self._bounds(query_bounds, tuple((i, i) for i in index), grid)
             exact, rounded = (self._key_gradients([(grid, box)], kv_head, index, r) for r in (False, True))
             for name, e, r in zip(("d_key", "d_value"), exact, rounded, strict=True):
-                self._samples.setdefault(name, []).append(Sample((batch, *position, kv_head), e[0], r[0]))
+                self._samples.setdefault(name, []).append(Sample((image, *position, kv_head), e[0], r[0]))
 
     def _sample_sums(self) -> None:
         """Gradients to which every query of a head contributes."""
         w, inputs = self.workload, self.inputs
         if inputs.additional_keys is not None:
-            batch, kv_head = self._random(w.batch), self._random(w.kv_heads)
-            exact, rounded = (self._key_gradients(self._everything(batch), kv_head, (), r) for r in (False, True))
+            image, kv_head = self._random(len(self.images)), self._random(w.kv_heads)
+            exact, rounded = (self._key_gradients(self._everything(image), kv_head, (), r) for r in (False, True))
             for name, e, r in zip(("d_additional_keys", "d_additional_values"), exact, rounded, strict=True):
-                self._samples[name] = [Sample((batch, i, kv_head), e[i], r[i]) for i in range(len(e))]
+                self._samples[name] = [Sample((image, i, kv_head), e[i], r[i]) for i in range(len(e))]
         if isinstance(inputs.sink, Tensor):
-            parts = [part for batch in range(w.batch) for part in self._everything(batch)]
+            parts = [part for image in range(len(self.images)) for part in self._everything(image)]
             bands = [(grid, band) for grid, box in parts for band in self._bands(grid, box)]
             heads = torch.randperm(w.heads, generator=self._generator)[:SINK_SAMPLES].tolist()
             self._samples["d_sink"] = []
@@ -149,19 +202,23 @@ class Reference:
                 )
                 self._samples["d_sink"].append(Sample((head,), exact, rounded))
 
-    def _grid(self, batch: int, position: tuple[int, ...]) -> tuple[Grid, tuple[int, ...]]:
+    def _grid(self, image: int, position: tuple[int, ...]) -> tuple[Grid, tuple[int, ...]]:
         """The residue class of a token, and the token's index in it."""
-        residue, index = zip(
-            *((p % d, p // d) for p, d in zip(position, self.window.dilation, strict=True)), strict=True
-        )
-        axes = zip(self.workload.spatial, self.window.dilation, residue, strict=True)
-        return Grid(batch, residue, tuple(class_length(*axis) for axis in axes)), index
+        workload = self.images[image]
+        window = workload.window
+        residue = tuple(p % d for p, d in zip(position, window.dilation, strict=True))
+        index = tuple(p // d for p, d in zip(position, window.dilation, strict=True))
+        lengths = map(class_length, workload.spatial, window.dilation, residue)
+        options = window.kernel_size, window.stride, window.is_causal, window.is_periodic
+        key_lengths = workload.key_spatial or (None,) * len(position)
+        axes = tuple(Axis(*axis) for axis in zip(lengths, *options, key_lengths, strict=True))
+        return Grid(image, residue, window.dilation, axes), index
 
-    def _everything(self, batch: int) -> list[tuple[Grid, Box]]:
-        """All tokens of an image, class by class."""
-        residues = itertools.product(*map(range, self.window.dilation))
-        grids = [self._grid(batch, residue)[0] for residue in residues]
-        return [(grid, tuple((0, length - 1) for length in grid.lengths)) for grid in grids]
+    def _everything(self, image: int) -> list[tuple[Grid, Box]]:
+        """All queries of an image, class by class."""
+        residues = itertools.product(*map(range, self.images[image].window.dilation))
+        grids = [self._grid(image, residue)[0] for residue in residues]
+        return [(grid, grid.everything) for grid in grids]
 
     def _key_gradients(
         self, boxes: Sequence[tuple[Grid, Box]], kv_head: int, columns: tuple[int, ...], rounding: bool
@@ -183,32 +240,37 @@ class Reference:
 
     def _bands(self, grid: Grid, box: Box) -> Iterator[Box]:
         """Cut a box of queries along its first axis so that no piece has many more pairs than ``BAND_PAIRS``."""
+        if any(b < a for a, b in box):  # queries of a key that none sees
+            return
         (first, last), *rest = box
-        keys = self._bounds(window_bounds, box, grid.lengths)
+        keys, kernel = self._bounds(key_bounds, box, grid), grid.axes[0].kernel_size
         # A piece that is thin along the first axis sees about one window of keys there.
-        per_row = math.prod(b - a + 1 for a, b in (*rest, *keys[1:])) * self.window.kernel_size[0]
-        rows = max(1, min(BAND_PAIRS // per_row, 2 * self.window.kernel_size[0]))
+        per_row = math.prod(b - a + 1 for a, b in (*rest, *keys[1:])) * kernel
+        rows = max(1, min(BAND_PAIRS // per_row, 2 * kernel))
         for start in range(first, last + 1, rows):
             yield ((start, min(start + rows - 1, last)), *rest)
 
-    def _axes(self, lengths: Sequence[int]) -> Iterator[tuple[int, int, int, bool]]:
-        """For each axis: its length, kernel size, stride and whether it is causal."""
-        return zip(lengths, self.window.kernel_size, self.window.stride, self.window.is_causal, strict=True)
+    def _bounds(self, bounds: Bounds, box: Box, grid: Grid) -> Box:
+        """The smallest box with all that ``bounds`` (:func:`key_bounds` or its inverse) returns for the positions.
 
-    def _bounds(self, bounds: Bounds, box: Box, lengths: Sequence[int]) -> Box:
-        """The smallest box that contains what ``bounds`` (of windows or their inverse) returns for every position."""
+        On a ring it has every token once at most.
+        """
         result = []
-        for (a, b), axis in zip(box, self._axes(lengths), strict=True):
-            first, last = bounds(torch.arange(a, b + 1), *axis)
-            result.append((int(first.min()), int(last.max())))
+        for (a, b), axis in zip(box, grid.axes, strict=True):
+            low, high = bounds(torch.arange(a, b + 1), *axis)
+            first, last = int(low.min()), int(high.max())
+            length = axis.keys if bounds is key_bounds else axis.length
+            result.append((first, min(last, first + length - 1)) if axis.is_periodic else (first, last))
         return tuple(result)
 
-    def _mask(self, box: Box, keys: Box, lengths: Sequence[int], device: torch.device) -> Tensor:
+    def _mask(self, box: Box, keys: Box, grid: Grid, device: torch.device) -> Tensor:
         mask = torch.ones(1, 1, dtype=torch.bool, device=device)
-        for (a, b), (c, d), axis in zip(box, keys, self._axes(lengths), strict=True):
+        for (a, b), (c, d), axis in zip(box, keys, grid.axes, strict=True):
             query, key = torch.arange(a, b + 1, device=device), torch.arange(c, d + 1, device=device)
-            first, last = window_bounds(query, *axis)
-            visible = (key >= first[:, None]) & (key <= last[:, None])
+            first, last = key_bounds(query, *axis)
+            distance = key - first[:, None]
+            distance = distance % axis.keys if axis.is_periodic else distance
+            visible = (distance >= 0) & (distance <= (last - first)[:, None])
             mask = (mask[:, None, :, None] & visible[None, :, None, :]).reshape(mask.shape[0] * visible.shape[0], -1)
         return mask
 
@@ -221,19 +283,22 @@ class Reference:
         kv_head = head * w.kv_heads // w.heads
         # A kernel in fp32 rounds every sum, as the formula evaluated in fp32 does.
         dtype = torch.float32 if rounding and inputs.query.dtype == torch.float32 else torch.float64
-        keys = self._bounds(window_bounds, box, grid.lengths)
+        keys = self._bounds(key_bounds, box, grid)
         q, do = (self._take(t, grid, box, head).to(dtype) for t in (inputs.query, inputs.grad_out))
         k, v = (self._take(t, grid, keys, kv_head).to(dtype) for t in (inputs.key, inputs.value))
-        mask = self._mask(box, keys, grid.lengths, q.device)
+        mask = self._mask(box, keys, grid, q.device)
+        if inputs.key_mask is not None:
+            mask &= self._tokens(inputs.key_mask[0], grid, keys).flatten()
         registers = 0
         if inputs.additional_keys is not None and inputs.additional_values is not None:
             registers = inputs.additional_keys.shape[1]
-            k = torch.cat([inputs.additional_keys[grid.batch, :, kv_head].to(dtype), k])
-            v = torch.cat([inputs.additional_values[grid.batch, :, kv_head].to(dtype), v])
+            k = torch.cat([inputs.additional_keys[grid.image, :, kv_head].to(dtype), k])
+            v = torch.cat([inputs.additional_values[grid.image, :, kv_head].to(dtype), v])
             mask = torch.cat([mask.new_ones(mask.shape[0], registers), mask], 1)
 
         scores = (w.scale * q @ k.T).masked_fill_(~mask, -math.inf)
         row_max = scores.amax(-1, keepdim=True)
+        row_max = row_max.masked_fill(row_max == -math.inf, 0.0)  # of a query that sees nothing
         weights = scores.sub_(row_max).exp_()
         row_sum = weights.sum(-1, keepdim=True)
         sink_weight = torch.zeros_like(row_sum)
@@ -241,6 +306,7 @@ class Reference:
             logit = inputs.sink[head].to(dtype) if isinstance(inputs.sink, Tensor) else inputs.sink
             sink_weight = torch.exp(logit - row_max)
         row_sum = row_sum + sink_weight
+        row_sum = torch.where(row_sum == 0, 1.0, row_sum)  # whose weights are zero, and so is its result
         out = self._round(self._round(weights, rounding) @ v / row_sum, rounding)
 
         delta = (do * out).sum(-1, keepdim=True)
@@ -248,7 +314,7 @@ class Reference:
         d_scores = self._round(weights * (do @ v.T - delta), rounding)
         picked = slice(0, 0)
         if columns is not None:
-            column = _ravel(columns, keys) + registers if columns else 0
+            column = self._column(columns, keys, grid) + registers if columns else 0
             picked = slice(column, column + 1) if columns else slice(0, registers)
         return Rows(
             out=out,
@@ -260,13 +326,22 @@ class Reference:
 
     def _take(self, tensor: Tensor, grid: Grid, box: Box, head: int) -> Tensor:
         """The box's tokens of ``[B, *spatial, H, D]`` as ``[tokens, D]``."""
-        axes = zip(grid.residue, self.window.dilation, box, strict=True)
-        tokens = tuple(slice(r + d * first, r + d * last + 1, d) for r, d, (first, last) in axes)
-        return tensor[(grid.batch, *tokens, ..., head, slice(None))].flatten(0, -2)
+        return self._tokens(self._image(tensor, grid.image)[..., head, :], grid, box).flatten(0, -2)
 
+    def _tokens(self, image: Tensor, grid: Grid, box: Box) -> Tensor:
+        """The box of ``[*spatial, ...]``."""
+        for i, (residue, d, (first, last)) in enumerate(zip(grid.residue, grid.dilation, box, strict=True)):
+            start, stop = residue + d * first, residue + d * last + 1
+            if start >= 0 and stop <= image.shape[i]:
+                image = image[(slice(None),) * i + (slice(start, stop, d),)]
+            else:  # positions on a ring are unwrapped
+                image = image.index_select(i, torch.arange(start, stop, d, device=image.device) % image.shape[i])
+        return image
 
-def _ravel(position: Sequence[int], box: Box) -> int:
-    index = 0
-    for p, (first, last) in zip(position, box, strict=True):
-        index = index * (last - first + 1) + p - first
-    return index
+    def _column(self, position: tuple[int, ...], box: Box, grid: Grid) -> int:
+        """The index of a key among those of a box."""
+        index = 0
+        for p, (first, last), axis in zip(position, box, grid.axes, strict=True):
+            distance = (p - first) % axis.keys if axis.is_periodic else p - first
+            index = index * (last - first + 1) + distance
+        return index

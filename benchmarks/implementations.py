@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +18,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from natten_layers import AttentionState, attention_state, merge_attention, neighborhood_attention
+from natten_layers import (
+    AttentionState,
+    attention_state,
+    merge_attention,
+    neighborhood_attention,
+    neighborhood_attention_varlen,
+)
 
 from .workloads import Inputs, Variant, Workload
 
@@ -29,6 +39,7 @@ __all__ = [
     "flex_mask",
     "implementations",
     "ours",
+    "varlen",
 ]
 
 OURS = "natten_layers"
@@ -124,7 +135,7 @@ class Implementation:
 
     def differentiated(self, inputs: Inputs) -> dict[str, Tensor]:
         """The inputs that get a gradient, by field name."""
-        named = {f.name: getattr(inputs, f.name) for f in fields(inputs) if f.name != "grad_out"}
+        named = {f.name: getattr(inputs, f.name) for f in fields(inputs) if f.name not in ("grad_out", "key_mask")}
         return {name: t for name, t in named.items() if isinstance(t, Tensor)}
 
 
@@ -142,7 +153,7 @@ def implementations(
         yield Implementation(_label(OURS, variant), OURS, variant, workload, ours(workload), Layout())
     makers: dict[str, Callable[[], Iterator[Implementation]]] = {
         "flex": lambda: _flex(workload, flex_orders, device),
-        "fa2": lambda: _fa2(workload),
+        "fa2": lambda: _fa2(workload, device),
         "cudnn": lambda: _cudnn(workload),
         "natten": lambda: _natten(workload, [plain, *(v for v in extra if v.registers and not v.sink)], device),
         "fa4": lambda: _fa4(workload, [base, *(v for v in extra if v.sink == "learned" and not v.registers)]),
@@ -150,9 +161,18 @@ def implementations(
     }
     for peer in peers:
         try:
+            _check_peer(peer, workload)
             yield from makers[peer]()
         except Exception as error:  # a peer whose setup fails must not keep the others from running
             yield peer, str(error) if isinstance(error, (UnsupportedError, ImportError)) else repr(error)
+
+
+def _check_peer(peer: str, workload: Workload) -> None:
+    """No peer has windows on a ring, masks of keys or keys on a grid of their own, and only torch's packs samples."""
+    if any(workload.window.is_periodic) or workload.land or workload.key_spatial:
+        raise UnsupportedError("it has no rings, masks of keys, or keys on another grid")
+    if workload.shapes and peer != "fa2":
+        raise UnsupportedError("it takes no packed samples here")
 
 
 def _label(name: str, variant: Variant) -> str:
@@ -161,21 +181,22 @@ def _label(name: str, variant: Variant) -> str:
 
 def ours(workload: Workload) -> Callable[[Inputs], Tensor]:
     """This library's operation."""
+    window = {"stride": workload.stride, "dilation": workload.dilation, "is_causal": workload.causal}
+    shapes = torch.tensor(workload.shapes)
 
     def forward(inputs: Inputs) -> Tensor:
-        return neighborhood_attention(
-            inputs.query,
-            inputs.key,
-            inputs.value,
-            workload.kernel_size,
-            stride=workload.stride,
-            dilation=workload.dilation,
-            is_causal=workload.causal,
-            additional_keys=inputs.additional_keys,
-            additional_values=inputs.additional_values,
-            sink=inputs.sink,
-            impl="fused" if inputs.query.is_cuda else "auto",  # on a GPU, never time the eager path
-        )
+        qkv, kernel_size = (inputs.query, inputs.key, inputs.value), workload.kernel_size
+        options: dict[str, Any] = {
+            **window,
+            "additional_keys": inputs.additional_keys,
+            "additional_values": inputs.additional_values,
+            "sink": inputs.sink,
+            "key_mask": inputs.key_mask,
+            "impl": "fused" if inputs.query.is_cuda else "auto",  # on a GPU, never time the eager path
+        }
+        if workload.shapes:
+            return neighborhood_attention_varlen(*qkv, shapes, kernel_size, **options)
+        return neighborhood_attention(*qkv, kernel_size, **options, is_periodic=workload.periodic)
 
     return forward
 
@@ -320,12 +341,15 @@ def _block_mask(
     )
 
 
-def _fa2(workload: Workload) -> Iterator[Implementation]:
+def _fa2(workload: Workload, device: torch.device) -> Iterator[Implementation]:
     """torch's flash kernel with its window, an option that ``scaled_dot_product_attention`` does not expose."""
     if not _is_sliding(workload) or workload.registers:
         raise UnsupportedError("its window is causal and one-dimensional")
     if workload.head_dims[0] != workload.head_dims[1] or workload.dtype == torch.float32:
         raise UnsupportedError("values must be as wide as queries, and of two bytes")
+    if workload.shapes:
+        yield Implementation("fa2, varlen", "fa2", Variant(), workload, varlen(workload, device), Layout())
+        return
     tokens = workload.spatial[0]
 
     def forward(inputs: Inputs) -> Tensor:
@@ -336,6 +360,20 @@ def _fa2(workload: Workload) -> Iterator[Implementation]:
         return flash(*qkv, *lengths, dropout, causal, debug, scale=workload.scale, **window)[0]
 
     yield Implementation("fa2", "fa2", Variant(), workload, forward, Layout())
+
+
+def varlen(workload: Workload, device: torch.device) -> Callable[[Inputs], Tensor]:
+    """torch's ``varlen_attn`` of packed texts, or the operator beneath it where that function has no window yet."""
+    lengths = [length for (length,) in workload.shapes]
+    ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+    packing, left, scale = (ends, ends, max(lengths), max(lengths)), workload.kernel_size[0] - 1, workload.scale
+    public = None if find_spec("torch.nn.attention.varlen") is None else import_module("torch.nn.attention.varlen")
+    if public and {"window_size", "enable_gqa"} <= inspect.signature(public.varlen_attn).parameters.keys():
+        options = {"scale": scale, "window_size": (left, 0), "enable_gqa": True}
+        return lambda inputs: public.varlen_attn(inputs.query, inputs.key, inputs.value, *packing, **options)
+    flash = torch.ops.aten._flash_attention_forward.default
+    options = {"scale": scale, "window_size_left": left, "window_size_right": 0}
+    return lambda inputs: flash(inputs.query, inputs.key, inputs.value, *packing, 0.0, True, False, **options)[0]
 
 
 def _is_sliding(workload: Workload) -> bool:

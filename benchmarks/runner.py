@@ -20,7 +20,7 @@ from .check import Errors, Reference
 from .implementations import OURS, Implementation
 from .workloads import Inputs, Mode, Variant, Workload, add_variant, floor, make_inputs
 
-__all__ = ["RESULTS", "Rates", "Report", "Row", "heading", "make_parser", "run", "save"]
+__all__ = ["RESULTS", "Rates", "Report", "Row", "call", "heading", "make_parser", "run", "save"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -92,12 +92,12 @@ def run(
             problem = (entry.variant, entry.workload)
             if problem not in references:
                 references[problem] = Reference(entry.workload, add_variant(inputs[0], entry.variant, 0), mode)
-            call = _call(entry, own, mode)
-            row.first_call_s = timing.host_seconds(call, device, 1)
-            _check(entry, call, mode, references[problem], row)
+            run_once = call(entry, own, mode)
+            row.first_call_s = timing.host_seconds(run_once, device, 1)
+            _check(entry, run_once, mode, references[problem], row)
             if row.failure is None:
-                row.peak_mib = _mib(timing.peak_bytes(call, device))
-                calls[entry.name] = call
+                row.peak_mib = _mib(timing.peak_bytes(run_once, device))
+                calls[entry.name] = run_once
         except Exception as error:  # one implementation's error must not stop the others
             row.failure = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
         if row.failure:
@@ -112,7 +112,7 @@ def run(
     return list(rows.values())
 
 
-def _call(implementation: Implementation, inputs: list[Inputs], mode: Mode) -> Outputs:
+def call(implementation: Implementation, inputs: list[Inputs], mode: Mode) -> Outputs:
     """A function that returns ``(out,)``, or ``(out, *gradients)`` with None where there is no gradient."""
     if mode == "fwd":
 

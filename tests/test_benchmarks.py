@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 import torch
@@ -28,32 +30,45 @@ from benchmarks import (
     step,
     sweep,
     timing,
+    windows,
 )
 from benchmarks.check import Reference
 from benchmarks.implementations import HeadsFirst, Implementation, Layout
 from benchmarks.shapes import CENSUS
 from benchmarks.workloads import MODES, WORKLOADS, Inputs, Variant, Workload, add_variant, floor, make_inputs, smoke
-from natten_layers import neighborhood_attention
+from natten_layers import explain, neighborhood_attention
 from natten_layers.eager import dense_attention_state
 from natten_layers.geometry import window_mask
 
 CPU = torch.device("cpu")
+QKV = "query", "key", "value"
 RATES = runner.Rates(copy=1e10, matmul=1e11)
 
 
 def problem(
     spatial: tuple[int, ...], kernel: tuple[int, ...], registers: int = 0, sink: Any = None, **fields: Any
 ) -> tuple[Workload, Inputs]:
-    workload = Workload("test", 2, spatial, 4, 2, 8, kernel, **fields)
+    workload = Workload("test", 2 if spatial else 1, spatial, 4, 2, 8, kernel, **fields)
     return workload, add_variant(make_inputs(workload, CPU, 0), Variant(registers, sink), 0)
 
 
 def dense(workload: Workload, inputs: Inputs) -> Tensor:
     """Dense attention by the oracle, which shares no code with the benchmarks' checker, in the inputs' dtype."""
-    window = workload.window
     registers = (inputs.additional_keys, inputs.additional_values)
     qkv = (inputs.query, inputs.key, inputs.value)
-    return dense_attention_state(*qkv, *registers, inputs.sink, window, workload.scale)[0]
+    if workload.shapes:
+        sizes = [math.prod(shape) for shape in workload.shapes]
+        samples = zip(workload.images, *(x.split(sizes) for x in qkv), strict=True)
+        outs = [
+            dense(
+                image,
+                replace(inputs, **{n: x.unflatten(0, (1, *image.spatial)) for n, x in zip(QKV, own, strict=True)}),
+            )
+            for image, *own in samples
+        ]
+        return torch.cat([out.flatten(0, -3) for out in outs])
+    window, mask = workload.window, inputs.key_mask
+    return dense_attention_state(*qkv, *registers, inputs.sink, window, workload.scale, key_mask=mask)[0]
 
 
 def dense_gradients(workload: Workload, inputs: Inputs) -> dict[str, Tensor]:
@@ -114,6 +129,14 @@ def test_floor_counts() -> None:
             "sink": "learned",
         },
         {"spatial": (19,), "kernel": (5,), "causal": True, "stride": 4, "dtype": torch.float16},
+        {"spatial": (9, 12), "kernel": (3, 4), "dilation": (3, 2), "stride": (2, 3), "periodic": (True, False)},
+        {"spatial": (6, 10), "kernel": (6, 4), "stride": (1, 3), "periodic": True, "registers": 2, "land": True},
+        {"spatial": (12, 9), "kernel": (1, 2), "land": True},
+        {"spatial": (9, 12), "kernel": (3, 4), "causal": (True, False), "land": True, "sink": "learned"},
+        {"spatial": (9, 5), "kernel": (2, 5), "key_spatial": (4, 7), "registers": 1, "sink": "learned"},
+        {"spatial": (4, 3), "kernel": (2, 3), "key_spatial": (9, 8), "periodic": (False, True), "land": True},
+        {"spatial": (), "kernel": (5,), "shapes": ((3,), (17,), (1,)), "causal": True, "sink": "learned"},
+        {"spatial": (), "kernel": (3, 4), "shapes": ((2, 9), (7, 5), (1, 1)), "dilation": (1, 2), "stride": (2, 1)},
     ],
 )
 def test_reference_is_exact(arguments: Any, band_pairs: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,6 +156,31 @@ def test_budget_admits_bf16_and_little_more() -> None:
     assert error < allowed < 0.01
     error, allowed = reference.errors({"out": out * 1.02})["out"]
     assert error > allowed
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"periodic": True},
+        {"land": True},
+        {"land": True, "periodic": (False, True), "kernel_size": (4, 5)},
+        {"land": True, "key_spatial": (5, 8)},
+        {"key_spatial": (5, 8)},
+        {"spatial": (), "shapes": ((3, 9), (2, 2))},
+        {"spatial": (), "shapes": ((3, 9), (8, 4)), "dilation": 2, "causal": True},
+    ],
+)
+def test_pairs_are_counted_exactly(fields: dict[str, Any]) -> None:
+    """Against masks of all pairs."""
+    workload = replace(Workload("test", 1, (10, 12), 4, 2, 8, (3, 3)), **fields)
+    pairs = 0
+    for image in workload.images:
+        mask = window_mask(image.spatial, image.window, key_spatial=image.key_spatial or None)
+        land = image.key_mask()
+        pairs += int((mask if land is None else mask & land.flatten()).sum())
+    assert workload.visible_pairs() == pairs
+    inputs = make_inputs(workload, CPU, 0)
+    assert workload.elements() == sum(x.numel() for x in (inputs.query, inputs.key, inputs.value, inputs.grad_out))
 
 
 def _lose_causal(workload: Workload, inputs: Inputs) -> Tensor:
@@ -564,6 +612,57 @@ def test_forward_mode_is_checked_before_it_is_timed(
     monkeypatch.setattr(forward_mode, "implementations", forgets_a_tangent)
     assert forward_mode.main(flags) == 1
     assert "wrong result" in capsys.readouterr().out
+
+
+def test_windows_are_checked_before_they_are_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "windows.json"
+    names = ["seed, mask", "mistral, packed"]
+    flags = ["--device", "cpu", "--smoke", "--budget-s", "0", "--out", str(path), "--comparisons", *names]
+    assert windows.main(flags) == 0
+    rows = json.loads(path.read_text())["rows"]
+    own = [row for row in rows if row["implementation"] != windows.PEER]
+    assert {row["workload"] for row in own} == set(names)
+    assert all(row["median_ms"] > 0 for row in own)
+    assert len(own) == len(rows) - 2 == 2 * 2 * 3
+    assert "| mistral, packed | fwdbwd | " in capsys.readouterr().out
+
+    def forgets_borders(workload: Workload) -> Callable[[Inputs], Tensor]:
+        return implementations.ours(replace(workload, shapes=((192,),)) if workload.shapes else workload)
+
+    monkeypatch.setattr(windows, "ours", forgets_borders)
+    flags = flags[: -len(names)] + names[-1:]
+    assert windows.main(flags) == 1
+    assert "many shapes, packed: wrong result" in capsys.readouterr().out
+
+
+def test_speed_counts_the_work_of_each_way() -> None:
+    """Texts whose windows hold half of the pairs, in half of the time, are no faster."""
+    rows = [
+        runner.Row("texts", "fwd", way, "", "", least, median_ms=ms, p10_ms=ms, p90_ms=ms, times_floor=ms / least)
+        for way, least, ms in ((windows.ALIKE, 2.0, 8.0), (windows.EQUAL, 2.0, 4.0), (windows.MIXED, 1.0, 4.0))
+    ]
+    assert windows.tables(rows)[-1].split(" | ")[5:7] == ["1.000", "0.500"]
+    workload = Workload("texts", 2, (6,), 2, 1, 8, (4,), causal=True)
+    comparison = windows.packs(workload, ((2,), (10,)), CPU)
+    found = windows.measure("texts", comparison, "fwd", runner.Rates(1e30, 1e3), 0.0, CPU)
+    # By hand: 1 + 2 + 3 + 4 + 4 + 4 pairs in each of two texts, or 1 + 2 and 1 + 2 + 3 + 7 * 4
+    assert [row.floor_ms / (2 * 2 * 16) for row in found] == pytest.approx([36, 36, 37, 37])
+
+
+def test_kernels_of_a_mask_compute_a_call_without_one() -> None:
+    """Other tiles than it would take by itself."""
+    pytest.importorskip("triton")
+    q, k = torch.empty(1, 8, 8, 4, 32), torch.empty(1, 8, 8, 2, 32)
+    said = explain(q, k, k, 5, key_mask=torch.ones(1, 8, 8, dtype=torch.bool), needs_grad=True, impl="fused")
+    other = [
+        replace(kernel, settings=tuple((dict(kernel.settings) | {"num_warps": 8}).items())) for kernel in said.kernels
+    ]
+    with windows.taking(other)():
+        assert explain(q, k, k, 5, needs_grad=True, impl="fused").kernels == tuple(
+            replace(kernel, passed_over=ANY) for kernel in other
+        )
 
 
 def test_the_check_of_tangents_is_exact() -> None:
