@@ -12,6 +12,7 @@ from .arguments import Axes, check_bias, prepare
 from .kernels.ops import attention as attention_ops
 from .kernels.ops.define import is_tracked
 from .operations import NO_BIAS, Impl, why_eager
+from .varlen import Shapes, prepare_samples
 
 __all__ = ["Explanation", "Kernel", "explain"]
 
@@ -55,6 +56,8 @@ def explain(
     value: Tensor,
     kernel_size: Axes,
     *,
+    shapes: Shapes | None = None,
+    cu_seqlens: Tensor | None = None,
     stride: Axes = 1,
     dilation: Axes = 1,
     is_causal: bool | Sequence[bool] = False,
@@ -71,9 +74,11 @@ def explain(
 ) -> Explanation:
     """Which kernels compute :func:`neighborhood_attention` of these arguments, with which tiles, and why not others.
 
-    Nothing is computed or compiled. ``print(explain(...))`` shows quickly why a call is slower than expected.
+    Nothing is computed or compiled. ``print(explain(...))`` shows quickly why a call is slower than expected. With
+    ``shapes`` or ``cu_seqlens``, or with nested tensors, it is about :func:`neighborhood_attention_varlen`.
 
     Args:
+        shapes, cu_seqlens: the samples of a packed batch, as :func:`neighborhood_attention_varlen` takes them.
         query, key, value, kernel_size, stride, dilation, is_causal, is_periodic, scale, additional_keys,
             additional_values, sink, rpb, key_mask, return_lse, impl: the arguments of :func:`neighborhood_attention`,
             which are checked in the same way. Of tensors only shape, strides, dtype, device and alignment of the
@@ -88,10 +93,19 @@ def explain(
         ValueError: an argument does not fit.
         RuntimeError: ``impl="fused"``, but the fused kernels cannot run.
     """
-    call = prepare(
-        query, key, value, kernel_size, stride, dilation, is_causal, scale, additional_keys, additional_values, sink,
-        is_periodic, key_mask,
-    )  # fmt: skip
+    if shapes is None and cu_seqlens is None and not (isinstance(query, Tensor) and query.is_nested):
+        call = prepare(
+            query, key, value, kernel_size, stride, dilation, is_causal, scale, additional_keys, additional_values,
+            sink, is_periodic, key_mask,
+        )  # fmt: skip
+    else:
+        for name, given in (("rpb", rpb is not None), ("is_periodic", _is_any(is_periodic))):
+            if given:
+                raise ValueError(f"packed samples take no {name}")
+        call, _ = prepare_samples(
+            query, key, value, shapes, cu_seqlens, kernel_size, stride, dilation, is_causal, scale, additional_keys,
+            additional_values, sink, key_mask,
+        )  # fmt: skip
     check_bias(rpb, call)
     reason = why_eager(impl, call.inputs.query, call.why_not_fused if rpb is None else lambda: NO_BIAS)
     if reason is not None:
@@ -103,3 +117,7 @@ def explain(
         for direction, x in choices.items()
     )
     return Explanation("fused", None, tuple(kernels))
+
+
+def _is_any(flags: bool | Sequence[bool]) -> bool:
+    return any(flags) if isinstance(flags, Sequence) else flags

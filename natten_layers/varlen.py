@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .arguments import Axes, prepare_packed
+from .arguments import Axes, Call, prepare_packed
 from .operations import Impl, attend, attend_with_lse
 
-__all__ = ["Shapes", "neighborhood_attention_varlen", "packed_shapes"]
+__all__ = ["Shapes", "neighborhood_attention_varlen", "packed_shapes", "prepare_samples"]
 
 Shapes = Tensor | Sequence[Sequence[int]]
 
@@ -110,17 +110,36 @@ def neighborhood_attention_varlen(
         ValueError: an argument does not fit, as shapes that do not add up to ``N`` tokens.
         RuntimeError: ``impl="fused"``, but the fused kernels cannot run.
     """
-    options = (kernel_size, stride, dilation, is_causal, scale, additional_keys, additional_values, sink, key_mask)
-    nested = isinstance(query, Tensor) and query.is_nested
-    if nested:
-        offsets = _offsets(query, key, value, shapes, cu_seqlens)
-        query, key, value, cu_seqlens = *(t.values() for t in (query, key, value)), offsets
-    call = prepare_packed(query, key, value, packed_shapes(shapes, cu_seqlens, kernel_size), *options)
+    call, offsets = prepare_samples(
+        query, key, value, shapes, cu_seqlens, kernel_size, stride, dilation, is_causal, scale, additional_keys,
+        additional_values, sink, key_mask,
+    )  # fmt: skip
     results = attend_with_lse(call, impl) if return_lse else (attend(call, impl),)
-    if nested:
-        assert cu_seqlens is not None
-        results = tuple(torch.nested.nested_tensor_from_jagged(x, cu_seqlens) for x in results)
+    if offsets is not None:
+        results = tuple(torch.nested.nested_tensor_from_jagged(x, offsets) for x in results)
     return cast("tuple[Tensor, Tensor]", results) if return_lse else results[0]
+
+
+def prepare_samples(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    shapes: Shapes | None,
+    cu_seqlens: Tensor | None,
+    kernel_size: Axes,
+    *options: Any,
+) -> tuple[Call, Tensor | None]:
+    """The checked call, with the offsets of the samples if query, key and value are nested tensors.
+
+    ``options`` are those of :func:`natten_layers.arguments.prepare_packed`, from ``stride`` on.
+    """
+    offsets = None
+    if isinstance(query, Tensor) and query.is_nested:
+        offsets = cu_seqlens = _offsets(query, key, value, shapes, cu_seqlens)
+        query, key, value = (t.values() for t in (query, key, value))
+    return prepare_packed(
+        query, key, value, packed_shapes(shapes, cu_seqlens, kernel_size), kernel_size, *options
+    ), offsets
 
 
 def packed_shapes(shapes: Shapes | None, cu_seqlens: Tensor | None, kernel_size: Axes | None) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from helpers import raises_naming
 from torch import Tensor
 
-from natten_layers import Explanation, explain, neighborhood_attention
+from natten_layers import Explanation, explain, neighborhood_attention, neighborhood_attention_varlen
 
 pytest.importorskip("triton.experimental.gluon")
 
@@ -18,6 +18,7 @@ from test_sm90_small import problem_of_image
 
 from natten_layers.kernels import dispatch
 from natten_layers.kernels.host.launcher import Launcher
+from natten_layers.kernels.host.packing import Packing
 from natten_layers.kernels.host.problem import Problem, contiguous
 from natten_layers.kernels.host.tiling import TileConfig
 from natten_layers.kernels.host.tuned import override
@@ -78,6 +79,64 @@ def test_it_names_the_kernels_that_are_launched(
         assert "not sm90 large window: it is for CUDA devices, the tensors are on cpu" in str(said)
 
 
+KINDS: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
+    "periodic": ((1, 6, 7), (1, 6, 7), {"is_periodic": (False, True)}),
+    "masked": ((1, 6, 7), (1, 6, 7), {"key_mask": torch.arange(42).reshape(1, 6, 7) % 5 > 0}),
+    "another grid": ((1, 6, 7), (1, 3, 9), {}),
+    "packed": ((42,), (42,), {"shapes": [(6, 5), (3, 4)]}),
+    "packed, masked": ((42,), (42,), {"shapes": torch.tensor([(7, 6)]), "key_mask": torch.arange(42) % 5 > 0}),
+    "texts": ((42,), (42,), {"cu_seqlens": torch.tensor([0, 12, 42])}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_takes_the_arguments_of_every_operation(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And names the kernels that these launch, with their tiles."""
+    tokens, key_tokens, options = KINDS[kind]
+    options = {name: x.to(DEVICE) if name == "key_mask" else x for name, x in options.items()}
+    kernel_size = (3,) * (1 if "cu_seqlens" in options else 2)
+    q, k = draw(*tokens, 4, 16, requires_grad=True), draw(*key_tokens, 2, 16)
+    launched: list[Launcher] = []
+    launch = Launcher.__call__
+    monkeypatch.setattr(Launcher, "__call__", lambda self, *args: launched.append(self) or launch(self, *args))
+    said = explain(q, k, k, kernel_size, **options, impl="fused")
+    assert not launched
+    if len(tokens) == 1:
+        shapes = options.pop("shapes", None)
+        out = neighborhood_attention_varlen(q, k, k, shapes, kernel_size, **options, impl="fused")
+    else:
+        out = neighborhood_attention(q, k, k, kernel_size, **options, impl="fused")
+    out.sum().backward()
+    assert [kernel.direction for kernel in said.kernels] == ["forward", "backward_query", "backward_key"]
+    for kernel, one in zip(said.kernels, launched, strict=True):
+        settings = dict(kernel.settings)
+        assert (one.options["TILE"], one.options["CHUNK"]) == (settings["tile"], settings["chunk"])
+        assert kernel.passed_over
+
+
+def test_nested_tensors_are_explained_as_packed_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    nested = torch.nested.nested_tensor([draw(5, 2, 16), draw(9, 2, 16)], layout=torch.jagged)
+    flat, ends = nested.values(), nested.offsets()  # pyright: ignore[reportAttributeAccessIssue]
+    expected = explain(flat, flat, flat, 3, cu_seqlens=ends, impl="fused")
+    assert explain(nested, nested, nested, 3, impl="fused") == expected
+
+
+def test_packed_samples_are_checked_like_those_of_the_operation() -> None:
+    q = draw(42, 2, 16)
+    for options, names in (
+        ({"shapes": [(6, 5)]}, ("shapes", "30", "42")),
+        ({"shapes": [(6, 7)], "is_periodic": (False, True)}, ("is_periodic",)),
+        ({"shapes": [(6, 7)], "rpb": draw(2, 5, 5)}, ("rpb",)),
+        ({"shapes": [(6, 7)], "cu_seqlens": torch.tensor([0, 42])}, ("shapes", "cu_seqlens")),
+        ({"shapes": [(6, 7)], "key_mask": torch.ones(41, dtype=torch.bool)}, ("key_mask", "41", "42")),
+    ):
+        with raises_naming(*names):
+            explain(q, q, q, (3, 3), **options)  # pyright: ignore[reportArgumentType]
+    assert "asks for it" in str(explain(q, q, q, (3, 3), shapes=[(6, 7)], impl="eager"))
+    empty = explain(q[:0], q[:0], q[:0], (3, 3), shapes=[], impl="fused")
+    assert empty.why_eager == "the batch is empty: there is nothing to launch"
+
+
 def test_tensors_without_data_will_do() -> None:
     q = torch.empty(2, 64, 64, 8, 64, device="meta", dtype=torch.float16)
     if ON_GPU:
@@ -102,6 +161,8 @@ def test_a_choice_of_the_caller_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> 
         (problem_of_text, {"dilation": (2,)}, {}, ["dilation is (2,)"] * 2 + ["is large"]),
         (problem_of_image, {"is_periodic": (False, True)}, {}, ["is_periodic is (False, True)"] * 3),
         (problem_of_image, {"query": contiguous((8, 64, 64, 8, 64))}, {}, ["another grid"] * 3),
+        (problem_of_image, {"key_mask": contiguous((1, 128, 128, 1, 1))}, {}, ["no key_mask"] * 3),
+        (problem_of_text, {"packing": Packing(((32768,),), 1)}, {}, ["no packed batch"] * 3),
         (problem_of_text, {"capability": (8, 0)}, {}, ["the device has 8.0"] * 3),
         (problem_of_text, {"kernel_size": (1024,)}, {}, ["the call is small", "the window is large", "is large"]),
         (problem_of_image, {}, {}, ["the window is small"]),
