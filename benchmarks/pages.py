@@ -19,7 +19,7 @@ from .shapes import CENSUS
 __all__ = ["PAGES", "TABLES", "filled"]
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/speed.md")
+PAGES = ("README.md", "docs/speed.md", "docs/diffusers.md")
 MARKS = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 MEANING = {
@@ -163,7 +163,38 @@ def _host() -> list[str]:
     return _table(["pass", "natten_layers, us", "scaled_dot_product_attention, us", "ratio"], map(cells, TITLES))
 
 
+def _decoder() -> list[str]:
+    """LTX-2.5's decoder, all its layers with neighborhood attention and the whole call."""
+    record = _record("ltx")
+    parts = {"projections": "projections", "norm and RoPE": "norms and rotation", "attention": "attention"}
+    parts |= {"layer": "layers, all of it"}
+    total = {
+        name: sum(s["layers"] * s["ms"][name] for s in record["stages"]) for name in (*parts, "layer, steps in PyTorch")
+    }
+    ours, plain = record["decode"]
+    rows = [[text, f"{total[name]:.0f}", ""] for name, text in parts.items()]
+    rows[-1][2] = f"{total['layer, steps in PyTorch']:.0f}"
+    rows.append(["`decode`", f"{1e3 * ours['median_s']:.0f}", f"{1e3 * plain['median_s']:.0f}"])
+    rows.append(["its peak memory, GiB", f"{ours['peak_gib']:.1f}", f"{plain['peak_gib']:.1f}"])
+    return _table(["milliseconds", "`patch`", "norms and rotation in PyTorch, attention of this library"], rows)
+
+
+def _windows_in_transformers() -> list[str]:
+    rows = {(row["problem"], row["implementation"]): row for row in _record("diffusers_attention")["rows"]}
+
+    def cells(problem: str) -> Iterable[str]:
+        ours, dense = rows[problem, "windows"], rows[problem.partition(",")[0], "dense (cuDNN)"]
+        window = "x".join(map(str, ours["window"]))
+        yield from (problem, str(ours["tokens"]), window, f"{ours['share_of_pairs']:.0%}", _ms(ours), _ms(dense))
+        yield f"{dense['median_ms'] / ours['median_ms']:.1f}"
+
+    head = ["attention", "tokens", "window", "pairs of all", "windows, ms", "dense by cuDNN, ms", "times faster"]
+    return _table(head, map(cells, dict.fromkeys(problem for problem, _ in rows)))
+
+
 TABLES: dict[str, Callable[[], list[str]]] = {
+    "decoder": _decoder,
+    "windows_in_transformers": _windows_in_transformers,
     "headline": _headline,
     "attention": _attention,
     "census": _census,
