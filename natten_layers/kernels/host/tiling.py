@@ -296,16 +296,22 @@ def size_of(kind: Kind, lengths: Box, window: int, space: Room, columns: int) ->
 def jvp_size(window: int, space: Room, columns: int) -> Size:
     """The size of a program in forward mode, which holds scores, their tangents, and queries with their tangents.
 
-    Sizes are the largest for which ptxas spills few hardware registers or none, for compute capability 9.0.
+    Comments give milliseconds of a call as those of :func:`size_of` do; sizes without are the largest for which ptxas
+    spills few hardware registers or none, for compute capability 9.0.
     """
-    if space.element_size == 4:
-        return Size(16, 32, 4, 2) if space.width <= 128 else Size(16, 16, 4, 2)
     large = window >= LARGE_WINDOW
+    if space.element_size == 4:
+        if space.width > 128:
+            return Size(16, 16, 4, 2)
+        return Size(16, 32, 4, 2) if large else Size(16, 16, 2, 2)  # 7x7, head dim 64: 1.82 (four warps, 32 keys 2.27)
     if space.width > 128:
         return Size(128, 16, 8, 2) if large else Size(32, 32, 4, 2)
-    if large and columns > 64 and shared_memory("jvp", 128, 32, 3, space) <= space.limit:
+    # 80x80 keys of head dim 128: 43.7 (32 keys a chunk 46.5); 4096 on one axis: 13.3 (13.6), of 64: 1.93 (64 rows 2.00).
+    if large and columns > 64 and shared_memory("jvp", 128, 64, 2, space) <= space.limit:
+        return Size(128, 64, 8, 2)
+    if large and columns <= 64 and shared_memory("jvp", 128, 32, 3, space) <= space.limit:
         return Size(128, 32, 8, 3)
-    return Size(64, 32, 4, 2 if space.width > 64 else 3)
+    return Size(64, 32, 4, 2)  # 7x7: 0.69 (three stages 0.71)
 
 
 @lru_cache(maxsize=1024)
