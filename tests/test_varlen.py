@@ -277,13 +277,13 @@ def test_tables_of_samples() -> None:
     window = make_window((100, 100), (3, 2), (2, 1), (2, 1))
     tables = sample_tables(packing, window, (1, 2, 2), torch.device("cpu"))
     assert tables.samples.shape == (3, FIELDS)
-    # First tile and token; lengths, kernel sizes, strides, dilations and tiles of three axes.
+    # Index, first tile and token; lengths, kernel sizes, strides, dilations and tiles of three axes.
     assert tables.samples.tolist() == [
-        [0, 0, 1, 3, 5, 1, 1, 2, 1, 1, 1, 1, 2, 1, 1, 2, 3],
-        [6, 15, 1, 0, 2, 1, 1, 2, 1, 1, 1, 1, 1, 1, 1, 0, 1],
-        [6, 15, 1, 1, 4, 1, 1, 2, 1, 1, 1, 1, 1, 1, 1, 1, 2],
+        [0, 0, 0, 1, 3, 5, 1, 1, 2, 1, 1, 1, 1, 2, 1, 1, 2, 3],
+        [1, 6, 15, 1, 0, 2, 1, 1, 2, 1, 1, 1, 1, 1, 1, 1, 0, 1],
+        [2, 6, 15, 1, 1, 4, 1, 1, 2, 1, 1, 1, 1, 1, 1, 1, 1, 2],
     ]
-    assert tables.sample_of_tile.tolist() == [0] * 6 + [2] * 2
+    assert torch.equal(tables.tiles, tables.samples[[0] * 6 + [2] * 2])
 
 
 def test_bad_input() -> None:

@@ -19,12 +19,15 @@ from .tiling import Axis, Box, ProblemClass, TileConfig, column_parts, next_powe
 T = TypeVar("T", int, bool)
 
 
-NO_EXTENTS = (1, 1, 1), (1, 1, 1), (1, 1, 1), (1, 1, 1), (1, 1, 1)
-
-
 def three_axes(values: Sequence[T], fill: T) -> tuple[T, T, T]:
     """Values of the axes ``t, h, w``, from those of one to three axes; missing axes get ``fill``."""
     t, h, w = (fill,) * (3 - len(values)) + tuple(values)
+    return t, h, w
+
+
+def ones(values: Sequence[int]) -> Box:
+    """1 for the axes ``t, h, w`` of which the value is 1, and for missing ones; 0 for others."""
+    t, h, w = (int(n == 1) for n in three_axes(values, 1))
     return t, h, w
 
 
@@ -338,23 +341,33 @@ class Problem(NamedTuple):
     def programs(self, config: TileConfig) -> int:
         return self.tile_count(config.tile) * self.kv_heads * -(-self.group // config.pack)
 
-    def tables(self, tile: Box) -> tuple[Tensor | None, Tensor | None]:
-        """The tensors that tell kernels of a packed batch's samples; None for images."""
-        if self.packing is None:
-            return None, None
-        return sample_tables(self.packing, self.window, tile, self.device)
+    def tile_table(self, tile: Box) -> Tensor | None:
+        """The table that tells kernels of each tile's sample in a packed batch; None for images."""
+        return None if self.packing is None else sample_tables(self.packing, self.window, tile, self.device).tiles
+
+    def sample_table(self, tile: Box) -> Tensor | None:
+        """The table of a packed batch's samples; None for images."""
+        return None if self.packing is None else sample_tables(self.packing, self.window, tile, self.device).samples
 
     def extents(self, tile: Box) -> tuple[Box, Box, Box, Box, Box]:
-        """Lengths, kernel sizes, strides, dilations and numbers of tiles. Those of samples are read from a table."""
-        if self.packing is not None:
-            return NO_EXTENTS
-        return *self.geometry, self.tiles(tile)
+        """Lengths, kernel sizes, strides, dilations and numbers of tiles, or :attr:`extents_of_samples`."""
+        return self.extents_of_samples if self.packing is not None else (*self.geometry, self.tiles(tile))
 
     def key_extents(self, tile: Box) -> tuple[Box, Box, Box, Box, Box]:
         """:meth:`extents` with tiles of keys."""
         if self.packing is not None:
-            return NO_EXTENTS
+            return self.extents_of_samples
         return *self.geometry, self.tiles(tile, self.key_lengths)
+
+    @property
+    def extents_of_samples(self) -> tuple[Box, Box, Box, Box, Box]:
+        """:meth:`extents` of a packed batch: 1 where it is 1 in every sample, and 0 where kernels read a table.
+
+        What is 1 for the whole batch is 1 in every sample, as none has a larger window, stride or dilation. So kernels
+        do not divide by strides and dilations that nobody asked for.
+        """
+        flat, window = ones((0,) * self.rank), self.window
+        return flat, ones(window.kernel_size), ones(window.stride), ones(window.dilation), flat
 
     def strides_of(self, tensor: Layout) -> tuple[int, ...]:
         """:func:`strides`, whose first is 0 in a packed batch, so that kernels are not compiled for its size."""

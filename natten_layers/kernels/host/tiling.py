@@ -306,7 +306,8 @@ def jvp_size(window: int, space: Room, columns: int) -> Size:
         return Size(16, 32, 4, 2) if large else Size(16, 16, 2, 2)  # 7x7, head dim 64: 1.82 (four warps, 32 keys 2.27)
     if space.width > 128:
         return Size(128, 16, 8, 2) if large else Size(32, 32, 4, 2)
-    # 80x80 keys of head dim 128: 43.7 (32 keys a chunk 46.5); 4096 on one axis: 13.3 (13.6), of 64: 1.93 (64 rows 2.00).
+    # 80x80 keys of head dim 128: 43.7 (32 keys a chunk 46.5); 4096 on one axis: 13.3 (13.6), of 64: 1.93 (64 rows
+    # 2.00).
     if large and columns > 64 and shared_memory("jvp", 128, 64, 2, space) <= space.limit:
         return Size(128, 64, 8, 2)
     if large and columns <= 64 and shared_memory("jvp", 128, 32, 3, space) <= space.limit:

@@ -174,8 +174,7 @@ def window_query_gradient(
 
 @triton.jit
 def backward_query_kernel(
-    Q, K, V, RegK, RegV, Out, DOut, DLse, RowMax, RowSum, DQ, Delta, Lse, KeyMask, SampleOfTile,
-    Samples,
+    Q, K, V, RegK, RegV, Out, DOut, DLse, RowMax, RowSum, DQ, Delta, Lse, KeyMask, Tiles,
     q_strides, k_strides, v_strides, regk_strides, regv_strides, do_strides, dl_strides, mask_strides,
     length, kernel, stride, dilation, tiles, group, kv_heads, registers, key_length, scale,
     CAUSAL: tl.constexpr, PERIODIC: tl.constexpr,
@@ -196,7 +195,7 @@ def backward_query_kernel(
     i_program = tl.program_id(0)
     if PACKED:
         i_sample, first, i_program, length, kernel, stride, dilation, tiles = packed_sample(
-            i_program, SampleOfTile, Samples, kv_heads * ((group + PACK - 1) // PACK)
+            i_program, Tiles, kv_heads * ((group + PACK - 1) // PACK), length, kernel, stride, dilation, tiles
         )
         Q, q_strides = of_sample(Q, q_strides, first, length, WIDE)
         K, k_strides = of_sample(K, k_strides, first, length, WIDE)
@@ -281,7 +280,7 @@ def backward_query_kernel(
 
 @triton.jit
 def backward_key_kernel(
-    Q, K, V, DOut, Delta, Lse, DK, DV_, KeyMask, SampleOfTile, Samples,
+    Q, K, V, DOut, Delta, Lse, DK, DV_, KeyMask, Tiles,
     q_strides, k_strides, v_strides, do_strides, mask_strides,
     length, kernel, stride, dilation, tiles, group, kv_heads, key_length, scale,
     CAUSAL: tl.constexpr, PERIODIC: tl.constexpr,
@@ -300,7 +299,7 @@ def backward_key_kernel(
     i_program = tl.program_id(0)
     if PACKED:
         _, first, i_program, length, kernel, stride, dilation, tiles = packed_sample(
-            i_program, SampleOfTile, Samples, kv_heads
+            i_program, Tiles, kv_heads, length, kernel, stride, dilation, tiles
         )
         Q, q_strides = of_sample(Q, q_strides, first, length, WIDE)
         K, k_strides = of_sample(K, k_strides, first, length, WIDE)
@@ -413,9 +412,9 @@ def backward_register_kernel(
     if PACKED:
         # The batch is one axis of tokens, of which the sample has a part.
         p_sample = Samples + i_batch * SAMPLE_FIELDS
-        tokens = tl.load(p_sample + 2) * tl.load(p_sample + 3) * tl.load(p_sample + 4)
+        tokens = tl.load(p_sample + 3) * tl.load(p_sample + 4) * tl.load(p_sample + 5)
         length = (1, 1, tokens)
-        i_first = tl.load(p_sample + 1).to(tl.int64)
+        i_first = tl.load(p_sample + 2).to(tl.int64)
         Q, DOut = Q + i_first * q_strides[3], DOut + i_first * do_strides[3]
         i_image = tl.zeros_like(i_batch)
     # Rows are (token, head of the group) pairs, which are neighbors in memory.
@@ -474,7 +473,7 @@ def backward_query(
     delta, lse = torch.empty_like(row_max), torch.empty_like(row_max)
     tensors = (
         query, key, value, additional_keys, additional_values, out, grad_out, grad_lse, row_max, row_sum,
-        grad_query, delta, lse, key_mask, *problem.tables(plan.config.tile),
+        grad_query, delta, lse, key_mask, problem.tile_table(plan.config.tile),
     )  # fmt: skip
     plan.launch(tensors, (options.scale,))
     return grad_query, RowStatistics(delta, lse)
@@ -504,7 +503,7 @@ def backward_key(
     grad_key, grad_value = new_like(inputs.key), new_like(inputs.value)
     delta, lse, _ = statistics
     tensors = *inputs[:3], grad_out, delta, lse, grad_key, grad_value, inputs.key_mask
-    plan.launch((*tensors, *problem.tables(plan.config.tile)), (options.scale,))
+    plan.launch((*tensors, problem.tile_table(plan.config.tile)), (options.scale,))
     return grad_key, grad_value
 
 
@@ -551,6 +550,6 @@ def backward_registers(
     sums_k, sums_v = (torch.empty((slices, *x.shape), dtype=torch.float32, device=x.device) for x in (keys, values))
     delta, lse, _ = statistics
     # The part of the table that this kernel reads is equal for all tiles, and there is one for the dQ kernel's.
-    _, samples = problem.tables(tile_config_for("backward_query", problem.problem_class).tile)
+    samples = problem.sample_table(tile_config_for("backward_query", problem.problem_class).tile)
     plan.launch((query, keys, values, grad_out, delta, lse, sums_k, sums_v, samples), (options.scale,))
     return sums_k.sum(0).to(keys.dtype), sums_v.sum(0).to(values.dtype)

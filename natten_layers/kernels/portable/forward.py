@@ -168,7 +168,7 @@ def attend_tile(
     SINK: tl.constexpr, WITH_STATS: tl.constexpr, MASK: tl.constexpr, SCALE_FIRST: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, UNIT: tl.constexpr, PERIODIC: tl.constexpr = NO_AXIS,
     key_length=None, KeyMask=None, mask_strides=None, MASKED: tl.constexpr = NO,
-    SampleOfTile=None, Samples=None, PACKED: tl.constexpr = NO,
+    Tiles=None, PACKED: tl.constexpr = NO,
 ):  # fmt: skip
     """Attention of one query tile. ``Out [B, T, H, W, heads, DV]`` and the softmax statistics are contiguous.
 
@@ -186,7 +186,7 @@ def attend_tile(
     regk_strides, regv_strides = in_elements(regk_strides, UNIT), in_elements(regv_strides, UNIT)
     if PACKED:
         i_sample, first, i_program, length, kernel, stride, dilation, tiles = packed_sample(
-            i_program, SampleOfTile, Samples, kv_heads * ((group + PACK - 1) // PACK)
+            i_program, Tiles, kv_heads * ((group + PACK - 1) // PACK), length, kernel, stride, dilation, tiles
         )
         Q, q_strides = of_sample(Q, q_strides, first, length, WIDE)
         K, k_strides = of_sample(K, k_strides, first, length, WIDE)
@@ -261,7 +261,7 @@ def attend_tile(
 
 @triton.jit
 def forward_kernel(
-    Q, K, V, Out, RowMax, RowSum, RegK, RegV, Sink, KeyMask, SampleOfTile, Samples,
+    Q, K, V, Out, RowMax, RowSum, RegK, RegV, Sink, KeyMask, Tiles,
     q_strides, k_strides, v_strides, regk_strides, regv_strides, mask_strides,
     length, kernel, stride, dilation, tiles, group, kv_heads, registers, key_length, sink, scale,
     CAUSAL: tl.constexpr, PERIODIC: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr,
@@ -277,7 +277,7 @@ def forward_kernel(
         q_strides, k_strides, v_strides, regk_strides, regv_strides,
         length, kernel, stride, dilation, tiles, group, kv_heads, registers, sink, scale,
         CAUSAL, TILE, CHUNK, RANK, WIDE, PACK, D, BD, DV, BDV, BR, SINK, WITH_STATS, MASK, SCALE_FIRST, PRECISION,
-        STAGES, UNIT, PERIODIC, key_length, KeyMask, mask_strides, MASKED, SampleOfTile, Samples, PACKED,
+        STAGES, UNIT, PERIODIC, key_length, KeyMask, mask_strides, MASKED, Tiles, PACKED,
     )  # fmt: skip
 
 
@@ -303,5 +303,5 @@ def forward(
     query, key, value, additional_keys, additional_values, sink, key_mask, _ = inputs
     out, row_max, row_sum = new_results(query, problem.value.shape[-1], with_stats)
     tensors = query, key, value, out, row_max, row_sum, additional_keys, additional_values, sink, key_mask
-    plan.launch((*tensors, *problem.tables(plan.config.tile)), (options.sink_value, options.scale))
+    plan.launch((*tensors, problem.tile_table(plan.config.tile)), (options.sink_value, options.scale))
     return out, row_max, row_sum

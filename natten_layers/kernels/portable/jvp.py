@@ -96,7 +96,7 @@ def tangent_step(
 @triton.jit
 def jvp_kernel(
     Q, K, V, RegK, RegV, Sink, KeyMask, QDot, KDot, VDot, RegKDot, RegVDot, SinkDot,
-    Out, RowMax, RowSum, OutDot, LseDot, SampleOfTile, Samples,
+    Out, RowMax, RowSum, OutDot, LseDot, Tiles,
     q_strides, k_strides, v_strides, regk_strides, regv_strides,
     q_dot_strides, k_dot_strides, v_dot_strides, regk_dot_strides, regv_dot_strides, mask_strides,
     length, kernel, stride, dilation, tiles, group, kv_heads, registers, key_length, sink, scale,
@@ -129,7 +129,7 @@ def jvp_kernel(
     i_program = tl.program_id(0)
     if PACKED:
         i_sample, first, i_program, length, kernel, stride, dilation, tiles = packed_sample(
-            i_program, SampleOfTile, Samples, kv_heads * ((group + PACK - 1) // PACK)
+            i_program, Tiles, kv_heads * ((group + PACK - 1) // PACK), length, kernel, stride, dilation, tiles
         )
         Q, q_strides = of_sample(Q, q_strides, first, length, WIDE)
         K, k_strides = of_sample(K, k_strides, first, length, WIDE)
@@ -319,5 +319,5 @@ def jvp(
     out_tangent, lse_tangent = new_like(saved.out), new_like(saved.row_max)
     *readable, _ = inputs
     tensors = *readable, *tangents, *saved, out_tangent, lse_tangent
-    plan.launch((*tensors, *problem.tables(plan.config.tile)), (options.sink_value, options.scale))
+    plan.launch((*tensors, problem.tile_table(plan.config.tile)), (options.sink_value, options.scale))
     return out_tangent, lse_tangent

@@ -110,21 +110,32 @@ def spatial_tile(i_tile, length, dilation, tiles, TILE: tl.constexpr):
 
 
 @triton.jit
-def packed_sample(i_program, SampleOfTile, Samples, HEADS):
+def entry(known, p):
+    """A number of a sample: ``known`` if that is 1, which the compiler then knows, else the one that ``p`` points at."""
+    n = known
+    if known != 1:
+        n = tl.load(p)
+    return n
+
+
+@triton.jit
+def entries(known, p):
+    return entry(known[0], p), entry(known[1], p + 1), entry(known[2], p + 2)
+
+
+@triton.jit
+def packed_sample(i_program, Tiles, HEADS, length, kernel, stride, dilation, tiles):
     """The sample of a program of a packed batch, of which each tile has ``HEADS`` programs.
 
     Returns the sample, its first token, the program's number in the sample, and the sample's lengths, kernel sizes,
-    strides, dilations and numbers of tiles. ``host/packing.py`` lays the tables out.
+    strides, dilations and numbers of tiles, of which those are given that are 1 in every sample. ``host/packing.py``
+    lays the table out.
     """
-    i_sample = tl.load(SampleOfTile + i_program // HEADS)
-    p = Samples + i_sample * SAMPLE_FIELDS
-    first = tl.load(p + 1).to(tl.int64)
-    length = (tl.load(p + 2), tl.load(p + 3), tl.load(p + 4))
-    kernel = (tl.load(p + 5), tl.load(p + 6), tl.load(p + 7))
-    stride = (tl.load(p + 8), tl.load(p + 9), tl.load(p + 10))
-    dilation = (tl.load(p + 11), tl.load(p + 12), tl.load(p + 13))
-    tiles = (tl.load(p + 14), tl.load(p + 15), tl.load(p + 16))
-    return i_sample, first, i_program - tl.load(p) * HEADS, length, kernel, stride, dilation, tiles
+    p = Tiles + i_program // HEADS * SAMPLE_FIELDS
+    i_sample, first_tile, first = tl.load(p), tl.load(p + 1), tl.load(p + 2).to(tl.int64)
+    length, kernel, stride = entries(length, p + 3), entries(kernel, p + 6), entries(stride, p + 9)
+    dilation, tiles = entries(dilation, p + 12), entries(tiles, p + 15)
+    return i_sample, first, i_program - first_tile * HEADS, length, kernel, stride, dilation, tiles
 
 
 @triton.jit
