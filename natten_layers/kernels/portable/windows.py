@@ -111,7 +111,7 @@ def spatial_tile(i_tile, length, dilation, tiles, TILE: tl.constexpr):
 
 @triton.jit
 def entry(known, p):
-    """A number of a sample: ``known`` if that is 1, which the compiler then knows, else the one that ``p`` points at."""
+    """A number of a sample: ``known`` if it is 1, which the compiler then knows, else the one that ``p`` points at."""
     n = known
     if known != 1:
         n = tl.load(p)
