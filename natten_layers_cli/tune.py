@@ -1,6 +1,8 @@
 """Search the fastest tile configurations of the fused kernels on this machine's GPU, and save them for later calls.
 
     natten-layers-tune 128x128 --kernel-size 7x7 --heads 8 --kv-heads 2 --head-dim 64 --batch 8
+    natten-layers-tune --model config_oxford_flowers.json --batch 32         an HDiT, each of its levels
+    natten-layers-tune 8192 --model mistralai/                               a directory of Hugging Face's, each window
 
 A call never searches; without this command tiles are chosen by rule. Results are saved in ``configs.json`` in
 ``$NATTEN_LAYERS_CACHE`` or the user's cache folder. Processes that start afterwards use them for every call with these
@@ -15,14 +17,20 @@ import math
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import get_args
 
 import torch
 from torch import Tensor
 
+from natten_layers.io.files import naming, read_json
+from natten_layers.io.hf_config import config_from_hf
 from natten_layers.kernels.host.problem import Inputs, Options, device_traits, problem_of, three_axes
 from natten_layers.kernels.host.tiling import Kind, ProblemClass, TileConfig
 from natten_layers.kernels.host.tuned import cache_file, write_tuned
+from natten_layers.modules.hdit_config import HDiTConfig
+from natten_layers.modules.llm_config import DecoderLMConfig
 from natten_layers.operations import neighborhood_attention
 from natten_layers.tune import Found, Timer, tune
 
@@ -33,7 +41,82 @@ TRAINED: tuple[Kind, ...] = ("forward", "backward_query", "backward_key")
 
 __all__ = ["main"]
 
+LONGEST_TEXT = 4
+"""Lengths of the largest window that a text of a model has, if its length is not given and the model allows it"""
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Call:
+    """What tiles depend on in a call of the operation."""
+
+    tokens: tuple[int, ...]
+    kernel_size: tuple[int, ...]
+    dilation: tuple[int, ...]
+    is_causal: bool
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    def __str__(self) -> str:
+        tokens, kernel_size = ("x".join(map(str, axes)) for axes in (self.tokens, self.kernel_size))
+        dilation = "" if set(self.dilation) == {1} else f", dilation {'x'.join(map(str, self.dilation))}"
+        heads = f"{self.heads} heads" + (f" over {self.kv_heads}" if self.kv_heads != self.heads else "")
+        causal = ", causal" if self.is_causal else ""
+        return f"{tokens} tokens, window {kernel_size}{dilation}{causal}, {heads} of {self.head_dim}"
+
+
+def calls_of_model(path: Path, size: tuple[int, ...] | None) -> list[Call]:
+    """The calls that layers with windows of a model make, each once.
+
+    Args:
+        path: the JSON configuration of an HDiT, or the directory of a Hugging Face model or its ``config.json``.
+        size: height and width of an HDiT's images in pixels, or the length of a decoder's text.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the configuration is refused, or has no layer with windows, or the size has other axes.
+    """
+    file = path / "config.json" if path.is_dir() else path
+    raw = read_json(file)
+    with naming(file):
+        if "model_type" in raw:
+            calls = _calls_of_decoder(config_from_hf(raw, DecoderLMConfig), size)
+        else:
+            calls = _calls_of_hdit(HDiTConfig.from_json(raw), size)
+        if not calls:
+            raise ValueError("no layer of the model has windows smaller than what it is given")
+    return list(dict.fromkeys(calls))
+
+
+def _calls_of_hdit(config: HDiTConfig, size: tuple[int, ...] | None) -> list[Call]:
+    size = config.input_size if size is None else size
+    if len(size) != 2:
+        raise ValueError(f"an image has a height and a width, such as 256x256, got {'x'.join(map(str, size))}")
+    calls = []
+    for i, level in enumerate(config.levels):
+        pixels = [patch << i for patch in config.patch_size]
+        if any(n % p for n, p in zip(size, pixels, strict=True)):
+            raise ValueError(
+                f"images of {'x'.join(map(str, size))} are not whole tokens of level {i}: {'x'.join(map(str, pixels))}"
+            )
+        grid = tuple(n // p for n, p in zip(size, pixels, strict=True))
+        if level.attention == "neighborhood":
+            kernel_size, dilation = (level.kernel_size,) * 2, (level.dilation,) * 2
+            kv_heads = level.num_kv_heads or level.num_heads
+            calls.append(Call(grid, kernel_size, dilation, False, level.num_heads, kv_heads, level.d_head))
+    return calls
+
+
+def _calls_of_decoder(config: DecoderLMConfig, size: tuple[int, ...] | None) -> list[Call]:
+    windows = sorted({window for window in config.windows if window is not None})
+    if size is not None and len(size) != 1:
+        raise ValueError(f"a text has one length, got {'x'.join(map(str, size))}")
+    length = min(LONGEST_TEXT * max(windows, default=1), config.max_positions) if size is None else size[0]
+    heads, kv_heads = config.num_heads, config.num_kv_heads or config.num_heads
+    head_dim = config.head_dim or config.hidden_size // config.num_heads
+    return [Call((length,), (window,), (1,), True, heads, kv_heads, head_dim) for window in windows if window < length]
 
 
 def _device_seconds(run: Callable[[], object]) -> float:
@@ -66,14 +149,22 @@ def _axes(text: str) -> tuple[int, ...]:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="natten-layers-tune", description=__doc__)
-    parser.add_argument("tokens", type=_axes, help="length of every axis: 4096, 128x128, 30x48x80")
-    parser.add_argument("--kernel-size", type=_axes, required=True, metavar="K", help="one for all axes or one each")
-    parser.add_argument("--dilation", type=_axes, default=(1,), metavar="D")
+    parser.add_argument(
+        "tokens", type=_axes, nargs="?",
+        help="length of every axis: 4096, 128x128, 30x48x80; with --model the size of images in pixels (default: the "
+        f"configuration's) or the length of texts (default: {LONGEST_TEXT} of the largest windows)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--model", type=Path, metavar="CONFIG",
+        help="tune what a model calls: the JSON of an HDiT, a directory of Hugging Face's or its config.json",
+    )  # fmt: skip
+    parser.add_argument("--kernel-size", type=_axes, metavar="K", help="one for all axes or one each")
+    parser.add_argument("--dilation", type=_axes, metavar="D", help="default: 1")
     parser.add_argument("--causal", action="store_true", help="on all axes")
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--heads", type=int, required=True, help="query heads")
+    parser.add_argument("--heads", type=int, help="query heads")
     parser.add_argument("--kv-heads", type=int, help="default: as many")
-    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--head-dim", type=int, help="default: 64")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     # The kernel of forward mode is tuned on request, as few calls take it.
     parser.add_argument("--kernels", nargs="+", choices=get_args(Kind), default=list(TRAINED))
@@ -82,40 +173,51 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.trials < 1:
         parser.error(f"--trials must be at least 1, got {args.trials}")
+    own = ("kernel_size", "dilation", "causal", "heads", "kv_heads", "head_dim")
+    given = [f"--{name.replace('_', '-')}" for name in own if getattr(args, name)]
+    if args.model is not None and given:
+        parser.error(f"the model of --model says {', '.join(given)}; leave it out")
+    if args.model is None and not (args.tokens and args.kernel_size and args.heads):
+        parser.error("the length of every axis, --kernel-size and --heads are needed, or --model")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("there is no CUDA device here, and the fused kernels run on no other")
     return args
 
 
-def _draw(args: argparse.Namespace, kv_heads: int) -> list[Tensor]:
+def _calls(args: argparse.Namespace) -> list[Call]:
+    if args.model is not None:
+        return calls_of_model(args.model, args.tokens)
+    kernel_size, dilation = (_spread(v, len(args.tokens)) for v in (args.kernel_size, args.dilation or (1,)))
+    kv_heads = args.heads if args.kv_heads is None else args.kv_heads
+    head_dim = 64 if args.head_dim is None else args.head_dim
+    return [Call(args.tokens, kernel_size, dilation, args.causal, args.heads, kv_heads, head_dim)]
+
+
+def _draw(args: argparse.Namespace, call: Call) -> list[Tensor]:
     """Random query, key, value and gradient of the output."""
     generator = torch.Generator(args.device).manual_seed(0)
-    shapes = (
-        (args.batch, *args.tokens, heads, args.head_dim) for heads in (args.heads, kv_heads, kv_heads, args.heads)
-    )
+    heads = (call.heads, call.kv_heads, call.kv_heads, call.heads)
+    shapes = ((args.batch, *call.tokens, n, call.head_dim) for n in heads)
     dtype = DTYPES[args.dtype]
     return [torch.randn(shape, generator=generator, device=args.device).to(dtype) for shape in shapes]
 
 
-def _problem_class(args: argparse.Namespace, query: Tensor, kv_heads: int) -> ProblemClass:
+def _problem_class(call: Call, query: Tensor) -> ProblemClass:
     """The problem class under which a call with these tensors looks up its tile configuration."""
-    dilation, kernel_size = (_spread(v, len(args.tokens)) for v in (args.dilation, args.kernel_size))
-    classes = [math.ceil(n / d) for n, d in zip(args.tokens, dilation, strict=True)]
+    classes = [math.ceil(n / d) for n, d in zip(call.tokens, call.dilation, strict=True)]
     return ProblemClass(
-        *device_traits(query.device), three_axes(classes, 1), three_axes(kernel_size, 1), args.heads // kv_heads,
-        args.head_dim, args.head_dim, query.element_size(),
+        *device_traits(query.device), three_axes(classes, 1), three_axes(call.kernel_size, 1),
+        call.heads // call.kv_heads, call.head_dim, call.head_dim, query.element_size(),
     )  # fmt: skip
 
 
-def _kinds(args: argparse.Namespace, heads: Sequence[Tensor]) -> list[Kind]:
+def _kinds(args: argparse.Namespace, call: Call, heads: Sequence[Tensor]) -> list[Kind]:
     """The kernels to search: without those that this call does not use, as kernels without tuned tiles replace them."""
     from natten_layers.kernels.dispatch import Question, choose  # imports Triton, which is installed, as a call has run
 
     query, key, value = heads
-    rank = len(args.tokens)
-    options = Options(
-        None, _spread(args.kernel_size, rank), (1,) * rank, _spread(args.dilation, rank), (args.causal,) * rank, 1.0
-    )
+    rank = len(call.tokens)
+    options = Options(None, call.kernel_size, (1,) * rank, call.dilation, (call.is_causal,) * rank, 1.0)
     problem = problem_of(Inputs(query, key, value), options)
     questions: dict[Kind, Question] = {
         "forward": Question(problem),
@@ -137,23 +239,32 @@ def _report(kind: Kind, config: TileConfig, seconds: float) -> None:
 
 
 def run(args: argparse.Namespace, timer: Timer) -> int:
-    kv_heads = args.heads if args.kv_heads is None else args.kv_heads
-    *heads, grad_out = _draw(args, kv_heads)
-    kernel_size, dilation = (_spread(v, len(args.tokens)) for v in (args.kernel_size, args.dilation))
+    for call in _calls(args):
+        if args.model is not None:
+            print(f"{call}:", flush=True)
+        if status := _tune_call(args, call, timer):
+            return status
+    return 0
+
+
+def _tune_call(args: argparse.Namespace, call: Call, timer: Timer) -> int:
+    *heads, grad_out = _draw(args, call)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return neighborhood_attention(q, k, v, kernel_size, dilation=dilation, is_causal=args.causal, impl="fused")
+        return neighborhood_attention(
+            q, k, v, call.kernel_size, dilation=call.dilation, is_causal=call.is_causal, impl="fused"
+        )
 
     # Arguments that do not fit, and a file that is damaged or cannot be written, must fail before the search.
     attend(*heads)
     write_tuned(cache_file(), {})
-    problem = _problem_class(args, heads[0], kv_heads)
+    problem = _problem_class(call, heads[0])
     found: dict[Kind, Found] = {}
     status = 0
     try:
         for kind, best in tune(
             problem, attend, (*heads, grad_out),
-            kinds=_kinds(args, heads), trials=args.trials, timer=timer, report=_report,
+            kinds=_kinds(args, call, heads), trials=args.trials, timer=timer, report=_report,
         ):  # fmt: skip
             found[kind] = best
     except KeyboardInterrupt:

@@ -220,6 +220,87 @@ def test_bad_flags(change: list[str], message: str, cache: Path, capsys: pytest.
     assert not cache.exists()
 
 
+HDIT = {
+    "model": {
+        "type": "image_transformer_v2",
+        "input_channels": 3,
+        "input_size": [64, 96],
+        "patch_size": [4, 4],
+        "depths": [1, 1, 1],
+        "widths": [32, 64, 64],
+        "self_attns": [
+            {"type": "neighborhood", "d_head": 16, "kernel_size": 5},
+            {"type": "neighborhood", "d_head": 16, "kernel_size": 3, "num_kv_heads": 2},
+            {"type": "global", "d_head": 32},
+        ],
+    }
+}
+MISTRAL = {
+    "model_type": "mistral", "vocab_size": 16, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 8, "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5, "rope_theta": 1e4, "hidden_act": "silu", "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def as_file(folder: Path, config: dict[str, Any]) -> Path:
+    path = folder / "config.json"
+    path.write_text(json.dumps(config))
+    return path
+
+
+def test_calls_of_models(tmp_path: Path) -> None:
+    hdit = as_file(tmp_path, HDIT)
+    levels = [
+        command.Call((16, 24), (5, 5), (1, 1), False, 2, 2, 16),
+        command.Call((8, 12), (3, 3), (1, 1), False, 4, 2, 16),
+    ]
+    assert command.calls_of_model(hdit, None) == levels
+    assert [call.tokens for call in command.calls_of_model(hdit, (32, 32))] == [(8, 8), (4, 4)]
+    decoder = as_file(tmp_path, MISTRAL)
+    windows = command.Call((32,), (8,), (1,), True, 4, 2, 8)  # four windows long
+    assert command.calls_of_model(tmp_path, None) == command.calls_of_model(decoder, None) == [windows]
+    assert command.calls_of_model(tmp_path, (48,)) == [command.Call((48,), (8,), (1,), True, 4, 2, 8)]
+
+
+@pytest.mark.parametrize(
+    ("config", "flags", "message"),
+    [
+        (HDIT, ["9"], "a height and a width"),
+        (HDIT, ["40x64"], "40x64 are not whole tokens of level 2: 16x16"),
+        (MISTRAL, ["9x9"], "one length"),
+        (MISTRAL, ["8"], "no layer"),
+        ({"model_type": "mistral"}, [], "config.json"),
+    ],
+)
+def test_models_that_cannot_be_tuned(
+    config: dict[str, Any], flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*flags, "--model", str(as_file(tmp_path, config)), "--device", DEVICE]
+    assert command.main(flags) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [(["--model", "m", "--heads", "4", "--causal"], "--causal, --heads"), (["9x9", "--heads", "4"], "or --model")],
+)
+def test_flags_say_one_call_or_a_model(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        command.main(flags)
+    assert message in capsys.readouterr().err
+
+
+def test_each_call_of_a_model_is_tuned(tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["16x24", "--model", str(as_file(tmp_path, HDIT | {"model": HDIT["model"] | {"patch_size": [2, 2]}}))]
+    flags += ["--trials", "1", "--kernels", "forward", "--dtype", "fp32", "--device", DEVICE]
+    assert command.main(flags, timer=first_neighbor_wins("forward")) == 0
+    printed = capsys.readouterr().out
+    assert "8x12 tokens, window 5x5, 2 heads of 16:" in printed
+    assert "4x6 tokens, window 3x3, 4 heads over 2 of 16:" in printed
+    assert "forward: 2.00x" in printed
+    assert cache.exists()
+
+
 def test_results_are_yielded_after_every_trial() -> None:
     found = islice(tune.search("forward", PROBLEM, lambda config: 1.0 / config.num_warps, trials=1), 2)
     assert [one.seconds for one in found] == [1 / 4, 1 / 8]
