@@ -19,7 +19,7 @@ from .shapes import CENSUS
 __all__ = ["PAGES", "TABLES", "filled"]
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/speed.md", "docs/diffusers.md")
+PAGES = ("README.md", "docs/speed.md", "docs/diffusers.md", "docs/forward-mode.md")
 MARKS = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 MEANING = {
@@ -192,8 +192,21 @@ def _windows_in_transformers() -> list[str]:
     return _table(head, map(cells, dict.fromkeys(problem for problem, _ in rows)))
 
 
+def _forward_mode() -> list[str]:
+    def cells(row: dict[str, Any]) -> Iterable[str]:
+        name = row["implementation"].removesuffix(" jvp")
+        forward = next(r for r in rows if (r["workload"], r["implementation"]) == (row["workload"], f"{name} forward"))
+        yield from (f"`{row['workload']}`", name.replace("natten_layers", "this library"), _ms(forward), _ms(row))
+        yield from (f"{row['times_forward']:.1f}", f"{forward['peak_mib']:.0f}", f"{row['peak_mib']:.0f}")
+
+    rows = [row for row in _record("forward_mode")["rows"] if row["median_ms"] is not None]
+    head = ["workload", "kernels", "forward, ms", "with tangents, ms", "ratio", "forward, MiB", "with tangents, MiB"]
+    return _table(head, map(cells, (row for row in rows if row["implementation"].endswith(" jvp"))))
+
+
 TABLES: dict[str, Callable[[], list[str]]] = {
     "decoder": _decoder,
+    "forward_mode": _forward_mode,
     "windows_in_transformers": _windows_in_transformers,
     "headline": _headline,
     "attention": _attention,
