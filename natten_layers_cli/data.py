@@ -550,6 +550,21 @@ def by_shape(examples: Sequence[Batch]) -> list[Batch]:
     return [default_collate(group) for group in groups.values()]
 
 
+def pack(groups: Sequence[Batch]) -> tuple[Batch, list[tuple[int, int]]]:
+    """One batch of them all, for one pass: images and noise are pixels ``[N, C]``, those of image after image.
+
+    Returns:
+        It, and the images' heights and widths.
+    """
+
+    def pixels(images: Tensor) -> Tensor:
+        return images.flatten(2).transpose(1, 2).flatten(0, 1)
+
+    rows = [Batch(pixels(group.image), pixels(group.noise), *group[2:]) for group in groups]
+    shapes = [(group.image.shape[2], group.image.shape[3]) for group in groups for _ in group.label]
+    return Batch(*map(torch.cat, zip(*rows, strict=True))), shapes
+
+
 def _in_one_line(batches: Iterator[list[Batch]]) -> Iterator[list[Batch]]:
     """The loader puts a worker's traceback into the message of its error; what is wrong is in its last line."""
     while True:

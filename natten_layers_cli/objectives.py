@@ -26,13 +26,16 @@ class Objective(Protocol):
     """what :meth:`losses` returns beside the losses: a noise level, or a time"""
     edges: tuple[float, ...]
     """that divide its values, to show the loss of each range"""
+    packs: bool
+    """whether :meth:`losses` takes images of many shapes as :func:`natten_layers_cli.data.pack` makes them, with their
+    ``shapes`` among the conditions"""
 
     def around(self, model: nn.Module, sigma_data: float) -> nn.Module:
         """The network with what the loss needs beside it."""
         ...
 
     def losses(
-        self, module: nn.Module, batch: Batch, global_batch: int, conditions: Mapping[str, Tensor]
+        self, module: nn.Module, batch: Batch, global_batch: int, conditions: Mapping[str, Any]
     ) -> tuple[Tensor, Tensor]:
         """The loss of each image, and the noise level or time that it is of: ``[B]`` both."""
         ...
@@ -50,7 +53,7 @@ def open_objective(config: Mapping[str, Any], plan: HDiTConfig) -> Objective:
 class Diffusion:
     """The loss of Karras et al. 2022, with noise levels and weights as k-diffusion's configs describe them."""
 
-    level, edges = "sigma", (0.1, 0.5, 2.0, 10.0)
+    level, edges, packs = "sigma", (0.1, 0.5, 2.0, 10.0), True
 
     def __init__(self, model_config: Mapping[str, Any]) -> None:
         self.quantile, self.weighting = make_sigma_quantile(model_config), loss_weighting(model_config)
@@ -60,7 +63,7 @@ class Diffusion:
         return Denoiser(model, sigma_data=sigma_data, weighting=self.weighting)
 
     def losses(
-        self, module: nn.Module, batch: Batch, global_batch: int, conditions: Mapping[str, Tensor]
+        self, module: nn.Module, batch: Batch, global_batch: int, conditions: Mapping[str, Any]
     ) -> tuple[Tensor, Tensor]:
         assert isinstance(module, Denoiser)
         sigma = self.quantile(stratified(batch.place, global_batch, batch.uniform[:, 0]))
@@ -70,7 +73,7 @@ class Diffusion:
 class AverageVelocity:
     """The loss of MeanFlow: some images of a batch learn averages, and the others velocities."""
 
-    level, edges = "time", (0.25, 0.5, 0.75)
+    level, edges, packs = "time", (0.25, 0.5, 0.75), False
 
     def __init__(self, section: Mapping[str, Any]) -> None:
         self.section = section
@@ -88,7 +91,7 @@ class AverageVelocity:
         return late, early
 
     def losses(
-        self, module: nn.Module, batch: Batch, global_batch: int, conditions: Mapping[str, Tensor]
+        self, module: nn.Module, batch: Batch, global_batch: int, conditions: Mapping[str, Any]
     ) -> tuple[Tensor, Tensor]:
         assert isinstance(module, MeanFlow)
         # By the place in the global batch, the same ones whatever the number of processes; those must come first.

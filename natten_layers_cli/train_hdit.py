@@ -47,7 +47,18 @@ from .checkpointing import (
     save_checkpoint,
     save_sharded,
 )
-from .data import Batch, Examples, Folder, KeepShape, Keys, describe, load_batches, open_source, parse_data_flag
+from .data import (
+    Batch,
+    Examples,
+    Folder,
+    KeepShape,
+    Keys,
+    describe,
+    load_batches,
+    open_source,
+    pack,
+    parse_data_flag,
+)
 from .diffusion import ema_decay, learning_rate_factor
 from .held_out import held_out_batches, hold_out, level_names, means, sums_by_level
 from .objectives import MEANFLOW, open_objective
@@ -231,6 +242,10 @@ class Trainer:
         if processes.fsdp:
             processes.shard(self.ema, reshard=True)  # it has no backward pass, and is updated in parts
         self.learner = self.objective.around(self.wrapped, self.plan.sigma_data)
+        shifted = any(level.attention == "shifted-window" for level in self.plan.levels)
+        # A compiled network would be compiled anew for most batches: its graphs are of images of one shape.
+        self.packs = self.objective.packs and not shifted and not arguments.compile
+        """whether images of several shapes take one pass together, not one for each shape"""
 
         settings = self.config["optimizer"]
         lr = settings["lr"] if arguments.lr is None else arguments.lr
@@ -428,16 +443,28 @@ class Trainer:
     def _losses(
         self, learner: nn.Module, groups: Sequence[Batch], global_batch: int, *, drop_classes: bool
     ) -> tuple[Tensor, Tensor]:
-        """Of each image, with its noise level; ``groups`` hold images of one shape each."""
-        parts = [self._group_losses(learner, group, global_batch, drop_classes=drop_classes) for group in groups]
+        """Of each image, with its noise level; ``groups`` hold images of one shape each.
+
+        Images of several shapes are packed and take one pass of the network where :attr:`packs` allows.
+        """
+        passes = [pack(groups)] if len(groups) > 1 and self.packs else [(group, None) for group in groups]
+        parts = [self._pass(learner, *one, global_batch, drop_classes=drop_classes) for one in passes]
         losses, levels = zip(*parts, strict=True)
         return torch.cat(losses), torch.cat(levels)
 
-    def _group_losses(
-        self, learner: nn.Module, batch: Batch, global_batch: int, *, drop_classes: bool
+    def _pass(
+        self,
+        learner: nn.Module,
+        batch: Batch,
+        shapes: list[tuple[int, int]] | None,
+        global_batch: int,
+        *,
+        drop_classes: bool,
     ) -> tuple[Tensor, Tensor]:
         batch = Batch(*(tensor.to(self.processes.device, non_blocking=True) for tensor in batch))
-        conditions = {"aug_cond": batch.aug_cond}
+        conditions: dict[str, Any] = {"aug_cond": batch.aug_cond}
+        if shapes is not None:  # a list, which DistributedDataParallel does not move to the device
+            conditions["shapes"] = shapes
         if self.plan.num_classes:
             rate = self.config["dataset"].get("cond_dropout_rate", 0.1) if drop_classes else 0.0
             drop = batch.uniform[:, 1] < rate

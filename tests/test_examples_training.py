@@ -212,7 +212,11 @@ def test_images_of_several_shapes_train_together(tmp_path: Path, objective: str)
     batch = [examples[Key(item, item, place)] for place, item in enumerate([0, 3, 1, 4, 5, 2, 6, 7])]
     groups = by_shape(batch)
     assert [tuple(group.image.shape) for group in groups] == [(5, 3, 8, 8), (2, 3, 6, 12), (1, 3, 12, 6)]
+    calls: list[int] = []
+    handle = trainer.model.patch_out.register_forward_hook(lambda *_: calls.append(1))
     losses, levels = trainer._losses(trainer.learner, groups, 8, drop_classes=True)
+    handle.remove()
+    assert (len(calls) == 1) == (objective == "diffusion")
     places = torch.cat([group.place for group in groups]).tolist()
     for loss, level, place in zip(losses, levels, places, strict=True):
         alone = trainer._losses(trainer.learner, by_shape([batch[place]]), 8, drop_classes=True)

@@ -371,6 +371,111 @@ def test_window_size_error() -> None:
         model(torch.randn(1, 3, 24, 16), ONE)
 
 
+# --- packed images
+
+
+def packed_config() -> HDiTConfig:
+    """Every kind of level that is computed on packed images, and patches that are not square."""
+    options: dict[str, Any] = {"d_head": 8, "num_kv_heads": 2}
+    levels = (
+        LevelConfig(2, 32, kernel_size=3, num_registers=3, sink="learned", **options),
+        LevelConfig(1, 16, kernel_size=2, dilation=1, **options),
+        LevelConfig(1, 24, "none"),
+        LevelConfig(1, 16, "global", sink="zero", **options),
+    )
+    return HDiTConfig(levels, patch_size=(1, 2), mapping_width=16, mapping_depth=1, num_classes=3)
+
+
+def packed(images: list[Tensor]) -> Tensor:
+    """``[C, H, W]`` each to pixels ``[N, C]``."""
+    return torch.cat([image.flatten(1).T for image in images])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_packed_images_are_computed_as_if_each_were_alone(as_tensor: bool, checkpointing: bool) -> None:
+    """Losses, denoised images and all gradients, with conditions of each image's own."""
+    shapes = [(8 * h, 8 * w) for h, w in ((2, 2), (3, 2), (2, 2), (2, 4))]
+    model = HDiT(packed_config(), checkpointing=checkpointing).double()
+    randomize(model)
+    denoiser = Denoiser(model)
+    images, noise = ([torch.randn(3, *shape, dtype=F64) for shape in shapes] for _ in range(2))
+    sigma, classes = torch.tensor([0.1, 0.5, 2.0, 9.0], dtype=F64), torch.tensor([0, 3, 1, 2])
+    aug, weights = torch.randn(4, 9, dtype=F64), torch.randn(4, dtype=F64)
+
+    alone = [
+        denoiser.loss(image[None], own[None], sigma[i : i + 1], class_cond=classes[i : i + 1], aug_cond=aug[i : i + 1])
+        for i, (image, own) in enumerate(zip(images, noise, strict=True))
+    ]
+    expected = torch.cat(alone)
+    gradients = torch.autograd.grad(expected @ weights, list(model.parameters()))
+    conditions: dict[str, Any] = {"class_cond": classes, "aug_cond": aug}
+    conditions["shapes"] = torch.tensor(shapes) if as_tensor else shapes
+    losses = denoiser.loss(packed(images), packed(noise), sigma, **conditions)
+    torch.testing.assert_close(losses, expected, rtol=1e-12, atol=1e-12)
+    found = torch.autograd.grad(losses @ weights, list(model.parameters()))
+    for one, other in zip(found, gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+    denoised = denoiser(packed(images), sigma, **conditions)
+    last = denoiser(images[-1][None], sigma[-1:], class_cond=classes[-1:], aug_cond=aug[-1:])
+    torch.testing.assert_close(denoised[-16 * 32 :], packed([last[0]]), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.gpu
+def test_packed_images_on_a_gpu() -> None:
+    """Fused kernels in fp32, forward and gradients, against each image alone."""
+    shapes = [(64, 96), (128, 64), (64, 64)]
+    model = HDiT(packed_config()).cuda()
+    randomize(model)
+    images = [torch.randn(3, *shape, device="cuda") for shape in shapes]
+    sigma, classes = torch.tensor([0.1, 1.0, 9.0], device="cuda"), torch.tensor([0, 3, 1], device="cuda")
+    alone = [model(image[None], sigma[i : i + 1], class_cond=classes[i : i + 1])[0] for i, image in enumerate(images)]
+    expected, out = packed(alone), model(packed(images), sigma, class_cond=classes, shapes=shapes)
+    weights = torch.randn_like(out)
+    found, wanted = (torch.autograd.grad((x * weights).sum(), list(model.parameters())) for x in (out, expected))
+    assert error(out, expected) < 1e-5
+    assert max(error(one, other) for one, other in zip(found, wanted, strict=True) if other.norm() > 0) < 1e-4
+
+
+def test_packed_images_take_no_nan_from_others() -> None:
+    shapes = [(16, 16), (16, 32)]
+    model = HDiT(packed_config()).eval()
+    randomize(model)
+    x = torch.randn(sum(h * w for h, w in shapes), 3)
+    x[:256] = torch.nan
+    out = model(x, torch.ones(2), class_cond=torch.tensor([0, 1]), shapes=shapes)
+    assert out[:256].isnan().any()
+    assert out[256:].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("shapes", "changes", "message"),
+    [
+        (
+            [(16, 16), (16, 16)],
+            {},
+            r"shapes must be heights and widths of 768 pixels in all, .* \[\[16, 16\], \[16, 16\]\]",
+        ),
+        ([(768,)], {}, "shapes must be heights and widths of 768 pixels"),
+        ([(12, 32), (24, 16)], {}, "image height 12 is not a multiple of 8, the pixels of a token of level 3"),
+        ([(16, 48)], {}, r"sigma has shape \(2,\); expected \[1\], one per image"),
+        ([(16, 16), (16, 32)], {"x": torch.zeros(2, 3, 16, 16)}, r"expected \[pixels, 3\] beside shapes"),
+        ([(16, 16), (16, 32)], {"class_cond": torch.zeros(3).long()}, r"class_cond has shape \(3,\); expected \[2\]"),
+    ],
+)
+def test_packed_images_that_do_not_fit(shapes: Any, changes: dict[str, Tensor], message: str) -> None:
+    inputs = {"x": torch.zeros(768, 3), "sigma": torch.ones(2), "class_cond": torch.zeros(2).long()} | changes
+    with pytest.raises(ValueError, match=message):
+        HDiT(packed_config())(**inputs, shapes=shapes)
+
+
+def test_shifted_windows_of_packed_images_are_refused() -> None:
+    model = HDiT(HDiTConfig((LevelConfig(1, 16, "shifted-window", d_head=8, window_size=4),), mapping_width=8))
+    with pytest.raises(ValueError, match="shifted windows are not computed on packed samples"):
+        model(torch.zeros(256, 3), ONE, shapes=[(16, 16)])
+
+
 # --- Denoiser
 
 

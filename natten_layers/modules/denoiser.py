@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from ..varlen import Shapes, packed_shapes
 from .base import at_least_fp32, reset_children
 
 __all__ = ["Denoiser"]
@@ -55,38 +57,51 @@ class Denoiser(nn.Module):
         total = sigma**2 + self.sigma_data**2
         return self.sigma_data**2 / total, sigma * self.sigma_data / total.sqrt(), total.rsqrt()
 
-    def forward(self, x: Tensor, sigma: Tensor, **conditions: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, sigma: Tensor, *, shapes: Shapes | None = None, **conditions: Tensor | None) -> Tensor:
         """Estimate the clean image of each noisy one.
 
         Args:
             x: ``[B, C, H, W]``, clean images plus ``sigma`` times standard normal noise.
             sigma: noise levels ``[B]``, positive. They are used in fp32 or better.
+            shapes: heights and widths of B images of many shapes, as :meth:`natten_layers.HDiT.forward` takes them;
+                ``x`` is then ``[N, C]``, the pixels of image after image.
             conditions: passed to the network.
 
         Returns:
-            ``[B, C, H, W]`` in ``x``'s dtype.
+            In ``x``'s shape and dtype.
         """
-        c_skip, c_out, c_in = (per_image(c, x) for c in self.scalings(sigma.to(at_least_fp32(x.dtype))))
-        return (self.model((x * c_in).to(x.dtype), sigma, **conditions) * c_out + x * c_skip).to(x.dtype)
+        c_skip, c_out, c_in = (per_image(c, x, shapes) for c in self.scalings(sigma.to(at_least_fp32(x.dtype))))
+        return (self._output((x * c_in).to(x.dtype), sigma, shapes, conditions) * c_out + x * c_skip).to(x.dtype)
 
-    def loss(self, x: Tensor, noise: Tensor, sigma: Tensor, **conditions: Tensor | None) -> Tensor:
+    def loss(
+        self, x: Tensor, noise: Tensor, sigma: Tensor, *, shapes: Shapes | None = None, **conditions: Tensor | None
+    ) -> Tensor:
         """Weighted mean squared error of the network's output for each image.
 
         Args:
-            x: clean images ``[B, C, H, W]``.
+            x: clean images ``[B, C, H, W]``, or ``[N, C]`` with ``shapes``.
             noise: standard normal noise of the same shape.
             sigma: noise levels ``[B]``, positive.
+            shapes: of images of many shapes, see :meth:`forward`.
             conditions: passed to the network.
 
         Returns:
             One loss per image, ``[B]``, in fp32 or better.
         """
         sigma = sigma.to(at_least_fp32(x.dtype))
-        c_skip, c_out, c_in = (per_image(c, x) for c in self.scalings(sigma))
-        noised = x + noise * per_image(sigma, x)
+        c_skip, c_out, c_in = (per_image(c, x, shapes) for c in self.scalings(sigma))
+        noised = x + noise * per_image(sigma, x, shapes)
         target = (x - c_skip * noised) / c_out
-        output = self.model((noised * c_in).to(x.dtype), sigma, **conditions)
-        return (output - target).square().flatten(1).mean(1) * self._weight(sigma)
+        error = (self._output((noised * c_in).to(x.dtype), sigma, shapes, conditions) - target).square()
+        if shapes is None:
+            return error.flatten(1).mean(1) * self._weight(sigma)
+        return torch.stack([image.mean() for image in error.split(pixels(shapes))]) * self._weight(sigma)
+
+    def _output(
+        self, x: Tensor, sigma: Tensor, shapes: Shapes | None, conditions: Mapping[str, Tensor | None]
+    ) -> Tensor:
+        packed = {} if shapes is None else {"shapes": shapes}  # not every network takes them
+        return self.model(x, sigma, **packed, **conditions)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the network, with the arguments of ``torch.compile``.
@@ -113,5 +128,13 @@ def sigma_data_of(model: nn.Module, given: float | None) -> float:  # also MeanF
     return float(sigma_data)
 
 
-def per_image(c: Tensor, x: Tensor) -> Tensor:
+def per_image(c: Tensor, x: Tensor, shapes: Shapes | None = None) -> Tensor:
+    """``c [B]`` in a shape that broadcasts to ``x [B, ...]``, or to the pixels ``[N, C]`` of images of ``shapes``."""
+    if shapes is not None:
+        c = c.repeat_interleave(torch.tensor(pixels(shapes), device=c.device), output_size=len(x))
     return c.view(c.numel(), *(1,) * (x.ndim - 1))
+
+
+def pixels(shapes: Shapes) -> list[int]:
+    """Of each image."""
+    return packed_shapes(shapes, None, (1, 1)).prod(1).tolist()

@@ -28,16 +28,19 @@ from ..io.files import naming
 from ..io.tensors import make_on_meta
 from ..kernels.ops.define import is_transformed
 from ..operations import neighborhood_attention
+from ..varlen import Shapes, packed_shapes
 from .attention import Heads, NeighborhoodGQA, Projected
 from .base import Constants, at_least_fp32, default_dtype, reset_children
 from .feed_forward import GEGLU
 from .hdit_config import HDiTConfig, LevelConfig, axis_grid
 from .norm import AdaRMSNorm, RMSNorm
+from .packed_images import PackedImages, join_blocks, split_blocks
 from .rope import AxialRoPE, Positions, make_axial_pos
 
 __all__ = ["HDiT"]
 
 AUG_FEATURES = 9  # parameters of k-diffusion's augmentation pipeline
+MERGED = (2, 2)  # tokens that become one on the next level
 
 
 # --- Parts
@@ -70,16 +73,18 @@ class FourierFeatures(Constants):
 
 
 class TokenMerge(nn.Module):
-    """Join ``h`` x ``w`` tokens into one, then Linear: ``[B, H, W, in]`` to ``[B, H / h, W / w, out]``."""
+    """Join ``h`` x ``w`` tokens into one, then Linear: ``[B, H, W, in]`` to ``[B, H / h, W / w, out]``.
 
-    def __init__(self, in_features: int, out_features: int, patch_size: tuple[int, int] = (2, 2)) -> None:
+    ``images``, in this and the other modules, are those of packed tokens ``[N, in]`` before they are joined.
+    """
+
+    def __init__(self, in_features: int, out_features: int, patch_size: tuple[int, int] = MERGED) -> None:
         super().__init__()
         self.patch_size = patch_size
         self.proj = nn.Linear(in_features * math.prod(patch_size), out_features, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        h, w = self.patch_size
-        return self.proj(rearrange(x, "b (rows h) (columns w) c -> b rows columns (h w c)", h=h, w=w))
+    def forward(self, x: Tensor, images: PackedImages | None = None) -> Tensor:
+        return self.proj(join_blocks(x, self.patch_size, images))
 
 
 class TokenSplit(nn.Module):
@@ -97,8 +102,8 @@ class TokenSplit(nn.Module):
         self.proj.reset_parameters()
         nn.init.constant_(self.fac, 0.5)
 
-    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        x = rearrange(self.proj(x), "b rows columns (h w c) -> b (rows h) (columns w) c", h=2, w=2)
+    def forward(self, x: Tensor, skip: Tensor, images: PackedImages | None = None) -> Tensor:
+        x = split_blocks(self.proj(x), MERGED, images)
         return torch.lerp(skip, x, self.fac.to(x.dtype))
 
 
@@ -110,9 +115,8 @@ class PatchOut(nn.Module):
         self.patch_size = patch_size
         self.proj = nn.Linear(in_features, out_features * math.prod(patch_size), bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        h, w = self.patch_size
-        return rearrange(self.proj(x), "b rows columns (h w c) -> b (rows h) (columns w) c", h=h, w=w)
+    def forward(self, x: Tensor, images: PackedImages | None = None) -> Tensor:
+        return split_blocks(self.proj(x), self.patch_size, images)
 
 
 class MappingBlock(nn.Module):
@@ -226,8 +230,10 @@ class SelfAttention(nn.Module):
         self.norm = AdaRMSNorm(level.width, cond_dim)
         self.attn = _make_attention(level, index)
 
-    def forward(self, x: Tensor, pos: Positions, cond: Tensor) -> Tensor:
-        return x + self.attn(self.norm(x, cond), positions=pos)
+    def forward(self, x: Tensor, pos: Positions, cond: Tensor, images: PackedImages | None = None) -> Tensor:
+        if images is None:
+            return x + self.attn(self.norm(x, cond), positions=pos)
+        return x + self.attn(self.norm(x, cond, images.image), positions=pos, shapes=images.shapes)
 
 
 class FeedForward(nn.Module):
@@ -237,8 +243,8 @@ class FeedForward(nn.Module):
         self.norm = AdaRMSNorm(level.width, cond_dim)
         self.mlp = GEGLU(level.width, level.d_ff, dropout=level.dropout)
 
-    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
-        return x + self.mlp(self.norm(x, cond))
+    def forward(self, x: Tensor, cond: Tensor, images: PackedImages | None = None) -> Tensor:
+        return x + self.mlp(self.norm(x, cond, None if images is None else images.image))
 
 
 class TransformerLayer(nn.Module):
@@ -247,10 +253,10 @@ class TransformerLayer(nn.Module):
         self.self_attn = SelfAttention(level, cond_dim, index) if level.attention != "none" else None
         self.ff = FeedForward(level, cond_dim)
 
-    def forward(self, x: Tensor, pos: Positions, cond: Tensor) -> Tensor:
+    def forward(self, x: Tensor, pos: Positions, cond: Tensor, images: PackedImages | None = None) -> Tensor:
         if self.self_attn is not None:
-            x = self.self_attn(x, pos, cond)
-        return self.ff(x, cond)
+            x = self.self_attn(x, pos, cond, images)
+        return self.ff(x, cond, images)
 
 
 def _make_level(config: HDiTConfig, level_index: int, *, up: bool = False) -> nn.ModuleList:
@@ -385,12 +391,14 @@ class HDiT(nn.Module):
         class_cond: Tensor | None = None,
         mapping_cond: Tensor | None = None,
         interval: Tensor | None = None,
+        shapes: Shapes | None = None,
     ) -> Tensor:
         """Evaluate the network on a batch of noisy images.
 
         Args:
             x: ``[B, input_channels, H, W]``, scaled by the preconditioner. Height and width must be multiples of the
                 patch size times ``2 ** (levels - 1)``; they may differ from the size that the model was trained at.
+                With ``shapes``, the pixels ``[N, input_channels]`` of image after image, each in raster order.
             sigma: noise levels ``[B]``, positive, in fp32 or better: rounding to half precision changes the embedding.
                 To a model with ``objective="meanflow"``, whose times reach from 0 to 1, give those.
             aug_cond: parameters of the augmentation, ``[B, 9]``; None means no augmentation.
@@ -401,38 +409,47 @@ class HDiT(nn.Module):
                 others.
             interval: ``[B]``, the times that velocities are averaged over. Required by models with
                 ``objective="meanflow"`` and refused by others.
+            shapes: heights and widths of B images of many shapes, which are packed and computed in one pass, each as
+                if it were alone: a list of pairs, or an integer tensor ``[B, 2]``. Not with shifted windows. The
+                gradients of norms' gains are then summed in any order on a GPU, unless
+                ``torch.use_deterministic_algorithms`` asks for one.
 
         Returns:
-            ``[B, input_channels, H, W]``.
+            ``[B, input_channels, H, W]``, or ``[N, input_channels]`` with ``shapes``.
 
         Raises:
             ValueError: an argument does not fit; the message names it and the values.
         """
-        self._check(x, sigma)
+        sizes = None if shapes is None else packed_shapes(shapes, None, self.config.patch_size)
+        self._check(x, sigma, sizes)
         cond = self._condition(x, sigma, aug_cond, class_cond, mapping_cond, interval)
-        x = self.patch_in(rearrange(x, "b c h w -> b h w c"))
-        pos = make_axial_pos(x.shape[1], x.shape[2], dtype=at_least_fp32(x.dtype), device=x.device)
+        pixels = None if sizes is None else PackedImages(sizes, x.device)
+        x = self.patch_in(rearrange(x, "b c h w -> b h w c") if pixels is None else x, pixels)
+        images = None if pixels is None else pixels.coarser(self.config.patch_size)
+        pos = _positions(x, images)
 
         skips = []
         for level, merge in zip(self.down_levels, self.merges, strict=True):
-            x = self._run(level, x, pos, cond)
-            skips.append((x, pos))
-            x, pos = merge(x), _coarsen(pos)
-        x = self._run(self.mid_level, x, pos, cond)
-        for level, split, (skip, pos) in zip(
+            x = self._run(level, x, pos, cond, images)
+            skips.append((x, pos, images))
+            x, pos = merge(x, images), _coarsen(pos, images)
+            images = None if images is None else images.coarser(MERGED)
+        x = self._run(self.mid_level, x, pos, cond, images)
+        for level, split, (skip, pos, images) in zip(
             reversed(self.up_levels), reversed(self.splits), reversed(skips), strict=True
         ):
-            x = self._run(level, split(x, skip), pos, cond)
-        return rearrange(self.patch_out(self.out_norm(x)), "b h w c -> b c h w")
+            x = self._run(level, split(x, skip, images), pos, cond, images)
+        x = self.patch_out(self.out_norm(x), pixels)
+        return rearrange(x, "b h w c -> b c h w") if pixels is None else x
 
-    def _run(self, level: nn.Module, x: Tensor, pos: Tensor, cond: Tensor) -> Tensor:
+    def _run(self, level: nn.Module, x: Tensor, pos: Tensor, cond: Tensor, images: PackedImages | None) -> Tensor:
         assert isinstance(level, nn.ModuleList)
         positions = Positions(pos)  # FSDP's mixed precision casts tensor arguments of a sharded level, but not these
         for layer in level:
             # Without gradients there is nothing to recompute, and checkpoints have tangents from torch 2.13 on only.
             saves = self.checkpointing and self.training and torch.is_grad_enabled()
             run = partial(checkpoint, layer, use_reentrant=False) if saves else layer
-            x = run(x, positions, cond)
+            x = run(x, positions, cond, images)
         return x
 
     def _condition(
@@ -448,9 +465,10 @@ class HDiT(nn.Module):
         if self.interval_emb is None:
             c_noise = c_noise.log() / 4
         cond = self.time_in_proj(self.time_emb(c_noise[:, None]).to(x.dtype))
+        count = len(sigma)
         if aug_cond is None:
-            aug_cond = x.new_zeros(x.shape[0], AUG_FEATURES)
-        _check_condition("aug_cond", aug_cond, (x.shape[0], AUG_FEATURES))
+            aug_cond = x.new_zeros(count, AUG_FEATURES)
+        _check_condition("aug_cond", aug_cond, (count, AUG_FEATURES))
         cond = cond + self.aug_in_proj(self.aug_emb(aug_cond).to(x.dtype))
         for name, given, module in (
             ("class_cond", class_cond, self.class_emb),
@@ -460,13 +478,13 @@ class HDiT(nn.Module):
             if (given is None) != (module is None):
                 raise ValueError(f"this model {'needs' if given is None else 'has no use for'} {name}")
         if self.class_emb is not None and class_cond is not None:
-            _check_condition("class_cond", class_cond, (x.shape[0],))
+            _check_condition("class_cond", class_cond, (count,))
             cond = cond + self._embed_classes(self.class_emb, class_cond)
         if self.mapping_cond_in_proj is not None and mapping_cond is not None:
-            _check_condition("mapping_cond", mapping_cond, (x.shape[0], self.config.mapping_cond_dim))
+            _check_condition("mapping_cond", mapping_cond, (count, self.config.mapping_cond_dim))
             cond = cond + self.mapping_cond_in_proj(mapping_cond.to(x.dtype))
         if self.interval_emb is not None and self.interval_in_proj is not None and interval is not None:
-            _check_condition("interval", interval, (x.shape[0],))
+            _check_condition("interval", interval, (count,))
             cond = cond + self.interval_in_proj(self.interval_emb(interval[:, None]).to(x.dtype))
         return self.mapping(cond)
 
@@ -480,16 +498,25 @@ class HDiT(nn.Module):
                 f"class_cond holds{outside}; classes are 0 to {last - 1}, and {last} is unconditional"
             ) from error
 
-    def _check(self, x: Tensor, sigma: Tensor) -> None:
+    def _check(self, x: Tensor, sigma: Tensor, shapes: Tensor | None) -> None:
         check_dense("x", x)
         check_dense("sigma", sigma)
-        channels = self.config.input_channels
-        if x.ndim != 4 or x.shape[1] != channels:
-            raise ValueError(f"x has shape {tuple(x.shape)}; expected [B, {channels}, height, width]")
-        if sigma.shape != x.shape[:1]:
-            raise ValueError(f"sigma has shape {tuple(sigma.shape)}; expected [{x.shape[0]}], one per image")
-        for axis, size, patch in zip(("height", "width"), x.shape[2:], self.config.patch_size, strict=True):
-            _check_axis(axis, size, patch, self.config.levels)
+        channels, packed = self.config.input_channels, shapes is not None
+        if x.ndim != (2 if packed else 4) or x.shape[1] != channels:
+            expected = f"[pixels, {channels}] beside shapes" if packed else f"[B, {channels}, height, width]"
+            raise ValueError(f"x has shape {tuple(x.shape)}; expected {expected}")
+        sizes = [x.shape[2:]] * x.shape[0]
+        if shapes is not None:
+            sizes = shapes.tolist()
+            if shapes.shape[1] != 2 or sum(map(math.prod, sizes)) != x.shape[0]:
+                raise ValueError(
+                    f"shapes must be heights and widths of {x.shape[0]} pixels in all, as x has, got {sizes!r:.200}"
+                )
+        if tuple(sigma.shape) != (len(sizes),):
+            raise ValueError(f"sigma has shape {tuple(sigma.shape)}; expected [{len(sizes)}], one per image")
+        for shape in set(map(tuple, sizes)):
+            for axis, size, patch in zip(("height", "width"), shape, self.config.patch_size, strict=True):
+                _check_axis(axis, size, patch, self.config.levels)
 
     def param_groups(self, lr: float, weight_decay: float, *, mapping_lr_scale: float = 1 / 3) -> list[dict[str, Any]]:
         """Parameter groups for an optimizer, as in k-diffusion's training script.
@@ -519,9 +546,18 @@ class HDiT(nn.Module):
         ]
 
 
-def _coarsen(pos: Tensor) -> Tensor:
-    """Mean position of each 2 x 2 block: ``[h, w, 2]`` to ``[h / 2, w / 2, 2]``."""
-    return rearrange(pos, "(rows h) (columns w) axes -> rows columns (h w) axes", h=2, w=2).mean(2)
+def _positions(x: Tensor, images: PackedImages | None) -> Tensor:
+    """Of tokens ``[B, h, w, C]``, the same in all images, ``[h, w, 2]``; ``[N, 2]`` of packed ones."""
+    dtype = at_least_fp32(x.dtype)
+    if images is not None:
+        return images.positions(dtype)
+    return make_axial_pos(x.shape[1], x.shape[2], dtype=dtype, device=x.device)
+
+
+def _coarsen(pos: Tensor, images: PackedImages | None) -> Tensor:
+    """Mean position of each 2 x 2 block: ``[h, w, 2]`` to ``[h / 2, w / 2, 2]``, or ``[N, 2]`` to ``[N / 4, 2]``."""
+    joined = join_blocks(pos[None], MERGED)[0] if images is None else join_blocks(pos, MERGED, images)
+    return joined.unflatten(-1, (-1, 2)).mean(-2)
 
 
 def _check_condition(name: str, tensor: Tensor, shape: Sequence[int]) -> None:

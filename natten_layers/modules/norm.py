@@ -128,7 +128,12 @@ class AdaRMSNorm(nn.Module):
     def extra_repr(self) -> str:
         return f"eps={self.eps}"
 
-    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
-        """Normalise ``x [B, *spatial, dim]`` with the gain that ``cond [B, cond_dim]`` determines."""
+    def forward(self, x: Tensor, cond: Tensor, sample: Tensor | None = None) -> Tensor:
+        """Normalise ``x [B, *spatial, dim]`` with the gain that ``cond [B, cond_dim]`` determines.
+
+        ``x [N, dim]`` of packed samples has its row of ``cond`` at ``sample [N]``.
+        """
         gain = 1 + _statistics(self.linear(cond))
+        if sample is not None:
+            return rms_normalize(x, gain.index_select(0, sample), self.eps)
         return rms_normalize(x, gain.view(gain.shape[0], *(1,) * (x.ndim - 2), gain.shape[1]), self.eps)
