@@ -145,16 +145,22 @@ def kernel_of(workload: Workload, mode: Mode, device: torch.device) -> str:
     from natten_layers.kernels.host.problem import Options, problem_of
 
     w, window = workload, workload.window
-    queries, keys, registers = (w.batch, *w.spatial, w.heads), (w.batch, *w.spatial, w.kv_heads), (w.batch, w.registers)
+    batch = (1,) if w.shapes else ()
 
-    def empty(shape: tuple[int, ...], dim: int) -> Tensor:
-        return torch.empty(*shape, dim, dtype=w.dtype, device="meta")
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=w.dtype, device="meta")
 
-    query, key, value = empty(queries, w.head_dims[0]), *(empty(keys, dim) for dim in w.head_dims)
-    extra_keys, extra_values = (empty((*registers, w.kv_heads), dim) if w.registers else None for dim in w.head_dims)
+    query = empty(*batch, *w.query_axes, w.heads, w.head_dim)
+    key, value = (empty(*batch, *w.key_axes, w.kv_heads, dim) for dim in w.head_dims)
+    extra_keys, extra_values = (
+        empty(w.batch, w.registers, w.kv_heads, dim) if w.registers else None for dim in w.head_dims
+    )
     sink = torch.empty(w.heads, device="meta") if w.learned_sink else None
-    tensors = Tensors(query, key, value, extra_keys, extra_values, sink)
-    options = Options(None, window.kernel_size, window.stride, window.dilation, window.is_causal, w.scale)
+    mask = torch.empty(*w.key_axes, dtype=torch.bool, device="meta") if w.land else None
+    shapes = torch.tensor(w.shapes) if w.shapes else None
+    tensors = Tensors(query, key, value, extra_keys, extra_values, sink, mask, shapes)
+    axes = window.kernel_size, window.stride, window.dilation, window.is_causal
+    options = Options(None, *axes, w.scale, window.is_periodic if any(window.is_periodic) else ())
     problem = problem_of(tensors, options)._replace(device=device)
     backward = mode == "fwdbwd"
     found = dispatch.choices(problem, tensors, with_stats=False, with_gradients=backward)
@@ -194,14 +200,19 @@ def table(rows: Sequence[tuple[Row, str]]) -> list[str]:
 def shape(workload: Workload) -> str:
     """``batch, tokens, heads/KV heads, head dim, window``, followed by the options that are not at their defaults."""
     w, window = workload, workload.window
-    tokens, kernel = ("x".join(map(str, axes)) for axes in (w.spatial, w.kernel_size))
+    tokens, keys, kernel = ("x".join(map(str, axes)) for axes in (w.spatial, w.key_spatial, w.kernel_size))
+    if w.shapes:
+        tokens = f"{math.prod(w.query_axes)} in {len(w.shapes)} samples"
+    tokens += f" over {keys}" if keys else ""
     dims = "/".join(map(str, dict.fromkeys(w.head_dims)))
     extra = []
     for name, axes in (("stride", window.stride), ("dilation", window.dilation)):
         if max(axes) > 1:
             extra.append(f"{name} {'x'.join(map(str, axes))}")
-    if any(window.is_causal):
-        extra.append("causal" if all(window.is_causal) else f"causal {'x'.join(str(int(c)) for c in window.is_causal)}")
+    for name, flags in (("causal", window.is_causal), ("periodic", window.is_periodic)):
+        if any(flags):
+            extra.append(name if all(flags) else f"{name} {'x'.join(str(int(flag)) for flag in flags)}")
+    extra += ["masked"] if w.land else []
     extra += [w.variant.label] if w.variant.label else []
     extra += [str(w.dtype).removeprefix("torch.")] if w.dtype != torch.bfloat16 else []
     return ", ".join([str(w.batch), tokens, f"{w.heads}/{w.kv_heads}", dims, kernel, *extra])

@@ -10,9 +10,14 @@ import torch
 
 from .workloads import Workload
 
-__all__ = ["CENSUS", "HEAVY"]
+__all__ = ["CENSUS", "HEAVY", "IMAGES", "TEXTS"]
 
 FP16, FP32 = torch.float16, torch.float32
+
+IMAGES = (64, 64), (96, 128), (128, 96), (256, 64), (128, 120), (144, 112), (160, 128), (224, 152)
+"""131072 tokens, as many as in eight images of 128x128"""
+TEXTS = (12000,), (500,), (6000,), (1268,), (3000,), (8000,), (2000,)
+"""32768 tokens"""
 
 CENSUS = {
     w.name: w
@@ -97,6 +102,18 @@ CENSUS = {
         Workload("aurora", 1, (4, 180, 360), 8, 8, 64, (3, 7, 13), dtype=FP32),
         # Swin-sized heads of 32 over a globe at 1 degree, with 181 rows because both poles have one.
         Workload("globe", 4, (181, 360), 8, 8, 32, (7, 11), dtype=FP32),
+        # The same with windows that wrap around in longitude, in bf16.
+        Workload("globe-ring", 4, (181, 360), 8, 8, 32, (7, 11), periodic=(False, True)),
+        # An ocean at 1 degree on the grid eORCA1 of NEMO (nemo-ocean.eu), a ring in longitude, with land as no keys.
+        Workload("ocean", 4, (332, 362), 8, 8, 64, (7, 7), periodic=(False, True), land=True),
+        # Images in their own shapes. NaViT packs them (arXiv 2307.06304); HDiT's 7x7 level here, from 64x64 to 224x152.
+        Workload("packed-images", 1, (), 8, 2, 64, (7, 7), shapes=IMAGES),
+        # gpt-oss's local layers (openai/gpt-oss-120b, config.json) on documents packed in training.
+        Workload("packed-texts", 1, (), 64, 8, 64, (128,), causal=True, learned_sink=True, shapes=TEXTS),
+        # Queries on another grid. A decoder's cross-attention to a latent of half the resolution, as in guided
+        # upsampling, and pooling by attention from a coarse grid, as between stages of an encoder.
+        Workload("upsample", 8, (128, 128), 8, 8, 64, (5, 5), key_spatial=(64, 64)),
+        Workload("pool", 8, (64, 64), 8, 8, 64, (8, 8), key_spatial=(256, 256)),
     )
 }
 

@@ -32,6 +32,7 @@ from natten_layers.explanation import Kernel
 from . import runner
 from .implementations import OURS, Implementation, Layout, ours, varlen
 from .runner import Row
+from .shapes import IMAGES, TEXTS
 from .workloads import MODES, WORKLOADS, Inputs, Mode, Variant, Workload, floor, make_inputs, smoke
 
 MASKED = tuple(WORKLOADS[name] for name in ("hdit-gqa", "seed", "mistral"))
@@ -40,10 +41,6 @@ PACKED = (
     replace(WORKLOADS["mistral"], name="mistral", batch=4, spatial=(8192,)),
     replace(WORKLOADS["gpt-oss"], name="gpt-oss", batch=4, spatial=(8192,), learned_sink=False),
 )
-IMAGES = (64, 64), (96, 128), (128, 96), (256, 64), (128, 120), (144, 112), (160, 128), (224, 152)
-"""131072 tokens, as many as in eight images of 128x128"""
-TEXTS = (12000,), (500,), (6000,), (1268,), (3000,), (8000,), (2000,)
-"""32768 tokens"""
 SMOKE_IMAGES, SMOKE_TEXTS = ((8, 8), (4, 32), (16, 16), (16, 4)), ((100,), (5,), (87,))
 """512 and 192 tokens, twice those of :func:`smoke`"""
 

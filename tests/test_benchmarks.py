@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import ANY
 
@@ -364,6 +365,7 @@ def test_every_workload_has_a_small_twin() -> None:
 def test_census_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "census.json"
     names = "dinat-s3,mimo,hdit-reg,fp32,causal-video,flux-gna"
+    names += ",ocean,packed-texts,upsample"
     flags = f"--device cpu --smoke --budget-s 0 --peers fa2 --rows {names} --out {path}"
     assert census.main(flags.split()) == 0
     rows = json.loads(path.read_text())["rows"]
@@ -411,7 +413,54 @@ def test_census_shapes_are_described() -> None:
     assert census.shape(CENSUS["mimo"]) == "1, 16384, 64/8, 192/128, 128, causal, learned sink"
     described = "1, 30x48x80, 24/24, 128, 18x24x24, stride 16x8x8"
     assert census.shape(CENSUS["hunyuan-gna"]) == described
+    assert census.shape(CENSUS["ocean"]) == "4, 332x362, 8/8, 64, 7x7, periodic 0x1, masked"
+    described = "1, 32768 in 7 samples, 64/8, 64, 128, causal, learned sink"
+    assert census.shape(CENSUS["packed-texts"]) == described
+    assert census.shape(CENSUS["upsample"]) == "8, 128x128 over 64x64, 8/8, 64, 5x5"
     assert census.shape(CENSUS["longformer-d2"]) == "8, 4096, 16/16, 64, 257, dilation 2, float16"
+
+
+@pytest.mark.parametrize("name", ["globe-ring", "ocean", "packed-images", "packed-texts", "upsample", "pool"])
+def test_the_census_names_the_kernels_of_every_kind(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ``explain`` does for the same call, on a device of which there is only the name."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(name="made up"))
+    named = census.kernel_of(smoke(CENSUS[name]), "fwdbwd", torch.device("cuda", 0))
+    assert [kernel.split()[0] for kernel in named.split(", ")] == ["portable"] * 3
+
+
+@pytest.mark.parametrize("lost", ["periodic", "land", "shapes", "key_spatial"])
+def test_a_kind_that_is_lost_gets_no_time(lost: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {
+        "periodic": {"spatial": (12, 9), "periodic": (False, True)},
+        "land": {"spatial": (12, 9), "land": True},
+        "shapes": {"spatial": (), "shapes": ((6, 9), (5, 8))},
+        "key_spatial": {"spatial": (12, 9), "key_spatial": (9, 12)},
+    }
+    workload, _ = problem(kernel=(3, 4), **options[lost])
+
+    def loses(inputs: Inputs) -> Tensor:
+        if lost == "land":
+            return implementations.ours(workload)(replace(inputs, key_mask=None))
+        if lost == "periodic":
+            return implementations.ours(replace(workload, periodic=False))(inputs)
+        if lost == "shapes":
+            return implementations.ours(replace(workload, shapes=((5, 8), (6, 9))))(inputs)
+        flipped = {n: getattr(inputs, n).flip(2) for n in ("query", "key", "value")}
+        return implementations.ours(workload)(replace(inputs, **flipped)).flip(
+            2
+        )  # windows of 4 have 2 keys before their leader
+
+    entries = [
+        Implementation("right", implementations.OURS, Variant(), workload, implementations.ours(workload), Layout()),
+        Implementation("wrong", implementations.OURS, Variant(), workload, loses, Layout()),
+    ]
+    for mode in MODES:
+        right, wrong = runner.run(workload, mode, entries, RATES, 0.0, CPU)
+        assert right.failure is None
+        assert wrong.failure is not None
+        assert wrong.failure.startswith("wrong result")
 
 
 def test_fp32_results_are_held_to_fp32() -> None:
