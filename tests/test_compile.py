@@ -18,7 +18,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
-from natten_layers import AxialRoPE, NeighborhoodGQA, neighborhood_attention
+from natten_layers import AxialRoPE, HDiT, HDiTConfig, LevelConfig, NeighborhoodGQA, neighborhood_attention
 from natten_layers.geometry import make_window, visible_pairs, window_mask
 from natten_layers.kernels.host.problem import Inputs
 from natten_layers.kernels.ops import define
@@ -360,6 +360,16 @@ def test_a_layer_with_positions_compiles_at_every_size(kernel_size: int | None, 
     for size in SIZES[:2]:
         x = torch.randn(1, *size, 32)
         torch.testing.assert_close(compiled(x), layer(x))
+
+
+@pytest.mark.skipif(ON_GPU, reason="compiled models of any size are tested on a CPU")
+def test_batches_of_an_hdit_are_symbols() -> None:
+    model = HDiT(HDiTConfig(levels=[LevelConfig(1, 32, "global", d_head=16)] * 2)).requires_grad_(False)
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter, dynamic=True)
+    for batch in (2, 3, 5):
+        assert compiled(torch.randn(batch, 3, 32, 32), torch.ones(batch)).shape[0] == batch
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("strict", [False, True])

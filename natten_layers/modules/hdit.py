@@ -465,7 +465,7 @@ class HDiT(nn.Module):
         if self.interval_emb is None:
             c_noise = c_noise.log() / 4
         cond = self.time_in_proj(self.time_emb(c_noise[:, None]).to(x.dtype))
-        count = len(sigma)
+        count = sigma.shape[0]  # `len` would make a graph for each batch size
         if aug_cond is None:
             aug_cond = x.new_zeros(count, AUG_FEATURES)
         _check_condition("aug_cond", aug_cond, (count, AUG_FEATURES))
@@ -505,16 +505,16 @@ class HDiT(nn.Module):
         if x.ndim != (2 if packed else 4) or x.shape[1] != channels:
             expected = f"[pixels, {channels}] beside shapes" if packed else f"[B, {channels}, height, width]"
             raise ValueError(f"x has shape {tuple(x.shape)}; expected {expected}")
-        sizes = [x.shape[2:]] * x.shape[0]
+        count, sizes = x.shape[0], [tuple(x.shape[2:])]
         if shapes is not None:
-            sizes = shapes.tolist()
+            count, sizes = len(shapes), list(map(tuple, shapes.tolist()))
             if shapes.shape[1] != 2 or sum(map(math.prod, sizes)) != x.shape[0]:
                 raise ValueError(
                     f"shapes must be heights and widths of {x.shape[0]} pixels in all, as x has, got {sizes!r:.200}"
                 )
-        if tuple(sigma.shape) != (len(sizes),):
-            raise ValueError(f"sigma has shape {tuple(sigma.shape)}; expected [{len(sizes)}], one per image")
-        for shape in set(map(tuple, sizes)):
+        if tuple(sigma.shape) != (count,):
+            raise ValueError(f"sigma has shape {tuple(sigma.shape)}; expected [{count}], one per image")
+        for shape in dict.fromkeys(sizes):
             for axis, size, patch in zip(("height", "width"), shape, self.config.patch_size, strict=True):
                 _check_axis(axis, size, patch, self.config.levels)
 
