@@ -509,8 +509,9 @@ class HDiT(nn.Module):
         if shapes is not None:
             count, sizes = len(shapes), list(map(tuple, shapes.tolist()))
             if shapes.shape[1] != 2 or sum(map(math.prod, sizes)) != x.shape[0]:
+                given = repr(shapes.tolist())
                 raise ValueError(
-                    f"shapes must be heights and widths of {x.shape[0]} pixels in all, as x has, got {shapes.tolist()!r:.200}"
+                    f"shapes must be heights and widths of {x.shape[0]} pixels in all, as x has, got {given:.200}"
                 )
         if tuple(sigma.shape) != (count,):
             raise ValueError(f"sigma has shape {tuple(sigma.shape)}; expected [{count}], one per image")
