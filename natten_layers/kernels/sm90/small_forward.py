@@ -7,7 +7,7 @@ wait for their loads.
 
 # Triton's language is Python to the parser only.
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAssignmentType=false, reportArgumentType=false
-# pyright: reportIndexIssue=false
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false
 
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
@@ -25,8 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper.tma import (
 )
 
 from ..host.launcher import Launcher, launcher
-from ..host.problem import Inputs, Layout, Options, Problem, contiguous, new_results, three_axes
-from ..host.tiling import head_width
+from ..host.problem import Inputs, Layout, Options, Problem, contiguous, new_results
 from ..portable.primitives import LN2, LOG2E
 from ..portable.windows import shifted, unravel, windows_of
 from .primitives import (
@@ -52,7 +51,9 @@ from .small_softmax import (
     scores_of,
     weighted_sum,
 )
-from .small_tiling import PARTS, RollingTileConfig, SmallTileConfig
+from .small_tiling import PARTS, PrepSpec, RollingTileConfig, SmallTileConfig, forward_spec
+
+NO_PREP: gl.constexpr = gl.constexpr(PrepSpec())
 
 
 @gluon.jit
@@ -163,14 +164,31 @@ def part_start(boxes, part, axis):
 
 
 @gluon.jit
-def part_masks(corner, row_lo, row_hi, BOXES: gl.constexpr, AXIS: gl.constexpr, M: gl.constexpr, RANK: gl.constexpr,
-               SEEN: gl.constexpr = None):  # fmt: skip
+def part_masks(corner, row_lo, row_hi, BOXES: gl.constexpr, SPEC: gl.constexpr, SEEN: gl.constexpr = None):
     """Masks of all parts; ``SEEN`` as in ``key_mask``."""
     masks = ()
     for PART in gl.static_range(len(BOXES)):
         inner = unravel(key_columns(part_keys(BOXES, PART)), BOXES[PART][1], BOXES[PART][2])
-        inner = shifted_along(inner, part_start(BOXES, PART, AXIS), AXIS)
-        masks = masks + (key_mask(inner, corner, row_lo, row_hi, M, RANK, SEEN),)  # noqa: RUF005
+        inner = shifted_along(inner, part_start(BOXES, PART, SPEC.axis), SPEC.axis)
+        masks = masks + (key_mask(inner, corner, row_lo, row_hi, SPEC.rows, SPEC.rank, SEEN),)  # noqa: RUF005
+    return masks
+
+
+@gluon.jit
+def tile_masks(
+    corner, origin, length, row_lo, row_hi, reg_keys, registers, BOXES: gl.constexpr, SPEC: gl.constexpr
+):  # fmt: skip
+    """Masks of all keys that a tile loads: of the parts of its window and, unless ``reg_keys`` is None, of the register
+    tokens.
+    """
+    if SPEC.window is None:
+        masks = part_masks(corner, row_lo, row_hi, BOXES, SPEC)
+    elif is_inside(origin, length, SPEC):
+        masks = part_masks(corner, row_lo, row_hi, BOXES, SPEC, (SPEC.tile[2] - 1, SPEC.window - 1))
+    else:
+        masks = part_masks(corner, row_lo, row_hi, BOXES, SPEC)
+    if reg_keys is not None:
+        masks = masks + (register_mask(registers, 0, reg_keys.shape[0], SPEC.rows),)  # noqa: RUF005
     return masks
 
 
@@ -178,27 +196,30 @@ def part_masks(corner, row_lo, row_hi, BOXES: gl.constexpr, AXIS: gl.constexpr, 
 def small_forward_kernel(
     Q, K, V, Out, RowMax, RowSum, RegK, RegV, Sink,
     q_desc, out_desc, k0_desc, k1_desc, k2_desc, v0_desc, v1_desc, v2_desc, regk_desc, regv_desc,
-    q_strides, k_strides, v_strides, regk_strides, regv_strides,
-    length, kernel, stride, dilation, tiles, frames, group, blocks, registers, reg_batch, sink, scale,
-    CAUSAL: gl.constexpr, TILE: gl.constexpr, BOXES: gl.constexpr, AXIS: gl.constexpr, PACK: gl.constexpr,
-    RANK: gl.constexpr, WINDOW: gl.constexpr, KEYS: gl.constexpr, D: gl.constexpr, BD: gl.constexpr,
-    SINK: gl.constexpr, WITH_STATS: gl.constexpr,
+    strides, axes, tiles, frames, group, blocks, registers, reg_batch, sink, scale,
+    SPEC: gl.constexpr, BOXES: gl.constexpr, KEYS: gl.constexpr,
 ):  # fmt: skip
     """Attention of one tile; the grid is (tiles * blocks of heads, batch).
 
-    Keys come in up to three parts, ``BOXES`` along ``AXIS``, ``KEYS`` keys with the register tokens. ``WINDOW`` is the
-    kernel size in 1-D. ``frames`` is explained at ``first_frame``. ``reg_batch`` is 0 where all images share the
-    register tokens, else 1. Only ``attend_rows`` reads the tensors themselves; everything else goes through their
-    descriptors.
+    ``axes`` is length, kernel size, stride and dilation of each axis. Keys come in up to three parts, ``BOXES`` along
+    ``SPEC.axis``, ``KEYS`` keys with the register tokens. ``frames`` is explained at ``first_frame``. ``reg_batch`` is
+    0 where all images share the register tokens, else 1. Only ``attend_rows`` reads the tensors themselves, with
+    ``strides``; everything else goes through their descriptors.
     """
-    M: gl.constexpr = TILE[0] * TILE[1] * TILE[2] * PACK
+    length, kernel, stride, dilation = axes
+    CAUSAL: gl.constexpr = SPEC.causal
+    M: gl.constexpr = SPEC.rows
+    TILE: gl.constexpr = SPEC.tile
+    PACK: gl.constexpr = SPEC.pack
+    BD: gl.constexpr = SPEC.columns
+    SINK: gl.constexpr = SPEC.sink
     EIGHTHS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, 8, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, EIGHTHS)
     k_descs, v_descs = present_descriptors(k0_desc, k1_desc, k2_desc), present_descriptors(v0_desc, v1_desc, v2_desc)
 
     i_batch, i_block, residue, count, origin = own_tile(length, dilation, tiles, blocks, TILE)
     corner, _ = windows_of(origin, count, kernel, stride, CAUSAL)
-    corner = inside_frames(corner, count, k_descs, AXIS)
+    corner = inside_frames(corner, count, k_descs, SPEC.axis)
     # Where loads start: KV head, index on the axis of batch and t, and batch of the register tokens.
     kv_offset = i_block * PACK // group, first_frame(i_batch, residue, length, frames), i_batch * reg_batch
     q_corner = [kv_offset[1] + origin[0], origin[1], origin[2], i_block * PACK, 0]
@@ -206,23 +227,18 @@ def small_forward_kernel(
     mbarrier.expect(ready.index(0), (M + KEYS) * BD * 2)
     mbarrier.expect(ready.index(1), KEYS * BD * 2)
     buffer = start_load(q_desc, q_corner, ready.index(0))
-    keys = start_parts(k_descs, regk_desc, kv_offset, corner, ready.index(0), AXIS)
-    values = start_parts(v_descs, regv_desc, kv_offset, corner, ready.index(1), AXIS)
+    keys = start_parts(k_descs, regk_desc, kv_offset, corner, ready.index(0), SPEC.axis)
+    values = start_parts(v_descs, regv_desc, kv_offset, corner, ready.index(1), SPEC.axis)
 
     row = gl.arange(0, M, ROW)
     position, head = unravel(row // PACK, TILE[1], TILE[2]), i_block * PACK + row % PACK
     row_lo, row_hi = windows_of(shifted(position, origin), count, kernel, stride, CAUSAL)
     row_sink = row_sinks(Sink, head, sink, SINK)
 
-    if WINDOW is None:
-        masks = part_masks(corner, row_lo, row_hi, BOXES, AXIS, M, RANK)
-    elif is_inside(origin, count, TILE, WINDOW, CAUSAL):
-        masks = part_masks(corner, row_lo, row_hi, BOXES, AXIS, M, RANK, (TILE[2] - 1, WINDOW - 1))
-    else:
-        masks = part_masks(corner, row_lo, row_hi, BOXES, AXIS, M, RANK)
+    reg_keys = None
     if regk_desc is not None:
-        masks = masks + (register_mask(registers, 0, keys[len(BOXES)].shape[0], M),)  # noqa: RUF005
-
+        reg_keys = keys[len(BOXES)]
+    masks = tile_masks(corner, origin, count, row_lo, row_hi, reg_keys, registers, BOXES, SPEC)
     b_q = buffer.reshape([M, BD])
     mbarrier.wait(ready.index(0), 0)
     scores = scores_of(b_q, keys, masks)
@@ -232,7 +248,7 @@ def small_forward_kernel(
         b_q.store(divided(b_acc, row_l, q_desc.dtype))
         fence_async_shared()
         async_copy_shared_to_global(out_desc, q_corner, buffer)
-        if WITH_STATS:
+        if SPEC.with_stats:
             m_rows, o_row = class_rows(
                 position, head, i_batch, origin, residue, count, dilation, length, blocks * PACK
             )  # fmt: skip
@@ -241,11 +257,9 @@ def small_forward_kernel(
         store_wait(0)
     else:
         attend_rows(
-            (Q, K, V, RegK, RegV, Sink, Out), (RowMax, RowSum),
-            (q_strides, k_strides, v_strides, regk_strides, regv_strides), i_batch, i_block, origin,
+            (Q, K, V, RegK, RegV, Sink, Out), (RowMax, RowSum), strides, i_batch, i_block, origin,
             (length, kernel, stride, blocks * PACK), (residue, count, dilation), group, registers, sink, scale * LOG2E,
-            None, None, None, None, None, None,
-            CAUSAL, TILE, PACK, D, BD, SINK, WITH_STATS, "none", 1, 0,
+            (None, None, None, None, None, None), SPEC, NO_PREP,
         )  # fmt: skip
 
 
@@ -307,30 +321,12 @@ def prepare(config: SmallTileConfig, p: Problem, with_stats: bool) -> Call:
         small_forward_kernel,
         (prod(tiles) * blocks, p.query.shape[0]),
         (
-            *p.input_strides(), *p.geometry, tiles, frames_of(p), p.group, blocks, p.registers,
-            batches_of_registers(p),
+            p.input_strides(), p.geometry, tiles, frames_of(p), p.group, blocks, p.registers, batches_of_registers(p),
         ),
         [*boxes_of_rows(config, p), *boxes_of_parts(config, p, p.key, p.value), *boxes_of_registers(config, p)],
-        BOXES=config.parts, KEYS=config.keys, **options_of(config, p, with_stats),
+        SPEC=forward_spec(config, p, with_stats), BOXES=config.parts, KEYS=config.keys,
+        num_warps=WARPS, maxnreg=config.maxnreg,
     )  # fmt: skip
-
-
-def options_of(config: SmallTileConfig | RollingTileConfig, p: Problem, with_stats: bool) -> dict[str, Any]:
-    """Compile-time arguments, and options of Triton, that the single-tile and the rolling kernel have in common."""
-    return {
-        "CAUSAL": three_axes(p.is_causal, False),
-        "TILE": config.tile,
-        "AXIS": config.axis,
-        "PACK": config.pack,
-        "RANK": p.rank,
-        "WINDOW": p.kernel_size[0] if p.rank == 1 and p.stride == (1,) else None,
-        "D": p.query.shape[-1],
-        "BD": head_width(p.query.shape[-1]),
-        "SINK": p.sink,
-        "WITH_STATS": with_stats,
-        "num_warps": WARPS,
-        "maxnreg": config.maxnreg,
-    }
 
 
 def frames_of(p: Problem) -> int:

@@ -8,7 +8,7 @@ computed, or kept in registers, before the call.
 
 # Triton's language is Python to the parser only.
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAssignmentType=false, reportArgumentType=false
-# pyright: reportIndexIssue=false
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -69,12 +69,64 @@ def window_tokens(n, lo, hi, kernel):
     return token, m_t & m_h & m_w
 
 
+@gluon.jit
+def prepared_heads(
+    X, o_x, token, m_tokens, gain, Gain, prep, length, ALL: gl.constexpr, SPEC: gl.constexpr, PREP: gl.constexpr
+):  # fmt: skip
+    """What ``load_prepared`` returns, with ``prep`` as in ``attend_rows``."""
+    _GainQ, _GainK, Positions, Freqs, rope_factor, eps = prep
+    NORM: gl.constexpr = PREP.norm
+    return load_prepared(
+        X, o_x, token, m_tokens, channel_indices(SPEC.columns, ALL), gain, Gain, Positions, Freqs, length, rope_factor,
+        eps, SPEC.head_dim, NORM, PREP.axes, PREP.pairs,
+    )  # fmt: skip
+
+
+@gluon.jit
+def fold_window(
+    state, b_q, K, V, k_strides, v_strides, row_lo, row_hi, m_rows, n, plan, classes, k_gain, prep, factor,
+    ALL: gl.constexpr, SPEC: gl.constexpr, PREP: gl.constexpr,
+):  # fmt: skip
+    """Fold the windows of rows into ``state``, which is ``b_acc``, ``row_m`` and ``row_l`` of ``fold_tokens``."""
+    length, kernel, _stride, _heads = plan
+    residue, _count, dilation = classes
+    b_acc, row_m, row_l = state
+    N: gl.constexpr = n.shape[0]
+    for start in range(0, kernel[0] * kernel[1] * kernel[2], N):
+        token, m_tokens = window_tokens(start + n, row_lo, row_hi, kernel)
+        token = spread(token, residue, dilation)
+        o_k, o_v = wide_token_offset(token, k_strides), wide_token_offset(token, v_strides)
+        m_tokens &= m_rows[:, None]
+        b_k = prepared_heads(K, o_k, token, m_tokens, k_gain, prep[1], prep, length, ALL, SPEC, PREP)
+        b_acc, row_m, row_l = fold_tokens(b_q, b_acc, row_m, row_l, b_k, V, o_v, m_tokens, factor, SPEC.head_dim, ALL)
+    return b_acc, row_m, row_l
+
+
+@gluon.jit
+def fold_registers(
+    state, b_q, RegK, RegV, regk_strides, regv_strides, m_rows, n, i_batch, i_kv, registers, factor,
+    ALL: gl.constexpr, SPEC: gl.constexpr,
+):  # fmt: skip
+    """Fold the register tokens into ``state``, as ``fold_window`` does with windows; nothing if ``RegK`` is None."""
+    b_acc, row_m, row_l = state
+    if RegK is not None:
+        N: gl.constexpr = n.shape[0]
+        D: gl.constexpr = SPEC.head_dim
+        RegK = RegK + i_batch * regk_strides[0] + i_kv * regk_strides[2]
+        RegV = RegV + i_batch * regv_strides[0] + i_kv * regv_strides[2]
+        for start in range(0, registers, N):
+            i_register = (start + n).to(gl.int64)[None, :]
+            o_k, o_v = i_register * regk_strides[1], i_register * regv_strides[1]
+            m_tokens = m_rows[:, None] & (i_register < registers)
+            b_k = load_heads(RegK, o_k, m_tokens, D, b_q.shape[1], ALL)
+            b_acc, row_m, row_l = fold_tokens(b_q, b_acc, row_m, row_l, b_k, RegV, o_v, m_tokens, factor, D, ALL)
+    return b_acc, row_m, row_l
+
+
 @gluon.jit(noinline=True)
 def attend_rows(
-    tensors, states, strides, i_batch, i_block, origin, plan, classes, group, registers, sink, factor,
-    GainQ, GainK, Positions, Freqs, rope_factor, eps,
-    CAUSAL: gl.constexpr, TILE: gl.constexpr, PACK: gl.constexpr, D: gl.constexpr, BD: gl.constexpr,
-    SINK: gl.constexpr, WITH_STATS: gl.constexpr, NORM: gl.constexpr, AXES: gl.constexpr, PAIRS: gl.constexpr,
+    tensors, states, strides, i_batch, i_block, origin, plan, classes, group, registers, sink, factor, prep,
+    SPEC: gl.constexpr, PREP: gl.constexpr,
 ):  # fmt: skip
     """Output and statistics of a tile.
 
@@ -84,15 +136,21 @@ def attend_rows(
         strides: of the first five tensors: ``(batch, t, h, w, head)``, of register tokens ``(batch, token, head)``.
         plan: length, kernel and stride of the axes, and the number of query heads.
         classes: the tile's residue class, its length, and dilation.
-        GainQ, GainK, Positions, Freqs, rope_factor, eps, NORM, AXES, PAIRS: how queries and keys are prepared, as
-            ``load_prepared`` takes it.
+        prep: how queries and keys are prepared: pointers to gains of queries and of keys, to the positions of the image
+            and to the frequencies of the head, the factor of RoPE, and ``eps`` of the norm.
     """
     Q, K, V, RegK, RegV, Sink, Out = tensors
     q_strides, k_strides, v_strides, regk_strides, regv_strides = strides
     length, kernel, stride, heads = plan
     residue, count, dilation = classes
+    GainQ, GainK, _Positions, _Freqs, _rope_factor, _eps = prep
+    CAUSAL: gl.constexpr = SPEC.causal
+    TILE: gl.constexpr = SPEC.tile
+    PACK: gl.constexpr = SPEC.pack
+    SINK: gl.constexpr = SPEC.sink
+    D: gl.constexpr = SPEC.head_dim
+    BD: gl.constexpr = SPEC.columns
     ROWS: gl.constexpr = gl.num_warps()
-    N: gl.constexpr = 512 // BD
     ALL: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 256 // BD, BD // 8], [ROWS, 1, 1], [2, 1, 0])
     ROW: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, ALL))
     OUT: gl.constexpr = gl.SliceLayout(1, ALL)
@@ -101,54 +159,40 @@ def attend_rows(
     K += i_batch * k_strides[0] + i_kv * k_strides[4]
     V += i_batch * v_strides[0] + i_kv * v_strides[4]
     k_gain = None
-    if NORM == "cosine" and GainK is not None:
+    if PREP.norm == "cosine" and GainK is not None:
         k_gain = gl.load(GainK + i_kv).to(gl.float32)
-    n = gl.arange(0, N, gl.SliceLayout(0, gl.SliceLayout(2, ALL)))
+    n = gl.arange(0, 512 // BD, gl.SliceLayout(0, gl.SliceLayout(2, ALL)))
     col = gl.arange(0, BD, gl.SliceLayout(0, OUT))[None, :]
-    for first in range(0, TILE[0] * TILE[1] * TILE[2] * PACK, ROWS):
+    for first in range(0, SPEC.rows, ROWS):
         row = first + gl.arange(0, ROWS, ROW)
         position, head = unravel(row // PACK, TILE[1], TILE[2]), i_block * PACK + row % PACK
         m_rows, o_row = class_rows(position, head, i_batch, origin, residue, count, dilation, length, heads)
-        lo, hi = windows_of(shifted(position, origin), count, kernel, stride, CAUSAL)
+        row_lo, row_hi = windows_of(shifted(position, origin), count, kernel, stride, CAUSAL)
         own = spread(shifted(position, origin), residue, dilation)
 
         m_out = gl.convert_layout(m_rows, gl.SliceLayout(1, OUT))[:, None] & (col < D)
         o_q = (wide_token_offset(own, q_strides) + head.to(gl.int64) * q_strides[4])[:, None]
         q_gain = None
-        if NORM == "cosine" and GainQ is not None:
+        if PREP.norm == "cosine" and GainQ is not None:
             q_gain = gl.load(GainQ + head).to(gl.float32)[:, None][:, :, None]
         own_token = own[0][:, None], own[1][:, None], own[2][:, None]
-        b_q = gl.sum(load_prepared(
-            Q, o_q, own_token, m_rows[:, None], channel_indices(BD, ALL), q_gain, GainQ, Positions, Freqs, length,
-            rope_factor, eps, D, NORM, AXES, PAIRS,
-        ), 1)  # fmt: skip
+        b_q = prepared_heads(Q, o_q, own_token, m_rows[:, None], q_gain, GainQ, prep, length, ALL, SPEC, PREP)
+        b_q = gl.sum(b_q, 1)
         b_acc = gl.zeros([ROWS, BD], gl.float32, OUT)
         row_m = row_sinks(Sink, head, sink, SINK)
         row_l = gl.where(row_m > LOWEST, 1.0, 0.0)
-        for start in range(0, kernel[0] * kernel[1] * kernel[2], N):
-            token, m_tokens = window_tokens(start + n, lo, hi, kernel)
-            token = spread(token, residue, dilation)
-            o_k, o_v = wide_token_offset(token, k_strides), wide_token_offset(token, v_strides)
-            m_tokens &= m_rows[:, None]
-            b_k = load_prepared(
-                K, o_k, token, m_tokens, channel_indices(BD, ALL), k_gain, GainK, Positions, Freqs, length,
-                rope_factor, eps, D, NORM, AXES, PAIRS,
-            )  # fmt: skip
-            b_acc, row_m, row_l = fold_tokens(b_q, b_acc, row_m, row_l, b_k, V, o_v, m_tokens, factor, D, ALL)
-        if RegK is not None:
-            RowK = RegK + i_batch * regk_strides[0] + i_kv * regk_strides[2]
-            RowV = RegV + i_batch * regv_strides[0] + i_kv * regv_strides[2]
-            for start in range(0, registers, N):
-                i_register = (start + n).to(gl.int64)[None, :]
-                o_k, o_v = i_register * regk_strides[1], i_register * regv_strides[1]
-                m_tokens = m_rows[:, None] & (i_register < registers)
-                b_k = load_heads(RowK, o_k, m_tokens, D, BD, ALL)
-                b_acc, row_m, row_l = fold_tokens(b_q, b_acc, row_m, row_l, b_k, RowV, o_v, m_tokens, factor, D, ALL)
+        state = fold_window(
+            (b_acc, row_m, row_l), b_q, K, V, k_strides, v_strides, row_lo, row_hi, m_rows, n, plan, classes, k_gain,
+            prep, factor, ALL, SPEC, PREP,
+        )  # fmt: skip
+        b_acc, row_m, row_l = fold_registers(
+            state, b_q, RegK, RegV, regk_strides, regv_strides, m_rows, n, i_batch, i_kv, registers, factor, ALL, SPEC
+        )
 
         b_out = b_acc * gl.convert_layout(1.0 / row_l, gl.SliceLayout(1, OUT))[:, None]
         o_out = gl.convert_layout(o_row * D, gl.SliceLayout(1, OUT))[:, None] + col
         gl.store(Out + o_out, b_out.to(Out.dtype.element_ty), mask=m_out)
-        if WITH_STATS:
+        if SPEC.with_stats:
             RowMax, RowSum = states
             gl.store(RowMax + o_row, row_m * LN2, mask=m_rows)
             gl.store(RowSum + o_row, row_l, mask=m_rows)

@@ -6,7 +6,7 @@ nothing is rescaled. Scores and masks come in parts, because matrix instructions
 
 # Triton's language is Python to the parser only.
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAssignmentType=false, reportArgumentType=false
-# pyright: reportIndexIssue=false, reportUnboundVariable=false
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportUnboundVariable=false
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -60,10 +60,10 @@ def keys_before(window, causal):
 
 
 @gluon.jit
-def is_inside(origin, length, TILE: gl.constexpr, WINDOW: gl.constexpr, CAUSAL: gl.constexpr):
+def is_inside(origin, length, SPEC: gl.constexpr):
     """Whether no window of a row of a 1-D tile is cut off or shifted at an end of the sequence."""
-    BEFORE: gl.constexpr = keys_before(WINDOW, CAUSAL[2])
-    return (origin[2] >= BEFORE) & (origin[2] - BEFORE + TILE[2] + WINDOW - 2 < length[2])
+    BEFORE: gl.constexpr = keys_before(SPEC.window, SPEC.causal[2])
+    return (origin[2] >= BEFORE) & (origin[2] - BEFORE + SPEC.tile[2] + SPEC.window - 2 < length[2])
 
 
 @gluon.jit

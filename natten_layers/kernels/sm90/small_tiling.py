@@ -102,6 +102,61 @@ class RollingTileConfig(NamedTuple):
         return three_axes([ceil(n / b) for n, b in zip(lengths, self.tile, strict=True)], 1)
 
 
+class Spec(NamedTuple):
+    """What all kernels of small windows are compiled for: their compile-time argument ``SPEC``.
+
+    A kernel assigns a field to a ``constexpr`` of its own before it passes it on, as device functions of Triton 3.6
+    take no bare tuples, strings and bools.
+    """
+
+    causal: tuple[bool, bool, bool]
+    tile: Box
+    pack: int
+    axis: int
+    rank: int
+    head_dim: int
+    columns: int
+    """head dim in shared memory: ``head_dim`` padded to a power of two"""
+    window: int | None = None
+    """the kernel size of a problem in 1-D with stride 1, otherwise None"""
+    sink: str = "none"
+    with_stats: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Query rows of a tile."""
+        return prod(self.tile) * self.pack
+
+    @property
+    def step(self) -> int:
+        """Positions of a tile along ``axis``."""
+        return self.tile[self.axis]
+
+
+class PrepSpec(NamedTuple):
+    """How a kernel prepares queries and keys: the argument ``PREP``. ``QKPrepKind`` explains the fields."""
+
+    norm: str = "none"
+    axes: int = 1
+    pairs: int = 0
+
+    @property
+    def is_needed(self) -> bool:
+        return self.norm != "none" or self.pairs > 0
+
+
+def spec_of(config: SmallTileConfig | RollingTileConfig, problem: Problem) -> Spec:
+    """The fields of a :class:`Spec` that follow from tiles and head dim; the forward pass sets the others."""
+    dim = problem.query.shape[-1]
+    causal = three_axes(problem.is_causal, False)
+    return Spec(causal, config.tile, config.pack, config.axis, problem.rank, dim, head_width(dim))
+
+
+def forward_spec(config: SmallTileConfig | RollingTileConfig, problem: Problem, with_stats: bool) -> Spec:
+    window = problem.kernel_size[0] if problem.rank == 1 and problem.stride == (1,) else None
+    return spec_of(config, problem)._replace(window=window, sink=problem.sink, with_stats=with_stats)
+
+
 def rolling_gap(problem: Problem, rolling: RollingTileConfig, single: SmallTileConfig | None) -> str | None:
     """Why runs were measured to be slower than single tiles on problems like this one; None where they are faster."""
     if single is None:
