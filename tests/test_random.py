@@ -18,8 +18,8 @@ from natten_layers import neighborhood_attention
 
 pytest.importorskip("triton")
 
-from natten_layers.kernels import dispatch
 from natten_layers.kernels.host.tuned import forget
+from natten_layers.kernels.sm90 import variants
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -96,7 +96,7 @@ def laid_out(inputs: Inputs, layout: str) -> Inputs:
 @pytest.fixture(autouse=True)
 def small_problems_take_kernels_of_large_ones(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in ("LEAST_ROWS", "LEAST_FILLED", "PAIRS", "WIDE_PAIRS"):
-        monkeypatch.setattr(dispatch, name, 0)
+        monkeypatch.setattr(variants, name, 0)
     forget()
     yield
     forget()

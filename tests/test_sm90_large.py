@@ -19,13 +19,12 @@ pytest.importorskip("triton.experimental.gluon")
 
 from natten_layers import attention_state, neighborhood_attention
 from natten_layers.geometry import make_window, query_bounds, window_bounds
-from natten_layers.kernels import dispatch
-from natten_layers.kernels.dispatch import VARIANTS, Direction, Question, choose, sm90_gap
+from natten_layers.kernels.dispatch import VARIANTS, Direction, Question, choose
 from natten_layers.kernels.host.problem import Cotangents, Inputs, Layout, Options, Problem, problem_of
 from natten_layers.kernels.host.tiling import Box, TileConfig
 from natten_layers.kernels.host.tuned import forget, override
 from natten_layers.kernels.portable import forward
-from natten_layers.kernels.sm90 import large_dkv, large_dq, large_forward, large_statistics, large_tiling
+from natten_layers.kernels.sm90 import large_dkv, large_dq, large_forward, large_statistics, large_tiling, variants
 from natten_layers.kernels.sm90.large_tiling import LargeTileConfig, Plan
 
 ON_GPU = torch.cuda.is_available()
@@ -134,7 +133,7 @@ def test_matches_the_oracle(case: Case, dtype: torch.dtype) -> None:
     case = replace(case, dtype=dtype)
     leaves = make_inputs(case, "cuda")
     problem, arguments = call_of(case, {name: t.detach() for name, t in leaves.items()})
-    assert sm90_gap(Question(problem)) is None
+    assert variants.sm90_gap(Question(problem)) is None
     assert_oracle(case, leaves, large_forward.forward(large_tiling.forward_tile_config(problem), *arguments))
 
 
@@ -149,7 +148,7 @@ def wherever_possible(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Use the kernels for windows of any size."""
     with monkeypatch.context() as patch:
         for name in THRESHOLDS:
-            patch.setattr(dispatch, name, 0)
+            patch.setattr(variants, name, 0)
         forget()
         yield
     forget()
@@ -157,7 +156,7 @@ def wherever_possible(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def test_the_thresholds_exist(wherever_possible: None) -> None:
     """The fixture sets them in tests that only a GPU runs; here it fails when one of them is renamed."""
-    assert {getattr(dispatch, name) for name in THRESHOLDS} == {0}
+    assert {getattr(variants, name) for name in THRESHOLDS} == {0}
 
 
 @pytest.mark.gpu
@@ -214,7 +213,7 @@ def test_reads_views_of_a_fused_projection() -> None:
     qkv = torch.randn(2, *case.spatial, 8, 128, device="cuda", dtype=torch.bfloat16)
     views: dict[str, Tensor] = dict(zip(("query", "key", "value"), qkv.split((4, 2, 2), -2), strict=True))
     problem, arguments = call_of(case, views)
-    assert sm90_gap(Question(problem)) is None
+    assert variants.sm90_gap(Question(problem)) is None
     config = large_tiling.forward_tile_config(problem)
     copies = call_of(case, {name: t.contiguous() for name, t in views.items()})[1]
     for ours, expected in zip(
@@ -560,11 +559,11 @@ def test_strides_that_tma_does_not_take_are_refused() -> None:
     case = Case("3d", (10, 17, 19), (6, 10, 12), heads=2, kv_heads=1, head_dim=128, value_dim=128, dtype=torch.bfloat16)
     tensors = {name: t.detach() for name, t in make_inputs(case).items()}
     problem, _ = call_of(case, tensors)
-    assert all(map(dispatch.is_addressable, (problem.query, problem.key, problem.value)))
+    assert all(map(variants.is_addressable, (problem.query, problem.key, problem.value)))
     batch, t, *rest = problem.key.stride
-    assert not dispatch.is_addressable(problem.key._replace(stride=(batch + 8, t, *rest)))  # a gap between images
+    assert not variants.is_addressable(problem.key._replace(stride=(batch + 8, t, *rest)))  # a gap between images
     tensors["key"] = tensors["key"].expand(-1, -1, -1, -1, 2, -1)  # stride 0
     tensors["value"] = tensors["value"][:, :5]  # batch and t have no common stride
     problem, _ = call_of(case, tensors)
-    assert not dispatch.is_addressable(problem.key)
-    assert not dispatch.is_addressable(problem.value)
+    assert not variants.is_addressable(problem.key)
+    assert not variants.is_addressable(problem.value)

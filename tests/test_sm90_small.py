@@ -25,12 +25,12 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from natten_layers import neighborhood_attention
 from natten_layers.geometry import query_bounds, window_bounds
 from natten_layers.kernels import dispatch
-from natten_layers.kernels.dispatch import Question, sm90_gap
+from natten_layers.kernels.dispatch import Question
 from natten_layers.kernels.host.problem import Inputs, Layout, Options, Problem, contiguous, layout, problem_of
 from natten_layers.kernels.host.tiling import extent
 from natten_layers.kernels.host.tuned import forget, override
 from natten_layers.kernels.portable import forward
-from natten_layers.kernels.sm90 import small_backward, small_forward, small_forward_rolling
+from natten_layers.kernels.sm90 import small_backward, small_forward, small_forward_rolling, variants
 from natten_layers.kernels.sm90.primitives import descriptor, key_boxes, query_boxes, register_boxes
 from natten_layers.kernels.sm90.small_tiling import (
     START,
@@ -105,7 +105,7 @@ def test_matches_the_oracle(case: Case, dtype: torch.dtype, module: ModuleType, 
     case = replace(case, dtype=dtype)
     leaves = make_inputs(case, "cuda")
     problem, arguments = call_of(case, {name: t.detach() for name, t in leaves.items()})
-    assert sm90_gap(Question(problem)) is None
+    assert variants.sm90_gap(Question(problem)) is None
     config = find(problem)
     assert config is not None
     assert_oracle(case, leaves, module.forward(config, *arguments))
@@ -135,8 +135,8 @@ def test_where_runs_are_cut_changes_nothing(case: Case, monkeypatch: pytest.Monk
 def wherever_possible(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Use the kernels for problems of any size."""
     with monkeypatch.context() as patch:
-        patch.setattr(dispatch, "LEAST_ROWS", 0)
-        patch.setattr(dispatch, "LEAST_FILLED", 0)
+        patch.setattr(variants, "LEAST_ROWS", 0)
+        patch.setattr(variants, "LEAST_FILLED", 0)
         forget()
         yield
     forget()
@@ -292,7 +292,7 @@ def test_gradients_take_it_where_heads_fill_their_columns(
     heads = Layout((8, 128, 128, 8, dim), (2**14 * 8 * dim, 2**7 * 8 * dim, 8 * dim, dim, 1))
     problem = problem_of_image(monkeypatch, query=heads, key=heads, value=heads, kernel_size=(3, 3))
     choice = dispatch.choose("backward_query", dispatch.Question(problem, True, heads))
-    assert (choice.variant.name == dispatch.TILES) == pays
+    assert (choice.variant.name == variants.TILES) == pays
     assert ("fill less" in choice.passed_over[-1].reason) == (not pays)
 
 
@@ -421,7 +421,7 @@ def test_why_a_residue_class_is_no_image_of_its_own(
     monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], reason: str
 ) -> None:
     problem = problem_of_image(monkeypatch, **changes)
-    assert dispatch.choose("forward", Question(problem)).passed_over[-1] == (dispatch.TILES, reason)
+    assert dispatch.choose("forward", Question(problem)).passed_over[-1] == (variants.TILES, reason)
 
 
 @pytest.mark.parametrize("dilation", [(1, 2, 3), (1, 4, 1), (1, 1, 2)], ids=str)

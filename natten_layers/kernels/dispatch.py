@@ -1,130 +1,36 @@
 """The choice of kernels, which is made in this module only.
 
-Each direction of a call has an ordered list of variants. The first variant that supports the call, pays off and has a
-plan for it computes it. The last one is the portable kernel, which supports every call of an operator. To add a kernel,
-add a :class:`Variant` to a list.
+Each direction of a call has an ordered list of variants, ``VARIANTS``. The first variant that supports the call, pays
+off and has a plan for it computes it. The last one is the portable kernel, which supports every call of an operator.
+What a variant supports and when it pays stands beside its kernels, in ``portable.variants`` and ``sm90.variants``.
 
 Importing this module imports the kernels, and so Triton; operators import it on their first launch (``ops.define``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from math import prod
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from .host.cache_problem import CacheInputs, CacheOptions, CacheProblem, cache_problem_of
 from .host.problem import (
     Cotangents,
     Inputs,
-    Layout,
     Options,
     Problem,
     QKPrep,
-    QKPrepKind,
     SavedResults,
     Tangents,
     contiguous,
     layout,
-    strides,
 )
-from .host.tiling import Kind, head_width
-from .host.tuned import explicit_tile_config, override_pack, remembered
-from .portable import backward as portable_backward
-from .portable import decode as portable_decode
-from .portable import forward as portable_forward
-from .portable import jvp as portable_jvp
+from .host.tuned import remembered
+from .host.variant import Choice, Direction, PassedOver, Question, Variant
 from .portable import qk_prep
-from .sm90 import large_tiling, small_tiling
-from .sm90.available import gluon_gap
-
-GLUON_GAP = gluon_gap()
-if TYPE_CHECKING or GLUON_GAP is None:  # only a missing Gluon leaves these modules out; other import errors are raised
-    from .sm90 import large_dkv, large_dq, large_forward, small_backward, small_forward, small_forward_rolling
-
-# Key elements of a head from which on a window is large: 256 keys of head dim 128, or 512 keys of 64.
-LARGE_KEY_ELEMENTS = 2**15
-# The same for gradients with several axes and head dims of up to 64: 320 keys. Of 8 x 128x128 tokens with 8 heads and
-# 21x21 windows they take 2.15 ms on an H200, in portable kernels 2.34.
-LARGE_GRADIENT_KEY_ELEMENTS = 320 * 64
-# The same with registers, which take a second launch that reads and writes the output once more.
-LARGE_KEY_ELEMENTS_WITH_REGISTERS = 2**18
-# Query rows from which on a call with a small window is large enough to hide launch overhead. With 200704 rows of 32
-# channels, kernels take 26 to 40 us on an H200, portable ones 41 to 52 us.
-LEAST_ROWS = 3 * 2**16
-# Share of its columns that a head fills at least where gradients with small windows take kernels of their own. dQ, and
-# dK and dV, on an H200 in ms, portable and own: 32 channels, which fill 32 columns, 0.178 and 0.145, 0.306 and 0.172
-# (7x7); 40 channels, in 64 columns, dQ 0.090 and 0.108 (9x9).
-LEAST_FILLED = 0.75
-# Keys of a window and (query, key) pairs from which on kernels for large windows pay with head dims above 128, with
-# which portable kernels are slow.
-WIDE_WINDOW, WIDE_PAIRS = 64, 2**24
-# (query, key) pairs from which on a call with a large window is large enough to hide launch overhead. Windows of 1024
-# keys, 8 heads of 128 channels, in microseconds: 2**27 pairs 152, portable 181; 2**26 pairs 101 (host time), 91.
-PAIRS = 2**27
-
-Direction = Literal[
-    "forward", "qk_prep + forward", "jvp", "backward_query", "backward_key", "backward_registers", "decode"
-]
-
-
-class Question(NamedTuple):
-    """Everything that the choice of a kernel depends on."""
-
-    problem: Problem
-    with_stats: bool = False
-    """Whether the caller wants ``row_max`` and ``row_sum``."""
-    grad_out: Layout | None = None
-    grad_lse: Layout | None = None
-    prep: QKPrepKind | None = None
-    tangents: tuple[Layout | None, ...] = ()
-    """Layouts of :class:`Tangents`, without the sink's."""
-    aligned: bool = True
-    """Whether addresses are multiples of 16, as TMA needs them. They are not part of a problem."""
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One way to compute a direction.
-
-    ``supports``, ``pays`` and ``plan`` take a :class:`Question`, or a :class:`CacheProblem` for decode.
-    """
-
-    name: str
-    plan: Callable[[Any], Any]
-    """Returns tiles and whatever else a launch needs, or the reason why no tiles fit."""
-    run: Callable[..., Any]
-    """Launches the kernel. All variants of a direction take the same arguments, of which the plan is the first."""
-    supports: Callable[[Any], str | None] = lambda question: None
-    """Returns the reason why the variant cannot compute a call, or None if it can."""
-    pays: Callable[[Any], str | None] = lambda question: None
-    """Returns the reason why another variant is expected to be faster, or None."""
-    uses_tma: bool = False
-
-
-class PassedOver(NamedTuple):
-    kernel: str
-    reason: str
-
-
-class Choice(NamedTuple):
-    variant: Variant
-    plan: Any
-    passed_over: tuple[PassedOver, ...]
-
-    @property
-    def is_portable(self) -> bool:
-        return self.variant.name == PORTABLE
-
-    @property
-    def settings(self) -> Mapping[str, Any]:
-        """Tiles and options of the plan by name."""
-        config = getattr(self.plan, "config", self.plan)
-        return config if isinstance(config, dict) else getattr(config, "_asdict", lambda: vars(config))()
+from .portable import variants as portable
+from .sm90 import variants as sm90
 
 
 @remembered
@@ -154,7 +60,7 @@ def choose_backward(question: Question) -> BackwardChoices:
     query, key = choose("backward_query", question), choose("backward_key", question)
     registers = choose("backward_registers", question) if question.problem.registers else None
     # The dQ kernel for large windows writes head-major statistics, which only the dK and dV kernel for these reads.
-    assert query.variant.name != LARGE or key.variant.name == LARGE
+    assert query.variant.name != sm90.LARGE or key.variant.name == sm90.LARGE
     return BackwardChoices(query, key, registers, query.variant.uses_tma or key.variant.uses_tma)
 
 
@@ -240,220 +146,7 @@ def are_aligned(*tensors: Tensor | None) -> bool:
     return True
 
 
-# --- What the kernels for compute capability 9.0 support
-
-
-def sm90_gap(question: Question) -> str | None:
-    """Why none of the kernels for compute capability 9.0 can compute a call, or None."""
-    p = question.problem
-    if p.device.type != "cuda":
-        return f"it is for CUDA devices, the tensors are on {p.device}"
-    capability = torch.cuda.get_device_capability(p.device)
-    if capability != (9, 0):
-        return f"it is for compute capability 9.0, the device has {capability[0]}.{capability[1]}"
-    if GLUON_GAP is not None:
-        return GLUON_GAP
-    if p.dtype not in (torch.float16, torch.bfloat16):
-        return f"it takes float16 and bfloat16, not {p.dtype}"
-    head_dim, value_dim = p.query.shape[-1], p.value.shape[-1]
-    if max(head_dim, value_dim) > 256:
-        return f"it takes heads of up to 256 channels, not {head_dim} and {value_dim}"
-    if p.packing is not None:
-        return "it takes no packed batch"
-    if p.key_mask is not None:
-        return "it takes no key_mask"
-    if p.scale_first:
-        return "scale is not positive"
-    if p.is_periodic:
-        return f"it takes no periodic axes, but is_periodic is {p.is_periodic}"
-    if p.key_lengths is not None:
-        return "it takes no queries on another grid than keys"
-    for name, tensor in _tensors(question):
-        if not is_addressable(tensor):
-            return f"TMA cannot address {name} with shape {tuple(tensor.shape)} and strides {tuple(tensor.stride)}"
-    if not question.aligned:
-        return "TMA cannot address a tensor that does not start at a multiple of 16 bytes"
-    return None
-
-
-def undilated_gap(question: Question) -> str | None:
-    """The same for kernels that take no dilation."""
-    reason, dilation = sm90_gap(question), question.problem.dilation
-    return f"it takes no dilation, but dilation is {dilation}" if reason is None and prod(dilation) > 1 else reason
-
-
-def classes_gap(question: Question) -> str | None:
-    """The same for kernels that take a residue class of dilation for an image of its own."""
-    p, reason = question.problem, sm90_gap(question)
-    if reason is not None or prod(p.dilation) == 1:
-        return reason
-    if p.rank == 3:
-        return f"it takes no dilation of three axes, but dilation is {p.dilation}"
-    spatial = p.query.shape[1:-2]
-    if any(n % d for n, d in zip(spatial, p.dilation, strict=True)):
-        return f"dilation {p.dilation} does not divide the image of {tuple(spatial)} tokens"
-    for name, tensor in _tensors(question):
-        if not _is_contiguous_in_tokens(tensor):
-            return f"tokens of {name} with strides {tuple(tensor.stride)} are not at equal distances in memory"
-    return None
-
-
-def _tensors(question: Question) -> list[tuple[str, Layout]]:
-    """The tensors with tokens, by name."""
-    p = question.problem
-    tensors = {"query": p.query, "key": p.key, "value": p.value, "the gradient of the output": question.grad_out}
-    return [(name, tensor) for name, tensor in tensors.items() if tensor is not None]
-
-
-def _is_contiguous_in_tokens(tensor: Layout) -> bool:
-    """Whether the tokens of all images lie at equal distances, in the order of their axes."""
-    axes = tensor.shape[:-2], tensor.stride[:-2]
-    expected = contiguous((*tensor.shape[:-2], 1)).stride[:-1]
-    return all(n == 1 or step == count * tensor.stride[-3] for n, step, count in zip(*axes, expected, strict=True))
-
-
-def is_addressable(tensor: Layout) -> bool:
-    """Whether TMA can address a tensor: at most five axes, and strides that are positive multiples of 16 bytes.
-
-    Batch and first spatial axis are folded into one where there would be six axes.
-    """
-    batch, t, *_ = strides(tensor)
-    foldable = tensor.shape[0] == 1 or len(tensor.shape) < 6 or tensor.shape[1] == 1 or batch == tensor.shape[1] * t
-    axes = zip(tensor.shape[:-1], tensor.stride[:-1], strict=True)
-    return foldable and all(size == 1 or (step > 0 and step % 8 == 0) for size, step in axes)
-
-
-def _chosen_elsewhere(question: Question, *kinds: Kind) -> str | None:
-    """Why tuning or an override asks for the portable kernel, or None if neither does."""
-    pack, group = override_pack(), question.problem.group
-    if pack and group % pack and kinds != ("backward_key",):  # the dK and dV kernel takes one query head at a time
-        return f"an override asks for {pack} heads a program, which do not divide the group of {group}"
-    for kind in kinds:
-        if explicit_tile_config(kind, question.problem.problem_class) is not None:
-            return f"tiles of the portable {kind} kernel were tuned, or are overridden, for this problem"
-    return None
-
-
-# --- Large windows
-
-
-def _large_pays(question: Question, *kinds: Kind) -> str | None:
-    p = question.problem
-    window, queries = prod(p.kernel_size), prod(p.query.shape[:-1])
-    if large_tiling.is_wide(p):
-        least, pairs = WIDE_WINDOW * p.query.shape[-1], WIDE_PAIRS
-    elif p.registers:
-        least, pairs = LARGE_KEY_ELEMENTS_WITH_REGISTERS, PAIRS
-    elif "backward_key" in kinds and p.rank > 1 and large_tiling.width_of(p) <= 64:
-        least, pairs = LARGE_GRADIENT_KEY_ELEMENTS, PAIRS
-    else:
-        least, pairs = LARGE_KEY_ELEMENTS, PAIRS
-    if window * p.query.shape[-1] < least:
-        beside = " with additional keys" if p.registers else ""
-        return f"the window is small: {window} keys of {p.query.shape[-1]} elements are fewer than {least}{beside}"
-    if queries * window < pairs:
-        return f"the call is small: {queries} queries of {window} keys are fewer than {pairs} pairs"
-    return _chosen_elsewhere(question, *kinds)
-
-
-def _large_backward_pays(question: Question) -> str | None:
-    return _large_pays(question, "backward_query", "backward_key")  # both or neither, as they share statistics
-
-
-def _large_key_gap(question: Question) -> str | None:
-    width = question.problem.lengths[2]
-    if width < large_tiling.ALIGNMENT:
-        return f"the last axis is shorter than {large_tiling.ALIGNMENT} tokens"
-    return undilated_gap(question)
-
-
-def _large_query_gap(question: Question) -> str | None:
-    if question.problem.registers:
-        return "it takes no additional keys"
-    return _large_key_gap(question)
-
-
-# --- Small windows
-
-NO_SMALL_TILES = "no tiles: strides, additional keys, batch or the scores of a row do not fit"
-
-
-def _small_pays(question: Question, *kinds: Kind) -> str | None:
-    window, queries = prod(question.problem.kernel_size), prod(question.problem.query.shape[:-1])
-    if window >= small_tiling.SCORES:
-        return f"the window is large: {window} keys, {small_tiling.SCORES} or more"
-    if queries < LEAST_ROWS:
-        return f"the call is small: {queries} query rows are fewer than {LEAST_ROWS}"
-    return _chosen_elsewhere(question, *kinds)
-
-
-def _small_backward_pays(question: Question, kind: Kind) -> str | None:
-    dim = question.problem.query.shape[-1]
-    columns = head_width(dim)
-    if dim < LEAST_FILLED * columns:
-        return f"the portable kernel is faster where heads of {dim} channels fill less of {columns} columns"
-    return _small_pays(question, kind)
-
-
-def _tile_plan(question: Question) -> small_tiling.SmallTileConfig | str:
-    return small_tiling.small_tile_config(question.problem, override_pack(), question.with_stats) or NO_SMALL_TILES
-
-
-def _rolling_plan(question: Question) -> small_tiling.RollingTileConfig | str:
-    p, pack = question.problem, override_pack()
-    rolling = small_tiling.rolling_tile_config(p, pack, question.with_stats)
-    if rolling is None:
-        return NO_SMALL_TILES
-    return small_tiling.rolling_gap(p, rolling, small_tiling.small_tile_config(p, pack, question.with_stats)) or rolling
-
-
-def _small_query_plan(question: Question) -> small_tiling.SmallTileConfig | str:
-    return small_tiling.small_dq_tile_config(question.problem, override_pack()) or NO_SMALL_TILES
-
-
-def _small_key_plan(question: Question) -> small_tiling.SmallTileConfig | str:
-    return small_tiling.small_dkv_tile_config(question.problem) or NO_SMALL_TILES
-
-
-# --- Preparation of queries and keys, and attention
-
-
-def _fused_prep_gap(question: Question) -> str | None:
-    """Why the fused kernel cannot prepare the heads, or None.
-
-    A thread must hold both elements of each pair that RoPE rotates. Its layout allows that if half of a head is
-    rotated, or all of it, or nothing.
-    """
-    assert question.prep is not None
-    dim, pairs, split = question.problem.query.shape[-1], question.prep.pairs, question.prep.split
-    if dim not in (64, 128):
-        return f"it prepares heads of 64 and of 128 channels, not of {dim}"
-    if question.prep.interleaved:
-        return "pairs of neighboring elements turn; it turns halves with each other"
-    if question.prep.by_axis:
-        return "coordinates have frequencies of their own; it takes the same ones for all"
-    if pairs not in (0, dim // 4, dim // 2) or len(set(split)) > 1:
-        return (
-            f"{split} pairs turn in heads of {dim} elements; it turns half of a head, or all, or none, in equal parts"
-        )
-    return undilated_gap(question)
-
-
-def _fused_prep_pays(question: Question) -> str | None:
-    """Why two launches are expected to be faster than the fused kernel, or None.
-
-    The fused kernel pays however small the call is, as one launch costs the host less than two.
-    """
-    window = prod(question.problem.kernel_size)
-    if window >= small_tiling.SCORES:
-        return f"the window is large: {window} keys, {small_tiling.SCORES} or more"
-    if _large_pays(question) is None:
-        return f"the {LARGE} kernel pays, which takes heads that are prepared"
-    return _chosen_elsewhere(question, "forward")
-
-
-def _fused_prep_plan(question: Question) -> small_tiling.RollingTileConfig | str:
-    return small_tiling.rolling_tile_config(question.problem, override_pack(), with_qk_prep=True) or NO_SMALL_TILES
+# --- Preparation of queries and keys in a launch of its own, before attention
 
 
 def _prepared(question: Question) -> Problem:
@@ -467,109 +160,16 @@ def _prepare_then_attend(prepared: Problem, problem: Problem, inputs: Inputs, op
     return forward(prepared, inputs._replace(query=query, key=key), options, False)[0]
 
 
+PREPARE_THEN_ATTEND = Variant("qk_prep, then forward", plan=_prepared, run=_prepare_then_attend)
+
 # --- The variants of each direction, in the order in which they are considered
 
-PORTABLE, LARGE, ROLLING, TILES = "portable", "sm90 large window", "sm90 small window, rolling", "sm90 small window"
-
-# Lambdas look their module up when they run, as modules that need Gluon are not always imported.
 VARIANTS: Mapping[Direction, Sequence[Variant]] = {
-    "forward": (
-        Variant(
-            LARGE,
-            supports=undilated_gap,
-            pays=lambda q: _large_pays(q, "forward"),
-            plan=lambda q: large_tiling.forward_tile_config(q.problem, override_pack()),
-            run=lambda *args: large_forward.forward(*args),
-            uses_tma=True,
-        ),
-        Variant(
-            ROLLING,
-            supports=undilated_gap,
-            pays=lambda q: _small_pays(q, "forward"),
-            plan=_rolling_plan,
-            run=lambda *args: small_forward_rolling.forward(*args),
-            uses_tma=True,
-        ),
-        Variant(
-            TILES,
-            supports=classes_gap,
-            pays=lambda q: _small_pays(q, "forward"),
-            plan=_tile_plan,
-            run=lambda *args: small_forward.forward(*args),
-            uses_tma=True,
-        ),
-        Variant(
-            PORTABLE,
-            plan=lambda q: portable_forward.plan(q.problem, q.with_stats),
-            run=portable_forward.forward,
-        ),
-    ),
-    "qk_prep + forward": (
-        Variant(
-            ROLLING,
-            supports=_fused_prep_gap,
-            pays=_fused_prep_pays,
-            plan=_fused_prep_plan,
-            run=lambda plan, problem, inputs, options, prep: small_forward_rolling.forward(
-                plan, problem, inputs, options, False, prep
-            )[0],
-            uses_tma=True,
-        ),
-        Variant("qk_prep, then forward", plan=_prepared, run=_prepare_then_attend),
-    ),
-    "jvp": (Variant(PORTABLE, plan=lambda q: portable_jvp.plan(q.problem, q.tangents), run=portable_jvp.jvp),),
-    "backward_query": (
-        Variant(
-            LARGE,
-            supports=_large_query_gap,
-            pays=_large_backward_pays,
-            plan=lambda q: large_tiling.dq_tile_config(q.problem, override_pack()),
-            run=lambda *args: large_dq.query_gradient(*args),
-            uses_tma=True,
-        ),
-        Variant(
-            TILES,
-            supports=classes_gap,
-            pays=lambda q: _small_backward_pays(q, "backward_query"),
-            plan=_small_query_plan,
-            run=lambda *args: small_backward.query_gradient(*args),
-            uses_tma=True,
-        ),
-        Variant(
-            PORTABLE,
-            plan=lambda q: portable_backward.query_plan(q.problem, q.grad_out, q.grad_lse),
-            run=portable_backward.backward_query,
-        ),
-    ),
-    "backward_key": (
-        Variant(
-            LARGE,
-            supports=_large_key_gap,
-            pays=_large_backward_pays,
-            plan=lambda q: large_tiling.dkv_tile_config(q.problem),
-            run=lambda *args: large_dkv.key_gradients(*args),
-            uses_tma=True,
-        ),
-        Variant(
-            TILES,
-            supports=classes_gap,
-            pays=lambda q: _small_backward_pays(q, "backward_key"),
-            plan=_small_key_plan,
-            run=lambda *args: small_backward.key_gradients(*args),
-            uses_tma=True,
-        ),
-        Variant(
-            PORTABLE,
-            plan=lambda q: portable_backward.key_plan(q.problem, q.grad_out),
-            run=portable_backward.backward_key,
-        ),
-    ),
-    "backward_registers": (
-        Variant(
-            PORTABLE,
-            plan=lambda q: portable_backward.register_plan(q.problem, q.grad_out),
-            run=portable_backward.backward_registers,
-        ),
-    ),
-    "decode": (Variant(PORTABLE, plan=portable_decode.plan, run=portable_decode.decode),),
+    "forward": (sm90.LARGE_FORWARD, sm90.ROLLING_FORWARD, sm90.TILES_FORWARD, portable.FORWARD),
+    "qk_prep + forward": (sm90.ROLLING_PREP_FORWARD, PREPARE_THEN_ATTEND),
+    "jvp": (portable.JVP,),
+    "backward_query": (sm90.LARGE_QUERY_GRADIENT, sm90.TILES_QUERY_GRADIENT, portable.QUERY_GRADIENT),
+    "backward_key": (sm90.LARGE_KEY_GRADIENTS, sm90.TILES_KEY_GRADIENTS, portable.KEY_GRADIENTS),
+    "backward_registers": (portable.REGISTER_GRADIENTS,),
+    "decode": (portable.DECODE,),
 }

@@ -533,7 +533,7 @@ def register_boxes(registers: Layout, rows: int) -> Boxes:
 def descriptor(tensor: Tensor, boxes: Boxes) -> TensorDescriptor:
     """A ``TensorDescriptor`` made without the checks of its constructor.
 
-    The checks take the host longer than a launch does, and every problem is checked once (``dispatch.is_addressable``).
+    The checks take the host longer than a launch does, and every problem is checked once (``variants.is_addressable``).
     """
     made = object.__new__(TensorDescriptor)
     made.__dict__ = {**boxes, "base": tensor}
