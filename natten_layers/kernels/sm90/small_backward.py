@@ -6,7 +6,7 @@ a tile sees, or is seen by. Scores are computed some at a time, because their gr
 
 # Triton's language is Python to the parser only.
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAssignmentType=false, reportArgumentType=false
-# pyright: reportIndexIssue=false
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false
 
 from functools import lru_cache
 from math import prod
@@ -38,9 +38,7 @@ from ..host.problem import (
     layout,
     new_like,
     strides,
-    three_axes,
 )
-from ..host.tiling import head_width
 from ..portable.primitives import LOG2E
 from ..portable.windows import (
     contiguous_row,
@@ -56,6 +54,7 @@ from ..portable.windows import (
 from .primitives import class_rows, key_boxes, new_barriers, opaque_i32, query_boxes, thread_barrier
 from .small_forward import (
     Call,
+    batches_of_registers,
     boxes_of_parts,
     boxes_of_registers,
     call_of,
@@ -70,7 +69,7 @@ from .small_forward import (
 )
 from .small_nonfinite import spread
 from .small_softmax import WARPS, key_columns, key_mask, register_mask
-from .small_tiling import PARTS, SmallTileConfig
+from .small_tiling import PARTS, SmallTileConfig, spec_of
 
 
 @gluon.jit
@@ -122,12 +121,18 @@ def add_part(
 def small_dq_kernel(
     Delta, Lse, RowMax, RowSum, Out, DLse, q_desc, do_desc, dq_desc,
     k0_desc, k1_desc, k2_desc, v0_desc, v1_desc, v2_desc, regk_desc, regv_desc,
-    dl_strides, length, kernel, stride, dilation, tiles, frames, group, blocks, registers, reg_batch, scale,
-    CAUSAL: gl.constexpr, TILE: gl.constexpr, AXIS: gl.constexpr, PACK: gl.constexpr, RANK: gl.constexpr,
-    KEYS: gl.constexpr, D: gl.constexpr, BD: gl.constexpr, WITH_DLSE: gl.constexpr,
+    dl_strides, axes, tiles, frames, group, blocks, registers, reg_batch, scale,
+    SPEC: gl.constexpr, KEYS: gl.constexpr, WITH_DLSE: gl.constexpr,
 ):  # fmt: skip
     """dQ, ``delta = rowsum(dOut * Out) - dLse`` and base-2 lse of one tile; arguments as in ``small_forward.py``."""
-    M: gl.constexpr = TILE[0] * TILE[1] * TILE[2] * PACK
+    length, kernel, stride, dilation = axes
+    CAUSAL: gl.constexpr = SPEC.causal
+    TILE: gl.constexpr = SPEC.tile
+    PACK: gl.constexpr = SPEC.pack
+    AXIS: gl.constexpr = SPEC.axis
+    D: gl.constexpr = SPEC.head_dim
+    BD: gl.constexpr = SPEC.columns
+    M: gl.constexpr = SPEC.rows
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BD, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, OUT)
     LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BD, BD // 8], [gl.num_warps(), 1], [1, 0])
@@ -177,14 +182,14 @@ def small_dq_kernel(
     for PART in gl.static_range(len(k_descs)):
         b_dq = add_part(
             b_dq, b_q, b_do, keys[PART], values[PART], k_descs[PART], corner, row_lo, row_hi, registers, row_lse,
-            row_delta, factor, RANK, OUT,
+            row_delta, factor, SPEC.rank, OUT,
         )  # fmt: skip
         corner = next_corner(corner, k_descs[PART], AXIS)
     if regk_desc is not None:
         I_REG: gl.constexpr = len(k_descs)
         b_dq = add_part(
             b_dq, b_q, b_do, keys[I_REG], values[I_REG], None, corner, row_lo, row_hi, registers, row_lse,
-            row_delta, factor, RANK, OUT,
+            row_delta, factor, SPEC.rank, OUT,
         )  # fmt: skip
     b_dq = warpgroup_mma_wait(0, deps=[b_dq])
     b_q.store((b_dq * scale).to(q_desc.dtype))
@@ -283,23 +288,53 @@ def matrix_of(buffer, desc):
 
 
 @gluon.jit
+def load_head(
+    q_descs, do_descs, queries, grads, lses, deltas, Lse, Delta, ready, first, i_batch, i_bt, head, kv_heads, group,
+    classes, length, AXIS: gl.constexpr,
+):  # fmt: skip
+    """Start to load all queries of a head that see the tile, and their gradients, and load their statistics.
+
+    ``classes`` is as in ``attend_rows``. The bytes have been announced at the barrier ``ready``.
+    """
+    residue, count, dilation = classes
+    corner = first
+    for PART in gl.static_range(len(q_descs)):
+        load_part(q_descs[PART], queries[PART].index(0), head, i_bt, corner, ready)
+        load_part(do_descs[PART], grads[PART].index(0), head, i_bt, corner, ready)
+        corner = next_corner(corner, q_descs[PART], AXIS)
+    corner, heads = first, kv_heads * group
+    for PART in gl.static_range(len(q_descs)):
+        desc = q_descs[PART]
+        load_statistics(Lse, lses[PART], desc, corner, i_batch, residue, count, dilation, head, length, heads)
+        load_statistics(Delta, deltas[PART], desc, corner, i_batch, residue, count, dilation, head, length, heads)
+        corner = next_corner(corner, desc, AXIS)
+
+
+@gluon.jit
+def opaque_position(position):
+    return opaque_i32(position[0]), opaque_i32(position[1]), opaque_i32(position[2])
+
+
+@gluon.jit
 def small_dkv_kernel(
     Delta, Lse, k_desc, v_desc, dk_desc, dv_desc, q0_desc, q1_desc, q2_desc, do0_desc, do1_desc, do2_desc,
-    length, kernel, stride, dilation, tiles, frames, group, kv_heads, scale,
-    CAUSAL: gl.constexpr, TILE: gl.constexpr, AXIS: gl.constexpr, RANK: gl.constexpr, QUERIES: gl.constexpr,
-    BD: gl.constexpr,
+    axes, tiles, frames, group, kv_heads, scale, SPEC: gl.constexpr, QUERIES: gl.constexpr,
 ):  # fmt: skip
     """dK and dV of one tile of keys; the grid is (tiles * KV heads, batch).
 
-    The queries of one head come in up to three parts along ``AXIS``, ``QUERIES`` in all, then those of the next head.
+    The queries of one head come in up to three parts along ``SPEC.axis``, ``QUERIES`` in all, then those of the next
+    head.
     """
-    M: gl.constexpr = TILE[0] * TILE[1] * TILE[2]
+    length, kernel, stride, dilation = axes
+    CAUSAL: gl.constexpr = SPEC.causal
+    TILE: gl.constexpr = SPEC.tile
+    AXIS: gl.constexpr = SPEC.axis
+    BD: gl.constexpr = SPEC.columns
+    M: gl.constexpr = SPEC.rows
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BD, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, OUT)
-    q_descs, do_descs = (
-        present_descriptors(q0_desc, q1_desc, q2_desc),
-        present_descriptors(do0_desc, do1_desc, do2_desc),
-    )
+    q_descs = present_descriptors(q0_desc, q1_desc, q2_desc)
+    do_descs = present_descriptors(do0_desc, do1_desc, do2_desc)
 
     i_batch, i_kv, residue, count, origin = own_tile(length, dilation, tiles, kv_heads, TILE)
     first, _, _, _ = union_of_queries(origin, count, kernel, stride, CAUSAL, TILE)
@@ -309,12 +344,8 @@ def small_dkv_kernel(
     mbarrier.expect(ready.index(0), 2 * M * BD * 2)
     k_corner = [i_kv, i_bt + origin[0], origin[1], origin[2], 0]
     k_buffer, v_buffer = start_load(k_desc, k_corner, ready.index(0)), start_load(v_desc, k_corner, ready.index(0))
-    queries, grads, lses, deltas = (
-        new_buffers(q_descs),
-        new_buffers(do_descs),
-        new_statistics_buffers(q_descs),
-        new_statistics_buffers(q_descs),
-    )
+    queries, grads = new_buffers(q_descs), new_buffers(do_descs)
+    lses, deltas = new_statistics_buffers(q_descs), new_statistics_buffers(q_descs)
     b_k, b_v = matrix_of(k_buffer, k_desc), matrix_of(v_buffer, v_desc)
 
     row = gl.arange(0, M, ROW)
@@ -328,36 +359,19 @@ def small_dkv_kernel(
         head = i_kv * group + i_group
         thread_barrier()  # the queries of the previous head have been read
         mbarrier.expect(ready.index(1), 2 * QUERIES * BD * 2)
-        corner = first
-        for PART in gl.static_range(len(q_descs)):
-            load_part(q_descs[PART], queries[PART].index(0), head, i_bt, corner, ready.index(1))
-            load_part(do_descs[PART], grads[PART].index(0), head, i_bt, corner, ready.index(1))
-            corner = next_corner(corner, q_descs[PART], AXIS)
-        corner = first
-        for PART in gl.static_range(len(q_descs)):
-            load_statistics(
-                Lse, lses[PART], q_descs[PART], corner, i_batch, residue, count, dilation, head, length,
-                kv_heads * group,
-            )  # fmt: skip
-            load_statistics(
-                Delta, deltas[PART], q_descs[PART], corner, i_batch, residue, count, dilation, head, length,
-                kv_heads * group,
-            )  # fmt: skip
-            corner = next_corner(corner, q_descs[PART], AXIS)
+        load_head(
+            q_descs, do_descs, queries, grads, lses, deltas, Lse, Delta, ready.index(1), first, i_batch, i_bt,
+            head, kv_heads, group, (residue, count, dilation), length, AXIS,
+        )  # fmt: skip
         mbarrier.wait(ready.index(1), i_group & 1)
         corner = first
-        lo, hi = (
-            (opaque_i32(row_lo[0]), opaque_i32(row_lo[1]), opaque_i32(row_lo[2])),
-            (opaque_i32(row_hi[0]), opaque_i32(row_hi[1]), opaque_i32(row_hi[2])),
-        )
+        lo, hi = opaque_position(row_lo), opaque_position(row_hi)
         for PART in gl.static_range(len(q_descs)):
-            b_q, b_do = (
-                matrix_of(queries[PART].index(zero), q_descs[PART]),
-                matrix_of(grads[PART].index(zero), do_descs[PART]),
-            )
+            b_q = matrix_of(queries[PART].index(zero), q_descs[PART])
+            b_do = matrix_of(grads[PART].index(zero), do_descs[PART])
             b_dk, b_dv = add_query_part(
                 b_dk, b_dv, b_k, b_v, b_q, b_do, lses[PART], deltas[PART], q_descs[PART], corner, lo, hi,
-                factor, RANK, OUT,
+                factor, SPEC.rank, OUT,
             )  # fmt: skip
             corner = next_corner(corner, q_descs[PART], AXIS)
         b_dk, b_dv = warpgroup_mma_wait(0, deps=(b_dk, b_dv))
@@ -391,7 +405,6 @@ def query_gradient(
 def query_call(config: SmallTileConfig, p: Problem, grad_out: Layout, grad_lse: Layout | None) -> Call:
     """What all calls of a problem share."""
     tiles, blocks = p.tiles(config.tile), p.query.shape[-2] // config.pack
-    shared = p.additional_keys is not None and p.additional_keys.stride[0] == 0
     *_, dilation = p.geometry
     rows = p.query, grad_out, contiguous(p.query.shape)
     boxes = [query_boxes(x, config.tile, config.pack, dilation) for x in rows]
@@ -400,11 +413,10 @@ def query_call(config: SmallTileConfig, p: Problem, grad_out: Layout, grad_lse: 
         (prod(tiles) * blocks, p.query.shape[0]),
         (
             (0,) * 5 if grad_lse is None else strides(grad_lse),
-            *p.geometry, tiles, frames_of(p), p.group, blocks, p.registers, 0 if shared else 1,
+            p.geometry, tiles, frames_of(p), p.group, blocks, p.registers, batches_of_registers(p),
         ),
         [*boxes, *boxes_of_parts(config, p, p.key, p.value), *boxes_of_registers(config, p)],
-        CAUSAL=three_axes(p.is_causal, False), TILE=config.tile, AXIS=config.axis, PACK=config.pack, RANK=p.rank,
-        KEYS=config.keys, D=p.query.shape[-1], BD=head_width(p.query.shape[-1]), WITH_DLSE=grad_lse is not None,
+        SPEC=spec_of(config, p), KEYS=config.keys, WITH_DLSE=grad_lse is not None,
         num_warps=WARPS, maxnreg=config.maxnreg,
     )  # fmt: skip
 
@@ -435,11 +447,11 @@ def key_call(config: SmallTileConfig, p: Problem, grad_out: Layout) -> Call:
     *_, dilation = p.geometry
     out = contiguous(p.key.shape)
     tile = [key_boxes(x, config.tile, dilation) for x in (p.key, p.value, out, out)]
+    spec = spec_of(config, p)  # the kernel does not depend on the head dim, and is compiled once for all of a width
     return call_of(
         small_dkv_kernel,
         (prod(tiles) * p.kv_heads, p.query.shape[0]),
-        (*p.geometry, tiles, frames_of(p), p.group, p.kv_heads),
+        (p.geometry, tiles, frames_of(p), p.group, p.kv_heads),
         [*tile, *boxes_of_parts(config, p, p.query, grad_out)],
-        CAUSAL=three_axes(p.is_causal, False), TILE=config.tile, AXIS=config.axis, RANK=p.rank, QUERIES=config.keys,
-        BD=head_width(p.query.shape[-1]), num_warps=WARPS, maxnreg=config.maxnreg,
+        SPEC=spec._replace(head_dim=spec.columns), QUERIES=config.keys, num_warps=WARPS, maxnreg=config.maxnreg,
     )  # fmt: skip
