@@ -447,11 +447,13 @@ def key_call(config: SmallTileConfig, p: Problem, grad_out: Layout) -> Call:
     *_, dilation = p.geometry
     out = contiguous(p.key.shape)
     tile = [key_boxes(x, config.tile, dilation) for x in (p.key, p.value, out, out)]
-    spec = spec_of(config, p)  # the kernel does not depend on the head dim, and is compiled once for all of a width
+    spec = spec_of(config, p)
+    # The kernel does not use the head dim: all head dims that are padded to the same columns share one compiled kernel.
+    spec = spec._replace(head_dim=spec.columns)
     return call_of(
         small_dkv_kernel,
         (prod(tiles) * p.kv_heads, p.query.shape[0]),
         (p.geometry, tiles, frames_of(p), p.group, p.kv_heads),
         [*tile, *boxes_of_parts(config, p, p.query, grad_out)],
-        SPEC=spec._replace(head_dim=spec.columns), QUERIES=config.keys, num_warps=WARPS, maxnreg=config.maxnreg,
+        SPEC=spec, QUERIES=config.keys, num_warps=WARPS, maxnreg=config.maxnreg,
     )  # fmt: skip

@@ -49,6 +49,7 @@ def key_mask(inner, corner, row_lo, row_hi, M: gl.constexpr, RANK: gl.constexpr,
 
 @gluon.jit
 def register_mask(registers, FIRST: gl.constexpr, N: gl.constexpr, M: gl.constexpr):
+    """0 and -inf ``[M, N]``: which of the tokens ``FIRST`` to ``FIRST + N - 1`` exist, of ``registers`` in all."""
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, N, 16])
     m_there = key_columns(N, FIRST) < registers
     return gl.where(m_there[None, :], gl.zeros([M, N], gl.float32, LAYOUT), float("-inf"))

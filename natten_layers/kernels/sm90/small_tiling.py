@@ -14,13 +14,14 @@ from ...geometry import query_bounds, window_bounds
 from ..host.problem import Layout, Problem, three_axes
 from ..host.tiling import Axis, Bounds, Box, boxes, extent, head_width, next_power_of_2
 
-# Query rows of a tile.
+# Query rows of a tile: positions times packed heads.
 SMALL_ROWS = 64
 # Most scores a query row may have: all are held in hardware registers.
 SCORES = 320
-# The same in the rolling kernel: room for register tokens beside 320 keys is worth it although a few values spill.
+# Most scores of a row in the rolling kernel: room for register tokens beside 320 keys is worth it although a few values
+# spill.
 ROLLING_SCORES = 336
-# The same in the backward pass, whose kernels hold gradients beside the scores.
+# Most scores of a row in the backward pass, whose kernels hold gradients of scores beside the scores.
 GRADIENTS = 256
 # The rolling kernel is used where a tile sees at least this many keys, and at most this share of them is new to it.
 LEAST_LOADED = 96
@@ -194,7 +195,8 @@ def _is_small(problem: Problem) -> bool:
     registers = [x for x in (p.additional_keys, p.additional_values) if x is not None]
     if not _has_small_heads(p) or p.query.shape[0] >= 2**16 or not all(map(holds_registers, registers)):
         return False
-    return len({x.stride[0] == 0 for x in registers}) < 2  # no keys that all images share, with values that they do not
+    # All images share the keys and the values of register tokens, or neither.
+    return len({x.stride[0] == 0 for x in registers}) < 2
 
 
 def _has_small_heads(problem: Problem) -> bool:
@@ -373,7 +375,7 @@ def small_dkv_tile_config(problem: Problem) -> SmallTileConfig | None:
     config = min((x for x in configs if x.keys <= GRADIENTS and _fits(p, x)), key=_small_cost, default=None)
     if config is None:
         return None
-    needed = 72 + dim  # scores of 32 queries and their gradients, two accumulators and some more
+    needed = 72 + dim  # room for scores of 32 queries and their gradients, two accumulators and some more
     most = _maxnreg(needed, 4 * (config.keys + SMALL_ROWS) * dim + 8 * config.keys)
     return config._replace(maxnreg=most) if most else None
 

@@ -22,25 +22,26 @@ if TYPE_CHECKING or GLUON_GAP is None:  # only a missing Gluon leaves these modu
 
 LARGE, ROLLING, TILES = "sm90 large window", "sm90 small window, rolling", "sm90 small window"
 
-# Key elements of a head from which on a window is large: 256 keys of head dim 128, or 512 keys of 64.
+# A window is large from this many key elements (keys times head dim) on: 256 keys of head dim 128, or 512 of 64.
 LARGE_KEY_ELEMENTS = 2**15
-# The same for gradients with several axes and head dims of up to 64: 320 keys. Of 8 x 128x128 tokens with 8 heads and
-# 21x21 windows they take 2.15 ms on an H200, in portable kernels 2.34.
+# The same threshold for gradients in 2-D and 3-D with head dims of up to 64: 320 keys. Gradients of 8 x 128x128 tokens
+# with 8 heads and 21x21 windows take 2.15 ms on an H200, and 2.34 ms in portable kernels.
 LARGE_GRADIENT_KEY_ELEMENTS = 320 * 64
-# The same with registers, which take a second launch that reads and writes the output once more.
+# The same threshold with register tokens, which take a second launch that reads and writes the output once more.
 LARGE_KEY_ELEMENTS_WITH_REGISTERS = 2**18
-# Query rows from which on a call with a small window is large enough to hide launch overhead. With 200704 rows of 32
-# channels, kernels take 26 to 40 us on an H200, portable ones 41 to 52 us.
+# A call with a small window is large enough to hide launch overhead from this many query rows on. With 200704 rows of
+# 32 channels these kernels take 26 to 40 us on an H200, and portable kernels 41 to 52 us.
 LEAST_ROWS = 3 * 2**16
-# Share of its columns that a head fills at least where gradients with small windows take kernels of their own. dQ, and
-# dK and dV, on an H200 in ms, portable and own: 32 channels, which fill 32 columns, 0.178 and 0.145, 0.306 and 0.172
-# (7x7); 40 channels, in 64 columns, dQ 0.090 and 0.108 (9x9).
+# Gradients with small windows take these kernels where a head fills at least this share of its columns in shared
+# memory. On an H200, portable against these kernels: 32 channels in 32 columns, 7x7 windows, dQ 0.178 ms against 0.145,
+# dK and dV 0.306 against 0.172; 40 channels in 64 columns, 9x9 windows, dQ 0.090 against 0.108.
 LEAST_FILLED = 0.75
-# Keys of a window and (query, key) pairs from which on kernels for large windows pay with head dims above 128, with
-# which portable kernels are slow.
+# With head dims above 128 portable kernels are slow, and kernels for large windows pay from this many keys of a window
+# and this many (query, key) pairs on.
 WIDE_WINDOW, WIDE_PAIRS = 64, 2**24
-# (query, key) pairs from which on a call with a large window is large enough to hide launch overhead. Windows of 1024
-# keys, 8 heads of 128 channels, in microseconds: 2**27 pairs 152, portable 181; 2**26 pairs 101 (host time), 91.
+# A call with a large window is large enough to hide launch overhead from this many (query, key) pairs on. With windows
+# of 1024 keys and 8 heads of 128 channels, 2**27 pairs take 152 us, and 181 us in portable kernels; 2**26 pairs take
+# 101 us, which is the host's time, and 91 us in portable kernels.
 PAIRS = 2**27
 
 # --- What the kernels support
@@ -80,13 +81,13 @@ def sm90_gap(question: Question) -> str | None:
 
 
 def undilated_gap(question: Question) -> str | None:
-    """The same for kernels that take no dilation."""
+    """Why kernels without dilation cannot compute a call, or None."""
     reason, dilation = sm90_gap(question), question.problem.dilation
     return f"it takes no dilation, but dilation is {dilation}" if reason is None and prod(dilation) > 1 else reason
 
 
 def classes_gap(question: Question) -> str | None:
-    """The same for kernels that take a residue class of dilation for an image of its own."""
+    """Why kernels that compute each residue class of dilation like an image cannot compute a call, or None."""
     p, reason = question.problem, sm90_gap(question)
     if reason is not None or prod(p.dilation) == 1:
         return reason
@@ -160,7 +161,8 @@ def _large_pays(question: Question, *kinds: Kind) -> str | None:
 
 
 def _large_backward_pays(question: Question) -> str | None:
-    return _large_pays(question, "backward_query", "backward_key")  # both or neither, as they share statistics
+    # Either dQ, dK and dV all take kernels for large windows or none does, as these share statistics.
+    return _large_pays(question, "backward_query", "backward_key")
 
 
 def _large_key_gap(question: Question) -> str | None:
