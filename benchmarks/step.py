@@ -31,6 +31,7 @@ OUR_KERNELS = (
     "large_forward_kernel", "large_dq_kernel", "large_dkv_kernel", "repair_kernel", "statistics_kernel",
     "small_forward_kernel", "small_forward_rolling_kernel", "small_dq_kernel", "small_dkv_kernel",
     "fold_registers_kernel", "qk_prep_kernel", "qk_prep_backward_kernel", "jvp_kernel", "qk_prep_jvp_kernel",
+    "bias_gradient_kernel",
 )  # fmt: skip
 """Prefixes of the names of this library's kernels: attention, normalisation and RoPE."""
 PEERS = ("flex",)

@@ -15,14 +15,13 @@ from .geometry import AXES, Window, make_window
 from .kernels.host.packing import Packing, packing_of
 from .kernels.host.problem import Inputs, Options
 from .kernels.ops import attention as attention_ops
-from .kernels.ops.define import is_tracked
+from .kernels.ops.define import is_forward_mode, is_tracked
 
 __all__ = [
     "DTYPES",
     "Axes",
     "Call",
     "check_additional",
-    "check_bias",
     "check_dense",
     "check_key_mask",
     "check_like",
@@ -32,6 +31,7 @@ __all__ = [
     "check_tensors",
     "prepare",
     "prepare_packed",
+    "with_bias",
 ]
 
 Axes = int | Sequence[int]
@@ -55,7 +55,7 @@ class Call(NamedTuple):
     @property
     def for_eager(self) -> tuple[Any, ...]:
         """The arguments of the functions of :mod:`eager`, in their order, up to ``scale``."""
-        *tensors, sink, _, _ = self.inputs
+        *tensors, sink, _, _, _ = self.inputs
         return *tensors, self.options.sink_value if sink is None else sink, self.window, self.options.scale
 
     @property
@@ -65,6 +65,8 @@ class Call(NamedTuple):
         return None if shapes is None else packing_of(shapes, self.inputs.query.shape[1])
 
     def why_not_fused(self) -> str | None:
+        if self.inputs.rpb is not None and is_forward_mode():
+            return "the kernel of forward-mode derivatives takes no rpb, the bias on relative positions"
         return attention_ops.unsupported(self.inputs.query, self.inputs.value)
 
     def restore(self, out: Tensor) -> Tensor:
@@ -492,10 +494,10 @@ def check_key_mask(mask: Tensor, key: Tensor) -> Tensor:
     return mask.expand(batch, *spatial)
 
 
-def check_bias(rpb: Tensor | None, call: Call) -> None:
-    """Check the relative position bias, a table for the heads that the caller gave."""
+def with_bias(call: Call, rpb: Tensor | None) -> Call:
+    """The call with a checked relative position bias, a table for the heads that the caller gave."""
     if rpb is None:
-        return
+        return call
     check_tensors(rpb=rpb)
     query, key = call.inputs.query, call.inputs.key
     if query.shape[1:-2] != key.shape[1:-2]:
@@ -512,6 +514,7 @@ def check_bias(rpb: Tensor | None, call: Call) -> None:
         raise ValueError(f"rpb is on {rpb.device}, but query is on {query.device}")
     if not rpb.is_floating_point():
         raise ValueError(f"rpb has dtype {rpb.dtype}; expected a floating point dtype")
+    return call._replace(inputs=call.inputs._replace(rpb=rpb))
 
 
 def _is_finite_number(value: object, query: Tensor) -> TypeGuard[float]:

@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from .arguments import Axes, check_bias, prepare
+from .arguments import Axes, prepare, with_bias
 from .kernels.ops import attention as attention_ops
 from .kernels.ops.define import is_tracked
-from .operations import NO_BIAS, Impl, why_eager
+from .operations import Impl, why_eager
 from .varlen import Shapes, prepare_samples
 
 __all__ = ["Explanation", "Kernel", "explain"]
@@ -22,7 +22,8 @@ class Kernel:
     """The kernel that computes one direction of a call."""
 
     direction: str
-    """forward, backward_query (dQ), backward_key (dK and dV) or backward_registers (gradients of additional keys)."""
+    """forward, backward_query (dQ), backward_key (dK and dV), backward_registers (of additional keys) or backward_bias
+    (of rpb)."""
     name: str
     settings: tuple[tuple[str, Any], ...]
     """Tiles and options by name. Sizes are ``t, h, w`` in tokens; ``pack`` is the number of heads a program."""
@@ -106,8 +107,8 @@ def explain(
             query, key, value, shapes, cu_seqlens, kernel_size, stride, dilation, is_causal, scale, additional_keys,
             additional_values, sink, key_mask,
         )  # fmt: skip
-    check_bias(rpb, call)
-    reason = why_eager(impl, call.inputs.query, call.why_not_fused if rpb is None else lambda: NO_BIAS)
+    call = with_bias(call, rpb)
+    reason = why_eager(impl, call.inputs.query, call.why_not_fused)
     if reason is not None:
         return Explanation("eager", reason)
     with_gradients = is_tracked(call.inputs) if needs_grad is None else needs_grad

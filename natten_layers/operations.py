@@ -9,16 +9,13 @@ import torch
 from torch import Tensor
 
 from . import eager
-from .arguments import Axes, Call, check_bias, check_dense, prepare
+from .arguments import Axes, Call, check_dense, prepare, with_bias
 from .kernels.ops import attention as attention_ops
 from .kernels.ops.define import is_forward_mode
 
 __all__ = ["AttentionState", "attention_state", "merge_attention", "neighborhood_attention"]
 
 Impl = Literal["auto", "fused", "eager"]
-
-NO_BIAS = "the kernels have no rpb, the bias on relative positions"
-"""Why they do not compute a call that has one"""
 
 
 class AttentionState(NamedTuple):
@@ -133,7 +130,7 @@ def neighborhood_attention(
         rpb: a relative position bias ``[Hq, 2 * kernel_size - 1 per axis]`` of any floating point dtype, as in old
             versions of NATTEN: entry ``(j - i) / dilation + kernel_size - 1`` on every axis is added to the scaled
             score of query ``i`` and key ``j``, ``j - i`` along the ring on a periodic axis. Registers and the sink have
-            none. Its gradient is deterministic. It is computed in PyTorch only, on GPUs too.
+            none. Its gradient is deterministic. In forward mode, only the eager path takes it.
         key_mask: ``[B or 1, *key_spatial]``, bool, True where a key may be seen. Windows do not move because of it. A
             key that is masked has no weight, its gradient and that of its value are zero, and its NaN or inf reaches
             nothing. Queries at masked places are computed like all others. A query that sees no key, register or sink
@@ -161,18 +158,17 @@ def neighborhood_attention(
 
 def attend(call: Call, impl: Impl, rpb: Tensor | None = None) -> Tensor:
     """``out`` of the attention that the prepared arguments describe; ``rpb`` is in the user's form."""
-    if rpb is not None:
-        return call.restore(_run(call, impl, rpb).out)
+    call = with_bias(call, rpb)
     if takes_fused(impl, call.inputs.query, call.why_not_fused):
         return call.restore(attention_ops.attention(call.inputs, call.options))
-    if call.inputs.shapes is not None:
-        return call.restore(_run(call, "eager", None).out)
+    if rpb is not None or call.inputs.shapes is not None:
+        return call.restore(_run(call, "eager").out)
     return call.restore(eager.attention(*call.for_eager, key_mask=call.inputs.key_mask))
 
 
 def attend_with_lse(call: Call, impl: Impl, rpb: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """:func:`attend`, and the log-sum-exp of all scores."""
-    state = _run(call, impl, rpb)
+    state = _run(with_bias(call, rpb), impl)
     return call.restore(state.out), call.restore(state.lse)
 
 
@@ -205,7 +201,7 @@ def attention_state(
         query, key, value, kernel_size, stride, dilation, is_causal, scale, additional_keys, additional_values, sink,
         is_periodic, key_mask,
     )  # fmt: skip
-    return AttentionState(*map(call.restore, _run(call, impl, rpb)))
+    return AttentionState(*map(call.restore, _run(with_bias(call, rpb), impl)))
 
 
 def merge_attention(*states: tuple[Tensor, Tensor, Tensor]) -> AttentionState:
@@ -242,17 +238,13 @@ def merge_attention(*states: tuple[Tensor, Tensor, Tensor]) -> AttentionState:
     return AttentionState(*eager.merge_states(*states))
 
 
-def _run(call: Call, impl: Impl, rpb: Tensor | None) -> AttentionState:
-    query, key_mask = call.inputs.query, call.inputs.key_mask
-    if rpb is not None:
-        check_bias(rpb, call)
-        takes_fused(impl, query, lambda: NO_BIAS)  # raises if they are insisted on
-        return AttentionState(*eager.attention_state(*call.for_eager, rpb=rpb, key_mask=key_mask))
-    if takes_fused(impl, query, call.why_not_fused):
+def _run(call: Call, impl: Impl) -> AttentionState:
+    key_mask, rpb = call.inputs.key_mask, call.inputs.rpb
+    if takes_fused(impl, call.inputs.query, call.why_not_fused):
         return AttentionState(*attention_ops.attention_state(call.inputs, call.options))
     if (packing := call.packing) is not None:
         return AttentionState(*eager.packed_attention_state(*call.for_eager, packing=packing, key_mask=key_mask))
-    return AttentionState(*eager.attention_state(*call.for_eager, key_mask=key_mask))
+    return AttentionState(*eager.attention_state(*call.for_eager, rpb=rpb, key_mask=key_mask))
 
 
 def takes_fused(impl: Impl, query: Tensor, why_not: Callable[[], str | None]) -> bool:

@@ -38,13 +38,17 @@ def draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 def attend(
     spatial: tuple[int, ...], kernel_size: int, heads: int, dim: int, registers: int,
-    dtype: torch.dtype = torch.bfloat16, **options: Any,
+    dtype: torch.dtype = torch.bfloat16, has_bias: bool = False, **options: Any,
 ) -> None:  # fmt: skip
     q, k, v = (draw(1, *spatial, h, dim, dtype=dtype) for h in (heads, 2, 2))
     inputs = [q, k, v]
+    if has_bias:
+        options["rpb"] = draw(heads, *(2 * kernel_size - 1,) * len(spatial), dtype=torch.float32)
+        inputs.append(options["rpb"])
     if registers:
-        inputs += [draw(1, registers, 2, dim, dtype=dtype), torch.zeros(heads, requires_grad=True)]
-        options |= {"additional_keys": inputs[3], "additional_values": inputs[3], "sink": inputs[4]}
+        extra, sink = draw(1, registers, 2, dim, dtype=dtype), torch.zeros(heads, requires_grad=True)
+        inputs += [extra, sink]
+        options |= {"additional_keys": extra, "additional_values": extra, "sink": sink}
     out = neighborhood_attention(q, k, v, kernel_size, **options, impl="fused")
     torch.autograd.grad(out.float().sum(), inputs)
 
@@ -170,6 +174,7 @@ def main(capability: int) -> None:
     attend_forward_mode((2048,), 1024, 8, 128, 40, is_causal=True)
     attend((2048,), 1024, 8, 128, 5, key_mask=torch.ones(1, 2048, dtype=torch.bool), is_causal=True)
     attend_packed([(32, 32), (20, 48)], 7, 8, 64, 5)
+    attend((56, 56), 7, 4, 32, 0, has_bias=True)
     check_loads()
     if capability == 90:
         attend((32, 32), 7, 8, 256, 40, torch.float32)

@@ -162,6 +162,7 @@ def test_a_choice_of_the_caller_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> 
         (problem_of_image, {"is_periodic": (False, True)}, {}, ["is_periodic is (False, True)"] * 3),
         (problem_of_image, {"query": contiguous((8, 64, 64, 8, 64))}, {}, ["another grid"] * 3),
         (problem_of_image, {"key_mask": contiguous((1, 128, 128, 1, 1))}, {}, ["no key_mask"] * 3),
+        (problem_of_image, {"has_bias": True}, {}, ["no rpb"] * 3),
         (problem_of_text, {"packing": Packing(((32768,),), 1)}, {}, ["no packed batch"] * 3),
         (problem_of_text, {"capability": (8, 0)}, {}, ["the device has 8.0"] * 3),
         (problem_of_text, {"kernel_size": (1024,)}, {}, ["the call is small", "the window is large", "is large"]),

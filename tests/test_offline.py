@@ -49,6 +49,7 @@ KERNELS = (
     "backward_query_kernel",
     "backward_key_kernel",
     "backward_register_kernel",
+    "bias_gradient_kernel",
     "decode_kernel",
     "merge_kernel",
     "qk_prep_kernel",
@@ -133,7 +134,7 @@ def test_kernels_compile(capability: int, tmp_path: Path) -> None:
     compiled = done.stdout.split()
     own = SM90_KERNELS if capability == 90 and gluon_gap() is None else ()
     assert set(compiled) == {*KERNELS, *own}
-    assert compiled.count("forward_kernel") == (7 if capability == 90 else 6)
+    assert compiled.count("forward_kernel") == (8 if capability == 90 else 7)
     assert compiled.count("small_forward_rolling_kernel") == (6 if own else 0)  # two of them normalise and rotate
     if own:
         check_fences(tmp_path)

@@ -28,8 +28,8 @@ def register_dinat() -> None:
         model = AutoModelForImageClassification.from_pretrained("shi-labs/dinat-mini-in1k-224")
 
     Attention with the bias on relative positions of these checkpoints, forward and backward, with or without NATTEN
-    installed; computed in PyTorch, as the fused kernels have no such bias. transformers 5 also mixes up the axes of
-    heads and height there, which this undoes. Attention weights are not returned, and dropout of them is an error.
+    installed. transformers 5 also mixes up the axes of heads and height there, which this undoes. Attention weights are
+    not returned, and dropout of them is an error.
 
     Raises:
         ImportError: a release of transformers with another DiNAT, or without it.

@@ -52,6 +52,7 @@ class BackwardChoices(NamedTuple):
     query: Choice
     key: Choice
     registers: Choice | None
+    bias: Choice | None
     uses_tma: bool
 
 
@@ -59,9 +60,10 @@ class BackwardChoices(NamedTuple):
 def choose_backward(question: Question) -> BackwardChoices:
     query, key = choose("backward_query", question), choose("backward_key", question)
     registers = choose("backward_registers", question) if question.problem.registers else None
+    bias = choose("backward_bias", question) if question.problem.has_bias else None
     # The dQ kernel for large windows writes head-major statistics, which only the dK and dV kernel for these reads.
     assert query.variant.name != sm90.LARGE or key.variant.name == sm90.LARGE
-    return BackwardChoices(query, key, registers, query.variant.uses_tma or key.variant.uses_tma)
+    return BackwardChoices(query, key, registers, bias, query.variant.uses_tma or key.variant.uses_tma)
 
 
 def choices(problem: Problem, inputs: Inputs, *, with_stats: bool, with_gradients: bool) -> dict[Direction, Choice]:
@@ -70,9 +72,10 @@ def choices(problem: Problem, inputs: Inputs, *, with_stats: bool, with_gradient
     found: dict[Direction, Choice] = {"forward": choose("forward", question)}
     if with_gradients:
         out = contiguous((*problem.query.shape[:-1], problem.value.shape[-1]))
-        query, key, registers, _ = choose_backward(question._replace(grad_out=out))
+        query, key, registers, bias, _ = choose_backward(question._replace(grad_out=out))
         found |= {"backward_query": query, "backward_key": key}
         found |= {} if registers is None else {"backward_registers": registers}
+        found |= {} if bias is None else {"backward_bias": bias}
     return found
 
 
@@ -110,26 +113,27 @@ def jvp(
 
 def backward(
     problem: Problem, inputs: Inputs, options: Options, cotangents: Cotangents
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
-    """dQ, dK, dV, gradients of the registers, and delta ``[B, *spatial, Hq]`` in fp32.
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
+    """dQ, dK, dV, gradients of the registers and of the bias, and delta ``[B, *spatial, Hq]`` in fp32.
 
     Allocates the gradients, delta and the base-2 log-sum-exp, which both may exist in a second, head-major order for
-    large windows. With registers it also allocates ``slices`` fp32 copies of their gradients for partial sums, under
-    1 MiB for usual sizes.
+    large windows. With registers or a bias it also allocates ``slices`` fp32 copies of their gradients for partial
+    sums, under 1 MiB for usual sizes.
     """
     grad_out, grad_lse = cotangents.grad_out, cotangents.grad_lse
     question = Question(problem, True, layout(grad_out), None if grad_lse is None else layout(grad_lse[..., None]))
     choices = choose_backward(question)
     if choices.uses_tma and not are_aligned(*inputs.addressed, grad_out):
         choices = choose_backward(question._replace(aligned=False))
-    query, key, registers, _ = choices
+    query, key, registers, bias, _ = choices
     grad_query, statistics = query.variant.run(query.plan, problem, inputs, options, cotangents)
     arguments = problem, inputs, options, grad_out, statistics
     grad_key, grad_value = key.variant.run(key.plan, *arguments)
     grad_keys = grad_values = None
     if registers is not None:
         grad_keys, grad_values = registers.variant.run(registers.plan, *arguments)
-    return grad_query, grad_key, grad_value, grad_keys, grad_values, statistics.delta
+    grad_bias = None if bias is None else bias.variant.run(bias.plan, *arguments)
+    return grad_query, grad_key, grad_value, grad_keys, grad_values, grad_bias, statistics.delta
 
 
 def decode(inputs: CacheInputs, options: CacheOptions, with_lse: bool) -> tuple[Tensor, Tensor | None]:
@@ -171,5 +175,6 @@ VARIANTS: Mapping[Direction, Sequence[Variant]] = {
     "backward_query": (sm90.LARGE_QUERY_GRADIENT, sm90.TILES_QUERY_GRADIENT, portable.QUERY_GRADIENT),
     "backward_key": (sm90.LARGE_KEY_GRADIENTS, sm90.TILES_KEY_GRADIENTS, portable.KEY_GRADIENTS),
     "backward_registers": (portable.REGISTER_GRADIENTS,),
+    "backward_bias": (portable.BIAS_GRADIENT,),
     "decode": (portable.DECODE,),
 }

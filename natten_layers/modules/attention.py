@@ -74,7 +74,7 @@ class NeighborhoodGQA(nn.Module):
             "rms" gives query and key heads RMS norms with weights (``q_norm``, ``k_norm``). Both come before ``rope``.
         rel_pos_bias: add a learned bias to every score, which depends on the distance of query and key, as NATTEN's
             modules did before 0.20. It is the parameter ``rpb [num_heads, 2 * kernel_size - 1 per axis]``.
-            ``kernel_size`` must then have one entry per axis, and attention runs in PyTorch, not in the fused kernels.
+            ``kernel_size`` must then have one entry per axis.
         dropout: probability with which an element of the attention's output is dropped before ``proj`` in training.
         qkv_bias, out_bias: whether ``qkv`` and ``proj`` have a bias.
         scale: factor on the scores, default ``head_dim ** -0.5``, or 1 with cosine normalisation.

@@ -130,6 +130,8 @@ class Inputs(NamedTuple):
 
     Tensors with tokens are then ``[1, N, ...]``, registers ``[samples, R, ...]``.
     """
+    rpb: Tensor | None = None
+    """``[Hq, 2 * kernel_size - 1 per axis]``, contiguous: biases of scaled scores by the distance of query and key."""
 
     @property
     def addressed(self) -> tuple[Tensor | None, ...]:
@@ -215,11 +217,14 @@ class Problem(NamedTuple):
     precision: str
     """``input_precision`` of Triton's matrix products."""
     is_periodic: tuple[bool, ...] = ()
-    """Empty if no axis is. An axis whose windows hold all of it is not periodic here: it makes no difference to it."""
+    """Empty if no axis is. Without a bias, an axis whose windows hold all of it is not periodic here, as it makes no
+    difference to it."""
     key_mask: Layout | None = None
     """With the axes of tokens; those of heads and channels have length 1."""
     packing: Packing | None = None
     """The samples of a packed batch. Layouts then have the batch's single axis of tokens."""
+    has_bias: bool = False
+    """Whether there is a bias on relative positions."""
 
     @property
     def rank(self) -> int:
@@ -228,6 +233,14 @@ class Problem(NamedTuple):
     @property
     def lengths(self) -> Box:
         return three_axes(self.query.shape[1:-2], 1)
+
+    @property
+    def causal_axes(self) -> tuple[bool, bool, bool]:
+        return three_axes(self.is_causal, False)
+
+    @property
+    def periodic_axes(self) -> tuple[bool, bool, bool]:
+        return three_axes(self.is_periodic, False)
 
     @property
     def key_lengths(self) -> Box | None:
@@ -393,8 +406,8 @@ class Problem(NamedTuple):
         # An additive mask is applied before scores are scaled, so -inf stays -inf only if the scale is positive.
         mask = "border" if config.skip_mask else "select" if self.scale_first else "add"
         return {
-            "CAUSAL": three_axes(self.is_causal, False),
-            "PERIODIC": three_axes(self.is_periodic, False),
+            "CAUSAL": self.causal_axes,
+            "PERIODIC": self.periodic_axes,
             "TILE": config.tile,
             "CHUNK": config.chunk,
             "MASK": mask,
@@ -402,7 +415,8 @@ class Problem(NamedTuple):
             "WIDE": need_wide_offsets((*tensors, self.key_mask)),
             "MASKED": self.key_mask is not None,
             "PACKED": self.packing is not None,
-            "STAGES": config.stages,
+            # The biases of a chunk are loaded ahead too, and take about as much shared memory as its keys and values.
+            "STAGES": max(1, config.stages - self.has_bias),
             "num_warps": config.num_warps,
             "maxnreg": config.maxnreg,
         }
@@ -502,19 +516,21 @@ class QKPrep(NamedTuple):
 
 
 def problem_of(inputs: Inputs, options: Options) -> Problem:
-    query, key, value, additional_keys, additional_values, sink, key_mask, shapes = inputs
+    query, key, value, additional_keys, additional_values, sink, key_mask, shapes, rpb = inputs
     sink_value, kernel_size, stride, dilation, is_causal, scale, is_periodic = options
     rings: tuple[bool, ...] = ()
     if is_periodic:
         axes = zip(is_periodic, kernel_size, dilation, key.shape[1:-2], strict=True)
-        rings = tuple([periodic and k * d != length for periodic, k, d, length in axes])
+        # With a bias the way around a whole ring matters.
+        rings = tuple([periodic and (k * d != length or rpb is not None) for periodic, k, d, length in axes])
     return Problem(  # layouts are made without `layout`, whose calls would take as long as everything else
         Layout(query.shape, query.stride()), Layout(key.shape, key.stride()), Layout(value.shape, value.stride()),
         None if additional_keys is None else layout(additional_keys),
         None if additional_values is None else layout(additional_values),
         query.device, query.dtype, tuple(kernel_size), tuple(stride), tuple(dilation), tuple(is_causal),
-        sink_kind(sink, sink_value), scales_first(scale), precision(query.dtype),
+        sink_kind(sink, sink_value), rpb is not None or scales_first(scale), precision(query.dtype),
         rings if any(rings) else (),
         None if key_mask is None else layout(key_mask[..., None, None]),
         None if shapes is None else packing_of(shapes, query.shape[1]),
+        rpb is not None,
     )  # fmt: skip

@@ -15,7 +15,14 @@ PORTABLE = "portable"
 """The name of the variants that support every call."""
 
 Direction = Literal[
-    "forward", "qk_prep + forward", "jvp", "backward_query", "backward_key", "backward_registers", "decode"
+    "forward",
+    "qk_prep + forward",
+    "jvp",
+    "backward_query",
+    "backward_key",
+    "backward_registers",
+    "backward_bias",
+    "decode",
 ]
 
 

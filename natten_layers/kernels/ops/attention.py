@@ -116,6 +116,8 @@ def choices(inputs: Inputs, options: Options, *, with_stats: bool, with_gradient
 
 def readable(inputs: Inputs) -> Inputs:
     """Tensors that the kernels can read: those whose last axis is not contiguous are copied."""
+    if inputs.rpb is not None:  # the kernels take its entries as those of a contiguous table
+        inputs = inputs._replace(rpb=inputs.rpb.contiguous())
     if torch.compiler.is_compiling():
         # torch.compile refuses to give an `autograd.Function` the same tensor twice, as in attention of x over x.
         return Inputs._make([None if x is None else last_contiguous(x.view_as(x)) for x in inputs])
@@ -197,8 +199,11 @@ def _forward_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tup
         raise NotImplementedError(f"{NOT_FUSED} torch.func.vmap over packed batches{WAY_OUT}")
     if dims.sink is not None:
         raise NotImplementedError(f"{NOT_FUSED} torch.func.vmap over sinks{WAY_OUT}")
-    tensors = zip(inputs._replace(sink=None), dims, strict=True)
-    folded = Inputs._make(_fold(x, dim, info.batch_size) for x, dim in tensors)._replace(sink=inputs.sink)
+    if dims.rpb is not None:  # which is one table for all of a batch
+        return _by_sample("forward", info, in_dims, args), (0, 0, 0)
+    tensors = zip(inputs._replace(sink=None, rpb=None), dims, strict=True)
+    folded = Inputs._make(_fold(x, dim, info.batch_size) for x, dim in tensors)
+    folded = folded._replace(sink=inputs.sink, rpb=inputs.rpb)
     results = torch.ops.natten_layers.forward(*flattened((folded, *others)))
     return tuple(x.unflatten(0, (info.batch_size, -1)) for x in results), (0, 0, 0)
 
@@ -214,8 +219,9 @@ def _fold(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
 def _backward(inputs: Inputs, options: Options, cotangents: Cotangents) -> tuple[Tensor | None, ...]:
     with on_device(inputs.query):
         problem = problem_of(inputs, options)
-        *grads, delta = module("dispatch").backward(problem, inputs, options, cotangents)
-        return *grads, _sink_gradient(inputs, cotangents.row_max, cotangents.row_sum, delta), None, None
+        *grads, grad_bias, delta = module("dispatch").backward(problem, inputs, options, cotangents)
+        grad_sink = _sink_gradient(inputs, cotangents.row_max, cotangents.row_sum, delta)
+        return *grads, grad_sink, None, None, grad_bias
 
 
 def _backward_fake(inputs: Inputs, options: Options, cotangents: Cotangents) -> tuple[Tensor, ...]:
@@ -274,13 +280,18 @@ def _jvp_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[t
 
     Samples often share their inputs, as in ``torch.func.jacfwd``, and as a batch they would need a copy each.
     """
+    return _by_sample("jvp", info, in_dims, args), (0, 0)
+
+
+def _by_sample(name: str, info: Any, in_dims: tuple[int | None, ...], args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """Results of an operator on each of the samples that ``vmap`` maps over, stacked."""
     samples = [
-        torch.ops.natten_layers.jvp(
+        getattr(torch.ops.natten_layers, name)(
             *(x.select(d, i) if isinstance(d, int) else x for x, d in zip(args, in_dims, strict=True))
         )
         for i in range(info.batch_size)
     ]
-    return tuple(map(torch.stack, zip(*samples, strict=True))), (0, 0)
+    return tuple(map(torch.stack, zip(*samples, strict=True)))
 
 
 def _jvp_flop(inputs: Inputs, options: Options, saved: SavedResults, tangents: Tangents) -> int:

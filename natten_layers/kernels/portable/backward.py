@@ -33,7 +33,7 @@ from ..host.problem import (
 )
 from ..host.tiling import register_block
 from ..host.tuned import tile_config_for
-from .forward import query_tile
+from .forward import bias_rows, query_tile
 from .primitives import (
     LOG2E,
     add_weighted,
@@ -53,6 +53,10 @@ from .primitives import (
 from .windows import (
     FAR,
     SAMPLE_FIELDS,
+    bias_middle,
+    bias_offset,
+    bias_size,
+    clamped,
     contiguous_row,
     contiguous_strides,
     corner_offset,
@@ -133,7 +137,7 @@ def window_query_gradient(
     CAUSAL: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
     MASK: tl.constexpr, SCALE_FIRST: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-    PERIODIC: tl.constexpr, key_count, MASKED: tl.constexpr, SKIP: tl.constexpr,
+    PERIODIC: tl.constexpr, key_count, MASKED: tl.constexpr, SKIP: tl.constexpr, row_bias=None,
 ):  # fmt: skip
     """Add the contribution of the union of the tile's windows to dQ. Pointers are those of the image and KV head.
 
@@ -163,9 +167,12 @@ def window_query_gradient(
         b_v = load_chunk(
             V, o_v, inner, corner, m_keys, residue, ring, dilation, v_strides, PERIODIC, RANK, WIDE, DV, BDV
         )
+        p_bias = None
+        if row_bias is not None:
+            p_bias = row_bias[:, None] + bias_offset(shifted(inner, corner), kernel)[None, :]
         b_s = masked_product(
             b_q, b_k, row_lo, row_hi, corner, col, inner_lo, inside_hi, score_scale,
-            CHUNK, RANK, MASK, SCALE_FIRST, PRECISION,
+            CHUNK, RANK, MASK, SCALE_FIRST, PRECISION, p_bias,
         )  # fmt: skip
         b_dq = query_gradient(b_dq, b_s, b_k, b_v, b_do, row_lse, row_delta, factor, PRECISION)
         corner = next_chunk(corner, lo, hi, CHUNK, RANK)
@@ -174,7 +181,7 @@ def window_query_gradient(
 
 @triton.jit
 def backward_query_kernel(
-    Q, K, V, RegK, RegV, Out, DOut, DLse, RowMax, RowSum, DQ, Delta, Lse, KeyMask, Tiles,
+    Q, K, V, RegK, RegV, Out, DOut, DLse, RowMax, RowSum, DQ, Delta, Lse, KeyMask, Tiles, RPB,
     q_strides, k_strides, v_strides, regk_strides, regv_strides, do_strides, dl_strides, mask_strides,
     length, kernel, stride, dilation, tiles, group, kv_heads, registers, key_length, scale,
     CAUSAL: tl.constexpr, PERIODIC: tl.constexpr,
@@ -237,6 +244,7 @@ def backward_query_kernel(
     score_scale = scale * LOG2E
     # As in the forward kernel: scores that are scaled before the mask are not scaled again.
     factor = 1.0 if SCALE_FIRST else score_scale
+    row_bias = bias_rows(RPB, row_head, index, count, kernel) if RPB is not None else None
     b_dq = zero_columns(BM, BD)
     if BR > 0:
         i_image = i_sample.to(tl.int64) if PACKED else i_batch
@@ -254,7 +262,7 @@ def backward_query_kernel(
         b_dq, b_q, b_do, row_lse, row_delta, K, V, KeyMask, k_strides, v_strides, mask_strides,
         residue, count, origin, index, kernel, stride, dilation, factor, score_scale,
         CAUSAL, TILE, CHUNK, RANK, WIDE, D, BD, DV, BDV, MASK, SCALE_FIRST, PRECISION, STAGES,
-        PERIODIC, key_length, MASKED, False,
+        PERIODIC, key_length, MASKED, False, row_bias,
     )  # fmt: skip
     if MASKED:
         # NaN or inf in a masked key times a weight of zero: so rare that a slower second pass repairs it. It loads its
@@ -272,7 +280,7 @@ def backward_query_kernel(
                 b_dq, b_q, b_do, row_lse, row_delta, K, V, KeyMask, k_strides, v_strides, mask_strides,
                 residue, count, origin, index, kernel, stride, dilation, factor, score_scale,
                 CAUSAL, TILE, (1, 1, 16), RANK, WIDE, D, BD, DV, BDV, MASK, SCALE_FIRST, PRECISION, 1,
-                PERIODIC, key_length, MASKED, True,
+                PERIODIC, key_length, MASKED, True, row_bias,
             )  # fmt: skip
         b_dq = where_rows(row_sees, b_dq)
     store_columns(DQ, o_row * D, m_rows, times(b_dq, scale), D, BD)
@@ -280,7 +288,7 @@ def backward_query_kernel(
 
 @triton.jit
 def backward_key_kernel(
-    Q, K, V, DOut, Delta, Lse, DK, DV_, KeyMask, Tiles,
+    Q, K, V, DOut, Delta, Lse, DK, DV_, KeyMask, Tiles, RPB,
     q_strides, k_strides, v_strides, do_strides, mask_strides,
     length, kernel, stride, dilation, tiles, group, kv_heads, key_length, scale,
     CAUSAL: tl.constexpr, PERIODIC: tl.constexpr,
@@ -346,6 +354,8 @@ def backward_key_kernel(
     o_q = inner_offsets(inner, dilation, q_strides, RANK, WIDE)
     o_do = inner_offsets(inner, dilation, do_strides, RANK, WIDE)
     o_stat = inner_offsets(inner, dilation, stat_strides, RANK, WIDE)
+    # For every key, the offset of its bias for a query at the origin.
+    row_bias = bias_middle(kernel) + bias_offset(clamped(key, key_count), kernel) if RPB is not None else None
     corner = lo
     i_head = i_kv * group
     steps_per_head = steps[0] * steps[1] * steps[2]
@@ -365,9 +375,13 @@ def backward_key_kernel(
         o_m = on_ring(o_stat, inner, corner, count, dilation, stat_strides, PERIODIC, RANK, WIDE)
         col_lse = tl.load(Lse + o_head + o_m, mask=m_queries, other=0.0)
         col_delta = tl.load(Delta + o_head + o_m, mask=m_queries, other=0.0)
+        p_bias = None
+        if RPB is not None:
+            o_bias = row_bias[:, None] - bias_offset(shifted(inner, corner), kernel)[None, :]
+            p_bias = RPB + i_head * bias_size(kernel) + o_bias
         b_s = masked_product(
             b_k, b_q, row_lo, row_hi, corner, inner, inner_lo, inner_hi, score_scale,
-            CHUNK, RANK, MASK, SCALE_FIRST, PRECISION,
+            CHUNK, RANK, MASK, SCALE_FIRST, PRECISION, p_bias,
         )  # fmt: skip
         b_dk, b_dv = key_gradients(b_dk, b_dv, b_s, b_q, b_v, b_do, col_lse, col_delta, factor, PRECISION)
         corner = next_chunk(corner, lo, hi, CHUNK, RANK)
@@ -467,13 +481,13 @@ def backward_query(
     plan: Plan, problem: Problem, inputs: Inputs, options: Options, cotangents: Cotangents
 ) -> tuple[Tensor, RowStatistics]:
     """dQ, delta and the base-2 log-sum-exp. Allocates only these."""
-    query, key, value, additional_keys, additional_values, _, key_mask, _ = inputs
+    query, key, value, additional_keys, additional_values, _, key_mask, _, rpb = inputs
     out, row_max, row_sum, grad_out, grad_lse = cotangents
     grad_query = new_like(query)
     delta, lse = torch.empty_like(row_max), torch.empty_like(row_max)
     tensors = (
         query, key, value, additional_keys, additional_values, out, grad_out, grad_lse, row_max, row_sum,
-        grad_query, delta, lse, key_mask, problem.tile_table(plan.config.tile),
+        grad_query, delta, lse, key_mask, problem.tile_table(plan.config.tile), rpb,
     )  # fmt: skip
     plan.launch(tensors, (options.scale,))
     return grad_query, RowStatistics(delta, lse)
@@ -503,7 +517,7 @@ def backward_key(
     grad_key, grad_value = new_like(inputs.key), new_like(inputs.value)
     delta, lse, _ = statistics
     tensors = *inputs[:3], grad_out, delta, lse, grad_key, grad_value, inputs.key_mask
-    plan.launch((*tensors, problem.tile_table(plan.config.tile)), (options.scale,))
+    plan.launch((*tensors, problem.tile_table(plan.config.tile), inputs.rpb), (options.scale,))
     return grad_key, grad_value
 
 

@@ -34,6 +34,10 @@ from .primitives import (
 )
 from .windows import (
     NO_AXIS,
+    bias_middle,
+    bias_offset,
+    bias_size,
+    clamped,
     contiguous_row,
     inner_indices,
     inner_offsets,
@@ -43,6 +47,7 @@ from .windows import (
     next_chunk,
     of_sample,
     packed_sample,
+    shifted,
     spatial_tile,
     steps_over,
     token_offset,
@@ -81,11 +86,12 @@ def attend_window(
     D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
     MASK: tl.constexpr, NONFINITE: tl.constexpr, SCALE_FIRST: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr, PERIODIC: tl.constexpr, key_count,
-    KeyMask=None, mask_strides=None, MASKED: tl.constexpr = NO,
+    KeyMask=None, mask_strides=None, MASKED: tl.constexpr = NO, row_bias=None,
 ):  # fmt: skip
     """Fold the union of the tile's windows into the softmax state.
 
-    ``K``, ``V`` and, if ``MASKED``, ``KeyMask`` point at the image and KV head.
+    ``K``, ``V`` and, if ``MASKED``, ``KeyMask`` point at the image and KV head. ``row_bias`` points, for every row, at
+    the bias of a key at the origin.
     """
     row_lo, row_hi = windows_of(index, count, kernel, stride, CAUSAL, PERIODIC, key_count)
     lo, hi, inner_lo, inner_hi = union_of_windows(origin, count, kernel, stride, CAUSAL, TILE, PERIODIC, key_count)
@@ -108,9 +114,12 @@ def attend_window(
                 KeyMask, o_mask, inner, corner, m_keys, inner_hi, residue, ring, dilation, mask_strides,
                 PERIODIC, RANK, WIDE,
             )  # fmt: skip
+        p_bias = None
+        if row_bias is not None:
+            p_bias = row_bias[:, None] + bias_offset(shifted(inner, corner), kernel)[None, :]
         b_s = masked_product(
             b_q, b_k, row_lo, row_hi, corner, col, inner_lo, inside_hi, score_scale,
-            CHUNK, RANK, MASK, SCALE_FIRST, PRECISION,
+            CHUNK, RANK, MASK, SCALE_FIRST, PRECISION, p_bias,
         )  # fmt: skip
         b_visible = None
         if NONFINITE:
@@ -118,6 +127,12 @@ def attend_window(
         b_acc, row_m, row_l = softmax_step(b_acc, row_m, row_l, b_s, b_v, b_visible, factor, NONFINITE, PRECISION)
         corner = next_chunk(corner, lo, hi, CHUNK, RANK)
     return b_acc, row_m, row_l
+
+
+@triton.jit
+def bias_rows(RPB, row_head, index, count, kernel):
+    """For every query row, a pointer at its bias of a key at the origin."""
+    return RPB + row_head * bias_size(kernel) + bias_middle(kernel) - bias_offset(clamped(index, count), kernel)
 
 
 @triton.jit
@@ -168,7 +183,7 @@ def attend_tile(
     SINK: tl.constexpr, WITH_STATS: tl.constexpr, MASK: tl.constexpr, SCALE_FIRST: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, UNIT: tl.constexpr, PERIODIC: tl.constexpr = NO_AXIS,
     key_length=None, KeyMask=None, mask_strides=None, MASKED: tl.constexpr = NO,
-    Tiles=None, PACKED: tl.constexpr = NO,
+    Tiles=None, PACKED: tl.constexpr = NO, RPB=None,
 ):  # fmt: skip
     """Attention of one query tile. ``Out [B, T, H, W, heads, DV]`` and the softmax statistics are contiguous.
 
@@ -218,12 +233,13 @@ def attend_tile(
         i_image = i_sample.to(tl.int64) if PACKED else i_batch
         RegK += i_image * regk_strides[0] + i_kv * regk_strides[2]
         RegV += i_image * regv_strides[0] + i_kv * regv_strides[2]
+    row_bias = bias_rows(RPB, row_head, index, count, kernel) if RPB is not None else None
     b_acc, row_m, row_l = initial_stats(Sink, row_head, sink, SINK, BM, BDV)
     b_acc, row_m, row_l = attend_window(
         b_q, b_acc, row_m, row_l, K, V, k_strides, v_strides, residue, count, origin, index,
         kernel, stride, dilation, factor, score_scale, CAUSAL, TILE, CHUNK, RANK, WIDE, D, BD, DV, BDV,
         MASK, False, SCALE_FIRST, PRECISION, STAGES, PERIODIC, key_length,
-        KeyMask, mask_strides, MASKED,
+        KeyMask, mask_strides, MASKED, row_bias,
     )  # fmt: skip
     if BR > 0:
         # Registers come after the window, so that the window's first chunks load at the same time as the query. They
@@ -245,7 +261,7 @@ def attend_tile(
             b_q, b_acc, row_m, row_l, K, V, k_strides, v_strides, residue, count, origin, index,
             kernel, stride, dilation, 1.0, score_scale, CAUSAL, TILE, (1, 1, 16), RANK, WIDE, D, BD, DV, BDV,
             "select", True, True, PRECISION, 1, PERIODIC, key_length,
-            KeyMask, mask_strides, MASKED,
+            KeyMask, mask_strides, MASKED, row_bias,
         )  # fmt: skip
 
     row_weight, row_max = row_l, row_m * LN2
@@ -261,7 +277,7 @@ def attend_tile(
 
 @triton.jit
 def forward_kernel(
-    Q, K, V, Out, RowMax, RowSum, RegK, RegV, Sink, KeyMask, Tiles,
+    Q, K, V, Out, RowMax, RowSum, RegK, RegV, Sink, KeyMask, Tiles, RPB,
     q_strides, k_strides, v_strides, regk_strides, regv_strides, mask_strides,
     length, kernel, stride, dilation, tiles, group, kv_heads, registers, key_length, sink, scale,
     CAUSAL: tl.constexpr, PERIODIC: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr,
@@ -277,7 +293,7 @@ def forward_kernel(
         q_strides, k_strides, v_strides, regk_strides, regv_strides,
         length, kernel, stride, dilation, tiles, group, kv_heads, registers, sink, scale,
         CAUSAL, TILE, CHUNK, RANK, WIDE, PACK, D, BD, DV, BDV, BR, SINK, WITH_STATS, MASK, SCALE_FIRST, PRECISION,
-        STAGES, UNIT, PERIODIC, key_length, KeyMask, mask_strides, MASKED, Tiles, PACKED,
+        STAGES, UNIT, PERIODIC, key_length, KeyMask, mask_strides, MASKED, Tiles, PACKED, RPB,
     )  # fmt: skip
 
 
@@ -300,8 +316,8 @@ def forward(
     plan: Plan, problem: Problem, inputs: Inputs, options: Options, with_stats: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``out [B, *spatial, Hq, Dv]`` and, if ``with_stats``, ``row_max`` and ``row_sum [B, *spatial, Hq]`` in fp32."""
-    query, key, value, additional_keys, additional_values, sink, key_mask, _ = inputs
+    query, key, value, additional_keys, additional_values, sink, key_mask, _, rpb = inputs
     out, row_max, row_sum = new_results(query, problem.value.shape[-1], with_stats)
     tensors = query, key, value, out, row_max, row_sum, additional_keys, additional_values, sink, key_mask
-    plan.launch((*tensors, problem.tile_table(plan.config.tile)), (options.sink_value, options.scale))
+    plan.launch((*tensors, problem.tile_table(plan.config.tile), rpb), (options.sink_value, options.scale))
     return out, row_max, row_sum

@@ -317,7 +317,7 @@ def jvp(
 ) -> tuple[Tensor, Tensor]:
     """Tangents of ``out [B, *spatial, Hq, Dv]`` and, in fp32, of ``lse [B, *spatial, Hq]``. Allocates only these."""
     out_tangent, lse_tangent = new_like(saved.out), new_like(saved.row_max)
-    *readable, _ = inputs
+    *readable, _, _ = inputs  # neither shapes nor a bias
     tensors = *readable, *tangents, *saved, out_tangent, lse_tangent
     plan.launch((*tensors, problem.tile_table(plan.config.tile)), (options.sink_value, options.scale))
     return out_tangent, lse_tangent

@@ -57,8 +57,12 @@ def unmasked_columns(
 def masked_product(
     b_rows, b_columns, row_lo, row_hi, corner, inner, inner_lo, inner_hi, score_scale,
     CHUNK: tl.constexpr, RANK: tl.constexpr, MASK: tl.constexpr, SCALE_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+    p_bias=None,
 ):  # fmt: skip
     """Masked scores ``[M, N]`` of a chunk, multiplied by ``score_scale`` if ``SCALE_FIRST``.
+
+    ``p_bias`` points at what is added to scores that are scaled, in units of the natural logarithm; where a pair is
+    invisible, it points anywhere.
 
     ``MASK`` is the way in which invisible pairs get -inf. With "add" the matrix product accumulates onto an additive
     mask, which takes half the instructions of a selection per axis. With "select" scores are replaced, so that NaN in
@@ -71,7 +75,12 @@ def masked_product(
         b_s = products(b_rows, b_columns, None, PRECISION)
         if SCALE_FIRST:
             b_s = b_s * score_scale
-        if MASK == "select" or not chunk_inside(corner, inner_lo, inner_hi, CHUNK):
+        if p_bias is not None:
+            b_visible = visibility(row_lo, row_hi, corner, inner, RANK)
+            b_s = tl.where(
+                b_visible, b_s + tl.load(p_bias, mask=b_visible, other=0.0).to(tl.float32) * LOG2E, float("-inf")
+            )
+        elif MASK == "select" or not chunk_inside(corner, inner_lo, inner_hi, CHUNK):
             b_s = tl.where(visibility(row_lo, row_hi, corner, inner, RANK), b_s, float("-inf"))
     return b_s
 

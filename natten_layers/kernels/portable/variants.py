@@ -1,15 +1,26 @@
 """The portable kernels as variants, each the last of its direction: they support every call that the operators take."""
 
-from ..host.variant import PORTABLE, Variant
-from . import backward, decode, forward, jvp
+from __future__ import annotations
+
+from ..host.variant import PORTABLE, Question, Variant
+from . import backward, bias_gradient, decode, forward, jvp
+
+
+def _jvp_gap(question: Question) -> str | None:
+    """Operations take the eager path in forward mode with a bias, so that it keeps its tangent."""
+    return "it takes no rpb, the bias on relative positions" if question.problem.has_bias else None
+
 
 FORWARD = Variant(PORTABLE, plan=lambda q: forward.plan(q.problem, q.with_stats), run=forward.forward)
-JVP = Variant(PORTABLE, plan=lambda q: jvp.plan(q.problem, q.tangents), run=jvp.jvp)
+JVP = Variant(PORTABLE, supports=_jvp_gap, plan=lambda q: jvp.plan(q.problem, q.tangents), run=jvp.jvp)
 QUERY_GRADIENT = Variant(
     PORTABLE, plan=lambda q: backward.query_plan(q.problem, q.grad_out, q.grad_lse), run=backward.backward_query
 )
 KEY_GRADIENTS = Variant(PORTABLE, plan=lambda q: backward.key_plan(q.problem, q.grad_out), run=backward.backward_key)
 REGISTER_GRADIENTS = Variant(
     PORTABLE, plan=lambda q: backward.register_plan(q.problem, q.grad_out), run=backward.backward_registers
+)
+BIAS_GRADIENT = Variant(
+    PORTABLE, plan=lambda q: bias_gradient.bias_plan(q.problem, q.grad_out), run=bias_gradient.bias_gradient
 )
 DECODE = Variant(PORTABLE, plan=decode.plan, run=decode.decode)

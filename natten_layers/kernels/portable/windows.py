@@ -406,3 +406,29 @@ def contiguous_strides(length, heads, WIDE: tl.constexpr):
         w = w.to(tl.int64)
     t = w * length[1] * length[2]
     return t.to(tl.int64) * length[0], t, w * length[2], w
+
+
+@triton.jit
+def bias_offset(index, kernel):
+    """Offset of a position in a head's table of relative positions, which has ``2 kernel - 1`` entries on each axis."""
+    return (index[0] * (2 * kernel[1] - 1) + index[1]) * (2 * kernel[2] - 1) + index[2]
+
+
+@triton.jit
+def bias_size(kernel):
+    return (2 * kernel[0] - 1) * (2 * kernel[1] - 1) * (2 * kernel[2] - 1)
+
+
+@triton.jit
+def bias_middle(kernel):
+    """Offset of the entry for a query's own token. That of a pair adds the key's offset and subtracts the query's."""
+    return bias_offset((kernel[0] - 1, kernel[1] - 1, kernel[2] - 1), kernel)
+
+
+@triton.jit
+def clamped(index, count):
+    return (
+        tl.minimum(index[0], count[0] - 1),
+        tl.minimum(index[1], count[1] - 1),
+        tl.minimum(index[2], count[2] - 1),
+    )

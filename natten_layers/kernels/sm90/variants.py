@@ -66,6 +66,8 @@ def sm90_gap(question: Question) -> str | None:
         return "it takes no packed batch"
     if p.key_mask is not None:
         return "it takes no key_mask"
+    if p.has_bias:
+        return "it takes no rpb, the bias on relative positions"
     if p.scale_first:
         return "scale is not positive"
     if p.is_periodic:
