@@ -213,7 +213,7 @@ class Problem(NamedTuple):
     sink: str
     """How the sink is given: none, value or tensor."""
     scale_first: bool
-    """See :func:`scales_first`."""
+    """See :func:`scales_first`; always with a bias, which is added to scaled scores."""
     precision: str
     """``input_precision`` of Triton's matrix products."""
     is_periodic: tuple[bool, ...] = ()
