@@ -77,8 +77,10 @@ def run(args: argparse.Namespace) -> int:
         system = [] if args.system is None else [{"role": "system", "content": args.system}]
         chat = apply_chat_template(args.model, [*system, {"role": "user", "content": prompt}])
         ids, text = codec.encode(chat, special=False), ""  # the template writes special tokens itself
+        stream = codec.stream()  # an answer is a text of its own
     else:
         ids, text = codec.encode(prompt), prompt
+        stream = codec.stream(ids)
     if not ids:
         raise ValueError("this model's tokenizer makes no token of an empty prompt: give one with --prompt")
     if max(ids) >= model.config.vocab_size:
@@ -95,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
 
     def show(token: Tensor) -> None:
         nonlocal text  # the prompt comes with the first token: not before all has been checked
-        print(text + stop.add(codec.add(int(token))), end="", flush=True)
+        print(text + stop.add(stream.add(int(token))), end="", flush=True)
         text = ""
         if stop.found:
             raise _StopTextError
@@ -103,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
     with suppress(_StopTextError):
         start = torch.tensor([ids], device=args.device)
         model.generate(start, args.tokens, generator=args.seed, callback=show, **options)
-    print(stop.held)
+    print(stop.add(stream.end()) + stop.held)
     return 0
 
 

@@ -20,22 +20,43 @@ class Codec(Protocol):
         """Tokens of ``text``, with what the tokenizer puts around a text if ``special``."""
         ...
 
+    def stream(self, before: Sequence[int] = ()) -> TextStream:
+        """Makes text of the tokens that follow ``before``, or that begin a text."""
+        ...
+
+
+class TextStream(Protocol):
+    """Tokens to text, as they come."""
+
     def add(self, token: int) -> str:
         """The text that ``token`` completes."""
+        ...
+
+    def end(self) -> str:
+        """What stands for a character that the last tokens began, and no other completed."""
         ...
 
 
 class Bytes:
     """A token is a byte. Byte 0 stands before every file that natten-layers-train-lm reads."""
 
-    def __init__(self) -> None:
-        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         return [*([0] if special else []), *text.encode()]
 
+    def stream(self, before: Sequence[int] = ()) -> TextStream:
+        return _ByteStream(before)
+
+
+class _ByteStream:
+    def __init__(self, before: Sequence[int]) -> None:
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.decoder.decode(bytes(before))
+
     def add(self, token: int) -> str:
         return self.decoder.decode(bytes([token]))
+
+    def end(self) -> str:
+        return self.decoder.decode(b"", final=True)
 
 
 class HubTokenizer:
@@ -50,19 +71,52 @@ class HubTokenizer:
             self.tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the package raises no narrower type
             raise ValueError(f"{path} is no tokenizer that can be read: {error}") from error
-        self.tokens: list[int] = []
-        self.text = ""
+        added = self.tokenizer.get_added_tokens_decoder()
+        self.special = {index for index, token in added.items() if token.special}
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=special).ids
 
+    def stream(self, before: Sequence[int] = ()) -> TextStream:
+        return _HubStream(self, before)
+
+    def shows(self, token: int) -> bool:
+        """Whether a token has text: not a special one, nor a row of the embedding without a token."""
+        return token not in self.special and self.tokenizer.id_to_token(token) is not None
+
+
+class _HubStream:
+    """Decodes the last tokens only, and with them those that were shown before, which decide on spaces between.
+
+    The package's own DecodeStream raises an error where bytes turn out to be no character after a part of them was.
+    """
+
+    MOST_HELD = 16
+    """Tokens to wait for a character to be whole. It has four bytes at most, but a model may write no characters."""
+
+    def __init__(self, codec: HubTokenizer, before: Sequence[int]) -> None:
+        self.codec = codec
+        self._begin([token for token in before if codec.shows(token)])
+
+    def _begin(self, shown: list[int]) -> None:
+        """Wait for what follows the tokens ``shown``."""
+        self.shown, self.held, self.length = shown, [], len(self.codec.tokenizer.decode(shown))
+
     def add(self, token: int) -> str:
-        self.tokens.append(token)
-        text = self.tokenizer.decode(self.tokens)
-        if text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character is not whole yet
+        if not self.codec.shows(token):
             return ""
-        new, self.text = text[len(self.text) :], text
+        self.held.append(token)
+        text = self.codec.tokenizer.decode(self.shown + self.held)
+        if text.endswith("\N{REPLACEMENT CHARACTER}") and len(self.held) < self.MOST_HELD:
+            return ""
+        new = text[self.length :]
+        if new:
+            self._begin(self.held)
         return new
+
+    def end(self) -> str:
+        text = self.codec.tokenizer.decode(self.shown + self.held)
+        return text[self.length :]
 
 
 def open_codec(directory: Path, vocab_size: int) -> Codec:

@@ -344,8 +344,8 @@ class Trainer:
         with self.autocast():
             prompt = torch.full((1, 1), self.separator, device=self.device)
             out = model.generate(prompt, self.args.sample_tokens, temperature=0.8, generator=self.args.seed)
-        codec = open_codec(self.args.model, self.config.vocab_size) if self.args.model else Bytes()  # with no text yet
-        text = "".join(codec.add(token) for token in out[0, 1:].tolist())
+        stream = self.codec.stream([self.separator])
+        text = "".join(map(stream.add, out[0, 1:].tolist())) + stream.end()
         # An untrained model also writes what moves a terminal's cursor.
         return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from natten_layers import DecoderLM, DecoderLMConfig
 from natten_layers_cli import generate
-from natten_layers_cli.tokens import StopStrings, apply_chat_template, generation_settings
+from natten_layers_cli.tokens import Bytes, Codec, StopStrings, apply_chat_template, generation_settings, open_codec
 
 CONFIG = DecoderLMConfig(
     vocab_size=256, hidden_size=16, intermediate_size=16, num_layers=1, num_heads=2, num_kv_heads=1, max_positions=128
@@ -42,6 +49,100 @@ TEMPLATE = """{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content |
 {% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"""
 
 
+BYTES = {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
+SPECIAL = {"<unk>": 0, "<s>": 1, "</s>": 2}
+
+
+def write_llama_tokenizer(folder: Path) -> Tokenizer:
+    """As Llama 2, Mistral, Mixtral and Phi-3 bring it: the decoder takes the space away that begins a text."""
+    words = {word: 259 + i for i, word in enumerate(["▁", "▁Paris", "▁is", "x", "é", "."])}
+    pieces = ["▁", *"Parisxé."]
+    vocabulary = SPECIAL | BYTES | words | {c: 300 + i for i, c in enumerate(pieces) if c not in words}
+    merges = [("▁", "P"), ("▁P", "a"), ("▁Pa", "r"), ("▁Par", "i"), ("▁Pari", "s"), ("▁", "i"), ("▁i", "s")]
+    vocabulary |= {"".join(pair): 320 + i for i, pair in enumerate(merges) if "".join(pair) not in vocabulary}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.add_special_tokens(list(SPECIAL))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return tokenizer
+
+
+def write_byte_level_tokenizer(folder: Path) -> Tokenizer:
+    """As GPT-2, Llama 3 and Qwen bring it."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def codecs(tmp_path_factory: pytest.TempPathFactory) -> list[Codec]:
+    found: list[Codec] = [Bytes()]
+    for write_tokenizer in (write_llama_tokenizer, write_byte_level_tokenizer):
+        folder = tmp_path_factory.mktemp("tokenizer")
+        write_tokenizer(folder)
+        found.append(open_codec(folder, 400))
+    return found
+
+
+def shown(codec: Codec, before: Sequence[int], tokens: Sequence[int]) -> str:
+    stream = codec.stream(before)
+    return "".join(map(stream.add, tokens)) + stream.end()
+
+
+@given(prompt=st.text(" Parisxé.😀\n", max_size=8), text=st.text(" Parisxé.😀\n", max_size=12), which=st.integers(0, 2))
+@settings(max_examples=60, deadline=None)
+def test_a_stream_shows_what_decoding_all_tokens_adds(codecs: list[Codec], prompt: str, text: str, which: int) -> None:
+    codec = codecs[which]
+    before, tokens = codec.encode(prompt, special=False), codec.encode(f" {text}", special=False)
+    added = f" {text}"
+    if which == 1 and tokens:  # this tokenizer begins each text that it encodes with a space, and shows none there
+        added = f" {added}" if before else added
+    assert shown(codec, before, tokens) == added
+    assert shown(codec, [], tokens) == f" {text}"
+
+
+@given(tokens=st.lists(st.sampled_from([0, 1, 2, 3 + 0xC3, 3 + 0xA9, 3 + 0xFF, 260, 262, 350]), max_size=40))
+@settings(max_examples=60, deadline=None)
+def test_a_stream_takes_any_tokens(codecs: list[Codec], tokens: list[int]) -> None:
+    """Bytes that are no character do not hide the text around them."""
+    words = "".join({260: " Paris", 262: "x"}.get(token, "") for token in tokens)
+    text = re.sub("[\N{REPLACEMENT CHARACTER}é]", "", shown(codecs[1], [], tokens))
+    assert text.removeprefix(" ") == words.removeprefix(" ")  # a byte before the first word keeps its space
+
+
+def test_a_character_that_does_not_end(codecs: list[Codec]) -> None:
+    for codec, offset in zip(codecs, (0, 3, None), strict=True):
+        whole = codec.encode("é😀", special=False) if offset is None else [offset + byte for byte in "é😀".encode()]
+        stream = codec.stream()
+        assert "".join(map(stream.add, whole[:-1])) == "é"
+        assert set(stream.end()) == {"\N{REPLACEMENT CHARACTER}"}
+
+
+def test_a_stream_decodes_few_tokens_a_step(codecs: list[Codec]) -> None:
+    codec: Any = codecs[1]
+    lengths = []
+
+    class Counted:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(codec.tokenizer, name)
+
+        def decode(self, ids: list[int]) -> str:
+            lengths.append(len(ids))
+            return codec.tokenizer.decode(ids)
+
+    counted = copy.copy(codec)
+    counted.tokenizer = Counted()
+    stream = counted.stream([260, 261])
+    for token in [260, *[3 + 0xFF] * 100, *[1] * 100, *[350] * 100, *[261] * 100]:
+        stream.add(token)
+    assert max(lengths) <= 32
+
+
 def test_chat_templates(tmp_path: Path) -> None:
     messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": " hi "}]
     expected = "<s><system>be brief</s>\n<user>hi</s>\n<assistant>"
@@ -62,7 +163,6 @@ def test_chat_templates(tmp_path: Path) -> None:
 
 
 def test_chat_templates_are_those_of_transformers(tmp_path: Path) -> None:
-    from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
     inner = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1}, unk_token="<s>"))
@@ -76,14 +176,14 @@ def test_chat_templates_are_those_of_transformers(tmp_path: Path) -> None:
 
 def test_generation_settings(tmp_path: Path) -> None:
     assert generation_settings(tmp_path) == ({}, [])
-    for content, settings in (
+    for content, expected in (
         ({"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "eos_token_id": [5, 7]},
          {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "stop_tokens": [5, 7]}),
         ({"do_sample": False, "temperature": 0.6, "eos_token_id": 5}, {"temperature": 0.0, "stop_tokens": [5]}),
         ({"top_k": 0, "top_p": None, "transformers_version": "5.0"}, {}),
     ):  # fmt: skip
         write(tmp_path, "generation_config.json", content)
-        assert generation_settings(tmp_path) == (settings, [])
+        assert generation_settings(tmp_path) == (expected, [])
     write(tmp_path, "generation_config.json", {"repetition_penalty": 1.1, "min_p": 0.0, "num_beams": 4})
     assert generation_settings(tmp_path) == ({}, ["repetition_penalty = 1.1", "num_beams = 4"])
     write(tmp_path, "generation_config.json", {"top_p": "high"})
@@ -136,3 +236,25 @@ def test_generate_answers_a_prompt(
     with pytest.raises(SystemExit):
         generate.main([str(tmp_path), "--system", "x"])
     assert "--system needs --chat" in capsys.readouterr().err
+
+
+def test_generate_keeps_the_space_after_a_prompt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_llama_tokenizer(tmp_path)
+    write(tmp_path, "tokenizer_config.json", {"chat_template": TEMPLATE})
+    DecoderLM(dataclasses.replace(CONFIG, vocab_size=400)).save_pretrained(tmp_path)
+
+    def fake(*_: Any, callback: Any, **__: Any) -> None:
+        for token in (260, 261, 260, 3 + 0xC3):
+            callback(torch.tensor([token]))
+
+    monkeypatch.setattr(DecoderLM, "generate", fake)
+
+    def text(*flags: str) -> str:
+        assert generate.main([str(tmp_path), "--prompt", "x is", "--device", "cpu", *flags]) == 0
+        return capsys.readouterr().out
+
+    assert text() == "x is Paris is Paris\N{REPLACEMENT CHARACTER}\n"
+    assert text("--stop", " Paris") == "x is\n"
+    assert text("--chat") == "Paris is Paris\N{REPLACEMENT CHARACTER}\n"  # an answer is a text of its own
