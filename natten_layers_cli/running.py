@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import io
 import math
 import os
 import signal
@@ -81,10 +82,12 @@ def _path(text: str) -> Path:
 def run_command(body: Callable[[], int], *, when_interrupted: str = "interrupted") -> int:
     """The exit status of a command. What users, files and machines do wrong becomes one line on standard error."""
     threading.excepthook, hook = _quiet_about_files, threading.excepthook
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a text must not end a run because a terminal or log is of ASCII
+        sys.stdout.reconfigure(errors="replace")  # standard error never fails: it escapes
     with noted_ctrl_c() as pressed:
         try:
             status = body()
-            sys.stdout.flush()  # while a reader that is gone can still be answered
+            print(end="", flush=True)  # while a reader that is gone can still be answered; without any output, nothing
             return status
         except BrokenPipeError:  # "| head" has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

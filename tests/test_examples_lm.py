@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import lzma
 import math
 import os
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from natten_layers.modules.llm import DecoderLM, DecoderLMConfig
 from natten_layers_cli import generate, train_lm
@@ -419,6 +421,19 @@ def test_what_commands_answer(monkeypatch: pytest.MonkeyPatch, capfd: pytest.Cap
         assert status(BrokenPipeError(32, "Broken pipe")) == (141, "")
     with pytest.raises(KeyError):  # a mistake of the program's own keeps its traceback
         status(KeyError("x"))
+
+
+def test_what_a_stream_cannot_show(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    def body() -> int:
+        print("caf\N{LATIN SMALL LETTER E WITH ACUTE}", flush=True)
+        tqdm.write("\N{REPLACEMENT CHARACTER}")
+        return 0
+
+    with Path(os.devnull).open("w") as nowhere, monkeypatch.context() as patch:
+        for stream in (open(1, "w", encoding="ascii", closefd=False), io.StringIO(), None, nowhere):  # noqa: SIM115
+            patch.setattr(sys, "stdout", stream)
+            assert run_command(body) == 0
+    assert capfd.readouterr() == ("caf?\n?\n", "")
 
 
 def test_xz_is_the_bar() -> None:
