@@ -20,7 +20,7 @@ import shutil
 import sys
 import time
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -224,6 +224,13 @@ class Trainer:
     def autocast(self) -> Any:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.mixed_precision == "bf16")
 
+    def logits(self, model: Callable[..., Tensor], tokens: Tensor) -> Tensor:
+        """Of ``tokens [B, L]`` on the CPU: ``[B * L, V]`` in fp32."""
+        if not self.args.separate_documents:
+            return model(tokens.to(self.device)).flatten(0, 1).float()
+        bounds = document_bounds(tokens, self.separator)
+        return model(tokens.reshape(1, -1).to(self.device), cu_seqlens=bounds)[0].float()
+
     def train_step(self) -> Tensor:
         """One step; its mean loss in nats per byte, on the device."""
         args = self.args
@@ -234,13 +241,9 @@ class Trainer:
         parts = batch.chunk(self.processes.world)[self.processes.rank].chunk(args.grad_accum_steps)
         total = torch.zeros((), device=self.device)
         for i, part in enumerate(parts):
-            tokens, options = part[:, :-1], {}
-            if args.separate_documents:
-                options["cu_seqlens"] = document_bounds(tokens, self.separator)
-                tokens = tokens.reshape(1, -1)
-            tokens, targets = tokens.to(self.device), part[:, 1:].to(self.device)
             with self.processes.accumulation(self.wrapped, last=i == len(parts) - 1), self.autocast():
-                loss = F.cross_entropy(self.run(tokens, **options).flatten(0, 1).float(), targets.flatten())
+                targets = part[:, 1:].to(self.device)
+                loss = F.cross_entropy(self.logits(self.run, part[:, :-1]), targets.flatten())
                 (loss / len(parts)).backward()
             total += loss.detach() / len(parts)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), args.grad_clip)
@@ -252,7 +255,10 @@ class Trainer:
 
     @torch.no_grad()
     def bits_per_byte(self, limit: int | None = None) -> float:
-        """Of the held-out text, or its first ``limit`` tokens. Every one is predicted from half a context or more."""
+        """Of the held-out text, or its first ``limit`` tokens.
+
+        Every one is predicted from half a context or more, or from all of its file that stands before it.
+        """
         context, stride = self.args.context, self.args.context // 2
         text = self.corpus.held_out[: None if limit is None else max(limit, context) + 1]
         targets = len(text) - 1
@@ -267,10 +273,10 @@ class Trainer:
         for i in range(rank, -(-len(batches) // world) * world, world):
             start, first = batches[i if i < len(batches) else 0]
             index = start[:, None] + torch.arange(context)
-            tokens, following = (text[index + shift].to(self.device).long() for shift in (0, 1))
+            tokens, following = (text[index + shift].long() for shift in (0, 1))
             with self.autocast():
-                logits = self.wrapped(tokens)
-            losses = F.cross_entropy(logits.flatten(0, 1).float(), following.flatten(), reduction="none")
+                logits = self.logits(self.wrapped, tokens)
+            losses = F.cross_entropy(logits, following.flatten().to(self.device), reduction="none")
             if i < len(batches):
                 nats += losses[(index >= first[:, None]).flatten().to(self.device)].double().sum()
         if limit is None:

@@ -265,6 +265,22 @@ def test_separate_documents_do_not_see_each_other(flags: list[str]) -> None:
     assert float(other.train_step()) != pytest.approx(float(expected), rel=1e-4)
 
 
+def test_validation_separates_documents_too(flags: list[str]) -> None:
+    """With a context as long as the text, every byte is predicted once and from all of its file before it."""
+    one, other = (trainer([*flags, *more], "--context", "500") for more in (["--separate-documents"], []))
+    for parameter in one.model.parameters():  # so large that what a token sees decides what it predicts
+        torch.nn.init.normal_(parameter.detach(), std=0.4)
+    other.model.load_state_dict(one.model.state_dict())
+    text = one.corpus.held_out[:501].long()
+    documents = text[:-1].tensor_split((text[1:-1] == 0).nonzero()[:, 0] + 1)
+    with torch.no_grad():
+        logits = torch.cat([one.model(document[None])[0] for document in documents])
+    expected = torch.nn.functional.cross_entropy(logits, text[1:]) / math.log(2)
+    assert len(documents) > 1
+    assert one.bits_per_byte(500) == pytest.approx(float(expected), rel=1e-5)
+    assert other.bits_per_byte(500) != pytest.approx(float(expected), rel=1e-4)
+
+
 def test_learning_rate(flags: list[str]) -> None:
     args = train_lm.parse_arguments([*flags, "--end-step", "102", "--warmup", "2", "--lr", "1"])
     rates = [train_lm.learning_rate(step, args) for step in (0, 1, 2, 52, 101)]
