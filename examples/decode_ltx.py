@@ -24,6 +24,7 @@ from diffusers.models.autoencoders.ltx2_diffusion_decoder import LTX2VideoDiffus
 from torch import Tensor
 
 from natten_layers.integrations.diffusers import patch, unpatch
+from natten_layers.io.checkpoints import save_plain
 
 TINY = {
     "latent_channels": 8,
@@ -125,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"largest difference {difference:.1e} of values up to {largest:.1f}")
     unpatch(model)
     if arguments.save is not None:
-        torch.save(video.cpu(), arguments.save)
+        save_plain(video.cpu(), arguments.save)
     return 0
 
 

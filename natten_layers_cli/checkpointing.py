@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -24,9 +26,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_state_dict,
 )
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
-from natten_layers.io.checkpoints import hdit_name, load_plain
-from natten_layers.io.files import leftovers, replacing
+from natten_layers.io.checkpoints import hdit_name, load_plain, save_plain
+from natten_layers.io.files import leftovers, replacing, system_errors
 from natten_layers.io.schema import shorten
 
 from .parallel import Processes, local
@@ -197,8 +201,7 @@ def save_checkpoint(
         "model_ema": {hdit_name(key): tensor for key, tensor in ema.state_dict().items()},
         "opt": optimizer.state_dict(),
     }
-    with replacing(path) as temporary:
-        torch.save(content, temporary)
+    save_plain(content, path)
 
 
 def load_checkpoint(
@@ -292,6 +295,14 @@ def check_config(path: Path, saved: Mapping[str, Any], current: Mapping[str, Any
         )
 
 
+class _Writer(FileSystemWriter):
+    """Says what the system says of a file that cannot be written; other processes get no more of an error than that."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        with system_errors():
+            return super().write_data(plan, planner)
+
+
 def save_sharded(
     path: Path,
     model: nn.Module,
@@ -307,7 +318,7 @@ def save_sharded(
         shutil.rmtree(temporary, ignore_errors=True)
     processes.barrier()
     try:
-        state_dict_saver.save(_sharded_state(model, ema, optimizer), checkpoint_id=temporary)
+        state_dict_saver.save(_sharded_state(model, ema, optimizer), storage_writer=_Writer(temporary))
         if processes.first:
             (temporary / SHARDED_CONFIG).write_text(json.dumps(rest))
             if path.exists():

@@ -115,8 +115,8 @@ def _quiet_about_files(error: threading.ExceptHookArgs) -> None:
 
 def one_line(error: BaseException) -> str:
     """What an error says, without line breaks; its type, if it says nothing."""
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__
 
 

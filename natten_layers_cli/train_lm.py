@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from natten_layers.io import hf
-from natten_layers.io.checkpoints import load_plain
+from natten_layers.io.checkpoints import load_plain, save_plain
 from natten_layers.io.files import leftovers, replacing
 from natten_layers.modules.llm import DecoderLM, DecoderLMConfig
 
@@ -300,8 +300,7 @@ class Trainer:
             if self.args.model:
                 copy_companions(self.args.model, self.args.name / "model")
             state = {"model": model, "optimizer": optimizer, "step": self.step, "config": asdict(self.config)}
-            with replacing(self.checkpoint) as temporary:
-                torch.save(state, temporary)
+            save_plain(state, self.checkpoint)
         self.processes.barrier()
         self.saved_step = self.step
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from natten_layers import HDiT, HDiTConfig
 from natten_layers_cli import convert, running, sample_hdit, train_hdit
-from natten_layers_cli.checkpointing import DamagedError, RunFiles, check_rest
+from natten_layers_cli.checkpointing import DamagedError, RunFiles, check_rest, save_sharded
 from natten_layers_cli.data import Examples, Folder, Keys, Photographs, augment, describe, open_source, parse_data_flag
 from natten_layers_cli.diffusion import (
     SAMPLERS,
@@ -890,13 +890,30 @@ def test_a_full_disk_loses_nothing(config: Path, capsys: pytest.CaptureFixture[s
         assert Path(error) in (config.parent / "log_tensorboard", config.parent / "log_metrics.csv")
     with small_disk(20_000):
         assert train(config, "run", "--end-step", "4") == 2
-        assert f"error: cannot write {config.parent / 'run_00000004.pth'}: " in capsys.readouterr().err.splitlines()[-1]
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last.endswith(f"error: cannot write {config.parent / 'run_00000004.pth'}: File too large")
         source, target = config.parent / "run.safetensors", config.parent / "other.safetensors"
         assert convert.main([str(source), str(target), "--group-size", "1"]) == 2
         assert capsys.readouterr().err.splitlines()[-1].count(f"cannot write {target}: ") == 1
     assert {path: path.read_bytes() for path in before} == before
     assert not temporaries(config.parent)
     assert train(config, "run", "--end-step", "4") == 0
+
+
+def test_a_full_disk_under_a_sharded_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    path = tmp_path / "run_00000001"
+
+    def save(processes: Processes) -> None:
+        model = torch.nn.Linear(100, 100)
+        processes.shard(model)
+        save_sharded(path, model, model, torch.optim.AdamW(model.parameters()), {}, processes)
+
+    says = pytest.raises(OSError, match=f"^cannot write {path}: File too large$")
+    with Processes("cpu", fsdp=True) as processes, small_disk(1000), says:
+        save(processes)
+    assert not list(tmp_path.iterdir())
 
 
 def test_bad_input_to_training(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

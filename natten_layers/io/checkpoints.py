@@ -20,7 +20,7 @@ from .files import parse_json, replacing
 from .schema import shorten
 from .tensors import check_fit, info_of, open_safetensors, write_safetensors
 
-__all__ = ["hdit_name", "load_plain", "load_tensors", "read_hdit", "write_hdit"]
+__all__ = ["hdit_name", "load_plain", "load_tensors", "read_hdit", "save_plain", "write_hdit"]
 
 WEIGHTS = "model.safetensors"
 
@@ -94,6 +94,16 @@ def load_plain(path: Path) -> Any:
         lines = map(str.strip, str(error).rpartition("WeightsUnpickler error:")[2].splitlines())
         reason = next((line for line in lines if line and "weights_only" not in line), type(error).__name__)
         raise ValueError(f"{path} is damaged, or holds objects that are not plain tensors: {reason}") from error
+
+
+def save_plain(content: Any, path: Path) -> None:
+    """Write tensors and plain Python objects to a file for :func:`load_plain`; it appears whole or not at all.
+
+    Raises:
+        OSError: the file cannot be written, for example because the disk is full; the message names it.
+    """
+    with replacing(path) as temporary, temporary.open("wb") as file:  # opened here, so that its errors are the system's
+        torch.save(content, file)
 
 
 def _check_archive(path: Path) -> None:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from .schema import shorten
 
-__all__ = ["leftovers", "naming", "parse_json", "read_json", "replacing"]
+__all__ = ["leftovers", "naming", "parse_json", "read_json", "replacing", "system_errors"]
 
 
 @contextmanager
@@ -33,7 +33,7 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.tmp{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _readable_as_usual(temporary):
+        with _readable_as_usual(temporary), system_errors():
             yield temporary
         _sync(temporary)  # else a power cut could leave the name with nothing behind it
         os.replace(temporary, path)
@@ -47,6 +47,24 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def system_errors() -> Iterator[None]:
+    """Raise, in place of a RuntimeError, the OSError that it hides.
+
+    ``torch.save`` finishes its archive even after a write has failed: of a full disk it says that a position is
+    unexpected, if it writes to an open file, and nothing of the system's error if it opens the file itself.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        hidden = error.__context__
+        while hidden is not None and not isinstance(hidden, OSError):
+            hidden = hidden.__context__
+        if hidden is None:
+            raise
+        raise OSError(hidden.errno, hidden.strerror, hidden.filename) from error
 
 
 def leftovers(folder: Path) -> Iterator[tuple[Path, str]]:
