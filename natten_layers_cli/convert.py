@@ -33,7 +33,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="KV heads to pool: one for all levels or one each",
     )
     parser.add_argument("--config", type=Path, help="JSON config, for a source that holds none")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    parser.check_least(args, {"group_size": 1})
+    return args
 
 
 def run(args: argparse.Namespace) -> int:

@@ -31,13 +31,17 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     parser.add_argument("model", type=Path, help="directory with config.json and safetensors files")
     parser.add_argument("--prompt", default="", help='text to continue; "-" reads standard input')
-    parser.add_argument("--tokens", type=int, default=512, help="most tokens to add")
+    parser.add_argument(
+        "--tokens", type=int, help="most tokens to add; default: 512, or what the model has positions for"
+    )
     parser.add_argument("--chat", action="store_true", help="answer the prompt, by the model's chat template")
     parser.add_argument("--system", metavar="TEXT", help="system message, with --chat")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
     parser.add_argument("--temperature", type=float, help="0: always the likeliest token; default: the model's, or 0.8")
-    parser.add_argument("--top-k", type=int)
-    parser.add_argument("--top-p", type=float)
+    parser.add_argument("--top-k", type=int, help="draw from so many of the likeliest tokens only; 0: from all")
+    parser.add_argument(
+        "--top-p", type=float, help="draw from the likeliest tokens that reach this probability; 1: all"
+    )
     parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--bf16", action="store_true", help="convert the weights to bfloat16")
@@ -46,6 +50,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--system needs --chat")
     if "" in args.stop:
         parser.error("--stop takes no empty text")
+    parser.check_least(args, {"tokens": 1, "temperature": 0, "top_k": 0})
+    if args.top_p is not None and not 0 < args.top_p <= 1:
+        parser.error(f"--top-p must be above 0 and at most 1, got {args.top_p}")
     check_device(parser, args.device)
     return args
 
@@ -86,6 +93,13 @@ def run(args: argparse.Namespace) -> int:
     if max(ids) >= model.config.vocab_size:
         size = model.config.vocab_size
         raise ValueError(f"{args.model}/tokenizer.json makes token {max(ids)}, but the model knows {size} tokens")
+    left = model.config.max_positions - len(ids)
+    if left < (args.tokens or 1):
+        flag = "" if args.tokens is None else f"--tokens {args.tokens}: "
+        raise ValueError(
+            f"{flag}the prompt has {len(ids)} tokens, which leave {max(left, 0)} of the model's "
+            f"{model.config.max_positions} positions"
+        )
     settings, ignored = generation_settings(args.model)
     for name in ignored:
         print(f"note: {args.model}/generation_config.json asks for {name}, which is not applied", file=sys.stderr)
@@ -93,6 +107,7 @@ def run(args: argparse.Namespace) -> int:
     options: dict[str, Any] = (
         {"temperature": 0.8} | settings | {name: value for name, value in given.items() if value is not None}
     )
+    options["top_k"] = options.get("top_k") or None  # 0 is none
     stop = StopStrings(args.stop)
 
     def show(token: Tensor) -> None:
@@ -104,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
 
     with suppress(_StopTextError):
         start = torch.tensor([ids], device=args.device)
-        model.generate(start, args.tokens, generator=args.seed, callback=show, **options)
+        model.generate(start, args.tokens or min(512, left), generator=args.seed, callback=show, **options)
     print(stop.add(stream.end()) + stop.held)
     return 0
 

@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -46,6 +46,15 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
         for kind, convert in ((int, _integer), (float, _finite), (Path, _path)):
             self.register("type", kind, convert)
+
+    def check_least(self, args: argparse.Namespace, least: Mapping[str, float]) -> None:
+        """End with a usage error where a value, or one of several, is less than what ``least`` has under its name."""
+        for name, minimum in least.items():
+            value = getattr(args, name)
+            values = value if isinstance(value, Sequence) else [value]
+            if any(one is not None and one < minimum for one in values):
+                flag, got = name.replace("_", "-"), " ".join(map(str, values))
+                self.error(f"--{flag} must be at least {minimum}, got {got}")
 
 
 def seed(text: str) -> int:

@@ -227,11 +227,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--reproduce samples a grid: leave --out away")
     if not (arguments.reproduce or arguments.out) and not (folder.is_dir() and os.access(folder, os.W_OK)):
         parser.error(f"--output {output}: nothing can be written to {folder}")
-    if min(arguments.size or (1, 1)) < 1:
-        parser.error(f"--size must be at least 1, got {arguments.size}")
-    for name in ("count", "steps", "batch_size"):
-        if (value := getattr(arguments, name)) is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    parser.check_least(arguments, dict.fromkeys(("size", "count", "steps", "batch_size"), 1))
     return arguments
 
 

@@ -7,10 +7,10 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn, Protocol, TypedDict, get_type_hints
+from typing import Annotated, Any, NoReturn, Protocol, TypedDict, get_type_hints
 
 from natten_layers.io.files import read_json
-from natten_layers.io.schema import Natural, NotNegative, Rate, check_mapping
+from natten_layers.io.schema import Between, Natural, NotNegative, check_mapping
 
 
 class Codec(Protocol):
@@ -173,7 +173,7 @@ class _Generation(TypedDict, total=False):
     temperature: NotNegative
     top_k: Natural
     """0 is none"""
-    top_p: Rate
+    top_p: Annotated[float, Between(0, 1, open=True)]
     eos_token_id: Natural | Sequence[Natural]
 
 
@@ -188,9 +188,7 @@ def generation_settings(directory: Path) -> tuple[dict[str, Any], list[str]]:
     known = {key: raw[key] for key in get_type_hints(_Generation) if raw.get(key) is not None}
     check_mapping(known, _Generation, str(path))
     stops, sampled = known.pop("eos_token_id", None), known.pop("do_sample", True)
-    settings: dict[str, Any] = {key: value for key, value in known.items() if value != 0 or key != "top_k"}
-    if not sampled:
-        settings = {"temperature": 0.0}
+    settings: dict[str, Any] = known if sampled else {"temperature": 0.0}
     if stops is not None:
         settings["stop_tokens"] = stops if isinstance(stops, list) else [stops]
     neutral = {"repetition_penalty": 1.0, "min_p": 0.0, "typical_p": 1.0, "num_beams": 1, "no_repeat_ngram_size": 0}

@@ -151,9 +151,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments.config = config
     positive = ("batch_size", "grad_accum_steps", "save_every", "sample_n", "sample_steps", "end_step", "eval_every")
     natural = ("demo_every", "num_workers", "keep", "held_out")
-    for key, minimum in {**dict.fromkeys(positive, 1), **dict.fromkeys(natural, 0)}.items():
-        if (value := getattr(arguments, key)) is not None and value < minimum:
-            parser.error(f"--{key.replace('_', '-')} must be at least {minimum}, got {value}")
+    parser.check_least(arguments, {**dict.fromkeys(positive, 1), **dict.fromkeys(natural, 0)})
     if arguments.lr is not None and not 0 < arguments.lr < math.inf:
         parser.error(f"--lr must be positive, got {arguments.lr}")
     if arguments.reset and not arguments.resume_inference:

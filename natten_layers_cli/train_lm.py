@@ -124,9 +124,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     positive = ("layers", "hidden", "heads", "kv_heads", "window", "end_step", "batch_size", "grad_accum_steps")
     least = dict.fromkeys((*positive, "eval_every", "eval_tokens"), 1) | {"context": 2}
     counts = ("full_every", "registers", "warmup", "held_out_bytes", "sample_tokens", "weight_decay")
-    for name, minimum in {**dict.fromkeys(counts, 0), **least}.items():
-        if not getattr(args, name) >= minimum:
-            parser.error(f"--{name.replace('_', '-')} must be at least {minimum}, got {getattr(args, name)}")
+    parser.check_least(args, dict.fromkeys(counts, 0) | least)
     for name in ("lr", "grad_clip"):
         if not 0 < getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
@@ -199,8 +197,10 @@ class Trainer:
             self.codec = open_codec(args.model, self.config.vocab_size)
         else:
             self.config, self.codec = model_config(args), Bytes()
-        if args.context > self.config.max_positions:
-            raise ValueError(f"--context {args.context}: {args.model} knows {self.config.max_positions} positions")
+        positions, model = self.config.max_positions, args.model or "a model of this context"
+        for flag, length, before in (("context", args.context, 0), ("sample-tokens", args.sample_tokens, 1)):
+            if before + length > positions:  # a separator stands before a sample
+                raise ValueError(f"--{flag} {length}: {model} knows {positions} positions")
         self.separator = separator(self.config, self.codec)
         self.corpus: Corpus = read_corpus(
             args.data, args.pattern, args.held_out_bytes, None if args.model is None else self.codec, self.separator

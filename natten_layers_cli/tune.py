@@ -171,8 +171,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--trials", type=int, default=60, help="launches to try for each kernel, default %(default)s")
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args(argv)
-    if args.trials < 1:
-        parser.error(f"--trials must be at least 1, got {args.trials}")
+    counts = ("kernel_size", "dilation", "batch", "heads", "kv_heads", "head_dim", "trials")
+    parser.check_least(args, dict.fromkeys(counts, 1))
     own = ("kernel_size", "dilation", "causal", "heads", "kv_heads", "head_dim")
     given = [f"--{name.replace('_', '-')}" for name in own if getattr(args, name)]
     if args.model is not None and given:

@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from natten_layers.modules.llm import DecoderLM, DecoderLMConfig
-from natten_layers_cli import generate, train_lm
+from natten_layers_cli import convert, generate, sample_hdit, train_hdit, train_lm, tune
 from natten_layers_cli.parallel import Processes
 from natten_layers_cli.running import run_command
 from natten_layers_cli.text import random_windows, read_corpus
@@ -310,6 +310,7 @@ def test_config_file_and_flags(flags: list[str], tmp_path: Path) -> None:
         (["--heads", "3", "--kv-heads", "2"], "multiple of num_kv_heads"),
         (["--batch-size", "4", "--grad-accum-steps", "3"], "does not split"),
         (["--context", "100000"], "longer than the text"),
+        (["--sample-tokens", "4096"], "--sample-tokens 4096: a model of this context knows 4096 positions"),
         (["--resume", "/nowhere/checkpoint.pt"], "does not exist"),
         (["--fsdp"], "torchrun"),
     ],
@@ -391,9 +392,8 @@ def test_generate_with_a_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--tokens", "5", "--temperature", "-1"], "temperature"),
-        (["--tokens", "0"], "max_new_tokens"),
-        (["--tokens", "99"], "max_positions=64"),
+        (["--tokens", "99"], "--tokens 99: the prompt has 6 tokens, which leave 58 of the model's 64 positions"),
+        (["--prompt", "a" * 63], "error: the prompt has 64 tokens, which leave 0 of the model's 64 positions"),
         (["--prompt", "a\udcff"], "the prompt must be UTF-8 text, but byte 1 of it is 0xff"),
     ],
 )
@@ -410,9 +410,41 @@ def test_generate_refuses(options: list[str], message: str, tmp_path: Path, caps
     (tmp_path / "tokenizer.json").write_text("{")
     assert generate.main([str(tmp_path), "--device", "cpu", *prompt]) == 2
     assert f"{tmp_path / 'tokenizer.json'} is no tokenizer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--tokens", "0", "must be at least 1, got 0"),
+        ("--temperature", "-1", "must be at least 0, got -1.0"),
+        ("--top-k", "-1", "must be at least 0, got -1"),
+        ("--top-p", "0", "must be above 0 and at most 1, got 0.0"),
+        ("--top-p", "1.5", "must be above 0 and at most 1, got 1.5"),
+        ("--device", "foo", ""),
+    ],
+)
+def test_generate_names_flags(flag: str, value: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
-        generate.main([str(tmp_path), "--device", "foo"])
-    assert "--device foo: " in capsys.readouterr().err.splitlines()[-1]
+        generate.main(["nowhere", "--device", "cpu", flag, value])
+    assert f"{flag}{f' {value}:' if flag == '--device' else ''} {message}" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "message"),
+    [
+        (convert.main, "a b --group-size 2 0", "--group-size must be at least 1, got 2 0"),
+        (tune.main, "16 --kernel-size 3 --heads 0", "--heads must be at least 1, got 0"),
+        (tune.main, "16x16 --kernel-size 3x0 --heads 2", "--kernel-size must be at least 1, got 3 0"),
+        (sample_hdit.main, "a --size 0 8 --device cpu", "--size must be at least 1, got 0 8"),
+        (train_hdit.main, "--keep -1 --device cpu", "--keep must be at least 0, got -1"),
+    ],
+)
+def test_counts_name_their_flags(
+    main: Callable[[list[str]], int], arguments: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments.split())
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f"error: {message}")
 
 
 def test_what_commands_answer(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:

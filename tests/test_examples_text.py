@@ -180,15 +180,16 @@ def test_generation_settings(tmp_path: Path) -> None:
         ({"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "eos_token_id": [5, 7]},
          {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "stop_tokens": [5, 7]}),
         ({"do_sample": False, "temperature": 0.6, "eos_token_id": 5}, {"temperature": 0.0, "stop_tokens": [5]}),
-        ({"top_k": 0, "top_p": None, "transformers_version": "5.0"}, {}),
+        ({"top_k": 0, "top_p": None, "transformers_version": "5.0"}, {"top_k": 0}),
     ):  # fmt: skip
         write(tmp_path, "generation_config.json", content)
         assert generation_settings(tmp_path) == (expected, [])
     write(tmp_path, "generation_config.json", {"repetition_penalty": 1.1, "min_p": 0.0, "num_beams": 4})
     assert generation_settings(tmp_path) == ({}, ["repetition_penalty = 1.1", "num_beams = 4"])
-    write(tmp_path, "generation_config.json", {"top_p": "high"})
-    with pytest.raises(ValueError, match=r"generation_config\.json.*top_p"):
-        generation_settings(tmp_path)
+    for top_p in ("high", 0):
+        write(tmp_path, "generation_config.json", {"top_p": top_p})
+        with pytest.raises(ValueError, match=r"generation_config\.json.*top_p.*must be a finite number"):
+            generation_settings(tmp_path)
 
 
 def test_generate_stops_and_takes_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -214,6 +215,11 @@ def test_generate_stops_and_takes_settings(tmp_path: Path, capsys: pytest.Captur
     assert captured.out == greedy
     assert captured.err == f"note: {tmp_path}/generation_config.json asks for num_beams = 2, which is not applied\n"
     assert text("--temperature", "1", "--seed", "3") == whole  # flags win
+    write(tmp_path, "generation_config.json", {"top_k": 1, "temperature": 1.0})
+    assert text("--seed", "3") == greedy
+    assert text("--seed", "3", "--top-k", "0") == whole
+    write(tmp_path, "generation_config.json", {"top_k": 0, "temperature": 1.0})
+    assert text("--seed", "3") == whole
 
 
 def test_generate_answers_a_prompt(
