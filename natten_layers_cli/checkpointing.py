@@ -116,7 +116,7 @@ class RunFiles:
     def record(self, checkpoint: Path) -> None:
         """Make ``checkpoint``, which lies beside the state file, the latest."""
         with replacing(self.state) as temporary:
-            temporary.write_text(json.dumps({"latest_checkpoint": checkpoint.name}))
+            temporary.write_text(json.dumps({"latest_checkpoint": checkpoint.name}), encoding="utf-8")
 
     def prune(self, keep: int) -> None:
         """Delete all but ``keep`` checkpoints, the one that the state file names and those before; 0 keeps all."""
@@ -156,7 +156,7 @@ class RunFiles:
     def rewrite_metrics(self, losses: Mapping[int, float]) -> None:
         with replacing(self.path("_metrics.csv")) as temporary:
             rows = "".join(f"{step},{loss!r}\n" for step, loss in losses.items())
-            temporary.write_text(f"step,loss\n{rows}")
+            temporary.write_text(f"step,loss\n{rows}", encoding="utf-8")
 
 
 def reset(model: nn.Module, tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
@@ -320,7 +320,7 @@ def save_sharded(
     try:
         state_dict_saver.save(_sharded_state(model, ema, optimizer), storage_writer=_Writer(temporary))
         if processes.first:
-            (temporary / SHARDED_CONFIG).write_text(json.dumps(rest))
+            (temporary / SHARDED_CONFIG).write_text(json.dumps(rest), encoding="utf-8")
             if path.exists():
                 path.rename(old)
             temporary.rename(path)

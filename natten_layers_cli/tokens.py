@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, Protocol, TypedDict, get_type_hints
 
-from natten_layers.io.files import read_json
+from natten_layers.io.files import naming, read_json
 from natten_layers.io.schema import Between, Natural, NotNegative, check_mapping
 
 
@@ -140,13 +140,14 @@ def apply_chat_template(directory: Path, messages: Sequence[Mapping[str, str]]) 
     sandbox, as any directory may bring one.
 
     Raises:
-        ValueError: no template, or one that refuses these messages.
+        ValueError: no template, one that is not UTF-8 text, or one that refuses these messages.
     """
     from jinja2 import TemplateError  # PyTorch requires this package
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     path, config = directory / "chat_template.jinja", _optional_json(directory / "tokenizer_config.json")
-    template = path.read_text() if path.is_file() else config.get("chat_template")
+    with naming(path):
+        template = path.read_text(encoding="utf-8") if path.is_file() else config.get("chat_template")
     if isinstance(template, list):  # several, by name
         named = (entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default")
         template = next(named, {}).get("template")

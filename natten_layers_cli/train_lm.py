@@ -135,7 +135,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def _flags_of(path: Path, parser: argparse.ArgumentParser) -> list[str]:
     """A config file as the flags that it stands for, so that both are checked alike."""
     try:
-        values = tomllib.loads(path.read_text())
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         parser.error(f"--config {path}: {reason(error)}")
     flags = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import locale
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from natten_layers import DecoderLM, DecoderLMConfig
-from natten_layers_cli import generate
+from natten_layers_cli import generate, train_lm
 from natten_layers_cli.tokens import Bytes, Codec, StopStrings, apply_chat_template, generation_settings, open_codec
 
 CONFIG = DecoderLMConfig(
@@ -160,6 +161,26 @@ def test_chat_templates(tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").write_text("{{ messages.__class__.__mro__ }}")
     with pytest.raises(ValueError, match="unsafe"):
         apply_chat_template(tmp_path, messages)
+
+
+def test_files_are_utf8_in_any_locale(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    template, config = tmp_path / "chat_template.jinja", tmp_path / "config.toml"
+    template.write_bytes("{# é #}hi".encode())
+    config.write_bytes('name = "é"'.encode())
+    before = locale.setlocale(locale.LC_CTYPE)
+    locale.setlocale(locale.LC_CTYPE, "C")
+    try:
+        assert apply_chat_template(tmp_path, []) == "hi"
+        assert train_lm.parse_arguments(["--config", str(config), "--device", "cpu"]).name == Path("é")
+    finally:
+        locale.setlocale(locale.LC_CTYPE, before)
+    for path in (template, config):
+        path.write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=f"^{template}: .* byte 0xe9 in position 3"):
+        apply_chat_template(tmp_path, [])
+    with pytest.raises(SystemExit, match="2"):
+        train_lm.parse_arguments(["--config", str(config)])
+    assert f"error: --config {config}: 'utf-8' codec" in capsys.readouterr().err
 
 
 def test_chat_templates_are_those_of_transformers(tmp_path: Path) -> None:

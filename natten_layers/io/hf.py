@@ -240,7 +240,7 @@ def save(
         texts[INDEX] = json.dumps({"metadata": {"total_size": size}, "weight_map": where}, indent=2) + "\n"
     with contextlib.ExitStack() as stack:  # whose last file is the first to appear: the weights, and then the texts
         for name, text in texts.items():
-            stack.enter_context(replacing(directory / name)).write_text(text)
+            stack.enter_context(replacing(directory / name)).write_text(text, encoding="utf-8")
         for name, shard in zip(names, shards, strict=True):
             temporary = stack.enter_context(replacing(directory / name))
             write_safetensors(shard, temporary, {"format": "pt"}, final=directory / name)
