@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeGuard
 import torch
 from torch import Tensor
 
+from .eager import autocasts
 from .geometry import AXES, Window, make_window
 from .kernels.host.packing import Packing, packing_of
 from .kernels.host.problem import Inputs, Options
@@ -21,6 +22,7 @@ __all__ = [
     "DTYPES",
     "Axes",
     "Call",
+    "as_autocast",
     "check_additional",
     "check_dense",
     "check_key_mask",
@@ -95,8 +97,11 @@ def prepare(
     """Check all arguments of a user and convert them to the canonical form that the implementations take.
 
     Checks that depend only on shapes, strides, dtypes, devices and options of axes are made once for each combination.
+    Under autocast, query, key, value and registers get its dtype.
     """
-    tensors = query, key, value, additional_keys, additional_values
+    query, key, value, additional_keys, additional_values = tensors = as_autocast(
+        query, key, value, additional_keys, additional_values
+    )
     axes = kernel_size, stride, dilation, is_causal, is_periodic
     signature, accepted = (None, None) if torch.compiler.is_compiling() else _recall(tensors, axes)
     rank = _check_user_form(tensors, axes) if accepted is None else accepted.window.rank
@@ -131,6 +136,9 @@ def prepare_packed(
     key_mask: Tensor | None = None,
 ) -> Call:
     """:func:`prepare` for a packed batch: ``query [N, Hq, D]`` and ``shapes [samples, rank]`` on the CPU."""
+    query, key, value, additional_keys, additional_values = as_autocast(
+        query, key, value, additional_keys, additional_values
+    )
     check_tensors(query=query, key=key, value=value)
     check_pair(additional_keys, additional_values)
     if query.ndim != 3:
@@ -160,6 +168,23 @@ def prepare_packed(
     if not torch.compiler.is_compiling():  # in a compiled graph the operator checks what the shapes are
         assert call.packing is not None
     return call
+
+
+def as_autocast(
+    query: Tensor, key: Tensor, value: Tensor, additional_keys: Tensor | None, additional_values: Tensor | None
+) -> _Tensors:
+    """The tensors as PyTorch's attention gets them under autocast: in its dtype, but for those in fp64."""
+    tensors = query, key, value, additional_keys, additional_values
+    if not isinstance(query, Tensor) or not autocasts(query.device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(query.device.type)
+    query, key, value, *registers = (_cast(x, dtype) for x in tensors)
+    return query, key, value, registers[0], registers[1]
+
+
+def _cast(x: Any, dtype: torch.dtype) -> Any:
+    eligible = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
+    return x.to(dtype) if eligible else x  # what is no tensor is refused later
 
 
 def _scalars(

@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .arguments import DTYPES, check_additional, check_like, check_pair, check_scale, check_sink, check_tensors
+from .arguments import (
+    DTYPES,
+    as_autocast,
+    check_additional,
+    check_like,
+    check_pair,
+    check_scale,
+    check_sink,
+    check_tensors,
+)
 from .eager import without_autocast
 from .kernels.ops import decode as decode_ops
 from .operations import Impl, takes_fused
@@ -110,12 +119,15 @@ def cached_attention(
 
     Returns:
         ``out [B, Lq, Hq, Dv]`` in the query's dtype, or ``(out, lse)`` with ``lse [B, Lq, Hq]`` in fp32 (fp64 for fp64
-        inputs), natural log. Contiguous; empty for an empty batch.
+        inputs), natural log; under autocast as of :func:`neighborhood_attention`. Contiguous; empty for an empty batch.
 
     Raises:
         ValueError: an argument does not fit; the message names it and the values.
         RuntimeError: ``impl="fused"``, but the fused kernel cannot run.
     """
+    query, key, value, additional_keys, additional_values = as_autocast(
+        query, key, value, additional_keys, additional_values
+    )
     _check(query, key, value, query_positions, key_positions, window)
     check_pair(additional_keys, additional_values)
     registers = check_additional(additional_keys, additional_values, query, key, value)

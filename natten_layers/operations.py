@@ -109,6 +109,10 @@ def neighborhood_attention(
     several KV heads is copied. To train at the cost of grouped-query attention, do not expand the heads: give ``Hkv``
     heads, or a group axis of length 1.
 
+    Under autocast it runs in lower precision, as PyTorch's attention does: ``query``, ``key``, ``value`` and registers
+    are cast to autocast's dtype, which ``out`` has too, unless they are fp64. Scores, sums and ``lse`` stay fp32, and
+    ``sink`` and ``rpb`` keep their dtypes.
+
     Args:
         query: ``[B, *spatial, Hq, D]``, fp16, bf16, fp32 or (eager only) fp64. It may lie on another grid than keys,
             finer or coarser: its axes then have other lengths but the same extents, and a query sees the

@@ -24,8 +24,10 @@ from natten_layers import (
     eager,
     merge_attention,
     neighborhood_attention,
+    neighborhood_attention_varlen,
 )
 from natten_layers.kernels.ops import attention as attention_ops
+from natten_layers.operations import Impl
 
 FP64 = torch.float64
 
@@ -569,6 +571,50 @@ def test_autocast_leaves_scores_and_statistics_in_fp32(dtype: torch.dtype) -> No
     with torch.autocast("cpu", dtype):
         for ours, theirs in zip(results(), expected, strict=True):
             assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("impl", ["eager", "fused"])
+def test_autocast_casts_as_for_attention_of_torch(impl: Impl) -> None:
+    """Whatever the dtypes are, as models whose RoPE is fp32 have queries and keys of another one than values."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 8, 4, 16), torch.randn(1, 8, 2, 16).half(), torch.randn(1, 8, 2, 16)
+    extra: dict[str, Tensor] = {"additional_keys": k[:, :3].float(), "additional_values": v[:, :3].half()}
+    options: dict[str, Any] = {"impl": impl, "sink": torch.randn(4)}  # the sink keeps its dtype
+
+    def results(q: Tensor, k: Tensor, v: Tensor, **registers: Any) -> list[Tensor]:
+        row, more = torch.arange(8)[None], {**options, **registers}
+        packed = neighborhood_attention_varlen(q[0], k[0], v[0], [(5,), (3,)], 3, **more, return_lse=True)
+        cached = cached_attention(q, k, v, row, row, **more, return_lse=True)
+        return [neighborhood_attention(q, k, v, 3, **more), *attention_state(q, k, v, 3, **more), *packed, *cached]
+
+    expected = results(q.half(), k, v.half(), **{name: t.half() for name, t in extra.items()})
+    with raises_naming("key has dtype torch.float16", "query has torch.float32"):
+        results(q, k, v, **extra)
+    with torch.autocast("cpu", torch.float16):
+        found = results(q, k, v, **extra)
+        assert neighborhood_attention(q.double(), k.double(), v.double(), 3).dtype == FP64
+        with raises_naming("key has dtype torch.float16", "query has torch.float64"):
+            neighborhood_attention(q.double(), k, v, 3)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert torch.equal(ours, theirs)
+
+
+def test_autocast_casts_differentiably() -> None:
+    q, k = torch.randn(1, 8, 4, 16, requires_grad=True), torch.randn(1, 8, 2, 16)
+
+    def attend(x: Tensor) -> Tensor:
+        return neighborhood_attention(x, k, k.bfloat16(), 3)
+
+    compiled = torch.compile(lambda x: attend(x).float().square().sum(), backend="aot_eager", fullgraph=True)
+    (exact,) = torch.autograd.grad(neighborhood_attention(q, k, k, 3).square().sum(), q)
+    exact_tangent = torch.func.jvp(lambda x: neighborhood_attention(x, k, k, 3), (q,), (k.repeat(1, 1, 2, 1),))[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        (grad,) = torch.autograd.grad(compiled(q), q)
+        tangent = torch.func.jvp(attend, (q,), (k.repeat(1, 1, 2, 1),))[1]
+    assert (grad.dtype, tangent.dtype) == (torch.float32, torch.bfloat16)
+    torch.testing.assert_close(grad, exact, rtol=0, atol=0.02 * exact.abs().max().item())
+    torch.testing.assert_close(tangent.float(), exact_tangent, rtol=0, atol=0.02 * exact_tangent.abs().max().item())
 
 
 def test_states_without_keys_merge() -> None:
