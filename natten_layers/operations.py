@@ -246,9 +246,16 @@ def _run(call: Call, impl: Impl) -> AttentionState:
     key_mask, rpb = call.inputs.key_mask, call.inputs.rpb
     if takes_fused(impl, call.inputs.query, call.why_not_fused):
         return AttentionState(*attention_ops.attention_state(call.inputs, call.options))
-    if (packing := call.packing) is not None:
-        return AttentionState(*eager.packed_attention_state(*call.for_eager, packing=packing, key_mask=key_mask))
+    if call.inputs.shapes is not None:
+        return AttentionState(*_run_packed_eagerly(call))
     return AttentionState(*eager.attention_state(*call.for_eager, rpb=rpb, key_mask=key_mask))
+
+
+@torch.compiler.disable(reason="PyTorch computes a packed batch shape by shape, which would be a graph for each batch")
+def _run_packed_eagerly(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    packing = call.packing
+    assert packing is not None
+    return eager.packed_attention_state(*call.for_eager, packing=packing, key_mask=call.inputs.key_mask)
 
 
 def takes_fused(impl: Impl, query: Tensor, why_not: Callable[[], str | None]) -> bool:

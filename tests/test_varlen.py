@@ -11,6 +11,8 @@ import pytest
 import torch
 from helpers import FLOOR, Case, Result, _with_grads, arguments, error, make_inputs, raises_naming
 from torch import Tensor
+from torch._dynamo.exc import Unsupported
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import gradcheck
 
 from natten_layers import (
@@ -260,16 +262,28 @@ def test_a_compiled_call_takes_other_shapes() -> None:
         compiled(q, torch.tensor([[4], [5]]))
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # Dynamo reads it, and hides the warning from users only
 def test_a_compiled_call_breaks_its_graph_where_pytorch_computes_it() -> None:
+    """Once, and the graphs around serve any number of samples: the computation itself is never traced."""
     torch.compiler.reset()
-    compiled = torch.compile(
-        lambda q, shapes: neighborhood_attention_varlen(q, q, q, shapes, (3,), impl="eager"), backend="eager"
-    )
-    q = torch.randn(8, 2, 8, device=DEVICE)
-    for lengths in ([3, 5], [1, 7]):
-        shapes = torch.tensor(lengths)[:, None]
-        expected = neighborhood_attention_varlen(q, q, q, shapes, (3,), impl="eager")
-        torch.testing.assert_close(compiled(q, shapes), expected)
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def attend(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        q = (x @ weight).unflatten(-1, (2, 8))
+        return neighborhood_attention_varlen(q, q, q, None, (3,), cu_seqlens=ends, impl="eager").square().sum()
+
+    compiled = torch.compile(attend, backend=counter)
+    weight = torch.randn(16, 16, device=DEVICE, requires_grad=True)
+    graphs = []
+    for lengths in ([3, 5], [1, 7, 2], [2, 2, 0, 2, 2], [5] * 7):
+        x, ends = torch.randn(sum(lengths), 16, device=DEVICE), torch.tensor([0, *lengths]).cumsum(0)
+        (grad,) = torch.autograd.grad(compiled(x, weight, ends), weight)
+        (expected,) = torch.autograd.grad(attend(x, weight, ends), weight)
+        torch.testing.assert_close(grad, expected)
+        graphs.append(counter.frame_count)
+    assert graphs[1] == graphs[-1], graphs  # the second call makes sizes symbols
+    with raises_naming("PyTorch computes a packed batch shape by shape", error=Unsupported):
+        torch.compile(attend, backend="eager", fullgraph=True)(x, weight, ends)
 
 
 def test_tables_of_samples() -> None:
