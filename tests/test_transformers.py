@@ -100,6 +100,36 @@ def test_logits(family: str, kind: str) -> None:
     assert error(actual, expected) < TOLERANCE
 
 
+@pytest.mark.parametrize("family", ["mistral", "gemma3", "gemma2", "gpt_oss"])
+def test_autocast(family: str) -> None:
+    """RoPE leaves queries and keys of these models in fp32 beside values in bf16; a cache makes all of them fp32."""
+    ids, mask = tokens(), padding_mask("left")
+
+    @torch.no_grad()
+    def results(model: Any) -> list[Tensor]:
+        prompt = model(ids, use_cache=True)
+        return [
+            model(ids, use_cache=False).logits,
+            model(ids, attention_mask=mask, use_cache=False).logits[mask.bool()],
+            prompt.logits,
+            model(ids[:, :2], past_key_values=prompt.past_key_values).logits,
+        ]
+
+    exact = results(build(FAMILIES[family](), "natten_layers"))
+    with torch.autocast("cpu", torch.bfloat16):
+        found, eager = (results(build(FAMILIES[family](), name)) for name in ("natten_layers", "eager"))
+    for ours, theirs, expected in zip(found, eager, exact, strict=True):
+        assert ours.dtype == torch.bfloat16
+        assert error(ours, expected) < 1.5 * error(theirs, expected) < 0.1
+
+
+def test_queries_and_keys_get_the_dtype_of_values() -> None:
+    query, key, value = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8), torch.randn(1, 2, 6, 8).bfloat16()
+    layer: Any = SimpleNamespace(is_causal=True)
+    out, _ = plugin._attention(layer, query, key, value, None)
+    assert torch.equal(out, plugin._attention(layer, query.bfloat16(), key.bfloat16(), value, None)[0])
+
+
 @pytest.mark.parametrize("kind", PADDING)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_and_gradients_in_fp64(family: str, kind: str) -> None:

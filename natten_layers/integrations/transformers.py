@@ -161,6 +161,8 @@ def _attention(
     _refuse(dropout, kwargs)
     if isinstance(scaling, Tensor):
         query, scaling = _scaled(query, scaling), 1.0
+    # Values are as projected; norms and RoPE may leave queries and keys in fp32. Under autocast it casts all of them.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     query, key, value = (t.transpose(1, 2) for t in (query, key, value))  # heads last, as views
     length, slots = query.shape[1], key.shape[1]
     causal, window, positions, blocks = True, sliding_window, None, None
