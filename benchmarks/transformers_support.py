@@ -270,6 +270,12 @@ def table(rows: Iterable[Row]) -> str:
         "texts and images whose tokens see each other (Gemma 3, PaliGemma) are tested on a few families only. "
         "Soft-capped scores (Gemma 2) are computed in PyTorch, not by the kernels.",
         "",
+        "Pack texts by `cu_seq_lens_q` and `cu_seq_lens_k`, as "
+        "`DataCollatorWithFlattening(return_flash_attn_kwargs=True)` makes them: each is computed as if it were alone. "
+        "`position_ids` that begin anew pack texts only where transformers looks at them: in causal and sliding-window "
+        "layers, with `use_cache=False`, without an `attention_mask`, and not in gpt-oss, whose masks are not told the "
+        "positions. Elsewhere the texts of a row silently see each other, as with transformers' own attention.",
+        "",
         "| architecture | as | result | reason |",
         "|---|---|---|---|",
     ]

@@ -492,6 +492,19 @@ def test_packed_sequences(family: str, positions: Tensor) -> None:
 OTHERS = ("Llama", "Qwen2", "Qwen3Moe", "Olmo2", "Granite", "Cohere", "Starcoder2", "SmolLM3")
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_texts_of_a_collator(family: str) -> None:
+    """Whatever the rest of the call is, here a cache, which makes transformers ignore that positions begin anew."""
+    collate = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+    parts = tokens(1).split([5, 6], 1)
+    batch = collate([{"input_ids": part[0].tolist()} for part in parts])
+    model = build(FAMILIES[family](), "natten_layers")
+    with torch.no_grad():
+        found = model(**{name: x for name, x in batch.items() if name != "labels"}).logits
+        expected = torch.cat([model(part).logits for part in parts], 1)
+    assert error(found, expected) < TOLERANCE
+
+
 @pytest.mark.parametrize("name", [*FAMILIES, *OTHERS])
 def test_packed_texts_train_as_separate_ones(name: str) -> None:
     """``cu_seq_lens_q`` says where texts begin. Logits and gradients are those of each text alone."""

@@ -8,12 +8,16 @@
 Works with every model that calls its attention through ``AttentionInterface``: causal, sliding-window (also
 bidirectional) and chunked layers, full encoders and cross attention, sinks, grouped KV heads (read unrepeated), scales
 that are tensors, soft-capped scores (in PyTorch, as the kernels do not have them), left and right padding, blocks of
-tokens that see each other in both directions (the images of Gemma 3 and PaliGemma's prefixes), packed sequences
-(``position_ids`` that do not grow by one, of causal and sliding-window layers; or ``cu_seq_lens_q`` and
-``cu_seq_lens_k``, of full layers as well, each text being computed as if it were alone), dynamic, static and
-sliding-window caches. Everything else raises ``ValueError``: dropout, paged caches, 4-D masks made by the caller,
-customised masks, position biases, models that do arithmetic on their masks. Outputs at padded tokens are unspecified,
-and attention weights are not returned. The documentation has a table of the architectures.
+tokens that see each other in both directions (the images of Gemma 3 and PaliGemma's prefixes), packed sequences,
+dynamic, static and sliding-window caches. Everything else raises ``ValueError``: dropout, paged caches, 4-D masks made
+by the caller, customised masks, position biases, models that do arithmetic on their masks. Outputs at padded tokens are
+unspecified, and attention weights are not returned. The documentation has a table of the architectures.
+
+Pack texts by ``cu_seq_lens_q`` and ``cu_seq_lens_k``, as ``DataCollatorWithFlattening(return_flash_attn_kwargs=True)``
+makes them: each text is computed as if it were alone, in full layers too. ``position_ids`` that begin anew pack texts
+only where transformers looks at them, which is in causal and sliding-window layers, with ``use_cache=False``, without
+an ``attention_mask``, and not in gpt-oss, whose masks are not told the positions. Elsewhere the texts of a row silently
+see each other, with this plug-in as with transformers' own attention.
 
 A mask function is registered too. Without one, transformers passes ``attention_mask=None`` to every layer, and padding,
 the offset of the cache and causality would be ignored silently. What the mask function returns must pass through
