@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from helpers import ModuleT, randomize
 from torch import Tensor, nn
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.func import functional_call, grad, vmap
@@ -245,6 +247,25 @@ def test_sharded_models_are_initialised_off_the_meta_device(name: str, one_proce
     for own, wanted in zip(model.parameters(), expected.parameters(), strict=True):
         assert torch.equal(own.full_tensor(), wanted)  # pyright: ignore[reportAttributeAccessIssue]
     assert torch.equal(run(model, torch.float32), run(expected, torch.float32))
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view:UserWarning")
+@pytest.mark.parametrize("name", ["HDiT", "gemma"])
+def test_sharded_models_are_gathered_before_they_are_saved(name: str, one_process: None, tmp_path: Path) -> None:
+    """The way out that the error names works."""
+    make, _ = MODELS[name]
+    expected = make()
+    sharded, whole = copy.deepcopy(expected), on_meta(make)
+    fully_shard(sharded, mesh=init_device_mesh("cpu", (1,)))
+    for model, word in ((sharded, "get_model_state_dict"), (whole, "has no values")):
+        with pytest.raises(ValueError, match=word):
+            model.save_pretrained(tmp_path)  # pyright: ignore[reportCallIssue]
+    assert not list(tmp_path.iterdir())
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    whole.load_state_dict(get_model_state_dict(sharded, options=options), assign=True)
+    whole.save_pretrained(tmp_path)  # pyright: ignore[reportCallIssue]
+    found = type(expected).from_pretrained(tmp_path)  # pyright: ignore[reportAttributeAccessIssue]
+    assert all(torch.equal(own, wanted) for own, wanted in zip(found.parameters(), expected.parameters(), strict=True))
 
 
 def test_positions_in_half_precision_are_an_error() -> None:

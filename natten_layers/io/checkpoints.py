@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .files import parse_json, replacing
 from .schema import shorten
-from .tensors import check_fit, info_of, open_safetensors, write_safetensors
+from .tensors import check_fit, check_writable, info_of, open_safetensors, write_safetensors
 
 __all__ = ["hdit_name", "load_plain", "load_tensors", "read_hdit", "save_plain", "write_hdit"]
 
@@ -189,13 +189,16 @@ def write_hdit(
 
     Raises:
         OSError: the file cannot be written; the message names it, and an existing file stays unchanged.
+        ValueError: a tensor is sharded or on the meta device.
     """
     path = Path(path)
     path = path if path.suffix == ".safetensors" else path / WEIGHTS
+    state = model.state_dict()
+    check_writable(state, path)
     parameters = {name for name, _ in model.named_parameters()}
     tensors = {
         hdit_name(key): tensor.detach().to(dtype if key in parameters else None).cpu().contiguous()
-        for key, tensor in model.state_dict().items()
+        for key, tensor in state.items()
     }
     # A single entry, because safetensors writes several in any order, and equal models must give equal files.
     metadata = {"config": json.dumps(config)}

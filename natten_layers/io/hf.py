@@ -20,7 +20,7 @@ from .hf_config import CONFIG, config_from_hf, config_to_hf, read_config
 from .hf_families import FAMILIES, Family, text_config
 from .hf_layout import VISION, File, Stored, our_tensors, to_family_names
 from .schema import shorten
-from .tensors import Info, check_fit, info_of, open_safetensors, write_safetensors
+from .tensors import Info, check_fit, check_writable, info_of, open_safetensors, write_safetensors
 
 __all__ = [
     "CONFIG",
@@ -217,8 +217,10 @@ def save(
 
     Raises:
         OSError: a file cannot be written; the message names it.
+        ValueError: a tensor is sharded or on the meta device.
     """
     directory = Path(directory)
+    check_writable(weights, directory)
     raw = config_to_hf(config)
     weights = to_family_names(weights, raw["model_type"])
     shards: list[dict[str, Tensor]] = [{}]

@@ -13,7 +13,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-__all__ = ["Info", "SafeTensors", "check_fit", "info_of", "make_on_meta", "open_safetensors", "write_safetensors"]
+__all__ = [
+    "Info",
+    "SafeTensors",
+    "check_fit",
+    "check_writable",
+    "info_of",
+    "make_on_meta",
+    "open_safetensors",
+    "write_safetensors",
+]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -73,6 +82,23 @@ def open_safetensors(path: os.PathLike[str]) -> Iterator[SafeTensors]:
             yield SafeTensors(path, file)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged, truncated or no safetensors file: {error}") from error
+
+
+def check_writable(tensors: Mapping[str, Tensor], path: object) -> None:
+    """Raise a ValueError for tensors whose values this process does not have: sharded ones, and those on meta.
+
+    To be called before anything is done with them, as operations on sharded tensors wait for the other processes.
+    """
+    for name, tensor in tensors.items():
+        if type(tensor).__name__ == "DTensor":  # by name, as importing the class would load all of torch.distributed
+            raise ValueError(
+                f'cannot write {path}: "{name}" is a DTensor, of which this process holds a part. In all processes '
+                "call torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
+                "options=StateDictOptions(full_state_dict=True, cpu_offload=True)); in the first, load what it "
+                "returns into a model that is not sharded, by load_state_dict(..., assign=True), and save that"
+            )
+        if tensor.is_meta:
+            raise ValueError(f'cannot write {path}: "{name}" is on the meta device and has no values; load weights')
 
 
 def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str], *, final: Path) -> None:

@@ -379,6 +379,7 @@ class HDiT(nn.Module):
 
         Raises:
             OSError: the file cannot be written; the message names it.
+            ValueError: the model is sharded (the message says how to gather it) or on the meta device.
         """
         checkpoints.write_hdit(path, self, self.config.to_json(), dtype)
 

@@ -533,5 +533,6 @@ class DecoderLM(nn.Module):
 
         Raises:
             OSError: a file cannot be written; the message names it.
+            ValueError: the model is sharded (the message says how to gather it) or on the meta device.
         """
         hf.save(self.config, self.state_dict(), directory, max_shard_bytes=max_shard_bytes)
