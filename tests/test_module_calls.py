@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from helpers import ModuleT, randomize
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -414,6 +415,20 @@ def test_models_run_on_the_meta_device() -> None:
     assert on_meta(gemma)(IDS.to("meta")).shape == (2, 7, 31)
     assert on_meta(layer)(torch.empty(2, 5, 4, 16, device="meta"))[0].is_meta
     assert on_meta(lambda: RMSNorm(8))(torch.empty(3, 8, device="meta")).is_meta
+
+
+def test_models_are_made_and_run_without_memory() -> None:
+    """Under ``FakeTensorMode`` tensors have devices, but no values."""
+    with FakeTensorMode():
+        ids, classes = torch.zeros(2, 7, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+        text, image = gemma(), hdit()
+        outs = [
+            text(ids),
+            image(torch.ones(2, 3, 16, 8), torch.ones(2), class_cond=classes, mapping_cond=torch.ones(2, 4)),
+        ]
+        torch.autograd.backward([out.sum() for out in outs])
+    assert [out.shape for out in outs] == [(2, 7, 31), (2, 3, 16, 8)]
+    assert all(isinstance(p.grad, FakeTensor) for model in (text, image) for p in model.parameters())
 
 
 def test_own_frequencies_come_back(empty_is_nan: None) -> None:

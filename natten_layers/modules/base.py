@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-__all__ = ["Constants", "at_least_fp32", "default_dtype", "is_plain", "reset_children"]
+__all__ = ["Constants", "allocate", "at_least_fp32", "default_dtype", "is_plain", "reset_children"]
 
 
 def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
@@ -52,6 +52,19 @@ def reset_children(module: nn.Module) -> None:
             reset()
         else:
             reset_children(child)
+
+
+def allocate(module: nn.Module, device: torch.device) -> None:
+    """Replace all tensors of a module on the meta device by new ones on ``device``, whose values are arbitrary.
+
+    ``nn.Module.to_empty`` does so too, but fails under ``FakeTensorMode``, where it exchanges the contents of tensors.
+    """
+    for child in module.modules():
+        for name, parameter in child.named_parameters(recurse=False):
+            empty = torch.empty_like(parameter, device=device)
+            setattr(child, name, nn.Parameter(empty, requires_grad=parameter.requires_grad))
+        for name, buffer in child.named_buffers(recurse=False):
+            setattr(child, name, torch.empty_like(buffer, device=device))
 
 
 def is_plain(module: nn.Module, forward: Callable[..., object]) -> bool:

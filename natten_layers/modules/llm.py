@@ -21,6 +21,7 @@ from ..io import hf
 from ..io.tensors import make_on_meta
 from ..operations import neighborhood_attention
 from ..varlen import packed_shapes
+from .base import allocate
 from .cache import Cache, LayerCache
 from .feed_forward import GatedFeedForward, MixtureOfExperts
 from .generation import generate, longest_of, text_first
@@ -381,7 +382,7 @@ class DecoderLM(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, device="meta", dtype=dtype)
         device = torch.empty(0, device=device).device
         if device.type != "meta":
-            self.to_empty(device=device)
+            allocate(self, device)
             self.reset_parameters()
 
     def reset_parameters(self) -> None:
