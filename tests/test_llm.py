@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import pickle
 from typing import Any
 
@@ -224,8 +225,8 @@ def test_generation_stops_pads_and_streams() -> None:
     for row, full in zip(got[:, 5:].tolist(), plain[:, 5:].tolist(), strict=True):
         end = full.index(stop) + 1 if stop in full else len(full)
         assert row == (full[:end] + [60] * len(full))[: len(row)]
-    first = model.generate(tokens(1, 5), 20, stop_tokens=[int(plain[0, 5])])
-    assert first.shape == (1, 6)
+    for stops in (int(plain[0, 5]), [int(plain[0, 5])]):
+        assert model.generate(tokens(1, 5), 20, stop_tokens=stops).shape == (1, 6)
 
 
 def test_sampling_is_seeded() -> None:
@@ -253,10 +254,13 @@ def test_sample_follows_the_distribution() -> None:
     check(frequencies(top_p=0.75), [0, 4 / 9, 2 / 9, 3 / 9])
     check(frequencies(top_p=0.01), [0, 1, 0, 0])
     check(frequencies(temperature=0.5), [1 / 30, 16 / 30, 4 / 30, 9 / 30])
-    check(frequencies(temperature=0), [0, 1, 0, 0])
+    for temperature in (0, 1e-3, 1e-45, 5e-324):  # the last one is zero in fp32
+        check(frequencies(temperature=temperature), [0, 1, 0, 0])
 
 
-@pytest.mark.parametrize("options", [{"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}])
+@pytest.mark.parametrize(
+    "options", [{"temperature": -1.0}, {"temperature": math.inf}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}]
+)
 def test_sample_refuses(options: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         sample(torch.zeros(1, 3), **options)
@@ -333,6 +337,18 @@ def test_bad_input() -> None:
         model(tokens(3))
     with pytest.raises(ValueError, match=r"torch.float32"):
         model(torch.zeros(1, 3))
+    for index in (
+        5,
+        torch.tensor([1]),
+        torch.tensor(1),
+        torch.tensor([1, 0], dtype=torch.int32),
+        torch.ones(2, 3).long(),
+    ):
+        with pytest.raises(ValueError, match=r"logits_at must be a tensor \[2\], int64"):
+            model(tokens(2, 3), logits_at=index)
+    for batch, length, word in ((-1, None, "batch_size"), (1, 0, "max_length"), (1, -1, "max_length")):
+        with pytest.raises(ValueError, match=f"{word} must be at least"):
+            model.make_cache(batch, max_length=length)
     with torch.no_grad():
         with pytest.raises(ValueError, match=r"cache is for 2 texts.*input_ids has 3"):
             model(tokens(3, 2), cache=model.make_cache(2))

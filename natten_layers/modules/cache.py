@@ -138,6 +138,9 @@ class Cache:
         batch_size: number of sequences.
         windows: one entry per layer: the number of tokens that a token sees, or None for all before it.
         max_length: tokens to allocate in layers without a window; None lets them grow as needed.
+
+    Raises:
+        ValueError: ``batch_size`` is negative, or ``max_length`` is not at least 1.
     """
 
     def __init__(
@@ -148,6 +151,9 @@ class Cache:
         max_length: int | None = None,
         device: torch.device | str | None = None,
     ) -> None:
+        for name, value, least in (("batch_size", batch_size, 0), ("max_length", max_length, 1)):
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
         allocator = _SlotAllocator()
         self.layers = [LayerCache(window, max_length, allocator) for window in windows]
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)

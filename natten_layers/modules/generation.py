@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -28,7 +29,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     generator: int | torch.Generator | None = None,
-    stop_tokens: Sequence[int] | None = None,
+    stop_tokens: int | Sequence[int] | None = None,
     callback: Callable[[Tensor], None] | None = None,
     prefill_chunk: int = 4096,
     cuda_graph: bool = True,
@@ -43,8 +44,8 @@ def generate(
         top_k: sample among the ``k`` likeliest tokens.
         top_p: sample among the likeliest tokens that together reach this probability.
         generator: a seed, or a generator on the model's device; None uses torch's global generator.
-        stop_tokens: tokens after which a text ends, default the config's ``eos_token_id``. An ended text is padded with
-            ``pad_token_id``, or by repeating its stop token if the config has none.
+        stop_tokens: token or tokens after which a text ends, default the config's ``eos_token_id``. An ended text is
+            padded with ``pad_token_id``, or by repeating its stop token if the config has none.
         callback: called with the new tokens ``[B]`` after each step.
         prefill_chunk: number of prompt tokens that are read at a time; it bounds memory.
         cuda_graph: on a GPU, record the second step as a CUDA graph and replay it for the later ones. Pass False for a
@@ -67,7 +68,8 @@ def generate(
     model.model.check_length(longest + max_new_tokens)
     if isinstance(generator, int):
         generator = torch.Generator(input_ids.device).manual_seed(generator)
-    stops = input_ids.new_tensor(list(model.config.stop_tokens if stop_tokens is None else stop_tokens))
+    stop_tokens = model.config.stop_tokens if stop_tokens is None else stop_tokens
+    stops = input_ids.new_tensor([stop_tokens] if isinstance(stop_tokens, int) else list(stop_tokens))
     short = model.config.longest_short_text
     if short is not None and longest > short:  # the first chunk decides on LongRoPE's factors
         prefill_chunk = max(prefill_chunk, short + 1)
@@ -194,15 +196,18 @@ def sample(
     Raises:
         ValueError: an option is out of range.
     """
-    if not temperature >= 0:
-        raise ValueError(f"temperature must not be negative, got {temperature}")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be a finite number of at least 0, got {temperature}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be None or at least 1, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p must be None or lie in (0, 1], got {top_p}")
     if temperature == 0:
         return logits.argmax(-1)
-    scores, tokens = (logits.float() / temperature).sort(-1, descending=True)
+    logits = logits.float()
+    # Differences first, as quotients of low temperatures overflow; and no division by what is zero in fp32.
+    below = logits - logits.amax(-1, keepdim=True)
+    scores, tokens = (below / max(temperature, torch.finfo(torch.float32).tiny)).sort(-1, descending=True)
     if top_k is not None:
         scores, tokens = scores[:, :top_k], tokens[:, :top_k]
     probabilities = scores.softmax(-1)

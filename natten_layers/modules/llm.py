@@ -356,6 +356,16 @@ class DecoderStack(nn.Module):
             )
 
 
+def _check_index(logits_at: object, batch: int) -> None:
+    if not isinstance(logits_at, Tensor) or logits_at.shape != (batch,) or logits_at.dtype != torch.int64:
+        found = (
+            f"shape {tuple(logits_at.shape)} and dtype {logits_at.dtype}"
+            if isinstance(logits_at, Tensor)
+            else logits_at
+        )
+        raise ValueError(f"logits_at must be a tensor [{batch}], int64, an index for each text, got {found}")
+
+
 class DecoderLM(nn.Module):
     """A decoder language model: Llama and the families that differ from it in parts, and our sinks and registers.
 
@@ -435,6 +445,8 @@ class DecoderLM(nn.Module):
                 f"cu_seqlens goes with one row of input_ids and without attention_mask, cache and logits_at; "
                 f"got {len(input_ids)} rows"
             )
+        if logits_at is not None:
+            _check_index(logits_at, len(input_ids))
         if attention_mask is None:
             hidden = self.model(input_ids, None, cache, cu_seqlens)
         else:
@@ -458,6 +470,9 @@ class DecoderLM(nn.Module):
             batch_size: number of texts.
             max_length: tokens for which layers without a window allocate memory at once, instead of growing.
             device: device of the texts, default that of the embedding. Give it if the parameters are offloaded.
+
+        Raises:
+            ValueError: ``batch_size`` is negative, or ``max_length`` is not at least 1.
         """
         device = self.model.embed_tokens.weight.device if device is None else device
         return Cache(batch_size, self.config.windows, max_length=max_length, device=device)
