@@ -382,15 +382,17 @@ def _weights(
 ) -> tuple[Tensor, Tensor]:
     """Row maximum ``[Z, tiles, G * T]`` and softmax ``[Z, tiles, G * T, U]`` of the scores of one chunk.
 
-    ``hidden [Z, tiles, U, 1]`` is 0 or, for keys that are masked, -inf. A row that sees no key has weights of zero.
+    ``hidden [Z, tiles, U, 1]`` is 0 or, for keys that are masked, -inf; entries of ``relative`` may be -inf too. A row
+    that sees no key has weights of zero.
     """
     scores = q @ k.mT
     scores.unflatten(2, (-1, bias.shape[1])).add_(bias[:, None])
     if relative is not None:
         scores = scores + relative
-    if hidden is None:
+    if hidden is None and relative is None:
         return scores.amax(-1), scores.softmax(-1)
-    scores = scores + hidden.mT
+    if hidden is not None:
+        scores = scores + hidden.mT
     row_max = scores.amax(-1)
     sees_nothing = (row_max == -math.inf)[..., None]
     return row_max, scores.masked_fill(sees_nothing, 0.0).softmax(-1).masked_fill(sees_nothing, 0.0)
@@ -442,7 +444,7 @@ class _Tiles(torch.autograd.Function):
             )
             # The largest weight is exp(0) / row_sum, so a maximum over weights gives the sum.
             log_sum = -p.amax(-1).log()
-            if hidden is not None:
+            if hidden is not None or table is not None:
                 log_sum = log_sum.masked_fill(row_max == -math.inf, -math.inf)
             out = p @ _gather(value.narrow(0, *z), chunk)
             out, row_max, log_sum = (_unselect(x, chunk, query) for x in (out, row_max, log_sum))
@@ -478,7 +480,7 @@ class _Tiles(torch.autograd.Function):
             relative = _look_up(table, chunk, z, query.shape[-3])
             row_max, p = _weights(q, k, bias, relative, _gather_part(hidden, chunk, z))
             do, dlse = _select(grad_out, chunk, z), _select(grad_lse, chunk, z)
-            if hidden is not None:
+            if hidden is not None or table is not None:
                 # A cotangent of log(0) may be NaN. What depends on a row that sees no key is constant.
                 sees_nothing = row_max == -math.inf
                 do, dlse = do.masked_fill(sees_nothing[..., None], 0.0), dlse.masked_fill(sees_nothing, 0.0)

@@ -185,20 +185,23 @@ def picture(images: Tensor, config: HDiTConfig, request: Request) -> Image.Image
 
 
 def parse_classes(values: Sequence[str] | None, config: HDiTConfig) -> tuple[int, ...]:
-    """Names or numbers to numbers; all classes if none are given.
+    """Names or numbers to numbers; all classes if none are given. What is a name is not taken for a number.
 
     Raises:
-        ValueError: a class that the model does not have.
+        ValueError: a class that the model does not have, or the same class twice.
     """
     names = class_names(config)
     if values is None:
         return tuple(range(config.num_classes))
-    known = {name: i for i, name in enumerate(names)} | {str(i): i for i in range(len(names))}
+    known = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
     unknown = [value for value in values if value not in known]
     if unknown:
         has = f"classes 0 to {len(names) - 1}: {', '.join(names)}" if names else "no classes"
         raise ValueError(f"--classes {' '.join(unknown)}: this model has {has}")
-    return tuple(known[value] for value in values)
+    classes = tuple(known[value] for value in values)
+    if len(set(classes)) < len(classes):
+        raise ValueError(f"--classes {' '.join(values)}: names a class twice; --count says how many images of each")
+    return classes
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from natten_layers import HDiT, HDiTConfig
+from natten_layers import HDiT, HDiTConfig, LevelConfig
 from natten_layers_cli import convert, running, sample_hdit, train_hdit
 from natten_layers_cli.checkpointing import DamagedError, RunFiles, check_rest, save_sharded
 from natten_layers_cli.data import Examples, Folder, Keys, Photographs, augment, describe, open_source, parse_data_flag
@@ -1082,3 +1082,15 @@ def test_bad_input_to_sampling(trained: Path, tmp_path: Path, capsys: pytest.Cap
 def _plain_png(folder: Path) -> str:
     Image.new("RGB", (4, 4)).save(folder / "plain.png")
     return str(folder / "plain.png")
+
+
+def test_names_of_classes_come_before_numbers() -> None:
+    config = HDiTConfig(
+        (LevelConfig(1, 16, "global", d_head=8),),
+        num_classes=4,
+        other={"dataset": {"class_names": ["1", "10", "2", "a"]}},
+    )
+    assert sample_hdit.parse_classes(["1", "2", "a"], config) == (0, 2, 3)
+    assert sample_hdit.parse_classes(["3", "10"], config) == (3, 1)
+    with pytest.raises(ValueError, match="names a class twice"):
+        sample_hdit.parse_classes(["a", "3"], config)

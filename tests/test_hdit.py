@@ -470,6 +470,28 @@ def test_packed_images_that_do_not_fit(shapes: Any, changes: dict[str, Tensor], 
         HDiT(packed_config())(**inputs, shapes=shapes)
 
 
+@pytest.mark.parametrize(
+    ("pixels", "shapes"), [(255, [(16, 16)]), (512, [(16, 16)] * 2), ((1, 3, 16, 16), [(16, 16)])], ids=str
+)
+def test_a_denoiser_checks_packed_images_first(pixels: Any, shapes: Any) -> None:
+    x = torch.zeros(pixels, 3) if isinstance(pixels, int) else torch.zeros(pixels)
+    denoiser = Denoiser(HDiT(packed_config()))
+    with pytest.raises(ValueError, match="shapes must be those of the 1 images of sigma"):
+        denoiser(x, ONE, shapes=shapes, class_cond=torch.zeros(1).long())
+
+
+def test_noise_has_the_shape_of_images() -> None:
+    with pytest.raises(ValueError, match=r"noise has shape \(1, 3, 1, 1\), but x has"):
+        Denoiser(HDiT(packed_config())).loss(torch.zeros(1, 3, 16, 16), torch.zeros(1, 3, 1, 1), ONE)
+
+
+def test_no_packed_images() -> None:
+    denoiser = Denoiser(HDiT(packed_config()))
+    x, sigma, classes = torch.zeros(0, 3), torch.zeros(0), torch.zeros(0).long()
+    assert denoiser(x, sigma, shapes=[], class_cond=classes).shape == (0, 3)
+    assert denoiser.loss(x, x, sigma, shapes=torch.zeros(0, 2).long(), class_cond=classes).shape == (0,)
+
+
 def test_shifted_windows_of_packed_images_are_refused() -> None:
     model = HDiT(HDiTConfig((LevelConfig(1, 16, "shifted-window", d_head=8, window_size=4),), mapping_width=8))
     with pytest.raises(ValueError, match="shifted windows are not computed on packed samples"):

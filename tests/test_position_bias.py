@@ -21,6 +21,7 @@ from natten_layers import (
     neighborhood_attention,
 )
 from natten_layers.eager import dense_attention_state
+from natten_layers.geometry import make_window
 
 FP64 = torch.float64
 CASES = (
@@ -230,3 +231,32 @@ def test_the_table_serves_normalised_heads_registers_and_short_texts() -> None:
     # Five tokens see what they see as the beginning of twelve, though their window is cut to five.
     torch.testing.assert_close(text(long[:, :5]), text(long)[:, :5])
     assert math.isfinite(text(long).sum().item())
+
+
+@pytest.mark.parametrize(("length", "kernel_size"), [(20, 2), (40, 13)])
+def test_entries_of_minus_infinity_hide_keys(length: int, kernel_size: int) -> None:
+    """Also in the last tile, which is not full. No query sees the key furthest before it."""
+    torch.manual_seed(0)
+    query = torch.randn(1, length, 1, 8, dtype=FP64, requires_grad=True)
+    table = torch.zeros(1, 2 * kernel_size - 1, dtype=FP64)
+    table[0, 0] = -math.inf
+    table.requires_grad_()
+    window = make_window((length,), (kernel_size,))
+    definition = dense_attention_state(query, query, query, None, None, None, window, 8**-0.5, rpb=table)[0]
+    out = neighborhood_attention(query, query, query, kernel_size, rpb=table)
+    torch.testing.assert_close(out, definition)
+    for actual, expected in zip(
+        *(torch.autograd.grad(x.sin().sum(), (query, table)) for x in (out, definition)), strict=True
+    ):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_a_head_that_sees_nothing() -> None:
+    query = torch.randn(1, 8, 2, 8, requires_grad=True)
+    table = torch.zeros(2, 5)
+    table[0] = -math.inf
+    out, lse = neighborhood_attention(query, query, query, 3, rpb=table, return_lse=True)
+    assert (out[..., 0, :] == 0).all()
+    assert (lse[..., 0] == -math.inf).all()
+    assert torch.autograd.grad(out.sum(), query)[0].isfinite().all()
+    assert (neighborhood_attention(query, query, query, 3, rpb=table, sink=0.0, return_lse=True)[1][..., 0] == 0).all()

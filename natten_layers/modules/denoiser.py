@@ -88,6 +88,8 @@ class Denoiser(nn.Module):
         Returns:
             One loss per image, ``[B]``, in fp32 or better.
         """
+        if noise.shape != x.shape:
+            raise ValueError(f"noise has shape {tuple(noise.shape)}, but x has {tuple(x.shape)}")
         sigma = sigma.to(at_least_fp32(x.dtype))
         c_skip, c_out, c_in = (per_image(c, x, shapes) for c in self.scalings(sigma))
         noised = x + noise * per_image(sigma, x, shapes)
@@ -95,7 +97,8 @@ class Denoiser(nn.Module):
         error = (self._output((noised * c_in).to(x.dtype), sigma, shapes, conditions) - target).square()
         if shapes is None:
             return error.flatten(1).mean(1) * self._weight(sigma)
-        return torch.stack([image.mean() for image in error.split(pixels(shapes))]) * self._weight(sigma)
+        images = [image.mean() for image in error.split(pixels(shapes))]
+        return (torch.stack(images) if images else error.new_zeros(0)) * self._weight(sigma)
 
     def _output(
         self, x: Tensor, sigma: Tensor, shapes: Shapes | None, conditions: Mapping[str, Tensor | None]
@@ -131,7 +134,13 @@ def sigma_data_of(model: nn.Module, given: float | None) -> float:  # also MeanF
 def per_image(c: Tensor, x: Tensor, shapes: Shapes | None = None) -> Tensor:
     """``c [B]`` in a shape that broadcasts to ``x [B, ...]``, or to the pixels ``[N, C]`` of images of ``shapes``."""
     if shapes is not None:
-        c = c.repeat_interleave(torch.tensor(pixels(shapes), device=c.device), output_size=len(x))
+        counts = pixels(shapes)
+        if x.ndim != 2 or len(x) != sum(counts) or len(c) != len(counts):
+            raise ValueError(
+                f"shapes must be those of the {len(c)} images of sigma, in x [pixels, channels], "
+                f"got {sum(counts)} pixels in {len(counts)} images and x {tuple(x.shape)}"
+            )
+        c = c.repeat_interleave(torch.tensor(counts, dtype=torch.long, device=c.device), output_size=len(x))
     return c.view(c.numel(), *(1,) * (x.ndim - 1))
 
 

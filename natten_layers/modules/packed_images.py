@@ -25,7 +25,7 @@ class PackedImages:
         self.shapes, self.device = shapes, device
         self.sizes: list[int] = shapes.prod(1).tolist()
         """Number of tokens of each image"""
-        counts = torch.tensor(self.sizes, device=device)
+        counts = torch.tensor(self.sizes, dtype=torch.long, device=device)
         self.image = torch.arange(len(shapes), device=device).repeat_interleave(counts, output_size=sum(self.sizes))
         """``[N]``, the image that each token belongs to"""
         self.first = counts.cumsum(0) - counts
@@ -39,7 +39,8 @@ class PackedImages:
         """:func:`make_axial_pos` of every image, ``[N, 2]``."""
         shapes = list(map(tuple, self.shapes.tolist()))
         known = {shape: make_axial_pos(*shape, dtype=dtype, device=self.device).flatten(0, 1) for shape in set(shapes)}
-        return torch.cat([known[shape] for shape in shapes])
+        nothing = torch.empty(0, 2, dtype=dtype, device=self.device)
+        return torch.cat([nothing, *(known[shape] for shape in shapes)])
 
     def block_order(self, block: Block) -> Tensor:
         """``[N]``: the index of each token once blocks, in raster order, follow each other, in which tokens do."""
