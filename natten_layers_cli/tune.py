@@ -103,6 +103,12 @@ def _calls_of_hdit(config: HDiTConfig, size: tuple[int, ...] | None) -> list[Cal
             )
         grid = tuple(n // p for n, p in zip(size, pixels, strict=True))
         if level.attention == "neighborhood":
+            if level.kernel_size * level.dilation > min(grid):
+                images, tokens = ("x".join(map(str, axes)) for axes in (size, grid))
+                raise ValueError(
+                    f"images of {images} have {tokens} tokens on level {i}, whose windows of {level.kernel_size} "
+                    f"with dilation {level.dilation} are larger; name larger images"
+                )
             kernel_size, dilation = (level.kernel_size,) * 2, (level.dilation,) * 2
             kv_heads = level.num_kv_heads or level.num_heads
             calls.append(Call(grid, kernel_size, dilation, False, level.num_heads, kv_heads, level.d_head))
@@ -179,8 +185,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"the model of --model says {', '.join(given)}; leave it out")
     if args.model is None and not (args.tokens and args.kernel_size and args.heads):
         parser.error("the length of every axis, --kernel-size and --heads are needed, or --model")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error("there is no CUDA device here, and the fused kernels run on no other")
     return args
 
 
@@ -239,7 +243,10 @@ def _report(kind: Kind, config: TileConfig, seconds: float) -> None:
 
 
 def run(args: argparse.Namespace, timer: Timer) -> int:
-    for call in _calls(args):
+    calls = _calls(args)  # a model is read, and refused, on a machine without a GPU too
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError("there is no CUDA device here, and the fused kernels run on no other")
+    for call in calls:
         if args.model is not None:
             print(f"{call}:", flush=True)
         if status := _tune_call(args, call, timer):

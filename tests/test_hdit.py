@@ -577,3 +577,8 @@ def test_values_of_other_types_name_their_key(section: str | None, change: dict[
         config[section] |= change
     with pytest.raises(ValueError, match=re.escape(message)):
         HDiTConfig.from_json(config)
+
+
+def test_noise_levels_of_a_config_are_in_order() -> None:
+    with pytest.raises(ValueError, match=r"sigma_min is 100.0, but must be less than sigma_max, 80.0"):
+        HDiTConfig((LevelConfig(1, 16, "global", d_head=8),), sigma_min=100.0)

@@ -641,3 +641,9 @@ def test_natten_relative_positional_bias() -> None:
 def test_parts_name_bad_sizes(build: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_a_rope_for_other_heads_says_which_one_to_make() -> None:
+    layer = NeighborhoodGQA(64, 4, 3, num_kv_heads=2, rope=AxialRoPE(16, 4))
+    with pytest.raises(ValueError, match=r"make AxialRoPE\(16, 4, num_kv_heads=2\)"):
+        layer(torch.zeros(1, 4, 4, 64))

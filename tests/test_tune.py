@@ -267,6 +267,7 @@ def test_calls_of_models(tmp_path: Path) -> None:
     [
         (HDIT, ["9"], "a height and a width"),
         (HDIT, ["40x64"], "40x64 are not whole tokens of level 2: 16x16"),
+        (HDIT, ["16x16"], "4x4 tokens on level 0, whose windows of 5"),
         (MISTRAL, ["9x9"], "one length"),
         (MISTRAL, ["8"], "no layer"),
         ({"model_type": "mistral"}, [], "config.json"),

@@ -252,6 +252,8 @@ class HDiTConfig:
         check_types(self)
         if not self.levels:
             raise ValueError("levels is empty; an HDiT has at least one level")
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(f"sigma_min is {self.sigma_min}, but must be less than sigma_max, {self.sigma_max}")
         if self.mapping_d_ff is None:
             object.__setattr__(self, "mapping_d_ff", 3 * self.mapping_width)
         if self.num_layers + len(self.levels) > MOST_LAYERS:

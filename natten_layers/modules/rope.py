@@ -310,7 +310,8 @@ class AxialRoPE(Rotary):
         if found != (self.num_heads, self.num_kv_heads, self.head_dim):
             raise ValueError(
                 f"query has {found[0]} and key {found[1]} heads of {found[2]} elements; "
-                f"this AxialRoPE was made for {self.num_heads} and {self.num_kv_heads} of {self.head_dim}"
+                f"this AxialRoPE was made for {self.num_heads} and {self.num_kv_heads} of {self.head_dim}; "
+                f"make AxialRoPE({found[2]}, {found[0]}, num_kv_heads={found[1]})"
             )
         if positions is None:
             if len(spatial) != 2 or self.axes != 2:
