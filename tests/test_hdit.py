@@ -582,3 +582,18 @@ def test_values_of_other_types_name_their_key(section: str | None, change: dict[
 def test_noise_levels_of_a_config_are_in_order() -> None:
     with pytest.raises(ValueError, match=r"sigma_min is 100.0, but must be less than sigma_max, 80.0"):
         HDiTConfig((LevelConfig(1, 16, "global", d_head=8),), sigma_min=100.0)
+
+
+@pytest.mark.parametrize(
+    ("entry", "key"),
+    [
+        ({"type": "neighborhood", "d_head": 16, "window_size": 5}, "window_size"),
+        ({"type": "global", "d_head": 16, "kernel_size": 7}, "kernel_size"),
+        ({"type": "none", "num_kv_heads": 5}, "num_kv_heads"),
+    ],
+)
+def test_keys_that_this_type_of_attention_does_not_read(entry: dict[str, Any], key: str) -> None:
+    model = {"type": "image_transformer_v2", "input_channels": 3, "input_size": 32, "patch_size": 4}
+    model |= {"widths": [32], "depths": [1], "self_attns": [entry]}
+    with pytest.raises(ValueError, match=rf"self_attns.*\[0\].*{key}"):
+        HDiTConfig.from_json({"model": model})

@@ -119,7 +119,7 @@ class _Optimizer(TypedDict, total=False):
 
 class _LearningRate(TypedDict, total=False):
     type: str
-    warmup: Rate
+    warmup: Annotated[float, Between(0, 1 - 1e-9)]  # at 1 the learning rate would stay 0
     inv_gamma: Positive
     power: float
     num_steps: Positive
@@ -376,8 +376,10 @@ def _levels_from_json(model: dict[str, Any]) -> list[LevelConfig]:
     for index, (width, depth, d_ff, entry, dropout) in enumerate(zip(widths, *lists.values(), strict=True)):
         where = f'config["model"]["self_attns"][{index}]'
         options = dict(entry)
-        kind = options.pop("type", None)
-        check_keys(options.keys(), (*SHARED_KEYS, *OWN_KEYS), where)
+        kind: Any = options.pop("type", None)
+        named = str(kind)  # LevelConfig refuses what is no string
+        shared = KEYS_OF_TYPE.get(named, SHARED_KEYS)
+        check_keys(options.keys(), shared if named == "none" else (*shared, *OWN_KEYS), where)
         with naming(where):
             levels.append(LevelConfig(depth, width, kind, d_ff=d_ff, dropout=dropout, **options))
     return levels
