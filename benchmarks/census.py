@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -41,8 +40,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     start = time.monotonic()
     if args.jobs > 1:
-        _compile_in_processes(args)
-        print(f"compiled in {time.monotonic() - start:.0f} s", flush=True)
+        mode = ["--mode", args.mode]
+        runner.compile_in_processes("census", args, args.rows, lambda share: [*mode, "--rows", ",".join(share)])
     rates = runner.Rates(timing.copy_rate(device), timing.matmul_rate(device))
     report: dict[str, Any] = {
         "environment": timing.environment(device, args.commit),
@@ -116,24 +115,6 @@ def compile_ahead(names: Iterable[str], modes: Sequence[Mode], device: torch.dev
         except Exception as error:  # the timed run will report the error
             print(f"{name}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
         del inputs
-
-
-def _compile_in_processes(args: argparse.Namespace) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.census",
-        "--compile-only",
-        "--mode",
-        args.mode,
-        "--device",
-        args.device,
-    ]
-    command += ["--smoke"] if args.smoke else []
-    shares = [args.rows[i :: args.jobs] for i in range(args.jobs)]
-    processes = [subprocess.Popen([*command, "--rows", ",".join(share)]) for share in shares if share]
-    for process in processes:
-        process.wait()
 
 
 def kernel_of(workload: Workload, mode: Mode, device: torch.device) -> str:

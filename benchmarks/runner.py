@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-from collections.abc import Callable, Iterable
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -170,6 +173,23 @@ def _free(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def compile_in_processes(
+    name: str, args: argparse.Namespace, items: Sequence[str], flags: Callable[[Sequence[str]], Sequence[str]]
+) -> None:
+    """Run ``benchmarks.NAME --compile-only`` in ``args.jobs`` processes, each with the ``flags`` for a share of items.
+
+    They fill Triton's cache on disk, so that kernels are compiled side by side.
+    """
+    start = time.monotonic()
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--compile-only", "--device", args.device]
+    command += ["--smoke"] if args.smoke else []
+    shares = [items[i :: args.jobs] for i in range(args.jobs)]
+    processes = [subprocess.Popen([*command, *flags(share)]) for share in shares if share]
+    for process in processes:
+        process.wait()
+    print(f"compiled in {time.monotonic() - start:.0f} s", flush=True)
 
 
 def make_parser(name: str, description: str | None, *, budget_s: float, timed: str) -> argparse.ArgumentParser:

@@ -17,17 +17,27 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures import TimeoutError as FuturesTimeoutError
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from natten_layers.kernels.host.launcher import Launcher
-from natten_layers.kernels.host.problem import Inputs, Options, Problem, layout, problem_of
+from natten_layers.kernels.host.launcher import Launcher, Plan
+from natten_layers.kernels.host.problem import (
+    Cotangents,
+    Inputs,
+    Options,
+    Problem,
+    RowStatistics,
+    SavedResults,
+    Tangents,
+    layout,
+    problem_of,
+)
 from natten_layers.kernels.host.tiling import (
     Kind,
     TileConfig,
@@ -42,10 +52,12 @@ from natten_layers.kernels.host.tuned import override
 from natten_layers.tune import neighbors
 
 from . import runner, timing
+from .forward_mode import FULL
 from .shapes import CENSUS
 from .workloads import WORKLOADS, Workload, make_inputs, smoke
 
-KINDS: tuple[Kind, ...] = ("forward", "backward_query", "backward_key")
+KINDS: tuple[Kind, ...] = ("forward", "jvp", "backward_query", "backward_key")
+"""in the order in which they need one another's results"""
 TIMED_S = 0.02  # seconds for which one configuration is timed
 LAUNCH_S = 1e-3  # if a launch takes longer, its first run shows whether it is much slower than the best one
 ERROR = {2: 8e-3, 4: 1e-5}  # allowed error against the result of the rule's choice, by element size
@@ -57,6 +69,12 @@ GRID: dict[Kind, tuple[tuple[int, int, int, int, int | None], ...]] = {
         (128, 64, 8, 2, None), (128, 64, 8, 3, None), (128, 32, 8, 3, None), (128, 64, 4, 2, None),
         (128, 128, 8, 2, None), (32, 32, 2, 3, None), (32, 64, 4, 2, None), (64, 128, 8, 2, None),
         (32, 32, 4, 2, None), (32, 16, 2, 2, None),
+    ),
+    "jvp": (
+        (64, 32, 4, 2, None), (64, 32, 4, 3, None), (64, 64, 4, 2, None), (64, 64, 4, 3, None), (64, 16, 4, 2, None),
+        (64, 16, 4, 3, None), (64, 32, 2, 3, None), (32, 32, 2, 2, None), (32, 32, 4, 2, None), (32, 16, 2, 2, None),
+        (128, 64, 8, 2, None), (128, 32, 8, 2, None), (128, 32, 8, 3, None), (128, 16, 8, 3, None),
+        (128, 64, 4, 2, None), (128, 32, 4, 3, None), (16, 16, 2, 2, None), (16, 32, 4, 2, None), (16, 16, 4, 2, None),
     ),
     "backward_query": (
         (64, 64, 4, 2, None), (64, 32, 4, 3, None), (64, 32, 4, 2, 128), (64, 64, 8, 2, None), (64, 32, 8, 2, None),
@@ -86,12 +104,32 @@ class Trial:
     failure: str | None = None
 
 
+class Launch(NamedTuple):
+    """One launch of a kernel: its launcher, what it is given, and what it writes."""
+
+    launcher: Launcher
+    tensors: Sequence[Any]
+    floats: Sequence[float | None]
+    results: tuple[Any, ...]
+    """What the kernel's function returns"""
+    outputs: int
+    """of the results before statistics"""
+
+    def __call__(self) -> None:
+        self.launcher(self.tensors, self.floats)
+
+    @property
+    def checked(self) -> tuple[Tensor, ...]:
+        """The results without statistics."""
+        return self.results[: self.outputs]
+
+
 class Subject:
     """A problem and its tensors, on which a kernel can be launched with any tile configuration."""
 
     def __init__(self, workload: Workload, device: torch.device) -> None:
         with_data = device.type == "cuda"
-        window, self.scale = workload.window, workload.scale
+        window = workload.window
         if with_data:
             data = make_inputs(workload, device, 0)
             query, key, value, self.grad_out = data.query, data.key, data.value, data.grad_out
@@ -101,34 +139,51 @@ class Subject:
                 torch.empty(workload.batch, *workload.spatial, *shape, dtype=workload.dtype) for shape in shapes
             )
         self.inputs = Inputs(query, key, value)
-        options = Options(None, window.kernel_size, window.stride, window.dilation, window.is_causal, self.scale)
-        problem = problem_of(self.inputs, options)
+        self.options = Options(
+            None, window.kernel_size, window.stride, window.dilation, window.is_causal, workload.scale
+        )
+        problem = problem_of(self.inputs, self.options)
         self.problem = problem._replace(precision="tf32x3") if workload.dtype == torch.float32 else problem
-        self.out = torch.empty_like(self.grad_out)
-        self.row_max, self.row_sum, self.delta, self.lse = (
+        self.tangents = Tangents(*(x.flip(1) for x in (query, key, value)))
+        row_max, row_sum, delta, lse = (
             torch.empty(query.shape[:-1], dtype=torch.float32, device=device) for _ in range(4)
         )
-        self.gradients = tuple(torch.empty_like(x) for x in (query, key, value))
+        # The kernels after the forward read these, which the launches with the rule's tiles replace.
+        self.saved = SavedResults(torch.empty_like(self.grad_out), row_max, row_sum)
+        self.statistics = RowStatistics(delta, lse)
 
-    def launcher(self, kind: Kind, config: TileConfig) -> tuple[Launcher, tuple[Any, ...], tuple[float | None, ...]]:
-        """The launcher, its tensors and floats."""
-        from natten_layers.kernels.portable import backward, forward
+    def launch(self, kind: Kind, config: TileConfig) -> Launch:
+        """What the kernel's own function launches; nothing is launched yet."""
+        from natten_layers.kernels.portable import backward, forward, jvp
 
-        query, key, value = self.inputs[:3]
+        p, grad_out = self.problem, layout(self.grad_out)
         with override({kind: config}):
             if kind == "forward":
-                tensors = (query, key, value, self.out, self.row_max, self.row_sum, None, None, None)
-                return forward.plan(self.problem, True).launch, tensors, (None, self.scale)
-            if kind == "backward_query":
-                tensors = (query, key, value, None, None, self.out, self.grad_out, None, self.row_max, self.row_sum)
-                tensors += (self.gradients[0], self.delta, self.lse)
-                return backward.query_plan(self.problem, layout(self.grad_out), None).launch, tensors, (self.scale,)
-            tensors = (query, key, value, self.grad_out, self.delta, self.lse, *self.gradients[1:])
-            return backward.key_plan(self.problem, layout(self.grad_out)).launch, tensors, (self.scale,)
+                plan, function, arguments = forward.plan(p, True), forward.forward, (True,)
+            elif kind == "jvp":
+                layouts = tuple(None if x is None else layout(x) for x in self.tangents[:-1])
+                plan, function, arguments = jvp.plan(p, layouts), jvp.jvp, (self.saved, self.tangents)
+            elif kind == "backward_query":
+                plan, function = backward.query_plan(p, grad_out, None), backward.backward_query
+                arguments = (Cotangents(*self.saved, self.grad_out, None),)
+            else:
+                plan, function = backward.key_plan(p, grad_out), backward.backward_key
+                arguments = self.grad_out, self.statistics
+        given: list[tuple[Any, ...]] = []
+        recording = Plan(plan.config, cast(Launcher, lambda *tensors_and_floats: given.append(tensors_and_floats)))
+        results = cast(Callable[..., tuple[Any, ...]], function)(recording, p, self.inputs, self.options, *arguments)
+        ((tensors, floats),) = given
+        return Launch(plan.launch, tensors, floats, results, 2 if kind == "backward_key" else 1)
 
-    def results(self, kind: Kind) -> tuple[Tensor, ...]:
-        """What a kernel writes, apart from statistics."""
-        return {"forward": (self.out,), "backward_query": self.gradients[:1], "backward_key": self.gradients[1:]}[kind]
+    def take_rule(self, kind: Kind) -> tuple[Tensor, ...]:
+        """Launch with the rule's tiles, and keep what later kernels read."""
+        launch = self.launch(kind, rule(kind, self.problem.problem_class))
+        launch()
+        if kind == "forward":
+            self.saved = SavedResults(*launch.results)
+        elif kind == "backward_query":
+            self.statistics = launch.results[1]
+        return launch.checked
 
 
 def grid(kind: Kind, problem: Problem) -> Iterator[TileConfig]:
@@ -145,7 +200,7 @@ def grid(kind: Kind, problem: Problem) -> Iterator[TileConfig]:
 
 
 def workload_of(name: str, miniature: bool) -> Workload:
-    workload = {**WORKLOADS, **SMALLER}.get(name) or CENSUS[name]
+    workload = {**WORKLOADS, **SMALLER, FULL.name: FULL}.get(name) or CENSUS[name]
     return smoke(workload) if miniature else workload
 
 
@@ -188,8 +243,7 @@ def _compile(trial: Trial, capability: int, miniature: bool) -> Trial:
         _subjects.clear()
         _subjects[trial.row] = Subject(workload_of(trial.row, miniature), torch.device("cpu"))
     try:
-        launcher, tensors, floats = _subjects[trial.row].launcher(trial.kind, trial.config)
-        launcher(tensors, floats)
+        _subjects[trial.row].launch(trial.kind, trial.config)()
     except Exception as error:  # Triton raises many types of errors for configurations that do not fit the chip
         return replace(trial, failure=_reason(error))
     return trial
@@ -220,28 +274,24 @@ class Timer:
             return replace(trial, failure=_reason(error))
 
     def _run_rule(self, row: str) -> None:
-        subject = self.subjects[row]
         for kind in KINDS:
-            launcher, tensors, floats = subject.launcher(kind, rule(kind, subject.problem.problem_class))
-            launcher(tensors, floats)
-            self.expected[row, kind] = tuple(x.clone() for x in subject.results(kind))
+            self.expected[row, kind] = self.subjects[row].take_rule(kind)
 
     def _timed(self, trial: Trial) -> Trial:
         subject = self.subjects[trial.row]
         key: tuple[str, Kind] = (trial.row, trial.kind)
-        launcher, tensors, floats = subject.launcher(trial.kind, trial.config)
-        for result in subject.results(trial.kind):
+        launch = subject.launch(trial.kind, trial.config)
+        for result in launch.checked:
             result.fill_(math.nan)
-        numbers = [x if x is None else float(x) for x in floats]
-        kernel = launcher.kernel[launcher.grid](*tensors, *launcher.sizes, *numbers, **launcher.options)
+        launcher, numbers = launch.launcher, [x if x is None else float(x) for x in launch.floats]
+        kernel = launcher.kernel[launcher.grid](*launch.tensors, *launcher.sizes, *numbers, **launcher.options)
         usage = {name: getattr(kernel, f"n_{short}", None) for name, short in (("registers", "regs"), ("spills",) * 2)}
         limit = ERROR[subject.grad_out.element_size()]
-        pairs = zip(subject.results(trial.kind), self.expected[key], strict=True)
+        pairs = zip(launch.checked, self.expected[key], strict=True)
         errors = [((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in pairs]
         if not all(error <= limit for error in errors):
-            self._run_rule(trial.row)  # computes the tensors that the next launches read
             return replace(trial, failure=f"wrong result, relative error {max(errors):.2g}", **usage)
-        calls: dict[str, timing.Call] = {"launch": lambda _: launcher(tensors, floats)}
+        calls: dict[str, timing.Call] = {"launch": lambda _: launch()}
         seconds = _once(calls["launch"], self.device)
         if seconds < max(1.5 * self.best.get(key, math.inf), LAUNCH_S):  # includes host time
             seconds = timing.measure(calls, self.device, TIMED_S)["launch"].median

@@ -14,9 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -206,9 +204,7 @@ def main(argv: list[str] | None = None) -> int:
             compile_ahead(make(), device)
         return 0
     if args.jobs > 1:
-        start = time.monotonic()
-        _compile_in_processes(args)
-        print(f"compiled in {time.monotonic() - start:.0f} s", flush=True)
+        runner.compile_in_processes("windows", args, args.comparisons, lambda share: ["--comparisons", *share])
     report = runner.Report(args, device)
     rows: list[Row] = []
     for name, make in wanted.items():
@@ -227,15 +223,6 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile beforehand")
     parser.add_argument("--compile-only", action="store_true", help="call everything once, and time nothing")
     return parser.parse_args(argv)
-
-
-def _compile_in_processes(args: argparse.Namespace) -> None:
-    command = [sys.executable, "-m", "benchmarks.windows", "--compile-only", "--device", args.device]
-    command += ["--smoke"] if args.smoke else []
-    shares = [args.comparisons[i :: args.jobs] for i in range(args.jobs)]
-    processes = [subprocess.Popen([*command, "--comparisons", *share]) for share in shares if share]
-    for process in processes:
-        process.wait()
 
 
 if __name__ == "__main__":

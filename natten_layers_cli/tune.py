@@ -29,7 +29,7 @@ from natten_layers.io.hf_config import config_from_hf
 from natten_layers.kernels.host.problem import Inputs, Options, device_traits, problem_of, three_axes
 from natten_layers.kernels.host.tiling import Kind, ProblemClass, TileConfig
 from natten_layers.kernels.host.tuned import cache_file, write_tuned
-from natten_layers.modules.hdit_config import HDiTConfig
+from natten_layers.modules.hdit_config import HDiTConfig, check_axis
 from natten_layers.modules.llm_config import DecoderLMConfig
 from natten_layers.operations import neighborhood_attention
 from natten_layers.tune import Found, Timer, tune
@@ -94,21 +94,12 @@ def _calls_of_hdit(config: HDiTConfig, size: tuple[int, ...] | None) -> list[Cal
     size = config.input_size if size is None else size
     if len(size) != 2:
         raise ValueError(f"an image has a height and a width, such as 256x256, got {'x'.join(map(str, size))}")
+    for axis, length, patch in zip(("height", "width"), size, config.patch_size, strict=True):
+        check_axis(axis, length, patch, config.levels)
     calls = []
     for i, level in enumerate(config.levels):
-        pixels = [patch << i for patch in config.patch_size]
-        if any(n % p for n, p in zip(size, pixels, strict=True)):
-            raise ValueError(
-                f"images of {'x'.join(map(str, size))} are not whole tokens of level {i}: {'x'.join(map(str, pixels))}"
-            )
-        grid = tuple(n // p for n, p in zip(size, pixels, strict=True))
         if level.attention == "neighborhood":
-            if level.kernel_size * level.dilation > min(grid):
-                images, tokens = ("x".join(map(str, axes)) for axes in (size, grid))
-                raise ValueError(
-                    f"images of {images} have {tokens} tokens on level {i}, whose windows of {level.kernel_size} "
-                    f"with dilation {level.dilation} are larger; name larger images"
-                )
+            grid = tuple(n // (patch << i) for n, patch in zip(size, config.patch_size, strict=True))
             kernel_size, dilation = (level.kernel_size,) * 2, (level.dilation,) * 2
             kv_heads = level.num_kv_heads or level.num_heads
             calls.append(Call(grid, kernel_size, dilation, False, level.num_heads, kv_heads, level.d_head))
@@ -120,9 +111,8 @@ def _calls_of_decoder(config: DecoderLMConfig, size: tuple[int, ...] | None) -> 
     if size is not None and len(size) != 1:
         raise ValueError(f"a text has one length, got {'x'.join(map(str, size))}")
     length = min(LONGEST_TEXT * max(windows, default=1), config.max_positions) if size is None else size[0]
-    heads, kv_heads = config.num_heads, config.num_kv_heads or config.num_heads
-    head_dim = config.head_dim or config.hidden_size // config.num_heads
-    return [Call((length,), (window,), (1,), True, heads, kv_heads, head_dim) for window in windows if window < length]
+    heads = config.num_heads, config.kv_heads, config.dim
+    return [Call((length,), (window,), (1,), True, *heads) for window in windows if window < length]
 
 
 def _device_seconds(run: Callable[[], object]) -> float:

@@ -40,6 +40,7 @@ from benchmarks.workloads import MODES, WORKLOADS, Inputs, Variant, Workload, ad
 from natten_layers import explain, neighborhood_attention
 from natten_layers.eager import dense_attention_state
 from natten_layers.geometry import window_mask
+from natten_layers.kernels.host.tiling import Kind
 
 CPU = torch.device("cpu")
 QKV = "query", "key", "value"
@@ -487,14 +488,28 @@ def test_sweep_refuses_wrong_tiles_and_keeps_the_fastest(monkeypatch: pytest.Mon
     assert best["fp32", "forward"] == trials[1]
     assert "| fp32 | forward | 3 | - | 2 |" in sweep.table(trials)[2]
     assert timer(replace(trials[0], failure="does not compile")).failure == "does not compile"
-    subject.out.fill_(1.0)
-    timer.subjects["fp32"], timer.expected["fp32", "forward"] = subject, (torch.zeros_like(subject.out),)
-    idle = type("Idle", (), {"kernel": {None: lambda *a, **k: None}, "grid": None, "sizes": (), "options": {}})()
-    monkeypatch.setattr(subject, "launcher", lambda kind, tile_config: (idle, (), ()))
-    monkeypatch.setattr(timer, "_run_rule", lambda row: None)
-    refused = timer(trials[0]).failure
-    assert refused is not None
-    assert refused.startswith("wrong result")
+
+
+@pytest.mark.parametrize("kind", sweep.KINDS)
+def test_sweep_launches_what_the_operators_launch(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    make_subject = sweep.Subject
+
+    def with_numbers(workload: Workload, device: torch.device) -> sweep.Subject:
+        subject = make_subject(workload, device)
+        for x in (*subject.inputs[:3], subject.grad_out, *subject.tangents[:3]):
+            assert x is not None
+            x.normal_()
+        return subject
+
+    monkeypatch.setattr(sweep, "Subject", with_numbers)
+    timer = sweep.Timer(CPU, miniature=True)
+    config = sweep.rule(kind, make_subject(sweep.workload_of("fp32", True), CPU).problem.problem_class)
+    trial = sweep.Trial("fp32", kind, replace(config, stages=1), "grid")
+    assert timer(trial).failure is None
+    assert timer(trial).ms is not None
+    timer.expected["fp32", kind] = tuple(x + 1 for x in timer.expected["fp32", kind])
+    assert (timer(trial).failure or "").startswith("wrong result")
 
 
 def test_repeat_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

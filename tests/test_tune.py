@@ -266,8 +266,12 @@ def test_calls_of_models(tmp_path: Path) -> None:
     ("config", "flags", "message"),
     [
         (HDIT, ["9"], "a height and a width"),
-        (HDIT, ["40x64"], "40x64 are not whole tokens of level 2: 16x16"),
-        (HDIT, ["16x16"], "4x4 tokens on level 0, whose windows of 5"),
+        (
+            HDIT,
+            ["40x64"],
+            "a multiple of 16, the pixels of a token of level 2; use 32 or 48 pixels",
+        ),
+        (HDIT, ["16x16"], "image height 16 has 4 tokens on level 0, fewer than kernel_size * dilation = 5 * 1"),
         (MISTRAL, ["9x9"], "one length"),
         (MISTRAL, ["8"], "no layer"),
         ({"model_type": "mistral"}, [], "config.json"),

@@ -70,7 +70,8 @@ class Denoiser(nn.Module):
         Returns:
             In ``x``'s shape and dtype.
         """
-        c_skip, c_out, c_in = (per_image(c, x, shapes) for c in self.scalings(sigma.to(at_least_fp32(x.dtype))))
+        scalings = self.scalings(sigma.to(at_least_fp32(x.dtype)))
+        c_skip, c_out, c_in = per_pixel(torch.stack(scalings), x, pixel_counts(shapes))
         return (self._output((x * c_in).to(x.dtype), sigma, shapes, conditions) * c_out + x * c_skip).to(x.dtype)
 
     def loss(
@@ -91,13 +92,14 @@ class Denoiser(nn.Module):
         if noise.shape != x.shape:
             raise ValueError(f"noise has shape {tuple(noise.shape)}, but x has {tuple(x.shape)}")
         sigma = sigma.to(at_least_fp32(x.dtype))
-        c_skip, c_out, c_in = (per_image(c, x, shapes) for c in self.scalings(sigma))
-        noised = x + noise * per_image(sigma, x, shapes)
+        counts = pixel_counts(shapes)
+        c_skip, c_out, c_in, noise_level = per_pixel(torch.stack([*self.scalings(sigma), sigma]), x, counts)
+        noised = x + noise * noise_level
         target = (x - c_skip * noised) / c_out
         error = (self._output((noised * c_in).to(x.dtype), sigma, shapes, conditions) - target).square()
-        if shapes is None:
+        if counts is None:
             return error.flatten(1).mean(1) * self._weight(sigma)
-        images = [image.mean() for image in error.split(pixels(shapes))]
+        images = [image.mean() for image in error.split(counts)]
         return (torch.stack(images) if images else error.new_zeros(0)) * self._weight(sigma)
 
     def _output(
@@ -131,19 +133,28 @@ def sigma_data_of(model: nn.Module, given: float | None) -> float:  # also MeanF
     return float(sigma_data)
 
 
-def per_image(c: Tensor, x: Tensor, shapes: Shapes | None = None) -> Tensor:
-    """``c [B]`` in a shape that broadcasts to ``x [B, ...]``, or to the pixels ``[N, C]`` of images of ``shapes``."""
-    if shapes is not None:
-        counts = pixels(shapes)
-        if x.ndim != 2 or len(x) != sum(counts) or len(c) != len(counts):
-            raise ValueError(
-                f"shapes must be those of the {len(c)} images of sigma, in x [pixels, channels], "
-                f"got {sum(counts)} pixels in {len(counts)} images and x {tuple(x.shape)}"
-            )
-        c = c.repeat_interleave(torch.tensor(counts, dtype=torch.long, device=c.device), output_size=len(x))
+def per_image(c: Tensor, x: Tensor) -> Tensor:
+    """``c [B]`` in a shape that broadcasts to ``x [B, ...]``."""
     return c.view(c.numel(), *(1,) * (x.ndim - 1))
 
 
-def pixels(shapes: Shapes) -> list[int]:
-    """Of each image."""
-    return packed_shapes(shapes, None, (1, 1)).prod(1).tolist()
+def per_pixel(c: Tensor, x: Tensor, counts: list[int] | None) -> Tensor:
+    """``c [rows, B]`` in a shape whose rows broadcast to ``x [B, ...]``, or to pixels ``[N, C]``, ``counts`` an image.
+
+    Raises:
+        ValueError: the images do not have as many pixels, or ``c`` is not of as many.
+    """
+    if counts is None:
+        return c.view(*c.shape, *(1,) * (x.ndim - 1))
+    if x.ndim != 2 or len(x) != sum(counts) or c.shape[1] != len(counts):
+        raise ValueError(
+            f"shapes must be those of the {c.shape[1]} images of sigma, in x [pixels, channels], "
+            f"got {sum(counts)} pixels in {len(counts)} images and x {tuple(x.shape)}"
+        )
+    repeats = torch.tensor(counts, dtype=torch.long, device=c.device)
+    return c.repeat_interleave(repeats, 1, output_size=len(x))[..., None]
+
+
+def pixel_counts(shapes: Shapes | None) -> list[int] | None:
+    """Of each image; None for a batch of one shape."""
+    return None if shapes is None else packed_shapes(shapes, None, (1, 1)).prod(1).tolist()

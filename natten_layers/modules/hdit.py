@@ -32,7 +32,7 @@ from ..varlen import Shapes, packed_shapes
 from .attention import Heads, NeighborhoodGQA, Projected
 from .base import Constants, at_least_fp32, default_dtype, reset_children
 from .feed_forward import GEGLU
-from .hdit_config import HDiTConfig, LevelConfig, axis_grid
+from .hdit_config import HDiTConfig, LevelConfig, check_axis
 from .norm import AdaRMSNorm, RMSNorm
 from .packed_images import PackedImages, join_blocks, split_blocks
 from .rope import AxialRoPE, Positions, make_axial_pos
@@ -446,9 +446,9 @@ class HDiT(nn.Module):
     def _run(self, level: nn.Module, x: Tensor, pos: Tensor, cond: Tensor, images: PackedImages | None) -> Tensor:
         assert isinstance(level, nn.ModuleList)
         positions = Positions(pos)  # FSDP's mixed precision casts tensor arguments of a sharded level, but not these
+        # Without gradients there is nothing to recompute, and checkpoints have tangents from torch 2.13 on only.
+        saves = self.checkpointing and self.training and torch.is_grad_enabled()
         for layer in level:
-            # Without gradients there is nothing to recompute, and checkpoints have tangents from torch 2.13 on only.
-            saves = self.checkpointing and self.training and torch.is_grad_enabled()
             run = partial(checkpoint, layer, use_reentrant=False) if saves else layer
             x = run(x, positions, cond, images)
         return x
@@ -518,7 +518,7 @@ class HDiT(nn.Module):
             raise ValueError(f"sigma has shape {tuple(sigma.shape)}; expected [{count}], one per image")
         for shape in dict.fromkeys(sizes):
             for axis, size, patch in zip(("height", "width"), shape, self.config.patch_size, strict=True):
-                _check_axis(axis, size, patch, self.config.levels)
+                check_axis(axis, size, patch, self.config.levels)
 
     def param_groups(self, lr: float, weight_decay: float, *, mapping_lr_scale: float = 1 / 3) -> list[dict[str, Any]]:
         """Parameter groups for an optimizer, as in k-diffusion's training script.
@@ -566,27 +566,3 @@ def _check_condition(name: str, tensor: Tensor, shape: Sequence[int]) -> None:
     check_dense(name, tensor)
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {list(shape)}")
-
-
-def _check_axis(axis: str, size: int, patch: int, levels: Sequence[LevelConfig]) -> None:
-    """Raise if an axis of the image does not fit a level; tokens of a level are ``patch * 2**index`` pixels long."""
-    for index, level in enumerate(levels):
-        pixels = patch * 2**index
-        tokens, reach = size // pixels, level.kernel_size * level.dilation
-        fault = None
-        if size % pixels:
-            fault = f"is not a multiple of {pixels}, the pixels of a token of level {index}"
-        elif level.attention == "neighborhood" and tokens < reach:
-            product = f"kernel_size * dilation = {level.kernel_size} * {level.dilation}"
-            fault = f"has {tokens} tokens on level {index}, fewer than {product}"
-        elif level.attention == "shifted-window" and level.window_size is not None and tokens % level.window_size:
-            fault = f"has {tokens} tokens on level {index}, not a multiple of window_size {level.window_size}"
-        if fault is not None:
-            raise ValueError(f"image {axis} {size} {fault}; use {_nearest_sizes(size, patch, levels)} pixels")
-
-
-def _nearest_sizes(size: int, patch: int, levels: Sequence[LevelConfig]) -> str:
-    """Describe the lengths nearest to ``size`` that fit all levels, not only the one that raised."""
-    unit, least = axis_grid(patch, levels)
-    below, above = size // unit * unit, -(-max(size, least) // unit) * unit
-    return f"{below} or {above}" if below >= least else f"at least {above}"

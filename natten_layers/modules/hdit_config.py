@@ -349,6 +349,30 @@ def axis_grid(patch: int, levels: Sequence[LevelConfig]) -> tuple[int, int]:
     return unit, -(-least // unit) * unit
 
 
+def check_axis(axis: str, size: int, patch: int, levels: Sequence[LevelConfig]) -> None:
+    """Raise if an axis of the image does not fit a level; tokens of a level are ``patch * 2**index`` pixels long."""
+    for index, level in enumerate(levels):
+        pixels = patch * 2**index
+        tokens, reach = size // pixels, level.kernel_size * level.dilation
+        fault = None
+        if size % pixels:
+            fault = f"is not a multiple of {pixels}, the pixels of a token of level {index}"
+        elif level.attention == "neighborhood" and tokens < reach:
+            product = f"kernel_size * dilation = {level.kernel_size} * {level.dilation}"
+            fault = f"has {tokens} tokens on level {index}, fewer than {product}"
+        elif level.attention == "shifted-window" and level.window_size is not None and tokens % level.window_size:
+            fault = f"has {tokens} tokens on level {index}, not a multiple of window_size {level.window_size}"
+        if fault is not None:
+            raise ValueError(f"image {axis} {size} {fault}; use {_nearest_sizes(size, patch, levels)} pixels")
+
+
+def _nearest_sizes(size: int, patch: int, levels: Sequence[LevelConfig]) -> str:
+    """Describe the lengths nearest to ``size`` that fit all levels, not only the one that raised."""
+    unit, least = axis_grid(patch, levels)
+    below, above = size // unit * unit, -(-max(size, least) // unit) * unit
+    return f"{below} or {above}" if below >= least else f"at least {above}"
+
+
 def _pop(model: dict[str, Any], key: str) -> Any:
     if model.get(key) is None:
         raise ValueError(f'config["model"] lacks the key "{key}"')

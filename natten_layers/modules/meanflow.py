@@ -133,7 +133,8 @@ def _derivative(function: Callable[..., Tensor], point: tuple[Tensor, ...], tang
     # FSDP2 knows dual numbers in every release of torch, but `torch.func.jvp` from 2.13 on only.
     with torch.no_grad(), torch.compiler.set_stance("force_eager"), forward_ad.dual_level():
         tangent = forward_ad.unpack_dual(function(*map(forward_ad.make_dual, point, tangents))).tangent
-    return torch.zeros_like(point[0]) if tangent is None else tangent
+    assert tangent is not None, "the network's output does not depend on its inputs"
+    return tangent
 
 
 def _first(conditions: Mapping[str, Tensor | None], count: int) -> dict[str, Tensor | None]:

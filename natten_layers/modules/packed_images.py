@@ -23,13 +23,15 @@ class PackedImages:
 
     def __init__(self, shapes: Tensor, device: torch.device) -> None:
         self.shapes, self.device = shapes, device
-        self.sizes: list[int] = shapes.prod(1).tolist()
-        """Number of tokens of each image"""
-        counts = torch.tensor(self.sizes, dtype=torch.long, device=device)
-        self.image = torch.arange(len(shapes), device=device).repeat_interleave(counts, output_size=sum(self.sizes))
+        counts, width = torch.stack([shapes.prod(1), shapes[:, 1]]).to(device)  # one copy, as each waits
+        tokens = int(shapes.prod(1).sum())
+        self.image = torch.arange(len(shapes), device=device).repeat_interleave(counts, output_size=tokens)
         """``[N]``, the image that each token belongs to"""
         self.first = counts.cumsum(0) - counts
         """``[images]``, the index of each one's first token"""
+        self.width = width
+        """``[images]``"""
+        self.orders: dict[Block, Tensor] = {}
 
     def coarser(self, block: Block) -> PackedImages:
         """The same images with a token for each block."""
@@ -43,12 +45,17 @@ class PackedImages:
         return torch.cat([nothing, *(known[shape] for shape in shapes)])
 
     def block_order(self, block: Block) -> Tensor:
-        """``[N]``: the index of each token once blocks, in raster order, follow each other, in which tokens do."""
-        h, w = block
-        width, first = (x.index_select(0, self.image) for x in (self.shapes[:, 1].to(self.device), self.first))
-        token = torch.arange(len(self.image), device=self.device) - first
-        y, x = token // width, token % width
-        return first + (y // h * (width // w) + x // w) * (h * w) + y % h * w + x % w
+        """``[N]``: the index of each token once blocks, in raster order, follow each other, in which tokens do.
+
+        It is computed once, for tokens, positions and the way back.
+        """
+        if block not in self.orders:
+            h, w = block
+            width, first = (x.index_select(0, self.image) for x in (self.width, self.first))
+            token = torch.arange(len(self.image), device=self.device) - first
+            y, x = token // width, token % width
+            self.orders[block] = first + (y // h * (width // w) + x // w) * (h * w) + y % h * w + x % w
+        return self.orders[block]
 
 
 def join_blocks(x: Tensor, block: Block, images: PackedImages | None = None) -> Tensor:
