@@ -11,7 +11,7 @@ from torch import Tensor
 from . import eager
 from .arguments import Axes, Call, check_dense, prepare, with_bias
 from .kernels.ops import attention as attention_ops
-from .kernels.ops.define import is_forward_mode
+from .kernels.ops.define import call_uncompiled, is_forward_mode
 
 __all__ = ["AttentionState", "attention_state", "merge_attention", "neighborhood_attention"]
 
@@ -247,11 +247,10 @@ def _run(call: Call, impl: Impl) -> AttentionState:
     if takes_fused(impl, call.inputs.query, call.why_not_fused):
         return AttentionState(*attention_ops.attention_state(call.inputs, call.options))
     if call.inputs.shapes is not None:
-        return AttentionState(*_run_packed_eagerly(call))
+        return AttentionState(*call_uncompiled("packed", _run_packed_eagerly, call))
     return AttentionState(*eager.attention_state(*call.for_eager, rpb=rpb, key_mask=key_mask))
 
 
-@torch.compiler.disable(reason="PyTorch computes a packed batch shape by shape, which would be a graph for each batch")
 def _run_packed_eagerly(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     packing = call.packing
     assert packing is not None

@@ -113,7 +113,7 @@ def test_kernels_know_nothing_of_who_calls_them() -> None:
             assert not found, f"{module} imports {found}"
 
 
-def test_the_package_needs_neither_triton_nor_numpy() -> None:
+def test_the_package_needs_neither_triton_nor_numpy_nor_the_compiler() -> None:
     """Neither importing the package nor eager attention, ``explain`` and a model import one of them."""
     script = """
 import sys, warnings
@@ -127,6 +127,9 @@ levels = natten_layers.LevelConfig(1, 16, d_head=8), natten_layers.LevelConfig(1
 natten_layers.HDiT(natten_layers.HDiTConfig(levels))(torch.randn(1, 3, 32, 32), torch.ones(1))
 assert not any(name.startswith("natten_layers.kernels.") and name.split(".")[2] in ("portable", "sm90", "dispatch")
                for name in sys.modules)
+x = torch.randn(7, 2, 16)  # packed samples, as compiled code leaves its graph for them
+natten_layers.neighborhood_attention_varlen(x, x, x, [(3,), (4,)], 3)
+assert "torch._dynamo" not in sys.modules  # it takes a second, and sets variables of the environment
 assert not torch.cuda.is_initialized()
 """
     done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, timeout=120)

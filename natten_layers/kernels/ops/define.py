@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib import import_module
 from itertools import accumulate, chain
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, Literal, NamedTuple, TypeVar, TypeVarTuple, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ __all__ = [
     "apply",
     "call",
     "call_derivative",
+    "call_uncompiled",
     "define_op",
     "eager_form",
     "flattened",
@@ -42,9 +44,10 @@ __all__ = [
 
 NOT_FUSED = "the fused kernels do not have"
 WAY_OUT = '; use impl="eager"'
-NOT_COMPILED = "the forward-mode derivative of the fused kernels is not traced by torch.compile"
 NO_SECOND = f"{NOT_FUSED} second derivatives, which are those of gradients and of forward-mode tangents{WAY_OUT}"
 
+R = TypeVar("R")
+Ts = TypeVarTuple("Ts")
 Results = Tensor | tuple[Tensor | None, ...]
 
 library = torch.library.Library("natten_layers", "DEF")
@@ -246,16 +249,23 @@ class Forms(NamedTuple):
 def apply(forms: Forms, *args: Any) -> Any:
     """Apply an ``autograd.Function`` in the form that suits the caller."""
     if is_forward_mode():
-        return _apply_uncompiled(forms, args)
+        return call_uncompiled("forward_mode", _apply_uncompiled, forms, args)
     if torch.compiler.is_compiling():
         return forms.traced.apply(*args)
     return (forms.transformable if is_transformed() else forms.eager).apply(*args)
 
 
-@torch.compiler.disable(reason=NOT_COMPILED)
 def _apply_uncompiled(forms: Forms, args: tuple[Any, ...]) -> Any:
-    """Compiled code leaves its graph here, as ``torch.compile`` would drop a forward-mode derivative or fail."""
     return (forms.transformable if is_transformed() else forms.eager).apply(*args)
+
+
+def call_uncompiled(kind: Literal["forward_mode", "packed"], function: Callable[[*Ts], R], *args: *Ts) -> R:
+    """Call a function for which compiled code leaves its graph; :mod:`.uncompiled` has the reason of every kind."""
+    if "torch._dynamo" not in sys.modules:  # as long as it is not loaded, nothing is compiled
+        return function(*args)
+    from . import uncompiled
+
+    return getattr(uncompiled, kind)(function, *args)
 
 
 def is_tracked(args: tuple[Any, ...]) -> bool:
