@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .eager import autocasts
-from .geometry import AXES, Window, make_window
+from .geometry import AXES, Window, is_per_axis, make_window
 from .kernels.host.packing import Packing, packing_of
 from .kernels.host.problem import Inputs, Options
 from .kernels.ops import attention as attention_ops
@@ -31,6 +31,8 @@ __all__ = [
     "check_scale",
     "check_sink",
     "check_tensors",
+    "is_finite_number",
+    "no_tensor",
     "prepare",
     "prepare_packed",
     "with_bias",
@@ -191,7 +193,7 @@ def _scalars(
     query: Tensor, scale: float | Tensor | None, sink: float | Tensor | None
 ) -> tuple[float, Tensor | None, float | None]:
     """The factor on scores, and the sink as a tensor with a logit a head or as one number."""
-    factor = query.shape[-1] ** -0.5 if scale is None else check_scale(scale, query)
+    factor = query.shape[-1] ** -0.5 if scale is None else check_scale(scale, query.dtype)
     checked = check_sink(sink, query)
     return (factor, checked, None) if isinstance(checked, Tensor) else (factor, None, checked)
 
@@ -307,20 +309,25 @@ def check_tensors(**arguments: object) -> None:
     for name, value in arguments.items():
         if value is None and name.startswith("additional"):
             raise ValueError(f"additional_keys and additional_values come together, but {name} is None")
-        if not isinstance(value, Tensor):
-            raise ValueError(f"{name} must be a tensor, got {value!r:.100} of type {type(value).__name__}")
         _check_kind(name, value)
 
 
-def _check_kind(name: str, tensor: Tensor) -> None:
+def _check_kind(name: str, tensor: object) -> None:
     """Raise a ValueError for tensors that the operations cannot compute on."""
     check_dense(name, tensor)
     if type(tensor).__name__ == "DTensor":  # by name, as importing the class would load all of torch.distributed
         raise ValueError(f"{name} is a DTensor, which is not supported; pass each device's part, {name}.to_local()")
 
 
-def check_dense(name: str, tensor: Tensor) -> None:
-    """Raise a ValueError for tensors that do not have one shape and strides: nested and sparse ones."""
+def no_tensor(name: str, value: object) -> ValueError:
+    """The error for an argument that is no tensor."""
+    return ValueError(f"{name} must be a tensor, got {value!r:.100} of type {type(value).__name__}")
+
+
+def check_dense(name: str, tensor: object) -> None:
+    """Raise a ValueError for what is no tensor, or one without one shape and strides, as nested and sparse ones are."""
+    if not isinstance(tensor, Tensor):
+        raise no_tensor(name, tensor)
     if tensor.is_nested:
         raise ValueError(
             f"{name} is a nested tensor, which is not supported; pad it (torch.nested.to_padded_tensor) or call once "
@@ -338,7 +345,7 @@ def check_pair(additional_keys: object, additional_values: object) -> None:
 
 def _spatial_rank(query: Tensor, **axis_arguments: object) -> int:
     """Number of spatial axes: the length of the tuples, else that of ``query [B, *spatial, H, D]``."""
-    entries = {name: len(a) for name, a in axis_arguments.items() if isinstance(a, Sequence)}
+    entries = {name: len(a) for name, a in axis_arguments.items() if is_per_axis(a)}
     if len(set(entries.values())) > 1:
         raise ValueError(f"{', '.join(entries)} disagree on the number of axes: {entries}")
     rank = next(iter(entries.values()), min(query.ndim - 3, 3))
@@ -377,7 +384,10 @@ def check_like(name: str, tensor: Tensor, query: Tensor) -> None:
     if tensor.device != query.device:
         raise ValueError(f"{name} is on {tensor.device}, but query is on {query.device}")
     if tensor.dtype != query.dtype:
-        raise ValueError(f"{name} has dtype {tensor.dtype}, but query has {query.dtype}")
+        cast = ""
+        if autocasts(query.device.type):
+            cast = f"; autocast casts to {torch.get_autocast_dtype(query.device.type)}, but leaves fp64 as it is"
+        raise ValueError(f"{name} has dtype {tensor.dtype}, but query has {query.dtype}{cast}")
 
 
 def _collapse_heads(
@@ -470,10 +480,11 @@ def _expand_registers(keys: Tensor | None, values: Tensor | None, batch: int) ->
     return keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1)
 
 
-def check_scale(scale: object, query: Tensor) -> float:
-    if isinstance(scale, Tensor) and scale.ndim == 0 and not scale.requires_grad:
+def check_scale(scale: object, dtype: torch.dtype) -> float:
+    """The factor on the scores of queries of ``dtype``."""
+    if isinstance(scale, Tensor) and scale.numel() == 1 and not scale.requires_grad:
         scale = scale.item()  # this waits if the tensor is on a GPU
-    if not _is_finite_number(scale, query):
+    if not is_finite_number(scale, dtype):
         raise ValueError(
             f"scale must be a finite number of the scores' precision, got {scale!r}; multiply a learned scale into the "
             "query"
@@ -486,7 +497,7 @@ def check_sink(sink: float | Tensor | None, query: Tensor) -> Tensor | float | N
     if sink is None or (isinstance(sink, float) and sink == -math.inf):
         return None
     if not isinstance(sink, Tensor):
-        if not _is_finite_number(sink, query):
+        if not is_finite_number(sink, query.dtype):
             raise ValueError(
                 f"sink must be None, a finite number of the scores' precision or a tensor [{heads}], got {sink!r}"
             )
@@ -542,12 +553,12 @@ def with_bias(call: Call, rpb: Tensor | None) -> Call:
     return call._replace(inputs=call.inputs._replace(rpb=rpb))
 
 
-def _is_finite_number(value: object, query: Tensor) -> TypeGuard[float]:
-    """Whether a value is a real number that is finite in the precision of scores: fp32, or fp64 for fp64 queries.
+def is_finite_number(value: object, dtype: torch.dtype = torch.float64) -> TypeGuard[float]:
+    """Whether a value is a real number, finite in the precision of the scores of queries of ``dtype``.
 
     ``math.isfinite`` would not do: it cannot be traced for a number that is an input of a graph.
     """
-    most = LARGEST_FP64 if query.dtype == torch.float64 else LARGEST_FP32
+    most = LARGEST_FP64 if dtype == torch.float64 else LARGEST_FP32
     if isinstance(value, float):  # first, as a check against the abstract class Real is slow
         return -most <= value <= most
     try:

@@ -19,6 +19,7 @@ from .arguments import (
     check_scale,
     check_sink,
     check_tensors,
+    is_finite_number,
 )
 from .eager import without_autocast
 from .kernels.ops import decode as decode_ops
@@ -132,10 +133,11 @@ def cached_attention(
     check_pair(additional_keys, additional_values)
     registers = check_additional(additional_keys, additional_values, query, key, value)
     sink = check_sink(sink, query)
-    factor = query.shape[-1] ** -0.5 if scale is None else check_scale(scale, query)
+    factor = query.shape[-1] ** -0.5 if scale is None else check_scale(scale, query.dtype)
     arguments = (query, key, value, query_positions, key_positions, *registers, sink, window, factor)
-    if softcap is not None and not (isinstance(softcap, int | float) and 0 < softcap < math.inf):
+    if softcap is not None and not (is_finite_number(softcap, query.dtype) and softcap > 0):
         raise ValueError(f"softcap must be None or a positive number, got {softcap!r}")
+    softcap = None if softcap is None else float(softcap)
     if takes_fused(
         impl, query, lambda: NO_SOFTCAP if softcap else decode_ops.why_not(query, value, key, *registers, sink)
     ):

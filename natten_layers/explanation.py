@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from .arguments import Axes, prepare, with_bias
+from .geometry import is_per_axis, normalise_axes
 from .kernels.ops import attention as attention_ops
 from .kernels.ops.define import is_tracked
 from .operations import Impl, why_eager
@@ -121,4 +122,4 @@ def explain(
 
 
 def _is_any(flags: bool | Sequence[bool]) -> bool:
-    return any(flags) if isinstance(flags, Sequence) else flags
+    return any(normalise_axes("is_periodic", flags, len(flags) if is_per_axis(flags) else 1, bool))

@@ -21,8 +21,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
-from numbers import Integral
-from typing import TypeVar
+from numbers import Integral, Real
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,7 +32,9 @@ __all__ = [
     "axis_mask",
     "class_length",
     "fitted",
+    "is_per_axis",
     "make_window",
+    "normalise_axes",
     "query_bounds",
     "visible_pairs",
     "window_bounds",
@@ -68,26 +70,43 @@ class Window:
         return self == Window(tuple(spatial), (1,), (1,), (True,), (False,))
 
 
+def is_per_axis(value: object) -> TypeGuard[Sequence[Any]]:
+    """Whether an option has an entry for each axis. Texts are sequences too, but not of numbers."""
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray)
+
+
 def normalise_axes(name: str, value: T | Sequence[T], rank: int, kind: type[T]) -> tuple[T, ...]:
     """Repeat one value for ``rank`` axes, or check a sequence of ``rank`` values.
 
     Raises:
-        ValueError: a wrong number of entries, or an entry that is not of ``kind``. A bool does not count as an int, an
-            integer of NumPy does.
+        ValueError: a wrong number of entries, or an entry that is not of ``kind``. A bool does not count as an int;
+            integers and bools of NumPy count as Python's.
     """
-    values = tuple(value) if isinstance(value, Sequence) else (value,) * rank
+    per_axis = is_per_axis(value)
+    values: tuple[Any, ...] = tuple(value) if per_axis else (value,) * rank
     if len(values) != rank:
         raise ValueError(f"{name} has {len(values)} entries {values}, but the tensors have {rank} spatial axes")
-    if kind is int and any(type(entry) is not int for entry in values):
-        values = tuple(int(v) if isinstance(v, Integral) and not isinstance(v, bool) else v for v in values)  # NumPy
+    if any(type(entry) is not kind for entry in values):
+        values = tuple(_without_numpy(entry, kind) for entry in values)
     for axis, entry in enumerate(values):
         # In an exported graph a size may be symbolic.
         if type(entry) is not kind and not (kind is int and isinstance(entry, torch.SymInt)):
             raise ValueError(
                 f"{name} must be {kind.__name__} or a tuple of {kind.__name__}, "
-                f"got {entry!r} of type {type(entry).__name__} on the {AXES[rank][axis]} axis"
+                f"got {entry!r:.100} of type {type(entry).__name__}"
+                + (f" on the {AXES[rank][axis]} axis" if per_axis else "")
+                + (f"; pass {name}.tolist()" if hasattr(entry, "tolist") and not isinstance(entry, Real) else "")
             )
     return values
+
+
+def _without_numpy(value: Any, kind: type) -> Any:
+    if kind is int and isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)
+    # By name, as NumPy need not be installed. Its bool is of no abstract class.
+    if kind is bool and type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_"):
+        return bool(value)
+    return value
 
 
 def make_window(

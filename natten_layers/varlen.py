@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, Literal, cast, overload
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .arguments import Axes, Call, prepare_packed
+from .geometry import is_per_axis
 from .operations import Impl, attend, attend_with_lse
 
 __all__ = ["Shapes", "neighborhood_attention_varlen", "packed_shapes", "prepare_samples"]
@@ -159,21 +161,32 @@ def packed_shapes(shapes: Shapes | None, cu_seqlens: Tensor | None, kernel_size:
         _check_integers("shapes", shapes, 2, "[samples, axes]")
         found = _on_host(shapes)
     else:
-        assert shapes is not None
-        found = _from_list(shapes, len(kernel_size) if isinstance(kernel_size, Sequence) else 1)
+        found = _from_list(shapes, len(kernel_size) if is_per_axis(kernel_size) else 1)
     if not 1 <= found.shape[1] <= 3:
         raise ValueError(f"shapes are of {found.shape[1]} axes; expected 1 to 3")
     return found
 
 
-def _from_list(shapes: Sequence[Sequence[int]], rank: int) -> Tensor:
+def _from_list(shapes: object, rank: int) -> Tensor:
     """``rank`` is the number of axes if there is no sample."""
-    entries = [tuple(shape) if isinstance(shape, Sequence) else shape for shape in shapes]
+    # An iterator would be empty for the second layer that it is given to.
+    if not is_per_axis(shapes):
+        raise ValueError(
+            "shapes must be a list with a tuple for each sample or an integer tensor [samples, axes], "
+            f"got {shapes!r:.100} of type {type(shapes).__name__}"
+        )
+    entries = [tuple(shape) if is_per_axis(shape) else shape for shape in shapes]
     ranks = {len(shape) if isinstance(shape, tuple) else -1 for shape in entries} or {rank}
-    integers = all(isinstance(n, int | torch.SymInt) for shape in entries if isinstance(shape, tuple) for n in shape)
-    if len(ranks) != 1 or -1 in ranks or not integers:
+    if len(ranks) != 1 or -1 in ranks or not all(_is_length(n) for shape in entries for n in shape):
         raise ValueError(f"shapes must have a tuple for each sample, the lengths of its axes, got {entries!r:.200}")
     return torch.tensor(entries, dtype=torch.int64).reshape(len(entries), ranks.pop())
+
+
+def _is_length(value: object) -> bool:
+    """Whether a value is an integer of 64 bits; one of a graph is a symbol."""
+    if isinstance(value, torch.SymInt):
+        return True
+    return isinstance(value, Integral) and not isinstance(value, bool) and -(1 << 63) <= int(value) < 1 << 63
 
 
 def _check_integers(name: str, tensor: object, ndim: int, expected: str) -> None:

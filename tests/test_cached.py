@@ -85,6 +85,9 @@ def test_the_kernels_have_no_softcap() -> None:
     positions = torch.tensor([[2]]), torch.arange(3)[None]
     with pytest.raises(RuntimeError, match="the kernels have no softcap"):
         cached_attention(q, k, k, *positions, softcap=5.0, impl="fused")
+    for softcap in (True, "5", 0, float("nan")):
+        with pytest.raises(ValueError, match=f"softcap must be None or a positive number, got {softcap!r}"):
+            cached_attention(q, k, k, *positions, softcap=softcap)  # pyright: ignore
     with pytest.raises(ValueError, match=r"softcap must be None or a positive number, got 0\.0"):
         cached_attention(q, k, k, *positions, softcap=0.0)
 

@@ -354,7 +354,16 @@ def test_bad_shapes(shapes: tuple[tuple[int, ...], ...], words: list[str]):
         ({"scale": math.nan}, ["scale", "nan"]),
         ({"scale": 1e39}, ["scale", "1e+39"]),
         ({"scale": True}, ["scale", "True"]),
-        ({"scale": torch.tensor([0.3])}, ["scale", "tensor([0.3", "query"]),
+        ({"scale": torch.tensor([0.3, 0.2])}, ["scale", "tensor([0.3", "query"]),
+        ({"scale": "0.3"}, ["scale", "'0.3'"]),
+        ({"kernel_size": np.array([3, 3])}, ["kernel_size", "ndarray", "pass kernel_size.tolist()"]),
+        ({"kernel_size": torch.tensor(3)}, ["kernel_size", "Tensor", "pass kernel_size.tolist()"]),
+        ({"kernel_size": "33"}, ["kernel_size", "'33' of type str"]),
+        ({"kernel_size": b"33"}, ["kernel_size", "b'33' of type bytes"]),
+        ({"stride": iter((1, 1))}, ["stride", "tuple_iterator"]),
+        ({"is_causal": np.array([True, False])}, ["is_causal", "ndarray", "pass is_causal.tolist()"]),
+        ({"is_causal": np.int64(1)}, ["is_causal", "int64"]),
+        ({"kernel_size": np.True_}, ["kernel_size", "np.True_"]),
         ({"scale": torch.tensor(0.3, requires_grad=True)}, ["scale", "tensor(0.3", "query"]),
         ({"impl": "flash"}, ["impl", "flash", "auto"]),
         ({"sink": math.nan}, ["sink", "nan"]),
@@ -389,6 +398,15 @@ def test_numbers_of_numpy_are_numbers():
     inputs = qkv()
     expected = attend(*inputs, dilation=2, scale=0.5, sink=1.0)
     assert torch.equal(attend(*inputs, dilation=np.int64(2), scale=np.float32(0.5), sink=np.float64(1.0)), expected)
+    assert torch.equal(attend(*inputs, dilation=2, scale=torch.tensor([0.5]), sink=1.0), expected)
+    expected = attend(*inputs, is_causal=(True, False))
+    assert torch.equal(attend(*inputs, is_causal=(np.True_, np.False_)), expected)
+
+
+def test_errors_under_autocast_say_what_it_casts() -> None:
+    query, key, value = blank()
+    with torch.autocast("cpu", torch.bfloat16), raises_naming("float64", "autocast casts to torch.bfloat16"):
+        attend(query, key.double(), value)
 
 
 def test_a_scale_that_changes_compiles_to_one_graph():

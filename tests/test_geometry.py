@@ -227,7 +227,7 @@ def test_ints_spread_over_axes():
         ({"kernel_size": 3, "dilation": (0, 1)}, ["dilation", "0", "height"]),
         ({"kernel_size": 3, "stride": (4, 1)}, ["stride", "1..3", "4", "height"]),
         ({"kernel_size": 3, "stride": (1, 0)}, ["stride", "0", "width"]),
-        ({"kernel_size": 3.0}, ["kernel_size", "3.0", "float", "height"]),
+        ({"kernel_size": 3.0}, ["kernel_size", "3.0", "float"]),
         ({"kernel_size": (3, True)}, ["kernel_size", "True", "bool", "width"]),
         ({"kernel_size": 3, "dilation": (1, 1.5)}, ["dilation", "1.5", "float", "width"]),
         ({"kernel_size": 3, "is_causal": (True, 1)}, ["is_causal", "1", "int", "width"]),

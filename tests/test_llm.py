@@ -259,7 +259,16 @@ def test_sample_follows_the_distribution() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"temperature": -1.0}, {"temperature": math.inf}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}]
+    "options",
+    [
+        {"temperature": -1.0},
+        {"temperature": "1"},
+        {"top_k": 1.5},
+        {"temperature": math.inf},
+        {"top_k": 0},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+    ],
 )
 def test_sample_refuses(options: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
@@ -327,7 +336,7 @@ def test_bad_input() -> None:
         model(tokens(1, 9))
     with pytest.raises(ValueError, match=r"text of 9 tokens.*max_positions=8"):
         model.generate(tokens(1, 5), 4)
-    with pytest.raises(ValueError, match="max_new_tokens must be at least 1"):
+    with pytest.raises(ValueError, match="max_new_tokens must be an int of at least 1, got 0"):
         model.generate(tokens(1, 5), 0)
     with pytest.raises(ValueError, match="row without any text"):
         model.generate(tokens(2, 3), 2, attention_mask=torch.tensor([[0, 0, 0], [1, 1, 1]]))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -29,6 +30,7 @@ from natten_layers import (
     HDiT,
     HDiTConfig,
     LevelConfig,
+    NeighborhoodAttention1D,
     NeighborhoodGQA,
     Positions,
     RoPE,
@@ -481,6 +483,37 @@ def test_embeddings_are_scaled_on_their_own_device() -> None:
     factor = torch.tensor(4.1).bfloat16()
     assert torch.equal(seen[0], model.model.embed_tokens(IDS) * factor)  # pyright: ignore
     assert not torch.equal(seen[0], model.model.embed_tokens(IDS) * 4.1)  # pyright: ignore
+
+
+@pytest.mark.parametrize("given", [[[1, 2]], np.zeros((2, 4)), None, "text"], ids=lambda given: type(given).__name__)
+def test_what_is_no_tensor_is_named(given: Any) -> None:
+    x, sigma, model, attention = torch.ones(2, 3, 16, 8), torch.ones(2), hdit(), layer()
+    calls: dict[str, Callable[[], object]] = {
+        "x": lambda: attention(given),
+        "input_ids": lambda: gemma()(given),
+        "sigma": lambda: model(x, given, class_cond=torch.tensor([0, 3])),
+        "query": lambda: AxialRoPE(16, 2)(given, x),
+    }
+    if given is not None:
+        calls["class_cond"] = lambda: model(x, sigma, class_cond=given, mapping_cond=torch.ones(2, 4))
+        calls["registers"] = lambda: attention(torch.ones(2, 5, 4, 16), registers=given)
+        calls["positions"] = lambda: attention(torch.ones(2, 5, 4, 16), positions=given)
+    calls |= {"x ": lambda: RMSNorm(8)(given), "x  ": lambda: NeighborhoodAttention1D(16, 2, 3)(given)}
+    for name, call in calls.items():
+        with pytest.raises(
+            ValueError, match=f"(?s){name.strip()} must be a tensor, got .* of type {type(given).__name__}"
+        ):
+            call()
+
+
+def test_indices_out_of_range_and_of_other_dtypes_are_named() -> None:
+    x, sigma, model, cond = torch.ones(2, 3, 16, 8), torch.ones(2), hdit(), torch.ones(2, 4)
+    with pytest.raises(ValueError, match=r"input_ids holds \[-1, 999\]; tokens are 0 to"):
+        gemma()(torch.tensor([[1, -1, 999]]))
+    with pytest.raises(ValueError, match=r"class_cond has dtype torch\.float32; expected int64 or int32"):
+        model(x, sigma, class_cond=torch.tensor([0.0, 1.0]), mapping_cond=cond)
+    with pytest.raises(ValueError, match=r"x has dtype torch\.uint8; expected a floating point dtype"):
+        model(x.byte(), sigma, class_cond=torch.tensor([0, 3]), mapping_cond=cond)
 
 
 def test_nested_tensors_are_named() -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import randomize
@@ -497,6 +499,12 @@ def test_gqa_repr_names_what_was_chosen() -> None:
         (lambda: NeighborhoodGQA(16, 4, 3, num_registers=-1), "num_registers must be an int of at least 0, got -1"),
         (lambda: NeighborhoodGQA(16, 4, 3, sink="one"), "sink must be .* 'one'"),  # pyright: ignore
         (lambda: NeighborhoodGQA(16, 4, 3, qk_norm="l2"), "qk_norm must be .* 'l2'"),  # pyright: ignore
+        (lambda: NeighborhoodGQA(16, 4, 3, scale="x"), "scale must be .* 'x'"),  # pyright: ignore
+        (lambda: NeighborhoodGQA(16, 4, 3, scale=math.inf), "scale must be a finite number .* inf"),
+        (lambda: NeighborhoodGQA(16, 4, 3, dropout=1.5), "dropout must be a number from 0 to 1, got 1.5"),
+        (lambda: NeighborhoodGQA(16, 4, np.array([3, 3])), r"kernel_size must be .* pass kernel_size.tolist\(\)"),  # pyright: ignore
+        (lambda: NeighborhoodGQA(16, 4, "33"), "kernel_size must be int .* '33' of type str"),  # pyright: ignore
+        (lambda: NeighborhoodGQA(16, 4, 3)(torch.ones(2, 4, 16, dtype=torch.long)), "x has dtype torch.int64"),
         (lambda: NeighborhoodGQA(16, 4, 3)(torch.randn(2, 16)), r"x has shape \(2, 16\)"),
         (lambda: NeighborhoodGQA(16, 4, 3)(torch.randn(2, 4, 4, 8)), r"expected \[B, \*spatial, 16\]"),
         (lambda: NeighborhoodGQA(16, 4, 5)(torch.randn(2, 4, 4, 16)), "kernel_size \\* dilation = 5"),
@@ -636,6 +644,9 @@ def test_natten_relative_positional_bias() -> None:
         (lambda: AxialRoPE(32, 4, axes=0), "axes must be at least 1"),
         (lambda: make_axial_pos(0, 3), "height and width"),
         (lambda: RMSNorm(8)(torch.randn(2, 4)), "length 8"),
+        (lambda: GEGLU(8, 16, dropout=math.nan), "dropout must be a number from 0 to 1, got nan"),
+        (lambda: MixtureOfExperts(8, 4, 2, 16), "make_expert must be a function"),  # pyright: ignore
+        (lambda: MixtureOfExperts(nn.Identity, 2, 3, 16), "num_experts must be an int of at least 3, got 2"),
     ],
 )
 def test_parts_name_bad_sizes(build: Callable[[], object], message: str) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import FLOOR, Case, Result, _with_grads, arguments, error, make_inputs, raises_naming
@@ -313,6 +314,13 @@ def test_bad_input() -> None:
         attend([(9,), (-1,)])
     with raises_naming("shapes", "tuple for each sample"):
         attend([(4,), (2, 2)])
+    for shapes in (5, "35", iter([(4,), (4,)]), {(8,): 0}, np.array([[4], [4]])):
+        with raises_naming("shapes", "a list with a tuple for each sample", f"of type {type(shapes).__name__}"):
+            attend(shapes)
+    for shapes in ([(True,), (7,)], [(10**30,)], ["8"]):
+        with raises_naming("shapes", "the lengths of its axes", repr(shapes)):
+            attend(shapes)
+    assert torch.equal(attend([(np.int64(8),)]), attend([(8,)]))
     with raises_naming("kernel_size", "1 spatial axes"):
         attend([(8,)], (3, 3))
     with raises_naming("shapes", "integer tensor", "float32"):

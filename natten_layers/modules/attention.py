@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from numbers import Integral
 from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..arguments import check_dense, prepare, prepare_packed
+from ..arguments import check_dense, check_scale, prepare, prepare_packed
 from ..cached import cached_attention
-from ..geometry import make_window, normalise_axes
+from ..geometry import is_per_axis, make_window, normalise_axes
 from ..operations import neighborhood_attention
 from ..varlen import Shapes, packed_shapes
+from .base import check_count, check_probability
 from .norm import RMSNorm
 from .query_key import HeadNorm, attend_with_qk_prep, call_watched, normalize_and_rotate
 from .rope import Angles, Positions, Rotary
@@ -114,14 +114,18 @@ class NeighborhoodGQA(nn.Module):
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         for name, size in (("embed_dim", embed_dim), ("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
-            _check_size(name, size)
+            check_count(name, size)
         if head_dim is not None:
-            _check_size("head_dim", head_dim)
-        _check_size("num_registers", num_registers, least=0)
+            check_count("head_dim", head_dim)
+        check_count("num_registers", num_registers, least=0)
         if num_heads % num_kv_heads:
             raise ValueError(f"num_heads must be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}")
         if head_dim is None and embed_dim % num_heads:
             raise ValueError(f"embed_dim {embed_dim} is not divisible by num_heads {num_heads}; give head_dim")
+        _check_ranks(kernel_size, stride, dilation, is_causal, is_periodic)
+        kernel_size = None if kernel_size is None else _plain("kernel_size", kernel_size, int)
+        stride, dilation = _plain("stride", stride, int), _plain("dilation", dilation, int)
+        is_causal, is_periodic = _plain("is_causal", is_causal, bool), _plain("is_periodic", is_periodic, bool)
         if kernel_size is None and not (_all_one(stride) and _all_one(dilation)):
             raise ValueError(f"kernel_size=None takes no stride or dilation, got stride={stride}, dilation={dilation}")
         _check_window(kernel_size, stride, dilation, is_causal, is_periodic)
@@ -134,12 +138,10 @@ class NeighborhoodGQA(nn.Module):
 
         self.embed_dim, self.num_heads, self.num_kv_heads = embed_dim, num_heads, num_kv_heads
         self.head_dim = embed_dim // num_heads if head_dim is None else head_dim
-        # Tuples, because checked arguments are cached under these values, which must be hashable.
-        self.kernel_size = None if kernel_size is None else _hashable(kernel_size)
-        self.stride, self.dilation = _hashable(stride), _hashable(dilation)
-        self.is_causal, self.is_periodic = _hashable(is_causal), _hashable(is_periodic)
+        self.kernel_size, self.stride, self.dilation = kernel_size, stride, dilation
+        self.is_causal, self.is_periodic = is_causal, is_periodic
         self.registers_attend, self.qk_norm = registers_attend, qk_norm
-        self.scale = self._default_scale() if scale is None else scale
+        self.scale = self._default_scale() if scale is None else check_scale(scale, torch.float64)
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -149,7 +151,7 @@ class NeighborhoodGQA(nn.Module):
         rows = (num_heads + 2 * num_kv_heads) * self.head_dim
         self.qkv = nn.Linear(embed_dim, rows, bias=qkv_bias, device=device, dtype=dtype)
         self.proj = nn.Linear(num_heads * self.head_dim, embed_dim, bias=out_bias, device=device, dtype=dtype)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(check_probability("dropout", dropout))
         self.rope = rope
         self.registers = parameter(num_registers, embed_dim) if num_registers else None
         self.sink = parameter(num_heads) if sink == "learned" else 0.0 if sink == "zero" else None
@@ -250,6 +252,8 @@ class NeighborhoodGQA(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """:meth:`forward` up to ``dropout`` and ``proj``: ``[B, *spatial, Hq * D]``, and ``[B, R, Hq * D]`` or None."""
         check_dense("x", x)
+        if not x.is_floating_point():
+            raise ValueError(f"x has dtype {x.dtype}; expected tokens in the dtype of the layer's parameters")
         if shapes is not None:
             return self._attend_packed(x, shapes, positions, registers, mask).flatten(-2), None
         if x.ndim not in (3, 4, 5) or x.shape[-1] != self.embed_dim:
@@ -415,36 +419,36 @@ class NeighborhoodGQA(nn.Module):
         return self.rpb[:, *(slice(own - fitted, own + fitted - 1) for own, fitted in pairs)]
 
 
-def _hashable(axes: T | Sequence[T]) -> T | tuple[T, ...]:
-    return tuple(axes) if isinstance(axes, Sequence) else axes
-
-
-def _check_size(name: str, size: object, least: int = 1) -> None:
-    if not isinstance(size, Integral) or isinstance(size, bool) or int(size) < least:
-        raise ValueError(f"{name} must be an int of at least {least}, got {size!r}")
-
-
-def _check_window(
-    kernel_size: int | Sequence[int] | None,
-    stride: int | Sequence[int],
-    dilation: int | Sequence[int],
-    is_causal: bool | Sequence[bool],
-    is_periodic: bool | Sequence[bool],
-) -> None:
-    """Raise in the constructor for window options that no input could fit, instead of at the first call."""
-    options = stride, dilation, is_causal, is_periodic
-    ranks = {len(a) for a in (kernel_size, *options) if isinstance(a, Sequence)} or {1}
+def _check_ranks(kernel_size: object, stride: object, dilation: object, is_causal: object, is_periodic: object) -> None:
+    ranks = {len(a) for a in (kernel_size, stride, dilation, is_causal, is_periodic) if is_per_axis(a)}
     if len(ranks) > 1 or not ranks <= {1, 2, 3}:
         raise ValueError(
             f"kernel_size={kernel_size}, stride={stride}, dilation={dilation}, is_causal={is_causal} and "
             f"is_periodic={is_periodic} must agree on 1 to 3 spatial axes"
         )
+
+
+def _plain(name: str, value: T | Sequence[T], kind: type[T]) -> T | tuple[T, ...]:
+    """An option of axes without types of NumPy, and hashable, as checked arguments are cached under these values."""
+    entries = normalise_axes(name, value, len(value) if is_per_axis(value) else 1, kind)
+    return entries if is_per_axis(value) else entries[0]
+
+
+def _check_window(
+    kernel_size: int | tuple[int, ...] | None,
+    stride: int | tuple[int, ...],
+    dilation: int | tuple[int, ...],
+    is_causal: bool | tuple[bool, ...],
+    is_periodic: bool | tuple[bool, ...],
+) -> None:
+    """Raise in the constructor for window options that no input could fit, instead of at the first call."""
+    options = stride, dilation, is_causal, is_periodic
+    rank = next((len(a) for a in (kernel_size, *options) if isinstance(a, tuple)), 1)
     # The longest axis of all, but one that every dilation divides, as it does that of a periodic axis.
-    dilations = dilation if isinstance(dilation, Sequence) else (dilation,)
-    multiple = math.lcm(*(d for d in dilations if isinstance(d, int) and d > 0))
+    multiple = math.lcm(*(d for d in (dilation if isinstance(dilation, tuple) else (dilation,)) if d > 0))
     longest = sys.maxsize // multiple * multiple
-    make_window((longest,) * ranks.pop(), longest if kernel_size is None else kernel_size, *options)
+    make_window((longest,) * rank, longest if kernel_size is None else kernel_size, *options)
 
 
-def _all_one(value: int | Sequence[int]) -> bool:
-    return all(v == 1 for v in value) if isinstance(value, Sequence) else value == 1
+def _all_one(value: int | tuple[int, ...]) -> bool:
+    return all(v == 1 for v in value) if isinstance(value, tuple) else value == 1

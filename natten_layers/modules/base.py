@@ -3,12 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-__all__ = ["Constants", "allocate", "at_least_fp32", "default_dtype", "is_plain", "reset_children"]
+from ..arguments import is_finite_number
+
+__all__ = [
+    "Constants",
+    "allocate",
+    "at_least_fp32",
+    "check_count",
+    "check_probability",
+    "default_dtype",
+    "is_plain",
+    "reset_children",
+]
+
+
+def check_count(name: str, value: object, least: int = 1) -> None:
+    if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < least:
+        raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
+
+
+def check_probability(name: str, value: object) -> float:
+    if not is_finite_number(value) or not 0 <= value <= 1:
+        raise ValueError(f"{name} must be a number from 0 to 1, got {value!r}")
+    return float(value)
 
 
 def at_least_fp32(dtype: torch.dtype) -> torch.dtype:

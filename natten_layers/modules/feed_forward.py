@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .base import at_least_fp32
+from .base import at_least_fp32, check_count, check_probability
 
 __all__ = ["GEGLU", "Activation", "GatedFeedForward", "MixtureOfExperts"]
 
@@ -26,6 +26,9 @@ class GEGLU(nn.Module):
         hidden_dim: length between the projections; ``up_proj`` has ``2 * hidden_dim`` rows, those of values first.
         dropout: probability with which a hidden element is dropped in training.
         bias: whether both projections have a bias.
+
+    Raises:
+        ValueError: ``dropout`` is no number from 0 to 1.
     """
 
     def __init__(
@@ -40,7 +43,7 @@ class GEGLU(nn.Module):
     ) -> None:
         super().__init__()
         self.up_proj = nn.Linear(dim, 2 * hidden_dim, bias=bias, device=device, dtype=dtype)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(check_probability("dropout", dropout))
         self.down_proj = nn.Linear(hidden_dim, dim, bias=bias, device=device, dtype=dtype)
 
     def reset_parameters(self) -> None:
@@ -114,6 +117,9 @@ class MixtureOfExperts(nn.Module):
         normalize: the chosen experts' weights are the softmax of their own scores, so they add up to 1. Otherwise they
             are what the softmax of all scores gives them.
         bias: whether the router has a bias.
+
+    Raises:
+        ValueError: ``make_expert`` cannot be called, or there are fewer experts than a token takes.
     """
 
     def __init__(
@@ -129,6 +135,10 @@ class MixtureOfExperts(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if not callable(make_expert):
+            raise ValueError(f"make_expert must be a function that makes an expert, got {make_expert!r}")
+        check_count("experts_per_token", experts_per_token)
+        check_count("num_experts", num_experts, least=experts_per_token)
         self.experts_per_token, self.normalize = experts_per_token, normalize
         self.router = nn.Linear(dim, num_experts, bias=bias, device=device, dtype=dtype)
         self.experts = nn.ModuleList(make_expert() for _ in range(num_experts))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -10,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..arguments import is_finite_number
+from .base import check_count
 from .cache import Cache
 
 if TYPE_CHECKING:
@@ -62,8 +63,7 @@ def generate(
     """
     model.check(input_ids, attention_mask, None)
     for name, value in (("max_new_tokens", max_new_tokens), ("prefill_chunk", prefill_chunk)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+        check_count(name, value)
     longest = input_ids.shape[1] if attention_mask is None else longest_of((attention_mask != 0).sum(1))
     model.model.check_length(longest + max_new_tokens)
     if isinstance(generator, int):
@@ -196,12 +196,12 @@ def sample(
     Raises:
         ValueError: an option is out of range.
     """
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature must be a finite number of at least 0, got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be None or at least 1, got {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be None or lie in (0, 1], got {top_p}")
+    if not is_finite_number(temperature) or temperature < 0:
+        raise ValueError(f"temperature must be a finite number of at least 0, got {temperature!r}")
+    if top_k is not None:
+        check_count("top_k", top_k)
+    if top_p is not None and not (is_finite_number(top_p) and 0 < top_p <= 1):
+        raise ValueError(f"top_p must be None or lie in (0, 1], got {top_p!r}")
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float()

@@ -480,6 +480,8 @@ class HDiT(nn.Module):
                 raise ValueError(f"this model {'needs' if given is None else 'has no use for'} {name}")
         if self.class_emb is not None and class_cond is not None:
             _check_condition("class_cond", class_cond, (count,))
+            if class_cond.dtype not in (torch.int64, torch.int32):
+                raise ValueError(f"class_cond has dtype {class_cond.dtype}; expected int64 or int32")
             cond = cond + self._embed_classes(self.class_emb, class_cond)
         if self.mapping_cond_in_proj is not None and mapping_cond is not None:
             _check_condition("mapping_cond", mapping_cond, (count, self.config.mapping_cond_dim))
@@ -506,6 +508,8 @@ class HDiT(nn.Module):
         if x.ndim != (2 if packed else 4) or x.shape[1] != channels:
             expected = f"[pixels, {channels}] beside shapes" if packed else f"[B, {channels}, height, width]"
             raise ValueError(f"x has shape {tuple(x.shape)}; expected {expected}")
+        if not x.is_floating_point():
+            raise ValueError(f"x has dtype {x.dtype}; expected a floating point dtype, with pixels scaled to [-1, 1]")
         count, sizes = x.shape[0], [tuple(x.shape[2:])]
         if shapes is not None:
             count, sizes = len(shapes), list(map(tuple, shapes.tolist()))

@@ -19,6 +19,7 @@ from ..arguments import check_dense, prepare, prepare_packed
 from ..cached import cached_attention
 from ..io import hf
 from ..io.tensors import make_on_meta
+from ..kernels.ops.define import is_transformed
 from ..operations import neighborhood_attention
 from ..varlen import packed_shapes
 from .base import allocate
@@ -53,7 +54,15 @@ class TokenEmbedding(nn.Embedding):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, self.weight) if input.is_floating_point() else super().forward(input)
+        if input.is_floating_point():
+            return F.linear(input, self.weight)
+        try:
+            return super().forward(input)
+        except IndexError as error:  # only the CPU's embedding checks the indices
+            outside = (
+                "" if is_transformed() else f" {input[(input < 0) | (input >= self.num_embeddings)].tolist()!r:.100}"
+            )
+            raise ValueError(f"input_ids holds{outside}; tokens are 0 to {self.num_embeddings - 1}") from error
 
 
 def _feed_forward(
@@ -436,8 +445,9 @@ class DecoderLM(nn.Module):
             ``[B, L, V]``, or ``[B, V]`` with ``logits_at``, in the parameters' dtype.
 
         Raises:
-            ValueError: shapes or dtypes that do not fit, a text longer than ``max_positions``, a cache of another batch
-                size or number of layers, or a cache while gradients are recorded.
+            ValueError: shapes or dtypes that do not fit, a token out of range (on a GPU that is torch's device-side
+                assertion, because a check would have to wait for the GPU), a text longer than ``max_positions``, a
+                cache of another batch size or number of layers, or a cache while gradients are recorded.
         """
         self.check(input_ids, attention_mask, cache)
         if cu_seqlens is not None and not (attention_mask is cache is logits_at is None and len(input_ids) == 1):

@@ -7,9 +7,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from ..arguments import check_dense
 from ..geometry import normalise_axes
 from ..varlen import Shapes
 from .attention import NeighborhoodGQA
+from .base import check_probability
 from .rope import Positions
 
 __all__ = [
@@ -35,7 +37,8 @@ class _NeighborhoodAttention(NeighborhoodGQA):
             others load state dicts in which it is zero or missing.
 
     Raises:
-        ValueError: ``embed_dim`` not a multiple of ``num_heads``, or a tuple of another rank.
+        ValueError: ``embed_dim`` not a multiple of ``num_heads``, a tuple of another rank, or ``proj_drop`` no number
+            from 0 to 1.
     """
 
     rank: ClassVar[int]
@@ -66,7 +69,7 @@ class _NeighborhoodAttention(NeighborhoodGQA):
             rel_pos_bias=rel_pos_bias,
         )
         self.na_dim, self.expected_input_tensor_rank = self.rank, self.rank + 2
-        self.proj_drop = nn.Dropout(proj_drop)
+        self.proj_drop = nn.Dropout(check_probability("proj_drop", proj_drop))
         self.register_load_state_dict_pre_hook(_handle_rpb)
 
     def forward(
@@ -78,6 +81,7 @@ class _NeighborhoodAttention(NeighborhoodGQA):
         mask: Tensor | None = None,
         shapes: Shapes | None = None,
     ) -> Tensor:
+        check_dense("x", x)
         if shapes is None and x.ndim != self.rank + 2:
             raise ValueError(
                 f"{type(self).__name__} takes [B, {self.rank} spatial axes, {self.embed_dim}], got {tuple(x.shape)}"

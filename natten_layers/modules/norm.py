@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..arguments import no_tensor
 from ..eager import autocasts
 from .base import at_least_fp32
 
@@ -87,6 +88,8 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.eps is not None
+        if not isinstance(x, Tensor):
+            raise no_tensor("x", x)
         if x.shape[-1:] != self.weight.shape:
             raise ValueError(f"x {tuple(x.shape)} must end in the normalised axis of length {self.weight.shape[0]}")
         gain = self.gain()

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_tensors
 from .base import Constants, at_least_fp32, default_dtype, is_plain
 
 __all__ = [
@@ -175,6 +176,7 @@ class Rotary(Constants):
 
     def forward(self, query: Tensor, key: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Query and key rotated by :meth:`angles`, which says what it takes."""
+        check_tensors(query=query, key=key)
         return self.angles(query, key, positions).turn(query, key)
 
 
@@ -195,6 +197,7 @@ def _check_precision(positions: Tensor) -> None:
 
 def _check_positions(positions: Tensor, batch: int, shape: tuple[int, ...]) -> None:
     """Positions of tokens ``shape``, with an axis for the batch or not."""
+    check_tensors(positions=positions)
     given = tuple(positions.shape)
     # Not `in`: the compiler cannot trace it for a `torch.Size` of symbols.
     if given != shape and given != (1, *shape) and given != (batch, *shape):
