@@ -3,6 +3,9 @@
 Prints one table, sorted by the ratio of time to floor, slowest first, with the kernel that computed each call, and
 writes JSON. A result that fails its check against fp64 gets no time. Kernels are compiled beforehand in ``--jobs``
 processes, which fill Triton's cache on disk.
+
+``--portable`` times what a card gets that no other kernels of this library are for: its portable kernels, beside the
+peers that run on such a card. Its record is another file.
 """
 
 from __future__ import annotations
@@ -12,15 +15,17 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from . import runner, timing
-from .implementations import FLEX_ORDERS, OURS, PEERS, implementations, ours
+from .implementations import FLEX_ORDERS, OURS, PEERS, Implementation, Layout, implementations, ours, overridden
 from .runner import Row
 from .shapes import CENSUS, HEAVY
 from .workloads import MODES, Mode, Workload, add_variant, make_inputs, smoke
@@ -29,18 +34,24 @@ if TYPE_CHECKING:  # the module imports Triton
     from natten_layers.kernels.dispatch import Choice
 
 DEFAULT_PEERS = ("fa2", "natten", "fa4")  # FlexAttention takes long to compile
+PORTABLE_PEERS = ("fa2", "natten")
+ONLY_HOPPER = "natten, hopper-fna"
+"""An implementation for one generation of cards, as are the kernels that ``--portable`` leaves out"""
+
+Context = Callable[[], AbstractContextManager[object]]
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 1 if this library failed anywhere."""
     args = _parse(argv)
     device = torch.device(args.device)
+    context: Context = partial(overridden, portable_only=True) if args.portable else nullcontext
     if args.compile_only:
-        compile_ahead(args.rows, args.modes, device, args.smoke)
+        compile_ahead(args.rows, args.modes, device, args.smoke, context)
         return 0
     start = time.monotonic()
     if args.jobs > 1:
-        mode = ["--mode", args.mode]
+        mode = ["--mode", args.mode, *(["--portable"] if args.portable else [])]
         runner.compile_in_processes("census", args, args.rows, lambda share: [*mode, "--rows", ",".join(share)])
     rates = runner.Rates(timing.copy_rate(device), timing.matmul_rate(device))
     report: dict[str, Any] = {
@@ -57,8 +68,9 @@ def main(argv: list[str] | None = None) -> int:
             continue
         workload = workload_of(name, args.smoke)
         for mode in args.modes:
-            entries = implementations(workload, [workload.variant], args.peers, list(FLEX_ORDERS), device)
-            kernel = kernel_of(workload, mode, device)
+            entries = entries_of(workload, args.peers, device, portable=args.portable, context=context)
+            with context():
+                kernel = kernel_of(workload, mode, device)
             rows += [(row, kernel) for row in runner.run(workload, mode, entries, rates, args.budget_s, device)]
         report["rows"] = [{**asdict(row), "kernel": kernel} for row, kernel in rows]
         runner.save(report, args.out)  # after every row, so that an interrupted run keeps its results
@@ -75,13 +87,16 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = runner.make_parser("census", __doc__, budget_s=0.2, timed="each row and mode")
     parser.add_argument("--rows", help=f"names, comma-separated; default: all but {', '.join(sorted(HEAVY))}")
     parser.add_argument("--mode", choices=(*MODES, "both"), default="both")
-    parser.add_argument("--peers", default=",".join(DEFAULT_PEERS), help=f"of {', '.join(PEERS)}; or an empty string")
+    parser.add_argument("--peers", help=f"of {', '.join(PEERS)}; or an empty string")
+    parser.add_argument("--portable", action="store_true", help="time portable kernels alone")
     parser.add_argument("--limit-s", type=float, default=math.inf, help="begin no row after so many seconds")
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile beforehand")
     parser.add_argument("--compile-only", action="store_true", help="call every row once, and time nothing")
+    parser.set_defaults(out=None)
     args = parser.parse_args(argv)
     args.rows = [name for name in CENSUS if name not in HEAVY] if args.rows is None else _names(args.rows)
-    args.peers = _names(args.peers)
+    args.peers = list(PORTABLE_PEERS if args.portable else DEFAULT_PEERS) if args.peers is None else _names(args.peers)
+    args.out = args.out or runner.RESULTS / f"census{'-portable' if args.portable else ''}.json"
     args.modes = list(MODES) if args.mode == "both" else [args.mode]
     for what, names, valid in (("rows", args.rows, CENSUS), ("peers", args.peers, PEERS)):
         if unknown := sorted(set(names) - set(valid)):
@@ -97,21 +112,30 @@ def workload_of(name: str, miniature: bool) -> Workload:
     return smoke(CENSUS[name]) if miniature else CENSUS[name]
 
 
-def compile_ahead(names: Iterable[str], modes: Sequence[Mode], device: torch.device, miniature: bool) -> None:
+def entries_of(
+    workload: Workload, peers: list[str], device: torch.device, *, portable: bool, context: Context
+) -> Iterator[Implementation | tuple[str, str]]:
+    """What is timed on a row: this library in a context, and peers."""
+    for entry in implementations(workload, [workload.variant], peers, list(FLEX_ORDERS), device):
+        if not isinstance(entry, Implementation):
+            yield entry
+        elif entry.peer == OURS:
+            yield replace(entry, context=context)
+        elif not (portable and entry.name.startswith(ONLY_HOPPER)):
+            yield entry
+
+
+def compile_ahead(
+    names: Iterable[str], modes: Sequence[Mode], device: torch.device, miniature: bool, context: Context
+) -> None:
     """Call every row once, so that its kernels are in Triton's cache."""
     for name in names:
         workload = workload_of(name, miniature)
         inputs = add_variant(make_inputs(workload, device, 0), workload.variant, 0)
-        attend = ours(workload)
+        entry = Implementation(OURS, OURS, workload.variant, workload, ours(workload), Layout(), context)
         try:
-            if "fwd" in modes:
-                with torch.no_grad():
-                    attend(inputs)
-            if "fwdbwd" in modes:
-                for each in (inputs.query, inputs.key, inputs.value, inputs.additional_keys, inputs.additional_values):
-                    if each is not None:
-                        each.requires_grad_()
-                attend(inputs).backward(inputs.grad_out)
+            for mode in modes:
+                runner.call(entry, [inputs], mode)(0)
         except Exception as error:  # the timed run will report the error
             print(f"{name}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
         del inputs

@@ -6,7 +6,7 @@ import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from importlib.util import find_spec
@@ -39,6 +39,7 @@ __all__ = [
     "flex_mask",
     "implementations",
     "ours",
+    "overridden",
     "varlen",
 ]
 
@@ -199,6 +200,16 @@ def ours(workload: Workload) -> Callable[[Inputs], Tensor]:
         return neighborhood_attention(*qkv, kernel_size, **options, is_periodic=workload.periodic)
 
     return forward
+
+
+@contextmanager
+def overridden(*configs: Any, **options: Any) -> Iterator[None]:
+    """What calls of this library take, replaced as by ``natten_layers.kernels.host.tuned.override``."""
+    from natten_layers.kernels.host.tuned import override
+
+    # The override is a context variable, so backward must run in this thread, where it is set.
+    with override(*configs, **options), torch.autograd.set_multithreading_enabled(False):
+        yield
 
 
 def _registers(workload: Workload, variants: list[Variant]) -> Iterator[Implementation]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +82,9 @@ def _attention() -> list[str]:
     return summary(_record("attention")["rows"])
 
 
-def _census() -> list[str]:
+def _census(record: str) -> list[str]:
     """One line per shape, those furthest from the floor in the backward pass first."""
-    rows = _record("census")["rows"]
+    rows = _record(record)["rows"]
     best = best_rows(rows)
 
     def times_floor(name: str) -> float:
@@ -210,7 +211,8 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "windows_in_transformers": _windows_in_transformers,
     "headline": _headline,
     "attention": _attention,
-    "census": _census,
+    "census": partial(_census, "census"),
+    "portable": partial(_census, "census-portable"),
     "layer": _layer,
     "models": _models,
     "decode": _decode,

@@ -13,18 +13,16 @@ import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from natten_layers.kernels.host import tuned
-
 from . import runner, timing
-from .implementations import OURS, Implementation, Layout, ours
+from .implementations import OURS, Implementation, Layout, ours, overridden
 from .workloads import MODES, Inputs, Variant, Workload, smoke
 
 WAYS = {"repeat": "explicit repeat", "unpacked": "stride 0, unpacked", "packed": "stride 0, packed"}
@@ -118,7 +116,7 @@ def _ways(workload: Workload) -> Iterator[Implementation]:
     attend = ours(workload)
     plain = Implementation("packed", OURS, Variant(), workload, attend, Layout())
     yield replace(plain, name="repeat", forward=_repeated(workload, attend))
-    yield replace(plain, name="unpacked", context=_unpacked)
+    yield replace(plain, name="unpacked", context=partial(overridden, pack=1))
     yield plain
 
 
@@ -130,13 +128,6 @@ def _repeated(workload: Workload, attend: Callable[[Inputs], Tensor]) -> Callabl
         return attend(replace(inputs, key=key, value=value))
 
     return forward if group > 1 else attend
-
-
-@contextmanager
-def _unpacked() -> Iterator[None]:
-    # The override is a context variable, so backward must run in this thread, where it is set.
-    with tuned.override(pack=1), torch.autograd.set_multithreading_enabled(False):
-        yield
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ import argparse
 import itertools
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -28,7 +28,7 @@ from natten_layers import explain
 from natten_layers.explanation import Kernel
 
 from . import runner
-from .implementations import OURS, Implementation, Layout, ours, varlen
+from .implementations import OURS, Implementation, Layout, ours, overridden, varlen
 from .runner import Row
 from .shapes import IMAGES, TEXTS
 from .workloads import MODES, WORKLOADS, Inputs, Mode, Variant, Workload, floor, make_inputs, smoke
@@ -101,18 +101,10 @@ def taking(kernels: Sequence[Kernel]) -> Callable[[], AbstractContextManager[obj
     if not kernels:
         return nullcontext
     from natten_layers.kernels.host.tiling import TileConfig
-    from natten_layers.kernels.host.tuned import override
 
     assert {kernel.name for kernel in kernels} == {"portable"}
     configs: Any = {kernel.direction: TileConfig(**dict(kernel.settings)) for kernel in kernels}
-
-    @contextmanager
-    def overridden() -> Iterator[None]:
-        # The override is a context variable, so backward must run in this thread, where it is set.
-        with override(configs), torch.autograd.set_multithreading_enabled(False):
-            yield
-
-    return overridden
+    return partial(overridden, configs)
 
 
 def packs(workload: Workload, shapes: tuple[tuple[int, ...], ...], device: torch.device) -> Comparison:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +24,7 @@ from benchmarks import (
     generation,
     implementations,
     models,
+    pages,
     plot,
     regression,
     repeat,
@@ -41,6 +42,7 @@ from natten_layers import explain, neighborhood_attention
 from natten_layers.eager import dense_attention_state
 from natten_layers.geometry import window_mask
 from natten_layers.kernels.host.tiling import Kind
+from natten_layers.kernels.host.tuned import is_portable_only
 
 CPU = torch.device("cpu")
 QKV = "query", "key", "value"
@@ -377,6 +379,45 @@ def test_census_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     ratios = [float(line.split("|")[6]) for line in printed]
     assert len(ratios) == len(ours)
     assert ratios == sorted(ratios, reverse=True)
+
+
+def test_portable_kernels_alone_have_a_census(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the kernels are, the calls that are timed and the record, beside peers that run where these kernels do."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(runner, "RESULTS", tmp_path)
+    seen: list[bool] = []
+    attend = implementations.neighborhood_attention
+
+    def watched(*args: Any, **options: Any) -> Tensor:
+        seen.append(is_portable_only())
+        out = attend(*args, **options)
+        if out.requires_grad:
+            out.register_hook(lambda grad: seen.append(is_portable_only()))
+        return out
+
+    monkeypatch.setattr(implementations, "neighborhood_attention", watched)
+    monkeypatch.setattr(census, "kernel_of", lambda *args: f"portable only: {is_portable_only()}")
+    peers: list[str] = []
+    entries_of = census.implementations
+
+    def listed(workload: Workload, variants: Any, wanted: list[str], *args: Any) -> Iterator[Any]:
+        peers.extend(wanted)
+        hopper = replace(implementation(workload, dense, Variant()), name="natten, hopper-fna", peer="natten")
+        yield from (*entries_of(workload, variants, [], *args), hopper, replace(hopper, name="natten, cutlass-fna"))
+
+    monkeypatch.setattr(census, "implementations", listed)
+    flags = ["--device", "cpu", "--smoke", "--budget-s", "0", "--portable", "--rows", "fp32"]
+    assert census.main(flags) == 0
+    report = json.loads((tmp_path / "census-portable.json").read_text())
+    assert {row["kernel"] for row in report["rows"]} == {"portable only: True"}
+    assert [row["implementation"] for row in report["rows"]] == ["natten_layers", "natten, cutlass-fna"] * 2
+    assert seen
+    assert all(seen)
+    assert not is_portable_only()
+    assert set(peers) == set(census.PORTABLE_PEERS)
+    monkeypatch.setattr(pages, "_record", lambda name: {"census-portable": report}[name])
+    assert len(pages.TABLES["portable"]()) == 3
+    assert "| `fp32` |" in pages.TABLES["portable"]()[2]
 
 
 def test_census_stops_in_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

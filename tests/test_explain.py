@@ -13,13 +13,12 @@ from natten_layers import Explanation, explain, neighborhood_attention, neighbor
 
 pytest.importorskip("triton.experimental.gluon")
 
-from test_sm90_large import problem_of_text
-from test_sm90_small import problem_of_image
+from problems import problem_of_image, problem_of_projected_image, problem_of_text
 
 from natten_layers.kernels import dispatch
 from natten_layers.kernels.host.launcher import Launcher
 from natten_layers.kernels.host.packing import Packing
-from natten_layers.kernels.host.problem import Problem, contiguous
+from natten_layers.kernels.host.problem import Problem, QKPrepKind, contiguous
 from natten_layers.kernels.host.tiling import TileConfig
 from natten_layers.kernels.host.tuned import override
 
@@ -152,6 +151,24 @@ def test_a_choice_of_the_caller_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> 
         choice = dispatch.choose("forward", dispatch.Question(problem))
     assert choice.is_portable
     assert "overridden" in choice.passed_over[0].reason
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward_query", "backward_key", "qk_prep + forward"])
+def test_portable_kernels_alone_may_be_asked_for(
+    direction: dispatch.Direction, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = problem_of_projected_image(monkeypatch)
+    kind = QKPrepKind("cosine", split=(8, 8), by_head=True, batched=False)
+    question = dispatch.Question(problem, grad_out=contiguous(problem.query.shape), prep=kind)
+    taken = dispatch.choose(direction, question)
+    general = dispatch.VARIANTS[direction][-1]
+    assert taken.variant.name in SM90
+    with override(portable_only=True):
+        choice = dispatch.choose(direction, question)
+        assert choice.variant is general
+        assert {reason for _, reason in choice.passed_over} == {"an override asks for portable kernels alone"}
+        assert len(choice.passed_over) == len(dispatch.VARIANTS[direction]) - 1
+    assert dispatch.choose(direction, question) == taken
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from .host.problem import (
     contiguous,
     layout,
 )
-from .host.tuned import remembered
+from .host.tuned import is_portable_only, remembered
 from .host.variant import Choice, Direction, PassedOver, Question, Variant
 from .portable import qk_prep
 from .portable import variants as portable
@@ -38,7 +38,7 @@ def choose(direction: Direction, question: Question | CacheProblem) -> Choice:
     """The variant that computes a call, with the reasons why those before it in the list do not."""
     passed: list[PassedOver] = []
     for variant in VARIANTS[direction]:
-        reason = variant.supports(question) or variant.pays(question)
+        reason = _overridden(direction, variant) or variant.supports(question) or variant.pays(question)
         if reason is None:
             plan = variant.plan(question)
             if not isinstance(plan, str):
@@ -46,6 +46,12 @@ def choose(direction: Direction, question: Question | CacheProblem) -> Choice:
             reason = plan
         passed.append(PassedOver(variant.name, reason))
     raise AssertionError(f"no kernel computes {question}")
+
+
+def _overridden(direction: Direction, variant: Variant) -> str | None:
+    """Why an override leaves a variant out, or None. The last of a direction is the portable one."""
+    is_portable = variant is VARIANTS[direction][-1]
+    return "an override asks for portable kernels alone" if is_portable_only() and not is_portable else None
 
 
 class BackwardChoices(NamedTuple):

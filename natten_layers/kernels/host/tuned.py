@@ -25,6 +25,7 @@ __all__ = [
     "cache_file",
     "explicit_tile_config",
     "forget",
+    "is_portable_only",
     "override",
     "override_pack",
     "read_tuned",
@@ -48,6 +49,7 @@ class Overrides(NamedTuple):
 
     configs: Mapping[Kind, TileConfig] = MappingProxyType({})
     pack: int | None = None
+    portable_only: bool = False
 
 
 NO_OVERRIDES = Overrides()
@@ -56,9 +58,17 @@ _forgetters: list[Callable[[], None]] = []
 
 
 @contextmanager
-def override(configs: Mapping[Kind, TileConfig] | None = None, *, pack: int | None = None) -> Iterator[None]:
-    """Replace whole tile configurations, or the number ``pack`` of heads a program, in this thread, to measure."""
-    token = _overrides.set(Overrides(configs or {}, pack))
+def override(
+    configs: Mapping[Kind, TileConfig] | None = None, *, pack: int | None = None, portable_only: bool = False
+) -> Iterator[None]:
+    """Replace what calls take by themselves, in this thread, to measure.
+
+    Args:
+        configs: whole tile configurations of portable kernels.
+        pack: the number of heads a program.
+        portable_only: take portable kernels alone, as on a device that no other kernel is for.
+    """
+    token = _overrides.set(Overrides(configs or {}, pack, portable_only))
     try:
         yield
     finally:
@@ -81,6 +91,11 @@ def explicit_tile_config(kind: Kind, problem: ProblemClass) -> TileConfig | None
 def override_pack() -> int | None:
     """Number of heads a program that an override asks for, or None."""
     return _overrides.get().pack
+
+
+def is_portable_only() -> bool:
+    """Whether an override asks for portable kernels alone."""
+    return _overrides.get().portable_only
 
 
 def remembered(choose: Callable[P, R]) -> Callable[P, R]:
