@@ -8,18 +8,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, replace
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-from natten_layers import neighborhood_attention
 
 from . import runner, timing
-from .implementations import FLEX_ORDERS, OURS, PEERS, implementations
+from .host import host_times
+from .implementations import FLEX_ORDERS, OURS, PEERS, Implementation, implementations
 from .runner import Row
 from .workloads import MODES, WORKLOADS, Variant, Workload, smoke
 
@@ -28,30 +24,32 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 1 if this library failed anywhere."""
     args = _parse(argv)
     device = torch.device(args.device)
+    workloads = [smoke(WORKLOADS[name]) if args.smoke else WORKLOADS[name] for name in args.workloads]
+
+    def entries_of(workload: Workload) -> Iterator[Implementation | tuple[str, str]]:
+        return implementations(workload, _variants(workload, args), args.peers, args.flex_order, device)
+
+    if args.compile_only:
+        for workload in workloads:
+            runner.compile_ahead(workload, entries_of(workload), args.modes, device)
+        return 0
+    runner.compile_in_processes("attention", args, args.workloads, lambda share: _flags(args, share))
     rates = runner.Rates(
         args.copy_rate or timing.copy_rate(device),
         args.matmul_rate or timing.matmul_rate(device),
     )
-    report: dict[str, Any] = {
-        "environment": timing.environment(device, args.commit),
-        "arguments": {name: value for name, value in vars(args).items() if name != "out"},
-        "rates": asdict(rates),
-        "rows": [],
-    }
+    report = runner.Report(args, device, rates)
+    report.keep(arguments=runner.arguments_of(args))
     if args.host:
-        report["host_us"] = _host_times(device)
-        print("host us per call:", json.dumps(report["host_us"]), flush=True)
+        host_us = host_times(device)
+        report.keep(host_us=host_us)
+        print("host us per call:", json.dumps(host_us), flush=True)
     rows: list[Row] = []
-    for name in args.workloads:
-        workload = smoke(WORKLOADS[name]) if args.smoke else WORKLOADS[name]
+    for workload in workloads:
         for mode in args.modes:
-            entries = implementations(workload, _variants(workload, args), args.peers, args.flex_order, device)
-            rows += runner.run(workload, mode, entries, rates, args.budget_s, device)
-            report["rows"] = [asdict(row) for row in rows]
-            runner.save(report, args.out)  # after every step, so that an interrupted run keeps its results
-    print(f"\n{runner.heading(report)}\n")
-    print("\n".join(_table(rows)))
-    print(f"\nwritten to {args.out}")
+            rows += runner.run(workload, mode, entries_of(workload), rates, args.budget_s, device)
+            report.keep(rows=rows)
+    print(report.text(_table(rows)))
     return int(any(row.failure and row.peer == OURS for row in rows))
 
 
@@ -66,7 +64,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
         return split
 
-    parser = runner.make_parser("attention", __doc__, budget_s=1.0, timed="each workload and mode")
+    parser = runner.make_parser("attention", __doc__, budget_s=1.0, timed="each workload and mode", jobs=True)
     workloads = tuple(WORKLOADS)
     parser.add_argument("--workloads", type=names(workloads), default=list(workloads), help="names, comma-separated")
     parser.add_argument("--mode", choices=(*MODES, "both"), default="both")
@@ -82,6 +80,14 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def _flags(args: argparse.Namespace, workloads: Sequence[str]) -> list[str]:
+    """The flags of a process that compiles what these workloads take."""
+    lists = {"workloads": workloads, "peers": args.peers, "flex-order": args.flex_order}
+    flags = [f"--{name}={','.join(values)}" for name, values in lists.items()]
+    sink = [f"--sink={args.sink}"] if args.sink else []
+    return [*flags, f"--mode={args.mode}", f"--registers={args.registers}", *sink]
+
+
 def _variants(workload: Workload, args: argparse.Namespace) -> list[Variant]:
     base = workload.variant
     variants = [base]
@@ -90,29 +96,6 @@ def _variants(workload: Workload, args: argparse.Namespace) -> list[Variant]:
     if args.sink and args.sink != base.sink:
         variants.append(replace(base, sink=args.sink))
     return variants
-
-
-def _host_times(device: torch.device) -> dict[str, float]:
-    """Microseconds of host time per asynchronous call, at a size so small that the device is never waited for."""
-    query, key, value = (torch.randn(1, 32, 32, 4, 64, device=device, dtype=torch.bfloat16) for _ in range(3))
-    dense = [t.flatten(1, 2).transpose(1, 2) for t in (query, key, value)]
-
-    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return neighborhood_attention(q, k, v, 7)
-
-    def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v)
-
-    calls: dict[str, timing.Call] = {}
-    for function, tensors in ((ours, (query, key, value)), (sdpa, dense)):
-        leaves = [t.detach().requires_grad_() for t in tensors]
-        grad = torch.randn_like(query) if function is ours else torch.randn_like(dense[0])
-        calls[f"{function.__name__} fwd"] = lambda _, f=function, t=tensors: f(*t)
-        calls[f"{function.__name__} fwdbwd"] = lambda _, f=function, t=leaves, g=grad: torch.autograd.grad(f(*t), t, g)
-    repeats = 50 if device.type == "cuda" else 3  # on the CPU, calls are not asynchronous, so this only tests the code
-    for call in calls.values():
-        timing.host_seconds(call, device, repeats)
-    return {name: 1e6 * timing.host_seconds(call, device, repeats) for name, call in calls.items()}
 
 
 def _table(rows: list[Row]) -> list[str]:

@@ -15,20 +15,20 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from . import runner, timing
-from .implementations import FLEX_ORDERS, OURS, PEERS, Implementation, Layout, implementations, ours, overridden
+from . import runner
+from .implementations import FLEX_ORDERS, OURS, PEERS, Implementation, implementations, overridden
 from .runner import Row
 from .shapes import CENSUS, HEAVY
-from .workloads import MODES, Mode, Workload, add_variant, make_inputs, smoke
+from .workloads import MODES, Mode, Workload, smoke
 
 if TYPE_CHECKING:  # the module imports Triton
     from natten_layers.kernels.dispatch import Choice
@@ -46,52 +46,46 @@ def main(argv: list[str] | None = None) -> int:
     args = _parse(argv)
     device = torch.device(args.device)
     context: Context = partial(overridden, portable_only=True) if args.portable else nullcontext
+
+    def entries_of(workload: Workload) -> Iterator[Implementation | tuple[str, str]]:
+        return implemented(workload, args.peers, device, portable=args.portable, context=context)
+
     if args.compile_only:
-        compile_ahead(args.rows, args.modes, device, args.smoke, context)
+        for name in args.rows:
+            workload = workload_of(name, args.smoke)
+            runner.compile_ahead(workload, entries_of(workload), args.modes, device)
         return 0
     start = time.monotonic()
-    if args.jobs > 1:
-        mode = ["--mode", args.mode, *(["--portable"] if args.portable else [])]
-        runner.compile_in_processes("census", args, args.rows, lambda share: [*mode, "--rows", ",".join(share)])
-    rates = runner.Rates(timing.copy_rate(device), timing.matmul_rate(device))
-    report: dict[str, Any] = {
-        "environment": timing.environment(device, args.commit),
-        "arguments": {name: value for name, value in vars(args).items() if name != "out"},
-        "rates": asdict(rates),
-        "rows": [],
-        "skipped": [],
-    }
+    flags = ["--mode", args.mode, "--peers", ",".join(args.peers), *(["--portable"] if args.portable else [])]
+    runner.compile_in_processes("census", args, args.rows, lambda share: [*flags, "--rows", ",".join(share)])
+    report = runner.Report(args, device)
+    report.keep(arguments=runner.arguments_of(args), rows=[])
     rows: list[tuple[Row, str]] = []
+    skipped: list[str] = []
     for name in args.rows:
         if time.monotonic() - start > args.limit_s:
-            report["skipped"].append(name)
+            skipped.append(name)
             continue
         workload = workload_of(name, args.smoke)
         for mode in args.modes:
-            entries = entries_of(workload, args.peers, device, portable=args.portable, context=context)
             with context():
                 kernel = kernel_of(workload, mode, device)
-            rows += [(row, kernel) for row in runner.run(workload, mode, entries, rates, args.budget_s, device)]
-        report["rows"] = [{**asdict(row), "kernel": kernel} for row, kernel in rows]
-        runner.save(report, args.out)  # after every row, so that an interrupted run keeps its results
-    runner.save(report, args.out)
-    print(f"\n{runner.heading(report)}\n")
-    print("\n".join(table(rows)))
-    if report["skipped"]:
-        print(f"\nout of time before {', '.join(report['skipped'])}")
-    print(f"\nwritten to {args.out}")
+            found = runner.run(workload, mode, entries_of(workload), report.rates, args.budget_s, device)
+            rows += [(row, kernel) for row in found]
+        report.keep(rows=[{**asdict(row), "kernel": kernel} for row, kernel in rows])
+    report.keep(skipped=skipped)
+    late = [f"\nout of time before {', '.join(skipped)}"] if skipped else []
+    print(report.text([*table(rows), *late]))
     return int(any(row.failure and row.peer == OURS for row, _ in rows))
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = runner.make_parser("census", __doc__, budget_s=0.2, timed="each row and mode")
+    parser = runner.make_parser("census", __doc__, budget_s=0.2, timed="each row and mode", jobs=True)
     parser.add_argument("--rows", help=f"names, comma-separated; default: all but {', '.join(sorted(HEAVY))}")
     parser.add_argument("--mode", choices=(*MODES, "both"), default="both")
     parser.add_argument("--peers", help=f"of {', '.join(PEERS)}; or an empty string")
     parser.add_argument("--portable", action="store_true", help="time portable kernels alone")
     parser.add_argument("--limit-s", type=float, default=math.inf, help="begin no row after so many seconds")
-    parser.add_argument("--jobs", type=int, default=1, help="processes that compile beforehand")
-    parser.add_argument("--compile-only", action="store_true", help="call every row once, and time nothing")
     parser.set_defaults(out=None)
     args = parser.parse_args(argv)
     args.rows = [name for name in CENSUS if name not in HEAVY] if args.rows is None else _names(args.rows)
@@ -112,7 +106,7 @@ def workload_of(name: str, miniature: bool) -> Workload:
     return smoke(CENSUS[name]) if miniature else CENSUS[name]
 
 
-def entries_of(
+def implemented(
     workload: Workload, peers: list[str], device: torch.device, *, portable: bool, context: Context
 ) -> Iterator[Implementation | tuple[str, str]]:
     """What is timed on a row: this library in a context, and peers."""
@@ -123,22 +117,6 @@ def entries_of(
             yield replace(entry, context=context)
         elif not (portable and entry.name.startswith(ONLY_HOPPER)):
             yield entry
-
-
-def compile_ahead(
-    names: Iterable[str], modes: Sequence[Mode], device: torch.device, miniature: bool, context: Context
-) -> None:
-    """Call every row once, so that its kernels are in Triton's cache."""
-    for name in names:
-        workload = workload_of(name, miniature)
-        inputs = add_variant(make_inputs(workload, device, 0), workload.variant, 0)
-        entry = Implementation(OURS, OURS, workload.variant, workload, ours(workload), Layout(), context)
-        try:
-            for mode in modes:
-                runner.call(entry, [inputs], mode)(0)
-        except Exception as error:  # the timed run will report the error
-            print(f"{name}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
-        del inputs
 
 
 def kernel_of(workload: Workload, mode: Mode, device: torch.device) -> str:

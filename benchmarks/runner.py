@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,21 @@ from .check import Errors, Reference
 from .implementations import OURS, Implementation
 from .workloads import Inputs, Mode, Variant, Workload, add_variant, floor, make_inputs
 
-__all__ = ["RESULTS", "Rates", "Report", "Row", "call", "heading", "make_parser", "run", "save"]
+__all__ = [
+    "RESULTS",
+    "Rates",
+    "Report",
+    "Row",
+    "arguments_of",
+    "call",
+    "compile_ahead",
+    "compile_in_processes",
+    "heading",
+    "make_parser",
+    "reporting",
+    "run",
+    "save",
+]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -175,13 +191,40 @@ def _free(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+def compile_ahead(
+    workload: Workload,
+    entries: Iterable[Implementation | tuple[str, str]],
+    modes: Iterable[Mode],
+    device: torch.device,
+) -> None:
+    """Call every implementation once, so that its kernels are in the caches on disk."""
+    inputs = make_inputs(workload, device, 0)
+    for entry, mode in itertools.product(entries, modes):
+        if isinstance(entry, Implementation):
+            with reporting(f"{workload.name} {mode} {entry.name}"):
+                call(entry, [add_variant(entry.pack(inputs), entry.variant, 0)], mode)(0)
+    del inputs
+    _free(device)
+
+
+@contextmanager
+def reporting(what: str) -> Iterator[None]:
+    """Print an error of a call that only compiles: the timed run will have it, too, and report it."""
+    try:
+        yield
+    except Exception as error:
+        print(f"{what}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
+
+
 def compile_in_processes(
     name: str, args: argparse.Namespace, items: Sequence[str], flags: Callable[[Sequence[str]], Sequence[str]]
 ) -> None:
     """Run ``benchmarks.NAME --compile-only`` in ``args.jobs`` processes, each with the ``flags`` for a share of items.
 
-    They fill Triton's cache on disk, so that kernels are compiled side by side.
+    They fill Triton's cache on disk, so that kernels are compiled side by side. One job compiles as it goes.
     """
+    if args.jobs == 1:
+        return
     start = time.monotonic()
     command = [sys.executable, "-m", f"benchmarks.{name}", "--compile-only", "--device", args.device]
     command += ["--smoke"] if args.smoke else []
@@ -192,14 +235,22 @@ def compile_in_processes(
     print(f"compiled in {time.monotonic() - start:.0f} s", flush=True)
 
 
-def make_parser(name: str, description: str | None, *, budget_s: float, timed: str) -> argparse.ArgumentParser:
-    """A parser with the flags that all benchmarks have; ``timed`` describes what the time budget covers."""
+def make_parser(
+    name: str, description: str | None, *, budget_s: float, timed: str, jobs: bool = False
+) -> argparse.ArgumentParser:
+    """A parser with the flags that all benchmarks have; ``timed`` describes what the time budget covers.
+
+    With ``jobs`` it has those of commands that compile beforehand, in several processes, too.
+    """
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
     parser.add_argument("--budget-s", type=float, default=budget_s, help=f"seconds to time {timed}")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--commit", help="to record where there is no git checkout")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: a test of the benchmark, not of speed")
     parser.add_argument("--out", type=Path, default=RESULTS / f"{name}.json")
+    if jobs:
+        parser.add_argument("--jobs", type=int, default=1, help="processes that compile beforehand")
+        parser.add_argument("--compile-only", action="store_true", help="call everything once, and time nothing")
     return parser
 
 
@@ -212,9 +263,9 @@ def save(report: dict[str, Any], path: Path) -> None:
 class Report:
     """What a command has measured. It is written after every step, so that an interrupted run keeps its results."""
 
-    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
+    def __init__(self, args: argparse.Namespace, device: torch.device, rates: Rates | None = None) -> None:
         self.path: Path = args.out
-        self.rates = Rates(timing.copy_rate(device), timing.matmul_rate(device))
+        self.rates = rates or Rates(timing.copy_rate(device), timing.matmul_rate(device))
         self.parts: dict[str, Any] = {
             "environment": timing.environment(device, args.commit),
             "rates": asdict(self.rates),
@@ -223,12 +274,21 @@ class Report:
     def keep(self, **parts: Any) -> None:
         """Write these parts, by name, beside those that are known. Dataclasses in lists become dictionaries."""
         for name, part in parts.items():
-            self.parts[name] = [asdict(row) for row in part] if isinstance(part, list) else part
+            self.parts[name] = list(map(_plain, part)) if isinstance(part, list) else part
         save(self.parts, self.path)
 
     def text(self, table: Iterable[str]) -> str:
         """What a command prints last."""
         return "\n".join([f"\n{heading(self.parts)}\n", *table, f"\nwritten to {self.path}"])
+
+
+def _plain(part: Any) -> Any:
+    return asdict(part) if is_dataclass(part) and not isinstance(part, type) else part
+
+
+def arguments_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags of a run, for its report."""
+    return {name: value for name, value in vars(args).items() if name != "out"}
 
 
 def heading(report: dict[str, Any]) -> str:

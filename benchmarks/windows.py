@@ -12,7 +12,6 @@ a kernel gets no time.
 from __future__ import annotations
 
 import argparse
-import itertools
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -136,16 +135,6 @@ def measure(
     return rows
 
 
-def compile_ahead(comparison: Comparison, device: torch.device) -> None:
-    """Call every way once, so that its kernels are in Triton's cache."""
-    inputs = make_inputs(comparison.workload, device, 0)
-    for way, mode in itertools.product(comparison.ways, MODES):
-        try:
-            runner.call(way, [way.pack(inputs)], mode)(0)
-        except Exception as error:  # the timed run will report the error
-            print(f"{way.name}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
-
-
 def tables(rows: Sequence[Row]) -> list[str]:
     """Markdown tables of masks and of packed samples, then what failed."""
     groups: dict[tuple[str, Mode], dict[str, Row]] = {}
@@ -192,11 +181,10 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device(args.device)
     wanted = {name: make for name, make in comparisons(device, args.smoke).items() if name in args.comparisons}
     if args.compile_only:
-        for make in wanted.values():
-            compile_ahead(make(), device)
+        for comparison in (make() for make in wanted.values()):
+            runner.compile_ahead(comparison.workload, comparison.ways, MODES, device)
         return 0
-    if args.jobs > 1:
-        runner.compile_in_processes("windows", args, args.comparisons, lambda share: ["--comparisons", *share])
+    runner.compile_in_processes("windows", args, args.comparisons, lambda share: ["--comparisons", *share])
     report = runner.Report(args, device)
     rows: list[Row] = []
     for name, make in wanted.items():
@@ -210,10 +198,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     names = list(comparisons(torch.device("cpu"), miniature=True))
-    parser = runner.make_parser("windows", __doc__, budget_s=0.5, timed="each comparison and mode")
+    parser = runner.make_parser("windows", __doc__, budget_s=0.5, timed="each comparison and mode", jobs=True)
     parser.add_argument("--comparisons", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
-    parser.add_argument("--jobs", type=int, default=1, help="processes that compile beforehand")
-    parser.add_argument("--compile-only", action="store_true", help="call everything once, and time nothing")
     return parser.parse_args(argv)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +22,7 @@ from benchmarks import (
     check,
     forward_mode,
     generation,
+    host,
     implementations,
     models,
     pages,
@@ -330,6 +331,67 @@ def test_attention_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         capsys.readouterr().out
     )
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_processes_that_compile_take_the_flags_of_the_run() -> None:
+    given = ["--workloads", "mistral,seed", "--peers=", "--flex-order", "tiled", "--registers", "16", "--sink", "zero"]
+    args = attention._parse([*given, "--mode", "fwd"])
+    again = vars(attention._parse(attention._flags(args, args.workloads[:1])))
+    assert again == vars(args) | {"workloads": ["mistral"]}
+
+
+def test_what_is_compiled_beforehand_is_what_is_timed(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every implementation in every mode, with its registers; an error of one is printed, and left to the timed run."""
+    seen: list[tuple[str, bool, bool]] = []
+
+    def watched(workload: Workload, inputs: Inputs) -> Tensor:
+        seen.append(("first", inputs.query.requires_grad, inputs.additional_keys is not None))
+        return dense(workload, inputs)
+
+    workload, _ = problem((6, 5), (3, 3))
+    entries = [implementation(workload, f, Variant(2)) for f in (_raise, watched)]
+    runner.compile_ahead(workload, [("absent", "not installed"), *entries], MODES, CPU)
+    assert seen == [("first", False, True), ("first", True, True)]
+    assert capsys.readouterr().err.count("_raise: RuntimeError: no kernel image") == 2
+
+
+def test_checkouts_take_turns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "before"
+    (other / "natten_layers").mkdir(parents=True)
+    asked: list[tuple[str, bool]] = []
+
+    def measured(checkout: Path, flags: Sequence[str]) -> host.Round:
+        slower = 2.0 if checkout == other else 1.0
+        asked.append((checkout.name, "--checked" in flags))
+        times = {f"{name} {mode}": slower * len(asked) for name in ("ours", "sdpa") for mode in MODES}
+        return host.Round(str(checkout), times, {"seed fwd": 4 * slower}, {})
+
+    monkeypatch.setattr(host, "measured", measured)
+    flags = ["--device", "cpu", "--against", str(other), "--rounds", "2", "--out", str(tmp_path / "host.json")]
+    assert host.main(flags) == 0
+    here = host.ROOT.name
+    assert asked == [(here, True), ("before", True), ("before", False), (here, False)]
+    printed = capsys.readouterr().out
+    assert "| ours fwd | 2.5 (1 - 4) | 5 (4 - 6) | 0.500 |" in printed
+    assert "| seed fwd | 4 (4 - 4) | 8 (8 - 8) | 0.500 |" in printed
+    assert set(json.loads((tmp_path / "host.json").read_text())["rounds"]) == {"this", str(other)}
+    monkeypatch.setattr(host, "measured", lambda *args: host.Round("", {}, {}, {"seed fwd": "wrong result"}))
+    assert host.main(flags) == 1
+    with pytest.raises(SystemExit):
+        host.main([*flags, "--against", str(tmp_path)])
+    assert "has no natten_layers" in capsys.readouterr().err
+
+
+def test_a_round_imports_the_package_of_its_checkout(tmp_path: Path) -> None:
+    (tmp_path / "natten_layers").symlink_to(host.ROOT / "natten_layers")
+    flags = ["--device", "cpu", "--smoke", "--budget-s", "0", "--workloads", "gpt-oss", "--checked"]
+    found = host.measured(tmp_path, flags)
+    assert found.package == str(tmp_path / "natten_layers")
+    assert set(found.host_us) == {"ours fwd", "ours fwdbwd", "sdpa fwd", "sdpa fwdbwd"}
+    assert set(found.device_ms) == {"gpt-oss fwd", "gpt-oss fwdbwd"}
+    assert not found.failures
 
 
 def test_the_census_is_drawn(tmp_path: Path) -> None:
