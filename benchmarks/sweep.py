@@ -154,7 +154,7 @@ class Subject:
 
     def launch(self, kind: Kind, config: TileConfig) -> Launch:
         """What the kernel's own function launches; nothing is launched yet."""
-        from natten_layers.kernels.portable import backward, forward, jvp
+        from natten_layers.kernels.portable import dkv, dq, forward, jvp
 
         p, grad_out = self.problem, layout(self.grad_out)
         with override({kind: config}):
@@ -164,10 +164,10 @@ class Subject:
                 layouts = tuple(None if x is None else layout(x) for x in self.tangents[:-1])
                 plan, function, arguments = jvp.plan(p, layouts), jvp.jvp, (self.saved, self.tangents)
             elif kind == "backward_query":
-                plan, function = backward.query_plan(p, grad_out, None), backward.backward_query
+                plan, function = dq.query_plan(p, grad_out, None), dq.backward_query
                 arguments = (Cotangents(*self.saved, self.grad_out, None),)
             else:
-                plan, function = backward.key_plan(p, grad_out), backward.backward_key
+                plan, function = dkv.key_plan(p, grad_out), dkv.backward_key
                 arguments = self.grad_out, self.statistics
         given: list[tuple[Any, ...]] = []
         recording = Plan(plan.config, cast(Launcher, lambda *tensors_and_floats: given.append(tensors_and_floats)))

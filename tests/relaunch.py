@@ -50,6 +50,8 @@ def same(ours: Sequence[object], theirs: Sequence[object]) -> bool:
     def equal(a: object, b: object) -> bool:
         if isinstance(a, int) and (b is None or isinstance(b, Tensor)):  # an address
             return a == (0 if b is None else b.data_ptr())
+        if isinstance(a, tuple) and isinstance(b, tuple):
+            return all(map(equal, a, b)) and len(a) == len(b)
         return a is b or (not isinstance(a, Tensor) and type(a) is type(b) and a == b)
 
     pairs = enumerate(zip(ours, theirs, strict=True))

@@ -67,9 +67,9 @@ def test_it_names_the_kernels_that_are_launched(
         assert kernel.name == "portable"
         settings = dict(kernel.settings)
         if kernel.direction == "backward_registers":
-            assert one.options["BR"] == settings["registers"]
+            assert one.options["SPEC"].register_tile == settings["registers"]
         else:
-            assert (one.options["TILE"], one.options["CHUNK"]) == (settings["tile"], settings["chunk"])
+            assert (one.options["SPEC"].tile, one.options["SPEC"].chunk) == (settings["tile"], settings["chunk"])
             assert f"tile={settings['tile']}, chunk={settings['chunk']}" in str(kernel)
             assert {name for name, _ in kernel.passed_over} <= SM90
             assert all(reason for _, reason in kernel.passed_over)
@@ -109,7 +109,7 @@ def test_it_takes_the_arguments_of_every_operation(kind: str, monkeypatch: pytes
     assert [kernel.direction for kernel in said.kernels] == ["forward", "backward_query", "backward_key"]
     for kernel, one in zip(said.kernels, launched, strict=True):
         settings = dict(kernel.settings)
-        assert (one.options["TILE"], one.options["CHUNK"]) == (settings["tile"], settings["chunk"])
+        assert (one.options["SPEC"].tile, one.options["SPEC"].chunk) == (settings["tile"], settings["chunk"])
         assert kernel.passed_over
 
 

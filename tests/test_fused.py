@@ -15,7 +15,7 @@ from natten_layers import attention_state, merge_attention, neighborhood_attenti
 pytest.importorskip("triton")
 
 from natten_layers.kernels.host.problem import Inputs, Layout, Options, contiguous, problem_of
-from natten_layers.kernels.portable import backward, forward
+from natten_layers.kernels.portable import dkv, dq, forward
 from natten_layers.kernels.portable.fold_registers import fold_registers
 
 ON_GPU = torch.cuda.is_available()
@@ -260,8 +260,8 @@ def test_every_tensor_of_a_gradient_decides_how_wide_offsets_are(name: str, kern
     problem = problem_of(inputs, Options(None, (3,), (1,), (1,), (False,), 1.0))
 
     def is_wide(grad_out: Layout) -> bool:
-        plan = backward.key_plan(problem, grad_out) if kernel == "key" else backward.query_plan(problem, grad_out, None)
-        return plan.launch.options["WIDE"]
+        plan = dkv.key_plan(problem, grad_out) if kernel == "key" else dq.query_plan(problem, grad_out, None)
+        return plan.launch.options["SPEC"].wide
 
     assert not is_wide(near)
     if name == "out":  # only a new result can be large here: an image of 2^30 values of one head
@@ -273,7 +273,7 @@ def test_every_tensor_of_a_gradient_decides_how_wide_offsets_are(name: str, kern
         problem, away = problem._replace(**{name: away}), near
     assert is_wide(away)
     if name != "grad_out":
-        assert forward.plan(problem, True).launch.options["WIDE"]
+        assert forward.plan(problem, True).launch.options["SPEC"].wide
 
 
 @pytest.mark.parametrize("periodic", [False, True])

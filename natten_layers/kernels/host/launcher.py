@@ -35,7 +35,7 @@ class Launcher:
 
     def __init__(self, kernel: Any, grid: Sequence[int], sizes: Sequence[Any], options: dict[str, Any]) -> None:
         self.kernel, self.grid, self.sizes = kernel, (*grid, 1, 1)[:3], sizes
-        self.options = TRITON_OPTIONS | options
+        self.options: dict[str, Any] = TRITON_OPTIONS | options
         # A compiled kernel takes all parameters in order, and ignores those that are compile-time constants.
         self.constants = [options[name] for name in kernel.arg_names if name in options]
         self.compiled: dict[Hashable, Callable[..., None]] = {}
@@ -44,7 +44,8 @@ class Launcher:
         """Launch on the current stream of the current device, which must be the tensors' device.
 
         Args:
-            tensors: the kernel's first parameters: tensors, TMA descriptors of tensors, or None. The first is a tensor.
+            tensors: the kernel's first parameters: tensors, TMA descriptors of tensors, None, or named tuples of
+                tensors and None. The first one is a tensor, or a named tuple whose first is.
             floats: the kernel's last parameters that are not compile-time constants. Integers are converted to floats,
                 as Triton would specialise the kernel for them. Numbers that are subnormal in fp32 become zero, as GPU
                 instructions flush them; Triton might pass them in fp64 instead.
@@ -53,8 +54,10 @@ class Launcher:
         if _is_watched(self.kernel):
             self.kernel[self.grid](*tensors, *self.sizes, *numbers, **self.options)
             return
-        addresses, kinds = _passed(tensors)
-        key = (tensors[0].device, *kinds, *map(type, numbers))
+        kinds: list[Hashable] = []
+        addresses = _passed(tensors, kinds)
+        first = tensors[0]
+        key = (first.device if isinstance(first, Tensor) else first[0].device, *kinds, *map(type, numbers))
         if (run := self.compiled.get(key)) is not None:
             run(*addresses, *self.sizes, *numbers, *self.constants)
             return
@@ -86,14 +89,13 @@ def launcher(
     return Launcher(kernel, grid, sizes, options)
 
 
-def _passed(tensors: Sequence[Any]) -> tuple[list[Any], list[Hashable]]:
-    """What a compiled kernel is given for tensors, and the properties of tensors that it is specialised for.
+def _passed(tensors: Sequence[Any], kinds: list[Hashable]) -> list[Any]:
+    """What a compiled kernel is given for tensors; ``kinds`` gets the properties that it is specialised for.
 
     It is given addresses, which Triton's launcher passes on as they are. Given a tensor, it would ask for the address
     and check it with the driver on every launch.
     """
     addresses: list[Any] = []
-    kinds: list[Hashable] = []
     for x in tensors:
         if x is None:
             addresses.append(0)  # ignored: the kernel is specialised for None
@@ -102,10 +104,12 @@ def _passed(tensors: Sequence[Any]) -> tuple[list[Any], list[Hashable]]:
             address = x.data_ptr()
             addresses.append(address)
             kinds += x.dtype, address % 16 == 0
+        elif isinstance(x, tuple):
+            addresses.append(tuple(_passed(x, kinds)))
         else:
             addresses.append(x)
             kinds.append(x.base.dtype)
-    return addresses, kinds
+    return addresses
 
 
 def _is_watched(kernel: Any) -> bool:

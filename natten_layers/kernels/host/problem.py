@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...geometry import Window
 from .packing import Packing, packing_of, sample_tables, tile_count
-from .tiling import Axis, Box, ProblemClass, TileConfig, column_parts, next_power_of_2, register_tile
+from .tiling import Axis, Box, ProblemClass, TileConfig, next_power_of_2, register_tile
 
 T = TypeVar("T", int, bool)
 
@@ -396,42 +396,6 @@ class Problem(NamedTuple):
     @property
     def mask_strides(self) -> tuple[int, ...] | None:
         return None if self.key_mask is None else self.strides_of(self.key_mask)
-
-    def program(self, config: TileConfig, tensors: Iterable[Layout | None]) -> dict[str, Any]:
-        """Compile-time constants and options of Triton that follow from the tile configuration.
-
-        Args:
-            tensors: all tensors with tokens that the kernel reads or writes. They decide whether offsets need 64 bits.
-        """
-        # An additive mask is applied before scores are scaled, so -inf stays -inf only if the scale is positive.
-        mask = "border" if config.skip_mask else "select" if self.scale_first else "add"
-        return {
-            "CAUSAL": self.causal_axes,
-            "PERIODIC": self.periodic_axes,
-            "TILE": config.tile,
-            "CHUNK": config.chunk,
-            "MASK": mask,
-            "RANK": self.rank,
-            "WIDE": need_wide_offsets((*tensors, self.key_mask)),
-            "MASKED": self.key_mask is not None,
-            "PACKED": self.packing is not None,
-            # The biases of a chunk are loaded ahead too, and take about as much shared memory as its keys and values.
-            "STAGES": max(1, config.stages - self.has_bias),
-            "num_warps": config.num_warps,
-            "maxnreg": config.maxnreg,
-        }
-
-    def constants(self) -> dict[str, Any]:
-        """Compile-time constants that every kernel takes."""
-        head_dim, value_dim = self.query.shape[-1], self.value.shape[-1]
-        return {
-            "D": head_dim,
-            "BD": column_parts(head_dim),
-            "DV": value_dim,
-            "BDV": column_parts(value_dim),
-            "SCALE_FIRST": self.scale_first,
-            "PRECISION": self.precision,
-        }
 
 
 def new_like(tensor: Tensor) -> Tensor:

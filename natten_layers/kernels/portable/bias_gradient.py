@@ -7,10 +7,10 @@ into columns, whose sums are added up in registers. Slices are added in order.
 """
 
 # Triton's language shares the syntax of Python, but not its types.
-# pyright: reportGeneralTypeIssues=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false
 
 from math import ceil, prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -20,6 +20,7 @@ from torch import Tensor
 from ..host.launcher import Plan, launcher
 from ..host.problem import Inputs, Layout, Options, Problem, RowStatistics, in_units, stride_unit, strides
 from ..host.tiling import next_power_of_2
+from .parameters import Axes, Spec, Strides, head_fields
 from .primitives import LOG2E, in_elements, load_columns, products
 from .windows import between, contiguous_row, token_offset, window_bounds
 
@@ -43,21 +44,42 @@ def on_axis(index, count, PERIODIC: tl.constexpr):
     return tl.minimum(tl.maximum(index, 0), count - 1)
 
 
+class BiasGradientTensors(NamedTuple):
+    """What the kernel reads and writes. All but the first four are contiguous."""
+
+    query: Any
+    key: Any
+    value: Any
+    grad_out: Any
+    delta: Any
+    lse: Any
+    rpb: Any
+    grad_rpb: Any
+    """``[slices, heads, 2 kernel - 1 per axis]`` in fp32"""
+    key_mask: Any
+
+
 @triton.jit
 def bias_gradient_kernel(
-    Q, K, V, DOut, Delta, Lse, RPB, DRPB, KeyMask,
-    q_strides, k_strides, v_strides, do_strides, mask_strides,
-    length, kernel, stride, dilation, runs, blocks, slices, batches, group, heads, scale,
-    CAUSAL: tl.constexpr, PERIODIC: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-    DV: tl.constexpr, BDV: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr, MASKED: tl.constexpr,
+    tensors, strides, axes, runs, blocks, slices, batches, group, heads, scale, SPEC: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Sums of a slice, ``[slices, heads, 2 kernel - 1 per axis]`` in fp32. ``runs`` is their number along a line."""
+    """Sums of a slice. ``runs`` is their number along a line, and ``tensors`` are :class:`BiasGradientTensors`."""
+    CAUSAL: tl.constexpr = SPEC.causal
+    PERIODIC: tl.constexpr = SPEC.periodic
+    D: tl.constexpr = SPEC.head_dim
+    BD: tl.constexpr = SPEC.columns
+    DV: tl.constexpr = SPEC.value_dim
+    BDV: tl.constexpr = SPEC.value_columns
+    PRECISION: tl.constexpr = SPEC.precision
+    UNIT: tl.constexpr = SPEC.unit
+    Q, K, V, DOut = tensors.query, tensors.key, tensors.value, tensors.grad_out
     q_strides, k_strides, v_strides = (
-        in_elements(q_strides, UNIT),
-        in_elements(k_strides, UNIT),
-        in_elements(v_strides, UNIT),
+        in_elements(strides.query, UNIT),
+        in_elements(strides.key, UNIT),
+        in_elements(strides.value, UNIT),
     )
-    do_strides = in_elements(do_strides, UNIT)
+    do_strides = in_elements(strides.grad_out, UNIT)
+    length, kernel, stride, dilation = axes.length, axes.kernel, axes.stride, axes.dilation
     i_slice = tl.program_id(0) % slices
     first = tl.program_id(0) // slices % blocks * BLOCK  # of the entries on the last axis
     row = tl.program_id(0) // (slices * blocks)
@@ -97,8 +119,9 @@ def bias_gradient_kernel(
             lo, hi = window_bounds(index, count, kernel[2], stride[2], CAUSAL[2], PERIODIC[2])
             b_visible = between(lo, hi, col) & m_rows[:, None] & (entry >= 0) & (entry < width)
             m_keys = (col >= tl.min(lo, 0)) & (col <= tl.max(hi, 0))
-            if MASKED:
-                p_mask = KeyMask + i_batch * mask_strides[0] + token_offset(key, mask_strides)
+            if tensors.key_mask is not None:
+                mask_strides = strides.key_mask
+                p_mask = tensors.key_mask + i_batch * mask_strides[0] + token_offset(key, mask_strides)
                 m_keys = m_keys & tl.load(p_mask).to(tl.int1)
                 b_visible = b_visible & m_keys[None, :]
             b_q = load_columns(Q + i_batch * q_strides[0], token_offset(query, q_strides), m_rows, D, BD)
@@ -106,16 +129,16 @@ def bias_gradient_kernel(
             b_k = load_columns(K + i_batch * k_strides[0], token_offset(key, k_strides), m_keys, D, BD)
             b_v = load_columns(V + i_batch * v_strides[0], token_offset(key, v_strides), m_keys, DV, BDV)
             o_stat = contiguous_row(i_batch, query, length) * heads + i_head
-            row_lse = tl.load(Lse + o_stat, mask=m_rows, other=0.0)
-            row_delta = tl.load(Delta + o_stat, mask=m_rows, other=0.0)
-            b_bias = tl.load(RPB + o_row + entry, mask=b_visible, other=0.0).to(tl.float32)
+            row_lse = tl.load(tensors.lse + o_stat, mask=m_rows, other=0.0)
+            row_delta = tl.load(tensors.delta + o_stat, mask=m_rows, other=0.0)
+            b_bias = tl.load(tensors.rpb + o_row + entry, mask=b_visible, other=0.0).to(tl.float32)
             b_s = products(b_q, b_k, None, PRECISION) * (scale * LOG2E) + b_bias * LOG2E
             b_p = tl.exp2(tl.where(b_visible, b_s, float("-inf")) - row_lse[:, None])
             b_ds = b_p * (products(b_do, b_v, None, PRECISION) - row_delta[:, None])
             b_ds = tl.where(b_visible, b_ds, 0.0)
             acc += tl.sum(tl.gather(b_ds, diagonal, 1), 0)  # entry e of query m is column m + e
     o_entry = (i_slice * (heads * rows)).to(tl.int64) * width + o_row + first + m
-    tl.store(DRPB + o_entry, acc, mask=first + m < width)
+    tl.store(tensors.grad_rpb + o_entry, acc, mask=first + m < width)
 
 
 class BiasConfig(NamedTuple):
@@ -136,16 +159,16 @@ def bias_plan(p: Problem, grad_out: Layout) -> Plan:
     slices = max(1, min(ceil(2048 / programs), total // 8))
     tensor_strides = *p.input_strides()[:3], strides(grad_out)
     unit = stride_unit(tensor_strides)
-    constants = {name: value for name, value in p.constants().items() if name != "SCALE_FIRST"}
+    query, key, value, grad = in_units(tensor_strides, unit)
     launch = launcher(
         bias_gradient_kernel,
         (programs * slices,),
         (
-            *in_units(tensor_strides, unit), p.mask_strides,
-            *p.geometry, runs, blocks, slices, batches, p.group, heads,
+            Strides(query, key, value, grad_out=grad, key_mask=p.mask_strides), Axes(*p.geometry),
+            runs, blocks, slices, batches, p.group, heads,
         ),
-        CAUSAL=p.causal_axes, PERIODIC=p.periodic_axes, BLOCK=block, **constants, UNIT=unit,
-        MASKED=p.key_mask is not None, num_warps=4,
+        SPEC=Spec(**head_fields(p), causal=p.causal_axes, periodic=p.periodic_axes, unit=unit), BLOCK=block,
+        num_warps=4,
     )  # fmt: skip
     return Plan(BiasConfig(block, slices), launch)
 
@@ -158,5 +181,6 @@ def bias_gradient(
     assert rpb is not None
     sums = torch.empty((plan.config.slices, *rpb.shape), dtype=torch.float32, device=rpb.device)
     delta, lse, _ = statistics
-    plan.launch((query, key, value, grad_out, delta, lse, rpb, sums, inputs.key_mask), (options.scale,))
+    tensors = BiasGradientTensors(query, key, value, grad_out, delta, lse, rpb, sums, inputs.key_mask)
+    plan.launch((tensors,), (options.scale,))
     return sums.sum(0).to(rpb.dtype)

@@ -9,9 +9,12 @@ Names are those of ``primitives.py``. ``[M]`` rows are (token, head of the group
 cache.
 """
 
+# Triton's language shares the syntax of Python, but not its types.
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false
+
 from functools import lru_cache
 from math import ceil
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -20,9 +23,10 @@ from torch import Tensor
 
 from ..host.cache_problem import CacheInputs, CacheOptions, CacheProblem
 from ..host.launcher import Launcher, launcher
-from ..host.problem import device_traits
+from ..host.problem import device_traits, register_strides
 from ..host.tiling import next_power_of_2, padded_head_dim, tile_copies
 from .forward import attend_registers, initial_stats
+from .parameters import View
 from .primitives import (
     LN2,
     LOG2E,
@@ -35,6 +39,7 @@ from .primitives import (
     softmax_step,
     store_columns,
 )
+from .windows import of_head
 
 MAX_ROWS = 64
 TILE_BYTES = 2**14
@@ -85,29 +90,115 @@ def first_chunk(begin, seen, BN: tl.constexpr):
     return begin
 
 
+class DecodeSpec(NamedTuple):
+    """What the kernel is compiled for: its compile-time argument ``SPEC``. Names are those of ``Spec``."""
+
+    rows: int
+    """rows that a program computes"""
+    keys: int
+    """cache entries that a program loads at a time"""
+    head_dim: int
+    columns: tuple[int, ...]
+    value_dim: int
+    value_columns: tuple[int, ...]
+    register_tile: int
+    trim: bool
+    """whether a slice is trimmed to what its rows see"""
+    scale_first: bool
+    precision: str
+    stages: int
+    nonfinite: bool = False
+
+    @property
+    def repair(self) -> "DecodeSpec":
+        """For the second pass, in which everything is exact."""
+        return self._replace(keys=16, stages=1, scale_first=True, nonfinite=True)
+
+
+class DecodeTensors(NamedTuple):
+    """What the kernel reads and writes. Either results or parts of them are written, and the others are None."""
+
+    query: Any
+    key: Any
+    value: Any
+    query_positions: Any
+    key_positions: Any
+    additional_keys: Any
+    additional_values: Any
+    sink: Any
+    out: Any
+    lse: Any
+    part_out: Any
+    part_max: Any
+    part_sum: Any
+
+
+class DecodeStrides(NamedTuple):
+    """Strides ``(batch, token, head)``, and of positions ``(batch, token)``."""
+
+    query: Any
+    key: Any
+    value: Any
+    query_positions: Any
+    key_positions: Any
+    additional_keys: Any
+    additional_values: Any
+
+
+class DecodeSizes(NamedTuple):
+    tokens: Any
+    """query tokens of a sequence"""
+    length: Any
+    """entries of the cache"""
+    group: Any
+    kv_heads: Any
+    blocks: Any
+    """programs that the rows of a KV head take"""
+    splits: Any
+    """slices of the cache"""
+    share: Any
+    """cache entries of a slice"""
+    total: Any
+    """rows of the output"""
+    registers: Any
+    window: Any
+
+
+class DecodeRows(NamedTuple):
+    """Rows of a program, and first and last position that each sees."""
+
+    b_q: Any
+    row_head: Any
+    row_lo: Any
+    row_hi: Any
+
+
 @triton.jit
 def attend_cache(
-    b_q, b_acc, row_m, row_l, K, V, KeyPositions, k_stride, v_stride, position_stride, begin, end,
-    row_lo, row_hi, factor, score_scale,
-    BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
-    NONFINITE: tl.constexpr, SCALE_FIRST: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    rows, b_acc, row_m, row_l, keys, values, positions, begin, end, factor, score_scale, SPEC: tl.constexpr
 ):  # fmt: skip
     """Fold the cache entries ``begin`` to ``end``, of which a row sees positions ``row_lo`` to ``row_hi``.
 
     Loads do not depend on positions, so that they can run ahead of the arithmetic.
     """
+    BN: tl.constexpr = SPEC.keys
+    BD: tl.constexpr = SPEC.columns
+    BDV: tl.constexpr = SPEC.value_columns
+    NONFINITE: tl.constexpr = SPEC.nonfinite
+    PRECISION: tl.constexpr = SPEC.precision
+    k_stride, v_stride = keys.strides[1], values.strides[1]
     n = tl.arange(0, BN)
     o_k = n.to(tl.int64) * k_stride
     o_v = n.to(tl.int64) * v_stride
-    for start in tl.range(begin, end, BN, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
+    for start in tl.range(begin, end, BN, num_stages=SPEC.stages):  # pyright: ignore[reportGeneralTypeIssues]
         m_keys = n < end - start
-        col = load_positions(KeyPositions, start, position_stride, end, BN)
-        b_k = load_columns(K + tl.cast(start, tl.int64) * k_stride, o_k, m_keys, D, BD)
-        b_v = load_columns(V + tl.cast(start, tl.int64) * v_stride, o_v, m_keys, DV, BDV)
-        b_s = products(b_q, b_k, None, PRECISION)  # [M, N]
-        if SCALE_FIRST:
+        col = load_positions(positions.pointer, start, positions.strides[1], end, BN)
+        b_k = load_columns(keys.pointer + tl.cast(start, tl.int64) * k_stride, o_k, m_keys, SPEC.head_dim, BD)
+        b_v = load_columns(values.pointer + tl.cast(start, tl.int64) * v_stride, o_v, m_keys, SPEC.value_dim, BDV)
+        b_s = products(rows.b_q, b_k, None, PRECISION)  # [M, N]
+        if SPEC.scale_first:
             b_s = b_s * score_scale
-        b_visible = (col[None, :] >= row_lo[:, None]) & (col[None, :] <= row_hi[:, None])
+        b_visible = (col[None, :] >= rows.row_lo[:, None]) & (col[None, :] <= rows.row_hi[:, None])
         b_s = tl.where(b_visible, b_s, float("-inf"))
         b_acc, row_m, row_l = softmax_step(b_acc, row_m, row_l, b_s, b_v, b_visible, factor, NONFINITE, PRECISION)
     return b_acc, row_m, row_l
@@ -115,29 +206,23 @@ def attend_cache(
 
 @triton.jit
 def attend_slice(
-    b_q, K, V, KeyPositions, RegK, RegV, Sink, k_stride, v_stride, position_stride, regk_strides, regv_strides,
-    begin, end, row_lo, row_hi, row_head, registers, sink, with_sink, scale,
-    BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
-    BR: tl.constexpr, SINK: tl.constexpr, NONFINITE: tl.constexpr, SCALE_FIRST: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    rows, keys, values, positions, reg_keys, reg_values, registers, Sink, sink, with_sink, begin, end, scale,
+    SPEC: tl.constexpr,
 ):  # fmt: skip
     """Softmax state of the rows over the sink (if ``with_sink``), ``registers`` and one slice of the cache."""
+    BDV: tl.constexpr = SPEC.value_columns
     score_scale = scale * LOG2E
     # A scale that is not positive does not commute with the maximum, so scores are then scaled before it is taken.
-    factor = 1.0 if SCALE_FIRST else score_scale
-    b_acc, row_m, row_l = initial_stats(Sink, row_head, sink, SINK, BM, BDV)  # pyright: ignore[reportGeneralTypeIssues]
-    if SINK != "none":
+    factor = 1.0 if SPEC.scale_first else score_scale
+    b_acc, row_m, row_l = initial_stats(Sink, rows.row_head, sink, SPEC.rows, BDV)  # pyright: ignore[reportGeneralTypeIssues]
+    if Sink is not None or sink is not None:
         row_m = tl.where(with_sink, row_m, LOWEST)
         row_l = tl.where(with_sink, row_l, 0.0)
-    if BR > 0:
+    if SPEC.register_tile > 0:
         b_acc, row_m, row_l = attend_registers(
-            b_q, b_acc, row_m, row_l, RegK, RegV, regk_strides, regv_strides, registers, factor, score_scale,
-            BR, D, BD, DV, BDV, NONFINITE, SCALE_FIRST, PRECISION,
-        )  # fmt: skip
-    return attend_cache(
-        b_q, b_acc, row_m, row_l, K, V, KeyPositions, k_stride, v_stride, position_stride, begin, end,
-        row_lo, row_hi, factor, score_scale, BN, D, BD, DV, BDV, NONFINITE, SCALE_FIRST, PRECISION, STAGES,
-    )  # fmt: skip
+            rows.b_q, b_acc, row_m, row_l, reg_keys, reg_values, registers, factor, score_scale, SPEC
+        )
+    return attend_cache(rows, b_acc, row_m, row_l, keys, values, positions, begin, end, factor, score_scale, SPEC)
 
 
 @triton.jit
@@ -152,68 +237,69 @@ def store_result(Out, Lse, o_row, m_rows, b_acc, row_m, row_l, DV: tl.constexpr,
 
 
 @triton.jit
-def decode_kernel(
-    Q, K, V, QueryPositions, KeyPositions, RegK, RegV, Sink, Out, Lse, PartOut, PartMax, PartSum,
-    q_strides, k_strides, v_strides, qp_strides, kp_strides, regk_strides, regv_strides,
-    tokens, length, group, kv_heads, blocks, splits, share, total, registers, window, sink, scale,
-    BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
-    BR: tl.constexpr, SINK: tl.constexpr, TRIM: tl.constexpr, SCALE_FIRST: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Attention of ``BM`` rows of one KV head over a slice of ``share`` cache entries.
+def decode_kernel(tensors, strides, sizes, sink, scale, SPEC: tl.constexpr):
+    """Attention of the rows of one KV head over a slice of the cache.
 
-    Writes the softmax state to ``PartOut``, ``PartMax`` and ``PartSum`` if they are given, else the result to ``Out``
-    and ``Lse``. ``Out`` has ``total`` rows. Strides are ``(batch, token, head)``, of positions ``(batch, token)``.
+    Writes the softmax state to ``part_out``, ``part_max`` and ``part_sum`` if they are given, else the result to
+    ``out`` and ``lse``. The groups of arguments are :class:`DecodeTensors`, :class:`DecodeStrides` and
+    :class:`DecodeSizes`.
     """
+    BM: tl.constexpr = SPEC.rows
+    BD: tl.constexpr = SPEC.columns
+    BDV: tl.constexpr = SPEC.value_columns
+    kv_heads, blocks, splits, group = sizes.kv_heads, sizes.blocks, sizes.splits, sizes.group
     # KV heads vary fastest, as they are neighbors in memory in a cache [B, S, Hkv, D].
     i_kv = (tl.program_id(0) % kv_heads).to(tl.int64)
     i_block = tl.program_id(0) // kv_heads % blocks
     i_split = tl.program_id(0) // (kv_heads * blocks) % splits
     i_batch = (tl.program_id(0) // (kv_heads * blocks * splits)).to(tl.int64)
     row = i_block * BM + tl.arange(0, BM)
-    m_rows = row < tokens * group
-    row_token = tl.minimum(row // group, tokens - 1).to(tl.int64)
+    m_rows = row < sizes.tokens * group
+    row_token = tl.minimum(row // group, sizes.tokens - 1).to(tl.int64)
     row_head = i_kv * group + row % group
-    b_q = load_columns(Q + i_batch * q_strides[0], row_token * q_strides[1] + row_head * q_strides[2], m_rows, D, BD)
-    QueryPositions += i_batch * qp_strides[0]
-    row_p = tl.load(QueryPositions + row_token * qp_strides[1], mask=m_rows, other=-1).to(tl.int64)
+    q_strides, qp_strides = strides.query, strides.query_positions
+    p_q = tensors.query + i_batch * q_strides[0]
+    b_q = load_columns(p_q, row_token * q_strides[1] + row_head * q_strides[2], m_rows, SPEC.head_dim, BD)
+    p_positions = tensors.query_positions + i_batch * qp_strides[0]
+    row_p = tl.load(p_positions + row_token * qp_strides[1], mask=m_rows, other=-1).to(tl.int64)
     row_hi = tl.maximum(row_p, -1)
-    row_lo = tl.maximum(row_hi - window + 1, 0)
+    row_lo = tl.maximum(row_hi - sizes.window + 1, 0)
+    rows = DecodeRows(b_q, row_head, row_lo, row_hi)
 
-    K += i_batch * k_strides[0] + i_kv * k_strides[2]
-    V += i_batch * v_strides[0] + i_kv * v_strides[2]
-    KeyPositions += i_batch * kp_strides[0]
-    if BR > 0:
-        RegK += i_batch * regk_strides[0] + i_kv * regk_strides[2]
-        RegV += i_batch * regv_strides[0] + i_kv * regv_strides[2]
-    begin = i_split * share
-    end = tl.minimum(begin + share, length)
-    if TRIM:
-        seen, end = seen_slots(KeyPositions, kp_strides[1], begin, end, row_lo, row_hi, 512)
-        begin = first_chunk(begin, seen, BN)
+    keys = of_head(View(tensors.key, strides.key), i_batch, i_kv)
+    values = of_head(View(tensors.value, strides.value), i_batch, i_kv)
+    positions = View(tensors.key_positions + i_batch * strides.key_positions[0], strides.key_positions)
+    reg_keys, reg_values = None, None
+    if SPEC.register_tile > 0:
+        reg_keys = of_head(View(tensors.additional_keys, strides.additional_keys), i_batch, i_kv)
+        reg_values = of_head(View(tensors.additional_values, strides.additional_values), i_batch, i_kv)
+    begin = i_split * sizes.share
+    end = tl.minimum(begin + sizes.share, sizes.length)
+    if SPEC.trim:
+        seen, end = seen_slots(positions.pointer, positions.strides[1], begin, end, row_lo, row_hi, 512)
+        begin = first_chunk(begin, seen, SPEC.keys)
     with_sink = i_split == 0
-    registers = tl.where(i_split == 0, registers, 0)
+    registers = tl.where(i_split == 0, sizes.registers, 0)
     b_acc, row_m, row_l = attend_slice(
-        b_q, K, V, KeyPositions, RegK, RegV, Sink, k_strides[1], v_strides[1], kp_strides[1],
-        regk_strides, regv_strides, begin, end, row_lo, row_hi, row_head, registers, sink, with_sink, scale,
-        BM, BN, D, BD, DV, BDV, BR, SINK, False, SCALE_FIRST, PRECISION, STAGES,
+        rows, keys, values, positions, reg_keys, reg_values, registers, tensors.sink, sink, with_sink, begin, end,
+        scale, SPEC,
     )  # fmt: skip
     # If the fast softmax of a row is not correct, which is rare, all are computed again as in the forward kernel.
     if tl.max(tl.where(are_sound(b_acc, row_m, row_l), 0, 1), 0) > 0:
+        REPAIR: tl.constexpr = SPEC.repair
         b_acc, row_m, row_l = attend_slice(
-            b_q, K, V, KeyPositions, RegK, RegV, Sink, k_strides[1], v_strides[1], kp_strides[1],
-            regk_strides, regv_strides, begin, end, row_lo, row_hi, row_head, registers, sink, with_sink, scale,
-            BM, 16, D, BD, DV, BDV, BR, SINK, True, True, PRECISION, 1,
+            rows, keys, values, positions, reg_keys, reg_values, registers, tensors.sink, sink, with_sink, begin, end,
+            scale, REPAIR,
         )  # fmt: skip
 
-    o_row = (i_batch * tokens + row_token) * (kv_heads * group) + row_head
-    if PartOut is None:
-        store_result(Out, Lse, o_row, m_rows, b_acc, row_m, row_l, DV, BDV)
+    o_row = (i_batch * sizes.tokens + row_token) * (kv_heads * group) + row_head
+    if tensors.part_out is None:
+        store_result(tensors.out, tensors.lse, o_row, m_rows, b_acc, row_m, row_l, SPEC.value_dim, BDV)
     else:
-        o_part = i_split.to(tl.int64) * total + o_row
-        store_columns(PartOut, o_part * DV, m_rows, b_acc, DV, BDV)
-        tl.store(PartMax + o_part, row_m, mask=m_rows)
-        tl.store(PartSum + o_part, row_l, mask=m_rows)
+        o_part = i_split.to(tl.int64) * sizes.total + o_row
+        store_columns(tensors.part_out, o_part * SPEC.value_dim, m_rows, b_acc, SPEC.value_dim, BDV)
+        tl.store(tensors.part_max + o_part, row_m, mask=m_rows)
+        tl.store(tensors.part_sum + o_part, row_l, mask=m_rows)
 
 
 @triton.jit
@@ -292,13 +378,19 @@ def plan(p: CacheProblem) -> DecodePlan:
         decode_kernel,
         (batch * splits * blocks * kv_heads,),
         (
-            *(x.stride[:3] for x in (p.query, p.key, p.value)), p.query_positions.stride, p.key_positions.stride,
-            *((0, 0, 0) if x is None else x.stride[:3] for x in (p.additional_keys, p.additional_values)),
-            tokens, length, group, kv_heads, blocks, splits, share, total, registers,
-            NO_WINDOW if p.window is None else min(p.window, NO_WINDOW),
+            DecodeStrides(
+                *(x.stride[:3] for x in (p.query, p.key, p.value)), p.query_positions.stride, p.key_positions.stride,
+                *map(register_strides, (p.additional_keys, p.additional_values)),
+            ),
+            DecodeSizes(
+                tokens, length, group, kv_heads, blocks, splits, share, total, registers,
+                NO_WINDOW if p.window is None else min(p.window, NO_WINDOW),
+            ),
         ),
-        BM=BM, BN=BN, D=head_dim, BD=(BD,), DV=value_dim, BDV=(BDV,), BR=16 if registers else 0,
-        SINK=p.sink, TRIM=share > TRIM_FROM, SCALE_FIRST=p.scale_first, PRECISION=p.precision, STAGES=STAGES,
+        SPEC=DecodeSpec(
+            BM, BN, head_dim, (BD,), value_dim, (BDV,), 16 if registers else 0, share > TRIM_FROM,
+            p.scale_first, p.precision, STAGES,
+        ),
         num_warps=num_warps,
     )  # fmt: skip
     merge = None
@@ -326,7 +418,7 @@ def decode(
     if splits > 1:
         part_out = query.new_empty(splits, total, value_dim, dtype=torch.float32)
         parts = part_out, *query.new_empty(2, splits, total, dtype=torch.float32)
-    plan.attend((*inputs, out, lse, *parts), (options.sink_value, options.scale))
+    plan.attend((DecodeTensors(*inputs, out, lse, *parts),), (options.sink_value, options.scale))
     if plan.merge is not None:
         plan.merge((*parts, out, lse))
     return out, lse

@@ -9,11 +9,12 @@ columns or, where padding would waste much, two tensors with a part of the colum
 """
 
 # Triton's language shares the syntax of Python, but not its types.
-# pyright: reportGeneralTypeIssues=false, reportArgumentType=false
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportAttributeAccessIssue=false
 
 import triton
 import triton.language as tl
 
+from .parameters import Chunk, Corners
 from .windows import FAR, chunk_inside, corner_offset, hidden, on_ring, visibility
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
@@ -25,63 +26,67 @@ NO: tl.constexpr = tl.constexpr(False)
 
 
 @triton.jit
-def load_chunk(
-    pointer, o_inner, inner, corner, m_chunk, residue, count, dilation, strides,
-    PERIODIC: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """``load_columns`` at the chunk at ``corner``; ``pointer`` is that of the image and head."""
-    o_ring = on_ring(o_inner, inner, corner, count, dilation, strides, PERIODIC, RANK, WIDE)
-    corner_pointer = pointer + corner_offset(corner, residue, dilation, strides, RANK, WIDE)
+def load_chunk(view, o_inner, m_chunk, chunk, ring, SPEC: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+    """``load_columns`` of the elements of a chunk; ``view`` is that of the image and head."""
+    o_ring = on_ring(o_inner, chunk, ring, view.strides, SPEC)
+    corner_pointer = view.pointer + corner_offset(chunk.corner, ring, view.strides, SPEC)
     return load_columns(corner_pointer, o_ring, m_chunk, D, BD)
 
 
 @triton.jit
-def unmasked_columns(
-    KeyMask, o_inner, inner, corner, m_keys, inner_hi, residue, count, dilation, strides,
-    PERIODIC: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """``inner`` and ``inner_hi`` of a chunk's keys, of which those that are masked lie in no window.
+def load_unmasked(key_mask, o_inner, m_keys, chunk, ring, SPEC: tl.constexpr):
+    """``[N]``: whether the mask, a view of an image, shows the keys of a chunk; False where ``m_keys`` is."""
+    o_ring = on_ring(o_inner, chunk, ring, key_mask.strides, SPEC)
+    p_mask = key_mask.pointer + corner_offset(chunk.corner, ring, key_mask.strides, SPEC) + o_ring
+    return tl.load(p_mask, mask=m_keys, other=0).to(tl.int1)
+
+
+@triton.jit
+def without_masked(chunk, inside, col_seen):
+    """The chunk and the box of keys that all rows see, where those that are masked (not ``col_seen``) lie in no window.
 
     So a key mask costs one load a chunk, and nothing for every score. If some key is masked, the chunk does not lie
     inside of all windows either.
     """
-    o_ring = on_ring(o_inner, inner, corner, count, dilation, strides, PERIODIC, RANK, WIDE)
-    p_mask = KeyMask + corner_offset(corner, residue, dilation, strides, RANK, WIDE) + o_ring
-    col_seen = tl.load(p_mask, mask=m_keys, other=0).to(tl.int1)
+    inner, hi = chunk.inner, inside.hi
     all_seen = tl.min(col_seen.to(tl.int32), 0) > 0
     inner_w = tl.where(col_seen, inner[2], FAR)
-    return col_seen, (inner[0], inner[1], inner_w), (inner_hi[0], inner_hi[1], tl.where(all_seen, inner_hi[2], -FAR))
+    return (
+        Chunk(chunk.corner, (inner[0], inner[1], inner_w)),
+        Corners(inside.lo, (hi[0], hi[1], tl.where(all_seen, hi[2], -FAR))),
+    )
 
 
 @triton.jit
-def masked_product(
-    b_rows, b_columns, row_lo, row_hi, corner, inner, inner_lo, inner_hi, score_scale,
-    CHUNK: tl.constexpr, RANK: tl.constexpr, MASK: tl.constexpr, SCALE_FIRST: tl.constexpr, PRECISION: tl.constexpr,
-    p_bias=None,
-):  # fmt: skip
-    """Masked scores ``[M, N]`` of a chunk, multiplied by ``score_scale`` if ``SCALE_FIRST``.
+def masked_product(b_rows, b_columns, boxes, chunk, inside, score_scale, SPEC: tl.constexpr, p_bias=None):
+    """Masked scores ``[M, N]`` of a chunk, multiplied by ``score_scale`` if ``SPEC.scale_first``.
 
-    ``p_bias`` points at what is added to scores that are scaled, in units of the natural logarithm; where a pair is
-    invisible, it points anywhere.
+    ``boxes`` are the :class:`Corners` of what the rows see, and ``inside`` those of what all rows see. ``p_bias``
+    points at what is added to scores that are scaled, in units of the natural logarithm; where a pair is invisible, it
+    points anywhere.
 
-    ``MASK`` is the way in which invisible pairs get -inf. With "add" the matrix product accumulates onto an additive
-    mask, which takes half the instructions of a selection per axis. With "select" scores are replaced, so that NaN in
-    an invisible one does not survive. "border" does the same, but skips chunks that lie inside the boxes of all rows.
+    ``SPEC.mask`` is the way in which invisible pairs get -inf. With "add" the matrix product accumulates onto an
+    additive mask, which takes half the instructions of a selection per axis. With "select" scores are replaced, so that
+    NaN in an invisible one does not survive. "border" does the same, but skips chunks that lie inside the boxes of all
+    rows.
     """
+    CHUNK: tl.constexpr = SPEC.chunk
+    MASK: tl.constexpr = SPEC.mask
+    PRECISION: tl.constexpr = SPEC.precision
     if MASK == "add":
-        b_hidden = hidden(row_lo, row_hi, corner, inner, RANK)
+        b_hidden = hidden(boxes.lo, boxes.hi, chunk.corner, chunk.inner, SPEC.rank)
         b_s = products(b_rows, b_columns, b_hidden, PRECISION)
     else:
         b_s = products(b_rows, b_columns, None, PRECISION)
-        if SCALE_FIRST:
+        if SPEC.scale_first:
             b_s = b_s * score_scale
         if p_bias is not None:
-            b_visible = visibility(row_lo, row_hi, corner, inner, RANK)
+            b_visible = visibility(boxes.lo, boxes.hi, chunk.corner, chunk.inner, SPEC.rank)
             b_s = tl.where(
                 b_visible, b_s + tl.load(p_bias, mask=b_visible, other=0.0).to(tl.float32) * LOG2E, float("-inf")
             )
-        elif MASK == "select" or not chunk_inside(corner, inner_lo, inner_hi, CHUNK):
-            b_s = tl.where(visibility(row_lo, row_hi, corner, inner, RANK), b_s, float("-inf"))
+        elif MASK == "select" or not chunk_inside(chunk.corner, inside.lo, inside.hi, CHUNK):
+            b_s = tl.where(visibility(boxes.lo, boxes.hi, chunk.corner, chunk.inner, SPEC.rank), b_s, float("-inf"))
     return b_s
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..host.variant import PORTABLE, Question, Variant
-from . import backward, bias_gradient, decode, forward, jvp
+from . import bias_gradient, decode, dkv, dq, forward, jvp
 
 
 def _jvp_gap(question: Question) -> str | None:
@@ -14,11 +14,11 @@ def _jvp_gap(question: Question) -> str | None:
 FORWARD = Variant(PORTABLE, plan=lambda q: forward.plan(q.problem, q.with_stats), run=forward.forward)
 JVP = Variant(PORTABLE, supports=_jvp_gap, plan=lambda q: jvp.plan(q.problem, q.tangents), run=jvp.jvp)
 QUERY_GRADIENT = Variant(
-    PORTABLE, plan=lambda q: backward.query_plan(q.problem, q.grad_out, q.grad_lse), run=backward.backward_query
+    PORTABLE, plan=lambda q: dq.query_plan(q.problem, q.grad_out, q.grad_lse), run=dq.backward_query
 )
-KEY_GRADIENTS = Variant(PORTABLE, plan=lambda q: backward.key_plan(q.problem, q.grad_out), run=backward.backward_key)
+KEY_GRADIENTS = Variant(PORTABLE, plan=lambda q: dkv.key_plan(q.problem, q.grad_out), run=dkv.backward_key)
 REGISTER_GRADIENTS = Variant(
-    PORTABLE, plan=lambda q: backward.register_plan(q.problem, q.grad_out), run=backward.backward_registers
+    PORTABLE, plan=lambda q: dkv.register_plan(q.problem, q.grad_out), run=dkv.backward_registers
 )
 BIAS_GRADIENT = Variant(
     PORTABLE, plan=lambda q: bias_gradient.bias_plan(q.problem, q.grad_out), run=bias_gradient.bias_gradient

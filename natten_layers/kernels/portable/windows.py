@@ -7,15 +7,18 @@ in ``primitives.py``.
 On a periodic axis (``PERIODIC``) boxes are unwrapped: an index below 0 or behind the last one stands for the token one
 turn further, and only the addresses that a chunk loads from are wrapped. Where queries lie on another grid than keys,
 ``length`` and ``count`` are the queries', and those of keys are given as ``key_length``; else that is None.
+
+``parameters.py`` explains ``axes``, ``ring`` (the residue class whose tokens a walk loads), ``chunk`` and ``SPEC``.
 """
 
 # Triton's language shares the syntax of Python, but not its types.
-# pyright: reportGeneralTypeIssues=false, reportArgumentType=false
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportAttributeAccessIssue=false
 
 import triton
 import triton.language as tl
 
 from ..host.packing import FIELDS
+from .parameters import Axes, View
 
 NO_AXIS: tl.constexpr = tl.constexpr((False, False, False))
 SAMPLE_FIELDS: tl.constexpr = tl.constexpr(FIELDS)
@@ -124,31 +127,44 @@ def entries(known, p):
 
 
 @triton.jit
-def packed_sample(i_program, Tiles, HEADS, length, kernel, stride, dilation, tiles):
+def packed_sample(i_program, Tiles, HEADS, axes):
     """The sample of a program of a packed batch, of which each tile has ``HEADS`` programs.
 
-    Returns the sample, its first token, the program's number in the sample, and the sample's lengths, kernel sizes,
-    strides, dilations and numbers of tiles, of which those are given that are 1 in every sample. ``host/packing.py``
-    lays the table out.
+    Returns the sample, its first token, the program's number in the sample, and the sample's axes. Of these, the given
+    ones hold what is 1 in every sample. ``host/packing.py`` lays the table out.
     """
     p = Tiles + i_program // HEADS * SAMPLE_FIELDS
     i_sample, first_tile, first = tl.load(p), tl.load(p + 1), tl.load(p + 2).to(tl.int64)
-    length, kernel, stride = entries(length, p + 3), entries(kernel, p + 6), entries(stride, p + 9)
-    dilation, tiles = entries(dilation, p + 12), entries(tiles, p + 15)
-    return i_sample, first, i_program - first_tile * HEADS, length, kernel, stride, dilation, tiles
+    own = Axes(
+        entries(axes.length, p + 3),
+        entries(axes.kernel, p + 6),
+        entries(axes.stride, p + 9),
+        entries(axes.dilation, p + 12),
+        entries(axes.tiles, p + 15),
+    )
+    return i_sample, first, i_program - first_tile * HEADS, own
 
 
 @triton.jit
-def of_sample(pointer, strides, first, length, WIDE: tl.constexpr):
-    """Pointer and strides ``(batch, t, h, w, head)`` of a sample, whose first token is ``first``.
+def of_sample(view, first, axes, SPEC: tl.constexpr):
+    """The part of a packed tensor, which has one axis of tokens, that belongs to the sample with first token ``first``.
 
-    Those of the packed tensor, which has one axis of tokens, are given.
+    Its strides are ``(batch, t, h, w, head)`` too.
     """
+    strides = view.strides
     w = strides[3]
-    pointer += first * w
-    if WIDE:
+    pointer = view.pointer + first * w
+    if SPEC.wide:
         w = tl.cast(w, tl.int64)
-    return pointer, (strides[0], w * length[1] * length[2], w * length[2], w, strides[4])
+    length = axes.length
+    return View(pointer, (strides[0], w * length[1] * length[2], w * length[2], w, strides[4]))
+
+
+@triton.jit
+def of_head(view, i_batch, i_head):
+    """One head of one image. The first and the last stride are those of the batch and of heads."""
+    strides = view.strides
+    return View(view.pointer + i_batch * strides[0] + i_head * strides[len(strides) - 1], strides)
 
 
 @triton.jit
@@ -191,50 +207,51 @@ def next_chunk(corner, lo, hi, CHUNK: tl.constexpr, RANK: tl.constexpr):
 
 
 @triton.jit
-def corner_offset(corner, residue, dilation, strides, RANK: tl.constexpr, WIDE: tl.constexpr):
-    """Scalar element offset of class index ``corner``; 64-bit only if ``WIDE``."""
+def corner_offset(corner, ring, strides, SPEC: tl.constexpr):
+    """Scalar element offset of class index ``corner``; 64-bit only if ``SPEC.wide``."""
+    residue, dilation = ring.residue, ring.dilation
     t, h, w = (
         residue[0] + corner[0] * dilation[0],
         residue[1] + corner[1] * dilation[1],
         residue[2] + corner[2] * dilation[2],
     )
-    if WIDE:
+    if SPEC.wide:
         t, h, w = t.to(tl.int64), h.to(tl.int64), w.to(tl.int64)
     o = w * strides[3]
-    if RANK > 1:
+    if SPEC.rank > 1:
         o += h * strides[2]
-    if RANK > 2:
+    if SPEC.rank > 2:
         o += t * strides[1]
     return o
 
 
 @triton.jit
-def inner_offsets(inner, dilation, strides, RANK: tl.constexpr, WIDE: tl.constexpr):
-    """Element offsets of a chunk's positions from its corner, equal for all chunks; 64-bit only if ``WIDE``."""
+def inner_offsets(inner, dilation, strides, SPEC: tl.constexpr):
+    """Element offsets of a chunk's positions from its corner, equal for all chunks; 64-bit only if ``SPEC.wide``."""
     t, h, w = inner
-    if WIDE:
+    if SPEC.wide:
         t, h, w = t.to(tl.int64), h.to(tl.int64), w.to(tl.int64)
     o = w * dilation[2] * strides[3]
-    if RANK > 1:
+    if SPEC.rank > 1:
         o += h * dilation[1] * strides[2]
-    if RANK > 2:
+    if SPEC.rank > 2:
         o += t * dilation[0] * strides[1]
     return o
 
 
 @triton.jit
-def on_ring(
-    o_inner, inner, corner, count, dilation, strides,
-    PERIODIC: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
+def on_ring(o_inner, chunk, ring, strides, SPEC: tl.constexpr):
     """Element offsets ``o_inner`` of a chunk's positions, those outside of periodic axes moved by a turn onto them."""
+    corner, inner = chunk
+    PERIODIC: tl.constexpr = SPEC.periodic
+    WIDE: tl.constexpr = SPEC.wide
     o = o_inner
     if PERIODIC[2]:
-        o += turn_offset(inner[2] + corner[2], count[2], dilation[2], strides[3], WIDE)
-    if PERIODIC[1] and RANK > 1:
-        o += turn_offset(inner[1] + corner[1], count[1], dilation[1], strides[2], WIDE)
-    if PERIODIC[0] and RANK > 2:
-        o += turn_offset(inner[0] + corner[0], count[0], dilation[0], strides[1], WIDE)
+        o += turn_offset(inner[2] + corner[2], ring.length[2], ring.dilation[2], strides[3], WIDE)
+    if PERIODIC[1] and SPEC.rank > 1:
+        o += turn_offset(inner[1] + corner[1], ring.length[1], ring.dilation[1], strides[2], WIDE)
+    if PERIODIC[0] and SPEC.rank > 2:
+        o += turn_offset(inner[0] + corner[0], ring.length[0], ring.dilation[0], strides[1], WIDE)
     return o
 
 

@@ -1,6 +1,6 @@
 """dQ of large windows on compute capability 9.0 (H100, H200), in Gluon.
 
-It computes what ``portable/backward.py`` computes. As in ``large_forward.py`` the kernel is persistent and takes tile
+It computes what ``portable/dq.py`` computes. As in ``large_forward.py`` the kernel is persistent and takes tile
 after tile off a counter: one producer warp loads tiles of queries by TMA, another one loads chunks of keys and values
 into a ring, and consumer groups of four warps compute a part of the rows of a tile each. Weights and gradients of
 scores stay in registers, where the following product takes them as left operand, so that nothing passes through shared

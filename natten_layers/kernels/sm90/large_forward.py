@@ -32,7 +32,8 @@ from ..host.launcher import Launcher, launcher
 from ..host.problem import Inputs, Options, Problem, need_wide_offsets, new_results, three_axes
 from ..host.tiling import head_width
 from ..portable.fold_registers import fold_registers
-from ..portable.forward import attend_tile
+from ..portable.forward import ForwardTensors, attend_tile
+from ..portable.parameters import Axes, Spec, Strides
 from ..portable.primitives import LN2, LOG2E, LOWEST
 from ..portable.windows import is_empty, shifted, union_of_windows, unravel, windows_of
 from .large_tiling import LargeTileConfig
@@ -359,30 +360,16 @@ def large_forward_kernel(
 
 
 @triton.jit
-def repair_kernel(
-    Nonfinite, Q, K, V, Out, RowMax, RowSum, RegK, RegV, Sink,
-    q_strides, k_strides, v_strides, regk_strides, regv_strides,
-    programs, length, kernel, stride, dilation, tiles, group, kv_heads, registers, sink, scale,
-    CAUSAL: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr,
-    PACK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, BR: tl.constexpr,
-    SINK: tl.constexpr, WITH_STATS: tl.constexpr,
-):  # fmt: skip
+def repair_kernel(Nonfinite, tensors, strides, programs, axes, group, kv_heads, sink, scale, SPEC: tl.constexpr):
     """Compute the tiles that are flagged once more, by the portable kernel, which keeps NaN and inf away from queries
-    that do not see them.
+    that do not see them. The arguments but ``Nonfinite`` and ``programs`` are those of ``attend_tile``.
     """
     i_flag = tl.program_id(0) * FLAGS + tl.arange(0, FLAGS)
     if tl.max(tl.load(Nonfinite + i_flag, mask=i_flag < programs, other=0).to(tl.int32), 0) == 0:
         return
     for i_program in range(tl.program_id(0) * FLAGS, tl.minimum(tl.program_id(0) * FLAGS + FLAGS, programs)):
         if tl.load(Nonfinite + i_program) != 0:
-            attend_tile(
-                i_program,
-                Q, K, V, Out, RowMax, RowSum, RegK, RegV, Sink,
-                q_strides, k_strides, v_strides, regk_strides, regv_strides,
-                length, kernel, stride, dilation, tiles, group, kv_heads, registers, sink, scale,
-                CAUSAL, TILE, CHUNK, RANK, WIDE, PACK, D, (BD,), DV, (BDV,), BR, SINK, WITH_STATS, "select", False,
-                "ieee", 1, 1,
-            )  # fmt: skip
+            attend_tile(i_program, tensors, strides, axes, group, kv_heads, 0, None, sink, scale, SPEC)
 
 
 def query_buffers(problem: Problem) -> int:
@@ -442,22 +429,24 @@ def repair(
     """
     query, key, value, _, _, sink, *_ = inputs
     launch = prepare_repair(config, problem, results[1] is not None)
-    launch((nonfinite, query, key, value, *results, None, None, sink), (options.sink_value, options.scale))
+    tensors = ForwardTensors(query, key, value, *results, None, None, sink, None)
+    launch((nonfinite, tensors), (options.sink_value, options.scale))
 
 
 @lru_cache(maxsize=1024)
 def prepare_repair(config: LargeTileConfig, p: Problem, with_stats: bool) -> Launcher:
-    lengths, kernel_size, stride, dilation = p.geometry
     programs = p.programs(replace(config, tile=config.part))
+    head_dim, value_dim = p.query.shape[-1], p.value.shape[-1]
     return launcher(
         repair_kernel,
         (triton.cdiv(programs, FLAGS.value),),
-        (
-            *p.input_strides()[:3], (0, 0, 0), (0, 0, 0), programs, lengths, kernel_size, stride, dilation,
-            p.tiles(config.part), p.group, p.kv_heads, 0,
+        (Strides(*p.input_strides()[:3]), programs, Axes(*p.geometry, p.tiles(config.part)), p.group, p.kv_heads),
+        SPEC=Spec(
+            head_dim, (head_width(head_dim),), value_dim, (head_width(value_dim),), precision="ieee", scale_first=False,
+            causal=p.causal_axes, tile=config.part, pack=config.pack, chunk=config.chunk, rank=p.rank,
+            wide=need_wide_offsets((p.query, p.key, p.value, p.out)), with_stats=with_stats,
         ),
-        **constants_of(config, p, with_stats), TILE=config.part, D=p.query.shape[-1], BR=0, num_warps=8,
-        WIDE=need_wide_offsets((p.query, p.key, p.value, p.out)),
+        num_warps=8,
     )  # fmt: skip
 
 

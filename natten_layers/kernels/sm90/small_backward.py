@@ -1,7 +1,8 @@
 """The backward pass of small windows on compute capability 9.0 (H100, H200), in Gluon.
 
-It computes what ``portable/backward.py`` computes, with the methods of ``small_forward.py``: TMA loads at once all that
-a tile sees, or is seen by. Scores are computed some at a time, because their gradients take as many registers again.
+It computes what ``portable/dq.py`` and ``portable/dkv.py`` compute, with the methods of ``small_forward.py``: TMA loads
+at once all that a tile sees, or is seen by. Scores are computed some at a time, because their gradients take as many
+registers again.
 """
 
 # Triton's language is Python to the parser only.
@@ -390,7 +391,7 @@ def small_dkv_kernel(
 def query_gradient(
     config: SmallTileConfig, problem: Problem, inputs: Inputs, options: Options, cotangents: Cotangents
 ) -> tuple[Tensor, RowStatistics]:
-    """dQ, delta and the base-2 lse, as ``portable.backward`` returns them. Allocates only these."""
+    """dQ, delta and the base-2 lse, as ``portable.dq`` returns them. Allocates only these."""
     query, key, value, reg_keys, reg_values, *_ = inputs
     out, row_max, row_sum, grad_out, grad_lse = cotangents
     grad_query = new_like(query)
@@ -429,7 +430,7 @@ def key_gradients(
     grad_out: Tensor,
     statistics: RowStatistics,
 ) -> tuple[Tensor, Tensor]:
-    """dK and dV of the window keys, as ``portable.backward`` returns them; gradients of register tokens are computed
+    """dK and dV of the window keys, as ``portable.dkv`` returns them; gradients of register tokens are computed
     elsewhere. Allocates only these.
     """
     query, key, value, *_ = inputs

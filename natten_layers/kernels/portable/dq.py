@@ -1,0 +1,316 @@
+"""The portable kernel of dQ and its launcher. It also writes delta and the base-2 log-sum-exp, which ``dkv.py`` reads.
+
+It gathers, as the kernels of ``dkv.py`` do: every element of a gradient is summed by one program in a fixed order,
+without atomics. A program walks over keys as the forward kernel does.
+"""
+
+# Triton's language shares the syntax of Python, but not its types.
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..host.launcher import Plan, launcher
+from ..host.problem import (
+    Cotangents,
+    Inputs,
+    Layout,
+    Options,
+    Problem,
+    RowStatistics,
+    contiguous,
+    in_units,
+    new_like,
+    stride_unit,
+)
+from ..host.tuned import tile_config_for
+from .forward import bias_rows, query_tile
+from .parameters import Axes, Chunk, Corners, ResidueClass, Strides, View, spec_of, warps_of
+from .primitives import (
+    LOG2E,
+    add_weighted,
+    in_elements,
+    load_chunk,
+    load_columns,
+    load_unmasked,
+    masked_product,
+    products,
+    row_products,
+    row_zeros,
+    store_columns,
+    times,
+    where_rows,
+    without_masked,
+    zero_columns,
+)
+from .windows import (
+    bias_offset,
+    contiguous_row,
+    inner_indices,
+    inner_offsets,
+    inside_box,
+    is_empty,
+    next_chunk,
+    of_head,
+    of_sample,
+    packed_sample,
+    shifted,
+    steps_over,
+    token_offset,
+    tokens_of,
+    union_of_windows,
+    windows_of,
+)
+
+
+class QueryGradientTensors(NamedTuple):
+    """What the kernel reads and writes. Results and statistics are contiguous."""
+
+    query: Any
+    key: Any
+    value: Any
+    additional_keys: Any
+    additional_values: Any
+    out: Any
+    grad_out: Any
+    grad_lse: Any
+    row_max: Any
+    row_sum: Any
+    grad_query: Any
+    delta: Any
+    lse: Any
+    key_mask: Any
+    tiles: Any
+    """the table of a packed batch's tiles, or None"""
+    rpb: Any
+
+
+class QueryRows(NamedTuple):
+    """What the scores' gradients are made of beside keys and values."""
+
+    b_q: Any
+    b_do: Any
+    row_lse: Any
+    row_delta: Any
+
+
+@triton.jit
+def add_query_gradient(b_dq, b_s, b_k, b_v, rows, factor, PRECISION: tl.constexpr):
+    """Add the contribution of keys ``[N]`` to dQ of queries ``[M]``, from masked scores ``b_s [M, N]``.
+
+    The caller multiplies dQ by ``scale`` in the end.
+    """
+    b_p = tl.exp2(b_s * factor - rows.row_lse[:, None])
+    b_dp = products(rows.b_do, b_v, None, PRECISION)
+    b_ds = b_p * (b_dp - rows.row_delta[:, None])
+    return add_weighted(b_dq, b_ds, b_k, PRECISION)
+
+
+@triton.jit
+def register_query_gradient(b_dq, rows, keys, values, registers, factor, score_scale, SPEC: tl.constexpr):
+    """Add the contribution of registers to dQ. Their views are those of image and KV head."""
+    BR: tl.constexpr = SPEC.register_tile
+    BD: tl.constexpr = SPEC.columns
+    BDV: tl.constexpr = SPEC.value_columns
+    PRECISION: tl.constexpr = SPEC.precision
+    n = tl.arange(0, BR)
+    for start in tl.range(0, registers, BR, num_stages=1):
+        m_r = start + n < registers
+        o_r = (start + n).to(tl.int64)
+        b_k = load_columns(keys.pointer, o_r * keys.strides[1], m_r, SPEC.head_dim, BD)
+        b_v = load_columns(values.pointer, o_r * values.strides[1], m_r, SPEC.value_dim, BDV)
+        b_s = products(rows.b_q, b_k, None, PRECISION)
+        if SPEC.scale_first:
+            b_s = b_s * score_scale
+        b_s = tl.where(m_r[None, :], b_s, float("-inf"))
+        b_dq = add_query_gradient(b_dq, b_s, b_k, b_v, rows, factor, PRECISION)
+    return b_dq
+
+
+@triton.jit
+def window_query_gradient(
+    b_dq, rows, keys, values, key_mask, row_bias, tile, axes, key_length, factor, score_scale,
+    SPEC: tl.constexpr, SKIP: tl.constexpr,
+):  # fmt: skip
+    """Add the contribution of the union of the tile's windows to dQ. The arguments are those of ``attend_window``.
+
+    With ``SKIP`` masked keys are zeros, so that NaN in them is harmless. Otherwise they are loaded like all others, as
+    loads that wait for the mask cannot be made ahead.
+    """
+    CAUSAL: tl.constexpr = SPEC.causal
+    PERIODIC: tl.constexpr = SPEC.periodic
+    TILE: tl.constexpr = SPEC.tile
+    CHUNK: tl.constexpr = SPEC.chunk
+    RANK: tl.constexpr = SPEC.rank
+    BD: tl.constexpr = SPEC.columns
+    BDV: tl.constexpr = SPEC.value_columns
+    PRECISION: tl.constexpr = SPEC.precision
+    count, kernel, stride, dilation = tile.class_length, axes.kernel, axes.stride, axes.dilation
+    row_lo, row_hi = windows_of(tile.row_index, count, kernel, stride, CAUSAL, PERIODIC, key_length)
+    lo, hi, inner_lo, inner_hi = union_of_windows(
+        tile.origin, count, kernel, stride, CAUSAL, TILE, PERIODIC, key_length
+    )  # fmt: skip
+    ring = ResidueClass(tile.residue, count if key_length is None else key_length, dilation)
+    steps = steps_over(lo, hi, CHUNK)
+    inner = inner_indices(CHUNK)
+    o_k = inner_offsets(inner, dilation, keys.strides, SPEC)
+    o_v = inner_offsets(inner, dilation, values.strides, SPEC)
+    o_mask = inner_offsets(inner, dilation, key_mask.strides, SPEC) if key_mask is not None else None
+    corner = lo
+    for _ in tl.range(0, steps[0] * steps[1] * steps[2], num_stages=SPEC.stages):
+        here = Chunk(corner, inner)
+        chunk, inside = here, Corners(inner_lo, inner_hi)
+        m_keys = inside_box(inner, corner, hi, RANK)
+        if key_mask is not None:
+            col_seen = load_unmasked(key_mask, o_mask, m_keys, here, ring, SPEC)
+            chunk, inside = without_masked(here, inside, col_seen)
+            if SKIP:
+                m_keys = m_keys & col_seen
+        b_k = load_chunk(keys, o_k, m_keys, here, ring, SPEC, SPEC.head_dim, BD)
+        b_v = load_chunk(values, o_v, m_keys, here, ring, SPEC, SPEC.value_dim, BDV)
+        p_bias = None
+        if row_bias is not None:
+            p_bias = row_bias[:, None] + bias_offset(shifted(inner, corner), kernel)[None, :]
+        b_s = masked_product(rows.b_q, b_k, Corners(row_lo, row_hi), chunk, inside, score_scale, SPEC, p_bias)
+        b_dq = add_query_gradient(b_dq, b_s, b_k, b_v, rows, factor, PRECISION)
+        corner = next_chunk(corner, lo, hi, CHUNK, RANK)
+    return b_dq
+
+
+@triton.jit
+def backward_query_kernel(
+    tensors, strides, axes, group, kv_heads, registers, key_length, scale, SPEC: tl.constexpr
+):  # fmt: skip
+    """dQ, ``delta = rowsum(dOut * Out) - dLse`` and the base-2 log-sum-exp of one query tile.
+
+    ``tensors`` are :class:`QueryGradientTensors`.
+    """
+    BD: tl.constexpr = SPEC.columns
+    BDV: tl.constexpr = SPEC.value_columns
+    UNIT: tl.constexpr = SPEC.unit
+    Out, RowMax, RowSum = tensors.out, tensors.row_max, tensors.row_sum
+    DQ, Delta, Lse = tensors.grad_query, tensors.delta, tensors.lse
+    query = View(tensors.query, in_elements(strides.query, UNIT))
+    key = View(tensors.key, in_elements(strides.key, UNIT))
+    value = View(tensors.value, in_elements(strides.value, UNIT))
+    grad_out = View(tensors.grad_out, in_elements(strides.grad_out, UNIT))
+    key_mask = None
+    if tensors.key_mask is not None:
+        key_mask = View(tensors.key_mask, strides.key_mask)
+    if tensors.grad_lse is not None:
+        grad_lse = View(tensors.grad_lse, strides.grad_lse)
+    i_program = tl.program_id(0)
+    if tensors.tiles is not None:
+        i_sample, first, i_program, axes = packed_sample(
+            i_program, tensors.tiles, kv_heads * ((group + SPEC.pack - 1) // SPEC.pack), axes
+        )
+        query, key = of_sample(query, first, axes, SPEC), of_sample(key, first, axes, SPEC)
+        value, grad_out = of_sample(value, first, axes, SPEC), of_sample(grad_out, first, axes, SPEC)
+        if key_mask is not None:
+            key_mask = of_sample(key_mask, first, axes, SPEC)
+        if tensors.grad_lse is not None:
+            grad_lse = of_sample(grad_lse, first, axes, SPEC)
+        first *= kv_heads * group
+        Out, DQ = Out + first * SPEC.value_dim, DQ + first * SPEC.head_dim
+        RowMax, RowSum, Delta, Lse = RowMax + first, RowSum + first, Delta + first, Lse + first
+    tile = query_tile(i_program, axes, group, kv_heads, SPEC)
+    if is_empty(tile.origin, tile.class_length):
+        return
+    token = tokens_of(tile.row_index, tile.residue, tile.class_length, axes.dilation)
+    m_rows, row_head = tile.m_rows, tile.row_head
+    o_q = token_offset(token, query.strides) + row_head * query.strides[4]
+    o_do = token_offset(token, grad_out.strides) + row_head * grad_out.strides[4]
+    p_q = query.pointer + tile.i_batch * query.strides[0]
+    p_do = grad_out.pointer + tile.i_batch * grad_out.strides[0]
+    o_row = contiguous_row(tile.i_batch, token, axes.length) * (kv_heads * group) + row_head
+    b_q = load_columns(p_q, o_q, m_rows, SPEC.head_dim, BD)
+    b_do = load_columns(p_do, o_do, m_rows, SPEC.value_dim, BDV)
+    b_out = load_columns(Out, o_row * SPEC.value_dim, m_rows, SPEC.value_dim, BDV)
+    row_delta = row_products(b_out, b_do)
+    if tensors.grad_lse is not None:
+        o_dl = token_offset(token, grad_lse.strides) + row_head * grad_lse.strides[4]
+        row_delta -= tl.load(grad_lse.pointer + tile.i_batch * grad_lse.strides[0] + o_dl, mask=m_rows, other=0.0)
+    row_sum = tl.load(RowSum + o_row, mask=m_rows, other=1.0)
+    row_max = tl.load(RowMax + o_row, mask=m_rows, other=0.0)
+    if key_mask is not None:  # rows that see nothing, whose weights are zero for every finite lse
+        row_sees = row_sum != 0.0
+        row_sum, row_max = tl.where(row_sees, row_sum, 1.0), tl.where(row_sees, row_max, 0.0)
+        row_delta = tl.where(row_sees, row_delta, 0.0)
+    row_lse = row_max * LOG2E + tl.log2(row_sum)
+    tl.store(Delta + o_row, row_delta, mask=m_rows)
+    tl.store(Lse + o_row, row_lse, mask=m_rows)
+
+    score_scale = scale * LOG2E
+    # As in the forward kernel: scores that are scaled before the mask are not scaled again.
+    factor = 1.0 if SPEC.scale_first else score_scale
+    row_bias = bias_rows(tensors.rpb, tile, axes.kernel) if tensors.rpb is not None else None
+    rows = QueryRows(b_q, b_do, row_lse, row_delta)
+    b_dq = zero_columns(SPEC.rows, BD)
+    if SPEC.register_tile > 0:
+        i_image = i_sample.to(tl.int64) if tensors.tiles is not None else tile.i_batch
+        reg_keys = View(tensors.additional_keys, in_elements(strides.additional_keys, UNIT))
+        reg_values = View(tensors.additional_values, in_elements(strides.additional_values, UNIT))
+        reg_keys = of_head(reg_keys, i_image, tile.i_kv)
+        reg_values = of_head(reg_values, i_image, tile.i_kv)
+        b_dq = register_query_gradient(b_dq, rows, reg_keys, reg_values, registers, factor, score_scale, SPEC)
+    keys, values = of_head(key, tile.i_batch, tile.i_kv), of_head(value, tile.i_batch, tile.i_kv)
+    if key_mask is not None:
+        key_mask = of_head(key_mask, tile.i_batch, 0)
+    b_dq = window_query_gradient(
+        b_dq, rows, keys, values, key_mask, row_bias, tile, axes, key_length, factor, score_scale, SPEC, False
+    )
+    if key_mask is not None:
+        # NaN or inf in a masked key times a weight of zero: so rare that a slower second pass repairs it. It loads its
+        # rows anew, as keeping them would take registers and shared memory from the first.
+        if tl.max(tl.where(tl.abs(row_zeros(b_dq)) >= 0.0, 0, 1), 0) > 0:
+            SMALL: tl.constexpr = SPEC.in_small_chunks
+            b_q = load_columns(p_q, o_q, m_rows, SPEC.head_dim, BD)
+            b_do = load_columns(p_do, o_do, m_rows, SPEC.value_dim, BDV)
+            rows = QueryRows(b_q, b_do, row_lse, row_delta)
+            b_dq = zero_columns(SPEC.rows, BD)
+            if SPEC.register_tile > 0:
+                b_dq = register_query_gradient(b_dq, rows, reg_keys, reg_values, registers, factor, score_scale, SPEC)
+            b_dq = window_query_gradient(
+                b_dq, rows, keys, values, key_mask, row_bias, tile, axes, key_length, factor, score_scale, SMALL, True
+            )
+        b_dq = where_rows(row_sees, b_dq)
+    store_columns(DQ, o_row * SPEC.head_dim, m_rows, times(b_dq, scale), SPEC.head_dim, BD)
+
+
+def query_plan(p: Problem, grad_out: Layout, grad_lse: Layout | None) -> Plan:
+    config = tile_config_for("backward_query", p.problem_class)
+    tensor_strides = *p.input_strides(), p.strides_of(grad_out)
+    unit = stride_unit(tensor_strides)
+    grad_strides = (0,) * 5 if grad_lse is None else p.strides_of(grad_lse)
+    tensors = p.query, p.key, p.value, grad_out, grad_lse, p.out, p.statistics, contiguous(p.query.shape)
+    launch = launcher(
+        backward_query_kernel,
+        (p.programs(config),),
+        (
+            Strides(*in_units(tensor_strides, unit), grad_lse=grad_strides, key_mask=p.mask_strides),
+            Axes(*p.extents(config.tile)), p.group, p.kv_heads, p.registers, p.key_lengths,
+        ),
+        SPEC=spec_of(p, config, tensors, pack=config.pack, register_tile=p.register_tile, unit=unit),
+        **warps_of(config),
+    )  # fmt: skip
+    return Plan(config, launch)
+
+
+def backward_query(
+    plan: Plan, problem: Problem, inputs: Inputs, options: Options, cotangents: Cotangents
+) -> tuple[Tensor, RowStatistics]:
+    """dQ, delta and the base-2 log-sum-exp. Allocates only these."""
+    query, key, value, additional_keys, additional_values, _, key_mask, _, rpb = inputs
+    out, row_max, row_sum, grad_out, grad_lse = cotangents
+    grad_query = new_like(query)
+    delta, lse = torch.empty_like(row_max), torch.empty_like(row_max)
+    tensors = QueryGradientTensors(
+        query, key, value, additional_keys, additional_values, out, grad_out, grad_lse, row_max, row_sum,
+        grad_query, delta, lse, key_mask, problem.tile_table(plan.config.tile), rpb,
+    )  # fmt: skip
+    plan.launch((tensors,), (options.scale,))
+    return grad_query, RowStatistics(delta, lse)
