@@ -102,6 +102,7 @@ def edit_json(path: Path, edit: Edit) -> Path:
         ("{", "no JSON"),
         (b"\xff{}", "no JSON"),
         (b'{"a": "\x00"}', "no JSON"),
+        ('{"model": {"a": 1, "b": 2, "a": 3}}', "the key 'a' is there twice, with different values"),
     ],
     ids=lambda value: repr(value)[:20],
 )
@@ -111,6 +112,12 @@ def test_json_that_is_none(text: str | bytes, word: str, tmp_path: Path) -> None
     refused(lambda: read_json(path), "odd.json", word)
     if text != "":
         refused(lambda: HDiTConfig.from_json(path), "odd.json", word)
+
+
+def test_json_may_say_the_same_twice(tmp_path: Path) -> None:
+    """It is clear what is meant; and NaN, which is no value of JSON but which Python writes, is unequal to itself."""
+    (tmp_path / "twice.json").write_text('{"a": 1, "b": NaN, "a": 1}')
+    assert read_json(tmp_path / "twice.json").keys() == {"a", "b"}
 
 
 def test_json_files_have_a_longest_length(tmp_path: Path) -> None:

@@ -116,13 +116,14 @@ def parse_json(content: str | bytes, name: object) -> dict[str, Any]:
 
     Raises:
         ValueError: the text is longer than 64 MiB, is not UTF-8 or not a JSON object, is nested beyond Python's limit,
-            or has an integer of more than 40 digits; the message begins with ``name``.
+            has an integer of more than 40 digits, or a key twice with different values; the message begins with
+            ``name``.
     """
     if len(content) > MOST_JSON_BYTES:
         raise ValueError(f"{name} is longer than {MOST_JSON_BYTES} bytes, too long for a JSON file of this kind")
     try:
         text = content if isinstance(content, str) else content.decode()
-        value = json.loads(text, parse_int=_parse_int)
+        value = json.loads(text, parse_int=_parse_int, object_pairs_hook=_object)
     except RecursionError:
         raise ValueError(f"{name} is no JSON that can be read: it is nested too deep") from None
     except ValueError as error:
@@ -130,6 +131,16 @@ def parse_json(content: str | bytes, name: object) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{name} is no JSON object, but {shorten(value)}")
     return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuse keys of which Python would take the last value, and another program may take the first."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found and found[key] != value:
+            raise ValueError(f"the key {shorten(key)} is there twice, with different values")
+        found[key] = value
+    return found
 
 
 def _parse_int(digits: str) -> int:
