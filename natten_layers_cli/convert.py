@@ -21,7 +21,7 @@ from .running import Parser, run_command
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="natten-layers-convert", description=__doc__)
+    parser = Parser(prog="natten-layers-convert", description=__doc__, least={"group_size": 1})
     parser.add_argument("source", type=Path, help="an HDiT: safetensors, k-diffusion training checkpoint, or directory")
     parser.add_argument("target", type=Path, help="safetensors file, or directory to hold model.safetensors")
     parser.add_argument(
@@ -33,9 +33,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="KV heads to pool: one for all levels or one each",
     )
     parser.add_argument("--config", type=Path, help="JSON config, for a source that holds none")
-    args = parser.parse_args(argv)
-    parser.check_least(args, {"group_size": 1})
-    return args
+    return parser.parse(argv)
 
 
 def run(args: argparse.Namespace) -> int:

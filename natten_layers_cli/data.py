@@ -31,6 +31,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from tqdm import tqdm
 
+from natten_layers.io.schema import check_keys
+
 from .running import one_line
 
 IMAGE_SUFFIXES = {
@@ -165,8 +167,7 @@ class Folder:
             found = f"{_some([path.name for path in loose], 3)} beside class folders ({_some(list(subfolders))})"
             raise ValueError(
                 f"{folder} holds {found if subfolders else 'no class folders'}: move such images into class folders, "
-                'or elsewhere; or train on all images without classes, with "type": "imagefolder" in the dataset of a '
-                "--config"
+                "or elsewhere; or train on all images without classes, with --no-classes"
             )
         self.size, self.channels, self.fit = size, channels, fit or centre_crop
         self.class_names = tuple(subfolders) if classes else ()
@@ -267,29 +268,41 @@ def parse_data_flag(value: str) -> dict[str, Any]:
     return {"type": "imagefolder-class" if scan(Path(value)).classes else "imagefolder", "location": value}
 
 
+KEYS = {  # that each type of dataset reads, beside those of classes; image_key is k-diffusion's for all of them
+    "photographs": ("files", "short_side"),
+    "imagefolder": ("location", "image_key"),
+    "imagefolder-class": ("location", "image_key"),
+    "huggingface": ("location", "image_key", "class_key"),
+}
+
+
 def open_source(dataset: Mapping[str, Any], size: tuple[int, int], channels: int, fit: Fit | None = None) -> Source:
     """What a config's dataset section describes; ``fit`` makes images fit ``size``, by default :func:`centre_crop`.
 
     Raises:
-        ValueError: an unknown type, or what the sources raise.
+        ValueError: an unknown type, keys that it lacks or does not read, or what the sources raise.
     """
     if channels not in MODES:
         raise ValueError(f"model.input_channels is {channels}; images have {', '.join(map(str, MODES))}")
     kind = dataset.get("type", "imagefolder")
+    if kind not in KEYS:
+        raise ValueError(
+            f"dataset.type is {kind!r}; known are {', '.join(KEYS)} "
+            "(MNIST and CIFAR-10 are on the hub as ylecun/mnist and uoft-cs/cifar10)"
+        )
+    common = ("type", "num_classes", "class_names", "cond_dropout_rate")
+    check_keys(dataset.keys(), (*common, *KEYS[kind]), f"dataset of type {kind}")
+    if lacking := [key for key in KEYS[kind] if key not in dataset and not key.endswith("_key")]:
+        raise ValueError(f"dataset of type {kind} lacks {', '.join(lacking)}")
     if kind == "photographs":
         if fit is not None:
             raise ValueError("--buckets none is for whole images; of the photographs, crops are trained on")
         return Photographs(dataset["files"], size, channels, dataset["short_side"])
     if kind in ("imagefolder", "imagefolder-class"):
         return Folder(Path(dataset["location"]), size, channels, classes=kind == "imagefolder-class", fit=fit)
-    if kind == "huggingface":
-        class_key = dataset.get("class_key", "label") if dataset.get("num_classes") else None
-        image_key = dataset.get("image_key", "image")
-        return HuggingFace(dataset["location"], size, channels, image_key=image_key, class_key=class_key, fit=fit)
-    raise ValueError(
-        f"dataset.type is {kind!r}; known are photographs, imagefolder, imagefolder-class and huggingface "
-        "(MNIST and CIFAR-10 are on the hub as ylecun/mnist and uoft-cs/cifar10)"
-    )
+    class_key = dataset.get("class_key", "label") if dataset.get("num_classes") else None
+    image_key = dataset.get("image_key", "image")
+    return HuggingFace(dataset["location"], size, channels, image_key=image_key, class_key=class_key, fit=fit)
 
 
 # Images

@@ -9,10 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
+
+from natten_layers.io.schema import check_keys
+from natten_layers.modules.denoiser import Weighting
 
 Denoiser = Callable[..., Tensor]
 Quantile = Callable[[Tensor], Tensor]
@@ -21,22 +24,69 @@ Quantile = Callable[[Tensor], Tensor]
 # Noise levels to train on
 
 
+DENSITY = "model.sigma_sample_density"
+LIMITS = ("min_value", "max_value")
+DENSITIES: dict[str, tuple[str, ...]] = {  # the keys that each type reads
+    "lognormal": ("mean", "loc", "std", "scale"),
+    "split-lognormal": ("mean", "loc", "std_1", "scale_1", "std_2", "scale_2"),
+    "loglogistic": ("loc", "scale", *LIMITS),
+    "loguniform": LIMITS,
+    "v-diffusion": LIMITS,
+    "cosine": LIMITS,
+    "cosine-interpolated": (*LIMITS, "image_d", "noise_d_low", "noise_d_high"),
+}
+
+
 def make_sigma_quantile(model_config: Mapping[str, Any]) -> Quantile:
     """The quantile function of a config's ``sigma_sample_density``: uniform numbers in (0, 1) to noise levels.
 
     Raises:
-        ValueError: an unknown type of density.
+        ValueError: an unknown type of density, keys that it lacks or does not read, or noise levels that are no
+            positive numbers, or that fall where they should rise.
     """
     density = model_config["sigma_sample_density"]
+    kind = density.get("type")
+    if kind not in DENSITIES:
+        raise ValueError(f"{DENSITY}.type is {kind!r}; known are {', '.join(DENSITIES)}")
+    check_keys(density.keys(), ("type", *DENSITIES[kind]), f"{DENSITY} of type {kind}")
+    quantile = _quantile(density, model_config)
+    low, high = quantile(torch.tensor([1e-7, 1 - 1e-7])).tolist()  # the ends of what stratified() returns
+    if not 0 < low <= high < math.inf:
+        raise ValueError(f"{DENSITY} of type {kind} gives noise levels from {low:g} to {high:g}")
+    return quantile
+
+
+def _either(density: Mapping[str, Any], *names: str) -> float:
+    """The value of the one of ``names``, of which k-diffusion takes each for the same, that is there."""
+    found = [name for name in names if name in density]
+    if len(found) != 1:
+        has = "lacks" if not found else "has both of"
+        raise ValueError(f"{DENSITY} of type {density['type']} {has} {names[0]} (or {', '.join(names[1:])})")
+    return density[found[0]]
+
+
+def _limits(density: Mapping[str, Any], low: float, high: float, *, zero: bool) -> tuple[float, float]:
+    """``min_value`` and ``max_value``, by default ``low`` and ``high``; ``zero`` tells whether the first may be 0."""
+    low, high = density.get("min_value", low), density.get("max_value", high)
+    if low > high or (low == 0 and not zero):
+        least = "at most" if zero else "above 0 and at most"
+        default = "" if "min_value" in density else " by default"
+        raise ValueError(
+            f"{DENSITY} of type {density['type']}: min_value must be {least} max_value {high:g}, got {low:g}{default}"
+        )
+    return low, high
+
+
+def _quantile(density: Mapping[str, Any], model_config: Mapping[str, Any]) -> Quantile:
     sigma_data, sigma_min, sigma_max = (model_config[f"sigma_{name}"] for name in ("data", "min", "max"))
     kind = density["type"]
     normal = torch.special.ndtri
     if kind in ("lognormal", "split-lognormal"):
-        loc = density.get("mean", density.get("loc"))
+        loc = _either(density, "mean", "loc")
         if kind == "lognormal":
-            scale = density.get("std", density.get("scale"))
+            scale = _either(density, "std", "scale")
             return lambda u: torch.exp(loc + scale * normal(u))
-        below, above = (density.get(f"std_{i}", density.get(f"scale_{i}")) for i in (1, 2))
+        below, above = (_either(density, f"std_{i}", f"scale_{i}") for i in (1, 2))
         split = below / (below + above)  # the mass of the half that lies below loc
         return lambda u: torch.exp(
             loc
@@ -48,29 +98,21 @@ def make_sigma_quantile(model_config: Mapping[str, Any]) -> Quantile:
         )
     if kind == "loglogistic":
         loc, scale = density.get("loc", math.log(sigma_data)), density.get("scale", 0.5)
-        low, high = (
-            _logistic_cdf(density.get(n, d), loc, scale) for n, d in (("min_value", 0), ("max_value", math.inf))
-        )
+        low, high = (_logistic_cdf(sigma, loc, scale) for sigma in _limits(density, 0.0, math.inf, zero=True))
         return lambda u: torch.exp(loc + scale * torch.logit(low + u * (high - low)))
     if kind == "loguniform":
-        low, high = (math.log(density.get(n, d)) for n, d in (("min_value", sigma_min), ("max_value", sigma_max)))
+        low, high = map(math.log, _limits(density, sigma_min, sigma_max, zero=False))
         return lambda u: torch.exp(low + u * (high - low))
     if kind in ("v-diffusion", "cosine"):
-        low, high = (math.atan(density.get(n, d) / sigma_data) for n, d in (("min_value", 1e-3), ("max_value", 1e3)))
+        low, high = (math.atan(sigma / sigma_data) for sigma in _limits(density, 1e-3, 1e3, zero=True))
         return lambda u: sigma_data * torch.tan(low + u * (high - low))
-    if kind == "cosine-interpolated":
-        size = max(model_config["input_size"])
-        return _cosine_interpolated(
-            sigma_data,
-            density.get("min_value", min(sigma_min, 1e-3)),
-            density.get("max_value", max(sigma_max, 1e3)),
-            image_d=density.get("image_d", size),
-            noise_d_low=density.get("noise_d_low", 32),
-            noise_d_high=density.get("noise_d_high", size),
-        )
-    raise ValueError(
-        f"model.sigma_sample_density.type is {kind!r}; known are lognormal, split-lognormal, loglogistic, loguniform, "
-        "v-diffusion, cosine and cosine-interpolated"
+    size = max(model_config["input_size"])
+    return _cosine_interpolated(
+        sigma_data,
+        *_limits(density, min(sigma_min, 1e-3), max(sigma_max, 1e3), zero=False),
+        image_d=density.get("image_d", size),
+        noise_d_low=density.get("noise_d_low", 32),
+        noise_d_high=density.get("noise_d_high", size),
     )
 
 
@@ -116,8 +158,12 @@ def loss_weighting(model_config: Mapping[str, Any]) -> Any:
     config = model_config.get("loss_config", "karras")
     if config not in ("karras", "simple"):
         raise ValueError(f'model.loss_config is {config!r}; known are "karras" and "simple"')
-    # The plain error of the predicted noise is "snr" by another name.
-    return "snr" if config == "simple" else model_config.get("loss_weighting", "karras")
+    if config == "simple":  # the plain error of the predicted noise is "snr" by another name
+        return "snr"
+    weighting = model_config.get("loss_weighting", "karras")
+    if weighting not in get_args(Weighting):
+        raise ValueError(f"model.loss_weighting is {weighting!r}; known are {', '.join(get_args(Weighting))}")
+    return weighting
 
 
 # Schedules
@@ -128,12 +174,30 @@ def ema_decay(step: int, power: float, max_value: float) -> float:
     return min(max_value, 1 - (1 + step) ** -power)
 
 
-def learning_rate_factor(schedule: Mapping[str, Any], step: int) -> float:
-    """Factor on the base learning rate at optimiser step ``step``, counted from 0.
+SCHEDULES = {  # the keys that each type reads, beside "warmup"
+    "constant": (),
+    "inverse": ("inv_gamma", "power"),
+    "exponential": ("decay", "num_steps"),
+    "cosine": ("num_steps",),
+}
+
+
+def check_schedule(schedule: Mapping[str, Any]) -> None:
+    """Refuse what :func:`learning_rate_factor` does not read or lacks.
 
     Raises:
-        ValueError: an unknown type of schedule.
+        ValueError: an unknown type of schedule, or keys of another one.
     """
+    kind = schedule["type"]
+    if kind not in SCHEDULES:
+        raise ValueError(f"lr_sched.type is {kind!r}; known are {', '.join(SCHEDULES)}")
+    check_keys(schedule.keys(), ("type", "warmup", *SCHEDULES[kind]), f"lr_sched of type {kind}")
+    if "num_steps" in SCHEDULES[kind] and "num_steps" not in schedule:
+        raise ValueError(f"lr_sched of type {kind} lacks num_steps")
+
+
+def learning_rate_factor(schedule: Mapping[str, Any], step: int) -> float:
+    """Factor on the base learning rate at optimiser step ``step``, counted from 0, by a schedule that was checked."""
     kind = schedule["type"]
     warmup = 1 - schedule.get("warmup", 0.0) ** (step + 1)
     if kind == "constant":
@@ -142,9 +206,8 @@ def learning_rate_factor(schedule: Mapping[str, Any], step: int) -> float:
         return warmup * (1 + step / schedule.get("inv_gamma", 1.0)) ** -schedule.get("power", 1.0)
     if kind == "exponential":
         return warmup * schedule.get("decay", 0.5) ** (step / schedule["num_steps"])
-    if kind == "cosine":  # not one of k-diffusion's: down to a tenth over num_steps, for short runs
-        return warmup * (0.55 + 0.45 * math.cos(math.pi * min(step / schedule["num_steps"], 1.0)))
-    raise ValueError(f"lr_sched.type is {kind!r}; known are constant, inverse, exponential and cosine")
+    # Not one of k-diffusion's: down to a tenth over num_steps, for short runs.
+    return warmup * (0.55 + 0.45 * math.cos(math.pi * min(step / schedule["num_steps"], 1.0)))
 
 
 # Samplers of the probability flow: x [B, C, H, W] of noise level sigmas[0]; sigmas fall to 0, one step between two

@@ -28,7 +28,7 @@ from .tokens import StopStrings, apply_chat_template, generation_settings, open_
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__)
+    parser = Parser(description=__doc__, least={"tokens": 1, "temperature": 0, "top_k": 0})
     parser.add_argument("model", type=Path, help="directory with config.json and safetensors files")
     parser.add_argument("--prompt", default="", help='text to continue; "-" reads standard input')
     parser.add_argument(
@@ -45,12 +45,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--bf16", action="store_true", help="convert the weights to bfloat16")
-    args = parser.parse_args(argv)
+    args = parser.parse(argv)
     if args.system is not None and not args.chat:
         parser.error("--system needs --chat")
     if "" in args.stop:
         parser.error("--stop takes no empty text")
-    parser.check_least(args, {"tokens": 1, "temperature": 0, "top_k": 0})
     if args.top_p is not None and not 0 < args.top_p <= 1:
         parser.error(f"--top-p must be above 0 and at most 1, got {args.top_p}")
     check_device(parser, args.device)

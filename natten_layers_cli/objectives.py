@@ -57,7 +57,6 @@ class Diffusion:
 
     def __init__(self, model_config: Mapping[str, Any]) -> None:
         self.quantile, self.weighting = make_sigma_quantile(model_config), loss_weighting(model_config)
-        self.quantile(torch.tensor([0.5]))  # what it lacks shows on its first call
 
     def around(self, model: nn.Module, sigma_data: float) -> nn.Module:
         return Denoiser(model, sigma_data=sigma_data, weighting=self.weighting)

@@ -11,15 +11,15 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
-from natten_layers.io.schema import shorten
+from natten_layers.io.schema import check_keys, shorten
 
 from .launch import FAILED, noted_ctrl_c
 
@@ -40,21 +40,99 @@ MOST_SEED = 2**32 - 1
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose flags of type int, float and Path take no value that PyTorch or the file system misunderstands."""
+    """A parser whose flags of type int, float and Path take no value that PyTorch or the file system misunderstands.
 
-    def __init__(self, *, description: str | None, **options: Any) -> None:
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+    Args:
+        least: the least value of flags, by their names in what is parsed.
+    """
+
+    def __init__(self, *, description: str | None, least: Mapping[str, float] | None = None, **options: Any) -> None:
+        form = argparse.RawDescriptionHelpFormatter
+        # Without abbreviations: those of today are ambiguous, or mean another flag, in a later release.
+        super().__init__(description=description, formatter_class=form, allow_abbrev=False, **options)
+        self.least = least or {}
+        self.key: tuple[str, str] | None = None
+        """how errors name the key of a file that is parsed, and the flag that it stands for"""
         for kind, convert in ((int, _integer), (float, _finite), (Path, _path)):
             self.register("type", kind, convert)
 
-    def check_least(self, args: argparse.Namespace, least: Mapping[str, float]) -> None:
-        """End with a usage error where a value, or one of several, is less than what ``least`` has under its name."""
-        for name, minimum in least.items():
+    def parse(self, argv: Sequence[str] | None, defaults: argparse.Namespace | None = None) -> argparse.Namespace:
+        """What the flags say, or where they say nothing ``defaults``; ends with a usage error where they do not fit."""
+        values = argparse.Namespace(**({} if defaults is None else vars(defaults)))
+        return self._check_least(self.parse_args(argv, values))
+
+    def parse_section(
+        self, section: Mapping[str, Any], where: str, *, without: Collection[str] = ()
+    ) -> argparse.Namespace:
+        """What flags would say whose names are the keys of ``section``, with _ or - in them; null is no flag.
+
+        Args:
+            section: of a file.
+            where: how error messages name the section.
+            without: flags that have no sense in it.
+
+        Raises:
+            ValueError: an unknown key, or a value that its flag does not take.
+        """
+        actions = {a.dest: a for a in self._actions if a.option_strings and a.dest not in ("help", *without)}
+        named = {key: key.replace("-", "_") for key in section}
+        check_keys([key for key, name in named.items() if name not in actions], actions, where)
+        if twice := [key for key in named if "-" in key and named[key] in named]:
+            raise ValueError(f"{where} has a key twice, with _ and with -: {', '.join(twice)}")
+        found = argparse.Namespace()
+        for key, name in named.items():
+            if section[key] is not None:
+                self.key = f'{where}["{key}"]', f"--{name.replace('_', '-')}"
+                try:
+                    flags = self._as_flags(actions[name], section[key])
+                    setattr(found, name, getattr(self._check_least(self._parse_only(flags)), name))
+                finally:
+                    self.key = None
+        return found
+
+    def given(self, argv: Sequence[str] | None) -> set[str]:
+        """The names of the flags and arguments that are in ``argv``."""
+        return {name for name, value in vars(self._parse_only(argv)).items() if value is not None}
+
+    def error(self, message: str) -> NoReturn:
+        if self.key is None:
+            super().error(message)
+        where, flag = self.key
+        said = message.removeprefix("argument ").removeprefix(flag).removeprefix(":").strip()
+        raise ValueError(f"{where}: {said}")
+
+    def _parse_only(self, argv: Sequence[str] | None) -> argparse.Namespace:
+        """Without defaults: None is what ``argv`` does not say."""
+        return self.parse_args(argv, argparse.Namespace(**dict.fromkeys(action.dest for action in self._actions)))
+
+    def _as_flags(self, action: argparse.Action, value: object) -> list[str]:
+        flag = action.option_strings[0]
+        if isinstance(action, argparse.BooleanOptionalAction):
+            if not isinstance(value, bool):
+                self.error(f"must be true or false, got {shorten(value)}")
+            return [flag if value else action.option_strings[1]]
+        values = value if action.nargs == "+" and isinstance(value, list) else [value]
+        if not values or any(isinstance(one, bool | list | dict) for one in values):
+            expected = "a list of values" if action.nargs == "+" else "one value, a number or a string"
+            self.error(f"must be {expected}, got {shorten(value)}")
+        return [flag, *map(str, values)] if action.nargs == "+" else [f"{flag}={value}"]
+
+    def _check_least(self, args: argparse.Namespace) -> argparse.Namespace:
+        for name, minimum in self.least.items():
             value = getattr(args, name)
             values = value if isinstance(value, Sequence) else [value]
             if any(one is not None and one < minimum for one in values):
                 flag, got = name.replace("_", "-"), " ".join(map(str, values))
                 self.error(f"--{flag} must be at least {minimum}, got {got}")
+        return args
+
+
+def positive(text: str) -> float:
+    """The type of a flag for a number above 0."""
+    value = _finite(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"must be above 0, got {value}")
+    return value
 
 
 def seed(text: str) -> int:

@@ -14,7 +14,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -204,11 +204,14 @@ def parse_classes(values: Sequence[str] | None, config: HDiTConfig) -> tuple[int
     return classes
 
 
+WHAT_TO_SAMPLE = tuple(field.name for field in fields(Request))
+
+
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__)
+    parser = Parser(description=__doc__, least=dict.fromkeys(("size", "count", "steps", "batch_size"), 1))
     parser.add_argument("checkpoint", type=Path, help="a safetensors file, or a training checkpoint (.pth)")
     parser.add_argument("--config", type=Path, help="JSON config, for a checkpoint that holds none")
-    parser.add_argument("--output", type=Path, default=Path("samples.png"), help="default: %(default)s")
+    parser.add_argument("--output", type=Path, default=Path("samples.png"), help="the grid, default: %(default)s")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write single images there, and no grid")
     parser.add_argument("--reproduce", type=Path, metavar="PNG", help="sample this grid again; fail if it differs")
     parser.add_argument("--classes", nargs="+", metavar="CLASS", help="names or numbers, default: all")
@@ -220,17 +223,20 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=seed, default=0, help="default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=64, help="images at a time, default: %(default)s")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse(argv)
     check_device(parser, arguments.device)
+    given = parser.given(argv)
+    beside = [name for name in ("output", "out", *WHAT_TO_SAMPLE) if name in given]
+    if arguments.reproduce and beside:
+        parser.error(f"--reproduce makes what its grid says: leave --{beside[0].replace('_', '-')} away")
+    if {"output", "out"} <= given:
+        parser.error("--out writes single images and --output a grid: leave one of them away")
     output = arguments.output
     if output.suffix.lower() != ".png":
         parser.error(f"--output must end with .png, which holds how the grid was made, got {output}")
     folder = next(path for path in output.absolute().parents if path.exists())  # what is missing is made
-    if arguments.out and arguments.reproduce:
-        parser.error("--reproduce samples a grid: leave --out away")
     if not (arguments.reproduce or arguments.out) and not (folder.is_dir() and os.access(folder, os.W_OK)):
         parser.error(f"--output {output}: nothing can be written to {folder}")
-    parser.check_least(arguments, dict.fromkeys(("size", "count", "steps", "batch_size"), 1))
     return arguments
 
 

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from natten_layers import HDiT, HDiTConfig
 from natten_layers.io.checkpoints import load_tensors, read_hdit
 from natten_layers.io.files import read_json
-from natten_layers.io.schema import shorten
+from natten_layers.io.schema import check_keys, shorten
 from natten_layers.modules.hdit_config import axis_grid
 
 from .boards import Boards, Log
@@ -59,12 +59,12 @@ from .data import (
     pack,
     parse_data_flag,
 )
-from .diffusion import ema_decay, learning_rate_factor
+from .diffusion import check_schedule, ema_decay, learning_rate_factor
 from .held_out import held_out_batches, hold_out, level_names, means, sums_by_level
 from .objectives import MEANFLOW, open_objective
 from .parallel import Processes, local
 from .pictures import save_loss_curve, save_png
-from .running import SIGNALS_HELP, Parser, Signals, check_device, run_command, seed
+from .running import SIGNALS_HELP, Parser, Signals, check_device, positive, run_command, seed
 from .sample_hdit import DEFAULTS, Request, digest, picture, sample
 
 PRESETS = Path(__file__).parent / "configs"
@@ -79,14 +79,16 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Flags win over the config's "run" section, and that over the defaults here, which are k-diffusion's."""
-    parser = Parser(description=__doc__, epilog=SIGNALS_HELP)
+    counts = ("batch_size", "grad_accum_steps", "save_every", "sample_n", "sample_steps", "end_step", "eval_every")
+    least = dict.fromkeys(counts, 1) | dict.fromkeys(("demo_every", "num_workers", "keep", "held_out"), 0)
+    parser = Parser(description=__doc__, epilog=SIGNALS_HELP, least=least)
     switch = argparse.BooleanOptionalAction
     cuda = torch.cuda.is_available()
     parser.add_argument("--config", type=Path, help="JSON in k-diffusion's format (image_transformer_v2)")
     parser.add_argument(
         "--preset",
         choices=sorted(path.stem for path in PRESETS.glob("*.json")),
-        help="a config that comes with this command, if --config names no other; default: that of device and objective",
+        help="a config that comes with this command; default: that of device and objective",
     )
     parser.add_argument(
         "--objective",
@@ -114,6 +116,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="train on these images, not on the config's; each subfolder is a class, transparent pixels become white",
     )
     parser.add_argument(
+        "--classes",
+        action=switch,
+        default=True,
+        help="learn what belongs to which class, where the images have classes",
+    )
+    parser.add_argument(
         "--buckets",
         choices=("one", "none"),
         default="one",
@@ -133,7 +141,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--sample-n", type=int, default=8, help="images per class in a grid")
     parser.add_argument("--sample-steps", type=int, help="steps of the sampler; default: 50, or 1 with meanflow")
-    parser.add_argument("--lr", type=float, help="learning rate, in place of the config's")
+    parser.add_argument("--lr", type=positive, help="learning rate, in place of the config's")
     parser.add_argument("--mixed-precision", choices=["no", *DTYPES], default="no")
     parser.add_argument("--compile", action=switch, default=False, help="torch.compile the model")
     parser.add_argument("--checkpointing", action=switch, default=False, help="recompute activations to save memory")
@@ -142,31 +150,21 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--num-workers", type=int, default=8, help="processes that load images")
     parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
-    argv = sys.argv[1:] if argv is None else argv
-    arguments = parser.parse_args(argv)
+    arguments, given = parser.parse(argv), parser.given(argv)
+    if {"config", "preset"} <= given:
+        parser.error("--config and --preset both name a config: leave one of them away")
     preset = arguments.preset or f"{'gpu' if cuda else 'cpu'}-{KINDS[arguments.objective or 'diffusion']}"
     config = arguments.config or PRESETS / f"{preset}.json"
     section = _section(read_json(config), "run", config)
-    arguments = parser.parse_args([*_as_flags(section), *argv])
+    here = parser.parse_section(section, f'{config}: config["run"]', without=["config", "preset"])
+    arguments = parser.parse(argv, here)
     arguments.config = config
-    positive = ("batch_size", "grad_accum_steps", "save_every", "sample_n", "sample_steps", "end_step", "eval_every")
-    natural = ("demo_every", "num_workers", "keep", "held_out")
-    parser.check_least(arguments, {**dict.fromkeys(positive, 1), **dict.fromkeys(natural, 0)})
-    if arguments.lr is not None and not 0 < arguments.lr < math.inf:
-        parser.error(f"--lr must be positive, got {arguments.lr}")
+    if "eval_every" in given and not arguments.held_out:
+        parser.error("--eval-every needs --held-out, the images to measure the loss of")
     if arguments.reset and not arguments.resume_inference:
         parser.error("--reset needs --resume-inference, the weights of which it leaves some out")
     check_device(parser, arguments.device)
     return arguments
-
-
-def _as_flags(section: Mapping[str, Any]) -> Iterator[str]:
-    for key, value in section.items():
-        flag = key.replace("_", "-")
-        if isinstance(value, bool):
-            yield f"--{flag}" if value else f"--no-{flag}"
-        elif value is not None:
-            yield from (f"--{flag}", str(value))
 
 
 def _section(config: Mapping[str, Any], name: str, path: Path) -> dict[str, Any]:
@@ -179,16 +177,20 @@ def _section(config: Mapping[str, Any], name: str, path: Path) -> dict[str, Any]
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Say of which file it is that something is missing in it, or of another type."""
+    """Say of which file it is that something is missing in it, or of another type or out of bounds."""
     try:
         yield
     except KeyError as error:
         raise ValueError(f"{path} lacks {error}") from error
     except (TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no config of this script: {error}") from error
+    except ValueError as error:
+        if str(error).startswith(str(path)):
+            raise
+        raise ValueError(f"{path}: {error}") from error
 
 
-def read_config(path: Path, data: str | None, objective: str | None = None) -> dict[str, Any]:
+def read_config(path: Path, data: str | None, objective: str | None = None, *, classes: bool = True) -> dict[str, Any]:
     """The JSON config, with k-diffusion's defaults of its training sections filled in."""
     config = read_json(path)
     config.pop("run", None)
@@ -199,6 +201,10 @@ def read_config(path: Path, data: str | None, objective: str | None = None) -> d
         config["dataset"] = parse_data_flag(data) | kept
     elif not _section(config, "dataset", path):
         raise ValueError(f"{path} has no dataset; name one with --data")
+    if not classes:
+        config["dataset"]["num_classes"] = 0
+        if config["dataset"].get("type") == "imagefolder-class":
+            config["dataset"]["type"] = "imagefolder"
     if _section(config, "model", path).get("objective") == "meanflow":
         config["meanflow"] = MEANFLOW | _section(config, "meanflow", path)
     for section, defaults in SECTIONS.items():
@@ -207,6 +213,7 @@ def read_config(path: Path, data: str | None, objective: str | None = None) -> d
         found, only = config[section]["type"], SECTIONS[section]["type"]
         if found != only:
             raise ValueError(f"{section}.type is {found!r}; only {only!r} is supported")
+        check_keys(config[section].keys(), SECTIONS[section].keys(), f"{section} of type {only}")
     return config
 
 
@@ -220,12 +227,11 @@ class Trainer:
     def __init__(self, arguments: argparse.Namespace, processes: Processes, files: RunFiles) -> None:
         self.arguments, self.processes, self.files, self.signals = arguments, processes, files, Signals()
         start = read_hdit(arguments.resume_inference) if arguments.resume_inference else None
+        self._read_data()
         with naming(arguments.config):
-            self._read_data()
             if start is not None and start[0] is not None:
                 self._take_kv_heads(HDiTConfig.from_json(start[0]))
             self.objective = open_objective(self.config, self.plan)
-            learning_rate_factor(self.config["lr_sched"], 0)
 
         torch.manual_seed(arguments.seed)
         self.model = HDiT(self.plan, checkpointing=arguments.checkpointing)
@@ -261,8 +267,13 @@ class Trainer:
         self._resume()
 
     def _read_data(self) -> None:
-        config = read_config(self.arguments.config, self.arguments.data, self.arguments.objective)
-        plan = HDiTConfig.from_json(config)
+        arguments = self.arguments
+        with naming(arguments.config):
+            config = read_config(arguments.config, arguments.data, arguments.objective, classes=arguments.classes)
+            plan = HDiTConfig.from_json(config)
+            if plan.mapping_cond_dim:
+                raise ValueError("model.mapping_cond_dim: no data of this command has a mapping_cond; leave it out")
+            check_schedule(config["lr_sched"])
         dataset = config["dataset"]
         fit = None
         if self.arguments.buckets == "none":
@@ -270,10 +281,13 @@ class Trainer:
                 raise ValueError("--buckets none does not go with --fsdp: leave one of them out")
             units, least = zip(*(axis_grid(patch, plan.levels) for patch in plan.patch_size), strict=True)
             fit = KeepShape(units, least)
-        self.source = open_source(dataset, plan.input_size, plan.input_channels, fit)
+        with naming(arguments.config) if arguments.data is None else nullcontext():
+            self.source = open_source(dataset, plan.input_size, plan.input_channels, fit)
         names = list(self.source.class_names)
-        if dataset.setdefault("num_classes", len(names)) not in (0, len(names)):
-            raise ValueError(f"dataset.num_classes is {dataset['num_classes']}, but the data has {len(names)}: {names}")
+        with naming(arguments.config):
+            for key, value in (("num_classes", len(names)), ("class_names", names)):
+                if dataset.setdefault(key, value) not in (0, [], value):
+                    raise ValueError(f"dataset.{key} is {dataset[key]}, but the data has {len(names)} classes: {names}")
         dataset["class_names"] = names if dataset["num_classes"] else []
         self.config, self.plan = config, HDiTConfig.from_json(config)
         self.say(describe(self.source))

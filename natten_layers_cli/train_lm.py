@@ -47,6 +47,7 @@ from .running import (
     Signals,
     check_device,
     one_line,
+    positive,
     reason,
     run_command,
     running_alone,
@@ -64,7 +65,10 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     cuda = torch.cuda.is_available()
     switch = argparse.BooleanOptionalAction
-    parser = Parser(description=__doc__, epilog=SIGNALS_HELP, allow_abbrev=False)
+    positives = ("layers", "hidden", "heads", "kv_heads", "window", "end_step", "batch_size", "grad_accum_steps")
+    counts = ("full_every", "registers", "warmup", "held_out_bytes", "sample_tokens", "weight_decay")
+    least = {"context": 2} | dict.fromkeys(counts, 0) | dict.fromkeys((*positives, "eval_every", "eval_tokens"), 1)
+    parser = Parser(description=__doc__, epilog=SIGNALS_HELP, least=least)
     parser.add_argument("--config", type=Path, help="TOML file with defaults for these flags")
     parser.add_argument("--data", type=Path, help="text file, or folder of them; default: Python's standard library")
     parser.add_argument("--pattern", help="glob of the files to read in a folder")
@@ -93,10 +97,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     train.add_argument("--end-step", type=int, default=800)
     train.add_argument("--batch-size", type=int, default=16, help="examples per step, over all processes")
     train.add_argument("--grad-accum-steps", type=int, default=1, help="parts that a process computes its batch in")
-    train.add_argument("--lr", type=float, help="after warm-up; falls to a tenth by a cosine; default: 3e-3, or 2e-5")
+    train.add_argument(
+        "--lr", type=positive, help="after warm-up; a cosine takes it to a tenth; default: 3e-3, or 2e-5"
+    )
     train.add_argument("--warmup", type=int, default=50, help="steps")
     train.add_argument("--weight-decay", type=float, default=0.1)
-    train.add_argument("--grad-clip", type=float, default=1.0)
+    train.add_argument("--grad-clip", type=positive, default=1.0)
     train.add_argument("--seed", type=seed, default=0)
     train.add_argument("--eval-every", type=int, default=200, help="steps between validation, sample and checkpoint")
     train.add_argument("--eval-tokens", type=int, default=32768, help="held-out tokens of a validation, all at the end")
@@ -114,35 +120,23 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     machine.add_argument("--compile", action=switch, default=False)
     machine.add_argument("--fsdp", action=switch, default=False, help="shard the model over torchrun's processes")
     config = parser.parse_known_args(argv)[0].config
-    given = list(sys.argv[1:] if argv is None else argv)
-    args = parser.parse_args(given if config is None else [*_flags_of(config, parser), *given])
+    args = parser.parse(argv, None if config is None else _read_flags(config, parser))
     given_sizes = [key for key in SIZES if getattr(args, key) is not None]
     if args.model and given_sizes:
         parser.error(f"--model brings its own sizes: leave --{given_sizes[0].replace('_', '-')} away")
     vars(args).update({key: size for key, size in SIZES.items() if getattr(args, key) is None})
     args.lr = args.lr if args.lr is not None else 2e-5 if args.model else 3e-3
-    positive = ("layers", "hidden", "heads", "kv_heads", "window", "end_step", "batch_size", "grad_accum_steps")
-    least = dict.fromkeys((*positive, "eval_every", "eval_tokens"), 1) | {"context": 2}
-    counts = ("full_every", "registers", "warmup", "held_out_bytes", "sample_tokens", "weight_decay")
-    parser.check_least(args, dict.fromkeys(counts, 0) | least)
-    for name in ("lr", "grad_clip"):
-        if not 0 < getattr(args, name) < math.inf:
-            parser.error(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
     check_device(parser, args.device)
     return args
 
 
-def _flags_of(path: Path, parser: argparse.ArgumentParser) -> list[str]:
-    """A config file as the flags that it stands for, so that both are checked alike."""
+def _read_flags(path: Path, parser: Parser) -> argparse.Namespace:
+    """A config file's values, checked as flags are."""
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        parser.error(f"--config {path}: {reason(error)}")
-    flags = []
-    for key, value in values.items():
-        flag = key.replace("_", "-")
-        flags += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
-    return flags
+        raise ValueError(f"{path}: {reason(error)}") from error
+    return parser.parse_section(values, str(path), without=["config"])
 
 
 def model_config(args: argparse.Namespace) -> DecoderLMConfig:

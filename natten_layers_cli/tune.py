@@ -144,7 +144,8 @@ def _axes(text: str) -> tuple[int, ...]:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="natten-layers-tune", description=__doc__)
+    counts = ("kernel_size", "dilation", "batch", "heads", "kv_heads", "head_dim", "trials")
+    parser = Parser(prog="natten-layers-tune", description=__doc__, least=dict.fromkeys(counts, 1))
     parser.add_argument(
         "tokens", type=_axes, nargs="?",
         help="length of every axis: 4096, 128x128, 30x48x80; with --model the size of images in pixels (default: the "
@@ -166,9 +167,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--kernels", nargs="+", choices=get_args(Kind), default=list(TRAINED))
     parser.add_argument("--trials", type=int, default=60, help="launches to try for each kernel, default %(default)s")
     parser.add_argument("--device", default="cuda")
-    args = parser.parse_args(argv)
-    counts = ("kernel_size", "dilation", "batch", "heads", "kv_heads", "head_dim", "trials")
-    parser.check_least(args, dict.fromkeys(counts, 1))
+    args = parser.parse(argv)
     own = ("kernel_size", "dilation", "causal", "heads", "kv_heads", "head_dim")
     given = [f"--{name.replace('_', '-')}" for name in own if getattr(args, name)]
     if args.model is not None and given:

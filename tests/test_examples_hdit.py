@@ -140,10 +140,39 @@ def test_split_lognormal_has_its_mass_where_its_scales_say() -> None:
     torch.testing.assert_close(quantile(u).log(), expected.double(), rtol=1e-5, atol=1e-6)
 
 
-def test_unknown_density_is_an_error() -> None:
-    model = {"sigma_data": 0.5, "sigma_min": 0.01, "sigma_max": 80.0, "sigma_sample_density": {"type": "cauchy"}}
-    with pytest.raises(ValueError, match="'cauchy'; known are lognormal"):
-        make_sigma_quantile(model)
+@pytest.mark.parametrize(
+    ("density", "message"),
+    [
+        ({"type": "cauchy"}, "type is 'cauchy'; known are lognormal"),
+        ({}, "type is None; known are lognormal"),
+        *(
+            ({"type": kind, "min_value": 2, "max_value": 1}, r"min_value must be .*max_value 1, got 2$")
+            for kind in ("loguniform", "loglogistic", "v-diffusion", "cosine", "cosine-interpolated")
+        ),
+        ({"type": "loguniform", "min_value": 100}, "max_value 80, got 100$"),
+        ({"type": "loguniform", "min_value": 0}, "must be above 0 and at most max_value 80, got 0$"),
+        ({"type": "cosine-interpolated", "max_value": 1e-5}, "max_value 1e-05, got 0.001 by default"),
+        ({"type": "lognormal", "std": 1}, r"lacks mean \(or loc\)"),
+        ({"type": "lognormal", "mean": 1, "loc": 2, "std": 1}, r"has both of mean \(or loc\)"),
+        ({"type": "split-lognormal", "loc": 1, "scale_1": 1}, r"lacks std_2 \(or scale_2\)"),
+        ({"type": "lognormal", "mean": 1, "std": 1, "max_value": 3}, "has unknown keys 'max_value'"),
+        ({"type": "lognormal", "mean": 90, "std": 1}, "gives noise levels from .* to inf"),
+        ({"type": "lognormal", "mean": -90, "std": 9}, "gives noise levels from 0 to"),
+    ],
+    ids=str,
+)
+def test_densities_without_noise_levels(density: dict[str, Any], message: str) -> None:
+    model = {"sigma_data": 0.5, "sigma_min": 0.01, "sigma_max": 80.0, "input_size": [32, 32]}
+    with pytest.raises(ValueError, match=rf"^model.sigma_sample_density.*{message}"):
+        make_sigma_quantile({**model, "sigma_sample_density": density})
+
+
+@pytest.mark.parametrize("kind", ["loguniform", "cosine-interpolated"])
+def test_a_density_down_to_no_noise(kind: str) -> None:
+    model = {"sigma_data": 0.5, "sigma_min": 0, "sigma_max": 80.0, "input_size": [32, 32]}
+    with pytest.raises(ValueError, match=r"min_value must be above 0 and .*, got 0 by default"):
+        make_sigma_quantile({**model, "sigma_sample_density": {"type": kind}})
+    make_sigma_quantile({**model, "sigma_sample_density": {"type": kind, "min_value": 0.01}})
 
 
 def test_stratified_covers_every_stratum() -> None:
@@ -182,8 +211,6 @@ def test_learning_rates() -> None:
     assert learning_rate_factor({"type": "inverse", "inv_gamma": 10, "power": 0.5}, 30) == 0.5
     assert learning_rate_factor({"type": "exponential", "num_steps": 10, "decay": 0.5}, 20) == 0.25
     assert learning_rate_factor({"type": "cosine", "num_steps": 10}, 20) == pytest.approx(0.1)
-    with pytest.raises(ValueError, match="'linear'"):
-        learning_rate_factor({"type": "linear"}, 0)
 
 
 # --- Data
@@ -320,9 +347,13 @@ def test_images_beside_class_folders_are_refused(config: Path, capsys: pytest.Ca
     assert train(config, "a", "--end-step", "1", "--data", str(folder)) == 2
     error = capsys.readouterr().err
     assert f"{folder} holds stray.png beside class folders (cats)" in error
-    assert '"type": "imagefolder"' in error
-    section = {"type": "imagefolder", "location": str(folder)}
-    assert describe(open_source(section, (8, 8), 3)) == "2 images, no classes"
+    assert "with --no-classes" in error
+    assert train(config, "a", "--end-step", "1", "--data", str(folder), "--no-classes") == 0
+    assert "2 images, no classes\n" in capsys.readouterr().out
+    assert HDiT.from_pretrained(config.parent / "a.safetensors").config.num_classes == 0
+    config.write_text(json.dumps(CONFIG | {"run": CONFIG["run"] | {"classes": False}}))
+    assert train(config, "b", "--end-step", "1") == 0  # photographs, which have classes
+    assert HDiT.from_pretrained(config.parent / "b.safetensors").config.num_classes == 0
 
 
 def test_broken_images_are_named_at_the_start(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -835,20 +866,76 @@ def check_a_run_with_workers(config: Path, process: subprocess.Popen[str], folde
     ("change", "message"),
     [
         ({"dataset": None}, "has no dataset"),
-        ({"dataset": {"type": "imagefolder"}}, "lacks 'location'"),
-        ({"model": {**CONFIG["model"], "sigma_sample_density": {"type": "lognormal"}}}, "is no config of this script"),
-        ({"lr_sched": {"type": "exponential"}}, "lacks 'num_steps'"),
+        ({"dataset": {"type": "mnist"}}, "dataset.type is 'mnist'; known are"),
+        ({"dataset": {"type": "imagefolder"}}, "dataset of type imagefolder lacks location"),
+        ({"dataset": {"type": "imagefolder", "location": "/nowhere"}}, "/nowhere is not a folder of images"),
+        (
+            {"dataset": {**CONFIG["dataset"], "location": "x"}},
+            "dataset of type photographs has unknown keys 'location'",
+        ),
+        ({"dataset": {**CONFIG["dataset"], "files": {}}}, "dataset.files names no photographs"),
+        ({"dataset": {**CONFIG["dataset"], "num_classes": 3}}, "dataset.num_classes is 3, but the data has 2 classes"),
+        ({"dataset": {**CONFIG["dataset"], "class_names": ["a", "b"]}}, "dataset.class_names is ['a', 'b'], but"),
+        (
+            {"model": {"sigma_sample_density": {"type": "lognormal"}}},
+            "model.sigma_sample_density of type lognormal lacks",
+        ),
+        (
+            {"model": {"sigma_min": 0}},
+            "model.sigma_sample_density of type cosine-interpolated: min_value must be above 0",
+        ),
+        ({"model": {"sigma_min": 100}}, 'config["model"]: sigma_min is 100, but must be less than sigma_max, 80'),
+        ({"model": {"loss_weighting": "min-snr"}}, "model.loss_weighting is 'min-snr'; known are karras"),
+        ({"model": {"loss_config": "min-snr"}}, "model.loss_config is 'min-snr'"),
+        ({"model": {"objective": "flow"}}, "config[\"model\"]: objective must be one of 'diffusion', 'meanflow'"),
+        ({"model": {"mapping_cond_dim": 4}}, "model.mapping_cond_dim: no data of this command has"),
+        ({"lr_sched": {"type": "exponential"}}, "lr_sched of type exponential lacks num_steps"),
+        ({"lr_sched": {"type": "linear"}}, "lr_sched.type is 'linear'; known are constant"),
+        ({"lr_sched": {"num_steps": 9}}, "lr_sched of type constant has unknown keys 'num_steps'"),
+        ({"lr_sched": {"warmup": 1.0}}, 'config["lr_sched"]["warmup"] must be a finite number below 1'),
+        ({"optimizer": {"type": "sgd"}}, "optimizer.type is 'sgd'; only 'adamw' is supported"),
+        ({"optimizer": {"momentum": 0.9}}, "optimizer of type adamw has unknown keys 'momentum'"),
+        ({"optimizer": {"betas": [0.9, 1]}}, 'config["optimizer"]["betas"][1] must be a finite number below 1, got 1'),
+        ({"optimizer": {"eps": 0}}, 'config["optimizer"]["eps"] must be a finite number above 0, got 0'),
+        ({"run": {"batch-size": 0}}, 'config["run"]["batch-size"]: must be at least 1, got 0'),
+        ({"run": {"end_step": "many"}}, 'config["run"]["end_step"]: \'many\' is no whole number'),
+        ({"run": {"end_step": [1]}}, 'config["run"]["end_step"]: must be one value, a number or a string, got [1]'),
+        ({"run": {"mixed_precision": "fp8"}}, 'config["run"]["mixed_precision"]: invalid choice: \'fp8\''),
+        ({"run": {"compile": "yes"}}, 'config["run"]["compile"]: must be true or false, got \'yes\''),
+        ({"run": {"reset": []}}, 'config["run"]["reset"]: must be a list of values, got []'),
+        ({"run": {"lr": 0}}, 'config["run"]["lr"]: must be above 0, got 0.0'),
+        ({"run": {"end": 3}}, "config[\"run\"] has unknown keys 'end'; known are batch_size"),
+        ({"run": {"config": "x"}}, "config[\"run\"] has unknown keys 'config'"),
+        ({"run": {"keep": 1, "save-every": 1, "save_every": 2}}, "has a key twice, with _ and with -: save-every"),
     ],
-    ids=["no dataset", "no location", "no scale", "no steps"],
+    ids=str,
 )
-def test_what_a_config_lacks_is_named(
+def test_what_is_wrong_with_a_config_is_named(
     config: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any], message: str
 ) -> None:
-    config.write_text(json.dumps({**CONFIG, **change}))
+    """In one line, with the file's name and the section's, and before anything is written."""
+    model = {"model": {**CONFIG["model"], **change["model"]}} if "model" in change else {}
+    config.write_text(json.dumps({**CONFIG, **change, **model}))
     assert train(config, "a", "--end-step", "1") == 2
-    error = capsys.readouterr().err
-    assert str(config) in error
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"error: {config}")
     assert message in error
+    assert not list(config.parent.glob("a_*"))
+
+
+def test_flags_that_others_would_hide(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def says(*flags: str) -> str:
+        with pytest.raises(SystemExit, match="2"):
+            train(config, "a", *flags)
+        return capsys.readouterr().err.splitlines()[-1]
+
+    assert "--config and --preset both name a config" in says("--preset", "cpu-demo")
+    assert "--eval-every needs --held-out" in says("--eval-every", "5")
+    assert "unrecognized arguments: --end 5" in says("--end", "5")  # it could be another flag in a later release
+    run = {"run": {"eval-every": 7, "num_workers": None}}  # of a section, which flags complete, that is no error
+    config.write_text(json.dumps({**CONFIG, **run}))
+    arguments = train_hdit.parse_arguments(["--config", str(config), "--seed", "3"])
+    assert (arguments.eval_every, arguments.seed, arguments.num_workers) == (7, 3, 8)
 
 
 def test_convert_answers_in_one_line(
@@ -939,8 +1026,6 @@ def test_bad_input_to_training(config: Path, capsys: pytest.CaptureFixture[str])
         for odd in ([], ["end-step"], False, 0, "", "x"):  # also such as Python takes for nothing
             config.write_text(json.dumps({**CONFIG, section: odd}))
             assert says("odd") == f'error: {config}: "{section}" is no JSON object, but {odd!r}\n'
-    config.write_text(json.dumps({**CONFIG, "dataset": {**CONFIG["dataset"], "files": {}}}))
-    assert says("odd") == "error: dataset.files names no photographs\n"
     config.write_text(json.dumps(CONFIG))
     with pytest.raises(SystemExit, match="2"):
         says("run", "--device", "foo")
@@ -1031,7 +1116,8 @@ def test_bad_input_to_sampling(trained: Path, tmp_path: Path, capsys: pytest.Cap
     output.write_bytes(b"precious")
 
     def says(path: Path, *flags: str) -> str:
-        assert sample_hdit.main([str(path), "--steps", "1", "--output", str(output), "--device", "cpu", *flags]) == 2
+        grid = [] if "--reproduce" in flags else ["--steps", "1", "--output", str(output)]
+        assert sample_hdit.main([str(path), *grid, "--device", "cpu", *flags]) == 2
         return capsys.readouterr().err
 
     model = trained / "run.safetensors"
@@ -1077,6 +1163,33 @@ def test_bad_input_to_sampling(trained: Path, tmp_path: Path, capsys: pytest.Cap
         says(model)
     assert output.read_bytes() == b"precious"
     assert not temporaries(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--output x.png",
+        "--out x",
+        "--classes 1",
+        "-n 2",
+        "--size 8 8",
+        "--sampler heun",
+        "--steps 3",
+        "--guidance 2",
+        "--seed 4",
+    ],
+)
+def test_reproduce_makes_what_the_grid_says(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: str
+) -> None:
+    command = [str(trained / "run.safetensors"), "--reproduce", str(trained / "run_samples.png")]
+    with pytest.raises(SystemExit, match="2"):
+        sample_hdit.main([*command, *flags.split()])
+    flag = "--count" if flags.startswith("-n") else flags.split()[0]
+    assert f"--reproduce makes what its grid says: leave {flag} away" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        sample_hdit.main([*command[:1], "--output", str(tmp_path / "a.png"), "--out", str(tmp_path / "a")])
+    assert "leave one of them away" in capsys.readouterr().err
 
 
 def _plain_png(folder: Path) -> str:

@@ -6,6 +6,7 @@ import io
 import lzma
 import math
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -297,9 +298,19 @@ def test_config_file_and_flags(flags: list[str], tmp_path: Path) -> None:
     assert train_lm.model_config(args).windows == (7, 7, 7, None)
     for path in (ROOT / "examples" / "configs").glob("lm-*.toml"):
         train_lm.model_config(train_lm.parse_arguments(["--config", str(path)]))
-    for text in ("speed = 3\n", "lr = \n", 'window = "wide"\n', 'sink = "big"\n'):
+    for text, message in (
+        ("speed = 3\n", " has unknown keys 'speed'"),
+        ("lr = \n", ": Invalid value"),
+        ("lr = 0\n", '["lr"]: must be above 0, got 0.0'),
+        ('window = "wide"\n', "[\"window\"]: 'wide' is no whole number"),
+        ("window = 0\n", '["window"]: must be at least 1, got 0'),
+        ("compile = 1\n", '["compile"]: must be true or false, got 1'),
+        ("registers = true\n", '["registers"]: must be one value, a number or a string, got True'),
+        ('sink = "big"\n', "[\"sink\"]: invalid choice: 'big'"),
+        ('config = "other.toml"\n', " has unknown keys 'config'"),
+    ):
         config.write_text(text)
-        with pytest.raises(SystemExit):
+        with pytest.raises(ValueError, match=f"^{re.escape(str(config) + message)}"):
             train_lm.parse_arguments(["--config", str(config)])
 
 

@@ -18,6 +18,7 @@ __all__ = [
     "MOST_LAYERS",
     "Between",
     "Count",
+    "Decay",
     "Layers",
     "Natural",
     "NotNegative",
@@ -37,19 +38,23 @@ SCALARS: dict[type, str] = {int: "an int", float: "a finite number", bool: "true
 
 @dataclass(frozen=True)
 class Between:
-    """Bounds of a number, both inclusive; with ``open`` the lower bound is exclusive."""
+    """Bounds of a number, both inclusive; with ``open`` the lower bound is exclusive, with ``below`` the upper one."""
 
     least: float
     most: float = math.inf
     open: bool = False
+    below: bool = False
 
     def holds(self, value: float) -> bool:
-        return (self.least < value if self.open else self.least <= value) and value <= self.most
+        return (self.least < value if self.open else self.least <= value) and not self._exceeds(value)
+
+    def _exceeds(self, value: float) -> bool:
+        return value >= self.most if self.below else value > self.most
 
     def describe(self, value: object) -> str:
         """The bound that ``value`` violates, or the lower bound if it is within both."""
-        if isinstance(value, int | float) and value > self.most:
-            return f"of at most {self.most}"
+        if isinstance(value, int | float) and self._exceeds(value):
+            return f"{'below' if self.below else 'of at most'} {self.most}"
         return f"{'above' if self.open else 'of at least'} {self.least}"
 
 
@@ -60,6 +65,8 @@ MOST_LAYERS = 2**12
 """Most layers of a model. Building one takes a millisecond, so without a bound a config could keep a program busy."""
 Layers = Annotated[int, Between(1, MOST_LAYERS)]
 Rate = Annotated[float, Between(0, 1)]
+Decay = Annotated[float, Between(0, 1, below=True)]
+"""What is left of an average in a step: with 1, nothing new would ever count."""
 Positive = Annotated[float, Between(0, open=True)]
 NotNegative = Annotated[float, Between(0)]
 
@@ -87,7 +94,9 @@ def check_keys(found: Collection[object], known: Collection[str], where: str) ->
         near = difflib.get_close_matches(str(key), known, n=1)
         hints.append(f"{shorten(key)} (did you mean {near[0]!r}?)" if near else shorten(key))
     rest = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
-    raise ValueError(f"{where} has unknown keys {', '.join(hints)}{rest}; known are {', '.join(sorted(known))}")
+    raise ValueError(
+        f"{where} has unknown keys {', '.join(hints)}{rest}; known are {', '.join(sorted(known)) or 'none'}"
+    )
 
 
 @lru_cache(maxsize=64)

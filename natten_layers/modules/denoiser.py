@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,8 @@ from ..varlen import Shapes, packed_shapes
 from .base import at_least_fp32, reset_children
 
 __all__ = ["Denoiser"]
+
+Weighting = Literal["karras", "snr", "soft-min-snr"]
 
 
 class Denoiser(nn.Module):
@@ -38,10 +40,10 @@ class Denoiser(nn.Module):
         model: nn.Module,
         *,
         sigma_data: float | None = None,
-        weighting: Literal["karras", "snr", "soft-min-snr"] = "karras",
+        weighting: Weighting = "karras",
     ) -> None:
         super().__init__()
-        if weighting not in ("karras", "snr", "soft-min-snr"):
+        if weighting not in get_args(Weighting):
             raise ValueError(f'weighting must be "karras", "snr" or "soft-min-snr", got {weighting!r}')
         self.model, self.sigma_data, self.weighting = model, sigma_data_of(model, sigma_data), weighting
 

@@ -13,6 +13,7 @@ from ..io.schema import (
     MOST_LAYERS,
     Between,
     Count,
+    Decay,
     Natural,
     NotNegative,
     Positive,
@@ -110,8 +111,8 @@ class _Dataset(TypedDict, total=False):
 class _Optimizer(TypedDict, total=False):
     type: str
     lr: Positive
-    betas: tuple[Rate, Rate]
-    eps: NotNegative
+    betas: tuple[Decay, Decay]
+    eps: Positive  # with 0, parameters without a gradient, as many of a new model are, become NaN
     weight_decay: NotNegative
     momentum: NotNegative
     nesterov: bool
@@ -119,7 +120,7 @@ class _Optimizer(TypedDict, total=False):
 
 class _LearningRate(TypedDict, total=False):
     type: str
-    warmup: Annotated[float, Between(0, 1 - 1e-9)]  # at 1 the learning rate would stay 0
+    warmup: Decay
     inv_gamma: Positive
     power: float
     num_steps: Positive
@@ -307,7 +308,8 @@ class HDiTConfig:
             if key in model:
                 known[key] = model.pop(key)
         known["num_classes"] = config["dataset"].pop("num_classes", 0)
-        return cls(**known, other={key: value for key, value in config.items() if value != {}})
+        with naming('config["model"]'):
+            return cls(**known, other={key: value for key, value in config.items() if value != {}})
 
     def to_json(self) -> dict[str, Any]:
         """k-diffusion's JSON form of this config, with all defaults written out."""
