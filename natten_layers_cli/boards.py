@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from .checkpointing import RunFiles
+from .progress import progress
 from .running import writing
 
 
@@ -80,7 +80,7 @@ class Log:
             files.rewrite_metrics(files.losses(step))  # the steps after the checkpoint are run again
             self.metrics = files.path("_metrics.csv").open("ab", buffering=0)  # a line is there before the next step
         # Last, as an error of what comes before it would stand behind the bar.
-        self.bar = tqdm(total=end_step, initial=step, unit="step", disable=files is None)
+        self.bar = progress(end_step, initial=step, unit="step", disable=files is None)
 
     def __enter__(self) -> Log:
         return self

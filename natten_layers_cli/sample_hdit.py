@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -22,15 +23,16 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from natten_layers import Denoiser, HDiT, HDiTConfig, MeanFlow
 
 from .diffusion import SAMPLERS, guided, karras_sigmas, sample_meanflow
 from .pictures import draw_grid, read_record, save_png, to_image
+from .progress import progress
 from .running import MOST_SEED, Parser, check_device, run_command, seed
 
 MEANFLOW = "meanflow"
+LONGEST_NAME = 200  # bytes of a class in the name of a file, which may have 255
 DEFAULTS = {"diffusion": ("dpmpp-2m", 50), MEANFLOW: (MEANFLOW, 1)}
 """The sampler and its number of steps, by the model's objective."""
 
@@ -116,9 +118,9 @@ def sample_batches(
     total = len(labels) or request.count
     generator = torch.Generator().manual_seed(request.seed)
     steps = request.steps * -(-total // request.batch_size)
-    with tqdm(total=steps, desc="sampling", unit="step", leave=False, disable=quiet) as bar:
+    with progress(steps, "sampling", unit="step", leave=False, disable=quiet) as bar:
 
-        def progress(steps: int) -> None:
+        def advance(steps: int) -> None:
             bar.update(steps)
             on_step()
 
@@ -126,7 +128,7 @@ def sample_batches(
             count = min(request.batch_size, total - start)
             x = torch.randn((count, config.input_channels, *size), generator=generator).to(device)
             batch = labels[start : start + request.batch_size].to(device) if request.classes else None
-            yield _sample_batch(model, config, request, x, batch, progress)
+            yield _sample_batch(model, config, request, x, batch, advance)
 
 
 @torch.inference_mode()
@@ -148,14 +150,31 @@ def _sample_batch(
     return SAMPLERS[request.sampler](denoiser, noise * config.sigma_max, sigmas, progress)
 
 
+def file_starts(names: Sequence[str]) -> list[str]:
+    """What the names of files of each class begin with: its name, or its number and its name where that is no file's.
+
+    So it is where names differ only in characters that no file's name has, or are too long, or would hide the file.
+    """
+    safe = [name.encode(errors="replace").decode().replace(os.sep, "-").replace("\0", "-") for name in names]
+    count = Counter(safe)
+    fit = {name for name in safe if count[name] == 1 and name[:1] != "." and len(name.encode()) <= LONGEST_NAME}
+    starts = []
+    for label, name in enumerate(safe):
+        start = name if name in fit else f"{label}-{name.encode()[:LONGEST_NAME].decode(errors='ignore')}"
+        while name not in fit and start in fit:  # another class is called so
+            start += "-"
+        starts.append(f"{start}_")
+    return starts
+
+
 def write_images(model: HDiT, config: HDiTConfig, request: Request, folder: Path) -> int:
     """Write each image as ``CLASS_NUMBER.png``, or ``NUMBER.png`` without classes; returns how many there are."""
     folder.mkdir(parents=True, exist_ok=True)
-    names, number = class_names(config), 0
+    starts, number = file_starts(class_names(config)), 0
     for images in sample_batches(model, config, request):
         for image in images:
             label, place = divmod(number, request.count)
-            start = f"{names[request.classes[label]].replace(os.sep, '-')}_" if request.classes else ""
+            start = starts[request.classes[label]] if request.classes else ""
             save_png(to_image(image), folder / f"{start}{place:05}.png", asdict(request))
             number += 1
     return number

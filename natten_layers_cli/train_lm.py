@@ -41,6 +41,7 @@ from natten_layers.modules.llm import DecoderLM, DecoderLMConfig
 from .boards import Boards
 from .checkpointing import MOMENTS, check_finite, check_moments
 from .parallel import Processes
+from .progress import progress
 from .running import (
     SIGNALS_HELP,
     Parser,
@@ -373,7 +374,7 @@ class Trainer:
         args, signals = self.args, self.signals
         clock, since = time.perf_counter(), self.step
         shown = boards is not None
-        with tqdm(initial=self.step, total=args.end_step, unit="step", disable=not shown, dynamic_ncols=True) as bar:
+        with progress(args.end_step, initial=self.step, unit="step", disable=not shown) as bar:
             while self.step < args.end_step:
                 with signals.interruptible():
                     loss = self.train_step()
@@ -386,7 +387,7 @@ class Trainer:
                     if not math.isfinite(bits):
                         raise RuntimeError(f"the loss of step {self.step} is {bits}; try a lower --lr")
                     unit = "token" if args.model else "byte"
-                    bar.set_postfix_str(f"{bits:.3f} bits/{unit}, {speed:.3g} {unit}s/s")
+                    bar.set_postfix_str(f"{bits:.3f} bits/{unit}, {speed:.3g} {unit}s/s", refresh=False)
                     norm = float(self.gradient_norm)  # of a sharded model, gathered by every process
                     if boards is not None:
                         rate = self.optimizer.param_groups[0]["lr"]
