@@ -29,10 +29,10 @@ from PIL import Image, ImageOps, features
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
-from tqdm import tqdm
 
 from natten_layers.io.schema import check_keys
 
+from .progress import progress
 from .running import one_line
 
 IMAGE_SUFFIXES = {
@@ -189,9 +189,11 @@ class Folder:
         """
         paths = [path for path, _ in self.images[rank::world]]
         with ThreadPoolExecutor() as pool:  # reading from a disk is most of the work
-            checks = pool.map(partial(_problem, channels=self.channels), paths)
-            shown = tqdm(checks, "checking images", len(paths), leave=False, disable=rank > 0 or len(paths) < 500)
-            problems = [problem for problem in shown if problem]
+            problems = []
+            with progress(len(paths), "checking images", leave=False, disable=rank > 0 or len(paths) < 500) as bar:
+                for problem in pool.map(partial(_problem, channels=self.channels), paths):
+                    problems += [problem] if problem else []
+                    bar.update()
         if problems:
             raise ValueError(
                 f"{len(problems)} of {len(paths)} images cannot be used; mend, move or delete: {_some(problems)}"
@@ -317,15 +319,18 @@ def _open_image(path: Path, channels: int) -> Image.Image:
 
 
 def _problem(path: Path, channels: int) -> str:
-    """What :func:`_open_image` would say; decodes only where a look at the file does not tell."""
+    """What :func:`_open_image` would say; decodes only where a look at the file does not tell.
+
+    A JPEG file that ends as it should may be damaged before; PNG files have checksums, but of what was written, which
+    may be a part of the pixels.
+    """
     try:
         if path.exists() and not path.is_file():  # opening a pipe would wait for somebody who writes to it
             return f"{path} (it is no regular file)"
         with Image.open(path) as image:
             _check_mode(image)
             if image.format == "PNG":
-                image.verify()  # sums over all of its chunks
-                return ""
+                image.verify()  # sums over all of its chunks, which decoding does not look at
             if image.format == "JPEG" and _ends_as_jpeg(path):
                 return ""
         _open_image(path, channels)
@@ -379,8 +384,11 @@ def centre_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 class KeepShape:
     """Resizes an image to about as many pixels as a size has, in its own shape.
 
-    Both sides become the nearest multiples of what the model takes, and no shorter than it takes them.
+    Both sides become the nearest multiples of what the model takes. Where one would be shorter than it takes them, the
+    image becomes larger instead; the ends of very long ones are cut, beyond :attr:`MOST` times as many pixels.
     """
+
+    MOST = 4
 
     units: tuple[int, int]
     """what height and width must be multiples of"""
@@ -388,12 +396,19 @@ class KeepShape:
     """the shortest height and width"""
 
     def __call__(self, image: Image.Image, size: tuple[int, int]) -> Image.Image:
-        scale = math.sqrt(math.prod(size) / (image.width * image.height))
-        height, width = (
-            max(least, round(side * scale / unit) * unit)
-            for side, unit, least in zip((image.height, image.width), self.units, self.least, strict=True)
-        )
-        return image.resize((width, height), Image.Resampling.BICUBIC)
+        sides = image.height, image.width
+        scale = math.sqrt(math.prod(size) / math.prod(sides))
+        scale = max(scale, *(least / side for least, side in zip(self.least, sides, strict=True)))
+        fitted = [max(unit, round(side * scale / unit) * unit) for side, unit in zip(sides, self.units, strict=True)]
+        long = 0 if fitted[0] * size[1] > fitted[1] * size[0] else 1
+        most = self.MOST * math.prod(size) // fitted[1 - long] // self.units[long] * self.units[long]
+        seen = list(map(float, sides))  # the part of the image that is kept
+        if fitted[long] > most:
+            seen[long] *= most / fitted[long]
+            fitted[long] = most
+        top, left = ((side - part) / 2 for side, part in zip(sides, seen, strict=True))
+        box = left, top, left + seen[1], top + seen[0]
+        return image.resize((fitted[1], fitted[0]), Image.Resampling.BICUBIC, box=box)
 
 
 def _to_tensor(image: Image.Image) -> Tensor:

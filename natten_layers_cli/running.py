@@ -272,11 +272,11 @@ class Signals:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        self.may_raise = True
+        before, self.may_raise = self.may_raise, True
         try:
             yield
         finally:
-            self.may_raise = False
+            self.may_raise = before
 
     def __enter__(self) -> Signals:
         self.terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]

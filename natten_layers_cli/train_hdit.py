@@ -17,11 +17,11 @@ import copy
 import math
 import random
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from PIL import Image
@@ -74,13 +74,15 @@ SECTIONS: dict[str, dict[str, Any]] = {  # k-diffusion's defaults for this type 
     "ema_sched": {"type": "inverse", "power": 0.6667, "max_value": 0.9999},
 }
 KINDS = {"diffusion": "demo", "meanflow": "meanflow"}  # the presets of an objective, after the device's name
+T = TypeVar("T")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Flags win over the config's "run" section, and that over the defaults here, which are k-diffusion's."""
     counts = ("batch_size", "grad_accum_steps", "save_every", "sample_n", "sample_steps", "end_step", "eval_every")
-    least = dict.fromkeys(counts, 1) | dict.fromkeys(("demo_every", "num_workers", "keep", "held_out"), 0)
+    naturals = ("demo_every", "num_workers", "keep", "held_out")
+    least = {name: 1 if name in counts else 0 for name in (*counts, *naturals)}
     parser = Parser(description=__doc__, epilog=SIGNALS_HELP, least=least)
     switch = argparse.BooleanOptionalAction
     cuda = torch.cuda.is_available()
@@ -397,8 +399,9 @@ class Trainer:
         )
         with self._log() as log, loading as batches:
             while arguments.end_step is None or self.step < arguments.end_step:
+                taken = self._load(lambda: [next(batches) for _ in range(arguments.grad_accum_steps)])
                 with signals.interruptible():
-                    loss = self._train_step(batches, keys.global_batch)
+                    loss = self._train_step(taken, keys.global_batch)
                 # All processes must do the same after the same step, whichever of them was asked to.
                 asked = loss.new_tensor([signals.stop_wanted, signals.take_save()])
                 seen = processes.mean(torch.cat([loss[None], asked, self.gradient_norm[None], self.by_level.flatten()]))
@@ -424,7 +427,24 @@ class Trainer:
                         return False
         return True
 
-    def _train_step(self, batches: Iterator[list[Batch]], global_batch: int) -> Tensor:
+    def _load(self, load: Callable[[], T]) -> T:
+        """What ``load`` returns. Where it fails in a process, all of them save what they have learned, and end.
+
+        An image can break while a run lasts: it is damaged where no look at the file tells, or its disk is gone.
+        """
+        loaded, problem = None, None
+        try:
+            with self.signals.interruptible():
+                loaded = load()
+        except Exception as error:  # of the many kinds that decoders and file systems raise
+            problem = error
+        if self.processes.any(problem is not None):
+            if self.step > self.saved_step:
+                self.save()
+            raise problem or ValueError("another process of the run cannot read its images")
+        return cast(T, loaded)
+
+    def _train_step(self, batches: Sequence[list[Batch]], global_batch: int) -> Tensor:
         """One step of the optimiser; returns this process's part of the loss."""
         arguments, processes = self.arguments, self.processes
         # Dropout is all that draws from the global generator; a seed a step spares the checkpoint its state.
@@ -434,11 +454,10 @@ class Trainer:
         for group, lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = lr * factor
         losses = []
-        for i in range(arguments.grad_accum_steps):
-            groups = next(batches)
-            with processes.accumulation(self.wrapped, last=i == arguments.grad_accum_steps - 1):
+        for i, groups in enumerate(batches):
+            with processes.accumulation(self.wrapped, last=i == len(batches) - 1):
                 images, levels = self._losses(self.learner, groups, global_batch, drop_classes=True)
-                loss = images.mean() / arguments.grad_accum_steps
+                loss = images.mean() / len(batches)
                 self.scaler.scale(loss).backward()
             losses.append(loss.detach())
             self.by_level += sums_by_level(images.detach().float(), levels, self.objective.edges)
@@ -494,7 +513,7 @@ class Trainer:
         learner = self.objective.around(self.ema, self.plan.sigma_data)
         sums = torch.zeros_like(self.by_level)
         batches = held_out_batches(self.held_out, self.arguments.batch_size, self.processes.rank, self.processes.world)
-        for groups in batches:
+        while groups := self._load(lambda: next(batches, None)):
             losses, levels = self._losses(learner, groups, len(self.held_out), drop_classes=False)
             counts = torch.cat([group.place < len(self.held_out) for group in groups]).to(losses.device)
             sums += sums_by_level(losses[counts].float(), levels[counts], self.objective.edges)

@@ -9,9 +9,11 @@ import os
 import re
 import resource
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -356,6 +358,16 @@ def test_images_beside_class_folders_are_refused(config: Path, capsys: pytest.Ca
     assert HDiT.from_pretrained(config.parent / "b.safetensors").config.num_classes == 0
 
 
+def write_half_png(path: Path) -> None:
+    """All checksums are right, and half of the pixels are there, as from a program that was stopped."""
+    rows = b"".join(b"\0" + os.urandom(96) for _ in range(32))
+    header = struct.pack(">IIBBBBB", 32, 32, 8, 2, 0, 0, 0)
+    content = b"\x89PNG\r\n\x1a\n"
+    for kind, data in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)[: len(rows) // 2]), (b"IEND", b"")):
+        content += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    path.write_bytes(content)
+
+
 def test_broken_images_are_named_at_the_start(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Cut files that begin well, a flipped bit, no picture at all, and pixels that could only be clipped."""
     folder = config.parent / "images"
@@ -372,12 +384,13 @@ def test_broken_images_are_named_at_the_start(config: Path, capsys: pytest.Captu
     draw(folder / "float.tif", "F", 0.5)
     draw(folder / "wide.tif", "I", 70000)
     os.mkfifo(folder / "pipe.png")
+    write_half_png(folder / "half.png")
     assert train(config, "a", "--end-step", "1", "--data", str(folder)) == 2
     captured = capsys.readouterr()
-    assert captured.out.startswith("9 images, no classes")
+    assert captured.out.startswith("10 images, no classes")
     message = captured.err.splitlines()[-1]
-    assert "error: 8 of 9 images cannot be used" in message
-    for name in ("cut.jpg", "cut.tif", "cut.webp", "flipped.png", "text.png"):
+    assert "error: 9 of 10 images cannot be used" in message
+    for name in ("cut.jpg", "cut.tif", "cut.webp", "flipped.png", "text.png", "half.png"):
         assert str(folder / name) in message
     assert f"{folder / 'float.tif'} (its pixels are floating-point numbers" in message
     assert f"{folder / 'wide.tif'} (its pixels are 32-bit" in message
@@ -687,7 +700,7 @@ def take_steps(trainer: train_hdit.Trainer, count: int) -> list[Tensor]:
     taken = []
     with train_hdit.load_batches(Examples(trainer.source, 0.0), keys, workers=0, pin_memory=False) as batches:
         for _ in range(count):
-            trainer._train_step(batches, keys.global_batch)
+            trainer._train_step([next(batches)], keys.global_batch)
             taken.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
     return taken
 
@@ -858,6 +871,9 @@ def check_a_run_with_workers(config: Path, process: subprocess.Popen[str], folde
     output, error = process.communicate(timeout=60)
     assert process.returncode == 2, (output, error)
     assert f"error: {folder / '1.jpg'} cannot be read as an image" in error.splitlines()[-1]
+    saved = json.loads((config.parent / "a_state.json").read_text())["latest_checkpoint"]
+    steps = path.read_text().splitlines()[-1].split(",")[0]
+    assert saved == f"a_{int(steps):08}.pth"  # nothing that was learned is lost
     assert "stopping" not in error  # as a worker would say that answers for the run
     assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
 

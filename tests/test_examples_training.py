@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -21,6 +25,7 @@ from natten_layers_cli.data import Examples, Folder, KeepShape, Key, by_shape
 from natten_layers_cli.held_out import Part, held_out_batches, hold_out, level_names, means, sums_by_level
 from natten_layers_cli.parallel import Processes
 from natten_layers_cli.pictures import read_record, to_image
+from natten_layers_cli.progress import progress
 
 MODEL: dict[str, Any] = {
     "type": "image_transformer_v2",
@@ -184,19 +189,81 @@ def test_weights_for_another_resolution(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("given", "made"),
-    [((40, 20), (12, 6)), ((20, 40), (6, 12)), ((30, 30), (8, 8)), ((300, 20), (30, 6)), ((50, 40), (8, 8))],
+    [
+        *(((40, 20), (12, 6)), ((20, 40), (6, 12)), ((30, 30), (8, 8)), ((50, 40), (8, 8))),
+        # The shorter side would be less than 6: both are longer, up to 4 * 64 pixels, and what is longer is cut.
+        *(((60, 20), (18, 6)), ((20, 100), (6, 30)), ((300, 20), (42, 6)), ((20, 300), (6, 42))),
+    ],
 )
 def test_images_keep_their_shapes(given: tuple[int, int], made: tuple[int, int]) -> None:
     """64 pixels, (height, width), in even sides of at least 6: sqrt(64 * 2) = 11.3 and half of that."""
     height, width = given
     image = Image.new("RGB", (width, height), "red")
     image.paste("blue", (width // 2, height // 2, width, height))  # a quarter, which a crop would make more or less of
+    disc = max(2, min(given) // 3)
+    image.paste("lime", (width // 2 - disc, height // 2 - disc, width // 2 + disc, height // 2 + disc))
     fitted = KeepShape((2, 2), (6, 6))(image, (8, 8))
     assert (fitted.height, fitted.width) == made
+    green = np.asarray(fitted)[..., 1].astype(float)
+    rows, columns = green[:, made[1] // 2].sum(), green[made[0] // 2].sum()
+    assert 0.7 < rows / columns < 1.4  # a square stays one, to a pixel of so few
     for (x, y), blue in {(0.1, 0.1): False, (0.9, 0.1): False, (0.1, 0.9): False, (0.9, 0.9): True}.items():
         pixel = fitted.getpixel((int(x * fitted.width), int(y * fitted.height)))
         assert isinstance(pixel, tuple)
         assert (pixel[2] > 200, pixel[0] > 200) == (blue, not blue)
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_an_image_that_breaks_during_a_run_loses_nothing(tmp_path: Path, held_out: bool) -> None:
+    flags = ["--held-out", "2", "--eval-every", "3"] if held_out else []
+    trainer = make_trainer(write_config(tmp_path), "--end-step", "9", "--save-every", "99", *flags)
+
+    class Breaking(Part):
+        def load(self, index: int, generator: torch.Generator) -> tuple[Tensor, int]:
+            if trainer.step >= 2:
+                raise ValueError("x.png cannot be read as an image")
+            return super().load(index, generator)
+
+    name = "held_out" if held_out else "source"
+    source = getattr(trainer, name)
+    setattr(trainer, name, Breaking(source, range(len(source))))
+    with pytest.raises(ValueError, match=r"^x.png cannot be read"):
+        trainer.train()
+    assert trainer.saved_step == trainer.step == (3 if held_out else 2)
+    assert (tmp_path / f"a_{trainer.step:08}.pth").exists()
+    assert make_trainer(tmp_path / "config.json", *flags).step == trainer.step
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_in_logs(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: terminal)
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr("natten_layers_cli.progress.SECONDS", 0.01)
+    for steps in (3, 0):
+        with progress(3, "sampling", unit="step", leave=not terminal) as bar:
+            for _ in range(steps):
+                time.sleep(0.02)
+                bar.set_postfix_str("loss 0.5", refresh=False)
+                bar.update()
+    text = stream.getvalue()
+    assert ("\r" in text) == terminal
+    if not terminal:
+        counts = [re.fullmatch(r"sampling: (\d)/3 \[.*step.*, loss 0.5\]", line) for line in text.splitlines()]
+        assert [match and match[1] for match in counts] == ["1", "2", "3"]
+    monkeypatch.setattr("natten_layers_cli.progress.SECONDS", 30.0)
+    stream.truncate(0)
+    with progress(3, "short", disable=terminal) as bar:
+        bar.update(3)
+    assert stream.getvalue().strip("\0") == ""
+
+
+def test_every_class_has_files_of_its_own() -> None:
+    assert sample_hdit.file_starts(["cat", "a b", "1-c"]) == ["cat_", "a b_", "1-c_"]
+    names = ["a/b", "a-b", ".hidden", "x" * 300, "0-a-b", "", "", "\0", "\ud800"]
+    starts = sample_hdit.file_starts(names)
+    assert starts[:2] == ["0-a-b-_", "1-a-b_"]
+    assert starts[2:] == ["2-.hidden_", f"3-{'x' * 200}_", "0-a-b_", "5-_", "6-_", "-_", "?_"]
 
 
 @pytest.mark.parametrize("objective", ["diffusion", "meanflow"])
