@@ -35,6 +35,8 @@ class Launcher:
 
     def __init__(self, kernel: Any, grid: Sequence[int], sizes: Sequence[Any], options: dict[str, Any]) -> None:
         self.kernel, self.grid, self.sizes = kernel, (*grid, 1, 1)[:3], sizes
+        # A compiled kernel needs no names, and Triton's launcher takes the fields of a named tuple at twice the time.
+        self.plain_sizes = _plain(sizes)
         self.options: dict[str, Any] = TRITON_OPTIONS | options
         # A compiled kernel takes all parameters in order, and ignores those that are compile-time constants.
         self.constants = [options[name] for name in kernel.arg_names if name in options]
@@ -59,7 +61,7 @@ class Launcher:
         first = tensors[0]
         key = (first.device if isinstance(first, Tensor) else first[0].device, *kinds, *map(type, numbers))
         if (run := self.compiled.get(key)) is not None:
-            run(*addresses, *self.sizes, *numbers, *self.constants)
+            run(*addresses, *self.plain_sizes, *numbers, *self.constants)
             return
         compiled = self.kernel[self.grid](*tensors, *self.sizes, *numbers, **self.options)
         if isinstance(compiled, CompiledKernel):  # Triton's interpreter returns no compiled kernel
@@ -81,12 +83,16 @@ def launcher(
     """The launcher of a kernel whose parameters are, in this order, tensors, sizes, floats and compile-time constants.
 
     Args:
-        sizes: integers and tuples of integers.
+        sizes: integers, and tuples or named tuples of these.
         blocks: block shapes of the kernel's TMA descriptors. They are no parameters, but a kernel is compiled for them,
             so each combination has a launcher of its own.
         options: compile-time constants, and options of Triton such as ``num_warps``.
     """
     return Launcher(kernel, grid, sizes, options)
+
+
+def _plain(sizes: Any) -> Any:
+    return tuple(map(_plain, sizes)) if isinstance(sizes, tuple) else sizes
 
 
 def _passed(tensors: Sequence[Any], kinds: list[Hashable]) -> list[Any]:
