@@ -21,7 +21,7 @@ from itertools import chain
 from multiprocessing import RawValue
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -41,6 +41,7 @@ IMAGE_SUFFIXES = {
     *((".avif",) if features.check("avif") else ()),
 }
 LITTER = {"__MACOSX", "@eaDir", "$RECYCLE.BIN"}  # folders that systems leave, some with images in them
+T = TypeVar("T")
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
@@ -561,7 +562,7 @@ def load_batches(examples: Examples, keys: Keys, *, workers: int, pin_memory: bo
     )
     iterator = iter(loader)
     try:
-        yield _in_one_line(iterator)
+        yield in_one_line(iterator)
     finally:
         ending.value = 1
         # A traceback may hold the iterator until Python exits, which then would wait for workers that wait for work.
@@ -593,11 +594,13 @@ def pack(groups: Sequence[Batch]) -> tuple[Batch, list[tuple[int, int]]]:
     return Batch(*map(torch.cat, zip(*rows, strict=True))), shapes
 
 
-def _in_one_line(batches: Iterator[list[Batch]]) -> Iterator[list[Batch]]:
+def in_one_line(batches: Iterator[T]) -> Iterator[T]:
     """The loader puts a worker's traceback into the message of its error; what is wrong is in its last line."""
     while True:
         try:
             batch = next(batches)
+        except StopIteration:
+            return
         except Exception as error:
             if not str(error).startswith("Caught "):
                 raise

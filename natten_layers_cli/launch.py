@@ -21,6 +21,10 @@ def sample_hdit() -> int:
     return launch("natten_layers_cli.sample_hdit", extra="hdit")
 
 
+def evaluate() -> int:
+    return launch("natten_layers_cli.evaluate", extra="hdit")
+
+
 def train_lm() -> int:
     return launch("natten_layers_cli.train_lm", extra="lm")
 

@@ -72,7 +72,7 @@ def check_library(python: Environment, folder: Path) -> None:
     python.run("natten-layers-convert", "model.safetensors", "same.safetensors", "--group-size", "1", folder=folder)
     for command in ("natten-layers-tune", "natten-layers-generate"):
         python.run(command, "--help", folder=folder)
-    for command, extra in (("train-hdit", "hdit"), ("sample-hdit", "hdit"), ("train-lm", "lm")):
+    for command, extra in (("train-hdit", "hdit"), ("sample-hdit", "hdit"), ("evaluate", "hdit"), ("train-lm", "lm")):
         assert f"natten-layers[{extra}]" in python.run(f"natten-layers-{command}", "--help", folder=folder, status=2)
 
 
@@ -93,6 +93,11 @@ def check_commands(python: Environment, folder: Path) -> None:
         "natten-layers-sample-hdit", "grouped.safetensors", "-n", "1", "--steps", "2", "--output", "grouped.png", *cpu,
         folder=folder,
     )  # fmt: skip
+    python.run(
+        "natten-layers-sample-hdit", "grouped.safetensors", "-n", "2", "--steps", "1", "--out", "images", *cpu,
+        folder=folder,
+    )  # fmt: skip
+    assert "no FID and no KID" in python.run("natten-layers-evaluate", "images", "images", *cpu, folder=folder)
     (folder / "text").mkdir()
     for name in map(str, range(40)):
         (folder / "text" / f"{name}.txt").write_text(f"{name} is a letter. " * 100)

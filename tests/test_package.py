@@ -29,7 +29,7 @@ def stub(monkeypatch: pytest.MonkeyPatch, folder: Path, code: str) -> None:
 
 
 def test_every_command_leads_to_a_function() -> None:
-    assert len(PROJECT["scripts"]) == 6
+    assert len(PROJECT["scripts"]) == 7
     for command, target in PROJECT["scripts"].items():
         module, _, function = target.partition(":")
         assert callable(getattr(import_module(module), function)), command
@@ -112,10 +112,10 @@ def test_every_file_names_the_same_repository() -> None:
 
 COMMANDS = {
     "train_hdit": [], "sample_hdit": ["model"], "train_lm": [], "generate": ["model"], "convert": ["a", "b"],
-    "tune": ["16"],
+    "tune": ["16"], "evaluate": ["a", "b"],
 }  # fmt: skip
 """commands by their module, with the arguments that they must have"""
-SEEDED = ("train_hdit", "sample_hdit", "train_lm", "generate")
+SEEDED = ("train_hdit", "sample_hdit", "evaluate", "train_lm", "generate")
 
 
 @pytest.mark.parametrize(
