@@ -96,8 +96,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="files do not see each other, and begin at 0",
     )
     train.add_argument("--end-step", type=int, default=800)
-    train.add_argument("--batch-size", type=int, default=16, help="examples per step, over all processes")
-    train.add_argument("--grad-accum-steps", type=int, default=1, help="parts that a process computes its batch in")
+    train.add_argument("--batch-size", type=int, default=16, help="examples per process and accumulation step")
+    train.add_argument("--grad-accum-steps", type=int, default=1, help="batches per optimiser step")
     train.add_argument(
         "--lr", type=positive, help="after warm-up; a cosine takes it to a tenth; default: 3e-3, or 2e-5"
     )
@@ -183,9 +183,7 @@ class Trainer:
 
     def __init__(self, args: argparse.Namespace, processes: Processes) -> None:
         self.args, self.processes, self.device = args, processes, processes.device
-        share = processes.world * args.grad_accum_steps
-        if args.batch_size % share:
-            raise ValueError(f"--batch-size {args.batch_size} does not split into {share} equal parts")
+        self.global_batch = args.batch_size * args.grad_accum_steps * processes.world
         self.checkpoint = args.name / "checkpoint.pt"
         if args.model:  # before the text is read, which takes longer
             self.config = hf.read_config(args.model, DecoderLMConfig)
@@ -231,9 +229,9 @@ class Trainer:
         args = self.args
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, args)
-        # Every process draws the whole batch and takes its part, so their number does not change what is learned.
-        batch = random_windows(self.corpus.train, args.context, args.batch_size, args.seed * 2**32 + self.step)
-        parts = batch.chunk(self.processes.world)[self.processes.rank].chunk(args.grad_accum_steps)
+        # Every process draws the global batch and takes its part, so only its size decides what is learned.
+        batch = random_windows(self.corpus.train, args.context, self.global_batch, args.seed * 2**32 + self.step)
+        parts = batch.chunk(self.processes.world)[self.processes.rank].split(args.batch_size)
         total = torch.zeros((), device=self.device)
         for i, part in enumerate(parts):
             with self.processes.accumulation(self.wrapped, last=i == len(parts) - 1), self.autocast():
@@ -381,7 +379,7 @@ class Trainer:
                 bar.update()
                 if self.step % 10 == 0:
                     now = time.perf_counter()
-                    speed = (self.step - since) * args.batch_size * args.context / (now - clock)
+                    speed = (self.step - since) * self.global_batch * args.context / (now - clock)
                     clock, since = now, self.step
                     bits = float(loss) / math.log(2)
                     if not math.isfinite(bits):

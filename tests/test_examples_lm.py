@@ -56,6 +56,11 @@ def trainer(flags: list[str], *more: str) -> Trainer:
     return Trainer(args, Processes("cpu", fsdp=False))
 
 
+def after_training(flags: list[str], name: Path) -> Path:
+    assert trainer(flags, "--name", str(name)).train() == 0
+    return name
+
+
 def saved(out: Path) -> dict[str, Any]:
     return torch.load(out / "checkpoint.pt", weights_only=True)
 
@@ -189,17 +194,21 @@ def test_checkpoints_of_odd_content(
 
 @pytest.mark.parametrize("mode", ["--no-fsdp", "--fsdp"])
 def test_two_processes_learn_what_one_does(flags: list[str], tmp_path: Path, mode: str) -> None:
-    trainer(flags, "--name", str(tmp_path / "one")).train()
+    """As do two steps of accumulation: what is learned depends on the number of examples of a step."""
+    expected = saved(after_training(flags, tmp_path / "one"))["model"]
+    halves = ["--batch-size", "2"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "natten_layers_cli.train_lm", *flags, mode]
+    command += ["-m", "natten_layers_cli.train_lm", *flags, *halves, mode]
     result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr
     assert "held out" in result.stdout
-    expected, got = saved(tmp_path / "one")["model"], saved(tmp_path / "run")["model"]
-    for name, tensor in expected.items():
-        torch.testing.assert_close(
-            got[name], tensor, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
-        )
+    after_training([*flags, *halves, "--grad-accum-steps", "2"], tmp_path / "accumulated")
+    for run in ("run", "accumulated"):
+        got = saved(tmp_path / run)["model"]
+        for name, tensor in expected.items():
+            torch.testing.assert_close(
+                got[name], tensor, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+            )
     DecoderLM.from_pretrained(tmp_path / "run" / "model")
 
 
@@ -319,7 +328,6 @@ def test_config_file_and_flags(flags: list[str], tmp_path: Path) -> None:
     [
         (["--data", "/nowhere"], "not a folder"),
         (["--heads", "3", "--kv-heads", "2"], "multiple of num_kv_heads"),
-        (["--batch-size", "4", "--grad-accum-steps", "3"], "does not split"),
         (["--context", "100000"], "longer than the text"),
         (["--sample-tokens", "4096"], "--sample-tokens 4096: a model of this context knows 4096 positions"),
         (["--resume", "/nowhere/checkpoint.pt"], "does not exist"),
