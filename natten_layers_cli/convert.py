@@ -32,7 +32,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="G",
         help="KV heads to pool: one for all levels or one each",
     )
-    parser.add_argument("--config", type=Path, help="JSON config, for a source that holds none")
+    parser.add_argument("--config", type=Path, help="JSON config, in place of the source's, or where it holds none")
     return parser.parse(argv)
 
 

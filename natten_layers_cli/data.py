@@ -257,7 +257,10 @@ class HuggingFace:
             image = self.fit(_convert(row[self.image_key], self.channels), self.size)
         except Exception as error:  # of the many kinds that decoders raise
             raise ValueError(f"image {index} of {self.name} cannot be read: {one_line(error)}") from error
-        return _to_tensor(image), 0 if self.class_key is None else row[self.class_key]
+        label = 0 if self.class_key is None else row[self.class_key]
+        if self.class_key is not None and label not in range(len(self.class_names)):  # -1 is the hub's for unknown
+            raise ValueError(f"image {index} of {self.name} has no class: its {self.class_key!r} is {label!r}")
+        return _to_tensor(image), label
 
 
 def parse_data_flag(value: str) -> dict[str, Any]:

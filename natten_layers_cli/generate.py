@@ -107,6 +107,11 @@ def run(args: argparse.Namespace) -> int:
         {"temperature": 0.8} | settings | {name: value for name, value in given.items() if value is not None}
     )
     options["top_k"] = options.get("top_k") or None  # 0 is none
+    asked = [name for name, none in (("top_k", 0), ("top_p", 1)) if given[name] not in (None, none)]
+    if options["temperature"] == 0 and asked:
+        flag = f"--{asked[0].replace('_', '-')} {given[asked[0]]}"
+        why = "--temperature 0" if given["temperature"] == 0 else f"{args.model}/generation_config.json"
+        raise ValueError(f"{flag}: {why} takes the likeliest token always; give another --temperature")
     stop = StopStrings(args.stop)
 
     def show(token: Tensor) -> None:

@@ -125,6 +125,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     given_sizes = [key for key in SIZES if getattr(args, key) is not None]
     if args.model and given_sizes:
         parser.error(f"--model brings its own sizes: leave --{given_sizes[0].replace('_', '-')} away")
+    if args.full_every == 1 and "window" in parser.given(argv):
+        parser.error(f"--full-every 1 lets every layer see all: leave --window {args.window} away")
     vars(args).update({key: size for key, size in SIZES.items() if getattr(args, key) is None})
     args.lr = args.lr if args.lr is not None else 2e-5 if args.model else 3e-3
     check_device(parser, args.device)

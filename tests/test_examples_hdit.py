@@ -447,14 +447,17 @@ def test_hub_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def load_dataset(name: str, split: str) -> Rows:
         assert (name, split) == ("owner/name", "train")
-        return Rows([{"image": Image.new("L", (10, 8), 200), "kind": 1}])
+        return Rows([{"image": Image.new("L", (10, 8), 200), "kind": kind} for kind in (1, -1, None)])
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     section = {"type": "huggingface", "location": "owner/name", "num_classes": 2, "class_key": "kind"}
     source = open_source(section, (8, 8), 3)
     image, label = source.load(0, torch.Generator())
-    assert (source.class_names, len(source), label) == (("day", "night"), 1, 1)
+    assert (source.class_names, len(source), label) == (("day", "night"), 3, 1)
     assert torch.equal(image, torch.full((3, 8, 8), 200, dtype=torch.uint8))
+    for index, kind in ((1, "-1"), (2, "None")):
+        with pytest.raises(ValueError, match=f"^image {index} of owner/name has no class: its 'kind' is {kind}$"):
+            source.load(index, torch.Generator())
     with pytest.raises(ValueError, match="no column 'label'; it has image, kind"):
         open_source({**section, "class_key": "label"}, (8, 8), 3)
 

@@ -341,7 +341,14 @@ def test_bad_flags(flags: list[str], change: list[str], message: str, capsys: py
 
 @pytest.mark.parametrize(
     "change",
-    [["--lr", "nan"], ["--grad-clip", "0"], ["--registers", "-1"], ["--weight-decay", "-1"], ["--device", "foo"]],
+    [
+        ["--full-every", "1"],
+        ["--lr", "nan"],
+        ["--grad-clip", "0"],
+        ["--registers", "-1"],
+        ["--weight-decay", "-1"],
+        ["--device", "foo"],
+    ],
 )
 def test_flags_out_of_range(flags: list[str], change: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):

@@ -236,6 +236,10 @@ def test_generate_stops_and_takes_settings(tmp_path: Path, capsys: pytest.Captur
     assert captured.out == greedy
     assert captured.err == f"note: {tmp_path}/generation_config.json asks for num_beams = 2, which is not applied\n"
     assert text("--temperature", "1", "--seed", "3") == whole  # flags win
+    for flags, why in (([], f"{tmp_path}/generation_config.json"), (["--temperature", "0"], "--temperature 0")):
+        assert generate.main([*command, *flags, "--top-p", "0.5"]) == 2
+        assert f"--top-p 0.5: {why} takes the likeliest token always" in capsys.readouterr().err
+    assert text("--top-p", "1", "--top-k", "0") == greedy
     write(tmp_path, "generation_config.json", {"top_k": 1, "temperature": 1.0})
     assert text("--seed", "3") == greedy
     assert text("--seed", "3", "--top-k", "0") == whole
