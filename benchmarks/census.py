@@ -141,7 +141,8 @@ def kernel_of(workload: Workload, mode: Mode, device: torch.device) -> str:
     sink = torch.empty(w.heads, device="meta") if w.learned_sink else None
     mask = torch.empty(*w.key_axes, dtype=torch.bool, device="meta") if w.land else None
     shapes = torch.tensor(w.shapes) if w.shapes else None
-    tensors = Tensors(query, key, value, extra_keys, extra_values, sink, mask, shapes)
+    rpb = torch.empty(w.variant.bias, device="meta") if w.bias else None
+    tensors = Tensors(query, key, value, extra_keys, extra_values, sink, mask, shapes, rpb)
     axes = window.kernel_size, window.stride, window.dilation, window.is_causal
     options = Options(None, *axes, w.scale, window.is_periodic if any(window.is_periodic) else ())
     problem = problem_of(tensors, options)._replace(device=device)

@@ -1,8 +1,8 @@
 """Exact attention at a sample of positions, at any size. A benchmark prints no time for a result that fails this check.
 
 The reference is computed in fp64 for sampled queries (their whole windows), sampled keys (every query that sees them,
-with those queries' whole windows) and whole heads where a gradient sums over all queries (registers, sink). A second
-pass of the same formula rounds where a flash kernel of the input's precision has to: the weights before they are
+with those queries' whole windows) and whole heads where a gradient sums over all queries (registers, sink, bias). A
+second pass of the same formula rounds where a flash kernel of the input's precision has to: the weights before they are
 multiplied with the values, the score gradients, and the results; with inputs in fp32 it is the formula in fp32. The
 error of a tested result may be at most twice that of the second pass, in fp32 eight times.
 """
@@ -26,7 +26,7 @@ __all__ = ["Errors", "Reference"]
 
 ERROR_FACTOR = 2.0
 FP32_FACTOR = 8.0  # a GPU's exponential is off by two units in the last place; TF32 products would be by a thousand
-QUERY_SAMPLES, KEY_SAMPLES, SINK_SAMPLES = 48, 8, 8
+QUERY_SAMPLES, KEY_SAMPLES, SINK_SAMPLES, BIAS_SAMPLES = 48, 8, 8, 1
 BAND_PAIRS = 2**25  # most query-key pairs computed at a time: 256 MiB of fp64 scores
 KEY_PAIRS = 2**34  # most query-key pairs to compute for all sampled keys together
 
@@ -54,6 +54,7 @@ class Rows:
     d_key: Tensor  # [c, D], the part of the requested columns' gradient that comes from this box
     d_value: Tensor  # [c, D]
     d_sink: Tensor  # []
+    d_rpb: Tensor | None  # [2 * kernel_size - 1 per axis], the part of the table's gradient that comes from this box
 
 
 class Axis(NamedTuple):
@@ -109,7 +110,7 @@ class Reference:
 
     def errors(self, results: dict[str, Tensor]) -> Errors:
         """Compare ``results``, named ``out``, ``d_query``, ``d_key``, ``d_value``, ``d_additional_keys``,
-        ``d_additional_values`` or ``d_sink``, in the layouts of :class:`Inputs`.
+        ``d_additional_values``, ``d_sink`` or ``d_rpb``, in the layouts of :class:`Inputs`.
 
         Raises:
             KeyError: there is no reference for a result.
@@ -126,7 +127,7 @@ class Reference:
         return errors
 
     def _result(self, name: str, result: Tensor, at: tuple[int, ...]) -> Tensor:
-        if name == "d_sink":
+        if name in ("d_sink", "d_rpb"):
             return result[at]
         image, *index = at
         return self._image(result, image)[tuple(index)]
@@ -190,17 +191,20 @@ class Reference:
             exact, rounded = (self._key_gradients(self._everything(image), kv_head, (), r) for r in (False, True))
             for name, e, r in zip(("d_additional_keys", "d_additional_values"), exact, rounded, strict=True):
                 self._samples[name] = [Sample((image, i, kv_head), e[i], r[i]) for i in range(len(e))]
-        if isinstance(inputs.sink, Tensor):
-            parts = [part for image in range(len(self.images)) for part in self._everything(image)]
-            bands = [(grid, band) for grid, box in parts for band in self._bands(grid, box)]
-            heads = torch.randperm(w.heads, generator=self._generator)[:SINK_SAMPLES].tolist()
-            self._samples["d_sink"] = []
-            for head in heads:
-                exact, rounded = (
-                    torch.stack([self._rows(grid, head, band, None, r).d_sink for grid, band in bands]).sum()
-                    for r in (False, True)
-                )
-                self._samples["d_sink"].append(Sample((head,), exact, rounded))
+        for name, tensor, count in (("d_sink", inputs.sink, SINK_SAMPLES), ("d_rpb", inputs.rpb, BIAS_SAMPLES)):
+            if isinstance(tensor, Tensor):
+                heads = torch.randperm(w.heads, generator=self._generator)[:count].tolist()
+                self._samples[name] = [self._summed(name, head) for head in heads]
+
+    def _summed(self, name: str, head: int) -> Sample:
+        """A gradient of one head that sums over the queries of all images."""
+        parts = [part for image in range(len(self.images)) for part in self._everything(image)]
+        bands = [(grid, band) for grid, box in parts for band in self._bands(grid, box)]
+        exact, rounded = (
+            torch.stack([getattr(self._rows(grid, head, band, None, r), name) for grid, band in bands]).sum(0)
+            for r in (False, True)
+        )
+        return Sample((head,), exact, rounded)
 
     def _grid(self, image: int, position: tuple[int, ...]) -> tuple[Grid, tuple[int, ...]]:
         """The residue class of a token, and the token's index in it."""
@@ -265,14 +269,31 @@ class Reference:
 
     def _mask(self, box: Box, keys: Box, grid: Grid, device: torch.device) -> Tensor:
         mask = torch.ones(1, 1, dtype=torch.bool, device=device)
-        for (a, b), (c, d), axis in zip(box, keys, grid.axes, strict=True):
-            query, key = torch.arange(a, b + 1, device=device), torch.arange(c, d + 1, device=device)
-            first, last = key_bounds(query, *axis)
-            distance = key - first[:, None]
-            distance = distance % axis.keys if axis.is_periodic else distance
+        for sides in zip(box, keys, grid.axes, strict=True):
+            _, first, last, distance = self._distances(*sides, device)
             visible = (distance >= 0) & (distance <= (last - first)[:, None])
             mask = (mask[:, None, :, None] & visible[None, :, None, :]).reshape(mask.shape[0] * visible.shape[0], -1)
         return mask
+
+    def _entries(self, box: Box, keys: Box, grid: Grid, device: torch.device) -> Tensor:
+        """``[n, c]``: the entry of a flat table of biases for every query and key; of pairs that are masked, any."""
+        index = torch.zeros(1, 1, dtype=torch.long, device=device)
+        for *sides, axis in zip(box, keys, grid.axes, strict=True):
+            query, first, _, distance = self._distances(*sides, axis, device)
+            size = 2 * axis.kernel_size - 1
+            entry = (distance + (first - query)[:, None] + axis.kernel_size - 1).clamp(0, size - 1)
+            index = (index[:, None, :, None] * size + entry[None, :, None, :]).flatten(0, 1).flatten(1)
+        return index
+
+    @staticmethod
+    def _distances(
+        queries: tuple[int, int], keys: tuple[int, int], axis: Axis, device: torch.device
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """On one axis: queries, the first and the last key that each sees, and how far each key is behind the first."""
+        query, key = (torch.arange(a, b + 1, device=device) for a, b in (queries, keys))
+        first, last = key_bounds(query, *axis)
+        distance = key - first[:, None]
+        return query, first, last, distance % axis.keys if axis.is_periodic else distance
 
     def _rows(self, grid: Grid, head: int, box: Box, columns: tuple[int, ...] | None, rounding: bool) -> Rows:
         """Attention and its backward for one head and the queries of one box.
@@ -289,6 +310,7 @@ class Reference:
         mask = self._mask(box, keys, grid, q.device)
         if inputs.key_mask is not None:
             mask &= self._tokens(inputs.key_mask[0], grid, keys).flatten()
+        entries = None if inputs.rpb is None else self._entries(box, keys, grid, q.device)
         registers = 0
         if inputs.additional_keys is not None and inputs.additional_values is not None:
             registers = inputs.additional_keys.shape[1]
@@ -296,7 +318,10 @@ class Reference:
             v = torch.cat([inputs.additional_values[grid.image, :, kv_head].to(dtype), v])
             mask = torch.cat([mask.new_ones(mask.shape[0], registers), mask], 1)
 
-        scores = (w.scale * q @ k.T).masked_fill_(~mask, -math.inf)
+        scores = w.scale * q @ k.T
+        if inputs.rpb is not None and entries is not None:
+            scores[:, registers:] += inputs.rpb[head].to(dtype).flatten()[entries]
+        scores.masked_fill_(~mask, -math.inf)
         row_max = scores.amax(-1, keepdim=True)
         row_max = row_max.masked_fill(row_max == -math.inf, 0.0)  # of a query that sees nothing
         weights = scores.sub_(row_max).exp_()
@@ -312,6 +337,10 @@ class Reference:
         delta = (do * out).sum(-1, keepdim=True)
         weights /= row_sum
         d_scores = self._round(weights * (do @ v.T - delta), rounding)
+        d_rpb = None
+        if inputs.rpb is not None and entries is not None:
+            d_rpb = torch.zeros_like(inputs.rpb[head], dtype=dtype)
+            d_rpb.view(-1).index_add_(0, entries.flatten(), d_scores[:, registers:].flatten())
         picked = slice(0, 0)
         if columns is not None:
             column = self._column(columns, keys, grid) + registers if columns else 0
@@ -322,6 +351,7 @@ class Reference:
             d_key=w.scale * d_scores[:, picked].T @ q,
             d_value=self._round(weights[:, picked], rounding).T @ do,
             d_sink=-(sink_weight / row_sum * delta).sum(),
+            d_rpb=d_rpb,
         )
 
     def _take(self, tensor: Tensor, grid: Grid, box: Box, head: int) -> Tensor:

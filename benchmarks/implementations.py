@@ -169,11 +169,14 @@ def implementations(
 
 
 def _check_peer(peer: str, workload: Workload) -> None:
-    """No peer has windows on a ring, masks of keys or keys on a grid of their own, and only torch's packs samples."""
+    """No peer has windows on a ring, masks of keys or keys on a grid of their own, only torch's packs samples, and only
+    FlexAttention has a bias on relative positions."""
     if any(workload.window.is_periodic) or workload.land or workload.key_spatial:
         raise UnsupportedError("it has no rings, masks of keys, or keys on another grid")
     if workload.shapes and peer != "fa2":
         raise UnsupportedError("it takes no packed samples here")
+    if workload.bias and peer != "flex":
+        raise UnsupportedError("it has no bias on relative positions")
 
 
 def _label(name: str, variant: Variant) -> str:
@@ -197,7 +200,7 @@ def ours(workload: Workload) -> Callable[[Inputs], Tensor]:
         }
         if workload.shapes:
             return neighborhood_attention_varlen(*qkv, shapes, kernel_size, **options)
-        return neighborhood_attention(*qkv, kernel_size, **options, is_periodic=workload.periodic)
+        return neighborhood_attention(*qkv, kernel_size, **options, is_periodic=workload.periodic, rpb=inputs.rpb)
 
     return forward
 
@@ -276,7 +279,12 @@ def _flex(workload: Workload, orders: list[str], device: torch.device) -> Iterat
             continue
         layout = HeadsFirst(tile)
         yield Implementation(
-            f"flex, {order}", "flex", Variant(), workload, _flex_forward(workload, layout, device), layout
+            f"flex, {order}",
+            "flex",
+            Variant(bias=workload.variant.bias),
+            workload,
+            _flex_forward(workload, layout, device),
+            layout,
         )
 
 
@@ -312,16 +320,29 @@ def _sees(query: Tensor, key: Tensor, length: int, kernel: int, stride: int, dil
 
 
 def _flex_forward(workload: Workload, layout: HeadsFirst, device: torch.device) -> Callable[[Inputs], Tensor]:
-    mask = flex_mask(workload, layout, device)
+    mask, window = flex_mask(workload, layout, device), workload.window
 
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        gqa = workload.heads != workload.kv_heads
-        out = flex_attention(query, key, value, block_mask=mask, scale=workload.scale, enable_gqa=gqa)
+    def attend(query: Tensor, key: Tensor, value: Tensor, table: Tensor | None) -> Tensor:
+        def biased(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            del batch
+            assert table is not None
+            places: list[Tensor] = [head]
+            for i, j, kernel, dilation in zip(
+                layout.coordinates(q, workload.spatial), layout.coordinates(k, workload.spatial),
+                window.kernel_size, window.dilation, strict=True,
+            ):  # fmt: skip
+                places.append(((j - i) // dilation + kernel - 1).clamp(0, 2 * kernel - 2))
+            return score + table[tuple(places)]
+
+        out = flex_attention(
+            query, key, value, None if table is None else biased, mask, workload.scale,
+            enable_gqa=workload.heads != workload.kv_heads,
+        )  # fmt: skip
         assert isinstance(out, Tensor)
         return out
 
     compiled = torch.compile(attend, dynamic=False) if device.type == "cuda" else attend
-    return lambda inputs: compiled(inputs.query, inputs.key, inputs.value)
+    return lambda inputs: compiled(inputs.query, inputs.key, inputs.value, inputs.rpb)
 
 
 def _block_mask(

@@ -13,8 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from . import bias
 from .census import shape
 from .plot import TITLES, best_rows, fastest_peer, summary
+from .runner import Row
 from .shapes import CENSUS
 
 __all__ = ["PAGES", "TABLES", "filled"]
@@ -205,7 +207,12 @@ def _forward_mode() -> list[str]:
     return _table(head, map(cells, (row for row in rows if row["implementation"].endswith(" jvp"))))
 
 
+def _bias() -> list[str]:
+    return [line for line in bias.table([Row(**row) for row in _record("bias")["rows"]]) if line.startswith("|")]
+
+
 TABLES: dict[str, Callable[[], list[str]]] = {
+    "bias": _bias,
     "decoder": _decoder,
     "forward_mode": _forward_mode,
     "windows_in_transformers": _windows_in_transformers,

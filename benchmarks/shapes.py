@@ -55,6 +55,8 @@ CENSUS = {
         Workload("dinat-s3", 64, (14, 14), 16, 16, 32, (7, 7), dilation=2),
         # NAT-Tiny's stage 1, 2 heads of 32, in ADE20K's pictures of 512x2048 (arXiv 2204.07143).
         Workload("nat-ade", 4, (128, 512), 2, 2, 32, (7, 7)),
+        # NAT-Base's stage 1 on pictures of 224x224, with its table of biases (arXiv 2204.07143).
+        Workload("nat-bias", 64, (56, 56), 4, 4, 32, (7, 7), bias=True),
         # A window between small and large, as for HDiT's middle levels with more context (arXiv 2401.11605).
         Workload("mid-2d", 8, (128, 128), 8, 8, 64, (21, 21)),
         # The same with head dim 128, as in transformers for images from 2024 on (FLUX's heads).

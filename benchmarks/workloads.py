@@ -34,15 +34,18 @@ DTYPE = torch.bfloat16
 
 @dataclass(frozen=True)
 class Variant:
-    """Registers and sink with which a workload runs."""
+    """Registers, sink and bias with which a workload runs."""
 
     registers: int = 0
     sink: Literal["zero", "learned"] | None = None
+    bias: tuple[int, ...] = ()
+    """``[heads, 2 * kernel_size - 1 per axis]``, the shape of a table of biases on relative positions; () for none"""
 
     @property
     def label(self) -> str:
         parts = [f"{self.registers} registers"] if self.registers else []
-        return " + ".join([*parts, *([f"{self.sink} sink"] if self.sink else [])])
+        parts += [f"{self.sink} sink"] if self.sink else []
+        return " + ".join([*parts, *(["bias"] if self.bias else [])])
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,8 @@ class Workload:
     """Lengths of the axes of keys, if they lie on another grid than queries"""
     shapes: tuple[tuple[int, ...], ...] = ()
     """Lengths of the axes of samples that are packed one after the other"""
+    bias: bool = False
+    """Scores have a learned bias on the relative position of query and key."""
 
     @property
     def window(self) -> Window:
@@ -102,8 +107,9 @@ class Workload:
 
     @property
     def variant(self) -> Variant:
-        """The registers and sink that the model itself has."""
-        return Variant(self.registers, "learned" if self.learned_sink else None)
+        """The registers, sink and bias that the model itself has."""
+        table = (self.heads, *(2 * k - 1 for k in self.kernel_size)) if self.bias else ()
+        return Variant(self.registers, "learned" if self.learned_sink else None, table)
 
     @property
     def query_axes(self) -> tuple[int, ...]:
@@ -203,6 +209,7 @@ class Inputs:
     additional_values: Tensor | None = None  # [B, R, Hkv, Dv]
     sink: Tensor | float | None = None  # [Hq] fp32, or one logit
     key_mask: Tensor | None = None  # [1, *key_spatial] bool
+    rpb: Tensor | None = None  # [Hq, 2 * kernel_size - 1 per axis] fp32
 
 
 def make_inputs(workload: Workload, device: torch.device, seed: int) -> Inputs:
@@ -218,7 +225,7 @@ def make_inputs(workload: Workload, device: torch.device, seed: int) -> Inputs:
 
 
 def add_variant(inputs: Inputs, variant: Variant, seed: int) -> Inputs:
-    """``inputs`` with registers and sink; query, key and value are shared, not copied."""
+    """``inputs`` with registers, sink and bias; query, key and value are shared, not copied."""
     query, key = inputs.query, inputs.key
     generator = torch.Generator(query.device).manual_seed(seed)
     if variant.registers:
@@ -238,6 +245,8 @@ def add_variant(inputs: Inputs, variant: Variant, seed: int) -> Inputs:
         inputs = replace(inputs, sink=sink.bfloat16().float())
     elif variant.sink == "zero":
         inputs = replace(inputs, sink=0.0)
+    if variant.bias:
+        inputs = replace(inputs, rpb=torch.randn(variant.bias, device=query.device, generator=generator))
     return inputs
 
 
@@ -262,7 +271,7 @@ def floor(workload: Workload, mode: Mode) -> Floor:
 
     Forward: two matrix products; q, k, v are read, out written. Backward: five matrix products, three of them as wide
     as queries and two as wide as values; q, k, v, out and its gradient are read, three gradients written. Row
-    statistics and sinks are small and left out, and so are the bytes of registers.
+    statistics, sinks and biases are small and left out, and so are the bytes of registers.
     """
     pairs = 2 * workload.batch * workload.heads * workload.visible_pairs()
     head_dim, value_dim = workload.head_dims

@@ -18,6 +18,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from benchmarks import (
     attention,
+    bias,
     census,
     check,
     forward_mode,
@@ -54,7 +55,7 @@ def problem(
     spatial: tuple[int, ...], kernel: tuple[int, ...], registers: int = 0, sink: Any = None, **fields: Any
 ) -> tuple[Workload, Inputs]:
     workload = Workload("test", 2 if spatial else 1, spatial, 4, 2, 8, kernel, **fields)
-    return workload, add_variant(make_inputs(workload, CPU, 0), Variant(registers, sink), 0)
+    return workload, add_variant(make_inputs(workload, CPU, 0), Variant(registers, sink, workload.variant.bias), 0)
 
 
 def dense(workload: Workload, inputs: Inputs) -> Tensor:
@@ -73,7 +74,7 @@ def dense(workload: Workload, inputs: Inputs) -> Tensor:
         ]
         return torch.cat([out.flatten(0, -3) for out in outs])
     window, mask = workload.window, inputs.key_mask
-    return dense_attention_state(*qkv, *registers, inputs.sink, window, workload.scale, key_mask=mask)[0]
+    return dense_attention_state(*qkv, *registers, inputs.sink, window, workload.scale, inputs.rpb, key_mask=mask)[0]
 
 
 def dense_gradients(workload: Workload, inputs: Inputs) -> dict[str, Tensor]:
@@ -81,6 +82,7 @@ def dense_gradients(workload: Workload, inputs: Inputs) -> dict[str, Tensor]:
         ["additional_keys", "additional_values"] if inputs.additional_keys is not None else []
     )
     names += ["sink"] if isinstance(inputs.sink, Tensor) else []
+    names += ["rpb"] if inputs.rpb is not None else []
     leaves = {name: getattr(inputs, name).double().requires_grad_() for name in names}
     out = dense(workload, replace(inputs, **leaves))
     gradients = torch.autograd.grad(out, list(leaves.values()), inputs.grad_out.double())
@@ -140,6 +142,8 @@ def test_floor_counts() -> None:
         {"spatial": (9, 12), "kernel": (3, 4), "causal": (True, False), "land": True, "sink": "learned"},
         {"spatial": (9, 5), "kernel": (2, 5), "key_spatial": (4, 7), "registers": 1, "sink": "learned"},
         {"spatial": (4, 3), "kernel": (2, 3), "key_spatial": (9, 8), "periodic": (False, True), "land": True},
+        {"spatial": (9, 12), "kernel": (3, 4), "stride": (2, 1), "dilation": (1, 2), "bias": True, "registers": 2},
+        {"spatial": (11, 6), "kernel": (4, 6), "periodic": True, "bias": True, "sink": "learned"},
         {"spatial": (), "kernel": (5,), "shapes": ((3,), (17,), (1,)), "causal": True, "sink": "learned"},
         {"spatial": (), "kernel": (3, 4), "shapes": ((2, 9), (7, 5), (1, 1)), "dilation": (1, 2), "stride": (2, 1)},
     ],
@@ -802,6 +806,31 @@ def test_windows_are_checked_before_they_are_timed(
     flags = flags[: -len(names)] + names[-1:]
     assert windows.main(flags) == 1
     assert "many shapes, packed: wrong result" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_the_bias_is_checked_before_it_is_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "bias.json"
+    flags = ["--device", "cpu", "--smoke", "--budget-s", "0", "--problems", "nat-64", "--out", str(path)]
+    assert bias.main(flags) == 0
+    rows = json.loads(path.read_text())["rows"]
+    timed = {(row["peer"], row["mode"]) for row in rows if row["median_ms"] is not None}
+    # FlexAttention has no gradients on a CPU.
+    assert timed == {(way, mode) for way in bias.WAYS for mode in MODES} - {("flex", "fwdbwd")}
+    assert {name for row in rows for name in row["errors"] or {}} == {"out", *(f"d_{n}" for n in (*QKV, "rpb"))}
+    assert "| nat-64 | fwdbwd | " in capsys.readouterr().out
+    monkeypatch.setattr(pages, "_record", lambda name: {"bias": {"rows": rows}}[name])
+    assert len(pages.TABLES["bias"]()) == 4
+
+    def shrinks_the_bias(workload: Workload) -> Callable[[Inputs], Tensor]:
+        return lambda inputs: attend(replace(inputs, rpb=inputs.rpb * 0.9 if inputs.rpb is not None else None))
+
+    attend = implementations.ours(smoke(bias.PROBLEMS["nat-64"]))
+    monkeypatch.setattr(implementations, "ours", shrinks_the_bias)
+    assert bias.main([*flags, "--ways", bias.PLAIN]) == 1
+    assert "nat-64 fwdbwd, natten_layers: wrong result" in capsys.readouterr().out
 
 
 def test_speed_counts_the_work_of_each_way() -> None:
