@@ -278,8 +278,8 @@ class Reference:
     def _entries(self, box: Box, keys: Box, grid: Grid, device: torch.device) -> Tensor:
         """``[n, c]``: the entry of a flat table of biases for every query and key; of pairs that are masked, any."""
         index = torch.zeros(1, 1, dtype=torch.long, device=device)
-        for *sides, axis in zip(box, keys, grid.axes, strict=True):
-            query, first, _, distance = self._distances(*sides, axis, device)
+        for own, seen, axis in zip(box, keys, grid.axes, strict=True):
+            query, first, _, distance = self._distances(own, seen, axis, device)
             size = 2 * axis.kernel_size - 1
             entry = (distance + (first - query)[:, None] + axis.kernel_size - 1).clamp(0, size - 1)
             index = (index[:, None, :, None] * size + entry[None, :, None, :]).flatten(0, 1).flatten(1)

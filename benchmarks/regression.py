@@ -1,4 +1,6 @@
-"""Compare a run of the census with the record: ``python -m benchmarks.regression RUN.json`` (``make bench-check``).
+"""Compare a run of the census with the record: ``python -m benchmarks.regression RUN.json``.
+
+``make bench-check`` runs the census and compares it; ``make bench-check ROWS=gemma3,fp32`` does so with these rows.
 
 Times of two cards, or of one card on two days, differ; their ratios to the floor, which is computed of rates that each
 run measures, hardly do. Where both runs timed the same peer on a row, the ratio to that peer counts as well. A row is
@@ -49,11 +51,15 @@ class Change:
         return not found or min(found) > limit
 
 
-def compare(record: Mapping[str, Any], run: Mapping[str, Any]) -> list[Change]:
+def compare(record: Mapping[str, Any], run: Mapping[str, Any], rows: Sequence[str] | None = None) -> list[Change]:
     """One entry for each row of this library that the record has a time for and the run was asked for.
 
+    Args:
+        rows: names of rows, if not all are to be compared.
+
     Raises:
-        ValueError: one of the two holds no rows as ``benchmarks.census`` writes them, or they have none in common.
+        ValueError: one of the two holds no rows as ``benchmarks.census`` writes them, or they have none in common, or
+            one of ``rows`` is in neither.
     """
     try:
         before, after = _timed(record), _timed(run)
@@ -61,10 +67,13 @@ def compare(record: Mapping[str, Any], run: Mapping[str, Any]) -> list[Change]:
         asked = set(run["arguments"]["rows"]), set(run["arguments"]["modes"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"this is no report of benchmarks.census: {error!r}") from error
+    timed = {workload for workload, _, _ in before} & asked[0]
+    if unknown := sorted(set(rows or ()) - timed):
+        raise ValueError(f"no time of {', '.join(unknown)} in the record and in the run; both have {sorted(timed)}")
     changes = []
     for key, row in before.items():
         workload, mode, _ = key
-        if row["peer"] != OURS or workload not in asked[0] or mode not in asked[1]:
+        if row["peer"] != OURS or workload not in (rows or timed) or mode not in asked[1]:
             continue
         now = after.get(key)
         ratios = []
@@ -126,6 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 1 if a row is worse, 2 if the two cannot be compared."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="what benchmarks.census wrote")
+    parser.add_argument("--rows", type=lambda text: text.split(","), help="names, comma-separated; default: all")
     parser.add_argument("--record", type=Path, default=RECORD, help="default: %(default)s")
     parser.add_argument(
         "--limit", type=float, default=LIMIT, help="a row may be so many times slower, default %(default)s"
@@ -133,14 +143,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         record, run = (json.loads(path.read_bytes()) for path in (args.record, args.run))
-        changes = compare(record, run)
+        changes = compare(record, run, args.rows)
         print(f"record: {heading(record)}\nrun:    {heading(run)}\n")
     except (OSError, ValueError, KeyError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print("\n".join(table(changes, args.limit)))
     worse = [change for change in changes if change.is_worse(args.limit)]
-    print(f"\n{len(changes)} rows, {len(worse)} worse than {args.limit:g} times the record")
+    if new := sorted(set(run["arguments"]["rows"]) - {row["workload"] for row in record["rows"]}):
+        print(f"\nnot in the record, so not compared: {', '.join(new)}")
+    named = ", ".join(f"{change.key[0]} {change.key[1]}" for change in worse)
+    print(f"\n{len(changes)} rows, {len(worse)} worse than {args.limit:g} times the record{named and f': {named}'}")
     return int(bool(worse))
 
 

@@ -940,10 +940,29 @@ def test_a_row_that_is_ten_percent_worse_is_named(tmp_path: Path, capsys: pytest
     printed = capsys.readouterr().out
     assert "| slower | fwd | 2.00 | 2.21 | +10% | - | WORSE |" in printed
     assert printed.count("WORSE") == 1
+    assert printed.endswith("3 rows, 1 worse than 1.1 times the record: slower fwd\n")
     assert regression.main([*arguments, "--limit", "1.2"]) == 0
     (tmp_path / "run.json").write_text('{"rows": 3}')
     assert regression.main(arguments) == 2
     assert "no report of benchmarks.census" in capsys.readouterr().err
+
+
+def test_rows_may_be_compared_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those of a run, and of them those that are named; rows that the record does not have yet are named."""
+    record = report(same=2.0, same__fa2=3.0, slower=2.0, slower__fa2=3.0)
+    run = report(same=2.0, same__fa2=3.0, slower=3.0, slower__fa2=3.0, new=1.0)
+    arguments = [str(tmp_path / "run.json"), "--record", str(tmp_path / "record.json")]
+    for name, content in (("record", record), ("run", run)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    assert regression.main(arguments) == 1
+    printed = capsys.readouterr().out
+    assert "| slower | fwd | 2.00 | 3.00 | +50% | +50% | WORSE |" in printed
+    assert "not in the record, so not compared: new" in printed
+    assert regression.main([*arguments, "--rows", "same"]) == 0
+    assert "slower" not in capsys.readouterr().out
+    assert regression.main([*arguments, "--rows", "same,slower"]) == 1
+    assert regression.main([*arguments, "--rows", "same,new"]) == 2
+    assert "no time of new in the record" in capsys.readouterr().err
 
 
 def test_a_card_on_which_the_peer_is_slower_too_is_no_regression() -> None:
