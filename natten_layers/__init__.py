@@ -13,7 +13,8 @@ Operations
     na1d, na2d, na3d          NATTEN's operations, with their arguments
     attention, merge_attentions
                               NATTEN's dense attention, and the merge of results by their log-sum-exp
-    explain                   which kernels a call takes, with what tiles, and why not others: an Explanation
+    explain                   which kernels a call takes, with what tiles, and why not others: an Explanation,
+                              which holds a Kernel for each direction
 
 Layers
     NeighborhoodGQA           self-attention: projections, windows, registers, sinks, RoPE, q/k norm
@@ -70,7 +71,7 @@ modules are internal.
 from . import functional as functional
 from . import utils as utils
 from .cached import cached_attention
-from .explanation import Explanation, explain
+from .explanation import Explanation, Kernel, explain
 from .modules import (
     GEGLU,
     AdaRMSNorm,
@@ -151,6 +152,7 @@ __all__ = [
     "GatedFeedForward",
     "HDiT",
     "HDiTConfig",
+    "Kernel",
     "LevelConfig",
     "MeanFlow",
     "MixtureOfExperts",

@@ -20,7 +20,7 @@ __all__ = ["Explanation", "Kernel", "explain"]
 
 @dataclass(frozen=True)
 class Kernel:
-    """The kernel that computes one direction of a call."""
+    """The kernel that computes one direction of a call: a part of an :class:`Explanation`."""
 
     direction: str
     """forward, backward_query (dQ), backward_key (dK and dV), backward_registers (of additional keys) or backward_bias
@@ -78,6 +78,13 @@ def explain(
 
     Nothing is computed or compiled. ``print(explain(...))`` shows quickly why a call is slower than expected. With
     ``shapes`` or ``cu_seqlens``, or with nested tensors, it is about :func:`neighborhood_attention_varlen`.
+
+    For a layer, give tensors as it makes them, views of one projection, and its options. ``layer`` here is a
+    :class:`NeighborhoodGQA`, ``x`` are its tokens::
+
+        counts = layer.num_heads, layer.num_kv_heads, layer.num_kv_heads
+        query, key, value = layer.qkv(x).unflatten(-1, (-1, layer.head_dim)).split(counts, -2)
+        print(explain(query, key, value, layer.kernel_size, is_causal=layer.is_causal, sink=layer.sink))
 
     Args:
         shapes, cu_seqlens: the samples of a packed batch, as :func:`neighborhood_attention_varlen` takes them.

@@ -247,6 +247,11 @@ def _run(call: Call, impl: Impl) -> AttentionState:
     if takes_fused(impl, call.inputs.query, call.why_not_fused):
         return AttentionState(*attention_ops.attention_state(call.inputs, call.options))
     if call.inputs.shapes is not None:
+        if torch.compiler.is_exporting():
+            raise ValueError(
+                "shapes: PyTorch computes packed samples one shape after the other, which torch.export has no graph "
+                "for; export it for a CUDA device, where kernels compute them, or export the call without shapes"
+            )
         return AttentionState(*call_uncompiled("packed", _run_packed_eagerly, call))
     return AttentionState(*eager.attention_state(*call.for_eager, rpb=rpb, key_mask=key_mask))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from helpers import raises_naming
 from torch import Tensor
 
-from natten_layers import Explanation, explain, neighborhood_attention, neighborhood_attention_varlen
+from natten_layers import Explanation, NeighborhoodGQA, explain, neighborhood_attention, neighborhood_attention_varlen
+from natten_layers.arguments import Call
 
 pytest.importorskip("triton.experimental.gluon")
 
@@ -21,6 +23,8 @@ from natten_layers.kernels.host.packing import Packing
 from natten_layers.kernels.host.problem import Problem, QKPrepKind, contiguous
 from natten_layers.kernels.host.tiling import TileConfig
 from natten_layers.kernels.host.tuned import override
+from natten_layers.kernels.ops import attention as attention_ops
+from natten_layers.modules import attention
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -42,6 +46,21 @@ def test_on_a_cpu_it_is_eager_and_says_why() -> None:
     odd = torch.randn(1, 8, 2, 12)
     with raises_naming("impl", "head_dim 12", error=RuntimeError):
         explain(odd, odd, odd, 3, impl="fused")
+
+
+def test_its_docstring_explains_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = NeighborhoodGQA(32, 4, 3, num_kv_heads=2, sink="learned", is_causal=(True, False)).to(DEVICE)
+    x, said, calls = draw(1, 6, 7, 32), list[Explanation](), list[Call]()
+    lines = [line.strip() for line in (explain.__doc__ or "").splitlines() if line.startswith(" " * 8)][:3]
+    exec("\n".join(lines), {"explain": partial(explain, impl="fused"), "print": said.append, "layer": layer, "x": x})
+    monkeypatch.setattr(attention, "attend_with_qk_prep", lambda call, *_: calls.append(call) or call.inputs.query)
+    layer(x)
+    inputs, options, *_ = calls[0]
+    choices = attention_ops.choices(inputs, options, with_stats=False, with_gradients=True)
+    expected = {
+        direction: (choice.variant.name, tuple(choice.settings.items())) for direction, choice in choices.items()
+    }
+    assert {kernel.direction: (kernel.name, kernel.settings) for kernel in said[0].kernels} == expected
 
 
 @pytest.mark.parametrize("needs_grad", [False, True])

@@ -430,7 +430,7 @@ def test_the_files_decide_whether_the_projection_is_the_embedding(
     if stored != "both":
         del tensors[hf.EMBEDDING]
     save_file(tensors, tmp_path / hf.WEIGHTS, metadata={"format": "pt"})
-    ours, theirs = (kind.from_pretrained(tmp_path) for kind in (DecoderLM, transformers.AutoModelForCausalLM))
+    ours, theirs = DecoderLM.from_pretrained(tmp_path), transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     ids = tokens(2, 9)
     assert error(ours(ids), theirs(ids).logits) < 1e-5
     assert ours.config.tie_embeddings == (ours.lm_head is None) == (stored != "both")

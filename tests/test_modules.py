@@ -630,12 +630,18 @@ def test_natten_modules_compute_what_the_package_computes(rank: int) -> None:
         torch.testing.assert_close(ours(x), theirs(x))
 
 
-def test_natten_relative_positional_bias() -> None:
-    layer = natten_layers.NeighborhoodAttention2D(16, 4, 3)
-    state = layer.state_dict()
-    layer.load_state_dict(state | {"rpb": torch.zeros(4, 5, 5)})
-    with pytest.raises(RuntimeError, match=r"rpb\" \(4, 5, 5\) is a relative positional bias"):
-        layer.load_state_dict(state | {"rpb": torch.ones(4, 5, 5)})
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("make", [natten_layers.NeighborhoodAttention2D, NeighborhoodGQA])
+def test_natten_relative_positional_bias(make: Callable[..., NeighborhoodGQA], strict: bool) -> None:
+    layer = make(16, 4, (3, 3))
+    state = {f"0.{name}": tensor for name, tensor in layer.state_dict().items()}
+    model = nn.Sequential(layer)
+    keys = model.load_state_dict(state | {"0.rpb": torch.zeros(4, 5, 5)}, strict=strict)
+    assert keys == model.load_state_dict(state)
+    with pytest.raises(RuntimeError, match=r"0\.rpb\" \(4, 5, 5\) is a relative positional bias"):
+        model.load_state_dict(state | {"0.rpb": torch.ones(4, 5, 5)}, strict=strict)
+    biased = nn.Sequential(make(16, 4, (3, 3), rel_pos_bias=True))
+    assert biased.load_state_dict(state, strict=False) == (["0.rpb"], [])
 
 
 @pytest.mark.parametrize(

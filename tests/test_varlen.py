@@ -20,6 +20,9 @@ from natten_layers import (
     AxialRoPE,
     DecoderLM,
     DecoderLMConfig,
+    HDiT,
+    HDiTConfig,
+    LevelConfig,
     NeighborhoodGQA,
     RoPE,
     make_axial_pos,
@@ -285,6 +288,17 @@ def test_a_compiled_call_breaks_its_graph_where_pytorch_computes_it() -> None:
     assert graphs[1] == graphs[-1], graphs  # the second call makes sizes symbols
     with raises_naming("PyTorch computes a packed batch shape by shape", error=Unsupported):
         torch.compile(attend, backend="eager", fullgraph=True)(x, weight, ends)
+
+
+def test_packed_samples_without_a_graph_for_export_say_so() -> None:
+    shapes = torch.tensor([[3, 4], [5, 2]])
+    layer = NeighborhoodGQA(16, 2, 3)
+    with raises_naming("shapes", "torch.export has no graph", "without shapes"):
+        torch.export.export(layer, (torch.zeros(22, 16),), {"shapes": shapes})
+    level = LevelConfig(1, 16, d_head=8, kernel_size=3)
+    model = HDiT(HDiTConfig((level, level), patch_size=(1, 1), mapping_width=16, mapping_depth=1))
+    with raises_naming("shapes", "torch.export has no graph", "x [B, C, H, W]"):
+        torch.export.export(model, (torch.zeros(22, 3), torch.ones(2)), {"shapes": shapes})
 
 
 def test_tables_of_samples() -> None:

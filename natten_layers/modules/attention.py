@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
-from typing import Literal, NamedTuple, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from einops import rearrange
@@ -74,7 +74,8 @@ class NeighborhoodGQA(nn.Module):
             "rms" gives query and key heads RMS norms with weights (``q_norm``, ``k_norm``). Both come before ``rope``.
         rel_pos_bias: add a learned bias to every score, which depends on the distance of query and key, as NATTEN's
             modules did before 0.20. It is the parameter ``rpb [num_heads, 2 * kernel_size - 1 per axis]``.
-            ``kernel_size`` must then have one entry per axis.
+            ``kernel_size`` must then have one entry per axis. A layer without it loads state dicts in which the table
+            is zero. Any other table is an error, with ``strict=False`` as well: outputs would differ.
         dropout: probability with which an element of the attention's output is dropped before ``proj`` in training.
         qkv_bias, out_bias: whether ``qkv`` and ``proj`` have a bias.
         scale: factor on the scores, default ``head_dim ** -0.5``, or 1 with cosine normalisation.
@@ -160,6 +161,7 @@ class NeighborhoodGQA(nn.Module):
         self.rpb = parameter(num_heads, *entries) if rel_pos_bias else None
         self.q_norm = RMSNorm(self.head_dim, device=device, dtype=dtype) if qk_norm == "rms" else None
         self.k_norm = RMSNorm(self.head_dim, device=device, dtype=dtype) if qk_norm == "rms" else None
+        self.register_load_state_dict_pre_hook(_judge_bias)
         self._reset_own_parameters()
 
     def reset_parameters(self) -> None:
@@ -240,6 +242,9 @@ class NeighborhoodGQA(nn.Module):
         tokens, registers = self.attend(x, positions=positions, registers=registers, mask=mask, shapes=shapes)
         tokens = self.proj(self.dropout(tokens))
         return tokens if registers is None else (tokens, self.proj(self.dropout(registers)))
+
+    # Any is the pair that `registers_attend` brings: as a tuple, it would have to be ruled out in every other call.
+    __call__: Callable[..., Tensor | Any]
 
     def attend(
         self,
@@ -417,6 +422,28 @@ class NeighborhoodGQA(nn.Module):
         assert isinstance(kernel_size, tuple)
         pairs = zip(self.kernel_size, kernel_size, strict=True)
         return self.rpb[:, *(slice(own - fitted, own + fitted - 1) for own, fitted in pairs)]
+
+
+def _judge_bias(
+    module: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: dict[str, Any],
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_msgs: list[str],
+) -> None:
+    """Checkpoints from before NATTEN 0.20 may hold a bias table on relative positions; a zero one says nothing."""
+    assert isinstance(module, NeighborhoodGQA)
+    if module.rpb is not None:
+        return
+    table = state_dict.pop(f"{prefix}rpb", None)
+    if table is not None and table.any():
+        error_msgs.append(
+            f'"{prefix}rpb" {tuple(table.shape)} is a relative positional bias, which this {type(module).__name__} '
+            "does not have: make it with rel_pos_bias=True. Without the key the rest loads, and outputs will differ."
+        )
 
 
 def _check_ranks(kernel_size: object, stride: object, dilation: object, is_causal: object, is_periodic: object) -> None:

@@ -1,4 +1,7 @@
-"""Helpers shared by the modules: constant buffers, initialisation, and the test whether a module may be fused."""
+"""Helpers shared by the modules: constant buffers, initialisation, and the test whether a module may be fused.
+
+Type checkers take the result of a call of one of torch's modules for Any. So public modules declare their ``__call__``.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 import torch
@@ -75,6 +75,8 @@ class Denoiser(nn.Module):
         scalings = self.scalings(sigma.to(at_least_fp32(x.dtype)))
         c_skip, c_out, c_in = per_pixel(torch.stack(scalings), x, pixel_counts(shapes))
         return (self._output((x * c_in).to(x.dtype), sigma, shapes, conditions) * c_out + x * c_skip).to(x.dtype)
+
+    __call__: Callable[..., Tensor]
 
     def loss(
         self, x: Tensor, noise: Tensor, sigma: Tensor, *, shapes: Shapes | None = None, **conditions: Tensor | None

@@ -54,6 +54,8 @@ class GEGLU(nn.Module):
         value, gate = self.up_proj(x).chunk(2, -1)
         return self.down_proj(self.dropout(value * F.gelu(gate)))
 
+    __call__: Callable[..., Tensor]
+
 
 class GatedFeedForward(nn.Module):
     """``down_proj(activation(gate_proj(x)) * up_proj(x))``, with the parameter names of Llama's checkpoints.
@@ -93,6 +95,8 @@ class GatedFeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self._gated(self.gate_proj(x), self.up_proj(x)))
+
+    __call__: Callable[..., Tensor]
 
     def _gated(self, gate: Tensor, up: Tensor) -> Tensor:
         if self.activation == "clamped_swiglu":
@@ -160,6 +164,8 @@ class MixtureOfExperts(nn.Module):
         ]
         results = torch.cat(results)[by_expert.argsort()].unflatten(0, chosen.shape)  # [N, K, dim]
         return (results * weights[..., None].to(results.dtype)).sum(1).view_as(x)
+
+    __call__: Callable[..., Tensor]
 
     def _route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """The weights ``[N, K]``, in fp32 or better, and the indices ``[N, K]`` of each token's experts."""

@@ -11,7 +11,7 @@ Inside, images are channels-last and heads come last: ``x [B, h, w, C]``, ``pos 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from os import PathLike
@@ -421,6 +421,11 @@ class HDiT(nn.Module):
         Raises:
             ValueError: an argument does not fit; the message names it and the values.
         """
+        if shapes is not None and torch.compiler.is_exporting():
+            raise ValueError(
+                "shapes: torch.export has no graph for packed images, as their sizes are read on the host; export the "
+                "model with images x [B, C, H, W]"
+            )
         sizes = None if shapes is None else packed_shapes(shapes, None, self.config.patch_size)
         self._check(x, sigma, sizes)
         cond = self._condition(x, sigma, aug_cond, class_cond, mapping_cond, interval)
@@ -442,6 +447,8 @@ class HDiT(nn.Module):
             x = self._run(level, split(x, skip, images), pos, cond, images)
         x = self.patch_out(self.out_norm(x), pixels)
         return rearrange(x, "b h w c -> b c h w") if pixels is None else x
+
+    __call__: Callable[..., Tensor]
 
     def _run(self, level: nn.Module, x: Tensor, pos: Tensor, cond: Tensor, images: PackedImages | None) -> Tensor:
         assert isinstance(level, nn.ModuleList)

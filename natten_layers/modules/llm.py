@@ -470,6 +470,8 @@ class DecoderLM(nn.Module):
         cap = self.config.logit_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
+    __call__: Callable[..., Tensor]
+
     def make_cache(self, batch_size: int, *, max_length: int | None = None, device: Device = None) -> Cache:
         """An empty cache for ``batch_size`` texts.
 

@@ -65,6 +65,8 @@ class MeanFlow(nn.Module):
         """
         return self.model(z, t, interval=t - r, **conditions)
 
+    __call__: Callable[..., Tensor]
+
     def target(self, z: Tensor, velocity: Tensor, t: Tensor, r: Tensor, **conditions: Tensor | None) -> Tensor:
         """What the network should say: ``velocity - (t - r) d/dt u``, with the derivative of its own estimate.
 

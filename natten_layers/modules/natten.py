@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -70,7 +70,6 @@ class _NeighborhoodAttention(NeighborhoodGQA):
         )
         self.na_dim, self.expected_input_tensor_rank = self.rank, self.rank + 2
         self.proj_drop = nn.Dropout(check_probability("proj_drop", proj_drop))
-        self.register_load_state_dict_pre_hook(_handle_rpb)
 
     def forward(
         self,
@@ -90,6 +89,8 @@ class _NeighborhoodAttention(NeighborhoodGQA):
         assert isinstance(out, Tensor)
         return self.proj_drop(out)
 
+    __call__: Callable[..., Tensor]
+
 
 class NeighborhoodAttention1D(_NeighborhoodAttention):
     __doc__ = _NeighborhoodAttention.__doc__
@@ -104,25 +105,3 @@ class NeighborhoodAttention2D(_NeighborhoodAttention):
 class NeighborhoodAttention3D(_NeighborhoodAttention):
     __doc__ = _NeighborhoodAttention.__doc__
     rank = 3
-
-
-def _handle_rpb(
-    module: nn.Module,
-    state_dict: dict[str, Any],
-    prefix: str,
-    local_metadata: dict[str, Any],
-    strict: bool,
-    missing_keys: list[str],
-    unexpected_keys: list[str],
-    error_msgs: list[str],
-) -> None:
-    """Checkpoints from before NATTEN 0.20 may hold a bias table on relative positions; a zero one says nothing."""
-    assert isinstance(module, NeighborhoodGQA)
-    if module.rpb is not None:
-        return
-    table = state_dict.pop(f"{prefix}rpb", None)
-    if table is not None and table.any():
-        error_msgs.append(
-            f'"{prefix}rpb" {tuple(table.shape)} is a relative positional bias, which this {type(module).__name__} '
-            "does not have: make it with rel_pos_bias=True. Without the key the rest loads, and outputs will differ."
-        )

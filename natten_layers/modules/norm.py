@@ -5,6 +5,8 @@ Statistics are computed in fp32, or in fp64 for inputs in fp64.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -98,6 +100,8 @@ class RMSNorm(nn.RMSNorm):
             return F.rms_norm(x, gain.shape, gain, self.eps)
         return rms_normalize(x, gain, self.eps)
 
+    __call__: Callable[..., Tensor]
+
 
 class AdaRMSNorm(nn.Module):
     """RMS norm whose gain ``1 + linear(cond)`` depends on a condition. The gain is 1 at initialisation.
@@ -140,3 +144,5 @@ class AdaRMSNorm(nn.Module):
         if sample is not None:
             return rms_normalize(x, gain.index_select(0, sample), self.eps)
         return rms_normalize(x, gain.view(gain.shape[0], *(1,) * (x.ndim - 2), gain.shape[1]), self.eps)
+
+    __call__: Callable[..., Tensor]

@@ -179,6 +179,8 @@ class Rotary(Constants):
         check_tensors(query=query, key=key)
         return self.angles(query, key, positions).turn(query, key)
 
+    __call__: Callable[..., tuple[Tensor, Tensor]]
+
 
 def angles_of(rope: nn.Module, query: Tensor, key: Tensor, positions: Tensor | None) -> Angles | None:
     """By what ``rope(query, key, positions)`` turns its arguments, or None where it has to be called."""

@@ -96,14 +96,17 @@ def get_memory_usage_preference() -> MemoryUsagePreference:
 
 
 def is_memory_usage_default() -> bool:
+    """Whether :func:`set_memory_usage_preference` was last given "default", as at first."""
     return _switches.memory_usage is MemoryUsagePreference.Default
 
 
 def is_memory_usage_strict() -> bool:
+    """Whether :func:`set_memory_usage_preference` was last given "strict"."""
     return _switches.memory_usage is MemoryUsagePreference.Strict
 
 
 def is_memory_usage_unrestricted() -> bool:
+    """Whether :func:`set_memory_usage_preference` was last given "unrestricted"."""
     return _switches.memory_usage is MemoryUsagePreference.Unrestricted
 
 
