@@ -22,6 +22,9 @@ from .tiles import State, attend_tiles, heads_first, nonfinite_mask, plan, tile_
 
 __all__ = ["attention", "attention_state", "autocasts", "dense_attention_state", "merge_states", "without_autocast"]
 
+LOWEST_BIAS = torch.finfo(torch.float32).min * math.log(2)
+"""Lower biases hide their keys, as -inf does: kernels take logarithms to the base 2, in fp32, where they overflow."""
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -79,7 +82,7 @@ def dense_attention_state(
     if key_mask is not None:
         mask = mask & key_mask.flatten(1)[:, None, :]
         k, v = (t.masked_fill(~key_mask.flatten(1)[..., None, None], 0.0) for t in (k, v))
-    bias = None if rpb is None else _dense_bias(rpb.to(accumulate), spatial, window)  # [N, Hq, N]
+    bias = None if rpb is None else _dense_bias(_hiding(rpb.to(accumulate)), spatial, window)  # [N, Hq, N]
     if additional_keys is not None and additional_values is not None:
         k = torch.cat([additional_keys.to(accumulate), k], 1)
         v = torch.cat([additional_values.to(accumulate), v], 1)
@@ -106,6 +109,11 @@ def dense_attention_state(
     out = torch.where(sees_nonfinite, torch.nan, out / row_sum.masked_fill(row_sum == 0, 1.0)[..., None])
     shape = (batch, *spatial, heads)
     return out.to(query.dtype).reshape(*shape, -1), row_max.reshape(shape), row_sum.reshape(shape)
+
+
+def _hiding(rpb: Tensor) -> Tensor:
+    """A bias on relative positions with -inf where it hides keys."""
+    return rpb.masked_fill(rpb < LOWEST_BIAS, -math.inf)
 
 
 def _dense_bias(rpb: Tensor, spatial: Sequence[int], window: Window) -> Tensor:
@@ -162,7 +170,7 @@ def attention_state(
     if not _are_known_finite(k, v):
         nonfinite = torch.cat([nonfinite_mask(k), nonfinite_mask(v)], -1)
         k, v = (t.nan_to_num(0.0, 0.0, 0.0) for t in (k, v))
-    table = None if rpb is None else rpb.to(accumulate)
+    table = None if rpb is None else _hiding(rpb.to(accumulate))
     out, row_max, log_sum = attend_tiles(tiles, k, v, table, nonfinite, hidden, axes)
     state = out, row_max, log_sum.exp()
     if additional_keys is not None and additional_values is not None:

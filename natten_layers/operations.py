@@ -133,8 +133,9 @@ def neighborhood_attention(
             softmax1), a tensor ``[Hq]``, or None. It is not multiplied by ``scale``.
         rpb: a relative position bias ``[Hq, 2 * kernel_size - 1 per axis]`` of any floating point dtype, as in old
             versions of NATTEN: entry ``(j - i) / dilation + kernel_size - 1`` on every axis is added to the scaled
-            score of query ``i`` and key ``j``, ``j - i`` along the ring on a periodic axis. Registers and the sink have
-            none. Its gradient is deterministic. In forward mode, only the eager path takes it.
+            score of query ``i`` and key ``j``, ``j - i`` along the ring on a periodic axis. An entry of -inf, or below
+            -2.3e38 as float32's lowest number, hides its keys as ``key_mask`` does. Registers and the sink have none.
+            Its gradient is deterministic. In forward mode, only the eager path takes it.
         key_mask: ``[B or 1, *key_spatial]``, bool, True where a key may be seen. Windows do not move because of it. A
             key that is masked has no weight, its gradient and that of its value are zero, and its NaN or inf reaches
             nothing. Queries at masked places are computed like all others. A query that sees no key, register or sink

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -72,6 +73,23 @@ def test_equals_the_definition(case: Case) -> None:
 @pytest.mark.parametrize("case", SHAPES, ids=str)
 def test_equals_the_definition_at_real_shapes(case: Case, dtype: torch.dtype) -> None:
     check(replace(case, dtype=dtype))
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in multiply:RuntimeWarning")  # to -inf, as on a GPU
+@pytest.mark.parametrize("lowest", [-math.inf, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("case", [CASES[0], CASES[2]], ids=str)
+def test_a_head_whose_bias_hides_every_key(case: Case, lowest: float) -> None:
+    case = replace(case, sink=None)
+    table = make_table(case)
+    table[0] = lowest
+    table[1].view(-1)[1::2] = lowest
+    expected, found = (results(case, torch.float32, table, impl) for impl in ("eager", "fused"))
+    assert (found["lse"][..., 0] == -math.inf).all()
+    assert (found["out"][..., 0, :] == 0).all()
+    for name, tensor in found.items():
+        torch.testing.assert_close(
+            tensor, expected[name], rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_the_tables_gradient_has_the_same_bits_in_every_run() -> None:

@@ -251,10 +251,11 @@ def test_entries_of_minus_infinity_hide_keys(length: int, kernel_size: int) -> N
         torch.testing.assert_close(actual, expected)
 
 
-def test_a_head_that_sees_nothing() -> None:
+@pytest.mark.parametrize("lowest", [-math.inf, torch.finfo(torch.float32).min, torch.finfo(torch.bfloat16).min])
+def test_a_head_that_sees_nothing(lowest: float) -> None:
     query = torch.randn(1, 8, 2, 8, requires_grad=True)
     table = torch.zeros(2, 5)
-    table[0] = -math.inf
+    table[0] = lowest
     out, lse = neighborhood_attention(query, query, query, 3, rpb=table, return_lse=True)
     assert (out[..., 0, :] == 0).all()
     assert (lse[..., 0] == -math.inf).all()

@@ -236,7 +236,8 @@ def backward_query_kernel(
         row_delta -= tl.load(grad_lse.pointer + tile.i_batch * grad_lse.strides[0] + o_dl, mask=m_rows, other=0.0)
     row_sum = tl.load(RowSum + o_row, mask=m_rows, other=1.0)
     row_max = tl.load(RowMax + o_row, mask=m_rows, other=0.0)
-    if key_mask is not None:  # rows that see nothing, whose weights are zero for every finite lse
+    if key_mask is not None or tensors.rpb is not None:
+        # Weights of rows that see nothing are zero for every finite lse.
         row_sees = row_sum != 0.0
         row_sum, row_max = tl.where(row_sees, row_sum, 1.0), tl.where(row_sees, row_max, 0.0)
         row_delta = tl.where(row_sees, row_delta, 0.0)
@@ -263,7 +264,7 @@ def backward_query_kernel(
     b_dq = window_query_gradient(
         b_dq, rows, keys, values, key_mask, row_bias, tile, axes, key_length, factor, score_scale, SPEC, False
     )
-    if key_mask is not None:
+    if key_mask is not None:  # noqa: SIM102 - the compiler decides this condition, the device the next one
         # NaN or inf in a masked key times a weight of zero: so rare that a slower second pass repairs it. It loads its
         # rows anew, as keeping them would take registers and shared memory from the first.
         if tl.max(tl.where(tl.abs(row_zeros(b_dq)) >= 0.0, 0, 1), 0) > 0:
@@ -277,6 +278,7 @@ def backward_query_kernel(
             b_dq = window_query_gradient(
                 b_dq, rows, keys, values, key_mask, row_bias, tile, axes, key_length, factor, score_scale, SMALL, True
             )
+    if key_mask is not None or tensors.rpb is not None:
         b_dq = where_rows(row_sees, b_dq)
     store_columns(DQ, o_row * SPEC.head_dim, m_rows, times(b_dq, scale), SPEC.head_dim, BD)
 

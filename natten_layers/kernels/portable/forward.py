@@ -278,7 +278,7 @@ def attend_tile(
         )
 
     row_weight, row_max = row_l, row_m * LN2
-    if key_mask is not None:  # rows that see nothing have a sum of zero
+    if key_mask is not None or tensors.rpb is not None:  # rows that see nothing have a sum of zero
         row_weight = tl.where(row_l == 0.0, 1.0, row_l)
         row_max = tl.where(row_l == 0.0, float("-inf"), row_max)
     o_row = contiguous_row(tile.i_batch, token, axes.length) * (kv_heads * group) + tile.row_head
