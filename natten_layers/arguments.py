@@ -185,8 +185,18 @@ def as_autocast(
 
 
 def _cast(x: Any, dtype: torch.dtype) -> Any:
-    eligible = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
-    return x.to(dtype) if eligible else x  # what is no tensor is refused later
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype in (torch.float64, dtype):
+        return x  # what is no tensor is refused later
+    if torch.compiler.is_compiling() or x.is_nested or x.layout != torch.strided or 0 not in x.stride():
+        return x.to(dtype)
+    if is_tracked((x,)):  # every entry of what was expanded gets its own gradient
+        return x.to(dtype)
+    # `to` would copy every expanded head.
+    return (
+        x[tuple(slice(n if stride else 1) for n, stride in zip(x.shape, x.stride(), strict=True))]
+        .to(dtype)
+        .expand_as(x)
+    )
 
 
 def _scalars(

@@ -111,7 +111,7 @@ def neighborhood_attention(
 
     Under autocast it runs in lower precision, as PyTorch's attention does: ``query``, ``key``, ``value`` and registers
     are cast to autocast's dtype, which ``out`` has too, unless they are fp64. Scores, sums and ``lse`` stay fp32, and
-    ``sink`` and ``rpb`` keep their dtypes.
+    ``sink`` and ``rpb`` keep their dtypes. Casting copies expanded KV heads if a gradient is needed for them.
 
     Args:
         query: ``[B, *spatial, Hq, D]``, fp16, bf16, fp32 or (eager only) fp64. It may lie on another grid than keys,

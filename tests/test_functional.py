@@ -112,7 +112,15 @@ def test_expanded_kv_is_not_copied_per_head(monkeypatch: pytest.MonkeyPatch):
     attend(query, *(t.expand(-1, -1, -1, 4, -1) for t in (key, value)))
     grouped = (t[..., None, :].expand(-1, -1, -1, 1, 4, -1) for t in (key, value))
     attend(query.unflatten(-2, (1, 4)), *grouped, kernel_size=(3, 3))
-    assert seen == [(1, 1), (1, 1)]
+    query, key, value = (t.float() for t in (query, key, value))
+    with torch.autocast("cpu", torch.bfloat16):
+        attend(query, *(t.expand(-1, -1, -1, 4, -1) for t in (key, value)))
+        leaf = key.clone().requires_grad_()
+        out = attend(query, *(leaf.expand(-1, -1, -1, 4, -1),) * 2)
+    assert seen == [(1, 1)] * 3 + [(4, 4)]
+    with torch.autocast("cpu", torch.bfloat16):
+        copied = attend(query, *(leaf.repeat(1, 1, 1, 4, 1),) * 2)
+    close(*(torch.autograd.grad(x.float().square().sum(), leaf)[0] for x in (out, copied)))
 
 
 def test_registers_beside_expanded_kv_may_differ_from_head_to_head():
