@@ -356,7 +356,7 @@ def test_bad_input() -> None:
         with pytest.raises(ValueError, match=r"logits_at must be a tensor \[2\], int64"):
             model(tokens(2, 3), logits_at=index)
     for batch, length, word in ((-1, None, "batch_size"), (1, 0, "max_length"), (1, -1, "max_length")):
-        with pytest.raises(ValueError, match=f"{word} must be at least"):
+        with pytest.raises(ValueError, match=f"{word} must be an int of at least"):
             model.make_cache(batch, max_length=length)
     with torch.no_grad():
         with pytest.raises(ValueError, match=r"cache is for 2 texts.*input_ids has 3"):

@@ -179,7 +179,7 @@ def test_a_gpu_computes_the_same_derivative_and_gradients(compiled: bool) -> Non
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(ValueError, match=r"power must be from 0 to 1, got 2"):
+    with pytest.raises(ValueError, match=r"power must be a number from 0 to 1, got 2"):
         MeanFlow(Linear(), sigma_data=1.0, power=2)
     with pytest.raises(ValueError, match=r"Linear has no config with a sigma_data"):
         MeanFlow(Linear())

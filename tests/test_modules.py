@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 import natten_layers
 from natten_layers import (
+    Cache,
     DecoderLM,
     DecoderLMConfig,
     Denoiser,
@@ -647,10 +648,25 @@ def test_natten_relative_positional_bias(make: Callable[..., NeighborhoodGQA], s
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: AxialRoPE(32, 4, axes=0), "axes must be at least 1"),
+        (lambda: AxialRoPE(32, 4, axes=0), "axes must be an int of at least 1"),
         (lambda: make_axial_pos(0, 3), "height and width"),
         (lambda: RMSNorm(8)(torch.randn(2, 4)), "length 8"),
         (lambda: GEGLU(8, 16, dropout=math.nan), "dropout must be a number from 0 to 1, got nan"),
+        (lambda: GatedFeedForward(8, 16, activation="relu"), "activation must be one of .* got 'relu'"),  # pyright: ignore
+        (lambda: GatedFeedForward(8, 0), "hidden_dim must be an int of at least 1, got 0"),
+        (lambda: AdaRMSNorm(8, 4)(torch.ones(2, 3, 8), torch.ones(2, 5)), r"cond \(2, 5\); expected .* \[B, 4\]"),
+        (lambda: NeighborhoodGQA(16, 4, 3, rope=AxialRoPE), "rope must be a module"),  # pyright: ignore
+        (lambda: AxialRoPE(16, 2.0), "num_heads must be an int of at least 1, got 2.0"),  # pyright: ignore
+        (lambda: AxialRoPE(16, 2, periods="ab"), "periods='ab' must be 2 entries"),  # pyright: ignore
+        (lambda: AxialRoPE(16, 2, freqs=[[1.0]]), "freqs must be a tensor"),  # pyright: ignore
+        (lambda: RoPE(16, theta=-1.0), "theta must be a positive number, got -1.0"),
+        (lambda: RoPE("16"), "head_dim must be an even number .* '16'"),  # pyright: ignore
+        (lambda: make_axial_pos(2.5, 3), "height and width must be integers .* 2.5"),  # pyright: ignore
+        (lambda: HDiT({"a": 1}), "config must be an HDiTConfig, got {'a': 1} of type dict"),  # pyright: ignore
+        (lambda: DecoderLM(None), "config must be a DecoderLMConfig, got None"),  # pyright: ignore
+        (lambda: Cache(1.5, [4]), "batch_size must be an int of at least 0, got 1.5"),  # pyright: ignore
+        (lambda: Cache(1, [None, 0]), "window of layer 1 must be an int of at least 1, got 0"),
+        (lambda: Denoiser(nn.Identity(), sigma_data=1.0)(torch.ones(1), [1.0]), "sigma must be a tensor"),  # pyright: ignore
         (lambda: MixtureOfExperts(8, 4, 2, 16), "make_expert must be a function"),  # pyright: ignore
         (lambda: MixtureOfExperts(nn.Identity, 2, 3, 16), "num_experts must be an int of at least 3, got 2"),
     ],

@@ -134,7 +134,7 @@ class NeighborhoodGQA(nn.Module):
             raise ValueError(f'sink must be None, "zero" or "learned", got {sink!r}')
         if qk_norm not in (None, "cosine", "rms"):
             raise ValueError(f'qk_norm must be None, "cosine" or "rms", got {qk_norm!r}')
-        if rope is not None and not callable(rope):
+        if rope is not None and (not callable(rope) or isinstance(rope, type)):
             raise ValueError(f"rope must be a module called as rope(query, key, positions), got {rope!r}")
 
         self.embed_dim, self.num_heads, self.num_kv_heads = embed_dim, num_heads, num_kv_heads

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .base import check_count
+
 __all__ = ["Cache", "LayerCache"]
 
 
@@ -140,7 +142,7 @@ class Cache:
         max_length: tokens to allocate in layers without a window; None lets them grow as needed.
 
     Raises:
-        ValueError: ``batch_size`` is negative, or ``max_length`` is not at least 1.
+        ValueError: ``batch_size`` is negative, or ``max_length`` or a window is not at least 1.
     """
 
     def __init__(
@@ -151,9 +153,12 @@ class Cache:
         max_length: int | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        for name, value, least in (("batch_size", batch_size, 0), ("max_length", max_length, 1)):
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+        check_count("batch_size", batch_size, least=0)
+        if max_length is not None:
+            check_count("max_length", max_length)
+        for layer, window in enumerate(windows):
+            if window is not None:
+                check_count(f"the window of layer {layer}", window)
         allocator = _SlotAllocator()
         self.layers = [LayerCache(window, max_length, allocator) for window in windows]
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)

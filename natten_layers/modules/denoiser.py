@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_tensors
 from ..varlen import Shapes, packed_shapes
 from .base import at_least_fp32, reset_children
 
@@ -72,6 +73,7 @@ class Denoiser(nn.Module):
         Returns:
             In ``x``'s shape and dtype.
         """
+        check_tensors(x=x, sigma=sigma)
         scalings = self.scalings(sigma.to(at_least_fp32(x.dtype)))
         c_skip, c_out, c_in = per_pixel(torch.stack(scalings), x, pixel_counts(shapes))
         return (self._output((x * c_in).to(x.dtype), sigma, shapes, conditions) * c_out + x * c_skip).to(x.dtype)
@@ -93,6 +95,7 @@ class Denoiser(nn.Module):
         Returns:
             One loss per image, ``[B]``, in fp32 or better.
         """
+        check_tensors(x=x, noise=noise, sigma=sigma)
         if noise.shape != x.shape:
             raise ValueError(f"noise has shape {tuple(noise.shape)}, but x has {tuple(x.shape)}")
         sigma = sigma.to(at_least_fp32(x.dtype))

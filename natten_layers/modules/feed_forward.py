@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ class GEGLU(nn.Module):
         bias: whether both projections have a bias.
 
     Raises:
-        ValueError: ``dropout`` is no number from 0 to 1.
+        ValueError: ``hidden_dim`` is below 1, or ``dropout`` no number from 0 to 1.
     """
 
     def __init__(
@@ -42,6 +42,7 @@ class GEGLU(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_count("hidden_dim", hidden_dim)
         self.up_proj = nn.Linear(dim, 2 * hidden_dim, bias=bias, device=device, dtype=dtype)
         self.dropout = nn.Dropout(check_probability("dropout", dropout))
         self.down_proj = nn.Linear(hidden_dim, dim, bias=bias, device=device, dtype=dtype)
@@ -70,6 +71,9 @@ class GatedFeedForward(nn.Module):
             between ``-swiglu_limit`` and ``swiglu_limit``.
         bias: whether the projections have a bias.
         swiglu_alpha, swiglu_limit: of "clamped_swiglu".
+
+    Raises:
+        ValueError: ``hidden_dim`` is below 1, or ``activation`` unknown.
     """
 
     def __init__(
@@ -85,6 +89,9 @@ class GatedFeedForward(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_count("hidden_dim", hidden_dim)
+        if activation not in get_args(Activation):
+            raise ValueError(f"activation must be one of {get_args(Activation)}, got {activation!r}")
         self.activation, self.swiglu_alpha, self.swiglu_limit = activation, swiglu_alpha, swiglu_limit
         self.gate_proj = nn.Linear(dim, hidden_dim, bias=bias, device=device, dtype=dtype)
         self.up_proj = nn.Linear(dim, hidden_dim, bias=bias, device=device, dtype=dtype)

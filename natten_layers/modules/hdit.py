@@ -288,6 +288,8 @@ class HDiT(nn.Module):
 
     def __init__(self, config: HDiTConfig, *, checkpointing: bool = False) -> None:
         super().__init__()
+        if not isinstance(config, HDiTConfig):
+            raise ValueError(f"config must be an HDiTConfig, got {config!r:.100} of type {type(config).__name__}")
         self.config, self.checkpointing = config, checkpointing
         levels, width, cond_dim = config.levels, config.levels[0].width, config.mapping_width
         assert config.mapping_d_ff is not None

@@ -393,6 +393,8 @@ class DecoderLM(nn.Module):
 
     def __init__(self, config: DecoderLMConfig, *, device: Device = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
+        if not isinstance(config, DecoderLMConfig):
+            raise ValueError(f"config must be a DecoderLMConfig, got {config!r:.100} of type {type(config).__name__}")
         self.config = config
         # Modules are made on the meta device, so that parameters are initialised once, by reset_parameters.
         self.model = DecoderStack(config, device="meta", dtype=dtype)

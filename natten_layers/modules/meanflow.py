@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.parallel import DistributedDataParallel
 
-from .base import at_least_fp32, reset_children
+from .base import at_least_fp32, check_probability, reset_children
 from .denoiser import per_image, sigma_data_of
 
 __all__ = ["MeanFlow"]
@@ -40,9 +40,8 @@ class MeanFlow(nn.Module):
 
     def __init__(self, model: nn.Module, *, sigma_data: float | None = None, power: float = 0.75) -> None:
         super().__init__()
-        if not 0 <= power <= 1:
-            raise ValueError(f"power must be from 0 to 1, got {power}")
-        self.model, self.sigma_data, self.power = model, sigma_data_of(model, sigma_data), power
+        self.model, self.sigma_data = model, sigma_data_of(model, sigma_data)
+        self.power = check_probability("power", power)
 
     def reset_parameters(self) -> None:
         """Initialise the network's parameters again."""

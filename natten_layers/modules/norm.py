@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ..arguments import no_tensor
 from ..eager import autocasts
-from .base import at_least_fp32
+from .base import at_least_fp32, check_count
 
 __all__ = ["AdaRMSNorm", "RMSNorm", "cosine_normalize", "rms_normalize"]
 
@@ -76,6 +76,7 @@ class RMSNorm(nn.RMSNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_count("dim", dim)
         self.zero_centered = zero_centered  # set before super().__init__, which calls reset_parameters
         super().__init__(dim, eps, device=device, dtype=dtype)
 
@@ -124,7 +125,7 @@ class AdaRMSNorm(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.eps = eps
+        self.dim, self.cond_dim, self.eps = dim, cond_dim, eps
         self.linear = nn.Linear(cond_dim, dim, bias=False, device=device, dtype=dtype)
         nn.init.zeros_(self.linear.weight)
 
@@ -139,7 +140,18 @@ class AdaRMSNorm(nn.Module):
         """Normalise ``x [B, *spatial, dim]`` with the gain that ``cond [B, cond_dim]`` determines.
 
         ``x [N, dim]`` of packed samples has its row of ``cond`` at ``sample [N]``.
+
+        Raises:
+            ValueError: an argument is no tensor, or shapes do not fit.
         """
+        for name, tensor in (("x", x), ("cond", cond)):
+            if not isinstance(tensor, Tensor):
+                raise no_tensor(name, tensor)
+        if cond.ndim != 2 or cond.shape[1] != self.cond_dim or x.shape[-1] != self.dim:
+            raise ValueError(
+                f"x has shape {tuple(x.shape)} and cond {tuple(cond.shape)}; expected [B, *spatial, "
+                f"{self.dim}] and [B, {self.cond_dim}]"
+            )
         gain = 1 + _statistics(self.linear(cond))
         if sample is not None:
             return rms_normalize(x, gain.index_select(0, sample), self.eps)

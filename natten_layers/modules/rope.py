@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..arguments import check_tensors
-from .base import Constants, at_least_fp32, default_dtype, is_plain
+from ..arguments import check_tensors, is_finite_number
+from ..geometry import is_per_axis
+from .base import Constants, at_least_fp32, check_count, default_dtype, is_plain
 
 __all__ = [
     "Angles",
@@ -72,8 +74,9 @@ def make_axial_pos(
     Raises:
         ValueError: a height or width below 1.
     """
-    if height < 1 or width < 1:
-        raise ValueError(f"height and width must be at least 1, got {height} and {width}")
+    for size in (height, width):  # of a compiled graph they may be symbols
+        if not isinstance(size, Integral | torch.SymInt) or size < 1:
+            raise ValueError(f"height and width must be integers of at least 1, got {height!r} and {width!r}")
     dtype = default_dtype() if dtype is None else dtype
     aspect = width / height
     bounds = (
@@ -259,11 +262,12 @@ class AxialRoPE(Rotary):
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if axes < 1:
-            raise ValueError(f"axes must be at least 1, got {axes}")
+        counts = {"head_dim": head_dim, "num_heads": num_heads, "num_kv_heads": num_kv_heads, "axes": axes}
+        for name, count in counts.items():
+            check_count(name, count)
         if freqs is None and head_dim < 4 * axes:
             raise ValueError(f"head_dim must be at least 4 * axes = {4 * axes}, got {head_dim}")
-        if num_kv_heads < 1 or num_heads % num_kv_heads:
+        if num_heads % num_kv_heads:
             raise ValueError(f"num_heads must be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}")
         _check_freqs(freqs, split, head_dim, num_kv_heads, axes)
         _check_periods(periods, axes)
@@ -340,8 +344,9 @@ def _whole_turns(freqs: Tensor, period: float | None) -> Tensor:
 def _check_periods(periods: Sequence[float | None] | None, axes: int) -> None:
     if periods is None:
         return
-    if len(periods) != axes or not all(p is None or 0 < p < math.inf for p in periods):
-        raise ValueError(f"periods={tuple(periods)} must be {axes} entries, one a coordinate: a length above 0 or None")
+    fit = is_per_axis(periods) and len(periods) == axes
+    if not fit or not all(p is None or (is_finite_number(p) and p > 0) for p in periods):
+        raise ValueError(f"periods={periods!r} must be {axes} entries, one a coordinate: a length above 0 or None")
 
 
 def _check_freqs(
@@ -351,6 +356,7 @@ def _check_freqs(
         if split is not None:
             raise ValueError(f"split={tuple(split)} says which axis freqs belong to; give freqs too")
         return
+    check_tensors(freqs=freqs)
     if freqs.ndim != 2 or len(freqs) not in (1, num_kv_heads):
         raise ValueError(f"freqs has shape {tuple(freqs.shape)}; expected [{num_kv_heads} or 1, n]")
     n = freqs.shape[1]
@@ -385,7 +391,8 @@ class RoPE(Rotary):
     Ding et al. 2024 (LongRoPE, https://arxiv.org/abs/2402.13753), Llama 3.1's published configuration.
 
     Raises:
-        ValueError: an odd ``head_dim``, an unknown ``rope_type``, or a key that the type needs and does not have.
+        ValueError: an odd ``head_dim``, a ``theta`` that is not positive, an unknown ``rope_type``, or a key that the
+            type needs and does not have.
     """
 
     def __init__(
@@ -398,8 +405,10 @@ class RoPE(Rotary):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        if head_dim < 2 or head_dim % 2:
-            raise ValueError(f"head_dim must be an even number of at least 2, got {head_dim}")
+        if not isinstance(head_dim, Integral) or head_dim < 2 or head_dim % 2:
+            raise ValueError(f"head_dim must be an even number of at least 2, got {head_dim!r}")
+        if not is_finite_number(theta) or theta <= 0:
+            raise ValueError(f"theta must be a positive number, got {theta!r}")
         self.head_dim, self.theta, self.scaling = head_dim, theta, dict(scaling or {})
         self.attention_factor, self.interleaved = _attention_factor(self.scaling), interleaved
         self.register_buffer("freqs", self.default_freqs(torch.float32, device), persistent=False)
