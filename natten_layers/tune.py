@@ -1,4 +1,4 @@
-"""The search of ``natten-layers-tune`` for the fastest tile configurations of the fused kernels.
+"""The search of ``natten-layers-tune`` for the fastest variants and tile configurations of the fused kernels.
 
 ``python -m natten_layers.tune`` is another name of that command.
 """
@@ -7,22 +7,30 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor
 
 from .kernels.host.tiling import Kind, ProblemClass, TileConfig, best_boxes, boxes, rule
-from .kernels.host.tuned import override
+from .kernels.host.tuned import GRADIENTS, override
+from .kernels.host.variant import Question
 
-__all__ = ["Found", "neighbors", "search", "tune"]
+__all__ = ["PASSES", "Fastest", "Found", "fastest", "neighbors", "rivals", "search", "tune", "tune_variants"]
 
 MAXNREGS = (None, 96, 128, 168)
 GAIN = 0.02
 """Part of the time that a change must save to be more than noise."""
 
+PASSES: tuple[tuple[Kind, ...], ...] = (("forward",), GRADIENTS)
+"""Kernels whose variants are chosen together"""
+
+Names = Mapping[Kind, str]
+"""A variant for each kernel of a pass"""
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 Timer = Callable[[Callable[[], object]], float]
 Measure = Callable[[TileConfig], float]
 """Returns the seconds that a tile configuration takes; infinite if it cannot run or its results are wrong."""
@@ -39,6 +47,50 @@ class Found:
     @property
     def gains(self) -> bool:
         return self.seconds < (1 - GAIN) * self.rule_seconds
+
+
+@dataclass(frozen=True)
+class Fastest:
+    """The fastest variants of a pass, their seconds, and those of the variants that calls take by themselves."""
+
+    names: Names
+    seconds: float
+    own_seconds: float
+
+    @property
+    def gains(self) -> bool:
+        return self.seconds < (1 - GAIN) * self.own_seconds
+
+
+def rivals(questions: Mapping[Kind, Question]) -> list[Names]:
+    """All variants that can compute a pass, whether they are expected to pay or not; first those that calls take."""
+    from .kernels.dispatch import VARIANTS, choose  # imports Triton
+
+    def taken() -> Names:
+        return {kind: choose(kind, question).variant.name for kind, question in questions.items()}
+
+    found = [taken()]
+    for names in product(*([variant.name for variant in VARIANTS[kind]] for kind in questions)):
+        asked: Names = dict(zip(questions, names, strict=True))
+        with override(variants=asked):
+            able = taken() == asked
+        if able and asked not in found:
+            found.append(asked)
+    return found
+
+
+def fastest(
+    candidates: Sequence[Names],
+    measure: Callable[[Names], float],
+    report: Callable[[Names, float], None] = lambda names, seconds: None,
+) -> Fastest:
+    """The fastest of :func:`rivals`, whose first entry is what calls take by themselves."""
+    times = []
+    for names in candidates:
+        times.append(measure(names))
+        report(names, times[-1])
+    seconds = min(times)
+    return Fastest(candidates[times.index(seconds)], seconds, times[0])
 
 
 def neighbors(kind: Kind, problem: ProblemClass, config: TileConfig) -> Iterator[TileConfig]:
@@ -103,9 +155,31 @@ def search(
             yield Found(best, seconds, rule_seconds)
 
 
+def tune_variants(
+    questions: Mapping[Kind, Question],
+    attend: Attention,
+    inputs: Sequence[Tensor],
+    *,
+    timer: Timer,
+    report: Callable[[Names, float], None],
+) -> Fastest | None:
+    """:func:`fastest` for one pass, timing calls of the operation; None if only one variant can compute it.
+
+    Args:
+        questions: what is asked about each kernel of the pass.
+        attend: the operation, a function of query, key and value.
+        inputs: query, key, value and the gradient of the output.
+    """
+    candidates = rivals(questions)
+    if len(candidates) == 1:
+        return None
+    measure = _measure(next(iter(questions)), attend, inputs, timer)
+    return fastest(candidates, lambda names: measure(variants=names), report)
+
+
 def tune(
     problem: ProblemClass,
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    attend: Attention,
     inputs: Sequence[Tensor],
     *,
     kinds: Sequence[Kind],
@@ -120,14 +194,17 @@ def tune(
         inputs: query, key, value and the gradient of the output.
     """
     for kind in kinds:
-        measure = _measure(kind, attend, inputs, timer)
+        measure = partial(_tiles_measured, kind, _measure(kind, attend, inputs, timer))
         for found in search(kind, problem, measure, trials=trials, report=partial(report, kind)):
             yield kind, found
 
 
-def _measure(
-    kind: Kind, attend: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: Sequence[Tensor], timer: Timer
-) -> Measure:
+def _tiles_measured(kind: Kind, measure: Callable[..., float], config: TileConfig) -> float:
+    return measure({kind: config})
+
+
+def _measure(kind: Kind, attend: Attention, inputs: Sequence[Tensor], timer: Timer) -> Callable[..., float]:
+    """A function that returns the seconds of the pass under an :func:`override` with its arguments."""
     *leaves, grad_out = (t.detach() for t in inputs)
     if kind == "forward":
 
@@ -152,9 +229,9 @@ def _measure(
     # Results may differ by the order of sums, and by the rounding of weights and of the result.
     limit = 4 * torch.finfo(grad_out.dtype).eps
 
-    def seconds(config: TileConfig) -> float:
+    def seconds(*overrides: Mapping[Kind, TileConfig], **named: Names) -> float:
         # Overrides hold in one thread only, so the backward pass must stay in this one.
-        with override({kind: config}), torch.autograd.set_multithreading_enabled(False):
+        with override(*overrides, **named), torch.autograd.set_multithreading_enabled(False):
             try:
                 results = run()
             except Exception:  # Triton raises many kinds of errors if a launch needs more than the device has

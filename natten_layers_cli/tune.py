@@ -1,13 +1,14 @@
-"""Search the fastest tile configurations of the fused kernels on this machine's GPU, and save them for later calls.
+"""Search the fastest kernels and tiles for calls on this machine's GPU, and save them for later calls.
 
     natten-layers-tune 128x128 --kernel-size 7x7 --heads 8 --kv-heads 2 --head-dim 64 --batch 8
     natten-layers-tune --model config_oxford_flowers.json --batch 32         an HDiT, each of its levels
     natten-layers-tune 8192 --model mistralai/                               a directory of Hugging Face's, each window
 
-A call never searches; without this command tiles are chosen by rule. Results are saved in ``configs.json`` in
-``$NATTEN_LAYERS_CACHE`` or the user's cache folder. Processes that start afterwards use them for every call with these
-lengths, window, query heads per KV head, head dim and dtype on this kind of GPU. A tile configuration is saved only if
-the kernel's results agree with those of the rule's. Delete the file to go back to the rule.
+First all kernels that can compute a call are timed, each with its own tiles. Where a portable kernel is the fastest,
+its tiles are searched. A call never searches; without this command kernels and tiles are chosen by rule. Results are
+saved in ``configs.json`` in ``$NATTEN_LAYERS_CACHE`` or the user's cache folder. Processes that start afterwards use
+them for every call with these lengths, window, query heads per KV head, head dim and dtype on this kind of GPU. Kernels
+and tiles are saved only if their results agree with those of the rule's. Delete the file to go back to the rule.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import argparse
 import math
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -29,10 +30,11 @@ from natten_layers.io.hf_config import config_from_hf
 from natten_layers.kernels.host.problem import Inputs, Options, device_traits, problem_of, three_axes
 from natten_layers.kernels.host.tiling import Kind, ProblemClass, TileConfig
 from natten_layers.kernels.host.tuned import cache_file, write_tuned
+from natten_layers.kernels.host.variant import Question
 from natten_layers.modules.hdit_config import HDiTConfig, check_axis
 from natten_layers.modules.llm_config import DecoderLMConfig
 from natten_layers.operations import neighborhood_attention
-from natten_layers.tune import Found, Timer, tune
+from natten_layers.tune import PASSES, Found, Names, Timer, tune, tune_variants
 
 from .running import Parser, run_command
 
@@ -204,18 +206,22 @@ def _problem_class(call: Call, query: Tensor) -> ProblemClass:
     )  # fmt: skip
 
 
-def _kinds(args: argparse.Namespace, call: Call, heads: Sequence[Tensor]) -> list[Kind]:
-    """The kernels to search: without those that this call does not use, as kernels without tuned tiles replace them."""
-    from natten_layers.kernels.dispatch import Question, choose  # imports Triton, which is installed, as a call has run
-
+def _questions(call: Call, heads: Sequence[Tensor]) -> dict[Kind, Question]:
+    """What is asked about each kernel of a call that is trained."""
     query, key, value = heads
     rank = len(call.tokens)
     options = Options(None, call.kernel_size, (1,) * rank, call.dilation, (call.is_causal,) * rank, 1.0)
     problem = problem_of(Inputs(query, key, value), options)
-    questions: dict[Kind, Question] = {
+    return {
         "forward": Question(problem),
         **dict.fromkeys(("backward_query", "backward_key"), Question(problem, True, problem.query)),
     }
+
+
+def _kinds(args: argparse.Namespace, questions: Mapping[Kind, Question]) -> list[Kind]:
+    """The kernels to search: without those that this call does not use, as kernels without tuned tiles replace them."""
+    from natten_layers.kernels.dispatch import choose  # imports Triton, which is installed, as a call has run
+
     taken = [kind for kind, question in questions.items() if not choose(kind, question).is_portable]
     if taken:
         print(f"{', '.join(taken)}: windows of this size have kernels of their own on this GPU")
@@ -229,6 +235,15 @@ def _spread(values: tuple[int, ...], rank: int) -> tuple[int, ...]:
 def _report(kind: Kind, config: TileConfig, seconds: float) -> None:
     time = "does not run" if seconds == math.inf else f"{seconds * 1e3:.4g} ms"
     print(f"{kind:14} {time:>12}  {_describe(config)}", flush=True)
+
+
+def _report_variants(names: Names, seconds: float) -> None:
+    time = "does not run" if seconds == math.inf else f"{seconds * 1e3:.4g} ms"
+    print(f"{', '.join(names)}: {time}  {_named(names)}", flush=True)
+
+
+def _named(names: Names) -> str:
+    return " and ".join(dict.fromkeys(names.values()))
 
 
 def run(args: argparse.Namespace, timer: Timer) -> int:
@@ -255,12 +270,21 @@ def _tune_call(args: argparse.Namespace, call: Call, timer: Timer) -> int:
     attend(*heads)
     write_tuned(cache_file(), {})
     problem = _problem_class(call, heads[0])
+    questions = _questions(call, heads)
     found: dict[Kind, Found] = {}
     status = 0
     try:
+        for kinds in PASSES:
+            if set(kinds) <= set(args.kernels):
+                own: dict[Kind, Question] = {kind: questions[kind] for kind in kinds}
+                best = tune_variants(own, attend, (*heads, grad_out), timer=timer, report=_report_variants)
+                if best is not None and best.gains:
+                    write_tuned(cache_file(), variants={(kind, problem): name for kind, name in best.names.items()})
+                    print(f"{', '.join(kinds)}: {best.own_seconds / best.seconds:.2f}x with {_named(best.names)}")
+                    print(f"written to {cache_file()}")
         for kind, best in tune(
             problem, attend, (*heads, grad_out),
-            kinds=_kinds(args, call, heads), trials=args.trials, timer=timer, report=_report,
+            kinds=_kinds(args, questions), trials=args.trials, timer=timer, report=_report,
         ):  # fmt: skip
             found[kind] = best
     except KeyboardInterrupt:

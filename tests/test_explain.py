@@ -169,7 +169,7 @@ def test_a_choice_of_the_caller_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> 
     with override({"forward": TileConfig((1, 1, 64), (1, 1, 64), 2, 4, 2)}):
         choice = dispatch.choose("forward", dispatch.Question(problem))
     assert choice.is_portable
-    assert "overridden" in choice.passed_over[0].reason
+    assert choice.passed_over[0].reason == "tuning or an override asks for portable"
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward_query", "backward_key", "qk_prep + forward"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,18 @@ import torch
 from helpers import Case, error, make_inputs, oracle
 from torch import Tensor
 
-from natten_layers import neighborhood_attention, tune
+from natten_layers import explain, neighborhood_attention, tune
 from natten_layers.kernels.host import tuned
-from natten_layers.kernels.host.problem import device_traits
+from natten_layers.kernels.host.problem import QKPrepKind, device_traits
 from natten_layers.kernels.host.tiling import Kind, ProblemClass, TileConfig, rule
+from natten_layers.kernels.host.variant import Question
 from natten_layers_cli import tune as command
 
 pytest.importorskip("triton")
+
+from problems import problem_of_image, problem_of_projected_image, problem_of_text
+
+from natten_layers.kernels import dispatch
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -28,6 +34,8 @@ pytestmark = [pytest.mark.gpu] if ON_GPU else []
 
 PROBLEM = ProblemClass("some GPU", 227 * 1024, (1, 64, 64), (1, 7, 7), 4, 64, 64, 2)
 SMALL = Case("small", (9, 11), 3, heads=4, kv_heads=2, head_dim=16, value_dim=16)
+TINY = Case("tiny", (4, 5), 3, heads=1, kv_heads=1, head_dim=16, value_dim=16, batch=1)
+TINY_FLAGS = f"4x5 --kernel-size 3 --heads 1 --head-dim 16 --dtype fp32 --device {DEVICE}".split()
 FLAGS = f"9x11 --kernel-size 3 --heads 4 --kv-heads 2 --head-dim 16 --dtype fp32 --device {DEVICE}".split()
 
 
@@ -87,7 +95,7 @@ def test_a_wrong_result_has_no_time() -> None:
 
     timed: list[object] = []
     measure = tune._measure("forward", attend, (*tensors, tensors[0]), lambda run: float(bool(timed.append(run))))
-    assert measure(TileConfig((1, 1, 16), (1, 1, 16), 2, 4, 1)) == math.inf
+    assert measure({"forward": TileConfig((1, 1, 16), (1, 1, 16), 2, 4, 1)}) == math.inf
     assert not timed
 
 
@@ -131,13 +139,160 @@ def test_calls_use_what_was_found(cache: Path, capsys: pytest.CaptureFixture[str
     assert error(out, oracle(SMALL, inputs).out) < 2e-6
 
 
+def made_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Variants that are expected not to pay, with the portable kernels' launches, for calls without registers."""
+    changes: dict[str, Any] = {
+        "name": "made up",
+        "pays": lambda question: "the next is expected to be faster",
+        "supports": lambda question: "it takes no additional keys" if question.problem.registers else None,
+    }
+    for direction in ("forward", "backward_query", "backward_key"):
+        (*others, general) = dispatch.VARIANTS[direction]
+        monkeypatch.setitem(dispatch.VARIANTS, direction, (*others, replace(general, **changes), general))  # pyright: ignore[reportArgumentType]
+    tuned.forget()
+
+
+def prefers(name: str) -> Callable[[Callable[[], object]], float]:
+    """A stub for timing, according to which a pass is twice as fast if all its kernels are variants of this name."""
+
+    def timer(run: Callable[[], object]) -> float:
+        asked = tuned._overrides.get().variants
+        return 0.5 if set(asked.values()) == {name} else 1.0
+
+    return timer
+
+
+def kernels_of(registers: int = 0) -> dict[str, str]:
+    """The name of each kernel that computes the tiny case."""
+    inputs = make_inputs(TINY, DEVICE)
+    q, k, v = (inputs[name] for name in ("query", "key", "value"))
+    extra = torch.zeros(q.shape[0], registers, *k.shape[-2:], device=DEVICE) if registers else None
+    said = explain(q, k, v, 3, additional_keys=extra, additional_values=extra, needs_grad=True, impl="fused")
+    return {kernel.direction: kernel.name for kernel in said.kernels}
+
+
+def test_the_fastest_variants_are_remembered(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made_up(monkeypatch)
+    assert set(kernels_of().values()) == {"portable"}
+    assert command.main([*TINY_FLAGS, "--trials", "1"], timer=prefers("made up")) == 0
+    printed = capsys.readouterr().out
+    assert "forward: 2.00x with made up" in printed
+    assert "backward_query, backward_key: 2.00x with made up" in printed
+    found = tuned.read_tuned(cache)
+    assert {kind: name for (kind, _), name in found.variants.items()} == dict.fromkeys(
+        ("forward", *tuned.GRADIENTS), "made up"
+    )
+    assert not found.configs  # nothing to search, where portable kernels are not the fastest
+    assert set(kernels_of().values()) == {"made up"}
+    assert set(kernels_of(registers=2).values()) == {"portable"}  # which the other one cannot compute
+    inputs = make_inputs(TINY, DEVICE)
+    q, k, v = (inputs[name] for name in ("query", "key", "value"))
+    assert error(neighborhood_attention(q, k, v, 3, impl="fused"), oracle(TINY, inputs).out) < 2e-6
+
+    # What is tuned later replaces it, also for tiles of the portable kernel that stand beside it in the file.
+    assert command.main([*TINY_FLAGS, "--kernels", "forward", "--trials", "1"], timer=prefers("portable")) == 0
+    assert kernels_of() == dict.fromkeys(tuned.GRADIENTS, "made up") | {"forward": "portable"}
+    monkeypatch.undo()
+    monkeypatch.setenv("NATTEN_LAYERS_CACHE", str(cache.parent))
+    tuned.forget()
+    assert set(kernels_of().values()) == {"portable"}  # a variant that this version does not have
+
+
+def test_a_variant_with_wrong_results_is_not_chosen(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made_up(monkeypatch)
+    (*_, wrong, general) = dispatch.VARIANTS["forward"]
+
+    def run(*args: Any) -> Any:
+        out, *statistics = general.run(*args)
+        return (out * 1.001, *statistics)
+
+    monkeypatch.setitem(dispatch.VARIANTS, "forward", (replace(wrong, run=run), general))  # pyright: ignore[reportArgumentType]
+    assert command.main([*TINY_FLAGS, "--kernels", "forward", "--trials", "1"], timer=prefers("made up")) == 0
+    assert not tuned.read_tuned(cache).variants
+
+
+def test_variants_that_can_compute_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of large windows share statistics: they compute all gradients or none. First comes what calls take."""
+    large, tiles = "sm90 large window", "sm90 small window"
+    pytest.importorskip("triton.experimental.gluon")
+    text, image = problem_of_text(monkeypatch), problem_of_image(monkeypatch)
+    forward = [names["forward"] for names in tune.rivals({"forward": Question(image)})]
+    assert forward == [f"{tiles}, rolling", large, tiles, "portable"]
+    for problem, first in ((text, large), (image, tiles)):
+        questions: dict[Kind, Question] = dict.fromkeys(tuned.GRADIENTS, Question(problem, True, problem.query))
+        found = [tuple(names.values()) for names in tune.rivals(questions)]
+        assert found[0] == (first, first)
+        assert {(large, large), ("portable", "portable")} <= set(found)
+        assert all(pair == (large, large) for pair in found if large in pair)
+        for query, key in found:
+            with tuned.override(variants=dict(zip(tuned.GRADIENTS, (query, key), strict=True))):
+                chosen = dispatch.choose_backward(Question(problem, True, problem.query))
+            assert (chosen.query.variant.name, chosen.key.variant.name) == (query, key)
+    assert len(tune.rivals(dict.fromkeys(tuned.GRADIENTS, Question(image, True, image.query)))) == 5
+
+
+def test_tuned_variants_decide_in_a_prologue_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton.experimental.gluon")
+    problem = problem_of_projected_image(monkeypatch)
+    prep = QKPrepKind("cosine", split=(8, 8), by_head=True, batched=False)
+    last = dispatch.VARIANTS["qk_prep + forward"][-1].name
+    for name, expected in (("portable", last), ("sm90 small window, rolling", "sm90 small window, rolling")):
+        with tuned.override(variants={"forward": name}):
+            choice = dispatch.choose("qk_prep + forward", Question(problem, prep=prep))
+        assert choice.variant.name == expected
+
+
+def test_gradients_are_asked_for_together(cache: Path) -> None:
+    with pytest.raises(ValueError, match="named together"), tuned.override(variants={"backward_key": "portable"}):
+        pass
+    with pytest.raises(ValueError, match="named together"):
+        tuned.write_tuned(cache, variants={("backward_key", PROBLEM): "portable"})
+    assert not cache.exists()
+    tuned.write_tuned(cache, variants=dict.fromkeys([(kind, PROBLEM) for kind in tuned.GRADIENTS], "portable"))
+    assert tuned.variant_for("backward_key", PROBLEM) == "portable"
+    content = json.loads(cache.read_text())
+    content["variants"].pop()
+    cache.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="named together"):
+        tuned.read_tuned(cache)
+
+
+def test_files_of_old_have_tiles_alone(cache: Path) -> None:
+    tuned.write_tuned(cache, {("forward", PROBLEM): TileConfig((1, 4, 4), (1, 4, 8), 4, 2, 1)})
+    content = json.loads(cache.read_text())
+    del content["variants"]
+    cache.write_text(json.dumps(content))
+    tuned.forget()
+    assert tuned.variant_for("forward", PROBLEM) == "portable"
+    assert tuned.variant_for("backward_key", PROBLEM) is None
+
+
+def test_an_override_remembers_what_was_chosen_under_it() -> None:
+    """Choosing anew in every call would cost the host more than a small kernel takes the device."""
+    asked: list[int] = []
+
+    @tuned.remembered
+    def square(n: int) -> int:
+        asked.append(n)
+        return n * n
+
+    for _ in range(2):
+        with tuned.override(pack=1):
+            assert [square(3), square(3), square(4)] == [9, 9, 16]
+    assert asked == [3, 4] * 2
+    assert square(3) == 9
+    assert len(asked) == 5
+
+
 def test_the_file_keeps_other_problems(cache: Path) -> None:
     config = TileConfig((1, 4, 4), (1, 4, 8), 4, 2, 1)
     others = {("forward", PROBLEM): config}
     tuned.write_tuned(cache, others)  # pyright: ignore[reportArgumentType]
     better = TileConfig((1, 4, 4), (1, 4, 8), 4, 4, 2, 96, True)
     tuned.write_tuned(cache, {("backward_query", PROBLEM): better})
-    assert tuned.read_tuned(cache) == {**others, ("backward_query", PROBLEM): better}
+    assert tuned.read_tuned(cache).configs == {**others, ("backward_query", PROBLEM): better}
     assert tuned.tile_config_for("forward", PROBLEM) == config
     with tuned.override(pack=1):
         assert tuned.tile_config_for("forward", PROBLEM).pack == 1
@@ -165,6 +320,8 @@ DAMAGE: dict[str, Callable[[dict[str, Any]], object]] = {
 TEXTS = [
     "{", "[]", "null", '{"format": 3, "configs": []}', '{"format": 2}', '{"format": 2, "configs": {}}',
     '{"format": 2, "configs": [7]}', "[" * 10**5, f'{{"format": {"9" * 5000}}}', "\udcff",
+    '{"format": 2, "configs": [], "variants": {}}', '{"format": 2, "configs": [], "variants": [7]}',
+    '{"format": 2, "configs": [], "variants": [{"kind": "forward", "problem": {}, "variant": "portable"}]}',
 ]  # fmt: skip
 
 
@@ -194,7 +351,7 @@ def test_ctrl_c_keeps_what_was_found(cache: Path) -> None:
         return clock(run)
 
     assert command.main([*FLAGS, "--kernels", "forward"], timer=timer) == 130
-    assert len(tuned.read_tuned(cache)) == 1
+    assert len(tuned.read_tuned(cache).configs) == 1
 
 
 def test_a_damaged_file_ends_the_command_before_the_search(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ Importing this module imports the kernels, and so Triton; operators import it on
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -26,7 +26,8 @@ from .host.problem import (
     contiguous,
     layout,
 )
-from .host.tuned import is_portable_only, remembered
+from .host.tiling import Kind
+from .host.tuned import is_portable_only, remembered, variant_for
 from .host.variant import Choice, Direction, PassedOver, Question, Variant
 from .portable import qk_prep
 from .portable import variants as portable
@@ -36,9 +37,40 @@ from .sm90 import variants as sm90
 @remembered
 def choose(direction: Direction, question: Question | CacheProblem) -> Choice:
     """The variant that computes a call, with the reasons why those before it in the list do not."""
+    return _asked_for(direction, question) or _first_that_pays(direction, question)
+
+
+def _asked_for(direction: Direction, question: Question | CacheProblem) -> Choice | None:
+    """The variant that an override or tuning asks for, or None if neither does or it cannot compute the call.
+
+    Directions that are not tuned by themselves follow another one. The last variant of a direction is the portable one.
+    """
+    tuned_as = TUNED_AS.get(direction)
+    if tuned_as is None or not isinstance(question, Question):
+        return None
+    variants = list(VARIANTS[direction])
+    variant, reason = variants[-1], "an override asks for portable kernels alone"
+    if not is_portable_only():
+        name = variant_for(tuned_as, question.problem.problem_class)
+        if name not in [variant.name for variant in VARIANTS[tuned_as]]:
+            return None
+        variant = next((variant for variant in variants if variant.name == name), variants[-1])
+        reason = f"tuning or an override asks for {name}"
+    plan = plan_of(variant, question)
+    passed = [PassedOver(other.name, reason) for other in variants[: variants.index(variant)]]
+    return None if isinstance(plan, str) else Choice(variant, plan, tuple(passed))
+
+
+def plan_of(variant: Variant, question: Question | CacheProblem) -> Any:
+    """The plan of a variant for a call, or the reason why it cannot compute it, fast or not."""
+    reason = variant.supports(question)
+    return variant.plan(question) if reason is None else reason
+
+
+def _first_that_pays(direction: Direction, question: Question | CacheProblem) -> Choice:
     passed: list[PassedOver] = []
     for variant in VARIANTS[direction]:
-        reason = _overridden(direction, variant) or variant.supports(question) or variant.pays(question)
+        reason = variant.supports(question) or variant.pays(question)
         if reason is None:
             plan = variant.plan(question)
             if not isinstance(plan, str):
@@ -46,12 +78,6 @@ def choose(direction: Direction, question: Question | CacheProblem) -> Choice:
             reason = plan
         passed.append(PassedOver(variant.name, reason))
     raise AssertionError(f"no kernel computes {question}")
-
-
-def _overridden(direction: Direction, variant: Variant) -> str | None:
-    """Why an override leaves a variant out, or None. The last of a direction is the portable one."""
-    is_portable = variant is VARIANTS[direction][-1]
-    return "an override asks for portable kernels alone" if is_portable_only() and not is_portable else None
 
 
 class BackwardChoices(NamedTuple):
@@ -184,3 +210,12 @@ VARIANTS: Mapping[Direction, Sequence[Variant]] = {
     "backward_bias": (portable.BIAS_GRADIENT,),
     "decode": (portable.DECODE,),
 }
+
+TUNED_AS: Mapping[Direction, Kind] = {
+    "forward": "forward",
+    "qk_prep + forward": "forward",
+    "backward_query": "backward_query",
+    "backward_key": "backward_key",
+    "backward_registers": "backward_key",
+}
+"""The direction whose tuning decides; others have one variant."""

@@ -1,4 +1,4 @@
-"""The tile configuration of a problem: from an override, from ``natten-layers-tune``, or by rule.
+"""What a problem takes: tiles, and which kernel, from an override, from ``natten-layers-tune``, or by rule.
 
 A user's call never searches. The file with what was tuned on this machine is read once, on the first launch.
 """
@@ -20,8 +20,10 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 from ...io.files import read_json, replacing
 from ...io.schema import build, shorten
 from .tiling import Kind, ProblemClass, TileConfig, rule
+from .variant import PORTABLE
 
 __all__ = [
+    "Tuned",
     "cache_file",
     "explicit_tile_config",
     "forget",
@@ -31,6 +33,7 @@ __all__ = [
     "read_tuned",
     "remembered",
     "tile_config_for",
+    "variant_for",
     "write_tuned",
 ]
 
@@ -41,7 +44,20 @@ MOST_SIDES = 1024
 P = ParamSpec("P")
 R = TypeVar("R")
 
-Tuned = dict[tuple[Kind, ProblemClass], TileConfig]
+Configs = Mapping[tuple[Kind, ProblemClass], TileConfig]
+Variants = Mapping[tuple[Kind, ProblemClass], str]
+
+GRADIENTS: tuple[Kind, Kind] = ("backward_query", "backward_key")
+"""Some variants of these share what they read, so they are asked for together."""
+
+
+class Tuned(NamedTuple):
+    """What ``natten-layers-tune`` has found on this machine."""
+
+    configs: Configs = MappingProxyType({})
+    """Tiles of portable kernels"""
+    variants: Variants = MappingProxyType({})
+    """Names of the variants that are fastest"""
 
 
 class Overrides(NamedTuple):
@@ -50,6 +66,9 @@ class Overrides(NamedTuple):
     configs: Mapping[Kind, TileConfig] = MappingProxyType({})
     pack: int | None = None
     portable_only: bool = False
+    variants: Mapping[Kind, str] = MappingProxyType({})
+    results: dict[Any, Any] = {}  # noqa: RUF012 - that of no overrides is never used
+    """What :func:`remembered` functions have returned under this override"""
 
 
 NO_OVERRIDES = Overrides()
@@ -59,7 +78,11 @@ _forgetters: list[Callable[[], None]] = []
 
 @contextmanager
 def override(
-    configs: Mapping[Kind, TileConfig] | None = None, *, pack: int | None = None, portable_only: bool = False
+    configs: Mapping[Kind, TileConfig] | None = None,
+    *,
+    pack: int | None = None,
+    portable_only: bool = False,
+    variants: Mapping[Kind, str] | None = None,
 ) -> Iterator[None]:
     """Replace what calls take by themselves, in this thread, to measure.
 
@@ -67,8 +90,11 @@ def override(
         configs: whole tile configurations of portable kernels.
         pack: the number of heads a program.
         portable_only: take portable kernels alone, as on a device that no other kernel is for.
+        variants: take the variants of these names where they support a call, whether they are expected to pay or not.
+            Those of both gradients are named together.
     """
-    token = _overrides.set(Overrides(configs or {}, pack, portable_only))
+    _check_pairs(variants or {})
+    token = _overrides.set(Overrides(configs or {}, pack, portable_only, variants or {}, {}))
     try:
         yield
     finally:
@@ -85,7 +111,23 @@ def explicit_tile_config(kind: Kind, problem: ProblemClass) -> TileConfig | None
     overrides = _overrides.get()
     if kind in overrides.configs:
         return overrides.configs[kind]
-    return _tuned().get((kind, problem)) if overrides.pack is None else None
+    return _tuned().configs.get((kind, problem)) if overrides.pack is None else None
+
+
+def variant_for(kind: Kind, problem: ProblemClass) -> str | None:
+    """The name of the variant from an override or from the file, or None if neither asks for one.
+
+    Tiles of the portable kernel ask for that kernel.
+    """
+    overrides = _overrides.get()
+    if kind in overrides.variants:
+        return overrides.variants[kind]
+    if kind in overrides.configs:
+        return PORTABLE
+    if overrides.pack is not None:
+        return None
+    tuned = _tuned()
+    return tuned.variants.get((kind, problem)) or (PORTABLE if (kind, problem) in tuned.configs else None)
 
 
 def override_pack() -> int | None:
@@ -99,16 +141,22 @@ def is_portable_only() -> bool:
 
 
 def remembered(choose: Callable[P, R]) -> Callable[P, R]:
-    """Cache the results of a function that depends on its arguments and :func:`tile_config_for`, until :func:`forget`.
+    """Cache the results of a function that depends on its arguments, :func:`tile_config_for` and :func:`variant_for`.
 
-    Under :func:`override` nothing is cached.
+    They are kept until :func:`forget`, and under :func:`override` until this ends.
     """
     known = lru_cache(maxsize=1024)(choose)
     _forgetters.append(known.cache_clear)
 
     @wraps(choose)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        return (known if _overrides.get() is NO_OVERRIDES else choose)(*args, **kwargs)
+        overrides = _overrides.get()
+        if overrides is NO_OVERRIDES:
+            return known(*args, **kwargs)
+        call = choose, args, tuple(kwargs.items())
+        if call not in overrides.results:
+            overrides.results[call] = choose(*args, **kwargs)
+        return overrides.results[call]
 
     return run
 
@@ -133,7 +181,7 @@ def _tuned() -> Tuned:
         return read_tuned(cache_file())
     except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: no home directory
         warnings.warn(f"tuned tiles are not used: {error}", stacklevel=2)
-        return {}
+        return Tuned()
 
 
 class _Entry(NamedTuple):
@@ -144,8 +192,16 @@ class _Entry(NamedTuple):
     config: Mapping[str, Any]
 
 
+class _Choice(NamedTuple):
+    """The variant that is fastest for one problem, in the file."""
+
+    kind: Kind
+    problem: Mapping[str, Any]
+    variant: str
+
+
 def read_tuned(path: Path) -> Tuned:
-    """Read the tile configurations that :func:`write_tuned` wrote; none if there is no such file.
+    """Read what :func:`write_tuned` wrote; nothing if there is no such file. Files of old have no variants.
 
     Raises:
         ValueError: the file is damaged or has another format.
@@ -154,14 +210,21 @@ def read_tuned(path: Path) -> Tuned:
         content = read_json(path)
         if content.get("format") != FORMAT:
             raise ValueError(f"format {shorten(content.get('format'))}, expected {FORMAT}")
-        entries = content.get("configs")
-        if not isinstance(entries, list):
-            raise ValueError(f"configs must be a list, got {shorten(entries)}")
-        return dict(_parse_entry(entry, f"configs[{i}]") for i, entry in enumerate(entries))
+        configs = dict(_parse_entry(*entry) for entry in _entries("configs", content.get("configs")))
+        variants = dict(_parse_choice(*entry) for entry in _entries("variants", content.get("variants", [])))
+        _check_all_pairs(variants)
+        return Tuned(configs, variants)
     except FileNotFoundError:
-        return {}
+        return Tuned()
     except ValueError as error:
         raise ValueError(f"{path} is damaged or of another version ({error}); delete it and tune again") from error
+
+
+def _entries(name: str, part: object) -> Iterator[tuple[object, str]]:
+    """The entries of a list in the file, and where each stands."""
+    if not isinstance(part, list):
+        raise ValueError(f"{name} must be a list, got {shorten(part)}")
+    yield from ((entry, f"{name}[{i}]") for i, entry in enumerate(part))
 
 
 def _parse_entry(entry: object, where: str) -> tuple[tuple[Kind, ProblemClass], TileConfig]:
@@ -169,6 +232,21 @@ def _parse_entry(entry: object, where: str) -> tuple[tuple[Kind, ProblemClass], 
     checked = build(TileConfig, config, f"{where}.config")
     _check_tile_config(checked, where)
     return (kind, build(ProblemClass, problem, f"{where}.problem")), checked
+
+
+def _parse_choice(choice: object, where: str) -> tuple[tuple[Kind, ProblemClass], str]:
+    kind, problem, variant = build(_Choice, choice, where)
+    return (kind, build(ProblemClass, problem, f"{where}.problem")), variant
+
+
+def _check_all_pairs(variants: Variants) -> None:
+    for problem in {problem for _, problem in variants}:
+        _check_pairs({kind: name for (kind, other), name in variants.items() if other == problem})
+
+
+def _check_pairs(variants: Mapping[Kind, str]) -> None:
+    if len(set(GRADIENTS) & set(variants)) == 1:
+        raise ValueError(f"variants of {' and '.join(GRADIENTS)} are named together, got {dict(variants)}")
 
 
 def _check_tile_config(config: TileConfig, where: str) -> None:
@@ -182,16 +260,22 @@ def _check_tile_config(config: TileConfig, where: str) -> None:
         raise ValueError(f"{where}: no GPU runs such tiles: {shorten(config)}")
 
 
-def write_tuned(path: Path, configs: Mapping[tuple[Kind, ProblemClass], TileConfig]) -> None:
-    """Add tile configurations to the file, replacing those of the same problems; the next call uses them.
+def write_tuned(path: Path, configs: Configs | None = None, variants: Variants | None = None) -> None:
+    """Add tile configurations and variants to the file, replacing those of the same problems; the next call uses them.
 
     Raises:
-        ValueError: the existing file is damaged; it is not touched.
+        ValueError: the existing file is damaged, and is not touched, or only one of two gradients has a variant.
     """
+    known = read_tuned(path)
+    everything: Variants = {**known.variants, **(variants or {})}
+    _check_all_pairs(everything)
     entries = [
         {"kind": kind, "problem": problem._asdict(), "config": vars(config)}
-        for (kind, problem), config in (read_tuned(path) | dict(configs)).items()
+        for (kind, problem), config in {**known.configs, **(configs or {})}.items()
+    ]
+    choices = [
+        {"kind": kind, "problem": problem._asdict(), "variant": name} for (kind, problem), name in everything.items()
     ]
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps({"format": FORMAT, "configs": entries}, indent=1) + "\n")
+        temporary.write_text(json.dumps({"format": FORMAT, "configs": entries, "variants": choices}, indent=1) + "\n")
     forget()

@@ -11,7 +11,7 @@ import torch
 
 from ..host.problem import Layout, contiguous, strides
 from ..host.tiling import Kind, head_width
-from ..host.tuned import explicit_tile_config, override_pack
+from ..host.tuned import GRADIENTS, override_pack, variant_for
 from ..host.variant import Question, Variant
 from . import large_tiling, small_tiling
 from .available import gluon_gap
@@ -130,13 +130,19 @@ def is_addressable(tensor: Layout) -> bool:
 
 
 def _chosen_elsewhere(question: Question, *kinds: Kind) -> str | None:
-    """Why tuning or an override asks for the portable kernel, or None if neither does."""
+    """Why an override of the heads of a program asks for the portable kernel, or None."""
     pack, group = override_pack(), question.problem.group
     if pack and group % pack and kinds != ("backward_key",):  # the dK and dV kernel takes one query head at a time
         return f"an override asks for {pack} heads a program, which do not divide the group of {group}"
-    for kind in kinds:
-        if explicit_tile_config(kind, question.problem.problem_class) is not None:
-            return f"tiles of the portable {kind} kernel were tuned, or are overridden, for this problem"
+    return None
+
+
+def _apart(question: Question) -> str | None:
+    """Why gradients take no kernels for large windows although one of them could: all do or none does."""
+    for kind in GRADIENTS:
+        name = variant_for(kind, question.problem.problem_class)
+        if name not in (None, LARGE):
+            return f"it shares statistics with that of {kind}, for which tuning or an override asks: {name}"
     return None
 
 
@@ -277,7 +283,7 @@ LARGE_QUERY_GRADIENT = Variant(
     LARGE,
     supports=_large_query_gap,
     pays=_large_backward_pays,
-    plan=lambda q: large_tiling.dq_tile_config(q.problem, override_pack()),
+    plan=lambda q: _apart(q) or large_tiling.dq_tile_config(q.problem, override_pack()),
     run=lambda *args: large_dq.query_gradient(*args),
     uses_tma=True,
 )
@@ -285,7 +291,7 @@ LARGE_KEY_GRADIENTS = Variant(
     LARGE,
     supports=_large_key_gap,
     pays=_large_backward_pays,
-    plan=lambda q: large_tiling.dkv_tile_config(q.problem),
+    plan=lambda q: _apart(q) or large_tiling.dkv_tile_config(q.problem),
     run=lambda *args: large_dkv.key_gradients(*args),
     uses_tma=True,
 )
