@@ -168,8 +168,14 @@ def file_starts(names: Sequence[str]) -> list[str]:
 
 
 def write_images(model: HDiT, config: HDiTConfig, request: Request, folder: Path) -> int:
-    """Write each image as ``CLASS_NUMBER.png``, or ``NUMBER.png`` without classes; returns how many there are."""
+    """Write each image as ``CLASS_NUMBER.png``, or ``NUMBER.png`` without classes; returns how many there are.
+
+    Raises:
+        ValueError: the folder holds images, with which these would be mixed.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.glob("*.png")):
+        raise ValueError(f"--out {folder} holds images already, with which these would be mixed: name another folder")
     starts, number = file_starts(class_names(config)), 0
     for images in sample_batches(model, config, request):
         for image in images:

@@ -161,7 +161,7 @@ def test_split_lognormal_has_its_mass_where_its_scales_say() -> None:
         ({"type": "lognormal", "mean": 90, "std": 1}, "gives noise levels from .* to inf"),
         ({"type": "lognormal", "mean": -90, "std": 9}, "gives noise levels from 0 to"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:40],
 )
 def test_densities_without_noise_levels(density: dict[str, Any], message: str) -> None:
     model = {"sigma_data": 0.5, "sigma_min": 0.01, "sigma_max": 80.0, "input_size": [32, 32]}
@@ -927,7 +927,7 @@ def check_a_run_with_workers(config: Path, process: subprocess.Popen[str], folde
         ({"run": {"config": "x"}}, "config[\"run\"] has unknown keys 'config'"),
         ({"run": {"keep": 1, "save-every": 1, "save_every": 2}}, "has a key twice, with _ and with -: save-every"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:40],
 )
 def test_what_is_wrong_with_a_config_is_named(
     config: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any], message: str

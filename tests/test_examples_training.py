@@ -324,7 +324,7 @@ def test_weights_and_biases(
     assert [step for step, values in logged if "samples" in values] == [2]
 
 
-def test_single_images(tmp_path: Path) -> None:
+def test_single_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = write_config(tmp_path)
     assert train(config, "a", "--end-step", "1") == 0
     command = [str(tmp_path / "a.safetensors"), "-n", "3", "--steps", "1", "--device", "cpu", "--batch-size", "2"]
@@ -339,5 +339,7 @@ def test_single_images(tmp_path: Path) -> None:
     for name, image in zip(names, images, strict=True):
         with Image.open(tmp_path / "out" / name) as written:
             assert written.tobytes() == to_image(image).tobytes()
+    assert sample_hdit.main([*command, "-n", "1", "--out", str(tmp_path / "out")]) == 2
+    assert "out holds images already, with which these would be mixed" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         sample_hdit.main([*command, "--out", str(tmp_path), "--reproduce", str(tmp_path / "a_samples.png")])
