@@ -15,6 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from .data import Source, in_one_line
+from .progress import progress
+
+INCEPTION, CONVOLUTIONS = "inception", "random-convolutions"
+NAMES = {INCEPTION: ("FID", "KID"), CONVOLUTIONS: ("Fréchet distance", "kernel distance")}
+"""What the two distances are called, by the features that they are of."""
 
 Features = Callable[[Tensor], Tensor]
 """Of images ``[B, 3, H, W]``, uint8: ``[B, D]``."""
@@ -102,8 +110,37 @@ def _check(first: Tensor, second: Tensor) -> None:
 # Features
 
 
-def has_inception() -> bool:
-    return importlib.util.find_spec("torch_fidelity") is not None
+def usual_features() -> str:
+    """Those that FID and KID are defined by, if what computes them is installed."""
+    return CONVOLUTIONS if importlib.util.find_spec("torch_fidelity") is None else INCEPTION
+
+
+def open_features(name: str, device: str, weights: Path | None = None) -> Features:
+    """What :func:`inception` or :func:`random_convolutions` returns."""
+    return inception(weights, device) if name == INCEPTION else random_convolutions(device)
+
+
+class _Images(Dataset[Tensor]):
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.source.load(index, torch.Generator())[0]
+
+
+@torch.inference_mode()
+def features_of(source: Source, features: Features, *, device: str, batch_size: int, workers: int) -> Tensor:
+    """``[N, D]`` on the CPU, of images of one size."""
+    loader = DataLoader(_Images(source), batch_size, num_workers=workers)
+    found = []
+    with progress(len(source), "features", unit="image", leave=False) as bar:
+        for images in in_one_line(iter(loader)):
+            found.append(features(images.to(device)).float().cpu())
+            bar.update(len(images))
+    return torch.cat(found)
 
 
 def inception(weights: Path | None, device: str) -> Features:

@@ -18,17 +18,21 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from natten_layers.io.files import replacing
 
-from .data import Folder, Source, describe, in_one_line, open_source, parse_data_flag
-from .distances import Features, frechet_distance, has_inception, inception, kernel_distance, random_convolutions
-from .progress import progress
+from .data import Folder, Source, describe, open_source, parse_data_flag
+from .distances import (
+    CONVOLUTIONS,
+    INCEPTION,
+    NAMES,
+    features_of,
+    frechet_distance,
+    kernel_distance,
+    open_features,
+    usual_features,
+)
 from .running import Parser, check_device, run_command, seed
-
-INCEPTION, CONVOLUTIONS = "inception", "random-convolutions"
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -55,21 +59,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments = parser.parse(argv)
     check_device(parser, arguments.device)
     if arguments.features is None:
-        arguments.features = INCEPTION if arguments.weights or has_inception() else CONVOLUTIONS
+        arguments.features = INCEPTION if arguments.weights else usual_features()
     if arguments.weights and arguments.features != INCEPTION:
         parser.error(f"--weights are of --features {INCEPTION}")
     return arguments
-
-
-class _Images(Dataset[Tensor]):
-    def __init__(self, source: Source) -> None:
-        self.source = source
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.source.load(index, torch.Generator())[0]
 
 
 def size_of(folder: Folder) -> tuple[int, int]:
@@ -89,18 +82,6 @@ def size_of(folder: Folder) -> tuple[int, int]:
     return next(iter(sizes))
 
 
-@torch.inference_mode()
-def features_of(source: Source, features: Features, arguments: argparse.Namespace) -> Tensor:
-    """``[N, D]`` on the CPU."""
-    loader = DataLoader(_Images(source), arguments.batch_size, num_workers=arguments.num_workers)
-    found = []
-    with progress(len(source), "features", unit="image", leave=False) as bar:
-        for images in in_one_line(iter(loader)):
-            found.append(features(images.to(arguments.device)).float().cpu())
-            bar.update(len(images))
-    return torch.cat(found)
-
-
 def open_sources(arguments: argparse.Namespace) -> tuple[Source, Source, tuple[int, int]]:
     """The images, those to compare them with, and the size of both."""
     folder = Folder(arguments.images, (1, 1), 3, classes=False)
@@ -116,12 +97,12 @@ def open_sources(arguments: argparse.Namespace) -> tuple[Source, Source, tuple[i
 
 
 def run(arguments: argparse.Namespace) -> int:
-    is_inception = arguments.features == INCEPTION
-    features = inception(arguments.weights, arguments.device) if is_inception else random_convolutions(arguments.device)
+    features = open_features(arguments.features, arguments.device, arguments.weights)
     *sources, size = open_sources(arguments)
     for name, source in zip(("images", "reference"), sources, strict=True):
         print(f"{name}: {describe(source)}")
-    first, second = (features_of(source, features, arguments) for source in sources)
+    options = {"batch_size": arguments.batch_size, "workers": arguments.num_workers}
+    first, second = (features_of(source, features, device=arguments.device, **options) for source in sources)
     numbers: dict[str, Any] = {
         "features": arguments.features,
         "frechet_distance": frechet_distance(first, second),
@@ -141,14 +122,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 def report(numbers: dict[str, Any], count: int) -> None:
     """Print the distances under the names that their features, of which there are ``count``, give them."""
-    is_inception = numbers["features"] == INCEPTION
-    frechet, kernel = ("FID", "KID") if is_inception else ("Fréchet distance", "kernel distance")
+    frechet, kernel = NAMES[numbers["features"]]
     images = numbers["images"], numbers["reference_images"]
     print(f"{frechet}: {numbers['frechet_distance']:.6g}")
     print("{}: {mean:.6g} ± {std:.2g}".format(kernel, **numbers["kernel_distance"]))
     height, width = numbers["size"]
     print(f"by {count} features of {numbers['features']}, {images[0]} images against {images[1]}, at {height}x{width}")
-    if not is_inception:
+    if numbers["features"] != INCEPTION:
         print("no FID and no KID: compare these numbers with others of the same features only")
     if min(images) <= count:
         print(f"note: of no more images than features, the {frechet} is much too large; see the {kernel}")

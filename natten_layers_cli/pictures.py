@@ -18,9 +18,14 @@ from .running import reason
 RECORD = "natten_layers"  # the text chunk that says how a grid was made
 
 
+def to_bytes(images: Tensor) -> Tensor:
+    """Of values in [-1, 1]."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte()
+
+
 def to_image(image: Tensor) -> Image.Image:
     """Of ``[C, H, W]`` in [-1, 1]."""
-    pixels = ((image.float().clamp(-1, 1) + 1) * 127.5).round().byte().movedim(0, -1).cpu().numpy()
+    pixels = to_bytes(image).movedim(0, -1).cpu().numpy()
     return Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels))
 
 

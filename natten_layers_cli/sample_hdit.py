@@ -91,16 +91,9 @@ def check_sampler(config: HDiTConfig, request: Request) -> None:
         raise ValueError(f"--guidance {request.guidance} does not apply to average velocities; leave it out")
 
 
-def sample(
-    model: HDiT,
-    config: HDiTConfig,
-    request: Request,
-    *,
-    quiet: bool = False,
-    on_step: Callable[[], None] = lambda: None,
-) -> Tensor:
-    """Images ``[N, C, H, W]`` on the model's device, class by class. What ``on_step`` raises ends it."""
-    return torch.cat(list(sample_batches(model, config, request, quiet=quiet, on_step=on_step)))
+def sample(model: HDiT, config: HDiTConfig, request: Request) -> Tensor:
+    """Images ``[N, C, H, W]`` on the model's device, class by class."""
+    return torch.cat(list(sample_batches(model, config, request)))
 
 
 def sample_batches(
@@ -111,7 +104,7 @@ def sample_batches(
     quiet: bool = False,
     on_step: Callable[[], None] = lambda: None,
 ) -> Iterator[Tensor]:
-    """What :func:`sample` returns, in batches as they are made."""
+    """What :func:`sample` returns, in batches as they are made. What ``on_step`` raises ends it."""
     device = next(model.parameters()).device
     size = request.size or config.input_size
     labels = torch.tensor(request.classes, dtype=torch.long).repeat_interleave(request.count)

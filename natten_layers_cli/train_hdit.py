@@ -17,6 +17,7 @@ import copy
 import math
 import random
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
@@ -60,12 +61,14 @@ from .data import (
     parse_data_flag,
 )
 from .diffusion import check_schedule, ema_decay, learning_rate_factor
+from .distances import NAMES, usual_features
 from .held_out import held_out_batches, hold_out, level_names, means, sums_by_level
 from .objectives import MEANFLOW, open_objective
 from .parallel import Processes, local
 from .pictures import save_loss_curve, save_png
 from .running import SIGNALS_HELP, Parser, Signals, check_device, positive, run_command, seed
-from .sample_hdit import DEFAULTS, Request, digest, picture, sample
+from .sample_hdit import DEFAULTS, Request, digest, picture, sample_batches
+from .sampled import SampleDistances
 
 PRESETS = Path(__file__).parent / "configs"
 SECTIONS: dict[str, dict[str, Any]] = {  # k-diffusion's defaults for this type of model
@@ -81,7 +84,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Flags win over the config's "run" section, and that over the defaults here, which are k-diffusion's."""
     counts = ("batch_size", "grad_accum_steps", "save_every", "sample_n", "sample_steps", "end_step", "eval_every")
-    naturals = ("demo_every", "num_workers", "keep", "held_out")
+    naturals = ("demo_every", "num_workers", "keep", "held_out", "eval_samples")
     least = {name: 1 if name in counts else 0 for name in (*counts, *naturals)}
     parser = Parser(description=__doc__, epilog=SIGNALS_HELP, least=least)
     switch = argparse.BooleanOptionalAction
@@ -139,7 +142,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--held-out", type=int, default=0, help="images that are not trained on, to measure the loss of"
     )
     parser.add_argument(
-        "--eval-every", type=int, default=500, help="steps between measures of the held-out images' loss"
+        "--eval-samples",
+        type=int,
+        default=0,
+        help="samples to measure by FID and KID, of as many images; 0: none; see natten-layers-evaluate",
+    )
+    parser.add_argument("--eval-features", choices=NAMES, help="of the images, as natten-layers-evaluate has them")
+    parser.add_argument(
+        "--eval-every", type=int, default=500, help="steps between measures of the held-out images' loss and of samples"
     )
     parser.add_argument("--sample-n", type=int, default=8, help="images per class in a grid")
     parser.add_argument("--sample-steps", type=int, help="steps of the sampler; default: 50, or 1 with meanflow")
@@ -161,8 +171,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     here = parser.parse_section(section, f'{config}: config["run"]', without=["config", "preset"])
     arguments = parser.parse(argv, here)
     arguments.config = config
-    if "eval_every" in given and not arguments.held_out:
-        parser.error("--eval-every needs --held-out, the images to measure the loss of")
+    if "eval_every" in given and not (arguments.held_out or arguments.eval_samples):
+        parser.error("--eval-every needs --held-out, the images to measure the loss of, or --eval-samples")
+    if "eval_features" in given and not arguments.eval_samples:
+        parser.error("--eval-features needs --eval-samples, how many to measure")
+    if arguments.eval_samples == 1:
+        parser.error("--eval-samples must be 0 or at least 2, got 1")
     if arguments.reset and not arguments.resume_inference:
         parser.error("--reset needs --resume-inference, the weights of which it leaves some out")
     check_device(parser, arguments.device)
@@ -219,8 +233,8 @@ def read_config(path: Path, data: str | None, objective: str | None = None, *, c
     return config
 
 
-class DemoStoppedError(Exception):
-    """A process was told to stop while a grid was sampled."""
+class SamplingStoppedError(Exception):
+    """A process was told to stop while images were sampled."""
 
 
 class Trainer:
@@ -298,6 +312,16 @@ class Trainer:
         if count := self.arguments.held_out:
             self.source, self.held_out = hold_out(self.source, count)
             self.say(f"{len(self.source)} images to train on, {count} held out")
+        self.distances = self._open_distances() if arguments.eval_samples and self.processes.first else None
+
+    def _open_distances(self) -> SampleDistances:
+        arguments = self.arguments
+        if arguments.buckets == "none":
+            raise ValueError("--eval-samples needs images of one size: leave --buckets none away")
+        name = arguments.eval_features or usual_features()
+        self.say(f"samples are measured by {' and '.join(NAMES[name])}, of the features {name}")
+        options = {"device": str(self.processes.device), "workers": arguments.num_workers}
+        return SampleDistances(self.source, arguments.eval_samples, features=name, **options)
 
     def _take_kv_heads(self, stored: HDiTConfig) -> None:
         """Give the model the KV heads of the weights it starts from, where ``natten_layers.convert`` has pooled them.
@@ -415,17 +439,25 @@ class Trainer:
                     self.save()
                 if stopping:
                     return False
-                if arguments.held_out and self.step % arguments.eval_every == 0:
-                    with signals.interruptible():
-                        log.show(self.step, self.evaluate())
-                if arguments.demo_every and self.step % arguments.demo_every == 0:
-                    try:
-                        log.picture(self.step, self.demo(f"_demo_{self.step:08}.png"))
-                    except DemoStoppedError:
-                        if self.step > self.saved_step:
-                            self.save()
-                        return False
+                try:
+                    self._show(log)
+                except SamplingStoppedError:
+                    if self.step > self.saved_step:
+                        self.save()
+                    return False
         return True
+
+    def _show(self, log: Log) -> None:
+        """What is due at this step of losses of held-out images, distances of samples, and grids."""
+        arguments = self.arguments
+        if self.step % arguments.eval_every == 0:
+            if arguments.held_out:
+                with self.signals.interruptible():
+                    log.show(self.step, self.evaluate())
+            if arguments.eval_samples:
+                log.show(self.step, self.measure_samples())
+        if arguments.demo_every and self.step % arguments.demo_every == 0:
+            log.picture(self.step, self.demo(f"_demo_{self.step:08}.png"))
 
     def _load(self, load: Callable[[], T]) -> T:
         """What ``load`` returns. Where it fails in a process, all of them save what they have learned, and end.
@@ -539,26 +571,53 @@ class Trainer:
 
     # What a run shows
 
-    def demo(self, suffix: str) -> Image.Image:
-        """Sample a grid, every class a row; the first process writes it.
-
-        Raises:
-            DemoStoppedError: a process was asked to stop.
-        """
+    def _request(self, count: int) -> Request:
+        """For ``count`` images of each class."""
         sampler, steps = DEFAULTS[self.plan.objective]
-        request = Request(
+        return Request(
             classes=tuple(range(self.plan.num_classes)),
-            count=self.arguments.sample_n,
+            count=count,
             sampler=sampler,
             steps=self.arguments.sample_steps or steps,
             seed=self.arguments.seed,
         )
 
+    def _sample(self, request: Request) -> Iterator[Tensor]:
+        """Batches of images of the EMA weights; every process must take all of them.
+
+        Raises:
+            SamplingStoppedError: a process was asked to stop.
+        """
+
         def on_step() -> None:
             if self.processes.any(self.signals.stop_wanted):
-                raise DemoStoppedError
+                raise SamplingStoppedError
 
-        images = sample(self.ema, self.plan, request, quiet=not self.processes.first, on_step=on_step)
+        return sample_batches(self.ema, self.plan, request, quiet=not self.processes.first, on_step=on_step)
+
+    def measure_samples(self) -> dict[str, float]:
+        """Distances of samples, as many of each class, from images of the data, as curves by name.
+
+        Every process must call it; the first one measures.
+        """
+        self._load(lambda: None if self.distances is None else self.distances.load())
+        count = -(-self.arguments.eval_samples // max(1, self.plan.num_classes))
+        images = self._sample(self._request(count))
+        if self.distances is None:
+            deque(images, maxlen=0)
+            return {}
+        found = self.distances(images)
+        self.say(f"step {self.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
+        return found
+
+    def demo(self, suffix: str) -> Image.Image:
+        """Sample a grid, every class a row; the first process writes it.
+
+        Raises:
+            SamplingStoppedError: a process was asked to stop.
+        """
+        request = self._request(self.arguments.sample_n)
+        images = torch.cat(list(self._sample(request)))
         grid = picture(images, self.plan, request)
         if self.processes.first:
             save_png(grid, self.files.path(suffix), asdict(request) | {"sha256": digest(images)})
@@ -573,7 +632,7 @@ class Trainer:
         self.say(f"wrote {self.files.path('.safetensors')}")
         try:
             self.demo("_samples.png")
-        except DemoStoppedError:
+        except SamplingStoppedError:
             return False
         self.say(f"wrote {self.files.path('_samples.png')}")
         if self.processes.first and (losses := self.files.losses(self.step)):

@@ -131,7 +131,7 @@ def run(*flags: object) -> int:
 
 
 def test_evaluate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(evaluate, "has_inception", lambda: False)
+    monkeypatch.setattr(evaluate, "usual_features", lambda: "random-convolutions")
     reference = write_images(tmp_path / "reference", 20, 5, (12, 16))  # which is cropped
     found = []
     for noise in (21, 40, 80):

@@ -543,7 +543,7 @@ def test_a_second_ctrl_c_loses_no_state_that_is_whole(
     ticks = iter(range(0, 1000, 10))
     monkeypatch.setattr(running, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
     if where == "demo":
-        monkeypatch.setattr(train_hdit, "sample", twice(train_hdit.sample))
+        monkeypatch.setattr(train_hdit, "sample_batches", twice(train_hdit.sample_batches))
     elif where == "save":
         monkeypatch.setattr(train_hdit, "save_checkpoint", twice(train_hdit.save_checkpoint))
     else:
@@ -950,6 +950,7 @@ def test_flags_that_others_would_hide(config: Path, tmp_path: Path, capsys: pyte
 
     assert "--config and --preset both name a config" in says("--preset", "cpu-demo")
     assert "--eval-every needs --held-out" in says("--eval-every", "5")
+    assert "--eval-features needs --eval-samples" in says("--eval-features", "inception")
     assert "unrecognized arguments: --end 5" in says("--end", "5")  # it could be another flag in a later release
     run = {"run": {"eval-every": 7, "num_workers": None}}  # of a section, which flags complete, that is no error
     config.write_text(json.dumps({**CONFIG, **run}))

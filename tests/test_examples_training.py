@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
+import signal
 import sys
 import time
 from collections import Counter
@@ -19,13 +21,14 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from natten_layers_cli import sample_hdit, train_hdit
+from natten_layers_cli import evaluate, sample_hdit, train_hdit
 from natten_layers_cli.checkpointing import RunFiles
 from natten_layers_cli.data import Examples, Folder, KeepShape, Key, by_shape
 from natten_layers_cli.held_out import Part, held_out_batches, hold_out, level_names, means, sums_by_level
 from natten_layers_cli.parallel import Processes
 from natten_layers_cli.pictures import read_record, to_image
 from natten_layers_cli.progress import progress
+from natten_layers_cli.sampled import three_channels
 
 MODEL: dict[str, Any] = {
     "type": "image_transformer_v2",
@@ -256,6 +259,65 @@ def test_progress_in_logs(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> No
     with progress(3, "short", disable=terminal) as bar:
         bar.update(3)
     assert stream.getvalue().strip("\0") == ""
+
+
+def test_samples_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_config(tmp_path)
+    flags = ["--eval-samples", "4", "--eval-every", "2", "--eval-features", "random-convolutions"]
+    assert train(config, "a", "--end-step", "3", "--lr", "0.01", *flags) == 0
+    said = capsys.readouterr().out
+    assert "samples are measured by Fréchet distance and kernel distance, of the features random-convolutions" in said
+    shown = curves(tmp_path / "a_tensorboard")
+    trainer = make_trainer(config, *flags)  # of step 3
+    found = trainer.measure_samples()
+    assert found == trainer.measure_samples()
+    assert list(found) == ["Fréchet distance", "kernel distance"]
+    for name, value in found.items():
+        assert list(shown[name]) == [2]
+        assert f"{name} {shown[name][2]:.4g}" in said
+        assert value != pytest.approx(shown[name][2], rel=1e-6)  # the weights are others
+
+    # By hand: four samples, two of each class, and four of the six images, through files.
+    command = [str(tmp_path / "a.safetensors"), "-n", "2", "--steps", "1", "--device", "cpu"]
+    assert sample_hdit.main([*command, "--out", str(tmp_path / "samples")]) == 0
+    assert trainer.distances is not None
+    (tmp_path / "reference").mkdir()
+    for index in trainer.distances.part.indices:
+        path, label = Folder(tmp_path / "data", (8, 8), 3, classes=True).images[index]
+        shutil.copyfile(path, tmp_path / "reference" / f"{label}{path.name}")
+    folders = [str(tmp_path / name) for name in ("samples", "reference")]
+    features = ["--features", "random-convolutions", "--num-workers", "0", "--device", "cpu"]
+    assert evaluate.main([*folders, *features, "--output", str(tmp_path / "numbers.json")]) == 0
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    expected = [numbers["frechet_distance"], numbers["kernel_distance"]["mean"]]
+    assert list(found.values()) == pytest.approx(expected, rel=1e-4)
+
+
+def test_samples_that_cannot_be_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_config(tmp_path)
+    for flags, message in (
+        (["7"], "--eval-samples 7 needs as many images to compare with, and there are 6"),
+        (["4", "--buckets", "none"], "--eval-samples needs images of one size"),
+    ):
+        assert train(config, "a", "--eval-samples", *flags) == 2
+        assert message in capsys.readouterr().err
+    assert train_hdit.main(["--eval-samples", "4", "--name", str(tmp_path / "a"), "--device", "cpu"]) == 2
+    assert "of the photographs, every crop is another one" in capsys.readouterr().err
+
+
+def test_a_stop_while_samples_are_measured(tmp_path: Path) -> None:
+    trainer = make_trainer(write_config(tmp_path), "--eval-samples", "4", "--eval-every", "1", "--save-every", "99")
+    trainer.measure_samples()
+    trainer.signals.number = signal.SIGTERM
+    with pytest.raises(train_hdit.SamplingStoppedError):
+        trainer.measure_samples()
+
+
+def test_channels_of_samples() -> None:
+    grey = torch.tensor([7, 200], dtype=torch.uint8).view(2, 1, 1, 1)
+    assert three_channels(grey).flatten().tolist() == [7] * 3 + [200] * 3
+    clear = torch.tensor([10, 20, 30, 51], dtype=torch.uint8).view(1, 4, 1, 1)  # a fifth of the colour, the rest white
+    assert three_channels(clear).flatten().tolist() == [206, 208, 210]
 
 
 def test_every_class_has_files_of_its_own() -> None:
