@@ -34,7 +34,7 @@ from natten_layers import HDiT, HDiTConfig
 from natten_layers.io.checkpoints import load_tensors, read_hdit
 from natten_layers.io.files import read_json
 from natten_layers.io.schema import check_keys, shorten
-from natten_layers.modules.hdit_config import axis_grid
+from natten_layers.modules.hdit_config import axis_grid, check_axis
 
 from .boards import Boards, Log
 from .checkpointing import (
@@ -244,13 +244,15 @@ class Trainer:
         self.arguments, self.processes, self.files, self.signals = arguments, processes, files, Signals()
         start = read_hdit(arguments.resume_inference) if arguments.resume_inference else None
         self._read_data()
-        with naming(arguments.config):
-            if start is not None and start[0] is not None:
+        if start is not None and start[0] is not None:
+            with naming(arguments.resume_inference):
                 self._take_kv_heads(HDiTConfig.from_json(start[0]))
+        with naming(arguments.config):
             self.objective = open_objective(self.config, self.plan)
 
         torch.manual_seed(arguments.seed)
-        self.model = HDiT(self.plan, checkpointing=arguments.checkpointing)
+        with naming(arguments.config):
+            self.model = HDiT(self.plan, checkpointing=arguments.checkpointing)
         if start is not None:  # a checkpoint of the run itself, loaded below, wins
             tensors = reset(self.model, start[1], arguments.reset)
             load_tensors(self.model, tensors, arguments.resume_inference, torch.float32)
@@ -290,6 +292,8 @@ class Trainer:
             if plan.mapping_cond_dim:
                 raise ValueError("model.mapping_cond_dim: no data of this command has a mapping_cond; leave it out")
             check_schedule(config["lr_sched"])
+            for axis, size, patch in zip(("height", "width"), plan.input_size, plan.patch_size, strict=True):
+                check_axis(axis, size, patch, plan.levels)
         dataset = config["dataset"]
         fit = None
         if self.arguments.buckets == "none":

@@ -907,6 +907,12 @@ def check_a_run_with_workers(config: Path, process: subprocess.Popen[str], folde
         ({"model": {"loss_weighting": "min-snr"}}, "model.loss_weighting is 'min-snr'; known are karras"),
         ({"model": {"loss_config": "min-snr"}}, "model.loss_config is 'min-snr'"),
         ({"model": {"objective": "flow"}}, "config[\"model\"]: objective must be one of 'diffusion', 'meanflow'"),
+        ({"model": {"input_size": 17}}, "image height 17 is not a multiple of 2"),
+        ({"model": {"mapping_width": 17}}, "mapping_width must be even, got 17"),
+        (
+            {"model": {"self_attns": [{"type": "global", "d_head": 8, "num_kv_heads": 3}] * 2}},
+            "level 0: num_heads must be",
+        ),
         ({"model": {"mapping_cond_dim": 4}}, "model.mapping_cond_dim: no data of this command has"),
         ({"lr_sched": {"type": "exponential"}}, "lr_sched of type exponential lacks num_steps"),
         ({"lr_sched": {"type": "linear"}}, "lr_sched.type is 'linear'; known are constant"),

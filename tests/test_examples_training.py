@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
@@ -175,6 +176,13 @@ def test_weights_for_other_classes(tmp_path: Path, capsys: pytest.CaptureFixture
         make_trainer(three, *start, "--reset", "clas")
     with pytest.raises(SystemExit):
         make_trainer(three, "--reset", "class_emb")
+
+
+def test_weights_with_an_odd_config_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "odd.safetensors"
+    save_file({"x": torch.zeros(1)}, path, metadata={"config": json.dumps({"model": {"type": "image_transformer_v2"}})})
+    assert train(write_config(tmp_path), "a", "--resume-inference", str(path)) == 2
+    assert f'error: {path}: config["model"] lacks the key "widths"' in capsys.readouterr().err
 
 
 def test_weights_for_another_resolution(tmp_path: Path) -> None:
