@@ -411,5 +411,9 @@ def test_single_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
             assert written.tobytes() == to_image(image).tobytes()
     assert sample_hdit.main([*command, "-n", "1", "--out", str(tmp_path / "out")]) == 2
     assert "out holds images already, with which these would be mixed" in capsys.readouterr().err
+    names = ["a/b", "a-b"]  # which no file's name tells apart
+    model.config.other["dataset"]["class_names"] = names
+    assert sample_hdit.write_images(model, model.config, request, tmp_path / "slashes") == 6
+    assert len(list((tmp_path / "slashes").iterdir())) == 6
     with pytest.raises(SystemExit):
         sample_hdit.main([*command, "--out", str(tmp_path), "--reproduce", str(tmp_path / "a_samples.png")])
