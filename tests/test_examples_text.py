@@ -178,9 +178,8 @@ def test_files_are_utf8_in_any_locale(tmp_path: Path, capsys: pytest.CaptureFixt
         path.write_bytes(b"caf\xe9")
     with pytest.raises(ValueError, match=f"^{template}: .* byte 0xe9 in position 3"):
         apply_chat_template(tmp_path, [])
-    with pytest.raises(SystemExit, match="2"):
-        train_lm.parse_arguments(["--config", str(config)])
-    assert f"error: --config {config}: 'utf-8' codec" in capsys.readouterr().err
+    assert train_lm.main(["--config", str(config)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {config}: 'utf-8' codec can't decode byte 0xe9 in position 3")
 
 
 def test_chat_templates_are_those_of_transformers(tmp_path: Path) -> None:
