@@ -174,7 +174,7 @@ def main(capability: int) -> None:
     attend_forward_mode((2048,), 1024, 8, 128, 40, is_causal=True)
     attend((2048,), 1024, 8, 128, 5, key_mask=torch.ones(1, 2048, dtype=torch.bool), is_causal=True)
     attend_packed([(32, 32), (20, 48)], 7, 8, 64, 5)
-    attend((56, 56), 7, 4, 32, 0, has_bias=True)
+    attend((56, 56), 7, 4, 32, 0, has_bias=True, key_mask=torch.ones(1, 56, 56, dtype=torch.bool))
     check_loads()
     if capability == 90:
         attend((32, 32), 7, 8, 256, 40, torch.float32)

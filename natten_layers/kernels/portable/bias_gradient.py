@@ -78,7 +78,7 @@ def bias_gradient_kernel(
         in_elements(strides.key, UNIT),
         in_elements(strides.value, UNIT),
     )
-    do_strides = in_elements(strides.grad_out, UNIT)
+    do_strides, mask_strides = in_elements(strides.grad_out, UNIT), strides.key_mask
     length, kernel, stride, dilation = axes.length, axes.kernel, axes.stride, axes.dilation
     i_slice = tl.program_id(0) % slices
     first = tl.program_id(0) // slices % blocks * BLOCK  # of the entries on the last axis
@@ -120,7 +120,6 @@ def bias_gradient_kernel(
             b_visible = between(lo, hi, col) & m_rows[:, None] & (entry >= 0) & (entry < width)
             m_keys = (col >= tl.min(lo, 0)) & (col <= tl.max(hi, 0))
             if tensors.key_mask is not None:
-                mask_strides = strides.key_mask
                 p_mask = tensors.key_mask + i_batch * mask_strides[0] + token_offset(key, mask_strides)
                 m_keys = m_keys & tl.load(p_mask).to(tl.int1)
                 b_visible = b_visible & m_keys[None, :]
