@@ -182,6 +182,28 @@ def window_query_gradient(
 
 
 @triton.jit
+def query_gradient(
+    rows, key, value, reg_keys, reg_values, key_mask, row_bias, tile, axes, registers, key_length, scale,
+    SPEC: tl.constexpr, SKIP: tl.constexpr,
+):  # fmt: skip
+    """dQ of a tile, from its window and from registers; it is not multiplied by ``scale`` yet.
+
+    Views of registers and of the mask are those of the image and KV head.
+    """
+    BD: tl.constexpr = SPEC.columns
+    score_scale = scale * LOG2E
+    # As in the forward kernel: scores that are scaled before the mask are not scaled again.
+    factor = 1.0 if SPEC.scale_first else score_scale
+    b_dq = zero_columns(SPEC.rows, BD)
+    if SPEC.register_tile > 0:
+        b_dq = register_query_gradient(b_dq, rows, reg_keys, reg_values, registers, factor, score_scale, SPEC)
+    keys, values = of_head(key, tile.i_batch, tile.i_kv), of_head(value, tile.i_batch, tile.i_kv)
+    return window_query_gradient(
+        b_dq, rows, keys, values, key_mask, row_bias, tile, axes, key_length, factor, score_scale, SPEC, SKIP
+    )
+
+
+@triton.jit
 def backward_query_kernel(
     tensors, strides, axes, group, kv_heads, registers, key_length, scale, SPEC: tl.constexpr
 ):  # fmt: skip
@@ -245,25 +267,20 @@ def backward_query_kernel(
     tl.store(Delta + o_row, row_delta, mask=m_rows)
     tl.store(Lse + o_row, row_lse, mask=m_rows)
 
-    score_scale = scale * LOG2E
-    # As in the forward kernel: scores that are scaled before the mask are not scaled again.
-    factor = 1.0 if SPEC.scale_first else score_scale
     row_bias = bias_rows(tensors.rpb, tile, axes.kernel) if tensors.rpb is not None else None
-    rows = QueryRows(b_q, b_do, row_lse, row_delta)
-    b_dq = zero_columns(SPEC.rows, BD)
+    reg_keys, reg_values = None, None
     if SPEC.register_tile > 0:
         i_image = i_sample.to(tl.int64) if tensors.tiles is not None else tile.i_batch
         reg_keys = View(tensors.additional_keys, in_elements(strides.additional_keys, UNIT))
         reg_values = View(tensors.additional_values, in_elements(strides.additional_values, UNIT))
-        reg_keys = of_head(reg_keys, i_image, tile.i_kv)
-        reg_values = of_head(reg_values, i_image, tile.i_kv)
-        b_dq = register_query_gradient(b_dq, rows, reg_keys, reg_values, registers, factor, score_scale, SPEC)
-    keys, values = of_head(key, tile.i_batch, tile.i_kv), of_head(value, tile.i_batch, tile.i_kv)
+        reg_keys, reg_values = of_head(reg_keys, i_image, tile.i_kv), of_head(reg_values, i_image, tile.i_kv)
     if key_mask is not None:
         key_mask = of_head(key_mask, tile.i_batch, 0)
-    b_dq = window_query_gradient(
-        b_dq, rows, keys, values, key_mask, row_bias, tile, axes, key_length, factor, score_scale, SPEC, False
-    )
+    rows = QueryRows(b_q, b_do, row_lse, row_delta)
+    b_dq = query_gradient(
+        rows, key, value, reg_keys, reg_values, key_mask, row_bias, tile, axes, registers, key_length, scale,
+        SPEC, False,
+    )  # fmt: skip
     if key_mask is not None:  # noqa: SIM102 - the compiler decides this condition, the device the next one
         # NaN or inf in a masked key times a weight of zero: so rare that a slower second pass repairs it. It loads its
         # rows anew, as keeping them would take registers and shared memory from the first.
@@ -272,12 +289,10 @@ def backward_query_kernel(
             b_q = load_columns(p_q, o_q, m_rows, SPEC.head_dim, BD)
             b_do = load_columns(p_do, o_do, m_rows, SPEC.value_dim, BDV)
             rows = QueryRows(b_q, b_do, row_lse, row_delta)
-            b_dq = zero_columns(SPEC.rows, BD)
-            if SPEC.register_tile > 0:
-                b_dq = register_query_gradient(b_dq, rows, reg_keys, reg_values, registers, factor, score_scale, SPEC)
-            b_dq = window_query_gradient(
-                b_dq, rows, keys, values, key_mask, row_bias, tile, axes, key_length, factor, score_scale, SMALL, True
-            )
+            b_dq = query_gradient(
+                rows, key, value, reg_keys, reg_values, key_mask, row_bias, tile, axes, registers, key_length, scale,
+                SMALL, True,
+            )  # fmt: skip
     if key_mask is not None or tensors.rpb is not None:
         b_dq = where_rows(row_sees, b_dq)
     store_columns(DQ, o_row * SPEC.head_dim, m_rows, times(b_dq, scale), SPEC.head_dim, BD)

@@ -106,7 +106,7 @@ class TangentRows(NamedTuple):
     b_q_dot: Any
     row_lse: Any
     row_reference: Any
-    """the tangent that the tangents of a row's scores are taken relative to"""
+    """what ``reference_tangent`` returns"""
 
 
 @triton.jit
@@ -192,12 +192,20 @@ def add_window_tangents(
 
 @triton.jit
 def add_register_tangents(
-    b_acc, row_mu, rows, keys, values, key_dots, value_dots, registers, scale, SPEC: tl.constexpr, MOVES: tl.constexpr
+    b_acc, row_mu, rows, tensors, strides, dot_strides, i_image, i_kv, registers, scale,
+    SPEC: tl.constexpr, MOVES: tl.constexpr,
 ):  # fmt: skip
-    """Add the contribution of the registers. Views are those of the image and KV head; those of tangents may be None.
-
-    ``MOVES`` is whether queries or keys have tangents.
-    """
+    """Add the contribution of the registers. ``MOVES`` is whether queries or keys have tangents."""
+    UNIT: tl.constexpr = SPEC.unit
+    keys = of_head(View(tensors.additional_keys, in_elements(strides.additional_keys, UNIT)), i_image, i_kv)
+    values = of_head(View(tensors.additional_values, in_elements(strides.additional_values, UNIT)), i_image, i_kv)
+    key_dots, value_dots = None, None
+    if tensors.additional_keys_dot is not None:
+        key_dots = View(tensors.additional_keys_dot, in_elements(dot_strides.additional_keys, UNIT))
+        key_dots = of_head(key_dots, i_image, i_kv)
+    if tensors.additional_values_dot is not None:
+        value_dots = View(tensors.additional_values_dot, in_elements(dot_strides.additional_values, UNIT))
+        value_dots = of_head(value_dots, i_image, i_kv)
     BR: tl.constexpr = SPEC.register_tile
     BD: tl.constexpr = SPEC.columns
     BDV: tl.constexpr = SPEC.value_columns
@@ -225,6 +233,32 @@ def add_register_tangents(
             PRECISION,
         )  # fmt: skip
     return b_acc, row_mu
+
+
+@triton.jit
+def reference_tangent(b_q, b_q_dot, keys, key_dots, key_mask, tile, axes, key_length, scale, SPEC: tl.constexpr):
+    """The tangent that the tangents of a row's scores are taken relative to.
+
+    The softmax does not change if all scores of a row change by the same amount. What all keys have in common would be
+    rounded in products with values, and only then cancel. So the reference is the tangent of the query's score with the
+    key at its own place, or on another grid with some key.
+    """
+    BM: tl.constexpr = SPEC.rows
+    BD: tl.constexpr = SPEC.columns
+    m_rows = tile.m_rows
+    row_reference = tl.zeros([BM], tl.float32)
+    key_count = tile.class_length if key_length is None else key_length
+    own = tokens_of(tile.row_index, tile.residue, key_count, axes.dilation)
+    if b_q_dot is not None:
+        b_own = load_columns(keys.pointer, token_offset(own, keys.strides), m_rows, SPEC.head_dim, BD)
+        row_reference += row_products(b_q_dot, b_own) * scale
+    if key_dots is not None:
+        b_own = load_columns(key_dots.pointer, token_offset(own, key_dots.strides), m_rows, SPEC.head_dim, BD)
+        row_reference += row_products(b_q, b_own) * scale
+    if key_mask is not None:
+        row_own = tl.load(key_mask.pointer + token_offset(own, key_mask.strides), mask=m_rows, other=0).to(tl.int1)
+        row_reference = tl.where(row_own, row_reference, 0.0)
+    return row_reference
 
 
 @triton.jit
@@ -300,22 +334,7 @@ def jvp_kernel(
     if value_dot is not None:
         value_dot = of_head(value_dot, i_batch, i_kv)
 
-    # The softmax does not change if all scores of a row change by the same amount. So their tangents are taken relative
-    # to that of the query with the key at its own place, or on another grid with some key: what all keys have in common
-    # would be rounded in products with values, and only then cancel.
-    row_reference = tl.zeros([BM], tl.float32)
-    key_count = tile.class_length if key_length is None else key_length
-    own = tokens_of(tile.row_index, tile.residue, key_count, axes.dilation)
-    if query_dot is not None:
-        b_own = load_columns(keys.pointer, token_offset(own, keys.strides), m_rows, D, BD)
-        row_reference += row_products(b_q_dot, b_own) * scale
-    if key_dot is not None:
-        b_own = load_columns(key_dot.pointer, token_offset(own, key_dot.strides), m_rows, D, BD)
-        row_reference += row_products(b_q, b_own) * scale
-    if key_mask is not None:
-        row_own = tl.load(key_mask.pointer + token_offset(own, key_mask.strides), mask=m_rows, other=0).to(tl.int1)
-        row_reference = tl.where(row_own, row_reference, 0.0)
-
+    row_reference = reference_tangent(b_q, b_q_dot, keys, key_dot, key_mask, tile, axes, key_length, scale, SPEC)
     rows = TangentRows(b_q, b_q_dot, row_lse, row_reference)
     b_acc = zero_columns(BM, BDV)
     row_mu = tl.zeros([BM], tl.float32)
@@ -326,19 +345,9 @@ def jvp_kernel(
         )
     if SPEC.register_tile > 0:
         i_image = i_sample.to(tl.int64) if tensors.tiles is not None else i_batch
-        reg_keys = View(tensors.additional_keys, in_elements(strides.additional_keys, UNIT))
-        reg_values = View(tensors.additional_values, in_elements(strides.additional_values, UNIT))
-        reg_key_dots, reg_value_dots = None, None
-        if tensors.additional_keys_dot is not None:
-            reg_key_dots = View(tensors.additional_keys_dot, in_elements(dot_strides.additional_keys, UNIT))
-            reg_key_dots = of_head(reg_key_dots, i_image, i_kv)
-        if tensors.additional_values_dot is not None:
-            reg_value_dots = View(tensors.additional_values_dot, in_elements(dot_strides.additional_values, UNIT))
-            reg_value_dots = of_head(reg_value_dots, i_image, i_kv)
         b_acc, row_mu = add_register_tangents(
-            b_acc, row_mu, rows, of_head(reg_keys, i_image, i_kv), of_head(reg_values, i_image, i_kv),
-            reg_key_dots, reg_value_dots, registers, scale, SPEC, MOVES,
-        )  # fmt: skip
+            b_acc, row_mu, rows, tensors, strides, dot_strides, i_image, i_kv, registers, scale, SPEC, MOVES
+        )
     if tensors.sink is not None or sink is not None:
         row_sink = tl.load(tensors.sink + row_head).to(tl.float32) if tensors.sink is not None else sink
         row_sink_dot = tl.zeros([BM], tl.float32)

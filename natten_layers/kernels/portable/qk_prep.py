@@ -4,20 +4,16 @@ Both are bound by memory: every head is read once, with any strides, computed on
 computed from positions and frequencies, as a table of angles would be as large as the heads. A program computes the
 angles of its tokens once, and uses them for all heads or images that share them.
 
-Names are those of ``primitives.py``. A head is handled in four parts with equal layouts: the first elements of the
-``PAIRS`` pairs that RoPE rotates, their second elements, and the two halves of the ``REST`` that is not rotated; ``BP``
-is the larger of their sizes, padded to a power of two. In memory all second elements follow all first ones, or with
-``INTERLEAVED`` each follows its own. ``SPLIT`` is how many pairs are rotated by each axis of a position, and ``FREQS``
-the length of a row of frequencies, which are those of one axis or of all. ``outer`` and ``item`` are the batch and the
-head axis, or the other way round: a program computes one ``outer`` and several consecutive ``items``, so that these
-share its angles.
+Names are those of ``primitives.py``. ``outer`` and ``item`` are the batch and the head axis, or the other way round: a
+program computes one ``outer`` and several consecutive ``items``, so that these share its angles. Strides are
+``(outer, token, item)``.
 """
 
 # A call of one jit function from another is typed as a call from the host, which never returns.
-# pyright: reportGeneralTypeIssues=false
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -27,246 +23,154 @@ from torch import Tensor
 from ..host.launcher import launcher
 from ..host.problem import QKPrep, new_like
 from ..host.tiling import next_power_of_2
+from .parameters import View
+from .qk_prep_parts import (
+    QKPrepSpec,
+    Rope,
+    Share,
+    column_sums,
+    element_gains,
+    inverse_norm,
+    load_parts,
+    plus,
+    product,
+    program_share,
+    rotation_of,
+    scaled,
+    store_parts,
+    times,
+)
 
 ELEMENTS = 4096  # elements of a tile of tokens: four 16-byte loads a thread in half precision
 PROGRAMS = 8192  # enough programs to fill any device several times; a larger problem gives each more items instead
 
 
-@triton.jit
-def load_parts(X, o_row, m_row, PAIRS: tl.constexpr, REST: tl.constexpr, BP: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """The four parts of the heads that start at ``o_row [T, 1]``, each ``[T, BP]`` in fp32."""
-    HALF: tl.constexpr = REST // 2
-    p = tl.arange(0, BP)[None, :]
-    m_rest = m_row & (p < HALF)
-    if INTERLEAVED:
-        e = tl.arange(0, 2 * BP)[None, :]  # one load and a split, as strided loads would not be vectorised
-        b_pairs = tl.load(X + (o_row + e), mask=m_row & (e < 2 * PAIRS), other=0.0).to(tl.float32)
-        b_first, b_second = tl.split(tl.reshape(b_pairs, (b_pairs.shape[0], BP, 2)))
-    else:
-        m_pairs = m_row & (p < PAIRS)
-        b_first = tl.load(X + (o_row + p), mask=m_pairs, other=0.0).to(tl.float32)
-        b_second = tl.load(X + (o_row + p + PAIRS), mask=m_pairs, other=0.0).to(tl.float32)
-    if REST > 0:
-        b_third = tl.load(X + (o_row + p + 2 * PAIRS), mask=m_rest, other=0.0).to(tl.float32)
-        b_fourth = tl.load(X + (o_row + p + (2 * PAIRS + HALF)), mask=m_rest, other=0.0).to(tl.float32)
-    else:
-        b_third, b_fourth = tl.zeros_like(b_first), tl.zeros_like(b_first)
-    return b_first, b_second, b_third, b_fourth
+class PrepTensors(NamedTuple):
+    """What :func:`qk_prep_kernel` reads and writes."""
+
+    query: Any
+    key: Any
+    out_query: Any
+    out_key: Any
+    query_gain: Any
+    key_gain: Any
+    positions: Any
+    freqs: Any
+
+
+class PrepTangents(NamedTuple):
+    """What :func:`qk_prep_jvp_kernel` reads and writes. Names in ``dot`` are tangents, or None."""
+
+    query: Any
+    key: Any
+    query_dot: Any
+    key_dot: Any
+    out_query_dot: Any
+    out_key_dot: Any
+    query_gain_dot: Any
+    key_gain_dot: Any
+    query_gain: Any
+    key_gain: Any
+    positions: Any
+    freqs: Any
+
+
+class PrepGradients(NamedTuple):
+    """What :func:`qk_prep_backward_kernel` reads and writes."""
+
+    query: Any
+    key: Any
+    grad_out_query: Any
+    grad_out_key: Any
+    grad_query: Any
+    grad_key: Any
+    query_partial: Any
+    """partial sums of the gradient of a gain, or None"""
+    key_partial: Any
+    query_gain: Any
+    key_gain: Any
+    positions: Any
+    freqs: Any
 
 
 @triton.jit
-def store_parts(
-    X, o_row, m_row, parts, PAIRS: tl.constexpr, REST: tl.constexpr, BP: tl.constexpr, INTERLEAVED: tl.constexpr
-):  # fmt: skip
-    HALF: tl.constexpr = REST // 2
-    p = tl.arange(0, BP)[None, :]
-    m_rest = m_row & (p < HALF)
-    if INTERLEAVED:
-        e = tl.arange(0, 2 * BP)[None, :]
-        b_pairs = tl.reshape(tl.join(parts[0], parts[1]), (parts[0].shape[0], 2 * BP))
-        tl.store(X + (o_row + e), b_pairs, mask=m_row & (e < 2 * PAIRS))
-    elif PAIRS > 0:
-        m_pairs = m_row & (p < PAIRS)
-        tl.store(X + (o_row + p), parts[0], mask=m_pairs)
-        tl.store(X + (o_row + p + PAIRS), parts[1], mask=m_pairs)
-    if REST > 0:
-        tl.store(X + (o_row + p + 2 * PAIRS), parts[2], mask=m_rest)
-        tl.store(X + (o_row + p + (2 * PAIRS + HALF)), parts[3], mask=m_rest)
-
-
-@triton.jit
-def times(a, b):
-    return a[0] * b[0], a[1] * b[1], a[2] * b[2], a[3] * b[3]
-
-
-@triton.jit
-def plus(a, b):
-    return a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3]
-
-
-@triton.jit
-def scaled(a, b):
-    return a[0] * b, a[1] * b, a[2] * b, a[3] * b
-
-
-@triton.jit
-def product(a, b):
-    """Scalar products ``[T, 1]`` of the rows of two tiles."""
-    return tl.sum(a[0] * b[0] + a[1] * b[1] + a[2] * b[2] + a[3] * b[3], 1, keep_dims=True)
-
-
-@triton.jit
-def column_sums(a):
-    """Sum of all rows, in four parts ``[1, BP]``."""
-    return (
-        tl.sum(a[0], 0, keep_dims=True),
-        tl.sum(a[1], 0, keep_dims=True),
-        tl.sum(a[2], 0, keep_dims=True),
-        tl.sum(a[3], 0, keep_dims=True),
-    )
-
-
-@triton.jit
-def inverse_norm(x, eps, D: tl.constexpr, NORM: tl.constexpr):
-    """Factor ``[T, 1]`` that normalises each head: the reciprocal of its RMS, or of its 2-norm for cosine."""
-    square = product(x, x)
-    return tl.rsqrt((square / D if NORM == "rms" else square) + eps)
-
-
-@triton.jit
-def cos_sin(angle):
-    """Cosine and sine in fp32, accurate to about two roundings for angles up to millions of radians.
-
-    CUDA's functions have a branch for huge angles, whose tables take more hardware registers than the rest of the
-    kernel. So multiples of pi / 2 are subtracted in fp64 instead; the polynomials for the rest, ``|r| <= pi / 4``, are
-    those of Moshier's Cephes library.
-    """
-    quarter = tl.floor(angle * 0.6366197723675814 + 0.5)
-    r = (angle.to(tl.float64) - quarter.to(tl.float64) * 1.5707963267948966).to(tl.float32)
-    r2 = r * r
-    sin = r + r * r2 * (-1.6666654611e-1 + r2 * (8.3321608736e-3 - r2 * 1.9515295891e-4))
-    cos = 1.0 - 0.5 * r2 + r2 * r2 * (4.166664568298827e-2 + r2 * (-1.388731625493765e-3 + r2 * 2.443315711809948e-5))
-    quadrant = quarter.to(tl.int32)
-    odd = (quadrant & 1) == 1
-    a, b = tl.where(odd, sin, cos), tl.where(odd, cos, sin)
-    return tl.where(((quadrant + 1) & 2) == 2, -a, a), tl.where((quadrant & 2) == 2, -b, b)
-
-
-@triton.jit
-def rotation_of(
-    Positions, Freqs, o_token, m_token, i_freq, factor,
-    SPLIT: tl.constexpr, FREQS: tl.constexpr, PAIRS: tl.constexpr, T: tl.constexpr, BP: tl.constexpr,
-):  # fmt: skip
-    """Cosine and sine ``[T, BP]`` of the angles ``positions[token, axis] * freqs[i_freq, j]``, ``j`` varying fastest.
-
-    Both are multiplied by ``factor``.
-    """
-    if PAIRS == 0:
-        cos, sin = tl.full([T, BP], 1.0, tl.float32), tl.zeros([T, BP], tl.float32)
-    else:
-        p = tl.arange(0, BP)[None, :]
-        m_pairs = p < PAIRS
-        axis = tl.zeros([1, BP], tl.int32)
-        FIRST = 0
-        for AXIS in tl.static_range(len(SPLIT) - 1):
-            FIRST += SPLIT[AXIS]
-            axis += (p >= FIRST).to(tl.int32)
-        b_position = tl.load(Positions + o_token * len(SPLIT) + axis, mask=m_token & m_pairs, other=0).to(tl.float32)
-        cos, sin = cos_sin(b_position * tl.load(Freqs + i_freq * FREQS + p % FREQS, mask=m_pairs, other=0.0))
-        cos, sin = cos * factor, sin * factor
-    return cos, sin
-
-
-@triton.jit
-def program_share(tokens, outers, items, run, T: tl.constexpr):
-    """The tile of tokens and the run of consecutive items that this program computes.
-
-    A block is a pair of a run and a tile. ``outer`` varies faster than the block, as the heads of a token are neighbors
-    in memory.
-    """
-    i_block = (tl.program_id(0) // outers).to(tl.int64)
-    tiles = tl.cdiv(tokens, T)
-    i_tile = i_block % tiles
-    o_token = i_tile * T + tl.arange(0, T)[:, None]
-    first = i_block // tiles * run
-    return i_tile, i_block, o_token, o_token < tokens, first, tl.minimum(run, items - first).to(tl.int32)
-
-
-@triton.jit
-def element_gains(Gain, PAIRS: tl.constexpr, REST: tl.constexpr, BP: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """The gains of an RMS norm, one per element of a head, in four parts ``[1, BP]``."""
-    row = tl.zeros([1, 1], tl.int32)
-    return load_parts(Gain, row, row == 0, PAIRS, REST, BP, INTERLEAVED)
-
-
-@triton.jit
-def prepare_tile(
-    X, Out, Gain, Positions, Freqs, x_strides, out_strides,
-    i_outer, tokens, outers, items, run, group, factor, eps,
-    SPLIT: tl.constexpr, FREQS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, BP: tl.constexpr,
-    T: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, BY_HEAD: tl.constexpr,
-):  # fmt: skip
+def prepare_tile(x_view, out, Gain, rope, share, eps, SPEC: tl.constexpr):
     """Normalise and rotate a tile of tokens of one ``outer``, for a run of its items."""
-    _, _, o_token, m_token, i_item, count = program_share(tokens, outers, items, run, T)
-    i_freq = i_outer // group if BY_HEAD else 0
-    cos, sin = rotation_of(Positions, Freqs, o_token, m_token, i_freq, factor, SPLIT, FREQS, PAIRS, T, BP)
+    NORM: tl.constexpr = SPEC.norm
+    _, _, o_token, m_token, i_item, count = program_share(share, SPEC.tokens)
+    i_freq = share.i_outer // share.group if SPEC.by_head else 0
+    cos, sin = rotation_of(rope, o_token, m_token, i_freq, SPEC)
     if NORM == "rms":
-        gains = element_gains(Gain, PAIRS, REST, BP, INTERLEAVED)
-    X += i_outer * x_strides[0]
-    Out += i_outer * out_strides[0]
+        gains = element_gains(Gain, SPEC)
+    x_strides, out_strides = x_view.strides, out.strides
+    X = x_view.pointer + share.i_outer * x_strides[0]
+    Out = out.pointer + share.i_outer * out_strides[0]
     for _ in tl.range(0, count, num_stages=1):
-        x = load_parts(X, o_token * x_strides[1] + i_item * x_strides[2], m_token, PAIRS, REST, BP, INTERLEAVED)
+        x = load_parts(X, o_token * x_strides[1] + i_item * x_strides[2], m_token, SPEC)
         if NORM != "none":
-            b_scale = inverse_norm(x, eps, 2 * PAIRS + REST, NORM)
+            b_scale = inverse_norm(x, eps, SPEC.head_dim, NORM)
             if NORM == "rms":
                 x = times(x, gains)
             elif Gain is not None:
-                b_scale *= tl.load(Gain + (i_outer if BY_HEAD else i_item)).to(tl.float32)
+                b_scale *= tl.load(Gain + (share.i_outer if SPEC.by_head else i_item)).to(tl.float32)
             x = scaled(x, b_scale)
         x = (x[0] * cos - x[1] * sin, x[1] * cos + x[0] * sin, x[2], x[3])
-        store_parts(Out, o_token * out_strides[1] + i_item * out_strides[2], m_token, x, PAIRS, REST, BP, INTERLEAVED)
+        store_parts(Out, o_token * out_strides[1] + i_item * out_strides[2], m_token, x, SPEC)
         i_item += 1
 
 
 @triton.jit
-def prepare_tile_jvp(
-    X, XDot, OutDot, Gain, GainDot, Positions, Freqs, x_strides, x_dot_strides, out_strides,
-    i_outer, tokens, outers, items, run, group, factor, eps,
-    SPLIT: tl.constexpr, FREQS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, BP: tl.constexpr,
-    T: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, BY_HEAD: tl.constexpr,
-):  # fmt: skip
-    """Tangent of ``prepare_tile``. ``XDot`` or ``GainDot`` is None where it is zero.
+def prepare_tile_jvp(x_view, x_dot, out_dot, Gain, GainDot, rope, share, eps, SPEC: tl.constexpr):
+    """Tangent of ``prepare_tile``. ``x_dot`` or ``GainDot`` is None where it is zero.
 
     With ``n = x * scale`` the tangent of the normalised head is ``scale * (xdot - n * (n . xdot)) * gain +
     n * gaindot``, where the scalar product is a mean for RMS norms. It is rotated as the head is.
     """
-    D: tl.constexpr = 2 * PAIRS + REST
-    _, _, o_token, m_token, i_item, count = program_share(tokens, outers, items, run, T)
-    i_freq = i_outer // group if BY_HEAD else 0
-    cos, sin = rotation_of(Positions, Freqs, o_token, m_token, i_freq, factor, SPLIT, FREQS, PAIRS, T, BP)
+    NORM: tl.constexpr = SPEC.norm
+    T: tl.constexpr = SPEC.tokens
+    BP: tl.constexpr = SPEC.columns
+    _, _, o_token, m_token, i_item, count = program_share(share, T)
+    i_outer = share.i_outer
+    i_freq = i_outer // share.group if SPEC.by_head else 0
+    cos, sin = rotation_of(rope, o_token, m_token, i_freq, SPEC)
     if NORM == "rms":
-        gains = element_gains(Gain, PAIRS, REST, BP, INTERLEAVED)
+        gains = element_gains(Gain, SPEC)
         if GainDot is not None:
-            gain_dots = element_gains(GainDot, PAIRS, REST, BP, INTERLEAVED)
-    X += i_outer * x_strides[0]
-    if XDot is not None:
-        XDot += i_outer * x_dot_strides[0]
-    OutDot += i_outer * out_strides[0]
+            gain_dots = element_gains(GainDot, SPEC)
+    x_strides, out_strides = x_view.strides, out_dot.strides
+    X = x_view.pointer + i_outer * x_strides[0]
+    if x_dot is not None:
+        x_dot_strides = x_dot.strides
+        XDot = x_dot.pointer + i_outer * x_dot_strides[0]
+    OutDot = out_dot.pointer + i_outer * out_strides[0]
     for _ in tl.range(0, count, num_stages=1):
         zeros = tl.zeros([T, BP], tl.float32)
         u = (zeros, zeros, zeros, zeros)
-        if XDot is not None:
-            o_dot = o_token * x_dot_strides[1] + i_item * x_dot_strides[2]
-            u = load_parts(XDot, o_dot, m_token, PAIRS, REST, BP, INTERLEAVED)
+        if x_dot is not None:
+            u = load_parts(XDot, o_token * x_dot_strides[1] + i_item * x_dot_strides[2], m_token, SPEC)
         if NORM != "none":
-            x = load_parts(X, o_token * x_strides[1] + i_item * x_strides[2], m_token, PAIRS, REST, BP, INTERLEAVED)
-            b_scale = inverse_norm(x, eps, D, NORM)
+            x = load_parts(X, o_token * x_strides[1] + i_item * x_strides[2], m_token, SPEC)
+            b_scale = inverse_norm(x, eps, SPEC.head_dim, NORM)
             n = scaled(x, b_scale)
-            if XDot is not None:
-                b_along = product(n, u) / D if NORM == "rms" else product(n, u)
+            if x_dot is not None:
+                b_along = product(n, u) / SPEC.head_dim if NORM == "rms" else product(n, u)
                 u = scaled(plus(u, scaled(n, -b_along)), b_scale)
             if NORM == "rms":
                 u = times(u, gains)
                 if GainDot is not None:
                     u = plus(u, times(n, gain_dots))
             elif Gain is not None:
-                i_gain = i_outer if BY_HEAD else i_item
+                i_gain = i_outer if SPEC.by_head else i_item
                 u = scaled(u, tl.load(Gain + i_gain).to(tl.float32))
                 if GainDot is not None:
                     u = plus(u, scaled(n, tl.load(GainDot + i_gain).to(tl.float32)))
         u = (u[0] * cos - u[1] * sin, u[1] * cos + u[0] * sin, u[2], u[3])
-        o_out = o_token * out_strides[1] + i_item * out_strides[2]
-        store_parts(OutDot, o_out, m_token, u, PAIRS, REST, BP, INTERLEAVED)
+        store_parts(OutDot, o_token * out_strides[1] + i_item * out_strides[2], m_token, u, SPEC)
         i_item += 1
 
 
 @triton.jit
-def prepare_tile_backward(
-    X, Grad, GradX, Partial, Gain, Positions, Freqs, x_strides, grad_strides, out_strides,
-    i_outer, tokens, outers, own_outers, items, run, group, factor, eps,
-    SPLIT: tl.constexpr, FREQS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, BP: tl.constexpr,
-    T: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, BY_HEAD: tl.constexpr,
-):  # fmt: skip
+def prepare_tile_backward(x_view, grad, grad_x, Partial, Gain, rope, share, eps, SPEC: tl.constexpr):
     """Gradient of ``prepare_tile``.
 
     The gradient of the result is rotated back to ``u``. With ``n = x * scale`` and ``h = u * gain`` the gradients are
@@ -275,24 +179,27 @@ def prepare_tile_backward(
     The gradient of gains is written as partial sums, which the caller adds in a fixed order: ``[tiles, outer, item]``
     for cosine, and ``[blocks, outer, D]``, a row per program, for RMS norms.
     """
-    D: tl.constexpr = 2 * PAIRS + REST
-    i_tile, i_block, o_token, m_token, i_item, count = program_share(tokens, outers, items, run, T)
-    i_freq = i_outer // group if BY_HEAD else 0
-    cos, sin = rotation_of(Positions, Freqs, o_token, m_token, i_freq, factor, SPLIT, FREQS, PAIRS, T, BP)
+    NORM: tl.constexpr = SPEC.norm
+    T: tl.constexpr = SPEC.tokens
+    BP: tl.constexpr = SPEC.columns
+    D: tl.constexpr = SPEC.head_dim
+    i_tile, i_block, o_token, m_token, i_item, count = program_share(share, T)
+    i_outer = share.i_outer
+    i_freq = i_outer // share.group if SPEC.by_head else 0
+    cos, sin = rotation_of(rope, o_token, m_token, i_freq, SPEC)
     if NORM == "rms":
-        gains = element_gains(Gain, PAIRS, REST, BP, INTERLEAVED)
+        gains = element_gains(Gain, SPEC)
         zeros = tl.zeros([T, BP], tl.float32)
         sums = (zeros, zeros, zeros, zeros)
-    X += i_outer * x_strides[0]
-    Grad += i_outer * grad_strides[0]
-    GradX += i_outer * out_strides[0]
+    x_strides, grad_strides, out_strides = x_view.strides, grad.strides, grad_x.strides
+    X = x_view.pointer + i_outer * x_strides[0]
+    Grad = grad.pointer + i_outer * grad_strides[0]
+    GradX = grad_x.pointer + i_outer * out_strides[0]
     for _ in tl.range(0, count, num_stages=1):
-        d = load_parts(
-            Grad, o_token * grad_strides[1] + i_item * grad_strides[2], m_token, PAIRS, REST, BP, INTERLEAVED
-        )
+        d = load_parts(Grad, o_token * grad_strides[1] + i_item * grad_strides[2], m_token, SPEC)
         u = (d[0] * cos + d[1] * sin, d[1] * cos - d[0] * sin, d[2], d[3])
         if NORM != "none":
-            x = load_parts(X, o_token * x_strides[1] + i_item * x_strides[2], m_token, PAIRS, REST, BP, INTERLEAVED)
+            x = load_parts(X, o_token * x_strides[1] + i_item * x_strides[2], m_token, SPEC)
             b_scale = inverse_norm(x, eps, D, NORM)
             n = scaled(x, b_scale)
             if NORM == "rms":
@@ -302,94 +209,95 @@ def prepare_tile_backward(
             else:
                 b_along = product(u, n)
                 if Gain is not None:
-                    o_partial = (i_tile * own_outers + i_outer) * items + i_item
+                    o_partial = (i_tile * share.outers + i_outer) * share.items + i_item
                     tl.store(Partial + o_partial, tl.sum(tl.where(m_token, b_along, 0.0)))
-                    b_scale *= tl.load(Gain + (i_outer if BY_HEAD else i_item)).to(tl.float32)
+                    b_scale *= tl.load(Gain + (i_outer if SPEC.by_head else i_item)).to(tl.float32)
             u = scaled(plus(u, scaled(n, -b_along)), b_scale)
-        store_parts(GradX, o_token * out_strides[1] + i_item * out_strides[2], m_token, u, PAIRS, REST, BP, INTERLEAVED)
+        store_parts(GradX, o_token * out_strides[1] + i_item * out_strides[2], m_token, u, SPEC)
         i_item += 1
     if NORM == "rms":
-        row = tl.zeros([1, 1], tl.int64) + (i_block * own_outers + i_outer) * D
-        store_parts(Partial, row, row >= 0, column_sums(sums), PAIRS, REST, BP, INTERLEAVED)
+        row = tl.zeros([1, 1], tl.int64) + (i_block * share.outers + i_outer) * D
+        store_parts(Partial, row, row >= 0, column_sums(sums), SPEC)
 
 
 @triton.jit
-def qk_prep_kernel(
-    Q, K, OutQ, OutK, GainQ, GainK, Positions, Freqs, q_strides, k_strides, outq_strides, outk_strides,
-    tokens, outers, items, group, run, factor, eps,
-    SPLIT: tl.constexpr, FREQS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, BP: tl.constexpr,
-    T: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, BY_HEAD: tl.constexpr,
-):  # fmt: skip
+def qk_prep_kernel(tensors, strides, tokens, outers, items, group, run, factor, eps, SPEC: tl.constexpr):
     """Normalise and rotate queries and keys in one launch.
 
-    Tensors are ``[outer, token, item, D]`` with contiguous last axes. ``outers``, ``items`` and ``group`` are pairs,
-    for queries and for keys; ``group`` is the number of outers that share a row of ``Freqs``.
+    Tensors are ``[outer, token, item, D]`` with contiguous last axes. ``outers``, ``items`` and ``group`` (see
+    :class:`Share`) are pairs, for queries and for keys. ``tensors`` are :class:`PrepTensors`, and ``strides`` those of
+    the first of them.
     """
+    q_strides, k_strides, outq_strides, outk_strides = strides
     total = outers[0] + outers[1]
     i_outer = (tl.program_id(0) % total).to(tl.int64)
+    rope = Rope(tensors.positions, tensors.freqs, factor)
     if i_outer < outers[0]:
+        share = Share(i_outer, tokens, total, outers[0], items[0], run, group[0])
         prepare_tile(
-            Q, OutQ, GainQ, Positions, Freqs, q_strides, outq_strides,
-            i_outer, tokens, total, items[0], run, group[0], factor, eps,
-            SPLIT, FREQS, PAIRS, REST, BP, T, INTERLEAVED, NORM, BY_HEAD,
+            View(tensors.query, q_strides), View(tensors.out_query, outq_strides), tensors.query_gain,
+            rope, share, eps, SPEC,
         )  # fmt: skip
     else:
+        share = Share(i_outer - outers[0], tokens, total, outers[1], items[1], run, group[1])
         prepare_tile(
-            K, OutK, GainK, Positions, Freqs, k_strides, outk_strides,
-            i_outer - outers[0], tokens, total, items[1], run, group[1], factor, eps,
-            SPLIT, FREQS, PAIRS, REST, BP, T, INTERLEAVED, NORM, BY_HEAD,
+            View(tensors.key, k_strides), View(tensors.out_key, outk_strides), tensors.key_gain,
+            rope, share, eps, SPEC,
         )  # fmt: skip
 
 
 @triton.jit
-def qk_prep_jvp_kernel(
-    Q, K, QDot, KDot, OutQDot, OutKDot, GainQDot, GainKDot, GainQ, GainK, Positions, Freqs,
-    q_strides, k_strides, q_dot_strides, k_dot_strides, outq_strides, outk_strides,
-    tokens, outers, items, group, run, factor, eps,
-    SPLIT: tl.constexpr, FREQS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, BP: tl.constexpr,
-    T: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, BY_HEAD: tl.constexpr,
-):  # fmt: skip
-    """Tangents of ``qk_prep_kernel``; the result of a side is None if it has no tangent."""
+def qk_prep_jvp_kernel(tensors, strides, tokens, outers, items, group, run, factor, eps, SPEC: tl.constexpr):
+    """Tangents of ``qk_prep_kernel``; the result of a side is None if it has no tangent.
+
+    ``tensors`` are :class:`PrepTangents`, and ``strides`` those of the first six.
+    """
+    q_strides, k_strides, q_dot_strides, k_dot_strides, outq_strides, outk_strides = strides
     total = outers[0] + outers[1]
     i_outer = (tl.program_id(0) % total).to(tl.int64)
+    rope = Rope(tensors.positions, tensors.freqs, factor)
+    q_dot, k_dot = None, None
+    if tensors.query_dot is not None:
+        q_dot = View(tensors.query_dot, q_dot_strides)
+    if tensors.key_dot is not None:
+        k_dot = View(tensors.key_dot, k_dot_strides)
     if i_outer < outers[0]:
-        if OutQDot is not None:
+        if tensors.out_query_dot is not None:
+            share = Share(i_outer, tokens, total, outers[0], items[0], run, group[0])
             prepare_tile_jvp(
-                Q, QDot, OutQDot, GainQ, GainQDot, Positions, Freqs, q_strides, q_dot_strides, outq_strides,
-                i_outer, tokens, total, items[0], run, group[0], factor, eps,
-                SPLIT, FREQS, PAIRS, REST, BP, T, INTERLEAVED, NORM, BY_HEAD,
+                View(tensors.query, q_strides), q_dot, View(tensors.out_query_dot, outq_strides),
+                tensors.query_gain, tensors.query_gain_dot, rope, share, eps, SPEC,
             )  # fmt: skip
     else:
-        if OutKDot is not None:
+        if tensors.out_key_dot is not None:
+            share = Share(i_outer - outers[0], tokens, total, outers[1], items[1], run, group[1])
             prepare_tile_jvp(
-                K, KDot, OutKDot, GainK, GainKDot, Positions, Freqs, k_strides, k_dot_strides, outk_strides,
-                i_outer - outers[0], tokens, total, items[1], run, group[1], factor, eps,
-                SPLIT, FREQS, PAIRS, REST, BP, T, INTERLEAVED, NORM, BY_HEAD,
+                View(tensors.key, k_strides), k_dot, View(tensors.out_key_dot, outk_strides),
+                tensors.key_gain, tensors.key_gain_dot, rope, share, eps, SPEC,
             )  # fmt: skip
 
 
 @triton.jit
-def qk_prep_backward_kernel(
-    Q, K, DOutQ, DOutK, DQ, DK, PartialQ, PartialK, GainQ, GainK, Positions, Freqs,
-    q_strides, k_strides, doutq_strides, doutk_strides, dq_strides, dk_strides,
-    tokens, outers, items, group, run, factor, eps,
-    SPLIT: tl.constexpr, FREQS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, BP: tl.constexpr,
-    T: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, BY_HEAD: tl.constexpr,
-):  # fmt: skip
-    """Gradients of ``qk_prep_kernel``: ``DQ``, ``DK``, and partial sums of the gradients of gains."""
+def qk_prep_backward_kernel(tensors, strides, tokens, outers, items, group, run, factor, eps, SPEC: tl.constexpr):
+    """Gradients of ``qk_prep_kernel``: those of its inputs, and partial sums of those of gains.
+
+    ``tensors`` are :class:`PrepGradients`, and ``strides`` those of the first six.
+    """
+    q_strides, k_strides, doutq_strides, doutk_strides, dq_strides, dk_strides = strides
     total = outers[0] + outers[1]
     i_outer = (tl.program_id(0) % total).to(tl.int64)
+    rope = Rope(tensors.positions, tensors.freqs, factor)
     if i_outer < outers[0]:
+        share = Share(i_outer, tokens, total, outers[0], items[0], run, group[0])
         prepare_tile_backward(
-            Q, DOutQ, DQ, PartialQ, GainQ, Positions, Freqs, q_strides, doutq_strides, dq_strides,
-            i_outer, tokens, total, outers[0], items[0], run, group[0], factor, eps,
-            SPLIT, FREQS, PAIRS, REST, BP, T, INTERLEAVED, NORM, BY_HEAD,
+            View(tensors.query, q_strides), View(tensors.grad_out_query, doutq_strides),
+            View(tensors.grad_query, dq_strides), tensors.query_partial, tensors.query_gain, rope, share, eps, SPEC,
         )  # fmt: skip
     else:
+        share = Share(i_outer - outers[0], tokens, total, outers[1], items[1], run, group[1])
         prepare_tile_backward(
-            K, DOutK, DK, PartialK, GainK, Positions, Freqs, k_strides, doutk_strides, dk_strides,
-            i_outer - outers[0], tokens, total, outers[1], items[1], run, group[1], factor, eps,
-            SPLIT, FREQS, PAIRS, REST, BP, T, INTERLEAVED, NORM, BY_HEAD,
+            View(tensors.key, k_strides), View(tensors.grad_out_key, doutk_strides),
+            View(tensors.grad_key, dk_strides), tensors.key_partial, tensors.key_gain, rope, share, eps, SPEC,
         )  # fmt: skip
 
 
@@ -405,13 +313,16 @@ def _view(prep: QKPrep, x: Tensor) -> Tensor:
 
 
 def _launch(
-    prep: QKPrep, kernel: Any, tensors: Sequence[Tensor | None], of_gains: Sequence[Tensor | None] = ()
-) -> None:
-    """Launch ``kernel`` on ``tensors [outer, token, item, D]``, of which the first two are query and key.
+    prep: QKPrep, kernel: Any, group: Callable[..., Any], views: Sequence[Tensor | None],
+    of_gains: Sequence[Tensor | None] = (),
+) -> None:  # fmt: skip
+    """Launch ``kernel`` on ``views [outer, token, item, D]``, of which the first two are query and key.
 
-    ``of_gains`` belong to the derivatives with respect to gains: partial sums of gradients, or tangents.
+    Args:
+        group: the named tuple that the kernel takes.
+        of_gains: what belongs to the derivatives with respect to gains: partial sums of gradients, or tangents.
     """
-    query, key = tensors[:2]
+    query, key = views[:2]
     assert query is not None
     assert key is not None
     kind = prep.kind
@@ -422,16 +333,19 @@ def _launch(
         kernel,
         (sum(outers) * tiles * runs,),
         (
-            *((0, 0, 0) if t is None else t.stride()[:3] for t in tensors),
+            tuple((0, 0, 0) if t is None else t.stride()[:3] for t in views),
             query.shape[1], outers, (query.shape[2], key.shape[2]),
             tuple(n // len(prep.freqs) if prep.freqs is not None and kind.by_head else 1 for n in outers), run,
         ),
-        SPLIT=kind.split, FREQS=1 if prep.freqs is None else prep.freqs.shape[1], PAIRS=kind.pairs, REST=rest,
-        BP=next_power_of_2(max(kind.pairs, rest // 2)), T=tile_size(query.shape[3]),
-        INTERLEAVED=kind.interleaved, NORM=kind.norm, BY_HEAD=kind.by_head, num_warps=4,
+        SPEC=QKPrepSpec(
+            kind.split, 1 if prep.freqs is None else prep.freqs.shape[1], kind.pairs, rest,
+            next_power_of_2(max(kind.pairs, rest // 2)), tile_size(query.shape[3]),
+            kind.interleaved, kind.norm, kind.by_head,
+        ),
+        num_warps=4,
     )  # fmt: skip
-    inputs = (*tensors, *of_gains, prep.query_gain, prep.key_gain, prep.positions, prep.freqs)
-    launch(inputs, (prep.factor, prep.eps))
+    tensors = group(*views, *of_gains, prep.query_gain, prep.key_gain, prep.positions, prep.freqs)
+    launch((tensors,), (prep.factor, prep.eps))
 
 
 def _ceil(a: int, b: int) -> int:
@@ -453,7 +367,7 @@ def blocks(query: Tensor, key: Tensor) -> tuple[int, int, int]:
 def qk_prep(query: Tensor, key: Tensor, prep: QKPrep) -> tuple[Tensor, Tensor]:
     """``query [B, *spatial, Hq, D]`` and ``key [B, *spatial, Hkv, D]`` normalised and rotated, contiguous."""
     out_query, out_key = new_like(query), new_like(key)
-    _launch(prep, qk_prep_kernel, [_view(prep, x) for x in (query, key, out_query, out_key)])
+    _launch(prep, qk_prep_kernel, PrepTensors, [_view(prep, x) for x in (query, key, out_query, out_key)])
     return out_query, out_key
 
 
@@ -472,7 +386,7 @@ def qk_prep_jvp(
     results = new_like(query) if has_query else None, new_like(key) if has_key else None
     tensors = query, key, query_tangent, key_tangent, *results
     views = [None if x is None else _view(prep, x) for x in tensors]
-    _launch(prep, qk_prep_jvp_kernel, views, (query_gain_tangent, key_gain_tangent))
+    _launch(prep, qk_prep_jvp_kernel, PrepTangents, views, (query_gain_tangent, key_gain_tangent))
     return results
 
 
@@ -489,7 +403,7 @@ def qk_prep_backward(
         outers, _, items, head_dim = view.shape
         shape = (tiles * runs, outers, head_dim) if prep.norm == "rms" else (tiles, outers, items)
         partials.append(None if gain is None else view.new_empty(shape, dtype=torch.float32))
-    _launch(prep, qk_prep_backward_kernel, views, partials)
+    _launch(prep, qk_prep_backward_kernel, PrepGradients, views, partials)
     # The gain of an RMS norm has an entry per element of a head, that of cosine an entry per head: the rest is summed.
     summed = (0, 2) if prep.norm == "cosine" and prep.by_head else (0, 1)
     d_gains = [
