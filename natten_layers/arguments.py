@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .eager import autocasts
 from .geometry import AXES, Window, is_per_axis, make_window
+from .head_axes import Tensors, canonical_heads, has_one_head
 from .kernels.host.packing import Packing, packing_of
 from .kernels.host.problem import Inputs, Options
 from .kernels.ops import attention as attention_ops
@@ -40,7 +41,6 @@ __all__ = [
 
 Axes = int | Sequence[int]
 
-_Tensors = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 _AxisOptions = tuple[Axes, Axes, Axes, bool | Sequence[bool], bool | Sequence[bool]]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -109,8 +109,8 @@ def prepare(
     rank = _check_user_form(tensors, axes) if accepted is None else accepted.window.rank
     head_shape = query.shape[rank + 1 : -1]
     if accepted is None or not accepted.has_plain_heads:
-        plain = len(head_shape) == 1 and not _has_one_head(tensors)
-        tensors = query, key, value, additional_keys, additional_values = _canonical_heads(tensors, head_shape)
+        plain = len(head_shape) == 1 and not has_one_head(tensors)
+        tensors = query, key, value, additional_keys, additional_values = canonical_heads(tensors, head_shape)
         accepted = accepted or _accept(signature, Accepted(_check_canonical_form(tensors, axes), plain))
     register_keys, register_values = _expand_registers(additional_keys, additional_values, query.shape[0])
     factor, sink, sink_value = _scalars(query, scale, sink)
@@ -156,7 +156,7 @@ def prepare_packed(
         raise ValueError(f"key has {key.shape[1]} tokens, but query {query.shape[1]}: both hold those of all samples")
     _check_groups(query, key, value)
     tensors = query, key, value, additional_keys, additional_values
-    query, key, value, additional_keys, additional_values = _canonical_heads(tensors, query.shape[2:3])
+    query, key, value, additional_keys, additional_values = canonical_heads(tensors, query.shape[2:3])
     registers = check_additional(additional_keys, additional_values, query, key, value, samples)
     factor, sink, sink_value = _scalars(query, scale, sink)
     if key_mask is not None:
@@ -174,7 +174,7 @@ def prepare_packed(
 
 def as_autocast(
     query: Tensor, key: Tensor, value: Tensor, additional_keys: Tensor | None, additional_values: Tensor | None
-) -> _Tensors:
+) -> Tensors:
     """The tensors as PyTorch's attention gets them under autocast: in its dtype, but for those in fp64."""
     tensors = query, key, value, additional_keys, additional_values
     if not isinstance(query, Tensor) or not autocasts(query.device.type):
@@ -252,7 +252,7 @@ def _recall(tensors: Sequence[object], axes: Sequence[object]) -> tuple[Hashable
         return None, None
 
 
-def _check_user_form(tensors: _Tensors, axes: _AxisOptions) -> int:
+def _check_user_form(tensors: Tensors, axes: _AxisOptions) -> int:
     """Check the arguments in the form in which the user gives them; returns the number of spatial axes."""
     query, key, value, additional_keys, additional_values = tensors
     names = "kernel_size", "stride", "dilation", "is_causal", "is_periodic"
@@ -274,15 +274,7 @@ def _check_user_form(tensors: _Tensors, axes: _AxisOptions) -> int:
     return rank
 
 
-def _canonical_heads(tensors: _Tensors, head_shape: torch.Size) -> _Tensors:
-    """Tensors with one axis of heads, and KV heads not repeated where they were expanded."""
-    query, key, value, additional_keys, additional_values = tensors
-    if len(head_shape) == 1:
-        return query, *_collapse_heads(query, key, value, additional_keys, additional_values)
-    return query.flatten(-3, -2), *_collapse_group(key, value, additional_keys, additional_values, head_shape[1])
-
-
-def _check_canonical_form(tensors: _Tensors, axes: _AxisOptions) -> Window:
+def _check_canonical_form(tensors: Tensors, axes: _AxisOptions) -> Window:
     """Make the checks that need tensors with one axis of heads."""
     query, key, value, additional_keys, additional_values = tensors
     window = make_window(key.shape[1:-2], *axes)
@@ -398,70 +390,6 @@ def check_like(name: str, tensor: Tensor, query: Tensor) -> None:
         if autocasts(query.device.type):
             cast = f"; autocast casts to {torch.get_autocast_dtype(query.device.type)}, but leaves fp64 as it is"
         raise ValueError(f"{name} has dtype {tensor.dtype}, but query has {query.dtype}{cast}")
-
-
-def _collapse_heads(
-    query: Tensor, key: Tensor, value: Tensor, additional_keys: Tensor | None, additional_values: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Reduce a single KV head that was expanded with stride 0 (MQA) to one head, unless registers differ by head."""
-    registers = additional_keys, additional_values
-    if not _has_one_head((query, key, value, *registers)):
-        return key, value, *registers
-    if any(map(_has_own_gradient, (key, value, *registers))):
-        register_keys, register_values = (
-            None if t is None else t.expand(*t.shape[:-2], key.shape[-2], -1) for t in registers
-        )
-        return key, value, register_keys, register_values
-    register_keys, register_values = (None if t is None else _first_head(t) for t in registers)
-    return _first_head(key), _first_head(value), register_keys, register_values
-
-
-def _has_one_head(tensors: _Tensors) -> bool:
-    """Whether keys, values and registers each have a single head, which may be expanded."""
-    _, key, value, *registers = tensors
-    return key.shape[-2] == value.shape[-2] and all(map(_is_one_head, (key, value, *registers)))
-
-
-def _is_one_head(tensor: Tensor | None) -> bool:
-    return tensor is None or (tensor.ndim > 1 and (tensor.shape[-2] == 1 or tensor.stride(-2) == 0))
-
-
-def _has_own_gradient(tensor: Tensor | None) -> bool:
-    """Whether the gradient of an expanded tensor may be needed, which differs from head to head.
-
-    The forward pass cannot know whether it will be that gradient, or only that of the tensor that was expanded.
-    """
-    if tensor is None or tensor.shape[-2] == 1:
-        return False
-    # While a transform of torch.func is compiled, its tensors do not tell whether they are differentiated.
-    return torch.is_grad_enabled() if torch.compiler.is_compiling() else is_tracked((tensor,))
-
-
-def _first_head(tensor: Tensor) -> Tensor:
-    return tensor if tensor.shape[-2] == 1 else tensor[..., :1, :]
-
-
-def _collapse_group(
-    key: Tensor, value: Tensor, additional_keys: Tensor | None, additional_values: Tensor | None, group: int
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """``[..., Hkv, G, D]`` to ``[..., Hkv, D]`` if the group axis is expanded, else to ``[..., Hkv * G, D]``.
-
-    Registers may have ``Hkv`` heads in either case. If they have ``Hkv * G``, keys and values get as many.
-    """
-    kv_heads = key.shape[-3]
-
-    def has_heads(t: Tensor | None, heads: int) -> bool:
-        return t is not None and t.ndim == 4 and t.shape[-2] == heads
-
-    expanded = all(map(_is_one_head, (key, value))) and not any(map(_has_own_gradient, (key, value)))
-    if expanded and (group == 1 or not has_heads(additional_keys, kv_heads * group)):
-        return key.select(-2, 0), value.select(-2, 0), additional_keys, additional_values
-    register_keys, register_values = (
-        t.repeat_interleave(group, -2) if t is not None and has_heads(t, kv_heads) else t
-        for t in (additional_keys, additional_values)
-    )
-    key, value = (t.expand(*t.shape[:-2], group, -1).flatten(-3, -2) for t in (key, value))
-    return key, value, register_keys, register_values
 
 
 def check_additional(

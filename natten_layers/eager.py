@@ -1,7 +1,7 @@
 """PyTorch implementations: a dense reference for tests, and the blocked attention that runs on CPU and MPS.
 
-``tiles.py`` computes the blocked attention over windows, and explains the letters of its shapes; this module adds
-registers and the sink.
+``tile_attention.py`` computes the blocked attention over windows, and ``tiles.py`` explains the letters of its shapes;
+this module adds registers and the sink.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from .geometry import Window, fitted, window_bounds, window_mask
 from .kernels.host.packing import Packing
 from .kernels.ops.define import is_differentiated, is_watched
-from .tiles import State, attend_tiles, heads_first, nonfinite_mask, plan, tile_queries, untile
+from .tile_attention import State, attend_tiles, nonfinite_mask
+from .tiles import heads_first, plan, tile_queries, untile
 
 __all__ = ["attention", "attention_state", "autocasts", "dense_attention_state", "merge_states", "without_autocast"]
 

@@ -18,11 +18,11 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from natten_layers import attention_state, eager, merge_attention, neighborhood_attention, tiles
+from natten_layers import attention_state, eager, merge_attention, neighborhood_attention, tile_attention, tiles
 from natten_layers.eager import dense_attention_state
 from natten_layers.geometry import make_window, window_mask
 
-BLOCKINGS = {"default": (tiles.TILE_ROWS, tiles.CHUNK_SCORES), "small": (6, 200), "single": (1, 1)}
+BLOCKINGS = {"default": (tiles.TILE_ROWS, tile_attention.CHUNK_SCORES), "small": (6, 200), "single": (1, 1)}
 
 
 @pytest.fixture(params=BLOCKINGS)
@@ -30,7 +30,7 @@ def blocking(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     """Make tiles and chunks small during a test, so that tiny tensors have several of both."""
     rows, scores = BLOCKINGS[request.param]
     monkeypatch.setattr(tiles, "TILE_ROWS", rows)
-    monkeypatch.setattr(tiles, "CHUNK_SCORES", scores)
+    monkeypatch.setattr(tile_attention, "CHUNK_SCORES", scores)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def cases(draw: st.DrawFn) -> Case:
 def test_blocked_equals_oracle_for_any_arguments(case: Case, rows: int, scores: int):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiles, "TILE_ROWS", rows)
-        patch.setattr(tiles, "CHUNK_SCORES", scores)
+        patch.setattr(tile_attention, "CHUNK_SCORES", scores)
         inputs = make_inputs(case)
         assert_close(case, run(case, inputs, "eager"), oracle(case, inputs))
 
@@ -425,7 +425,7 @@ def test_nothing_of_size_tokens_times_tokens(case: Case):
         run(case, inputs, "eager")
         attend_without_gradients(case, inputs)
     tokens = math.prod(case.spatial)
-    assert largest.elements <= max(2 * tiles.CHUNK_SCORES, 4 * inputs["query"].numel())
+    assert largest.elements <= max(2 * tile_attention.CHUNK_SCORES, 4 * inputs["query"].numel())
     assert largest.elements <= tokens * tokens // 8
 
 

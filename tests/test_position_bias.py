@@ -152,7 +152,7 @@ def test_chunks_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
     whole = grads()
     for scores in (1, 5000):
-        monkeypatch.setattr("natten_layers.tiles.CHUNK_SCORES", scores)
+        monkeypatch.setattr("natten_layers.tile_attention.CHUNK_SCORES", scores)
         for found, wanted in zip(grads(), whole, strict=True):
             assert error(found, wanted) < 1e-14
 
