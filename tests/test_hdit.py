@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from natten_layers import Denoiser, HDiT, HDiTConfig, LevelConfig
 from natten_layers.modules.attention import NeighborhoodGQA
-from natten_layers.modules.hdit import ShiftedWindowGQA
+from natten_layers.modules.hdit_layers import ShiftedWindowGQA
 
 GOLDEN = Path(__file__).parent / "data" / "hdit"
 CASES = sorted(p.stem for p in GOLDEN.glob("*.safetensors") if ".expected" not in p.name)

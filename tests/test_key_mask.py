@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from natten_layers import NeighborhoodGQA, attention_state, explain, merge_attention, neighborhood_attention
-from natten_layers.modules.hdit import ShiftedWindowGQA
+from natten_layers.modules.hdit_layers import ShiftedWindowGQA
 from natten_layers.operations import Impl
 
 pytest.importorskip("triton")

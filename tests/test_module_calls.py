@@ -36,7 +36,7 @@ from natten_layers import (
     RoPE,
 )
 from natten_layers.modules import GEGLU, AdaRMSNorm, RMSNorm, make_axial_pos
-from natten_layers.modules.hdit import FourierFeatures, TransformerLayer
+from natten_layers.modules.hdit_layers import FourierFeatures, TransformerLayer
 
 F64 = torch.float64
 HALVES = (torch.bfloat16, torch.float16)

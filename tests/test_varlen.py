@@ -31,7 +31,7 @@ from natten_layers import (
 )
 from natten_layers.eager import dense_attention_state
 from natten_layers.geometry import fitted, make_window
-from natten_layers.modules.hdit import ShiftedWindowGQA
+from natten_layers.modules.hdit_layers import ShiftedWindowGQA
 from natten_layers.operations import Impl
 
 pytest.importorskip("triton")

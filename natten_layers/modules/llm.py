@@ -1,4 +1,4 @@
-"""A decoder language model with causal neighborhood attention: attention, block and model.
+"""A decoder language model with causal neighborhood attention: block and model.
 
 Parameters have the names that Hugging Face's files use, so weights are read and written without renaming.
 Shapes: B sequences, L tokens, C channels, Hq query heads and Hkv KV heads of D elements, V tokens in the vocabulary.
@@ -15,35 +15,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..arguments import check_dense, prepare, prepare_packed
-from ..cached import cached_attention
+from ..arguments import check_dense
 from ..io import hf
 from ..io.tensors import make_on_meta
 from ..kernels.ops.define import is_transformed
-from ..operations import neighborhood_attention
 from ..varlen import packed_shapes
 from .base import allocate
 from .cache import Cache, LayerCache
+from .decoder_attention import DecoderAttention, Device, make_norm
 from .feed_forward import GatedFeedForward, MixtureOfExperts
 from .generation import generate, longest_of, text_first
-from .llm_config import DecoderLMConfig, rotary_dim
+from .llm_config import DecoderLMConfig
 from .norm import RMSNorm
-from .query_key import HeadNorm, attend_with_qk_prep, call_watched, normalize_and_rotate
-from .rope import Angles, RoPE
+from .rope import RoPE
 
 __all__ = ["DecoderAttention", "DecoderBlock", "DecoderLM", "DecoderLMConfig"]
-
-Device = torch.device | str | None
-
-
-def _norm(dim: int, config: DecoderLMConfig, device: Device, dtype: torch.dtype | None) -> RMSNorm:
-    return RMSNorm(dim, config.norm_eps, zero_centered=config.zero_centered_norm, device=device, dtype=dtype)
 
 
 def _stream_norm(config: DecoderLMConfig, device: Device, dtype: torch.dtype | None) -> RMSNorm | nn.LayerNorm:
     if config.norm == "layer":
         return nn.LayerNorm(config.hidden_size, config.norm_eps, bias=False, device=device, dtype=dtype)
-    return _norm(config.hidden_size, config, device, dtype)
+    return make_norm(config.hidden_size, config, device, dtype)
 
 
 class TokenEmbedding(nn.Embedding):
@@ -94,160 +86,6 @@ def _feed_forward(
         device=device,
         dtype=dtype,
     )
-
-
-class DecoderAttention(nn.Module):
-    """Causal grouped-query attention, windowed or full, with optional registers, sink and cache.
-
-    It is separate from :class:`~natten_layers.modules.attention.NeighborhoodGQA` because Hugging Face's files hold the
-    projections of query, key and value as separate tensors, and because it has a cache.
-
-    Args:
-        config: the model's options.
-        layer: which of the config's layers this is, for its window and whether it has RoPE.
-    """
-
-    def __init__(
-        self, config: DecoderLMConfig, layer: int, *, device: Device = None, dtype: torch.dtype | None = None
-    ) -> None:
-        super().__init__()
-        channels, heads, kv_heads, dim = config.hidden_size, config.num_heads, config.kv_heads, config.dim
-        window = config.windows[layer]
-        self.head_dim, self.window, self.scale = dim, window, config.attention_scale
-        self.softcap = config.attention_softcap
-        factory = {"device": device, "dtype": dtype}
-        self.q_proj = nn.Linear(channels, heads * dim, config.qkv_bias, **factory)
-        self.k_proj = nn.Linear(channels, kv_heads * dim, config.qkv_bias, **factory)
-        self.v_proj = nn.Linear(channels, kv_heads * dim, config.qkv_bias, **factory)
-        self.o_proj = nn.Linear(heads * dim, channels, config.out_bias, **factory)
-        self.norms_all_heads = config.qk_norm == "all heads"
-        q_dim, k_dim = (heads * dim, kv_heads * dim) if self.norms_all_heads else (dim, dim)
-        self.q_norm = _norm(q_dim, config, device, dtype) if config.qk_norm else None
-        self.k_norm = _norm(k_dim, config, device, dtype) if config.qk_norm else None
-        embedding = config.rope if window is None or config.windowed_rope is None else config.windowed_rope
-        self.rope = None
-        if config.has_rope(layer):
-            self.rope = RoPE(
-                rotary_dim(dim, embedding),
-                theta=embedding["rope_theta"],
-                scaling=embedding,
-                interleaved=config.rope_interleaved,
-                device=device,
-            )
-        self.query_growth = embedding.get("llama_4_scaling_beta", 0.0)
-        self.query_growth_length = embedding.get("original_max_position_embeddings", 1)
-        self.sinks = nn.Parameter(torch.zeros(heads, **factory)) if config.sink == "learned" else None
-        self.zero_sink = 0.0 if config.sink == "zero" else None
-        registers = torch.zeros(config.num_registers, channels, **factory)
-        self.registers = nn.Parameter(registers) if config.num_registers else None
-        self.initializer_range = config.initializer_range
-
-    def reset_parameters(self) -> None:
-        """Initialise the sinks and registers that this module owns, but not the parameters of its submodules."""
-        if self.sinks is not None:
-            nn.init.zeros_(self.sinks)
-        if self.registers is not None:
-            nn.init.normal_(self.registers, std=self.initializer_range)
-
-    def extra_repr(self) -> str:
-        return f"window={self.window}" + (", sink=zero" if self.zero_sink is not None else "")
-
-    def forward(
-        self, x: Tensor, positions: Tensor, cache: LayerCache | None, longest: int, shapes: Tensor | None = None
-    ) -> Tensor:
-        """Attend from every token of ``x``.
-
-        Args:
-            x: ``[B, L, C]``.
-            positions: int64 ``[B or 1, L]``, with a cache ``[B, L]``. Padding must come last and has position -1; its
-                output has no meaning.
-            cache: keys and values of earlier tokens, to which those of ``x`` are added.
-            longest: upper bound on the cached tokens of a sequence, those of ``x`` included.
-            shapes: ``[texts, 1]`` int64 on the CPU, lengths of texts that are packed into ``x [1, N, C]`` and do not
-                see each other. There is no cache then.
-
-        Returns:
-            ``[B, L, C]``.
-        """
-        query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        norms = None if self.q_norm is None or self.k_norm is None else (self.q_norm, self.k_norm)
-        if norms is not None and self.norms_all_heads:
-            query, key, norms = norms[0](query), norms[1](key), None
-        query, key, value = self._heads(query), self._heads(key), self._heads(value)
-        if self.query_growth:
-            query = query * self._query_factor(positions).to(query.dtype)
-        query, key, norm, angles = call_watched(query, key, norms, self.rope, positions)
-        registers = (None, None) if self.registers is None else self._register_key_value(self.registers, cache)
-        sink = self.zero_sink if self.sinks is None else self.sinks
-        # Padding comes last, so no token sees it, and without earlier tokens this is plain causal attention.
-        length = x.shape[1]
-        if shapes is not None:
-            return self._attend_packed(query, key, value, norm, angles, shapes, registers, sink)
-        window = length if self.window is None else min(self.window, length)
-        if cache is None and self.softcap is None:
-            call = prepare(query, key, value, window, 1, 1, True, self.scale, *registers, sink)
-            return self.o_proj(attend_with_qk_prep(call, norm, angles).flatten(-2))
-        query, key = normalize_and_rotate(query, key, norm, angles)
-        empty = cache is None or not cache.used
-        keys, values, key_positions = key, value, positions
-        if cache is not None:
-            keys, values, key_positions = cache.extend(key, value, positions, longest)
-        options = {
-            "scale": self.scale, "sink": sink, "additional_keys": registers[0], "additional_values": registers[1]
-        }  # fmt: skip
-        if empty and self.softcap is None:
-            out = neighborhood_attention(query, key, value, window, is_causal=True, **options)
-        else:
-            options |= {"window": self.window, "softcap": self.softcap}
-            out = cached_attention(query, keys, values, positions, key_positions, **options)
-        return self.o_proj(out.flatten(-2))
-
-    def _attend_packed(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        norm: HeadNorm | None,
-        angles: Angles | None,
-        shapes: Tensor,
-        registers: tuple[Tensor, Tensor] | tuple[None, None],
-        sink: Tensor | float | None,
-    ) -> Tensor:
-        """Attention of each packed text over itself."""
-        window = query.shape[1] if self.window is None else self.window
-        if self.softcap is None:
-            packed = query[0], key[0], value[0], shapes
-            call = prepare_packed(*packed, window, 1, 1, True, self.scale, *registers, sink)
-            return self.o_proj(attend_with_qk_prep(call, norm, angles).flatten(-2)[None])
-        # Positions at which each text stands so far behind the one before that no window reaches back.
-        query, key = normalize_and_rotate(query, key, norm, angles)
-        apart = torch.arange(len(shapes)).repeat_interleave(shapes[:, 0]).to(query.device) * window
-        apart = (apart + torch.arange(query.shape[1], device=query.device))[None]
-        out = cached_attention(
-            query, key, value, apart, apart, window=window, softcap=self.softcap, scale=self.scale, sink=sink,
-            additional_keys=registers[0], additional_values=registers[1],
-        )  # fmt: skip
-        return self.o_proj(out.flatten(-2))
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim))
-
-    def _query_factor(self, positions: Tensor) -> Tensor:
-        """``[B or 1, L, 1, 1]``, which grows with the position as in Llama 4."""
-        spans = torch.div(positions.clamp(min=0), self.query_growth_length, rounding_mode="floor")
-        return (1 + self.query_growth * torch.log1p(spans.float()))[..., None, None]
-
-    def _register_key_value(self, registers: Tensor, cache: LayerCache | None) -> tuple[Tensor, Tensor]:
-        if cache is not None and cache.registers is not None:
-            return cache.registers
-        key, value = self.k_proj(registers[None]), self._heads(self.v_proj(registers[None]))
-        if self.k_norm is None:
-            key = self._heads(key)
-        else:
-            key = self._heads(self.k_norm(key)) if self.norms_all_heads else self.k_norm(self._heads(key))
-        if cache is not None:
-            cache.registers = key, value
-        return key, value
 
 
 class DecoderBlock(nn.Module):

@@ -1,0 +1,104 @@
+"""The frequencies of :class:`~natten_layers.modules.rope.RoPE` for texts longer than those of a model's first training.
+
+The dictionaries are those of ``rope_scaling`` / ``rope_parameters`` in Hugging Face configs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["attention_factor", "scaled_frequencies"]
+
+
+def _rope_type(scaling: Mapping[str, Any]) -> str:
+    return scaling.get("rope_type", scaling.get("type")) or "default"
+
+
+def _required(scaling: Mapping[str, Any], *keys: str) -> list[float]:
+    for key in keys:
+        if scaling.get(key) is None:
+            raise ValueError(f'scaling of rope_type "{_rope_type(scaling)}" needs the key "{key}", got {dict(scaling)}')
+    return [float(scaling[key]) for key in keys]
+
+
+def scaled_frequencies(periods: Tensor, theta: float, scaling: Mapping[str, Any]) -> Tensor:
+    """Frequencies of a Hugging Face scaling dictionary, which changes plain ``1 / periods [head_dim / 2]``."""
+    kind, freqs = _rope_type(scaling), 1.0 / periods
+    if kind == "default":
+        return freqs
+    if kind == "linear":
+        return freqs / _required(scaling, "factor")[0]
+    if kind == "llama3":
+        return _llama3(freqs, scaling)
+    if kind == "yarn":
+        return _yarn(periods, theta, scaling)
+    if kind == "longrope":
+        return _longrope(periods, scaling)
+    known = '"default", "linear", "llama3", "yarn" and "longrope"'
+    raise ValueError(f'rope_type "{kind}" is not implemented; known are {known}')
+
+
+def _llama3(freqs: Tensor, scaling: Mapping[str, Any]) -> Tensor:
+    """Divide low frequencies by the factor, keep high ones, interpolate between."""
+    factor, low, high, length = _required(
+        scaling, "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
+    )
+    wavelength = 2 * math.pi / freqs
+    smooth = (length / wavelength - low) / (high - low)
+    between = (1 - smooth) * freqs / factor + smooth * freqs
+    scaled = torch.where(wavelength > length / low, freqs / factor, between)
+    return torch.where(wavelength < length / high, freqs, scaled)
+
+
+def _yarn(periods: Tensor, theta: float, scaling: Mapping[str, Any]) -> Tensor:
+    """Divide frequencies of fewer than ``beta_slow`` turns in the original text, keep those above ``beta_fast``."""
+    factor, length = _required(scaling, "factor", "original_max_position_embeddings")
+    n = periods.shape[0]
+
+    def dimension(turns: float) -> float:
+        return 2 * n * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    first, last = dimension(scaling.get("beta_fast") or 32.0), dimension(scaling.get("beta_slow") or 1.0)
+    if scaling.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, 2 * n - 1)
+    last = last if last != first else last + 0.001
+    ramp = ((torch.arange(n, dtype=periods.dtype, device=periods.device) - first) / (last - first)).clamp(0, 1)
+    # Written as transformers writes it, for its last bits: freqs / factor, or ramp for 1 - kept, would differ in them.
+    kept = 1 - ramp
+    return 1.0 / (factor * periods) * (1 - kept) + 1.0 / periods * kept
+
+
+def _longrope(periods: Tensor, scaling: Mapping[str, Any]) -> Tensor:
+    """``[2, head_dim / 2]``: every frequency divided by its own factor, in short and in long texts."""
+    rows = []
+    for key in ("short_factor", "long_factor"):
+        factors = scaling.get(key)
+        if factors is None or len(factors) != len(periods):
+            raise ValueError(f'scaling of rope_type "longrope" needs {len(periods)} numbers "{key}", got {factors}')
+        rows.append(1.0 / (torch.tensor(factors, dtype=periods.dtype, device=periods.device) * periods))
+    return torch.stack(rows)
+
+
+def attention_factor(scaling: Mapping[str, Any]) -> float:
+    """The factor of YaRN and LongRoPE on cos and sin; 1 for the other types."""
+    if _rope_type(scaling) not in ("yarn", "longrope"):
+        return 1.0
+    if scaling.get("attention_factor") is not None:
+        return float(scaling["attention_factor"])
+    if _rope_type(scaling) == "longrope":
+        factor, length = _required(scaling, "factor", "original_max_position_embeddings")
+        return math.sqrt(1 + math.log(factor) / math.log(length)) if factor > 1 else 1.0
+    (factor,) = _required(scaling, "factor")
+
+    def mscale(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
+        return mscale(scaling["mscale"]) / mscale(scaling["mscale_all_dim"])
+    return mscale(1.0)
