@@ -89,7 +89,7 @@ def neighborhood_attention_varlen(
 
     The kernels need the shapes in the host's memory, where the number of programs is worked out. A list or a tensor on
     the CPU is there. One on a GPU is copied, which waits for the device, once for each tensor that is not changed in
-    place. Kernels read a table of the samples, which is copied to the device once for each packing.
+    place. Kernels read tables of the samples, which are made or copied there once for each packing.
 
     In compiled functions give a tensor, whose values and number of samples may then change: for another list, graphs
     would be compiled anew. Kernels are part of the graph. PyTorch's computation is not: the graph breaks around it, so

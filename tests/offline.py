@@ -88,7 +88,7 @@ def options_of(rank: int, kernel_size: int, sink: float | None, stride: int = 1,
 
 
 def attend_large_on_sm90(
-    spatial: tuple[int, ...], kernel_size: int, heads: int, *, sink: float | None, dim: int = 128
+    spatial: tuple[int, ...], kernel_size: int, heads: int, *, sink: float | None, dim: int = 128, packed: bool = False
 ) -> None:
     from natten_layers.kernels.sm90 import large_dkv, large_dq, large_forward, large_tiling
 
@@ -102,6 +102,12 @@ def attend_large_on_sm90(
     dq_config = large_tiling.dq_tile_config(one)
     _, statistics = large_dq.query_gradient(dq_config, one, tensors, options, cotangents)
     large_dkv.key_gradients(dkv_config, one, tensors, options, tensors.query, statistics)
+    if packed:
+        texts = tensors._replace(shapes=torch.tensor([[1000], [0], [spatial[0] - 1000]]))
+        two = problem.problem_of(texts, options)
+        large_forward.forward(large_tiling.forward_tile_config(two), two, texts, options, with_stats=sink is None)
+        _, statistics = large_dq.query_gradient(large_tiling.dq_tile_config(two), two, texts, options, cotangents)
+        large_dkv.key_gradients(large_tiling.dkv_tile_config(two), two, texts, options, tensors.query, statistics)
     registers = torch.zeros(1, 5, 2, dim, dtype=torch.bfloat16)
     tensors = tensors._replace(additional_keys=registers, additional_values=registers)
     one = problem.problem_of(tensors, options)
@@ -111,20 +117,27 @@ def attend_large_on_sm90(
 
 def attend_small_on_sm90(
     spatial: tuple[int, ...], kernel_size: int, heads: int, *, registers: int, dim: int = 64, stride: int = 1,
-    dilation: int = 1,
+    dilation: int = 1, packed: bool = False,
 ) -> None:  # fmt: skip
-    from natten_layers.kernels.sm90 import small_backward, small_forward, small_forward_rolling
-
     query, key = (torch.zeros(1, *spatial, h, dim, dtype=torch.bfloat16) for h in (heads, 2))
     extra = torch.zeros(1, registers, 2, dim, dtype=torch.bfloat16) if registers else None
     tensors = problem.Inputs(query, key, key, extra, extra, torch.zeros(heads))
     rank = len(spatial)
     options = options_of(rank, kernel_size, None, stride, dilation)
+    launch_small_on_sm90(tensors, options)
+    if packed:
+        launch_small_on_sm90(tensors._replace(shapes=torch.tensor([[1000], [0], [spatial[0] - 1000]])), options)
+
+
+def launch_small_on_sm90(tensors: problem.Inputs, options: problem.Options) -> None:
+    from natten_layers.kernels.sm90 import small_backward, small_forward, small_forward_rolling
+
+    query, rank = tensors.query, len(options.kernel_size)
     one = problem.problem_of(tensors, options)
     config = small_tiling.small_tile_config(one)
     assert config is not None
     small_forward.forward(config, one, tensors, options, with_stats=rank > 1)
-    if stride == dilation == 1:
+    if prod(options.stride) == prod(options.dilation) == 1:
         config = small_tiling.rolling_tile_config(one)
         assert config is not None
         small_forward_rolling.forward(config, one, tensors, options, with_stats=rank > 1)
@@ -183,14 +196,14 @@ def main(capability: int) -> None:
 
         for module in (large_forward, large_dq, large_dkv, small_forward_rolling):
             setattr(module, "multiprocessors", lambda device: 132)  # noqa: B010
-        attend_large_on_sm90((4096,), 2048, 8, sink=0.0)
+        attend_large_on_sm90((4096,), 2048, 8, sink=0.0, packed=True)
         attend_large_on_sm90((64, 80), 48, 2, sink=None)
         attend_large_on_sm90((16, 32, 40), 7, 4, sink=None, dim=64)
         attend_large_on_sm90((4096,), 1024, 8, sink=0.0, dim=256)
         attend_large_on_sm90((64, 80), 13, 2, sink=None, dim=80)
         attend_small_on_sm90((64, 64), 7, 8, registers=5)
         attend_small_on_sm90((64, 64), 7, 8, registers=0, dim=40)
-        attend_small_on_sm90((4096,), 128, 16, registers=0)
+        attend_small_on_sm90((4096,), 128, 16, registers=0, packed=True)
         attend_small_on_sm90((4096,), 8, 8, registers=0, dim=128)
         attend_small_on_sm90((56, 56), 7, 2, registers=0, dim=32, stride=3, dilation=2)
         attend_small_on_sm90((4096,), 128, 8, registers=5, dim=64, stride=32, dilation=4)

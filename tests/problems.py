@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from natten_layers.kernels.host.packing import Packing
 from natten_layers.kernels.host.problem import Layout, Problem, contiguous
 from natten_layers.kernels.host.tuned import forget
 
@@ -22,6 +23,13 @@ def problem_of_text(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
         "none", scale_first=False, precision="ieee",
     )  # fmt: skip
     return problem._replace(**changes)
+
+
+def problem_of_packed_texts(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Problem:
+    """The same window over 32768 tokens of three texts, of which one is empty."""
+    query, key = (contiguous((1, 32768, h, 128)) for h in (8, 2))
+    packing = Packing(((30000,), (0,), (2768,)), 1)
+    return problem_of_text(monkeypatch, **{"query": query, "key": key, "value": key, "packing": packing, **changes})
 
 
 def problem_of_image(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Problem:

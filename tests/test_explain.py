@@ -15,7 +15,7 @@ from natten_layers.arguments import Call
 
 pytest.importorskip("triton.experimental.gluon")
 
-from problems import problem_of_image, problem_of_projected_image, problem_of_text
+from problems import problem_of_image, problem_of_packed_texts, problem_of_projected_image, problem_of_text
 
 from natten_layers.kernels import dispatch
 from natten_layers.kernels.host.launcher import Launcher
@@ -199,7 +199,21 @@ def test_portable_kernels_alone_may_be_asked_for(
         (problem_of_image, {"query": contiguous((8, 64, 64, 8, 64))}, {}, ["another grid"] * 3),
         (problem_of_image, {"key_mask": contiguous((1, 128, 128, 1, 1))}, {}, ["no key_mask"] * 3),
         (problem_of_image, {"has_bias": True}, {}, ["no rpb"] * 3),
-        (problem_of_text, {"packing": Packing(((32768,),), 1)}, {}, ["no packed batch"] * 3),
+        (problem_of_packed_texts, {}, {}, []),
+        (
+            problem_of_packed_texts,
+            {"packing": Packing(((128,),) * 256, 1)},
+            {},
+            ["is small: 128 keys"] + ["is large"] * 2,
+        ),
+        (problem_of_packed_texts, {"kernel_size": (128,)}, {}, ["the window is small"]),
+        (
+            problem_of_packed_texts,
+            {"kernel_size": (128,), "is_causal": (False,)},
+            {},
+            ["the window is small"] + ["only if they are causal"] * 2,
+        ),
+        (problem_of_image, {"packing": Packing(((128, 128),), 2)}, {}, ["one axis only"] * 3),
         (problem_of_text, {"capability": (8, 0)}, {}, ["the device has 8.0"] * 3),
         (problem_of_text, {"kernel_size": (1024,)}, {}, ["the call is small", "the window is large", "is large"]),
         (problem_of_image, {}, {}, ["the window is small"]),

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from helpers import Case, assert_close, assert_nan_stays, enlarge, error, make_inputs, oracle, run
+from helpers import FLOOR, Case, assert_close, assert_nan_stays, enlarge, error, make_inputs, oracle, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import problem_of_text
@@ -17,15 +17,24 @@ from torch import Tensor
 
 pytest.importorskip("triton.experimental.gluon")
 
-from natten_layers import attention_state, neighborhood_attention
+from natten_layers import attention_state, neighborhood_attention, neighborhood_attention_varlen
 from natten_layers.geometry import make_window, query_bounds, window_bounds
 from natten_layers.kernels.dispatch import VARIANTS, Direction, Question, choose
-from natten_layers.kernels.host.problem import Cotangents, Inputs, Layout, Options, Problem, problem_of
+from natten_layers.kernels.host.problem import Cotangents, Inputs, Layout, Options, Problem, layout, problem_of
 from natten_layers.kernels.host.tiling import Box, TileConfig
 from natten_layers.kernels.host.tuned import forget, override
-from natten_layers.kernels.portable import forward
-from natten_layers.kernels.sm90 import large_dkv, large_dq, large_forward, large_statistics, large_tiling, variants
+from natten_layers.kernels.portable import dkv, dq, forward
+from natten_layers.kernels.sm90 import (
+    large_dkv,
+    large_dq,
+    large_forward,
+    large_statistics,
+    large_tiling,
+    packed_repair,
+    variants,
+)
 from natten_layers.kernels.sm90.large_tiling import LargeTileConfig, Plan
+from natten_layers.operations import Impl
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -405,7 +414,9 @@ def test_statistics_of_the_backward_pass_are_what_they_are_called(with_grad_lse:
     grad_out = wide[..., 1:4, :]  # a view of a wider tensor
     row_max, row_sum, grad_lse = torch.rand(3, 2, 3, 5, 9, 3, generator=draw).to(DEVICE) + 0.5
     grad_lse = grad_lse.transpose(1, 2).contiguous().transpose(1, 2) if with_grad_lse else None
-    statistics, delta = large_statistics.statistics_of(problem, Cotangents(out, row_max, row_sum, grad_out, grad_lse))
+    found = large_statistics.statistics_of(problem, Cotangents(out, row_max, row_sum, grad_out, grad_lse))
+    statistics, delta = found.head_major, found.delta
+    assert found.lse is None
     expected = (out.double() * grad_out.double()).sum(-1) - (0 if grad_lse is None else grad_lse.double())
     assert error(delta, expected) < 1e-6
     head_major = [x.permute(4, 0, 1, 2, 3).reshape(3, 6, 5, 9) for x in (row_max + row_sum.log(), expected)]
@@ -567,3 +578,157 @@ def test_strides_that_tma_does_not_take_are_refused() -> None:
     problem, _ = call_of(case, tensors)
     assert not variants.is_addressable(problem.key)
     assert not variants.is_addressable(problem.value)
+
+
+# --- Packed samples of one axis
+
+TEXTS = [700, 0, 1, 3, 129, 1, 1100, 64, 64, 400]
+PACKED = (
+    Case("causal-gqa-sink", (), 256, is_causal=True, heads=8, kv_heads=2, head_dim=128, value_dim=128, sink="learned"),
+    Case("causal-longer-than-all", (), 4096, is_causal=True, heads=2, kv_heads=2, head_dim=128, value_dim=128),
+    Case("centred", (), 333, heads=2, kv_heads=1, head_dim=128, value_dim=64),
+    Case("stride-zero-sink", (), 200, 8, heads=3, kv_heads=3, head_dim=64, value_dim=64, sink="zero"),
+    Case("causal-stride", (), 90, 7, is_causal=True, heads=6, kv_heads=2, head_dim=80, value_dim=64),
+    Case("wide-gqa", (), 100, is_causal=True, heads=4, kv_heads=1, head_dim=256, value_dim=256),
+)
+
+
+def packed_inputs(case: Case, lengths: list[int], device: str) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    heads = {"query": case.heads, "key": case.kv_heads, "value": case.kv_heads, "grad_out": case.heads}
+    dims = {"query": case.head_dim, "key": case.head_dim, "value": case.value_dim, "grad_out": case.value_dim}
+    made = {n: torch.randn(sum(lengths), heads[n], dims[n], device=device).to(case.dtype) for n in heads}
+    return made | ({"sink": torch.randn(case.heads, device=device)} if case.sink == "learned" else {})
+
+
+def packed_results(case: Case, tensors: dict[str, Tensor], lengths: list[int], impl: Impl) -> dict[str, Tensor]:
+    """Output, lse, and the gradients of all inputs."""
+    leaves = {n: x.detach().requires_grad_() for n, x in tensors.items() if n != "grad_out"}
+    zero_sink = 0.0 if case.sink == "zero" else None
+    out, lse = neighborhood_attention_varlen(
+        leaves["query"], leaves["key"], leaves["value"], torch.tensor(lengths)[:, None], case.kernel_size,
+        stride=case.stride, is_causal=case.is_causal, sink=leaves.get("sink", zero_sink), return_lse=True, impl=impl,
+    )  # fmt: skip
+    grads = torch.autograd.grad((out, lse), tuple(leaves.values()), (tensors["grad_out"].to(out), lse.detach().cos()))
+    return {"out": out.detach(), "lse": lse.detach()} | {f"grad of {n}": g for n, g in zip(leaves, grads, strict=True)}
+
+
+def assert_packed_oracle(case: Case) -> None:
+    """Compare packed texts with fp64, and two runs bit by bit."""
+    tensors = packed_inputs(case, TEXTS, "cuda")
+    expected = packed_results(case, {n: x.double() for n, x in tensors.items()}, TEXTS, "eager")
+    eager = packed_results(case, tensors, TEXTS, "eager")
+    first, second = (packed_results(case, tensors, TEXTS, "fused") for _ in range(2))
+    for name, tensor in first.items():
+        limit = max(2 * error(eager[name], expected[name]), FLOOR[case.dtype if name != "lse" else torch.float32])
+        assert error(tensor, expected[name]) <= limit, name
+        assert torch.equal(tensor, second[name]), name
+
+
+def assert_texts_are_apart(case: Case, name: str, value: float) -> None:
+    """What is not finite in one text reaches no other text, nor with chunks and tiles that lie in two of them."""
+    lengths = [300, 1, 70, 130, 5, 64, 200]
+    tensors = packed_inputs(case, lengths, "cuda")
+    clean = packed_results(case, tensors, lengths, "fused")
+    for i in (1, 3, 6):
+        own = slice(sum(lengths[:i]), sum(lengths[: i + 1]))
+        others = torch.ones(sum(lengths), dtype=torch.bool, device="cuda")
+        others[own] = False
+        dirty = tensors | {name: tensors[name].clone()}
+        dirty[name][own][lengths[i] // 2] = value
+        found = packed_results(case, dirty, lengths, "fused")
+        assert not all(tensor[own].isfinite().all() for n, tensor in found.items() if n != "grad of sink")
+        for n in clean:
+            if n != "grad of sink":
+                assert error(found[n][others], clean[n][others]) < 4 * FLOOR[case.dtype], (i, n)
+
+
+@pytest.fixture
+def taken(wherever_possible: None, monkeypatch: pytest.MonkeyPatch) -> list[TileConfig]:
+    """Tiles of dK and dV in these kernels, which are used for windows of any size. They imply those of dQ."""
+    configs: list[TileConfig] = []
+    compute = large_dkv.key_gradients
+    monkeypatch.setattr(large_dkv, "key_gradients", lambda *args: configs.append(args[0]) or compute(*args))
+    return configs
+
+
+@pytest.mark.gpu
+@needs_device
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", PACKED, ids=str)
+def test_packed_texts_match_the_oracle(case: Case, dtype: torch.dtype, taken: list[TileConfig]) -> None:
+    assert_packed_oracle(replace(case, dtype=dtype))
+    assert len(taken) == 2
+
+
+@pytest.mark.gpu
+@needs_device
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["query", "key", "value", "grad_out"])
+def test_what_is_not_finite_reaches_no_other_packed_text(name: str, value: float, taken: list[TileConfig]) -> None:
+    assert_texts_are_apart(replace(PACKED[0], dtype=torch.bfloat16), name, value)
+    assert len(taken) == 4
+
+
+def packed_call(
+    case: Case, lengths: list[int], device: str
+) -> tuple[Problem, tuple[Problem, Inputs, Options, bool], Cotangents]:
+    """The problem of packed texts, the arguments of the launchers of the forward pass, and the cotangents."""
+    tensors = packed_inputs(case, lengths, device)
+    query, key, value, grad_out = (tensors[n][None] for n in ("query", "key", "value", "grad_out"))
+    inputs = Inputs(query, key, value, sink=tensors.get("sink"), shapes=torch.tensor(lengths)[:, None])
+    window = make_window((10**6,), case.kernel_size, case.stride, 1, case.is_causal)
+    sink, scale = 0.0 if case.sink == "zero" else None, case.head_dim**-0.5
+    options = Options(sink, window.kernel_size, window.stride, window.dilation, window.is_causal, scale)
+    problem = problem_of(inputs, options)
+    rows = torch.ones(query.shape[:-1], device=device)
+    return problem, (problem, inputs, options, True), Cotangents(query, rows, rows, grad_out, None)
+
+
+def test_packed_tiles_that_overlap_flagged_parts_are_repaired() -> None:
+    """Parts lie on the line of all tokens, tiles of the portable kernel inside a sample."""
+    case = Case("repair", (), 6, is_causal=True, heads=4, kv_heads=1, head_dim=16, value_dim=16, dtype=torch.float16)
+    problem, arguments, _ = packed_call(case, [40, 0, 1, 23, 30], DEVICE)
+    config = large_tiling.forward_tile_config(problem)
+    assert config.part == (1, 1, 16)
+    expected = forward.forward(forward.plan(problem, True), *arguments)
+    results = tuple(torch.full_like(x, 7.0) for x in expected if x is not None)
+    parts = -(-94 // 16)
+    flags = torch.zeros(parts + 1, dtype=torch.int32, device=DEVICE)  # one block of four heads
+    flags[2], flags[parts] = 1, 1  # tokens 32 to 47, and the counter of tiles, which is no flag
+    large_forward.repair(config, problem, arguments[1], arguments[2], flags, results)  # pyright: ignore[reportArgumentType]
+    for found, right in zip(results, expected, strict=True):
+        assert right is not None
+        # Tiles of samples begin at tokens 0, 16, 32; 40; 41, 57; 64, 80.
+        assert error(found[0, 32:57], right[0, 32:57]) < 1e-3
+        assert bool((found[0, :32] == 7).all() & (found[0, 57:] == 7).all())
+
+
+def test_packed_gradients_are_repaired_where_a_flag_is_raised() -> None:
+    case = Case("repair", (), 6, is_causal=True, heads=4, kv_heads=2, head_dim=16, value_dim=16, dtype=torch.float16)
+    problem, (_, inputs, options, _), cotangents = packed_call(case, [20, 0, 1, 13], DEVICE)
+    grad_out = cotangents.grad_out
+    plan, key_plan = dq.query_plan(problem, layout(grad_out), None), dkv.key_plan(problem, layout(grad_out))
+    grad_query, statistics = dq.backward_query(plan, problem, inputs, options, cotangents)
+    expected = grad_query, *dkv.backward_key(key_plan, problem, inputs, options, grad_out, statistics)
+    for raised in (False, True):
+        flag = packed_repair.new_flag(problem)
+        assert flag is not None
+        flag += raised
+        query, key, value = results = [torch.full_like(x, 7.0) for x in expected]
+        packed_repair.repair_query(problem, inputs, options, cotangents, query, statistics, flag)
+        packed_repair.repair_key(problem, inputs, options, grad_out, statistics, (key, value), flag)
+        for found, right in zip(results, expected, strict=True):
+            assert torch.equal(found, right) if raised else (found == 7.0).all()
+
+
+def test_packed_calls_that_large_windows_do_not_take() -> None:
+    case = replace(PACKED[1], dtype=torch.bfloat16)
+    problem, (_, inputs, options, _), _ = packed_call(case, [100] * 10, DEVICE)
+    assert "100 keys" in (variants.LARGE_FORWARD.pays(Question(problem)) or ""), "windows are cut to samples"
+    registers = torch.zeros(10, 3, 2, 128, device=DEVICE, dtype=torch.bfloat16)
+    tensors = inputs._replace(additional_keys=registers, additional_values=registers)
+    flat = problem._replace(kernel_size=(3, 3), stride=(1, 1), dilation=(1, 1), is_causal=(False, False))
+    for variant in (variants.LARGE_FORWARD, variants.LARGE_QUERY_GRADIENT, variants.LARGE_KEY_GRADIENTS):
+        assert "additional keys" in (variant.supports(Question(problem_of(tensors, options))) or "")
+        assert "one axis" in (variant.supports(Question(flat)) or "")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from math import prod
 from types import ModuleType
 from typing import Any
@@ -14,8 +16,15 @@ import pytest
 import torch
 from helpers import Case, assert_close, assert_nan_stays, enlarge, error, make_inputs, oracle, run
 from hypothesis import given, settings
-from problems import problem_of_image
-from test_sm90_large import assert_oracle, call_of, needs_device, planned
+from problems import problem_of_image, problem_of_packed_texts
+from test_sm90_large import (
+    assert_oracle,
+    assert_packed_oracle,
+    assert_texts_are_apart,
+    call_of,
+    needs_device,
+    planned,
+)
 from torch import Tensor
 
 pytest.importorskip("triton.experimental.gluon")
@@ -652,3 +661,72 @@ def test_long_runs_come_first(tiles: int, tile_rows: int, programs: int, expecte
 @pytest.mark.parametrize(("count", "parts"), [(14, [8, 4, 2]), (15, [8, 4, 4]), (8, [8]), (1, [1]), (9, [8, 1])])
 def test_parts_are_powers_of_two_that_cover_an_axis(count: int, parts: list[int]) -> None:
     assert binary_parts(count, 3) == parts
+
+
+# --- Packed samples of one axis
+
+PACKED = (
+    Case("gqa-sink", (), 128, is_causal=True, heads=16, kv_heads=2, head_dim=64, value_dim=64, sink="learned"),
+    Case("tiles-zero-sink", (), 16, is_causal=True, heads=2, kv_heads=2, head_dim=64, value_dim=64, sink="zero"),
+    Case("wide-gqa", (), 40, is_causal=True, heads=8, kv_heads=2, head_dim=128, value_dim=128),
+    Case("three-keys", (), 3, is_causal=True, heads=4, kv_heads=4, head_dim=32, value_dim=32),
+)
+
+
+@pytest.fixture
+def taken(wherever_possible: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Which kernels were used; they are for calls of any size."""
+    names: list[str] = []
+    functions = (
+        (small_forward, "forward"), (small_forward_rolling, "forward"), (small_backward, "query_gradient"),
+        (small_backward, "key_gradients"),
+    )  # fmt: skip
+    for module, name in functions:
+        compute = getattr(module, name)
+        label = f"{module.__name__.rpartition('.')[2]}.{name}"
+        call = partial(lambda compute, label, *args: names.append(label) or compute(*args), compute, label)
+        monkeypatch.setattr(module, name, call)
+    return names
+
+
+@pytest.mark.gpu
+@needs_device
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", PACKED, ids=str)
+def test_packed_texts_match_the_oracle(case: Case, dtype: torch.dtype, taken: list[str]) -> None:
+    assert_packed_oracle(replace(case, dtype=dtype))
+    forward = "small_forward_rolling" if case.kernel_size == 128 else "small_forward"
+    assert taken == [f"{forward}.forward", "small_backward.query_gradient", "small_backward.key_gradients"] * 2
+
+
+@pytest.mark.gpu
+@needs_device
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["query", "key", "value", "grad_out"])
+@pytest.mark.parametrize("case", PACKED[:2], ids=str)
+def test_what_is_not_finite_reaches_no_other_packed_text(case: Case, name: str, value: float, taken: list[str]) -> None:
+    assert_texts_are_apart(replace(case, dtype=torch.bfloat16), name, value)
+    assert len(taken) == 12
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"is_causal": (False,)}, "only if they are causal"),
+        ({"stride": (2,)}, "without stride"),
+        ({"dilation": (2,)}, "and dilation"),
+        (
+            {"additional_keys": contiguous((3, 4, 2, 128)), "additional_values": contiguous((3, 4, 2, 128))},
+            "additional",
+        ),
+    ],
+)
+def test_packed_texts_that_are_not_cut_from_one_text(
+    changes: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = problem_of_packed_texts(monkeypatch, kernel_size=(64,))
+    problem = small._replace(**changes)
+    for variant in (variants.ROLLING_FORWARD, variants.TILES_FORWARD, variants.TILES_QUERY_GRADIENT,
+                    variants.TILES_KEY_GRADIENTS):  # fmt: skip
+        assert variant.supports(Question(small)) is None
+        assert reason in (variant.supports(Question(problem)) or "")

@@ -30,13 +30,13 @@ from natten_layers import (
     neighborhood_attention_varlen,
 )
 from natten_layers.eager import dense_attention_state
-from natten_layers.geometry import fitted, make_window
+from natten_layers.geometry import fitted, make_window, query_bounds, window_bounds
 from natten_layers.modules.hdit_layers import ShiftedWindowGQA
 from natten_layers.operations import Impl
 
 pytest.importorskip("triton")
 
-from natten_layers.kernels.host.packing import FIELDS, packing_of, sample_tables
+from natten_layers.kernels.host.packing import FIELDS, line_tables, packing_of, sample_tables
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -313,6 +313,32 @@ def test_tables_of_samples() -> None:
         [2, 6, 15, 1, 1, 4, 1, 1, 2, 1, 1, 1, 1, 1, 1, 1, 1, 2],
     ]
     assert torch.equal(tables.tiles, tables.samples[[0] * 6 + [2] * 2])
+
+
+def test_tables_of_a_line() -> None:
+    """By hand: windows of texts of 5, 0, 1 and 6 tokens, and which queries see a key."""
+    packing = packing_of(torch.tensor([[5], [0], [1], [6]]), 12)
+    windows = make_window((100,), 3, 1, 1, True), make_window((100,), 4, 2)
+    causal, centred = (line_tables(packing, window, torch.device("cpu")) for window in windows)
+    assert causal.windows.tolist() == [[0, 0, 0, 1, 2, 5, 6, 6, 6, 7, 8, 9], list(range(12))]
+    assert causal.queries.tolist() == [list(range(12)), [2, 3, 4, 4, 4, 5, 8, 9, 10, 11, 11, 11]]
+    assert centred.windows.tolist() == [[0, 0, 1, 1, 1, 5, 6, 6, 7, 7, 8, 8], [3, 3, 4, 4, 4, 5, 9, 9, 10, 10, 11, 11]]
+    assert centred.queries.tolist() == [[0, 0, 0, 0, 2, 5, 6, 6, 6, 6, 8, 10], [1, 4, 4, 4, 4, 5, 7, 9, 11, 11, 11, 11]]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_tables_of_a_line_are_windows_of_each_sample(causal: bool) -> None:
+    lengths = [3, 40, 0, 1, 2, 13, 12, 11]
+    for kernel, stride in ((1, 1), (12, 1), (12, 12), (7, 3), (100, 30)):
+        window = make_window((1000,), kernel, stride, 1, causal)
+        tables = line_tables(packing_of(torch.tensor(lengths)[:, None], sum(lengths)), window, torch.device("cpu"))
+        first = 0
+        for length in filter(None, lengths):
+            own, index = fitted((length,), window), torch.arange(length)
+            axis = length, own.kernel_size[0], own.stride[0], causal
+            for table, bounds in zip(tables, (window_bounds, query_bounds), strict=True):
+                assert torch.equal(table[:, first : first + length] - first, torch.stack(bounds(index, *axis)))
+            first += length
 
 
 def test_bad_input() -> None:

@@ -14,9 +14,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...geometry import Window, fitted
+from ...geometry import Window, fitted, window_bounds
 
-__all__ = ["FIELDS", "Packing", "SampleTables", "packing_of", "sample_tables"]
+__all__ = [
+    "FIELDS",
+    "LineTables",
+    "Packing",
+    "SampleTables",
+    "line_tables",
+    "packing_of",
+    "sample_bounds",
+    "sample_tables",
+]
 
 FIELDS = 18
 """Integers that describe a sample to a kernel: its index, its first tile, its first token, and for each of three axes
@@ -109,3 +118,48 @@ def sample_tables(packing: Packing, window: Window, tile: Box, device: torch.dev
     samples = torch.tensor([[*start, *row] for *start, row in starts], dtype=torch.int32).reshape(-1, FIELDS)
     tiles = samples.repeat_interleave(torch.tensor(counts, dtype=torch.long), 0)
     return SampleTables(tiles.to(device), samples.to(device))
+
+
+class LineTables(NamedTuple):
+    """Bounds of windows in a packed batch with one axis and no dilation: ``[2, tokens]``, int32, on the device.
+
+    Tokens count from the first one of the batch. No bound decreases from a token to the next, nor from a sample to the
+    next.
+    """
+
+    windows: Tensor
+    """the first and the last key that each query sees"""
+    queries: Tensor
+    """the first and the last query that sees each key"""
+
+
+def _sample_bounds(packing: Packing, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The first and the last token of the sample of each token, ``[tokens]``, int32, on the device.
+
+    They are made there from the lengths of the samples.
+    """
+    sizes = torch.tensor(packing.sizes, dtype=torch.int32).to(device)
+    ends = sizes.cumsum(0, dtype=torch.int32)
+    token = torch.arange(packing.tokens, dtype=torch.int32, device=device)
+    sample = torch.searchsorted(ends, token, right=True)
+    return (ends - sizes)[sample], ends[sample] - 1
+
+
+# Every layer of a model asks for the same one or two tables in a step. They take 8 and 16 bytes a token.
+sample_bounds = lru_cache(maxsize=16)(_sample_bounds)
+
+
+@lru_cache(maxsize=16)
+def line_tables(packing: Packing, window: Window, device: torch.device) -> LineTables:
+    """The tables of a packed batch with one axis."""
+    (kernel,), (stride,), (causal,) = window.kernel_size, window.stride, window.is_causal
+    # Not the bounds that are kept: as their lengths are copied to the device, no table is made during the capture of a
+    # CUDA graph, which would take back its memory.
+    begin, end = _sample_bounds(packing, device)
+    token = torch.arange(packing.tokens, dtype=torch.int32, device=device)
+    # Windows of a longer axis, of which the last ones move back and the longest are cut.
+    first, _ = window_bounds(token - begin, packing.tokens + kernel, kernel, stride, causal)
+    first = torch.maximum(torch.minimum(begin + first, end + 1 - kernel), begin)
+    last = token if causal else torch.minimum(first + kernel - 1, end)
+    queries = torch.searchsorted(last, token), torch.searchsorted(first, token, right=True) - 1
+    return LineTables(torch.stack((first, last)), torch.stack(queries).to(torch.int32))

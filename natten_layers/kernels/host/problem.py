@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...geometry import Window
-from .packing import Packing, packing_of, sample_tables, tile_count
+from .packing import Packing, line_tables, packing_of, sample_bounds, sample_tables, tile_count
 from .tiling import Axis, Box, ProblemClass, TileConfig, next_power_of_2, register_tile
 
 T = TypeVar("T", int, bool)
@@ -361,6 +361,18 @@ class Problem(NamedTuple):
     def sample_table(self, tile: Box) -> Tensor | None:
         """The table of a packed batch's samples; None for images."""
         return None if self.packing is None else sample_tables(self.packing, self.window, tile, self.device).samples
+
+    def window_table(self) -> Tensor | None:
+        """The windows of a packed batch with one axis (:class:`~.packing.LineTables`); None for images."""
+        return None if self.packing is None else line_tables(self.packing, self.window, self.device).windows
+
+    def query_table(self) -> Tensor | None:
+        """The inverse of :meth:`window_table`."""
+        return None if self.packing is None else line_tables(self.packing, self.window, self.device).queries
+
+    def sample_bounds(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """First and last token of the sample of each token of a packed batch; None for images."""
+        return (None, None) if self.packing is None else sample_bounds(self.packing, self.device)
 
     def extents(self, tile: Box) -> tuple[Box, Box, Box, Box, Box]:
         """Lengths, kernel sizes, strides, dilations and numbers of tiles, or :attr:`extents_of_samples`."""

@@ -195,7 +195,9 @@ def window_key_gradients(
 
 
 @triton.jit
-def backward_key_kernel(tensors, strides, axes, group, kv_heads, key_length, scale, SPEC: tl.constexpr):
+def key_gradients_of_tile(
+    i_program, tensors, strides, axes, group, kv_heads, key_length, scale, SPEC: tl.constexpr
+):  # fmt: skip
     """dK and dV of one tile of keys. Rows of its matrices are keys; a chunk holds queries, the columns.
 
     ``tensors`` are :class:`KeyGradientTensors`, and ``axes.tiles`` counts tiles of keys.
@@ -214,7 +216,6 @@ def backward_key_kernel(tensors, strides, axes, group, kv_heads, key_length, sca
     grad_out = View(tensors.grad_out, in_elements(strides.grad_out, UNIT))
     if tensors.key_mask is not None:
         key_mask = View(tensors.key_mask, strides.key_mask)
-    i_program = tl.program_id(0)
     if tensors.tiles is not None:
         _, first, i_program, axes = packed_sample(i_program, tensors.tiles, kv_heads, axes)
         query, key = of_sample(query, first, axes, SPEC), of_sample(key, first, axes, SPEC)
@@ -265,6 +266,12 @@ def backward_key_kernel(tensors, strides, axes, group, kv_heads, key_length, sca
     o_row = contiguous_row(i_batch, token, lengths) * kv_heads + i_kv
     store_columns(DK, o_row * SPEC.head_dim, m_keys, times(b_dk, scale), SPEC.head_dim, BD)
     store_columns(DV, o_row * SPEC.value_dim, m_keys, b_dv, SPEC.value_dim, BDV)
+
+
+@triton.jit
+def backward_key_kernel(tensors, strides, axes, group, kv_heads, key_length, scale, SPEC: tl.constexpr):
+    """Each program computes one tile. The arguments are those of ``key_gradients_of_tile``."""
+    key_gradients_of_tile(tl.program_id(0), tensors, strides, axes, group, kv_heads, key_length, scale, SPEC)
 
 
 @triton.jit
@@ -358,14 +365,20 @@ def backward_key(
     plan: Plan, problem: Problem, inputs: Inputs, options: Options, grad_out: Tensor, statistics: RowStatistics
 ) -> tuple[Tensor, Tensor]:
     """dK and dV of the tokens, without those of registers. Allocates only these."""
-    grad_key, grad_value = new_like(inputs.key), new_like(inputs.value)
+    results = new_like(inputs.key), new_like(inputs.value)
+    plan.launch((key_tensors(plan, problem, inputs, grad_out, statistics, results),), (options.scale,))
+    return results
+
+
+def key_tensors(
+    plan: Plan, problem: Problem, inputs: Inputs, grad_out: Tensor, statistics: RowStatistics,
+    results: tuple[Tensor, Tensor],
+) -> KeyGradientTensors:  # fmt: skip
     delta, lse, _ = statistics
-    tensors = KeyGradientTensors(
-        inputs.query, inputs.key, inputs.value, grad_out, delta, lse, grad_key, grad_value, inputs.key_mask,
+    return KeyGradientTensors(
+        inputs.query, inputs.key, inputs.value, grad_out, delta, lse, *results, inputs.key_mask,
         problem.tile_table(plan.config.tile), inputs.rpb,
     )  # fmt: skip
-    plan.launch((tensors,), (options.scale,))
-    return grad_key, grad_value
 
 
 class RegisterTokensConfig(NamedTuple):

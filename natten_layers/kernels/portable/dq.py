@@ -204,8 +204,8 @@ def query_gradient(
 
 
 @triton.jit
-def backward_query_kernel(
-    tensors, strides, axes, group, kv_heads, registers, key_length, scale, SPEC: tl.constexpr
+def query_gradient_of_tile(
+    i_program, tensors, strides, axes, group, kv_heads, registers, key_length, scale, SPEC: tl.constexpr
 ):  # fmt: skip
     """dQ, ``delta = rowsum(dOut * Out) - dLse`` and the base-2 log-sum-exp of one query tile.
 
@@ -225,7 +225,6 @@ def backward_query_kernel(
         key_mask = View(tensors.key_mask, strides.key_mask)
     if tensors.grad_lse is not None:
         grad_lse = View(tensors.grad_lse, strides.grad_lse)
-    i_program = tl.program_id(0)
     if tensors.tiles is not None:
         i_sample, first, i_program, axes = packed_sample(
             i_program, tensors.tiles, kv_heads * ((group + SPEC.pack - 1) // SPEC.pack), axes
@@ -298,6 +297,16 @@ def backward_query_kernel(
     store_columns(DQ, o_row * SPEC.head_dim, m_rows, times(b_dq, scale), SPEC.head_dim, BD)
 
 
+@triton.jit
+def backward_query_kernel(
+    tensors, strides, axes, group, kv_heads, registers, key_length, scale, SPEC: tl.constexpr
+):  # fmt: skip
+    """Each program computes one tile. The arguments are those of ``query_gradient_of_tile``."""
+    query_gradient_of_tile(
+        tl.program_id(0), tensors, strides, axes, group, kv_heads, registers, key_length, scale, SPEC
+    )  # fmt: skip
+
+
 def query_plan(p: Problem, grad_out: Layout, grad_lse: Layout | None) -> Plan:
     config = tile_config_for("backward_query", p.problem_class)
     tensor_strides = *p.input_strides(), p.strides_of(grad_out)
@@ -321,13 +330,18 @@ def backward_query(
     plan: Plan, problem: Problem, inputs: Inputs, options: Options, cotangents: Cotangents
 ) -> tuple[Tensor, RowStatistics]:
     """dQ, delta and the base-2 log-sum-exp. Allocates only these."""
+    grad_query = new_like(inputs.query)
+    statistics = RowStatistics(torch.empty_like(cotangents.row_max), torch.empty_like(cotangents.row_max))
+    plan.launch((query_tensors(plan, problem, inputs, cotangents, grad_query, statistics),), (options.scale,))
+    return grad_query, statistics
+
+
+def query_tensors(
+    plan: Plan, problem: Problem, inputs: Inputs, cotangents: Cotangents, grad_query: Tensor, statistics: RowStatistics
+) -> QueryGradientTensors:
     query, key, value, additional_keys, additional_values, _, key_mask, _, rpb = inputs
     out, row_max, row_sum, grad_out, grad_lse = cotangents
-    grad_query = new_like(query)
-    delta, lse = torch.empty_like(row_max), torch.empty_like(row_max)
-    tensors = QueryGradientTensors(
+    return QueryGradientTensors(
         query, key, value, additional_keys, additional_values, out, grad_out, grad_lse, row_max, row_sum,
-        grad_query, delta, lse, key_mask, problem.tile_table(plan.config.tile), rpb,
+        grad_query, statistics.delta, statistics.lse, key_mask, problem.tile_table(plan.config.tile), rpb,
     )  # fmt: skip
-    plan.launch((tensors,), (options.scale,))
-    return grad_query, RowStatistics(delta, lse)

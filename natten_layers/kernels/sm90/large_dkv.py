@@ -20,10 +20,11 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from ..host.problem import Inputs, Layout, Options, Problem, RowStatistics, layout, new_like, three_axes
 from ..host.tiling import head_width
 from ..portable.primitives import LOG2E
-from ..portable.windows import is_empty, queries_of, shifted, union_of_queries, unravel
+from ..portable.windows import inside_axes, is_empty, queries_of, shifted, union_of_queries, unravel
 from . import large_tiling
 from .large_statistics import statistics_boxes, to_head_major
 from .large_tiling import LargeTileConfig
+from .packed_repair import repair_key
 from .primitives import (
     await_load,
     await_tile,
@@ -31,6 +32,7 @@ from .primitives import (
     chunk_mask,
     corner_at,
     expect_load,
+    flag_nonfinite,
     hidden,
     key_boxes,
     load_box,
@@ -40,6 +42,7 @@ from .primitives import (
     new_ring,
     new_schedule,
     next_walk_index,
+    on_line,
     part_of,
     part_rows,
     reach_of,
@@ -52,6 +55,7 @@ from .primitives import (
     store_part,
     take_tile,
     tile_of,
+    union_on_line,
     walk_over,
     write_note,
 )
@@ -61,13 +65,18 @@ ALIGNMENT: gl.constexpr = gl.constexpr(large_tiling.ALIGNMENT)
 
 
 @gluon.jit
-def key_walk(tile_id, plan, CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr, OFFSET: gl.constexpr):
+def key_walk(
+    tile_id, plan, Queries, CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr, OFFSET: gl.constexpr
+):  # fmt: skip
     """Batch, KV head, first position of a tile of keys, and the walk over the queries that see the tile.
 
     A key is seen by the query at its own position, so that no walk is empty.
     """
     i_batch, i_kv, count, origin = tile_of(tile_id, plan, TILE)
-    lo, hi, inner_lo, inner_hi = union_of_queries(origin, count, plan[1], plan[2], CAUSAL, TILE)
+    if Queries is None:
+        lo, hi, inner_lo, inner_hi = union_of_queries(origin, count, plan[1], plan[2], CAUSAL, TILE)
+    else:
+        lo, hi, inner_lo, inner_hi = union_on_line(Queries, origin, count, TILE)
     # TMA loads statistics, which stand behind ``OFFSET`` columns, from multiples of their alignment.
     lo = (lo[0], lo[1], (lo[2] + OFFSET) // ALIGNMENT * ALIGNMENT - OFFSET)
     return i_batch, i_kv, origin, walk_over(lo, hi, inner_lo, inner_hi, CHUNK)
@@ -75,7 +84,7 @@ def key_walk(tile_id, plan, CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.
 
 @gluon.jit
 def kv_tile_producer(
-    ring, schedule, TileCounter, k_desc, v_desc, plan, num_tiles,
+    ring, schedule, TileCounter, k_desc, v_desc, plan, Queries, num_tiles,
     CAUSAL: gl.constexpr, TILE: gl.constexpr, PART: gl.constexpr, GROUPS: gl.constexpr, CHUNK: gl.constexpr,
     OFFSET: gl.constexpr, TILES: gl.constexpr,
 ):  # fmt: skip
@@ -84,7 +93,7 @@ def kv_tile_producer(
     n = 0
     tile_id = take_tile(schedule, 0, TileCounter)
     while tile_id < num_tiles:
-        i_batch, i_kv, origin, _walk = key_walk(tile_id, plan, CAUSAL, TILE, CHUNK, OFFSET)
+        i_batch, i_kv, origin, _walk = key_walk(tile_id, plan, Queries, CAUSAL, TILE, CHUNK, OFFSET)
         expect_load(ring, n, (k_desc.block_type.nbytes + v_desc.block_type.nbytes) * COUNT, TILES)
         for GROUP in gl.static_range(COUNT):
             t, h, w = part_of(origin, GROUP, GROUPS, PART)
@@ -96,7 +105,7 @@ def kv_tile_producer(
 
 @gluon.jit
 def q_chunk_producer(
-    ring, notes, schedule, q_desc, do_desc, lse_desc, delta_desc, plan, num_tiles, group,
+    ring, notes, schedule, q_desc, do_desc, lse_desc, delta_desc, plan, Queries, num_tiles, group,
     CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr, OFFSET: gl.constexpr, SKIP: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -108,7 +117,7 @@ def q_chunk_producer(
     i_tile = 0
     tile_id = await_tile(schedule, 0)
     while tile_id < num_tiles:
-        i_batch, i_kv, _origin, walk = key_walk(tile_id, plan, CAUSAL, TILE, CHUNK, OFFSET)
+        i_batch, i_kv, _origin, walk = key_walk(tile_id, plan, Queries, CAUSAL, TILE, CHUNK, OFFSET)
         i_walk, i_head = (0, 0, 0), i_kv * group
         for _ in range(chunk_count(walk) * group):
             t, h, w = corner_at(i_walk, walk, CHUNK, SKIP)
@@ -188,7 +197,7 @@ def add_to_keys(
 
 @gluon.jit
 def dkv_consumer(
-    tile_ring, ring, notes, schedule, DK, DV, plan, num_tiles, group, scale,
+    tile_ring, ring, notes, schedule, DK, DV, Nonfinite, plan, Queries, num_tiles, group, scale,
     BY_RESULT: gl.constexpr, CAUSAL: gl.constexpr, TILE: gl.constexpr, PART: gl.constexpr, GROUPS: gl.constexpr,
     SKIP: gl.constexpr, CHUNK: gl.constexpr, OFFSET: gl.constexpr, RANK: gl.constexpr, D: gl.constexpr,
     BD: gl.constexpr, DIM_V: gl.constexpr, BDV: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr,
@@ -216,9 +225,13 @@ def dkv_consumer(
     i_tile = 0
     tile_id = await_tile(schedule, 0)
     while tile_id < num_tiles:
-        i_batch, i_kv, tile_origin, walk = key_walk(tile_id, plan, CAUSAL, TILE, CHUNK, OFFSET)
+        i_batch, i_kv, tile_origin, walk = key_walk(tile_id, plan, Queries, CAUSAL, TILE, CHUNK, OFFSET)
         origin = part_of(tile_origin, OWN, GROUPS, PART)
-        row_lo, row_hi = queries_of(shifted(position, origin), length, kernel, stride, CAUSAL)
+        index = shifted(position, origin)
+        if Queries is None:
+            row_lo, row_hi = queries_of(index, length, kernel, stride, CAUSAL)
+        else:
+            row_lo, row_hi = on_line(Queries, index, length)
         if not (BY_RESULT and GROUP == 0):
             b_dk = gl.zeros([M, BD], gl.float32, OUT_K)
         if not (BY_RESULT and GROUP == 1):
@@ -257,6 +270,11 @@ def dkv_consumer(
                 i_walk, _wraps = next_walk_index(i_walk, walk)
                 n += 1
 
+        if Queries is not None:
+            if not (BY_RESULT and GROUP == 0):
+                flag_nonfinite(Nonfinite, b_dk, inside_axes(index, length))
+            if not (BY_RESULT and GROUP == 1):
+                flag_nonfinite(Nonfinite, b_dv, inside_axes(index, length))
         if not BY_RESULT:
             # No other group reads this part of the keys and values, so the buffers are free for results.
             store_part(b_v, b_dv, DV, i_kv, i_batch, origin, length, kv_heads, PART, 1, DIM_V)
@@ -275,7 +293,7 @@ def dkv_consumer(
 @gluon.jit
 def dkv_worker(
     tile_ring, ring, notes, schedule, q_desc, do_desc, lse_desc, delta_desc, k_desc, v_desc, DK, DV, TileCounter,
-    plan, group, num_tiles, scale,
+    plan, Queries, group, num_tiles, scale,
     BY_RESULT: gl.constexpr, CAUSAL: gl.constexpr, TILE: gl.constexpr, PART: gl.constexpr, GROUPS: gl.constexpr,
     SKIP: gl.constexpr, CHUNK: gl.constexpr, OFFSET: gl.constexpr, RANK: gl.constexpr, D: gl.constexpr,
     BD: gl.constexpr, DIM_V: gl.constexpr, BDV: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr,
@@ -285,25 +303,25 @@ def dkv_worker(
     READERS: gl.constexpr = 2 if BY_RESULT else GROUPS[0] * GROUPS[1] * GROUPS[2]
     if WORKER < READERS:
         dkv_consumer(
-            tile_ring, ring, notes, schedule, DK, DV, plan, num_tiles, group, scale,
+            tile_ring, ring, notes, schedule, DK, DV, TileCounter + 1, plan, Queries, num_tiles, group, scale,
             BY_RESULT, CAUSAL, TILE, PART, GROUPS, SKIP, CHUNK, OFFSET, RANK, D, BD, DIM_V, BDV, STAGES, TILES,
             WORKER,
         )  # fmt: skip
     elif WORKER == READERS:
         kv_tile_producer(
-            tile_ring, schedule, TileCounter, k_desc, v_desc, plan, num_tiles,
+            tile_ring, schedule, TileCounter, k_desc, v_desc, plan, Queries, num_tiles,
             CAUSAL, TILE, PART, GROUPS, CHUNK, OFFSET, TILES,
         )  # fmt: skip
     else:
         q_chunk_producer(
-            ring, notes, schedule, q_desc, do_desc, lse_desc, delta_desc, plan, num_tiles, group,
+            ring, notes, schedule, q_desc, do_desc, lse_desc, delta_desc, plan, Queries, num_tiles, group,
             CAUSAL, TILE, CHUNK, OFFSET, SKIP, STAGES,
         )  # fmt: skip
 
 
 @gluon.jit
 def large_dkv_kernel(
-    DK, DV, TileCounter, lse_desc, delta_desc, q_desc, do_desc, k_desc, v_desc,
+    DK, DV, TileCounter, Queries, lse_desc, delta_desc, q_desc, do_desc, k_desc, v_desc,
     length, kernel, stride, tiles, group, kv_heads, num_tiles, scale,
     BY_RESULT: gl.constexpr, CAUSAL: gl.constexpr, TILE: gl.constexpr, PART: gl.constexpr, GROUPS: gl.constexpr,
     SKIP: gl.constexpr, CHUNK: gl.constexpr, OFFSET: gl.constexpr, RANK: gl.constexpr, D: gl.constexpr,
@@ -312,7 +330,8 @@ def large_dkv_kernel(
 ):  # fmt: skip
     """dK and dV, contiguous. Heads have ``D`` and ``DIM_V`` channels, and ``BD`` and ``BDV`` in shared memory.
 
-    ``WARPS`` and ``REGISTERS`` are as in ``large_forward_kernel``.
+    ``WARPS`` and ``REGISTERS`` are as in ``large_forward_kernel``. ``Queries`` is None except in packed batches
+    (``on_line``), in which the number behind the tile counter becomes 1 where a result is not finite.
     """
     COUNT: gl.constexpr = GROUPS[0] * GROUPS[1] * GROUPS[2]
     READERS: gl.constexpr = 2 if BY_RESULT else COUNT
@@ -323,8 +342,8 @@ def large_dkv_kernel(
     gl.warp_specialize(
         [
             (dkv_worker, (tile_ring, ring, notes, schedule, q_desc, do_desc, lse_desc, delta_desc, k_desc, v_desc, DK,
-                          DV, TileCounter, plan, group, num_tiles, scale, BY_RESULT, CAUSAL, TILE, PART, GROUPS, SKIP,
-                          CHUNK, OFFSET, RANK, D, BD, DIM_V, BDV, STAGES, TILES, WORKER))
+                          DV, TileCounter, plan, Queries, group, num_tiles, scale, BY_RESULT, CAUSAL, TILE, PART,
+                          GROUPS, SKIP, CHUNK, OFFSET, RANK, D, BD, DIM_V, BDV, STAGES, TILES, WORKER))
             for WORKER in (0, 1, 2, 3, 4, 5, 6)[: READERS + 2]
         ],
         WARPS,
@@ -346,9 +365,12 @@ def key_gradients(
         assert statistics.lse is not None
         head_major = to_head_major(problem, statistics.lse, statistics.delta)
     query, key, value = inputs[:3]
-    grad_key, grad_value, counter = new_like(key), new_like(value), key.new_zeros(1, dtype=torch.int32)
+    grad_key, grad_value, counter = new_like(key), new_like(value), key.new_zeros(2, dtype=torch.int32)
     call = prepare(config, problem, layout(grad_out), layout(head_major.lse))
-    call((grad_key, grad_value, counter), (*head_major, query, grad_out, key, value), (options.scale,))
+    tensors = grad_key, grad_value, counter, problem.query_table()
+    call(tensors, (*head_major, query, grad_out, key, value), (options.scale,))
+    if problem.packing is not None:
+        repair_key(problem, inputs, options, grad_out, statistics, (grad_key, grad_value), counter[1:])
     return grad_key, grad_value
 
 
@@ -357,7 +379,7 @@ def prepare(config: LargeTileConfig, p: Problem, grad_out: Layout, head_major: L
     """What all calls of a problem share."""
     lengths, kernel_size, stride, _ = p.geometry
     tiles, by_result = p.tiles(config.tile), large_tiling.is_wide(p)
-    offset = large_tiling.statistics_offset(p.axes)
+    offset = large_tiling.offset_of(p)
     programs = p.query.shape[0] * prod(tiles) * p.kv_heads
     return call_of(
         large_dkv_kernel,

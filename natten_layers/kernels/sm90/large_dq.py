@@ -26,11 +26,13 @@ from ..portable.windows import inside_axes, is_empty, shifted, union_of_windows,
 from . import large_tiling
 from .large_statistics import statistics_of
 from .large_tiling import LargeTileConfig
+from .packed_repair import repair_query
 from .primitives import (
     await_load,
     await_tile,
     chunk_count,
     chunk_mask,
+    flag_nonfinite,
     hidden,
     key_boxes,
     key_chunk_producer,
@@ -40,6 +42,7 @@ from .primitives import (
     new_ring,
     new_schedule,
     next_walk_index,
+    on_line,
     part_of,
     part_rows,
     query_boxes,
@@ -83,7 +86,7 @@ def add_keys(
 
 @gluon.jit
 def dq_consumer(
-    tile_ring, ring, notes, schedule, Lse, Delta, DQ, plan, num_tiles, width, offset, scale,
+    tile_ring, ring, notes, schedule, Lse, Delta, DQ, Nonfinite, Windows, plan, num_tiles, width, offset, scale,
     CAUSAL: gl.constexpr, TILE: gl.constexpr, PART: gl.constexpr, GROUPS: gl.constexpr, SKIP: gl.constexpr,
     CHUNK: gl.constexpr, PACK: gl.constexpr, RANK: gl.constexpr, D: gl.constexpr, BD: gl.constexpr, BDV: gl.constexpr,
     STAGES: gl.constexpr, TILES: gl.constexpr, GROUP: gl.constexpr,
@@ -104,10 +107,13 @@ def dq_consumer(
     i_tile = 0
     tile_id = await_tile(schedule, 0)
     while tile_id < num_tiles:
-        i_batch, i_head, tile_origin, walk = tile_walk(tile_id, plan, CAUSAL, TILE, CHUNK)
+        i_batch, i_head, tile_origin, walk = tile_walk(tile_id, plan, CAUSAL, TILE, CHUNK, Windows)
         origin = part_of(tile_origin, GROUP, GROUPS, PART)
         index = shifted(position, origin)
-        row_lo, row_hi = windows_of(index, length, kernel, stride, CAUSAL)
+        if Windows is None:
+            row_lo, row_hi = windows_of(index, length, kernel, stride, CAUSAL)
+        else:
+            row_lo, row_hi = on_line(Windows, index, length)
         m_rows = inside_axes(index, length)
         image_row = ((i_head * PACK + head).to(gl.int64) * images + i_batch) * length[0] + index[0]
         o_stat = (image_row * length[1] + index[1]) * width + index[2] + offset
@@ -146,6 +152,8 @@ def dq_consumer(
                 i_walk, _wraps = next_walk_index(i_walk, walk)
                 n += 1
 
+        if Windows is not None:
+            flag_nonfinite(Nonfinite, b_dq, m_rows)
         store_part(b_q, b_dq * scale, DQ, i_head, i_batch, origin, length, blocks * PACK, PART, PACK, D)
         fence_async_shared()
         release(tile_ring, i_tile, TILES)
@@ -155,7 +163,7 @@ def dq_consumer(
 
 @gluon.jit
 def dq_worker(
-    tile_ring, ring, notes, schedule, q_desc, do_desc, k_desc, v_desc, Lse, Delta, DQ, TileCounter,
+    tile_ring, ring, notes, schedule, q_desc, do_desc, k_desc, v_desc, Lse, Delta, DQ, TileCounter, Windows,
     plan, group, num_tiles, width, offset, scale,
     CAUSAL: gl.constexpr, TILE: gl.constexpr, PART: gl.constexpr, GROUPS: gl.constexpr, SKIP: gl.constexpr,
     CHUNK: gl.constexpr, PACK: gl.constexpr, RANK: gl.constexpr, D: gl.constexpr, BD: gl.constexpr, BDV: gl.constexpr,
@@ -165,29 +173,33 @@ def dq_worker(
     COUNT: gl.constexpr = GROUPS[0] * GROUPS[1] * GROUPS[2]
     if WORKER < COUNT:
         dq_consumer(
-            tile_ring, ring, notes, schedule, Lse, Delta, DQ, plan, num_tiles, width, offset, scale,
-            CAUSAL, TILE, PART, GROUPS, SKIP, CHUNK, PACK, RANK, D, BD, BDV, STAGES, TILES, WORKER,
+            tile_ring, ring, notes, schedule, Lse, Delta, DQ, TileCounter + 1, Windows, plan, num_tiles, width, offset,
+            scale, CAUSAL, TILE, PART, GROUPS, SKIP, CHUNK, PACK, RANK, D, BD, BDV, STAGES, TILES, WORKER,
         )  # fmt: skip
     elif WORKER == COUNT:
         query_tile_producer(
             tile_ring, schedule, TileCounter, (q_desc, do_desc), plan, num_tiles,
-            CAUSAL, TILE, PART, GROUPS, CHUNK, PACK, TILES,
+            CAUSAL, TILE, PART, GROUPS, CHUNK, PACK, TILES, Windows,
         )  # fmt: skip
     else:
         key_chunk_producer(
-            ring, notes, schedule, (k_desc, v_desc), plan, num_tiles, group, CAUSAL, TILE, CHUNK, PACK, SKIP, STAGES
-        )
+            ring, notes, schedule, (k_desc, v_desc), plan, num_tiles, group, CAUSAL, TILE, CHUNK, PACK, SKIP, STAGES,
+            Windows,
+        )  # fmt: skip
 
 
 @gluon.jit
 def large_dq_kernel(
-    Lse, Delta, DQ, TileCounter, q_desc, do_desc, k_desc, v_desc,
+    Lse, Delta, DQ, TileCounter, Windows, q_desc, do_desc, k_desc, v_desc,
     length, kernel, stride, tiles, group, blocks, num_tiles, width, offset, scale,
     CAUSAL: gl.constexpr, TILE: gl.constexpr, PART: gl.constexpr, GROUPS: gl.constexpr, SKIP: gl.constexpr,
     CHUNK: gl.constexpr, PACK: gl.constexpr, RANK: gl.constexpr, D: gl.constexpr, BD: gl.constexpr, BDV: gl.constexpr,
     STAGES: gl.constexpr, TILES: gl.constexpr, WARPS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """dQ, contiguous. ``WARPS`` and ``REGISTERS`` are as in ``large_forward_kernel``."""
+    """dQ, contiguous. ``WARPS``, ``REGISTERS`` and ``Windows`` are as in ``large_forward_kernel``.
+
+    In packed batches the number behind the tile counter becomes 1 where a result is not finite.
+    """
     COUNT: gl.constexpr = GROUPS[0] * GROUPS[1] * GROUPS[2]
     tile_ring = new_ring(repeated((q_desc, do_desc), COUNT), TILES, COUNT)
     ring, schedule = new_ring((k_desc, v_desc), STAGES, COUNT), new_schedule(COUNT + 1)
@@ -196,8 +208,8 @@ def large_dq_kernel(
     gl.warp_specialize(
         [
             (dq_worker, (tile_ring, ring, notes, schedule, q_desc, do_desc, k_desc, v_desc, Lse, Delta, DQ, TileCounter,
-                         plan, group, num_tiles, width, offset, scale, CAUSAL, TILE, PART, GROUPS, SKIP, CHUNK, PACK,
-                         RANK, D, BD, BDV, STAGES, TILES, WORKER))
+                         Windows, plan, group, num_tiles, width, offset, scale, CAUSAL, TILE, PART, GROUPS, SKIP, CHUNK,
+                         PACK, RANK, D, BD, BDV, STAGES, TILES, WORKER))
             for WORKER in (0, 1, 2, 3, 4, 5, 6)[: COUNT + 2]
         ],
         WARPS,
@@ -210,25 +222,29 @@ def query_gradient(
 ) -> tuple[Tensor, RowStatistics]:
     """dQ of a call without register tokens, and its statistics. Allocates only these."""
     grad_out = cotangents.grad_out
-    statistics, delta = statistics_of(problem, cotangents)
+    statistics = statistics_of(problem, cotangents)
     query, key, value = inputs[:3]
-    grad_query, counter = new_like(query), query.new_zeros(1, dtype=torch.int32)
-    call = prepare(config, problem, layout(grad_out), statistics.lse.shape[-1])
-    call((*statistics, grad_query, counter), (query, grad_out, key, value), (options.scale,))
-    return grad_query, RowStatistics(delta, None, statistics)
+    grad_query, counter = new_like(query), query.new_zeros(2, dtype=torch.int32)
+    call = prepare(config, problem, layout(grad_out), statistics.head_major.lse.shape[-1])
+    tensors = *statistics.head_major, grad_query, counter, problem.window_table()
+    call(tensors, (query, grad_out, key, value), (options.scale,))
+    if problem.packing is not None:
+        repair_query(problem, inputs, options, cotangents, grad_query, statistics, counter[1:])
+    return grad_query, statistics
 
 
 @lru_cache(maxsize=1024)
 def prepare(config: LargeTileConfig, p: Problem, grad_out: Layout, width: int) -> Call:
     """What all calls of a problem share."""
     lengths, kernel_size, stride, _ = p.geometry
-    programs = p.programs(config)
+    blocks = p.query.shape[-2] // config.pack
+    programs = large_tiling.tile_count(p, config.tile) * blocks
     return call_of(
         large_dq_kernel,
         (min(programs, multiprocessors(p.device)),),
         (
-            lengths, kernel_size, stride, p.tiles(config.tile), p.group, p.query.shape[-2] // config.pack, programs,
-            width, large_tiling.statistics_offset(p.axes),
+            lengths, kernel_size, stride, p.tiles(config.tile), p.group, blocks, programs, width,
+            large_tiling.offset_of(p),
         ),
         [*(query_boxes(x, config.part, config.pack) for x in (p.query, grad_out)),
          *(key_boxes(x, config.chunk) for x in (p.key, p.value))],

@@ -10,7 +10,7 @@ those that none of its own rows sees: where windows are not much larger than til
 
 # Triton's language is Python to the parser only.
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAssignmentType=false, reportArgumentType=false
-# pyright: reportIndexIssue=false
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false
 
 from dataclasses import replace
 from functools import lru_cache
@@ -35,7 +35,8 @@ from ..portable.fold_registers import fold_registers
 from ..portable.forward import ForwardTensors, attend_tile
 from ..portable.parameters import Axes, Spec, Strides
 from ..portable.primitives import LN2, LOG2E, LOWEST
-from ..portable.windows import is_empty, shifted, union_of_windows, unravel, windows_of
+from ..portable.windows import SAMPLE_FIELDS, is_empty, shifted, union_of_windows, unravel, windows_of
+from . import large_tiling
 from .large_tiling import LargeTileConfig
 from .primitives import (
     await_load,
@@ -51,6 +52,7 @@ from .primitives import (
     new_ring,
     new_schedule,
     next_walk_index,
+    on_line,
     output_rows,
     part_of,
     part_rows,
@@ -191,7 +193,8 @@ def attend_alone(
 
 @gluon.jit
 def q_consumer(
-    q_ring, k_ring, v_ring, notes, schedule, Out, RowMax, RowSum, Nonfinite, Sink, plan, parts, num_tiles, sink, factor,
+    q_ring, k_ring, v_ring, notes, schedule, Out, RowMax, RowSum, Nonfinite, Sink, Windows, plan, parts, num_tiles,
+    sink, factor,
     CAUSAL: gl.constexpr, TILE: gl.constexpr, PART: gl.constexpr, GROUPS: gl.constexpr, SKIP: gl.constexpr,
     CHUNK: gl.constexpr, PACK: gl.constexpr, RANK: gl.constexpr, BD: gl.constexpr, DV: gl.constexpr, BDV: gl.constexpr,
     STAGES: gl.constexpr, TILES: gl.constexpr, SINK: gl.constexpr, WITH_STATS: gl.constexpr, GROUP: gl.constexpr,
@@ -211,9 +214,12 @@ def q_consumer(
     i_tile = 0
     tile_id = await_tile(schedule, 0)
     while tile_id < num_tiles:
-        i_batch, i_head, tile_origin, walk = tile_walk(tile_id, plan, CAUSAL, TILE, CHUNK)
+        i_batch, i_head, tile_origin, walk = tile_walk(tile_id, plan, CAUSAL, TILE, CHUNK, Windows)
         origin = part_of(tile_origin, GROUP, GROUPS, PART)
-        row_lo, row_hi = windows_of(shifted(position, origin), length, kernel, stride, CAUSAL)
+        if Windows is None:
+            row_lo, row_hi = windows_of(shifted(position, origin), length, kernel, stride, CAUSAL)
+        else:
+            row_lo, row_hi = on_line(Windows, shifted(position, origin), length)
         row_m, part_l = initial_stats(Sink, i_head * PACK + head, sink, SINK, M, gl.SliceLayout(1, SCORES), PARTS)
         b_acc = gl.zeros([M, BDV], gl.float32, OUT)
         if SKIP:
@@ -288,7 +294,7 @@ def q_consumer(
 @gluon.jit
 def forward_worker(
     q_ring, k_ring, v_ring, notes, schedule, q_desc, k_desc, v_desc, Out, RowMax, RowSum, Nonfinite, Sink,
-    plan, parts, group, num_tiles, flags, sink, scale,
+    Windows, plan, parts, group, num_tiles, flags, sink, scale,
     CAUSAL: gl.constexpr, TILE: gl.constexpr, PART: gl.constexpr, GROUPS: gl.constexpr, SKIP: gl.constexpr,
     CHUNK: gl.constexpr, PACK: gl.constexpr, RANK: gl.constexpr, BD: gl.constexpr, DV: gl.constexpr, BDV: gl.constexpr,
     STAGES: gl.constexpr, TILES: gl.constexpr, SINK: gl.constexpr, WITH_STATS: gl.constexpr, WORKER: gl.constexpr,
@@ -297,33 +303,36 @@ def forward_worker(
     COUNT: gl.constexpr = GROUPS[0] * GROUPS[1] * GROUPS[2]
     if WORKER < COUNT:
         q_consumer(
-            q_ring, k_ring, v_ring, notes, schedule, Out, RowMax, RowSum, Nonfinite, Sink, plan, parts, num_tiles,
-            sink, scale * LOG2E, CAUSAL, TILE, PART, GROUPS, SKIP, CHUNK, PACK, RANK, BD, DV, BDV,
+            q_ring, k_ring, v_ring, notes, schedule, Out, RowMax, RowSum, Nonfinite, Sink, Windows, plan, parts,
+            num_tiles, sink, scale * LOG2E, CAUSAL, TILE, PART, GROUPS, SKIP, CHUNK, PACK, RANK, BD, DV, BDV,
             STAGES, TILES, SINK, WITH_STATS, WORKER,
         )  # fmt: skip
     elif WORKER == COUNT:
         query_tile_producer(
             q_ring, schedule, Nonfinite + flags, (q_desc,), plan, num_tiles,
-            CAUSAL, TILE, PART, GROUPS, CHUNK, PACK, TILES,
+            CAUSAL, TILE, PART, GROUPS, CHUNK, PACK, TILES, Windows,
         )  # fmt: skip
     elif SKIP:
         both = (k_ring[0][0], v_ring[0][0]), k_ring[1], k_ring[2]
         key_chunk_producer(
-            both, notes, schedule, (k_desc, v_desc), plan, num_tiles, group, CAUSAL, TILE, CHUNK, PACK, SKIP, STAGES
-        )
+            both, notes, schedule, (k_desc, v_desc), plan, num_tiles, group, CAUSAL, TILE, CHUNK, PACK, SKIP, STAGES,
+            Windows,
+        )  # fmt: skip
     elif WORKER == COUNT + 1:
         key_chunk_producer(
-            k_ring, notes, schedule, (k_desc,), plan, num_tiles, group, CAUSAL, TILE, CHUNK, PACK, SKIP, STAGES
-        )
+            k_ring, notes, schedule, (k_desc,), plan, num_tiles, group, CAUSAL, TILE, CHUNK, PACK, SKIP, STAGES,
+            Windows,
+        )  # fmt: skip
     else:
         key_chunk_producer(
-            v_ring, notes, schedule, (v_desc,), plan, num_tiles, group, CAUSAL, TILE, CHUNK, PACK, SKIP, STAGES
-        )
+            v_ring, notes, schedule, (v_desc,), plan, num_tiles, group, CAUSAL, TILE, CHUNK, PACK, SKIP, STAGES,
+            Windows,
+        )  # fmt: skip
 
 
 @gluon.jit
 def large_forward_kernel(
-    Out, RowMax, RowSum, Nonfinite, Sink, q_desc, k_desc, v_desc,
+    Out, RowMax, RowSum, Nonfinite, Sink, Windows, q_desc, k_desc, v_desc,
     length, kernel, stride, tiles, parts, group, blocks, num_tiles, flags, sink, scale,
     CAUSAL: gl.constexpr, TILE: gl.constexpr, PART: gl.constexpr, GROUPS: gl.constexpr, SKIP: gl.constexpr,
     CHUNK: gl.constexpr, PACK: gl.constexpr, RANK: gl.constexpr, BD: gl.constexpr, DV: gl.constexpr, BDV: gl.constexpr,
@@ -335,7 +344,7 @@ def large_forward_kernel(
     ``Nonfinite`` has a flag for each part of a tile, set where results are not finite, and behind the ``flags`` the
     tile counter. Heads are ``BD`` and ``BDV`` channels wide in shared memory; TMA fills what is beyond their own width
     with zeros. ``WARPS`` and ``REGISTERS``, those of a thread, are given for all but the first group of warps, which
-    has ``num_warps``.
+    has ``num_warps``. ``Windows`` is None except in packed batches (``on_line``).
     """
     COUNT: gl.constexpr = GROUPS[0] * GROUPS[1] * GROUPS[2]
     q_ring = new_ring(repeated((q_desc,), COUNT), TILES, COUNT)
@@ -350,8 +359,9 @@ def large_forward_kernel(
     gl.warp_specialize(
         [
             (forward_worker, (q_ring, k_ring, v_ring, notes, schedule, q_desc, k_desc, v_desc, Out, RowMax, RowSum,
-                              Nonfinite, Sink, plan, parts, group, num_tiles, flags, sink, scale, CAUSAL, TILE, PART,
-                              GROUPS, SKIP, CHUNK, PACK, RANK, BD, DV, BDV, STAGES, TILES, SINK, WITH_STATS, WORKER))
+                              Nonfinite, Sink, Windows, plan, parts, group, num_tiles, flags, sink, scale, CAUSAL, TILE,
+                              PART, GROUPS, SKIP, CHUNK, PACK, RANK, BD, DV, BDV, STAGES, TILES, SINK, WITH_STATS,
+                              WORKER))
             for WORKER in (0, 1, 2, 3, 4, 5, 6)[: COUNT + (2 if SKIP else 3)]
         ],
         WARPS,
@@ -360,15 +370,36 @@ def large_forward_kernel(
 
 
 @triton.jit
-def repair_kernel(Nonfinite, tensors, strides, programs, axes, group, kv_heads, sink, scale, SPEC: tl.constexpr):
-    """Compute the tiles that are flagged once more, by the portable kernel, which keeps NaN and inf away from queries
-    that do not see them. The arguments but ``Nonfinite`` and ``programs`` are those of ``attend_tile``.
+def is_flagged(i_program, Nonfinite, Tiles, last_part, blocks, SPEC: tl.constexpr):
+    """Whether a tile of a program of the portable kernel holds rows of a part that is flagged.
+
+    Such a tile is a part, but for packed batches (``Tiles``): there parts count from the first token of the batch, and
+    tiles from that of their sample, so that a tile may lie in two parts.
     """
-    i_flag = tl.program_id(0) * FLAGS + tl.arange(0, FLAGS)
-    if tl.max(tl.load(Nonfinite + i_flag, mask=i_flag < programs, other=0).to(tl.int32), 0) == 0:
+    if Tiles is None:
+        flag = tl.load(Nonfinite + i_program)
+    else:
+        p = Tiles + i_program // blocks * SAMPLE_FIELDS
+        token = tl.load(p + 2) + (i_program // blocks - tl.load(p + 1)) * SPEC.tile[2]
+        part, end = token // SPEC.tile[2], tl.minimum((token + SPEC.tile[2] - 1) // SPEC.tile[2], last_part)
+        flags = Nonfinite + i_program % blocks
+        flag = tl.maximum(tl.load(flags + part * blocks), tl.load(flags + end * blocks))
+    return flag != 0
+
+
+@triton.jit
+def repair_kernel(
+    Nonfinite, tensors, strides, programs, last_part, axes, group, kv_heads, sink, scale, SPEC: tl.constexpr
+):  # fmt: skip
+    """Compute the tiles that are flagged once more, by the portable kernel, which keeps NaN and inf away from queries
+    that do not see them. The arguments from ``axes`` on, tensors and strides are those of ``attend_tile``.
+    """
+    blocks = kv_heads * (group // SPEC.pack)
+    i_programs = tl.minimum(tl.program_id(0) * FLAGS + tl.arange(0, FLAGS), programs - 1)
+    if tl.max(is_flagged(i_programs, Nonfinite, tensors.tiles, last_part, blocks, SPEC).to(tl.int32), 0) == 0:
         return
     for i_program in range(tl.program_id(0) * FLAGS, tl.minimum(tl.program_id(0) * FLAGS + FLAGS, programs)):
-        if tl.load(Nonfinite + i_program) != 0:
+        if is_flagged(i_program, Nonfinite, tensors.tiles, last_part, blocks, SPEC):
             attend_tile(i_program, tensors, strides, axes, group, kv_heads, 0, None, sink, scale, SPEC)
 
 
@@ -390,7 +421,8 @@ def forward(
     call, flags = prepare(config, problem, with_stats or problem.registers > 0)
     out, row_max, row_sum = results = new_results(query, value.shape[-1], with_stats or problem.registers > 0)
     nonfinite = query.new_zeros(flags + 1, dtype=torch.int32)
-    call((*results, nonfinite, sink), (query, key, value), (options.sink_value, options.scale))
+    windows = problem.window_table()
+    call((*results, nonfinite, sink, windows), (query, key, value), (options.sink_value, options.scale))
     repair(config, problem, inputs, options, nonfinite, results)
     if row_max is not None and row_sum is not None and problem.registers:
         fold_registers(problem, inputs, options.scale, out, row_max, row_sum)
@@ -401,13 +433,14 @@ def forward(
 def prepare(config: LargeTileConfig, p: Problem, with_stats: bool) -> tuple[Call, int]:
     """What all calls of a problem share, and the number of parts of tiles."""
     lengths, kernel_size, stride, _ = p.geometry
-    programs, flags = p.programs(config), p.programs(replace(config, tile=config.part))
+    blocks = p.query.shape[-2] // config.pack
+    programs, flags = (large_tiling.tile_count(p, tile) * blocks for tile in (config.tile, config.part))
     call = call_of(
         large_forward_kernel,
         (min(programs, multiprocessors(p.device)),),
         (
             lengths, kernel_size, stride, p.tiles(config.tile), p.tiles(config.part), p.group,
-            p.query.shape[-2] // config.pack, programs, flags,
+            blocks, programs, flags,
         ),
         (
             query_boxes(p.query, config.part, config.pack),
@@ -429,7 +462,7 @@ def repair(
     """
     query, key, value, _, _, sink, *_ = inputs
     launch = prepare_repair(config, problem, results[1] is not None)
-    tensors = ForwardTensors(query, key, value, *results, None, None, sink, None)
+    tensors = ForwardTensors(query, key, value, *results, None, None, sink, None, problem.tile_table(config.part))
     launch((nonfinite, tensors), (options.sink_value, options.scale))
 
 
@@ -440,7 +473,10 @@ def prepare_repair(config: LargeTileConfig, p: Problem, with_stats: bool) -> Lau
     return launcher(
         repair_kernel,
         (triton.cdiv(programs, FLAGS.value),),
-        (Strides(*p.input_strides()[:3]), programs, Axes(*p.geometry, p.tiles(config.part)), p.group, p.kv_heads),
+        (
+            Strides(*p.input_strides()[:3]), programs, p.tiles(config.part)[2] - 1, Axes(*p.extents(config.part)),
+            p.group, p.kv_heads,
+        ),
         SPEC=Spec(
             head_dim, (head_width(head_dim),), value_dim, (head_width(value_dim),), precision="ieee", scale_first=False,
             causal=p.causal_axes, tile=config.part, pack=config.pack, chunk=config.chunk, rank=p.rank,

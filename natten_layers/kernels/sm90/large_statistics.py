@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 
 from ..host.launcher import Launcher, launcher
-from ..host.problem import Cotangents, Layout, Problem, layout, strides
+from ..host.problem import Cotangents, Layout, Problem, RowStatistics, layout, strides
 from ..host.tiling import Box, head_width
 from ..portable.primitives import LOG2E, load_rows
 from ..portable.windows import token_offset
@@ -27,12 +27,13 @@ PLAIN = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=4)
 
 @triton.jit
 def statistics_kernel(
-    Out, DOut, DLse, RowMax, RowSum, Delta, Lse, DeltaHeadMajor,
+    Out, DOut, DLse, RowMax, RowSum, Delta, Lse, LseHeadMajor, DeltaHeadMajor,
     do_strides, dl_strides, length, rows, heads, images, width, offset,
     DV: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, WITH_DLSE: tl.constexpr,
 ):  # fmt: skip
     """``delta = rowsum(dOut * Out) - dLse`` in the order of the output, and delta and the base-2 lse in head-major
-    order, ``[heads, B T H, width]``, behind ``offset`` columns.
+    order, ``[heads, B T H, width]``, behind ``offset`` columns. ``Lse``, if given, is base-2 lse in the order of the
+    output.
     """
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     m_rows = row < rows
@@ -50,12 +51,14 @@ def statistics_kernel(
     o_stat = (head * (images * length[0] * length[1]) + image_row) * width + w + offset
     tl.store(Delta + row, row_delta, mask=m_rows)
     tl.store(DeltaHeadMajor + o_stat, row_delta, mask=m_rows)
-    tl.store(Lse + o_stat, row_lse, mask=m_rows)
+    tl.store(LseHeadMajor + o_stat, row_lse, mask=m_rows)
+    if Lse is not None:
+        tl.store(Lse + row, row_lse, mask=m_rows)
 
 
 class Statistics(NamedTuple):
     """Base-2 lse and delta of every query and head in head-major order, from which TMA can load them: fp32 ``[Hq, B T,
-    H, offset + W + padding]``, where ``offset`` is that of :func:`large_tiling.statistics_offset`.
+    H, offset + W + padding]``, where ``offset`` is that of :func:`large_tiling.offset_of`.
     """
 
     lse: Tensor
@@ -70,7 +73,7 @@ def statistics_boxes(head_major: Layout, columns: int, box: Box) -> Boxes:
 
 def new_statistics(problem: Problem) -> Statistics:
     t, h, w = problem.lengths
-    offset = large_tiling.statistics_offset(problem.axes)
+    offset = large_tiling.offset_of(problem)
     padded = triton.cdiv(offset + w, large_tiling.ALIGNMENT) * large_tiling.ALIGNMENT
     shape = 2, problem.query.shape[-2], problem.query.shape[0] * t, h, padded
     # Columns in front of the first query belong to no query, but are loaded, and weights of NaN would be NaN.
@@ -81,7 +84,7 @@ def new_statistics(problem: Problem) -> Statistics:
 def to_head_major(problem: Problem, lse: Tensor, delta: Tensor) -> Statistics:
     """Statistics in head-major order from those that another query kernel wrote, ``[B, *spatial, Hq]``."""
     statistics, width = new_statistics(problem), problem.lengths[2]
-    offset = large_tiling.statistics_offset(problem.axes)
+    offset = large_tiling.offset_of(problem)
     for head_major, rows in zip(statistics, (lse, delta), strict=True):
         heads = rows.shape[-1]
         own = rows.reshape(-1, heads).t().view(heads, *head_major.shape[1:-1], width)
@@ -89,15 +92,18 @@ def to_head_major(problem: Problem, lse: Tensor, delta: Tensor) -> Statistics:
     return statistics
 
 
-def statistics_of(problem: Problem, cotangents: Cotangents) -> tuple[Statistics, Tensor]:
-    """Statistics in head-major order, and delta ``[B, *spatial, Hq]``."""
+def statistics_of(problem: Problem, cotangents: Cotangents) -> RowStatistics:
+    """Statistics in head-major order, and delta; of packed batches the lse too, which their repair by portable kernels
+    takes.
+    """
     out, row_max, row_sum, grad_out, grad_lse = cotangents
     statistics, delta = new_statistics(problem), torch.empty_like(row_max)
+    lse = None if problem.packing is None else torch.empty_like(row_max)
     launch = prepare(
         problem, layout(grad_out), None if grad_lse is None else layout(grad_lse[..., None]), statistics.lse.shape[-1]
     )
-    launch((out, grad_out, grad_lse, row_max, row_sum, delta, statistics.lse, statistics.delta))
-    return statistics, delta
+    launch((out, grad_out, grad_lse, row_max, row_sum, delta, lse, *statistics))
+    return RowStatistics(delta, lse, statistics)
 
 
 @lru_cache(maxsize=1024)
@@ -110,7 +116,7 @@ def prepare(p: Problem, grad_out: Layout, grad_lse: Layout | None, width: int) -
         (triton.cdiv(rows, 64),),
         (
             strides(grad_out), dl_strides, p.lengths, rows, p.query.shape[-2], p.query.shape[0], width,
-            large_tiling.statistics_offset(p.axes),
+            large_tiling.offset_of(p),
         ),
         DV=dim, BDV=head_width(dim), BM=64, WITH_DLSE=grad_lse is not None, num_warps=4,
     )  # fmt: skip

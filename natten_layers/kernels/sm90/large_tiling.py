@@ -127,7 +127,11 @@ def tile_config(
     width, keys = width_of(problem), bounds is query_bounds
     alignment, batch = ALIGNMENT if keys else 1, problem.query.shape[0]
     suitable = tuple(plan for plan in plans[width] if problem.rank > 1 or not plan.skip)
-    plan, part, groups, chunk = best_boxes(problem.axes, suitable, ROWS // pack, bounds, alignment, batch)
+    if problem.packing is not None:  # tiles lie on the line of all tokens, whatever the lengths of samples
+        plan = suitable[0]
+        part, groups, chunk = (1, 1, ROWS // pack), (1, 1, plan.groups), (1, 1, plan.columns)
+    else:
+        plan, part, groups, chunk = best_boxes(problem.axes, suitable, ROWS // pack, bounds, alignment, batch)
     t, h, w = (size * count for size, count in zip(part, groups, strict=True))
     stages = STAGES + (keys and problem.rank == 1 and width <= 128)
     if plan.skip:
@@ -204,6 +208,16 @@ def work(
     low = low[torch.arange(len(part_low)) // count]
     seen = (part_high - low) // chunk - (part_low - low) // chunk + 1
     return int(seen[part_high >= part_low].sum()), visited
+
+
+def tile_count(problem: Problem, tile: Box) -> int:
+    """Number of tiles of queries, or of keys. Those of a packed batch lie on the line of all its tokens."""
+    return problem.query.shape[0] * prod(problem.tiles(tile))
+
+
+def offset_of(problem: Problem) -> int:
+    """:func:`statistics_offset` of a problem. Packed samples begin anywhere, so no offset suits all of them."""
+    return 0 if problem.packing is not None else statistics_offset(problem.axes)
 
 
 @lru_cache(maxsize=1024)

@@ -32,6 +32,7 @@ from ..portable.windows import (
     between,
     contiguous_row,
     inside_axes,
+    last_of,
     shifted,
     spatial_tile,
     tokens_of,
@@ -80,11 +81,41 @@ def tile_of(tile_id, plan, TILE: gl.constexpr):
 
 
 @gluon.jit
-def tile_walk(tile_id, plan, CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr):
+def on_line(Bounds, index, count):
+    """First and last position that the tokens at ``index`` of a packed batch see, or are seen by, as boxes.
+
+    ``Bounds [2, tokens]`` has them for every token. There is one axis, the line of all tokens.
+    """
+    p = Bounds + gl.minimum(index[2], count[2] - 1)
+    return (index[0], index[1], gl.load(p)), (index[0], index[1], gl.load(p + count[2]))
+
+
+@gluon.jit
+def union_on_line(Bounds, origin, count, TILE: gl.constexpr):
+    """What ``union_of_windows`` and ``union_of_queries`` return, for a tile on the line of a packed batch's tokens.
+
+    Neither bound decreases from one sample to the next, so a tile may hold the end of one and the beginning of others.
+    """
+    lo, inner_hi = on_line(Bounds, origin, count)
+    inner_lo, hi = on_line(Bounds, last_of(origin, TILE), count)
+    return lo, hi, inner_lo, inner_hi
+
+
+@gluon.jit
+def load_of_token(Table, index, count):
+    """The entry of ``Table [tokens]`` for each position on the line of a packed batch's tokens."""
+    return gl.load(Table + gl.minimum(gl.maximum(index, 0), count[2] - 1))
+
+
+@gluon.jit
+def tile_walk(tile_id, plan, CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr, Windows=None):
     """Of a tile of queries: batch, block of heads, first position, and the walk over its keys."""
     _length, kernel, stride, _tiles, _blocks = plan
     i_batch, i_head, count, origin = tile_of(tile_id, plan, TILE)
-    lo, hi, inner_lo, inner_hi = union_of_windows(origin, count, kernel, stride, CAUSAL, TILE)
+    if Windows is None:
+        lo, hi, inner_lo, inner_hi = union_of_windows(origin, count, kernel, stride, CAUSAL, TILE)
+    else:
+        lo, hi, inner_lo, inner_hi = union_on_line(Windows, origin, count, TILE)
     return i_batch, i_head, origin, walk_over(lo, hi, inner_lo, inner_hi, CHUNK)
 
 
@@ -353,7 +384,7 @@ def repeated(descs, COUNT: gl.constexpr):
 def query_tile_producer(
     ring, schedule, TileCounter, descs, plan, num_tiles,
     CAUSAL: gl.constexpr, TILE: gl.constexpr, PART: gl.constexpr, GROUPS: gl.constexpr, CHUNK: gl.constexpr,
-    PACK: gl.constexpr, TILES: gl.constexpr,
+    PACK: gl.constexpr, TILES: gl.constexpr, Windows=None,
 ):  # fmt: skip
     """The warp that takes tiles of queries off the counter and loads them, part by part."""
     COUNT: gl.constexpr = GROUPS[0] * GROUPS[1] * GROUPS[2]
@@ -361,7 +392,7 @@ def query_tile_producer(
     n = 0
     tile_id = take_tile(schedule, 0, TileCounter)
     while tile_id < num_tiles:
-        i_batch, i_head, origin, _walk = tile_walk(tile_id, plan, CAUSAL, TILE, CHUNK)
+        i_batch, i_head, origin, _walk = tile_walk(tile_id, plan, CAUSAL, TILE, CHUNK, Windows)
         expect_load(ring, n, BYTES * COUNT, TILES)
         for GROUP in gl.static_range(COUNT):
             t, h, w = part_of(origin, GROUP, GROUPS, PART)
@@ -376,7 +407,7 @@ def query_tile_producer(
 def key_chunk_producer(
     ring, notes, schedule, descs, plan, num_tiles, group,
     CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr, PACK: gl.constexpr, SKIP: gl.constexpr,
-    STAGES: gl.constexpr,
+    STAGES: gl.constexpr, Windows=None,
 ):  # fmt: skip
     """The warp that loads chunks of keys, of values, or of both."""
     BYTES: gl.constexpr = descs[0].block_type.nbytes + (descs[1].block_type.nbytes if len(descs) == 2 else 0)
@@ -384,7 +415,7 @@ def key_chunk_producer(
     i_tile = 0
     tile_id = await_tile(schedule, 0)
     while tile_id < num_tiles:
-        i_batch, i_head, _origin, walk = tile_walk(tile_id, plan, CAUSAL, TILE, CHUNK)
+        i_batch, i_head, _origin, walk = tile_walk(tile_id, plan, CAUSAL, TILE, CHUNK, Windows)
         i_walk = (0, 0, 0)
         for _ in range(chunk_count(walk)):
             t, h, w = corner_at(i_walk, walk, CHUNK, SKIP)
@@ -455,6 +486,13 @@ def start_product(b_rows, b_columns, b_acc):
     else:
         b_product = warpgroup_mma(b_rows, b_columns.permute((1, 0)), b_acc, is_async=True)
     return b_product
+
+
+@gluon.jit
+def flag_nonfinite(Nonfinite, b_rows, m_rows):
+    """Set ``Nonfinite`` to 1 if a result of some row is not finite."""
+    row_rest = gl.convert_layout(gl.sum(b_rows * 0.0, 1), m_rows.type.layout)
+    gl.store(Nonfinite + m_rows.to(gl.int32) * 0, 1, mask=m_rows & ~(gl.abs(row_rest) >= 0.0))
 
 
 @gluon.jit

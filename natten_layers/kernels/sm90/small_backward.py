@@ -52,7 +52,17 @@ from ..portable.windows import (
     unravel,
     windows_of,
 )
-from .primitives import class_rows, key_boxes, new_barriers, opaque_i32, query_boxes, thread_barrier
+from .packed_repair import new_flag, repair_key, repair_query
+from .primitives import (
+    class_rows,
+    flag_nonfinite,
+    key_boxes,
+    load_of_token,
+    new_barriers,
+    opaque_i32,
+    query_boxes,
+    thread_barrier,
+)
 from .small_forward import (
     Call,
     batches_of_registers,
@@ -69,7 +79,7 @@ from .small_forward import (
     start_parts,
 )
 from .small_nonfinite import spread
-from .small_softmax import WARPS, key_columns, key_mask, register_mask
+from .small_softmax import WARPS, cut_windows, key_columns, key_mask, register_mask
 from .small_tiling import PARTS, SmallTileConfig, spec_of
 
 
@@ -120,12 +130,15 @@ def add_part(
 
 @gluon.jit
 def small_dq_kernel(
-    Delta, Lse, RowMax, RowSum, Out, DLse, q_desc, do_desc, dq_desc,
+    Delta, Lse, RowMax, RowSum, Out, DLse, Begins, Nonfinite, q_desc, do_desc, dq_desc,
     k0_desc, k1_desc, k2_desc, v0_desc, v1_desc, v2_desc, regk_desc, regv_desc,
     dl_strides, axes, tiles, frames, group, blocks, registers, reg_batch, scale,
     SPEC: gl.constexpr, KEYS: gl.constexpr, WITH_DLSE: gl.constexpr,
 ):  # fmt: skip
-    """dQ, ``delta = rowsum(dOut * Out) - dLse`` and base-2 lse of one tile; arguments as in ``small_forward.py``."""
+    """dQ, ``delta = rowsum(dOut * Out) - dLse`` and base-2 lse of one tile; arguments as in ``small_forward.py``.
+
+    In packed batches ``Nonfinite`` becomes 1 where a result is not finite.
+    """
     length, kernel, stride, dilation = axes
     CAUSAL: gl.constexpr = SPEC.causal
     TILE: gl.constexpr = SPEC.tile
@@ -164,6 +177,7 @@ def small_dq_kernel(
     position, head = unravel(row // PACK, TILE[1], TILE[2]), i_block * PACK + row % PACK
     m_rows, o_row = class_rows(position, head, i_batch, origin, residue, count, dilation, length, blocks * PACK)
     row_lo, row_hi = windows_of(shifted(position, origin), count, kernel, stride, CAUSAL)
+    row_lo = cut_windows(row_lo, Begins, shifted(position, origin), length)
     row_lse = gl.load(RowMax + o_row, mask=m_rows, other=0.0) * LOG2E
     row_lse += gl.log2(gl.load(RowSum + o_row, mask=m_rows, other=1.0))
     gl.store(Lse + o_row, row_lse, mask=m_rows)
@@ -193,6 +207,8 @@ def small_dq_kernel(
             row_delta, factor, SPEC.rank, OUT,
         )  # fmt: skip
     b_dq = warpgroup_mma_wait(0, deps=[b_dq])
+    if Nonfinite is not None:
+        flag_nonfinite(Nonfinite, b_dq, m_rows)
     b_q.store((b_dq * scale).to(q_desc.dtype))
     fence_async_shared()
     async_copy_shared_to_global(dq_desc, q_corner, buffer)
@@ -318,13 +334,15 @@ def opaque_position(position):
 
 @gluon.jit
 def small_dkv_kernel(
-    Delta, Lse, k_desc, v_desc, dk_desc, dv_desc, q0_desc, q1_desc, q2_desc, do0_desc, do1_desc, do2_desc,
+    Delta, Lse, Ends, Nonfinite, k_desc, v_desc, dk_desc, dv_desc,
+    q0_desc, q1_desc, q2_desc, do0_desc, do1_desc, do2_desc,
     axes, tiles, frames, group, kv_heads, scale, SPEC: gl.constexpr, QUERIES: gl.constexpr,
 ):  # fmt: skip
     """dK and dV of one tile of keys; the grid is (tiles * KV heads, batch).
 
     The queries of one head come in up to three parts along ``SPEC.axis``, ``QUERIES`` in all, then those of the next
-    head.
+    head. In packed batches ``Ends`` is the last token of the sample of each token, and ``Nonfinite`` becomes 1 where a
+    result is not finite.
     """
     length, kernel, stride, dilation = axes
     CAUSAL: gl.constexpr = SPEC.causal
@@ -352,6 +370,8 @@ def small_dkv_kernel(
     row = gl.arange(0, M, ROW)
     key = shifted(unravel(row, TILE[1], TILE[2]), origin)
     row_lo, row_hi = queries_of(key, count, kernel, stride, CAUSAL)
+    if Ends is not None:
+        row_hi = row_hi[0], row_hi[1], gl.minimum(row_hi[2], load_of_token(Ends, key[2], length))
     factor = scale * LOG2E
     b_dk, b_dv = gl.zeros([M, BD], gl.float32, OUT), gl.zeros([M, BD], gl.float32, OUT)
     mbarrier.wait(ready.index(0), 0)
@@ -385,6 +405,11 @@ def small_dkv_kernel(
     thread_barrier()
     async_copy_shared_to_global(dk_desc, k_corner, k_buffer)
     async_copy_shared_to_global(dv_desc, k_corner, v_buffer)
+    if Nonfinite is not None:
+        LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BD, BD // 8], [gl.num_warps(), 1], [1, 0])
+        row_rest = gl.sum(b_k.load(LOAD).to(gl.float32) * 0.0 + b_v.load(LOAD).to(gl.float32) * 0.0, 1)
+        flag = gl.full([M], 0, gl.int32, row_rest.type.layout)
+        gl.store(Nonfinite + flag, 1, mask=~(gl.abs(row_rest) >= 0.0))
     store_wait(0)
 
 
@@ -398,8 +423,12 @@ def query_gradient(
     delta, lse = torch.empty_like(row_max), torch.empty_like(row_max)
     call = query_call(config, problem, layout(grad_out), None if grad_lse is None else layout(grad_lse[..., None]))
     tensors = (query, grad_out, grad_query, *(key,) * PARTS, *(value,) * PARTS, reg_keys, reg_values)
-    call((delta, lse, row_max, row_sum, out, grad_lse), tensors, (options.scale,))
-    return grad_query, RowStatistics(delta, lse)
+    (begins, _), nonfinite = problem.sample_bounds(), new_flag(problem)
+    call((delta, lse, row_max, row_sum, out, grad_lse, begins, nonfinite), tensors, (options.scale,))
+    statistics = RowStatistics(delta, lse)
+    if nonfinite is not None:
+        repair_query(problem, inputs, options, cotangents, grad_query, statistics, nonfinite)
+    return grad_query, statistics
 
 
 @lru_cache(maxsize=1024)
@@ -438,7 +467,10 @@ def key_gradients(
     call = key_call(config, problem, layout(grad_out))
     tensors = (key, value, grad_key, grad_value, *(query,) * PARTS, *(grad_out,) * PARTS)
     delta, lse, _ = statistics
-    call((delta, lse), tensors, (options.scale,))
+    (_, ends), nonfinite = problem.sample_bounds(), new_flag(problem)
+    call((delta, lse, ends, nonfinite), tensors, (options.scale,))
+    if nonfinite is not None:
+        repair_key(problem, inputs, options, grad_out, statistics, (grad_key, grad_value), nonfinite)
     return grad_key, grad_value
 
 

@@ -42,6 +42,7 @@ from .small_nonfinite import attend_rows
 from .small_softmax import (
     WARPS,
     all_finite,
+    cut_windows,
     divided,
     is_inside,
     key_columns,
@@ -176,14 +177,14 @@ def part_masks(corner, row_lo, row_hi, BOXES: gl.constexpr, SPEC: gl.constexpr, 
 
 @gluon.jit
 def tile_masks(
-    corner, origin, length, row_lo, row_hi, reg_keys, registers, BOXES: gl.constexpr, SPEC: gl.constexpr
+    corner, origin, length, row_lo, row_hi, reg_keys, registers, Begins, BOXES: gl.constexpr, SPEC: gl.constexpr
 ):  # fmt: skip
     """Masks of all keys that a tile loads: of the parts of its window and, unless ``reg_keys`` is None, of the register
     tokens.
     """
     if SPEC.window is None:
         masks = part_masks(corner, row_lo, row_hi, BOXES, SPEC)
-    elif is_inside(origin, length, SPEC):
+    elif is_inside(origin, length, Begins, SPEC):
         masks = part_masks(corner, row_lo, row_hi, BOXES, SPEC, (SPEC.tile[2] - 1, SPEC.window - 1))
     else:
         masks = part_masks(corner, row_lo, row_hi, BOXES, SPEC)
@@ -194,7 +195,7 @@ def tile_masks(
 
 @gluon.jit
 def small_forward_kernel(
-    Q, K, V, Out, RowMax, RowSum, RegK, RegV, Sink,
+    Q, K, V, Out, RowMax, RowSum, RegK, RegV, Sink, Begins,
     q_desc, out_desc, k0_desc, k1_desc, k2_desc, v0_desc, v1_desc, v2_desc, regk_desc, regv_desc,
     strides, axes, tiles, frames, group, blocks, registers, reg_batch, sink, scale,
     SPEC: gl.constexpr, BOXES: gl.constexpr, KEYS: gl.constexpr,
@@ -204,7 +205,8 @@ def small_forward_kernel(
     ``axes`` is length, kernel size, stride and dilation of each axis. Keys come in up to three parts, ``BOXES`` along
     ``SPEC.axis``, ``KEYS`` keys with the register tokens. ``frames`` is explained at ``first_frame``. ``reg_batch`` is
     0 where all images share the register tokens, else 1. Only ``attend_rows`` reads the tensors themselves, with
-    ``strides``; everything else goes through their descriptors.
+    ``strides``; everything else goes through their descriptors. ``Begins`` is None except in packed batches
+    (``cut_windows``).
     """
     length, kernel, stride, dilation = axes
     CAUSAL: gl.constexpr = SPEC.causal
@@ -233,12 +235,13 @@ def small_forward_kernel(
     row = gl.arange(0, M, ROW)
     position, head = unravel(row // PACK, TILE[1], TILE[2]), i_block * PACK + row % PACK
     row_lo, row_hi = windows_of(shifted(position, origin), count, kernel, stride, CAUSAL)
+    row_lo = cut_windows(row_lo, Begins, shifted(position, origin), length)
     row_sink = row_sinks(Sink, head, sink, SINK)
 
     reg_keys = None
     if regk_desc is not None:
         reg_keys = keys[len(BOXES)]
-    masks = tile_masks(corner, origin, count, row_lo, row_hi, reg_keys, registers, BOXES, SPEC)
+    masks = tile_masks(corner, origin, count, row_lo, row_hi, reg_keys, registers, Begins, BOXES, SPEC)
     b_q = buffer.reshape([M, BD])
     mbarrier.wait(ready.index(0), 0)
     scores = scores_of(b_q, keys, masks)
@@ -257,7 +260,7 @@ def small_forward_kernel(
         store_wait(0)
     else:
         attend_rows(
-            (Q, K, V, RegK, RegV, Sink, Out), (RowMax, RowSum), strides, i_batch, i_block, origin,
+            (Q, K, V, RegK, RegV, Sink, Out, Begins), (RowMax, RowSum), strides, i_batch, i_block, origin,
             (length, kernel, stride, blocks * PACK), (residue, count, dilation), group, registers, sink, scale * LOG2E,
             (None, None, None, None, None, None), SPEC, NO_PREP,
         )  # fmt: skip
@@ -267,7 +270,8 @@ def forward(
     config: SmallTileConfig, problem: Problem, inputs: Inputs, options: Options, with_stats: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """What ``portable.forward.forward`` computes, for calls that ``dispatch`` sends here. Allocates its results."""
-    return attend(prepare(config, problem, with_stats), PARTS, inputs, options, with_stats)
+    call, begins = prepare(config, problem, with_stats), problem.sample_bounds()[0]
+    return attend(call, PARTS, inputs, options, with_stats, (begins,))
 
 
 class Call(NamedTuple):

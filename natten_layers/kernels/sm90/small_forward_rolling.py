@@ -75,6 +75,7 @@ from .small_rolling_steps import (
 from .small_softmax import (
     WARPS,
     all_finite,
+    cut_windows,
     no_nonfinite_flags,
     nonfinite_flags,
     scores_of,
@@ -87,7 +88,7 @@ NO_QK_PREP = QKPrepKind("none", split=(0,), by_head=False, batched=False)
 
 @gluon.jit
 def attend_run(
-    Sink, RowMax, RowSum, q_desc, out_desc, buffers, prep, k_position, q_position, run, origin, i_load,
+    Sink, Begins, RowMax, RowSum, q_desc, out_desc, buffers, prep, k_position, q_position, run, origin, i_load,
     axes, runs, blocks, registers, sink, scale, SPEC: gl.constexpr, RING: gl.constexpr, PREP: gl.constexpr,
 ):  # fmt: skip
     """Attention of the tiles of a run, from ``origin`` on; returns flags of ``nonfinite_flags`` and the run's end.
@@ -120,11 +121,12 @@ def attend_run(
         row = gl.arange(0, M, gl.SliceLayout(1, EIGHTHS)) + zero
         position, head = unravel(row // PACK, TILE[1], TILE[2]), q_head + row % PACK
         row_lo, row_hi = windows_of(shifted(position, origin), length, kernel, stride, CAUSAL)
+        row_lo = cut_windows(row_lo, Begins, shifted(position, origin), length)
         row_sink = row_sinks(Sink, head, sink, SINK)
         if WITH_PREP:
             prepare_tile(prep, k_position, q_position, buffers, i_fresh % STAGES, zero, i_step & 1, SPEC, PREP)
         low = shifted_along(run.corner, load_start(i_load, runs, SPEC) - run.corner[AXIS], AXIS)
-        masks = rolling_masks(low, origin, length, row_lo, row_hi, registers, PARTS, BOX, SPEC, RING.registers)
+        masks = rolling_masks(low, origin, length, row_lo, row_hi, registers, Begins, PARTS, BOX, SPEC, RING.registers)
         if IN_RING:  # noqa: SIM102 - the outer condition is known at compile time
             if i_step > 0:
                 store_wait(0)  # results that this overwrites have been read
@@ -176,7 +178,7 @@ def attend_run(
 
 @gluon.jit
 def small_forward_rolling_kernel(
-    Q, K, V, Out, RowMax, RowSum, RegK, RegV, Sink, GainQ, GainK, Positions, Freqs,
+    Q, K, V, Out, RowMax, RowSum, RegK, RegV, Sink, GainQ, GainK, Positions, Freqs, Begins,
     q_desc, out_desc, k_desc, v_desc, regk_desc, regv_desc,
     strides, axes, runs, group, blocks, registers, reg_batch, rope_steps, sink, scale, factor, eps,
     SPEC: gl.constexpr, RING: gl.constexpr, PREP: gl.constexpr,
@@ -230,8 +232,8 @@ def small_forward_rolling_kernel(
         mbarrier.wait(keys.ready, 0)
         prepare_stages(prep, keys, corner, i_load, i_fresh, runs, length, SPEC, RING, PREP)
     nonfinite, end = attend_run(
-        Sink, RowMax, RowSum, q_desc, out_desc, Buffers(queries, keys, values, reg_keys, reg_values, results), prep,
-        k_position, q_position, Run(i_batch, i_block, kv_offset, corner, steps), origin, i_load,
+        Sink, Begins, RowMax, RowSum, q_desc, out_desc, Buffers(queries, keys, values, reg_keys, reg_values, results),
+        prep, k_position, q_position, Run(i_batch, i_block, kv_offset, corner, steps), origin, i_load,
         axes, runs, blocks, registers, sink, scale, SPEC, RING, PREP,
     )  # fmt: skip
     store_wait(0)
@@ -239,7 +241,7 @@ def small_forward_rolling_kernel(
         await_writes()
         for i_step in range(steps):
             attend_rows(
-                (Q, K, V, RegK, RegV, Sink, Out), (RowMax, RowSum), strides, i_batch, i_block,
+                (Q, K, V, RegK, RegV, Sink, Out, Begins), (RowMax, RowSum), strides, i_batch, i_block,
                 shifted_along(end, (i_step - steps) * SPEC.step, AXIS), (length, kernel, stride, blocks * PACK),
                 ((0, 0, 0), length, (1, 1, 1)), group, registers, sink, scale * LOG2E,
                 (GainQ, GainK, Positions, Freqs, factor, eps), SPEC, PREP,
@@ -257,7 +259,7 @@ def forward(
         tensors = prep.query_gain, prep.key_gain, prep.positions, prep.freqs
         floats = None if prep.factor == 1.0 else prep.factor, prep.eps
     call = prepare(config, problem, with_stats, kind)
-    return attend(call, 1, inputs, options, with_stats, tensors, floats)
+    return attend(call, 1, inputs, options, with_stats, (*tensors, problem.sample_bounds()[0]), floats)
 
 
 @lru_cache(maxsize=1024)

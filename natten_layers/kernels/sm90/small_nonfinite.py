@@ -17,6 +17,7 @@ from ..portable.primitives import LN2, LOWEST
 from ..portable.windows import shifted, unravel, windows_of
 from .primitives import class_rows, row_sinks
 from .qk_prep import load_prepared
+from .small_softmax import cut_windows
 
 
 @gluon.jit
@@ -131,7 +132,8 @@ def attend_rows(
     """Output and statistics of a tile.
 
     Args:
-        tensors: queries, keys, values, keys and values of register tokens (None without), sink, output.
+        tensors: queries, keys, values, keys and values of register tokens (None without), sink, output, and where the
+            packed sample of each token begins (None in images).
         states: maximum and sum of rows.
         strides: of the first five tensors: ``(batch, t, h, w, head)``, of register tokens ``(batch, token, head)``.
         plan: length, kernel and stride of the axes, and the number of query heads.
@@ -139,7 +141,7 @@ def attend_rows(
         prep: how queries and keys are prepared: pointers to gains of queries and of keys, to the positions of the image
             and to the frequencies of the head, the factor of RoPE, and ``eps`` of the norm.
     """
-    Q, K, V, RegK, RegV, Sink, Out = tensors
+    Q, K, V, RegK, RegV, Sink, Out, Begins = tensors
     q_strides, k_strides, v_strides, regk_strides, regv_strides = strides
     length, kernel, stride, heads = plan
     residue, count, dilation = classes
@@ -168,6 +170,7 @@ def attend_rows(
         position, head = unravel(row // PACK, TILE[1], TILE[2]), i_block * PACK + row % PACK
         m_rows, o_row = class_rows(position, head, i_batch, origin, residue, count, dilation, length, heads)
         row_lo, row_hi = windows_of(shifted(position, origin), count, kernel, stride, CAUSAL)
+        row_lo = cut_windows(row_lo, Begins, shifted(position, origin), length)
         own = spread(shifted(position, origin), residue, dilation)
 
         m_out = gl.convert_layout(m_rows, gl.SliceLayout(1, OUT))[:, None] & (col < D)

@@ -248,13 +248,13 @@ def ring_masks(
 
 @gluon.jit
 def rolling_masks(
-    corner, origin, length, row_lo, row_hi, registers,
+    corner, origin, length, row_lo, row_hi, registers, Begins,
     PARTS: gl.constexpr, BOX: gl.constexpr, SPEC: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Masks of all keys that a tile sees: of the parts of its stages, and of the register tokens, if there are any."""
     if SPEC.window is None:
         masks = ring_masks(corner, row_lo, row_hi, PARTS, BOX, SPEC)
-    elif is_inside(origin, length, SPEC):
+    elif is_inside(origin, length, Begins, SPEC):
         masks = ring_masks(corner, row_lo, row_hi, PARTS, BOX, SPEC, (SPEC.tile[2] - 1, SPEC.window - 1))
     else:
         masks = ring_masks(corner, row_lo, row_hi, PARTS, BOX, SPEC)

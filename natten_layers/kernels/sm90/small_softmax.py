@@ -13,6 +13,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from ..portable.primitives import LOG2E, LOWEST
+from .primitives import load_of_token
 
 WARPS = 4
 
@@ -61,10 +62,25 @@ def keys_before(window, causal):
 
 
 @gluon.jit
-def is_inside(origin, length, SPEC: gl.constexpr):
-    """Whether no window of a row of a 1-D tile is cut off or shifted at an end of the sequence."""
+def is_inside(origin, length, Begins, SPEC: gl.constexpr):
+    """Whether no window of a row of a 1-D tile is cut off or shifted at an end of the sequence, or of its sample."""
     BEFORE: gl.constexpr = keys_before(SPEC.window, SPEC.causal[2])
-    return (origin[2] >= BEFORE) & (origin[2] - BEFORE + SPEC.tile[2] + SPEC.window - 2 < length[2])
+    inside = (origin[2] >= BEFORE) & (origin[2] - BEFORE + SPEC.tile[2] + SPEC.window - 2 < length[2])
+    if Begins is not None:
+        inside = inside & (load_of_token(Begins, origin[2] + SPEC.tile[2] - 1, length) <= origin[2] - BEFORE)
+    return inside
+
+
+@gluon.jit
+def cut_windows(row_lo, Begins, index, length):
+    """First keys of the windows at ``index``, cut off at the beginning of their packed sample; unchanged in images.
+
+    Packed texts are computed like one text, whose windows reach back into earlier samples.
+    """
+    t, h, w = row_lo
+    if Begins is not None:
+        w = gl.maximum(w, load_of_token(Begins, index[2], length))
+    return t, h, w
 
 
 @gluon.jit

@@ -47,8 +47,10 @@ PAIRS = 2**27
 # --- What the kernels support
 
 
-def sm90_gap(question: Question) -> str | None:
-    """Why none of the kernels for compute capability 9.0 can compute a call, or None."""
+def sm90_gap(question: Question, takes_packed: bool = False) -> str | None:
+    """Why kernels for compute capability 9.0 cannot compute a call, or None; ``takes_packed`` if they take packed
+    batches.
+    """
     p = question.problem
     if p.device.type != "cuda":
         return f"it is for CUDA devices, the tensors are on {p.device}"
@@ -62,7 +64,7 @@ def sm90_gap(question: Question) -> str | None:
     head_dim, value_dim = p.query.shape[-1], p.value.shape[-1]
     if max(head_dim, value_dim) > 256:
         return f"it takes heads of up to 256 channels, not {head_dim} and {value_dim}"
-    if p.packing is not None:
+    if p.packing is not None and not takes_packed:
         return "it takes no packed batch"
     if p.key_mask is not None:
         return "it takes no key_mask"
@@ -82,15 +84,40 @@ def sm90_gap(question: Question) -> str | None:
     return None
 
 
-def undilated_gap(question: Question) -> str | None:
+def undilated_gap(question: Question, takes_packed: bool = False) -> str | None:
     """Why kernels without dilation cannot compute a call, or None."""
-    reason, dilation = sm90_gap(question), question.problem.dilation
+    reason, dilation = sm90_gap(question, takes_packed), question.problem.dilation
     return f"it takes no dilation, but dilation is {dilation}" if reason is None and prod(dilation) > 1 else reason
+
+
+def _line_gap(question: Question) -> str | None:
+    """Why kernels that take a packed batch as one line of tokens cannot compute a call, or None; None for images."""
+    p = question.problem
+    if p.packing is not None and p.rank > 1:
+        return "it takes packed batches with one axis only"
+    if p.packing is not None and p.registers:
+        return "it takes no additional keys in packed batches"
+    return None
+
+
+def _cut_gap(question: Question) -> str | None:
+    """The same for kernels that compute packed texts like one text, and cut its windows where samples begin: windows
+    must not reach further than those of one text.
+    """
+    p = question.problem
+    if p.packing is not None and (p.is_causal, p.stride, p.dilation) != ((True,), (1,), (1,)):
+        return _line_gap(question) or "it takes packed batches only if they are causal, without stride and dilation"
+    return _line_gap(question)
+
+
+def rolling_gap(question: Question) -> str | None:
+    """Why the rolling kernel cannot compute a call, or None."""
+    return _cut_gap(question) or undilated_gap(question, takes_packed=True)
 
 
 def classes_gap(question: Question) -> str | None:
     """Why kernels that compute each residue class of dilation like an image cannot compute a call, or None."""
-    p, reason = question.problem, sm90_gap(question)
+    p, reason = question.problem, _cut_gap(question) or sm90_gap(question, takes_packed=True)
     if reason is not None or prod(p.dilation) == 1:
         return reason
     if p.rank == 3:
@@ -152,6 +179,8 @@ def _apart(question: Question) -> str | None:
 def _large_pays(question: Question, *kinds: Kind) -> str | None:
     p = question.problem
     window, queries = prod(p.kernel_size), prod(p.query.shape[:-1])
+    if p.packing is not None:  # on average, as windows are cut to samples
+        window = sum(n * min(n, window) for n in p.packing.sizes) // max(p.packing.tokens, 1)
     if large_tiling.is_wide(p):
         least, pairs = WIDE_WINDOW * p.query.shape[-1], WIDE_PAIRS
     elif p.registers:
@@ -173,11 +202,15 @@ def _large_backward_pays(question: Question) -> str | None:
     return _large_pays(question, "backward_query", "backward_key")
 
 
+def _large_gap(question: Question) -> str | None:
+    return _line_gap(question) or undilated_gap(question, takes_packed=True)
+
+
 def _large_key_gap(question: Question) -> str | None:
     width = question.problem.lengths[2]
     if width < large_tiling.ALIGNMENT:
         return f"the last axis is shorter than {large_tiling.ALIGNMENT} tokens"
-    return undilated_gap(question)
+    return _large_gap(question)
 
 
 def _large_query_gap(question: Question) -> str | None:
@@ -273,7 +306,7 @@ def _fused_prep_plan(question: Question) -> small_tiling.RollingTileConfig | str
 
 LARGE_FORWARD = Variant(
     LARGE,
-    supports=undilated_gap,
+    supports=_large_gap,
     pays=lambda q: _large_pays(q, "forward"),
     plan=lambda q: large_tiling.forward_tile_config(q.problem, override_pack()),
     run=lambda *args: large_forward.forward(*args),
@@ -297,7 +330,7 @@ LARGE_KEY_GRADIENTS = Variant(
 )
 ROLLING_FORWARD = Variant(
     ROLLING,
-    supports=undilated_gap,
+    supports=rolling_gap,
     pays=lambda q: _small_pays(q, "forward"),
     plan=_rolling_plan,
     run=lambda *args: small_forward_rolling.forward(*args),
