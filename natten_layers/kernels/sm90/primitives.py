@@ -269,16 +269,22 @@ def new_barriers(SIZE: gl.constexpr, arrivals):
 
 
 @gluon.jit
+def new_stages(descs, STAGES: gl.constexpr):
+    """Buffers of ``STAGES`` stages for boxes that arrive together."""
+    buffers = ()
+    for i in gl.static_range(len(descs)):
+        buffer = gl.allocate_shared_memory(descs[i].dtype, [STAGES] + descs[i].block_type.shape, descs[i].layout)  # noqa: RUF005
+        buffers = buffers + (buffer,)  # noqa: RUF005
+    return buffers
+
+
+@gluon.jit
 def new_ring(descs, STAGES: gl.constexpr, READERS: gl.constexpr):
     """Buffers of ``STAGES`` stages for boxes that arrive together, with two barriers for each stage.
 
     The first tells that the loads have arrived, the second that all ``READERS`` groups of warps have read them.
     """
-    buffers = ()
-    for i in gl.static_range(len(descs)):
-        buffer = gl.allocate_shared_memory(descs[i].dtype, [STAGES] + descs[i].block_type.shape, descs[i].layout)  # noqa: RUF005
-        buffers = buffers + (buffer,)  # noqa: RUF005
-    return buffers, new_barriers(STAGES, 1), new_barriers(STAGES, READERS)
+    return new_stages(descs, STAGES), new_barriers(STAGES, 1), new_barriers(STAGES, READERS)
 
 
 @gluon.jit

@@ -1,0 +1,384 @@
+"""The backward pass of windows between small and large on compute capability 9.0 (H100, H200), in Gluon.
+
+It computes what ``portable/dq.py`` and ``portable/dkv.py`` compute, with the methods of ``medium_forward.py``.
+"""
+
+# Triton's language is Python to the parser only.
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAssignmentType=false, reportArgumentType=false
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false
+
+from functools import lru_cache
+from math import prod
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper.tma import store_wait
+
+from ..host.problem import (
+    Cotangents,
+    Inputs,
+    Layout,
+    Options,
+    Problem,
+    RowStatistics,
+    contiguous,
+    layout,
+    new_like,
+    strides,
+)
+from ..portable.primitives import LOG2E
+from ..portable.windows import (
+    contiguous_row,
+    inside_axes,
+    next_chunk,
+    queries_of,
+    shifted,
+    steps_over,
+    token_offset,
+    tokens_of,
+    union_of_queries,
+    union_of_windows,
+    unravel,
+    windows_of,
+)
+from .medium_forward import (
+    boxes_of_chunks,
+    boxes_of_rows,
+    by_parts,
+    bytes_of,
+    finished,
+    first_column,
+    new_sums,
+    rows_of,
+    start_chunk,
+    start_products,
+    start_rows,
+    start_store,
+    start_sums,
+)
+from .medium_tiling import MediumTileConfig, spec_of
+from .primitives import class_rows, hidden, new_barriers, new_stages, row_sizes, stage_of, thread_barrier
+from .small_forward import Call, call_of, first_frame, frames_of, own_tile, present_descriptors
+from .small_nonfinite import spread
+from .small_softmax import WARPS
+
+
+@gluon.jit
+def part_delta(Out, o_out, m_out, buffer, FIRST: gl.constexpr, D: gl.constexpr, ROW: gl.constexpr):
+    """Sums over some columns of output times output gradient, which lies in shared memory."""
+    COLUMNS: gl.constexpr = buffer.shape[4]
+    LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [256 // COLUMNS, COLUMNS // 8], [gl.num_warps(), 1], [1, 0])
+    col = FIRST + gl.arange(0, COLUMNS, gl.SliceLayout(0, LOAD))[None, :]
+    o_rows = gl.convert_layout(o_out, gl.SliceLayout(1, LOAD))[:, None]
+    m_rows = gl.convert_layout(m_out, gl.SliceLayout(1, LOAD))[:, None]
+    b_out = gl.load(Out + o_rows * D + col, mask=m_rows & (col < D), other=0.0)
+    b_do = rows_of(buffer).load(LOAD)
+    return gl.convert_layout(gl.sum(b_out.to(gl.float32) * b_do.to(gl.float32), 1), ROW)
+
+
+@gluon.jit
+def row_deltas(Out, o_row, m_rows, grads, D: gl.constexpr, COLUMNS: gl.constexpr, ROW: gl.constexpr):
+    """``rowsum(dOut * Out)`` of the rows of a tile."""
+    row_delta = part_delta(Out, o_row, m_rows, grads[0], 0, D, ROW)
+    for PART in gl.static_range(1, len(grads)):
+        row_delta += part_delta(Out, o_row, m_rows, grads[PART], first_column(COLUMNS, PART), D, ROW)
+    return row_delta
+
+
+@gluon.jit
+def scaled_sums(sums, scale, DTYPE: gl.constexpr):
+    results = ()
+    for PART in gl.static_range(len(sums)):
+        results = results + ((sums[PART] * scale).to(DTYPE),)  # noqa: RUF005
+    return results
+
+
+@gluon.jit
+def add_keys(sums, queries, grads, keys, values, i_stage, b_hidden, row_lse, row_delta, factor):
+    """Start to add the contribution of a chunk, which has arrived, to dQ."""
+    N: gl.constexpr = b_hidden.shape[1]
+    b_s = start_products(queries, keys, i_stage, b_hidden, N)
+    b_dp = start_products(grads, values, i_stage, None, N)
+    b_s, b_dp = warpgroup_mma_wait(0, deps=(b_s, b_dp))
+    b_p = gl.exp2(b_s * factor - row_lse[:, None])
+    b_ds = (b_p * (b_dp - row_delta[:, None])).to(queries[0].dtype)
+    return start_sums(b_ds, keys, i_stage, sums, None)
+
+
+@gluon.jit
+def medium_dq_kernel(
+    Delta, Lse, RowMax, RowSum, Out, DLse,
+    q0_desc, q1_desc, q2_desc, do0_desc, do1_desc, do2_desc, dq0_desc, dq1_desc, dq2_desc,
+    k0_desc, k1_desc, k2_desc, v0_desc, v1_desc, v2_desc,
+    dl_strides, axes, tiles, frames, group, blocks, scale,
+    SPEC: gl.constexpr, CHUNK: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr, WITH_DLSE: gl.constexpr,
+):  # fmt: skip
+    """dQ, ``delta = rowsum(dOut * Out) - dLse`` and base-2 lse of one tile; arguments as in ``medium_forward.py``."""
+    length, kernel, stride, dilation = axes
+    CAUSAL: gl.constexpr = SPEC.causal
+    M: gl.constexpr = SPEC.rows
+    TILE: gl.constexpr = SPEC.tile
+    PACK: gl.constexpr = SPEC.pack
+    RANK: gl.constexpr = SPEC.rank
+    N: gl.constexpr = CHUNK[0] * CHUNK[1] * CHUNK[2]
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, N, 16])
+    ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
+    q_descs, do_descs = present_descriptors(q0_desc, q1_desc, q2_desc), present_descriptors(do0_desc, do1_desc, do2_desc)
+    dq_descs = present_descriptors(dq0_desc, dq1_desc, dq2_desc)
+    k_descs, v_descs = present_descriptors(k0_desc, k1_desc, k2_desc), present_descriptors(v0_desc, v1_desc, v2_desc)
+
+    i_batch, i_block, residue, count, origin = own_tile(length, dilation, tiles, blocks, TILE)
+    lo, hi, _, _ = union_of_windows(origin, count, kernel, stride, CAUSAL, TILE)
+    steps = steps_over(lo, hi, CHUNK)
+    chunks = steps[0] * steps[1] * steps[2]
+    i_kv, i_frame = i_block * PACK // group, first_frame(i_batch, residue, length, frames)
+    ready = new_barriers(STAGES + 1, 1)  # for the stages of the ring, and for the tile
+    mbarrier.expect(ready.index(STAGES), bytes_of(2 * M, COLUMNS))
+    q_corner = i_frame + origin[0], origin[1], origin[2], i_block * PACK
+    queries = start_rows(q_descs, q_corner, ready.index(STAGES), COLUMNS)
+    grads = start_rows(do_descs, q_corner, ready.index(STAGES), COLUMNS)
+    keys, values = new_stages(k_descs, STAGES), new_stages(v_descs, STAGES)
+    descs, rings = k_descs + v_descs, keys + values
+    ahead = lo
+    for n in gl.static_range(STAGES):
+        if n < chunks:
+            start_chunk(descs, rings, ready, n, i_kv, i_frame, ahead, CHUNK, COLUMNS, STAGES)
+        ahead = next_chunk(ahead, lo, hi, CHUNK, RANK)
+
+    row = gl.arange(0, M, ROW)
+    position, head = unravel(row // PACK, TILE[1], TILE[2]), i_block * PACK + row % PACK
+    m_rows, o_row = class_rows(position, head, i_batch, origin, residue, count, dilation, length, blocks * PACK)
+    row_lo, row_hi = windows_of(shifted(position, origin), count, kernel, stride, CAUSAL)
+    row_size = row_sizes(row_lo, row_hi)
+    row_lse = gl.load(RowMax + o_row, mask=m_rows, other=0.0) * LOG2E
+    row_lse += gl.log2(gl.load(RowSum + o_row, mask=m_rows, other=1.0))
+    gl.store(Lse + o_row, row_lse, mask=m_rows)
+    mbarrier.wait(ready.index(STAGES), 0)
+    row_delta = row_deltas(Out, o_row, m_rows, grads, SPEC.head_dim, COLUMNS, ROW)
+    if WITH_DLSE:
+        token = tokens_of(shifted(position, origin), residue, count, dilation)
+        o_dl = i_batch.to(gl.int64) * dl_strides[0] + token_offset(token, dl_strides) + head * dl_strides[4]
+        row_delta -= gl.load(DLse + o_dl, mask=m_rows, other=0.0)
+    gl.store(Delta + o_row, row_delta, mask=m_rows)
+
+    inner = unravel(gl.arange(0, N, gl.SliceLayout(0, SCORES)), CHUNK[1], CHUNK[2])
+    sums, corner = new_sums(M, COLUMNS), lo
+    for n in range(chunks):
+        i_stage, phase = stage_of(n, STAGES)
+        b_hidden = hidden(corner, row_lo, row_size, inner, RANK)
+        mbarrier.wait(ready.index(i_stage), phase)
+        sums = add_keys(sums, queries, grads, keys, values, i_stage, b_hidden, row_lse, row_delta, scale * LOG2E)
+        corner = next_chunk(corner, lo, hi, CHUNK, RANK)
+        sums = finished(sums)
+        thread_barrier()  # the stage has been read
+        if n + STAGES < chunks:
+            start_chunk(descs, rings, ready, n + STAGES, i_kv, i_frame, ahead, CHUNK, COLUMNS, STAGES)
+        ahead = next_chunk(ahead, lo, hi, CHUNK, RANK)
+    start_store(scaled_sums(sums, scale, queries[0].dtype), queries, dq_descs, q_corner, COLUMNS)
+    store_wait(0)
+
+
+@gluon.jit
+def next_of_group(corner, head, left, chunks, lo, hi, CHUNK: gl.constexpr, RANK: gl.constexpr):
+    """The chunk that follows: of the same head, of which ``left`` are left, or the first of the next head."""
+    left -= 1
+    ends = left == 0
+    t, h, w = next_chunk(corner, lo, hi, CHUNK, RANK)
+    corner = gl.where(ends, lo[0], t), gl.where(ends, lo[1], h), gl.where(ends, lo[2], w)
+    return corner, head + gl.where(ends, 1, 0), gl.where(ends, chunks, left)
+
+
+@gluon.jit
+def chunk_statistics(
+    Lse, Delta, corner, head, i_batch, residue, count, dilation, length, heads, CHUNK: gl.constexpr
+):  # fmt: skip
+    """Statistics of the queries of a chunk; 0 beyond the end of an axis."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    N: gl.constexpr = CHUNK[0] * CHUNK[1] * CHUNK[2]
+    index = shifted(unravel(gl.arange(0, N, LAYOUT), CHUNK[1], CHUNK[2]), corner)
+    o_row = contiguous_row(i_batch.to(gl.int64), spread(index, residue, dilation), length) * heads + head
+    m_inside = inside_axes(index, count)
+    return gl.load(Lse + o_row, mask=m_inside, other=0.0), gl.load(Delta + o_row, mask=m_inside, other=0.0)
+
+
+@gluon.jit
+def in_layout(position, LAYOUT: gl.constexpr):
+    return (
+        gl.convert_layout(position[0], LAYOUT),
+        gl.convert_layout(position[1], LAYOUT),
+        gl.convert_layout(position[2], LAYOUT),
+    )
+
+
+@gluon.jit
+def add_queries(
+    dks, dvs, keys, values, queries, grads, i_stage, lses, deltas, corner, row_lo, row_size, factor,
+    FIRST: gl.constexpr, N: gl.constexpr, CHUNK: gl.constexpr, RANK: gl.constexpr,
+):  # fmt: skip
+    """Start to add the contribution of ``N`` queries of a chunk, from ``FIRST`` on, to dK and dV."""
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, N, 16])
+    ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
+    COLUMN: gl.constexpr = gl.SliceLayout(0, SCORES)
+    inner = unravel(FIRST + gl.arange(0, N, COLUMN), CHUNK[1], CHUNK[2])
+    b_hidden = hidden(corner, in_layout(row_lo, ROW), in_layout(row_size, ROW), inner, RANK)
+    b_s = start_products(keys, queries, i_stage, b_hidden, N, FIRST)
+    b_dp = start_products(values, grads, i_stage, None, N, FIRST)
+    col_lse, col_delta = lses.slice(FIRST, N).load(COLUMN), deltas.slice(FIRST, N).load(COLUMN)
+    b_s, b_dp = warpgroup_mma_wait(0, deps=(b_s, b_dp))
+    b_p = gl.exp2(b_s * factor - col_lse[None, :])
+    b_ds = (b_p * (b_dp - col_delta[None, :])).to(keys[0].dtype)
+    dvs = start_sums(b_p.to(keys[0].dtype), grads, i_stage, dvs, None, FIRST)
+    return start_sums(b_ds, queries, i_stage, dks, None, FIRST), dvs
+
+
+@gluon.jit
+def halves(x):
+    """The first and the second half of a tuple."""
+    first = ()
+    second = ()
+    for i in gl.static_range(len(x) // 2):
+        first = first + (x[i],)  # noqa: RUF005
+        second = second + (x[len(x) // 2 + i],)  # noqa: RUF005
+    return first, second
+
+
+@gluon.jit
+def medium_dkv_kernel(
+    Delta, Lse, k0_desc, k1_desc, k2_desc, v0_desc, v1_desc, v2_desc, dk0_desc, dk1_desc, dk2_desc,
+    dv0_desc, dv1_desc, dv2_desc, q0_desc, q1_desc, q2_desc, do0_desc, do1_desc, do2_desc,
+    axes, tiles, frames, group, kv_heads, scale,
+    SPEC: gl.constexpr, CHUNK: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """dK and dV of one tile of keys; the grid is (tiles * KV heads, batch).
+
+    The queries that see it come chunk by chunk, ``SLICE`` of which are computed at a time, then those of the next head.
+    """
+    length, kernel, stride, dilation = axes
+    CAUSAL: gl.constexpr = SPEC.causal
+    M: gl.constexpr = SPEC.rows
+    TILE: gl.constexpr = SPEC.tile
+    RANK: gl.constexpr = SPEC.rank
+    N: gl.constexpr = CHUNK[0] * CHUNK[1] * CHUNK[2]
+    SLICE: gl.constexpr = min(N, 32)
+    ROW: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, SLICE, 16]))
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    k_descs, v_descs = present_descriptors(k0_desc, k1_desc, k2_desc), present_descriptors(v0_desc, v1_desc, v2_desc)
+    dk_descs = present_descriptors(dk0_desc, dk1_desc, dk2_desc)
+    dv_descs = present_descriptors(dv0_desc, dv1_desc, dv2_desc)
+    q_descs, do_descs = present_descriptors(q0_desc, q1_desc, q2_desc), present_descriptors(do0_desc, do1_desc, do2_desc)
+
+    i_batch, i_kv, residue, count, origin = own_tile(length, dilation, tiles, kv_heads, TILE)
+    lo, hi, _, _ = union_of_queries(origin, count, kernel, stride, CAUSAL, TILE)
+    steps = steps_over(lo, hi, CHUNK)
+    chunks = steps[0] * steps[1] * steps[2]
+    every, heads = chunks * group, kv_heads * group
+    i_frame = first_frame(i_batch, residue, length, frames)
+    ready = new_barriers(STAGES + 1, 1)  # for the stages of the ring, and for the tile
+    mbarrier.expect(ready.index(STAGES), bytes_of(2 * M, COLUMNS))
+    k_corner = i_frame + origin[0], origin[1], origin[2], i_kv
+    keys = start_rows(k_descs, k_corner, ready.index(STAGES), COLUMNS)
+    values = start_rows(v_descs, k_corner, ready.index(STAGES), COLUMNS)
+    queries, grads = new_stages(q_descs, STAGES), new_stages(do_descs, STAGES)
+    descs, rings = q_descs + do_descs, queries + grads
+    lses, deltas = gl.allocate_shared_memory(gl.float32, [N], FLAT), gl.allocate_shared_memory(gl.float32, [N], FLAT)
+    ahead, ahead_head, ahead_left = lo, i_kv * group, chunks
+    for n in gl.static_range(STAGES):
+        if n < every:
+            start_chunk(descs, rings, ready, n, ahead_head, i_frame, ahead, CHUNK, COLUMNS, STAGES)
+        ahead, ahead_head, ahead_left = next_of_group(ahead, ahead_head, ahead_left, chunks, lo, hi, CHUNK, RANK)
+
+    row = unravel(gl.arange(0, M, ROW), TILE[1], TILE[2])
+    row_lo, row_hi = queries_of(shifted(row, origin), count, kernel, stride, CAUSAL)
+    row_size = row_sizes(row_lo, row_hi)
+    dks, dvs = new_sums(M, COLUMNS), new_sums(M, COLUMNS)
+    corner, head, left = lo, i_kv * group, chunks
+    lse, delta = chunk_statistics(
+        Lse, Delta, corner, head, i_batch, residue, count, dilation, length, heads, CHUNK
+    )  # fmt: skip
+    mbarrier.wait(ready.index(STAGES), 0)
+    for n in range(every):
+        i_stage, phase = stage_of(n, STAGES)
+        lses.store(lse)
+        deltas.store(delta)
+        chunk = corner
+        corner, head, left = next_of_group(corner, head, left, chunks, lo, hi, CHUNK, RANK)
+        head = gl.minimum(head, i_kv * group + group - 1)  # behind the last chunk
+        lse, delta = chunk_statistics(
+            Lse, Delta, corner, head, i_batch, residue, count, dilation, length, heads, CHUNK
+        )  # fmt: skip
+        mbarrier.wait(ready.index(i_stage), phase)
+        for I_SLICE in gl.static_range(N // SLICE):
+            dks, dvs = add_queries(
+                dks, dvs, keys, values, queries, grads, i_stage, lses, deltas, chunk, row_lo, row_size,
+                scale * LOG2E, I_SLICE * SLICE, SLICE, CHUNK, RANK,
+            )  # fmt: skip
+        dks, dvs = halves(finished(dks + dvs))
+        thread_barrier()  # stage and statistics have been read
+        if n + STAGES < every:
+            start_chunk(descs, rings, ready, n + STAGES, ahead_head, i_frame, ahead, CHUNK, COLUMNS, STAGES)
+        ahead, ahead_head, ahead_left = next_of_group(ahead, ahead_head, ahead_left, chunks, lo, hi, CHUNK, RANK)
+    start_store(scaled_sums(dks, scale, keys[0].dtype), keys, dk_descs, k_corner, COLUMNS)
+    start_store(scaled_sums(dvs, 1.0, keys[0].dtype), values, dv_descs, k_corner, COLUMNS)
+    store_wait(0)
+
+
+def query_gradient(
+    config: MediumTileConfig, problem: Problem, inputs: Inputs, options: Options, cotangents: Cotangents
+) -> tuple[Tensor, RowStatistics]:
+    """dQ, delta and the base-2 lse, as ``portable.dq`` returns them. Allocates only these."""
+    query, key, value, *_ = inputs
+    out, row_max, row_sum, grad_out, grad_lse = cotangents
+    grad_query = new_like(query)
+    delta, lse = torch.empty_like(row_max), torch.empty_like(row_max)
+    call = query_call(config, problem, layout(grad_out), None if grad_lse is None else layout(grad_lse[..., None]))
+    described = by_parts(query, grad_out, grad_query, key, value)
+    call((delta, lse, row_max, row_sum, out, grad_lse), described, (options.scale,))
+    return grad_query, RowStatistics(delta, lse)
+
+
+@lru_cache(maxsize=1024)
+def query_call(config: MediumTileConfig, p: Problem, grad_out: Layout, grad_lse: Layout | None) -> Call:
+    tiles, blocks = p.tiles(config.tile), p.query.shape[-2] // config.pack
+    return call_of(
+        medium_dq_kernel,
+        (prod(tiles) * blocks, p.query.shape[0]),
+        ((0,) * 5 if grad_lse is None else strides(grad_lse), p.geometry, tiles, frames_of(p), p.group, blocks),
+        [
+            *boxes_of_rows(config, p, p.query, grad_out, contiguous(p.query.shape)),
+            *boxes_of_chunks(config, p, p.key, p.value),
+        ],
+        SPEC=spec_of(config, p), CHUNK=config.chunk, COLUMNS=config.columns, STAGES=config.stages,
+        WITH_DLSE=grad_lse is not None, num_warps=WARPS, maxnreg=config.maxnreg,
+    )  # fmt: skip
+
+
+def key_gradients(
+    config: MediumTileConfig, problem: Problem, inputs: Inputs, options: Options, grad_out: Tensor,
+    statistics: RowStatistics,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dK and dV, as ``portable.dkv`` returns them. Allocates only these."""
+    query, key, value, *_ = inputs
+    grad_key, grad_value = new_like(key), new_like(value)
+    call = key_call(config, problem, layout(grad_out))
+    delta, lse, _ = statistics
+    call((delta, lse), by_parts(key, value, grad_key, grad_value, query, grad_out), (options.scale,))
+    return grad_key, grad_value
+
+
+@lru_cache(maxsize=1024)
+def key_call(config: MediumTileConfig, p: Problem, grad_out: Layout) -> Call:
+    tiles, out = p.tiles(config.tile), contiguous(p.key.shape)
+    return call_of(
+        medium_dkv_kernel,
+        (prod(tiles) * p.kv_heads, p.query.shape[0]),
+        (p.geometry, tiles, frames_of(p), p.group, p.kv_heads),
+        [
+            *boxes_of_rows(config, p, p.key, p.value, out, out),
+            *boxes_of_chunks(config, p, p.query, grad_out),
+        ],
+        SPEC=spec_of(config, p), CHUNK=config.chunk, COLUMNS=config.columns, STAGES=config.stages,
+        num_warps=WARPS, maxnreg=config.maxnreg,
+    )  # fmt: skip

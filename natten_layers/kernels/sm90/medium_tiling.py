@@ -1,0 +1,124 @@
+"""Tiles of the kernels for windows between small and large on compute capability 9.0.
+
+A program computes one tile of 64 rows, like those for small windows. What the tile sees does not fit into its share of
+shared memory, so it comes chunk by chunk, as it does for large windows, but no warps of their own load it: two to four
+programs share a multiprocessor, and compute while others wait. Needs neither Triton nor Gluon.
+"""
+
+from functools import lru_cache
+from math import prod
+from typing import NamedTuple
+
+from ...geometry import query_bounds, window_bounds
+from ..host.problem import Problem, three_axes
+from ..host.tiling import Axis, Bounds, Box, boxes, executed, head_width
+from .large_tiling import ends_inside
+from .small_tiling import Spec, most_packed
+
+# Rows of a tile: positions times packed heads of queries, or keys. A matrix product of four warps has this many.
+ROWS = 64
+# Most parts into which the columns of a head are divided, and most columns.
+COLUMN_PARTS, MOST_COLUMNS = 3, 128
+
+
+class MediumTileConfig(NamedTuple):
+    """How a kernel computes a problem one tile a program, with a ring of chunks of what the tile sees."""
+
+    tile: Box
+    """positions of a program"""
+    chunk: Box
+    """positions that are loaded, and whose scores are computed, at a time"""
+    pack: int
+    """query heads of a program"""
+    columns: tuple[int, ...]
+    """columns of a head in shared memory, in parts"""
+    stages: int
+    """chunks that shared memory holds at a time"""
+    maxnreg: int
+
+
+def forward_tile_config(problem: Problem, pack: int | None = None) -> MediumTileConfig | None:
+    """The configuration of the forward pass; None if no tile suits the problem.
+
+    Fewer registers or smaller chunks let more programs share a multiprocessor, but were slower from 96 columns on: with
+    24 heads of 96 channels, chunks of 64 keys and 168 registers took 0.229 ms, chunks of 32 and 128 registers 0.273.
+    """
+    packs = (pack,) if pack else _packs(problem)
+    registers = 128 if sum(columns_of(problem)) <= 64 else 168
+    return _tile_config(problem, packs, window_bounds, 64, 2, registers)
+
+
+def dq_tile_config(problem: Problem, pack: int | None = None) -> MediumTileConfig | None:
+    """The configuration for gradients of queries.
+
+    With 112 channels, chunks of 64 keys need more than 168 registers, and took 0.285 ms, chunks of 32 keys 0.262.
+    """
+    packs = (pack,) if pack else _packs(problem)
+    return _tile_config(problem, packs, window_bounds, 64 if sum(columns_of(problem)) <= 96 else 32, 2, 168)
+
+
+def dkv_tile_config(problem: Problem) -> MediumTileConfig | None:
+    """The configuration for gradients of keys and values, whose rows are keys and whose chunks are of queries.
+
+    Two accumulators of more than 64 columns need most registers that a thread can have.
+    """
+    if sum(columns_of(problem)) <= 64:
+        return _tile_config(problem, (1,), query_bounds, 32, 3, 168)
+    return _tile_config(problem, (1,), query_bounds, 64, 2, 248)
+
+
+def columns_of(problem: Problem) -> tuple[int, ...]:
+    """Columns that hold a head, as at most three powers of two, the largest first: 80 = 64 + 16."""
+    rest, parts = -(-problem.query.shape[-1] // 16) * 16, []
+    while rest:
+        parts.append(1 << (rest.bit_length() - 1))
+        rest -= parts[-1]
+    return tuple(parts)
+
+
+def _packs(problem: Problem) -> tuple[int, ...]:
+    """One query head a program, or as many as share keys. These share what a program loads, but see more keys."""
+    return tuple(sorted({1, most_packed(problem)}))
+
+
+def _tile_config(
+    problem: Problem, packs: tuple[int, ...], bounds: Bounds, keys: int, stages: int, maxnreg: int
+) -> MediumTileConfig | None:
+    best = best_tile(problem.axes, packs, keys, bounds, problem.query.shape[0])
+    if best is None:
+        return None
+    pack, tile, chunk = best
+    return MediumTileConfig(tile, chunk, pack, columns_of(problem), stages, maxnreg)
+
+
+@lru_cache(maxsize=1024)
+def best_tile(
+    axes: tuple[Axis, ...], packs: tuple[int, ...], columns: int, bounds: Bounds, batch: int
+) -> tuple[int, Box, Box] | None:
+    """Packed heads, tile and chunk for which the fewest scores are computed, or None if there are none.
+
+    Where TMA reads and writes, the frames of one image follow those of another, so neither tiles nor the chunks of a
+    batch reach past the last frame of an image.
+    """
+    lengths = axes[0][0], axes[1][0], axes[2][0]
+
+    def cost(choice: tuple[int, Box, Box]) -> tuple[int, int, int]:
+        _, tile, chunk = choice
+        scores = prod(executed(*sides, bounds) for sides in zip(axes, tile, chunk, strict=True))
+        return scores, -tile[2], -chunk[2]
+
+    choices = [
+        (pack, tile, chunk)
+        for pack in packs for tile in boxes(ROWS // pack, lengths) for chunk in boxes(columns, lengths)
+        if lengths[0] % tile[0] == 0 and (batch == 1 or ends_inside(axes[0], tile[0], chunk[0], bounds))
+    ]  # fmt: skip
+    return min(choices, key=cost, default=None)
+
+
+def spec_of(config: MediumTileConfig, problem: Problem, with_stats: bool = False) -> Spec:
+    """What the kernels share with those of small windows."""
+    dim, causal = problem.query.shape[-1], three_axes(problem.is_causal, False)
+    return Spec(
+        causal, config.tile, config.pack, 0, problem.rank, dim, head_width(dim), sink=problem.sink,
+        with_stats=with_stats,
+    )  # fmt: skip
