@@ -151,6 +151,26 @@ def launch_small_on_sm90(tensors: problem.Inputs, options: problem.Options) -> N
     small_backward.key_gradients(config, one, tensors, options, query, statistics)
 
 
+def attend_medium_on_sm90(
+    spatial: tuple[int, ...], kernel_size: int, heads: int, *, dim: int, sink: bool = False, stride: int = 1,
+    dilation: int = 1,
+) -> None:  # fmt: skip
+    from natten_layers.kernels.sm90 import medium_backward, medium_forward, medium_tiling
+
+    query, key = (torch.zeros(1, *spatial, h, dim, dtype=torch.bfloat16) for h in (heads, 2))
+    tensors = problem.Inputs(query, key, key, sink=torch.zeros(heads) if sink else None)
+    options = options_of(len(spatial), kernel_size, None, stride, dilation)
+    one = problem.problem_of(tensors, options)
+    configs = [find(one) for find in (medium_tiling.forward_tile_config, medium_tiling.dq_tile_config)]
+    configs.append(medium_tiling.dkv_tile_config(one))
+    forward, query_config, key_config = (config for config in configs if config is not None)
+    medium_forward.forward(forward, one, tensors, options, with_stats=not sink)
+    rows = torch.ones(query.shape[:-1])
+    cotangents = problem.Cotangents(query, rows, rows, query, rows if sink else None)
+    _, statistics = medium_backward.query_gradient(query_config, one, tensors, options, cotangents)
+    medium_backward.key_gradients(key_config, one, tensors, options, query, statistics)
+
+
 def attend_with_qk_prep_on_sm90(spatial: tuple[int, ...], kernel_size: int, rope: AxialRoPE | RoPE, norm: str) -> None:
     from natten_layers.kernels.sm90 import small_forward_rolling
 
@@ -207,6 +227,10 @@ def main(capability: int) -> None:
         attend_small_on_sm90((4096,), 8, 8, registers=0, dim=128)
         attend_small_on_sm90((56, 56), 7, 2, registers=0, dim=32, stride=3, dilation=2)
         attend_small_on_sm90((4096,), 128, 8, registers=5, dim=64, stride=32, dilation=4)
+        attend_medium_on_sm90((64, 64), 17, 6, dim=96)
+        attend_medium_on_sm90((16, 32, 40), 7, 8, dim=64, sink=True)
+        attend_medium_on_sm90((66, 66), 11, 2, dim=112, stride=2, dilation=3)
+        attend_medium_on_sm90((4096,), 200, 2, dim=128)
         attend_with_qk_prep_on_sm90((64, 64), 7, AxialRoPE(64, 8, num_kv_heads=2), "cosine")
         attend_with_qk_prep_on_sm90((4096,), 128, RoPE(64, scaling=YARN), "rms")
     with torch.no_grad():

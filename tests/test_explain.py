@@ -28,7 +28,7 @@ from natten_layers.modules import attention
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
-SM90 = {"sm90 large window", "sm90 small window, rolling", "sm90 small window"}
+SM90 = {"sm90 large window", "sm90 small window, rolling", "sm90 small window", "sm90 medium window"}
 
 
 def draw(*shape: int, **options: Any) -> Tensor:
@@ -193,29 +193,29 @@ def test_portable_kernels_alone_may_be_asked_for(
 @pytest.mark.parametrize(
     ("make", "changes", "question", "names"),
     [
-        (problem_of_text, {}, {"aligned": False}, ["16 bytes"] * 3),
-        (problem_of_text, {"dilation": (2,)}, {}, ["dilation is (2,)"] * 2 + ["is large"]),
-        (problem_of_image, {"is_periodic": (False, True)}, {}, ["is_periodic is (False, True)"] * 3),
-        (problem_of_image, {"query": contiguous((8, 64, 64, 8, 64))}, {}, ["another grid"] * 3),
-        (problem_of_image, {"key_mask": contiguous((1, 128, 128, 1, 1))}, {}, ["no key_mask"] * 3),
-        (problem_of_image, {"has_bias": True}, {}, ["no rpb"] * 3),
+        (problem_of_text, {}, {"aligned": False}, ["16 bytes"] * 4),
+        (problem_of_text, {"dilation": (2,)}, {}, ["dilation is (2,)"] * 2 + ["is large"] * 2),
+        (problem_of_image, {"is_periodic": (False, True)}, {}, ["is_periodic is (False, True)"] * 4),
+        (problem_of_image, {"query": contiguous((8, 64, 64, 8, 64))}, {}, ["another grid"] * 4),
+        (problem_of_image, {"key_mask": contiguous((1, 128, 128, 1, 1))}, {}, ["no key_mask"] * 4),
+        (problem_of_image, {"has_bias": True}, {}, ["no rpb"] * 4),
         (problem_of_packed_texts, {}, {}, []),
         (
             problem_of_packed_texts,
             {"packing": Packing(((128,),) * 256, 1)},
             {},
-            ["is small: 128 keys"] + ["is large"] * 2,
+            ["is small: 128 keys"] + ["is large"] * 2 + ["no packed batch"],
         ),
         (problem_of_packed_texts, {"kernel_size": (128,)}, {}, ["the window is small"]),
         (
             problem_of_packed_texts,
             {"kernel_size": (128,), "is_causal": (False,)},
             {},
-            ["the window is small"] + ["only if they are causal"] * 2,
+            ["the window is small"] + ["only if they are causal"] * 2 + ["no packed batch"],
         ),
-        (problem_of_image, {"packing": Packing(((128, 128),), 2)}, {}, ["one axis only"] * 3),
-        (problem_of_text, {"capability": (8, 0)}, {}, ["the device has 8.0"] * 3),
-        (problem_of_text, {"kernel_size": (1024,)}, {}, ["the call is small", "the window is large", "is large"]),
+        (problem_of_image, {"packing": Packing(((128, 128),), 2)}, {}, ["one axis only"] * 3 + ["no packed batch"]),
+        (problem_of_text, {"capability": (8, 0)}, {}, ["the device has 8.0"] * 4),
+        (problem_of_text, {"kernel_size": (1024,)}, {}, ["the call is small"] + ["the window is large"] * 3),
         (problem_of_image, {}, {}, ["the window is small"]),
         (problem_of_image, {"kernel_size": (3, 3)}, {}, ["the window is small", "tiles alone are faster"]),
         (problem_of_image, {"stride": (2, 1)}, {}, ["the window is small", "no tiles"]),

@@ -215,11 +215,11 @@ def test_a_variant_with_wrong_results_is_not_chosen(cache: Path, monkeypatch: py
 
 def test_variants_that_can_compute_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of large windows share statistics: they compute all gradients or none. First comes what calls take."""
-    large, tiles = "sm90 large window", "sm90 small window"
+    large, tiles, medium = "sm90 large window", "sm90 small window", "sm90 medium window"
     pytest.importorskip("triton.experimental.gluon")
     text, image = problem_of_text(monkeypatch), problem_of_image(monkeypatch)
     forward = [names["forward"] for names in tune.rivals({"forward": Question(image)})]
-    assert forward == [f"{tiles}, rolling", large, tiles, "portable"]
+    assert forward == [f"{tiles}, rolling", large, tiles, medium, "portable"]
     for problem, first in ((text, large), (image, tiles)):
         questions: dict[Kind, Question] = dict.fromkeys(tuned.GRADIENTS, Question(problem, True, problem.query))
         found = [tuple(names.values()) for names in tune.rivals(questions)]

@@ -126,7 +126,8 @@ def medium_dq_kernel(
     N: gl.constexpr = CHUNK[0] * CHUNK[1] * CHUNK[2]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, N, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
-    q_descs, do_descs = present_descriptors(q0_desc, q1_desc, q2_desc), present_descriptors(do0_desc, do1_desc, do2_desc)
+    q_descs = present_descriptors(q0_desc, q1_desc, q2_desc)
+    do_descs = present_descriptors(do0_desc, do1_desc, do2_desc)
     dq_descs = present_descriptors(dq0_desc, dq1_desc, dq2_desc)
     k_descs, v_descs = present_descriptors(k0_desc, k1_desc, k2_desc), present_descriptors(v0_desc, v1_desc, v2_desc)
 
@@ -268,7 +269,8 @@ def medium_dkv_kernel(
     k_descs, v_descs = present_descriptors(k0_desc, k1_desc, k2_desc), present_descriptors(v0_desc, v1_desc, v2_desc)
     dk_descs = present_descriptors(dk0_desc, dk1_desc, dk2_desc)
     dv_descs = present_descriptors(dv0_desc, dv1_desc, dv2_desc)
-    q_descs, do_descs = present_descriptors(q0_desc, q1_desc, q2_desc), present_descriptors(do0_desc, do1_desc, do2_desc)
+    q_descs = present_descriptors(q0_desc, q1_desc, q2_desc)
+    do_descs = present_descriptors(do0_desc, do1_desc, do2_desc)
 
     i_batch, i_kv, residue, count, origin = own_tile(length, dilation, tiles, kv_heads, TILE)
     lo, hi, _, _ = union_of_queries(origin, count, kernel, stride, CAUSAL, TILE)

@@ -292,7 +292,7 @@ def medium_forward_kernel(
         store_wait(0)
     else:
         attend_rows(
-            (Q, K, V, None, None, Sink, Out), (RowMax, RowSum), strides, i_batch, i_block, origin,
+            (Q, K, V, None, None, Sink, Out, None), (RowMax, RowSum), strides, i_batch, i_block, origin,
             (length, kernel, stride, blocks * PACK), (residue, count, dilation), group, 0, sink, scale * LOG2E,
             (None, None, None, None, None, None), SPEC, NO_PREP,
         )  # fmt: skip

@@ -13,14 +13,24 @@ from ..host.problem import Layout, contiguous, strides
 from ..host.tiling import Kind, head_width
 from ..host.tuned import GRADIENTS, override_pack, variant_for
 from ..host.variant import Question, Variant
-from . import large_tiling, small_tiling
+from . import large_tiling, medium_tiling, small_tiling
 from .available import gluon_gap
 
 GLUON_GAP = gluon_gap()
 if TYPE_CHECKING or GLUON_GAP is None:  # only a missing Gluon leaves these modules out; other import errors are raised
-    from . import large_dkv, large_dq, large_forward, small_backward, small_forward, small_forward_rolling
+    from . import (
+        large_dkv,
+        large_dq,
+        large_forward,
+        medium_backward,
+        medium_forward,
+        small_backward,
+        small_forward,
+        small_forward_rolling,
+    )
 
 LARGE, ROLLING, TILES = "sm90 large window", "sm90 small window, rolling", "sm90 small window"
+MEDIUM = "sm90 medium window"
 
 # A window is large from this many key elements (keys times head dim) on: 256 keys of head dim 128, or 512 of 64.
 LARGE_KEY_ELEMENTS = 2**15
@@ -39,6 +49,10 @@ LEAST_FILLED = 0.75
 # With head dims above 128 portable kernels are slow, and kernels for large windows pay from this many keys of a window
 # and this many (query, key) pairs on.
 WIDE_WINDOW, WIDE_PAIRS = 64, 2**24
+# Windows between small and large have at least this many keys, and fewer key elements than large ones. With windows of
+# 121 to 289 keys and 64 to 112 channels, these kernels take 0.59 to 0.84 of portable ones' time on an H200
+# (``docs/profiles.md``).
+MEDIUM_WINDOW = 64
 # A call with a large window is large enough to hide launch overhead from this many (query, key) pairs on. With windows
 # of 1024 keys and 8 heads of 128 channels, 2**27 pairs take 152 us, and 181 us in portable kernels; 2**26 pairs take
 # 101 us, which is the host's time, and 91 us in portable kernels.
@@ -261,6 +275,52 @@ def _small_key_plan(question: Question) -> small_tiling.SmallTileConfig | str:
     return small_tiling.small_dkv_tile_config(question.problem) or NO_SMALL_TILES
 
 
+# --- Windows between small and large
+
+NO_MEDIUM_TILES = "no tiles: the frames of an image cannot be divided into tiles of 64 rows"
+
+
+def _medium_gap(question: Question) -> str | None:
+    p, reason = question.problem, classes_gap(question)
+    dim, value_dim = p.query.shape[-1], p.value.shape[-1]
+    if p.packing is not None:
+        return "it takes no packed batch"
+    if reason is not None:
+        return reason
+    if p.registers:
+        return "it takes no additional keys"
+    if dim != value_dim or dim > medium_tiling.MOST_COLUMNS:
+        most = medium_tiling.MOST_COLUMNS
+        return f"it takes queries and values of equally many channels, up to {most}, not {dim} and {value_dim}"
+    if p.query.shape[0] >= 2**16:
+        return f"it takes fewer than {2**16} images, not {p.query.shape[0]}"
+    return None
+
+
+def _medium_pays(question: Question, *kinds: Kind) -> str | None:
+    p = question.problem
+    window, queries, dim = prod(p.kernel_size), prod(p.query.shape[:-1]), p.query.shape[-1]
+    if window < MEDIUM_WINDOW:
+        return f"the window is small: {window} keys are fewer than {MEDIUM_WINDOW}"
+    if window * dim >= LARGE_KEY_ELEMENTS:
+        return f"the window is large: {window} keys of {dim} elements are {LARGE_KEY_ELEMENTS} or more"
+    if queries < LEAST_ROWS:
+        return f"the call is small: {queries} query rows are fewer than {LEAST_ROWS}"
+    return _chosen_elsewhere(question, *kinds)
+
+
+def _medium_plan(question: Question) -> medium_tiling.MediumTileConfig | str:
+    return medium_tiling.forward_tile_config(question.problem, override_pack()) or NO_MEDIUM_TILES
+
+
+def _medium_query_plan(question: Question) -> medium_tiling.MediumTileConfig | str:
+    return medium_tiling.dq_tile_config(question.problem, override_pack()) or NO_MEDIUM_TILES
+
+
+def _medium_key_plan(question: Question) -> medium_tiling.MediumTileConfig | str:
+    return medium_tiling.dkv_tile_config(question.problem) or NO_MEDIUM_TILES
+
+
 # --- Preparation of queries and keys, and attention
 
 
@@ -368,5 +428,29 @@ TILES_KEY_GRADIENTS = Variant(
     pays=lambda q: _small_backward_pays(q, "backward_key"),
     plan=_small_key_plan,
     run=lambda *args: small_backward.key_gradients(*args),
+    uses_tma=True,
+)
+MEDIUM_FORWARD = Variant(
+    MEDIUM,
+    supports=_medium_gap,
+    pays=lambda q: _medium_pays(q, "forward"),
+    plan=_medium_plan,
+    run=lambda *args: medium_forward.forward(*args),
+    uses_tma=True,
+)
+MEDIUM_QUERY_GRADIENT = Variant(
+    MEDIUM,
+    supports=_medium_gap,
+    pays=lambda q: _medium_pays(q, "backward_query"),
+    plan=_medium_query_plan,
+    run=lambda *args: medium_backward.query_gradient(*args),
+    uses_tma=True,
+)
+MEDIUM_KEY_GRADIENTS = Variant(
+    MEDIUM,
+    supports=_medium_gap,
+    pays=lambda q: _medium_pays(q, "backward_key"),
+    plan=_medium_key_plan,
+    run=lambda *args: medium_backward.key_gradients(*args),
     uses_tma=True,
 )

@@ -1,0 +1,255 @@
+"""The kernels for windows between small and large on compute capability 9.0 against the fp64 oracle."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+import pytest
+import torch
+from helpers import Case, assert_close, assert_nan_stays, error, make_inputs, oracle, run
+from hypothesis import given, settings
+from problems import problem_of_image, problem_of_text
+from torch import Tensor
+
+pytest.importorskip("triton.experimental.gluon")
+
+from test_sm90_large import assert_oracle, call_of, needs_device
+from test_sm90_small import problems
+
+from natten_layers.geometry import query_bounds, window_bounds
+from natten_layers.kernels import dispatch
+from natten_layers.kernels.dispatch import Question
+from natten_layers.kernels.host.problem import Layout, Problem, contiguous
+from natten_layers.kernels.host.tuned import override
+from natten_layers.kernels.portable import forward
+from natten_layers.kernels.sm90 import medium_backward, medium_forward, medium_tiling, variants
+from natten_layers.kernels.sm90.medium_tiling import MediumTileConfig
+
+CASES = (
+    Case("2d-72-gqa", (20, 27), (9, 7), heads=4, kv_heads=2, head_dim=72, value_dim=72),
+    Case("3d-causal-gqa-sink", (6, 19, 21), (4, 7, 7), 1, 1, (True, False, False), 4, 1, head_dim=64, value_dim=64,
+         sink="learned"),
+    Case("3d-96-stride", (5, 17, 18), (3, 5, 5), (1, 2, 1), heads=2, kv_heads=2, head_dim=96, value_dim=96),
+    Case("2d-112-dilated-zero-sink", (30, 33), (5, 11), 1, (2, 3), heads=3, kv_heads=3, head_dim=112, value_dim=112,
+         sink="zero"),
+    Case("1d-128-causal-gqa", (700,), 101, is_causal=True, heads=4, kv_heads=2, head_dim=128, value_dim=128, batch=1),
+    Case("2d-80-group-3-strides", (33, 40), (21, 20), (2, 3), 1, (True, False), 6, 2, head_dim=80, value_dim=80,
+         batch=3),
+    Case("2d-40-short-axis", (9, 40), 9, heads=2, kv_heads=2, head_dim=40, value_dim=40),
+    Case("2d-window-of-the-whole-image", (7, 9), (7, 9), heads=2, kv_heads=1, head_dim=16, value_dim=16, sink="zero"),
+)  # fmt: skip
+MEDIUM = {"forward": variants.MEDIUM, "backward_query": variants.MEDIUM, "backward_key": variants.MEDIUM}
+
+
+@pytest.mark.gpu
+@needs_device
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matches_the_oracle(case: Case, dtype: torch.dtype) -> None:
+    case = replace(case, dtype=dtype)
+    leaves = make_inputs(case, "cuda")
+    problem, arguments = call_of(case, {name: t.detach() for name, t in leaves.items()})
+    assert variants.MEDIUM_FORWARD.supports(Question(problem)) is None
+    config = medium_tiling.forward_tile_config(problem)
+    assert config is not None
+    assert_oracle(case, leaves, medium_forward.forward(config, *arguments))
+
+
+@pytest.mark.gpu
+@needs_device
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradients_match_the_oracle(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the public operation; two runs are equal bit by bit."""
+    case = replace(case, dtype=torch.bfloat16)
+    leaves = make_inputs(case, "cuda")
+    taken: list[str] = []
+    for module, name in (
+        (medium_forward, "forward"), (medium_backward, "query_gradient"), (medium_backward, "key_gradients"),
+    ):  # fmt: skip
+        compute = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, run=compute, name=name: taken.append(name) or run(*args))
+    with override(variants=MEDIUM):
+        first, second = (run(case, leaves, "fused") for _ in range(2))
+    assert taken == ["forward", "query_gradient", "key_gradients"] * 2
+    assert_close(case, first, oracle(case, leaves), run(case, leaves, "eager"))
+    for name, tensor in first.tensors().items():
+        assert torch.equal(tensor, second.tensors()[name]), name
+
+
+@pytest.mark.gpu
+@needs_device
+@pytest.mark.parametrize("case", [CASES[1], CASES[3]], ids=str)
+@pytest.mark.parametrize("medium", [("backward_query",), ("backward_key",), ("forward",)], ids=str)
+def test_each_direction_may_take_it_alone(case: Case, medium: tuple[str, ...]) -> None:
+    """Statistics have one order in these kernels and in portable ones, so that directions may be mixed."""
+    case = replace(case, dtype=torch.bfloat16)
+    leaves = make_inputs(case, "cuda")
+    with override(variants={kind: variants.MEDIUM if kind in medium else "portable" for kind in MEDIUM}):  # pyright: ignore[reportArgumentType]
+        assert_close(case, run(case, leaves, "fused"), oracle(case, leaves), run(case, leaves, "eager"))
+
+
+@pytest.mark.gpu
+@needs_device
+@pytest.mark.parametrize("case", CASES[:6], ids=str)
+def test_nan_reaches_no_other_image_and_no_other_head(case: Case) -> None:
+    case = replace(case, dtype=torch.bfloat16, batch=2)
+    with override(variants=MEDIUM):
+        assert_nan_stays(case, make_inputs(case, "cuda"))
+
+
+@pytest.mark.gpu
+@needs_device
+@pytest.mark.parametrize("case", CASES[:6], ids=str)
+def test_nan_and_inf_reach_only_the_queries_that_see_them(case: Case) -> None:
+    case = replace(case, dtype=torch.bfloat16, batch=2)
+    tensors = {name: t.detach().clone() for name, t in make_inputs(case, "cuda").items()}
+    middle, rank = tuple(n // 2 for n in case.spatial), len(case.spatial)
+    tensors["value"][(0, *middle, case.kv_heads - 1, 7)] = float("nan")
+    tensors["value"][(0, *middle, 0, 8)] = float("inf")
+    tensors["key"][(1, *(-1,) * rank, 0, 5)] = float("nan")
+    tensors["query"][(1, *(0,) * rank, 0, 3)] = float("nan")
+    problem, arguments = call_of(case, tensors)
+    config = medium_tiling.forward_tile_config(problem)
+    assert config is not None
+    mine, row_max, row_sum = medium_forward.forward(config, *arguments)
+    expected, other_max, other_sum = forward.forward(forward.plan(problem, True), *arguments)
+    for own, other, allowed in (
+        (mine, expected, 4e-3),
+        (row_max + row_sum.log(), other_max + other_sum.log(), 1e-5),  # pyright: ignore[reportOptionalMemberAccess, reportOptionalOperand]
+    ):
+        broken = ~other.isfinite()
+        assert broken.any()
+        assert not broken.all()
+        assert torch.equal(~own.isfinite(), broken)
+        assert error(own[~broken], other[~broken]) < allowed
+
+
+@pytest.mark.gpu
+@needs_device
+def test_reads_views_of_a_fused_projection() -> None:
+    case = replace(CASES[0], dtype=torch.bfloat16)
+    qkv = torch.randn(2, *case.spatial, 8, 72, device="cuda", dtype=torch.bfloat16)
+    views: dict[str, Tensor] = dict(zip(("query", "key", "value"), qkv.split((4, 2, 2), -2), strict=True))
+    copies = {name: t.contiguous() for name, t in views.items()}
+    with override(variants=MEDIUM):
+        results = [run(case, {name: t.detach().requires_grad_() for name, t in x.items()}, "fused").tensors()
+                   for x in (views, copies)]  # fmt: skip
+    for name, tensor in results[0].items():
+        assert torch.equal(tensor, results[1][name]), name
+
+
+# --- Plans, without a GPU
+
+
+@settings(deadline=None)
+@given(problems())
+def test_tiles_and_chunks_stay_inside_an_image(problem: Problem) -> None:
+    """Tiles have 64 rows, chunks as many rows as a matrix instruction needs, and none reaches into the next image."""
+    configs = (
+        (medium_tiling.forward_tile_config(problem), window_bounds),
+        (medium_tiling.dq_tile_config(problem), window_bounds),
+        (medium_tiling.dkv_tile_config(problem), query_bounds),
+    )
+    for config, bounds in configs:
+        if config is None:
+            assert problem.rank == 3
+            continue
+        assert prod(config.tile) * config.pack == 64
+        assert problem.group % config.pack == 0
+        assert problem.lengths[0] % config.tile[0] == 0
+        assert prod(config.chunk) in (32, 64)
+        assert sum(config.columns) >= problem.query.shape[-1]
+        length, kernel, stride, causal = problem.axes[0]
+        first = torch.arange(0, length, config.tile[0])
+        low, _ = bounds(first, length, kernel, stride, causal)
+        _, high = bounds(first + config.tile[0] - 1, length, kernel, stride, causal)
+        chunks = (high - low + config.chunk[0]) // config.chunk[0]
+        assert int((low + chunks * config.chunk[0]).max()) <= length
+
+
+@pytest.mark.parametrize(
+    ("dim", "columns"), [(8, (16,)), (40, (32, 16)), (64, (64,)), (72, (64, 16)), (104, (64, 32, 16)), (120, (128,))]
+)
+def test_columns_are_divided_into_powers_of_two(
+    monkeypatch: pytest.MonkeyPatch, dim: int, columns: tuple[int, ...]
+) -> None:
+    heads = contiguous((2, 64, 64, 4, dim))
+    assert medium_tiling.columns_of(problem_of_image(monkeypatch, query=heads, key=heads, value=heads)) == columns
+
+
+def lumina(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Problem:
+    """Four images of 64x64 with 24 heads of 96 channels and windows of 17x17: 27744 key elements."""
+    query, key = (contiguous((4, 64, 64, h, 96)) for h in (24, 8))
+    image = {"query": query, "key": key, "value": key, "kernel_size": (17, 17)}
+    return problem_of_image(monkeypatch, **{**image, **changes})
+
+
+def names(problem: Problem) -> list[str]:
+    """The kernels of the forward pass, of dQ and of dK and dV."""
+    query, key, *_ = dispatch.choose_backward(Question(problem, True, contiguous(problem.query.shape)))
+    return [dispatch.choose("forward", Question(problem)).variant.name, query.variant.name, key.variant.name]
+
+
+def test_windows_between_small_and_large_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = lumina(monkeypatch)
+    assert names(problem) == [variants.MEDIUM] * 3
+    choice = dispatch.choose("forward", Question(problem))
+    assert choice.plan == MediumTileConfig((1, 8, 8), (1, 8, 8), 1, (64, 32), 2, 168)
+    assert [name for name, _ in choice.passed_over] == [variants.LARGE, variants.ROLLING, variants.TILES]
+
+
+def test_tuning_and_overrides_win(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = lumina(monkeypatch)
+    with override(portable_only=True):
+        assert names(problem) == ["portable"] * 3
+    with override({"backward_query": forward.tile_config_for("backward_query", problem.problem_class)}):
+        assert names(problem) == [variants.MEDIUM, "portable", variants.MEDIUM]
+    with override(variants=dict.fromkeys(MEDIUM, variants.LARGE)):  # pyright: ignore[reportArgumentType]
+        assert names(problem) == [variants.LARGE] * 3
+    small = problem_of_image(monkeypatch)
+    with override(variants=MEDIUM):  # pyright: ignore[reportArgumentType]
+        assert names(small) == [variants.MEDIUM] * 3
+    grouped = lumina(monkeypatch, query=contiguous((4, 64, 64, 16, 96)))
+    with override(pack=2):
+        choice = dispatch.choose("forward", Question(grouped))
+    assert (choice.variant.name, choice.plan.pack) == (variants.MEDIUM, 2)
+    with override(pack=4):  # more heads than there are in a group
+        assert dispatch.choose("forward", Question(grouped)).is_portable
+
+
+WIDE = contiguous((4, 64, 64, 8, 64))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"value": WIDE}, "equally many channels, up to 128, not 96 and 64"),
+        (
+            {"kernel_size": (8, 7), **dict.fromkeys(("query", "key", "value"), contiguous((4, 64, 64, 24, 136)))},
+            "not 136 and 136",
+        ),
+        (dict.fromkeys(("additional_keys", "additional_values"), contiguous((4, 5, 8, 96))), "no additional keys"),
+        ({"kernel_size": (7, 7)}, "49 keys are fewer than"),
+        (dict.fromkeys(("query", "key", "value"), contiguous((1, 64, 64, 24, 96))), "the call is small"),
+        ({"is_periodic": (False, True)}, "no periodic axes"),
+        ({"dilation": (1, 3)}, "does not divide"),
+    ],
+    ids=str,
+)
+def test_why_it_is_passed_over(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], reason: str) -> None:
+    choice = dispatch.choose("forward", Question(lumina(monkeypatch, **changes)))
+    assert choice.is_portable
+    assert choice.passed_over[-1].kernel == variants.MEDIUM
+    assert reason in choice.passed_over[-1].reason
+
+
+def test_videos_whose_frames_no_tile_divides_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three frames of 4x4 take tiles of four frames, which TMA would write into the next video."""
+    video = Layout((2**13, 3, 4, 4, 1, 64), contiguous((2**13, 3, 4, 4, 1, 64)).stride)
+    axes = {"kernel_size": (3, 3, 3), "stride": (1,) * 3, "dilation": (1,) * 3, "is_causal": (False,) * 3}
+    problem = problem_of_text(monkeypatch, query=video, key=video, value=video, **axes)
+    assert medium_tiling.forward_tile_config(problem) is None
+    with override(variants=MEDIUM):  # pyright: ignore[reportArgumentType]
+        assert names(problem) == ["portable"] * 3
