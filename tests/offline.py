@@ -20,6 +20,7 @@ from triton.runtime import driver
 from benchmarks.compile_only import SHARED_MEMORY, Driver
 from natten_layers import cached_attention, neighborhood_attention, neighborhood_attention_varlen
 from natten_layers.kernels.host import problem
+from natten_layers.kernels.host.qk_prep import QKPrep
 from natten_layers.kernels.ops import attention as attention_ops
 from natten_layers.kernels.ops import decode as decode_ops
 from natten_layers.kernels.portable.forward import forward_kernel
@@ -178,7 +179,7 @@ def attend_with_qk_prep_on_sm90(spatial: tuple[int, ...], kernel_size: int, rope
     query, key, value = qkv.split((8, 2, 2), -2)
     angles = rope.angles(query, key, None)
     gain = torch.zeros(64, dtype=torch.bfloat16)
-    prep = problem.QKPrep(gain, gain, angles.positions[None], angles.freqs, angles.factor, norm, 1e-6)
+    prep = QKPrep(gain, gain, angles.positions[None], angles.freqs, angles.factor, norm, 1e-6)
     tensors, options = problem.Inputs(query, key, value), options_of(len(spatial), kernel_size, None)
     one = problem.problem_of(tensors, options)
     config = small_tiling.rolling_tile_config(one, with_qk_prep=True)

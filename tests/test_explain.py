@@ -20,7 +20,8 @@ from problems import problem_of_image, problem_of_packed_texts, problem_of_proje
 from natten_layers.kernels import dispatch
 from natten_layers.kernels.host.launcher import Launcher
 from natten_layers.kernels.host.packing import Packing
-from natten_layers.kernels.host.problem import Problem, QKPrepKind, contiguous
+from natten_layers.kernels.host.problem import Problem, contiguous
+from natten_layers.kernels.host.qk_prep import QKPrepKind
 from natten_layers.kernels.host.tiling import TileConfig
 from natten_layers.kernels.host.tuned import override
 from natten_layers.kernels.ops import attention as attention_ops

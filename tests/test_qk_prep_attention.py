@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from natten_layers.arguments import Call, prepare
-from natten_layers.kernels.host.problem import Layout, QKPrepKind, problem_of
+from natten_layers.kernels.host.problem import Layout, problem_of
+from natten_layers.kernels.host.qk_prep import QKPrepKind
 from natten_layers.kernels.host.tuned import override
 from natten_layers.kernels.ops import attention as attention_ops
 from natten_layers.kernels.ops import qk_prep_attention as qk_prep_attention_ops

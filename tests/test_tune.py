@@ -17,7 +17,8 @@ from torch import Tensor
 
 from natten_layers import explain, neighborhood_attention, tune
 from natten_layers.kernels.host import tuned
-from natten_layers.kernels.host.problem import QKPrepKind, device_traits
+from natten_layers.kernels.host.problem import device_traits
+from natten_layers.kernels.host.qk_prep import QKPrepKind
 from natten_layers.kernels.host.tiling import Kind, ProblemClass, TileConfig, rule
 from natten_layers.kernels.host.variant import Question
 from natten_layers_cli import tune as command

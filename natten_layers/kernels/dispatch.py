@@ -20,12 +20,12 @@ from .host.problem import (
     Inputs,
     Options,
     Problem,
-    QKPrep,
     SavedResults,
     Tangents,
     contiguous,
     layout,
 )
+from .host.qk_prep import QKPrep
 from .host.tiling import Kind
 from .host.tuned import is_portable_only, remembered, variant_for
 from .host.variant import Choice, Direction, PassedOver, Question, Variant

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from .problem import Layout, Problem, QKPrepKind
+from .problem import Layout, Problem
+from .qk_prep import QKPrepKind
 
 PORTABLE = "portable"
 """The name of the variants that support every call."""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..host.problem import QKPrep
+from ..host.qk_prep import QKPrep
 from .define import (
     NOT_FUSED,
     WAY_OUT,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..host.problem import Inputs, Options, QKPrep, problem_of
+from ..host.problem import Inputs, Options, problem_of
+from ..host.qk_prep import QKPrep
 from . import attention as attention_ops
 from .define import call, define_op, module, on_device
 

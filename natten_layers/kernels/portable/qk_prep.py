@@ -21,7 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..host.launcher import launcher
-from ..host.problem import QKPrep, new_like
+from ..host.problem import new_like
+from ..host.qk_prep import QKPrep
 from ..host.tiling import next_power_of_2
 from .parameters import View
 from .qk_prep_parts import (

@@ -20,7 +20,8 @@ from triton.experimental.gluon.language.nvidia.hopper.tma import (
     store_wait,
 )
 
-from ..host.problem import Inputs, Layout, Options, Problem, QKPrep, QKPrepKind
+from ..host.problem import Inputs, Layout, Options, Problem
+from ..host.qk_prep import QKPrep, QKPrepKind
 from ..host.tiling import Box, head_width
 from ..portable.primitives import LOG2E
 from ..portable.windows import shifted, unravel, windows_of
