@@ -29,7 +29,7 @@ LENGTHS = {1: 700, 2: 48, 3: 14} if ON_GPU else {1: 40, 2: 9, 3: 4}
 """the longest axis, by their number"""
 WINDOWS = {1: (128, 400), 2: (9, 20), 3: (4, 10)}
 """the longest side of most windows, and of large ones"""
-HEAD_DIMS = (64, 64, 64, 128, 128, 16, 32, 40, 80, 96, 192, 256) if ON_GPU else (8, 16, 24)
+HEAD_DIMS = (64, 64, 64, 128, 128, 16, 32, 40, 72, 80, 96, 112, 192, 256) if ON_GPU else (8, 16, 24)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32) if ON_GPU else (torch.float16, torch.float32)
 LAYOUTS = ("plain", "packed", "heads first", "offset")
 
@@ -95,7 +95,7 @@ def laid_out(inputs: Inputs, layout: str) -> Inputs:
 
 @pytest.fixture(autouse=True)
 def small_problems_take_kernels_of_large_ones(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in ("LEAST_ROWS", "LEAST_FILLED", "PAIRS", "WIDE_PAIRS"):
+    for name in ("LEAST_ROWS", "LEAST_FILLED", "PAIRS", "WIDE_PAIRS", "MEDIUM_WINDOW", "MEDIUM_PRODUCTS"):
         monkeypatch.setattr(variants, name, 0)
     forget()
     yield

@@ -231,7 +231,7 @@ def test_variants_that_can_compute_a_pass(monkeypatch: pytest.MonkeyPatch) -> No
             with tuned.override(variants=dict(zip(tuned.GRADIENTS, (query, key), strict=True))):
                 chosen = dispatch.choose_backward(Question(problem, True, problem.query))
             assert (chosen.query.variant.name, chosen.key.variant.name) == (query, key)
-    assert len(tune.rivals(dict.fromkeys(tuned.GRADIENTS, Question(image, True, image.query)))) == 5
+    assert len(tune.rivals(dict.fromkeys(tuned.GRADIENTS, Question(image, True, image.query)))) == 10
 
 
 def test_tuned_variants_decide_in_a_prologue_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,7 +36,6 @@ from ..portable.windows import (
     next_chunk,
     queries_of,
     shifted,
-    steps_over,
     token_offset,
     tokens_of,
     union_of_queries,
@@ -49,6 +48,7 @@ from .medium_forward import (
     boxes_of_rows,
     by_parts,
     bytes_of,
+    chunks_over,
     finished,
     first_column,
     new_sums,
@@ -133,8 +133,7 @@ def medium_dq_kernel(
 
     i_batch, i_block, residue, count, origin = own_tile(length, dilation, tiles, blocks, TILE)
     lo, hi, _, _ = union_of_windows(origin, count, kernel, stride, CAUSAL, TILE)
-    steps = steps_over(lo, hi, CHUNK)
-    chunks = steps[0] * steps[1] * steps[2]
+    chunks = chunks_over(lo, hi, CHUNK)
     i_kv, i_frame = i_block * PACK // group, first_frame(i_batch, residue, length, frames)
     ready = new_barriers(STAGES + 1, 1)  # for the stages of the ring, and for the tile
     mbarrier.expect(ready.index(STAGES), bytes_of(2 * M, COLUMNS))
@@ -274,8 +273,7 @@ def medium_dkv_kernel(
 
     i_batch, i_kv, residue, count, origin = own_tile(length, dilation, tiles, kv_heads, TILE)
     lo, hi, _, _ = union_of_queries(origin, count, kernel, stride, CAUSAL, TILE)
-    steps = steps_over(lo, hi, CHUNK)
-    chunks = steps[0] * steps[1] * steps[2]
+    chunks = chunks_over(lo, hi, CHUNK)
     every, heads = chunks * group, kv_heads * group
     i_frame = first_frame(i_batch, residue, length, frames)
     ready = new_barriers(STAGES + 1, 1)  # for the stages of the ring, and for the tile

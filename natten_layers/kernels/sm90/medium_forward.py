@@ -70,6 +70,13 @@ def bytes_of(rows, columns):
 
 
 @gluon.jit
+def chunks_over(lo, hi, CHUNK: gl.constexpr):
+    """How many chunks cover the box ``[lo, hi]``; none if it is empty."""
+    steps = steps_over(lo, hi, CHUNK)
+    return steps[0] * steps[1] * steps[2]
+
+
+@gluon.jit
 def start_rows(descs, corner, ready, COLUMNS: gl.constexpr):
     """Start to load all columns of the rows of a tile; returns a buffer for each part of the columns."""
     buffers = ()
@@ -243,8 +250,7 @@ def medium_forward_kernel(
 
     i_batch, i_block, residue, count, origin = own_tile(length, dilation, tiles, blocks, TILE)
     lo, hi, _, _ = union_of_windows(origin, count, kernel, stride, CAUSAL, TILE)
-    steps = steps_over(lo, hi, CHUNK)
-    chunks = steps[0] * steps[1] * steps[2]
+    chunks, heads = chunks_over(lo, hi, CHUNK), blocks * PACK
     i_kv, i_frame = i_block * PACK // group, first_frame(i_batch, residue, length, frames)
     ready = new_barriers(STAGES + 1, 1)  # for the stages of the ring, and for the tile
     mbarrier.expect(ready.index(STAGES), bytes_of(M, COLUMNS))
@@ -284,16 +290,14 @@ def medium_forward_kernel(
     if all_finite(sums_flags(sums, row_l)):
         start_store(divided_sums(sums, row_l, queries[0].dtype), queries, out_descs, q_corner, COLUMNS)
         if SPEC.with_stats:
-            m_rows, o_row = class_rows(
-                position, head, i_batch, origin, residue, count, dilation, length, blocks * PACK
-            )  # fmt: skip
+            m_rows, o_row = class_rows(position, head, i_batch, origin, residue, count, dilation, length, heads)
             gl.store(RowMax + o_row, row_m * LN2, mask=m_rows)
             gl.store(RowSum + o_row, gl.convert_layout(row_l, ROW), mask=m_rows)
         store_wait(0)
     else:
         attend_rows(
             (Q, K, V, None, None, Sink, Out, None), (RowMax, RowSum), strides, i_batch, i_block, origin,
-            (length, kernel, stride, blocks * PACK), (residue, count, dilation), group, 0, sink, scale * LOG2E,
+            (length, kernel, stride, heads), (residue, count, dilation), group, 0, sink, scale * LOG2E,
             (None, None, None, None, None, None), SPEC, NO_PREP,
         )  # fmt: skip
 

@@ -17,6 +17,9 @@ from .small_tiling import Spec, most_packed
 
 # Rows of a tile: positions times packed heads of queries, or keys. A matrix product of four warps has this many.
 ROWS = 64
+# Chunks that shared memory holds at a time. With more of them, or with chunks of 32 keys where those of 64 leave enough
+# registers, kernels were slower (``docs/profiles.md``).
+STAGES = 2
 # Most parts into which the columns of a head are divided, and most columns.
 COLUMN_PARTS, MOST_COLUMNS = 3, 128
 
@@ -38,33 +41,25 @@ class MediumTileConfig(NamedTuple):
 
 
 def forward_tile_config(problem: Problem, pack: int | None = None) -> MediumTileConfig | None:
-    """The configuration of the forward pass; None if no tile suits the problem.
-
-    Fewer registers or smaller chunks let more programs share a multiprocessor, but were slower from 96 columns on: with
-    24 heads of 96 channels, chunks of 64 keys and 168 registers took 0.229 ms, chunks of 32 and 128 registers 0.273.
-    """
-    packs = (pack,) if pack else _packs(problem)
-    registers = 128 if sum(columns_of(problem)) <= 64 else 168
-    return _tile_config(problem, packs, window_bounds, 64, 2, registers)
+    """The configuration of the forward pass; None if no tile suits the problem."""
+    return _tile_config(problem, pack, window_bounds, 64 if _width(problem) <= 112 else 32, 168)
 
 
 def dq_tile_config(problem: Problem, pack: int | None = None) -> MediumTileConfig | None:
-    """The configuration for gradients of queries.
-
-    With 112 channels, chunks of 64 keys need more than 168 registers, and took 0.285 ms, chunks of 32 keys 0.262.
-    """
-    packs = (pack,) if pack else _packs(problem)
-    return _tile_config(problem, packs, window_bounds, 64 if sum(columns_of(problem)) <= 96 else 32, 2, 168)
+    """The configuration for gradients of queries."""
+    return _tile_config(problem, pack, window_bounds, 64 if _width(problem) <= 96 else 32, 168)
 
 
 def dkv_tile_config(problem: Problem) -> MediumTileConfig | None:
     """The configuration for gradients of keys and values, whose rows are keys and whose chunks are of queries.
 
-    Two accumulators of more than 64 columns need most registers that a thread can have.
+    Two accumulators take most registers that a thread can have.
     """
-    if sum(columns_of(problem)) <= 64:
-        return _tile_config(problem, (1,), query_bounds, 32, 3, 168)
-    return _tile_config(problem, (1,), query_bounds, 64, 2, 248)
+    return _tile_config(problem, 1, query_bounds, 64, 248)
+
+
+def _width(problem: Problem) -> int:
+    return sum(columns_of(problem))
 
 
 def columns_of(problem: Problem) -> tuple[int, ...]:
@@ -76,19 +71,19 @@ def columns_of(problem: Problem) -> tuple[int, ...]:
     return tuple(parts)
 
 
-def _packs(problem: Problem) -> tuple[int, ...]:
-    """One query head a program, or as many as share keys. These share what a program loads, but see more keys."""
-    return tuple(sorted({1, most_packed(problem)}))
-
-
 def _tile_config(
-    problem: Problem, packs: tuple[int, ...], bounds: Bounds, keys: int, stages: int, maxnreg: int
+    problem: Problem, pack: int | None, bounds: Bounds, keys: int, maxnreg: int
 ) -> MediumTileConfig | None:
+    """The best tile with chunks of ``keys``, and ``pack`` heads a program: by default one, or as many as share keys.
+
+    These share what a program loads, but a tile has fewer positions, which share fewer keys.
+    """
+    packs = tuple(sorted({1, most_packed(problem)})) if pack is None else (pack,)
     best = best_tile(problem.axes, packs, keys, bounds, problem.query.shape[0])
     if best is None:
         return None
     pack, tile, chunk = best
-    return MediumTileConfig(tile, chunk, pack, columns_of(problem), stages, maxnreg)
+    return MediumTileConfig(tile, chunk, pack, columns_of(problem), STAGES, maxnreg)
 
 
 @lru_cache(maxsize=1024)

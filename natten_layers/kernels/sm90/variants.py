@@ -34,9 +34,6 @@ MEDIUM = "sm90 medium window"
 
 # A window is large from this many key elements (keys times head dim) on: 256 keys of head dim 128, or 512 of 64.
 LARGE_KEY_ELEMENTS = 2**15
-# The same threshold for gradients in 2-D and 3-D with head dims of up to 64: 320 keys. Gradients of 8 x 128x128 tokens
-# with 8 heads and 21x21 windows take 2.15 ms on an H200, and 2.34 ms in portable kernels.
-LARGE_GRADIENT_KEY_ELEMENTS = 320 * 64
 # The same threshold with register tokens, which take a second launch that reads and writes the output once more.
 LARGE_KEY_ELEMENTS_WITH_REGISTERS = 2**18
 # A call with a small window is large enough to hide launch overhead from this many query rows on. With 200704 rows of
@@ -50,9 +47,15 @@ LEAST_FILLED = 0.75
 # and this many (query, key) pairs on.
 WIDE_WINDOW, WIDE_PAIRS = 64, 2**24
 # Windows between small and large have at least this many keys, and fewer key elements than large ones. With windows of
-# 121 to 289 keys and 64 to 112 channels, these kernels take 0.59 to 0.84 of portable ones' time on an H200
+# 75 to 441 keys and 64 to 128 channels, these kernels take 0.60 to 0.88 of portable ones' time on an H200
 # (``docs/profiles.md``).
 MEDIUM_WINDOW = 64
+# A call with such a window is large enough to hide launch overhead, which the descriptors of up to three parts of each
+# tensor double, from this many (query, key) pairs times channels on. Call after call, 24 heads of 96 channels with
+# 17x17 windows on 64x64 tokens (2.7e9) take 69, 101 and 128 us in forward, dQ, and dK and dV, and 85, 99 and 208 us in
+# portable kernels; 32 heads of 112 with 11x11 windows (1.8e9) take 83, 115 and 149 us against 108, 139 and 193; 16
+# heads of 80 with 9x9 windows (0.4e9) take 100 us each, which is the host's time, against 52, 45 and 63.
+MEDIUM_PRODUCTS = 3 * 2**29
 # A call with a large window is large enough to hide launch overhead from this many (query, key) pairs on. With windows
 # of 1024 keys and 8 heads of 128 channels, 2**27 pairs take 152 us, and 181 us in portable kernels; 2**26 pairs take
 # 101 us, which is the host's time, and 91 us in portable kernels.
@@ -199,8 +202,6 @@ def _large_pays(question: Question, *kinds: Kind) -> str | None:
         least, pairs = WIDE_WINDOW * p.query.shape[-1], WIDE_PAIRS
     elif p.registers:
         least, pairs = LARGE_KEY_ELEMENTS_WITH_REGISTERS, PAIRS
-    elif "backward_key" in kinds and p.rank > 1 and large_tiling.width_of(p) <= 64:
-        least, pairs = LARGE_GRADIENT_KEY_ELEMENTS, PAIRS
     else:
         least, pairs = LARGE_KEY_ELEMENTS, PAIRS
     if window * p.query.shape[-1] < least:
@@ -304,8 +305,12 @@ def _medium_pays(question: Question, *kinds: Kind) -> str | None:
         return f"the window is small: {window} keys are fewer than {MEDIUM_WINDOW}"
     if window * dim >= LARGE_KEY_ELEMENTS:
         return f"the window is large: {window} keys of {dim} elements are {LARGE_KEY_ELEMENTS} or more"
-    if queries < LEAST_ROWS:
-        return f"the call is small: {queries} query rows are fewer than {LEAST_ROWS}"
+    if p.rank == 1:
+        return "it has only been timed on windows of two and three axes"
+    if queries * window * dim < MEDIUM_PRODUCTS:
+        return (
+            f"the call is small: {queries} queries of {window} keys of {dim} elements are fewer than {MEDIUM_PRODUCTS}"
+        )
     return _chosen_elsewhere(question, *kinds)
 
 
