@@ -216,38 +216,21 @@ def overridden(*configs: Any, **options: Any) -> Iterator[None]:
 
 
 def _registers(workload: Workload, variants: list[Variant]) -> Iterator[Implementation]:
-    """Two other ways to compute registers, forward only: a second launch from a saved state, and a merged branch."""
+    """Another way to compute registers, forward only: a branch of its own that is merged with the window's."""
     if not variants:
         raise UnsupportedError("needs --registers")
 
-    def forward(join: Callable[[Workload, Inputs, AttentionState], Tensor]) -> Callable[[Inputs], Tensor]:
-        def call(inputs: Inputs) -> Tensor:
-            if torch.is_grad_enabled():
-                raise UnsupportedError("forward only")
-            qkv = inputs.query, inputs.key, inputs.value
-            w = workload
-            options = {"stride": w.stride, "dilation": w.dilation, "is_causal": w.causal, "sink": inputs.sink}
-            state = attention_state(*qkv, w.kernel_size, **options, impl="fused" if qkv[0].is_cuda else "auto")
-            return join(workload, inputs, state)
+    def call(inputs: Inputs) -> Tensor:
+        if torch.is_grad_enabled():
+            raise UnsupportedError("forward only")
+        qkv = inputs.query, inputs.key, inputs.value
+        w = workload
+        options = {"stride": w.stride, "dilation": w.dilation, "is_causal": w.causal, "sink": inputs.sink}
+        state = attention_state(*qkv, w.kernel_size, **options, impl="fused" if qkv[0].is_cuda else "auto")
+        return _merged(workload, inputs, state)
 
-        return call
-
-    for variant, (name, join) in itertools.product(variants, (("second launch", _folded), ("merged branch", _merged))):
-        label = f"{name} ({variant.label})"
-        yield Implementation(label, "registers", variant, workload, forward(join), Layout())
-
-
-def _folded(workload: Workload, inputs: Inputs, state: AttentionState) -> Tensor:
-    from natten_layers.kernels.host.problem import Inputs as Tensors
-    from natten_layers.kernels.host.problem import Options, problem_of
-    from natten_layers.kernels.portable.fold_registers import fold_registers
-
-    w = workload.window
-    tensors = Tensors(inputs.query, inputs.key, inputs.value, inputs.additional_keys, inputs.additional_values)
-    options = Options(None, w.kernel_size, w.stride, w.dilation, w.is_causal, workload.scale)
-    problem = problem_of(tensors, options)
-    fold_registers(problem, tensors, workload.scale, *state)
-    return state.out
+    for variant in variants:
+        yield Implementation(f"merged branch ({variant.label})", "registers", variant, workload, call, Layout())
 
 
 def _merged(workload: Workload, inputs: Inputs, state: AttentionState) -> Tensor:

@@ -28,9 +28,10 @@ from .models import SMOKE, Attend, Sizes, Subject, attention, flex_attend, make_
 
 OUR_KERNELS = (
     "forward_kernel", "backward_query_kernel", "backward_key_kernel", "backward_register_kernel",
-    "large_forward_kernel", "large_dq_kernel", "large_dkv_kernel", "repair_kernel", "statistics_kernel",
+    "large_forward_kernel", "large_dq_kernel", "large_dkv_kernel", "large_registers_kernel", "repair_kernel",
+    "statistics_kernel",
     "small_forward_kernel", "small_forward_rolling_kernel", "small_dq_kernel", "small_dkv_kernel",
-    "fold_registers_kernel", "qk_prep_kernel", "qk_prep_backward_kernel", "jvp_kernel", "qk_prep_jvp_kernel",
+    "qk_prep_kernel", "qk_prep_backward_kernel", "jvp_kernel", "qk_prep_jvp_kernel",
     "bias_gradient_kernel",
 )  # fmt: skip
 """Prefixes of the names of this library's kernels: attention, normalisation and RoPE."""

@@ -89,9 +89,10 @@ def options_of(rank: int, kernel_size: int, sink: float | None, stride: int = 1,
 
 
 def attend_large_on_sm90(
-    spatial: tuple[int, ...], kernel_size: int, heads: int, *, sink: float | None, dim: int = 128, packed: bool = False
-) -> None:
-    from natten_layers.kernels.sm90 import large_dkv, large_dq, large_forward, large_tiling
+    spatial: tuple[int, ...], kernel_size: int, heads: int, *, sink: float | None, dim: int = 128, registers: int = 5,
+    packed: bool = False,
+) -> None:  # fmt: skip
+    from natten_layers.kernels.sm90 import large_dkv, large_dq, large_forward, large_registers, large_tiling
 
     tensors = problem.Inputs(*(torch.zeros(1, *spatial, h, dim, dtype=torch.bfloat16) for h in (heads, 2, 2)))
     options = options_of(len(spatial), kernel_size, sink)
@@ -109,11 +110,13 @@ def attend_large_on_sm90(
         large_forward.forward(large_tiling.forward_tile_config(two), two, texts, options, with_stats=sink is None)
         _, statistics = large_dq.query_gradient(large_tiling.dq_tile_config(two), two, texts, options, cotangents)
         large_dkv.key_gradients(large_tiling.dkv_tile_config(two), two, texts, options, tensors.query, statistics)
-    registers = torch.zeros(1, 5, 2, dim, dtype=torch.bfloat16)
-    tensors = tensors._replace(additional_keys=registers, additional_values=registers)
+    extra = torch.zeros(1, registers, 2, dim, dtype=torch.bfloat16)
+    tensors = tensors._replace(additional_keys=extra, additional_values=extra)
     one = problem.problem_of(tensors, options)
     large_forward.forward(config, one, tensors, options, with_stats=False)
-    large_dkv.key_gradients(dkv_config, one, tensors, options, tensors.query, problem.RowStatistics(rows, rows))
+    large_dq.query_gradient(dq_config, one, tensors, options, cotangents)
+    register_config = large_tiling.register_tile_config(one)
+    large_registers.register_gradients(register_config, one, tensors, options, tensors.query, statistics)
 
 
 def attend_small_on_sm90(
@@ -213,12 +216,18 @@ def main(capability: int) -> None:
     if capability == 90:
         attend((32, 32), 7, 8, 256, 40, torch.float32)
     if capability == 90 and gluon_gap() is None:
-        from natten_layers.kernels.sm90 import large_dkv, large_dq, large_forward, small_forward_rolling
+        from natten_layers.kernels.sm90 import (
+            large_dkv,
+            large_dq,
+            large_forward,
+            large_registers,
+            small_forward_rolling,
+        )
 
-        for module in (large_forward, large_dq, large_dkv, small_forward_rolling):
+        for module in (large_forward, large_dq, large_dkv, large_registers, small_forward_rolling):
             setattr(module, "multiprocessors", lambda device: 132)  # noqa: B010
         attend_large_on_sm90((4096,), 2048, 8, sink=0.0, packed=True)
-        attend_large_on_sm90((64, 80), 48, 2, sink=None)
+        attend_large_on_sm90((64, 80), 48, 2, sink=None, registers=300)
         attend_large_on_sm90((16, 32, 40), 7, 4, sink=None, dim=64)
         attend_large_on_sm90((4096,), 1024, 8, sink=0.0, dim=256)
         attend_large_on_sm90((64, 80), 13, 2, sink=None, dim=80)

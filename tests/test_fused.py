@@ -16,7 +16,6 @@ pytest.importorskip("triton")
 
 from natten_layers.kernels.host.problem import Inputs, Layout, Options, contiguous, problem_of
 from natten_layers.kernels.portable import dkv, dq, forward
-from natten_layers.kernels.portable.fold_registers import fold_registers
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -145,24 +144,6 @@ def test_merging_a_register_branch_equals_registers_in_the_kernel() -> None:
         assert error(a, e) < 3e-6, name
 
 
-@pytest.mark.parametrize("scale", [0.3, -0.3])
-@pytest.mark.parametrize("registers", [3, 70])
-def test_a_second_launch_folds_registers_into_a_saved_state(registers: int, scale: float) -> None:
-    case = Case("fold", (7, 9), 3, heads=6, kv_heads=2, registers=registers, sink="learned", scale=scale)
-    with torch.no_grad():
-        q, k, v, rk, rv, sink = make_inputs(case, DEVICE).values()
-        q = torch.cat((q, q), -2)[..., 1:7, :]  # a view
-        state = attention_state(q, k, v, 3, sink=sink, scale=scale, impl="fused")
-        inputs = Inputs(q, k, v, rk, rv, sink)
-        problem = problem_of(inputs, Options(None, (3, 3), (1, 1), (1, 1), (False, False), scale))
-        fold_registers(problem, inputs, scale, *state)
-        expected = attention_state(
-            q, k, v, 3, sink=sink, scale=scale, additional_keys=rk, additional_values=rv, impl="fused"
-        )
-    assert error(state.out, expected.out) < 1e-6
-    assert error(state.lse, expected.lse) < 1e-6
-
-
 EXTREMES = (
     Case("2d", (5, 6), 3, heads=4),
     Case("1d-causal-registers", (9,), 4, is_causal=True, heads=4, registers=3),
@@ -193,23 +174,6 @@ def test_a_scale_that_fp32_does_not_hold_gives_every_key_the_same_weight(scale: 
         assert error(actual[name], expected[name]) < 2e-6, name
     for name in ("grad of query", "grad of key", "grad of additional_keys"):
         assert actual[name].abs().max() < 1e-36, name
-
-
-@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
-@pytest.mark.parametrize("exponent", [32, 112])
-def test_registers_fold_into_a_state_of_large_scores(exponent: int) -> None:
-    case = Case("fold-large", (7, 9), 3, heads=4, registers=3)
-    tensors = enlarge({name: t.detach() for name, t in make_inputs(case, DEVICE).items()}, exponent)
-    expected = oracle(case, {name: t.requires_grad_() for name, t in tensors.items()})
-    with torch.no_grad():
-        q, k, v, rk, rv = tensors.values()
-        state = attention_state(q, k, v, 3, impl="fused")
-        inputs = Inputs(q, k, v, rk, rv, None)
-        problem = problem_of(inputs, Options(None, (3, 3), (1, 1), (1, 1), (False, False), case.head_dim**-0.5))
-        fold_registers(problem, inputs, case.head_dim**-0.5, *state)
-    assert error(state.lse, expected.lse) < 1e-6
-    # Maxima are saved as natural logarithms, rounded once more, so one of two equal scores may get all the weight.
-    assert state.out.isfinite().all()
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's NumPy

@@ -69,10 +69,10 @@ SM90_KERNELS = (
     "repair_kernel",
     "repair_query_kernel",
     "repair_key_kernel",
-    "fold_registers_kernel",
     "statistics_kernel",
     "large_dq_kernel",
     "large_dkv_kernel",
+    "large_registers_kernel",
 )
 
 

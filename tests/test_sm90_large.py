@@ -19,7 +19,7 @@ pytest.importorskip("triton.experimental.gluon")
 
 from natten_layers import attention_state, neighborhood_attention, neighborhood_attention_varlen
 from natten_layers.geometry import make_window, query_bounds, window_bounds
-from natten_layers.kernels.dispatch import VARIANTS, Direction, Question, choose
+from natten_layers.kernels.dispatch import VARIANTS, Direction, Question, choose, choose_backward
 from natten_layers.kernels.host.problem import (
     Cotangents,
     Inputs,
@@ -37,6 +37,7 @@ from natten_layers.kernels.sm90 import (
     large_dkv,
     large_dq,
     large_forward,
+    large_registers,
     large_statistics,
     large_tiling,
     packed_repair,
@@ -48,6 +49,7 @@ from natten_layers.operations import Impl
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
+KERNELS = large_forward, large_dq, large_dkv, large_registers
 HAS_DEVICE = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 needs_device = pytest.mark.skipif(not HAS_DEVICE, reason="compute capability 9.0 only")
 
@@ -103,6 +105,30 @@ CASES = (
     Case("1d-padded-96-gqa", (1000,), 400, is_causal=True, heads=4, kv_heads=1, head_dim=96, value_dim=96),
     Case("3d-padded-40", (9, 12, 18), (5, 7, 8), heads=2, kv_heads=2, head_dim=40, value_dim=40),
     Case("2d-narrow", (40, 48), (24, 20), heads=2, kv_heads=2, head_dim=32, value_dim=32),
+    Case(
+        "2d-many-registers",
+        (37, 53),
+        (23, 31),
+        heads=4,
+        kv_heads=2,
+        head_dim=128,
+        value_dim=128,
+        registers=300,
+        sink="learned",
+    ),
+    Case("2d-full-registers", (40, 48), (40, 48), head_dim=128, value_dim=128, registers=128),
+    Case("3d-registers", (10, 17, 19), (6, 10, 12), heads=2, kv_heads=1, head_dim=128, value_dim=128, registers=200),
+    Case(
+        "1d-values-narrower-registers",
+        (900,),
+        257,
+        is_causal=True,
+        heads=4,
+        kv_heads=2,
+        head_dim=192,
+        value_dim=128,
+        registers=70,
+    ),
 )
 # Groups of warps skip the chunks that their own part of a tile does not see; parts lie beyond the end of some axis.
 SKIPPING = (
@@ -114,7 +140,14 @@ SKIPPING = (
     Case("2d-skip-128", (45, 50), 13, heads=2, kv_heads=2, head_dim=128, value_dim=128),
     Case("2d-skip-80", (37, 41), 11, heads=2, kv_heads=2, head_dim=80, value_dim=80),
     Case("2d-skip-40", (53, 39), (9, 17), heads=2, kv_heads=2, head_dim=40, value_dim=40),
+    Case("2d-skip-registers", (45, 70), (13, 11), heads=6, kv_heads=3, head_dim=64, value_dim=64, registers=129,
+         sink="zero"),
+    Case("2d-skip-80-one-register", (37, 41), 11, heads=2, kv_heads=2, head_dim=80, value_dim=80, registers=1),
+    Case("3d-skip-registers", (9, 18, 30), (4, 7, 7), 1, 1, (True, False, False), 4, 1, head_dim=64, value_dim=64,
+         registers=33, sink="learned"),
 )  # fmt: skip
+
+REGISTERS = tuple(case for case in (*CASES, *SKIPPING) if case.registers > 128)
 
 
 def call_of(case: Case, tensors: dict[str, Tensor]) -> tuple[Problem, tuple[Any, ...]]:
@@ -157,8 +190,8 @@ def test_matches_the_oracle(case: Case, dtype: torch.dtype) -> None:
 
 
 THRESHOLDS = (
-    "LARGE_KEY_ELEMENTS", "LARGE_KEY_ELEMENTS_WITH_REGISTERS", "PAIRS", "WIDE_WINDOW",
-    "WIDE_PAIRS",
+    "LARGE_KEY_ELEMENTS", "LARGE_KEY_ELEMENTS_WITH_REGISTERS", "LARGE_GRADIENT_KEY_ELEMENTS_WITH_REGISTERS", "PAIRS",
+    "WIDE_WINDOW", "WIDE_PAIRS",
 )  # fmt: skip
 
 
@@ -200,7 +233,7 @@ def test_gradients_match_the_oracle(case: Case, dtype: torch.dtype, monkeypatch:
 @pytest.mark.gpu
 @needs_device
 @pytest.mark.usefixtures("wherever_possible")
-@pytest.mark.parametrize("case", [CASES[1], CASES[4], CASES[7], SKIPPING[0], SKIPPING[3]], ids=str)
+@pytest.mark.parametrize("case", [CASES[1], CASES[4], CASES[7], SKIPPING[0], SKIPPING[3], *REGISTERS], ids=str)
 def test_any_number_of_programs_computes_every_tile(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs take tiles from an atomic counter, which must be reset in each replay of a CUDA graph too."""
     case = replace(case, dtype=torch.bfloat16)
@@ -208,7 +241,7 @@ def test_any_number_of_programs_computes_every_tile(case: Case, monkeypatch: pyt
     leaves = make_inputs(case, "cuda")
     for programs in (1, 5):
         with monkeypatch.context() as patch:
-            for module in (large_forward, large_dq, large_dkv):
+            for module in KERNELS:
                 patch.setattr(module, "multiprocessors", lambda device, count=programs: count)
                 module.prepare.cache_clear()
             for name, tensor in run(case, leaves, "fused").tensors().items():
@@ -221,7 +254,7 @@ def test_any_number_of_programs_computes_every_tile(case: Case, monkeypatch: pyt
             out.zero_()
             graph.replay()
             assert torch.equal(out, expected["out"]), programs
-    for module in (large_forward, large_dq, large_dkv):
+    for module in KERNELS:
         module.prepare.cache_clear()
 
 
@@ -262,6 +295,7 @@ VIDEOS = (
          sink="learned"),
     Case("odd", (9, 16, 18), (5, 9, 10), 1, 1, (False, True, False), head_dim=64, value_dim=64, batch=2),
     Case("image", (40, 48), (24, 32), head_dim=64, value_dim=64),
+    Case("registers", (6, 12, 12), (6, 9, 9), heads=4, head_dim=64, value_dim=64, registers=70, batch=3),
 )  # fmt: skip
 
 
@@ -367,11 +401,41 @@ def test_tiles_fit(case: Case) -> None:
             assert own * 128 * (groups - 1) + 24 * 128 <= most * 128 * groups
 
 
+@pytest.mark.parametrize("case", [*CASES, *SKIPPING, *VIDEOS], ids=str)
+def test_tiles_of_register_tokens_see_every_query_once(case: Case) -> None:
+    """Chunks cover the queries of an image and none of the next one; slices cover the chunks of all heads."""
+    case = replace(case, dtype=torch.bfloat16, registers=case.registers or 1)
+    problem, _ = call_of(case, {name: t.detach() for name, t in make_inputs(case).items()})
+    config = large_tiling.register_tile_config(problem)
+    steps = large_tiling.query_steps(problem, config.chunk)
+    offset = large_tiling.statistics_offset(problem.axes)
+    for length, count, side, first in zip(problem.lengths, steps, config.chunk, (0, 0, offset), strict=True):
+        assert count * side >= length + first > (count - 1) * side
+    assert case.batch == 1 or problem.lengths[0] % config.chunk[0] == 0
+    assert config.chunk[2] % large_tiling.ALIGNMENT == 0
+    assert math.prod(config.chunk) == 64
+    width, parts = large_tiling.width_of(problem), math.prod(config.groups)
+    assert config.tile == (1, 1, 64 * parts)
+    assert parts == (1 if width > 128 or case.registers <= 64 else 2)
+    assert 1 <= config.slices <= math.prod(steps) * problem.group
+    taken = parts * 64 * width * 4 + config.stages * 64 * (width * 4 + 8)
+    assert config.stages >= 2
+    assert taken < 226 * 1024
+
+
+def test_slices_fill_the_multiprocessors() -> None:
+    """Of 96 tiles with 256 chunks: in one slice 36 multiprocessors idle, in four 384 tiles are 2.9 for each."""
+    assert large_tiling.slice_count(96, 256) == 4
+    assert large_tiling.slice_count(64, 64) == 2
+    assert large_tiling.slice_count(132, 256) == 1
+    assert large_tiling.slice_count(1, 7) == 1
+
+
 @pytest.mark.gpu
 @needs_device
 @pytest.mark.parametrize("sink", ["none", "zero"])
 @pytest.mark.parametrize("exponent", [32, 40, 112])
-@pytest.mark.parametrize("case", [CASES[1], CASES[4], CASES[7]], ids=str)
+@pytest.mark.parametrize("case", [CASES[1], CASES[4], CASES[7], *REGISTERS], ids=str)
 def test_scores_may_be_as_large_as_fp32_holds(case: Case, exponent: int, sink: Literal["none", "zero"]) -> None:
     case = replace(case, dtype=torch.bfloat16, sink=sink)
     inputs = enlarge({name: t.detach() for name, t in make_inputs(case, "cuda").items()}, exponent)
@@ -436,8 +500,6 @@ def test_statistics_of_the_backward_pass_are_what_they_are_called(with_grad_lse:
     assert error(statistics.delta[..., offset : offset + 9], head_major[1]) < 1e-6
     assert not torch.stack(statistics)[..., :offset].any()
     assert statistics.lse.stride(-2) % large_tiling.ALIGNMENT == 0
-    portable = large_statistics.to_head_major(problem, row_max, delta)
-    assert torch.equal(portable.delta[..., : offset + 9], statistics.delta[..., : offset + 9])
 
 
 @pytest.mark.gpu
@@ -475,8 +537,9 @@ def test_large_windows_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
         (128, 255, 0, False),
         (64, 512, 0, True),
         (64, 511, 0, False),
-        (128, 2048, 4, True),
-        (128, 2047, 4, False),
+        (128, 316, 4, True),
+        (128, 315, 4, False),
+        (64, 16, 624, True),
     ],
 )
 def test_large_is_what_the_keys_of_a_window_take(
@@ -559,6 +622,67 @@ def test_smaller_windows_are_left_to_others(
     for direction in ("forward", "backward_query", "backward_key"):
         plan = planned(direction, problem, grad_out=tokens)
         assert type(plan) is (LargeTileConfig if taken else MediumTileConfig)
+
+
+@pytest.mark.parametrize(("window", "dim", "registers", "forward", "gradients"), [
+    ((13, 13), 64, 87, False, True),
+    ((13, 13), 64, 86, False, False),
+    ((15, 15), 64, 63, False, False),  # few registers
+    ((21, 21), 64, 128, False, True),
+    ((16, 16), 128, 16, False, True),
+    ((13, 13), 128, 256, True, True),
+])  # fmt: skip
+def test_register_tokens_count_as_keys_of_the_window(
+    monkeypatch: pytest.MonkeyPatch, window: tuple[int, int], dim: int, registers: int, forward: bool, gradients: bool
+) -> None:
+    tokens = Layout((8, 128, 128, 8, dim), (128 * 128 * 8 * dim, 128 * 8 * dim, 8 * dim, dim, 1))
+    extra = contiguous((8, registers, 8, dim)) if registers else None
+    problem = problem_of_text(
+        monkeypatch, query=tokens, key=tokens, value=tokens, additional_keys=extra, additional_values=extra,
+        kernel_size=window, stride=(1, 1), dilation=(1, 1), is_causal=(False, False),
+    )  # fmt: skip
+    assert isinstance(planned("forward", problem), LargeTileConfig) == forward
+    kinds: tuple[Direction, ...] = ("backward_query", "backward_key", *(("backward_registers",) if registers else ()))
+    for direction in kinds:
+        assert isinstance(planned(direction, problem, grad_out=tokens), LargeTileConfig) == gradients
+
+
+@pytest.mark.parametrize(
+    ("window", "registers", "images", "gradients"), [(13, 128, 7, True), (13, 128, 6, False), (21, 16, 7, False)]
+)
+def test_gradients_with_many_register_tokens_take_it_in_smaller_calls(
+    monkeypatch: pytest.MonkeyPatch, window: int, registers: int, images: int, gradients: bool
+) -> None:
+    tokens, extra = contiguous((images, 64, 64, 8, 64)), contiguous((images, registers, 8, 64))
+    problem = problem_of_text(
+        monkeypatch, query=tokens, key=tokens, value=tokens, additional_keys=extra, additional_values=extra,
+        kernel_size=(window, window), stride=(1, 1), dilation=(1, 1), is_causal=(False, False),
+    )  # fmt: skip
+    assert isinstance(planned("backward_query", problem, grad_out=tokens), LargeTileConfig) == gradients
+
+
+def test_register_tokens_take_it_with_their_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All gradients do, as they share statistics; register tokens that TMA cannot address take none along."""
+    registers = Layout((1, 512, 2, 128), (0, 256, 128, 1))  # which all images share
+    gradients: tuple[Direction, ...] = ("backward_query", "backward_key", "backward_registers")
+    for tokens, is_large in ((registers, True), (registers._replace(stride=(0, 257, 128, 1)), False)):
+        problem = problem_of_text(monkeypatch, additional_keys=tokens, additional_values=tokens)
+        assert isinstance(planned("forward", problem), LargeTileConfig) == is_large
+        for direction in gradients:
+            assert isinstance(planned(direction, problem, grad_out=problem.query), LargeTileConfig) == is_large
+
+
+@pytest.mark.parametrize("key", [variants.LARGE, "portable"])
+@pytest.mark.parametrize("query", [variants.LARGE, "portable"])
+def test_register_tokens_take_it_where_all_gradients_are_asked_to(
+    monkeypatch: pytest.MonkeyPatch, query: str, key: str
+) -> None:
+    registers = contiguous((1, 5, 2, 128))
+    problem = problem_of_text(monkeypatch, additional_keys=registers, additional_values=registers)
+    with override(variants={"backward_query": query, "backward_key": key}):
+        chosen = choose_backward(Question(problem, True, problem.query))
+    assert chosen.registers is not None
+    assert chosen.registers.variant.name == (variants.LARGE if query == key == variants.LARGE else "portable")
 
 
 def test_gradients_of_large_windows_take_it(monkeypatch: pytest.MonkeyPatch) -> None:

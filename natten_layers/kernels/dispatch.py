@@ -93,8 +93,8 @@ def choose_backward(question: Question) -> BackwardChoices:
     query, key = choose("backward_query", question), choose("backward_key", question)
     registers = choose("backward_registers", question) if question.problem.registers else None
     bias = choose("backward_bias", question) if question.problem.has_bias else None
-    # The dQ kernel for large windows writes head-major statistics, which only the dK and dV kernel for these reads.
-    assert query.variant.name != sm90.LARGE or key.variant.name == sm90.LARGE
+    # The dQ kernel for large windows writes head-major statistics, which the others for these read, and only they.
+    assert len({choice.variant.name == sm90.LARGE for choice in (query, key, registers) if choice is not None}) == 1
     return BackwardChoices(query, key, registers, bias, query.variant.uses_tma or key.variant.uses_tma)
 
 
@@ -222,7 +222,7 @@ VARIANTS: Mapping[Direction, Sequence[Variant]] = {
         sm90.MEDIUM_KEY_GRADIENTS,
         portable.KEY_GRADIENTS,
     ),
-    "backward_registers": (portable.REGISTER_GRADIENTS,),
+    "backward_registers": (sm90.LARGE_REGISTER_GRADIENTS, portable.REGISTER_GRADIENTS),
     "backward_bias": (portable.BIAS_GRADIENT,),
     "decode": (portable.DECODE,),
 }

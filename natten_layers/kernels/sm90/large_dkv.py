@@ -22,7 +22,7 @@ from ..host.tiling import head_width
 from ..portable.primitives import LOG2E
 from ..portable.windows import inside_axes, is_empty, queries_of, shifted, union_of_queries, unravel
 from . import large_tiling
-from .large_statistics import statistics_boxes, to_head_major
+from .large_statistics import statistics_boxes
 from .large_tiling import LargeTileConfig
 from .packed_repair import repair_key
 from .primitives import (
@@ -357,13 +357,10 @@ def key_gradients(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dK and dV of the window keys; gradients of register tokens are computed elsewhere.
 
-    Allocates these, and the statistics in head-major order if another kernel than that of dQ for large windows wrote
-    them.
+    Reads the statistics that the dQ kernel for large windows wrote. Allocates only its results.
     """
     head_major = statistics.head_major
-    if head_major is None:
-        assert statistics.lse is not None
-        head_major = to_head_major(problem, statistics.lse, statistics.delta)
+    assert head_major is not None
     query, key, value = inputs[:3]
     grad_key, grad_value, counter = new_like(key), new_like(value), key.new_zeros(2, dtype=torch.int32)
     call = prepare(config, problem, layout(grad_out), layout(head_major.lse))

@@ -32,8 +32,10 @@ from .primitives import (
     await_tile,
     chunk_count,
     chunk_mask,
+    chunks_of_registers,
+    first_walk_index,
     flag_nonfinite,
-    hidden,
+    hidden_keys,
     key_boxes,
     key_chunk_producer,
     meets,
@@ -49,6 +51,7 @@ from .primitives import (
     query_tile_producer,
     reach_of,
     read_note,
+    register_chunks,
     release,
     repeated,
     row_sizes,
@@ -98,7 +101,7 @@ def dq_consumer(
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BD, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
-    length, kernel, stride, tiles, blocks = plan
+    length, kernel, stride, tiles, blocks, _registers = plan
     factor = scale * LOG2E
     inner = unravel(gl.arange(0, N, gl.SliceLayout(0, SCORES)), CHUNK[1], CHUNK[2])
     position, head = part_rows(PART, PACK, gl.SliceLayout(1, SCORES))
@@ -127,11 +130,11 @@ def dq_consumer(
         if SKIP:
             lo, hi, _, _ = union_of_windows(origin, length, kernel, stride, CAUSAL, PART)
             reach, row_size = reach_of(lo, hi, is_empty(origin, length), CHUNK), row_sizes(row_lo, row_hi)
-            for _ in range(chunk_count(walk)):
+            for i_chunk in range(chunk_count(walk)):
                 await_load(ring, n, True, STAGES)
                 corner = read_note(notes, n, STAGES)
-                if meets(corner, reach):
-                    b_hidden = hidden(corner, row_lo, row_size, inner, RANK)
+                if meets(corner, reach) | (i_chunk < register_chunks(walk)):
+                    b_hidden = hidden_keys(i_chunk, walk, corner, row_lo, row_size, inner, M, N, RANK, SCORES)
                     b_dq = add_keys(
                         b_dq, b_q, b_do, b_hidden, ring, n, n, True, row_lse, row_delta, factor,
                         N, STAGES, SCORES, WEIGHTS,
@@ -141,7 +144,7 @@ def dq_consumer(
         else:
             last = n + chunk_count(walk) - 1
             await_load(ring, n, True, STAGES)
-            i_walk = (0, 0, 0)
+            i_walk = first_walk_index(walk)
             for _ in range(chunk_count(walk)):
                 b_hidden = chunk_mask(i_walk, walk, row_lo, row_hi, inner, M, N, CHUNK, RANK, SCORES)
                 b_dq = add_keys(
@@ -163,8 +166,8 @@ def dq_consumer(
 
 @gluon.jit
 def dq_worker(
-    tile_ring, ring, notes, schedule, q_desc, do_desc, k_desc, v_desc, Lse, Delta, DQ, TileCounter, Windows,
-    plan, group, num_tiles, width, offset, scale,
+    tile_ring, ring, notes, schedule, q_desc, do_desc, k_desc, v_desc, regk_desc, regv_desc, Lse, Delta, DQ,
+    TileCounter, Windows, plan, group, num_tiles, width, offset, scale,
     CAUSAL: gl.constexpr, TILE: gl.constexpr, PART: gl.constexpr, GROUPS: gl.constexpr, SKIP: gl.constexpr,
     CHUNK: gl.constexpr, PACK: gl.constexpr, RANK: gl.constexpr, D: gl.constexpr, BD: gl.constexpr, BDV: gl.constexpr,
     STAGES: gl.constexpr, TILES: gl.constexpr, WORKER: gl.constexpr,
@@ -183,15 +186,15 @@ def dq_worker(
         )  # fmt: skip
     else:
         key_chunk_producer(
-            ring, notes, schedule, (k_desc, v_desc), plan, num_tiles, group, CAUSAL, TILE, CHUNK, PACK, SKIP, STAGES,
-            Windows,
+            ring, notes, schedule, (k_desc, v_desc), (regk_desc, regv_desc), plan, num_tiles, group,
+            CAUSAL, TILE, CHUNK, PACK, SKIP, STAGES, Windows,
         )  # fmt: skip
 
 
 @gluon.jit
 def large_dq_kernel(
-    Lse, Delta, DQ, TileCounter, Windows, q_desc, do_desc, k_desc, v_desc,
-    length, kernel, stride, tiles, group, blocks, num_tiles, width, offset, scale,
+    Lse, Delta, DQ, TileCounter, Windows, q_desc, do_desc, k_desc, v_desc, regk_desc, regv_desc,
+    length, kernel, stride, tiles, group, blocks, registers, num_tiles, width, offset, scale,
     CAUSAL: gl.constexpr, TILE: gl.constexpr, PART: gl.constexpr, GROUPS: gl.constexpr, SKIP: gl.constexpr,
     CHUNK: gl.constexpr, PACK: gl.constexpr, RANK: gl.constexpr, D: gl.constexpr, BD: gl.constexpr, BDV: gl.constexpr,
     STAGES: gl.constexpr, TILES: gl.constexpr, WARPS: gl.constexpr, REGISTERS: gl.constexpr,
@@ -204,12 +207,12 @@ def large_dq_kernel(
     tile_ring = new_ring(repeated((q_desc, do_desc), COUNT), TILES, COUNT)
     ring, schedule = new_ring((k_desc, v_desc), STAGES, COUNT), new_schedule(COUNT + 1)
     notes = new_notes(STAGES)
-    plan = (length, kernel, stride, tiles, blocks)
+    plan = (length, kernel, stride, tiles, blocks, registers)
     gl.warp_specialize(
         [
-            (dq_worker, (tile_ring, ring, notes, schedule, q_desc, do_desc, k_desc, v_desc, Lse, Delta, DQ, TileCounter,
-                         Windows, plan, group, num_tiles, width, offset, scale, CAUSAL, TILE, PART, GROUPS, SKIP, CHUNK,
-                         PACK, RANK, D, BD, BDV, STAGES, TILES, WORKER))
+            (dq_worker, (tile_ring, ring, notes, schedule, q_desc, do_desc, k_desc, v_desc, regk_desc, regv_desc, Lse,
+                         Delta, DQ, TileCounter, Windows, plan, group, num_tiles, width, offset, scale, CAUSAL, TILE,
+                         PART, GROUPS, SKIP, CHUNK, PACK, RANK, D, BD, BDV, STAGES, TILES, WORKER))
             for WORKER in (0, 1, 2, 3, 4, 5, 6)[: COUNT + 2]
         ],
         WARPS,
@@ -220,14 +223,14 @@ def large_dq_kernel(
 def query_gradient(
     config: LargeTileConfig, problem: Problem, inputs: Inputs, options: Options, cotangents: Cotangents
 ) -> tuple[Tensor, RowStatistics]:
-    """dQ of a call without register tokens, and its statistics. Allocates only these."""
+    """dQ and its statistics. Allocates only these."""
     grad_out = cotangents.grad_out
     statistics = statistics_of(problem, cotangents)
-    query, key, value = inputs[:3]
+    query, *keys = inputs[:5]
     grad_query, counter = new_like(query), query.new_zeros(2, dtype=torch.int32)
     call = prepare(config, problem, layout(grad_out), statistics.head_major.lse.shape[-1])
     tensors = *statistics.head_major, grad_query, counter, problem.window_table()
-    call(tensors, (query, grad_out, key, value), (options.scale,))
+    call(tensors, (query, grad_out, *keys), (options.scale,))
     if problem.packing is not None:
         repair_query(problem, inputs, options, cotangents, grad_query, statistics, counter[1:])
     return grad_query, statistics
@@ -243,11 +246,11 @@ def prepare(config: LargeTileConfig, p: Problem, grad_out: Layout, width: int) -
         large_dq_kernel,
         (min(programs, multiprocessors(p.device)),),
         (
-            lengths, kernel_size, stride, p.tiles(config.tile), p.group, blocks, programs, width,
+            lengths, kernel_size, stride, p.tiles(config.tile), p.group, blocks, p.registers or None, programs, width,
             large_tiling.offset_of(p),
         ),
         [*(query_boxes(x, config.part, config.pack) for x in (p.query, grad_out)),
-         *(key_boxes(x, config.chunk) for x in (p.key, p.value))],
+         *(key_boxes(x, config.chunk) for x in (p.key, p.value)), *chunks_of_registers(p, config.chunk)],
         CAUSAL=three_axes(p.is_causal, False), TILE=config.tile, PART=config.part, GROUPS=config.groups,
         SKIP=config.skip, CHUNK=config.chunk, PACK=config.pack, RANK=p.rank, D=p.query.shape[-1],
         BD=head_width(p.query.shape[-1]), BDV=head_width(p.value.shape[-1]), STAGES=config.stages, TILES=1,

@@ -31,7 +31,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from ..host.launcher import Launcher, launcher
 from ..host.problem import Inputs, Options, Problem, need_wide_offsets, new_results, three_axes
 from ..host.tiling import head_width
-from ..portable.fold_registers import fold_registers
 from ..portable.forward import ForwardTensors, attend_tile
 from ..portable.parameters import Axes, Spec, Strides
 from ..portable.primitives import LN2, LOG2E, LOWEST
@@ -43,7 +42,9 @@ from .primitives import (
     await_tile,
     chunk_count,
     chunk_mask,
-    hidden,
+    chunks_of_registers,
+    first_walk_index,
+    hidden_keys,
     key_boxes,
     key_chunk_producer,
     meets,
@@ -60,6 +61,7 @@ from .primitives import (
     query_tile_producer,
     reach_of,
     read_note,
+    register_chunks,
     release,
     repeated,
     row_sizes,
@@ -207,7 +209,7 @@ def q_consumer(
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
     PARTS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16])
     STORE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BDV, BDV // 8], [4, 1], [1, 0])
-    length, kernel, stride, _tiles, blocks = plan
+    length, kernel, stride, _tiles, blocks, _registers = plan
     inner = unravel(gl.arange(0, N, gl.SliceLayout(0, SCORES)), CHUNK[1], CHUNK[2])
     position, head = part_rows(PART, PACK, gl.SliceLayout(1, SCORES))
     n = 0
@@ -228,11 +230,11 @@ def q_consumer(
             await_load(q_ring, i_tile, True, TILES)
             i_query, _ = stage_of(i_tile, TILES)
             b_q = q_ring[0][GROUP].index(i_query).reshape([M, BD])
-            for _ in range(chunk_count(walk)):
+            for i_chunk in range(chunk_count(walk)):
                 await_load(k_ring, n, True, STAGES)
                 corner = read_note(notes, n, STAGES)
-                if meets(corner, reach):
-                    b_hidden = hidden(corner, row_lo, row_size, inner, RANK)
+                if meets(corner, reach) | (i_chunk < register_chunks(walk)):
+                    b_hidden = hidden_keys(i_chunk, walk, corner, row_lo, row_size, inner, M, N, RANK, SCORES)
                     b_acc, row_m, part_l = attend_alone(
                         b_q, b_hidden, b_acc, row_m, part_l, k_ring, v_ring, n, factor, BD, STAGES, WEIGHTS, PARTS, OUT
                     )
@@ -240,7 +242,7 @@ def q_consumer(
                 n += 1
         else:
             last = n + chunk_count(walk) - 1
-            i_walk = (0, 0, 0)
+            i_walk = first_walk_index(walk)
             b_hidden = chunk_mask(i_walk, walk, row_lo, row_hi, inner, M, N, CHUNK, RANK, SCORES)
             await_load(q_ring, i_tile, True, TILES)
             i_query, _ = stage_of(i_tile, TILES)
@@ -252,7 +254,7 @@ def q_consumer(
             await_load(k_ring, n, n <= last, STAGES)
             for _ in range(1, chunk_count(walk)):
                 i_walk, _wraps = next_walk_index(i_walk, walk)
-                b_hidden = chunk_mask(i_walk, walk, row_lo, row_hi, inner, M, N, CHUNK, RANK, SCORES)
+                b_hidden = chunk_mask(i_walk, walk, row_lo, row_hi, inner, M, N, CHUNK, RANK, SCORES, False)
                 b_p, b_acc, row_m, part_l = attend_next(
                     b_q, b_hidden, b_p, b_acc, row_m, part_l, k_ring, v_ring, n, last, factor,
                     BD, STAGES, WEIGHTS, PARTS, OUT,
@@ -293,8 +295,8 @@ def q_consumer(
 
 @gluon.jit
 def forward_worker(
-    q_ring, k_ring, v_ring, notes, schedule, q_desc, k_desc, v_desc, Out, RowMax, RowSum, Nonfinite, Sink,
-    Windows, plan, parts, group, num_tiles, flags, sink, scale,
+    q_ring, k_ring, v_ring, notes, schedule, q_desc, k_desc, v_desc, regk_desc, regv_desc, Out, RowMax, RowSum,
+    Nonfinite, Sink, Windows, plan, parts, group, num_tiles, flags, sink, scale,
     CAUSAL: gl.constexpr, TILE: gl.constexpr, PART: gl.constexpr, GROUPS: gl.constexpr, SKIP: gl.constexpr,
     CHUNK: gl.constexpr, PACK: gl.constexpr, RANK: gl.constexpr, BD: gl.constexpr, DV: gl.constexpr, BDV: gl.constexpr,
     STAGES: gl.constexpr, TILES: gl.constexpr, SINK: gl.constexpr, WITH_STATS: gl.constexpr, WORKER: gl.constexpr,
@@ -315,25 +317,25 @@ def forward_worker(
     elif SKIP:
         both = (k_ring[0][0], v_ring[0][0]), k_ring[1], k_ring[2]
         key_chunk_producer(
-            both, notes, schedule, (k_desc, v_desc), plan, num_tiles, group, CAUSAL, TILE, CHUNK, PACK, SKIP, STAGES,
-            Windows,
+            both, notes, schedule, (k_desc, v_desc), (regk_desc, regv_desc), plan, num_tiles, group,
+            CAUSAL, TILE, CHUNK, PACK, SKIP, STAGES, Windows,
         )  # fmt: skip
     elif WORKER == COUNT + 1:
         key_chunk_producer(
-            k_ring, notes, schedule, (k_desc,), plan, num_tiles, group, CAUSAL, TILE, CHUNK, PACK, SKIP, STAGES,
-            Windows,
+            k_ring, notes, schedule, (k_desc,), (regk_desc,), plan, num_tiles, group,
+            CAUSAL, TILE, CHUNK, PACK, SKIP, STAGES, Windows,
         )  # fmt: skip
     else:
         key_chunk_producer(
-            v_ring, notes, schedule, (v_desc,), plan, num_tiles, group, CAUSAL, TILE, CHUNK, PACK, SKIP, STAGES,
-            Windows,
+            v_ring, notes, schedule, (v_desc,), (regv_desc,), plan, num_tiles, group,
+            CAUSAL, TILE, CHUNK, PACK, SKIP, STAGES, Windows,
         )  # fmt: skip
 
 
 @gluon.jit
 def large_forward_kernel(
-    Out, RowMax, RowSum, Nonfinite, Sink, Windows, q_desc, k_desc, v_desc,
-    length, kernel, stride, tiles, parts, group, blocks, num_tiles, flags, sink, scale,
+    Out, RowMax, RowSum, Nonfinite, Sink, Windows, q_desc, k_desc, v_desc, regk_desc, regv_desc,
+    length, kernel, stride, tiles, parts, group, blocks, registers, num_tiles, flags, sink, scale,
     CAUSAL: gl.constexpr, TILE: gl.constexpr, PART: gl.constexpr, GROUPS: gl.constexpr, SKIP: gl.constexpr,
     CHUNK: gl.constexpr, PACK: gl.constexpr, RANK: gl.constexpr, BD: gl.constexpr, DV: gl.constexpr, BDV: gl.constexpr,
     SINK: gl.constexpr, WITH_STATS: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr, WARPS: gl.constexpr,
@@ -355,13 +357,13 @@ def large_forward_kernel(
     else:
         k_ring, v_ring = new_ring((k_desc,), STAGES, COUNT), new_ring((v_desc,), STAGES, COUNT)
     notes, schedule = new_notes(STAGES), new_schedule(COUNT + (1 if SKIP else 2))
-    plan = (length, kernel, stride, tiles, blocks)
+    plan = (length, kernel, stride, tiles, blocks, registers)
     gl.warp_specialize(
         [
-            (forward_worker, (q_ring, k_ring, v_ring, notes, schedule, q_desc, k_desc, v_desc, Out, RowMax, RowSum,
-                              Nonfinite, Sink, Windows, plan, parts, group, num_tiles, flags, sink, scale, CAUSAL, TILE,
-                              PART, GROUPS, SKIP, CHUNK, PACK, RANK, BD, DV, BDV, STAGES, TILES, SINK, WITH_STATS,
-                              WORKER))
+            (forward_worker, (q_ring, k_ring, v_ring, notes, schedule, q_desc, k_desc, v_desc, regk_desc, regv_desc,
+                              Out, RowMax, RowSum, Nonfinite, Sink, Windows, plan, parts, group, num_tiles, flags, sink,
+                              scale, CAUSAL, TILE, PART, GROUPS, SKIP, CHUNK, PACK, RANK, BD, DV, BDV, STAGES, TILES,
+                              SINK, WITH_STATS, WORKER))
             for WORKER in (0, 1, 2, 3, 4, 5, 6)[: COUNT + (2 if SKIP else 3)]
         ],
         WARPS,
@@ -389,7 +391,8 @@ def is_flagged(i_program, Nonfinite, Tiles, last_part, blocks, SPEC: tl.constexp
 
 @triton.jit
 def repair_kernel(
-    Nonfinite, tensors, strides, programs, last_part, axes, group, kv_heads, sink, scale, SPEC: tl.constexpr
+    Nonfinite, tensors, strides, programs, last_part, axes, group, kv_heads, registers, sink, scale,
+    SPEC: tl.constexpr,
 ):  # fmt: skip
     """Compute the tiles that are flagged once more, by the portable kernel, which keeps NaN and inf away from queries
     that do not see them. The arguments from ``axes`` on, tensors and strides are those of ``attend_tile``.
@@ -400,7 +403,7 @@ def repair_kernel(
         return
     for i_program in range(tl.program_id(0) * FLAGS, tl.minimum(tl.program_id(0) * FLAGS + FLAGS, programs)):
         if is_flagged(i_program, Nonfinite, tensors.tiles, last_part, blocks, SPEC):
-            attend_tile(i_program, tensors, strides, axes, group, kv_heads, 0, None, sink, scale, SPEC)
+            attend_tile(i_program, tensors, strides, axes, group, kv_heads, registers, None, sink, scale, SPEC)
 
 
 def query_buffers(problem: Problem) -> int:
@@ -415,18 +418,16 @@ def forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """What ``portable.forward.forward`` computes, for calls that ``dispatch`` sends here.
 
-    Allocates its results, four bytes for every part of a tile, and with register tokens the statistics in any case.
+    Allocates its results, and four bytes for every part of a tile.
     """
-    query, key, value, _, _, sink, *_ = inputs
-    call, flags = prepare(config, problem, with_stats or problem.registers > 0)
-    out, row_max, row_sum = results = new_results(query, value.shape[-1], with_stats or problem.registers > 0)
+    query, key, value, reg_keys, reg_values, sink, *_ = inputs
+    call, flags = prepare(config, problem, with_stats)
+    results = new_results(query, value.shape[-1], with_stats)
     nonfinite = query.new_zeros(flags + 1, dtype=torch.int32)
-    windows = problem.window_table()
-    call((*results, nonfinite, sink, windows), (query, key, value), (options.sink_value, options.scale))
+    tensors = *results, nonfinite, sink, problem.window_table()
+    call(tensors, (query, key, value, reg_keys, reg_values), (options.sink_value, options.scale))
     repair(config, problem, inputs, options, nonfinite, results)
-    if row_max is not None and row_sum is not None and problem.registers:
-        fold_registers(problem, inputs, options.scale, out, row_max, row_sum)
-    return (out, row_max, row_sum) if with_stats else (out, None, None)
+    return results
 
 
 @lru_cache(maxsize=1024)
@@ -440,12 +441,13 @@ def prepare(config: LargeTileConfig, p: Problem, with_stats: bool) -> tuple[Call
         (min(programs, multiprocessors(p.device)),),
         (
             lengths, kernel_size, stride, p.tiles(config.tile), p.tiles(config.part), p.group,
-            blocks, programs, flags,
+            blocks, p.registers or None, programs, flags,
         ),
         (
             query_boxes(p.query, config.part, config.pack),
             key_boxes(p.key, config.chunk),
             key_boxes(p.value, config.chunk),
+            *chunks_of_registers(p, config.chunk),
         ),
         **constants_of(config, p, with_stats), PART=config.part, GROUPS=config.groups, SKIP=config.skip,
         TILE=config.tile, STAGES=config.stages, TILES=query_buffers(p), **config.work(2 if config.skip else 3),
@@ -457,12 +459,11 @@ def repair(
     config: LargeTileConfig, problem: Problem, inputs: Inputs, options: Options, nonfinite: Tensor,
     results: tuple[Tensor, Tensor | None, Tensor | None],
 ) -> None:  # fmt: skip
-    """Compute the parts of tiles that ``nonfinite`` marks once more, in place and without register tokens, as these are
-    folded in afterwards.
-    """
-    query, key, value, _, _, sink, *_ = inputs
+    """Compute the parts of tiles that ``nonfinite`` marks once more, in place."""
+    query, key, value, reg_keys, reg_values, sink, *_ = inputs
     launch = prepare_repair(config, problem, results[1] is not None)
-    tensors = ForwardTensors(query, key, value, *results, None, None, sink, None, problem.tile_table(config.part))
+    tiles = problem.tile_table(config.part)
+    tensors = ForwardTensors(query, key, value, *results, reg_keys, reg_values, sink, None, tiles)
     launch((nonfinite, tensors), (options.sink_value, options.scale))
 
 
@@ -474,13 +475,14 @@ def prepare_repair(config: LargeTileConfig, p: Problem, with_stats: bool) -> Lau
         repair_kernel,
         (triton.cdiv(programs, FLAGS.value),),
         (
-            Strides(*p.input_strides()[:3]), programs, p.tiles(config.part)[2] - 1, Axes(*p.extents(config.part)),
-            p.group, p.kv_heads,
+            Strides(*p.input_strides()), programs, p.tiles(config.part)[2] - 1, Axes(*p.extents(config.part)),
+            p.group, p.kv_heads, p.registers,
         ),
         SPEC=Spec(
             head_dim, (head_width(head_dim),), value_dim, (head_width(value_dim),), precision="ieee", scale_first=False,
             causal=p.causal_axes, tile=config.part, pack=config.pack, chunk=config.chunk, rank=p.rank,
             wide=need_wide_offsets((p.query, p.key, p.value, p.out)), with_stats=with_stats,
+            register_tile=16 if p.registers else 0,
         ),
         num_warps=8,
     )  # fmt: skip

@@ -81,17 +81,6 @@ def new_statistics(problem: Problem) -> Statistics:
     return Statistics(*new(shape, dtype=torch.float32, device=problem.device))
 
 
-def to_head_major(problem: Problem, lse: Tensor, delta: Tensor) -> Statistics:
-    """Statistics in head-major order from those that another query kernel wrote, ``[B, *spatial, Hq]``."""
-    statistics, width = new_statistics(problem), problem.lengths[2]
-    offset = large_tiling.offset_of(problem)
-    for head_major, rows in zip(statistics, (lse, delta), strict=True):
-        heads = rows.shape[-1]
-        own = rows.reshape(-1, heads).t().view(heads, *head_major.shape[1:-1], width)
-        head_major[..., offset : offset + width] = own
-    return statistics
-
-
 def statistics_of(problem: Problem, cotangents: Cotangents) -> RowStatistics:
     """Statistics in head-major order, and delta; of packed batches the lse too, which their repair by portable kernels
     takes.

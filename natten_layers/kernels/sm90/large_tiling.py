@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
-from math import prod
+from math import ceil, prod
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +32,9 @@ STAGES, MOST_STAGES = 2, 8
 # Costs where groups skip chunks, which compute masks for all that they do not skip. The share that each line of a chunk
 # adds, and scores that take as long as a look at a chunk.
 LINE, VISIT = 1 / 128, 256
+# Of slices of queries, for the gradients of register tokens: multiprocessors of an H200, fewest chunks of a slice, and
+# the time that a slice takes beside them, in chunks.
+MULTIPROCESSORS, LEAST_CHUNKS, SLICE = 132, 8, 4
 # Queries whose statistics TMA loads together: at least 16 bytes, at addresses that are multiples of 16 bytes.
 ALIGNMENT = 4
 
@@ -61,6 +64,14 @@ class LargeTileConfig(TileConfig):
             "WARPS": (4,) * (consumers - 1) + (1,) * producers,
             "REGISTERS": (own,) * (consumers - 1) + (24,) * producers,
         }
+
+
+@dataclass(frozen=True)
+class RegisterTileConfig(LargeTileConfig):
+    """Tiles of register tokens along the last axis, and chunks of queries."""
+
+    slices: int = 1
+    """Number of parts of the queries, whose sums are added in order."""
 
 
 class Plan(NamedTuple):
@@ -100,6 +111,45 @@ def dq_tile_config(problem: Problem, pack: int | None = None) -> LargeTileConfig
 def dkv_tile_config(problem: Problem) -> LargeTileConfig:
     """Tiles of the kernel of dK and dV, whose rows are keys."""
     return tile_config(problem, KEY_GRADIENTS, query_bounds, 1, buffers=2 * buffered_tiles(problem))
+
+
+def register_tile_config(problem: Problem) -> RegisterTileConfig:
+    """Tiles of the kernel of register tokens' gradients.
+
+    Two groups compute both gradients for one part each or, of few tokens or wide heads, one gradient each for the only
+    part.
+    """
+    width = width_of(problem)
+    groups = 1 if is_wide(problem) or problem.registers <= ROWS else 2
+    offset, batch, (t, h, w) = statistics_offset(problem.axes), problem.query.shape[0], problem.lengths
+    # As in `best_boxes`, no chunk reaches into the next image.
+    chunks = [c for c in boxes(ROWS, (t, h, w + offset)) if c[2] >= ALIGNMENT and (batch == 1 or t % c[0] == 0)]
+    chunk = min(chunks, key=lambda chunk: (prod(query_steps(problem, chunk)), -chunk[2]))
+    tiles = batch * problem.kv_heads * register_blocks(problem, ROWS * groups)
+    slices = slice_count(tiles, prod(query_steps(problem, chunk)) * problem.group)
+    tile_bytes, chunk_bytes = groups * ROWS * width * 4, ROWS * (width * 4 + 8)
+    stages = min((SHARED_MEMORY - tile_bytes) // chunk_bytes, 4)
+    return RegisterTileConfig(
+        (1, 1, ROWS * groups), chunk, pack=1, num_warps=4, stages=stages, groups=(1, 1, groups), slices=slices
+    )
+
+
+def register_blocks(problem: Problem, tile: int) -> int:
+    return ceil(problem.registers / tile)
+
+
+def query_steps(problem: Problem, chunk: Box) -> Box:
+    """Chunks of all queries of an image, per axis. Those of the last axis start where their statistics do."""
+    t, h, w = problem.lengths
+    return ceil(t / chunk[0]), ceil(h / chunk[1]), ceil((w + statistics_offset(problem.axes)) / chunk[2])
+
+
+def slice_count(tiles: int, chunks: int) -> int:
+    """The number of slices of ``chunks`` with which an H200 is expected to be done first. It depends on shapes alone,
+    so that results do not differ between devices.
+    """
+    most = max(1, min(chunks // LEAST_CHUNKS, ceil(8 * MULTIPROCESSORS / tiles)))
+    return min(range(1, most + 1), key=lambda n: ceil(tiles * n / MULTIPROCESSORS) * (ceil(chunks / n) + SLICE))
 
 
 def is_wide(problem: Problem) -> bool:

@@ -7,11 +7,14 @@ axis. Walks go along an axis in one of two orders:
   wraps around, so that the chunks that need no mask on that axis come last.
 - Where groups skip chunks (``SKIP``), a walk goes from both ends to the middle. Chunks that only the first or only the
   last group sees come in turn, so that no group waits long for the others, with which it shares the stages of a ring.
+Register tokens, which all rows see, come before either: chunks whose walk index is negative on the last axis. The last
+of them ends with the last token, so that the first one only may start before token 0, where TMA reads zeros, and
+need a mask.
 """
 
 # Triton's language is Python to the parser only.
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAssignmentType=false, reportArgumentType=false
-# pyright: reportIndexIssue=false
+# pyright: reportIndexIssue=false, reportOperatorIssue=false
 
 from functools import lru_cache
 from math import prod
@@ -25,7 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 from triton.experimental.gluon.language.nvidia.hopper.tma import async_copy_global_to_shared
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..host.problem import Layout, strides, three_axes
+from ..host.problem import Layout, Problem, strides, three_axes
 from ..host.tiling import Box, head_width
 from ..portable.primitives import LOG2E, LOWEST
 from ..portable.windows import (
@@ -45,6 +48,9 @@ thread_barrier = getattr(
 )  # the name changed in Triton 3.7
 
 
+ANY: gl.constexpr = gl.constexpr(True)
+
+
 @gluon.jit
 def axis_walk(lo, hi, inner_lo, inner_hi, STEP: gl.constexpr):
     """For one axis: number of chunks, how many of them reach past the box of some row, and which comes first."""
@@ -56,14 +62,17 @@ def axis_walk(lo, hi, inner_lo, inner_hi, STEP: gl.constexpr):
 
 
 @gluon.jit
-def walk_over(lo, hi, inner_lo, inner_hi, CHUNK: gl.constexpr):
-    """The walk over a box: its first position, and for each axis the number of chunks, how many of them need a mask,
-    and the index of the first.
+def walk_over(lo, hi, inner_lo, inner_hi, CHUNK: gl.constexpr, registers=None):
+    """The walk over a box: its first position; for each axis the number of chunks, how many of them need a mask, and
+    the index of the first; and, if there are any, the numbers of register tokens before it and of their chunks.
     """
     t, border_t, start_t = axis_walk(lo[0], hi[0], inner_lo[0], inner_hi[0], CHUNK[0])
     h, border_h, start_h = axis_walk(lo[1], hi[1], inner_lo[1], inner_hi[1], CHUNK[1])
     w, border_w, start_w = axis_walk(lo[2], hi[2], inner_lo[2], inner_hi[2], CHUNK[2])
-    return lo, (t, h, w), (border_t, border_h, border_w), (start_t, start_h, start_w)
+    before = ()
+    if registers is not None:
+        before = registers, (registers + CHUNK[0] * CHUNK[1] * CHUNK[2] - 1) // (CHUNK[0] * CHUNK[1] * CHUNK[2])
+    return lo, (t, h, w), (border_t, border_h, border_w), (start_t, start_h, start_w), before
 
 
 @gluon.jit
@@ -72,7 +81,7 @@ def tile_of(tile_id, plan, TILE: gl.constexpr):
 
     Neighbouring tiles have neighbouring numbers, so that programs that run together share what they load.
     """
-    length, _kernel, _stride, tiles, heads = plan
+    length, tiles, heads = plan[0], plan[3], plan[4]
     space = tiles[0] * tiles[1] * tiles[2]
     i_head = tile_id // space % heads
     i_tile = tile_id // (space * heads) * space + tile_id % space
@@ -110,13 +119,13 @@ def load_of_token(Table, index, count):
 @gluon.jit
 def tile_walk(tile_id, plan, CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr, Windows=None):
     """Of a tile of queries: batch, block of heads, first position, and the walk over its keys."""
-    _length, kernel, stride, _tiles, _blocks = plan
+    _length, kernel, stride, _tiles, _blocks, registers = plan
     i_batch, i_head, count, origin = tile_of(tile_id, plan, TILE)
     if Windows is None:
         lo, hi, inner_lo, inner_hi = union_of_windows(origin, count, kernel, stride, CAUSAL, TILE)
     else:
         lo, hi, inner_lo, inner_hi = union_on_line(Windows, origin, count, TILE)
-    return i_batch, i_head, origin, walk_over(lo, hi, inner_lo, inner_hi, CHUNK)
+    return i_batch, i_head, origin, walk_over(lo, hi, inner_lo, inner_hi, CHUNK, registers)
 
 
 @gluon.jit
@@ -131,7 +140,18 @@ def part_of(origin, GROUP: gl.constexpr, GROUPS: gl.constexpr, PART: gl.constexp
 
 @gluon.jit
 def chunk_count(walk):
-    return walk[1][0] * walk[1][1] * walk[1][2]
+    """Number of chunks of a walk, with those of register tokens."""
+    return walk[1][0] * walk[1][1] * walk[1][2] + register_chunks(walk)
+
+
+@gluon.jit
+def register_chunks(walk):
+    return walk[4][1] if len(walk[4]) == 2 else 0
+
+
+@gluon.jit
+def first_walk_index(walk):
+    return 0, 0, -register_chunks(walk)
 
 
 @gluon.jit
@@ -162,7 +182,7 @@ def in_order(i, start, steps, SKIP: gl.constexpr):
 @gluon.jit
 def corner_at(i_walk, walk, CHUNK: gl.constexpr, SKIP: gl.constexpr):
     """First position of the chunk at a walk index."""
-    lo, steps, _, start = walk
+    lo, steps, _, start, _ = walk
     return (
         lo[0] + in_order(i_walk[0], start[0], steps[0], SKIP) * CHUNK[0],
         lo[1] + in_order(i_walk[1], start[1], steps[1], SKIP) * CHUNK[1],
@@ -173,22 +193,58 @@ def corner_at(i_walk, walk, CHUNK: gl.constexpr, SKIP: gl.constexpr):
 @gluon.jit
 def chunk_mask(
     i_walk, walk, row_lo, row_hi, inner, M: gl.constexpr, N: gl.constexpr, CHUNK: gl.constexpr, RANK: gl.constexpr,
-    LAYOUT: gl.constexpr,
+    LAYOUT: gl.constexpr, FIRST: gl.constexpr = ANY,
 ):  # fmt: skip
     """0 and -inf ``[M, N]``: which keys of the chunk each row sees. Computed only if some row does not see all of it.
 
     There is one loop over all chunks with this branch in it, at a point where no product is under way, instead of one
     loop for each kind of chunk: behind a loop that may be skipped, ptxas 12.8 uses descriptors of shared memory that it
     computes inside that loop only. There is one branch and not one for each axis because a branch copies the mask that
-    it leaves unchanged.
+    it leaves unchanged. Unless it may be the ``FIRST`` chunk of a walk, one of register tokens needs no mask.
     """
+    REGISTERS: gl.constexpr = len(walk[4]) == 2
     b_hidden = gl.zeros([M, N], gl.float32, LAYOUT)
-    if (i_walk[0] < walk[2][0]) | (i_walk[1] < walk[2][1]) | (i_walk[2] < walk[2][2]):
-        corner = corner_at(i_walk, walk, CHUNK, False)
-        for AXIS in gl.static_range(3 - RANK, 3):
-            m_seen = between(row_lo[AXIS] - corner[AXIS], row_hi[AXIS] - corner[AXIS], inner[AXIS])
-            b_hidden = gl.where(m_seen, b_hidden, float("-inf"))
+    m_border = (i_walk[0] < walk[2][0]) | (i_walk[1] < walk[2][1]) | (i_walk[2] < walk[2][2])
+    if REGISTERS:
+        m_border = m_border & (i_walk[2] >= 0)
+        if FIRST:
+            m_border = m_border | (i_walk[2] == -register_chunks(walk))
+    if m_border:
+        if REGISTERS and FIRST:
+            if i_walk[2] < 0:
+                b_hidden = register_hidden(first_register(i_walk[2], walk, N), M, N, LAYOUT)
+            else:
+                b_hidden = border_mask(i_walk, walk, row_lo, row_hi, inner, M, N, CHUNK, RANK, LAYOUT)
+        else:
+            b_hidden = border_mask(i_walk, walk, row_lo, row_hi, inner, M, N, CHUNK, RANK, LAYOUT)
     return b_hidden
+
+
+@gluon.jit
+def border_mask(
+    i_walk, walk, row_lo, row_hi, inner, M: gl.constexpr, N: gl.constexpr, CHUNK: gl.constexpr, RANK: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """0 and -inf ``[M, N]``: which keys of a chunk of the window each row sees."""
+    b_hidden = gl.zeros([M, N], gl.float32, LAYOUT)
+    corner = corner_at(i_walk, walk, CHUNK, False)
+    for AXIS in gl.static_range(3 - RANK, 3):
+        m_seen = between(row_lo[AXIS] - corner[AXIS], row_hi[AXIS] - corner[AXIS], inner[AXIS])
+        b_hidden = gl.where(m_seen, b_hidden, float("-inf"))
+    return b_hidden
+
+
+@gluon.jit
+def first_register(w, walk, N: gl.constexpr):
+    """First register token of the chunk with walk index ``w < 0`` on the last axis."""
+    return walk[4][0] + w * N
+
+
+@gluon.jit
+def register_hidden(first, M: gl.constexpr, N: gl.constexpr, LAYOUT: gl.constexpr):
+    """0 and -inf ``[M, N]``: which register tokens of the chunk that starts with ``first`` there are."""
+    m_there = gl.arange(0, N, gl.SliceLayout(0, LAYOUT)) + first >= 0
+    return gl.where(m_there[None, :], gl.zeros([M, N], gl.float32, LAYOUT), float("-inf"))
 
 
 @gluon.jit
@@ -240,6 +296,21 @@ def hidden(corner, row_lo, row_size, inner, RANK: gl.constexpr):
         if RANK > 2:
             m_line = m_line & sees(corner, row_lo, row_size, inner, 0)
         b_hidden = b_hidden + gl.where(m_line, 0.0, float("-inf"))
+    return b_hidden
+
+
+@gluon.jit
+def hidden_keys(
+    i_chunk, walk, corner, row_lo, row_size, inner, M: gl.constexpr, N: gl.constexpr, RANK: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """:func:`hidden` for chunk ``i_chunk`` of a walk, which may be one of register tokens."""
+    if len(walk[4]) == 0:
+        b_hidden = hidden(corner, row_lo, row_size, inner, RANK)
+    elif i_chunk < register_chunks(walk):
+        b_hidden = register_hidden(first_register(i_chunk - register_chunks(walk), walk, N), M, N, LAYOUT)
+    else:
+        b_hidden = hidden(corner, row_lo, row_size, inner, RANK)
     return b_hidden
 
 
@@ -410,27 +481,47 @@ def query_tile_producer(
 
 
 @gluon.jit
+def load_keys(ring, descs, i_kv, corner, n, STAGES: gl.constexpr):
+    for i in gl.static_range(len(descs)):
+        load_box(ring, descs[i], [i_kv, corner[0], corner[1], corner[2], 0], n, i, STAGES)
+
+
+@gluon.jit
+def load_registers(ring, descs, i_batch, i_kv, first, n, STAGES: gl.constexpr):
+    """Load register tokens from ``first`` on. Descriptors of tokens that all images share have a batch of one."""
+    stage, _ = stage_of(n, STAGES)
+    for i in gl.static_range(len(descs)):
+        buffer = ring[0][i].index(stage).reshape(descs[i].block_type.shape)
+        i_own = gl.minimum(i_batch, descs[i].shape[0] - 1)
+        async_copy_global_to_shared(descs[i], [i_own, first, i_kv, 0], ring[1].index(stage), buffer)
+
+
+@gluon.jit
 def key_chunk_producer(
-    ring, notes, schedule, descs, plan, num_tiles, group,
+    ring, notes, schedule, descs, register_descs, plan, num_tiles, group,
     CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl.constexpr, PACK: gl.constexpr, SKIP: gl.constexpr,
     STAGES: gl.constexpr, Windows=None,
 ):  # fmt: skip
-    """The warp that loads chunks of keys, of values, or of both."""
+    """The warp that loads chunks of keys, of values, or of both: first of register tokens, then of the window."""
     BYTES: gl.constexpr = descs[0].block_type.nbytes + (descs[1].block_type.nbytes if len(descs) == 2 else 0)
     n = 0
     i_tile = 0
     tile_id = await_tile(schedule, 0)
     while tile_id < num_tiles:
         i_batch, i_head, _origin, walk = tile_walk(tile_id, plan, CAUSAL, TILE, CHUNK, Windows)
-        i_walk = (0, 0, 0)
+        i_walk, i_kv = first_walk_index(walk), i_head * PACK // group
         for _ in range(chunk_count(walk)):
             t, h, w = corner_at(i_walk, walk, CHUNK, SKIP)
             if SKIP:
                 write_note(notes, ring, n, (t, h, w), STAGES)
             expect_load(ring, n, BYTES, STAGES)
-            for i in gl.static_range(len(descs)):
-                corner = [i_head * PACK // group, i_batch * plan[0][0] + t, h, w, 0]
-                load_box(ring, descs[i], corner, n, i, STAGES)
+            if len(walk[4]) == 0:
+                load_keys(ring, descs, i_kv, (i_batch * plan[0][0] + t, h, w), n, STAGES)
+            elif i_walk[2] < 0:
+                first = first_register(i_walk[2], walk, CHUNK[0] * CHUNK[1] * CHUNK[2])
+                load_registers(ring, register_descs, i_batch, i_kv, first, n, STAGES)
+            else:
+                load_keys(ring, descs, i_kv, (i_batch * plan[0][0] + t, h, w), n, STAGES)
             i_walk, _wraps = next_walk_index(i_walk, walk)
             n += 1
         i_tile += 1
@@ -572,6 +663,12 @@ def register_boxes(registers: Layout, rows: int) -> Boxes:
     if registers.stride[0] == 0:
         batch, steps[0] = 1, 8
     return boxes_of([batch, *counts, dim], [*steps, 1], [1, rows, 1, head_width(dim)])
+
+
+def chunks_of_registers(problem: Problem, chunk: Box) -> list[Boxes | None]:
+    """The descriptors of the register tokens' keys and values; None without any."""
+    registers = problem.additional_keys, problem.additional_values
+    return [None if x is None else register_boxes(x, prod(chunk)) for x in registers]
 
 
 def descriptor(tensor: Tensor, boxes: Boxes) -> TensorDescriptor:

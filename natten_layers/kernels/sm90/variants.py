@@ -22,6 +22,7 @@ if TYPE_CHECKING or GLUON_GAP is None:  # only a missing Gluon leaves these modu
         large_dkv,
         large_dq,
         large_forward,
+        large_registers,
         medium_backward,
         medium_forward,
         small_backward,
@@ -34,8 +35,16 @@ MEDIUM = "sm90 medium window"
 
 # A window is large from this many key elements (keys times head dim) on: 256 keys of head dim 128, or 512 of 64.
 LARGE_KEY_ELEMENTS = 2**15
-# The same threshold with register tokens, which take a second launch that reads and writes the output once more.
-LARGE_KEY_ELEMENTS_WITH_REGISTERS = 2**18
+# Register tokens count as keys of the window. The forward computes their chunks whole, however few they are, and so
+# pays from more elements on. On an H200, portable kernels against these: 441 keys and 128 register tokens of head dim
+# 64, 0.208 ms against 0.234; 256 keys and 16 of head dim 128, 0.228 against 0.232; 169 and 256 of 128, 0.312 against
+# 0.232.
+LARGE_KEY_ELEMENTS_WITH_REGISTERS = 320 * 128
+# Gradients in 2-D and 3-D with many register tokens, with which portable kernels are slow, and head dims of up to 64
+# pay from fewer elements and from half as many pairs on. Those of 8 x 64x64 tokens with 8 heads, 13x13 windows and 128
+# register tokens take 0.48 ms on an H200, and 0.77 ms in portable kernels.
+MANY_REGISTERS = 64
+LARGE_GRADIENT_KEY_ELEMENTS_WITH_REGISTERS = 256 * 64
 # A call with a small window is large enough to hide launch overhead from this many query rows on. With 200704 rows of
 # 32 channels these kernels take 26 to 40 us on an H200, and portable kernels 41 to 52 us.
 LEAST_ROWS = 3 * 2**16
@@ -193,45 +202,51 @@ def _apart(question: Question) -> str | None:
 # --- Large windows
 
 
+def _large_thresholds(question: Question, *, gradients: bool) -> tuple[int, int]:
+    """From how many elements of keys, register tokens included, and (query, key) pairs on these kernels pay."""
+    p = question.problem
+    if large_tiling.is_wide(p):
+        return WIDE_WINDOW * p.query.shape[-1], WIDE_PAIRS
+    if gradients and p.registers >= MANY_REGISTERS and p.rank > 1 and large_tiling.width_of(p) <= 64:
+        return LARGE_GRADIENT_KEY_ELEMENTS_WITH_REGISTERS, PAIRS // 2
+    if p.registers and not gradients:
+        return LARGE_KEY_ELEMENTS_WITH_REGISTERS, PAIRS
+    return LARGE_KEY_ELEMENTS, PAIRS
+
+
 def _large_pays(question: Question, *kinds: Kind) -> str | None:
     p = question.problem
     window, queries = prod(p.kernel_size), prod(p.query.shape[:-1])
     if p.packing is not None:  # on average, as windows are cut to samples
         window = sum(n * min(n, window) for n in p.packing.sizes) // max(p.packing.tokens, 1)
-    if large_tiling.is_wide(p):
-        least, pairs = WIDE_WINDOW * p.query.shape[-1], WIDE_PAIRS
-    elif p.registers:
-        least, pairs = LARGE_KEY_ELEMENTS_WITH_REGISTERS, PAIRS
-    else:
-        least, pairs = LARGE_KEY_ELEMENTS, PAIRS
-    if window * p.query.shape[-1] < least:
-        beside = " with additional keys" if p.registers else ""
-        return f"the window is small: {window} keys of {p.query.shape[-1]} elements are fewer than {least}{beside}"
-    if queries * window < pairs:
-        return f"the call is small: {queries} queries of {window} keys are fewer than {pairs} pairs"
+    keys = window + p.registers
+    least, pairs = _large_thresholds(question, gradients="backward_key" in kinds)
+    if keys * p.query.shape[-1] < least:
+        beside = ", additional keys included," if p.registers else ""
+        return f"the window is small: {keys} keys{beside} of {p.query.shape[-1]} elements are fewer than {least}"
+    if queries * keys < pairs:
+        return f"the call is small: {queries} queries of {keys} keys are fewer than {pairs} pairs"
     return _chosen_elsewhere(question, *kinds)
 
 
 def _large_backward_pays(question: Question) -> str | None:
-    # Either dQ, dK and dV all take kernels for large windows or none does, as these share statistics.
+    # All gradients take kernels for large windows or none does, as these share statistics.
     return _large_pays(question, "backward_query", "backward_key")
 
 
 def _large_gap(question: Question) -> str | None:
+    p = question.problem
+    for name, tensor in (("additional_keys", p.additional_keys), ("additional_values", p.additional_values)):
+        if tensor is not None and not small_tiling.holds_registers(tensor):
+            return f"TMA cannot address {name} with shape {tuple(tensor.shape)} and strides {tuple(tensor.stride)}"
     return _line_gap(question) or undilated_gap(question, takes_packed=True)
 
 
-def _large_key_gap(question: Question) -> str | None:
+def _large_backward_gap(question: Question) -> str | None:
     width = question.problem.lengths[2]
     if width < large_tiling.ALIGNMENT:
         return f"the last axis is shorter than {large_tiling.ALIGNMENT} tokens"
     return _large_gap(question)
-
-
-def _large_query_gap(question: Question) -> str | None:
-    if question.problem.registers:
-        return "it takes no additional keys"
-    return _large_key_gap(question)
 
 
 # --- Small windows
@@ -379,7 +394,7 @@ LARGE_FORWARD = Variant(
 )
 LARGE_QUERY_GRADIENT = Variant(
     LARGE,
-    supports=_large_query_gap,
+    supports=_large_backward_gap,
     pays=_large_backward_pays,
     plan=lambda q: _apart(q) or large_tiling.dq_tile_config(q.problem, override_pack()),
     run=lambda *args: large_dq.query_gradient(*args),
@@ -387,10 +402,18 @@ LARGE_QUERY_GRADIENT = Variant(
 )
 LARGE_KEY_GRADIENTS = Variant(
     LARGE,
-    supports=_large_key_gap,
+    supports=_large_backward_gap,
     pays=_large_backward_pays,
     plan=lambda q: _apart(q) or large_tiling.dkv_tile_config(q.problem),
     run=lambda *args: large_dkv.key_gradients(*args),
+    uses_tma=True,
+)
+LARGE_REGISTER_GRADIENTS = Variant(
+    LARGE,
+    supports=_large_backward_gap,
+    pays=_large_backward_pays,
+    plan=lambda q: _apart(q) or large_tiling.register_tile_config(q.problem),
+    run=lambda *args: large_registers.register_gradients(*args),
     uses_tma=True,
 )
 ROLLING_FORWARD = Variant(
