@@ -213,6 +213,8 @@ def main(capability: int) -> None:
     attend_packed([(32, 32), (20, 48)], 7, 8, 64, 5)
     attend((56, 56), 7, 4, 32, 0, has_bias=True, key_mask=torch.ones(1, 56, 56, dtype=torch.bool))
     check_loads()
+    attend((128, 128), 7, 8, 64, 0, torch.float32)  # products of fp16 pairs
+    attend((32768,), 128, 8, 64, 0, torch.float32)  # axes of length 1 are constants
     if capability == 90:
         attend((32, 32), 7, 8, 256, 40, torch.float32)
     if capability == 90 and gluon_gap() is None:

@@ -55,6 +55,12 @@ KERNELS = (
     "qk_prep_kernel",
     "qk_prep_jvp_kernel",
     "qk_prep_backward_kernel",
+    "sample_kernel",
+    "split_kernel",
+    "settle_kernel",
+    "pair_forward_kernel",
+    "pair_query_kernel",
+    "pair_key_kernel",
 )
 
 SM90_KERNELS = (

@@ -2,7 +2,8 @@
 
 Each direction of a call has an ordered list of variants, ``VARIANTS``. The first variant that supports the call, pays
 off and has a plan for it computes it. The last one is the portable kernel, which supports every call of an operator.
-What a variant supports and when it pays stands beside its kernels, in ``portable.variants`` and ``sm90.variants``.
+What a variant supports and when it pays stands beside its kernels, in ``portable.variants``, ``portable.pair_variants``
+and ``sm90.variants``.
 
 Importing this module imports the kernels, and so Triton; operators import it on their first launch (``ops.define``).
 """
@@ -29,6 +30,7 @@ from .host.qk_prep import QKPrep
 from .host.tiling import Kind
 from .host.tuned import is_portable_only, remembered, variant_for
 from .host.variant import Choice, Direction, PassedOver, Question, Variant
+from .portable import pair_variants as pairs
 from .portable import qk_prep
 from .portable import variants as portable
 from .sm90 import variants as sm90
@@ -46,17 +48,15 @@ def _asked_for(direction: Direction, question: Question | CacheProblem) -> Choic
     Directions that are not tuned by themselves follow another one. The last variant of a direction is the portable one.
     """
     tuned_as = TUNED_AS.get(direction)
-    if tuned_as is None or not isinstance(question, Question):
+    if tuned_as is None or not isinstance(question, Question) or is_portable_only():
         return None
     variants = list(VARIANTS[direction])
-    variant, reason = variants[-1], "an override asks for portable kernels alone"
-    if not is_portable_only():
-        name = variant_for(tuned_as, question.problem.problem_class)
-        if name not in [variant.name for variant in VARIANTS[tuned_as]]:
-            return None
-        variant = next((variant for variant in variants if variant.name == name), variants[-1])
-        reason = f"tuning or an override asks for {name}"
+    name = variant_for(tuned_as, question.problem.problem_class)
+    if name not in [variant.name for variant in VARIANTS[tuned_as]]:
+        return None
+    variant = next((variant for variant in variants if variant.name == name), variants[-1])
     plan = plan_of(variant, question)
+    reason = f"tuning or an override asks for {name}"
     passed = [PassedOver(other.name, reason) for other in variants[: variants.index(variant)]]
     return None if isinstance(plan, str) else Choice(variant, plan, tuple(passed))
 
@@ -70,7 +70,7 @@ def plan_of(variant: Variant, question: Question | CacheProblem) -> Any:
 def _first_that_pays(direction: Direction, question: Question | CacheProblem) -> Choice:
     passed: list[PassedOver] = []
     for variant in VARIANTS[direction]:
-        reason = variant.supports(question) or variant.pays(question)
+        reason = _left_out(variant) or variant.supports(question) or variant.pays(question)
         if reason is None:
             plan = variant.plan(question)
             if not isinstance(plan, str):
@@ -78,6 +78,11 @@ def _first_that_pays(direction: Direction, question: Question | CacheProblem) ->
             reason = plan
         passed.append(PassedOver(variant.name, reason))
     raise AssertionError(f"no kernel computes {question}")
+
+
+def _left_out(variant: Variant) -> str | None:
+    """Why an override leaves a variant out, or None. Kernels that use TMA are those for one compute capability."""
+    return "an override asks for portable kernels alone" if is_portable_only() and variant.uses_tma else None
 
 
 class BackwardChoices(NamedTuple):
@@ -150,7 +155,7 @@ def backward(
 
     Allocates the gradients, delta and the base-2 log-sum-exp, which both may exist in a second, head-major order for
     large windows. With registers or a bias it also allocates ``slices`` fp32 copies of their gradients for partial
-    sums, under 1 MiB for usual sizes.
+    sums, under 1 MiB for usual sizes. Kernels of fp16 pairs allocate copies of two of their inputs at a time.
     """
     grad_out, grad_lse = cotangents.grad_out, cotangents.grad_lse
     question = Question(problem, True, layout(grad_out), None if grad_lse is None else layout(grad_lse[..., None]))
@@ -206,6 +211,7 @@ VARIANTS: Mapping[Direction, Sequence[Variant]] = {
         sm90.ROLLING_FORWARD,
         sm90.TILES_FORWARD,
         sm90.MEDIUM_FORWARD,
+        pairs.FORWARD,
         portable.FORWARD,
     ),
     "qk_prep + forward": (sm90.ROLLING_PREP_FORWARD, PREPARE_THEN_ATTEND),
@@ -214,12 +220,14 @@ VARIANTS: Mapping[Direction, Sequence[Variant]] = {
         sm90.LARGE_QUERY_GRADIENT,
         sm90.TILES_QUERY_GRADIENT,
         sm90.MEDIUM_QUERY_GRADIENT,
+        pairs.QUERY_GRADIENT,
         portable.QUERY_GRADIENT,
     ),
     "backward_key": (
         sm90.LARGE_KEY_GRADIENTS,
         sm90.TILES_KEY_GRADIENTS,
         sm90.MEDIUM_KEY_GRADIENTS,
+        pairs.KEY_GRADIENTS,
         portable.KEY_GRADIENTS,
     ),
     "backward_registers": (sm90.LARGE_REGISTER_GRADIENTS, portable.REGISTER_GRADIENTS),

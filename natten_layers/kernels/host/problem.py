@@ -93,7 +93,8 @@ def precision(dtype: torch.dtype) -> str:
 
     It follows ``torch.backends.cuda.matmul.fp32_precision``, which also reflects ``allow_tf32`` and
     ``torch.set_float32_matmul_precision``: TF32 or IEEE where one of these is set. If none is, a product is computed as
-    three products in TF32 (``tf32x3``), which run on tensor cores with errors like those of IEEE products (3e-7).
+    three products in TF32 (``tf32x3``), which run on tensor cores with errors like those of IEEE products (3e-7), or as
+    three in fp16 with the same errors by the kernels of ``portable.pairs``.
     """
     if dtype != torch.float32:
         return "ieee"

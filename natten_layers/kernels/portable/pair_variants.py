@@ -1,0 +1,118 @@
+"""When calls in fp32 take the kernels whose products are those of fp16 pairs, and with which tiles."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import NamedTuple
+
+import torch
+
+from ..host.problem import Problem
+from ..host.tiling import MIDDLE_WINDOW, Kind, TileConfig, best_boxes, column_parts, fit, packed_heads, room
+from ..host.tuned import override_pack
+from ..host.variant import Question, Variant
+from . import pair_forward, pair_gradients
+
+PAIRS = "fp16 pairs"
+
+# Least (query, key) pairs of all heads: below, the launches before take longer than the kernel itself.
+LEAST_PAIRS = 2**22
+LEAST_WINDOW = 25
+MOST_COLUMNS = 128
+
+
+def pair_gap(question: Question) -> str | None:
+    """Why products of fp16 pairs cannot compute a call, or None."""
+    p = question.problem
+    if p.dtype != torch.float32:
+        return f"it takes float32, not {p.dtype}"
+    if p.precision != "tf32x3":
+        return f"torch asks for {p.precision} products"
+    if p.registers:
+        return "it takes no additional keys"
+    if p.packing is not None:
+        return "it takes no packed batch"
+    if p.key_mask is not None:
+        return "it takes no key_mask"
+    if p.has_bias:
+        return "it takes no rpb, the bias on relative positions"
+    if p.scale_first:
+        return "scale is not positive"
+    if p.key_lengths is not None:
+        return "it takes no queries on another grid than keys"
+    for dim in (p.query.shape[-1], p.value.shape[-1]):
+        if dim > MOST_COLUMNS or len(column_parts(dim)) > 1:
+            return f"it takes heads that a power of two up to {MOST_COLUMNS} channels fits, not of {dim}"
+    return None
+
+
+def pair_pays(question: Question) -> str | None:
+    p = question.problem
+    window, queries = prod(p.kernel_size), prod(p.query.shape[:-1])
+    if window < LEAST_WINDOW:
+        return f"the window is small: {window} keys are fewer than {LEAST_WINDOW}"
+    if queries * window < LEAST_PAIRS:
+        return f"the call is small: {queries} queries of {window} keys are fewer than {LEAST_PAIRS} pairs"
+    return None
+
+
+class Size(NamedTuple):
+    """Size of a program, before the boxes of its tile and chunk are chosen."""
+
+    rows: int
+    keys: int
+    num_warps: int
+    stages: int
+
+
+def size_of(kind: Kind, width: int, window: int) -> Size:
+    """The size that was fastest for problems like this one (H200, Triton 3.6).
+
+    Comments give examples: a problem, the milliseconds that its kernel takes with this size, and in parentheses those
+    with the best size of another kind.
+    """
+    if width > 64:
+        return Size(32, 32, 4, 2)
+    if window < MIDDLE_WINDOW:
+        # 7x7 of 64 channels: forward 0.42 (64 rows 0.42), dQ 0.48 (0.52), dK and dV 0.63 (0.68); 7x11 of 32: 0.89
+        # (0.98), 1.09 (1.19), 1.73 (1.80).
+        return Size(32, 32, 2, 2) if kind == "backward_key" else Size(32, 32, 2, 3)
+    # 3x7x13 of 64 channels: forward 2.7 (32 rows 3.8), dQ 4.0 (4.3), dK and dV 5.7 (6.2; 16 queries a chunk 7.7).
+    if kind == "backward_key":
+        return Size(64, 32, 4, 3)
+    return Size(64, 64, 4, 3) if kind == "forward" else Size(64, 64, 4, 2)
+
+
+def tile_config(kind: Kind, p: Problem) -> TileConfig:
+    """The tile configuration of a kernel that reads pairs."""
+    problem = p.problem_class
+    size = size_of(kind, max(problem.head_dim, problem.value_dim), prod(problem.kernel))
+    rows, keys, stages = fit(kind, size.rows, size.keys, size.stages, room(problem))
+    pack = 1 if kind == "backward_key" else min(override_pack() or packed_heads(p.group, rows), rows)
+    tile, chunk = best_boxes(rows // pack, keys, problem.lengths, problem.kernel, kind == "backward_key")
+    return TileConfig(tile, chunk, pack, min(size.num_warps, max(1, rows // 8)), stages)
+
+
+FORWARD = Variant(
+    PAIRS,
+    supports=pair_gap,
+    pays=pair_pays,
+    plan=lambda q: pair_forward.plan(q.problem, tile_config("forward", q.problem), q.with_stats),
+    run=pair_forward.forward,
+)
+QUERY_GRADIENT = Variant(
+    PAIRS,
+    supports=pair_gap,
+    pays=pair_pays,
+    plan=lambda q: pair_gradients.query_plan(
+        q.problem, tile_config("backward_query", q.problem), q.grad_out, q.grad_lse
+    ),
+    run=pair_gradients.query_gradient,
+)
+KEY_GRADIENTS = Variant(
+    PAIRS,
+    supports=pair_gap,
+    pays=pair_pays,
+    plan=lambda q: pair_gradients.key_plan(q.problem, tile_config("backward_key", q.problem), q.grad_out),
+    run=pair_gradients.key_gradients,
+)
