@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -91,7 +92,7 @@ def test_a_wrong_result_has_no_time() -> None:
     tensors = [t.detach() for t in inputs.values()]
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        wrong = "forward" in tuned._overrides.get().configs
+        wrong = "forward" in tuned._overrides[-1].configs
         return neighborhood_attention(q, k, v, 3, impl="fused") * (1.001 if wrong else 1.0)
 
     timed: list[object] = []
@@ -105,7 +106,7 @@ def first_neighbor_wins(kind: Kind) -> Callable[[Callable[[], object]], float]:
     seen: list[TileConfig] = []
 
     def timer(run: Callable[[], object]) -> float:
-        config = tuned._overrides.get().configs.get(kind)
+        config = tuned._overrides[-1].configs.get(kind)
         if config is not None:
             seen.append(config)
         return 0.5 if config is not None and config == seen[min(1, len(seen) - 1)] and len(seen) > 1 else 1.0
@@ -157,7 +158,7 @@ def prefers(name: str) -> Callable[[Callable[[], object]], float]:
     """A stub for timing, according to which a pass is twice as fast if all its kernels are variants of this name."""
 
     def timer(run: Callable[[], object]) -> float:
-        asked = tuned._overrides.get().variants
+        asked = tuned._overrides[-1].variants
         return 0.5 if set(asked.values()) == {name} else 1.0
 
     return timer
@@ -467,3 +468,14 @@ def test_each_call_of_a_model_is_tuned(tmp_path: Path, cache: Path, capsys: pyte
 def test_results_are_yielded_after_every_trial() -> None:
     found = islice(tune.search("forward", PROBLEM, lambda config: 1.0 / config.num_warps, trials=1), 2)
     assert [one.seconds for one in found] == [1 / 4, 1 / 8]
+
+
+def test_overrides_hold_in_all_threads() -> None:
+    """Autograd computes gradients on a GPU in a thread of its own."""
+    found: list[bool] = []
+    with tuned.override(portable_only=True):
+        thread = Thread(target=lambda: found.append(tuned.is_portable_only()))
+        thread.start()
+        thread.join()
+    assert found == [True]
+    assert not tuned.is_portable_only()

@@ -11,7 +11,6 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import cache, lru_cache, wraps
 from pathlib import Path
 from types import MappingProxyType
@@ -72,7 +71,7 @@ class Overrides(NamedTuple):
 
 
 NO_OVERRIDES = Overrides()
-_overrides: ContextVar[Overrides] = ContextVar("natten_layers_tile_overrides", default=NO_OVERRIDES)
+_overrides = [NO_OVERRIDES]
 _forgetters: list[Callable[[], None]] = []
 
 
@@ -84,7 +83,7 @@ def override(
     portable_only: bool = False,
     variants: Mapping[Kind, str] | None = None,
 ) -> Iterator[None]:
-    """Replace what calls take by themselves, in this thread, to measure.
+    """Replace what calls take by themselves, to measure: in all threads, as autograd computes gradients in its own.
 
     Args:
         configs: whole tile configurations of portable kernels.
@@ -94,11 +93,11 @@ def override(
             Those of both gradients are named together.
     """
     _check_pairs(variants or {})
-    token = _overrides.set(Overrides(configs or {}, pack, portable_only, variants or {}, {}))
+    _overrides.append(Overrides(configs or {}, pack, portable_only, variants or {}, {}))
     try:
         yield
     finally:
-        _overrides.reset(token)
+        _overrides.pop()
 
 
 def tile_config_for(kind: Kind, problem: ProblemClass) -> TileConfig:
@@ -108,7 +107,7 @@ def tile_config_for(kind: Kind, problem: ProblemClass) -> TileConfig:
 
 def explicit_tile_config(kind: Kind, problem: ProblemClass) -> TileConfig | None:
     """The tile configuration from an override or from the file of tuned ones, or None if neither has one."""
-    overrides = _overrides.get()
+    overrides = _overrides[-1]
     if kind in overrides.configs:
         return overrides.configs[kind]
     return _tuned().configs.get((kind, problem)) if overrides.pack is None else None
@@ -119,7 +118,7 @@ def variant_for(kind: Kind, problem: ProblemClass) -> str | None:
 
     Tiles of the portable kernel ask for that kernel.
     """
-    overrides = _overrides.get()
+    overrides = _overrides[-1]
     if kind in overrides.variants:
         return overrides.variants[kind]
     if kind in overrides.configs:
@@ -132,12 +131,12 @@ def variant_for(kind: Kind, problem: ProblemClass) -> str | None:
 
 def override_pack() -> int | None:
     """Number of heads a program that an override asks for, or None."""
-    return _overrides.get().pack
+    return _overrides[-1].pack
 
 
 def is_portable_only() -> bool:
     """Whether an override asks for portable kernels alone."""
-    return _overrides.get().portable_only
+    return _overrides[-1].portable_only
 
 
 def remembered(choose: Callable[P, R]) -> Callable[P, R]:
@@ -150,7 +149,7 @@ def remembered(choose: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(choose)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        overrides = _overrides.get()
+        overrides = _overrides[-1]
         if overrides is NO_OVERRIDES:
             return known(*args, **kwargs)
         call = choose, args, tuple(kwargs.items())
