@@ -91,7 +91,7 @@ def check(config: DecoderLMConfig, device: torch.device) -> tuple[float, float]:
         return cached_attention(*args, **options, impl="eager")
 
     actual = model(ids, cache=full_cache(model, 2, torch.bfloat16))
-    with calling("cached_attention", eager, ("natten_layers.modules.llm",)):
+    with calling("cached_attention", eager, ("natten_layers.modules.decoder_attention",)):
         twin = model(ids, cache=full_cache(model, 2, torch.bfloat16))
         wide = copy.deepcopy(model).double()
         exact = wide(ids, cache=full_cache(wide, 2, torch.float64))

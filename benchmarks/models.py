@@ -27,7 +27,7 @@ __all__ = ["SMOKE", "Attend", "Sizes", "Subject", "attention", "calling", "flex_
 
 Attend = Callable[..., Tensor]
 
-CALLERS = ("natten_layers.modules.attention", "natten_layers.modules.llm")
+CALLERS = ("natten_layers.modules.attention", "natten_layers.modules.decoder_attention")
 """Modules that import operations by name, in which :func:`calling` replaces them."""
 
 

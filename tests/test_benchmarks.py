@@ -716,7 +716,7 @@ def test_flex_in_a_model_is_the_same_operation(kernel_size: int | tuple[int, ...
 
 
 @pytest.mark.parametrize("name", ["hdit-gqa", "gpt-oss"])
-def test_three_ways_to_registers_agree(name: str) -> None:
+def test_two_ways_to_registers_agree(name: str) -> None:
     pytest.importorskip("triton")
     workload = smoke(WORKLOADS[name])
     variant = Variant(5, "learned")
@@ -725,7 +725,7 @@ def test_three_ways_to_registers_agree(name: str) -> None:
     inputs = add_variant(replace(plain, **wide), variant, 0)
     entries = implementations.implementations(workload, [variant], ["registers"], [], CPU)
     ways = [entry for entry in entries if isinstance(entry, Implementation)]
-    assert [way.peer for way in ways] == ["natten_layers", "registers", "registers"]
+    assert [way.peer for way in ways] == ["natten_layers", "registers"]
     with torch.no_grad():
         expected, *others = (way.forward(inputs) for way in ways)
     for out in others:

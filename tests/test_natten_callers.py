@@ -224,7 +224,7 @@ def test_a_tensor_of_one_number_is_a_scale() -> None:
         natten.cached_attention(query, query, query, positions, positions, scale=torch.tensor(0.5)),
         natten.cached_attention(query, query, query, positions, positions, scale=0.5),
     )
-    for scale in (torch.tensor([0.5]), torch.tensor(0.5, requires_grad=True), torch.tensor(torch.nan)):
+    for scale in (torch.tensor([0.5, 0.5]), torch.tensor(0.5, requires_grad=True), torch.tensor(torch.nan)):
         with raises_naming("scale"):
             natten.na1d(query, query, query, 3, scale=scale)
 
