@@ -219,6 +219,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "headline": _headline,
     "attention": _attention,
     "census": partial(_census, "census"),
+    "rows": partial(_census, "census-rows"),
     "portable": partial(_census, "census-portable"),
     "layer": _layer,
     "models": _models,
