@@ -40,8 +40,8 @@ from natten_layers.kernels.host.tiling import extent
 from natten_layers.kernels.host.tuned import forget, override
 from natten_layers.kernels.portable import forward
 from natten_layers.kernels.sm90 import small_backward, small_forward, small_forward_rolling, variants
+from natten_layers.kernels.sm90.descriptors import descriptor, key_boxes, query_boxes, register_boxes
 from natten_layers.kernels.sm90.medium_tiling import MediumTileConfig
-from natten_layers.kernels.sm90.primitives import descriptor, key_boxes, query_boxes, register_boxes
 from natten_layers.kernels.sm90.small_tiling import (
     START,
     RollingTileConfig,

@@ -22,44 +22,42 @@ from ..host.tiling import head_width
 from ..portable.primitives import LOG2E
 from ..portable.windows import inside_axes, is_empty, queries_of, shifted, union_of_queries, unravel
 from . import large_tiling
+from .descriptors import key_boxes, multiprocessors
 from .large_statistics import statistics_boxes
 from .large_tiling import LargeTileConfig
 from .packed_repair import repair_key
-from .primitives import (
+from .primitives import flag_nonfinite, part_rows, start_product, store_part
+from .rings import (
     await_load,
     await_tile,
-    chunk_count,
-    chunk_mask,
-    corner_at,
     expect_load,
-    flag_nonfinite,
-    hidden,
-    key_boxes,
     load_box,
-    meets,
-    multiprocessors,
     new_notes,
     new_ring,
     new_schedule,
-    next_walk_index,
-    on_line,
-    part_of,
-    part_rows,
-    reach_of,
     read_note,
     release,
     repeated,
-    row_sizes,
     stage_of,
-    start_product,
-    store_part,
     take_tile,
-    tile_of,
-    union_on_line,
-    walk_over,
     write_note,
 )
 from .small_forward import Call, call_of
+from .walk import (
+    chunk_count,
+    chunk_mask,
+    corner_at,
+    hidden,
+    meets,
+    next_walk_index,
+    on_line,
+    part_of,
+    reach_of,
+    row_sizes,
+    tile_of,
+    union_on_line,
+    walk_over,
+)
 
 ALIGNMENT: gl.constexpr = gl.constexpr(large_tiling.ALIGNMENT)
 

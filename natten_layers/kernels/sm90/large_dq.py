@@ -24,43 +24,39 @@ from ..host.tiling import head_width
 from ..portable.primitives import LOG2E
 from ..portable.windows import inside_axes, is_empty, shifted, union_of_windows, unravel, windows_of
 from . import large_tiling
+from .descriptors import chunks_of_registers, key_boxes, multiprocessors, query_boxes
 from .large_statistics import statistics_of
 from .large_tiling import LargeTileConfig
 from .packed_repair import repair_query
-from .primitives import (
+from .primitives import flag_nonfinite, part_rows, start_product, store_part
+from .rings import (
     await_load,
     await_tile,
-    chunk_count,
-    chunk_mask,
-    chunks_of_registers,
-    first_walk_index,
-    flag_nonfinite,
-    hidden_keys,
-    key_boxes,
     key_chunk_producer,
-    meets,
-    multiprocessors,
     new_notes,
     new_ring,
     new_schedule,
+    query_tile_producer,
+    read_note,
+    release,
+    repeated,
+    stage_of,
+)
+from .small_forward import Call, call_of
+from .walk import (
+    chunk_count,
+    chunk_mask,
+    first_walk_index,
+    hidden_keys,
+    meets,
     next_walk_index,
     on_line,
     part_of,
-    part_rows,
-    query_boxes,
-    query_tile_producer,
     reach_of,
-    read_note,
     register_chunks,
-    release,
-    repeated,
     row_sizes,
-    stage_of,
-    start_product,
-    store_part,
     tile_walk,
 )
-from .small_forward import Call, call_of
 
 
 @gluon.jit

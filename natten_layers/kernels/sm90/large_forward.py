@@ -36,40 +36,37 @@ from ..portable.parameters import Axes, Spec, Strides
 from ..portable.primitives import LN2, LOG2E, LOWEST
 from ..portable.windows import SAMPLE_FIELDS, is_empty, shifted, union_of_windows, unravel, windows_of
 from . import large_tiling
+from .descriptors import chunks_of_registers, key_boxes, multiprocessors, query_boxes
 from .large_tiling import LargeTileConfig
-from .primitives import (
+from .primitives import output_rows, part_rows, store_rows
+from .rings import (
     await_load,
     await_tile,
-    chunk_count,
-    chunk_mask,
-    chunks_of_registers,
-    first_walk_index,
-    hidden_keys,
-    key_boxes,
     key_chunk_producer,
-    meets,
-    multiprocessors,
     new_notes,
     new_ring,
     new_schedule,
-    next_walk_index,
-    on_line,
-    output_rows,
-    part_of,
-    part_rows,
-    query_boxes,
     query_tile_producer,
-    reach_of,
     read_note,
-    register_chunks,
     release,
     repeated,
-    row_sizes,
     stage_of,
-    store_rows,
-    tile_walk,
 )
 from .small_forward import Call, call_of
+from .walk import (
+    chunk_count,
+    chunk_mask,
+    first_walk_index,
+    hidden_keys,
+    meets,
+    next_walk_index,
+    on_line,
+    part_of,
+    reach_of,
+    register_chunks,
+    row_sizes,
+    tile_walk,
+)
 
 FLAGS: tl.constexpr = tl.constexpr(64)  # tiles whose flags one program of the repair kernel reads
 

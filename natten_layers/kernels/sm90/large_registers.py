@@ -21,23 +21,21 @@ from ..host.problem import Inputs, Layout, Options, Problem, RowStatistics, layo
 from ..host.tiling import head_width
 from ..portable.primitives import LOG2E
 from . import large_tiling
+from .descriptors import key_boxes, multiprocessors, register_boxes
 from .large_dkv import add_queries, add_to_keys, add_to_values
 from .large_statistics import statistics_boxes
 from .large_tiling import ROWS, RegisterTileConfig
-from .primitives import (
+from .primitives import store_part
+from .rings import (
     await_load,
     await_tile,
     expect_load,
-    key_boxes,
     load_box,
-    multiprocessors,
     new_ring,
     new_schedule,
-    register_boxes,
     release,
     repeated,
     stage_of,
-    store_part,
     take_tile,
 )
 from .small_forward import Call, call_of

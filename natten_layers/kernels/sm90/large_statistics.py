@@ -20,7 +20,7 @@ from ..host.tiling import Box, head_width
 from ..portable.primitives import LOG2E, load_rows
 from ..portable.windows import token_offset
 from . import large_tiling
-from .primitives import Boxes
+from .descriptors import Boxes
 
 PLAIN = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=4)
 

@@ -60,10 +60,12 @@ from .medium_forward import (
     start_sums,
 )
 from .medium_tiling import MediumTileConfig, spec_of
-from .primitives import class_rows, hidden, new_barriers, new_stages, row_sizes, stage_of, thread_barrier
+from .primitives import class_rows, thread_barrier
+from .rings import new_barriers, new_stages, stage_of
 from .small_forward import Call, call_of, first_frame, frames_of, own_tile, present_descriptors
 from .small_nonfinite import spread
 from .small_softmax import WARPS
+from .walk import hidden, row_sizes
 
 
 @gluon.jit

@@ -52,17 +52,10 @@ from ..portable.windows import (
     unravel,
     windows_of,
 )
+from .descriptors import key_boxes, query_boxes
 from .packed_repair import new_flag, repair_key, repair_query
-from .primitives import (
-    class_rows,
-    flag_nonfinite,
-    key_boxes,
-    load_of_token,
-    new_barriers,
-    opaque_i32,
-    query_boxes,
-    thread_barrier,
-)
+from .primitives import class_rows, flag_nonfinite, opaque_i32, thread_barrier
+from .rings import new_barriers
 from .small_forward import (
     Call,
     batches_of_registers,
@@ -81,6 +74,7 @@ from .small_forward import (
 from .small_nonfinite import spread
 from .small_softmax import WARPS, cut_windows, key_columns, key_mask, register_mask
 from .small_tiling import PARTS, SmallTileConfig, spec_of
+from .walk import load_of_token
 
 
 @gluon.jit

@@ -28,16 +28,9 @@ from ..host.launcher import Launcher, launcher
 from ..host.problem import Inputs, Layout, Options, Problem, contiguous, new_results
 from ..portable.primitives import LN2, LOG2E
 from ..portable.windows import shifted, unravel, windows_of
-from .primitives import (
-    Boxes,
-    class_rows,
-    descriptor,
-    key_boxes,
-    new_barriers,
-    query_boxes,
-    register_boxes,
-    row_sinks,
-)
+from .descriptors import Boxes, descriptor, key_boxes, query_boxes, register_boxes
+from .primitives import class_rows, row_sinks
+from .rings import new_barriers
 from .small_nonfinite import attend_rows
 from .small_softmax import (
     WARPS,

@@ -25,14 +25,8 @@ from ..host.qk_prep import QKPrep, QKPrepKind
 from ..host.tiling import Box, head_width
 from ..portable.primitives import LOG2E
 from ..portable.windows import shifted, unravel, windows_of
-from .primitives import (
-    Boxes,
-    axes_of,
-    boxes_of,
-    multiprocessors,
-    opaque_i32,
-    row_sinks,
-)
+from .descriptors import Boxes, axes_of, boxes_of, multiprocessors
+from .primitives import opaque_i32, row_sinks
 from .qk_prep import (
     head_gains,
     heads_layout,

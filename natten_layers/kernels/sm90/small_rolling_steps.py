@@ -20,11 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper.tma import (
 from ..host.tiling import Box
 from ..portable.primitives import LN2
 from ..portable.windows import shifted, unravel
-from .primitives import (
-    new_barriers,
-    output_rows,
-    thread_barrier,
-)
+from .primitives import output_rows, thread_barrier
 from .qk_prep import (
     heads_layout,
     load_freqs,
@@ -33,6 +29,7 @@ from .qk_prep import (
     rotation_of,
     token_index,
 )
+from .rings import new_barriers
 from .small_forward import (
     shifted_along,
 )

@@ -13,7 +13,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from ..portable.primitives import LOG2E, LOWEST
-from .primitives import load_of_token
+from .walk import load_of_token
 
 WARPS = 4
 
