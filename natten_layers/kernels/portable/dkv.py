@@ -61,7 +61,7 @@ from .windows import (
     inside_axes,
     inside_box,
     is_empty,
-    next_chunk,
+    next_of_group,
     of_head,
     of_sample,
     on_ring,
@@ -185,12 +185,7 @@ def window_key_gradients(
             p_bias = RPB + i_head * bias_size(axes.kernel) + o_bias
         b_s = masked_product(tile.b_k, b_q, tile.boxes, chunk, tile.inside, score_scale, SPEC, p_bias)
         b_dk, b_dv = add_key_gradients(b_dk, b_dv, b_s, b_q, tile.b_v, b_do, col_lse, col_delta, factor, PRECISION)
-        corner = next_chunk(corner, lo, hi, CHUNK, RANK)
-        step += 1
-        ends = step == steps_per_head
-        step = tl.where(ends, 0, step)
-        i_head += tl.where(ends, 1, 0)
-        corner = (tl.where(ends, lo[0], corner[0]), tl.where(ends, lo[1], corner[1]), tl.where(ends, lo[2], corner[2]))
+        corner, i_head, step = next_of_group(corner, i_head, step, steps_per_head, lo, hi, CHUNK, RANK)
     return b_dk, b_dv
 
 

@@ -29,7 +29,7 @@ from ..host.problem import (
 )
 from ..host.tuned import tile_config_for
 from .forward import bias_rows, query_tile
-from .parameters import Axes, Chunk, Corners, ResidueClass, Strides, View, spec_of, warps_of
+from .parameters import Axes, Chunk, Strides, View, spec_of, warps_of
 from .primitives import (
     LOG2E,
     add_weighted,
@@ -59,11 +59,9 @@ from .windows import (
     of_sample,
     packed_sample,
     shifted,
-    steps_over,
     token_offset,
     tokens_of,
-    union_of_windows,
-    windows_of,
+    walk_over_windows,
 )
 
 
@@ -141,44 +139,51 @@ def window_query_gradient(
     With ``SKIP`` masked keys are zeros, so that NaN in them is harmless. Otherwise they are loaded like all others, as
     loads that wait for the mask cannot be made ahead.
     """
-    CAUSAL: tl.constexpr = SPEC.causal
-    PERIODIC: tl.constexpr = SPEC.periodic
-    TILE: tl.constexpr = SPEC.tile
     CHUNK: tl.constexpr = SPEC.chunk
     RANK: tl.constexpr = SPEC.rank
     BD: tl.constexpr = SPEC.columns
     BDV: tl.constexpr = SPEC.value_columns
     PRECISION: tl.constexpr = SPEC.precision
-    count, kernel, stride, dilation = tile.class_length, axes.kernel, axes.stride, axes.dilation
-    row_lo, row_hi = windows_of(tile.row_index, count, kernel, stride, CAUSAL, PERIODIC, key_length)
-    lo, hi, inner_lo, inner_hi = union_of_windows(
-        tile.origin, count, kernel, stride, CAUSAL, TILE, PERIODIC, key_length
-    )  # fmt: skip
-    ring = ResidueClass(tile.residue, count if key_length is None else key_length, dilation)
-    steps = steps_over(lo, hi, CHUNK)
+    walk = walk_over_windows(tile, axes, key_length, SPEC)
+    lo, hi = walk.union
     inner = inner_indices(CHUNK)
-    o_k = inner_offsets(inner, dilation, keys.strides, SPEC)
-    o_v = inner_offsets(inner, dilation, values.strides, SPEC)
-    o_mask = inner_offsets(inner, dilation, key_mask.strides, SPEC) if key_mask is not None else None
+    o_k = inner_offsets(inner, axes.dilation, keys.strides, SPEC)
+    o_v = inner_offsets(inner, axes.dilation, values.strides, SPEC)
+    o_mask = inner_offsets(inner, axes.dilation, key_mask.strides, SPEC) if key_mask is not None else None
     corner = lo
-    for _ in tl.range(0, steps[0] * steps[1] * steps[2], num_stages=SPEC.stages):
+    for _ in tl.range(0, walk.chunks, num_stages=SPEC.stages):
         here = Chunk(corner, inner)
-        chunk, inside = here, Corners(inner_lo, inner_hi)
+        chunk, inside = here, walk.inside
         m_keys = inside_box(inner, corner, hi, RANK)
         if key_mask is not None:
-            col_seen = load_unmasked(key_mask, o_mask, m_keys, here, ring, SPEC)
+            col_seen = load_unmasked(key_mask, o_mask, m_keys, here, walk.ring, SPEC)
             chunk, inside = without_masked(here, inside, col_seen)
             if SKIP:
                 m_keys = m_keys & col_seen
-        b_k = load_chunk(keys, o_k, m_keys, here, ring, SPEC, SPEC.head_dim, BD)
-        b_v = load_chunk(values, o_v, m_keys, here, ring, SPEC, SPEC.value_dim, BDV)
+        b_k = load_chunk(keys, o_k, m_keys, here, walk.ring, SPEC, SPEC.head_dim, BD)
+        b_v = load_chunk(values, o_v, m_keys, here, walk.ring, SPEC, SPEC.value_dim, BDV)
         p_bias = None
         if row_bias is not None:
-            p_bias = row_bias[:, None] + bias_offset(shifted(inner, corner), kernel)[None, :]
-        b_s = masked_product(rows.b_q, b_k, Corners(row_lo, row_hi), chunk, inside, score_scale, SPEC, p_bias)
+            p_bias = row_bias[:, None] + bias_offset(shifted(inner, corner), axes.kernel)[None, :]
+        b_s = masked_product(rows.b_q, b_k, walk.boxes, chunk, inside, score_scale, SPEC, p_bias)
         b_dq = add_query_gradient(b_dq, b_s, b_k, b_v, rows, factor, PRECISION)
         corner = next_chunk(corner, lo, hi, CHUNK, RANK)
     return b_dq
+
+
+@triton.jit
+def row_statistics(Out, RowMax, RowSum, grad_lse, b_do, tile, token, o_row, SPEC: tl.constexpr):
+    """``delta = rowsum(dOut * Out) - dLse``, the maximum and the sum of the rows. ``grad_lse`` is a view, or None."""
+    BDV: tl.constexpr = SPEC.value_columns
+    b_out = load_columns(Out, o_row * SPEC.value_dim, tile.m_rows, SPEC.value_dim, BDV)
+    row_delta = row_products(b_out, b_do)
+    if grad_lse is not None:
+        o_dl = token_offset(token, grad_lse.strides) + tile.row_head * grad_lse.strides[4]
+        p_dl = grad_lse.pointer + tile.i_batch * grad_lse.strides[0]
+        row_delta -= tl.load(p_dl + o_dl, mask=tile.m_rows, other=0.0)
+    row_sum = tl.load(RowSum + o_row, mask=tile.m_rows, other=1.0)
+    row_max = tl.load(RowMax + o_row, mask=tile.m_rows, other=0.0)
+    return row_delta, row_max, row_sum
 
 
 @triton.jit
@@ -223,6 +228,7 @@ def query_gradient_of_tile(
     key_mask = None
     if tensors.key_mask is not None:
         key_mask = View(tensors.key_mask, strides.key_mask)
+    grad_lse = None
     if tensors.grad_lse is not None:
         grad_lse = View(tensors.grad_lse, strides.grad_lse)
     if tensors.tiles is not None:
@@ -250,13 +256,7 @@ def query_gradient_of_tile(
     o_row = contiguous_row(tile.i_batch, token, axes.length) * (kv_heads * group) + row_head
     b_q = load_columns(p_q, o_q, m_rows, SPEC.head_dim, BD)
     b_do = load_columns(p_do, o_do, m_rows, SPEC.value_dim, BDV)
-    b_out = load_columns(Out, o_row * SPEC.value_dim, m_rows, SPEC.value_dim, BDV)
-    row_delta = row_products(b_out, b_do)
-    if tensors.grad_lse is not None:
-        o_dl = token_offset(token, grad_lse.strides) + row_head * grad_lse.strides[4]
-        row_delta -= tl.load(grad_lse.pointer + tile.i_batch * grad_lse.strides[0] + o_dl, mask=m_rows, other=0.0)
-    row_sum = tl.load(RowSum + o_row, mask=m_rows, other=1.0)
-    row_max = tl.load(RowMax + o_row, mask=m_rows, other=0.0)
+    row_delta, row_max, row_sum = row_statistics(Out, RowMax, RowSum, grad_lse, b_do, tile, token, o_row, SPEC)
     if key_mask is not None or tensors.rpb is not None:
         # Weights of rows that see nothing are zero for every finite lse.
         row_sees = row_sum != 0.0

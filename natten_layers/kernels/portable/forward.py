@@ -17,7 +17,7 @@ from torch import Tensor
 from ..host.launcher import Plan, launcher
 from ..host.problem import Inputs, Options, Problem, in_units, new_results, stride_unit
 from ..host.tuned import tile_config_for
-from .parameters import Axes, Chunk, Corners, QueryTile, ResidueClass, Strides, View, spec_of, warps_of
+from .parameters import Axes, Chunk, QueryTile, Strides, View, spec_of, warps_of
 from .primitives import (
     LN2,
     LOG2E,
@@ -52,13 +52,11 @@ from .windows import (
     packed_sample,
     shifted,
     spatial_tile,
-    steps_over,
     token_offset,
     tokens_of,
-    union_of_windows,
     unravel,
     visibility,
-    windows_of,
+    walk_over_windows,
 )
 
 
@@ -109,43 +107,35 @@ def attend_window(
     ``keys``, ``values`` and ``key_mask`` (or None) are views of the image and KV head. ``row_bias`` points, for every
     row, at the bias of a key at the origin, or is None.
     """
-    CAUSAL: tl.constexpr = SPEC.causal
-    PERIODIC: tl.constexpr = SPEC.periodic
-    TILE: tl.constexpr = SPEC.tile
     CHUNK: tl.constexpr = SPEC.chunk
     RANK: tl.constexpr = SPEC.rank
     BD: tl.constexpr = SPEC.columns
     BDV: tl.constexpr = SPEC.value_columns
     NONFINITE: tl.constexpr = SPEC.nonfinite
     PRECISION: tl.constexpr = SPEC.precision
-    count, kernel, stride, dilation = tile.class_length, axes.kernel, axes.stride, axes.dilation
-    row_lo, row_hi = windows_of(tile.row_index, count, kernel, stride, CAUSAL, PERIODIC, key_length)
-    lo, hi, inner_lo, inner_hi = union_of_windows(
-        tile.origin, count, kernel, stride, CAUSAL, TILE, PERIODIC, key_length
-    )  # fmt: skip
-    ring = ResidueClass(tile.residue, count if key_length is None else key_length, dilation)
-    steps = steps_over(lo, hi, CHUNK)
+    walk = walk_over_windows(tile, axes, key_length, SPEC)
+    lo, hi = walk.union
     inner = inner_indices(CHUNK)
-    o_k = inner_offsets(inner, dilation, keys.strides, SPEC)
-    o_v = inner_offsets(inner, dilation, values.strides, SPEC)
-    o_mask = inner_offsets(inner, dilation, key_mask.strides, SPEC) if key_mask is not None else None
+    o_k = inner_offsets(inner, axes.dilation, keys.strides, SPEC)
+    o_v = inner_offsets(inner, axes.dilation, values.strides, SPEC)
+    o_mask = inner_offsets(inner, axes.dilation, key_mask.strides, SPEC) if key_mask is not None else None
     corner = lo
-    for _ in tl.range(0, steps[0] * steps[1] * steps[2], num_stages=SPEC.stages):
+    for _ in tl.range(0, walk.chunks, num_stages=SPEC.stages):
         chunk = Chunk(corner, inner)
         m_keys = inside_box(inner, corner, hi, RANK)
-        b_k = load_chunk(keys, o_k, m_keys, chunk, ring, SPEC, SPEC.head_dim, BD)
-        b_v = load_chunk(values, o_v, m_keys, chunk, ring, SPEC, SPEC.value_dim, BDV)
-        inside = Corners(inner_lo, inner_hi)
+        b_k = load_chunk(keys, o_k, m_keys, chunk, walk.ring, SPEC, SPEC.head_dim, BD)
+        b_v = load_chunk(values, o_v, m_keys, chunk, walk.ring, SPEC, SPEC.value_dim, BDV)
+        inside = walk.inside
         if key_mask is not None:
-            col_seen = load_unmasked(key_mask, o_mask, m_keys, chunk, ring, SPEC)
+            col_seen = load_unmasked(key_mask, o_mask, m_keys, chunk, walk.ring, SPEC)
             chunk, inside = without_masked(chunk, inside, col_seen)
         p_bias = None
         if row_bias is not None:
-            p_bias = row_bias[:, None] + bias_offset(shifted(inner, corner), kernel)[None, :]
-        b_s = masked_product(b_q, b_k, Corners(row_lo, row_hi), chunk, inside, score_scale, SPEC, p_bias)
+            p_bias = row_bias[:, None] + bias_offset(shifted(inner, corner), axes.kernel)[None, :]
+        b_s = masked_product(b_q, b_k, walk.boxes, chunk, inside, score_scale, SPEC, p_bias)
         b_visible = None
         if NONFINITE:
-            b_visible = visibility(row_lo, row_hi, corner, chunk.inner, RANK)
+            b_visible = visibility(walk.boxes.lo, walk.boxes.hi, corner, chunk.inner, RANK)
         b_acc, row_m, row_l = softmax_step(b_acc, row_m, row_l, b_s, b_v, b_visible, factor, NONFINITE, PRECISION)
         corner = next_chunk(corner, lo, hi, CHUNK, RANK)
     return b_acc, row_m, row_l

@@ -39,7 +39,7 @@ from ..host.problem import (
 from ..host.tiling import register_tile
 from ..host.tuned import tile_config_for
 from .forward import query_tile
-from .parameters import Axes, Chunk, Corners, ResidueClass, Strides, View, spec_of, warps_of
+from .parameters import Axes, Chunk, Strides, View, spec_of, warps_of
 from .primitives import (
     LOG2E,
     add_weighted,
@@ -66,11 +66,9 @@ from .windows import (
     of_head,
     of_sample,
     packed_sample,
-    steps_over,
     token_offset,
     tokens_of,
-    union_of_windows,
-    windows_of,
+    walk_over_windows,
 )
 
 
@@ -139,9 +137,6 @@ def add_window_tangents(
     b_acc, row_mu, rows, keys, values, key_dots, value_dots, key_mask, tile, axes, key_length, scale, SPEC: tl.constexpr
 ):  # fmt: skip
     """Add the contribution of the union of the tile's windows. Views are those of the image and KV head, or None."""
-    CAUSAL: tl.constexpr = SPEC.causal
-    PERIODIC: tl.constexpr = SPEC.periodic
-    TILE: tl.constexpr = SPEC.tile
     CHUNK: tl.constexpr = SPEC.chunk
     RANK: tl.constexpr = SPEC.rank
     BD: tl.constexpr = SPEC.columns
@@ -150,39 +145,34 @@ def add_window_tangents(
     MOVES: tl.constexpr = rows.b_q_dot is not None or key_dots is not None
     score_scale = scale * LOG2E
     factor = 1.0 if SPEC.scale_first else score_scale
-    count, kernel, stride, dilation = tile.class_length, axes.kernel, axes.stride, axes.dilation
-    row_lo, row_hi = windows_of(tile.row_index, count, kernel, stride, CAUSAL, PERIODIC, key_length)
-    lo, hi, inner_lo, inner_hi = union_of_windows(
-        tile.origin, count, kernel, stride, CAUSAL, TILE, PERIODIC, key_length
-    )  # fmt: skip
-    ring = ResidueClass(tile.residue, count if key_length is None else key_length, dilation)
-    steps = steps_over(lo, hi, CHUNK)
+    walk = walk_over_windows(tile, axes, key_length, SPEC)
+    lo, hi = walk.union
     inner = inner_indices(CHUNK)
-    o_k = inner_offsets(inner, dilation, keys.strides, SPEC)
-    o_v = inner_offsets(inner, dilation, values.strides, SPEC)
-    o_k_dot = inner_offsets(inner, dilation, key_dots.strides, SPEC) if key_dots is not None else None
-    o_v_dot = inner_offsets(inner, dilation, value_dots.strides, SPEC) if value_dots is not None else None
-    o_mask = inner_offsets(inner, dilation, key_mask.strides, SPEC) if key_mask is not None else None
+    o_k = inner_offsets(inner, axes.dilation, keys.strides, SPEC)
+    o_v = inner_offsets(inner, axes.dilation, values.strides, SPEC)
+    o_k_dot = inner_offsets(inner, axes.dilation, key_dots.strides, SPEC) if key_dots is not None else None
+    o_v_dot = inner_offsets(inner, axes.dilation, value_dots.strides, SPEC) if value_dots is not None else None
+    o_mask = inner_offsets(inner, axes.dilation, key_mask.strides, SPEC) if key_mask is not None else None
     corner = lo
-    for _ in tl.range(0, steps[0] * steps[1] * steps[2], num_stages=SPEC.stages):
+    for _ in tl.range(0, walk.chunks, num_stages=SPEC.stages):
         here = Chunk(corner, inner)
-        chunk, inside = here, Corners(inner_lo, inner_hi)
+        chunk, inside = here, walk.inside
         m_keys = inside_box(inner, corner, hi, RANK)
         if key_mask is not None:
-            col_seen = load_unmasked(key_mask, o_mask, m_keys, here, ring, SPEC)
+            col_seen = load_unmasked(key_mask, o_mask, m_keys, here, walk.ring, SPEC)
             chunk, inside = without_masked(here, inside, col_seen)
             m_keys = m_keys & col_seen
-        b_k = load_chunk(keys, o_k, m_keys, here, ring, SPEC, SPEC.head_dim, BD)
+        b_k = load_chunk(keys, o_k, m_keys, here, walk.ring, SPEC, SPEC.head_dim, BD)
         b_k_dot = None
         if key_dots is not None:
-            b_k_dot = load_chunk(key_dots, o_k_dot, m_keys, here, ring, SPEC, SPEC.head_dim, BD)
+            b_k_dot = load_chunk(key_dots, o_k_dot, m_keys, here, walk.ring, SPEC, SPEC.head_dim, BD)
         b_v = None
         if MOVES:
-            b_v = load_chunk(values, o_v, m_keys, here, ring, SPEC, SPEC.value_dim, BDV)
+            b_v = load_chunk(values, o_v, m_keys, here, walk.ring, SPEC, SPEC.value_dim, BDV)
         b_v_dot = None
         if value_dots is not None:
-            b_v_dot = load_chunk(value_dots, o_v_dot, m_keys, here, ring, SPEC, SPEC.value_dim, BDV)
-        b_s = masked_product(rows.b_q, b_k, Corners(row_lo, row_hi), chunk, inside, score_scale, SPEC)
+            b_v_dot = load_chunk(value_dots, o_v_dot, m_keys, here, walk.ring, SPEC, SPEC.value_dim, BDV)
+        b_s = masked_product(rows.b_q, b_k, walk.boxes, chunk, inside, score_scale, SPEC)
         b_acc, row_mu = tangent_step(
             b_acc, row_mu, b_s, rows, b_k, b_k_dot, b_v, b_v_dot, factor, scale, MOVES, PRECISION
         )

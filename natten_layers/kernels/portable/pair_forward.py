@@ -29,7 +29,7 @@ from .pairs import (
     to_pair,
     transposed,
 )
-from .parameters import Axes, Chunk, ResidueClass, Strides, View, spec_of, warps_of
+from .parameters import Axes, Chunk, Strides, View, spec_of, warps_of
 from .primitives import LN2, LOG2E, are_sound, in_elements, load_columns, scale_rows, store_columns
 from .windows import (
     contiguous_row,
@@ -40,11 +40,9 @@ from .windows import (
     is_empty,
     next_chunk,
     of_head,
-    steps_over,
     token_offset,
     tokens_of,
-    union_of_windows,
-    windows_of,
+    walk_over_windows,
 )
 
 
@@ -69,27 +67,21 @@ def attend_window_in_pairs(b_q, b_acc, row_m, row_l, keys, values, tile, axes, r
 
     ``row_factor > 0`` turns products of pairs into base-2 logits.
     """
-    CAUSAL: tl.constexpr = SPEC.causal
-    PERIODIC: tl.constexpr = SPEC.periodic
-    TILE: tl.constexpr = SPEC.tile
     CHUNK: tl.constexpr = SPEC.chunk
     BD: tl.constexpr = SPEC.columns
     BDV: tl.constexpr = SPEC.value_columns
-    count, kernel, stride, dilation = tile.class_length, axes.kernel, axes.stride, axes.dilation
-    row_lo, row_hi = windows_of(tile.row_index, count, kernel, stride, CAUSAL, PERIODIC)
-    lo, hi, _, _ = union_of_windows(tile.origin, count, kernel, stride, CAUSAL, TILE, PERIODIC)
-    ring = ResidueClass(tile.residue, count, dilation)
-    steps = steps_over(lo, hi, CHUNK)
+    walk = walk_over_windows(tile, axes, None, SPEC)
+    lo, hi = walk.union
     inner = inner_indices(CHUNK)
-    o_k = inner_offsets(inner, dilation, keys.strides, SPEC)
-    o_v = inner_offsets(inner, dilation, values.strides, SPEC)
+    o_k = inner_offsets(inner, axes.dilation, keys.strides, SPEC)
+    o_v = inner_offsets(inner, axes.dilation, values.strides, SPEC)
     corner = lo
-    for _ in tl.range(0, steps[0] * steps[1] * steps[2], num_stages=SPEC.stages):
+    for _ in tl.range(0, walk.chunks, num_stages=SPEC.stages):
         chunk = Chunk(corner, inner)
         m_keys = inside_box(inner, corner, hi, SPEC.rank)
-        b_k = load_pair(keys, o_k, m_keys, chunk, ring, SPEC, SPEC.head_dim, BD)
-        b_v = load_pair(values, o_v, m_keys, chunk, ring, SPEC, SPEC.value_dim, BDV)
-        b_s = pair_product(b_q, transposed(b_k), hidden(row_lo, row_hi, corner, inner, SPEC.rank))
+        b_k = load_pair(keys, o_k, m_keys, chunk, walk.ring, SPEC, SPEC.head_dim, BD)
+        b_v = load_pair(values, o_v, m_keys, chunk, walk.ring, SPEC, SPEC.value_dim, BDV)
+        b_s = pair_product(b_q, transposed(b_k), hidden(walk.boxes.lo, walk.boxes.hi, corner, inner, SPEC.rank))
         row_m_new = tl.maximum(row_m, tl.max(b_s, 1) * row_factor)
         row_alpha = tl.exp2(row_m - row_m_new)
         b_p = tl.exp2(b_s * row_factor[:, None] - (row_m_new - WEIGHT_EXPONENT)[:, None])

@@ -29,6 +29,7 @@ from ..host.problem import (
     stride_unit,
 )
 from ..host.tiling import TileConfig
+from .dq import row_statistics
 from .forward import query_tile
 from .pair_forward import PairPlan
 from .pairs import (
@@ -47,7 +48,7 @@ from .pairs import (
     unit_of,
 )
 from .parameters import Axes, Chunk, Corners, ResidueClass, Strides, View, spec_of, warps_of
-from .primitives import LOG2E, in_elements, load_columns, row_products, store_columns, zero_columns
+from .primitives import LOG2E, in_elements, load_columns, store_columns, zero_columns
 from .windows import (
     contiguous_row,
     contiguous_strides,
@@ -59,6 +60,7 @@ from .windows import (
     inside_box,
     is_empty,
     next_chunk,
+    next_of_group,
     of_head,
     on_ring,
     queries_of,
@@ -68,8 +70,7 @@ from .windows import (
     token_offset,
     tokens_of,
     union_of_queries,
-    union_of_windows,
-    windows_of,
+    walk_over_windows,
 )
 
 
@@ -128,49 +129,30 @@ def gradient_exponent(b_weighed, largest, row_delta):
 @triton.jit
 def window_query_gradient_in_pairs(rows, row_lse, row_shift, keys, values, tile, axes, SPEC: tl.constexpr):
     """dQ of a tile, to be multiplied by the units of keys and of the rows' scores' gradients."""
-    CAUSAL: tl.constexpr = SPEC.causal
-    PERIODIC: tl.constexpr = SPEC.periodic
-    TILE: tl.constexpr = SPEC.tile
     CHUNK: tl.constexpr = SPEC.chunk
     BD: tl.constexpr = SPEC.columns
     BDV: tl.constexpr = SPEC.value_columns
-    count, kernel, stride, dilation = tile.class_length, axes.kernel, axes.stride, axes.dilation
-    row_lo, row_hi = windows_of(tile.row_index, count, kernel, stride, CAUSAL, PERIODIC)
-    lo, hi, _, _ = union_of_windows(tile.origin, count, kernel, stride, CAUSAL, TILE, PERIODIC)
-    ring = ResidueClass(tile.residue, count, dilation)
-    steps = steps_over(lo, hi, CHUNK)
+    walk = walk_over_windows(tile, axes, None, SPEC)
+    lo, hi = walk.union
     inner = inner_indices(CHUNK)
-    o_k = inner_offsets(inner, dilation, keys.strides, SPEC)
-    o_v = inner_offsets(inner, dilation, values.strides, SPEC)
+    o_k = inner_offsets(inner, axes.dilation, keys.strides, SPEC)
+    o_v = inner_offsets(inner, axes.dilation, values.strides, SPEC)
     b_dq = zero_columns(SPEC.rows, BD)[0]
     corner = lo
-    for _ in tl.range(0, steps[0] * steps[1] * steps[2], num_stages=SPEC.stages):
+    for _ in tl.range(0, walk.chunks, num_stages=SPEC.stages):
         chunk = Chunk(corner, inner)
         m_keys = inside_box(inner, corner, hi, SPEC.rank)
-        b_k = load_pair(keys, o_k, m_keys, chunk, ring, SPEC, SPEC.head_dim, BD)
-        b_v = load_pair(values, o_v, m_keys, chunk, ring, SPEC, SPEC.value_dim, BDV)
-        b_s = pair_product(rows.b_scored, transposed(b_k), hidden(row_lo, row_hi, corner, inner, SPEC.rank))
+        b_k = load_pair(keys, o_k, m_keys, chunk, walk.ring, SPEC, SPEC.head_dim, BD)
+        b_v = load_pair(values, o_v, m_keys, chunk, walk.ring, SPEC, SPEC.value_dim, BDV)
+        b_s = pair_product(
+            rows.b_scored, transposed(b_k), hidden(walk.boxes.lo, walk.boxes.hi, corner, inner, SPEC.rank)
+        )
         b_p = tl.exp2(b_s * rows.row_factor[:, None] - row_lse[:, None])
         b_dp = pair_product(rows.b_weighed, transposed(b_v), None)
         b_ds = b_p * (b_dp * rows.row_dp[:, None] - row_shift[:, None])
         b_dq = b_dq + pair_product(to_pair(b_ds), b_k, None)
         corner = next_chunk(corner, lo, hi, CHUNK, SPEC.rank)
     return b_dq
-
-
-@triton.jit
-def row_statistics(tensors, grad_lse_strides, b_do, tile, token, o_row, SPEC: tl.constexpr):
-    """``delta = rowsum(dOut * Out) - dLse`` and the base-2 log-sum-exp of the rows."""
-    BDV: tl.constexpr = SPEC.value_columns
-    b_out = load_columns(tensors.out, o_row * SPEC.value_dim, tile.m_rows, SPEC.value_dim, BDV)
-    row_delta = row_products(b_out, b_do)
-    if tensors.grad_lse is not None:
-        o_dl = token_offset(token, grad_lse_strides) + tile.row_head * grad_lse_strides[4]
-        p_dl = tensors.grad_lse + tile.i_batch * grad_lse_strides[0]
-        row_delta -= tl.load(p_dl + o_dl, mask=tile.m_rows, other=0.0)
-    row_sum = tl.load(tensors.row_sum + o_row, mask=tile.m_rows, other=1.0)
-    row_max = tl.load(tensors.row_max + o_row, mask=tile.m_rows, other=0.0)
-    return row_delta, row_max * LOG2E + tl.log2(row_sum)
 
 
 @triton.jit
@@ -193,7 +175,13 @@ def pair_query_kernel(tensors, strides, pair_strides, axes, group, kv_heads, sca
     b_q = load_columns(query.pointer + tile.i_batch * query.strides[0], o_q, tile.m_rows, SPEC.head_dim, BD)
     p_do = grad_out.pointer + tile.i_batch * grad_out.strides[0]
     b_do = load_columns(p_do, o_do, tile.m_rows, SPEC.value_dim, BDV)
-    row_delta, row_lse = row_statistics(tensors, strides.grad_lse, b_do, tile, token, o_row, SPEC)
+    grad_lse = None
+    if tensors.grad_lse is not None:
+        grad_lse = View(tensors.grad_lse, strides.grad_lse)
+    row_delta, row_max, row_sum = row_statistics(
+        tensors.out, tensors.row_max, tensors.row_sum, grad_lse, b_do, tile, token, o_row, SPEC
+    )
+    row_lse = row_max * LOG2E + tl.log2(row_sum)
     tl.store(tensors.delta + o_row, row_delta, mask=tile.m_rows)
     tl.store(tensors.lse + o_row, row_lse, mask=tile.m_rows)
 
@@ -255,12 +243,7 @@ def window_key_gradients_in_pairs(
         b_ds = b_p * (b_dp * rows.row_dp[:, None] - rows.row_scale[:, None] * col_delta[None, :])
         b_dv = b_dv + pair_product(to_pair(b_p), b_do, None)
         b_dk = b_dk + pair_product(to_pair(b_ds), b_q, None)
-        corner = next_chunk(corner, lo, hi, CHUNK, SPEC.rank)
-        step += 1
-        ends = step == steps_per_head
-        step = tl.where(ends, 0, step)
-        i_head += tl.where(ends, 1, 0)
-        corner = (tl.where(ends, lo[0], corner[0]), tl.where(ends, lo[1], corner[1]), tl.where(ends, lo[2], corner[2]))
+        corner, i_head, step = next_of_group(corner, i_head, step, steps_per_head, lo, hi, CHUNK, SPEC.rank)
     return b_dk, b_dv
 
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from ..host.problem import Layout, Problem, need_wide_offsets
 from ..host.tiling import Box, TileConfig, column_parts
 
-__all__ = ["Axes", "Chunk", "Corners", "QueryTile", "ResidueClass", "Spec", "Strides", "View", "spec_of"]
+__all__ = ["Axes", "Chunk", "Corners", "KeyWalk", "QueryTile", "ResidueClass", "Spec", "Strides", "View", "spec_of"]
 
 
 class Spec(NamedTuple):
@@ -147,6 +147,21 @@ class Corners(NamedTuple):
 
     lo: Any
     hi: Any
+
+
+class KeyWalk(NamedTuple):
+    """What a program that owns queries walks over: the keys of the union of their windows."""
+
+    boxes: Any
+    """:class:`Corners` of the keys that each row sees"""
+    union: Any
+    """:class:`Corners` of the keys that some row sees"""
+    inside: Any
+    """:class:`Corners` of the keys that all rows see"""
+    ring: Any
+    """:class:`ResidueClass` of the keys"""
+    chunks: Any
+    """number of chunks"""
 
 
 def head_fields(p: Problem) -> dict[str, Any]:

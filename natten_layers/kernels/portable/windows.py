@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from ..host.packing import FIELDS
-from .parameters import Axes, View
+from .parameters import Axes, Corners, KeyWalk, ResidueClass, View
 
 NO_AXIS: tl.constexpr = tl.constexpr((False, False, False))
 SAMPLE_FIELDS: tl.constexpr = tl.constexpr(FIELDS)
@@ -207,6 +207,21 @@ def next_chunk(corner, lo, hi, CHUNK: tl.constexpr, RANK: tl.constexpr):
 
 
 @triton.jit
+def next_of_group(corner, i_head, step, steps, lo, hi, CHUNK: tl.constexpr, RANK: tl.constexpr):
+    """The corner after ``corner``, its head, and its number among the ``steps`` corners of a head.
+
+    Behind the last corner of a head comes the first one of the next head.
+    """
+    corner = next_chunk(corner, lo, hi, CHUNK, RANK)
+    step += 1
+    ends = step == steps
+    step = tl.where(ends, 0, step)
+    i_head += tl.where(ends, 1, 0)
+    corner = (tl.where(ends, lo[0], corner[0]), tl.where(ends, lo[1], corner[1]), tl.where(ends, lo[2], corner[2]))
+    return corner, i_head, step
+
+
+@triton.jit
 def corner_offset(corner, ring, strides, SPEC: tl.constexpr):
     """Scalar element offset of class index ``corner``; 64-bit only if ``SPEC.wide``."""
     residue, dilation = ring.residue, ring.dilation
@@ -364,6 +379,25 @@ def union_of_queries(
     lo, inner_hi = queries_of(origin, count, kernel, stride, CAUSAL, PERIODIC, key_count)
     inner_lo, hi = queries_of(last_of(origin, TILE), count, kernel, stride, CAUSAL, PERIODIC, key_count)
     return lo, hi, inner_lo, inner_hi
+
+
+@triton.jit
+def walk_over_windows(tile, axes, key_length, SPEC: tl.constexpr):
+    """The :class:`KeyWalk` of a tile of queries. ``key_length`` is that of keys on another grid, or None."""
+    CAUSAL: tl.constexpr = SPEC.causal
+    PERIODIC: tl.constexpr = SPEC.periodic
+    TILE: tl.constexpr = SPEC.tile
+    CHUNK: tl.constexpr = SPEC.chunk
+    count = tile.class_length
+    row_lo, row_hi = windows_of(tile.row_index, count, axes.kernel, axes.stride, CAUSAL, PERIODIC, key_length)
+    lo, hi, inner_lo, inner_hi = union_of_windows(
+        tile.origin, count, axes.kernel, axes.stride, CAUSAL, TILE, PERIODIC, key_length
+    )
+    ring = ResidueClass(tile.residue, count if key_length is None else key_length, axes.dilation)
+    steps = steps_over(lo, hi, CHUNK)
+    return KeyWalk(
+        Corners(row_lo, row_hi), Corners(lo, hi), Corners(inner_lo, inner_hi), ring, steps[0] * steps[1] * steps[2]
+    )
 
 
 @triton.jit
