@@ -15,7 +15,8 @@ from . import pair_forward, pair_gradients
 
 PAIRS = "fp16 pairs"
 
-# Least (query, key) pairs of all heads: below, the launches before take longer than the kernel itself.
+# Least (query, key) pairs of all heads, and least keys of a window: with fewer, the launches before should take
+# longer than the kernel itself. Neither was measured; 7x7 windows of 8 x 128x128 tokens pay (``docs/profiles.md``).
 LEAST_PAIRS = 2**22
 LEAST_WINDOW = 25
 MOST_COLUMNS = 128
@@ -71,13 +72,13 @@ def size_of(kind: Kind, width: int, window: int) -> Size:
     Comments give examples: a problem, the milliseconds that its kernel takes with this size, and in parentheses those
     with the best size of another kind.
     """
-    if width > 64:
-        return Size(32, 32, 4, 2)
-    if window < MIDDLE_WINDOW:
-        # 7x7 of 64 channels: forward 0.42 (64 rows 0.42), dQ 0.48 (0.52), dK and dV 0.63 (0.68); 7x11 of 32: 0.89
-        # (0.98), 1.09 (1.19), 1.73 (1.80).
+    if width > 64:  # 9x9 of 128 channels: forward 0.24 (32 rows 0.25), dQ 0.32 (0.36 with four warps), dK and dV 0.46
+        if kind == "forward":
+            return Size(64, 32, 4, 2)
+        return Size(32, 32, 4, 2) if kind == "backward_key" else Size(32, 32, 2, 2)
+    if window < MIDDLE_WINDOW:  # 7x7 of 64 channels: 0.49, 0.44, 0.59; 7x11 of 32 channels: 1.05, 1.06, 1.75
         return Size(32, 32, 2, 2) if kind == "backward_key" else Size(32, 32, 2, 3)
-    # 3x7x13 of 64 channels: forward 2.7 (32 rows 3.8), dQ 4.0 (4.3), dK and dV 5.7 (6.2; 16 queries a chunk 7.7).
+    # 3x7x13 of 64 channels: forward 2.7, dQ 4.0, dK and dV 5.9 (32 rows 6.8)
     if kind == "backward_key":
         return Size(64, 32, 4, 3)
     return Size(64, 64, 4, 3) if kind == "forward" else Size(64, 64, 4, 2)

@@ -182,10 +182,10 @@ def is_addressable(tensor: Layout) -> bool:
     return foldable and all(size == 1 or (step > 0 and step % 8 == 0) for size, step in axes)
 
 
-def _chosen_elsewhere(question: Question, *kinds: Kind) -> str | None:
+def _pack_gap(question: Question, kind: Kind) -> str | None:
     """Why an override of the heads of a program asks for the portable kernel, or None."""
     pack, group = override_pack(), question.problem.group
-    if pack and group % pack and kinds != ("backward_key",):  # the dK and dV kernel takes one query head at a time
+    if pack and group % pack and kind != "backward_key":  # the dK and dV kernel takes one query head at a time
         return f"an override asks for {pack} heads a program, which do not divide the group of {group}"
     return None
 
@@ -214,24 +214,24 @@ def _large_thresholds(question: Question, *, gradients: bool) -> tuple[int, int]
     return LARGE_KEY_ELEMENTS, PAIRS
 
 
-def _large_pays(question: Question, *kinds: Kind) -> str | None:
+def _large_pays(question: Question, kind: Kind = "forward") -> str | None:
     p = question.problem
     window, queries = prod(p.kernel_size), prod(p.query.shape[:-1])
     if p.packing is not None:  # on average, as windows are cut to samples
         window = sum(n * min(n, window) for n in p.packing.sizes) // max(p.packing.tokens, 1)
     keys = window + p.registers
-    least, pairs = _large_thresholds(question, gradients="backward_key" in kinds)
+    least, pairs = _large_thresholds(question, gradients=kind != "forward")
     if keys * p.query.shape[-1] < least:
         beside = ", additional keys included," if p.registers else ""
         return f"the window is small: {keys} keys{beside} of {p.query.shape[-1]} elements are fewer than {least}"
     if queries * keys < pairs:
         return f"the call is small: {queries} queries of {keys} keys are fewer than {pairs} pairs"
-    return _chosen_elsewhere(question, *kinds)
+    return _pack_gap(question, kind)
 
 
 def _large_backward_pays(question: Question) -> str | None:
     # All gradients take kernels for large windows or none does, as these share statistics.
-    return _large_pays(question, "backward_query", "backward_key")
+    return _large_pays(question, "backward_query")
 
 
 def _large_gap(question: Question) -> str | None:
@@ -254,13 +254,13 @@ def _large_backward_gap(question: Question) -> str | None:
 NO_SMALL_TILES = "no tiles: strides, additional keys, batch or the scores of a row do not fit"
 
 
-def _small_pays(question: Question, *kinds: Kind) -> str | None:
+def _small_pays(question: Question, kind: Kind) -> str | None:
     window, queries = prod(question.problem.kernel_size), prod(question.problem.query.shape[:-1])
     if window >= small_tiling.SCORES:
         return f"the window is large: {window} keys, {small_tiling.SCORES} or more"
     if queries < LEAST_ROWS:
         return f"the call is small: {queries} query rows are fewer than {LEAST_ROWS}"
-    return _chosen_elsewhere(question, *kinds)
+    return _pack_gap(question, kind)
 
 
 def _small_backward_pays(question: Question, kind: Kind) -> str | None:
@@ -297,11 +297,11 @@ NO_MEDIUM_TILES = "no tiles: the frames of an image cannot be divided into tiles
 
 
 def _medium_gap(question: Question) -> str | None:
-    p, reason = question.problem, classes_gap(question)
+    p = question.problem
     dim, value_dim = p.query.shape[-1], p.value.shape[-1]
     if p.packing is not None:
         return "it takes no packed batch"
-    if reason is not None:
+    if (reason := classes_gap(question)) is not None:
         return reason
     if p.registers:
         return "it takes no additional keys"
@@ -313,7 +313,7 @@ def _medium_gap(question: Question) -> str | None:
     return None
 
 
-def _medium_pays(question: Question, *kinds: Kind) -> str | None:
+def _medium_pays(question: Question, kind: Kind) -> str | None:
     p = question.problem
     window, queries, dim = prod(p.kernel_size), prod(p.query.shape[:-1]), p.query.shape[-1]
     if window < MEDIUM_WINDOW:
@@ -326,7 +326,7 @@ def _medium_pays(question: Question, *kinds: Kind) -> str | None:
         return (
             f"the call is small: {queries} queries of {window} keys of {dim} elements are fewer than {MEDIUM_PRODUCTS}"
         )
-    return _chosen_elsewhere(question, *kinds)
+    return _pack_gap(question, kind)
 
 
 def _medium_plan(question: Question) -> medium_tiling.MediumTileConfig | str:
@@ -375,7 +375,7 @@ def _fused_prep_pays(question: Question) -> str | None:
         return f"the window is large: {window} keys, {small_tiling.SCORES} or more"
     if _large_pays(question) is None:
         return f"the {LARGE} kernel pays, which takes heads that are prepared"
-    return _chosen_elsewhere(question, "forward")
+    return _pack_gap(question, "forward")
 
 
 def _fused_prep_plan(question: Question) -> small_tiling.RollingTileConfig | str:
@@ -387,7 +387,7 @@ def _fused_prep_plan(question: Question) -> small_tiling.RollingTileConfig | str
 LARGE_FORWARD = Variant(
     LARGE,
     supports=_large_gap,
-    pays=lambda q: _large_pays(q, "forward"),
+    pays=_large_pays,
     plan=lambda q: large_tiling.forward_tile_config(q.problem, override_pack()),
     run=lambda *args: large_forward.forward(*args),
     uses_tma=True,
