@@ -27,6 +27,10 @@ Direction = Literal[
 ]
 
 
+Option = Literal["registers", "packing", "key_mask", "bias", "any scale", "periodic", "other grid"]
+"""What only some kernels take."""
+
+
 class Question(NamedTuple):
     """Everything that the choice of a kernel depends on."""
 
@@ -40,6 +44,21 @@ class Question(NamedTuple):
     """Layouts of :class:`Tangents`, without the sink's."""
     aligned: bool = True
     """Whether addresses are multiples of 16, as TMA needs them. They are not part of a problem."""
+
+
+def option_gap(question: Question, *takes: Option) -> str | None:
+    """Why a kernel that takes no options but these cannot compute a call, or None."""
+    p = question.problem
+    reasons: dict[Option, str | None] = {
+        "registers": "it takes no additional keys" if p.registers else None,
+        "packing": "it takes no packed batch" if p.packing is not None else None,
+        "key_mask": "it takes no key_mask" if p.key_mask is not None else None,
+        "bias": "it takes no rpb, the bias on relative positions" if p.has_bias else None,
+        "any scale": "scale is not positive" if p.scale_first else None,
+        "periodic": f"it takes no periodic axes, but is_periodic is {p.is_periodic}" if p.is_periodic else None,
+        "other grid": "it takes no queries on another grid than keys" if p.key_lengths is not None else None,
+    }
+    return next((reason for option, reason in reasons.items() if reason and option not in takes), None)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from ..host.problem import Problem
 from ..host.tiling import MIDDLE_WINDOW, Kind, TileConfig, best_boxes, column_parts, fit, packed_heads, room
 from ..host.tuned import override_pack
-from ..host.variant import Question, Variant
+from ..host.variant import Question, Variant, option_gap
 from . import pair_forward, pair_gradients
 
 PAIRS = "fp16 pairs"
@@ -29,18 +29,8 @@ def pair_gap(question: Question) -> str | None:
         return f"it takes float32, not {p.dtype}"
     if p.precision != "tf32x3":
         return f"torch asks for {p.precision} products"
-    if p.registers:
-        return "it takes no additional keys"
-    if p.packing is not None:
-        return "it takes no packed batch"
-    if p.key_mask is not None:
-        return "it takes no key_mask"
-    if p.has_bias:
-        return "it takes no rpb, the bias on relative positions"
-    if p.scale_first:
-        return "scale is not positive"
-    if p.key_lengths is not None:
-        return "it takes no queries on another grid than keys"
+    if (reason := option_gap(question, "periodic")) is not None:
+        return reason
     for dim in (p.query.shape[-1], p.value.shape[-1]):
         if dim > MOST_COLUMNS or len(column_parts(dim)) > 1:
             return f"it takes heads that a power of two up to {MOST_COLUMNS} channels fits, not of {dim}"

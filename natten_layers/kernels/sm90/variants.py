@@ -12,7 +12,7 @@ import torch
 from ..host.problem import Layout, contiguous, strides
 from ..host.tiling import Kind, head_width
 from ..host.tuned import GRADIENTS, override_pack, variant_for
-from ..host.variant import Question, Variant
+from ..host.variant import Option, Question, Variant, option_gap
 from . import large_tiling, medium_tiling, small_tiling
 from .available import gluon_gap
 
@@ -73,10 +73,8 @@ PAIRS = 2**27
 # --- What the kernels support
 
 
-def sm90_gap(question: Question, takes_packed: bool = False) -> str | None:
-    """Why kernels for compute capability 9.0 cannot compute a call, or None; ``takes_packed`` if they take packed
-    batches.
-    """
+def sm90_gap(question: Question, *takes: Option) -> str | None:
+    """Why kernels for compute capability 9.0 that take these options cannot compute a call, or None."""
     p = question.problem
     if p.device.type != "cuda":
         return f"it is for CUDA devices, the tensors are on {p.device}"
@@ -90,18 +88,8 @@ def sm90_gap(question: Question, takes_packed: bool = False) -> str | None:
     head_dim, value_dim = p.query.shape[-1], p.value.shape[-1]
     if max(head_dim, value_dim) > 256:
         return f"it takes heads of up to 256 channels, not {head_dim} and {value_dim}"
-    if p.packing is not None and not takes_packed:
-        return "it takes no packed batch"
-    if p.key_mask is not None:
-        return "it takes no key_mask"
-    if p.has_bias:
-        return "it takes no rpb, the bias on relative positions"
-    if p.scale_first:
-        return "scale is not positive"
-    if p.is_periodic:
-        return f"it takes no periodic axes, but is_periodic is {p.is_periodic}"
-    if p.key_lengths is not None:
-        return "it takes no queries on another grid than keys"
+    if (reason := option_gap(question, *takes)) is not None:
+        return reason
     for name, tensor in _tensors(question):
         if not is_addressable(tensor):
             return f"TMA cannot address {name} with shape {tuple(tensor.shape)} and strides {tuple(tensor.stride)}"
@@ -110,9 +98,9 @@ def sm90_gap(question: Question, takes_packed: bool = False) -> str | None:
     return None
 
 
-def undilated_gap(question: Question, takes_packed: bool = False) -> str | None:
+def undilated_gap(question: Question, *takes: Option) -> str | None:
     """Why kernels without dilation cannot compute a call, or None."""
-    reason, dilation = sm90_gap(question, takes_packed), question.problem.dilation
+    reason, dilation = sm90_gap(question, *takes), question.problem.dilation
     return f"it takes no dilation, but dilation is {dilation}" if reason is None and prod(dilation) > 1 else reason
 
 
@@ -138,12 +126,12 @@ def _cut_gap(question: Question) -> str | None:
 
 def rolling_gap(question: Question) -> str | None:
     """Why the rolling kernel cannot compute a call, or None."""
-    return _cut_gap(question) or undilated_gap(question, takes_packed=True)
+    return _cut_gap(question) or undilated_gap(question, "registers", "packing")
 
 
-def classes_gap(question: Question) -> str | None:
+def classes_gap(question: Question, *takes: Option) -> str | None:
     """Why kernels that compute each residue class of dilation like an image cannot compute a call, or None."""
-    p, reason = question.problem, _cut_gap(question) or sm90_gap(question, takes_packed=True)
+    p, reason = question.problem, sm90_gap(question, *takes)
     if reason is not None or prod(p.dilation) == 1:
         return reason
     if p.rank == 3:
@@ -155,6 +143,11 @@ def classes_gap(question: Question) -> str | None:
         if not _is_contiguous_in_tokens(tensor):
             return f"tokens of {name} with strides {tuple(tensor.stride)} are not at equal distances in memory"
     return None
+
+
+def tiles_gap(question: Question) -> str | None:
+    """Why the kernels that compute one tile of a small window a program cannot compute a call, or None."""
+    return _cut_gap(question) or classes_gap(question, "registers", "packing")
 
 
 def _tensors(question: Question) -> list[tuple[str, Layout]]:
@@ -239,7 +232,7 @@ def _large_gap(question: Question) -> str | None:
     for name, tensor in (("additional_keys", p.additional_keys), ("additional_values", p.additional_values)):
         if tensor is not None and not small_tiling.holds_registers(tensor):
             return f"TMA cannot address {name} with shape {tuple(tensor.shape)} and strides {tuple(tensor.stride)}"
-    return _line_gap(question) or undilated_gap(question, takes_packed=True)
+    return _line_gap(question) or undilated_gap(question, "registers", "packing")
 
 
 def _large_backward_gap(question: Question) -> str | None:
@@ -299,12 +292,8 @@ NO_MEDIUM_TILES = "no tiles: the frames of an image cannot be divided into tiles
 def _medium_gap(question: Question) -> str | None:
     p = question.problem
     dim, value_dim = p.query.shape[-1], p.value.shape[-1]
-    if p.packing is not None:
-        return "it takes no packed batch"
     if (reason := classes_gap(question)) is not None:
         return reason
-    if p.registers:
-        return "it takes no additional keys"
     if dim != value_dim or dim > medium_tiling.MOST_COLUMNS:
         most = medium_tiling.MOST_COLUMNS
         return f"it takes queries and values of equally many channels, up to {most}, not {dim} and {value_dim}"
@@ -362,7 +351,7 @@ def _fused_prep_gap(question: Question) -> str | None:
         return (
             f"{split} pairs turn in heads of {dim} elements; it turns half of a head, or all, or none, in equal parts"
         )
-    return undilated_gap(question)
+    return undilated_gap(question, "registers")
 
 
 def _fused_prep_pays(question: Question) -> str | None:
@@ -436,7 +425,7 @@ ROLLING_PREP_FORWARD = Variant(
 )
 TILES_FORWARD = Variant(
     TILES,
-    supports=classes_gap,
+    supports=tiles_gap,
     pays=lambda q: _small_pays(q, "forward"),
     plan=_tile_plan,
     run=lambda *args: small_forward.forward(*args),
@@ -444,7 +433,7 @@ TILES_FORWARD = Variant(
 )
 TILES_QUERY_GRADIENT = Variant(
     TILES,
-    supports=classes_gap,
+    supports=tiles_gap,
     pays=lambda q: _small_backward_pays(q, "backward_query"),
     plan=_small_query_plan,
     run=lambda *args: small_backward.query_gradient(*args),
@@ -452,7 +441,7 @@ TILES_QUERY_GRADIENT = Variant(
 )
 TILES_KEY_GRADIENTS = Variant(
     TILES,
-    supports=classes_gap,
+    supports=tiles_gap,
     pays=lambda q: _small_backward_pays(q, "backward_key"),
     plan=_small_key_plan,
     run=lambda *args: small_backward.key_gradients(*args),
