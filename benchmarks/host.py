@@ -87,6 +87,10 @@ def host_times(device: torch.device) -> dict[str, float]:
     return {name: 1e6 * timing.host_seconds(call, device, repeats) for name, call in calls.items()}
 
 
+def entry_of(workload: Workload) -> Implementation:
+    return Implementation(OURS, OURS, workload.variant, workload, ours(workload), Layout())
+
+
 def device_times(
     workloads: Iterable[Workload], device: torch.device, budget_s: float, *, checked: bool
 ) -> tuple[dict[str, float], dict[str, str]]:
@@ -94,7 +98,7 @@ def device_times(
     times: dict[str, float] = {}
     failures: dict[str, str] = {}
     for workload in workloads:
-        entry = Implementation(OURS, OURS, workload.variant, workload, ours(workload), Layout())
+        entry = entry_of(workload)
         for mode in MODES:
             name = f"{workload.name} {mode}"
             if checked:
@@ -123,8 +127,7 @@ def work(argv: Sequence[str]) -> int:
     workloads = _workloads(args)
     if args.compile_only:
         for workload in workloads:
-            entry = Implementation(OURS, OURS, workload.variant, workload, ours(workload), Layout())
-            runner.compile_ahead(workload, [entry], MODES, device)
+            runner.compile_ahead(workload, [entry_of(workload)], MODES, device)
         return 0
     times, failures = device_times(workloads, device, args.budget_s, checked=args.checked)
     found = Round(str(Path(natten_layers.__file__).parent), host_times(device), times, failures)

@@ -210,8 +210,7 @@ def overridden(*configs: Any, **options: Any) -> Iterator[None]:
     """What calls of this library take, replaced as by ``natten_layers.kernels.host.tuned.override``."""
     from natten_layers.kernels.host.tuned import override
 
-    # The override is a context variable, so backward must run in this thread, where it is set.
-    with override(*configs, **options), torch.autograd.set_multithreading_enabled(False):
+    with override(*configs, **options):
         yield
 
 

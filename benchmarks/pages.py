@@ -13,10 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import bias
 from .census import shape
 from .plot import TITLES, best_rows, fastest_peer, summary
-from .runner import Row
 from .shapes import CENSUS
 
 __all__ = ["PAGES", "TABLES", "filled"]
@@ -207,12 +205,7 @@ def _forward_mode() -> list[str]:
     return _table(head, map(cells, (row for row in rows if row["implementation"].endswith(" jvp"))))
 
 
-def _bias() -> list[str]:
-    return [line for line in bias.table([Row(**row) for row in _record("bias")["rows"]]) if line.startswith("|")]
-
-
 TABLES: dict[str, Callable[[], list[str]]] = {
-    "bias": _bias,
     "decoder": _decoder,
     "forward_mode": _forward_mode,
     "windows_in_transformers": _windows_in_transformers,
@@ -220,7 +213,6 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "attention": _attention,
     "census": partial(_census, "census"),
     "rows": partial(_census, "census-rows"),
-    "portable": partial(_census, "census-portable"),
     "layer": _layer,
     "models": _models,
     "decode": _decode,

@@ -230,8 +230,7 @@ def _measure(kind: Kind, attend: Attention, inputs: Sequence[Tensor], timer: Tim
     limit = 4 * torch.finfo(grad_out.dtype).eps
 
     def seconds(*overrides: Mapping[Kind, TileConfig], **named: Names) -> float:
-        # Overrides hold in one thread only, so the backward pass must stay in this one.
-        with override(*overrides, **named), torch.autograd.set_multithreading_enabled(False):
+        with override(*overrides, **named):
             try:
                 results = run()
             except Exception:  # Triton raises many kinds of errors if a launch needs more than the device has

@@ -26,7 +26,6 @@ from benchmarks import (
     host,
     implementations,
     models,
-    pages,
     plot,
     regression,
     repeat,
@@ -481,9 +480,6 @@ def test_portable_kernels_alone_have_a_census(tmp_path: Path, monkeypatch: pytes
     assert all(seen)
     assert not is_portable_only()
     assert set(peers) == set(census.PORTABLE_PEERS)
-    monkeypatch.setattr(pages, "_record", lambda name: {"census-portable": report}[name])
-    assert len(pages.TABLES["portable"]()) == 3
-    assert "| `fp32` |" in pages.TABLES["portable"]()[2]
 
 
 def test_census_stops_in_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -821,8 +817,6 @@ def test_the_bias_is_checked_before_it_is_timed(
     assert timed == {(way, mode) for way in bias.WAYS for mode in MODES} - {("flex", "fwdbwd")}
     assert {name for row in rows for name in row["errors"] or {}} == {"out", *(f"d_{n}" for n in (*QKV, "rpb"))}
     assert "| nat-64 | fwdbwd | " in capsys.readouterr().out
-    monkeypatch.setattr(pages, "_record", lambda name: {"bias": {"rows": rows}}[name])
-    assert len(pages.TABLES["bias"]()) == 4
 
     def shrinks_the_bias(workload: Workload) -> Callable[[Inputs], Tensor]:
         return lambda inputs: attend(replace(inputs, rpb=inputs.rpb * 0.9 if inputs.rpb is not None else None))
@@ -965,6 +959,22 @@ def test_rows_may_be_compared_alone(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "no time of new in the record" in capsys.readouterr().err
 
 
+def test_newer_rows_replace_those_of_the_whole_census(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A row that got faster since must not fall back to the time of the older record."""
+    paths = [tmp_path / f"{name}.json" for name in ("census", "census-rows", "run")]
+    reports = (
+        report(old=2.0, faster=4.0, faster__fa2=3.0),
+        report(faster=1.0, new=1.0),
+        report(old=2.0, faster=2.0, new=1.0),
+    )
+    for path, content in zip(paths, reports, strict=True):
+        path.write_text(json.dumps(content))
+    assert regression.main([str(paths[2]), "--record", *map(str, paths[:2])]) == 1
+    printed = capsys.readouterr().out
+    assert "3 rows, 1 worse than 1.1 times the record: faster fwd" in printed
+    assert "not compared" not in printed
+
+
 def test_a_card_on_which_the_peer_is_slower_too_is_no_regression() -> None:
     record = report(row=2.0, row__fa2=4.0)
     assert verdicts(record, report(row=2.6, row__fa2=5.2)) == {"row": False}
@@ -989,7 +999,7 @@ def test_rows_that_were_not_asked_for_do_not_count() -> None:
 
 
 def test_the_record_equals_itself() -> None:
-    record = json.loads(regression.RECORD.read_text())
+    record = json.loads(regression.RECORDS[0].read_text())
     changes = regression.compare(record, record)
     assert len(changes) == len([row for row in record["rows"] if row["peer"] == implementations.OURS])
     assert all(change.beside_floor == 1 and change.beside_peers in (1, None) for change in changes)

@@ -41,6 +41,8 @@ CASES = (
     Case("1d-causal-gqa-sink", (40,), 9, 1, 2, True, heads=3, kv_heads=1, sink="learned"),
     Case("2d-stride-value-dim", (9, 14), (5, 7), 2, heads=4, kv_heads=2, head_dim=24, value_dim=32, batch=1),
     Case("3d-scale", (4, 5, 6), (3, 3, 5), heads=2, kv_heads=1, scale=0.7, batch=1),
+    Case("2d-many-keys", (24, 25), (11, 13), head_dim=64, value_dim=64, heads=1, kv_heads=1, batch=1, sink="zero"),
+    Case("2d-128", (12, 14), (7, 5), head_dim=128, value_dim=128, heads=2, kv_heads=1, batch=1),
     Case("ring", (6, 14), (3, 7), is_periodic=(False, True), head_dim=32, value_dim=32, batch=1),
 )
 

@@ -400,8 +400,8 @@ IMAGES = (8, 128, 128, 8, 64), (2**23, 2**16, 512, 64, 1)
 def test_other_calls_do_not(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
     if "additional_keys" in changes:
         changes = {"additional_values": changes["additional_keys"], **changes}
-    plan = planned("forward", problem_of_image(monkeypatch, **changes))
-    assert not isinstance(plan, SmallTileConfig | RollingTileConfig)
+    choice = dispatch.choose("forward", Question(problem_of_image(monkeypatch, **changes)))
+    assert choice.variant.name == (variants.MEDIUM if changes.get("kernel_size") == (15, 15) else "portable")
 
 
 def gradients(problem: Problem, grad_out: Layout) -> list[Any]:

@@ -16,7 +16,8 @@ from . import pair_forward, pair_gradients
 PAIRS = "fp16 pairs"
 
 # Least (query, key) pairs of all heads, and least keys of a window: with fewer, the launches before should take
-# longer than the kernel itself. Neither was measured; 7x7 windows of 8 x 128x128 tokens pay (``docs/profiles.md``).
+# longer than the kernel itself. Neither was measured; 7x7 windows of 8 x 128x128 tokens pay with
+# gradients, and break even without (``docs/profiles.md``).
 LEAST_PAIRS = 2**22
 LEAST_WINDOW = 25
 MOST_COLUMNS = 128
