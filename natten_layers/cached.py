@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .arguments import (
+from .arguments import as_autocast
+from .checks import (
     DTYPES,
-    as_autocast,
     check_additional,
     check_like,
     check_pair,

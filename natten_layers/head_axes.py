@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .kernels.ops.define import is_tracked
 
-__all__ = ["Tensors", "canonical_heads", "has_one_head"]
+__all__ = ["Tensors", "canonical_heads", "expand_registers", "has_one_head"]
 
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 """Query, key, value, additional keys and additional values."""
@@ -87,3 +87,10 @@ def _collapse_group(
     )
     key, value = (t.expand(*t.shape[:-2], group, -1).flatten(-3, -2) for t in (key, value))
     return key, value, register_keys, register_values
+
+
+def expand_registers(keys: Tensor | None, values: Tensor | None, batch: int) -> tuple[Tensor | None, Tensor | None]:
+    """Registers expanded to the batch, or None if there are none."""
+    if keys is None or values is None or keys.shape[1] == 0:
+        return None, None
+    return keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1)

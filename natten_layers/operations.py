@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from . import eager
-from .arguments import Axes, Call, check_dense, prepare, with_bias
+from .arguments import Axes, Call, prepare, with_bias
+from .checks import check_dense
 from .kernels.ops import attention as attention_ops
 from .kernels.ops.define import call_uncompiled, is_forward_mode
 

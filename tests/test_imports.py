@@ -27,6 +27,7 @@ RANKS = (
     {"tile_attention"},
     {"eager"},
     {"head_axes"},
+    {"checks"},
     {"arguments"},
     {"operations"},
     {"varlen"},

@@ -11,8 +11,9 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..arguments import check_dense, check_scale, prepare, prepare_packed
+from ..arguments import prepare, prepare_packed
 from ..cached import cached_attention
+from ..checks import check_dense, check_scale
 from ..geometry import is_per_axis, make_window, normalise_axes
 from ..operations import neighborhood_attention
 from ..varlen import Shapes, packed_shapes

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..arguments import is_finite_number
+from ..checks import is_finite_number
 
 __all__ = [
     "Constants",

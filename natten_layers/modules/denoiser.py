@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ..arguments import check_tensors
+from ..checks import check_tensors
 from ..varlen import Shapes, packed_shapes
 from .base import at_least_fp32, reset_children
 

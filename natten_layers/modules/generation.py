@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..arguments import is_finite_number
+from ..checks import is_finite_number
 from .base import check_count
 from .cache import Cache
 

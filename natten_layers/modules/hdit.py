@@ -22,7 +22,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..arguments import check_dense
+from ..checks import check_dense
 from ..io import checkpoints
 from ..io.files import naming
 from ..io.tensors import make_on_meta

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..arguments import check_dense
+from ..checks import check_dense
 from ..io import hf
 from ..io.tensors import make_on_meta
 from ..kernels.ops.define import is_transformed

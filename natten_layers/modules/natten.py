@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from ..arguments import check_dense
+from ..checks import check_dense
 from ..geometry import normalise_axes
 from ..varlen import Shapes
 from .attention import NeighborhoodGQA

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..arguments import no_tensor
+from ..checks import no_tensor
 from ..eager import autocasts
 from .base import at_least_fp32, check_count
 

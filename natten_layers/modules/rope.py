@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..arguments import check_tensors, is_finite_number
+from ..checks import check_tensors, is_finite_number
 from ..geometry import is_per_axis
 from .base import Constants, at_least_fp32, check_count, default_dtype, is_plain
 from .rope_scaling import attention_factor, scaled_frequencies

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..arguments import check_tensors
+from ..checks import check_tensors
 from ..operations import merge_attention, neighborhood_attention
 
 __all__ = ["attention", "generate_varlen_parameters", "merge_attentions"]
