@@ -64,9 +64,12 @@ class Fastest:
 
 def rivals(questions: Mapping[Kind, Question]) -> list[Names]:
     """All variants that can compute a pass, whether they are expected to pay or not; first those that calls take."""
-    from .kernels.dispatch import VARIANTS, choose  # imports Triton
+    from .kernels.dispatch import VARIANTS, choose, choose_backward  # imports Triton
 
     def taken() -> Names:
+        if (question := questions.get("backward_query")) is not None:
+            query, key, *_ = choose_backward(question)
+            return {"backward_query": query.variant.name, "backward_key": key.variant.name}
         return {kind: choose(kind, question).variant.name for kind, question in questions.items()}
 
     found = [taken()]
@@ -194,13 +197,13 @@ def tune(
         inputs: query, key, value and the gradient of the output.
     """
     for kind in kinds:
-        measure = partial(_tiles_measured, kind, _measure(kind, attend, inputs, timer))
+        seconds = _measure(kind, attend, inputs, timer)
+
+        def measure(config: TileConfig, kind: Kind = kind, seconds: Callable[..., float] = seconds) -> float:
+            return seconds({kind: config})
+
         for found in search(kind, problem, measure, trials=trials, report=partial(report, kind)):
             yield kind, found
-
-
-def _tiles_measured(kind: Kind, measure: Callable[..., float], config: TileConfig) -> float:
-    return measure({kind: config})
 
 
 def _measure(kind: Kind, attend: Attention, inputs: Sequence[Tensor], timer: Timer) -> Callable[..., float]:

@@ -30,7 +30,7 @@ from natten_layers.kernels.host.problem import (
     layout,
     problem_of,
 )
-from natten_layers.kernels.host.tiling import Box, TileConfig
+from natten_layers.kernels.host.tiling import Box, Kind, TileConfig
 from natten_layers.kernels.host.tuned import forget, override
 from natten_layers.kernels.portable import dkv, dq, forward
 from natten_layers.kernels.sm90 import (
@@ -688,7 +688,8 @@ def test_gradients_of_large_windows_take_it(monkeypatch: pytest.MonkeyPatch) -> 
     problem = problem_of_text(monkeypatch)
 
     def both(grad_out: Layout) -> list[Any]:
-        return [planned(kind, problem, grad_out=grad_out) for kind in ("backward_query", "backward_key")]
+        chosen = choose_backward(Question(problem, grad_out=grad_out))
+        return [choice.plan if choice.variant.name == variants.LARGE else None for choice in chosen[:2]]
 
     query, key = both(problem.query)
     assert (query.tile, query.pack) == ((1, 1, 32), 4)
@@ -697,6 +698,8 @@ def test_gradients_of_large_windows_take_it(monkeypatch: pytest.MonkeyPatch) -> 
     assert both(expanded) == [None, None]
     with override({"backward_key": key}):  # both gradients read the same statistics
         assert both(problem.query) == [None, None]
+        reasons = dict(choose_backward(Question(problem, grad_out=problem.query)).query.passed_over)
+    assert reasons[variants.LARGE].startswith("it shares statistics with kernels for the other gradients")
 
 
 def test_strides_that_tma_does_not_take_are_refused() -> None:
@@ -816,6 +819,25 @@ def packed_call(
     problem = problem_of(inputs, options)
     rows = torch.ones(query.shape[:-1], device=device)
     return problem, (problem, inputs, options, True), Cotangents(query, rows, rows, grad_out, None)
+
+
+def test_packed_repairs_follow_overrides() -> None:
+    """What a repair took under an override is not kept for calls after it."""
+    case = Case("repair", (), 6, is_causal=True, heads=4, kv_heads=1, head_dim=16, value_dim=16, dtype=torch.float16)
+    problem, _, cotangents = packed_call(case, [40, 0, 1, 23, 30], DEVICE)
+    grad_out = layout(cotangents.grad_out)
+
+    def tiles() -> list[TileConfig]:
+        query = packed_repair.query_repair(problem, grad_out, None)
+        key = packed_repair.key_repair(problem, grad_out)
+        return [plan.config for plan, _ in (query, key)]
+
+    before = tiles()
+    asked: dict[Kind, TileConfig] = {"backward_query": replace(before[0], stages=5)}
+    asked["backward_key"] = replace(before[1], stages=5)
+    with override(asked):
+        assert tiles() == list(asked.values())
+    assert tiles() == before
 
 
 def test_packed_tiles_that_overlap_flagged_parts_are_repaired() -> None:

@@ -479,3 +479,15 @@ def test_overrides_hold_in_all_threads() -> None:
         thread.join()
     assert found == [True]
     assert not tuned.is_portable_only()
+
+
+def test_an_override_that_ends_first_leaves_the_later_one() -> None:
+    """Two threads may end theirs in any order, and two overrides may ask for the same."""
+    first, second = tuned.override(pack=2), tuned.override(pack=2)
+    first.__enter__()
+    second.__enter__()
+    inner = tuned._overrides[-1]
+    first.__exit__(None, None, None)
+    assert tuned._overrides[-1] is inner
+    second.__exit__(None, None, None)
+    assert tuned._overrides == [tuned.NO_OVERRIDES]

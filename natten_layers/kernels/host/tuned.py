@@ -22,6 +22,7 @@ from .tiling import Kind, ProblemClass, TileConfig, rule
 from .variant import PORTABLE
 
 __all__ = [
+    "GRADIENTS",
     "Tuned",
     "cache_file",
     "explicit_tile_config",
@@ -85,6 +86,9 @@ def override(
 ) -> Iterator[None]:
     """Replace what calls take by themselves, to measure: in all threads, as autograd computes gradients in its own.
 
+    No other call may run at its beginning or end, whose choice could be kept for the wrong side of it. The latest of
+    several overrides holds.
+
     Args:
         configs: whole tile configurations of portable kernels.
         pack: the number of heads a program.
@@ -93,11 +97,13 @@ def override(
             Those of both gradients are named together.
     """
     _check_pairs(variants or {})
-    _overrides.append(Overrides(configs or {}, pack, portable_only, variants or {}, {}))
+    own = Overrides(configs or {}, pack, portable_only, variants or {}, {})
+    _overrides.append(own)
     try:
         yield
     finally:
-        _overrides.pop()
+        # Others may have begun in another thread since, with equal contents even, so this one is found by identity.
+        _overrides[:] = [each for each in _overrides if each is not own]
 
 
 def tile_config_for(kind: Kind, problem: ProblemClass) -> TileConfig:

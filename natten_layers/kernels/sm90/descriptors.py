@@ -1,14 +1,19 @@
-"""What the host says of tensors to TMA: the boxes that kernels for compute capability 9.0 load and store."""
+"""What the host says of tensors to TMA, the boxes that kernels for compute capability 9.0 load and store.
 
+And how these kernels are launched: with descriptors behind their pointers.
+"""
+
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ..host.launcher import Launcher, launcher
 from ..host.problem import Layout, Problem, strides, three_axes
 from ..host.tiling import Box, head_width
 
@@ -64,10 +69,15 @@ def register_boxes(registers: Layout, rows: int) -> Boxes:
     return boxes_of([batch, *counts, dim], [*steps, 1], [1, rows, 1, head_width(dim)])
 
 
-def chunks_of_registers(problem: Problem, chunk: Box) -> list[Boxes | None]:
+def boxes_of_registers(problem: Problem, rows: int) -> list[Boxes | None]:
     """The descriptors of the register tokens' keys and values; None without any."""
     registers = problem.additional_keys, problem.additional_values
-    return [None if x is None else register_boxes(x, prod(chunk)) for x in registers]
+    return [None if x is None else register_boxes(x, rows) for x in registers]
+
+
+def frames_of(p: Problem) -> int:
+    """Size of an image on the first axis of descriptors: its frames, or with dilation its tokens."""
+    return prod(p.lengths) if prod(p.dilation) > 1 else p.lengths[0]
 
 
 def descriptor(tensor: Tensor, boxes: Boxes) -> TensorDescriptor:
@@ -78,6 +88,33 @@ def descriptor(tensor: Tensor, boxes: Boxes) -> TensorDescriptor:
     made = object.__new__(TensorDescriptor)
     made.__dict__ = {**boxes, "base": tensor}
     return made
+
+
+class Call(NamedTuple):
+    """What all calls of a problem share."""
+
+    launch: Launcher
+    boxes: tuple[Boxes | None, ...]
+    """descriptors of the tensors that have one, in the order of the kernel's arguments"""
+
+    def __call__(
+        self, tensors: Sequence[Tensor | None], described: Sequence[Tensor | None], floats: Sequence[float | None]
+    ) -> None:
+        """Launch with pointers to ``tensors``, and behind them the descriptors of ``described``."""
+        descriptors = [
+            None if tensor is None or boxes is None else descriptor(tensor, boxes)
+            for tensor, boxes in zip(described, self.boxes, strict=True)
+        ]
+        self.launch((*tensors, *descriptors), floats)
+
+
+def call_of(
+    kernel: Any, grid: Sequence[int], sizes: Sequence[Any], boxes: Iterable[Boxes | None], **options: Any
+) -> Call:
+    """Arguments as ``launcher`` takes them."""
+    boxes = tuple(boxes)
+    blocks = tuple(() if x is None else tuple(x["block_shape"]) for x in boxes)
+    return Call(launcher(kernel, grid, sizes, blocks, **options), boxes)
 
 
 @lru_cache

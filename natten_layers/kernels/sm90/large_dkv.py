@@ -22,7 +22,7 @@ from ..host.tiling import head_width
 from ..portable.primitives import LOG2E
 from ..portable.windows import inside_axes, is_empty, queries_of, shifted, union_of_queries, unravel
 from . import large_tiling
-from .descriptors import key_boxes, multiprocessors
+from .descriptors import Call, call_of, key_boxes, multiprocessors
 from .large_statistics import statistics_boxes
 from .large_tiling import LargeTileConfig
 from .packed_repair import repair_key
@@ -42,7 +42,6 @@ from .rings import (
     take_tile,
     write_note,
 )
-from .small_forward import Call, call_of
 from .walk import (
     chunk_count,
     chunk_mask,

@@ -12,6 +12,7 @@ memory.
 # pyright: reportIndexIssue=false
 
 from functools import lru_cache
+from math import prod
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from ..host.tiling import head_width
 from ..portable.primitives import LOG2E
 from ..portable.windows import inside_axes, is_empty, shifted, union_of_windows, unravel, windows_of
 from . import large_tiling
-from .descriptors import chunks_of_registers, key_boxes, multiprocessors, query_boxes
+from .descriptors import Call, boxes_of_registers, call_of, key_boxes, multiprocessors, query_boxes
 from .large_statistics import statistics_of
 from .large_tiling import LargeTileConfig
 from .packed_repair import repair_query
@@ -42,7 +43,6 @@ from .rings import (
     repeated,
     stage_of,
 )
-from .small_forward import Call, call_of
 from .walk import (
     chunk_count,
     chunk_mask,
@@ -246,7 +246,7 @@ def prepare(config: LargeTileConfig, p: Problem, grad_out: Layout, width: int) -
             large_tiling.offset_of(p),
         ),
         [*(query_boxes(x, config.part, config.pack) for x in (p.query, grad_out)),
-         *(key_boxes(x, config.chunk) for x in (p.key, p.value)), *chunks_of_registers(p, config.chunk)],
+         *(key_boxes(x, config.chunk) for x in (p.key, p.value)), *boxes_of_registers(p, prod(config.chunk))],
         CAUSAL=three_axes(p.is_causal, False), TILE=config.tile, PART=config.part, GROUPS=config.groups,
         SKIP=config.skip, CHUNK=config.chunk, PACK=config.pack, RANK=p.rank, D=p.query.shape[-1],
         BD=head_width(p.query.shape[-1]), BDV=head_width(p.value.shape[-1]), STAGES=config.stages, TILES=1,

@@ -14,7 +14,7 @@ those that none of its own rows sees: where windows are not much larger than til
 
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from math import prod
 
 import torch
 import triton
@@ -36,7 +36,7 @@ from ..portable.parameters import Axes, Spec, Strides
 from ..portable.primitives import LN2, LOG2E, LOWEST
 from ..portable.windows import SAMPLE_FIELDS, is_empty, shifted, union_of_windows, unravel, windows_of
 from . import large_tiling
-from .descriptors import chunks_of_registers, key_boxes, multiprocessors, query_boxes
+from .descriptors import Call, boxes_of_registers, call_of, key_boxes, multiprocessors, query_boxes
 from .large_tiling import LargeTileConfig
 from .primitives import output_rows, part_rows, store_rows
 from .rings import (
@@ -52,7 +52,6 @@ from .rings import (
     repeated,
     stage_of,
 )
-from .small_forward import Call, call_of
 from .walk import (
     chunk_count,
     chunk_mask,
@@ -444,9 +443,11 @@ def prepare(config: LargeTileConfig, p: Problem, with_stats: bool) -> tuple[Call
             query_boxes(p.query, config.part, config.pack),
             key_boxes(p.key, config.chunk),
             key_boxes(p.value, config.chunk),
-            *chunks_of_registers(p, config.chunk),
+            *boxes_of_registers(p, prod(config.chunk)),
         ),
-        **constants_of(config, p, with_stats), PART=config.part, GROUPS=config.groups, SKIP=config.skip,
+        CAUSAL=three_axes(p.is_causal, False), CHUNK=config.chunk, RANK=p.rank, PACK=config.pack,
+        BD=head_width(p.query.shape[-1]), DV=p.value.shape[-1], BDV=head_width(p.value.shape[-1]), SINK=p.sink,
+        WITH_STATS=with_stats, PART=config.part, GROUPS=config.groups, SKIP=config.skip,
         TILE=config.tile, STAGES=config.stages, TILES=query_buffers(p), **config.work(2 if config.skip else 3),
     )  # fmt: skip
     return call, flags
@@ -483,12 +484,3 @@ def prepare_repair(config: LargeTileConfig, p: Problem, with_stats: bool) -> Lau
         ),
         num_warps=8,
     )  # fmt: skip
-
-
-def constants_of(config: LargeTileConfig, problem: Problem, with_stats: bool) -> dict[str, Any]:
-    """Compile-time arguments that the kernel and the repair kernel have in common."""
-    return {
-        "CAUSAL": three_axes(problem.is_causal, False), "CHUNK": config.chunk, "RANK": problem.rank,
-        "PACK": config.pack, "BD": head_width(problem.query.shape[-1]), "DV": problem.value.shape[-1],
-        "BDV": head_width(problem.value.shape[-1]), "SINK": problem.sink, "WITH_STATS": with_stats,
-    }  # fmt: skip

@@ -21,7 +21,7 @@ from ..host.problem import Inputs, Layout, Options, Problem, RowStatistics, layo
 from ..host.tiling import head_width
 from ..portable.primitives import LOG2E
 from . import large_tiling
-from .descriptors import key_boxes, multiprocessors, register_boxes
+from .descriptors import Call, boxes_of_registers, call_of, key_boxes, multiprocessors
 from .large_dkv import add_queries, add_to_keys, add_to_values
 from .large_statistics import statistics_boxes
 from .large_tiling import ROWS, RegisterTileConfig
@@ -38,7 +38,6 @@ from .rings import (
     stage_of,
     take_tile,
 )
-from .small_forward import Call, call_of
 
 M: gl.constexpr = gl.constexpr(ROWS)  # register tokens of a part of a tile
 
@@ -241,7 +240,7 @@ def prepare(config: RegisterTileConfig, p: Problem, grad_out: Layout, head_major
         [
             *(statistics_boxes(head_major, offset + p.lengths[2], config.chunk) for _ in range(2)),
             *(key_boxes(x, config.chunk) for x in (p.query, grad_out)),
-            *(register_boxes(x, ROWS) for x in (p.additional_keys, p.additional_values)),
+            *boxes_of_registers(p, ROWS),
         ],
         BY_RESULT=parts == 1, COUNT=parts, CHUNK=config.chunk, OFFSET=offset, D=p.key.shape[-1],
         BD=head_width(p.key.shape[-1]), DIM_V=p.value.shape[-1], BDV=head_width(p.value.shape[-1]),

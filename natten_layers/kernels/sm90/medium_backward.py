@@ -43,6 +43,7 @@ from ..portable.windows import (
     unravel,
     windows_of,
 )
+from .descriptors import Call, call_of, frames_of
 from .medium_forward import (
     boxes_of_chunks,
     boxes_of_rows,
@@ -62,7 +63,7 @@ from .medium_forward import (
 from .medium_tiling import MediumTileConfig, spec_of
 from .primitives import class_rows, thread_barrier
 from .rings import new_barriers, new_stages, stage_of
-from .small_forward import Call, call_of, first_frame, frames_of, own_tile, present_descriptors
+from .small_forward import first_frame, own_tile, present_descriptors
 from .small_nonfinite import spread
 from .small_softmax import WARPS
 from .walk import hidden, row_sizes

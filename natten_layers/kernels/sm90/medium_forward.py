@@ -32,12 +32,12 @@ from triton.experimental.gluon.language.nvidia.hopper.tma import (
 from ..host.problem import Inputs, Layout, Options, Problem, contiguous, new_results
 from ..portable.primitives import LN2, LOG2E
 from ..portable.windows import next_chunk, shifted, steps_over, union_of_windows, unravel, windows_of
-from .descriptors import Boxes, boxes_of, key_boxes, query_boxes
+from .descriptors import Boxes, Call, boxes_of, call_of, frames_of, key_boxes, query_boxes
 from .large_forward import initial_stats, row_maximum, softmax_weights
 from .medium_tiling import COLUMN_PARTS, MediumTileConfig, spec_of
 from .primitives import class_rows, start_product, thread_barrier
 from .rings import new_barriers, new_stages, stage_of
-from .small_forward import NO_PREP, Call, call_of, first_frame, frames_of, own_tile, present_descriptors, start_load
+from .small_forward import NO_PREP, first_frame, own_tile, present_descriptors, start_load
 from .small_nonfinite import attend_rows
 from .small_softmax import WARPS, all_finite, divided, nonfinite_flags
 from .walk import hidden, row_sizes

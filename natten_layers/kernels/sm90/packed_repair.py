@@ -9,7 +9,6 @@ one sample only. It is launched in any case, and does nothing if the flag is not
 # Triton's language shares the syntax of Python, but not its types.
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportArgumentType=false
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from ..host.launcher import Launcher, Plan, launcher
 from ..host.problem import Cotangents, Inputs, Layout, Options, Problem, RowStatistics, layout
+from ..host.tuned import remembered
 from ..portable import dkv, dq
 
 TILES: tl.constexpr = tl.constexpr(64)  # tiles of one program
@@ -77,13 +77,13 @@ def repair_key(
     launch((nonfinite, tensors), (options.scale,))
 
 
-@lru_cache(maxsize=1024)
+@remembered
 def query_repair(p: Problem, grad_out: Layout, grad_lse: Layout | None) -> tuple[Plan, Launcher]:
     plan = dq.query_plan(p, grad_out, grad_lse)
     return plan, guarded(repair_query_kernel, plan.launch)
 
 
-@lru_cache(maxsize=1024)
+@remembered
 def key_repair(p: Problem, grad_out: Layout) -> tuple[Plan, Launcher]:
     plan = dkv.key_plan(p, grad_out)
     return plan, guarded(repair_key_kernel, plan.launch)

@@ -52,18 +52,14 @@ from ..portable.windows import (
     unravel,
     windows_of,
 )
-from .descriptors import key_boxes, query_boxes
+from .descriptors import Call, boxes_of_registers, call_of, frames_of, key_boxes, query_boxes
 from .packed_repair import new_flag, repair_key, repair_query
 from .primitives import class_rows, flag_nonfinite, opaque_i32, thread_barrier
 from .rings import new_barriers
 from .small_forward import (
-    Call,
     batches_of_registers,
     boxes_of_parts,
-    boxes_of_registers,
-    call_of,
     first_frame,
-    frames_of,
     inside_frames,
     next_corner,
     own_tile,
@@ -439,7 +435,7 @@ def query_call(config: SmallTileConfig, p: Problem, grad_out: Layout, grad_lse: 
             (0,) * 5 if grad_lse is None else strides(grad_lse),
             p.geometry, tiles, frames_of(p), p.group, blocks, p.registers, batches_of_registers(p),
         ),
-        [*boxes, *boxes_of_parts(config, p, p.key, p.value), *boxes_of_registers(config, p)],
+        [*boxes, *boxes_of_parts(config, p, p.key, p.value), *boxes_of_registers(p, config.registers)],
         SPEC=spec_of(config, p), KEYS=config.keys, WITH_DLSE=grad_lse is not None,
         num_warps=WARPS, maxnreg=config.maxnreg,
     )  # fmt: skip

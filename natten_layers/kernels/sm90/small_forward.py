@@ -9,10 +9,9 @@ wait for their loads.
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAssignmentType=false, reportArgumentType=false
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from math import prod
-from typing import Any, NamedTuple
 
 from torch import Tensor
 from triton.experimental import gluon
@@ -24,11 +23,10 @@ from triton.experimental.gluon.language.nvidia.hopper.tma import (
     store_wait,
 )
 
-from ..host.launcher import Launcher, launcher
 from ..host.problem import Inputs, Layout, Options, Problem, contiguous, new_results
 from ..portable.primitives import LN2, LOG2E
 from ..portable.windows import shifted, unravel, windows_of
-from .descriptors import Boxes, descriptor, key_boxes, query_boxes, register_boxes
+from .descriptors import Boxes, Call, boxes_of_registers, call_of, frames_of, key_boxes, query_boxes
 from .primitives import class_rows, row_sinks
 from .rings import new_barriers
 from .small_nonfinite import attend_rows
@@ -78,7 +76,7 @@ def own_tile(length, dilation, tiles, blocks, TILE: gl.constexpr):
 
 @gluon.jit
 def first_frame(i_batch, residue, length, frames):
-    """Where a residue class of an image starts on the first axis of descriptors; see ``primitives.axes_of``.
+    """Where a residue class of an image starts on the first axis of descriptors; see ``descriptors.axes_of``.
 
     ``frames`` is the size of an image on that axis.
     """
@@ -267,33 +265,6 @@ def forward(
     return attend(call, PARTS, inputs, options, with_stats, (begins,))
 
 
-class Call(NamedTuple):
-    """What all calls of a problem share."""
-
-    launch: Launcher
-    boxes: tuple[Boxes | None, ...]
-    """descriptors of the tensors that have one, in the order of the kernel's arguments"""
-
-    def __call__(
-        self, tensors: Sequence[Tensor | None], described: Sequence[Tensor | None], floats: Sequence[float | None]
-    ) -> None:
-        """Launch with pointers to ``tensors``, and behind them the descriptors of ``described``."""
-        descriptors = [
-            None if tensor is None or boxes is None else descriptor(tensor, boxes)
-            for tensor, boxes in zip(described, self.boxes, strict=True)
-        ]
-        self.launch((*tensors, *descriptors), floats)
-
-
-def call_of(
-    kernel: Any, grid: Sequence[int], sizes: Sequence[Any], boxes: Iterable[Boxes | None], **options: Any
-) -> Call:
-    """Arguments as ``launcher`` takes them."""
-    boxes = tuple(boxes)
-    blocks = tuple(() if x is None else tuple(x["block_shape"]) for x in boxes)
-    return Call(launcher(kernel, grid, sizes, blocks, **options), boxes)
-
-
 def attend(
     call: Call, parts: int, inputs: Inputs, options: Options, with_stats: bool,
     tensors: Sequence[Tensor | None] = (), floats: Sequence[float | None] = (),
@@ -320,15 +291,14 @@ def prepare(config: SmallTileConfig, p: Problem, with_stats: bool) -> Call:
         (
             p.input_strides(), p.geometry, tiles, frames_of(p), p.group, blocks, p.registers, batches_of_registers(p),
         ),
-        [*boxes_of_rows(config, p), *boxes_of_parts(config, p, p.key, p.value), *boxes_of_registers(config, p)],
+        [
+            *boxes_of_rows(config, p),
+            *boxes_of_parts(config, p, p.key, p.value),
+            *boxes_of_registers(p, config.registers),
+        ],
         SPEC=forward_spec(config, p, with_stats), BOXES=config.parts, KEYS=config.keys,
         num_warps=WARPS, maxnreg=config.maxnreg,
     )  # fmt: skip
-
-
-def frames_of(p: Problem) -> int:
-    """Size of an image on the first axis of descriptors: its frames, or with dilation its tokens."""
-    return prod(p.lengths) if prod(p.dilation) > 1 else p.lengths[0]
 
 
 def batches_of_registers(p: Problem) -> int:
@@ -347,8 +317,3 @@ def boxes_of_parts(config: SmallTileConfig, p: Problem, *tensors: Layout) -> lis
     *_, dilation = p.geometry
     rest = [None] * (PARTS - len(config.parts))
     return [boxes for x in tensors for boxes in [*(key_boxes(x, box, dilation) for box in config.parts), *rest]]
-
-
-def boxes_of_registers(config: SmallTileConfig | RollingTileConfig, p: Problem) -> list[Boxes | None]:
-    registers = (p.additional_keys, p.additional_values)
-    return [None if x is None else register_boxes(x, config.registers) for x in registers]

@@ -25,22 +25,13 @@ from ..host.qk_prep import QKPrep, QKPrepKind
 from ..host.tiling import Box, head_width
 from ..portable.primitives import LOG2E
 from ..portable.windows import shifted, unravel, windows_of
-from .descriptors import Boxes, axes_of, boxes_of, multiprocessors
+from .descriptors import Boxes, Call, axes_of, boxes_of, boxes_of_registers, call_of, multiprocessors
 from .primitives import opaque_i32, row_sinks
 from .qk_prep import (
     head_gains,
     heads_layout,
 )
-from .small_forward import (
-    Call,
-    attend,
-    batches_of_registers,
-    boxes_of_registers,
-    boxes_of_rows,
-    call_of,
-    shifted_along,
-    start_registers,
-)
+from .small_forward import attend, batches_of_registers, boxes_of_rows, shifted_along, start_registers
 from .small_nonfinite import attend_rows
 from .small_rolling_steps import (
     Buffers,
@@ -277,7 +268,7 @@ def prepare(config: RollingTileConfig, p: Problem, with_stats: bool, kind: QKPre
         [
             *boxes_of_rows(config, p),
             *(stage_boxes(x, config.box, axis) for x in (p.key, p.value)),
-            *boxes_of_registers(config, p),
+            *boxes_of_registers(p, config.registers),
         ],
         SPEC=forward_spec(config, p, with_stats),
         RING=RingSpec(config.stages, config.rest, config.registers, config.in_ring),

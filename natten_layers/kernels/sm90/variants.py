@@ -11,7 +11,7 @@ import torch
 
 from ..host.problem import Layout, contiguous, strides
 from ..host.tiling import Kind, head_width
-from ..host.tuned import GRADIENTS, override_pack, variant_for
+from ..host.tuned import override_pack
 from ..host.variant import Option, Question, Variant, option_gap
 from . import large_tiling, medium_tiling, small_tiling
 from .available import gluon_gap
@@ -180,15 +180,6 @@ def _pack_gap(question: Question, kind: Kind) -> str | None:
     pack, group = override_pack(), question.problem.group
     if pack and group % pack and kind != "backward_key":  # the dK and dV kernel takes one query head at a time
         return f"an override asks for {pack} heads a program, which do not divide the group of {group}"
-    return None
-
-
-def _apart(question: Question) -> str | None:
-    """Why gradients take no kernels for large windows although one of them could: all do or none does."""
-    for kind in GRADIENTS:
-        name = variant_for(kind, question.problem.problem_class)
-        if name not in (None, LARGE):
-            return f"it shares statistics with that of {kind}, for which tuning or an override asks: {name}"
     return None
 
 
@@ -385,7 +376,7 @@ LARGE_QUERY_GRADIENT = Variant(
     LARGE,
     supports=_large_backward_gap,
     pays=_large_backward_pays,
-    plan=lambda q: _apart(q) or large_tiling.dq_tile_config(q.problem, override_pack()),
+    plan=lambda q: large_tiling.dq_tile_config(q.problem, override_pack()),
     run=lambda *args: large_dq.query_gradient(*args),
     uses_tma=True,
 )
@@ -393,7 +384,7 @@ LARGE_KEY_GRADIENTS = Variant(
     LARGE,
     supports=_large_backward_gap,
     pays=_large_backward_pays,
-    plan=lambda q: _apart(q) or large_tiling.dkv_tile_config(q.problem),
+    plan=lambda q: large_tiling.dkv_tile_config(q.problem),
     run=lambda *args: large_dkv.key_gradients(*args),
     uses_tma=True,
 )
@@ -401,7 +392,7 @@ LARGE_REGISTER_GRADIENTS = Variant(
     LARGE,
     supports=_large_backward_gap,
     pays=_large_backward_pays,
-    plan=lambda q: _apart(q) or large_tiling.register_tile_config(q.problem),
+    plan=lambda q: large_tiling.register_tile_config(q.problem),
     run=lambda *args: large_registers.register_gradients(*args),
     uses_tma=True,
 )
