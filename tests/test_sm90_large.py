@@ -185,7 +185,7 @@ def test_matches_the_oracle(case: Case, dtype: torch.dtype) -> None:
     case = replace(case, dtype=dtype)
     leaves = make_inputs(case, "cuda")
     problem, arguments = call_of(case, {name: t.detach() for name, t in leaves.items()})
-    assert variants.sm90_gap(Question(problem)) is None
+    assert variants.LARGE_FORWARD.supports(Question(problem)) is None
     assert_oracle(case, leaves, large_forward.forward(large_tiling.forward_tile_config(problem), *arguments))
 
 
@@ -265,7 +265,7 @@ def test_reads_views_of_a_fused_projection() -> None:
     qkv = torch.randn(2, *case.spatial, 8, 128, device="cuda", dtype=torch.bfloat16)
     views: dict[str, Tensor] = dict(zip(("query", "key", "value"), qkv.split((4, 2, 2), -2), strict=True))
     problem, arguments = call_of(case, views)
-    assert variants.sm90_gap(Question(problem)) is None
+    assert variants.LARGE_FORWARD.supports(Question(problem)) is None
     config = large_tiling.forward_tile_config(problem)
     copies = call_of(case, {name: t.contiguous() for name, t in views.items()})[1]
     for ours, expected in zip(

@@ -115,7 +115,7 @@ def test_matches_the_oracle(case: Case, dtype: torch.dtype, module: ModuleType, 
     case = replace(case, dtype=dtype)
     leaves = make_inputs(case, "cuda")
     problem, arguments = call_of(case, {name: t.detach() for name, t in leaves.items()})
-    assert variants.sm90_gap(Question(problem)) is None
+    assert variants.tiles_gap(Question(problem)) is None
     config = find(problem)
     assert config is not None
     assert_oracle(case, leaves, module.forward(config, *arguments))
