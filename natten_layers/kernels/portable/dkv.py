@@ -36,13 +36,13 @@ from .parameters import Axes, Chunk, Corners, ResidueClass, Spec, Strides, View,
 from .primitives import (
     LOG2E,
     add_weighted,
-    in_elements,
     load_chunk,
     load_columns,
     masked_product,
     products,
     store_columns,
     times,
+    token_view,
     where_rows,
     zero_columns,
 )
@@ -203,22 +203,18 @@ def key_gradients_of_tile(
     CHUNK: tl.constexpr = SPEC.chunk
     BD: tl.constexpr = SPEC.columns
     BDV: tl.constexpr = SPEC.value_columns
-    UNIT: tl.constexpr = SPEC.unit
     Delta, Lse, DK, DV = tensors.delta, tensors.lse, tensors.grad_key, tensors.grad_value
-    query = View(tensors.query, in_elements(strides.query, UNIT))
-    key = View(tensors.key, in_elements(strides.key, UNIT))
-    value = View(tensors.value, in_elements(strides.value, UNIT))
-    grad_out = View(tensors.grad_out, in_elements(strides.grad_out, UNIT))
-    if tensors.key_mask is not None:
-        key_mask = View(tensors.key_mask, strides.key_mask)
+    first = None
     if tensors.tiles is not None:
         _, first, i_program, axes = packed_sample(i_program, tensors.tiles, kv_heads, axes)
-        query, key = of_sample(query, first, axes, SPEC), of_sample(key, first, axes, SPEC)
-        value, grad_out = of_sample(value, first, axes, SPEC), of_sample(grad_out, first, axes, SPEC)
-        if tensors.key_mask is not None:
-            key_mask = of_sample(key_mask, first, axes, SPEC)
         Delta, Lse = Delta + first * kv_heads * group, Lse + first * kv_heads * group
         DK, DV = DK + first * kv_heads * SPEC.head_dim, DV + first * kv_heads * SPEC.value_dim
+    query = token_view(tensors.query, strides.query, first, axes, SPEC)
+    key = token_view(tensors.key, strides.key, first, axes, SPEC)
+    value = token_view(tensors.value, strides.value, first, axes, SPEC)
+    grad_out = token_view(tensors.grad_out, strides.grad_out, first, axes, SPEC)
+    if tensors.key_mask is not None:
+        key_mask = of_sample(View(tensors.key_mask, strides.key_mask), first, axes, SPEC)
     kernel, stride, dilation = axes.kernel, axes.stride, axes.dilation
     i_kv = (i_program % kv_heads).to(tl.int64)
     lengths = axes.length if key_length is None else key_length

@@ -6,6 +6,7 @@ without atomics. A program walks over keys as the forward kernel does.
 
 # Triton's language shares the syntax of Python, but not its types.
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false
+# pyright: reportAssignmentType=false
 
 from typing import Any, NamedTuple
 
@@ -33,16 +34,19 @@ from .parameters import Axes, Chunk, Strides, View, spec_of, warps_of
 from .primitives import (
     LOG2E,
     add_weighted,
-    in_elements,
     load_chunk,
     load_columns,
+    load_lse,
+    load_queries,
     load_unmasked,
     masked_product,
     products,
+    register_view,
     row_products,
     row_zeros,
     store_columns,
     times,
+    token_view,
     where_rows,
     without_masked,
     zero_columns,
@@ -172,8 +176,8 @@ def window_query_gradient(
 
 
 @triton.jit
-def row_statistics(Out, RowMax, RowSum, grad_lse, b_do, tile, token, o_row, SPEC: tl.constexpr):
-    """``delta = rowsum(dOut * Out) - dLse``, the maximum and the sum of the rows. ``grad_lse`` is a view, or None."""
+def row_deltas(Out, grad_lse, b_do, tile, token, o_row, SPEC: tl.constexpr):
+    """``delta = rowsum(dOut * Out) - dLse`` of the rows. ``grad_lse`` is a view, or None."""
     BDV: tl.constexpr = SPEC.value_columns
     b_out = load_columns(Out, o_row * SPEC.value_dim, tile.m_rows, SPEC.value_dim, BDV)
     row_delta = row_products(b_out, b_do)
@@ -181,9 +185,7 @@ def row_statistics(Out, RowMax, RowSum, grad_lse, b_do, tile, token, o_row, SPEC
         o_dl = token_offset(token, grad_lse.strides) + tile.row_head * grad_lse.strides[4]
         p_dl = grad_lse.pointer + tile.i_batch * grad_lse.strides[0]
         row_delta -= tl.load(p_dl + o_dl, mask=tile.m_rows, other=0.0)
-    row_sum = tl.load(RowSum + o_row, mask=tile.m_rows, other=1.0)
-    row_max = tl.load(RowMax + o_row, mask=tile.m_rows, other=0.0)
-    return row_delta, row_max, row_sum
+    return row_delta
 
 
 @triton.jit
@@ -218,61 +220,46 @@ def query_gradient_of_tile(
     """
     BD: tl.constexpr = SPEC.columns
     BDV: tl.constexpr = SPEC.value_columns
-    UNIT: tl.constexpr = SPEC.unit
+    MASKED: tl.constexpr = tensors.key_mask is not None or tensors.rpb is not None
     Out, RowMax, RowSum = tensors.out, tensors.row_max, tensors.row_sum
     DQ, Delta, Lse = tensors.grad_query, tensors.delta, tensors.lse
-    query = View(tensors.query, in_elements(strides.query, UNIT))
-    key = View(tensors.key, in_elements(strides.key, UNIT))
-    value = View(tensors.value, in_elements(strides.value, UNIT))
-    grad_out = View(tensors.grad_out, in_elements(strides.grad_out, UNIT))
-    key_mask = None
-    if tensors.key_mask is not None:
-        key_mask = View(tensors.key_mask, strides.key_mask)
-    grad_lse = None
-    if tensors.grad_lse is not None:
-        grad_lse = View(tensors.grad_lse, strides.grad_lse)
+    first = None
     if tensors.tiles is not None:
         i_sample, first, i_program, axes = packed_sample(
             i_program, tensors.tiles, kv_heads * ((group + SPEC.pack - 1) // SPEC.pack), axes
         )
-        query, key = of_sample(query, first, axes, SPEC), of_sample(key, first, axes, SPEC)
-        value, grad_out = of_sample(value, first, axes, SPEC), of_sample(grad_out, first, axes, SPEC)
-        if key_mask is not None:
-            key_mask = of_sample(key_mask, first, axes, SPEC)
-        if tensors.grad_lse is not None:
-            grad_lse = of_sample(grad_lse, first, axes, SPEC)
-        first *= kv_heads * group
-        Out, DQ = Out + first * SPEC.value_dim, DQ + first * SPEC.head_dim
-        RowMax, RowSum, Delta, Lse = RowMax + first, RowSum + first, Delta + first, Lse + first
+        first_row = first * (kv_heads * group)
+        Out, DQ = Out + first_row * SPEC.value_dim, DQ + first_row * SPEC.head_dim
+        RowMax, RowSum, Delta, Lse = RowMax + first_row, RowSum + first_row, Delta + first_row, Lse + first_row
+    query = token_view(tensors.query, strides.query, first, axes, SPEC)
+    key = token_view(tensors.key, strides.key, first, axes, SPEC)
+    value = token_view(tensors.value, strides.value, first, axes, SPEC)
+    grad_out = token_view(tensors.grad_out, strides.grad_out, first, axes, SPEC)
+    key_mask, grad_lse = None, None
+    if tensors.key_mask is not None:
+        key_mask = of_sample(View(tensors.key_mask, strides.key_mask), first, axes, SPEC)
+    if tensors.grad_lse is not None:
+        grad_lse = of_sample(View(tensors.grad_lse, strides.grad_lse), first, axes, SPEC)
     tile = query_tile(i_program, axes, group, kv_heads, SPEC)
     if is_empty(tile.origin, tile.class_length):
         return
     token = tokens_of(tile.row_index, tile.residue, tile.class_length, axes.dilation)
-    m_rows, row_head = tile.m_rows, tile.row_head
-    o_q = token_offset(token, query.strides) + row_head * query.strides[4]
-    o_do = token_offset(token, grad_out.strides) + row_head * grad_out.strides[4]
-    p_q = query.pointer + tile.i_batch * query.strides[0]
-    p_do = grad_out.pointer + tile.i_batch * grad_out.strides[0]
-    o_row = contiguous_row(tile.i_batch, token, axes.length) * (kv_heads * group) + row_head
-    b_q = load_columns(p_q, o_q, m_rows, SPEC.head_dim, BD)
-    b_do = load_columns(p_do, o_do, m_rows, SPEC.value_dim, BDV)
-    row_delta, row_max, row_sum = row_statistics(Out, RowMax, RowSum, grad_lse, b_do, tile, token, o_row, SPEC)
-    if key_mask is not None or tensors.rpb is not None:
-        # Weights of rows that see nothing are zero for every finite lse.
-        row_sees = row_sum != 0.0
-        row_sum, row_max = tl.where(row_sees, row_sum, 1.0), tl.where(row_sees, row_max, 0.0)
+    o_row = contiguous_row(tile.i_batch, token, axes.length) * (kv_heads * group) + tile.row_head
+    b_q = load_queries(query, tile, token, SPEC.head_dim, BD)
+    b_do = load_queries(grad_out, tile, token, SPEC.value_dim, BDV)
+    row_delta = row_deltas(Out, grad_lse, b_do, tile, token, o_row, SPEC)
+    row_lse, row_sees = load_lse(RowMax, RowSum, o_row, tile.m_rows, MASKED)
+    if MASKED:
         row_delta = tl.where(row_sees, row_delta, 0.0)
-    row_lse = row_max * LOG2E + tl.log2(row_sum)
-    tl.store(Delta + o_row, row_delta, mask=m_rows)
-    tl.store(Lse + o_row, row_lse, mask=m_rows)
+    tl.store(Delta + o_row, row_delta, mask=tile.m_rows)
+    tl.store(Lse + o_row, row_lse, mask=tile.m_rows)
 
     row_bias = bias_rows(tensors.rpb, tile, axes.kernel) if tensors.rpb is not None else None
     reg_keys, reg_values = None, None
     if SPEC.register_tile > 0:
         i_image = i_sample.to(tl.int64) if tensors.tiles is not None else tile.i_batch
-        reg_keys = View(tensors.additional_keys, in_elements(strides.additional_keys, UNIT))
-        reg_values = View(tensors.additional_values, in_elements(strides.additional_values, UNIT))
-        reg_keys, reg_values = of_head(reg_keys, i_image, tile.i_kv), of_head(reg_values, i_image, tile.i_kv)
+        reg_keys = register_view(tensors.additional_keys, strides.additional_keys, i_image, tile.i_kv, SPEC)
+        reg_values = register_view(tensors.additional_values, strides.additional_values, i_image, tile.i_kv, SPEC)
     if key_mask is not None:
         key_mask = of_head(key_mask, tile.i_batch, 0)
     rows = QueryRows(b_q, b_do, row_lse, row_delta)
@@ -285,16 +272,16 @@ def query_gradient_of_tile(
         # rows anew, as keeping them would take registers and shared memory from the first.
         if tl.max(tl.where(tl.abs(row_zeros(b_dq)) >= 0.0, 0, 1), 0) > 0:
             SMALL: tl.constexpr = SPEC.in_small_chunks
-            b_q = load_columns(p_q, o_q, m_rows, SPEC.head_dim, BD)
-            b_do = load_columns(p_do, o_do, m_rows, SPEC.value_dim, BDV)
+            b_q = load_queries(query, tile, token, SPEC.head_dim, BD)
+            b_do = load_queries(grad_out, tile, token, SPEC.value_dim, BDV)
             rows = QueryRows(b_q, b_do, row_lse, row_delta)
             b_dq = query_gradient(
                 rows, key, value, reg_keys, reg_values, key_mask, row_bias, tile, axes, registers, key_length, scale,
                 SMALL, True,
             )  # fmt: skip
-    if key_mask is not None or tensors.rpb is not None:
+    if MASKED:
         b_dq = where_rows(row_sees, b_dq)
-    store_columns(DQ, o_row * SPEC.head_dim, m_rows, times(b_dq, scale), SPEC.head_dim, BD)
+    store_columns(DQ, o_row * SPEC.head_dim, tile.m_rows, times(b_dq, scale), SPEC.head_dim, BD)
 
 
 @triton.jit

@@ -7,6 +7,7 @@ permuted. The sink is the initial state of the softmax; registers are folded las
 
 # Triton's language shares the syntax of Python, but not its types.
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false
+# pyright: reportAssignmentType=false
 
 from typing import Any, NamedTuple
 
@@ -23,15 +24,17 @@ from .primitives import (
     LOG2E,
     LOWEST,
     are_sound,
-    in_elements,
     load_chunk,
     load_columns,
+    load_queries,
     load_unmasked,
     masked_product,
     products,
+    register_view,
     scale_rows,
     softmax_step,
     store_columns,
+    token_view,
     without_masked,
     zero_columns,
 )
@@ -52,7 +55,6 @@ from .windows import (
     packed_sample,
     shifted,
     spatial_tile,
-    token_offset,
     tokens_of,
     unravel,
     visibility,
@@ -191,6 +193,21 @@ def initial_stats(Sink, row_head, sink, BM: tl.constexpr, BDV: tl.constexpr):
 
 
 @triton.jit
+def store_results(Out, RowMax, RowSum, b_acc, row_m, row_l, o_row, m_rows, MASKED: tl.constexpr, SPEC: tl.constexpr):
+    """Store the output and the statistics of a softmax state. ``MASKED`` is whether rows may have seen nothing."""
+    BDV: tl.constexpr = SPEC.value_columns
+    row_weight, row_max = row_l, row_m * LN2
+    if MASKED:  # rows that see nothing have a sum of zero
+        row_weight = tl.where(row_l == 0.0, 1.0, row_l)
+        row_max = tl.where(row_l == 0.0, float("-inf"), row_max)
+    b_out = scale_rows(b_acc, 1.0 / row_weight)
+    store_columns(Out, o_row * SPEC.value_dim, m_rows, b_out, SPEC.value_dim, BDV)
+    if SPEC.with_stats:
+        tl.store(RowMax + o_row, row_max, mask=m_rows)
+        tl.store(RowSum + o_row, row_l, mask=m_rows)
+
+
+@triton.jit
 def attend_tile(
     i_program, tensors, strides, axes, group, kv_heads, registers, key_length, sink, scale, SPEC: tl.constexpr
 ):  # fmt: skip
@@ -202,34 +219,28 @@ def attend_tile(
     """
     BD: tl.constexpr = SPEC.columns
     BDV: tl.constexpr = SPEC.value_columns
-    UNIT: tl.constexpr = SPEC.unit
+    MASKED: tl.constexpr = tensors.key_mask is not None or tensors.rpb is not None
     Out, RowMax, RowSum = tensors.out, tensors.row_max, tensors.row_sum
-    query = View(tensors.query, in_elements(strides.query, UNIT))
-    key = View(tensors.key, in_elements(strides.key, UNIT))
-    value = View(tensors.value, in_elements(strides.value, UNIT))
-    key_mask = None
-    if tensors.key_mask is not None:
-        key_mask = View(tensors.key_mask, strides.key_mask)
+    first = None
     if tensors.tiles is not None:
         i_sample, first, i_program, axes = packed_sample(
             i_program, tensors.tiles, kv_heads * ((group + SPEC.pack - 1) // SPEC.pack), axes
         )
-        query, key = of_sample(query, first, axes, SPEC), of_sample(key, first, axes, SPEC)
-        value = of_sample(value, first, axes, SPEC)
-        if key_mask is not None:
-            key_mask = of_sample(key_mask, first, axes, SPEC)
-        first *= kv_heads * group
-        Out += first * SPEC.value_dim
+        first_row = first * (kv_heads * group)
+        Out += first_row * SPEC.value_dim
         if SPEC.with_stats:
-            RowMax += first
-            RowSum += first
+            RowMax, RowSum = RowMax + first_row, RowSum + first_row
+    query = token_view(tensors.query, strides.query, first, axes, SPEC)
+    key = token_view(tensors.key, strides.key, first, axes, SPEC)
+    value = token_view(tensors.value, strides.value, first, axes, SPEC)
+    key_mask = None
+    if tensors.key_mask is not None:
+        key_mask = of_sample(View(tensors.key_mask, strides.key_mask), first, axes, SPEC)
     tile = query_tile(i_program, axes, group, kv_heads, SPEC)
     if is_empty(tile.origin, tile.class_length):
         return
     token = tokens_of(tile.row_index, tile.residue, tile.class_length, axes.dilation)
-    o_q = token_offset(token, query.strides) + tile.row_head * query.strides[4]
-    p_query = query.pointer + tile.i_batch * query.strides[0]
-    b_q = load_columns(p_query, o_q, tile.m_rows, SPEC.head_dim, BD)  # [M, D]
+    b_q = load_queries(query, tile, token, SPEC.head_dim, BD)  # [M, D]
     keys, values = of_head(key, tile.i_batch, tile.i_kv), of_head(value, tile.i_batch, tile.i_kv)
     if key_mask is not None:
         key_mask = of_head(key_mask, tile.i_batch, 0)
@@ -239,10 +250,8 @@ def attend_tile(
 
     if SPEC.register_tile > 0:
         i_image = i_sample.to(tl.int64) if tensors.tiles is not None else tile.i_batch
-        reg_keys = View(tensors.additional_keys, in_elements(strides.additional_keys, UNIT))
-        reg_values = View(tensors.additional_values, in_elements(strides.additional_values, UNIT))
-        reg_keys = of_head(reg_keys, i_image, tile.i_kv)
-        reg_values = of_head(reg_values, i_image, tile.i_kv)
+        reg_keys = register_view(tensors.additional_keys, strides.additional_keys, i_image, tile.i_kv, SPEC)
+        reg_values = register_view(tensors.additional_values, strides.additional_values, i_image, tile.i_kv, SPEC)
     row_bias = bias_rows(tensors.rpb, tile, axes.kernel) if tensors.rpb is not None else None
     b_acc, row_m, row_l = initial_stats(tensors.sink, tile.row_head, sink, SPEC.rows, BDV)
     b_acc, row_m, row_l = attend_window(
@@ -267,16 +276,8 @@ def attend_tile(
             b_q, b_acc, row_m, row_l, keys, values, key_mask, row_bias, tile, axes, key_length, 1.0, score_scale, REPAIR
         )
 
-    row_weight, row_max = row_l, row_m * LN2
-    if key_mask is not None or tensors.rpb is not None:  # rows that see nothing have a sum of zero
-        row_weight = tl.where(row_l == 0.0, 1.0, row_l)
-        row_max = tl.where(row_l == 0.0, float("-inf"), row_max)
     o_row = contiguous_row(tile.i_batch, token, axes.length) * (kv_heads * group) + tile.row_head
-    b_out = scale_rows(b_acc, 1.0 / row_weight)
-    store_columns(Out, o_row * SPEC.value_dim, tile.m_rows, b_out, SPEC.value_dim, BDV)
-    if SPEC.with_stats:
-        tl.store(RowMax + o_row, row_max, mask=tile.m_rows)
-        tl.store(RowSum + o_row, row_l, mask=tile.m_rows)
+    store_results(Out, RowMax, RowSum, b_acc, row_m, row_l, o_row, tile.m_rows, MASKED, SPEC)
 
 
 @triton.jit

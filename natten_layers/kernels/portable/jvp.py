@@ -43,15 +43,18 @@ from .parameters import Axes, Chunk, Strides, View, spec_of, warps_of
 from .primitives import (
     LOG2E,
     add_weighted,
-    in_elements,
     load_chunk,
     load_columns,
+    load_lse,
+    load_queries,
     load_unmasked,
     masked_product,
     products,
+    register_view,
     row_products,
     store_columns,
     subtract_scaled,
+    token_view,
     where_rows,
     without_masked,
     zero_columns,
@@ -186,16 +189,13 @@ def add_register_tangents(
     SPEC: tl.constexpr, MOVES: tl.constexpr,
 ):  # fmt: skip
     """Add the contribution of the registers. ``MOVES`` is whether queries or keys have tangents."""
-    UNIT: tl.constexpr = SPEC.unit
-    keys = of_head(View(tensors.additional_keys, in_elements(strides.additional_keys, UNIT)), i_image, i_kv)
-    values = of_head(View(tensors.additional_values, in_elements(strides.additional_values, UNIT)), i_image, i_kv)
+    keys = register_view(tensors.additional_keys, strides.additional_keys, i_image, i_kv, SPEC)
+    values = register_view(tensors.additional_values, strides.additional_values, i_image, i_kv, SPEC)
     key_dots, value_dots = None, None
     if tensors.additional_keys_dot is not None:
-        key_dots = View(tensors.additional_keys_dot, in_elements(dot_strides.additional_keys, UNIT))
-        key_dots = of_head(key_dots, i_image, i_kv)
+        key_dots = register_view(tensors.additional_keys_dot, dot_strides.additional_keys, i_image, i_kv, SPEC)
     if tensors.additional_values_dot is not None:
-        value_dots = View(tensors.additional_values_dot, in_elements(dot_strides.additional_values, UNIT))
-        value_dots = of_head(value_dots, i_image, i_kv)
+        value_dots = register_view(tensors.additional_values_dot, dot_strides.additional_values, i_image, i_kv, SPEC)
     BR: tl.constexpr = SPEC.register_tile
     BD: tl.constexpr = SPEC.columns
     BDV: tl.constexpr = SPEC.value_columns
@@ -252,6 +252,16 @@ def reference_tangent(b_q, b_q_dot, keys, key_dots, key_mask, tile, axes, key_le
 
 
 @triton.jit
+def sink_tangent(Sink, SinkDot, sink, row_head, rows):
+    """What the sink adds to ``mu``. It is a logit per head (``Sink``), or else one for all heads (``sink``), whose
+    tangent is zero, as it is without ``SinkDot``.
+    """
+    row_sink = tl.load(Sink + row_head).to(tl.float32) if Sink is not None else sink
+    row_sink_dot = tl.load(SinkDot + row_head).to(tl.float32) if SinkDot is not None else 0.0
+    return tl.exp2(row_sink * LOG2E - rows.row_lse) * (row_sink_dot - rows.row_reference)
+
+
+@triton.jit
 def jvp_kernel(
     tensors, strides, dot_strides, axes, group, kv_heads, registers, key_length, sink, scale,
     SPEC: tl.constexpr, SAME_STRIDES: tl.constexpr,
@@ -263,72 +273,56 @@ def jvp_kernel(
     BM: tl.constexpr = SPEC.rows
     BD: tl.constexpr = SPEC.columns
     BDV: tl.constexpr = SPEC.value_columns
-    D: tl.constexpr = SPEC.head_dim
     DV: tl.constexpr = SPEC.value_dim
-    UNIT: tl.constexpr = SPEC.unit
+    MOVES: tl.constexpr = tensors.query_dot is not None or tensors.key_dot is not None
+    MASKED: tl.constexpr = tensors.key_mask is not None
     Out, RowMax, RowSum = tensors.out, tensors.row_max, tensors.row_sum
     OutDot, LseDot = tensors.out_dot, tensors.lse_dot
-    query = View(tensors.query, in_elements(strides.query, UNIT))
-    key = View(tensors.key, in_elements(strides.key, UNIT))
-    value = View(tensors.value, in_elements(strides.value, UNIT))
-    query_dot, key_dot, value_dot, key_mask = None, None, None, None
-    # With equal strides, offsets of tangents are those of their tensors, and take no hardware registers of their own.
-    if tensors.query_dot is not None:
-        query_dot = View(tensors.query_dot, query.strides if SAME_STRIDES else in_elements(dot_strides.query, UNIT))
-    if tensors.key_dot is not None:
-        key_dot = View(tensors.key_dot, key.strides if SAME_STRIDES else in_elements(dot_strides.key, UNIT))
-    if tensors.value_dot is not None:
-        value_dot = View(tensors.value_dot, value.strides if SAME_STRIDES else in_elements(dot_strides.value, UNIT))
-    if tensors.key_mask is not None:
-        key_mask = View(tensors.key_mask, strides.key_mask)
-    i_program = tl.program_id(0)
+    i_program, first = tl.program_id(0), None
     if tensors.tiles is not None:
         i_sample, first, i_program, axes = packed_sample(
             i_program, tensors.tiles, kv_heads * ((group + SPEC.pack - 1) // SPEC.pack), axes
         )
-        query, key = of_sample(query, first, axes, SPEC), of_sample(key, first, axes, SPEC)
-        value = of_sample(value, first, axes, SPEC)
-        if query_dot is not None:
-            query_dot = of_sample(query_dot, first, axes, SPEC)
-        if key_dot is not None:
-            key_dot = of_sample(key_dot, first, axes, SPEC)
-        if value_dot is not None:
-            value_dot = of_sample(value_dot, first, axes, SPEC)
-        if key_mask is not None:
-            key_mask = of_sample(key_mask, first, axes, SPEC)
-        first *= kv_heads * group
-        Out, OutDot = Out + first * DV, OutDot + first * DV
-        RowMax, RowSum, LseDot = RowMax + first, RowSum + first, LseDot + first
+        first_row = first * (kv_heads * group)
+        Out, OutDot = Out + first_row * DV, OutDot + first_row * DV
+        RowMax, RowSum, LseDot = RowMax + first_row, RowSum + first_row, LseDot + first_row
+    query = token_view(tensors.query, strides.query, first, axes, SPEC)
+    key = token_view(tensors.key, strides.key, first, axes, SPEC)
+    value = token_view(tensors.value, strides.value, first, axes, SPEC)
+    query_dot, key_dot, value_dot, key_mask = None, None, None, None
+    # With equal strides, offsets of tangents are those of their tensors, and take no hardware registers of their own.
+    token_strides = strides if SAME_STRIDES else dot_strides
+    if tensors.query_dot is not None:
+        query_dot = token_view(tensors.query_dot, token_strides.query, first, axes, SPEC)
+    if tensors.key_dot is not None:
+        key_dot = token_view(tensors.key_dot, token_strides.key, first, axes, SPEC)
+    if tensors.value_dot is not None:
+        value_dot = token_view(tensors.value_dot, token_strides.value, first, axes, SPEC)
+    if tensors.key_mask is not None:
+        key_mask = of_sample(View(tensors.key_mask, strides.key_mask), first, axes, SPEC)
     tile = query_tile(i_program, axes, group, kv_heads, SPEC)
     if is_empty(tile.origin, tile.class_length):
         return
     i_batch, i_kv, m_rows, row_head = tile.i_batch, tile.i_kv, tile.m_rows, tile.row_head
     token = tokens_of(tile.row_index, tile.residue, tile.class_length, axes.dilation)
     o_row = contiguous_row(i_batch, token, axes.length) * (kv_heads * group) + row_head
-    o_q = token_offset(token, query.strides) + row_head * query.strides[4]
-    b_q = load_columns(query.pointer + i_batch * query.strides[0], o_q, m_rows, D, BD)
+    b_q = load_queries(query, tile, token, SPEC.head_dim, BD)
     b_q_dot = None
     if query_dot is not None:
-        o_q_dot = token_offset(token, query_dot.strides) + row_head * query_dot.strides[4]
-        b_q_dot = load_columns(query_dot.pointer + i_batch * query_dot.strides[0], o_q_dot, m_rows, D, BD)
-    row_sum = tl.load(RowSum + o_row, mask=m_rows, other=1.0)
-    row_max = tl.load(RowMax + o_row, mask=m_rows, other=0.0)
-    if key_mask is not None:  # rows that see nothing, whose weights are zero for every finite lse
-        row_sees = row_sum != 0.0
-        row_sum, row_max = tl.where(row_sees, row_sum, 1.0), tl.where(row_sees, row_max, 0.0)
-        key_mask = of_head(key_mask, i_batch, 0)
-    row_lse = row_max * LOG2E + tl.log2(row_sum)
+        b_q_dot = load_queries(query_dot, tile, token, SPEC.head_dim, BD)
+    row_lse, row_sees = load_lse(RowMax, RowSum, o_row, m_rows, MASKED)
     keys, values = of_head(key, i_batch, i_kv), of_head(value, i_batch, i_kv)
     if key_dot is not None:
         key_dot = of_head(key_dot, i_batch, i_kv)
     if value_dot is not None:
         value_dot = of_head(value_dot, i_batch, i_kv)
+    if key_mask is not None:
+        key_mask = of_head(key_mask, i_batch, 0)
 
     row_reference = reference_tangent(b_q, b_q_dot, keys, key_dot, key_mask, tile, axes, key_length, scale, SPEC)
     rows = TangentRows(b_q, b_q_dot, row_lse, row_reference)
     b_acc = zero_columns(BM, BDV)
     row_mu = tl.zeros([BM], tl.float32)
-    MOVES: tl.constexpr = query_dot is not None or key_dot is not None
     if MOVES or value_dot is not None:
         b_acc, row_mu = add_window_tangents(
             b_acc, row_mu, rows, keys, values, key_dot, value_dot, key_mask, tile, axes, key_length, scale, SPEC
@@ -339,16 +333,12 @@ def jvp_kernel(
             b_acc, row_mu, rows, tensors, strides, dot_strides, i_image, i_kv, registers, scale, SPEC, MOVES
         )
     if tensors.sink is not None or sink is not None:
-        row_sink = tl.load(tensors.sink + row_head).to(tl.float32) if tensors.sink is not None else sink
-        row_sink_dot = tl.zeros([BM], tl.float32)
-        if tensors.sink_dot is not None:
-            row_sink_dot = tl.load(tensors.sink_dot + row_head).to(tl.float32)
-        row_mu += tl.exp2(row_sink * LOG2E - row_lse) * (row_sink_dot - row_reference)
+        row_mu += sink_tangent(tensors.sink, tensors.sink_dot, sink, row_head, rows)
 
     b_out = load_columns(Out, o_row * DV, m_rows, DV, BDV)
     b_acc = subtract_scaled(b_acc, b_out, row_mu)
     row_mu += row_reference
-    if key_mask is not None:
+    if MASKED:
         b_acc, row_mu = where_rows(row_sees, b_acc), tl.where(row_sees, row_mu, 0.0)
     store_columns(OutDot, o_row * DV, m_rows, b_acc, DV, BDV)
     tl.store(LseDot + o_row, row_mu, mask=m_rows)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..host.launcher import Launcher, launcher
 from ..host.problem import Inputs, Options, Problem, in_units, new_results, stride_unit
 from ..host.tiling import TileConfig
-from .forward import attend_window, initial_stats, query_tile
+from .forward import attend_window, initial_stats, query_tile, store_results
 from .pairs import (
     TINY,
     WEIGHT_EXPONENT,
@@ -30,7 +30,7 @@ from .pairs import (
     transposed,
 )
 from .parameters import Axes, Chunk, Strides, View, spec_of, warps_of
-from .primitives import LN2, LOG2E, are_sound, in_elements, load_columns, scale_rows, store_columns
+from .primitives import LOG2E, are_sound, in_elements, load_queries
 from .windows import (
     contiguous_row,
     hidden,
@@ -40,7 +40,6 @@ from .windows import (
     is_empty,
     next_chunk,
     of_head,
-    token_offset,
     tokens_of,
     walk_over_windows,
 )
@@ -105,11 +104,9 @@ def pair_forward_kernel(tensors, strides, pair_strides, axes, group, kv_heads, s
     key_pair = View(tensors.key_pair, in_elements(pair_strides.key, UNIT))
     value_pair = View(tensors.value_pair, in_elements(pair_strides.value, UNIT))
     token = tokens_of(tile.row_index, tile.residue, tile.class_length, axes.dilation)
-    o_q = token_offset(token, query.strides) + tile.row_head * query.strides[4]
-    p_q = query.pointer + tile.i_batch * query.strides[0]
     p_units = tensors.units + (tile.i_batch * kv_heads + tile.i_kv) * 4
     k_unit, v_unit = tl.load(p_units), tl.load(p_units + 1)
-    b_q_pair, row_unit = rows_to_pair(load_columns(p_q, o_q, tile.m_rows, SPEC.head_dim, BD)[0])
+    b_q_pair, row_unit = rows_to_pair(load_queries(query, tile, token, SPEC.head_dim, BD)[0])
     score_scale = scale * LOG2E
     row_factor = tl.maximum(row_unit * score_scale * k_unit, TINY)
     keys, values = of_head(key_pair, tile.i_batch, tile.i_kv), of_head(value_pair, tile.i_batch, tile.i_kv)
@@ -122,7 +119,7 @@ def pair_forward_kernel(tensors, strides, pair_strides, axes, group, kv_heads, s
     if tl.max(tl.where(are_sound(b_acc, row_m, row_l), 0, 1), 0) > 0:
         REPAIR: tl.constexpr = SPEC.repair
         # Queries are loaded anew, as keeping them would take registers from the first pass.
-        b_q = load_columns(p_q, o_q, tile.m_rows, SPEC.head_dim, BD)
+        b_q = load_queries(query, tile, token, SPEC.head_dim, BD)
         plain_keys = of_head(View(tensors.key, in_elements(strides.key, UNIT)), tile.i_batch, tile.i_kv)
         plain_values = of_head(View(tensors.value, in_elements(strides.value, UNIT)), tile.i_batch, tile.i_kv)
         b_acc, row_m, row_l = initial_stats(tensors.sink, tile.row_head, sink, SPEC.rows, BDV)
@@ -130,11 +127,9 @@ def pair_forward_kernel(tensors, strides, pair_strides, axes, group, kv_heads, s
             b_q, b_acc, row_m, row_l, plain_keys, plain_values, None, None, tile, axes, None, 1.0, score_scale, REPAIR
         )
     o_row = contiguous_row(tile.i_batch, token, axes.length) * (kv_heads * group) + tile.row_head
-    b_out = scale_rows(b_acc, 1.0 / row_l)
-    store_columns(tensors.out, o_row * SPEC.value_dim, tile.m_rows, b_out, SPEC.value_dim, BDV)
-    if SPEC.with_stats:
-        tl.store(tensors.row_max + o_row, row_m * LN2, mask=tile.m_rows)
-        tl.store(tensors.row_sum + o_row, row_l, mask=tile.m_rows)
+    store_results(
+        tensors.out, tensors.row_max, tensors.row_sum, b_acc, row_m, row_l, o_row, tile.m_rows, False, SPEC
+    )  # fmt: skip
 
 
 class PairPlan(NamedTuple):

@@ -29,7 +29,7 @@ from ..host.problem import (
     stride_unit,
 )
 from ..host.tiling import TileConfig
-from .dq import row_statistics
+from .dq import row_deltas
 from .forward import query_tile
 from .pair_forward import PairPlan
 from .pairs import (
@@ -48,7 +48,7 @@ from .pairs import (
     unit_of,
 )
 from .parameters import Axes, Chunk, Corners, ResidueClass, Strides, View, spec_of, warps_of
-from .primitives import LOG2E, in_elements, load_columns, store_columns, zero_columns
+from .primitives import LOG2E, in_elements, load_columns, load_lse, load_queries, store_columns, zero_columns
 from .windows import (
     contiguous_row,
     contiguous_strides,
@@ -169,19 +169,14 @@ def pair_query_kernel(tensors, strides, pair_strides, axes, group, kv_heads, sca
     key_pair = View(tensors.key_pair, in_elements(pair_strides.key, UNIT))
     value_pair = View(tensors.value_pair, in_elements(pair_strides.value, UNIT))
     token = tokens_of(tile.row_index, tile.residue, tile.class_length, axes.dilation)
-    o_q = token_offset(token, query.strides) + tile.row_head * query.strides[4]
-    o_do = token_offset(token, grad_out.strides) + tile.row_head * grad_out.strides[4]
+    b_q = load_queries(query, tile, token, SPEC.head_dim, BD)
+    b_do = load_queries(grad_out, tile, token, SPEC.value_dim, BDV)
     o_row = contiguous_row(tile.i_batch, token, axes.length) * (kv_heads * group) + tile.row_head
-    b_q = load_columns(query.pointer + tile.i_batch * query.strides[0], o_q, tile.m_rows, SPEC.head_dim, BD)
-    p_do = grad_out.pointer + tile.i_batch * grad_out.strides[0]
-    b_do = load_columns(p_do, o_do, tile.m_rows, SPEC.value_dim, BDV)
     grad_lse = None
     if tensors.grad_lse is not None:
         grad_lse = View(tensors.grad_lse, strides.grad_lse)
-    row_delta, row_max, row_sum = row_statistics(
-        tensors.out, tensors.row_max, tensors.row_sum, grad_lse, b_do, tile, token, o_row, SPEC
-    )
-    row_lse = row_max * LOG2E + tl.log2(row_sum)
+    row_delta = row_deltas(tensors.out, grad_lse, b_do, tile, token, o_row, SPEC)
+    row_lse, _ = load_lse(tensors.row_max, tensors.row_sum, o_row, tile.m_rows, False)
     tl.store(tensors.delta + o_row, row_delta, mask=tile.m_rows)
     tl.store(tensors.lse + o_row, row_lse, mask=tile.m_rows)
 

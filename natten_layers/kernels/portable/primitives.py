@@ -14,8 +14,8 @@ columns or, where padding would waste much, two tensors with a part of the colum
 import triton
 import triton.language as tl
 
-from .parameters import Chunk, Corners
-from .windows import FAR, chunk_inside, corner_offset, hidden, on_ring, visibility
+from .parameters import Chunk, Corners, View
+from .windows import FAR, chunk_inside, corner_offset, hidden, of_head, of_sample, on_ring, token_offset, visibility
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
@@ -128,6 +128,18 @@ def in_elements(strides, UNIT: tl.constexpr):
 
 
 @triton.jit
+def token_view(Tensor, strides, first, axes, SPEC: tl.constexpr):
+    """The view of a tensor with tokens, in a packed batch of those of one sample: see ``of_sample``."""
+    return of_sample(View(Tensor, in_elements(strides, SPEC.unit)), first, axes, SPEC)
+
+
+@triton.jit
+def register_view(Tensor, strides, i_image, i_kv, SPEC: tl.constexpr):
+    """The view of the register keys or values of one image and KV head."""
+    return of_head(View(Tensor, in_elements(strides, SPEC.unit)), i_image, i_kv)
+
+
+@triton.jit
 def load_columns(pointer, o_rows, m_rows, D: tl.constexpr, BD: tl.constexpr):
     """:func:`load_rows` of a tile whose columns are split into parts of sizes ``BD``."""
     if len(BD) == 1:
@@ -136,6 +148,13 @@ def load_columns(pointer, o_rows, m_rows, D: tl.constexpr, BD: tl.constexpr):
         b_last = load_rows(pointer + BD[0], o_rows, m_rows, D - BD[0], BD[1])
         b_tile = load_rows(pointer, o_rows, m_rows, BD[0], BD[0]), b_last
     return b_tile
+
+
+@triton.jit
+def load_queries(view, tile, token, D: tl.constexpr, BD: tl.constexpr):
+    """The rows of a :class:`QueryTile` from a tensor with query heads; ``token`` are the tokens of the rows."""
+    o_rows = token_offset(token, view.strides) + tile.row_head * view.strides[4]
+    return load_columns(view.pointer + tile.i_batch * view.strides[0], o_rows, tile.m_rows, D, BD)
 
 
 @triton.jit
@@ -251,6 +270,22 @@ def are_sound(b_acc, row_m, row_l):
     while the maximum is a rounded product, and the difference makes all weights overflow or vanish.
     """
     return (tl.abs(row_zeros(b_acc)) >= 0.0) & ((row_l >= 0.5) | (row_m == LOWEST))
+
+
+@triton.jit
+def load_lse(RowMax, RowSum, o_row, m_rows, MASKED: tl.constexpr):
+    """``[M]``: the base-2 log-sum-exp of rows, from the statistics that the forward kernel saved, and which rows see
+    something.
+
+    ``MASKED`` is whether there are rows that do not. Their sum is zero, and their weights are zero for every finite
+    log-sum-exp.
+    """
+    row_sum = tl.load(RowSum + o_row, mask=m_rows, other=1.0)
+    row_max = tl.load(RowMax + o_row, mask=m_rows, other=0.0)
+    row_sees = row_sum != 0.0
+    if MASKED:
+        row_sum, row_max = tl.where(row_sees, row_sum, 1.0), tl.where(row_sees, row_max, 0.0)
+    return row_max * LOG2E + tl.log2(row_sum), row_sees
 
 
 @triton.jit

@@ -149,15 +149,16 @@ def packed_sample(i_program, Tiles, HEADS, axes):
 def of_sample(view, first, axes, SPEC: tl.constexpr):
     """The part of a packed tensor, which has one axis of tokens, that belongs to the sample with first token ``first``.
 
-    Its strides are ``(batch, t, h, w, head)`` too.
+    Its strides are ``(batch, t, h, w, head)`` too. Without packing, ``first`` is None, and the view remains as it is.
     """
-    strides = view.strides
-    w = strides[3]
-    pointer = view.pointer + first * w
-    if SPEC.wide:
-        w = tl.cast(w, tl.int64)
-    length = axes.length
-    return View(pointer, (strides[0], w * length[1] * length[2], w * length[2], w, strides[4]))
+    if first is not None:
+        strides, length = view.strides, axes.length
+        w = strides[3]
+        pointer = view.pointer + first * w
+        if SPEC.wide:
+            w = tl.cast(w, tl.int64)
+        view = View(pointer, (strides[0], w * length[1] * length[2], w * length[2], w, strides[4]))
+    return view
 
 
 @triton.jit
