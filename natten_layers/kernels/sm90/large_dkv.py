@@ -32,6 +32,7 @@ from .rings import (
     await_tile,
     expect_load,
     load_box,
+    loaded,
     new_notes,
     new_ring,
     new_schedule,
@@ -134,23 +135,38 @@ def q_chunk_producer(
 
 
 @gluon.jit
+def load_statistic(ring, PART: gl.constexpr, n, b_s, STAGES: gl.constexpr):
+    """``[N]``: a statistic of chunk ``n`` of queries, which has arrived, in the layout of columns of ``b_s [M, N]``."""
+    i, _ = stage_of(n, STAGES)
+    return ring[0][PART].index(i).reshape([b_s.shape[1]]).load(gl.SliceLayout(0, b_s.type.layout))
+
+
+@gluon.jit
+def queries_of_rows(index, plan, CAUSAL: gl.constexpr, Queries):
+    """Corners of the boxes of queries that see the keys at ``index``."""
+    if Queries is None:
+        row_lo, row_hi = queries_of(index, plan[0], plan[1], plan[2], CAUSAL)
+    else:
+        row_lo, row_hi = on_line(Queries, index, plan[0])
+    return row_lo, row_hi
+
+
+@gluon.jit
 def add_queries(
-    b_dk, b_dv, b_k, b_v, b_hidden, ring, n, factor,
-    N: gl.constexpr, STAGES: gl.constexpr, SCORES: gl.constexpr, WEIGHTS_K: gl.constexpr, WEIGHTS_V: gl.constexpr,
+    b_dk, b_dv, b_k, b_v, b_hidden, ring, n, factor, N: gl.constexpr, STAGES: gl.constexpr
 ):  # fmt: skip
     """Add the contribution of chunk ``n`` of queries, which has arrived, to dV, and to dK without its factor
     ``scale``.
     """
-    i, _ = stage_of(n, STAGES)
-    b_q = ring[0][0].index(i).reshape([N, b_k.shape[1]])
-    b_do = ring[0][1].index(i).reshape([N, b_v.shape[1]])
+    WEIGHTS_K: gl.constexpr = gl.DotOperandLayout(0, b_dk.type.layout, 2)
+    WEIGHTS_V: gl.constexpr = gl.DotOperandLayout(0, b_dv.type.layout, 2)
+    b_q, b_do = loaded(ring, 0, n, N, STAGES), loaded(ring, 1, n, N, STAGES)
     b_s = start_product(b_k, b_q, b_hidden)
     b_dp = start_product(b_v, b_do, None)
     b_s = warpgroup_mma_wait(1, deps=[b_s])
-    col_lse = ring[0][2].index(i).reshape([N]).load(gl.SliceLayout(0, SCORES))
-    b_p = gl.exp2(b_s * factor - col_lse[None, :])
+    b_p = gl.exp2(b_s * factor - load_statistic(ring, 2, n, b_s, STAGES)[None, :])
     b_dv = warpgroup_mma(gl.convert_layout(b_p.to(b_do.dtype), WEIGHTS_V), b_do, b_dv, is_async=True)
-    col_delta = ring[0][3].index(i).reshape([N]).load(gl.SliceLayout(0, SCORES))
+    col_delta = load_statistic(ring, 3, n, b_s, STAGES)
     b_dp = warpgroup_mma_wait(1, deps=[b_dp])
     b_ds = b_p * (b_dp - col_delta[None, :])
     b_dk = warpgroup_mma(gl.convert_layout(b_ds.to(b_q.dtype), WEIGHTS_K), b_q, b_dk, is_async=True)
@@ -160,34 +176,28 @@ def add_queries(
 
 
 @gluon.jit
-def add_to_values(
-    b_dv, b_k, b_v, b_hidden, ring, n, factor,
-    N: gl.constexpr, STAGES: gl.constexpr, SCORES: gl.constexpr, WEIGHTS: gl.constexpr,
-):  # fmt: skip
+def add_to_values(b_dv, b_k, b_v, b_hidden, ring, n, factor, N: gl.constexpr, STAGES: gl.constexpr):
     """Add the contribution of chunk ``n`` of queries, which has arrived, to dV alone."""
-    i, _ = stage_of(n, STAGES)
-    b_s = start_product(b_k, ring[0][0].index(i).reshape([N, b_k.shape[1]]), b_hidden)
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, b_dv.type.layout, 2)
+    b_s = start_product(b_k, loaded(ring, 0, n, N, STAGES), b_hidden)
     b_s = warpgroup_mma_wait(0, deps=[b_s])
-    b_p = gl.exp2(b_s * factor - ring[0][2].index(i).reshape([N]).load(gl.SliceLayout(0, SCORES))[None, :])
-    b_do = ring[0][1].index(i).reshape([N, b_v.shape[1]])
+    b_p = gl.exp2(b_s * factor - load_statistic(ring, 2, n, b_s, STAGES)[None, :])
+    b_do = loaded(ring, 1, n, N, STAGES)
     b_dv = warpgroup_mma(gl.convert_layout(b_p.to(b_do.dtype), WEIGHTS), b_do, b_dv, is_async=True)
     return warpgroup_mma_wait(0, deps=[b_dv])
 
 
 @gluon.jit
-def add_to_keys(
-    b_dk, b_k, b_v, b_hidden, ring, n, factor,
-    N: gl.constexpr, STAGES: gl.constexpr, SCORES: gl.constexpr, WEIGHTS: gl.constexpr,
-):  # fmt: skip
+def add_to_keys(b_dk, b_k, b_v, b_hidden, ring, n, factor, N: gl.constexpr, STAGES: gl.constexpr):
     """Add the contribution of chunk ``n`` of queries, which has arrived, to dK alone, without its factor ``scale``."""
-    i, _ = stage_of(n, STAGES)
-    b_q = ring[0][0].index(i).reshape([N, b_k.shape[1]])
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, b_dk.type.layout, 2)
+    b_q = loaded(ring, 0, n, N, STAGES)
     b_s = start_product(b_k, b_q, b_hidden)
-    b_dp = start_product(b_v, ring[0][1].index(i).reshape([N, b_v.shape[1]]), None)
+    b_dp = start_product(b_v, loaded(ring, 1, n, N, STAGES), None)
     b_s = warpgroup_mma_wait(1, deps=[b_s])
-    b_p = gl.exp2(b_s * factor - ring[0][2].index(i).reshape([N]).load(gl.SliceLayout(0, SCORES))[None, :])
+    b_p = gl.exp2(b_s * factor - load_statistic(ring, 2, n, b_s, STAGES)[None, :])
     b_dp = warpgroup_mma_wait(0, deps=[b_dp])
-    b_ds = b_p * (b_dp - ring[0][3].index(i).reshape([N]).load(gl.SliceLayout(0, SCORES))[None, :])
+    b_ds = b_p * (b_dp - load_statistic(ring, 3, n, b_s, STAGES)[None, :])
     b_dk = warpgroup_mma(gl.convert_layout(b_ds.to(b_q.dtype), WEIGHTS), b_q, b_dk, is_async=True)
     return warpgroup_mma_wait(0, deps=[b_dk])
 
@@ -212,8 +222,8 @@ def dkv_consumer(
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     OUT_K: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BD, 16])
     OUT_V: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BDV, 16])
-    WEIGHTS_K: gl.constexpr = gl.DotOperandLayout(0, OUT_K, 2)
-    WEIGHTS_V: gl.constexpr = gl.DotOperandLayout(0, OUT_V, 2)
+    WITH_DK: gl.constexpr = not (BY_RESULT and GROUP == 0)
+    WITH_DV: gl.constexpr = not (BY_RESULT and GROUP == 1)
     length, kernel, stride, _tiles, kv_heads = plan
     factor = scale * LOG2E
     inner = unravel(gl.arange(0, N, gl.SliceLayout(0, SCORES)), CHUNK[1], CHUNK[2])
@@ -225,18 +235,13 @@ def dkv_consumer(
         i_batch, i_kv, tile_origin, walk = key_walk(tile_id, plan, Queries, CAUSAL, TILE, CHUNK, OFFSET)
         origin = part_of(tile_origin, OWN, GROUPS, PART)
         index = shifted(position, origin)
-        if Queries is None:
-            row_lo, row_hi = queries_of(index, length, kernel, stride, CAUSAL)
-        else:
-            row_lo, row_hi = on_line(Queries, index, length)
-        if not (BY_RESULT and GROUP == 0):
+        row_lo, row_hi = queries_of_rows(index, plan, CAUSAL, Queries)
+        if WITH_DK:
             b_dk = gl.zeros([M, BD], gl.float32, OUT_K)
-        if not (BY_RESULT and GROUP == 1):
+        if WITH_DV:
             b_dv = gl.zeros([M, BDV], gl.float32, OUT_V)
         await_load(tile_ring, i_tile, True, TILES)
-        i, _ = stage_of(i_tile, TILES)
-        b_k = tile_ring[0][OWN].index(i).reshape([M, BD])
-        b_v = tile_ring[0][COUNT + OWN].index(i).reshape([M, BDV])
+        b_k, b_v = loaded(tile_ring, OWN, i_tile, M, TILES), loaded(tile_ring, COUNT + OWN, i_tile, M, TILES)
         if SKIP:
             lo, hi, _, _ = union_of_queries(origin, length, kernel, stride, CAUSAL, PART)
             reach, row_size = reach_of(lo, hi, is_empty(origin, length), CHUNK), row_sizes(row_lo, row_hi)
@@ -245,9 +250,7 @@ def dkv_consumer(
                 corner = read_note(notes, n, STAGES)
                 if meets(corner, reach):
                     b_hidden = hidden(corner, row_lo, row_size, inner, RANK)
-                    b_dk, b_dv = add_queries(
-                        b_dk, b_dv, b_k, b_v, b_hidden, ring, n, factor, N, STAGES, SCORES, WEIGHTS_K, WEIGHTS_V
-                    )
+                    b_dk, b_dv = add_queries(b_dk, b_dv, b_k, b_v, b_hidden, ring, n, factor, N, STAGES)
                 release(ring, n, STAGES)
                 n += 1
         else:
@@ -256,32 +259,29 @@ def dkv_consumer(
                 b_hidden = chunk_mask(i_walk, walk, row_lo, row_hi, inner, M, N, CHUNK, RANK, SCORES)
                 await_load(ring, n, True, STAGES)
                 if not BY_RESULT:
-                    b_dk, b_dv = add_queries(
-                        b_dk, b_dv, b_k, b_v, b_hidden, ring, n, factor, N, STAGES, SCORES, WEIGHTS_K, WEIGHTS_V
-                    )
+                    b_dk, b_dv = add_queries(b_dk, b_dv, b_k, b_v, b_hidden, ring, n, factor, N, STAGES)
                 elif GROUP == 0:
-                    b_dv = add_to_values(b_dv, b_k, b_v, b_hidden, ring, n, factor, N, STAGES, SCORES, WEIGHTS_V)
+                    b_dv = add_to_values(b_dv, b_k, b_v, b_hidden, ring, n, factor, N, STAGES)
                 else:
-                    b_dk = add_to_keys(b_dk, b_k, b_v, b_hidden, ring, n, factor, N, STAGES, SCORES, WEIGHTS_K)
+                    b_dk = add_to_keys(b_dk, b_k, b_v, b_hidden, ring, n, factor, N, STAGES)
                 release(ring, n, STAGES)
                 i_walk, _wraps = next_walk_index(i_walk, walk)
                 n += 1
 
         if Queries is not None:
-            if not (BY_RESULT and GROUP == 0):
+            if WITH_DK:
                 flag_nonfinite(Nonfinite, b_dk, inside_axes(index, length))
-            if not (BY_RESULT and GROUP == 1):
+            if WITH_DV:
                 flag_nonfinite(Nonfinite, b_dv, inside_axes(index, length))
+        # Results pass through the buffers of keys and values. ``BY_RESULT``, the other group may still read these.
+        if WITH_DV:
+            v_buffer = None if BY_RESULT else b_v
+            store_part(v_buffer, b_dv, DV, i_kv, i_batch, origin, length, kv_heads, PART, 1, DIM_V)
+        if WITH_DK:
+            k_buffer = None if BY_RESULT else b_k
+            store_part(k_buffer, b_dk * scale, DK, i_kv, i_batch, origin, length, kv_heads, PART, 1, D)
         if not BY_RESULT:
-            # No other group reads this part of the keys and values, so the buffers are free for results.
-            store_part(b_v, b_dv, DV, i_kv, i_batch, origin, length, kv_heads, PART, 1, DIM_V)
-            store_part(b_k, b_dk * scale, DK, i_kv, i_batch, origin, length, kv_heads, PART, 1, D)
             fence_async_shared()
-        elif GROUP == 0:
-            # The other group may still read keys and values, so results do not pass through their buffers.
-            store_part(None, b_dv, DV, i_kv, i_batch, origin, length, kv_heads, PART, 1, DIM_V)
-        else:
-            store_part(None, b_dk * scale, DK, i_kv, i_batch, origin, length, kv_heads, PART, 1, D)
         release(tile_ring, i_tile, TILES)
         i_tile += 1
         tile_id = await_tile(schedule, i_tile)

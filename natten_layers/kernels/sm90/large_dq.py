@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from ..host.problem import Cotangents, Inputs, Layout, Options, Problem, RowStatistics, layout, new_like, three_axes
 from ..host.tiling import head_width
 from ..portable.primitives import LOG2E
-from ..portable.windows import inside_axes, is_empty, shifted, union_of_windows, unravel, windows_of
+from ..portable.windows import inside_axes, is_empty, shifted, union_of_windows, unravel
 from . import large_tiling
 from .descriptors import Call, boxes_of_registers, call_of, key_boxes, multiprocessors, query_boxes
 from .large_statistics import statistics_of
@@ -34,6 +34,7 @@ from .rings import (
     await_load,
     await_tile,
     key_chunk_producer,
+    loaded,
     new_notes,
     new_ring,
     new_schedule,
@@ -41,16 +42,15 @@ from .rings import (
     read_note,
     release,
     repeated,
-    stage_of,
 )
 from .walk import (
     chunk_count,
     chunk_mask,
     first_walk_index,
     hidden_keys,
+    keys_of,
     meets,
     next_walk_index,
-    on_line,
     part_of,
     reach_of,
     register_chunks,
@@ -61,16 +61,15 @@ from .walk import (
 
 @gluon.jit
 def add_keys(
-    b_dq, b_q, b_do, b_hidden, ring, n, following, expected, row_lse, row_delta, factor,
-    N: gl.constexpr, STAGES: gl.constexpr, SCORES: gl.constexpr, WEIGHTS: gl.constexpr,
+    b_dq, b_q, b_do, b_hidden, ring, n, following, expected, row_lse, row_delta, factor, STAGES: gl.constexpr
 ):  # fmt: skip
     """Add the contribution of chunk ``n`` of keys, which has arrived, to dQ without its factor ``scale``.
 
     Waits for the chunk ``following``, if it is ``expected``.
     """
-    i, _ = stage_of(n, STAGES)
-    b_k = ring[0][0].index(i).reshape([N, b_q.shape[1]])
-    b_v = ring[0][1].index(i).reshape([N, b_do.shape[1]])
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, b_dq.type.layout, 2)
+    N: gl.constexpr = b_hidden.shape[1]
+    b_k, b_v = loaded(ring, 0, n, N, STAGES), loaded(ring, 1, n, N, STAGES)
     b_s = start_product(b_q, b_k, b_hidden)
     b_dp = start_product(b_do, b_v, None)
     b_s = warpgroup_mma_wait(1, deps=[b_s])
@@ -87,7 +86,7 @@ def add_keys(
 def dq_consumer(
     tile_ring, ring, notes, schedule, Lse, Delta, DQ, Nonfinite, Windows, plan, num_tiles, width, offset, scale,
     CAUSAL: gl.constexpr, TILE: gl.constexpr, PART: gl.constexpr, GROUPS: gl.constexpr, SKIP: gl.constexpr,
-    CHUNK: gl.constexpr, PACK: gl.constexpr, RANK: gl.constexpr, D: gl.constexpr, BD: gl.constexpr, BDV: gl.constexpr,
+    CHUNK: gl.constexpr, PACK: gl.constexpr, RANK: gl.constexpr, D: gl.constexpr, BD: gl.constexpr,
     STAGES: gl.constexpr, TILES: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """One of the groups of four warps; each computes one part of every tile of queries."""
@@ -96,7 +95,6 @@ def dq_consumer(
     N: gl.constexpr = CHUNK[0] * CHUNK[1] * CHUNK[2]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BD, 16])
-    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
     length, kernel, stride, tiles, blocks, _registers = plan
     factor = scale * LOG2E
     inner = unravel(gl.arange(0, N, gl.SliceLayout(0, SCORES)), CHUNK[1], CHUNK[2])
@@ -109,10 +107,7 @@ def dq_consumer(
         i_batch, i_head, tile_origin, walk = tile_walk(tile_id, plan, CAUSAL, TILE, CHUNK, Windows)
         origin = part_of(tile_origin, GROUP, GROUPS, PART)
         index = shifted(position, origin)
-        if Windows is None:
-            row_lo, row_hi = windows_of(index, length, kernel, stride, CAUSAL)
-        else:
-            row_lo, row_hi = on_line(Windows, index, length)
+        row_lo, row_hi = keys_of(index, plan, CAUSAL, Windows)
         m_rows = inside_axes(index, length)
         image_row = ((i_head * PACK + head).to(gl.int64) * images + i_batch) * length[0] + index[0]
         o_stat = (image_row * length[1] + index[1]) * width + index[2] + offset
@@ -120,9 +115,7 @@ def dq_consumer(
         row_delta = gl.load(Delta + o_stat, mask=m_rows, other=0.0)
         b_dq = gl.zeros([M, BD], gl.float32, OUT)
         await_load(tile_ring, i_tile, True, TILES)
-        i, _ = stage_of(i_tile, TILES)
-        b_q = tile_ring[0][GROUP].index(i).reshape([M, BD])
-        b_do = tile_ring[0][COUNT + GROUP].index(i).reshape([M, BDV])
+        b_q, b_do = loaded(tile_ring, GROUP, i_tile, M, TILES), loaded(tile_ring, COUNT + GROUP, i_tile, M, TILES)
         if SKIP:
             lo, hi, _, _ = union_of_windows(origin, length, kernel, stride, CAUSAL, PART)
             reach, row_size = reach_of(lo, hi, is_empty(origin, length), CHUNK), row_sizes(row_lo, row_hi)
@@ -132,8 +125,7 @@ def dq_consumer(
                 if meets(corner, reach) | (i_chunk < register_chunks(walk)):
                     b_hidden = hidden_keys(i_chunk, walk, corner, row_lo, row_size, inner, M, N, RANK, SCORES)
                     b_dq = add_keys(
-                        b_dq, b_q, b_do, b_hidden, ring, n, n, True, row_lse, row_delta, factor,
-                        N, STAGES, SCORES, WEIGHTS,
+                        b_dq, b_q, b_do, b_hidden, ring, n, n, True, row_lse, row_delta, factor, STAGES
                     )  # fmt: skip
                 release(ring, n, STAGES)
                 n += 1
@@ -144,8 +136,7 @@ def dq_consumer(
             for _ in range(chunk_count(walk)):
                 b_hidden = chunk_mask(i_walk, walk, row_lo, row_hi, inner, M, N, CHUNK, RANK, SCORES)
                 b_dq = add_keys(
-                    b_dq, b_q, b_do, b_hidden, ring, n, n + 1, n < last, row_lse, row_delta, factor,
-                    N, STAGES, SCORES, WEIGHTS,
+                    b_dq, b_q, b_do, b_hidden, ring, n, n + 1, n < last, row_lse, row_delta, factor, STAGES
                 )  # fmt: skip
                 release(ring, n, STAGES)
                 i_walk, _wraps = next_walk_index(i_walk, walk)
@@ -165,7 +156,7 @@ def dq_worker(
     tile_ring, ring, notes, schedule, q_desc, do_desc, k_desc, v_desc, regk_desc, regv_desc, Lse, Delta, DQ,
     TileCounter, Windows, plan, group, num_tiles, width, offset, scale,
     CAUSAL: gl.constexpr, TILE: gl.constexpr, PART: gl.constexpr, GROUPS: gl.constexpr, SKIP: gl.constexpr,
-    CHUNK: gl.constexpr, PACK: gl.constexpr, RANK: gl.constexpr, D: gl.constexpr, BD: gl.constexpr, BDV: gl.constexpr,
+    CHUNK: gl.constexpr, PACK: gl.constexpr, RANK: gl.constexpr, D: gl.constexpr, BD: gl.constexpr,
     STAGES: gl.constexpr, TILES: gl.constexpr, WORKER: gl.constexpr,
 ):  # fmt: skip
     """What a group of warps does: the first ones compute, the others load tiles, and keys and values."""
@@ -173,7 +164,7 @@ def dq_worker(
     if WORKER < COUNT:
         dq_consumer(
             tile_ring, ring, notes, schedule, Lse, Delta, DQ, TileCounter + 1, Windows, plan, num_tiles, width, offset,
-            scale, CAUSAL, TILE, PART, GROUPS, SKIP, CHUNK, PACK, RANK, D, BD, BDV, STAGES, TILES, WORKER,
+            scale, CAUSAL, TILE, PART, GROUPS, SKIP, CHUNK, PACK, RANK, D, BD, STAGES, TILES, WORKER,
         )  # fmt: skip
     elif WORKER == COUNT:
         query_tile_producer(
@@ -192,7 +183,7 @@ def large_dq_kernel(
     Lse, Delta, DQ, TileCounter, Windows, q_desc, do_desc, k_desc, v_desc, regk_desc, regv_desc,
     length, kernel, stride, tiles, group, blocks, registers, num_tiles, width, offset, scale,
     CAUSAL: gl.constexpr, TILE: gl.constexpr, PART: gl.constexpr, GROUPS: gl.constexpr, SKIP: gl.constexpr,
-    CHUNK: gl.constexpr, PACK: gl.constexpr, RANK: gl.constexpr, D: gl.constexpr, BD: gl.constexpr, BDV: gl.constexpr,
+    CHUNK: gl.constexpr, PACK: gl.constexpr, RANK: gl.constexpr, D: gl.constexpr, BD: gl.constexpr,
     STAGES: gl.constexpr, TILES: gl.constexpr, WARPS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """dQ, contiguous. ``WARPS``, ``REGISTERS`` and ``Windows`` are as in ``large_forward_kernel``.
@@ -208,7 +199,7 @@ def large_dq_kernel(
         [
             (dq_worker, (tile_ring, ring, notes, schedule, q_desc, do_desc, k_desc, v_desc, regk_desc, regv_desc, Lse,
                          Delta, DQ, TileCounter, Windows, plan, group, num_tiles, width, offset, scale, CAUSAL, TILE,
-                         PART, GROUPS, SKIP, CHUNK, PACK, RANK, D, BD, BDV, STAGES, TILES, WORKER))
+                         PART, GROUPS, SKIP, CHUNK, PACK, RANK, D, BD, STAGES, TILES, WORKER))
             for WORKER in (0, 1, 2, 3, 4, 5, 6)[: COUNT + 2]
         ],
         WARPS,
@@ -249,6 +240,6 @@ def prepare(config: LargeTileConfig, p: Problem, grad_out: Layout, width: int) -
          *(key_boxes(x, config.chunk) for x in (p.key, p.value)), *boxes_of_registers(p, prod(config.chunk))],
         CAUSAL=three_axes(p.is_causal, False), TILE=config.tile, PART=config.part, GROUPS=config.groups,
         SKIP=config.skip, CHUNK=config.chunk, PACK=config.pack, RANK=p.rank, D=p.query.shape[-1],
-        BD=head_width(p.query.shape[-1]), BDV=head_width(p.value.shape[-1]), STAGES=config.stages, TILES=1,
+        BD=head_width(p.query.shape[-1]), STAGES=config.stages, TILES=1,
         **config.work(2),
     )  # fmt: skip

@@ -34,15 +34,16 @@ from ..host.tiling import head_width
 from ..portable.forward import ForwardTensors, attend_tile
 from ..portable.parameters import Axes, Spec, Strides
 from ..portable.primitives import LN2, LOG2E, LOWEST
-from ..portable.windows import SAMPLE_FIELDS, is_empty, shifted, union_of_windows, unravel, windows_of
+from ..portable.windows import SAMPLE_FIELDS, is_empty, shifted, union_of_windows, unravel
 from . import large_tiling
 from .descriptors import Call, boxes_of_registers, call_of, key_boxes, multiprocessors, query_boxes
 from .large_tiling import LargeTileConfig
-from .primitives import output_rows, part_rows, store_rows
+from .primitives import flag_nan, output_rows, part_rows, store_part_rows
 from .rings import (
     await_load,
     await_tile,
     key_chunk_producer,
+    loaded,
     new_notes,
     new_ring,
     new_schedule,
@@ -50,16 +51,15 @@ from .rings import (
     read_note,
     release,
     repeated,
-    stage_of,
 )
 from .walk import (
     chunk_count,
     chunk_mask,
     first_walk_index,
     hidden_keys,
+    keys_of,
     meets,
     next_walk_index,
-    on_line,
     part_of,
     reach_of,
     register_chunks,
@@ -71,19 +71,16 @@ FLAGS: tl.constexpr = tl.constexpr(64)  # tiles whose flags one program of the r
 
 
 @gluon.jit
-def start_scores(b_q, k_ring, n, b_hidden, D: gl.constexpr, STAGES: gl.constexpr):
+def start_scores(b_q, k_ring, n, b_hidden, STAGES: gl.constexpr):
     """Start the product of queries and the keys of chunk ``n``, which have arrived, added to a mask of 0 and -inf."""
-    i, _ = stage_of(n, STAGES)
-    b_k = k_ring[0][0].index(i).reshape([b_hidden.shape[1], D]).permute((1, 0))
-    return warpgroup_mma(b_q, b_k, b_hidden, is_async=True)
+    b_k = loaded(k_ring, 0, n, b_hidden.shape[1], STAGES)
+    return warpgroup_mma(b_q, b_k.permute((1, 0)), b_hidden, is_async=True)
 
 
 @gluon.jit
 def start_values(b_p, b_acc, v_ring, n, STAGES: gl.constexpr):
     """Start to add the values of chunk ``n``, which have arrived, weighted."""
-    i, _ = stage_of(n, STAGES)
-    b_v = v_ring[0][0].index(i).reshape([b_p.shape[1], b_acc.shape[1]])
-    return warpgroup_mma(b_p, b_v, b_acc, is_async=True)
+    return warpgroup_mma(b_p, loaded(v_ring, 0, n, b_p.shape[1], STAGES), b_acc, is_async=True)
 
 
 @gluon.jit
@@ -100,15 +97,14 @@ def row_maximum(b_s):
 
 
 @gluon.jit
-def softmax_weights(
-    b_s, row_max, row_m, part_l, factor, DTYPE: gl.constexpr, WEIGHTS: gl.constexpr, PARTS: gl.constexpr
-):  # fmt: skip
+def softmax_weights(b_s, row_max, row_m, part_l, factor, DTYPE: gl.constexpr, WEIGHTS: gl.constexpr):
     """Weights of a chunk, whose maximum in each row is ``row_max``, the new maximum, the new sums, and the factor by
     which all earlier sums shrink.
 
     ``part_l [M, 8]`` holds a sum over every eighth key of a row. These are the keys that one thread has, so that no
     values are exchanged between threads before the end of the tile.
     """
+    PARTS: gl.constexpr = part_l.type.layout
     row_m_new = gl.maximum(row_m, row_max * factor)
     row_alpha = gl.exp2(row_m - row_m_new)
     b_p = gl.exp2(b_s * factor - row_m_new[:, None])
@@ -118,40 +114,47 @@ def softmax_weights(
 
 
 @gluon.jit
-def attend_first(
-    b_q, b_hidden, row_m, part_l, k_ring, n, factor,
-    D: gl.constexpr, STAGES: gl.constexpr, WEIGHTS: gl.constexpr, PARTS: gl.constexpr,
-):  # fmt: skip
+def attend_first(b_q, b_hidden, row_m, part_l, k_ring, n, factor, STAGES: gl.constexpr, WEIGHTS: gl.constexpr):
     """Weights of the first chunk of a tile."""
     await_load(k_ring, n, True, STAGES)
-    b_s = start_scores(b_q, k_ring, n, b_hidden, D, STAGES)
+    b_s = start_scores(b_q, k_ring, n, b_hidden, STAGES)
     b_s = warpgroup_mma_wait(0, deps=[b_s])
     release(k_ring, n, STAGES)
-    b_p, row_m, part_l, _ = softmax_weights(b_s, gl.max(b_s, 1), row_m, part_l, factor, b_q.dtype, WEIGHTS, PARTS)
+    b_p, row_m, part_l, _ = softmax_weights(b_s, gl.max(b_s, 1), row_m, part_l, factor, b_q.dtype, WEIGHTS)
     return b_p, row_m, part_l
 
 
 @gluon.jit
 def attend_next(
-    b_q, b_hidden, b_p, b_acc, row_m, part_l, k_ring, v_ring, n, last, factor,
-    D: gl.constexpr, STAGES: gl.constexpr, WEIGHTS: gl.constexpr, PARTS: gl.constexpr,
-    OUT: gl.constexpr,
+    b_q, b_hidden, b_p, b_acc, row_m, part_l, k_ring, v_ring, n, last, factor, STAGES: gl.constexpr
 ):  # fmt: skip
     """Weights of chunk ``n``, whose keys have arrived, while the weighted values of the previous chunk are added."""
-    b_s = start_scores(b_q, k_ring, n, b_hidden, D, STAGES)
+    OUT: gl.constexpr = b_acc.type.layout
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
+    b_s = start_scores(b_q, k_ring, n, b_hidden, STAGES)
     await_load(v_ring, n - 1, True, STAGES)
     b_acc = start_values(b_p, b_acc, v_ring, n - 1, STAGES)
     b_s = warpgroup_mma_wait(1, deps=[b_s])
     release(k_ring, n, STAGES)
     b_p, row_m, part_l, row_alpha = softmax_weights(
-        b_s, gl.max(b_s, 1), row_m, part_l, factor, b_q.dtype, WEIGHTS, PARTS
-    )
+        b_s, gl.max(b_s, 1), row_m, part_l, factor, b_q.dtype, WEIGHTS
+    )  # fmt: skip
     # This wait stands here because ptxas would move the next one above the softmax if there were none before it.
     await_load(k_ring, n + 1, n < last, STAGES)
     b_acc = warpgroup_mma_wait(0, deps=[b_acc])
     release(v_ring, n - 1, STAGES)
     b_acc = b_acc * gl.convert_layout(row_alpha, gl.SliceLayout(1, OUT))[:, None]
     return b_p, b_acc, row_m, part_l
+
+
+@gluon.jit
+def attend_last(b_p, b_acc, v_ring, n, STAGES: gl.constexpr):
+    """Add the weighted values of the last chunk of a tile, whose weights are ``b_p``."""
+    await_load(v_ring, n, True, STAGES)
+    b_acc = start_values(b_p, b_acc, v_ring, n, STAGES)
+    b_acc = warpgroup_mma_wait(0, deps=[b_acc])
+    release(v_ring, n, STAGES)
+    return b_acc
 
 
 @gluon.jit
@@ -174,19 +177,25 @@ def initial_stats(Sink, row_head, sink, SINK: gl.constexpr, M: gl.constexpr, ROW
 
 
 @gluon.jit
-def attend_alone(
-    b_q, b_hidden, b_acc, row_m, part_l, k_ring, v_ring, n, factor,
-    D: gl.constexpr, STAGES: gl.constexpr, WEIGHTS: gl.constexpr, PARTS: gl.constexpr, OUT: gl.constexpr,
-):  # fmt: skip
+def attend_alone(b_q, b_hidden, b_acc, row_m, part_l, k_ring, v_ring, n, factor, STAGES: gl.constexpr):
     """Add chunk ``n``, which has arrived, with no product under way before and after."""
-    b_s = start_scores(b_q, k_ring, n, b_hidden, D, STAGES)
+    OUT: gl.constexpr = b_acc.type.layout
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
+    b_s = start_scores(b_q, k_ring, n, b_hidden, STAGES)
     b_s = warpgroup_mma_wait(0, deps=[b_s])
     row_max = gl.convert_layout(row_maximum(b_s), row_m.type.layout)
-    b_p, row_m, part_l, row_alpha = softmax_weights(b_s, row_max, row_m, part_l, factor, b_q.dtype, WEIGHTS, PARTS)
+    b_p, row_m, part_l, row_alpha = softmax_weights(b_s, row_max, row_m, part_l, factor, b_q.dtype, WEIGHTS)
     b_acc = b_acc * gl.convert_layout(row_alpha, gl.SliceLayout(1, OUT))[:, None]
     b_acc = start_values(b_p, b_acc, v_ring, n, STAGES)
     b_acc = warpgroup_mma_wait(0, deps=[b_acc])
     return b_acc, row_m, part_l
+
+
+@gluon.jit
+def flag_of(i_batch, i_head, origin, parts, blocks, PART: gl.constexpr):
+    """Index of the flag of the part of a tile at ``origin``."""
+    i_part = (i_batch * parts[0] + origin[0] // PART[0]) * parts[1] + origin[1] // PART[1]
+    return (i_part * parts[2] + origin[2] // PART[2]) * blocks + i_head
 
 
 @gluon.jit
@@ -214,25 +223,21 @@ def q_consumer(
     while tile_id < num_tiles:
         i_batch, i_head, tile_origin, walk = tile_walk(tile_id, plan, CAUSAL, TILE, CHUNK, Windows)
         origin = part_of(tile_origin, GROUP, GROUPS, PART)
-        if Windows is None:
-            row_lo, row_hi = windows_of(shifted(position, origin), length, kernel, stride, CAUSAL)
-        else:
-            row_lo, row_hi = on_line(Windows, shifted(position, origin), length)
+        row_lo, row_hi = keys_of(shifted(position, origin), plan, CAUSAL, Windows)
         row_m, part_l = initial_stats(Sink, i_head * PACK + head, sink, SINK, M, gl.SliceLayout(1, SCORES), PARTS)
         b_acc = gl.zeros([M, BDV], gl.float32, OUT)
         if SKIP:
             lo, hi, _, _ = union_of_windows(origin, length, kernel, stride, CAUSAL, PART)
             reach, row_size = reach_of(lo, hi, is_empty(origin, length), CHUNK), row_sizes(row_lo, row_hi)
             await_load(q_ring, i_tile, True, TILES)
-            i_query, _ = stage_of(i_tile, TILES)
-            b_q = q_ring[0][GROUP].index(i_query).reshape([M, BD])
+            b_q = loaded(q_ring, GROUP, i_tile, M, TILES)
             for i_chunk in range(chunk_count(walk)):
                 await_load(k_ring, n, True, STAGES)
                 corner = read_note(notes, n, STAGES)
                 if meets(corner, reach) | (i_chunk < register_chunks(walk)):
                     b_hidden = hidden_keys(i_chunk, walk, corner, row_lo, row_size, inner, M, N, RANK, SCORES)
                     b_acc, row_m, part_l = attend_alone(
-                        b_q, b_hidden, b_acc, row_m, part_l, k_ring, v_ring, n, factor, BD, STAGES, WEIGHTS, PARTS, OUT
+                        b_q, b_hidden, b_acc, row_m, part_l, k_ring, v_ring, n, factor, STAGES
                     )
                 release(k_ring, n, STAGES)
                 n += 1
@@ -241,25 +246,18 @@ def q_consumer(
             i_walk = first_walk_index(walk)
             b_hidden = chunk_mask(i_walk, walk, row_lo, row_hi, inner, M, N, CHUNK, RANK, SCORES)
             await_load(q_ring, i_tile, True, TILES)
-            i_query, _ = stage_of(i_tile, TILES)
-            b_q = q_ring[0][GROUP].index(i_query).reshape([M, BD])
-            b_p, row_m, part_l = attend_first(
-                b_q, b_hidden, row_m, part_l, k_ring, n, factor, BD, STAGES, WEIGHTS, PARTS
-            )
+            b_q = loaded(q_ring, GROUP, i_tile, M, TILES)
+            b_p, row_m, part_l = attend_first(b_q, b_hidden, row_m, part_l, k_ring, n, factor, STAGES, WEIGHTS)
             n += 1
             await_load(k_ring, n, n <= last, STAGES)
             for _ in range(1, chunk_count(walk)):
                 i_walk, _wraps = next_walk_index(i_walk, walk)
                 b_hidden = chunk_mask(i_walk, walk, row_lo, row_hi, inner, M, N, CHUNK, RANK, SCORES, False)
                 b_p, b_acc, row_m, part_l = attend_next(
-                    b_q, b_hidden, b_p, b_acc, row_m, part_l, k_ring, v_ring, n, last, factor,
-                    BD, STAGES, WEIGHTS, PARTS, OUT,
-                )  # fmt: skip
+                    b_q, b_hidden, b_p, b_acc, row_m, part_l, k_ring, v_ring, n, last, factor, STAGES
+                )
                 n += 1
-            await_load(v_ring, n - 1, True, STAGES)
-            b_acc = start_values(b_p, b_acc, v_ring, n - 1, STAGES)
-            b_acc = warpgroup_mma_wait(0, deps=[b_acc])
-            release(v_ring, n - 1, STAGES)
+            b_acc = attend_last(b_p, b_acc, v_ring, n - 1, STAGES)
 
         row_l = gl.convert_layout(gl.sum(part_l, 1), gl.SliceLayout(1, OUT))
         b_out = (b_acc / row_l[:, None]).to(b_q.dtype)
@@ -273,19 +271,14 @@ def q_consumer(
         release(q_ring, i_tile, TILES)
         i_tile += 1
 
-        out_position, out_head = part_rows(PART, PACK, gl.SliceLayout(1, STORE))
-        m_rows, o_row = output_rows(out_position, i_head * PACK + out_head, i_batch, origin, length, blocks * PACK)
-        store_rows(Out, o_row, m_rows, b_out, DV, BDV, STORE)
+        store_part_rows(b_out, Out, i_head, i_batch, origin, length, blocks * PACK, PART, PACK, DV)
         m_rows, o_row = output_rows(position, i_head * PACK + head, i_batch, origin, length, blocks * PACK)
         if WITH_STATS:
             gl.store(RowMax + o_row, row_m * LN2, mask=m_rows)
             gl.store(RowSum + o_row, gl.convert_layout(row_l, gl.SliceLayout(1, SCORES)), mask=m_rows)
         # Mark the part if a result is not finite, or if no weight of a row is about one (see ``are_sound``).
         row_rest = gl.where(row_l >= 0.5, gl.sum(b_acc * 0.0, 1), float("nan"))
-        m_nonfinite = m_rows & ~(gl.abs(gl.convert_layout(row_rest, gl.SliceLayout(1, SCORES))) >= 0.0)
-        i_part = (i_batch * parts[0] + origin[0] // PART[0]) * parts[1] + origin[1] // PART[1]
-        i_flag = (i_part * parts[2] + origin[2] // PART[2]) * blocks + i_head
-        gl.store(Nonfinite + i_flag + head * 0, gl.full([M], 1, gl.int32, gl.SliceLayout(1, SCORES)), mask=m_nonfinite)
+        flag_nan(Nonfinite + flag_of(i_batch, i_head, origin, parts, blocks, PART), row_rest, m_rows)
         tile_id = await_tile(schedule, i_tile)
 
 

@@ -31,11 +31,11 @@ from .rings import (
     await_tile,
     expect_load,
     load_box,
+    loaded,
     new_ring,
     new_schedule,
     release,
     repeated,
-    stage_of,
     take_tile,
 )
 
@@ -115,11 +115,8 @@ def register_consumer(
 ):  # fmt: skip
     """One of the groups of four warps, which are as those of ``large_dkv.dkv_consumer``."""
     OWN: gl.constexpr = 0 if BY_RESULT else GROUP
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     OUT_K: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BD, 16])
     OUT_V: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BDV, 16])
-    WEIGHTS_K: gl.constexpr = gl.DotOperandLayout(0, OUT_K, 2)
-    WEIGHTS_V: gl.constexpr = gl.DotOperandLayout(0, OUT_V, 2)
     factor = scale * LOG2E
     n = 0
     i_tile = 0
@@ -129,19 +126,15 @@ def register_consumer(
         b_dk = gl.zeros([M, BD], gl.float32, OUT_K)
         b_dv = gl.zeros([M, BDV], gl.float32, OUT_V)
         await_load(tile_ring, i_tile, True, 1)
-        i, _ = stage_of(i_tile, 1)
-        b_k = tile_ring[0][OWN].index(i).reshape([M, BD])
-        b_v = tile_ring[0][COUNT + OWN].index(i).reshape([M, BDV])
+        b_k, b_v = loaded(tile_ring, OWN, i_tile, M, 1), loaded(tile_ring, COUNT + OWN, i_tile, M, 1)
         for _ in range(first, end):
             await_load(ring, n, True, STAGES)
             if not BY_RESULT:
-                b_dk, b_dv = add_queries(
-                    b_dk, b_dv, b_k, b_v, None, ring, n, factor, N, STAGES, SCORES, WEIGHTS_K, WEIGHTS_V
-                )
+                b_dk, b_dv = add_queries(b_dk, b_dv, b_k, b_v, None, ring, n, factor, N, STAGES)
             elif GROUP == 0:
-                b_dv = add_to_values(b_dv, b_k, b_v, None, ring, n, factor, N, STAGES, SCORES, WEIGHTS_V)
+                b_dv = add_to_values(b_dv, b_k, b_v, None, ring, n, factor, N, STAGES)
             else:
-                b_dk = add_to_keys(b_dk, b_k, b_v, None, ring, n, factor, N, STAGES, SCORES, WEIGHTS_K)
+                b_dk = add_to_keys(b_dk, b_k, b_v, None, ring, n, factor, N, STAGES)
             release(ring, n, STAGES)
             n += 1
         release(tile_ring, i_tile, 1)

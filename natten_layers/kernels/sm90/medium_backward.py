@@ -36,7 +36,6 @@ from ..portable.windows import (
     next_chunk,
     queries_of,
     shifted,
-    token_offset,
     tokens_of,
     union_of_queries,
     union_of_windows,
@@ -61,7 +60,7 @@ from .medium_forward import (
     start_sums,
 )
 from .medium_tiling import MediumTileConfig, spec_of
-from .primitives import class_rows, thread_barrier
+from .primitives import class_rows, load_grad_lse, load_lse, thread_barrier
 from .rings import new_barriers, new_stages, stage_of
 from .small_forward import first_frame, own_tile, present_descriptors
 from .small_nonfinite import spread
@@ -156,15 +155,13 @@ def medium_dq_kernel(
     m_rows, o_row = class_rows(position, head, i_batch, origin, residue, count, dilation, length, blocks * PACK)
     row_lo, row_hi = windows_of(shifted(position, origin), count, kernel, stride, CAUSAL)
     row_size = row_sizes(row_lo, row_hi)
-    row_lse = gl.load(RowMax + o_row, mask=m_rows, other=0.0) * LOG2E
-    row_lse += gl.log2(gl.load(RowSum + o_row, mask=m_rows, other=1.0))
+    row_lse = load_lse(RowMax, RowSum, o_row, m_rows)
     gl.store(Lse + o_row, row_lse, mask=m_rows)
     mbarrier.wait(ready.index(STAGES), 0)
     row_delta = row_deltas(Out, o_row, m_rows, grads, SPEC.head_dim, COLUMNS, ROW)
     if WITH_DLSE:
         token = tokens_of(shifted(position, origin), residue, count, dilation)
-        o_dl = i_batch.to(gl.int64) * dl_strides[0] + token_offset(token, dl_strides) + head * dl_strides[4]
-        row_delta -= gl.load(DLse + o_dl, mask=m_rows, other=0.0)
+        row_delta -= load_grad_lse(DLse, dl_strides, i_batch, token, head, m_rows)
     gl.store(Delta + o_row, row_delta, mask=m_rows)
 
     inner = unravel(gl.arange(0, N, gl.SliceLayout(0, SCORES)), CHUNK[1], CHUNK[2])

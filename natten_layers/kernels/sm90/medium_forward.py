@@ -180,7 +180,7 @@ def start_store(results, buffers, descs, corner, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
-def attend_chunk(queries, keys, values, i_stage, b_hidden, sums, row_m, part_l, factor, PARTS: gl.constexpr):
+def attend_chunk(queries, keys, values, i_stage, b_hidden, sums, row_m, part_l, factor):
     """Start to add a chunk, which has arrived, to the sums of weighted values; returns new maxima and sums of weights,
     as ``softmax_weights`` does.
     """
@@ -188,9 +188,7 @@ def attend_chunk(queries, keys, values, i_stage, b_hidden, sums, row_m, part_l, 
     b_s = start_products(queries, keys, i_stage, b_hidden, b_hidden.shape[1])
     b_s = warpgroup_mma_wait(0, deps=[b_s])
     row_max = gl.convert_layout(row_maximum(b_s), row_m.type.layout)
-    b_p, row_m, part_l, row_alpha = softmax_weights(
-        b_s, row_max, row_m, part_l, factor, queries[0].dtype, WEIGHTS, PARTS
-    )
+    b_p, row_m, part_l, row_alpha = softmax_weights(b_s, row_max, row_m, part_l, factor, queries[0].dtype, WEIGHTS)
     return start_sums(b_p, values, i_stage, sums, row_alpha), row_m, part_l
 
 
@@ -266,9 +264,7 @@ def medium_forward_kernel(
         i_stage, phase = stage_of(n, STAGES)
         b_hidden = hidden(corner, row_lo, row_size, inner, RANK)
         mbarrier.wait(ready.index(i_stage), phase)
-        sums, row_m, part_l = attend_chunk(
-            queries, keys, values, i_stage, b_hidden, sums, row_m, part_l, scale * LOG2E, PARTS
-        )
+        sums, row_m, part_l = attend_chunk(queries, keys, values, i_stage, b_hidden, sums, row_m, part_l, scale * LOG2E)
         corner = next_chunk(corner, lo, hi, CHUNK, RANK)
         sums = finished(sums)
         thread_barrier()  # the stage has been read

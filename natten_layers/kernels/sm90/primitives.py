@@ -13,6 +13,7 @@ from ..portable.windows import (
     contiguous_row,
     inside_axes,
     shifted,
+    token_offset,
     tokens_of,
     unravel,
 )
@@ -56,6 +57,20 @@ def class_rows(position, head, i_batch, origin, residue, count, dilation, length
 
 
 @gluon.jit
+def load_lse(RowMax, RowSum, o_row, m_rows):
+    """The base-2 log-sum-exp of rows, from the statistics that the forward kernel saved."""
+    row_lse = gl.load(RowMax + o_row, mask=m_rows, other=0.0) * LOG2E
+    return row_lse + gl.log2(gl.load(RowSum + o_row, mask=m_rows, other=1.0))
+
+
+@gluon.jit
+def load_grad_lse(DLse, strides, i_batch, token, head, m_rows):
+    """The gradient of the log-sum-exp of rows. Strides are ``(batch, t, h, w, head)``."""
+    o_rows = i_batch.to(gl.int64) * strides[0] + token_offset(token, strides) + head * strides[4]
+    return gl.load(DLse + o_rows, mask=m_rows, other=0.0)
+
+
+@gluon.jit
 def store_rows(Out, o_row, m_rows, b_rows, D: gl.constexpr, BD: gl.constexpr, STORE: gl.constexpr):
     """Store the first ``D`` of the ``BD`` channels of rows in a contiguous ``[rows, D]``."""
     col = gl.arange(0, BD, gl.SliceLayout(0, STORE))[None, :]
@@ -93,7 +108,13 @@ def start_product(b_rows, b_columns, b_acc):
 @gluon.jit
 def flag_nonfinite(Nonfinite, b_rows, m_rows):
     """Set ``Nonfinite`` to 1 if a result of some row is not finite."""
-    row_rest = gl.convert_layout(gl.sum(b_rows * 0.0, 1), m_rows.type.layout)
+    flag_nan(Nonfinite, gl.sum(b_rows * 0.0, 1), m_rows)
+
+
+@gluon.jit
+def flag_nan(Nonfinite, row_rest, m_rows):
+    """Set ``Nonfinite`` to 1 if ``row_rest``, else 0, is NaN for some row."""
+    row_rest = gl.convert_layout(row_rest, m_rows.type.layout)
     gl.store(Nonfinite + m_rows.to(gl.int32) * 0, 1, mask=m_rows & ~(gl.abs(row_rest) >= 0.0))
 
 
@@ -107,12 +128,18 @@ def store_part(buffer, b_rows, Out, i_head, i_batch, origin, length, heads, PART
     """
     BD: gl.constexpr = b_rows.shape[1]
     b_rows = b_rows.to(Out.dtype.element_ty)
-    if buffer is None:
-        STORE: gl.constexpr = b_rows.type.layout
-    else:
+    if buffer is not None:
         STORE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BD, BD // 8], [4, 1], [1, 0])
         buffer.store(b_rows)
         b_rows = buffer.load(STORE)
+    store_part_rows(b_rows, Out, i_head, i_batch, origin, length, heads, PART, PACK, D)
+
+
+@gluon.jit
+def store_part_rows(b_rows, Out, i_head, i_batch, origin, length, heads, PART: gl.constexpr, PACK: gl.constexpr,
+                    D: gl.constexpr):  # fmt: skip
+    """Store the rows of a result for the part of a tile at ``origin`` from registers, in the layout that they have."""
+    STORE: gl.constexpr = b_rows.type.layout
     position, head = part_rows(PART, PACK, gl.SliceLayout(1, STORE))
     m_rows, o_row = output_rows(position, i_head * PACK + head, i_batch, origin, length, heads)
-    store_rows(Out, o_row, m_rows, b_rows, D, BD, STORE)
+    store_rows(Out, o_row, m_rows, b_rows, D, b_rows.shape[1], STORE)

@@ -68,6 +68,14 @@ def await_load(ring, n, expected, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def loaded(ring, PART: gl.constexpr, n, ROWS: gl.constexpr, STAGES: gl.constexpr):
+    """One of the boxes of the ``n``-th load, which has arrived, as a matrix ``[ROWS, channels]``."""
+    i, _ = stage_of(n, STAGES)
+    box = ring[0][PART].index(i)
+    return box.reshape([ROWS, box.shape[-1]])
+
+
+@gluon.jit
 def release(ring, n, STAGES: gl.constexpr):
     i, _ = stage_of(n, STAGES)
     mbarrier.arrive(ring[2].index(i), count=1)

@@ -46,7 +46,6 @@ from ..portable.windows import (
     inside_axes,
     queries_of,
     shifted,
-    token_offset,
     tokens_of,
     union_of_queries,
     unravel,
@@ -54,7 +53,15 @@ from ..portable.windows import (
 )
 from .descriptors import Call, boxes_of_registers, call_of, frames_of, key_boxes, query_boxes
 from .packed_repair import new_flag, repair_key, repair_query
-from .primitives import class_rows, flag_nonfinite, opaque_i32, thread_barrier
+from .primitives import (
+    class_rows,
+    flag_nonfinite,
+    load_grad_lse,
+    load_lse,
+    opaque_i32,
+    part_rows,
+    thread_barrier,
+)
 from .rings import new_barriers
 from .small_forward import (
     batches_of_registers,
@@ -155,21 +162,19 @@ def small_dq_kernel(
     b_do = start_load(do_desc, q_corner, ready.index(1)).reshape([M, BD])
     values = start_parts(v_descs, regv_desc, kv_offset, corner, ready.index(1), AXIS)
 
-    out_row = gl.arange(0, M, gl.SliceLayout(1, LOAD))
+    out_position, out_head = part_rows(TILE, PACK, gl.SliceLayout(1, LOAD))
     m_out, o_out = class_rows(
-        unravel(out_row // PACK, TILE[1], TILE[2]), i_block * PACK + out_row % PACK, i_batch, origin, residue, count,
-        dilation, length, blocks * PACK,
+        out_position, i_block * PACK + out_head, i_batch, origin, residue, count, dilation, length, blocks * PACK
     )  # fmt: skip
     col = gl.arange(0, BD, gl.SliceLayout(0, LOAD))[None, :]
     b_out = gl.load(Out + (o_out * D)[:, None] + col, mask=m_out[:, None] & (col < D), other=0.0)
 
-    row = gl.arange(0, M, ROW)
-    position, head = unravel(row // PACK, TILE[1], TILE[2]), i_block * PACK + row % PACK
+    position, head = part_rows(TILE, PACK, ROW)
+    head += i_block * PACK
     m_rows, o_row = class_rows(position, head, i_batch, origin, residue, count, dilation, length, blocks * PACK)
     row_lo, row_hi = windows_of(shifted(position, origin), count, kernel, stride, CAUSAL)
     row_lo = cut_windows(row_lo, Begins, shifted(position, origin), length)
-    row_lse = gl.load(RowMax + o_row, mask=m_rows, other=0.0) * LOG2E
-    row_lse += gl.log2(gl.load(RowSum + o_row, mask=m_rows, other=1.0))
+    row_lse = load_lse(RowMax, RowSum, o_row, m_rows)
     gl.store(Lse + o_row, row_lse, mask=m_rows)
 
     mbarrier.wait(ready.index(0), 0)
@@ -177,8 +182,7 @@ def small_dq_kernel(
     row_delta = gl.convert_layout(gl.sum(b_out.to(gl.float32) * b_do.load(LOAD).to(gl.float32), 1), ROW)
     if WITH_DLSE:
         token = tokens_of(shifted(position, origin), residue, count, dilation)
-        o_dl = i_batch.to(gl.int64) * dl_strides[0] + token_offset(token, dl_strides) + head * dl_strides[4]
-        row_delta -= gl.load(DLse + o_dl, mask=m_rows, other=0.0)
+        row_delta -= load_grad_lse(DLse, dl_strides, i_batch, token, head, m_rows)
     gl.store(Delta + o_row, row_delta, mask=m_rows)
 
     b_q = buffer.reshape([M, BD])

@@ -48,11 +48,13 @@ from .small_rolling_steps import (
     load_stage,
     load_start,
     new_buffers,
+    next_tile,
     own_run,
     parts_of,
     prepare_stages,
     prepare_tile,
     query_coordinates,
+    results_buffer,
     ring_parts,
     rolling_masks,
     stage_coordinates,
@@ -124,16 +126,11 @@ def attend_run(
         b_q = queries.index(zero).reshape([M, BD])
         scores = scores_of(b_q, ring_parts(keys, i_free, reg_keys, PARTS, STAGES), masks)
         written = origin
-        origin = shifted_along(origin, SPEC.step, AXIS)
-        ahead, _ = windows_of(origin, length, kernel, stride, CAUSAL)
-        i_next = load_of(ahead, runs, SPEC)
-        # At a border two tiles may need the same stages: then the first stage is loaded again.
-        i_fresh = i_load + (i_next - i_load) * STAGES
+        origin, i_load, i_fresh = next_tile(origin, i_load, axes, runs, SPEC, STAGES)
         if i_step + 1 < run.steps:
             mbarrier.expect(keys.ready, (M + KEYS) * BD * 2)
             load_queries(q_desc, queries, run.kv_offset, origin, q_head, keys.ready)
             load_stage(keys, run.kv_offset, run.corner, load_start(i_fresh, runs, SPEC), i_free, AXIS)
-        i_load = i_next
         if PREP.pairs > 0:
             first = load_start(i_fresh, runs, SPEC)
             k_position = stage_coordinates(prep.rope, run.corner, first, length, BOX, AXIS, PREP.axes)
@@ -150,13 +147,9 @@ def attend_run(
         # products where registers are scarce.
         if length[2] > 0:
             nonfinite += nonfinite_flags(b_acc, row_l)
-            if IN_RING:
-                staged = values.buffer.index(i_free)._reinterpret(q_desc.dtype, q_desc.block_type.shape, q_desc.layout)
-            else:
-                staged = results
-                store_wait(0)  # the last results have been read
+            buffer = results_buffer(values, results, i_free, q_desc, IN_RING)
             store_tile(
-                b_acc, row_m, row_l, staged, out_desc, RowMax, RowSum, position, head, run, written, length, blocks,
+                b_acc, row_m, row_l, buffer, out_desc, RowMax, RowSum, position, head, run, written, length, blocks,
                 SPEC,
             )  # fmt: skip
     return nonfinite, origin

@@ -15,11 +15,12 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.language.nvidia.hopper.tma import (
     async_copy_global_to_shared,
     async_copy_shared_to_global,
+    store_wait,
 )
 
 from ..host.tiling import Box
 from ..portable.primitives import LN2
-from ..portable.windows import shifted, unravel
+from ..portable.windows import shifted, unravel, windows_of
 from .primitives import output_rows, thread_barrier
 from .qk_prep import (
     heads_layout,
@@ -180,6 +181,21 @@ def load_start(i_load, runs, SPEC: gl.constexpr):
 def load_of(corner, runs, SPEC: gl.constexpr):
     """The load that fills the first stage of a tile, whose window starts at ``corner``."""
     return (corner[SPEC.axis] - runs.phase) // SPEC.step
+
+
+@gluon.jit
+def next_tile(origin, i_load, axes, runs, SPEC: gl.constexpr, STAGES: gl.constexpr):
+    """The next tile of a run: its first position, the load that fills its first stage, and the load to start for it.
+
+    ``origin`` and ``i_load`` are those of the tile before.
+    """
+    length, kernel, stride = axes
+    CAUSAL: gl.constexpr = SPEC.causal
+    origin = shifted_along(origin, SPEC.step, SPEC.axis)
+    corner, _ = windows_of(origin, length, kernel, stride, CAUSAL)
+    i_next = load_of(corner, runs, SPEC)
+    # At a border two tiles may need the same stages: then the first stage is loaded again.
+    return origin, i_next, i_load + (i_next - i_load) * STAGES
 
 
 @gluon.jit
@@ -398,6 +414,19 @@ def load_first_tile(
     load_stages(keys, kv_offset, corner, i_load, runs, SPEC, RING)
     mbarrier.expect(values.ready, KEYS * SPEC.columns * 2)
     load_stages(values, kv_offset, corner, i_load, runs, SPEC, RING)
+
+
+@gluon.jit
+def results_buffer(values, results, i_free, q_desc, IN_RING: gl.constexpr):
+    """The buffer through which the results of a tile pass: with ``IN_RING`` the stage of values that no tile needs any
+    more, otherwise ``results``, once those of the tile before have been read.
+    """
+    if IN_RING:
+        buffer = values.buffer.index(i_free)._reinterpret(q_desc.dtype, q_desc.block_type.shape, q_desc.layout)
+    else:
+        buffer = results
+        store_wait(0)
+    return buffer
 
 
 @gluon.jit

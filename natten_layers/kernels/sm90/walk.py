@@ -24,6 +24,7 @@ from ..portable.windows import (
     last_of,
     spatial_tile,
     union_of_windows,
+    windows_of,
 )
 
 ANY: gl.constexpr = gl.constexpr(True)
@@ -104,6 +105,16 @@ def tile_walk(tile_id, plan, CAUSAL: gl.constexpr, TILE: gl.constexpr, CHUNK: gl
     else:
         lo, hi, inner_lo, inner_hi = union_on_line(Windows, origin, count, TILE)
     return i_batch, i_head, origin, walk_over(lo, hi, inner_lo, inner_hi, CHUNK, registers)
+
+
+@gluon.jit
+def keys_of(index, plan, CAUSAL: gl.constexpr, Windows):
+    """Corners of the boxes of keys that the queries at ``index`` see."""
+    if Windows is None:
+        row_lo, row_hi = windows_of(index, plan[0], plan[1], plan[2], CAUSAL)
+    else:
+        row_lo, row_hi = on_line(Windows, index, plan[0])
+    return row_lo, row_hi
 
 
 @gluon.jit
