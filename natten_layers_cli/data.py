@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from natten_layers.io.schema import check_keys
 
 from .progress import progress
-from .running import one_line
+from .running import one_line, tell
 
 IMAGE_SUFFIXES = {
     *(".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tga", ".tif", ".tiff"),
@@ -43,6 +43,12 @@ IMAGE_SUFFIXES = {
 LITTER = {"__MACOSX", "@eaDir", "$RECYCLE.BIN"}  # folders that systems leave, some with images in them
 T = TypeVar("T")
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+MOST_UNREADABLE = 50
+"""Images in a row without one that can be read, at which it is their disk or their folder that is broken."""
+
+
+class UnreadableError(ValueError):
+    """An image cannot be read. The message names it."""
 
 
 Fit = Callable[[Image.Image, tuple[int, int]], Image.Image]
@@ -58,7 +64,11 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def load(self, index: int, generator: torch.Generator) -> tuple[Tensor, int]:
-        """An image ``[C, H, W]``, uint8, of the size to train at, and its class (0 where there are none)."""
+        """An image ``[C, H, W]``, uint8, of the size to train at, and its class (0 where there are none).
+
+        Raises:
+            UnreadableError: its file or its row is damaged, or gone.
+        """
         ...
 
 
@@ -256,11 +266,46 @@ class HuggingFace:
             row = self.rows[index]
             image = self.fit(_convert(row[self.image_key], self.channels), self.size)
         except Exception as error:  # of the many kinds that decoders raise
-            raise ValueError(f"image {index} of {self.name} cannot be read: {one_line(error)}") from error
+            raise UnreadableError(f"image {index} of {self.name} cannot be read: {one_line(error)}") from error
         label = 0 if self.class_key is None else row[self.class_key]
         if self.class_key is not None and label not in range(len(self.class_names)):  # -1 is the hub's for unknown
             raise ValueError(f"image {index} of {self.name} has no class: its {self.class_key!r} is {label!r}")
         return _to_tensor(image), label
+
+
+class SkipUnreadable:
+    """A source in which the next image that can be read takes the place of one that cannot, with a warning.
+
+    A look at a file does not tell whether all of its pixels can be decoded, and decoding millions of images before a
+    run would take hours. So damage may show only during the run, which one bad image must not end. Which image takes
+    the place depends on the files alone: runs that are resumed see the same ones.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.source, self.class_names = source, source.class_names
+        self.warned: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def load(self, index: int, generator: torch.Generator) -> tuple[Tensor, int]:
+        """What the source's ``load`` returns.
+
+        Raises:
+            UnreadableError: all images of the source, or ``MOST_UNREADABLE`` in a row, cannot be read.
+        """
+        most = min(MOST_UNREADABLE, len(self.source))
+        for tried in range(1, most + 1):
+            try:
+                return self.source.load(index, generator)
+            except UnreadableError as error:
+                if tried == most:
+                    raise UnreadableError(f"{most} images in a row cannot be read; the last one: {error}") from error
+                if index not in self.warned:  # once for every process that loads images, not in every epoch
+                    tell(f"warning: {error}; the next image takes its place")
+                self.warned.add(index)
+                index = (index + 1) % len(self.source)
+        raise ValueError("the source has no images")
 
 
 def parse_data_flag(value: str) -> dict[str, Any]:
@@ -319,7 +364,7 @@ def _open_image(path: Path, channels: int) -> Image.Image:
         with Image.open(path) as image:
             return _convert(image, channels)
     except Exception as error:  # of the many kinds that decoders raise
-        raise ValueError(f"{path} cannot be read as an image: {one_line(error)}") from error
+        raise UnreadableError(f"{path} cannot be read as an image: {one_line(error)}") from error
 
 
 def _problem(path: Path, channels: int) -> str:
@@ -500,10 +545,10 @@ class Batch(NamedTuple):
 
 
 class Examples(Dataset[Batch]):
-    """Examples of a source, complete with their noise."""
+    """Examples of a source, complete with their noise. Images that cannot be read are skipped."""
 
     def __init__(self, source: Source, augment_probability: float) -> None:
-        self.source, self.augment_probability = source, augment_probability
+        self.source, self.augment_probability = SkipUnreadable(source), augment_probability
 
     def __getitem__(self, key: Key) -> Batch:
         generator = torch.Generator().manual_seed(key.seed)
@@ -607,7 +652,10 @@ def in_one_line(batches: Iterator[T]) -> Iterator[T]:
         except Exception as error:
             if not str(error).startswith("Caught "):
                 raise
-            raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
+            last = str(error).strip().splitlines()[-1]
+            for kind in ("ValueError", f"{UnreadableError.__module__}.{UnreadableError.__qualname__}"):
+                last = last.removeprefix(f"{kind}: ")
+            raise ValueError(last) from error
         yield batch
 
 

@@ -302,15 +302,15 @@ class Signals:
         now = time.monotonic()
         if self.number is None:
             self.number, self.since = number, now
-            _tell("stopping after this step; a second Ctrl-C does not wait for it, and loses what is not saved")
+            tell("stopping after this step; a second Ctrl-C does not wait for it, and loses what is not saved")
         elif now - self.since >= 1:
             if self.may_raise:
                 raise KeyboardInterrupt
-            _tell("saving what there is, please wait")
+            tell("saving what there is, please wait")
 
 
-def _tell(text: str) -> None:
-    """To standard error from within a signal handler, where its buffer may be in use."""
+def tell(text: str) -> None:
+    """To standard error, below a progress bar, where its buffer may be in use or the terminal gone."""
     with suppress(OSError):
         os.write(2, f"\n{text}\n".encode())
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .data import Photographs, Source
+from .data import Photographs, SkipUnreadable, Source
 from .distances import NAMES, features_of, frechet_distance, kernel_distance, open_features
 from .held_out import Part
 from .pictures import to_bytes
@@ -31,7 +31,7 @@ class SampleDistances:
             raise ValueError(
                 f"--eval-samples {count} needs as many images to compare with, and there are {len(source)}"
             )
-        self.part = Part(source, random.Random("reference").sample(range(len(source)), count))
+        self.part = Part(SkipUnreadable(source), random.Random("reference").sample(range(len(source)), count))
         self.name, self.features = features, open_features(features, device)
         self.device, self.workers = device, workers
         self.reference: Tensor | None = None

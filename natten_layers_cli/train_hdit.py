@@ -466,7 +466,7 @@ class Trainer:
     def _load(self, load: Callable[[], T]) -> T:
         """What ``load`` returns. Where it fails in a process, all of them save what they have learned, and end.
 
-        An image can break while a run lasts: it is damaged where no look at the file tells, or its disk is gone.
+        Single images that cannot be read are skipped; here it is that the disk is gone, or that an image has no class.
         """
         loaded, problem = None, None
         try:

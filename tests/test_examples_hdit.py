@@ -830,7 +830,7 @@ def test_sigterm_to_all_processes_saves(config: Path) -> None:
     assert int(saved.removeprefix("a_").removesuffix(".pth")) >= 3
 
 
-def test_a_run_with_workers_ends_with_the_name_of_an_image_that_breaks(
+def test_a_run_with_workers_skips_an_image_that_breaks_and_ends_when_all_do(
     config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On the way there: signals to the workers themselves change nothing, and the name is taken."""
@@ -871,9 +871,13 @@ def check_a_run_with_workers(config: Path, process: subprocess.Popen[str], folde
     wait_for_steps(5)
     assert list(config.parent.glob("a_*.pth"))
     cut(folder / "1.jpg")
+    wait_for_steps(5)  # of one to seven batches that were loaded ahead; each has every image of the three
+    for name in ("0.jpg", "2.jpg"):
+        cut(folder / name)
     output, error = process.communicate(timeout=60)
     assert process.returncode == 2, (output, error)
-    assert f"error: {folder / '1.jpg'} cannot be read as an image" in error.splitlines()[-1]
+    assert f"warning: {folder / '1.jpg'} cannot be read as an image" in error
+    assert "error: 3 images in a row cannot be read; the last one: " in error.splitlines()[-1]
     saved = json.loads((config.parent / "a_state.json").read_text())["latest_checkpoint"]
     steps = path.read_text().splitlines()[-1].split(",")[0]
     assert saved == f"a_{int(steps):08}.pth"  # nothing that was learned is lost

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from natten_layers_cli import evaluate, sample_hdit, train_hdit
 from natten_layers_cli.checkpointing import RunFiles
-from natten_layers_cli.data import Examples, Folder, KeepShape, Key, by_shape
+from natten_layers_cli.data import MOST_UNREADABLE, Examples, Folder, KeepShape, Key, UnreadableError, by_shape
 from natten_layers_cli.held_out import Part, held_out_batches, hold_out, level_names, means, sums_by_level
 from natten_layers_cli.parallel import Processes
 from natten_layers_cli.pictures import read_record, to_image
@@ -224,21 +224,70 @@ def test_images_keep_their_shapes(given: tuple[int, int], made: tuple[int, int])
         assert (pixel[2] > 200, pixel[0] > 200) == (blue, not blue)
 
 
+def break_pixels(path: Path) -> None:
+    """Make ``path`` a JPEG that is cut within its pixels, and has a mark of the end in its last bytes, of a comment."""
+    noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path, comment=b"\xff\xd9")
+    content = path.read_bytes()
+    path.write_bytes(content[:-100])
+    assert b"\xff\xd9" in content[-1024:-100]
+
+
+def test_an_image_with_broken_pixels_is_skipped_with_a_warning(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Whether it is to train on, held out or compared with; the next one takes its place, as if asked for."""
+    config = write_config(tmp_path, images=2)
+    broken = [tmp_path / "data" / f"class{label}" / "broken.jpg" for label in range(2)]
+    for path in broken:
+        break_pixels(path)
+    flags = ["--end-step", "2", "--held-out", "2", "--eval-samples", "3", "--eval-every", "1"]
+    flags += ["--eval-features", "random-convolutions"]
+    trainer = make_trainer(config, *flags)
+    assert trainer.train()
+    error = capfd.readouterr().err
+    for path in broken:
+        assert f"warning: {path} cannot be read as an image: image file is truncated" in error
+    assert error.count(str(broken[0])) <= 3  # once for each of the three uses, not for every time
+
+    folder = Folder(tmp_path / "data", (8, 8), 3, classes=True)
+    index = [path for path, _ in folder.images].index(broken[0])
+    skipped, following = (Examples(folder, 0.5)[Key(i, 5, 0)] for i in (index, index + 1))
+    assert all(torch.equal(a, b) for a, b in zip(skipped, following, strict=True))
+
+
+@pytest.mark.parametrize("images", [3, MOST_UNREADABLE + 10])
+def test_images_that_break_all_together_end_the_run(images: int, capfd: pytest.CaptureFixture[str]) -> None:
+    class Gone:
+        class_names = ()
+
+        def __len__(self) -> int:
+            return images
+
+        def load(self, index: int, generator: torch.Generator) -> tuple[Tensor, int]:
+            raise UnreadableError(f"{index}.png cannot be read")
+
+    most = min(images, MOST_UNREADABLE)
+    with pytest.raises(UnreadableError, match=rf"^{most} images in a row cannot be read; the last one: 0.png cannot"):
+        Examples(Gone(), 0.0)[Key((1 - most) % images, 0, 0)]
+    assert capfd.readouterr().err.count("warning") == most - 1
+
+
 @pytest.mark.parametrize("held_out", [False, True])
-def test_an_image_that_breaks_during_a_run_loses_nothing(tmp_path: Path, held_out: bool) -> None:
+def test_images_that_cannot_be_had_during_a_run_lose_nothing(tmp_path: Path, held_out: bool) -> None:
     flags = ["--held-out", "2", "--eval-every", "3"] if held_out else []
     trainer = make_trainer(write_config(tmp_path), "--end-step", "9", "--save-every", "99", *flags)
 
     class Breaking(Part):
         def load(self, index: int, generator: torch.Generator) -> tuple[Tensor, int]:
             if trainer.step >= 2:
-                raise ValueError("x.png cannot be read as an image")
+                raise OSError("the disk is gone")
             return super().load(index, generator)
 
     name = "held_out" if held_out else "source"
     source = getattr(trainer, name)
     setattr(trainer, name, Breaking(source, range(len(source))))
-    with pytest.raises(ValueError, match=r"^x.png cannot be read"):
+    with pytest.raises(OSError, match="the disk is gone"):
         trainer.train()
     assert trainer.saved_step == trainer.step == (3 if held_out else 2)
     assert (tmp_path / f"a_{trainer.step:08}.pth").exists()
