@@ -305,7 +305,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_command(lambda: run(parse_arguments(argv)), when_interrupted="interrupted; nothing was written")
+    return run_command(
+        lambda: run(parse_arguments(argv)), when_interrupted="interrupted; images that were written are whole"
+    )
 
 
 if __name__ == "__main__":

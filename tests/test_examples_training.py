@@ -443,7 +443,7 @@ def test_weights_and_biases(
     assert [step for step, values in logged if "samples" in values] == [2]
 
 
-def test_single_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_single_images(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     config = write_config(tmp_path)
     assert train(config, "a", "--end-step", "1") == 0
     command = [str(tmp_path / "a.safetensors"), "-n", "3", "--steps", "1", "--device", "cpu", "--batch-size", "2"]
@@ -460,6 +460,18 @@ def test_single_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
             assert written.tobytes() == to_image(image).tobytes()
     assert sample_hdit.main([*command, "-n", "1", "--out", str(tmp_path / "out")]) == 2
     assert "out holds images already, with which these would be mixed" in capsys.readouterr().err
+    save_png = sample_hdit.save_png
+
+    def save_first(image: Image.Image, path: Path, record: dict[str, Any]) -> None:
+        if any(path.parent.iterdir()):
+            raise KeyboardInterrupt
+        save_png(image, path, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sample_hdit, "save_png", save_first)
+        assert sample_hdit.main([*command, "--out", str(tmp_path / "interrupted")]) == 130
+    assert [path.name for path in (tmp_path / "interrupted").iterdir()] == ["class0_00000.png"]
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted; images that were written are whole"
     names = ["a/b", "a-b"]  # which no file's name tells apart
     model.config.other["dataset"]["class_names"] = names
     assert sample_hdit.write_images(model, model.config, request, tmp_path / "slashes") == 6

@@ -491,3 +491,14 @@ def test_an_override_that_ends_first_leaves_the_later_one() -> None:
     assert tuned._overrides[-1] is inner
     second.__exit__(None, None, None)
     assert tuned._overrides == [tuned.NO_OVERRIDES]
+
+
+def test_ctrl_c_between_two_calls_does_not_say_that_nothing_was_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*arguments: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "_tune_call", interrupted)
+    assert command.main(TINY_FLAGS, timer=prefers("made up")) == 130
+    assert capsys.readouterr().err == "interrupted; results that were written before are kept\n"
