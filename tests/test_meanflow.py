@@ -186,6 +186,17 @@ def test_bad_arguments() -> None:
     x, noise = make_example(1)
     with pytest.raises(ValueError, match=r"r has 2 times, more than the 1 of t"):
         MeanFlow(make_model()).loss(x, noise, torch.ones(1), torch.zeros(2))
+    x, noise = make_example(2)  # what would broadcast: one noise or one time for all images
+    for n, t in ((noise[:1], torch.ones(2)), (noise, torch.ones(1))):
+        with pytest.raises(ValueError, match=r"noise has shape .* but x has \(2, 3, 12, 12\)"):
+            MeanFlow(Linear(), sigma_data=1.0).loss(x, n, t, torch.zeros(1), shift=torch.zeros(2))
+
+    class Constant(nn.Module):
+        def forward(self, z: Tensor, t: Tensor, *, interval: Tensor) -> Tensor:
+            return torch.ones(2, 3, 12, 12)
+
+    with pytest.raises(ValueError, match=r"model's output has no derivative in forward mode"):
+        MeanFlow(Constant(), sigma_data=1.0).loss(x, noise, torch.ones(2), torch.zeros(2))
 
 
 def test_the_second_time_is_of_this_objective_alone(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.parallel import DistributedDataParallel
 
+from ..checks import check_tensors
 from .base import at_least_fp32, check_probability, reset_children
 from .denoiser import per_image, sigma_data_of
 
@@ -108,8 +109,14 @@ class MeanFlow(nn.Module):
             One loss per image, ``[B]``, in fp32 or better.
 
         Raises:
-            ValueError: ``r`` is longer than ``t``.
+            ValueError: ``noise`` or ``t`` does not fit ``x``, or ``r`` is longer than ``t``.
         """
+        check_tensors(x=x, noise=noise, t=t, r=r)
+        if noise.shape != x.shape or t.shape != x.shape[:1]:
+            raise ValueError(
+                f"noise has shape {tuple(noise.shape)} and t {tuple(t.shape)}, but x has {tuple(x.shape)}; "
+                "expected noise for every pixel and a time for every image"
+            )
         averaged = len(r)
         if averaged > len(t):
             raise ValueError(f"r has {averaged} times, more than the {len(t)} of t")
@@ -134,7 +141,8 @@ def _derivative(function: Callable[..., Tensor], point: tuple[Tensor, ...], tang
     # FSDP2 knows dual numbers in every release of torch, but `torch.func.jvp` from 2.13 on only.
     with torch.no_grad(), torch.compiler.set_stance("force_eager"), forward_ad.dual_level():
         tangent = forward_ad.unpack_dual(function(*map(forward_ad.make_dual, point, tangents))).tangent
-    assert tangent is not None, "the network's output does not depend on its inputs"
+    if tangent is None:
+        raise ValueError("model's output has no derivative in forward mode: it depends on none of z, t and interval")
     return tangent
 
 
