@@ -44,6 +44,7 @@ from .primitives import (
     register_view,
     row_products,
     row_zeros,
+    shows_all,
     store_columns,
     times,
     token_view,
@@ -153,23 +154,23 @@ def window_query_gradient(
     inner = inner_indices(CHUNK)
     o_k = inner_offsets(inner, axes.dilation, keys.strides, SPEC)
     o_v = inner_offsets(inner, axes.dilation, values.strides, SPEC)
-    o_mask = inner_offsets(inner, axes.dilation, key_mask.strides, SPEC) if key_mask is not None else None
+    if key_mask is not None:
+        o_mask = inner_offsets(inner, axes.dilation, key_mask.strides, SPEC)
+        unmasked = shows_all(key_mask, walk, SPEC)
     corner = lo
     for _ in tl.range(0, walk.chunks, num_stages=SPEC.stages):
-        here = Chunk(corner, inner)
-        chunk, inside = here, walk.inside
+        chunk = Chunk(corner, inner)
         m_keys = inside_box(inner, corner, hi, RANK)
-        if key_mask is not None:
-            col_seen = load_unmasked(key_mask, o_mask, m_keys, here, walk.ring, SPEC)
-            chunk, inside = without_masked(here, inside, col_seen)
-            if SKIP:
-                m_keys = m_keys & col_seen
-        b_k = load_chunk(keys, o_k, m_keys, here, walk.ring, SPEC, SPEC.head_dim, BD)
-        b_v = load_chunk(values, o_v, m_keys, here, walk.ring, SPEC, SPEC.value_dim, BDV)
+        if SKIP:
+            m_keys = m_keys & load_unmasked(key_mask, o_mask, m_keys, chunk, walk.ring, SPEC)
+        b_k = load_chunk(keys, o_k, m_keys, chunk, walk.ring, SPEC, SPEC.head_dim, BD)
+        b_v = load_chunk(values, o_v, m_keys, chunk, walk.ring, SPEC, SPEC.value_dim, BDV)
         p_bias = None
         if row_bias is not None:
             p_bias = row_bias[:, None] + bias_offset(shifted(inner, corner), axes.kernel)[None, :]
-        b_s = masked_product(rows.b_q, b_k, walk.boxes, chunk, inside, score_scale, SPEC, p_bias)
+        b_s = masked_product(rows.b_q, b_k, walk.boxes, chunk, walk.inside, score_scale, SPEC, p_bias)
+        if key_mask is not None:
+            b_s = without_masked(b_s, key_mask, unmasked, o_mask, m_keys, chunk, walk.ring, SPEC)
         b_dq = add_query_gradient(b_dq, b_s, b_k, b_v, rows, factor, PRECISION)
         corner = next_chunk(corner, lo, hi, CHUNK, RANK)
     return b_dq

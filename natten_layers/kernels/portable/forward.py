@@ -32,6 +32,7 @@ from .primitives import (
     products,
     register_view,
     scale_rows,
+    shows_all,
     softmax_step,
     store_columns,
     token_view,
@@ -120,24 +121,26 @@ def attend_window(
     inner = inner_indices(CHUNK)
     o_k = inner_offsets(inner, axes.dilation, keys.strides, SPEC)
     o_v = inner_offsets(inner, axes.dilation, values.strides, SPEC)
-    o_mask = inner_offsets(inner, axes.dilation, key_mask.strides, SPEC) if key_mask is not None else None
+    if key_mask is not None:
+        o_mask = inner_offsets(inner, axes.dilation, key_mask.strides, SPEC)
+        unmasked = shows_all(key_mask, walk, SPEC)
     corner = lo
     for _ in tl.range(0, walk.chunks, num_stages=SPEC.stages):
         chunk = Chunk(corner, inner)
         m_keys = inside_box(inner, corner, hi, RANK)
         b_k = load_chunk(keys, o_k, m_keys, chunk, walk.ring, SPEC, SPEC.head_dim, BD)
         b_v = load_chunk(values, o_v, m_keys, chunk, walk.ring, SPEC, SPEC.value_dim, BDV)
-        inside = walk.inside
-        if key_mask is not None:
-            col_seen = load_unmasked(key_mask, o_mask, m_keys, chunk, walk.ring, SPEC)
-            chunk, inside = without_masked(chunk, inside, col_seen)
         p_bias = None
         if row_bias is not None:
             p_bias = row_bias[:, None] + bias_offset(shifted(inner, corner), axes.kernel)[None, :]
-        b_s = masked_product(b_q, b_k, walk.boxes, chunk, inside, score_scale, SPEC, p_bias)
+        b_s = masked_product(b_q, b_k, walk.boxes, chunk, walk.inside, score_scale, SPEC, p_bias)
+        if key_mask is not None:
+            b_s = without_masked(b_s, key_mask, unmasked, o_mask, m_keys, chunk, walk.ring, SPEC)
         b_visible = None
         if NONFINITE:
-            b_visible = visibility(walk.boxes.lo, walk.boxes.hi, corner, chunk.inner, RANK)
+            b_visible = visibility(walk.boxes.lo, walk.boxes.hi, corner, inner, RANK)
+            if key_mask is not None:
+                b_visible &= load_unmasked(key_mask, o_mask, m_keys, chunk, walk.ring, SPEC)[None, :]
         b_acc, row_m, row_l = softmax_step(b_acc, row_m, row_l, b_s, b_v, b_visible, factor, NONFINITE, PRECISION)
         corner = next_chunk(corner, lo, hi, CHUNK, RANK)
     return b_acc, row_m, row_l

@@ -56,7 +56,6 @@ from .primitives import (
     subtract_scaled,
     token_view,
     where_rows,
-    without_masked,
     zero_columns,
 )
 from .windows import (
@@ -158,24 +157,23 @@ def add_window_tangents(
     o_mask = inner_offsets(inner, axes.dilation, key_mask.strides, SPEC) if key_mask is not None else None
     corner = lo
     for _ in tl.range(0, walk.chunks, num_stages=SPEC.stages):
-        here = Chunk(corner, inner)
-        chunk, inside = here, walk.inside
+        chunk = Chunk(corner, inner)
         m_keys = inside_box(inner, corner, hi, RANK)
         if key_mask is not None:
-            col_seen = load_unmasked(key_mask, o_mask, m_keys, here, walk.ring, SPEC)
-            chunk, inside = without_masked(here, inside, col_seen)
-            m_keys = m_keys & col_seen
-        b_k = load_chunk(keys, o_k, m_keys, here, walk.ring, SPEC, SPEC.head_dim, BD)
+            m_keys = m_keys & load_unmasked(key_mask, o_mask, m_keys, chunk, walk.ring, SPEC)
+        b_k = load_chunk(keys, o_k, m_keys, chunk, walk.ring, SPEC, SPEC.head_dim, BD)
         b_k_dot = None
         if key_dots is not None:
-            b_k_dot = load_chunk(key_dots, o_k_dot, m_keys, here, walk.ring, SPEC, SPEC.head_dim, BD)
+            b_k_dot = load_chunk(key_dots, o_k_dot, m_keys, chunk, walk.ring, SPEC, SPEC.head_dim, BD)
         b_v = None
         if MOVES:
-            b_v = load_chunk(values, o_v, m_keys, here, walk.ring, SPEC, SPEC.value_dim, BDV)
+            b_v = load_chunk(values, o_v, m_keys, chunk, walk.ring, SPEC, SPEC.value_dim, BDV)
         b_v_dot = None
         if value_dots is not None:
-            b_v_dot = load_chunk(value_dots, o_v_dot, m_keys, here, walk.ring, SPEC, SPEC.value_dim, BDV)
-        b_s = masked_product(rows.b_q, b_k, walk.boxes, chunk, inside, score_scale, SPEC)
+            b_v_dot = load_chunk(value_dots, o_v_dot, m_keys, chunk, walk.ring, SPEC, SPEC.value_dim, BDV)
+        b_s = masked_product(rows.b_q, b_k, walk.boxes, chunk, walk.inside, score_scale, SPEC)
+        if key_mask is not None:
+            b_s = tl.where(m_keys[None, :], b_s, float("-inf"))
         b_acc, row_mu = tangent_step(
             b_acc, row_mu, b_s, rows, b_k, b_k_dot, b_v, b_v_dot, factor, scale, MOVES, PRECISION
         )

@@ -14,8 +14,22 @@ columns or, where padding would waste much, two tensors with a part of the colum
 import triton
 import triton.language as tl
 
-from .parameters import Chunk, Corners, View
-from .windows import FAR, chunk_inside, corner_offset, hidden, of_head, of_sample, on_ring, token_offset, visibility
+from .parameters import Chunk, View
+from .windows import (
+    chunk_inside,
+    corner_offset,
+    hidden,
+    inner_indices,
+    inner_offsets,
+    inside_box,
+    next_chunk,
+    of_head,
+    of_sample,
+    on_ring,
+    steps_over,
+    token_offset,
+    visibility,
+)
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
@@ -23,6 +37,8 @@ LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 # masked does not compute inf - inf.
 LOWEST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
 NO: tl.constexpr = tl.constexpr(False)
+# Boxes in which ``shows_all`` reads a mask of one, two and three axes. Windows on one axis are the longest.
+MASK_BOXES: tl.constexpr = tl.constexpr(((1, 1, 2048), (1, 16, 32), (4, 8, 16)))
 
 
 @triton.jit
@@ -42,19 +58,36 @@ def load_unmasked(key_mask, o_inner, m_keys, chunk, ring, SPEC: tl.constexpr):
 
 
 @triton.jit
-def without_masked(chunk, inside, col_seen):
-    """The chunk and the box of keys that all rows see, where those that are masked (not ``col_seen``) lie in no window.
+def shows_all(key_mask, walk, SPEC: tl.constexpr):
+    """Whether the mask, a view of an image, shows every key that some row of a tile sees.
 
-    So a key mask costs one load a chunk, and nothing for every score. If some key is masked, the chunk does not lie
-    inside of all windows either.
+    A program asks once, in boxes of many keys, as waiting for single bytes chunk by chunk takes longer.
     """
-    inner, hi = chunk.inner, inside.hi
-    all_seen = tl.min(col_seen.to(tl.int32), 0) > 0
-    inner_w = tl.where(col_seen, inner[2], FAR)
-    return (
-        Chunk(chunk.corner, (inner[0], inner[1], inner_w)),
-        Corners(inside.lo, (hi[0], hi[1], tl.where(all_seen, hi[2], -FAR))),
-    )
+    RANK: tl.constexpr = SPEC.rank
+    BOX: tl.constexpr = MASK_BOXES[RANK - 1]
+    lo, hi = walk.union
+    inner = inner_indices(BOX)
+    o_mask = inner_offsets(inner, walk.ring.dilation, key_mask.strides, SPEC)
+    steps = steps_over(lo, hi, BOX)
+    masked = tl.zeros([BOX[0] * BOX[1] * BOX[2]], tl.int1)
+    corner = lo
+    for _ in range(steps[0] * steps[1] * steps[2]):
+        m_keys = inside_box(inner, corner, hi, RANK)
+        masked |= m_keys & ~load_unmasked(key_mask, o_mask, m_keys, Chunk(corner, inner), walk.ring, SPEC)
+        corner = next_chunk(corner, lo, hi, BOX, RANK)
+    return tl.max(masked.to(tl.int32), 0) == 0
+
+
+@triton.jit
+def without_masked(b_s, key_mask, unmasked, o_inner, m_keys, chunk, ring, SPEC: tl.constexpr):
+    """The scores ``[M, N]`` of a chunk, -inf for masked keys. ``unmasked`` is what ``shows_all`` says of the tile.
+
+    Single bytes are not loaded ahead, so chunks wait for their part of the mask: only those of tiles with masked keys.
+    """
+    if not unmasked:
+        col_seen = load_unmasked(key_mask, o_inner, m_keys, chunk, ring, SPEC)
+        b_s = tl.where(col_seen[None, :], b_s, float("-inf"))
+    return b_s
 
 
 @triton.jit
