@@ -107,7 +107,7 @@ def prepare(
         accepted = accepted or _accept(signature, Accepted(_check_canonical_form(tensors, axes), plain))
     register_keys, register_values = expand_registers(additional_keys, additional_values, query.shape[0])
     factor, sink, sink_value = _scalars(query, scale, sink)
-    mask = None if key_mask is None else check_key_mask(key_mask, key)
+    mask = None if key_mask is None else check_key_mask(key_mask, key.shape[:-2], key.device)
     inputs = Inputs(query, key, value, register_keys, register_values, sink, mask)
     w = accepted.window
     periodic = w.is_periodic if any(w.is_periodic) else ()
@@ -153,10 +153,7 @@ def prepare_packed(
     registers = check_additional(additional_keys, additional_values, query, key, value, samples)
     factor, sink, sink_value = _scalars(query, scale, sink)
     if key_mask is not None:
-        check_tensors(key_mask=key_mask)
-        if key_mask.shape != query.shape[1:2]:
-            raise ValueError(f"key_mask has shape {tuple(key_mask.shape)}; expected [{query.shape[1]}], a bool a token")
-        key_mask = check_key_mask(key_mask[None], key)
+        key_mask = check_key_mask(key_mask, key.shape[1:2], key.device)[None]
     inputs = Inputs(query, key, value, *registers, sink, key_mask, shapes)
     options = Options(sink_value, window.kernel_size, window.stride, window.dilation, window.is_causal, factor)
     call = Call(inputs, options, window, query.shape[-2:-1])

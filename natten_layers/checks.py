@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from numbers import Real
 from typing import TypeGuard
 
@@ -154,22 +155,22 @@ def check_sink(sink: float | Tensor | None, query: Tensor) -> Tensor | float | N
     return sink
 
 
-def check_key_mask(mask: Tensor, key: Tensor) -> Tensor:
-    """Check the mask of keys ``[B, *spatial, H, D]``; returns it expanded to the batch."""
-    check_tensors(key_mask=mask)
-    batch, *spatial = key.shape[:-2]
-    if mask.ndim != key.ndim - 2 or mask.shape[0] not in (1, batch) or list(mask.shape[1:]) != spatial:
-        axes = ", ".join(map(str, spatial))
-        raise ValueError(
-            f"key_mask has shape {tuple(mask.shape)}; expected [{batch} or 1, {axes}], a bool for each key"
-        )
+def check_key_mask(mask: Tensor, sizes: Sequence[int], device: torch.device, name: str = "key_mask") -> Tensor:
+    """Check the mask of keys: of ``sizes``, batch and axes, or the length of packed samples. Returns it expanded."""
+    check_tensors(**{name: mask})
+    first, *spatial = sizes
+    may_be_one = bool(spatial)  # the first axis is a batch
+    fits = mask.ndim == len(sizes) and (mask.shape[0] == first or (may_be_one and mask.shape[0] == 1))
+    if not fits or list(mask.shape[1:]) != spatial:
+        expected = ", ".join([f"{first} or 1" if may_be_one else f"{first}", *map(str, spatial)])
+        raise ValueError(f"{name} has shape {tuple(mask.shape)}; expected [{expected}], a bool for each key")
     if mask.dtype != torch.bool:
         raise ValueError(
-            f"key_mask has dtype {mask.dtype}; expected torch.bool, True where a key may be seen. Pass key_mask != 0"
+            f"{name} has dtype {mask.dtype}; expected torch.bool, True where a key may be seen. Pass {name} != 0"
         )
-    if mask.device != key.device:
-        raise ValueError(f"key_mask is on {mask.device}, but query is on {key.device}")
-    return mask.expand(batch, *spatial)
+    if mask.device != device:
+        raise ValueError(f"{name} is on {mask.device}, but what it masks is on {device}")
+    return mask.expand(first, *spatial)
 
 
 def is_finite_number(value: object, dtype: torch.dtype = torch.float64) -> TypeGuard[float]:

@@ -286,6 +286,7 @@ def test_frequencies_survive_half_precision(rope: AxialRoPE | RoPE) -> None:
         (lambda: AxialRoPE(8, 2)(randn(1, 4, 4, 4, 8), randn(1, 4, 4, 4, 8)), "made for 2 and 2 of 8"),
         (lambda: AxialRoPE(8, 2)(randn(1, 4, 4, 2, 8), randn(1, 4, 4, 2, 8), randn(4, 3, 2)), "positions has shape"),
         (lambda: RoPE(8)(randn(1, 4, 2, 8), randn(1, 4, 2, 8), torch.arange(3)), r"positions has shape \(3,\)"),
+        (lambda: RoPE(8)(randn(1, 4, 4, 2, 8), randn(1, 4, 4, 2, 8)), "one spatial axis: AxialRoPE turns by coord"),
     ],
 )
 def test_rope_errors(make, message: str) -> None:
@@ -507,9 +508,21 @@ def test_gqa_repr_names_what_was_chosen() -> None:
         (lambda: NeighborhoodGQA(16, 4, "33"), "kernel_size must be int .* '33' of type str"),  # pyright: ignore
         (lambda: NeighborhoodGQA(16, 4, 3)(torch.ones(2, 4, 16, dtype=torch.long)), "x has dtype torch.int64"),
         (lambda: NeighborhoodGQA(16, 4, 3)(torch.randn(2, 16)), r"x has shape \(2, 16\)"),
+        (lambda: NeighborhoodGQA(16, 4, 3)(torch.randn(2, 16, 5, 6)), r"channels come last: pass x.movedim\(1, -1\)"),
+        (
+            lambda: NeighborhoodGQA(16, 4, 3)(torch.randn(2, 5, 6, 16), mask=torch.ones(2, 30).bool()),
+            r"^mask has shape \(2, 30\); expected \[2 or 1, 5, 6\]",
+        ),
+        (
+            lambda: NeighborhoodGQA(16, 4, 3)(torch.randn(30, 16), shapes=[(5, 6)], mask=torch.ones(5, 6).bool()),
+            r"^mask has shape \(5, 6\); expected \[30\]",
+        ),
         (lambda: NeighborhoodGQA(16, 4, 3)(torch.randn(2, 4, 4, 8)), r"expected \[B, \*spatial, 16\]"),
         (lambda: NeighborhoodGQA(16, 4, 5)(torch.randn(2, 4, 4, 16)), "kernel_size \\* dilation = 5"),
-        (lambda: NeighborhoodGQA(16, 4, (3, 3))(torch.randn(2, 4, 16)), "kernel_size has 2 entries"),
+        (
+            lambda: NeighborhoodGQA(16, 4, (3, 3))(torch.randn(2, 4, 16)),
+            r"expected \[B, \*spatial, 16\] with 2 spatial axes; .* x.unflatten\(1, \(height, width\)\)",
+        ),
         (lambda: NeighborhoodGQA(16, 4, 3)(torch.randn(2, 4, 16), positions=torch.arange(4)), "no rope"),
         (lambda: NeighborhoodGQA(16, 4, 3)(torch.randn(2, 4, 16), registers=torch.randn(1, 2, 16)), "registers has"),
         (lambda: NeighborhoodGQA(16, 4, 3, registers_attend=True)(torch.randn(2, 4, 16)), "needs registers"),
@@ -677,6 +690,8 @@ def test_parts_name_bad_sizes(build: Callable[[], object], message: str) -> None
 
 
 def test_a_rope_for_other_heads_says_which_one_to_make() -> None:
-    layer = NeighborhoodGQA(64, 4, 3, num_kv_heads=2, rope=AxialRoPE(16, 4))
+    """The layer does not wait for the first call."""
     with pytest.raises(ValueError, match=r"make AxialRoPE\(16, 4, num_kv_heads=2\)"):
-        layer(torch.zeros(1, 4, 4, 64))
+        NeighborhoodGQA(64, 4, 3, num_kv_heads=2, rope=AxialRoPE(16, 4))
+    with pytest.raises(ValueError, match=r"heads of 16 elements; this RoPE turns 32: make RoPE\(16\)"):
+        NeighborhoodGQA(64, 4, 3, rope=RoPE(32))

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ..arguments import prepare, prepare_packed
 from ..cached import cached_attention
-from ..checks import check_dense, check_scale
-from ..geometry import is_per_axis, make_window, normalise_axes
+from ..checks import check_dense, check_key_mask, check_scale
+from ..geometry import AXES, is_per_axis, make_window, normalise_axes
 from ..operations import neighborhood_attention
 from ..varlen import Shapes, packed_shapes
 from .base import check_count, check_probability
@@ -85,7 +85,8 @@ class NeighborhoodGQA(nn.Module):
     ``num_kv_heads * head_dim`` for keys and as many for values.
 
     Raises:
-        ValueError: sizes do not divide, window options contradict each other, or an option is unknown.
+        ValueError: sizes do not divide, window options contradict each other, ``rope`` is one of this library for
+            other heads, or an option is unknown.
     """
 
     def __init__(
@@ -124,7 +125,7 @@ class NeighborhoodGQA(nn.Module):
             raise ValueError(f"num_heads must be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}")
         if head_dim is None and embed_dim % num_heads:
             raise ValueError(f"embed_dim {embed_dim} is not divisible by num_heads {num_heads}; give head_dim")
-        _check_ranks(kernel_size, stride, dilation, is_causal, is_periodic)
+        self._ranks = _check_ranks(kernel_size, stride, dilation, is_causal, is_periodic)
         kernel_size = None if kernel_size is None else _plain("kernel_size", kernel_size, int)
         stride, dilation = _plain("stride", stride, int), _plain("dilation", dilation, int)
         is_causal, is_periodic = _plain("is_causal", is_causal, bool), _plain("is_periodic", is_periodic, bool)
@@ -143,6 +144,8 @@ class NeighborhoodGQA(nn.Module):
         self.kernel_size, self.stride, self.dilation = kernel_size, stride, dilation
         self.is_causal, self.is_periodic = is_causal, is_periodic
         self.registers_attend, self.qk_norm = registers_attend, qk_norm
+        if isinstance(rope, Rotary):
+            rope.check_heads(num_heads, num_kv_heads, self.head_dim)
         self.scale = self._default_scale() if scale is None else check_scale(scale, torch.float64)
 
         def parameter(*shape: int) -> nn.Parameter:
@@ -262,15 +265,15 @@ class NeighborhoodGQA(nn.Module):
             raise ValueError(f"x has dtype {x.dtype}; expected tokens in the dtype of the layer's parameters")
         if shapes is not None:
             return self._attend_packed(x, shapes, positions, registers, mask).flatten(-2), None
-        if x.ndim not in (3, 4, 5) or x.shape[-1] != self.embed_dim:
-            raise ValueError(
-                f"x has shape {tuple(x.shape)}; expected [B, *spatial, {self.embed_dim}] with 1 to 3 spatial axes"
-            )
+        if x.ndim - 2 not in self._ranks or x.shape[-1] != self.embed_dim:
+            raise self._wrong_shape(x)
         if positions is not None and self.rope is None:
             raise ValueError("positions were given, but the layer has no rope to use them")
         positions = positions.tensor if isinstance(positions, Positions) else positions
         if positions is not None:
             check_dense("positions", positions)
+        if mask is not None:
+            check_key_mask(mask, x.shape[:-1], x.device, "mask")
         projected = self._project(x, self.rope, positions)
         extra = self._register_heads(x, registers)
         if not self.registers_attend:
@@ -278,6 +281,16 @@ class NeighborhoodGQA(nn.Module):
         heads = projected.prepared()
         tokens = self._attention(Projected(heads), extra, mask)
         return tokens.flatten(-2), self._attend_from_registers(heads, extra, mask).flatten(-2)
+
+    def _wrong_shape(self, x: Tensor) -> ValueError:
+        size, ranks = self.embed_dim, self._ranks
+        axes = f"{ranks[0]} spatial axes" if len(ranks) == 1 else "1 to 3 spatial axes"
+        way_out = ""
+        if x.ndim - 2 in ranks and x.shape[1] == size:
+            way_out = "; channels come last: pass x.movedim(1, -1)"
+        elif x.ndim == 3 and x.shape[-1] == size:
+            way_out = f"; give tokens their grid back: x.unflatten(1, ({', '.join(AXES[ranks[0]])}))"
+        return ValueError(f"x has shape {tuple(x.shape)}; expected [B, *spatial, {size}] with {axes}{way_out}")
 
     def _attend_packed(
         self,
@@ -296,6 +309,8 @@ class NeighborhoodGQA(nn.Module):
         positions = positions.tensor if isinstance(positions, Positions) else positions
         if (self.rope is None) != (positions is None):
             raise ValueError("packed samples need positions if the layer has a rope, and only then")
+        if mask is not None:
+            check_key_mask(mask, x.shape[:-1], x.device, "mask")
         sizes = packed_shapes(shapes, None, self.kernel_size)
         heads, norm, angles = self._project(x[None], self.rope, positions)
         extra = self._register_heads(x.new_empty(len(sizes), 0, 0), registers)
@@ -447,13 +462,17 @@ def _judge_bias(
         )
 
 
-def _check_ranks(kernel_size: object, stride: object, dilation: object, is_causal: object, is_periodic: object) -> None:
+def _check_ranks(
+    kernel_size: object, stride: object, dilation: object, is_causal: object, is_periodic: object
+) -> tuple[int, ...]:
+    """The numbers of axes that inputs may have."""
     ranks = {len(a) for a in (kernel_size, stride, dilation, is_causal, is_periodic) if is_per_axis(a)}
     if len(ranks) > 1 or not ranks <= {1, 2, 3}:
         raise ValueError(
             f"kernel_size={kernel_size}, stride={stride}, dilation={dilation}, is_causal={is_causal} and "
             f"is_periodic={is_periodic} must agree on 1 to 3 spatial axes"
         )
+    return tuple(ranks) or (1, 2, 3)
 
 
 def _plain(name: str, value: T | Sequence[T], kind: type[T]) -> T | tuple[T, ...]:

@@ -175,6 +175,9 @@ class Rotary(Constants):
             self.freqs = self.default_freqs(self.freqs.dtype, device)
         return self.freqs
 
+    def check_heads(self, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+        """Raise a ValueError for heads that this cannot turn."""
+
     def angles(self, query: Tensor, key: Tensor, positions: Tensor | None) -> Angles:
         raise NotImplementedError
 
@@ -305,6 +308,14 @@ class AxialRoPE(Rotary):
             + (", interleaved=True" if self.interleaved else "")
         )
 
+    def check_heads(self, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+        if (num_heads, num_kv_heads, head_dim) != (self.num_heads, self.num_kv_heads, self.head_dim):
+            raise ValueError(
+                f"query has {num_heads} and key {num_kv_heads} heads of {head_dim} elements; "
+                f"this AxialRoPE was made for {self.num_heads} and {self.num_kv_heads} of {self.head_dim}; "
+                f"make AxialRoPE({head_dim}, {num_heads}, num_kv_heads={num_kv_heads})"
+            )
+
     def angles(self, query: Tensor, key: Tensor, positions: Tensor | None) -> Angles:
         """Of ``query [B, *spatial, Hq, D]`` and ``key [B, *spatial, Hkv, D]``.
 
@@ -316,13 +327,7 @@ class AxialRoPE(Rotary):
             ValueError: head counts or positions that do not fit.
         """
         spatial = query.shape[1:-2]
-        found = (query.shape[-2], key.shape[-2], query.shape[-1])
-        if found != (self.num_heads, self.num_kv_heads, self.head_dim):
-            raise ValueError(
-                f"query has {found[0]} and key {found[1]} heads of {found[2]} elements; "
-                f"this AxialRoPE was made for {self.num_heads} and {self.num_kv_heads} of {self.head_dim}; "
-                f"make AxialRoPE({found[2]}, {found[0]}, num_kv_heads={found[1]})"
-            )
+        self.check_heads(query.shape[-2], key.shape[-2], query.shape[-1])
         if positions is None:
             if len(spatial) != 2 or self.axes != 2:
                 raise ValueError(
@@ -427,6 +432,12 @@ class RoPE(Rotary):
             + (", interleaved=True" if self.interleaved else "")
         )
 
+    def check_heads(self, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+        if head_dim < self.head_dim:
+            raise ValueError(
+                f"query has heads of {head_dim} elements; this RoPE turns {self.head_dim}: make RoPE({head_dim})"
+            )
+
     def angles(self, query: Tensor, key: Tensor, positions: Tensor | None) -> Angles:
         """Of ``query [B, L, Hq, D]`` and ``key [B, L, Hkv, D]``, ``D >= head_dim``.
 
@@ -437,8 +448,12 @@ class RoPE(Rotary):
             ValueError: positions or heads that do not fit.
         """
         batch, length = query.shape[:2]
-        if query.ndim != 4 or query.shape[-1] < self.head_dim:
-            raise ValueError(f"query has shape {tuple(query.shape)}; expected [B, L, heads, at least {self.head_dim}]")
+        if query.ndim != 4:
+            raise ValueError(
+                f"query has shape {tuple(query.shape)}; expected [B, L, heads, head_dim], as RoPE is for one spatial "
+                "axis: AxialRoPE turns by coordinates"
+            )
+        self.check_heads(query.shape[-2], key.shape[-2], query.shape[-1])
         if positions is None:
             positions = torch.arange(length, device=query.device)
         _check_positions(positions, batch, (length,))
