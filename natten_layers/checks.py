@@ -50,7 +50,8 @@ def check_kind(name: str, tensor: object) -> None:
 
 def no_tensor(name: str, value: object) -> ValueError:
     """The error for an argument that is no tensor."""
-    return ValueError(f"{name} must be a tensor, got {value!r:.100} of type {type(value).__name__}")
+    shown = " ".join(repr(value).split())  # an array has lines
+    return ValueError(f"{name} must be a tensor, got {shown:.100} of type {type(value).__name__}")
 
 
 def check_dense(name: str, tensor: object) -> None:
@@ -59,8 +60,9 @@ def check_dense(name: str, tensor: object) -> None:
         raise no_tensor(name, tensor)
     if tensor.is_nested:
         raise ValueError(
-            f"{name} is a nested tensor, which is not supported; pad it (torch.nested.to_padded_tensor) or call once "
-            "for each of its parts"
+            f"{name} is a nested tensor, which only neighborhood_attention_varlen takes; pack the samples "
+            f"({name}.values(), with shapes or cu_seqlens), pad them (torch.nested.to_padded_tensor) or call once for "
+            "each"
         )
     if tensor.layout != torch.strided:
         raise ValueError(f"{name} has layout {tensor.layout}, which is not supported; pass {name}.to_dense()")

@@ -96,7 +96,10 @@ def _group(level: LevelConfig, size: int, index: int) -> LevelConfig:
         return level
     kv_heads = level.num_kv_heads or level.num_heads
     if size < 1 or kv_heads % size:
-        raise ValueError(f"level {index} has {kv_heads} KV heads, which group_size {size} does not divide")
+        raise ValueError(
+            f"level {index} has {kv_heads} KV heads, which group_size {size} does not divide; give a divisor, one for "
+            "all levels or one each"
+        )
     return level if size == 1 else dataclasses.replace(level, num_kv_heads=kv_heads // size)
 
 

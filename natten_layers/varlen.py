@@ -158,7 +158,7 @@ def packed_shapes(shapes: Shapes | None, cu_seqlens: Tensor | None, kernel_size:
             raise ValueError(f"cu_seqlens must begin with 0 and not decrease, got {ends.tolist()!r:.200}")
         return ends.diff()[:, None]
     if isinstance(shapes, Tensor):
-        _check_integers("shapes", shapes, 2, "[samples, axes]")
+        _check_integers("shapes", shapes, 2, "[samples, axes] (cumulative lengths are given as cu_seqlens)")
         found = _on_host(shapes)
     else:
         found = _from_list(shapes, len(kernel_size) if is_per_axis(kernel_size) else 1)

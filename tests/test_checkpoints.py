@@ -277,7 +277,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [level.num_kv_heads for level in HDiT.from_pretrained(target).config.levels] == [None, 1, None]
     before = target.read_bytes()
     assert main([str(source), str(target), "--group-size", "2"]) == 2
-    assert "level 0 has 1 KV heads, which group_size 2 does not divide" in capsys.readouterr().err
+    assert "level 0 has 1 KV heads, which group_size 2 does not divide; give a divisor" in capsys.readouterr().err
     assert main([str(tmp_path / "nowhere"), str(target), "--group-size", "1"]) == 2
     assert capsys.readouterr().err == f"error: {tmp_path / 'nowhere'}: No such file or directory\n"
     assert target.read_bytes() == before

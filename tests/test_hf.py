@@ -583,6 +583,8 @@ def test_configs_that_are_refused(change: dict, message: str, tmp_path: Path) ->
 def test_files_that_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"config\.json does not exist"):
         DecoderLM.from_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"hf download OWNER/NAME --local-dir DIRECTORY$"):
+        DecoderLM.from_pretrained("owner/name")
     model = DecoderLM(TINY)
     model.save_pretrained(tmp_path)
     weights = tmp_path / hf.WEIGHTS

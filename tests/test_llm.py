@@ -376,6 +376,7 @@ def test_bad_input() -> None:
         ({"hidden_size": 24.0}, "hidden_size"),
         ({"num_kv_heads": 3}, "got 4 and 3"),
         ({"head_dim": 7}, "head_dim must be even"),
+        ({"hidden_size": 33, "head_dim": None}, "hidden_size 33 is not divisible by num_heads 4; give head_dim"),
         ({"windows": (3, 3)}, "windows has 2 entries for num_layers=3"),
         ({"windows": (3, 0, None)}, r"windows\[1\] must be an int of at least 1 or null, got 0"),
         ({"activation": "relu"}, "activation"),

@@ -367,6 +367,8 @@ def test_bad_input() -> None:
         attend(torch.ones(1, 1))
     with raises_naming("cu_seqlens", "begin with 0", "[1, 8]"):
         attend(None, cu_seqlens=torch.tensor([1, 8]))
+    with raises_naming("shapes must be", "(3,)", "given as cu_seqlens"):
+        attend(torch.tensor([0, 4, 8]))
     with raises_naming("either shapes or"):
         attend(None)
     with raises_naming("query", "(1, 8, 2, 8)", "[N, heads, head_dim]"):

@@ -208,6 +208,15 @@ def _family_config(options: Mapping[str, Any], family: str) -> dict[str, Any]:
     return {**raw, **FAMILIES[family].write(options)}
 
 
+def _way_out(directory: Path) -> str:
+    """Where the files of a model may be that are not in ``directory``."""
+    if (directory / "model" / CONFIG).is_file():  # a run of natten-layers-train-lm
+        return f": {directory / 'model'} has them"
+    if not directory.is_dir():
+        return "; download a model of the Hugging Face hub first: hf download OWNER/NAME --local-dir DIRECTORY"
+    return ""
+
+
 def read_config(directory: str | os.PathLike[str], kind: type[C]) -> C:
     """Read ``directory/config.json`` as :func:`config_from_hf` does.
 
@@ -217,7 +226,9 @@ def read_config(directory: str | os.PathLike[str], kind: type[C]) -> C:
     """
     path = Path(directory) / CONFIG
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; expected a directory with config.json and weights")
+        raise FileNotFoundError(
+            f"{path} does not exist; expected a directory with config.json and weights{_way_out(Path(directory))}"
+        )
     raw = read_json(path)
     with naming(path):
         return config_from_hf(raw, kind)

@@ -149,6 +149,10 @@ class DecoderLMConfig:
         if self.num_kv_heads is None:
             object.__setattr__(self, "num_kv_heads", self.num_heads)
         if self.head_dim is None:
+            if self.hidden_size % self.num_heads:
+                raise ValueError(
+                    f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}; give head_dim"
+                )
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_heads)
         if len(self.windows) == 1:
             object.__setattr__(self, "windows", self.windows * self.num_layers)
