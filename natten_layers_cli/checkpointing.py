@@ -163,7 +163,7 @@ def reset(model: nn.Module, tensors: Mapping[str, Tensor], names: Sequence[str])
     """A file's tensors, but for those called ``names`` or ``NAME.anything``, which are the model's own.
 
     Raises:
-        ValueError: the model has none of a name.
+        ValueError: neither the model nor the file has one of a name.
     """
     own = {hdit_name(key): tensor for key, tensor in model.state_dict().items()}
 
@@ -171,7 +171,7 @@ def reset(model: nn.Module, tensors: Mapping[str, Tensor], names: Sequence[str])
         return key == name or key.startswith(f"{name}.")
 
     for name in names:
-        if not any(named(key, name) for key in own):
+        if not any(named(key, name) for key in (*own, *tensors)):
             heads = sorted({key.partition(".")[0] for key in own})
             raise ValueError(f"--reset {name}: the model has no tensors of that name; it has {', '.join(heads)}")
     kept = {key: tensor for key, tensor in tensors.items() if not any(named(key, name) for name in names)}

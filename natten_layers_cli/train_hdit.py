@@ -206,15 +206,17 @@ def naming(path: Path) -> Iterator[None]:
         raise ValueError(f"{path}: {error}") from error
 
 
-def read_config(path: Path, data: str | None, objective: str | None = None, *, classes: bool = True) -> dict[str, Any]:
-    """The JSON config, with k-diffusion's defaults of its training sections filled in."""
+def read_config(
+    path: Path, data: Mapping[str, Any] | None, objective: str | None = None, *, classes: bool = True
+) -> dict[str, Any]:
+    """The JSON config, with k-diffusion's defaults of its training sections filled in, and ``data`` as its dataset."""
     config = read_json(path)
     config.pop("run", None)
     if objective is not None:
         config["model"] = _section(config, "model", path) | {"objective": objective}
     if data is not None:
         kept = {key: value for key, value in _section(config, "dataset", path).items() if key == "cond_dropout_rate"}
-        config["dataset"] = parse_data_flag(data) | kept
+        config["dataset"] = {**data, **kept}
     elif not _section(config, "dataset", path):
         raise ValueError(f"{path} has no dataset; name one with --data")
     if not classes:
@@ -237,6 +239,10 @@ class SamplingStoppedError(Exception):
     """A process was told to stop while images were sampled."""
 
 
+CLASSES = "class_emb.weight"
+"""the embedding of classes, in the model and in files"""
+
+
 class Trainer:
     """A run: what it trains, on what, and how far it has come."""
 
@@ -254,8 +260,7 @@ class Trainer:
         with naming(arguments.config):
             self.model = HDiT(self.plan, checkpointing=arguments.checkpointing)
         if start is not None:  # a checkpoint of the run itself, loaded below, wins
-            tensors = reset(self.model, start[1], arguments.reset)
-            load_tensors(self.model, tensors, arguments.resume_inference, torch.float32)
+            self._take_weights(start[1])
         self.model.to(processes.device)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         if arguments.compile:
@@ -284,10 +289,23 @@ class Trainer:
         """of which this process wrote the EMA weights to sample from"""
         self._resume()
 
+    def _take_weights(self, tensors: Mapping[str, Tensor]) -> None:
+        """Those of ``--resume-inference``, but for what ``--reset`` names."""
+        own = self.model.state_dict()
+        tensors = reset(self.model, tensors, self.arguments.reset)
+        try:
+            load_tensors(self.model, tensors, self.arguments.resume_inference, torch.float32)
+        except ValueError as error:
+            shapes = {state[CLASSES].shape if CLASSES in state else None for state in (own, tensors)}
+            if len(shapes) == 1:
+                raise
+            raise ValueError(f"{error} To train on other classes, or on none, give --reset class_emb.") from error
+
     def _read_data(self) -> None:
         arguments = self.arguments
+        data = None if arguments.data is None else parse_data_flag(arguments.data)
         with naming(arguments.config):
-            config = read_config(arguments.config, arguments.data, arguments.objective, classes=arguments.classes)
+            config = read_config(arguments.config, data, arguments.objective, classes=arguments.classes)
             plan = HDiTConfig.from_json(config)
             if plan.mapping_cond_dim:
                 raise ValueError("model.mapping_cond_dim: no data of this command has a mapping_cond; leave it out")
@@ -425,6 +443,8 @@ class Trainer:
         loading = load_batches(
             examples, keys, workers=arguments.num_workers, pin_memory=processes.device.type == "cuda"
         )
+        if arguments.end_step is not None and self.step >= arguments.end_step:
+            self.say(f"nothing is left to train: step {self.step} is reached, and --end-step is {arguments.end_step}")
         with self._log() as log, loading as batches:
             while arguments.end_step is None or self.step < arguments.end_step:
                 taken = self._load(lambda: [next(batches) for _ in range(arguments.grad_accum_steps)])

@@ -374,6 +374,8 @@ class Trainer:
         args, signals = self.args, self.signals
         clock, since = time.perf_counter(), self.step
         shown = boards is not None
+        if shown and since >= args.end_step:
+            print(f"nothing is left to train: step {since} is reached, and --end-step is {args.end_step}")
         with progress(args.end_step, initial=self.step, unit="step", disable=not shown) as bar:
             while self.step < args.end_step:
                 with signals.interruptible():

@@ -1039,7 +1039,8 @@ def test_bad_input_to_training(config: Path, capsys: pytest.CaptureFixture[str])
         return capsys.readouterr().err
 
     assert train(config, "run", "--end-step", "1") == 0
-    assert "is not a folder of images" in says("other", "--data", str(config.parent / "nowhere"))
+    nowhere = config.parent / "nowhere"
+    assert says("other", "--data", str(nowhere)) == f"error: {nowhere} is not a folder of images\n"
     assert "start them with torchrun" in says("other", "--fsdp")
     other = {**CONFIG, "model": {**CONFIG["model"], "depths": [1, 2]}}
     config.write_text(json.dumps(other))

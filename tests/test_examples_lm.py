@@ -174,6 +174,11 @@ def test_one_run_at_a_time(flags: list[str], tmp_path: Path, capsys: pytest.Capt
         other.kill()
     assert lock.exists()
     assert train_lm.main([*flags, "--end-step", "1"]) == 0
+    assert "nothing is left" not in capsys.readouterr().out
+    assert train_lm.main([*flags, "--end-step", "1"]) == 0
+    assert "nothing is left to train: step 1 is reached, and --end-step is 1" in capsys.readouterr().out
+    assert generate.main([str(lock.parent), "--device", "cpu", "--prompt", "a"]) == 2
+    assert f"config.json and weights: {lock.parent / 'model'} has them" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -161,12 +161,19 @@ def test_folders_of_shards_are_deleted_and_newer_ones_are_not(tmp_path: Path) ->
 def test_weights_for_other_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = write_config(tmp_path)
     assert train(config, "two", "--end-step", "1", "--lr", "0.1") == 0
+    assert "nothing is left" not in capsys.readouterr().out
+    assert train(config, "two", "--end-step", "1", "--lr", "0.1") == 0
+    assert "nothing is left to train: step 1 is reached, and --end-step is 1" in capsys.readouterr().out
     (tmp_path / "more").mkdir()
     three = write_config(tmp_path / "more", classes=3)
     start = ["--resume-inference", str(tmp_path / "two.safetensors")]
     assert train(three, "three", *start, "--end-step", "1") == 2
-    assert "class_emb" in capsys.readouterr().err
+    assert "To train on other classes, or on none, give --reset class_emb." in capsys.readouterr().err
     trainer = make_trainer(three, *start, "--reset", "class_emb")
+    assert train(three, "none", *start, "--end-step", "1", "--no-classes") == 2
+    assert "or on none, give --reset class_emb." in capsys.readouterr().err
+    without = make_trainer(three, *start, "--no-classes", "--reset", "class_emb").model.state_dict()
+    assert without.keys() == trainer.model.state_dict().keys() - {"class_emb.weight"}
     fresh = make_trainer(three)
     old = make_trainer(config, *start)
     for name, tensor in trainer.model.state_dict().items():
