@@ -308,6 +308,12 @@ class SkipUnreadable:
         raise ValueError("the source has no images")
 
 
+def default_workers(most: int) -> int:
+    """How many processes load images unless a flag says so: no more than there are cores, of which PyTorch warns."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(most, cores)
+
+
 def parse_data_flag(value: str) -> dict[str, Any]:
     """``DIR`` or ``hf:OWNER/NAME`` as a config's dataset section. A folder of folders with images has classes.
 

@@ -21,7 +21,7 @@ from PIL import Image
 
 from natten_layers.io.files import replacing
 
-from .data import Folder, Source, describe, open_source, parse_data_flag
+from .data import Folder, Source, default_workers, describe, open_source, parse_data_flag
 from .distances import (
     CONVOLUTIONS,
     INCEPTION,
@@ -54,7 +54,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=seed, default=0, help="that chooses them, default: %(default)s")
     parser.add_argument("--output", type=Path, metavar="JSON", help="write the numbers there, too")
     parser.add_argument("--batch-size", type=int, default=64, help="images at a time, default: %(default)s")
-    parser.add_argument("--num-workers", type=int, default=4, help="processes that load images, default: %(default)s")
+    parser.add_argument(
+        "--num-workers",
+        type=int,
+        default=default_workers(4),
+        help="processes that load images, default: 4, or as many as there are cores",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     arguments = parser.parse(argv)
     check_device(parser, arguments.device)

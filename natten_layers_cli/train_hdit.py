@@ -54,6 +54,7 @@ from .data import (
     Folder,
     KeepShape,
     Keys,
+    default_workers,
     describe,
     load_batches,
     open_source,
@@ -159,7 +160,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--checkpointing", action=switch, default=False, help="recompute activations to save memory")
     parser.add_argument("--fsdp", action=switch, default=False, help="shard parameters over the processes (torchrun)")
     parser.add_argument("--wandb", metavar="PROJECT", help="draw curves and grids in this project of Weights & Biases")
-    parser.add_argument("--num-workers", type=int, default=8, help="processes that load images")
+    parser.add_argument(
+        "--num-workers",
+        type=int,
+        default=default_workers(8),
+        help="processes that load images, default: 8, or as many as there are cores",
+    )
     parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     arguments, given = parser.parse(argv), parser.given(argv)

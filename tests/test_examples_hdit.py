@@ -30,7 +30,17 @@ from torch import Tensor
 from natten_layers import HDiT, HDiTConfig, LevelConfig
 from natten_layers_cli import convert, running, sample_hdit, train_hdit
 from natten_layers_cli.checkpointing import DamagedError, RunFiles, check_rest, save_sharded
-from natten_layers_cli.data import Examples, Folder, Keys, Photographs, augment, describe, open_source, parse_data_flag
+from natten_layers_cli.data import (
+    Examples,
+    Folder,
+    Keys,
+    Photographs,
+    augment,
+    default_workers,
+    describe,
+    open_source,
+    parse_data_flag,
+)
 from natten_layers_cli.diffusion import (
     SAMPLERS,
     guided,
@@ -965,7 +975,13 @@ def test_flags_that_others_would_hide(config: Path, tmp_path: Path, capsys: pyte
     run = {"run": {"eval-every": 7, "num_workers": None}}  # of a section, which flags complete, that is no error
     config.write_text(json.dumps({**CONFIG, **run}))
     arguments = train_hdit.parse_arguments(["--config", str(config), "--seed", "3"])
-    assert (arguments.eval_every, arguments.seed, arguments.num_workers) == (7, 3, 8)
+    assert (arguments.eval_every, arguments.seed, arguments.num_workers) == (7, 3, default_workers(8))
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="cores are counted in another way")
+def test_no_more_processes_load_images_than_there_are_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5})
+    assert [default_workers(most) for most in (1, 2, 8)] == [1, 2, 2]
 
 
 def test_convert_answers_in_one_line(
