@@ -533,10 +533,10 @@ def test_large_windows_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("dim", "window", "registers", "is_large"),
     [
-        (128, 256, 0, True),
-        (128, 255, 0, False),
-        (64, 512, 0, True),
-        (64, 511, 0, False),
+        (128, 512, 0, True),
+        (128, 511, 0, False),
+        (64, 1024, 0, True),
+        (64, 1023, 0, False),
         (128, 316, 4, True),
         (128, 315, 4, False),
         (64, 16, 624, True),

@@ -202,7 +202,25 @@ def test_windows_between_small_and_large_take_it(monkeypatch: pytest.MonkeyPatch
     assert names(problem) == [variants.MEDIUM] * 3
     choice = dispatch.choose("forward", Question(problem))
     assert choice.plan == MediumTileConfig((1, 8, 8), (1, 8, 8), 1, (64, 32), 2, 168)
-    assert [name for name, _ in choice.passed_over] == [variants.LARGE, variants.ROLLING, variants.TILES]
+    assert [name for name, _ in choice.passed_over] == [variants.ROLLING, variants.TILES]
+
+
+@pytest.mark.parametrize(
+    ("dim", "window", "expected"),
+    [
+        (64, 1023, [variants.MEDIUM] * 3),
+        (64, 1024, [variants.LARGE] * 3),
+        (128, 257, [variants.MEDIUM] * 3),
+        (128, 255, [variants.MEDIUM, variants.MEDIUM, "portable"]),
+    ],
+)
+def test_windows_of_one_axis_take_it(
+    monkeypatch: pytest.MonkeyPatch, dim: int, window: int, expected: list[str]
+) -> None:
+    """Up to twice the keys from which windows of more axes are large; for dK and dV from 256 keys on."""
+    tokens = contiguous((4, 16384, 8, dim))
+    problem = problem_of_text(monkeypatch, kernel_size=(window,), **dict.fromkeys(("query", "key", "value"), tokens))
+    assert names(problem) == expected
 
 
 def test_tuning_and_overrides_win(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -221,7 +221,7 @@ def test_variants_that_can_compute_a_pass(monkeypatch: pytest.MonkeyPatch) -> No
     pytest.importorskip("triton.experimental.gluon")
     text, image = problem_of_text(monkeypatch), problem_of_image(monkeypatch)
     forward = [names["forward"] for names in tune.rivals({"forward": Question(image)})]
-    assert forward == [f"{tiles}, rolling", large, tiles, medium, "portable"]
+    assert forward == [f"{tiles}, rolling", tiles, medium, large, "portable"]
     for problem, first in ((text, large), (image, tiles)):
         questions: dict[Kind, Question] = dict.fromkeys(tuned.GRADIENTS, Question(problem, True, problem.query))
         found = [tuple(names.values()) for names in tune.rivals(questions)]

@@ -217,26 +217,26 @@ PREPARE_THEN_ATTEND = Variant("qk_prep, then forward", plan=_prepared, run=_prep
 
 VARIANTS: Mapping[Direction, Sequence[Variant]] = {
     "forward": (
-        sm90.LARGE_FORWARD,
         sm90.ROLLING_FORWARD,
         sm90.TILES_FORWARD,
         sm90.MEDIUM_FORWARD,
+        sm90.LARGE_FORWARD,
         pairs.FORWARD,
         portable.FORWARD,
     ),
     "qk_prep + forward": (sm90.ROLLING_PREP_FORWARD, PREPARE_THEN_ATTEND),
     "jvp": (portable.JVP,),
     "backward_query": (
-        sm90.LARGE_QUERY_GRADIENT,
         sm90.TILES_QUERY_GRADIENT,
         sm90.MEDIUM_QUERY_GRADIENT,
+        sm90.LARGE_QUERY_GRADIENT,
         pairs.QUERY_GRADIENT,
         portable.QUERY_GRADIENT,
     ),
     "backward_key": (
-        sm90.LARGE_KEY_GRADIENTS,
         sm90.TILES_KEY_GRADIENTS,
         sm90.MEDIUM_KEY_GRADIENTS,
+        sm90.LARGE_KEY_GRADIENTS,
         pairs.KEY_GRADIENTS,
         portable.KEY_GRADIENTS,
     ),

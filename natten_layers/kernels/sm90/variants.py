@@ -55,10 +55,17 @@ LEAST_FILLED = 0.75
 # With head dims above 128 portable kernels are slow, and kernels for large windows pay from this many keys of a window
 # and this many (query, key) pairs on.
 WIDE_WINDOW, WIDE_PAIRS = 64, 2**24
-# Windows between small and large have at least this many keys, and fewer key elements than large ones. With windows of
-# 75 to 441 keys and 64 to 128 channels, these kernels take 0.60 to 0.88 of portable ones' time on an H200
-# (``docs/profiles.md``).
+# Windows between small and large have at least this many keys, and on two and three axes fewer key elements than large
+# ones. With windows of 75 to 441 keys and 64 to 128 channels, these kernels take 0.60 to 0.88 of portable ones' time on
+# an H200 (``docs/profiles.md``).
 MEDIUM_WINDOW = 64
+# On one axis they are faster than those for large windows up to this many key elements. In milliseconds on an H200, the
+# time of both, forward and gradients: 256 causal keys, 16 heads of 128 over one, 0.231 and 0.195, 0.709 and 0.598; 512,
+# 32 of 64 over eight, 0.265 and 0.250, 0.728 and 0.658; 512, 32 of 128 over eight, 0.350 and 0.342, 1.074 and 1.033.
+MEDIUM_KEY_ELEMENTS_ON_ONE_AXIS = 2**16
+# Gradients of keys and values on one axis pay from this many keys on: with 257 of 128 channels all gradients take 0.363
+# ms, and 0.501 in portable kernels; with 129, 0.385 and, if only those of queries take these kernels, 0.338.
+MEDIUM_KEYS_ON_ONE_AXIS = 256
 # A call with such a window is large enough to hide launch overhead, which the descriptors of up to three parts of each
 # tensor double, from this many (query, key) pairs times channels on. Call after call, 24 heads of 96 channels with
 # 17x17 windows on 64x64 tokens (2.7e9) take 69, 101 and 128 us in forward, dQ, and dK and dV, and 85, 99 and 208 us in
@@ -298,10 +305,11 @@ def _medium_pays(question: Question, kind: Kind) -> str | None:
     window, queries, dim = prod(p.kernel_size), prod(p.query.shape[:-1]), p.query.shape[-1]
     if window < MEDIUM_WINDOW:
         return f"the window is small: {window} keys are fewer than {MEDIUM_WINDOW}"
-    if window * dim >= LARGE_KEY_ELEMENTS:
-        return f"the window is large: {window} keys of {dim} elements are {LARGE_KEY_ELEMENTS} or more"
-    if p.rank == 1:
-        return "it has only been timed on windows of two and three axes"
+    if p.rank == 1 and kind == "backward_key" and window < MEDIUM_KEYS_ON_ONE_AXIS:
+        return f"on one axis the window is small: {window} keys are fewer than {MEDIUM_KEYS_ON_ONE_AXIS}"
+    most = MEDIUM_KEY_ELEMENTS_ON_ONE_AXIS if p.rank == 1 else LARGE_KEY_ELEMENTS
+    if window * dim >= most:
+        return f"the window is large: {window} keys of {dim} elements are {most} or more"
     if queries * window * dim < MEDIUM_PRODUCTS:
         return (
             f"the call is small: {queries} queries of {window} keys of {dim} elements are fewer than {MEDIUM_PRODUCTS}"
