@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -82,9 +82,9 @@ def _attention() -> list[str]:
     return summary(_record("attention")["rows"])
 
 
-def _census(record: str) -> list[str]:
+def _census() -> list[str]:
     """One line per shape, those furthest from the floor in the backward pass first."""
-    rows = _record(record)["rows"]
+    rows = _record("census")["rows"]
     best = best_rows(rows)
 
     def times_floor(name: str) -> float:
@@ -101,6 +101,53 @@ def _census(record: str) -> list[str]:
     names = sorted({row["workload"] for row in rows}, key=times_floor, reverse=True)
     head = ["row", "batch, tokens, heads, head dim, window", "forward, ms", "x floor", "fastest peer, ms"]
     return _table([*head, "and backward, ms", "x floor", "fastest peer, ms"], map(cells, names))
+
+
+def _portable() -> list[str]:
+    """The portable kernels alone, forward, beside all kernels on the same card."""
+    taken, alone = (best_rows(_record(name)["rows"]) for name in ("census", "census-portable"))
+
+    def cells(name: str) -> Iterable[str]:
+        ours, all_kernels = alone["fwd", name, "natten_layers"], taken["fwd", name, "natten_layers"]
+        yield from (f"`{name}`", f"{ours['median_ms']:.3g}", f"{ours['times_floor']:.1f}")
+        yield f"{ours['median_ms'] / all_kernels['median_ms']:.2f}"
+
+    names = [name for mode, name, peer in alone if (mode, peer) == ("fwd", "natten_layers")]
+    names.sort(key=lambda name: alone["fwd", name, "natten_layers"]["times_floor"], reverse=True)
+    return _table(["row", "forward, ms", "x floor", "time beside all kernels"], map(cells, names))
+
+
+def _grid(record: str, kind: str, ways: Mapping[str, str]) -> list[str]:
+    """Times of a record whose workloads end in ``kind``: a column for each implementation, and its heading."""
+    rows = {(row["workload"], row["mode"], row["implementation"]): row for row in _record(record)["rows"]}
+
+    def cells(key: tuple[str, str]) -> Iterable[str]:
+        yield from (f"`{key[0].removesuffix(kind)}`", TITLES[key[1]])
+        for way in ways:
+            row = rows.get((*key, way))
+            yield f"{row['median_ms']:.3g}" if row and row["median_ms"] is not None else ""
+
+    keys = dict.fromkeys((name, mode) for name, mode, _ in rows if name.endswith(kind))
+    return _table(["workload", "pass", *ways.values()], map(cells, keys))
+
+
+MASKS = {
+    "no mask": "no mask, ms",
+    "no mask, kernels of a mask": "no mask, in the kernels that take one, ms",
+    "mask of True": "a mask that hides no key, ms",
+}
+PACKED = {
+    "one shape": "images of one shape, ms",
+    "one shape, packed": "these packed, ms",
+    "many shapes, packed": "samples of many shapes, packed, ms",
+    "torch's varlen": "torch's `varlen_attn`, ms",
+}
+BIAS = {
+    "natten_layers": "with bias, ms",
+    "without bias": "without, ms",
+    "eager": "eager, ms",
+    "flex, raster": "FlexAttention, ms",
+}
 
 
 def _layer() -> list[str]:
@@ -211,8 +258,11 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "windows_in_transformers": _windows_in_transformers,
     "headline": _headline,
     "attention": _attention,
-    "census": partial(_census, "census"),
-    "rows": partial(_census, "census-rows"),
+    "census": _census,
+    "portable": _portable,
+    "masks": partial(_grid, "windows", ", mask", MASKS),
+    "packed": partial(_grid, "windows", ", packed", PACKED),
+    "bias": partial(_grid, "bias", "", BIAS),
     "layer": _layer,
     "models": _models,
     "decode": _decode,
