@@ -43,6 +43,8 @@ IMAGE_SUFFIXES = {
 LITTER = {"__MACOSX", "@eaDir", "$RECYCLE.BIN"}  # folders that systems leave, some with images in them
 T = TypeVar("T")
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+LOOKED_AT = 4096
+"""Files that are handed to threads at a time: millions would take memory, and Ctrl-C would wait for all of them."""
 MOST_UNREADABLE = 50
 """Images in a row without one that can be read, at which it is their disk or their folder that is broken."""
 
@@ -199,10 +201,14 @@ class Folder:
             ValueError: there are; the message names them.
         """
         paths = [path for path, _ in self.images[rank::world]]
-        with ThreadPoolExecutor() as pool:  # reading from a disk is most of the work
-            problems = []
-            with progress(len(paths), "checking images", leave=False, disable=rank > 0 or len(paths) < 500) as bar:
-                for problem in pool.map(partial(_problem, channels=self.channels), paths):
+        problem_of = partial(_problem, channels=self.channels)
+        problems: list[str] = []
+        with (
+            ThreadPoolExecutor() as pool,  # reading from a disk is most of the work
+            progress(len(paths), "checking images", leave=False, disable=rank > 0 or len(paths) < 500) as bar,
+        ):
+            for start in range(0, len(paths), LOOKED_AT):
+                for problem in pool.map(problem_of, paths[start : start + LOOKED_AT]):
                     problems += [problem] if problem else []
                     bar.update()
         if problems:

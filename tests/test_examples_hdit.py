@@ -378,8 +378,11 @@ def write_half_png(path: Path) -> None:
     path.write_bytes(content)
 
 
-def test_broken_images_are_named_at_the_start(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_broken_images_are_named_at_the_start(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Cut files that begin well, a flipped bit, no picture at all, and pixels that could only be clipped."""
+    monkeypatch.setattr("natten_layers_cli.data.LOOKED_AT", 4)
     folder = config.parent / "images"
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
     draw(folder / "good.png")
