@@ -18,19 +18,29 @@ from natten_layers_cli.running import run_command
 from natten_layers_cli.sample_hdit import DEFAULTS, Request, sample
 
 
+def steps_of(entry: str) -> tuple[str, tuple[int, ...]]:
+    """The file and the numbers of steps of ``FILE:STEPS,...``."""
+    path, _, steps = entry.rpartition(":")
+    numbers = tuple(int(number) if number.isdecimal() else 0 for number in steps.split(","))
+    if not path or min(numbers) < 1:
+        raise argparse.ArgumentTypeError(f"expected numbers of steps behind the file, such as FILE:1,2,4; got {entry}")
+    return path, numbers
+
+
 def run(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", metavar="FILE:STEPS,...", help="trained on images of one size and classes")
+    parser.add_argument(
+        "models", nargs="+", type=steps_of, metavar="FILE:STEPS,...", help="trained on images of one size and classes"
+    )
     parser.add_argument("--output", type=Path, default=Path("steps.png"))
     parser.add_argument("--count", type=int, default=12, help="images in a row, of one class after another")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args(argv)
     rows, labels = [], []
-    for entry in arguments.models:
-        path, _, steps = entry.rpartition(":")
+    for path, steps in arguments.models:
         model = HDiT.from_pretrained(path).to(arguments.device)
         objective, classes = model.config.objective, range(model.config.num_classes)
-        for number in map(int, steps.split(",")):
+        for number in steps:
             request = Request(
                 classes=tuple(classes[i % len(classes)] for i in range(arguments.count)) if classes else (),
                 count=1 if classes else arguments.count,
@@ -39,7 +49,8 @@ def run(argv: Sequence[str] | None = None) -> int:
             )
             rows.append(sample(model, model.config, request).cpu())
             labels.append(f"{objective}, {number} step{'s' if number > 1 else ''}")
-    save_png(draw_grid(torch.cat(rows), arguments.count, labels), arguments.output, {"models": arguments.models})
+    models = [f"{path}:{','.join(map(str, steps))}" for path, steps in arguments.models]
+    save_png(draw_grid(torch.cat(rows), arguments.count, labels), arguments.output, {"models": models})
     print(f"wrote {arguments.output}")
     return 0
 

@@ -314,3 +314,7 @@ def test_training_resumes_bit_for_bit_and_samples_in_one_step(config: Path, caps
     assert compare_steps.run([f"{checkpoint}:1,2", "--count", "3", "--output", str(steps), "--device", "cpu"]) == 0
     with Image.open(steps) as picture:
         assert picture.height == 2 * (12 * 8 + 2)  # a row for each number of steps
+    for steps_missing in (checkpoint, f"{checkpoint}:", f"{checkpoint}:0,1"):
+        with pytest.raises(SystemExit):
+            compare_steps.run([steps_missing])
+        assert "such as FILE:1,2,4" in capsys.readouterr().err
