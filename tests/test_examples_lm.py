@@ -332,7 +332,7 @@ def test_config_file_and_flags(flags: list[str], tmp_path: Path) -> None:
     ("change", "message"),
     [
         (["--data", "/nowhere"], "not a folder"),
-        (["--heads", "3", "--kv-heads", "2"], "multiple of num_kv_heads"),
+        (["--heads", "4", "--kv-heads", "3"], "multiple of num_kv_heads"),
         (["--context", "100000"], "longer than the text"),
         (["--sample-tokens", "4096"], "--sample-tokens 4096: a model of this context knows 4096 positions"),
         (["--resume", "/nowhere/checkpoint.pt"], "does not exist"),
