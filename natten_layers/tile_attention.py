@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .kernels.ops.define import known_tangents
 from .position_bias import look_up, sum_up
@@ -269,28 +270,47 @@ class _ForwardModeTiles(_Tiles):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, None, Tensor]:
-        query, key, value, table, hidden = ctx.saved_tensors
-        known = known_tangents(("query", "key", "value"), (query, key, value), tangents)
-        q_dot, k_dot, v_dot = (
-            torch.zeros_like(x) if t is None else t for x, t in zip((query, key, value), known, strict=True)
+        # Torch switches forward mode off here, so an outer level of it would silently take tangents for constants.
+        with forward_ad._set_fwd_grad_enabled(True):
+            return _tangents(ctx.axes, *(_primal(x) for x in ctx.saved_tensors), *tangents[:4])
+
+
+def _primal(x: Any) -> Any:
+    """A saved tensor, or None, without its tangent of the level whose tangents are computed."""
+    return None if x is None else forward_ad.unpack_dual(x).primal
+
+
+def _tangents(
+    axes: tuple[Axis, ...],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    table: Tensor | None,
+    hidden: Tensor | None,
+    *tangents: Tensor | None,
+) -> tuple[Tensor, None, Tensor]:
+    """Tangents of the results of :class:`_Tiles`, from those of query, key, value and table."""
+    known = known_tangents(("query", "key", "value"), (query, key, value), tangents)
+    q_dot, k_dot, v_dot = (
+        torch.zeros_like(x) if t is None else t for x, t in zip((query, key, value), known, strict=True)
+    )
+    group = query.shape[-3]
+    parts: list[tuple[Tensor, Tensor]] = []
+    counts, chunks = _chunks(query, axes)
+    for chunk, z, bias in chunks:
+        q, k = _select(query, chunk, z), _gather(key.narrow(0, *z), chunk)
+        _, p = _weights(q, k, bias, _look_up(table, chunk, z, group), _gather_part(hidden, chunk, z))
+        s_dot = _select(q_dot, chunk, z) @ k.mT + q @ _gather(k_dot.narrow(0, *z), chunk).mT
+        if tangents[3] is not None:
+            s_dot = s_dot + look_up(tangents[3], *_relative(tangents[3], chunk, z, group))
+        weighted = p * s_dot
+        mean = weighted.sum(-1)
+        out_dot = (weighted - p * mean[..., None]) @ _gather(value.narrow(0, *z), chunk) + p @ _gather(
+            v_dot.narrow(0, *z), chunk
         )
-        group = query.shape[-3]
-        parts: list[tuple[Tensor, Tensor]] = []
-        counts, chunks = _chunks(query, ctx.axes)
-        for chunk, z, bias in chunks:
-            q, k = _select(query, chunk, z), _gather(key.narrow(0, *z), chunk)
-            _, p = _weights(q, k, bias, _look_up(table, chunk, z, group), _gather_part(hidden, chunk, z))
-            s_dot = _select(q_dot, chunk, z) @ k.mT + q @ _gather(k_dot.narrow(0, *z), chunk).mT
-            if tangents[3] is not None:
-                s_dot = s_dot + look_up(tangents[3], *_relative(tangents[3], chunk, z, group))
-            weighted = p * s_dot
-            mean = weighted.sum(-1)
-            out_dot = (weighted - p * mean[..., None]) @ _gather(value.narrow(0, *z), chunk) + p @ _gather(
-                v_dot.narrow(0, *z), chunk
-            )
-            parts.append((_unselect(out_dot, chunk, query), _unselect(mean, chunk, query)))
-        out_dot, lse_dot = (_assemble(list(p), counts) for p in zip(*parts, strict=True))
-        return out_dot, None, lse_dot
+        parts.append((_unselect(out_dot, chunk, query), _unselect(mean, chunk, query)))
+    out_dot, lse_dot = (_assemble(list(p), counts) for p in zip(*parts, strict=True))
+    return out_dot, None, lse_dot
 
 
 def attend_tiles(

@@ -415,6 +415,19 @@ def test_second_derivatives_on_the_eager_path() -> None:
     assert torch.autograd.gradcheck(loss, query, fast_mode=True)
 
 
+def test_tangents_of_tangents_on_the_eager_path() -> None:
+    """Forward mode over forward mode, along the query and along the tangent, of which the first tangent is linear."""
+    run, query, tangent = of_query(replace(PLAIN, dtype=torch.float64), "eager", requires_grad=False)
+    along, step = tangent.cumsum(1).cos(), 1e-5
+
+    def slope(q: Tensor, t: Tensor) -> Tensor:
+        return jvp(run, (q,), (t,))[1]
+
+    difference = (slope(query + step * along, tangent) - slope(query - step * along, tangent)) / (2 * step)
+    assert error(jvp(slope, (query, tangent), (along, torch.zeros_like(tangent)))[1], difference) < 1e-7
+    assert error(jvp(slope, (query, tangent), (torch.zeros_like(query), along))[1], slope(query, along)) < 1e-12
+
+
 @pytest.mark.parametrize("impl", ["fused", "eager"])
 def test_tangents_of_another_shape_or_dtype(impl: Impl) -> None:
     run, query, tangent = of_query(PLAIN, impl)
