@@ -152,7 +152,8 @@ def _weights(
     that sees no key has weights of zero.
     """
     scores = q @ k.mT
-    scores.unflatten(2, (-1, bias.shape[1])).add_(bias[:, None])
+    # Passes over graphs, as in `torch.func.linearize`, drop an operation in place whose result nobody takes.
+    scores = scores.unflatten(2, (-1, bias.shape[1])).add_(bias[:, None]).flatten(2, 3)
     if relative is not None:
         scores = scores + relative
     if hidden is None and relative is None:

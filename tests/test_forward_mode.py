@@ -428,6 +428,12 @@ def test_tangents_of_tangents_on_the_eager_path() -> None:
     assert error(jvp(slope, (query, tangent), (torch.zeros_like(query), along))[1], slope(query, along)) < 1e-12
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's own, about what it traces
+def test_linearized_functions_give_the_tangent() -> None:
+    run, query, tangent = of_query(replace(PLAIN, dtype=torch.float64), "eager", requires_grad=False)
+    assert error(torch.func.linearize(run, query)[1](tangent), jvp(run, (query,), (tangent,))[1]) < 1e-12
+
+
 @pytest.mark.parametrize("impl", ["fused", "eager"])
 def test_tangents_of_another_shape_or_dtype(impl: Impl) -> None:
     run, query, tangent = of_query(PLAIN, impl)
