@@ -17,7 +17,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from .geometry import Window, fitted, window_bounds, window_mask
 from .kernels.host.packing import Packing
-from .kernels.ops.define import is_differentiated, is_watched
+from .kernels.ops.define import check_duals, is_differentiated, is_watched
 from .tile_attention import State, attend_tiles, nonfinite_mask
 from .tiles import heads_first, plan, tile_queries, untile
 
@@ -154,6 +154,10 @@ def attention_state(
     chunk of ``CHUNK_SCORES`` scores (or of one tile, if that has more) and, with registers, tokens x registers scores.
     A nonfinite key or value turns the whole rows of the queries that see it into NaN, and no others.
     """
+    check_duals(
+        query=query, key=key, value=value, additional_keys=additional_keys, additional_values=additional_values,
+        sink=sink, rpb=rpb,
+    )  # fmt: skip
     group = query.shape[-2] // key.shape[-2]
     accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
     axes = plan(query.shape[1:-2], window, group, key.shape[1:-2])

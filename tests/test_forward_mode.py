@@ -443,6 +443,19 @@ def test_tangents_of_another_shape_or_dtype(impl: Impl) -> None:
         jvp(run, (query,), (tangent.double(),))
 
 
+@pytest.mark.parametrize("name", ["query", "additional_keys", "additional_values", "sink", "rpb"])
+def test_tangents_of_another_dtype_on_the_eager_path(name: str) -> None:
+    """They would be converted in silence, or multiplied with tensors of another dtype."""
+    case = replace(PLAIN, registers=2, sink="learned", dtype=torch.float16)
+    inputs = {n: t.half() for n, t in detached(make_inputs(case)).items()} | {"rpb": torch.zeros(2, 5).half()}
+
+    def call(**tensors: Any) -> tuple[Tensor, Tensor]:
+        return neighborhood_attention(**tensors, kernel_size=3, return_lse=True, impl="eager")
+
+    with raises_naming(f"tangent of {name}", "float32", "float16"):
+        directional(call, inputs, {name: torch.ones_like(inputs[name], dtype=torch.float32)})
+
+
 def test_tangents_that_are_known_to_be_zero() -> None:
     run, query, _ = of_query(PLAIN)
     zero = torch._C._VariableFunctions._efficientzerotensor(query.shape, device=DEVICE)  # pyright: ignore

@@ -25,6 +25,7 @@ __all__ = [
     "call",
     "call_derivative",
     "call_uncompiled",
+    "check_duals",
     "define_op",
     "eager_form",
     "flattened",
@@ -207,16 +208,30 @@ def known_tangents(names: Iterable[str], tensors: Iterable[Any], tangents: Itera
     """Tangents that kernels can read; None where one is known to be zero, as it then costs neither loads nor products.
 
     Raises:
-        ValueError: a tangent has another dtype than its tensor. Torch compares only their shapes.
+        ValueError: a tangent has another dtype than its tensor.
     """
     known: list[Tensor | None] = []
     for name, tensor, tangent in zip(names, tensors, tangents, strict=False):
-        if tangent is not None and tangent.dtype != tensor.dtype:
-            raise ValueError(
-                f"the tangent of {name} has dtype {tangent.dtype}, but {name} has {tensor.dtype}: convert the tangent"
-            )
+        check_tangent(name, tensor, tangent)
         known.append(None if tangent is None or tangent._is_zerotensor() else last_contiguous(tangent))
     return known
+
+
+def check_tangent(name: str, tensor: Tensor, tangent: Tensor | None) -> None:
+    """Raise a ``ValueError`` for a tangent of another dtype than its tensor. Torch compares only their shapes."""
+    if tangent is not None and tangent.dtype != tensor.dtype:
+        raise ValueError(
+            f"the tangent of {name} has dtype {tangent.dtype}, but {name} has {tensor.dtype}: convert the tangent"
+        )
+
+
+def check_duals(**tensors: Tensor | float | None) -> None:
+    """:func:`check_tangent` of arguments, where they may have tangents."""
+    if torch.compiler.is_compiling() or not is_forward_mode():
+        return
+    for name, x in tensors.items():
+        if isinstance(x, Tensor):
+            check_tangent(name, x, forward_ad.unpack_dual(x).tangent)
 
 
 def eager_form(function: type[Function]) -> type[Function]:
