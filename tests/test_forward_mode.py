@@ -456,6 +456,14 @@ def test_tangents_of_another_dtype_on_the_eager_path(name: str) -> None:
         directional(call, inputs, {name: torch.ones_like(inputs[name], dtype=torch.float32)})
 
 
+def test_a_scale_that_moves_is_refused() -> None:
+    """It is read as a number, which would lose its tangent."""
+    given: dict[str, Any] = detached(make_inputs(PLAIN, DEVICE)) | {"kernel_size": 3}
+    scale = torch.tensor(0.5, device=DEVICE)
+    with raises_naming("scale", "multiply a learned scale into the query"):
+        jvp(lambda s: neighborhood_attention(**given, scale=s), (scale,), (torch.ones_like(scale),))
+
+
 def test_tangents_that_are_known_to_be_zero() -> None:
     run, query, _ = of_query(PLAIN)
     zero = torch._C._VariableFunctions._efficientzerotensor(query.shape, device=DEVICE)  # pyright: ignore

@@ -30,6 +30,7 @@ __all__ = [
     "eager_form",
     "flattened",
     "grouped",
+    "has_tangent",
     "is_differentiated",
     "is_forward_mode",
     "is_tracked",
@@ -297,6 +298,13 @@ def is_differentiated(args: tuple[Any, ...]) -> bool:
 def is_forward_mode() -> bool:
     """Whether a level of forward mode is open: of ``torch.autograd.forward_ad``, or of ``torch.func.jvp``."""
     return forward_ad._current_level >= 0
+
+
+def has_tangent(x: Tensor) -> bool:
+    """Whether a tensor moves in forward mode; False in a compiled graph, which cannot ask."""
+    if torch.compiler.is_compiling() or not is_forward_mode():
+        return False
+    return forward_ad.unpack_dual(x).tangent is not None
 
 
 def is_transformed() -> bool:
