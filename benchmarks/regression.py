@@ -22,8 +22,7 @@ from .runner import RESULTS, heading
 
 __all__ = ["Change", "compare"]
 
-RECORDS = (RESULTS / "census.json",)
-"""The whole census, and rows that were timed again since"""
+RECORD = RESULTS / "census.json"
 LIMIT = 1.1
 
 Key = tuple[str, str, str]
@@ -96,12 +95,6 @@ def compare(record: Mapping[str, Any], run: Mapping[str, Any], rows: Sequence[st
     return changes
 
 
-def with_newer(record: Mapping[str, Any], newer: Mapping[str, Any]) -> dict[str, Any]:
-    """The record with all rows of the workloads that a newer one has, peers included, replaced by those."""
-    again = {row["workload"] for row in newer["rows"]}
-    return {**record, "rows": [row for row in record["rows"] if row["workload"] not in again] + newer["rows"]}
-
-
 def _key(row: Mapping[str, Any]) -> Key:
     return row["workload"], row["mode"], row["implementation"]
 
@@ -143,18 +136,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="what benchmarks.census wrote")
     parser.add_argument("--rows", type=lambda text: text.split(","), help="names, comma-separated; default: all")
-    parser.add_argument(
-        "--record", type=Path, nargs="+", default=RECORDS, help="rows of later ones replace those of earlier ones"
-    )
+    parser.add_argument("--record", type=Path, default=RECORD, help="default: %(default)s")
     parser.add_argument(
         "--limit", type=float, default=LIMIT, help="a row may be so many times slower, default %(default)s"
     )
     args = parser.parse_args(argv)
     try:
-        record, *newer = (json.loads(path.read_bytes()) for path in args.record)
-        run = json.loads(args.run.read_bytes())
-        for each in newer:
-            record = with_newer(record, each)
+        record, run = (json.loads(path.read_bytes()) for path in (args.record, args.run))
         changes = compare(record, run, args.rows)
         print(f"record: {heading(record)}\nrun:    {heading(run)}\n")
     except (OSError, ValueError, KeyError) as error:

@@ -13,7 +13,7 @@ from torch import Tensor
 from .eager import autocasts
 from .geometry import AXES
 from .head_axes import expand_registers
-from .kernels.ops.define import has_tangent
+from .kernels.ops.define import tangent_of
 
 __all__ = [
     "DTYPES",
@@ -128,7 +128,7 @@ def check_additional(
 
 def check_scale(scale: object, dtype: torch.dtype) -> float:
     """The factor on the scores of queries of ``dtype``."""
-    if isinstance(scale, Tensor) and scale.numel() == 1 and not scale.requires_grad and not has_tangent(scale):
+    if isinstance(scale, Tensor) and scale.numel() == 1 and not scale.requires_grad and tangent_of(scale) is None:
         scale = scale.item()  # this waits if the tensor is on a GPU
     if not is_finite_number(scale, dtype):
         raise ValueError(

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import torch
 from einops import rearrange
@@ -14,17 +13,16 @@ from torch import Tensor, nn
 from ..arguments import prepare, prepare_packed
 from ..cached import cached_attention
 from ..checks import check_dense, check_key_mask, check_scale
-from ..geometry import AXES, is_per_axis, make_window, normalise_axes
+from ..geometry import AXES, normalise_axes
 from ..operations import neighborhood_attention
 from ..varlen import Shapes, packed_shapes
 from .base import check_count, check_probability
 from .norm import RMSNorm
 from .query_key import HeadNorm, attend_with_qk_prep, call_watched, normalize_and_rotate
 from .rope import Angles, Positions, Rotary
+from .window_options import all_one, check_ranks, check_window, plain
 
 __all__ = ["Heads", "NeighborhoodGQA", "Projected"]
-
-T = TypeVar("T", int, bool)
 
 
 class Heads(NamedTuple):
@@ -125,13 +123,13 @@ class NeighborhoodGQA(nn.Module):
             raise ValueError(f"num_heads must be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}")
         if head_dim is None and embed_dim % num_heads:
             raise ValueError(f"embed_dim {embed_dim} is not divisible by num_heads {num_heads}; give head_dim")
-        self._ranks = _check_ranks(kernel_size, stride, dilation, is_causal, is_periodic)
-        kernel_size = None if kernel_size is None else _plain("kernel_size", kernel_size, int)
-        stride, dilation = _plain("stride", stride, int), _plain("dilation", dilation, int)
-        is_causal, is_periodic = _plain("is_causal", is_causal, bool), _plain("is_periodic", is_periodic, bool)
-        if kernel_size is None and not (_all_one(stride) and _all_one(dilation)):
+        self._ranks = check_ranks(kernel_size, stride, dilation, is_causal, is_periodic)
+        kernel_size = None if kernel_size is None else plain("kernel_size", kernel_size, int)
+        stride, dilation = plain("stride", stride, int), plain("dilation", dilation, int)
+        is_causal, is_periodic = plain("is_causal", is_causal, bool), plain("is_periodic", is_periodic, bool)
+        if kernel_size is None and not (all_one(stride) and all_one(dilation)):
             raise ValueError(f"kernel_size=None takes no stride or dilation, got stride={stride}, dilation={dilation}")
-        _check_window(kernel_size, stride, dilation, is_causal, is_periodic)
+        check_window(kernel_size, stride, dilation, is_causal, is_periodic)
         if sink not in (None, "zero", "learned"):
             raise ValueError(f'sink must be None, "zero" or "learned", got {sink!r}')
         if qk_norm not in (None, "cosine", "rms"):
@@ -460,42 +458,3 @@ def _judge_bias(
             f'"{prefix}rpb" {tuple(table.shape)} is a relative positional bias, which this {type(module).__name__} '
             "does not have: make it with rel_pos_bias=True. Without the key the rest loads, and outputs will differ."
         )
-
-
-def _check_ranks(
-    kernel_size: object, stride: object, dilation: object, is_causal: object, is_periodic: object
-) -> tuple[int, ...]:
-    """The numbers of axes that inputs may have."""
-    ranks = {len(a) for a in (kernel_size, stride, dilation, is_causal, is_periodic) if is_per_axis(a)}
-    if len(ranks) > 1 or not ranks <= {1, 2, 3}:
-        raise ValueError(
-            f"kernel_size={kernel_size}, stride={stride}, dilation={dilation}, is_causal={is_causal} and "
-            f"is_periodic={is_periodic} must agree on 1 to 3 spatial axes"
-        )
-    return tuple(ranks) or (1, 2, 3)
-
-
-def _plain(name: str, value: T | Sequence[T], kind: type[T]) -> T | tuple[T, ...]:
-    """An option of axes without types of NumPy, and hashable, as checked arguments are cached under these values."""
-    entries = normalise_axes(name, value, len(value) if is_per_axis(value) else 1, kind)
-    return entries if is_per_axis(value) else entries[0]
-
-
-def _check_window(
-    kernel_size: int | tuple[int, ...] | None,
-    stride: int | tuple[int, ...],
-    dilation: int | tuple[int, ...],
-    is_causal: bool | tuple[bool, ...],
-    is_periodic: bool | tuple[bool, ...],
-) -> None:
-    """Raise in the constructor for window options that no input could fit, instead of at the first call."""
-    options = stride, dilation, is_causal, is_periodic
-    rank = next((len(a) for a in (kernel_size, *options) if isinstance(a, tuple)), 1)
-    # The longest axis of all, but one that every dilation divides, as it does that of a periodic axis.
-    multiple = math.lcm(*(d for d in (dilation if isinstance(dilation, tuple) else (dilation,)) if d > 0))
-    longest = sys.maxsize // multiple * multiple
-    make_window((longest,) * rank, longest if kernel_size is None else kernel_size, *options)
-
-
-def _all_one(value: int | tuple[int, ...]) -> bool:
-    return all(v == 1 for v in value) if isinstance(value, tuple) else value == 1

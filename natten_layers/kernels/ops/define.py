@@ -30,7 +30,6 @@ __all__ = [
     "eager_form",
     "flattened",
     "grouped",
-    "has_tangent",
     "is_differentiated",
     "is_forward_mode",
     "is_tracked",
@@ -42,6 +41,7 @@ __all__ = [
     "module",
     "on_device",
     "save_for_jvp",
+    "tangent_of",
 ]
 
 NOT_FUSED = "the fused kernels do not have"
@@ -228,11 +228,9 @@ def check_tangent(name: str, tensor: Tensor, tangent: Tensor | None) -> None:
 
 def check_duals(**tensors: Tensor | float | None) -> None:
     """:func:`check_tangent` of arguments, where they may have tangents."""
-    if torch.compiler.is_compiling() or not is_forward_mode():
-        return
     for name, x in tensors.items():
         if isinstance(x, Tensor):
-            check_tangent(name, x, forward_ad.unpack_dual(x).tangent)
+            check_tangent(name, x, tangent_of(x))
 
 
 def eager_form(function: type[Function]) -> type[Function]:
@@ -300,11 +298,11 @@ def is_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
-def has_tangent(x: Tensor) -> bool:
-    """Whether a tensor moves in forward mode; False in a compiled graph, which cannot ask."""
+def tangent_of(x: Tensor) -> Tensor | None:
+    """The tangent of a tensor in forward mode; None in a compiled graph, which cannot ask."""
     if torch.compiler.is_compiling() or not is_forward_mode():
-        return False
-    return forward_ad.unpack_dual(x).tangent is not None
+        return None
+    return forward_ad.unpack_dual(x).tangent
 
 
 def is_transformed() -> bool:
