@@ -10,26 +10,20 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import product
 
 import torch
 from torch import Tensor
 
 from .kernels.host.tiling import Kind, ProblemClass, TileConfig, best_boxes, boxes, rule
-from .kernels.host.tuned import GRADIENTS, override
+from .kernels.host.tuned import override
 from .kernels.host.variant import Question
 
-__all__ = ["PASSES", "Fastest", "Found", "fastest", "neighbors", "rivals", "search", "tune", "tune_variants"]
+__all__ = ["Fastest", "Found", "fastest", "neighbors", "rivals", "search", "tune", "tune_variants"]
 
 MAXNREGS = (None, 96, 128, 168)
 GAIN = 0.02
 """Part of the time that a change must save to be more than noise."""
 
-PASSES: tuple[tuple[Kind, ...], ...] = (("forward",), GRADIENTS)
-"""Kernels whose variants are chosen together"""
-
-Names = Mapping[Kind, str]
-"""A variant for each kernel of a pass"""
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 Timer = Callable[[Callable[[], object]], float]
 Measure = Callable[[TileConfig], float]
@@ -51,9 +45,9 @@ class Found:
 
 @dataclass(frozen=True)
 class Fastest:
-    """The fastest variants of a pass, their seconds, and those of the variants that calls take by themselves."""
+    """The fastest variant of a kernel, its seconds, and those of the variant that calls take by themselves."""
 
-    names: Names
+    name: str
     seconds: float
     own_seconds: float
 
@@ -62,36 +56,24 @@ class Fastest:
         return self.seconds < (1 - GAIN) * self.own_seconds
 
 
-def rivals(questions: Mapping[Kind, Question]) -> list[Names]:
-    """All variants that can compute a pass, whether they are expected to pay or not; first those that calls take."""
-    from .kernels.dispatch import VARIANTS, choose, choose_backward  # imports Triton
+def rivals(kind: Kind, question: Question) -> list[str]:
+    """All variants that can compute a kernel, expected to pay or not; first the one that calls take by themselves."""
+    from .kernels.dispatch import VARIANTS, choose, plan_of  # imports Triton
 
-    def taken() -> Names:
-        if (question := questions.get("backward_query")) is not None:
-            query, key, *_ = choose_backward(question)
-            return {"backward_query": query.variant.name, "backward_key": key.variant.name}
-        return {kind: choose(kind, question).variant.name for kind, question in questions.items()}
-
-    found = [taken()]
-    for names in product(*([variant.name for variant in VARIANTS[kind]] for kind in questions)):
-        asked: Names = dict(zip(questions, names, strict=True))
-        with override(variants=asked):
-            able = taken() == asked
-        if able and asked not in found:
-            found.append(asked)
-    return found
+    able = [variant.name for variant in VARIANTS[kind] if not isinstance(plan_of(variant, question), str)]
+    return list(dict.fromkeys([choose(kind, question).variant.name, *able]))
 
 
 def fastest(
-    candidates: Sequence[Names],
-    measure: Callable[[Names], float],
-    report: Callable[[Names, float], None] = lambda names, seconds: None,
+    candidates: Sequence[str],
+    measure: Callable[[str], float],
+    report: Callable[[str, float], None] = lambda name, seconds: None,
 ) -> Fastest:
     """The fastest of :func:`rivals`, whose first entry is what calls take by themselves."""
     times = []
-    for names in candidates:
-        times.append(measure(names))
-        report(names, times[-1])
+    for name in candidates:
+        times.append(measure(name))
+        report(name, times[-1])
     seconds = min(times)
     return Fastest(candidates[times.index(seconds)], seconds, times[0])
 
@@ -159,25 +141,26 @@ def search(
 
 
 def tune_variants(
-    questions: Mapping[Kind, Question],
+    kind: Kind,
+    question: Question,
     attend: Attention,
     inputs: Sequence[Tensor],
     *,
     timer: Timer,
-    report: Callable[[Names, float], None],
+    report: Callable[[str, float], None],
 ) -> Fastest | None:
-    """:func:`fastest` for one pass, timing calls of the operation; None if only one variant can compute it.
+    """:func:`fastest` for one kernel, timing calls of the operation; None if only one variant can compute it.
 
     Args:
-        questions: what is asked about each kernel of the pass.
+        question: what is asked about the kernel.
         attend: the operation, a function of query, key and value.
         inputs: query, key, value and the gradient of the output.
     """
-    candidates = rivals(questions)
+    candidates = rivals(kind, question)
     if len(candidates) == 1:
         return None
-    measure = _measure(next(iter(questions)), attend, inputs, timer)
-    return fastest(candidates, lambda names: measure(variants=names), report)
+    measure = _measure(kind, attend, inputs, timer)
+    return fastest(candidates, lambda name: measure(variants={kind: name}), report)
 
 
 def tune(
@@ -232,7 +215,7 @@ def _measure(kind: Kind, attend: Attention, inputs: Sequence[Tensor], timer: Tim
     # Results may differ by the order of sums, and by the rounding of weights and of the result.
     limit = 4 * torch.finfo(grad_out.dtype).eps
 
-    def seconds(*overrides: Mapping[Kind, TileConfig], **named: Names) -> float:
+    def seconds(*overrides: Mapping[Kind, TileConfig], **named: Mapping[Kind, str]) -> float:
         with override(*overrides, **named):
             try:
                 results = run()

@@ -19,6 +19,7 @@ import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -34,7 +35,7 @@ from natten_layers.kernels.host.variant import Question
 from natten_layers.modules.hdit_config import HDiTConfig, check_axis
 from natten_layers.modules.llm_config import DecoderLMConfig
 from natten_layers.operations import neighborhood_attention
-from natten_layers.tune import PASSES, Found, Names, Timer, tune, tune_variants
+from natten_layers.tune import Found, Timer, tune, tune_variants
 
 from .running import Parser, run_command
 
@@ -237,13 +238,9 @@ def _report(kind: Kind, config: TileConfig, seconds: float) -> None:
     print(f"{kind:14} {time:>12}  {_describe(config)}", flush=True)
 
 
-def _report_variants(names: Names, seconds: float) -> None:
+def _report_variant(kind: Kind, name: str, seconds: float) -> None:
     time = "does not run" if seconds == math.inf else f"{seconds * 1e3:.4g} ms"
-    print(f"{', '.join(names)}: {time}  {_named(names)}", flush=True)
-
-
-def _named(names: Names) -> str:
-    return " and ".join(dict.fromkeys(names.values()))
+    print(f"{kind:14} {time:>12}  {name}", flush=True)
 
 
 def run(args: argparse.Namespace, timer: Timer) -> int:
@@ -274,14 +271,16 @@ def _tune_call(args: argparse.Namespace, call: Call, timer: Timer) -> int:
     found: dict[Kind, Found] = {}
     status = 0
     try:
-        for kinds in PASSES:
-            if set(kinds) <= set(args.kernels):
-                own: dict[Kind, Question] = {kind: questions[kind] for kind in kinds}
-                best = tune_variants(own, attend, (*heads, grad_out), timer=timer, report=_report_variants)
-                if best is not None and best.gains:
-                    write_tuned(cache_file(), variants={(kind, problem): name for kind, name in best.names.items()})
-                    print(f"{', '.join(kinds)}: {best.own_seconds / best.seconds:.2f}x with {_named(best.names)}")
-                    print(f"written to {cache_file()}")
+        for kind, question in questions.items():
+            if kind not in args.kernels:
+                continue
+            report = partial(_report_variant, kind)
+            best = tune_variants(kind, question, attend, (*heads, grad_out), timer=timer, report=report)
+            if best is not None and best.gains:
+                chosen: dict[tuple[Kind, ProblemClass], str] = {(kind, problem): best.name}
+                write_tuned(cache_file(), variants=chosen)
+                print(f"{kind}: {best.own_seconds / best.seconds:.2f}x with {best.name}")
+                print(f"written to {cache_file()}")
         for kind, best in tune(
             problem, attend, (*heads, grad_out),
             kinds=_kinds(args, questions), trials=args.trials, timer=timer, report=_report,

@@ -490,7 +490,6 @@ def test_statistics_of_the_backward_pass_are_what_they_are_called(with_grad_lse:
     grad_lse = grad_lse.transpose(1, 2).contiguous().transpose(1, 2) if with_grad_lse else None
     found = large_statistics.statistics_of(problem, Cotangents(out, row_max, row_sum, grad_out, grad_lse))
     statistics, delta = found.head_major, found.delta
-    assert found.lse is None
     expected = (out.double() * grad_out.double()).sum(-1) - (0 if grad_lse is None else grad_lse.double())
     assert error(delta, expected) < 1e-6
     head_major = [x.permute(4, 0, 1, 2, 3).reshape(3, 6, 5, 9) for x in (row_max + row_sum.log(), expected)]
@@ -498,7 +497,12 @@ def test_statistics_of_the_backward_pass_are_what_they_are_called(with_grad_lse:
     assert offset == 1  # query 3 is the first to see key 4, and stands in column 4
     assert error(statistics.lse[..., offset : offset + 9] * math.log(2), head_major[0]) < 1e-6
     assert error(statistics.delta[..., offset : offset + 9], head_major[1]) < 1e-6
+    assert error(found.lse * math.log(2), row_max + row_sum.log()) < 1e-6
     assert not torch.stack(statistics)[..., :offset].any()
+    copies = large_statistics.head_major_of(problem, found._replace(head_major=None))
+    for own, copy in zip(statistics, copies, strict=True):
+        assert own.stride() == copy.stride()
+        assert torch.equal(own[..., : offset + 9], copy[..., : offset + 9])
     assert statistics.lse.stride(-2) % large_tiling.ALIGNMENT == 0
 
 
@@ -661,7 +665,7 @@ def test_gradients_with_many_register_tokens_take_it_in_smaller_calls(
 
 
 def test_register_tokens_take_it_with_their_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All gradients do, as they share statistics; register tokens that TMA cannot address take none along."""
+    """Register tokens that TMA cannot address leave the window to portable kernels too."""
     registers = Layout((1, 512, 2, 128), (0, 256, 128, 1))  # which all images share
     gradients: tuple[Direction, ...] = ("backward_query", "backward_key", "backward_registers")
     for tokens, is_large in ((registers, True), (registers._replace(stride=(0, 257, 128, 1)), False)):
@@ -673,15 +677,16 @@ def test_register_tokens_take_it_with_their_window(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("key", [variants.LARGE, "portable"])
 @pytest.mark.parametrize("query", [variants.LARGE, "portable"])
-def test_register_tokens_take_it_where_all_gradients_are_asked_to(
+def test_register_tokens_take_it_where_keys_are_asked_to(
     monkeypatch: pytest.MonkeyPatch, query: str, key: str
-) -> None:
+) -> None:  # fmt: skip
     registers = contiguous((1, 5, 2, 128))
     problem = problem_of_text(monkeypatch, additional_keys=registers, additional_values=registers)
     with override(variants={"backward_query": query, "backward_key": key}):
         chosen = choose_backward(Question(problem, True, problem.query))
     assert chosen.registers is not None
-    assert chosen.registers.variant.name == (variants.LARGE if query == key == variants.LARGE else "portable")
+    assert [choice.variant.name for choice in chosen[:3] if choice is not None] == [query, key, key]
+    assert chosen.uses_tma == (variants.LARGE in (query, key))
 
 
 def test_gradients_of_large_windows_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -696,10 +701,8 @@ def test_gradients_of_large_windows_take_it(monkeypatch: pytest.MonkeyPatch) -> 
     assert (key.tile, key.chunk) == ((1, 1, 128), (1, 1, 64))
     expanded = problem.query._replace(stride=(0, 0, 0, 0))  # like the gradient of a sum
     assert both(expanded) == [None, None]
-    with override({"backward_key": key}):  # both gradients read the same statistics
-        assert both(problem.query) == [None, None]
-        reasons = dict(choose_backward(Question(problem, grad_out=problem.query)).query.passed_over)
-    assert reasons[variants.LARGE].startswith("it shares statistics with kernels for the other gradients")
+    with override({"backward_key": key}):  # a tile configuration asks for the portable kernel of this gradient
+        assert both(problem.query) == [query, None]
 
 
 def test_strides_that_tma_does_not_take_are_refused() -> None:

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -181,11 +181,10 @@ def test_the_fastest_variants_are_remembered(
     assert command.main([*TINY_FLAGS, "--trials", "1"], timer=prefers("made up")) == 0
     printed = capsys.readouterr().out
     assert "forward: 2.00x with made up" in printed
-    assert "backward_query, backward_key: 2.00x with made up" in printed
+    assert "backward_query: 2.00x with made up" in printed
+    assert "backward_key: 2.00x with made up" in printed
     found = tuned.read_tuned(cache)
-    assert {kind: name for (kind, _), name in found.variants.items()} == dict.fromkeys(
-        ("forward", *tuned.GRADIENTS), "made up"
-    )
+    assert {kind: name for (kind, _), name in found.variants.items()} == dict.fromkeys(command.TRAINED, "made up")
     assert not found.configs  # nothing to search, where portable kernels are not the fastest
     assert set(kernels_of().values()) == {"made up"}
     assert set(kernels_of(registers=2).values()) == {"portable"}  # which the other one cannot compute
@@ -195,7 +194,7 @@ def test_the_fastest_variants_are_remembered(
 
     # What is tuned later replaces it, also for tiles of the portable kernel that stand beside it in the file.
     assert command.main([*TINY_FLAGS, "--kernels", "forward", "--trials", "1"], timer=prefers("portable")) == 0
-    assert kernels_of() == dict.fromkeys(tuned.GRADIENTS, "made up") | {"forward": "portable"}
+    assert kernels_of() == dict.fromkeys(command.TRAINED, "made up") | {"forward": "portable"}
     monkeypatch.undo()
     monkeypatch.setenv("NATTEN_LAYERS_CACHE", str(cache.parent))
     tuned.forget()
@@ -215,24 +214,20 @@ def test_a_variant_with_wrong_results_is_not_chosen(cache: Path, monkeypatch: py
     assert not tuned.read_tuned(cache).variants
 
 
-def test_variants_that_can_compute_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of large windows share statistics: they compute all gradients or none. First comes what calls take."""
+def test_variants_that_can_compute_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """First comes what calls take, then the others in the order in which they are considered."""
     large, tiles, medium = "sm90 large window", "sm90 small window", "sm90 medium window"
     pytest.importorskip("triton.experimental.gluon")
     text, image = problem_of_text(monkeypatch), problem_of_image(monkeypatch)
-    forward = [names["forward"] for names in tune.rivals({"forward": Question(image)})]
-    assert forward == [f"{tiles}, rolling", tiles, medium, large, "portable"]
-    for problem, first in ((text, large), (image, tiles)):
-        questions: dict[Kind, Question] = dict.fromkeys(tuned.GRADIENTS, Question(problem, True, problem.query))
-        found = [tuple(names.values()) for names in tune.rivals(questions)]
-        assert found[0] == (first, first)
-        assert {(large, large), ("portable", "portable")} <= set(found)
-        assert all(pair == (large, large) for pair in found if large in pair)
-        for query, key in found:
-            with tuned.override(variants=dict(zip(tuned.GRADIENTS, (query, key), strict=True))):
-                chosen = dispatch.choose_backward(Question(problem, True, problem.query))
-            assert (chosen.query.variant.name, chosen.key.variant.name) == (query, key)
-    assert len(tune.rivals(dict.fromkeys(tuned.GRADIENTS, Question(image, True, image.query)))) == 10
+    assert tune.rivals("forward", Question(image)) == [f"{tiles}, rolling", tiles, medium, large, "portable"]
+    gradients: tuple[Kind, ...] = ("backward_query", "backward_key")
+    for kind in gradients:
+        assert tune.rivals(kind, Question(image, True, image.query)) == [tiles, medium, large, "portable"]
+        assert tune.rivals(kind, Question(text, True, text.query)) == [large, medium, "portable"]
+    for query, key in product(tune.rivals("backward_query", Question(image, True, image.query)), repeat=2):
+        with tuned.override(variants={"backward_query": query, "backward_key": key}):
+            chosen = dispatch.choose_backward(Question(image, True, image.query))
+        assert (chosen.query.variant.name, chosen.key.variant.name) == (query, key)
 
 
 def test_tuned_variants_decide_in_a_prologue_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,21 +239,6 @@ def test_tuned_variants_decide_in_a_prologue_too(monkeypatch: pytest.MonkeyPatch
         with tuned.override(variants={"forward": name}):
             choice = dispatch.choose("qk_prep + forward", Question(problem, prep=prep))
         assert choice.variant.name == expected
-
-
-def test_gradients_are_asked_for_together(cache: Path) -> None:
-    with pytest.raises(ValueError, match="named together"), tuned.override(variants={"backward_key": "portable"}):
-        pass
-    with pytest.raises(ValueError, match="named together"):
-        tuned.write_tuned(cache, variants={("backward_key", PROBLEM): "portable"})
-    assert not cache.exists()
-    tuned.write_tuned(cache, variants=dict.fromkeys([(kind, PROBLEM) for kind in tuned.GRADIENTS], "portable"))
-    assert tuned.variant_for("backward_key", PROBLEM) == "portable"
-    content = json.loads(cache.read_text())
-    content["variants"].pop()
-    cache.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="named together"):
-        tuned.read_tuned(cache)
 
 
 def test_files_of_old_have_tiles_alone(cache: Path) -> None:

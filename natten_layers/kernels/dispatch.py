@@ -67,10 +67,10 @@ def plan_of(variant: Variant, question: Question | CacheProblem) -> Any:
     return variant.plan(question) if reason is None else reason
 
 
-def _first_that_pays(direction: Direction, question: Question | CacheProblem, without: str | None = None) -> Choice:
+def _first_that_pays(direction: Direction, question: Question | CacheProblem) -> Choice:
     passed: list[PassedOver] = []
     for variant in VARIANTS[direction]:
-        reason = _left_out(variant, without) or variant.supports(question) or variant.pays(question)
+        reason = _left_out(variant) or variant.supports(question) or variant.pays(question)
         if reason is None:
             plan = variant.plan(question)
             if not isinstance(plan, str):
@@ -80,10 +80,8 @@ def _first_that_pays(direction: Direction, question: Question | CacheProblem, wi
     raise AssertionError(f"no kernel computes {question}")
 
 
-def _left_out(variant: Variant, without: str | None) -> str | None:
+def _left_out(variant: Variant) -> str | None:
     """Why a variant is left out, or None. Kernels that use TMA are those for one compute capability."""
-    if variant.name == without:
-        return "it shares statistics with kernels for the other gradients, which do not all take it"
     return "an override asks for portable kernels alone" if is_portable_only() and variant.uses_tma else None
 
 
@@ -97,20 +95,11 @@ class BackwardChoices(NamedTuple):
 
 @remembered
 def choose_backward(question: Question) -> BackwardChoices:
-    directions: list[Direction] = ["backward_query", "backward_key"]
-    if question.problem.registers:
-        directions.append("backward_registers")
-    chosen: dict[Direction, Choice] = {direction: choose(direction, question) for direction in directions}
-    # The dQ kernel for large windows writes head-major statistics, which the others for these read, and only they.
-    large: list[Direction] = [direction for direction in directions if chosen[direction].variant.name == sm90.LARGE]
-    if len(large) < len(directions):
-        for direction in large:
-            chosen[direction] = _first_that_pays(direction, question, sm90.LARGE)
-    query, key, registers = map(chosen.get, ("backward_query", "backward_key", "backward_registers"))
-    assert query is not None
-    assert key is not None
+    query, key = choose("backward_query", question), choose("backward_key", question)
+    registers = choose("backward_registers", question) if question.problem.registers else None
     bias = choose("backward_bias", question) if question.problem.has_bias else None
-    return BackwardChoices(query, key, registers, bias, query.variant.uses_tma or key.variant.uses_tma)
+    uses_tma = any(choice.variant.uses_tma for choice in (query, key, registers) if choice is not None)
+    return BackwardChoices(query, key, registers, bias, uses_tma)
 
 
 def choices(problem: Problem, inputs: Inputs, *, with_stats: bool, with_gradients: bool) -> dict[Direction, Choice]:

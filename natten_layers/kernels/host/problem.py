@@ -191,10 +191,10 @@ class RowStatistics(NamedTuple):
 
     delta: Tensor
     """``[B, *spatial, Hq]`` in fp32"""
-    lse: Tensor | None
-    """Log-sum-exp in base 2, shaped like delta; None if only the head-major statistics were written."""
+    lse: Tensor
+    """Log-sum-exp in base 2, shaped like delta."""
     head_major: Any = None
-    """Both in the head-major order in which kernels for large windows load them by TMA, if such a kernel wrote them."""
+    """Both in the order in which kernels for large windows load them by TMA, if such a kernel wrote them."""
 
 
 class Problem(NamedTuple):

@@ -22,7 +22,6 @@ from .tiling import Kind, ProblemClass, TileConfig, rule
 from .variant import PORTABLE
 
 __all__ = [
-    "GRADIENTS",
     "Tuned",
     "cache_file",
     "explicit_tile_config",
@@ -46,9 +45,6 @@ R = TypeVar("R")
 
 Configs = Mapping[tuple[Kind, ProblemClass], TileConfig]
 Variants = Mapping[tuple[Kind, ProblemClass], str]
-
-GRADIENTS: tuple[Kind, Kind] = ("backward_query", "backward_key")
-"""Some variants of these share what they read, so they are asked for together."""
 
 
 class Tuned(NamedTuple):
@@ -94,9 +90,7 @@ def override(
         pack: the number of heads a program.
         portable_only: take portable kernels alone, as on a device that no other kernel is for.
         variants: take the variants of these names where they support a call, whether they are expected to pay or not.
-            Those of both gradients are named together.
     """
-    _check_pairs(variants or {})
     own = Overrides(configs or {}, pack, portable_only, variants or {}, {})
     _overrides.append(own)
     try:
@@ -217,7 +211,6 @@ def read_tuned(path: Path) -> Tuned:
             raise ValueError(f"format {shorten(content.get('format'))}, expected {FORMAT}")
         configs = dict(_parse_entry(*entry) for entry in _entries("configs", content.get("configs")))
         variants = dict(_parse_choice(*entry) for entry in _entries("variants", content.get("variants", [])))
-        _check_all_pairs(variants)
         return Tuned(configs, variants)
     except FileNotFoundError:
         return Tuned()
@@ -244,16 +237,6 @@ def _parse_choice(choice: object, where: str) -> tuple[tuple[Kind, ProblemClass]
     return (kind, build(ProblemClass, problem, f"{where}.problem")), variant
 
 
-def _check_all_pairs(variants: Variants) -> None:
-    for problem in {problem for _, problem in variants}:
-        _check_pairs({kind: name for (kind, other), name in variants.items() if other == problem})
-
-
-def _check_pairs(variants: Mapping[Kind, str]) -> None:
-    if len(set(GRADIENTS) & set(variants)) == 1:
-        raise ValueError(f"variants of {' and '.join(GRADIENTS)} are named together, got {dict(variants)}")
-
-
 def _check_tile_config(config: TileConfig, where: str) -> None:
     """Raise a ValueError for a tile configuration that no GPU can run."""
     sides = (*config.tile, *config.chunk, config.pack, config.num_warps)
@@ -269,11 +252,10 @@ def write_tuned(path: Path, configs: Configs | None = None, variants: Variants |
     """Add tile configurations and variants to the file, replacing those of the same problems; the next call uses them.
 
     Raises:
-        ValueError: the existing file is damaged, and is not touched, or only one of two gradients has a variant.
+        ValueError: the existing file is damaged, and is not touched.
     """
     known = read_tuned(path)
     everything: Variants = {**known.variants, **(variants or {})}
-    _check_all_pairs(everything)
     entries = [
         {"kind": kind, "problem": problem._asdict(), "config": vars(config)}
         for (kind, problem), config in {**known.configs, **(configs or {})}.items()

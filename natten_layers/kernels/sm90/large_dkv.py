@@ -23,7 +23,7 @@ from ..portable.primitives import LOG2E
 from ..portable.windows import inside_axes, is_empty, queries_of, shifted, union_of_queries, unravel
 from . import large_tiling
 from .descriptors import Call, call_of, key_boxes, multiprocessors
-from .large_statistics import statistics_boxes
+from .large_statistics import head_major_of, statistics_boxes
 from .large_tiling import LargeTileConfig
 from .packed_repair import repair_key
 from .primitives import flag_nonfinite, part_rows, start_product, store_part
@@ -354,10 +354,9 @@ def key_gradients(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dK and dV of the window keys; gradients of register tokens are computed elsewhere.
 
-    Reads the statistics that the dQ kernel for large windows wrote. Allocates only its results.
+    Allocates its results and, if another kernel computed dQ, a copy of the statistics.
     """
-    head_major = statistics.head_major
-    assert head_major is not None
+    head_major = head_major_of(problem, statistics)
     query, key, value = inputs[:3]
     grad_key, grad_value, counter = new_like(key), new_like(value), key.new_zeros(2, dtype=torch.int32)
     call = prepare(config, problem, layout(grad_out), layout(head_major.lse))

@@ -23,7 +23,7 @@ from ..portable.primitives import LOG2E
 from . import large_tiling
 from .descriptors import Call, boxes_of_registers, call_of, key_boxes, multiprocessors
 from .large_dkv import add_queries, add_to_keys, add_to_values
-from .large_statistics import statistics_boxes
+from .large_statistics import head_major_of, statistics_boxes
 from .large_tiling import ROWS, RegisterTileConfig
 from .primitives import store_part
 from .rings import (
@@ -200,12 +200,12 @@ def register_gradients(
     config: RegisterTileConfig, problem: Problem, inputs: Inputs, options: Options, grad_out: Tensor,
     statistics: RowStatistics,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dK and dV of the register tokens, behind the dQ kernel for large windows, whose statistics it reads.
+    """dK and dV of the register tokens.
 
-    Allocates these, and ``slices`` times as much in fp32 for partial sums.
+    Allocates these, ``slices`` times as much in fp32 for partial sums and, if another kernel computed dQ, a copy of the
+    statistics.
     """
-    head_major = statistics.head_major
-    assert head_major is not None
+    head_major = head_major_of(problem, statistics)
     query, _, _, keys, values = inputs.addressed
     assert keys is not None
     assert values is not None

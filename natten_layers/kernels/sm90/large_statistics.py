@@ -31,9 +31,8 @@ def statistics_kernel(
     do_strides, dl_strides, length, rows, heads, images, width, offset,
     DV: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, WITH_DLSE: tl.constexpr,
 ):  # fmt: skip
-    """``delta = rowsum(dOut * Out) - dLse`` in the order of the output, and delta and the base-2 lse in head-major
-    order, ``[heads, B T H, width]``, behind ``offset`` columns. ``Lse``, if given, is base-2 lse in the order of the
-    output.
+    """``delta = rowsum(dOut * Out) - dLse`` and the base-2 lse, both in the order of the output and in head-major
+    order, ``[heads, B T H, width]``, behind ``offset`` columns.
     """
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     m_rows = row < rows
@@ -52,8 +51,7 @@ def statistics_kernel(
     tl.store(Delta + row, row_delta, mask=m_rows)
     tl.store(DeltaHeadMajor + o_stat, row_delta, mask=m_rows)
     tl.store(LseHeadMajor + o_stat, row_lse, mask=m_rows)
-    if Lse is not None:
-        tl.store(Lse + row, row_lse, mask=m_rows)
+    tl.store(Lse + row, row_lse, mask=m_rows)
 
 
 class Statistics(NamedTuple):
@@ -82,17 +80,26 @@ def new_statistics(problem: Problem) -> Statistics:
 
 
 def statistics_of(problem: Problem, cotangents: Cotangents) -> RowStatistics:
-    """Statistics in head-major order, and delta; of packed batches the lse too, which their repair by portable kernels
-    takes.
-    """
+    """Statistics of all queries and heads in both orders."""
     out, row_max, row_sum, grad_out, grad_lse = cotangents
-    statistics, delta = new_statistics(problem), torch.empty_like(row_max)
-    lse = None if problem.packing is None else torch.empty_like(row_max)
+    statistics, delta, lse = new_statistics(problem), torch.empty_like(row_max), torch.empty_like(row_max)
     launch = prepare(
         problem, layout(grad_out), None if grad_lse is None else layout(grad_lse[..., None]), statistics.lse.shape[-1]
     )
     launch((out, grad_out, grad_lse, row_max, row_sum, delta, lse, *statistics))
     return RowStatistics(delta, lse, statistics)
+
+
+def head_major_of(problem: Problem, statistics: RowStatistics) -> Statistics:
+    """Statistics in head-major order, of which a copy is made if another kernel computed dQ."""
+    if statistics.head_major is not None:
+        return statistics.head_major
+    new = new_statistics(problem)
+    offset, width = large_tiling.offset_of(problem), problem.lengths[2]
+    for copy, plain in ((new.lse, statistics.lse), (new.delta, statistics.delta)):
+        heads_first = plain.movedim(-1, 0)
+        copy[..., offset : offset + width] = heads_first.reshape(plain.shape[-1], *copy.shape[1:-1], width)
+    return new
 
 
 @lru_cache(maxsize=1024)

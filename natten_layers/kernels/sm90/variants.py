@@ -220,11 +220,6 @@ def _large_pays(question: Question, kind: Kind = "forward") -> str | None:
     return _pack_gap(question, kind)
 
 
-def _large_backward_pays(question: Question) -> str | None:
-    # All gradients take kernels for large windows or none does, as these share statistics.
-    return _large_pays(question, "backward_query")
-
-
 def _large_gap(question: Question) -> str | None:
     p = question.problem
     for name, tensor in (("additional_keys", p.additional_keys), ("additional_values", p.additional_values)):
@@ -383,7 +378,7 @@ LARGE_FORWARD = Variant(
 LARGE_QUERY_GRADIENT = Variant(
     LARGE,
     supports=_large_backward_gap,
-    pays=_large_backward_pays,
+    pays=lambda q: _large_pays(q, "backward_query"),
     plan=lambda q: large_tiling.dq_tile_config(q.problem, override_pack()),
     run=lambda *args: large_dq.query_gradient(*args),
     uses_tma=True,
@@ -391,7 +386,7 @@ LARGE_QUERY_GRADIENT = Variant(
 LARGE_KEY_GRADIENTS = Variant(
     LARGE,
     supports=_large_backward_gap,
-    pays=_large_backward_pays,
+    pays=lambda q: _large_pays(q, "backward_key"),
     plan=lambda q: large_tiling.dkv_tile_config(q.problem),
     run=lambda *args: large_dkv.key_gradients(*args),
     uses_tma=True,
@@ -399,7 +394,7 @@ LARGE_KEY_GRADIENTS = Variant(
 LARGE_REGISTER_GRADIENTS = Variant(
     LARGE,
     supports=_large_backward_gap,
-    pays=_large_backward_pays,
+    pays=lambda q: _large_pays(q, "backward_key"),
     plan=lambda q: large_tiling.register_tile_config(q.problem),
     run=lambda *args: large_registers.register_gradients(*args),
     uses_tma=True,
