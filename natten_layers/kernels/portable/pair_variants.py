@@ -55,6 +55,7 @@ class Size(NamedTuple):
     keys: int
     num_warps: int
     stages: int
+    maxnreg: int | None = None
 
 
 def size_of(kind: Kind, width: int, window: int) -> Size:
@@ -67,12 +68,21 @@ def size_of(kind: Kind, width: int, window: int) -> Size:
         if kind == "forward":
             return Size(64, 32, 4, 2)
         return Size(32, 32, 4, 2) if kind == "backward_key" else Size(32, 32, 2, 2)
-    if window < MIDDLE_WINDOW:  # 7x7 of 64 channels: 0.49, 0.44, 0.59; 7x11 of 32 channels: 1.05, 1.06, 1.75
-        return Size(32, 32, 2, 2) if kind == "backward_key" else Size(32, 32, 2, 3)
+    if window < MIDDLE_WINDOW:
+        return _size_of_small_window(kind, width)
     # 3x7x13 of 64 channels: forward 2.7, dQ 4.0, dK and dV 5.9 (32 rows 6.8)
     if kind == "backward_key":
         return Size(64, 32, 4, 3)
     return Size(64, 64, 4, 3) if kind == "forward" else Size(64, 64, 4, 2)
+
+
+def _size_of_small_window(kind: Kind, width: int) -> Size:
+    if kind == "forward":  # 7x7 of 64 channels: 0.48 (32 rows 0.54); 7x11 of 32 channels: 1.17 (32 rows 1.25)
+        return Size(64, 32, 4, 3, 168) if width > 32 else Size(64, 64, 4, 3, 168)
+    if kind == "backward_query":  # 7x7 of 64: 0.57 (64 rows 0.61); 7x11 of 32: 1.36 (1.40)
+        return Size(32, 32, 2, 3)
+    # 7x11 of 32: 1.96 (32 rows 2.01); 7x7 of 64: 0.73 (64 rows 0.79)
+    return Size(64, 32, 4, 3, 168) if width <= 32 else Size(32, 32, 2, 2)
 
 
 def tile_config(kind: Kind, p: Problem) -> TileConfig:
@@ -82,7 +92,7 @@ def tile_config(kind: Kind, p: Problem) -> TileConfig:
     rows, keys, stages = fit(kind, size.rows, size.keys, size.stages, room(problem))
     pack = 1 if kind == "backward_key" else min(override_pack() or packed_heads(p.group, rows), rows)
     tile, chunk = best_boxes(rows // pack, keys, problem.lengths, problem.kernel, kind == "backward_key")
-    return TileConfig(tile, chunk, pack, min(size.num_warps, max(1, rows // 8)), stages)
+    return TileConfig(tile, chunk, pack, min(size.num_warps, max(1, rows // 8)), stages, size.maxnreg)
 
 
 FORWARD = Variant(
