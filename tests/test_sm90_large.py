@@ -610,10 +610,10 @@ def test_parts_near_to_cubes_see_least() -> None:
 
 
 @pytest.mark.parametrize(("window", "dim", "taken"), [
-    ((22, 23), 64, False),
-    ((23, 23), 64, True),
-    ((15, 17), 128, False),
-    ((16, 16), 128, True),
+    ((45, 45), 64, False),
+    ((45, 46), 64, True),
+    ((22, 23), 128, False),
+    ((23, 23), 128, True),
 ])  # fmt: skip
 def test_smaller_windows_are_left_to_others(
     monkeypatch: pytest.MonkeyPatch, window: tuple[int, int], dim: int, taken: bool

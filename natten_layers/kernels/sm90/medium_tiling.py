@@ -92,8 +92,8 @@ def best_tile(
 ) -> tuple[int, Box, Box] | None:
     """Packed heads, tile and chunk for which the fewest scores are computed, or None if there are none.
 
-    Where TMA reads and writes, the frames of one image follow those of another, so neither tiles nor the chunks of a
-    batch reach past the last frame of an image.
+    Where TMA reads and writes, the frames of one image follow those of another, so in a batch of several neither tiles
+    nor chunks reach past the last frame of an image.
     """
     lengths = axes[0][0], axes[1][0], axes[2][0]
 
@@ -105,7 +105,7 @@ def best_tile(
     choices = [
         (pack, tile, chunk)
         for pack in packs for tile in boxes(ROWS // pack, lengths) for chunk in boxes(columns, lengths)
-        if lengths[0] % tile[0] == 0 and (batch == 1 or ends_inside(axes[0], tile[0], chunk[0], bounds))
+        if batch == 1 or (lengths[0] % tile[0] == 0 and ends_inside(axes[0], tile[0], chunk[0], bounds))
     ]  # fmt: skip
     return min(choices, key=cost, default=None)
 

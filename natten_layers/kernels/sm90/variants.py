@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..host.problem import Layout, contiguous, strides
+from ..host.problem import Layout, Problem, contiguous, strides
 from ..host.tiling import Kind, head_width
 from ..host.tuned import override_pack
 from ..host.variant import Option, Question, Variant, option_gap
@@ -55,17 +55,31 @@ LEAST_FILLED = 0.75
 # With head dims above 128 portable kernels are slow, and kernels for large windows pay from this many keys of a window
 # and this many (query, key) pairs on.
 WIDE_WINDOW, WIDE_PAIRS = 64, 2**24
-# Windows between small and large have at least this many keys, and on two and three axes fewer key elements than large
-# ones. With windows of 75 to 441 keys and 64 to 128 channels, these kernels take 0.60 to 0.88 of portable ones' time on
-# an H200 (``docs/profiles.md``).
-MEDIUM_WINDOW = 64
+# Windows between small and large have at least this many keys: those for small windows, which are asked before, take
+# 7x7 windows of 64 channels, but have no tiles for 80, where portable kernels against these take 0.232 ms and 0.157 on
+# an H200, dQ 0.307 and 0.260, dK and dV 0.402 and 0.294 (``docs/profiles.md`` has the tables).
+MEDIUM_WINDOW = 25
 # On one axis they are faster than those for large windows up to this many key elements. In milliseconds on an H200, the
 # time of both, forward and gradients: 256 causal keys, 16 heads of 128 over one, 0.231 and 0.195, 0.709 and 0.598; 512,
 # 32 of 64 over eight, 0.265 and 0.250, 0.728 and 0.658; 512, 32 of 128 over eight, 0.350 and 0.342, 1.074 and 1.033.
 MEDIUM_KEY_ELEMENTS_ON_ONE_AXIS = 2**16
-# Gradients of keys and values on one axis pay from this many keys on: with 257 of 128 channels all gradients take 0.363
-# ms, and 0.501 in portable kernels; with 129, 0.385 and, if only those of queries take these kernels, 0.338.
-MEDIUM_KEYS_ON_ONE_AXIS = 256
+# On two and three axes they are faster up to this many keys times channels squared, as the tiles of those for large
+# windows see the more keys that some of their rows do not see, the smaller a window is. Large against these: 19x19 of
+# 128 channels 0.405 and 0.347, 23x23 of 128 0.545 and 0.576; 9x9x9 of 80 channels 1.57 and 1.20, 11x11x11 of 64 2.19
+# and 1.93, 41x41 of 64 0.80 and 0.73. Gradients of 23x23 are as fast with both, and of the others with these.
+MEDIUM_KEYS_TIMES_SQUARED_CHANNELS = 2**23
+# Gradients of keys and values on one axis pay from this many keys on: portable kernels against these, 201 keys of 64
+# channels 0.459 and 0.367, 255 of 112 0.638 and 0.443; 129 of 128, all gradients, 0.372 and 0.385.
+MEDIUM_KEYS_ON_ONE_AXIS = 192
+# Forward and dQ of heads with fewer than this many channels take portable kernels on one axis, and on others where
+# columns in shared memory come in two parts: 513 keys of 32 channels 0.381 and here 0.427, dQ 0.354 and 0.440; 11x11 of
+# 40 0.226 and 0.250, dQ 0.252 and 0.286; but 13x13 of 32 0.310 and 0.288, dQ 0.341 and 0.300. On one axis dQ of heads
+# with this many channels does, too: 201 keys 0.253 and 0.279, 1024 0.224 and 0.249; but 255 of 112 0.431 and 0.369.
+MEDIUM_CHANNELS = 64
+# Of two kernels that compute one tile a program, those for small windows are slower for dQ on two and three axes from
+# this many keys on: 9x9 of 56 channels 0.193 and 0.172, 13x13 of 64 with four heads a group 0.643 and 0.524. With
+# strides they are for dK and dV, however small the window: 8x8 with a stride of 4x4 0.457 and 0.351.
+MEDIUM_WINDOW_OF_DQ = 80
 # A call with such a window is large enough to hide launch overhead, which the descriptors of up to three parts of each
 # tensor double, from this many (query, key) pairs times channels on. Call after call, 24 heads of 96 channels with
 # 17x17 windows on 64x64 tokens (2.7e9) take 69, 101 and 128 us in forward, dQ, and dK and dV, and 85, 99 and 208 us in
@@ -254,6 +268,8 @@ def _small_backward_pays(question: Question, kind: Kind) -> str | None:
     columns = head_width(dim)
     if dim < LEAST_FILLED * columns:
         return f"the portable kernel is faster where heads of {dim} channels fill less of {columns} columns"
+    if _medium_is_faster(question, kind):
+        return f"the {MEDIUM} kernel is faster with {prod(question.problem.kernel_size)} keys and this stride"
     return _small_pays(question, kind)
 
 
@@ -300,16 +316,45 @@ def _medium_pays(question: Question, kind: Kind) -> str | None:
     window, queries, dim = prod(p.kernel_size), prod(p.query.shape[:-1]), p.query.shape[-1]
     if window < MEDIUM_WINDOW:
         return f"the window is small: {window} keys are fewer than {MEDIUM_WINDOW}"
-    if p.rank == 1 and kind == "backward_key" and window < MEDIUM_KEYS_ON_ONE_AXIS:
+    if kind == "backward_key" and p.rank == 1 and window < MEDIUM_KEYS_ON_ONE_AXIS:
         return f"on one axis the window is small: {window} keys are fewer than {MEDIUM_KEYS_ON_ONE_AXIS}"
-    most = MEDIUM_KEY_ELEMENTS_ON_ONE_AXIS if p.rank == 1 else LARGE_KEY_ELEMENTS
-    if window * dim >= most:
-        return f"the window is large: {window} keys of {dim} elements are {most} or more"
+    if kind != "backward_key" and _is_narrow(p, kind):
+        return f"the portable kernel is faster for heads of {dim} channels on {p.rank} axes"
+    if (reason := _beyond_medium(p)) is not None:
+        return reason
     if queries * window * dim < MEDIUM_PRODUCTS:
         return (
             f"the call is small: {queries} queries of {window} keys of {dim} elements are fewer than {MEDIUM_PRODUCTS}"
         )
     return _pack_gap(question, kind)
+
+
+def _beyond_medium(p: Problem) -> str | None:
+    """Why a window is large, or None."""
+    window, dim = prod(p.kernel_size), p.query.shape[-1]
+    if p.rank == 1 and window * dim >= MEDIUM_KEY_ELEMENTS_ON_ONE_AXIS:
+        return f"the window is large: {window} keys of {dim} elements are {MEDIUM_KEY_ELEMENTS_ON_ONE_AXIS} or more"
+    if p.rank > 1 and window * dim**2 >= MEDIUM_KEYS_TIMES_SQUARED_CHANNELS:
+        most = MEDIUM_KEYS_TIMES_SQUARED_CHANNELS
+        return f"the window is large: {window} keys times the square of {dim} channels are {most} or more"
+    return None
+
+
+def _is_narrow(p: Problem, kind: Kind) -> bool:
+    """Whether heads have so few channels that the portable kernel is faster, forward and for dQ."""
+    dim = p.query.shape[-1]
+    if p.rank == 1 and kind == "backward_query":
+        return dim <= MEDIUM_CHANNELS
+    return dim < MEDIUM_CHANNELS and (p.rank == 1 or len(medium_tiling.columns_of(p)) > 1)
+
+
+def _medium_is_faster(question: Question, kind: Kind) -> bool:
+    """Whether a gradient that kernels for small windows could compute takes longer there."""
+    p = question.problem
+    if p.rank == 1:
+        return False
+    suits = prod(p.kernel_size) >= MEDIUM_WINDOW_OF_DQ if kind == "backward_query" else prod(p.stride) > 1
+    return suits and _medium_gap(question) is None and _medium_pays(question, kind) is None
 
 
 def _medium_plan(question: Question) -> medium_tiling.MediumTileConfig | str:
