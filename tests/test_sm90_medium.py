@@ -43,6 +43,20 @@ CASES = (
          batch=1),
     Case("2d-window-of-the-whole-image", (7, 9), (7, 9), heads=2, kv_heads=1, head_dim=16, value_dim=16, sink="zero"),
 )  # fmt: skip
+# Register tokens: some of a chunk, whole chunks, and both.
+REGISTERS = (
+    Case("2d-64-gqa-16-registers", (20, 27), (9, 7), heads=4, kv_heads=2, head_dim=64, value_dim=64, registers=16),
+    Case("2d-72-128-registers-sink", (33, 21), (13, 9), heads=2, kv_heads=2, head_dim=72, value_dim=72, registers=128,
+         sink="learned"),
+    Case("2d-96-group-3-strides-4-registers", (33, 40), (21, 20), (2, 3), 1, (True, False), 6, 2, head_dim=96,
+         value_dim=96, registers=4),
+    Case("3d-causal-gqa-100-registers", (6, 19, 21), (4, 7, 7), 1, 1, (True, False, False), 4, 1, head_dim=64,
+         value_dim=64, registers=100, sink="learned"),
+    Case("2d-112-dilated-one-register", (30, 33), (5, 11), 1, (2, 3), heads=3, kv_heads=3, head_dim=112, value_dim=112,
+         registers=1, sink="zero"),
+    Case("1d-128-causal-gqa-300-registers", (700,), 101, is_causal=True, heads=4, kv_heads=2, head_dim=128,
+         value_dim=128, registers=300, batch=1),
+)  # fmt: skip
 MEDIUM: dict[Kind, str] = {
     "forward": variants.MEDIUM,
     "backward_query": variants.MEDIUM,
@@ -53,7 +67,7 @@ MEDIUM: dict[Kind, str] = {
 @pytest.mark.gpu
 @needs_device
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES + REGISTERS, ids=str)
 def test_matches_the_oracle(case: Case, dtype: torch.dtype) -> None:
     case = replace(case, dtype=dtype)
     leaves = make_inputs(case, "cuda")
@@ -66,7 +80,7 @@ def test_matches_the_oracle(case: Case, dtype: torch.dtype) -> None:
 
 @pytest.mark.gpu
 @needs_device
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES + REGISTERS, ids=str)
 def test_gradients_match_the_oracle(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the public operation; two runs are equal bit by bit."""
     case = replace(case, dtype=torch.bfloat16)
@@ -87,7 +101,7 @@ def test_gradients_match_the_oracle(case: Case, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.gpu
 @needs_device
-@pytest.mark.parametrize("case", [CASES[1], CASES[3]], ids=str)
+@pytest.mark.parametrize("case", [CASES[1], CASES[3], REGISTERS[3]], ids=str)
 @pytest.mark.parametrize("medium", [("backward_query",), ("backward_key",), ("forward",)], ids=str)
 def test_each_direction_may_take_it_alone(case: Case, medium: tuple[str, ...]) -> None:
     """Statistics have one order in these kernels and in portable ones, so that directions may be mixed."""
@@ -99,7 +113,7 @@ def test_each_direction_may_take_it_alone(case: Case, medium: tuple[str, ...]) -
 
 @pytest.mark.gpu
 @needs_device
-@pytest.mark.parametrize("case", CASES[:6], ids=str)
+@pytest.mark.parametrize("case", CASES[:6] + REGISTERS, ids=str)
 def test_nan_reaches_no_other_image_and_no_other_head(case: Case) -> None:
     case = replace(case, dtype=torch.bfloat16, batch=2)
     with override(variants=MEDIUM):
@@ -108,7 +122,7 @@ def test_nan_reaches_no_other_image_and_no_other_head(case: Case) -> None:
 
 @pytest.mark.gpu
 @needs_device
-@pytest.mark.parametrize("case", CASES[:6], ids=str)
+@pytest.mark.parametrize("case", CASES[:6] + REGISTERS, ids=str)
 def test_nan_and_inf_reach_only_the_queries_that_see_them(case: Case) -> None:
     case = replace(case, dtype=torch.bfloat16, batch=2)
     tensors = {name: t.detach().clone() for name, t in make_inputs(case, "cuda").items()}
@@ -143,6 +157,23 @@ def test_reads_views_of_a_fused_projection() -> None:
     with override(variants=MEDIUM):
         results = [run(case, {name: t.detach().requires_grad_() for name, t in x.items()}, "fused").tensors()
                    for x in (views, copies)]  # fmt: skip
+    for name, tensor in results[0].items():
+        assert torch.equal(tensor, results[1][name]), name
+
+
+@pytest.mark.gpu
+@needs_device
+@pytest.mark.parametrize("shared", [("additional_keys",), ("additional_keys", "additional_values")], ids=str)
+def test_images_may_share_register_tokens(shared: tuple[str, ...]) -> None:
+    """TMA then reads those of one image for all."""
+    case = replace(REGISTERS[0], dtype=torch.bfloat16, batch=3)
+    tensors = {name: t.detach() for name, t in make_inputs(case, "cuda").items()}
+    tensors |= {name: tensors[name][:1].expand(3, -1, -1, -1) for name in shared}
+    copies = {name: t.contiguous() for name, t in tensors.items()}
+    assert tensors["additional_keys"].stride(0) == 0
+    with override(variants=MEDIUM):
+        results = [run(case, {name: t.detach().requires_grad_() for name, t in x.items()}, "fused").tensors()
+                   for x in (tensors, copies)]  # fmt: skip
     for name, tensor in results[0].items():
         assert torch.equal(tensor, results[1][name]), name
 
@@ -207,6 +238,43 @@ def test_windows_between_small_and_large_take_it(monkeypatch: pytest.MonkeyPatch
     choice = dispatch.choose("forward", Question(problem))
     assert choice.plan == MediumTileConfig((1, 8, 8), (1, 8, 8), 1, (64, 32), 2, 168)
     assert [name for name, _ in choice.passed_over] == [variants.ROLLING, variants.TILES]
+
+
+def with_registers(registers: int, heads: int, dim: int, images: int = 8) -> dict[str, Layout]:
+    """Images of 64x64 tokens, and register tokens."""
+    tokens, extra = contiguous((images, 64, 64, heads, dim)), contiguous((images, registers, heads, dim))
+    names = "query", "key", "value", "additional_keys", "additional_values"
+    return dict(zip(names, (tokens,) * 3 + (extra,) * 2, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("window", "registers", "dim", "images", "dilation", "expected"),
+    [
+        (13, 16, 64, 8, 1, [variants.MEDIUM] * 3),
+        (21, 16, 64, 8, 1, [variants.MEDIUM] * 3),
+        (21, 128, 64, 8, 1, [variants.MEDIUM] * 3),
+        (13, 128, 64, 8, 2, [variants.MEDIUM] * 3),
+        (43, 199, 64, 8, 1, [variants.LARGE, variants.LARGE, variants.MEDIUM]),  # which does not see register tokens
+        (43, 198, 64, 8, 1, [variants.MEDIUM] * 3),
+    ],
+)
+def test_register_tokens_count_as_keys(
+    monkeypatch: pytest.MonkeyPatch, window: int, registers: int, dim: int, images: int, dilation: int,
+    expected: list[str],
+) -> None:  # fmt: skip
+    tensors = with_registers(registers, 8, dim, images)
+    problem = problem_of_image(monkeypatch, **tensors, kernel_size=(window,) * 2, dilation=(dilation,) * 2)
+    assert names(problem) == expected
+
+
+def test_programs_with_register_tokens_leave_room_for_as_many_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four programs of four warps share a multiprocessor if a thread has 128 of its 65536 hardware registers."""
+    for dim, most in ((64, 128), (72, 168)):
+        problem = problem_of_image(monkeypatch, **with_registers(16, 8, dim), kernel_size=(13, 13))
+        for find in (medium_tiling.forward_tile_config, medium_tiling.dq_tile_config):
+            config = find(problem)
+            assert config is not None
+            assert config.maxnreg == most
 
 
 @pytest.mark.parametrize(
@@ -281,7 +349,17 @@ WIDE = contiguous((4, 64, 64, 8, 64))
             {"kernel_size": (8, 7), **dict.fromkeys(("query", "key", "value"), contiguous((4, 64, 64, 24, 136)))},
             "not 136 and 136",
         ),
-        (dict.fromkeys(("additional_keys", "additional_values"), contiguous((4, 5, 8, 96))), "no additional keys"),
+        (
+            dict.fromkeys(("additional_keys", "additional_values"), Layout((4, 5, 8, 96), (5 * 772, 772, 96, 1))),
+            "TMA cannot address additional_keys",
+        ),
+        (
+            {
+                **dict.fromkeys(("query", "key", "value"), contiguous((1, 64, 64, 8, 96))),
+                **dict.fromkeys(("additional_keys", "additional_values"), contiguous((1, 50, 8, 96))),
+            },
+            "339 keys, additional keys included, of 96 elements are fewer than",
+        ),
         (
             {"kernel_size": (6, 4), **dict.fromkeys(("query", "key", "value"), contiguous((1, 64, 64, 24, 80)))},
             "24 keys are fewer than",

@@ -345,7 +345,8 @@ def test_runs_have_room_for_registers_beside_many_keys(monkeypatch: pytest.Monke
     assert isinstance(rolling, RollingTileConfig)
     assert (rolling.keys, rolling.programs) == (336, 2)
     more = extra._replace(shape=(8, 17, 3, 64))
-    assert planned("forward", problem._replace(additional_keys=more, additional_values=more)) is None
+    wider = planned("forward", problem._replace(additional_keys=more, additional_values=more))
+    assert isinstance(wider, MediumTileConfig)
 
 
 @pytest.mark.parametrize(

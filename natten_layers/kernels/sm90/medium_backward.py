@@ -46,16 +46,21 @@ from .descriptors import Call, call_of, frames_of
 from .medium_forward import (
     boxes_of_chunks,
     boxes_of_rows,
+    boxes_of_seen,
     by_parts,
     bytes_of,
     chunks_over,
     finished,
+    first_chunk,
     first_column,
+    hidden_chunk,
     new_sums,
+    register_chunk_count,
     rows_of,
     start_chunk,
     start_products,
     start_rows,
+    start_seen_chunk,
     start_store,
     start_sums,
 )
@@ -115,7 +120,8 @@ def medium_dq_kernel(
     Delta, Lse, RowMax, RowSum, Out, DLse,
     q0_desc, q1_desc, q2_desc, do0_desc, do1_desc, do2_desc, dq0_desc, dq1_desc, dq2_desc,
     k0_desc, k1_desc, k2_desc, v0_desc, v1_desc, v2_desc,
-    dl_strides, axes, tiles, frames, group, blocks, scale,
+    regk0_desc, regk1_desc, regk2_desc, regv0_desc, regv1_desc, regv2_desc,
+    dl_strides, axes, tiles, frames, group, blocks, registers, scale,
     SPEC: gl.constexpr, CHUNK: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr, WITH_DLSE: gl.constexpr,
 ):  # fmt: skip
     """dQ, ``delta = rowsum(dOut * Out) - dLse`` and base-2 lse of one tile; arguments as in ``medium_forward.py``."""
@@ -132,10 +138,14 @@ def medium_dq_kernel(
     do_descs = present_descriptors(do0_desc, do1_desc, do2_desc)
     dq_descs = present_descriptors(dq0_desc, dq1_desc, dq2_desc)
     k_descs, v_descs = present_descriptors(k0_desc, k1_desc, k2_desc), present_descriptors(v0_desc, v1_desc, v2_desc)
+    register_descs = None
+    if registers is not None:
+        regv_descs = present_descriptors(regv0_desc, regv1_desc, regv2_desc)
+        register_descs = present_descriptors(regk0_desc, regk1_desc, regk2_desc) + regv_descs
 
     i_batch, i_block, residue, count, origin = own_tile(length, dilation, tiles, blocks, TILE)
     lo, hi, _, _ = union_of_windows(origin, count, kernel, stride, CAUSAL, TILE)
-    chunks = chunks_over(lo, hi, CHUNK)
+    chunks = register_chunk_count(registers, CHUNK) + chunks_over(lo, hi, CHUNK)
     i_kv, i_frame = i_block * PACK // group, first_frame(i_batch, residue, length, frames)
     ready = new_barriers(STAGES + 1, 1)  # for the stages of the ring, and for the tile
     mbarrier.expect(ready.index(STAGES), bytes_of(2 * M, COLUMNS))
@@ -144,10 +154,13 @@ def medium_dq_kernel(
     grads = start_rows(do_descs, q_corner, ready.index(STAGES), COLUMNS)
     keys, values = new_stages(k_descs, STAGES), new_stages(v_descs, STAGES)
     descs, rings = k_descs + v_descs, keys + values
-    ahead = lo
+    ahead = first_chunk(lo, registers, CHUNK)
     for n in gl.static_range(STAGES):
         if n < chunks:
-            start_chunk(descs, rings, ready, n, i_kv, i_frame, ahead, CHUNK, COLUMNS, STAGES)
+            start_seen_chunk(
+                descs, register_descs, rings, ready, n, i_kv, i_batch, i_frame, ahead, lo, registers,
+                CHUNK, COLUMNS, STAGES,
+            )  # fmt: skip
         ahead = next_chunk(ahead, lo, hi, CHUNK, RANK)
 
     row = gl.arange(0, M, ROW)
@@ -165,17 +178,20 @@ def medium_dq_kernel(
     gl.store(Delta + o_row, row_delta, mask=m_rows)
 
     inner = unravel(gl.arange(0, N, gl.SliceLayout(0, SCORES)), CHUNK[1], CHUNK[2])
-    sums, corner = new_sums(M, COLUMNS), lo
+    sums, corner = new_sums(M, COLUMNS), first_chunk(lo, registers, CHUNK)
     for n in range(chunks):
         i_stage, phase = stage_of(n, STAGES)
-        b_hidden = hidden(corner, row_lo, row_size, inner, RANK)
+        b_hidden = hidden_chunk(corner, lo, registers, row_lo, row_size, inner, CHUNK, RANK, SCORES)
         mbarrier.wait(ready.index(i_stage), phase)
         sums = add_keys(sums, queries, grads, keys, values, i_stage, b_hidden, row_lse, row_delta, scale * LOG2E)
         corner = next_chunk(corner, lo, hi, CHUNK, RANK)
         sums = finished(sums)
         thread_barrier()  # the stage has been read
         if n + STAGES < chunks:
-            start_chunk(descs, rings, ready, n + STAGES, i_kv, i_frame, ahead, CHUNK, COLUMNS, STAGES)
+            start_seen_chunk(
+                descs, register_descs, rings, ready, n + STAGES, i_kv, i_batch, i_frame, ahead, lo, registers,
+                CHUNK, COLUMNS, STAGES,
+            )  # fmt: skip
         ahead = next_chunk(ahead, lo, hi, CHUNK, RANK)
     start_store(scaled_sums(sums, scale, queries[0].dtype), queries, dq_descs, q_corner, COLUMNS)
     store_wait(0)
@@ -329,12 +345,12 @@ def query_gradient(
     config: MediumTileConfig, problem: Problem, inputs: Inputs, options: Options, cotangents: Cotangents
 ) -> tuple[Tensor, RowStatistics]:
     """dQ, delta and the base-2 lse, as ``portable.dq`` returns them. Allocates only these."""
-    query, key, value, *_ = inputs
+    query, *seen = inputs[:5]
     out, row_max, row_sum, grad_out, grad_lse = cotangents
     grad_query = new_like(query)
     delta, lse = torch.empty_like(row_max), torch.empty_like(row_max)
     call = query_call(config, problem, layout(grad_out), None if grad_lse is None else layout(grad_lse[..., None]))
-    described = by_parts(query, grad_out, grad_query, key, value)
+    described = by_parts(query, grad_out, grad_query, *seen)
     call((delta, lse, row_max, row_sum, out, grad_lse), described, (options.scale,))
     return grad_query, RowStatistics(delta, lse)
 
@@ -345,11 +361,11 @@ def query_call(config: MediumTileConfig, p: Problem, grad_out: Layout, grad_lse:
     return call_of(
         medium_dq_kernel,
         (prod(tiles) * blocks, p.query.shape[0]),
-        ((0,) * 5 if grad_lse is None else strides(grad_lse), p.geometry, tiles, frames_of(p), p.group, blocks),
-        [
-            *boxes_of_rows(config, p, p.query, grad_out, contiguous(p.query.shape)),
-            *boxes_of_chunks(config, p, p.key, p.value),
-        ],
+        (
+            (0,) * 5 if grad_lse is None else strides(grad_lse), p.geometry, tiles, frames_of(p), p.group, blocks,
+            p.registers or None,
+        ),
+        [*boxes_of_rows(config, p, p.query, grad_out, contiguous(p.query.shape)), *boxes_of_seen(config, p)],
         SPEC=spec_of(config, p), CHUNK=config.chunk, COLUMNS=config.columns, STAGES=config.stages,
         WITH_DLSE=grad_lse is not None, num_warps=WARPS, maxnreg=config.maxnreg,
     )  # fmt: skip

@@ -2,8 +2,8 @@
 
 It computes what ``portable/forward.py`` computes. As in ``small_forward.py`` a program computes one tile, and several
 programs share a multiprocessor. What the tile sees does not fit into its share of shared memory, so TMA loads it chunk
-by chunk into a ring. A head whose width is no power of two is stored as two or three boxes of columns side by side,
-which are parts of the columns here.
+by chunk into a ring: first the register tokens, then the window. A head whose width is no power of two is stored as two
+or three boxes of columns side by side, which are parts of the columns here.
 """
 
 # Triton's language is Python to the parser only.
@@ -32,15 +32,15 @@ from triton.experimental.gluon.language.nvidia.hopper.tma import (
 from ..host.problem import Inputs, Layout, Options, Problem, contiguous, new_results
 from ..portable.primitives import LN2, LOG2E
 from ..portable.windows import next_chunk, shifted, steps_over, union_of_windows, unravel, windows_of
-from .descriptors import Boxes, Call, boxes_of, call_of, frames_of, key_boxes, query_boxes
+from .descriptors import Boxes, Call, boxes_of, boxes_of_registers, call_of, frames_of, key_boxes, query_boxes
 from .large_forward import initial_stats, row_maximum, softmax_weights
 from .medium_tiling import COLUMN_PARTS, MediumTileConfig, spec_of
-from .primitives import class_rows, start_product, thread_barrier
+from .primitives import class_rows, opaque_i32, start_product, thread_barrier
 from .rings import new_barriers, new_stages, stage_of
 from .small_forward import NO_PREP, first_frame, own_tile, present_descriptors, start_load
 from .small_nonfinite import attend_rows
 from .small_softmax import WARPS, all_finite, divided, nonfinite_flags
-from .walk import hidden, row_sizes
+from .walk import hidden, register_hidden, row_sizes
 
 
 @gluon.constexpr_function
@@ -67,6 +67,34 @@ def chunks_over(lo, hi, CHUNK: gl.constexpr):
 
 
 @gluon.jit
+def register_chunk_count(registers, CHUNK: gl.constexpr):
+    """How many chunks hold the register tokens; ``registers`` is None without any."""
+    N: gl.constexpr = CHUNK[0] * CHUNK[1] * CHUNK[2]
+    chunks = 0
+    if registers is not None:
+        chunks = (registers + N - 1) // N
+    return chunks
+
+
+@gluon.jit
+def first_chunk(lo, registers, CHUNK: gl.constexpr):
+    """Corner of the first chunk that a tile sees, whose window starts at ``lo``.
+
+    Chunks of register tokens come first. Their corners lie before ``lo`` on the last axis, where ``next_chunk`` leads
+    from one to the next and on to the window.
+    """
+    return lo[0], lo[1], lo[2] - register_chunk_count(registers, CHUNK) * CHUNK[2]
+
+
+@gluon.jit
+def first_register_at(corner, lo, registers, CHUNK: gl.constexpr):
+    """First register token of the chunk at ``corner``. The last chunk ends with the last token, so that only the first
+    one may start before token 0, where TMA reads zeros.
+    """
+    return registers + (corner[2] - lo[2]) * (CHUNK[0] * CHUNK[1])
+
+
+@gluon.jit
 def start_rows(descs, corner, ready, COLUMNS: gl.constexpr):
     """Start to load all columns of the rows of a tile; returns a buffer for each part of the columns."""
     buffers = ()
@@ -87,6 +115,53 @@ def start_chunk(
     for i in gl.static_range(2 * PARTS):
         at = [i_head, i_frame + corner[0], corner[1], corner[2], first_column(COLUMNS, i % PARTS)]
         async_copy_global_to_shared(descs[i], at, ready.index(i_stage), rings[i].index(i_stage))
+
+
+@gluon.jit
+def start_register_chunk(
+    descs, rings, ready, n, i_head, i_batch, first, COLUMNS: gl.constexpr, STAGES: gl.constexpr
+):  # fmt: skip
+    """The same for a chunk of register tokens, from ``first`` on. Tokens that all images share have a batch of one."""
+    i_stage, _ = stage_of(n, STAGES)
+    PARTS: gl.constexpr = len(COLUMNS)
+    mbarrier.expect(ready.index(i_stage), bytes_of(2 * descs[0].block_type.shape[1], COLUMNS))
+    for i in gl.static_range(2 * PARTS):
+        # Opaque, as LLVM would otherwise keep a number for each descriptor during the whole loop.
+        i_own = gl.minimum(opaque_i32(i_batch), descs[i].shape[0] - 1)
+        at = [i_own, first, i_head, first_column(COLUMNS, i % PARTS)]
+        buffer = rings[i].index(i_stage).reshape(descs[i].block_type.shape)
+        async_copy_global_to_shared(descs[i], at, ready.index(i_stage), buffer)
+
+
+@gluon.jit
+def start_seen_chunk(
+    descs, register_descs, rings, ready, n, i_head, i_batch, i_frame, corner, lo, registers,
+    CHUNK: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Start to load the ``n``-th chunk that a tile of queries sees: of its window, or of register tokens before it."""
+    if registers is None:
+        start_chunk(descs, rings, ready, n, i_head, i_frame, corner, CHUNK, COLUMNS, STAGES)
+    elif corner[2] < lo[2]:
+        first = first_register_at(corner, lo, registers, CHUNK)
+        start_register_chunk(register_descs, rings, ready, n, i_head, i_batch, first, COLUMNS, STAGES)
+    else:
+        start_chunk(descs, rings, ready, n, i_head, i_frame, corner, CHUNK, COLUMNS, STAGES)
+
+
+@gluon.jit
+def hidden_chunk(
+    corner, lo, registers, row_lo, row_size, inner, CHUNK: gl.constexpr, RANK: gl.constexpr, LAYOUT: gl.constexpr
+):  # fmt: skip
+    """0 and -inf ``[M, N]``: what each row sees of a chunk of its window, or of register tokens before it."""
+    M: gl.constexpr = row_lo[2].shape[0]
+    N: gl.constexpr = CHUNK[0] * CHUNK[1] * CHUNK[2]
+    if registers is None:
+        b_hidden = hidden(corner, row_lo, row_size, inner, RANK)
+    elif corner[2] < lo[2]:
+        b_hidden = register_hidden(first_register_at(corner, lo, registers, CHUNK), M, N, LAYOUT)
+    else:
+        b_hidden = hidden(corner, row_lo, row_size, inner, RANK)
+    return b_hidden
 
 
 @gluon.jit
@@ -211,15 +286,17 @@ def divided_sums(sums, row_l, DTYPE: gl.constexpr):
 
 @gluon.jit
 def medium_forward_kernel(
-    Q, K, V, Out, RowMax, RowSum, Sink,
+    Q, K, V, Out, RowMax, RowSum, RegK, RegV, Sink,
     q0_desc, q1_desc, q2_desc, out0_desc, out1_desc, out2_desc,
     k0_desc, k1_desc, k2_desc, v0_desc, v1_desc, v2_desc,
-    strides, axes, tiles, frames, group, blocks, sink, scale,
+    regk0_desc, regk1_desc, regk2_desc, regv0_desc, regv1_desc, regv2_desc,
+    strides, axes, tiles, frames, group, blocks, registers, sink, scale,
     SPEC: gl.constexpr, CHUNK: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Attention of one tile; the grid is (tiles * blocks of heads, batch).
 
-    Arguments are as in ``small_forward.py``, but a tensor has a descriptor for each part of its ``COLUMNS``.
+    Arguments are as in ``small_forward.py``, but a tensor has a descriptor for each part of its ``COLUMNS``, and
+    ``registers`` is None if there are no register tokens.
     """
     length, kernel, stride, dilation = axes
     CAUSAL: gl.constexpr = SPEC.causal
@@ -235,10 +312,14 @@ def medium_forward_kernel(
     q_descs = present_descriptors(q0_desc, q1_desc, q2_desc)
     out_descs = present_descriptors(out0_desc, out1_desc, out2_desc)
     k_descs, v_descs = present_descriptors(k0_desc, k1_desc, k2_desc), present_descriptors(v0_desc, v1_desc, v2_desc)
+    register_descs = None
+    if registers is not None:
+        regv_descs = present_descriptors(regv0_desc, regv1_desc, regv2_desc)
+        register_descs = present_descriptors(regk0_desc, regk1_desc, regk2_desc) + regv_descs
 
     i_batch, i_block, residue, count, origin = own_tile(length, dilation, tiles, blocks, TILE)
     lo, hi, _, _ = union_of_windows(origin, count, kernel, stride, CAUSAL, TILE)
-    chunks, heads = chunks_over(lo, hi, CHUNK), blocks * PACK
+    chunks, heads = register_chunk_count(registers, CHUNK) + chunks_over(lo, hi, CHUNK), blocks * PACK
     i_kv, i_frame = i_block * PACK // group, first_frame(i_batch, residue, length, frames)
     ready = new_barriers(STAGES + 1, 1)  # for the stages of the ring, and for the tile
     mbarrier.expect(ready.index(STAGES), bytes_of(M, COLUMNS))
@@ -246,10 +327,13 @@ def medium_forward_kernel(
     queries = start_rows(q_descs, q_corner, ready.index(STAGES), COLUMNS)
     keys, values = new_stages(k_descs, STAGES), new_stages(v_descs, STAGES)
     descs, rings = k_descs + v_descs, keys + values
-    ahead = lo
+    ahead = first_chunk(lo, registers, CHUNK)
     for n in gl.static_range(STAGES):
         if n < chunks:
-            start_chunk(descs, rings, ready, n, i_kv, i_frame, ahead, CHUNK, COLUMNS, STAGES)
+            start_seen_chunk(
+                descs, register_descs, rings, ready, n, i_kv, i_batch, i_frame, ahead, lo, registers,
+                CHUNK, COLUMNS, STAGES,
+            )  # fmt: skip
         ahead = next_chunk(ahead, lo, hi, CHUNK, RANK)
 
     row = gl.arange(0, M, ROW)
@@ -258,18 +342,21 @@ def medium_forward_kernel(
     row_size = row_sizes(row_lo, row_hi)
     row_m, part_l = initial_stats(Sink, head, sink, SINK, M, ROW, PARTS)
     inner = unravel(gl.arange(0, N, gl.SliceLayout(0, SCORES)), CHUNK[1], CHUNK[2])
-    sums, corner = new_sums(M, COLUMNS), lo
+    sums, corner = new_sums(M, COLUMNS), first_chunk(lo, registers, CHUNK)
     mbarrier.wait(ready.index(STAGES), 0)
     for n in range(chunks):
         i_stage, phase = stage_of(n, STAGES)
-        b_hidden = hidden(corner, row_lo, row_size, inner, RANK)
+        b_hidden = hidden_chunk(corner, lo, registers, row_lo, row_size, inner, CHUNK, RANK, SCORES)
         mbarrier.wait(ready.index(i_stage), phase)
         sums, row_m, part_l = attend_chunk(queries, keys, values, i_stage, b_hidden, sums, row_m, part_l, scale * LOG2E)
         corner = next_chunk(corner, lo, hi, CHUNK, RANK)
         sums = finished(sums)
         thread_barrier()  # the stage has been read
         if n + STAGES < chunks:
-            start_chunk(descs, rings, ready, n + STAGES, i_kv, i_frame, ahead, CHUNK, COLUMNS, STAGES)
+            start_seen_chunk(
+                descs, register_descs, rings, ready, n + STAGES, i_kv, i_batch, i_frame, ahead, lo, registers,
+                CHUNK, COLUMNS, STAGES,
+            )  # fmt: skip
         ahead = next_chunk(ahead, lo, hi, CHUNK, RANK)
 
     row_l = gl.sum(part_l, 1)
@@ -282,14 +369,16 @@ def medium_forward_kernel(
         store_wait(0)
     else:
         attend_rows(
-            (Q, K, V, None, None, Sink, Out, None), (RowMax, RowSum), strides, i_batch, i_block, origin,
-            (length, kernel, stride, heads), (residue, count, dilation), group, 0, sink, scale * LOG2E,
+            (Q, K, V, RegK, RegV, Sink, Out, None), (RowMax, RowSum), strides, i_batch, i_block, origin,
+            (length, kernel, stride, heads), (residue, count, dilation), group, registers, sink, scale * LOG2E,
             (None, None, None, None, None, None), SPEC, NO_PREP,
         )  # fmt: skip
 
 
-def columns_boxes(boxes: Boxes, columns: tuple[int, ...]) -> list[Boxes | None]:
-    """A descriptor for each part of the columns of boxes."""
+def columns_boxes(boxes: Boxes | None, columns: tuple[int, ...]) -> list[Boxes | None]:
+    """A descriptor for each part of the columns of boxes, or None without boxes."""
+    if boxes is None:
+        return [None] * COLUMN_PARTS
     rows = boxes["block_shape"][:-1]
     parts = [boxes_of(boxes["shape"], boxes["strides"], [*rows, n]) for n in columns]
     return [*parts, *[None] * (COLUMN_PARTS - len(columns))]
@@ -309,7 +398,14 @@ def boxes_of_chunks(config: MediumTileConfig, problem: Problem, *tensors: Layout
     return [part for boxes in every for part in columns_boxes(boxes, config.columns)]
 
 
-def by_parts(*tensors: Tensor) -> Sequence[Tensor]:
+def boxes_of_seen(config: MediumTileConfig, problem: Problem) -> list[Boxes | None]:
+    """Descriptors of the parts of what queries see: keys, values, and keys and values of register tokens."""
+    registers = boxes_of_registers(problem, prod(config.chunk))
+    parts = [part for boxes in registers for part in columns_boxes(boxes, config.columns)]
+    return [*boxes_of_chunks(config, problem, problem.key, problem.value), *parts]
+
+
+def by_parts(*tensors: Tensor | None) -> Sequence[Tensor | None]:
     """Each tensor as often as it has descriptors."""
     return [x for x in tensors for _ in range(COLUMN_PARTS)]
 
@@ -318,11 +414,11 @@ def forward(
     config: MediumTileConfig, problem: Problem, inputs: Inputs, options: Options, with_stats: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """What ``portable.forward.forward`` computes, for calls that ``dispatch`` sends here. Allocates its results."""
-    query, key, value, _, _, sink, *_ = inputs
+    query, key, value, reg_keys, reg_values, sink, *_ = inputs
     out, row_max, row_sum = new_results(query, query.shape[-1], with_stats)
-    pointers = query, key, value, out, row_max, row_sum, sink
+    pointers = query, key, value, out, row_max, row_sum, reg_keys, reg_values, sink
     call = prepare(config, problem, with_stats)
-    call(pointers, by_parts(query, out, key, value), (options.sink_value, options.scale))
+    call(pointers, by_parts(query, out, key, value, reg_keys, reg_values), (options.sink_value, options.scale))
     return out, row_max, row_sum
 
 
@@ -333,11 +429,8 @@ def prepare(config: MediumTileConfig, p: Problem, with_stats: bool) -> Call:
     return call_of(
         medium_forward_kernel,
         (prod(tiles) * blocks, p.query.shape[0]),
-        (p.input_strides(), p.geometry, tiles, frames_of(p), p.group, blocks),
-        [
-            *boxes_of_rows(config, p, p.query, contiguous(p.query.shape)),
-            *boxes_of_chunks(config, p, p.key, p.value),
-        ],
+        (p.input_strides(), p.geometry, tiles, frames_of(p), p.group, blocks, p.registers or None),
+        [*boxes_of_rows(config, p, p.query, contiguous(p.query.shape)), *boxes_of_seen(config, p)],
         SPEC=spec_of(config, p, with_stats), CHUNK=config.chunk, COLUMNS=config.columns, STAGES=config.stages,
         num_warps=WARPS, maxnreg=config.maxnreg,
     )  # fmt: skip

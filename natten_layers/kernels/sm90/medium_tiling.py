@@ -42,12 +42,12 @@ class MediumTileConfig(NamedTuple):
 
 def forward_tile_config(problem: Problem, pack: int | None = None) -> MediumTileConfig | None:
     """The configuration of the forward pass; None if no tile suits the problem."""
-    return _tile_config(problem, pack, window_bounds, 64 if _width(problem) <= 112 else 32, 168)
+    return _tile_config(problem, pack, window_bounds, 64 if _width(problem) <= 112 else 32, _maxnreg(problem))
 
 
 def dq_tile_config(problem: Problem, pack: int | None = None) -> MediumTileConfig | None:
     """The configuration for gradients of queries."""
-    return _tile_config(problem, pack, window_bounds, 64 if _width(problem) <= 96 else 32, 168)
+    return _tile_config(problem, pack, window_bounds, 64 if _width(problem) <= 96 else 32, _maxnreg(problem))
 
 
 def dkv_tile_config(problem: Problem) -> MediumTileConfig | None:
@@ -56,6 +56,15 @@ def dkv_tile_config(problem: Problem) -> MediumTileConfig | None:
     Two accumulators take most registers that a thread can have.
     """
     return _tile_config(problem, 1, query_bounds, 64, 248)
+
+
+def _maxnreg(problem: Problem) -> int:
+    """Hardware registers of a thread of the kernels whose rows are queries.
+
+    Up to 128, four programs share a multiprocessor where shared memory has room for them: with up to 64 columns. With
+    register tokens ptxas would take more there, although those that it may not take are hardly missed.
+    """
+    return 128 if problem.registers and _width(problem) <= 64 else 168
 
 
 def _width(problem: Problem) -> int:

@@ -40,11 +40,10 @@ LARGE_KEY_ELEMENTS = 2**15
 # 64, 0.208 ms against 0.234; 256 keys and 16 of head dim 128, 0.228 against 0.232; 169 and 256 of 128, 0.312 against
 # 0.232.
 LARGE_KEY_ELEMENTS_WITH_REGISTERS = 320 * 128
-# Gradients in 2-D and 3-D with many register tokens, with which portable kernels are slow, and head dims of up to 64
-# pay from fewer elements and from half as many pairs on. Those of 8 x 64x64 tokens with 8 heads, 13x13 windows and 128
-# register tokens take 0.48 ms on an H200, and 0.77 ms in portable kernels.
-MANY_REGISTERS = 64
-LARGE_GRADIENT_KEY_ELEMENTS_WITH_REGISTERS = 256 * 64
+# Gradients of register tokens pay from this many elements of theirs, and products of a channel of a query and of a
+# register token, on. On an H200, portable kernels against these, with 2**18 queries: 16 register tokens of head dim 64,
+# 0.049 ms and 0.048; 16 of 128, 0.106 and 0.057; 128 of 64, 0.152 and 0.064; with 3 * 2**17, 16 of 96, 0.134 and 0.084.
+REGISTER_ELEMENTS, REGISTER_PRODUCTS = 16 * 96, 2**29
 # A call with a small window is large enough to hide launch overhead from this many query rows on. With 200704 rows of
 # 32 channels these kernels take 26 to 40 us on an H200, and portable kernels 41 to 52 us.
 LEAST_ROWS = 3 * 2**16
@@ -171,6 +170,15 @@ def tiles_gap(question: Question) -> str | None:
     return _cut_gap(question) or classes_gap(question, "registers", "packing")
 
 
+def _register_gap(question: Question) -> str | None:
+    """Why TMA cannot load the register tokens, or None."""
+    p = question.problem
+    for name, tensor in (("additional_keys", p.additional_keys), ("additional_values", p.additional_values)):
+        if tensor is not None and not small_tiling.holds_registers(tensor):
+            return f"TMA cannot address {name} with shape {tuple(tensor.shape)} and strides {tuple(tensor.stride)}"
+    return None
+
+
 def _tensors(question: Question) -> list[tuple[str, Layout]]:
     """The tensors with tokens, by name."""
     p = question.problem
@@ -212,8 +220,6 @@ def _large_thresholds(question: Question, *, gradients: bool) -> tuple[int, int]
     p = question.problem
     if large_tiling.is_wide(p):
         return WIDE_WINDOW * p.query.shape[-1], WIDE_PAIRS
-    if gradients and p.registers >= MANY_REGISTERS and p.rank > 1 and large_tiling.width_of(p) <= 64:
-        return LARGE_GRADIENT_KEY_ELEMENTS_WITH_REGISTERS, PAIRS // 2
     if p.registers and not gradients:
         return LARGE_KEY_ELEMENTS_WITH_REGISTERS, PAIRS
     return LARGE_KEY_ELEMENTS, PAIRS
@@ -234,12 +240,18 @@ def _large_pays(question: Question, kind: Kind = "forward") -> str | None:
     return _pack_gap(question, kind)
 
 
-def _large_gap(question: Question) -> str | None:
+def _large_registers_pay(question: Question) -> str | None:
     p = question.problem
-    for name, tensor in (("additional_keys", p.additional_keys), ("additional_values", p.additional_values)):
-        if tensor is not None and not small_tiling.holds_registers(tensor):
-            return f"TMA cannot address {name} with shape {tuple(tensor.shape)} and strides {tuple(tensor.stride)}"
-    return _line_gap(question) or undilated_gap(question, "registers", "packing")
+    elements, queries = p.registers * p.query.shape[-1], prod(p.query.shape[:-1])
+    if elements < REGISTER_ELEMENTS:
+        return f"additional keys are few: {elements} elements, fewer than {REGISTER_ELEMENTS}"
+    if queries * elements < REGISTER_PRODUCTS:
+        return f"the call is small: {queries} queries times {elements} elements are fewer than {REGISTER_PRODUCTS}"
+    return None
+
+
+def _large_gap(question: Question) -> str | None:
+    return _register_gap(question) or _line_gap(question) or undilated_gap(question, "registers", "packing")
 
 
 def _large_backward_gap(question: Question) -> str | None:
@@ -301,7 +313,7 @@ NO_MEDIUM_TILES = "no tiles: the frames of an image cannot be divided into tiles
 def _medium_gap(question: Question) -> str | None:
     p = question.problem
     dim, value_dim = p.query.shape[-1], p.value.shape[-1]
-    if (reason := classes_gap(question)) is not None:
+    if (reason := _register_gap(question) or classes_gap(question, "registers")) is not None:
         return reason
     if dim != value_dim or dim > medium_tiling.MOST_COLUMNS:
         most = medium_tiling.MOST_COLUMNS
@@ -320,23 +332,26 @@ def _medium_pays(question: Question, kind: Kind) -> str | None:
         return f"on one axis the window is small: {window} keys are fewer than {MEDIUM_KEYS_ON_ONE_AXIS}"
     if kind != "backward_key" and _is_narrow(p, kind):
         return f"the portable kernel is faster for heads of {dim} channels on {p.rank} axes"
-    if (reason := _beyond_medium(p)) is not None:
+    keys = window if kind == "backward_key" else window + p.registers
+    if (reason := _beyond_medium(p, keys)) is not None:
         return reason
-    if queries * window * dim < MEDIUM_PRODUCTS:
+    if queries * keys * dim < MEDIUM_PRODUCTS:
+        beside = ", additional keys included," if keys > window else ""
         return (
-            f"the call is small: {queries} queries of {window} keys of {dim} elements are fewer than {MEDIUM_PRODUCTS}"
+            f"the call is small: {queries} queries of {keys} keys{beside} of {dim} elements are fewer than "
+            f"{MEDIUM_PRODUCTS}"
         )
     return _pack_gap(question, kind)
 
 
-def _beyond_medium(p: Problem) -> str | None:
-    """Why a window is large, or None."""
-    window, dim = prod(p.kernel_size), p.query.shape[-1]
-    if p.rank == 1 and window * dim >= MEDIUM_KEY_ELEMENTS_ON_ONE_AXIS:
-        return f"the window is large: {window} keys of {dim} elements are {MEDIUM_KEY_ELEMENTS_ON_ONE_AXIS} or more"
-    if p.rank > 1 and window * dim**2 >= MEDIUM_KEYS_TIMES_SQUARED_CHANNELS:
+def _beyond_medium(p: Problem, keys: int) -> str | None:
+    """Why so many keys are too many, or None."""
+    dim = p.query.shape[-1]
+    if p.rank == 1 and keys * dim >= MEDIUM_KEY_ELEMENTS_ON_ONE_AXIS:
+        return f"the window is large: {keys} keys of {dim} elements are {MEDIUM_KEY_ELEMENTS_ON_ONE_AXIS} or more"
+    if p.rank > 1 and keys * dim**2 >= MEDIUM_KEYS_TIMES_SQUARED_CHANNELS:
         most = MEDIUM_KEYS_TIMES_SQUARED_CHANNELS
-        return f"the window is large: {window} keys times the square of {dim} channels are {most} or more"
+        return f"the window is large: {keys} keys times the square of {dim} channels are {most} or more"
     return None
 
 
@@ -439,7 +454,7 @@ LARGE_KEY_GRADIENTS = Variant(
 LARGE_REGISTER_GRADIENTS = Variant(
     LARGE,
     supports=_large_backward_gap,
-    pays=lambda q: _large_pays(q, "backward_key"),
+    pays=_large_registers_pay,
     plan=lambda q: large_tiling.register_tile_config(q.problem),
     run=lambda *args: large_registers.register_gradients(*args),
     uses_tma=True,
