@@ -286,6 +286,8 @@ def test_programs_with_register_tokens_leave_room_for_as_many_others(monkeypatch
         (128, 192, [variants.MEDIUM] * 3),
         (128, 191, [variants.MEDIUM, variants.MEDIUM, "portable"]),
         (64, 511, [variants.MEDIUM, "portable", variants.MEDIUM]),
+        (64, 1024, [variants.LARGE, "portable", variants.LARGE]),
+        (64, 2048, [variants.LARGE] * 3),
         (56, 511, ["portable", "portable", variants.MEDIUM]),
     ],
 )
