@@ -132,11 +132,13 @@ class _Images(Dataset[Tensor]):
 
 
 @torch.inference_mode()
-def features_of(source: Source, features: Features, *, device: str, batch_size: int, workers: int) -> Tensor:
+def features_of(
+    source: Source, features: Features, *, device: str, batch_size: int, workers: int, quiet: bool = False
+) -> Tensor:
     """``[N, D]`` on the CPU, of images of one size."""
     loader = DataLoader(_Images(source), batch_size, num_workers=workers)
     found = []
-    with progress(len(source), "features", unit="image", leave=False) as bar:
+    with progress(len(source), "features", unit="image", leave=False, disable=quiet) as bar:
         for images in in_one_line(iter(loader)):
             found.append(features(images.to(device)).float().cpu())
             bar.update(len(images))

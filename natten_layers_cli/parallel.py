@@ -71,6 +71,14 @@ class Processes(AbstractContextManager["Processes"]):
             dist.all_reduce(values)
         return values / self.world
 
+    def gather(self, values: Tensor) -> Tensor:
+        """``[world, ...]``: the values of every process, all of one shape."""
+        if not self.distributed:
+            return values[None]
+        parts = [torch.empty_like(values) for _ in range(self.world)]
+        dist.all_gather(parts, values.contiguous())
+        return torch.stack(parts)
+
     def any(self, flag: bool) -> bool:
         """Whether ``flag`` is true in any process; every process must call it."""
         return bool(self.mean(torch.tensor(float(flag), device=self.device)) > 0) if self.distributed else flag

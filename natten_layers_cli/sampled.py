@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Iterable
 
 import torch
@@ -11,7 +12,11 @@ from torch import Tensor
 from .data import Photographs, SkipUnreadable, Source
 from .distances import NAMES, features_of, frechet_distance, kernel_distance, open_features
 from .held_out import Part
+from .parallel import Processes
 from .pictures import to_bytes
+
+GATHERED = 1024
+"""Features of a process that travel at a time: those of all images may not fit beside a model on a GPU."""
 
 
 class SampleDistances:
@@ -19,12 +24,14 @@ class SampleDistances:
 
     Args:
         features: the name of their features, which says what the distances are called.
+        processes: share the images, and must do the same with these distances. If one of them computed all features,
+            the others would wait for longer than a collective of theirs may take.
 
     Raises:
         ValueError: photographs, of which every crop is another image, or fewer images than ``count``.
     """
 
-    def __init__(self, source: Source, count: int, *, features: str, device: str, workers: int) -> None:
+    def __init__(self, source: Source, count: int, *, features: str, processes: Processes, workers: int) -> None:
         if isinstance(source, Photographs):
             raise ValueError("--eval-samples needs other images: of the photographs, every crop is another one")
         if count > len(source):
@@ -32,22 +39,38 @@ class SampleDistances:
                 f"--eval-samples {count} needs as many images to compare with, and there are {len(source)}"
             )
         self.part = Part(SkipUnreadable(source), random.Random("reference").sample(range(len(source)), count))
-        self.name, self.features = features, open_features(features, device)
-        self.device, self.workers = device, workers
+        self.name, self.features = features, open_features(features, str(processes.device))
+        self.processes, self.workers = processes, workers
+        self.own: Tensor | None = None
+        """features of this process's share of the images"""
         self.reference: Tensor | None = None
+        """features of all of them"""
 
     def load(self) -> None:
-        """Compute the images' features, if that was not done."""
-        if self.reference is None:
-            self.reference = features_of(
-                self.part, lambda images: self.features(three_channels(images)),
-                device=self.device, batch_size=64, workers=self.workers,
+        """Compute the features of this process's share of the images, if that was not done."""
+        if self.own is None:
+            rank, world = self.processes.rank, self.processes.world
+            # As many in every process: some compute features of another one's image again, which do not count.
+            places = [(i * world + rank) % len(self.part) for i in range(-(-len(self.part) // world))]
+            self.own = features_of(
+                Part(self.part, places), lambda images: self.features(three_channels(images)),
+                device=str(self.processes.device), batch_size=64, workers=self.workers, quiet=not self.processes.first,
             )  # fmt: skip
+
+    def _gather(self) -> Tensor:
+        """``[N, D]``, in the order of the images, whatever the number of processes is."""
+        assert self.own is not None
+        chunks = [self.processes.gather(rows.to(self.processes.device)).cpu() for rows in self.own.split(GATHERED)]
+        return torch.cat(chunks, 1).transpose(0, 1).flatten(0, 1)[: len(self.part)]
 
     @torch.inference_mode()
     def __call__(self, batches: Iterable[Tensor]) -> dict[str, float]:
-        """Of samples ``[B, C, H, W]`` in [-1, 1], both distances by their names."""
-        assert self.reference is not None
+        """Of samples ``[B, C, H, W]`` in [-1, 1], both distances by their names: the first process measures."""
+        if self.reference is None:
+            self.reference = self._gather()
+        if not self.processes.first:
+            deque(batches, maxlen=0)
+            return {}
         found = torch.cat([self.features(three_channels(to_bytes(images))).float().cpu() for images in batches])
         distances = frechet_distance(found, self.reference), kernel_distance(found, self.reference).mean
         return dict(zip(NAMES[self.name], distances, strict=True))

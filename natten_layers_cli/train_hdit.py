@@ -17,7 +17,6 @@ import copy
 import math
 import random
 import sys
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
@@ -340,7 +339,7 @@ class Trainer:
         if count := self.arguments.held_out:
             self.source, self.held_out = hold_out(self.source, count)
             self.say(f"{len(self.source)} images to train on, {count} held out")
-        self.distances = self._open_distances() if arguments.eval_samples and self.processes.first else None
+        self.distances = self._open_distances() if arguments.eval_samples else None
 
     def _open_distances(self) -> SampleDistances:
         arguments = self.arguments
@@ -348,7 +347,7 @@ class Trainer:
             raise ValueError("--eval-samples needs images of one size: leave --buckets none away")
         name = arguments.eval_features or usual_features()
         self.say(f"samples are measured by {' and '.join(NAMES[name])}, of the features {name}")
-        options = {"device": str(self.processes.device), "workers": arguments.num_workers}
+        options: dict[str, Any] = {"processes": self.processes, "workers": arguments.num_workers}
         return SampleDistances(self.source, arguments.eval_samples, features=name, **options)
 
     def _take_kv_heads(self, stored: HDiTConfig) -> None:
@@ -628,15 +627,13 @@ class Trainer:
     def measure_samples(self) -> dict[str, float]:
         """Distances of samples, as many of each class, from images of the data, as curves by name.
 
-        Every process must call it; the first one measures.
+        Every process must call it; the first one returns them.
         """
-        self._load(lambda: None if self.distances is None else self.distances.load())
+        distances = self.distances
+        assert distances is not None
+        self._load(distances.load)
         count = -(-self.arguments.eval_samples // max(1, self.plan.num_classes))
-        images = self._sample(self._request(count))
-        if self.distances is None:
-            deque(images, maxlen=0)
-            return {}
-        found = self.distances(images)
+        found = distances(self._sample(self._request(count)))
         self.say(f"step {self.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
         return found
 

@@ -102,6 +102,8 @@ def worker(rank: int, device_type: str, port: int, folder: str) -> None:
     warnings.filterwarnings("error", message="barrier")
     with Processes(device_type, fsdp=False) as processes:
         processes.barrier()
+        values = torch.tensor([[rank, 5.0]], device=processes.device)
+        assert processes.gather(values.T).tolist() == [[[float(r)], [5.0]] for r in range(WORLD)]
         results = {
             (kind, objective): losses(kind, objective, rank, WORLD, processes.device)
             for kind, objective in product(SHARDED, OBJECTIVES)

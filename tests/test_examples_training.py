@@ -29,7 +29,7 @@ from natten_layers_cli.held_out import Part, held_out_batches, hold_out, level_n
 from natten_layers_cli.parallel import Processes
 from natten_layers_cli.pictures import read_record, to_image
 from natten_layers_cli.progress import progress
-from natten_layers_cli.sampled import three_channels
+from natten_layers_cli.sampled import SampleDistances, three_channels
 
 MODEL: dict[str, Any] = {
     "type": "image_transformer_v2",
@@ -355,6 +355,36 @@ def test_samples_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     numbers = json.loads((tmp_path / "numbers.json").read_text())
     expected = [numbers["frechet_distance"], numbers["kernel_distance"]["mean"]]
     assert list(found.values()) == pytest.approx(expected, rel=1e-4)
+
+
+def test_processes_share_the_images_that_samples_are_compared_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None waits for another that computes the features of all; together they have those of one process."""
+    write_config(tmp_path)
+    source = Folder(tmp_path / "data", (8, 8), 3, classes=True)
+
+    def made(rank: int, world: int) -> SampleDistances:
+        processes = Processes("cpu", fsdp=False)
+        processes.rank, processes.world = rank, world
+        distances = SampleDistances(source, 5, features="random-convolutions", processes=processes, workers=0)
+        distances.load()
+        return distances
+
+    def features(distances: SampleDistances) -> Tensor:
+        samples = torch.linspace(-1, 1, 3 * 8 * 8 * 2).view(2, 3, 8, 8)
+        assert bool(distances([samples])) == distances.processes.first
+        assert distances.reference is not None
+        return distances.reference
+
+    alone, shared = made(0, 1), [made(rank, 3) for rank in range(3)]
+    parts = [distances.own for distances in shared if distances.own is not None]
+    assert [len(part) for part in parts] == [2] * 3
+    monkeypatch.setattr("natten_layers_cli.sampled.GATHERED", 1)
+    for distances in shared:
+        rows = zip(*(part.split(1) for part in parts), strict=True)
+        monkeypatch.setattr(distances.processes, "gather", lambda _, rows=rows: torch.stack(next(rows)))
+        assert torch.equal(features(distances), features(alone))
 
 
 def test_samples_that_cannot_be_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
