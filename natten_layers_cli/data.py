@@ -232,7 +232,8 @@ class HuggingFace:
     """The training split of a Hugging Face dataset, by name, with images made to fit ``size``.
 
     Raises:
-        ValueError: no such columns in the dataset, or the ``datasets`` package is missing.
+        ValueError: no such dataset, no such columns in it, images without a class, or the ``datasets`` package is
+            missing.
     """
 
     def __init__(
@@ -251,7 +252,10 @@ class HuggingFace:
             raise ValueError(
                 f"dataset {name!r} is on the Hugging Face hub: pip install 'natten-layers[hub]' brings what reads it"
             ) from error
-        self.name, self.rows = name, load_dataset(name, split="train")
+        try:
+            self.name, self.rows = name, load_dataset(name, split="train")
+        except Exception as error:  # of the many kinds that the packages below it raise
+            raise ValueError(f"dataset {name!r} cannot be loaded: {one_line(error)}") from error
         self.size, self.channels, self.image_key, self.class_key = size, channels, image_key, class_key
         self.fit = fit or centre_crop
         for key in (image_key, class_key):
@@ -263,6 +267,13 @@ class HuggingFace:
                 f"column {class_key!r} of dataset {name!r} is no ClassLabel; name another as dataset.class_key"
             )
         self.class_names = tuple(names)
+        labels = set() if class_key is None else set(self.rows.unique(class_key))
+        if unknown := labels.difference(range(len(names))):  # -1 is the hub's for unknown
+            values = ", ".join(sorted(map(str, unknown)))
+            raise ValueError(
+                f"dataset {name!r} has images without a class, of which {class_key!r} is {values}: train on all images "
+                "without classes, with --no-classes, or on another dataset without these"
+            )
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -273,10 +284,7 @@ class HuggingFace:
             image = self.fit(_convert(row[self.image_key], self.channels), self.size)
         except Exception as error:  # of the many kinds that decoders raise
             raise UnreadableError(f"image {index} of {self.name} cannot be read: {one_line(error)}") from error
-        label = 0 if self.class_key is None else row[self.class_key]
-        if self.class_key is not None and label not in range(len(self.class_names)):  # -1 is the hub's for unknown
-            raise ValueError(f"image {index} of {self.name} has no class: its {self.class_key!r} is {label!r}")
-        return _to_tensor(image), label
+        return _to_tensor(image), 0 if self.class_key is None else row[self.class_key]
 
 
 class SkipUnreadable:

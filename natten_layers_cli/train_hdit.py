@@ -491,7 +491,7 @@ class Trainer:
     def _load(self, load: Callable[[], T]) -> T:
         """What ``load`` returns. Where it fails in a process, all of them save what they have learned, and end.
 
-        Single images that cannot be read are skipped; here it is that the disk is gone, or that an image has no class.
+        Single images that cannot be read are skipped; here it is that the disk is gone.
         """
         loaded, problem = None, None
         try:
