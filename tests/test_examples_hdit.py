@@ -1070,6 +1070,8 @@ def test_bad_input_to_training(config: Path, capsys: pytest.CaptureFixture[str])
     assert train(config, "run", "--end-step", "1") == 0
     nowhere = config.parent / "nowhere"
     assert says("other", "--data", str(nowhere)) == f"error: {nowhere} is not a folder of images\n"
+    nowhere.mkdir()
+    assert says("other", "--data", str(nowhere)).startswith(f"error: {nowhere} holds no images")  # not the config
     assert "start them with torchrun" in says("other", "--fsdp")
     other = {**CONFIG, "model": {**CONFIG["model"], "depths": [1, 2]}}
     config.write_text(json.dumps(other))
