@@ -13,7 +13,7 @@ from PIL import Image
 
 from .checkpointing import RunFiles
 from .progress import progress
-from .running import writing
+from .running import one_line, writing
 
 
 class Boards:
@@ -41,8 +41,11 @@ class Boards:
                 message = f"--wandb {project} needs the wandb package: pip install 'natten-layers[wandb]'"
                 raise ValueError(message) from error
             self.images = wandb.Image
-            identity = re.sub(r"[^A-Za-z0-9_-]+", "-", name)
-            self.wandb = wandb.init(project=project, name=name, id=identity, resume="allow", config=dict(config))
+            identity = re.sub(r"[^A-Za-z0-9_-]", lambda match: _in_identity(match[0]), name)
+            try:
+                self.wandb = wandb.init(project=project, name=name, id=identity, resume="allow", config=dict(config))
+            except Exception as error:  # of types of the package's own
+                raise ValueError(f"--wandb {project}: {one_line(error)}") from error
         with writing(folder):
             self.board = SummaryWriter(str(folder), purge_step=step + 1)
 
@@ -69,6 +72,11 @@ class Boards:
             self.board.close()
         if self.wandb is not None:
             self.wandb.finish()
+
+
+def _in_identity(character: str) -> str:
+    """A number for what is not ASCII: names in another script would all be the same run."""
+    return "-" if character.isascii() else f"{ord(character):x}"
 
 
 class Log:

@@ -118,10 +118,10 @@ def run(arguments: argparse.Namespace) -> int:
         "reference_images": len(second),
         "size": size,
     }
+    report(numbers, first.shape[1])  # before a file that cannot be written loses them
     if arguments.output:
         with replacing(arguments.output) as temporary:
             temporary.write_text(json.dumps(numbers, indent=2) + "\n")
-    report(numbers, first.shape[1])
     return 0
 
 

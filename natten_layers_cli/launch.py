@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import signal
 import sys
 import threading
@@ -47,6 +48,7 @@ def launch(module: str, *, extra: str = "") -> int:
     Args:
         extra: the extra of natten-layers that brings what ``module`` imports beyond what the library needs.
     """
+    open_streams()
     try:
         with noted_ctrl_c() as pressed:
             try:
@@ -62,6 +64,16 @@ def launch(module: str, *, extra: str = "") -> int:
         package = f"natten-layers[{extra}]" if extra else "natten-layers"
         print(f"error: Python finds no {error.name}: pip install '{package}' brings it", file=sys.stderr)
         return FAILED
+
+
+def open_streams() -> None:
+    """Open the standard streams that the caller has closed, as ``2>&-`` does, on nothing.
+
+    The next file to be opened would get the number of one of them, and what is said to the user would go into it.
+    """
+    for name, flag, mode in (("stdin", os.O_RDONLY, "r"), ("stdout", os.O_WRONLY, "w"), ("stderr", os.O_WRONLY, "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, flag), mode))  # which takes the lowest number that is free
 
 
 @contextmanager

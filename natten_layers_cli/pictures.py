@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
 from natten_layers.io.files import replacing
@@ -64,9 +64,9 @@ def read_record(path: Path) -> dict[str, Any]:
         ValueError: no such picture.
     """
     try:
-        with Image.open(path) as image:
+        with PngImagePlugin.PngImageFile(path) as image:  # of no pixels, of which Image.open allows only so many
             text = image.info.get(RECORD)
-    except (OSError, UnidentifiedImageError) as error:
+    except Exception as error:  # of the many kinds that decoders raise
         raise ValueError(f"{path} cannot be read as a picture: {reason(error)}") from error
     if text is None:
         raise ValueError(f"{path} does not say how it was made; give a grid that sample_hdit.py or train_hdit.py drew")

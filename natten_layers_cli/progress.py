@@ -24,7 +24,7 @@ class _Lines:
 
 def progress(total: int | None, description: str | None = None, **options: Any) -> tqdm:
     """A bar, or where standard error is no terminal, its lines."""
-    if sys.stderr is None or sys.stderr.isatty():
+    if sys.stderr.isatty():
         return tqdm(total=total, desc=description, dynamic_ncols=True, **options)
     form = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
     # With a fixed miniters, tqdm's monitor does not show more than was asked for.

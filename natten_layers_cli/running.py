@@ -21,7 +21,7 @@ import torch
 
 from natten_layers.io.schema import check_keys, shorten
 
-from .launch import FAILED, noted_ctrl_c
+from .launch import FAILED, noted_ctrl_c, open_streams
 
 EXPECTED = (OSError, RuntimeError, ValueError, ArithmeticError, MemoryError)
 """Errors that users and machines cause. PyTorch raises no narrower ones."""
@@ -168,6 +168,7 @@ def _path(text: str) -> Path:
 
 def run_command(body: Callable[[], int], *, when_interrupted: str = "interrupted") -> int:
     """The exit status of a command. What users, files and machines do wrong becomes one line on standard error."""
+    open_streams()
     threading.excepthook, hook = _quiet_about_files, threading.excepthook
     if isinstance(sys.stdout, io.TextIOWrapper):  # a text must not end a run because a terminal or log is of ASCII
         sys.stdout.reconfigure(errors="replace")  # standard error never fails: it escapes

@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from natten_layers import HDiT, HDiTConfig, LevelConfig
@@ -1219,6 +1219,15 @@ def test_bad_input_to_sampling(trained: Path, tmp_path: Path, capsys: pytest.Cap
     named.save_pretrained(tmp_path / "named.safetensors")
     assert "has 2 classes, but names 1: ['cat']" in says(tmp_path / "named.safetensors")
     assert "does not say how it was made" in says(model, "--reproduce", _plain_png(tmp_path))
+    with Image.open(_plain_png(tmp_path)) as plain, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Image, "MAX_IMAGE_PIXELS", plain.width * plain.height // 3)
+        assert "does not say how it was made" in says(model, "--reproduce", _plain_png(tmp_path))
+    text = PngImagePlugin.PngInfo()
+    text.add_text("natten_layers", "x" * 2**21, zip=True)
+    Image.new("L", (4, 4)).save(tmp_path / "packed.png", pnginfo=text)
+    assert "packed.png cannot be read as a picture: Decompressed" in says(
+        model, "--reproduce", f"{tmp_path}/packed.png"
+    )
     absent = str(tmp_path / "nowhere.png")
     assert "nowhere.png cannot be read as a picture: No such" in says(model, "--reproduce", absent)
     with small_disk(100):

@@ -23,6 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from natten_layers_cli import evaluate, sample_hdit, train_hdit
+from natten_layers_cli.boards import Boards
 from natten_layers_cli.checkpointing import RunFiles
 from natten_layers_cli.data import MOST_UNREADABLE, Examples, Folder, KeepShape, Key, UnreadableError, by_shape
 from natten_layers_cli.held_out import Part, held_out_batches, hold_out, level_names, means, sums_by_level
@@ -478,6 +479,18 @@ def test_weights_and_biases(
     assert begun[0]["config"]["model"]["widths"] == [16]
     assert {step for step, values in logged if "loss" in values} == {1, 2}
     assert [step for step, values in logged if "samples" in values] == [2]
+
+    begun.clear()
+    for name in ("猫", "犬"):
+        Boards(tmp_path / name, 0, project="flowers", name=f"runs/{name}", config={}).close()
+    assert [options["id"] for options in begun if options] == ["runs-732b", "runs-72ac"]
+
+    def fail(**options: Any) -> SimpleNamespace:
+        raise type("UsageError", (Exception,), {})("no\nkey")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=fail, Image=None))
+    assert train(config, "b", "--end-step", "1", "--wandb", "flowers") == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "error: --wandb flowers: no key"
 
 
 def test_single_images(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

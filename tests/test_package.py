@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -149,6 +150,17 @@ def test_a_value_that_no_flag_takes_is_named_with_its_flag(
     assert f"error: argument {flag}" in error
     assert message in error
     assert len(error) < 300
+
+
+def test_closed_streams_are_no_files(tmp_path: Path) -> None:
+    """What is said to a standard error that the shell has closed, as by 2>&-, does not land in a run's file."""
+    code = (
+        "import os, sys; from natten_layers_cli.launch import open_streams; open_streams(); file = open('run', 'w'); "
+        "print('said'); print('said', file=sys.stderr); os.write(2, b'said'); file.write(sys.stdin.read() + 'whole')"
+    )
+    command = ["sh", "-c", f'{sys.executable} -c "{code}" <&- >&- 2>&-']
+    assert subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode == 0
+    assert (tmp_path / "run").read_text() == "whole"
 
 
 @pytest.mark.parametrize("arguments", [["", "b"], ["a", ""]])
