@@ -27,7 +27,7 @@ class Boards:
         config: shown beside the curves there.
 
     Raises:
-        ValueError: ``project`` without the ``wandb`` package.
+        ValueError: ``project`` without the ``wandb`` package, or a ``folder`` that TensorBoard cannot name.
     """
 
     def __init__(self, folder: Path, step: int, *, project: str | None, name: str, config: Mapping[str, Any]) -> None:
@@ -46,6 +46,10 @@ class Boards:
                 self.wandb = wandb.init(project=project, name=name, id=identity, resume="allow", config=dict(config))
             except Exception as error:  # of types of the package's own
                 raise ValueError(f"--wandb {project}: {one_line(error)}") from error
+        try:
+            str(folder).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"--name {name!r} is no UTF-8, which TensorBoard needs") from error
         with writing(folder):
             self.board = SummaryWriter(str(folder), purge_step=step + 1)
 

@@ -49,8 +49,11 @@ class RunFiles:
     """Where a run called ``name`` keeps its files: ``name`` is the prefix of their paths.
 
     Raises:
-        ValueError: a name that makes hidden files.
+        ValueError: a name that makes hidden files, or names that no file has.
     """
+
+    LONGEST = 200
+    """bytes of the last part of a name, of a file's 255: the rest is for what is put around it"""
 
     def __init__(self, name: str) -> None:
         start = name.replace(os.sep, "/").rpartition("/")[2]
@@ -58,6 +61,11 @@ class RunFiles:
             raise ValueError(
                 f"--name {name!r} is the start of all files' names, and would make hidden ones; "
                 f"use, for example, {os.path.join(os.path.dirname(name), 'run')}"
+            )
+        if len(os.fsencode(start)) > self.LONGEST or "\0" in name:
+            raise ValueError(
+                f"--name {shorten(name)} is the start of all files' names, and makes such as no file can have; "
+                f"its last part may have {self.LONGEST} bytes, and none of them 0"
             )
         self.name = name
         Path(name).parent.mkdir(parents=True, exist_ok=True)

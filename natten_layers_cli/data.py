@@ -21,7 +21,7 @@ from itertools import chain
 from multiprocessing import RawValue
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ IMAGE_SUFFIXES = {
     *((".webp",) if features.check("webp") else ()),  # what Pillow was built without is named as skipped
     *((".avif",) if features.check("avif") else ()),
 }
-LITTER = {"__MACOSX", "@eaDir", "$RECYCLE.BIN"}  # folders that systems leave, some with images in them
+LITTER = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found"}  # folders that systems leave, some with images in them
 T = TypeVar("T")
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 LOOKED_AT = 4096
@@ -130,11 +130,12 @@ def scan(folder: Path) -> Found:
 
     Raises:
         ValueError: no such folder.
+        OSError: one that cannot be listed: its classes would be missing, and nobody would see why.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder of images")
     images, skipped, seen = [], Counter(), set()
-    for place, folders, files in os.walk(folder, followlinks=True):
+    for place, folders, files in os.walk(folder, onerror=_fail, followlinks=True):
         here = os.path.realpath(place)
         folders[:] = [] if here in seen else [name for name in folders if not _is_litter(name)]
         for name in [] if here in seen else files:
@@ -149,6 +150,10 @@ def scan(folder: Path) -> Found:
         first, *below = path.relative_to(folder).parts
         (classes.setdefault(first, []) if below else loose).append(path)
     return Found(loose, classes, skipped)
+
+
+def _fail(error: OSError) -> NoReturn:
+    raise error
 
 
 def _is_litter(name: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from typing import Any
 
 from tqdm import tqdm
@@ -12,14 +13,16 @@ SECONDS = 30.0
 
 
 class _Lines:
-    """A file of which tqdm, which writes over what it wrote, makes lines."""
+    """A file of which tqdm, which writes over what it wrote, makes lines. A log on a full disk gets none."""
 
     def write(self, text: str) -> None:
         if line := text.strip("\r\n "):
-            sys.stderr.write(f"{line}\n")
+            with suppress(OSError):
+                sys.stderr.write(f"{line}\n")
 
     def flush(self) -> None:
-        sys.stderr.flush()
+        with suppress(OSError):
+            sys.stderr.flush()
 
 
 def progress(total: int | None, description: str | None = None, **options: Any) -> tqdm:

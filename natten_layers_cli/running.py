@@ -182,7 +182,8 @@ def run_command(body: Callable[[], int], *, when_interrupted: str = "interrupted
             return 128 + signal.SIGPIPE
         except EXPECTED as error:
             if not pressed:
-                print(f"error: {one_line(error)}", file=sys.stderr)
+                with suppress(OSError):  # a log on a full disk, too
+                    print(f"error: {one_line(error)}", file=sys.stderr)
                 return FAILED
         except KeyboardInterrupt:
             pass
@@ -219,7 +220,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno is None or error.filename is not None:
+        if error.errno is None or error.filename is not None or isinstance(error, BrokenPipeError):
             raise
         raise OSError(f"cannot write {path}: {error.strerror}") from error
 
@@ -308,6 +309,33 @@ class Signals:
             if self.may_raise:
                 raise KeyboardInterrupt
             tell("saving what there is, please wait")
+
+
+class Showing:
+    """Around what a run shows: what cannot be shown, as where a log's disk is full, must not cost what it has learned.
+
+    It is the first process that shows. After the next step all of them know that it failed, save what there is and end.
+    """
+
+    def __init__(self) -> None:
+        self.problem: OSError | None = None
+
+    @property
+    def failed(self) -> bool:
+        return self.problem is not None
+
+    def check(self) -> None:
+        """Raise the first error that there was."""
+        if self.problem is not None:
+            raise self.problem
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
+        if isinstance(error, OSError):
+            self.problem = self.problem or error
+        return isinstance(error, OSError)
 
 
 def tell(text: str) -> None:

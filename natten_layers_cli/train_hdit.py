@@ -66,7 +66,7 @@ from .held_out import held_out_batches, hold_out, level_names, means, sums_by_le
 from .objectives import MEANFLOW, open_objective
 from .parallel import Processes, local
 from .pictures import save_loss_curve, save_png
-from .running import SIGNALS_HELP, Parser, Signals, check_device, positive, run_command, seed
+from .running import SIGNALS_HELP, Parser, Showing, Signals, check_device, positive, run_command, seed, writing
 from .sample_hdit import DEFAULTS, Request, digest, picture, sample_batches
 from .sampled import SampleDistances
 
@@ -252,7 +252,8 @@ class Trainer:
     """A run: what it trains, on what, and how far it has come."""
 
     def __init__(self, arguments: argparse.Namespace, processes: Processes, files: RunFiles) -> None:
-        self.arguments, self.processes, self.files, self.signals = arguments, processes, files, Signals()
+        self.arguments, self.processes, self.files = arguments, processes, files
+        self.signals, self.showing = Signals(), Showing()
         start = read_hdit(arguments.resume_inference) if arguments.resume_inference else None
         self._read_data()
         if start is not None and start[0] is not None:
@@ -456,17 +457,19 @@ class Trainer:
                 with signals.interruptible():
                     loss = self._train_step(taken, keys.global_batch)
                 # All processes must do the same after the same step, whichever of them was asked to.
-                asked = loss.new_tensor([signals.stop_wanted, signals.take_save()])
+                asked = loss.new_tensor([signals.stop_wanted or self.showing.failed, signals.take_save()])
                 seen = processes.mean(torch.cat([loss[None], asked, self.gradient_norm[None], self.by_level.flatten()]))
                 loss, stopping, saving, norm, *_ = seen.tolist()
                 if not math.isfinite(loss):
                     raise RuntimeError(f"the loss of step {self.step} is {loss}; try a lower --lr")
-                log.write(self.step, loss, keys.global_batch)
                 by_level = self._by_level("loss by", seen[4:].view_as(self.by_level))
-                log.show(self.step, {"learning rate": self._learning_rate(), "gradient norm": norm} | by_level)
+                with self.showing:
+                    log.write(self.step, loss, keys.global_batch)
+                    log.show(self.step, {"learning rate": self._learning_rate(), "gradient norm": norm} | by_level)
                 if stopping or saving or self.step % arguments.save_every == 0:
                     self.save()
                 if stopping:
+                    self.showing.check()
                     return False
                 try:
                     self._show(log)
@@ -474,6 +477,13 @@ class Trainer:
                     if self.step > self.saved_step:
                         self.save()
                     return False
+                except Exception:  # such as memory that does not suffice for samples
+                    if self.step > self.saved_step and processes.world == 1:  # others may wait for this one elsewhere
+                        self.save()
+                    raise
+            if self.step > self.saved_step:  # before the log is closed, which may fail
+                self.save()
+        self.showing.check()
         return True
 
     def _show(self, log: Log) -> None:
@@ -482,11 +492,17 @@ class Trainer:
         if self.step % arguments.eval_every == 0:
             if arguments.held_out:
                 with self.signals.interruptible():
-                    log.show(self.step, self.evaluate())
+                    curves = self.evaluate()
+                with self.showing:
+                    log.show(self.step, curves)
             if arguments.eval_samples:
-                log.show(self.step, self.measure_samples())
+                curves = self.measure_samples()
+                with self.showing:
+                    log.show(self.step, curves)
         if arguments.demo_every and self.step % arguments.demo_every == 0:
-            log.picture(self.step, self.demo(f"_demo_{self.step:08}.png"))
+            grid = self.demo(f"_demo_{self.step:08}.png")
+            with self.showing:
+                log.picture(self.step, grid)
 
     def _load(self, load: Callable[[], T]) -> T:
         """What ``load`` returns. Where it fails in a process, all of them save what they have learned, and end.
@@ -647,29 +663,31 @@ class Trainer:
         images = torch.cat(list(self._sample(request)))
         grid = picture(images, self.plan, request)
         if self.processes.first:
-            save_png(grid, self.files.path(suffix), asdict(request) | {"sha256": digest(images)})
+            with self.showing:
+                save_png(grid, self.files.path(suffix), asdict(request) | {"sha256": digest(images)})
         return grid
 
     def finish(self) -> bool:
-        """The last checkpoint, grid and loss curve; False if somebody asked to stop meanwhile."""
-        if self.step > self.saved_step:
-            self.save()
-        elif self.written_step != self.step:  # of a checkpoint that an earlier process saved, or another run
+        """The weights, the last grid and the loss curve; False if somebody asked to stop meanwhile."""
+        if self.written_step != self.step:  # of a checkpoint that an earlier process saved, or another run
             self.write_weights()
         self.say(f"wrote {self.files.path('.safetensors')}")
         try:
             self.demo("_samples.png")
         except SamplingStoppedError:
             return False
+        self.showing.check()
         self.say(f"wrote {self.files.path('_samples.png')}")
         if self.processes.first and (losses := self.files.losses(self.step)):
             save_loss_curve(losses, self.files.path("_loss.png"), f"{self.arguments.name}, {self.step} steps")
             self.say(f"wrote {self.files.path('_loss.png')}")
+        self.showing.check()
         return True
 
     def say(self, text: str) -> None:
         if self.processes.first:
-            tqdm.write(text)
+            with self.showing, writing(Path("standard output")):
+                tqdm.write(text)
 
     def _log(self) -> Log:
         if not self.processes.first:

@@ -45,6 +45,7 @@ from .progress import progress
 from .running import (
     SIGNALS_HELP,
     Parser,
+    Showing,
     Signals,
     check_device,
     one_line,
@@ -53,6 +54,7 @@ from .running import (
     run_command,
     running_alone,
     seed,
+    writing,
 )
 from .text import SEPARATOR, Corpus, random_windows, read_corpus
 from .tokens import Bytes, Codec, open_codec
@@ -212,7 +214,7 @@ class Trainer:
         self.run = torch.compile(self.wrapped) if args.compile else self.wrapped
         self.optimizer = make_optimizer(self.model, args)
         self.step, self.saved_step = 0, -1
-        self.signals = Signals()
+        self.signals, self.showing = Signals(), Showing()
         if args.resume or self.checkpoint.exists():
             self.load(args.resume or self.checkpoint)
 
@@ -357,8 +359,10 @@ class Trainer:
                 stopped = self._steps(boards)
                 if self.step > self.saved_step:
                     self.save()
+            self.showing.check()
             if not stopped:
                 self.report(boards)
+                self.showing.check()
                 return 0
         if first:
             print(f"stopped at step {self.step}; the same command goes on from here")
@@ -394,9 +398,10 @@ class Trainer:
                     if boards is not None:
                         rate = self.optimizer.param_groups[0]["lr"]
                         curves = {f"bits per {unit}/train": bits, f"{unit}s per second": speed}
-                        boards.scalars(self.step, curves | {"learning rate": rate, "gradient norm": norm})
+                        with self.showing:
+                            boards.scalars(self.step, curves | {"learning rate": rate, "gradient norm": norm})
                 # All processes must do the same after the same step, whichever of them was asked to.
-                if self.processes.any(signals.stop_wanted):
+                if self.processes.any(signals.stop_wanted or self.showing.failed):
                     return True
                 evaluating = self.step % args.eval_every == 0 and self.step < args.end_step
                 if self.processes.any(signals.take_save()) or evaluating:
@@ -413,14 +418,17 @@ class Trainer:
         text = self.sample() if self.args.sample_tokens else ""
         if boards is None:
             return
-        boards.scalars(self.step, {"bits per byte/held out": bits})
         lines = [f"step {self.step}: {bits:.4f} bits per byte held out"]
         if limit is None:
             lines[0] += f" ({self.corpus.held_out_bytes} bytes); xz -9: {self.corpus.xz_bits_per_byte:.4f}"
         if text:
             lines += ["-" * 80, text, "-" * 80]
-            boards.text(self.step, "sample", text)
-        tqdm.write("\n".join(lines))
+        with self.showing, writing(Path("standard output")):
+            tqdm.write("\n".join(lines))
+        with self.showing:
+            boards.scalars(self.step, {"bits per byte/held out": bits})
+            if text:
+                boards.text(self.step, "sample", text)
 
 
 def separator(config: DecoderLMConfig, codec: Codec) -> int:

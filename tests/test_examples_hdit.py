@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import math
 import os
@@ -414,6 +415,24 @@ def test_broken_images_are_named_at_the_start(
         Folder(folder / "empty", (8, 8), 3, classes=False)
 
 
+def test_folders_that_cannot_be_listed_are_not_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw(tmp_path / "cats/1.png")
+    (tmp_path / "lost+found").mkdir()  # which file systems keep to themselves
+    draw(tmp_path / "dogs/1.png")
+    scandir = os.scandir
+
+    def refuse(path: str) -> Any:
+        if Path(path).name in ("dogs", "lost+found"):  # permissions do not stop a test that root runs
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match=r"dogs"):
+        parse_data_flag(str(tmp_path))
+    (tmp_path / "dogs").rename(tmp_path / "wolves")
+    assert parse_data_flag(str(tmp_path))["type"] == "imagefolder-class"
+
+
 def test_images_look_as_their_files_say(tmp_path: Path) -> None:
     """Upright, on white where they are transparent, and of animations the first picture."""
     turned = Image.Exif()
@@ -592,6 +611,19 @@ def test_a_terminal_that_is_gone_is_not_written_to(tmp_path: Path) -> None:
     assert (tmp_path / "terminal").read_bytes() == b"before"
 
 
+def test_a_log_on_a_full_disk() -> None:
+    """It ends no progress bar, and the exit status still says that the command failed."""
+    code = (
+        "import sys; from natten_layers_cli import progress, running; progress.SECONDS = 0\n"
+        "def shows():\n    with progress.progress(2) as bar: bar.update(2)\n    return 5\n"
+        "def fails():\n    raise ValueError('wrong')\n"
+        "running.os._exit(10 * running.run_command(shows) + running.run_command(fails))"
+    )
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, stderr=full, timeout=120)
+    assert done.returncode == 52
+
+
 @pytest.mark.parametrize("where", ["save_checkpoint", "save_pretrained", "record"])
 def test_a_kill_during_the_last_save_loses_nothing(config: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     """Before each of the files that a save writes, and with what is half written left behind."""
@@ -711,6 +743,19 @@ def test_checkpoints_of_odd_content(tmp_path: Path) -> None:
 def test_names_that_would_hide_files_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"use, for example, .*run"):
         RunFiles(name)
+
+
+@pytest.mark.parametrize("name", ["runs/" + "n" * 201, "runs/" + "é" * 101, "a\0b"])
+def test_names_that_no_file_can_have_are_refused_at_once(name: str, config: Path) -> None:
+    """Not when the first checkpoint is written."""
+    with pytest.raises(ValueError, match="such as no file can have"):
+        RunFiles(name)
+    assert train(config, "n" * 200, "--end-step", "1") == 0
+
+
+def test_names_that_are_no_text_are_refused(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(config, os.fsdecode(b"\xff"), "--end-step", "1") == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith("is no UTF-8, which TensorBoard needs")
 
 
 def make_trainer(config: Path, *flags: str) -> train_hdit.Trainer:

@@ -160,6 +160,22 @@ def test_a_kill_while_the_last_model_is_written(
     assert not (out / "lock").exists()
 
 
+def test_what_cannot_be_shown_costs_nothing_that_was_learned(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("cannot write curves")
+
+    monkeypatch.setattr("natten_layers_cli.boards.Boards.scalars", fail)
+    assert train_lm.main([*flags, "--end-step", "99", "--eval-every", "50"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "error: cannot write curves"
+    assert saved(tmp_path / "run")["step"] == 10
+    assert train_lm.main([*flags, "--end-step", "5"]) == 2  # only the losses at the end are left
+    captured = capsys.readouterr()
+    assert "bits per byte held out" in captured.out
+    assert captured.err.splitlines()[-1] == "error: cannot write curves"
+
+
 def test_one_run_at_a_time(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A lock file that a killed run left behind keeps nobody away: what counts is who holds it."""
     lock = tmp_path / "run" / "lock"
@@ -510,6 +526,8 @@ def test_what_a_stream_cannot_show(monkeypatch: pytest.MonkeyPatch, capfd: pytes
         for stream in (open(1, "w", encoding="ascii", closefd=False), io.StringIO(), None, nowhere):  # noqa: SIM115
             patch.setattr(sys, "stdout", stream)
             assert run_command(body) == 0
+            if stream is None:
+                sys.stdout.close()  # what the command opened in its place
     assert capfd.readouterr() == ("caf?\n?\n", "")
 
 

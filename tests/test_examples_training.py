@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import re
 import shutil
 import signal
@@ -300,6 +302,44 @@ def test_images_that_cannot_be_had_during_a_run_lose_nothing(tmp_path: Path, hel
     assert trainer.saved_step == trainer.step == (3 if held_out else 2)
     assert (tmp_path / f"a_{trainer.step:08}.pth").exists()
     assert make_trainer(tmp_path / "config.json", *flags).step == trainer.step
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "step", "says"),
+    [
+        (Boards, "scalars", 2, "curves: No space left on device"),  # after step 1
+        (train_hdit.tqdm, "write", 3, "cannot write standard output: No space left on device"),  # after step 2
+        (train_hdit, "save_png", 3, "cannot write a_demo.png"),
+        (train_hdit, "sample_batches", 2, "no memory for samples"),  # which is after no other step
+    ],
+)
+def test_what_cannot_be_shown_costs_nothing_that_was_learned(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    owner: Any,
+    name: str,
+    step: int,
+    says: str,
+) -> None:
+    errors = {
+        "scalars": OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "curves"),
+        "write": OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        "save_png": OSError("cannot write a_demo.png"),
+        "sample_batches": RuntimeError("no memory for samples"),
+    }
+    original = getattr(owner, name)
+
+    def fail(*arguments: Any, **options: Any) -> Any:
+        if name == "write" and not str(arguments[0]).startswith("step 2: held-out loss"):
+            return original(*arguments, **options)
+        raise errors[name]
+
+    monkeypatch.setattr(owner, name, fail)
+    flags = ["--end-step", "9", "--save-every", "99", "--held-out", "1", "--eval-every", "2", "--demo-every", "2"]
+    assert train(write_config(tmp_path), "a", *flags) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: {says}"
+    assert [path.name for path in tmp_path.glob("a_*.pth")] == [f"a_{step:08}.pth"]
 
 
 @pytest.mark.parametrize("terminal", [False, True])
