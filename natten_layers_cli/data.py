@@ -21,7 +21,7 @@ from itertools import chain
 from multiprocessing import RawValue
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from natten_layers.io.schema import check_keys
 
 from .progress import progress
-from .running import one_line, tell
+from .running import fail, one_line, tell
 
 IMAGE_SUFFIXES = {
     *(".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tga", ".tif", ".tiff"),
@@ -135,7 +135,7 @@ def scan(folder: Path) -> Found:
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder of images")
     images, skipped, seen = [], Counter(), set()
-    for place, folders, files in os.walk(folder, onerror=_fail, followlinks=True):
+    for place, folders, files in os.walk(folder, onerror=fail, followlinks=True):
         here = os.path.realpath(place)
         folders[:] = [] if here in seen else [name for name in folders if not _is_litter(name)]
         for name in [] if here in seen else files:
@@ -150,10 +150,6 @@ def scan(folder: Path) -> Found:
         first, *below = path.relative_to(folder).parts
         (classes.setdefault(first, []) if below else loose).append(path)
     return Found(loose, classes, skipped)
-
-
-def _fail(error: OSError) -> NoReturn:
-    raise error
 
 
 def _is_litter(name: str) -> bool:

@@ -202,6 +202,11 @@ def _quiet_about_files(error: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(error)
 
 
+def fail(error: OSError) -> NoReturn:
+    """Let ``os.walk`` raise what it would leave out."""
+    raise error
+
+
 def one_line(error: BaseException) -> str:
     """What an error says, without line breaks; its type, if it says nothing."""
     if isinstance(error, OSError) and error.strerror:

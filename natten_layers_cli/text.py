@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import lzma
+import os
 import sysconfig
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .running import fail
 from .tokens import Codec
 
 SEPARATOR = b"\0"  # before every file; text does not hold it
@@ -50,6 +52,7 @@ def read_corpus(
 
     Raises:
         ValueError: no such folder, or too little text in it to train on some and hold some out.
+        OSError: a file or a folder that cannot be read.
     """
     if folder is not None and folder.is_file():
         return _corpus(*_split(folder, pattern, most_held_out), codec, separator)
@@ -58,7 +61,13 @@ def read_corpus(
         raise ValueError(f"{root} is not a folder of text files")
     pattern = pattern or ("*.py" if folder is None else "*")
     parts: tuple[list[bytes], list[bytes]] = [], []
-    for path in sorted(root.rglob(pattern)):
+    for _ in os.walk(root, onerror=fail):  # a glob leaves folders out that cannot be listed, and says nothing
+        pass
+    try:
+        paths = sorted(root.rglob(pattern))
+    except (ValueError, NotImplementedError) as error:
+        raise ValueError(f"--pattern {pattern} is no glob of files in a folder: {error}") from error
+    for path in paths:
         relative = path.relative_to(root)
         if path.is_file() and not (folder is None and "site-packages" in relative.parts):
             text = path.read_bytes()

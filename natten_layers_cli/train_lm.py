@@ -139,7 +139,7 @@ def _read_flags(path: Path, parser: Parser) -> argparse.Namespace:
     """A config file's values, checked as flags are."""
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: {reason(error)}") from error
     return parser.parse_section(values, str(path), without=["config"])
 

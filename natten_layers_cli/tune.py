@@ -28,6 +28,7 @@ from torch import Tensor
 
 from natten_layers.io.files import naming, read_json
 from natten_layers.io.hf_config import config_from_hf
+from natten_layers.io.schema import shorten
 from natten_layers.kernels.host.problem import Inputs, Options, device_traits, problem_of, three_axes
 from natten_layers.kernels.host.tiling import Kind, ProblemClass, TileConfig
 from natten_layers.kernels.host.tuned import cache_file, write_tuned
@@ -37,7 +38,7 @@ from natten_layers.modules.llm_config import DecoderLMConfig
 from natten_layers.operations import neighborhood_attention
 from natten_layers.tune import Found, Timer, tune, tune_variants
 
-from .running import Parser, run_command
+from .running import MOST_INT, Parser, run_command
 
 TRAINED: tuple[Kind, ...] = ("forward", "backward_query", "backward_key")
 """Kernels of calls that are trained"""
@@ -141,13 +142,13 @@ def _axes(text: str) -> tuple[int, ...]:
         values = tuple(int(part) for part in text.split("x"))
     except ValueError:
         values = ()
-    if not 1 <= len(values) <= 3:
-        raise argparse.ArgumentTypeError(f"expected 1 to 3 numbers such as 128x128, got {text!r}")
+    if not 1 <= len(values) <= 3 or not all(1 <= value <= MOST_INT for value in values):
+        raise argparse.ArgumentTypeError(f"expected 1 to 3 numbers above 0 such as 128x128, got {shorten(text)}")
     return values
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    counts = ("kernel_size", "dilation", "batch", "heads", "kv_heads", "head_dim", "trials")
+    counts = ("batch", "heads", "kv_heads", "head_dim", "trials")
     parser = Parser(prog="natten-layers-tune", description=__doc__, least=dict.fromkeys(counts, 1))
     parser.add_argument(
         "tokens", type=_axes, nargs="?",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import lzma
 import math
@@ -268,6 +269,14 @@ def test_corpus(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r'match "\*\.md"'):
         read_corpus(folder, "*.md")
 
+    def refuse(path: str) -> Any:  # permissions do not stop a test that root runs
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "scandir", refuse)
+        with pytest.raises(PermissionError):
+            read_corpus(folder, "*.txt")
+
 
 def test_random_windows_depend_on_the_seed_alone() -> None:
     text = torch.arange(100, dtype=torch.uint8)
@@ -331,6 +340,7 @@ def test_config_file_and_flags(flags: list[str], tmp_path: Path) -> None:
     for text, message in (
         ("speed = 3\n", " has unknown keys 'speed'"),
         ("lr = \n", ": Invalid value"),
+        ("lr = " + "[" * 9999, ": maximum recursion depth exceeded"),
         ("lr = 0\n", '["lr"]: must be above 0, got 0.0'),
         ('window = "wide"\n', "[\"window\"]: 'wide' is no whole number"),
         ("window = 0\n", '["window"]: must be at least 1, got 0'),
@@ -352,6 +362,7 @@ def test_config_file_and_flags(flags: list[str], tmp_path: Path) -> None:
         (["--context", "100000"], "longer than the text"),
         (["--sample-tokens", "4096"], "--sample-tokens 4096: a model of this context knows 4096 positions"),
         (["--resume", "/nowhere/checkpoint.pt"], "does not exist"),
+        (["--pattern", "/etc/*"], "--pattern /etc/* is no glob of files in a folder: "),
         (["--fsdp"], "torchrun"),
     ],
 )
@@ -481,7 +492,14 @@ def test_generate_names_flags(flag: str, value: str, message: str, capsys: pytes
     [
         (convert.main, "a b --group-size 2 0", "--group-size must be at least 1, got 2 0"),
         (tune.main, "16 --kernel-size 3 --heads 0", "--heads must be at least 1, got 0"),
-        (tune.main, "16x16 --kernel-size 3x0 --heads 2", "--kernel-size must be at least 1, got 3 0"),
+        *(
+            (tune.main, f"{tokens} --kernel-size {size} --heads 2", f"argument {name}: expected 1 to 3 numbers above 0")
+            for name, tokens, size in (
+                ("--kernel-size", "16x16", "3x0"),
+                ("tokens", "-16", "3"),
+                ("tokens", "9" * 30, "3"),
+            )
+        ),
         (sample_hdit.main, "a --size 0 8 --device cpu", "--size must be at least 1, got 0 8"),
         (train_hdit.main, "--keep -1 --device cpu", "--keep must be at least 0, got -1"),
     ],
@@ -491,7 +509,7 @@ def test_counts_name_their_flags(
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(arguments.split())
-    assert capsys.readouterr().err.splitlines()[-1].endswith(f"error: {message}")
+    assert f"error: {message}" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_what_commands_answer(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
