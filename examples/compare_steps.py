@@ -14,7 +14,7 @@ import torch
 
 from natten_layers import HDiT
 from natten_layers_cli.pictures import draw_grid, save_png
-from natten_layers_cli.running import run_command
+from natten_layers_cli.running import Parser, check_device, run_command
 from natten_layers_cli.sample_hdit import DEFAULTS, Request, sample
 
 
@@ -28,14 +28,15 @@ def steps_of(entry: str) -> tuple[str, tuple[int, ...]]:
 
 
 def run(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, least={"count": 1})
     parser.add_argument(
         "models", nargs="+", type=steps_of, metavar="FILE:STEPS,...", help="trained on images of one size and classes"
     )
     parser.add_argument("--output", type=Path, default=Path("steps.png"))
     parser.add_argument("--count", type=int, default=12, help="images in a row, of one class after another")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse(argv)
+    check_device(parser, arguments.device)
     rows, labels = [], []
     for path, steps in arguments.models:
         model = HDiT.from_pretrained(path).to(arguments.device)

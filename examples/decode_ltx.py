@@ -24,7 +24,8 @@ from diffusers.models.autoencoders.ltx2_diffusion_decoder import LTX2VideoDiffus
 from torch import Tensor
 
 from natten_layers.integrations.diffusers import patch, unpatch
-from natten_layers.io.checkpoints import save_plain
+from natten_layers.io.checkpoints import load_plain, save_plain
+from natten_layers_cli.running import run_command
 
 TINY = {
     "latent_channels": 8,
@@ -80,7 +81,7 @@ def load_decoder(arguments: argparse.Namespace) -> Any:
 
 def load_latents(arguments: argparse.Namespace, model: Any) -> Tensor:
     if arguments.latents is not None:
-        latents = torch.load(arguments.latents, weights_only=True)
+        latents = load_plain(arguments.latents)
     else:
         in_time, in_space = model.temporal_compression_ratio, model.spatial_compression_ratio
         frames = (arguments.frames - 1) // in_time + 1
@@ -131,4 +132,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -18,6 +18,7 @@ from matplotlib.patches import Rectangle
 
 from natten_layers.geometry import make_window, window_mask
 from natten_layers.io.files import replacing
+from natten_layers_cli.running import run_command
 
 SPATIAL = (12, 12)
 COLOURS, QUERY = ListedColormap(["#eef1f5", "#7fb2e5"]), "#d1495b"  # a key not seen and a key seen, the query
@@ -71,4 +72,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(lambda: main(sys.argv[1:])))

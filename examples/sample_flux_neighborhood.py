@@ -27,6 +27,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from torch import Tensor
 
 from natten_layers.integrations.diffusers import neighborhood, unpatch
+from natten_layers_cli.running import run_command
 
 TINY_TRANSFORMER: dict[str, Any] = {
     "in_channels": 16,
@@ -87,6 +88,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for name, value in defaults.items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
+    for name in ("height", "width", "steps", "stride"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(arguments, name)}")
     if len(arguments.kernel_size) > 2:
         parser.error(f"--kernel-size takes one number or two, got {arguments.kernel_size}")
     return arguments
@@ -95,7 +99,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def load_pipeline(arguments: argparse.Namespace) -> Any:
     dtype = torch.bfloat16 if arguments.bf16 else torch.float32
     if not arguments.tiny:
-        return FluxPipeline.from_pretrained(arguments.weights, torch_dtype=dtype).to(arguments.device)
+        return FluxPipeline.from_pretrained(str(arguments.weights), torch_dtype=dtype).to(arguments.device)
     torch.manual_seed(arguments.seed)
     nothing: dict[str, Any] = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
     pipeline = FluxPipeline(
@@ -135,6 +139,8 @@ def sample(pipeline: Any, arguments: argparse.Namespace) -> tuple[Tensor, float]
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
+    if not (arguments.tiny or arguments.weights.is_dir()):  # of which the library would say that it is no hub's name
+        raise ValueError(f"{arguments.weights} is not a directory of a FLUX pipeline")
     pipeline = load_pipeline(arguments)
     pipeline.set_progress_bar_config(disable=arguments.tiny)
     plain = None
@@ -154,4 +160,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -84,7 +84,7 @@ class RunFiles:
         Raises:
             ValueError: another run has the name.
         """
-        with running_alone(self.path(".lock"), self.name):
+        with running_alone(self.path(".lock"), f"training {self.name}"):
             start = re.escape(Path(self.name).name)
             kinds = r"_\d{8,}(\.pth)?|_state\.json|\.safetensors|_metrics\.csv|_loss\.png|_samples\.png|_demo_\d+\.png"
             for path, name in leftovers(Path(self.name).parent):

@@ -350,7 +350,7 @@ def tell(text: str) -> None:
 
 
 @contextmanager
-def running_alone(path: Path, what: str) -> Iterator[None]:
+def running_alone(path: Path, doing: str) -> Iterator[None]:
     """Hold the lock file ``path`` for as long as a run lasts. The kernel releases it, however the run ends.
 
     A POSIX lock, as flock(2)'s would outlive a killed run in the processes that it started.
@@ -365,9 +365,11 @@ def running_alone(path: Path, what: str) -> Iterator[None]:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):  # POSIX allows both
             file.close()
-            raise ValueError(f"another process is training {what} (it holds {path}); choose another name") from None
+            raise ValueError(f"another process is {doing} (it holds {path}); choose another name") from None
         except OSError as error:  # not every network file system has locks
-            print(f"{path} cannot be locked ({one_line(error)}): do not start {what} twice", file=sys.stderr)
+            print(
+                f"{path} cannot be locked ({one_line(error)}): start no second process that is {doing}", file=sys.stderr
+            )
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             break
         file.close()  # its holder removed it while this process waited to open it

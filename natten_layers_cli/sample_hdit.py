@@ -29,7 +29,7 @@ from natten_layers import Denoiser, HDiT, HDiTConfig, MeanFlow
 from .diffusion import SAMPLERS, guided, karras_sigmas, sample_meanflow
 from .pictures import draw_grid, read_record, save_png, to_image
 from .progress import progress
-from .running import MOST_SEED, Parser, check_device, run_command, seed
+from .running import MOST_SEED, Parser, check_device, run_command, running_alone, seed
 
 MEANFLOW = "meanflow"
 LONGEST_NAME = 200  # bytes of a class in the name of a file, which may have 255
@@ -164,18 +164,20 @@ def write_images(model: HDiT, config: HDiTConfig, request: Request, folder: Path
     """Write each image as ``CLASS_NUMBER.png``, or ``NUMBER.png`` without classes; returns how many there are.
 
     Raises:
-        ValueError: the folder holds images, with which these would be mixed.
+        ValueError: the folder holds images, with which these would be mixed, or another process writes to it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.glob("*.png")):
-        raise ValueError(f"--out {folder} holds images already, with which these would be mixed: name another folder")
     starts, number = file_starts(class_names(config)), 0
-    for images in sample_batches(model, config, request):
-        for image in images:
-            label, place = divmod(number, request.count)
-            start = starts[request.classes[label]] if request.classes else ""
-            save_png(to_image(image), folder / f"{start}{place:05}.png", asdict(request))
-            number += 1
+    with running_alone(folder / ".lock", f"writing images to {folder}"):
+        if any(folder.glob("*.png")):
+            raise ValueError(
+                f"--out {folder} holds images already, with which these would be mixed: name another folder"
+            )
+        for images in sample_batches(model, config, request):
+            for image in images:
+                label, place = divmod(number, request.count)
+                start = starts[request.classes[label]] if request.classes else ""
+                save_png(to_image(image), folder / f"{start}{place:05}.png", asdict(request))
+                number += 1
     return number
 
 

@@ -471,7 +471,7 @@ def remove_leftovers(name: Path) -> None:
 
 
 def run(args: argparse.Namespace, processes: Processes) -> int:
-    with running_alone(args.name / "lock", str(args.name)) if processes.first else nullcontext():
+    with running_alone(args.name / "lock", f"training {args.name}") if processes.first else nullcontext():
         if processes.first:
             remove_leftovers(args.name)
         trainer = Trainer(args, processes)

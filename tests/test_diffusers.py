@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
+import runpy
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -218,6 +220,26 @@ def test_the_example_of_flux_samples(capsys: pytest.CaptureFixture[str], tmp_pat
     assert difference("--kernel-size", "5", "8", "--layers", "0,2-3") > 1e-4
     with pytest.raises(SystemExit):
         sample_flux_neighborhood.main(["--tiny", "--kernel-size", "5", "5", "5"])
+
+
+@pytest.mark.parametrize(
+    ("example", "flags", "says"),
+    [
+        ("decode_ltx", ["--tiny", "--latents", "nowhere.pt"], "error: nowhere.pt: No such file or directory"),
+        ("decode_ltx", ["--tiny", "--latents", __file__], f"error: {__file__} is damaged, or holds objects"),
+        ("sample_flux_neighborhood", ["--tiny", "--steps", "0"], "error: --steps must be at least 1, got 0"),
+        ("sample_flux_neighborhood", ["nowhere"], "error: nowhere is not a directory of a FLUX pipeline"),
+        ("draw_windows", ["/dev/null/x.png"], "error: cannot write /dev/null/x.png: "),
+    ],
+)
+def test_examples_say_in_one_line_what_is_wrong(
+    example: str, flags: list[str], says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path(decode_ltx.__file__).with_name(f"{example}.py")
+    monkeypatch.setattr(sys, "argv", [str(path), *flags])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(path), run_name="__main__")
+    assert says in capsys.readouterr().err.splitlines()[-1]
 
 
 class ModelCase(NamedTuple):

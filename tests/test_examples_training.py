@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -553,7 +554,7 @@ def test_single_images(tmp_path: Path, capsys: pytest.CaptureFixture[str], monke
     save_png = sample_hdit.save_png
 
     def save_first(image: Image.Image, path: Path, record: dict[str, Any]) -> None:
-        if any(path.parent.iterdir()):
+        if any(path.parent.glob("*.png")):
             raise KeyboardInterrupt
         save_png(image, path, record)
 
@@ -562,6 +563,16 @@ def test_single_images(tmp_path: Path, capsys: pytest.CaptureFixture[str], monke
         assert sample_hdit.main([*command, "--out", str(tmp_path / "interrupted")]) == 130
     assert [path.name for path in (tmp_path / "interrupted").iterdir()] == ["class0_00000.png"]
     assert capsys.readouterr().err.splitlines()[-1] == "interrupted; images that were written are whole"
+    (tmp_path / "taken").mkdir()
+    lock = tmp_path / "taken" / ".lock"
+    hold = f"import fcntl, sys; file = open({str(lock)!r}, 'a+'); fcntl.lockf(file, fcntl.LOCK_EX); print(flush=True)"
+    hold = [sys.executable, "-c", f"{hold}; sys.stdin.read()"]
+    with subprocess.Popen(hold, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        assert sample_hdit.main([*command, "--out", str(tmp_path / "taken")]) == 2  # not images of both, mixed
+        assert f"another process is writing images to {tmp_path / 'taken'}" in capsys.readouterr().err
+        other.kill()
     names = ["a/b", "a-b"]  # which no file's name tells apart
     model.config.other["dataset"]["class_names"] = names
     assert sample_hdit.write_images(model, model.config, request, tmp_path / "slashes") == 6

@@ -318,3 +318,7 @@ def test_training_resumes_bit_for_bit_and_samples_in_one_step(config: Path, caps
         with pytest.raises(SystemExit):
             compare_steps.run([steps_missing])
         assert "such as FILE:1,2,4" in capsys.readouterr().err
+    for flag, value in (("--count", "0"), ("--device", "foo")):
+        with pytest.raises(SystemExit, match="2"):
+            compare_steps.run([f"{checkpoint}:1", flag, value])
+        assert f"error: {flag}" in capsys.readouterr().err.splitlines()[-1]
