@@ -32,7 +32,7 @@ OUR_KERNELS = (
     "statistics_kernel",
     "small_forward_kernel", "small_forward_rolling_kernel", "small_dq_kernel", "small_dkv_kernel",
     "qk_prep_kernel", "qk_prep_backward_kernel", "jvp_kernel", "qk_prep_jvp_kernel",
-    "bias_gradient_kernel",
+    "bias_gradient_kernel", "bias_sum_kernel",
 )  # fmt: skip
 """Prefixes of the names of this library's kernels: attention, normalisation and RoPE."""
 PEERS = ("flex",)

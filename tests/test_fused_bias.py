@@ -16,6 +16,10 @@ from natten_layers.operations import Impl
 
 pytest.importorskip("triton")
 
+from natten_layers.kernels.host.tiling import Size
+from natten_layers.kernels.host.tuned import forget
+from natten_layers.kernels.portable import bias_gradient
+
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 # These tests run interpreted without a GPU. With one, they run compiled and have the mark "gpu".
@@ -31,6 +35,14 @@ CASES = (
     Case("ring-whole", (5, 4), (5, 2), is_periodic=(True, False), batch=1),
     Case("wide", (40,), 37, heads=2, kv_heads=1, batch=1),
 )
+BORDERS = (
+    Case("line", (41,), 13, 2, heads=1, kv_heads=1, head_dim=8, value_dim=8, batch=1),
+    Case("causal", (37,), 20, 3, is_causal=True, heads=1, kv_heads=1, head_dim=8, value_dim=8, batch=1),
+    Case("ring", (36,), 11, 3, 2, heads=1, kv_heads=1, head_dim=8, value_dim=8, is_periodic=True, batch=1),
+    Case("plane", (4, 9), (3, 4), 1, (1, 2), heads=1, kv_heads=1, head_dim=8, value_dim=8, batch=1, seen=0.8),
+    Case("texts", (18,), 2, heads=1, kv_heads=1, head_dim=8, value_dim=8, batch=3),
+)
+"""In tiles of 16 queries and chunks of 16 keys these have several of both, some at borders, and many slices."""
 SHAPES = (
     Case("7x7", (31, 37), 7, heads=8, kv_heads=2, head_dim=64, value_dim=64),
     Case("sliding", (500,), 128, is_causal=True, heads=4, kv_heads=2, head_dim=128, value_dim=128),
@@ -90,6 +102,24 @@ def test_a_head_whose_bias_hides_every_key(case: Case, lowest: float) -> None:
         torch.testing.assert_close(
             tensor, expected[name], rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+@pytest.mark.parametrize("case", BORDERS, ids=str)
+def test_tiles_chunks_and_slices_add_up(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bias_gradient, "program_size", lambda problem: Size(16, 16, 4, 1))
+    monkeypatch.setattr(bias_gradient, "LEAST_TILES", 1)
+    monkeypatch.setattr(bias_gradient, "SUM_ROWS", 32)
+    forget()
+    check(case)
+    forget()
+
+
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")  # the interpreter's NumPy
+def test_biases_may_be_so_high_that_their_exponentials_overflow() -> None:
+    """Also in rows of a tile that hold no query, whose scores have no maximum to subtract."""
+    case = Case("high", (9,), 3, heads=1, kv_heads=1, head_dim=8, value_dim=8, batch=1)
+    plain, high = (results(case, torch.float32, make_table(case) + shift, "fused")["rpb"] for shift in (0, 300))
+    torch.testing.assert_close(high, plain, rtol=1e-3, atol=1e-4)
 
 
 def test_the_tables_gradient_has_the_same_bits_in_every_run() -> None:

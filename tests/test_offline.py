@@ -50,6 +50,7 @@ KERNELS = (
     "backward_key_kernel",
     "backward_register_kernel",
     "bias_gradient_kernel",
+    "bias_sum_kernel",
     "decode_kernel",
     "merge_kernel",
     "qk_prep_kernel",

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from itertools import product
+from math import ceil
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ import triton
 import triton.language as tl
 
 from natten_layers.geometry import class_length, query_bounds, window_bounds
-from natten_layers.kernels.portable import windows
+from natten_layers.kernels.portable import bias_gradient, windows
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -153,3 +154,54 @@ def test_a_chunk_needs_no_mask_if_and_only_if_every_query_sees_all_of_it(axis: i
     inside_kernel[(1,)](origin, lo, hi, out, AXIS=axis, CHUNK=chunk, BLOCK=len(rows))
     expected = [all(first <= key <= last for key in range(start, start + side)) for start, first, last in rows]
     assert out.bool().tolist() == expected
+
+
+@triton.jit
+def around_kernel(
+    Axis, First, Count, TILE: tl.constexpr, CHUNK: tl.constexpr, CAUSAL: tl.constexpr, PERIODIC: tl.constexpr,
+    SIZE: tl.constexpr,
+):  # fmt: skip
+    row = tl.arange(0, SIZE)
+    near, inner_lo, inner_hi = tl.load(Axis + row), tl.load(Axis + SIZE + row), tl.load(Axis + 2 * SIZE + row)
+    length, kernel = tl.load(Axis + 3 * SIZE + row), tl.load(Axis + 4 * SIZE + row)
+    dilation, tiles = tl.load(Axis + 5 * SIZE + row), tl.load(Axis + 6 * SIZE + row)
+    first, count = bias_gradient.tiles_around(
+        near, near + CHUNK - 1, inner_lo, inner_hi, length, kernel, dilation, tiles, TILE, CAUSAL, PERIODIC
+    )
+    tl.store(First + row, first)
+    tl.store(Count + row, count)
+
+
+@pytest.mark.parametrize(("tile", "chunk"), [(1, 4), (4, 2), (8, 16)])
+@pytest.mark.parametrize(("causal", "periodic"), [(False, False), (True, False), (False, True)])
+def test_every_key_lies_in_a_chunk_of_which_the_tile_is_visited(
+    tile: int, chunk: int, causal: bool, periodic: bool
+) -> None:
+    """On all short axes. On plain ones hardly any other tile is visited."""
+    chunks, seen = [], []
+    for n, d in product((*range(1, 14), 21, 30), (1, 2, 3)):
+        if periodic and n % d:
+            continue
+        for k, s in product(range(1, n // d + 1), (1, 2, 3)):
+            axis = n // d, k, min(s, k), causal
+            start, steps, lo, hi = bias_gradient.surroundings_on_axis(n, axis, d, periodic, tile, chunk)
+            tiles = d * ceil(ceil(n / d) / tile)
+            wanted = [[False] * tiles for _ in range(steps)]
+            for i in range(n):
+                first, last = window_bounds(i // d, class_length(n, d, i % d), k, axis[2], causal, periodic)
+                number = i // d // tile * d + i % d
+                for key in range(first, last + 1):
+                    wanted[(key - i // d // tile * tile - start) // chunk][number] = True
+            chunks += [(start + step * chunk, lo, hi, n, k, d, tiles) for step in range(steps)]
+            seen += [(w, s == d == 1) for w in wanted]
+    size = triton.next_power_of_2(len(chunks))
+    rows = torch.ones(7, size, dtype=torch.int32)
+    rows[:, : len(chunks)] = torch.tensor(chunks).T
+    first, count = torch.empty(2, size, dtype=torch.int32, device=DEVICE)
+    around_kernel[(1,)](rows.to(DEVICE), first, count, tile, chunk, causal, periodic, size)
+    others = total = 0
+    for i, n, (wanted, is_plain) in zip(first.tolist(), count.tolist(), seen, strict=False):
+        visited = [i <= number < i + n for number in range(len(wanted))]
+        assert all(v or not w for v, w in zip(visited, wanted, strict=True))
+        others, total = others + is_plain * (n - sum(wanted)), total + is_plain * sum(wanted)
+    assert others < total / 6, (others, total)

@@ -153,8 +153,8 @@ def backward(
     """dQ, dK, dV, gradients of the registers and of the bias, and delta ``[B, *spatial, Hq]`` in fp32.
 
     Allocates the gradients, delta and the base-2 log-sum-exp, which both may exist in a second, head-major order for
-    large windows. With registers or a bias it also allocates ``slices`` fp32 copies of their gradients for partial
-    sums, under 1 MiB for usual sizes. Kernels of fp16 pairs allocate copies of two of their inputs at a time.
+    large windows. For partial sums it also allocates ``slices`` fp32 copies of registers' gradients, under 1 MiB for
+    usual sizes, and with a bias about 16 MiB. Kernels of fp16 pairs allocate copies of two of their inputs at a time.
     """
     grad_out, grad_lse = cotangents.grad_out, cotangents.grad_lse
     question = Question(problem, True, layout(grad_out), None if grad_lse is None else layout(grad_lse[..., None]))

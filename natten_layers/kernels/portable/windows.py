@@ -94,22 +94,29 @@ def unravel(n, H: tl.constexpr, W: tl.constexpr):
 
 @triton.jit
 def spatial_tile(i_tile, length, dilation, tiles, TILE: tl.constexpr):
-    """Batch index, and per axis the residue class, its length and the first class index of tile ``i_tile``.
-
-    Along an axis, consecutive tiles belong to different residue classes: the class varies fastest.
-    """
+    """Batch index, and per axis the residue class, its length and the first class index of tile ``i_tile``."""
     i_w = i_tile % tiles[2]
     i_h = i_tile // tiles[2] % tiles[1]
     i_t = i_tile // (tiles[2] * tiles[1]) % tiles[0]
     i_batch = (i_tile // (tiles[2] * tiles[1] * tiles[0])).to(tl.int64)
-    residue = (i_t % dilation[0], i_h % dilation[1], i_w % dilation[2])
+    residue, count, origin = tile_on_axes((i_t, i_h, i_w), length, dilation, TILE)
+    return i_batch, residue, count, origin
+
+
+@triton.jit
+def tile_on_axes(i, length, dilation, TILE: tl.constexpr):
+    """Per axis the residue class, its length and the first class index of the tile with the numbers ``i``.
+
+    Along an axis, consecutive tiles belong to different residue classes: the class varies fastest.
+    """
+    residue = (i[0] % dilation[0], i[1] % dilation[1], i[2] % dilation[2])
     count = (
         (length[0] - residue[0] + dilation[0] - 1) // dilation[0],
         (length[1] - residue[1] + dilation[1] - 1) // dilation[1],
         (length[2] - residue[2] + dilation[2] - 1) // dilation[2],
     )
-    origin = (i_t // dilation[0] * TILE[0], i_h // dilation[1] * TILE[1], i_w // dilation[2] * TILE[2])
-    return i_batch, residue, count, origin
+    origin = (i[0] // dilation[0] * TILE[0], i[1] // dilation[1] * TILE[1], i[2] // dilation[2] * TILE[2])
+    return residue, count, origin
 
 
 @triton.jit
