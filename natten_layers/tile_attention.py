@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .kernels.ops.define import known_tangents
+from .kernels.ops.define import Mapped, in_one_batch, is_vectorized, known_tangents, save_for_jvp
 from .position_bias import look_up, sum_up
 from .tiles import Axis, Block
 
@@ -176,6 +176,14 @@ def _look_up(table: Tensor | None, chunk: Chunk, part: Part, group: int) -> Tens
     return None if table is None else look_up(table, *_relative(table, chunk, part, group))
 
 
+def _refuse_vectorized() -> None:
+    if is_vectorized():
+        raise NotImplementedError(
+            "torch.autograd cannot vectorize derivatives of attention in PyTorch (is_grads_batched=True, "
+            "vectorize=True); use torch.func.jacrev, jacfwd or vmap"
+        )
+
+
 class _Tiles(torch.autograd.Function):
     """Attention of every tile over the union of its windows. Weights are recomputed in the backward pass.
 
@@ -232,11 +240,11 @@ class _Tiles(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: State) -> None:
         query, key, value, table, _, hidden, ctx.axes = inputs
         ctx.save_for_backward(query, key, value, table, hidden)
-        ctx.save_for_forward(query, key, value, table, hidden)
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_vectorized()
         query, key, value, table, hidden = ctx.saved_tensors
         grad_out, _, grad_lse = grads
         parts: list[Tensor] = []
@@ -267,13 +275,27 @@ class _Tiles(torch.autograd.Function):
 
 
 class _ForwardModeTiles(_Tiles):
-    """:class:`_Tiles` with a forward-mode derivative, which ``torch.compile`` refuses to trace."""
+    """:class:`_Tiles` with rules for vmap and forward mode, which ``torch.compile`` refuses to trace."""
+
+    generate_vmap_rule = False
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: State) -> None:
+        _Tiles.setup_context(ctx, inputs, output)
+        query, key, value, table, _, hidden, _ = inputs
+        save_for_jvp(ctx, query, key, value, table, hidden)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, None, Tensor]:
+        _refuse_vectorized()
         # Torch switches forward mode off here, so an outer level of it would silently take tangents for constants.
         with forward_ad._set_fwd_grad_enabled(True):
             return _tangents(ctx.axes, *(_primal(x) for x in ctx.saved_tensors), *tangents[:4])
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Mapped:
+        table = 3  # of which all heads of a batch share one
+        return in_one_batch(_ForwardModeTiles.apply, (table,), info, in_dims, args)
 
 
 def _primal(x: Any) -> Any:

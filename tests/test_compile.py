@@ -281,12 +281,6 @@ def test_gradients_of_every_sample() -> None:
     assert largest_difference(*results) < 3e-6
 
 
-def test_vmap_over_sinks_says_that_it_is_missing() -> None:
-    sample = tuple(t.detach() for t in make_inputs(EVERYTHING, DEVICE).values())
-    with raises_naming("vmap over sinks", 'impl="eager"', error=NotImplementedError):
-        torch.func.vmap(lambda sink: attend(EVERYTHING)(*sample[:5], sink))(torch.randn(3, 4, device=DEVICE))
-
-
 def test_second_derivatives_of_torch_func_say_that_they_are_missing() -> None:
     query, *rest = (t.detach() for t in make_inputs(PLAIN, DEVICE).values())
 

@@ -16,6 +16,7 @@ from helpers import CASES, FLOOR, Case, Inputs, arguments, error, key_mask, make
 from torch import Tensor, nn
 from torch._dynamo.exc import Unsupported
 from torch.autograd import forward_ad
+from torch.func import grad, hessian, jacfwd, jacrev, vmap
 from torch.torch_version import TorchVersion
 from torch.utils.checkpoint import checkpoint
 
@@ -472,15 +473,139 @@ def test_tangents_that_are_known_to_be_zero() -> None:
         assert not tangent_in(out).any()
 
 
-def test_jacobians_by_vmap_over_tangents() -> None:
-    case = replace(PLAIN, spatial=(3,), heads=1)
-    run, query, _ = of_query(case)
-    exact, wide, _ = of_query(replace(case, dtype=torch.float64), "eager")
+# --- Compositions of transforms
 
-    def total(run: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        return lambda q: run(q).sum((0, 2, 3))
+Of = Callable[[Tensor], Tensor]
+Transform = Callable[[Of, Tensor], Tensor]
+TINY = Case("tiny", (3,), 2, heads=2, kv_heads=1, head_dim=8, value_dim=8, sink="learned", batch=2)
+FACTORS = [0.5, 1.5]
 
-    assert error(torch.func.jacfwd(total(run))(query), torch.func.jacrev(total(exact))(wide)) < 2e-6
+
+def slope(f: Of, x: Tensor) -> Tensor:
+    return jvp(f, (x,), (torch.ones_like(x).cumsum(0) if x.ndim else torch.ones_like(x),))[1]
+
+
+def squares(f: Of) -> Of:
+    return lambda x: f(x).square().sum()
+
+
+def dual_slope(f: Of, x: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        return tangent_in(f(forward_ad.make_dual(x, torch.ones_like(x))))
+
+
+def rows_of_jacobian(f: Of, x: Tensor) -> Tensor:
+    """By the vmap of ``torch.autograd``, which is not that of ``torch.func``."""
+    y = f(x.requires_grad_())
+    return torch.autograd.grad(y, x, torch.eye(len(y), device=y.device, dtype=y.dtype)[:3], is_grads_batched=True)[0]
+
+
+FIRST: dict[str, Transform] = {  # of a function of one number, on several
+    "vmap": lambda f, xs: vmap(f)(xs),
+    "vmap(jvp)": lambda f, xs: vmap(lambda x: slope(f, x))(xs),
+    "jvp(vmap)": lambda f, xs: slope(vmap(f), xs),
+    "dual(vmap)": lambda f, xs: dual_slope(vmap(f), xs),
+    "jvp(vmap(vmap))": lambda f, xs: slope(vmap(vmap(f)), xs[:, None]),
+    "linearize(vmap)": lambda f, xs: torch.func.linearize(vmap(f), xs)[1](xs.cos()),
+    "jacfwd(vmap)": lambda f, xs: jacfwd(vmap(lambda x: f(x)[:2]))(xs),
+    "grad(vmap)": lambda f, xs: grad(lambda xs: vmap(squares(f))(xs).sum())(xs),
+    "vmap(grad)": lambda f, xs: vmap(grad(squares(f)))(xs),
+}
+SECOND: dict[str, Transform] = {
+    "jvp(jvp)": lambda f, xs: slope(lambda x: slope(f, x), xs[0]),
+    "jvp(grad)": lambda f, xs: slope(grad(squares(f)), xs[0]),
+    "dual(grad)": lambda f, xs: dual_slope(grad(squares(f)), xs[0]),
+    "grad(jvp)": lambda f, xs: grad(squares(lambda x: slope(f, x)))(xs[0]),
+    "grad(grad)": lambda f, xs: grad(squares(grad(squares(f))))(xs[0]),
+    "jacfwd(jacfwd)": lambda f, xs: jacfwd(jacfwd(f))(xs[0]),
+    "hessian": lambda f, xs: hessian(squares(f))(xs[0]),
+    "jacrev(jacrev)": lambda f, xs: jacrev(jacrev(squares(f)))(xs[0]),
+    "linearize(grad)": lambda f, xs: torch.func.linearize(lambda x: grad(squares(f))(x).square(), xs[0])[1](xs[1]),
+    "vmap(jvp(grad))": lambda f, xs: vmap(lambda x: slope(grad(squares(f)), x))(xs),
+}
+
+
+def of_factor(run: Callable[..., tuple[Tensor, Tensor]], inputs: Inputs, moves: tuple[str, ...]) -> Of:
+    """Output and log-sum-exp as a function of a factor of some inputs."""
+    return lambda x: torch.cat([t.flatten() for t in run(**inputs | {name: inputs[name] * x for name in moves})])
+
+
+def factored(impl: Impl, moves: tuple[str, ...]) -> tuple[Of, Tensor]:
+    """:func:`of_factor` in fp32, and factors."""
+    inputs = detached(make_inputs(TINY, DEVICE))
+    return of_factor(attend(TINY, impl), inputs, moves), torch.tensor(FACTORS, device=DEVICE)
+
+
+def exact_of_factor(transform: Transform, moves: tuple[str, ...]) -> Tensor:
+    wide = {name: t.double() for name, t in detached(make_inputs(TINY)).items()}
+    return transform(of_factor(definition(TINY), wide, moves), torch.tensor(FACTORS, dtype=torch.float64))
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, about its loops over samples and what it traces
+@pytest.mark.parametrize("impl", ["fused", "eager"])
+@pytest.mark.parametrize("name", [*FIRST, "jvp(vmap), sink", "grad(vmap), sink"])
+def test_transforms_over_samples(name: str, impl: Impl) -> None:
+    """A mapped axis becomes a part of the batch, which cannot be for a sink."""
+    name, *others = name.split(", ")
+    moves = ("key", "value", *others)
+    assert error(FIRST[name](*factored(impl, moves)), exact_of_factor(FIRST[name], moves)) < 3e-6
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", SECOND)
+def test_second_derivatives_by_every_transform(name: str) -> None:
+    moves = ("key",)
+    assert error(SECOND[name](*factored("eager", moves)), exact_of_factor(SECOND[name], moves)) < 1e-5
+    with raises_naming("the fused kernels do not have", 'impl="eager"', error=NotImplementedError):
+        SECOND[name](*factored("fused", moves))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_jacobians_that_autograd_vectorizes() -> None:
+    moves = ("query", "key")
+    run, factors = factored("fused", moves)
+    expected = exact_of_factor(lambda f, xs: jacrev(lambda x: f(x)[:3])(xs[0]), moves)
+    assert error(rows_of_jacobian(run, factors[0]), expected) < 3e-6
+    with raises_naming("vectorize=True", "torch.func.jacrev", error=NotImplementedError):
+        rows_of_jacobian(factored("eager", moves)[0], factors[0])
+
+
+@pytest.mark.parametrize("moves", ["query", "gains"])
+@pytest.mark.parametrize("positions", ["shared", "of-each-image"])
+def test_prepared_heads_of_samples(moves: str, positions: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, gain = (torch.randn(shape, generator=generator).to(DEVICE) for shape in ((2, 3, 2, 8), (2, 3, 1, 8), 8))
+    places = torch.arange(3, device=DEVICE) if positions == "shared" else torch.arange(6, device=DEVICE).view(2, 3)
+    angles = angles_of(RoPE(8).to(DEVICE), query, key, places)
+
+    def run(x: Tensor) -> Tensor:
+        factors = (x, 1.0) if moves == "query" else (1.0, x)
+        norm = HeadNorm("rms", gain * factors[1], gain)
+        prepared = normalize_and_rotate(query + factors[0], key, norm, angles, impl="fused")
+        return torch.cat([t.flatten() for t in prepared])
+
+    xs = torch.tensor(FACTORS, device=DEVICE)
+    steps = torch.ones_like(xs).cumsum(0)
+    assert error(vmap(run)(xs), torch.stack([run(x) for x in xs])) < 1e-6
+    each = [jvp(run, (x,), (step,))[1] for x, step in zip(xs, steps, strict=True)]
+    assert error(jvp(vmap(run), (xs,), (steps,))[1], torch.stack(each)) < 1e-6
+
+
+def test_samples_of_packed_batches() -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, 5, 1, 8, generator=generator).to(DEVICE) for _ in "qkv")
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = neighborhood_attention_varlen(q, k, v, shapes=[(2,), (3,)], kernel_size=2, impl="fused")
+        assert isinstance(out, Tensor)
+        return out
+
+    each = torch.stack([run(*sample) for sample in zip(query, key, value, strict=True)])
+    assert error(vmap(run)(query, key, value), each) < 1e-6
+    tangents = query.cos(), key.cos(), value.cos()
+    moved = jvp(vmap(run), (query, key, value), tangents)[1]
+    for i, tangent in enumerate(moved):
+        assert error(tangent, jvp(run, (query[i], key[i], value[i]), tuple(t[i] for t in tangents))[1]) < 1e-6
 
 
 # --- The compiler

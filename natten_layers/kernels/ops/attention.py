@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
 from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
@@ -19,16 +20,15 @@ from ...geometry import Window, fitted, visible_pairs
 from ..host.packing import packing_of
 from ..host.problem import Cotangents, Inputs, Options, SavedResults, Tangents, problem_of
 from .define import (
-    NOT_FUSED,
-    WAY_OUT,
     Forms,
+    Mapped,
     apply,
+    by_sample,
     call,
     call_derivative,
     define_op,
     eager_form,
-    flattened,
-    grouped,
+    in_one_batch,
     is_differentiated,
     known_tangents,
     last_contiguous,
@@ -50,6 +50,8 @@ WITH_STATS, WITHOUT_STATS = WithStats(True), WithStats(False)
 MAX_HEAD_DIM = 256
 DIFFERENTIABLE = Inputs._fields[: len(Tangents._fields)]
 """Names of the inputs that may have tangents"""
+SHARED = tuple(map(Inputs._fields.index, ("sink", "rpb")))
+"""Places of the inputs of which a batch has one"""
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # asked once, as the search takes longer than a launch
 
 
@@ -160,8 +162,6 @@ class _Attention(Function):
 class _Transformable(_Attention):
     """:class:`_Attention` with the rules for vmap and forward mode, which ``torch.compile`` cannot trace."""
 
-    generate_vmap_rule = True
-
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         _Attention.setup_context(ctx, inputs, output)
@@ -175,6 +175,10 @@ class _Transformable(_Attention):
         out_tangent, lse_tangent = call_derivative("jvp", Inputs._make(tensors), ctx.options, saved, known)
         # As in the backward pass, row_max is held fixed.
         return out_tangent, None, lse_tangent * row_sum
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Mapped:
+        return _vmap(_Transformable.apply, info, in_dims, args)
 
 
 _FORMS = Forms(_Attention, _Transformable, eager_form(_Transformable))
@@ -192,28 +196,10 @@ def _forward_fake(inputs: Inputs, options: Options, state: WithStats) -> tuple[T
     return query.new_empty(*query.shape[:-1], value.shape[-1]), row_max, row_sum
 
 
-def _forward_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """The rule of ``vmap``: the mapped axis becomes a part of the batch, so that one launch computes all samples."""
-    (inputs, *others), (dims, *_) = grouped("forward", args), grouped("forward", in_dims)
-    if inputs.shapes is not None:
-        raise NotImplementedError(f"{NOT_FUSED} torch.func.vmap over packed batches{WAY_OUT}")
-    if dims.sink is not None:
-        raise NotImplementedError(f"{NOT_FUSED} torch.func.vmap over sinks{WAY_OUT}")
-    if dims.rpb is not None:  # which is one table for all of a batch
-        return _by_sample("forward", info, in_dims, args), (0, 0, 0)
-    tensors = zip(inputs._replace(sink=None, rpb=None), dims, strict=True)
-    folded = Inputs._make(_fold(x, dim, info.batch_size) for x, dim in tensors)
-    folded = folded._replace(sink=inputs.sink, rpb=inputs.rpb)
-    results = torch.ops.natten_layers.forward(*flattened((folded, *others)))
-    return tuple(x.unflatten(0, (info.batch_size, -1)) for x in results), (0, 0, 0)
-
-
-def _fold(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
-    """Make a mapped axis a part of the batch; a tensor that is not mapped is expanded."""
-    if tensor is None:
-        return None
-    tensor = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-    return tensor.flatten(0, 1)
+def _vmap(function: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> Mapped:
+    """The rule of ``vmap`` for a function whose first arguments are ``Inputs``."""
+    packed = Inputs._make(args[: len(Inputs._fields)]).shapes is not None
+    return by_sample(function, info, in_dims, args) if packed else in_one_batch(function, SHARED, info, in_dims, args)
 
 
 def _backward(inputs: Inputs, options: Options, cotangents: Cotangents) -> tuple[Tensor | None, ...]:
@@ -275,25 +261,6 @@ def _backward_flop(*groups: Any) -> int:
     return forward_flop(*groups) * 5 // 2
 
 
-def _jvp_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """The rule of ``vmap``: one launch a sample.
-
-    Samples often share their inputs, as in ``torch.func.jacfwd``, and as a batch they would need a copy each.
-    """
-    return _by_sample("jvp", info, in_dims, args), (0, 0)
-
-
-def _by_sample(name: str, info: Any, in_dims: tuple[int | None, ...], args: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    """Results of an operator on each of the samples that ``vmap`` maps over, stacked."""
-    samples = [
-        getattr(torch.ops.natten_layers, name)(
-            *(x.select(d, i) if isinstance(d, int) else x for x, d in zip(args, in_dims, strict=True))
-        )
-        for i in range(info.batch_size)
-    ]
-    return tuple(map(torch.stack, zip(*samples, strict=True)))
-
-
 def _jvp_flop(inputs: Inputs, options: Options, saved: SavedResults, tangents: Tangents) -> int:
     """Five matrix products if all tangents are given: scores, two for their tangents, two for those of the output."""
     head_dim, value_dim = inputs.query.shape[-1], inputs.value.shape[-1]
@@ -308,6 +275,14 @@ define_op(
     _backward, _backward_fake, _backward_flop,
 )  # fmt: skip
 define_op("jvp", (Inputs, Options, SavedResults, Tangents), "(Tensor, Tensor)", _jvp, _jvp_fake, _jvp_flop)
-# The backward operator has no such rule, as gradients are wanted for each sample: vmap calls it once for each.
-torch.library.register_vmap("natten_layers::forward", _forward_vmap, lib=library)
-torch.library.register_vmap("natten_layers::jvp", _jvp_vmap, lib=library)
+# The backward operator has no such rule, as gradients are wanted for each sample: vmap calls it once for each. That of
+# tangents is called once for each too, as samples often share their inputs, as in ``torch.func.jacfwd``, and as a batch
+# they would need a copy each.
+torch.library.register_vmap(
+    "natten_layers::forward", lambda info, in_dims, *args: _vmap(torch.ops.natten_layers.forward, info, in_dims, args),
+    lib=library,
+)  # fmt: skip
+torch.library.register_vmap(
+    "natten_layers::jvp", lambda info, in_dims, *args: by_sample(torch.ops.natten_layers.jvp, info, in_dims, args),
+    lib=library,
+)  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib import import_module
@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, TypeVarTuple, get_type_hin
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import get_unwrapped, is_batchedtensor
 from torch.autograd import Function, forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
@@ -22,6 +23,7 @@ __all__ = [
     "WAY_OUT",
     "Forms",
     "apply",
+    "by_sample",
     "call",
     "call_derivative",
     "call_uncompiled",
@@ -30,10 +32,12 @@ __all__ = [
     "eager_form",
     "flattened",
     "grouped",
+    "in_one_batch",
     "is_differentiated",
     "is_forward_mode",
     "is_tracked",
     "is_transformed",
+    "is_vectorized",
     "is_watched",
     "known_tangents",
     "last_contiguous",
@@ -51,10 +55,13 @@ NO_SECOND = f"{NOT_FUSED} second derivatives, which are those of gradients and o
 R = TypeVar("R")
 Ts = TypeVarTuple("Ts")
 Results = Tensor | tuple[Tensor | None, ...]
+Mapped = tuple[tuple[Tensor, ...], tuple[int, ...]]
+"""What a rule of ``vmap`` returns: results, and the places of their mapped axes"""
 
 library = torch.library.Library("natten_layers", "DEF")
 _PLAIN = frozenset((Tensor, nn.Parameter, type(None), int, float, bool, str, tuple, list))
 """Types without torch-dispatch hooks: arguments of these types cannot intercept an operator."""
+_VMAP_OF_AUTOGRAD = torch._C._dispatch_key_parse("VmapMode")  # that of torch.func has other keys
 NO_DEVICE_GUARD = nullcontext()
 
 
@@ -171,7 +178,9 @@ def call_derivative(name: str, *groups: tuple[Any, ...]) -> Any:
     """
     # Grad mode is on in a backward pass only if a second derivative may be needed.
     once = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    return _Once.apply(name, *flattened(groups)) if once else call(name, *groups)
+    if once:
+        return _Once.apply(name, *flattened(groups))
+    return getattr(torch.ops.natten_layers, name)(*flattened(groups)) if is_vectorized() else call(name, *groups)
 
 
 class _Once(Function):
@@ -179,8 +188,6 @@ class _Once(Function):
 
     Torch's ``once_differentiable`` would not do: under ``torch.func`` it gives zeros instead of an error.
     """
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(name: str, *args: Any) -> Any:
@@ -197,6 +204,55 @@ class _Once(Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
         raise NotImplementedError(NO_SECOND)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Mapped:
+        return by_sample(_Once.apply, info, in_dims, args)
+
+
+# --- Rules of vmap
+# Torch can generate them for an ``autograd.Function``, but they then fail in forward mode, as they take every item of a
+# tuple among the arguments for one that has a tangent. A rule that calls the function again has all derivatives.
+
+
+def by_sample(function: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> Mapped:
+    """A rule of ``vmap``: one call of ``function`` for each sample."""
+
+    def sample(i: int) -> Any:
+        pairs = zip(args, in_dims, strict=True)
+        return function(*(x.select(d, i) if isinstance(x, Tensor) and d is not None else x for x, d in pairs))
+
+    samples = map(sample, range(info.batch_size))
+    results = tuple(map(torch.stack, zip(*samples, strict=True)))
+    return results, (0,) * len(results)
+
+
+def in_one_batch(
+    function: Callable[..., Any], shared: Collection[int], info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]
+) -> Mapped:
+    """A rule of ``vmap``: the mapped axis becomes a part of the batch, so that one call computes all samples.
+
+    Args:
+        shared: positions of arguments that all of a batch shares. If one of these is mapped, the rule is that of
+            :func:`by_sample`. The first axis of all other tensors is the batch.
+    """
+    if any(in_dims[i] is not None for i in shared):
+        return by_sample(function, info, in_dims, args)
+    folded = [
+        _fold(x, d, info.batch_size) if isinstance(x, Tensor) and i not in shared else x
+        for i, (x, d) in enumerate(zip(args, in_dims, strict=True))
+    ]
+    results = tuple(x.unflatten(0, (info.batch_size, -1)) for x in function(*folded))
+    return results, (0,) * len(results)
+
+
+def _fold(tensor: Tensor, dim: int | None, size: int) -> Tensor:
+    """Make a mapped axis a part of the batch; a tensor that is not mapped is expanded."""
+    tensor = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+    return tensor.flatten(0, 1)
+
+
+# --- Forward mode
 
 
 def save_for_jvp(ctx: Any, *tensors: Tensor | None) -> None:
@@ -302,12 +358,24 @@ def tangent_of(x: Tensor) -> Tensor | None:
     """The tangent of a tensor in forward mode; None in a compiled graph, which cannot ask."""
     if torch.compiler.is_compiling() or not is_forward_mode():
         return None
+    while is_batchedtensor(x):  # vmap has no rule for the question
+        x = get_unwrapped(x)
     return forward_ad.unpack_dual(x).tangent
 
 
 def is_transformed() -> bool:
     """Whether a transform of ``torch.func`` is active; False in a compiled graph, which cannot ask."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def is_vectorized() -> bool:
+    """Whether the vmap of ``torch.autograd`` is active; False in a compiled graph, which cannot ask.
+
+    It is older than that of ``torch.func``, and used by ``grad(is_grads_batched=True)`` and by ``jacobian`` and
+    ``hessian`` with ``vectorize=True``. It computes operators sample by sample, but it does not know most views.
+    """
+    compiling = torch.compiler.is_compiling()
+    return not compiling and torch._C._dispatch_tls_is_dispatch_key_included(_VMAP_OF_AUTOGRAD)
 
 
 def needs_gradient(args: tuple[Any, ...]) -> bool:

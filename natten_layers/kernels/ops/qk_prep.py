@@ -15,12 +15,15 @@ from .define import (
     NOT_FUSED,
     WAY_OUT,
     Forms,
+    Mapped,
     apply,
+    by_sample,
     call,
     call_derivative,
     define_op,
     eager_form,
     grouped,
+    in_one_batch,
     is_differentiated,
     known_tangents,
     last_contiguous,
@@ -100,7 +103,7 @@ class _QKPrep(torch.autograd.Function):
 
 
 class _Transformable(_QKPrep):
-    """:class:`_QKPrep` with the rule for forward mode, which ``torch.compile`` cannot trace."""
+    """:class:`_QKPrep` with the rules for vmap and forward mode, which ``torch.compile`` cannot trace."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -121,6 +124,13 @@ class _Transformable(_QKPrep):
         sides = zip(results, known.of_results, heads, strict=True)
         d_query, d_key = (x if has else torch.zeros_like(head) for x, has, head in sides)
         return d_query, d_key
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Mapped:
+        positions = grouped("qk_prep", args)[1].positions
+        if positions is not None and len(positions) > 1:  # images have their own
+            return by_sample(_Transformable.apply, info, in_dims, args)
+        return in_one_batch(_Transformable.apply, range(len(Heads._fields), len(args)), info, in_dims, args)
 
 
 _FORMS = Forms(_QKPrep, _Transformable, eager_form(_Transformable))
