@@ -176,6 +176,16 @@ def _look_up(table: Tensor | None, chunk: Chunk, part: Part, group: int) -> Tens
     return None if table is None else look_up(table, *_relative(table, chunk, part, group))
 
 
+def _nonfinite_rows(nonfinite: Tensor, chunk: Chunk, part: Part, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """NaN where a row sees a nonfinite key or value, else 0, ``[Z, *m, 1, T, 1]``; and for keys alone, without the last
+    axis.
+    """
+    seen = (bias + 1).relu()  # 1 or 0
+    counts = torch.einsum("mtu,zmuc->zmtc", seen, _gather(nonfinite.narrow(0, *part), chunk)).cumsum(-1)
+    rows = torch.where(counts > 0, math.nan, 0.0).unflatten(1, [len(b.first) for b in chunk]).unsqueeze(-3)
+    return rows[..., 1:], rows[..., 0]
+
+
 def _refuse_vectorized() -> None:
     if is_vectorized():
         raise NotImplementedError(
@@ -224,14 +234,8 @@ class _Tiles(torch.autograd.Function):
             out = p @ _gather(value.narrow(0, *z), chunk)
             out, row_max, log_sum = (_unselect(x, chunk, query) for x in (out, row_max, log_sum))
             if nonfinite is not None:
-                seen = (bias + 1).relu()  # 1 or 0
-                nonfinite_rows = (
-                    torch.einsum("mtu,zmuc->zmtc", seen, _gather(nonfinite.narrow(0, *z), chunk)).cumsum(-1) > 0
-                )
-                nonfinite_rows = (
-                    torch.where(nonfinite_rows, math.nan, 0.0).unflatten(1, [len(b.first) for b in chunk]).unsqueeze(-3)
-                )
-                out, log_sum = out + nonfinite_rows[..., 1:], log_sum + nonfinite_rows[..., 0]
+                of_out, of_sum = _nonfinite_rows(nonfinite, chunk, z, bias)
+                out, log_sum = out + of_out, log_sum + of_sum
             parts.append((out, row_max, log_sum))
         out, row_max, log_sum = (_assemble(list(p), counts) for p in zip(*parts, strict=True))
         return out, row_max, log_sum
@@ -282,8 +286,7 @@ class _ForwardModeTiles(_Tiles):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: State) -> None:
         _Tiles.setup_context(ctx, inputs, output)
-        query, key, value, table, _, hidden, _ = inputs
-        save_for_jvp(ctx, query, key, value, table, hidden)
+        save_for_jvp(ctx, *inputs[:-1])
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, None, Tensor]:
@@ -309,14 +312,21 @@ def _tangents(
     key: Tensor,
     value: Tensor,
     table: Tensor | None,
+    nonfinite: Tensor | None,
     hidden: Tensor | None,
     *tangents: Tensor | None,
 ) -> tuple[Tensor, None, Tensor]:
-    """Tangents of the results of :class:`_Tiles`, from those of query, key, value and table."""
+    """Tangents of the results of :class:`_Tiles`, from those of query, key, value and table.
+
+    Rows that see a nonfinite key or value, or a nonfinite tangent of one, become NaN.
+    """
     known = known_tangents(("query", "key", "value"), (query, key, value), tangents)
     q_dot, k_dot, v_dot = (
         torch.zeros_like(x) if t is None else t for x, t in zip((query, key, value), known, strict=True)
     )
+    moved = torch.cat([nonfinite_mask(k_dot), nonfinite_mask(v_dot)], -1)
+    nonfinite = moved if nonfinite is None else nonfinite + moved
+    k_dot, v_dot = (t.nan_to_num(0.0, 0.0, 0.0) for t in (k_dot, v_dot))
     group = query.shape[-3]
     parts: list[tuple[Tensor, Tensor]] = []
     counts, chunks = _chunks(query, axes)
@@ -331,7 +341,8 @@ def _tangents(
         out_dot = (weighted - p * mean[..., None]) @ _gather(value.narrow(0, *z), chunk) + p @ _gather(
             v_dot.narrow(0, *z), chunk
         )
-        parts.append((_unselect(out_dot, chunk, query), _unselect(mean, chunk, query)))
+        of_out, of_sum = _nonfinite_rows(nonfinite, chunk, z, bias)
+        parts.append((_unselect(out_dot, chunk, query) + of_out, _unselect(mean, chunk, query) + of_sum))
     out_dot, lse_dot = (_assemble(list(p), counts) for p in zip(*parts, strict=True))
     return out_dot, None, lse_dot
 

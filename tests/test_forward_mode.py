@@ -608,6 +608,35 @@ def test_samples_of_packed_batches() -> None:
         assert error(tangent, jvp(run, (query[i], key[i], value[i]), tuple(t[i] for t in tangents))[1]) < 1e-6
 
 
+# --- What is not finite
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NumPy's, which interprets the kernels
+@pytest.mark.parametrize("impl", ["eager", "fused"])
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [("key", math.nan), ("key", math.inf), ("value", math.nan), ("key tangent", math.inf), ("value tangent", math.nan)],
+)
+def test_nonfinite_tokens_reach_the_tangents_of_those_that_see_them(where: str, value: float, impl: Impl) -> None:
+    """On the eager path they reach no others; on the fused one no other image or head."""
+    case = Case("nonfinite", (9,), 3, heads=2, kv_heads=2, head_dim=8, value_dim=8, batch=2)
+    inputs = detached(make_inputs(case, DEVICE))
+    tangents = tangents_of(inputs)
+    name, *of_tangent = where.split()
+    broken = inputs[name].clone(), tangents[name].clone()
+    broken[len(of_tangent)][0, 4, 0, 3] = value
+    given = inputs | {name: broken[0]}, tangents | {name: broken[1]}
+    seeing, same_head = torch.zeros(2, 2, 9, 2, dtype=torch.bool, device=DEVICE)
+    seeing[0, 3:6, 0] = True
+    same_head[0, :, 0] = True
+    clean, found = (directional(attend(case, impl), *x)[1] for x in ((inputs, tangents), given))
+    spared = ~(seeing if impl == "eager" else same_head)
+    for x, y in zip(found, clean, strict=True):
+        assert torch.equal(x[spared], y[spared])
+    assert not found[0][seeing].isfinite().all(-1).any()
+    assert found[1].isfinite().all() if name == "value" else not found[1][seeing].isfinite().any()
+
+
 # --- The compiler
 
 
