@@ -321,6 +321,16 @@ def test_windows_of_two_axes_take_what_was_fastest(
     assert names(problem) == expected
 
 
+@pytest.mark.parametrize(("width", "expected"), [(120, variants.MEDIUM), (240, variants.LARGE)])
+def test_lines_of_keys_that_exceed_the_l2_cache_are_left_to_larger_tiles(
+    monkeypatch: pytest.MonkeyPatch, width: int, expected: str
+) -> None:
+    video = contiguous((1, 61, 136, width, 4, 64))
+    axes = {"kernel_size": (11,) * 3, "stride": (1,) * 3, "dilation": (1,) * 3, "is_causal": (False,) * 3}
+    problem = problem_of_text(monkeypatch, query=video, key=video, value=video, **axes)
+    assert names(problem) == [expected] * 3
+
+
 def test_tuning_and_overrides_win(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = lumina(monkeypatch)
     with override(portable_only=True):

@@ -70,6 +70,12 @@ MEDIUM_KEY_ELEMENTS_ON_ONE_AXIS = 2**16
 # 128 channels 0.405 and 0.347, 23x23 of 128 0.545 and 0.576; 9x9x9 of 80 channels 1.57 and 1.20, 11x11x11 of 64 2.19
 # and 1.93, 41x41 of 64 0.80 and 0.73. Gradients of 23x23 are as fast with both, and of the others with these.
 MEDIUM_KEYS_TIMES_SQUARED_CHANNELS = 2**23
+# They load each chunk for 64 rows, and those for large windows for up to 256. Programs that run together compute a row
+# of tiles along the last axis, and the keys and values of that row must stay in L2. With 11x11x11 windows of 64
+# channels and 4 heads, the lines of keys that a line of 120 queries sees have 15 MB, and those of one of 240 queries 30:
+# large against these, 2.19 and 1.93 for 32x68x120 tokens, 16.8 and 17.6 for 61x136x240; 5x15x15 with 30 heads and 26 MB
+# 0.94 and 0.86.
+MEDIUM_LINES_BYTES = 28 * 2**20
 # Gradients of keys and values on one axis pay from this many keys on: portable kernels against these, 201 keys of 64
 # channels 0.459 and 0.367, 255 of 112 0.638 and 0.443; 129 of 128, all gradients, 0.372 and 0.385.
 MEDIUM_KEYS_ON_ONE_AXIS = 192
@@ -357,6 +363,10 @@ def _beyond_medium(p: Problem, keys: int) -> str | None:
     if p.rank > 1 and keys * dim**2 >= MEDIUM_KEYS_TIMES_SQUARED_CHANNELS:
         most = MEDIUM_KEYS_TIMES_SQUARED_CHANNELS
         return f"the window is large: {keys} keys times the square of {dim} channels are {most} or more"
+    (*others, _), width = p.kernel_size, p.lengths[2]
+    lines = 2 * prod(others) * width * p.kv_heads * dim * p.dtype.itemsize
+    if p.rank > 1 and lines > MEDIUM_LINES_BYTES:
+        return f"keys and values of the lines that a line sees, {lines} bytes, exceed {MEDIUM_LINES_BYTES}"
     return None
 
 
