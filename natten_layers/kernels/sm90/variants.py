@@ -72,9 +72,9 @@ MEDIUM_KEY_ELEMENTS_ON_ONE_AXIS = 2**16
 MEDIUM_KEYS_TIMES_SQUARED_CHANNELS = 2**23
 # They load each chunk for 64 rows, and those for large windows for up to 256. Programs that run together compute a row
 # of tiles along the last axis, and the keys and values of that row must stay in L2. With 11x11x11 windows of 64
-# channels and 4 heads, the lines of keys that a line of 120 queries sees have 15 MB, and those of one of 240 queries 30:
-# large against these, 2.19 and 1.93 for 32x68x120 tokens, 16.8 and 17.6 for 61x136x240; 5x15x15 with 30 heads and 26 MB
-# 0.94 and 0.86.
+# channels and 4 heads, the lines of keys that a line of 120 queries sees have 15 MB, and those of one of 240 queries
+# 30: large against these, 2.19 and 1.93 for 32x68x120 tokens, 16.8 and 17.6 for 61x136x240; 5x15x15 with 30 heads and
+# 26 MB 0.94 and 0.86.
 MEDIUM_LINES_BYTES = 28 * 2**20
 # Gradients of keys and values on one axis pay from this many keys on: portable kernels against these, 201 keys of 64
 # channels 0.459 and 0.367, 255 of 112 0.638 and 0.443; 129 of 128, all gradients, 0.372 and 0.385.
