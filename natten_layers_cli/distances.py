@@ -44,7 +44,8 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
     (mean, root, trace), (other_mean, other_root, other_trace) = map(_moments, (first, second))
     # The trace of the root of C1 C2 is the sum of the singular values of their roots' product.
     shared = torch.linalg.svdvals(root @ other_root).sum()
-    return ((mean - other_mean).square().sum() + trace + other_trace - 2 * shared).item()
+    distance = (mean - other_mean).square().sum() + trace + other_trace - 2 * shared
+    return distance.clamp(min=0).item()  # of equal sets, rounding leaves either sign
 
 
 def _moments(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:

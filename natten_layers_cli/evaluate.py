@@ -130,7 +130,8 @@ def report(numbers: dict[str, Any], count: int) -> None:
     frechet, kernel = NAMES[numbers["features"]]
     images = numbers["images"], numbers["reference_images"]
     print(f"{frechet}: {numbers['frechet_distance']:.6g}")
-    print("{}: {mean:.6g} ± {std:.2g}".format(kernel, **numbers["kernel_distance"]))
+    mean, std = numbers["kernel_distance"].values()
+    print(f"{kernel}: {mean:.6g}" + (f" ± {std:.2g}" if std else ""))  # no spread is known of a single subset
     height, width = numbers["size"]
     print(f"by {count} features of {numbers['features']}, {images[0]} images against {images[1]}, at {height}x{width}")
     if numbers["features"] != INCEPTION:
