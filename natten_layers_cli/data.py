@@ -333,8 +333,10 @@ def parse_data_flag(value: str) -> dict[str, Any]:
     """``DIR`` or ``hf:OWNER/NAME`` as a config's dataset section. A folder of folders with images has classes.
 
     Raises:
-        ValueError: no such folder.
+        ValueError: no such folder, or no name of one.
     """
+    if not value:  # Path("") is the working folder, which nobody means by an empty variable
+        raise ValueError("the folder of images is an empty text; name one, or a dataset as hf:OWNER/NAME")
     if value.startswith("hf:"):
         return {"type": "huggingface", "location": value.removeprefix("hf:"), "image_key": "image"}
     return {"type": "imagefolder-class" if scan(Path(value)).classes else "imagefolder", "location": value}

@@ -313,6 +313,8 @@ def test_folders(tmp_path: Path) -> None:
     image, _ = folder.load(2, generator)
     assert torch.equal(image, torch.tensor([255, 0, 0], dtype=torch.uint8).view(3, 1, 1).expand(3, 8, 8))
     assert parse_data_flag(str(tmp_path / "b"))["type"] == "imagefolder"
+    with pytest.raises(ValueError, match="empty text"):  # not the images of the working folder
+        parse_data_flag("")
 
 
 def loaded(folder: Path, index: int = 0, channels: int = 3) -> Tensor:
