@@ -282,6 +282,10 @@ def own_settings(optimizer: torch.optim.Optimizer) -> Iterator[None]:
         group.update(own)
 
 
+MOST_DIFFERENCES = 3
+"""between two configs that an error lists: of two presets nearly everything differs"""
+
+
 def check_config(path: Path, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
     """What weights and labels mean must not have changed.
 
@@ -298,8 +302,10 @@ def check_config(path: Path, saved: Mapping[str, Any], current: Mapping[str, Any
     if counts[0] != counts[1]:
         different.append(f"dataset.num_classes is {counts[0]} there and {counts[1]} here")
     if different:
+        shown, rest = different[:MOST_DIFFERENCES], len(different) - MOST_DIFFERENCES
+        more = f"; and {rest} more" if rest > 0 else ""
         raise ValueError(
-            f"{path} was trained with another config: {'; '.join(different)}. Use its config, or another --name."
+            f"{path} was trained with another config: {'; '.join(shown)}{more}. Use its config, or another --name."
         )
 
 

@@ -867,6 +867,11 @@ def test_a_run_may_change_its_precision_and_its_optimizer_but_not_its_classes(
     config.write_text(json.dumps({**CONFIG, "dataset": {**CONFIG["dataset"], "files": files}}))
     assert train(config, "a", "--end-step", "6") == 2
     assert "dataset.class_names is ['cat', 'brick'] there and ['cat', 'wall'] here" in capsys.readouterr().err
+    assert train(train_hdit.PRESETS / "cpu-demo.json", str(config.parent / "a")) == 2
+    said = capsys.readouterr().err
+    assert len(said) < 600
+    assert "model.d_ffs is" in said  # the first of them
+    assert re.search(r"; and \d+ more\. Use its config", said)
 
 
 @pytest.mark.parametrize("share", [0.05, 0.3, 0.5, 0.9, 0.999])
