@@ -514,10 +514,15 @@ def test_refusals_name_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
         neighborhood(nn.Linear(2, 2), 3)
     with raises_naming("kernel_size", "2 of them", "(3, 3, 3)"):
         neighborhood(model, (3, 3, 3))
+    for wrong in (3.0, "3", "33", (3, 3.0), None):
+        with raises_naming("kernel_size", "2 of them", repr(wrong)):
+            neighborhood(model, wrong)  # pyright: ignore[reportArgumentType]
     with raises_naming("stride (4, 4)", "kernel_size (3, 3)"):
         neighborhood(model, 3, stride=4)
     with raises_naming("layers [3, -4]", "the 3 of the model"):
         neighborhood(model, 3, layers=[0, 3, -4])
+    with raises_naming("layers [3, 4, 5, 6, ...]", "0 to 2"):
+        neighborhood(model, 3, layers=range(32))
     assert not model._forward_pre_hooks
     neighborhood(model, 3)
     two = torch.cat([inputs["img_ids"]] * 2)

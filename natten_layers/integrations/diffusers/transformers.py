@@ -184,9 +184,9 @@ def _family_of(model: nn.Module) -> Family:
 
 
 def _per_axis(name: str, value: int | Sequence[int], rank: int) -> Grid:
-    found = (value,) * rank if isinstance(value, int) else tuple(value)
-    if len(found) != rank or min(found) < 1:
-        raise ValueError(f"{name} must be a positive int or {rank} of them, one per axis, got {value}")
+    found = tuple(value) if isinstance(value, Sequence) else (value,) * rank
+    if len(found) != rank or not all(isinstance(one, int) and one >= 1 for one in found):
+        raise ValueError(f"{name} must be a positive int or {rank} of them, one per axis, got {value!r}")
     return found
 
 
@@ -213,7 +213,8 @@ def _chosen(layers: Iterable[int] | None, attentions: list[Any]) -> list[Any]:
     indices = range(count) if layers is None else list(layers)
     outside = [i for i in indices if not -count <= i < count]
     if outside:
-        raise ValueError(f"layers {outside} are not among the {count} of the model")
+        few = f"{str(outside[:4])[:-1]}, ...]" if len(outside) > 4 else outside
+        raise ValueError(f"layers {few} are not among the {count} of the model, 0 to {count - 1}")
     return [attentions[i] for i in indices]
 
 
