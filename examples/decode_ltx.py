@@ -56,9 +56,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tiled", action="store_true", help="decode the last stages in overlapping tiles")
     parser.add_argument("--patched-only", action="store_true", help="leave the library's own attention out")
     parser.add_argument("--repeat", type=int, default=3, help="calls of which the shortest counts")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--seed", type=int, default=0, help="of what is random")
+    parser.add_argument("--device", default="cpu", help="to run on")
+    parser.add_argument("--bf16", action="store_true", help="in bfloat16")
     parser.add_argument("--save", type=Path, help="write the video [1, 3, frames, height, width] by torch.save")
     arguments = parser.parse_args(argv)
     if arguments.tiny:

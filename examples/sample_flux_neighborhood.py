@@ -73,9 +73,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--stride", type=int, default=1, help="tokens on an axis that share a window, default 1")
     parser.add_argument("--layers", type=parse_layers, help="which layers get windows, as 0,3,8-56; default all")
     parser.add_argument("--compare", action="store_true", help="sample without windows too")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--seed", type=int, default=0, help="of what is random")
+    parser.add_argument("--device", default="cpu", help="to run on")
+    parser.add_argument("--bf16", action="store_true", help="in bfloat16")
     parser.add_argument("--save", type=Path, help="write the image")
     arguments = parser.parse_args(argv)
     tiny = arguments.tiny

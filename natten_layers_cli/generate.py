@@ -42,8 +42,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--top-p", type=float, help="draw from the likeliest tokens that reach this probability; 1: all"
     )
-    parser.add_argument("--seed", type=seed, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=seed, default=0, help="of what is drawn at a temperature above 0")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="to run on")
     parser.add_argument("--bf16", action="store_true", help="convert the weights to bfloat16")
     args = parser.parse(argv)
     if args.system is not None and not args.chat:

@@ -39,6 +39,16 @@ MOST_SEED = 2**32 - 1
 """A seed and the number of a step, side by side, are the seed of the step, of which PyTorch reads 64 bits."""
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Ends the help of each flag with its default, where its text does not have one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text, default = action.help, action.default
+        # Switches are off, lists and texts empty: that says nothing, and some are on by a name of their own.
+        silent = isinstance(default, bool | list | None) or default in ("", argparse.SUPPRESS)
+        return text if not text or silent or "default" in text else f"{text}; default: %(default)s"
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose flags of type int, float and Path take no value that PyTorch or the file system misunderstands.
 
@@ -47,9 +57,8 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, *, description: str | None, least: Mapping[str, float] | None = None, **options: Any) -> None:
-        form = argparse.RawDescriptionHelpFormatter
         # Without abbreviations: those of today are ambiguous, or mean another flag, in a later release.
-        super().__init__(description=description, formatter_class=form, allow_abbrev=False, **options)
+        super().__init__(description=description, formatter_class=_Help, allow_abbrev=False, **options)
         self.least = least or {}
         self.key: tuple[str, str] | None = None
         """how errors name the key of a file that is parsed, and the flag that it stands for"""

@@ -8,6 +8,9 @@ torchrun --nproc-per-node 2 -m natten_layers_cli.train_hdit --preset gpu-demo --
 A run called NAME writes NAME_STEP.pth (everything needed to go on), NAME_state.json (which of them is the latest; the
 same command finds it and goes on from there), NAME.safetensors (EMA weights to sample from), NAME_metrics.csv,
 NAME_demo_STEP.png, NAME_loss.png and NAME_tensorboard/. While it runs, NAME.lock keeps a second run of the name away.
+
+The defaults below are those of a config that has no "run" section. Presets have one: their batches, steps and learning
+rates are other ones.
 """
 
 from __future__ import annotations
@@ -154,7 +157,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sample-n", type=int, default=8, help="images per class in a grid")
     parser.add_argument("--sample-steps", type=int, help="steps of the sampler; default: 50, or 1 with meanflow")
     parser.add_argument("--lr", type=positive, help="learning rate, in place of the config's")
-    parser.add_argument("--mixed-precision", choices=["no", *DTYPES], default="no")
+    parser.add_argument("--mixed-precision", choices=["no", *DTYPES], default="no", help="autocast to this type")
     parser.add_argument("--compile", action=switch, default=False, help="torch.compile the model")
     parser.add_argument("--checkpointing", action=switch, default=False, help="recompute activations to save memory")
     parser.add_argument("--fsdp", action=switch, default=False, help="shard parameters over the processes (torchrun)")
@@ -165,8 +168,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         default=default_workers(8),
         help="processes that load images, default: 8, or as many as there are cores",
     )
-    parser.add_argument("--seed", type=seed, default=0)
-    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--seed", type=seed, default=0, help="of the first weights, the noise and the order of images")
+    parser.add_argument("--device", default="cuda" if cuda else "cpu", help="to train on")
     arguments, given = parser.parse(argv), parser.given(argv)
     if {"config", "preset"} <= given:
         parser.error("--config and --preset both name a config: leave one of them away")

@@ -77,14 +77,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--pattern", help="glob of the files to read in a folder")
     parser.add_argument("--name", type=Path, default=Path("runs/lm"), help="folder of the run, default: %(default)s")
     parser.add_argument("--resume", type=Path, metavar="FILE", help="go on from this checkpoint, not from NAME's")
-    model = parser.add_argument_group("model")
+    sizes = ", ".join(f"--{key.replace('_', '-')} {size}" for key, size in SIZES.items())
+    model = parser.add_argument_group("model", f"without --model, by default: {sizes}")
     model.add_argument(
         "--model", type=Path, metavar="DIR", help="start from this Hugging Face model, with its tokenizer"
     )
-    model.add_argument("--layers", type=int)
+    model.add_argument("--layers", type=int, help="blocks")
     model.add_argument("--hidden", type=int, help="channels")
     model.add_argument("--heads", type=int, help="query heads")
-    model.add_argument("--kv-heads", type=int)
+    model.add_argument("--kv-heads", type=int, help="heads that query heads share")
     model.add_argument("--window", type=int, help="bytes that a windowed layer sees")
     model.add_argument("--full-every", type=int, help="every so many layers one sees all; 0: none does")
     model.add_argument("--sink", choices=("none", "zero", "learned"), help="zero: softmax1")
@@ -97,16 +98,16 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         default=False,
         help="files do not see each other, and begin at 0",
     )
-    train.add_argument("--end-step", type=int, default=800)
+    train.add_argument("--end-step", type=int, default=800, help="stop after so many steps in all")
     train.add_argument("--batch-size", type=int, default=16, help="examples per process and accumulation step")
     train.add_argument("--grad-accum-steps", type=int, default=1, help="batches per optimiser step")
     train.add_argument(
         "--lr", type=positive, help="after warm-up; a cosine takes it to a tenth; default: 3e-3, or 2e-5"
     )
     train.add_argument("--warmup", type=int, default=50, help="steps")
-    train.add_argument("--weight-decay", type=float, default=0.1)
-    train.add_argument("--grad-clip", type=positive, default=1.0)
-    train.add_argument("--seed", type=seed, default=0)
+    train.add_argument("--weight-decay", type=float, default=0.1, help="of matrices, by AdamW")
+    train.add_argument("--grad-clip", type=positive, default=1.0, help="largest norm of the gradient")
+    train.add_argument("--seed", type=seed, default=0, help="of the first weights and the order of examples")
     train.add_argument("--eval-every", type=int, default=200, help="steps between validation, sample and checkpoint")
     train.add_argument("--eval-tokens", type=int, default=32768, help="held-out tokens of a validation, all at the end")
     train.add_argument(
@@ -118,9 +119,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     train.add_argument("--sample-tokens", type=int, default=256, help="length of the text printed; 0: none")
     train.add_argument("--wandb", metavar="PROJECT", help="draw curves in this project of Weights & Biases")
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", default="cuda" if cuda else "cpu")
-    machine.add_argument("--mixed-precision", choices=("no", "bf16"), default="bf16" if cuda else "no")
-    machine.add_argument("--compile", action=switch, default=False)
+    machine.add_argument("--device", default="cuda" if cuda else "cpu", help="to train on")
+    machine.add_argument(
+        "--mixed-precision", choices=("no", "bf16"), default="bf16" if cuda else "no", help="autocast to this type"
+    )
+    machine.add_argument("--compile", action=switch, default=False, help="torch.compile the model")
     machine.add_argument("--fsdp", action=switch, default=False, help="shard the model over torchrun's processes")
     config = parser.parse_known_args(argv)[0].config
     args = parser.parse(argv, None if config is None else _read_flags(config, parser))

@@ -162,15 +162,17 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--kernel-size", type=_axes, metavar="K", help="one for all axes or one each")
     parser.add_argument("--dilation", type=_axes, metavar="D", help="default: 1")
     parser.add_argument("--causal", action="store_true", help="on all axes")
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=1, help="images or texts in a call")
     parser.add_argument("--heads", type=int, help="query heads")
     parser.add_argument("--kv-heads", type=int, help="default: as many")
     parser.add_argument("--head-dim", type=int, help="default: 64")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the tensors")
     # The kernel of forward mode is tuned on request, as few calls take it.
-    parser.add_argument("--kernels", nargs="+", choices=get_args(Kind), default=list(TRAINED))
+    parser.add_argument(
+        "--kernels", nargs="+", choices=get_args(Kind), default=list(TRAINED), help=f"default: {' '.join(TRAINED)}"
+    )
     parser.add_argument("--trials", type=int, default=60, help="launches to try for each kernel, default %(default)s")
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--device", default="cuda", help="to tune for")
     args = parser.parse(argv)
     own = ("kernel_size", "dilation", "causal", "heads", "kv_heads", "head_dim")
     given = [f"--{name.replace('_', '-')}" for name in own if getattr(args, name)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import signal
@@ -15,7 +16,7 @@ import pytest
 
 import natten_layers
 from natten_layers_cli.launch import launch
-from natten_layers_cli.running import run_command
+from natten_layers_cli.running import Parser, run_command
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -117,6 +118,20 @@ COMMANDS = {
 }  # fmt: skip
 """commands by their module, with the arguments that they must have"""
 SEEDED = ("train_hdit", "sample_hdit", "evaluate", "train_lm", "generate")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_flag_of_a_command_is_explained_with_its_default(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsers: list[Parser] = []
+    monkeypatch.setattr(Parser, "format_help", lambda self: parsers.append(self) or "")
+    with pytest.raises(SystemExit, match="0"):
+        import_module(f"natten_layers_cli.{command}").main(["--help"])
+    monkeypatch.undo()
+    formatter = parsers[0]._get_formatter()
+    for action in parsers[0]._actions:
+        assert action.help, action.dest
+        if type(action.default) in (int, float, str) and action.default not in ("", argparse.SUPPRESS):
+            assert "default" in formatter._expand_help(action), action.dest
 
 
 @pytest.mark.parametrize(
