@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 
 from natten_layers.geometry import make_window, window_mask
@@ -63,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
     if len(argv) != 1:
         print("usage: python examples/draw_windows.py OUTPUT.png", file=sys.stderr)
         return 2
-    figure = Figure(figsize=(2.1 * len(PANELS), 2.7), layout="constrained")
+    figure = Figure(figsize=(2.1 * len(PANELS), 2.7), layout=ConstrainedLayoutEngine(w_pad=0.12))
     for axes, panel in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
         draw_panel(axes, panel)
     with replacing(Path(argv[0])) as temporary:
