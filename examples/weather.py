@@ -1,6 +1,6 @@
 """A forecast on a globe, with windows that wrap around in longitude and stop at the poles.
 
-python examples/weather.py        under a minute on a CPU; weather.png shows a forecast beside the truth
+python examples/weather.py        about a minute on a CPU; weather.png shows a forecast beside the truth
 
 Vortices drift eastwards, faster near the equator than near the poles. A small network learns the next wind from this
 one, and is then applied again and again to its own forecasts.
@@ -62,7 +62,7 @@ def train(steps: int) -> Forecast:
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        if step % 50 == 0:
+        if step % 100 == 0:
             print(f"step {step}: error {(loss / (now - truth).square().mean()).sqrt():.1%} of the change in the wind")
     return model
 
@@ -80,10 +80,14 @@ def draw(model: Forecast, path: str, shown: tuple[int, ...] = (0, 2, 4, 8)) -> N
             east, north = wind.unbind(-1)
             axes.imshow(torch.hypot(east, north).numpy(), origin="lower", vmin=0, vmax=0.8)
             axes.quiver(east.numpy(), north.numpy(), color="white", scale=12)
-            axes.set(title=f"{name}, step {step}", xticks=[], yticks=[])
+            axes.set(title=f"{name}, step {step}" if step else "start", xticks=[], yticks=[])
+            if row:
+                axes.set_xlabel("longitude")
+            if not column:
+                axes.set_ylabel("latitude")
     figure.savefig(path, dpi=100)
     print(f"wrote {path}")
 
 
 if __name__ == "__main__":
-    draw(train(400), "weather.png")
+    draw(train(1000), "weather.png")
