@@ -282,7 +282,10 @@ def test_frequencies_survive_half_precision(rope: AxialRoPE | RoPE) -> None:
         (lambda: AxialRoPE(16, 2, periods=(1.0,)), r"periods=\(1.0,\) must be 2 entries"),
         (lambda: AxialRoPE(16, 2, periods=(None, -1.0)), r"periods=\(None, -1.0\) .* above 0 or None"),
         (lambda: AxialRoPE(8, 2, split=(1, 1)), r"split=\(1, 1\) .* give freqs too"),
-        (lambda: AxialRoPE(8, 2)(randn(1, 4, 2, 8), randn(1, 4, 2, 8)), "positions must be given"),
+        (
+            lambda: AxialRoPE(8, 2)(randn(1, 4, 2, 8), randn(1, 4, 2, 8)),
+            r"given, of shape \(4, 2\): .* spatial axes \(4,\) and axes=2",
+        ),
         (lambda: AxialRoPE(8, 2)(randn(1, 4, 4, 4, 8), randn(1, 4, 4, 4, 8)), "made for 2 and 2 of 8"),
         (lambda: AxialRoPE(8, 2)(randn(1, 4, 4, 2, 8), randn(1, 4, 4, 2, 8), randn(4, 3, 2)), "positions has shape"),
         (lambda: RoPE(8)(randn(1, 4, 2, 8), randn(1, 4, 2, 8), torch.arange(3)), r"positions has shape \(3,\)"),

@@ -331,8 +331,8 @@ class AxialRoPE(Rotary):
         if positions is None:
             if len(spatial) != 2 or self.axes != 2:
                 raise ValueError(
-                    f"positions must be given: the default is for images, not for spatial axes {tuple(spatial)} "
-                    f"with {self.axes} coordinates"
+                    f"positions must be given, of shape {(*spatial, self.axes)}: the default is for images and "
+                    f"axes=2, not for spatial axes {tuple(spatial)} and axes={self.axes}"
                 )
             positions = make_axial_pos(*spatial, dtype=_angle_dtype(query), device=query.device)
         _check_positions(positions, query.shape[0], (*spatial, self.axes))
