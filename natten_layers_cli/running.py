@@ -34,6 +34,8 @@ training processes).
 """
 
 
+MOST_TEXT = 4000
+"""characters of an error: a C++ compiler's, which torch.compile passes on, are hundreds of thousands"""
 MOST_INT = 2**63 - 1  # that of PyTorch's sizes and numbers
 MOST_SEED = 2**32 - 1
 """A seed and the number of a step, side by side, are the seed of the step, of which PyTorch reads 64 bits."""
@@ -217,10 +219,12 @@ def fail(error: OSError) -> NoReturn:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, without line breaks; its type, if it says nothing."""
+    """What an error says, without line breaks, and of a long text both ends; its type, if it says nothing."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
+    cut = len(text) - MOST_TEXT
+    return text if cut <= 0 else f"{text[: MOST_TEXT // 2]} ... ({cut} characters) ... {text[-MOST_TEXT // 2 :]}"
 
 
 def reason(error: BaseException) -> str:

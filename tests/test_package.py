@@ -16,7 +16,7 @@ import pytest
 
 import natten_layers
 from natten_layers_cli.launch import launch
-from natten_layers_cli.running import Parser, run_command
+from natten_layers_cli.running import MOST_TEXT, Parser, one_line, run_command
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -219,3 +219,11 @@ def test_a_file_that_is_missing_is_named_in_words(
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.endswith(f"{path}: No such file or directory")
     assert error.count(path) == 1
+
+
+def test_the_line_of_an_error_has_both_ends_of_a_long_text() -> None:
+    said = one_line(RuntimeError("compile error\n" + 100_000 * "warning\n" + "killed"))
+    assert len(said) < MOST_TEXT + 50
+    assert said.startswith("compile error warning")
+    assert said.endswith("warning killed")
+    assert one_line(RuntimeError(MOST_TEXT * "x")) == MOST_TEXT * "x"
