@@ -235,7 +235,7 @@ def load_checkpoint(
             optimizer.load_state_dict(state)
         check_moments(optimizer)
     except (RuntimeError, KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path} holds other content than this script saves: {one_line(error)}") from error
+        raise ValueError(f"{path} holds other content than this command saves: {one_line(error)}") from error
     return content
 
 
@@ -247,14 +247,14 @@ def check_rest(path: Path, content: Any, states: tuple[str, ...] = ()) -> None:
     """
     types = {**dict.fromkeys(states, dict), "config": dict, "step": int, "scaler": dict}
     if not isinstance(content, dict):
-        raise DamagedError(f"{path} is no training checkpoint of this script")
+        raise DamagedError(f"{path} is no training checkpoint of this command")
     if missing := [key for key in types if key not in content]:
-        raise DamagedError(f"{path} is no training checkpoint of this script: it lacks {', '.join(missing)}")
+        raise DamagedError(f"{path} is no training checkpoint of this command: it lacks {', '.join(missing)}")
     for key, kind in types.items():
         if not isinstance(content[key], kind):
-            raise DamagedError(f"{path} is no training checkpoint of this script: its {key} is a {type(content[key])}")
+            raise DamagedError(f"{path} is no training checkpoint of this command: its {key} is a {type(content[key])}")
     if not isinstance(content["config"].get("model"), dict) or content["step"] < 0:
-        raise DamagedError(f"{path} is no training checkpoint of this script: its config or its step is odd")
+        raise DamagedError(f"{path} is no training checkpoint of this command: its config or its step is odd")
 
 
 def check_moments(optimizer: torch.optim.Optimizer) -> None:
@@ -358,7 +358,7 @@ def load_sharded(
     try:
         rest = json.loads((path / SHARDED_CONFIG).read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise DamagedError(f"{path} is no sharded checkpoint of this script: {one_line(error)}") from error
+        raise DamagedError(f"{path} is no sharded checkpoint of this command: {one_line(error)}") from error
     check_rest(path, rest)
     check_config(path, rest["config"], config)
     state = _sharded_state(model, ema, optimizer)

@@ -69,13 +69,13 @@ def read_record(path: Path) -> dict[str, Any]:
     except Exception as error:  # of the many kinds that decoders raise
         raise ValueError(f"{path} cannot be read as a picture: {reason(error)}") from error
     if text is None:
-        raise ValueError(f"{path} does not say how it was made; give a grid that sample_hdit.py or train_hdit.py drew")
+        raise ValueError(f"{path} does not say how it was made; give a grid of samples that these commands drew")
     try:
         record = json.loads(text)
     except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} says how it was made in another form than this script: {error}") from error
+        raise ValueError(f"{path} says how it was made in another form than this command: {error}") from error
     if not isinstance(record, dict):
-        raise ValueError(f"{path} says how it was made in another form than this script: {record!r:.100}")
+        raise ValueError(f"{path} says how it was made in another form than this command: {record!r:.100}")
     return record
 
 

@@ -301,7 +301,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"wrote {arguments.output}")
         return 0
     same = found == expected
-    print(f"{arguments.checkpoint} gives {'the same' if same else 'OTHER'} images as {arguments.reproduce}")
+    print(f"{arguments.checkpoint} gives {'the same images as' if same else 'OTHER images than'} {arguments.reproduce}")
     print(f"sha256 {found}" + ("" if same else f", but the grid was made from {expected}"))
     return 0 if same else 1
 

@@ -207,7 +207,7 @@ def naming(path: Path) -> Iterator[None]:
     except KeyError as error:
         raise ValueError(f"{path} lacks {error}") from error
     except (TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no config of this script: {error}") from error
+        raise ValueError(f"{path} is no config of this command: {error}") from error
     except ValueError as error:
         if str(error).startswith(str(path)):
             raise

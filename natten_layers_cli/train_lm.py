@@ -313,7 +313,7 @@ class Trainer:
         except FileNotFoundError:
             raise ValueError(f"{path} does not exist: leave --resume out to start") from None
         except Exception as error:
-            raise ValueError(f"{path} is damaged or no checkpoint of this script: {one_line(error)}") from error
+            raise ValueError(f"{path} is damaged or no checkpoint of this command: {one_line(error)}") from error
         if config != asdict(self.config):
             here = asdict(self.config)
             differ = [
@@ -330,7 +330,7 @@ class Trainer:
             )
             check_moments(self.optimizer)
         except (RuntimeError, KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"{path} holds other content than this script saves: {error!r}") from error
+            raise ValueError(f"{path} holds other content than this command saves: {error!r}") from error
         self.step = step
         if self.processes.first:
             print(f"resuming from {path} at step {step}")
