@@ -5,7 +5,7 @@ python examples/decode_ltx.py --random --frames 121 --height 512 --width 768 --d
 python examples/decode_ltx.py path/to/decoder --latents latents.pt --save video.pt --device cuda --bf16 --patched-only
 
 The path is a directory that ``LTX2VideoDiffusionDecoderModel.from_pretrained`` takes. Without ``--latents`` they are
-random, as are the weights with ``--tiny`` and ``--random``. Needs diffusers (``pip install natten-layers[diffusers]``).
+random, as are the weights with ``--tiny`` and ``--random``. Needs diffusers (``pip install '.[diffusers]'``).
 At the sizes of real videos FlexAttention's block mask fits no device (167 GiB for 69x64x96 tokens): there, leave it out
 by ``--patched-only``.
 """

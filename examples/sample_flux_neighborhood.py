@@ -7,7 +7,7 @@ python examples/sample_flux_neighborhood.py path/to/FLUX.1-dev --prompt 'a light
 The path is a directory that ``FluxPipeline.from_pretrained`` takes. ``--tiny`` makes a tiny pipeline with random
 weights and random embeddings in the place of a prompt, which runs anywhere; what it draws is noise. ``--compare``
 samples without windows too, from the same noise, and says how far the images are apart. FLUX was not trained with
-windows: choose layers with care, or fine-tune. Needs diffusers (``pip install natten-layers[diffusers]``).
+windows: choose layers with care, or fine-tune. Needs diffusers (``pip install '.[diffusers]'``).
 """
 
 from __future__ import annotations
