@@ -356,7 +356,12 @@ C0 = {"class_cond": torch.tensor([0])}
         (X, ONE, {"class_cond": torch.tensor([4])}, r"class_cond holds \[4\]; classes are 0 to 2, and 3 is uncond"),
         (X, ONE, {"class_cond": torch.tensor([-1])}, r"class_cond holds \[-1\]"),
         (X, ONE, {"class_cond": torch.tensor([0, 1])}, r"class_cond has shape \(2,\); expected \[1\]"),
-        (X, ONE, C0 | {"mapping_cond": torch.ones(1, 4)}, "has no use for mapping_cond"),
+        (
+            X,
+            ONE,
+            C0 | {"mapping_cond": torch.ones(1, 4)},
+            "has no use for mapping_cond, as its config has mapping_cond_dim=0",
+        ),
         (X, ONE, C0 | {"aug_cond": torch.ones(1, 4)}, r"aug_cond has shape \(1, 4\); expected \[1, 9\]"),
     ],
 )

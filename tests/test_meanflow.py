@@ -204,7 +204,7 @@ def test_the_second_time_is_of_this_objective_alone(tmp_path: Path) -> None:
     assert "objective" not in plain.to_json()["model"]
     assert not any("interval" in key for key in HDiT(plain).state_dict())
     x, t = torch.zeros(1, 3, 12, 12), torch.ones(1)
-    with pytest.raises(ValueError, match="has no use for interval"):
+    with pytest.raises(ValueError, match="has no use for interval, as its config has objective='diffusion'"):
         HDiT(plain)(x, t, interval=t)
     model = make_model(torch.float32)
     with pytest.raises(ValueError, match="needs interval"):

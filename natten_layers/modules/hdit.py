@@ -250,13 +250,14 @@ class HDiT(nn.Module):
             aug_cond = x.new_zeros(count, AUG_FEATURES)
         _check_condition("aug_cond", aug_cond, (count, AUG_FEATURES))
         cond = cond + self.aug_in_proj(self.aug_emb(aug_cond).to(x.dtype))
-        for name, given, module in (
-            ("class_cond", class_cond, self.class_emb),
-            ("mapping_cond", mapping_cond, self.mapping_cond_in_proj),
-            ("interval", interval, self.interval_emb),
+        for name, given, module, key in (
+            ("class_cond", class_cond, self.class_emb, "num_classes"),
+            ("mapping_cond", mapping_cond, self.mapping_cond_in_proj, "mapping_cond_dim"),
+            ("interval", interval, self.interval_emb, "objective"),
         ):
             if (given is None) != (module is None):
-                raise ValueError(f"this model {'needs' if given is None else 'has no use for'} {name}")
+                verb, value = "needs" if given is None else "has no use for", getattr(self.config, key)
+                raise ValueError(f"this model {verb} {name}, as its config has {key}={value!r}")
         if self.class_emb is not None and class_cond is not None:
             _check_condition("class_cond", class_cond, (count,))
             if class_cond.dtype not in (torch.int64, torch.int32):

@@ -30,7 +30,8 @@ class MeanFlow(nn.Module):
 
     Args:
         model: called as ``model(z, t, interval=t - r, **conditions)``: an ``HDiT`` whose config says
-            ``objective="meanflow"``, or any network that forward-mode derivatives pass through.
+            ``objective="meanflow"``, or any network that forward-mode derivatives pass through. PyTorch's fused
+            kernels of ``scaled_dot_product_attention`` have none; ``NeighborhoodGQA`` has, also as global attention.
         sigma_data: standard deviation of the data, default ``model.config.sigma_data``.
         power: exponent p of the loss's weight ``1 / (error + 1e-3) ** p`` (equation 22). 0 is the squared error; at 1
             the loss says nothing about progress any more, as it is about 1 for every error.
