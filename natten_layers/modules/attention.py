@@ -55,9 +55,11 @@ class NeighborhoodGQA(nn.Module):
     Args:
         embed_dim: length of a token.
         num_heads: number of query heads, ``Hq``.
-        kernel_size: keys in the window, one int or one per axis. None means that every token sees every axis whole
-            (global attention). On a causal axis without stride and dilation, the window may be longer than the axis
-            and then covers the whole past. Any other window that does not fit its axis raises when the layer is called.
+        kernel_size: keys in the window, one int or one per axis. One per axis fixes how many axes tokens have; with
+            an int, an image that was left flat is a sequence with windows of 1-D. None means that every token sees
+            every axis whole (global attention). On a causal axis without stride and dilation, the window may be longer
+            than the axis and then covers the whole past. Any other window that does not fit its axis raises when the
+            layer is called.
         num_kv_heads: number of key and value heads, ``Hkv``. It must divide ``num_heads``, which is its default.
         head_dim: elements of a head, default ``embed_dim // num_heads``.
         stride, dilation, is_causal, is_periodic: options of the window, each one value or one per axis.
