@@ -327,7 +327,17 @@ def test_a_mix_of_dtypes_needs_to_be_told_which(good: Path, tmp_path: Path) -> N
     save_file({**own, NAME["llama"]: own[NAME["llama"]].half()}, folder / hf.WEIGHTS)
     refused(lambda: DecoderLM.from_pretrained(folder), str(folder), NAME["llama"], "give dtype=")
     assert {p.dtype for p in DecoderLM.from_pretrained(folder, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
-    refused(lambda: DecoderLM.from_pretrained(folder, dtype=torch.int8), "dtype must be one of")
+    wrong: list[Any] = [torch.int8, "bfloat16", "cpu"]
+    for dtype in wrong:
+        refused(lambda dtype=dtype: DecoderLM.from_pretrained(folder, dtype=dtype), "dtype must be one of", repr(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, "bfloat16", "cpu"])
+def test_no_file_is_written_in_a_dtype_that_none_is_read_in(good: Path, tmp_path: Path, dtype: Any) -> None:
+    path = tmp_path / "cast.safetensors"
+    model = HDiT.from_pretrained(good / "hdit.safetensors")
+    refused(lambda: model.save_pretrained(path, dtype=dtype), "dtype must be one of", repr(dtype))
+    assert not path.exists()
 
 
 @pytest.mark.parametrize(

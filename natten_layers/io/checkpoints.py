@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .files import parse_json, replacing
 from .schema import shorten
-from .tensors import check_fit, check_writable, info_of, open_safetensors, write_safetensors
+from .tensors import check_dtype, check_fit, check_writable, info_of, open_safetensors, write_safetensors
 
 __all__ = ["hdit_name", "load_plain", "load_tensors", "read_hdit", "save_plain", "write_hdit"]
 
@@ -189,8 +189,9 @@ def write_hdit(
 
     Raises:
         OSError: the file cannot be written; the message names it, and an existing file stays unchanged.
-        ValueError: a tensor is sharded or on the meta device.
+        ValueError: a tensor is sharded or on the meta device, or ``dtype`` none that weights may have.
     """
+    check_dtype(dtype)
     path = Path(path)
     path = path if path.suffix == ".safetensors" else path / WEIGHTS
     state = model.state_dict()

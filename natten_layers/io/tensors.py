@@ -29,6 +29,8 @@ M = TypeVar("M", bound=nn.Module)
 FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 """The dtypes that weights may have: safetensors' names and torch's."""
 
+FLOAT_DTYPES = tuple(getattr(torch, name) for name in FLOATS.values())
+
 KNOWN = {**FLOATS, "U8": "uint8"}
 """Those that are read: bytes may hold quantised weights."""
 
@@ -145,6 +147,12 @@ def make_on_meta(make: Callable[[], M], path: object, *, layers: int, tensors: i
         raise ValueError(f"{path}: no model can be built of its config: {error}") from error
 
 
+def check_dtype(dtype: object) -> None:
+    """Raise a ValueError unless ``dtype`` is None or one of torch's that weights may have; its name is none."""
+    if dtype is not None and dtype not in FLOAT_DTYPES:
+        raise ValueError(f"dtype must be one of torch's {_floats()}, got {dtype!r}")
+
+
 def check_fit(
     expected: Mapping[str, Tensor],
     found: Mapping[str, Info],
@@ -169,8 +177,7 @@ def check_fit(
         ValueError: tensors are missing, unknown, of another shape, or of a dtype that weights cannot have; the message
             names the file, the tensors, the shapes and the dtypes.
     """
-    if dtype is not None and info_of(torch.empty(0, dtype=dtype)).kind not in FLOATS.values():
-        raise ValueError(f"dtype must be one of {_floats()}, got {dtype}")
+    check_dtype(dtype)
     both = [name for name in expected if name in found]
     missing = [f'it lacks "{name}"' for name in expected if name not in found]
     unknown = [f'it has an unknown "{name}"' for name in sorted(found.keys() - expected) if not ignored(name)]

@@ -151,7 +151,8 @@ class HDiT(nn.Module):
 
         Raises:
             OSError: the file cannot be written; the message names it.
-            ValueError: the model is sharded (the message says how to gather it) or on the meta device.
+            ValueError: the model is sharded (the message says how to gather it) or on the meta device, or ``dtype`` is
+                none that weights may have.
         """
         checkpoints.write_hdit(path, self, self.config.to_json(), dtype)
 
