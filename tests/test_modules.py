@@ -669,6 +669,10 @@ def test_natten_relative_positional_bias(make: Callable[..., NeighborhoodGQA], s
         (lambda: RMSNorm(8)(torch.randn(2, 4)), "length 8"),
         (lambda: GEGLU(8, 16, dropout=math.nan), "dropout must be a number from 0 to 1, got nan"),
         (lambda: GatedFeedForward(8, 16, activation="relu"), "activation must be one of .* got 'relu'"),  # pyright: ignore
+        (lambda: GatedFeedForward(0, 8), "dim must be an int of at least 1, got 0"),
+        (lambda: GEGLU("8", 8), "dim must be an int of at least 1, got '8'"),  # pyright: ignore
+        (lambda: AdaRMSNorm(8, 0), "cond_dim must be an int of at least 1, got 0"),
+        (lambda: MixtureOfExperts(nn.Identity, 4, 2, 0), "dim must be an int of at least 1, got 0"),
         (lambda: GatedFeedForward(8, 0), "hidden_dim must be an int of at least 1, got 0"),
         (lambda: AdaRMSNorm(8, 4)(torch.ones(2, 3, 8), torch.ones(2, 5)), r"cond \(2, 5\); expected .* \[B, 4\]"),
         (lambda: NeighborhoodGQA(16, 4, 3, rope=AxialRoPE), "rope must be a module"),  # pyright: ignore
@@ -690,6 +694,22 @@ def test_natten_relative_positional_bias(make: Callable[..., NeighborhoodGQA], s
 def test_parts_name_bad_sizes(build: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.parametrize("name", ["GEGLU", "GatedFeedForward", "MixtureOfExperts"])
+def test_feed_forward_layers_name_what_does_not_fit_and_take_any_axes_before(name: str) -> None:
+    made = {
+        "GEGLU": lambda: GEGLU(8, 12),
+        "GatedFeedForward": lambda: GatedFeedForward(8, 12),
+        "MixtureOfExperts": lambda: MixtureOfExperts(lambda: GatedFeedForward(8, 12), 4, 2, 8),
+    }
+    layer, x = made[name](), randn(2, 3, 8).float()
+    for given in (randn(2, 9).float(), torch.ones(())):
+        with pytest.raises(ValueError, match=r"x has shape \(.*\); expected \[\.\.\., 8\]"):
+            layer(given)
+    with pytest.raises(ValueError, match="x must be a tensor, got 'text' of type str"):
+        layer("text")
+    torch.testing.assert_close(layer(x[0, 0]), layer(x)[0, 0])
 
 
 def test_a_rope_for_other_heads_says_which_one_to_make() -> None:

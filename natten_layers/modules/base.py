@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..checks import is_finite_number
+from ..checks import is_finite_number, no_tensor
 
 __all__ = [
     "Constants",
     "allocate",
     "at_least_fp32",
     "check_count",
+    "check_last_axis",
     "check_probability",
     "default_dtype",
     "is_plain",
@@ -29,6 +30,14 @@ __all__ = [
 def check_count(name: str, value: object, least: int = 1) -> None:
     if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < least:
         raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
+
+
+def check_last_axis(x: object, dim: int) -> None:
+    """Raise a ValueError unless the layer's input ``x`` is a tensor ``[..., dim]``."""
+    if not isinstance(x, Tensor):
+        raise no_tensor("x", x)
+    if x.shape[-1:] != (dim,):
+        raise ValueError(f"x has shape {tuple(x.shape)}; expected [..., {dim}]")
 
 
 def check_probability(name: str, value: object) -> float:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .base import at_least_fp32, check_count, check_probability
+from .base import at_least_fp32, check_count, check_last_axis, check_probability
 
 __all__ = ["GEGLU", "Activation", "GatedFeedForward", "MixtureOfExperts"]
 
@@ -28,7 +28,8 @@ class GEGLU(nn.Module):
         bias: whether both projections have a bias.
 
     Raises:
-        ValueError: ``hidden_dim`` is below 1, or ``dropout`` no number from 0 to 1.
+        ValueError: ``dim`` or ``hidden_dim`` is below 1, or ``dropout`` no number from 0 to 1. The call: ``x`` is no
+            tensor that ends in ``dim``.
     """
 
     def __init__(
@@ -42,7 +43,9 @@ class GEGLU(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_count("dim", dim)
         check_count("hidden_dim", hidden_dim)
+        self.dim = dim
         self.up_proj = nn.Linear(dim, 2 * hidden_dim, bias=bias, device=device, dtype=dtype)
         self.dropout = nn.Dropout(check_probability("dropout", dropout))
         self.down_proj = nn.Linear(hidden_dim, dim, bias=bias, device=device, dtype=dtype)
@@ -52,6 +55,7 @@ class GEGLU(nn.Module):
         self.down_proj.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
+        check_last_axis(x, self.dim)
         value, gate = self.up_proj(x).chunk(2, -1)
         return self.down_proj(self.dropout(value * F.gelu(gate)))
 
@@ -73,7 +77,8 @@ class GatedFeedForward(nn.Module):
         swiglu_alpha, swiglu_limit: of "clamped_swiglu".
 
     Raises:
-        ValueError: ``hidden_dim`` is below 1, or ``activation`` unknown.
+        ValueError: ``dim`` or ``hidden_dim`` is below 1, or ``activation`` unknown. The call: ``x`` is no tensor that
+            ends in ``dim``.
     """
 
     def __init__(
@@ -89,10 +94,12 @@ class GatedFeedForward(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_count("dim", dim)
         check_count("hidden_dim", hidden_dim)
         if activation not in get_args(Activation):
             raise ValueError(f"activation must be one of {get_args(Activation)}, got {activation!r}")
-        self.activation, self.swiglu_alpha, self.swiglu_limit = activation, swiglu_alpha, swiglu_limit
+        self.dim, self.activation = dim, activation
+        self.swiglu_alpha, self.swiglu_limit = swiglu_alpha, swiglu_limit
         self.gate_proj = nn.Linear(dim, hidden_dim, bias=bias, device=device, dtype=dtype)
         self.up_proj = nn.Linear(dim, hidden_dim, bias=bias, device=device, dtype=dtype)
         self.down_proj = nn.Linear(hidden_dim, dim, bias=bias, device=device, dtype=dtype)
@@ -101,6 +108,7 @@ class GatedFeedForward(nn.Module):
         return f"activation={self.activation}"
 
     def forward(self, x: Tensor) -> Tensor:
+        check_last_axis(x, self.dim)
         return self.down_proj(self._gated(self.gate_proj(x), self.up_proj(x)))
 
     __call__: Callable[..., Tensor]
@@ -130,7 +138,8 @@ class MixtureOfExperts(nn.Module):
         bias: whether the router has a bias.
 
     Raises:
-        ValueError: ``make_expert`` cannot be called, or there are fewer experts than a token takes.
+        ValueError: ``make_expert`` cannot be called, ``dim`` is below 1, or there are fewer experts than a token takes.
+            The call: ``x`` is no tensor that ends in ``dim``.
     """
 
     def __init__(
@@ -148,9 +157,10 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         if not callable(make_expert):
             raise ValueError(f"make_expert must be a function that makes an expert, got {make_expert!r}")
+        check_count("dim", dim)
         check_count("experts_per_token", experts_per_token)
         check_count("num_experts", num_experts, least=experts_per_token)
-        self.experts_per_token, self.normalize = experts_per_token, normalize
+        self.dim, self.experts_per_token, self.normalize = dim, experts_per_token, normalize
         self.router = nn.Linear(dim, num_experts, bias=bias, device=device, dtype=dtype)
         self.experts = nn.ModuleList(make_expert() for _ in range(num_experts))
 
@@ -158,7 +168,8 @@ class MixtureOfExperts(nn.Module):
         return f"experts_per_token={self.experts_per_token}, normalize={self.normalize}"
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = x.flatten(0, -2)  # [N, dim]
+        check_last_axis(x, self.dim)
+        tokens = x.reshape(-1, self.dim)  # [N, dim]
         weights, chosen = self._route(tokens)  # [N, K]
         by_expert = chosen.flatten().argsort(stable=True)  # [N * K]
         counts = chosen.flatten().bincount(minlength=len(self.experts)).tolist()

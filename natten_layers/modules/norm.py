@@ -125,6 +125,8 @@ class AdaRMSNorm(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_count("dim", dim)
+        check_count("cond_dim", cond_dim)
         self.dim, self.cond_dim, self.eps = dim, cond_dim, eps
         self.linear = nn.Linear(cond_dim, dim, bias=False, device=device, dtype=dtype)
         nn.init.zeros_(self.linear.weight)
