@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -585,9 +586,14 @@ def test_files_that_are_refused(tmp_path: Path) -> None:
         DecoderLM.from_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"hf download OWNER/NAME --local-dir DIRECTORY$"):
         DecoderLM.from_pretrained("owner/name")
+    (tmp_path / "alone.gguf").touch()
+    with pytest.raises(FileNotFoundError, match=r"and weights, and alone\.gguf is a file$"):
+        DecoderLM.from_pretrained(tmp_path / "alone.gguf")
     model = DecoderLM(TINY)
     model.save_pretrained(tmp_path)
     weights = tmp_path / hf.WEIGHTS
+    with pytest.raises(FileNotFoundError, match=f"expected a directory .*: give {re.escape(str(tmp_path))}$"):
+        DecoderLM.from_pretrained(weights)
     tensors = load_file(weights)
 
     def refused(changed: dict[str, Tensor]) -> str:

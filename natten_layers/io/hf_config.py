@@ -212,6 +212,9 @@ def _way_out(directory: Path) -> str:
     """Where the files of a model may be that are not in ``directory``."""
     if (directory / "model" / CONFIG).is_file():  # a run of natten-layers-train-lm
         return f": {directory / 'model'} has them"
+    if directory.is_file():
+        has_config = (directory.parent / CONFIG).is_file()
+        return f": give {directory.parent}" if has_config else f", and {directory.name} is a file"
     if not directory.is_dir():
         return "; download a model of the Hugging Face hub first: hf download OWNER/NAME --local-dir DIRECTORY"
     return ""

@@ -132,7 +132,9 @@ class HDiT(nn.Module):
         described, tensors = checkpoints.read_hdit(path)
         if config is None:
             if described is None:
-                raise ValueError(f"{path} holds no config; give the JSON config of its training as config=")
+                raise ValueError(
+                    f"{path} holds no config; give the JSON config of this HDiT's training, as config= or by --config"
+                )
             with naming(path):
                 config = HDiTConfig.from_json(described)
         model = make_on_meta(lambda: cls(config), path, layers=config.num_layers, tensors=len(tensors))
