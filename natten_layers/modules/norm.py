@@ -65,6 +65,9 @@ class RMSNorm(nn.RMSNorm):
         eps: added to the mean square.
         zero_centered: if true, the gain is ``1 + weight`` and ``weight`` starts at 0 (Gemma), so that weight decay
             pulls the gain to 1. Otherwise the gain is ``weight``, which starts at 1.
+
+    Raises:
+        ValueError: ``dim`` is below 1. The call: ``x`` is no tensor that ends in ``dim``.
     """
 
     def __init__(
@@ -113,6 +116,9 @@ class AdaRMSNorm(nn.Module):
         dim: length of the last axis of ``x``.
         cond_dim: length of the last axis of ``cond``.
         eps: added to the mean square.
+
+    Raises:
+        ValueError: ``dim`` or ``cond_dim`` is below 1.
     """
 
     def __init__(
