@@ -504,6 +504,12 @@ def test_what_is_no_tensor_is_named(given: Any) -> None:
             call()  # in one line: without (?s), a dot is no line break
 
 
+def test_equal_configs_have_one_hash() -> None:
+    """So that they are keys of dictionaries and caches, although options of RoPE are a mapping."""
+    for config in (hdit().config, gemma().config):
+        assert hash(config) == hash(copy.deepcopy(config))
+
+
 def test_indices_out_of_range_and_of_other_dtypes_are_named() -> None:
     x, sigma, model, cond = torch.ones(2, 3, 16, 8), torch.ones(2), hdit(), torch.ones(2, 4)
     with pytest.raises(ValueError, match=r"input_ids holds \[-1, 999\]; tokens are 0 to"):

@@ -246,7 +246,7 @@ class HDiTConfig:
     objective: Objective = "diffusion"
     """What the model learns: "diffusion" is for :class:`Denoiser`, "meanflow" for :class:`MeanFlow`, whose models have
     an embedding more, of the time that a velocity is averaged over."""
-    other: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    other: Mapping[str, Any] = field(default_factory=dict, repr=False, hash=False)
     """Other parts of the JSON form (optimizer, loss, ...). The model ignores them; :meth:`to_json` writes them back."""
 
     def __post_init__(self) -> None:

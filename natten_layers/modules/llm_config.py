@@ -106,8 +106,8 @@ class DecoderLMConfig:
     head_dim: Count | None = None
     windows: tuple[Count | None, ...] = (None,)
     max_positions: Count = 131072
-    rope: Mapping[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
-    windowed_rope: Mapping[str, Any] | None = None
+    rope: Mapping[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0}, hash=False)
+    windowed_rope: Mapping[str, Any] | None = field(default=None, hash=False)
     rope_layers: tuple[bool, ...] = (True,)
     rope_interleaved: bool = False
     norm: Literal["rms", "layer"] = "rms"
