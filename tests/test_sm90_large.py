@@ -12,7 +12,7 @@ import torch
 from helpers import FLOOR, Case, assert_close, assert_nan_stays, enlarge, error, make_inputs, oracle, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import problem_of_text
+from problems import problem_of_image, problem_of_text
 from torch import Tensor
 
 pytest.importorskip("triton.experimental.gluon")
@@ -678,6 +678,19 @@ def test_register_tokens_take_it_where_keys_are_asked_to(
     assert chosen.registers is not None
     assert [choice.variant.name for choice in chosen[:3] if choice is not None] == [query, key, key]
     assert chosen.uses_tma == (variants.LARGE in (query, key))
+
+
+def test_register_tokens_keep_their_kernel_where_keys_take_one_that_has_none_for_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    registers = contiguous((8, 128, 2, 64))
+    problem = problem_of_image(monkeypatch, additional_keys=registers, additional_values=registers)
+    question = Question(problem, True, problem.query)
+    with override(variants={"backward_query": variants.MEDIUM, "backward_key": variants.MEDIUM}):
+        chosen = choose_backward(question)
+    assert chosen.registers is not None
+    found = [choice.variant.name for choice in (chosen.query, chosen.key, chosen.registers)]
+    assert found == [variants.MEDIUM, variants.MEDIUM, variants.LARGE]
 
 
 def test_gradients_of_large_windows_take_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,8 @@ def choose(direction: Direction, question: Question | CacheProblem) -> Choice:
 def _asked_for(direction: Direction, question: Question | CacheProblem) -> Choice | None:
     """The variant that an override or tuning asks for, or None if neither does or it cannot compute the call.
 
-    Directions that are not tuned by themselves follow another one. The last variant of a direction is the portable one.
+    Directions that are not tuned by themselves follow another one (``TUNED_AS``), if they have a variant of that name.
+    Preparation in a launch of its own goes with every forward kernel.
     """
     tuned_as = TUNED_AS.get(direction)
     if tuned_as is None or not isinstance(question, Question) or is_portable_only():
@@ -54,7 +55,9 @@ def _asked_for(direction: Direction, question: Question | CacheProblem) -> Choic
     name = variant_for(tuned_as, question.problem.problem_class)
     if name not in [variant.name for variant in VARIANTS[tuned_as]]:
         return None
-    variant = next((variant for variant in variants if variant.name == name), variants[-1])
+    variant = next((variant for variant in variants if variant.name in (name, PREPARE_THEN_ATTEND.name)), None)
+    if variant is None:
+        return None
     plan = plan_of(variant, question)
     reason = f"tuning or an override asks for {name}"
     passed = [PassedOver(other.name, reason) for other in variants[: variants.index(variant)]]
