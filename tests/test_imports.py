@@ -116,6 +116,23 @@ def test_kernels_know_nothing_of_who_calls_them() -> None:
             assert not found, f"{module} imports {found}"
 
 
+def test_kernels_take_arguments_of_operators_by_name() -> None:
+    """A slice, or a name behind a star, would mean another argument once there is one more."""
+    groups = {"inputs", "options", "cotangents", "saved", "tangents", "problem"}
+    found = []
+    for module, path in modules().items():
+        if not module.startswith("kernels.") or module.startswith("kernels.ops."):  # torch gives operators a flat tuple
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            match node:
+                case ast.Subscript(value=ast.Name(id=name), slice=ast.Slice()) if name in groups:
+                    found.append(f"{module}, line {node.lineno}: {ast.unparse(node)}")
+                case ast.Assign(targets=[ast.Tuple(elts=[*names, _])], value=ast.Name(id=name)) if name in groups:
+                    if any(isinstance(each, ast.Starred) for each in names):
+                        found.append(f"{module}, line {node.lineno}: {ast.unparse(node)}")
+    assert not found
+
+
 def test_the_package_needs_neither_triton_nor_numpy_nor_the_compiler() -> None:
     """Neither importing the package nor eager attention, ``explain`` and a model import one of them."""
     script = """

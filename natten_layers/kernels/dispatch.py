@@ -145,7 +145,7 @@ def jvp(
     problem: Problem, inputs: Inputs, options: Options, saved: SavedResults, tangents: Tangents
 ) -> tuple[Tensor, Tensor]:
     """Tangents of ``out [B, *spatial, Hq, Dv]`` and, in fp32, of the log-sum-exp ``[B, *spatial, Hq]``."""
-    layouts = tuple(None if x is None else layout(x) for x in tangents[:-1])
+    layouts = tuple(None if x is None else layout(x) for x in tangents.addressed)
     variant, plan, _ = choose("jvp", Question(problem, True, tangents=layouts))
     return variant.run(plan, problem, inputs, options, saved, tangents)
 

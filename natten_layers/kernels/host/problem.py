@@ -135,9 +135,9 @@ class Inputs(NamedTuple):
     """``[Hq, 2 * kernel_size - 1 per axis]``, contiguous: biases of scaled scores by the distance of query and key."""
 
     @property
-    def addressed(self) -> tuple[Tensor | None, ...]:
+    def addressed(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """The tensors that some kernels read by TMA."""
-        return self[:5]
+        return self.query, self.key, self.value, self.additional_keys, self.additional_values
 
 
 class Options(NamedTuple):
@@ -184,6 +184,14 @@ class Tangents(NamedTuple):
     additional_keys_tangent: Tensor | None = None
     additional_values_tangent: Tensor | None = None
     sink_tangent: Tensor | None = None
+
+    @property
+    def addressed(self) -> tuple[Tensor | None, ...]:
+        """Those of :attr:`Inputs.addressed`."""
+        return (
+            self.query_tangent, self.key_tangent, self.value_tangent, self.additional_keys_tangent,
+            self.additional_values_tangent,
+        )  # fmt: skip
 
 
 class RowStatistics(NamedTuple):
@@ -401,10 +409,13 @@ class Problem(NamedTuple):
         return (batch if self.packing is None else 0), *others
 
     def input_strides(self) -> tuple[tuple[int, ...], ...]:
-        return (
-            self.strides_of(self.query), self.strides_of(self.key), self.strides_of(self.value),
-            register_strides(self.additional_keys), register_strides(self.additional_values),
-        )  # fmt: skip
+        """Those of query, key, value, additional keys and additional values."""
+        return *self.token_strides, register_strides(self.additional_keys), register_strides(self.additional_values)
+
+    @property
+    def token_strides(self) -> tuple[tuple[int, ...], ...]:
+        """Those of query, key and value."""
+        return self.strides_of(self.query), self.strides_of(self.key), self.strides_of(self.value)
 
     @property
     def mask_strides(self) -> tuple[int, ...] | None:

@@ -51,7 +51,7 @@ MAX_HEAD_DIM = 256
 DIFFERENTIABLE = Inputs._fields[: len(Tangents._fields)]
 """Names of the inputs that may have tangents"""
 SHARED = tuple(map(Inputs._fields.index, ("sink", "rpb")))
-"""Places of the inputs of which a batch has one"""
+"""Positions, among the inputs, of those that a batch shares"""
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # asked once, as the search takes longer than a launch
 
 
@@ -264,7 +264,7 @@ def _backward_flop(*groups: Any) -> int:
 def _jvp_flop(inputs: Inputs, options: Options, saved: SavedResults, tangents: Tangents) -> int:
     """Five matrix products if all tangents are given: scores, two for their tangents, two for those of the output."""
     head_dim, value_dim = inputs.query.shape[-1], inputs.value.shape[-1]
-    of_scores = [x is not None for x in tangents[:2]]
+    of_scores = [x is not None for x in (tangents.query_tangent, tangents.key_tangent)]
     columns = head_dim * (1 + sum(of_scores)) + value_dim * (any(of_scores) + (tangents.value_tangent is not None))
     return forward_flop(inputs, options) * columns // (head_dim + value_dim)
 

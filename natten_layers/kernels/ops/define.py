@@ -56,7 +56,7 @@ R = TypeVar("R")
 Ts = TypeVarTuple("Ts")
 Results = Tensor | tuple[Tensor | None, ...]
 Mapped = tuple[tuple[Tensor, ...], tuple[int, ...]]
-"""What a rule of ``vmap`` returns: results, and the places of their mapped axes"""
+"""What a rule of ``vmap`` returns: results, and the positions of their mapped axes"""
 
 library = torch.library.Library("natten_layers", "DEF")
 _PLAIN = frozenset((Tensor, nn.Parameter, type(None), int, float, bool, str, tuple, list))

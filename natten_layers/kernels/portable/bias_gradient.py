@@ -367,7 +367,7 @@ def bias_plan(p: Problem, grad_out: Layout, size: Size | None = None, programs: 
     around, heads = surroundings(p, tile, chunk), p.query.shape[-2]
     owners = heads * prod(around.chunks)
     slices = max(1, min(ceil(programs / owners), p.tile_count(tile) // LEAST_TILES))
-    tensor_strides = *p.input_strides()[:3], strides(grad_out)
+    tensor_strides = *p.token_strides, strides(grad_out)
     unit = stride_unit(tensor_strides)
     query, key, value, grad = in_units(tensor_strides, unit)
     spec = Spec(
@@ -398,12 +398,13 @@ def bias_gradient(
     plan: BiasPlan, problem: Problem, inputs: Inputs, options: Options, grad_out: Tensor, statistics: RowStatistics
 ) -> Tensor:
     """The gradient of the table. Allocates a matrix of a tile's queries and a chunk's keys in fp32 for each program."""
-    query, key, value, *_, rpb = inputs
+    rpb, config = inputs.rpb, plan.config
     assert rpb is not None
-    tile, chunk, *_ = plan.config
-    sums = torch.empty(plan.programs * prod(tile) * prod(chunk), dtype=torch.float32, device=rpb.device)
-    delta, lse, _ = statistics
-    tensors = BiasGradientTensors(query, key, value, grad_out, delta, lse, rpb, sums, inputs.key_mask)
+    entries = plan.programs * prod(config.tile) * prod(config.chunk)
+    sums = torch.empty(entries, dtype=torch.float32, device=rpb.device)
+    tensors = BiasGradientTensors(
+        inputs.query, inputs.key, inputs.value, grad_out, statistics.delta, statistics.lse, rpb, sums, inputs.key_mask
+    )  # fmt: skip
     plan.launch((tensors,), (options.scale,))
     grad = torch.empty_like(rpb)
     plan.launch_sum((sums, grad))

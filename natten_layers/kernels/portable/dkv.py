@@ -28,6 +28,7 @@ from ..host.problem import (
     contiguous,
     in_units,
     new_like,
+    register_strides,
     stride_unit,
 )
 from ..host.tiling import register_block
@@ -336,7 +337,7 @@ def backward_register_kernel(
 def key_plan(p: Problem, grad_out: Layout) -> Plan:
     config = tile_config_for("backward_key", p.key_problem_class)
     results = contiguous(p.key.shape), contiguous(p.value.shape)
-    tensor_strides = *p.input_strides()[:3], p.strides_of(grad_out)
+    tensor_strides = *p.token_strides, p.strides_of(grad_out)
     unit = stride_unit(tensor_strides)
     query, key, value, grad = in_units(tensor_strides, unit)
     launch = launcher(
@@ -382,7 +383,7 @@ class RegisterTokensConfig(NamedTuple):
 
 
 def register_plan(p: Problem, grad_out: Layout) -> Plan:
-    q_strides, _, _, *register_strides = p.input_strides()
+    register_steps = register_strides(p.additional_keys), register_strides(p.additional_values)
     registers, rows = register_block(p.problem_class, p.register_tile)
     # Enough programs to fill a large GPU, each with several blocks of rows. The number depends on shapes alone, so that
     # results do not differ between devices.
@@ -393,7 +394,7 @@ def register_plan(p: Problem, grad_out: Layout) -> Plan:
         backward_register_kernel,
         (p.samples * p.kv_heads * slices, ceil(p.registers / registers)),
         (
-            Strides(q_strides, None, None, *register_strides, p.strides_of(grad_out)),
+            Strides(p.strides_of(p.query), None, None, *register_steps, p.strides_of(grad_out)),
             lengths, tokens, slices, p.group, p.kv_heads, p.registers,
         ),
         SPEC=Spec(**head_fields(p), register_tile=registers), BM=rows, num_warps=4,

@@ -376,9 +376,9 @@ def jvp(
 ) -> tuple[Tensor, Tensor]:
     """Tangents of ``out [B, *spatial, Hq, Dv]`` and, in fp32, of ``lse [B, *spatial, Hq]``. Allocates only these."""
     out_tangent, lse_tangent = new_like(saved.out), new_like(saved.row_max)
-    *readable, _, _ = inputs  # neither shapes nor a bias
     tensors = JvpTensors(
-        *readable, *tangents, *saved, out_tangent, lse_tangent, problem.tile_table(plan.config.tile)
+        *inputs.addressed, inputs.sink, inputs.key_mask, *tangents, *saved, out_tangent, lse_tangent,
+        problem.tile_table(plan.config.tile),
     )  # fmt: skip
     plan.launch((tensors,), (options.sink_value, options.scale))
     return out_tangent, lse_tangent

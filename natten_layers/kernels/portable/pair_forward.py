@@ -141,7 +141,7 @@ class PairPlan(NamedTuple):
 
 
 def plan(p: Problem, config: TileConfig, with_stats: bool) -> PairPlan:
-    tensor_strides = p.input_strides()[:3]
+    tensor_strides = p.token_strides
     key_pair, value_pair = pair_layout(p.key), pair_layout(p.value)
     pair_strides = p.strides_of(key_pair), p.strides_of(value_pair)
     unit = stride_unit((*tensor_strides, *pair_strides))
@@ -165,7 +165,7 @@ def forward(
     plan: PairPlan, problem: Problem, inputs: Inputs, options: Options, with_stats: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """What ``portable.forward.forward`` computes. Allocates copies of keys and values beside its results."""
-    query, key, value = inputs[:3]
+    query, key, value = inputs.query, inputs.key, inputs.value
     key_pair, value_pair, units = plan.split(problem, key, value)
     out, row_max, row_sum = new_results(query, value.shape[-1], with_stats)
     tensors = PairForwardTensors(query, key, value, key_pair, value_pair, units, out, row_max, row_sum, inputs.sink)

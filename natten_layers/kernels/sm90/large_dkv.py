@@ -357,7 +357,7 @@ def key_gradients(
     Allocates its results and, if another kernel computed dQ, a copy of the statistics.
     """
     head_major = head_major_of(problem, statistics)
-    query, key, value = inputs[:3]
+    query, key, value = inputs.query, inputs.key, inputs.value
     grad_key, grad_value, counter = new_like(key), new_like(value), key.new_zeros(2, dtype=torch.int32)
     call = prepare(config, problem, layout(grad_out), layout(head_major.lse))
     tensors = grad_key, grad_value, counter, problem.query_table()

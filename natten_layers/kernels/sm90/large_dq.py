@@ -213,7 +213,7 @@ def query_gradient(
     """dQ and its statistics. Allocates only these."""
     grad_out = cotangents.grad_out
     statistics = statistics_of(problem, cotangents)
-    query, *keys = inputs[:5]
+    query, *keys = inputs.addressed
     grad_query, counter = new_like(query), query.new_zeros(2, dtype=torch.int32)
     call = prepare(config, problem, layout(grad_out), statistics.head_major.lse.shape[-1])
     tensors = *statistics.head_major, grad_query, counter, problem.window_table()

@@ -206,7 +206,7 @@ def register_gradients(
     statistics.
     """
     head_major = head_major_of(problem, statistics)
-    query, _, _, keys, values = inputs.addressed
+    query, keys, values = inputs.query, inputs.additional_keys, inputs.additional_values
     assert keys is not None
     assert values is not None
     sums_k, sums_v = (

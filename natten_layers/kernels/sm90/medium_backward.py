@@ -345,7 +345,7 @@ def query_gradient(
     config: MediumTileConfig, problem: Problem, inputs: Inputs, options: Options, cotangents: Cotangents
 ) -> tuple[Tensor, RowStatistics]:
     """dQ, delta and the base-2 lse, as ``portable.dq`` returns them. Allocates only these."""
-    query, *seen = inputs[:5]
+    query, *seen = inputs.addressed
     out, row_max, row_sum, grad_out, grad_lse = cotangents
     grad_query = new_like(query)
     delta, lse = torch.empty_like(row_max), torch.empty_like(row_max)

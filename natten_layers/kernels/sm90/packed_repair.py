@@ -60,9 +60,9 @@ def repair_query(
     statistics: RowStatistics, nonfinite: Tensor,
 ) -> None:  # fmt: skip
     """Compute dQ and its statistics once more if ``nonfinite`` is raised, in place."""
-    _, _, _, grad_out, grad_lse = cotangents
+    grad_lse = cotangents.grad_lse
     grad_lse_layout = None if grad_lse is None else layout(grad_lse[..., None])
-    plan, launch = query_repair(problem, layout(grad_out), grad_lse_layout)
+    plan, launch = query_repair(problem, layout(cotangents.grad_out), grad_lse_layout)
     tensors = dq.query_tensors(plan, problem, inputs, cotangents, grad_query, statistics)
     launch((nonfinite, tensors), (options.scale,))
 
