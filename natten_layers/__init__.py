@@ -62,7 +62,7 @@ Commands, each with --help
     natten-layers-train-lm, natten-layers-generate
                               a language model on bytes; text from it, or from a Hugging Face directory
     natten-layers-convert     multi-head checkpoints to grouped-query ones
-    natten-layers-tune        a search for the fastest tiles of one problem on this machine's GPU
+    natten-layers-tune        a search for the fastest kernels and tiles of a problem on this machine's GPU
 
 These names, modules and commands are the public interface: docs/stable.md says what a release may change. All other
 modules are internal.

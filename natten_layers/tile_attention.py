@@ -177,8 +177,9 @@ def _look_up(table: Tensor | None, chunk: Chunk, part: Part, group: int) -> Tens
 
 
 def _nonfinite_rows(nonfinite: Tensor, chunk: Chunk, part: Part, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """NaN where a row sees a nonfinite key or value, else 0, ``[Z, *m, 1, T, 1]``; and for keys alone, without the last
-    axis.
+    """What is added to outputs ``[Z, *m, 1, T, 1]``, and to log-sum-exps ``[Z, *m, 1, T]``: NaN or 0.
+
+    It is NaN where a row sees a nonfinite key or, for outputs, a nonfinite value.
     """
     seen = (bias + 1).relu()  # 1 or 0
     counts = torch.einsum("mtu,zmuc->zmtc", seen, _gather(nonfinite.narrow(0, *part), chunk)).cumsum(-1)
@@ -324,8 +325,8 @@ def _tangents(
     q_dot, k_dot, v_dot = (
         torch.zeros_like(x) if t is None else t for x, t in zip((query, key, value), known, strict=True)
     )
-    moved = torch.cat([nonfinite_mask(k_dot), nonfinite_mask(v_dot)], -1)
-    nonfinite = moved if nonfinite is None else nonfinite + moved
+    nonfinite_dots = torch.cat([nonfinite_mask(k_dot), nonfinite_mask(v_dot)], -1)
+    nonfinite = nonfinite_dots if nonfinite is None else nonfinite + nonfinite_dots
     k_dot, v_dot = (t.nan_to_num(0.0, 0.0, 0.0) for t in (k_dot, v_dot))
     group = query.shape[-3]
     parts: list[tuple[Tensor, Tensor]] = []

@@ -120,7 +120,10 @@ def inside_corners(inner, corner, box, RANK: tl.constexpr):
 def score_gradients(
     i_batch, i, near, inner, b_bias, views, statistics, key_mask, axes, i_head, group, heads, scale, SPEC: tl.constexpr
 ):  # fmt: skip
-    """Gradients ``[M, N]`` of the scores of the tile with the numbers ``i`` and the keys ``near`` its first query."""
+    """Gradients ``[M, N]`` of the scores of tile ``i`` and a chunk of keys that starts ``near`` from its first query.
+
+    ``i`` has the tile's number on each axis, and ``near`` a distance.
+    """
     TILE: tl.constexpr = SPEC.tile
     RANK: tl.constexpr = SPEC.rank
     BD: tl.constexpr = SPEC.columns
@@ -162,9 +165,9 @@ def score_gradients(
 
 @triton.jit
 def biases_near(RPB, near, inner, kernel, SPEC: tl.constexpr):
-    """Biases ``[M, N]`` of a head, in units of base-2 logits, of the keys ``near`` a tile's first query.
+    """Biases ``[M, N]`` of a head, in units of base-2 logits, of keys that start ``near`` from a tile's first query.
 
-    Zeros stand for those at distances that no pair has.
+    They are zero at distances that no pair of a query and a key that it sees has.
     """
     TILE: tl.constexpr = SPEC.tile
     row = inner_indices(TILE)

@@ -36,7 +36,6 @@ LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 # Start of the running maximum: the lowest finite fp32 number. It is finite so that a row whose first chunk is fully
 # masked does not compute inf - inf.
 LOWEST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
-NO: tl.constexpr = tl.constexpr(False)
 # Boxes in which ``shows_all`` reads a mask of one, two and three axes. Windows on one axis are the longest.
 MASK_BOXES: tl.constexpr = tl.constexpr(((1, 1, 2048), (1, 16, 32), (4, 8, 16)))
 

@@ -22,7 +22,7 @@ SCORES = 320
 # spill.
 ROLLING_SCORES = 336
 # Most scores of a row in the backward pass, whose kernels hold gradients of scores beside the scores.
-GRADIENTS = 256
+BACKWARD_SCORES = 256
 # The rolling kernel is used where a tile sees at least this many keys, and at most this share of them is new to it.
 LEAST_LOADED = 96
 RELOADED = 0.6
@@ -350,7 +350,7 @@ def cut(tiles: int, tile_rows: int, programs: int) -> tuple[tuple[int, int], int
 def small_dq_tile_config(problem: Problem, pack: int | None = None) -> SmallTileConfig | None:
     """The configuration for gradients of queries; None if the kernel cannot compute them."""
     config = small_tile_config(problem, pack)
-    if config is None or config.keys > GRADIENTS:
+    if config is None or config.keys > BACKWARD_SCORES:
         return None
     dim = head_width(problem.query.shape[-1])
     # Room for scores of 64 keys and their gradients, accumulators and some more; with less ptxas serializes products.
@@ -372,7 +372,7 @@ def small_dkv_tile_config(problem: Problem) -> SmallTileConfig | None:
     dim = head_width(p.query.shape[-1])
     bare = p._replace(additional_keys=None)
     configs = [small_candidate(bare, tile, axis, 1, query_bounds) for tile in small_tiles(p, 1) for axis in range(3)]
-    config = min((x for x in configs if x.keys <= GRADIENTS and _fits(p, x)), key=_small_cost, default=None)
+    config = min((x for x in configs if x.keys <= BACKWARD_SCORES and _fits(p, x)), key=_small_cost, default=None)
     if config is None:
         return None
     needed = 72 + dim  # room for scores of 32 queries and their gradients, two accumulators and some more

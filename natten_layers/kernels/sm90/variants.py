@@ -86,7 +86,7 @@ MEDIUM_KEYS_ON_ONE_AXIS = 192
 MEDIUM_CHANNELS = 64
 # Of two kernels that compute one tile a program, those for small windows are slower for dQ on two and three axes from
 # this many keys on: 9x9 of 56 channels 0.193 and 0.172, 13x13 of 64 with four heads a group 0.643 and 0.524. With
-# strides they are for dK and dV, however small the window: 8x8 with a stride of 4x4 0.457 and 0.351.
+# strides they are slower for dK and dV, too, however small the window: 8x8 with a stride of 4x4 0.457 and 0.351.
 MEDIUM_WINDOW_OF_DQ = 80
 # A call with such a window is large enough to hide launch overhead, which the descriptors of up to three parts of each
 # tensor double, from this many (query, key) pairs times channels on. Call after call, 24 heads of 96 channels with
@@ -413,12 +413,13 @@ def _fused_prep_gap(question: Question) -> str | None:
     if dim not in (64, 128):
         return f"it prepares heads of 64 and of 128 channels, not of {dim}"
     if question.prep.interleaved:
-        return "pairs of neighboring elements turn; it turns halves with each other"
+        return "RoPE rotates pairs of neighboring elements; it rotates those of one half with those of the other"
     if question.prep.by_axis:
         return "coordinates have frequencies of their own; it takes the same ones for all"
     if pairs not in (0, dim // 4, dim // 2) or len(set(split)) > 1:
         return (
-            f"{split} pairs turn in heads of {dim} elements; it turns half of a head, or all, or none, in equal parts"
+            f"RoPE rotates {split} pairs in heads of {dim} elements; it rotates half of a head, all or nothing, with "
+            "equally many pairs for each coordinate"
         )
     return undilated_gap(question, "registers")
 
