@@ -27,7 +27,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from torch import Tensor
 
 from natten_layers.integrations.diffusers import neighborhood, unpatch
-from natten_layers_cli.running import run_command
+from natten_layers_cli.running import Parser, run_command
 
 TINY_TRANSFORMER: dict[str, Any] = {
     "in_channels": 16,
@@ -55,7 +55,8 @@ def parse_layers(text: str) -> list[int]:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    counts = ("height", "width", "steps", "stride", "kernel_size")
+    parser = Parser(description=__doc__, least=dict.fromkeys(counts, 1))
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("weights", nargs="?", type=Path, help="directory of a FLUX pipeline")
     source.add_argument("--tiny", action="store_true", help="a tiny pipeline with random weights, for any machine")
@@ -77,7 +78,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="to run on")
     parser.add_argument("--bf16", action="store_true", help="in bfloat16")
     parser.add_argument("--save", type=Path, help="write the image")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse(argv)
     tiny = arguments.tiny
     defaults = {
         "height": TINY_SIZE if tiny else 1024,
@@ -88,9 +89,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for name, value in defaults.items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
-    for name in ("height", "width", "steps", "stride"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(arguments, name)}")
     if len(arguments.kernel_size) > 2:
         parser.error(f"--kernel-size takes one number or two, got {arguments.kernel_size}")
     return arguments

@@ -78,6 +78,8 @@ class Variant:
     pays: Callable[[Any], str | None] = lambda question: None
     """Returns the reason why another variant is expected to be faster, or None."""
     uses_tma: bool = False
+    """Whether it is a kernel for one compute capability, which reads tensors by TMA: their addresses must be multiples
+    of 16 bytes, and ``override(portable_only=True)`` leaves it out."""
 
 
 class PassedOver(NamedTuple):
