@@ -276,7 +276,7 @@ def test_frequencies_survive_half_precision(rope: AxialRoPE | RoPE) -> None:
         (lambda: AxialRoPE(7, 2), "head_dim must be at least 4 \\* axes = 8, got 7"),
         (lambda: AxialRoPE(8, 3, num_kv_heads=2), "multiple of num_kv_heads, got 3 and 2"),
         (lambda: AxialRoPE(8, 2, freqs=torch.ones(3, 1)), r"freqs has shape \(3, 1\); expected \[2 or 1, n\]"),
-        (lambda: AxialRoPE(8, 2, freqs=torch.ones(1, 3)), "turn 6 pairs; a head of 8 elements has 1 to 4"),
+        (lambda: AxialRoPE(8, 2, freqs=torch.ones(1, 3)), "rotate 6 pairs; a head of 8 elements has 1 to 4"),
         (lambda: AxialRoPE(8, 2, freqs=torch.ones(1, 3), split=(1, 3)), r"split=\(1, 3\) .* add up to 3"),
         (lambda: AxialRoPE(8, 2, freqs=torch.ones(1, 3), split=(1, 1, 1)), r"split=\(1, 1, 1\) must be 2 numbers"),
         (lambda: AxialRoPE(16, 2, periods=(1.0,)), r"periods=\(1.0,\) must be 2 entries"),
@@ -289,7 +289,7 @@ def test_frequencies_survive_half_precision(rope: AxialRoPE | RoPE) -> None:
         (lambda: AxialRoPE(8, 2)(randn(1, 4, 4, 4, 8), randn(1, 4, 4, 4, 8)), "made for 2 and 2 of 8"),
         (lambda: AxialRoPE(8, 2)(randn(1, 4, 4, 2, 8), randn(1, 4, 4, 2, 8), randn(4, 3, 2)), "positions has shape"),
         (lambda: RoPE(8)(randn(1, 4, 2, 8), randn(1, 4, 2, 8), torch.arange(3)), r"positions has shape \(3,\)"),
-        (lambda: RoPE(8)(randn(1, 4, 4, 2, 8), randn(1, 4, 4, 2, 8)), "one spatial axis: AxialRoPE turns by coord"),
+        (lambda: RoPE(8)(randn(1, 4, 4, 2, 8), randn(1, 4, 4, 2, 8)), "one spatial axis: AxialRoPE rotates by coord"),
     ],
 )
 def test_rope_errors(make, message: str) -> None:
@@ -716,5 +716,5 @@ def test_a_rope_for_other_heads_says_which_one_to_make() -> None:
     """The layer does not wait for the first call."""
     with pytest.raises(ValueError, match=r"make AxialRoPE\(16, 4, num_kv_heads=2\)"):
         NeighborhoodGQA(64, 4, 3, num_kv_heads=2, rope=AxialRoPE(16, 4))
-    with pytest.raises(ValueError, match=r"heads of 16 elements; this RoPE turns 32: make RoPE\(16\)"):
+    with pytest.raises(ValueError, match=r"heads of 16 elements; this RoPE rotates 32: make RoPE\(16\)"):
         NeighborhoodGQA(64, 4, 3, rope=RoPE(32))

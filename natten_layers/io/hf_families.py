@@ -132,16 +132,16 @@ def _phi3(raw: Mapping[str, Any]) -> dict[str, Any]:
 def _smollm3(raw: Mapping[str, Any]) -> dict[str, Any]:
     interval = raw.get("no_rope_layer_interval") or 4
     layers = range(raw["num_hidden_layers"])
-    turns = raw.get("no_rope_layers") or [int((layer + 1) % interval != 0) for layer in layers]  # 1 is RoPE
-    if len(turns) != len(layers):
-        raise ValueError(f"config key no_rope_layers has {len(turns)} entries for {len(layers)} layers")
+    has_rope = raw.get("no_rope_layers") or [int((layer + 1) % interval != 0) for layer in layers]  # 1 is RoPE
+    if len(has_rope) != len(layers):
+        raise ValueError(f"config key no_rope_layers has {len(has_rope)} entries for {len(layers)} layers")
     windowed = raw.get("use_sliding_window", False) and raw.get("sliding_window") is not None
     return {
         **_llama(raw),
         "num_kv_heads": raw.get("num_key_value_heads", 4),
         "max_positions": raw.get("max_position_embeddings", 32768),
-        "rope_layers": tuple(map(bool, turns)),
-        "windows": _windows(raw, lambda layer: windowed and not turns[layer]),
+        "rope_layers": tuple(map(bool, has_rope)),
+        "windows": _windows(raw, lambda layer: windowed and not has_rope[layer]),
         "tie_embeddings": raw.get("tie_word_embeddings", True),
     }
 
@@ -379,8 +379,8 @@ def _granite_keys(options: Mapping[str, Any]) -> dict[str, Any]:
 def _granite_swa_keys(options: Mapping[str, Any]) -> dict[str, Any]:
     full, windowed = (options[name] or options["rope"] for name in ("rope", "windowed_rope"))
     thetas = [
-        (full if window is None else windowed)["rope_theta"] if turns else 0.0
-        for window, turns in zip(options["windows"], _of_layers(options, "rope_layers"), strict=True)
+        (full if window is None else windowed)["rope_theta"] if has_rope else 0.0
+        for window, has_rope in zip(options["windows"], _of_layers(options, "rope_layers"), strict=True)
     ]
     return {**_granite_keys(options), **_kinds(options), "layer_rope_theta": thetas}
 

@@ -34,7 +34,7 @@ class RopeOptions(TypedDict, total=False):
 
 
 def rotary_dim(head_dim: int, rope: Mapping[str, Any]) -> int:
-    """Elements of a head that turn."""
+    """Elements of a head that RoPE rotates."""
     return int(head_dim * rope.get("partial_rotary_factor", 1.0))
 
 
@@ -54,12 +54,12 @@ class DecoderLMConfig:
             it. A single entry applies to every layer.
         max_positions: length of the longest text, prompt and generated tokens together.
         rope: ``rope_theta``, ``rope_type`` and the keys of that type, see :class:`~natten_layers.modules.rope.RoPE`.
-            ``partial_rotary_factor`` is the share of a head, from its start, that turns (Phi-4-mini, GLM-4).
+            ``partial_rotary_factor`` is the share of a head, from its start, that is rotated (Phi-4-mini, GLM-4).
             ``llama_4_scaling_beta`` multiplies queries by ``1 + beta * log(1 + position //
             original_max_position_embeddings)`` (Ministral 3).
         windowed_rope: the same for layers with a window; None is ``rope``.
         rope_layers: one entry per layer, or one for all: whether it has RoPE (SmolLM3, Exaone 4, Cohere 2).
-        rope_interleaved: neighboring elements turn together (GLM-4, Cohere 2).
+        rope_interleaved: neighboring elements are rotated together (GLM-4, Cohere 2).
         norm: "rms", or "layer" for layer norm without a bias (Cohere 2).
         norm_eps: added to the mean square, or the variance, in every norm.
         zero_centered_norm: norm gains are ``1 + weight`` (Gemma).

@@ -139,7 +139,7 @@ def normalize_and_rotate(
         return _fused(query, key, norm, angles)
     if norm is not None:
         query, key = norm.apply(query, norm.query_gain), norm.apply(key, norm.key_gain)
-    return (query, key) if angles is None else angles.turn(query, key)
+    return (query, key) if angles is None else angles.rotate(query, key)
 
 
 def _unsupported(query: Tensor, key: Tensor, angles: Angles | None) -> str | None:

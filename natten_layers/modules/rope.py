@@ -1,10 +1,10 @@
-"""Rotary position embeddings, in two forms, of the ``2 n`` elements of a head that turn.
+"""Rotary position embeddings, in two forms, of the ``2 n`` elements of a head that are rotated.
 
-Half-split (Llama, HDiT, most others): element ``i`` turns with element ``i + n``. Interleaved (GPT-J, GLM, Cohere,
-LTX): element ``2 i`` turns with element ``2 i + 1``.
+Half-split (Llama, HDiT, most others): element ``i`` is rotated with element ``i + n``. Interleaved (GPT-J, GLM, Cohere,
+LTX): element ``2 i`` is rotated with element ``2 i + 1``.
 
 A module of this file is called as ``rope(query, key, positions)`` with ``query [B, *spatial, Hq, D]`` and
-``key [B, *spatial, Hkv, D]``, and returns both rotated, in their own dtypes. Query head ``h`` turns with KV head
+``key [B, *spatial, Hkv, D]``, and returns both rotated, in their own dtypes. Query head ``h`` is rotated with KV head
 ``h // (Hq // Hkv)``. Angles are computed in fp32, or in fp64 for fp64 activations, never in half precision.
 """
 
@@ -140,7 +140,7 @@ class Angles(NamedTuple):
         cos, sin = theta.cos(), theta.sin()
         return (cos, sin) if self.factor == 1.0 else (cos * self.factor, sin * self.factor)
 
-    def turn(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    def rotate(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         rotate = rotate_interleaved if self.interleaved else rotate_half_split
         cos, sin = self.table(_angle_dtype(query))
         key = rotate(key, cos, sin)
@@ -176,7 +176,7 @@ class Rotary(Constants):
         return self.freqs
 
     def check_heads(self, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
-        """Raise a ValueError for heads that this cannot turn."""
+        """Raise a ValueError for heads that this cannot rotate."""
 
     def angles(self, query: Tensor, key: Tensor, positions: Tensor | None) -> Angles:
         raise NotImplementedError
@@ -184,13 +184,13 @@ class Rotary(Constants):
     def forward(self, query: Tensor, key: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Query and key rotated by :meth:`angles`, which says what it takes."""
         check_tensors(query=query, key=key)
-        return self.angles(query, key, positions).turn(query, key)
+        return self.angles(query, key, positions).rotate(query, key)
 
     __call__: Callable[..., tuple[Tensor, Tensor]]
 
 
 def angles_of(rope: nn.Module, query: Tensor, key: Tensor, positions: Tensor | None) -> Angles | None:
-    """By what ``rope(query, key, positions)`` turns its arguments, or None where it has to be called."""
+    """By what ``rope(query, key, positions)`` rotates its arguments, or None where it has to be called."""
     if isinstance(rope, Rotary) and is_plain(rope, Rotary.forward):
         return rope.angles(query, key, positions)
     return None
@@ -223,9 +223,9 @@ class AxialRoPE(Rotary):
     """Rotary embedding over real-valued coordinates, with its own frequencies for every head.
 
     With ``n = head_dim // (4 * axes)`` frequencies per head and axis, the first ``2 * axes * n`` elements of a head
-    turn (half of it). All frequencies are ``exp(linspace(ln pi, ln 10 pi, num_heads * n + 1)[:-1])``; head ``h`` takes
-    elements ``j * num_heads + h``. A group of query heads that shares a KV head has the group's first query head's
-    frequencies. Two axes are HDiT's embedding (Crowson et al. 2024, https://arxiv.org/abs/2401.11605).
+    are rotated (half of it). All frequencies are ``exp(linspace(ln pi, ln 10 pi, num_heads * n + 1)[:-1])``; head
+    ``h`` takes elements ``j * num_heads + h``. A group of query heads that shares a KV head has the group's first
+    query head's frequencies. Two axes are HDiT's embedding (Crowson et al. 2024, https://arxiv.org/abs/2401.11605).
 
     Args:
         head_dim: elements of a head, at least ``4 * axes``.
@@ -241,7 +241,7 @@ class AxialRoPE(Rotary):
             as 360 for longitudes in degrees, or None where it does not. Frequencies are rounded to whole turns a
             period, at least one, so that scores depend on the distance along the ring, as windows do with
             ``is_periodic``. In :func:`make_axial_pos` the long side of an image is 2.0 long.
-        interleaved: element ``2 i`` turns with ``2 i + 1``, as in LTX's video models, instead of ``i`` with
+        interleaved: element ``2 i`` is rotated with ``2 i + 1``, as in LTX's video models, instead of ``i`` with
             ``i + pairs``.
 
     The frequencies are the buffer ``freqs``. It is in fp32 or better, whatever torch's default dtype, and stays so
@@ -371,7 +371,7 @@ def _check_freqs(
     pairs = n if split is not None else axes * n
     if not 1 <= pairs <= head_dim // 2:
         raise ValueError(
-            f"freqs of shape {tuple(freqs.shape)} turn {pairs} pairs; a head of {head_dim} elements has 1 "
+            f"freqs of shape {tuple(freqs.shape)} rotate {pairs} pairs; a head of {head_dim} elements has 1 "
             f"to {head_dim // 2}"
         )
 
@@ -380,14 +380,14 @@ class RoPE(Rotary):
     """Rotary embedding over token indices, as language models use it.
 
     Args:
-        head_dim: elements of a head that turn, an even number; a longer head keeps its last elements.
+        head_dim: elements of a head that are rotated, an even number; a longer head keeps its last elements.
         theta: base of the frequencies ``theta ** (-2 i / head_dim)``.
         scaling: None, or a dictionary as ``rope_scaling`` / ``rope_parameters`` in Hugging Face configs. ``rope_type``
             (or ``type``) is "default", "linear", "llama3", "yarn" or "longrope"; the other keys are those of that
             type. The attention factor of YaRN and LongRoPE multiplies cos and sin. LongRoPE divides the frequencies by
             ``short_factor`` in calls whose positions all lie below ``original_max_position_embeddings``, and by
             ``long_factor`` in others.
-        interleaved: element ``2 i`` turns with ``2 i + 1``, as in GPT-J, GLM and Cohere, instead of ``i`` with
+        interleaved: element ``2 i`` is rotated with ``2 i + 1``, as in GPT-J, GLM and Cohere, instead of ``i`` with
             ``i + head_dim / 2``.
 
     The frequencies are the buffer ``freqs [head_dim / 2]``, for LongRoPE ``[2, head_dim / 2]``, short and long. It is
@@ -421,7 +421,7 @@ class RoPE(Rotary):
 
     def default_freqs(self, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
         # The same operations in the same order as the models were trained with: at position 1e5 the last bit of an fp32
-        # frequency turns a pair by a hundredth of a radian.
+        # frequency rotates a pair by a hundredth of a radian.
         exponents = torch.arange(0, self.head_dim, 2, device=device).to(dtype) / self.head_dim
         return scaled_frequencies(self.theta**exponents, self.theta, self.scaling)
 
@@ -435,7 +435,7 @@ class RoPE(Rotary):
     def check_heads(self, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
         if head_dim < self.head_dim:
             raise ValueError(
-                f"query has heads of {head_dim} elements; this RoPE turns {self.head_dim}: make RoPE({head_dim})"
+                f"query has heads of {head_dim} elements; this RoPE rotates {self.head_dim}: make RoPE({head_dim})"
             )
 
     def angles(self, query: Tensor, key: Tensor, positions: Tensor | None) -> Angles:
@@ -451,7 +451,7 @@ class RoPE(Rotary):
         if query.ndim != 4:
             raise ValueError(
                 f"query has shape {tuple(query.shape)}; expected [B, L, heads, head_dim], as RoPE is for one spatial "
-                "axis: AxialRoPE turns by coordinates"
+                "axis: AxialRoPE rotates by coordinates"
             )
         self.check_heads(query.shape[-2], key.shape[-2], query.shape[-1])
         if positions is None:
