@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from benchmarks import module
 from natten_layers.arguments import Call
-from natten_layers.kernels.sm90 import variants
+from natten_layers.kernels.sm90 import support
 from natten_layers.modules import AxialRoPE, NeighborhoodGQA, RoPE, attention, make_axial_pos, query_key
 from natten_layers.modules.query_key import HeadNorm, attend_with_qk_prep, normalize_and_rotate
 from natten_layers.modules.rope import Angles, angles_of
@@ -265,5 +265,5 @@ def test_a_layer_takes_two_launches_at_most(num_kv_heads: int, shape: tuple[int,
     assert "qk_prep_kernel" in names[0]
     with torch.no_grad():
         names = kernels()
-    is_sm90 = torch.cuda.get_device_capability() == (9, 0) and variants.GLUON_GAP is None
+    is_sm90 = torch.cuda.get_device_capability() == (9, 0) and support.GLUON_GAP is None
     assert len(names) == (1 if is_sm90 else 2), names

@@ -41,6 +41,7 @@ from natten_layers.kernels.sm90 import (
     large_statistics,
     large_tiling,
     packed_repair,
+    support,
     variants,
 )
 from natten_layers.kernels.sm90.large_tiling import LargeTileConfig, Plan
@@ -713,14 +714,14 @@ def test_strides_that_tma_does_not_take_are_refused() -> None:
     case = Case("3d", (10, 17, 19), (6, 10, 12), heads=2, kv_heads=1, head_dim=128, value_dim=128, dtype=torch.bfloat16)
     tensors = {name: t.detach() for name, t in make_inputs(case).items()}
     problem, _ = call_of(case, tensors)
-    assert all(map(variants.is_addressable, (problem.query, problem.key, problem.value)))
+    assert all(map(support.is_addressable, (problem.query, problem.key, problem.value)))
     batch, t, *rest = problem.key.stride
-    assert not variants.is_addressable(problem.key._replace(stride=(batch + 8, t, *rest)))  # a gap between images
+    assert not support.is_addressable(problem.key._replace(stride=(batch + 8, t, *rest)))  # a gap between images
     tensors["key"] = tensors["key"].expand(-1, -1, -1, -1, 2, -1)  # stride 0
     tensors["value"] = tensors["value"][:, :5]  # batch and t have no common stride
     problem, _ = call_of(case, tensors)
-    assert not variants.is_addressable(problem.key)
-    assert not variants.is_addressable(problem.value)
+    assert not support.is_addressable(problem.key)
+    assert not support.is_addressable(problem.value)
 
 
 # --- Packed samples of one axis

@@ -39,7 +39,7 @@ from natten_layers.kernels.host.problem import Inputs, Layout, Options, Problem,
 from natten_layers.kernels.host.tiling import extent
 from natten_layers.kernels.host.tuned import forget, override
 from natten_layers.kernels.portable import forward
-from natten_layers.kernels.sm90 import small_backward, small_forward, small_forward_rolling, variants
+from natten_layers.kernels.sm90 import small_backward, small_forward, small_forward_rolling, support, variants
 from natten_layers.kernels.sm90.descriptors import descriptor, key_boxes, query_boxes, register_boxes
 from natten_layers.kernels.sm90.medium_tiling import MediumTileConfig
 from natten_layers.kernels.sm90.small_tiling import (
@@ -115,7 +115,7 @@ def test_matches_the_oracle(case: Case, dtype: torch.dtype, module: ModuleType, 
     case = replace(case, dtype=dtype)
     leaves = make_inputs(case, "cuda")
     problem, arguments = call_of(case, {name: t.detach() for name, t in leaves.items()})
-    assert variants.tiles_gap(Question(problem)) is None
+    assert support.tiles_gap(Question(problem)) is None
     config = find(problem)
     assert config is not None
     assert_oracle(case, leaves, module.forward(config, *arguments))

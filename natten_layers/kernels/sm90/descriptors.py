@@ -83,7 +83,7 @@ def frames_of(p: Problem) -> int:
 def descriptor(tensor: Tensor, boxes: Boxes) -> TensorDescriptor:
     """A ``TensorDescriptor`` made without the checks of its constructor.
 
-    The checks take the host longer than a launch does, and every problem is checked once (``variants.is_addressable``).
+    The checks take the host longer than a launch does, and every problem is checked once (``support.is_addressable``).
     """
     made = object.__new__(TensorDescriptor)
     made.__dict__ = {**boxes, "base": tensor}

@@ -1,0 +1,127 @@
+"""What the kernels for compute capability 9.0 support: the reasons why one cannot compute a call, fast or not.
+
+Some reasons are those of all these kernels, others those of kernels without dilation, of kernels that compute residue
+classes like images, or of those that take a packed batch as one line of tokens.
+"""
+
+from math import prod
+
+import torch
+
+from ..host.problem import Layout, contiguous, strides
+from ..host.variant import Option, Question, option_gap
+from . import small_tiling
+from .available import gluon_gap
+
+GLUON_GAP = gluon_gap()
+
+
+def sm90_gap(question: Question, *takes: Option) -> str | None:
+    """Why kernels for compute capability 9.0 that take these options cannot compute a call, or None."""
+    p = question.problem
+    if p.device.type != "cuda":
+        return f"it is for CUDA devices, the tensors are on {p.device}"
+    capability = torch.cuda.get_device_capability(p.device)
+    if capability != (9, 0):
+        return f"it is for compute capability 9.0, the device has {capability[0]}.{capability[1]}"
+    if GLUON_GAP is not None:
+        return GLUON_GAP
+    if p.dtype not in (torch.float16, torch.bfloat16):
+        return f"it takes float16 and bfloat16, not {p.dtype}"
+    head_dim, value_dim = p.query.shape[-1], p.value.shape[-1]
+    if max(head_dim, value_dim) > 256:
+        return f"it takes heads of up to 256 channels, not {head_dim} and {value_dim}"
+    if (reason := option_gap(question, *takes)) is not None:
+        return reason
+    for name, tensor in _tensors(question):
+        if not is_addressable(tensor):
+            return f"TMA cannot address {name} with shape {tuple(tensor.shape)} and strides {tuple(tensor.stride)}"
+    if not question.aligned:
+        return "TMA cannot address a tensor that does not start at a multiple of 16 bytes"
+    return None
+
+
+def undilated_gap(question: Question, *takes: Option) -> str | None:
+    """Why kernels without dilation cannot compute a call, or None."""
+    reason, dilation = sm90_gap(question, *takes), question.problem.dilation
+    return f"it takes no dilation, but dilation is {dilation}" if reason is None and prod(dilation) > 1 else reason
+
+
+def line_gap(question: Question) -> str | None:
+    """Why kernels that take a packed batch as one line of tokens cannot compute a call, or None; None for images."""
+    p = question.problem
+    if p.packing is not None and p.rank > 1:
+        return "it takes packed batches with one axis only"
+    if p.packing is not None and p.registers:
+        return "it takes no additional keys in packed batches"
+    return None
+
+
+def cut_gap(question: Question) -> str | None:
+    """The same for kernels that compute packed texts like one text, and cut its windows where samples begin: windows
+    must not reach further than those of one text.
+    """
+    p = question.problem
+    if p.packing is not None and (p.is_causal, p.stride, p.dilation) != ((True,), (1,), (1,)):
+        return line_gap(question) or "it takes packed batches only if they are causal, without stride and dilation"
+    return line_gap(question)
+
+
+def rolling_gap(question: Question) -> str | None:
+    """Why the rolling kernel cannot compute a call, or None."""
+    return cut_gap(question) or undilated_gap(question, "registers", "packing")
+
+
+def classes_gap(question: Question, *takes: Option) -> str | None:
+    """Why kernels that compute each residue class of dilation like an image cannot compute a call, or None."""
+    p, reason = question.problem, sm90_gap(question, *takes)
+    if reason is not None or prod(p.dilation) == 1:
+        return reason
+    if p.rank == 3:
+        return f"it takes no dilation of three axes, but dilation is {p.dilation}"
+    spatial = p.query.shape[1:-2]
+    if any(n % d for n, d in zip(spatial, p.dilation, strict=True)):
+        return f"dilation {p.dilation} does not divide the image of {tuple(spatial)} tokens"
+    for name, tensor in _tensors(question):
+        if not _is_contiguous_in_tokens(tensor):
+            return f"tokens of {name} with strides {tuple(tensor.stride)} are not at equal distances in memory"
+    return None
+
+
+def tiles_gap(question: Question) -> str | None:
+    """Why the kernels that compute one tile of a small window a program cannot compute a call, or None."""
+    return cut_gap(question) or classes_gap(question, "registers", "packing")
+
+
+def register_gap(question: Question) -> str | None:
+    """Why TMA cannot load the register tokens, or None."""
+    p = question.problem
+    for name, tensor in (("additional_keys", p.additional_keys), ("additional_values", p.additional_values)):
+        if tensor is not None and not small_tiling.holds_registers(tensor):
+            return f"TMA cannot address {name} with shape {tuple(tensor.shape)} and strides {tuple(tensor.stride)}"
+    return None
+
+
+def _tensors(question: Question) -> list[tuple[str, Layout]]:
+    """The tensors with tokens, by name."""
+    p = question.problem
+    tensors = {"query": p.query, "key": p.key, "value": p.value, "the gradient of the output": question.grad_out}
+    return [(name, tensor) for name, tensor in tensors.items() if tensor is not None]
+
+
+def _is_contiguous_in_tokens(tensor: Layout) -> bool:
+    """Whether the tokens of all images lie at equal distances, in the order of their axes."""
+    axes = tensor.shape[:-2], tensor.stride[:-2]
+    expected = contiguous((*tensor.shape[:-2], 1)).stride[:-1]
+    return all(n == 1 or step == count * tensor.stride[-3] for n, step, count in zip(*axes, expected, strict=True))
+
+
+def is_addressable(tensor: Layout) -> bool:
+    """Whether TMA can address a tensor: at most five axes, and strides that are positive multiples of 16 bytes.
+
+    Batch and first spatial axis are folded into one where there would be six axes.
+    """
+    batch, t, *_ = strides(tensor)
+    foldable = tensor.shape[0] == 1 or len(tensor.shape) < 6 or tensor.shape[1] == 1 or batch == tensor.shape[1] * t
+    axes = zip(tensor.shape[:-1], tensor.stride[:-1], strict=True)
+    return foldable and all(size == 1 or (step > 0 and step % 8 == 0) for size, step in axes)
