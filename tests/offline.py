@@ -157,14 +157,20 @@ def launch_small_on_sm90(tensors: problem.Inputs, options: problem.Options) -> N
 
 def attend_medium_on_sm90(
     spatial: tuple[int, ...], kernel_size: int, heads: int, *, dim: int, sink: bool = False, stride: int = 1,
-    dilation: int = 1, registers: int = 0,
+    dilation: int = 1, registers: int = 0, is_periodic: bool = False, masked: bool = False, has_bias: bool = False,
 ) -> None:  # fmt: skip
     from natten_layers.kernels.sm90 import medium_backward, medium_forward, medium_tiling
 
     query, key = (torch.zeros(1, *spatial, h, dim, dtype=torch.bfloat16) for h in (heads, 2))
     extra = torch.zeros(1, registers, 2, dim, dtype=torch.bfloat16) if registers else None
-    tensors = problem.Inputs(query, key, key, extra, extra, torch.zeros(heads) if sink else None)
+    tensors = problem.Inputs(
+        query, key, key, extra, extra, torch.zeros(heads) if sink else None,
+        torch.ones(1, *spatial, dtype=torch.bool) if masked else None,
+        rpb=torch.zeros(heads, *(2 * kernel_size - 1,) * len(spatial)) if has_bias else None,
+    )  # fmt: skip
     options = options_of(len(spatial), kernel_size, None, stride, dilation)
+    if is_periodic:
+        options = options._replace(is_causal=(False,) * len(spatial), is_periodic=(True,) * len(spatial))
     one = problem.problem_of(tensors, options)
     configs = [find(one) for find in (medium_tiling.forward_tile_config, medium_tiling.dq_tile_config)]
     configs.append(medium_tiling.dkv_tile_config(one))
@@ -244,7 +250,8 @@ def main(capability: int) -> None:
         attend_medium_on_sm90((16, 32, 40), 7, 8, dim=64, sink=True)
         attend_medium_on_sm90((66, 66), 11, 2, dim=112, stride=2, dilation=3)
         attend_medium_on_sm90((4096,), 200, 2, dim=128, registers=70)
-        attend_medium_on_sm90((64, 64), 13, 2, dim=112, dilation=2, registers=5)
+        attend_medium_on_sm90((64, 64), 13, 2, dim=112, dilation=2, registers=5, is_periodic=True)
+        attend_medium_on_sm90((16, 32, 40), 5, 4, dim=64, is_periodic=True, masked=True, has_bias=True)
         attend_with_qk_prep_on_sm90((64, 64), 7, AxialRoPE(64, 8, num_kv_heads=2), "cosine")
         attend_with_qk_prep_on_sm90((4096,), 128, RoPE(64, scaling=YARN), "rms")
     with torch.no_grad():

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from helpers import FLOOR, Case, assert_close, assert_nan_stays, enlarge, error, make_inputs, oracle, run
+from helpers import FLOOR, Case, assert_close, assert_nan_stays, enlarge, error, key_mask, make_inputs, oracle, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import problem_of_image, problem_of_text
@@ -154,10 +154,11 @@ REGISTERS = tuple(case for case in (*CASES, *SKIPPING) if case.registers > 128)
 def call_of(case: Case, tensors: dict[str, Tensor]) -> tuple[Problem, tuple[Any, ...]]:
     """The problem of a case, and the arguments of both kernels' launchers."""
     registers = tensors.get("additional_keys"), tensors.get("additional_values")
-    inputs = Inputs(tensors["query"], tensors["key"], tensors["value"], *registers, tensors.get("sink"))
-    w = make_window(case.spatial, case.kernel_size, case.stride, case.dilation, case.is_causal)
+    mask = key_mask(case, tensors["query"].device)
+    inputs = Inputs(tensors["query"], tensors["key"], tensors["value"], *registers, tensors.get("sink"), mask)
+    w = case.window
     sink, scale = 0.0 if case.sink == "zero" else None, case.head_dim**-0.5
-    options = Options(sink, w.kernel_size, w.stride, w.dilation, w.is_causal, scale)
+    options = Options(sink, w.kernel_size, w.stride, w.dilation, w.is_causal, scale, w.is_periodic)
     problem = problem_of(inputs, options)
     return problem, (problem, inputs, options, True)
 

@@ -7,8 +7,9 @@ from math import prod
 from typing import Any
 
 import pytest
+import test_fused_bias
 import torch
-from helpers import Case, assert_close, assert_nan_stays, error, make_inputs, oracle, run
+from helpers import Case, arguments, assert_close, assert_nan_stays, error, key_mask, make_inputs, oracle, run
 from hypothesis import given, settings
 from problems import problem_of_image, problem_of_text
 from torch import Tensor
@@ -18,6 +19,7 @@ pytest.importorskip("triton.experimental.gluon")
 from test_sm90_large import assert_oracle, call_of, needs_device
 from test_sm90_small import problems
 
+from natten_layers import neighborhood_attention
 from natten_layers.geometry import query_bounds, window_bounds
 from natten_layers.kernels import dispatch
 from natten_layers.kernels.dispatch import Question
@@ -57,6 +59,38 @@ REGISTERS = (
     Case("1d-128-causal-gqa-300-registers", (700,), 101, is_causal=True, heads=4, kv_heads=2, head_dim=128,
          value_dim=128, registers=300, batch=1),
 )  # fmt: skip
+# Rings that tiles and chunks divide and others, windows of almost a whole ring, and all axes of a video.
+RINGS = (
+    Case("2d-64-gqa-ring", (19, 40), (7, 11), heads=4, kv_heads=2, head_dim=64, value_dim=64,
+         is_periodic=(False, True)),
+    Case("2d-32-ring-of-13", (40, 13), (5, 12), heads=2, kv_heads=2, head_dim=32, value_dim=32,
+         is_periodic=(False, True), sink="learned"),
+    Case("2d-72-torus-stride-registers", (22, 25), (9, 8), (2, 3), heads=2, kv_heads=1, head_dim=72, value_dim=72,
+         is_periodic=True, registers=20),
+    Case("2d-128-dilated-torus", (30, 33), (5, 9), 1, (2, 3), heads=2, kv_heads=2, head_dim=128, value_dim=128,
+         is_periodic=True, sink="zero"),
+    Case("3d-64-causal-torus", (6, 19, 21), (4, 7, 7), 1, 1, (True, False, False), 4, 1, head_dim=64, value_dim=64,
+         is_periodic=(False, True, True)),
+    Case("3d-96-torus", (9, 11, 13), (3, 5, 7), heads=2, kv_heads=1, head_dim=96, value_dim=96, is_periodic=True,
+         batch=1),
+    Case("1d-64-ring", (700,), 301, heads=2, kv_heads=2, head_dim=64, value_dim=64, is_periodic=True, registers=70),
+)  # fmt: skip
+MASKED = (
+    Case("2d-64-gqa-mask", (20, 27), (9, 7), heads=4, kv_heads=2, head_dim=64, value_dim=64, seen=0.5),
+    Case("2d-64-hardly-masked", (20, 27), (9, 7), heads=4, kv_heads=1, head_dim=64, value_dim=64, seen=0.995),
+    Case("2d-32-nothing-seen", (9, 14), (5, 7), head_dim=32, value_dim=32, seen=0.0),
+    Case("2d-72-mask-sink-registers", (33, 21), (13, 9), head_dim=72, value_dim=72, registers=20, sink="learned",
+         seen=0.02),
+    Case("2d-112-dilated-mask", (30, 33), (5, 11), 1, (2, 3), heads=3, kv_heads=3, head_dim=112, value_dim=112,
+         seen=0.1),
+    Case("3d-causal-mask", (6, 19, 21), (4, 7, 7), 1, 1, (True, False, False), 4, 1, head_dim=64, value_dim=64,
+         sink="zero", seen=0.7),
+    Case("1d-128-causal-mask", (700,), 101, is_causal=True, heads=4, kv_heads=2, head_dim=128, value_dim=128, seen=0.3),
+    Case("2d-64-masked-ring", (19, 40), (7, 11), heads=4, kv_heads=2, head_dim=64, value_dim=64, seen=0.01,
+         is_periodic=(False, True)),
+    Case("3d-96-masked-torus", (9, 11, 13), (3, 5, 7), kv_heads=1, head_dim=96, value_dim=96, is_periodic=True,
+         batch=1, seen=0.6),
+)  # fmt: skip
 MEDIUM: dict[Kind, str] = {
     "forward": variants.MEDIUM,
     "backward_query": variants.MEDIUM,
@@ -67,7 +101,7 @@ MEDIUM: dict[Kind, str] = {
 @pytest.mark.gpu
 @needs_device
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", CASES + REGISTERS, ids=str)
+@pytest.mark.parametrize("case", CASES + REGISTERS + RINGS + MASKED, ids=str)
 def test_matches_the_oracle(case: Case, dtype: torch.dtype) -> None:
     case = replace(case, dtype=dtype)
     leaves = make_inputs(case, "cuda")
@@ -80,7 +114,7 @@ def test_matches_the_oracle(case: Case, dtype: torch.dtype) -> None:
 
 @pytest.mark.gpu
 @needs_device
-@pytest.mark.parametrize("case", CASES + REGISTERS, ids=str)
+@pytest.mark.parametrize("case", CASES + REGISTERS + RINGS + MASKED, ids=str)
 def test_gradients_match_the_oracle(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the public operation; two runs are equal bit by bit."""
     case = replace(case, dtype=torch.bfloat16)
@@ -113,7 +147,7 @@ def test_each_direction_may_take_it_alone(case: Case, medium: tuple[str, ...]) -
 
 @pytest.mark.gpu
 @needs_device
-@pytest.mark.parametrize("case", CASES[:6] + REGISTERS, ids=str)
+@pytest.mark.parametrize("case", CASES[:6] + REGISTERS + RINGS[:5] + MASKED[:1], ids=str)
 def test_nan_reaches_no_other_image_and_no_other_head(case: Case) -> None:
     case = replace(case, dtype=torch.bfloat16, batch=2)
     with override(variants=MEDIUM):
@@ -122,7 +156,7 @@ def test_nan_reaches_no_other_image_and_no_other_head(case: Case) -> None:
 
 @pytest.mark.gpu
 @needs_device
-@pytest.mark.parametrize("case", CASES[:6] + REGISTERS, ids=str)
+@pytest.mark.parametrize("case", CASES[:6] + REGISTERS + RINGS[:5] + (MASKED[0], MASKED[3]), ids=str)
 def test_nan_and_inf_reach_only_the_queries_that_see_them(case: Case) -> None:
     case = replace(case, dtype=torch.bfloat16, batch=2)
     tensors = {name: t.detach().clone() for name, t in make_inputs(case, "cuda").items()}
@@ -145,6 +179,86 @@ def test_nan_and_inf_reach_only_the_queries_that_see_them(case: Case) -> None:
         assert not broken.all()
         assert torch.equal(~own.isfinite(), broken)
         assert error(own[~broken], other[~broken]) < allowed
+
+
+@pytest.mark.gpu
+@needs_device
+@pytest.mark.parametrize("case", MASKED, ids=str)
+@pytest.mark.parametrize("junk", [float("nan"), float("inf"), 3e38], ids=str)
+def test_what_a_masked_key_holds_does_not_matter(case: Case, junk: float) -> None:
+    """Not a bit of outputs and gradients changes, and the gradients of masked keys are zero."""
+    case = replace(case, dtype=torch.bfloat16)
+    leaves, mask = make_inputs(case, "cuda"), key_mask(case, "cuda")
+    assert mask is not None
+    hidden = ~mask[..., None, None]
+    dirty = {
+        name: t.detach().masked_fill(hidden, junk).requires_grad_() if name in ("key", "value") else t
+        for name, t in leaves.items()
+    }
+    with override(variants=MEDIUM):
+        clean, other = run(case, leaves, "fused").tensors(), run(case, dirty, "fused").tensors()
+    for name, tensor in clean.items():
+        assert torch.equal(tensor, other[name]), name
+    for name in ("grad of key", "grad of value"):
+        assert not clean[name].masked_select(hidden).any()
+
+
+BIASED = (CASES[0], CASES[1], CASES[3], CASES[4], CASES[5], REGISTERS[0], REGISTERS[3], *RINGS, MASKED[3], MASKED[7])
+
+
+@pytest.mark.gpu
+@needs_device
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", BIASED, ids=str)
+def test_biases_and_their_gradients_match_the_oracle(case: Case, dtype: torch.dtype) -> None:
+    with override(variants=MEDIUM):
+        test_fused_bias.check(replace(case, dtype=dtype))
+
+
+@pytest.mark.gpu
+@needs_device
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_with_biases_any_scale_will_do(scale: float) -> None:
+    with override(variants=MEDIUM):
+        test_fused_bias.check(replace(CASES[0], dtype=torch.bfloat16, scale=scale))
+
+
+@pytest.mark.gpu
+@needs_device
+@pytest.mark.parametrize("case", [CASES[0], CASES[1], RINGS[0]], ids=str)
+def test_biases_of_minus_infinity_hide_keys(case: Case) -> None:
+    """Some hide all that a query sees: its output and gradient are zero."""
+    case = replace(case, dtype=torch.bfloat16)
+    table = test_fused_bias.make_table(case)
+    table[0] = float("-inf")
+    table[1].masked_fill_(table[1] < 1.0, float("-inf"))
+    with override(variants=MEDIUM):
+        found = test_fused_bias.results(case, torch.bfloat16, table, "fused")
+    expected = test_fused_bias.results(case, torch.float64, table, "eager")
+    for name, tensor in found.items():
+        finite = expected[name].isfinite()
+        assert torch.equal(tensor.isfinite(), finite), name
+        assert error(tensor[finite], expected[name][finite]) < 1e-2, name
+    if case.sink == "none":
+        assert not found["out"][..., 0, :].any()
+        assert not found["query"][..., 0, :].any()
+
+
+@pytest.mark.gpu
+@needs_device
+@pytest.mark.parametrize("case", [CASES[0], RINGS[0], RINGS[3], REGISTERS[1]], ids=str)
+def test_nan_reaches_only_the_queries_that_see_it_with_biases_too(case: Case) -> None:
+    case = replace(case, dtype=torch.bfloat16)
+    tensors = {name: t.detach().clone() for name, t in make_inputs(case, "cuda").items()}
+    tensors["value"][(0, *(n // 2 for n in case.spatial), 0, 7)] = float("nan")
+    table, outs = test_fused_bias.make_table(case), []
+    for names in (MEDIUM, dict.fromkeys(MEDIUM, "portable")):
+        with override(variants=names):
+            outs.append(neighborhood_attention(**arguments(case, tensors), rpb=table, impl="fused"))
+    broken = ~outs[1].isfinite()
+    assert broken.any()
+    assert torch.equal(~outs[0].isfinite(), broken)
+    assert error(outs[0][~broken], outs[1][~broken]) < 4e-3
 
 
 @pytest.mark.gpu
@@ -236,7 +350,7 @@ def test_windows_between_small_and_large_take_it(monkeypatch: pytest.MonkeyPatch
     problem = lumina(monkeypatch)
     assert names(problem) == [variants.MEDIUM] * 3
     choice = dispatch.choose("forward", Question(problem))
-    assert choice.plan == MediumTileConfig((1, 8, 8), (1, 8, 8), 1, (64, 32), 2, 168)
+    assert choice.plan == MediumTileConfig((1, 8, 8), (1, 8, 8), 1, (64, 32), 2, 168, 0)
     assert [name for name, _ in choice.passed_over] == [variants.ROLLING, variants.TILES]
 
 
@@ -321,14 +435,16 @@ def test_windows_of_two_axes_take_what_was_fastest(
     assert names(problem) == expected
 
 
-@pytest.mark.parametrize(("width", "expected"), [(120, variants.MEDIUM), (240, variants.LARGE)])
-def test_lines_of_keys_that_exceed_the_l2_cache_are_left_to_larger_tiles(
-    monkeypatch: pytest.MonkeyPatch, width: int, expected: str
+@pytest.mark.parametrize(("width", "expected", "side"), [(120, variants.MEDIUM, 0), (240, variants.LARGE, 8)])
+def test_where_lines_of_keys_exceed_the_l2_cache(
+    monkeypatch: pytest.MonkeyPatch, width: int, expected: str, side: int
 ) -> None:
+    """Tiles are taken in columns, and larger ones are faster for dK and dV."""
     video = contiguous((1, 61, 136, width, 4, 64))
     axes = {"kernel_size": (11,) * 3, "stride": (1,) * 3, "dilation": (1,) * 3, "is_causal": (False,) * 3}
     problem = problem_of_text(monkeypatch, query=video, key=video, value=video, **axes)
-    assert names(problem) == [expected] * 3
+    assert names(problem) == [variants.MEDIUM, variants.MEDIUM, expected]
+    assert dispatch.choose("forward", Question(problem)).plan.side == side
 
 
 def test_tuning_and_overrides_win(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -385,7 +501,6 @@ WIDE = contiguous((4, 64, 64, 8, 64))
             {"kernel_size": (31, 31), **dict.fromkeys(("query", "key", "value"), contiguous((1, 64, 64, 8, 96)))},
             "the window is large",
         ),
-        ({"is_periodic": (False, True)}, "no periodic axes"),
         ({"dilation": (1, 3)}, "does not divide"),
     ],
     ids=str,
@@ -394,6 +509,33 @@ def test_why_it_is_passed_over(monkeypatch: pytest.MonkeyPatch, changes: dict[st
     choice = dispatch.choose("forward", Question(lumina(monkeypatch, **changes)))
     assert choice.is_portable
     assert reason in {passed.kernel: passed.reason for passed in choice.passed_over}[variants.MEDIUM]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"is_periodic": (False, True)},
+        {"key_mask": contiguous((4, 64, 64, 1, 1))},
+        {"has_bias": True, "scale_first": True},
+        {"is_periodic": (True, True), "key_mask": contiguous((4, 64, 64, 1, 1)), "has_bias": True},
+    ],
+    ids=str,
+)
+def test_rings_masks_and_biases_take_it(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
+    assert names(lumina(monkeypatch, **changes)) == [variants.MEDIUM] * 3
+
+
+@pytest.mark.parametrize(("images", "expected"), [(1, variants.MEDIUM), (2, "portable")])
+def test_only_a_single_video_may_be_periodic_in_time(
+    monkeypatch: pytest.MonkeyPatch, images: int, expected: str
+) -> None:
+    """Where TMA reads past its last frame, the next video begins."""
+    video = contiguous((images, 16, 32, 32, 8, 64))
+    axes = {"kernel_size": (5, 7, 7), "stride": (1,) * 3, "dilation": (1,) * 3, "is_causal": (False,) * 3}
+    problem = problem_of_text(
+        monkeypatch, query=video, key=video, value=video, **axes, is_periodic=(True, False, False)
+    )  # fmt: skip
+    assert names(problem) == [expected] * 3
 
 
 def test_videos_whose_frames_no_tile_divides_have_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,7 +54,7 @@ def option_gap(question: Question, *takes: Option) -> str | None:
         "packing": "it takes no packed batch" if p.packing is not None else None,
         "key_mask": "it takes no key_mask" if p.key_mask is not None else None,
         "bias": "it takes no rpb, the bias on relative positions" if p.has_bias else None,
-        "any scale": "scale is not positive" if p.scale_first else None,
+        "any scale": "scale is not positive" if p.scale_first and not p.has_bias else None,
         "periodic": f"it takes no periodic axes, but is_periodic is {p.is_periodic}" if p.is_periodic else None,
         "other grid": "it takes no queries on another grid than keys" if p.key_lengths is not None else None,
     }

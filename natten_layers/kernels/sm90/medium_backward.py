@@ -31,9 +31,10 @@ from ..host.problem import (
 )
 from ..portable.primitives import LOG2E
 from ..portable.windows import (
+    bias_offset,
+    clamped,
     contiguous_row,
     inside_axes,
-    next_chunk,
     queries_of,
     shifted,
     tokens_of,
@@ -43,19 +44,32 @@ from ..portable.windows import (
     windows_of,
 )
 from .descriptors import Call, call_of, frames_of
+from .medium_chunks import (
+    chunks_over,
+    first_chunk,
+    has_masked,
+    hidden_chunk,
+    hidden_positions,
+    key_biases,
+    load_unmasked,
+    next_chunk,
+    register_chunk_count,
+    unmasked_keys,
+    with_biases,
+    without_masked,
+    without_masked_rows,
+)
 from .medium_forward import (
     boxes_of_chunks,
     boxes_of_rows,
     boxes_of_seen,
     by_parts,
     bytes_of,
-    chunks_over,
+    chunks_of,
     finished,
-    first_chunk,
     first_column,
-    hidden_chunk,
+    hidden_scores,
     new_sums,
-    register_chunk_count,
     rows_of,
     start_chunk,
     start_products,
@@ -65,12 +79,12 @@ from .medium_forward import (
     start_sums,
 )
 from .medium_tiling import MediumTileConfig, spec_of
-from .primitives import class_rows, load_grad_lse, load_lse, thread_barrier
+from .primitives import class_rows, load_grad_lse, load_lse, row_biases, thread_barrier
 from .rings import new_barriers, new_stages, stage_of
 from .small_forward import first_frame, own_tile, present_descriptors
 from .small_nonfinite import spread
 from .small_softmax import WARPS
-from .walk import hidden, row_sizes
+from .walk import on_rings, row_sizes
 
 
 @gluon.jit
@@ -104,29 +118,40 @@ def scaled_sums(sums, scale, DTYPE: gl.constexpr):
 
 
 @gluon.jit
-def add_keys(sums, queries, grads, keys, values, i_stage, b_hidden, row_lse, row_delta, factor):
+def logits(b_s, b_hidden, factor, BIASED: gl.constexpr):
+    """Base-2 logits of the scores that ``hidden_scores`` starts to compute."""
+    b_s = b_s * factor
+    if BIASED:
+        b_s += b_hidden
+    return b_s
+
+
+@gluon.jit
+def add_keys(sums, queries, grads, keys, values, i_stage, b_hidden, row_lse, row_delta, factor, BIASED: gl.constexpr):
     """Start to add the contribution of a chunk, which has arrived, to dQ."""
-    N: gl.constexpr = b_hidden.shape[1]
-    b_s = start_products(queries, keys, i_stage, b_hidden, N)
-    b_dp = start_products(grads, values, i_stage, None, N)
+    b_s = hidden_scores(queries, keys, i_stage, b_hidden, BIASED)
+    b_dp = start_products(grads, values, i_stage, None, b_hidden.shape[1])
     b_s, b_dp = warpgroup_mma_wait(0, deps=(b_s, b_dp))
-    b_p = gl.exp2(b_s * factor - row_lse[:, None])
+    b_p = gl.exp2(logits(b_s, b_hidden, factor, BIASED) - row_lse[:, None])
     b_ds = (b_p * (b_dp - row_delta[:, None])).to(queries[0].dtype)
     return start_sums(b_ds, keys, i_stage, sums, None)
 
 
 @gluon.jit
 def medium_dq_kernel(
-    Delta, Lse, RowMax, RowSum, Out, DLse,
+    Delta, Lse, RowMax, RowSum, Out, DLse, KeyMask, Rpb,
     q0_desc, q1_desc, q2_desc, do0_desc, do1_desc, do2_desc, dq0_desc, dq1_desc, dq2_desc,
     k0_desc, k1_desc, k2_desc, v0_desc, v1_desc, v2_desc,
     regk0_desc, regk1_desc, regk2_desc, regv0_desc, regv1_desc, regv2_desc,
-    dl_strides, axes, tiles, frames, group, blocks, registers, scale,
-    SPEC: gl.constexpr, CHUNK: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr, WITH_DLSE: gl.constexpr,
+    dl_strides, mask_strides, axes, tiles, frames, group, blocks, registers, scale,
+    SPEC: gl.constexpr, CHUNK: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr, SIDE: gl.constexpr,
+    WITH_DLSE: gl.constexpr,
 ):  # fmt: skip
     """dQ, ``delta = rowsum(dOut * Out) - dLse`` and base-2 lse of one tile; arguments as in ``medium_forward.py``."""
     length, kernel, stride, dilation = axes
     CAUSAL: gl.constexpr = SPEC.causal
+    PERIODIC: gl.constexpr = SPEC.periodic
+    BIASED: gl.constexpr = Rpb is not None
     M: gl.constexpr = SPEC.rows
     TILE: gl.constexpr = SPEC.tile
     PACK: gl.constexpr = SPEC.pack
@@ -143,9 +168,9 @@ def medium_dq_kernel(
         regv_descs = present_descriptors(regv0_desc, regv1_desc, regv2_desc)
         register_descs = present_descriptors(regk0_desc, regk1_desc, regk2_desc) + regv_descs
 
-    i_batch, i_block, residue, count, origin = own_tile(length, dilation, tiles, blocks, TILE)
-    lo, hi, _, _ = union_of_windows(origin, count, kernel, stride, CAUSAL, TILE)
-    chunks = register_chunk_count(registers, CHUNK) + chunks_over(lo, hi, CHUNK)
+    i_batch, i_block, residue, count, origin = own_tile(length, dilation, tiles, blocks, TILE, SIDE)
+    lo, hi, _, _ = union_of_windows(origin, count, kernel, stride, CAUSAL, TILE, PERIODIC)
+    chunks = register_chunk_count(registers, CHUNK) + chunks_over(lo, hi, count, CHUNK, PERIODIC)
     i_kv, i_frame = i_block * PACK // group, first_frame(i_batch, residue, length, frames)
     ready = new_barriers(STAGES + 1, 1)  # for the stages of the ring, and for the tile
     mbarrier.expect(ready.index(STAGES), bytes_of(2 * M, COLUMNS))
@@ -158,63 +183,86 @@ def medium_dq_kernel(
     for n in gl.static_range(STAGES):
         if n < chunks:
             start_seen_chunk(
-                descs, register_descs, rings, ready, n, i_kv, i_batch, i_frame, ahead, lo, registers,
-                CHUNK, COLUMNS, STAGES,
+                descs, register_descs, rings, ready, n, i_kv, i_batch, i_frame, ahead, lo, registers, count,
+                CHUNK, COLUMNS, STAGES, PERIODIC,
             )  # fmt: skip
-        ahead = next_chunk(ahead, lo, hi, CHUNK, RANK)
+        ahead = next_chunk(ahead, lo, hi, count, CHUNK, RANK, PERIODIC)
 
     row = gl.arange(0, M, ROW)
     position, head = unravel(row // PACK, TILE[1], TILE[2]), i_block * PACK + row % PACK
     m_rows, o_row = class_rows(position, head, i_batch, origin, residue, count, dilation, length, blocks * PACK)
-    row_lo, row_hi = windows_of(shifted(position, origin), count, kernel, stride, CAUSAL)
+    index = shifted(position, origin)
+    row_lo, row_hi = windows_of(index, count, kernel, stride, CAUSAL, PERIODIC)
+    p_biases = row_biases(Rpb, clamped(index, count), head, kernel)
     row_size = row_sizes(row_lo, row_hi)
     row_lse = load_lse(RowMax, RowSum, o_row, m_rows)
+    if KeyMask is not None or BIASED:  # weights of queries that see nothing are zero for every finite log-sum-exp
+        row_sees = row_lse != float("-inf")
+        row_lse = gl.where(row_sees, row_lse, 0.0)
     gl.store(Lse + o_row, row_lse, mask=m_rows)
     mbarrier.wait(ready.index(STAGES), 0)
     row_delta = row_deltas(Out, o_row, m_rows, grads, SPEC.head_dim, COLUMNS, ROW)
     if WITH_DLSE:
         token = tokens_of(shifted(position, origin), residue, count, dilation)
         row_delta -= load_grad_lse(DLse, dl_strides, i_batch, token, head, m_rows)
+    if KeyMask is not None or BIASED:
+        row_delta = gl.where(row_sees, row_delta, 0.0)
     gl.store(Delta + o_row, row_delta, mask=m_rows)
 
     inner = unravel(gl.arange(0, N, gl.SliceLayout(0, SCORES)), CHUNK[1], CHUNK[2])
     sums, corner = new_sums(M, COLUMNS), first_chunk(lo, registers, CHUNK)
+    seen = unmasked_keys(
+        KeyMask, mask_strides, i_batch, corner, lo, residue, count, dilation, CHUNK, RANK, PERIODIC
+    )  # fmt: skip
     for n in range(chunks):
         i_stage, phase = stage_of(n, STAGES)
-        b_hidden = hidden_chunk(corner, lo, registers, row_lo, row_size, inner, CHUNK, RANK, SCORES)
+        b_hidden = hidden_chunk(
+            corner, lo, registers, row_lo, row_size, inner, count, CHUNK, RANK, PERIODIC, SCORES
+        )  # fmt: skip
+        b_hidden = with_biases(b_hidden, p_biases, bias_offset(shifted(inner, corner), kernel), corner[2] >= lo[2])
+        masked = has_masked(seen)
         mbarrier.wait(ready.index(i_stage), phase)
-        sums = add_keys(sums, queries, grads, keys, values, i_stage, b_hidden, row_lse, row_delta, scale * LOG2E)
-        corner = next_chunk(corner, lo, hi, CHUNK, RANK)
+        b_hidden = without_masked(b_hidden, masked, seen, chunks_of(rings, i_stage, N))
+        sums = add_keys(
+            sums, queries, grads, keys, values, i_stage, b_hidden, row_lse, row_delta, scale * LOG2E, BIASED
+        )  # fmt: skip
+        corner = next_chunk(corner, lo, hi, count, CHUNK, RANK, PERIODIC)
+        seen = unmasked_keys(
+            KeyMask, mask_strides, i_batch, corner, lo, residue, count, dilation, CHUNK, RANK, PERIODIC
+        )  # fmt: skip
         sums = finished(sums)
         thread_barrier()  # the stage has been read
         if n + STAGES < chunks:
             start_seen_chunk(
-                descs, register_descs, rings, ready, n + STAGES, i_kv, i_batch, i_frame, ahead, lo, registers,
-                CHUNK, COLUMNS, STAGES,
+                descs, register_descs, rings, ready, n + STAGES, i_kv, i_batch, i_frame, ahead, lo, registers, count,
+                CHUNK, COLUMNS, STAGES, PERIODIC,
             )  # fmt: skip
-        ahead = next_chunk(ahead, lo, hi, CHUNK, RANK)
+        ahead = next_chunk(ahead, lo, hi, count, CHUNK, RANK, PERIODIC)
     start_store(scaled_sums(sums, scale, queries[0].dtype), queries, dq_descs, q_corner, COLUMNS)
     store_wait(0)
 
 
 @gluon.jit
-def next_of_group(corner, head, left, chunks, lo, hi, CHUNK: gl.constexpr, RANK: gl.constexpr):
+def next_of_group(
+    corner, head, left, chunks, lo, hi, count, CHUNK: gl.constexpr, RANK: gl.constexpr, PERIODIC: gl.constexpr
+):  # fmt: skip
     """The chunk that follows: of the same head, of which ``left`` are left, or the first of the next head."""
     left -= 1
     ends = left == 0
-    t, h, w = next_chunk(corner, lo, hi, CHUNK, RANK)
+    t, h, w = next_chunk(corner, lo, hi, count, CHUNK, RANK, PERIODIC)
     corner = gl.where(ends, lo[0], t), gl.where(ends, lo[1], h), gl.where(ends, lo[2], w)
     return corner, head + gl.where(ends, 1, 0), gl.where(ends, chunks, left)
 
 
 @gluon.jit
 def chunk_statistics(
-    Lse, Delta, corner, head, i_batch, residue, count, dilation, length, heads, CHUNK: gl.constexpr
+    Lse, Delta, corner, head, i_batch, residue, count, dilation, length, heads, CHUNK: gl.constexpr,
+    PERIODIC: gl.constexpr,
 ):  # fmt: skip
     """Statistics of the queries of a chunk; 0 beyond the end of an axis."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     N: gl.constexpr = CHUNK[0] * CHUNK[1] * CHUNK[2]
-    index = shifted(unravel(gl.arange(0, N, LAYOUT), CHUNK[1], CHUNK[2]), corner)
+    index = shifted(unravel(gl.arange(0, N, LAYOUT), CHUNK[1], CHUNK[2]), on_rings(corner, count, PERIODIC))
     o_row = contiguous_row(i_batch.to(gl.int64), spread(index, residue, dilation), length) * heads + head
     m_inside = inside_axes(index, count)
     return gl.load(Lse + o_row, mask=m_inside, other=0.0), gl.load(Delta + o_row, mask=m_inside, other=0.0)
@@ -231,20 +279,24 @@ def in_layout(position, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def add_queries(
-    dks, dvs, keys, values, queries, grads, i_stage, lses, deltas, corner, row_lo, row_size, factor,
-    FIRST: gl.constexpr, N: gl.constexpr, CHUNK: gl.constexpr, RANK: gl.constexpr,
+    dks, dvs, keys, values, queries, grads, i_stage, lses, deltas, corner, row_lo, row_size, count, p_biases, kernel,
+    factor, FIRST: gl.constexpr, N: gl.constexpr, CHUNK: gl.constexpr, RANK: gl.constexpr, PERIODIC: gl.constexpr,
 ):  # fmt: skip
     """Start to add the contribution of ``N`` queries of a chunk, from ``FIRST`` on, to dK and dV."""
+    BIASED: gl.constexpr = p_biases is not None
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, N, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
     COLUMN: gl.constexpr = gl.SliceLayout(0, SCORES)
     inner = unravel(FIRST + gl.arange(0, N, COLUMN), CHUNK[1], CHUNK[2])
-    b_hidden = hidden(corner, in_layout(row_lo, ROW), in_layout(row_size, ROW), inner, RANK)
-    b_s = start_products(keys, queries, i_stage, b_hidden, N, FIRST)
+    b_hidden = hidden_positions(
+        corner, in_layout(row_lo, ROW), in_layout(row_size, ROW), inner, count, RANK, PERIODIC
+    )  # fmt: skip
+    b_hidden = with_biases(b_hidden, p_biases, -bias_offset(shifted(inner, corner), kernel))
+    b_s = hidden_scores(keys, queries, i_stage, b_hidden, BIASED, FIRST)
     b_dp = start_products(values, grads, i_stage, None, N, FIRST)
     col_lse, col_delta = lses.slice(FIRST, N).load(COLUMN), deltas.slice(FIRST, N).load(COLUMN)
     b_s, b_dp = warpgroup_mma_wait(0, deps=(b_s, b_dp))
-    b_p = gl.exp2(b_s * factor - col_lse[None, :])
+    b_p = gl.exp2(logits(b_s, b_hidden, factor, BIASED) - col_lse[None, :])
     b_ds = (b_p * (b_dp - col_delta[None, :])).to(keys[0].dtype)
     dvs = start_sums(b_p.to(keys[0].dtype), grads, i_stage, dvs, None, FIRST)
     return start_sums(b_ds, queries, i_stage, dks, None, FIRST), dvs
@@ -263,10 +315,10 @@ def halves(x):
 
 @gluon.jit
 def medium_dkv_kernel(
-    Delta, Lse, k0_desc, k1_desc, k2_desc, v0_desc, v1_desc, v2_desc, dk0_desc, dk1_desc, dk2_desc,
+    Delta, Lse, KeyMask, Rpb, k0_desc, k1_desc, k2_desc, v0_desc, v1_desc, v2_desc, dk0_desc, dk1_desc, dk2_desc,
     dv0_desc, dv1_desc, dv2_desc, q0_desc, q1_desc, q2_desc, do0_desc, do1_desc, do2_desc,
-    axes, tiles, frames, group, kv_heads, scale,
-    SPEC: gl.constexpr, CHUNK: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr,
+    mask_strides, axes, tiles, frames, group, kv_heads, scale,
+    SPEC: gl.constexpr, CHUNK: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr, SIDE: gl.constexpr,
 ):  # fmt: skip
     """dK and dV of one tile of keys; the grid is (tiles * KV heads, batch).
 
@@ -274,6 +326,7 @@ def medium_dkv_kernel(
     """
     length, kernel, stride, dilation = axes
     CAUSAL: gl.constexpr = SPEC.causal
+    PERIODIC: gl.constexpr = SPEC.periodic
     M: gl.constexpr = SPEC.rows
     TILE: gl.constexpr = SPEC.tile
     RANK: gl.constexpr = SPEC.rank
@@ -287,10 +340,17 @@ def medium_dkv_kernel(
     q_descs = present_descriptors(q0_desc, q1_desc, q2_desc)
     do_descs = present_descriptors(do0_desc, do1_desc, do2_desc)
 
-    i_batch, i_kv, residue, count, origin = own_tile(length, dilation, tiles, kv_heads, TILE)
-    lo, hi, _, _ = union_of_queries(origin, count, kernel, stride, CAUSAL, TILE)
-    chunks = chunks_over(lo, hi, CHUNK)
+    i_batch, i_kv, residue, count, origin = own_tile(length, dilation, tiles, kv_heads, TILE, SIDE)
+    lo, hi, _, _ = union_of_queries(origin, count, kernel, stride, CAUSAL, TILE, PERIODIC)
+    chunks = chunks_over(lo, hi, count, CHUNK, PERIODIC)
     every, heads = chunks * group, kv_heads * group
+    row, row_seen = unravel(gl.arange(0, M, ROW), TILE[1], TILE[2]), None
+    if KeyMask is not None:
+        m_keys = inside_axes(shifted(row, origin), count)
+        row_seen = load_unmasked(
+            KeyMask, mask_strides, i_batch, origin, row, m_keys, residue, count, dilation, RANK
+        )  # fmt: skip
+        every = gl.where(gl.max(gl.where(m_keys, row_seen, 0), 0) == 0, 0, every)  # masked keys have no gradient
     i_frame = first_frame(i_batch, residue, length, frames)
     ready = new_barriers(STAGES + 1, 1)  # for the stages of the ring, and for the tile
     mbarrier.expect(ready.index(STAGES), bytes_of(2 * M, COLUMNS))
@@ -303,39 +363,49 @@ def medium_dkv_kernel(
     ahead, ahead_head, ahead_left = lo, i_kv * group, chunks
     for n in gl.static_range(STAGES):
         if n < every:
-            start_chunk(descs, rings, ready, n, ahead_head, i_frame, ahead, CHUNK, COLUMNS, STAGES)
-        ahead, ahead_head, ahead_left = next_of_group(ahead, ahead_head, ahead_left, chunks, lo, hi, CHUNK, RANK)
+            start_chunk(
+                descs, rings, ready, n, ahead_head, i_frame, on_rings(ahead, count, PERIODIC), CHUNK, COLUMNS, STAGES
+            )  # fmt: skip
+        ahead, ahead_head, ahead_left = next_of_group(
+            ahead, ahead_head, ahead_left, chunks, lo, hi, count, CHUNK, RANK, PERIODIC
+        )
 
-    row = unravel(gl.arange(0, M, ROW), TILE[1], TILE[2])
-    row_lo, row_hi = queries_of(shifted(row, origin), count, kernel, stride, CAUSAL)
+    row_lo, row_hi = queries_of(shifted(row, origin), count, kernel, stride, CAUSAL, PERIODIC)
     row_size = row_sizes(row_lo, row_hi)
     dks, dvs = new_sums(M, COLUMNS), new_sums(M, COLUMNS)
     corner, head, left = lo, i_kv * group, chunks
     lse, delta = chunk_statistics(
-        Lse, Delta, corner, head, i_batch, residue, count, dilation, length, heads, CHUNK
+        Lse, Delta, corner, head, i_batch, residue, count, dilation, length, heads, CHUNK, PERIODIC
     )  # fmt: skip
     mbarrier.wait(ready.index(STAGES), 0)
     for n in range(every):
         i_stage, phase = stage_of(n, STAGES)
         lses.store(lse)
         deltas.store(delta)
-        chunk = corner
-        corner, head, left = next_of_group(corner, head, left, chunks, lo, hi, CHUNK, RANK)
+        chunk, own_head = corner, head
+        corner, head, left = next_of_group(corner, head, left, chunks, lo, hi, count, CHUNK, RANK, PERIODIC)
         head = gl.minimum(head, i_kv * group + group - 1)  # behind the last chunk
         lse, delta = chunk_statistics(
-            Lse, Delta, corner, head, i_batch, residue, count, dilation, length, heads, CHUNK
+            Lse, Delta, corner, head, i_batch, residue, count, dilation, length, heads, CHUNK, PERIODIC
         )  # fmt: skip
         mbarrier.wait(ready.index(i_stage), phase)
+        p_biases = key_biases(Rpb, clamped(shifted(row, origin), count), own_head, kernel)
         for I_SLICE in gl.static_range(N // SLICE):
             dks, dvs = add_queries(
-                dks, dvs, keys, values, queries, grads, i_stage, lses, deltas, chunk, row_lo, row_size,
-                scale * LOG2E, I_SLICE * SLICE, SLICE, CHUNK, RANK,
+                dks, dvs, keys, values, queries, grads, i_stage, lses, deltas, chunk, row_lo, row_size, count, p_biases,
+                kernel, scale * LOG2E, I_SLICE * SLICE, SLICE, CHUNK, RANK, PERIODIC,
             )  # fmt: skip
         dks, dvs = halves(finished(dks + dvs))
         thread_barrier()  # stage and statistics have been read
         if n + STAGES < every:
-            start_chunk(descs, rings, ready, n + STAGES, ahead_head, i_frame, ahead, CHUNK, COLUMNS, STAGES)
-        ahead, ahead_head, ahead_left = next_of_group(ahead, ahead_head, ahead_left, chunks, lo, hi, CHUNK, RANK)
+            start_chunk(
+                descs, rings, ready, n + STAGES, ahead_head, i_frame, on_rings(ahead, count, PERIODIC),
+                CHUNK, COLUMNS, STAGES,
+            )  # fmt: skip
+        ahead, ahead_head, ahead_left = next_of_group(
+            ahead, ahead_head, ahead_left, chunks, lo, hi, count, CHUNK, RANK, PERIODIC
+        )
+    dks, dvs = without_masked_rows(dks, row_seen), without_masked_rows(dvs, row_seen)
     start_store(scaled_sums(dks, scale, keys[0].dtype), keys, dk_descs, k_corner, COLUMNS)
     start_store(scaled_sums(dvs, 1.0, keys[0].dtype), values, dv_descs, k_corner, COLUMNS)
     store_wait(0)
@@ -351,7 +421,7 @@ def query_gradient(
     delta, lse = torch.empty_like(row_max), torch.empty_like(row_max)
     call = query_call(config, problem, layout(grad_out), None if grad_lse is None else layout(grad_lse[..., None]))
     described = by_parts(query, grad_out, grad_query, *seen)
-    call((delta, lse, row_max, row_sum, out, grad_lse), described, (options.scale,))
+    call((delta, lse, row_max, row_sum, out, grad_lse, inputs.key_mask, inputs.rpb), described, (options.scale,))
     return grad_query, RowStatistics(delta, lse)
 
 
@@ -362,11 +432,11 @@ def query_call(config: MediumTileConfig, p: Problem, grad_out: Layout, grad_lse:
         medium_dq_kernel,
         (prod(tiles) * blocks, p.query.shape[0]),
         (
-            (0,) * 5 if grad_lse is None else strides(grad_lse), p.geometry, tiles, frames_of(p), p.group, blocks,
-            p.registers or None,
+            (0,) * 5 if grad_lse is None else strides(grad_lse), p.mask_strides, p.geometry, tiles, frames_of(p),
+            p.group, blocks, p.registers or None,
         ),
         [*boxes_of_rows(config, p, p.query, grad_out, contiguous(p.query.shape)), *boxes_of_seen(config, p)],
-        SPEC=spec_of(config, p), CHUNK=config.chunk, COLUMNS=config.columns, STAGES=config.stages,
+        SPEC=spec_of(config, p), CHUNK=config.chunk, COLUMNS=config.columns, STAGES=config.stages, SIDE=config.side,
         WITH_DLSE=grad_lse is not None, num_warps=WARPS, maxnreg=config.maxnreg,
     )  # fmt: skip
 
@@ -380,7 +450,8 @@ def key_gradients(
     grad_key, grad_value = new_like(key), new_like(value)
     call = key_call(config, problem, layout(grad_out))
     delta, lse, _ = statistics
-    call((delta, lse), by_parts(key, value, grad_key, grad_value, query, grad_out), (options.scale,))
+    described = by_parts(key, value, grad_key, grad_value, query, grad_out)
+    call((delta, lse, inputs.key_mask, inputs.rpb), described, (options.scale,))
     return grad_key, grad_value
 
 
@@ -390,11 +461,11 @@ def key_call(config: MediumTileConfig, p: Problem, grad_out: Layout) -> Call:
     return call_of(
         medium_dkv_kernel,
         (prod(tiles) * p.kv_heads, p.query.shape[0]),
-        (p.geometry, tiles, frames_of(p), p.group, p.kv_heads),
+        (p.mask_strides, p.geometry, tiles, frames_of(p), p.group, p.kv_heads),
         [
             *boxes_of_rows(config, p, p.key, p.value, out, out),
             *boxes_of_chunks(config, p, p.query, grad_out),
         ],
-        SPEC=spec_of(config, p), CHUNK=config.chunk, COLUMNS=config.columns, STAGES=config.stages,
+        SPEC=spec_of(config, p), CHUNK=config.chunk, COLUMNS=config.columns, STAGES=config.stages, SIDE=config.side,
         num_warps=WARPS, maxnreg=config.maxnreg,
     )  # fmt: skip

@@ -30,17 +30,29 @@ from triton.experimental.gluon.language.nvidia.hopper.tma import (
 )
 
 from ..host.problem import Inputs, Layout, Options, Problem, contiguous, new_results
-from ..portable.primitives import LN2, LOG2E
-from ..portable.windows import next_chunk, shifted, steps_over, union_of_windows, unravel, windows_of
+from ..portable.primitives import LN2, LOG2E, LOWEST
+from ..portable.windows import bias_offset, clamped, shifted, union_of_windows, unravel, windows_of
 from .descriptors import Boxes, Call, boxes_of, boxes_of_registers, call_of, frames_of, key_boxes, query_boxes
 from .large_forward import initial_stats, row_maximum, softmax_weights
+from .medium_chunks import (
+    chunks_over,
+    first_chunk,
+    first_register_at,
+    has_masked,
+    hidden_chunk,
+    next_chunk,
+    register_chunk_count,
+    unmasked_keys,
+    with_biases,
+    without_masked,
+)
 from .medium_tiling import COLUMN_PARTS, MediumTileConfig, spec_of
-from .primitives import class_rows, opaque_i32, start_product, thread_barrier
+from .primitives import class_rows, opaque_i32, row_biases, start_product, thread_barrier
 from .rings import new_barriers, new_stages, stage_of
 from .small_forward import NO_PREP, first_frame, own_tile, present_descriptors, start_load
 from .small_nonfinite import attend_rows
 from .small_softmax import WARPS, all_finite, divided, nonfinite_flags
-from .walk import hidden, register_hidden, row_sizes
+from .walk import on_rings, row_sizes
 
 
 @gluon.constexpr_function
@@ -57,41 +69,6 @@ def width_of(columns, part):
 def bytes_of(rows, columns):
     """Bytes of rows of a tensor with elements of two bytes."""
     return 2 * rows * sum(columns)
-
-
-@gluon.jit
-def chunks_over(lo, hi, CHUNK: gl.constexpr):
-    """How many chunks cover the box ``[lo, hi]``; none if it is empty."""
-    steps = steps_over(lo, hi, CHUNK)
-    return steps[0] * steps[1] * steps[2]
-
-
-@gluon.jit
-def register_chunk_count(registers, CHUNK: gl.constexpr):
-    """How many chunks hold the register tokens; ``registers`` is None without any."""
-    N: gl.constexpr = CHUNK[0] * CHUNK[1] * CHUNK[2]
-    chunks = 0
-    if registers is not None:
-        chunks = (registers + N - 1) // N
-    return chunks
-
-
-@gluon.jit
-def first_chunk(lo, registers, CHUNK: gl.constexpr):
-    """Corner of the first chunk that a tile sees, whose window starts at ``lo``.
-
-    Chunks of register tokens come first. Their corners lie before ``lo`` on the last axis, where ``next_chunk`` leads
-    from one to the next and on to the window.
-    """
-    return lo[0], lo[1], lo[2] - register_chunk_count(registers, CHUNK) * CHUNK[2]
-
-
-@gluon.jit
-def first_register_at(corner, lo, registers, CHUNK: gl.constexpr):
-    """First register token of the chunk at ``corner``. The last chunk ends with the last token, so that only the first
-    one may start before token 0, where TMA reads zeros.
-    """
-    return registers + (corner[2] - lo[2]) * (CHUNK[0] * CHUNK[1])
 
 
 @gluon.jit
@@ -135,33 +112,18 @@ def start_register_chunk(
 
 @gluon.jit
 def start_seen_chunk(
-    descs, register_descs, rings, ready, n, i_head, i_batch, i_frame, corner, lo, registers,
-    CHUNK: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr,
+    descs, register_descs, rings, ready, n, i_head, i_batch, i_frame, corner, lo, registers, count,
+    CHUNK: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr, PERIODIC: gl.constexpr,
 ):  # fmt: skip
     """Start to load the ``n``-th chunk that a tile of queries sees: of its window, or of register tokens before it."""
+    first_key = on_rings(corner, count, PERIODIC)
     if registers is None:
-        start_chunk(descs, rings, ready, n, i_head, i_frame, corner, CHUNK, COLUMNS, STAGES)
+        start_chunk(descs, rings, ready, n, i_head, i_frame, first_key, CHUNK, COLUMNS, STAGES)
     elif corner[2] < lo[2]:
         first = first_register_at(corner, lo, registers, CHUNK)
         start_register_chunk(register_descs, rings, ready, n, i_head, i_batch, first, COLUMNS, STAGES)
     else:
-        start_chunk(descs, rings, ready, n, i_head, i_frame, corner, CHUNK, COLUMNS, STAGES)
-
-
-@gluon.jit
-def hidden_chunk(
-    corner, lo, registers, row_lo, row_size, inner, CHUNK: gl.constexpr, RANK: gl.constexpr, LAYOUT: gl.constexpr
-):  # fmt: skip
-    """0 and -inf ``[M, N]``: what each row sees of a chunk of its window, or of register tokens before it."""
-    M: gl.constexpr = row_lo[2].shape[0]
-    N: gl.constexpr = CHUNK[0] * CHUNK[1] * CHUNK[2]
-    if registers is None:
-        b_hidden = hidden(corner, row_lo, row_size, inner, RANK)
-    elif corner[2] < lo[2]:
-        b_hidden = register_hidden(first_register_at(corner, lo, registers, CHUNK), M, N, LAYOUT)
-    else:
-        b_hidden = hidden(corner, row_lo, row_size, inner, RANK)
-    return b_hidden
+        start_chunk(descs, rings, ready, n, i_head, i_frame, first_key, CHUNK, COLUMNS, STAGES)
 
 
 @gluon.jit
@@ -180,6 +142,15 @@ def chunk_of(ring, i_stage, FIRST: gl.constexpr, N: gl.constexpr):
     if ALL != N:
         matrix = matrix.slice(FIRST, N)
     return matrix
+
+
+@gluon.jit
+def chunks_of(rings, i_stage, N: gl.constexpr):
+    """:func:`chunk_of` for all rings, and all rows of the chunk."""
+    matrices = ()
+    for i in gl.static_range(len(rings)):
+        matrices = matrices + (chunk_of(rings[i], i_stage, 0, N),)  # noqa: RUF005
+    return matrices
 
 
 @gluon.jit
@@ -255,13 +226,36 @@ def start_store(results, buffers, descs, corner, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
-def attend_chunk(queries, keys, values, i_stage, b_hidden, sums, row_m, part_l, factor):
+def hidden_scores(rows, columns, i_stage, b_hidden, BIASED: gl.constexpr, FIRST: gl.constexpr = 0):
+    """Start to compute scores of rows and of a chunk from ``FIRST`` on, -inf where they are hidden; with biases, which
+    are added to scores that are scaled, only the products.
+    """
+    if BIASED:
+        b_s = start_products(rows, columns, i_stage, None, b_hidden.shape[1], FIRST)
+    else:
+        b_s = start_products(rows, columns, i_stage, b_hidden, b_hidden.shape[1], FIRST)
+    return b_s
+
+
+@gluon.jit
+def scaled_scores(b_s, b_hidden, factor, BIASED: gl.constexpr):
+    """With biases the base-2 logits of scores, else the scores themselves, which are scaled later."""
+    if BIASED:
+        b_s = b_s * factor + b_hidden
+    return b_s
+
+
+@gluon.jit
+def attend_chunk(
+    queries, keys, values, i_stage, b_hidden, sums, row_m, part_l, factor, BIASED: gl.constexpr = False
+):  # fmt: skip
     """Start to add a chunk, which has arrived, to the sums of weighted values; returns new maxima and sums of weights,
     as ``softmax_weights`` does.
     """
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, sums[0].type.layout, 2)
-    b_s = start_products(queries, keys, i_stage, b_hidden, b_hidden.shape[1])
-    b_s = warpgroup_mma_wait(0, deps=[b_s])
+    b_s = hidden_scores(queries, keys, i_stage, b_hidden, BIASED)
+    b_s = scaled_scores(warpgroup_mma_wait(0, deps=[b_s]), b_hidden, factor, BIASED)
+    factor = 1.0 if BIASED else factor
     row_max = gl.convert_layout(row_maximum(b_s), row_m.type.layout)
     b_p, row_m, part_l, row_alpha = softmax_weights(b_s, row_max, row_m, part_l, factor, queries[0].dtype, WEIGHTS)
     return start_sums(b_p, values, i_stage, sums, row_alpha), row_m, part_l
@@ -286,20 +280,23 @@ def divided_sums(sums, row_l, DTYPE: gl.constexpr):
 
 @gluon.jit
 def medium_forward_kernel(
-    Q, K, V, Out, RowMax, RowSum, RegK, RegV, Sink,
+    Q, K, V, Out, RowMax, RowSum, RegK, RegV, Sink, KeyMask, Rpb,
     q0_desc, q1_desc, q2_desc, out0_desc, out1_desc, out2_desc,
     k0_desc, k1_desc, k2_desc, v0_desc, v1_desc, v2_desc,
     regk0_desc, regk1_desc, regk2_desc, regv0_desc, regv1_desc, regv2_desc,
-    strides, axes, tiles, frames, group, blocks, registers, sink, scale,
-    SPEC: gl.constexpr, CHUNK: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr,
+    strides, mask_strides, axes, tiles, frames, group, blocks, registers, sink, scale,
+    SPEC: gl.constexpr, CHUNK: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr, SIDE: gl.constexpr,
 ):  # fmt: skip
     """Attention of one tile; the grid is (tiles * blocks of heads, batch).
 
     Arguments are as in ``small_forward.py``, but a tensor has a descriptor for each part of its ``COLUMNS``, and
-    ``registers`` is None if there are no register tokens.
+    ``registers`` is None if there are no register tokens. ``KeyMask`` is None if no key is masked, and
+    ``Rpb`` if there are no biases.
     """
     length, kernel, stride, dilation = axes
     CAUSAL: gl.constexpr = SPEC.causal
+    PERIODIC: gl.constexpr = SPEC.periodic
+    BIASED: gl.constexpr = Rpb is not None
     M: gl.constexpr = SPEC.rows
     TILE: gl.constexpr = SPEC.tile
     PACK: gl.constexpr = SPEC.pack
@@ -317,9 +314,9 @@ def medium_forward_kernel(
         regv_descs = present_descriptors(regv0_desc, regv1_desc, regv2_desc)
         register_descs = present_descriptors(regk0_desc, regk1_desc, regk2_desc) + regv_descs
 
-    i_batch, i_block, residue, count, origin = own_tile(length, dilation, tiles, blocks, TILE)
-    lo, hi, _, _ = union_of_windows(origin, count, kernel, stride, CAUSAL, TILE)
-    chunks, heads = register_chunk_count(registers, CHUNK) + chunks_over(lo, hi, CHUNK), blocks * PACK
+    i_batch, i_block, residue, count, origin = own_tile(length, dilation, tiles, blocks, TILE, SIDE)
+    lo, hi, _, _ = union_of_windows(origin, count, kernel, stride, CAUSAL, TILE, PERIODIC)
+    chunks, heads = register_chunk_count(registers, CHUNK) + chunks_over(lo, hi, count, CHUNK, PERIODIC), blocks * PACK
     i_kv, i_frame = i_block * PACK // group, first_frame(i_batch, residue, length, frames)
     ready = new_barriers(STAGES + 1, 1)  # for the stages of the ring, and for the tile
     mbarrier.expect(ready.index(STAGES), bytes_of(M, COLUMNS))
@@ -331,45 +328,67 @@ def medium_forward_kernel(
     for n in gl.static_range(STAGES):
         if n < chunks:
             start_seen_chunk(
-                descs, register_descs, rings, ready, n, i_kv, i_batch, i_frame, ahead, lo, registers,
-                CHUNK, COLUMNS, STAGES,
+                descs, register_descs, rings, ready, n, i_kv, i_batch, i_frame, ahead, lo, registers, count,
+                CHUNK, COLUMNS, STAGES, PERIODIC,
             )  # fmt: skip
-        ahead = next_chunk(ahead, lo, hi, CHUNK, RANK)
+        ahead = next_chunk(ahead, lo, hi, count, CHUNK, RANK, PERIODIC)
 
     row = gl.arange(0, M, ROW)
     position, head = unravel(row // PACK, TILE[1], TILE[2]), i_block * PACK + row % PACK
-    row_lo, row_hi = windows_of(shifted(position, origin), count, kernel, stride, CAUSAL)
+    index = shifted(position, origin)
+    row_lo, row_hi = windows_of(index, count, kernel, stride, CAUSAL, PERIODIC)
+    p_biases = row_biases(Rpb, clamped(index, count), head, kernel)
     row_size = row_sizes(row_lo, row_hi)
     row_m, part_l = initial_stats(Sink, head, sink, SINK, M, ROW, PARTS)
     inner = unravel(gl.arange(0, N, gl.SliceLayout(0, SCORES)), CHUNK[1], CHUNK[2])
     sums, corner = new_sums(M, COLUMNS), first_chunk(lo, registers, CHUNK)
+    seen = unmasked_keys(
+        KeyMask, mask_strides, i_batch, corner, lo, residue, count, dilation, CHUNK, RANK, PERIODIC
+    )  # fmt: skip
     mbarrier.wait(ready.index(STAGES), 0)
     for n in range(chunks):
         i_stage, phase = stage_of(n, STAGES)
-        b_hidden = hidden_chunk(corner, lo, registers, row_lo, row_size, inner, CHUNK, RANK, SCORES)
+        b_hidden = hidden_chunk(
+            corner, lo, registers, row_lo, row_size, inner, count, CHUNK, RANK, PERIODIC, SCORES
+        )  # fmt: skip
+        b_hidden = with_biases(b_hidden, p_biases, bias_offset(shifted(inner, corner), kernel), corner[2] >= lo[2])
+        masked = has_masked(seen)
         mbarrier.wait(ready.index(i_stage), phase)
-        sums, row_m, part_l = attend_chunk(queries, keys, values, i_stage, b_hidden, sums, row_m, part_l, scale * LOG2E)
-        corner = next_chunk(corner, lo, hi, CHUNK, RANK)
+        b_hidden = without_masked(b_hidden, masked, seen, chunks_of(rings, i_stage, N))
+        sums, row_m, part_l = attend_chunk(
+            queries, keys, values, i_stage, b_hidden, sums, row_m, part_l, scale * LOG2E, BIASED
+        )  # fmt: skip
+        corner = next_chunk(corner, lo, hi, count, CHUNK, RANK, PERIODIC)
+        seen = unmasked_keys(
+            KeyMask, mask_strides, i_batch, corner, lo, residue, count, dilation, CHUNK, RANK, PERIODIC
+        )  # fmt: skip
         sums = finished(sums)
         thread_barrier()  # the stage has been read
         if n + STAGES < chunks:
             start_seen_chunk(
-                descs, register_descs, rings, ready, n + STAGES, i_kv, i_batch, i_frame, ahead, lo, registers,
-                CHUNK, COLUMNS, STAGES,
+                descs, register_descs, rings, ready, n + STAGES, i_kv, i_batch, i_frame, ahead, lo, registers, count,
+                CHUNK, COLUMNS, STAGES, PERIODIC,
             )  # fmt: skip
-        ahead = next_chunk(ahead, lo, hi, CHUNK, RANK)
+        ahead = next_chunk(ahead, lo, hi, count, CHUNK, RANK, PERIODIC)
 
     row_l = gl.sum(part_l, 1)
-    if all_finite(sums_flags(sums, row_l)):
-        start_store(divided_sums(sums, row_l, queries[0].dtype), queries, out_descs, q_corner, COLUMNS)
+    row_weight = row_l
+    if KeyMask is not None or BIASED:  # rows that see nothing have a sum of zero
+        row_weight = gl.where(gl.convert_layout(row_m, row_l.type.layout) == LOWEST, 1.0, row_l)
+    if all_finite(sums_flags(sums, row_weight)):
+        start_store(divided_sums(sums, row_weight, queries[0].dtype), queries, out_descs, q_corner, COLUMNS)
         if SPEC.with_stats:
             m_rows, o_row = class_rows(position, head, i_batch, origin, residue, count, dilation, length, heads)
-            gl.store(RowMax + o_row, row_m * LN2, mask=m_rows)
-            gl.store(RowSum + o_row, gl.convert_layout(row_l, ROW), mask=m_rows)
+            row_sum, row_max = gl.convert_layout(row_l, ROW), row_m * LN2
+            if KeyMask is not None or BIASED:
+                row_max = gl.where(row_sum == 0.0, float("-inf"), row_max)
+            gl.store(RowMax + o_row, row_max, mask=m_rows)
+            gl.store(RowSum + o_row, row_sum, mask=m_rows)
         store_wait(0)
     else:
         attend_rows(
-            (Q, K, V, RegK, RegV, Sink, Out, None), (RowMax, RowSum), strides, i_batch, i_block, origin,
+            (Q, K, V, RegK, RegV, Sink, Out, None, KeyMask, Rpb), (RowMax, RowSum), (strides, mask_strides),
+            i_batch, i_block, origin,
             (length, kernel, stride, heads), (residue, count, dilation), group, registers, sink, scale * LOG2E,
             (None, None, None, None, None, None), SPEC, NO_PREP,
         )  # fmt: skip
@@ -416,7 +435,7 @@ def forward(
     """What ``portable.forward.forward`` computes, for calls that ``dispatch`` sends here. Allocates its results."""
     query, key, value, reg_keys, reg_values, sink, *_ = inputs
     out, row_max, row_sum = new_results(query, query.shape[-1], with_stats)
-    pointers = query, key, value, out, row_max, row_sum, reg_keys, reg_values, sink
+    pointers = query, key, value, out, row_max, row_sum, reg_keys, reg_values, sink, inputs.key_mask, inputs.rpb
     call = prepare(config, problem, with_stats)
     call(pointers, by_parts(query, out, key, value, reg_keys, reg_values), (options.sink_value, options.scale))
     return out, row_max, row_sum
@@ -429,8 +448,8 @@ def prepare(config: MediumTileConfig, p: Problem, with_stats: bool) -> Call:
     return call_of(
         medium_forward_kernel,
         (prod(tiles) * blocks, p.query.shape[0]),
-        (p.input_strides(), p.geometry, tiles, frames_of(p), p.group, blocks, p.registers or None),
+        (p.input_strides(), p.mask_strides, p.geometry, tiles, frames_of(p), p.group, blocks, p.registers or None),
         [*boxes_of_rows(config, p, p.query, contiguous(p.query.shape)), *boxes_of_seen(config, p)],
         SPEC=spec_of(config, p, with_stats), CHUNK=config.chunk, COLUMNS=config.columns, STAGES=config.stages,
-        num_warps=WARPS, maxnreg=config.maxnreg,
+        SIDE=config.side, num_warps=WARPS, maxnreg=config.maxnreg,
     )  # fmt: skip

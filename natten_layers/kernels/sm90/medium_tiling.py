@@ -20,6 +20,11 @@ ROWS = 64
 # Chunks that shared memory holds at a time. With more of them, or with chunks of 32 keys where those of 64 leave enough
 # registers, kernels were slower (``docs/profiles.md``).
 STAGES = 2
+# Where the keys and values of the lines that a line of queries sees exceed L2, videos are computed in columns of tiles:
+# 11x11x11 of 61x136x240 tokens, 4 heads of 64 channels, on an H200: forward 17.95 ms line by line, 16.68 in columns of
+# 4x4 tiles, 16.66 of 8x8 and 17.53 of 16x16; dQ 19.7, 18.8, 18.6 and 19.1. Images of 256x4096 tokens with 21x21 windows
+# take 5.1 ms line by line and 5.6 in columns.
+LINES_BYTES, SIDE = 28 * 2**20, 8
 # Most parts into which the columns of a head are divided, and most columns.
 COLUMN_PARTS, MOST_COLUMNS = 3, 128
 
@@ -38,6 +43,8 @@ class MediumTileConfig(NamedTuple):
     stages: int
     """chunks that shared memory holds at a time"""
     maxnreg: int
+    side: int
+    """tiles of a column in height and width (``small_forward.tile_of_column``); 0 for tiles line by line"""
 
 
 def forward_tile_config(problem: Problem, pack: int | None = None) -> MediumTileConfig | None:
@@ -62,9 +69,18 @@ def _maxnreg(problem: Problem) -> int:
     """Hardware registers of a thread of the kernels whose rows are queries.
 
     Up to 128, four programs share a multiprocessor where shared memory has room for them: with up to 64 columns. With
-    register tokens ptxas would take more there, although those that it may not take are hardly missed.
+    register tokens or a mask ptxas would take more there, although those that it may not take are hardly missed. With
+    biases they are: in heads of 64 channels dQ takes 0.163 ms with 168 on an H200 and 0.231 with 128 (13x13 windows),
+    in heads of 32 channels 0.241 and 0.225 (7x7).
     """
-    return 128 if problem.registers and _width(problem) <= 64 else 168
+    takes_more = problem.registers or problem.key_mask is not None or problem.has_bias
+    return 128 if takes_more and _width(problem) <= (32 if problem.has_bias else 64) else 168
+
+
+def bytes_of_lines(problem: Problem) -> int:
+    """Bytes of the keys and values of all lines along the last axis that a line of queries sees."""
+    p = problem
+    return 2 * prod(p.kernel_size[:-1]) * p.lengths[2] * p.kv_heads * p.query.shape[-1] * p.dtype.itemsize
 
 
 def _width(problem: Problem) -> int:
@@ -92,7 +108,8 @@ def _tile_config(
     if best is None:
         return None
     pack, tile, chunk = best
-    return MediumTileConfig(tile, chunk, pack, columns_of(problem), STAGES, maxnreg)
+    side = SIDE if problem.rank == 3 and bytes_of_lines(problem) > LINES_BYTES else 0
+    return MediumTileConfig(tile, chunk, pack, columns_of(problem), STAGES, maxnreg, side)
 
 
 @lru_cache(maxsize=1024)
@@ -124,5 +141,5 @@ def spec_of(config: MediumTileConfig, problem: Problem, with_stats: bool = False
     dim, causal = problem.query.shape[-1], three_axes(problem.is_causal, False)
     return Spec(
         causal, config.tile, config.pack, 0, problem.rank, dim, head_width(dim), sink=problem.sink,
-        with_stats=with_stats,
+        with_stats=with_stats, periodic=problem.periodic_axes,
     )  # fmt: skip

@@ -10,6 +10,9 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
 
 from ..portable.primitives import LOG2E, LOWEST
 from ..portable.windows import (
+    bias_middle,
+    bias_offset,
+    bias_size,
     contiguous_row,
     inside_axes,
     shifted,
@@ -68,6 +71,15 @@ def load_grad_lse(DLse, strides, i_batch, token, head, m_rows):
     """The gradient of the log-sum-exp of rows. Strides are ``(batch, t, h, w, head)``."""
     o_rows = i_batch.to(gl.int64) * strides[0] + token_offset(token, strides) + head * strides[4]
     return gl.load(DLse + o_rows, mask=m_rows, other=0.0)
+
+
+@gluon.jit
+def row_biases(Rpb, index, head, kernel):
+    """For queries at ``index``, pointers at their biases of a key at the origin; None without biases."""
+    p_rows = None
+    if Rpb is not None:
+        p_rows = Rpb + head * bias_size(kernel) + bias_middle(kernel) - bias_offset(index, kernel)
+    return p_rows
 
 
 @gluon.jit

@@ -60,18 +60,39 @@ def present_descriptors(first, second, third):
 
 
 @gluon.jit
-def own_tile(length, dilation, tiles, blocks, TILE: gl.constexpr):
+def own_tile(length, dilation, tiles, blocks, TILE: gl.constexpr, SIDE: gl.constexpr = 0):
     """Batch, block of heads, and of the tile of this program its residue class, length of the class, first position.
 
     Heads vary fastest, as in memory, then classes along an axis, so that programs that run together read and write
-    whole rows of it. Dilation divides the lengths, and is 1 along ``t``.
+    whole rows of it; with ``SIDE``, tiles of a :func:`tile_of_column`. Dilation divides the lengths, and is 1 along
+    ``t``.
     """
     i_tile = gl.program_id(0) // blocks
-    t, h, w = i_tile // (tiles[1] * tiles[2]), i_tile // tiles[2] % tiles[1], i_tile % tiles[2]
+    if SIDE:
+        t, h, w = tile_of_column(i_tile, tiles, SIDE)
+    else:
+        t, h, w = i_tile // (tiles[1] * tiles[2]), i_tile // tiles[2] % tiles[1], i_tile % tiles[2]
     residue = 0, h % dilation[1], w % dilation[2]
     count = length[0], length[1] // dilation[1], length[2] // dilation[2]
     origin = t * TILE[0], h // dilation[1] * TILE[1], w // dilation[2] * TILE[2]
     return gl.program_id(1), gl.program_id(0) % blocks, residue, count, origin
+
+
+@gluon.jit
+def tile_of_column(i_tile, tiles, SIDE: gl.constexpr):
+    """Tile ``t, h, w`` in an order in which programs that run together see much the same keys.
+
+    Tiles are taken column by column. A column is ``SIDE`` tiles high and wide, or what is left at the end of an axis,
+    and goes through all frames. Line by line, the keys that whole lines see may exceed the L2 cache.
+    """
+    rows = SIDE * tiles[2] * tiles[0]
+    column_h = i_tile // rows
+    i_tile -= column_h * rows
+    high = gl.minimum(tiles[1] - column_h * SIDE, SIDE)
+    column_w = i_tile // (SIDE * high * tiles[0])
+    i_tile -= column_w * (SIDE * high * tiles[0])
+    wide = gl.minimum(tiles[2] - column_w * SIDE, SIDE)
+    return i_tile // (high * wide), column_h * SIDE + i_tile // wide % high, column_w * SIDE + i_tile % wide
 
 
 @gluon.jit
@@ -251,7 +272,8 @@ def small_forward_kernel(
         store_wait(0)
     else:
         attend_rows(
-            (Q, K, V, RegK, RegV, Sink, Out, Begins), (RowMax, RowSum), strides, i_batch, i_block, origin,
+            (Q, K, V, RegK, RegV, Sink, Out, Begins, None, None), (RowMax, RowSum), (strides, None), i_batch, i_block,
+            origin,
             (length, kernel, stride, blocks * PACK), (residue, count, dilation), group, registers, sink, scale * LOG2E,
             (None, None, None, None, None, None), SPEC, NO_PREP,
         )  # fmt: skip

@@ -220,7 +220,8 @@ def small_forward_rolling_kernel(
         await_writes()
         for i_step in range(steps):
             attend_rows(
-                (Q, K, V, RegK, RegV, Sink, Out, Begins), (RowMax, RowSum), strides, i_batch, i_block,
+                (Q, K, V, RegK, RegV, Sink, Out, Begins, None, None), (RowMax, RowSum), (strides, None),
+                i_batch, i_block,
                 shifted_along(end, (i_step - steps) * SPEC.step, AXIS), (length, kernel, stride, blocks * PACK),
                 ((0, 0, 0), length, (1, 1, 1)), group, registers, sink, scale * LOG2E,
                 (GainQ, GainK, Positions, Freqs, factor, eps), SPEC, PREP,

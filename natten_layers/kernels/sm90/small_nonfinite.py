@@ -13,11 +13,12 @@ computed, or kept in registers, before the call.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from ..portable.primitives import LN2, LOWEST
-from ..portable.windows import shifted, unravel, windows_of
-from .primitives import class_rows, row_sinks
+from ..portable.primitives import LN2, LOG2E, LOWEST
+from ..portable.windows import bias_offset, clamped, shifted, unravel, windows_of
+from .primitives import class_rows, row_biases, row_sinks
 from .qk_prep import load_prepared
 from .small_softmax import cut_windows
+from .walk import on_rings
 
 
 @gluon.jit
@@ -33,13 +34,18 @@ def load_heads(X, o_x, m_tokens, D: gl.constexpr, BD: gl.constexpr, ALL: gl.cons
 
 
 @gluon.jit
-def fold_tokens(b_q, b_acc, row_m, row_l, b_k, V, o_v, m_tokens, factor, D: gl.constexpr, ALL: gl.constexpr):
+def fold_tokens(
+    b_q, b_acc, row_m, row_l, b_k, V, o_v, m_tokens, factor, D: gl.constexpr, ALL: gl.constexpr, b_bias=None
+):  # fmt: skip
     """Fold tokens, with keys ``b_k`` and values at ``o_v [R, N]``, into the softmax of rows ``[R]``.
 
     ``b_q`` and ``b_acc`` are ``[R, BD]``; ``ALL`` is the layout of ``[R, N, BD]``, of which the others have slices.
     """
     OUT: gl.constexpr = gl.SliceLayout(1, ALL)
-    b_s = gl.where(m_tokens, gl.sum(b_q[:, None, :] * b_k, 2) * factor, float("-inf"))
+    b_s = gl.sum(b_q[:, None, :] * b_k, 2) * factor
+    if b_bias is not None:
+        b_s += b_bias.to(gl.float32) * LOG2E
+    b_s = gl.where(m_tokens, b_s, float("-inf"))
     row_new = gl.maximum(row_m, gl.max(b_s, 1))
     b_p, row_alpha = gl.exp2(b_s - row_new[:, None]), gl.exp2(row_m - row_new)
     b_v = load_heads(V, o_v, m_tokens, D, b_q.shape[1], ALL)
@@ -86,20 +92,28 @@ def prepared_heads(
 @gluon.jit
 def fold_window(
     state, b_q, K, V, k_strides, v_strides, row_lo, row_hi, m_rows, n, plan, classes, k_gain, prep, factor,
-    ALL: gl.constexpr, SPEC: gl.constexpr, PREP: gl.constexpr,
+    KeyMask, mask_strides, p_biases, ALL: gl.constexpr, SPEC: gl.constexpr, PREP: gl.constexpr,
 ):  # fmt: skip
     """Fold the windows of rows into ``state``, which is ``b_acc``, ``row_m`` and ``row_l`` of ``fold_tokens``."""
     length, kernel, _stride, _heads = plan
-    residue, _count, dilation = classes
+    residue, count, dilation = classes
+    PERIODIC: gl.constexpr = SPEC.periodic
     b_acc, row_m, row_l = state
     N: gl.constexpr = n.shape[0]
     for start in range(0, kernel[0] * kernel[1] * kernel[2], N):
         token, m_tokens = window_tokens(start + n, row_lo, row_hi, kernel)
-        token = spread(token, residue, dilation)
+        b_bias = None
+        if p_biases is not None:
+            b_bias = gl.load(p_biases[:, None] + bias_offset(token, kernel), mask=m_tokens & m_rows[:, None], other=0.0)
+        token = spread(on_rings(token, count, PERIODIC), residue, dilation)
         o_k, o_v = wide_token_offset(token, k_strides), wide_token_offset(token, v_strides)
         m_tokens &= m_rows[:, None]
+        if KeyMask is not None:
+            m_tokens &= gl.load(KeyMask + wide_token_offset(token, mask_strides), mask=m_tokens, other=0).to(gl.int1)
         b_k = prepared_heads(K, o_k, token, m_tokens, k_gain, prep[1], prep, length, ALL, SPEC, PREP)
-        b_acc, row_m, row_l = fold_tokens(b_q, b_acc, row_m, row_l, b_k, V, o_v, m_tokens, factor, SPEC.head_dim, ALL)
+        b_acc, row_m, row_l = fold_tokens(
+            b_q, b_acc, row_m, row_l, b_k, V, o_v, m_tokens, factor, SPEC.head_dim, ALL, b_bias
+        )  # fmt: skip
     return b_acc, row_m, row_l
 
 
@@ -133,20 +147,23 @@ def attend_rows(
 
     Args:
         tensors: queries, keys, values, keys and values of register tokens (None without), sink, output, and where the
-            packed sample of each token begins (None in images).
+            packed sample of each token begins (None in images), the mask of keys and the biases (None without).
         states: maximum and sum of rows.
-        strides: of the first five tensors: ``(batch, t, h, w, head)``, of register tokens ``(batch, token, head)``.
+        strides: a tuple of those of the first five tensors, and those of the mask: ``(batch, t, h, w, head)``, of
+            register tokens ``(batch, token, head)``.
         plan: length, kernel and stride of the axes, and the number of query heads.
         classes: the tile's residue class, its length, and dilation.
         prep: how queries and keys are prepared: pointers to gains of queries and of keys, to the positions of the image
             and to the frequencies of the head, the factor of RoPE, and ``eps`` of the norm.
     """
-    Q, K, V, RegK, RegV, Sink, Out, Begins = tensors
-    q_strides, k_strides, v_strides, regk_strides, regv_strides = strides
+    Q, K, V, RegK, RegV, Sink, Out, Begins, KeyMask, Rpb = tensors
+    q_strides, k_strides, v_strides, regk_strides, regv_strides = strides[0]
+    mask_strides = strides[1]
     length, kernel, stride, heads = plan
     residue, count, dilation = classes
     GainQ, GainK, _Positions, _Freqs, _rope_factor, _eps = prep
     CAUSAL: gl.constexpr = SPEC.causal
+    PERIODIC: gl.constexpr = SPEC.periodic
     TILE: gl.constexpr = SPEC.tile
     PACK: gl.constexpr = SPEC.pack
     SINK: gl.constexpr = SPEC.sink
@@ -160,6 +177,8 @@ def attend_rows(
     Q += i_batch * q_strides[0]
     K += i_batch * k_strides[0] + i_kv * k_strides[4]
     V += i_batch * v_strides[0] + i_kv * v_strides[4]
+    if KeyMask is not None:
+        KeyMask += i_batch * mask_strides[0]
     k_gain = None
     if PREP.norm == "cosine" and GainK is not None:
         k_gain = gl.load(GainK + i_kv).to(gl.float32)
@@ -169,9 +188,10 @@ def attend_rows(
         row = first + gl.arange(0, ROWS, ROW)
         position, head = unravel(row // PACK, TILE[1], TILE[2]), i_block * PACK + row % PACK
         m_rows, o_row = class_rows(position, head, i_batch, origin, residue, count, dilation, length, heads)
-        row_lo, row_hi = windows_of(shifted(position, origin), count, kernel, stride, CAUSAL)
+        row_lo, row_hi = windows_of(shifted(position, origin), count, kernel, stride, CAUSAL, PERIODIC)
         row_lo = cut_windows(row_lo, Begins, shifted(position, origin), length)
         own = spread(shifted(position, origin), residue, dilation)
+        p_biases = row_biases(Rpb, clamped(shifted(position, origin), count), head, kernel)
 
         m_out = gl.convert_layout(m_rows, gl.SliceLayout(1, OUT))[:, None] & (col < D)
         o_q = (wide_token_offset(own, q_strides) + head.to(gl.int64) * q_strides[4])[:, None]
@@ -186,16 +206,20 @@ def attend_rows(
         row_l = gl.where(row_m > LOWEST, 1.0, 0.0)
         state = fold_window(
             (b_acc, row_m, row_l), b_q, K, V, k_strides, v_strides, row_lo, row_hi, m_rows, n, plan, classes, k_gain,
-            prep, factor, ALL, SPEC, PREP,
+            prep, factor, KeyMask, mask_strides, p_biases, ALL, SPEC, PREP,
         )  # fmt: skip
         b_acc, row_m, row_l = fold_registers(
             state, b_q, RegK, RegV, regk_strides, regv_strides, m_rows, n, i_batch, i_kv, registers, factor, ALL, SPEC
         )
 
-        b_out = b_acc * gl.convert_layout(1.0 / row_l, gl.SliceLayout(1, OUT))[:, None]
+        row_weight, row_max = row_l, row_m * LN2
+        if KeyMask is not None or Rpb is not None:  # rows that see nothing have a sum of zero
+            row_weight = gl.where(row_l == 0.0, 1.0, row_l)
+            row_max = gl.where(row_l == 0.0, float("-inf"), row_max)
+        b_out = b_acc * gl.convert_layout(1.0 / row_weight, gl.SliceLayout(1, OUT))[:, None]
         o_out = gl.convert_layout(o_row * D, gl.SliceLayout(1, OUT))[:, None] + col
         gl.store(Out + o_out, b_out.to(Out.dtype.element_ty), mask=m_out)
         if SPEC.with_stats:
             RowMax, RowSum = states
-            gl.store(RowMax + o_row, row_m * LN2, mask=m_rows)
+            gl.store(RowMax + o_row, row_max, mask=m_rows)
             gl.store(RowSum + o_row, row_l, mask=m_rows)

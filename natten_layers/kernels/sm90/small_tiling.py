@@ -122,6 +122,7 @@ class Spec(NamedTuple):
     """the kernel size of a problem in 1-D with stride 1, otherwise None"""
     sink: str = "none"
     with_stats: bool = False
+    periodic: tuple[bool, bool, bool] = (False, False, False)
 
     @property
     def rows(self) -> int:

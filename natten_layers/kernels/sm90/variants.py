@@ -67,12 +67,10 @@ MEDIUM_KEY_ELEMENTS_ON_ONE_AXIS = 2**16
 # 128 channels 0.405 and 0.347, 23x23 of 128 0.545 and 0.576; 9x9x9 of 80 channels 1.57 and 1.20, 11x11x11 of 64 2.19
 # and 1.93, 41x41 of 64 0.80 and 0.73. Gradients of 23x23 are as fast with both, and of the others with these.
 MEDIUM_KEYS_TIMES_SQUARED_CHANNELS = 2**23
-# They load each chunk for 64 rows, and those for large windows for up to 256. Programs that run together compute a row
-# of tiles along the last axis, and the keys and values of that row must stay in L2. With 11x11x11 windows of 64
-# channels and 4 heads, the lines of keys that a line of 120 queries sees have 15 MB, and those of one of 240 queries
-# 30: large against these, 2.19 and 1.93 for 32x68x120 tokens, 16.8 and 17.6 for 61x136x240; 5x15x15 with 30 heads and
-# 26 MB 0.94 and 0.86.
-MEDIUM_LINES_BYTES = 28 * 2**20
+# They load each chunk for 64 rows, those for large windows for up to 256, which matters where what is loaded exceeds
+# L2. Then those are faster for dK and dV: 11x11x11 windows of 61x136x240 tokens with 4 heads of 64 channels, large
+# against these, forward 17.3 and 16.7, dQ 21.0 and 18.6, dK and dV 28.2 and 32.7; 21x21 of 256x4096 with 8 heads 5.3
+# and 5.1, 6.9 and 6.7, 8.4 and 8.9.
 # Gradients of keys and values on one axis pay from this many keys on: portable kernels against these, 201 keys of 64
 # channels 0.459 and 0.367, 255 of 112 0.638 and 0.443; 129 of 128, all gradients, 0.372 and 0.385.
 MEDIUM_KEYS_ON_ONE_AXIS = 192
@@ -208,13 +206,16 @@ NO_MEDIUM_TILES = "no tiles: the frames of an image cannot be divided into tiles
 def _medium_gap(question: Question) -> str | None:
     p = question.problem
     dim, value_dim = p.query.shape[-1], p.value.shape[-1]
-    if (reason := register_gap(question) or classes_gap(question, "registers")) is not None:
+    reason = register_gap(question) or classes_gap(question, "registers", "key_mask", "periodic", "bias")
+    if reason is not None:
         return reason
     if dim != value_dim or dim > medium_tiling.MOST_COLUMNS:
         most = medium_tiling.MOST_COLUMNS
         return f"it takes queries and values of equally many channels, up to {most}, not {dim} and {value_dim}"
     if p.query.shape[0] >= 2**16:
         return f"it takes fewer than {2**16} images, not {p.query.shape[0]}"
+    if p.periodic_axes[0] and p.query.shape[0] > 1:  # TMA finds the next image behind the last frame of one
+        return f"it takes a periodic first axis of three for one image at a time, not for {p.query.shape[0]}"
     return None
 
 
@@ -228,7 +229,9 @@ def _medium_pays(question: Question, kind: Kind) -> str | None:
     if kind != "backward_key" and _is_narrow(p, kind):
         return f"the portable kernel is faster for heads of {dim} channels on {p.rank} axes"
     keys = window if kind == "backward_key" else window + p.registers
-    if (reason := _beyond_medium(p, keys)) is not None:
+    # Kernels for large windows take no masks, periodic axes and biases, and portable ones are slower.
+    only_here = p.key_mask is not None or bool(p.is_periodic) or p.has_bias
+    if not only_here and (reason := _beyond_medium(p, keys, kind)) is not None:
         return reason
     if queries * keys * dim < MEDIUM_PRODUCTS:
         beside = ", additional keys included," if keys > window else ""
@@ -239,7 +242,7 @@ def _medium_pays(question: Question, kind: Kind) -> str | None:
     return _pack_gap(question, kind)
 
 
-def _beyond_medium(p: Problem, keys: int) -> str | None:
+def _beyond_medium(p: Problem, keys: int, kind: Kind) -> str | None:
     """Why so many keys are too many, or None."""
     dim = p.query.shape[-1]
     if p.rank == 1 and keys * dim >= MEDIUM_KEY_ELEMENTS_ON_ONE_AXIS:
@@ -247,10 +250,9 @@ def _beyond_medium(p: Problem, keys: int) -> str | None:
     if p.rank > 1 and keys * dim**2 >= MEDIUM_KEYS_TIMES_SQUARED_CHANNELS:
         most = MEDIUM_KEYS_TIMES_SQUARED_CHANNELS
         return f"the window is large: {keys} keys times the square of {dim} channels are {most} or more"
-    (*others, _), width = p.kernel_size, p.lengths[2]
-    lines = 2 * prod(others) * width * p.kv_heads * dim * p.dtype.itemsize
-    if p.rank > 1 and lines > MEDIUM_LINES_BYTES:
-        return f"keys and values of the lines that a line sees, {lines} bytes, exceed {MEDIUM_LINES_BYTES}"
+    lines, most = medium_tiling.bytes_of_lines(p), medium_tiling.LINES_BYTES
+    if kind == "backward_key" and p.rank > 1 and lines > most:
+        return f"keys and values of the lines that a line sees, {lines} bytes, exceed {most}"
     return None
 
 

@@ -31,6 +31,20 @@ ANY: gl.constexpr = gl.constexpr(True)
 
 
 @gluon.jit
+def on_ring(index, count, PERIODIC: gl.constexpr):
+    """The token of an index on one axis, which is at most a turn away from those of the ring."""
+    if PERIODIC:
+        index = gl.where(index < 0, index + count, gl.where(index >= count, index - count, index))
+    return index
+
+
+@gluon.jit
+def on_rings(corner, count, PERIODIC: gl.constexpr):
+    t, h, w = corner
+    return on_ring(t, count[0], PERIODIC[0]), on_ring(h, count[1], PERIODIC[1]), on_ring(w, count[2], PERIODIC[2])
+
+
+@gluon.jit
 def axis_walk(lo, hi, inner_lo, inner_hi, STEP: gl.constexpr):
     """For one axis: number of chunks, how many of them reach past the box of some row, and which comes first."""
     steps = (hi - lo + STEP) // STEP
