@@ -91,6 +91,17 @@ MASKED = (
     Case("3d-96-masked-torus", (9, 11, 13), (3, 5, 7), kv_heads=1, head_dim=96, value_dim=96, is_periodic=True,
          batch=1, seen=0.6),
 )  # fmt: skip
+OTHER_GRIDS = (
+    Case("2d-64-finer", (22, 41), (5, 7), heads=4, kv_heads=2, head_dim=64, value_dim=64, key_spatial=(11, 20),
+         sink="learned"),
+    Case("2d-72-coarser-registers", (9, 14), (8, 5), heads=2, kv_heads=2, head_dim=72, value_dim=72, registers=20,
+         key_spatial=(36, 45)),
+    Case("2d-32-finer-masked-ring", (30, 40), (7, 6), head_dim=32, value_dim=32, key_spatial=(13, 17), seen=0.6,
+         is_periodic=(False, True)),
+    Case("3d-128-both", (4, 18, 9), (3, 5, 5), heads=4, kv_heads=1, head_dim=128, value_dim=128, batch=1,
+         key_spatial=(7, 9, 19)),
+    Case("1d-64-finer", (700,), 101, kv_heads=1, head_dim=64, value_dim=64, key_spatial=(333,), registers=70),
+)  # fmt: skip
 MEDIUM: dict[Kind, str] = {
     "forward": variants.MEDIUM,
     "backward_query": variants.MEDIUM,
@@ -101,7 +112,7 @@ MEDIUM: dict[Kind, str] = {
 @pytest.mark.gpu
 @needs_device
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", CASES + REGISTERS + RINGS + MASKED, ids=str)
+@pytest.mark.parametrize("case", CASES + REGISTERS + RINGS + MASKED + OTHER_GRIDS, ids=str)
 def test_matches_the_oracle(case: Case, dtype: torch.dtype) -> None:
     case = replace(case, dtype=dtype)
     leaves = make_inputs(case, "cuda")
@@ -114,7 +125,7 @@ def test_matches_the_oracle(case: Case, dtype: torch.dtype) -> None:
 
 @pytest.mark.gpu
 @needs_device
-@pytest.mark.parametrize("case", CASES + REGISTERS + RINGS + MASKED, ids=str)
+@pytest.mark.parametrize("case", CASES + REGISTERS + RINGS + MASKED + OTHER_GRIDS, ids=str)
 def test_gradients_match_the_oracle(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the public operation; two runs are equal bit by bit."""
     case = replace(case, dtype=torch.bfloat16)
@@ -147,7 +158,7 @@ def test_each_direction_may_take_it_alone(case: Case, medium: tuple[str, ...]) -
 
 @pytest.mark.gpu
 @needs_device
-@pytest.mark.parametrize("case", CASES[:6] + REGISTERS + RINGS[:5] + MASKED[:1], ids=str)
+@pytest.mark.parametrize("case", CASES[:6] + REGISTERS + RINGS[:5] + MASKED[:1] + OTHER_GRIDS[:3], ids=str)
 def test_nan_reaches_no_other_image_and_no_other_head(case: Case) -> None:
     case = replace(case, dtype=torch.bfloat16, batch=2)
     with override(variants=MEDIUM):
@@ -517,24 +528,24 @@ def test_why_it_is_passed_over(monkeypatch: pytest.MonkeyPatch, changes: dict[st
         {"is_periodic": (False, True)},
         {"key_mask": contiguous((4, 64, 64, 1, 1))},
         {"has_bias": True, "scale_first": True},
+        {"query": contiguous((4, 128, 128, 24, 96))},
         {"is_periodic": (True, True), "key_mask": contiguous((4, 64, 64, 1, 1)), "has_bias": True},
     ],
     ids=str,
 )
-def test_rings_masks_and_biases_take_it(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
+def test_rings_masks_biases_and_other_grids_take_it(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
     assert names(lumina(monkeypatch, **changes)) == [variants.MEDIUM] * 3
 
 
 @pytest.mark.parametrize(("images", "expected"), [(1, variants.MEDIUM), (2, "portable")])
-def test_only_a_single_video_may_be_periodic_in_time(
-    monkeypatch: pytest.MonkeyPatch, images: int, expected: str
+@pytest.mark.parametrize(("frames", "is_periodic"), [(16, (True, False, False)), (32, ())])
+def test_only_a_single_video_may_be_periodic_in_time_or_have_other_frames(
+    monkeypatch: pytest.MonkeyPatch, images: int, expected: str, frames: int, is_periodic: tuple[bool, ...]
 ) -> None:
     """Where TMA reads past its last frame, the next video begins."""
-    video = contiguous((images, 16, 32, 32, 8, 64))
+    query, video = (contiguous((images, n, 32, 32, 8, 64)) for n in (frames, 16))
     axes = {"kernel_size": (5, 7, 7), "stride": (1,) * 3, "dilation": (1,) * 3, "is_causal": (False,) * 3}
-    problem = problem_of_text(
-        monkeypatch, query=video, key=video, value=video, **axes, is_periodic=(True, False, False)
-    )  # fmt: skip
+    problem = problem_of_text(monkeypatch, query=query, key=video, value=video, **axes, is_periodic=is_periodic)
     assert names(problem) == [expected] * 3
 
 

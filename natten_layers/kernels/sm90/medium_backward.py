@@ -43,7 +43,7 @@ from ..portable.windows import (
     unravel,
     windows_of,
 )
-from .descriptors import Call, call_of, frames_of
+from .descriptors import Call, call_of
 from .medium_chunks import (
     chunks_over,
     first_chunk,
@@ -60,6 +60,7 @@ from .medium_chunks import (
     without_masked_rows,
 )
 from .medium_forward import (
+    both_frames,
     boxes_of_chunks,
     boxes_of_rows,
     boxes_of_seen,
@@ -143,7 +144,7 @@ def medium_dq_kernel(
     q0_desc, q1_desc, q2_desc, do0_desc, do1_desc, do2_desc, dq0_desc, dq1_desc, dq2_desc,
     k0_desc, k1_desc, k2_desc, v0_desc, v1_desc, v2_desc,
     regk0_desc, regk1_desc, regk2_desc, regv0_desc, regv1_desc, regv2_desc,
-    dl_strides, mask_strides, axes, tiles, frames, group, blocks, registers, scale,
+    dl_strides, mask_strides, axes, key_length, tiles, frames, group, blocks, registers, scale,
     SPEC: gl.constexpr, CHUNK: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr, SIDE: gl.constexpr,
     WITH_DLSE: gl.constexpr,
 ):  # fmt: skip
@@ -169,12 +170,13 @@ def medium_dq_kernel(
         register_descs = present_descriptors(regk0_desc, regk1_desc, regk2_desc) + regv_descs
 
     i_batch, i_block, residue, count, origin = own_tile(length, dilation, tiles, blocks, TILE, SIDE)
-    lo, hi, _, _ = union_of_windows(origin, count, kernel, stride, CAUSAL, TILE, PERIODIC)
-    chunks = register_chunk_count(registers, CHUNK) + chunks_over(lo, hi, count, CHUNK, PERIODIC)
-    i_kv, i_frame = i_block * PACK // group, first_frame(i_batch, residue, length, frames)
+    key_count = count if key_length is None else key_length
+    lo, hi, _, _ = union_of_windows(origin, count, kernel, stride, CAUSAL, TILE, PERIODIC, key_length)
+    chunks = register_chunk_count(registers, CHUNK) + chunks_over(lo, hi, key_count, CHUNK, PERIODIC)
+    i_kv, i_frame = i_block * PACK // group, first_frame(i_batch, residue, length, frames[1])
     ready = new_barriers(STAGES + 1, 1)  # for the stages of the ring, and for the tile
     mbarrier.expect(ready.index(STAGES), bytes_of(2 * M, COLUMNS))
-    q_corner = i_frame + origin[0], origin[1], origin[2], i_block * PACK
+    q_corner = first_frame(i_batch, residue, length, frames[0]) + origin[0], origin[1], origin[2], i_block * PACK
     queries = start_rows(q_descs, q_corner, ready.index(STAGES), COLUMNS)
     grads = start_rows(do_descs, q_corner, ready.index(STAGES), COLUMNS)
     keys, values = new_stages(k_descs, STAGES), new_stages(v_descs, STAGES)
@@ -183,16 +185,16 @@ def medium_dq_kernel(
     for n in gl.static_range(STAGES):
         if n < chunks:
             start_seen_chunk(
-                descs, register_descs, rings, ready, n, i_kv, i_batch, i_frame, ahead, lo, registers, count,
+                descs, register_descs, rings, ready, n, i_kv, i_batch, i_frame, ahead, lo, registers, key_count,
                 CHUNK, COLUMNS, STAGES, PERIODIC,
             )  # fmt: skip
-        ahead = next_chunk(ahead, lo, hi, count, CHUNK, RANK, PERIODIC)
+        ahead = next_chunk(ahead, lo, hi, key_count, CHUNK, RANK, PERIODIC)
 
     row = gl.arange(0, M, ROW)
     position, head = unravel(row // PACK, TILE[1], TILE[2]), i_block * PACK + row % PACK
     m_rows, o_row = class_rows(position, head, i_batch, origin, residue, count, dilation, length, blocks * PACK)
     index = shifted(position, origin)
-    row_lo, row_hi = windows_of(index, count, kernel, stride, CAUSAL, PERIODIC)
+    row_lo, row_hi = windows_of(index, count, kernel, stride, CAUSAL, PERIODIC, key_length)
     p_biases = row_biases(Rpb, clamped(index, count), head, kernel)
     row_size = row_sizes(row_lo, row_hi)
     row_lse = load_lse(RowMax, RowSum, o_row, m_rows)
@@ -212,12 +214,12 @@ def medium_dq_kernel(
     inner = unravel(gl.arange(0, N, gl.SliceLayout(0, SCORES)), CHUNK[1], CHUNK[2])
     sums, corner = new_sums(M, COLUMNS), first_chunk(lo, registers, CHUNK)
     seen = unmasked_keys(
-        KeyMask, mask_strides, i_batch, corner, lo, residue, count, dilation, CHUNK, RANK, PERIODIC
+        KeyMask, mask_strides, i_batch, corner, lo, residue, key_count, dilation, CHUNK, RANK, PERIODIC
     )  # fmt: skip
     for n in range(chunks):
         i_stage, phase = stage_of(n, STAGES)
         b_hidden = hidden_chunk(
-            corner, lo, registers, row_lo, row_size, inner, count, CHUNK, RANK, PERIODIC, SCORES
+            corner, lo, registers, row_lo, row_size, inner, key_count, CHUNK, RANK, PERIODIC, SCORES
         )  # fmt: skip
         b_hidden = with_biases(b_hidden, p_biases, bias_offset(shifted(inner, corner), kernel), corner[2] >= lo[2])
         masked = has_masked(seen)
@@ -226,18 +228,18 @@ def medium_dq_kernel(
         sums = add_keys(
             sums, queries, grads, keys, values, i_stage, b_hidden, row_lse, row_delta, scale * LOG2E, BIASED
         )  # fmt: skip
-        corner = next_chunk(corner, lo, hi, count, CHUNK, RANK, PERIODIC)
+        corner = next_chunk(corner, lo, hi, key_count, CHUNK, RANK, PERIODIC)
         seen = unmasked_keys(
-            KeyMask, mask_strides, i_batch, corner, lo, residue, count, dilation, CHUNK, RANK, PERIODIC
+            KeyMask, mask_strides, i_batch, corner, lo, residue, key_count, dilation, CHUNK, RANK, PERIODIC
         )  # fmt: skip
         sums = finished(sums)
         thread_barrier()  # the stage has been read
         if n + STAGES < chunks:
             start_seen_chunk(
-                descs, register_descs, rings, ready, n + STAGES, i_kv, i_batch, i_frame, ahead, lo, registers, count,
-                CHUNK, COLUMNS, STAGES, PERIODIC,
+                descs, register_descs, rings, ready, n + STAGES, i_kv, i_batch, i_frame, ahead, lo, registers,
+                key_count, CHUNK, COLUMNS, STAGES, PERIODIC,
             )  # fmt: skip
-        ahead = next_chunk(ahead, lo, hi, count, CHUNK, RANK, PERIODIC)
+        ahead = next_chunk(ahead, lo, hi, key_count, CHUNK, RANK, PERIODIC)
     start_store(scaled_sums(sums, scale, queries[0].dtype), queries, dq_descs, q_corner, COLUMNS)
     store_wait(0)
 
@@ -317,7 +319,7 @@ def halves(x):
 def medium_dkv_kernel(
     Delta, Lse, KeyMask, Rpb, k0_desc, k1_desc, k2_desc, v0_desc, v1_desc, v2_desc, dk0_desc, dk1_desc, dk2_desc,
     dv0_desc, dv1_desc, dv2_desc, q0_desc, q1_desc, q2_desc, do0_desc, do1_desc, do2_desc,
-    mask_strides, axes, tiles, frames, group, kv_heads, scale,
+    mask_strides, axes, key_length, tiles, frames, group, kv_heads, scale,
     SPEC: gl.constexpr, CHUNK: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr, SIDE: gl.constexpr,
 ):  # fmt: skip
     """dK and dV of one tile of keys; the grid is (tiles * KV heads, batch).
@@ -340,21 +342,23 @@ def medium_dkv_kernel(
     q_descs = present_descriptors(q0_desc, q1_desc, q2_desc)
     do_descs = present_descriptors(do0_desc, do1_desc, do2_desc)
 
-    i_batch, i_kv, residue, count, origin = own_tile(length, dilation, tiles, kv_heads, TILE, SIDE)
-    lo, hi, _, _ = union_of_queries(origin, count, kernel, stride, CAUSAL, TILE, PERIODIC)
+    lengths = length if key_length is None else key_length
+    i_batch, i_kv, residue, key_count, origin = own_tile(lengths, dilation, tiles, kv_heads, TILE, SIDE)
+    count = key_count if key_length is None else length
+    lo, hi, _, _ = union_of_queries(origin, count, kernel, stride, CAUSAL, TILE, PERIODIC, key_length)
     chunks = chunks_over(lo, hi, count, CHUNK, PERIODIC)
     every, heads = chunks * group, kv_heads * group
     row, row_seen = unravel(gl.arange(0, M, ROW), TILE[1], TILE[2]), None
     if KeyMask is not None:
-        m_keys = inside_axes(shifted(row, origin), count)
+        m_keys = inside_axes(shifted(row, origin), key_count)
         row_seen = load_unmasked(
-            KeyMask, mask_strides, i_batch, origin, row, m_keys, residue, count, dilation, RANK
+            KeyMask, mask_strides, i_batch, origin, row, m_keys, residue, key_count, dilation, RANK
         )  # fmt: skip
         every = gl.where(gl.max(gl.where(m_keys, row_seen, 0), 0) == 0, 0, every)  # masked keys have no gradient
-    i_frame = first_frame(i_batch, residue, length, frames)
+    i_frame = first_frame(i_batch, residue, length, frames[0])
     ready = new_barriers(STAGES + 1, 1)  # for the stages of the ring, and for the tile
     mbarrier.expect(ready.index(STAGES), bytes_of(2 * M, COLUMNS))
-    k_corner = i_frame + origin[0], origin[1], origin[2], i_kv
+    k_corner = first_frame(i_batch, residue, length, frames[1]) + origin[0], origin[1], origin[2], i_kv
     keys = start_rows(k_descs, k_corner, ready.index(STAGES), COLUMNS)
     values = start_rows(v_descs, k_corner, ready.index(STAGES), COLUMNS)
     queries, grads = new_stages(q_descs, STAGES), new_stages(do_descs, STAGES)
@@ -370,7 +374,7 @@ def medium_dkv_kernel(
             ahead, ahead_head, ahead_left, chunks, lo, hi, count, CHUNK, RANK, PERIODIC
         )
 
-    row_lo, row_hi = queries_of(shifted(row, origin), count, kernel, stride, CAUSAL, PERIODIC)
+    row_lo, row_hi = queries_of(shifted(row, origin), count, kernel, stride, CAUSAL, PERIODIC, key_length)
     row_size = row_sizes(row_lo, row_hi)
     dks, dvs = new_sums(M, COLUMNS), new_sums(M, COLUMNS)
     corner, head, left = lo, i_kv * group, chunks
@@ -389,7 +393,7 @@ def medium_dkv_kernel(
             Lse, Delta, corner, head, i_batch, residue, count, dilation, length, heads, CHUNK, PERIODIC
         )  # fmt: skip
         mbarrier.wait(ready.index(i_stage), phase)
-        p_biases = key_biases(Rpb, clamped(shifted(row, origin), count), own_head, kernel)
+        p_biases = key_biases(Rpb, clamped(shifted(row, origin), key_count), own_head, kernel)
         for I_SLICE in gl.static_range(N // SLICE):
             dks, dvs = add_queries(
                 dks, dvs, keys, values, queries, grads, i_stage, lses, deltas, chunk, row_lo, row_size, count, p_biases,
@@ -432,8 +436,8 @@ def query_call(config: MediumTileConfig, p: Problem, grad_out: Layout, grad_lse:
         medium_dq_kernel,
         (prod(tiles) * blocks, p.query.shape[0]),
         (
-            (0,) * 5 if grad_lse is None else strides(grad_lse), p.mask_strides, p.geometry, tiles, frames_of(p),
-            p.group, blocks, p.registers or None,
+            (0,) * 5 if grad_lse is None else strides(grad_lse), p.mask_strides, p.geometry, p.key_lengths, tiles,
+            both_frames(p), p.group, blocks, p.registers or None,
         ),
         [*boxes_of_rows(config, p, p.query, grad_out, contiguous(p.query.shape)), *boxes_of_seen(config, p)],
         SPEC=spec_of(config, p), CHUNK=config.chunk, COLUMNS=config.columns, STAGES=config.stages, SIDE=config.side,
@@ -457,11 +461,11 @@ def key_gradients(
 
 @lru_cache(maxsize=1024)
 def key_call(config: MediumTileConfig, p: Problem, grad_out: Layout) -> Call:
-    tiles, out = p.tiles(config.tile), contiguous(p.key.shape)
+    tiles, out = p.tiles(config.tile, p.key_lengths), contiguous(p.key.shape)
     return call_of(
         medium_dkv_kernel,
         (prod(tiles) * p.kv_heads, p.query.shape[0]),
-        (p.mask_strides, p.geometry, tiles, frames_of(p), p.group, p.kv_heads),
+        (p.mask_strides, p.geometry, p.key_lengths, tiles, both_frames(p), p.group, p.kv_heads),
         [
             *boxes_of_rows(config, p, p.key, p.value, out, out),
             *boxes_of_chunks(config, p, p.query, grad_out),

@@ -284,14 +284,15 @@ def medium_forward_kernel(
     q0_desc, q1_desc, q2_desc, out0_desc, out1_desc, out2_desc,
     k0_desc, k1_desc, k2_desc, v0_desc, v1_desc, v2_desc,
     regk0_desc, regk1_desc, regk2_desc, regv0_desc, regv1_desc, regv2_desc,
-    strides, mask_strides, axes, tiles, frames, group, blocks, registers, sink, scale,
+    strides, mask_strides, axes, key_length, tiles, frames, group, blocks, registers, sink, scale,
     SPEC: gl.constexpr, CHUNK: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr, SIDE: gl.constexpr,
 ):  # fmt: skip
     """Attention of one tile; the grid is (tiles * blocks of heads, batch).
 
     Arguments are as in ``small_forward.py``, but a tensor has a descriptor for each part of its ``COLUMNS``, and
     ``registers`` is None if there are no register tokens. ``KeyMask`` is None if no key is masked, and
-    ``Rpb`` if there are no biases.
+    ``Rpb`` if there are no biases. ``frames`` are those of queries and of keys. ``key_length`` is that of the keys'
+    axes if they are on another grid, else None.
     """
     length, kernel, stride, dilation = axes
     CAUSAL: gl.constexpr = SPEC.causal
@@ -315,12 +316,16 @@ def medium_forward_kernel(
         register_descs = present_descriptors(regk0_desc, regk1_desc, regk2_desc) + regv_descs
 
     i_batch, i_block, residue, count, origin = own_tile(length, dilation, tiles, blocks, TILE, SIDE)
-    lo, hi, _, _ = union_of_windows(origin, count, kernel, stride, CAUSAL, TILE, PERIODIC)
-    chunks, heads = register_chunk_count(registers, CHUNK) + chunks_over(lo, hi, count, CHUNK, PERIODIC), blocks * PACK
-    i_kv, i_frame = i_block * PACK // group, first_frame(i_batch, residue, length, frames)
+    key_count = count if key_length is None else key_length
+    lo, hi, _, _ = union_of_windows(origin, count, kernel, stride, CAUSAL, TILE, PERIODIC, key_length)
+    chunks, heads = (
+        register_chunk_count(registers, CHUNK) + chunks_over(lo, hi, key_count, CHUNK, PERIODIC),
+        blocks * PACK,
+    )
+    i_kv, i_frame = i_block * PACK // group, first_frame(i_batch, residue, length, frames[1])
     ready = new_barriers(STAGES + 1, 1)  # for the stages of the ring, and for the tile
     mbarrier.expect(ready.index(STAGES), bytes_of(M, COLUMNS))
-    q_corner = i_frame + origin[0], origin[1], origin[2], i_block * PACK
+    q_corner = first_frame(i_batch, residue, length, frames[0]) + origin[0], origin[1], origin[2], i_block * PACK
     queries = start_rows(q_descs, q_corner, ready.index(STAGES), COLUMNS)
     keys, values = new_stages(k_descs, STAGES), new_stages(v_descs, STAGES)
     descs, rings = k_descs + v_descs, keys + values
@@ -328,28 +333,28 @@ def medium_forward_kernel(
     for n in gl.static_range(STAGES):
         if n < chunks:
             start_seen_chunk(
-                descs, register_descs, rings, ready, n, i_kv, i_batch, i_frame, ahead, lo, registers, count,
+                descs, register_descs, rings, ready, n, i_kv, i_batch, i_frame, ahead, lo, registers, key_count,
                 CHUNK, COLUMNS, STAGES, PERIODIC,
             )  # fmt: skip
-        ahead = next_chunk(ahead, lo, hi, count, CHUNK, RANK, PERIODIC)
+        ahead = next_chunk(ahead, lo, hi, key_count, CHUNK, RANK, PERIODIC)
 
     row = gl.arange(0, M, ROW)
     position, head = unravel(row // PACK, TILE[1], TILE[2]), i_block * PACK + row % PACK
     index = shifted(position, origin)
-    row_lo, row_hi = windows_of(index, count, kernel, stride, CAUSAL, PERIODIC)
+    row_lo, row_hi = windows_of(index, count, kernel, stride, CAUSAL, PERIODIC, key_length)
     p_biases = row_biases(Rpb, clamped(index, count), head, kernel)
     row_size = row_sizes(row_lo, row_hi)
     row_m, part_l = initial_stats(Sink, head, sink, SINK, M, ROW, PARTS)
     inner = unravel(gl.arange(0, N, gl.SliceLayout(0, SCORES)), CHUNK[1], CHUNK[2])
     sums, corner = new_sums(M, COLUMNS), first_chunk(lo, registers, CHUNK)
     seen = unmasked_keys(
-        KeyMask, mask_strides, i_batch, corner, lo, residue, count, dilation, CHUNK, RANK, PERIODIC
+        KeyMask, mask_strides, i_batch, corner, lo, residue, key_count, dilation, CHUNK, RANK, PERIODIC
     )  # fmt: skip
     mbarrier.wait(ready.index(STAGES), 0)
     for n in range(chunks):
         i_stage, phase = stage_of(n, STAGES)
         b_hidden = hidden_chunk(
-            corner, lo, registers, row_lo, row_size, inner, count, CHUNK, RANK, PERIODIC, SCORES
+            corner, lo, registers, row_lo, row_size, inner, key_count, CHUNK, RANK, PERIODIC, SCORES
         )  # fmt: skip
         b_hidden = with_biases(b_hidden, p_biases, bias_offset(shifted(inner, corner), kernel), corner[2] >= lo[2])
         masked = has_masked(seen)
@@ -358,18 +363,18 @@ def medium_forward_kernel(
         sums, row_m, part_l = attend_chunk(
             queries, keys, values, i_stage, b_hidden, sums, row_m, part_l, scale * LOG2E, BIASED
         )  # fmt: skip
-        corner = next_chunk(corner, lo, hi, count, CHUNK, RANK, PERIODIC)
+        corner = next_chunk(corner, lo, hi, key_count, CHUNK, RANK, PERIODIC)
         seen = unmasked_keys(
-            KeyMask, mask_strides, i_batch, corner, lo, residue, count, dilation, CHUNK, RANK, PERIODIC
+            KeyMask, mask_strides, i_batch, corner, lo, residue, key_count, dilation, CHUNK, RANK, PERIODIC
         )  # fmt: skip
         sums = finished(sums)
         thread_barrier()  # the stage has been read
         if n + STAGES < chunks:
             start_seen_chunk(
-                descs, register_descs, rings, ready, n + STAGES, i_kv, i_batch, i_frame, ahead, lo, registers, count,
-                CHUNK, COLUMNS, STAGES, PERIODIC,
+                descs, register_descs, rings, ready, n + STAGES, i_kv, i_batch, i_frame, ahead, lo, registers,
+                key_count, CHUNK, COLUMNS, STAGES, PERIODIC,
             )  # fmt: skip
-        ahead = next_chunk(ahead, lo, hi, count, CHUNK, RANK, PERIODIC)
+        ahead = next_chunk(ahead, lo, hi, key_count, CHUNK, RANK, PERIODIC)
 
     row_l = gl.sum(part_l, 1)
     row_weight = row_l
@@ -389,7 +394,8 @@ def medium_forward_kernel(
         attend_rows(
             (Q, K, V, RegK, RegV, Sink, Out, None, KeyMask, Rpb), (RowMax, RowSum), (strides, mask_strides),
             i_batch, i_block, origin,
-            (length, kernel, stride, heads), (residue, count, dilation), group, registers, sink, scale * LOG2E,
+            (length, kernel, stride, heads), (residue, count, dilation, key_length), group, registers, sink,
+            scale * LOG2E,
             (None, None, None, None, None, None), SPEC, NO_PREP,
         )  # fmt: skip
 
@@ -401,6 +407,12 @@ def columns_boxes(boxes: Boxes | None, columns: tuple[int, ...]) -> list[Boxes |
     rows = boxes["block_shape"][:-1]
     parts = [boxes_of(boxes["shape"], boxes["strides"], [*rows, n]) for n in columns]
     return [*parts, *[None] * (COLUMN_PARTS - len(columns))]
+
+
+def both_frames(problem: Problem) -> tuple[int, int]:
+    """Frames of an image of queries, and of one of keys."""
+    keys = problem.key_lengths
+    return frames_of(problem), frames_of(problem) if keys is None else keys[0]
 
 
 def boxes_of_rows(config: MediumTileConfig, problem: Problem, *tensors: Layout) -> list[Boxes | None]:
@@ -448,7 +460,10 @@ def prepare(config: MediumTileConfig, p: Problem, with_stats: bool) -> Call:
     return call_of(
         medium_forward_kernel,
         (prod(tiles) * blocks, p.query.shape[0]),
-        (p.input_strides(), p.mask_strides, p.geometry, tiles, frames_of(p), p.group, blocks, p.registers or None),
+        (
+            p.input_strides(), p.mask_strides, p.geometry, p.key_lengths, tiles, both_frames(p), p.group, blocks,
+            p.registers or None,
+        ),
         [*boxes_of_rows(config, p, p.query, contiguous(p.query.shape)), *boxes_of_seen(config, p)],
         SPEC=spec_of(config, p, with_stats), CHUNK=config.chunk, COLUMNS=config.columns, STAGES=config.stages,
         SIDE=config.side, num_warps=WARPS, maxnreg=config.maxnreg,

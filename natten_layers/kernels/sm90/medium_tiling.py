@@ -49,12 +49,14 @@ class MediumTileConfig(NamedTuple):
 
 def forward_tile_config(problem: Problem, pack: int | None = None) -> MediumTileConfig | None:
     """The configuration of the forward pass; None if no tile suits the problem."""
-    return _tile_config(problem, pack, window_bounds, 64 if _width(problem) <= 112 else 32, _maxnreg(problem))
+    keys = 64 if _width(problem) <= 112 else 32
+    return _tile_config(problem, problem.axes, pack, windows_on(problem.key_lengths), keys, _maxnreg(problem))
 
 
 def dq_tile_config(problem: Problem, pack: int | None = None) -> MediumTileConfig | None:
     """The configuration for gradients of queries."""
-    return _tile_config(problem, pack, window_bounds, 64 if _width(problem) <= 96 else 32, _maxnreg(problem))
+    keys = 64 if _width(problem) <= 96 else 32
+    return _tile_config(problem, problem.axes, pack, windows_on(problem.key_lengths), keys, _maxnreg(problem))
 
 
 def dkv_tile_config(problem: Problem) -> MediumTileConfig | None:
@@ -62,7 +64,35 @@ def dkv_tile_config(problem: Problem) -> MediumTileConfig | None:
 
     Two accumulators take most registers that a thread can have.
     """
-    return _tile_config(problem, 1, query_bounds, 64, 248)
+    keys = problem.key_lengths
+    if keys is None:
+        return _tile_config(problem, problem.axes, 1, (query_bounds,) * 3, 64, 248)
+    axes = tuple((n, *axis[1:]) for n, axis in zip(keys, problem.axes, strict=True))
+    return _tile_config(problem, axes, 1, queries_on(problem.lengths), 64, 248)
+
+
+@lru_cache
+def windows_on(key_lengths: Box | None) -> tuple[Bounds, Bounds, Bounds]:
+    """For each axis, the keys that queries see, on their own grid or on one of these lengths."""
+
+    def bounds(keys: int) -> Bounds:
+        return lambda index, *axis: window_bounds(index, *axis, key_length=keys)
+
+    if key_lengths is None:
+        return (window_bounds,) * 3
+    t, h, w = map(bounds, key_lengths)
+    return t, h, w
+
+
+@lru_cache
+def queries_on(lengths: Box) -> tuple[Bounds, Bounds, Bounds]:
+    """For each axis, the queries on a grid of these lengths that see keys on another."""
+
+    def bounds(queries: int) -> Bounds:
+        return lambda index, keys, *axis: query_bounds(index, queries, *axis, key_length=keys)
+
+    t, h, w = map(bounds, lengths)
+    return t, h, w
 
 
 def _maxnreg(problem: Problem) -> int:
@@ -71,16 +101,18 @@ def _maxnreg(problem: Problem) -> int:
     Up to 128, four programs share a multiprocessor where shared memory has room for them: with up to 64 columns. With
     register tokens or a mask ptxas would take more there, although those that it may not take are hardly missed. With
     biases they are: in heads of 64 channels dQ takes 0.163 ms with 168 on an H200 and 0.231 with 128 (13x13 windows),
-    in heads of 32 channels 0.241 and 0.225 (7x7).
+    in heads of 32 channels 0.241 and 0.225 (7x7). Keys on another grid take more anyway.
     """
     takes_more = problem.registers or problem.key_mask is not None or problem.has_bias
-    return 128 if takes_more and _width(problem) <= (32 if problem.has_bias else 64) else 168
+    most = 0 if problem.key_lengths is not None else 32 if problem.has_bias else 64
+    return 128 if takes_more and _width(problem) <= most else 168
 
 
 def bytes_of_lines(problem: Problem) -> int:
     """Bytes of the keys and values of all lines along the last axis that a line of queries sees."""
     p = problem
-    return 2 * prod(p.kernel_size[:-1]) * p.lengths[2] * p.kv_heads * p.query.shape[-1] * p.dtype.itemsize
+    keys = prod(p.kernel_size[:-1]) * (p.key_lengths or p.lengths)[2]
+    return 2 * keys * p.kv_heads * p.query.shape[-1] * p.dtype.itemsize
 
 
 def _width(problem: Problem) -> int:
@@ -97,14 +129,14 @@ def columns_of(problem: Problem) -> tuple[int, ...]:
 
 
 def _tile_config(
-    problem: Problem, pack: int | None, bounds: Bounds, keys: int, maxnreg: int
+    problem: Problem, axes: tuple[Axis, ...], pack: int | None, bounds: tuple[Bounds, ...], keys: int, maxnreg: int
 ) -> MediumTileConfig | None:
     """The best tile with chunks of ``keys``, and ``pack`` heads a program: by default one, or as many as share keys.
 
     These share what a program loads, but a tile has fewer positions, which share fewer keys.
     """
     packs = tuple(sorted({1, most_packed(problem)})) if pack is None else (pack,)
-    best = best_tile(problem.axes, packs, keys, bounds, problem.query.shape[0])
+    best = best_tile(axes, packs, keys, bounds, problem.query.shape[0])
     if best is None:
         return None
     pack, tile, chunk = best
@@ -114,7 +146,7 @@ def _tile_config(
 
 @lru_cache(maxsize=1024)
 def best_tile(
-    axes: tuple[Axis, ...], packs: tuple[int, ...], columns: int, bounds: Bounds, batch: int
+    axes: tuple[Axis, ...], packs: tuple[int, ...], columns: int, bounds: tuple[Bounds, ...], batch: int
 ) -> tuple[int, Box, Box] | None:
     """Packed heads, tile and chunk for which the fewest scores are computed, or None if there are none.
 
@@ -125,13 +157,13 @@ def best_tile(
 
     def cost(choice: tuple[int, Box, Box]) -> tuple[int, int, int]:
         _, tile, chunk = choice
-        scores = prod(executed(*sides, bounds) for sides in zip(axes, tile, chunk, strict=True))
+        scores = prod(executed(*sides) for sides in zip(axes, tile, chunk, bounds, strict=True))
         return scores, -tile[2], -chunk[2]
 
     choices = [
         (pack, tile, chunk)
         for pack in packs for tile in boxes(ROWS // pack, lengths) for chunk in boxes(columns, lengths)
-        if batch == 1 or (lengths[0] % tile[0] == 0 and ends_inside(axes[0], tile[0], chunk[0], bounds))
+        if batch == 1 or (lengths[0] % tile[0] == 0 and ends_inside(axes[0], tile[0], chunk[0], bounds[0]))
     ]  # fmt: skip
     return min(choices, key=cost, default=None)
 

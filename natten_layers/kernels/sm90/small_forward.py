@@ -274,7 +274,8 @@ def small_forward_kernel(
         attend_rows(
             (Q, K, V, RegK, RegV, Sink, Out, Begins, None, None), (RowMax, RowSum), (strides, None), i_batch, i_block,
             origin,
-            (length, kernel, stride, blocks * PACK), (residue, count, dilation), group, registers, sink, scale * LOG2E,
+            (length, kernel, stride, blocks * PACK), (residue, count, dilation, None), group, registers, sink,
+            scale * LOG2E,
             (None, None, None, None, None, None), SPEC, NO_PREP,
         )  # fmt: skip
 

@@ -223,7 +223,7 @@ def small_forward_rolling_kernel(
                 (Q, K, V, RegK, RegV, Sink, Out, Begins, None, None), (RowMax, RowSum), (strides, None),
                 i_batch, i_block,
                 shifted_along(end, (i_step - steps) * SPEC.step, AXIS), (length, kernel, stride, blocks * PACK),
-                ((0, 0, 0), length, (1, 1, 1)), group, registers, sink, scale * LOG2E,
+                ((0, 0, 0), length, (1, 1, 1), None), group, registers, sink, scale * LOG2E,
                 (GainQ, GainK, Positions, Freqs, factor, eps), SPEC, PREP,
             )  # fmt: skip
 

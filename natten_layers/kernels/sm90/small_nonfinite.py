@@ -96,7 +96,8 @@ def fold_window(
 ):  # fmt: skip
     """Fold the windows of rows into ``state``, which is ``b_acc``, ``row_m`` and ``row_l`` of ``fold_tokens``."""
     length, kernel, _stride, _heads = plan
-    residue, count, dilation = classes
+    residue, count, dilation, key_length = classes
+    key_count = count if key_length is None else key_length
     PERIODIC: gl.constexpr = SPEC.periodic
     b_acc, row_m, row_l = state
     N: gl.constexpr = n.shape[0]
@@ -105,7 +106,7 @@ def fold_window(
         b_bias = None
         if p_biases is not None:
             b_bias = gl.load(p_biases[:, None] + bias_offset(token, kernel), mask=m_tokens & m_rows[:, None], other=0.0)
-        token = spread(on_rings(token, count, PERIODIC), residue, dilation)
+        token = spread(on_rings(token, key_count, PERIODIC), residue, dilation)
         o_k, o_v = wide_token_offset(token, k_strides), wide_token_offset(token, v_strides)
         m_tokens &= m_rows[:, None]
         if KeyMask is not None:
@@ -152,7 +153,7 @@ def attend_rows(
         strides: a tuple of those of the first five tensors, and those of the mask: ``(batch, t, h, w, head)``, of
             register tokens ``(batch, token, head)``.
         plan: length, kernel and stride of the axes, and the number of query heads.
-        classes: the tile's residue class, its length, and dilation.
+        classes: the tile's residue class, its length, dilation, and the length of keys on another grid (else None).
         prep: how queries and keys are prepared: pointers to gains of queries and of keys, to the positions of the image
             and to the frequencies of the head, the factor of RoPE, and ``eps`` of the norm.
     """
@@ -160,7 +161,7 @@ def attend_rows(
     q_strides, k_strides, v_strides, regk_strides, regv_strides = strides[0]
     mask_strides = strides[1]
     length, kernel, stride, heads = plan
-    residue, count, dilation = classes
+    residue, count, dilation, key_length = classes
     GainQ, GainK, _Positions, _Freqs, _rope_factor, _eps = prep
     CAUSAL: gl.constexpr = SPEC.causal
     PERIODIC: gl.constexpr = SPEC.periodic
@@ -188,7 +189,7 @@ def attend_rows(
         row = first + gl.arange(0, ROWS, ROW)
         position, head = unravel(row // PACK, TILE[1], TILE[2]), i_block * PACK + row % PACK
         m_rows, o_row = class_rows(position, head, i_batch, origin, residue, count, dilation, length, heads)
-        row_lo, row_hi = windows_of(shifted(position, origin), count, kernel, stride, CAUSAL, PERIODIC)
+        row_lo, row_hi = windows_of(shifted(position, origin), count, kernel, stride, CAUSAL, PERIODIC, key_length)
         row_lo = cut_windows(row_lo, Begins, shifted(position, origin), length)
         own = spread(shifted(position, origin), residue, dilation)
         p_biases = row_biases(Rpb, clamped(shifted(position, origin), count), head, kernel)

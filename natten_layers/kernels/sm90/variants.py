@@ -206,7 +206,7 @@ NO_MEDIUM_TILES = "no tiles: the frames of an image cannot be divided into tiles
 def _medium_gap(question: Question) -> str | None:
     p = question.problem
     dim, value_dim = p.query.shape[-1], p.value.shape[-1]
-    reason = register_gap(question) or classes_gap(question, "registers", "key_mask", "periodic", "bias")
+    reason = register_gap(question) or classes_gap(question, "registers", "key_mask", "periodic", "bias", "other grid")
     if reason is not None:
         return reason
     if dim != value_dim or dim > medium_tiling.MOST_COLUMNS:
@@ -214,8 +214,10 @@ def _medium_gap(question: Question) -> str | None:
         return f"it takes queries and values of equally many channels, up to {most}, not {dim} and {value_dim}"
     if p.query.shape[0] >= 2**16:
         return f"it takes fewer than {2**16} images, not {p.query.shape[0]}"
-    if p.periodic_axes[0] and p.query.shape[0] > 1:  # TMA finds the next image behind the last frame of one
-        return f"it takes a periodic first axis of three for one image at a time, not for {p.query.shape[0]}"
+    if (p.periodic_axes[0] or (p.rank == 3 and p.key_lengths)) and p.query.shape[0] > 1:
+        # Behind the last frame of a video TMA finds the next one.
+        videos = p.query.shape[0]
+        return f"it takes a periodic first axis of three, or another grid, for one video at a time, not for {videos}"
     return None
 
 
@@ -229,8 +231,8 @@ def _medium_pays(question: Question, kind: Kind) -> str | None:
     if kind != "backward_key" and _is_narrow(p, kind):
         return f"the portable kernel is faster for heads of {dim} channels on {p.rank} axes"
     keys = window if kind == "backward_key" else window + p.registers
-    # Kernels for large windows take no masks, periodic axes and biases, and portable ones are slower.
-    only_here = p.key_mask is not None or bool(p.is_periodic) or p.has_bias
+    # Kernels for large windows take no masks, periodic axes, biases and other grids, and portable ones are slower.
+    only_here = p.key_mask is not None or bool(p.is_periodic) or p.has_bias or p.key_lengths is not None
     if not only_here and (reason := _beyond_medium(p, keys, kind)) is not None:
         return reason
     if queries * keys * dim < MEDIUM_PRODUCTS:
