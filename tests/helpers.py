@@ -20,7 +20,7 @@ from natten_layers.operations import Impl
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 Inputs = dict[str, Tensor]
 """Differentiable inputs by argument name: query, key, value and, where the case has them, additional_keys,
-additional_values and sink."""
+additional_values, sink and rpb."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ class Case:
     is_periodic: bool | tuple[bool, ...] = False
     key_spatial: tuple[int, ...] | None = None
     """axes of keys, if queries lie on another grid"""
+    has_bias: bool = False
+    """Whether there are biases by the distance of query and key. The oracle does not know them, the eager path does."""
 
     @property
     def window(self) -> Window:
@@ -179,6 +181,10 @@ def make_inputs(case: Case, device: torch.device | str = "cpu", seed: int = 0) -
         # Logits near the lse of a few keys give the sink a visible share of the softmax. As a parameter it is in fp32.
         dtype = torch.promote_types(case.dtype, torch.float32)
         inputs["sink"] = (draw(case.heads).detach().to(dtype) + 2.0).requires_grad_()
+    if case.has_bias:
+        dtype = torch.promote_types(case.dtype, torch.float32)
+        sizes = (2 * k - 1 for k in case.window.kernel_size)
+        inputs["rpb"] = draw(case.heads, *sizes).detach().to(dtype).requires_grad_()
     return inputs
 
 
@@ -269,7 +275,7 @@ def arguments(case: Case, inputs: Inputs) -> dict[str, Any]:
         "additional_values": inputs.get("additional_values"),
         "sink": 0.0 if case.sink == "zero" else inputs.get("sink"),
         "key_mask": key_mask(case, inputs["query"].device),
-    }
+    } | ({"rpb": inputs["rpb"]} if "rpb" in inputs else {})
 
 
 def run(case: Case, inputs: Inputs, impl: Impl) -> Result:

@@ -59,7 +59,7 @@ def make_table(case: Case) -> Tensor:
 def results(case: Case, dtype: torch.dtype, table: Tensor, impl: Impl) -> dict[str, Tensor]:
     inputs = {name: x.detach().to(dtype).requires_grad_() for name, x in make_inputs(case, DEVICE).items()}
     inputs["rpb"] = table.to(torch.promote_types(dtype, torch.float32)).requires_grad_()
-    out, lse = neighborhood_attention(**arguments(case, inputs), rpb=inputs["rpb"], return_lse=True, impl=impl)
+    out, lse = neighborhood_attention(**arguments(case, inputs), return_lse=True, impl=impl)
     generator = torch.Generator().manual_seed(1)
     cotangents = [torch.randint(-8, 9, x.shape, generator=generator).to(x) / 4 for x in (out, lse)]
     grads = torch.autograd.grad((out, lse), tuple(inputs.values()), cotangents)
