@@ -223,7 +223,9 @@ def _medium_gap(question: Question) -> str | None:
 
 def _medium_pays(question: Question, kind: Kind) -> str | None:
     p = question.problem
-    window, queries, dim = prod(p.kernel_size), prod(p.query.shape[:-1]), p.query.shape[-1]
+    # Of two grids, the finer one has most of the work: a coarse tile sees many keys that none of its rows sees alone.
+    tokens = max(prod(p.query.shape[:-2]), prod(p.key.shape[:-2]))
+    window, queries, dim = prod(p.kernel_size), tokens * p.query.shape[-2], p.query.shape[-1]
     if window < MEDIUM_WINDOW:
         return f"the window is small: {window} keys are fewer than {MEDIUM_WINDOW}"
     if kind == "backward_key" and p.rank == 1 and window < MEDIUM_KEYS_ON_ONE_AXIS:
