@@ -121,11 +121,12 @@ def attend_large_on_sm90(
 
 def attend_small_on_sm90(
     spatial: tuple[int, ...], kernel_size: int, heads: int, *, registers: int, dim: int = 64, stride: int = 1,
-    dilation: int = 1, packed: bool = False,
+    dilation: int = 1, packed: bool = False, masked: bool = False,
 ) -> None:  # fmt: skip
     query, key = (torch.zeros(1, *spatial, h, dim, dtype=torch.bfloat16) for h in (heads, 2))
     extra = torch.zeros(1, registers, 2, dim, dtype=torch.bfloat16) if registers else None
-    tensors = problem.Inputs(query, key, key, extra, extra, torch.zeros(heads))
+    mask = torch.ones(1, *spatial, dtype=torch.bool) if masked else None
+    tensors = problem.Inputs(query, key, key, extra, extra, torch.zeros(heads), mask)
     rank = len(spatial)
     options = options_of(rank, kernel_size, None, stride, dilation)
     launch_small_on_sm90(tensors, options)
@@ -141,7 +142,7 @@ def launch_small_on_sm90(tensors: problem.Inputs, options: problem.Options) -> N
     config = small_tiling.small_tile_config(one)
     assert config is not None
     small_forward.forward(config, one, tensors, options, with_stats=rank > 1)
-    if prod(options.stride) == prod(options.dilation) == 1:
+    if prod(options.stride) == prod(options.dilation) == 1 and tensors.key_mask is None:
         config = small_tiling.rolling_tile_config(one)
         assert config is not None
         small_forward_rolling.forward(config, one, tensors, options, with_stats=rank > 1)
@@ -242,6 +243,7 @@ def main(capability: int) -> None:
         attend_large_on_sm90((64, 80), 13, 2, sink=None, dim=80)
         attend_small_on_sm90((64, 64), 7, 8, registers=5)
         attend_small_on_sm90((64, 64), 7, 8, registers=0, dim=40)
+        attend_small_on_sm90((64, 64), 7, 8, registers=5, masked=True)
         attend_small_on_sm90((4096,), 128, 16, registers=0, packed=True)
         attend_small_on_sm90((4096,), 8, 8, registers=0, dim=128)
         attend_small_on_sm90((56, 56), 7, 2, registers=0, dim=32, stride=3, dilation=2)

@@ -14,7 +14,7 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
-from helpers import Case, assert_close, assert_nan_stays, enlarge, error, make_inputs, oracle, run
+from helpers import Case, arguments, assert_close, assert_nan_stays, enlarge, error, key_mask, make_inputs, oracle, run
 from hypothesis import given, settings
 from problems import problem_of_image, problem_of_packed_texts
 from test_sm90_large import (
@@ -39,7 +39,14 @@ from natten_layers.kernels.host.problem import Inputs, Layout, Options, Problem,
 from natten_layers.kernels.host.tiling import extent
 from natten_layers.kernels.host.tuned import forget, override
 from natten_layers.kernels.portable import forward
-from natten_layers.kernels.sm90 import small_backward, small_forward, small_forward_rolling, support, variants
+from natten_layers.kernels.sm90 import (
+    masked_keys,
+    small_backward,
+    small_forward,
+    small_forward_rolling,
+    support,
+    variants,
+)
 from natten_layers.kernels.sm90.descriptors import descriptor, key_boxes, query_boxes, register_boxes
 from natten_layers.kernels.sm90.medium_tiling import MediumTileConfig
 from natten_layers.kernels.sm90.small_tiling import (
@@ -372,6 +379,26 @@ def test_statistics_take_registers_of_the_multiprocessor(monkeypatch: pytest.Mon
     problem = problem_of_image(monkeypatch, additional_keys=extra, additional_values=extra)
     configs = [small_tile_config(problem, None, with_stats) for with_stats in (False, True)]
     assert [(x.maxnreg, x.programs) for x in configs if x is not None] == [(96, 5), (128, 4)]
+
+
+def test_masks_take_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = problem_of_image(monkeypatch, key_mask=contiguous((8, 128, 128, 1, 1)))
+    choice = dispatch.choose("forward", Question(problem))
+    assert choice.variant.name == variants.TILES
+    assert (variants.ROLLING, "it takes no key_mask") in choice.passed_over
+    query, key = gradients(problem, problem.query)
+    assert isinstance(query, SmallTileConfig)
+    assert isinstance(key, SmallTileConfig)
+
+
+@pytest.mark.parametrize("box", [(1, 1, 64), (1, 8, 4), (4, 2, 8), (2, 16, 1)], ids=str)
+def test_keys_that_follow_each_other_are_a_box(box: tuple[int, int, int]) -> None:
+    keys = torch.arange(prod(box)).reshape(box)
+    for count in (1, 2, 16):
+        for first in range(0, prod(box), count):
+            start, sides = masked_keys.range_start(box, first), masked_keys.range_sides(box, count)
+            part = keys[tuple(slice(i, i + side) for i, side in zip(start, sides, strict=True))]
+            assert part.flatten().tolist() == list(range(first, first + count))
 
 
 IMAGES = (8, 128, 128, 8, 64), (2**23, 2**16, 512, 64, 1)
@@ -721,6 +748,7 @@ def test_what_is_not_finite_reaches_no_other_packed_text(case: Case, name: str, 
         ({"is_causal": (False,)}, "only if they are causal"),
         ({"stride": (2,)}, "without stride"),
         ({"dilation": (2,)}, "and dilation"),
+        ({"key_mask": contiguous((1, 32768, 1, 1))}, "key_mask"),
         (
             {"additional_keys": contiguous((3, 4, 2, 128)), "additional_values": contiguous((3, 4, 2, 128))},
             "additional",
@@ -736,3 +764,79 @@ def test_packed_texts_that_are_not_cut_from_one_text(
                     variants.TILES_KEY_GRADIENTS):  # fmt: skip
         assert variant.supports(Question(small)) is None
         assert reason in (variant.supports(Question(problem)) or "")
+
+
+# --- Key masks
+
+MASKED = (
+    Case("2d", (32, 40), 7, head_dim=64, value_dim=64, seen=0.5),
+    Case("2d-ragged-gqa-sink-registers", (37, 45), 7, heads=8, kv_heads=2, head_dim=64, value_dim=64, registers=5,
+         sink="learned", seen=0.3),
+    Case("2d-gqa-most-hidden", (33, 41), 7, heads=8, kv_heads=2, head_dim=64, value_dim=64, seen=0.03),
+    Case("2d-gqa-few-hidden", (33, 41), 7, heads=8, kv_heads=2, head_dim=64, value_dim=64, seen=0.99),
+    Case("2d-nothing", (32, 40), 7, heads=8, kv_heads=2, head_dim=64, value_dim=64, seen=0.0),
+    Case("2d-everything", (32, 40), 7, heads=8, kv_heads=2, head_dim=64, value_dim=64, seen=1.0),
+    Case("2d-registers-only", (33, 40), (7, 5), head_dim=64, value_dim=64, registers=20, sink="zero", seen=0.0),
+    Case("2d-wide-heads", (33, 40), 7, heads=8, kv_heads=2, head_dim=128, value_dim=128, seen=0.5),
+    Case("2d-padded-40-causal-axis", (20, 41), (5, 9), 1, 1, (True, False), 6, 2, head_dim=40, value_dim=40, seen=0.2),
+    Case("2d-many-keys", (21, 40), 13, heads=6, kv_heads=3, head_dim=64, value_dim=64, seen=0.4),
+    Case("2d-dilated-gqa", (32, 48), (7, 5), 1, (2, 3), heads=8, kv_heads=2, head_dim=64, value_dim=64, seen=0.5),
+    Case("2d-strided", (33, 40), 9, (4, 3), heads=4, kv_heads=2, head_dim=64, value_dim=64, registers=3, seen=0.3),
+    Case("1d-causal-gqa-sink", (1000,), 128, is_causal=True, heads=16, kv_heads=2, head_dim=64, value_dim=64,
+         sink="learned", seen=0.5),
+    Case("1d-dilated-causal", (960,), 32, 1, 3, True, 8, 2, head_dim=32, value_dim=32, seen=0.1),
+    Case("3d", (8, 12, 18), 3, heads=4, kv_heads=4, head_dim=64, value_dim=64, seen=0.1),
+    Case("3d-strided-causal", (8, 12, 18), 3, (2, 1, 3), 1, (True, False, False), 4, 2, head_dim=64, value_dim=64,
+         seen=0.3),
+)  # fmt: skip
+
+
+@pytest.mark.gpu
+@needs_device
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", MASKED, ids=str)
+def test_masked_keys_match_the_oracle(case: Case, dtype: torch.dtype, taken: list[str]) -> None:
+    case = replace(case, dtype=dtype)
+    leaves, mask = make_inputs(case, "cuda"), key_mask(case, "cuda")
+    assert mask is not None
+    first, second = (run(case, leaves, "fused") for _ in range(2))
+    expected = ["small_forward.forward"]
+    problem, _ = call_of(case, {name: t.detach() for name, t in leaves.items()})
+    if small_dq_tile_config(problem) is not None:
+        expected.append("small_backward.query_gradient")
+    if small_dkv_tile_config(problem) is not None:
+        expected.append("small_backward.key_gradients")
+    assert taken == expected * 2
+    assert_close(case, first, oracle(case, leaves), run(case, leaves, "eager"))
+    for name, tensor in first.tensors().items():
+        assert torch.equal(tensor, second.tensors()[name]), name
+    for name in ("key", "value"):
+        assert not first.grads[name][~mask].any()
+    for dirty in (math.nan, math.inf):
+        hidden = {name: t.detach().clone() for name, t in leaves.items()}
+        for name in ("key", "value"):
+            hidden[name][~mask] = dirty
+        found = run(case, {name: t.requires_grad_() for name, t in hidden.items()}, "fused")
+        for name, tensor in found.tensors().items():
+            assert torch.equal(tensor, first.tensors()[name]), (name, dirty)
+
+
+@pytest.mark.gpu
+@needs_device
+@pytest.mark.usefixtures("wherever_possible")
+@pytest.mark.parametrize("case", [MASKED[0], MASKED[1], MASKED[10], MASKED[12], MASKED[14]], ids=str)
+def test_nan_beside_masked_keys_reaches_only_the_queries_that_see_it(case: Case) -> None:
+    case = replace(case, dtype=torch.bfloat16)
+    tensors, mask = {name: t.detach() for name, t in make_inputs(case, "cuda").items()}, key_mask(case, "cuda")
+    assert mask is not None
+    seen = mask.nonzero().tolist()
+    tensors["value"][(*seen[len(seen) // 2], 0, 3)] = math.nan
+    tensors["key"][(*seen[len(seen) // 3], 0, 5)] = math.nan
+    ours = neighborhood_attention(**arguments(case, tensors), return_lse=True, impl="fused")
+    with override(portable_only=True):
+        portable = neighborhood_attention(**arguments(case, tensors), return_lse=True, impl="fused")
+    for mine, expected, allowed in zip(ours, portable, (4e-3, 1e-5), strict=True):
+        finite = expected.isfinite()
+        assert not finite.all()
+        assert torch.equal(mine.isfinite(), finite)
+        assert error(mine[finite], expected[finite]) < allowed

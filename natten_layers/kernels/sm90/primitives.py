@@ -60,6 +60,13 @@ def class_rows(position, head, i_batch, origin, residue, count, dilation, length
 
 
 @gluon.jit
+def spread(index, residue, dilation):
+    """Tokens with class indices ``index``."""
+    t, h, w = index
+    return residue[0] + t * dilation[0], residue[1] + h * dilation[1], residue[2] + w * dilation[2]
+
+
+@gluon.jit
 def load_lse(RowMax, RowSum, o_row, m_rows):
     """The base-2 log-sum-exp of rows, from the statistics that the forward kernel saved."""
     row_lse = gl.load(RowMax + o_row, mask=m_rows, other=0.0) * LOG2E

@@ -52,6 +52,17 @@ from ..portable.windows import (
     windows_of,
 )
 from .descriptors import Call, boxes_of_registers, call_of, frames_of, key_boxes, query_boxes
+from .masked_keys import (
+    hide_columns,
+    image_mask,
+    is_masked,
+    load_box,
+    load_lse_or_zero,
+    load_seen,
+    new_flags,
+    range_of,
+    store_flags,
+)
 from .packed_repair import new_flag, repair_key, repair_query
 from .primitives import (
     class_rows,
@@ -60,36 +71,53 @@ from .primitives import (
     load_lse,
     opaque_i32,
     part_rows,
+    spread,
     thread_barrier,
 )
 from .rings import new_barriers
 from .small_forward import (
     batches_of_registers,
     boxes_of_parts,
+    clear_masked,
     first_frame,
     inside_frames,
     next_corner,
     own_tile,
+    part_flags,
     present_descriptors,
     start_load,
     start_parts,
+    start_store,
+    union_box,
 )
-from .small_nonfinite import spread
-from .small_softmax import WARPS, cut_windows, key_columns, key_mask, register_mask
+from .small_softmax import WARPS, cut_windows, key_columns, key_mask, range_columns, register_mask
 from .small_tiling import PARTS, SmallTileConfig, spec_of
 from .walk import load_of_token
 
 
 @gluon.jit
-def part_mask(desc, corner, row_lo, row_hi, FIRST: gl.constexpr, N: gl.constexpr, M: gl.constexpr, RANK: gl.constexpr):
-    """0 and -inf ``[M, N]``: which of the keys ``FIRST`` to ``FIRST + N - 1`` of a part each row sees."""
+def part_mask(
+    desc, corner, row_lo, row_hi, FIRST: gl.constexpr, N: gl.constexpr, M: gl.constexpr, RANK: gl.constexpr,
+    BY_AXIS: gl.constexpr = False,
+):  # fmt: skip
+    """0 and -inf ``[M, N]``: which of the keys ``FIRST`` to ``FIRST + N - 1`` of a part each row sees.
+
+    ``BY_AXIS`` is as in ``box_columns``.
+    """
     BOX: gl.constexpr = desc.block_type.shape
-    return key_mask(unravel(key_columns(N, FIRST), BOX[2], BOX[3]), corner, row_lo, row_hi, M, RANK)
+    if BY_AXIS:
+        KEYS: gl.constexpr = BOX[1:4]
+        inner = range_columns(KEYS, FIRST, N)
+    else:
+        inner = unravel(key_columns(N, FIRST), BOX[2], BOX[3])
+    return key_mask(inner, corner, row_lo, row_hi, M, RANK)
 
 
 @gluon.jit
-def add_gradient(b_dq, b_q, b_do, b_k, b_v, b_hidden, row_lse, row_delta, factor, OUT: gl.constexpr):
-    """Start to add the contribution of some keys to dQ."""
+def add_gradient(
+    b_dq, b_q, b_do, b_k, b_v, b_hidden, masked, flags, row_lse, row_delta, factor, OUT: gl.constexpr
+):  # fmt: skip
+    """Start to add the contribution of some keys to dQ; without those that ``flags`` hide if some key is ``masked``."""
     M: gl.constexpr = b_hidden.shape[0]
     N: gl.constexpr = b_hidden.shape[1]
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, N, 16])
@@ -100,16 +128,22 @@ def add_gradient(b_dq, b_q, b_do, b_k, b_v, b_hidden, row_lse, row_delta, factor
     b_s, b_dp = warpgroup_mma_wait(0, deps=(b_s, b_dp))
     b_p = gl.exp2(b_s * factor - gl.convert_layout(row_lse, ROW)[:, None])
     b_ds = b_p * (b_dp - gl.convert_layout(row_delta, ROW)[:, None])
+    if flags is not None:  # noqa: SIM102 - the outer condition is known at compile time
+        if masked:
+            b_ds = hide_columns(b_ds, flags, 0.0)
     b_ds = gl.convert_layout(b_ds.to(b_q.dtype), gl.DotOperandLayout(0, OUT, 2))
     return warpgroup_mma(b_ds, b_k, b_dq, is_async=True)
 
 
 @gluon.jit
 def add_part(
-    b_dq, b_q, b_do, b_k, b_v, desc, corner, row_lo, row_hi, registers, row_lse, row_delta, factor,
+    b_dq, b_q, b_do, b_k, b_v, desc, corner, row_lo, row_hi, registers, masked, flags, row_lse, row_delta, factor,
     RANK: gl.constexpr, OUT: gl.constexpr,
 ):  # fmt: skip
-    """Add the contribution of a part, 64 keys at a time; of the register tokens where ``desc`` is None."""
+    """Add the contribution of a part, 64 keys at a time; of the register tokens where ``desc`` is None.
+
+    ``flags`` are those of the part, None without a key mask, and ``masked`` is whether they hide some key of the tile.
+    """
     M: gl.constexpr = b_q.shape[0]
     ALL: gl.constexpr = b_k.shape[0]
     N: gl.constexpr = min(ALL, 64)
@@ -117,20 +151,23 @@ def add_part(
         if desc is None:
             b_hidden = register_mask(registers, I_SLICE * N, N, M)
         else:
-            b_hidden = part_mask(desc, corner, row_lo, row_hi, I_SLICE * N, N, M, RANK)
+            b_hidden = part_mask(desc, corner, row_lo, row_hi, I_SLICE * N, N, M, RANK, flags is not None)
+        slice_flags = None
+        if flags is not None:
+            slice_flags = range_of(flags, I_SLICE * N, N)
         b_dq = add_gradient(
-            b_dq, b_q, b_do, b_k.slice(I_SLICE * N, N), b_v.slice(I_SLICE * N, N), b_hidden, row_lse, row_delta,
-            factor, OUT,
+            b_dq, b_q, b_do, b_k.slice(I_SLICE * N, N), b_v.slice(I_SLICE * N, N), b_hidden, masked, slice_flags,
+            row_lse, row_delta, factor, OUT,
         )  # fmt: skip
     return b_dq
 
 
 @gluon.jit
 def small_dq_kernel(
-    Delta, Lse, RowMax, RowSum, Out, DLse, Begins, Nonfinite, q_desc, do_desc, dq_desc,
+    Delta, Lse, RowMax, RowSum, Out, DLse, Begins, Nonfinite, KeyMask, q_desc, do_desc, dq_desc,
     k0_desc, k1_desc, k2_desc, v0_desc, v1_desc, v2_desc, regk_desc, regv_desc,
-    dl_strides, axes, tiles, frames, group, blocks, registers, reg_batch, scale,
-    SPEC: gl.constexpr, KEYS: gl.constexpr, WITH_DLSE: gl.constexpr,
+    dl_strides, mask_strides, axes, tiles, frames, group, blocks, registers, reg_batch, scale,
+    SPEC: gl.constexpr, BOXES: gl.constexpr, KEYS: gl.constexpr, WITH_DLSE: gl.constexpr,
 ):  # fmt: skip
     """dQ, ``delta = rowsum(dOut * Out) - dLse`` and base-2 lse of one tile; arguments as in ``small_forward.py``.
 
@@ -174,7 +211,16 @@ def small_dq_kernel(
     m_rows, o_row = class_rows(position, head, i_batch, origin, residue, count, dilation, length, blocks * PACK)
     row_lo, row_hi = windows_of(shifted(position, origin), count, kernel, stride, CAUSAL)
     row_lo = cut_windows(row_lo, Begins, shifted(position, origin), length)
-    row_lse = load_lse(RowMax, RowSum, o_row, m_rows)
+    flags, masked = None, False
+    if KeyMask is None:
+        row_lse = load_lse(RowMax, RowSum, o_row, m_rows)
+    else:
+        row_lse, row_sees = load_lse_or_zero(RowMax, RowSum, o_row, m_rows)
+        UNION: gl.constexpr = union_box(BOXES, AXIS)
+        flags = new_flags(UNION)
+        seen = load_box(image_mask(KeyMask, mask_strides, i_batch, residue, count, dilation), corner, UNION, SPEC.rank)
+        masked, hidden = is_masked(seen)
+        store_flags(flags, seen)
     gl.store(Lse + o_row, row_lse, mask=m_rows)
 
     mbarrier.wait(ready.index(0), 0)
@@ -183,29 +229,42 @@ def small_dq_kernel(
     if WITH_DLSE:
         token = tokens_of(shifted(position, origin), residue, count, dilation)
         row_delta -= load_grad_lse(DLse, dl_strides, i_batch, token, head, m_rows)
+    if KeyMask is not None:
+        row_delta = gl.where(row_sees, row_delta, 0.0)
+        if masked:
+            clear_masked(flags, keys, AXIS, BOXES)
     gl.store(Delta + o_row, row_delta, mask=m_rows)
 
     b_q = buffer.reshape([M, BD])
     factor = scale * LOG2E
     b_dq = gl.zeros([M, BD], gl.float32, OUT)
+    if KeyMask is not None and regk_desc is None:  # noqa: SIM102 - known at compile time
+        if hidden:
+            start_store(b_dq.to(dq_desc.dtype), buffer, dq_desc, q_corner)
+            store_wait(0)
+            return
     for PART in gl.static_range(len(k_descs)):
+        part = None
+        if flags is not None:
+            part = part_flags(flags, PART, AXIS, BOXES)
         b_dq = add_part(
-            b_dq, b_q, b_do, keys[PART], values[PART], k_descs[PART], corner, row_lo, row_hi, registers, row_lse,
-            row_delta, factor, SPEC.rank, OUT,
+            b_dq, b_q, b_do, keys[PART], values[PART], k_descs[PART], corner, row_lo, row_hi, registers, masked, part,
+            row_lse, row_delta, factor, SPEC.rank, OUT,
         )  # fmt: skip
         corner = next_corner(corner, k_descs[PART], AXIS)
     if regk_desc is not None:
         I_REG: gl.constexpr = len(k_descs)
         b_dq = add_part(
-            b_dq, b_q, b_do, keys[I_REG], values[I_REG], None, corner, row_lo, row_hi, registers, row_lse,
-            row_delta, factor, SPEC.rank, OUT,
+            b_dq, b_q, b_do, keys[I_REG], values[I_REG], None, corner, row_lo, row_hi, registers, False, None,
+            row_lse, row_delta, factor, SPEC.rank, OUT,
         )  # fmt: skip
     b_dq = warpgroup_mma_wait(0, deps=[b_dq])
+    if KeyMask is not None:  # noqa: SIM102
+        if masked:
+            b_dq = gl.where(row_sees[:, None], b_dq, 0.0)
     if Nonfinite is not None:
         flag_nonfinite(Nonfinite, b_dq, m_rows)
-    b_q.store((b_dq * scale).to(q_desc.dtype))
-    fence_async_shared()
-    async_copy_shared_to_global(dq_desc, q_corner, buffer)
+    start_store((b_dq * scale).to(q_desc.dtype), buffer, dq_desc, q_corner)
     store_wait(0)
 
 
@@ -327,16 +386,29 @@ def opaque_position(position):
 
 
 @gluon.jit
+def store_gradients(b_dk, b_dv, b_k, b_v, dk_desc, dv_desc, k_buffer, v_buffer, k_corner):
+    """Start to store dK and dV, which pass through the buffers of keys and values, ``b_k`` and ``b_v`` as matrices."""
+    b_k.store(b_dk.to(dk_desc.dtype))
+    b_v.store(b_dv.to(dk_desc.dtype))
+    # One thread starts both copies, and every thread has to make its writes visible to them first: the barrier that
+    # the compiler sets between the two stores is not enough.
+    fence_async_shared()
+    thread_barrier()
+    async_copy_shared_to_global(dk_desc, k_corner, k_buffer)
+    async_copy_shared_to_global(dv_desc, k_corner, v_buffer)
+
+
+@gluon.jit
 def small_dkv_kernel(
-    Delta, Lse, Ends, Nonfinite, k_desc, v_desc, dk_desc, dv_desc,
+    Delta, Lse, Ends, Nonfinite, KeyMask, k_desc, v_desc, dk_desc, dv_desc,
     q0_desc, q1_desc, q2_desc, do0_desc, do1_desc, do2_desc,
-    axes, tiles, frames, group, kv_heads, scale, SPEC: gl.constexpr, QUERIES: gl.constexpr,
+    mask_strides, axes, tiles, frames, group, kv_heads, scale, SPEC: gl.constexpr, QUERIES: gl.constexpr,
 ):  # fmt: skip
     """dK and dV of one tile of keys; the grid is (tiles * KV heads, batch).
 
     The queries of one head come in up to three parts along ``SPEC.axis``, ``QUERIES`` in all, then those of the next
     head. In packed batches ``Ends`` is the last token of the sample of each token, and ``Nonfinite`` becomes 1 where a
-    result is not finite.
+    result is not finite. ``KeyMask`` and ``mask_strides`` are None without a mask.
     """
     length, kernel, stride, dilation = axes
     CAUSAL: gl.constexpr = SPEC.causal
@@ -366,9 +438,17 @@ def small_dkv_kernel(
     row_lo, row_hi = queries_of(key, count, kernel, stride, CAUSAL)
     if Ends is not None:
         row_hi = row_hi[0], row_hi[1], gl.minimum(row_hi[2], load_of_token(Ends, key[2], length))
+    if KeyMask is not None:
+        mask = image_mask(KeyMask, mask_strides, i_batch, residue, count, dilation)
+        masked, hidden = is_masked(load_box(mask, origin, TILE, SPEC.rank))
     factor = scale * LOG2E
     b_dk, b_dv = gl.zeros([M, BD], gl.float32, OUT), gl.zeros([M, BD], gl.float32, OUT)
     mbarrier.wait(ready.index(0), 0)
+    if KeyMask is not None:  # noqa: SIM102 - the outer condition is known at compile time
+        if hidden:
+            store_gradients(b_dk, b_dv, b_k, b_v, dk_desc, dv_desc, k_buffer, v_buffer, k_corner)
+            store_wait(0)
+            return
     for i_group in range(group):
         zero = opaque_i32(i_group) - i_group
         head = i_kv * group + i_group
@@ -391,14 +471,12 @@ def small_dkv_kernel(
             corner = next_corner(corner, q_descs[PART], AXIS)
         b_dk, b_dv = warpgroup_mma_wait(0, deps=(b_dk, b_dv))
 
-    b_k.store((b_dk * scale).to(k_desc.dtype))
-    b_v.store(b_dv.to(k_desc.dtype))
-    # One thread starts both copies, and every thread has to make its writes visible to them first: the barrier that
-    # the compiler sets between the two stores is not enough.
-    fence_async_shared()
-    thread_barrier()
-    async_copy_shared_to_global(dk_desc, k_corner, k_buffer)
-    async_copy_shared_to_global(dv_desc, k_corner, v_buffer)
+    if KeyMask is not None:  # noqa: SIM102 - the outer condition is known at compile time
+        if masked:  # zeros whatever NaN there is in masked keys, in queries and in the gradient of the output
+            key = shifted(unravel(row, TILE[1], TILE[2]), opaque_position(origin))
+            row_seen = load_seen(mask, key, SPEC.rank)
+            b_dk, b_dv = gl.where(row_seen[:, None], b_dk, 0.0), gl.where(row_seen[:, None], b_dv, 0.0)
+    store_gradients(b_dk * scale, b_dv, b_k, b_v, dk_desc, dv_desc, k_buffer, v_buffer, k_corner)
     if Nonfinite is not None:
         LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BD, BD // 8], [gl.num_warps(), 1], [1, 0])
         row_rest = gl.sum(b_k.load(LOAD).to(gl.float32) * 0.0 + b_v.load(LOAD).to(gl.float32) * 0.0, 1)
@@ -418,7 +496,8 @@ def query_gradient(
     call = query_call(config, problem, layout(grad_out), None if grad_lse is None else layout(grad_lse[..., None]))
     tensors = (query, grad_out, grad_query, *(key,) * PARTS, *(value,) * PARTS, reg_keys, reg_values)
     (begins, _), nonfinite = problem.sample_bounds(), new_flag(problem)
-    call((delta, lse, row_max, row_sum, out, grad_lse, begins, nonfinite), tensors, (options.scale,))
+    pointers = delta, lse, row_max, row_sum, out, grad_lse, begins, nonfinite, inputs.key_mask
+    call(pointers, tensors, (options.scale,))
     statistics = RowStatistics(delta, lse)
     if nonfinite is not None:
         repair_query(problem, inputs, options, cotangents, grad_query, statistics, nonfinite)
@@ -436,11 +515,11 @@ def query_call(config: SmallTileConfig, p: Problem, grad_out: Layout, grad_lse: 
         small_dq_kernel,
         (prod(tiles) * blocks, p.query.shape[0]),
         (
-            (0,) * 5 if grad_lse is None else strides(grad_lse),
+            (0,) * 5 if grad_lse is None else strides(grad_lse), p.mask_strides,
             p.geometry, tiles, frames_of(p), p.group, blocks, p.registers, batches_of_registers(p),
         ),
         [*boxes, *boxes_of_parts(config, p, p.key, p.value), *boxes_of_registers(p, config.registers)],
-        SPEC=spec_of(config, p), KEYS=config.keys, WITH_DLSE=grad_lse is not None,
+        SPEC=spec_of(config, p), BOXES=config.parts, KEYS=config.keys, WITH_DLSE=grad_lse is not None,
         num_warps=WARPS, maxnreg=config.maxnreg,
     )  # fmt: skip
 
@@ -462,7 +541,7 @@ def key_gradients(
     tensors = (key, value, grad_key, grad_value, *(query,) * PARTS, *(grad_out,) * PARTS)
     delta, lse, _ = statistics
     (_, ends), nonfinite = problem.sample_bounds(), new_flag(problem)
-    call((delta, lse, ends, nonfinite), tensors, (options.scale,))
+    call((delta, lse, ends, nonfinite, inputs.key_mask), tensors, (options.scale,))
     if nonfinite is not None:
         repair_key(problem, inputs, options, grad_out, statistics, (grad_key, grad_value), nonfinite)
     return grad_key, grad_value
@@ -480,7 +559,7 @@ def key_call(config: SmallTileConfig, p: Problem, grad_out: Layout) -> Call:
     return call_of(
         small_dkv_kernel,
         (prod(tiles) * p.kv_heads, p.query.shape[0]),
-        (p.geometry, tiles, frames_of(p), p.group, p.kv_heads),
+        (p.mask_strides, p.geometry, tiles, frames_of(p), p.group, p.kv_heads),
         [*tile, *boxes_of_parts(config, p, p.query, grad_out)],
         SPEC=spec, QUERIES=config.keys, num_warps=WARPS, maxnreg=config.maxnreg,
     )  # fmt: skip

@@ -24,15 +24,28 @@ from triton.experimental.gluon.language.nvidia.hopper.tma import (
 )
 
 from ..host.problem import Inputs, Layout, Options, Problem, contiguous, new_results
-from ..portable.primitives import LN2, LOG2E
+from ..portable.primitives import LOG2E
 from ..portable.windows import shifted, unravel, windows_of
 from .descriptors import Boxes, Call, boxes_of_registers, call_of, frames_of, key_boxes, query_boxes
+from .masked_keys import (
+    clear_rows,
+    divisors,
+    end_writes,
+    hide_columns,
+    image_mask,
+    is_masked,
+    load_box,
+    new_flags,
+    saved_maxima,
+    store_flags,
+)
 from .primitives import class_rows, row_sinks
 from .rings import new_barriers
 from .small_nonfinite import attend_rows
 from .small_softmax import (
     WARPS,
     all_finite,
+    box_columns,
     cut_windows,
     divided,
     is_inside,
@@ -177,11 +190,20 @@ def part_start(boxes, part, axis):
 
 
 @gluon.jit
-def part_masks(corner, row_lo, row_hi, BOXES: gl.constexpr, SPEC: gl.constexpr, SEEN: gl.constexpr = None):
-    """Masks of all parts; ``SEEN`` as in ``key_mask``."""
+def part_columns(PART: gl.constexpr, BOXES: gl.constexpr, BY_AXIS: gl.constexpr):
+    """Positions of the keys of a part in its box, in the layout of the columns of their scores."""
+    BOX: gl.constexpr = BOXES[PART]
+    return box_columns(BOX) if BY_AXIS else unravel(key_columns(part_keys(BOXES, PART)), BOX[1], BOX[2])
+
+
+@gluon.jit
+def part_masks(
+    corner, row_lo, row_hi, BOXES: gl.constexpr, SPEC: gl.constexpr, BY_AXIS: gl.constexpr, SEEN: gl.constexpr = None
+):  # fmt: skip
+    """Masks of all parts; ``SEEN`` as in ``key_mask``, ``BY_AXIS`` as in ``part_columns``."""
     masks = ()
     for PART in gl.static_range(len(BOXES)):
-        inner = unravel(key_columns(part_keys(BOXES, PART)), BOXES[PART][1], BOXES[PART][2])
+        inner = part_columns(PART, BOXES, BY_AXIS)
         inner = shifted_along(inner, part_start(BOXES, PART, SPEC.axis), SPEC.axis)
         masks = masks + (key_mask(inner, corner, row_lo, row_hi, SPEC.rows, SPEC.rank, SEEN),)  # noqa: RUF005
     return masks
@@ -189,27 +211,73 @@ def part_masks(corner, row_lo, row_hi, BOXES: gl.constexpr, SPEC: gl.constexpr, 
 
 @gluon.jit
 def tile_masks(
-    corner, origin, length, row_lo, row_hi, reg_keys, registers, Begins, BOXES: gl.constexpr, SPEC: gl.constexpr
+    corner, origin, length, row_lo, row_hi, reg_keys, registers, Begins, BOXES: gl.constexpr, SPEC: gl.constexpr,
+    BY_AXIS: gl.constexpr,
 ):  # fmt: skip
     """Masks of all keys that a tile loads: of the parts of its window and, unless ``reg_keys`` is None, of the register
     tokens.
     """
     if SPEC.window is None:
-        masks = part_masks(corner, row_lo, row_hi, BOXES, SPEC)
+        masks = part_masks(corner, row_lo, row_hi, BOXES, SPEC, BY_AXIS)
     elif is_inside(origin, length, Begins, SPEC):
-        masks = part_masks(corner, row_lo, row_hi, BOXES, SPEC, (SPEC.tile[2] - 1, SPEC.window - 1))
+        masks = part_masks(corner, row_lo, row_hi, BOXES, SPEC, BY_AXIS, (SPEC.tile[2] - 1, SPEC.window - 1))
     else:
-        masks = part_masks(corner, row_lo, row_hi, BOXES, SPEC)
+        masks = part_masks(corner, row_lo, row_hi, BOXES, SPEC, BY_AXIS)
     if reg_keys is not None:
         masks = masks + (register_mask(registers, 0, reg_keys.shape[0], SPEC.rows),)  # noqa: RUF005
     return masks
 
 
+@gluon.constexpr_function
+def union_box(boxes, axis):
+    """The box of all parts."""
+    t, h, w = (sum(box[i] for box in boxes) if i == axis else boxes[0][i] for i in range(3))
+    return t, h, w
+
+
+@gluon.jit
+def part_flags(flags, PART: gl.constexpr, AXIS: gl.constexpr, BOXES: gl.constexpr):
+    """The flags of a part, from those of ``union_box``."""
+    return flags.slice(part_start(BOXES, PART, AXIS), BOXES[PART][AXIS], AXIS)
+
+
+@gluon.jit
+def clear_masked(flags, buffers, AXIS: gl.constexpr, BOXES: gl.constexpr):
+    """Write zeros over the masked keys or values of all parts."""
+    for PART in gl.static_range(len(BOXES)):
+        clear_rows(buffers[PART], part_flags(flags, PART, AXIS, BOXES))
+    end_writes()
+
+
+@gluon.jit
+def hide_masked(flags, scores, values, AXIS: gl.constexpr, BOXES: gl.constexpr):
+    """Scores of all parts with -inf for masked keys, whose values in shared memory become zeros.
+
+    ``flags`` are those of ``union_box``.
+    """
+    hidden = ()
+    for PART in gl.static_range(len(scores)):
+        b_s = scores[PART]
+        if len(BOXES) > PART:  # register tokens come behind
+            b_s = hide_columns(b_s, part_flags(flags, PART, AXIS, BOXES), float("-inf"))
+        hidden = hidden + (b_s,)  # noqa: RUF005
+    clear_masked(flags, values, AXIS, BOXES)
+    return hidden
+
+
+@gluon.jit
+def start_store(b_rows, buffer, desc, corner):
+    """Start to store the rows of a tile that lie inside the image. They pass through the buffer of the queries."""
+    buffer.reshape(b_rows.shape).store(b_rows)
+    fence_async_shared()
+    async_copy_shared_to_global(desc, corner, buffer)
+
+
 @gluon.jit
 def small_forward_kernel(
-    Q, K, V, Out, RowMax, RowSum, RegK, RegV, Sink, Begins,
+    Q, K, V, Out, RowMax, RowSum, RegK, RegV, Sink, Begins, KeyMask,
     q_desc, out_desc, k0_desc, k1_desc, k2_desc, v0_desc, v1_desc, v2_desc, regk_desc, regv_desc,
-    strides, axes, tiles, frames, group, blocks, registers, reg_batch, sink, scale,
+    strides, mask_strides, axes, tiles, frames, group, blocks, registers, reg_batch, sink, scale,
     SPEC: gl.constexpr, BOXES: gl.constexpr, KEYS: gl.constexpr,
 ):  # fmt: skip
     """Attention of one tile; the grid is (tiles * blocks of heads, batch).
@@ -218,7 +286,7 @@ def small_forward_kernel(
     ``SPEC.axis``, ``KEYS`` keys with the register tokens. ``frames`` is explained at ``first_frame``. ``reg_batch`` is
     0 where all images share the register tokens, else 1. Only ``attend_rows`` reads the tensors themselves, with
     ``strides``; everything else goes through their descriptors. ``Begins`` is None except in packed batches
-    (``cut_windows``).
+    (``cut_windows``), and ``KeyMask`` and ``mask_strides`` are None without a mask.
     """
     length, kernel, stride, dilation = axes
     CAUSAL: gl.constexpr = SPEC.causal
@@ -229,6 +297,7 @@ def small_forward_kernel(
     SINK: gl.constexpr = SPEC.sink
     EIGHTHS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, 8, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, EIGHTHS)
+    ZERO: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BD, BD // 8], [gl.num_warps(), 1], [1, 0])
     k_descs, v_descs = present_descriptors(k0_desc, k1_desc, k2_desc), present_descriptors(v0_desc, v1_desc, v2_desc)
 
     i_batch, i_block, residue, count, origin = own_tile(length, dilation, tiles, blocks, TILE)
@@ -253,30 +322,46 @@ def small_forward_kernel(
     reg_keys = None
     if regk_desc is not None:
         reg_keys = keys[len(BOXES)]
-    masks = tile_masks(corner, origin, count, row_lo, row_hi, reg_keys, registers, Begins, BOXES, SPEC)
+    HAS_MASK: gl.constexpr = KeyMask is not None
+    masks = tile_masks(corner, origin, count, row_lo, row_hi, reg_keys, registers, Begins, BOXES, SPEC, HAS_MASK)
+    mask = None
+    if KeyMask is not None:
+        mask = image_mask(KeyMask, mask_strides, i_batch, residue, count, dilation)
+        UNION: gl.constexpr = union_box(BOXES, SPEC.axis)
+        seen = load_box(mask, corner, UNION, SPEC.rank)
+        masked, hidden = is_masked(seen)
+        flags = new_flags(UNION)
+        store_flags(flags, seen)
     b_q = buffer.reshape([M, BD])
     mbarrier.wait(ready.index(0), 0)
+    # Rows that see nothing have statistics, too, which are not worth the hardware registers of a second way to store.
+    if mask is not None and regk_desc is None and SINK == "none" and not SPEC.with_stats:  # noqa: SIM102
+        if hidden:
+            mbarrier.wait(ready.index(1), 0)
+            start_store(gl.zeros([M, BD], q_desc.dtype, ZERO), buffer, out_desc, q_corner)
+            store_wait(0)
+            return
     scores = scores_of(b_q, keys, masks)
+    if mask is not None:  # noqa: SIM102 - the outer condition is known at compile time
+        if masked:
+            mbarrier.wait(ready.index(1), 0)
+            scores = hide_masked(flags, scores, values, SPEC.axis, BOXES)
     b_acc, row_m, row_l = weighted_sum(scores, values, ready.index(1), 0, row_sink, scale, SINK, BD, EIGHTHS)
-    if all_finite(nonfinite_flags(b_acc, row_l)):
-        # Results pass through the buffer of the queries, from which TMA writes the rows that lie inside the image.
-        b_q.store(divided(b_acc, row_l, q_desc.dtype))
-        fence_async_shared()
-        async_copy_shared_to_global(out_desc, q_corner, buffer)
+    row_weight = divisors(row_m, row_l, mask)
+    if all_finite(nonfinite_flags(b_acc, row_weight)):
+        start_store(divided(b_acc, row_weight, q_desc.dtype), buffer, out_desc, q_corner)
         if SPEC.with_stats:
             m_rows, o_row = class_rows(
                 position, head, i_batch, origin, residue, count, dilation, length, blocks * PACK
             )  # fmt: skip
-            gl.store(RowMax + o_row, row_m * LN2, mask=m_rows)
+            gl.store(RowMax + o_row, saved_maxima(row_m, row_l, mask), mask=m_rows)
             gl.store(RowSum + o_row, row_l, mask=m_rows)
         store_wait(0)
     else:
         attend_rows(
-            (Q, K, V, RegK, RegV, Sink, Out, Begins, None, None), (RowMax, RowSum), (strides, None), i_batch, i_block,
-            origin,
-            (length, kernel, stride, blocks * PACK), (residue, count, dilation, None), group, registers, sink,
-            scale * LOG2E,
-            (None, None, None, None, None, None), SPEC, NO_PREP,
+            (Q, K, V, RegK, RegV, Sink, Out, Begins, KeyMask, None), (RowMax, RowSum), (strides, mask_strides), i_batch,
+            i_block, origin, (length, kernel, stride, blocks * PACK), (residue, count, dilation, None), group,
+            registers, sink, scale * LOG2E, (None, None, None, None, None, None), SPEC, NO_PREP,
         )  # fmt: skip
 
 
@@ -285,7 +370,7 @@ def forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """What ``portable.forward.forward`` computes, for calls that ``dispatch`` sends here. Allocates its results."""
     call, begins = prepare(config, problem, with_stats), problem.sample_bounds()[0]
-    return attend(call, PARTS, inputs, options, with_stats, (begins,))
+    return attend(call, PARTS, inputs, options, with_stats, (begins, inputs.key_mask))
 
 
 def attend(
@@ -312,7 +397,8 @@ def prepare(config: SmallTileConfig, p: Problem, with_stats: bool) -> Call:
         small_forward_kernel,
         (prod(tiles) * blocks, p.query.shape[0]),
         (
-            p.input_strides(), p.geometry, tiles, frames_of(p), p.group, blocks, p.registers, batches_of_registers(p),
+            p.input_strides(), p.mask_strides, p.geometry, tiles, frames_of(p), p.group, blocks, p.registers,
+            batches_of_registers(p),
         ),
         [
             *boxes_of_rows(config, p),

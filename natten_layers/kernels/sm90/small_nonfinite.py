@@ -15,7 +15,7 @@ from triton.experimental.gluon import language as gl
 
 from ..portable.primitives import LN2, LOG2E, LOWEST
 from ..portable.windows import bias_offset, clamped, shifted, unravel, windows_of
-from .primitives import class_rows, row_biases, row_sinks
+from .primitives import class_rows, row_biases, row_sinks, spread
 from .qk_prep import load_prepared
 from .small_softmax import cut_windows
 from .walk import on_rings
@@ -58,13 +58,6 @@ def wide_token_offset(token, strides):
     """Offset of a token in 64 bits."""
     t, h, w = token
     return t.to(gl.int64) * strides[1] + h.to(gl.int64) * strides[2] + w.to(gl.int64) * strides[3]
-
-
-@gluon.jit
-def spread(index, residue, dilation):
-    """Tokens with class indices ``index``."""
-    t, h, w = index
-    return residue[0] + t * dilation[0], residue[1] + h * dilation[1], residue[2] + w * dilation[2]
 
 
 @gluon.jit

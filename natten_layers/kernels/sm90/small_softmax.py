@@ -13,6 +13,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from ..portable.primitives import LOG2E, LOWEST
+from .masked_keys import range_sides, range_start
 from .walk import load_of_token
 
 WARPS = 4
@@ -23,6 +24,39 @@ def key_columns(N: gl.constexpr, FIRST: gl.constexpr = 0):
     """``FIRST`` to ``FIRST + N - 1``, in the layout of the columns of ``N`` scores a row."""
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, N, 16])
     return FIRST + gl.arange(0, N, gl.SliceLayout(0, LAYOUT))
+
+
+@gluon.jit
+def box_columns(BOX: gl.constexpr):
+    """Positions of the keys of a box in it, whose sides are powers of two, in the layout of ``key_columns``.
+
+    They are those of ``unravel``, but made of one vector for each axis: where a key mask is read, LLVM does not find
+    out by itself which keys share a position, and compares each of them with the limits of the rows.
+    """
+    T: gl.constexpr = BOX[0]
+    H: gl.constexpr = BOX[1]
+    W: gl.constexpr = BOX[2]
+    N: gl.constexpr = T * H * W
+    COLUMN: gl.constexpr = gl.SliceLayout(0, gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, N, 16]))
+    zero = gl.zeros([N], gl.int32, COLUMN).reshape([T, H, W])
+    ALL: gl.constexpr = zero.type.layout
+    t = gl.arange(0, T, gl.SliceLayout(1, gl.SliceLayout(2, ALL)))[:, None][:, :, None] + zero
+    h = gl.arange(0, H, gl.SliceLayout(0, gl.SliceLayout(2, ALL)))[None, :][:, :, None] + zero
+    w = gl.arange(0, W, gl.SliceLayout(0, gl.SliceLayout(1, ALL)))[None, :][:, None, :] + zero
+    return (
+        gl.convert_layout(t.reshape([N]), COLUMN),
+        gl.convert_layout(h.reshape([N]), COLUMN),
+        gl.convert_layout(w.reshape([N]), COLUMN),
+    )
+
+
+@gluon.jit
+def range_columns(BOX: gl.constexpr, FIRST: gl.constexpr, N: gl.constexpr):
+    """``box_columns`` of the keys ``FIRST`` to ``FIRST + N - 1`` of a box only."""
+    START: gl.constexpr = range_start(BOX, FIRST)
+    SIDES: gl.constexpr = range_sides(BOX, N)
+    t, h, w = box_columns(SIDES)
+    return t + START[0], h + START[1], w + START[2]
 
 
 @gluon.jit

@@ -90,7 +90,10 @@ def classes_gap(question: Question, *takes: Option) -> str | None:
 
 def tiles_gap(question: Question) -> str | None:
     """Why the kernels that compute one tile of a small window a program cannot compute a call, or None."""
-    return cut_gap(question) or classes_gap(question, "registers", "packing")
+    p = question.problem
+    if p.packing is not None and p.key_mask is not None:
+        return "it takes no key_mask in packed batches"
+    return cut_gap(question) or classes_gap(question, "registers", "packing", "key_mask")
 
 
 def register_gap(question: Question) -> str | None:
