@@ -15,6 +15,7 @@ Operations
                               NATTEN's dense attention, and the merge of results by their log-sum-exp
     explain                   which kernels a call takes, with what tiles, and why not others: an Explanation,
                               which holds a Kernel for each direction
+    compile_ahead             a context in which the kernels of all calls are compiled at once, and not launched
 
 Layers
     NeighborhoodGQA           self-attention: projections, windows, registers, sinks, RoPE, q/k norm
@@ -72,6 +73,7 @@ from . import functional as functional
 from . import utils as utils
 from .cached import cached_attention
 from .explanation import Explanation, Kernel, explain
+from .kernels.host.ahead import compile_ahead
 from .modules import (
     GEGLU,
     AdaRMSNorm,
@@ -170,6 +172,7 @@ __all__ = [
     "attention",
     "attention_state",
     "cached_attention",
+    "compile_ahead",
     "disable_flex_compile",
     "disable_flex_compile_backprop",
     "explain",

@@ -15,6 +15,8 @@ from torch import Tensor
 from triton import knobs
 from triton.compiler import CompiledKernel
 
+from . import ahead
+
 __all__ = ["Launcher", "Plan", "launcher"]
 
 TRITON_OPTIONS = {"enable_fp_fusion": True}
@@ -53,6 +55,9 @@ class Launcher:
                 instructions flush them; Triton might pass them in fp64 instead.
         """
         numbers = [x if x is None else float(x) if abs(x) >= TINY else 0.0 for x in floats]
+        if ahead.STATE.is_on:
+            ahead.submit(self.kernel, (*tensors, *self.sizes, *numbers), self.options)
+            return
         if _is_watched(self.kernel):
             self.kernel[self.grid](*tensors, *self.sizes, *numbers, **self.options)
             return

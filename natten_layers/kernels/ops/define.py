@@ -17,6 +17,8 @@ from torch.autograd import Function, forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
+from ..host.ahead import STATE, zeroed
+
 __all__ = [
     "NOT_FUSED",
     "NO_SECOND",
@@ -140,7 +142,7 @@ def _returning_tensors(name: str) -> Callable[..., Tensor | tuple[Tensor, ...]]:
     kernel = _operators[name].kernel
 
     def run(*args: Any) -> Tensor | tuple[Tensor, ...]:
-        results = kernel(*grouped(name, args))
+        results = _launched(kernel, grouped(name, args))
         if isinstance(results, Tensor):
             return results
         return tuple(args[0].new_empty(0) if x is None else x for x in results)
@@ -156,7 +158,12 @@ def call(name: str, *groups: tuple[Any, ...]) -> Any:
     """
     if is_watched(chain.from_iterable(groups)):
         return getattr(torch.ops.natten_layers, name)(*flattened(groups))
-    return _operators[name].kernel(*groups)
+    return _launched(_operators[name].kernel, groups)
+
+
+def _launched(kernel: Callable[..., Results], groups: Iterable[tuple[Any, ...]]) -> Results:
+    results = kernel(*groups)
+    return zeroed(results) if STATE.is_on else results
 
 
 def is_watched(args: Iterable[Any]) -> bool:
