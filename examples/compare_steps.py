@@ -1,4 +1,4 @@
-"""Images that models make of the same noise in few and in many steps, a row each.
+"""Images that models make of the same noise in few and in many steps, a row each, a column for a class.
 
 natten-layers-train-hdit --name runs/demo
 natten-layers-train-hdit --objective meanflow --name runs/meanflow
@@ -15,7 +15,7 @@ import torch
 from natten_layers import HDiT
 from natten_layers_cli.pictures import draw_grid, save_png
 from natten_layers_cli.running import Parser, check_device, run_command
-from natten_layers_cli.sample_hdit import DEFAULTS, Request, sample
+from natten_layers_cli.sample_hdit import DEFAULTS, Request, class_names, sample
 
 
 def steps_of(entry: str) -> tuple[str, tuple[int, ...]]:
@@ -37,21 +37,25 @@ def run(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="to run on")
     arguments = parser.parse(argv)
     check_device(parser, arguments.device)
-    rows, labels = [], []
+    rows, labels, heads = [], [], []
     for path, steps in arguments.models:
         model = HDiT.from_pretrained(path).to(arguments.device)
-        objective, classes = model.config.objective, range(model.config.num_classes)
+        objective, names = model.config.objective, class_names(model.config)
+        shown = [i % len(names) for i in range(arguments.count)] if names else []
+        heads.append([names[i] for i in shown])
         for number in steps:
             request = Request(
-                classes=tuple(classes[i % len(classes)] for i in range(arguments.count)) if classes else (),
-                count=1 if classes else arguments.count,
+                classes=tuple(shown),
+                count=1 if shown else arguments.count,
                 sampler=DEFAULTS[objective][0],
                 steps=number,
             )
             rows.append(sample(model, model.config, request).cpu())
             labels.append(f"{objective}, {number} step{'s' if number > 1 else ''}")
+    if any(others != heads[0] for others in heads):
+        raise ValueError(f"columns would show different classes: {', '.join(map(str, heads))}")
     models = [f"{path}:{','.join(map(str, steps))}" for path, steps in arguments.models]
-    save_png(draw_grid(torch.cat(rows), arguments.count, labels), arguments.output, {"models": models})
+    save_png(draw_grid(torch.cat(rows), arguments.count, labels, heads[0]), arguments.output, {"models": models})
     print(f"wrote {arguments.output}")
     return 0
 

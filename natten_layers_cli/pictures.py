@@ -29,23 +29,33 @@ def to_image(image: Tensor) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels))
 
 
-def draw_grid(images: Tensor, columns: int, labels: Sequence[str] = ()) -> Image.Image:
-    """Rows of ``columns`` images ``[N, C, H, W]`` in [-1, 1], each row with its label, if any, on its left."""
+def draw_grid(images: Tensor, columns: int, labels: Sequence[str] = (), heads: Sequence[str] = ()) -> Image.Image:
+    """Rows of ``columns`` images ``[N, C, H, W]`` in [-1, 1].
+
+    Each row has its label, if any, on its left, and each column its head above, as large as the widest one fits.
+    """
     height, width = images.shape[2:]
     zoom = max(1, 96 // max(height, width))  # small images are shown larger, pixel by pixel
     cell_height, cell_width, gap = height * zoom, width * zoom, 2
-    font = ImageFont.load_default(max(12, cell_height // 7))
-    margin = max((int(font.getlength(label)) for label in labels), default=0) + (16 if labels else 0)
+    size = max(12, cell_height // 7)
+    font = ImageFont.load_default(size)
+    left = max((int(font.getlength(label)) for label in labels), default=0) + (16 if labels else 0)
+    widest = max((font.getlength(head) for head in heads), default=0)
+    head_size = size * min(1, cell_width / max(1, widest))
+    top = int(head_size * 1.5) if heads else 0
     rows = -(-len(images) // columns)
-    canvas = Image.new("RGB", (margin + columns * (cell_width + gap), rows * (cell_height + gap)), "white")
+    canvas = Image.new("RGB", (left + columns * (cell_width + gap), top + rows * (cell_height + gap)), "white")
     for i, image in enumerate(images.cpu()):
         row, column = divmod(i, columns)
         cell = to_image(image).resize((cell_width, cell_height), Image.Resampling.NEAREST)
-        canvas.paste(cell, (margin + column * (cell_width + gap), row * (cell_height + gap)))
+        canvas.paste(cell, (left + column * (cell_width + gap), top + row * (cell_height + gap)))
     draw = ImageDraw.Draw(canvas)
     for row, label in enumerate(labels):
-        middle = row * (cell_height + gap) + cell_height // 2
-        draw.text((margin - 8, middle), label, fill="black", font=font, anchor="rm")
+        middle = top + row * (cell_height + gap) + cell_height // 2
+        draw.text((left - 8, middle), label, fill="black", font=font, anchor="rm")
+    for column, head in enumerate(heads):
+        middle = left + column * (cell_width + gap) + cell_width // 2
+        draw.text((middle, top // 2), head, fill="black", font=ImageFont.load_default(head_size), anchor="mm")
     return canvas
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from PIL import Image
+from helpers import raises_naming
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -21,6 +21,7 @@ from natten_layers_cli import sample_hdit, train_hdit
 from natten_layers_cli.data import Batch
 from natten_layers_cli.diffusion import sample_meanflow
 from natten_layers_cli.objectives import MEANFLOW, AverageVelocity
+from natten_layers_cli.pictures import draw_grid
 
 LEVELS = (
     LevelConfig(1, 16, d_head=8, kernel_size=3, num_kv_heads=1, num_registers=2, sink="zero"),
@@ -286,7 +287,24 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
-def test_training_resumes_bit_for_bit_and_samples_in_one_step(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_of_a_grid_have_labels_and_columns_have_heads() -> None:
+    images, heads = torch.ones(6, 3, 8, 8), ["cat", "a name that is far too long for its column"]
+    picture, plain = draw_grid(images, 2, ["one", "two", ""], heads), draw_grid(images, 2)
+    assert plain.size == (2 * (8 * 12 + 2), 3 * (8 * 12 + 2))  # small images are shown larger
+    left, top = picture.width - plain.width, picture.height - plain.height
+
+    def is_written(left: int, top: int, right: int, bottom: int) -> bool:
+        return picture.crop((left, top, right, bottom)).convert("L").getextrema()[0] != 255
+
+    assert [is_written(left + n * 98, 0, left + n * 98 + 98, top) for n in range(2)] == [True, True]
+    assert [is_written(0, top + n * 98, left, top + n * 98 + 98) for n in range(3)] == [True, True, False]
+    assert not is_written(left, top, picture.width, picture.height)  # over images
+    assert not is_written(left + 97, 0, left + 99, top)  # each in its column
+
+
+def test_training_resumes_bit_for_bit_and_samples_in_one_step(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def train(name: str, steps: int, *flags: str) -> int:
         arguments = ["--config", str(config), "--name", str(config.parent / name), "--end-step", str(steps), *flags]
         return train_hdit.main([*arguments, "--device", "cpu"])
@@ -318,9 +336,16 @@ def test_training_resumes_bit_for_bit_and_samples_in_one_step(config: Path, caps
         assert message in capsys.readouterr().err
 
     steps = config.parent / "steps.png"
+    drawn: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(compare_steps, "draw_grid", lambda *args: drawn.append(args) or draw_grid(*args))
     assert compare_steps.run([f"{checkpoint}:1,2", "--count", "3", "--output", str(steps), "--device", "cpu"]) == 0
-    with Image.open(steps) as picture:
-        assert picture.height == 2 * (12 * 8 + 2)  # a row for each number of steps
+    ((_, columns, *texts),) = drawn
+    assert (columns, texts) == (3, [["meanflow, 1 step", "meanflow, 2 steps"], ["cat", "brick", "cat"]])
+    renamed = HDiT.from_pretrained(checkpoint)
+    renamed.config.other["dataset"]["class_names"] = ["dog", "brick"]
+    renamed.save_pretrained(config.parent / "renamed.safetensors")
+    with raises_naming("'cat', 'brick', 'cat'", "'dog', 'brick', 'dog'"):
+        compare_steps.run([f"{checkpoint}:1", f"{config.parent / 'renamed.safetensors'}:1", "--count", "3"])
     for steps_missing in (checkpoint, f"{checkpoint}:", f"{checkpoint}:0,1"):
         with pytest.raises(SystemExit):
             compare_steps.run([steps_missing])
