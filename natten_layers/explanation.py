@@ -86,6 +86,14 @@ def explain(
         query, key, value = layer.qkv(x).unflatten(-1, (-1, layer.head_dim)).split(counts, -2)
         print(explain(query, key, value, layer.kernel_size, is_causal=layer.is_causal, sink=layer.sink))
 
+    It is about attention to heads that are normalised and rotated already. A layer that does so has one more launch
+    before it, for which there is one kernel. Without gradients, and on compute capability 9.0 only, the rolling kernel
+    of small windows does it itself, with tiles of its own, where heads have 64 or 128 channels, of which RoPE rotates
+    half, all or none, element ``i`` with one of the other half, and all axes alike.
+
+    :func:`cached_attention` has one kernel for every call, so there is nothing to ask for. With ``impl="fused"`` it
+    says itself why that cannot run.
+
     Args:
         shapes, cu_seqlens: the samples of a packed batch, as :func:`neighborhood_attention_varlen` takes them.
         query, key, value, kernel_size, stride, dilation, is_causal, is_periodic, scale, additional_keys,
