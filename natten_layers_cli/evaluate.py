@@ -32,7 +32,7 @@ from .distances import (
     open_features,
     usual_features,
 )
-from .running import Parser, check_device, run_command, seed
+from .running import Parser, check_device, list_length, run_command, seed
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -50,7 +50,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="crop all to it; default: the first image's"
     )
     parser.add_argument("--subset", type=int, default=1000, help="images of a subset of KID, default: %(default)s")
-    parser.add_argument("--subsets", type=int, default=100, help="how many of them, default: %(default)s")
+    parser.add_argument("--subsets", type=list_length, default=100, help="how many of them, default: %(default)s")
     parser.add_argument("--seed", type=seed, default=0, help="that chooses them, default: %(default)s")
     parser.add_argument("--output", type=Path, metavar="JSON", help="write the numbers there, too")
     parser.add_argument("--batch-size", type=int, default=64, help="images at a time, default: %(default)s")

@@ -37,6 +37,8 @@ training processes).
 MOST_TEXT = 4000
 """characters of an error: a C++ compiler's, which torch.compile passes on, are hundreds of thousands"""
 MOST_INT = 2**63 - 1  # that of PyTorch's sizes and numbers
+MOST_LENGTH = 10**6
+"""A list of Python has no more entries here: a longer one fills memory before anybody says that it is too long."""
 MOST_SEED = 2**32 - 1
 """A seed and the number of a step, side by side, are the seed of the step, of which PyTorch reads 64 bits."""
 
@@ -149,6 +151,14 @@ def positive(text: str) -> float:
 def seed(text: str) -> int:
     """The type of ``--seed``."""
     return _integer(text, 0, MOST_SEED)
+
+
+def list_length(text: str) -> int:
+    """The type of a flag that says how many things are in a list, as of layers, or of steps of a sampler."""
+    value = _integer(text)
+    if value > MOST_LENGTH:
+        raise argparse.ArgumentTypeError(f"must be at most {MOST_LENGTH}, got {value}")
+    return value
 
 
 def _integer(text: str, least: int = -MOST_INT, most: int = MOST_INT) -> int:

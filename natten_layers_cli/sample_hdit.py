@@ -29,7 +29,7 @@ from natten_layers import Denoiser, HDiT, HDiTConfig, MeanFlow
 from .diffusion import SAMPLERS, guided, karras_sigmas, sample_meanflow
 from .pictures import draw_grid, read_record, save_png, to_image
 from .progress import progress
-from .running import MOST_SEED, Parser, check_device, run_command, running_alone, seed
+from .running import MOST_LENGTH, MOST_SEED, Parser, check_device, list_length, run_command, running_alone, seed
 
 MEANFLOW = "meanflow"
 LONGEST_NAME = 200  # bytes of a class in the name of a file, which may have 255
@@ -73,6 +73,7 @@ class Request:
         if any(type(count) is not int for count in counts) or type(request.guidance) is not float:
             raise TypeError(f"a number is of another type in {dict(record)}")
         in_range = 0 <= request.seed <= MOST_SEED and min(request.count, request.steps, request.batch_size) >= 1
+        in_range = in_range and request.steps <= MOST_LENGTH
         if request.sampler not in (*SAMPLERS, MEANFLOW) or not in_range:
             raise ValueError(f"a sampler or number is out of range in {dict(record)}")
         return request
@@ -238,7 +239,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("-n", "--count", type=int, default=8, help="images per class, default: %(default)s")
     parser.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="default: as trained")
     parser.add_argument("--sampler", choices=(*SAMPLERS, MEANFLOW), help="default: dpmpp-2m, or the model's only one")
-    parser.add_argument("--steps", type=int, help="default: 50, or 1 of a model of average velocities")
+    parser.add_argument("--steps", type=list_length, help="default: 50, or 1 of a model of average velocities")
     parser.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance scale, 1 is none")
     parser.add_argument("--seed", type=seed, default=0, help="default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=64, help="images at a time, default: %(default)s")

@@ -69,7 +69,18 @@ from .held_out import held_out_batches, hold_out, level_names, means, sums_by_le
 from .objectives import MEANFLOW, open_objective
 from .parallel import Processes, local
 from .pictures import save_loss_curve, save_png
-from .running import SIGNALS_HELP, Parser, Showing, Signals, check_device, positive, run_command, seed, writing
+from .running import (
+    SIGNALS_HELP,
+    Parser,
+    Showing,
+    Signals,
+    check_device,
+    list_length,
+    positive,
+    run_command,
+    seed,
+    writing,
+)
 from .sample_hdit import DEFAULTS, Request, digest, picture, sample_batches
 from .sampled import SampleDistances
 
@@ -136,7 +147,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="one: images are cropped to the config's size; none: they keep their shapes, at about as many pixels",
     )
     parser.add_argument("--batch-size", type=int, default=64, help="images per process and accumulation step")
-    parser.add_argument("--grad-accum-steps", type=int, default=1, help="batches per optimiser step")
+    parser.add_argument("--grad-accum-steps", type=list_length, default=1, help="batches per optimiser step")
     parser.add_argument("--end-step", type=int, help="stop after so many steps in all; default: at Ctrl-C")
     parser.add_argument("--demo-every", type=int, default=500, help="steps between grids of samples, 0 for none")
     parser.add_argument("--save-every", type=int, default=10000, help="steps between checkpoints")
@@ -155,7 +166,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--eval-every", type=int, default=500, help="steps between measures of the held-out images' loss and of samples"
     )
     parser.add_argument("--sample-n", type=int, default=8, help="images per class in a grid")
-    parser.add_argument("--sample-steps", type=int, help="steps of the sampler; default: 50, or 1 with meanflow")
+    parser.add_argument(
+        "--sample-steps", type=list_length, help="steps of the sampler; default: 50, or 1 with meanflow"
+    )
     parser.add_argument("--lr", type=positive, help="learning rate, in place of the config's")
     parser.add_argument("--mixed-precision", choices=["no", *DTYPES], default="no", help="autocast to this type")
     parser.add_argument("--compile", action=switch, default=False, help="torch.compile the model")

@@ -48,6 +48,7 @@ from .running import (
     Showing,
     Signals,
     check_device,
+    list_length,
     one_line,
     positive,
     reason,
@@ -82,7 +83,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     model.add_argument(
         "--model", type=Path, metavar="DIR", help="start from this Hugging Face model, with its tokenizer"
     )
-    model.add_argument("--layers", type=int, help="blocks")
+    model.add_argument("--layers", type=list_length, help="blocks")
     model.add_argument("--hidden", type=int, help="channels")
     model.add_argument("--heads", type=int, help="query heads")
     model.add_argument("--kv-heads", type=int, help="heads that query heads share")
@@ -100,7 +101,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     train.add_argument("--end-step", type=int, default=800, help="stop after so many steps in all")
     train.add_argument("--batch-size", type=int, default=16, help="examples per process and accumulation step")
-    train.add_argument("--grad-accum-steps", type=int, default=1, help="batches per optimiser step")
+    train.add_argument("--grad-accum-steps", type=list_length, default=1, help="batches per optimiser step")
     train.add_argument(
         "--lr", type=positive, help="after warm-up; a cosine takes it to a tenth; default: 3e-3, or 2e-5"
     )

@@ -1253,6 +1253,7 @@ def test_bad_input_to_sampling(trained: Path, tmp_path: Path, capsys: pytest.Cap
     )
     changes: list[dict[str, Any]] = [
         {"steps": "2"},
+        {"steps": 2**40},
         {"size": 5},
         {"sampler": "magic"},
         {"classes": [7]},

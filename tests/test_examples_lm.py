@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from natten_layers.modules.llm import DecoderLM, DecoderLMConfig
-from natten_layers_cli import convert, generate, sample_hdit, train_hdit, train_lm, tune
+from natten_layers_cli import convert, evaluate, generate, sample_hdit, train_hdit, train_lm, tune
 from natten_layers_cli.parallel import Processes
 from natten_layers_cli.running import run_command
 from natten_layers_cli.text import random_windows, read_corpus
@@ -502,6 +502,17 @@ def test_generate_names_flags(flag: str, value: str, message: str, capsys: pytes
         ),
         (sample_hdit.main, "a --size 0 8 --device cpu", "--size must be at least 1, got 0 8"),
         (train_hdit.main, "--keep -1 --device cpu", "--keep must be at least 0, got -1"),
+        *(
+            (main, f"{before} {flag} {2**40}", f"argument {flag}: must be at most 1000000, got {2**40}")
+            for main, before, flag in (
+                (train_lm.main, "", "--layers"),
+                (train_lm.main, "", "--grad-accum-steps"),
+                (train_hdit.main, "", "--grad-accum-steps"),
+                (train_hdit.main, "", "--sample-steps"),
+                (sample_hdit.main, "a", "--steps"),
+                (evaluate.main, "a b", "--subsets"),
+            )
+        ),
     ],
 )
 def test_counts_name_their_flags(
