@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import raises_naming
 from torch.utils.flop_counter import FlopCounterMode
 
 from natten_layers import compile_ahead, neighborhood_attention
@@ -42,3 +43,14 @@ def test_operations_return_zeros_in_the_context_unless_they_are_eager(impl: Impl
     for x, exact in zip(found, expected, strict=True):
         assert torch.equal(x, exact if impl == "eager" else torch.zeros_like(exact))
         assert exact.any()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels of CPU tensors run in the interpreter only")
+def test_graphs_are_not_captured_in_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    query = torch.randn(1, 6, 2, 16)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        with raises_naming("CUDA graph", "compile_ahead", error=RuntimeError), compile_ahead():
+            neighborhood_attention(query, query, query, 3, impl="fused")
+    assert neighborhood_attention(query, query, query, 3, impl="fused").any()  # the context has ended
