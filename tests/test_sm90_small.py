@@ -407,7 +407,7 @@ IMAGES = (8, 128, 128, 8, 64), (2**23, 2**16, 512, 64, 1)
 @pytest.mark.parametrize(
     "changes",
     [
-        {"query": Layout((1, *IMAGES[0][1:]), IMAGES[1])},
+        {name: Layout((1, *IMAGES[0][1:]), IMAGES[1]) for name in ("query", "key", "value")},
         {"kernel_size": (15, 15)},
         {"is_periodic": (False, True)},
         {"query": contiguous((8, 256, 256, 8, 64))},
@@ -426,11 +426,12 @@ IMAGES = (8, 128, 128, 8, 64), (2**23, 2**16, 512, 64, 1)
     ids=str,
 )
 def test_other_calls_do_not(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
-    ring = changes.get("kernel_size") == (15, 15) or "additional_values" in changes
+    finer = changes.get("query") == contiguous((8, 256, 256, 8, 64))
+    medium = finer or changes.get("kernel_size") == (15, 15) or {"additional_values", "is_periodic"} & changes.keys()
     if "additional_keys" in changes:
         changes = {"additional_values": changes["additional_keys"], **changes}
     choice = dispatch.choose("forward", Question(problem_of_image(monkeypatch, **changes)))
-    assert choice.variant.name == (variants.MEDIUM if ring else "portable")
+    assert choice.variant.name == (variants.MEDIUM if medium else "portable")
 
 
 def gradients(problem: Problem, grad_out: Layout) -> list[Any]:

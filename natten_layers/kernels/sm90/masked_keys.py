@@ -16,7 +16,8 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from ..portable.primitives import LN2, LOG2E, LOWEST
 from ..portable.windows import clamped, shifted, unravel
-from .primitives import spread, thread_barrier
+from .primitives import spread, thread_barrier, wide_token_offset
+from .walk import on_rings
 
 
 class ImageMask(NamedTuple):
@@ -159,7 +160,9 @@ def empty_rows(row_m, row_l):
 
 @gluon.jit
 def divisors(row_m, row_l, mask):
-    """What sums of values are divided by: the sums of rows, but 1 where ``mask`` lets a row see nothing."""
+    """What sums of values are divided by: the sums of rows, but 1 where a row sees nothing; if ``mask`` is None, none
+    does.
+    """
     if mask is not None:
         row_l = gl.where(empty_rows(row_m, row_l), 1.0, row_l)
     return row_l
@@ -185,3 +188,101 @@ def load_lse_or_zero(RowMax, RowSum, o_row, m_rows):
     row_sees = row_sum != 0.0
     row_lse = gl.where(row_sees, row_max * LOG2E + gl.log2(row_sum), 0.0)
     return row_lse, row_sees
+
+
+@gluon.jit
+def load_unmasked(
+    KeyMask, strides, i_batch, corner, inner, m_inner, residue, count, dilation, RANK: gl.constexpr
+):  # fmt: skip
+    """1 for the keys at ``inner`` from ``corner`` on that may be seen, and 1 where there is no key; else 0.
+
+    ``m_inner`` may exclude more of them. Offsets from the corner do not change from chunk to chunk.
+    """
+    t, h, w = inner
+    o_corner = i_batch.to(gl.int64) * strides[0] + wide_token_offset(spread(corner, residue, dilation), strides)
+    o_inner = w * dilation[2] * strides[3]
+    m_keys = m_inner & (w < count[2] - corner[2])
+    if RANK > 1:
+        o_inner += h * dilation[1] * strides[2]
+        m_keys &= h < count[1] - corner[1]
+    if RANK > 2:
+        o_inner += t * dilation[0] * strides[1]
+        m_keys &= t < count[0] - corner[0]
+    return gl.load(KeyMask + o_corner + o_inner, mask=m_keys, other=1).to(gl.int32)
+
+
+@gluon.jit
+def unmasked_keys(
+    KeyMask, strides, i_batch, corner, lo, residue, count, dilation, CHUNK: gl.constexpr, RANK: gl.constexpr,
+    PERIODIC: gl.constexpr,
+):  # fmt: skip
+    """``[N]``: 1 for the keys of the chunk at ``corner`` that may be seen, 0 for masked ones.
+
+    In a tuple, which is empty without a mask, as loops carry no None. Positions without a key, and register tokens, are
+    not masked. Every warp holds all of it, so that warps exchange nothing to find out whether a key is masked.
+    """
+    seen = ()
+    if KeyMask is not None:
+        N: gl.constexpr = CHUNK[0] * CHUNK[1] * CHUNK[2]
+        LAYOUT: gl.constexpr = gl.SliceLayout(0, gl.BlockedLayout([1, N // 32], [1, 32], [gl.num_warps(), 1], [1, 0]))
+        first, inner = on_rings(corner, count, PERIODIC), unravel(gl.arange(0, N, LAYOUT), CHUNK[1], CHUNK[2])
+        m_window = gl.full([N], 1, gl.int1, LAYOUT) & (corner[2] >= lo[2])
+        seen = (
+            load_unmasked(KeyMask, strides, i_batch, first, inner, m_window, residue, count, dilation, RANK),
+        )  # fmt: skip
+    return seen
+
+
+@gluon.jit
+def has_masked(seen):
+    """Whether a key of a chunk is masked."""
+    masked = False
+    if len(seen) == 1:
+        masked = gl.min(seen[0], 0) == 0
+    return masked
+
+
+@gluon.jit
+def without_masked(b_hidden, masked, seen, matrices):
+    """``b_hidden [M, N]`` with -inf for masked keys; ``masked`` is whether there are any.
+
+    ``matrices`` are parts of the chunk's keys and values in shared memory, ``[N, columns]``. Rows of masked keys become
+    zeros, as a weight of zero times NaN is NaN.
+    """
+    if len(seen) == 1:
+        COLUMN: gl.constexpr = gl.SliceLayout(0, b_hidden.type.layout)
+        if masked:
+            b_hidden += gl.where(gl.convert_layout(seen[0], COLUMN) == 0, float("-inf"), 0.0)[None, :]
+            for i in gl.static_range(len(matrices)):
+                zero_rows(matrices[i], seen[0])
+            end_writes()
+    return b_hidden
+
+
+@gluon.constexpr_function
+def layout_of_words(layout):
+    return gl.NVMMASharedLayout(layout.swizzle_byte_width, 32, rank=2)
+
+
+@gluon.jit
+def zero_rows(matrix, seen):
+    """Zero the rows of a matrix in shared memory for which ``seen`` is 0. Two elements are one word here."""
+    N: gl.constexpr = matrix.shape[0]
+    WORDS: gl.constexpr = matrix.shape[1] // 2
+    SHARED: gl.constexpr = layout_of_words(matrix.layout)
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [128 // WORDS, WORDS // 4], [gl.num_warps(), 1], [1, 0])
+    words = matrix._reinterpret(gl.int32, [N, WORDS], SHARED)
+    m_seen = gl.convert_layout(seen, gl.SliceLayout(1, LAYOUT)) != 0
+    words.store(gl.where(m_seen[:, None], words.load(LAYOUT), 0))
+
+
+@gluon.jit
+def without_masked_rows(sums, row_seen):
+    """Sums with zeros in the rows for which ``row_seen`` is 0, whatever they hold; unchanged if that is None."""
+    kept = sums
+    if row_seen is not None:
+        kept = ()
+        for i in gl.static_range(len(sums)):
+            m_seen = gl.convert_layout(row_seen, gl.SliceLayout(1, sums[i].type.layout)) != 0
+            kept = kept + (gl.where(m_seen[:, None], sums[i], 0.0),)  # noqa: RUF005
+    return kept

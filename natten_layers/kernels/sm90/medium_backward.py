@@ -44,20 +44,23 @@ from ..portable.windows import (
     windows_of,
 )
 from .descriptors import Call, call_of
+from .masked_keys import (
+    has_masked,
+    load_lse_or_zero,
+    load_unmasked,
+    unmasked_keys,
+    without_masked,
+    without_masked_rows,
+)
 from .medium_chunks import (
     chunks_over,
     first_chunk,
-    has_masked,
     hidden_chunk,
     hidden_positions,
     key_biases,
-    load_unmasked,
     next_chunk,
     register_chunk_count,
-    unmasked_keys,
     with_biases,
-    without_masked,
-    without_masked_rows,
 )
 from .medium_forward import (
     both_frames,
@@ -80,10 +83,9 @@ from .medium_forward import (
     start_sums,
 )
 from .medium_tiling import MediumTileConfig, spec_of
-from .primitives import class_rows, load_grad_lse, load_lse, row_biases, thread_barrier
+from .primitives import class_rows, load_grad_lse, load_lse, row_biases, spread, thread_barrier
 from .rings import new_barriers, new_stages, stage_of
 from .small_forward import first_frame, own_tile, present_descriptors
-from .small_nonfinite import spread
 from .small_softmax import WARPS
 from .walk import on_rings, row_sizes
 
@@ -197,17 +199,18 @@ def medium_dq_kernel(
     row_lo, row_hi = windows_of(index, count, kernel, stride, CAUSAL, PERIODIC, key_length)
     p_biases = row_biases(Rpb, clamped(index, count), head, kernel)
     row_size = row_sizes(row_lo, row_hi)
-    row_lse = load_lse(RowMax, RowSum, o_row, m_rows)
-    if KeyMask is not None or BIASED:  # weights of queries that see nothing are zero for every finite log-sum-exp
-        row_sees = row_lse != float("-inf")
-        row_lse = gl.where(row_sees, row_lse, 0.0)
+    MAY_SEE_NOTHING: gl.constexpr = KeyMask is not None or BIASED
+    if MAY_SEE_NOTHING:
+        row_lse, row_sees = load_lse_or_zero(RowMax, RowSum, o_row, m_rows)
+    else:
+        row_lse = load_lse(RowMax, RowSum, o_row, m_rows)
     gl.store(Lse + o_row, row_lse, mask=m_rows)
     mbarrier.wait(ready.index(STAGES), 0)
     row_delta = row_deltas(Out, o_row, m_rows, grads, SPEC.head_dim, COLUMNS, ROW)
     if WITH_DLSE:
         token = tokens_of(shifted(position, origin), residue, count, dilation)
         row_delta -= load_grad_lse(DLse, dl_strides, i_batch, token, head, m_rows)
-    if KeyMask is not None or BIASED:
+    if MAY_SEE_NOTHING:
         row_delta = gl.where(row_sees, row_delta, 0.0)
     gl.store(Delta + o_row, row_delta, mask=m_rows)
 

@@ -30,21 +30,19 @@ from triton.experimental.gluon.language.nvidia.hopper.tma import (
 )
 
 from ..host.problem import Inputs, Layout, Options, Problem, contiguous, new_results
-from ..portable.primitives import LN2, LOG2E, LOWEST
+from ..portable.primitives import LOG2E
 from ..portable.windows import bias_offset, clamped, shifted, union_of_windows, unravel, windows_of
 from .descriptors import Boxes, Call, boxes_of, boxes_of_registers, call_of, frames_of, key_boxes, query_boxes
 from .large_forward import initial_stats, row_maximum, softmax_weights
+from .masked_keys import divisors, has_masked, saved_maxima, unmasked_keys, without_masked
 from .medium_chunks import (
     chunks_over,
     first_chunk,
     first_register_at,
-    has_masked,
     hidden_chunk,
     next_chunk,
     register_chunk_count,
-    unmasked_keys,
     with_biases,
-    without_masked,
 )
 from .medium_tiling import COLUMN_PARTS, MediumTileConfig, spec_of
 from .primitives import class_rows, opaque_i32, row_biases, start_product, thread_barrier
@@ -377,17 +375,14 @@ def medium_forward_kernel(
         ahead = next_chunk(ahead, lo, hi, key_count, CHUNK, RANK, PERIODIC)
 
     row_l = gl.sum(part_l, 1)
-    row_weight = row_l
-    if KeyMask is not None or BIASED:  # rows that see nothing have a sum of zero
-        row_weight = gl.where(gl.convert_layout(row_m, row_l.type.layout) == LOWEST, 1.0, row_l)
+    may_see_nothing = True if KeyMask is not None or BIASED else None
+    row_weight = divisors(gl.convert_layout(row_m, row_l.type.layout), row_l, may_see_nothing)
     if all_finite(sums_flags(sums, row_weight)):
         start_store(divided_sums(sums, row_weight, queries[0].dtype), queries, out_descs, q_corner, COLUMNS)
         if SPEC.with_stats:
             m_rows, o_row = class_rows(position, head, i_batch, origin, residue, count, dilation, length, heads)
-            row_sum, row_max = gl.convert_layout(row_l, ROW), row_m * LN2
-            if KeyMask is not None or BIASED:
-                row_max = gl.where(row_sum == 0.0, float("-inf"), row_max)
-            gl.store(RowMax + o_row, row_max, mask=m_rows)
+            row_sum = gl.convert_layout(row_l, ROW)
+            gl.store(RowMax + o_row, saved_maxima(row_m, row_sum, may_see_nothing), mask=m_rows)
             gl.store(RowSum + o_row, row_sum, mask=m_rows)
         store_wait(0)
     else:

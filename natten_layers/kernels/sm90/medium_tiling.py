@@ -79,7 +79,7 @@ def windows_on(key_lengths: Box | None) -> tuple[Bounds, Bounds, Bounds]:
         return lambda index, *axis: window_bounds(index, *axis, key_length=keys)
 
     if key_lengths is None:
-        return (window_bounds,) * 3
+        return window_bounds, window_bounds, window_bounds
     t, h, w = map(bounds, key_lengths)
     return t, h, w
 

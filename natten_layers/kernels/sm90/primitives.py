@@ -67,6 +67,13 @@ def spread(index, residue, dilation):
 
 
 @gluon.jit
+def wide_token_offset(token, strides):
+    """Offset of a token in 64 bits."""
+    t, h, w = token
+    return t.to(gl.int64) * strides[1] + h.to(gl.int64) * strides[2] + w.to(gl.int64) * strides[3]
+
+
+@gluon.jit
 def load_lse(RowMax, RowSum, o_row, m_rows):
     """The base-2 log-sum-exp of rows, from the statistics that the forward kernel saved."""
     row_lse = gl.load(RowMax + o_row, mask=m_rows, other=0.0) * LOG2E

@@ -15,7 +15,7 @@ from triton.experimental.gluon import language as gl
 
 from ..portable.primitives import LN2, LOG2E, LOWEST
 from ..portable.windows import bias_offset, clamped, shifted, unravel, windows_of
-from .primitives import class_rows, row_biases, row_sinks, spread
+from .primitives import class_rows, row_biases, row_sinks, spread, wide_token_offset
 from .qk_prep import load_prepared
 from .small_softmax import cut_windows
 from .walk import on_rings
@@ -51,13 +51,6 @@ def fold_tokens(
     b_v = load_heads(V, o_v, m_tokens, D, b_q.shape[1], ALL)
     b_acc = b_acc * gl.convert_layout(row_alpha, gl.SliceLayout(1, OUT))[:, None] + gl.sum(b_p[:, :, None] * b_v, 1)
     return b_acc, row_new, row_l * row_alpha + gl.sum(b_p, 1)
-
-
-@gluon.jit
-def wide_token_offset(token, strides):
-    """Offset of a token in 64 bits."""
-    t, h, w = token
-    return t.to(gl.int64) * strides[1] + h.to(gl.int64) * strides[2] + w.to(gl.int64) * strides[3]
 
 
 @gluon.jit
