@@ -134,6 +134,15 @@ def attend_small_on_sm90(
         launch_small_on_sm90(tensors._replace(shapes=torch.tensor([[1000], [0], [spatial[0] - 1000]])), options)
 
 
+def attend_packed_images_on_sm90(
+    shapes: list[tuple[int, ...]], kernel_size: int, heads: int, *, registers: int
+) -> None:
+    query, key = (torch.zeros(1, sum(map(prod, shapes)), h, 64, dtype=torch.bfloat16) for h in (heads, 2))
+    extra = torch.zeros(len(shapes), registers, 2, 64, dtype=torch.bfloat16)
+    tensors = problem.Inputs(query, key, key, extra, extra, torch.zeros(heads), shapes=torch.tensor(shapes))
+    launch_small_on_sm90(tensors, options_of(len(shapes[0]), kernel_size, None))
+
+
 def launch_small_on_sm90(tensors: problem.Inputs, options: problem.Options) -> None:
     from natten_layers.kernels.sm90 import small_backward, small_forward, small_forward_rolling
 
@@ -142,7 +151,8 @@ def launch_small_on_sm90(tensors: problem.Inputs, options: problem.Options) -> N
     config = small_tiling.small_tile_config(one)
     assert config is not None
     small_forward.forward(config, one, tensors, options, with_stats=rank > 1)
-    if prod(options.stride) == prod(options.dilation) == 1 and tensors.key_mask is None:
+    runs = tensors.key_mask is None and not one.packs_images
+    if runs and prod(options.stride) == prod(options.dilation) == 1:
         config = small_tiling.rolling_tile_config(one)
         assert config is not None
         small_forward_rolling.forward(config, one, tensors, options, with_stats=rank > 1)
@@ -245,6 +255,7 @@ def main(capability: int) -> None:
         attend_small_on_sm90((64, 64), 7, 8, registers=0, dim=40)
         attend_small_on_sm90((64, 64), 7, 8, registers=5, masked=True)
         attend_small_on_sm90((4096,), 128, 16, registers=0, packed=True)
+        attend_packed_images_on_sm90([(40, 30), (0, 4), (1, 1)], 7, 8, registers=5)
         attend_small_on_sm90((4096,), 8, 8, registers=0, dim=128)
         attend_small_on_sm90((56, 56), 7, 2, registers=0, dim=32, stride=3, dilation=2)
         attend_small_on_sm90((4096,), 128, 8, registers=5, dim=64, stride=32, dilation=4)

@@ -39,6 +39,16 @@ def problem_of_image(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Problem
     return problem_of_text(monkeypatch, **{**image, "is_causal": (False, False), **changes})
 
 
+def problem_of_packed_images(
+    monkeypatch: pytest.MonkeyPatch, shapes: tuple[tuple[int, ...], ...] = ((128, 128), (96, 170), (1, 40), (0, 9)),
+    **changes: Any,
+) -> Problem:  # fmt: skip
+    """The same window over images of many shapes, one after the other."""
+    packing = Packing(shapes, len(shapes[0]))
+    query, key = (contiguous((1, packing.tokens, h, 64)) for h in (8, 2))
+    return problem_of_image(monkeypatch, **{"query": query, "key": key, "value": key, "packing": packing, **changes})
+
+
 def problem_of_projected_image(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Problem:
     """The same image, with its queries, keys and values side by side in the result of one projection."""
     query, key = (Layout((8, 128, 128, h, 64), (2**14 * 768, 2**7 * 768, 768, 64, 1)) for h in (8, 2))

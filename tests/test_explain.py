@@ -15,7 +15,13 @@ from natten_layers.arguments import Call
 
 pytest.importorskip("triton.experimental.gluon")
 
-from problems import problem_of_image, problem_of_packed_texts, problem_of_projected_image, problem_of_text
+from problems import (
+    problem_of_image,
+    problem_of_packed_images,
+    problem_of_packed_texts,
+    problem_of_projected_image,
+    problem_of_text,
+)
 
 from natten_layers.kernels import dispatch
 from natten_layers.kernels.host.launcher import Launcher
@@ -216,11 +222,18 @@ def test_portable_kernels_alone_may_be_asked_for(
             {},
             ["only if they are causal"] * 2 + ["no packed batch", "the window is small"],
         ),
+        (problem_of_packed_images, {}, {}, ["one axis only"]),
         (
-            problem_of_image,
-            {"packing": Packing(((128, 128),), 2)},
+            problem_of_packed_images,
+            {"stride": (1, 2)},
             {},
-            ["one axis only"] * 2 + ["no packed batch", "one axis only"],
+            ["one axis only", "without stride", "no packed batch", "one axis only"],
+        ),
+        (
+            problem_of_packed_images,
+            {"shapes": ((16, 16),)},
+            {},
+            ["one axis only", "the call is small", "no packed batch", "one axis only"],
         ),
         (problem_of_text, {"capability": (8, 0)}, {}, ["the device has 8.0"] * 4),
         (problem_of_text, {"kernel_size": (1024,)}, {}, ["the window is large"] * 3 + ["the call is small"]),

@@ -16,7 +16,7 @@ import pytest
 import torch
 from helpers import Case, arguments, assert_close, assert_nan_stays, enlarge, error, key_mask, make_inputs, oracle, run
 from hypothesis import given, settings
-from problems import problem_of_image, problem_of_packed_texts
+from problems import problem_of_image, problem_of_packed_images, problem_of_packed_texts
 from test_sm90_large import (
     assert_oracle,
     assert_packed_oracle,
@@ -25,6 +25,8 @@ from test_sm90_large import (
     needs_device,
     planned,
 )
+from test_varlen import Shapes, check, make_packed
+from test_varlen import run as packed_run
 from torch import Tensor
 
 pytest.importorskip("triton.experimental.gluon")
@@ -35,7 +37,16 @@ from natten_layers import neighborhood_attention
 from natten_layers.geometry import query_bounds, window_bounds
 from natten_layers.kernels import dispatch
 from natten_layers.kernels.dispatch import Question
-from natten_layers.kernels.host.problem import Inputs, Layout, Options, Problem, contiguous, layout, problem_of
+from natten_layers.kernels.host.problem import (
+    Inputs,
+    Layout,
+    Options,
+    Problem,
+    contiguous,
+    layout,
+    problem_of,
+    three_axes,
+)
 from natten_layers.kernels.host.tiling import extent
 from natten_layers.kernels.host.tuned import forget, override
 from natten_layers.kernels.portable import forward
@@ -55,6 +66,7 @@ from natten_layers.kernels.sm90.small_tiling import (
     SmallTileConfig,
     binary_parts,
     cut,
+    key_tile_shift,
     rolling_tile_config,
     small_dkv_tile_config,
     small_dq_tile_config,
@@ -154,6 +166,7 @@ def wherever_possible(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patch:
         patch.setattr(variants, "LEAST_ROWS", 0)
         patch.setattr(variants, "LEAST_FILLED", 0)
+        patch.setattr(variants, "PACKED_PROGRAMS", 0)
         forget()
         yield
     forget()
@@ -841,3 +854,162 @@ def test_nan_beside_masked_keys_reaches_only_the_queries_that_see_it(case: Case)
         assert not finite.all()
         assert torch.equal(mine.isfinite(), finite)
         assert error(mine[finite], expected[finite]) < allowed
+
+
+# --- Packed images
+
+RAGGED: Shapes = [(37, 45), (1, 1), (3, 2), (64, 5), (0, 4), (1, 30), (20, 20), (6, 22)]
+"""Some are smaller than the window, and 22 and 30 are the lengths at which tiles of 8 keys start before the image."""
+PACKED_IMAGES: tuple[tuple[Case, Shapes], ...] = (
+    (Case("gqa-sink", (), 7, heads=8, kv_heads=2, head_dim=64, value_dim=64, sink="learned"), RAGGED),
+    (Case("narrow-registers", (), (7, 5), heads=4, kv_heads=4, head_dim=32, value_dim=32, registers=5, sink="zero"),
+     RAGGED),
+    (Case("padded-causal-axis", (), (7, 5), 1, 1, (False, True), 4, 4, 40, 40), RAGGED),
+    (Case("group-3-causal-axis", (), (5, 9), 1, 1, (True, False), 6, 2, 64, 64), [(33, 40), (9, 9), (2, 100)]),
+    (Case("wide-registers", (), 7, heads=8, kv_heads=2, head_dim=128, value_dim=128, registers=4, sink="learned"),
+     [(40, 30), (1, 1), (6, 50)]),
+    (Case("13x13", (), 13, heads=6, kv_heads=3, head_dim=64, value_dim=64), [(40, 48), (13, 13), (5, 60)]),
+    (Case("3d", (), 3, heads=4, kv_heads=2, head_dim=32, value_dim=32), [(8, 20, 20), (3, 2, 9), (1, 1, 1)]),
+    (Case("3d-causal", (), 3, 1, 1, (True, False, False), 4, 2, 64, 64), [(8, 9, 10), (1, 12, 12)]),
+)  # fmt: skip
+
+
+@pytest.mark.gpu
+@needs_device
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("case", "shapes"), PACKED_IMAGES, ids=str)
+def test_packed_images_match_each_image_alone(
+    case: Case, shapes: Shapes, dtype: torch.dtype, taken: list[str]
+) -> None:  # fmt: skip
+    check(replace(case, dtype=dtype), shapes, "fused")
+    assert "small_forward.forward" in taken
+    if case.name in ("gqa-sink", "narrow-registers"):
+        assert taken == ["small_forward.forward", "small_backward.query_gradient", "small_backward.key_gradients"]
+
+
+@pytest.mark.gpu
+@needs_device
+def test_packed_images_are_read_from_views_of_a_fused_projection(taken: list[str]) -> None:
+    case, shapes = replace(PACKED_IMAGES[0][0], dtype=torch.bfloat16, sink="none"), RAGGED
+    inputs, _ = make_packed(case, shapes)
+    joined = torch.cat([x.detach() for x in inputs.values()], 1)
+    views = joined.split((8, 2, 2), 1)
+    strided = {name: x.requires_grad_() for name, x in zip(inputs, views, strict=True)}
+    expected, found = (packed_run(case, shapes, x, None, "fused").tensors() for x in (inputs, strided))
+    assert len(taken) == 6
+    for name, tensor in found.items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.gpu
+@needs_device
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+def test_what_is_not_finite_reaches_no_other_packed_image(name: str, value: float, taken: list[str]) -> None:
+    """Nothing of other images changes, and of its own image only what sees it."""
+    case, shapes = replace(PACKED_IMAGES[0][0], dtype=torch.bfloat16), RAGGED
+    inputs, _ = make_packed(case, shapes)
+    clean = packed_run(case, shapes, inputs, None, "fused").tensors()
+    start = sum(map(prod, shapes[:6]))
+    own = torch.zeros(sum(map(prod, shapes)), dtype=torch.bool, device="cuda")
+    own[start : start + 400] = True
+    dirty = {n: x.detach().clone() for n, x in inputs.items()}
+    dirty[name][start + 20 * 10 + 19] = value
+    dirty = {n: x.requires_grad_() for n, x in dirty.items()}
+    found = packed_run(case, shapes, dirty, None, "fused").tensors()
+    for n in clean:
+        if "sink" not in n:
+            assert torch.equal(found[n][~own], clean[n][~own]), n
+    sees = torch.zeros(20, 20, dtype=torch.bool, device="cuda")
+    sees[10, 19] = True
+    if name != "query":
+        sees[7:14, 13:] = True
+    out, before = (x["out"][own].unflatten(0, (20, 20)) for x in (found, clean))
+    assert error(out[~sees], before[~sees]) < 4e-3
+    assert not out[sees].isfinite().all()
+    assert len(taken) == 6
+
+
+@st.composite
+def packed_problems(draw: st.DrawFn) -> Problem:
+    rank = draw(st.sampled_from((2, 3)))
+    longest = 40 if rank == 2 else 12
+    shapes = draw(st.lists(st.tuples(*[st.integers(0, longest)] * rank), min_size=1, max_size=4))
+    kernel = tuple(draw(st.integers(1, 13 if rank == 2 else 5)) for _ in range(rank))
+    causal = tuple(draw(st.booleans()) for _ in range(rank))
+    group, tokens = draw(st.sampled_from((1, 2, 3, 4))), sum(map(prod, shapes))
+    query, key = (torch.empty(1, tokens, h, 64, dtype=torch.bfloat16, device="meta") for h in (2 * group, 2))
+    options = Options(None, kernel, (1,) * rank, (1,) * rank, causal, 1.0)
+    return problem_of(Inputs(query, key, key, shapes=torch.tensor(shapes)), options)
+
+
+@settings(deadline=None)
+@given(packed_problems())
+def test_parts_cover_what_a_tile_of_any_packed_image_sees(problem: Problem) -> None:
+    configs = (
+        (small_tile_config(problem), window_bounds),
+        (small_dq_tile_config(problem), window_bounds),
+        (small_dkv_tile_config(problem), query_bounds),
+    )
+    assert problem.packing is not None
+    shapes = [three_axes(shape, 1) for shape in problem.packing.shapes if prod(shape)]
+    for config, bounds in configs:
+        if config is None:
+            continue
+        for axis, (_, kernel, stride, causal) in enumerate(problem.axes):
+            sides = [box[axis] for box in config.parts]
+            covered = sum(sides) if axis == config.axis else sides[0]
+            for length in {shape[axis] for shape in shapes}:
+                own, side = min(kernel, length), config.tile[axis]
+                shift = key_tile_shift(length, own, side) if bounds is query_bounds else 0
+                # As many tiles as ``sample_tables`` counts, with every token in one of them.
+                first = torch.arange(-(-length // side)) * side - shift
+                assert int(first[-1]) + side >= length
+                low, _ = bounds(first.clamp(min=0), length, own, stride, causal)
+                _, high = bounds((first + side - 1).clamp(max=length - 1), length, own, stride, causal)
+                assert int((high - low).max()) < covered
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"stride": (1, 2)}, "without stride and dilation, not with (1, 2) and (1, 1)"),
+        ({"dilation": (2, 1)}, "without stride and dilation, not with (1, 1) and (2, 1)"),
+        ({"query": Layout((1, 100, 8, 20), (192, 192, 24, 1))}, "multiple of 8 channels, not 20"),
+        ({"value": Layout((1, 32744, 2, 64), (2**31, 2**17, 64, 1))}, "a packed image of 16384 tokens takes more than"),
+        ({"is_causal": (True, False)}, None),
+        ({"additional_keys": contiguous((4, 3, 2, 64)), "additional_values": contiguous((4, 3, 2, 64))}, None),
+    ],
+)
+def test_packed_images_that_tiles_take(
+    changes: dict[str, Any], reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    problem = problem_of_packed_images(monkeypatch, **changes)
+    for variant in (variants.TILES_FORWARD, variants.TILES_QUERY_GRADIENT, variants.TILES_KEY_GRADIENTS):
+        found = variant.supports(Question(problem))
+        assert (found is None) if reason is None else (reason in (found or ""))
+    assert "one axis only" in (variants.ROLLING_FORWARD.supports(Question(problem)) or "")
+
+
+def test_packed_images_leave_the_forward_pass_of_many_keys_to_portable_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two programs on a multiprocessor are too few, which in images of one shape they are not."""
+    many = {"kernel_size": (13, 13), "value": None}
+    for make, fits in ((problem_of_packed_images, False), (problem_of_image, True)):
+        problem = make(monkeypatch)
+        key = contiguous((*problem.key.shape[:-2], 3, 64))
+        many |= {"query": contiguous((*problem.query.shape[:-2], 6, 64)), "key": key, "value": key}
+        plan = variants.TILES_FORWARD.plan(Question(problem._replace(**many)))
+        assert isinstance(plan, SmallTileConfig) is fits
+        assert fits or "2 programs share a multiprocessor" in plan
+
+
+def test_gradients_of_packed_images_of_any_size_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of 8x8 keys see 17x17 queries at some borders, too many, if they do not start before the image."""
+    shapes = tuple((n, n + 3) for n in range(112, 128))
+    problem = problem_of_packed_images(monkeypatch, shapes)
+    config = small_dkv_tile_config(problem)
+    assert config is not None
+    assert (config.tile, config.keys) == ((1, 8, 8), 256)
+    assert gradients(problem, problem.out) == [small_dq_tile_config(problem), config]

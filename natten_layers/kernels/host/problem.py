@@ -379,9 +379,16 @@ class Problem(NamedTuple):
         """The inverse of :meth:`window_table`."""
         return None if self.packing is None else line_tables(self.packing, self.window, self.device).queries
 
+    @property
+    def packs_images(self) -> bool:
+        """Whether the samples of a packed batch have more than one axis."""
+        return self.packing is not None and self.rank > 1
+
     def sample_bounds(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """First and last token of the sample of each token of a packed batch; None for images."""
-        return (None, None) if self.packing is None else sample_bounds(self.packing, self.device)
+        """First and last token of the sample of each token of packed texts; None for images, packed or not."""
+        if self.packing is None or self.packs_images:
+            return None, None
+        return sample_bounds(self.packing, self.device)
 
     def extents(self, tile: Box) -> tuple[Box, Box, Box, Box, Box]:
         """Lengths, kernel sizes, strides, dilations and numbers of tiles, or :attr:`extents_of_samples`."""

@@ -51,8 +51,10 @@ def repair_key_kernel(
 
 
 def new_flag(problem: Problem) -> Tensor | None:
-    """A flag that is not raised yet, ``[1]``; None for images, which need none."""
-    return None if problem.packing is None else torch.zeros(1, dtype=torch.int32, device=problem.device)
+    """A flag that is not raised yet, ``[1]``; None for images, packed or not, whose tiles read nothing of others."""
+    if problem.packing is None or problem.packs_images:
+        return None
+    return torch.zeros(1, dtype=torch.int32, device=problem.device)
 
 
 def repair_query(

@@ -38,6 +38,20 @@ def opaque_i32(x):
 
 
 @gluon.jit
+def shifted_along(position, by, AXIS: gl.constexpr):
+    """A position ``by`` further along one axis."""
+    t, h, w = position
+    return t + (by if AXIS == 0 else 0), h + (by if AXIS == 1 else 0), w + (by if AXIS == 2 else 0)
+
+
+@gluon.constexpr_function
+def part_keys(boxes, part):
+    """Positions of one of several boxes."""
+    t, h, w = boxes[part]
+    return t * h * w
+
+
+@gluon.jit
 def part_rows(PART: gl.constexpr, PACK: gl.constexpr, ROW: gl.constexpr):
     """For the rows of a part of a tile: their positions in it, and their heads in the block of heads."""
     row = gl.arange(0, PART[0] * PART[1] * PART[2] * PACK, ROW)

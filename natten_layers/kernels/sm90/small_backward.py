@@ -10,12 +10,12 @@ registers again.
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false
 
 from functools import lru_cache
-from math import prod
 
 import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere.async_copy import commit_group
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -51,7 +51,7 @@ from ..portable.windows import (
     unravel,
     windows_of,
 )
-from .descriptors import Call, boxes_of_registers, call_of, frames_of, key_boxes, query_boxes
+from .descriptors import Call, boxes_of_registers, call_of, key_boxes, query_boxes
 from .masked_keys import (
     hide_columns,
     image_mask,
@@ -63,6 +63,21 @@ from .masked_keys import (
     range_of,
     store_flags,
 )
+from .packed_images import (
+    PackedTensors,
+    await_copies,
+    copy_part,
+    first_row,
+    not_before,
+    own_packed_tile,
+    rows_layout,
+    sample_view,
+    shifted_key_tile,
+    start_key_tile,
+    start_keys,
+    start_tile,
+    store_tile,
+)
 from .packed_repair import new_flag, repair_key, repair_query
 from .primitives import (
     class_rows,
@@ -70,7 +85,9 @@ from .primitives import (
     load_grad_lse,
     load_lse,
     opaque_i32,
+    part_keys,
     part_rows,
+    shifted_along,
     spread,
     thread_barrier,
 )
@@ -79,9 +96,11 @@ from .small_forward import (
     batches_of_registers,
     boxes_of_parts,
     clear_masked,
+    described,
     first_frame,
+    grid_of,
+    image_sizes,
     inside_frames,
-    next_corner,
     own_tile,
     part_flags,
     present_descriptors,
@@ -97,19 +116,15 @@ from .walk import load_of_token
 
 @gluon.jit
 def part_mask(
-    desc, corner, row_lo, row_hi, FIRST: gl.constexpr, N: gl.constexpr, M: gl.constexpr, RANK: gl.constexpr,
-    BY_AXIS: gl.constexpr = False,
+    corner, row_lo, row_hi, BOXES: gl.constexpr, PART: gl.constexpr, FIRST: gl.constexpr, N: gl.constexpr,
+    M: gl.constexpr, RANK: gl.constexpr, BY_AXIS: gl.constexpr = False,
 ):  # fmt: skip
     """0 and -inf ``[M, N]``: which of the keys ``FIRST`` to ``FIRST + N - 1`` of a part each row sees.
 
     ``BY_AXIS`` is as in ``box_columns``.
     """
-    BOX: gl.constexpr = desc.block_type.shape
-    if BY_AXIS:
-        KEYS: gl.constexpr = BOX[1:4]
-        inner = range_columns(KEYS, FIRST, N)
-    else:
-        inner = unravel(key_columns(N, FIRST), BOX[2], BOX[3])
+    BOX: gl.constexpr = BOXES[PART]
+    inner = range_columns(BOX, FIRST, N) if BY_AXIS else unravel(key_columns(N, FIRST), BOX[1], BOX[2])
     return key_mask(inner, corner, row_lo, row_hi, M, RANK)
 
 
@@ -137,10 +152,10 @@ def add_gradient(
 
 @gluon.jit
 def add_part(
-    b_dq, b_q, b_do, b_k, b_v, desc, corner, row_lo, row_hi, registers, masked, flags, row_lse, row_delta, factor,
-    RANK: gl.constexpr, OUT: gl.constexpr,
+    b_dq, b_q, b_do, b_k, b_v, corner, row_lo, row_hi, registers, masked, flags, row_lse, row_delta, factor,
+    BOXES: gl.constexpr, PART: gl.constexpr, RANK: gl.constexpr, OUT: gl.constexpr,
 ):  # fmt: skip
-    """Add the contribution of a part, 64 keys at a time; of the register tokens where ``desc`` is None.
+    """Add the contribution of a part, 64 keys at a time; of the register tokens where ``PART`` is None.
 
     ``flags`` are those of the part, None without a key mask, and ``masked`` is whether they hide some key of the tile.
     """
@@ -148,10 +163,10 @@ def add_part(
     ALL: gl.constexpr = b_k.shape[0]
     N: gl.constexpr = min(ALL, 64)
     for I_SLICE in gl.static_range(ALL // N):
-        if desc is None:
+        if PART is None:
             b_hidden = register_mask(registers, I_SLICE * N, N, M)
         else:
-            b_hidden = part_mask(desc, corner, row_lo, row_hi, I_SLICE * N, N, M, RANK, flags is not None)
+            b_hidden = part_mask(corner, row_lo, row_hi, BOXES, PART, I_SLICE * N, N, M, RANK, flags is not None)
         slice_flags = None
         if flags is not None:
             slice_flags = range_of(flags, I_SLICE * N, N)
@@ -164,14 +179,15 @@ def add_part(
 
 @gluon.jit
 def small_dq_kernel(
-    Delta, Lse, RowMax, RowSum, Out, DLse, Begins, Nonfinite, KeyMask, q_desc, do_desc, dq_desc,
+    Delta, Lse, RowMax, RowSum, Out, DLse, Begins, Nonfinite, KeyMask, Tiles, packed, q_desc, do_desc, dq_desc,
     k0_desc, k1_desc, k2_desc, v0_desc, v1_desc, v2_desc, regk_desc, regv_desc,
-    dl_strides, mask_strides, axes, tiles, frames, group, blocks, registers, reg_batch, scale,
+    strides, dl_strides, mask_strides, axes, tiles, frames, group, blocks, registers, reg_batch, scale,
     SPEC: gl.constexpr, BOXES: gl.constexpr, KEYS: gl.constexpr, WITH_DLSE: gl.constexpr,
 ):  # fmt: skip
     """dQ, ``delta = rowsum(dOut * Out) - dLse`` and base-2 lse of one tile; arguments as in ``small_forward.py``.
 
-    In packed batches ``Nonfinite`` becomes 1 where a result is not finite.
+    In packed texts ``Nonfinite`` becomes 1 where a result is not finite. In packed images, ``packed`` are
+    :class:`PackedTensors`, and ``strides`` those of the tensors that it begins with.
     """
     length, kernel, stride, dilation = axes
     CAUSAL: gl.constexpr = SPEC.causal
@@ -184,20 +200,44 @@ def small_dq_kernel(
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BD, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, OUT)
     LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BD, BD // 8], [gl.num_warps(), 1], [1, 0])
-    k_descs, v_descs = present_descriptors(k0_desc, k1_desc, k2_desc), present_descriptors(v0_desc, v1_desc, v2_desc)
 
     i_batch, i_block, residue, count, origin = own_tile(length, dilation, tiles, blocks, TILE)
+    sample = None
+    if Tiles is not None:
+        sample, kernel, origin = own_packed_tile(Tiles, blocks, TILE, SPEC.rank)
+        _, _, length = sample
+        count = length
+        first = first_row(sample, blocks * PACK)
+        Delta, Lse, RowMax, RowSum, Out = Delta + first, Lse + first, RowMax + first, RowSum + first, Out + first * D
+        if WITH_DLSE:
+            DLse, dl_strides = sample_view(DLse, dl_strides, sample)
     corner, _ = windows_of(origin, count, kernel, stride, CAUSAL)
-    corner = inside_frames(corner, count, k_descs, AXIS)
     kv_offset = i_block * PACK // group, first_frame(i_batch, residue, length, frames), i_batch * reg_batch
     q_corner = [kv_offset[1] + origin[0], origin[1], origin[2], i_block * PACK, 0]
-    ready = new_barriers(2, 1)
-    mbarrier.expect(ready.index(0), (M + KEYS) * BD * 2)
-    mbarrier.expect(ready.index(1), (M + KEYS) * BD * 2)
-    buffer = start_load(q_desc, q_corner, ready.index(0))
-    keys = start_parts(k_descs, regk_desc, kv_offset, corner, ready.index(0), AXIS)
-    b_do = start_load(do_desc, q_corner, ready.index(1)).reshape([M, BD])
-    values = start_parts(v_descs, regv_desc, kv_offset, corner, ready.index(1), AXIS)
+    if sample is None:
+        k_descs = present_descriptors(k0_desc, k1_desc, k2_desc)
+        v_descs = present_descriptors(v0_desc, v1_desc, v2_desc)
+        corner = inside_frames(corner, count, k_descs, AXIS)
+        ready = new_barriers(2, 1)
+        mbarrier.expect(ready.index(0), (M + KEYS) * BD * 2)
+        mbarrier.expect(ready.index(1), (M + KEYS) * BD * 2)
+        buffer = start_load(q_desc, q_corner, ready.index(0))
+        keys = start_parts(k_descs, regk_desc, kv_offset, corner, ready.index(0), AXIS)
+        b_do = start_load(do_desc, q_corner, ready.index(1)).reshape([M, BD])
+        values = start_parts(v_descs, regv_desc, kv_offset, corner, ready.index(1), AXIS)
+    else:
+        q_strides, k_strides, v_strides, do_strides, regk_strides, regv_strides = strides
+        buffer = start_tile(packed.query, q_strides, sample, i_block * PACK, origin, SPEC)
+        keys = start_keys(
+            packed.key, packed.additional_keys, k_strides, regk_strides, sample, kv_offset[0], corner, registers, SPEC,
+            BOXES, KEYS,
+        )  # fmt: skip
+        b_do = start_tile(packed.grad_out, do_strides, sample, i_block * PACK, origin, SPEC)
+        values = start_keys(
+            packed.value, packed.additional_values, v_strides, regv_strides, sample, kv_offset[0], corner, registers,
+            SPEC, BOXES, KEYS,
+        )  # fmt: skip
+        commit_group()
 
     out_position, out_head = part_rows(TILE, PACK, gl.SliceLayout(1, LOAD))
     m_out, o_out = class_rows(
@@ -223,8 +263,11 @@ def small_dq_kernel(
         store_flags(flags, seen)
     gl.store(Lse + o_row, row_lse, mask=m_rows)
 
-    mbarrier.wait(ready.index(0), 0)
-    mbarrier.wait(ready.index(1), 0)
+    if sample is None:
+        mbarrier.wait(ready.index(0), 0)
+        mbarrier.wait(ready.index(1), 0)
+    else:
+        await_copies(0)
     row_delta = gl.convert_layout(gl.sum(b_out.to(gl.float32) * b_do.load(LOAD).to(gl.float32), 1), ROW)
     if WITH_DLSE:
         token = tokens_of(shifted(position, origin), residue, count, dilation)
@@ -243,20 +286,20 @@ def small_dq_kernel(
             start_store(b_dq.to(dq_desc.dtype), buffer, dq_desc, q_corner)
             store_wait(0)
             return
-    for PART in gl.static_range(len(k_descs)):
+    for PART in gl.static_range(len(BOXES)):
         part = None
         if flags is not None:
             part = part_flags(flags, PART, AXIS, BOXES)
         b_dq = add_part(
-            b_dq, b_q, b_do, keys[PART], values[PART], k_descs[PART], corner, row_lo, row_hi, registers, masked, part,
-            row_lse, row_delta, factor, SPEC.rank, OUT,
+            b_dq, b_q, b_do, keys[PART], values[PART], corner, row_lo, row_hi, registers, masked, part, row_lse,
+            row_delta, factor, BOXES, PART, SPEC.rank, OUT,
         )  # fmt: skip
-        corner = next_corner(corner, k_descs[PART], AXIS)
-    if regk_desc is not None:
-        I_REG: gl.constexpr = len(k_descs)
+        corner = shifted_along(corner, BOXES[PART][AXIS], AXIS)
+    if len(keys) > len(BOXES):
+        I_REG: gl.constexpr = len(BOXES)
         b_dq = add_part(
-            b_dq, b_q, b_do, keys[I_REG], values[I_REG], None, corner, row_lo, row_hi, registers, False, None,
-            row_lse, row_delta, factor, SPEC.rank, OUT,
+            b_dq, b_q, b_do, keys[I_REG], values[I_REG], corner, row_lo, row_hi, registers, False, None, row_lse,
+            row_delta, factor, BOXES, None, SPEC.rank, OUT,
         )  # fmt: skip
     b_dq = warpgroup_mma_wait(0, deps=[b_dq])
     if KeyMask is not None:  # noqa: SIM102
@@ -264,30 +307,36 @@ def small_dq_kernel(
             b_dq = gl.where(row_sees[:, None], b_dq, 0.0)
     if Nonfinite is not None:
         flag_nonfinite(Nonfinite, b_dq, m_rows)
-    start_store((b_dq * scale).to(q_desc.dtype), buffer, dq_desc, q_corner)
-    store_wait(0)
+    if sample is None:
+        start_store((b_dq * scale).to(q_desc.dtype), buffer, dq_desc, q_corner)
+        store_wait(0)
+    else:
+        store_tile(b_q, b_dq * scale, packed.grad_query, i_block, origin, sample, blocks * PACK, SPEC)
 
 
 @gluon.jit
-def load_statistics(Stat, buffer, desc, corner, i_batch, residue, count, dilation, head, length, heads):
+def load_statistics(
+    Stat, buffer, corner, i_batch, residue, count, dilation, head, length, heads, BOXES: gl.constexpr,
+    PART: gl.constexpr,
+):  # fmt: skip
     """Load a statistic ``[B, T, H, W, heads]`` of the queries of a part; 0 beyond the end of an axis."""
-    BOX: gl.constexpr = desc.block_type.shape
+    BOX: gl.constexpr = BOXES[PART]
     LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    index = shifted(unravel(gl.arange(0, BOX[1] * BOX[2] * BOX[3], LAYOUT), BOX[2], BOX[3]), corner)
+    index = shifted(unravel(gl.arange(0, BOX[0] * BOX[1] * BOX[2], LAYOUT), BOX[1], BOX[2]), corner)
     o_row = contiguous_row(i_batch.to(gl.int64), spread(index, residue, dilation), length)
     buffer.store(gl.load(Stat + o_row * heads + head, mask=inside_axes(index, count), other=0.0))
 
 
 @gluon.jit
 def add_queries(
-    b_dk, b_dv, b_k, b_v, b_q, b_do, lse, delta, desc, corner, row_lo, row_hi, factor,
-    FIRST: gl.constexpr, N: gl.constexpr, RANK: gl.constexpr, OUT: gl.constexpr,
+    b_dk, b_dv, b_k, b_v, b_q, b_do, lse, delta, corner, row_lo, row_hi, factor, BOXES: gl.constexpr,
+    PART: gl.constexpr, FIRST: gl.constexpr, N: gl.constexpr, RANK: gl.constexpr, OUT: gl.constexpr,
 ):  # fmt: skip
     """Start to add the contribution of some queries of a part to dK and dV."""
     M: gl.constexpr = b_k.shape[0]
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, N, 16])
     COLUMN: gl.constexpr = gl.SliceLayout(0, LAYOUT)
-    b_hidden = part_mask(desc, corner, row_lo, row_hi, FIRST, N, M, RANK)
+    b_hidden = part_mask(corner, row_lo, row_hi, BOXES, PART, FIRST, N, M, RANK)
     b_queries, b_grads = b_q.slice(FIRST, N), b_do.slice(FIRST, N)
     b_s = warpgroup_mma(b_k, b_queries.permute((1, 0)), b_hidden, is_async=True)
     b_zero = gl.zeros([M, N], gl.float32, LAYOUT)
@@ -305,16 +354,17 @@ def add_queries(
 
 @gluon.jit
 def add_query_part(
-    b_dk, b_dv, b_k, b_v, b_q, b_do, lse, delta, desc, corner, row_lo, row_hi, factor,
-    RANK: gl.constexpr, OUT: gl.constexpr,
+    b_dk, b_dv, b_k, b_v, b_q, b_do, lse, delta, corner, row_lo, row_hi, factor,
+    BOXES: gl.constexpr, PART: gl.constexpr, RANK: gl.constexpr, OUT: gl.constexpr,
 ):  # fmt: skip
     """Add the contribution of a part, 32 queries at a time."""
     ALL: gl.constexpr = b_q.shape[0]
     N: gl.constexpr = min(ALL, 32)
     for I_SLICE in gl.static_range(ALL // N):
         b_dk, b_dv = add_queries(
-            b_dk, b_dv, b_k, b_v, b_q, b_do, lse, delta, desc, corner, row_lo, row_hi, factor, I_SLICE * N, N, RANK, OUT
-        )
+            b_dk, b_dv, b_k, b_v, b_q, b_do, lse, delta, corner, row_lo, row_hi, factor, BOXES, PART, I_SLICE * N, N,
+            RANK, OUT,
+        )  # fmt: skip
     return b_dk, b_dv
 
 
@@ -332,17 +382,26 @@ def new_buffers(descs):
 
 
 @gluon.jit
-def new_statistics_buffer(desc):
-    """Shared memory for a statistic of the queries of a part."""
-    BOX: gl.constexpr = desc.block_type.shape
-    return gl.allocate_shared_memory(gl.float32, [BOX[1] * BOX[2] * BOX[3]], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+def new_part_rows(X, BOXES: gl.constexpr, BD: gl.constexpr):
+    """The same for a packed image."""
+    buffers = ()
+    for PART in gl.static_range(len(BOXES)):
+        rows = gl.allocate_shared_memory(X.dtype.element_ty, [1, part_keys(BOXES, PART), BD], rows_layout(BD))
+        buffers = buffers + (rows,)  # noqa: RUF005
+    return buffers
 
 
 @gluon.jit
-def new_statistics_buffers(descs):
+def new_statistics_buffer(ROWS: gl.constexpr):
+    """Shared memory for a statistic of the queries of a part."""
+    return gl.allocate_shared_memory(gl.float32, [ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+
+
+@gluon.jit
+def new_statistics_buffers(BOXES: gl.constexpr):
     buffers = ()
-    for PART in gl.static_range(len(descs)):
-        buffers = buffers + (new_statistics_buffer(descs[PART]),)  # noqa: RUF005
+    for PART in gl.static_range(len(BOXES)):
+        buffers = buffers + (new_statistics_buffer(part_keys(BOXES, PART)),)  # noqa: RUF005
     return buffers
 
 
@@ -352,32 +411,49 @@ def load_part(desc, buffer, i_head, i_bt, corner, ready):
 
 
 @gluon.jit
-def matrix_of(buffer, desc):
-    BOX: gl.constexpr = desc.block_type.shape
-    return buffer.reshape([BOX[1] * BOX[2] * BOX[3], BOX[4]])
+def matrix_of(buffer, ROWS: gl.constexpr):
+    return buffer.reshape([ROWS, buffer.shape[-1]])
 
 
 @gluon.jit
 def load_head(
-    q_descs, do_descs, queries, grads, lses, deltas, Lse, Delta, ready, first, i_batch, i_bt, head, kv_heads, group,
-    classes, length, AXIS: gl.constexpr,
+    q_descs, do_descs, queries, grads, ready, corner, i_bt, head, AXIS: gl.constexpr, BOXES: gl.constexpr
 ):  # fmt: skip
-    """Start to load all queries of a head that see the tile, and their gradients, and load their statistics.
+    """Start to load all queries of a head that see the tile, and their gradients.
 
-    ``classes`` is as in ``attend_rows``. The bytes have been announced at the barrier ``ready``.
+    The bytes have been announced at the barrier ``ready``.
     """
-    residue, count, dilation = classes
-    corner = first
-    for PART in gl.static_range(len(q_descs)):
+    for PART in gl.static_range(len(BOXES)):
         load_part(q_descs[PART], queries[PART].index(0), head, i_bt, corner, ready)
         load_part(do_descs[PART], grads[PART].index(0), head, i_bt, corner, ready)
-        corner = next_corner(corner, q_descs[PART], AXIS)
-    corner, heads = first, kv_heads * group
-    for PART in gl.static_range(len(q_descs)):
-        desc = q_descs[PART]
-        load_statistics(Lse, lses[PART], desc, corner, i_batch, residue, count, dilation, head, length, heads)
-        load_statistics(Delta, deltas[PART], desc, corner, i_batch, residue, count, dilation, head, length, heads)
-        corner = next_corner(corner, desc, AXIS)
+        corner = shifted_along(corner, BOXES[PART][AXIS], AXIS)
+
+
+@gluon.jit
+def copy_head(
+    Q, DOut, q_strides, do_strides, queries, grads, sample, corner, head, AXIS: gl.constexpr, BOXES: gl.constexpr,
+    D: gl.constexpr,
+):  # fmt: skip
+    """The same for a packed image, without TMA and barrier."""
+    for PART in gl.static_range(len(BOXES)):
+        copy_part(queries[PART].index(0), Q, q_strides, sample, head, corner, BOXES, PART, D)
+        copy_part(grads[PART].index(0), DOut, do_strides, sample, head, corner, BOXES, PART, D)
+        corner = shifted_along(corner, BOXES[PART][AXIS], AXIS)
+    commit_group()
+
+
+@gluon.jit
+def load_head_statistics(
+    lses, deltas, Lse, Delta, corner, i_batch, head, heads, classes, length, AXIS: gl.constexpr, BOXES: gl.constexpr
+):  # fmt: skip
+    """Load the statistics of all queries of a head that see the tile. ``classes`` is as in ``attend_rows``."""
+    residue, count, dilation = classes
+    for PART in gl.static_range(len(BOXES)):
+        load_statistics(Lse, lses[PART], corner, i_batch, residue, count, dilation, head, length, heads, BOXES, PART)
+        load_statistics(
+            Delta, deltas[PART], corner, i_batch, residue, count, dilation, head, length, heads, BOXES, PART
+        )
+        corner = shifted_along(corner, BOXES[PART][AXIS], AXIS)
 
 
 @gluon.jit
@@ -400,15 +476,17 @@ def store_gradients(b_dk, b_dv, b_k, b_v, dk_desc, dv_desc, k_buffer, v_buffer, 
 
 @gluon.jit
 def small_dkv_kernel(
-    Delta, Lse, Ends, Nonfinite, KeyMask, k_desc, v_desc, dk_desc, dv_desc,
+    Delta, Lse, Ends, Nonfinite, KeyMask, Tiles, packed, k_desc, v_desc, dk_desc, dv_desc,
     q0_desc, q1_desc, q2_desc, do0_desc, do1_desc, do2_desc,
-    mask_strides, axes, tiles, frames, group, kv_heads, scale, SPEC: gl.constexpr, QUERIES: gl.constexpr,
+    strides, mask_strides, axes, tiles, frames, group, kv_heads, scale,
+    SPEC: gl.constexpr, BOXES: gl.constexpr, QUERIES: gl.constexpr,
 ):  # fmt: skip
     """dK and dV of one tile of keys; the grid is (tiles * KV heads, batch).
 
-    The queries of one head come in up to three parts along ``SPEC.axis``, ``QUERIES`` in all, then those of the next
-    head. In packed batches ``Ends`` is the last token of the sample of each token, and ``Nonfinite`` becomes 1 where a
-    result is not finite. ``KeyMask`` and ``mask_strides`` are None without a mask.
+    The queries of one head come in up to three parts, ``BOXES`` along ``SPEC.axis``, ``QUERIES`` in all, then those of
+    the next head. In packed texts ``Ends`` is the last token of the sample of each token, and ``Nonfinite`` becomes 1
+    where a result is not finite. ``KeyMask`` and ``mask_strides`` are None without a mask. ``packed`` and ``strides``
+    are as in :func:`small_dq_kernel`.
     """
     length, kernel, stride, dilation = axes
     CAUSAL: gl.constexpr = SPEC.causal
@@ -418,20 +496,35 @@ def small_dkv_kernel(
     M: gl.constexpr = SPEC.rows
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BD, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, OUT)
-    q_descs = present_descriptors(q0_desc, q1_desc, q2_desc)
-    do_descs = present_descriptors(do0_desc, do1_desc, do2_desc)
 
     i_batch, i_kv, residue, count, origin = own_tile(length, dilation, tiles, kv_heads, TILE)
+    sample = None
+    if Tiles is not None:
+        sample, kernel, origin = own_packed_tile(Tiles, kv_heads, TILE, SPEC.rank)
+        _, _, length = sample
+        count = length
+        origin = shifted_key_tile(origin, sample, kernel, TILE, SPEC.rank)
+        first_query = first_row(sample, kv_heads * group)
+        Delta, Lse = Delta + first_query, Lse + first_query
     first, _, _, _ = union_of_queries(origin, count, kernel, stride, CAUSAL, TILE)
-    first = inside_frames(first, count, q_descs, AXIS)
-    i_bt = first_frame(i_batch, residue, length, frames)
-    ready = new_barriers(2, 1)
-    mbarrier.expect(ready.index(0), 2 * M * BD * 2)
-    k_corner = [i_kv, i_bt + origin[0], origin[1], origin[2], 0]
-    k_buffer, v_buffer = start_load(k_desc, k_corner, ready.index(0)), start_load(v_desc, k_corner, ready.index(0))
-    queries, grads = new_buffers(q_descs), new_buffers(do_descs)
-    lses, deltas = new_statistics_buffers(q_descs), new_statistics_buffers(q_descs)
-    b_k, b_v = matrix_of(k_buffer, k_desc), matrix_of(v_buffer, v_desc)
+    if sample is None:
+        q_descs = present_descriptors(q0_desc, q1_desc, q2_desc)
+        do_descs = present_descriptors(do0_desc, do1_desc, do2_desc)
+        first = inside_frames(first, count, q_descs, AXIS)
+        i_bt = first_frame(i_batch, residue, length, frames)
+        ready = new_barriers(2, 1)
+        mbarrier.expect(ready.index(0), 2 * M * BD * 2)
+        k_corner = [i_kv, i_bt + origin[0], origin[1], origin[2], 0]
+        k_buffer, v_buffer = start_load(k_desc, k_corner, ready.index(0)), start_load(v_desc, k_corner, ready.index(0))
+        queries, grads = new_buffers(q_descs), new_buffers(do_descs)
+    else:
+        first = not_before(first)
+        q_strides, k_strides, v_strides, do_strides, _, _ = strides
+        k_buffer = start_key_tile(packed.key, k_strides, sample, i_kv, origin, SPEC)
+        v_buffer = start_key_tile(packed.value, v_strides, sample, i_kv, origin, SPEC)
+        queries, grads = new_part_rows(packed.query, BOXES, BD), new_part_rows(packed.grad_out, BOXES, BD)
+    lses, deltas = new_statistics_buffers(BOXES), new_statistics_buffers(BOXES)
+    b_k, b_v = k_buffer.reshape([M, BD]), v_buffer.reshape([M, BD])
 
     row = gl.arange(0, M, ROW)
     key = shifted(unravel(row, TILE[1], TILE[2]), origin)
@@ -443,7 +536,8 @@ def small_dkv_kernel(
         masked, hidden = is_masked(load_box(mask, origin, TILE, SPEC.rank))
     factor = scale * LOG2E
     b_dk, b_dv = gl.zeros([M, BD], gl.float32, OUT), gl.zeros([M, BD], gl.float32, OUT)
-    mbarrier.wait(ready.index(0), 0)
+    if sample is None:
+        mbarrier.wait(ready.index(0), 0)
     if KeyMask is not None:  # noqa: SIM102 - the outer condition is known at compile time
         if hidden:
             store_gradients(b_dk, b_dv, b_k, b_v, dk_desc, dv_desc, k_buffer, v_buffer, k_corner)
@@ -453,22 +547,32 @@ def small_dkv_kernel(
         zero = opaque_i32(i_group) - i_group
         head = i_kv * group + i_group
         thread_barrier()  # the queries of the previous head have been read
-        mbarrier.expect(ready.index(1), 2 * QUERIES * BD * 2)
-        load_head(
-            q_descs, do_descs, queries, grads, lses, deltas, Lse, Delta, ready.index(1), first, i_batch, i_bt,
-            head, kv_heads, group, (residue, count, dilation), length, AXIS,
+        if sample is None:
+            mbarrier.expect(ready.index(1), 2 * QUERIES * BD * 2)
+            load_head(q_descs, do_descs, queries, grads, ready.index(1), first, i_bt, head, AXIS, BOXES)
+        else:
+            copy_head(
+                packed.query, packed.grad_out, q_strides, do_strides, queries, grads, sample, opaque_position(first),
+                head, AXIS, BOXES, SPEC.head_dim,
+            )  # fmt: skip
+        load_head_statistics(
+            lses, deltas, Lse, Delta, first, i_batch, head, kv_heads * group, (residue, count, dilation), length, AXIS,
+            BOXES,
         )  # fmt: skip
-        mbarrier.wait(ready.index(1), i_group & 1)
+        if sample is None:
+            mbarrier.wait(ready.index(1), i_group & 1)
+        else:
+            await_copies(0)
         corner = first
         lo, hi = opaque_position(row_lo), opaque_position(row_hi)
-        for PART in gl.static_range(len(q_descs)):
-            b_q = matrix_of(queries[PART].index(zero), q_descs[PART])
-            b_do = matrix_of(grads[PART].index(zero), do_descs[PART])
+        for PART in gl.static_range(len(BOXES)):
+            b_q = matrix_of(queries[PART].index(zero), part_keys(BOXES, PART))
+            b_do = matrix_of(grads[PART].index(zero), part_keys(BOXES, PART))
             b_dk, b_dv = add_query_part(
-                b_dk, b_dv, b_k, b_v, b_q, b_do, lses[PART], deltas[PART], q_descs[PART], corner, lo, hi,
-                factor, SPEC.rank, OUT,
+                b_dk, b_dv, b_k, b_v, b_q, b_do, lses[PART], deltas[PART], corner, lo, hi, factor, BOXES,
+                PART, SPEC.rank, OUT,
             )  # fmt: skip
-            corner = next_corner(corner, q_descs[PART], AXIS)
+            corner = shifted_along(corner, BOXES[PART][AXIS], AXIS)
         b_dk, b_dv = warpgroup_mma_wait(0, deps=(b_dk, b_dv))
 
     if KeyMask is not None:  # noqa: SIM102 - the outer condition is known at compile time
@@ -476,13 +580,35 @@ def small_dkv_kernel(
             key = shifted(unravel(row, TILE[1], TILE[2]), opaque_position(origin))
             row_seen = load_seen(mask, key, SPEC.rank)
             b_dk, b_dv = gl.where(row_seen[:, None], b_dk, 0.0), gl.where(row_seen[:, None], b_dv, 0.0)
-    store_gradients(b_dk * scale, b_dv, b_k, b_v, dk_desc, dv_desc, k_buffer, v_buffer, k_corner)
+    if sample is None:
+        store_gradients(b_dk * scale, b_dv, b_k, b_v, dk_desc, dv_desc, k_buffer, v_buffer, k_corner)
+    else:
+        store_tile(b_k, b_dk * scale, packed.grad_key, i_kv, origin, sample, kv_heads, SPEC)
+        store_tile(b_v, b_dv, packed.grad_value, i_kv, origin, sample, kv_heads, SPEC)
     if Nonfinite is not None:
         LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BD, BD // 8], [gl.num_warps(), 1], [1, 0])
         row_rest = gl.sum(b_k.load(LOAD).to(gl.float32) * 0.0 + b_v.load(LOAD).to(gl.float32) * 0.0, 1)
         flag = gl.full([M], 0, gl.int32, row_rest.type.layout)
         gl.store(Nonfinite + flag, 1, mask=~(gl.abs(row_rest) >= 0.0))
-    store_wait(0)
+    if sample is None:
+        store_wait(0)
+
+
+def packed_tensors(
+    config: SmallTileConfig, problem: Problem, inputs: Inputs, grad_out: Tensor, **results: Tensor
+) -> tuple[Tensor | None, PackedTensors | None]:
+    """``Tiles`` and ``packed`` of the kernels."""
+    if not problem.packs_images:
+        return None, None
+    query, key, value, reg_keys, reg_values, *_ = inputs
+    tensors = PackedTensors(query, key, value, grad_out, reg_keys, reg_values, **results)
+    return problem.tile_table(config.tile), tensors
+
+
+def packed_strides(p: Problem, grad_out: Layout) -> tuple[tuple[int, ...], ...] | None:
+    """``strides`` of the kernels: those of the tensors that :class:`PackedTensors` begin with."""
+    query, key, value, *registers = p.input_strides()
+    return (query, key, value, p.strides_of(grad_out), *registers) if p.packs_images else None
 
 
 def query_gradient(
@@ -496,7 +622,8 @@ def query_gradient(
     call = query_call(config, problem, layout(grad_out), None if grad_lse is None else layout(grad_lse[..., None]))
     tensors = (query, grad_out, grad_query, *(key,) * PARTS, *(value,) * PARTS, reg_keys, reg_values)
     (begins, _), nonfinite = problem.sample_bounds(), new_flag(problem)
-    pointers = delta, lse, row_max, row_sum, out, grad_lse, begins, nonfinite, inputs.key_mask
+    packed = packed_tensors(config, problem, inputs, grad_out, grad_query=grad_query)
+    pointers = delta, lse, row_max, row_sum, out, grad_lse, begins, nonfinite, inputs.key_mask, *packed
     call(pointers, tensors, (options.scale,))
     statistics = RowStatistics(delta, lse)
     if nonfinite is not None:
@@ -507,18 +634,21 @@ def query_gradient(
 @lru_cache(maxsize=1024)
 def query_call(config: SmallTileConfig, p: Problem, grad_out: Layout, grad_lse: Layout | None) -> Call:
     """What all calls of a problem share."""
-    tiles, blocks = p.tiles(config.tile), p.query.shape[-2] // config.pack
+    blocks = p.query.shape[-2] // config.pack
     *_, dilation = p.geometry
     rows = p.query, grad_out, contiguous(p.query.shape)
-    boxes = [query_boxes(x, config.tile, config.pack, dilation) for x in rows]
+    boxes = [
+        *(query_boxes(x, config.tile, config.pack, dilation) for x in rows),
+        *boxes_of_parts(config, p, p.key, p.value), *boxes_of_registers(p, config.registers),
+    ]  # fmt: skip
     return call_of(
         small_dq_kernel,
-        (prod(tiles) * blocks, p.query.shape[0]),
+        grid_of(config, p, blocks),
         (
-            (0,) * 5 if grad_lse is None else strides(grad_lse), p.mask_strides,
-            p.geometry, tiles, frames_of(p), p.group, blocks, p.registers, batches_of_registers(p),
+            packed_strides(p, grad_out), (0,) * 5 if grad_lse is None else strides(grad_lse), p.mask_strides,
+            *image_sizes(config, p), p.group, blocks, p.registers, batches_of_registers(p),
         ),
-        [*boxes, *boxes_of_parts(config, p, p.key, p.value), *boxes_of_registers(p, config.registers)],
+        described(p, boxes),
         SPEC=spec_of(config, p), BOXES=config.parts, KEYS=config.keys, WITH_DLSE=grad_lse is not None,
         num_warps=WARPS, maxnreg=config.maxnreg,
     )  # fmt: skip
@@ -541,7 +671,8 @@ def key_gradients(
     tensors = (key, value, grad_key, grad_value, *(query,) * PARTS, *(grad_out,) * PARTS)
     delta, lse, _ = statistics
     (_, ends), nonfinite = problem.sample_bounds(), new_flag(problem)
-    call((delta, lse, ends, nonfinite, inputs.key_mask), tensors, (options.scale,))
+    packed = packed_tensors(config, problem, inputs, grad_out, grad_key=grad_key, grad_value=grad_value)
+    call((delta, lse, ends, nonfinite, inputs.key_mask, *packed), tensors, (options.scale,))
     if nonfinite is not None:
         repair_key(problem, inputs, options, grad_out, statistics, (grad_key, grad_value), nonfinite)
     return grad_key, grad_value
@@ -549,17 +680,17 @@ def key_gradients(
 
 @lru_cache(maxsize=1024)
 def key_call(config: SmallTileConfig, p: Problem, grad_out: Layout) -> Call:
-    tiles = p.tiles(config.tile)
     *_, dilation = p.geometry
     out = contiguous(p.key.shape)
     tile = [key_boxes(x, config.tile, dilation) for x in (p.key, p.value, out, out)]
     spec = spec_of(config, p)
-    # The kernel does not use the head dim: all head dims that are padded to the same columns share one compiled kernel.
-    spec = spec._replace(head_dim=spec.columns)
+    if not p.packs_images:
+        # The kernel does not use the head dim: all that are padded to the same columns share one compiled kernel.
+        spec = spec._replace(head_dim=spec.columns)
     return call_of(
         small_dkv_kernel,
-        (prod(tiles) * p.kv_heads, p.query.shape[0]),
-        (p.mask_strides, p.geometry, tiles, frames_of(p), p.group, p.kv_heads),
-        [*tile, *boxes_of_parts(config, p, p.query, grad_out)],
-        SPEC=spec, QUERIES=config.keys, num_warps=WARPS, maxnreg=config.maxnreg,
+        grid_of(config, p, p.kv_heads),
+        (packed_strides(p, grad_out), p.mask_strides, *image_sizes(config, p), p.group, p.kv_heads),
+        described(p, [*tile, *boxes_of_parts(config, p, p.query, grad_out)]),
+        SPEC=spec, BOXES=config.parts, QUERIES=config.keys, num_warps=WARPS, maxnreg=config.maxnreg,
     )  # fmt: skip

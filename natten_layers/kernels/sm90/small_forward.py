@@ -1,21 +1,22 @@
 """The forward pass of small windows on compute capability 9.0 (H100, H200), in Gluon.
 
 It computes what ``portable/forward.py`` computes. A program computes one tile: TMA loads all that the tile sees at
-once, so that hardly any address is computed. Several programs share a multiprocessor, and some compute while others
-wait for their loads.
+once, so that hardly any address is computed (in packed images threads copy it: ``packed_images.py``). Several programs
+share a multiprocessor, and some compute while others wait for their loads.
 """
 
 # Triton's language is Python to the parser only.
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAssignmentType=false, reportArgumentType=false
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from math import prod
 
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere.async_copy import commit_group
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.experimental.gluon.language.nvidia.hopper.tma import (
     async_copy_global_to_shared,
@@ -24,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper.tma import (
 )
 
 from ..host.problem import Inputs, Layout, Options, Problem, contiguous, new_results
+from ..host.tiling import Box
 from ..portable.primitives import LOG2E
 from ..portable.windows import shifted, unravel, windows_of
 from .descriptors import Boxes, Call, boxes_of_registers, call_of, frames_of, key_boxes, query_boxes
@@ -39,7 +41,16 @@ from .masked_keys import (
     saved_maxima,
     store_flags,
 )
-from .primitives import class_rows, row_sinks
+from .packed_images import (
+    await_copies,
+    first_row,
+    own_packed_tile,
+    sample_view,
+    start_keys,
+    start_tile,
+    store_tile,
+)
+from .primitives import class_rows, part_keys, row_sinks, shifted_along
 from .rings import new_barriers
 from .small_nonfinite import attend_rows
 from .small_softmax import (
@@ -118,13 +129,6 @@ def first_frame(i_batch, residue, length, frames):
 
 
 @gluon.jit
-def shifted_along(kv_offset, by, AXIS: gl.constexpr):
-    """A position ``by`` further along one axis."""
-    t, h, w = kv_offset
-    return t + (by if AXIS == 0 else 0), h + (by if AXIS == 1 else 0), w + (by if AXIS == 2 else 0)
-
-
-@gluon.jit
 def next_corner(corner, desc, AXIS: gl.constexpr):
     """First key of the part that follows the one at ``corner``."""
     return shifted_along(corner, desc.block_type.shape[AXIS + 1], AXIS)
@@ -175,12 +179,6 @@ def start_parts(descs, reg_desc, kv_offset, corner, ready, AXIS: gl.constexpr):
     if reg_desc is not None:
         buffers = buffers + (start_registers(reg_desc, kv_offset, ready),)  # noqa: RUF005
     return buffers
-
-
-@gluon.constexpr_function
-def part_keys(boxes, part):
-    t, h, w = boxes[part]
-    return t * h * w
 
 
 @gluon.constexpr_function
@@ -274,8 +272,35 @@ def start_store(b_rows, buffer, desc, corner):
 
 
 @gluon.jit
+def attend_packed_rows(
+    tensors, states, strides, sample, i_batch, i_block, origin, plan, classes, group, registers, sink, factor,
+    SPEC: gl.constexpr,
+):  # fmt: skip
+    """``attend_rows`` of a tile of a packed image."""
+    Q, K, V, RegK, RegV, Sink, Out = tensors
+    q_strides, k_strides, v_strides, regk_strides, regv_strides = strides
+    Q, q_strides = sample_view(Q, q_strides, sample)
+    K, k_strides = sample_view(K, k_strides, sample)
+    V, v_strides = sample_view(V, v_strides, sample)
+    first = first_row(sample, plan[3])
+    Out += first * SPEC.head_dim
+    if SPEC.with_stats:
+        states = states[0] + first, states[1] + first
+    if RegK is not None:
+        RegK += sample[0].to(gl.int64) * regk_strides[0]
+        RegV += sample[0].to(gl.int64) * regv_strides[0]
+    residue, count, dilation = classes
+    strides = q_strides, k_strides, v_strides, regk_strides, regv_strides
+    attend_rows(
+        (Q, K, V, RegK, RegV, Sink, Out, None, None, None), states, (strides, None), i_batch, i_block, origin, plan,
+        (residue, count, dilation, None), group, registers, sink, factor, (None, None, None, None, None, None), SPEC,
+        NO_PREP,
+    )  # fmt: skip
+
+
+@gluon.jit
 def small_forward_kernel(
-    Q, K, V, Out, RowMax, RowSum, RegK, RegV, Sink, Begins, KeyMask,
+    Q, K, V, Out, RowMax, RowSum, RegK, RegV, Sink, Begins, Tiles, KeyMask,
     q_desc, out_desc, k0_desc, k1_desc, k2_desc, v0_desc, v1_desc, v2_desc, regk_desc, regv_desc,
     strides, mask_strides, axes, tiles, frames, group, blocks, registers, reg_batch, sink, scale,
     SPEC: gl.constexpr, BOXES: gl.constexpr, KEYS: gl.constexpr,
@@ -285,8 +310,9 @@ def small_forward_kernel(
     ``axes`` is length, kernel size, stride and dilation of each axis. Keys come in up to three parts, ``BOXES`` along
     ``SPEC.axis``, ``KEYS`` keys with the register tokens. ``frames`` is explained at ``first_frame``. ``reg_batch`` is
     0 where all images share the register tokens, else 1. Only ``attend_rows`` reads the tensors themselves, with
-    ``strides``; everything else goes through their descriptors. ``Begins`` is None except in packed batches
-    (``cut_windows``), and ``KeyMask`` and ``mask_strides`` are None without a mask.
+    ``strides``; everything else goes through their descriptors. ``Begins`` is None except in packed texts
+    (``cut_windows``), ``Tiles`` except in packed images, which have no descriptors (``packed_images.py``), and
+    ``KeyMask`` and ``mask_strides`` without a mask.
     """
     length, kernel, stride, dilation = axes
     CAUSAL: gl.constexpr = SPEC.causal
@@ -298,20 +324,38 @@ def small_forward_kernel(
     EIGHTHS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, 8, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, EIGHTHS)
     ZERO: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BD, BD // 8], [gl.num_warps(), 1], [1, 0])
-    k_descs, v_descs = present_descriptors(k0_desc, k1_desc, k2_desc), present_descriptors(v0_desc, v1_desc, v2_desc)
 
     i_batch, i_block, residue, count, origin = own_tile(length, dilation, tiles, blocks, TILE)
+    sample = None
+    if Tiles is not None:
+        sample, kernel, origin = own_packed_tile(Tiles, blocks, TILE, SPEC.rank)
+        _, _, length = sample
+        count = length
     corner, _ = windows_of(origin, count, kernel, stride, CAUSAL)
-    corner = inside_frames(corner, count, k_descs, SPEC.axis)
     # Where loads start: KV head, index on the axis of batch and t, and batch of the register tokens.
     kv_offset = i_block * PACK // group, first_frame(i_batch, residue, length, frames), i_batch * reg_batch
     q_corner = [kv_offset[1] + origin[0], origin[1], origin[2], i_block * PACK, 0]
-    ready = new_barriers(2, 1)
-    mbarrier.expect(ready.index(0), (M + KEYS) * BD * 2)
-    mbarrier.expect(ready.index(1), KEYS * BD * 2)
-    buffer = start_load(q_desc, q_corner, ready.index(0))
-    keys = start_parts(k_descs, regk_desc, kv_offset, corner, ready.index(0), SPEC.axis)
-    values = start_parts(v_descs, regv_desc, kv_offset, corner, ready.index(1), SPEC.axis)
+    if sample is None:
+        k_descs = present_descriptors(k0_desc, k1_desc, k2_desc)
+        v_descs = present_descriptors(v0_desc, v1_desc, v2_desc)
+        corner = inside_frames(corner, count, k_descs, SPEC.axis)
+        ready = new_barriers(2, 1)
+        mbarrier.expect(ready.index(0), (M + KEYS) * BD * 2)
+        mbarrier.expect(ready.index(1), KEYS * BD * 2)
+        values_ready = ready.index(1)
+        buffer = start_load(q_desc, q_corner, ready.index(0))
+        keys = start_parts(k_descs, regk_desc, kv_offset, corner, ready.index(0), SPEC.axis)
+        values = start_parts(v_descs, regv_desc, kv_offset, corner, values_ready, SPEC.axis)
+    else:
+        values_ready = None
+        q_strides, k_strides, v_strides, regk_strides, regv_strides = strides
+        buffer = start_tile(Q, q_strides, sample, i_block * PACK, origin, SPEC)
+        keys = start_keys(K, RegK, k_strides, regk_strides, sample, kv_offset[0], corner, registers, SPEC, BOXES, KEYS)
+        commit_group()
+        values = start_keys(
+            V, RegV, v_strides, regv_strides, sample, kv_offset[0], corner, registers, SPEC, BOXES, KEYS
+        )
+        commit_group()
 
     row = gl.arange(0, M, ROW)
     position, head = unravel(row // PACK, TILE[1], TILE[2]), i_block * PACK + row % PACK
@@ -320,7 +364,7 @@ def small_forward_kernel(
     row_sink = row_sinks(Sink, head, sink, SINK)
 
     reg_keys = None
-    if regk_desc is not None:
+    if RegK is not None:
         reg_keys = keys[len(BOXES)]
     HAS_MASK: gl.constexpr = KeyMask is not None
     masks = tile_masks(corner, origin, count, row_lo, row_hi, reg_keys, registers, Begins, BOXES, SPEC, HAS_MASK)
@@ -333,7 +377,10 @@ def small_forward_kernel(
         flags = new_flags(UNION)
         store_flags(flags, seen)
     b_q = buffer.reshape([M, BD])
-    mbarrier.wait(ready.index(0), 0)
+    if sample is None:
+        mbarrier.wait(ready.index(0), 0)
+    else:
+        await_copies(1)
     # Rows that see nothing have statistics, too, which are not worth the hardware registers of a second way to store.
     if mask is not None and regk_desc is None and SINK == "none" and not SPEC.with_stats:  # noqa: SIM102
         if hidden:
@@ -346,23 +393,37 @@ def small_forward_kernel(
         if masked:
             mbarrier.wait(ready.index(1), 0)
             scores = hide_masked(flags, scores, values, SPEC.axis, BOXES)
-    b_acc, row_m, row_l = weighted_sum(scores, values, ready.index(1), 0, row_sink, scale, SINK, BD, EIGHTHS)
+    b_acc, row_m, row_l = weighted_sum(scores, values, values_ready, 0, row_sink, scale, SINK, BD, EIGHTHS)
     row_weight = divisors(row_m, row_l, mask)
     if all_finite(nonfinite_flags(b_acc, row_weight)):
-        start_store(divided(b_acc, row_weight, q_desc.dtype), buffer, out_desc, q_corner)
+        if sample is None:
+            start_store(divided(b_acc, row_weight, q_desc.dtype), buffer, out_desc, q_corner)
+        else:
+            b_out = divided(b_acc, row_weight, Out.dtype.element_ty)
+            store_tile(b_q, b_out, Out, i_block, origin, sample, blocks * PACK, SPEC)
         if SPEC.with_stats:
             m_rows, o_row = class_rows(
                 position, head, i_batch, origin, residue, count, dilation, length, blocks * PACK
             )  # fmt: skip
+            if sample is not None:
+                o_row += first_row(sample, blocks * PACK)
             gl.store(RowMax + o_row, saved_maxima(row_m, row_l, mask), mask=m_rows)
             gl.store(RowSum + o_row, row_l, mask=m_rows)
-        store_wait(0)
+        if sample is None:
+            store_wait(0)
     else:
-        attend_rows(
-            (Q, K, V, RegK, RegV, Sink, Out, Begins, KeyMask, None), (RowMax, RowSum), (strides, mask_strides), i_batch,
-            i_block, origin, (length, kernel, stride, blocks * PACK), (residue, count, dilation, None), group,
-            registers, sink, scale * LOG2E, (None, None, None, None, None, None), SPEC, NO_PREP,
-        )  # fmt: skip
+        plan = length, kernel, stride, blocks * PACK
+        if sample is None:
+            attend_rows(
+                (Q, K, V, RegK, RegV, Sink, Out, Begins, KeyMask, None), (RowMax, RowSum), (strides, mask_strides),
+                i_batch, i_block, origin, plan, (residue, count, dilation, None), group, registers, sink, scale * LOG2E,
+                (None, None, None, None, None, None), SPEC, NO_PREP,
+            )  # fmt: skip
+        else:
+            attend_packed_rows(
+                (Q, K, V, RegK, RegV, Sink, Out), (RowMax, RowSum), strides, sample, i_batch, i_block, origin, plan,
+                (residue, count, dilation), group, registers, sink, scale * LOG2E, SPEC,
+            )  # fmt: skip
 
 
 def forward(
@@ -370,7 +431,8 @@ def forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """What ``portable.forward.forward`` computes, for calls that ``dispatch`` sends here. Allocates its results."""
     call, begins = prepare(config, problem, with_stats), problem.sample_bounds()[0]
-    return attend(call, PARTS, inputs, options, with_stats, (begins, inputs.key_mask))
+    tiles = problem.tile_table(config.tile) if problem.packs_images else None
+    return attend(call, PARTS, inputs, options, with_stats, (begins, tiles, inputs.key_mask))
 
 
 def attend(
@@ -383,31 +445,46 @@ def attend(
     """
     query, key, value, reg_keys, reg_values, sink, *_ = inputs
     out, row_max, row_sum = new_results(query, query.shape[-1], with_stats)
-    described = query, out, *(key,) * parts, *(value,) * parts, reg_keys, reg_values
+    with_boxes = query, out, *(key,) * parts, *(value,) * parts, reg_keys, reg_values
     pointers = query, key, value, out, row_max, row_sum, reg_keys, reg_values, sink, *tensors
-    call(pointers, described, (options.sink_value, options.scale, *floats))
+    call(pointers, with_boxes, (options.sink_value, options.scale, *floats))
     return out, row_max, row_sum
 
 
 @lru_cache(maxsize=1024)
 def prepare(config: SmallTileConfig, p: Problem, with_stats: bool) -> Call:
     blocks = p.query.shape[-2] // config.pack
-    tiles = p.tiles(config.tile)
+    boxes = [
+        *boxes_of_rows(config, p), *boxes_of_parts(config, p, p.key, p.value),
+        *boxes_of_registers(p, config.registers),
+    ]  # fmt: skip
     return call_of(
         small_forward_kernel,
-        (prod(tiles) * blocks, p.query.shape[0]),
+        grid_of(config, p, blocks),
         (
-            p.input_strides(), p.mask_strides, p.geometry, tiles, frames_of(p), p.group, blocks, p.registers,
+            p.input_strides(), p.mask_strides, *image_sizes(config, p), p.group, blocks, p.registers,
             batches_of_registers(p),
         ),
-        [
-            *boxes_of_rows(config, p),
-            *boxes_of_parts(config, p, p.key, p.value),
-            *boxes_of_registers(p, config.registers),
-        ],
+        described(p, boxes),
         SPEC=forward_spec(config, p, with_stats), BOXES=config.parts, KEYS=config.keys,
         num_warps=WARPS, maxnreg=config.maxnreg,
     )  # fmt: skip
+
+
+def grid_of(config: SmallTileConfig, p: Problem, blocks: int) -> tuple[int, int]:
+    """Programs of all tiles of an image, of which each has ``blocks``, and images; all of a packed batch are one."""
+    tiles = p.tile_count(config.tile) if p.packs_images else prod(p.tiles(config.tile))
+    return tiles * blocks, p.query.shape[0]
+
+
+def image_sizes(config: SmallTileConfig, p: Problem) -> tuple[tuple[Box, ...], Box, int]:
+    """``axes``, ``tiles`` and ``frames`` of the kernels; ones for packed images, of which kernels read a table."""
+    return (((1, 1, 1),) * 4, (1, 1, 1), 1) if p.packs_images else (p.geometry, p.tiles(config.tile), frames_of(p))
+
+
+def described(p: Problem, boxes: Iterable[Boxes | None]) -> list[Boxes | None]:
+    """The descriptors of a call; none for packed images."""
+    return [None if p.packs_images else x for x in boxes]
 
 
 def batches_of_registers(p: Problem) -> int:

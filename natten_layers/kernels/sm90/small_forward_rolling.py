@@ -26,12 +26,12 @@ from ..host.tiling import Box, head_width
 from ..portable.primitives import LOG2E
 from ..portable.windows import shifted, unravel, windows_of
 from .descriptors import Boxes, Call, axes_of, boxes_of, boxes_of_registers, call_of, multiprocessors
-from .primitives import opaque_i32, row_sinks
+from .primitives import opaque_i32, row_sinks, shifted_along
 from .qk_prep import (
     head_gains,
     heads_layout,
 )
-from .small_forward import attend, batches_of_registers, boxes_of_rows, shifted_along, start_registers
+from .small_forward import attend, batches_of_registers, boxes_of_rows, start_registers
 from .small_nonfinite import attend_rows
 from .small_rolling_steps import (
     Buffers,

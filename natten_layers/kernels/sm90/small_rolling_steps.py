@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper.tma import (
 from ..host.tiling import Box
 from ..portable.primitives import LN2
 from ..portable.windows import shifted, unravel, windows_of
-from .primitives import output_rows, thread_barrier
+from .primitives import output_rows, shifted_along, thread_barrier
 from .qk_prep import (
     heads_layout,
     load_freqs,
@@ -31,9 +31,6 @@ from .qk_prep import (
     token_index,
 )
 from .rings import new_barriers
-from .small_forward import (
-    shifted_along,
-)
 from .small_softmax import (
     divided,
     is_inside,

@@ -14,6 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 from ..portable.primitives import LOG2E, LOWEST
 from .masked_keys import range_sides, range_start
+from .packed_images import await_copies
 from .walk import load_of_token
 
 WARPS = 4
@@ -159,7 +160,8 @@ def weighted_sum(
 ):
     """Sums ``[M, D]`` of values by weights, and the maxima (base-2 logits) and sums of rows.
 
-    The weights are not divided by their sums yet. Values are read once barrier ``ready`` has left ``phase``.
+    The weights are not divided by their sums yet. Values are read once barrier ``ready`` has left ``phase``,
+    or if it is None once the copies that the threads have started are there.
     """
     M: gl.constexpr = scores[0].shape[0]
     DTYPE: gl.constexpr = values[0].dtype
@@ -176,7 +178,10 @@ def weighted_sum(
             if SINK != "none":
                 row_l += gl.where(row_sink > LOWEST, gl.exp2(row_sink - row_m), 0.0)
         if PART == 0:
-            mbarrier.wait(ready, phase)
+            if ready is None:
+                await_copies(0)
+            else:
+                mbarrier.wait(ready, phase)
         b_acc = warpgroup_mma(b_p, values[PART], b_acc, is_async=True)
     return warpgroup_mma_wait(0, deps=[b_acc]), row_m, row_l
 

@@ -213,8 +213,45 @@ def most_packed(problem: Problem) -> int:
 
 def small_tiles(problem: Problem, pack: int) -> list[Box]:
     """Tiles of ``SMALL_ROWS`` query rows."""
+    packing = problem.packing
+    if packing is not None and problem.packs_images:
+        return [x for x in boxes(SMALL_ROWS // pack, three_axes(packing.longest, 1)) if prod(x) * pack == SMALL_ROWS]
     tiles = boxes(SMALL_ROWS // pack, problem.class_lengths)
     return [x for x in tiles if problem.lengths[0] % x[0] == 0 and prod(x) * pack == SMALL_ROWS]
+
+
+def _extents(problem: Problem, tile: Box, bounds: Bounds) -> list[int]:
+    """The most keys that a tile sees on each axis, by ``bounds``; in packed images those of any sample."""
+    packing = problem.packing
+    if packing is None or not problem.packs_images:
+        return [extent(x, b, bounds) for x, b in zip(problem.axes, tile, strict=True)]
+    most = extent if bounds is window_bounds else _shifted_extent
+    shapes = [three_axes(x, 1) for x in packing.shapes if prod(x)] or [(1, 1, 1)]
+    axes = zip(zip(*shapes, strict=True), problem.axes, tile, strict=True)
+    return [
+        max(most((n, min(kernel, n), stride, causal), b, bounds) for n in set(lengths))
+        for lengths, (_, kernel, stride, causal), b in axes
+    ]
+
+
+@lru_cache(maxsize=4096)
+def _shifted_extent(axis: Axis, tile: int, bounds: Bounds) -> int:
+    """:func:`extent` of tiles of keys that may start before a packed image."""
+    length, kernel, stride, causal = axis
+    first = torch.arange(-key_tile_shift(length, kernel, tile), length, tile)
+    low, _ = bounds(first.clamp(min=0), length, kernel, stride, causal)
+    _, high = bounds((first + tile - 1).clamp(max=length - 1), length, kernel, stride, causal)
+    return int((high - low + 1).max())
+
+
+def key_tile_shift(length: int, kernel: int, side: int) -> int:
+    """By how many tokens tiles of keys start before an axis of a packed image: 1 or 0.
+
+    The last ``kernel`` keys are seen by all queries up to the end. Where the first of them is the last key of a tile,
+    ``side + kernel - 1 + kernel // 2`` queries see that tile, the most of all. A shift by one takes it out of the tile,
+    and is possible as the last tile is not full then.
+    """
+    return int(length % side == (kernel - 1) % side != 0)
 
 
 def _register_keys(problem: Problem) -> int:
@@ -238,7 +275,7 @@ def small_candidate(
 
     ``maxnreg`` is 0 if too few programs would share a multiprocessor.
     """
-    extents = [extent(x, b, bounds) for x, b in zip(problem.axes, tile, strict=True)]
+    extents = _extents(problem, tile, bounds)
     box = [next_power_of_2(e) for e in extents]
     unit = max(1, 16 // (prod(box) // box[axis]))  # a matrix instruction takes at least 16 keys
     sides = binary_parts(ceil(extents[axis] / unit), PARTS)

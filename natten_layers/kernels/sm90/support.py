@@ -67,6 +67,21 @@ def cut_gap(question: Question) -> str | None:
     return line_gap(question)
 
 
+def images_gap(question: Question) -> str | None:
+    """The same for kernels that compute each tile of a packed image from the tokens of that image alone."""
+    p = question.problem
+    if prod(p.stride) > 1 or prod(p.dilation) > 1:
+        return f"it takes packed images without stride and dilation, not with {p.stride} and {p.dilation}"
+    longest = max(p.packing.sizes, default=0) if p.packing is not None else 0
+    for name, tensor in [*_tensors(question), ("the output", contiguous(p.query.shape))]:
+        # Offsets from the first head of a program and the first token of an image have 32 bits.
+        if longest * tensor.stride[-3] + small_tiling.most_packed(p) * tensor.stride[-2] >= 2**31:
+            return f"a packed image of {longest} tokens takes more than 2**31 elements of {name}"
+    if p.query.shape[-1] % 8:  # threads copy 16 bytes at a time
+        return f"it takes packed images with heads of a multiple of 8 channels, not {p.query.shape[-1]}"
+    return None
+
+
 def rolling_gap(question: Question) -> str | None:
     """Why the rolling kernel cannot compute a call, or None."""
     return cut_gap(question) or undilated_gap(question, "registers", "packing")
@@ -93,7 +108,8 @@ def tiles_gap(question: Question) -> str | None:
     p = question.problem
     if p.packing is not None and p.key_mask is not None:
         return "it takes no key_mask in packed batches"
-    return cut_gap(question) or classes_gap(question, "registers", "packing", "key_mask")
+    gap = images_gap if p.packs_images else cut_gap
+    return gap(question) or classes_gap(question, "registers", "packing", "key_mask")
 
 
 def register_gap(question: Question) -> str | None:

@@ -51,6 +51,10 @@ LEAST_ROWS = 3 * 2**16
 # memory. On an H200, portable against these kernels: 32 channels in 32 columns, 7x7 windows, dQ 0.178 ms against 0.145,
 # dK and dV 0.306 against 0.172; 40 channels in 64 columns, 9x9 windows, dQ 0.090 against 0.108.
 LEAST_FILLED = 0.75
+# The forward pass of packed images pays where at least this many programs share a multiprocessor: on an H200, 13x13
+# windows of 64 channels and two heads a program, of which two share one, take 0.282 ms and 0.251 in portable kernels,
+# and 7x7 of four heads, five, 0.147 and 0.216.
+PACKED_PROGRAMS = 3
 # With head dims above 128 portable kernels are slow, and kernels for large windows pay from this many keys of a window
 # and this many (query, key) pairs on.
 WIDE_WINDOW, WIDE_PAIRS = 64, 2**24
@@ -179,7 +183,13 @@ def _small_backward_pays(question: Question, kind: Kind) -> str | None:
 
 
 def _tile_plan(question: Question) -> small_tiling.SmallTileConfig | str:
-    return small_tiling.small_tile_config(question.problem, override_pack(), question.with_stats) or NO_SMALL_TILES
+    config = small_tiling.small_tile_config(question.problem, override_pack(), question.with_stats)
+    if config is not None and question.problem.packs_images and config.programs < PACKED_PROGRAMS:
+        return (
+            f"{config.programs} programs share a multiprocessor, too few to hide how packed images are copied: "
+            f"{PACKED_PROGRAMS} or more do"
+        )
+    return config or NO_SMALL_TILES
 
 
 def _rolling_plan(question: Question) -> small_tiling.RollingTileConfig | str:
