@@ -175,7 +175,8 @@ def _from_list(shapes: object, rank: int) -> Tensor:
             "shapes must be a list with a tuple for each sample or an integer tensor [samples, axes], "
             f"got {shapes!r:.100} of type {type(shapes).__name__}"
         )
-    entries = [tuple(shape) if is_per_axis(shape) else shape for shape in shapes]
+    # Batches may have hundreds of samples, for which the host would take longer than a launch does.
+    entries = [shape if type(shape) is tuple else tuple(shape) if is_per_axis(shape) else shape for shape in shapes]
     ranks = {len(shape) if isinstance(shape, tuple) else -1 for shape in entries} or {rank}
     if len(ranks) != 1 or -1 in ranks or not all(_is_length(n) for shape in entries for n in shape):
         raise ValueError(f"shapes must have a tuple for each sample, the lengths of its axes, got {entries!r:.200}")
@@ -186,7 +187,9 @@ def _is_length(value: object) -> bool:
     """Whether a value is an integer of 64 bits; one of a graph is a symbol."""
     if isinstance(value, torch.SymInt):
         return True
-    return isinstance(value, Integral) and not isinstance(value, bool) and -(1 << 63) <= int(value) < 1 << 63
+    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, Integral)):
+        return False
+    return -(1 << 63) <= int(value) < 1 << 63
 
 
 def _check_integers(name: str, tensor: object, ndim: int, expected: str) -> None:

@@ -36,7 +36,8 @@ from natten_layers.operations import Impl
 
 pytest.importorskip("triton")
 
-from natten_layers.kernels.host.packing import FIELDS, line_tables, packing_of, sample_tables
+from natten_layers.kernels.host import packing as packing_module
+from natten_layers.kernels.host.packing import FIELDS, line_tables, packing_of, sample_tables, tile_count
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -313,6 +314,18 @@ def test_tables_of_samples() -> None:
         [2, 6, 15, 1, 1, 4, 1, 1, 2, 1, 1, 1, 1, 1, 1, 1, 1, 2],
     ]
     assert torch.equal(tables.tiles, tables.samples[[0] * 6 + [2] * 2])
+
+
+def test_windows_are_fitted_once_for_each_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch may have hundreds of images, and the host has less time for them than a kernel takes."""
+    fits: list[tuple[int, ...]] = []
+    monkeypatch.setattr(packing_module, "fitted", lambda shape, window: fits.append(shape) or fitted(shape, window))
+    window, tile = make_window((100, 100), (9, 8)), (1, 4, 8)
+    for shapes in ([[11, 12]] * 50 + [[3, 4]], [[3, 4]] * 50 + [[11, 12]]):
+        packing = packing_of(torch.tensor(shapes), sum(map(math.prod, shapes)))
+        tables = sample_tables(packing, window, tile, torch.device("cpu"))
+        assert len(tables.tiles) == tile_count(packing, window, tile)
+    assert fits == [(11, 12), (3, 4)]
 
 
 def test_tables_of_a_line() -> None:

@@ -97,22 +97,32 @@ def _tiles(shape: Sequence[int], window: Window, tile: Box) -> list[int]:
     return [d * ceil(ceil(n / d) / b) for n, d, b in axes]
 
 
+# Batches of many images have the same few shapes again and again.
+@lru_cache(maxsize=4096)
+def _axes_of_sample(shape: tuple[int, ...], window: Window, tile: Box) -> tuple[tuple[int, ...], int]:
+    """The last fields of a sample, from its lengths on, and its number of tiles."""
+    own = fitted(shape, window)
+    tiles = _tiles(shape, own, tile)
+    axes = (shape, own.kernel_size, own.stride, own.dilation)
+    return (*(n for values in axes for n in _three(values)), *tiles), prod(tiles)
+
+
 @lru_cache(maxsize=64)
+def _samples(packing: Packing, window: Window, tile: Box) -> tuple[list[tuple[int, ...]], list[int]]:
+    """:func:`_axes_of_sample` of all samples: their fields, and their numbers of tiles."""
+    found = [_axes_of_sample(shape, window, tile) for shape in packing.shapes]
+    return [fields for fields, _ in found], [tiles for _, tiles in found]
+
+
 def tile_count(packing: Packing, window: Window, tile: Box) -> int:
-    return sum(prod(_tiles(shape, fitted(shape, window), tile)) for shape in packing.shapes)
+    return sum(_samples(packing, window, tile)[1])
 
 
 # Every layer of a model asks for the same few tables in a step. They take 72 bytes a tile, of some 16 to 128 tokens.
 @lru_cache(maxsize=64)
 def sample_tables(packing: Packing, window: Window, tile: Box, device: torch.device) -> SampleTables:
     """The tables of a packed batch for tiles of one size. They are copied to the device once for equal arguments."""
-    rows: list[list[int]] = []
-    counts: list[int] = []
-    for shape in packing.shapes:
-        own = fitted(shape, window)
-        tiles = _tiles(shape, own, tile)
-        counts.append(prod(tiles))
-        rows.append([n for axes in (shape, own.kernel_size, own.stride, own.dilation) for n in _three(axes)] + tiles)
+    rows, counts = _samples(packing, window, tile)
     first_tiles, first_tokens = (accumulate(n, initial=0) for n in (counts, packing.sizes))
     starts = zip(range(len(rows)), first_tiles, first_tokens, rows, strict=False)
     samples = torch.tensor([[*start, *row] for *start, row in starts], dtype=torch.int32).reshape(-1, FIELDS)
