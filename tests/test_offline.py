@@ -87,12 +87,13 @@ FENCES = {
     "large_forward_kernel": {2, 3},  # one for each group of warps that computes, as these hand buffers back to TMA
     "large_dq_kernel": {2},
     "large_dkv_kernel": {2, 0},  # none for wide heads, whose results do not pass through shared memory
-    "small_forward_kernel": {1, 2},  # in packed images, before the keys and before the values that threads have copied
-    "small_dq_kernel": {1},
-    "small_dkv_kernel": {1},
-    "medium_forward_kernel": {1},
-    "medium_dq_kernel": {1},
-    "medium_dkv_kernel": {2},
+    # More where threads write keys and values, too: zeros over masked ones, or all of packed images.
+    "small_forward_kernel": {1, 2},
+    "small_dq_kernel": {1, 2},
+    "small_dkv_kernel": {1, 2},
+    "medium_forward_kernel": {1, 2},
+    "medium_dq_kernel": {1, 2},
+    "medium_dkv_kernel": {2, 5},
     "small_forward_rolling_kernel": {1, 2},  # 2 where it rotates queries and keys, which tensor cores read afterwards
 }
 """Numbers of proxy fences of a kernel's variants. None comes from the compiler: behind what threads write to shared
