@@ -34,6 +34,8 @@ from natten_layers import (
     operations,
 )
 from natten_layers.eager import dense_attention_state
+from natten_layers.kernels.ops import attention as attention_ops
+from natten_layers.kernels.ops import qk_prep as qk_prep_ops
 from natten_layers.modules import AxialRoPE, RoPE
 from natten_layers.modules.query_key import HeadNorm, normalize_and_rotate
 from natten_layers.modules.rope import angles_of
@@ -227,6 +229,56 @@ def test_primals_are_those_of_a_plain_call() -> None:
     inputs = detached(make_inputs(EVERYTHING, DEVICE))
     results, _ = directional(attend(EVERYTHING, "fused"), inputs, tangents_of(inputs))
     assert all(torch.equal(a, b) for a, b in zip(results, attend(EVERYTHING, "fused")(**inputs), strict=True))
+
+
+@pytest.mark.parametrize("moving", [("query", "key", "value", "additional_keys", "sink"), ("value",), ()], ids=str)
+def test_without_gradients_torch_makes_no_function(moving: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inside of ``torch.func.jvp`` alone it would take the host longer than all else. Results are the same bits."""
+    inputs = detached(make_inputs(EVERYTHING, DEVICE))
+    tangents = {name: t for name, t in tangents_of(inputs).items() if name in moving}
+    rest = {name: t for name, t in inputs.items() if name not in moving}
+
+    def call(x: Tensor, moved: Inputs) -> tuple[Tensor, ...]:  # x moves if nothing else does
+        return *attention_state(**arguments(EVERYTHING, {**moved, **rest}), impl="fused"), x
+
+    primals = torch.ones(1), {name: inputs[name] for name in tangents}
+    expected = jvp(call, primals, (torch.ones(1), tangents))
+    monkeypatch.setattr(attention_ops._Transformable, "apply", None)
+    with torch.no_grad():
+        found = jvp(call, primals, (torch.ones(1), tangents))
+    for results, others in zip(found, expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(results, others, strict=True))
+
+
+def test_prepared_heads_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key, gain = torch.randn(1, 5, 4, 16), torch.randn(1, 5, 2, 16), torch.rand(4)
+    query, key, gain = (x.to(DEVICE) for x in (query, key, gain))
+    angles = angles_of(RoPE(16).to(DEVICE), query, key, None)
+
+    def run(query: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+        return normalize_and_rotate(query, key, HeadNorm("cosine", gain, None), angles, impl="fused")
+
+    expected = jvp(run, (query, gain), (query.cos(), gain.cos()))
+    monkeypatch.setattr(qk_prep_ops._Transformable, "apply", None)
+    with torch.no_grad():
+        found = jvp(run, (query, gain), (query.cos(), gain.cos()))
+    for results, others in zip(found, expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(results, others, strict=True))
+
+
+def test_other_transforms_and_errors_without_gradients() -> None:
+    run, query, tangent = of_query(replace(PLAIN, batch=2), requires_grad=False)
+    expected = jvp(run, (query,), (tangent,))[1]
+    with torch.no_grad():
+        several = vmap(lambda t: jvp(run, (query,), (t,))[1])(torch.stack([tangent, 2 * tangent]))
+        (mapped,) = jvp(vmap(run), (query[None],), (tangent[None],))[1]
+        with raises_naming("tangent of query", "torch.float64"):
+            jvp(run, (query,), (tangent.double(),))
+        for second in (jacfwd(jacfwd(run)), lambda q: jvp(lambda p: jvp(run, (p,), (tangent,))[1], (q,), (tangent,))):
+            with raises_naming("second derivatives", error=NotImplementedError):
+                second(query)
+    assert error(several, torch.stack([expected, 2 * expected])) < 1e-6
+    assert torch.equal(mapped, expected)
 
 
 def test_tangents_may_have_strides_of_their_own() -> None:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from itertools import compress
 from math import prod
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from ..host.problem import Cotangents, Inputs, Options, SavedResults, Tangents, 
 from .define import (
     Forms,
     Mapped,
+    Sealed,
     apply,
     by_sample,
     call,
@@ -50,8 +52,8 @@ WITH_STATS, WITHOUT_STATS = WithStats(True), WithStats(False)
 MAX_HEAD_DIM = 256
 DIFFERENTIABLE = Inputs._fields[: len(Tangents._fields)]
 """Names of the inputs that may have tangents"""
-SHARED = tuple(map(Inputs._fields.index, ("sink", "rpb")))
-"""Positions, among the inputs, of those that a batch shares"""
+SHARED = "sink", "rpb"
+"""Names of the inputs that a batch shares"""
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # asked once, as the search takes longer than a launch
 
 
@@ -100,13 +102,13 @@ def attention(inputs: Inputs, options: Options) -> Tensor:
     """``out`` without statistics, which are not even written if no gradient is needed."""
     inputs = readable(inputs)
     if is_differentiated(inputs):
-        return apply(_FORMS, *inputs, options)[0]
+        return apply(_FORMS, *_sealed(inputs, options))[0]
     return call("forward", inputs, options, WITHOUT_STATS)[0]
 
 
 def attention_state(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor]:
     """``(out, row_max, row_sum)``. No gradient flows through ``row_max``, which is only a reference point."""
-    return apply(_FORMS, *readable(inputs), options)
+    return apply(_FORMS, *_sealed(readable(inputs), options))
 
 
 def choices(inputs: Inputs, options: Options, *, with_stats: bool, with_gradients: bool) -> dict[str, Any]:
@@ -129,17 +131,32 @@ def readable(inputs: Inputs) -> Inputs:
     return inputs
 
 
+def _sealed(inputs: Inputs, options: Options) -> tuple[Any, ...]:
+    """The tensors of a call, and then all else that there is to know of it: the arguments of :class:`_Attention`.
+
+    ``torch.func`` goes through all arguments several times a call, so that those that are missing cost time, too.
+    """
+    given = tuple([x is not None for x in inputs])
+    return *(x for x in inputs if x is not None), Sealed((given, options))
+
+
+def _opened(args: Sequence[Any]) -> tuple[Inputs, Options]:
+    """What :func:`_sealed` has made arguments of."""
+    *tensors, call = args
+    given, options = call.content
+    rest = iter(tensors)
+    return Inputs._make([next(rest) if has else None for has in given]), options
+
+
 class _Attention(Function):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        *inputs, options = args
-        return call("forward", Inputs._make(inputs), options, WITH_STATS)
+        return call("forward", *_opened(args), WITH_STATS)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        *tensors, options = inputs
+        *tensors, ctx.call = inputs
         ctx.save_for_backward(*tensors, *output)
-        ctx.options = options
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
 
@@ -147,16 +164,17 @@ class _Attention(Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_out, _, grad_sum = grads
         *tensors, out, row_max, row_sum = ctx.saved_tensors
+        inputs, options = _opened((*tensors, ctx.call))
         # lse = row_max + log(row_sum) with row_max held fixed, so dL/dlse = dL/drow_sum * row_sum.
         grad_lse = None if grad_sum is None else grad_sum * row_sum
-        if grad_lse is not None and Inputs._make(tensors).key_mask is not None:
+        if grad_lse is not None and inputs.key_mask is not None:
             # The derivative of log(row_sum) is infinite for a query that sees nothing, whose lse is constant.
             grad_lse = torch.where(row_sum == 0, 0.0, grad_lse)
         grad_out = torch.zeros_like(out) if grad_out is None else last_contiguous(grad_out)
         cotangents = Cotangents(out, row_max, row_sum, grad_out, grad_lse)
-        results = call_derivative("backward", Inputs._make(tensors), ctx.options, cotangents)
-        needed = (r if x is not None and x.is_floating_point() else None for r, x in zip(results, tensors, strict=True))
-        return *needed, None
+        results = call_derivative("backward", inputs, options, cotangents)
+        pairs = zip(results, inputs, strict=True)
+        return *(r if x.is_floating_point() else None for r, x in pairs if x is not None), None
 
 
 class _Transformable(_Attention):
@@ -170,15 +188,19 @@ class _Transformable(_Attention):
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, None, Tensor]:
         *tensors, out, row_max, row_sum = ctx.saved_tensors
-        known = Tangents._make(known_tangents(DIFFERENTIABLE, tensors, tangents))
+        inputs, options = _opened((*tensors, ctx.call))
+        of_inputs, _ = _opened((*tangents[:-1], ctx.call))
+        known = Tangents._make(known_tangents(DIFFERENTIABLE, inputs, of_inputs))
         saved = SavedResults(out, row_max, row_sum)
-        out_tangent, lse_tangent = call_derivative("jvp", Inputs._make(tensors), ctx.options, saved, known)
+        out_tangent, lse_tangent = call_derivative("jvp", inputs, options, saved, known)
         # As in the backward pass, row_max is held fixed.
         return out_tangent, None, lse_tangent * row_sum
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Mapped:
-        return _vmap(_Transformable.apply, info, in_dims, args)
+        given, _ = args[-1].content
+        names = list(compress(Inputs._fields, given))
+        return _vmap(_Transformable.apply, info, in_dims, args, names)
 
 
 _FORMS = Forms(_Attention, _Transformable, eager_form(_Transformable))
@@ -196,10 +218,14 @@ def _forward_fake(inputs: Inputs, options: Options, state: WithStats) -> tuple[T
     return query.new_empty(*query.shape[:-1], value.shape[-1]), row_max, row_sum
 
 
-def _vmap(function: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> Mapped:
-    """The rule of ``vmap`` for a function whose first arguments are ``Inputs``."""
-    packed = Inputs._make(args[: len(Inputs._fields)]).shapes is not None
-    return by_sample(function, info, in_dims, args) if packed else in_one_batch(function, SHARED, info, in_dims, args)
+def _vmap(
+    function: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...],
+    names: Sequence[str] = Inputs._fields,
+) -> Mapped:  # fmt: skip
+    """The rule of ``vmap`` for a function whose first arguments are ``Inputs``, with ``names`` if some are missing."""
+    if "shapes" in names and args[names.index("shapes")] is not None:  # a packed batch
+        return by_sample(function, info, in_dims, args)
+    return in_one_batch(function, [i for i, name in enumerate(names) if name in SHARED], info, in_dims, args)
 
 
 def _backward(inputs: Inputs, options: Options, cotangents: Cotangents) -> tuple[Tensor | None, ...]:

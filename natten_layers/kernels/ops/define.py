@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, TypeVarTuple, get_type_hin
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import get_unwrapped, is_batchedtensor
+from torch._C._functorch import TransformType, get_interpreter_stack, get_unwrapped, is_batchedtensor
 from torch.autograd import Function, forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
@@ -24,6 +24,7 @@ __all__ = [
     "NO_SECOND",
     "WAY_OUT",
     "Forms",
+    "Sealed",
     "apply",
     "by_sample",
     "call",
@@ -37,6 +38,7 @@ __all__ = [
     "in_one_batch",
     "is_differentiated",
     "is_forward_mode",
+    "is_only_jvp",
     "is_tracked",
     "is_transformed",
     "is_vectorized",
@@ -172,7 +174,8 @@ def is_watched(args: Iterable[Any]) -> bool:
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or is_in_torch_dispatch_mode()
-        or is_forward_mode()
+        # Torch switches forward mode off inside of an `autograd.Function`, which has rules for tangents of its own.
+        or (is_forward_mode() and torch._C._is_fwd_grad_enabled())
         or not _PLAIN.issuperset(map(type, args))
     )
 
@@ -183,22 +186,40 @@ def call_derivative(name: str, *groups: tuple[Any, ...]) -> Any:
     The error comes in the backward pass of the derivative, if there is one. So tangents may be computed where reverse
     mode is on, as in a loss whose target has them.
     """
-    # Grad mode is on in a backward pass only if a second derivative may be needed.
-    once = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    if once:
-        return _Once.apply(name, *flattened(groups))
+    # Grad mode is on in a backward pass only if a second derivative may be needed; forward mode does not need it.
+    once = (torch.is_grad_enabled() or is_transformed()) and not torch.compiler.is_compiling()
+    if once and not is_only_jvp():
+        args = flattened(groups)
+        tensors = [x for x in args if isinstance(x, Tensor)]
+        return _Once.apply(Sealed((name, [None if isinstance(x, Tensor) else Sealed(x) for x in args])), *tensors)
     return getattr(torch.ops.natten_layers, name)(*flattened(groups)) if is_vectorized() else call(name, *groups)
+
+
+class Sealed:
+    """An argument without tensors of an ``autograd.Function``, which ``torch.func`` does not look into.
+
+    It takes all tuples and lists among the arguments apart and puts them together again, several times a call.
+    """
+
+    __slots__ = ("content",)
+
+    def __init__(self, content: Any) -> None:
+        self.content = content
 
 
 class _Once(Function):
     """A call that raises an error when it is differentiated.
 
-    Torch's ``once_differentiable`` would not do: under ``torch.func`` it gives zeros instead of an error.
+    Torch's ``once_differentiable`` would not do: under ``torch.func`` it gives zeros instead of an error. The arguments
+    are the name of an operator with its arguments, in which None stands for each tensor and others are sealed, and then
+    the tensors.
     """
 
     @staticmethod
-    def forward(name: str, *args: Any) -> Any:
-        return getattr(torch.ops.natten_layers, name)(*args)
+    def forward(call: Sealed, *tensors: Tensor) -> Any:
+        name, args = call.content
+        rest = iter(tensors)
+        return getattr(torch.ops.natten_layers, name)(*(next(rest) if x is None else x.content for x in args))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -333,7 +354,40 @@ def apply(forms: Forms, *args: Any) -> Any:
 
 
 def _apply_uncompiled(forms: Forms, args: tuple[Any, ...]) -> Any:
+    if is_only_jvp():
+        return _apply_with_tangents(forms.transformable, args)
     return (forms.transformable if is_transformed() else forms.eager).apply(*args)
+
+
+class _Context:
+    """The context of an ``autograd.Function`` whose tangents are computed at once, and which has no backward pass."""
+
+    def __init__(self) -> None:
+        self.saved_tensors: tuple[Tensor | None, ...] = ()
+
+    def save_for_forward(self, *tensors: Tensor | None) -> None:
+        self.saved_tensors = tensors
+
+    def _ignore(self, *_: Any) -> None:
+        pass
+
+    save_for_backward = mark_non_differentiable = set_materialize_grads = _ignore
+
+
+def _apply_with_tangents(function: type[Function], args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """What ``function.apply`` gives inside of ``torch.func.jvp`` alone.
+
+    Torch makes a class there for every call, and takes the host longer than all else that a call is made of.
+    """
+    duals = [forward_ad.unpack_dual(x) if isinstance(x, Tensor) and x.is_floating_point() else (x, None) for x in args]
+    primals, tangents = zip(*duals, strict=True)
+    results = function.forward(*primals)
+    if all(tangent is None for tangent in tangents):
+        return results
+    context = _Context()
+    function.setup_context(context, primals, results)
+    pairs = zip(results, function.jvp(context, *tangents), strict=True)
+    return tuple([x if tangent is None else forward_ad.make_dual(x, tangent) for x, tangent in pairs])
 
 
 def call_uncompiled(kind: Literal["forward_mode", "packed"], function: Callable[[*Ts], R], *args: *Ts) -> R:
@@ -373,6 +427,14 @@ def tangent_of(x: Tensor) -> Tensor | None:
 def is_transformed() -> bool:
     """Whether a transform of ``torch.func`` is active; False in a compiled graph, which cannot ask."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def is_only_jvp() -> bool:
+    """Whether ``torch.func.jvp`` is the only transform that is active, and autograd records nothing."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return False
+    stack = get_interpreter_stack()
+    return stack is not None and len(stack) == 1 and stack[0].key() == TransformType.Jvp
 
 
 def is_vectorized() -> bool:
