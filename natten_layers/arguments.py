@@ -61,8 +61,9 @@ class Call(NamedTuple):
         shapes = self.inputs.shapes
         return None if shapes is None else packing_of(shapes, self.inputs.query.shape[1])
 
-    def why_not_fused(self) -> str | None:
-        if self.inputs.rpb is not None and is_forward_mode():
+    def why_not_fused(self, forward_mode: bool | None = None) -> str | None:
+        """Why the fused kernels cannot compute the call; by default with tangents where a level of them is open."""
+        if self.inputs.rpb is not None and (is_forward_mode() if forward_mode is None else forward_mode):
             return "the kernel of forward-mode derivatives takes no rpb, the bias on relative positions"
         return attention_ops.unsupported(self.inputs.query, self.inputs.value)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from .arguments import Axes, prepare, with_bias
 from .geometry import is_per_axis, normalise_axes
 from .kernels.ops import attention as attention_ops
-from .kernels.ops.define import is_tracked
+from .kernels.ops.define import is_forward_mode, is_tracked
 from .operations import Impl, why_eager
 from .varlen import Shapes, prepare_samples
 
@@ -23,8 +24,8 @@ class Kernel:
     """The kernel that computes one direction of a call: a part of an :class:`Explanation`."""
 
     direction: str
-    """forward, backward_query (dQ), backward_key (dK and dV), backward_registers (of additional keys) or backward_bias
-    (of rpb)."""
+    """forward, jvp (tangents of forward mode), backward_query (dQ), backward_key (dK and dV), backward_registers (of
+    additional keys) or backward_bias (of rpb)."""
     name: str
     settings: tuple[tuple[str, Any], ...]
     """Tiles and options by name. Sizes are ``t, h, w`` in tokens; ``pack`` is the number of heads a program."""
@@ -73,6 +74,7 @@ def explain(
     return_lse: bool = False,
     impl: Impl = "auto",
     needs_grad: bool | None = None,
+    forward_mode: bool | None = None,
 ) -> Explanation:
     """Which kernels compute :func:`neighborhood_attention` of these arguments, with which tiles, and why not others.
 
@@ -102,6 +104,8 @@ def explain(
             address matter.
         needs_grad: whether gradients are needed; None if they are whenever an input requires one. The gradient of the
             output is assumed to be contiguous.
+        forward_mode: whether derivatives in forward mode are needed; None if they are inside of ``torch.func.jvp`` or
+            ``torch.autograd.forward_ad.dual_level``. All inputs are assumed to have tangents, which are contiguous.
 
     Returns:
         An :class:`Explanation`, to be printed or read field by field.
@@ -124,11 +128,14 @@ def explain(
             additional_values, sink, key_mask,
         )  # fmt: skip
     call = with_bias(call, rpb)
-    reason = why_eager(impl, call.inputs.query, call.why_not_fused)
+    forward_mode = is_forward_mode() if forward_mode is None else forward_mode
+    reason = why_eager(impl, call.inputs.query, partial(call.why_not_fused, forward_mode))
     if reason is not None:
         return Explanation("eager", reason)
     with_gradients = is_tracked(call.inputs) if needs_grad is None else needs_grad
-    choices = attention_ops.choices(call.inputs, call.options, with_stats=return_lse, with_gradients=with_gradients)
+    choices = attention_ops.choices(
+        call.inputs, call.options, with_stats=return_lse, with_gradients=with_gradients, with_tangents=forward_mode
+    )
     kernels = (
         Kernel(direction, x.variant.name, tuple(x.settings.items()), tuple(map(tuple, x.passed_over)))
         for direction, x in choices.items()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import raises_naming
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from natten_layers import Explanation, NeighborhoodGQA, explain, neighborhood_attention, neighborhood_attention_varlen
 from natten_layers.arguments import Call
@@ -103,6 +104,28 @@ def test_it_names_the_kernels_that_are_launched(
     assert explain(q, k, k, 3, **extras, impl="fused", needs_grad=True).kernels[1].direction == "backward_query"
     if not ON_GPU:
         assert "not sm90 large window: it is for CUDA devices, the tensors are on cpu" in str(said)
+
+
+def test_it_names_the_kernel_of_forward_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a level of forward mode is open, and where it is asked for; with a bias the eager path takes its place."""
+    q, k = draw(1, 6, 7, 4, 16), draw(1, 6, 7, 2, 16)
+    launched: list[Launcher] = []
+    launch = Launcher.__call__
+    monkeypatch.setattr(Launcher, "__call__", lambda self, *args: launched.append(self) or launch(self, *args))
+    with forward_ad.dual_level():
+        said = explain(q, k, k, 3, impl="fused")
+        neighborhood_attention(forward_ad.make_dual(q, q), k, k, 3, impl="fused")
+        assert len(explain(q, k, k, 3, impl="fused", forward_mode=False).kernels) == 1
+    assert [kernel.direction for kernel in said.kernels] == ["forward", "jvp"]
+    assert said == explain(q, k, k, 3, impl="fused", forward_mode=True)
+    assert len(explain(q, k, k, 3, impl="fused").kernels) == 1
+    for kernel, one in zip(said.kernels, launched, strict=True):
+        settings = dict(kernel.settings)
+        assert kernel.name == "portable"
+        assert (one.options["SPEC"].tile, one.options["SPEC"].chunk) == (settings["tile"], settings["chunk"])
+    rpb = torch.zeros(4, 5, 5, device=DEVICE)
+    with raises_naming("takes no rpb", error=RuntimeError):
+        explain(q, k, k, 3, rpb=rpb, impl="fused", forward_mode=True)
 
 
 KINDS: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {

@@ -105,10 +105,19 @@ def choose_backward(question: Question) -> BackwardChoices:
     return BackwardChoices(query, key, registers, bias, uses_tma)
 
 
-def choices(problem: Problem, inputs: Inputs, *, with_stats: bool, with_gradients: bool) -> dict[Direction, Choice]:
-    """The choice for each direction of a call. The gradient of the output is assumed to be contiguous."""
-    question = Question(problem, with_stats or with_gradients, aligned=are_aligned(*inputs.addressed))
+def choices(
+    problem: Problem, inputs: Inputs, *, with_stats: bool, with_gradients: bool, with_tangents: bool = False
+) -> dict[Direction, Choice]:
+    """The choice for each direction of a call.
+
+    The gradient of the output is assumed to be contiguous, and so are the tangents, which all inputs have.
+    """
+    with_stats = with_stats or with_gradients or with_tangents
+    question = Question(problem, with_stats, aligned=are_aligned(*inputs.addressed))
     found: dict[Direction, Choice] = {"forward": choose("forward", question)}
+    if with_tangents:
+        tangents = tuple(None if x is None else contiguous(x.shape) for x in inputs.addressed)
+        found["jvp"] = choose("jvp", question._replace(tangents=tangents))
     if with_gradients:
         out = contiguous((*problem.query.shape[:-1], problem.value.shape[-1]))
         query, key, registers, bias, _ = choose_backward(question._replace(grad_out=out))

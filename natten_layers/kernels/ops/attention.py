@@ -111,11 +111,14 @@ def attention_state(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, T
     return apply(_FORMS, *_sealed(readable(inputs), options))
 
 
-def choices(inputs: Inputs, options: Options, *, with_stats: bool, with_gradients: bool) -> dict[str, Any]:
+def choices(
+    inputs: Inputs, options: Options, *, with_stats: bool, with_gradients: bool, with_tangents: bool = False
+) -> dict[str, Any]:
     """The kernels that compute a call: a ``dispatch.Choice`` per direction. Nothing is launched."""
     inputs = readable(inputs)
     problem = problem_of(inputs, options)
-    return module("dispatch").choices(problem, inputs, with_stats=with_stats, with_gradients=with_gradients)
+    wanted = {"with_stats": with_stats, "with_gradients": with_gradients, "with_tangents": with_tangents}
+    return module("dispatch").choices(problem, inputs, **wanted)
 
 
 def readable(inputs: Inputs) -> Inputs:
