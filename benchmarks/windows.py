@@ -96,14 +96,17 @@ def masks(workload: Workload, device: torch.device) -> Comparison:
 
 
 def taking(kernels: Sequence[Kernel]) -> Callable[[], AbstractContextManager[object]]:
-    """Makes contexts in which calls take these portable kernels. Calls that run in PyTorch have none."""
+    """Makes contexts in which calls take these kernels. Calls that run in PyTorch have none.
+
+    Tiles are given for portable kernels only; others find the same ones, as a mask changes none.
+    """
     if not kernels:
         return nullcontext
     from natten_layers.kernels.host.tiling import TileConfig
 
-    assert {kernel.name for kernel in kernels} == {"portable"}
-    configs: Any = {kernel.direction: TileConfig(**dict(kernel.settings)) for kernel in kernels}
-    return partial(overridden, configs)
+    portable = [kernel for kernel in kernels if kernel.name == "portable"]
+    configs: Any = {kernel.direction: TileConfig(**dict(kernel.settings)) for kernel in portable}
+    return partial(overridden, configs, variants={kernel.direction: kernel.name for kernel in kernels})
 
 
 def packs(workload: Workload, shapes: tuple[tuple[int, ...], ...], device: torch.device) -> Comparison:

@@ -39,7 +39,7 @@ from benchmarks.check import Reference
 from benchmarks.implementations import HeadsFirst, Implementation, Layout
 from benchmarks.shapes import CENSUS
 from benchmarks.workloads import MODES, WORKLOADS, Inputs, Variant, Workload, add_variant, floor, make_inputs, smoke
-from natten_layers import explain, neighborhood_attention
+from natten_layers import Kernel, explain, neighborhood_attention
 from natten_layers.eager import dense_attention_state
 from natten_layers.geometry import window_mask
 from natten_layers.kernels.host.tiling import Kind
@@ -779,6 +779,29 @@ def test_forward_mode_is_checked_before_it_is_timed(
     monkeypatch.setattr(forward_mode, "implementations", forgets_a_tangent)
     assert forward_mode.main(flags) == 1
     assert "wrong result" in capsys.readouterr().out
+
+
+def test_calls_without_a_mask_can_take_the_kernels_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On compute capability 9.0 these are not all portable."""
+    pytest.importorskip("triton.experimental.gluon")
+    from problems import contiguous, problem_of_image
+
+    from natten_layers.kernels import dispatch
+
+    problem, masked = (problem_of_image(monkeypatch, **x) for x in ({}, {"key_mask": contiguous((8, 128, 128, 1, 1))}))
+
+    def chosen(problem: Any) -> list[str]:
+        question = dispatch.Question(problem, True, contiguous(problem.query.shape))
+        query, key, *_ = dispatch.choose_backward(question)
+        return [choice.variant.name for choice in (dispatch.choose("forward", question), query, key)]
+
+    kernels = [
+        Kernel(direction, name, (), ())
+        for direction, name in zip(("forward", "backward_query", "backward_key"), chosen(masked), strict=True)
+    ]
+    assert chosen(problem) != chosen(masked)
+    with windows.taking(kernels)():
+        assert chosen(problem) == chosen(masked)
 
 
 def test_windows_are_checked_before_they_are_timed(
