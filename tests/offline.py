@@ -1,5 +1,7 @@
 """Compile the kernels for a GPU without having one, as calls on it would: ``python tests/offline.py 90``.
 
+``python tests/offline.py 90 sm90`` compiles those of one folder.
+
 A driver that loads and launches nothing replaces CUDA's. Everything before the launch is real: the choice of tiles,
 Triton's argument handling, compilation to machine code, and the check that shared memory suffices.
 """
@@ -215,12 +217,7 @@ def check_loads() -> None:
             assert "ld.global.b16" not in kernel.asm["ptx"], "elements are loaded one by one"
 
 
-def main(capability: int) -> None:
-    stub = Driver(capability)
-    driver.set_active(stub)  # pyright: ignore[reportArgumentType]
-    for module in (attention_ops, decode_ops):
-        setattr(module, "unsupported", lambda query, value: None)  # noqa: B010
-    problem.device_traits = lambda device: ("stub", SHARED_MEMORY[capability])
+def compile_portable(capability: int) -> None:
     attend((32, 32), 7, 8, 64, 5)
     attend((12, 12, 20), 5, 2, 40, 0, dilation=2, stride=3)
     attend((2048,), 1024, 8, 128, 40, is_causal=True)
@@ -235,38 +232,6 @@ def main(capability: int) -> None:
     attend((32768,), 128, 8, 64, 0, torch.float32)  # axes of length 1 are constants
     if capability == 90:
         attend((32, 32), 7, 8, 256, 40, torch.float32)
-    if capability == 90 and gluon_gap() is None:
-        from natten_layers.kernels.sm90 import (
-            large_dkv,
-            large_dq,
-            large_forward,
-            large_registers,
-            small_forward_rolling,
-        )
-
-        for module in (large_forward, large_dq, large_dkv, large_registers, small_forward_rolling):
-            setattr(module, "multiprocessors", lambda device: 132)  # noqa: B010
-        attend_large_on_sm90((4096,), 2048, 8, sink=0.0, packed=True)
-        attend_large_on_sm90((64, 80), 48, 2, sink=None, registers=300)
-        attend_large_on_sm90((16, 32, 40), 7, 4, sink=None, dim=64)
-        attend_large_on_sm90((4096,), 1024, 8, sink=0.0, dim=256)
-        attend_large_on_sm90((64, 80), 13, 2, sink=None, dim=80)
-        attend_small_on_sm90((64, 64), 7, 8, registers=5)
-        attend_small_on_sm90((64, 64), 7, 8, registers=0, dim=40)
-        attend_small_on_sm90((64, 64), 7, 8, registers=5, masked=True)
-        attend_small_on_sm90((4096,), 128, 16, registers=0, packed=True)
-        attend_packed_images_on_sm90([(40, 30), (0, 4), (1, 1)], 7, 8, registers=5)
-        attend_small_on_sm90((4096,), 8, 8, registers=0, dim=128)
-        attend_small_on_sm90((56, 56), 7, 2, registers=0, dim=32, stride=3, dilation=2)
-        attend_small_on_sm90((4096,), 128, 8, registers=5, dim=64, stride=32, dilation=4)
-        attend_medium_on_sm90((64, 64), 17, 6, dim=96)
-        attend_medium_on_sm90((16, 32, 40), 7, 8, dim=64, sink=True)
-        attend_medium_on_sm90((66, 66), 11, 2, dim=112, stride=2, dilation=3)
-        attend_medium_on_sm90((4096,), 200, 2, dim=128, registers=70)
-        attend_medium_on_sm90((64, 64), 13, 2, dim=112, dilation=2, registers=5, is_periodic=True)
-        attend_medium_on_sm90((16, 32, 40), 5, 4, dim=64, is_periodic=True, masked=True, has_bias=True)
-        attend_with_qk_prep_on_sm90((64, 64), 7, AxialRoPE(64, 8, num_kv_heads=2), "cosine")
-        attend_with_qk_prep_on_sm90((4096,), 128, RoPE(64, scaling=YARN), "rms")
     with torch.no_grad():
         positions = torch.arange(4096)[None]
         for tokens, dim in ((1, 64), (16, 256)):
@@ -282,8 +247,55 @@ def main(capability: int) -> None:
     rope = AxialRoPE(64, 4, num_kv_heads=2, axes=3, freqs=torch.ones(1, 32), split=(8, 12, 12), interleaved=True)
     angles = rope.angles(q[None], k[None], torch.zeros(1, 16, 16, 3))
     normalize_and_rotate(q[None], k[None], None, angles, impl="fused")
+
+
+def compile_sm90() -> None:
+    from natten_layers.kernels.sm90 import (
+        large_dkv,
+        large_dq,
+        large_forward,
+        large_registers,
+        small_forward_rolling,
+    )
+
+    for module in (large_forward, large_dq, large_dkv, large_registers, small_forward_rolling):
+        setattr(module, "multiprocessors", lambda device: 132)  # noqa: B010
+    attend_large_on_sm90((4096,), 2048, 8, sink=0.0, packed=True)
+    attend_large_on_sm90((64, 80), 48, 2, sink=None, registers=300)
+    attend_large_on_sm90((16, 32, 40), 7, 4, sink=None, dim=64)
+    attend_large_on_sm90((4096,), 1024, 8, sink=0.0, dim=256)
+    attend_large_on_sm90((64, 80), 13, 2, sink=None, dim=80)
+    attend_small_on_sm90((64, 64), 7, 8, registers=5)
+    attend_small_on_sm90((64, 64), 7, 8, registers=0, dim=40)
+    attend_small_on_sm90((64, 64), 7, 8, registers=5, masked=True)
+    attend_small_on_sm90((4096,), 128, 16, registers=0, packed=True)
+    attend_packed_images_on_sm90([(40, 30), (0, 4), (1, 1)], 7, 8, registers=5)
+    attend_small_on_sm90((4096,), 8, 8, registers=0, dim=128)
+    attend_small_on_sm90((56, 56), 7, 2, registers=0, dim=32, stride=3, dilation=2)
+    attend_small_on_sm90((4096,), 128, 8, registers=5, dim=64, stride=32, dilation=4)
+    attend_medium_on_sm90((64, 64), 17, 6, dim=96)
+    attend_medium_on_sm90((16, 32, 40), 7, 8, dim=64, sink=True)
+    attend_medium_on_sm90((66, 66), 11, 2, dim=112, stride=2, dilation=3)
+    attend_medium_on_sm90((4096,), 200, 2, dim=128, registers=70)
+    attend_medium_on_sm90((64, 64), 13, 2, dim=112, dilation=2, registers=5, is_periodic=True)
+    attend_medium_on_sm90((16, 32, 40), 5, 4, dim=64, is_periodic=True, masked=True, has_bias=True)
+    attend_with_qk_prep_on_sm90((64, 64), 7, AxialRoPE(64, 8, num_kv_heads=2), "cosine")
+    attend_with_qk_prep_on_sm90((4096,), 128, RoPE(64, scaling=YARN), "rms")
+
+
+def main(capability: int, rooms: str = "portable sm90") -> None:
+    """Compile the kernels of these folders; those of ``sm90`` only for compute capability 9.0, and where Gluon is."""
+    stub = Driver(capability)
+    driver.set_active(stub)  # pyright: ignore[reportArgumentType]
+    for module in (attention_ops, decode_ops):
+        setattr(module, "unsupported", lambda query, value: None)  # noqa: B010
+    problem.device_traits = lambda device: ("stub", SHARED_MEMORY[capability])
+    if "portable" in rooms:
+        compile_portable(capability)
+    if "sm90" in rooms and capability == 90 and gluon_gap() is None:
+        compile_sm90()
     print(" ".join(stub.utils.loaded))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), *sys.argv[2:])
