@@ -98,7 +98,7 @@ def laid_out(inputs: Inputs, layout: str) -> Inputs:
 def small_problems_take_kernels_of_large_ones(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in (
         "LEAST_ROWS", "LEAST_FILLED", "PAIRS", "WIDE_PAIRS", "MEDIUM_WINDOW", "MEDIUM_PRODUCTS", "MEDIUM_CHANNELS",
-        "MEDIUM_KEYS_ON_ONE_AXIS", "REGISTER_ELEMENTS", "REGISTER_PRODUCTS",
+        "MEDIUM_PRODUCTS_WITH_BIASES", "MEDIUM_KEYS_ON_ONE_AXIS", "REGISTER_ELEMENTS", "REGISTER_PRODUCTS",
     ):  # fmt: skip
         monkeypatch.setattr(variants, name, 0)
     forget()

@@ -522,6 +522,12 @@ def test_why_it_is_passed_over(monkeypatch: pytest.MonkeyPatch, changes: dict[st
     assert reason in {passed.kernel: passed.reason for passed in choice.passed_over}[variants.MEDIUM]
 
 
+def test_biases_take_it_in_calls_that_are_small_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    for images, expected in ((64, variants.MEDIUM), (16, "portable")):
+        tokens = dict.fromkeys(("query", "key", "value"), contiguous((images, 56, 56, 4, 32)))
+        assert names(problem_of_image(monkeypatch, **tokens, has_bias=True, scale_first=True)) == [expected] * 3
+
+
 @pytest.mark.parametrize(
     "changes",
     [

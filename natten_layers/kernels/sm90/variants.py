@@ -93,6 +93,9 @@ MEDIUM_WINDOW_OF_DQ = 80
 # portable kernels; 32 heads of 112 with 11x11 windows (1.8e9) take 83, 115 and 149 us against 108, 139 and 193; 16
 # heads of 80 with 9x9 windows (0.4e9) take 100 us each, which is the host's time, against 52, 45 and 63.
 MEDIUM_PRODUCTS = 3 * 2**29
+# With biases portable kernels take twice as long as these, however large a call is: 64 images of 56x56 with 4 heads of
+# 32 and 7x7 windows (1.3e9) 0.403, 0.400 and 0.577 ms, and these 0.221, 0.225 and 0.263.
+MEDIUM_PRODUCTS_WITH_BIASES = 2**29
 # A call with a large window is large enough to hide launch overhead from this many (query, key) pairs on. With windows
 # of 1024 keys and 8 heads of 128 channels, 2**27 pairs take 152 us, and 181 us in portable kernels; 2**26 pairs take
 # 101 us, which is the host's time, and 91 us in portable kernels.
@@ -247,12 +250,10 @@ def _medium_pays(question: Question, kind: Kind) -> str | None:
     only_here = p.key_mask is not None or bool(p.is_periodic) or p.has_bias or p.key_lengths is not None
     if not only_here and (reason := _beyond_medium(p, keys, kind)) is not None:
         return reason
-    if queries * keys * dim < MEDIUM_PRODUCTS:
+    least = MEDIUM_PRODUCTS_WITH_BIASES if p.has_bias else MEDIUM_PRODUCTS
+    if queries * keys * dim < least:
         beside = ", additional keys included," if keys > window else ""
-        return (
-            f"the call is small: {queries} queries of {keys} keys{beside} of {dim} elements are fewer than "
-            f"{MEDIUM_PRODUCTS}"
-        )
+        return f"the call is small: {queries} queries of {keys} keys{beside} of {dim} elements are fewer than {least}"
     return _pack_gap(question, kind)
 
 
