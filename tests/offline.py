@@ -146,7 +146,7 @@ def attend_packed_images_on_sm90(
 
 
 def launch_small_on_sm90(tensors: problem.Inputs, options: problem.Options) -> None:
-    from natten_layers.kernels.sm90 import small_backward, small_forward, small_forward_rolling
+    from natten_layers.kernels.sm90 import small_dkv, small_dq, small_forward, small_forward_rolling
 
     query, rank = tensors.query, len(options.kernel_size)
     one = problem.problem_of(tensors, options)
@@ -162,10 +162,10 @@ def launch_small_on_sm90(tensors: problem.Inputs, options: problem.Options) -> N
     assert config is not None
     rows = torch.ones(query.shape[:-1])
     cotangents = problem.Cotangents(query, rows, rows, query, rows)
-    _, statistics = small_backward.query_gradient(config, one, tensors, options, cotangents)
+    _, statistics = small_dq.query_gradient(config, one, tensors, options, cotangents)
     config = small_tiling.small_dkv_tile_config(one)
     assert config is not None
-    small_backward.key_gradients(config, one, tensors, options, query, statistics)
+    small_dkv.key_gradients(config, one, tensors, options, query, statistics)
 
 
 def attend_medium_on_sm90(

@@ -568,7 +568,6 @@ def test_large_is_what_the_keys_of_a_window_take(
         {"dtype": torch.float32},
         {"scale_first": True},
         {"dilation": (2,)},
-        {"is_causal": (False,), "is_periodic": (True,)},
         {"capability": (8, 0)},
         {"capability": (12, 0)},
         {"device": torch.device("cpu")},

@@ -522,6 +522,18 @@ def test_why_it_is_passed_over(monkeypatch: pytest.MonkeyPatch, changes: dict[st
     assert reason in {passed.kernel: passed.reason for passed in choice.passed_over}[variants.MEDIUM]
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"is_causal": (False,), "is_periodic": (True,)}, {"key_mask": contiguous((1, 8192, 1, 1))}, {"has_bias": True}],
+    ids=str,
+)
+def test_what_kernels_for_large_windows_lack_takes_it_at_any_size(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    assert names(problem_of_text(monkeypatch)) == [variants.LARGE] * 3
+    assert names(problem_of_text(monkeypatch, **changes)) == [variants.MEDIUM] * 3
+
+
 def test_biases_take_it_in_calls_that_are_small_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
     for images, expected in ((64, variants.MEDIUM), (16, "portable")):
         tokens = dict.fromkeys(("query", "key", "value"), contiguous((images, 56, 56, 4, 32)))

@@ -52,7 +52,8 @@ from natten_layers.kernels.host.tuned import forget, override
 from natten_layers.kernels.portable import forward
 from natten_layers.kernels.sm90 import (
     masked_keys,
-    small_backward,
+    small_dkv,
+    small_dq,
     small_forward,
     small_forward_rolling,
     support,
@@ -187,8 +188,8 @@ def test_gradients_match_the_oracle(case: Case, monkeypatch: pytest.MonkeyPatch)
 
     note(small_forward, "forward")
     note(small_forward_rolling, "forward")
-    note(small_backward, "query_gradient")
-    note(small_backward, "key_gradients")
+    note(small_dq, "query_gradient")
+    note(small_dkv, "key_gradients")
     first, second = (run(case, leaves, "fused") for _ in range(2))
     expected = ["forward", "query_gradient", "key_gradients"]
     problem, _ = call_of(case, {name: t.detach() for name, t in leaves.items()})
@@ -725,8 +726,8 @@ def taken(wherever_possible: None, monkeypatch: pytest.MonkeyPatch) -> list[str]
     """Which kernels were used; they are for calls of any size."""
     names: list[str] = []
     functions = (
-        (small_forward, "forward"), (small_forward_rolling, "forward"), (small_backward, "query_gradient"),
-        (small_backward, "key_gradients"),
+        (small_forward, "forward"), (small_forward_rolling, "forward"), (small_dq, "query_gradient"),
+        (small_dkv, "key_gradients"),
     )  # fmt: skip
     for module, name in functions:
         compute = getattr(module, name)
@@ -743,7 +744,7 @@ def taken(wherever_possible: None, monkeypatch: pytest.MonkeyPatch) -> list[str]
 def test_packed_texts_match_the_oracle(case: Case, dtype: torch.dtype, taken: list[str]) -> None:
     assert_packed_oracle(replace(case, dtype=dtype))
     forward = "small_forward_rolling" if case.kernel_size == 128 else "small_forward"
-    assert taken == [f"{forward}.forward", "small_backward.query_gradient", "small_backward.key_gradients"] * 2
+    assert taken == [f"{forward}.forward", "small_dq.query_gradient", "small_dkv.key_gradients"] * 2
 
 
 @pytest.mark.gpu
@@ -817,9 +818,9 @@ def test_masked_keys_match_the_oracle(case: Case, dtype: torch.dtype, taken: lis
     expected = ["small_forward.forward"]
     problem, _ = call_of(case, {name: t.detach() for name, t in leaves.items()})
     if small_dq_tile_config(problem) is not None:
-        expected.append("small_backward.query_gradient")
+        expected.append("small_dq.query_gradient")
     if small_dkv_tile_config(problem) is not None:
-        expected.append("small_backward.key_gradients")
+        expected.append("small_dkv.key_gradients")
     assert taken == expected * 2
     assert_close(case, first, oracle(case, leaves), run(case, leaves, "eager"))
     for name, tensor in first.tensors().items():
@@ -884,7 +885,7 @@ def test_packed_images_match_each_image_alone(
     check(replace(case, dtype=dtype), shapes, "fused")
     assert "small_forward.forward" in taken
     if case.name in ("gqa-sink", "narrow-registers"):
-        assert taken == ["small_forward.forward", "small_backward.query_gradient", "small_backward.key_gradients"]
+        assert taken == ["small_forward.forward", "small_dq.query_gradient", "small_dkv.key_gradients"]
 
 
 @pytest.mark.gpu

@@ -11,6 +11,7 @@ the tile's own image become zeros, so that nothing of another image is read.
 
 from typing import Any, NamedTuple
 
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere.async_copy import (
@@ -19,6 +20,8 @@ from triton.experimental.gluon.language.nvidia.ampere.async_copy import (
 )
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
+from ..host.problem import Inputs, Layout, Problem
+from ..host.tiling import Box
 from ..portable.windows import SAMPLE_FIELDS, inside_axes, shifted, unravel
 from .primitives import opaque_i32, part_keys, shifted_along, thread_barrier
 
@@ -264,3 +267,20 @@ def store_tile(buffer, b_rows, Out, i_head, origin, sample, heads, SPEC: gl.cons
         m_rows = m_rows & (col < D)
     Out += (first.to(gl.int64) * heads + i_head * SPEC.pack) * D
     gl.store(Out + (((token * heads + head) * D)[:, None] + col), buffer.load(LAYOUT), mask=m_rows)
+
+
+def packed_tensors(
+    tile: Box, problem: Problem, inputs: Inputs, grad_out: Tensor, **results: Tensor
+) -> tuple[Tensor | None, PackedTensors | None]:
+    """``Tiles`` and ``packed`` of the kernels."""
+    if not problem.packs_images:
+        return None, None
+    query, key, value, reg_keys, reg_values, *_ = inputs
+    tensors = PackedTensors(query, key, value, grad_out, reg_keys, reg_values, **results)
+    return problem.tile_table(tile), tensors
+
+
+def packed_strides(p: Problem, grad_out: Layout) -> tuple[tuple[int, ...], ...] | None:
+    """``strides`` of the kernels: those of the tensors that :class:`PackedTensors` begin with."""
+    query, key, value, *registers = p.input_strides()
+    return (query, key, value, p.strides_of(grad_out), *registers) if p.packs_images else None

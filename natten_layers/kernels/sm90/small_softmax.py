@@ -13,6 +13,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from ..portable.primitives import LOG2E, LOWEST
+from ..portable.windows import unravel
 from .masked_keys import range_sides, range_start
 from .packed_images import await_copies
 from .walk import load_of_token
@@ -81,6 +82,20 @@ def key_mask(inner, corner, row_lo, row_hi, M: gl.constexpr, RANK: gl.constexpr,
         b_hidden = gl.where(m_first, b_hidden, float("-inf"))
         b_hidden = gl.where(m_last, b_hidden, float("-inf"))
     return b_hidden
+
+
+@gluon.jit
+def part_mask(
+    corner, row_lo, row_hi, BOXES: gl.constexpr, PART: gl.constexpr, FIRST: gl.constexpr, N: gl.constexpr,
+    M: gl.constexpr, RANK: gl.constexpr, BY_AXIS: gl.constexpr = False,
+):  # fmt: skip
+    """0 and -inf ``[M, N]``: which of the keys ``FIRST`` to ``FIRST + N - 1`` of a part each row sees.
+
+    ``BY_AXIS`` is as in ``box_columns``.
+    """
+    BOX: gl.constexpr = BOXES[PART]
+    inner = range_columns(BOX, FIRST, N) if BY_AXIS else unravel(key_columns(N, FIRST), BOX[1], BOX[2])
+    return key_mask(inner, corner, row_lo, row_hi, M, RANK)
 
 
 @gluon.jit

@@ -22,7 +22,8 @@ if TYPE_CHECKING or GLUON_GAP is None:  # only a missing Gluon leaves these modu
         large_registers,
         medium_backward,
         medium_forward,
-        small_backward,
+        small_dkv,
+        small_dq,
         small_forward,
         small_forward_rolling,
     )
@@ -407,7 +408,7 @@ TILES_QUERY_GRADIENT = Variant(
     supports=tiles_gap,
     pays=lambda q: _small_backward_pays(q, "backward_query"),
     plan=_small_query_plan,
-    run=lambda *args: small_backward.query_gradient(*args),
+    run=lambda *args: small_dq.query_gradient(*args),
     uses_tma=True,
 )
 TILES_KEY_GRADIENTS = Variant(
@@ -415,7 +416,7 @@ TILES_KEY_GRADIENTS = Variant(
     supports=tiles_gap,
     pays=lambda q: _small_backward_pays(q, "backward_key"),
     plan=_small_key_plan,
-    run=lambda *args: small_backward.key_gradients(*args),
+    run=lambda *args: small_dkv.key_gradients(*args),
     uses_tma=True,
 )
 MEDIUM_FORWARD = Variant(
