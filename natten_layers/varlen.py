@@ -85,7 +85,8 @@ def neighborhood_attention_varlen(
 
     Sample ``i`` has ``prod(shapes[i])`` tokens, in raster order, right behind those of sample ``i - 1``. It is computed
     as if it were alone, with windows cut to it: on an axis of length ``L`` the kernel size is
-    ``min(kernel_size, L // dilation)``, but at least 1, and the stride at most that. Samples may be empty.
+    ``min(kernel_size, L // dilation)``, but at least 1, and the stride at most that. Samples may be empty. No axis is
+    periodic.
 
     The kernels need the shapes in the host's memory, where the number of programs is worked out. A list or a tensor on
     the CPU is there. One on a GPU is copied, which waits for the device, once for each tensor that is not changed in

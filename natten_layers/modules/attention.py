@@ -230,7 +230,8 @@ class NeighborhoodGQA(nn.Module):
             registers: register tokens ``[B, R, embed_dim]`` that the model carries from layer to layer. They follow
                 the layer's own, if it has any.
             mask: ``[B or 1, *spatial]``, bool, False where a token counts for no other one, such as padding or land.
-                Windows do not move because of it, and masked tokens attend like all others.
+                Windows do not move because of it, and masked tokens attend like all others. So NaN in them makes
+                gradients NaN: fill them before you train, as with ``torch.where``.
             shapes: lengths of the axes of samples that are packed into ``x [N, embed_dim]``, see
                 :func:`natten_layers.neighborhood_attention_varlen`. ``mask`` is then ``[N]``, ``registers`` are
                 ``[samples, R, embed_dim]``, and a ``rope`` needs ``positions [N, ...]``. Not together with
