@@ -85,8 +85,12 @@ from .medium_forward import (
 from .medium_tiling import MediumTileConfig, spec_of
 from .primitives import class_rows, load_grad_lse, load_lse, row_biases, spread, thread_barrier
 from .rings import new_barriers, new_stages, stage_of
-from .small_forward import first_frame, own_tile, present_descriptors
 from .small_softmax import WARPS
+from .small_tiles import (
+    first_frame,
+    own_tile,
+    present_descriptors,
+)
 from .walk import on_rings, row_sizes
 
 

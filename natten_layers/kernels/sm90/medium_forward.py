@@ -47,9 +47,17 @@ from .medium_chunks import (
 from .medium_tiling import COLUMN_PARTS, MediumTileConfig, spec_of
 from .primitives import class_rows, opaque_i32, row_biases, start_product, thread_barrier
 from .rings import new_barriers, new_stages, stage_of
-from .small_forward import NO_PREP, first_frame, own_tile, present_descriptors, start_load
+from .small_forward import (
+    NO_PREP,
+)
 from .small_nonfinite import attend_rows
 from .small_softmax import WARPS, all_finite, divided, nonfinite_flags
+from .small_tiles import (
+    first_frame,
+    own_tile,
+    present_descriptors,
+    start_load,
+)
 from .walk import on_rings, row_sizes
 
 

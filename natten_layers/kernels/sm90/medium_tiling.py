@@ -44,7 +44,7 @@ class MediumTileConfig(NamedTuple):
     """chunks that shared memory holds at a time"""
     maxnreg: int
     side: int
-    """tiles of a column in height and width (``small_forward.tile_of_column``); 0 for tiles line by line"""
+    """tiles of a column in height and width (``small_tiles.tile_of_column``); 0 for tiles line by line"""
 
 
 def forward_tile_config(problem: Problem, pack: int | None = None) -> MediumTileConfig | None:

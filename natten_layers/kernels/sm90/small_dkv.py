@@ -74,7 +74,8 @@ from .primitives import (
     thread_barrier,
 )
 from .rings import new_barriers
-from .small_forward import (
+from .small_softmax import WARPS, part_mask
+from .small_tiles import (
     boxes_of_parts,
     described,
     first_frame,
@@ -85,7 +86,6 @@ from .small_forward import (
     present_descriptors,
     start_load,
 )
-from .small_softmax import WARPS, part_mask
 from .small_tiling import PARTS, SmallTileConfig, spec_of
 from .walk import load_of_token
 

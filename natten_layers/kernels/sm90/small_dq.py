@@ -75,23 +75,25 @@ from .primitives import (
 )
 from .rings import new_barriers
 from .small_forward import (
+    clear_masked,
+    part_flags,
+    start_store,
+    union_box,
+)
+from .small_softmax import WARPS, cut_windows, part_mask, register_mask
+from .small_tiles import (
     batches_of_registers,
     boxes_of_parts,
-    clear_masked,
     described,
     first_frame,
     grid_of,
     image_sizes,
     inside_frames,
     own_tile,
-    part_flags,
     present_descriptors,
     start_load,
     start_parts,
-    start_store,
-    union_box,
 )
-from .small_softmax import WARPS, cut_windows, part_mask, register_mask
 from .small_tiling import PARTS, SmallTileConfig, spec_of
 
 

@@ -31,7 +31,9 @@ from .qk_prep import (
     head_gains,
     heads_layout,
 )
-from .small_forward import attend, batches_of_registers, boxes_of_rows, start_registers
+from .small_forward import (
+    attend,
+)
 from .small_nonfinite import attend_rows
 from .small_rolling_steps import (
     Buffers,
@@ -68,6 +70,11 @@ from .small_softmax import (
     nonfinite_flags,
     scores_of,
     weighted_sum,
+)
+from .small_tiles import (
+    batches_of_registers,
+    boxes_of_rows,
+    start_registers,
 )
 from .small_tiling import PrepSpec, RollingTileConfig, cut, forward_spec
 
