@@ -195,6 +195,28 @@ def attend_medium_on_sm90(
     medium_backward.key_gradients(key_config, one, tensors, options, query, statistics)
 
 
+def attend_pairs_on_sm90(spatial: tuple[int, ...], kernel_size: int, dim: int, *, is_periodic: bool = False) -> None:
+    from natten_layers.kernels.sm90 import medium_pair_gradients, medium_pairs, medium_tiling
+
+    query, key = (torch.zeros(1, *spatial, heads, dim) for heads in (4, 2))
+    tensors = problem.Inputs(query, key, key, sink=torch.zeros(4))
+    options = options_of(len(spatial), kernel_size, None)
+    if is_periodic:
+        options = options._replace(is_periodic=(True,) * len(spatial))
+    one = problem.problem_of(tensors, options)
+    configs = (
+        medium_tiling.forward_tile_config(one),
+        medium_tiling.dq_tile_config(one),
+        medium_tiling.dkv_tile_config(one),
+    )
+    forward, query_config, key_config = (config for config in configs if config is not None)
+    medium_pairs.forward(forward, one, tensors, options, with_stats=True)
+    rows = torch.ones(query.shape[:-1])
+    cotangents = problem.Cotangents(query, rows, rows, query, rows)
+    _, statistics = medium_pair_gradients.query_gradient(query_config, one, tensors, options, cotangents)
+    medium_pair_gradients.key_gradients(key_config, one, tensors, options, query, statistics)
+
+
 def attend_with_qk_prep_on_sm90(spatial: tuple[int, ...], kernel_size: int, rope: AxialRoPE | RoPE, norm: str) -> None:
     from natten_layers.kernels.sm90 import small_forward_rolling
 
@@ -279,6 +301,8 @@ def compile_sm90() -> None:
     attend_medium_on_sm90((4096,), 200, 2, dim=128, registers=70)
     attend_medium_on_sm90((64, 64), 13, 2, dim=112, dilation=2, registers=5, is_periodic=True)
     attend_medium_on_sm90((16, 32, 40), 5, 4, dim=64, is_periodic=True, masked=True, has_bias=True)
+    attend_pairs_on_sm90((4, 36, 72), 3, 64)
+    attend_pairs_on_sm90((36, 72), 7, 32, is_periodic=True)
     attend_with_qk_prep_on_sm90((64, 64), 7, AxialRoPE(64, 8, num_kv_heads=2), "cosine")
     attend_with_qk_prep_on_sm90((4096,), 128, RoPE(64, scaling=YARN), "rms")
 

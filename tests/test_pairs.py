@@ -1,8 +1,11 @@
-"""The fp32 kernels whose products are those of fp16 pairs, against the fp64 oracle."""
+"""The fp32 kernels whose products are those of fp16 pairs, against the fp64 oracle: those for any GPU, and those for
+compute capability 9.0 where there is one.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,22 +21,36 @@ pytest.importorskip("triton")
 from natten_layers.kernels import dispatch
 from natten_layers.kernels.host.packing import Packing
 from natten_layers.kernels.host.problem import Inputs, Layout, Options, contiguous, problem_of
-from natten_layers.kernels.host.tuned import forget
+from natten_layers.kernels.host.tuned import forget, override
 from natten_layers.kernels.portable import pair_variants, pairs
+from natten_layers.kernels.sm90 import variants
+from natten_layers.kernels.sm90.available import gluon_gap
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 pytestmark = [pytest.mark.gpu] if ON_GPU else []
 
 
-@pytest.fixture
-def paying(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Calls take these kernels however small they are."""
+HAS_SM90 = ON_GPU and torch.cuda.get_device_capability() == (9, 0) and gluon_gap() is None
+KERNELS = [pair_variants.PAIRS, variants.MEDIUM_PAIRS] if HAS_SM90 else [pair_variants.PAIRS]
+
+
+@pytest.fixture(params=KERNELS)
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The name of the kernels that calls take, however small they are."""
     monkeypatch.setattr(pair_variants, "LEAST_PAIRS", 0)
     monkeypatch.setattr(pair_variants, "LEAST_WINDOW", 0)
     forget()
-    yield
+    with override(portable_only=request.param == pair_variants.PAIRS):
+        yield request.param
     forget()
+
+
+def suited(case: Case, kernels: str) -> Case:
+    """The case, with heads that the kernels take."""
+    if kernels == pair_variants.PAIRS or case.head_dim == case.value_dim == 64:
+        return case
+    return replace(case, head_dim=32, value_dim=32)
 
 
 CASES = (
@@ -45,25 +62,41 @@ CASES = (
     Case("2d-128", (12, 14), (7, 5), head_dim=128, value_dim=128, heads=2, kv_heads=1, batch=1),
     Case("ring", (6, 14), (3, 7), is_periodic=(False, True), head_dim=32, value_dim=32, batch=1),
 )
+# What only kernels for compute capability 9.0 need, as their chunks come by TMA: several images and frames, dilation,
+# strides, a ring over frames, tiles and chunks of all shapes.
+MORE_CASES = (
+    Case("2d-batch-gqa", (33, 47), (9, 11), heads=8, kv_heads=2, head_dim=64, value_dim=64, batch=3),
+    Case("2d-dilated", (24, 36), (5, 5), 1, (2, 3), heads=4, kv_heads=4, head_dim=32, value_dim=32),
+    Case("3d-causal-in-time", (8, 12, 20), (4, 5, 5), 1, 1, (True, False, False), 4, 2, 32, 32, batch=1),
+    Case("3d-ring", (6, 9, 14), (3, 5, 7), is_periodic=(True, False, True), head_dim=64, value_dim=64, batch=1),
+    Case("3d-odd", (5, 17, 19), (3, 5, 7), heads=3, kv_heads=3, head_dim=64, value_dim=64, sink="learned", batch=1),
+    Case("1d-many-chunks", (1000,), 129, kv_heads=1, head_dim=64, value_dim=64),
+    Case("1d-causal-stride", (500,), 64, 16, 1, True, heads=4, kv_heads=1, head_dim=32, value_dim=32),
+)
 
 
-def takes_pairs(case: Case, inputs: dict[str, Tensor]) -> bool:
-    kernels = explain(**arguments(case, inputs), impl="fused").kernels
-    return [kernel.name for kernel in kernels] == [pair_variants.PAIRS] * 3
-
-
-@pytest.mark.usefixtures("paying")
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_matches_the_oracle_forward_and_backward(case: Case) -> None:
+def assert_matches_the_oracle(case: Case, kernels: str) -> None:
     inputs = make_inputs(case, DEVICE)
-    assert takes_pairs(case, inputs)
+    taken = explain(**arguments(case, inputs), impl="fused").kernels
+    assert [kernel.name for kernel in taken] == [kernels] * 3
     assert_close(case, run(case, inputs, "fused"), oracle(case, inputs), run(case, inputs, "eager"))
 
 
-@pytest.mark.usefixtures("paying")
-def test_units_follow_the_magnitudes_of_each_head() -> None:
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matches_the_oracle_forward_and_backward(case: Case, kernels: str) -> None:
+    assert_matches_the_oracle(suited(case, kernels), kernels)
+
+
+@pytest.mark.skipif(not HAS_SM90, reason="needs a GPU of compute capability 9.0, and Gluon")
+@pytest.mark.parametrize("kernels", [variants.MEDIUM_PAIRS], indirect=True)
+@pytest.mark.parametrize("case", MORE_CASES, ids=str)
+def test_what_tma_loads_matches_the_oracle(case: Case, kernels: str) -> None:
+    assert_matches_the_oracle(case, kernels)
+
+
+def test_units_follow_the_magnitudes_of_each_head(kernels: str) -> None:
     """Heads of very different magnitudes, one of zeros, and gradients that fp16 does not hold."""
-    case = Case("magnitudes", (5, 7), 3, heads=3, kv_heads=3, batch=1)
+    case = suited(Case("magnitudes", (5, 7), 3, heads=3, kv_heads=3, batch=1), kernels)
     inputs = {name: t.detach() for name, t in make_inputs(case, DEVICE).items()}
     factors = torch.tensor([1e-20, 0.0, 1e20], device=DEVICE)[:, None]
     inputs["key"] *= 1 / factors.clamp(1e-20) * (factors > 0)
@@ -71,7 +104,7 @@ def test_units_follow_the_magnitudes_of_each_head() -> None:
     inputs["value"] *= factors
     leaves = {name: t.requires_grad_() for name, t in inputs.items()}
     wide = {name: t.detach().double().requires_grad_() for name, t in leaves.items()}
-    grad = torch.randn(1, 5, 7, 3, 16, device=DEVICE) * 1e-12
+    grad = torch.randn_like(inputs["query"]) * 1e-12
 
     def results(tensors: dict[str, Tensor], impl: Impl) -> tuple[Tensor, ...]:
         out = neighborhood_attention(**arguments(case, tensors), impl=impl)
@@ -82,19 +115,18 @@ def test_units_follow_the_magnitudes_of_each_head() -> None:
             assert error(actual[..., head, :], expected[..., head, :]) < 2e-6
 
 
-@pytest.mark.usefixtures("paying")
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # to inf in fp16, which is split anew
 @pytest.mark.parametrize("name", ["key", "value", "query", "grad_out"])
 @pytest.mark.parametrize("token", [0, 7])
 def test_a_token_much_larger_than_others_costs_these_no_precision(
-    token: int, name: str, monkeypatch: pytest.MonkeyPatch
+    token: int, name: str, kernels: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The launches that split sample every tenth token; the split with the sample's factor does not hold token 7."""
     monkeypatch.setattr(pairs, "BLOCK_ELEMENTS", 64)
     monkeypatch.setattr(pairs, "PROGRAMS", 8)
-    case = Case("outlier", (40,), 5, batch=1, kv_heads=1)
+    case = suited(Case("outlier", (40,), 5, batch=1, kv_heads=1), kernels)
     inputs = {n: t.detach() for n, t in make_inputs(case, DEVICE).items()}
-    tensors = inputs | {"grad_out": torch.randn(1, 40, 2, 16, device=DEVICE)}
+    tensors = inputs | {"grad_out": torch.randn_like(inputs["query"])}
     tensors[name][0, token] *= 2.0**13
 
     def results(dtype: torch.dtype, impl: Impl) -> list[Tensor]:
@@ -108,12 +140,11 @@ def test_a_token_much_larger_than_others_costs_these_no_precision(
         assert error(actual[:, :16], expected[:, :16]) < 2e-3  # scores of 10^4, in whose gradients nearly all cancels
 
 
-@pytest.mark.usefixtures("paying")
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's NumPy
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", ["key", "value"])
-def test_what_is_not_finite_stays_in_its_windows(name: str, value: float) -> None:
-    case = Case("nan", (9, 12), 3)
+def test_what_is_not_finite_stays_in_its_windows(name: str, value: float, kernels: str) -> None:
+    case = suited(Case("nan", (9, 12), 3), kernels)
     inputs = {n: t.detach() for n, t in make_inputs(case, DEVICE).items()}
     clean = neighborhood_attention(**arguments(case, inputs), impl="fused")
     inputs[name][0, 4, 5] = value
@@ -124,19 +155,17 @@ def test_what_is_not_finite_stays_in_its_windows(name: str, value: float) -> Non
     torch.testing.assert_close(dirty[~seen], clean[~seen], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.usefixtures("paying")
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's NumPy
 @pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning")
-def test_nan_reaches_no_other_image_and_no_other_head() -> None:
-    case = Case("text", (9,), 3, heads=4, sink="learned")
+def test_nan_reaches_no_other_image_and_no_other_head(kernels: str) -> None:
+    case = suited(Case("text", (9,), 3, heads=4, sink="learned"), kernels)
     assert_nan_stays(case, make_inputs(case, DEVICE))
 
 
-@pytest.mark.usefixtures("paying")
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # to -inf, whose weight is 0
 @pytest.mark.parametrize("exponent", [32, 112])
-def test_scores_may_be_as_large_as_fp32_holds(exponent: int) -> None:
-    case = Case("2d", (5, 6), 3, heads=4)
+def test_scores_may_be_as_large_as_fp32_holds(exponent: int, kernels: str) -> None:
+    case = suited(Case("2d", (5, 6), 3, heads=4), kernels)
     inputs = enlarge({name: t.detach() for name, t in make_inputs(case, DEVICE).items()}, exponent)
     expected = oracle(case, {name: t.requires_grad_() for name, t in inputs.items()})
     with torch.no_grad():

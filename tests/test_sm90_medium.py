@@ -324,7 +324,8 @@ def test_tiles_and_chunks_stay_inside_an_image(problem: Problem) -> None:
         if problem.query.shape[0] == 1:
             continue  # TMA neither reads nor writes behind the last frame of the only image
         assert problem.lengths[0] % config.tile[0] == 0
-        assert prod(config.chunk) == (32 if bounds is window_bounds and problem.query.shape[-1] == 128 else 64)
+        assert prod(config.chunk) in (32, 64, 128)
+        assert prod(config.chunk) % config.slice == 0
         assert sum(config.columns) >= problem.query.shape[-1]
         length, kernel, stride, causal = problem.axes[0]
         first = torch.arange(0, length, config.tile[0])
@@ -361,8 +362,21 @@ def test_windows_between_small_and_large_take_it(monkeypatch: pytest.MonkeyPatch
     problem = lumina(monkeypatch)
     assert names(problem) == [variants.MEDIUM] * 3
     choice = dispatch.choose("forward", Question(problem))
-    assert choice.plan == MediumTileConfig((1, 8, 8), (1, 8, 8), 1, (64, 32), 2, 168, 0)
+    assert choice.plan == MediumTileConfig((1, 8, 8), (1, 8, 8), 64, 1, (64, 32), 2, 168, False, 0)
     assert [name for name, _ in choice.passed_over] == [variants.ROLLING, variants.TILES]
+
+
+def test_chunks_are_longer_where_that_adds_hardly_any_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    def chunk(kernel_size: int, **changes: Any) -> int:
+        layout = contiguous((8, 128, 128, 8, 64))
+        image = {"query": layout, "key": layout, "value": layout, "kernel_size": (kernel_size,) * 2}
+        config = medium_tiling.forward_tile_config(problem_of_image(monkeypatch, **{**image, **changes}))
+        assert config is not None
+        return prod(config.chunk)
+
+    assert chunk(21) == 128
+    assert chunk(15) == 64  # a fifth more scores
+    assert chunk(21, key_mask=contiguous((8, 128, 128, 1, 1))) == 64
 
 
 def with_registers(registers: int, heads: int, dim: int, images: int = 8) -> dict[str, Layout]:

@@ -327,7 +327,8 @@ def medium_dkv_kernel(
     Delta, Lse, KeyMask, Rpb, k0_desc, k1_desc, k2_desc, v0_desc, v1_desc, v2_desc, dk0_desc, dk1_desc, dk2_desc,
     dv0_desc, dv1_desc, dv2_desc, q0_desc, q1_desc, q2_desc, do0_desc, do1_desc, do2_desc,
     mask_strides, axes, key_length, tiles, frames, group, kv_heads, scale,
-    SPEC: gl.constexpr, CHUNK: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr, SIDE: gl.constexpr,
+    SPEC: gl.constexpr, CHUNK: gl.constexpr, SLICE: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr,
+    SIDE: gl.constexpr,
 ):  # fmt: skip
     """dK and dV of one tile of keys; the grid is (tiles * KV heads, batch).
 
@@ -340,7 +341,6 @@ def medium_dkv_kernel(
     TILE: gl.constexpr = SPEC.tile
     RANK: gl.constexpr = SPEC.rank
     N: gl.constexpr = CHUNK[0] * CHUNK[1] * CHUNK[2]
-    SLICE: gl.constexpr = min(N, 32)
     ROW: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, SLICE, 16]))
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     k_descs, v_descs = present_descriptors(k0_desc, k1_desc, k2_desc), present_descriptors(v0_desc, v1_desc, v2_desc)
@@ -477,6 +477,6 @@ def key_call(config: MediumTileConfig, p: Problem, grad_out: Layout) -> Call:
             *boxes_of_rows(config, p, p.key, p.value, out, out),
             *boxes_of_chunks(config, p, p.query, grad_out),
         ],
-        SPEC=spec_of(config, p), CHUNK=config.chunk, COLUMNS=config.columns, STAGES=config.stages, SIDE=config.side,
-        num_warps=WARPS, maxnreg=config.maxnreg,
+        SPEC=spec_of(config, p), CHUNK=config.chunk, SLICE=config.slice, COLUMNS=config.columns, STAGES=config.stages,
+        SIDE=config.side, num_warps=WARPS, maxnreg=config.maxnreg,
     )  # fmt: skip

@@ -9,9 +9,11 @@ from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
+import torch
+
 from ...geometry import query_bounds, window_bounds
 from ..host.problem import Problem, three_axes
-from ..host.tiling import Axis, Bounds, Box, boxes, executed, head_width
+from ..host.tiling import Axis, Bounds, Box, Kind, boxes, executed, head_width
 from .large_tiling import ends_inside
 from .small_tiling import Spec, most_packed
 
@@ -25,6 +27,10 @@ STAGES = 2
 # 4x4 tiles, 16.66 of 8x8 and 17.53 of 16x16; dQ 19.7, 18.8, 18.6 and 19.1. Images of 256x4096 tokens with 21x21 windows
 # take 5.1 ms line by line and 5.6 in columns.
 LINES_BYTES, SIDE = 28 * 2**20, 8
+# How many times as many scores longer chunks may have (``longer_size``). Milliseconds on an H200 with 64 and 128 keys a
+# chunk, 64 channels: 21x21 0.604 and 0.581 (1.02 times as many), 11x11x11 1.93 and 1.86 (1.03), 5x15x15 0.875 and 0.821
+# (1.04), 4x7x7 causal in time 0.705 and 0.714 (1.13), 3x5x5 0.163 and 0.192 (1.36).
+LONGER_SCORES = 1.05
 # Most parts into which the columns of a head are divided, and most columns.
 COLUMN_PARTS, MOST_COLUMNS = 3, 128
 
@@ -36,6 +42,8 @@ class MediumTileConfig(NamedTuple):
     """positions of a program"""
     chunk: Box
     """positions that are loaded, and whose scores are computed, at a time"""
+    slice: int
+    """positions of a chunk whose scores are computed at a time"""
     pack: int
     """query heads of a program"""
     columns: tuple[int, ...]
@@ -43,20 +51,69 @@ class MediumTileConfig(NamedTuple):
     stages: int
     """chunks that shared memory holds at a time"""
     maxnreg: int
+    held: bool
+    """whether kernels of pairs keep the rows of a tile in hardware registers"""
     side: int
     """tiles of a column in height and width (``small_tiles.tile_of_column``); 0 for tiles line by line"""
 
 
+class Size(NamedTuple):
+    """Size of a program, before the boxes of its tile and chunk are chosen; fields as in :class:`MediumTileConfig`."""
+
+    keys: int
+    """positions of a chunk"""
+    slice: int
+    maxnreg: int
+    held: bool = False
+
+
+def size_of(kind: Kind, problem: Problem) -> Size:
+    """The size that was fastest for problems like this one (H200, Triton 3.6; ``docs/profiles.md`` has the tables)."""
+    width = sum(columns_of(problem))
+    if problem.dtype == torch.float32:
+        return _size_of_pairs(kind, problem.query.shape[-1])
+    if kind == "backward_key":  # two accumulators take most registers
+        if width > 64:
+            return Size(64, 64 if width <= 96 else 32, 248)
+        # Three programs share a multiprocessor with up to 168, four with up to 128, which biases miss.
+        return Size(64, 32, 128 if width <= 32 and not problem.has_bias else 168)
+    if kind == "forward":
+        keys = 64 if width <= 112 else 32
+    else:
+        keys = 32 if width == 80 or width > 96 else 64
+    return Size(keys, keys, _maxnreg(kind, problem, width))
+
+
+def _size_of_pairs(kind: Kind, dim: int) -> Size:
+    if kind == "forward":
+        return Size(64, 64, 128 if dim <= 32 else 168, held=True)
+    if kind == "backward_query":
+        return Size(64, 64, 128) if dim <= 32 else Size(32, 32, 168, held=True)
+    return Size(64, 64, 248, held=dim <= 32)
+
+
+def longer_size(kind: Kind, problem: Problem) -> Size | None:
+    """A size with longer chunks, which is faster if it computes hardly more scores (``LONGER_SCORES``), or None.
+
+    What a chunk costs besides its scores, two fifths of the instructions, is shared by twice as many.
+    """
+    p = problem
+    if kind != "forward" or p.rank == 1 or columns_of(p) != (64,):
+        return None
+    takes_more = (
+        p.registers or p.key_mask is not None or p.has_bias or p.key_lengths is not None or any(p.periodic_axes)
+    )
+    return None if takes_more else Size(128, 128, 168)
+
+
 def forward_tile_config(problem: Problem, pack: int | None = None) -> MediumTileConfig | None:
     """The configuration of the forward pass; None if no tile suits the problem."""
-    keys = 64 if _width(problem) <= 112 else 32
-    return _tile_config(problem, problem.axes, pack, windows_on(problem.key_lengths), keys, _maxnreg(problem))
+    return _tile_config("forward", problem, problem.axes, pack, windows_on(problem.key_lengths))
 
 
 def dq_tile_config(problem: Problem, pack: int | None = None) -> MediumTileConfig | None:
     """The configuration for gradients of queries."""
-    keys = 64 if _width(problem) <= 96 else 32
-    return _tile_config(problem, problem.axes, pack, windows_on(problem.key_lengths), keys, _maxnreg(problem))
+    return _tile_config("backward_query", problem, problem.axes, pack, windows_on(problem.key_lengths))
 
 
 def dkv_tile_config(problem: Problem) -> MediumTileConfig | None:
@@ -66,9 +123,9 @@ def dkv_tile_config(problem: Problem) -> MediumTileConfig | None:
     """
     keys = problem.key_lengths
     if keys is None:
-        return _tile_config(problem, problem.axes, 1, (query_bounds,) * 3, 64, 248)
+        return _tile_config("backward_key", problem, problem.axes, 1, (query_bounds,) * 3)
     axes = tuple((n, *axis[1:]) for n, axis in zip(keys, problem.axes, strict=True))
-    return _tile_config(problem, axes, 1, queries_on(problem.lengths), 64, 248)
+    return _tile_config("backward_key", problem, axes, 1, queries_on(problem.lengths))
 
 
 @lru_cache
@@ -95,17 +152,21 @@ def queries_on(lengths: Box) -> tuple[Bounds, Bounds, Bounds]:
     return t, h, w
 
 
-def _maxnreg(problem: Problem) -> int:
+def _maxnreg(kind: Kind, problem: Problem, width: int) -> int:
     """Hardware registers of a thread of the kernels whose rows are queries.
 
     Up to 128, four programs share a multiprocessor where shared memory has room for them: with up to 64 columns. With
     register tokens or a mask ptxas would take more there, although those that it may not take are hardly missed. With
     biases they are: in heads of 64 channels dQ takes 0.163 ms with 168 on an H200 and 0.231 with 128 (13x13 windows),
-    in heads of 32 channels 0.241 and 0.225 (7x7). Keys on another grid take more anyway.
+    in heads of 32 channels 0.241 and 0.225 (7x7). Keys on another grid take more anyway. Up to 96, five programs do:
+    the forward pass of 32 channels and 7x11 windows takes 0.468 ms with 128 and 0.444 with 96.
     """
+    if problem.key_lengths is not None:
+        return 168
+    if kind == "forward" and width <= 32:
+        return 128 if problem.has_bias else 96
     takes_more = problem.registers or problem.key_mask is not None or problem.has_bias
-    most = 0 if problem.key_lengths is not None else 32 if problem.has_bias else 64
-    return 128 if takes_more and _width(problem) <= most else 168
+    return 128 if takes_more and width <= (32 if problem.has_bias else 64) else 168
 
 
 def bytes_of_lines(problem: Problem) -> int:
@@ -115,12 +176,12 @@ def bytes_of_lines(problem: Problem) -> int:
     return 2 * keys * p.kv_heads * p.query.shape[-1] * p.dtype.itemsize
 
 
-def _width(problem: Problem) -> int:
-    return sum(columns_of(problem))
-
-
 def columns_of(problem: Problem) -> tuple[int, ...]:
-    """Columns that hold a head, as at most three powers of two, the largest first: 80 = 64 + 16."""
+    """Columns that hold a head, as at most three powers of two, the largest first: 80 = 64 + 16. Pairs have twice a
+    head's.
+    """
+    if problem.dtype == torch.float32:
+        return problem.query.shape[-1], problem.query.shape[-1]
     rest, parts = -(-problem.query.shape[-1] // 16) * 16, []
     while rest:
         parts.append(1 << (rest.bit_length() - 1))
@@ -129,43 +190,51 @@ def columns_of(problem: Problem) -> tuple[int, ...]:
 
 
 def _tile_config(
-    problem: Problem, axes: tuple[Axis, ...], pack: int | None, bounds: tuple[Bounds, ...], keys: int, maxnreg: int
+    kind: Kind, problem: Problem, axes: tuple[Axis, ...], pack: int | None, bounds: tuple[Bounds, ...]
 ) -> MediumTileConfig | None:
-    """The best tile with chunks of ``keys``, and ``pack`` heads a program: by default one, or as many as share keys.
+    """The best tile with ``pack`` heads a program: by default one, or as many as share keys.
 
     These share what a program loads, but a tile has fewer positions, which share fewer keys.
     """
     packs = tuple(sorted({1, most_packed(problem)})) if pack is None else (pack,)
-    best = best_tile(axes, packs, keys, bounds, problem.query.shape[0])
+    size, longer = size_of(kind, problem), longer_size(kind, problem)
+    best = best_tile(axes, packs, size.keys, bounds, problem.query.shape[0])
+    if longer is not None and best is not None:
+        other = best_tile(axes, packs, longer.keys, bounds, problem.query.shape[0])
+        if other is not None and other.scores <= LONGER_SCORES * best.scores:
+            size, best = longer, other
     if best is None:
         return None
-    pack, tile, chunk = best
     side = SIDE if problem.rank == 3 and bytes_of_lines(problem) > LINES_BYTES else 0
-    return MediumTileConfig(tile, chunk, pack, columns_of(problem), STAGES, maxnreg, side)
+    return MediumTileConfig(
+        best.tile, best.chunk, size.slice, best.pack, columns_of(problem), STAGES, size.maxnreg, size.held, side
+    )
+
+
+class Tiles(NamedTuple):
+    scores: int
+    """how many are computed for one head"""
+    pack: int
+    tile: Box
+    chunk: Box
 
 
 @lru_cache(maxsize=1024)
 def best_tile(
     axes: tuple[Axis, ...], packs: tuple[int, ...], columns: int, bounds: tuple[Bounds, ...], batch: int
-) -> tuple[int, Box, Box] | None:
-    """Packed heads, tile and chunk for which the fewest scores are computed, or None if there are none.
+) -> Tiles | None:
+    """The tiles for which the fewest scores are computed, or None if there are none.
 
     Where TMA reads and writes, the frames of one image follow those of another, so in a batch of several neither tiles
     nor chunks reach past the last frame of an image.
     """
     lengths = axes[0][0], axes[1][0], axes[2][0]
-
-    def cost(choice: tuple[int, Box, Box]) -> tuple[int, int, int]:
-        _, tile, chunk = choice
-        scores = prod(executed(*sides) for sides in zip(axes, tile, chunk, bounds, strict=True))
-        return scores, -tile[2], -chunk[2]
-
-    choices = [
-        (pack, tile, chunk)
+    choices = (
+        Tiles(prod(executed(*sides) for sides in zip(axes, tile, chunk, bounds, strict=True)), pack, tile, chunk)
         for pack in packs for tile in boxes(ROWS // pack, lengths) for chunk in boxes(columns, lengths)
         if batch == 1 or (lengths[0] % tile[0] == 0 and ends_inside(axes[0], tile[0], chunk[0], bounds[0]))
-    ]  # fmt: skip
-    return min(choices, key=cost, default=None)
+    )  # fmt: skip
+    return min(choices, key=lambda tiles: (tiles.scores, -tiles.tile[2], -tiles.chunk[2]), default=None)
 
 
 def spec_of(config: MediumTileConfig, problem: Problem, with_stats: bool = False) -> Spec:

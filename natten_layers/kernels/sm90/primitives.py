@@ -131,12 +131,19 @@ def row_sinks(Sink, head, sink, SINK: gl.constexpr):
     return row_sink
 
 
+@gluon.constexpr_function
+def scores_layout(columns):
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
+
+
 @gluon.jit
 def start_product(b_rows, b_columns, b_acc):
-    """Start ``[M, D]`` times the transpose of ``[N, D]``, both in shared memory, added to ``b_acc`` if it is given."""
+    """Start ``[M, D]``, in shared memory or in registers, times the transpose of ``[N, D]``, in shared memory, added to
+    ``b_acc`` if it is given.
+    """
     M: gl.constexpr = b_rows.shape[0]
     N: gl.constexpr = b_columns.shape[0]
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+    SCORES: gl.constexpr = scores_layout(N)
     if b_acc is None:
         b_zero = gl.zeros([M, N], gl.float32, SCORES)
         b_product = warpgroup_mma(b_rows, b_columns.permute((1, 0)), b_zero, use_acc=False, is_async=True)

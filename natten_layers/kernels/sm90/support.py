@@ -8,7 +8,7 @@ from math import prod
 
 import torch
 
-from ..host.problem import Layout, contiguous, strides
+from ..host.problem import Layout, Problem, contiguous, strides
 from ..host.variant import Option, Question, option_gap
 from . import small_tiling
 from .available import gluon_gap
@@ -16,16 +16,21 @@ from .available import gluon_gap
 GLUON_GAP = gluon_gap()
 
 
-def sm90_gap(question: Question, *takes: Option) -> str | None:
-    """Why kernels for compute capability 9.0 that take these options cannot compute a call, or None."""
-    p = question.problem
+def device_gap(p: Problem) -> str | None:
+    """Why kernels for compute capability 9.0 cannot compute anything here, or None."""
     if p.device.type != "cuda":
         return f"it is for CUDA devices, the tensors are on {p.device}"
     capability = torch.cuda.get_device_capability(p.device)
     if capability != (9, 0):
         return f"it is for compute capability 9.0, the device has {capability[0]}.{capability[1]}"
-    if GLUON_GAP is not None:
-        return GLUON_GAP
+    return GLUON_GAP
+
+
+def sm90_gap(question: Question, *takes: Option) -> str | None:
+    """Why kernels for compute capability 9.0 that take these options cannot compute a call, or None."""
+    p = question.problem
+    if (reason := device_gap(p)) is not None:
+        return reason
     if p.dtype not in (torch.float16, torch.bfloat16):
         return f"it takes float16 and bfloat16, not {p.dtype}"
     head_dim, value_dim = p.query.shape[-1], p.value.shape[-1]
@@ -87,16 +92,24 @@ def rolling_gap(question: Question) -> str | None:
     return cut_gap(question) or undilated_gap(question, "registers", "packing")
 
 
-def classes_gap(question: Question, *takes: Option) -> str | None:
-    """Why kernels that compute each residue class of dilation like an image cannot compute a call, or None."""
-    p, reason = question.problem, sm90_gap(question, *takes)
-    if reason is not None or prod(p.dilation) == 1:
-        return reason
+def dilation_gap(p: Problem) -> str | None:
+    """Why residue classes of dilation are not images of equal sizes on two axes at most, or None."""
+    if prod(p.dilation) == 1:
+        return None
     if p.rank == 3:
         return f"it takes no dilation of three axes, but dilation is {p.dilation}"
     spatial = p.query.shape[1:-2]
     if any(n % d for n, d in zip(spatial, p.dilation, strict=True)):
         return f"dilation {p.dilation} does not divide the image of {tuple(spatial)} tokens"
+    return None
+
+
+def classes_gap(question: Question, *takes: Option) -> str | None:
+    """Why kernels that compute each residue class of dilation like an image cannot compute a call, or None."""
+    p = question.problem
+    reason = sm90_gap(question, *takes) or dilation_gap(p)
+    if reason is not None or prod(p.dilation) == 1:
+        return reason
     for name, tensor in _tensors(question):
         if not _is_contiguous_in_tokens(tensor):
             return f"tokens of {name} with strides {tuple(tensor.stride)} are not at equal distances in memory"

@@ -11,8 +11,20 @@ from ..host.problem import Problem
 from ..host.tiling import Kind, head_width
 from ..host.tuned import override_pack
 from ..host.variant import Question, Variant
+from ..portable import pair_variants
+from ..portable.pair_variants import pair_gap, pair_pays
 from . import large_tiling, medium_tiling, small_tiling
-from .support import GLUON_GAP, classes_gap, line_gap, register_gap, rolling_gap, tiles_gap, undilated_gap
+from .support import (
+    GLUON_GAP,
+    classes_gap,
+    device_gap,
+    dilation_gap,
+    line_gap,
+    register_gap,
+    rolling_gap,
+    tiles_gap,
+    undilated_gap,
+)
 
 if TYPE_CHECKING or GLUON_GAP is None:  # only a missing Gluon leaves these modules out; other import errors are raised
     from . import (
@@ -22,6 +34,8 @@ if TYPE_CHECKING or GLUON_GAP is None:  # only a missing Gluon leaves these modu
         large_registers,
         medium_backward,
         medium_forward,
+        medium_pair_gradients,
+        medium_pairs,
         small_dkv,
         small_dq,
         small_forward,
@@ -30,6 +44,8 @@ if TYPE_CHECKING or GLUON_GAP is None:  # only a missing Gluon leaves these modu
 
 LARGE, ROLLING, TILES = "sm90 large window", "sm90 small window, rolling", "sm90 small window"
 MEDIUM = "sm90 medium window"
+MEDIUM_PAIRS = f"{MEDIUM}, {pair_variants.PAIRS}"
+MEDIUM_PAIR_CHANNELS = (32, 64)
 
 # A window is large from this many key elements (keys times head dim) on: 256 keys of head dim 128, or 512 of 64.
 LARGE_KEY_ELEMENTS = 2**15
@@ -226,6 +242,11 @@ def _medium_gap(question: Question) -> str | None:
     if dim != value_dim or dim > medium_tiling.MOST_COLUMNS:
         most = medium_tiling.MOST_COLUMNS
         return f"it takes queries and values of equally many channels, up to {most}, not {dim} and {value_dim}"
+    return _frames_gap(p)
+
+
+def _frames_gap(p: Problem) -> str | None:
+    """Why tiles and chunks would reach into the next image, or None."""
     if p.query.shape[0] >= 2**16:
         return f"it takes fewer than {2**16} images, not {p.query.shape[0]}"
     if (p.periodic_axes[0] or (p.rank == 3 and p.key_lengths)) and p.query.shape[0] > 1:
@@ -233,6 +254,16 @@ def _medium_gap(question: Question) -> str | None:
         videos = p.query.shape[0]
         return f"it takes a periodic first axis of three, or another grid, for one video at a time, not for {videos}"
     return None
+
+
+def _medium_pairs_gap(question: Question) -> str | None:
+    p = question.problem
+    if (reason := device_gap(p) or pair_gap(question) or dilation_gap(p)) is not None:
+        return reason
+    dim, value_dim = p.query.shape[-1], p.value.shape[-1]
+    if dim != value_dim or dim not in MEDIUM_PAIR_CHANNELS:
+        return f"it takes queries and values of {MEDIUM_PAIR_CHANNELS} channels, not of {dim} and {value_dim}"
+    return _frames_gap(p)
 
 
 def _medium_pays(question: Question, kind: Kind) -> str | None:
@@ -441,5 +472,29 @@ MEDIUM_KEY_GRADIENTS = Variant(
     pays=lambda q: _medium_pays(q, "backward_key"),
     plan=_medium_key_plan,
     run=lambda *args: medium_backward.key_gradients(*args),
+    uses_tma=True,
+)
+MEDIUM_PAIR_FORWARD = Variant(
+    MEDIUM_PAIRS,
+    supports=_medium_pairs_gap,
+    pays=lambda q: pair_pays(q) or _pack_gap(q, "forward"),
+    plan=_medium_plan,
+    run=lambda *args: medium_pairs.forward(*args),
+    uses_tma=True,
+)
+MEDIUM_PAIR_QUERY_GRADIENT = Variant(
+    MEDIUM_PAIRS,
+    supports=_medium_pairs_gap,
+    pays=lambda q: pair_pays(q) or _pack_gap(q, "backward_query"),
+    plan=_medium_query_plan,
+    run=lambda *args: medium_pair_gradients.query_gradient(*args),
+    uses_tma=True,
+)
+MEDIUM_PAIR_KEY_GRADIENTS = Variant(
+    MEDIUM_PAIRS,
+    supports=_medium_pairs_gap,
+    pays=lambda q: pair_pays(q) or _pack_gap(q, "backward_key"),
+    plan=_medium_key_plan,
+    run=lambda *args: medium_pair_gradients.key_gradients(*args),
     uses_tma=True,
 )
