@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +18,7 @@ from .checks import (
     check_tensors,
 )
 from .eager import autocasts
-from .geometry import Window, is_per_axis, make_window
+from .geometry import Window, is_per_axis, longest_axis, make_window
 from .head_axes import Tensors, canonical_heads, expand_registers, has_one_head
 from .kernels.host.packing import Packing, packing_of
 from .kernels.host.problem import Inputs, Options
@@ -59,7 +58,7 @@ class Call(NamedTuple):
     def packing(self) -> Packing | None:
         """The samples of a packed batch. Their shapes are read from the host's memory."""
         shapes = self.inputs.shapes
-        return None if shapes is None else packing_of(shapes, self.inputs.query.shape[1])
+        return None if shapes is None else packing_of(shapes, self.inputs.query.shape[1], self.window)
 
     def why_not_fused(self, forward_mode: bool | None = None) -> str | None:
         """Why the fused kernels cannot compute the call; by default with tangents where a level of them is open."""
@@ -110,10 +109,7 @@ def prepare(
     factor, sink, sink_value = _scalars(query, scale, sink)
     mask = None if key_mask is None else check_key_mask(key_mask, key.shape[:-2], key.device)
     inputs = Inputs(query, key, value, register_keys, register_values, sink, mask)
-    w = accepted.window
-    periodic = w.is_periodic if any(w.is_periodic) else ()
-    options = Options(sink_value, w.kernel_size, w.stride, w.dilation, w.is_causal, factor, periodic)
-    return Call(inputs, options, w, head_shape)
+    return Call(inputs, _options(sink_value, accepted.window, factor), accepted.window, head_shape)
 
 
 def prepare_packed(
@@ -129,6 +125,7 @@ def prepare_packed(
     additional_keys: Tensor | None,
     additional_values: Tensor | None,
     sink: float | Tensor | None,
+    is_periodic: bool | Sequence[bool] = False,
     key_mask: Tensor | None = None,
 ) -> Call:
     """:func:`prepare` for a packed batch: ``query [N, Hq, D]`` and ``shapes [samples, rank]`` on the CPU."""
@@ -142,8 +139,7 @@ def prepare_packed(
             f"query has shape {tuple(query.shape)}; expected [N, heads, head_dim], the tokens of all samples"
         )
     samples, rank = shapes.shape
-    longest = (sys.maxsize,) * rank
-    window = make_window(longest, kernel_size, stride, dilation, is_causal)
+    window = make_window((longest_axis(dilation),) * rank, kernel_size, stride, dilation, is_causal, is_periodic)
     query, key, value = (t[None] for t in (query, key, value))
     check_qkv(query, key, value, 1, may_be_empty=2)
     if key.shape[1] != query.shape[1]:
@@ -156,11 +152,16 @@ def prepare_packed(
     if key_mask is not None:
         key_mask = check_key_mask(key_mask, key.shape[1:2], key.device)[None]
     inputs = Inputs(query, key, value, *registers, sink, key_mask, shapes)
-    options = Options(sink_value, window.kernel_size, window.stride, window.dilation, window.is_causal, factor)
-    call = Call(inputs, options, window, query.shape[-2:-1])
+    call = Call(inputs, _options(sink_value, window, factor), window, query.shape[-2:-1])
     if not torch.compiler.is_compiling():  # in a compiled graph the operator checks what the shapes are
         assert call.packing is not None
     return call
+
+
+def _options(sink_value: float | None, window: Window, scale: float) -> Options:
+    w = window
+    periodic = w.is_periodic if any(w.is_periodic) else ()
+    return Options(sink_value, w.kernel_size, w.stride, w.dilation, w.is_causal, scale, periodic)
 
 
 def as_autocast(

@@ -10,7 +10,6 @@ from typing import Any, Literal
 from torch import Tensor
 
 from .arguments import Axes, prepare, with_bias
-from .geometry import is_per_axis, normalise_axes
 from .kernels.ops import attention as attention_ops
 from .kernels.ops.define import is_forward_mode, is_tracked
 from .operations import Impl, why_eager
@@ -120,12 +119,11 @@ def explain(
             sink, is_periodic, key_mask,
         )  # fmt: skip
     else:
-        for name, given in (("rpb", rpb is not None), ("is_periodic", _is_any(is_periodic))):
-            if given:
-                raise ValueError(f"packed samples take no {name}")
+        if rpb is not None:
+            raise ValueError("packed samples take no rpb")
         call, _ = prepare_samples(
             query, key, value, shapes, cu_seqlens, kernel_size, stride, dilation, is_causal, scale, additional_keys,
-            additional_values, sink, key_mask,
+            additional_values, sink, is_periodic, key_mask,
         )  # fmt: skip
     call = with_bias(call, rpb)
     forward_mode = is_forward_mode() if forward_mode is None else forward_mode
@@ -141,7 +139,3 @@ def explain(
         for direction, x in choices.items()
     )
     return Explanation("fused", None, tuple(kernels))
-
-
-def _is_any(flags: bool | Sequence[bool]) -> bool:
-    return any(normalise_axes("is_periodic", flags, len(flags) if is_per_axis(flags) else 1, bool))

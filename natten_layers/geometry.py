@@ -17,10 +17,11 @@ axes have equal extents, so a query sees the keys around the one that its own ce
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from math import prod
+from math import lcm, prod
 from numbers import Integral, Real
 from typing import Any, TypeGuard, TypeVar
 
@@ -33,6 +34,7 @@ __all__ = [
     "class_length",
     "fitted",
     "is_per_axis",
+    "longest_axis",
     "make_window",
     "normalise_axes",
     "query_bounds",
@@ -160,6 +162,15 @@ def make_window(
                 "ring; use a dilation that does, or pad or crop the axis"
             )
     return window
+
+
+def longest_axis(dilation: object) -> int:
+    """The length of the longest axis of all that every dilation divides, as it must that of a ring.
+
+    For checks of windows before the length of an axis is known. What is no valid dilation is left to them.
+    """
+    multiple = lcm(*(d for d in (dilation if is_per_axis(dilation) else (dilation,)) if isinstance(d, int) and d > 0))
+    return sys.maxsize // multiple * multiple
 
 
 def fitted(shape: Sequence[int], window: Window) -> Window:

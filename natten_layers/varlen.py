@@ -34,6 +34,7 @@ def neighborhood_attention_varlen(
     stride: Axes = 1,
     dilation: Axes = 1,
     is_causal: bool | Sequence[bool] = False,
+    is_periodic: bool | Sequence[bool] = False,
     scale: float | Tensor | None = None,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
@@ -54,6 +55,7 @@ def neighborhood_attention_varlen(
     stride: Axes = 1,
     dilation: Axes = 1,
     is_causal: bool | Sequence[bool] = False,
+    is_periodic: bool | Sequence[bool] = False,
     scale: float | Tensor | None = None,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
@@ -73,6 +75,7 @@ def neighborhood_attention_varlen(
     stride: Axes = 1,
     dilation: Axes = 1,
     is_causal: bool | Sequence[bool] = False,
+    is_periodic: bool | Sequence[bool] = False,
     scale: float | Tensor | None = None,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
@@ -85,8 +88,8 @@ def neighborhood_attention_varlen(
 
     Sample ``i`` has ``prod(shapes[i])`` tokens, in raster order, right behind those of sample ``i - 1``. It is computed
     as if it were alone, with windows cut to it: on an axis of length ``L`` the kernel size is
-    ``min(kernel_size, L // dilation)``, but at least 1, and the stride at most that. Samples may be empty. No axis is
-    periodic.
+    ``min(kernel_size, L // dilation)``, but at least 1, and the stride at most that. Samples may be empty. A periodic
+    axis wraps at each sample's own length, which ``dilation`` must divide.
 
     The kernels need the shapes in the host's memory, where the number of programs is worked out. A list or a tensor on
     the CPU is there. One on a GPU is copied, which waits for the device, once for each tensor that is not changed in
@@ -102,7 +105,8 @@ def neighborhood_attention_varlen(
         key: ``[N, Hkv, D]``, ``Hq % Hkv == 0``.
         value: ``[N, Hkv, Dv]``.
         shapes: lengths of each sample's 1, 2 or 3 axes: a list of tuples, or an integer tensor ``[samples, axes]``.
-        kernel_size, stride, dilation, is_causal, scale, sink, return_lse, impl: see :func:`neighborhood_attention`.
+        kernel_size, stride, dilation, is_causal, is_periodic, scale, sink, return_lse, impl: see
+            :func:`neighborhood_attention`.
         cu_seqlens: instead of ``shapes`` on one axis, cumulative lengths: an integer tensor ``[samples + 1]`` that
             begins with 0, as other libraries have it.
         additional_keys: registers, ``[samples or 1, R, Hkv, D]``, visible to every query of their sample.
@@ -118,7 +122,7 @@ def neighborhood_attention_varlen(
     """
     call, offsets = prepare_samples(
         query, key, value, shapes, cu_seqlens, kernel_size, stride, dilation, is_causal, scale, additional_keys,
-        additional_values, sink, key_mask,
+        additional_values, sink, is_periodic, key_mask,
     )  # fmt: skip
     results = attend_with_lse(call, impl) if return_lse else (attend(call, impl),)
     if offsets is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from natten_layers import neighborhood_attention
+from natten_layers import neighborhood_attention, neighborhood_attention_varlen
 from natten_layers.eager import dense_attention_state
-from natten_layers.geometry import Window, make_window
+from natten_layers.geometry import Window, fitted, longest_axis, make_window
 from natten_layers.operations import Impl
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -49,17 +49,32 @@ class Case:
     """axes of keys, if queries lie on another grid"""
     has_bias: bool = False
     """Whether there are biases by the distance of query and key. The oracle does not know them, the eager path does."""
+    shapes: tuple[tuple[int, ...], ...] | None = None
+    """The samples of a packed batch. ``spatial`` is then empty, and ``batch`` counts for nothing."""
 
     @property
     def window(self) -> Window:
+        if self.shapes is None:
+            spatial = self.key_spatial or self.spatial
+        else:
+            spatial = (longest_axis(self.dilation),) * len(self.shapes[0])
         return make_window(
-            self.key_spatial or self.spatial,
+            spatial,
             self.kernel_size,
             self.stride,
             self.dilation,
             self.is_causal,
             self.is_periodic,
         )
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The shape of queries without heads and channels: batch and axes, or the length of all samples."""
+        return (self.batch, *self.spatial) if self.shapes is None else (sum(map(math.prod, self.shapes)),)
+
+    @property
+    def key_tokens(self) -> tuple[int, ...]:
+        return self.tokens if self.key_spatial is None else (self.batch, *self.key_spatial)
 
     def __str__(self) -> str:  # pytest's id
         return self.name
@@ -168,15 +183,15 @@ def make_inputs(case: Case, device: torch.device | str = "cpu", seed: int = 0) -
         values = torch.randn(shape, generator=generator, dtype=torch.float64)
         return values.to(case.dtype).to(device).requires_grad_()
 
-    tokens, key_tokens = (case.batch, *case.spatial), (case.batch, *(case.key_spatial or case.spatial))
     inputs = {
-        "query": draw(*tokens, case.heads, case.head_dim),
-        "key": draw(*key_tokens, case.kv_heads, case.head_dim),
-        "value": draw(*key_tokens, case.kv_heads, case.value_dim),
+        "query": draw(*case.tokens, case.heads, case.head_dim),
+        "key": draw(*case.key_tokens, case.kv_heads, case.head_dim),
+        "value": draw(*case.key_tokens, case.kv_heads, case.value_dim),
     }
     if case.registers:
-        inputs["additional_keys"] = draw(case.batch, case.registers, case.kv_heads, case.head_dim)
-        inputs["additional_values"] = draw(case.batch, case.registers, case.kv_heads, case.value_dim)
+        samples = case.batch if case.shapes is None else len(case.shapes)
+        inputs["additional_keys"] = draw(samples, case.registers, case.kv_heads, case.head_dim)
+        inputs["additional_values"] = draw(samples, case.registers, case.kv_heads, case.value_dim)
     if case.sink == "learned":
         # Logits near the lse of a few keys give the sink a visible share of the softmax. As a parameter it is in fp32.
         dtype = torch.promote_types(case.dtype, torch.float32)
@@ -252,41 +267,72 @@ def enlarge(inputs: Inputs, exponent: int) -> Inputs:
 
 
 def key_mask(case: Case, device: torch.device | str = "cpu") -> Tensor | None:
-    """The key mask of a case ``[batch, *axes of keys]``, drawn on the CPU."""
+    """The key mask of a case, drawn on the CPU: ``[batch, *axes of keys]``, or ``[N]`` of packed samples."""
     if case.seen is None:
         return None
     generator = torch.Generator().manual_seed(5)
-    return (torch.rand(case.batch, *(case.key_spatial or case.spatial), generator=generator) < case.seen).to(device)
+    return (torch.rand(case.key_tokens, generator=generator) < case.seen).to(device)
 
 
 def arguments(case: Case, inputs: Inputs) -> dict[str, Any]:
-    """The keyword arguments with which a case calls the public operation."""
-    return {
-        "query": inputs["query"],
-        "key": inputs["key"],
-        "value": inputs["value"],
-        "kernel_size": case.kernel_size,
-        "stride": case.stride,
-        "dilation": case.dilation,
-        "is_causal": case.is_causal,
-        "is_periodic": case.is_periodic,
-        "scale": case.scale,
-        "additional_keys": inputs.get("additional_keys"),
-        "additional_values": inputs.get("additional_values"),
-        "sink": 0.0 if case.sink == "zero" else inputs.get("sink"),
-        "key_mask": key_mask(case, inputs["query"].device),
-    } | ({"rpb": inputs["rpb"]} if "rpb" in inputs else {})
+    """The keyword arguments with which a case calls the public operation, ``operation(case)``."""
+    return (
+        {
+            "query": inputs["query"],
+            "key": inputs["key"],
+            "value": inputs["value"],
+            "kernel_size": case.kernel_size,
+            "stride": case.stride,
+            "dilation": case.dilation,
+            "is_causal": case.is_causal,
+            "is_periodic": case.is_periodic,
+            "scale": case.scale,
+            "additional_keys": inputs.get("additional_keys"),
+            "additional_values": inputs.get("additional_values"),
+            "sink": 0.0 if case.sink == "zero" else inputs.get("sink"),
+            "key_mask": key_mask(case, inputs["query"].device),
+        }
+        | ({"rpb": inputs["rpb"]} if "rpb" in inputs else {})
+        | ({} if case.shapes is None else {"shapes": case.shapes})
+    )
+
+
+def operation(case: Case) -> Callable[..., Any]:
+    return neighborhood_attention if case.shapes is None else neighborhood_attention_varlen
 
 
 def run(case: Case, inputs: Inputs, impl: Impl) -> Result:
     """Run the public operation with one implementation, and compute the gradient of every input."""
-    out, lse = neighborhood_attention(**arguments(case, inputs), return_lse=True, impl=impl)
+    out, lse = operation(case)(**arguments(case, inputs), return_lse=True, impl=impl)
     return _with_grads(out, lse, inputs)
 
 
 def oracle(case: Case, inputs: Inputs) -> Result:
-    """The definition with a dense mask, computed in fp64 on the CPU from the same (rounded) input values."""
+    """The definition with a dense mask, computed in fp64 on the CPU from the same (rounded) input values.
+
+    Of a packed batch it computes each sample alone.
+    """
     wide = {name: t.detach().cpu().double().requires_grad_() for name, t in inputs.items()}
+    mask = key_mask(case)
+    if case.shapes is None:
+        return _with_grads(*_defined(case, wide, case.window, mask), wide)
+    parts, start = [], 0
+    for i, shape in enumerate(case.shapes):
+        own = slice(start, start := start + math.prod(shape))
+        if own.start == own.stop:
+            continue
+        alone = {n: t[own].unflatten(0, shape)[None] for n, t in wide.items() if n in ("query", "key", "value")}
+        alone |= {n: t[i : i + 1] for n, t in wide.items() if n.startswith("additional")}
+        alone |= {n: t for n, t in wide.items() if n == "sink"}
+        visible = None if mask is None else mask[own].reshape(1, *shape)
+        state = _defined(case, alone, fitted(shape, case.window), visible)
+        parts.append([x.flatten(0, len(shape)) for x in state])
+    out, lse = map(torch.cat, zip(*parts, strict=True))
+    return _with_grads(out, lse, wide)
+
+
+def _defined(case: Case, wide: Inputs, window: Window, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The result and the log-sum-exp of attention, dense."""
     out, row_max, row_sum = dense_attention_state(
         wide["query"],
         wide["key"],
@@ -294,13 +340,12 @@ def oracle(case: Case, inputs: Inputs) -> Result:
         wide.get("additional_keys"),
         wide.get("additional_values"),
         0.0 if case.sink == "zero" else wide.get("sink"),
-        case.window,
+        window,
         case.head_dim**-0.5 if case.scale is None else case.scale,
-        key_mask=key_mask(case),
+        key_mask=mask,
     )
     nothing = row_sum == 0  # where a query sees nothing, lse is -inf and has no gradient
-    lse = (row_max + row_sum.masked_fill(nothing, 1.0).log()).masked_fill(nothing, -math.inf)
-    return _with_grads(out, lse, wide)
+    return out, (row_max + row_sum.masked_fill(nothing, 1.0).log()).masked_fill(nothing, -math.inf)
 
 
 def _with_grads(out: Tensor, lse: Tensor, inputs: Inputs) -> Result:

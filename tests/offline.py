@@ -58,13 +58,13 @@ def attend(
 
 def attend_packed(
     shapes: list[tuple[int, ...]], kernel_size: int, heads: int, dim: int, registers: int,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype = torch.bfloat16, **options: Any,
 ) -> None:  # fmt: skip
     tokens = sum(map(prod, shapes))
     q, k, v = (draw(tokens, h, dim, dtype=dtype) for h in (heads, 2, 2))
     extra = draw(len(shapes), registers, 2, dim, dtype=dtype) if registers else None
     out = neighborhood_attention_varlen(
-        q, k, v, shapes, kernel_size, additional_keys=extra, additional_values=extra, impl="fused"
+        q, k, v, shapes, kernel_size, additional_keys=extra, additional_values=extra, impl="fused", **options
     )
     torch.autograd.grad(out.float().sum(), [q, k, v] if extra is None else [q, k, v, extra])
 
@@ -247,7 +247,7 @@ def compile_portable(capability: int) -> None:
     attend_forward_mode((32, 32), 7, 8, 64, 5)
     attend_forward_mode((2048,), 1024, 8, 128, 40, is_causal=True)
     attend((2048,), 1024, 8, 128, 5, key_mask=torch.ones(1, 2048, dtype=torch.bool), is_causal=True)
-    attend_packed([(32, 32), (20, 48)], 7, 8, 64, 5)
+    attend_packed([(32, 32), (20, 48)], 7, 8, 64, 5, dilation=(1, 2), is_periodic=(False, True))
     attend((56, 56), 7, 4, 32, 0, has_bias=True, key_mask=torch.ones(1, 56, 56, dtype=torch.bool))
     check_loads()
     attend((128, 128), 7, 8, 64, 0, torch.float32)  # products of fp16 pairs

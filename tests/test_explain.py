@@ -134,6 +134,7 @@ KINDS: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
     "another grid": ((1, 6, 7), (1, 3, 9), {}),
     "packed": ((42,), (42,), {"shapes": [(6, 5), (3, 4)]}),
     "packed, masked": ((42,), (42,), {"shapes": torch.tensor([(7, 6)]), "key_mask": torch.arange(42) % 5 > 0}),
+    "packed, periodic": ((42,), (42,), {"shapes": [(6, 5), (3, 4)], "is_periodic": (False, True)}),
     "texts": ((42,), (42,), {"cu_seqlens": torch.tensor([0, 12, 42])}),
 }
 
@@ -174,7 +175,7 @@ def test_packed_samples_are_checked_like_those_of_the_operation() -> None:
     q = draw(42, 2, 16)
     for options, names in (
         ({"shapes": [(6, 5)]}, ("shapes", "30", "42")),
-        ({"shapes": [(6, 7)], "is_periodic": (False, True)}, ("is_periodic",)),
+        ({"shapes": [(6, 7)], "is_periodic": (False, True), "dilation": (1, 2)}, ("dilation 2", "sample 0", "width")),
         ({"shapes": [(6, 7)], "rpb": draw(2, 5, 5)}, ("rpb",)),
         ({"shapes": [(6, 7)], "cu_seqlens": torch.tensor([0, 42])}, ("shapes", "cu_seqlens")),
         ({"shapes": [(6, 7)], "key_mask": torch.ones(41, dtype=torch.bool)}, ("key_mask", "41", "42")),
@@ -257,6 +258,18 @@ def test_portable_kernels_alone_may_be_asked_for(
             {"shapes": ((16, 16),)},
             {},
             ["one axis only", "the call is small", "no packed batch", "one axis only"],
+        ),
+        (
+            problem_of_packed_images,
+            {"is_periodic": (False, True)},
+            {},
+            ["one axis only", "is_periodic is (False, True)", "no packed batch", "one axis only"],
+        ),
+        (
+            problem_of_packed_texts,
+            {"is_periodic": (True,), "is_causal": (False,)},
+            {},
+            ["only if they are causal"] * 2 + ["no packed batch", "is_periodic is (True,)"],
         ),
         (problem_of_text, {"capability": (8, 0)}, {}, ["the device has 8.0"] * 4),
         (problem_of_text, {"kernel_size": (1024,)}, {}, ["the window is large"] * 3 + ["the call is small"]),

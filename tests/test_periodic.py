@@ -9,7 +9,7 @@ import torch
 from helpers import Case, arguments, error, make_inputs, raises_naming, run
 from torch import Tensor
 
-from natten_layers import explain, neighborhood_attention
+from natten_layers import explain, neighborhood_attention, neighborhood_attention_varlen
 
 pytest.importorskip("triton")
 
@@ -124,6 +124,79 @@ def test_a_window_of_the_whole_ring_is_that_of_the_whole_axis() -> None:
         tensors, Options(None, *window, 1.0)
     )
     assert problem_of(tensors, Options(None, *window, 1.0, (True, True))).is_periodic == (False, True)
+
+
+RINGS = [(5,), (0,), (8,), (2,)]
+"""Three rings in one packed batch, and a sample without tokens."""
+
+
+@IMPLS
+def test_packed_rings_by_hand(impl: str) -> None:
+    """Each wraps at its own length, and on a ring of two tokens a window of three is cut to both."""
+    zero = torch.zeros(15, 1, 16, device=DEVICE)
+    own = torch.cat([torch.arange(n, device=DEVICE) for (n,) in RINGS])
+    value = (2.0**own)[:, None, None].expand(-1, 1, 16)
+    out = neighborhood_attention_varlen(zero, zero, value, RINGS, 3, is_periodic=True, impl=impl)  # type: ignore[arg-type]
+    counts = torch.tensor([3.0] * 13 + [2.0] * 2, device=DEVICE)
+    five = [bits(4, 0, 1), bits(0, 1, 2), bits(1, 2, 3), bits(2, 3, 4), bits(3, 4, 0)]
+    eight = [bits((i - 1) % 8, i, (i + 1) % 8) for i in range(8)]
+    assert (out[:, 0, 0] * counts).round().tolist() == five + eight + [bits(0, 1)] * 2
+
+
+def gradients(out: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+    """Of a loss for which all tokens matter differently."""
+    weights = torch.arange(out.numel(), device=DEVICE).reshape(out.shape) % 7 - 3.0
+    return [out.detach(), *torch.autograd.grad((out * weights).sum(), leaves)]
+
+
+def test_packed_rings_are_separate_calls_bit_for_bit() -> None:
+    """On the eager path, where they are these calls."""
+    torch.manual_seed(0)
+    shapes, options = [(4, 6), (3, 10)], {"stride": (1, 2), "dilation": (1, 2), "is_periodic": (False, True)}
+    leaves = [torch.randn(54, 2, 16, device=DEVICE, requires_grad=True) for _ in range(3)]
+    packed = gradients(neighborhood_attention_varlen(*leaves, shapes, (3, 3), **options, impl="eager"), leaves)  # type: ignore[call-overload]
+    parts = []
+    for shape, *qkv in zip(shapes, *(x.split([24, 30]) for x in leaves), strict=True):
+        parts.append(neighborhood_attention(*(x.view(1, *shape, 2, 16) for x in qkv), (3, 3), **options, impl="eager"))  # type: ignore[call-overload]
+    alone = gradients(torch.cat([x.flatten(0, 2) for x in parts]), leaves)
+    for found, expected in zip(packed, alone, strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_rolling_every_packed_ring_rolls_results_and_gradients() -> None:
+    """Each ring by another number of groups of queries."""
+    torch.manual_seed(0)
+    shapes, shifts = [(3, 8), (2, 12)], (4, 8)
+    leaves = [torch.randn(48, 2, 16, device=DEVICE, requires_grad=True) for _ in range(3)]
+    weights = torch.randn(48, 2, 16, device=DEVICE)
+
+    def roll(x: Tensor, axis: int = 1) -> Tensor:
+        parts = zip(x.detach().split([24, 24]), shapes, shifts, strict=True)
+        return torch.cat([part.unflatten(0, shape).roll(n, axis).flatten(0, 1) for part, shape, n in parts])
+
+    def results(tensors: list[Tensor], weights: Tensor) -> list[Tensor]:
+        inputs = [x.detach().requires_grad_() for x in tensors]
+        options = {"stride": (1, 2), "dilation": (1, 2), "is_periodic": (False, True), "impl": "fused"}
+        out = neighborhood_attention_varlen(*inputs, shapes, (2, 3), **options)  # type: ignore[call-overload]
+        return [out.detach(), *torch.autograd.grad((out * weights).sum(), inputs)]
+
+    plain = results(leaves, weights)
+    for found, expected in zip(results([roll(x) for x in leaves], roll(weights)), plain, strict=True):
+        assert error(found, roll(expected)) < 2e-6
+    lines = results([roll(x, 0) for x in leaves], roll(weights, 0))  # an axis that is no ring
+    assert error(lines[0], roll(plain[0], 0)) > 0.05
+
+
+def test_bad_packed_rings_are_named() -> None:
+    x = torch.randn(38, 2, 16, device=DEVICE)
+    shapes = [(4, 6), (0, 3), (2, 7)]
+    for impl in ("eager", "fused"):
+        with raises_naming("dilation 2", "length 7", "width axis of sample 2", "(2, 7)"):
+            neighborhood_attention_varlen(x, x, x, shapes, (1, 3), dilation=2, is_periodic=(False, True), impl=impl)  # type: ignore[arg-type]
+    with raises_naming("is_causal", "is_periodic", "width"):
+        neighborhood_attention_varlen(x, x, x, shapes, 3, is_causal=(False, True), is_periodic=True)
+    with raises_naming("is_periodic", "1 spatial axes"):
+        neighborhood_attention_varlen(x, x, x, [(38,)], 3, is_periodic=(False, True))
 
 
 def test_bad_rings_are_named() -> None:

@@ -25,8 +25,7 @@ from test_sm90_large import (
     needs_device,
     planned,
 )
-from test_varlen import Shapes, check, make_packed
-from test_varlen import run as packed_run
+from test_varlen import check
 from torch import Tensor
 
 pytest.importorskip("triton.experimental.gluon")
@@ -859,30 +858,28 @@ def test_nan_beside_masked_keys_reaches_only_the_queries_that_see_it(case: Case)
 
 # --- Packed images
 
-RAGGED: Shapes = [(37, 45), (1, 1), (3, 2), (64, 5), (0, 4), (1, 30), (20, 20), (6, 22)]
+RAGGED = ((37, 45), (1, 1), (3, 2), (64, 5), (0, 4), (1, 30), (20, 20), (6, 22))
 """Some are smaller than the window, and 22 and 30 are the lengths at which tiles of 8 keys start before the image."""
-PACKED_IMAGES: tuple[tuple[Case, Shapes], ...] = (
-    (Case("gqa-sink", (), 7, heads=8, kv_heads=2, head_dim=64, value_dim=64, sink="learned"), RAGGED),
-    (Case("narrow-registers", (), (7, 5), heads=4, kv_heads=4, head_dim=32, value_dim=32, registers=5, sink="zero"),
-     RAGGED),
-    (Case("padded-causal-axis", (), (7, 5), 1, 1, (False, True), 4, 4, 40, 40), RAGGED),
-    (Case("group-3-causal-axis", (), (5, 9), 1, 1, (True, False), 6, 2, 64, 64), [(33, 40), (9, 9), (2, 100)]),
-    (Case("wide-registers", (), 7, heads=8, kv_heads=2, head_dim=128, value_dim=128, registers=4, sink="learned"),
-     [(40, 30), (1, 1), (6, 50)]),
-    (Case("13x13", (), 13, heads=6, kv_heads=3, head_dim=64, value_dim=64), [(40, 48), (13, 13), (5, 60)]),
-    (Case("3d", (), 3, heads=4, kv_heads=2, head_dim=32, value_dim=32), [(8, 20, 20), (3, 2, 9), (1, 1, 1)]),
-    (Case("3d-causal", (), 3, 1, 1, (True, False, False), 4, 2, 64, 64), [(8, 9, 10), (1, 12, 12)]),
+PACKED_IMAGES = (
+    Case("gqa-sink", (), 7, heads=8, kv_heads=2, head_dim=64, value_dim=64, sink="learned", shapes=RAGGED),
+    Case("narrow-registers", (), (7, 5), heads=4, kv_heads=4, head_dim=32, value_dim=32, registers=5, sink="zero",
+         shapes=RAGGED),
+    Case("padded-causal-axis", (), (7, 5), 1, 1, (False, True), 4, 4, 40, 40, shapes=RAGGED),
+    Case("group-3-causal-axis", (), (5, 9), 1, 1, (True, False), 6, 2, 64, 64, shapes=((33, 40), (9, 9), (2, 100))),
+    Case("wide-registers", (), 7, heads=8, kv_heads=2, head_dim=128, value_dim=128, registers=4, sink="learned",
+         shapes=((40, 30), (1, 1), (6, 50))),
+    Case("13x13", (), 13, heads=6, kv_heads=3, head_dim=64, value_dim=64, shapes=((40, 48), (13, 13), (5, 60))),
+    Case("3d", (), 3, heads=4, kv_heads=2, head_dim=32, value_dim=32, shapes=((8, 20, 20), (3, 2, 9), (1, 1, 1))),
+    Case("3d-causal", (), 3, 1, 1, (True, False, False), 4, 2, 64, 64, shapes=((8, 9, 10), (1, 12, 12))),
 )  # fmt: skip
 
 
 @pytest.mark.gpu
 @needs_device
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("case", "shapes"), PACKED_IMAGES, ids=str)
-def test_packed_images_match_each_image_alone(
-    case: Case, shapes: Shapes, dtype: torch.dtype, taken: list[str]
-) -> None:  # fmt: skip
-    check(replace(case, dtype=dtype), shapes, "fused")
+@pytest.mark.parametrize("case", PACKED_IMAGES, ids=str)
+def test_packed_images_match_each_image_alone(case: Case, dtype: torch.dtype, taken: list[str]) -> None:
+    check(replace(case, dtype=dtype), "fused")
     assert "small_forward.forward" in taken
     if case.name in ("gqa-sink", "narrow-registers"):
         assert taken == ["small_forward.forward", "small_dq.query_gradient", "small_dkv.key_gradients"]
@@ -891,12 +888,12 @@ def test_packed_images_match_each_image_alone(
 @pytest.mark.gpu
 @needs_device
 def test_packed_images_are_read_from_views_of_a_fused_projection(taken: list[str]) -> None:
-    case, shapes = replace(PACKED_IMAGES[0][0], dtype=torch.bfloat16, sink="none"), RAGGED
-    inputs, _ = make_packed(case, shapes)
+    case = replace(PACKED_IMAGES[0], dtype=torch.bfloat16, sink="none")
+    inputs = make_inputs(case, "cuda")
     joined = torch.cat([x.detach() for x in inputs.values()], 1)
     views = joined.split((8, 2, 2), 1)
     strided = {name: x.requires_grad_() for name, x in zip(inputs, views, strict=True)}
-    expected, found = (packed_run(case, shapes, x, None, "fused").tensors() for x in (inputs, strided))
+    expected, found = (run(case, x, "fused").tensors() for x in (inputs, strided))
     assert len(taken) == 6
     for name, tensor in found.items():
         assert torch.equal(tensor, expected[name]), name
@@ -908,16 +905,16 @@ def test_packed_images_are_read_from_views_of_a_fused_projection(taken: list[str
 @pytest.mark.parametrize("name", ["query", "key", "value"])
 def test_what_is_not_finite_reaches_no_other_packed_image(name: str, value: float, taken: list[str]) -> None:
     """Nothing of other images changes, and of its own image only what sees it."""
-    case, shapes = replace(PACKED_IMAGES[0][0], dtype=torch.bfloat16), RAGGED
-    inputs, _ = make_packed(case, shapes)
-    clean = packed_run(case, shapes, inputs, None, "fused").tensors()
-    start = sum(map(prod, shapes[:6]))
-    own = torch.zeros(sum(map(prod, shapes)), dtype=torch.bool, device="cuda")
+    case = replace(PACKED_IMAGES[0], dtype=torch.bfloat16)
+    inputs = make_inputs(case, "cuda")
+    clean = run(case, inputs, "fused").tensors()
+    start = sum(map(prod, RAGGED[:6]))
+    own = torch.zeros(sum(map(prod, RAGGED)), dtype=torch.bool, device="cuda")
     own[start : start + 400] = True
     dirty = {n: x.detach().clone() for n, x in inputs.items()}
     dirty[name][start + 20 * 10 + 19] = value
     dirty = {n: x.requires_grad_() for n, x in dirty.items()}
-    found = packed_run(case, shapes, dirty, None, "fused").tensors()
+    found = run(case, dirty, "fused").tensors()
     for n in clean:
         if "sink" not in n:
             assert torch.equal(found[n][~own], clean[n][~own]), n

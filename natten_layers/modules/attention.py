@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from ..arguments import prepare, prepare_packed
 from ..cached import cached_attention
 from ..checks import check_dense, check_key_mask, check_scale
-from ..geometry import AXES, normalise_axes
+from ..geometry import AXES, longest_axis, normalise_axes
 from ..operations import neighborhood_attention
 from ..varlen import Shapes, packed_shapes
 from .base import check_count, check_probability
@@ -235,7 +234,7 @@ class NeighborhoodGQA(nn.Module):
             shapes: lengths of the axes of samples that are packed into ``x [N, embed_dim]``, see
                 :func:`natten_layers.neighborhood_attention_varlen`. ``mask`` is then ``[N]``, ``registers`` are
                 ``[samples, R, embed_dim]``, and a ``rope`` needs ``positions [N, ...]``. Not together with
-                ``registers_attend``, ``rel_pos_bias`` and periodic axes.
+                ``registers_attend`` and ``rel_pos_bias``.
 
         Returns:
             ``[B, *spatial, embed_dim]``, or ``[N, embed_dim]`` of packed samples. With ``registers_attend`` also the
@@ -304,9 +303,8 @@ class NeighborhoodGQA(nn.Module):
         """Attention of the tokens of packed samples, ``[N, Hq, D]``."""
         if x.ndim != 2 or x.shape[-1] != self.embed_dim:
             raise ValueError(f"x has shape {tuple(x.shape)}; expected [N, {self.embed_dim}] beside shapes")
-        periodic = any(self.is_periodic) if isinstance(self.is_periodic, tuple) else self.is_periodic
-        if self.registers_attend or self.rpb is not None or periodic:
-            raise ValueError("packed samples do not go with registers_attend, rel_pos_bias or is_periodic")
+        if self.registers_attend or self.rpb is not None:
+            raise ValueError("packed samples do not go with registers_attend or rel_pos_bias")
         positions = positions.tensor if isinstance(positions, Positions) else positions
         if (self.rope is None) != (positions is None):
             raise ValueError("packed samples need positions if the layer has a rope, and only then")
@@ -320,7 +318,7 @@ class NeighborhoodGQA(nn.Module):
             heads.key[0],
             heads.value[0],
             sizes,
-            (sys.maxsize,) * sizes.shape[1] if self.kernel_size is None else self.kernel_size,
+            longest_axis(1) if self.kernel_size is None else self.kernel_size,
             self.stride,
             self.dilation,
             self.is_causal,
@@ -328,6 +326,7 @@ class NeighborhoodGQA(nn.Module):
             None if extra is None else extra.key,
             None if extra is None else extra.value,
             self.sink,
+            self.is_periodic,
             mask,
         )
         return attend_with_qk_prep(call, norm, angles)

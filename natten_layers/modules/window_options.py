@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-import sys
 from collections.abc import Sequence
 from typing import TypeVar
 
-from ..geometry import is_per_axis, make_window, normalise_axes
+from ..geometry import is_per_axis, longest_axis, make_window, normalise_axes
 
 __all__ = ["all_one", "check_ranks", "check_window", "plain"]
 
@@ -43,9 +41,7 @@ def check_window(
     """Raise in the constructor for window options that no input could fit, instead of at the first call."""
     options = stride, dilation, is_causal, is_periodic
     rank = next((len(a) for a in (kernel_size, *options) if isinstance(a, tuple)), 1)
-    # The longest axis of all, but one that every dilation divides, as it does that of a periodic axis.
-    multiple = math.lcm(*(d for d in (dilation if isinstance(dilation, tuple) else (dilation,)) if d > 0))
-    longest = sys.maxsize // multiple * multiple
+    longest = longest_axis(dilation)
     make_window((longest,) * rank, longest if kernel_size is None else kernel_size, *options)
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...geometry import Window, fitted, window_bounds
+from ...geometry import AXES, Window, fitted, window_bounds
 
 __all__ = [
     "FIELDS",
@@ -62,17 +62,32 @@ class Packing:
 _packing = lru_cache(maxsize=256)(Packing)
 
 
-def packing_of(shapes: Tensor, tokens: int) -> Packing:
+def packing_of(shapes: Tensor, tokens: int, window: Window) -> Packing:
     """The packing of ``tokens`` tokens that ``shapes [samples, rank]`` on the CPU describes.
 
     Raises:
-        ValueError: a length is negative, or the samples do not have as many tokens.
+        ValueError: a length is negative, the samples do not have as many tokens, or the window, which is not cut to
+            samples yet, has a dilation that does not divide a sample's periodic axis.
     """
     make = Packing if torch.compiler.is_compiling() else _packing  # a compiler warns of caches
     packing = make(tuple(map(tuple, shapes.tolist())), shapes.shape[1])
     if packing.tokens != tokens:
         raise ValueError(f"shapes add up to {packing.tokens} tokens, but query has {tokens}: {packing.shapes!r:.200}")
+    _check_rings(packing, window)
     return packing
+
+
+def _check_rings(packing: Packing, window: Window) -> None:
+    for axis, (d, periodic) in enumerate(zip(window.dilation, window.is_periodic, strict=True)):
+        if not periodic or d == 1:
+            continue
+        for i, (shape, size) in enumerate(zip(packing.shapes, packing.sizes, strict=True)):
+            if size and shape[axis] % d:
+                raise ValueError(
+                    f"dilation {d} does not divide the length {shape[axis]} of the {AXES[packing.rank][axis]} axis of "
+                    f"sample {i} with the shape {shape}, which is_periodic closes to a ring; use a dilation that does, "
+                    "or pad or crop the sample"
+                )
 
 
 class SampleTables(NamedTuple):

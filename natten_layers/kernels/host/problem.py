@@ -153,6 +153,12 @@ class Options(NamedTuple):
     is_periodic: Sequence[bool] = ()
     """Empty if no axis is periodic."""
 
+    @property
+    def window(self) -> Window:
+        kernel_size, stride, dilation = map(tuple, (self.kernel_size, self.stride, self.dilation))
+        is_periodic = tuple(self.is_periodic) or (False,) * len(kernel_size)
+        return Window(kernel_size, stride, dilation, tuple(self.is_causal), is_periodic)
+
 
 class Cotangents(NamedTuple):
     """What the backward pass takes beside the forward pass's arguments: its results, and their gradients."""
@@ -450,7 +456,9 @@ def problem_of(inputs: Inputs, options: Options) -> Problem:
     query, key, value, additional_keys, additional_values, sink, key_mask, shapes, rpb = inputs
     sink_value, kernel_size, stride, dilation, is_causal, scale, is_periodic = options
     rings: tuple[bool, ...] = ()
-    if is_periodic:
+    if is_periodic and shapes is not None:
+        rings = tuple(is_periodic)
+    elif is_periodic:
         axes = zip(is_periodic, kernel_size, dilation, key.shape[1:-2], strict=True)
         # With a bias the way around a whole ring matters.
         rings = tuple([periodic and (k * d != length or rpb is not None) for periodic, k, d, length in axes])
@@ -462,6 +470,6 @@ def problem_of(inputs: Inputs, options: Options) -> Problem:
         sink_kind(sink, sink_value), rpb is not None or scales_first(scale), precision(query.dtype),
         rings if any(rings) else (),
         None if key_mask is None else layout(key_mask[..., None, None]),
-        None if shapes is None else packing_of(shapes, query.shape[1]),
+        None if shapes is None else packing_of(shapes, query.shape[1], options.window),
         rpb is not None,
     )  # fmt: skip

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ...geometry import Window, fitted, visible_pairs
+from ...geometry import fitted, visible_pairs
 from ..host.packing import packing_of
 from ..host.problem import Cotangents, Inputs, Options, SavedResults, Tangents, problem_of
 from .define import (
@@ -268,17 +268,11 @@ def forward_flop(inputs: Inputs, options: Options, *_: Any) -> int:
     """Useful floating-point operations: ``2 (D + Dv)`` per visible pair of a query and a key or register."""
     query, value = inputs.query, inputs.value
     spatial = query.shape[1:-2]
-    window = Window(
-        tuple(options.kernel_size),
-        tuple(options.stride),
-        tuple(options.dilation),
-        tuple(options.is_causal),
-        tuple(options.is_periodic) or (False,) * len(options.kernel_size),
-    )
+    window = options.window
     if inputs.shapes is None:
         pairs = visible_pairs(spatial, window)
     else:
-        samples = packing_of(inputs.shapes, query.shape[1]).shapes
+        samples = packing_of(inputs.shapes, query.shape[1], window).shapes
         pairs = sum(visible_pairs(shape, fitted(shape, window)) for shape in samples)
     if inputs.additional_keys is not None:
         pairs += prod(spatial) * inputs.additional_keys.shape[1]
