@@ -12,9 +12,7 @@ from random import Random
 
 import pytest
 import torch
-from helpers import FLOOR, Case, Inputs, arguments, error, make_inputs, run
-
-from natten_layers import neighborhood_attention
+from helpers import FLOOR, Case, Inputs, arguments, error, make_inputs, operation, run
 
 pytest.importorskip("triton")
 
@@ -31,7 +29,7 @@ WINDOWS = {1: (128, 400), 2: (9, 20), 3: (4, 10)}
 """the longest side of most windows, and of large ones"""
 HEAD_DIMS = (64, 64, 64, 128, 128, 16, 32, 40, 72, 80, 96, 112, 192, 256) if ON_GPU else (8, 16, 24)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32) if ON_GPU else (torch.float16, torch.float32)
-LAYOUTS = ("plain", "packed", "heads first", "offset")
+LAYOUTS = ("plain", "projected", "heads first", "offset")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -39,7 +37,23 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("seed", range(seeds or (40 if ON_GPU else 12)))
 
 
-def draw_case(random: Random) -> Case:
+def draw_shapes(random: Random, longest: tuple[int, ...], steps: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """Draw samples of a packed batch: one as long as the window was drawn for, others shorter, and some empty.
+
+    Their lengths are multiples of ``steps``.
+    """
+    shapes = [
+        tuple(
+            random.randint(0 if random.random() < 0.1 else 1, length // step) * step
+            for length, step in zip(longest, steps, strict=True)
+        )
+        for _ in range(random.randint(0, 3))
+    ]
+    shapes.insert(random.randint(0, len(shapes)), longest)
+    return tuple(shapes)
+
+
+def draw_case(random: Random, packed: bool = False) -> Case:
     """Draw a case of one to three axes with any options that a call may have."""
     rank = random.choice((1, 2, 2, 3))
     side = random.choices(WINDOWS[rank], (3, 1))[0]
@@ -51,12 +65,14 @@ def draw_case(random: Random) -> Case:
     axes = zip(spatial, dilation, is_causal, strict=True)
     is_periodic = tuple(random.random() < 0.25 and n % d == 0 and not causal for n, d, causal in axes)
     kv_heads, dim = random.choice((1, 2, 3)), random.choice(HEAD_DIMS)
-    other = not any(is_causal) and set(dilation) == {1} and not strided and random.random() < 0.3
+    other = not packed and not any(is_causal) and set(dilation) == {1} and not strided and random.random() < 0.3
     queries = tuple(random.randint(1, LENGTHS[rank]) for _ in spatial) if other else spatial
+    steps = tuple(d if periodic else 1 for d, periodic in zip(dilation, is_periodic, strict=True))
     return Case(
         name="random",
-        spatial=queries,
-        key_spatial=spatial,
+        spatial=() if packed else queries,
+        key_spatial=None if packed else spatial,
+        shapes=draw_shapes(random, spatial, steps) if packed else None,
         kernel_size=kernel_size,
         stride=tuple(random.randint(1, k) if strided else 1 for k in kernel_size),
         dilation=dilation,
@@ -72,7 +88,7 @@ def draw_case(random: Random) -> Case:
         batch=random.choice((1, 2, 3)),
         dtype=random.choice(DTYPES),
         seen=random.choice((None, None, 0.9, 0.5, 0.02)),
-        has_bias=not other and random.random() < 0.2,
+        has_bias=not packed and not other and random.random() < 0.2,
     )
 
 
@@ -81,14 +97,15 @@ def laid_out(inputs: Inputs, layout: str) -> Inputs:
     moved = {name: tensor.detach() for name, tensor in inputs.items()}
     heads = {name: moved[name] for name in ("query", "key", "value")}
     if (
-        layout == "packed"
+        layout == "projected"
         and heads["query"].shape[:-2] == heads["key"].shape[:-2]
         and (heads["key"].shape == heads["value"].shape)
     ):
         parts = torch.cat([*heads.values()], -2).split([x.shape[-2] for x in heads.values()], -2)
         moved |= zip(heads, parts, strict=True)
     elif layout == "heads first":
-        moved |= {name: x.movedim(-2, 1).contiguous().movedim(1, -2) for name, x in heads.items()}
+        first = 0 if heads["query"].ndim == 3 else 1  # a packed batch has no axis of images
+        moved |= {name: x.movedim(-2, first).contiguous().movedim(first, -2) for name, x in heads.items()}
     elif layout == "offset":  # addresses are not multiples of 16
         moved |= {name: x.new_empty(x.numel() + 1)[1:].view(x.shape).copy_(x) for name, x in heads.items()}
     return {name: x.requires_grad_() for name, x in moved.items()}
@@ -108,12 +125,12 @@ def small_problems_take_kernels_of_large_ones(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_random_call(seed: int) -> None:
     random = Random(seed)
-    case, layout = draw_case(random), random.choice(LAYOUTS)
+    case, layout = draw_case(random, packed=seed % 4 == 3), random.choice(LAYOUTS)
     inputs = laid_out(make_inputs(case, DEVICE, seed), layout)
     wide = {name: x.detach().double().requires_grad_() for name, x in inputs.items()}
     expected, peer = run(case, wide, "eager").tensors(), run(case, inputs, "eager").tensors()
     with torch.no_grad():
-        alone = neighborhood_attention(**arguments(case, inputs), impl="fused")
+        alone = operation(case)(**arguments(case, inputs), impl="fused")
     results = {"out": alone}, run(case, inputs, "fused").tensors()
     for name, tensor in (item for tensors in results for item in tensors.items()):
         if name in ("grad of sink", "grad of rpb"):  # sums over all tokens that may cancel; other tests check them
