@@ -154,7 +154,7 @@ def prepare_packed(
     inputs = Inputs(query, key, value, *registers, sink, key_mask, shapes)
     call = Call(inputs, _options(sink_value, window, factor), window, query.shape[-2:-1])
     if not torch.compiler.is_compiling():  # in a compiled graph the operator checks what the shapes are
-        assert call.packing is not None
+        packing_of(shapes, query.shape[1], window, "shapes")
     return call
 
 
@@ -260,8 +260,8 @@ def _check_user_form(tensors: Tensors, axes: _AxisOptions) -> int:
         if tensor.shape[-3] != head_shape[0] or tensor.shape[-2] not in (1, head_shape[1]):
             raise ValueError(
                 f"{name} has head axes {tuple(tensor.shape[-3:-1])}; "
-                f"expected {tuple(head_shape)} as query [B, *spatial, Hkv, G, D] has with {rank} spatial axes, "
-                "or G = 1"
+                f"expected {tuple(head_shape)} as query [B, *spatial, Hkv, G, D] has with {rank} spatial axes"
+                + (", or G = 1" if head_shape[1] != 1 else "")
             )
     return rank
 

@@ -24,6 +24,7 @@ from .checks import (
 from .eager import without_autocast
 from .kernels.ops import decode as decode_ops
 from .operations import Impl, takes_fused
+from .wording import count_or_one, shorten
 
 __all__ = ["cached_attention"]
 
@@ -136,7 +137,7 @@ def cached_attention(
     factor = query.shape[-1] ** -0.5 if scale is None else check_scale(scale, query.dtype)
     arguments = (query, key, value, query_positions, key_positions, *registers, sink, window, factor)
     if softcap is not None and not (is_finite_number(softcap, query.dtype) and softcap > 0):
-        raise ValueError(f"softcap must be None or a positive number, got {softcap!r}")
+        raise ValueError(f"softcap must be None or a positive number, got {shorten(softcap)}")
     softcap = None if softcap is None else float(softcap)
     if takes_fused(
         impl, query, lambda: NO_SOFTCAP if softcap else decode_ops.why_not(query, value, key, *registers, sink)
@@ -174,13 +175,13 @@ def _check(
     for name, positions, tensor in (("query_positions", query_positions, query), ("key_positions", key_positions, key)):
         batch, length = tensor.shape[:2]
         if positions.shape not in ((1, length), (batch, length)):
-            raise ValueError(f"{name} has shape {tuple(positions.shape)}; expected [{batch} or 1, {length}]")
+            raise ValueError(f"{name} has shape {tuple(positions.shape)}; expected [{count_or_one(batch)}, {length}]")
         if positions.is_floating_point() or positions.dtype == torch.bool or positions.is_complex():
             raise ValueError(f"{name} has dtype {positions.dtype}; expected an integer dtype")
         if positions.device != query.device:
             raise ValueError(f"{name} is on {positions.device}, but query is on {query.device}")
     if window is not None and (isinstance(window, bool) or not isinstance(window, Integral) or window < 1):
-        raise ValueError(f"window must be None or an int of at least 1, got {window!r}")
+        raise ValueError(f"window must be None or an int of at least 1, got {shorten(window)}")
 
 
 @without_autocast

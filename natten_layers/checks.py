@@ -14,6 +14,7 @@ from .eager import autocasts
 from .geometry import AXES
 from .head_axes import expand_registers
 from .kernels.ops.define import tangent_of
+from .wording import count_or_one, shorten, with_type
 
 __all__ = [
     "DTYPES",
@@ -51,8 +52,8 @@ def check_kind(name: str, tensor: object) -> None:
 
 def no_tensor(name: str, value: object) -> ValueError:
     """The error for an argument that is no tensor."""
-    shown = " ".join(repr(value).split())  # an array has lines
-    return ValueError(f"{name} must be a tensor, got {shown:.100} of type {type(value).__name__}")
+    way_out = f"; pass torch.as_tensor({name})" if hasattr(value, "__array__") else ""
+    return ValueError(f"{name} must be a tensor, got {with_type(value)}{way_out}")
 
 
 def check_dense(name: str, tensor: object) -> None:
@@ -119,7 +120,8 @@ def check_additional(
         expected = (kv_heads, like.shape[-1])
         if tensor.ndim != 4 or tensor.shape[0] not in (1, batch) or tuple(tensor.shape[2:]) != expected:
             raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}; expected [{batch} or 1, R, {expected[0]}, {expected[1]}]"
+                f"{name} has shape {tuple(tensor.shape)}; expected [{count_or_one(batch)}, R, {expected[0]}, "
+                f"{expected[1]}]"
             )
     if keys.shape[1] != values.shape[1]:
         raise ValueError(f"additional_keys has {keys.shape[1]} registers, but additional_values {values.shape[1]}")
@@ -132,8 +134,8 @@ def check_scale(scale: object, dtype: torch.dtype) -> float:
         scale = scale.item()  # this waits if the tensor is on a GPU
     if not is_finite_number(scale, dtype):
         raise ValueError(
-            f"scale must be a finite number of the scores' precision, got {scale!r}; multiply a learned scale into the "
-            "query"
+            f"scale must be a finite number of the scores' precision, got {shorten(scale)}; multiply a learned scale "
+            "into the query"
         )
     return float(scale)
 
@@ -145,7 +147,8 @@ def check_sink(sink: float | Tensor | None, query: Tensor) -> Tensor | float | N
     if not isinstance(sink, Tensor):
         if not is_finite_number(sink, query.dtype):
             raise ValueError(
-                f"sink must be None, a finite number of the scores' precision or a tensor [{heads}], got {sink!r}"
+                f"sink must be None, a finite number of the scores' precision or a tensor [{heads}], got "
+                f"{with_type(sink)}"
             )
         return float(sink)
     check_kind("sink", sink)
@@ -165,7 +168,7 @@ def check_key_mask(mask: Tensor, sizes: Sequence[int], device: torch.device, nam
     may_be_one = bool(spatial)  # the first axis is a batch
     fits = mask.ndim == len(sizes) and (mask.shape[0] == first or (may_be_one and mask.shape[0] == 1))
     if not fits or list(mask.shape[1:]) != spatial:
-        expected = ", ".join([f"{first} or 1" if may_be_one else f"{first}", *map(str, spatial)])
+        expected = ", ".join([count_or_one(first) if may_be_one else f"{first}", *map(str, spatial)])
         raise ValueError(f"{name} has shape {tuple(mask.shape)}; expected [{expected}], a bool for each key")
     if mask.dtype != torch.bool:
         raise ValueError(

@@ -28,6 +28,8 @@ from typing import Any, TypeGuard, TypeVar
 import torch
 from torch import Tensor
 
+from .wording import shorten, with_type
+
 __all__ = [
     "Window",
     "axis_mask",
@@ -87,7 +89,8 @@ def normalise_axes(name: str, value: T | Sequence[T], rank: int, kind: type[T]) 
     per_axis = is_per_axis(value)
     values: tuple[Any, ...] = tuple(value) if per_axis else (value,) * rank
     if len(values) != rank:
-        raise ValueError(f"{name} has {len(values)} entries {values}, but the tensors have {rank} spatial axes")
+        axes = "there is 1 spatial axis" if rank == 1 else f"there are {rank} spatial axes"
+        raise ValueError(f"{name} has {len(values)} entries {shorten(values)}, but {axes}")
     if any(type(entry) is not kind for entry in values):
         values = tuple(_without_numpy(entry, kind) for entry in values)
     for axis, entry in enumerate(values):
@@ -95,7 +98,7 @@ def normalise_axes(name: str, value: T | Sequence[T], rank: int, kind: type[T]) 
         if type(entry) is not kind and not (kind is int and isinstance(entry, torch.SymInt)):
             raise ValueError(
                 f"{name} must be {kind.__name__} or a tuple of {kind.__name__}, "
-                f"got {entry!r:.100} of type {type(entry).__name__}"
+                f"got {with_type(entry)}"
                 + (f" on the {AXES[rank][axis]} axis" if per_axis else "")
                 + (f"; pass {name}.tolist()" if hasattr(entry, "tolist") and not isinstance(entry, Real) else "")
             )
@@ -147,9 +150,11 @@ def make_window(
         if not 1 <= s <= k:
             raise ValueError(f"stride must lie in 1..kernel_size = 1..{k}, got {s} on the {name} axis")
         if k * d > length:
+            ways = [f"a kernel_size of at most {length // d}"] if d <= length else []
+            ways += ["a smaller dilation"] if d > 1 else []
             raise ValueError(
                 f"kernel_size * dilation = {k} * {d} = {k * d} exceeds the {name} axis of length {length}; "
-                f"use a kernel_size of at most {length // d if d <= length else 0} or a smaller dilation"
+                f"use {' or '.join(ways)}"
             )
         if periodic and causal:
             raise ValueError(

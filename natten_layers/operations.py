@@ -251,8 +251,9 @@ def _run(call: Call, impl: Impl) -> AttentionState:
     if call.inputs.shapes is not None:
         if torch.compiler.is_exporting():
             raise ValueError(
-                "shapes: PyTorch computes packed samples one shape after the other, which torch.export has no graph "
-                "for; export it for a CUDA device, where kernels compute them, or export the call without shapes"
+                "shapes or cu_seqlens: PyTorch computes packed samples one shape after the other, which torch.export "
+                "has no graph for; export it for a CUDA device, where kernels compute them, or without shapes and "
+                "cu_seqlens"
             )
         return AttentionState(*call_uncompiled("packed", _run_packed_eagerly, call))
     return AttentionState(*eager.attention_state(*call.for_eager, rpb=rpb, key_mask=key_mask))

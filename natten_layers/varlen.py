@@ -13,6 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .arguments import Axes, Call, prepare_packed
 from .geometry import is_per_axis
 from .operations import Impl, attend, attend_with_lse
+from .wording import shorten, with_type
 
 __all__ = ["Shapes", "neighborhood_attention_varlen", "packed_shapes", "prepare_samples"]
 
@@ -147,20 +148,32 @@ def prepare_samples(
     if isinstance(query, Tensor) and query.is_nested:
         offsets = cu_seqlens = _offsets(query, key, value, shapes, cu_seqlens)
         query, key, value = (t.values() for t in (query, key, value))
-    return prepare_packed(
-        query, key, value, packed_shapes(shapes, cu_seqlens, kernel_size), kernel_size, *options
-    ), offsets
+    tokens = query.shape[0] if isinstance(query, Tensor) and query.ndim == 3 else None
+    sizes = packed_shapes(shapes, cu_seqlens, kernel_size, tokens)
+    return prepare_packed(query, key, value, sizes, kernel_size, *options), offsets
 
 
-def packed_shapes(shapes: Shapes | None, cu_seqlens: Tensor | None, kernel_size: Axes | None) -> Tensor:
-    """``[samples, axes]``, int64 in the host's memory, from what a user gave."""
+def packed_shapes(
+    shapes: Shapes | None,
+    cu_seqlens: Tensor | None,
+    kernel_size: Axes | None,
+    tokens: int | None = None,
+    of: str = "query",
+) -> Tensor:
+    """``[samples, axes]``, int64 in the host's memory, from what a user gave.
+
+    ``cu_seqlens`` must end with the number of ``tokens`` of the argument ``of``, if that is known.
+    """
     if (shapes is None) == (cu_seqlens is None):
         raise ValueError("give either shapes or, on one axis, cu_seqlens")
     if cu_seqlens is not None:
         _check_integers("cu_seqlens", cu_seqlens, 1, "[samples + 1], beginning with 0")
         ends = _on_host(cu_seqlens)
-        if not torch.compiler.is_compiling() and (len(ends) == 0 or ends[0] != 0 or (ends.diff() < 0).any()):
-            raise ValueError(f"cu_seqlens must begin with 0 and not decrease, got {ends.tolist()!r:.200}")
+        if not torch.compiler.is_compiling():  # a compiled graph does not know the values
+            if len(ends) == 0 or ends[0] != 0 or (ends.diff() < 0).any():
+                raise ValueError(f"cu_seqlens must begin with 0 and not decrease, got {shorten(ends.tolist(), 200)}")
+            if tokens is not None and ends[-1] != tokens:
+                raise ValueError(f"cu_seqlens ends with {int(ends[-1])}, but {of} has {tokens} tokens")
         return ends.diff()[:, None]
     if isinstance(shapes, Tensor):
         _check_integers("shapes", shapes, 2, "[samples, axes] (cumulative lengths are given as cu_seqlens)")
@@ -178,14 +191,36 @@ def _from_list(shapes: object, rank: int) -> Tensor:
     if not is_per_axis(shapes):
         raise ValueError(
             "shapes must be a list with a tuple for each sample or an integer tensor [samples, axes], "
-            f"got {shapes!r:.100} of type {type(shapes).__name__}"
+            f"got {with_type(shapes)}"
         )
     # Batches may have hundreds of samples, for which the host would take longer than a launch does.
     entries = [shape if type(shape) is tuple else tuple(shape) if is_per_axis(shape) else shape for shape in shapes]
     ranks = {len(shape) if isinstance(shape, tuple) else -1 for shape in entries} or {rank}
     if len(ranks) != 1 or -1 in ranks or not all(_is_length(n) for shape in entries for n in shape):
-        raise ValueError(f"shapes must have a tuple for each sample, the lengths of its axes, got {entries!r:.200}")
+        raise _bad_sample(entries)
     return torch.tensor(entries, dtype=torch.int64).reshape(len(entries), ranks.pop())
+
+
+def _bad_sample(entries: Sequence[Any]) -> ValueError:
+    """The error for the first sample that is no tuple of lengths, or has another number of axes than the one before."""
+    for i, shape in enumerate(entries):
+        if not isinstance(shape, tuple):
+            return ValueError(
+                "shapes must have a tuple for each sample, the lengths of its axes, "
+                f"but that of sample {i} is {with_type(shape)}"
+            )
+        for length in shape:
+            if not _is_length(length):
+                return ValueError(
+                    f"shapes must be the lengths of axes, but that of sample {i}, {shorten(shape)}, has "
+                    f"{with_type(length)}"
+                )
+        if i and len(shape) != len(entries[i - 1]):
+            return ValueError(
+                f"shapes must have equally many axes, but that of sample {i} is {shape} and that of sample {i - 1} "
+                f"{entries[i - 1]}"
+            )
+    raise AssertionError(entries)
 
 
 def _is_length(value: object) -> bool:

@@ -31,7 +31,7 @@ from torch.futures import Future
 
 from natten_layers.io.checkpoints import hdit_name, load_plain, save_plain
 from natten_layers.io.files import leftovers, replacing, system_errors
-from natten_layers.io.schema import shorten
+from natten_layers.wording import shorten
 
 from .parallel import Processes, local
 from .running import one_line, running_alone

@@ -19,7 +19,8 @@ from typing import Any, NoReturn
 
 import torch
 
-from natten_layers.io.schema import check_keys, shorten
+from natten_layers.io.schema import check_keys
+from natten_layers.wording import shorten
 
 from .launch import FAILED, noted_ctrl_c, open_streams
 

@@ -35,8 +35,9 @@ from tqdm import tqdm
 from natten_layers import HDiT, HDiTConfig
 from natten_layers.io.checkpoints import load_tensors, read_hdit
 from natten_layers.io.files import read_json
-from natten_layers.io.schema import check_keys, shorten
+from natten_layers.io.schema import check_keys
 from natten_layers.modules.hdit_config import axis_grid, check_axis
+from natten_layers.wording import shorten
 
 from .boards import Boards, Log
 from .checkpointing import (

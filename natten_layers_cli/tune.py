@@ -29,7 +29,6 @@ from torch import Tensor
 
 from natten_layers.io.files import naming, read_json
 from natten_layers.io.hf_config import config_from_hf
-from natten_layers.io.schema import shorten
 from natten_layers.kernels.host.problem import Inputs, Options, device_traits, problem_of, three_axes
 from natten_layers.kernels.host.tiling import Kind, ProblemClass, TileConfig
 from natten_layers.kernels.host.tuned import cache_file, write_tuned
@@ -38,6 +37,7 @@ from natten_layers.modules.hdit_config import HDiTConfig, check_axis
 from natten_layers.modules.llm_config import DecoderLMConfig
 from natten_layers.operations import neighborhood_attention
 from natten_layers.tune import Found, Timer, tune, tune_variants
+from natten_layers.wording import shorten
 
 from .running import MOST_INT, Parser, run_command
 

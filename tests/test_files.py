@@ -473,7 +473,7 @@ def test_files_know_no_models() -> None:
     for path in Path(hf.__file__).parent.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom):
-                assert node.level < 2, (path, node.module)
+                assert node.level < 2 or node.module == "wording", (path, node.module)  # which knows nothing of models
                 assert not (node.module or "").startswith("natten_layers"), (path, node.module)
 
 

@@ -362,7 +362,7 @@ def test_bad_shapes(shapes: tuple[tuple[int, ...], ...], words: list[str]):
         ({"scale": math.nan}, ["scale", "nan"]),
         ({"scale": 1e39}, ["scale", "1e+39"]),
         ({"scale": True}, ["scale", "True"]),
-        ({"scale": torch.tensor([0.3, 0.2])}, ["scale", "tensor([0.3", "query"]),
+        ({"scale": torch.tensor([0.3, 0.2])}, ["scale", "Tensor (2,) of dtype torch.float32", "query"]),
         ({"scale": "0.3"}, ["scale", "'0.3'"]),
         ({"kernel_size": np.array([3, 3])}, ["kernel_size", "ndarray", "pass kernel_size.tolist()"]),
         ({"kernel_size": torch.tensor(3)}, ["kernel_size", "Tensor", "pass kernel_size.tolist()"]),
@@ -378,7 +378,7 @@ def test_bad_shapes(shapes: tuple[tuple[int, ...], ...], words: list[str]):
         ({"sink": math.inf}, ["sink", "inf"]),
         ({"sink": -1e39}, ["sink", "-1e+39"]),
         ({"sink": True}, ["sink", "True"]),
-        ({"sink": np.zeros(4)}, ["sink", "array", "[4]"]),
+        ({"sink": np.zeros(4)}, ["sink", "got ndarray (4,) of dtype float64", "[4]"]),
         ({"sink": "zero"}, ["sink", "zero", "[4]"]),
         ({"sink": torch.zeros(2)}, ["sink", "(2,)", "[4]"]),
         ({"sink": torch.zeros(4, dtype=torch.int64)}, ["sink", "int64"]),
@@ -423,6 +423,16 @@ def test_a_scale_that_changes_compiles_to_one_graph():
     compiled = torch.compile(lambda scale: attend(query, key, value, scale=scale), backend="eager", fullgraph=True)
     for scale in (0.5, 0.25, 0.125):
         torch.testing.assert_close(compiled(scale), attend(query, key, value, scale=scale))
+
+
+def test_errors_propose_no_length_twice():
+    query, key, value = (x[:1] for x in blank())
+    register = torch.zeros(1, 3, 2, 9)
+    with raises_naming("additional_keys", "expected [1, R, 2, 8]"):
+        attend(query, key, value, additional_keys=register, additional_values=register)
+    query, key = query.unflatten(-2, (4, 1)), key.unflatten(-2, (1, 2))
+    with pytest.raises(ValueError, match=r"key has head axes .*; expected \(4, 1\) as query .* with 2 spatial axes$"):
+        attend(query, key, key, kernel_size=(3, 3))
 
 
 @pytest.mark.parametrize(

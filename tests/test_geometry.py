@@ -242,6 +242,16 @@ def test_bad_windows_name_argument_axis_and_values(arguments: dict, words: list[
         make_window((8, 9), **arguments)
 
 
+def test_a_window_that_exceeds_its_axis_has_ways_out_that_help():
+    for length, kernel_size, dilation, ways in (
+        (8, 10, 1, "a kernel_size of at most 8"),
+        (9, 3, 4, "a kernel_size of at most 2 or a smaller dilation"),
+        (3, 2, 4, "a smaller dilation"),
+    ):
+        with pytest.raises(ValueError, match=f"of length {length}; use {ways}$"):
+            make_window((length,), kernel_size, 1, dilation)
+
+
 def test_empty_axis_is_named():
     with pytest.raises(ValueError, match="height axis is empty"):
         make_window((3, 0, 4), 1)

@@ -16,6 +16,7 @@ import natten_layers
 
 ROOT = Path(natten_layers.__file__).parent
 RANKS = (
+    {"wording"},
     {"io", "geometry", "kernels"},  # the last one is empty
     {"kernels.host"},
     {"kernels.portable"},

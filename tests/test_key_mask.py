@@ -233,8 +233,15 @@ def test_bad_masks() -> None:
         attend(good.float())
     with raises_naming("key_mask", "meta"):
         attend(good.to("meta"))
-    with raises_naming("key_mask must be a tensor"):
+    with raises_naming("key_mask must be a tensor, got True of type bool"):
         attend(True)
+    with raises_naming(
+        "key_mask must be a tensor, got ndarray (2, 4, 5) of dtype bool; pass torch.as_tensor(key_mask)"
+    ):
+        attend(good.cpu().numpy())
+    q = q[:1]
+    with raises_naming("key_mask", "(1, 4, 4)", "expected [1, 4, 5]"):  # not "[1 or 1, 4, 5]"
+        attend(good[:1, :, :4])
 
 
 def test_explain_knows_masks() -> None:

@@ -195,7 +195,7 @@ def test_bad_packed_rings_are_named() -> None:
             neighborhood_attention_varlen(x, x, x, shapes, (1, 3), dilation=2, is_periodic=(False, True), impl=impl)  # type: ignore[arg-type]
     with raises_naming("is_causal", "is_periodic", "width"):
         neighborhood_attention_varlen(x, x, x, shapes, 3, is_causal=(False, True), is_periodic=True)
-    with raises_naming("is_periodic", "1 spatial axes"):
+    with raises_naming("is_periodic", "1 spatial axis"):
         neighborhood_attention_varlen(x, x, x, [(38,)], 3, is_periodic=(False, True))
 
 

@@ -198,7 +198,7 @@ def test_a_compiled_call_takes_other_shapes() -> None:
         out = neighborhood_attention_varlen(q, q, q, shapes, (3,), impl="eager")
         (expected,) = torch.autograd.grad(out.square().sum(), q)
         torch.testing.assert_close(grad, expected)
-    with raises_naming("shapes add up to 9", "8"):
+    with raises_naming("shapes or cu_seqlens add up to 9", "8"):  # the operator does not know which were given
         compiled(q, torch.tensor([[4], [5]]))
 
 
@@ -299,18 +299,30 @@ def test_bad_input() -> None:
     for impl in IMPLS:
         with raises_naming("shapes add up to 9", "8"):
             attend([(4,), (5,)], impl=impl)
-    with raises_naming("negative", "-1"):
+    with raises_naming("shapes must not be negative, got (-1,) for sample 1"):
         attend([(9,), (-1,)])
-    with raises_naming("shapes", "tuple for each sample"):
-        attend([(4,), (2, 2)])
-    for shapes in (5, "35", iter([(4,), (4,)]), {(8,): 0}, np.array([[4], [4]])):
+    with raises_naming("shapes must have equally many axes", "sample 2 is (2, 2)", "sample 1 (3,)"):
+        attend([(1,), (3,), (2, 2)])
+    for shapes in (5, "35", iter([(4,), (4,)]), {(8,): 0}):
         with raises_naming("shapes", "a list with a tuple for each sample", f"of type {type(shapes).__name__}"):
             attend(shapes)
-    for shapes in ([(True,), (7,)], [(10**30,)], ["8"]):
-        with raises_naming("shapes", "the lengths of its axes", repr(shapes)):
+    with raises_naming("shapes", "a list with a tuple for each sample", "got ndarray (2, 1) of dtype int64"):
+        attend(np.array([[4], [4]]))
+    for shapes, wrong in (
+        ([(4,), "8"], "sample 1 is '8' of type str"),
+        ([(4,), 4], "sample 1 is 4 of type int"),
+        ([(1,), (True,)], "sample 1, (True,), has True of type bool"),
+        ([(10**30,)], "sample 0, (1" + "0" * 30),
+        ([(4,), (4.0,)], "has 4.0 of type float"),
+    ):
+        with raises_naming("shapes must", "lengths of", "axes", wrong):
             attend(shapes)
     assert torch.equal(attend([(np.int64(8),)]), attend([(8,)]))
-    with raises_naming("kernel_size", "1 spatial axes"):
+    for ends in ([0, 4, 9], [0]):
+        for impl in IMPLS:
+            with pytest.raises(ValueError, match=f"^cu_seqlens ends with {ends[-1]}, but query has 8 tokens$"):
+                attend(None, cu_seqlens=torch.tensor(ends), impl=impl)
+    with raises_naming("kernel_size has 2 entries (3, 3), but there is 1 spatial axis"):
         attend([(8,)], (3, 3))
     with raises_naming("shapes", "integer tensor", "float32"):
         attend(torch.ones(1, 1))

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..wording import shorten
 from .files import parse_json, replacing
-from .schema import shorten
 from .tensors import check_dtype, check_fit, check_writable, info_of, open_safetensors, write_safetensors
 
 __all__ = ["hdit_name", "load_plain", "load_tensors", "read_hdit", "save_plain", "write_hdit"]

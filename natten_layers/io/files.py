@@ -13,7 +13,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from .schema import shorten
+from ..wording import shorten
 
 __all__ = ["leftovers", "naming", "parse_json", "read_json", "replacing", "system_errors"]
 

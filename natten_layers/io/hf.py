@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..wording import shorten
 from .checkpoints import load_plain
 from .files import read_json, replacing
 from .hf_config import CONFIG, config_from_hf, config_to_hf, read_config
 from .hf_families import FAMILIES, Family, text_config
 from .hf_layout import VISION, File, Stored, our_tensors, to_family_names
-from .schema import shorten
 from .tensors import Info, check_fit, check_writable, info_of, open_safetensors, write_safetensors
 
 __all__ = [

@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
+from ..wording import shorten
 from .files import naming, read_json
 from .hf_families import ACTIVATIONS, COMPOSITES, FAMILIES, SOFTCAPS, Family, text_config
 from .hf_rope import rope_options
-from .schema import Count, Layers, Natural, NotNegative, Positive, build, check_mapping, shorten
+from .schema import Count, Layers, Natural, NotNegative, Positive, build, check_mapping
 
 __all__ = ["CONFIG", "config_from_hf", "config_to_hf", "read_config"]
 

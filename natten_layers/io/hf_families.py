@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from .schema import shorten
+from ..wording import shorten
 
 __all__ = ["ACTIVATIONS", "COMPOSITES", "FAMILIES", "SOFTCAPS", "Family", "text_config"]
 

@@ -14,6 +14,8 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import lru_cache
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints, is_typeddict
 
+from ..wording import shorten
+
 __all__ = [
     "MOST_LAYERS",
     "Between",
@@ -28,7 +30,6 @@ __all__ = [
     "check_keys",
     "check_mapping",
     "check_types",
-    "shorten",
 ]
 
 T = TypeVar("T")
@@ -69,15 +70,6 @@ Decay = Annotated[float, Between(0, 1, below=True)]
 """What is left of an average in a step: with 1, nothing new would ever count."""
 Positive = Annotated[float, Between(0, open=True)]
 NotNegative = Annotated[float, Between(0)]
-
-
-def shorten(value: object) -> str:
-    """``repr(value)``, cut to a length that fits an error message."""
-    try:
-        text = repr(value)
-    except (RecursionError, ValueError):  # too deeply nested, or an int of more digits than Python prints
-        return f"a value of type {type(value).__name__}"
-    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def check_keys(found: Collection[object], known: Collection[str], where: str) -> None:

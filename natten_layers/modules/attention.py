@@ -15,6 +15,7 @@ from ..checks import check_dense, check_key_mask, check_scale
 from ..geometry import AXES, longest_axis, normalise_axes
 from ..operations import neighborhood_attention
 from ..varlen import Shapes, packed_shapes
+from ..wording import shorten
 from .base import check_count, check_probability
 from .norm import RMSNorm
 from .query_key import HeadNorm, attend_with_qk_prep, call_watched, normalize_and_rotate
@@ -132,11 +133,11 @@ class NeighborhoodGQA(nn.Module):
             raise ValueError(f"kernel_size=None takes no stride or dilation, got stride={stride}, dilation={dilation}")
         check_window(kernel_size, stride, dilation, is_causal, is_periodic)
         if sink not in (None, "zero", "learned"):
-            raise ValueError(f'sink must be None, "zero" or "learned", got {sink!r}')
+            raise ValueError(f'sink must be None, "zero" or "learned", got {shorten(sink)}')
         if qk_norm not in (None, "cosine", "rms"):
-            raise ValueError(f'qk_norm must be None, "cosine" or "rms", got {qk_norm!r}')
+            raise ValueError(f'qk_norm must be None, "cosine" or "rms", got {shorten(qk_norm)}')
         if rope is not None and (not callable(rope) or isinstance(rope, type)):
-            raise ValueError(f"rope must be a module called as rope(query, key, positions), got {rope!r}")
+            raise ValueError(f"rope must be a module called as rope(query, key, positions), got {shorten(rope)}")
 
         self.embed_dim, self.num_heads, self.num_kv_heads = embed_dim, num_heads, num_kv_heads
         self.head_dim = embed_dim // num_heads if head_dim is None else head_dim

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..checks import is_finite_number, no_tensor
+from ..wording import shorten
 
 __all__ = [
     "Constants",
@@ -29,7 +30,7 @@ __all__ = [
 
 def check_count(name: str, value: object, least: int = 1) -> None:
     if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < least:
-        raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
+        raise ValueError(f"{name} must be an int of at least {least}, got {shorten(value)}")
 
 
 def check_last_axis(x: object, dim: int) -> None:
@@ -42,7 +43,7 @@ def check_last_axis(x: object, dim: int) -> None:
 
 def check_probability(name: str, value: object) -> float:
     if not is_finite_number(value) or not 0 <= value <= 1:
-        raise ValueError(f"{name} must be a number from 0 to 1, got {value!r}")
+        raise ValueError(f"{name} must be a number from 0 to 1, got {shorten(value)}")
     return float(value)
 
 

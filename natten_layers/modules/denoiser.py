@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..checks import check_tensors
 from ..varlen import Shapes, packed_shapes
+from ..wording import shorten
 from .base import at_least_fp32, reset_children
 
 __all__ = ["Denoiser"]
@@ -45,7 +46,7 @@ class Denoiser(nn.Module):
     ) -> None:
         super().__init__()
         if weighting not in get_args(Weighting):
-            raise ValueError(f'weighting must be "karras", "snr" or "soft-min-snr", got {weighting!r}')
+            raise ValueError(f'weighting must be "karras", "snr" or "soft-min-snr", got {shorten(weighting)}')
         self.model, self.sigma_data, self.weighting = model, sigma_data_of(model, sigma_data), weighting
 
     def reset_parameters(self) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..wording import shorten
 from .base import at_least_fp32, check_count, check_last_axis, check_probability
 
 __all__ = ["GEGLU", "Activation", "GatedFeedForward", "MixtureOfExperts"]
@@ -97,7 +98,7 @@ class GatedFeedForward(nn.Module):
         check_count("dim", dim)
         check_count("hidden_dim", hidden_dim)
         if activation not in get_args(Activation):
-            raise ValueError(f"activation must be one of {get_args(Activation)}, got {activation!r}")
+            raise ValueError(f"activation must be one of {get_args(Activation)}, got {shorten(activation)}")
         self.dim, self.activation = dim, activation
         self.swiglu_alpha, self.swiglu_limit = swiglu_alpha, swiglu_limit
         self.gate_proj = nn.Linear(dim, hidden_dim, bias=bias, device=device, dtype=dtype)
@@ -156,7 +157,7 @@ class MixtureOfExperts(nn.Module):
     ) -> None:
         super().__init__()
         if not callable(make_expert):
-            raise ValueError(f"make_expert must be a function that makes an expert, got {make_expert!r}")
+            raise ValueError(f"make_expert must be a function that makes an expert, got {shorten(make_expert)}")
         check_count("dim", dim)
         check_count("experts_per_token", experts_per_token)
         check_count("num_experts", num_experts, least=experts_per_token)

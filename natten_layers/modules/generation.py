@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..checks import is_finite_number
+from ..wording import shorten
 from .base import check_count
 from .cache import Cache
 
@@ -197,11 +198,11 @@ def sample(
         ValueError: an option is out of range.
     """
     if not is_finite_number(temperature) or temperature < 0:
-        raise ValueError(f"temperature must be a finite number of at least 0, got {temperature!r}")
+        raise ValueError(f"temperature must be a finite number of at least 0, got {shorten(temperature)}")
     if top_k is not None:
         check_count("top_k", top_k)
     if top_p is not None and not (is_finite_number(top_p) and 0 < top_p <= 1):
-        raise ValueError(f"top_p must be None or lie in (0, 1], got {top_p!r}")
+        raise ValueError(f"top_p must be None or lie in (0, 1], got {shorten(top_p)}")
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float()

@@ -28,6 +28,7 @@ from ..io.files import naming
 from ..io.tensors import make_on_meta
 from ..kernels.ops.define import is_transformed
 from ..varlen import Shapes, packed_shapes
+from ..wording import with_type
 from .attention import NeighborhoodGQA
 from .base import at_least_fp32, reset_children
 from .feed_forward import GEGLU
@@ -59,7 +60,7 @@ class HDiT(nn.Module):
     def __init__(self, config: HDiTConfig, *, checkpointing: bool = False) -> None:
         super().__init__()
         if not isinstance(config, HDiTConfig):
-            raise ValueError(f"config must be an HDiTConfig, got {config!r:.100} of type {type(config).__name__}")
+            raise ValueError(f"config must be an HDiTConfig, got {with_type(config)}")
         self.config, self.checkpointing = config, checkpointing
         levels, width, cond_dim = config.levels, config.levels[0].width, config.mapping_width
         assert config.mapping_d_ff is not None

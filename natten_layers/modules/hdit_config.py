@@ -21,8 +21,8 @@ from ..io.schema import (
     check_keys,
     check_mapping,
     check_types,
-    shorten,
 )
+from ..wording import shorten
 
 __all__ = ["HDiTConfig", "LevelConfig"]
 

@@ -20,6 +20,7 @@ from ..io import hf
 from ..io.tensors import make_on_meta
 from ..kernels.ops.define import is_transformed
 from ..varlen import packed_shapes
+from ..wording import with_type
 from .base import allocate
 from .cache import Cache, LayerCache
 from .decoder_attention import DecoderAttention, Device, make_norm
@@ -162,11 +163,9 @@ class DecoderStack(nn.Module):
         positions = torch.arange(length, device=input_ids.device)[None]
         longest, shapes = length, None
         if cu_seqlens is not None:
-            shapes = packed_shapes(None, cu_seqlens, 1)
+            shapes = packed_shapes(None, cu_seqlens, 1, length, "input_ids")
             if not torch.compiler.is_compiling():  # a compiled graph does not know the lengths
                 longest = int(shapes.max()) if len(shapes) else 0
-                if int(shapes.sum()) != length:
-                    raise ValueError(f"cu_seqlens ends with {int(shapes.sum())}, but input_ids has {length} tokens")
             starts = (shapes.cumsum(0) - shapes)[:, 0].repeat_interleave(shapes[:, 0], output_size=length)
             positions = positions - starts.to(positions.device)
         if cache is not None:
@@ -232,7 +231,7 @@ class DecoderLM(nn.Module):
     def __init__(self, config: DecoderLMConfig, *, device: Device = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         if not isinstance(config, DecoderLMConfig):
-            raise ValueError(f"config must be a DecoderLMConfig, got {config!r:.100} of type {type(config).__name__}")
+            raise ValueError(f"config must be a DecoderLMConfig, got {with_type(config)}")
         self.config = config
         # Modules are made on the meta device, so that parameters are initialised once, by reset_parameters.
         self.model = DecoderStack(config, device="meta", dtype=dtype)

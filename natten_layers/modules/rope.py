@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..checks import check_tensors, is_finite_number
 from ..geometry import is_per_axis
+from ..wording import count_or_one, shorten
 from .base import Constants, at_least_fp32, check_count, default_dtype, is_plain
 from .rope_scaling import attention_factor, scaled_frequencies
 
@@ -77,7 +78,9 @@ def make_axial_pos(
     """
     for size in (height, width):  # of a compiled graph they may be symbols
         if not isinstance(size, Integral | torch.SymInt) or size < 1:
-            raise ValueError(f"height and width must be integers of at least 1, got {height!r} and {width!r}")
+            raise ValueError(
+                f"height and width must be integers of at least 1, got {shorten(height)} and {shorten(width)}"
+            )
     dtype = default_dtype() if dtype is None else dtype
     aspect = width / height
     bounds = (
@@ -211,7 +214,7 @@ def _check_positions(positions: Tensor, batch: int, shape: tuple[int, ...]) -> N
     # Not `in`: the compiler cannot trace it for a `torch.Size` of symbols.
     if given != shape and given != (1, *shape) and given != (batch, *shape):
         sizes = ", ".join(map(str, shape))
-        raise ValueError(f"positions has shape {given}; expected [{sizes}] or [{batch} or 1, {sizes}]")
+        raise ValueError(f"positions has shape {given}; expected [{sizes}] or [{count_or_one(batch)}, {sizes}]")
     _check_precision(positions)
 
 
@@ -352,7 +355,9 @@ def _check_periods(periods: Sequence[float | None] | None, axes: int) -> None:
         return
     fit = is_per_axis(periods) and len(periods) == axes
     if not fit or not all(p is None or (is_finite_number(p) and p > 0) for p in periods):
-        raise ValueError(f"periods={periods!r} must be {axes} entries, one a coordinate: a length above 0 or None")
+        raise ValueError(
+            f"periods={shorten(periods)} must be {axes} entries, one a coordinate: a length above 0 or None"
+        )
 
 
 def _check_freqs(
@@ -364,7 +369,7 @@ def _check_freqs(
         return
     check_tensors(freqs=freqs)
     if freqs.ndim != 2 or len(freqs) not in (1, num_kv_heads):
-        raise ValueError(f"freqs has shape {tuple(freqs.shape)}; expected [{num_kv_heads} or 1, n]")
+        raise ValueError(f"freqs has shape {tuple(freqs.shape)}; expected [{count_or_one(num_kv_heads)}, n]")
     n = freqs.shape[1]
     if split is not None and (len(split) != axes or min(split) < 0 or sum(split) != n):
         raise ValueError(f"split={tuple(split)} must be {axes} numbers, one an axis, that add up to {n} frequencies")
@@ -412,9 +417,9 @@ class RoPE(Rotary):
     ) -> None:
         super().__init__()
         if not isinstance(head_dim, Integral) or head_dim < 2 or head_dim % 2:
-            raise ValueError(f"head_dim must be an even number of at least 2, got {head_dim!r}")
+            raise ValueError(f"head_dim must be an even number of at least 2, got {shorten(head_dim)}")
         if not is_finite_number(theta) or theta <= 0:
-            raise ValueError(f"theta must be a positive number, got {theta!r}")
+            raise ValueError(f"theta must be a positive number, got {shorten(theta)}")
         self.head_dim, self.theta, self.scaling = head_dim, theta, dict(scaling or {})
         self.attention_factor, self.interleaved = attention_factor(self.scaling), interleaved
         self.register_buffer("freqs", self.default_freqs(torch.float32, device), persistent=False)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...geometry import AXES, Window, fitted, window_bounds
+from ...wording import shorten
 
 __all__ = [
     "FIELDS",
@@ -40,9 +41,9 @@ class Packing:
         self.sizes = [prod(shape) for shape in shapes]
         """Number of tokens of each sample."""
         self.tokens = sum(self.sizes)
+        self.negative = next((i for i, shape in enumerate(shapes) if min(shape, default=0) < 0), None)
+        """A sample with a negative length, if there is one."""
         self._hash = hash((shapes, rank))
-        if any(length < 0 for shape in shapes for length in shape):
-            raise ValueError(f"shapes must not be negative, got {shapes!r:.200}")
 
     def __hash__(self) -> int:
         return self._hash
@@ -62,8 +63,10 @@ class Packing:
 _packing = lru_cache(maxsize=256)(Packing)
 
 
-def packing_of(shapes: Tensor, tokens: int, window: Window) -> Packing:
+def packing_of(shapes: Tensor, tokens: int, window: Window, name: str = "shapes or cu_seqlens") -> Packing:
     """The packing of ``tokens`` tokens that ``shapes [samples, rank]`` on the CPU describes.
+
+    ``name`` is that of the user's argument, where it is known: operators have one argument for both.
 
     Raises:
         ValueError: a length is negative, the samples do not have as many tokens, or the window, which is not cut to
@@ -71,8 +74,12 @@ def packing_of(shapes: Tensor, tokens: int, window: Window) -> Packing:
     """
     make = Packing if torch.compiler.is_compiling() else _packing  # a compiler warns of caches
     packing = make(tuple(map(tuple, shapes.tolist())), shapes.shape[1])
+    if packing.negative is not None:
+        i = packing.negative
+        raise ValueError(f"{name} must not be negative, got {packing.shapes[i]} for sample {i}")
     if packing.tokens != tokens:
-        raise ValueError(f"shapes add up to {packing.tokens} tokens, but query has {tokens}: {packing.shapes!r:.200}")
+        given = shorten(packing.shapes, 200)
+        raise ValueError(f"{name} add up to {packing.tokens} tokens, but query has {tokens}: {given}")
     _check_rings(packing, window)
     return packing
 

@@ -17,7 +17,8 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from ...io.files import read_json, replacing
-from ...io.schema import build, shorten
+from ...io.schema import build
+from ...wording import shorten
 from .tiling import Kind, ProblemClass, TileConfig, rule
 from .variant import PORTABLE
 
