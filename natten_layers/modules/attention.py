@@ -19,6 +19,7 @@ from ..wording import shorten
 from .base import check_count, check_probability
 from .norm import RMSNorm
 from .query_key import HeadNorm, attend_with_qk_prep, call_watched, normalize_and_rotate
+from .rings import check_ring_positions, check_rings
 from .rope import Angles, Positions, Rotary
 from .window_options import all_one, check_ranks, check_window, plain
 
@@ -70,7 +71,8 @@ class NeighborhoodGQA(nn.Module):
         sink: an extra logit per query head that takes a share of the softmax but adds no value: "zero" is zero
             attention (softmax1), "learned" is the parameter ``sink [num_heads]``, which starts at 0.
         rope: module that is called as ``rope(query [B, *spatial, Hq, D], key [B, *spatial, Hkv, D], positions)`` and
-            returns query and key rotated.
+            returns query and key rotated. Beside a periodic axis, one of this library must know the length of the ring:
+            ``AxialRoPE(..., periods=...)``.
         qk_norm: "cosine" makes the scores cosines times the parameter ``qk_scale [num_heads]``, which starts at 10;
             "rms" gives query and key heads RMS norms with weights (``q_norm``, ``k_norm``). Both come before ``rope``.
         rel_pos_bias: add a learned bias to every score, which depends on the distance of query and key, as NATTEN's
@@ -86,7 +88,7 @@ class NeighborhoodGQA(nn.Module):
 
     Raises:
         ValueError: sizes do not divide, window options contradict each other, ``rope`` is one of this library for
-            other heads, or an option is unknown.
+            other heads or without the period of a periodic axis, or an option is unknown.
     """
 
     def __init__(
@@ -146,6 +148,8 @@ class NeighborhoodGQA(nn.Module):
         self.registers_attend, self.qk_norm = registers_attend, qk_norm
         if isinstance(rope, Rotary):
             rope.check_heads(num_heads, num_kv_heads, self.head_dim)
+        if len(self._ranks) == 1:
+            check_rings(rope, is_periodic, self._ranks[0])
         self.scale = self._default_scale() if scale is None else check_scale(scale, torch.float64)
 
         def parameter(*shape: int) -> nn.Parameter:
@@ -276,6 +280,7 @@ class NeighborhoodGQA(nn.Module):
         if mask is not None:
             check_key_mask(mask, x.shape[:-1], x.device, "mask")
         projected = self._project(x, self.rope, positions)
+        check_ring_positions(self.rope, self.is_periodic, projected.heads.query, positions)
         extra = self._register_heads(x, registers)
         if not self.registers_attend:
             return self._attention(projected, extra, mask).flatten(-2), None

@@ -30,6 +30,7 @@ __all__ = [
     "Positions",
     "RoPE",
     "angles_of",
+    "axial_bounds",
     "make_axial_pos",
     "rotate_half_split",
     "rotate_interleaved",
@@ -82,16 +83,17 @@ def make_axial_pos(
                 f"height and width must be integers of at least 1, got {shorten(height)} and {shorten(width)}"
             )
     dtype = default_dtype() if dtype is None else dtype
-    aspect = width / height
-    bounds = (
-        torch.sym_min(1.0, 1 / aspect),
-        torch.sym_min(1.0, aspect),
-    )  # not height / width: the last bit is k-diffusion's
     centres = []
-    for bound, length in zip(bounds, (height, width), strict=True):
+    for bound, length in zip(axial_bounds(height, width), (height, width), strict=True):
         edges = _even_steps(bound, length, dtype or torch.get_default_dtype(), device)
         centres.append((edges[:-1] + edges[1:]) / 2)
     return torch.stack(torch.meshgrid(*centres, indexing="ij"), -1)
+
+
+def axial_bounds(height: int, width: int) -> tuple[float, float]:
+    """Where the axes end in :func:`make_axial_pos`; they begin at minus that."""
+    aspect = width / height
+    return torch.sym_min(1.0, 1 / aspect), torch.sym_min(1.0, aspect)  # not height / width: k-diffusion's last bit
 
 
 class Positions:
@@ -243,7 +245,9 @@ class AxialRoPE(Rotary):
         periods: of every coordinate, the length in units of position after which it comes back to the same place, such
             as 360 for longitudes in degrees, or None where it does not. Frequencies are rounded to whole turns a
             period, at least one, so that scores depend on the distance along the ring, as windows do with
-            ``is_periodic``. In :func:`make_axial_pos` the long side of an image is 2.0 long.
+            ``is_periodic``. In :func:`make_axial_pos` the long side of an image is 2.0 long. ``math.inf`` leaves the
+            frequencies as they are, as None does, and says that this is meant where an axis is periodic: layers refuse
+            None there.
         interleaved: element ``2 i`` is rotated with ``2 i + 1``, as in LTX's video models, instead of ``i`` with
             ``i + pairs``.
 
@@ -281,7 +285,7 @@ class AxialRoPE(Rotary):
         self.head_dim, self.num_heads, self.num_kv_heads, self.axes = head_dim, num_heads, num_kv_heads, axes
         self.split, self.interleaved = () if split is None else tuple(split), interleaved
         self.periods = () if periods is None or not any(periods) else tuple(periods)
-        if self.periods and not self.split:  # every axis has all frequencies, but rounds them by itself
+        if self._has_turns() and not self.split:  # every axis has all frequencies, but rounds them by itself
             self.split = (head_dim // (4 * axes) if freqs is None else freqs.shape[1],) * axes
         self.own_freqs = None if freqs is None else freqs.detach().clone()
         dtype = default_dtype() if freqs is None else at_least_fp32(freqs.dtype)
@@ -289,10 +293,13 @@ class AxialRoPE(Rotary):
 
     def default_freqs(self, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
         freqs = self._unrounded_freqs(dtype, device)
-        if not self.periods:
+        if not self._has_turns():
             return freqs
         of_axes = freqs.split(self.split, -1) if freqs.shape[-1] == sum(self.split) else (freqs,) * self.axes
         return torch.cat([_whole_turns(f, period) for f, period in zip(of_axes, self.periods, strict=True)], -1)
+
+    def _has_turns(self) -> bool:
+        return any(period is not None and math.isfinite(period) for period in self.periods)
 
     def _unrounded_freqs(self, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
         if self.own_freqs is not None:
@@ -344,7 +351,7 @@ class AxialRoPE(Rotary):
 
 def _whole_turns(freqs: Tensor, period: float | None) -> Tensor:
     """Frequencies rounded to whole turns in a period; one of zero stays so."""
-    if period is None:
+    if period is None or math.isinf(period):
         return freqs
     turns = (freqs.abs() * (period / (2 * math.pi))).round().clamp(min=1) * freqs.sign()
     return turns * (2 * math.pi / period)
@@ -354,7 +361,7 @@ def _check_periods(periods: Sequence[float | None] | None, axes: int) -> None:
     if periods is None:
         return
     fit = is_per_axis(periods) and len(periods) == axes
-    if not fit or not all(p is None or (is_finite_number(p) and p > 0) for p in periods):
+    if not fit or not all(p is None or ((is_finite_number(p) or p == math.inf) and p > 0) for p in periods):
         raise ValueError(
             f"periods={shorten(periods)} must be {axes} entries, one a coordinate: a length above 0 or None"
         )
