@@ -22,6 +22,7 @@ from natten_layers import (
     HDiT,
     HDiTConfig,
     LevelConfig,
+    NeighborhoodAttention1D,
     NeighborhoodGQA,
     RoPE,
     make_axial_pos,
@@ -379,8 +380,31 @@ def test_a_layer_takes_packed_images(options: dict[str, Any]) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_layer_takes_packed_texts_by_their_cumulative_lengths() -> None:
+    torch.manual_seed(0)
+    lengths, ends = (5, 0, 9), torch.tensor([0, 5, 5, 14], device=DEVICE)
+    layer = NeighborhoodGQA(32, 4, num_kv_heads=2, kernel_size=6, is_causal=True, rope=RoPE(8)).to(DEVICE)
+    x = torch.randn(14, 32, device=DEVICE)
+    places = torch.cat([torch.arange(n) for n in lengths]).to(DEVICE)
+    packed = layer(x, cu_seqlens=ends, positions=places)
+    alone = torch.cat([layer(text[None])[0] for text in x.split([5, 9])])
+    torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-5)
+    assert torch.equal(packed, layer(x, shapes=[(n,) for n in lengths], positions=places))
+    assert error(layer(x, cu_seqlens=ends, positions=torch.arange(14, device=DEVICE).flip(0)), alone) > 1e-2
+    own = NeighborhoodAttention1D(32, 4, 3).to(DEVICE)
+    assert torch.equal(own(x, cu_seqlens=ends), own(x, shapes=[(5,), (0,), (9,)]))
+
+
 def test_layers_refuse_what_packed_samples_do_not_have() -> None:
     x = torch.zeros(6, 8)
+    with raises_naming("either shapes or"):
+        NeighborhoodGQA(8, 2, 3)(x, shapes=[(6,)], cu_seqlens=torch.tensor([0, 6]))
+    with raises_naming("x has shape (1, 6, 8)", "[N, 8] beside shapes or cu_seqlens"):
+        NeighborhoodGQA(8, 2, 3)(x[None], cu_seqlens=torch.tensor([0, 6]))
+    with raises_naming("kernel_size", "1 spatial axis"):
+        NeighborhoodGQA(8, 2, (3, 3))(x, cu_seqlens=torch.tensor([0, 6]))
+    with raises_naming("cu_seqlens", "integer tensor", "list"):
+        NeighborhoodGQA(8, 2, 3)(x, cu_seqlens=[0, 6])
     with raises_naming("registers_attend"):
         NeighborhoodGQA(8, 2, 3, num_registers=1, registers_attend=True)(x, shapes=[(6,)])
     with raises_naming("x has shape (1, 6, 8)", "[N, 8]"):

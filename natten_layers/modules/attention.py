@@ -224,6 +224,7 @@ class NeighborhoodGQA(nn.Module):
         registers: Tensor | None = None,
         mask: Tensor | None = None,
         shapes: Shapes | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attend from every token.
 
@@ -240,6 +241,8 @@ class NeighborhoodGQA(nn.Module):
                 :func:`natten_layers.neighborhood_attention_varlen`. ``mask`` is then ``[N]``, ``registers`` are
                 ``[samples, R, embed_dim]``, and a ``rope`` needs ``positions [N, ...]``. Not together with
                 ``registers_attend`` and ``rel_pos_bias``.
+            cu_seqlens: instead of ``shapes`` on one axis, cumulative lengths ``[samples + 1]`` that begin with 0. A
+                jagged nested tensor is ``layer(nested.values(), cu_seqlens=nested.offsets())``.
 
         Returns:
             ``[B, *spatial, embed_dim]``, or ``[N, embed_dim]`` of packed samples. With ``registers_attend`` also the
@@ -248,7 +251,9 @@ class NeighborhoodGQA(nn.Module):
         Raises:
             ValueError: an argument does not fit; the message names it and the values.
         """
-        tokens, registers = self.attend(x, positions=positions, registers=registers, mask=mask, shapes=shapes)
+        tokens, registers = self.attend(
+            x, positions=positions, registers=registers, mask=mask, shapes=shapes, cu_seqlens=cu_seqlens
+        )
         tokens = self.proj(self.dropout(tokens))
         return tokens if registers is None else (tokens, self.proj(self.dropout(registers)))
 
@@ -263,13 +268,15 @@ class NeighborhoodGQA(nn.Module):
         registers: Tensor | None = None,
         mask: Tensor | None = None,
         shapes: Shapes | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """:meth:`forward` up to ``dropout`` and ``proj``: ``[B, *spatial, Hq * D]``, and ``[B, R, Hq * D]`` or None."""
         check_dense("x", x)
         if not x.is_floating_point():
             raise ValueError(f"x has dtype {x.dtype}; expected tokens in the dtype of the layer's parameters")
-        if shapes is not None:
-            return self._attend_packed(x, shapes, positions, registers, mask).flatten(-2), None
+        if shapes is not None or cu_seqlens is not None:
+            sizes = packed_shapes(shapes, cu_seqlens, self.kernel_size)
+            return self._attend_packed(x, sizes, positions, registers, mask).flatten(-2), None
         if x.ndim - 2 not in self._ranks or x.shape[-1] != self.embed_dim:
             raise self._wrong_shape(x)
         if positions is not None and self.rope is None:
@@ -301,22 +308,25 @@ class NeighborhoodGQA(nn.Module):
     def _attend_packed(
         self,
         x: Tensor,
-        shapes: Shapes,
+        sizes: Tensor,
         positions: Tensor | Positions | None,
         registers: Tensor | None,
         mask: Tensor | None,
     ) -> Tensor:
         """Attention of the tokens of packed samples, ``[N, Hq, D]``."""
         if x.ndim != 2 or x.shape[-1] != self.embed_dim:
-            raise ValueError(f"x has shape {tuple(x.shape)}; expected [N, {self.embed_dim}] beside shapes")
+            expected = f"[N, {self.embed_dim}] beside shapes or cu_seqlens"
+            raise ValueError(f"x has shape {tuple(x.shape)}; expected {expected}")
         if self.registers_attend or self.rpb is not None:
             raise ValueError("packed samples do not go with registers_attend or rel_pos_bias")
         positions = positions.tensor if isinstance(positions, Positions) else positions
         if (self.rope is None) != (positions is None):
-            raise ValueError("packed samples need positions if the layer has a rope, and only then")
+            raise ValueError(
+                "packed samples need positions [N, ...], those of each sample after another, if the layer has a rope, "
+                "and only then"
+            )
         if mask is not None:
             check_key_mask(mask, x.shape[:-1], x.device, "mask")
-        sizes = packed_shapes(shapes, None, self.kernel_size)
         heads, norm, angles = self._project(x[None], self.rope, positions)
         extra = self._register_heads(x.new_empty(len(sizes), 0, 0), registers)
         call = prepare_packed(

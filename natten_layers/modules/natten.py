@@ -79,13 +79,15 @@ class _NeighborhoodAttention(NeighborhoodGQA):
         registers: Tensor | None = None,
         mask: Tensor | None = None,
         shapes: Shapes | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         check_dense("x", x)
-        if shapes is None and x.ndim != self.rank + 2:
+        if shapes is None and cu_seqlens is None and x.ndim != self.rank + 2:
             raise ValueError(
                 f"{type(self).__name__} takes [B, {self.rank} spatial axes, {self.embed_dim}], got {tuple(x.shape)}"
             )
-        out = super().forward(x, positions=positions, registers=registers, mask=mask, shapes=shapes)
+        packing = {"shapes": shapes, "cu_seqlens": cu_seqlens}
+        out = super().forward(x, positions=positions, registers=registers, mask=mask, **packing)
         assert isinstance(out, Tensor)
         return self.proj_drop(out)
 
