@@ -307,6 +307,8 @@ def _spatial_rank(query: Tensor, **axis_arguments: object) -> int:
     rank = next(iter(entries.values()), min(query.ndim - 3, 3))
     if not 1 <= rank <= 3 or query.ndim not in (rank + 3, rank + 4):
         given = "".join(f"; {name} has {count} entries" for name, count in entries.items())
+        if query.ndim == max(rank, 1) + 2:
+            given += "; if the last axis holds all heads, give each its own: query.unflatten(-1, (heads, head_dim))"
         raise ValueError(
             f"query has {query.ndim} axes {tuple(query.shape)}; expected [B, *spatial, heads, head_dim] with 1 to 3 "
             f"spatial axes{given}"

@@ -101,7 +101,9 @@ def neighborhood_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Grouped-query neighborhood attention over 1, 2 or 3 spatial axes.
 
-    Query head ``h`` reads KV head ``h // (Hq // Hkv)``.
+    Query head ``h`` reads KV head ``h // (Hq // Hkv)``. How many spatial axes there are is told by the number of axes
+    alone if ``kernel_size`` is an int: an image ``[B, H, W, C]`` without an axis of heads is then a sequence of ``H``
+    tokens with ``W`` heads. With one entry per axis in ``kernel_size``, such as ``(7, 7)``, it is an error.
 
     KV heads may also be expanded with stride 0: on a group axis (``[B, *spatial, Hkv, G, D]`` for all three tensors;
     ``kernel_size`` must then be a tuple unless there are three spatial axes), or from a single head

@@ -298,6 +298,16 @@ def test_merge_of_far_apart_states_is_stable():
     assert torch.equal(merged.lse, torch.full((1, 2, 1), 1e4))
 
 
+def test_tensors_without_an_axis_of_heads_are_an_error_where_their_rank_tells():
+    image, sequence = torch.randn(1, 6, 7, 16), torch.randn(1, 6, 16)
+    way_out = "query.unflatten(-1, (heads, head_dim))"
+    with raises_naming("query has 4 axes (1, 6, 7, 16)", "kernel_size has 2 entries", way_out):
+        neighborhood_attention(image, image, image, (3, 3))
+    with raises_naming("query has 3 axes (1, 6, 16)", way_out):
+        neighborhood_attention(sequence, sequence, sequence, 3)
+    assert neighborhood_attention(image, image, image, 3).shape == (1, 6, 7, 16)  # six tokens with seven heads
+
+
 def test_merge_errors():
     state = attention_state(*qkv(), 3, impl="eager")
     other = attention_state(*qkv((8, 8)), 3, impl="eager")
