@@ -231,7 +231,8 @@ class NeighborhoodGQA(nn.Module):
         Args:
             x: ``[B, *spatial, embed_dim]``.
             positions: passed to ``rope`` in the form that it takes. Wrapped in :class:`Positions`, they are not cast by
-                the mixed-precision policies of FSDP.
+                the mixed-precision policies of FSDP. Along a periodic axis they go around the period of an
+                :class:`AxialRoPE` once, in steps that are alike; that is checked where they are on a CPU.
             registers: register tokens ``[B, R, embed_dim]`` that the model carries from layer to layer. They follow
                 the layer's own, if it has any.
             mask: ``[B or 1, *spatial]``, bool, False where a token counts for no other one, such as padding or land.

@@ -231,6 +231,7 @@ class AxialRoPE(Rotary):
     are rotated (half of it). All frequencies are ``exp(linspace(ln pi, ln 10 pi, num_heads * n + 1)[:-1])``; head
     ``h`` takes elements ``j * num_heads + h``. A group of query heads that shares a KV head has the group's first
     query head's frequencies. Two axes are HDiT's embedding (Crowson et al. 2024, https://arxiv.org/abs/2401.11605).
+    The frequencies are for coordinates from about -1 to 1: divide degrees of longitude by 180, or give ``freqs``.
 
     Args:
         head_dim: elements of a head, at least ``4 * axes``.
@@ -243,7 +244,7 @@ class AxialRoPE(Rotary):
         split: how many of the ``n`` own frequencies belong to each axis, in their order, where axes differ. Without it
             each axis has all of them.
         periods: of every coordinate, the length in units of position after which it comes back to the same place, such
-            as 360 for longitudes in degrees, or None where it does not. Frequencies are rounded to whole turns a
+            as 2 for longitudes from -1 to 1, or None where it does not. Frequencies are rounded to whole turns a
             period, at least one, so that scores depend on the distance along the ring, as windows do with
             ``is_periodic``. In :func:`make_axial_pos` the long side of an image is 2.0 long. ``math.inf`` leaves the
             frequencies as they are, as None does, and says that this is meant where an axis is periodic: layers refuse
