@@ -1,93 +1,56 @@
-"""A forecast on a globe, with windows that wrap around in longitude and stop at the poles.
-
-python examples/weather.py        about a minute on a CPU; weather.png shows a forecast beside the truth
-
-Vortices drift eastwards, faster near the equator than near the poles. A small network learns the next wind from this
-one, and is then applied again and again to its own forecasts.
-"""
-
-import math
+"""Learns to forecast vortices that drift around a globe, by windows that wrap in longitude: a minute on a CPU."""
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from natten_layers import GEGLU, AxialRoPE, NeighborhoodGQA, make_axial_pos
+from natten_layers import GEGLU, AxialRoPE, NeighborhoodGQA
+from natten_layers_cli.running import Parser
 
-LATITUDES, LONGITUDES, WIDTH = 16, 32, 32
 
-
-def winds(generator: torch.Generator, count: int, steps: int, vortices: int = 6) -> Tensor:
-    """``[count, steps + 1, latitude, longitude, 2]``: eastwards and northwards."""
-    rows = (torch.arange(LATITUDES).view(-1, 1, 1) + 0.5) / LATITUDES
-    columns = (torch.arange(LONGITUDES).view(-1, 1) + 0.5) / LONGITUDES
-    latitude, longitude, sign = torch.rand(3, count, 1, 1, 1, vortices, generator=generator)
-    drift = 0.01 + 0.05 * torch.sin(math.pi * latitude)  # turns of the globe a step
-    north = rows - latitude
-    east = (columns - longitude - drift * torch.arange(steps + 1).view(-1, 1, 1, 1) + 0.5) % 1 - 0.5  # the short way
+def winds(count: int, hours: int = 1, vortices: int = 6) -> Tensor:
+    """``[count, hours + 1, 16 latitudes, 32 longitudes, 2]``: to the east and to the north."""
+    row, column = torch.arange(16).view(-1, 1, 1), torch.arange(32).view(-1, 1)
+    latitude, longitude, sign = torch.rand(3, count, 1, 1, 1, vortices)
+    drift = (0.01 + 0.05 * torch.sin(torch.pi * latitude)) * torch.arange(hours + 1).view(-1, 1, 1, 1)  # in turns
+    north, east = (row + 0.5) / 16 - latitude, (column + 0.5) / 32 - longitude - drift
+    east = (east + 0.5) % 1 - 0.5  # the short way around
     strength = 10 * (sign - 0.5).sign() * torch.exp(-50 * north**2 - 200 * east**2)
     return torch.stack([(strength * north).sum(-1), (-2 * strength * east).sum(-1)], -1)
 
 
 class Forecast(nn.Module):
-    """The next wind, from windows of 5 latitudes and 9 longitudes around each place."""
-
-    def __init__(self) -> None:
+    def __init__(self, width: int = 32) -> None:
         super().__init__()
-        # From the west end of the map to its east end, positions run from -1 to 1: a period of 2.
-        rope = AxialRoPE(WIDTH // 2, 2, periods=(None, 2.0))
+        rope = AxialRoPE(width // 2, 2, periods=(None, 2.0))  # from west to east, positions run from -1 to 1
         window = {"kernel_size": (5, 9), "is_periodic": (False, True), "rope": rope}
-        self.start, self.end = nn.Linear(3, WIDTH), nn.Linear(WIDTH, 2)
-        self.layers = nn.ModuleList(NeighborhoodGQA(WIDTH, 2, **window) for _ in range(2))
-        self.feed_forward = nn.ModuleList(GEGLU(WIDTH, 2 * WIDTH) for _ in range(2))
+        layers = [layer for _ in range(2) for layer in (NeighborhoodGQA(width, 2, **window), GEGLU(width, 2 * width))]
+        self.start, self.layers, self.end = nn.Linear(2, width), nn.ModuleList(layers), nn.Linear(width, 2)
+        self.latitude = nn.Parameter(torch.zeros(16, 1, width))
 
     def forward(self, wind: Tensor) -> Tensor:
-        latitude = make_axial_pos(LATITUDES, LONGITUDES)[..., :1].expand(len(wind), -1, -1, -1)
-        x = self.start(torch.cat([wind, latitude], -1))
-        for attention, feed_forward in zip(self.layers, self.feed_forward, strict=True):
-            x = x + attention(x)
-            x = x + feed_forward(x)
+        x = self.start(wind) + self.latitude
+        for layer in self.layers:
+            x = x + layer(x)
         return wind + self.end(x)
 
 
 def train(steps: int) -> Forecast:
     torch.manual_seed(0)
-    model, generator = Forecast(), torch.Generator().manual_seed(0)
-    optimizer = torch.optim.AdamW(model.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps)
-    for step in range(1, steps + 1):
-        now, truth = winds(generator, 8, 1).unbind(1)
-        loss = (model(now) - truth).square().mean()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        if step % 100 == 0:
-            print(f"step {step}: error {(loss / (now - truth).square().mean()).sqrt():.1%} of the change in the wind")
+    model = Forecast()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for step in range(steps + 1):
+        now, later = winds(8).unbind(1)
+        loss, unchanged = ((forecast - later).square().mean() for forecast in (model(now), now))
+        if step % 100 == 0 or step == steps:
+            print(f"step {step}: squared error {loss:.2g}, and {unchanged:.2g} if the wind stayed as it is")
+        if step < steps:
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
     return model
 
 
-@torch.no_grad()
-def draw(model: Forecast, path: str, shown: tuple[int, ...] = (0, 2, 4, 8)) -> None:
-    truth = winds(torch.Generator().manual_seed(1), 1, max(shown))[0]
-    forecasts = [truth[:1]]
-    for _ in range(max(shown)):
-        forecasts.append(model(forecasts[-1]))
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    for column, step in enumerate(shown):
-        for row, (name, wind) in enumerate({"truth": truth[step], "forecast": forecasts[step][0]}.items()):
-            axes = figure.add_subplot(2, len(shown), row * len(shown) + column + 1)
-            east, north = wind.unbind(-1)
-            axes.imshow(torch.hypot(east, north).numpy(), origin="lower", vmin=0, vmax=0.8)
-            axes.quiver(east.numpy(), north.numpy(), color="white", scale=12)
-            axes.set(title=f"{name}, step {step}" if step else "start", xticks=[], yticks=[])
-            if row:
-                axes.set_xlabel("longitude")
-            if not column:
-                axes.set_ylabel("latitude")
-    figure.savefig(path, dpi=100)
-    print(f"wrote {path}")
-
-
 if __name__ == "__main__":
-    draw(train(1000), "weather.png")
+    parser = Parser(description=__doc__, least={"steps": 0})
+    parser.add_argument("--steps", type=int, default=500, help="of training, each on 8 new winds")
+    train(parser.parse(None).steps)
