@@ -13,26 +13,31 @@ dynamic, static and sliding-window caches. Everything else raises ``ValueError``
 by the caller, customised masks, position biases, models that do arithmetic on their masks. Outputs at padded tokens are
 unspecified, and attention weights are not returned. The documentation has a table of the architectures.
 
-Pack texts by ``cu_seq_lens_q`` and ``cu_seq_lens_k``, as ``DataCollatorWithFlattening(return_flash_attn_kwargs=True)``
-makes them: each text is computed as if it were alone, in full layers too. ``position_ids`` that begin anew pack texts
-only where transformers looks at them, which is in causal and sliding-window layers, with ``use_cache=False``, without
-an ``attention_mask``, and not in gpt-oss, whose masks are not told the positions. Elsewhere the texts of a row silently
-see each other, with this plug-in as with transformers' own attention.
+Texts that are packed into the rows of a batch do not see each other, in full layers too. ``position_ids`` that begin
+anew (0, 1, 2, 0, 1, ...) say where each begins, or ``cu_seq_lens_q`` and ``cu_seq_lens_k`` do for a single row, as
+``DataCollatorWithFlattening`` makes either. Positions that leave a gap separate texts only where transformers makes
+masks of packed texts, with ``use_cache=False`` and without an ``attention_mask``. Layers look at the positions, once
+for all of them in a forward pass, as most architectures hand them on; the documentation's table says which do not, and
+what keeps texts apart there. Not known to the layers are texts in a cache: decoding after packed texts sees all of
+them. Compiled layers cannot look, and raise if positions begin anew; they know packed texts from ``cu_seq_lens_q``, or
+from transformers' masks.
 
 A mask function is registered too. Without one, transformers passes ``attention_mask=None`` to every layer, and padding,
 the offset of the cache and causality would be ignored silently. What the mask function returns must pass through
 ``generate`` and the model unchanged, which holds for None and for 4-D tensors. It therefore returns positions in a 4-D
 tensor instead of a mask of ``Lq x S`` elements: int64 ``[N, 1, R, Lq + S]``, where
 
-- ``N`` is the batch size; or 0, which says that the queries are the first ``Lq`` keys and no token sees padding;
+- ``N`` is the batch size; or 0, which says that the queries are the first ``Lq`` keys and no token sees padding. Masks
+  of packed texts have one entry more than there are texts in the batch, on the CPU: their cumulative lengths;
 - ``R`` names the pattern, and with it the layer's window: ``_ROWS`` and :func:`_window`. Rows are equal but for the
   second one of patterns with blocks;
 - the last axis holds the positions of the queries, then those of the cache's slots, -1 where a slot is padding.
 
 Layers see the keys whose positions are at most the query's and less than a window behind it, so the other patterns are
 choices of positions. In a bidirectional window of ``w`` keys on each side, queries stand ``w`` positions further right
-and see ``2 w + 1``. In packed texts and in chunks, each text or chunk stands a window's length further right than it
-would, and no window reaches back over that gap.
+and see ``2 w + 1``. In chunks, each stands a window's length further right than it would, and no window reaches back
+over that gap; so do packed texts where there is padding or a cache. Elsewhere these are computed as samples of their
+own.
 
 A token of a block sees, besides what it sees in any case, those tokens of its block that follow it. That is causal
 attention of another order of tokens, in which each block runs backwards, far from the others; a second call computes it
@@ -66,8 +71,15 @@ from transformers.masking_utils import (
 
 from ..cached import cached_attention
 from ..operations import AttentionState, merge_attention, neighborhood_attention
-from ..varlen import neighborhood_attention_varlen
 from .dinat import register_dinat
+from .packed_texts import (
+    attend_to_own_text,
+    check_cu_seq_lens,
+    cumulative_lengths,
+    forget,
+    keep_apart,
+    says_texts,
+)
 
 __all__ = ["NAME", "register", "register_dinat"]
 
@@ -85,7 +97,7 @@ remap_positions_for_packed_sequence = getattr(masking_utils, "remap_positions_fo
 
 # The row counts of a mask, see the head of this file.
 _CAUSAL, _BLOCKS, _WINDOWED, _BLOCKS_WINDOWED, _BIDIRECTIONAL, _BIDIRECTIONAL_BELOW = range(1, 7)
-_CHUNKED, _PACKED, _PACKED_WINDOWED = range(7, 10)
+_CHUNKED, _TEXTS, _TEXTS_WINDOWED = range(7, 10)
 _ROWS = range(1, 10)
 _FULL = 0
 """A pattern for which :func:`_positions_mask` needs no rows of its own"""
@@ -159,6 +171,7 @@ def _attention(
     softcap: float | None = None,
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
+    position_ids: Tensor | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """One layer's attention: ``(out [B, Lq, Hq, Dv], None)``, where None stands for the attention weights."""
@@ -169,16 +182,20 @@ def _attention(
     query, key = query.to(value.dtype), key.to(value.dtype)
     query, key, value = (t.transpose(1, 2) for t in (query, key, value))  # heads last, as views
     length, slots = query.shape[1], key.shape[1]
-    causal, window, positions, blocks = True, sliding_window, None, None
+    causal, window, positions, blocks, texts, rows = True, sliding_window, None, None, cu_seq_lens_q, _FULL
+    itself = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if attention_mask is not None:
         _check_mask(attention_mask, query.shape[0], length, slots)
         rows = attention_mask.shape[2]
-        window = _window(module, sliding_window, rows, slots)
-        positions = attention_mask[:, 0, 0] if attention_mask.shape[0] else None
-        blocks = attention_mask[:, 0, 1] if rows in (_BLOCKS, _BLOCKS_WINDOWED) and attention_mask.shape[0] else None
+        window = _window(module, sliding_window, rows)
+        if rows in (_TEXTS, _TEXTS_WINDOWED):
+            texts = attention_mask[:, 0, 0, 0] if texts is None else texts
+        elif attention_mask.shape[0]:
+            positions = attention_mask[:, 0, 0]
+            blocks = attention_mask[:, 0, 1] if rows in (_BLOCKS, _BLOCKS_WINDOWED) else None
     else:
         # The mask function returns None only for full bidirectional attention, but some models do not call it at all.
-        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        causal = itself
         if causal and length != slots:
             raise ValueError(
                 f"{length} causal queries over {slots} keys came with attention_mask=None: positions unknown"
@@ -191,15 +208,18 @@ def _attention(
         if length != slots:
             positions = _bidirectional_positions(length, slots, query.device)[None]
     if cu_seq_lens_q is not None:
-        rows = _FULL if attention_mask is None else attention_mask.shape[2]
-        _check_packing(cu_seq_lens_q, cu_seq_lens_k, rows, query, key, positions)
-        options = {"is_causal": causal, "scale": scaling, "sink": s_aux}
-        return _attend_packed(query, key, value, cu_seq_lens_q, window, options, softcap), None
+        plain = rows in (_FULL, _CAUSAL, _WINDOWED, _TEXTS, _TEXTS_WINDOWED) and positions is None
+        check_cu_seq_lens(cu_seq_lens_q, cu_seq_lens_k, query, key, plain)
+    # No model with chunks hands positions to its layers.
+    elif texts is None and rows != _CHUNKED and says_texts(module, position_ids, query, slots, itself):
+        texts, positions, blocks, window = keep_apart(position_ids, query, positions, blocks, window)
     if positions is None:
         key, value = key[:, :length], value[:, :length]  # a static cache has empty slots behind these
+        options: dict[str, Any] = {"is_causal": causal, "scale": scaling, "sink": s_aux}
+        if texts is not None:
+            return attend_to_own_text(query, key, value, texts, window, options, softcap), None
         if softcap is None:
             kernel_size = length if window is None else min(window, length)
-            options: dict[str, Any] = {"is_causal": causal, "scale": scaling, "sink": s_aux}
             return neighborhood_attention(query, key, value, (kernel_size,), **options), None
         row = torch.arange(length, device=query.device)
         positions = (torch.cat([row, row]) if causal else _bidirectional_positions(length, length, query.device))[None]
@@ -211,50 +231,6 @@ def _attention(
     sees = blocks[:, :length], blocks[:, length:]
     behind = cached_attention(query, key, value, *sees, window=slots, return_lse=True, **options)
     return merge_attention(*(AttentionState(out, lse, torch.ones_like(lse)) for out, lse in (before, behind))).out, None
-
-
-def _check_packing(
-    of_queries: Tensor, of_keys: Tensor | None, rows: int, query: Tensor, key: Tensor, positions: Tensor | None
-) -> None:
-    """Raise unless cumulative lengths are those of texts that attend to themselves, in one row and without a cache."""
-    same = of_keys is None or of_keys is of_queries or torch.equal(of_keys, of_queries)
-    if not same or query.shape[0] != 1 or query.shape[1] != key.shape[1]:
-        raise ValueError(
-            f"{NAME} supports cu_seq_lens_q for texts that attend to themselves, packed in one row without a cache; "
-            f"got query {tuple(query.shape)}, key {tuple(key.shape)} and cu_seq_lens_k {of_keys}"
-        )
-    if rows not in (_FULL, _CAUSAL, _WINDOWED, _PACKED, _PACKED_WINDOWED) or (
-        rows in (_CAUSAL, _WINDOWED) and positions is not None
-    ):
-        raise ValueError(
-            f"{NAME} supports cu_seq_lens_q in causal, sliding-window and full layers, and without an attention_mask: "
-            "it says which tokens there are"
-        )
-
-
-def _attend_packed(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seq_lens: Tensor,
-    window: int | None,
-    options: dict[str, Any],
-    softcap: float | None,
-) -> Tensor:
-    """Attention ``[1, N, Hq, Dv]`` of every text over itself."""
-    tokens = query.shape[1]
-    kernel_size = tokens if window is None else min(window, tokens)
-    if softcap is None:
-        packed = query[0], key[0], value[0]
-        return neighborhood_attention_varlen(*packed, None, (kernel_size,), cu_seqlens=cu_seq_lens, **options)[None]
-    if not options["is_causal"]:
-        raise ValueError(f"{NAME} does not support soft-capped scores of bidirectional layers with cu_seq_lens_q")
-    # Each text stands so far behind the one before that no window reaches back.
-    row = torch.arange(tokens, device=query.device)
-    text = torch.bucketize(row, cu_seq_lens.to(row), right=True)
-    positions = (row + text * tokens)[None]
-    of_text = {"scale": options["scale"], "sink": options["sink"], "softcap": softcap}
-    return cached_attention(query, key, value, positions, positions, window=kernel_size, **of_text)
 
 
 @torch.compiler.disable  # it reads values of the padding mask and inspects closures, once per model call
@@ -272,6 +248,7 @@ def _positions_mask(
     **_: object,  # hints for the makers of dense masks
 ) -> Tensor | None:
     """What the layers of one kind get as their ``attention_mask``, see the head of this file."""
+    forget()
     if getattr(config, "model_type", None) in _MASK_ARITHMETIC:
         raise ValueError(
             f"{NAME} does not support {config.model_type}: it does arithmetic on its masks, and {NAME} hands positions "
@@ -293,6 +270,12 @@ def _positions_mask(
         blocks = overlay.get("block_sequence_ids")
         if blocks is not None and not bool((blocks >= 0).any()):  # a text without images
             rows = _CAUSAL if rows == _BLOCKS else _WINDOWED
+        if rows in (_TEXTS, _TEXTS_WINDOWED):
+            numbers = overlay["packed_sequence_mask"].expand(batch_size, -1)
+            texts = cumulative_lengths(F.pad(numbers.diff(dim=-1) != 0, (1, 0)))
+            if len(texts) > batch_size + 1:
+                return texts[:, None, None, None].expand(-1, 1, rows, q_length + kv_length)
+            rows = _CAUSAL if rows == _TEXTS else _WINDOWED  # when compiled, transformers takes all rows for packed
         if rows in (_CAUSAL, _WINDOWED) and _is_aligned(q_length, kv_length, q_offset, attention_mask):
             return torch.empty(0, 1, rows, q_length + kv_length, dtype=torch.long, device=device)
         positions = torch.cat(_moved(rows, overlay, queries, slots), dim=-1)
@@ -315,9 +298,6 @@ def _moved(rows: int, overlay: dict[str, Any], queries: Tensor, slots: Tensor) -
         moved = [p + (p - padding) // size * size for p in (queries, slots)]
         # A chunk before the text's start is a negative number of chunks away; what is there is padding.
         return moved[0], torch.where(slots < padding, -1, moved[1])
-    if rows in (_PACKED, _PACKED_WINDOWED):
-        texts = overlay["packed_sequence_mask"] * slots.shape[-1]  # as many queries as slots
-        return queries + texts, slots + texts
     return queries, slots
 
 
@@ -417,9 +397,9 @@ def _packed(rows: int, overlay: dict[str, Any], packed: dict[str, Any]) -> tuple
     if rows not in (_CAUSAL, _WINDOWED):
         raise ValueError(
             f"{NAME} supports packed sequences (position_ids that do not always grow by one) in causal and "
-            "sliding-window layers only; pass attention_mask, or pad the texts instead"
+            "sliding-window layers only; give each text a row of its own, or, if rows are one text, pass attention_mask"
         )
-    return (_PACKED, packed) if rows == _CAUSAL else (_PACKED_WINDOWED, packed)
+    return (_TEXTS, packed) if rows == _CAUSAL else (_TEXTS_WINDOWED, packed)
 
 
 def _variables(function: Callable[..., object]) -> dict[str, Any]:
@@ -446,10 +426,10 @@ def _check_mask(mask: Tensor, batch: int, length: int, slots: int) -> None:
     if (
         mask.dtype != torch.long
         or mask.ndim != 4
-        or mask.shape[0] not in (0, batch)
         or mask.shape[1] != 1
         or not _ROWS.start <= mask.shape[2] < _ROWS.stop  # compiled graphs have symbols for sizes, which `in` refuses
         or mask.shape[3] != length + slots
+        or (mask.shape[2] not in (_TEXTS, _TEXTS_WINDOWED) and mask.shape[0] not in (0, batch))
     ):
         raise ValueError(
             f"attention_mask is {mask.dtype} {tuple(mask.shape)}, not what {NAME}'s mask function made for {length} "
@@ -458,13 +438,11 @@ def _check_mask(mask: Tensor, batch: int, length: int, slots: int) -> None:
         )
 
 
-def _window(module: nn.Module, sliding_window: int | None, rows: int, slots: int) -> int | None:
+def _window(module: nn.Module, sliding_window: int | None, rows: int) -> int | None:
     """How many positions a layer's queries see. Some layers do not say; the masks take it from the configuration."""
     config: Any = module.config
-    if rows in (_CAUSAL, _BLOCKS):
+    if rows in (_CAUSAL, _BLOCKS, _TEXTS):
         return None
-    if rows == _PACKED:
-        return slots
     layer = getattr(module, "layer_idx", None)
     if layer is not None and getattr(config, "per_layer_config", None):  # sizes that vary by layer
         config = config.per_layer_config[layer]
@@ -474,8 +452,7 @@ def _window(module: nn.Module, sliding_window: int | None, rows: int, slots: int
         return 2 * config.sliding_window + 1
     if rows == _BIDIRECTIONAL_BELOW:
         return 2 * config.sliding_window - 1
-    window: int = config.sliding_window if sliding_window is None else sliding_window
-    return min(window, slots) if rows == _PACKED_WINDOWED else window
+    return config.sliding_window if sliding_window is None else sliding_window
 
 
 def _scaled(query: Tensor, scaling: Tensor) -> Tensor:
