@@ -5,6 +5,7 @@
 
 Every architecture that transformers maps to a causal or a masked language model is built tiny, with random weights, and
 its logits are compared with those of its own attention, on whole texts and on texts padded on the left or the right.
+Then two texts are packed into a row, and each is changed: is that seen in the logits of the other?
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ KINDS = {
     "masked LM": (modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, transformers.AutoModelForMaskedLM),
 }
 LENGTH = 12
+TEXT = 5
+"""tokens of the first of two texts in a row"""
 WINDOW = 5
 SIZES: dict[str, Any] = {
     "vocab_size": 64,
@@ -128,6 +131,7 @@ class Row:
     kind: str
     verdict: str
     reason: str = ""
+    packed: str = ""
 
 
 def tiny(config_class: type, changes: dict[str, Any], own: dict[str, Any]) -> Any:
@@ -212,7 +216,8 @@ def survey(model_type: str, kind: str) -> Row:
         if not all(bool(out.isfinite().all()) for out in expected):
             problem = problem or "its logits are not finite"
             continue
-        return Row(model_type, kind, *compare(auto, config, expected))
+        verdict, reason = compare(auto, config, expected)
+        return Row(model_type, kind, verdict, reason, packed(auto, config) if verdict == "equal" else "")
     return Row(model_type, kind, "not applicable", f"does not run this small with its own attention ({short(problem)})")
 
 
@@ -243,6 +248,49 @@ def compare(auto: Any, config: Any, expected: list[Tensor]) -> tuple[str, str]:
     return ("equal", "") if used else ("not applicable", "it calls no attention through AttentionInterface")
 
 
+def packed(auto: Any, config: Any) -> str:
+    """What keeps two texts apart that are packed into a row with position_ids that begin anew, if anything does."""
+    model = build(auto, config, NAME)
+    if model.config.is_encoder_decoder:
+        return ""
+    ends = torch.tensor([0, TEXT, LENGTH], dtype=torch.int32)
+    positions = torch.arange(LENGTH)
+    inputs: dict[str, Any] = {"position_ids": torch.where(positions < TEXT, positions, positions - TEXT)[None]}
+    for more, words in (
+        ({}, "apart"),
+        ({"use_cache": False}, "apart with `use_cache=False`"),
+        ({"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}, "apart with `cu_seq_lens_q`"),
+    ):
+        try:
+            found = keeps_apart(model, {**inputs, **more})
+        except (TypeError, ValueError):  # it has no such argument, or the plug-in refuses the call
+            continue
+        if found is not None:
+            return words if found else f"{words}; positions go on"
+    return "see each other"
+
+
+@torch.no_grad()
+def keeps_apart(model: Any, inputs: dict[str, Any]) -> bool | None:
+    """None if a text sees the other, else whether each has the logits that it has alone, at its positions."""
+    ids = texts()[0]["input_ids"]
+    torch.manual_seed(0)
+    other_first, other_second = (
+        torch.cat([ids[a : a + 1, :TEXT], ids[b : b + 1, TEXT:]], 1) for a, b in ((1, 0), (0, 1))
+    )
+    both, first, second = (model(input_ids=row, **inputs).logits for row in (ids[:1], other_second, other_first))
+    if (
+        difference(first[:, :TEXT], both[:, :TEXT]) > TOLERANCE
+        or difference(second[:, TEXT:], both[:, TEXT:]) > TOLERANCE
+    ):
+        return None
+    alone = [
+        model(input_ids=ids[:1, text], position_ids=inputs["position_ids"][:, text]).logits
+        for text in (slice(0, TEXT), slice(TEXT, LENGTH))
+    ]
+    return difference(both, torch.cat(alone, 1)) < TOLERANCE
+
+
 def short(text: str) -> str:
     """The first words of a message, fit for a cell of a table."""
     words = re.sub(r"\s+", " ", text.replace("|", "/").replace("<", "").replace(">", "")).strip()
@@ -266,20 +314,34 @@ def table(rows: Iterable[Row]) -> str:
         'Each architecture is built tiny with random weights. *Equal*: with `attn_implementation="natten_layers"` its '
         f"logits are those of its own eager attention to {TOLERANCE:g} of the largest, on whole texts and on texts "
         "padded on the left and on the right. *Refused*: an error says why. *Not applicable*: nothing to compare. "
-        "Models of several parts (images and text) are not built; their text models are. Caches, gradients, packed "
-        "texts and images whose tokens see each other (Gemma 3, PaliGemma) are tested on a few families only. "
+        "Models of several parts (images and text) are not built; their text models are. Caches, gradients and images "
+        "whose tokens see each other (Gemma 3, PaliGemma) are tested on a few families only. "
         "Soft-capped scores (Gemma 2) are computed in PyTorch, not by the kernels.",
         "",
-        "Pack texts by `cu_seq_lens_q` and `cu_seq_lens_k`, as "
-        "`DataCollatorWithFlattening(return_flash_attn_kwargs=True)` makes them: each is computed as if it were alone. "
-        "`position_ids` that begin anew pack texts only where transformers looks at them: in causal and sliding-window "
-        "layers, with `use_cache=False`, without an `attention_mask`, and not in gpt-oss, whose masks are not told the "
-        "positions. Elsewhere the texts of a row silently see each other, as with transformers' own attention.",
+        "*Packed texts*: whether two texts in a row see each other. *Apart*: they do not, as `position_ids` that "
+        "begin anew (0, 1, 2, 0, 1, ...) say where texts begin, in any number of rows and whatever the rest of the "
+        "call is. Some architectures need another argument besides, as they hand positions to their masks only, "
+        "which transformers does not tell of texts if there is a cache or an `attention_mask`. *Positions go on*: "
+        "the texts do not see each other, but the model counts positions itself, and gives the second text those "
+        "behind the first. Architectures in which texts *see each other* have layers besides attention, such as "
+        "recurrent ones, that go on from text to text, or hand positions to nothing: give each text a row of its own "
+        "there.",
         "",
-        "| architecture | as | result | reason |",
-        "|---|---|---|---|",
+        "`cu_seq_lens_q` and `cu_seq_lens_k`, as `DataCollatorWithFlattening(return_flash_attn_kwargs=True)` makes "
+        "them, pack the texts of one row, and layers then look at no positions. Qwen's models of images and text "
+        "hand positions to their layers only if `position_ids` are `[4, batch, tokens]`, of which the first are the "
+        "text's. Layers of a model that is compiled as a whole cannot look at positions: `position_ids` that begin "
+        "anew are an error there, unless transformers tells the masks (`use_cache=False` and no `attention_mask`; "
+        "never in gpt-oss, AFMoE, OPT, BART and the like, and encoders) or there are `cu_seq_lens_q`. Tokens that "
+        "are generated after packed texts see all of them.",
+        "",
+        "| architecture | as | result | packed texts | reason |",
+        "|---|---|---|---|---|",
     ]
-    return "\n".join(lines + [f"| `{r.model_type}` | {r.kind} | {r.verdict} | {r.reason} |" for r in rows]) + "\n"
+    return (
+        "\n".join(lines + [f"| `{r.model_type}` | {r.kind} | {r.verdict} | {r.packed} | {r.reason} |" for r in rows])
+        + "\n"
+    )
 
 
 def main() -> None:
@@ -300,7 +362,7 @@ def main() -> None:
     with ProcessPoolExecutor(arguments.jobs) as pool:
         for row in pool.map(survey, *zip(*tasks, strict=True)):
             rows.append(row)
-            print(row.model_type, row.kind, row.verdict, row.reason, sep="  ", flush=True)
+            print(row.model_type, row.kind, row.verdict, row.packed, row.reason, sep="  ", flush=True)
     if arguments.table:
         arguments.table.write_text(table(rows))
     if any(row.verdict.isupper() for row in rows):

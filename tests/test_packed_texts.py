@@ -28,6 +28,7 @@ from test_transformers import (  # noqa: E402
     tokens,
 )
 
+from benchmarks import transformers_support  # noqa: E402
 from natten_layers.integrations import packed_texts  # noqa: E402
 from natten_layers.integrations import transformers as plugin  # noqa: E402
 
@@ -318,6 +319,23 @@ def test_cross_attention_ignores_the_positions_of_its_queries() -> None:
     for keys in (key, key[:, :, :7]):
         found = plugin._attention(decoder, query, keys, keys, None, position_ids=POSITIONS)[0]
         assert torch.equal(found, plugin._attention(decoder, query, keys, keys, None)[0])
+
+
+@pytest.mark.parametrize(
+    ("model_type", "kind", "packed"),
+    [
+        ("llama", "causal LM", "apart"),
+        ("persimmon", "causal LM", "apart with `use_cache=False`"),
+        ("gte", "masked LM", "apart with `cu_seq_lens_q`"),
+        ("plbart", "causal LM", "apart; positions go on"),
+        ("modernbert", "masked LM", "see each other"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")  # those of other people's models
+def test_packed_texts_of_the_support_table(model_type: str, kind: str, packed: str) -> None:
+    row = transformers_support.survey(model_type, kind)
+    assert row.packed == packed
+    assert f"| equal | {packed} | " in transformers_support.table([row])
 
 
 @pytest.mark.gpu
