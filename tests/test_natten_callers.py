@@ -229,6 +229,16 @@ def test_a_tensor_of_one_number_is_a_scale() -> None:
             natten.na1d(query, query, query, 3, scale=scale)
 
 
+def test_none_is_the_default() -> None:
+    """NATTEN takes None for these, as wrappers that hand options on pass it."""
+    query, tokens = torch.randn(1, 5, 6, 2, 8), torch.randn(1, 5, 6, 16)
+    none: dict[str, Any] = {"stride": None, "dilation": None, "is_causal": None}
+    assert torch.equal(natten.na2d(query, query, query, 3, **none), natten.na2d(query, query, query, 3))
+    layer, other = natten.NeighborhoodAttention2D(16, 2, 3, **none), natten.NeighborhoodAttention2D(16, 2, 3)
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(layer(tokens), other(tokens))
+
+
 def test_type_checkers_know_what_comes_back() -> None:
     """The types are those that pyright, which runs over the tests, reads."""
     q = torch.randn(1, 4, 4, 2, 8)

@@ -30,7 +30,8 @@ class _NeighborhoodAttention(NeighborhoodGQA):
     The :class:`NeighborhoodGQA` of as many KV heads as query heads, for inputs of one rank, with dropout at its end.
 
     Args:
-        embed_dim, num_heads, kernel_size, stride, dilation, is_causal, qkv_bias: as there.
+        embed_dim, num_heads, kernel_size, stride, dilation, is_causal, qkv_bias: as there. None for ``stride``,
+            ``dilation`` or ``is_causal`` is the default, as in NATTEN.
         qk_scale: factor on the scores, default ``head_dim ** -0.5``.
         proj_drop: probability with which an element of the output is dropped in training.
         rel_pos_bias: have the table on relative positions of NATTEN's modules before 0.20, the parameter ``rpb``. The
@@ -48,9 +49,9 @@ class _NeighborhoodAttention(NeighborhoodGQA):
         embed_dim: int,
         num_heads: int,
         kernel_size: Axes,
-        stride: Axes = 1,
-        dilation: Axes = 1,
-        is_causal: Causal = False,
+        stride: Axes | None = 1,
+        dilation: Axes | None = 1,
+        is_causal: Causal | None = False,
         qkv_bias: bool = True,
         qk_scale: float | None = None,
         proj_drop: float = 0.0,
@@ -61,9 +62,9 @@ class _NeighborhoodAttention(NeighborhoodGQA):
             embed_dim,
             num_heads,
             normalise_axes("kernel_size", kernel_size, self.rank, int),
-            stride=normalise_axes("stride", stride, self.rank, int),
-            dilation=normalise_axes("dilation", dilation, self.rank, int),
-            is_causal=normalise_axes("is_causal", is_causal, self.rank, bool),
+            stride=normalise_axes("stride", 1 if stride is None else stride, self.rank, int),
+            dilation=normalise_axes("dilation", 1 if dilation is None else dilation, self.rank, int),
+            is_causal=normalise_axes("is_causal", False if is_causal is None else is_causal, self.rank, bool),
             qkv_bias=qkv_bias,
             scale=qk_scale,
             rel_pos_bias=rel_pos_bias,

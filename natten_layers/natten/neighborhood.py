@@ -42,8 +42,8 @@ class NeighborhoodOperation(Protocol):
         key: Tensor,
         value: Tensor,
         kernel_size: Axes,
-        stride: Axes = 1,
-        dilation: Axes = 1,
+        stride: Axes | None = 1,
+        dilation: Axes | None = 1,
         is_causal: Causal | None = False,
         scale: float | Tensor | None = None,
         additional_keys: Tensor | None = None,
@@ -61,8 +61,8 @@ class NeighborhoodOperation(Protocol):
         key: Tensor,
         value: Tensor,
         kernel_size: Axes,
-        stride: Axes = 1,
-        dilation: Axes = 1,
+        stride: Axes | None = 1,
+        dilation: Axes | None = 1,
         is_causal: Causal | None = False,
         scale: float | Tensor | None = None,
         additional_keys: Tensor | None = None,
@@ -80,8 +80,8 @@ class NeighborhoodOperation(Protocol):
         key: Tensor,
         value: Tensor,
         kernel_size: Axes,
-        stride: Axes = 1,
-        dilation: Axes = 1,
+        stride: Axes | None = 1,
+        dilation: Axes | None = 1,
         is_causal: Causal | None = False,
         scale: float | Tensor | None = None,
         additional_keys: Tensor | None = None,
@@ -100,8 +100,8 @@ def _operation(name: str, rank: int | None) -> NeighborhoodOperation:
         key: Tensor,
         value: Tensor,
         kernel_size: Axes,
-        stride: Axes = 1,
-        dilation: Axes = 1,
+        stride: Axes | None = 1,
+        dilation: Axes | None = 1,
         is_causal: Causal | None = False,
         scale: float | Tensor | None = None,
         additional_keys: Tensor | None = None,
@@ -123,6 +123,7 @@ def _operation(name: str, rank: int | None) -> NeighborhoodOperation:
 
         See :func:`natten_layers.neighborhood_attention` for shapes, for the arguments from ``query`` to
         ``additional_values`` and for ``return_lse``. A ``scale`` of 0.0 counts, where NATTEN takes its default instead.
+        None for ``stride``, ``dilation`` or ``is_causal`` is the default, as in NATTEN.
 
         The arguments from ``attention_kwargs`` to ``torch_compile`` choose among NATTEN's kernels and never change a
         result. They are accepted so that calls need no change, and have no effect here.
@@ -136,8 +137,8 @@ def _operation(name: str, rank: int | None) -> NeighborhoodOperation:
                 f"{name} takes a query [B, {axes} spatial axes, heads, head_dim], got {tuple(query.shape)}"
             )
         arguments: dict[str, Any] = {
-            "stride": stride,
-            "dilation": dilation,
+            "stride": 1 if stride is None else stride,
+            "dilation": 1 if dilation is None else dilation,
             "is_causal": False if is_causal is None else is_causal,
             "scale": scale,
             "additional_keys": additional_keys,
