@@ -25,7 +25,7 @@ from torch import Tensor
 
 from natten_layers.integrations.diffusers import patch, unpatch
 from natten_layers.io.checkpoints import load_plain, save_plain
-from natten_layers_cli.running import run_command
+from natten_layers_cli.running import check_device, run_command
 
 TINY = {
     "latent_channels": 8,
@@ -65,6 +65,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         vars(arguments).update(TINY_VIDEO)
     if arguments.repeat < 1:
         parser.error(f"--repeat must be at least 1, got {arguments.repeat}")
+    check_device(parser, arguments.device)
     return arguments
 
 

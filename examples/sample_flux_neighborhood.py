@@ -27,7 +27,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from torch import Tensor
 
 from natten_layers.integrations.diffusers import neighborhood, unpatch
-from natten_layers_cli.running import Parser, run_command
+from natten_layers_cli.running import Parser, check_device, run_command
 
 TINY_TRANSFORMER: dict[str, Any] = {
     "in_channels": 16,
@@ -91,6 +91,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             setattr(arguments, name, value)
     if len(arguments.kernel_size) > 2:
         parser.error(f"--kernel-size takes one number or two, got {arguments.kernel_size}")
+    check_device(parser, arguments.device)
     return arguments
 
 

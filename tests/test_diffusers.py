@@ -228,6 +228,8 @@ def test_the_example_of_flux_samples(capsys: pytest.CaptureFixture[str], tmp_pat
         ("decode_ltx", ["--tiny", "--latents", "nowhere.pt"], "error: nowhere.pt: No such file or directory"),
         ("decode_ltx", ["--tiny", "--latents", __file__], f"error: {__file__} is damaged, or holds objects"),
         ("sample_flux_neighborhood", ["--tiny", "--steps", "0"], "error: --steps must be at least 1, got 0"),
+        ("decode_ltx", ["--tiny", "--device", "nosuch"], "error: --device nosuch: Expected one of cpu, cuda"),
+        ("sample_flux_neighborhood", ["--tiny", "--device", "cuda:77"], "error: --device cuda:77: this PyTorch finds"),
         ("sample_flux_neighborhood", ["nowhere"], "error: nowhere is not a directory of a FLUX pipeline"),
         ("draw_windows", ["/dev/null/x.png"], "error: cannot write /dev/null/x.png: "),
     ],
