@@ -376,6 +376,8 @@ def test_longrope_changes_its_factors_where_a_text_gets_long() -> None:
     for _ in range(6):
         steps = torch.cat((steps, model(steps)[:, -1:].argmax(-1)), 1)
     assert torch.equal(model.generate(ids[:, :30], 6), steps)
+    with pytest.raises(ValueError, match=r"packed texts of 7 and 33 tokens.*=32; pack them apart"):
+        model(ids, cu_seqlens=torch.tensor([0, 33, 33, 40]))
     cache = model.make_cache(1)
     model(ids[:, :32], cache=cache)
     with pytest.raises(ValueError, match="original_max_position_embeddings=32"):
@@ -684,15 +686,48 @@ def test_fused_projections_of_another_size_are_refused(tmp_path: Path) -> None:
         DecoderLM.from_pretrained(tmp_path)
 
 
-def test_dynamic_rope_is_plain_up_to_where_the_model_ends(transformers: Any, tmp_path: Path) -> None:
+@pytest.fixture
+def dynamic(transformers: Any, tmp_path: Path) -> Any:
+    """transformers' model of texts that are stretched from 24 tokens on."""
     rope = {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 4.0}
     config = transformers.LlamaConfig(**{**COMMON, "max_position_embeddings": 24}, rope_parameters=rope)
-    theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
-    theirs.save_pretrained(tmp_path)
-    ours, ids = DecoderLM.from_pretrained(tmp_path), tokens(1, 24)
-    assert error(ours(ids), theirs(ids).logits) < 1e-5
-    with pytest.raises(ValueError, match="max_positions=24"):
-        ours(tokens(1, 25))
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(tmp_path)
+    return model
+
+
+@torch.no_grad()
+def test_dynamic_rope_stretches_long_texts(dynamic: Any, tmp_path: Path, transformers: Any) -> None:
+    ours = DecoderLM.from_pretrained(tmp_path)
+    for length in (24, 25, 40, 96):
+        expected = dynamic(ids := tokens(2, length)).logits
+        assert error(ours(ids), expected) < 1e-5
+    plain = dataclasses.replace(ours.config, rope={"rope_type": "default", "rope_theta": 500.0})
+    with_plain = DecoderLM(plain)
+    with_plain.load_state_dict(ours.state_dict())
+    assert error(with_plain(ids), expected) > 1e-2
+    assert torch.equal(with_plain(ids[:, :24]), ours(ids[:, :24]))
+    assert error(ours.double()(ids), expected) < 1e-5
+    with pytest.raises(ValueError, match="max_positions=96"):
+        ours(tokens(1, 97))
+    with pytest.raises(ValueError, match=r"packed texts of 10 and 30 tokens.*=24; pack them apart"):
+        ours(ids[:1, :40], cu_seqlens=torch.tensor([0, 30, 40]))
+    ours.save_pretrained(tmp_path / "again")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again").float()
+    assert error(again(ids).logits, expected) < 1e-5
+    assert DecoderLM.from_pretrained(tmp_path / "again").config == ours.config
+
+
+@pytest.mark.parametrize("length", [10, 30])
+def test_dynamic_rope_generates_as_transformers(length: int, dynamic: Any, tmp_path: Path) -> None:
+    ours, ids = DecoderLM.from_pretrained(tmp_path), tokens(2, length)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    expected = dynamic.generate(ids, attention_mask=mask, max_new_tokens=40, do_sample=False)
+    assert torch.equal(ours.generate(ids, 40, attention_mask=mask, prefill_chunk=8), expected)
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:

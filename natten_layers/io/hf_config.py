@@ -150,6 +150,8 @@ def _options(raw: Mapping[str, Any]) -> dict[str, Any]:
     }
     options |= FAMILIES[family].read(raw)
     rope, windowed = rope_options(raw, options["max_positions"], options["windows"])
+    stretch = max(each["factor"] if each["rope_type"] == "dynamic" else 1.0 for each in (rope, windowed))
+    options["max_positions"] = int(options["max_positions"] * max(stretch, 1.0))
     return {**options, "rope": rope, "windowed_rope": None if windowed == rope else windowed}
 
 
@@ -183,6 +185,13 @@ def config_to_hf(config: DataclassInstance) -> dict[str, Any]:
     return {"model_type": NATIVE, **options}
 
 
+def _max_position_embeddings(options: Mapping[str, Any]) -> int:
+    """The length of the longest text, or with dynamic RoPE of the longest one that is not stretched."""
+    ropes = (options["rope"], options["windowed_rope"] or {})
+    lengths = [rope["original_max_position_embeddings"] for rope in ropes if rope.get("rope_type") == "dynamic"]
+    return min(lengths, default=options["max_positions"])
+
+
 def _family_config(options: Mapping[str, Any], family: str) -> dict[str, Any]:
     # gpt-oss, which has one of its own, says "silu".
     activation = next((theirs for theirs, ours in ACTIVATIONS.items() if ours == options["activation"]), "silu")
@@ -196,7 +205,7 @@ def _family_config(options: Mapping[str, Any], family: str) -> dict[str, Any]:
         "num_attention_heads": options["num_heads"],
         "num_key_value_heads": options["num_kv_heads"],
         "head_dim": options["head_dim"],
-        "max_position_embeddings": options["max_positions"],
+        "max_position_embeddings": _max_position_embeddings(options),
         "rms_norm_eps": float(options["norm_eps"]),  # transformers refuses an int
         "tie_word_embeddings": options["tie_embeddings"],
         "initializer_range": float(options["initializer_range"]),

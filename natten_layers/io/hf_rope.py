@@ -25,6 +25,7 @@ ROPE_KEYS = {
         "truncate",
     ),
     "longrope": ("factor", "original_max_position_embeddings", "attention_factor", "short_factor", "long_factor"),
+    "dynamic": ("factor",),
 }
 
 
@@ -103,8 +104,6 @@ def _rope(given: Any, theta: float, raw: Mapping[str, Any], max_positions: int, 
     kind = given.get("rope_type") or given.get("type") or "default"
     if family == "phi3" and kind in ("su", "yarn"):  # what Phi-3's first files called it
         kind = "longrope"
-    if kind == "dynamic":  # stretches texts beyond max_position_embeddings alone, where this model ends
-        kind = "default"
     if kind not in ROPE_KEYS:
         raise ValueError(f"config key rope_scaling: rope_type {kind!r} is not implemented; known are {list(ROPE_KEYS)}")
     rope = {"rope_type": kind, "rope_theta": given.get("rope_theta") or theta}
@@ -117,6 +116,8 @@ def _rope(given: Any, theta: float, raw: Mapping[str, Any], max_positions: int, 
         rope["original_max_position_embeddings"] = given["original_max_position_embeddings"]
     if family == "phi3" and kind == "longrope":  # as in transformers, this key goes before the one in the dictionary
         rope["original_max_position_embeddings"] = raw.get("original_max_position_embeddings") or 4096
+    if kind == "dynamic":  # which stretches texts beyond this key alone, in transformers as here
+        rope["original_max_position_embeddings"] = max_positions
     if "original_max_position_embeddings" in ROPE_KEYS[kind]:
         original = raw.get("original_max_position_embeddings") or max_positions
         rope.setdefault("original_max_position_embeddings", original)

@@ -49,7 +49,9 @@ def generate(
         stop_tokens: token or tokens after which a text ends, default the config's ``eos_token_id``. An ended text is
             padded with ``pad_token_id``, or by repeating its stop token if the config has none.
         callback: called with the new tokens ``[B]`` after each step.
-        prefill_chunk: number of prompt tokens that are read at a time; it bounds memory.
+        prefill_chunk: number of prompt tokens that are read at a time; it bounds memory. A prompt that dynamic RoPE
+            stretches is read at once. Later tokens stretch further, while those in the cache keep their rotation, as in
+            transformers.
         cuda_graph: on a GPU, record the second step as a CUDA graph and replay it for the later ones. Pass False for a
             model that cannot be recorded, such as one with hooks or layers that read values on the host. A model with
             experts is never recorded, as the host calls those that tokens choose.
@@ -74,6 +76,9 @@ def generate(
     short = model.config.longest_short_text
     if short is not None and longest > short:  # the first chunk decides on LongRoPE's factors
         prefill_chunk = max(prefill_chunk, short + 1)
+    plain = model.config.longest_plain_text
+    if plain is not None and longest > plain:  # each chunk would have frequencies of its own
+        prefill_chunk = max(prefill_chunk, longest)
     capacity = input_ids.shape[1] + max_new_tokens
     cache = model.make_cache(len(input_ids), max_length=capacity, device=input_ids.device)
     logits = _prefill(model, input_ids, attention_mask, cache, prefill_chunk)

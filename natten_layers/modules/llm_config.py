@@ -16,7 +16,7 @@ class RopeOptions(TypedDict, total=False):
     """The keys that ``rope`` and ``windowed_rope`` may have."""
 
     rope_theta: Positive
-    rope_type: Literal["default", "linear", "llama3", "yarn", "longrope"]
+    rope_type: Literal["default", "linear", "llama3", "yarn", "longrope", "dynamic"]
     partial_rotary_factor: Positive
     factor: Positive
     low_freq_factor: Positive
@@ -218,7 +218,15 @@ class DecoderLMConfig:
     @property
     def longest_short_text(self) -> int | None:
         """The length up to which LongRoPE takes its short factors, None without LongRoPE."""
-        ropes = [rope for rope in (self.rope, self.windowed_rope) if rope and rope.get("rope_type") == "longrope"]
+        return self._original_length("longrope")
+
+    @property
+    def longest_plain_text(self) -> int | None:
+        """The length from which on dynamic RoPE stretches a text, None without dynamic RoPE."""
+        return self._original_length("dynamic")
+
+    def _original_length(self, kind: str) -> int | None:
+        ropes = [rope for rope in (self.rope, self.windowed_rope) if rope and rope.get("rope_type") == kind]
         return min((rope["original_max_position_embeddings"] for rope in ropes), default=None)
 
     @property

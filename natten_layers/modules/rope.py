@@ -22,7 +22,7 @@ from ..checks import check_tensors, is_finite_number
 from ..geometry import is_per_axis
 from ..wording import count_or_one, shorten
 from .base import Constants, at_least_fp32, check_count, default_dtype, is_plain
-from .rope_scaling import attention_factor, scaled_frequencies
+from .rope_scaling import attention_factor, rope_type, scaled_frequencies, stretched_frequencies
 
 __all__ = [
     "Angles",
@@ -396,10 +396,11 @@ class RoPE(Rotary):
         head_dim: elements of a head that are rotated, an even number; a longer head keeps its last elements.
         theta: base of the frequencies ``theta ** (-2 i / head_dim)``.
         scaling: None, or a dictionary as ``rope_scaling`` / ``rope_parameters`` in Hugging Face configs. ``rope_type``
-            (or ``type``) is "default", "linear", "llama3", "yarn" or "longrope"; the other keys are those of that
-            type. The attention factor of YaRN and LongRoPE multiplies cos and sin. LongRoPE divides the frequencies by
-            ``short_factor`` in calls whose positions all lie below ``original_max_position_embeddings``, and by
-            ``long_factor`` in others.
+            (or ``type``) is "default", "linear", "llama3", "yarn", "longrope" or "dynamic"; the other keys are those of
+            that type. The attention factor of YaRN and LongRoPE multiplies cos and sin. LongRoPE divides the
+            frequencies by ``short_factor`` in calls whose positions all lie below ``original_max_position_embeddings``,
+            and by ``long_factor`` in others. Dynamic scaling, by ``factor``, begins at that length: the farther a
+            call's last position lies behind it, the lower are the call's frequencies.
         interleaved: element ``2 i`` is rotated with ``2 i + 1``, as in GPT-J, GLM and Cohere, instead of ``i`` with
             ``i + head_dim / 2``.
 
@@ -430,6 +431,9 @@ class RoPE(Rotary):
             raise ValueError(f"theta must be a positive number, got {shorten(theta)}")
         self.head_dim, self.theta, self.scaling = head_dim, theta, dict(scaling or {})
         self.attention_factor, self.interleaved = attention_factor(self.scaling), interleaved
+        self.is_dynamic = rope_type(self.scaling) == "dynamic"
+        if self.is_dynamic and head_dim == 2:
+            raise ValueError('rope_type "dynamic" needs a head_dim of at least 4, got 2')
         self.register_buffer("freqs", self.default_freqs(torch.float32, device), persistent=False)
 
     def default_freqs(self, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
@@ -476,4 +480,6 @@ class RoPE(Rotary):
             # Chosen on the device, which nobody then waits for.
             is_long = positions.max() >= self.scaling["original_max_position_embeddings"]
             freqs = torch.where(is_long, freqs[1], freqs[0])
+        if self.is_dynamic:
+            freqs = stretched_frequencies(freqs, self.theta, self.scaling, positions.max())
         return Angles(positions[..., None], freqs[None], self.attention_factor, interleaved=self.interleaved)

@@ -12,23 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["attention_factor", "scaled_frequencies"]
+__all__ = ["attention_factor", "rope_type", "scaled_frequencies", "stretched_frequencies"]
 
 
-def _rope_type(scaling: Mapping[str, Any]) -> str:
+def rope_type(scaling: Mapping[str, Any]) -> str:
+    """Of a scaling dictionary, in either spelling."""
     return scaling.get("rope_type", scaling.get("type")) or "default"
 
 
 def _required(scaling: Mapping[str, Any], *keys: str) -> list[float]:
     for key in keys:
         if scaling.get(key) is None:
-            raise ValueError(f'scaling of rope_type "{_rope_type(scaling)}" needs the key "{key}", got {dict(scaling)}')
+            raise ValueError(f'scaling of rope_type "{rope_type(scaling)}" needs the key "{key}", got {dict(scaling)}')
     return [float(scaling[key]) for key in keys]
 
 
 def scaled_frequencies(periods: Tensor, theta: float, scaling: Mapping[str, Any]) -> Tensor:
     """Frequencies of a Hugging Face scaling dictionary, which changes plain ``1 / periods [head_dim / 2]``."""
-    kind, freqs = _rope_type(scaling), 1.0 / periods
+    kind, freqs = rope_type(scaling), 1.0 / periods
     if kind == "default":
         return freqs
     if kind == "linear":
@@ -39,7 +40,10 @@ def scaled_frequencies(periods: Tensor, theta: float, scaling: Mapping[str, Any]
         return _yarn(periods, theta, scaling)
     if kind == "longrope":
         return _longrope(periods, scaling)
-    known = '"default", "linear", "llama3", "yarn" and "longrope"'
+    if kind == "dynamic":  # in texts up to its length; those of longer ones are stretched_frequencies
+        _required(scaling, "factor", "original_max_position_embeddings")
+        return freqs
+    known = '"default", "linear", "llama3", "yarn", "longrope" and "dynamic"'
     raise ValueError(f'rope_type "{kind}" is not implemented; known are {known}')
 
 
@@ -85,13 +89,26 @@ def _longrope(periods: Tensor, scaling: Mapping[str, Any]) -> Tensor:
     return torch.stack(rows)
 
 
+def stretched_frequencies(freqs: Tensor, theta: float, scaling: Mapping[str, Any], longest: Tensor) -> Tensor:
+    """Dynamic NTK scaling: those of a text that ends at position ``longest``, a tensor of one integer.
+
+    A text up to the original length has ``freqs``. Beyond, the base of the frequencies grows with the text. All of it
+    is computed on the device, for which nobody waits.
+    """
+    factor, original = _required(scaling, "factor", "original_max_position_embeddings")
+    dim, length = 2 * len(freqs), (longest + 1).to(freqs.dtype).clamp(min=original)
+    base = theta * (factor * length / original - (factor - 1)) ** (dim / (dim - 2))
+    exponents = torch.arange(0, dim, 2, device=freqs.device).to(freqs.dtype) / dim
+    return torch.where(length > original, 1.0 / base**exponents, freqs)
+
+
 def attention_factor(scaling: Mapping[str, Any]) -> float:
     """The factor of YaRN and LongRoPE on cos and sin; 1 for the other types."""
-    if _rope_type(scaling) not in ("yarn", "longrope"):
+    if rope_type(scaling) not in ("yarn", "longrope"):
         return 1.0
     if scaling.get("attention_factor") is not None:
         return float(scaling["attention_factor"])
-    if _rope_type(scaling) == "longrope":
+    if rope_type(scaling) == "longrope":
         factor, length = _required(scaling, "factor", "original_max_position_embeddings")
         return math.sqrt(1 + math.log(factor) / math.log(length)) if factor > 1 else 1.0
     (factor,) = _required(scaling, "factor")
