@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .kernels.ops.define import Mapped, in_one_batch, is_vectorized, known_tangents, save_for_jvp
+from .kernels.ops.define import Mapped, in_one_batch, is_forward_mode, is_vectorized, known_tangents, save_for_jvp
 from .position_bias import look_up, sum_up
 from .tiles import Axis, Block
 
@@ -152,8 +152,9 @@ def _weights(
     that sees no key has weights of zero.
     """
     scores = q @ k.mT
-    # Passes over graphs, as in `torch.func.linearize`, drop an operation in place whose result nobody takes.
-    scores = scores.unflatten(2, (-1, bias.shape[1])).add_(bias[:, None]).flatten(2, 3)
+    rows = scores.unflatten(2, (-1, bias.shape[1]))
+    # Graphs that `torch.func.linearize` traces keep scores of parameters as leaves, which nothing may change in place.
+    scores = (rows + bias[:, None] if is_forward_mode() else rows.add_(bias[:, None])).flatten(2, 3)
     if relative is not None:
         scores = scores + relative
     if hidden is None and relative is None:

@@ -84,7 +84,7 @@ def test_operators_keep_torchs_contract(case: Case) -> None:
         detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
         torch.library.opcheck(torch.ops.natten_layers.forward.default, (*detached, with_stats))
     with raises_naming("neighborhood_attention", error=NotImplementedError):
-        torch.ops.natten_layers.forward(*arguments, True)
+        torch.ops.natten_layers.forward(*arguments, True)[0].sum().backward()
     out, row_max, row_sum = torch.ops.natten_layers.forward(*detached, True)
     for grad_lse in (None, torch.randn_like(row_max)):
         state = (out, row_max, row_sum, torch.randn_like(out), grad_lse)

@@ -841,6 +841,21 @@ def test_checkpointed_layers_take_two_passes(exact: list[Tensor]) -> None:
     assert largest(gradients(two_passes, checkpoints=True), exact) < 1e-5
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's own, about what it traces
+@pytest.mark.parametrize("impl", ["fused", "eager"])
+def test_linearized_layers_have_parameters(impl: Impl, request: pytest.FixtureRequest) -> None:
+    """Torch traces their tangents as operations on what parameters give, which autograd watches."""
+    model, (x, v) = Block().to(DEVICE), torch.randn(2, 1, 4, 5, 16, device=DEVICE)
+    expected = jvp(model, (x,), (v,))[1]
+    if impl == "fused":
+        request.getfixturevalue("fused_layers")
+    tangent = torch.func.linearize(model, x)[1](v)
+    assert error(tangent, expected) < 2e-6
+    if impl == "fused":
+        with raises_naming("second derivatives", 'impl="eager"', error=NotImplementedError):
+            tangent.sum().backward()
+
+
 def test_a_target_without_its_tangent_would_be_noticed(exact: list[Tensor]) -> None:
     assert largest(gradients(lambda run, x, v: (run(x) - v).square().mean()), exact) > 0.01
 

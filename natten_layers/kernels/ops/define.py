@@ -189,10 +189,14 @@ def call_derivative(name: str, *groups: tuple[Any, ...]) -> Any:
     # Grad mode is on in a backward pass only if a second derivative may be needed; forward mode does not need it.
     once = (torch.is_grad_enabled() or is_transformed()) and not torch.compiler.is_compiling()
     if once and not is_only_jvp():
-        args = flattened(groups)
-        tensors = [x for x in args if isinstance(x, Tensor)]
-        return _Once.apply(Sealed((name, [None if isinstance(x, Tensor) else Sealed(x) for x in args])), *tensors)
+        return _apply_once(_Once, name, flattened(groups))
     return getattr(torch.ops.natten_layers, name)(*flattened(groups)) if is_vectorized() else call(name, *groups)
+
+
+def _apply_once(function: type[Function], name: str, args: Sequence[Any]) -> Any:
+    """Call the operator through :class:`_Once`, or a class made from it."""
+    tensors = [x for x in args if isinstance(x, Tensor)]
+    return function.apply(Sealed((name, [None if isinstance(x, Tensor) else Sealed(x) for x in args])), *tensors)
 
 
 class Sealed:
@@ -236,6 +240,21 @@ class _Once(Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Mapped:
         return by_sample(_Once.apply, info, in_dims, args)
+
+
+class _Underivable(_Once):
+    """:class:`_Once` for an operator that is called by itself: by a user, or in a graph that torch has traced."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.name = inputs[0].content[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        raise NotImplementedError(
+            f"natten_layers::{ctx.name} has no derivative; call the library's functions instead, such as "
+            f"neighborhood_attention. In a function that torch.func.linearize returned: {NO_SECOND}"
+        )
 
 
 # --- Rules of vmap
@@ -478,19 +497,18 @@ def last_contiguous(tensor: Tensor) -> Tensor:
 
 
 def _below_autograd(name: str) -> Callable[..., Any]:
-    """The operator's implementation for autograd, which raises an error where a derivative is needed.
+    """The operator's implementation for autograd, which raises an error where a derivative is taken.
 
-    Without it autograd would silently drop the derivative that the operator does not have.
+    Without it autograd would silently drop the derivative that the operator does not have. In reverse mode the error
+    comes in the backward pass: graphs that ``torch.func.linearize`` has traced call operators on tensors made of
+    parameters, and nobody may ever ask for gradients.
     """
 
     def run(*args: Any) -> Any:
         if any(forward_ad.unpack_dual(x).tangent is not None for x in args if isinstance(x, Tensor)):
             raise NotImplementedError(f"{NOT_FUSED} a forward-mode derivative of natten_layers::{name}{WAY_OUT}")
         if needs_gradient(args):
-            raise NotImplementedError(
-                f"natten_layers::{name} has no derivative; call the library's functions instead, such as "
-                "neighborhood_attention"
-            )
+            return _apply_once(_Underivable, name, args)
         with torch._C._AutoDispatchBelowAutograd():
             return getattr(torch.ops.natten_layers, name).default(*args)
 
