@@ -23,7 +23,7 @@ from .head_axes import Tensors, canonical_heads, expand_registers, has_one_head
 from .kernels.host.packing import Packing, packing_of
 from .kernels.host.problem import Inputs, Options
 from .kernels.ops import attention as attention_ops
-from .kernels.ops.define import is_forward_mode, is_tracked
+from .kernels.ops.transforms import is_forward_mode, is_tracked
 
 __all__ = [
     "Axes",

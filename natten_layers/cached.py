@@ -116,8 +116,8 @@ def cached_attention(
         sink: one extra logit per query head with a zero value vector: a float, a tensor ``[Hq]``, or None.
         softcap: scores of cache and registers become ``softcap * tanh(score / softcap)`` (Gemma 2); in PyTorch only.
         return_lse: also return the log-sum-exp of all scores in the softmax: cache, registers and sink.
-        impl: "auto" uses the fused path if it can run on the tensors' device and dtype and no gradient is needed, else
-            PyTorch ("eager"); "fused" and "eager" never fall back.
+        impl: "auto" uses the fused path if it can run on the tensors' device and dtype and no derivative is needed,
+            else PyTorch ("eager"); "fused" and "eager" never fall back.
 
     Returns:
         ``out [B, Lq, Hq, Dv]`` in the query's dtype, or ``(out, lse)`` with ``lse [B, Lq, Hq]`` in fp32 (fp64 for fp64

@@ -13,7 +13,7 @@ from torch import Tensor
 from .eager import autocasts
 from .geometry import AXES
 from .head_axes import expand_registers
-from .kernels.ops.define import tangent_of
+from .kernels.ops.transforms import tangent_of
 from .wording import count_or_one, shorten, with_type
 
 __all__ = [

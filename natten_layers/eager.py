@@ -17,7 +17,8 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from .geometry import Window, fitted, window_bounds, window_mask
 from .kernels.host.packing import Packing
-from .kernels.ops.define import check_duals, is_differentiated, is_watched
+from .kernels.ops.define import check_duals, is_watched
+from .kernels.ops.transforms import is_differentiated
 from .tile_attention import State, attend_tiles, nonfinite_mask
 from .tiles import heads_first, plan, tile_queries, untile
 

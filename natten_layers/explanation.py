@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .arguments import Axes, prepare, with_bias
 from .kernels.ops import attention as attention_ops
-from .kernels.ops.define import is_forward_mode, is_tracked
+from .kernels.ops.transforms import is_forward_mode, is_tracked
 from .operations import Impl, why_eager
 from .varlen import Shapes, prepare_samples
 

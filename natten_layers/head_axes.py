@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .kernels.ops.define import is_tracked
+from .kernels.ops.transforms import is_tracked
 
 __all__ = ["Tensors", "canonical_heads", "expand_registers", "has_one_head"]
 

@@ -12,7 +12,8 @@ from . import eager
 from .arguments import Axes, Call, prepare, with_bias
 from .checks import check_dense
 from .kernels.ops import attention as attention_ops
-from .kernels.ops.define import call_uncompiled, is_forward_mode
+from .kernels.ops.define import call_uncompiled
+from .kernels.ops.transforms import is_forward_mode
 
 __all__ = ["AttentionState", "attention_state", "merge_attention", "neighborhood_attention"]
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .kernels.ops.define import Mapped, in_one_batch, is_forward_mode, is_vectorized, known_tangents, save_for_jvp
+from .kernels.ops.define import Mapped, in_one_batch, known_tangents, save_for_jvp
+from .kernels.ops.transforms import is_forward_mode, is_vectorized
 from .position_bias import look_up, sum_up
 from .tiles import Axis, Block
 

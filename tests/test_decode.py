@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,9 +13,10 @@ import pytest
 import torch
 from helpers import FLOOR, enlarge, error, raises_naming
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from benchmarks import decode as benchmark
-from natten_layers import cached, cached_attention
+from natten_layers import cached, cached_attention, operations
 
 pytest.importorskip("triton")
 
@@ -385,3 +387,35 @@ def test_caches_beyond_two_to_the_31_elements() -> None:
     tail = cache[:, -100:].double()
     expected = cached_attention(query.double(), tail, tail, last, positions[:, -100:], impl="eager")
     assert error(out, expected) < 1e-2
+
+
+@pytest.mark.parametrize("transform", ["jvp", "dual", "grad(vmap)"])
+def test_derivatives_are_left_to_pytorch(transform: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where no tensor says that it needs a gradient. If asked for, the kernel says what it does not have."""
+    why = operations.why_eager
+
+    def as_on_gpu(impl: operations.Impl, query: Tensor, why_not: Callable[[], str | None]) -> str | None:
+        return why_not() if impl == "auto" else why(impl, query, why_not)
+
+    monkeypatch.setattr(operations, "why_eager", as_on_gpu)
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(shape, generator=generator).to(DEVICE) for shape in ((1, 2, 4, 8), (1, 7, 2, 8)))
+    places = torch.arange(7, device=DEVICE)[None]
+
+    def slope(impl: operations.Impl) -> Tensor:
+        def run(q: Tensor) -> Tensor:
+            return cached_attention(q, key, key.cos(), places[:, 5:], places, impl=impl)
+
+        if transform == "grad(vmap)":
+            return torch.func.grad(lambda q: torch.func.vmap(run)(q).square().sum())(query[None])
+        with torch.no_grad():
+            if transform == "jvp":
+                return torch.func.jvp(run, (query,), (query.cos(),))[1]
+            with forward_ad.dual_level():
+                tangent = forward_ad.unpack_dual(run(forward_ad.make_dual(query, query.cos()))).tangent
+                assert tangent is not None
+                return tangent
+
+    assert torch.equal(slope("auto"), slope("eager"))
+    with raises_naming("fused", "the decode kernel has no", error=RuntimeError):
+        slope("fused")

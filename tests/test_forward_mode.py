@@ -488,12 +488,14 @@ def test_linearized_functions_give_the_tangent() -> None:
 
 
 @pytest.mark.parametrize("impl", ["fused", "eager"])
-def test_tangents_of_another_shape_or_dtype(impl: Impl) -> None:
+def test_tangents_of_another_shape_dtype_or_device(impl: Impl) -> None:
     run, query, tangent = of_query(PLAIN, impl)
     with raises_naming("size", str(list(query.shape)), error=RuntimeError):  # torch's own message
         jvp(run, (query,), (tangent[:, 1:],))
     with raises_naming("tangent of query", "float64", "float32"):
         jvp(run, (query,), (tangent.double(),))
+    with raises_naming("tangent of query", "meta", query.device.type):  # kernels would read what is not there
+        jvp(run, (query,), (tangent.to("meta"),))
 
 
 @pytest.mark.parametrize("name", ["query", "additional_keys", "additional_values", "sink", "rpb"])

@@ -26,7 +26,7 @@ from ..checks import check_dense
 from ..io import checkpoints
 from ..io.files import naming
 from ..io.tensors import make_on_meta
-from ..kernels.ops.define import is_transformed
+from ..kernels.ops.transforms import is_transformed
 from ..varlen import Shapes, packed_shapes
 from ..wording import with_type
 from .attention import NeighborhoodGQA

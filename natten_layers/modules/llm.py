@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ..checks import check_dense
 from ..io import hf
 from ..io.tensors import make_on_meta
-from ..kernels.ops.define import is_transformed
+from ..kernels.ops.transforms import is_transformed
 from ..varlen import packed_shapes
 from ..wording import with_type
 from .base import allocate

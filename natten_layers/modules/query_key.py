@@ -11,7 +11,7 @@ from ..kernels.host.qk_prep import QKPrep
 from ..kernels.ops import attention as attention_ops
 from ..kernels.ops import qk_prep as qk_prep_ops
 from ..kernels.ops import qk_prep_attention as qk_prep_attention_ops
-from ..kernels.ops.define import is_differentiated
+from ..kernels.ops.transforms import is_differentiated
 from ..operations import Impl, attend, takes_fused
 from .base import is_plain
 from .norm import RMSNorm, cosine_normalize, rms_normalize

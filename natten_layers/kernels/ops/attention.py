@@ -31,7 +31,6 @@ from .define import (
     define_op,
     eager_form,
     in_one_batch,
-    is_differentiated,
     known_tangents,
     last_contiguous,
     library,
@@ -39,6 +38,7 @@ from .define import (
     on_device,
     save_for_jvp,
 )
+from .transforms import is_differentiated
 
 __all__ = ["attention", "attention_state", "choices", "readable", "unsupported"]
 

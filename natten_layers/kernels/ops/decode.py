@@ -10,13 +10,17 @@ from torch import Tensor
 from ..host.cache_problem import CacheInputs, CacheOptions
 from .attention import unsupported
 from .define import call, define_op, last_contiguous, module, on_device
+from .transforms import is_forward_mode, is_in_grad, needs_gradient
 
 __all__ = ["decode", "why_not"]
 
 
 def why_not(query: Tensor, value: Tensor, *others: Tensor | float | None) -> str | None:
     """Why the kernel cannot run on these tensors, or None if it can."""
-    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (query, value, *others)):
+    if is_forward_mode():
+        return "the decode kernel has no forward-mode derivative"
+    # Inside of torch.func.grad a tensor does not tell whether an outer level differentiates it.
+    if is_in_grad() or needs_gradient((query, value, *others)):
         return "the decode kernel has no backward, and an input requires a gradient"
     return unsupported(query, value)
 

@@ -12,12 +12,12 @@ from typing import Any, Literal, NamedTuple, TypeVar, TypeVarTuple, get_type_hin
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import TransformType, get_interpreter_stack, get_unwrapped, is_batchedtensor
 from torch.autograd import Function, forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
 from ..host.ahead import STATE, zeroed
+from .transforms import is_forward_mode, is_only_jvp, is_transformed, is_vectorized, needs_gradient, tangent_of
 
 __all__ = [
     "NOT_FUSED",
@@ -36,12 +36,6 @@ __all__ = [
     "flattened",
     "grouped",
     "in_one_batch",
-    "is_differentiated",
-    "is_forward_mode",
-    "is_only_jvp",
-    "is_tracked",
-    "is_transformed",
-    "is_vectorized",
     "is_watched",
     "known_tangents",
     "last_contiguous",
@@ -49,7 +43,6 @@ __all__ = [
     "module",
     "on_device",
     "save_for_jvp",
-    "tangent_of",
 ]
 
 NOT_FUSED = "the fused kernels do not have"
@@ -65,7 +58,6 @@ Mapped = tuple[tuple[Tensor, ...], tuple[int, ...]]
 library = torch.library.Library("natten_layers", "DEF")
 _PLAIN = frozenset((Tensor, nn.Parameter, type(None), int, float, bool, str, tuple, list))
 """Types without torch-dispatch hooks: arguments of these types cannot intercept an operator."""
-_VMAP_OF_AUTOGRAD = torch._C._dispatch_key_parse("VmapMode")  # that of torch.func has other keys
 NO_DEVICE_GUARD = nullcontext()
 
 
@@ -251,10 +243,14 @@ class _Underivable(_Once):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        raise NotImplementedError(
-            f"natten_layers::{ctx.name} has no derivative; call the library's functions instead, such as "
-            f"neighborhood_attention. In a function that torch.func.linearize returned: {NO_SECOND}"
-        )
+        raise _no_derivative(ctx.name)
+
+
+def _no_derivative(name: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"natten_layers::{name} has no derivative; call the library's functions instead, such as "
+        f"neighborhood_attention. In a function that torch.func.linearize returned: {NO_SECOND}"
+    )
 
 
 # --- Rules of vmap
@@ -312,7 +308,7 @@ def known_tangents(names: Iterable[str], tensors: Iterable[Any], tangents: Itera
     """Tangents that kernels can read; None where one is known to be zero, as it then costs neither loads nor products.
 
     Raises:
-        ValueError: a tangent has another dtype than its tensor.
+        ValueError: a tangent has another dtype than its tensor, or is on another device.
     """
     known: list[Tensor | None] = []
     for name, tensor, tangent in zip(names, tensors, tangents, strict=False):
@@ -322,10 +318,16 @@ def known_tangents(names: Iterable[str], tensors: Iterable[Any], tangents: Itera
 
 
 def check_tangent(name: str, tensor: Tensor, tangent: Tensor | None) -> None:
-    """Raise a ``ValueError`` for a tangent of another dtype than its tensor. Torch compares only their shapes."""
-    if tangent is not None and tangent.dtype != tensor.dtype:
+    """Raise a ``ValueError`` for a tangent of another dtype or device than its tensor. Torch compares only shapes."""
+    if tangent is None:
+        return
+    if tangent.dtype != tensor.dtype:
         raise ValueError(
             f"the tangent of {name} has dtype {tangent.dtype}, but {name} has {tensor.dtype}: convert the tangent"
+        )
+    if tangent.device != tensor.device:
+        raise ValueError(
+            f"the tangent of {name} is on {tangent.device}, but {name} is on {tensor.device}: move the tangent"
         )
 
 
@@ -418,62 +420,6 @@ def call_uncompiled(kind: Literal["forward_mode", "packed"], function: Callable[
     return getattr(uncompiled, kind)(function, *args)
 
 
-def is_tracked(args: tuple[Any, ...]) -> bool:
-    """Whether somebody may ask for a derivative in reverse mode, or under a transform of ``torch.func``."""
-    # Inside such a transform a tensor does not tell whether an outer transform differentiates it.
-    return is_transformed() or needs_gradient(args)
-
-
-def is_differentiated(args: tuple[Any, ...]) -> bool:
-    """Whether somebody may ask for a derivative in reverse or forward mode."""
-    return is_tracked(args) or is_forward_mode()
-
-
-def is_forward_mode() -> bool:
-    """Whether a level of forward mode is open: of ``torch.autograd.forward_ad``, or of ``torch.func.jvp``."""
-    return forward_ad._current_level >= 0
-
-
-def tangent_of(x: Tensor) -> Tensor | None:
-    """The tangent of a tensor in forward mode; None in a compiled graph, which cannot ask."""
-    if torch.compiler.is_compiling() or not is_forward_mode():
-        return None
-    while is_batchedtensor(x):  # vmap has no rule for the question
-        x = get_unwrapped(x)
-    return forward_ad.unpack_dual(x).tangent
-
-
-def is_transformed() -> bool:
-    """Whether a transform of ``torch.func`` is active; False in a compiled graph, which cannot ask."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-
-
-def is_only_jvp() -> bool:
-    """Whether ``torch.func.jvp`` is the only transform that is active, and autograd records nothing."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
-        return False
-    stack = get_interpreter_stack()
-    return stack is not None and len(stack) == 1 and stack[0].key() == TransformType.Jvp
-
-
-def is_vectorized() -> bool:
-    """Whether the vmap of ``torch.autograd`` is active; False in a compiled graph, which cannot ask.
-
-    It is older than that of ``torch.func``, and used by ``grad(is_grads_batched=True)`` and by ``jacobian`` and
-    ``hessian`` with ``vectorize=True``. It computes operators sample by sample, but it does not know most views.
-    """
-    compiling = torch.compiler.is_compiling()
-    return not compiling and torch._C._dispatch_tls_is_dispatch_key_included(_VMAP_OF_AUTOGRAD)
-
-
-def needs_gradient(args: tuple[Any, ...]) -> bool:
-    if torch.is_grad_enabled():
-        for x in args:  # any() over a generator would take three times as long, and every call asks twice
-            if isinstance(x, Tensor) and x.requires_grad:
-                return True
-    return False
-
-
 @cache
 def module(name: str) -> Any:
     """Import a module of ``kernels`` that needs Triton, on the first launch.
@@ -508,6 +454,8 @@ def _below_autograd(name: str) -> Callable[..., Any]:
         if any(forward_ad.unpack_dual(x).tangent is not None for x in args if isinstance(x, Tensor)):
             raise NotImplementedError(f"{NOT_FUSED} a forward-mode derivative of natten_layers::{name}{WAY_OUT}")
         if needs_gradient(args):
+            if is_transformed():  # torch knows no functions inside of `grad` here
+                raise _no_derivative(name)
             return _apply_once(_Underivable, name, args)
         with torch._C._AutoDispatchBelowAutograd():
             return getattr(torch.ops.natten_layers, name).default(*args)

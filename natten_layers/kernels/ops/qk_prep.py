@@ -24,13 +24,13 @@ from .define import (
     eager_form,
     grouped,
     in_one_batch,
-    is_differentiated,
     known_tangents,
     last_contiguous,
     module,
     on_device,
     save_for_jvp,
 )
+from .transforms import is_differentiated
 
 __all__ = ["qk_prep"]
 
