@@ -326,6 +326,7 @@ class NeighborhoodGQA(nn.Module):
                 "packed samples need positions [N, ...], those of each sample after another, if the layer has a rope, "
                 "and only then"
             )
+        check_rings(self.rope, self.is_periodic, sizes.shape[1])
         if mask is not None:
             check_key_mask(mask, x.shape[:-1], x.device, "mask")
         heads, norm, angles = self._project(x[None], self.rope, positions)

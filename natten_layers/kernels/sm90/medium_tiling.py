@@ -77,10 +77,8 @@ def size_of(kind: Kind, problem: Problem) -> Size:
             return Size(64, 64 if width <= 96 else 32, 248)
         # Three programs share a multiprocessor with up to 168, four with up to 128, which biases miss.
         return Size(64, 32, 128 if width <= 32 and not problem.has_bias else 168)
-    if kind == "forward":
-        keys = 64 if width <= 112 else 32
-    else:
-        keys = 32 if width == 80 or width > 96 else 64
+    fewer = width > 112 if kind == "forward" else width == 80 or width > 96
+    keys = 32 if fewer else 64
     return Size(keys, keys, _maxnreg(kind, problem, width))
 
 
