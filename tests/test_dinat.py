@@ -1,13 +1,15 @@
-"""DiNAT in transformers, whose code cannot be imported beside NATTEN 0.20 and newer."""
+"""DiNAT and NAT in transformers, whose code cannot be imported beside NATTEN 0.20 and newer."""
 
 from __future__ import annotations
 
 import inspect
+import json
 from typing import Any
 
 import pytest
 import torch
 from helpers import raises_naming, randomize
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from natten_layers.eager import dense_attention_state
@@ -82,3 +84,45 @@ def test_what_is_not_supported_says_so(config: Any, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(modeling.NeighborhoodAttention, "forward", lambda self, hidden_states, mask: hidden_states)
     with raises_naming(transformers.__version__, "DiNAT", error=ImportError):
         integration.register_dinat()
+
+
+@pytest.fixture
+def nat_files(tmp_path: Any) -> Any:
+    """A directory as NAT's checkpoints have it, of transformers 4: names, and a configuration without dilations."""
+    integration.register_dinat()
+    torch.manual_seed(0)
+    fields: dict[str, Any] = {
+        "embed_dim": 16, "depths": [2, 1], "num_heads": [2, 4], "kernel_size": 3, "drop_path_rate": 0.0,
+        "layer_scale_init_value": 0.5, "layer_norm_eps": 1e-5, "mlp_ratio": 3.0, "qkv_bias": True, "hidden_act": "gelu",
+    }  # fmt: skip
+    labels = {"id2label": {str(i): f"class {i}" for i in range(5)}, "label2id": {f"class {i}": i for i in range(5)}}
+    config = transformers.DinatConfig(**fields, dilations=[[1, 1], [1]], num_labels=5)
+    model = transformers.DinatForImageClassification(config).eval()
+    randomize(model)
+    torch.save({n.replace("dinat.", "nat."): t for n, t in model.state_dict().items()}, tmp_path / "pytorch_model.bin")
+    written = {
+        **fields, **labels, "architectures": ["NatForImageClassification"], "model_type": "nat", "num_layers": 2,
+        "hidden_size": 32, "path_norm": True, "patch_size": 4, "torch_dtype": "float32",
+        "transformers_version": "4.24.0",
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    return tmp_path, model
+
+
+def test_checkpoints_of_nat_are_those_of_dinat_without_dilation(nat_files: Any, tmp_path: Any) -> None:
+    path, expected = nat_files
+    integration.register_nat()
+    integration.register_nat()  # twice is once
+    model = transformers.AutoModelForImageClassification.from_pretrained(path)
+    assert type(model) is transformers.NatForImageClassification
+    assert model.config.dilations == [[1, 1], [1]]
+    pixels = torch.randn(2, 3, 40, 8)  # the second stage has one column, and pads to the window
+    torch.testing.assert_close(model(pixels).logits, expected(pixels).logits)
+    model.save_pretrained(tmp_path / "saved")
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert saved.keys() == torch.load(path / "pytorch_model.bin").keys()
+    again = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "saved")
+    torch.testing.assert_close(again(pixels).logits, expected(pixels).logits)
+    backbone = transformers.NatBackbone.from_pretrained(path, out_features=["stage2"])
+    hidden = transformers.AutoModel.from_pretrained(path)(pixels, output_hidden_states=True)
+    assert backbone(pixels).feature_maps[0].shape == hidden.reshaped_hidden_states[-1].shape

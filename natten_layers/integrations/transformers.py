@@ -72,6 +72,7 @@ from transformers.masking_utils import (
 from ..cached import cached_attention
 from ..operations import AttentionState, merge_attention, neighborhood_attention
 from .dinat import register_dinat
+from .nat import register_nat
 from .packed_texts import (
     attend_to_own_text,
     check_cu_seq_lens,
@@ -81,7 +82,7 @@ from .packed_texts import (
     says_texts,
 )
 
-__all__ = ["NAME", "register", "register_dinat"]
+__all__ = ["NAME", "register", "register_dinat", "register_nat"]
 
 NAME = "natten_layers"
 
