@@ -100,6 +100,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_rope_theta": [0.0, 500.0, 0.0, 500.0],
         },
     ),
+    "granitemoe_swa": (
+        "GraniteMoeSWAConfig",
+        {
+            **HEADS_OF_8,
+            "num_local_experts": 5,
+            "sliding_window": 6,
+            "attention_multiplier": 0.2,
+            "residual_multiplier": 0.4,
+            "layer_rope_theta": [0.0, 500.0, 0.0, 500.0],
+        },
+    ),
     "phi3": ("Phi3Config", {"sliding_window": 7, **HEADS_OF_8, "partial_rotary_factor": 0.75}),
     "phi3, longrope": (
         "Phi3Config",
@@ -560,6 +571,7 @@ def test_windows_follow_each_family() -> None:
         ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0"),
         ({"model_type": "olmoe", "clip_qkv": 8.0}, "clip_qkv=8.0"),
         ({"model_type": "olmoe", "num_experts": 2, "num_experts_per_tok": 3}, "must not exceed num_experts=2"),
+        ({"model_type": "granitemoe_swa", "shared_intermediate_size": 8}, "shared_intermediate_size=8"),
         ({"model_type": "granite_swa", "layer_rope_theta": [5.0]}, "layer_rope_theta has 1 entries for 8 layers"),
         (
             {"model_type": "granite_swa", "num_key_value_heads": 2, "layer_rope_theta": [5.0, 6.0, 7.0, 0.0] * 2},

@@ -33,6 +33,7 @@ ONLY = {
     "is_causal": (None, True),
     "resid_pdrop": (None, 0.0),
     "router_jitter_noise": (None, 0.0),
+    "shared_intermediate_size": (None, 0),
     "use_bidirectional_attention": (None, False),
 }
 

@@ -203,6 +203,17 @@ def _granite_swa(raw: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _granitemoe_swa(raw: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        **_granite_swa({"num_key_value_heads": raw["num_attention_heads"], "tie_word_embeddings": False, **raw}),
+        "num_experts": raw.get("num_local_experts", 8),
+        "experts_per_token": raw.get("num_experts_per_tok", 2),
+        "mlp_bias": False,
+        "norm_eps": raw.get("rms_norm_eps", 1e-6),
+        "max_positions": raw.get("max_position_embeddings", 2048),
+    }
+
+
 def _exaone4(raw: Mapping[str, Any]) -> dict[str, Any]:
     window, every = raw.get("sliding_window", 4096), raw.get("sliding_window_pattern", 4)
     if raw.get("layer_types") is None and window is not None and not isinstance(every, int):
@@ -385,6 +396,11 @@ def _granite_swa_keys(options: Mapping[str, Any]) -> dict[str, Any]:
     return {**_granite_keys(options), **_kinds(options), "layer_rope_theta": thetas}
 
 
+def _granitemoe_swa_keys(options: Mapping[str, Any]) -> dict[str, Any]:
+    experts = {"num_local_experts": options["num_experts"], "num_experts_per_tok": options["experts_per_token"]}
+    return {**_granite_swa_keys(options), **experts}
+
+
 def _experts_keys(options: Mapping[str, Any]) -> dict[str, Any]:
     return {"num_experts_per_tok": options["experts_per_token"], "norm_topk_prob": options["normalize_experts"]}
 
@@ -440,7 +456,9 @@ class Family(NamedTuple):
     fused: Mapping[str, tuple[str, ...]] = {}
     """names of projections that its files hold as one, which has the name's rows in this order"""
     stacked: Mapping[str, tuple[str, ...]] = {}
-    """names of tensors in which its files hold projections of all experts of a layer, the rows of several in turn"""
+    """names of tensors in which its files hold projections of all experts of a layer"""
+    in_turn: bool = False
+    """whether these are transposed, ``[experts, in, out]``, and of several projections the channels take turns"""
     names: Mapping[str, str] = {}
     """our names of modules to those in its files, where they differ"""
 
@@ -460,7 +478,7 @@ MIXTRAL_NAMES = {
     "up_proj": "w3",
     "down_proj": "w2",
 }
-GPT_OSS_EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+STACKED_EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(
@@ -527,6 +545,13 @@ FAMILIES: dict[str, Family] = {
     "ministral3": Family("Ministral3ForCausalLM", _ministral3, _window, 1000000.0, rope=MINISTRAL3_ROPE),
     "granite": Family("GraniteForCausalLM", _granite, _granite_keys),
     "granite_swa": Family("GraniteSWAForCausalLM", _granite_swa, _granite_swa_keys),
+    "granitemoe_swa": Family(
+        "GraniteMoeSWAForCausalLM",
+        _granitemoe_swa,
+        _granitemoe_swa_keys,
+        stacked=STACKED_EXPERTS,
+        names={"mlp": "block_sparse_moe"},
+    ),
     "exaone4": Family("Exaone4ForCausalLM", _exaone4, _kinds),
     "glm": Family("GlmForCausalLM", _glm, lambda o: {"attention_bias": o["qkv_bias"]}, partial=0.5, fused=GATE_UP),
     "glm4": Family(
@@ -543,7 +568,13 @@ FAMILIES: dict[str, Family] = {
         lambda o: {**_bias(o), **_kinds(o), "layer_norm_eps": float(o["norm_eps"]), "logit_scale": o["logit_scale"]},
     ),
     "gpt_oss": Family(
-        "GptOssForCausalLM", _gpt_oss, _gpt_oss_keys, 150000.0, rope=GPT_OSS_ROPE, stacked=GPT_OSS_EXPERTS
+        "GptOssForCausalLM",
+        _gpt_oss,
+        _gpt_oss_keys,
+        150000.0,
+        rope=GPT_OSS_ROPE,
+        stacked=STACKED_EXPERTS,
+        in_turn=True,
     ),
 }
 COMPOSITES = {"gemma3": {"vocab_size": 262208, "num_attention_heads": 8}, "mistral3": {}}

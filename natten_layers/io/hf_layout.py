@@ -127,8 +127,9 @@ def _of_experts(
 ) -> Iterator[tuple[str, Stored]]:
     """The projections of single experts in a tensor of all of them.
 
-    Weights are stacked as ``[experts, in, out]``, biases as ``[experts, out]`` and what is in MXFP4 as ``[experts, out,
-    in / 32, 16]``. Several projections take turns on the axis ``out``.
+    Weights are stacked as ``[experts, out, in]``, several projections one after the other. Where channels take turns
+    (``Family.in_turn``), weights are ``[experts, in, out]``, biases ``[experts, out]`` and what is in MXFP4 ``[experts,
+    out, in / 32, 16]``.
     """
     prefix, name, ending = match.groups()
     if ending == SCALES:  # read with their blocks
@@ -140,16 +141,17 @@ def _of_experts(
         if scales is None:
             raise ValueError(f'{stored.file.path}: "{stored.name}" has no "{name}{SCALES}" beside it')
         _check_length(scales, experts, "experts")
-    parts = family.stacked[name]
+    parts, transposed = family.stacked[name], family.in_turn and ending == ""
+    rows = stored.file.infos[stored.name].shape[1] // len(parts)
     for expert in range(experts):
         for turn, part in enumerate(parts):
-            every = slice(turn, None, len(parts))
-            index = (expert, slice(None), every) if ending == "" else (expert, every)
+            channels = slice(turn, None, len(parts)) if family.in_turn else slice(turn * rows, (turn + 1) * rows)
+            index = (expert, slice(None), channels) if transposed else (expert, channels)
             yield (
                 f"{prefix}.{expert}.{part}.{KINDS[ending]}",
                 stored._replace(
                     part=index,
-                    transposed=ending == "",
+                    transposed=transposed,
                     scales=None if scales is None else scales._replace(part=index),
                 ),
             )
@@ -199,7 +201,8 @@ def _stack_experts(weights: Mapping[str, Tensor], family: Family) -> dict[str, T
         experts = []
         while (own := f"{prefix}.{len(experts)}") + f".{module}.{kind}" in weights:
             parts = [weights[f"{own}.{part}.{kind}"] for part in family.stacked[first[module]]]
-            experts.append(torch.stack([part.mT if kind == "weight" else part for part in parts], -1).flatten(-2))
+            in_turn = torch.stack([part.mT if kind == "weight" else part for part in parts], -1).flatten(-2)
+            experts.append(in_turn if family.in_turn else torch.cat(parts))
         ending = next(ending for ending, of in KINDS.items() if of == kind)
         stacked[f"{prefix}.{first[module]}{ending}"] = torch.stack(experts)
     return stacked

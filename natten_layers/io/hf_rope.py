@@ -79,7 +79,7 @@ def rope_options(
     theta = windowed_theta = raw.get("rope_theta") or family.theta
     if family.windowed_theta is not None:
         windowed_theta = raw.get("rope_local_base_freq") or family.windowed_theta
-    if name == "granite_swa" and raw.get("layer_rope_theta"):
+    if name in ("granite_swa", "granitemoe_swa") and raw.get("layer_rope_theta"):
         theta, windowed_theta = (
             _common_theta(raw["layer_rope_theta"], [(w is None) == is_full for w in windows]) or theta
             for is_full in (True, False)
