@@ -13,8 +13,8 @@ Operations
     na1d, na2d, na3d          NATTEN's operations, with their arguments
     attention, merge_attentions
                               NATTEN's dense attention, and the merge of results by their log-sum-exp
-    explain                   which kernels a call takes, with what tiles, and why not others: an Explanation,
-                              which holds a Kernel for each direction
+    explain                   which kernels a call takes, here or on another GPU, with what tiles, and why not others:
+                              an Explanation, which holds a Kernel for each direction
     compile_ahead             a context in which the kernels of all calls are compiled at once, and not launched
 
 Layers

@@ -20,6 +20,7 @@ from .checks import (
 from .eager import autocasts
 from .geometry import Window, is_per_axis, longest_axis, make_window
 from .head_axes import Tensors, canonical_heads, expand_registers, has_one_head
+from .kernels.host.card import Card
 from .kernels.host.packing import Packing, packing_of
 from .kernels.host.problem import Inputs, Options
 from .kernels.ops import attention as attention_ops
@@ -60,11 +61,12 @@ class Call(NamedTuple):
         shapes = self.inputs.shapes
         return None if shapes is None else packing_of(shapes, self.inputs.query.shape[1], self.window)
 
-    def why_not_fused(self, forward_mode: bool | None = None) -> str | None:
-        """Why the fused kernels cannot compute the call; by default with tangents where a level of them is open."""
+    def why_not_fused(self, forward_mode: bool | None = None, card: Card | None = None) -> str | None:
+        """Why the fused kernels cannot compute the call; by default with tangents where a level of them is open, and
+        on the tensors' device."""
         if self.inputs.rpb is not None and (is_forward_mode() if forward_mode is None else forward_mode):
             return "the kernel of forward-mode derivatives takes no rpb, the bias on relative positions"
-        return attention_ops.unsupported(self.inputs.query, self.inputs.value)
+        return attention_ops.unsupported(self.inputs.query, self.inputs.value, card)
 
     def restore(self, out: Tensor) -> Tensor:
         """Give a result ``[B, *spatial, Hq, ...]`` the head axes that the caller's query has, or ``[1, N, ...]`` of a

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal
+from functools import partial, wraps
+from typing import Any, Literal, ParamSpec
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from .arguments import Axes, prepare, with_bias
+from .arguments import Axes, Call, prepare, with_bias
+from .kernels.host.card import card_of
+from .kernels.host.qk_prep import QKPrepKind
 from .kernels.ops import attention as attention_ops
 from .kernels.ops.transforms import is_forward_mode, is_tracked
 from .operations import Impl, why_eager
 from .varlen import Shapes, prepare_samples
 
-__all__ = ["Explanation", "Kernel", "explain"]
+__all__ = ["Explanation", "Kernel", "explain", "explain_call"]
+
+P = ParamSpec("P")
 
 
 @dataclass(frozen=True)
@@ -24,16 +28,18 @@ class Kernel:
 
     direction: str
     """forward, jvp (tangents of forward mode), backward_query (dQ), backward_key (dK and dV), backward_registers (of
-    additional keys) or backward_bias (of rpb)."""
+    additional keys) or backward_bias (of rpb); of a layer also qk_prep + forward, which first normalises and rotates
+    queries and keys."""
     name: str
     settings: tuple[tuple[str, Any], ...]
-    """Tiles and options by name. Sizes are ``t, h, w`` in tokens; ``pack`` is the number of heads a program."""
+    """Tiles and options by name. Sizes are ``t, h, w`` in tokens; ``pack`` is the number of heads a program. Empty for
+    queries and keys that are prepared in a launch of its own, before the forward kernel that comes next."""
     passed_over: tuple[tuple[str, str], ...]
     """Kernels that were considered before this one, each with the reason why it does not compute the call."""
 
     def __str__(self) -> str:
         settings = ", ".join(f"{name}={value}" for name, value in self.settings)
-        lines = [f"{self.direction}: {self.name}", f"  {settings}"]
+        lines = [f"{self.direction}: {self.name}", *([f"  {settings}"] if settings else [])]
         return "\n".join(lines + [f"  not {name}: {reason}" for name, reason in self.passed_over])
 
 
@@ -52,6 +58,23 @@ class Explanation:
         return "\n".join(["fused", *map(str, self.kernels)])
 
 
+def _without_modules(explain: Callable[P, Explanation]) -> Callable[P, Explanation]:
+    """The function, with an error of its own for a layer in the place of tensors."""
+
+    @wraps(explain)
+    def run(*args: P.args, **kwargs: P.kwargs) -> Explanation:
+        for given in (*args, *kwargs.values()):
+            if isinstance(given, nn.Module):
+                raise TypeError(
+                    f"explain takes the tensors query, key and value, got the module {type(given).__name__}; a "
+                    "NeighborhoodGQA explains its own calls: layer.explain(x)"
+                )
+        return explain(*args, **kwargs)
+
+    return run
+
+
+@_without_modules
 def explain(
     query: Tensor,
     key: Tensor,
@@ -74,23 +97,21 @@ def explain(
     impl: Impl = "auto",
     needs_grad: bool | None = None,
     forward_mode: bool | None = None,
+    device: str | None = None,
 ) -> Explanation:
     """Which kernels compute :func:`neighborhood_attention` of these arguments, with which tiles, and why not others.
 
     Nothing is computed or compiled. ``print(explain(...))`` shows quickly why a call is slower than expected. With
     ``shapes`` or ``cu_seqlens``, or with nested tensors, it is about :func:`neighborhood_attention_varlen`.
 
-    For a layer, give tensors as it makes them, views of one projection, and its options. ``layer`` here is a
-    :class:`NeighborhoodGQA`, ``x`` are its tokens::
+    It is about attention to heads that are normalised and rotated already. For a layer, which makes views of one
+    projection, and may normalise and rotate them, there is :meth:`NeighborhoodGQA.explain`.
 
-        counts = layer.num_heads, layer.num_kv_heads, layer.num_kv_heads
-        query, key, value = layer.qkv(x).unflatten(-1, (-1, layer.head_dim)).split(counts, -2)
-        print(explain(query, key, value, layer.kernel_size, is_causal=layer.is_causal, sink=layer.sink))
+    With ``device``, the answer is that for another GPU, which this machine need not have. Tensors may then be on any
+    device, such as "meta", where they take no memory::
 
-    It is about attention to heads that are normalised and rotated already. A layer that does so has one more launch
-    before it, for which there is one kernel. Without gradients, and on compute capability 9.0 only, the rolling kernel
-    of small windows does it itself, with tiles of its own, where heads have 64 or 128 channels, of which RoPE rotates
-    half, all or none, element ``i`` with one of the other half, and all axes alike.
+        query = torch.empty(8, 128, 128, 8, 64, dtype=torch.bfloat16, device="meta")
+        print(explain(query, query, query, 7, device="H200"))
 
     :func:`cached_attention` has one kernel for every call, so there is nothing to ask for. With ``impl="fused"`` it
     says itself why that cannot run.
@@ -105,11 +126,14 @@ def explain(
             output is assumed to be contiguous.
         forward_mode: whether derivatives in forward mode are needed; None if they are inside of ``torch.func.jvp`` or
             ``torch.autograd.forward_ad.dual_level``. All inputs are assumed to have tangents, which are contiguous.
+        device: "A100", "RTX 4090", "H100", "H200", "B200" or "RTX 5090", with the versions of PyTorch and Triton that
+            are installed here; None for the device of the tensors. Triton must be installed.
 
     Returns:
         An :class:`Explanation`, to be printed or read field by field.
 
     Raises:
+        TypeError: a layer was given.
         ValueError: an argument does not fit.
         RuntimeError: ``impl="fused"``, but the fused kernels cannot run.
     """
@@ -125,14 +149,36 @@ def explain(
             query, key, value, shapes, cu_seqlens, kernel_size, stride, dilation, is_causal, scale, additional_keys,
             additional_values, sink, is_periodic, key_mask,
         )  # fmt: skip
-    call = with_bias(call, rpb)
+    return explain_call(
+        with_bias(call, rpb), return_lse=return_lse, impl=impl, needs_grad=needs_grad, forward_mode=forward_mode,
+        device=device,
+    )  # fmt: skip
+
+
+def explain_call(
+    call: Call,
+    *,
+    return_lse: bool = False,
+    impl: Impl = "auto",
+    needs_grad: bool | None,
+    forward_mode: bool | None,
+    device: str | None,
+    prep: QKPrepKind | None = None,
+) -> Explanation:
+    """:func:`explain` for prepared arguments, whose queries and keys are normalised and rotated as ``prep`` says."""
+    card = card_of(device)
     forward_mode = is_forward_mode() if forward_mode is None else forward_mode
-    reason = why_eager(impl, call.inputs.query, partial(call.why_not_fused, forward_mode))
+    reason = why_eager(impl, call.inputs.query, partial(call.why_not_fused, forward_mode, card), card)
     if reason is not None:
         return Explanation("eager", reason)
-    with_gradients = is_tracked(call.inputs) if needs_grad is None else needs_grad
     choices = attention_ops.choices(
-        call.inputs, call.options, with_stats=return_lse, with_gradients=with_gradients, with_tangents=forward_mode
+        call.inputs,
+        call.options,
+        with_stats=return_lse,
+        with_gradients=is_tracked(call.inputs) if needs_grad is None else needs_grad,
+        with_tangents=forward_mode,
+        prep=prep,
+        card=card,
     )
     kernels = (
         Kernel(direction, x.variant.name, tuple(x.settings.items()), tuple(map(tuple, x.passed_over)))

@@ -11,6 +11,7 @@ from torch import Tensor
 from . import eager
 from .arguments import Axes, Call, prepare, with_bias
 from .checks import check_dense
+from .kernels.host.card import Card
 from .kernels.ops import attention as attention_ops
 from .kernels.ops.define import call_uncompiled
 from .kernels.ops.transforms import is_forward_mode
@@ -273,7 +274,7 @@ def takes_fused(impl: Impl, query: Tensor, why_not: Callable[[], str | None]) ->
     return why_eager(impl, query, why_not) is None
 
 
-def why_eager(impl: Impl, query: Tensor, why_not: Callable[[], str | None]) -> str | None:
+def why_eager(impl: Impl, query: Tensor, why_not: Callable[[], str | None], card: Card | None = None) -> str | None:
     """Why ``impl`` selects PyTorch for tensors like ``query``, or None if it selects the fused kernels.
 
     An empty batch is always left to PyTorch, which gives the same results and gradients, so that kernels need not
@@ -281,6 +282,7 @@ def why_eager(impl: Impl, query: Tensor, why_not: Callable[[], str | None]) -> s
 
     Args:
         why_not: returns why the kernels cannot run on tensors like ``query``, or None. It is called only if needed.
+        card: the GPU to answer for, if that is not the one with the tensors.
 
     Raises:
         ValueError: ``impl`` is unknown.
@@ -290,7 +292,8 @@ def why_eager(impl: Impl, query: Tensor, why_not: Callable[[], str | None]) -> s
         raise ValueError(f'impl must be "auto", "fused" or "eager", got {impl!r}')
     if impl == "eager":
         return 'impl="eager" asks for it'
-    if impl == "auto" and query.device.type != "cuda":  # Triton's interpreter is for tests, so it runs on request only
+    # Triton's interpreter is for tests, so it runs on request only.
+    if impl == "auto" and card is None and query.device.type != "cuda":
         return f"the tensors are on {query.device.type}, the kernels run on CUDA devices"
     reason = why_not()
     if reason is not None and impl == "fused":

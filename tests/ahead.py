@@ -79,7 +79,7 @@ def note_thread(*, src: Any, **_: object) -> None:
 
 def main() -> None:
     driver.set_active(STUB)  # pyright: ignore[reportArgumentType]
-    attention_ops.unsupported = lambda query, value: None
+    attention_ops.unsupported = lambda *_: None
     problem.device_traits = lambda device: ("stub", SHARED_MEMORY[80])
     knobs.compilation.listener = note_thread
     check_calls()

@@ -312,7 +312,7 @@ def main(capability: int, rooms: str = "portable sm90") -> None:
     stub = Driver(capability)
     driver.set_active(stub)  # pyright: ignore[reportArgumentType]
     for module in (attention_ops, decode_ops):
-        setattr(module, "unsupported", lambda query, value: None)  # noqa: B010
+        setattr(module, "unsupported", lambda *_: None)  # noqa: B010
     problem.device_traits = lambda device: ("stub", SHARED_MEMORY[capability])
     if "portable" in rooms:
         compile_portable(capability)

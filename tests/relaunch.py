@@ -102,7 +102,7 @@ def main() -> None:
     triton.compiler.compile = lambda src, **_: Noted(src)
     problem.device_traits = lambda device: ("stub", 227 * 1024)
     for module in (attention_ops, decode_ops):
-        setattr(module, "unsupported", lambda query, value: None)  # noqa: B010
+        setattr(module, "unsupported", lambda *_: None)  # noqa: B010
     with compared(), torch.no_grad():
         forward_calls()
         decode_calls()

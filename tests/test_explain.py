@@ -11,11 +11,18 @@ from helpers import raises_naming
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from natten_layers import Explanation, NeighborhoodGQA, explain, neighborhood_attention, neighborhood_attention_varlen
-from natten_layers.arguments import Call
+from natten_layers import (
+    AxialRoPE,
+    Explanation,
+    NeighborhoodGQA,
+    explain,
+    neighborhood_attention,
+    neighborhood_attention_varlen,
+)
 
 pytest.importorskip("triton.experimental.gluon")
 
+import triton
 from problems import (
     problem_of_image,
     problem_of_packed_images,
@@ -25,15 +32,19 @@ from problems import (
 )
 
 from natten_layers.kernels import dispatch
+from natten_layers.kernels.host.card import CARDS
 from natten_layers.kernels.host.launcher import Launcher
 from natten_layers.kernels.host.packing import Packing
-from natten_layers.kernels.host.problem import Problem, contiguous
+from natten_layers.kernels.host.problem import Inputs, Problem, contiguous, precision
 from natten_layers.kernels.host.qk_prep import QKPrepKind
 from natten_layers.kernels.host.tiling import TileConfig
-from natten_layers.kernels.host.tuned import override
-from natten_layers.kernels.ops import attention as attention_ops
+from natten_layers.kernels.host.tuned import forget, override
+from natten_layers.kernels.host.variant import Choice
+from natten_layers.kernels.ops.attention import compiler_gap
 from natten_layers.kernels.portable.pair_variants import PAIRS
-from natten_layers.modules import attention
+from natten_layers.kernels.sm90.available import gluon_gap
+from natten_layers.modules import attention, query_key
+from natten_layers.modules.hdit_layers import ShiftedWindowGQA
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -57,19 +68,74 @@ def test_on_a_cpu_it_is_eager_and_says_why() -> None:
         explain(odd, odd, odd, 3, impl="fused")
 
 
-def test_its_docstring_explains_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = NeighborhoodGQA(32, 4, 3, num_kv_heads=2, sink="learned", is_causal=(True, False)).to(DEVICE)
-    x, said, calls = draw(1, 6, 7, 32), list[Explanation](), list[Call]()
-    lines = [line.strip() for line in (explain.__doc__ or "").splitlines() if line.startswith(" " * 8)][:3]
-    exec("\n".join(lines), {"explain": partial(explain, impl="fused"), "print": said.append, "layer": layer, "x": x})
-    monkeypatch.setattr(attention, "attend_with_qk_prep", lambda call, *_: calls.append(call) or call.inputs.query)
-    layer(x)
-    inputs, options, *_ = calls[0]
-    choices = attention_ops.choices(inputs, options, with_stats=False, with_gradients=True)
-    expected = {
-        direction: (choice.variant.name, tuple(choice.settings.items())) for direction, choice in choices.items()
-    }
-    assert {kernel.direction: (kernel.name, kernel.settings) for kernel in said[0].kernels} == expected
+ROPE = {"rope": AxialRoPE(16, 4, num_kv_heads=2)}
+LAYERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "plain": ({"sink": "learned", "is_causal": (True, False)}, {}),
+    "mask, registers": ({"num_registers": 3}, {"mask": torch.arange(42).reshape(1, 6, 7) % 5 > 0}),
+    "cosine, RoPE": ({**ROPE, "qk_norm": "cosine"}, {}),
+    "rms": ({"qk_norm": "rms"}, {}),
+    "RoPE, bias": ({**ROPE, "rel_pos_bias": True}, {}),
+    "RoPE, registers attend": ({**ROPE, "num_registers": 3, "registers_attend": True}, {}),
+    "packed": ({"is_periodic": (False, True)}, {"shapes": [(6, 5), (3, 4)]}),
+    "packed, rms": ({"qk_norm": "rms", "num_registers": 3}, {"shapes": [(6, 5), (3, 4)]}),
+}
+PREPARED = {"cosine, RoPE", "rms", "packed, rms"}
+"""Layers that normalise and rotate in one operation with attention, if they need no gradient"""
+
+
+@pytest.mark.parametrize("needs_grad", [False, True])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_layer_explains_its_calls(kind: str, needs_grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It names the choices that a call makes, with the same tiles and the same reasons."""
+    options, arguments = LAYERS[kind]
+    arguments = {name: x.to(DEVICE) if name == "mask" else x for name, x in arguments.items()}
+    layer = NeighborhoodGQA(64, 4, (3, 3), num_kv_heads=2, **options).to(DEVICE)
+    x = draw(*((42,) if "shapes" in arguments else (1, 6, 7)), 64)
+    monkeypatch.setattr(attention, "attend_with_qk_prep", partial(query_key.attend_with_qk_prep, impl="fused"))
+    monkeypatch.setattr(query_key, "explain_call", partial(query_key.explain_call, impl="fused"))
+    made: dict[str, Choice] = {}
+    choose = dispatch.choose
+
+    def spy(direction: dispatch.Direction, question: Any) -> Choice:
+        return made.setdefault(direction, choose(direction, question))
+
+    with torch.set_grad_enabled(needs_grad):
+        said = layer.explain(x, **arguments)
+        assert said == layer.explain(x, **arguments, needs_grad=needs_grad)
+        monkeypatch.setattr(dispatch, "choose", spy)
+        forget()  # choices for the backward pass are kept together
+        monkeypatch.setattr(layer, "_attend_from_registers", lambda heads, extra, mask: extra.query)
+        out = layer(x, **arguments)
+        if needs_grad:
+            (out[0] if layer.registers_attend else out).sum().backward()
+    found = [(kernel.direction, kernel.name, dict(kernel.settings), kernel.passed_over) for kernel in said.kernels]
+    assert found == [(name, x.variant.name, dict(x.settings), x.passed_over) for name, x in made.items()]
+    assert (said.kernels[0].direction == "qk_prep + forward") == (kind in PREPARED and not needs_grad)
+
+
+def test_a_launch_of_its_own_for_queries_and_keys_is_one_line() -> None:
+    layer = NeighborhoodGQA(256, 4, 7, qk_norm="cosine", device="meta", dtype=torch.bfloat16)
+    x = torch.empty(8, 128, 128, 256, device="meta", dtype=torch.bfloat16)
+    with torch.no_grad():
+        prepared, attended = layer.explain(x, device="A100").kernels
+    assert prepared.direction == "qk_prep + forward"
+    assert str(prepared).splitlines()[0] == "qk_prep + forward: qk_prep, then forward"
+    assert str(prepared).splitlines()[1].startswith("  not sm90 small window, rolling: ")
+    assert (attended.direction, attended.name) == ("forward", "portable")
+
+
+def test_layers_are_checked_and_explained_by_themselves() -> None:
+    layer, x = NeighborhoodGQA(32, 4, 3), torch.randn(1, 6, 7, 32)
+    with raises_naming("NeighborhoodGQA", "layer.explain(x)", error=TypeError):
+        explain(layer, x)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    with raises_naming("Identity", "layer.explain(x)", error=TypeError):
+        explain(query=torch.nn.Identity(), key=x, value=x, kernel_size=3)  # pyright: ignore[reportArgumentType]
+    wrong: dict[str, Any] = {"positions": x, "mask": x, "device": "K80"}
+    for name, argument in wrong.items():
+        with raises_naming(name):
+            layer.explain(x, **{name: argument})
+    with raises_naming("shifted windows", "several calls"):
+        ShiftedWindowGQA(32, 4, 4, 2).explain(x)
 
 
 @pytest.mark.parametrize("needs_grad", [False, True])
@@ -193,6 +259,52 @@ def test_tensors_without_data_will_do() -> None:
         assert "on meta" in str(explain(q, q, q, 7))
     else:
         assert explain(q, q, q, 7, impl="fused").kernels[0].name == "portable"
+
+
+@pytest.mark.parametrize("name", CARDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_another_device_is_explained_as_on_that_device(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what is kept of it is not taken for the tensors' own device, nor the other way around."""
+    query, key = (torch.empty(8, 128, 128, h, 64, device="meta", dtype=dtype) for h in (8, 2))
+    ask = partial(explain, query, key, key, 7, needs_grad=True, forward_mode=True)
+    # Triton's interpreter computes without bfloat16.
+    own: dict[str, Any] = {} if ON_GPU or dtype != torch.float32 else {"impl": "fused"}
+    forget()
+    here, said = ask(**own), ask(device=name)
+    assert here != said
+    assert (ask(**own), ask(device=name)) == (here, said)
+    card = CARDS[name]
+    gap = compiler_gap(card.capability, triton.__version__)
+    if gap is not None:
+        assert said == Explanation("eager", gap)
+        return
+    problem = problem_of_image(monkeypatch, card.capability, dtype=dtype, precision=precision(dtype))
+    monkeypatch.setattr("natten_layers.kernels.host.problem.device_traits", lambda device: (card.name, card[2]))
+    wanted = {"with_stats": False, "with_gradients": True, "with_tangents": True}
+    choices = dispatch.choices(problem, Inputs(query, key, key), **wanted)
+    found = [(kernel.direction, kernel.name, dict(kernel.settings), kernel.passed_over) for kernel in said.kernels]
+    assert found == [(each, x.variant.name, dict(x.settings), x.passed_over) for each, x in choices.items()]
+    if gluon_gap() is None:
+        assert said.kernels[0].name.startswith("sm90") == (card.capability == (9, 0))
+
+
+def test_its_docstring_asks_for_another_device() -> None:
+    said = list[Explanation]()
+    lines = [line.strip() for line in (explain.__doc__ or "").splitlines() if line.startswith(" " * 8)][:2]
+    exec("\n".join(lines), {"explain": explain, "print": said.append, "torch": torch})
+    assert all(f'"{name}"' in (explain.__doc__ or "") for name in CARDS)
+    if gluon_gap() is None:
+        assert said[0].kernels[0].name == "sm90 small window, rolling"
+
+
+def test_another_device_has_a_name_that_is_known() -> None:
+    q = torch.empty(1, 8, 2, 12, device="meta", dtype=torch.bfloat16)
+    with raises_naming("device", "'H20'", "'H200'", "'RTX 4090'"):
+        explain(q, q, q, 3, device="H20")
+    assert "head_dim 12" in str(explain(q, q, q, 3, device="H200"))
+    assert "asks for it" in str(explain(q, q, q, 3, device="H200", impl="eager"))
 
 
 def test_a_choice_of_the_caller_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:

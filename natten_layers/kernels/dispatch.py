@@ -26,7 +26,7 @@ from .host.problem import (
     contiguous,
     layout,
 )
-from .host.qk_prep import QKPrep
+from .host.qk_prep import QKPrep, QKPrepKind
 from .host.tiling import Kind
 from .host.tuned import is_portable_only, remembered, variant_for
 from .host.variant import Choice, Direction, PassedOver, Question, Variant
@@ -124,6 +124,16 @@ def choices(
         found |= {"backward_query": query, "backward_key": key}
         found |= {} if registers is None else {"backward_registers": registers}
         found |= {} if bias is None else {"backward_bias": bias}
+    return found
+
+
+def choices_with_qk_prep(problem: Problem, inputs: Inputs, prep: QKPrepKind) -> dict[Direction, Choice]:
+    """The choice for :func:`prepare_and_attend`, and that for the attention after a preparation of its own launch."""
+    choice = choose("qk_prep + forward", Question(problem, prep=prep, aligned=are_aligned(*inputs.addressed)))
+    found: dict[Direction, Choice] = {"qk_prep + forward": choice}
+    if choice.variant is PREPARE_THEN_ATTEND:
+        aligned = are_aligned(inputs.value, inputs.additional_keys, inputs.additional_values)
+        found["forward"] = choose("forward", Question(choice.plan, aligned=aligned))
     return found
 
 

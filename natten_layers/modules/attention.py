@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
@@ -12,39 +12,27 @@ from torch import Tensor, nn
 from ..arguments import prepare, prepare_packed
 from ..cached import cached_attention
 from ..checks import check_dense, check_key_mask, check_scale
+from ..explanation import Explanation
 from ..geometry import AXES, longest_axis, normalise_axes
 from ..operations import neighborhood_attention
 from ..varlen import Shapes, packed_shapes
 from ..wording import shorten
 from .base import check_count, check_probability
 from .norm import RMSNorm
-from .query_key import HeadNorm, attend_with_qk_prep, call_watched, normalize_and_rotate
+from .query_key import (
+    HeadNorm,
+    Heads,
+    Prepared,
+    Projected,
+    attend_with_qk_prep,
+    call_watched,
+    explain_with_qk_prep,
+)
 from .rings import check_ring_positions, check_rings
-from .rope import Angles, Positions, Rotary
+from .rope import Positions, Rotary
 from .window_options import all_one, check_ranks, check_window, plain
 
-__all__ = ["Heads", "NeighborhoodGQA", "Projected"]
-
-
-class Heads(NamedTuple):
-    """Query, key and value heads in the layout that :func:`natten_layers.neighborhood_attention` takes."""
-
-    query: Tensor  # [B, *tokens, Hq, D]
-    key: Tensor  # [B, *tokens, Hkv, D]
-    value: Tensor  # [B, *tokens, Hkv, D]
-
-
-class Projected(NamedTuple):
-    """Heads as they are projected, and the normalisation and RoPE that queries and keys still need."""
-
-    heads: Heads
-    norm: HeadNorm | None = None
-    angles: Angles | None = None
-
-    def prepared(self) -> Heads:
-        """The heads, with queries and keys normalised and rotated."""
-        query, key, value = self.heads
-        return Heads(*normalize_and_rotate(query, key, self.norm, self.angles), value)
+__all__ = ["NeighborhoodGQA"]
 
 
 class NeighborhoodGQA(nn.Module):
@@ -272,12 +260,52 @@ class NeighborhoodGQA(nn.Module):
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """:meth:`forward` up to ``dropout`` and ``proj``: ``[B, *spatial, Hq * D]``, and ``[B, R, Hq * D]`` or None."""
+        if (sizes := self._sizes(x, shapes, cu_seqlens)) is not None:
+            return attend_with_qk_prep(*self._prepare_packed(x, sizes, positions, registers, mask)).flatten(-2), None
+        projected, extra = self._checked(x, positions, registers, mask)
+        tokens = self._attention(projected, extra, mask).flatten(-2)
+        if not self.registers_attend:
+            return tokens, None
+        return tokens, self._attend_from_registers(projected.heads, extra, mask).flatten(-2)
+
+    def explain(
+        self,
+        x: Tensor,
+        *,
+        positions: Tensor | Positions | None = None,
+        registers: Tensor | None = None,
+        mask: Tensor | None = None,
+        shapes: Shapes | None = None,
+        cu_seqlens: Tensor | None = None,
+        needs_grad: bool | None = None,
+        forward_mode: bool | None = None,
+        device: str | None = None,
+    ) -> Explanation:
+        """Which kernels attend from the tokens in a call of the layer with these arguments, and why not others.
+
+        The layer projects the tokens and makes all else that attention is given, but does not attend. ``needs_grad``,
+        ``forward_mode`` and ``device`` are those of :func:`natten_layers.explain`. Where derivatives are needed, norms
+        and RoPE are a launch of their own, which is not listed. Nor is attention from registers.
+        """
+        if (sizes := self._sizes(x, shapes, cu_seqlens)) is not None:
+            prepared = self._prepare_packed(x, sizes, positions, registers, mask)
+        else:
+            prepared = self._prepare(*self._checked(x, positions, registers, mask), mask)
+        return explain_with_qk_prep(prepared, needs_grad, forward_mode, device)
+
+    def _sizes(self, x: Tensor, shapes: Shapes | None, cu_seqlens: Tensor | None) -> Tensor | None:
+        """Lengths of the axes of packed samples, or None if ``x`` is a batch."""
         check_dense("x", x)
         if not x.is_floating_point():
             raise ValueError(f"x has dtype {x.dtype}; expected tokens in the dtype of the layer's parameters")
-        if shapes is not None or cu_seqlens is not None:
-            sizes = packed_shapes(shapes, cu_seqlens, self.kernel_size)
-            return self._attend_packed(x, sizes, positions, registers, mask).flatten(-2), None
+        if shapes is None and cu_seqlens is None:
+            return None
+        return packed_shapes(shapes, cu_seqlens, self.kernel_size)
+
+    def _checked(
+        self, x: Tensor, positions: Tensor | Positions | None, registers: Tensor | None, mask: Tensor | None
+    ) -> tuple[Projected, Heads | None]:
+        """The heads of a batch's tokens and of registers, from arguments that are checked."""
         if x.ndim - 2 not in self._ranks or x.shape[-1] != self.embed_dim:
             raise self._wrong_shape(x)
         if positions is not None and self.rope is None:
@@ -290,11 +318,7 @@ class NeighborhoodGQA(nn.Module):
         projected = self._project(x, self.rope, positions)
         check_ring_positions(self.rope, self.is_periodic, projected.heads.query, positions)
         extra = self._register_heads(x, registers)
-        if not self.registers_attend:
-            return self._attention(projected, extra, mask).flatten(-2), None
-        heads = projected.prepared()
-        tokens = self._attention(Projected(heads), extra, mask)
-        return tokens.flatten(-2), self._attend_from_registers(heads, extra, mask).flatten(-2)
+        return Projected(projected.prepared()) if self.registers_attend else projected, extra
 
     def _wrong_shape(self, x: Tensor) -> ValueError:
         size, ranks = self.embed_dim, self._ranks
@@ -306,15 +330,15 @@ class NeighborhoodGQA(nn.Module):
             way_out = f"; give tokens their grid back: x.unflatten(1, ({', '.join(AXES[ranks[0]])}))"
         return ValueError(f"x has shape {tuple(x.shape)}; expected [B, *spatial, {size}] with {axes}{way_out}")
 
-    def _attend_packed(
+    def _prepare_packed(
         self,
         x: Tensor,
         sizes: Tensor,
         positions: Tensor | Positions | None,
         registers: Tensor | None,
         mask: Tensor | None,
-    ) -> Tensor:
-        """Attention of the tokens of packed samples, ``[N, Hq, D]``."""
+    ) -> Prepared:
+        """The arguments of attention from the tokens of packed samples."""
         if x.ndim != 2 or x.shape[-1] != self.embed_dim:
             expected = f"[N, {self.embed_dim}] beside shapes or cu_seqlens"
             raise ValueError(f"x has shape {tuple(x.shape)}; expected {expected}")
@@ -332,22 +356,13 @@ class NeighborhoodGQA(nn.Module):
         heads, norm, angles = self._project(x[None], self.rope, positions)
         extra = self._register_heads(x.new_empty(len(sizes), 0, 0), registers)
         call = prepare_packed(
-            heads.query[0],
-            heads.key[0],
-            heads.value[0],
-            sizes,
+            heads.query[0], heads.key[0], heads.value[0], sizes,
             longest_axis(1) if self.kernel_size is None else self.kernel_size,
-            self.stride,
-            self.dilation,
-            self.is_causal,
-            self.scale,
-            None if extra is None else extra.key,
-            None if extra is None else extra.value,
-            self.sink,
-            self.is_periodic,
-            mask,
-        )
-        return attend_with_qk_prep(call, norm, angles)
+            self.stride, self.dilation, self.is_causal, self.scale,
+            None if extra is None else extra.key, None if extra is None else extra.value,
+            self.sink, self.is_periodic, mask,
+        )  # fmt: skip
+        return Prepared(call, norm, angles)
 
     def _project(self, tokens: Tensor, rope: nn.Module | None = None, positions: Tensor | None = None) -> Projected:
         """Query, key and value as views of one projection.
@@ -380,21 +395,17 @@ class NeighborhoodGQA(nn.Module):
 
     def _attention(self, projected: Projected, registers: Heads | None, mask: Tensor | None) -> Tensor:
         """Attention of the tokens, ``[B, *spatial, Hq, D]``."""
+        return attend_with_qk_prep(*self._prepare(projected, registers, mask))
+
+    def _prepare(self, projected: Projected, registers: Heads | None, mask: Tensor | None) -> Prepared:
+        """The arguments of attention from the tokens."""
         kernel_size = self._fitted_kernel_size(projected.heads.query.shape[1:-2])
         call = prepare(
-            *projected.heads,
-            kernel_size,
-            self.stride,
-            self.dilation,
-            self.is_causal,
-            self.scale,
-            None if registers is None else registers.key,
-            None if registers is None else registers.value,
-            self.sink,
-            self.is_periodic,
-            mask,
-        )
-        return attend_with_qk_prep(call, projected.norm, projected.angles, self._fitted_bias(kernel_size))
+            *projected.heads, kernel_size, self.stride, self.dilation, self.is_causal, self.scale,
+            None if registers is None else registers.key, None if registers is None else registers.value,
+            self.sink, self.is_periodic, mask,
+        )  # fmt: skip
+        return Prepared(call, projected.norm, projected.angles, self._fitted_bias(kernel_size))
 
     def _attend_from_registers(self, heads: Heads, registers: Heads | None, mask: Tensor | None) -> Tensor:
         """Attention of the registers to all registers and all tokens that are not masked, ``[B, R, Hq, D]``.

@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..explanation import Explanation
 from ..operations import neighborhood_attention
-from .attention import Heads, NeighborhoodGQA, Projected
+from .attention import NeighborhoodGQA
 from .base import Constants, at_least_fp32, default_dtype
 from .feed_forward import GEGLU
 from .hdit_config import HDiTConfig, LevelConfig
 from .norm import AdaRMSNorm, RMSNorm
 from .packed_images import PackedImages, join_blocks, split_blocks
+from .query_key import Heads, Prepared, Projected
 from .rope import AxialRoPE, Positions
 
 __all__ = [
@@ -157,7 +159,10 @@ class ShiftedWindowGQA(NeighborhoodGQA):
         lines = ([self._block(heads, registers, mask, r, c) for c in columns] for r in rows)
         return torch.cat([torch.cat(line, 2) for line in lines], 1)
 
-    def _attend_packed(self, *args: Any, **options: Any) -> Tensor:
+    def explain(self, *args: Any, **options: Any) -> Explanation:
+        raise ValueError("shifted windows are several calls of attention; ask natten_layers.explain for one of them")
+
+    def _prepare_packed(self, *args: Any, **options: Any) -> Prepared:
         raise ValueError("shifted windows are not computed on packed samples; pass images [B, height, width, channels]")
 
     def _stretches(self, length: int) -> list[tuple[int, int, int]]:

@@ -6,18 +6,29 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from ..arguments import Call
+from ..arguments import Call, with_bias
+from ..explanation import Explanation, explain_call
 from ..kernels.host.qk_prep import QKPrep
 from ..kernels.ops import attention as attention_ops
 from ..kernels.ops import qk_prep as qk_prep_ops
 from ..kernels.ops import qk_prep_attention as qk_prep_attention_ops
-from ..kernels.ops.transforms import is_differentiated
+from ..kernels.ops.transforms import is_differentiated, is_forward_mode, is_tracked
 from ..operations import Impl, attend, takes_fused
 from .base import is_plain
 from .norm import RMSNorm, cosine_normalize, rms_normalize
 from .rope import Angles, angles_of
 
-__all__ = ["HeadNorm", "Pending", "attend_with_qk_prep", "call_watched", "normalize_and_rotate"]
+__all__ = [
+    "HeadNorm",
+    "Heads",
+    "Pending",
+    "Prepared",
+    "Projected",
+    "attend_with_qk_prep",
+    "call_watched",
+    "explain_with_qk_prep",
+    "normalize_and_rotate",
+]
 
 
 class HeadNorm(NamedTuple):
@@ -33,6 +44,36 @@ class HeadNorm(NamedTuple):
             return cosine_normalize(x, gain, self.eps)
         assert gain is not None
         return rms_normalize(x, gain, self.eps)
+
+
+class Heads(NamedTuple):
+    """Query, key and value heads in the layout that :func:`natten_layers.neighborhood_attention` takes."""
+
+    query: Tensor  # [B, *tokens, Hq, D]
+    key: Tensor  # [B, *tokens, Hkv, D]
+    value: Tensor  # [B, *tokens, Hkv, D]
+
+
+class Projected(NamedTuple):
+    """Heads as they are projected, and the normalisation and RoPE that queries and keys still need."""
+
+    heads: Heads
+    norm: HeadNorm | None = None
+    angles: Angles | None = None
+
+    def prepared(self) -> Heads:
+        """The heads, with queries and keys normalised and rotated."""
+        query, key, value = self.heads
+        return Heads(*normalize_and_rotate(query, key, self.norm, self.angles), value)
+
+
+class Prepared(NamedTuple):
+    """The arguments of :func:`attend_with_qk_prep`."""
+
+    call: Call
+    norm: HeadNorm | None = None
+    angles: Angles | None = None
+    rpb: Tensor | None = None
 
 
 class Pending(NamedTuple):
@@ -203,3 +244,23 @@ def attend_with_qk_prep(
             )
         query, key = normalize_and_rotate(query, key, norm, angles, impl=impl)
     return attend(call._replace(inputs=call.inputs._replace(query=query, key=key)), impl, rpb)
+
+
+def explain_with_qk_prep(
+    prepared: Prepared, needs_grad: bool | None, forward_mode: bool | None, device: str | None
+) -> Explanation:
+    """The kernels that :func:`attend_with_qk_prep` of these arguments takes, as :func:`natten_layers.explain` says."""
+    call, norm, angles, rpb = prepared
+    if needs_grad is None:
+        needs_grad = is_tracked((*call.inputs, rpb, *(norm or ()), *(angles or ())))
+    forward_mode = is_forward_mode() if forward_mode is None else forward_mode
+    prep, inputs = None, call.inputs
+    if norm is not None or angles is not None:
+        if rpb is None and not needs_grad and not forward_mode:
+            prep = _rotation(inputs.query, norm, angles).kind
+        else:  # attention reads what the launch before it has written: contiguous tensors
+            query, key = (x.new_empty(x.shape) for x in (inputs.query, inputs.key))
+            call = call._replace(inputs=inputs._replace(query=query, key=key))
+    return explain_call(
+        with_bias(call, rpb), needs_grad=needs_grad, forward_mode=forward_mode, device=device, prep=prep
+    )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...geometry import Window
+from .card import Card
 from .packing import Packing, line_tables, packing_of, sample_bounds, sample_tables, tile_count
 from .tiling import Axis, Box, ProblemClass, TileConfig, next_power_of_2, register_tile
 
@@ -240,6 +241,8 @@ class Problem(NamedTuple):
     """The samples of a packed batch. Layouts then have the batch's single axis of tokens."""
     has_bias: bool = False
     """Whether there is a bias on relative positions."""
+    card: Card | None = None
+    """The GPU that kernels are chosen for, if that is not the one with the tensors. Such a problem is not launched."""
 
     @property
     def rank(self) -> int:
@@ -334,9 +337,10 @@ class Problem(NamedTuple):
             classes = t, h, w
             t, h, w = (max(1, min(k, n // d)) for k, n, d in zip(kernel_size, lengths, dilation, strict=True))
             kernel_size = t, h, w
+        card = self.card
         return ProblemClass(
-            *device_traits(self.device), classes, kernel_size, self.group,
-            self.query.shape[-1], self.value.shape[-1], self.dtype.itemsize,
+            *(device_traits(self.device) if card is None else (card.name, card.shared_memory)), classes, kernel_size,
+            self.group, self.query.shape[-1], self.value.shape[-1], self.dtype.itemsize,
         )  # fmt: skip
 
     @property

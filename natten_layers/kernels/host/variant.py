@@ -98,6 +98,8 @@ class Choice(NamedTuple):
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """Tiles and options of the plan by name."""
+        """Tiles and options of the plan by name. A plan that is a problem has another choice for these."""
+        if isinstance(self.plan, Problem):
+            return {}
         config = getattr(self.plan, "config", self.plan)
         return config if isinstance(config, dict) else getattr(config, "_asdict", lambda: vars(config))()

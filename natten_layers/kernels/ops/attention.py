@@ -18,8 +18,10 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ...geometry import fitted, visible_pairs
+from ..host.card import Card
 from ..host.packing import packing_of
 from ..host.problem import Cotangents, Inputs, Options, SavedResults, Tangents, problem_of
+from ..host.qk_prep import QKPrepKind
 from .define import (
     Forms,
     Mapped,
@@ -62,10 +64,11 @@ def _interpreted() -> bool:
 
 
 @lru_cache
-def _compiler_gap(device: torch.device) -> str | None:
+def _compiler_gap(device: torch.device | Card) -> str | None:
     import triton
 
-    return compiler_gap(torch.cuda.get_device_capability(device), triton.__version__)
+    capability = device.capability if isinstance(device, Card) else torch.cuda.get_device_capability(device)
+    return compiler_gap(capability, triton.__version__)
 
 
 def compiler_gap(capability: tuple[int, int], version: str) -> str | None:
@@ -76,21 +79,22 @@ def compiler_gap(capability: tuple[int, int], version: str) -> str | None:
     return None
 
 
-def unsupported(query: Tensor, value: Tensor) -> str | None:
-    """Why the fused kernels cannot run on these tensors, or None if they can."""
-    if query.device.type != "cuda" and not _interpreted():
+def unsupported(query: Tensor, value: Tensor, card: Card | None = None) -> str | None:
+    """Why the fused kernels cannot run on these tensors, or could not if they were on ``card``; None if they can."""
+    on_cuda = card is not None or query.device.type == "cuda"
+    if not on_cuda and not _interpreted():
         return f"the tensors are on {query.device}, the kernels run on CUDA devices"
     if not HAS_TRITON:
         return "Triton is not installed"
     # torch.compile cannot trace the question for the device's capability, so compiled graphs skip this check.
-    if query.device.type == "cuda" and not torch.compiler.is_compiling():
-        gap = _compiler_gap(query.device)
+    if on_cuda and not torch.compiler.is_compiling():
+        gap = _compiler_gap(query.device if card is None else card)
         if gap is not None:
             return gap
     if query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"dtype {query.dtype} is not one of float16, bfloat16, float32"
     # The device tells whether kernels are interpreted. Reading the environment would take as long as this function.
-    if query.dtype == torch.bfloat16 and query.device.type != "cuda":
+    if query.dtype == torch.bfloat16 and not on_cuda:
         return "Triton's interpreter does not multiply bfloat16 matrices"
     for name, size in (("head_dim", query.shape[-1]), ("value head_dim", value.shape[-1])):
         if size % 8 or not 8 <= size <= MAX_HEAD_DIM:
@@ -112,11 +116,24 @@ def attention_state(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, T
 
 
 def choices(
-    inputs: Inputs, options: Options, *, with_stats: bool, with_gradients: bool, with_tangents: bool = False
+    inputs: Inputs,
+    options: Options,
+    *,
+    with_stats: bool,
+    with_gradients: bool,
+    with_tangents: bool = False,
+    prep: QKPrepKind | None = None,
+    card: Card | None = None,
 ) -> dict[str, Any]:
-    """The kernels that compute a call: a ``dispatch.Choice`` per direction. Nothing is launched."""
+    """The kernels that compute a call: a ``dispatch.Choice`` per direction. Nothing is launched.
+
+    With ``prep``, which goes without statistics and derivatives, queries and keys are normalised and rotated first.
+    With ``card``, kernels are chosen as if the tensors were on that GPU.
+    """
     inputs = readable(inputs)
-    problem = problem_of(inputs, options)
+    problem = problem_of(inputs, options)._replace(card=card)
+    if prep is not None:
+        return module("dispatch").choices_with_qk_prep(problem, inputs, prep)
     wanted = {"with_stats": with_stats, "with_gradients": with_gradients, "with_tangents": with_tangents}
     return module("dispatch").choices(problem, inputs, **wanted)
 

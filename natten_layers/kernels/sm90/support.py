@@ -18,9 +18,9 @@ GLUON_GAP = gluon_gap()
 
 def device_gap(p: Problem) -> str | None:
     """Why kernels for compute capability 9.0 cannot compute anything here, or None."""
-    if p.device.type != "cuda":
+    if p.card is None and p.device.type != "cuda":
         return f"it is for CUDA devices, the tensors are on {p.device}"
-    capability = torch.cuda.get_device_capability(p.device)
+    capability = torch.cuda.get_device_capability(p.device) if p.card is None else p.card.capability
     if capability != (9, 0):
         return f"it is for compute capability 9.0, the device has {capability[0]}.{capability[1]}"
     return GLUON_GAP
