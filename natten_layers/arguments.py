@@ -129,8 +129,13 @@ def prepare_packed(
     sink: float | Tensor | None,
     is_periodic: bool | Sequence[bool] = False,
     key_mask: Tensor | None = None,
+    *,
+    of: str = "query",
 ) -> Call:
-    """:func:`prepare` for a packed batch: ``query [N, Hq, D]`` and ``shapes [samples, rank]`` on the CPU."""
+    """:func:`prepare` for a packed batch: ``query [N, Hq, D]`` and ``shapes [samples, rank]`` on the CPU.
+
+    ``of`` is the argument of the user that has the tokens.
+    """
     query, key, value, additional_keys, additional_values = as_autocast(
         query, key, value, additional_keys, additional_values
     )
@@ -156,7 +161,7 @@ def prepare_packed(
     inputs = Inputs(query, key, value, *registers, sink, key_mask, shapes)
     call = Call(inputs, _options(sink_value, window, factor), window, query.shape[-2:-1])
     if not torch.compiler.is_compiling():  # in a compiled graph the operator checks what the shapes are
-        packing_of(shapes, query.shape[1], window, "shapes")
+        packing_of(shapes, query.shape[1], window, "shapes", of)
     return call
 
 

@@ -145,27 +145,32 @@ def prepare_samples(
     ``options`` are those of :func:`natten_layers.arguments.prepare_packed`, from ``stride`` on.
     """
     offsets = None
-    if isinstance(query, Tensor) and query.is_nested:
+    if any(isinstance(t, Tensor) and t.is_nested for t in (query, key, value)):
         offsets = cu_seqlens = _offsets(query, key, value, shapes, cu_seqlens)
         query, key, value = (t.values() for t in (query, key, value))
     tokens = query.shape[0] if isinstance(query, Tensor) and query.ndim == 3 else None
-    sizes = packed_shapes(shapes, cu_seqlens, kernel_size, tokens)
+    axes = kernel_size, *options
+    rank = next((len(option) for option in axes if is_per_axis(option)), 1)
+    sizes = packed_shapes(shapes, cu_seqlens, rank, tokens)
     return prepare_packed(query, key, value, sizes, kernel_size, *options), offsets
 
 
 def packed_shapes(
     shapes: Shapes | None,
     cu_seqlens: Tensor | None,
-    kernel_size: Axes | None,
+    rank: int,
     tokens: int | None = None,
     of: str = "query",
 ) -> Tensor:
     """``[samples, axes]``, int64 in the host's memory, from what a user gave.
 
-    ``cu_seqlens`` must end with the number of ``tokens`` of the argument ``of``, if that is known.
+    Args:
+        rank: the number of axes if ``shapes`` is a list without a sample.
+        tokens: how many the argument ``of`` has, with which ``cu_seqlens`` must end; None if that is not known.
     """
     if (shapes is None) == (cu_seqlens is None):
-        raise ValueError("give either shapes or, on one axis, cu_seqlens")
+        got = "neither" if shapes is None else "both"
+        raise ValueError(f"give either shapes or, on one axis, cu_seqlens; got {got}")
     if cu_seqlens is not None:
         _check_integers("cu_seqlens", cu_seqlens, 1, "[samples + 1], beginning with 0")
         ends = _on_host(cu_seqlens)
@@ -179,7 +184,7 @@ def packed_shapes(
         _check_integers("shapes", shapes, 2, "[samples, axes] (cumulative lengths are given as cu_seqlens)")
         found = _on_host(shapes)
     else:
-        found = _from_list(shapes, len(kernel_size) if is_per_axis(kernel_size) else 1)
+        found = _from_list(shapes, rank)
     if not 1 <= found.shape[1] <= 3:
         raise ValueError(f"shapes are of {found.shape[1]} axes; expected 1 to 3")
     return found
@@ -191,7 +196,7 @@ def _from_list(shapes: object, rank: int) -> Tensor:
     if not is_per_axis(shapes):
         raise ValueError(
             "shapes must be a list with a tuple for each sample or an integer tensor [samples, axes], "
-            f"got {with_type(shapes)}"
+            f"got {with_type(shapes)}" + ("; pass torch.as_tensor(shapes)" if hasattr(shapes, "__array__") else "")
         )
     # Batches may have hundreds of samples, for which the host would take longer than a launch does.
     entries = [shape if type(shape) is tuple else tuple(shape) if is_per_axis(shape) else shape for shape in shapes]
@@ -233,9 +238,12 @@ def _is_length(value: object) -> bool:
 
 
 def _check_integers(name: str, tensor: object, ndim: int, expected: str) -> None:
-    if not isinstance(tensor, Tensor) or tensor.ndim != ndim:
-        found = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise ValueError(f"{name} must be an integer tensor {expected}, got {found}")
+    if not isinstance(tensor, Tensor):
+        raise ValueError(
+            f"{name} must be an integer tensor {expected}, got {with_type(tensor)}; pass torch.as_tensor({name})"
+        )
+    if tensor.ndim != ndim:
+        raise ValueError(f"{name} must be an integer tensor {expected}, got one of shape {tuple(tensor.shape)}")
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise ValueError(f"{name} must be an integer tensor {expected}, got dtype {tensor.dtype}")
 
@@ -252,13 +260,13 @@ def _on_host(tensor: Tensor) -> Tensor:
 
 def _offsets(query: Tensor, key: Tensor, value: Tensor, shapes: Shapes | None, cu_seqlens: Tensor | None) -> Tensor:
     """Cumulative lengths of jagged tensors, which must have one structure."""
-    if shapes is not None or cu_seqlens is not None:
-        raise ValueError("query is a nested tensor, which has lengths of its own: give neither shapes nor cu_seqlens")
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor) or not tensor.is_nested or tensor.layout != torch.jagged:
             raise ValueError(f"{name} must be a nested tensor with layout=torch.jagged, as all of query, key and value")
         if tensor.ndim != 4 or _ragged(tensor)._ragged_idx != 1 or _ragged(tensor).lengths() is not None:
             raise ValueError(f"{name} must be [samples, j, heads, head_dim] without holes between its samples")
+    if shapes is not None or cu_seqlens is not None:
+        raise ValueError("query is a nested tensor, which has lengths of its own: give neither shapes nor cu_seqlens")
     offsets, *others = (_ragged(tensor).offsets() for tensor in (query, key, value))
     for name, own in zip(("key", "value"), others, strict=True):
         if own is not offsets and not torch.equal(own, offsets):

@@ -133,6 +133,19 @@ def test_positions_of_another_period_are_refused(places: tuple[float, ...]) -> N
         globe(None, 360)(torch.randn(2, 3, 6, 32), positions=torch.stack([longitudes(*range(0, 360, 60)), positions]))
 
 
+def test_positions_of_packed_samples_are_judged_for_each_sample() -> None:
+    shapes, layer = [(4, 8), (0, 3), (8, 4)], globe(None, 2.0)
+    places = [make_axial_pos(4, 8), torch.empty(0, 3, 2), make_axial_pos(8, 4)]
+    x, positions = torch.randn(64, 32), torch.cat([place.flatten(0, 1) for place in places])
+    match = "periods=(None, 2.0), but positions on the width axis of sample 2 with the shape (8, 4), which"
+    for given in (positions, positions[None]):
+        with pytest.raises(ValueError, match=re.escape(match)):
+            layer(x, shapes=shapes, positions=given)
+    positions[32:, 1] *= 2
+    assert layer(x, shapes=shapes, positions=positions).shape == x.shape
+    assert globe(None, math.inf)(x, shapes=shapes, positions=torch.zeros(64, 2)).shape == x.shape
+
+
 def test_one_compiled_graph_has_images_of_many_sizes() -> None:
     layer = globe(None, 2.0, kernel_size=None).eval()
     torch.compiler.reset()

@@ -144,6 +144,10 @@ def test_no_tokens_and_no_samples(impl: Impl) -> None:
         grads = torch.autograd.grad(out.sum(), (q, keys))
         assert [grad.shape for grad in grads] == [q.shape, keys.shape]
         assert not grads[1].any()
+    rings = {"is_periodic": (False, True), "impl": impl}  # any option for each axis says how many there are
+    assert neighborhood_attention_varlen(q, q, q, [], 3, **rings).shape == (0, 2, 8)
+    layer = NeighborhoodGQA(8, 2, 3, is_periodic=(False, True))
+    assert layer(torch.zeros(0, 8), shapes=[]).shape == (0, 8)
 
 
 def test_shared_registers_get_the_sum_of_their_gradients() -> None:
@@ -343,6 +347,15 @@ def test_bad_input() -> None:
     with raises_naming("key", "nested"):
         nested = torch.nested.as_nested_tensor([q], layout=torch.jagged)
         neighborhood_attention_varlen(nested, q, q, None, 3)
+    for shapes in (None, [(8,)]):
+        with raises_naming("query must be a nested tensor"):
+            neighborhood_attention_varlen(q, nested, nested, shapes, 3)
+    with raises_naming("shapes", "ndarray", "torch.as_tensor(shapes)"):
+        attend(torch.tensor([[8]]).numpy())
+    with raises_naming("cu_seqlens", "[0, 8] of type list", "torch.as_tensor(cu_seqlens)"):
+        attend(None, cu_seqlens=[0, 8])
+    with raises_naming("got neither"):
+        attend(None)
 
 
 @pytest.mark.parametrize(
@@ -405,6 +418,12 @@ def test_layers_refuse_what_packed_samples_do_not_have() -> None:
         NeighborhoodGQA(8, 2, (3, 3))(x, cu_seqlens=torch.tensor([0, 6]))
     with raises_naming("cu_seqlens", "integer tensor", "list"):
         NeighborhoodGQA(8, 2, 3)(x, cu_seqlens=[0, 6])
+    with raises_naming("cu_seqlens ends with 5", "x has 6"):
+        NeighborhoodGQA(8, 2, 3)(x, cu_seqlens=torch.tensor([0, 5]))
+    with raises_naming("shapes add up to 4", "x has 6"):
+        NeighborhoodGQA(8, 2, 3)(x, shapes=[(2, 2)])
+    with raises_naming("rel_pos_bias=True", "once for each sample"):
+        NeighborhoodGQA(8, 2, (3,), rel_pos_bias=True)(x, shapes=[(6,)])
     with raises_naming("registers_attend"):
         NeighborhoodGQA(8, 2, 3, num_registers=1, registers_attend=True)(x, shapes=[(6,)])
     with raises_naming("x has shape (1, 6, 8)", "[N, 8]"):

@@ -28,7 +28,7 @@ from .query_key import (
     call_watched,
     explain_with_qk_prep,
 )
-from .rings import check_ring_positions, check_rings
+from .rings import check_packed_ring_positions, check_ring_positions, check_rings
 from .rope import Positions, Rotary
 from .window_options import all_one, check_ranks, check_window, plain
 
@@ -300,7 +300,7 @@ class NeighborhoodGQA(nn.Module):
             raise ValueError(f"x has dtype {x.dtype}; expected tokens in the dtype of the layer's parameters")
         if shapes is None and cu_seqlens is None:
             return None
-        return packed_shapes(shapes, cu_seqlens, self.kernel_size)
+        return packed_shapes(shapes, cu_seqlens, self._ranks[0], x.shape[0] if x.ndim == 2 else None, "x")
 
     def _checked(
         self, x: Tensor, positions: Tensor | Positions | None, registers: Tensor | None, mask: Tensor | None
@@ -343,7 +343,8 @@ class NeighborhoodGQA(nn.Module):
             expected = f"[N, {self.embed_dim}] beside shapes or cu_seqlens"
             raise ValueError(f"x has shape {tuple(x.shape)}; expected {expected}")
         if self.registers_attend or self.rpb is not None:
-            raise ValueError("packed samples do not go with registers_attend or rel_pos_bias")
+            name = "registers_attend" if self.registers_attend else "rel_pos_bias"
+            raise ValueError(f"packed samples do not go with {name}=True; call the layer once for each sample")
         positions = positions.tensor if isinstance(positions, Positions) else positions
         if (self.rope is None) != (positions is None):
             raise ValueError(
@@ -360,8 +361,10 @@ class NeighborhoodGQA(nn.Module):
             longest_axis(1) if self.kernel_size is None else self.kernel_size,
             self.stride, self.dilation, self.is_causal, self.scale,
             None if extra is None else extra.key, None if extra is None else extra.value,
-            self.sink, self.is_periodic, mask,
+            self.sink, self.is_periodic, mask, of="x",
         )  # fmt: skip
+        if positions is not None:
+            check_packed_ring_positions(self.rope, self.is_periodic, sizes, positions)
         return Prepared(call, norm, angles)
 
     def _project(self, tokens: Tensor, rope: nn.Module | None = None, positions: Tensor | None = None) -> Projected:

@@ -165,4 +165,4 @@ def per_pixel(c: Tensor, x: Tensor, counts: list[int] | None) -> Tensor:
 
 def pixel_counts(shapes: Shapes | None) -> list[int] | None:
     """Of each image; None for a batch of one shape."""
-    return None if shapes is None else packed_shapes(shapes, None, (1, 1)).prod(1).tolist()
+    return None if shapes is None else packed_shapes(shapes, None, rank=2).prod(1).tolist()

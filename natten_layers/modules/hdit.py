@@ -202,7 +202,7 @@ class HDiT(nn.Module):
                 "shapes: torch.export has no graph for packed images, as their sizes are read on the host; export the "
                 "model with images x [B, C, H, W]"
             )
-        sizes = None if shapes is None else packed_shapes(shapes, None, self.config.patch_size)
+        sizes = None if shapes is None else packed_shapes(shapes, None, rank=2)
         self._check(x, sigma, sizes)
         cond = self._condition(x, sigma, aug_cond, class_cond, mapping_cond, interval)
         pixels = None if sizes is None else PackedImages(sizes, x.device)

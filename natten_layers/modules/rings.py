@@ -11,7 +11,7 @@ from ..geometry import AXES, normalise_axes
 from ..kernels.ops.define import is_watched
 from .rope import AxialRoPE, RoPE, axial_bounds
 
-__all__ = ["check_ring_positions", "check_rings"]
+__all__ = ["check_packed_ring_positions", "check_ring_positions", "check_rings"]
 
 Flags = bool | tuple[bool, ...]
 
@@ -64,6 +64,31 @@ def check_ring_positions(rope: nn.Module | None, is_periodic: Flags, query: Tens
                 )
         elif positions.device.type == "cpu" and not is_watched((positions,)):
             _check_turn(rope, positions[..., axis].movedim(axis - len(spatial), -1), period, name)
+
+
+def check_packed_ring_positions(rope: nn.Module | None, is_periodic: Flags, sizes: Tensor, positions: Tensor) -> None:
+    """Raise a ValueError if a periodic axis of a packed sample is not as long as the period of ``rope``.
+
+    Args:
+        sizes: ``[samples, rank]``, the samples' shapes, in the host's memory.
+        positions: ``[N, axes]`` or ``[1, N, axes]``, as ``rope`` has accepted them, of as many tokens as samples have.
+    """
+    if positions.device.type != "cpu" or is_watched((positions,)):
+        return
+    rank = sizes.shape[1]
+    for axis in _rings(rope, is_periodic, rank):
+        assert isinstance(rope, AxialRoPE)
+        period = rope.periods[axis]
+        assert period is not None
+        if math.isinf(period):
+            continue
+        samples = positions.reshape(-1, rank)[:, axis].split(sizes.prod(1).tolist())
+        for i, (sample, shape) in enumerate(zip(samples, sizes.tolist(), strict=True)):
+            name = (
+                f"the {AXES[rank][axis]} axis of sample {i} with the shape {tuple(shape)}, which "
+                f"is_periodic={is_periodic} makes a ring"
+            )
+            _check_turn(rope, sample.reshape(shape).movedim(axis, -1), period, name)
 
 
 def _rings(rope: nn.Module | None, is_periodic: Flags, rank: int) -> list[int]:

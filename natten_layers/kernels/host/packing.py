@@ -63,10 +63,13 @@ class Packing:
 _packing = lru_cache(maxsize=256)(Packing)
 
 
-def packing_of(shapes: Tensor, tokens: int, window: Window, name: str = "shapes or cu_seqlens") -> Packing:
+def packing_of(
+    shapes: Tensor, tokens: int, window: Window, name: str = "shapes or cu_seqlens", of: str = "query"
+) -> Packing:
     """The packing of ``tokens`` tokens that ``shapes [samples, rank]`` on the CPU describes.
 
-    ``name`` is that of the user's argument, where it is known: operators have one argument for both.
+    ``name`` is that of the user's argument, where it is known: operators have one argument for both. ``of`` is the
+    argument that has the tokens.
 
     Raises:
         ValueError: a length is negative, the samples do not have as many tokens, or the window, which is not cut to
@@ -79,7 +82,7 @@ def packing_of(shapes: Tensor, tokens: int, window: Window, name: str = "shapes 
         raise ValueError(f"{name} must not be negative, got {packing.shapes[i]} for sample {i}")
     if packing.tokens != tokens:
         given = shorten(packing.shapes, 200)
-        raise ValueError(f"{name} add up to {packing.tokens} tokens, but query has {tokens}: {given}")
+        raise ValueError(f"{name} add up to {packing.tokens} tokens, but {of} has {tokens}: {given}")
     _check_rings(packing, window)
     return packing
 
