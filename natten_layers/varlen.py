@@ -161,24 +161,26 @@ def packed_shapes(
     rank: int,
     tokens: int | None = None,
     of: str = "query",
+    name: str = "cu_seqlens",
 ) -> Tensor:
     """``[samples, axes]``, int64 in the host's memory, from what a user gave.
 
     Args:
         rank: the number of axes if ``shapes`` is a list without a sample.
         tokens: how many the argument ``of`` has, with which ``cu_seqlens`` must end; None if that is not known.
+        name: what the user calls ``cu_seqlens``.
     """
     if (shapes is None) == (cu_seqlens is None):
         got = "neither" if shapes is None else "both"
         raise ValueError(f"give either shapes or, on one axis, cu_seqlens; got {got}")
     if cu_seqlens is not None:
-        _check_integers("cu_seqlens", cu_seqlens, 1, "[samples + 1], beginning with 0")
+        _check_integers(name, cu_seqlens, 1, "[samples + 1], beginning with 0")
         ends = _on_host(cu_seqlens)
         if not torch.compiler.is_compiling():  # a compiled graph does not know the values
             if len(ends) == 0 or ends[0] != 0 or (ends.diff() < 0).any():
-                raise ValueError(f"cu_seqlens must begin with 0 and not decrease, got {shorten(ends.tolist(), 200)}")
+                raise ValueError(f"{name} must begin with 0 and not decrease, got {shorten(ends.tolist(), 200)}")
             if tokens is not None and ends[-1] != tokens:
-                raise ValueError(f"cu_seqlens ends with {int(ends[-1])}, but {of} has {tokens} tokens")
+                raise ValueError(f"{name} ends with {int(ends[-1])}, but {of} has {tokens} tokens")
         return ends.diff()[:, None]
     if isinstance(shapes, Tensor):
         _check_integers("shapes", shapes, 2, "[samples, axes] (cumulative lengths are given as cu_seqlens)")

@@ -189,6 +189,32 @@ def test_texts_with_tokens_that_see_each_other(make: Callable[[str], Any], types
     assert error(found, torch.cat(expected, 1)) < TOLERANCE
 
 
+@pytest.mark.parametrize("name", ["mistral", "gemma2"])
+@pytest.mark.parametrize(
+    ("ends", "message"),
+    [
+        ({"q": [5, 6]}, r"cu_seq_lens_q must begin with 0 and not decrease, got \[5, 6\]"),
+        ({"q": [0, 5, 10], "k": [0, 5, 10]}, "cu_seq_lens_q ends with 10, but a row has 11 tokens"),
+        ({"q": [0.0, 5.0, 11.0]}, "cu_seq_lens_q must be an integer tensor"),
+        ({"k": [0, 5, 11]}, "came without cu_seq_lens_q"),
+    ],
+    ids=str,
+)
+def test_cumulative_lengths_that_do_not_fit(name: str, ends: dict[str, list[int]], message: str) -> None:
+    """Layers with a soft cap compute from them in another way than the others, but judge them alike."""
+    given = {f"cu_seq_lens_{of}": torch.tensor(values) for of, values in ends.items()}
+    with pytest.raises(ValueError, match=message):
+        output(build(MODELS[name](), "natten_layers"), tokens()[:1], **given)
+
+
+def test_cumulative_lengths_that_are_no_tensor() -> None:
+    with pytest.raises(ValueError, match=r"cu_seq_lens_k must be a tensor, got \[0, 11\] of type list"):
+        output(
+            build(MODELS["mistral"](), "natten_layers"), tokens()[:1],
+            cu_seq_lens_q=torch.tensor([0, 11]), cu_seq_lens_k=[0, 11],
+        )  # fmt: skip
+
+
 def test_gradient_checkpointing() -> None:
     results = []
     for checkpointed in (False, True):

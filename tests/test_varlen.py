@@ -462,5 +462,7 @@ def test_a_language_model_takes_packed_texts(options: dict[str, Any]) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
     with raises_naming("cu_seqlens ends with 10", "11"):
         model(ids, cu_seqlens=torch.tensor([0, 10]))
+    with raises_naming("cu_seqlens", "got attention_mask"):
+        model(ids, cu_seqlens=torch.tensor([0, 11]), attention_mask=torch.ones_like(ids))
     with raises_naming("cu_seqlens", "2 rows"):
         model(ids.expand(2, -1), cu_seqlens=torch.tensor([0, 11]))

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..cached import cached_attention
-from ..varlen import neighborhood_attention_varlen
+from ..checks import no_tensor
+from ..varlen import neighborhood_attention_varlen, packed_shapes
 
 _CANNOT_LOOK = (
     "position_ids begin anew in a row, where a compiled layer cannot look at them to keep the texts apart: pass "
@@ -124,12 +125,19 @@ def keep_apart(
     return None, positions, blocks, window
 
 
-def check_cu_seq_lens(of_queries: Tensor, of_keys: Tensor | None, query: Tensor, key: Tensor, plain: bool) -> None:
+def check_cu_seq_lens(
+    of_queries: Tensor | None, of_keys: Tensor | None, query: Tensor, key: Tensor, plain: bool
+) -> None:
     """Raise unless cumulative lengths are those of texts that attend to themselves, in one row and without a cache.
 
     Args:
         plain: whether the layer is causal, a sliding window or full, and without padding.
     """
+    for name, lengths in (("cu_seq_lens_q", of_queries), ("cu_seq_lens_k", of_keys)):
+        if lengths is not None and not isinstance(lengths, Tensor):
+            raise no_tensor(name, lengths)
+    if of_queries is None:
+        raise ValueError(f"cu_seq_lens_k={of_keys} came without cu_seq_lens_q; pass both, or position_ids alone")
     same = of_keys is None or of_keys is of_queries or torch.equal(of_keys, of_queries)
     if not same or query.shape[0] != 1 or query.shape[1] != key.shape[1]:
         raise ValueError(
@@ -141,6 +149,8 @@ def check_cu_seq_lens(of_queries: Tensor, of_keys: Tensor | None, query: Tensor,
             "natten_layers supports cu_seq_lens_q in causal, sliding-window and full layers, and without an "
             "attention_mask: it says which tokens there are"
         )
+    if not torch.compiler.is_compiling():  # a compiled layer does not know the values
+        packed_shapes(None, of_queries, 1, query.shape[1], "a row", "cu_seq_lens_q")
 
 
 def assert_one_text(position_ids: Tensor) -> None:

@@ -208,7 +208,7 @@ def _attention(
             )
         if length != slots:
             positions = _bidirectional_positions(length, slots, query.device)[None]
-    if cu_seq_lens_q is not None:
+    if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
         plain = rows in (_FULL, _CAUSAL, _WINDOWED, _TEXTS, _TEXTS_WINDOWED) and positions is None
         check_cu_seq_lens(cu_seq_lens_q, cu_seq_lens_k, query, key, plain)
     # No model with chunks hands positions to its layers.

@@ -302,11 +302,14 @@ class DecoderLM(nn.Module):
                 cache of another batch size or number of layers, or a cache while gradients are recorded.
         """
         self.check(input_ids, attention_mask, cache)
-        if cu_seqlens is not None and not (attention_mask is cache is logits_at is None and len(input_ids) == 1):
-            raise ValueError(
-                f"cu_seqlens goes with one row of input_ids and without attention_mask, cache and logits_at; "
-                f"got {len(input_ids)} rows"
-            )
+        if cu_seqlens is not None:
+            beside = {"attention_mask": attention_mask, "cache": cache, "logits_at": logits_at}
+            given = [name for name, value in beside.items() if value is not None]
+            if given or len(input_ids) != 1:
+                raise ValueError(
+                    "cu_seqlens goes with one row of input_ids and without attention_mask, cache and logits_at; "
+                    f"got {', '.join(given) or f'{len(input_ids)} rows, pass input_ids.reshape(1, -1)'}"
+                )
         if logits_at is not None:
             _check_index(logits_at, len(input_ids))
         if attention_mask is None:
