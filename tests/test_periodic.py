@@ -9,7 +9,13 @@ import torch
 from helpers import Case, arguments, error, make_inputs, raises_naming, run
 from torch import Tensor
 
-from natten_layers import explain, neighborhood_attention, neighborhood_attention_varlen
+from natten_layers import (
+    NeighborhoodAttention2D,
+    NeighborhoodGQA,
+    explain,
+    neighborhood_attention,
+    neighborhood_attention_varlen,
+)
 
 pytest.importorskip("triton")
 
@@ -207,3 +213,15 @@ def test_bad_rings_are_named() -> None:
         neighborhood_attention(x, x, x, 3, dilation=2, is_periodic=True)
     with raises_naming("is_periodic", "3", "2"):
         explain(x, x, x, (3, 3), is_periodic=(True, True, True))
+
+
+def test_modules_with_nattens_names_have_rings() -> None:
+    x = torch.randn(1, 6, 8, 32, device=DEVICE)
+    layer = NeighborhoodAttention2D(32, 2, 3, is_periodic=(False, True)).to(DEVICE)
+    alike = NeighborhoodGQA(32, 2, (3, 3), is_periodic=(False, True)).to(DEVICE)
+    alike.load_state_dict(layer.state_dict())
+    assert torch.equal(layer(x), alike(x))
+    torch.testing.assert_close(layer(x.roll(3, 2)), layer(x).roll(3, 2))
+    for flags, message in (((True,), "is_periodic=(True,)"), ("no", "'no' of type str")):
+        with raises_naming("is_periodic", message):
+            NeighborhoodAttention2D(32, 2, 3, is_periodic=flags)  # type: ignore[arg-type]

@@ -36,6 +36,7 @@ class _NeighborhoodAttention(NeighborhoodGQA):
         proj_drop: probability with which an element of the output is dropped in training.
         rel_pos_bias: have the table on relative positions of NATTEN's modules before 0.20, the parameter ``rpb``. The
             others load state dicts in which it is zero or missing.
+        is_periodic: close axes to rings, on which windows wrap; one value or one per axis. NATTEN has no such option.
 
     Raises:
         ValueError: ``embed_dim`` not a multiple of ``num_heads``, a tuple of another rank, or ``proj_drop`` no number
@@ -57,6 +58,7 @@ class _NeighborhoodAttention(NeighborhoodGQA):
         proj_drop: float = 0.0,
         *,
         rel_pos_bias: bool = False,
+        is_periodic: bool | Sequence[bool] = False,
     ) -> None:
         super().__init__(
             embed_dim,
@@ -68,6 +70,7 @@ class _NeighborhoodAttention(NeighborhoodGQA):
             qkv_bias=qkv_bias,
             scale=qk_scale,
             rel_pos_bias=rel_pos_bias,
+            is_periodic=is_periodic,
         )
         self.na_dim, self.expected_input_tensor_rank = self.rank, self.rank + 2
         self.proj_drop = nn.Dropout(check_probability("proj_drop", proj_drop))
