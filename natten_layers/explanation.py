@@ -144,7 +144,7 @@ def explain(
         )  # fmt: skip
     else:
         if rpb is not None:
-            raise ValueError("packed samples take no rpb")
+            raise ValueError("packed samples take no rpb; leave it out, or call once for each sample")
         call, _ = prepare_samples(
             query, key, value, shapes, cu_seqlens, kernel_size, stride, dilation, is_causal, scale, additional_keys,
             additional_values, sink, is_periodic, key_mask,
