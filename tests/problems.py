@@ -32,11 +32,11 @@ def problem_of_packed_texts(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> 
     return problem_of_text(monkeypatch, **{"query": query, "key": key, "value": key, "packing": packing, **changes})
 
 
-def problem_of_image(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0), **changes: Any) -> Problem:
+def problem_of_image(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Problem:
     """A 7x7 window over eight images of 128x128 with four query heads per KV head, as if there was a GPU."""
     query, key = (contiguous((8, 128, 128, h, 64)) for h in (8, 2))
     image = {"query": query, "key": key, "value": key, "kernel_size": (7, 7), "stride": (1, 1), "dilation": (1, 1)}
-    return problem_of_text(monkeypatch, capability, **{**image, "is_causal": (False, False), **changes})
+    return problem_of_text(monkeypatch, **{**image, "is_causal": (False, False), **changes})
 
 
 def problem_of_packed_images(

@@ -280,7 +280,7 @@ def test_another_device_is_explained_as_on_that_device(
     if gap is not None:
         assert said == Explanation("eager", gap)
         return
-    problem = problem_of_image(monkeypatch, card.capability, dtype=dtype, precision=precision(dtype))
+    problem = problem_of_image(monkeypatch, capability=card.capability, dtype=dtype, precision=precision(dtype))
     monkeypatch.setattr("natten_layers.kernels.host.problem.device_traits", lambda device: (card.name, card[2]))
     wanted = {"with_stats": False, "with_gradients": True, "with_tangents": True}
     choices = dispatch.choices(problem, Inputs(query, key, key), **wanted)
