@@ -18,6 +18,7 @@ from natten_layers.kernels.sm90 import support
 from natten_layers.modules import AxialRoPE, NeighborhoodGQA, RoPE, attention, make_axial_pos, query_key
 from natten_layers.modules.query_key import HeadNorm, attend_with_qk_prep, normalize_and_rotate
 from natten_layers.modules.rope import Angles, angles_of
+from natten_layers.operations import Impl
 
 pytest.importorskip("triton")
 
@@ -145,13 +146,14 @@ class Backwards(AxialRoPE):
 def test_layers_keep_their_meaning(rope: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     """Any rope module is supported: one that cannot be fused is called, after a fused normalisation."""
 
-    def fused_in_fp32(query: Tensor, *args: Any) -> tuple[Tensor, Tensor]:  # "auto" never means the interpreter
+    def fused_in_fp32(query: Tensor, *args: Any, impl: Impl = "auto") -> tuple[Tensor, Tensor]:
+        del impl  # "auto" never means the interpreter
         return normalize_and_rotate(query, *args, impl="fused" if query.dtype == torch.float32 else "eager")
 
     def attend_fused_in_fp32(call: Call, *args: Any) -> Tensor:
         return attend_with_qk_prep(call, *args, impl="fused" if call.inputs.query.dtype == torch.float32 else "eager")
 
-    monkeypatch.setattr(attention, "normalize_and_rotate", fused_in_fp32)
+    monkeypatch.setattr(query_key, "normalize_and_rotate", fused_in_fp32)
     monkeypatch.setattr(attention, "attend_with_qk_prep", attend_fused_in_fp32)
     torch.manual_seed(0)
     layer = NeighborhoodGQA(32, 4, 3, num_kv_heads=2, num_registers=2, qk_norm="cosine", rope=rope).to(DEVICE)
