@@ -41,9 +41,9 @@ class MediumTileConfig(NamedTuple):
     tile: Box
     """positions of a program"""
     chunk: Box
-    """positions that are loaded, and whose scores are computed, at a time"""
+    """positions that are loaded at a time"""
     slice: int
-    """positions of a chunk whose scores are computed at a time"""
+    """positions of a chunk whose scores are computed at a time: all, but for gradients of keys and values"""
     pack: int
     """query heads of a program"""
     columns: tuple[int, ...]
@@ -115,10 +115,7 @@ def dq_tile_config(problem: Problem, pack: int | None = None) -> MediumTileConfi
 
 
 def dkv_tile_config(problem: Problem) -> MediumTileConfig | None:
-    """The configuration for gradients of keys and values, whose rows are keys and whose chunks are of queries.
-
-    Two accumulators take most registers that a thread can have.
-    """
+    """The configuration for gradients of keys and values, whose rows are keys and whose chunks are of queries."""
     keys = problem.key_lengths
     if keys is None:
         return _tile_config("backward_key", problem, problem.axes, 1, (query_bounds,) * 3)
