@@ -97,20 +97,34 @@ def row_maximum(b_s):
 
 
 @gluon.jit
-def softmax_weights(b_s, row_max, row_m, part_l, factor, DTYPE: gl.constexpr, WEIGHTS: gl.constexpr):
+def added_by_eighths(part_sum, row_alpha, b_x):
+    """``part_sum [M, 8]`` times ``row_alpha [M]``, if given, plus sums over every eighth column of ``b_x [M, N]``."""
+    PARTS: gl.constexpr = part_sum.type.layout
+    part = gl.convert_layout(gl.sum(b_x.reshape([b_x.shape[0], b_x.shape[1] // 8, 8]), 1), PARTS)
+    if row_alpha is not None:
+        part_sum = part_sum * gl.convert_layout(row_alpha, gl.SliceLayout(1, PARTS))[:, None]
+    return part_sum + part
+
+
+@gluon.jit
+def unrounded_weights(b_s, row_max, row_m, part_l, factor):
     """Weights of a chunk, whose maximum in each row is ``row_max``, the new maximum, the new sums, and the factor by
     which all earlier sums shrink.
 
     ``part_l [M, 8]`` holds a sum over every eighth key of a row. These are the keys that one thread has, so that no
     values are exchanged between threads before the end of the tile.
     """
-    PARTS: gl.constexpr = part_l.type.layout
     row_m_new = gl.maximum(row_m, row_max * factor)
     row_alpha = gl.exp2(row_m - row_m_new)
     b_p = gl.exp2(b_s * factor - row_m_new[:, None])
-    part = gl.convert_layout(gl.sum(b_p.reshape([b_p.shape[0], b_p.shape[1] // 8, 8]), 1), PARTS)
-    part_l = part_l * gl.convert_layout(row_alpha, gl.SliceLayout(1, PARTS))[:, None] + part
-    return gl.convert_layout(b_p.to(DTYPE), WEIGHTS), row_m_new, part_l, row_alpha
+    return b_p, row_m_new, added_by_eighths(part_l, row_alpha, b_p), row_alpha
+
+
+@gluon.jit
+def softmax_weights(b_s, row_max, row_m, part_l, factor, DTYPE: gl.constexpr, WEIGHTS: gl.constexpr):
+    """:func:`unrounded_weights` as a left operand."""
+    b_p, row_m, part_l, row_alpha = unrounded_weights(b_s, row_max, row_m, part_l, factor)
+    return gl.convert_layout(b_p.to(DTYPE), WEIGHTS), row_m, part_l, row_alpha
 
 
 @gluon.jit

@@ -44,14 +44,7 @@ from ..portable.windows import (
     windows_of,
 )
 from .descriptors import Call, call_of
-from .masked_keys import (
-    has_masked,
-    load_lse_or_zero,
-    load_unmasked,
-    unmasked_keys,
-    without_masked,
-    without_masked_rows,
-)
+from .masked_keys import has_masked, load_lse_or_zero, load_unmasked, unmasked_keys, without_masked, without_masked_rows
 from .medium_chunks import (
     chunks_over,
     first_chunk,
@@ -62,7 +55,8 @@ from .medium_chunks import (
     register_chunk_count,
     with_biases,
 )
-from .medium_forward import (
+from .medium_forward import hidden_scores
+from .medium_parts import (
     both_frames,
     boxes_of_chunks,
     boxes_of_rows,
@@ -71,10 +65,9 @@ from .medium_forward import (
     bytes_of,
     chunks_of,
     finished,
-    first_column,
-    hidden_scores,
+    halves,
     new_sums,
-    rows_of,
+    products_of_rows,
     start_chunk,
     start_products,
     start_rows,
@@ -86,34 +79,8 @@ from .medium_tiling import MediumTileConfig, spec_of
 from .primitives import class_rows, load_grad_lse, load_lse, row_biases, spread, thread_barrier
 from .rings import new_barriers, new_stages, stage_of
 from .small_softmax import WARPS
-from .small_tiles import (
-    first_frame,
-    own_tile,
-    present_descriptors,
-)
+from .small_tiles import first_frame, own_tile, present_descriptors
 from .walk import on_rings, row_sizes
-
-
-@gluon.jit
-def part_delta(Out, o_out, m_out, buffer, FIRST: gl.constexpr, D: gl.constexpr, ROW: gl.constexpr):
-    """Sums over some columns of output times output gradient, which lies in shared memory."""
-    COLUMNS: gl.constexpr = buffer.shape[4]
-    LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [256 // COLUMNS, COLUMNS // 8], [gl.num_warps(), 1], [1, 0])
-    col = FIRST + gl.arange(0, COLUMNS, gl.SliceLayout(0, LOAD))[None, :]
-    o_rows = gl.convert_layout(o_out, gl.SliceLayout(1, LOAD))[:, None]
-    m_rows = gl.convert_layout(m_out, gl.SliceLayout(1, LOAD))[:, None]
-    b_out = gl.load(Out + o_rows * D + col, mask=m_rows & (col < D), other=0.0)
-    b_do = rows_of(buffer).load(LOAD)
-    return gl.convert_layout(gl.sum(b_out.to(gl.float32) * b_do.to(gl.float32), 1), ROW)
-
-
-@gluon.jit
-def row_deltas(Out, o_row, m_rows, grads, D: gl.constexpr, COLUMNS: gl.constexpr, ROW: gl.constexpr):
-    """``rowsum(dOut * Out)`` of the rows of a tile."""
-    row_delta = part_delta(Out, o_row, m_rows, grads[0], 0, D, ROW)
-    for PART in gl.static_range(1, len(grads)):
-        row_delta += part_delta(Out, o_row, m_rows, grads[PART], first_column(COLUMNS, PART), D, ROW)
-    return row_delta
 
 
 @gluon.jit
@@ -210,7 +177,7 @@ def medium_dq_kernel(
         row_lse = load_lse(RowMax, RowSum, o_row, m_rows)
     gl.store(Lse + o_row, row_lse, mask=m_rows)
     mbarrier.wait(ready.index(STAGES), 0)
-    row_delta = row_deltas(Out, o_row, m_rows, grads, SPEC.head_dim, COLUMNS, ROW)
+    row_delta = products_of_rows(Out, o_row * SPEC.head_dim, m_rows, grads, SPEC.head_dim, COLUMNS, ROW)
     if WITH_DLSE:
         token = tokens_of(shifted(position, origin), residue, count, dilation)
         row_delta -= load_grad_lse(DLse, dl_strides, i_batch, token, head, m_rows)
@@ -309,17 +276,6 @@ def add_queries(
     b_ds = (b_p * (b_dp - col_delta[None, :])).to(keys[0].dtype)
     dvs = start_sums(b_p.to(keys[0].dtype), grads, i_stage, dvs, None, FIRST)
     return start_sums(b_ds, queries, i_stage, dks, None, FIRST), dvs
-
-
-@gluon.jit
-def halves(x):
-    """The first and the second half of a tuple."""
-    first = ()
-    second = ()
-    for i in gl.static_range(len(x) // 2):
-        first = first + (x[i],)  # noqa: RUF005
-        second = second + (x[len(x) // 2 + i],)  # noqa: RUF005
-    return first, second
 
 
 @gluon.jit

@@ -10,225 +10,45 @@ or three boxes of columns side by side, which are parts of the columns here.
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAssignmentType=false, reportArgumentType=false
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false
 
-from collections.abc import Sequence
 from functools import lru_cache
 from math import prod
 
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
-from triton.experimental.gluon.language.nvidia.hopper.tma import (
-    async_copy_global_to_shared,
-    async_copy_shared_to_global,
-    store_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper.tma import store_wait
 
-from ..host.problem import Inputs, Layout, Options, Problem, contiguous, new_results
+from ..host.problem import Inputs, Options, Problem, contiguous, new_results
 from ..portable.primitives import LOG2E
 from ..portable.windows import bias_offset, clamped, shifted, union_of_windows, unravel, windows_of
-from .descriptors import Boxes, Call, boxes_of, boxes_of_registers, call_of, frames_of, key_boxes, query_boxes
+from .descriptors import Call, call_of
 from .large_forward import initial_stats, row_maximum, softmax_weights
 from .masked_keys import divisors, has_masked, saved_maxima, unmasked_keys, without_masked
-from .medium_chunks import (
-    chunks_over,
-    first_chunk,
-    first_register_at,
-    hidden_chunk,
-    next_chunk,
-    register_chunk_count,
-    with_biases,
+from .medium_chunks import chunks_over, first_chunk, hidden_chunk, next_chunk, register_chunk_count, with_biases
+from .medium_parts import (
+    both_frames,
+    boxes_of_rows,
+    boxes_of_seen,
+    by_parts,
+    bytes_of,
+    chunks_of,
+    finished,
+    new_sums,
+    start_products,
+    start_rows,
+    start_seen_chunk,
+    start_store,
+    start_sums,
 )
-from .medium_tiling import COLUMN_PARTS, MediumTileConfig, spec_of
-from .primitives import class_rows, opaque_i32, row_biases, start_product, thread_barrier
+from .medium_tiling import MediumTileConfig, spec_of
+from .primitives import class_rows, row_biases, thread_barrier
 from .rings import new_barriers, new_stages, stage_of
-from .small_forward import (
-    NO_PREP,
-)
+from .small_forward import NO_PREP
 from .small_nonfinite import attend_rows
 from .small_softmax import WARPS, all_finite, divided, nonfinite_flags
-from .small_tiles import (
-    first_frame,
-    own_tile,
-    present_descriptors,
-    start_load,
-)
-from .walk import on_rings, row_sizes
-
-
-@gluon.constexpr_function
-def first_column(columns, part):
-    return sum(columns[:part])
-
-
-@gluon.constexpr_function
-def width_of(columns, part):
-    return columns[part]
-
-
-@gluon.constexpr_function
-def bytes_of(rows, columns):
-    """Bytes of rows of a tensor with elements of two bytes."""
-    return 2 * rows * sum(columns)
-
-
-@gluon.jit
-def start_rows(descs, corner, ready, COLUMNS: gl.constexpr):
-    """Start to load all columns of the rows of a tile; returns a buffer for each part of the columns."""
-    buffers = ()
-    for PART in gl.static_range(len(descs)):
-        at = [corner[0], corner[1], corner[2], corner[3], first_column(COLUMNS, PART)]
-        buffers = buffers + (start_load(descs[PART], at, ready),)  # noqa: RUF005
-    return buffers
-
-
-@gluon.jit
-def start_chunk(
-    descs, rings, ready, n, i_head, i_frame, corner, CHUNK: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr
-):  # fmt: skip
-    """Start to load the ``n``-th chunk of one head of two tensors, all columns, into its stage of the rings."""
-    i_stage, _ = stage_of(n, STAGES)
-    PARTS: gl.constexpr = len(COLUMNS)
-    mbarrier.expect(ready.index(i_stage), bytes_of(2 * CHUNK[0] * CHUNK[1] * CHUNK[2], COLUMNS))
-    for i in gl.static_range(2 * PARTS):
-        at = [i_head, i_frame + corner[0], corner[1], corner[2], first_column(COLUMNS, i % PARTS)]
-        async_copy_global_to_shared(descs[i], at, ready.index(i_stage), rings[i].index(i_stage))
-
-
-@gluon.jit
-def start_register_chunk(
-    descs, rings, ready, n, i_head, i_batch, first, COLUMNS: gl.constexpr, STAGES: gl.constexpr
-):  # fmt: skip
-    """The same for a chunk of register tokens, from ``first`` on. Tokens that all images share have a batch of one."""
-    i_stage, _ = stage_of(n, STAGES)
-    PARTS: gl.constexpr = len(COLUMNS)
-    mbarrier.expect(ready.index(i_stage), bytes_of(2 * descs[0].block_type.shape[1], COLUMNS))
-    for i in gl.static_range(2 * PARTS):
-        # Opaque, as LLVM would otherwise keep a number for each descriptor during the whole loop.
-        i_own = gl.minimum(opaque_i32(i_batch), descs[i].shape[0] - 1)
-        at = [i_own, first, i_head, first_column(COLUMNS, i % PARTS)]
-        buffer = rings[i].index(i_stage).reshape(descs[i].block_type.shape)
-        async_copy_global_to_shared(descs[i], at, ready.index(i_stage), buffer)
-
-
-@gluon.jit
-def start_seen_chunk(
-    descs, register_descs, rings, ready, n, i_head, i_batch, i_frame, corner, lo, registers, count,
-    CHUNK: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr, PERIODIC: gl.constexpr,
-):  # fmt: skip
-    """Start to load the ``n``-th chunk that a tile of queries sees: of its window, or of register tokens before it."""
-    first_key = on_rings(corner, count, PERIODIC)
-    if registers is None:
-        start_chunk(descs, rings, ready, n, i_head, i_frame, first_key, CHUNK, COLUMNS, STAGES)
-    elif corner[2] < lo[2]:
-        first = first_register_at(corner, lo, registers, CHUNK)
-        start_register_chunk(register_descs, rings, ready, n, i_head, i_batch, first, COLUMNS, STAGES)
-    else:
-        start_chunk(descs, rings, ready, n, i_head, i_frame, first_key, CHUNK, COLUMNS, STAGES)
-
-
-@gluon.jit
-def rows_of(buffer):
-    """A box of rows of a tile as a matrix."""
-    BOX: gl.constexpr = buffer.shape
-    return buffer.reshape([BOX[0] * BOX[1] * BOX[2] * BOX[3], BOX[4]])
-
-
-@gluon.jit
-def chunk_of(ring, i_stage, FIRST: gl.constexpr, N: gl.constexpr):
-    """Rows ``FIRST`` to ``FIRST + N - 1`` of the chunk in a stage, ``[N, columns]``."""
-    ALL: gl.constexpr = ring.shape[2] * ring.shape[3] * ring.shape[4]
-    COLUMNS: gl.constexpr = ring.shape[5]
-    matrix = ring.index(i_stage).reshape([ALL, COLUMNS])
-    if ALL != N:
-        matrix = matrix.slice(FIRST, N)
-    return matrix
-
-
-@gluon.jit
-def chunks_of(rings, i_stage, N: gl.constexpr):
-    """:func:`chunk_of` for all rings, and all rows of the chunk."""
-    matrices = ()
-    for i in gl.static_range(len(rings)):
-        matrices = matrices + (chunk_of(rings[i], i_stage, 0, N),)  # noqa: RUF005
-    return matrices
-
-
-@gluon.jit
-def start_products(buffers, rings, i_stage, b_acc, N: gl.constexpr, FIRST: gl.constexpr = 0):
-    """Start the product of a tile with the transpose of ``N`` rows of a chunk, from ``FIRST`` on, added to ``b_acc``
-    unless that is None.
-    """
-    for PART in gl.static_range(len(buffers)):
-        b_acc = start_product(rows_of(buffers[PART]), chunk_of(rings[PART], i_stage, FIRST, N), b_acc)
-    return b_acc
-
-
-@gluon.constexpr_function
-def sums_layout(columns):
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
-
-
-@gluon.jit
-def new_sum(M: gl.constexpr, N: gl.constexpr):
-    LAYOUT: gl.constexpr = sums_layout(N)
-    return gl.zeros([M, N], gl.float32, LAYOUT)
-
-
-@gluon.jit
-def new_sums(M: gl.constexpr, COLUMNS: gl.constexpr):
-    sums = ()
-    for PART in gl.static_range(len(COLUMNS)):
-        sums = sums + (new_sum(M, width_of(COLUMNS, PART)),)  # noqa: RUF005
-    return sums
-
-
-@gluon.jit
-def start_sum(b_weights, b_chunk, b_sum, row_alpha):
-    LAYOUT: gl.constexpr = sums_layout(b_chunk.shape[1])
-    if row_alpha is not None:
-        b_sum = b_sum * gl.convert_layout(row_alpha, gl.SliceLayout(1, LAYOUT))[:, None]
-    b_weights = gl.convert_layout(b_weights, gl.DotOperandLayout(0, LAYOUT, 2))
-    return warpgroup_mma(b_weights, b_chunk, b_sum, is_async=True)
-
-
-@gluon.jit
-def start_sums(b_weights, rings, i_stage, sums, row_alpha, FIRST: gl.constexpr = 0):
-    """Start to add rows of a chunk, from ``FIRST`` on, weighted by ``b_weights [M, N]``, to sums. These are multiplied
-    by ``row_alpha [M]`` first, unless that is None.
-    """
-    started = ()
-    for PART in gl.static_range(len(sums)):
-        b_chunk = chunk_of(rings[PART], i_stage, FIRST, b_weights.shape[1])
-        started = started + (start_sum(b_weights, b_chunk, sums[PART], row_alpha),)  # noqa: RUF005
-    return started
-
-
-@gluon.jit
-def finished(sums):
-    """Sums, once all products that have been started are done."""
-    done = warpgroup_mma_wait(0, deps=sums)
-    if len(sums) == 1:
-        done = (done,)
-    return done
-
-
-@gluon.jit
-def start_store(results, buffers, descs, corner, COLUMNS: gl.constexpr):
-    """Start to store the rows of a tile by way of buffers of a tile that nothing reads any more."""
-    for PART in gl.static_range(len(results)):
-        rows_of(buffers[PART]).store(results[PART])
-    # One thread starts all copies, and every thread has to make its writes visible to them first.
-    fence_async_shared()
-    thread_barrier()
-    for PART in gl.static_range(len(results)):
-        at = [corner[0], corner[1], corner[2], corner[3], first_column(COLUMNS, PART)]
-        async_copy_shared_to_global(descs[PART], at, buffers[PART])
+from .small_tiles import first_frame, own_tile, present_descriptors
+from .walk import row_sizes
 
 
 @gluon.jit
@@ -401,47 +221,6 @@ def medium_forward_kernel(
             scale * LOG2E,
             (None, None, None, None, None, None), SPEC, NO_PREP,
         )  # fmt: skip
-
-
-def columns_boxes(boxes: Boxes | None, columns: tuple[int, ...]) -> list[Boxes | None]:
-    """A descriptor for each part of the columns of boxes, or None without boxes."""
-    if boxes is None:
-        return [None] * COLUMN_PARTS
-    rows = boxes["block_shape"][:-1]
-    parts = [boxes_of(boxes["shape"], boxes["strides"], [*rows, n]) for n in columns]
-    return [*parts, *[None] * (COLUMN_PARTS - len(columns))]
-
-
-def both_frames(problem: Problem) -> tuple[int, int]:
-    """Frames of an image of queries, and of one of keys."""
-    keys = problem.key_lengths
-    return frames_of(problem), frames_of(problem) if keys is None else keys[0]
-
-
-def boxes_of_rows(config: MediumTileConfig, problem: Problem, *tensors: Layout) -> list[Boxes | None]:
-    """Descriptors of the parts of tiles, one tensor after the other."""
-    *_, dilation = problem.geometry
-    every = [query_boxes(x, config.tile, config.pack, dilation) for x in tensors]
-    return [part for boxes in every for part in columns_boxes(boxes, config.columns)]
-
-
-def boxes_of_chunks(config: MediumTileConfig, problem: Problem, *tensors: Layout) -> list[Boxes | None]:
-    """Descriptors of the parts of chunks of one head, one tensor after the other."""
-    *_, dilation = problem.geometry
-    every = [key_boxes(x, config.chunk, dilation) for x in tensors]
-    return [part for boxes in every for part in columns_boxes(boxes, config.columns)]
-
-
-def boxes_of_seen(config: MediumTileConfig, problem: Problem) -> list[Boxes | None]:
-    """Descriptors of the parts of what queries see: keys, values, and keys and values of register tokens."""
-    registers = boxes_of_registers(problem, prod(config.chunk))
-    parts = [part for boxes in registers for part in columns_boxes(boxes, config.columns)]
-    return [*boxes_of_chunks(config, problem, problem.key, problem.value), *parts]
-
-
-def by_parts(*tensors: Tensor | None) -> Sequence[Tensor | None]:
-    """Each tensor as often as it has descriptors."""
-    return [x for x in tensors for _ in range(COLUMN_PARTS)]
 
 
 def forward(

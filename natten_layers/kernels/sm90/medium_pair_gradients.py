@@ -33,7 +33,6 @@ from ..portable.windows import (
 from .descriptors import call_of, frames_of
 from .medium_backward import chunk_statistics, in_layout, next_of_group
 from .medium_chunks import chunks_over, hidden_positions, next_chunk
-from .medium_forward import start_chunk, sums_layout
 from .medium_pairs import (
     PairCall,
     end_tiles,
@@ -45,6 +44,7 @@ from .medium_pairs import (
     start_pair_sum,
     token_rows,
 )
+from .medium_parts import start_chunk, sums_layout
 from .medium_tiling import MediumTileConfig, spec_of
 from .primitives import class_rows, load_grad_lse, load_lse, spread, store_rows, thread_barrier
 from .rings import new_barriers, new_stages, stage_of

@@ -41,7 +41,7 @@ from .descriptors import Boxes, Call, boxes_of, call_of, frames_of, key_boxes
 from .large_forward import initial_stats, row_maximum
 from .masked_keys import saved_maxima
 from .medium_chunks import chunks_over, hidden_positions, next_chunk
-from .medium_forward import chunk_of, start_chunk, sums_layout
+from .medium_parts import chunk_of, start_chunk, sums_layout
 from .medium_tiling import MediumTileConfig, spec_of
 from .primitives import class_rows, scores_layout, spread, start_product, store_rows, thread_barrier, wide_token_offset
 from .rings import new_barriers, new_stages, stage_of
