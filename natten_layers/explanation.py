@@ -27,9 +27,9 @@ class Kernel:
     """The kernel that computes one direction of a call: a part of an :class:`Explanation`."""
 
     direction: str
-    """forward, jvp (tangents of forward mode), backward_query (dQ), backward_key (dK and dV), backward_registers (of
-    additional keys) or backward_bias (of rpb); of a layer also qk_prep + forward, which first normalises and rotates
-    queries and keys."""
+    """forward, jvp (tangents of forward mode), forward + jvp (both in one launch), backward_query (dQ), backward_key
+    (dK and dV), backward_registers (of additional keys) or backward_bias (of rpb); of a layer also qk_prep + forward,
+    which first normalises and rotates queries and keys."""
     name: str
     settings: tuple[tuple[str, Any], ...]
     """Tiles and options by name. Sizes are ``t, h, w`` in tokens; ``pack`` is the number of heads a program. Empty for

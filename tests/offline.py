@@ -195,6 +195,34 @@ def attend_medium_on_sm90(
     medium_backward.key_gradients(key_config, one, tensors, options, query, statistics)
 
 
+def attend_with_tangents_on_sm90(
+    spatial: tuple[int, ...], kernel_size: int, heads: int, *, dim: int, registers: int = 0, masked: bool = False
+) -> None:
+    """Output and tangents, in one launch and in two."""
+    from natten_layers.kernels.sm90 import medium_jvp, medium_tiling
+
+    query, key = (torch.zeros(1, *spatial, h, dim, dtype=torch.bfloat16) for h in (heads, 2))
+    extra = torch.zeros(1, registers, 2, dim, dtype=torch.bfloat16) if registers else None
+    mask = torch.ones(1, *spatial, dtype=torch.bool) if masked else None
+    sink, rows = torch.zeros(heads), torch.ones(1, *spatial, heads)
+    tensors = problem.Inputs(query, key, key, extra, extra, sink, mask)
+    options = options_of(len(spatial), kernel_size, None)
+    one = problem.problem_of(tensors, options)
+    config = medium_tiling.jvp_tile_config(one)
+    assert config is not None
+    tangents = problem.Tangents(query, key, key, extra, extra, sink)
+    medium_jvp.forward_with_tangents(config, one, tensors, options, tangents)
+    saved = problem.SavedResults(query, rows, rows)
+    medium_jvp.jvp(
+        config,
+        one,
+        tensors,
+        options,
+        saved,
+        tangents._replace(additional_keys_tangent=None, additional_values_tangent=None),
+    )
+
+
 def attend_pairs_on_sm90(spatial: tuple[int, ...], kernel_size: int, dim: int, *, is_periodic: bool = False) -> None:
     from natten_layers.kernels.sm90 import medium_pair_gradients, medium_pairs, medium_tiling
 
@@ -301,6 +329,8 @@ def compile_sm90() -> None:
     attend_medium_on_sm90((4096,), 200, 2, dim=128, registers=70)
     attend_medium_on_sm90((64, 64), 13, 2, dim=112, dilation=2, registers=5, is_periodic=True)
     attend_medium_on_sm90((16, 32, 40), 5, 4, dim=64, is_periodic=True, masked=True, has_bias=True)
+    attend_with_tangents_on_sm90((64, 64), 7, 8, dim=80, registers=5, masked=True)
+    attend_with_tangents_on_sm90((4096,), 200, 2, dim=128)
     attend_pairs_on_sm90((4, 36, 72), 3, 64)
     attend_pairs_on_sm90((36, 72), 7, 32, is_periodic=True)
     attend_with_qk_prep_on_sm90((64, 64), 7, AxialRoPE(64, 8, num_kv_heads=2), "cosine")

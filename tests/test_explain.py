@@ -35,11 +35,11 @@ from natten_layers.kernels import dispatch
 from natten_layers.kernels.host.card import CARDS
 from natten_layers.kernels.host.launcher import Launcher
 from natten_layers.kernels.host.packing import Packing
-from natten_layers.kernels.host.problem import Inputs, Problem, contiguous, precision
+from natten_layers.kernels.host.problem import Inputs, Layout, Problem, contiguous, precision
 from natten_layers.kernels.host.qk_prep import QKPrepKind
 from natten_layers.kernels.host.tiling import TileConfig
 from natten_layers.kernels.host.tuned import forget, override
-from natten_layers.kernels.host.variant import Choice
+from natten_layers.kernels.host.variant import Choice, Direction
 from natten_layers.kernels.ops.attention import compiler_gap
 from natten_layers.kernels.portable.pair_variants import PAIRS
 from natten_layers.kernels.sm90.available import gluon_gap
@@ -192,6 +192,50 @@ def test_it_names_the_kernel_of_forward_mode(monkeypatch: pytest.MonkeyPatch) ->
     rpb = torch.zeros(4, 5, 5, device=DEVICE)
     with raises_naming("takes no rpb", error=RuntimeError):
         explain(q, k, k, 3, rpb=rpb, impl="fused", forward_mode=True)
+
+
+def test_one_launch_computes_output_and_tangents_where_no_gradient_is_needed() -> None:
+    query = torch.empty(1, 64, 64, 8, 64, dtype=torch.bfloat16, device="meta")
+    said = explain(query, query, query, 7, needs_grad=False, forward_mode=True, device="H200")
+    assert [(kernel.direction, kernel.name) for kernel in said.kernels] == [("forward + jvp", "sm90 medium window")]
+    said = explain(query, query, query, 7, needs_grad=True, forward_mode=True, device="H200")
+    assert [kernel.direction for kernel in said.kernels] == ["forward", "jvp", "backward_query", "backward_key"]
+    assert said.kernels[1].name == "sm90 medium window"
+    wide = query.float()
+    said = explain(wide, wide, wide, 7, needs_grad=False, forward_mode=True, device="H200")
+    assert [(kernel.direction, kernel.name) for kernel in said.kernels][1:] == [("jvp", "portable")]
+
+
+@pytest.mark.parametrize(
+    ("moving", "reason"),
+    [
+        ("qk", "it takes tangents of query, key and value, not of some of them"),
+        ("qkvr", "it takes tangents of additional keys and additional values, or of neither"),
+        ("qkvrs", None),
+        ("qkv", None),
+    ],
+)
+def test_tangents_that_a_kernel_takes(moving: str, reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    registers = contiguous((8, 5, 2, 64))
+    problem = problem_of_image(monkeypatch, additional_keys=registers, additional_values=registers)
+    tensors = problem.query, problem.key, problem.value, registers, registers
+    tangents = tuple(x if name in moving else None for name, x in zip("qkvrs", tensors, strict=True))
+    otherwise: dict[Direction, str] = {"jvp": "portable", "forward + jvp": dispatch.FORWARD_THEN_JVP.name}
+    for direction, name in otherwise.items():
+        choice = dispatch.choose(direction, dispatch.Question(problem, True, tangents=tangents))
+        assert choice.variant.name == (name if reason else "sm90 medium window")
+        assert [why for _, why in choice.passed_over] == ([reason] if reason else [])
+
+
+def test_tangents_that_tma_cannot_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = problem_of_image(monkeypatch)
+    one_for_all_images = Layout(problem.key.shape, (0, *problem.key.stride[1:]))
+    for key_tangent, aligned in ((one_for_all_images, True), (problem.key, False)):
+        tangents = problem.query, key_tangent, problem.value, None, None
+        question = dispatch.Question(problem, True, tangents=tangents, aligned=aligned)
+        ((_, reason),) = dispatch.choose("jvp", question).passed_over
+        assert reason.startswith("TMA cannot address")
+        assert ("the tangent of key" in reason) == aligned
 
 
 KINDS: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {

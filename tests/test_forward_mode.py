@@ -129,15 +129,20 @@ def definition(case: Case) -> Callable[..., tuple[Tensor, Tensor]]:
 
 
 def check(case: Case, inputs: Inputs, tangents: Inputs, floor: float = 1.0) -> tuple[Tensor, ...]:
-    """Check tangents against the definition in fp64; they may err twice as much as those of the eager path.
+    """Check results and tangents against the definition in fp64; they may err twice as much as the eager path's.
 
     In fp32 the products of a GPU are three of TF32 each, which err by a few 2^-22 of sums of magnitudes. The tangent of
     lse is a mean over a window, far smaller than what it is the mean of, so that its relative error is larger.
     """
     wide, wide_tangents = ({n: t.double().cpu() for n, t in x.items()} for x in (inputs, tangents))
-    _, exact = directional(definition(case), wide, wide_tangents)
+    exact_results, exact = directional(definition(case), wide, wide_tangents)
     results, found = directional(attend(case, "fused"), inputs, tangents)
-    _, peers = directional(attend(case, "eager"), inputs, tangents)
+    peer_results, peers = directional(attend(case, "eager"), inputs, tangents)
+    for result, expected, peer in zip(results, exact_results, peer_results, strict=True):
+        there = expected > -math.inf
+        assert torch.equal(result.cpu() > -math.inf, there)
+        wrong, allowed = (error(x.cpu()[there], expected[there]) for x in (result, peer))
+        assert wrong <= max(2 * allowed, FLOOR[case.dtype]), f"{case}: {wrong:.2e}, the eager path {allowed:.2e}"
     for name, result, tangent, expected, peer in zip(("out", "lse"), results, found, exact, peers, strict=True):
         assert tangent.dtype == result.dtype
         assert tangent.is_contiguous()

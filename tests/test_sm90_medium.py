@@ -7,6 +7,7 @@ from math import prod
 from typing import Any
 
 import pytest
+import test_forward_mode
 import test_fused_bias
 import torch
 from helpers import Case, arguments, assert_close, assert_nan_stays, error, key_mask, make_inputs, oracle, run
@@ -27,7 +28,7 @@ from natten_layers.kernels.host.problem import Layout, Problem, contiguous
 from natten_layers.kernels.host.tiling import Kind
 from natten_layers.kernels.host.tuned import override
 from natten_layers.kernels.portable import forward
-from natten_layers.kernels.sm90 import medium_backward, medium_forward, medium_tiling, variants
+from natten_layers.kernels.sm90 import medium_backward, medium_forward, medium_jvp, medium_tiling, variants
 from natten_layers.kernels.sm90.medium_tiling import MediumTileConfig
 
 CASES = (
@@ -121,6 +122,52 @@ def test_matches_the_oracle(case: Case, dtype: torch.dtype) -> None:
     config = medium_tiling.forward_tile_config(problem)
     assert config is not None
     assert_oracle(case, leaves, medium_forward.forward(config, *arguments))
+
+
+@pytest.mark.gpu
+@needs_device
+@pytest.mark.parametrize("name", ["forward_with_tangents", "jvp"])
+@pytest.mark.parametrize("case", CASES + REGISTERS + RINGS + MASKED + OTHER_GRIDS, ids=str)
+def test_tangents_match_the_definition(case: Case, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one launch with the output, and after a forward pass that keeps gradients; two runs are equal bit by bit."""
+    case = replace(case, dtype=torch.bfloat16)
+    inputs = {n: t.detach() for n, t in make_inputs(case, "cuda").items()}
+    taken: list[str] = []
+    compute = getattr(medium_jvp, name)
+    monkeypatch.setattr(medium_jvp, name, lambda *args: taken.append(name) or compute(*args))
+    with override(variants={"jvp": variants.MEDIUM}), torch.set_grad_enabled(name == "jvp"):
+        first, second = (test_forward_mode.check(case, inputs, test_forward_mode.tangents_of(inputs)) for _ in "ab")
+    assert taken == [name, name]
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.gpu
+@needs_device
+@pytest.mark.parametrize("without", ["additional_keys", "sink"])
+def test_register_tokens_and_sinks_need_not_move(without: str) -> None:
+    """Register tokens without tangents, as those of a layer, which are parameters."""
+    case = replace(REGISTERS[1], dtype=torch.bfloat16)
+    inputs = {n: t.detach() for n, t in make_inputs(case, "cuda").items()}
+    constant = (without,) if without == "sink" else ("additional_keys", "additional_values")
+    tangents = {n: t for n, t in test_forward_mode.tangents_of(inputs).items() if n not in constant}
+    for with_gradients in (True, False):
+        with override(variants={"jvp": variants.MEDIUM}), torch.set_grad_enabled(with_gradients):
+            test_forward_mode.check(case, inputs, tangents)
+
+
+@pytest.mark.gpu
+@needs_device
+@torch.no_grad()
+def test_nan_leaves_the_outputs_beside_tangents() -> None:
+    """NaN in one key reaches the outputs of the queries that see it and of no others."""
+    query, key, value = (torch.randn(1, 24, 40, 2, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    tangents = query.cos(), key.cos(), value.cos()
+    key[0, 3, 5, 1] = torch.nan
+    expected = neighborhood_attention(query, key, value, 9)
+    with override(variants={"jvp": variants.MEDIUM}):
+        out, _, *_ = torch.func.jvp(lambda q, k, v: neighborhood_attention(q, k, v, 9), (query, key, value), tangents)
+    assert torch.equal(out.isnan(), expected.isnan())
+    assert out.isnan().any()
 
 
 @pytest.mark.gpu

@@ -46,7 +46,7 @@ def _asked_for(direction: Direction, question: Question | CacheProblem) -> Choic
     """The variant that an override or tuning asks for, or None if neither does or it cannot compute the call.
 
     Directions that are not tuned by themselves follow another one (``TUNED_AS``), if they have a variant of that name.
-    Preparation in a launch of its own goes with every forward kernel.
+    Variants of two launches go with every kernel of the one that is tuned.
     """
     tuned_as = TUNED_AS.get(direction)
     if tuned_as is None or not isinstance(question, Question) or is_portable_only():
@@ -55,7 +55,7 @@ def _asked_for(direction: Direction, question: Question | CacheProblem) -> Choic
     name = variant_for(tuned_as, question.problem.problem_class)
     if name not in [variant.name for variant in VARIANTS[tuned_as]]:
         return None
-    variant = next((variant for variant in variants if variant.name in (name, PREPARE_THEN_ATTEND.name)), None)
+    variant = next((variant for variant in variants if variant.name in (name, *IN_TWO_LAUNCHES)), None)
     if variant is None:
         return None
     plan = plan_of(variant, question)
@@ -117,7 +117,12 @@ def choices(
     found: dict[Direction, Choice] = {"forward": choose("forward", question)}
     if with_tangents:
         tangents = tuple(None if x is None else contiguous(x.shape) for x in inputs.addressed)
-        found["jvp"] = choose("jvp", question._replace(tangents=tangents))
+        moving = question._replace(tangents=tangents)
+        # Autograd takes the tangents of results that it has already.
+        together = None if with_gradients else choose("forward + jvp", moving)
+        if together is not None and together.variant is not FORWARD_THEN_JVP:
+            return {"forward + jvp": together}
+        found["jvp"] = choose("jvp", moving)
     if with_gradients:
         out = contiguous((*problem.query.shape[:-1], problem.value.shape[-1]))
         query, key, registers, bias, _ = choose_backward(question._replace(grad_out=out))
@@ -164,9 +169,25 @@ def jvp(
     problem: Problem, inputs: Inputs, options: Options, saved: SavedResults, tangents: Tangents
 ) -> tuple[Tensor, Tensor]:
     """Tangents of ``out [B, *spatial, Hq, Dv]`` and, in fp32, of the log-sum-exp ``[B, *spatial, Hq]``."""
-    layouts = tuple(None if x is None else layout(x) for x in tangents.addressed)
-    variant, plan, _ = choose("jvp", Question(problem, True, tangents=layouts))
+    variant, plan, _ = _choose_for_tangents("jvp", problem, inputs, tangents)
     return variant.run(plan, problem, inputs, options, saved, tangents)
+
+
+def forward_with_tangents(
+    problem: Problem, inputs: Inputs, options: Options, tangents: Tangents
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What :func:`forward` returns with statistics, and then what :func:`jvp` returns."""
+    variant, plan, _ = _choose_for_tangents("forward + jvp", problem, inputs, tangents)
+    return variant.run(plan, problem, inputs, options, tangents)
+
+
+def _choose_for_tangents(direction: Direction, problem: Problem, inputs: Inputs, tangents: Tangents) -> Choice:
+    layouts = tuple(None if x is None else layout(x) for x in tangents.addressed)
+    question = Question(problem, True, tangents=layouts)
+    choice = choose(direction, question)
+    if choice.variant.uses_tma and not are_aligned(*inputs.addressed, *tangents.addressed):
+        choice = choose(direction, question._replace(aligned=False))
+    return choice
 
 
 def backward(
@@ -224,6 +245,24 @@ def _prepare_then_attend(prepared: Problem, problem: Problem, inputs: Inputs, op
 
 PREPARE_THEN_ATTEND = Variant("qk_prep, then forward", plan=_prepared, run=_prepare_then_attend)
 
+# --- Tangents in a launch of their own, after attention
+
+
+def _forward_then_jvp(
+    same: Problem, problem: Problem, inputs: Inputs, options: Options, tangents: Tangents
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    del same
+    out, row_max, row_sum = forward(problem, inputs, options, True)
+    assert row_max is not None
+    assert row_sum is not None
+    saved = SavedResults(out, row_max, row_sum)
+    return out, row_max, row_sum, *jvp(problem, inputs, options, saved, tangents)
+
+
+FORWARD_THEN_JVP = Variant("forward, then jvp", plan=lambda question: question.problem, run=_forward_then_jvp)
+IN_TWO_LAUNCHES = PREPARE_THEN_ATTEND.name, FORWARD_THEN_JVP.name
+"""Variants that go with every kernel of the launch that is tuned"""
+
 # --- The variants of each direction, in the order in which they are considered
 
 VARIANTS: Mapping[Direction, Sequence[Variant]] = {
@@ -237,7 +276,8 @@ VARIANTS: Mapping[Direction, Sequence[Variant]] = {
         portable.FORWARD,
     ),
     "qk_prep + forward": (sm90.ROLLING_PREP_FORWARD, PREPARE_THEN_ATTEND),
-    "jvp": (portable.JVP,),
+    "jvp": (sm90.MEDIUM_JVP, portable.JVP),
+    "forward + jvp": (sm90.MEDIUM_FORWARD_JVP, FORWARD_THEN_JVP),
     "backward_query": (
         sm90.TILES_QUERY_GRADIENT,
         sm90.MEDIUM_QUERY_GRADIENT,
@@ -262,6 +302,8 @@ VARIANTS: Mapping[Direction, Sequence[Variant]] = {
 TUNED_AS: Mapping[Direction, Kind] = {
     "forward": "forward",
     "qk_prep + forward": "forward",
+    "jvp": "jvp",
+    "forward + jvp": "jvp",
     "backward_query": "backward_query",
     "backward_key": "backward_key",
     "backward_registers": "backward_key",

@@ -19,6 +19,7 @@ Direction = Literal[
     "forward",
     "qk_prep + forward",
     "jvp",
+    "forward + jvp",
     "backward_query",
     "backward_key",
     "backward_registers",

@@ -209,18 +209,32 @@ class _Transformable(_Attention):
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, None, Tensor]:
         *tensors, out, row_max, row_sum = ctx.saved_tensors
         inputs, options = _opened((*tensors, ctx.call))
-        of_inputs, _ = _opened((*tangents[:-1], ctx.call))
-        known = Tangents._make(known_tangents(DIFFERENTIABLE, inputs, of_inputs))
+        known = _known(inputs, (*tangents[:-1], ctx.call))
         saved = SavedResults(out, row_max, row_sum)
         out_tangent, lse_tangent = call_derivative("jvp", inputs, options, saved, known)
         # As in the backward pass, row_max is held fixed.
         return out_tangent, None, lse_tangent * row_sum
 
     @staticmethod
+    def forward_with_tangents(
+        _: type[Function], primals: tuple[Any, ...], tangents: tuple[Tensor | None, ...]
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, None, Tensor]]:
+        inputs, options = _opened(primals)
+        known = _known(inputs, (*tangents[:-1], primals[-1]))
+        *results, out_tangent, lse_tangent = call("forward_with_tangents", inputs, options, known)
+        out, row_max, row_sum = results
+        return (out, row_max, row_sum), (out_tangent, None, lse_tangent * row_sum)
+
+    @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Mapped:
         given, _ = args[-1].content
         names = list(compress(Inputs._fields, given))
         return _vmap(_Transformable.apply, info, in_dims, args, names)
+
+
+def _known(inputs: Inputs, tangents: Sequence[Any]) -> Tangents:
+    """Tangents that kernels can read, from those of all arguments, sealed like these."""
+    return Tangents._make(known_tangents(DIFFERENTIABLE, inputs, _opened(tangents)[0]))
 
 
 _FORMS = Forms(_Attention, _Transformable, eager_form(_Transformable))
@@ -281,6 +295,16 @@ def _jvp_fake(inputs: Inputs, options: Options, saved: SavedResults, tangents: T
     return saved.out.new_empty(saved.out.shape), saved.row_max.new_empty(saved.row_max.shape)
 
 
+def _forward_with_tangents(inputs: Inputs, options: Options, tangents: Tangents) -> tuple[Tensor, ...]:
+    with on_device(inputs.query):
+        return module("dispatch").forward_with_tangents(problem_of(inputs, options), inputs, options, tangents)
+
+
+def _forward_with_tangents_fake(inputs: Inputs, options: Options, tangents: Tangents) -> tuple[Tensor, ...]:
+    out, row_max, row_sum = _forward_fake(inputs, options, WITH_STATS)
+    return out, row_max, row_sum, torch.empty_like(out), torch.empty_like(row_max)
+
+
 def forward_flop(inputs: Inputs, options: Options, *_: Any) -> int:
     """Useful floating-point operations: ``2 (D + Dv)`` per visible pair of a query and a key or register."""
     query, value = inputs.query, inputs.value
@@ -301,7 +325,12 @@ def _backward_flop(*groups: Any) -> int:
     return forward_flop(*groups) * 5 // 2
 
 
-def _jvp_flop(inputs: Inputs, options: Options, saved: SavedResults, tangents: Tangents) -> int:
+def _forward_with_tangents_flop(inputs: Inputs, options: Options, tangents: Tangents) -> int:
+    """Those of a forward pass and of its tangents. One pass for both computes scores once, so it has six products."""
+    return forward_flop(inputs, options) + _jvp_flop(inputs, options, None, tangents)
+
+
+def _jvp_flop(inputs: Inputs, options: Options, saved: SavedResults | None, tangents: Tangents) -> int:
     """Five matrix products if all tangents are given: scores, two for their tangents, two for those of the output."""
     head_dim, value_dim = inputs.query.shape[-1], inputs.value.shape[-1]
     of_scores = [x is not None for x in (tangents.query_tangent, tangents.key_tangent)]
@@ -315,6 +344,10 @@ define_op(
     _backward, _backward_fake, _backward_flop,
 )  # fmt: skip
 define_op("jvp", (Inputs, Options, SavedResults, Tangents), "(Tensor, Tensor)", _jvp, _jvp_fake, _jvp_flop)
+define_op(
+    "forward_with_tangents", (Inputs, Options, Tangents), f"({', '.join(['Tensor'] * 5)})",
+    _forward_with_tangents, _forward_with_tangents_fake, _forward_with_tangents_flop,
+)  # fmt: skip
 # The backward operator has no such rule, as gradients are wanted for each sample: vmap calls it once for each. That of
 # tangents is called once for each too, as samples often share their inputs, as in ``torch.func.jacfwd``, and as a batch
 # they would need a copy each.

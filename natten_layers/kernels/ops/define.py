@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
 from ..host.ahead import STATE, zeroed
-from .transforms import is_forward_mode, is_only_jvp, is_transformed, is_vectorized, needs_gradient, tangent_of
+from .transforms import is_forward_mode, is_only_forward_mode, is_transformed, is_vectorized, needs_gradient, tangent_of
 
 __all__ = [
     "NOT_FUSED",
@@ -180,7 +180,7 @@ def call_derivative(name: str, *groups: tuple[Any, ...]) -> Any:
     """
     # Grad mode is on in a backward pass only if a second derivative may be needed; forward mode does not need it.
     once = (torch.is_grad_enabled() or is_transformed()) and not torch.compiler.is_compiling()
-    if once and not is_only_jvp():
+    if once and not is_only_forward_mode():
         return _apply_once(_Once, name, flattened(groups))
     return getattr(torch.ops.natten_layers, name)(*flattened(groups)) if is_vectorized() else call(name, *groups)
 
@@ -375,7 +375,7 @@ def apply(forms: Forms, *args: Any) -> Any:
 
 
 def _apply_uncompiled(forms: Forms, args: tuple[Any, ...]) -> Any:
-    if is_only_jvp():
+    if is_only_forward_mode():
         return _apply_with_tangents(forms.transformable, args)
     return (forms.transformable if is_transformed() else forms.eager).apply(*args)
 
@@ -396,19 +396,27 @@ class _Context:
 
 
 def _apply_with_tangents(function: type[Function], args: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    """What ``function.apply`` gives inside of ``torch.func.jvp`` alone.
+    """What ``function.apply`` gives in forward mode alone.
 
-    Torch makes a class there for every call, and takes the host longer than all else that a call is made of.
+    Inside of ``torch.func.jvp`` torch makes a class for every call, and takes the host longer than all else that a call
+    is made of. A function with a ``forward_with_tangents`` computes results and tangents at once.
     """
     duals = [forward_ad.unpack_dual(x) if isinstance(x, Tensor) and x.is_floating_point() else (x, None) for x in args]
     primals, tangents = zip(*duals, strict=True)
-    results = function.forward(*primals)
     if all(tangent is None for tangent in tangents):
-        return results
-    context = _Context()
-    function.setup_context(context, primals, results)
-    pairs = zip(results, function.jvp(context, *tangents), strict=True)
+        return function.forward(*primals)
+    at_once = getattr(function, "forward_with_tangents", _in_two_steps)
+    results, moved = at_once(function, primals, tangents)
+    pairs = zip(results, moved, strict=True)
     return tuple([x if tangent is None else forward_ad.make_dual(x, tangent) for x, tangent in pairs])
+
+
+def _in_two_steps(
+    function: type[Function], primals: tuple[Any, ...], tangents: tuple[Tensor | None, ...]
+) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
+    results, context = function.forward(*primals), _Context()
+    function.setup_context(context, primals, results)
+    return results, function.jvp(context, *tangents)
 
 
 def call_uncompiled(kind: Literal["forward_mode", "packed"], function: Callable[[*Ts], R], *args: *Ts) -> R:

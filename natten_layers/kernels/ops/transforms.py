@@ -13,7 +13,7 @@ __all__ = [
     "is_differentiated",
     "is_forward_mode",
     "is_in_grad",
-    "is_only_jvp",
+    "is_only_forward_mode",
     "is_tracked",
     "is_transformed",
     "is_vectorized",
@@ -60,12 +60,12 @@ def is_in_grad() -> bool:
     return stack is not None and any(level.key() == TransformType.Grad for level in stack)
 
 
-def is_only_jvp() -> bool:
-    """Whether ``torch.func.jvp`` is the only transform that is active, and autograd records nothing."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+def is_only_forward_mode() -> bool:
+    """Whether ``torch.func.jvp`` or dual numbers are all that is active, and autograd records nothing."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not is_forward_mode():
         return False
-    stack = get_interpreter_stack()
-    return stack is not None and len(stack) == 1 and stack[0].key() == TransformType.Jvp
+    stack = get_interpreter_stack() or []
+    return not stack or (len(stack) == 1 and stack[0].key() == TransformType.Jvp)
 
 
 def is_vectorized() -> bool:

@@ -77,6 +77,8 @@ def size_of(kind: Kind, problem: Problem) -> Size:
             return Size(64, 64 if width <= 96 else 32, 248)
         # Three programs share a multiprocessor with up to 168, four with up to 128, which biases miss.
         return Size(64, 32, 128 if width <= 32 and not problem.has_bias else 168)
+    if kind == "jvp":  # four tensors a chunk, and two accumulators
+        return Size(32, 32, 128 if width <= 64 else 168 if width <= 112 else 248)
     fewer = width > 112 if kind == "forward" else width == 80 or width > 96
     keys = 32 if fewer else 64
     return Size(keys, keys, _maxnreg(kind, problem, width))
@@ -112,6 +114,11 @@ def forward_tile_config(problem: Problem, pack: int | None = None) -> MediumTile
 def dq_tile_config(problem: Problem, pack: int | None = None) -> MediumTileConfig | None:
     """The configuration for gradients of queries."""
     return _tile_config("backward_query", problem, problem.axes, pack, windows_on(problem.key_lengths))
+
+
+def jvp_tile_config(problem: Problem, pack: int | None = None) -> MediumTileConfig | None:
+    """The configuration for tangents, with the output or without."""
+    return _tile_config("jvp", problem, problem.axes, pack, windows_on(problem.key_lengths))
 
 
 def dkv_tile_config(problem: Problem) -> MediumTileConfig | None:

@@ -126,9 +126,12 @@ def tiles_gap(question: Question) -> str | None:
 
 
 def register_gap(question: Question) -> str | None:
-    """Why TMA cannot load the register tokens, or None."""
+    """Why TMA cannot load the register tokens or their tangents, or None."""
     p = question.problem
-    for name, tensor in (("additional_keys", p.additional_keys), ("additional_values", p.additional_values)):
+    tensors = {"additional_keys": p.additional_keys, "additional_values": p.additional_values}
+    names = (f"the tangent of {name}" for name in list(tensors))
+    tensors |= dict(zip(names, question.tangents[3:], strict=False))
+    for name, tensor in tensors.items():
         if tensor is not None and not small_tiling.holds_registers(tensor):
             return f"TMA cannot address {name} with shape {tuple(tensor.shape)} and strides {tuple(tensor.stride)}"
     return None
@@ -138,6 +141,8 @@ def _tensors(question: Question) -> list[tuple[str, Layout]]:
     """The tensors with tokens, by name."""
     p = question.problem
     tensors = {"query": p.query, "key": p.key, "value": p.value, "the gradient of the output": question.grad_out}
+    names = (f"the tangent of {name}" for name in ("query", "key", "value"))
+    tensors |= dict(zip(names, question.tangents, strict=False))
     return [(name, tensor) for name, tensor in tensors.items() if tensor is not None]
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ..host.problem import Problem
 from ..host.tiling import Kind, head_width
 from ..host.tuned import override_pack
-from ..host.variant import Question, Variant
+from ..host.variant import Question, Variant, option_gap
 from ..portable import pair_variants
 from ..portable.pair_variants import pair_gap, pair_pays
 from . import large_tiling, medium_tiling, small_tiling
@@ -34,6 +34,7 @@ if TYPE_CHECKING or GLUON_GAP is None:  # only a missing Gluon leaves these modu
         large_registers,
         medium_backward,
         medium_forward,
+        medium_jvp,
         medium_pair_gradients,
         medium_pairs,
         small_dkv,
@@ -57,6 +58,10 @@ LARGE_KEY_ELEMENTS_WITH_REGISTERS = 320 * 128
 # dQ of heads of up to 64 channels on one axis pays from more elements on: with 1024 causal keys, 16 heads of 64 and
 # 16384 tokens portable kernels take 0.224 ms on an H200, these 0.259.
 LARGE_KEY_ELEMENTS_OF_NARROW_DQ = 2**17
+# Tangents in a launch of their own pay up to fewer elements than this. On an H200, portable kernels against these: 441
+# keys of head dim 64, 0.248 ms and 0.219; 512 causal ones, 0.227 and 0.202; 4096, 1.36 and 1.42. Together with the
+# output they pay for all windows.
+LARGE_KEY_ELEMENTS_OF_JVP = 2**17
 # Gradients of register tokens pay from this many elements of theirs, and products of a channel of a query and of a
 # register token, on. On an H200, portable kernels against these, with 2**18 queries: 16 register tokens of head dim 64,
 # 0.049 ms and 0.048; 16 of 128, 0.106 and 0.057; 128 of 64, 0.152 and 0.064; with 3 * 2**17, 16 of 96, 0.134 and 0.084.
@@ -332,6 +337,36 @@ def _medium_key_plan(question: Question) -> medium_tiling.MediumTileConfig | str
     return medium_tiling.dkv_tile_config(question.problem) or NO_MEDIUM_TILES
 
 
+# --- Tangents
+
+
+def _medium_jvp_gap(question: Question) -> str | None:
+    if question.problem.has_bias:
+        return option_gap(question, "registers", "packing", "key_mask", "any scale", "periodic", "other grid")
+    query, key, value, *registers = question.tangents
+    if query is None or key is None or value is None:
+        return "it takes tangents of query, key and value, not of some of them"
+    if len({x is None for x in registers}) > 1:
+        return "it takes tangents of additional keys and additional values, or of neither"
+    return _medium_gap(question)
+
+
+def _medium_forward_jvp_pays(question: Question) -> str | None:
+    return _pack_gap(question, "forward")
+
+
+def _medium_jvp_pays(question: Question) -> str | None:
+    p = question.problem
+    elements = (prod(p.kernel_size) + p.registers) * p.query.shape[-1]
+    if elements >= LARGE_KEY_ELEMENTS_OF_JVP:
+        return f"the window is large: {elements} elements of keys are {LARGE_KEY_ELEMENTS_OF_JVP} or more"
+    return _pack_gap(question, "forward")
+
+
+def _medium_jvp_plan(question: Question) -> medium_tiling.MediumTileConfig | str:
+    return medium_tiling.jvp_tile_config(question.problem, override_pack()) or NO_MEDIUM_TILES
+
+
 # --- Preparation of queries and keys, and attention
 
 
@@ -472,6 +507,22 @@ MEDIUM_KEY_GRADIENTS = Variant(
     pays=lambda q: _medium_pays(q, "backward_key"),
     plan=_medium_key_plan,
     run=lambda *args: medium_backward.key_gradients(*args),
+    uses_tma=True,
+)
+MEDIUM_FORWARD_JVP = Variant(
+    MEDIUM,
+    supports=_medium_jvp_gap,
+    pays=_medium_forward_jvp_pays,
+    plan=_medium_jvp_plan,
+    run=lambda *args: medium_jvp.forward_with_tangents(*args),
+    uses_tma=True,
+)
+MEDIUM_JVP = Variant(
+    MEDIUM,
+    supports=_medium_jvp_gap,
+    pays=_medium_jvp_pays,
+    plan=_medium_jvp_plan,
+    run=lambda *args: medium_jvp.jvp(*args),
     uses_tma=True,
 )
 MEDIUM_PAIR_FORWARD = Variant(
