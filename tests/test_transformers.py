@@ -43,6 +43,10 @@ SMALL: dict[str, Any] = {
     "eos_token_id": None,
 }
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+EXPERTS: dict[str, Any] = {
+    "num_experts_per_tok": 2,  # all experts, because choosing some would turn rounding errors into jumps
+    "experts_implementation": "eager",
+}
 FAMILIES: dict[str, Callable[[], Any]] = {
     "mistral": lambda: transformers.MistralConfig(**SMALL),
     "qwen3": lambda: transformers.Qwen3Config(**SMALL, use_sliding_window=True, layer_types=MIXED),
@@ -50,12 +54,19 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "gemma2": lambda: transformers.Gemma2Config(**SMALL, layer_types=MIXED, attn_logit_softcapping=2.0),
     "gpt_oss": lambda: transformers.GptOssConfig(
         **{**SMALL, "max_position_embeddings": 131072},
+        **EXPERTS,
         layer_types=MIXED,
         num_local_experts=2,
-        num_experts_per_tok=2,  # all experts, because choosing some would turn rounding errors into jumps
-        experts_implementation="eager",
+    ),
+    "flint": lambda: transformers.FlintConfig(
+        **SMALL, **EXPERTS, layer_types=MIXED, mlp_only_layers=[0], num_experts=2, moe_intermediate_size=16
+    ),
+    "mimo_v2_flash": lambda: transformers.MiMoV2FlashConfig(
+        **SMALL, **EXPERTS, layer_types=MIXED, v_head_dim=8, n_routed_experts=2, moe_intermediate_size=16
     ),
 }
+SINKS = {"gpt_oss", "flint", "mimo_v2_flash"}
+"""families whose heads have a learned sink"""
 PACKED = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5]])
 PADDING = {"none": [], "left": [(1, slice(0, 4))], "right": [(0, slice(8, 11)), (1, slice(9, 11))]}
 
@@ -84,8 +95,8 @@ def padding_mask(kind: str, batch: int = 2, length: int = 11) -> Tensor:
 
 
 def reference_for(family: str) -> str:
-    """transformers' eager softmax is fp32 even in an fp64 model, except for gpt-oss; its SDPA path stays in fp64."""
-    return "eager" if family in ("gpt_oss", "gemma2") else "sdpa"
+    """transformers' eager softmax is fp32 even in an fp64 model, except beside sinks; its SDPA path stays in fp64."""
+    return "eager" if family in {"gemma2", *SINKS} else "sdpa"
 
 
 @pytest.mark.parametrize("kind", PADDING)
@@ -134,8 +145,10 @@ def test_queries_and_keys_get_the_dtype_of_values() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_and_gradients_in_fp64(family: str, kind: str) -> None:
     ids, mask = tokens(), padding_mask(kind)
-    # Soft caps are in transformers' eager path alone, whose softmax is fp32 and which is NaN in an fp64 model.
-    dtype, tolerance = (torch.float32, TOLERANCE) if family == "gemma2" else (torch.float64, FP64_TOLERANCE)
+    # Soft caps are in transformers' eager path alone, whose softmax is fp32 and which is NaN in an fp64 model. Flint's
+    # eager path computes scores in fp32, too.
+    narrow = family in ("gemma2", "flint")
+    dtype, tolerance = (torch.float32, TOLERANCE) if narrow else (torch.float64, FP64_TOLERANCE)
     results = []
     for name in ("natten_layers", reference_for(family)):
         model = build(FAMILIES[family](), name, dtype)
@@ -145,7 +158,7 @@ def test_logits_and_gradients_in_fp64(family: str, kind: str) -> None:
         results.append({"logits": logits.detach(), **gradients})
     actual, expected = results
     assert actual.keys() == expected.keys()
-    assert any("sinks" in name for name in actual) == (family == "gpt_oss")
+    assert any("sinks" in name for name in actual) == (family in SINKS)
     errors = {name: error(actual[name], expected[name]) for name in actual}
     assert max(errors.values()) < tolerance, errors
 
@@ -162,9 +175,10 @@ def test_the_reference_feels_every_part(family: str) -> None:
         config = FAMILIES[family]()
         config.sliding_window = WINDOW + 1
         assert error(build(config, "eager")(ids, attention_mask=mask).logits[mask.bool()], expected) > 1000 * TOLERANCE
-        if family == "gpt_oss":
-            for layer in model.model.layers:
-                layer.self_attn.sinks.fill_(-1e9)
+        if family in SINKS:
+            for name, parameter in model.named_parameters():
+                if name.endswith("sinks"):
+                    parameter.fill_(-1e9)
             assert error(model(ids, attention_mask=mask).logits[mask.bool()], expected) > 1000 * TOLERANCE
 
 
@@ -204,7 +218,7 @@ def as_cache(function: Any, cache: object) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("cache", CACHES)
-@pytest.mark.parametrize("family", ["mistral", "gpt_oss"])
+@pytest.mark.parametrize("family", ["mistral", *sorted(SINKS)])
 def test_chunks_through_a_cache_equal_one_pass(family: str, cache: str) -> None:
     """Chunks fill a sliding-window cache, overflow it, and follow when it is full, with padding on both sides."""
     ids, mask = tokens(2, 18), torch.ones(2, 18, dtype=torch.long)
@@ -372,12 +386,7 @@ def t5gemma(window: int = 2) -> Any:
 
 
 def privacy_filter(window: int = 2) -> Any:
-    return transformers.OpenAIPrivacyFilterConfig(
-        **{**SMALL, "sliding_window": window},
-        num_local_experts=2,
-        num_experts_per_tok=2,
-        experts_implementation="eager",
-    )
+    return transformers.OpenAIPrivacyFilterConfig(**{**SMALL, "sliding_window": window}, **EXPERTS, num_local_experts=2)
 
 
 def gemma3_encoder(window: int = 2) -> Any:
@@ -511,7 +520,7 @@ def test_packed_texts_train_as_separate_ones(name: str) -> None:
     make = FAMILIES[name] if name in FAMILIES else partial(getattr(transformers, f"{name}Config"), **SMALL)
     ids, ends = tokens(1), torch.tensor([0, 5, 11], dtype=torch.int32)
     # Soft caps, experts and some norms are computed in fp32 whatever the model's dtype.
-    wide = name not in ("gemma2", "gemma3", "gpt_oss", "Qwen3Moe", "Cohere")
+    wide = name not in {"gemma2", "gemma3", "Qwen3Moe", "Cohere", *SINKS}
     dtype, tolerance = (torch.float64, FP64_TOLERANCE) if wide else (torch.float32, TOLERANCE)
     packed, alone = build(make(), "natten_layers", dtype), build(make(), reference_for(name), dtype)
     logits = packed(ids, position_ids=PACKED, use_cache=False, cu_seq_lens_q=ends, cu_seq_lens_k=ends).logits
@@ -653,6 +662,8 @@ def test_what_is_not_supported_raises(config: Callable[[], Any], inputs: dict[st
         ("llama4_text", "causal LM", "equal", ""),
         ("modernbert", "masked LM", "equal", ""),
         ("bloom", "causal LM", "refused", "arithmetic on its masks"),
+        ("deepseek_v4", "causal LM", "refused", "compressed keys"),
+        ("hy_v4", "causal LM", "refused", "an indexer chooses"),
         ("gemma2", "causal LM", "equal", ""),
         ("llama4", "causal LM", "not applicable", "its text model"),
         ("cpmant", "causal LM", "not applicable", "no attention through AttentionInterface"),
@@ -675,7 +686,7 @@ def test_wrong_and_unclear_rows_are_said_to_be(monkeypatch: pytest.MonkeyPatch) 
     attention = plugin._attention
     monkeypatch.setattr(plugin, "_attention", wrong)
     assert transformers_support.survey("llama", "causal LM").verdict == "WRONG"
-    monkeypatch.setattr(plugin, "_MASK_ARITHMETIC", set())
+    monkeypatch.setattr(plugin, "_REFUSED", {})
     assert transformers_support.survey("bloom", "causal LM").verdict == "UNCLEAR"
     monkeypatch.undo()
     plugin.register()

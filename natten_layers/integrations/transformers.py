@@ -116,36 +116,35 @@ _UNSUPPORTED = {
 }
 
 
-# Models that add biases to their masks, cut pieces from them or join others to them, which positions do not survive.
+_ARITHMETIC = f"it does arithmetic on its masks, and {NAME} hands positions to the layers instead of a mask"
+_INDEXED = "its tokens see keys that an indexer chooses (sparse attention), not windows"
+_COMPRESSED = "besides a window, its tokens see compressed keys, which a bias of its own masks"
 # benchmarks/transformers_support.py finds those that a release of transformers adds.
-_MASK_ARITHMETIC = {
-    "axk2",
-    "big_bird",
-    "bloom",
-    "codegen",
-    "convbert",
-    "deepseek_v32",
-    "deepseek_v4",
-    "doge",
-    "dots3_note_text",
-    "glm_moe_dsa",
-    "gpt_neox_japanese",
-    "hy_v4",
-    "ibert",
-    "longformer",
-    "luke",
-    "megatron-bert",
-    "mpt",
-    "mpnet",
-    "mvp",
-    "nystromformer",
-    "rembert",
-    "roformer",
-    "squeezebert",
-    "tapas",
-    "trocr",
-    "xglm",
+_REFUSED = {
+    **dict.fromkeys(["axk2", "deepseek_v32", "dots3_note_text", "glm_moe_dsa", "hy_v4"], _INDEXED),
+    "deepseek_v4": _COMPRESSED,
+    "big_bird": _ARITHMETIC,
+    "bloom": _ARITHMETIC,
+    "codegen": _ARITHMETIC,
+    "convbert": _ARITHMETIC,
+    "doge": _ARITHMETIC,
+    "gpt_neox_japanese": _ARITHMETIC,
+    "ibert": _ARITHMETIC,
+    "longformer": _ARITHMETIC,
+    "luke": _ARITHMETIC,
+    "megatron-bert": _ARITHMETIC,
+    "mpt": _ARITHMETIC,
+    "mpnet": _ARITHMETIC,
+    "mvp": _ARITHMETIC,
+    "nystromformer": _ARITHMETIC,
+    "rembert": _ARITHMETIC,
+    "roformer": _ARITHMETIC,
+    "squeezebert": _ARITHMETIC,
+    "tapas": _ARITHMETIC,
+    "trocr": _ARITHMETIC,
+    "xglm": _ARITHMETIC,
 }
+"""``model_type`` of models that are refused as a whole, and why"""
 
 
 def register() -> None:
@@ -250,10 +249,9 @@ def _positions_mask(
 ) -> Tensor | None:
     """What the layers of one kind get as their ``attention_mask``, see the head of this file."""
     forget()
-    if getattr(config, "model_type", None) in _MASK_ARITHMETIC:
+    if reason := _REFUSED.get(getattr(config, "model_type", "")):
         raise ValueError(
-            f"{NAME} does not support {config.model_type}: it does arithmetic on its masks, and {NAME} hands positions "
-            'to the layers instead of a mask; use attn_implementation="eager" for it'
+            f'{NAME} does not support {config.model_type}: {reason}; use attn_implementation="eager" for it'
         )
     if attention_mask is not None:  # as long as the cache's slots: those after the last token are empty
         attention_mask = F.pad(attention_mask, (0, max(0, kv_offset + kv_length - attention_mask.shape[-1])))
