@@ -182,6 +182,48 @@ def test_watched_norms_are_called() -> None:
     assert seen == [(1, 3, 3, 3, 2, 16)]
 
 
+class Adapted(nn.Module):
+    """A projection with an adapter of low rank beside it, like those of peft: to read its weight misses the adapter."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.down, self.up = nn.Linear(base.in_features, 2, bias=False), nn.Linear(2, base.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        self.base.weight += self.up.weight @ self.down.weight
+        self.up.weight.zero_()
+
+
+def adapt(model: nn.Module) -> list[Adapted]:
+    """Give all projections of all attention layers an adapter."""
+    found = list[Adapted]()
+    for layer in [m for m in model.modules() if hasattr(m, "processor")]:
+        for name, linear in [*layer.named_modules()]:
+            if isinstance(linear, nn.Linear):
+                found.append(Adapted(linear))
+                layer.set_submodule(name, found[-1])
+    return found
+
+
+def test_a_patched_layer_has_its_adapters() -> None:
+    layer, tokens = ltx_layer(16), torch.randn(1, 3, 4, 5, 32)
+    patch(layer)
+    with torch.no_grad():
+        plain = layer(tokens)
+        adapters = adapt(layer)
+        assert len(adapters) == 4
+        adapted = layer(tokens)
+        for adapter in adapters:
+            adapter.merge()
+        assert error(adapted, plain) > 1e-2
+        torch.testing.assert_close(layer(tokens), adapted, rtol=1e-5, atol=1e-5)
+
+
 def test_patch_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     with raises_naming("Linear", "LTX2VideoVaeNeighborhoodAttention"):
         patch(nn.Linear(2, 2))
@@ -383,9 +425,9 @@ CASES = {
 }  # fmt: skip
 
 
-def tiny(name: str) -> tuple[Any, dict[str, Any]]:
+def tiny(name: str, **options: Any) -> tuple[Any, dict[str, Any]]:
     torch.manual_seed(0)
-    model = getattr(diffusers, name)(**CASES[name].config)
+    model = getattr(diffusers, name)(**CASES[name].config | options)
     randomize(model)
     return model.eval(), CASES[name].inputs()
 
@@ -497,9 +539,67 @@ def test_a_copy_is_a_model_of_its_own() -> None:
 def test_a_part_that_is_left_alone_says_so() -> None:
     model, inputs = tiny("WanTransformer3DModel")
     neighborhood(model, 3)
+    expected = output(model, inputs)
     unpatch(model.blocks[0])
-    with raises_naming("does not fit a grid"):
+    with raises_naming("does not fit a grid", "unpatch"):
         output(model, inputs)
+    assert neighborhood(model, 3, layers=[0]) == 2  # the layer that was left alone, too
+    assert torch.equal(output(model, inputs), expected)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_layers_with_windows_have_their_adapters(name: str) -> None:
+    model, inputs = tiny(name)
+    neighborhood(model, 3)
+    plain = output(model, inputs)
+    adapters = adapt(model)
+    adapted = output(model, inputs)
+    for adapter in adapters:
+        adapter.merge()
+    assert error(adapted, plain) > 1e-2
+    torch.testing.assert_close(output(model, inputs), adapted, rtol=1e-4, atol=1e-4 * float(adapted.abs().max()))
+
+
+# diffusers itself cannot fuse LTX-2's projections, nor SD3's with dual attention, and Cosmos has no such method.
+@pytest.mark.parametrize("name", sorted(CASES.keys() - {"LTX2VideoTransformer3DModel", "CosmosTransformer3DModel"}))
+def test_fused_projections_have_windows(name: str) -> None:
+    model, inputs = tiny(name, **({"dual_attention_layers": ()} if name.startswith("SD3") else {}))
+    whole = output(model, inputs)
+    count = neighborhood(model, 3)
+    expected = output(model, inputs)
+    unpatch(model)
+    model.fuse_qkv_projections()
+    fused = processors(model)
+    assert neighborhood(model, 3) == count
+    torch.testing.assert_close(output(model, inputs), expected, rtol=1e-5, atol=1e-5)
+    assert unpatch(model) == count
+    assert processors(model) == fused
+    torch.testing.assert_close(output(model, inputs), whole, rtol=1e-5, atol=1e-5)
+
+
+def test_windows_that_are_lost_are_missed() -> None:
+    """Fusing the projections of SD3 and CogVideoX sets processors, and so does undoing it."""
+    model, inputs = tiny("CogVideoXTransformer3DModel")
+    whole = output(model, inputs)
+    neighborhood(model, 3)
+    expected = output(model, inputs)
+    model.fuse_qkv_projections()
+    with raises_naming("layers [0, 1]", "FusedCogVideoXAttnProcessor2_0", "fuse_qkv_projections", "unpatch"):
+        output(model, inputs)
+    assert unpatch(model) == 0
+    assert not model._forward_pre_hooks
+    torch.testing.assert_close(output(model, inputs), whole, rtol=1e-5, atol=1e-5)
+    assert neighborhood(model, 3) == 2
+    torch.testing.assert_close(output(model, inputs), expected, rtol=1e-5, atol=1e-5)
+
+    model, inputs = tiny("CogVideoXTransformer3DModel")
+    model.fuse_qkv_projections()
+    neighborhood(model, 3, layers=[1])
+    model.unfuse_qkv_projections()
+    with raises_naming("layers [1]", "CogVideoXAttnProcessor2_0"):
+        output(model, inputs)
+    assert neighborhood(model, 3) == 2
+    torch.testing.assert_close(output(model, inputs), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_compiled_block_has_windows() -> None:
@@ -514,6 +614,14 @@ def test_refusals_name_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = tiny("FluxTransformer2DModel")
     with raises_naming("Linear", "FluxTransformer2DModel", "WanTransformer3DModel", "the transformer"):
         neighborhood(nn.Linear(2, 2), 3)
+    sana = diffusers.SanaVideoTransformer3DModel(
+        **CHANNELS, num_attention_heads=2, attention_head_dim=12, num_cross_attention_heads=2,
+        cross_attention_head_dim=12, cross_attention_dim=24, caption_channels=8, num_layers=1,
+    )  # fmt: skip
+    linear = processors(sana)
+    with raises_naming("SanaVideoTransformer3DModel is not supported"):
+        neighborhood(sana, 3)
+    assert processors(sana) == linear
     with raises_naming("kernel_size", "2 of them", "(3, 3, 3)"):
         neighborhood(model, (3, 3, 3))
     for wrong in (3.0, "3", "33", (3, 3.0), None):

@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import diffusers
 from torch import nn
 
-__all__ = ["VERSION", "Replacement", "modules_of", "unpatch"]
+__all__ = ["VERSION", "ModelHook", "Replacement", "modules_of", "unpatch"]
 
 VERSION = f"diffusers {diffusers.__version__}"
 """for errors about something that is not as this integration knows it"""
@@ -23,6 +23,20 @@ class Replacement(Protocol):
 
     def release(self) -> None:
         """Undo what was done to the model for this processor's sake."""
+
+
+class ModelHook:
+    """What watches the calls of a model: a hook of the model is a method of this."""
+
+    def release(self) -> None:
+        """Remove the hook."""
+        raise NotImplementedError
+
+    @staticmethod
+    def of(model: nn.Module) -> ModelHook | None:
+        """The one that a model has."""
+        owners = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
+        return next((owner for owner in owners if isinstance(owner, ModelHook)), None)
 
 
 def modules_of(model: Any) -> Iterator[nn.Module]:
@@ -48,6 +62,8 @@ def unpatch(model: Any) -> int:
     """
     count = 0
     for module in modules_of(model):
+        if hook := ModelHook.of(module):  # which outlives processors that somebody else replaced
+            hook.release()
         processor: Any = getattr(module, "processor", None)
         if isinstance(processor, Replacement):
             processor.release()

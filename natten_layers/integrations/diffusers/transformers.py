@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from ...functional import neighborhood_attention
-from .replacement import VERSION, Replacement
+from .replacement import VERSION, ModelHook, Replacement
 
 __all__ = ["FAMILIES", "neighborhood"]
 
@@ -161,11 +161,14 @@ def neighborhood(
     chosen = _chosen(layers, attentions)
     for attn in chosen:
         _check(attn)
-    tokens = next((a.processor.tokens for a in attentions if hasattr(a.processor, "tokens")), None)
-    tokens = _Tokens(model, family) if tokens is None else tokens
+    tokens = ModelHook.of(model)
+    tokens = tokens if isinstance(tokens, _Tokens) else _Tokens(model, family)
     for attn in chosen:
-        attn.set_processor(_replacement(attn.processor, window, tokens))
-    return sum(isinstance(attn.processor, Replacement) for attn in attentions)
+        attn.set_processor(_replacement(attn.processor, window))
+    tokens.layers = _with_windows(attentions)
+    for i in tokens.layers:  # all of them, as a part of the model that was unpatched took the last hook with it
+        attentions[i].processor.tokens = tokens
+    return len(tokens.layers)
 
 
 class _Window(NamedTuple):
@@ -213,9 +216,16 @@ def _chosen(layers: Iterable[int] | None, attentions: list[Any]) -> list[Any]:
     indices = range(count) if layers is None else list(layers)
     outside = [i for i in indices if not -count <= i < count]
     if outside:
-        few = f"{str(outside[:4])[:-1]}, ...]" if len(outside) > 4 else outside
-        raise ValueError(f"layers {few} are not among the {count} of the model, 0 to {count - 1}")
+        raise ValueError(f"layers {_few(outside)} are not among the {count} of the model, 0 to {count - 1}")
     return [attentions[i] for i in indices]
+
+
+def _few(layers: list[int]) -> str:
+    return f"{str(layers[:4])[:-1]}, ...]" if len(layers) > 4 else str(layers)
+
+
+def _with_windows(attentions: list[Any]) -> list[int]:
+    return [i for i, attn in enumerate(attentions) if isinstance(attn.processor, Replacement)]
 
 
 def _check(attn: Any) -> None:
@@ -229,12 +239,14 @@ def _check(attn: Any) -> None:
 # --- The call of a model
 
 
-class _Tokens:
+class _Tokens(ModelHook):
     """How the tokens of the call that a model is in lie. Belongs to one model, whose hook it is."""
 
     def __init__(self, model: nn.Module, family: Family) -> None:
         self.family = family
         self.grid: Grid = ()
+        self.layers: list[int] = []
+        """indices of the layers that have a window"""
         self.mask: tuple[Tensor | None, list[Tensor]] = None, []
         self.signature = inspect.signature(type(model).forward)
         self.ids: tuple[Callable[[], Any], int] = (lambda: None), 0
@@ -251,6 +263,7 @@ class _Tokens:
             arguments = self.signature.bind(model, *args, **kwargs).arguments
         except TypeError:
             return  # the model will say so
+        self.check_layers(model)
         self.mask = None, []
         ids = arguments.get("img_ids")
         if ids is not None and ids is self.ids[0]() and ids._version == self.ids[1]:
@@ -264,6 +277,17 @@ class _Tokens:
             ) from error
         if ids is not None:
             self.ids = weakref.ref(ids), ids._version
+
+    def check_layers(self, model: nn.Module) -> None:
+        """Raise if somebody else took the place of a processor, which would leave its layer without a window."""
+        attentions = _attentions(model, self.family)
+        if lost := sorted({*self.layers} - {*_with_windows(attentions)}):
+            kinds = {type(attentions[i].processor).__name__ for i in lost}
+            raise ValueError(
+                f"layers {_few(lost)} lost their windows, as {', '.join(sorted(kinds))} took the place of their "
+                "processors; call neighborhood after whatever sets processors (fuse_qkv_projections, "
+                "unfuse_qkv_projections, adapters), or unpatch"
+            )
 
     def visible_text(self, mask: Tensor, text: slice, batch: int) -> list[Tensor]:
         """Indices of the text tokens of each sample that a mask ``[B or 1, 1, 1 or L, L]`` lets image tokens see."""
@@ -301,12 +325,12 @@ class _Interception(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _replacement(processor: Any, window: _Window, tokens: _Tokens) -> Any:
+def _replacement(processor: Any, window: _Window) -> Any:
     """A copy of a processor, of a class of its own, as layers and their library ask for a processor's class."""
     replaced = processor.replaced if isinstance(processor, Replacement) else processor
     new = copy.copy(replaced)
     new.__class__ = _windowed(type(replaced))
-    new.replaced, new.window, new.tokens = replaced, window, tokens
+    new.replaced, new.window = replaced, window
     if hasattr(new, "_attention_backend"):
         new._attention_backend = "native"  # the one that calls PyTorch's function
     return new
@@ -361,7 +385,8 @@ def _attention(
         )
     if not tokens.grid or length < image or (length > image and where == "elsewhere"):
         raise ValueError(
-            f"attention of {length} tokens does not fit a grid of {tokens.grid}: call the whole model, on one device"
+            f"attention of {length} tokens does not fit a grid of {tokens.grid}: call the whole model, on one device, "
+            "or unpatch it"
         )
     pixels = slice(length - image, length) if where == "first" else slice(0, image)
     text = slice(0, length - image) if where == "first" else slice(image, length)
