@@ -77,6 +77,22 @@ def test_a_patched_decoder_decodes_the_same(decoded: tuple[Any, dict[bool, Tenso
     assert unpatch(model) == 0
 
 
+def test_patch_finds_the_decoder_of_a_pipeline(decoded: tuple[Any, dict[bool, Tensor]]) -> None:
+    decoder, scheduler = decoded[0], diffusers.FlowMatchEulerDiscreteScheduler()
+    decoder.disable_tiling()
+    pipeline = diffusers.LTX2VideoDiffusionDecodePipeline(decoder, scheduler)
+    latents = torch.randn(1, 8, 2, 3, 3, generator=torch.Generator().manual_seed(1))
+
+    def video() -> Tensor:
+        generator = torch.Generator().manual_seed(2)
+        return pipeline(latents, generator=generator, output_type="pt", denormalize=False).frames
+
+    expected = video()
+    assert patch(pipeline) == 6
+    torch.testing.assert_close(video(), expected, rtol=1e-5, atol=1e-5)
+    assert unpatch(pipeline) == 6
+
+
 def ltx_layer(head_dim: int, kernel_size: tuple[int, int, int] = (3, 3, 3)) -> Any:
     torch.manual_seed(0)
     layer = ltx_decoder._attention_class()(2 * head_dim, kernel_size, head_dim=head_dim)
@@ -498,6 +514,47 @@ def test_image_tokens_see_their_window_and_the_text(where: Any, padded: bool) ->
     window = transformers._Window(kernel_size, stride)
     actual = transformers._attention(tokens, window, query, key, value, mask, scale=0.7)
     torch.testing.assert_close(actual, expected)
+
+
+def stable_diffusion_3() -> tuple[Any, dict[str, Any]]:
+    vae = diffusers.AutoencoderKL(latent_channels=4, block_out_channels=(8,), norm_num_groups=4, shift_factor=0.0)
+    model, inputs = tiny("SD3Transformer2DModel")
+    texts = {"prompt_embeds": inputs["encoder_hidden_states"], "pooled_prompt_embeds": inputs["pooled_projections"]}
+    pipeline = diffusers.StableDiffusion3Pipeline(model, diffusers.FlowMatchEulerDiscreteScheduler(), vae, *[None] * 6)
+    return pipeline, {**texts, "height": 10, "width": 12}
+
+
+def wan() -> tuple[Any, dict[str, Any]]:
+    vae = diffusers.AutoencoderKLWan(
+        base_dim=4, z_dim=4, dim_mult=[1] * 4, num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[1.0] * 4
+    )
+    model, inputs = tiny("WanTransformer3DModel")
+    pipeline = diffusers.WanPipeline(None, None, vae, diffusers.FlowMatchEulerDiscreteScheduler(), model)
+    return pipeline, {"prompt_embeds": inputs["encoder_hidden_states"], "height": 64, "width": 80, "num_frames": 9}
+
+
+@pytest.mark.parametrize("make", [stable_diffusion_3, wan])
+def test_pipelines_sample_with_windows(make: Callable[[], tuple[Any, dict[str, Any]]]) -> None:
+    """With guidance, so that each step calls the transformer twice, or for two samples."""
+    torch.manual_seed(0)
+    pipeline, options = make()
+    pipeline.set_progress_bar_config(disable=True)
+    options |= {f"negative_{name}": -x for name, x in options.items() if isinstance(x, Tensor)}
+
+    def sample() -> Tensor:
+        generator = torch.Generator().manual_seed(1)
+        result = pipeline(**options, num_inference_steps=2, generator=generator, output_type="pt")
+        return result[0]
+
+    expected = sample()
+    count = neighborhood(pipeline.transformer, 99)
+    torch.testing.assert_close(sample(), expected, rtol=1e-5, atol=1e-5)
+    assert neighborhood(pipeline.transformer, 3) == count
+    assert error(sample(), expected) > 1e-2
+    with raises_naming(type(pipeline).__name__, "give the transformer"):
+        neighborhood(pipeline, 3)
+    assert unpatch(pipeline) == count
+    assert torch.equal(sample(), expected)
 
 
 def test_layers_have_their_own_windows() -> None:
