@@ -355,6 +355,18 @@ def test_mxfp4_that_does_not_fit_is_refused(change: Any, message: str, quantised
     assert str(directory) in str(caught.value)
 
 
+def parts_read(model: DecoderLM) -> list[int]:
+    """To which each call of the model will add how many tokens it reads."""
+    lengths: list[int] = []
+
+    def note(_: Any, args: tuple[Tensor]) -> None:
+        if not args[0].is_floating_point():  # those are embedded, not the other way round
+            lengths.append(args[0].shape[1])
+
+    model.model.embed_tokens.register_forward_pre_hook(note)
+    return lengths
+
+
 LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 1000.0,
@@ -380,13 +392,18 @@ def test_longrope_changes_its_factors_where_a_text_gets_long() -> None:
     assert error(model(ids), short(ids)) > 1e-3
     # However the prompt is read, its keys are those of the long text.
     whole = model.generate(ids, 8)
+    lengths = parts_read(model)
     assert torch.equal(model.generate(ids, 8, prefill_chunk=8), whole)
+    assert max(lengths) == 8
     assert torch.equal(long.generate(ids, 8), whole)
     # Step by step without a cache.
     steps = ids[:, :30]
     for _ in range(6):
         steps = torch.cat((steps, model(steps)[:, -1:].argmax(-1)), 1)
     assert torch.equal(model.generate(ids[:, :30], 6), steps)
+    lengths.clear()
+    assert torch.equal(model.generate(ids[:, :30], 6, prefill_chunk=7), steps)
+    assert max(lengths) == 7
     with pytest.raises(ValueError, match=r"packed texts of 7 and 33 tokens.*=32; pack them apart"):
         model(ids, cu_seqlens=torch.tensor([0, 33, 33, 40]))
     cache = model.make_cache(1)
@@ -739,7 +756,39 @@ def test_dynamic_rope_generates_as_transformers(length: int, dynamic: Any, tmp_p
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
     expected = dynamic.generate(ids, attention_mask=mask, max_new_tokens=40, do_sample=False)
+    lengths = parts_read(ours)
     assert torch.equal(ours.generate(ids, 40, attention_mask=mask, prefill_chunk=8), expected)
+    assert max(lengths) == 8
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize(
+    "rope", [LONGROPE, {**LONGROPE, "rope_type": "dynamic"}], ids=lambda rope: str(rope["rope_type"])
+)
+def test_parts_of_a_text_have_the_rope_of_the_whole(rope: dict[str, Any], watched: bool) -> None:
+    model = DecoderLM(dataclasses.replace(TINY, rope=rope, max_positions=128, initializer_range=0.3)).eval()
+    if watched:
+        for rope_module in (module for module in model.modules() if isinstance(module, RoPE)):
+            rope_module.register_forward_hook(lambda *_: None)
+    ids = tokens(2, 40) % 17
+    whole = model(ids)
+    cache = model.make_cache(2)
+    cache.expect(40)
+    parts = torch.cat([model(part, cache=cache) for part in ids.split([20, 13, 1, 6], 1)], 1)
+    assert error(parts, whole) < 1e-5
+    with pytest.raises(ValueError, match="up to 40 tokens; call expect before"):
+        cache.expect(50)
+    apart = model.make_cache(2)
+    apart.expect(20)
+    with pytest.raises(ValueError, match="length must be"):
+        apart.expect(-1)
+    model(ids[:, :20], cache=apart)
+    if rope["rope_type"] == "longrope":
+        with pytest.raises(ValueError, match=r"of 20 tokens grows to 40.*cache\.expect\(length\)"):
+            model(ids[:, 20:], cache=apart)
+    else:
+        assert error(model(ids[:, 20:], cache=apart), whole[:, 20:]) > 1e-3
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:

@@ -62,6 +62,8 @@ class LayerCache:
         self.whole = False
         """Return all slots, the empty ones with position -1, so that shapes stay the same from call to call."""
         self.keys = self.values = self.positions = torch.empty(0)
+        self.expected_length = 0
+        """As that of the whole cache, see :meth:`Cache.expect`."""
         self.registers: tuple[Tensor, Tensor] | None = None
         """Keys and values of the layer's register tokens, ``[1, R, Hkv, D]`` each, kept after the first call."""
 
@@ -165,6 +167,29 @@ class Cache:
         """Number of tokens of every sequence so far, ``[B]``."""
         self.longest = 0
         """An upper bound on ``lengths`` that the host knows without waiting for the device."""
+        self.expected_length = 0
+        """What :meth:`expect` was told."""
+
+    def expect(self, length: int) -> None:
+        """Say that the longest text will have so many tokens, before it is read in parts.
+
+        RoPE that long texts stretch (LongRoPE, dynamic) then has the frequencies of the whole text from the first part
+        on. Without this, each part has those of a text that ends there.
+
+        Raises:
+            ValueError: ``length`` is negative, or there are tokens in the cache.
+        """
+        check_count("length", length, least=0)
+        if self.longest:
+            raise ValueError(f"the cache holds texts of up to {self.longest} tokens; call expect before they are read")
+        for layer in self.layers:
+            layer.expected_length = length
+        self.expected_length = length
+
+    @property
+    def rope_length(self) -> int:
+        """The length of text whose frequencies the keys have, 0 if there are none."""
+        return max(self.longest, self.expected_length) if self.longest else 0
 
     @property
     def batch_size(self) -> int:

@@ -64,6 +64,7 @@ class DecoderAttention(nn.Module):
                 interleaved=config.rope_interleaved,
                 device=device,
             )
+        self.stretches = self.rope is not None and self.rope.stretches
         self.query_growth = embedding.get("llama_4_scaling_beta", 0.0)
         self.query_growth_length = embedding.get("original_max_position_embeddings", 1)
         self.sinks = nn.Parameter(torch.zeros(heads, **factory)) if config.sink == "learned" else None
@@ -106,7 +107,10 @@ class DecoderAttention(nn.Module):
         query, key, value = self._heads(query), self._heads(key), self._heads(value)
         if self.query_growth:
             query = query * self._query_factor(positions).to(query.dtype)
-        query, key, norm, angles = call_watched(query, key, norms, self.rope, positions)
+        of_text: dict[str, int] = {}
+        if self.stretches and cache is not None and cache.expected_length:
+            of_text["text_length"] = cache.expected_length
+        query, key, norm, angles = call_watched(query, key, norms, self.rope, positions, **of_text)
         registers = (None, None) if self.registers is None else self._register_key_value(self.registers, cache)
         sink = self.zero_sink if self.sinks is None else self.sinks
         # Padding comes last, so no token sees it, and without earlier tokens this is plain causal attention.

@@ -49,9 +49,9 @@ def generate(
         stop_tokens: token or tokens after which a text ends, default the config's ``eos_token_id``. An ended text is
             padded with ``pad_token_id``, or by repeating its stop token if the config has none.
         callback: called with the new tokens ``[B]`` after each step.
-        prefill_chunk: number of prompt tokens that are read at a time; it bounds memory. A prompt that dynamic RoPE
-            stretches is read at once. Later tokens stretch further, while those in the cache keep their rotation, as in
-            transformers.
+        prefill_chunk: number of prompt tokens that are read at a time; it bounds memory. Where dynamic RoPE stretches
+            a prompt, each part has the frequencies of the whole. Later tokens stretch further, while those in the cache
+            keep their rotation, as in transformers.
         cuda_graph: on a GPU, record the second step as a CUDA graph and replay it for the later ones. Pass False for a
             model that cannot be recorded, such as one with hooks or layers that read values on the host. A model with
             experts is never recorded, as the host calls those that tokens choose.
@@ -74,13 +74,9 @@ def generate(
     stop_tokens = model.config.stop_tokens if stop_tokens is None else stop_tokens
     stops = input_ids.new_tensor([stop_tokens] if isinstance(stop_tokens, int) else list(stop_tokens))
     short = model.config.longest_short_text
-    if short is not None and longest > short:  # the first chunk decides on LongRoPE's factors
-        prefill_chunk = max(prefill_chunk, short + 1)
-    plain = model.config.longest_plain_text
-    if plain is not None and longest > plain:  # each chunk would have frequencies of its own
-        prefill_chunk = max(prefill_chunk, longest)
     capacity = input_ids.shape[1] + max_new_tokens
     cache = model.make_cache(len(input_ids), max_length=capacity, device=input_ids.device)
+    cache.expect(longest)
     logits = _prefill(model, input_ids, attention_mask, cache, prefill_chunk)
     cuda_graph = cuda_graph and model.config.num_experts is None
     step = one_token(model, cache, cuda_graph=cuda_graph)
@@ -107,7 +103,8 @@ def generate(
         if mask is not None:
             mask = torch.cat((mask != 0, mask.new_ones(len(mask), len(tokens), dtype=torch.bool)), 1)
         cache = model.make_cache(len(input_ids), max_length=capacity, device=input_ids.device)
-        logits = _prefill(model, text, mask, cache, max(prefill_chunk, short + 1))
+        cache.expect(short + 1)
+        logits = _prefill(model, text, mask, cache, prefill_chunk)
         step = one_token(model, cache, cuda_graph=cuda_graph)
 
 
@@ -147,8 +144,9 @@ class Recorded:
             except RuntimeError as error:
                 raise RuntimeError(f"the model cannot be recorded, pass cuda_graph=False: {error}") from error
         else:  # a replay runs no host code, so the cache's host state is updated as the model would
+            past = self.cache.rope_length
             self.cache.longest += 1
-            self.model.model.check_length(self.cache.longest, past=self.cache.longest - 1)
+            self.model.model.check_length(self.cache.longest, past=past)
         self.graph.replay()
         assert self.logits is not None
         return self.logits.clone()

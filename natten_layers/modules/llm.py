@@ -174,7 +174,7 @@ class DecoderStack(nn.Module):
             longest = length + cache.longest if mask is None else longest_of(cache.lengths + mask.sum(1))
         elif mask is not None and length > self.config.max_positions:  # only then, as longest_of waits for the device
             longest = longest_of(mask.sum(1))
-        self.check_length(longest, past=0 if cache is None else cache.longest)
+        self.check_length(longest, past=0 if cache is None else cache.rope_length)
         if mask is not None:
             positions = torch.where(mask, positions, -1)
         x = self.embed_tokens(input_ids)
@@ -202,12 +202,13 @@ class DecoderStack(nn.Module):
             )
 
     def check_length(self, length: int, *, past: int = 0) -> None:
-        """Refuse texts longer than the positions allow, of which ``past`` tokens are in a cache."""
+        """Refuse texts longer than the positions allow, of which a cache holds keys as of ``past`` tokens."""
         short = self.longest_short_text
         if short is not None and 0 < past <= short < length:
             raise ValueError(
                 f"a cached text of {past} tokens grows to {length}, but its keys have LongRoPE's factors for up to "
-                f"original_max_position_embeddings={short}. Read the whole text at once into a new cache"
+                f"original_max_position_embeddings={short}. Read the whole text into a new cache, at once or, after "
+                "cache.expect(length), in parts"
             )
         if length > self.config.max_positions:
             raise ValueError(
@@ -287,7 +288,8 @@ class DecoderLM(nn.Module):
             attention_mask: ``[B, L]``, true or non-zero for text, false or 0 for padding, which may be anywhere. It
                 covers only ``input_ids``, not the tokens in the cache. Logits at padding have no meaning.
             cache: the earlier tokens of each text, made by :meth:`make_cache`. ``input_ids`` are added to it in place,
-                so it works only while no gradients are recorded.
+                so it works only while no gradients are recorded. Texts that LongRoPE or dynamic RoPE stretches can be
+                read in parts after ``cache.expect(length)``.
             logits_at: ``[B]`` int64, for each text the index of the only token whose logits are computed.
             cu_seqlens: ``[texts + 1]``, integers that begin with 0: where texts begin that are packed into a single
                 row of ``input_ids [1, N]``, and at last where they end. Each is computed as if it were alone: its

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
@@ -91,6 +91,7 @@ def call_watched(
     norm: HeadNorm | tuple[nn.Module, nn.Module] | None,
     rope: nn.Module | None,
     positions: Tensor | None,
+    **options: Any,
 ) -> Pending:
     """Call those normalisation and RoPE modules that cannot be fused, and describe the others for the kernels.
 
@@ -101,7 +102,7 @@ def call_watched(
         query: ``[B, *spatial, Hq, D]``.
         key: ``[B, *spatial, Hkv, D]``.
         norm: modules that normalise query and key, or the description of a normalisation.
-        rope: module that is called as ``rope(query, key, positions)``.
+        rope: module that is called as ``rope(query, key, positions, **options)``.
         positions: positions in the form that ``rope`` takes.
 
     Returns:
@@ -117,16 +118,18 @@ def call_watched(
         norm = described
     if rope is None:
         return Pending(query, key, norm, None)
-    angles = angles_of(rope, query, key, positions)
+    angles = angles_of(rope, query, key, positions, **options)
     if angles is None:
-        query, key = _rotated(rope, *normalize_and_rotate(query, key, norm, None), positions)
+        query, key = _rotated(rope, *normalize_and_rotate(query, key, norm, None), positions, **options)
         norm = None
     return Pending(query, key, norm, angles)
 
 
-def _rotated(rope: nn.Module, query: Tensor, key: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+def _rotated(
+    rope: nn.Module, query: Tensor, key: Tensor, positions: Tensor | None, **options: Any
+) -> tuple[Tensor, Tensor]:
     """Call ``rope`` and check that it returns a query and a key of the same shapes."""
-    result = rope(query, key, positions)
+    result = rope(query, key, positions, **options)
     pair = isinstance(result, tuple | list) and len(result) == 2 and all(isinstance(x, Tensor) for x in result)
     if not pair or (result[0].shape, result[1].shape) != (query.shape, key.shape):
         found = [tuple(x.shape) if isinstance(x, Tensor) else x for x in result] if pair else type(result).__name__

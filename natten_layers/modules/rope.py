@@ -183,21 +183,23 @@ class Rotary(Constants):
     def check_heads(self, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
         """Raise a ValueError for heads that this cannot rotate."""
 
-    def angles(self, query: Tensor, key: Tensor, positions: Tensor | None) -> Angles:
-        raise NotImplementedError
+    angles: Callable[..., Angles]
+    """of query, key, positions and options of each class"""
 
-    def forward(self, query: Tensor, key: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, query: Tensor, key: Tensor, positions: Tensor | None = None, **options: Any
+    ) -> tuple[Tensor, Tensor]:
         """Query and key rotated by :meth:`angles`, which says what it takes."""
         check_tensors(query=query, key=key)
-        return self.angles(query, key, positions).rotate(query, key)
+        return self.angles(query, key, positions, **options).rotate(query, key)
 
     __call__: Callable[..., tuple[Tensor, Tensor]]
 
 
-def angles_of(rope: nn.Module, query: Tensor, key: Tensor, positions: Tensor | None) -> Angles | None:
-    """By what ``rope(query, key, positions)`` rotates its arguments, or None where it has to be called."""
+def angles_of(rope: nn.Module, query: Tensor, key: Tensor, positions: Tensor | None, **options: Any) -> Angles | None:
+    """By what ``rope(query, key, positions, **options)`` rotates its arguments, or None where it has to be called."""
     if isinstance(rope, Rotary) and is_plain(rope, Rotary.forward):
-        return rope.angles(query, key, positions)
+        return rope.angles(query, key, positions, **options)
     return None
 
 
@@ -431,8 +433,9 @@ class RoPE(Rotary):
             raise ValueError(f"theta must be a positive number, got {shorten(theta)}")
         self.head_dim, self.theta, self.scaling = head_dim, theta, dict(scaling or {})
         self.attention_factor, self.interleaved = attention_factor(self.scaling), interleaved
-        self.is_dynamic = rope_type(self.scaling) == "dynamic"
-        if self.is_dynamic and head_dim == 2:
+        self.stretches = rope_type(self.scaling) in ("longrope", "dynamic")
+        """whether frequencies depend on the length of the text"""
+        if rope_type(self.scaling) == "dynamic" and head_dim == 2:
             raise ValueError('rope_type "dynamic" needs a head_dim of at least 4, got 2')
         self.register_buffer("freqs", self.default_freqs(torch.float32, device), persistent=False)
 
@@ -455,11 +458,13 @@ class RoPE(Rotary):
                 f"query has heads of {head_dim} elements; this RoPE rotates {self.head_dim}: make RoPE({head_dim})"
             )
 
-    def angles(self, query: Tensor, key: Tensor, positions: Tensor | None) -> Angles:
+    def angles(self, query: Tensor, key: Tensor, positions: Tensor | None, *, text_length: int = 0) -> Angles:
         """Of ``query [B, L, Hq, D]`` and ``key [B, L, Hkv, D]``, ``D >= head_dim``.
 
         Args:
             positions: token indices ``[L]`` or ``[B or 1, L]``; None is ``0 .. L - 1``.
+            text_length: of a text that goes on behind these tokens: LongRoPE and dynamic scaling then have the
+                frequencies of so long a text.
 
         Raises:
             ValueError: positions or heads that do not fit.
@@ -476,10 +481,10 @@ class RoPE(Rotary):
         _check_positions(positions, batch, (length,))
         exact = _angle_dtype(query) == torch.float32  # otherwise those that are held are rounded
         freqs = self.set_freqs(query.device) if exact else self.default_freqs(torch.float64, query.device)
-        if freqs.ndim == 2:
-            # Chosen on the device, which nobody then waits for.
-            is_long = positions.max() >= self.scaling["original_max_position_embeddings"]
-            freqs = torch.where(is_long, freqs[1], freqs[0])
-        if self.is_dynamic:
-            freqs = stretched_frequencies(freqs, self.theta, self.scaling, positions.max())
+        if self.stretches:
+            last = positions.max().clamp(min=text_length - 1)  # on the device, which nobody then waits for
+            if freqs.ndim == 2:
+                freqs = torch.where(last >= self.scaling["original_max_position_embeddings"], freqs[1], freqs[0])
+            else:
+                freqs = stretched_frequencies(freqs, self.theta, self.scaling, last)
         return Angles(positions[..., None], freqs[None], self.attention_factor, interleaved=self.interleaved)
