@@ -301,10 +301,13 @@ def operation(case: Case) -> Callable[..., Any]:
     return neighborhood_attention if case.shapes is None else neighborhood_attention_varlen
 
 
-def run(case: Case, inputs: Inputs, impl: Impl) -> Result:
-    """Run the public operation with one implementation, and compute the gradient of every input."""
+def run(case: Case, inputs: Inputs, impl: Impl, stored: Tensor | None = None) -> Result:
+    """Run the public operation with one implementation, and compute the gradient of every input.
+
+    With ``stored`` they are the gradients that a backward pass finds which reads the output as this one.
+    """
     out, lse = operation(case)(**arguments(case, inputs), return_lse=True, impl=impl)
-    return _with_grads(out, lse, inputs)
+    return _with_grads(out, lse, inputs, stored)
 
 
 def oracle(case: Case, inputs: Inputs) -> Result:
@@ -348,11 +351,15 @@ def _defined(case: Case, wide: Inputs, window: Window, mask: Tensor | None) -> t
     return out, (row_max + row_sum.masked_fill(nothing, 1.0).log()).masked_fill(nothing, -math.inf)
 
 
-def _with_grads(out: Tensor, lse: Tensor, inputs: Inputs) -> Result:
+def _with_grads(out: Tensor, lse: Tensor, inputs: Inputs, stored: Tensor | None = None) -> Result:
     generator = torch.Generator().manual_seed(1)
     # Every dtype represents these cotangents exactly, so implementations and oracle compute the same gradient.
-    cotangents = [torch.randint(-8, 9, t.shape, generator=generator).to(t) / 4 for t in (out, lse)]
-    grads = torch.autograd.grad((out, lse), tuple(inputs.values()), cotangents)
+    grad_out, grad_lse = (torch.randint(-8, 9, t.shape, generator=generator).to(t) / 4 for t in (out, lse))
+    if stored is not None:
+        # Kernels keep the output rounded, and read it for delta = rowsum(dOut * Out) - dLse. So an error of the output
+        # acts as one of dLse, which is large beside dP - delta where one key has nearly all of the weight.
+        grad_lse = grad_lse - (grad_out * (stored.to(out) - out.detach())).sum(-1)
+    grads = torch.autograd.grad((out, lse), tuple(inputs.values()), (grad_out, grad_lse))
     return Result(out.detach(), lse.detach(), dict(zip(inputs, grads, strict=True)))
 
 

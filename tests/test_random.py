@@ -12,7 +12,7 @@ from random import Random
 
 import pytest
 import torch
-from helpers import FLOOR, Case, Inputs, arguments, error, make_inputs, operation, run
+from helpers import FLOOR, Case, Inputs, Result, arguments, error, make_inputs, operation, run
 
 pytest.importorskip("triton")
 
@@ -33,8 +33,9 @@ LAYOUTS = ("plain", "projected", "heads first", "offset")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    seeds = metafunc.config.getoption("--seeds")
-    metafunc.parametrize("seed", range(seeds or (40 if ON_GPU else 12)))
+    if "seed" in metafunc.fixturenames:
+        seeds = metafunc.config.getoption("--seeds")
+        metafunc.parametrize("seed", range(seeds or (40 if ON_GPU else 12)))
 
 
 def draw_shapes(random: Random, longest: tuple[int, ...], steps: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
@@ -123,18 +124,39 @@ def small_problems_take_kernels_of_large_ones(monkeypatch: pytest.MonkeyPatch) -
     forget()
 
 
-def test_a_random_call(seed: int) -> None:
-    random = Random(seed)
-    case, layout = draw_case(random, packed=seed % 4 == 3), random.choice(LAYOUTS)
+def check(case: Case, layout: str, seed: int = 0) -> Result:
+    """Check the fused path, and return what it gave.
+
+    Gradients are compared with those of the output as it was rounded, which is judged by itself.
+    """
     inputs = laid_out(make_inputs(case, DEVICE, seed), layout)
     wide = {name: x.detach().double().requires_grad_() for name, x in inputs.items()}
-    expected, peer = run(case, wide, "eager").tensors(), run(case, inputs, "eager").tensors()
+    exact, peer = run(case, wide, "eager").tensors(), run(case, inputs, "eager").tensors()
     with torch.no_grad():
         alone = operation(case)(**arguments(case, inputs), impl="fused")
-    results = {"out": alone}, run(case, inputs, "fused").tensors()
-    for name, tensor in (item for tensors in results for item in tensors.items()):
+    fused = run(case, inputs, "fused")
+    expected = exact | {f"grad of {name}": x for name, x in run(case, wide, "eager", fused.out).grads.items()}
+    for name, tensor in (item for tensors in ({"out": alone}, fused.tensors()) for item in tensors.items()):
         if name in ("grad of sink", "grad of rpb"):  # sums over all tokens that may cancel; other tests check them
             continue
         limit = 2 * FLOOR[case.dtype if name.startswith("grad") else tensor.dtype]
-        limit, found = max(limit, 3 * error(peer[name], expected[name])), error(tensor, expected[name])
+        limit, found = max(limit, 3 * error(peer[name], exact[name])), error(tensor, expected[name])
         assert found <= limit, f"{name} has relative error {found:.2e}, allowed {limit:.2e}: {case!r}, {layout}"
+    return fused
+
+
+def test_a_random_call(seed: int) -> None:
+    random = Random(seed)
+    check(draw_case(random, packed=seed % 4 == 3), random.choice(LAYOUTS), seed)
+
+
+def test_gradients_of_few_scores_far_apart() -> None:
+    """They are differences of numbers that are nearly equal, of which one comes from the rounded output.
+
+    So they are far from those of the exact output, in any kernel that reads a rounded one.
+    """
+    dtype = torch.bfloat16 if ON_GPU else torch.float16  # the interpreter cannot multiply bfloat16 matrices
+    case = Case("far apart", (2,), 1, heads=4, head_dim=128, value_dim=128, registers=1, scale=-0.4, dtype=dtype)
+    fused = check(case, "plain")
+    wide = {name: x.detach().double().requires_grad_() for name, x in make_inputs(case, DEVICE).items()}
+    assert error(fused.grads["key"], run(case, wide, "eager").grads["key"]) > 2 * FLOOR[dtype]
