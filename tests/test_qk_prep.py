@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -164,6 +164,22 @@ def test_layers_keep_their_meaning(rope: nn.Module, monkeypatch: pytest.MonkeyPa
         grads[dtype] = [y, *torch.autograd.grad(y.square().sum(), list(layer.parameters()))]
     for fused, eager in zip(*grads.values(), strict=True):
         assert error(fused, eager) < 3e-6
+
+
+@pytest.mark.parametrize("impl", ["eager", "fused"])
+@pytest.mark.parametrize("kind", ["cosine", "rms"])
+def test_no_gain_is_a_gain_of_one(kind: Literal["cosine", "rms"], impl: Impl) -> None:
+    heads, dim = 2, 16
+    x = torch.randn(2, 1, 5, heads, dim, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    gain = torch.full((heads if kind == "cosine" else dim,), 3.0, device=DEVICE)
+
+    def results(key_gain: Tensor | None) -> list[Tensor]:
+        query, key = x.clone().requires_grad_()
+        prepared = normalize_and_rotate(query, key, HeadNorm(kind, gain, key_gain), None, impl=impl)
+        return [*prepared, *torch.autograd.grad(prepared, (query, key), (x[1], x[0]))]
+
+    for found, expected in zip(results(None), results(torch.ones_like(gain)), strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 def test_auto_on_a_cpu_is_eager(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,15 +35,14 @@ class HeadNorm(NamedTuple):
     """How each query and key head is normalised."""
 
     kind: Literal["cosine", "rms"]
-    query_gain: Tensor | None  # cosine: per head [Hq], None means 1; rms: per element [D]
+    query_gain: Tensor | None  # cosine: per head [Hq]; rms: per element [D]; None means 1
     key_gain: Tensor | None
     eps: float = 1e-6
 
     def apply(self, x: Tensor, gain: Tensor | None) -> Tensor:
         if self.kind == "cosine":
             return cosine_normalize(x, gain, self.eps)
-        assert gain is not None
-        return rms_normalize(x, gain, self.eps)
+        return rms_normalize(x, _element_gain(x, gain), self.eps)
 
 
 class Heads(NamedTuple):
@@ -83,6 +82,11 @@ class Pending(NamedTuple):
     key: Tensor
     norm: HeadNorm | None
     angles: Angles | None
+
+
+def _element_gain(x: Tensor, gain: Tensor | None) -> Tensor:
+    """The gain of an RMS norm, whose kernels always read one."""
+    return x.new_ones(x.shape[-1]) if gain is None else gain
 
 
 def call_watched(
@@ -200,6 +204,8 @@ def _rotation(query: Tensor, norm: HeadNorm | None, angles: Angles | None) -> QK
     """Gains, positions and frequencies in the form that the operators take."""
     positions = freqs = None
     query_gain, key_gain = (None, None) if norm is None else (norm.query_gain, norm.key_gain)
+    if norm is not None and norm.kind == "rms":
+        query_gain, key_gain = (_element_gain(query, gain) for gain in (query_gain, key_gain))
     if angles is not None:
         positions, freqs = angles.positions.contiguous(), angles.freqs.float().contiguous()
         if positions.ndim < query.ndim - 1:
