@@ -14,7 +14,7 @@ import torch
 
 from natten_layers import HDiT
 from natten_layers_cli.pictures import draw_grid, save_png
-from natten_layers_cli.running import Parser, check_device, run_command
+from natten_layers_cli.running import Parser, check_device, check_output, run_command
 from natten_layers_cli.sample_hdit import DEFAULTS, Request, class_names, sample
 
 
@@ -37,12 +37,16 @@ def run(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="to run on")
     arguments = parser.parse(argv)
     check_device(parser, arguments.device)
-    rows, labels, heads = [], [], []
-    for path, steps in arguments.models:
-        model = HDiT.from_pretrained(path).to(arguments.device)
-        objective, names = model.config.objective, class_names(model.config)
-        shown = [i % len(names) for i in range(arguments.count)] if names else []
-        heads.append([names[i] for i in shown])
+    check_output(parser, "--output", arguments.output, [".png"])
+    loaded = [HDiT.from_pretrained(path) for path, _ in arguments.models]
+    classes = [class_names(model.config) for model in loaded]
+    heads = [[names[i % len(names)] for i in range(arguments.count)] if names else [] for names in classes]
+    if any(others != heads[0] for others in heads):
+        raise ValueError(f"columns would show different classes: {', '.join(map(str, heads))}")
+    shown = [i % len(classes[0]) for i in range(arguments.count)] if classes[0] else []
+    rows, labels = [], []
+    for model, (_, steps) in zip(loaded, arguments.models, strict=True):
+        objective = model.to(arguments.device).config.objective
         for number in steps:
             request = Request(
                 classes=tuple(shown),
@@ -52,8 +56,6 @@ def run(argv: Sequence[str] | None = None) -> int:
             )
             rows.append(sample(model, model.config, request).cpu())
             labels.append(f"{objective}, {number} step{'s' if number > 1 else ''}")
-    if any(others != heads[0] for others in heads):
-        raise ValueError(f"columns would show different classes: {', '.join(map(str, heads))}")
     models = [f"{path}:{','.join(map(str, steps))}" for path, steps in arguments.models]
     save_png(draw_grid(torch.cat(rows), arguments.count, labels, heads[0]), arguments.output, {"models": models})
     print(f"wrote {arguments.output}")

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from natten_layers.integrations.diffusers import patch, unpatch
 from natten_layers.io.checkpoints import load_plain, save_plain
-from natten_layers_cli.running import check_device, run_command
+from natten_layers_cli.running import Parser, check_device, check_output, run_command, seed
 
 TINY = {
     "latent_channels": 8,
@@ -45,7 +45,7 @@ TINY_VIDEO = {"frames": 7, "height": 12, "width": 10}
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, least=dict.fromkeys(("frames", "height", "width", "repeat"), 1))
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("weights", nargs="?", type=Path, help="directory of a decoder")
     source.add_argument("--tiny", action="store_true", help="a tiny decoder with random weights, for any machine")
@@ -56,16 +56,16 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tiled", action="store_true", help="decode the last stages in overlapping tiles")
     parser.add_argument("--patched-only", action="store_true", help="leave the library's own attention out")
     parser.add_argument("--repeat", type=int, default=3, help="calls of which the shortest counts")
-    parser.add_argument("--seed", type=int, default=0, help="of what is random")
+    parser.add_argument("--seed", type=seed, default=0, help="of what is random")
     parser.add_argument("--device", default="cpu", help="to run on")
     parser.add_argument("--bf16", action="store_true", help="in bfloat16")
     parser.add_argument("--save", type=Path, help="write the video [1, 3, frames, height, width] by torch.save")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse(argv)
     if arguments.tiny:
         vars(arguments).update(TINY_VIDEO)
-    if arguments.repeat < 1:
-        parser.error(f"--repeat must be at least 1, got {arguments.repeat}")
     check_device(parser, arguments.device)
+    if arguments.save is not None:
+        check_output(parser, "--save", arguments.save)
     return arguments
 
 

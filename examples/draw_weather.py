@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
 
 from natten_layers.io.files import replacing
-from natten_layers_cli.running import Parser, run_command
+from natten_layers_cli.running import Parser, check_output, run_command
 from weather import Forecast, train, winds
 
 SHOWN = (0, 2, 4, 8)
@@ -45,6 +46,9 @@ def run(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("output", type=Path, help="the picture")
     parser.add_argument("--steps", type=int, default=1000, help="of training")
     arguments = parser.parse(argv)
+    check_output(
+        parser, "output", arguments.output, [f".{kind}" for kind in FigureCanvasBase.get_supported_filetypes()]
+    )
     figure = draw(train(arguments.steps))
     with replacing(arguments.output) as temporary:
         figure.savefig(temporary, dpi=100)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -19,7 +20,7 @@ from matplotlib.patches import Rectangle
 
 from natten_layers.geometry import make_window, window_mask
 from natten_layers.io.files import replacing
-from natten_layers_cli.running import run_command
+from natten_layers_cli.running import Parser, check_output, run_command
 
 SPATIAL = (12, 12)
 COLOURS, QUERY = ListedColormap(["#eef1f5", "#7fb2e5"]), "#d1495b"  # a key not seen and a key seen, the query
@@ -60,17 +61,18 @@ def draw_panel(axes: Axes, panel: Panel) -> None:
     axes.spines[:].set_visible(False)
 
 
-def main(argv: Sequence[str]) -> int:
-    if len(argv) != 1:
-        print("usage: python examples/draw_windows.py OUTPUT.png", file=sys.stderr)
-        return 2
+def run(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(description=__doc__)
+    parser.add_argument("output", type=Path, help="the picture")
+    output = parser.parse(argv).output
+    check_output(parser, "output", output, [f".{kind}" for kind in FigureCanvasBase.get_supported_filetypes()])
     figure = Figure(figsize=(2.1 * len(PANELS), 2.7), layout=ConstrainedLayoutEngine(w_pad=0.12))
     for axes, panel in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
         draw_panel(axes, panel)
-    with replacing(Path(argv[0])) as temporary:
+    with replacing(output) as temporary:
         figure.savefig(temporary, dpi=100)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(lambda: main(sys.argv[1:])))
+    sys.exit(run_command(run))

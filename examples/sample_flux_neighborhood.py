@@ -27,7 +27,8 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from torch import Tensor
 
 from natten_layers.integrations.diffusers import neighborhood, unpatch
-from natten_layers_cli.running import Parser, check_device, run_command
+from natten_layers.io.files import replacing
+from natten_layers_cli.running import Parser, check_device, check_output, run_command, seed
 
 TINY_TRANSFORMER: dict[str, Any] = {
     "in_channels": 16,
@@ -74,7 +75,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--stride", type=int, default=1, help="tokens on an axis that share a window, default 1")
     parser.add_argument("--layers", type=parse_layers, help="which layers get windows, as 0,3,8-56; default all")
     parser.add_argument("--compare", action="store_true", help="sample without windows too")
-    parser.add_argument("--seed", type=int, default=0, help="of what is random")
+    parser.add_argument("--seed", type=seed, default=0, help="of what is random")
     parser.add_argument("--device", default="cpu", help="to run on")
     parser.add_argument("--bf16", action="store_true", help="in bfloat16")
     parser.add_argument("--save", type=Path, help="write the image")
@@ -92,6 +93,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if len(arguments.kernel_size) > 2:
         parser.error(f"--kernel-size takes one number or two, got {arguments.kernel_size}")
     check_device(parser, arguments.device)
+    if arguments.save is not None:
+        check_output(parser, "--save", arguments.save, (".png", ".jpg", ".jpeg", ".webp"))
     return arguments
 
 
@@ -154,7 +157,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"largest difference {(image - plain).abs().max().item():.1e} of values between 0 and 1")
     unpatch(pipeline)
     if arguments.save is not None:
-        pipeline.image_processor.numpy_to_pil(image.movedim(0, -1)[None].numpy())[0].save(arguments.save)
+        with replacing(arguments.save) as temporary:
+            pipeline.image_processor.numpy_to_pil(image.movedim(0, -1)[None].numpy())[0].save(temporary)
     return 0
 
 

@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from natten_layers.convert import convert_file
+from natten_layers.io.checkpoints import hdit_file
 from natten_layers.modules.hdit_config import HDiTConfig
 
-from .running import Parser, run_command
+from .running import Parser, check_output, run_command
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -33,7 +34,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="KV heads to pool: one for all levels or one each",
     )
     parser.add_argument("--config", type=Path, help="JSON config, in place of the source's, or where it holds none")
-    return parser.parse(argv)
+    args = parser.parse(argv)
+    check_output(parser, "TARGET", hdit_file(args.target))
+    return args
 
 
 def run(args: argparse.Namespace) -> int:

@@ -32,11 +32,11 @@ from .distances import (
     open_features,
     usual_features,
 )
-from .running import Parser, check_device, list_length, run_command, seed
+from .running import Parser, check_device, check_output, list_length, run_command, seed, worker_count
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    least = {"size": 1, "batch_size": 1, "subset": 2, "subsets": 1, "num_workers": 0}
+    least = {"size": 1, "batch_size": 1, "subset": 2, "subsets": 1}
     parser = Parser(description=__doc__, least=least)
     parser.add_argument("images", type=Path, metavar="IMAGES", help="folder of images to evaluate, all of one size")
     parser.add_argument("reference", metavar="DIR|hf:OWNER/NAME", help="images to compare them with")
@@ -56,7 +56,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=64, help="images at a time, default: %(default)s")
     parser.add_argument(
         "--num-workers",
-        type=int,
+        type=worker_count,
         default=default_workers(4),
         help="processes that load images, default: 4, or as many as there are cores",
     )
@@ -67,6 +67,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         arguments.features = INCEPTION if arguments.weights else usual_features()
     if arguments.weights and arguments.features != INCEPTION:
         parser.error(f"--weights are of --features {INCEPTION}")
+    if arguments.output:
+        check_output(parser, "--output", arguments.output)
     return arguments
 
 

@@ -40,6 +40,8 @@ MOST_TEXT = 4000
 MOST_INT = 2**63 - 1  # that of PyTorch's sizes and numbers
 MOST_LENGTH = 10**6
 """A list of Python has no more entries here: a longer one fills memory before anybody says that it is too long."""
+MOST_WORKERS = 256
+"""processes that load images, of one that trains: more of them than a machine can start end the machine's work"""
 MOST_SEED = 2**32 - 1
 """A seed and the number of a step, side by side, are the seed of the step, of which PyTorch reads 64 bits."""
 
@@ -162,6 +164,11 @@ def list_length(text: str) -> int:
     return value
 
 
+def worker_count(text: str) -> int:
+    """The type of ``--num-workers``."""
+    return _integer(text, 0, MOST_WORKERS)
+
+
 def _integer(text: str, least: int = -MOST_INT, most: int = MOST_INT) -> int:
     try:
         value = int(text)
@@ -268,6 +275,22 @@ def check_device(parser: argparse.ArgumentParser, device: str) -> None:
             torch.ones((), device=kind).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch has no one type for it
         parser.error(f"--device {device}: {one_line(error).split('. ')[0]}")
+
+
+def check_output(parser: argparse.ArgumentParser, name: str, path: Path, suffixes: Collection[str] = ()) -> None:
+    """End with a usage error where the file that a command writes at its end cannot be written: before its work.
+
+    Args:
+        name: of the flag or argument that gave ``path``.
+        suffixes: of the formats that the command writes, if the name chooses one.
+    """
+    if suffixes and path.suffix.lower() not in suffixes:
+        parser.error(f"{name} must end with {' or '.join(suffixes)}, got {path}")
+    if path.is_dir():
+        parser.error(f"{name} {path} is a folder: name a file in it")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())  # what is missing is made
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        parser.error(f"{name} {path}: nothing can be written to {folder}")
 
 
 class Signals:

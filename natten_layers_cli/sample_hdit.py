@@ -29,7 +29,17 @@ from natten_layers import Denoiser, HDiT, HDiTConfig, MeanFlow
 from .diffusion import SAMPLERS, guided, karras_sigmas, sample_meanflow
 from .pictures import draw_grid, read_record, save_png, to_image
 from .progress import progress
-from .running import MOST_LENGTH, MOST_SEED, Parser, check_device, list_length, run_command, running_alone, seed
+from .running import (
+    MOST_LENGTH,
+    MOST_SEED,
+    Parser,
+    check_device,
+    check_output,
+    list_length,
+    run_command,
+    running_alone,
+    seed,
+)
 
 MEANFLOW = "meanflow"
 LONGEST_NAME = 200  # bytes of a class in the name of a file, which may have 255
@@ -252,12 +262,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--reproduce makes what its grid says: leave --{beside[0].replace('_', '-')} away")
     if {"output", "out"} <= given:
         parser.error("--out writes single images and --output a grid: leave one of them away")
-    output = arguments.output
-    if output.suffix.lower() != ".png":
-        parser.error(f"--output must end with .png, which holds how the grid was made, got {output}")
-    folder = next(path for path in output.absolute().parents if path.exists())  # what is missing is made
-    if not (arguments.reproduce or arguments.out) and not (folder.is_dir() and os.access(folder, os.W_OK)):
-        parser.error(f"--output {output}: nothing can be written to {folder}")
+    if not (arguments.reproduce or arguments.out):
+        check_output(parser, "--output", arguments.output, [".png"])  # which holds how the grid was made
     return arguments
 
 

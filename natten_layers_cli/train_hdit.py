@@ -80,6 +80,7 @@ from .running import (
     positive,
     run_command,
     seed,
+    worker_count,
     writing,
 )
 from .sample_hdit import DEFAULTS, Request, digest, picture, sample_batches
@@ -99,7 +100,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Flags win over the config's "run" section, and that over the defaults here, which are k-diffusion's."""
     counts = ("batch_size", "grad_accum_steps", "save_every", "sample_n", "sample_steps", "end_step", "eval_every")
-    naturals = ("demo_every", "num_workers", "keep", "held_out", "eval_samples")
+    naturals = ("demo_every", "keep", "held_out", "eval_samples")
     least = {name: 1 if name in counts else 0 for name in (*counts, *naturals)}
     parser = Parser(description=__doc__, epilog=SIGNALS_HELP, least=least)
     switch = argparse.BooleanOptionalAction
@@ -147,7 +148,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         default="one",
         help="one: images are cropped to the config's size; none: they keep their shapes, at about as many pixels",
     )
-    parser.add_argument("--batch-size", type=int, default=64, help="images per process and accumulation step")
+    parser.add_argument("--batch-size", type=list_length, default=64, help="images per process and accumulation step")
     parser.add_argument("--grad-accum-steps", type=list_length, default=1, help="batches per optimiser step")
     parser.add_argument("--end-step", type=int, help="stop after so many steps in all; default: at Ctrl-C")
     parser.add_argument("--demo-every", type=int, default=500, help="steps between grids of samples, 0 for none")
@@ -166,7 +167,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--eval-every", type=int, default=500, help="steps between measures of the held-out images' loss and of samples"
     )
-    parser.add_argument("--sample-n", type=int, default=8, help="images per class in a grid")
+    parser.add_argument("--sample-n", type=list_length, default=8, help="images per class in a grid")
     parser.add_argument(
         "--sample-steps", type=list_length, help="steps of the sampler; default: 50, or 1 with meanflow"
     )
@@ -178,7 +179,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--wandb", metavar="PROJECT", help="draw curves and grids in this project of Weights & Biases")
     parser.add_argument(
         "--num-workers",
-        type=int,
+        type=worker_count,
         default=default_workers(8),
         help="processes that load images, default: 8, or as many as there are cores",
     )

@@ -100,7 +100,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="files do not see each other, and begin at 0",
     )
     train.add_argument("--end-step", type=int, default=800, help="stop after so many steps in all")
-    train.add_argument("--batch-size", type=int, default=16, help="examples per process and accumulation step")
+    train.add_argument("--batch-size", type=list_length, default=16, help="examples per process and accumulation step")
     train.add_argument("--grad-accum-steps", type=list_length, default=1, help="batches per optimiser step")
     train.add_argument(
         "--lr", type=positive, help="after warm-up; a cosine takes it to a tenth; default: 3e-3, or 2e-5"

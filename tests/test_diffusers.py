@@ -289,7 +289,11 @@ def test_the_example_of_flux_samples(capsys: pytest.CaptureFixture[str], tmp_pat
         ("decode_ltx", ["--tiny", "--device", "nosuch"], "error: --device nosuch: Expected one of cpu, cuda"),
         ("sample_flux_neighborhood", ["--tiny", "--device", "cuda:77"], "error: --device cuda:77: this PyTorch finds"),
         ("sample_flux_neighborhood", ["nowhere"], "error: nowhere is not a directory of a FLUX pipeline"),
-        ("draw_windows", ["/dev/null/x.png"], "error: cannot write /dev/null/x.png: "),
+        ("decode_ltx", ["--tiny", "--frames", "-1"], "error: --frames must be at least 1, got -1"),
+        ("decode_ltx", ["--tiny", "--seed", "-1"], "error: argument --seed: must be from 0 to 4294967295, got -1"),
+        ("decode_ltx", ["nowhere", "--save", "/dev/null/x.pt"], "error: --save /dev/null/x.pt: nothing can be written"),
+        ("sample_flux_neighborhood", ["nowhere", "--save", "x.xyz"], "error: --save must end with .png or .jpg or "),
+        ("draw_windows", ["/dev/null/x.png"], "error: output /dev/null/x.png: nothing can be written to /dev/null"),
     ],
 )
 def test_examples_say_in_one_line_what_is_wrong(

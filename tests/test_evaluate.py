@@ -147,7 +147,13 @@ def test_evaluate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert f"Fréchet distance: {found[-1][0]:.6g}\nkernel distance: {found[-1][1]:.6g}\n" in said
     assert "by 224 features of random-convolutions, 4 images against 5, at 8x8\nno FID and no KID" in said
     assert "note: of no more images than features" in said
-    assert run(images, images, "--output", tmp_path / "numbers.json" / "x") == 2  # which loses no numbers
+
+    def full(path: Path) -> None:
+        raise OSError(f"cannot write {path}: No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "replacing", full)
+        assert run(images, images, "--output", tmp_path / "numbers.json") == 2  # which loses no numbers
     assert 0 <= float(capsys.readouterr().out.split("Fréchet distance: ")[1].split()[0]) < 1e-6
     assert run(images, reference, "--subset", 3, "--subsets", 5) == 0
     assert re.search(r"kernel distance: \S+ ± 0?\.\d", capsys.readouterr().out)

@@ -54,6 +54,26 @@ def test_the_readme_s_picture_of_the_weather_is_drawn(tmp_path: Path) -> None:
         assert picture.width == 1200
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("weather.xyz", "output must end with .eps or "),
+        ("weather", "output must end with .eps or "),
+        ("folder.png", "folder.png is a folder: name a file in it"),
+        ("file/weather.png", "file/weather.png: nothing can be written to "),
+    ],
+)
+def test_pictures_that_cannot_be_written_are_refused_before_the_work(
+    name: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(draw_weather, "train", lambda steps: pytest.fail("trained"))
+    with pytest.raises(SystemExit, match="2"):
+        draw_weather.run([str(tmp_path / name)])
+    assert said in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_forecasts_do_not_know_where_the_map_is_cut() -> None:
     torch.manual_seed(0)
     model, wind = weather.Forecast(), weather.winds(1)[:, 0]

@@ -173,6 +173,11 @@ def load_tensors(
     model.load_state_dict(state, assign=True)
 
 
+def hdit_file(path: Path) -> Path:
+    """The file that :func:`write_hdit` writes."""
+    return path if path.suffix == ".safetensors" else path / WEIGHTS
+
+
 def write_hdit(
     path: str | os.PathLike[str], model: nn.Module, config: Mapping[str, Any], dtype: torch.dtype | None
 ) -> Path:
@@ -192,8 +197,7 @@ def write_hdit(
         ValueError: a tensor is sharded or on the meta device, or ``dtype`` none that weights may have.
     """
     check_dtype(dtype)
-    path = Path(path)
-    path = path if path.suffix == ".safetensors" else path / WEIGHTS
+    path = hdit_file(Path(path))
     state = model.state_dict()
     check_writable(state, path)
     parameters = {name for name, _ in model.named_parameters()}
