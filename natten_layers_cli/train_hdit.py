@@ -36,7 +36,7 @@ from natten_layers import HDiT, HDiTConfig
 from natten_layers.io.checkpoints import load_tensors, read_hdit
 from natten_layers.io.files import read_json
 from natten_layers.io.schema import check_keys
-from natten_layers.modules.hdit_config import axis_grid, check_axis
+from natten_layers.modules.hdit_config import IMAGE_AXES, axis_grid, check_axis
 from natten_layers.wording import shorten
 
 from .boards import Boards, Log
@@ -334,14 +334,17 @@ class Trainer:
             if plan.mapping_cond_dim:
                 raise ValueError("model.mapping_cond_dim: no data of this command has a mapping_cond; leave it out")
             check_schedule(config["lr_sched"])
-            for axis, size, patch in zip(("height", "width"), plan.input_size, plan.patch_size, strict=True):
+            for axis, size, patch in zip(IMAGE_AXES, plan.input_size, plan.patch_size, strict=True):
                 check_axis(axis, size, patch, plan.levels)
         dataset = config["dataset"]
         fit = None
         if self.arguments.buckets == "none":
             if self.processes.fsdp:  # which runs in step, but processes see other numbers of shapes
                 raise ValueError("--buckets none does not go with --fsdp: leave one of them out")
-            units, least = zip(*(axis_grid(patch, plan.levels) for patch in plan.patch_size), strict=True)
+            if any(level.wraps(axis) for level in plan.levels for axis in IMAGE_AXES):
+                raise ValueError("--buckets none does not go with is_periodic, for which images have one aspect ratio")
+            axes = zip(IMAGE_AXES, plan.patch_size, strict=True)
+            units, least = zip(*(axis_grid(axis, patch, plan.levels) for axis, patch in axes), strict=True)
             fit = KeepShape(units, least)
         with naming(arguments.config) if arguments.data is None else nullcontext():
             self.source = open_source(dataset, plan.input_size, plan.input_channels, fit)

@@ -33,7 +33,7 @@ from natten_layers.kernels.host.problem import Inputs, Options, device_traits, p
 from natten_layers.kernels.host.tiling import Kind, ProblemClass, TileConfig
 from natten_layers.kernels.host.tuned import cache_file, write_tuned
 from natten_layers.kernels.host.variant import Question
-from natten_layers.modules.hdit_config import HDiTConfig, check_axis
+from natten_layers.modules.hdit_config import IMAGE_AXES, HDiTConfig, check_axis
 from natten_layers.modules.llm_config import DecoderLMConfig
 from natten_layers.operations import neighborhood_attention
 from natten_layers.tune import Found, Timer, tune, tune_variants
@@ -63,12 +63,16 @@ class Call:
     heads: int
     kv_heads: int
     head_dim: int
+    is_periodic: tuple[bool, ...] = ()
+    """Empty if no axis is periodic."""
 
     def __str__(self) -> str:
         tokens, kernel_size = ("x".join(map(str, axes)) for axes in (self.tokens, self.kernel_size))
         dilation = "" if set(self.dilation) == {1} else f", dilation {'x'.join(map(str, self.dilation))}"
         heads = f"{self.heads} heads" + (f" over {self.kv_heads}" if self.kv_heads != self.heads else "")
         causal = ", causal" if self.is_causal else ""
+        rings = [axis for axis, flag in zip(IMAGE_AXES, self.is_periodic, strict=False) if flag]
+        causal += f", periodic {' and '.join(rings)}" if rings else ""
         return f"{tokens} tokens, window {kernel_size}{dilation}{causal}, {heads} of {self.head_dim}"
 
 
@@ -99,7 +103,7 @@ def _calls_of_hdit(config: HDiTConfig, size: tuple[int, ...] | None) -> list[Cal
     size = config.input_size if size is None else size
     if len(size) != 2:
         raise ValueError(f"an image has a height and a width, such as 256x256, got {'x'.join(map(str, size))}")
-    for axis, length, patch in zip(("height", "width"), size, config.patch_size, strict=True):
+    for axis, length, patch in zip(IMAGE_AXES, size, config.patch_size, strict=True):
         check_axis(axis, length, patch, config.levels)
     calls = []
     for i, level in enumerate(config.levels):
@@ -107,7 +111,9 @@ def _calls_of_hdit(config: HDiTConfig, size: tuple[int, ...] | None) -> list[Cal
             grid = tuple(n // (patch << i) for n, patch in zip(size, config.patch_size, strict=True))
             kernel_size, dilation = (level.kernel_size,) * 2, (level.dilation,) * 2
             kv_heads = level.num_kv_heads or level.num_heads
-            calls.append(Call(grid, kernel_size, dilation, False, level.num_heads, kv_heads, level.d_head))
+            heads = level.num_heads, kv_heads, level.d_head
+            rings = tuple(map(level.wraps, IMAGE_AXES))
+            calls.append(Call(grid, kernel_size, dilation, False, *heads, rings if any(rings) else ()))
     return calls
 
 
@@ -215,7 +221,9 @@ def _questions(call: Call, heads: Sequence[Tensor]) -> dict[Kind, Question]:
     """What is asked about each kernel of a call that is trained."""
     query, key, value = heads
     rank = len(call.tokens)
-    options = Options(None, call.kernel_size, (1,) * rank, call.dilation, (call.is_causal,) * rank, 1.0)
+    options = Options(
+        None, call.kernel_size, (1,) * rank, call.dilation, (call.is_causal,) * rank, 1.0, call.is_periodic
+    )
     problem = problem_of(Inputs(query, key, value), options)
     return {
         "forward": Question(problem),
@@ -264,7 +272,14 @@ def _tune_call(args: argparse.Namespace, call: Call, timer: Timer) -> int:
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return neighborhood_attention(
-            q, k, v, call.kernel_size, dilation=call.dilation, is_causal=call.is_causal, impl="fused"
+            q,
+            k,
+            v,
+            call.kernel_size,
+            dilation=call.dilation,
+            is_causal=call.is_causal,
+            is_periodic=call.is_periodic or False,
+            impl="fused",
         )
 
     # Arguments that do not fit, and a file that is damaged or cannot be written, must fail before the search.

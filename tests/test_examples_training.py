@@ -497,6 +497,10 @@ def test_what_does_not_keep_its_shape(tmp_path: Path, capsys: pytest.CaptureFixt
     processes.fsdp = True
     with pytest.raises(ValueError, match="--buckets none does not go with --fsdp"):
         train_hdit.Trainer(arguments, processes, RunFiles(str(tmp_path / "a")))
+    config = write_config(tmp_path)
+    config.write_text(config.read_text().replace('"d_head": 8', '"d_head": 8, "is_periodic": [false, true]'))
+    assert train(config, "a", "--buckets", "none") == 2
+    assert "--buckets none does not go with is_periodic" in capsys.readouterr().err
 
 
 def test_weights_and_biases(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import json
 import re
@@ -12,12 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import error, randomize
+from helpers import error, raises_naming, randomize
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from natten_layers import Denoiser, HDiT, HDiTConfig, LevelConfig
 from natten_layers.modules.attention import NeighborhoodGQA
+from natten_layers.modules.hdit_config import axis_grid, check_axis
 from natten_layers.modules.hdit_layers import ShiftedWindowGQA
 
 GOLDEN = Path(__file__).parent / "data" / "hdit"
@@ -129,6 +131,12 @@ def test_json_defaults() -> None:
         {"dropout_rate": None, "d_ffs": None, "self_attns": None, "mapping_d_ff": None, "augment_wrapper": False},
         {"self_attns": [{"type": "global"}, {"type": "none"}, {"type": "shifted-window", "window_size": 8}]},
         {"self_attns": [{"type": "global", "num_kv_heads": 1}, {"type": "none"}, {"type": "global", "sink": "zero"}]},
+        {
+            "self_attns": [
+                {"type": "neighborhood", "is_periodic": [False, True]},
+                *[{"type": "global", "is_periodic": True}] * 2,
+            ]
+        },
         {"depths": [8], "widths": [256], "input_channels": 1, "input_size": [28, 28], "mapping_cond_dim": 7},
     ],
 )
@@ -156,6 +164,20 @@ def test_json_of_an_original_model_holds_only_original_keys() -> None:
     assert out["model"]["self_attns"][2] == {"type": "global", "d_head": 64}
 
 
+def test_json_of_rings() -> None:
+    levels = [
+        {"type": "neighborhood", "is_periodic": [False, True]},
+        {"type": "neighborhood", "is_periodic": True},
+        {"type": "global", "is_periodic": [False, False]},
+    ]
+    config = HDiTConfig.from_json({"model": MODEL | {"self_attns": levels}})
+    assert [level.is_periodic for level in config.levels] == [(False, True), True, (False, False)]
+    assert [level.wraps("height") for level in config.levels] == [False, True, False]
+    assert [level.wraps("width") for level in config.levels] == [True, True, False]
+    out = config.to_json()["model"]["self_attns"]
+    assert [entry["is_periodic"] for entry in out] == [[False, True], True, [False, False]]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -171,6 +193,14 @@ def test_json_of_an_original_model_holds_only_original_keys() -> None:
         ({"patch_size": [4]}, r'"patch_size"\] must be an int of at least 1 or a list of 2, .* got \[4\]'),
         ({"mapping_width": 0}, r'"mapping_width"\] must be an int of at least 2, got 0'),
         ({"self_attns": [{"type": "global", "dilation": 2}] * 3}, "dilation 2 applies to neighborhood attention"),
+        (
+            {"self_attns": [{"type": "global", "is_periodic": [True]}] * 3},
+            "is_periodic.* must be true or false or a list",
+        ),
+        (
+            {"self_attns": [{"type": "shifted-window", "window_size": 4, "is_periodic": True}] * 3},
+            "is_periodic True applies to neighborhood and global attention, not to shifted-window",
+        ),
     ],
 )
 def test_json_errors(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -205,6 +235,61 @@ def test_levels_hold_the_options_asked_for() -> None:
         (4, 2, 3, 2),
     ]
     assert [m.registers.shape[0] for m in layers if m.registers is not None] == [3, 2, 3]
+
+
+def ring_config(is_periodic: bool | tuple[bool, bool], **options: Any) -> HDiTConfig:
+    fine = LevelConfig(2, 32, d_head=16, kernel_size=3, dilation=2, is_periodic=is_periodic)
+    coarse = LevelConfig(1, 32, d_head=16, kernel_size=3, sink="zero", is_periodic=is_periodic)
+    middle = LevelConfig(1, 32, "global", d_head=16, is_periodic=is_periodic)
+    defaults: dict[str, Any] = {"patch_size": (1, 2), "input_size": (24, 96), "mapping_width": 16, "mapping_depth": 1}
+    return HDiTConfig((fine, coarse, middle), **defaults | options)
+
+
+@pytest.mark.parametrize("is_periodic", [False, True, (False, True), (True, False)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_image_that_is_rolled_around_a_ring_is_denoised_alike(
+    is_periodic: bool | tuple[bool, bool], packed: bool
+) -> None:
+    """By whole tokens of the coarsest level, which are 4 x 8 pixels; around an axis that is no ring, it is not."""
+    config = ring_config(is_periodic)
+    model = randomize(HDiT(config)).double().eval()
+    x, sigma = torch.randn(1, 3, 24, 96, dtype=F64), torch.tensor([0.5], dtype=F64)
+
+    def denoise(x: Tensor) -> Tensor:
+        if not packed:
+            return model(x, sigma)
+        return model(x[0].flatten(1).T, sigma, shapes=[(24, 96)]).T.unflatten(1, (24, 96))[None]
+
+    for axis, pixels, rolls in ((2, 4, config.levels[0].wraps("height")), (3, 8, config.levels[0].wraps("width"))):
+        difference = (denoise(x.roll(pixels, axis)) - denoise(x).roll(pixels, axis)).abs().max()
+        assert difference < 1e-4 if rolls else difference > 1  # whole turns are rounded to fp32
+
+
+def test_rings_come_back_from_files(tmp_path: Path) -> None:
+    model = randomize(HDiT(ring_config((False, True))))
+    model.save_pretrained(tmp_path)
+    loaded = HDiT.from_pretrained(tmp_path)
+    assert loaded.config == model.config
+    x, sigma = torch.randn(1, 3, 24, 96), torch.tensor([0.5])
+    torch.testing.assert_close(loaded(x, sigma), model.eval()(x, sigma), rtol=1e-4, atol=1e-4)
+    layers = [m for m in loaded.modules() if isinstance(m, NeighborhoodGQA)]
+    assert [m.is_periodic for m in layers] == [(False, True)] * 3 + [False] + [(False, True)] * 3
+
+
+def test_images_that_rings_do_not_fit() -> None:
+    model, sigma = HDiT(ring_config((False, True))), torch.tensor([0.5])
+    model(torch.randn(1, 3, 48, 192), sigma)
+    model(torch.randn(1, 3, 24, 192), sigma)  # the width is the long side still
+    with raises_naming("width", "48x48", "1 long", "ring of 2", "input_size 24x96"):
+        model(torch.randn(1, 3, 48, 48), sigma)
+    model = HDiT(ring_config(True))
+    with raises_naming("height", "24x192", "0.5 long", "ring of 1", "input_size 24x96"):
+        model(torch.randn(1, 3, 24, 192), sigma)
+    odd = dataclasses.replace(ring_config(True).levels[0], dilation=3, kernel_size=2)
+    assert axis_grid("width", 2, [odd]) == (6, 12)
+    assert axis_grid("width", 2, [dataclasses.replace(odd, is_periodic=(True, False))]) == (2, 12)
+    with raises_naming("image width 32 has 16 tokens on level 0, a ring that dilation 3 does not divide", "30 or 36"):
+        check_axis("width", 32, 2, [odd])
 
 
 def test_shift_alternates_over_the_layers_of_a_level() -> None:

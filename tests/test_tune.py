@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -395,6 +396,11 @@ def test_calls_of_models(tmp_path: Path) -> None:
     ]
     assert command.calls_of_model(hdit, None) == levels
     assert [call.tokens for call in command.calls_of_model(hdit, (32, 32))] == [(8, 8), (4, 4)]
+    fine, *others = HDIT["model"]["self_attns"]
+    panorama = HDIT["model"] | {"self_attns": [fine | {"is_periodic": [False, True]}, *others]}
+    ring, line = command.calls_of_model(as_file(tmp_path, {"model": panorama}), None)
+    assert (ring, line) == (dataclasses.replace(levels[0], is_periodic=(False, True)), levels[1])
+    assert str(ring).startswith("16x24 tokens, window 5x5, periodic width, 2 heads")
     decoder = as_file(tmp_path, MISTRAL)
     windows = command.Call((32,), (8,), (1,), True, 4, 2, 8)  # four windows long
     assert command.calls_of_model(tmp_path, None) == command.calls_of_model(decoder, None) == [windows]

@@ -32,8 +32,17 @@ from ..wording import with_type
 from .attention import NeighborhoodGQA
 from .base import at_least_fp32, reset_children
 from .feed_forward import GEGLU
-from .hdit_config import HDiTConfig, check_axis
-from .hdit_layers import MERGED, FourierFeatures, MappingNetwork, PatchOut, TokenMerge, TokenSplit, make_level
+from .hdit_config import IMAGE_AXES, HDiTConfig, check_axis
+from .hdit_layers import (
+    MERGED,
+    FourierFeatures,
+    MappingNetwork,
+    PatchOut,
+    TokenMerge,
+    TokenSplit,
+    check_rings,
+    make_level,
+)
 from .norm import RMSNorm
 from .packed_images import PackedImages, join_blocks
 from .rope import Positions, make_axial_pos
@@ -305,8 +314,9 @@ class HDiT(nn.Module):
         if tuple(sigma.shape) != (count,):
             raise ValueError(f"sigma has shape {tuple(sigma.shape)}; expected [{count}], one per image")
         for shape in dict.fromkeys(sizes):
-            for axis, size, patch in zip(("height", "width"), shape, self.config.patch_size, strict=True):
+            for axis, size, patch in zip(IMAGE_AXES, shape, self.config.patch_size, strict=True):
                 check_axis(axis, size, patch, self.config.levels)
+            check_rings(shape, self.config)
 
     def param_groups(self, lr: float, weight_decay: float, *, mapping_lr_scale: float = 1 / 3) -> list[dict[str, Any]]:
         """Parameter groups for an optimizer, as in k-diffusion's training script.

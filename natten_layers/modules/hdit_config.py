@@ -28,6 +28,8 @@ __all__ = ["HDiTConfig", "LevelConfig"]
 
 MODEL_TYPE = "image_transformer_v2"
 Objective = Literal["diffusion", "meanflow"]
+Axis = Literal["height", "width"]
+IMAGE_AXES: tuple[Axis, Axis] = ("height", "width")
 AttentionType = Literal["neighborhood", "global", "shifted-window", "none"]
 MappingWidth = Annotated[int, Between(2, 2**31 - 1)]
 Depth = Annotated[int, Between(0, MOST_LAYERS)]
@@ -35,7 +37,7 @@ Depth = Annotated[int, Between(0, MOST_LAYERS)]
 # Keys of an entry of "self_attns": first k-diffusion's, then this library's own. The latter are written only where an
 # option differs from its default, so that k-diffusion can read every config without such options.
 SHARED_KEYS = ("d_head", "kernel_size", "window_size")
-OWN_KEYS = ("num_kv_heads", "num_registers", "sink", "dilation")
+OWN_KEYS = ("num_kv_heads", "num_registers", "sink", "dilation", "is_periodic")
 KEYS_OF_TYPE = {
     "neighborhood": ("d_head", "kernel_size"),
     "global": ("d_head",),
@@ -187,6 +189,11 @@ class LevelConfig:
     sink: Literal["zero", "learned"] | None = None
     dilation: Count = 1
     """Dilation of neighborhood attention on both axes."""
+    is_periodic: bool | tuple[bool, bool] = False
+    """Whether both axes, or height and width, are rings, such as longitudes: windows of neighborhood attention wrap
+    around them, and positions come back to the same place, in global attention too. If all levels have a ring, and no
+    register tokens, which have no position, an image that is rolled by whole tokens of the last level gives the rolled
+    result."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -198,6 +205,15 @@ class LevelConfig:
             raise ValueError("shifted-window attention needs window_size")
         if self.attention != "neighborhood" and self.dilation != 1:
             raise ValueError(f"dilation {self.dilation} applies to neighborhood attention, not to {self.attention}")
+        if self.attention not in ("neighborhood", "global") and any(map(self.wraps, IMAGE_AXES)):
+            raise ValueError(
+                f"is_periodic {self.is_periodic} applies to neighborhood and global attention, not to {self.attention}"
+            )
+
+    def wraps(self, axis: Axis) -> bool:
+        """Whether an axis is a ring."""
+        flags = self.is_periodic
+        return flags if isinstance(flags, bool) else flags[IMAGE_AXES.index(axis)]
 
     @property
     def num_heads(self) -> int:
@@ -210,6 +226,8 @@ class LevelConfig:
         if self.attention != "none":
             changed = (key for key in OWN_KEYS if getattr(self, key) != getattr(type(self), key))
             entry |= {key: getattr(self, key) for key in changed}
+        if isinstance(self.is_periodic, tuple) and "is_periodic" in entry:
+            entry["is_periodic"] = list(self.is_periodic)
         return entry
 
 
@@ -272,7 +290,8 @@ class HDiTConfig:
     def from_json(cls, source: Mapping[str, Any] | str | Path) -> HDiTConfig:
         """Read k-diffusion's JSON form and fill in k-diffusion's defaults.
 
-        Entries of "self_attns" take this library's options too: "num_kv_heads", "num_registers", "sink", "dilation".
+        Entries of "self_attns" take this library's options too: "num_kv_heads", "num_registers", "sink", "dilation",
+        "is_periodic".
         "has_variance", "skip_stages" and "augment_wrapper" are kept but have no effect, as in k-diffusion, whose
         models of this type do not have those parts.
 
@@ -339,7 +358,7 @@ class HDiTConfig:
         return other | {"model": other.get("model", {}) | model, "dataset": other.get("dataset", {}) | dataset}
 
 
-def axis_grid(patch: int, levels: Sequence[LevelConfig]) -> tuple[int, int]:
+def axis_grid(axis: Axis, patch: int, levels: Sequence[LevelConfig]) -> tuple[int, int]:
     """What the pixels of an image's axis must be a multiple of to fit all levels, and the least number of them."""
     unit, least = 1, 1
     for index, level in enumerate(levels):
@@ -347,11 +366,12 @@ def axis_grid(patch: int, levels: Sequence[LevelConfig]) -> tuple[int, int]:
         window = level.window_size if level.attention == "shifted-window" else None
         unit = math.lcm(unit, pixels * (window or 1))
         if level.attention == "neighborhood":
+            unit = math.lcm(unit, pixels * (level.dilation if level.wraps(axis) else 1))
             least = max(least, pixels * level.kernel_size * level.dilation)
     return unit, -(-least // unit) * unit
 
 
-def check_axis(axis: str, size: int, patch: int, levels: Sequence[LevelConfig]) -> None:
+def check_axis(axis: Axis, size: int, patch: int, levels: Sequence[LevelConfig]) -> None:
     """Raise if an axis of the image does not fit a level; tokens of a level are ``patch * 2**index`` pixels long."""
     for index, level in enumerate(levels):
         pixels = patch * 2**index
@@ -362,15 +382,17 @@ def check_axis(axis: str, size: int, patch: int, levels: Sequence[LevelConfig]) 
         elif level.attention == "neighborhood" and tokens < reach:
             product = f"kernel_size * dilation = {level.kernel_size} * {level.dilation}"
             fault = f"has {tokens} tokens on level {index}, fewer than {product}"
+        elif level.wraps(axis) and tokens % level.dilation:
+            fault = f"has {tokens} tokens on level {index}, a ring that dilation {level.dilation} does not divide"
         elif level.attention == "shifted-window" and level.window_size is not None and tokens % level.window_size:
             fault = f"has {tokens} tokens on level {index}, not a multiple of window_size {level.window_size}"
         if fault is not None:
-            raise ValueError(f"image {axis} {size} {fault}; use {_nearest_sizes(size, patch, levels)} pixels")
+            raise ValueError(f"image {axis} {size} {fault}; use {_nearest_sizes(axis, size, patch, levels)} pixels")
 
 
-def _nearest_sizes(size: int, patch: int, levels: Sequence[LevelConfig]) -> str:
+def _nearest_sizes(axis: Axis, size: int, patch: int, levels: Sequence[LevelConfig]) -> str:
     """Describe the lengths nearest to ``size`` that fit all levels, not only the one that raised."""
-    unit, least = axis_grid(patch, levels)
+    unit, least = axis_grid(axis, patch, levels)
     below, above = size // unit * unit, -(-max(size, least) // unit) * unit
     return f"{below} or {above}" if below >= least else f"at least {above}"
 

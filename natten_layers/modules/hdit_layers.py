@@ -6,6 +6,7 @@ Shapes are those of ``hdit.py``.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,11 +17,11 @@ from ..operations import neighborhood_attention
 from .attention import NeighborhoodGQA
 from .base import Constants, at_least_fp32, default_dtype
 from .feed_forward import GEGLU
-from .hdit_config import HDiTConfig, LevelConfig
+from .hdit_config import IMAGE_AXES, HDiTConfig, LevelConfig
 from .norm import AdaRMSNorm, RMSNorm
 from .packed_images import PackedImages, join_blocks, split_blocks
 from .query_key import Heads, Prepared, Projected
-from .rope import AxialRoPE, Positions
+from .rope import AxialRoPE, Positions, axial_bounds
 
 __all__ = [
     "MERGED",
@@ -30,6 +31,7 @@ __all__ = [
     "TokenMerge",
     "TokenSplit",
     "TransformerLayer",
+    "check_rings",
     "make_level",
 ]
 
@@ -196,9 +198,30 @@ class ShiftedWindowGQA(NeighborhoodGQA):
         )
 
 
-def _make_attention(level: LevelConfig, index: int) -> NeighborhoodGQA:
+def _ring_lengths(size: Sequence[int], patch_size: Sequence[int]) -> tuple[float, float]:
+    """How long the axes of an image are in the positions of its tokens, which do not differ between levels."""
+    height, width = (pixels // patch for pixels, patch in zip(size, patch_size, strict=True))
+    bounds = axial_bounds(height, width)
+    return 2 * bounds[0], 2 * bounds[1]
+
+
+def check_rings(size: Sequence[int], config: HDiTConfig) -> None:
+    """Raise if a periodic axis of an image is not as long, in positions, as the ring that the model has learned."""
+    lengths, expected = (_ring_lengths(one, config.patch_size) for one in (size, config.input_size))
+    for axis, length, period in zip(IMAGE_AXES, lengths, expected, strict=True):
+        if any(level.wraps(axis) for level in config.levels) and abs(length - period) > 1e-6 * period:
+            raise ValueError(
+                f"the {axis} of an image {size[0]}x{size[1]} is {length:g} long in RoPE's positions, where the long "
+                f"side is 2, but is_periodic makes it a ring of {period:g}, as in images of input_size "
+                f"{config.input_size[0]}x{config.input_size[1]}; give images of that aspect ratio"
+            )
+
+
+def _make_attention(level: LevelConfig, config: HDiTConfig, index: int) -> NeighborhoodGQA:
     """The attention of a layer; ``index`` counts the layers of the level, first those down and then those up."""
-    rope = AxialRoPE(level.d_head, level.num_heads, num_kv_heads=level.num_kv_heads)
+    lengths = _ring_lengths(config.input_size, config.patch_size)
+    periods = [n if level.wraps(axis) else None for axis, n in zip(IMAGE_AXES, lengths, strict=True)]
+    rope = AxialRoPE(level.d_head, level.num_heads, num_kv_heads=level.num_kv_heads, periods=periods)
     options: dict[str, Any] = {
         "num_kv_heads": level.num_kv_heads,
         "num_registers": level.num_registers,
@@ -213,15 +236,17 @@ def _make_attention(level: LevelConfig, index: int) -> NeighborhoodGQA:
         assert level.window_size is not None
         shift = level.window_size // 2 if index % 2 else 0
         return ShiftedWindowGQA(level.width, level.num_heads, level.window_size, shift, **options)
-    kernel_size = level.kernel_size if level.attention == "neighborhood" else None
-    return NeighborhoodGQA(level.width, level.num_heads, kernel_size, dilation=level.dilation, **options)
+    if level.attention == "global":  # sees the whole ring without windows
+        return NeighborhoodGQA(level.width, level.num_heads, None, **options)
+    options |= {"dilation": level.dilation, "is_periodic": level.is_periodic}
+    return NeighborhoodGQA(level.width, level.num_heads, level.kernel_size, **options)
 
 
 class SelfAttention(nn.Module):
-    def __init__(self, level: LevelConfig, cond_dim: int, index: int) -> None:
+    def __init__(self, level: LevelConfig, config: HDiTConfig, index: int) -> None:
         super().__init__()
-        self.norm = AdaRMSNorm(level.width, cond_dim)
-        self.attn = _make_attention(level, index)
+        self.norm = AdaRMSNorm(level.width, config.mapping_width)
+        self.attn = _make_attention(level, config, index)
 
     def forward(self, x: Tensor, pos: Positions, cond: Tensor, images: PackedImages | None = None) -> Tensor:
         if images is None:
@@ -241,10 +266,10 @@ class FeedForward(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    def __init__(self, level: LevelConfig, cond_dim: int, index: int) -> None:
+    def __init__(self, level: LevelConfig, config: HDiTConfig, index: int) -> None:
         super().__init__()
-        self.self_attn = SelfAttention(level, cond_dim, index) if level.attention != "none" else None
-        self.ff = FeedForward(level, cond_dim)
+        self.self_attn = SelfAttention(level, config, index) if level.attention != "none" else None
+        self.ff = FeedForward(level, config.mapping_width)
 
     def forward(self, x: Tensor, pos: Positions, cond: Tensor, images: PackedImages | None = None) -> Tensor:
         if self.self_attn is not None:
@@ -257,6 +282,6 @@ def make_level(config: HDiTConfig, level_index: int, *, up: bool = False) -> nn.
     level = config.levels[level_index]
     first = level.depth if up else 0
     try:
-        return nn.ModuleList(TransformerLayer(level, config.mapping_width, first + i) for i in range(level.depth))
+        return nn.ModuleList(TransformerLayer(level, config, first + i) for i in range(level.depth))
     except ValueError as error:
         raise ValueError(f"level {level_index}: {error}") from error
