@@ -17,7 +17,7 @@ from helpers import FLOOR, Case, Inputs, Result, arguments, error, make_inputs, 
 pytest.importorskip("triton")
 
 from natten_layers.kernels.host.tuned import forget
-from natten_layers.kernels.sm90 import variants
+from natten_layers.kernels.sm90 import thresholds
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -118,7 +118,7 @@ def small_problems_take_kernels_of_large_ones(monkeypatch: pytest.MonkeyPatch) -
         "LEAST_ROWS", "LEAST_FILLED", "PAIRS", "WIDE_PAIRS", "MEDIUM_WINDOW", "MEDIUM_PRODUCTS", "MEDIUM_CHANNELS",
         "MEDIUM_PRODUCTS_WITH_BIASES", "MEDIUM_KEYS_ON_ONE_AXIS", "REGISTER_ELEMENTS", "REGISTER_PRODUCTS",
     ):  # fmt: skip
-        monkeypatch.setattr(variants, name, 0)
+        monkeypatch.setattr(thresholds, name, 0)
     forget()
     yield
     forget()

@@ -42,6 +42,7 @@ from natten_layers.kernels.sm90 import (
     large_tiling,
     packed_repair,
     support,
+    thresholds,
     variants,
 )
 from natten_layers.kernels.sm90.large_tiling import LargeTileConfig, Plan
@@ -202,7 +203,7 @@ def wherever_possible(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Use the kernels for windows of any size."""
     with monkeypatch.context() as patch:
         for name in THRESHOLDS:
-            patch.setattr(variants, name, 0)
+            patch.setattr(thresholds, name, 0)
         forget()
         yield
     forget()
@@ -210,7 +211,7 @@ def wherever_possible(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def test_the_thresholds_exist(wherever_possible: None) -> None:
     """The fixture sets them in tests that only a GPU runs; here it fails when one of them is renamed."""
-    assert {getattr(variants, name) for name in THRESHOLDS} == {0}
+    assert {getattr(thresholds, name) for name in THRESHOLDS} == {0}
 
 
 @pytest.mark.gpu

@@ -56,6 +56,7 @@ from natten_layers.kernels.sm90 import (
     small_forward,
     small_forward_rolling,
     support,
+    thresholds,
     variants,
 )
 from natten_layers.kernels.sm90.descriptors import descriptor, key_boxes, query_boxes, register_boxes
@@ -164,9 +165,9 @@ def test_where_runs_are_cut_changes_nothing(case: Case, monkeypatch: pytest.Monk
 def wherever_possible(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Use the kernels for problems of any size."""
     with monkeypatch.context() as patch:
-        patch.setattr(variants, "LEAST_ROWS", 0)
-        patch.setattr(variants, "LEAST_FILLED", 0)
-        patch.setattr(variants, "PACKED_PROGRAMS", 0)
+        patch.setattr(thresholds, "LEAST_ROWS", 0)
+        patch.setattr(thresholds, "LEAST_FILLED", 0)
+        patch.setattr(thresholds, "PACKED_PROGRAMS", 0)
         forget()
         yield
     forget()

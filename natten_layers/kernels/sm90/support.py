@@ -10,10 +10,18 @@ import torch
 
 from ..host.problem import Layout, Problem, contiguous, strides
 from ..host.variant import Option, Question, option_gap
-from . import small_tiling
+from ..portable import pair_variants
+from ..portable.pair_variants import pair_gap
+from . import large_tiling, medium_tiling, small_tiling
 from .available import gluon_gap
 
 GLUON_GAP = gluon_gap()
+
+# The names of the variants, by which reasons name another one.
+LARGE, ROLLING, TILES = "sm90 large window", "sm90 small window, rolling", "sm90 small window"
+MEDIUM = "sm90 medium window"
+MEDIUM_PAIRS = f"{MEDIUM}, {pair_variants.PAIRS}"
+MEDIUM_PAIR_CHANNELS = (32, 64)
 
 
 def device_gap(p: Problem) -> str | None:
@@ -135,6 +143,83 @@ def register_gap(question: Question) -> str | None:
         if tensor is not None and not small_tiling.holds_registers(tensor):
             return f"TMA cannot address {name} with shape {tuple(tensor.shape)} and strides {tuple(tensor.stride)}"
     return None
+
+
+def large_gap(question: Question) -> str | None:
+    return register_gap(question) or line_gap(question) or undilated_gap(question, "registers", "packing")
+
+
+def large_backward_gap(question: Question) -> str | None:
+    width = question.problem.lengths[2]
+    if width < large_tiling.ALIGNMENT:
+        return f"the last axis is shorter than {large_tiling.ALIGNMENT} tokens"
+    return large_gap(question)
+
+
+def medium_gap(question: Question) -> str | None:
+    p = question.problem
+    dim, value_dim = p.query.shape[-1], p.value.shape[-1]
+    reason = register_gap(question) or classes_gap(question, "registers", "key_mask", "periodic", "bias", "other grid")
+    if reason is not None:
+        return reason
+    if dim != value_dim or dim > medium_tiling.MOST_COLUMNS:
+        most = medium_tiling.MOST_COLUMNS
+        return f"it takes queries and values of equally many channels, up to {most}, not {dim} and {value_dim}"
+    return _frames_gap(p)
+
+
+def medium_jvp_gap(question: Question) -> str | None:
+    if question.problem.has_bias:
+        return option_gap(question, "registers", "packing", "key_mask", "any scale", "periodic", "other grid")
+    query, key, value, *registers = question.tangents
+    if query is None or key is None or value is None:
+        return "it takes tangents of query, key and value, not of some of them"
+    if len({x is None for x in registers}) > 1:
+        return "it takes tangents of additional keys and additional values, or of neither"
+    return medium_gap(question)
+
+
+def _frames_gap(p: Problem) -> str | None:
+    """Why tiles and chunks would reach into the next image, or None."""
+    if p.query.shape[0] >= 2**16:
+        return f"it takes fewer than {2**16} images, not {p.query.shape[0]}"
+    if (p.periodic_axes[0] or (p.rank == 3 and p.key_lengths)) and p.query.shape[0] > 1:
+        # Behind the last frame of a video TMA finds the next one.
+        videos = p.query.shape[0]
+        return f"it takes a periodic first axis of three, or another grid, for one video at a time, not for {videos}"
+    return None
+
+
+def medium_pairs_gap(question: Question) -> str | None:
+    p = question.problem
+    if (reason := device_gap(p) or pair_gap(question) or dilation_gap(p)) is not None:
+        return reason
+    dim, value_dim = p.query.shape[-1], p.value.shape[-1]
+    if dim != value_dim or dim not in MEDIUM_PAIR_CHANNELS:
+        return f"it takes queries and values of {MEDIUM_PAIR_CHANNELS} channels, not of {dim} and {value_dim}"
+    return _frames_gap(p)
+
+
+def fused_prep_gap(question: Question) -> str | None:
+    """Why the fused kernel cannot prepare the heads, or None.
+
+    A thread must hold both elements of each pair that RoPE rotates. Its layout allows that if half of a head is
+    rotated, or all of it, or nothing.
+    """
+    assert question.prep is not None
+    dim, pairs, split = question.problem.query.shape[-1], question.prep.pairs, question.prep.split
+    if dim not in (64, 128):
+        return f"it prepares heads of 64 and of 128 channels, not of {dim}"
+    if question.prep.interleaved:
+        return "RoPE rotates pairs of neighboring elements; it rotates those of one half with those of the other"
+    if question.prep.by_axis:
+        return "coordinates have frequencies of their own; it takes the same ones for all"
+    if pairs not in (0, dim // 4, dim // 2) or len(set(split)) > 1:
+        return (
+            f"RoPE rotates {split} pairs in heads of {dim} elements; it rotates half of a head, all or nothing, with "
+            "equally many pairs for each coordinate"
+        )
+    return undilated_gap(question, "registers")
 
 
 def _tensors(question: Question) -> list[tuple[str, Layout]]:

@@ -1,0 +1,248 @@
+"""From which sizes on the variants for compute capability 9.0 pay: the reasons why a call is slower in one.
+
+Thresholds were measured on an H200. Reasons why a variant cannot compute a call at all are in ``support``.
+"""
+
+from math import prod
+
+from ..host.problem import Problem
+from ..host.tiling import Kind, head_width
+from ..host.tuned import override_pack
+from ..host.variant import Question
+from . import large_tiling, medium_tiling, small_tiling
+from .support import LARGE, MEDIUM, medium_gap
+
+# A window is large from this many key elements (keys times head dim) on: 256 keys of head dim 128, or 512 of 64.
+LARGE_KEY_ELEMENTS = 2**15
+# Register tokens count as keys of the window. The forward computes their chunks whole, however few they are, and so
+# pays from more elements on. On an H200, portable kernels against these: 441 keys and 128 register tokens of head dim
+# 64, 0.208 ms against 0.234; 256 keys and 16 of head dim 128, 0.228 against 0.232; 169 and 256 of 128, 0.312 against
+# 0.232.
+LARGE_KEY_ELEMENTS_WITH_REGISTERS = 320 * 128
+# dQ of heads of up to 64 channels on one axis pays from more elements on: with 1024 causal keys, 16 heads of 64 and
+# 16384 tokens portable kernels take 0.224 ms on an H200, these 0.259.
+LARGE_KEY_ELEMENTS_OF_NARROW_DQ = 2**17
+# Tangents in a launch of their own pay up to fewer elements than this. On an H200, portable kernels against these: 441
+# keys of head dim 64, 0.248 ms and 0.219; 512 causal ones, 0.227 and 0.202; 4096, 1.36 and 1.42. Together with the
+# output they pay for all windows.
+LARGE_KEY_ELEMENTS_OF_JVP = 2**17
+# Gradients of register tokens pay from this many elements of theirs, and products of a channel of a query and of a
+# register token, on. On an H200, portable kernels against these, with 2**18 queries: 16 register tokens of head dim 64,
+# 0.049 ms and 0.048; 16 of 128, 0.106 and 0.057; 128 of 64, 0.152 and 0.064; with 3 * 2**17, 16 of 96, 0.134 and 0.084.
+REGISTER_ELEMENTS, REGISTER_PRODUCTS = 16 * 96, 2**29
+# A call with a small window is large enough to hide launch overhead from this many query rows on. With 200704 rows of
+# 32 channels these kernels take 26 to 40 us on an H200, and portable kernels 41 to 52 us.
+LEAST_ROWS = 3 * 2**16
+# Gradients with small windows take these kernels where a head fills at least this share of its columns in shared
+# memory. On an H200, portable against these kernels: 32 channels in 32 columns, 7x7 windows, dQ 0.178 ms against 0.145,
+# dK and dV 0.306 against 0.172; 40 channels in 64 columns, 9x9 windows, dQ 0.090 against 0.108.
+LEAST_FILLED = 0.75
+# The forward pass of packed images pays where at least this many programs share a multiprocessor: on an H200, 13x13
+# windows of 64 channels and two heads a program, of which two share one, take 0.282 ms and 0.251 in portable kernels,
+# and 7x7 of four heads, five, 0.147 and 0.216.
+PACKED_PROGRAMS = 3
+# With head dims above 128 portable kernels are slow, and kernels for large windows pay from this many keys of a window
+# and this many (query, key) pairs on.
+WIDE_WINDOW, WIDE_PAIRS = 64, 2**24
+# Windows between small and large have at least this many keys: those for small windows, which are asked before, take
+# 7x7 windows of 64 channels, but have no tiles for 80, where portable kernels against these take 0.232 ms and 0.157 on
+# an H200, dQ 0.307 and 0.260, dK and dV 0.402 and 0.294 (``docs/profiles.md`` has the tables).
+MEDIUM_WINDOW = 25
+# On one axis they are faster than those for large windows up to this many key elements. In milliseconds on an H200, the
+# time of both, forward and gradients: 256 causal keys, 16 heads of 128 over one, 0.231 and 0.195, 0.709 and 0.598; 512,
+# 32 of 64 over eight, 0.265 and 0.250, 0.728 and 0.658; 512, 32 of 128 over eight, 0.350 and 0.342, 1.074 and 1.033.
+MEDIUM_KEY_ELEMENTS_ON_ONE_AXIS = 2**16
+# On two and three axes they are faster up to this many keys times channels squared, as the tiles of those for large
+# windows see the more keys that some of their rows do not see, the smaller a window is. Large against these: 19x19 of
+# 128 channels 0.405 and 0.347, 23x23 of 128 0.545 and 0.576; 9x9x9 of 80 channels 1.57 and 1.20, 11x11x11 of 64 2.19
+# and 1.93, 41x41 of 64 0.80 and 0.73. Gradients of 23x23 are as fast with both, and of the others with these.
+MEDIUM_KEYS_TIMES_SQUARED_CHANNELS = 2**23
+# They load each chunk for 64 rows, those for large windows for up to 256, which matters where what is loaded exceeds
+# L2. Then those are faster for dK and dV: 11x11x11 windows of 61x136x240 tokens with 4 heads of 64 channels, large
+# against these, forward 17.3 and 16.7, dQ 21.0 and 18.6, dK and dV 28.2 and 32.7; 21x21 of 256x4096 with 8 heads 5.3
+# and 5.1, 6.9 and 6.7, 8.4 and 8.9.
+# Gradients of keys and values on one axis pay from this many keys on: portable kernels against these, 201 keys of 64
+# channels 0.459 and 0.367, 255 of 112 0.638 and 0.443; 129 of 128, all gradients, 0.372 and 0.385.
+MEDIUM_KEYS_ON_ONE_AXIS = 192
+# Forward and dQ of heads with fewer than this many channels take portable kernels on one axis, and on others where
+# columns in shared memory come in two parts: 513 keys of 32 channels 0.381 and here 0.427, dQ 0.354 and 0.440; 11x11 of
+# 40 0.226 and 0.250, dQ 0.252 and 0.286; but 13x13 of 32 0.310 and 0.288, dQ 0.341 and 0.300. On one axis dQ of heads
+# with this many channels does, too: 201 keys 0.253 and 0.279, 1024 0.224 and 0.249; but 255 of 112 0.431 and 0.369.
+MEDIUM_CHANNELS = 64
+# Of two kernels that compute one tile a program, those for small windows are slower for dQ on two and three axes from
+# this many keys on: 9x9 of 56 channels 0.193 and 0.172, 13x13 of 64 with four heads a group 0.643 and 0.524. With
+# strides they are slower for dK and dV, too, however small the window: 8x8 with a stride of 4x4 0.457 and 0.351.
+MEDIUM_WINDOW_OF_DQ = 80
+# A call with such a window is large enough to hide launch overhead, which the descriptors of up to three parts of each
+# tensor double, from this many (query, key) pairs times channels on. Call after call, 24 heads of 96 channels with
+# 17x17 windows on 64x64 tokens (2.7e9) take 69, 101 and 128 us in forward, dQ, and dK and dV, and 85, 99 and 208 us in
+# portable kernels; 32 heads of 112 with 11x11 windows (1.8e9) take 83, 115 and 149 us against 108, 139 and 193; 16
+# heads of 80 with 9x9 windows (0.4e9) take 100 us each, which is the host's time, against 52, 45 and 63.
+MEDIUM_PRODUCTS = 3 * 2**29
+# With biases portable kernels take twice as long as these, however large a call is: 64 images of 56x56 with 4 heads of
+# 32 and 7x7 windows (1.3e9) 0.403, 0.400 and 0.577 ms, and these 0.221, 0.225 and 0.263.
+MEDIUM_PRODUCTS_WITH_BIASES = 2**29
+# A call with a large window is large enough to hide launch overhead from this many (query, key) pairs on. With windows
+# of 1024 keys and 8 heads of 128 channels, 2**27 pairs take 152 us, and 181 us in portable kernels; 2**26 pairs take
+# 101 us, which is the host's time, and 91 us in portable kernels.
+PAIRS = 2**27
+
+
+def pack_gap(question: Question, kind: Kind) -> str | None:
+    """Why an override of the heads of a program asks for the portable kernel, or None."""
+    pack, group = override_pack(), question.problem.group
+    if pack and group % pack and kind != "backward_key":  # the dK and dV kernel takes one query head at a time
+        return f"an override asks for {pack} heads a program, which do not divide the group of {group}"
+    return None
+
+
+# --- Large windows
+
+
+def _large_thresholds(question: Question, kind: Kind) -> tuple[int, int]:
+    """From how many elements of keys, register tokens included, and (query, key) pairs on these kernels pay."""
+    p = question.problem
+    if large_tiling.is_wide(p):
+        return WIDE_WINDOW * p.query.shape[-1], WIDE_PAIRS
+    if kind == "backward_query" and p.rank == 1 and large_tiling.width_of(p) <= 64:
+        return LARGE_KEY_ELEMENTS_OF_NARROW_DQ, PAIRS
+    if p.registers and kind == "forward":
+        return LARGE_KEY_ELEMENTS_WITH_REGISTERS, PAIRS
+    return LARGE_KEY_ELEMENTS, PAIRS
+
+
+def large_pays(question: Question, kind: Kind = "forward") -> str | None:
+    p = question.problem
+    window, queries = prod(p.kernel_size), prod(p.query.shape[:-1])
+    if p.packing is not None:  # on average, as windows are cut to samples
+        window = sum(n * min(n, window) for n in p.packing.sizes) // max(p.packing.tokens, 1)
+    keys = window + p.registers
+    least, pairs = _large_thresholds(question, kind)
+    if keys * p.query.shape[-1] < least:
+        beside = ", additional keys included," if p.registers else ""
+        return f"the window is small: {keys} keys{beside} of {p.query.shape[-1]} elements are fewer than {least}"
+    if queries * keys < pairs:
+        return f"the call is small: {queries} queries of {keys} keys are fewer than {pairs} pairs"
+    return pack_gap(question, kind)
+
+
+def large_registers_pay(question: Question) -> str | None:
+    p = question.problem
+    elements, queries = p.registers * p.query.shape[-1], prod(p.query.shape[:-1])
+    if elements < REGISTER_ELEMENTS:
+        return f"additional keys are few: {elements} elements, fewer than {REGISTER_ELEMENTS}"
+    if queries * elements < REGISTER_PRODUCTS:
+        return f"the call is small: {queries} queries times {elements} elements are fewer than {REGISTER_PRODUCTS}"
+    return None
+
+
+# --- Small windows
+
+
+def small_pays(question: Question, kind: Kind) -> str | None:
+    window, queries = prod(question.problem.kernel_size), prod(question.problem.query.shape[:-1])
+    if window >= small_tiling.SCORES:
+        return f"the window is large: {window} keys, {small_tiling.SCORES} or more"
+    if queries < LEAST_ROWS:
+        return f"the call is small: {queries} query rows are fewer than {LEAST_ROWS}"
+    return pack_gap(question, kind)
+
+
+def small_backward_pays(question: Question, kind: Kind) -> str | None:
+    dim = question.problem.query.shape[-1]
+    columns = head_width(dim)
+    if dim < LEAST_FILLED * columns:
+        return f"the portable kernel is faster where heads of {dim} channels fill less of {columns} columns"
+    if _medium_is_faster(question, kind):
+        return f"the {MEDIUM} kernel is faster with {prod(question.problem.kernel_size)} keys and this stride"
+    return small_pays(question, kind)
+
+
+def packed_images_pay(programs: int) -> str | None:
+    if programs < PACKED_PROGRAMS:
+        return (
+            f"{programs} programs share a multiprocessor, too few to hide how packed images are copied: "
+            f"{PACKED_PROGRAMS} or more do"
+        )
+    return None
+
+
+# --- Windows between small and large
+
+
+def medium_pays(question: Question, kind: Kind) -> str | None:
+    p = question.problem
+    # Of two grids, the finer one has most of the work: a coarse tile sees many keys that none of its rows sees alone.
+    tokens = max(prod(p.query.shape[:-2]), prod(p.key.shape[:-2]))
+    window, queries, dim = prod(p.kernel_size), tokens * p.query.shape[-2], p.query.shape[-1]
+    if window < MEDIUM_WINDOW:
+        return f"the window is small: {window} keys are fewer than {MEDIUM_WINDOW}"
+    if kind == "backward_key" and p.rank == 1 and window < MEDIUM_KEYS_ON_ONE_AXIS:
+        return f"on one axis the window is small: {window} keys are fewer than {MEDIUM_KEYS_ON_ONE_AXIS}"
+    if kind != "backward_key" and _is_narrow(p, kind):
+        return f"the portable kernel is faster for heads of {dim} channels on {p.rank} axes"
+    keys = window if kind == "backward_key" else window + p.registers
+    # Kernels for large windows take no masks, periodic axes, biases and other grids, and portable ones are slower.
+    only_here = p.key_mask is not None or bool(p.is_periodic) or p.has_bias or p.key_lengths is not None
+    if not only_here and (reason := _beyond_medium(p, keys, kind)) is not None:
+        return reason
+    least = MEDIUM_PRODUCTS_WITH_BIASES if p.has_bias else MEDIUM_PRODUCTS
+    if queries * keys * dim < least:
+        beside = ", additional keys included," if keys > window else ""
+        return f"the call is small: {queries} queries of {keys} keys{beside} of {dim} elements are fewer than {least}"
+    return pack_gap(question, kind)
+
+
+def medium_jvp_pays(question: Question) -> str | None:
+    p = question.problem
+    elements = (prod(p.kernel_size) + p.registers) * p.query.shape[-1]
+    if elements >= LARGE_KEY_ELEMENTS_OF_JVP:
+        return f"the window is large: {elements} elements of keys are {LARGE_KEY_ELEMENTS_OF_JVP} or more"
+    return pack_gap(question, "forward")
+
+
+def _beyond_medium(p: Problem, keys: int, kind: Kind) -> str | None:
+    """Why so many keys are too many, or None."""
+    dim = p.query.shape[-1]
+    if p.rank == 1 and keys * dim >= MEDIUM_KEY_ELEMENTS_ON_ONE_AXIS:
+        return f"the window is large: {keys} keys of {dim} elements are {MEDIUM_KEY_ELEMENTS_ON_ONE_AXIS} or more"
+    if p.rank > 1 and keys * dim**2 >= MEDIUM_KEYS_TIMES_SQUARED_CHANNELS:
+        most = MEDIUM_KEYS_TIMES_SQUARED_CHANNELS
+        return f"the window is large: {keys} keys times the square of {dim} channels are {most} or more"
+    lines, most = medium_tiling.bytes_of_lines(p), medium_tiling.LINES_BYTES
+    if kind == "backward_key" and p.rank > 1 and lines > most:
+        return f"keys and values of the lines that a line sees, {lines} bytes, exceed {most}"
+    return None
+
+
+def _is_narrow(p: Problem, kind: Kind) -> bool:
+    """Whether heads have so few channels that the portable kernel is faster, forward and for dQ."""
+    dim = p.query.shape[-1]
+    if p.rank == 1 and kind == "backward_query":
+        return dim <= MEDIUM_CHANNELS
+    return dim < MEDIUM_CHANNELS and (p.rank == 1 or len(medium_tiling.columns_of(p)) > 1)
+
+
+def _medium_is_faster(question: Question, kind: Kind) -> bool:
+    """Whether a gradient that kernels for small windows could compute takes longer there."""
+    p = question.problem
+    if p.rank == 1:
+        return False
+    suits = prod(p.kernel_size) >= MEDIUM_WINDOW_OF_DQ if kind == "backward_query" else prod(p.stride) > 1
+    return suits and medium_gap(question) is None and medium_pays(question, kind) is None
+
+
+# --- Preparation of queries and keys, and attention
+
+
+def fused_prep_pays(question: Question) -> str | None:
+    """Why two launches are expected to be faster than the fused kernel, or None.
+
+    The fused kernel pays however small the call is, as one launch costs the host less than two.
+    """
+    window = prod(question.problem.kernel_size)
+    if window >= small_tiling.SCORES:
+        return f"the window is large: {window} keys, {small_tiling.SCORES} or more"
+    if large_pays(question) is None:
+        return f"the {LARGE} kernel pays, which takes heads that are prepared"
+    return pack_gap(question, "forward")
