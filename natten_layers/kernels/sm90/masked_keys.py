@@ -2,6 +2,12 @@
 
 A kernel asks once whether the mask shows all keys of a tile, while TMA loads them. Only where it does not, masked keys
 and values become zeros in shared memory, so that their NaN reaches no product, and masked scores become -inf.
+
+Kernels for small windows have all keys of a tile in shared memory at once and read them in parts and slices, so that
+they keep the flags of the whole box there, too, to be sliced alike (``load_box``, ``new_flags``, ``hide_columns``,
+``clear_rows``). Kernels for windows between small and large walk over chunks, and every warp holds the flags of the
+chunk that comes next in registers (``unmasked_keys``, ``without_masked``), as in shared memory they would cost a
+barrier for every chunk.
 """
 
 # Triton's language is Python to the parser only.
