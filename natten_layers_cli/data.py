@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from natten_layers.io.schema import check_keys
 
+from .jpeg import ends_in_grey, lacks_pixels
 from .progress import progress
 from .running import fail, one_line, tell
 
@@ -385,7 +386,10 @@ def open_source(dataset: Mapping[str, Any], size: tuple[int, int], channels: int
 def _open_image(path: Path, channels: int) -> Image.Image:
     try:
         with Image.open(path) as image:
-            return _convert(image, channels)
+            converted = _convert(image, channels)
+            if image.format in ("JPEG", "MPO") and ends_in_grey(image) and lacks_pixels(image, path.read_bytes()):
+                raise ValueError("its last pixels are missing: the file was cut")
+            return converted
     except Exception as error:  # of the many kinds that decoders raise
         raise UnreadableError(f"{path} cannot be read as an image: {one_line(error)}") from error
 

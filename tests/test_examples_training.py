@@ -30,6 +30,7 @@ from natten_layers_cli.boards import Boards
 from natten_layers_cli.checkpointing import RunFiles
 from natten_layers_cli.data import MOST_UNREADABLE, Examples, Folder, KeepShape, Key, UnreadableError, by_shape
 from natten_layers_cli.held_out import Part, held_out_batches, hold_out, level_names, means, sums_by_level
+from natten_layers_cli.jpeg import MARKER
 from natten_layers_cli.parallel import Processes
 from natten_layers_cli.pictures import read_record, to_image
 from natten_layers_cli.progress import progress
@@ -242,6 +243,26 @@ def break_pixels(path: Path) -> None:
     content = path.read_bytes()
     path.write_bytes(content[:-100])
     assert b"\xff\xd9" in content[-1024:-100]
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_rows": 1}], ids=str)
+def test_a_jpeg_that_is_cut_before_its_end_is_no_grey_image(tmp_path: Path, mode: str, options: dict[str, Any]) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    noise[-16:] = noise[:, -16:] = 128
+    path = tmp_path / "a.jpg"
+    Image.fromarray(noise).convert(mode).save(path, **options)
+    folder, generator = Folder(tmp_path, (48, 64), 3, classes=False), torch.Generator()
+    pixels, _ = folder.load(0, generator)  # one that ends in grey is whole
+    assert pixels.float().std() > 20
+    whole = path.read_bytes()
+    start = whole.index(b"\xff\xda") + 14
+    end = MARKER.search(whole, start)  # in a progressive file, of the first scan: later ones only make pixels finer
+    assert end is not None
+    for part in (0.3, 0.6):
+        path.write_bytes(whole[: start + int(part * (end.start() - start))].rstrip(b"\xff") + b"\xff\xd9")
+        with pytest.raises(UnreadableError, match=r"a\.jpg cannot be read as an image: its last pixels are missing"):
+            folder.load(0, generator)
 
 
 def test_an_image_with_broken_pixels_is_skipped_with_a_warning(
