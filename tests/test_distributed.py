@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import time
 import warnings
 import weakref
+from collections.abc import Callable
 from contextlib import suppress
+from datetime import timedelta
+from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -23,7 +27,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 from torch.torch_version import TorchVersion
 
-from natten_layers import NeighborhoodGQA
+from natten_layers import AxialRoPE, MeanFlow, NeighborhoodGQA
 from natten_layers_cli.parallel import Processes
 
 Kind = Literal["single", "ddp", "fsdp"]
@@ -140,6 +144,56 @@ def check(device: torch.device, folder: Path) -> None:
 
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     check(torch.device("cpu"), tmp_path)
+
+
+class AverageVelocity(nn.Module):
+    """A network of an image and two times, with a buffer, which DDP copies from the first process to the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.times, self.attention = nn.Linear(2, 16), NeighborhoodGQA(16, 2, 3, rope=AxialRoPE(8, 2))
+
+    def forward(self, z: Tensor, t: Tensor, interval: Tensor) -> Tensor:
+        x = z.movedim(1, -1) + self.times(torch.stack([t, interval], -1))[:, None, None]
+        return (x + self.attention(x)).movedim(-1, 1)
+
+
+def meanflow_gradients(flow: MeanFlow, part: slice) -> list[Tensor]:
+    """Of one image that learns an average and one that does not, or of a part of them."""
+    generator = torch.Generator().manual_seed(1)
+    x, noise = torch.randn(2, WORLD, 16, 4, 5, generator=generator)
+    t, r = torch.tensor([0.9, 0.6]), torch.tensor([0.2])
+    flow.loss(x[part], noise[part], t[part], r[part]).mean().backward()
+    return [p.grad for p in flow.parameters() if p.grad is not None]
+
+
+def meanflow_worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=40))
+    expected = meanflow_gradients(MeanFlow(AverageVelocity(), sigma_data=0.5), slice(None))
+    compiled = partial(torch.compile, backend="eager")
+
+    def check_step(wrap: Callable[[nn.Module], Any]) -> None:
+        flow = MeanFlow(wrap(AverageVelocity()), sigma_data=0.5)
+        for _ in range(2):  # DDP makes its buckets in the first step
+            flow.zero_grad()
+            found = meanflow_gradients(flow, slice(rank, rank + 1))
+            torch.testing.assert_close(found, expected)
+
+    try:
+        check_step(DistributedDataParallel)
+        check_step(lambda model: compiled(DistributedDataParallel(model)))
+        check_step(lambda model: DistributedDataParallel(compiled(model)))
+    finally:
+        gc.collect()  # a model that outlives its group has gloo's threads and its destructor wait for each other
+        dist.destroy_process_group()
+
+
+def test_meanflow_in_compiled_ddp_has_the_gradients_of_one_process(tmp_path: Path) -> None:
+    """Only one of the processes takes a derivative in forward mode."""
+    spawn(meanflow_worker, (str(tmp_path),), nprocs=WORLD)
 
 
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view:UserWarning")  # a projection comes last

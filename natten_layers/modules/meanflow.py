@@ -83,8 +83,7 @@ class MeanFlow(nn.Module):
         Returns:
             ``[B, C, H, W]`` in ``z``'s dtype.
         """
-        # DDP's own forward copies buffers between processes, which a derivative does not allow.
-        model = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+        model = _without_ddp(self.model)
 
         def average_velocity(z: Tensor, t: Tensor, r: Tensor) -> Tensor:
             return model(z, t, interval=t - r, **conditions)
@@ -134,6 +133,16 @@ class MeanFlow(nn.Module):
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the network, with the arguments of ``torch.compile``; :meth:`target` goes on without."""
         self.model.compile(*args, **kwargs)
+
+
+def _without_ddp(model: nn.Module) -> nn.Module:
+    """The network inside of ``DistributedDataParallel``, be that compiled or not.
+
+    DDP's own forward copies buffers between processes, which a derivative does not allow. Nor need all processes have
+    images that learn averages: those that have some would wait for the others.
+    """
+    inner = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    return inner.module if isinstance(inner, DistributedDataParallel) else model
 
 
 def _derivative(function: Callable[..., Tensor], point: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> Tensor:

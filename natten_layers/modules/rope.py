@@ -311,7 +311,8 @@ class AxialRoPE(Rotary):
         ends = math.log(math.pi), math.log(10 * math.pi)
         ramp = torch.linspace(*ends, self.num_heads * n + 1, dtype=dtype, device=device)
         per_query_head = ramp[:-1].exp().view(n, self.num_heads).T
-        return per_query_head[:: self.num_heads // self.num_kv_heads].contiguous()
+        # `contiguous` would keep the strides of one frequency a head, which DDP cannot copy between processes.
+        return per_query_head[:: self.num_heads // self.num_kv_heads].clone(memory_format=torch.contiguous_format)
 
     def extra_repr(self) -> str:
         return (
