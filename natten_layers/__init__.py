@@ -16,6 +16,7 @@ Operations
     explain                   which kernels a call takes, here or on another GPU, with what tiles, and why not others:
                               an Explanation, which holds a Kernel for each direction
     compile_ahead             a context in which the kernels of all calls are compiled at once, and not launched
+    default_impl              a context that chooses PyTorch or the fused kernels for calls inside of layers
 
 Layers
     NeighborhoodGQA           self-attention: projections, windows, registers, sinks, RoPE, q/k norm
@@ -133,7 +134,7 @@ from .natten.context import (
 )
 from .natten.dense import attention, merge_attentions
 from .natten.neighborhood import na1d, na2d, na3d
-from .operations import AttentionState, attention_state, merge_attention, neighborhood_attention
+from .operations import AttentionState, attention_state, default_impl, merge_attention, neighborhood_attention
 from .varlen import neighborhood_attention_varlen
 
 __version__ = "0.1.0"
@@ -173,6 +174,7 @@ __all__ = [
     "attention_state",
     "cached_attention",
     "compile_ahead",
+    "default_impl",
     "disable_flex_compile",
     "disable_flex_compile_backprop",
     "explain",

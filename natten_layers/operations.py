@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal, NamedTuple, overload
 
 import torch
@@ -15,10 +16,42 @@ from .kernels.host.card import Card
 from .kernels.ops import attention as attention_ops
 from .kernels.ops.define import call_uncompiled
 from .kernels.ops.transforms import is_forward_mode
+from .wording import shorten
 
-__all__ = ["AttentionState", "attention_state", "merge_attention", "neighborhood_attention"]
+__all__ = ["AttentionState", "attention_state", "default_impl", "merge_attention", "neighborhood_attention"]
 
 Impl = Literal["auto", "fused", "eager"]
+
+
+class _Default:
+    impl: Impl = "auto"
+    """What ``impl="auto"`` stands for, in all threads: a backward pass computes checkpoints again in others"""
+
+
+_default = _Default()
+
+
+@contextmanager
+def default_impl(impl: Impl) -> Iterator[None]:
+    """A context in which calls with ``impl="auto"`` take ``impl`` instead, those inside of layers and models too.
+
+    Layers have no ``impl`` of their own. In ``default_impl("eager")`` they are computed in PyTorch, which has second
+    derivatives on a GPU as well; in ``default_impl("fused")`` they raise where the kernels cannot run. A backward pass
+    is of the kind that its forward pass was, wherever it runs; but one that computes the forward pass again, for
+    activation checkpointing, belongs into the context. The context is of all threads of the process.
+
+    Args:
+        impl: "fused", "eager" or, inside of another such context, "auto".
+
+    Raises:
+        ValueError: ``impl`` is unknown.
+    """
+    _check_impl(impl)
+    before, _default.impl = _default.impl, impl
+    try:
+        yield
+    finally:
+        _default.impl = before
 
 
 class AttentionState(NamedTuple):
@@ -288,8 +321,9 @@ def why_eager(impl: Impl, query: Tensor, why_not: Callable[[], str | None], card
         ValueError: ``impl`` is unknown.
         RuntimeError: ``impl`` is "fused", but the kernels cannot run; the message says why.
     """
-    if impl not in ("auto", "fused", "eager"):
-        raise ValueError(f'impl must be "auto", "fused" or "eager", got {impl!r}')
+    _check_impl(impl)
+    if impl == "auto":
+        impl = _default.impl
     if impl == "eager":
         return 'impl="eager" asks for it'
     # Triton's interpreter is for tests, so it runs on request only.
@@ -301,3 +335,8 @@ def why_eager(impl: Impl, query: Tensor, why_not: Callable[[], str | None], card
     # An axis of tokens is empty only in a packed batch without tokens.
     empty = 0 in query.shape[:2]
     return "the batch is empty: there is nothing to launch" if reason is None and empty else reason
+
+
+def _check_impl(impl: object) -> None:
+    if impl not in ("auto", "fused", "eager"):
+        raise ValueError(f'impl must be "auto", "fused" or "eager", got {shorten(impl)}')

@@ -46,7 +46,7 @@ __all__ = [
 ]
 
 NOT_FUSED = "the fused kernels do not have"
-WAY_OUT = '; use impl="eager"'
+WAY_OUT = '; give the forward pass impl="eager", or layers the context natten_layers.default_impl("eager")'
 NO_SECOND = f"{NOT_FUSED} second derivatives, which are those of gradients and of forward-mode tangents{WAY_OUT}"
 
 R = TypeVar("R")
