@@ -50,13 +50,15 @@ def launch(module: str, *, extra: str = "") -> int:
     """
     open_streams()
     try:
-        with noted_ctrl_c() as pressed:
+        with noted_stops() as stops:
             try:
                 main = importlib.import_module(module).main
             except BaseException:
-                if not pressed:
+                if not stops:
                     raise
-                return 128 + signal.SIGINT
+                return 128 + stops[0]
+        if stops:  # a package swallowed it, and may be loaded by half
+            return 128 + stops[0]
         return main()
     except ModuleNotFoundError as error:  # some are imported only when they are used
         if not error.name or error.name.startswith("natten_layers"):
@@ -77,21 +79,27 @@ def open_streams() -> None:
 
 
 @contextmanager
-def noted_ctrl_c() -> Iterator[list[int]]:
-    """A list that is empty until Ctrl-C raises KeyboardInterrupt. Extensions turn that into other errors at times."""
-    pressed: list[int] = []
+def noted_stops() -> Iterator[list[int]]:
+    """A list of the signals that asked the command to stop: Ctrl-C, SIGTERM, SIGHUP. Each raises KeyboardInterrupt.
+
+    The list tells them from errors, into which extensions turn the exception at times, or which they swallow. SIGTERM
+    would otherwise leave files behind that were not finished.
+    """
+    stops: list[int] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        pressed.append(number)
+        stops.append(number)
         raise KeyboardInterrupt
 
-    # A shell starts "command &" with the signal ignored, and only the main thread may have handlers.
-    ignored = signal.getsignal(signal.SIGINT) is not signal.default_int_handler
-    if ignored or threading.current_thread() is not threading.main_thread():
-        yield pressed
-        return
-    signal.signal(signal.SIGINT, interrupt)
+    # A shell starts "command &" with Ctrl-C ignored, and nohup with SIGHUP; only the main thread may have handlers.
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    if threading.current_thread() is not threading.main_thread():
+        usual.clear()
+    usual = {number: handler for number, handler in usual.items() if signal.getsignal(number) is handler}
+    for number in usual:
+        signal.signal(number, interrupt)
     try:
-        yield pressed
+        yield stops
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number, handler in usual.items():
+            signal.signal(number, handler)

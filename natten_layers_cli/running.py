@@ -22,7 +22,7 @@ import torch
 from natten_layers.io.schema import check_keys
 from natten_layers.wording import shorten
 
-from .launch import FAILED, noted_ctrl_c, open_streams
+from .launch import FAILED, noted_stops, open_streams
 
 EXPECTED = (OSError, RuntimeError, ValueError, ArithmeticError, MemoryError)
 """Errors that users and machines cause. PyTorch raises no narrower ones."""
@@ -201,7 +201,7 @@ def run_command(body: Callable[[], int], *, when_interrupted: str = "interrupted
     threading.excepthook, hook = _quiet_about_files, threading.excepthook
     if isinstance(sys.stdout, io.TextIOWrapper):  # a text must not end a run because a terminal or log is of ASCII
         sys.stdout.reconfigure(errors="replace")  # standard error never fails: it escapes
-    with noted_ctrl_c() as pressed:
+    with noted_stops() as stops:
         try:
             status = body()
             print(end="", flush=True)  # while a reader that is gone can still be answered; without any output, nothing
@@ -210,19 +210,20 @@ def run_command(body: Callable[[], int], *, when_interrupted: str = "interrupted
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 128 + signal.SIGPIPE
         except EXPECTED as error:
-            if not pressed:
+            if not stops:
                 with suppress(OSError):  # a log on a full disk, too
                     print(f"error: {one_line(error)}", file=sys.stderr)
                 return FAILED
         except KeyboardInterrupt:
             pass
         except BaseException:
-            if not pressed:
+            if not stops:
                 raise
         finally:
             threading.excepthook = hook
-    print(when_interrupted, file=sys.stderr)
-    return 128 + signal.SIGINT
+    with suppress(OSError):  # after SIGHUP there is no terminal
+        print(when_interrupted, file=sys.stderr)
+    return 128 + (stops[0] if stops else signal.SIGINT)
 
 
 def _quiet_about_files(error: threading.ExceptHookArgs) -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from natten_layers.arguments import prepare
 from natten_layers.io.files import naming, read_json
 from natten_layers.io.hf_config import config_from_hf
 from natten_layers.kernels.host.problem import Inputs, Options, device_traits, problem_of, three_axes
@@ -39,7 +39,7 @@ from natten_layers.operations import neighborhood_attention
 from natten_layers.tune import Found, Timer, tune, tune_variants
 from natten_layers.wording import shorten
 
-from .running import MOST_INT, Parser, run_command
+from .running import MOST_INT, Parser, check_device, run_command
 
 TRAINED: tuple[Kind, ...] = ("forward", "backward_query", "backward_key")
 """Kernels of calls that are trained"""
@@ -181,6 +181,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--trials", type=int, default=60, help="launches to try for each kernel, default %(default)s")
     parser.add_argument("--device", default="cuda", help="to tune for")
     args = parser.parse(argv)
+    if not args.device.startswith("cuda"):  # a model is read, and refused, on a machine without a GPU too
+        check_device(parser, args.device)
     own = ("kernel_size", "dilation", "causal", "heads", "kv_heads", "head_dim")
     given = [f"--{name.replace('_', '-')}" for name in own if getattr(args, name)]
     if args.model is not None and given:
@@ -256,18 +258,17 @@ def _report_variant(kind: Kind, name: str, seconds: float) -> None:
 
 
 def run(args: argparse.Namespace, timer: Timer) -> int:
-    calls = _calls(args)  # a model is read, and refused, on a machine without a GPU too
+    calls = _calls(args)
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("there is no CUDA device here, and the fused kernels run on no other")
     for call in calls:
         if args.model is not None:
             print(f"{call}:", flush=True)
-        if status := _tune_call(args, call, timer):
-            return status
+        _tune_call(args, call, timer)
     return 0
 
 
-def _tune_call(args: argparse.Namespace, call: Call, timer: Timer) -> int:
+def _tune_call(args: argparse.Namespace, call: Call, timer: Timer) -> None:
     *heads, grad_out = _draw(args, call)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -283,12 +284,18 @@ def _tune_call(args: argparse.Namespace, call: Call, timer: Timer) -> int:
         )
 
     # Arguments that do not fit, and a file that is damaged or cannot be written, must fail before the search.
+    prepared = prepare(
+        heads[0], heads[1], heads[2], call.kernel_size, 1, call.dilation, call.is_causal, scale=None,
+        additional_keys=None, additional_values=None, sink=None,
+    )  # fmt: skip
+    if (reason := prepared.why_not_fused()) is not None:
+        raise ValueError(f"there are no kernels to tune for {call}: {reason}")
     attend(*heads)
     write_tuned(cache_file(), {})
     problem = _problem_class(call, heads[0])
     questions = _questions(call, heads)
     found: dict[Kind, Found] = {}
-    status = 0
+    interrupted: KeyboardInterrupt | None = None
     try:
         for kind, question in questions.items():
             if kind not in args.kernels:
@@ -305,8 +312,8 @@ def _tune_call(args: argparse.Namespace, call: Call, timer: Timer) -> int:
             kinds=_kinds(args, questions), trials=args.trials, timer=timer, report=_report,
         ):  # fmt: skip
             found[kind] = best
-    except KeyboardInterrupt:
-        status = 128 + signal.SIGINT
+    except KeyboardInterrupt as stop:
+        interrupted = stop
     gains: dict[tuple[Kind, ProblemClass], TileConfig] = {}
     for kind, best in found.items():
         if best.gains:
@@ -316,7 +323,8 @@ def _tune_call(args: argparse.Namespace, call: Call, timer: Timer) -> int:
     if gains:
         write_tuned(cache_file(), gains)
         print(f"written to {cache_file()}")
-    return status
+    if interrupted is not None:
+        raise interrupted
 
 
 def main(argv: Sequence[str] | None = None, *, timer: Timer = _device_seconds) -> int:

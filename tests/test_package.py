@@ -46,26 +46,64 @@ def test_commands_begin_without_pytorch() -> None:
 def test_ctrl_c_during_imports_is_quiet(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for answer in ("raise", "raise RuntimeError('the import failed')"):
+    for answer in ("raise", "raise RuntimeError('the import failed')", "main = lambda: 0  # swallowed"):
         code = f"import signal\ntry: signal.raise_signal(signal.SIGINT)\nexcept KeyboardInterrupt: {answer}"
         stub(monkeypatch, tmp_path, code)
         assert launch(STUB) == 130
         assert capsys.readouterr() == ("", "")
 
 
-def test_ctrl_c_that_becomes_another_error_is_still_ctrl_c(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_that_becomes_another_error_is_still_a_signal(
+    number: signal.Signals, status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     """As torch.frombuffer does: "could not determine the shape of object type"."""
 
     def body() -> int:
         try:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
         except KeyboardInterrupt:
             raise RuntimeError("could not determine the shape") from None
         return 0
 
-    assert run_command(body, when_interrupted="nothing was written") == 130
+    before = signal.getsignal(number)
+    assert run_command(body, when_interrupted="nothing was written") == status
     assert capsys.readouterr().err == "nothing was written\n"
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(number) is before
+
+
+def test_what_a_shell_ignores_is_ignored() -> None:
+    """As nohup does with SIGHUP, and a script with Ctrl-C in what it starts with "&"."""
+
+    def body() -> int:
+        signal.raise_signal(signal.SIGHUP)
+        return 0
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert run_command(body) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_terminated_command_leaves_no_unfinished_file(tmp_path: Path) -> None:
+    script = f"""
+import os, signal
+from pathlib import Path
+from natten_layers.io.files import replacing
+from natten_layers_cli.running import run_command
+
+def body():
+    with replacing(Path({str(tmp_path)!r}) / "model.safetensors") as path:
+        path.write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError
+raise SystemExit(run_command(body))
+"""
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, cwd=ROOT, timeout=120, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (143, "interrupted\n")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("code", ["import no_such_package", "def main(): import no_such_package"])

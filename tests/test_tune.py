@@ -337,6 +337,21 @@ def test_ctrl_c_keeps_what_was_found(cache: Path) -> None:
     assert len(tuned.read_tuned(cache).configs) == 1
 
 
+def test_what_has_no_kernels_is_refused_in_the_commands_own_words(
+    cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*TINY_FLAGS, "--head-dim", "12"]
+    assert command.main(flags, timer=lambda run: pytest.fail("a search began")) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: there are no kernels to tune for 4x5 tokens")
+    assert "12" in error
+    assert "impl" not in error
+    assert not cache.exists()
+    with pytest.raises(SystemExit):
+        command.main([*TINY_FLAGS, "--device", "gpu"])
+    assert "--device gpu" in capsys.readouterr().err
+
+
 def test_a_damaged_file_ends_the_command_before_the_search(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cache.parent.mkdir(parents=True, exist_ok=True)
     cache.write_text("{")
