@@ -96,6 +96,23 @@ def test_the_loss_of_a_linear_network_by_hand(power: float) -> None:
     torch.testing.assert_close(*gradients)
 
 
+def test_a_model_in_half_precision_learns_from_images_of_its_dtype() -> None:
+    """Times, and what the loss adds and subtracts, are in fp32."""
+    x, noise = make_example(4, torch.bfloat16)
+    t, r, labels = torch.tensor([0.9, 0.6, 0.4, 0.2]), torch.tensor([0.3, 0.5]), torch.tensor([0, 1, 2, 0])
+
+    def step(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        model = make_model(torch.float32).bfloat16().to(dtype)  # of the same weights
+        flow = MeanFlow(model, power=0)
+        loss = flow.loss(x.to(dtype), noise.to(dtype), t, r, class_cond=labels)
+        gradients = torch.autograd.grad(loss.sum(), list(flow.parameters()))
+        return loss.detach(), torch.cat([g.flatten() for g in gradients])
+
+    for found, right in zip(step(torch.bfloat16), step(torch.float64), strict=True):
+        assert (found - right).norm() < 0.05 * right.norm()
+    assert step(torch.bfloat16)[0].dtype == torch.float32
+
+
 def test_ddp_takes_the_derivative_without_its_buffers(tmp_path: Path) -> None:
     x, noise = make_example(2)
     t, r = torch.tensor([0.8, 0.6]).double(), torch.tensor([0.1]).double()
@@ -198,6 +215,9 @@ def test_bad_arguments() -> None:
     for n, t in ((noise[:1], torch.ones(2)), (noise, torch.ones(1))):
         with pytest.raises(ValueError, match=r"noise has shape .* but x has \(2, 3, 12, 12\)"):
             MeanFlow(Linear(), sigma_data=1.0).loss(x, n, t, torch.zeros(1), shift=torch.zeros(2))
+
+    with pytest.raises(ValueError, match=r"class_cond must be a tensor, got 3 of type int"):
+        MeanFlow(make_model()).loss(x, noise, torch.ones(2), torch.zeros(1), class_cond=3)  # pyright: ignore
 
     class Constant(nn.Module):
         def forward(self, z: Tensor, t: Tensor, *, interval: Tensor) -> Tensor:

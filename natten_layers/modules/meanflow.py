@@ -83,10 +83,22 @@ class MeanFlow(nn.Module):
         Returns:
             ``[B, C, H, W]`` in ``z``'s dtype.
         """
+        return self._target(z, velocity, t, r, conditions, z.dtype)
+
+    def _target(
+        self,
+        z: Tensor,
+        velocity: Tensor,
+        t: Tensor,
+        r: Tensor,
+        conditions: Mapping[str, Tensor | None],
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """:meth:`target` of a network that takes images of ``dtype``."""
         model = _without_ddp(self.model)
 
         def average_velocity(z: Tensor, t: Tensor, r: Tensor) -> Tensor:
-            return model(z, t, interval=t - r, **conditions)
+            return model(z.to(dtype), t, interval=t - r, **conditions)
 
         derivative = cast(Callable[..., Tensor], torch.compiler.disable(_derivative))
         slope = derivative(average_velocity, (z, t, r), (velocity, torch.ones_like(t), torch.zeros_like(r)))
@@ -109,7 +121,7 @@ class MeanFlow(nn.Module):
             One loss per image, ``[B]``, in fp32 or better.
 
         Raises:
-            ValueError: ``noise`` or ``t`` does not fit ``x``, or ``r`` is longer than ``t``.
+            ValueError: ``noise`` or ``t`` does not fit ``x``, ``r`` is longer than ``t``, or a condition is no tensor.
         """
         check_tensors(x=x, noise=noise, t=t, r=r)
         if noise.shape != x.shape or t.shape != x.shape[:1]:
@@ -120,14 +132,18 @@ class MeanFlow(nn.Module):
         averaged = len(r)
         if averaged > len(t):
             raise ValueError(f"r has {averaged} times, more than the {len(t)} of t")
-        wide = at_least_fp32(x.dtype)
+        for name, condition in conditions.items():
+            if condition is not None:
+                check_tensors(**{name: condition})
+        dtype, wide = x.dtype, at_least_fp32(x.dtype)
         x, noise, t, r = x.to(wide) / self.sigma_data, noise.to(wide), t.to(wide), r.to(wide)
         z, velocity = torch.lerp(x, noise, per_image(t, x)), noise - x
         target = velocity
         if averaged:
-            first = self.target(z[:averaged], velocity[:averaged], t[:averaged], r, **_first(conditions, averaged))
+            points = z[:averaged], velocity[:averaged], t[:averaged], r
+            first = self._target(*points, _first(conditions, averaged), dtype)
             target = torch.cat([first, velocity[averaged:]])
-        error = (self(z, t, torch.cat([r, t[averaged:]]), **conditions) - target).square().flatten(1).mean(1)
+        error = (self(z.to(dtype), t, torch.cat([r, t[averaged:]]), **conditions) - target).square().flatten(1).mean(1)
         return error / (error.detach() + FLOOR) ** self.power
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
