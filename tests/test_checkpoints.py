@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import raises_naming
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from natten_layers import (
     AxialRoPE,
+    DecoderLMConfig,
     HDiT,
     HDiTConfig,
     LevelConfig,
@@ -21,7 +23,7 @@ from natten_layers import (
     NeighborhoodGQA,
 )
 from natten_layers.convert import convert, convert_file, mha_to_gqa
-from natten_layers.io import checkpoints, tensors
+from natten_layers.io import checkpoints, hf, tensors
 from natten_layers_cli.convert import main
 
 GOLDEN = Path(__file__).parent / "data" / "hdit"
@@ -69,6 +71,20 @@ def test_a_directory_stands_for_its_model_file(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "run" / "best-0.5")
     assert (tmp_path / "run" / "best-0.5" / "model.safetensors").exists()
     assert states_equal(model, HDiT.from_pretrained(tmp_path / "run" / "best-0.5"))
+
+
+def test_what_is_no_path_or_config_of_an_hdit_is_refused(tmp_path: Path) -> None:
+    """A directory of the name model.pth would be taken for a training checkpoint, and a dict for a config."""
+    model = tiny_model()
+    with raises_naming("model.pth must be the name of a directory", "end with .safetensors"):
+        model.save_pretrained(tmp_path / "model.pth")
+    config = DecoderLMConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=1)
+    with raises_naming("lm.safetensors must be the name of a directory"):
+        hf.save(config, {}, tmp_path / "lm.safetensors")
+    assert list(tmp_path.iterdir()) == []
+    model.save_pretrained(tmp_path)
+    with raises_naming("config must be an HDiTConfig", "HDiTConfig.from_json"):
+        HDiT.from_pretrained(tmp_path, config=model.config.to_json())  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("source", CASES, ids=lambda p: p.stem)

@@ -682,11 +682,15 @@ def test_natten_relative_positional_bias(make: Callable[..., NeighborhoodGQA], s
         (lambda: RoPE(16, theta=-1.0), "theta must be a positive number, got -1.0"),
         (lambda: RoPE("16"), "head_dim must be an even number .* '16'"),  # pyright: ignore
         (lambda: make_axial_pos(2.5, 3), "height and width must be integers .* 2.5"),  # pyright: ignore
-        (lambda: HDiT({"a": 1}), "config must be an HDiTConfig, got {'a': 1} of type dict"),  # pyright: ignore
+        (lambda: HDiT({"a": 1}), "HDiTConfig, got {'a': 1} of type dict; HDiTConfig.from_json"),  # pyright: ignore
         (lambda: DecoderLM(None), "config must be a DecoderLMConfig, got None"),  # pyright: ignore
         (lambda: Cache(1.5, [4]), "batch_size must be an int of at least 0, got 1.5"),  # pyright: ignore
         (lambda: Cache(1, [None, 0]), "window of layer 1 must be an int of at least 1, got 0"),
         (lambda: Denoiser(nn.Identity(), sigma_data=1.0)(torch.ones(1), [1.0]), "sigma must be a tensor"),  # pyright: ignore
+        (
+            lambda: Denoiser(nn.Identity(), sigma_data=1.0)(torch.ones(2, 1), torch.ones(2, 1)),
+            r"sigma has shape \(2, 1\)",
+        ),
         (lambda: MixtureOfExperts(8, 4, 2, 16), "make_expert must be a function"),  # pyright: ignore
         (lambda: MixtureOfExperts(nn.Identity, 2, 3, 16), "num_experts must be an int of at least 3, got 2"),
     ],

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..wording import shorten
-from .files import parse_json, replacing
+from .files import check_directory_name, parse_json, replacing
 from .tensors import check_dtype, check_fit, check_writable, info_of, open_safetensors, write_safetensors
 
 __all__ = ["hdit_name", "load_plain", "load_tensors", "read_hdit", "save_plain", "write_hdit"]
@@ -194,10 +194,14 @@ def write_hdit(
 
     Raises:
         OSError: the file cannot be written; the message names it, and an existing file stays unchanged.
-        ValueError: a tensor is sharded or on the meta device, or ``dtype`` none that weights may have.
+        ValueError: ``path`` ends like a file of another format, a tensor is sharded or on the meta device, or ``dtype``
+            is none that weights may have.
     """
     check_dtype(dtype)
-    path = hdit_file(Path(path))
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        check_directory_name(path, "; files that are written end with .safetensors")
+    path = hdit_file(path)
     state = model.state_dict()
     check_writable(state, path)
     parameters = {name for name, _ in model.named_parameters()}

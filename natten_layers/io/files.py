@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from ..wording import shorten
 
-__all__ = ["leftovers", "naming", "parse_json", "read_json", "replacing", "system_errors"]
+__all__ = ["check_directory_name", "leftovers", "naming", "parse_json", "read_json", "replacing", "system_errors"]
 
 
 @contextmanager
@@ -65,6 +65,16 @@ def system_errors() -> Iterator[None]:
         if hidden is None:
             raise
         raise OSError(hidden.errno, hidden.strerror, hidden.filename) from error
+
+
+def check_directory_name(path: Path, way_out: str = "") -> None:
+    """Refuse to make a directory whose name is that of a file of weights, for which users would take it.
+
+    Raises:
+        ValueError: the name ends like that of such a file.
+    """
+    if path.suffix in (".safetensors", ".pth", ".pt", ".ckpt", ".bin") and not path.is_dir():
+        raise ValueError(f"{path} must be the name of a directory, without {path.suffix}{way_out}")
 
 
 def leftovers(folder: Path) -> Iterator[tuple[Path, str]]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..wording import shorten
 from .checkpoints import load_plain
-from .files import read_json, replacing
+from .files import check_directory_name, read_json, replacing
 from .hf_config import CONFIG, config_from_hf, config_to_hf, read_config
 from .hf_families import FAMILIES, Family, text_config
 from .hf_layout import VISION, File, Stored, our_tensors, to_family_names
@@ -217,9 +217,10 @@ def save(
 
     Raises:
         OSError: a file cannot be written; the message names it.
-        ValueError: a tensor is sharded or on the meta device.
+        ValueError: ``directory`` ends like a file of weights, or a tensor is sharded or on the meta device.
     """
     directory = Path(directory)
+    check_directory_name(directory)
     check_writable(weights, directory)
     raw = config_to_hf(config)
     weights = to_family_names(weights, raw["model_type"])

@@ -74,7 +74,7 @@ class Denoiser(nn.Module):
         Returns:
             In ``x``'s shape and dtype.
         """
-        check_tensors(x=x, sigma=sigma)
+        _check_levels(x, sigma)
         scalings = self.scalings(sigma.to(at_least_fp32(x.dtype)))
         c_skip, c_out, c_in = per_pixel(torch.stack(scalings), x, pixel_counts(shapes))
         return (self._output((x * c_in).to(x.dtype), sigma, shapes, conditions) * c_out + x * c_skip).to(x.dtype)
@@ -96,7 +96,8 @@ class Denoiser(nn.Module):
         Returns:
             One loss per image, ``[B]``, in fp32 or better.
         """
-        check_tensors(x=x, noise=noise, sigma=sigma)
+        check_tensors(noise=noise)
+        _check_levels(x, sigma)
         if noise.shape != x.shape:
             raise ValueError(f"noise has shape {tuple(noise.shape)}, but x has {tuple(x.shape)}")
         sigma = sigma.to(at_least_fp32(x.dtype))
@@ -131,6 +132,14 @@ class Denoiser(nn.Module):
         if self.weighting == "soft-min-snr":
             return (sigma * self.sigma_data) ** 2 / total**2
         return torch.ones_like(sigma)
+
+
+def _check_levels(x: Tensor, sigma: Tensor) -> None:
+    check_tensors(x=x, sigma=sigma)
+    if sigma.ndim > 1:
+        raise ValueError(
+            f"sigma has shape {tuple(sigma.shape)}; expected [B], one for each image: pass sigma.flatten()"
+        )
 
 
 def sigma_data_of(model: nn.Module, given: float | None) -> float:  # also MeanFlow's

@@ -68,8 +68,7 @@ class HDiT(nn.Module):
 
     def __init__(self, config: HDiTConfig, *, checkpointing: bool = False) -> None:
         super().__init__()
-        if not isinstance(config, HDiTConfig):
-            raise ValueError(f"config must be an HDiTConfig, got {with_type(config)}")
+        _check_config(config)
         self.config, self.checkpointing = config, checkpointing
         levels, width, cond_dim = config.levels, config.levels[0].width, config.mapping_width
         assert config.mapping_d_ff is not None
@@ -147,6 +146,7 @@ class HDiT(nn.Module):
                 )
             with naming(path):
                 config = HDiTConfig.from_json(described)
+        _check_config(config)
         model = make_on_meta(lambda: cls(config), path, layers=config.num_layers, tensors=len(tensors))
         checkpoints.load_tensors(model, tensors, path, dtype)
         return model.eval()
@@ -163,8 +163,8 @@ class HDiT(nn.Module):
 
         Raises:
             OSError: the file cannot be written; the message names it.
-            ValueError: the model is sharded (the message says how to gather it) or on the meta device, or ``dtype`` is
-                none that weights may have.
+            ValueError: ``path`` ends like a file of another format, such as .pth; the model is sharded (the message
+                says how to gather it) or on the meta device; or ``dtype`` is none that weights may have.
         """
         checkpoints.write_hdit(path, self, self.config.to_json(), dtype)
 
@@ -364,3 +364,9 @@ def _check_condition(name: str, tensor: Tensor, shape: Sequence[int]) -> None:
     check_dense(name, tensor)
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {list(shape)}")
+
+
+def _check_config(config: object) -> None:
+    if not isinstance(config, HDiTConfig):
+        way_out = "; HDiTConfig.from_json makes one of a dict or a file"
+        raise ValueError(f"config must be an HDiTConfig, got {with_type(config)}{way_out}")

@@ -418,6 +418,7 @@ class DecoderLM(nn.Module):
 
         Raises:
             OSError: a file cannot be written; the message names it.
-            ValueError: the model is sharded (the message says how to gather it) or on the meta device.
+            ValueError: ``directory`` ends like a file of weights, such as .safetensors, or the model is sharded (the
+                message says how to gather it) or on the meta device.
         """
         hf.save(self.config, self.state_dict(), directory, max_shard_bytes=max_shard_bytes)
