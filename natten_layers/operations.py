@@ -24,11 +24,15 @@ Impl = Literal["auto", "fused", "eager"]
 
 
 class _Default:
-    impl: Impl = "auto"
-    """What ``impl="auto"`` stands for, in all threads: a backward pass computes checkpoints again in others"""
+    """What ``impl="auto"`` stands for in a context."""
+
+    def __init__(self, impl: Impl) -> None:
+        self.impl: Impl = impl
 
 
-_default = _Default()
+_defaults: list[_Default] = []
+"""Of all contexts, the latest last. They are of all threads, as a backward pass computes checkpoints again in others;
+so they need not end in the order in which they began."""
 
 
 @contextmanager
@@ -47,11 +51,12 @@ def default_impl(impl: Impl) -> Iterator[None]:
         ValueError: ``impl`` is unknown.
     """
     _check_impl(impl)
-    before, _default.impl = _default.impl, impl
+    default = _Default(impl)
+    _defaults.append(default)
     try:
         yield
     finally:
-        _default.impl = before
+        _defaults.remove(default)
 
 
 class AttentionState(NamedTuple):
@@ -322,8 +327,8 @@ def why_eager(impl: Impl, query: Tensor, why_not: Callable[[], str | None], card
         RuntimeError: ``impl`` is "fused", but the kernels cannot run; the message says why.
     """
     _check_impl(impl)
-    if impl == "auto":
-        impl = _default.impl
+    if impl == "auto" and _defaults:
+        impl = _defaults[-1].impl
     if impl == "eager":
         return 'impl="eager" asks for it'
     # Triton's interpreter is for tests, so it runs on request only.

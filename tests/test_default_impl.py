@@ -101,6 +101,16 @@ def test_contexts_end_as_they_began() -> None:
     assert chosen() == usual
 
 
+def test_contexts_of_threads_end_in_any_order() -> None:
+    usual = chosen()
+    first, second = default_impl("eager"), default_impl("fused")
+    first.__enter__()
+    with second:
+        first.__exit__(None, None, None)
+        assert chosen() == "fused"
+    assert chosen() == usual
+
+
 @pytest.mark.parametrize("inside", [False, True])
 def test_compiled_layers_know_the_context(inside: bool) -> None:
     torch.manual_seed(0)
