@@ -136,8 +136,10 @@ class Doubling(nn.Module):
 
 
 class Backwards(AxialRoPE):
-    def forward(self, query: Tensor, key: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return super().forward(query.flip(-1), key, positions)
+    def forward(
+        self, query: Tensor, key: Tensor, positions: Tensor | None = None, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        return super().forward(query.flip(-1), key, positions, **options)
 
 
 @pytest.mark.parametrize(
