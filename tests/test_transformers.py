@@ -65,6 +65,8 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         **SMALL, **EXPERTS, layer_types=MIXED, v_head_dim=8, n_routed_experts=2, moe_intermediate_size=16
     ),
 }
+if not hasattr(transformers, "FlintConfig"):  # before transformers 5.21
+    del FAMILIES["flint"]
 SINKS = {"gpt_oss", "flint", "mimo_v2_flash"}
 """families whose heads have a learned sink"""
 PACKED = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5]])
