@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial, wraps
 from typing import Any, Literal, ParamSpec
 
+import torch
 from torch import Tensor, nn
 
 from .arguments import Axes, Call, prepare, with_bias
@@ -123,7 +124,8 @@ def explain(
             which are checked in the same way. Of tensors only shape, strides, dtype, device and alignment of the
             address matter.
         needs_grad: whether gradients are needed; None if they are whenever an input requires one. The gradient of the
-            output is assumed to be contiguous.
+            output is assumed to be contiguous. In forward mode, one launch for output and tangents is for calls under
+            ``torch.no_grad()``, which False stands for as well.
         forward_mode: whether derivatives in forward mode are needed; None if they are inside of ``torch.func.jvp`` or
             ``torch.autograd.forward_ad.dual_level``. All inputs are assumed to have tangents, which are contiguous.
         device: "A100", "RTX 4090", "H100", "H200", "B200" or "RTX 5090", with the versions of PyTorch and Triton that
@@ -177,6 +179,7 @@ def explain_call(
         with_stats=return_lse,
         with_gradients=is_tracked(call.inputs) if needs_grad is None else needs_grad,
         with_tangents=forward_mode,
+        in_one_launch=not (torch.is_grad_enabled() if needs_grad is None else needs_grad),
         prep=prep,
         card=card,
     )

@@ -327,16 +327,18 @@ def why_eager(impl: Impl, query: Tensor, why_not: Callable[[], str | None], card
         RuntimeError: ``impl`` is "fused", but the kernels cannot run; the message says why.
     """
     _check_impl(impl)
+    asks = f'impl="{impl}"'
     if impl == "auto" and _defaults:
         impl = _defaults[-1].impl
+        asks = f'default_impl("{impl}")'
     if impl == "eager":
-        return 'impl="eager" asks for it'
+        return f"{asks} asks for it"
     # Triton's interpreter is for tests, so it runs on request only.
     if impl == "auto" and card is None and query.device.type != "cuda":
         return f"the tensors are on {query.device.type}, the kernels run on CUDA devices"
     reason = why_not()
     if reason is not None and impl == "fused":
-        raise RuntimeError(f'impl="fused" cannot run: {reason}; use impl="auto" or "eager"')
+        raise RuntimeError(f'{asks} cannot run: {reason}; use "auto" or "eager"')
     # An axis of tokens is empty only in a packed batch without tokens.
     empty = 0 in query.shape[:2]
     return "the batch is empty: there is nothing to launch" if reason is None and empty else reason

@@ -61,11 +61,7 @@ def rivals(kind: Kind, question: Question) -> list[str]:
     from .kernels.dispatch import VARIANTS, choose, plan_of  # imports Triton
 
     able = [variant.name for variant in VARIANTS[kind] if not isinstance(plan_of(variant, question), str)]
-    own = choose(kind, question).variant.name
-    if kind == "jvp":  # one launch may compute the output, too
-        together = choose("forward + jvp", question).variant.name
-        own = together if together in able else own
-    return list(dict.fromkeys([own, *able]))
+    return list(dict.fromkeys([choose(kind, question).variant.name, *able]))
 
 
 def fastest(

@@ -92,7 +92,9 @@ def noted_stops() -> Iterator[list[int]]:
         raise KeyboardInterrupt
 
     # A shell starts "command &" with Ctrl-C ignored, and nohup with SIGHUP; only the main thread may have handlers.
-    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    if hasattr(signal, "SIGHUP"):  # which Windows lacks
+        usual[signal.SIGHUP] = signal.SIG_DFL
     if threading.current_thread() is not threading.main_thread():
         usual.clear()
     usual = {number: handler for number, handler in usual.items() if signal.getsignal(number) is handler}

@@ -289,6 +289,8 @@ def check_output(parser: argparse.ArgumentParser, name: str, path: Path, suffixe
         parser.error(f"{name} must end with {' or '.join(suffixes)}, got {path}")
     if path.is_dir():
         parser.error(f"{name} {path} is a folder: name a file in it")
+    if path.exists() and not path.is_file():
+        parser.error(f"{name} {path} is a device or a pipe, which a file would replace: name another")
     folder = next(parent for parent in path.absolute().parents if parent.exists())  # what is missing is made
     if not (folder.is_dir() and os.access(folder, os.W_OK)):
         parser.error(f"{name} {path}: nothing can be written to {folder}")

@@ -1,6 +1,7 @@
 """Compile the kernels for a GPU without having one, as calls on it would: ``python tests/offline.py 90``.
 
-``python tests/offline.py 90 sm90`` compiles those of one folder.
+``python tests/offline.py 90 sm90-medium`` compiles a part of them: those of the folder ``portable``, or those of
+``sm90`` for large, medium or small windows.
 
 A driver that loads and launches nothing replaces CUDA's. Everything before the launch is real: the choice of tiles,
 Triton's argument handling, compilation to machine code, and the check that shared memory suffices.
@@ -299,7 +300,7 @@ def compile_portable(capability: int) -> None:
     normalize_and_rotate(q[None], k[None], None, angles, impl="fused")
 
 
-def compile_sm90() -> None:
+def compile_sm90(parts: str) -> None:
     from natten_layers.kernels.sm90 import (
         large_dkv,
         large_dq,
@@ -310,11 +311,23 @@ def compile_sm90() -> None:
 
     for module in (large_forward, large_dq, large_dkv, large_registers, small_forward_rolling):
         setattr(module, "multiprocessors", lambda device: 132)  # noqa: B010
+    if "sm90-large" in parts:
+        compile_for_large_windows()
+    if "sm90-small" in parts:
+        compile_for_small_windows()
+    if "sm90-medium" in parts:
+        compile_for_medium_windows()
+
+
+def compile_for_large_windows() -> None:
     attend_large_on_sm90((4096,), 2048, 8, sink=0.0, packed=True)
     attend_large_on_sm90((64, 80), 48, 2, sink=None, registers=300)
     attend_large_on_sm90((16, 32, 40), 7, 4, sink=None, dim=64)
     attend_large_on_sm90((4096,), 1024, 8, sink=0.0, dim=256)
     attend_large_on_sm90((64, 80), 13, 2, sink=None, dim=80)
+
+
+def compile_for_small_windows() -> None:
     attend_small_on_sm90((64, 64), 7, 8, registers=5)
     attend_small_on_sm90((64, 64), 7, 8, registers=0, dim=40)
     attend_small_on_sm90((64, 64), 7, 8, registers=5, masked=True)
@@ -323,6 +336,11 @@ def compile_sm90() -> None:
     attend_small_on_sm90((4096,), 8, 8, registers=0, dim=128)
     attend_small_on_sm90((56, 56), 7, 2, registers=0, dim=32, stride=3, dilation=2)
     attend_small_on_sm90((4096,), 128, 8, registers=5, dim=64, stride=32, dilation=4)
+    attend_with_qk_prep_on_sm90((64, 64), 7, AxialRoPE(64, 8, num_kv_heads=2), "cosine")
+    attend_with_qk_prep_on_sm90((4096,), 128, RoPE(64, scaling=YARN), "rms")
+
+
+def compile_for_medium_windows() -> None:
     attend_medium_on_sm90((64, 64), 17, 6, dim=96)
     attend_medium_on_sm90((16, 32, 40), 7, 8, dim=64, sink=True)
     attend_medium_on_sm90((66, 66), 11, 2, dim=112, stride=2, dilation=3)
@@ -333,21 +351,19 @@ def compile_sm90() -> None:
     attend_with_tangents_on_sm90((4096,), 200, 2, dim=128)
     attend_pairs_on_sm90((4, 36, 72), 3, 64)
     attend_pairs_on_sm90((36, 72), 7, 32, is_periodic=True)
-    attend_with_qk_prep_on_sm90((64, 64), 7, AxialRoPE(64, 8, num_kv_heads=2), "cosine")
-    attend_with_qk_prep_on_sm90((4096,), 128, RoPE(64, scaling=YARN), "rms")
 
 
-def main(capability: int, rooms: str = "portable sm90") -> None:
-    """Compile the kernels of these folders; those of ``sm90`` only for compute capability 9.0, and where Gluon is."""
+def main(capability: int, parts: str = "portable sm90-large sm90-medium sm90-small") -> None:
+    """Compile these parts of the kernels; those of ``sm90`` only for compute capability 9.0, and where Gluon is."""
     stub = Driver(capability)
     driver.set_active(stub)  # pyright: ignore[reportArgumentType]
     for module in (attention_ops, decode_ops):
         setattr(module, "unsupported", lambda *_: None)  # noqa: B010
     problem.device_traits = lambda device: ("stub", SHARED_MEMORY[capability])
-    if "portable" in rooms:
+    if "portable" in parts:
         compile_portable(capability)
-    if "sm90" in rooms and capability == 90 and gluon_gap() is None:
-        compile_sm90()
+    if "sm90" in parts and capability == 90 and gluon_gap() is None:
+        compile_sm90(parts)
     print(" ".join(stub.utils.loaded))
 
 

@@ -629,6 +629,19 @@ def test_jacobians_that_autograd_vectorizes() -> None:
         rows_of_jacobian(factored("eager", moves)[0], factors[0])
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_jacobians_that_autograd_vectorizes_in_forward_mode() -> None:
+    run, query, _ = of_query(replace(PLAIN, batch=1), requires_grad=False)
+
+    def jacobian() -> Any:
+        return torch.autograd.functional.jacobian(run, query, vectorize=True, strategy="forward-mode")
+
+    expected = jacfwd(run)(query)
+    assert error(jacobian(), expected) < 1e-6
+    with torch.no_grad():
+        assert error(jacobian(), expected) < 1e-6
+
+
 @pytest.mark.parametrize("moves", ["query", "gains"])
 @pytest.mark.parametrize("positions", ["shared", "of-each-image"])
 def test_prepared_heads_of_samples(moves: str, positions: str) -> None:

@@ -124,6 +124,15 @@ def test_matches_the_oracle(case: Case, dtype: torch.dtype) -> None:
     assert_oracle(case, leaves, medium_forward.forward(config, *arguments))
 
 
+def spy(monkeypatch: pytest.MonkeyPatch, *names: str) -> list[str]:
+    """The functions of ``medium_jvp`` that are called from now on, by name."""
+    taken: list[str] = []
+    for name in names:
+        compute = getattr(medium_jvp, name)
+        monkeypatch.setattr(medium_jvp, name, lambda *args, run=compute, name=name: taken.append(name) or run(*args))
+    return taken
+
+
 @pytest.mark.gpu
 @needs_device
 @pytest.mark.parametrize("name", ["forward_with_tangents", "jvp"])
@@ -132,9 +141,7 @@ def test_tangents_match_the_definition(case: Case, name: str, monkeypatch: pytes
     """In one launch with the output, and after a forward pass that keeps gradients; two runs are equal bit by bit."""
     case = replace(case, dtype=torch.bfloat16)
     inputs = {n: t.detach() for n, t in make_inputs(case, "cuda").items()}
-    taken: list[str] = []
-    compute = getattr(medium_jvp, name)
-    monkeypatch.setattr(medium_jvp, name, lambda *args: taken.append(name) or compute(*args))
+    taken = spy(monkeypatch, name)
     with override(variants={"jvp": variants.MEDIUM}), torch.set_grad_enabled(name == "jvp"):
         first, second = (test_forward_mode.check(case, inputs, test_forward_mode.tangents_of(inputs)) for _ in "ab")
     assert taken == [name, name]
@@ -144,30 +151,34 @@ def test_tangents_match_the_definition(case: Case, name: str, monkeypatch: pytes
 @pytest.mark.gpu
 @needs_device
 @pytest.mark.parametrize("without", ["additional_keys", "sink"])
-def test_register_tokens_and_sinks_need_not_move(without: str) -> None:
+def test_register_tokens_and_sinks_need_not_move(without: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Register tokens without tangents, as those of a layer, which are parameters."""
     case = replace(REGISTERS[1], dtype=torch.bfloat16)
     inputs = {n: t.detach() for n, t in make_inputs(case, "cuda").items()}
     constant = (without,) if without == "sink" else ("additional_keys", "additional_values")
     tangents = {n: t for n, t in test_forward_mode.tangents_of(inputs).items() if n not in constant}
+    taken = spy(monkeypatch, "jvp", "forward_with_tangents")
     for with_gradients in (True, False):
         with override(variants={"jvp": variants.MEDIUM}), torch.set_grad_enabled(with_gradients):
             test_forward_mode.check(case, inputs, tangents)
+    assert taken == ["jvp", "forward_with_tangents"]
 
 
 @pytest.mark.gpu
 @needs_device
 @torch.no_grad()
-def test_nan_leaves_the_outputs_beside_tangents() -> None:
+def test_nan_leaves_the_outputs_beside_tangents(monkeypatch: pytest.MonkeyPatch) -> None:
     """NaN in one key reaches the outputs of the queries that see it and of no others."""
     query, key, value = (torch.randn(1, 24, 40, 2, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     tangents = query.cos(), key.cos(), value.cos()
     key[0, 3, 5, 1] = torch.nan
     expected = neighborhood_attention(query, key, value, 9)
+    taken = spy(monkeypatch, "forward_with_tangents")
     with override(variants={"jvp": variants.MEDIUM}):
         out, _, *_ = torch.func.jvp(lambda q, k, v: neighborhood_attention(q, k, v, 9), (query, key, value), tangents)
     assert torch.equal(out.isnan(), expected.isnan())
     assert out.isnan().any()
+    assert taken == ["forward_with_tangents"]
 
 
 @pytest.mark.gpu

@@ -28,11 +28,14 @@ def replacing(path: Path) -> Iterator[Path]:
     save the same file at once; the last one to finish wins.
 
     Raises:
-        OSError: the file cannot be written, for example because the disk is full; the message names ``path``.
+        OSError: the file cannot be written, for example because the disk is full, or because ``path`` is a device or a
+            pipe; the message names ``path``.
     """
     temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.tmp{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not (path.is_file() or path.is_dir()):  # the system itself refuses a folder
+            raise OSError("it is a device or a pipe, which a file would replace")
         with _readable_as_usual(temporary), system_errors():
             yield temporary
         _sync(temporary)  # else a power cut could leave the name with nothing behind it

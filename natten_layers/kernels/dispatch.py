@@ -46,7 +46,7 @@ def _asked_for(direction: Direction, question: Question | CacheProblem) -> Choic
     """The variant that an override or tuning asks for, or None if neither does or it cannot compute the call.
 
     Directions that are not tuned by themselves follow another one (``TUNED_AS``), if they have a variant of that name.
-    Variants of two launches go with every kernel of the one that is tuned.
+    A variant that makes two launches is kept whatever kernel is tuned for one of them.
     """
     tuned_as = TUNED_AS.get(direction)
     if tuned_as is None or not isinstance(question, Question) or is_portable_only():
@@ -106,7 +106,13 @@ def choose_backward(question: Question) -> BackwardChoices:
 
 
 def choices(
-    problem: Problem, inputs: Inputs, *, with_stats: bool, with_gradients: bool, with_tangents: bool = False
+    problem: Problem,
+    inputs: Inputs,
+    *,
+    with_stats: bool,
+    with_gradients: bool,
+    with_tangents: bool = False,
+    in_one_launch: bool = False,
 ) -> dict[Direction, Choice]:
     """The choice for each direction of a call.
 
@@ -118,8 +124,7 @@ def choices(
     if with_tangents:
         tangents = tuple(None if x is None else contiguous(x.shape) for x in inputs.addressed)
         moving = question._replace(tangents=tangents)
-        # Autograd takes the tangents of results that it has already.
-        together = None if with_gradients else choose("forward + jvp", moving)
+        together = choose("forward + jvp", moving) if in_one_launch else None
         if together is not None and together.variant is not FORWARD_THEN_JVP:
             return {"forward + jvp": together}
         found["jvp"] = choose("jvp", moving)

@@ -49,9 +49,9 @@ def generate(
         stop_tokens: token or tokens after which a text ends, default the config's ``eos_token_id``. An ended text is
             padded with ``pad_token_id``, or by repeating its stop token if the config has none.
         callback: called with the new tokens ``[B]`` after each step.
-        prefill_chunk: number of prompt tokens that are read at a time; it bounds memory. Where dynamic RoPE stretches
-            a prompt, each part has the frequencies of the whole. Later tokens stretch further, while those in the cache
-            keep their rotation, as in transformers.
+        prefill_chunk: number of prompt tokens that are read at a time; it bounds memory. Where dynamic RoPE or LongRoPE
+            stretches a prompt, each part has the frequencies of the whole. Later tokens stretch dynamic RoPE further,
+            while those in the cache keep their rotation, as in transformers.
         cuda_graph: on a GPU, record the second step as a CUDA graph and replay it for the later ones. Pass False for a
             model that cannot be recorded, such as one with hooks or layers that read values on the host. A model with
             experts is never recorded, as the host calls those that tokens choose.

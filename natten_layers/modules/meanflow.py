@@ -83,7 +83,7 @@ class MeanFlow(nn.Module):
         Returns:
             ``[B, C, H, W]`` in ``z``'s dtype.
         """
-        return self._target(z, velocity, t, r, conditions, z.dtype)
+        return self._target(z, velocity, t, r, conditions, z.dtype).to(z.dtype)
 
     def _target(
         self,

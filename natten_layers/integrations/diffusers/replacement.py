@@ -26,7 +26,7 @@ class Replacement(Protocol):
 
 
 class ModelHook:
-    """What watches the calls of a model: a hook of the model is a method of this."""
+    """Base class of objects one of whose methods is a forward pre-hook of a model."""
 
     def release(self) -> None:
         """Remove the hook."""

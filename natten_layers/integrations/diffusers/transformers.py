@@ -165,9 +165,9 @@ def neighborhood(
     tokens = tokens if isinstance(tokens, _Tokens) else _Tokens(model, family)
     for attn in chosen:
         attn.set_processor(_replacement(attn.processor, window))
-    tokens.layers = _with_windows(attentions)
-    for i in tokens.layers:  # all of them, as a part of the model that was unpatched took the last hook with it
-        attentions[i].processor.tokens = tokens
+    tokens.layers = [attn for attn in attentions if isinstance(attn.processor, Replacement)]
+    for attn in tokens.layers:  # all of them, as a part of the model that was unpatched took the last hook with it
+        attn.processor.tokens = tokens
     return len(tokens.layers)
 
 
@@ -224,10 +224,6 @@ def _few(layers: list[int]) -> str:
     return f"{str(layers[:4])[:-1]}, ...]" if len(layers) > 4 else str(layers)
 
 
-def _with_windows(attentions: list[Any]) -> list[int]:
-    return [i for i, attn in enumerate(attentions) if isinstance(attn.processor, Replacement)]
-
-
 def _check(attn: Any) -> None:
     processor = attn.processor
     if isinstance(processor, nn.Module):
@@ -245,8 +241,8 @@ class _Tokens(ModelHook):
     def __init__(self, model: nn.Module, family: Family) -> None:
         self.family = family
         self.grid: Grid = ()
-        self.layers: list[int] = []
-        """indices of the layers that have a window"""
+        self.layers: list[Any] = []
+        """those that have a window"""
         self.mask: tuple[Tensor | None, list[Tensor]] = None, []
         self.signature = inspect.signature(type(model).forward)
         self.ids: tuple[Callable[[], Any], int] = (lambda: None), 0
@@ -280,11 +276,12 @@ class _Tokens(ModelHook):
 
     def check_layers(self, model: nn.Module) -> None:
         """Raise if somebody else took the place of a processor, which would leave its layer without a window."""
-        attentions = _attentions(model, self.family)
-        if lost := sorted({*self.layers} - {*_with_windows(attentions)}):
-            kinds = {type(attentions[i].processor).__name__ for i in lost}
+        lost = [attn for attn in self.layers if not isinstance(attn.processor, Replacement)]
+        indices = [i for i, attn in enumerate(_attentions(model, self.family)) if attn in lost] if lost else []
+        if indices:  # layers that were taken out of the model need no windows
+            kinds = {type(attn.processor).__name__ for attn in lost}
             raise ValueError(
-                f"layers {_few(lost)} lost their windows, as {', '.join(sorted(kinds))} took the place of their "
+                f"layers {_few(indices)} lost their windows, as {', '.join(sorted(kinds))} took the place of their "
                 "processors; call neighborhood after whatever sets processors (fuse_qkv_projections, "
                 "unfuse_qkv_projections, adapters), or unpatch"
             )

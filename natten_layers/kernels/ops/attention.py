@@ -122,11 +122,13 @@ def choices(
     with_stats: bool,
     with_gradients: bool,
     with_tangents: bool = False,
+    in_one_launch: bool = False,
     prep: QKPrepKind | None = None,
     card: Card | None = None,
 ) -> dict[str, Any]:
     """The kernels that compute a call: a ``dispatch.Choice`` per direction. Nothing is launched.
 
+    With ``in_one_launch``, tangents may be computed together with the output.
     With ``prep``, which goes without statistics and derivatives, queries and keys are normalised and rotated first.
     With ``card``, kernels are chosen as if the tensors were on that GPU.
     """
@@ -135,6 +137,7 @@ def choices(
     if prep is not None:
         return module("dispatch").choices_with_qk_prep(problem, inputs, prep)
     wanted = {"with_stats": with_stats, "with_gradients": with_gradients, "with_tangents": with_tangents}
+    wanted |= {"in_one_launch": in_one_launch}
     return module("dispatch").choices(problem, inputs, **wanted)
 
 

@@ -62,7 +62,7 @@ def is_in_grad() -> bool:
 
 def is_only_forward_mode() -> bool:
     """Whether ``torch.func.jvp`` or dual numbers are all that is active, and autograd records nothing."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not is_forward_mode():
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not is_forward_mode() or is_vectorized():
         return False
     stack = get_interpreter_stack() or []
     return not stack or (len(stack) == 1 and stack[0].key() == TransformType.Jvp)

@@ -85,7 +85,9 @@ def reference_tangents(
     K, KDot, k_strides, dot_strides, mask, i_batch, i_kv, index, residue, key_count, dilation, queries,
     query_dots, scale, D: gl.constexpr, COLUMNS: gl.constexpr, RANK: gl.constexpr,
 ):  # fmt: skip
-    """For each row, the tangent of the query's score with the key at its own place; zero where that key is masked."""
+    """For each row, the tangent of the query's score with the key at its own place, or on another grid with some key;
+    zero where that key is masked.
+    """
     ROW: gl.constexpr = index[2].type.layout
     own = tokens_of(index, residue, key_count, dilation)
     o_k = i_batch.to(gl.int64) * k_strides[0] + i_kv.to(gl.int64) * k_strides[4] + token_offset(own, k_strides)
@@ -218,10 +220,10 @@ def medium_jvp_kernel(
             row_m, row_sees = load_lse_or_zero(RowMax, RowSum, o_row, m_rows)
         else:
             row_m = load_lse(RowMax, RowSum, o_row, m_rows)
-        row_weight = gl.exp2(row_sinks(Sink, head, sink, SINK) - row_m)
+        row_of_sink = gl.exp2(row_sinks(Sink, head, sink, SINK) - row_m)
         part_mu = (
             gl.zeros([M, 8], gl.float32, EIGHTHS)
-            + gl.convert_layout(0.125 * row_weight * row_sink_dot, gl.SliceLayout(1, EIGHTHS))[:, None]
+            + gl.convert_layout(0.125 * row_of_sink * row_sink_dot, gl.SliceLayout(1, EIGHTHS))[:, None]
         )
     else:
         part_mu = part_l * gl.convert_layout(row_sink_dot, gl.SliceLayout(1, EIGHTHS))[:, None]
@@ -299,6 +301,8 @@ def medium_jvp_kernel(
             gl.store(RowMax + o_row, saved_maxima(row_m, row_l, may_see_nothing), mask=m_rows)
             gl.store(RowSum + o_row, row_l, mask=m_rows)
         else:
+            store_wait(0)  # attend_rows may take the shared memory of what is being stored
+            thread_barrier()
             attend_rows(
                 (Q, K, V, RegK, RegV, Sink, Out, None, KeyMask, None), (RowMax, RowSum), (strides, mask_strides),
                 i_batch, i_block, origin,

@@ -23,7 +23,7 @@ LARGE_KEY_ELEMENTS_WITH_REGISTERS = 320 * 128
 # 16384 tokens portable kernels take 0.224 ms on an H200, these 0.259.
 LARGE_KEY_ELEMENTS_OF_NARROW_DQ = 2**17
 # Tangents in a launch of their own pay up to fewer elements than this. On an H200, portable kernels against these: 441
-# keys of head dim 64, 0.248 ms and 0.219; 512 causal ones, 0.227 and 0.202; 4096, 1.36 and 1.42. Together with the
+# keys of head dim 64, 0.248 ms and 0.221; 512 causal ones, 0.227 and 0.202; 4096, 1.36 and 1.42. Together with the
 # output they pay for all windows.
 LARGE_KEY_ELEMENTS_OF_JVP = 2**17
 # Gradients of register tokens pay from this many elements of theirs, and products of a channel of a query and of a
