@@ -56,6 +56,7 @@ def run(argv: Sequence[str] | None = None) -> int:
             )
             rows.append(sample(model, model.config, request).cpu())
             labels.append(f"{objective}, {number} step{'s' if number > 1 else ''}")
+        model.cpu()  # the device holds one model at a time
     models = [f"{path}:{','.join(map(str, steps))}" for path, steps in arguments.models]
     save_png(draw_grid(torch.cat(rows), arguments.count, labels, heads[0]), arguments.output, {"models": models})
     print(f"wrote {arguments.output}")

@@ -35,9 +35,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--config", type=Path, help="JSON config, in place of the source's, or where it holds none")
     args = parser.parse(argv)
-    if args.target.suffix in (".pth", ".pt", ".ckpt", ".bin"):
-        parser.error(f"TARGET must end with .safetensors, or be a folder, got {args.target}")
-    check_output(parser, "TARGET", hdit_file(args.target))
+    try:
+        target = hdit_file(args.target)
+    except ValueError as error:
+        parser.error(str(error))
+    check_output(parser, "TARGET", target)
     return args
 
 

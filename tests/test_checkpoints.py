@@ -286,6 +286,12 @@ def test_converted_models_compute_the_same_where_heads_agree() -> None:
         assert torch.equal(model(x, **arguments), expected)  # nothing is shared
 
 
+def test_command_refuses_another_format_before_it_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([str(tmp_path / "no-such-source"), str(tmp_path / "out.pth"), "--group-size", "2"])
+    assert "out.pth must be the name of a directory, without .pth; files" in capsys.readouterr().err
+
+
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, target = GOLDEN / "three_levels_nonsquare_aug.safetensors", tmp_path / "gqa.safetensors"
     main([str(source), str(target), "--group-size", "1", "2", "1"])

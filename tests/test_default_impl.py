@@ -75,6 +75,13 @@ def test_layers_have_second_derivatives_in_pytorch(make: Callable[[], Any]) -> N
     assert found.norm() > 0
 
 
+def test_explain_names_what_asks() -> None:
+    query = torch.randn(1, 8, 2, 8, device=DEVICE)
+    with default_impl("eager"):
+        assert explain(query, query, query, 3).why_eager == 'default_impl("eager") asks for it'
+        assert explain(query, query, query, 3, impl="eager").why_eager == 'impl="eager" asks for it'
+
+
 def chosen() -> str:
     query = torch.randn(1, 8, 2, 8, device=DEVICE)
     return explain(query, query, query, 3).impl
@@ -91,7 +98,7 @@ def test_contexts_end_as_they_began() -> None:
         with pytest.raises(ValueError, match="kernel_size"), default_impl("eager"):
             NeighborhoodGQA(16, 2, 0)
         assert chosen() == "fused"
-        with raises_naming("fused", "float64", error=RuntimeError):  # it never falls back
+        with raises_naming('default_impl("fused") cannot run', "float64", error=RuntimeError):  # it never falls back
             NeighborhoodGQA(16, 2, 3, dtype=torch.float64, device=DEVICE)(
                 torch.randn(1, 8, 16, dtype=torch.float64, device=DEVICE)
             )

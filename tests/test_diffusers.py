@@ -293,6 +293,7 @@ def test_the_example_of_flux_samples(capsys: pytest.CaptureFixture[str], tmp_pat
         ("decode_ltx", ["--tiny", "--seed", "-1"], "error: argument --seed: must be from 0 to 4294967295, got -1"),
         ("decode_ltx", ["nowhere", "--save", "/dev/null/x.pt"], "error: --save /dev/null/x.pt: nothing can be written"),
         ("sample_flux_neighborhood", ["nowhere", "--save", "x.xyz"], "error: --save must end with .png or .jpg or "),
+        ("decode_ltx", ["nowhere", "--save", "/dev/null"], "error: --save /dev/null is a device or a pipe"),
         ("draw_windows", ["/dev/null/x.png"], "error: output /dev/null/x.png: nothing can be written to /dev/null"),
     ],
 )
@@ -661,6 +662,16 @@ def test_windows_that_are_lost_are_missed() -> None:
         output(model, inputs)
     assert neighborhood(model, 3) == 2
     torch.testing.assert_close(output(model, inputs), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_layers_that_were_taken_out_need_no_windows() -> None:
+    model, inputs = tiny("FluxTransformer2DModel")
+    neighborhood(model, 3)
+    gone = model.single_transformer_blocks[0]
+    del model.single_transformer_blocks[0]
+    assert output(model, inputs).isfinite().all()
+    gone.attn.set_processor(type(gone.attn.processor).__bases__[0]())
+    assert output(model, inputs).isfinite().all()
 
 
 def test_a_compiled_block_has_windows() -> None:

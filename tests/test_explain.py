@@ -201,6 +201,10 @@ def test_one_launch_computes_output_and_tangents_where_no_gradient_is_needed() -
     said = explain(query, query, query, 7, needs_grad=True, forward_mode=True, device="H200")
     assert [kernel.direction for kernel in said.kernels] == ["forward", "jvp", "backward_query", "backward_key"]
     assert said.kernels[1].name == "sm90 medium window"
+    with torch.no_grad():
+        assert len(explain(query, query, query, 7, forward_mode=True, device="H200").kernels) == 1
+    said = explain(query, query, query, 7, forward_mode=True, device="H200")  # as torch may be asked for gradients
+    assert [kernel.direction for kernel in said.kernels] == ["forward", "jvp"]
     wide = query.float()
     said = explain(wide, wide, wide, 7, needs_grad=False, forward_mode=True, device="H200")
     assert [(kernel.direction, kernel.name) for kernel in said.kernels][1:] == [("jvp", "portable")]

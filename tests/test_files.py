@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import resource
 import shutil
 import warnings
@@ -611,3 +612,13 @@ def test_a_config_of_countless_layers_is_refused_before_one_is_built(change: dic
         HDiTConfig.from_json({**config, "model": model | change})
     with pytest.raises(ValueError, match="num_layers must be an int of at most 4096"):
         DecoderLMConfig(**{**vars(LANGUAGE), "num_layers": 10**7})
+
+
+def test_a_pipe_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    """Nor a device: as root, a model saved to /dev/null would be in its place."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(OSError, match=r"cannot write .*pipe: it is a device or a pipe"), replacing(pipe) as temporary:
+        temporary.write_text("x")
+    assert pipe.is_fifo()
+    assert list(tmp_path.iterdir()) == [pipe]

@@ -111,6 +111,8 @@ def test_a_model_in_half_precision_learns_from_images_of_its_dtype() -> None:
     for found, right in zip(step(torch.bfloat16), step(torch.float64), strict=True):
         assert (found - right).norm() < 0.05 * right.norm()
     assert step(torch.bfloat16)[0].dtype == torch.float32
+    target = MeanFlow(make_model(torch.float32).bfloat16()).target(x[:2], noise[:2], t[:2], r, class_cond=labels[:2])
+    assert target.dtype == torch.bfloat16
 
 
 def test_ddp_takes_the_derivative_without_its_buffers(tmp_path: Path) -> None:

@@ -86,6 +86,11 @@ def test_what_a_shell_ignores_is_ignored() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
+def test_a_system_may_lack_sighup(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(signal, "SIGHUP")  # as Windows
+    assert run_command(lambda: 0) == 0
+
+
 def test_a_terminated_command_leaves_no_unfinished_file(tmp_path: Path) -> None:
     script = f"""
 import os, signal

@@ -174,8 +174,15 @@ def load_tensors(
 
 
 def hdit_file(path: Path) -> Path:
-    """The file that :func:`write_hdit` writes."""
-    return path if path.suffix == ".safetensors" else path / WEIGHTS
+    """The file that :func:`write_hdit` writes.
+
+    Raises:
+        ValueError: ``path`` ends like a file of another format.
+    """
+    if path.suffix == ".safetensors":
+        return path
+    check_directory_name(path, "; files that are written end with .safetensors")
+    return path / WEIGHTS
 
 
 def write_hdit(
@@ -198,10 +205,7 @@ def write_hdit(
             is none that weights may have.
     """
     check_dtype(dtype)
-    path = Path(path)
-    if path.suffix != ".safetensors":
-        check_directory_name(path, "; files that are written end with .safetensors")
-    path = hdit_file(path)
+    path = hdit_file(Path(path))
     state = model.state_dict()
     check_writable(state, path)
     parameters = {name for name, _ in model.named_parameters()}

@@ -136,9 +136,14 @@ def choices(
     problem = problem_of(inputs, options)._replace(card=card)
     if prep is not None:
         return module("dispatch").choices_with_qk_prep(problem, inputs, prep)
-    wanted = {"with_stats": with_stats, "with_gradients": with_gradients, "with_tangents": with_tangents}
-    wanted |= {"in_one_launch": in_one_launch}
-    return module("dispatch").choices(problem, inputs, **wanted)
+    return module("dispatch").choices(
+        problem,
+        inputs,
+        with_stats=with_stats,
+        with_gradients=with_gradients,
+        with_tangents=with_tangents,
+        in_one_launch=in_one_launch,
+    )
 
 
 def readable(inputs: Inputs) -> Inputs:
@@ -220,7 +225,7 @@ class _Transformable(_Attention):
 
     @staticmethod
     def forward_with_tangents(
-        _: type[Function], primals: tuple[Any, ...], tangents: tuple[Tensor | None, ...]
+        primals: tuple[Any, ...], tangents: tuple[Tensor | None, ...]
     ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, None, Tensor]]:
         inputs, options = _opened(primals)
         known = _known(inputs, (*tangents[:-1], primals[-1]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from itertools import accumulate, chain
 from typing import Any, Literal, NamedTuple, TypeVar, TypeVarTuple, get_type_hints
@@ -405,8 +405,8 @@ def _apply_with_tangents(function: type[Function], args: tuple[Any, ...]) -> tup
     primals, tangents = zip(*duals, strict=True)
     if all(tangent is None for tangent in tangents):
         return function.forward(*primals)
-    at_once = getattr(function, "forward_with_tangents", _in_two_steps)
-    results, moved = at_once(function, primals, tangents)
+    at_once = getattr(function, "forward_with_tangents", partial(_in_two_steps, function))
+    results, moved = at_once(primals, tangents)
     pairs = zip(results, moved, strict=True)
     return tuple([x if tangent is None else forward_ad.make_dual(x, tangent) for x, tangent in pairs])
 
