@@ -66,8 +66,8 @@ MODELS: dict[str, Callable[[], Any]] = {
         initializer_range=0.3,
     ),
 }
-NARROW = ("gemma2", "gemma3", "gpt_oss", "afmoe", "qwen3_next")
-"""Soft caps, experts and some norms are computed in fp32 whatever the model's dtype."""
+NARROW = ("gemma2", "gemma3", "gpt_oss", "flint", "mimo_v2_flash", "afmoe", "qwen3_next")
+"""Soft caps, routers of experts and some norms are computed in fp32 whatever the model's dtype."""
 
 
 @pytest.fixture(autouse=True, scope="module")
