@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from .data import Source, in_one_line
+from .batches import in_one_line
 from .progress import progress
+from .sources import Source
 
 INCEPTION, CONVOLUTIONS = "inception", "random-convolutions"
 NAMES = {INCEPTION: ("FID", "KID"), CONVOLUTIONS: ("Fréchet distance", "kernel distance")}

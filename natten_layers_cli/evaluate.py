@@ -21,7 +21,7 @@ from PIL import Image
 
 from natten_layers.io.files import replacing
 
-from .data import Folder, Source, default_workers, describe, open_source, parse_data_flag
+from .batches import default_workers
 from .distances import (
     CONVOLUTIONS,
     INCEPTION,
@@ -32,7 +32,9 @@ from .distances import (
     open_features,
     usual_features,
 )
+from .folders import Folder
 from .running import Parser, check_device, check_output, list_length, run_command, seed, worker_count
+from .sources import Source, describe, open_source, parse_data_flag
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

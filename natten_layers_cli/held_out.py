@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .data import Batch, Examples, Key, Photographs, Source, by_shape
+from .batches import Batch, Examples, Key, by_shape
+from .sources import Photographs, Source
 
 
 class Part:

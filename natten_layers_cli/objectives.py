@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from natten_layers import Denoiser, HDiTConfig, MeanFlow
 
-from .data import Batch
+from .batches import Batch
 from .diffusion import loss_weighting, make_sigma_quantile, stratified
 
 MEANFLOW: dict[str, Any] = {"averaged": 0.25, "loc": -0.4, "scale": 1.0, "power": 0.75}
@@ -27,8 +27,8 @@ class Objective(Protocol):
     edges: tuple[float, ...]
     """that divide its values, to show the loss of each range"""
     packs: bool
-    """whether :meth:`losses` takes images of many shapes as :func:`natten_layers_cli.data.pack` makes them, with their
-    ``shapes`` among the conditions"""
+    """whether :meth:`losses` takes images of many shapes as :func:`natten_layers_cli.batches.pack` makes them, with
+    their ``shapes`` among the conditions"""
 
     def around(self, model: nn.Module, sigma_data: float) -> nn.Module:
         """The network with what the loss needs beside it."""

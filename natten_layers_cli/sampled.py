@@ -9,11 +9,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .data import Photographs, SkipUnreadable, Source
 from .distances import NAMES, features_of, frechet_distance, kernel_distance, open_features
 from .held_out import Part
 from .parallel import Processes
 from .pictures import to_bytes
+from .sources import Photographs, SkipUnreadable, Source
 
 GATHERED = 1024
 """Features of a process that travel at a time: those of all images may not fit beside a model on a GPU."""

@@ -39,6 +39,7 @@ from natten_layers.io.schema import check_keys
 from natten_layers.modules.hdit_config import IMAGE_AXES, axis_grid, check_axis
 from natten_layers.wording import shorten
 
+from .batches import Batch, Examples, Keys, default_workers, load_batches, pack
 from .boards import Boards, Log
 from .checkpointing import (
     DamagedError,
@@ -51,22 +52,11 @@ from .checkpointing import (
     save_checkpoint,
     save_sharded,
 )
-from .data import (
-    Batch,
-    Examples,
-    Folder,
-    KeepShape,
-    Keys,
-    default_workers,
-    describe,
-    load_batches,
-    open_source,
-    pack,
-    parse_data_flag,
-)
 from .diffusion import check_schedule, ema_decay, learning_rate_factor
 from .distances import NAMES, usual_features
+from .folders import Folder
 from .held_out import held_out_batches, hold_out, level_names, means, sums_by_level
+from .images import KeepShape
 from .objectives import MEANFLOW, open_objective
 from .parallel import Processes, local
 from .pictures import save_loss_curve, save_png
@@ -85,6 +75,7 @@ from .running import (
 )
 from .sample_hdit import DEFAULTS, Request, digest, picture, sample_batches
 from .sampled import SampleDistances
+from .sources import describe, open_source, parse_data_flag
 
 PRESETS = Path(__file__).parent / "configs"
 SECTIONS: dict[str, dict[str, Any]] = {  # k-diffusion's defaults for this type of model

@@ -30,18 +30,9 @@ from torch import Tensor
 
 from natten_layers import HDiT, HDiTConfig, LevelConfig
 from natten_layers_cli import convert, running, sample_hdit, train_hdit
+from natten_layers_cli.augmentation import augment
+from natten_layers_cli.batches import Examples, Keys, default_workers
 from natten_layers_cli.checkpointing import DamagedError, RunFiles, check_rest, save_sharded
-from natten_layers_cli.data import (
-    Examples,
-    Folder,
-    Keys,
-    Photographs,
-    augment,
-    default_workers,
-    describe,
-    open_source,
-    parse_data_flag,
-)
 from natten_layers_cli.diffusion import (
     SAMPLERS,
     guided,
@@ -50,8 +41,10 @@ from natten_layers_cli.diffusion import (
     make_sigma_quantile,
     stratified,
 )
+from natten_layers_cli.folders import Folder
 from natten_layers_cli.parallel import Processes
 from natten_layers_cli.pictures import read_record, save_png
+from natten_layers_cli.sources import Photographs, describe, open_source, parse_data_flag
 
 ROOT = Path(__file__).parents[1]
 TRAIN = ["-m", "natten_layers_cli.train_hdit"]
@@ -385,7 +378,7 @@ def test_broken_images_are_named_at_the_start(
     config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Cut files that begin well, a flipped bit, no picture at all, and pixels that could only be clipped."""
-    monkeypatch.setattr("natten_layers_cli.data.LOOKED_AT", 4)
+    monkeypatch.setattr("natten_layers_cli.folders.LOOKED_AT", 4)
     folder = config.parent / "images"
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
     draw(folder / "good.png")

@@ -26,15 +26,18 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from natten_layers_cli import evaluate, sample_hdit, train_hdit
+from natten_layers_cli.batches import Examples, Key, by_shape
 from natten_layers_cli.boards import Boards
 from natten_layers_cli.checkpointing import RunFiles
-from natten_layers_cli.data import MOST_UNREADABLE, Examples, Folder, KeepShape, Key, UnreadableError, by_shape
+from natten_layers_cli.folders import Folder
 from natten_layers_cli.held_out import Part, held_out_batches, hold_out, level_names, means, sums_by_level
+from natten_layers_cli.images import KeepShape, UnreadableError
 from natten_layers_cli.jpeg import MARKER
 from natten_layers_cli.parallel import Processes
 from natten_layers_cli.pictures import read_record, to_image
 from natten_layers_cli.progress import progress
 from natten_layers_cli.sampled import SampleDistances, three_channels
+from natten_layers_cli.sources import MOST_UNREADABLE
 
 MODEL: dict[str, Any] = {
     "type": "image_transformer_v2",

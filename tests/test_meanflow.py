@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 import compare_steps
 from natten_layers import HDiT, HDiTConfig, LevelConfig, MeanFlow, operations
 from natten_layers_cli import sample_hdit, train_hdit
-from natten_layers_cli.data import Batch
+from natten_layers_cli.batches import Batch
 from natten_layers_cli.diffusion import sample_meanflow
 from natten_layers_cli.objectives import MEANFLOW, AverageVelocity
 from natten_layers_cli.pictures import draw_grid
