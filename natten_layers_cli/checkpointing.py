@@ -8,7 +8,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -165,25 +165,6 @@ class RunFiles:
         with replacing(self.path("_metrics.csv")) as temporary:
             rows = "".join(f"{step},{loss!r}\n" for step, loss in losses.items())
             temporary.write_text(f"step,loss\n{rows}", encoding="utf-8")
-
-
-def reset(model: nn.Module, tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
-    """A file's tensors, but for those called ``names`` or ``NAME.anything``, which are the model's own.
-
-    Raises:
-        ValueError: neither the model nor the file has one of a name.
-    """
-    own = {hdit_name(key): tensor for key, tensor in model.state_dict().items()}
-
-    def named(key: str, name: str) -> bool:
-        return key == name or key.startswith(f"{name}.")
-
-    for name in names:
-        if not any(named(key, name) for key in (*own, *tensors)):
-            heads = sorted({key.partition(".")[0] for key in own})
-            raise ValueError(f"--reset {name}: the model has no tensors of that name; it has {', '.join(heads)}")
-    kept = {key: tensor for key, tensor in tensors.items() if not any(named(key, name) for name in names)}
-    return kept | {key: tensor for key, tensor in own.items() if any(named(key, name) for name in names)}
 
 
 def check_finite(model: nn.Module, processes: Processes) -> None:

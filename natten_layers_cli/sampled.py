@@ -1,22 +1,77 @@
-"""How far samples of a model in training are from the images that it learns from."""
+"""Samples of a model in training, and how far they are from the images that it learns from."""
 
 from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
+
+from natten_layers import HDiT, HDiTConfig
 
 from .distances import NAMES, features_of, frechet_distance, kernel_distance, open_features
 from .held_out import Part
 from .parallel import Processes
 from .pictures import to_bytes
+from .running import Signals
+from .sample_hdit import DEFAULTS, Request, digest, picture, sample_batches
 from .sources import Photographs, SkipUnreadable, Source
 
 GATHERED = 1024
 """Features of a process that travel at a time: those of all images may not fit beside a model on a GPU."""
+
+
+class SamplingStoppedError(Exception):
+    """A process was told to stop while images were sampled."""
+
+
+class Samples:
+    """Images that a model makes at some step of its training, of all classes.
+
+    Args:
+        steps: of the sampler; None is what the model's objective takes.
+        signals: whether this process was told to stop.
+    """
+
+    def __init__(
+        self, model: HDiT, plan: HDiTConfig, processes: Processes, signals: Signals, *, steps: int | None, seed: int
+    ) -> None:
+        self.model, self.plan, self.processes, self.signals = model, plan, processes, signals
+        self.steps, self.seed = steps, seed
+
+    def request(self, count: int) -> Request:
+        """For ``count`` images of each class."""
+        sampler, steps = DEFAULTS[self.plan.objective]
+        classes = tuple(range(self.plan.num_classes))
+        return Request(classes=classes, count=count, sampler=sampler, steps=self.steps or steps, seed=self.seed)
+
+    def batches(self, request: Request) -> Iterator[Tensor]:
+        """Batches of images; every process must take all of them.
+
+        Raises:
+            SamplingStoppedError: a process was told to stop.
+        """
+
+        def on_step() -> None:
+            if self.processes.any(self.signals.stop_wanted):
+                raise SamplingStoppedError
+
+        return sample_batches(self.model, self.plan, request, quiet=not self.processes.first, on_step=on_step)
+
+    def grid(self, count: int) -> tuple[Image.Image, dict[str, Any]]:
+        """``count`` images of each class, every class a row, and how they were made; every process must call it.
+
+        Raises:
+            SamplingStoppedError: a process was told to stop.
+        """
+        request = self.request(count)
+        images = torch.cat(list(self.batches(request)))
+        return picture(images, self.plan, request), asdict(request) | {"sha256": digest(images)}
 
 
 class SampleDistances:

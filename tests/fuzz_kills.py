@@ -26,7 +26,7 @@ from random import Random
 import torch
 from distribution import MODEL
 
-from natten_layers import DecoderLM, HDiT
+from natten_layers import DecoderLM, HDiT, HDiTConfig
 from natten_layers.io.checkpoints import load_plain
 from natten_layers.io.files import read_json
 from natten_layers.kernels.host.tuned import read_tuned
@@ -120,7 +120,7 @@ def prepare(folder: Path) -> None:
     """The inputs of all commands."""
     os.chdir(folder)
     Path("config.json").write_text(json.dumps(MODEL))
-    HDiT(train_hdit.HDiTConfig.from_json("config.json")).save_pretrained("model.safetensors")
+    HDiT(HDiTConfig.from_json("config.json")).save_pretrained("model.safetensors")
     Path("text").mkdir()
     for number in range(40):
         (Path("text") / f"{number}.txt").write_text(f"{number} is a number. " * 30)

@@ -29,9 +29,9 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from natten_layers import HDiT, HDiTConfig, LevelConfig
-from natten_layers_cli import convert, running, sample_hdit, train_hdit
+from natten_layers_cli import convert, hdit_trainer, running, sample_hdit, sampled, train_hdit
 from natten_layers_cli.augmentation import augment
-from natten_layers_cli.batches import Examples, Keys, default_workers
+from natten_layers_cli.batches import Examples, Keys, default_workers, load_batches
 from natten_layers_cli.checkpointing import DamagedError, RunFiles, check_rest, save_sharded
 from natten_layers_cli.diffusion import (
     SAMPLERS,
@@ -42,9 +42,11 @@ from natten_layers_cli.diffusion import (
     stratified,
 )
 from natten_layers_cli.folders import Folder
+from natten_layers_cli.hdit_trainer import Trainer
 from natten_layers_cli.parallel import Processes
 from natten_layers_cli.pictures import read_record, save_png
 from natten_layers_cli.sources import Photographs, describe, open_source, parse_data_flag
+from natten_layers_cli.training_config import read_config
 
 ROOT = Path(__file__).parents[1]
 TRAIN = ["-m", "natten_layers_cli.train_hdit"]
@@ -504,7 +506,7 @@ def test_hub_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("preset", sorted(train_hdit.PRESETS.glob("*.json")), ids=lambda path: path.stem)
 def test_presets_build_with_everything_on(preset: Path) -> None:
-    config = train_hdit.read_config(preset, None)
+    config = read_config(preset, None)
     with torch.device("meta"):
         model = HDiT(HDiTConfig.from_json(config))
     *neighborhoods, last = model.config.levels
@@ -523,15 +525,15 @@ def test_presets_build_with_everything_on(preset: Path) -> None:
 def test_a_killed_run_resumes_to_the_same_loss_curve(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert train(config, "whole", "--end-step", "5") == 0
 
-    step = train_hdit.Trainer._train_step
+    step = Trainer._train_step
 
-    def killed(self: train_hdit.Trainer, *arguments) -> Tensor:
+    def killed(self: Trainer, *arguments) -> Tensor:
         if self.step == 3:
             raise SystemExit(9)
         return step(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_hdit.Trainer, "_train_step", killed)
+        patch.setattr(Trainer, "_train_step", killed)
         with pytest.raises(SystemExit):
             train(config, "killed", "--end-step", "5")
     assert len(metrics(config, "killed").splitlines()) == 4  # a header, and a step more than the checkpoint knows of
@@ -547,16 +549,16 @@ def test_signals_save_and_the_run_goes_on(config: Path, monkeypatch: pytest.Monk
     number = signal.Signals[signal_name]
     flags = ["--end-step", "4", "--grad-accum-steps", "2", "--batch-size", "2"]
     assert train(config, "whole", *flags) == 0
-    step = train_hdit.Trainer._train_step
+    step = Trainer._train_step
 
-    def interrupted(self: train_hdit.Trainer, *arguments) -> Tensor:
+    def interrupted(self: Trainer, *arguments) -> Tensor:
         if self.step == 2:
             os.kill(os.getpid(), number)
         return step(self, *arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "isatty", lambda descriptor: False)  # SIGHUP must not silence a terminal under the tests
-        patch.setattr(train_hdit.Trainer, "_train_step", interrupted)
+        patch.setattr(Trainer, "_train_step", interrupted)
         assert train(config, "stopped", *flags) == {"SIGINT": 130, "SIGHUP": 129, "SIGUSR1": 0}[signal_name]
     assert (config.parent / "stopped_00000003.pth").exists()
     assert train(config, "stopped", *flags) == 0
@@ -580,11 +582,11 @@ def test_a_second_ctrl_c_loses_no_state_that_is_whole(
     ticks = iter(range(0, 1000, 10))
     monkeypatch.setattr(running, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
     if where == "demo":
-        monkeypatch.setattr(train_hdit, "sample_batches", twice(train_hdit.sample_batches))
+        monkeypatch.setattr(sampled, "sample_batches", twice(sampled.sample_batches))
     elif where == "save":
-        monkeypatch.setattr(train_hdit, "save_checkpoint", twice(train_hdit.save_checkpoint))
+        monkeypatch.setattr(hdit_trainer, "save_checkpoint", twice(hdit_trainer.save_checkpoint))
     else:
-        monkeypatch.setattr(train_hdit.Trainer, "_losses", twice(train_hdit.Trainer._losses))
+        monkeypatch.setattr(Trainer, "_losses", twice(Trainer._losses))
     assert train(config, "a", "--end-step", "5", "--demo-every", "1", "--save-every", "1000") == 130
     error = capfd.readouterr().err
     if where == "save":  # the last one, of a run that needs no other
@@ -623,7 +625,7 @@ def test_a_log_on_a_full_disk() -> None:
 def test_a_kill_during_the_last_save_loses_nothing(config: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     """Before each of the files that a save writes, and with what is half written left behind."""
     assert train(config, "whole", "--end-step", "4") == 0
-    owner = {"save_checkpoint": train_hdit, "save_pretrained": HDiT, "record": RunFiles}[where]
+    owner = {"save_checkpoint": hdit_trainer, "save_pretrained": HDiT, "record": RunFiles}[where]
     original, calls = getattr(owner, where), iter(range(9))
 
     def killed(*arguments: Any) -> Any:
@@ -753,18 +755,18 @@ def test_names_that_are_no_text_are_refused(config: Path, capsys: pytest.Capture
     assert capsys.readouterr().err.splitlines()[-1].endswith("is no UTF-8, which TensorBoard needs")
 
 
-def make_trainer(config: Path, *flags: str) -> train_hdit.Trainer:
+def make_trainer(config: Path, *flags: str) -> Trainer:
     arguments = train_hdit.parse_arguments(
         ["--config", str(config), "--name", str(config.parent / "a"), "--device", "cpu", *flags]
     )
-    return train_hdit.Trainer(arguments, Processes("cpu", fsdp=False), RunFiles(arguments.name))
+    return Trainer(arguments, Processes("cpu", fsdp=False), RunFiles(arguments.name))
 
 
-def take_steps(trainer: train_hdit.Trainer, count: int) -> list[Tensor]:
+def take_steps(trainer: Trainer, count: int) -> list[Tensor]:
     """The parameters after each step, as one vector."""
     keys = Keys(len(trainer.source), 4, seed=0, first_step=trainer.step, accumulate=1, rank=0, world=1)
     taken = []
-    with train_hdit.load_batches(Examples(trainer.source, 0.0), keys, workers=0, pin_memory=False) as batches:
+    with load_batches(Examples(trainer.source, 0.0), keys, workers=0, pin_memory=False) as batches:
         for _ in range(count):
             trainer._train_step([next(batches)], keys.global_batch)
             taken.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
@@ -800,12 +802,12 @@ def test_training_stops_before_it_saves_nan(
     assert train(config, "a", "--end-step", "2") == 0
     before = {path: path.read_bytes() for path in config.parent.glob("a*.[pjs]*")}
 
-    def spoil(self: train_hdit.Trainer, *_: object) -> Tensor:
+    def spoil(self: Trainer, *_: object) -> Tensor:
         next(self.model.parameters()).data.fill_(math.nan)
         self.step += 1
         return torch.tensor(loss)
 
-    monkeypatch.setattr(train_hdit.Trainer, "_train_step", spoil)
+    monkeypatch.setattr(Trainer, "_train_step", spoil)
     assert train(config, "a", "--end-step", "4") == 2
     assert "try a lower --lr" in capsys.readouterr().err.splitlines()[-1]
     assert len(before) == 5  # checkpoint, state, weights and two pictures

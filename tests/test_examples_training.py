@@ -25,18 +25,19 @@ from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from natten_layers_cli import evaluate, sample_hdit, train_hdit
+from natten_layers_cli import evaluate, hdit_trainer, sample_hdit, sampled, train_hdit
 from natten_layers_cli.batches import Examples, Key, by_shape
 from natten_layers_cli.boards import Boards
 from natten_layers_cli.checkpointing import RunFiles
 from natten_layers_cli.folders import Folder
+from natten_layers_cli.hdit_trainer import Trainer
 from natten_layers_cli.held_out import Part, held_out_batches, hold_out, level_names, means, sums_by_level
 from natten_layers_cli.images import KeepShape, UnreadableError
 from natten_layers_cli.jpeg import MARKER
 from natten_layers_cli.parallel import Processes
 from natten_layers_cli.pictures import read_record, to_image
 from natten_layers_cli.progress import progress
-from natten_layers_cli.sampled import SampleDistances, three_channels
+from natten_layers_cli.sampled import SampleDistances, SamplingStoppedError, three_channels
 from natten_layers_cli.sources import MOST_UNREADABLE
 
 MODEL: dict[str, Any] = {
@@ -71,11 +72,11 @@ def train(config: Path, name: str, *flags: str) -> int:
     return train_hdit.main(["--config", str(config), "--name", str(config.parent / name), "--device", "cpu", *flags])
 
 
-def make_trainer(config: Path, *flags: str) -> train_hdit.Trainer:
+def make_trainer(config: Path, *flags: str) -> Trainer:
     arguments = train_hdit.parse_arguments(
         ["--config", str(config), "--name", str(config.parent / "a"), "--device", "cpu", *flags]
     )
-    return train_hdit.Trainer(arguments, Processes("cpu", fsdp=False), RunFiles(arguments.name))
+    return Trainer(arguments, Processes("cpu", fsdp=False), RunFiles(arguments.name))
 
 
 def curves(folder: Path) -> dict[str, dict[int, float]]:
@@ -333,9 +334,9 @@ def test_images_that_cannot_be_had_during_a_run_lose_nothing(tmp_path: Path, hel
     ("owner", "name", "step", "says"),
     [
         (Boards, "scalars", 2, "curves: No space left on device"),  # after step 1
-        (train_hdit.tqdm, "write", 3, "cannot write standard output: No space left on device"),  # after step 2
-        (train_hdit, "save_png", 3, "cannot write a_demo.png"),
-        (train_hdit, "sample_batches", 2, "no memory for samples"),  # which is after no other step
+        (hdit_trainer.tqdm, "write", 3, "cannot write standard output: No space left on device"),  # after step 2
+        (hdit_trainer, "save_png", 3, "cannot write a_demo.png"),
+        (sampled, "sample_batches", 2, "no memory for samples"),  # which is after no other step
     ],
 )
 def test_what_cannot_be_shown_costs_nothing_that_was_learned(
@@ -469,7 +470,7 @@ def test_a_stop_while_samples_are_measured(tmp_path: Path) -> None:
     trainer = make_trainer(write_config(tmp_path), "--eval-samples", "4", "--eval-every", "1", "--save-every", "99")
     trainer.measure_samples()
     trainer.signals.number = signal.SIGTERM
-    with pytest.raises(train_hdit.SamplingStoppedError):
+    with pytest.raises(SamplingStoppedError):
         trainer.measure_samples()
 
 
@@ -520,7 +521,7 @@ def test_what_does_not_keep_its_shape(tmp_path: Path, capsys: pytest.CaptureFixt
     processes = Processes("cpu", fsdp=False)
     processes.fsdp = True
     with pytest.raises(ValueError, match="--buckets none does not go with --fsdp"):
-        train_hdit.Trainer(arguments, processes, RunFiles(str(tmp_path / "a")))
+        Trainer(arguments, processes, RunFiles(str(tmp_path / "a")))
     config = write_config(tmp_path)
     config.write_text(config.read_text().replace('"d_head": 8', '"d_head": 8, "is_periodic": [false, true]'))
     assert train(config, "a", "--buckets", "none") == 2
