@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hdit_runs import make_trainer, train
 from PIL import Image
 from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -32,13 +32,9 @@ from natten_layers_cli.checkpointing import RunFiles
 from natten_layers_cli.folders import Folder
 from natten_layers_cli.hdit_trainer import Trainer
 from natten_layers_cli.held_out import Part, held_out_batches, hold_out, level_names, means, sums_by_level
-from natten_layers_cli.images import KeepShape, UnreadableError
-from natten_layers_cli.jpeg import MARKER
 from natten_layers_cli.parallel import Processes
-from natten_layers_cli.pictures import read_record, to_image
 from natten_layers_cli.progress import progress
 from natten_layers_cli.sampled import SampleDistances, SamplingStoppedError, three_channels
-from natten_layers_cli.sources import MOST_UNREADABLE
 
 MODEL: dict[str, Any] = {
     "type": "image_transformer_v2",
@@ -66,17 +62,6 @@ def write_config(folder: Path, classes: int = 2, images: int = 3, **dataset: Any
     path = folder / "config.json"
     path.write_text(json.dumps(content))
     return path
-
-
-def train(config: Path, name: str, *flags: str) -> int:
-    return train_hdit.main(["--config", str(config), "--name", str(config.parent / name), "--device", "cpu", *flags])
-
-
-def make_trainer(config: Path, *flags: str) -> Trainer:
-    arguments = train_hdit.parse_arguments(
-        ["--config", str(config), "--name", str(config.parent / "a"), "--device", "cpu", *flags]
-    )
-    return Trainer(arguments, Processes("cpu", fsdp=False), RunFiles(arguments.name))
 
 
 def curves(folder: Path) -> dict[str, dict[int, float]]:
@@ -214,32 +199,6 @@ def test_weights_for_another_resolution(tmp_path: Path) -> None:
     assert sample_hdit.HDiT.from_pretrained(tmp_path / "large.safetensors").config.input_size == (16, 12)
 
 
-@pytest.mark.parametrize(
-    ("given", "made"),
-    [
-        *(((40, 20), (12, 6)), ((20, 40), (6, 12)), ((30, 30), (8, 8)), ((50, 40), (8, 8))),
-        # The shorter side would be less than 6: both are longer, up to 4 * 64 pixels, and what is longer is cut.
-        *(((60, 20), (18, 6)), ((20, 100), (6, 30)), ((300, 20), (42, 6)), ((20, 300), (6, 42))),
-    ],
-)
-def test_images_keep_their_shapes(given: tuple[int, int], made: tuple[int, int]) -> None:
-    """64 pixels, (height, width), in even sides of at least 6: sqrt(64 * 2) = 11.3 and half of that."""
-    height, width = given
-    image = Image.new("RGB", (width, height), "red")
-    image.paste("blue", (width // 2, height // 2, width, height))  # a quarter, which a crop would make more or less of
-    disc = max(2, min(given) // 3)
-    image.paste("lime", (width // 2 - disc, height // 2 - disc, width // 2 + disc, height // 2 + disc))
-    fitted = KeepShape((2, 2), (6, 6))(image, (8, 8))
-    assert (fitted.height, fitted.width) == made
-    green = np.asarray(fitted)[..., 1].astype(float)
-    rows, columns = green[:, made[1] // 2].sum(), green[made[0] // 2].sum()
-    assert 0.7 < rows / columns < 1.4  # a square stays one, to a pixel of so few
-    for (x, y), blue in {(0.1, 0.1): False, (0.9, 0.1): False, (0.1, 0.9): False, (0.9, 0.9): True}.items():
-        pixel = fitted.getpixel((int(x * fitted.width), int(y * fitted.height)))
-        assert isinstance(pixel, tuple)
-        assert (pixel[2] > 200, pixel[0] > 200) == (blue, not blue)
-
-
 def break_pixels(path: Path) -> None:
     """Make ``path`` a JPEG that is cut within its pixels, and has a mark of the end in its last bytes, of a comment."""
     noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
@@ -247,26 +206,6 @@ def break_pixels(path: Path) -> None:
     content = path.read_bytes()
     path.write_bytes(content[:-100])
     assert b"\xff\xd9" in content[-1024:-100]
-
-
-@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
-@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_rows": 1}], ids=str)
-def test_a_jpeg_that_is_cut_before_its_end_is_no_grey_image(tmp_path: Path, mode: str, options: dict[str, Any]) -> None:
-    noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
-    noise[-16:] = noise[:, -16:] = 128
-    path = tmp_path / "a.jpg"
-    Image.fromarray(noise).convert(mode).save(path, **options)
-    folder, generator = Folder(tmp_path, (48, 64), 3, classes=False), torch.Generator()
-    pixels, _ = folder.load(0, generator)  # one that ends in grey is whole
-    assert pixels.float().std() > 20
-    whole = path.read_bytes()
-    start = whole.index(b"\xff\xda") + 14
-    end = MARKER.search(whole, start)  # in a progressive file, of the first scan: later ones only make pixels finer
-    assert end is not None
-    for part in (0.3, 0.6):
-        path.write_bytes(whole[: start + int(part * (end.start() - start))].rstrip(b"\xff") + b"\xff\xd9")
-        with pytest.raises(UnreadableError, match=r"a\.jpg cannot be read as an image: its last pixels are missing"):
-            folder.load(0, generator)
 
 
 def test_an_image_with_broken_pixels_is_skipped_with_a_warning(
@@ -290,23 +229,6 @@ def test_an_image_with_broken_pixels_is_skipped_with_a_warning(
     index = [path for path, _ in folder.images].index(broken[0])
     skipped, following = (Examples(folder, 0.5)[Key(i, 5, 0)] for i in (index, index + 1))
     assert all(torch.equal(a, b) for a, b in zip(skipped, following, strict=True))
-
-
-@pytest.mark.parametrize("images", [3, MOST_UNREADABLE + 10])
-def test_images_that_break_all_together_end_the_run(images: int, capfd: pytest.CaptureFixture[str]) -> None:
-    class Gone:
-        class_names = ()
-
-        def __len__(self) -> int:
-            return images
-
-        def load(self, index: int, generator: torch.Generator) -> tuple[Tensor, int]:
-            raise UnreadableError(f"{index}.png cannot be read")
-
-    most = min(images, MOST_UNREADABLE)
-    with pytest.raises(UnreadableError, match=rf"^{most} images in a row cannot be read; the last one: 0.png cannot"):
-        Examples(Gone(), 0.0)[Key((1 - most) % images, 0, 0)]
-    assert capfd.readouterr().err.count("warning") == most - 1
 
 
 @pytest.mark.parametrize("held_out", [False, True])
@@ -481,14 +403,6 @@ def test_channels_of_samples() -> None:
     assert three_channels(clear).flatten().tolist() == [206, 208, 210]
 
 
-def test_every_class_has_files_of_its_own() -> None:
-    assert sample_hdit.file_starts(["cat", "a b", "1-c"]) == ["cat_", "a b_", "1-c_"]
-    names = ["a/b", "a-b", ".hidden", "x" * 300, "0-a-b", "", "", "\0", "\ud800"]
-    starts = sample_hdit.file_starts(names)
-    assert starts[:2] == ["0-a-b-_", "1-a-b_"]
-    assert starts[2:] == ["2-.hidden_", f"3-{'x' * 200}_", "0-a-b_", "5-_", "6-_", "-_", "?_"]
-
-
 @pytest.mark.parametrize("objective", ["diffusion", "meanflow"])
 def test_images_of_several_shapes_train_together(tmp_path: Path, objective: str) -> None:
     config = write_config(tmp_path)
@@ -561,50 +475,3 @@ def test_weights_and_biases(
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=fail, Image=None))
     assert train(config, "b", "--end-step", "1", "--wandb", "flowers") == 2
     assert capsys.readouterr().err.splitlines()[-1] == "error: --wandb flowers: no key"
-
-
-def test_single_images(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    config = write_config(tmp_path)
-    assert train(config, "a", "--end-step", "1") == 0
-    command = [str(tmp_path / "a.safetensors"), "-n", "3", "--steps", "1", "--device", "cpu", "--batch-size", "2"]
-    assert sample_hdit.main([*command, "--out", str(tmp_path / "out")]) == 0
-    names = [f"class{label}_{i:05}.png" for label in range(2) for i in range(3)]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
-    assert read_record(tmp_path / "out" / names[0])["count"] == 3
-
-    model = sample_hdit.HDiT.from_pretrained(tmp_path / "a.safetensors")
-    request = sample_hdit.Request(classes=(0, 1), count=3, steps=1, batch_size=2)
-    images: Tensor = sample_hdit.sample(model, model.config, request)
-    for name, image in zip(names, images, strict=True):
-        with Image.open(tmp_path / "out" / name) as written:
-            assert written.tobytes() == to_image(image).tobytes()
-    assert sample_hdit.main([*command, "-n", "1", "--out", str(tmp_path / "out")]) == 2
-    assert "out holds images already, with which these would be mixed" in capsys.readouterr().err
-    save_png = sample_hdit.save_png
-
-    def save_first(image: Image.Image, path: Path, record: dict[str, Any]) -> None:
-        if any(path.parent.glob("*.png")):
-            raise KeyboardInterrupt
-        save_png(image, path, record)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(sample_hdit, "save_png", save_first)
-        assert sample_hdit.main([*command, "--out", str(tmp_path / "interrupted")]) == 130
-    assert [path.name for path in (tmp_path / "interrupted").iterdir()] == ["class0_00000.png"]
-    assert capsys.readouterr().err.splitlines()[-1] == "interrupted; images that were written are whole"
-    (tmp_path / "taken").mkdir()
-    lock = tmp_path / "taken" / ".lock"
-    hold = f"import fcntl, sys; file = open({str(lock)!r}, 'a+'); fcntl.lockf(file, fcntl.LOCK_EX); print(flush=True)"
-    hold = [sys.executable, "-c", f"{hold}; sys.stdin.read()"]
-    with subprocess.Popen(hold, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
-        assert other.stdout is not None
-        other.stdout.readline()
-        assert sample_hdit.main([*command, "--out", str(tmp_path / "taken")]) == 2  # not images of both, mixed
-        assert f"another process is writing images to {tmp_path / 'taken'}" in capsys.readouterr().err
-        other.kill()
-    names = ["a/b", "a-b"]  # which no file's name tells apart
-    model.config.other["dataset"]["class_names"] = names
-    assert sample_hdit.write_images(model, model.config, request, tmp_path / "slashes") == 6
-    assert len(list((tmp_path / "slashes").iterdir())) == 6
-    with pytest.raises(SystemExit):
-        sample_hdit.main([*command, "--out", str(tmp_path), "--reproduce", str(tmp_path / "a_samples.png")])
