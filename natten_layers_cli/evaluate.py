@@ -33,7 +33,7 @@ from .distances import (
     usual_features,
 )
 from .folders import Folder
-from .running import Parser, check_device, check_output, list_length, run_command, seed, worker_count
+from .running import Parser, check_device, check_output, list_length, run_command, seed, side, worker_count
 from .sources import Source, describe, open_source, parse_data_flag
 
 
@@ -49,7 +49,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--weights", type=Path, metavar="FILE", help="Inception's; default: torch-fidelity's download")
     parser.add_argument(
-        "--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="crop all to it; default: the first image's"
+        "--size", type=side, nargs=2, metavar=("HEIGHT", "WIDTH"), help="crop all to it; default: the first image's"
     )
     parser.add_argument("--subset", type=int, default=1000, help="images of a subset of KID, default: %(default)s")
     parser.add_argument("--subsets", type=list_length, default=100, help="how many of them, default: %(default)s")

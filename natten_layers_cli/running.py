@@ -40,6 +40,8 @@ MOST_TEXT = 4000
 MOST_INT = 2**63 - 1  # that of PyTorch's sizes and numbers
 MOST_LENGTH = 10**6
 """A list of Python has no more entries here: a longer one fills memory before anybody says that it is too long."""
+MOST_SIDE = 2**14
+"""pixels of an image's height or width: Pillow opens no square of as many, of which a batch needs 50 GB"""
 MOST_WORKERS = 256
 """processes that load images, of one that trains: more of them than a machine can start end the machine's work"""
 MOST_SEED = 2**32 - 1
@@ -158,15 +160,24 @@ def seed(text: str) -> int:
 
 def list_length(text: str) -> int:
     """The type of a flag that says how many things are in a list, as of layers, or of steps of a sampler."""
-    value = _integer(text)
-    if value > MOST_LENGTH:
-        raise argparse.ArgumentTypeError(f"must be at most {MOST_LENGTH}, got {value}")
-    return value
+    return _at_most(text, MOST_LENGTH)
+
+
+def side(text: str) -> int:
+    """The type of a flag for an image's height or width."""
+    return _at_most(text, MOST_SIDE)
 
 
 def worker_count(text: str) -> int:
     """The type of ``--num-workers``."""
     return _integer(text, 0, MOST_WORKERS)
+
+
+def _at_most(text: str, most: int) -> int:
+    value = _integer(text)
+    if value > most:
+        raise argparse.ArgumentTypeError(f"must be at most {most}, got {value}")
+    return value
 
 
 def _integer(text: str, least: int = -MOST_INT, most: int = MOST_INT) -> int:
