@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,19 +28,30 @@ class UnreadableError(ValueError):
 
 
 def open_image(path: Path, channels: int) -> Image.Image:
-    """A file's image as :func:`convert` makes it.
+    """What :func:`decode` makes of a file.
 
     Raises:
         UnreadableError: no image, a damaged one, or one that was cut.
     """
     try:
-        with Image.open(path) as image:
-            converted = convert(image, channels)
-            if image.format in ("JPEG", "MPO") and ends_in_grey(image) and lacks_pixels(image, path.read_bytes()):
-                raise ValueError("its last pixels are missing: the file was cut")
-            return converted
+        return decode(path, channels)
     except Exception as error:  # of the many kinds that decoders raise
         raise UnreadableError(f"{path} cannot be read as an image: {one_line(error)}") from error
+
+
+def decode(file: Path | bytes, channels: int) -> Image.Image:
+    """The image in a file, or in its bytes: 8 bits a channel, upright, on white where the model has no alpha.
+
+    Raises:
+        Exception: of the many kinds that decoders raise.
+        ValueError: a file that was cut, or pixels whose range is unknown.
+    """
+    with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+        converted = _convert(image, channels)
+        may_lack = image.format in ("JPEG", "MPO") and ends_in_grey(image)
+        if may_lack and lacks_pixels(image, file if isinstance(file, bytes) else file.read_bytes()):
+            raise ValueError("its last pixels are missing: the file was cut")
+        return converted
 
 
 def problem_of(path: Path, channels: int) -> str:
@@ -77,7 +89,7 @@ def _check_mode(image: Image.Image) -> None:
         raise ValueError(f"its pixels are {kind}, whose range is unknown: convert it to 8 or 16 bits a channel")
 
 
-def convert(image: Image.Image, channels: int) -> Image.Image:
+def _convert(image: Image.Image, channels: int) -> Image.Image:
     """To 8 bits a channel, upright, and on white where it is transparent, unless alpha is a channel of the model."""
     _check_mode(image)
     bits = getattr(image, "tag_v2", {}).get(258, (16,))[0]  # a TIFF's BitsPerSample, which the mode does not tell

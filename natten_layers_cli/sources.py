@@ -12,7 +12,7 @@ from torch import Tensor
 from natten_layers.io.schema import check_keys
 
 from .folders import Folder, scan, some
-from .images import MODES, Fit, UnreadableError, centre_crop, convert, open_image, resize_to_cover, to_tensor
+from .images import MODES, Fit, UnreadableError, centre_crop, decode, open_image, resize_to_cover, to_tensor
 from .running import one_line, tell
 
 MOST_UNREADABLE = 50
@@ -77,8 +77,8 @@ class HuggingFace:
     """The training split of a Hugging Face dataset, by name, with images made to fit ``size``.
 
     Raises:
-        ValueError: no such dataset, no such columns in it, images without a class, or the ``datasets`` package is
-            missing.
+        ValueError: no such dataset, no such columns in it, no images or images without a class, or the ``datasets``
+            package is missing.
     """
 
     def __init__(
@@ -92,33 +92,42 @@ class HuggingFace:
         fit: Fit | None = None,
     ) -> None:
         try:
-            from datasets import load_dataset  # pyright: ignore[reportMissingImports]
+            import datasets  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise ValueError(
                 f"dataset {name!r} is on the Hugging Face hub: pip install 'natten-layers[hub]' brings what reads it"
             ) from error
         try:
-            self.name, self.rows = name, load_dataset(name, split="train")
+            self.name, rows = name, datasets.load_dataset(name, split="train")
         except Exception as error:  # of the many kinds that the packages below it raise
             raise ValueError(f"dataset {name!r} cannot be loaded: {one_line(error)}") from error
+        for key in (image_key, class_key):
+            if key is not None and key not in rows.features:
+                raise ValueError(f"dataset {name!r} has no column {key!r}; it has {', '.join(rows.features)}")
+        if not isinstance(rows.features[image_key], datasets.Image):
+            raise ValueError(
+                f"column {image_key!r} of dataset {name!r} holds no images; name another as dataset.image_key"
+            )
+        self.class_names = () if class_key is None else self._classes(rows, class_key)
+        # The package itself would decode a file that was cut, and say nothing of the pixels that it lacks.
+        self.rows = rows.cast_column(image_key, datasets.Image(decode=False))
         self.size, self.channels, self.image_key, self.class_key = size, channels, image_key, class_key
         self.fit = fit or centre_crop
-        for key in (image_key, class_key):
-            if key is not None and key not in self.rows.features:
-                raise ValueError(f"dataset {name!r} has no column {key!r}; it has {', '.join(self.rows.features)}")
-        names = () if class_key is None else getattr(self.rows.features[class_key], "names", None)
+
+    def _classes(self, rows: Any, class_key: str) -> tuple[str, ...]:
+        """The names of the classes of all images, of which each must have one."""
+        names = getattr(rows.features[class_key], "names", None)
         if names is None:
             raise ValueError(
-                f"column {class_key!r} of dataset {name!r} is no ClassLabel; name another as dataset.class_key"
+                f"column {class_key!r} of dataset {self.name!r} is no ClassLabel; name another as dataset.class_key"
             )
-        self.class_names = tuple(names)
-        labels = set() if class_key is None else set(self.rows.unique(class_key))
-        if unknown := labels.difference(range(len(names))):  # -1 is the hub's for unknown
+        if unknown := set(rows.unique(class_key)).difference(range(len(names))):  # -1 is the hub's for unknown
             values = ", ".join(sorted(map(str, unknown)))
             raise ValueError(
-                f"dataset {name!r} has images without a class, of which {class_key!r} is {values}: train on all images "
-                "without classes, with --no-classes, or on another dataset without these"
+                f"dataset {self.name!r} has images without a class, of which {class_key!r} is {values}: train on all "
+                "images without classes, with --no-classes, or on another dataset without these"
             )
+        return tuple(names)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -126,7 +135,9 @@ class HuggingFace:
     def load(self, index: int, generator: torch.Generator) -> tuple[Tensor, int]:
         try:
             row = self.rows[index]
-            image = self.fit(convert(row[self.image_key], self.channels), self.size)
+            content, path = row[self.image_key]["bytes"], row[self.image_key]["path"]
+            file = Path(path) if content is None else content
+            image = self.fit(decode(file, self.channels), self.size)
         except Exception as error:  # of the many kinds that decoders raise
             raise UnreadableError(f"image {index} of {self.name} cannot be read: {one_line(error)}") from error
         return to_tensor(image), 0 if self.class_key is None else row[self.class_key]

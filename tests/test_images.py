@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import math
 import os
 import struct
 import sys
 import zlib
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -276,35 +278,94 @@ def test_hub_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
         open_source(parse_data_flag("hf:owner/name"), (8, 8), 3)
 
 
-def test_hub_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
-    kinds: list[int | None] = [1, 0]
+class HubImage:
+    """The feature of a column of images, which ``datasets`` decodes, or leaves as they are stored."""
 
-    class Rows(list):
-        features: ClassVar = {"image": None, "kind": SimpleNamespace(names=["day", "night"])}
+    def __init__(self, decode: bool = True) -> None:
+        self.decode = decode
 
-        def unique(self, column: str) -> list[int | None]:
-            return list(dict.fromkeys(row[column] for row in self))
 
-    def load_dataset(name: str, split: str) -> Rows:
+class HubRows:
+    """A dataset of the hub: images are stored as bytes, or as a path, and classes by number."""
+
+    def __init__(self, images: Sequence[bytes | Path], kinds: Sequence[int | None], feature: HubImage) -> None:
+        self.images, self.kinds, self.feature = images, kinds, feature
+        self.features = {"image": feature, "kind": SimpleNamespace(names=["day", "night"])}
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        file = self.images[index]
+        stored = {"bytes": file, "path": None} if isinstance(file, bytes) else {"bytes": None, "path": str(file)}
+        if self.feature.decode:
+            image = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)
+            image.load()
+            return {"image": image, "kind": self.kinds[index]}
+        return {"image": stored, "kind": self.kinds[index]}
+
+    def cast_column(self, column: str, feature: HubImage) -> HubRows:
+        assert column == "image"
+        return HubRows(self.images, self.kinds, feature)
+
+    def unique(self, column: str) -> list[int | None]:
+        assert column == "kind"
+        return list(dict.fromkeys(self.kinds))
+
+
+HUB = {"type": "huggingface", "location": "owner/name", "num_classes": 2, "class_key": "kind"}
+
+
+def fill_hub(monkeypatch: pytest.MonkeyPatch, images: Sequence[bytes | Path], kinds: Sequence[int | None]) -> None:
+    """Let ``datasets`` have one, owner/name."""
+
+    def load_dataset(name: str, split: str) -> HubRows:
         if (name, split) != ("owner/name", "train"):
             raise Exception(f"no\n{name}")  # the package has exceptions of its own, of no narrower type
-        return Rows([{"image": Image.new("L", (10, 8), 200), "kind": kind} for kind in kinds])
+        return HubRows(images, kinds, HubImage())
 
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    section = {"type": "huggingface", "location": "owner/name", "num_classes": 2, "class_key": "kind"}
-    source = open_source(section, (8, 8), 3)
-    image, label = source.load(0, torch.Generator())
-    assert (source.class_names, len(source), label) == (("day", "night"), 2, 1)
-    assert torch.equal(image, torch.full((3, 8, 8), 200, dtype=torch.uint8))
-    kinds += [-1, None, 2, -1]
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset, Image=HubImage))
+
+
+def test_hub_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = draw(tmp_path / "grey.png", "L", 200, (10, 8))
+    images, kinds = [path.read_bytes(), path], [1, 0]
+    fill_hub(monkeypatch, images, kinds)
+    source = open_source(HUB, (8, 8), 3)
+    assert (source.class_names, len(source)) == (("day", "night"), 2)
+    for index, kind in enumerate(kinds):
+        image, label = source.load(index, torch.Generator())
+        assert label == kind
+        assert torch.equal(image, torch.full((3, 8, 8), 200, dtype=torch.uint8))
+    fill_hub(monkeypatch, images * 3, [*kinds, -1, None, 2, -1])
     message = "^dataset 'owner/name' has images without a class, of which 'kind' is -1, 2, None: .*--no-classes"
     with pytest.raises(ValueError, match=message):
-        open_source(section, (8, 8), 3)
-    assert len(open_source({**section, "num_classes": 0}, (8, 8), 3)) == 6
+        open_source(HUB, (8, 8), 3)
+    assert len(open_source({**HUB, "num_classes": 0}, (8, 8), 3)) == 6
     with pytest.raises(ValueError, match=r"^dataset 'owner/other' cannot be loaded: no owner/other$"):
-        open_source({**section, "location": "owner/other"}, (8, 8), 3)
+        open_source({**HUB, "location": "owner/other"}, (8, 8), 3)
     with pytest.raises(ValueError, match="no column 'label'; it has image, kind"):
-        open_source({**section, "class_key": "label"}, (8, 8), 3)
+        open_source({**HUB, "class_key": "label"}, (8, 8), 3)
+    with pytest.raises(ValueError, match="column 'kind' of dataset 'owner/name' holds no images; name another"):
+        open_source({**HUB, "image_key": "kind"}, (8, 8), 3)
+
+
+def test_images_of_the_hub_are_looked_at_as_files_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A JPEG file that was cut and closed, of which decoders make grey, as bytes and as a file; and one of no range."""
+    path = tmp_path / "a.jpg"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)).save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2].rstrip(b"\xff") + b"\xff\xd9")
+    wide = draw(tmp_path / "wide.tif", "I", 70000)
+    fill_hub(monkeypatch, [path.read_bytes(), path, wide, whole], [0] * 4)
+    source, generator = open_source(HUB, (48, 64), 3), torch.Generator()
+    for index in range(2):
+        message = f"^image {index} of owner/name cannot be read: its last pixels are missing: the file was cut$"
+        with pytest.raises(UnreadableError, match=message):
+            source.load(index, generator)
+    with pytest.raises(UnreadableError, match=r"^image 2 of owner/name cannot be read: its pixels are 32-bit"):
+        source.load(2, generator)
+    assert source.load(3, generator)[0].float().std() > 20
 
 
 @pytest.mark.parametrize(
