@@ -2,10 +2,13 @@ import os
 import re
 import signal
 import threading
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from fast_interpreter import speed_up
 from hypothesis import HealthCheck, settings
 
 # Tests must not depend on tiles that were tuned on this machine, so the cache folder is one that does not exist.
@@ -39,6 +42,8 @@ def pytest_configure(config: pytest.Config) -> None:
             raise pytest.UsageError("-m gpu needs a CUDA GPU, and torch.cuda.is_available() is False here")
     else:
         os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+        if find_spec("triton"):
+            speed_up(import_module("triton.runtime.interpreter"))
 
 
 def asks_for_gpu(marks: str) -> bool:

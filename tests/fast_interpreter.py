@@ -1,0 +1,66 @@
+"""Triton's interpreter without work that it repeats, which took three quarters of its time."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from types import FunctionType, ModuleType
+from typing import Any
+
+
+def speed_up(interpreter: Any) -> None:
+    """Make ``triton.runtime.interpreter`` faster, for tests; numbers stay the same."""
+    _patch_language_once_a_launch(interpreter)
+    _look_up_types_once(interpreter)
+    _skip_checks_of_overflow(interpreter)
+
+
+def _skip_checks_of_overflow(interpreter: Any) -> None:
+    """Leave out what the interpreter computes for each integer sum and product, and looks at only while debugging."""
+    builder = interpreter.interpreter_builder
+    builder.options = replace(builder.options, sanitize_overflow=builder.options.debug)
+
+
+def _patch_language_once_a_launch(interpreter: Any) -> None:
+    """Let calls of device functions find ``triton.language`` as their kernel's launch has patched it.
+
+    The interpreter replaces hundreds of functions of that module when a kernel is launched, restores them when it ends,
+    and replaces them again, to the same effect, in every call of a device function in between.
+    """
+    patch_language, in_place = interpreter._patch_lang, set()
+
+    @functools.cache
+    def modules_seen_by(function: FunctionType) -> frozenset[str]:
+        language = interpreter.tl, interpreter.tl.core
+        visible = (value for value in function.__globals__.values() if isinstance(value, ModuleType))
+        return frozenset(module.__name__ for module in visible if module in language)
+
+    def patch(function: FunctionType) -> Any:
+        modules = modules_seen_by(function)
+        if modules in in_place:
+            return None  # calls of device functions do not use it
+        scope = patch_language(function)
+        in_place.add(modules)
+        restore = scope.restore
+
+        def restore_and_forget() -> None:
+            restore()
+            in_place.clear()
+
+        scope.restore = restore_and_forget
+        return scope
+
+    interpreter._patch_lang = patch
+
+
+def _look_up_types_once(interpreter: Any) -> None:
+    """Remember NumPy's type of each of Triton's; the interpreter makes a table of all of them for each question."""
+    look_up, known = interpreter._get_np_dtype, {}
+
+    def get_np_dtype(type: Any) -> Any:
+        name = type.scalar.name
+        if name not in known:
+            known[name] = look_up(type)
+        return known[name]
+
+    interpreter._get_np_dtype = get_np_dtype
