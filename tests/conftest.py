@@ -49,3 +49,22 @@ def pytest_configure(config: pytest.Config) -> None:
 def asks_for_gpu(marks: str) -> bool:
     """Whether an expression for pytest's ``-m`` selects the mark "gpu", rather than only excluding it."""
     return re.search(r"(?<!not )\bgpu\b", marks) is not None
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """What ``--numprocesses auto`` means where processes share a GPU; elsewhere xdist's own answer."""
+    shares_gpu = asks_for_gpu(config.getoption("markexpr") or "") and torch.cuda.is_available()
+    if not shares_gpu or "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
+        return None
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return most_processes(len(os.sched_getaffinity(0)), memory, torch.cuda.mem_get_info()[0])
+
+
+def most_processes(cores: int, memory: int, gpu_memory: int) -> int:
+    """Processes that run tests on a GPU side by side, from bytes of the machine's memory and free ones of the GPU's.
+
+    A process compiles on one core, in about 2 GiB. Its CUDA context and what the eager path takes in fp64 rarely need
+    more than 4 GiB of the GPU.
+    """
+    return max(1, min(cores, memory // 2**31, gpu_memory // 2**32))

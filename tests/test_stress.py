@@ -2,6 +2,8 @@
 
 A kernel that reads what it did not write, a launcher that threads share without a lock, and results that are used on a
 stream before they are there show as wrong numbers.
+
+The first call of a group, for which its kernels are compiled, is made alone, and then the others at once.
 """
 
 from __future__ import annotations
@@ -16,22 +18,26 @@ import torch
 
 pytest.importorskip("triton")
 
-from test_random import DEVICE, ON_GPU, small_problems_take_kernels_of_large_ones  # noqa: F401
-from test_random import test_a_random_call as check_random_call
+from test_random import (
+    DEVICE,
+    ON_GPU,
+    check_call,
+    first_of,
+    groups,
+    small_problems_take_kernels_of_large_ones,  # noqa: F401
+)
 
 pytestmark = [pytest.mark.gpu] if ON_GPU else []
 
 THREADS = 4 if ON_GPU else 1  # Triton's interpreter serves one thread
-CALLS = 20
-"""in a test, over all threads"""
 FIRST_SEED = 10**6
-"""so that these are other calls than those of test_random.py"""
+"""so that these are other calls than those of test_random.py; a multiple of the size of groups"""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "part" in metafunc.fixturenames:
-        seeds = metafunc.config.getoption("--seeds") or (CALLS if ON_GPU else 0)
-        metafunc.parametrize("part", range(-(-seeds // CALLS)))
+    if "seeds" in metafunc.fixturenames:
+        count = metafunc.config.getoption("--seeds") or (20 if ON_GPU else 0)
+        metafunc.parametrize("seeds", groups(range(FIRST_SEED, FIRST_SEED + count)), ids=first_of)
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +46,14 @@ def new_memory_on_a_cpu_is_nan() -> Iterator[None]:
     torch.use_deterministic_algorithms(not ON_GPU)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def memory_is_given_back() -> Iterator[None]:
+    """To the other processes that make such calls on the same GPU."""
+    yield
+    if ON_GPU:
+        torch.cuda.empty_cache()
 
 
 def poison_memory() -> None:
@@ -57,17 +71,16 @@ def failures(seeds: range) -> list[str]:
         for seed in seeds:
             poison_memory()
             try:
-                check_random_call(seed)
+                check_call(seed)
             except Exception as error:  # all of them, so that one run shows every fault
                 found.append(f"seed {seed}: {type(error).__name__}: {error}"[:600])
     return found
 
 
-def test_calls_on_threads_and_streams(part: int) -> None:
-    first = FIRST_SEED + CALLS * part
+def test_calls_on_threads_and_streams(seeds: range) -> None:
+    found, others = failures(seeds[:1]), seeds[1:]
     with ThreadPoolExecutor(THREADS) as pool:
-        shares = pool.map(failures, [range(first + i, first + CALLS, THREADS) for i in range(THREADS)])
-        found = list(chain.from_iterable(shares))
+        found += chain.from_iterable(pool.map(failures, [others[i::THREADS] for i in range(THREADS)]))
     assert not found, "\n".join(found)
 
 
@@ -76,10 +89,16 @@ def test_memory_is_poisoned() -> None:
     assert torch.empty(2**18, device=DEVICE).isnan().any()
 
 
-def test_a_fault_is_found_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(seed: int) -> None:
-        assert seed != FIRST_SEED + 2, "wrong numbers"
+@pytest.mark.parametrize("wrong", [0, 1, 4])
+def test_a_fault_is_found_and_named(monkeypatch: pytest.MonkeyPatch, wrong: int) -> None:
+    made: list[int] = []
 
-    monkeypatch.setitem(globals(), "check_random_call", fail)
-    with pytest.raises(AssertionError, match=f"seed {FIRST_SEED + 2}: AssertionError: wrong numbers"):
-        test_calls_on_threads_and_streams(0)
+    def fail(seed: int) -> None:
+        made.append(seed)
+        assert seed != FIRST_SEED + wrong, "wrong numbers"
+
+    monkeypatch.setitem(globals(), "check_call", fail)
+    seeds = range(FIRST_SEED, FIRST_SEED + 5)
+    with pytest.raises(AssertionError, match=f"seed {FIRST_SEED + wrong}: AssertionError: wrong numbers"):
+        test_calls_on_threads_and_streams(seeds)
+    assert (made[0], sorted(made)) == (FIRST_SEED, list(seeds))

@@ -1,4 +1,4 @@
-"""Which tests are selected on machines with and without a GPU."""
+"""Which tests are selected on machines with and without a GPU, in how many processes, and how much they compile."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import asks_for_gpu
+from conftest import asks_for_gpu, most_processes
 
 COLLECT = """
 import os, sys, pytest, torch
@@ -33,3 +33,25 @@ def test_kernels_are_tested_interpreted_on_a_machine_with_a_gpu_too() -> None:
 )
 def test_only_a_run_that_asks_for_the_gpu_takes_it(marks: str, expected: bool) -> None:
     assert asks_for_gpu(marks) == expected
+
+
+@pytest.mark.parametrize(
+    ("cores", "memory", "gpu_memory", "expected"),
+    [(32, 256, 139, 32), (128, 560, 139, 34), (8, 16, 139, 8), (16, 8, 139, 4), (16, 64, 22, 5), (16, 64, 3, 1)],
+)
+def test_processes_that_share_a_gpu_fit_into_its_memory(
+    cores: int, memory: int, gpu_memory: int, expected: int
+) -> None:
+    assert most_processes(cores, memory << 30, gpu_memory << 30) == expected
+
+
+def test_random_calls_of_a_group_share_kernels() -> None:
+    pytest.importorskip("triton")
+    script = Path(__file__).with_name("shared_kernels.py")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, str(script), "60"], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    calls, kernels, of_first_calls = map(int, done.stdout.split())
+    assert 0.7 * calls < kernels <= 1.3 * of_first_calls  # twelve groups with four kernels or more
