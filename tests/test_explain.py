@@ -355,6 +355,23 @@ def test_another_device_has_a_name_that_is_known() -> None:
     assert "asks for it" in str(explain(q, q, q, 3, device="H200", impl="eager"))
 
 
+@pytest.mark.parametrize("registers", [None, 40])
+def test_videos_whose_frames_are_so_small_that_tiles_reach_into_the_next_one(registers: int | None) -> None:
+    def names(videos: int) -> dict[str, str]:
+        video = torch.empty(videos, 4999, 2, 8, 16, 64, dtype=torch.bfloat16, device="meta")
+        more = None if registers is None else torch.empty(videos, registers, 16, 64, dtype=video.dtype, device="meta")
+        said = explain(
+            video, video, video, (401, 2, 8), additional_keys=more, additional_values=more, needs_grad=True,
+            device="H200",
+        )  # fmt: skip
+        assert ("chunks of them would reach into the next video" in str(said)) == (videos > 1)
+        return {kernel.direction: kernel.name for kernel in said.kernels}
+
+    one, two = names(1), names(2)
+    assert set(one.values()) == {"sm90 large window"}
+    assert set(two.values()) == {"portable"}
+
+
 def test_a_choice_of_the_caller_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = problem_of_text(monkeypatch)
     assert dispatch.choose("forward", dispatch.Question(problem)).variant.name == "sm90 large window"

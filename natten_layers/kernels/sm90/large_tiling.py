@@ -96,6 +96,10 @@ KEY_GRADIENTS = {64: (Plan(2, 64, 1.0, False), Plan(2, 64, 0.95, True)),
                  256: (Plan(1, 64, 1.0, False),)}  # fmt: skip
 
 
+class NoTilesError(Exception):
+    """A tile or a chunk would reach into the next video of the batch, however frames are divided."""
+
+
 def forward_tile_config(problem: Problem, pack: int | None = None) -> LargeTileConfig:
     """Tiles of the forward; ``pack`` heads a program, if given: a power of two that divides the group."""
     pack = pack or most_packed(problem)
@@ -124,6 +128,8 @@ def register_tile_config(problem: Problem) -> RegisterTileConfig:
     offset, batch, (t, h, w) = statistics_offset(problem.axes), problem.query.shape[0], problem.lengths
     # As in `best_boxes`, no chunk reaches into the next image.
     chunks = [c for c in boxes(ROWS, (t, h, w + offset)) if c[2] >= ALIGNMENT and (batch == 1 or t % c[0] == 0)]
+    if not chunks:
+        raise NoTilesError
     chunk = min(chunks, key=lambda chunk: (prod(query_steps(problem, chunk)), -chunk[2]))
     tiles = batch * problem.kv_heads * register_blocks(problem, ROWS * groups)
     slices = slice_count(tiles, prod(query_steps(problem, chunk)) * problem.group)
@@ -204,6 +210,9 @@ def best_boxes(
             least as many positions.
         batch: if there is more than one image, chunks must end with the last frame. TMA would load the first frames of
             the next image behind it, and although their weights are zero, zero times NaN is NaN.
+
+    Raises:
+        NoTilesError: there are none.
     """
     lengths = axes[0][0], axes[1][0], axes[2][0]
     starts = (1, 0), (1, 0), (alignment, statistics_offset(axes) if alignment > 1 else 0)
@@ -221,7 +230,8 @@ def best_boxes(
             cost = scores * plan.cost, -part[2] * groups[2] - chunk[2]
             if best is None or cost < best[0]:
                 best = cost, (plan, part, groups, chunk)
-    assert best is not None
+    if best is None:
+        raise NoTilesError
     return best[1]
 
 

@@ -4,7 +4,8 @@
 kernels themselves are missing, and every variant says so.
 """
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
 
 from ..host.tuned import override_pack
 from ..host.variant import Question, Variant
@@ -57,7 +58,9 @@ if TYPE_CHECKING or GLUON_GAP is None:  # only a missing Gluon leaves these modu
 
 # --- Plans
 
+Plan = TypeVar("Plan")
 NO_SMALL_TILES = "no tiles: strides, additional keys, batch or the scores of a row do not fit"
+NO_LARGE_TILES = "no tiles: frames are so small that chunks of them would reach into the next video of the batch"
 NO_MEDIUM_TILES = "no tiles: the frames of an image cannot be divided into tiles of 64 rows"
 
 
@@ -82,6 +85,13 @@ def _small_query_plan(question: Question) -> small_tiling.SmallTileConfig | str:
 
 def _small_key_plan(question: Question) -> small_tiling.SmallTileConfig | str:
     return small_tiling.small_dkv_tile_config(question.problem) or NO_SMALL_TILES
+
+
+def _large_plan(find: Callable[..., Plan], *arguments: object) -> Plan | str:
+    try:
+        return find(*arguments)
+    except large_tiling.NoTilesError:
+        return NO_LARGE_TILES
 
 
 def _medium_plan(question: Question) -> medium_tiling.MediumTileConfig | str:
@@ -110,7 +120,7 @@ LARGE_FORWARD = Variant(
     LARGE,
     supports=large_gap,
     pays=large_pays,
-    plan=lambda q: large_tiling.forward_tile_config(q.problem, override_pack()),
+    plan=lambda q: _large_plan(large_tiling.forward_tile_config, q.problem, override_pack()),
     run=lambda *args: large_forward.forward(*args),
     uses_tma=True,
 )
@@ -118,7 +128,7 @@ LARGE_QUERY_GRADIENT = Variant(
     LARGE,
     supports=large_backward_gap,
     pays=lambda q: large_pays(q, "backward_query"),
-    plan=lambda q: large_tiling.dq_tile_config(q.problem, override_pack()),
+    plan=lambda q: _large_plan(large_tiling.dq_tile_config, q.problem, override_pack()),
     run=lambda *args: large_dq.query_gradient(*args),
     uses_tma=True,
 )
@@ -126,7 +136,7 @@ LARGE_KEY_GRADIENTS = Variant(
     LARGE,
     supports=large_backward_gap,
     pays=lambda q: large_pays(q, "backward_key"),
-    plan=lambda q: large_tiling.dkv_tile_config(q.problem),
+    plan=lambda q: _large_plan(large_tiling.dkv_tile_config, q.problem),
     run=lambda *args: large_dkv.key_gradients(*args),
     uses_tma=True,
 )
@@ -134,7 +144,7 @@ LARGE_REGISTER_GRADIENTS = Variant(
     LARGE,
     supports=large_backward_gap,
     pays=large_registers_pay,
-    plan=lambda q: large_tiling.register_tile_config(q.problem),
+    plan=lambda q: _large_plan(large_tiling.register_tile_config, q.problem),
     run=lambda *args: large_registers.register_gradients(*args),
     uses_tma=True,
 )
