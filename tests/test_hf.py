@@ -546,6 +546,9 @@ def test_old_and_new_rope_keys_mean_the_same() -> None:
     assert hf.config_from_hf({**LLAMA, "rope_theta": 7.0}, DecoderLMConfig).rope["rope_theta"] == 7.0
 
 
+MIXED = ["sliding_attention", "full_attention"] * 4
+
+
 def test_windows_follow_each_family() -> None:
     def windows(**raw: Any) -> tuple[int | None, ...]:
         return hf.config_from_hf({**LLAMA, **raw}, DecoderLMConfig).windows
@@ -554,6 +557,9 @@ def test_windows_follow_each_family() -> None:
     assert windows() == full
     assert windows(model_type="mistral", num_key_value_heads=2, sliding_window=9) == (9,) * 8
     assert windows(model_type="mistral", num_key_value_heads=2, sliding_window=None) == full
+    # AutoModel takes it for Ministral then.
+    assert windows(model_type="mistral", num_key_value_heads=2, sliding_window=9, layer_types=MIXED) == (9, None) * 4
+    assert windows(sliding_window=9, layer_types=["full_attention"] * 8) == full
     qwen = {"model_type": "qwen2", "num_key_value_heads": 2, "sliding_window": 9, "max_window_layers": 6}
     assert windows(**qwen) == full
     assert windows(**qwen, use_sliding_window=True) == (None,) * 6 + (9,) * 2
@@ -579,7 +585,9 @@ def test_windows_follow_each_family() -> None:
         ({"rope_parameters": {"llama_4_scaling_beta": 0.1}}, "llama_4_scaling_beta=0.1"),
         ({"model_type": "smollm3", "no_rope_layers": [1]}, "no_rope_layers has 1 entries for 8 layers"),
         ({"model_type": "exaone4", "sliding_window_pattern": "LLLG"}, "sliding_window_pattern='LLLG'"),
-        ({"model_type": "ministral3", "layer_types": ["full_attention"] * 8}, "layer_types is not implemented"),
+        ({"sliding_window": 9, "layer_types": MIXED}, r"layer_types=.* for llama, whose layers are all alike"),
+        ({"model_type": "phi3", "sliding_window": 9, "layer_types": MIXED}, "for phi3, whose layers are all alike"),
+        ({"model_type": "ministral3", "sliding_window": 9, "layer_types": ["full_attention"] * 8}, "for ministral3"),
         ({"model_type": "olmo3", "rope_parameters": {"rope_theta": 5.0}}, "rope_parameters must name full_attention"),
         ({"model_type": "gemma3"}, "text_config of model_type 'gemma3'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),

@@ -150,10 +150,20 @@ def _options(raw: Mapping[str, Any]) -> dict[str, Any]:
         "pad_token_id": raw.get("pad_token_id"),
     }
     options |= FAMILIES[family].read(raw)
+    _refuse_layer_types(raw, FAMILIES[family], options["windows"])
     rope, windowed = rope_options(raw, options["max_positions"], options["windows"])
     stretch = max(each["factor"] if each["rope_type"] == "dynamic" else 1.0 for each in (rope, windowed))
     options["max_positions"] = int(options["max_positions"] * max(stretch, 1.0))
     return {**options, "rope": rope, "windowed_rope": None if windowed == rope else windowed}
+
+
+def _refuse_layer_types(raw: Mapping[str, Any], family: Family, windows: tuple[int | None, ...]) -> None:
+    """Raise where ``layer_types`` gives other windows than the class in transformers, which does not look at it."""
+    if family.alike and family.read({**raw, "layer_types": None})["windows"] != windows:
+        raise ValueError(
+            f"config key layer_types={shorten(raw['layer_types'])} is not implemented for {raw['model_type']}, whose "
+            "layers are all alike in transformers, which ignores the key; remove it to get what transformers computes"
+        )
 
 
 def _refuse(raw: Mapping[str, Any], family: Family) -> None:

@@ -59,6 +59,8 @@ class Family(NamedTuple):
     """which of the keys in ``SOFTCAPS`` the class in transformers honours"""
     refuses_odd_sizes: bool = False
     """whether the class refuses a ``hidden_size`` that ``num_attention_heads`` does not divide"""
+    alike: bool = False
+    """whether the class gives all layers one window, whatever ``layer_types`` says"""
     fused: Mapping[str, tuple[str, ...]] = {}
     """names of projections that its files hold as one, which has the name's rows in this order"""
     stacked: Mapping[str, tuple[str, ...]] = {}
@@ -92,6 +94,7 @@ FAMILIES: dict[str, Family] = {
         read.llama,
         lambda o: {**write.attention_bias(o), "mlp_bias": o["mlp_bias"]},
         refuses_odd_sizes=True,
+        alike=True,
     ),
     "mistral": Family("MistralForCausalLM", read.mistral, write.sliding_window),
     "mixtral": Family(
@@ -100,6 +103,7 @@ FAMILIES: dict[str, Family] = {
         lambda o: {**write.sliding_window(o), **write.chosen_experts(o), "num_local_experts": o["num_experts"]},
         1000000.0,
         names=MIXTRAL_NAMES,
+        alike=True,
     ),
     "qwen2": Family("Qwen2ForCausalLM", read.qwen2, write.qwen_layer_types),
     "qwen3": Family("Qwen3ForCausalLM", read.qwen3, lambda o: {**write.attention_bias(o), **write.qwen_layer_types(o)}),
@@ -125,7 +129,7 @@ FAMILIES: dict[str, Family] = {
         activation_key="hidden_activation",
         activation="gelu_pytorch_tanh",
     ),
-    "phi3": Family("Phi3ForCausalLM", read.phi3, write.phi3, partial=1.0, fused={**QKV, **GATE_UP}),
+    "phi3": Family("Phi3ForCausalLM", read.phi3, write.phi3, partial=1.0, fused={**QKV, **GATE_UP}, alike=True),
     "smollm3": Family(
         "SmolLM3ForCausalLM",
         read.smollm3,
@@ -137,7 +141,7 @@ FAMILIES: dict[str, Family] = {
         },
         2000000.0,
     ),
-    "olmo2": Family("Olmo2ForCausalLM", read.olmo2, write.attention_bias),
+    "olmo2": Family("Olmo2ForCausalLM", read.olmo2, write.attention_bias, alike=True),
     "olmo3": Family(
         "Olmo3ForCausalLM",
         read.olmo3,
@@ -150,11 +154,12 @@ FAMILIES: dict[str, Family] = {
         read.olmoe,
         lambda o: {**write.attention_bias(o), **write.chosen_experts(o), "num_experts": o["num_experts"]},
         names={"router": "gate"},
+        alike=True,
     ),
     "ministral3": Family(
-        "Ministral3ForCausalLM", read.ministral3, write.sliding_window, 1000000.0, rope=MINISTRAL3_ROPE
+        "Ministral3ForCausalLM", read.ministral3, write.sliding_window, 1000000.0, rope=MINISTRAL3_ROPE, alike=True
     ),
-    "granite": Family("GraniteForCausalLM", read.granite, write.granite),
+    "granite": Family("GraniteForCausalLM", read.granite, write.granite, alike=True),
     "granite_swa": Family("GraniteSWAForCausalLM", read.granite_swa, write.granite_swa),
     "granitemoe_swa": Family(
         "GraniteMoeSWAForCausalLM",
@@ -164,7 +169,9 @@ FAMILIES: dict[str, Family] = {
         names={"mlp": "block_sparse_moe"},
     ),
     "exaone4": Family("Exaone4ForCausalLM", read.exaone4, write.layer_types),
-    "glm": Family("GlmForCausalLM", read.glm, lambda o: {"attention_bias": o["qkv_bias"]}, partial=0.5, fused=GATE_UP),
+    "glm": Family(
+        "GlmForCausalLM", read.glm, lambda o: {"attention_bias": o["qkv_bias"]}, partial=0.5, fused=GATE_UP, alike=True
+    ),
     "glm4": Family(
         "Glm4ForCausalLM",
         read.glm4,
@@ -172,6 +179,7 @@ FAMILIES: dict[str, Family] = {
         partial=0.5,
         fused=GATE_UP,
         names=GLM_NORMS,
+        alike=True,
     ),
     "cohere2": Family(
         "Cohere2ForCausalLM",

@@ -158,8 +158,6 @@ def olmo3(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def ministral3(raw: Mapping[str, Any]) -> dict[str, Any]:
-    if raw.get("layer_types") is not None:
-        raise ValueError("config key layer_types is not implemented for ministral3, whose layers are all alike")
     return {
         "num_kv_heads": raw.get("num_key_value_heads", 8),
         "head_dim": raw.get("head_dim", 128),
