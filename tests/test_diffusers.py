@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import re
 import runpy
 import sys
@@ -587,11 +588,26 @@ def test_the_grid_follows_the_call() -> None:
     assert model.transformer_blocks[0].attn.processor.tokens.grid == (6, 5)
 
 
-def test_a_copy_is_a_model_of_its_own() -> None:
-    model, inputs = tiny("WanTransformer3DModel")
+@torch.inference_mode()
+@pytest.mark.parametrize("name", ["FluxTransformer2DModel", "Flux2Transformer2DModel"])
+def test_positions_may_change_in_inference_mode(name: str) -> None:
+    """Where tensors do not count changes in place."""
+    model, inputs = tiny(name)
+    neighborhood(model, 3)
+    turned = image_ids(IMAGE[1], IMAGE[0], inputs["img_ids"].shape[-1])
+    expected = output(model, inputs | {"img_ids": turned})
+    output(model, inputs)
+    inputs["img_ids"].copy_(turned)
+    assert torch.equal(output(model, inputs), expected)
+
+
+@pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("name", ["FluxTransformer2DModel", "WanTransformer3DModel"])
+def test_a_copy_is_a_model_of_its_own(name: str, twin_of: Callable[[Any], Any]) -> None:
+    model, inputs = tiny(name)
     neighborhood(model, 3)
     windowed = output(model, inputs)
-    twin = copy.deepcopy(model)
+    twin = twin_of(model)
     unpatch(model)
     assert torch.equal(output(twin, inputs), windowed)
     unpatch(twin)
@@ -703,6 +719,9 @@ def test_refusals_name_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
         neighborhood(model, 3, stride=4)
     with raises_naming("layers [3, -4]", "the 3 of the model"):
         neighborhood(model, 3, layers=[0, 3, -4])
+    for wrong in (1, slice(0, 2), [0.0], ["single_transformer_blocks.0"], "01", [True, False, True]):
+        with raises_naming("layers must be indices", "range(8, 32)", repr(wrong)):
+            neighborhood(model, 3, layers=wrong)  # pyright: ignore[reportArgumentType]
     with raises_naming("layers [3, 4, 5, 6, ...]", "0 to 2"):
         neighborhood(model, 3, layers=range(32))
     assert not model._forward_pre_hooks

@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, wraps
 from math import prod
+from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -213,7 +214,12 @@ def _attentions(model: nn.Module, family: Family) -> list[Any]:
 
 def _chosen(layers: Iterable[int] | None, attentions: list[Any]) -> list[Any]:
     count = len(attentions)
-    indices = range(count) if layers is None else list(layers)
+    layers = range(count) if layers is None else layers
+    indices: list[Any] = list(layers) if isinstance(layers, Iterable) else [None]
+    if not all(isinstance(i, Integral) and not isinstance(i, bool) for i in indices):
+        raise ValueError(
+            f"layers must be indices of layers, such as [0, 2] or range(8, 32), or None for all, got {layers!r}"
+        )
     outside = [i for i in indices if not -count <= i < count]
     if outside:
         raise ValueError(f"layers {_few(outside)} are not among the {count} of the model, 0 to {count - 1}")
@@ -235,6 +241,10 @@ def _check(attn: Any) -> None:
 # --- The call of a model
 
 
+def _no_ids() -> None:
+    """Stands for a reference to positions that are gone."""
+
+
 class _Tokens(ModelHook):
     """How the tokens of the call that a model is in lie. Belongs to one model, whose hook it is."""
 
@@ -245,9 +255,12 @@ class _Tokens(ModelHook):
         """those that have a window"""
         self.mask: tuple[Tensor | None, list[Tensor]] = None, []
         self.signature = inspect.signature(type(model).forward)
-        self.ids: tuple[Callable[[], Any], int] = (lambda: None), 0
+        self.ids: tuple[Callable[[], Any], int] = _no_ids, 0
         # A bound method, so that a deep copy of the model has a hook of its own.
         self.handle = model.register_forward_pre_hook(self.read, with_kwargs=True)  # pyright: ignore
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"mask": (None, []), "ids": (_no_ids, 0)}  # known of one call's tensors alone
 
     def release(self) -> None:
         self.handle.remove()
@@ -262,7 +275,9 @@ class _Tokens(ModelHook):
         self.check_layers(model)
         self.mask = None, []
         ids = arguments.get("img_ids")
-        if ids is not None and ids is self.ids[0]() and ids._version == self.ids[1]:
+        # Tensors of inference mode do not count changes in place, so they are read in every step.
+        version = ids._version if isinstance(ids, Tensor) and not ids.is_inference() else None
+        if version is not None and ids is self.ids[0]() and version == self.ids[1]:
             return  # As in the last step: reading them would wait for the device.
         try:
             self.grid = self.family.grid(model, arguments)
@@ -271,8 +286,8 @@ class _Tokens(ModelHook):
                 f"how the tokens of {type(model).__name__} of {VERSION} lie cannot be told from its arguments "
                 f"{[*arguments][1:]}: {error!r}"
             ) from error
-        if ids is not None:
-            self.ids = weakref.ref(ids), ids._version
+        if version is not None:
+            self.ids = weakref.ref(ids), version
 
     def check_layers(self, model: nn.Module) -> None:
         """Raise if somebody else took the place of a processor, which would leave its layer without a window."""
@@ -359,7 +374,16 @@ def _windowed(kind: Any) -> Any:
     def release(self: Any) -> None:
         self.tokens.release()
 
-    return type(f"Neighborhood{kind.__name__}", (kind,), {"__call__": call, "release": release})
+    def reduce(self: Any) -> tuple[Any, ...]:  # pickle finds no class that a function made
+        return _windowless, (kind,), self.__dict__
+
+    methods = {"__call__": call, "release": release, "__reduce__": reduce}
+    return type(f"Neighborhood{kind.__name__}", (kind,), methods)
+
+
+def _windowless(kind: Any) -> Any:
+    """A processor of :func:`_windowed` without its attributes, which pickle sets."""
+    return object.__new__(_windowed(kind))
 
 
 def _attention(
@@ -382,8 +406,8 @@ def _attention(
         )
     if not tokens.grid or length < image or (length > image and where == "elsewhere"):
         raise ValueError(
-            f"attention of {length} tokens does not fit a grid of {tokens.grid}: call the whole model, on one device, "
-            "or unpatch it"
+            f"attention of {length} tokens does not fit a grid of {tokens.grid}: call the whole model, on one device; "
+            "call neighborhood again, if processors were put back after unpatch; or unpatch it"
         )
     pixels = slice(length - image, length) if where == "first" else slice(0, image)
     text = slice(0, length - image) if where == "first" else slice(image, length)
