@@ -647,6 +647,8 @@ def llama4() -> Any:
         (llama4, {"position_ids": PACKED, "use_cache": False}, "in causal and sliding-window layers only"),
         (gemma3_encoder, {"position_ids": PACKED, "use_cache": False}, "in causal and sliding-window layers only"),
         (FAMILIES["mistral"], {"attention_mask": torch.ones(2, 1, 11, 11, dtype=torch.bool)}, "2-D padding mask"),
+        (FAMILIES["mistral"], {"attention_mask": torch.ones(2, 11, 11).long()}, r"\[batch, tokens\], .* \(2, 11, 11\)"),
+        (FAMILIES["mistral"], {"attention_mask": torch.ones(2, 11, 11) > 0}, "position_ids that begin anew"),
         (FAMILIES["mistral"], {"block_table": object()}, "paged"),
         (FAMILIES["mistral"], {"output_attentions": True}, "attention weights"),
         (FAMILIES["mistral"], {"cu_seq_lens_q": torch.tensor([0, 22])}, "packed in one row"),

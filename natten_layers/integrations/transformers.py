@@ -9,9 +9,9 @@ Works with every model that calls its attention through ``AttentionInterface``: 
 bidirectional) and chunked layers, full encoders and cross attention, sinks, grouped KV heads (read unrepeated), scales
 that are tensors, soft-capped scores (in PyTorch, as the kernels do not have them), left and right padding, blocks of
 tokens that see each other in both directions (the images of Gemma 3 and PaliGemma's prefixes), packed sequences,
-dynamic, static and sliding-window caches. Everything else raises ``ValueError``: dropout, paged caches, 4-D masks made
-by the caller, customised masks, position biases, models that do arithmetic on their masks. Outputs at padded tokens are
-unspecified, and attention weights are not returned. The documentation has a table of the architectures.
+dynamic, static and sliding-window caches. Everything else raises ``ValueError``: dropout, paged caches, masks of 3 or 4
+axes made by the caller, customised masks, position biases, models that do arithmetic on their masks. Outputs at padded
+tokens are unspecified, and attention weights are not returned. The documentation has a table of the architectures.
 
 Texts that are packed into the rows of a batch do not see each other, in full layers too. ``position_ids`` that begin
 anew (0, 1, 2, 0, 1, ...) say where each begins, or ``cu_seq_lens_q`` and ``cu_seq_lens_k`` do for a single row, as
@@ -252,6 +252,11 @@ def _positions_mask(
     if reason := _REFUSED.get(getattr(config, "model_type", "")):
         raise ValueError(
             f'{NAME} does not support {config.model_type}: {reason}; use attn_implementation="eager" for it'
+        )
+    if attention_mask is not None and attention_mask.ndim != 2:
+        raise ValueError(
+            f"{NAME} supports a padding mask [batch, tokens], got attention_mask {tuple(attention_mask.shape)}; texts "
+            "that are packed into rows are told apart by position_ids that begin anew, or by cu_seq_lens_q"
         )
     if attention_mask is not None:  # as long as the cache's slots: those after the last token are empty
         attention_mask = F.pad(attention_mask, (0, max(0, kv_offset + kv_length - attention_mask.shape[-1])))
