@@ -475,11 +475,13 @@ def test_whole_windows_are_the_unpatched_model(name: str) -> None:
     torch.testing.assert_close(output(model, inputs), expected, rtol=1e-5, atol=1e-5)
     assert neighborhood(model, 3) == case.layers  # replaces the windows
     tokens = {p.tokens for p in processors(model) if hasattr(p, "tokens")}
+    model(**inputs)  # with gradients, for which checkpoints may compute layers again
     assert [t.grid for t in tokens] == [case.grid]
     assert error(output(model, inputs), expected) > 1e-2
     assert unpatch(model) == case.layers
     assert processors(model) == before
     assert not model._forward_pre_hooks
+    assert not model._forward_hooks
     assert torch.equal(output(model, inputs), expected)
 
 
@@ -584,8 +586,7 @@ def test_the_grid_follows_the_call() -> None:
     ids = inputs["img_ids"]
     output(model, inputs)
     ids.copy_(image_ids(6, 5, 3))  # the same tensor with another image in it
-    output(model, inputs)
-    assert model.transformer_blocks[0].attn.processor.tokens.grid == (6, 5)
+    assert torch.equal(output(model, inputs), output(model, turned))
 
 
 @torch.inference_mode()
@@ -612,6 +613,33 @@ def test_a_copy_is_a_model_of_its_own(name: str, twin_of: Callable[[Any], Any]) 
     assert torch.equal(output(twin, inputs), windowed)
     unpatch(twin)
     assert not twin._forward_pre_hooks
+    assert not twin._forward_hooks
+
+
+@pytest.mark.parametrize("name", ["FluxTransformer2DModel", "HunyuanVideoTransformer3DModel"])
+def test_checkpoints_compute_layers_again(name: str) -> None:
+    model, inputs = tiny(name)
+    neighborhood(model, 3)
+    grads = []
+    for checkpoints in (False, True):
+        (model.enable_gradient_checkpointing if checkpoints else model.disable_gradient_checkpointing)()
+        loss = model.train()(**inputs, return_dict=False)[0].square().mean()
+        output(copy.deepcopy(model).eval(), inputs)  # samples of a copy, such as an average, disturb nothing
+        grads.append(torch.autograd.grad(loss, list(model.parameters()), allow_unused=True))
+    torch.testing.assert_close(grads[1], grads[0])
+
+
+def test_layers_do_not_compute_with_the_grid_of_a_call_that_is_over() -> None:
+    """Such as that of a landscape for a portrait, whose tokens are as many."""
+    model, inputs = tiny("WanTransformer3DModel")
+    neighborhood(model, 3)
+    output(model, inputs)
+    turned = inputs | {"hidden_states": inputs["hidden_states"].transpose(-1, -2)}
+    other, _ = tiny("WanTransformer3DModel")
+    other.set_attn_processor(model.attn_processors)
+    for call in (model.forward, other):  # neither of which runs the hook that reads the grid
+        with raises_naming("60 tokens", "call the whole model", "neighborhood"):
+            output(call, turned)
 
 
 def test_a_part_that_is_left_alone_says_so() -> None:

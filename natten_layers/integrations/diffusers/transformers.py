@@ -255,15 +255,20 @@ class _Tokens(ModelHook):
         """those that have a window"""
         self.mask: tuple[Tensor | None, list[Tensor]] = None, []
         self.signature = inspect.signature(type(model).forward)
-        self.ids: tuple[Callable[[], Any], int] = _no_ids, 0
-        # A bound method, so that a deep copy of the model has a hook of its own.
-        self.handle = model.register_forward_pre_hook(self.read, with_kwargs=True)  # pyright: ignore
+        self.ids: tuple[Callable[[], Any], int, Grid] = _no_ids, 0, ()
+        """the positions of the last call that had some, how often they had changed, and their grid"""
+        # Bound methods, so that a deep copy of the model has hooks of its own.
+        self.handles = [
+            model.register_forward_pre_hook(self.read, with_kwargs=True),  # pyright: ignore
+            model.register_forward_hook(self.forget),  # pyright: ignore
+        ]
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"mask": (None, []), "ids": (_no_ids, 0)}  # known of one call's tensors alone
+        return self.__dict__ | {"mask": (None, []), "ids": (_no_ids, 0, ())}  # known of one call's tensors alone
 
     def release(self) -> None:
-        self.handle.remove()
+        for handle in self.handles:
+            handle.remove()
         self.grid = ()
 
     @torch.compiler.disable
@@ -278,7 +283,8 @@ class _Tokens(ModelHook):
         # Tensors of inference mode do not count changes in place, so they are read in every step.
         version = ids._version if isinstance(ids, Tensor) and not ids.is_inference() else None
         if version is not None and ids is self.ids[0]() and version == self.ids[1]:
-            return  # As in the last step: reading them would wait for the device.
+            self.grid = self.ids[2]  # As in the last step: reading them would wait for the device.
+            return
         try:
             self.grid = self.family.grid(model, arguments)
         except (KeyError, TypeError, AttributeError) as error:
@@ -287,7 +293,13 @@ class _Tokens(ModelHook):
                 f"{[*arguments][1:]}: {error!r}"
             ) from error
         if version is not None:
-            self.ids = weakref.ref(ids), version
+            self.ids = weakref.ref(ids), version, self.grid
+
+    @torch.compiler.disable
+    def forget(self, model: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        """Let no layer compute with the grid of a call that is over, but for layers that checkpoints compute again."""
+        if not torch.is_grad_enabled():
+            self.grid = ()
 
     def check_layers(self, model: nn.Module) -> None:
         """Raise if somebody else took the place of a processor, which would leave its layer without a window."""
