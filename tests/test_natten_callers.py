@@ -174,6 +174,9 @@ def test_packed_sequences_that_do_not_fit() -> None:
         ("max_seqlen_Q", {"cumulative_seqlen_Q": ends, "cumulative_seqlen_KV": ends, "max_seqlen_Q": 3}),
         ("seqlens_KV", {"seqlens_Q": ends}),
         ("seqlens_KV", {"seqlens_Q": ends[1:] - ends[:1] - 1, "seqlens_KV": ends[1:]}),
+        ("seqlens_Q must be a tensor, got [2, 4]", {"seqlens_Q": [2, 4], "seqlens_KV": [2, 4]}),
+        ("seqlens_Q.int()", {"seqlens_Q": torch.tensor([2, 4]), "seqlens_KV": torch.tensor([2, 4])}),
+        ("cumulative_seqlen_Q must be a tensor", {"cumulative_seqlen_Q": [0, 2, 6], "cumulative_seqlen_KV": ends}),
     )
     for name, arguments in cases:
         with raises_naming(name):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..checks import check_tensors
+from ..checks import check_tensors, no_tensor
 from ..operations import merge_attention, neighborhood_attention
 
 __all__ = ["attention", "generate_varlen_parameters", "merge_attentions"]
@@ -159,6 +159,8 @@ def _spans(name: str, cumulative: Tensor | None, longest: int | None, tokens: in
     """Where every sequence lies."""
     if cumulative is None:
         raise ValueError(f"cumulative_seqlen_{name} is None; packed sequences need it for queries and keys")
+    if not isinstance(cumulative, Tensor):
+        raise no_tensor(f"cumulative_seqlen_{name}", cumulative)
     if cumulative.ndim != 1 or cumulative.is_floating_point():
         raise ValueError(f"cumulative_seqlen_{name} must be integers [S + 1], got {cumulative}")
     ends = cumulative.tolist()
@@ -195,9 +197,12 @@ def generate_varlen_parameters(
     if seqlens_Q is None or seqlens_KV is None:
         raise ValueError(f"seqlens_Q and seqlens_KV come together, got {seqlens_Q} and {seqlens_KV}")
     for name, lengths, tokens in (("seqlens_Q", seqlens_Q, query.shape[1]), ("seqlens_KV", seqlens_KV, key.shape[1])):
+        if not isinstance(lengths, Tensor):
+            raise no_tensor(name, lengths)
         if lengths.dtype != torch.int32 or lengths.ndim != 1 or len(lengths) != len(seqlens_Q) or not len(lengths):
             raise ValueError(
-                f"{name} must be int32 [{len(seqlens_Q) or 'S'}], got {lengths.dtype} {tuple(lengths.shape)}"
+                f"{name} must be int32 [{len(seqlens_Q) or 'S'}], got {lengths.dtype} {tuple(lengths.shape)}; "
+                f"{name}.int() makes int32"
             )
         if query.shape[0] != 1 or lengths.sum().item() != tokens:
             raise ValueError(
