@@ -655,6 +655,25 @@ def test_files_that_are_refused(tmp_path: Path) -> None:
         DecoderLM.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_files_of_a_model_without_its_projection_are_read(tied: bool, tmp_path: Path, transformers: Any) -> None:
+    """As transformers' base classes write them, such as those of models of embeddings."""
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    config = transformers.Qwen3Config(**sizes, **heads, tie_word_embeddings=tied)
+    theirs = transformers.Qwen3Model(config).eval()
+    theirs.save_pretrained(tmp_path)
+    assert "layers.0.mlp.up_proj.weight" in load_file(tmp_path / hf.WEIGHTS)
+    if not tied:
+        with pytest.raises(ValueError, match=r'it lacks "lm_head\.weight"\. '):
+            DecoderLM.from_pretrained(tmp_path)
+        return
+    tokens = torch.randint(32, (2, 9))
+    with torch.no_grad():
+        expected = theirs(tokens).last_hidden_state @ theirs.embed_tokens.weight.mT
+        torch.testing.assert_close(DecoderLM.from_pretrained(tmp_path)(tokens), expected)
+
+
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
 def test_prefixes_of_training_are_no_part_of_a_name(prefix: str, tmp_path: Path) -> None:
     model = DecoderLM(TINY)

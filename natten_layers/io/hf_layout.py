@@ -21,6 +21,8 @@ WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 VISION = ("model.vision_tower.", "model.multi_modal_projector.", "vision_tower.", "multi_modal_projector.")
 LANGUAGE = {"model.language_model.": "model.", "language_model.model.": "model.", "language_model.lm_head.": "lm_head."}
 """where composite models keep the language model, today and in older files"""
+BODY = "embed_tokens", "layers", "norm"
+"""what ``model`` is made of, which stands alone in files of models without a projection to tokens, of embeddings say"""
 KINDS = {"": "weight", "_bias": "bias", "_blocks": "weight"}
 """what the names of stacked tensors end in; ``_blocks`` are in MXFP4 and have ``_scales`` beside them"""
 SCALES = "_scales"
@@ -99,7 +101,7 @@ def _our_name(name: str, family: Family | None) -> str:
     for prefix, own in LANGUAGE.items():
         if name.startswith(prefix):
             return own + name.removeprefix(prefix)
-    return name
+    return f"model.{name}" if family is not None and name.split(".")[0] in BODY else name
 
 
 def _rows(name: str, stored: Stored, rows: Mapping[str, int], family: Family) -> Iterator[tuple[str, Stored]]:
