@@ -18,12 +18,10 @@ import torch
 
 pytest.importorskip("triton")
 
+from random_calls import ON_GPU, first_of, groups
 from test_random import (
     DEVICE,
-    ON_GPU,
     check_call,
-    first_of,
-    groups,
     small_problems_take_kernels_of_large_ones,  # noqa: F401
 )
 
