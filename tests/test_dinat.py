@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import subprocess
+import sys
+import textwrap
 from typing import Any
 
 import pytest
@@ -126,3 +129,16 @@ def test_checkpoints_of_nat_are_those_of_dinat_without_dilation(nat_files: Any, 
     backbone = transformers.NatBackbone.from_pretrained(path, out_features=["stage2"])
     hidden = transformers.AutoModel.from_pretrained(path)(pixels, output_hidden_states=True)
     assert backbone(pixels).feature_maps[0].shape == hidden.reshaped_hidden_states[-1].shape
+
+
+def test_a_program_that_begins_with_the_call_imports_nat_s_names() -> None:
+    program = """
+        from natten_layers.integrations.transformers import register_nat
+
+        register_nat()
+        from transformers import AutoConfig, NatConfig, NatForImageClassification
+
+        register_nat()
+        assert type(AutoConfig.for_model("nat")) is NatConfig is NatForImageClassification.config_class
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True)

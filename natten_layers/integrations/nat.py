@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import cache
 from typing import Any
 
@@ -28,10 +29,13 @@ def register_nat() -> None:
         ImportError: a release of transformers with another DiNAT than those that are known, or without it.
     """
     register_dinat()
-    if not hasattr(transformers, "NatConfig"):
+    # Importing DiNAT puts another module object in the place of transformers, which is what later imports find.
+    imported = sys.modules["transformers"]
+    if not hasattr(imported, "NatConfig"):
         config, model, classifier, backbone = _classes()
-        for made in (config, model, classifier, backbone):
-            setattr(transformers, made.__name__, made)
+        for package in (transformers, imported):
+            for made in (config, model, classifier, backbone):
+                setattr(package, made.__name__, made)
         transformers.AutoConfig.register("nat", config)
         transformers.AutoModel.register(config, model)
         transformers.AutoModelForImageClassification.register(config, classifier)
