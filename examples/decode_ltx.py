@@ -92,8 +92,10 @@ def load_latents(arguments: argparse.Namespace, model: Any) -> Tensor:
     return latents.to(arguments.device, model.dtype)
 
 
-def decode(model: Any, latents: Tensor, arguments: argparse.Namespace) -> tuple[Tensor, float, float]:
-    """The video, and the seconds of the first call and of the shortest one."""
+def decode(model: Any, latents: Tensor, arguments: argparse.Namespace) -> tuple[Tensor, str]:
+    """The video, and what it took: seconds of the first call and of the shortest one, and on a GPU the peak memory."""
+    if latents.is_cuda:
+        torch.cuda.reset_peak_memory_stats()
     seconds, video = [], latents
     for _ in range(arguments.repeat):
         generator = torch.Generator(arguments.device).manual_seed(arguments.seed)
@@ -103,7 +105,10 @@ def decode(model: Any, latents: Tensor, arguments: argparse.Namespace) -> tuple[
         if latents.is_cuda:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    return video, seconds[0], min(seconds)
+    took = f"first call {seconds[0]:.3f} s, shortest {min(seconds):.3f} s"
+    if latents.is_cuda:
+        took += f", peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+    return video, took
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -116,13 +121,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         model.enable_tiling(**(tile | stride if arguments.tiny else {}))
     expected = None
     if not arguments.patched_only:
-        expected, first, best = decode(model, latents, arguments)
-        print(f"unpatched  first call {first:.3f} s, shortest {best:.3f} s")
+        expected, took = decode(model, latents, arguments)
+        print(f"unpatched  {took}")
     layers = patch(model)
-    video, first, best = decode(model, latents, arguments)
-    print(f"patched    first call {first:.3f} s, shortest {best:.3f} s, {layers} layers, video {tuple(video.shape)}")
-    if latents.is_cuda:
-        print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+    video, took = decode(model, latents, arguments)
+    print(f"patched    {took}, {layers} layers, video {tuple(video.shape)}")
     if expected is not None:
         difference, largest = (video - expected).abs().max().item(), expected.abs().max().item()
         print(f"largest difference {difference:.1e} of values up to {largest:.1f}")

@@ -7,12 +7,14 @@ python examples/sample_flux_neighborhood.py path/to/FLUX.1-dev --prompt 'a light
 The path is a directory that ``FluxPipeline.from_pretrained`` takes. ``--tiny`` makes a tiny pipeline with random
 weights and random embeddings in the place of a prompt, which runs anywhere; what it draws is noise. ``--compare``
 samples without windows too, from the same noise, and says how far the images are apart. FLUX was not trained with
-windows: choose layers with care, or fine-tune. Needs diffusers (``pip install '.[diffusers]'``).
+windows: choose layers with care, or fine-tune. ``--layers`` counts FLUX's 19 double blocks first, then its 38 single
+ones. Needs diffusers and transformers (``pip install '.[diffusers,transformers]'``).
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -50,8 +52,11 @@ def parse_layers(text: str) -> list[int]:
     """Indices such as ``0,3,8-56``; the last one of a range is in it."""
     found: list[int] = []
     for part in text.split(","):
-        first, _, last = part.partition("-")
-        found += range(int(first), int(last or first) + 1)
+        numbers = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        indices = range(int(numbers[1]), int(numbers[2] or numbers[1]) + 1) if numbers else ()
+        if not indices:
+            raise argparse.ArgumentTypeError(f"must be indices and ranges such as 0,3,8-56, got {text}")
+        found += indices
     return found
 
 

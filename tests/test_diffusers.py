@@ -9,6 +9,7 @@ import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -263,6 +264,32 @@ def test_the_example_compares_both(capsys: pytest.CaptureFixture[str]) -> None:
     assert float(re.findall(r"largest difference (\S+)", printed)[0]) < 1e-5
 
 
+def test_the_example_gives_each_decoder_its_own_peak_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where a peak stands until it is reset."""
+    peak = 0
+
+    def decoder(gibibytes: int) -> Any:
+        def decode(*_: Any, **__: Any) -> list[None]:
+            nonlocal peak
+            peak = max(peak, gibibytes * 2**30)
+            return [None]
+
+        return SimpleNamespace(decode=decode)
+
+    def reset() -> None:
+        nonlocal peak
+        peak = 0
+
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peak)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    latents: Any = SimpleNamespace(is_cuda=True)
+    arguments = decode_ltx.parse_arguments(["--tiny"])
+    for gibibytes in (167, 2):
+        took = decode_ltx.decode(decoder(gibibytes), latents, arguments)[1]
+        assert took.endswith(f"peak memory {gibibytes}.0 GiB")
+
+
 # --- Image and video transformers
 
 
@@ -289,6 +316,8 @@ def test_the_example_of_flux_samples(capsys: pytest.CaptureFixture[str], tmp_pat
         ("sample_flux_neighborhood", ["--tiny", "--steps", "0"], "error: --steps must be at least 1, got 0"),
         ("decode_ltx", ["--tiny", "--device", "nosuch"], "error: --device nosuch: Expected one of cpu, cuda"),
         ("sample_flux_neighborhood", ["--tiny", "--device", "cuda:77"], "error: --device cuda:77: this PyTorch finds"),
+        ("sample_flux_neighborhood", ["--tiny", "--layers", "x"], "error: argument --layers: must be indices and "),
+        ("sample_flux_neighborhood", ["--tiny", "--layers", "3-1"], "such as 0,3,8-56, got 3-1"),
         ("sample_flux_neighborhood", ["nowhere"], "error: nowhere is not a directory of a FLUX pipeline"),
         ("decode_ltx", ["--tiny", "--frames", "-1"], "error: --frames must be at least 1, got -1"),
         ("decode_ltx", ["--tiny", "--seed", "-1"], "error: argument --seed: must be from 0 to 4294967295, got -1"),
