@@ -51,14 +51,14 @@ def read_corpus(
         separator: the token between files.
 
     Raises:
-        ValueError: no such folder, or too little text in it to train on some and hold some out.
+        ValueError: no such file or folder, or too little text in it to train on some and hold some out.
         OSError: a file or a folder that cannot be read.
     """
     if folder is not None and folder.is_file():
         return _corpus(*_split(folder, pattern, most_held_out), codec, separator)
     root = Path(sysconfig.get_paths()["stdlib"]) if folder is None else folder
     if not root.is_dir():
-        raise ValueError(f"{root} is not a folder of text files")
+        raise ValueError(f"there is neither a text file nor a folder of them at {root}")
     pattern = pattern or ("*.py" if folder is None else "*")
     parts: tuple[list[bytes], list[bytes]] = [], []
     for _ in os.walk(root, onerror=fail):  # a glob leaves folders out that cannot be listed, and says nothing

@@ -128,7 +128,7 @@ def test_one_file_of_text(tmp_path: Path) -> None:
     assert bytes(read_corpus(path, None, 1).held_out) == b"\0\xc3\xa9"  # a character at least
     for arguments, message in (
         ((path, "*.py"), "--pattern"),
-        ((tmp_path / "x", None), "is not a folder of text files"),
+        ((tmp_path / "x", None), "neither a text file nor a folder of them at"),
     ):
         with pytest.raises(ValueError, match=message):
             read_corpus(*arguments)

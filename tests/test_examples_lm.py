@@ -265,7 +265,7 @@ def test_corpus(folder: Path, tmp_path: Path) -> None:
     assert fewer.held_out_bytes <= 1000
     assert torch.equal(fewer.train, corpus.train)
     assert read_corpus(folder, None).train.numel() + read_corpus(folder, None).held_out.numel() > sum(map(len, files))
-    with pytest.raises(ValueError, match="not a folder"):
+    with pytest.raises(ValueError, match="nor a folder"):
         read_corpus(tmp_path / "nowhere", None)
     with pytest.raises(ValueError, match=r'match "\*\.md"'):
         read_corpus(folder, "*.md")
@@ -358,7 +358,7 @@ def test_config_file_and_flags(flags: list[str], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--data", "/nowhere"], "not a folder"),
+        (["--data", "/nowhere"], "neither a text file nor a folder"),
         (["--heads", "4", "--kv-heads", "3"], "multiple of num_kv_heads"),
         (["--context", "100000"], "longer than the text"),
         (["--sample-tokens", "4096"], "--sample-tokens 4096: a model of this context knows 4096 positions"),
