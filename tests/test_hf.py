@@ -620,11 +620,14 @@ def test_configs_that_are_refused(change: dict, message: str, tmp_path: Path) ->
     assert str(tmp_path / "config.json") in str(error.value)
 
 
-def test_files_that_are_refused(tmp_path: Path) -> None:
+def test_files_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FileNotFoundError, match=r"config\.json does not exist"):
         DecoderLM.from_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"hf download OWNER/NAME --local-dir DIRECTORY$"):
         DecoderLM.from_pretrained("owner/name")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=rf"not expanded here: give {re.escape(str(tmp_path))}/models/name$"):
+        DecoderLM.from_pretrained("~/models/name")
     (tmp_path / "alone.gguf").touch()
     with pytest.raises(FileNotFoundError, match=r"and weights, and alone\.gguf is a file$"):
         DecoderLM.from_pretrained(tmp_path / "alone.gguf")

@@ -236,6 +236,8 @@ def _way_out(directory: Path) -> str:
     if directory.is_file():
         has_config = (directory.parent / CONFIG).is_file()
         return f": give {directory.parent}" if has_config else f", and {directory.name} is a file"
+    if directory.parts[:1] == ("~",):  # as from_pretrained("~/models/..."), which no shell sees
+        return f"; ~ is not expanded here: give {os.path.expanduser(directory)}"
     if not directory.is_dir():
         return "; download a model of the Hugging Face hub first: hf download OWNER/NAME --local-dir DIRECTORY"
     return ""
