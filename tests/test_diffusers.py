@@ -243,7 +243,7 @@ def test_a_patched_layer_has_its_adapters() -> None:
 
 
 def test_patch_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    with raises_naming("Linear", "LTX2VideoVaeNeighborhoodAttention"):
+    with raises_naming("Linear", "LTX2VideoVaeNeighborhoodAttention", "LTX2VideoDiffusionDecoderModel", "neighborhood"):
         patch(nn.Linear(2, 2))
     with raises_naming("a model or a pipeline", "str"):
         patch("name")

@@ -80,7 +80,7 @@ def test_what_is_not_supported_says_so(config: Any, monkeypatch: pytest.MonkeyPa
     with raises_naming("output_attentions"):
         transformers.DinatModel(config)(pixels, output_attentions=True)
     config.attention_probs_dropout_prob = 0.1
-    with raises_naming("dropout", "0.1"):
+    with raises_naming("attention_probs_dropout_prob", "0.1"):
         transformers.DinatModel(config).train()(pixels)
     modeling = inspect.getmodule(transformers.DinatModel)
     assert modeling is not None

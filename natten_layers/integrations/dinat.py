@@ -68,7 +68,10 @@ def _forward(self: nn.Module, hidden_states: Tensor, output_attentions: bool | N
         raise ValueError("output_attentions=True is not supported: attention weights are not formed")
     assert isinstance(self.dropout, nn.Dropout)
     if self.training and self.dropout.p > 0:
-        raise ValueError(f"dropout of attention weights is not supported, got {self.dropout.p}; set it to 0")
+        raise ValueError(
+            f"dropout of attention weights is not supported in training, got {self.dropout.p}; set the config's "
+            "attention_probs_dropout_prob to 0"
+        )
     query, key, value = (
         getattr(self, name)(hidden_states).unflatten(-1, (-1, self.attention_head_size))
         for name in ("query", "key", "value")

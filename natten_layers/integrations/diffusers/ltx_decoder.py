@@ -42,7 +42,10 @@ def patch(model: Any) -> int:
                 module.set_processor(_Processor(module.processor, indices))  # pyright: ignore[reportCallIssue]
             count += 1
     if not count:
-        raise ValueError(f"{type(model).__name__} has no {attention.__name__}, the only attention that patch replaces")
+        raise ValueError(
+            f"{type(model).__name__} has no {attention.__name__}, the only attention that patch replaces; an "
+            "LTX2VideoDiffusionDecoderModel has it. Transformers get windows by neighborhood"
+        )
     return count
 
 
