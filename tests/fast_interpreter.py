@@ -1,4 +1,4 @@
-"""Triton's interpreter without work that it repeats, which took three quarters of its time."""
+"""Triton's interpreter without work that it repeats, which took most of its time."""
 
 from __future__ import annotations
 

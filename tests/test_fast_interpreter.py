@@ -48,7 +48,7 @@ def doubled_four_times(value: int) -> int:
 
 
 def results() -> list[Tensor]:
-    """An output and its gradients, in fp16 and with all of the kernels' device functions."""
+    """An output and its gradients, in fp16, of kernels with many device functions."""
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, 5, 6, 2, 16, dtype=torch.float16, requires_grad=True) for _ in range(3))
     out = neighborhood_attention(query, key, value, 3, impl="fused")
