@@ -11,7 +11,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from helpers import FLOOR, Case, Inputs, Result, arguments, error, make_inputs, operation, run
-from tangents import Moving, assert_moves_like, attend, detached, directional, tangents_of
+from tangents import Moving, assert_moves_like, attend, detached, directional, peer_of, tangents_of
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -67,7 +67,8 @@ def check_in_forward_mode(call: Call, seed: int) -> None:
     tangents = {name: tangent for name, tangent in tangents_of(inputs, seed).items() if name in call.moving}
     wide, wide_tangents = ({name: x.double() for name, x in given.items()} for given in (inputs, tangents))
     eager, fused = (attend(call.case, impl, call.moves_lse) for impl in ("eager", "fused"))
-    exact, peer = directional(eager, wide, wide_tangents), directional(eager, inputs, tangents)
+    exact = directional(eager, wide, wide_tangents)
+    peer = peer_of(call.case, inputs, tangents, call.moves_lse)
     leaves = {name: x.requires_grad_() for name, x in detached(inputs).items()}
     for given, context in ((leaves, nullcontext()), (inputs, torch.no_grad())):
         with context:
@@ -98,9 +99,11 @@ def test_gradients_of_few_scores_far_apart() -> None:
     assert error(fused.grads["key"], run(case, wide, "eager").grads["key"]) > 2 * FLOOR[dtype]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("with_gradients", [True, False])
-def test_wrong_tangents_are_found(with_gradients: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    call, right = Call(Case("moving", (5,), 3), "plain", ("query", "value"), moves_lse=True), directional
+def test_wrong_tangents_are_found(with_gradients: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, right = Case("moving", (5,), 3, scale=0.6, dtype=dtype), directional
+    call = Call(case, "plain", ("query", "value"), moves_lse=True)
 
     def wrong(function: Callable[..., tuple[Tensor, ...]], inputs: Inputs, tangents: Inputs) -> Moving:
         found = right(function, inputs, tangents)
