@@ -61,6 +61,17 @@ def test_the_budget_is_twice_what_kernels_err_by(case: Case, moving: tuple[str, 
             assert_moves_like(case, found, exact, eager)
 
 
+def test_lse_and_its_tangent_are_as_exact_as_in_fp32() -> None:
+    inputs = detached(make_inputs(PEAKED, DEVICE))
+    tangents = tangents_of(inputs)
+    (found, exact, _), peer = calls(PEAKED, inputs, tangents), peer_of(PEAKED, inputs, tangents)
+    assert_moves_like(PEAKED, found, exact, peer)
+    for kind in ("results", "tangents"):
+        out, lse = getattr(found, kind)
+        with pytest.raises(AssertionError, match="lse has relative error"):
+            assert_moves_like(PEAKED, found._replace(**{kind: (out, lse * 1.00002)}), exact, peer)
+
+
 @triton.jit
 def too_heavy(b_acc, b_weight, b_rows, PRECISION: tl.constexpr):
     return add_weighted(b_acc, 1.01 * b_weight, b_rows, PRECISION)
