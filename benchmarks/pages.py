@@ -103,6 +103,19 @@ def _census() -> list[str]:
     return _table([*head, "and backward, ms", "x floor", "fastest peer, ms"], map(cells, names))
 
 
+def _census_flex() -> list[str]:
+    """Shapes that FlexAttention was timed on in a run of their own, forward."""
+    best = best_rows(_record("census-flex")["rows"])
+
+    def cells(name: str) -> Iterable[str]:
+        ours, flex = best["fwd", name, "natten_layers"], best["fwd", name, "flex"]
+        yield from (f"`{name}`", f"{ours['median_ms']:.3g}", f"{flex['median_ms']:.3g}")
+        yield f"{flex['median_ms'] / ours['median_ms']:.1f}"
+
+    names = [name for _, name, peer in best if peer == "flex"]
+    return _table(["row", "forward, ms", "FlexAttention, ms", "times faster"], map(cells, names))
+
+
 def _portable() -> list[str]:
     """The portable kernels alone, forward, beside all kernels on the same card."""
     taken, alone = (best_rows(_record(name)["rows"]) for name in ("census", "census-portable"))
@@ -259,6 +272,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "headline": _headline,
     "attention": _attention,
     "census": _census,
+    "census_flex": _census_flex,
     "portable": _portable,
     "masks": partial(_grid, "windows", ", mask", MASKS),
     "packed": partial(_grid, "windows", ", packed", PACKED),

@@ -96,7 +96,9 @@ def draw_census(report: dict[str, Any], path: Path) -> None:
         for y, (name, peer) in enumerate(zip(order, fastest, strict=True)):
             if peer is not None:
                 axis.plot([ours[name], peer["times_floor"]], [y, y], color="lightgray", zorder=1)
-                axis.annotate(peer["peer"], (peer["times_floor"], y), (4, -2), textcoords="offset points", fontsize=6)
+                side = "right" if peer["times_floor"] < ours[name] else "left"  # away from the other dot
+                at, offset = (peer["times_floor"], y), (-4 if side == "right" else 4, -2)
+                axis.annotate(peer["peer"], at, offset, textcoords="offset points", ha=side, fontsize=6)
         peers = [(peer["times_floor"], y) for y, peer in enumerate(fastest) if peer is not None]
         axis.scatter(*zip(*peers, strict=True), s=18, color="tab:orange", label="fastest peer") if peers else None
         axis.scatter([ours[name] for name in order], range(len(order)), s=18, color="tab:blue", label="natten_layers")
