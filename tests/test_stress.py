@@ -18,7 +18,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from random_calls import ON_GPU, first_of, groups
+import test_random
+from random_calls import ON_GPU, draw_call, first_of, groups
 from test_random import (
     DEVICE,
     check_call,
@@ -100,3 +101,18 @@ def test_a_fault_is_found_and_named(monkeypatch: pytest.MonkeyPatch, wrong: int)
     with pytest.raises(AssertionError, match=f"seed {FIRST_SEED + wrong}: AssertionError: wrong numbers"):
         test_calls_on_threads_and_streams(seeds)
     assert (made[0], sorted(made)) == (FIRST_SEED, list(seeds))
+
+
+def test_one_thread_at_a_time_is_in_forward_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call in forward mode of pure torch stands for one of this library: both fail beside another."""
+    call = draw_call(FIRST_SEED)._replace(moving=("query",))
+    monkeypatch.setattr(test_random, "draw_call", lambda seed: call)
+    monkeypatch.setattr(test_random, "check", lambda *_: None)
+
+    def differentiate(*_: object) -> None:
+        for _ in range(100):
+            torch.func.jvp(torch.sin, (torch.ones(2),), (torch.ones(2),))
+
+    monkeypatch.setattr(test_random, "check_in_forward_mode", differentiate)
+    with ThreadPoolExecutor(4) as pool:
+        assert not list(chain.from_iterable(pool.map(failures, [range(seed, seed + 4) for seed in range(8)])))
