@@ -32,6 +32,7 @@ from .progress import progress
 from .running import (
     MOST_LENGTH,
     MOST_SEED,
+    MOST_SIDE,
     Parser,
     check_device,
     check_output,
@@ -39,6 +40,7 @@ from .running import (
     run_command,
     running_alone,
     seed,
+    side,
 )
 
 MEANFLOW = "meanflow"
@@ -83,7 +85,8 @@ class Request:
         if any(type(count) is not int for count in counts) or type(request.guidance) is not float:
             raise TypeError(f"a number is of another type in {dict(record)}")
         in_range = 0 <= request.seed <= MOST_SEED and min(request.count, request.steps, request.batch_size) >= 1
-        in_range = in_range and request.steps <= MOST_LENGTH
+        in_range = in_range and max(request.count, request.steps) <= MOST_LENGTH
+        in_range = in_range and max(request.size or (1,)) <= MOST_SIDE
         if request.sampler not in (*SAMPLERS, MEANFLOW) or not in_range:
             raise ValueError(f"a sampler or number is out of range in {dict(record)}")
         return request
@@ -246,8 +249,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write single images there, and no grid")
     parser.add_argument("--reproduce", type=Path, metavar="PNG", help="sample this grid again; fail if it differs")
     parser.add_argument("--classes", nargs="+", metavar="CLASS", help="names or numbers, default: all")
-    parser.add_argument("-n", "--count", type=int, default=8, help="images per class, default: %(default)s")
-    parser.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="default: as trained")
+    parser.add_argument("-n", "--count", type=list_length, default=8, help="images per class, default: %(default)s")
+    parser.add_argument("--size", type=side, nargs=2, metavar=("HEIGHT", "WIDTH"), help="default: as trained")
     parser.add_argument("--sampler", choices=(*SAMPLERS, MEANFLOW), help="default: dpmpp-2m, or the model's only one")
     parser.add_argument("--steps", type=list_length, help="default: 50, or 1 of a model of average velocities")
     parser.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance scale, 1 is none")

@@ -517,7 +517,11 @@ def test_generate_names_flags(flag: str, value: str, message: str, capsys: pytes
                 (evaluate.main, "a b", "--subsets"),
             )
         ),
-        (evaluate.main, f"a b --size 8 {2**40}", f"argument --size: must be at most 16384, got {2**40}"),
+        (sample_hdit.main, f"a -n {2**40}", f"argument -n/--count: must be at most 1000000, got {2**40}"),
+        *(
+            (main, f"{before} --size 8 {2**40}", f"argument --size: must be at most 16384, got {2**40}")
+            for main, before in ((evaluate.main, "a b"), (sample_hdit.main, "a"))
+        ),
         *(
             (main, f"{before} --num-workers {n}", f"argument --num-workers: must be from 0 to 256, got {n}")
             for main, before in ((train_hdit.main, ""), (evaluate.main, "a b"))

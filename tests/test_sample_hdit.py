@@ -89,6 +89,8 @@ def test_bad_input_to_sampling(trained: Path, tmp_path: Path, capsys: pytest.Cap
     changes: list[dict[str, Any]] = [
         {"steps": "2"},
         {"steps": 2**40},
+        {"size": [16, 2**40]},
+        {"count": 2**40},
         {"size": 5},
         {"sampler": "magic"},
         {"classes": [7]},
