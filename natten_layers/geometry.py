@@ -43,6 +43,7 @@ __all__ = [
     "visible_pairs",
     "window_bounds",
     "window_mask",
+    "without_numpy",
 ]
 
 T = TypeVar("T", int, bool)
@@ -92,7 +93,7 @@ def normalise_axes(name: str, value: T | Sequence[T], rank: int, kind: type[T]) 
         axes = "there is 1 spatial axis" if rank == 1 else f"there are {rank} spatial axes"
         raise ValueError(f"{name} has {len(values)} entries {shorten(values)}, but {axes}")
     if any(type(entry) is not kind for entry in values):
-        values = tuple(_without_numpy(entry, kind) for entry in values)
+        values = tuple(without_numpy(entry, kind) for entry in values)
     for axis, entry in enumerate(values):
         # In an exported graph a size may be symbolic.
         if type(entry) is not kind and not (kind is int and isinstance(entry, torch.SymInt)):
@@ -105,7 +106,7 @@ def normalise_axes(name: str, value: T | Sequence[T], rank: int, kind: type[T]) 
     return values
 
 
-def _without_numpy(value: Any, kind: type) -> Any:
+def without_numpy(value: Any, kind: type) -> Any:
     if kind is int and isinstance(value, Integral) and not isinstance(value, bool):
         return int(value)
     # By name, as NumPy need not be installed. Its bool is of no abstract class.

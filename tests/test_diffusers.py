@@ -769,7 +769,7 @@ def test_refusals_name_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert processors(sana) == linear
     with raises_naming("kernel_size", "2 of them", "(3, 3, 3)"):
         neighborhood(model, (3, 3, 3))
-    for wrong in (3.0, "3", "33", (3, 3.0), None):
+    for wrong in (3.0, "3", "33", (3, 3.0), None, True):
         with raises_naming("kernel_size", "2 of them", repr(wrong)):
             neighborhood(model, wrong)  # pyright: ignore[reportArgumentType]
     with raises_naming("stride (4, 4)", "kernel_size (3, 3)"):

@@ -338,6 +338,8 @@ def test_bad_input() -> None:
         model.generate(tokens(1, 5), 4)
     with pytest.raises(ValueError, match="max_new_tokens must be an int of at least 1, got 0"):
         model.generate(tokens(1, 5), 0)
+    with pytest.raises(ValueError, match="cuda_graph must be True or False, got 'no'"):
+        model.generate(tokens(1, 5), 2, cuda_graph="no")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="row without any text"):
         model.generate(tokens(2, 3), 2, attention_mask=torch.tensor([[0, 0, 0], [1, 1, 1]]))
     with pytest.raises(ValueError, match=r"attention_mask has shape \(1, 3\)"):

@@ -41,6 +41,7 @@ from natten_layers.modules import (
     attention,
     make_axial_pos,
 )
+from natten_layers.modules.natten import NeighborhoodAttention2D
 from natten_layers.modules.rope import Rotary, rotate_half_split, rotate_interleaved
 
 F64 = torch.float64
@@ -534,6 +535,32 @@ def test_gqa_repr_names_what_was_chosen() -> None:
 def test_gqa_errors(make, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("wrong", ["false", "no", 1, None])
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        *(
+            (lambda **flag: NeighborhoodGQA(16, 4, (3,), num_registers=1, **flag), name)
+            for name in ("registers_attend", "rel_pos_bias", "qkv_bias", "out_bias")
+        ),
+        (lambda **flag: NeighborhoodAttention2D(16, 4, 3, **flag), "qkv_bias"),
+        (lambda **flag: RMSNorm(16, **flag), "zero_centered"),
+        (lambda **flag: GEGLU(16, 32, **flag), "bias"),
+        (lambda **flag: GatedFeedForward(16, 32, **flag), "bias"),
+        (lambda **flag: MixtureOfExperts(nn.Identity, 2, 1, 16, **flag), "bias"),
+        (lambda **flag: MixtureOfExperts(nn.Identity, 2, 1, 16, **flag), "normalize"),
+        (lambda **flag: AxialRoPE(8, 2, **flag), "interleaved"),
+        (lambda **flag: RoPE(8, **flag), "interleaved"),
+        (lambda **flag: HDiT(HDiTConfig((LevelConfig(1, 16, "global", d_head=8),)), **flag), "checkpointing"),
+    ],
+)
+def test_what_is_no_bool_is_not_taken_for_one(make: Callable[..., object], name: str, wrong: object) -> None:
+    """A config may hold the text "false", which counts as true in an if."""
+    with pytest.raises(ValueError, match=f"^{name} must be True or False, got {wrong!r} of type"):
+        make(**{name: wrong})
+    make(**{name: np.True_})
 
 
 @pytest.mark.parametrize("result", [lambda q, k: q, lambda q, k: (q, k, q), lambda q, k: (q, k.mT), lambda q, k: None])

@@ -17,7 +17,7 @@ from ..geometry import AXES, longest_axis, normalise_axes
 from ..operations import neighborhood_attention
 from ..varlen import Shapes, packed_shapes
 from ..wording import shorten
-from .base import check_count, check_probability
+from .base import check_count, check_flags, check_probability
 from .norm import RMSNorm
 from .query_key import (
     HeadNorm,
@@ -76,7 +76,7 @@ class NeighborhoodGQA(nn.Module):
 
     Raises:
         ValueError: sizes do not divide, window options contradict each other, ``rope`` is one of this library for
-            other heads or without the period of a periodic axis, or an option is unknown.
+            other heads or without the period of a periodic axis, or an option is unknown or of another type.
     """
 
     def __init__(
@@ -111,6 +111,7 @@ class NeighborhoodGQA(nn.Module):
         if head_dim is not None:
             check_count("head_dim", head_dim)
         check_count("num_registers", num_registers, least=0)
+        check_flags(registers_attend=registers_attend, rel_pos_bias=rel_pos_bias, qkv_bias=qkv_bias, out_bias=out_bias)
         if num_heads % num_kv_heads:
             raise ValueError(f"num_heads must be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}")
         if head_dim is None and embed_dim % num_heads:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..wording import shorten
-from .base import at_least_fp32, check_count, check_last_axis, check_probability
+from .base import at_least_fp32, check_count, check_flags, check_last_axis, check_probability
 
 __all__ = ["GEGLU", "Activation", "GatedFeedForward", "MixtureOfExperts"]
 
@@ -29,8 +29,8 @@ class GEGLU(nn.Module):
         bias: whether both projections have a bias.
 
     Raises:
-        ValueError: ``dim`` or ``hidden_dim`` is below 1, or ``dropout`` no number from 0 to 1. The call: ``x`` is no
-            tensor that ends in ``dim``.
+        ValueError: ``dim`` or ``hidden_dim`` is below 1, ``dropout`` no number from 0 to 1, or ``bias`` no bool. The
+            call: ``x`` is no tensor that ends in ``dim``.
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class GEGLU(nn.Module):
         super().__init__()
         check_count("dim", dim)
         check_count("hidden_dim", hidden_dim)
+        check_flags(bias=bias)
         self.dim = dim
         self.up_proj = nn.Linear(dim, 2 * hidden_dim, bias=bias, device=device, dtype=dtype)
         self.dropout = nn.Dropout(check_probability("dropout", dropout))
@@ -78,8 +79,8 @@ class GatedFeedForward(nn.Module):
         swiglu_alpha, swiglu_limit: of "clamped_swiglu".
 
     Raises:
-        ValueError: ``dim`` or ``hidden_dim`` is below 1, or ``activation`` unknown. The call: ``x`` is no tensor that
-            ends in ``dim``.
+        ValueError: ``dim`` or ``hidden_dim`` is below 1, ``activation`` unknown, or ``bias`` no bool. The call: ``x``
+            is no tensor that ends in ``dim``.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class GatedFeedForward(nn.Module):
         super().__init__()
         check_count("dim", dim)
         check_count("hidden_dim", hidden_dim)
+        check_flags(bias=bias)
         if activation not in get_args(Activation):
             raise ValueError(f"activation must be one of {get_args(Activation)}, got {shorten(activation)}")
         self.dim, self.activation = dim, activation
@@ -139,8 +141,8 @@ class MixtureOfExperts(nn.Module):
         bias: whether the router has a bias.
 
     Raises:
-        ValueError: ``make_expert`` cannot be called, ``dim`` is below 1, or there are fewer experts than a token takes.
-            The call: ``x`` is no tensor that ends in ``dim``.
+        ValueError: ``make_expert`` cannot be called, ``dim`` is below 1, there are fewer experts than a token takes, or
+            ``normalize`` or ``bias`` is no bool. The call: ``x`` is no tensor that ends in ``dim``.
     """
 
     def __init__(
@@ -161,6 +163,7 @@ class MixtureOfExperts(nn.Module):
         check_count("dim", dim)
         check_count("experts_per_token", experts_per_token)
         check_count("num_experts", num_experts, least=experts_per_token)
+        check_flags(normalize=normalize, bias=bias)
         self.dim, self.experts_per_token, self.normalize = dim, experts_per_token, normalize
         self.router = nn.Linear(dim, num_experts, bias=bias, device=device, dtype=dtype)
         self.experts = nn.ModuleList(make_expert() for _ in range(num_experts))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..checks import is_finite_number
 from ..wording import shorten
-from .base import check_count
+from .base import check_count, check_flags
 from .cache import Cache
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ def generate(
     model.check(input_ids, attention_mask, None)
     for name, value in (("max_new_tokens", max_new_tokens), ("prefill_chunk", prefill_chunk)):
         check_count(name, value)
+    check_flags(cuda_graph=cuda_graph)
     longest = input_ids.shape[1] if attention_mask is None else longest_of((attention_mask != 0).sum(1))
     model.model.check_length(longest + max_new_tokens)
     if isinstance(generator, int):

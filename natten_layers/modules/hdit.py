@@ -30,7 +30,7 @@ from ..kernels.ops.transforms import is_transformed
 from ..varlen import Shapes, packed_shapes
 from ..wording import with_type
 from .attention import NeighborhoodGQA
-from .base import at_least_fp32, reset_children
+from .base import at_least_fp32, check_flags, reset_children
 from .feed_forward import GEGLU
 from .hdit_config import IMAGE_AXES, HDiTConfig, check_axis
 from .hdit_layers import (
@@ -63,12 +63,13 @@ class HDiT(nn.Module):
         checkpointing: recompute each layer in the backward pass instead of keeping its activations.
 
     Raises:
-        ValueError: a level's sizes do not fit together; the message names the level.
+        ValueError: a level's sizes do not fit together; the message names the level; or ``checkpointing`` is no bool.
     """
 
     def __init__(self, config: HDiTConfig, *, checkpointing: bool = False) -> None:
         super().__init__()
         _check_config(config)
+        check_flags(checkpointing=checkpointing)
         self.config, self.checkpointing = config, checkpointing
         levels, width, cond_dim = config.levels, config.levels[0].width, config.mapping_width
         assert config.mapping_d_ff is not None

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ..checks import no_tensor
 from ..eager import autocasts
-from .base import at_least_fp32, check_count
+from .base import at_least_fp32, check_count, check_flags
 
 __all__ = ["AdaRMSNorm", "RMSNorm", "cosine_normalize", "rms_normalize"]
 
@@ -67,7 +67,7 @@ class RMSNorm(nn.RMSNorm):
             pulls the gain to 1. Otherwise the gain is ``weight``, which starts at 1.
 
     Raises:
-        ValueError: ``dim`` is below 1. The call: ``x`` is no tensor that ends in ``dim``.
+        ValueError: ``dim`` is below 1, or ``zero_centered`` no bool. The call: ``x`` is no tensor that ends in ``dim``.
     """
 
     def __init__(
@@ -80,6 +80,7 @@ class RMSNorm(nn.RMSNorm):
         dtype: torch.dtype | None = None,
     ) -> None:
         check_count("dim", dim)
+        check_flags(zero_centered=zero_centered)
         self.zero_centered = zero_centered  # set before super().__init__, which calls reset_parameters
         super().__init__(dim, eps, device=device, dtype=dtype)
 

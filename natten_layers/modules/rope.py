@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..checks import check_tensors, is_finite_number
 from ..geometry import is_per_axis
 from ..wording import count_or_one, shorten
-from .base import Constants, at_least_fp32, check_count, default_dtype, is_plain
+from .base import Constants, at_least_fp32, check_count, check_flags, default_dtype, is_plain
 from .rope_scaling import attention_factor, rope_type, scaled_frequencies, stretched_frequencies
 
 __all__ = [
@@ -279,6 +279,7 @@ class AxialRoPE(Rotary):
         counts = {"head_dim": head_dim, "num_heads": num_heads, "num_kv_heads": num_kv_heads, "axes": axes}
         for name, count in counts.items():
             check_count(name, count)
+        check_flags(interleaved=interleaved)
         if freqs is None and head_dim < 4 * axes:
             raise ValueError(f"head_dim must be at least 4 * axes = {4 * axes}, got {head_dim}")
         if num_heads % num_kv_heads:
@@ -432,6 +433,7 @@ class RoPE(Rotary):
             raise ValueError(f"head_dim must be an even number of at least 2, got {shorten(head_dim)}")
         if not is_finite_number(theta) or theta <= 0:
             raise ValueError(f"theta must be a positive number, got {shorten(theta)}")
+        check_flags(interleaved=interleaved)
         self.head_dim, self.theta, self.scaling = head_dim, theta, dict(scaling or {})
         self.attention_factor, self.interleaved = attention_factor(self.scaling), interleaved
         self.stretches = rope_type(self.scaling) in ("longrope", "dynamic")

@@ -189,7 +189,7 @@ def _family_of(model: nn.Module) -> Family:
 
 def _per_axis(name: str, value: int | Sequence[int], rank: int) -> Grid:
     found = tuple(value) if isinstance(value, Sequence) else (value,) * rank
-    if len(found) != rank or not all(isinstance(one, int) and one >= 1 for one in found):
+    if len(found) != rank or not all(isinstance(one, int) and type(one) is not bool and one >= 1 for one in found):
         raise ValueError(f"{name} must be a positive int or {rank} of them, one per axis, got {value!r}")
     return found
 
