@@ -660,6 +660,22 @@ def test_what_is_not_supported_raises(config: Callable[[], Any], inputs: dict[st
 
 
 @pytest.mark.parametrize(
+    ("config", "option"), [(FAMILIES["mistral"], "sliding_window"), (llama4, "attention_chunk_size")]
+)
+def test_a_cache_that_forgets_nothing_is_refused(config: Callable[[], Any], option: str) -> None:
+    """A dynamic cache of transformers keeps the last ``window - 1`` tokens, and so all of them where that is none."""
+    narrow = config()
+    setattr(narrow, option, 1)
+    model, options = build(narrow, "natten_layers"), {"max_new_tokens": 3, "do_sample": False}
+    with pytest.raises(ValueError, match=f'{option}=1: pass use_cache=False, .* cache_implementation="static"'):
+        model.generate(tokens(), **options)
+    expected = build(narrow, "eager").generate(tokens(), use_cache=False, **options)
+    assert torch.equal(model.generate(tokens(), use_cache=False, **options), expected)
+    static = model.generate(tokens(), cache_implementation="static", disable_compile=True, **options)
+    assert torch.equal(static, expected)
+
+
+@pytest.mark.parametrize(
     ("model_type", "kind", "verdict", "reason"),
     [
         ("llama", "causal LM", "equal", ""),

@@ -185,7 +185,7 @@ def _attention(
     causal, window, positions, blocks, texts, rows = True, sliding_window, None, None, cu_seq_lens_q, _FULL
     itself = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if attention_mask is not None:
-        _check_mask(attention_mask, query.shape[0], length, slots)
+        _check_mask(module, attention_mask, query.shape[0], length, slots)
         rows = attention_mask.shape[2]
         window = _window(module, sliding_window, rows)
         if rows in (_TEXTS, _TEXTS_WINDOWED):
@@ -426,7 +426,7 @@ def _is_aligned(q_length: int, kv_length: int, q_offset: int | Tensor, attention
     return bool((real[:, :-1] | ~real[:, 1:]).all())  # padding is never followed by a token
 
 
-def _check_mask(mask: Tensor, batch: int, length: int, slots: int) -> None:
+def _check_mask(module: nn.Module, mask: Tensor, batch: int, length: int, slots: int) -> None:
     if (
         mask.dtype != torch.long
         or mask.ndim != 4
@@ -435,10 +435,19 @@ def _check_mask(mask: Tensor, batch: int, length: int, slots: int) -> None:
         or mask.shape[3] != length + slots
         or (mask.shape[2] not in (_TEXTS, _TEXTS_WINDOWED) and mask.shape[0] not in (0, batch))
     ):
+        way_out = (
+            "pass the model a 2-D padding mask [batch, tokens]; if it got one or none, the model does arithmetic on "
+            "its masks and cannot be supported"
+        )
+        for option in ("sliding_window", "attention_chunk_size"):
+            if getattr(getattr(module, "config", None), option, None) == 1 and length < slots:
+                way_out = (
+                    f"transformers' dynamic cache does not forget tokens where {option}=1: pass use_cache=False, or "
+                    'generate with cache_implementation="static"'
+                )
         raise ValueError(
             f"attention_mask is {mask.dtype} {tuple(mask.shape)}, not what {NAME}'s mask function made for {length} "
-            f"queries and {slots} keys; pass the model a 2-D padding mask [batch, tokens]; if "
-            "it got one or none, the model does arithmetic on its masks and cannot be supported"
+            f"queries and {slots} keys; {way_out}"
         )
 
 
