@@ -8,7 +8,7 @@ The path is a directory that ``FluxPipeline.from_pretrained`` takes. ``--tiny`` 
 weights and random embeddings in the place of a prompt, which runs anywhere; what it draws is noise. ``--compare``
 samples without windows too, from the same noise, and says how far the images are apart. FLUX was not trained with
 windows: choose layers with care, or fine-tune. ``--layers`` counts FLUX's 19 double blocks first, then its 38 single
-ones. Needs diffusers and transformers (``pip install '.[diffusers,transformers]'``).
+ones. Needs diffusers and transformers (``pip install '.[diffusers]'``).
 """
 
 from __future__ import annotations

@@ -135,6 +135,15 @@ def test_extras_that_commands_name_exist() -> None:
     assert named <= set(PROJECT["optional-dependencies"])
 
 
+def test_one_extra_brings_what_pipelines_of_diffusers_need() -> None:
+    """Without transformers diffusers has no FluxPipeline, and without accelerate it loads no WanTransformer3DModel."""
+    brought = {re.split("[>=<]", package)[0] for package in PROJECT["optional-dependencies"]["diffusers"]}
+    assert brought >= {"diffusers", "transformers", "accelerate"}
+    for path in ("docs/diffusers.md", "examples/sample_flux_neighborhood.py", "examples/decode_ltx.py"):
+        commands = re.findall(r"pip install ([^`]+)`", (ROOT / path).read_text())
+        assert commands == ["'.[diffusers]'"], path
+
+
 def test_examples_start_the_commands() -> None:
     for name in ("train_hdit", "sample_hdit", "train_lm", "generate"):
         code = (ROOT / "examples" / f"{name}.py").read_text()
