@@ -11,7 +11,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from natten_layers import DecoderLM, DecoderLMConfig
-from natten_layers_cli import train_lm
+from natten_layers_cli import lm_trainer, train_lm
 from natten_layers_cli.parallel import Processes
 from natten_layers_cli.text import read_corpus
 from natten_layers_cli.tokens import open_codec
@@ -60,7 +60,7 @@ def test_finetuning_starts_from_the_weights_and_writes_what_transformers_reads(
 
     args = train_lm.parse_arguments(flags(directory))
     assert args.lr == 2e-5
-    trainer = train_lm.Trainer(args, Processes("cpu", fsdp=False))
+    trainer = lm_trainer.Trainer(args, Processes("cpu", fsdp=False))
     tokens = trainer.corpus.train[None, :16].long()
     assert tokens[0, :5].tolist() == [0, 1, 1, 2, 8]  # the end of a text, then w0 w0 w1 w7
     reference = AutoModelForCausalLM.from_pretrained(directory)
@@ -89,7 +89,7 @@ def test_finetuning_starts_from_the_weights_and_writes_what_transformers_reads(
 
 def test_held_out_bits_count_bytes_whatever_the_tokens(directory: Path) -> None:
     """A model that knows nothing needs log2(31) bits a token: 2000 lines of two words, 5 to 8 bytes with the end."""
-    trainer = train_lm.Trainer(train_lm.parse_arguments(flags(directory)), Processes("cpu", fsdp=False))
+    trainer = lm_trainer.Trainer(train_lm.parse_arguments(flags(directory)), Processes("cpu", fsdp=False))
     for parameter in trainer.model.parameters():
         torch.nn.init.zeros_(parameter)
     corpus = trainer.corpus
@@ -145,6 +145,6 @@ def test_a_model_without_an_end_of_text(tmp_path: Path) -> None:
         vocab_size=9, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=1, max_positions=9
     )
     with pytest.raises(ValueError, match="names no eos_token_id"):
-        train_lm.separator(config, object())  # pyright: ignore[reportArgumentType]
+        lm_trainer.separator(config, object())  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"tokenizer\.json does not exist"):
         open_codec(tmp_path, 9)

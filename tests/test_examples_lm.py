@@ -23,11 +23,11 @@ from tqdm import tqdm
 
 import compare_steps
 from natten_layers.modules.llm import DecoderLM, DecoderLMConfig
-from natten_layers_cli import convert, evaluate, generate, sample_hdit, train_hdit, train_lm, tune
+from natten_layers_cli import convert, evaluate, generate, lm_trainer, sample_hdit, train_hdit, train_lm, tune
+from natten_layers_cli.lm_trainer import Trainer
 from natten_layers_cli.parallel import Processes
 from natten_layers_cli.running import run_command
 from natten_layers_cli.text import random_windows, read_corpus
-from natten_layers_cli.train_lm import Trainer
 
 ROOT = Path(__file__).parents[1]
 # New processes find the package without an installation, and leave the cores to the tests that run beside them.
@@ -290,14 +290,14 @@ def test_random_windows_depend_on_the_seed_alone() -> None:
 
 def test_separate_documents_do_not_see_each_other(flags: list[str]) -> None:
     rows = torch.tensor([[5, 6, 0, 7], [0, 8, 9, 0]])
-    assert train_lm.document_bounds(rows, 0).tolist() == [0, 2, 4, 7, 8]
+    assert lm_trainer.document_bounds(rows, 0).tolist() == [0, 2, 4, 7, 8]
     flags += ["--context", "200"]
     one, other = trainer(flags, "--separate-documents"), trainer(flags)
     for parameter in one.model.parameters():  # so large that what a token sees decides what it predicts
         torch.nn.init.normal_(parameter.detach(), std=0.4)
     other.model.load_state_dict(one.model.state_dict())
     batch = random_windows(one.corpus.train, 200, 4, 0)
-    bounds = train_lm.document_bounds(batch[:, :-1], one.separator)
+    bounds = lm_trainer.document_bounds(batch[:, :-1], one.separator)
     documents = [part[None] for part in batch[:, :-1].flatten().tensor_split(bounds[1:-1])]
     with torch.no_grad():
         logits = torch.cat([one.model(document)[0] for document in documents])
@@ -325,7 +325,7 @@ def test_validation_separates_documents_too(flags: list[str]) -> None:
 
 def test_learning_rate(flags: list[str]) -> None:
     args = train_lm.parse_arguments([*flags, "--end-step", "102", "--warmup", "2", "--lr", "1"])
-    rates = [train_lm.learning_rate(step, args) for step in (0, 1, 2, 52, 101)]
+    rates = [lm_trainer.learning_rate(step, args) for step in (0, 1, 2, 52, 101)]
     assert rates[:4] == pytest.approx([0.5, 1, 1, 0.55])
     assert rates[4] == pytest.approx(0.1, abs=1e-3)
 
@@ -335,9 +335,9 @@ def test_config_file_and_flags(flags: list[str], tmp_path: Path) -> None:
     config.write_text('lr = 1e-2\nsink = "learned"\nwindow = 5\ncompile = true\n')
     args = train_lm.parse_arguments(["--config", str(config), "--window", "7"])
     assert (args.lr, args.sink, args.window, args.compile) == (0.01, "learned", 7, True)
-    assert train_lm.model_config(args).windows == (7, 7, 7, None)
+    assert lm_trainer.model_config(args).windows == (7, 7, 7, None)
     for path in (ROOT / "examples" / "configs").glob("lm-*.toml"):
-        train_lm.model_config(train_lm.parse_arguments(["--config", str(path)]))
+        lm_trainer.model_config(train_lm.parse_arguments(["--config", str(path)]))
     for text, message in (
         ("speed = 3\n", " has unknown keys 'speed'"),
         ("lr = \n", ": Invalid value"),
