@@ -183,6 +183,30 @@ def test_full_layers_grow_or_reserve() -> None:
     assert [grown.layers[i].keys.shape[1] for i in (0, 2)] == [6, 4]
 
 
+@torch.no_grad()
+def test_a_cache_has_no_more_slots_than_the_model_has_positions() -> None:
+    model = make(dataclasses.replace(BASE, max_positions=40))
+    cache = model.make_cache(1, max_length=10**30)
+    model(tokens(1, 3), cache=cache)
+    assert cache.layers[1].keys.shape[1] == 41
+    model(tokens(1, 37), cache=cache)
+    assert cache.layers[1].keys.shape[1] == 41
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("expected", [41, 10**30])
+def test_a_text_of_more_tokens_than_positions_is_refused_when_it_is_expected(expected: int) -> None:
+    """Not when it has grown so long: RoPE that it stretches would have had its frequencies from the beginning."""
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 16}
+    model = make(dataclasses.replace(BASE, max_positions=40, rope=rope))
+    cache = model.make_cache(1)
+    cache.expect(expected)
+    with pytest.raises(ValueError, match=f"a text of {expected} tokens is longer than the model's max_positions=40"):
+        model(tokens(1, 3), cache=cache)
+    cache.expect(40)  # nothing was read
+    model(tokens(1, 3), cache=cache)
+
+
 def test_gradients_reach_every_parameter(model: DecoderLM) -> None:
     mask = torch.ones(2, 7, dtype=torch.int64)
     mask[0, :2] = 0

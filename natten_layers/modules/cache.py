@@ -174,7 +174,8 @@ class Cache:
         """Say that the longest text will have so many tokens, before it is read in parts.
 
         RoPE that long texts stretch (LongRoPE, dynamic) then has the frequencies of the whole text from the first part
-        on. Without this, each part has those of a text that ends there.
+        on. Without this, each part has those of a text that ends there. The model refuses a length of more than its
+        positions when it reads the first part.
 
         Raises:
             ValueError: ``length`` is negative, or there are tokens in the cache.

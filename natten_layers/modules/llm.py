@@ -21,7 +21,7 @@ from ..io.tensors import make_on_meta
 from ..kernels.ops.transforms import is_transformed
 from ..varlen import packed_shapes
 from ..wording import with_type
-from .base import allocate
+from .base import allocate, check_count
 from .cache import Cache, LayerCache
 from .decoder_attention import DecoderAttention, Device, make_norm
 from .feed_forward import GatedFeedForward, MixtureOfExperts
@@ -174,7 +174,10 @@ class DecoderStack(nn.Module):
             longest = length + cache.longest if mask is None else longest_of(cache.lengths + mask.sum(1))
         elif mask is not None and length > self.config.max_positions:  # only then, as longest_of waits for the device
             longest = longest_of(mask.sum(1))
-        self.check_length(longest, past=0 if cache is None else cache.rope_length)
+        if cache is None:
+            self.check_length(longest)
+        else:
+            self.check_length(max(longest, cache.expected_length), past=cache.rope_length)
         if mask is not None:
             positions = torch.where(mask, positions, -1)
         x = self.embed_tokens(input_ids)
@@ -337,13 +340,17 @@ class DecoderLM(nn.Module):
 
         Args:
             batch_size: number of texts.
-            max_length: tokens for which layers without a window allocate memory at once, instead of growing.
+            max_length: tokens for which layers without a window allocate memory at once, instead of growing; of more
+                than the config's ``max_positions``, for as many, as no text is longer.
             device: device of the texts, default that of the embedding. Give it if the parameters are offloaded.
 
         Raises:
             ValueError: ``batch_size`` is negative, or ``max_length`` is not at least 1.
         """
         device = self.model.embed_tokens.weight.device if device is None else device
+        if max_length is not None:
+            check_count("max_length", max_length)
+            max_length = min(max_length, self.config.max_positions)
         return Cache(batch_size, self.config.windows, max_length=max_length, device=device)
 
     generate = generate
