@@ -28,6 +28,10 @@ class MeanFlow(nn.Module):
     ``z_r = z_t - (t - r) u(z_t, r, t)``. It learns from ``u = v - (t - r) d/dt u`` (the paper's equation 6), whose
     derivative along the path is a forward-mode one of the network and passes no gradient on.
 
+    Times are not compared, as that would wait for the GPU. The equations hold for an r later than t, too, whose
+    negative interval leads the other way, from an image towards noise. A network knows such steps only if it was
+    trained on some, and does not say so otherwise: take care not to exchange t and r.
+
     Args:
         model: called as ``model(z, t, interval=t - r, **conditions)``: an ``HDiT`` whose config says
             ``objective="meanflow"``, or any network that forward-mode derivatives pass through. PyTorch's fused
@@ -58,7 +62,7 @@ class MeanFlow(nn.Module):
         Args:
             z: ``[B, C, H, W]``, points of the path at the times ``t``.
             t: ``[B]`` in [0, 1], in fp32 or better.
-            r: ``[B]`` in [0, t]; where it equals ``t``, the velocity there is meant.
+            r: ``[B]``, as in training in [0, t]; where it equals ``t``, the velocity there is meant.
             conditions: passed to the network.
 
         Returns:
@@ -114,7 +118,7 @@ class MeanFlow(nn.Module):
             x: clean images ``[B, C, H, W]``.
             noise: standard normal noise of the same shape.
             t: times ``[B]`` in [0, 1].
-            r: earlier times ``[A]``, A from 0 to B, of the first A images.
+            r: earlier times ``[A]``, A from 0 to B, of the first A images: in [0, t], which is not checked.
             conditions: passed to the network; tensors of batch size B.
 
         Returns:
