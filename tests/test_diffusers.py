@@ -7,7 +7,10 @@ import pickle
 import re
 import runpy
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -122,6 +125,16 @@ def test_ltx_splits_every_head_dim_as_we_do(head_dim: int) -> None:
     turned = rope(*heads, positions.of(tokens.shape[1:-1], tokens.device))
     torch.testing.assert_close(turned[0] * layer.scale, query)
     torch.testing.assert_close(turned[1], key)
+
+
+def test_positions_are_those_of_the_grid_asked_for() -> None:
+    """Though another thread has asked for those of another grid meanwhile."""
+
+    class Shared(ltx_decoder._TokenIndices):
+        def __setattr__(self, name: str, value: Tensor) -> None:
+            object.__setattr__(self, name, value[1:])
+
+    assert Shared().of(torch.Size([4, 3, 2]), torch.device("cpu")).shape == (4, 3, 2, 3)
 
 
 def test_a_patched_layer_rounds_less_in_half_precision() -> None:
@@ -505,7 +518,7 @@ def test_whole_windows_are_the_unpatched_model(name: str) -> None:
     assert neighborhood(model, 3) == case.layers  # replaces the windows
     tokens = {p.tokens for p in processors(model) if hasattr(p, "tokens")}
     model(**inputs)  # with gradients, for which checkpoints may compute layers again
-    assert [t.grid for t in tokens] == [case.grid]
+    assert [t.call.grid for t in tokens] == [case.grid]
     assert error(output(model, inputs), expected) > 1e-2
     assert unpatch(model) == case.layers
     assert processors(model) == before
@@ -537,7 +550,7 @@ def test_a_token_reaches_those_whose_window_holds_it(name: str) -> None:
 def test_image_tokens_see_their_window_and_the_text(where: Any, padded: bool) -> None:
     grid, registers, kernel_size, stride = (4, 5), 3 if where != "elsewhere" else 0, (3, 4), (2, 1)
     tokens = transformers._Tokens(nn.Module(), transformers.Family(2, lambda *_: grid, (), where))
-    tokens.grid, length = grid, 20 + registers
+    tokens.thread.call, length = transformers._Call(grid), 20 + registers
     pixels = torch.arange(20) + (registers if where == "first" else 0)
     allowed = torch.ones(length, length, dtype=torch.bool)
     allowed[pixels[:, None], pixels] = window_mask(grid, make_window(grid, kernel_size, stride))
@@ -658,17 +671,74 @@ def test_checkpoints_compute_layers_again(name: str) -> None:
     torch.testing.assert_close(grads[1], grads[0])
 
 
+def turn(inputs: dict[str, Any]) -> dict[str, Any]:
+    """A portrait for a landscape, of as many tokens, and another text."""
+    texts = {name: x.flip(0) for name, x in inputs.items() if name.startswith("encoder_attention")}
+    return inputs | texts | {"hidden_states": inputs["hidden_states"].transpose(-1, -2)}
+
+
+@pytest.mark.parametrize("name", ["WanTransformer3DModel", "HunyuanVideoTransformer3DModel"])
+def test_threads_may_sample_at_several_sizes(name: str) -> None:
+    model, inputs = tiny(name)
+    neighborhood(model, 3)
+    expected = output(model, inputs), output(model, turn(inputs))
+    first = transformers._attentions(model, transformers.FAMILIES[name])[0]
+    began, may_go_on = threading.Event(), threading.Event()
+
+    def wait(*_: object) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            began.set()
+            assert may_go_on.wait(60)
+
+    first.register_forward_pre_hook(wait)  # the model's own hook has read the grid then
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(output, model, inputs)
+        assert began.wait(60)
+        assert torch.equal(output(model, turn(inputs)), expected[1])
+        may_go_on.set()
+        assert torch.equal(other.result(), expected[0])
+
+
+@pytest.mark.parametrize("another_thread", [False, True], ids=["CPU", "GPU"])
+def test_checkpoints_compute_layers_again_after_a_sample_at_another_size(another_thread: bool) -> None:
+    """On a GPU, autograd does so in a thread of its own."""
+    model, inputs = tiny("HunyuanVideoTransformer3DModel")
+    neighborhood(model, 3)
+    parameters = list(model.parameters())
+    grads = []
+    for checkpoints in (False, True):
+        (model.enable_gradient_checkpointing if checkpoints else model.disable_gradient_checkpointing)()
+        loss = model.train()(**inputs, return_dict=False)[0].square().mean()
+        output(model.eval(), turn(inputs))
+        differentiate = partial(torch.autograd.grad, loss, parameters, allow_unused=True)
+        with ThreadPoolExecutor(1) as pool:
+            grads.append(pool.submit(differentiate).result() if another_thread else differentiate())
+    torch.testing.assert_close(grads[1], grads[0])
+
+
+def test_a_compiled_block_has_the_windows_of_each_threads_call() -> None:
+    model, inputs = tiny("WanTransformer3DModel")
+    neighborhood(model, 3)
+    calls = [inputs, turn(inputs)] * 2
+    expected = [output(model, call) for call in calls]
+    for block in model.blocks:
+        block.compile(backend="eager", fullgraph=True)
+    with ThreadPoolExecutor(1) as pool:
+        for call, result in zip(calls, expected, strict=True):
+            torch.testing.assert_close(output(model, call), result)
+            torch.testing.assert_close(pool.submit(output, model, call).result(), result)
+
+
 def test_layers_do_not_compute_with_the_grid_of_a_call_that_is_over() -> None:
     """Such as that of a landscape for a portrait, whose tokens are as many."""
     model, inputs = tiny("WanTransformer3DModel")
     neighborhood(model, 3)
     output(model, inputs)
-    turned = inputs | {"hidden_states": inputs["hidden_states"].transpose(-1, -2)}
     other, _ = tiny("WanTransformer3DModel")
     other.set_attn_processor(model.attn_processors)
     for call in (model.forward, other):  # neither of which runs the hook that reads the grid
         with raises_naming("60 tokens", "call the whole model", "neighborhood"):
-            output(call, turned)
+            output(call, turn(inputs))
 
 
 def test_a_part_that_is_left_alone_says_so() -> None:

@@ -74,11 +74,12 @@ class _TokenIndices:
 
     def of(self, spatial: torch.Size, device: torch.device) -> Tensor:
         """``[*spatial, 3]``, int32."""
-        if self.positions.shape[:-1] != spatial or self.positions.device != device:
+        positions = self.positions  # another thread may replace them by those of another grid
+        if positions.shape[:-1] != spatial or positions.device != device:
             with torch.inference_mode(False):  # what is kept must serve in training too
                 axes = [torch.arange(length, dtype=torch.int32, device=device) for length in spatial]
-                self.positions = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
-        return self.positions
+                positions = self.positions = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
+        return positions
 
 
 class _Processor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, wraps
@@ -245,15 +246,28 @@ def _no_ids() -> None:
     """Stands for a reference to positions that are gone."""
 
 
+class _Call:
+    """What is known of one call of a model."""
+
+    def __init__(self, grid: Grid = ()) -> None:
+        self.grid = grid
+        self.mask: tuple[Tensor | None, list[Tensor]] = None, []
+
+
 class _Tokens(ModelHook):
-    """How the tokens of the call that a model is in lie. Belongs to one model, whose hook it is."""
+    """How the tokens of the call that a model is in lie. Belongs to one model, whose hook it is.
+
+    Each thread has a call of its own. Layers that checkpoints compute again run when it is over and, on a GPU, in a
+    thread of autograd's: they take the last call of which gradients were recorded, by whichever thread.
+    """
 
     def __init__(self, model: nn.Module, family: Family) -> None:
         self.family = family
-        self.grid: Grid = ()
+        self.thread = threading.local()
+        self.recorded = _Call()
+        """the last one with gradients"""
         self.layers: list[Any] = []
         """those that have a window"""
-        self.mask: tuple[Tensor | None, list[Tensor]] = None, []
         self.signature = inspect.signature(type(model).forward)
         self.ids: tuple[Callable[[], Any], int, Grid] = _no_ids, 0, ()
         """the positions of the last call that had some, how often they had changed, and their grid"""
@@ -264,12 +278,20 @@ class _Tokens(ModelHook):
         ]
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"mask": (None, []), "ids": (_no_ids, 0, ())}  # known of one call's tensors alone
+        known = {"ids": (_no_ids, 0, ()), "recorded": _Call()}  # of one call's tensors alone
+        return {name: value for name, value in (self.__dict__ | known).items() if name != "thread"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, thread=threading.local())
+
+    @property
+    def call(self) -> _Call:
+        return getattr(self.thread, "call", self.recorded)
 
     def release(self) -> None:
         for handle in self.handles:
             handle.remove()
-        self.grid = ()
+        self.thread, self.recorded = threading.local(), _Call()
 
     @torch.compiler.disable
     def read(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -278,28 +300,33 @@ class _Tokens(ModelHook):
         except TypeError:
             return  # the model will say so
         self.check_layers(model)
-        self.mask = None, []
+        self.thread.call = _Call(self.grid_of(model, arguments))
+        if torch.is_grad_enabled():
+            self.recorded = self.thread.call
+
+    def grid_of(self, model: nn.Module, arguments: Arguments) -> Grid:
         ids = arguments.get("img_ids")
         # Tensors of inference mode do not count changes in place, so they are read in every step.
         version = ids._version if isinstance(ids, Tensor) and not ids.is_inference() else None
-        if version is not None and ids is self.ids[0]() and version == self.ids[1]:
-            self.grid = self.ids[2]  # As in the last step: reading them would wait for the device.
-            return
+        last, version_then, grid_then = self.ids
+        if version is not None and ids is last() and version == version_then:
+            return grid_then  # As in the last step: reading them would wait for the device.
         try:
-            self.grid = self.family.grid(model, arguments)
+            grid = self.family.grid(model, arguments)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"how the tokens of {type(model).__name__} of {VERSION} lie cannot be told from its arguments "
                 f"{[*arguments][1:]}: {error!r}"
             ) from error
         if version is not None:
-            self.ids = weakref.ref(ids), version, self.grid
+            self.ids = weakref.ref(ids), version, grid
+        return grid
 
     @torch.compiler.disable
     def forget(self, model: nn.Module, args: tuple[Any, ...], output: object) -> None:
         """Let no layer compute with the grid of a call that is over, but for layers that checkpoints compute again."""
         if not torch.is_grad_enabled():
-            self.grid = ()
+            vars(self.thread).pop("call", None)
 
     def check_layers(self, model: nn.Module) -> None:
         """Raise if somebody else took the place of a processor, which would leave its layer without a window."""
@@ -315,7 +342,8 @@ class _Tokens(ModelHook):
 
     def visible_text(self, mask: Tensor, text: slice, batch: int) -> list[Tensor]:
         """Indices of the text tokens of each sample that a mask ``[B or 1, 1, 1 or L, L]`` lets image tokens see."""
-        if self.mask[0] is not mask:  # which layers share, as a rule: to find the indices waits for the device
+        call = self.call
+        if call.mask[0] is not mask:  # which layers share, as a rule: to find the indices waits for the device
             length = mask.shape[-1]
             of_queries = length if self.family.masks_pairs else 1
             if mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[1:] != (1, of_queries, length):
@@ -327,8 +355,8 @@ class _Tokens(ModelHook):
             rows = mask[:, 0, pixel].expand(batch, -1)
             if not bool(torch.cat([rows[:, : text.start], rows[:, text.stop :]], 1).all()):
                 raise ValueError("the attention mask hides image tokens, which windows cannot honour")
-            self.mask = mask, [row.nonzero()[:, 0] for row in rows[:, text]]
-        return self.mask[1]
+            call.mask = mask, [row.nonzero()[:, 0] for row in rows[:, text]]
+        return call.mask[1]
 
 
 class _Interception(TorchFunctionMode):
@@ -410,21 +438,22 @@ def _attention(
     **options: Any,
 ) -> Tensor:
     """What ``scaled_dot_product_attention`` takes and returns."""
-    length, image, where = query.shape[2], prod(tokens.grid), tokens.family.text
+    grid = tokens.call.grid
+    length, image, where = query.shape[2], prod(grid), tokens.family.text
     if is_causal or dropout_p or key.shape[2] != length:
         raise ValueError(
             f"attention of {length} queries over {key.shape[2]} keys, is_causal={is_causal}, dropout_p={dropout_p}, "
             "has no neighborhoods here"
         )
-    if not tokens.grid or length < image or (length > image and where == "elsewhere"):
+    if not grid or length < image or (length > image and where == "elsewhere"):
         raise ValueError(
-            f"attention of {length} tokens does not fit a grid of {tokens.grid}: call the whole model, on one device; "
+            f"attention of {length} tokens does not fit a grid of {grid}: call the whole model, on one device; "
             "call neighborhood again, if processors were put back after unpatch; or unpatch it"
         )
     pixels = slice(length - image, length) if where == "first" else slice(0, image)
     text = slice(0, length - image) if where == "first" else slice(image, length)
     heads = [x.transpose(1, 2) for x in (query, key, value)]  # heads last, as views
-    of_image = [x[:, pixels].unflatten(1, tokens.grid) for x in heads]
+    of_image = [x[:, pixels].unflatten(1, grid) for x in heads]
     of_text = [x[:, text] for x in heads[1:]]
     if attn_mask is None:
         parts = [_image_attention(window, of_image, of_text, options.get("scale"))]
