@@ -1,6 +1,8 @@
 """Finds JPEG files that lack pixels although they end with the mark of the end, as some programs close cut ones.
 
-The decoder fills up with grey, and Pillow does not pass on its warning.
+The decoder fills up with grey, and Pillow does not pass on its warning. A progressive file is looked at in its first
+scan only. Later ones make pixels finer, and the format does not require that all of them be there: a file that was
+closed before some cannot be told from one that was written without them. What was cut and not closed Pillow refuses.
 """
 
 from __future__ import annotations
