@@ -262,6 +262,15 @@ def test_sampling_is_seeded() -> None:
     assert torch.equal(model.generate(tokens(2, 4), 16, temperature=3.0, generator=generator), draws[0])
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_generation_ends_where_the_model_gives_nan(temperature: float) -> None:
+    """Not with the index that argmax finds for NaN."""
+    model = make(BASE, torch.float32)
+    torch.nn.init.constant_(next(model.parameters()), math.nan)
+    with pytest.raises(RuntimeError, match="logits after the prompt are not finite"):
+        model.generate(tokens(1, 4), 2, temperature=temperature)
+
+
 def test_sample_follows_the_distribution() -> None:
     logits = torch.tensor([0.1, 0.4, 0.2, 0.3]).log().expand(20000, 4)
 
@@ -276,7 +285,8 @@ def test_sample_follows_the_distribution() -> None:
     check(frequencies(), [0.1, 0.4, 0.2, 0.3])
     check(frequencies(top_k=2), [0, 4 / 7, 0, 3 / 7])
     check(frequencies(top_p=0.75), [0, 4 / 9, 2 / 9, 3 / 9])
-    check(frequencies(top_p=0.01), [0, 1, 0, 0])
+    for top_p in (0.01, 5e-324):  # the last one is zero in fp32
+        check(frequencies(top_p=top_p), [0, 1, 0, 0])
     check(frequencies(temperature=0.5), [1 / 30, 16 / 30, 4 / 30, 9 / 30])
     for temperature in (0, 1e-3, 1e-45, 5e-324):  # the last one is zero in fp32
         check(frequencies(temperature=temperature), [0, 1, 0, 0])

@@ -62,7 +62,7 @@ def generate(
 
     Raises:
         ValueError: arguments that :meth:`DecoderLM.forward` refuses, or sampling options out of range.
-        RuntimeError: the model cannot be recorded as a CUDA graph.
+        RuntimeError: the model cannot be recorded as a CUDA graph, or gives NaN or infinity after the prompt.
     """
     model.check(input_ids, attention_mask, None)
     for name, value in (("max_new_tokens", max_new_tokens), ("prefill_chunk", prefill_chunk)):
@@ -174,6 +174,11 @@ def _prefill(model: DecoderLM, input_ids: Tensor, attention_mask: Tensor | None,
         # A text whose prompt ended in an earlier chunk keeps the logits of that chunk.
         end = candidate if end is None else torch.where((last >= start)[:, None], candidate, end)
     assert end is not None
+    if not bool(end.amax(-1).isfinite().all()):  # argmax would take NaN for a token
+        raise RuntimeError(
+            "the logits after the prompt are not finite: the weights hold NaN or infinity, or the model computes "
+            "numbers beyond those of its dtype; from fp16, go to bf16 or fp32"
+        )
     return end
 
 
@@ -218,7 +223,8 @@ def sample(
     probabilities = scores.softmax(-1)
     if top_p is not None:
         before = probabilities.cumsum(-1) - probabilities
-        probabilities = probabilities.masked_fill(before >= top_p, 0.0)  # never drops the likeliest: its `before` is 0
+        least = max(top_p, torch.finfo(torch.float32).tiny)  # never drops the likeliest: its `before` is 0
+        probabilities = probabilities.masked_fill(before >= least, 0.0)
     drawn = torch.multinomial(probabilities, 1, generator=generator)
     return tokens.gather(-1, drawn)[:, 0]
 
