@@ -22,6 +22,7 @@ import torch
 from natten_layers.io.schema import check_keys
 from natten_layers.wording import shorten
 
+from .flag_names import meant
 from .launch import FAILED, noted_stops, open_streams
 
 EXPECTED = (OSError, RuntimeError, ValueError, ArithmeticError, MemoryError)
@@ -77,7 +78,7 @@ class Parser(argparse.ArgumentParser):
     def parse(self, argv: Sequence[str] | None, defaults: argparse.Namespace | None = None) -> argparse.Namespace:
         """What the flags say, or where they say nothing ``defaults``; ends with a usage error where they do not fit."""
         values = argparse.Namespace(**({} if defaults is None else vars(defaults)))
-        return self._check_least(self.parse_args(argv, values))
+        return self._check_least(self._parse_known(argv, values))
 
     def parse_section(
         self, section: Mapping[str, Any], where: str, *, without: Collection[str] = ()
@@ -121,7 +122,17 @@ class Parser(argparse.ArgumentParser):
 
     def _parse_only(self, argv: Sequence[str] | None) -> argparse.Namespace:
         """Without defaults: None is what ``argv`` does not say."""
-        return self.parse_args(argv, argparse.Namespace(**dict.fromkeys(action.dest for action in self._actions)))
+        return self._parse_known(argv, argparse.Namespace(**dict.fromkeys(action.dest for action in self._actions)))
+
+    def _parse_known(self, argv: Sequence[str] | None, values: argparse.Namespace) -> argparse.Namespace:
+        """``parse_args``, but an unknown flag is named with the one that was probably meant."""
+        found, unknown = self.parse_known_args(argv, values)
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            likely = meant(unknown[0], flags) if unknown[0].startswith("-") else None
+            hint = f" (did you mean {likely}?)" if likely else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return found
 
     def _as_flags(self, action: argparse.Action, value: object) -> list[str]:
         flag = action.option_strings[0]

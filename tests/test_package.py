@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import natten_layers
+from natten_layers_cli.flag_names import OTHER_NAMES
 from natten_layers_cli.launch import launch
 from natten_layers_cli.running import MOST_TEXT, Parser, one_line, run_command
 
@@ -217,6 +218,35 @@ def test_a_value_that_no_flag_takes_is_named_with_its_flag(
     assert f"error: argument {flag}" in error
     assert message in error
     assert len(error) < 300
+
+
+@pytest.mark.parametrize(
+    ("command", "flag", "hint"),
+    [
+        ("generate", "--max-new-tokens=3", " (did you mean --tokens?)"),
+        ("generate", "--max_new_tokens=3", " (did you mean --tokens?)"),
+        ("generate", "--promt", " (did you mean --prompt?)"),
+        ("train_lm", "--block-size", " (did you mean --context?)"),
+        ("train_hdit", "--block-size", ""),  # which has no --context
+        ("train_hdit", "--end_step", " (did you mean --end-step?)"),
+        ("train_hdit", "--xyz", ""),
+    ],
+)
+def test_an_unknown_flag_is_named_with_the_one_that_was_meant(
+    command: str, flag: str, hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main = import_module(f"natten_layers_cli.{command}").main
+    with pytest.raises(SystemExit, match="2"):
+        main([*COMMANDS[command], flag])
+    assert capsys.readouterr().err.endswith(f"error: unrecognized arguments: {flag}{hint}\n")
+
+
+def test_other_names_of_flags_lead_to_flags() -> None:
+    flags: set[str] = set()
+    for command in COMMANDS:
+        flags |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / f"natten_layers_cli/{command}.py").read_text()))
+    assert set(OTHER_NAMES.values()) <= flags
+    assert not flags & OTHER_NAMES.keys()
 
 
 def test_closed_streams_are_no_files(tmp_path: Path) -> None:
