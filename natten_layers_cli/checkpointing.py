@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from natten_layers.io.checkpoints import hdit_name, load_plain, save_plain
-from natten_layers.io.files import leftovers, replacing, system_errors
+from natten_layers.io.files import leftovers, make_folder, replacing, system_errors
 from natten_layers.wording import shorten
 
 from .parallel import Processes, local
@@ -68,7 +68,7 @@ class RunFiles:
                 f"its last part may have {self.LONGEST} bytes, and none of them 0"
             )
         self.name = name
-        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        make_folder(Path(name).parent)
 
     def path(self, suffix: str) -> Path:
         return Path(f"{self.name}{suffix}")

@@ -114,7 +114,8 @@ class Trainer:
         load = load_sharded if self.processes.fsdp else load_checkpoint
         for path in paths:
             if path.exists() and path.is_dir() != self.processes.fsdp:
-                raise ValueError(f"{path} was saved {'without' if self.processes.fsdp else 'with'} --fsdp")
+                kind = "a file, as runs without --fsdp save" if self.processes.fsdp else "a folder, as --fsdp saves"
+                raise ValueError(f"{path} is {kind}: name a checkpoint of a run like this one")
             try:
                 rest = load(path, self.model, self.ema, self.optimizer, self.plan.to_json())
             except DamagedError as error:

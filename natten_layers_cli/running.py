@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from natten_layers.io.files import make_folder
 from natten_layers.io.schema import check_keys
 from natten_layers.wording import shorten
 
@@ -430,7 +431,7 @@ def running_alone(path: Path, doing: str) -> Iterator[None]:
     Raises:
         ValueError: another process holds it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     while True:
         file = path.open("a+")
         try:

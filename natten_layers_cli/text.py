@@ -81,7 +81,8 @@ def read_corpus(
     if sum(map(len, train)) < 10000 or not held_out:
         raise ValueError(
             f"{root} has {len(train)} files to train on ({sum(map(len, train))} bytes) and {len(held_out)} to hold out "
-            f'that match "{pattern}" and are UTF-8 text; at least 10000 bytes and 1 file are needed'
+            f'that match "{pattern}" and are UTF-8 text; at least 10000 bytes and 1 file are needed. Names decide '
+            "which files, one in twelve, are held out: give more of them, or a single file, the end of which is"
         )
     return _corpus(train, held_out, codec, separator)
 

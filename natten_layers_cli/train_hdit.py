@@ -130,10 +130,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--config and --preset both name a config: leave one of them away")
     preset = arguments.preset or f"{'gpu' if cuda else 'cpu'}-{KINDS[arguments.objective or 'diffusion']}"
     config = arguments.config or PRESETS / f"{preset}.json"
-    section = section_of(read_json(config), "run", config)
+    content = read_json(config)
+    section = section_of(content, "run", config)
     here = parser.parse_section(section, f'{config}: config["run"]', without=["config", "preset"])
     arguments = parser.parse(argv, here)
-    arguments.config = config
+    arguments.config, arguments.content = config, content
     if "eval_every" in given and not (arguments.held_out or arguments.eval_samples):
         parser.error("--eval-every needs --held-out, the images to measure the loss of, or --eval-samples")
     if "eval_features" in given and not arguments.eval_samples:

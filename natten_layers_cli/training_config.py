@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from natten_layers.io.files import read_json
 from natten_layers.io.schema import check_keys
 from natten_layers.wording import shorten
 
@@ -43,12 +43,20 @@ def naming(path: Path) -> Iterator[None]:
         raise ValueError(f"{path}: {error}") from error
 
 
-def read_config(
-    path: Path, data: Mapping[str, Any] | None, objective: str | None = None, *, classes: bool = True
+def complete_config(
+    raw: Mapping[str, Any],
+    path: Path,
+    data: Mapping[str, Any] | None,
+    objective: str | None = None,
+    *,
+    classes: bool = True,
 ) -> dict[str, Any]:
-    """The JSON config, with k-diffusion's defaults of its training sections filled in, and ``data`` as its dataset."""
-    config = read_json(path)
-    config.pop("run", None)
+    """A JSON config, with k-diffusion's defaults of its training sections filled in, and ``data`` as its dataset.
+
+    Args:
+        raw: what is in the file ``path``, which is not read a second time: it may be a pipe.
+    """
+    config = copy.deepcopy({key: value for key, value in raw.items() if key != "run"})
     if objective is not None:
         config["model"] = section_of(config, "model", path) | {"objective": objective}
     if data is not None:

@@ -19,7 +19,7 @@ from .images import Fit, KeepShape
 from .parallel import Processes
 from .sampled import SampleDistances
 from .sources import Source, describe, open_source, parse_data_flag
-from .training_config import naming, read_config
+from .training_config import complete_config, naming
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,9 @@ def open_training_data(arguments: argparse.Namespace, processes: Processes, say:
     """
     data = None if arguments.data is None else parse_data_flag(arguments.data)
     with naming(arguments.config):
-        config = read_config(arguments.config, data, arguments.objective, classes=arguments.classes)
+        config = complete_config(
+            arguments.content, arguments.config, data, arguments.objective, classes=arguments.classes
+        )
         plan = HDiTConfig.from_json(config)
         if plan.mapping_cond_dim:
             raise ValueError("model.mapping_cond_dim: no data of this command has a mapping_cond; leave it out")

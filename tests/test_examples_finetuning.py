@@ -115,6 +115,13 @@ def test_what_does_not_go_with_a_model(
     assert message in capsys.readouterr().err
 
 
+def test_two_files_of_which_none_is_held_out(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("words\n" * 2000)
+    with pytest.raises(ValueError, match=r"has 2 files to train on .* give more of them, or a single file"):
+        read_corpus(tmp_path, None)
+
+
 def test_one_file_of_text(tmp_path: Path) -> None:
     path = tmp_path / "book.txt"
     path.write_text("".join(f"é line {i}\n" for i in range(1200)))

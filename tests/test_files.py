@@ -27,7 +27,7 @@ from torch import Tensor
 
 from natten_layers import DecoderLM, DecoderLMConfig, HDiT, HDiTConfig, LevelConfig
 from natten_layers.io import checkpoints, hf
-from natten_layers.io.files import read_json, replacing
+from natten_layers.io.files import make_folder, read_json, replacing
 from natten_layers.io.schema import check_keys
 from natten_layers.kernels.host import tuned
 from natten_layers.kernels.host.tiling import ProblemClass, TileConfig
@@ -622,3 +622,21 @@ def test_a_pipe_is_not_replaced_by_a_file(tmp_path: Path) -> None:
         temporary.write_text("x")
     assert pipe.is_fifo()
     assert list(tmp_path.iterdir()) == [pipe]
+
+
+@pytest.mark.parametrize("read", [checkpoints.read_hdit, checkpoints.load_plain])
+def test_no_command_waits_for_the_writer_of_a_pipe(read: Callable[[Path], object], tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe.safetensors"
+    os.mkfifo(pipe)
+    with pytest.raises(ValueError, match=r"pipe\.safetensors is a pipe or a device"):
+        read(pipe)
+
+
+def test_a_file_in_place_of_a_folder_is_called_no_folder(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("x")
+    with pytest.raises(NotADirectoryError, match=r"Not a directory: '.*file'"):
+        make_folder(file)
+    with pytest.raises(OSError, match=r"cannot write .*weights: Not a directory"), replacing(file / "weights"):
+        pass
+    assert file.read_text() == "x"

@@ -107,6 +107,14 @@ def test_metrics_files_of_odd_content(tmp_path: Path) -> None:
             files.losses(9)
 
 
+def test_a_folder_to_resume_from_is_not_said_to_be_a_checkpoint(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(config, "b", "--resume", str(config.parent)) == 2
+    error = f"error: {config.parent} is a folder, as --fsdp saves: name a checkpoint of a run like this one\n"
+    assert capsys.readouterr().err == error
+
+
 def test_checkpoints_of_odd_content(tmp_path: Path) -> None:
     whole = {"config": {"model": {}}, "step": 1, "scaler": {}}
     check_rest(tmp_path, whole)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from natten_layers import HDiT, HDiTConfig
 from natten_layers_cli import convert, sample_hdit, train_hdit
 from natten_layers_cli.batches import Examples, Keys, default_workers, load_batches
 from natten_layers_cli.hdit_trainer import Trainer
-from natten_layers_cli.training_config import read_config
+from natten_layers_cli.training_config import complete_config
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def config(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("preset", sorted(train_hdit.PRESETS.glob("*.json")), ids=lambda path: path.stem)
 def test_presets_build_with_everything_on(preset: Path) -> None:
-    config = read_config(preset, None)
+    config = complete_config(json.loads(preset.read_text()), preset, None)
     with torch.device("meta"):
         model = HDiT(HDiTConfig.from_json(config))
     *neighborhoods, last = model.config.levels
@@ -237,6 +238,18 @@ def test_flags_that_others_would_hide(config: Path, tmp_path: Path, capsys: pyte
     config.write_text(json.dumps({**CONFIG, **run}))
     arguments = train_hdit.parse_arguments(["--config", str(config), "--seed", "3"])
     assert (arguments.eval_every, arguments.seed, arguments.num_workers) == (7, 3, default_workers(8))
+
+
+def test_a_config_may_come_from_a_pipe(config: Path) -> None:
+    """As of --config <(jq ... config.json), which can be read once."""
+    reader, writer = os.pipe()
+    with open(writer, "wb") as file:
+        file.write(config.read_bytes())
+    pipe = Path(f"/dev/fd/{reader}")
+    name = str(config.parent / "a")
+    assert train_hdit.main(["--config", str(pipe), "--name", name, "--device", "cpu", "--end-step", "1"]) == 0
+    os.close(reader)
+    assert train(config, "a", "--end-step", "1") == 0  # the run has the file's config
 
 
 def test_bad_input_to_training(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..wording import shorten
-from .files import check_directory_name, parse_json, replacing
+from .files import check_directory_name, check_regular, parse_json, replacing
 from .tensors import check_dtype, check_fit, check_writable, info_of, open_safetensors, write_safetensors
 
 __all__ = ["hdit_name", "load_plain", "load_tensors", "read_hdit", "save_plain", "write_hdit"]
@@ -60,6 +60,7 @@ def read_hdit(path: str | os.PathLike[str]) -> tuple[dict[str, Any] | None, dict
     """
     path = Path(path)
     path = path / WEIGHTS if path.is_dir() else path
+    check_regular(path)
     with path.open("rb") as file:
         start = file.read(4)
     # torch.save writes a zip archive; before PyTorch 1.6 it wrote a bare pickle.
@@ -81,6 +82,7 @@ def load_plain(path: Path) -> Any:
     Raises:
         ValueError: the file is damaged or holds other objects; the message names it.
     """
+    check_regular(path)
     try:
         with path.open("rb") as file:
             is_archive = file.read(2) == b"PK"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -15,7 +16,17 @@ from safetensors import SafetensorError
 
 from ..wording import shorten
 
-__all__ = ["check_directory_name", "leftovers", "naming", "parse_json", "read_json", "replacing", "system_errors"]
+__all__ = [
+    "check_directory_name",
+    "check_regular",
+    "leftovers",
+    "make_folder",
+    "naming",
+    "parse_json",
+    "read_json",
+    "replacing",
+    "system_errors",
+]
 
 
 @contextmanager
@@ -33,7 +44,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.tmp{path.suffix}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         if path.exists() and not (path.is_file() or path.is_dir()):  # the system itself refuses a folder
             raise OSError("it is a device or a pipe, which a file would replace")
         with _readable_as_usual(temporary), system_errors():
@@ -52,6 +63,18 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it that are missing.
+
+    Raises:
+        OSError: it cannot be made. Where a file has its name, that is what the message says, not that it exists.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), error.filename) from error
+
+
 @contextmanager
 def system_errors() -> Iterator[None]:
     """Raise, in place of a RuntimeError, the OSError that it hides.
@@ -68,6 +91,16 @@ def system_errors() -> Iterator[None]:
         if hidden is None:
             raise
         raise OSError(hidden.errno, hidden.strerror, hidden.filename) from error
+
+
+def check_regular(path: Path) -> None:
+    """Refuse a pipe or a device, where a file is to be read in parts: opening one can wait forever for its writer.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ValueError(f"{path} is a pipe or a device, of which no weights are read: copy them into a file")
 
 
 def check_directory_name(path: Path, way_out: str = "") -> None:
