@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from natten_layers.convert import convert_file
-from natten_layers.io.checkpoints import hdit_file
+from natten_layers.io.checkpoints import WEIGHTS, hdit_file
 from natten_layers.modules.hdit_config import HDiTConfig
 
 from .running import Parser, check_output, run_command
@@ -40,6 +40,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     except ValueError as error:
         parser.error(str(error))
     check_output(parser, "TARGET", target)
+    source = args.source / WEIGHTS if args.source.is_dir() else args.source
+    if target.exists() and source.exists() and source.samefile(target):
+        parser.error(f"TARGET {args.target} is SOURCE, whose heads would be lost: name another")
     return args
 
 

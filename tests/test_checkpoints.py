@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -310,6 +311,19 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert target.read_bytes() == before
     with pytest.raises(ValueError, match=r"group_size has 2 entries \[1, 1\], but the model has 3 levels"):
         convert_file(source, target, [1, 1])
+
+
+def test_a_model_is_not_replaced_by_its_own_conversion(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, link = tmp_path / "model", tmp_path / "link.safetensors"
+    folder.mkdir()
+    file = folder / "model.safetensors"
+    link.symlink_to(shutil.copy(CASES[0], file))
+    for source, target in ((file, file), (folder, file), (folder, folder), (file, link)):
+        with pytest.raises(SystemExit, match="2"):
+            main([str(source), str(target), "--group-size", "2"])
+        error = f"error: TARGET {target} is SOURCE, whose heads would be lost: name another\n"
+        assert capsys.readouterr().err.endswith(error)
+    assert file.read_bytes() == CASES[0].read_bytes()
 
 
 @pytest.mark.parametrize("source", CASES, ids=lambda p: p.stem)

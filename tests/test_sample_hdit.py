@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 from hdit_runs import ENVIRONMENT, small_disk, temporaries, train, write_config
 from PIL import Image, PngImagePlugin
-from torch import Tensor
+from torch import Tensor, nn
 
 from natten_layers import HDiT, HDiTConfig, LevelConfig
 from natten_layers_cli import sample_hdit
@@ -176,6 +177,21 @@ def test_every_class_has_files_of_its_own() -> None:
     starts = sample_hdit.file_starts(names)
     assert starts[:2] == ["0-a-b-_", "1-a-b_"]
     assert starts[2:] == ["2-.hidden_", f"3-{'x' * 200}_", "0-a-b_", "5-_", "6-_", "-_", "?_"]
+
+
+@pytest.mark.parametrize("flag", ["--output", "--out"])
+def test_no_picture_is_made_of_nan(
+    trained: Path, tmp_path: Path, flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = HDiT.from_pretrained(trained / "run.safetensors")
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, math.nan)
+    model.save_pretrained(tmp_path / "nan.safetensors")
+    command = [str(tmp_path / "nan.safetensors"), "-n", "1", "--steps", "1", "--device", "cpu"]
+    assert sample_hdit.main([*command, flag, str(tmp_path / "out.png")]) == 2
+    assert "error: the model's images hold NaN or infinity" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.png/*"))
+    assert not (tmp_path / "out.png").is_file()
 
 
 def test_single_images(
