@@ -85,7 +85,12 @@ def _set_classes(dataset: dict[str, Any], names: list[str]) -> None:
     """Fill in the classes of the images, which the config may name, too, or leave out as a whole."""
     for key, value in (("num_classes", len(names)), ("class_names", names)):
         if dataset.setdefault(key, value) not in (0, [], value):
-            raise ValueError(f"dataset.{key} is {dataset[key]}, but the data has {len(names)} classes: {names}")
+            way_out = "leave it out"
+            if dataset.get("type") == "imagefolder":  # in k-diffusion, too, the type without classes
+                way_out += ', or name the type "imagefolder-class", whose classes are the subfolders'
+            raise ValueError(
+                f"dataset.{key} is {dataset[key]}, but the data has {len(names)} classes: {names}; {way_out}"
+            )
     dataset["class_names"] = names if dataset["num_classes"] else []
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hdit_runs import CONFIG, ENVIRONMENT, TRAIN, make_trainer, metrics, train, write_config
+from hdit_runs import CONFIG, ENVIRONMENT, TRAIN, draw, make_trainer, metrics, train, write_config
 from torch import Tensor
 
 from natten_layers import HDiT, HDiTConfig
@@ -222,6 +222,18 @@ def test_what_is_wrong_with_a_config_is_named(
     assert error.startswith(f"error: {config}")
     assert message in error
     assert not list(config.parent.glob("a_*"))
+
+
+def test_classes_of_a_type_that_has_none(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = config.parent / "images"
+    (images / "cat").mkdir(parents=True)
+    draw(images / "cat" / "a.png")
+    dataset = {"type": "imagefolder", "location": str(images), "num_classes": 1}
+    config.write_text(json.dumps({**CONFIG, "dataset": dataset}))
+    assert train(config, "a", "--end-step", "1") == 2
+    assert 'has 0 classes: []; leave it out, or name the type "imagefolder-class"' in capsys.readouterr().err
+    config.write_text(json.dumps({**CONFIG, "dataset": {**dataset, "type": "imagefolder-class"}}))
+    assert make_trainer(config).config["dataset"]["class_names"] == ["cat"]
 
 
 def test_flags_that_others_would_hide(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
