@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from helpers import raises_naming
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import compare_steps
 from natten_layers import HDiT, HDiTConfig, LevelConfig, MeanFlow, operations
@@ -115,6 +117,42 @@ def test_a_model_in_half_precision_learns_from_images_of_its_dtype() -> None:
     assert target.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("where", ["inference mode", "reentrant checkpoint"])
+def test_the_derivative_is_taken_where_torch_has_switched_forward_mode_off(where: str) -> None:
+    flow = MeanFlow(make_model())
+    x, noise = make_example(2)
+    t, r, labels = torch.tensor([0.9, 0.5]).double(), torch.tensor([0.2]).double(), torch.tensor([0, 2])
+
+    def loss(x: Tensor) -> Tensor:
+        return flow.loss(x, noise, t, r, class_cond=labels)
+
+    expected = loss(x)
+    if where == "inference mode":
+        with torch.inference_mode():
+            assert torch.equal(loss(x.clone()), expected)
+        return
+    found = checkpoint(loss, x.requires_grad_(), use_reentrant=True)
+    assert isinstance(found, Tensor)
+    assert torch.equal(found, expected)
+    parameters = list(flow.parameters())
+    gradients = torch.autograd.grad(expected.sum(), parameters)
+    found.sum().backward()
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+
+
+def test_tensors_may_be_expanded() -> None:
+    """Torch has no tangent of such a tensor."""
+    flow = MeanFlow(make_model())
+    x, noise = make_example(2)
+    t, r, labels = torch.tensor([0.9]).double(), torch.tensor([0.2]).double(), torch.tensor([0, 2])
+    expected = flow.loss(x, noise, t.repeat(2), r.repeat(2), class_cond=labels)
+    assert torch.equal(flow.loss(x, noise, t.expand(2), r.expand(2), class_cond=labels), expected)
+    one, copies = x[:1].expand_as(x), x[:1].repeat(2, 1, 1, 1)
+    found, expected = (flow.target(z, noise, t.repeat(2), r.repeat(2), class_cond=labels) for z in (one, copies))
+    torch.testing.assert_close(found, expected)
+
+
 def test_ddp_takes_the_derivative_without_its_buffers(tmp_path: Path) -> None:
     x, noise = make_example(2)
     t, r = torch.tensor([0.8, 0.6]).double(), torch.tensor([0.1]).double()
@@ -213,6 +251,9 @@ def test_bad_arguments() -> None:
     x, noise = make_example(1)
     with pytest.raises(ValueError, match=r"r has 2 times, more than the 1 of t"):
         MeanFlow(make_model()).loss(x, noise, torch.ones(1), torch.zeros(2))
+    for r in (torch.tensor(0.0), torch.zeros(1, 1)):
+        with pytest.raises(ValueError, match=rf"r has shape {re.escape(str(tuple(r.shape)))}; expected \[A\]"):
+            MeanFlow(make_model()).loss(x, noise, torch.ones(1), r)
     x, noise = make_example(2)  # what would broadcast: one noise or one time for all images
     for n, t in ((noise[:1], torch.ones(2)), (noise, torch.ones(1))):
         with pytest.raises(ValueError, match=r"noise has shape .* but x has \(2, 3, 12, 12\)"):

@@ -125,7 +125,8 @@ class MeanFlow(nn.Module):
             One loss per image, ``[B]``, in fp32 or better.
 
         Raises:
-            ValueError: ``noise`` or ``t`` does not fit ``x``, ``r`` is longer than ``t``, or a condition is no tensor.
+            ValueError: ``noise`` or ``t`` does not fit ``x``, ``r`` is not ``[A]`` or longer than ``t``, or a condition
+                is no tensor.
         """
         check_tensors(x=x, noise=noise, t=t, r=r)
         if noise.shape != x.shape or t.shape != x.shape[:1]:
@@ -133,6 +134,8 @@ class MeanFlow(nn.Module):
                 f"noise has shape {tuple(noise.shape)} and t {tuple(t.shape)}, but x has {tuple(x.shape)}; "
                 "expected noise for every pixel and a time for every image"
             )
+        if r.ndim != 1:
+            raise ValueError(f"r has shape {tuple(r.shape)}; expected [A], a time for each image that learns averages")
         averaged = len(r)
         if averaged > len(t):
             raise ValueError(f"r has {averaged} times, more than the {len(t)} of t")
@@ -168,9 +171,14 @@ def _without_ddp(model: nn.Module) -> nn.Module:
 def _derivative(function: Callable[..., Tensor], point: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> Tensor:
     """Of ``function`` at ``point`` along ``tangents``."""
     # Without the stance, Dynamo would fail to compile the derivative, and give up the network for good.
-    # FSDP2 knows dual numbers in every release of torch, but `torch.func.jvp` from 2.13 on only.
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"), forward_ad.dual_level():
-        tangent = forward_ad.unpack_dual(function(*map(forward_ad.make_dual, point, tangents))).tangent
+    # FSDP2 knows dual numbers in every release of torch, but `torch.func.jvp` from 2.13 on only. They have no tangents
+    # in inference mode, nor where an `autograd.Function` such as a reentrant checkpoint computes its results: torch
+    # switches forward mode off there. Leaving inference mode switches it on, whichever of the two it was.
+    stance = torch.compiler.set_stance("force_eager")
+    with torch.inference_mode(False), torch.no_grad(), stance, forward_ad.dual_level():
+        # Copies, as what was expanded, such as one time for all images, takes no tangent.
+        duals = [forward_ad.make_dual(x.clone(), tangent) for x, tangent in zip(point, tangents, strict=True)]
+        tangent = forward_ad.unpack_dual(function(*duals)).tangent
     if tangent is None:
         raise ValueError("model's output has no derivative in forward mode: it depends on none of z, t and interval")
     return tangent
