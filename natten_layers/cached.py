@@ -23,6 +23,7 @@ from .checks import (
 )
 from .eager import without_autocast
 from .kernels.ops import decode as decode_ops
+from .kernels.ops.define import check_duals
 from .operations import Impl, takes_fused
 from .wording import count_or_one, shorten
 
@@ -199,6 +200,9 @@ def _eager(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """``(out, lse)`` of validated arguments, computed a chunk of queries at a time."""
+    check_duals(
+        query=query, key=key, value=value, additional_keys=register_keys, additional_values=register_values, sink=sink
+    )
     query_positions, key_positions = query_positions.long(), key_positions.long()  # narrow dtypes would overflow
     accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
     batch, length, heads = query.shape[:3]

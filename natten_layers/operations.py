@@ -14,8 +14,8 @@ from .arguments import Axes, Call, prepare, with_bias
 from .checks import check_dense
 from .kernels.host.card import Card
 from .kernels.ops import attention as attention_ops
-from .kernels.ops.define import call_uncompiled
-from .kernels.ops.transforms import is_forward_mode
+from .kernels.ops.define import call_uncompiled, check_tangent
+from .kernels.ops.transforms import is_forward_mode, tangent_of
 from .wording import shorten
 
 __all__ = ["AttentionState", "attention_state", "default_impl", "merge_attention", "neighborhood_attention"]
@@ -264,7 +264,7 @@ def merge_attention(*states: tuple[Tensor, Tensor, Tensor]) -> AttentionState:
         The formula is that of Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018).
 
     Raises:
-        ValueError: there is no state, an argument is no state, or shapes or devices differ.
+        ValueError: there is no state, an argument is no state, shapes or devices differ, or a tangent's dtype does.
     """
     if not states:
         raise ValueError("merge_attention needs at least one state, got none")
@@ -277,6 +277,7 @@ def merge_attention(*states: tuple[Tensor, Tensor, Tensor]) -> AttentionState:
             check_dense(f"{name} of state {i}", tensor)
             if tensor.device != first.device:
                 raise ValueError(f"{name} of state {i} is on {tensor.device}, but out of state 0 is on {first.device}")
+            check_tangent(f"{name} of state {i}", tensor, tangent_of(tensor))
         if out.shape != first.shape or not out.shape[:-1] == row_max.shape == row_sum.shape:
             raise ValueError(
                 f"state {i} has out {tuple(out.shape)}, row_max {tuple(row_max.shape)} and "

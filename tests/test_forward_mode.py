@@ -29,6 +29,7 @@ from natten_layers import (
     LevelConfig,
     NeighborhoodGQA,
     attention_state,
+    cached_attention,
     merge_attention,
     neighborhood_attention,
     neighborhood_attention_varlen,
@@ -472,6 +473,34 @@ def test_tangents_of_another_dtype_on_the_eager_path(name: str) -> None:
 
     with raises_naming(f"tangent of {name}", "float32", "float16"):
         directional(call, inputs, {name: torch.ones_like(inputs[name], dtype=torch.float32)})
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_tangents_of_another_dtype_in_merged_states(number: int) -> None:
+    """They would give the merged state tangents of that dtype, or be converted in silence."""
+    names = "out", "row_max", "row_sum"
+    inputs: dict[str, Any] = detached(make_inputs(PLAIN, DEVICE))
+    first, second = (attention_state(**inputs, kernel_size=size) for size in (3, 2))
+
+    def merged(moved: Tensor) -> Tensor:
+        return merge_attention(first, second._replace(**{names[number]: moved})).out
+
+    with raises_naming(f"tangent of {names[number]} of state 1", "float64", "float32"):
+        jvp(merged, (second[number],), (second[number].double(),))
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value", "additional_keys", "additional_values", "sink"])
+def test_tangents_of_another_dtype_over_a_cache(name: str) -> None:
+    case = replace(PLAIN, registers=2, sink="learned")
+    inputs = {n: t.half() for n, t in detached(make_inputs(case)).items()}
+    positions = torch.arange(7)[None]
+
+    def call(**tensors: Any) -> tuple[Tensor, Tensor]:
+        return cached_attention(**tensors, query_positions=positions, key_positions=positions, return_lse=True)
+
+    assert directional(call, inputs, {name: inputs[name]}).tangents[0].any()
+    with raises_naming(f"tangent of {name}", "float32", "float16"):
+        directional(call, inputs, {name: inputs[name].float()})
 
 
 def test_a_scale_that_moves_is_refused() -> None:
