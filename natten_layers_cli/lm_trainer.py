@@ -195,7 +195,10 @@ class Trainer:
     def load(self, path: Path) -> None:
         try:
             state = load_plain(path)
-            model, optimizer, step, config = (state[name] for name in ("model", "optimizer", "step", "config"))
+            parts = "model", "optimizer", "step", "config"
+            if missing := [name for name in parts if name not in state]:
+                raise ValueError(f"it lacks {', '.join(missing)}")
+            model, optimizer, step, config = (state[name] for name in parts)
             if not isinstance(step, int) or not isinstance(config, dict):
                 raise TypeError(f"its step is {step!r:.50}, its config {config!r:.50}")
         except FileNotFoundError:

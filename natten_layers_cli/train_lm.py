@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from natten_layers.io.files import leftovers
+from natten_layers.io.files import MOST_JSON_BYTES, leftovers, read_beginning
 
 from .lm_trainer import Trainer
 from .parallel import Processes
@@ -110,8 +110,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def _read_flags(path: Path, parser: Parser) -> argparse.Namespace:
     """A config file's values, checked as flags are."""
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        content = read_beginning(path)
+        if len(content) > MOST_JSON_BYTES:
+            raise ValueError(f"it has more than {MOST_JSON_BYTES} bytes, too many for a config")
+        values = tomllib.loads(content.decode())
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {reason(error)}") from error
     return parser.parse_section(values, str(path), without=["config"])
 

@@ -355,6 +355,19 @@ def test_config_file_and_flags(flags: list[str], tmp_path: Path) -> None:
             train_lm.parse_arguments(["--config", str(config)])
 
 
+def test_a_config_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_lm, "MOST_JSON_BYTES", 1000)
+    monkeypatch.setattr("natten_layers.io.files.MOST_JSON_BYTES", 1000)
+    with pytest.raises(ValueError, match="/dev/zero: it has more than 1000 bytes, too many for a config"):
+        train_lm.parse_arguments(["--config", "/dev/zero"])
+
+
+def test_a_checkpoint_of_something_else(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"model": {}, "step": 3}, tmp_path / "other.pth")
+    assert train_lm.main([*flags, "--resume", str(tmp_path / "other.pth")]) == 2
+    assert "no checkpoint of this command: it lacks optimizer, config" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

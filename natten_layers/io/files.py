@@ -23,6 +23,7 @@ __all__ = [
     "make_folder",
     "naming",
     "parse_json",
+    "read_beginning",
     "read_json",
     "replacing",
     "system_errors",
@@ -152,9 +153,13 @@ def read_json(path: Path) -> dict[str, Any]:
         FileNotFoundError: no such file.
         ValueError: the content is refused by :func:`parse_json`; the message names the file.
     """
+    return parse_json(read_beginning(path), path)
+
+
+def read_beginning(path: Path) -> bytes:
+    """What is in a file; of one that is too long for its kind, one byte more than it may have."""
     with path.open("rb") as file:
-        content = file.read(MOST_JSON_BYTES + 1)
-    return parse_json(content, path)
+        return file.read(MOST_JSON_BYTES + 1)
 
 
 def parse_json(content: str | bytes, name: object) -> dict[str, Any]:
