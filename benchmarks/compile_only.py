@@ -28,11 +28,12 @@ class Driver:
     """For ``triton.runtime.driver.set_active``. ``capability`` is 90 for compute capability 9.0."""
 
     def __init__(self, capability: int) -> None:
+        self.capability = capability
         self.target, self.utils = GPUTarget("cuda", capability, 32), Utilities(SHARED_MEMORY[capability])
         self.launcher_cls = lambda source, metadata: lambda *arguments: None
 
     def get_current_device(self) -> int:
-        return 0
+        return self.capability  # Triton keeps the kernels of each device
 
     def get_current_stream(self, device: int | None = None) -> int:
         del device

@@ -1,7 +1,8 @@
 """Compile the kernels for a GPU without having one, as calls on it would: ``python tests/offline.py 90``.
 
 ``python tests/offline.py 90 sm90-medium`` compiles a part of them: those of the folder ``portable``, or those of
-``sm90`` for large, medium or small windows.
+``sm90`` for large, medium or small windows. ``python tests/offline.py 80,86 portable`` compiles for 8.0, and then for
+8.6 what has other tiles there; a line of names is printed for each.
 
 A driver that loads and launches nothing replaces CUDA's. Everything before the launch is real: the choice of tiles,
 Triton's argument handling, compilation to machine code, and the check that shared memory suffices.
@@ -9,23 +10,31 @@ Triton's argument handling, compilation to machine code, and the check that shar
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
+from functools import cache
 from math import prod
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
+import triton
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+from triton.runtime.jit import JITCallable
 
 from benchmarks.compile_only import SHARED_MEMORY, Driver
 from natten_layers import cached_attention, neighborhood_attention, neighborhood_attention_varlen
 from natten_layers.kernels.host import problem
 from natten_layers.kernels.host.qk_prep import QKPrep
+from natten_layers.kernels.host.tuned import forget
 from natten_layers.kernels.ops import attention as attention_ops
 from natten_layers.kernels.ops import decode as decode_ops
+from natten_layers.kernels.portable import decode
+from natten_layers.kernels.portable.dkv import backward_key_kernel
 from natten_layers.kernels.portable.forward import forward_kernel
 from natten_layers.kernels.sm90 import small_tiling
 from natten_layers.kernels.sm90.available import gluon_gap
@@ -92,34 +101,26 @@ def options_of(rank: int, kernel_size: int, sink: float | None, stride: int = 1,
 
 
 def attend_large_on_sm90(
-    spatial: tuple[int, ...], kernel_size: int, heads: int, *, sink: float | None, dim: int = 128, registers: int = 5,
+    spatial: tuple[int, ...], kernel_size: int, heads: int, *, sink: float | None, dim: int = 128, registers: int = 0,
     packed: bool = False,
 ) -> None:  # fmt: skip
     from natten_layers.kernels.sm90 import large_dkv, large_dq, large_forward, large_registers, large_tiling
 
-    tensors = problem.Inputs(*(torch.zeros(1, *spatial, h, dim, dtype=torch.bfloat16) for h in (heads, 2, 2)))
+    query, key = (torch.zeros(1, *spatial, h, dim, dtype=torch.bfloat16) for h in (heads, 2))
+    extra = torch.zeros(1, registers, 2, dim, dtype=torch.bfloat16) if registers else None
+    shapes = torch.tensor([[1000], [0], [spatial[0] - 1000]]) if packed else None
+    tensors = problem.Inputs(query, key, key, extra, extra, shapes=shapes)
     options = options_of(len(spatial), kernel_size, sink)
     one = problem.problem_of(tensors, options)
-    config, dkv_config = large_tiling.forward_tile_config(one), large_tiling.dkv_tile_config(one)
-    large_forward.forward(config, one, tensors, options, with_stats=sink is None)
+    large_forward.forward(large_tiling.forward_tile_config(one), one, tensors, options, with_stats=sink is None)
     rows = torch.ones(1, *spatial, heads)
-    cotangents = problem.Cotangents(tensors.query, rows, rows, tensors.query, None)
-    dq_config = large_tiling.dq_tile_config(one)
-    _, statistics = large_dq.query_gradient(dq_config, one, tensors, options, cotangents)
-    large_dkv.key_gradients(dkv_config, one, tensors, options, tensors.query, statistics)
-    if packed:
-        texts = tensors._replace(shapes=torch.tensor([[1000], [0], [spatial[0] - 1000]]))
-        two = problem.problem_of(texts, options)
-        large_forward.forward(large_tiling.forward_tile_config(two), two, texts, options, with_stats=sink is None)
-        _, statistics = large_dq.query_gradient(large_tiling.dq_tile_config(two), two, texts, options, cotangents)
-        large_dkv.key_gradients(large_tiling.dkv_tile_config(two), two, texts, options, tensors.query, statistics)
-    extra = torch.zeros(1, registers, 2, dim, dtype=torch.bfloat16)
-    tensors = tensors._replace(additional_keys=extra, additional_values=extra)
-    one = problem.problem_of(tensors, options)
-    large_forward.forward(config, one, tensors, options, with_stats=False)
-    large_dq.query_gradient(dq_config, one, tensors, options, cotangents)
-    register_config = large_tiling.register_tile_config(one)
-    large_registers.register_gradients(register_config, one, tensors, options, tensors.query, statistics)
+    cotangents = problem.Cotangents(query, rows, rows, query, None)
+    config = large_tiling.dq_tile_config(one)
+    _, statistics = large_dq.query_gradient(config, one, tensors, options, cotangents)
+    large_dkv.key_gradients(large_tiling.dkv_tile_config(one), one, tensors, options, query, statistics)
+    if registers:
+        config = large_tiling.register_tile_config(one)
+        large_registers.register_gradients(config, one, tensors, options, query, statistics)
 
 
 def attend_small_on_sm90(
@@ -129,12 +130,9 @@ def attend_small_on_sm90(
     query, key = (torch.zeros(1, *spatial, h, dim, dtype=torch.bfloat16) for h in (heads, 2))
     extra = torch.zeros(1, registers, 2, dim, dtype=torch.bfloat16) if registers else None
     mask = torch.ones(1, *spatial, dtype=torch.bool) if masked else None
-    tensors = problem.Inputs(query, key, key, extra, extra, torch.zeros(heads), mask)
-    rank = len(spatial)
-    options = options_of(rank, kernel_size, None, stride, dilation)
-    launch_small_on_sm90(tensors, options)
-    if packed:
-        launch_small_on_sm90(tensors._replace(shapes=torch.tensor([[1000], [0], [spatial[0] - 1000]])), options)
+    shapes = torch.tensor([[1000], [0], [spatial[0] - 1000]]) if packed else None
+    tensors = problem.Inputs(query, key, key, extra, extra, torch.zeros(heads), mask, shapes)
+    launch_small_on_sm90(tensors, options_of(len(spatial), kernel_size, None, stride, dilation))
 
 
 def attend_packed_images_on_sm90(
@@ -320,17 +318,17 @@ def compile_sm90(parts: str) -> None:
 
 
 def compile_for_large_windows() -> None:
+    attend_large_on_sm90((4096,), 2048, 8, sink=0.0, registers=5)
     attend_large_on_sm90((4096,), 2048, 8, sink=0.0, packed=True)
     attend_large_on_sm90((64, 80), 48, 2, sink=None, registers=300)
-    attend_large_on_sm90((16, 32, 40), 7, 4, sink=None, dim=64)
-    attend_large_on_sm90((4096,), 1024, 8, sink=0.0, dim=256)
-    attend_large_on_sm90((64, 80), 13, 2, sink=None, dim=80)
+    attend_large_on_sm90((16, 32, 40), 7, 4, sink=None, dim=80, registers=5)
+    attend_large_on_sm90((4096,), 1024, 8, sink=0.0, dim=256, registers=5)
+    attend_large_on_sm90((64, 80), 13, 2, sink=None, dim=64)
 
 
 def compile_for_small_windows() -> None:
     attend_small_on_sm90((64, 64), 7, 8, registers=5)
-    attend_small_on_sm90((64, 64), 7, 8, registers=0, dim=40)
-    attend_small_on_sm90((64, 64), 7, 8, registers=5, masked=True)
+    attend_small_on_sm90((64, 64), 7, 8, registers=5, dim=40, masked=True)
     attend_small_on_sm90((4096,), 128, 16, registers=0, packed=True)
     attend_packed_images_on_sm90([(40, 30), (0, 4), (1, 1)], 7, 8, registers=5)
     attend_small_on_sm90((4096,), 8, 8, registers=0, dim=128)
@@ -341,9 +339,8 @@ def compile_for_small_windows() -> None:
 
 
 def compile_for_medium_windows() -> None:
-    attend_medium_on_sm90((64, 64), 17, 6, dim=96)
     attend_medium_on_sm90((16, 32, 40), 7, 8, dim=64, sink=True)
-    attend_medium_on_sm90((66, 66), 11, 2, dim=112, stride=2, dilation=3)
+    attend_medium_on_sm90((66, 66), 17, 6, dim=96, stride=2, dilation=3)
     attend_medium_on_sm90((4096,), 200, 2, dim=128, registers=70)
     attend_medium_on_sm90((64, 64), 13, 2, dim=112, dilation=2, registers=5, is_periodic=True)
     attend_medium_on_sm90((16, 32, 40), 5, 4, dim=64, is_periodic=True, masked=True, has_bias=True)
@@ -353,19 +350,63 @@ def compile_for_medium_windows() -> None:
     attend_pairs_on_sm90((36, 72), 7, 32, is_periodic=True)
 
 
-def main(capability: int, parts: str = "portable sm90-large sm90-medium sm90-small") -> None:
-    """Compile these parts of the kernels; those of ``sm90`` only for compute capability 9.0, and where Gluon is."""
+def speed_up_compiler() -> None:
+    """Spare Python's part of the compiler what it repeats: a parse of each function for every call with other types,
+    and the collector's walks through all of PyTorch's objects.
+    """
+    JITCallable.parse = cache(JITCallable.parse)
+    gc.freeze()
+    gc.disable()
+
+
+def check_targets_share_code(first: int, second: int) -> None:
+    """Check that kernels with the same arguments are the same for both targets, but for the target's name."""
+    for kernel in (forward_kernel, backward_key_kernel, decode.decode_kernel):
+        kernels, *_ = kernel.device_caches[first]
+        one = next(iter(kernels.values()))
+        options = {
+            name: getattr(one.metadata, name) for name in ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
+        }
+        two = triton.compile(one.src, target=GPUTarget("cuda", second, 32), options=options)
+        assert one.asm["ptx"].replace(f"sm_{first}", f"sm_{second}") == two.asm["ptx"], one.name
+
+
+def check_room(metadata: Any) -> None:
+    """Check on a launch what Triton checks when it loads a kernel, as launches for another capability may share one."""
+    room = SHARED_MEMORY[driver.active.get_current_device()]  # pyright: ignore[reportAttributeAccessIssue]
+    assert metadata.shared <= room, f"{metadata.name} needs {metadata.shared} bytes of shared memory, has {room}"
+
+
+def switch_to(capability: int) -> Driver:
+    """From now on, kernels are planned and compiled for this capability."""
     stub = Driver(capability)
+    stub.launcher_cls = lambda source, metadata: lambda *arguments: check_room(metadata)
     driver.set_active(stub)  # pyright: ignore[reportArgumentType]
+    for module in (problem, decode):
+        setattr(module, "device_traits", lambda device: ("stub", SHARED_MEMORY[capability]))  # noqa: B010
+    forget()
+    return stub
+
+
+def main(capabilities: str, parts: str = "portable sm90-large sm90-medium sm90-small") -> None:
+    """Compile these parts of the kernels; those of ``sm90`` only for compute capability 9.0, and where Gluon is.
+
+    Launchers keep what they compiled, so that after the first capability only kernels with other tiles are compiled.
+    """
+    speed_up_compiler()
     for module in (attention_ops, decode_ops):
         setattr(module, "unsupported", lambda *_: None)  # noqa: B010
-    problem.device_traits = lambda device: ("stub", SHARED_MEMORY[capability])
-    if "portable" in parts:
-        compile_portable(capability)
-    if "sm90" in parts and capability == 90 and gluon_gap() is None:
-        compile_sm90(parts)
-    print(" ".join(stub.utils.loaded))
+    first, *others = map(int, capabilities.split(","))
+    for capability in (first, *others):
+        stub = switch_to(capability)
+        if "portable" in parts:
+            compile_portable(capability)
+        if "sm90" in parts and capability == 90 and gluon_gap() is None:
+            compile_sm90(parts)
+        print(" ".join(stub.utils.loaded))
+    for other in others:
+        check_targets_share_code(first, other)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), *sys.argv[2:])
+    main(*sys.argv[1:])
