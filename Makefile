@@ -38,7 +38,7 @@ docs: $(VENV)/test.stamp ## Build the site of the documentation into site/ (open
 # One process a core, so each gets one thread: more only fight over the cores. A test that hangs fails, and says where.
 suite: $(VENV)/test.stamp ## The CPU suite alone
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --quiet \
-	    -o faulthandler_timeout=400 -o faulthandler_exit_on_timeout=true
+	    -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true
 
 # The wheel is built of the source distribution, so that this one is known to be complete.
 dist: $(VENV)/test.stamp ## Build wheel and sdist, check them, and try all commands in an empty environment

@@ -109,7 +109,8 @@ def test_one_thread_at_a_time_is_in_forward_mode(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(test_random, "draw_call", lambda seed: call)
     monkeypatch.setattr(test_random, "check", lambda *_: None)
 
-    def differentiate(*_: object) -> None:
+    def differentiate(*arguments: object) -> None:
+        del arguments
         for _ in range(100):
             torch.func.jvp(torch.sin, (torch.ones(2),), (torch.ones(2),))
 
