@@ -98,7 +98,7 @@ def make_sequence(problem: Problem, device: torch.device) -> list[Tensor]:
 def windows(problem: Problem) -> Callable[[list[Tensor]], Tensor]:
     """What a replaced layer computes in the place of ``scaled_dot_product_attention``."""
     w = problem.workload
-    tokens: Any = SimpleNamespace(grid=w.spatial, family=transformers.FAMILIES[problem.family])
+    tokens: Any = SimpleNamespace(call=transformers._Call(w.spatial), family=transformers.FAMILIES[problem.family])
     window = transformers._Window(w.window.kernel_size, w.window.stride)
     return lambda sequence: transformers._attention(tokens, window, sequence[0], sequence[1], sequence[2])
 
