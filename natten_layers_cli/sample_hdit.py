@@ -157,7 +157,7 @@ def _sample_batch(
     return SAMPLERS[request.sampler](denoiser, noise * config.sigma_max, sigmas, progress)
 
 
-def check_finite(images: Tensor) -> None:
+def check_pixels(images: Tensor) -> None:
     """Refuse what a picture would show as black or white pixels, as if the model had made these.
 
     Raises:
@@ -197,7 +197,7 @@ def write_images(model: HDiT, config: HDiTConfig, request: Request, folder: Path
                 f"--out {folder} holds images already, with which these would be mixed: name another folder"
             )
         for images in sample_batches(model, config, request):
-            check_finite(images)
+            check_pixels(images)
             for image in images:
                 label, place = divmod(number, request.count)
                 start = starts[request.classes[label]] if request.classes else ""
@@ -316,7 +316,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"wrote {write_images(model, config, request, arguments.out)} images to {arguments.out}")
         return 0
     images = sample(model, config, request)
-    check_finite(images)
+    check_pixels(images)
     found = digest(images)
     if expected is None:
         save_png(picture(images, config, request), arguments.output, asdict(request) | {"sha256": found})
