@@ -30,7 +30,7 @@ from natten_layers.kernels.host.problem import (
     layout,
     problem_of,
 )
-from natten_layers.kernels.host.tiling import Box, Kind, TileConfig
+from natten_layers.kernels.host.tiling import Box, Kind, TileConfig, column_parts
 from natten_layers.kernels.host.tuned import forget, override
 from natten_layers.kernels.portable import dkv, dq, forward
 from natten_layers.kernels.sm90 import (
@@ -47,6 +47,7 @@ from natten_layers.kernels.sm90 import (
 )
 from natten_layers.kernels.sm90.large_tiling import LargeTileConfig, Plan
 from natten_layers.kernels.sm90.medium_tiling import MediumTileConfig
+from natten_layers.kernels.sm90.products import sum_widths
 from natten_layers.operations import Impl
 
 ON_GPU = torch.cuda.is_available()
@@ -105,6 +106,9 @@ CASES = (
     Case("2d-values-wider", (30, 41), (17, 15), heads=2, kv_heads=2, head_dim=64, value_dim=128),
     Case("2d-padded-80-sink", (37, 41), 21, heads=4, kv_heads=2, head_dim=80, value_dim=80, sink="zero"),
     Case("1d-padded-96-gqa", (1000,), 400, is_causal=True, heads=4, kv_heads=1, head_dim=96, value_dim=96),
+    Case("1d-padded-112-gqa", (1000,), 400, is_causal=True, heads=4, kv_heads=1, head_dim=112, value_dim=112),
+    Case("2d-padded-72-values-112", (37, 41), 21, heads=2, kv_heads=2, head_dim=72, value_dim=112),
+    Case("1d-wide-padded-176", (900,), 257, heads=2, kv_heads=1, head_dim=176, value_dim=160),
     Case("3d-padded-40", (9, 12, 18), (5, 7, 8), heads=2, kv_heads=2, head_dim=40, value_dim=40),
     Case("2d-narrow", (40, 48), (24, 20), heads=2, kv_heads=2, head_dim=32, value_dim=32),
     Case(
@@ -378,6 +382,12 @@ def test_queries_of_a_tile_start_where_statistics_can_be_loaded_from(window: int
     axis = 240, window, 1, causal
     low, _ = query_bounds(torch.arange(32, 200, tile), *axis)
     assert not ((low + large_tiling.statistics_offset((axis, axis, axis))) % large_tiling.ALIGNMENT).any()
+
+
+def test_sums_have_the_columns_of_all_kernels() -> None:
+    """Triton cannot call ``column_parts`` itself."""
+    dims = range(16, 257)
+    assert [tuple(sum_widths(dim)) for dim in dims] == [column_parts(dim) for dim in dims]
 
 
 @pytest.mark.parametrize("case", [*CASES, *SKIPPING], ids=str)

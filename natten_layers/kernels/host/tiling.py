@@ -59,6 +59,15 @@ def column_parts(head_dim: int) -> tuple[int, ...]:
     return (first, rest) if padded > 32 and first + rest <= padded * 3 // 4 else (padded,)
 
 
+def channel_parts(head_dim: int) -> tuple[int, ...]:
+    """A head dim, rounded up to a multiple of 16, as powers of two, the largest first: 112 = 64 + 32 + 16."""
+    rest, parts = -(-head_dim // 16) * 16, []
+    while rest:
+        parts.append(1 << (rest.bit_length() - 1))
+        rest -= parts[-1]
+    return tuple(parts)
+
+
 def boxes(size: int, limits: Sequence[int]) -> list[Box]:
     """All boxes of ``size`` positions whose sides are powers of two, and within the padded limits if possible."""
     caps = [next_power_of_2(n) for n in limits]

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma_wait
 
 from ..host.problem import Inputs, Layout, Options, Problem, RowStatistics, layout, new_like, three_axes
-from ..host.tiling import head_width
 from ..portable.primitives import LOG2E
 from ..portable.windows import inside_axes, is_empty, queries_of, shifted, union_of_queries, unravel
 from . import large_tiling
@@ -26,7 +25,18 @@ from .descriptors import Call, call_of, key_boxes, multiprocessors
 from .large_statistics import head_major_of, statistics_boxes
 from .large_tiling import LargeTileConfig
 from .packed_repair import repair_key
-from .primitives import flag_nonfinite, part_rows, start_product, store_part
+from .primitives import flag_nonfinite, part_rows, store_part
+from .products import (
+    finished,
+    new_sums,
+    product_count,
+    product_layout,
+    split_sums,
+    start_channel_sums,
+    start_product,
+    sum_count,
+    sum_widths,
+)
 from .rings import (
     await_load,
     await_tile,
@@ -153,53 +163,52 @@ def queries_of_rows(index, plan, CAUSAL: gl.constexpr, Queries):
 
 @gluon.jit
 def add_queries(
-    b_dk, b_dv, b_k, b_v, b_hidden, ring, n, factor, N: gl.constexpr, STAGES: gl.constexpr
+    dks, dvs, b_k, b_v, b_hidden, ring, n, factor, N: gl.constexpr, D: gl.constexpr, DIM_V: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """Add the contribution of chunk ``n`` of queries, which has arrived, to dV, and to dK without its factor
     ``scale``.
     """
-    WEIGHTS_K: gl.constexpr = gl.DotOperandLayout(0, b_dk.type.layout, 2)
-    WEIGHTS_V: gl.constexpr = gl.DotOperandLayout(0, b_dv.type.layout, 2)
     b_q, b_do = loaded(ring, 0, n, N, STAGES), loaded(ring, 1, n, N, STAGES)
-    b_s = start_product(b_k, b_q, b_hidden)
-    b_dp = start_product(b_v, b_do, None)
-    b_s = warpgroup_mma_wait(1, deps=[b_s])
+    b_s = start_product(b_k, b_q, b_hidden, D)
+    b_dp = start_product(b_v, b_do, None, DIM_V)
+    b_s = warpgroup_mma_wait(product_count(DIM_V), deps=[b_s])
     b_p = gl.exp2(b_s * factor - load_statistic(ring, 2, n, b_s, STAGES)[None, :])
-    b_dv = warpgroup_mma(gl.convert_layout(b_p.to(b_do.dtype), WEIGHTS_V), b_do, b_dv, is_async=True)
+    dvs = start_channel_sums(b_p.to(b_do.dtype), b_do, dvs, DIM_V)
     col_delta = load_statistic(ring, 3, n, b_s, STAGES)
-    b_dp = warpgroup_mma_wait(1, deps=[b_dp])
+    b_dp = warpgroup_mma_wait(sum_count(DIM_V), deps=[b_dp])
     b_ds = b_p * (b_dp - col_delta[None, :])
-    b_dk = warpgroup_mma(gl.convert_layout(b_ds.to(b_q.dtype), WEIGHTS_K), b_q, b_dk, is_async=True)
-    # Left running into the next chunk, these two products would need more hardware registers than there are.
-    b_dk, b_dv = warpgroup_mma_wait(0, deps=[b_dk, b_dv])
-    return b_dk, b_dv
+    dks = start_channel_sums(b_ds.to(b_q.dtype), b_q, dks, D)
+    # Left running into the next chunk, these products would need more hardware registers than there are.
+    return split_sums(finished(dks + dvs), sum_count(D))
 
 
 @gluon.jit
-def add_to_values(b_dv, b_k, b_v, b_hidden, ring, n, factor, N: gl.constexpr, STAGES: gl.constexpr):
+def add_to_values(
+    dvs, b_k, b_hidden, ring, n, factor, N: gl.constexpr, D: gl.constexpr, DIM_V: gl.constexpr, STAGES: gl.constexpr
+):  # fmt: skip
     """Add the contribution of chunk ``n`` of queries, which has arrived, to dV alone."""
-    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, b_dv.type.layout, 2)
-    b_s = start_product(b_k, loaded(ring, 0, n, N, STAGES), b_hidden)
+    b_s = start_product(b_k, loaded(ring, 0, n, N, STAGES), b_hidden, D)
     b_s = warpgroup_mma_wait(0, deps=[b_s])
     b_p = gl.exp2(b_s * factor - load_statistic(ring, 2, n, b_s, STAGES)[None, :])
     b_do = loaded(ring, 1, n, N, STAGES)
-    b_dv = warpgroup_mma(gl.convert_layout(b_p.to(b_do.dtype), WEIGHTS), b_do, b_dv, is_async=True)
-    return warpgroup_mma_wait(0, deps=[b_dv])
+    return finished(start_channel_sums(b_p.to(b_do.dtype), b_do, dvs, DIM_V))
 
 
 @gluon.jit
-def add_to_keys(b_dk, b_k, b_v, b_hidden, ring, n, factor, N: gl.constexpr, STAGES: gl.constexpr):
+def add_to_keys(
+    dks, b_k, b_v, b_hidden, ring, n, factor, N: gl.constexpr, D: gl.constexpr, DIM_V: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
     """Add the contribution of chunk ``n`` of queries, which has arrived, to dK alone, without its factor ``scale``."""
-    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, b_dk.type.layout, 2)
     b_q = loaded(ring, 0, n, N, STAGES)
-    b_s = start_product(b_k, b_q, b_hidden)
-    b_dp = start_product(b_v, loaded(ring, 1, n, N, STAGES), None)
-    b_s = warpgroup_mma_wait(1, deps=[b_s])
+    b_s = start_product(b_k, b_q, b_hidden, D)
+    b_dp = start_product(b_v, loaded(ring, 1, n, N, STAGES), None, DIM_V)
+    b_s = warpgroup_mma_wait(product_count(DIM_V), deps=[b_s])
     b_p = gl.exp2(b_s * factor - load_statistic(ring, 2, n, b_s, STAGES)[None, :])
     b_dp = warpgroup_mma_wait(0, deps=[b_dp])
     b_ds = b_p * (b_dp - load_statistic(ring, 3, n, b_s, STAGES)[None, :])
-    b_dk = warpgroup_mma(gl.convert_layout(b_ds.to(b_q.dtype), WEIGHTS), b_q, b_dk, is_async=True)
-    return warpgroup_mma_wait(0, deps=[b_dk])
+    return finished(start_channel_sums(b_ds.to(b_q.dtype), b_q, dks, D))
 
 
 @gluon.jit
@@ -207,8 +216,7 @@ def dkv_consumer(
     tile_ring, ring, notes, schedule, DK, DV, Nonfinite, plan, Queries, num_tiles, group, scale,
     BY_RESULT: gl.constexpr, CAUSAL: gl.constexpr, TILE: gl.constexpr, PART: gl.constexpr, GROUPS: gl.constexpr,
     SKIP: gl.constexpr, CHUNK: gl.constexpr, OFFSET: gl.constexpr, RANK: gl.constexpr, D: gl.constexpr,
-    BD: gl.constexpr, DIM_V: gl.constexpr, BDV: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr,
-    GROUP: gl.constexpr,
+    DIM_V: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """One of the groups of four warps.
 
@@ -219,9 +227,7 @@ def dkv_consumer(
     OWN: gl.constexpr = 0 if BY_RESULT else GROUP
     M: gl.constexpr = PART[0] * PART[1] * PART[2]
     N: gl.constexpr = CHUNK[0] * CHUNK[1] * CHUNK[2]
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
-    OUT_K: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BD, 16])
-    OUT_V: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BDV, 16])
+    SCORES: gl.constexpr = product_layout(N)
     WITH_DK: gl.constexpr = not (BY_RESULT and GROUP == 0)
     WITH_DV: gl.constexpr = not (BY_RESULT and GROUP == 1)
     length, kernel, stride, _tiles, kv_heads = plan
@@ -237,9 +243,9 @@ def dkv_consumer(
         index = shifted(position, origin)
         row_lo, row_hi = queries_of_rows(index, plan, CAUSAL, Queries)
         if WITH_DK:
-            b_dk = gl.zeros([M, BD], gl.float32, OUT_K)
+            dks = new_sums(M, sum_widths(D))
         if WITH_DV:
-            b_dv = gl.zeros([M, BDV], gl.float32, OUT_V)
+            dvs = new_sums(M, sum_widths(DIM_V))
         await_load(tile_ring, i_tile, True, TILES)
         b_k, b_v = loaded(tile_ring, OWN, i_tile, M, TILES), loaded(tile_ring, COUNT + OWN, i_tile, M, TILES)
         if SKIP:
@@ -250,7 +256,9 @@ def dkv_consumer(
                 corner = read_note(notes, n, STAGES)
                 if meets(corner, reach):
                     b_hidden = hidden(corner, row_lo, row_size, inner, RANK)
-                    b_dk, b_dv = add_queries(b_dk, b_dv, b_k, b_v, b_hidden, ring, n, factor, N, STAGES)
+                    dks, dvs = add_queries(
+                        dks, dvs, b_k, b_v, b_hidden, ring, n, factor, N, D, DIM_V, STAGES
+                    )  # fmt: skip
                 release(ring, n, STAGES)
                 n += 1
         else:
@@ -259,27 +267,29 @@ def dkv_consumer(
                 b_hidden = chunk_mask(i_walk, walk, row_lo, row_hi, inner, M, N, CHUNK, RANK, SCORES)
                 await_load(ring, n, True, STAGES)
                 if not BY_RESULT:
-                    b_dk, b_dv = add_queries(b_dk, b_dv, b_k, b_v, b_hidden, ring, n, factor, N, STAGES)
+                    dks, dvs = add_queries(
+                        dks, dvs, b_k, b_v, b_hidden, ring, n, factor, N, D, DIM_V, STAGES
+                    )  # fmt: skip
                 elif GROUP == 0:
-                    b_dv = add_to_values(b_dv, b_k, b_v, b_hidden, ring, n, factor, N, STAGES)
+                    dvs = add_to_values(dvs, b_k, b_hidden, ring, n, factor, N, D, DIM_V, STAGES)
                 else:
-                    b_dk = add_to_keys(b_dk, b_k, b_v, b_hidden, ring, n, factor, N, STAGES)
+                    dks = add_to_keys(dks, b_k, b_v, b_hidden, ring, n, factor, N, D, DIM_V, STAGES)
                 release(ring, n, STAGES)
                 i_walk, _wraps = next_walk_index(i_walk, walk)
                 n += 1
 
         if Queries is not None:
             if WITH_DK:
-                flag_nonfinite(Nonfinite, b_dk, inside_axes(index, length))
+                flag_nonfinite(Nonfinite, dks, inside_axes(index, length))
             if WITH_DV:
-                flag_nonfinite(Nonfinite, b_dv, inside_axes(index, length))
+                flag_nonfinite(Nonfinite, dvs, inside_axes(index, length))
         # Results pass through the buffers of keys and values. ``BY_RESULT``, the other group may still read these.
         if WITH_DV:
             v_buffer = None if BY_RESULT else b_v
-            store_part(v_buffer, b_dv, DV, i_kv, i_batch, origin, length, kv_heads, PART, 1, DIM_V)
+            store_part(v_buffer, dvs, None, DV, i_kv, i_batch, origin, length, kv_heads, PART, 1, DIM_V)
         if WITH_DK:
             k_buffer = None if BY_RESULT else b_k
-            store_part(k_buffer, b_dk * scale, DK, i_kv, i_batch, origin, length, kv_heads, PART, 1, D)
+            store_part(k_buffer, dks, scale, DK, i_kv, i_batch, origin, length, kv_heads, PART, 1, D)
         if not BY_RESULT:
             fence_async_shared()
         release(tile_ring, i_tile, TILES)
@@ -293,15 +303,14 @@ def dkv_worker(
     plan, Queries, group, num_tiles, scale,
     BY_RESULT: gl.constexpr, CAUSAL: gl.constexpr, TILE: gl.constexpr, PART: gl.constexpr, GROUPS: gl.constexpr,
     SKIP: gl.constexpr, CHUNK: gl.constexpr, OFFSET: gl.constexpr, RANK: gl.constexpr, D: gl.constexpr,
-    BD: gl.constexpr, DIM_V: gl.constexpr, BDV: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr,
-    WORKER: gl.constexpr,
+    DIM_V: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr, WORKER: gl.constexpr,
 ):  # fmt: skip
     """What the groups of warps do: the first ones compute, the last two load."""
     READERS: gl.constexpr = 2 if BY_RESULT else GROUPS[0] * GROUPS[1] * GROUPS[2]
     if WORKER < READERS:
         dkv_consumer(
             tile_ring, ring, notes, schedule, DK, DV, TileCounter + 1, plan, Queries, num_tiles, group, scale,
-            BY_RESULT, CAUSAL, TILE, PART, GROUPS, SKIP, CHUNK, OFFSET, RANK, D, BD, DIM_V, BDV, STAGES, TILES,
+            BY_RESULT, CAUSAL, TILE, PART, GROUPS, SKIP, CHUNK, OFFSET, RANK, D, DIM_V, STAGES, TILES,
             WORKER,
         )  # fmt: skip
     elif WORKER == READERS:
@@ -322,10 +331,9 @@ def large_dkv_kernel(
     length, kernel, stride, tiles, group, kv_heads, num_tiles, scale,
     BY_RESULT: gl.constexpr, CAUSAL: gl.constexpr, TILE: gl.constexpr, PART: gl.constexpr, GROUPS: gl.constexpr,
     SKIP: gl.constexpr, CHUNK: gl.constexpr, OFFSET: gl.constexpr, RANK: gl.constexpr, D: gl.constexpr,
-    BD: gl.constexpr, DIM_V: gl.constexpr, BDV: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr,
-    WARPS: gl.constexpr, REGISTERS: gl.constexpr,
+    DIM_V: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr, WARPS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """dK and dV, contiguous. Heads have ``D`` and ``DIM_V`` channels, and ``BD`` and ``BDV`` in shared memory.
+    """dK and dV, contiguous. Heads have ``D`` and ``DIM_V`` channels, and more columns in shared memory (``products``).
 
     ``WARPS`` and ``REGISTERS`` are as in ``large_forward_kernel``. ``Queries`` is None except in packed batches
     (``on_line``), in which the number behind the tile counter becomes 1 where a result is not finite.
@@ -340,7 +348,7 @@ def large_dkv_kernel(
         [
             (dkv_worker, (tile_ring, ring, notes, schedule, q_desc, do_desc, lse_desc, delta_desc, k_desc, v_desc, DK,
                           DV, TileCounter, plan, Queries, group, num_tiles, scale, BY_RESULT, CAUSAL, TILE, PART,
-                          GROUPS, SKIP, CHUNK, OFFSET, RANK, D, BD, DIM_V, BDV, STAGES, TILES, WORKER))
+                          GROUPS, SKIP, CHUNK, OFFSET, RANK, D, DIM_V, STAGES, TILES, WORKER))
             for WORKER in (0, 1, 2, 3, 4, 5, 6)[: READERS + 2]
         ],
         WARPS,
@@ -385,6 +393,6 @@ def prepare(config: LargeTileConfig, p: Problem, grad_out: Layout, head_major: L
         ],
         BY_RESULT=by_result, CAUSAL=three_axes(p.is_causal, False), TILE=config.tile, PART=config.part,
         GROUPS=config.groups, SKIP=config.skip, CHUNK=config.chunk, OFFSET=offset, RANK=p.rank, D=p.key.shape[-1],
-        BD=head_width(p.key.shape[-1]), DIM_V=p.value.shape[-1], BDV=head_width(p.value.shape[-1]),
+        DIM_V=p.value.shape[-1],
         STAGES=config.stages, TILES=large_tiling.buffered_tiles(p), **config.work(2, 2 if by_result else None),
     )  # fmt: skip

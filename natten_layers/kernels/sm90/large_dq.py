@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma_wait
 
 from ..host.problem import Cotangents, Inputs, Layout, Options, Problem, RowStatistics, layout, new_like, three_axes
-from ..host.tiling import head_width
 from ..portable.primitives import LOG2E
 from ..portable.windows import inside_axes, is_empty, shifted, union_of_windows, unravel
 from . import large_tiling
@@ -29,7 +28,8 @@ from .descriptors import Call, boxes_of_registers, call_of, key_boxes, multiproc
 from .large_statistics import statistics_of
 from .large_tiling import LargeTileConfig
 from .packed_repair import repair_query
-from .primitives import flag_nonfinite, part_rows, start_product, store_part
+from .primitives import flag_nonfinite, part_rows, store_part
+from .products import finished, new_sums, product_count, product_layout, start_channel_sums, start_product, sum_widths
 from .rings import (
     await_load,
     await_tile,
@@ -61,40 +61,38 @@ from .walk import (
 
 @gluon.jit
 def add_keys(
-    b_dq, b_q, b_do, b_hidden, ring, n, following, expected, row_lse, row_delta, factor, STAGES: gl.constexpr
+    dqs, b_q, b_do, b_hidden, ring, n, following, expected, row_lse, row_delta, factor, D: gl.constexpr,
+    DV: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Add the contribution of chunk ``n`` of keys, which has arrived, to dQ without its factor ``scale``.
 
     Waits for the chunk ``following``, if it is ``expected``.
     """
-    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, b_dq.type.layout, 2)
     N: gl.constexpr = b_hidden.shape[1]
     b_k, b_v = loaded(ring, 0, n, N, STAGES), loaded(ring, 1, n, N, STAGES)
-    b_s = start_product(b_q, b_k, b_hidden)
-    b_dp = start_product(b_do, b_v, None)
-    b_s = warpgroup_mma_wait(1, deps=[b_s])
+    b_s = start_product(b_q, b_k, b_hidden, D)
+    b_dp = start_product(b_do, b_v, None, DV)
+    b_s = warpgroup_mma_wait(product_count(DV), deps=[b_s])
     b_p = gl.exp2(b_s * factor - row_lse[:, None])
     # This wait stands here because ptxas would move the next one above the exponentials if there were none before it.
     await_load(ring, following, expected, STAGES)
     b_dp = warpgroup_mma_wait(0, deps=[b_dp])
     b_ds = b_p * (b_dp - row_delta[:, None])
-    b_dq = warpgroup_mma(gl.convert_layout(b_ds.to(b_k.dtype), WEIGHTS), b_k, b_dq, is_async=True)
-    return warpgroup_mma_wait(0, deps=[b_dq])
+    return finished(start_channel_sums(b_ds.to(b_k.dtype), b_k, dqs, D))
 
 
 @gluon.jit
 def dq_consumer(
     tile_ring, ring, notes, schedule, Lse, Delta, DQ, Nonfinite, Windows, plan, num_tiles, width, offset, scale,
     CAUSAL: gl.constexpr, TILE: gl.constexpr, PART: gl.constexpr, GROUPS: gl.constexpr, SKIP: gl.constexpr,
-    CHUNK: gl.constexpr, PACK: gl.constexpr, RANK: gl.constexpr, D: gl.constexpr, BD: gl.constexpr,
+    CHUNK: gl.constexpr, PACK: gl.constexpr, RANK: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
     STAGES: gl.constexpr, TILES: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """One of the groups of four warps; each computes one part of every tile of queries."""
     COUNT: gl.constexpr = GROUPS[0] * GROUPS[1] * GROUPS[2]
     M: gl.constexpr = PART[0] * PART[1] * PART[2] * PACK
     N: gl.constexpr = CHUNK[0] * CHUNK[1] * CHUNK[2]
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
-    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BD, 16])
+    SCORES: gl.constexpr = product_layout(N)
     length, kernel, stride, tiles, blocks, _registers = plan
     factor = scale * LOG2E
     inner = unravel(gl.arange(0, N, gl.SliceLayout(0, SCORES)), CHUNK[1], CHUNK[2])
@@ -113,7 +111,7 @@ def dq_consumer(
         o_stat = (image_row * length[1] + index[1]) * width + index[2] + offset
         row_lse = gl.load(Lse + o_stat, mask=m_rows, other=0.0)
         row_delta = gl.load(Delta + o_stat, mask=m_rows, other=0.0)
-        b_dq = gl.zeros([M, BD], gl.float32, OUT)
+        dqs = new_sums(M, sum_widths(D))
         await_load(tile_ring, i_tile, True, TILES)
         b_q, b_do = loaded(tile_ring, GROUP, i_tile, M, TILES), loaded(tile_ring, COUNT + GROUP, i_tile, M, TILES)
         if SKIP:
@@ -124,8 +122,8 @@ def dq_consumer(
                 corner = read_note(notes, n, STAGES)
                 if meets(corner, reach) | (i_chunk < register_chunks(walk)):
                     b_hidden = hidden_keys(i_chunk, walk, corner, row_lo, row_size, inner, M, N, RANK, SCORES)
-                    b_dq = add_keys(
-                        b_dq, b_q, b_do, b_hidden, ring, n, n, True, row_lse, row_delta, factor, STAGES
+                    dqs = add_keys(
+                        dqs, b_q, b_do, b_hidden, ring, n, n, True, row_lse, row_delta, factor, D, DV, STAGES
                     )  # fmt: skip
                 release(ring, n, STAGES)
                 n += 1
@@ -135,16 +133,16 @@ def dq_consumer(
             i_walk = first_walk_index(walk)
             for _ in range(chunk_count(walk)):
                 b_hidden = chunk_mask(i_walk, walk, row_lo, row_hi, inner, M, N, CHUNK, RANK, SCORES)
-                b_dq = add_keys(
-                    b_dq, b_q, b_do, b_hidden, ring, n, n + 1, n < last, row_lse, row_delta, factor, STAGES
+                dqs = add_keys(
+                    dqs, b_q, b_do, b_hidden, ring, n, n + 1, n < last, row_lse, row_delta, factor, D, DV, STAGES
                 )  # fmt: skip
                 release(ring, n, STAGES)
                 i_walk, _wraps = next_walk_index(i_walk, walk)
                 n += 1
 
         if Windows is not None:
-            flag_nonfinite(Nonfinite, b_dq, m_rows)
-        store_part(b_q, b_dq * scale, DQ, i_head, i_batch, origin, length, blocks * PACK, PART, PACK, D)
+            flag_nonfinite(Nonfinite, dqs, m_rows)
+        store_part(b_q, dqs, scale, DQ, i_head, i_batch, origin, length, blocks * PACK, PART, PACK, D)
         fence_async_shared()
         release(tile_ring, i_tile, TILES)
         i_tile += 1
@@ -156,7 +154,7 @@ def dq_worker(
     tile_ring, ring, notes, schedule, q_desc, do_desc, k_desc, v_desc, regk_desc, regv_desc, Lse, Delta, DQ,
     TileCounter, Windows, plan, group, num_tiles, width, offset, scale,
     CAUSAL: gl.constexpr, TILE: gl.constexpr, PART: gl.constexpr, GROUPS: gl.constexpr, SKIP: gl.constexpr,
-    CHUNK: gl.constexpr, PACK: gl.constexpr, RANK: gl.constexpr, D: gl.constexpr, BD: gl.constexpr,
+    CHUNK: gl.constexpr, PACK: gl.constexpr, RANK: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
     STAGES: gl.constexpr, TILES: gl.constexpr, WORKER: gl.constexpr,
 ):  # fmt: skip
     """What a group of warps does: the first ones compute, the others load tiles, and keys and values."""
@@ -164,7 +162,7 @@ def dq_worker(
     if WORKER < COUNT:
         dq_consumer(
             tile_ring, ring, notes, schedule, Lse, Delta, DQ, TileCounter + 1, Windows, plan, num_tiles, width, offset,
-            scale, CAUSAL, TILE, PART, GROUPS, SKIP, CHUNK, PACK, RANK, D, BD, STAGES, TILES, WORKER,
+            scale, CAUSAL, TILE, PART, GROUPS, SKIP, CHUNK, PACK, RANK, D, DV, STAGES, TILES, WORKER,
         )  # fmt: skip
     elif WORKER == COUNT:
         query_tile_producer(
@@ -183,7 +181,7 @@ def large_dq_kernel(
     Lse, Delta, DQ, TileCounter, Windows, q_desc, do_desc, k_desc, v_desc, regk_desc, regv_desc,
     length, kernel, stride, tiles, group, blocks, registers, num_tiles, width, offset, scale,
     CAUSAL: gl.constexpr, TILE: gl.constexpr, PART: gl.constexpr, GROUPS: gl.constexpr, SKIP: gl.constexpr,
-    CHUNK: gl.constexpr, PACK: gl.constexpr, RANK: gl.constexpr, D: gl.constexpr, BD: gl.constexpr,
+    CHUNK: gl.constexpr, PACK: gl.constexpr, RANK: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
     STAGES: gl.constexpr, TILES: gl.constexpr, WARPS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """dQ, contiguous. ``WARPS``, ``REGISTERS`` and ``Windows`` are as in ``large_forward_kernel``.
@@ -199,7 +197,7 @@ def large_dq_kernel(
         [
             (dq_worker, (tile_ring, ring, notes, schedule, q_desc, do_desc, k_desc, v_desc, regk_desc, regv_desc, Lse,
                          Delta, DQ, TileCounter, Windows, plan, group, num_tiles, width, offset, scale, CAUSAL, TILE,
-                         PART, GROUPS, SKIP, CHUNK, PACK, RANK, D, BD, STAGES, TILES, WORKER))
+                         PART, GROUPS, SKIP, CHUNK, PACK, RANK, D, DV, STAGES, TILES, WORKER))
             for WORKER in (0, 1, 2, 3, 4, 5, 6)[: COUNT + 2]
         ],
         WARPS,
@@ -240,6 +238,6 @@ def prepare(config: LargeTileConfig, p: Problem, grad_out: Layout, width: int) -
          *(key_boxes(x, config.chunk) for x in (p.key, p.value)), *boxes_of_registers(p, prod(config.chunk))],
         CAUSAL=three_axes(p.is_causal, False), TILE=config.tile, PART=config.part, GROUPS=config.groups,
         SKIP=config.skip, CHUNK=config.chunk, PACK=config.pack, RANK=p.rank, D=p.query.shape[-1],
-        BD=head_width(p.query.shape[-1]), STAGES=config.stages, TILES=1,
+        DV=p.value.shape[-1], STAGES=config.stages, TILES=1,
         **config.work(2),
     )  # fmt: skip

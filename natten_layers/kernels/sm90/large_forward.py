@@ -24,7 +24,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
-    warpgroup_mma,
     warpgroup_mma_wait,
 )
 
@@ -38,7 +37,18 @@ from ..portable.windows import SAMPLE_FIELDS, is_empty, shifted, union_of_window
 from . import large_tiling
 from .descriptors import Call, boxes_of_registers, call_of, key_boxes, multiprocessors, query_boxes
 from .large_tiling import LargeTileConfig
-from .primitives import flag_nan, output_rows, part_rows, store_part_rows
+from .primitives import flag_nan, output_rows, part_rows, store_part_rows, through_buffer
+from .products import (
+    finished,
+    new_sums,
+    product_layout,
+    rests_of_rows,
+    scaled_sums,
+    start_channel_sums,
+    start_product,
+    sum_count,
+    sum_widths,
+)
 from .rings import (
     await_load,
     await_tile,
@@ -71,16 +81,15 @@ FLAGS: tl.constexpr = tl.constexpr(64)  # tiles whose flags one program of the r
 
 
 @gluon.jit
-def start_scores(b_q, k_ring, n, b_hidden, STAGES: gl.constexpr):
+def start_scores(b_q, k_ring, n, b_hidden, D: gl.constexpr, STAGES: gl.constexpr):
     """Start the product of queries and the keys of chunk ``n``, which have arrived, added to a mask of 0 and -inf."""
-    b_k = loaded(k_ring, 0, n, b_hidden.shape[1], STAGES)
-    return warpgroup_mma(b_q, b_k.permute((1, 0)), b_hidden, is_async=True)
+    return start_product(b_q, loaded(k_ring, 0, n, b_hidden.shape[1], STAGES), b_hidden, D)
 
 
 @gluon.jit
-def start_values(b_p, b_acc, v_ring, n, STAGES: gl.constexpr):
+def start_values(b_p, sums, v_ring, n, DV: gl.constexpr, STAGES: gl.constexpr):
     """Start to add the values of chunk ``n``, which have arrived, weighted."""
-    return warpgroup_mma(b_p, loaded(v_ring, 0, n, b_p.shape[1], STAGES), b_acc, is_async=True)
+    return start_channel_sums(b_p, loaded(v_ring, 0, n, b_p.shape[1], STAGES), sums, DV)
 
 
 @gluon.jit
@@ -128,10 +137,12 @@ def softmax_weights(b_s, row_max, row_m, part_l, factor, DTYPE: gl.constexpr, WE
 
 
 @gluon.jit
-def attend_first(b_q, b_hidden, row_m, part_l, k_ring, n, factor, STAGES: gl.constexpr, WEIGHTS: gl.constexpr):
+def attend_first(
+    b_q, b_hidden, row_m, part_l, k_ring, n, factor, D: gl.constexpr, STAGES: gl.constexpr, WEIGHTS: gl.constexpr
+):  # fmt: skip
     """Weights of the first chunk of a tile."""
     await_load(k_ring, n, True, STAGES)
-    b_s = start_scores(b_q, k_ring, n, b_hidden, STAGES)
+    b_s = start_scores(b_q, k_ring, n, b_hidden, D, STAGES)
     b_s = warpgroup_mma_wait(0, deps=[b_s])
     release(k_ring, n, STAGES)
     b_p, row_m, part_l, _ = softmax_weights(b_s, gl.max(b_s, 1), row_m, part_l, factor, b_q.dtype, WEIGHTS)
@@ -140,35 +151,33 @@ def attend_first(b_q, b_hidden, row_m, part_l, k_ring, n, factor, STAGES: gl.con
 
 @gluon.jit
 def attend_next(
-    b_q, b_hidden, b_p, b_acc, row_m, part_l, k_ring, v_ring, n, last, factor, STAGES: gl.constexpr
+    b_q, b_hidden, b_p, sums, row_m, part_l, k_ring, v_ring, n, last, factor, D: gl.constexpr, DV: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """Weights of chunk ``n``, whose keys have arrived, while the weighted values of the previous chunk are added."""
-    OUT: gl.constexpr = b_acc.type.layout
-    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
-    b_s = start_scores(b_q, k_ring, n, b_hidden, STAGES)
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, sums[0].type.layout, 2)
+    b_s = start_scores(b_q, k_ring, n, b_hidden, D, STAGES)
     await_load(v_ring, n - 1, True, STAGES)
-    b_acc = start_values(b_p, b_acc, v_ring, n - 1, STAGES)
-    b_s = warpgroup_mma_wait(1, deps=[b_s])
+    sums = start_values(b_p, sums, v_ring, n - 1, DV, STAGES)
+    b_s = warpgroup_mma_wait(sum_count(DV), deps=[b_s])
     release(k_ring, n, STAGES)
     b_p, row_m, part_l, row_alpha = softmax_weights(
         b_s, gl.max(b_s, 1), row_m, part_l, factor, b_q.dtype, WEIGHTS
     )  # fmt: skip
     # This wait stands here because ptxas would move the next one above the softmax if there were none before it.
     await_load(k_ring, n + 1, n < last, STAGES)
-    b_acc = warpgroup_mma_wait(0, deps=[b_acc])
+    sums = finished(sums)
     release(v_ring, n - 1, STAGES)
-    b_acc = b_acc * gl.convert_layout(row_alpha, gl.SliceLayout(1, OUT))[:, None]
-    return b_p, b_acc, row_m, part_l
+    return b_p, scaled_sums(sums, row_alpha), row_m, part_l
 
 
 @gluon.jit
-def attend_last(b_p, b_acc, v_ring, n, STAGES: gl.constexpr):
+def attend_last(b_p, sums, v_ring, n, DV: gl.constexpr, STAGES: gl.constexpr):
     """Add the weighted values of the last chunk of a tile, whose weights are ``b_p``."""
     await_load(v_ring, n, True, STAGES)
-    b_acc = start_values(b_p, b_acc, v_ring, n, STAGES)
-    b_acc = warpgroup_mma_wait(0, deps=[b_acc])
+    sums = finished(start_values(b_p, sums, v_ring, n, DV, STAGES))
     release(v_ring, n, STAGES)
-    return b_acc
+    return sums
 
 
 @gluon.jit
@@ -191,18 +200,28 @@ def initial_stats(Sink, row_head, sink, SINK: gl.constexpr, M: gl.constexpr, ROW
 
 
 @gluon.jit
-def attend_alone(b_q, b_hidden, b_acc, row_m, part_l, k_ring, v_ring, n, factor, STAGES: gl.constexpr):
+def attend_alone(
+    b_q, b_hidden, sums, row_m, part_l, k_ring, v_ring, n, factor, D: gl.constexpr, DV: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
     """Add chunk ``n``, which has arrived, with no product under way before and after."""
-    OUT: gl.constexpr = b_acc.type.layout
-    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
-    b_s = start_scores(b_q, k_ring, n, b_hidden, STAGES)
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, sums[0].type.layout, 2)
+    b_s = start_scores(b_q, k_ring, n, b_hidden, D, STAGES)
     b_s = warpgroup_mma_wait(0, deps=[b_s])
     row_max = gl.convert_layout(row_maximum(b_s), row_m.type.layout)
     b_p, row_m, part_l, row_alpha = softmax_weights(b_s, row_max, row_m, part_l, factor, b_q.dtype, WEIGHTS)
-    b_acc = b_acc * gl.convert_layout(row_alpha, gl.SliceLayout(1, OUT))[:, None]
-    b_acc = start_values(b_p, b_acc, v_ring, n, STAGES)
-    b_acc = warpgroup_mma_wait(0, deps=[b_acc])
-    return b_acc, row_m, part_l
+    sums = start_values(b_p, scaled_sums(sums, row_alpha), v_ring, n, DV, STAGES)
+    return finished(sums), row_m, part_l
+
+
+@gluon.jit
+def normalized(sums, row_l, DTYPE: gl.constexpr):
+    """Sums divided by the sum of the weights of each row."""
+    results = ()
+    for i in gl.static_range(len(sums)):
+        row_own = gl.convert_layout(row_l, gl.SliceLayout(1, sums[i].type.layout))
+        results = results + ((sums[i] / row_own[:, None]).to(DTYPE),)  # noqa: RUF005
+    return results
 
 
 @gluon.jit
@@ -217,17 +236,14 @@ def q_consumer(
     q_ring, k_ring, v_ring, notes, schedule, Out, RowMax, RowSum, Nonfinite, Sink, Windows, plan, parts, num_tiles,
     sink, factor,
     CAUSAL: gl.constexpr, TILE: gl.constexpr, PART: gl.constexpr, GROUPS: gl.constexpr, SKIP: gl.constexpr,
-    CHUNK: gl.constexpr, PACK: gl.constexpr, RANK: gl.constexpr, BD: gl.constexpr, DV: gl.constexpr, BDV: gl.constexpr,
+    CHUNK: gl.constexpr, PACK: gl.constexpr, RANK: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
     STAGES: gl.constexpr, TILES: gl.constexpr, SINK: gl.constexpr, WITH_STATS: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """One of the groups of four warps; each computes one part of every tile."""
     M: gl.constexpr = PART[0] * PART[1] * PART[2] * PACK
     N: gl.constexpr = CHUNK[0] * CHUNK[1] * CHUNK[2]
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
-    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BDV, 16])
-    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
-    PARTS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16])
-    STORE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BDV, BDV // 8], [4, 1], [1, 0])
+    SCORES: gl.constexpr = product_layout(N)
+    PARTS: gl.constexpr = product_layout(8)
     length, kernel, stride, _tiles, blocks, _registers = plan
     inner = unravel(gl.arange(0, N, gl.SliceLayout(0, SCORES)), CHUNK[1], CHUNK[2])
     position, head = part_rows(PART, PACK, gl.SliceLayout(1, SCORES))
@@ -239,7 +255,8 @@ def q_consumer(
         origin = part_of(tile_origin, GROUP, GROUPS, PART)
         row_lo, row_hi = keys_of(shifted(position, origin), plan, CAUSAL, Windows)
         row_m, part_l = initial_stats(Sink, i_head * PACK + head, sink, SINK, M, gl.SliceLayout(1, SCORES), PARTS)
-        b_acc = gl.zeros([M, BDV], gl.float32, OUT)
+        sums = new_sums(M, sum_widths(DV))
+        WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, sums[0].type.layout, 2)
         if SKIP:
             lo, hi, _, _ = union_of_windows(origin, length, kernel, stride, CAUSAL, PART)
             reach, row_size = reach_of(lo, hi, is_empty(origin, length), CHUNK), row_sizes(row_lo, row_hi)
@@ -250,8 +267,8 @@ def q_consumer(
                 corner = read_note(notes, n, STAGES)
                 if meets(corner, reach) | (i_chunk < register_chunks(walk)):
                     b_hidden = hidden_keys(i_chunk, walk, corner, row_lo, row_size, inner, M, N, RANK, SCORES)
-                    b_acc, row_m, part_l = attend_alone(
-                        b_q, b_hidden, b_acc, row_m, part_l, k_ring, v_ring, n, factor, STAGES
+                    sums, row_m, part_l = attend_alone(
+                        b_q, b_hidden, sums, row_m, part_l, k_ring, v_ring, n, factor, D, DV, STAGES
                     )
                 release(k_ring, n, STAGES)
                 n += 1
@@ -261,37 +278,35 @@ def q_consumer(
             b_hidden = chunk_mask(i_walk, walk, row_lo, row_hi, inner, M, N, CHUNK, RANK, SCORES)
             await_load(q_ring, i_tile, True, TILES)
             b_q = loaded(q_ring, GROUP, i_tile, M, TILES)
-            b_p, row_m, part_l = attend_first(b_q, b_hidden, row_m, part_l, k_ring, n, factor, STAGES, WEIGHTS)
+            b_p, row_m, part_l = attend_first(b_q, b_hidden, row_m, part_l, k_ring, n, factor, D, STAGES, WEIGHTS)
             n += 1
             await_load(k_ring, n, n <= last, STAGES)
             for _ in range(1, chunk_count(walk)):
                 i_walk, _wraps = next_walk_index(i_walk, walk)
                 b_hidden = chunk_mask(i_walk, walk, row_lo, row_hi, inner, M, N, CHUNK, RANK, SCORES, False)
-                b_p, b_acc, row_m, part_l = attend_next(
-                    b_q, b_hidden, b_p, b_acc, row_m, part_l, k_ring, v_ring, n, last, factor, STAGES
+                b_p, sums, row_m, part_l = attend_next(
+                    b_q, b_hidden, b_p, sums, row_m, part_l, k_ring, v_ring, n, last, factor, D, DV, STAGES
                 )
                 n += 1
-            b_acc = attend_last(b_p, b_acc, v_ring, n - 1, STAGES)
+            sums = attend_last(b_p, sums, v_ring, n - 1, DV, STAGES)
 
-        row_l = gl.convert_layout(gl.sum(part_l, 1), gl.SliceLayout(1, OUT))
-        b_out = (b_acc / row_l[:, None]).to(b_q.dtype)
-        if BD == BDV:
+        row_l = gl.sum(part_l, 1)
+        results = normalized(sums, row_l, b_q.dtype)
+        if b_q.shape[1] == v_ring[0][0].shape[-1]:
             # Results pass through the buffer of the queries, so that a warp writes whole rows.
-            b_q.store(b_out)
-            b_out = b_q.load(STORE)
+            results = (through_buffer(b_q, results, DV),)
             fence_async_shared()
-        else:
-            b_out = gl.convert_layout(b_out, STORE)
         release(q_ring, i_tile, TILES)
         i_tile += 1
 
-        store_part_rows(b_out, Out, i_head, i_batch, origin, length, blocks * PACK, PART, PACK, DV)
+        store_part_rows(results, Out, i_head, i_batch, origin, length, blocks * PACK, PART, PACK, DV)
         m_rows, o_row = output_rows(position, i_head * PACK + head, i_batch, origin, length, blocks * PACK)
         if WITH_STATS:
             gl.store(RowMax + o_row, row_m * LN2, mask=m_rows)
             gl.store(RowSum + o_row, gl.convert_layout(row_l, gl.SliceLayout(1, SCORES)), mask=m_rows)
         # Mark the part if a result is not finite, or if no weight of a row is about one (see ``are_sound``).
-        row_rest = gl.where(row_l >= 0.5, gl.sum(b_acc * 0.0, 1), float("nan"))
+        row_rest = rests_of_rows(sums)
+        row_rest = gl.where(gl.convert_layout(row_l, row_rest.type.layout) >= 0.5, row_rest, float("nan"))
         flag_nan(Nonfinite + flag_of(i_batch, i_head, origin, parts, blocks, PART), row_rest, m_rows)
         tile_id = await_tile(schedule, i_tile)
 
@@ -301,7 +316,7 @@ def forward_worker(
     q_ring, k_ring, v_ring, notes, schedule, q_desc, k_desc, v_desc, regk_desc, regv_desc, Out, RowMax, RowSum,
     Nonfinite, Sink, Windows, plan, parts, group, num_tiles, flags, sink, scale,
     CAUSAL: gl.constexpr, TILE: gl.constexpr, PART: gl.constexpr, GROUPS: gl.constexpr, SKIP: gl.constexpr,
-    CHUNK: gl.constexpr, PACK: gl.constexpr, RANK: gl.constexpr, BD: gl.constexpr, DV: gl.constexpr, BDV: gl.constexpr,
+    CHUNK: gl.constexpr, PACK: gl.constexpr, RANK: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
     STAGES: gl.constexpr, TILES: gl.constexpr, SINK: gl.constexpr, WITH_STATS: gl.constexpr, WORKER: gl.constexpr,
 ):  # fmt: skip
     """What a group of warps does: the first ones compute, the others load queries, and keys and values."""
@@ -309,7 +324,7 @@ def forward_worker(
     if WORKER < COUNT:
         q_consumer(
             q_ring, k_ring, v_ring, notes, schedule, Out, RowMax, RowSum, Nonfinite, Sink, Windows, plan, parts,
-            num_tiles, sink, scale * LOG2E, CAUSAL, TILE, PART, GROUPS, SKIP, CHUNK, PACK, RANK, BD, DV, BDV,
+            num_tiles, sink, scale * LOG2E, CAUSAL, TILE, PART, GROUPS, SKIP, CHUNK, PACK, RANK, D, DV,
             STAGES, TILES, SINK, WITH_STATS, WORKER,
         )  # fmt: skip
     elif WORKER == COUNT:
@@ -340,15 +355,15 @@ def large_forward_kernel(
     Out, RowMax, RowSum, Nonfinite, Sink, Windows, q_desc, k_desc, v_desc, regk_desc, regv_desc,
     length, kernel, stride, tiles, parts, group, blocks, registers, num_tiles, flags, sink, scale,
     CAUSAL: gl.constexpr, TILE: gl.constexpr, PART: gl.constexpr, GROUPS: gl.constexpr, SKIP: gl.constexpr,
-    CHUNK: gl.constexpr, PACK: gl.constexpr, RANK: gl.constexpr, BD: gl.constexpr, DV: gl.constexpr, BDV: gl.constexpr,
+    CHUNK: gl.constexpr, PACK: gl.constexpr, RANK: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
     SINK: gl.constexpr, WITH_STATS: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr, WARPS: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Attention of all tiles.
 
     ``Nonfinite`` has a flag for each part of a tile, set where results are not finite, and behind the ``flags`` the
-    tile counter. Heads are ``BD`` and ``BDV`` channels wide in shared memory; TMA fills what is beyond their own width
-    with zeros. ``WARPS`` and ``REGISTERS``, those of a thread, are given for all but the first group of warps, which
+    tile counter. Heads have ``D`` and ``DV`` channels, and more columns in shared memory, which TMA fills with
+    zeros. ``WARPS`` and ``REGISTERS``, those of a thread, are given for all but the first group of warps, which
     has ``num_warps``. ``Windows`` is None except in packed batches (``on_line``).
     """
     COUNT: gl.constexpr = GROUPS[0] * GROUPS[1] * GROUPS[2]
@@ -365,7 +380,7 @@ def large_forward_kernel(
         [
             (forward_worker, (q_ring, k_ring, v_ring, notes, schedule, q_desc, k_desc, v_desc, regk_desc, regv_desc,
                               Out, RowMax, RowSum, Nonfinite, Sink, Windows, plan, parts, group, num_tiles, flags, sink,
-                              scale, CAUSAL, TILE, PART, GROUPS, SKIP, CHUNK, PACK, RANK, BD, DV, BDV, STAGES, TILES,
+                              scale, CAUSAL, TILE, PART, GROUPS, SKIP, CHUNK, PACK, RANK, D, DV, STAGES, TILES,
                               SINK, WITH_STATS, WORKER))
             for WORKER in (0, 1, 2, 3, 4, 5, 6)[: COUNT + (2 if SKIP else 3)]
         ],
@@ -453,8 +468,8 @@ def prepare(config: LargeTileConfig, p: Problem, with_stats: bool) -> tuple[Call
             *boxes_of_registers(p, prod(config.chunk)),
         ),
         CAUSAL=three_axes(p.is_causal, False), CHUNK=config.chunk, RANK=p.rank, PACK=config.pack,
-        BD=head_width(p.query.shape[-1]), DV=p.value.shape[-1], BDV=head_width(p.value.shape[-1]), SINK=p.sink,
-        WITH_STATS=with_stats, PART=config.part, GROUPS=config.groups, SKIP=config.skip,
+        D=p.query.shape[-1], DV=p.value.shape[-1],
+        SINK=p.sink, WITH_STATS=with_stats, PART=config.part, GROUPS=config.groups, SKIP=config.skip,
         TILE=config.tile, STAGES=config.stages, TILES=query_buffers(p), **config.work(2 if config.skip else 3),
     )  # fmt: skip
     return call, flags

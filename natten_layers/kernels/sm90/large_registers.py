@@ -18,7 +18,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from ..host.problem import Inputs, Layout, Options, Problem, RowStatistics, layout
-from ..host.tiling import head_width
 from ..portable.primitives import LOG2E
 from . import large_tiling
 from .descriptors import Call, boxes_of_registers, call_of, key_boxes, multiprocessors
@@ -26,6 +25,7 @@ from .large_dkv import add_queries, add_to_keys, add_to_values
 from .large_statistics import head_major_of, statistics_boxes
 from .large_tiling import ROWS, RegisterTileConfig
 from .primitives import store_part
+from .products import new_sums, sum_widths
 from .rings import (
     await_load,
     await_tile,
@@ -110,40 +110,37 @@ def all_queries_producer(
 @gluon.jit
 def register_consumer(
     tile_ring, ring, schedule, DK, DV, plan, registers, num_tiles, scale,
-    BY_RESULT: gl.constexpr, COUNT: gl.constexpr, N: gl.constexpr, D: gl.constexpr, BD: gl.constexpr,
-    DIM_V: gl.constexpr, BDV: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
+    BY_RESULT: gl.constexpr, COUNT: gl.constexpr, N: gl.constexpr, D: gl.constexpr, DIM_V: gl.constexpr,
+    STAGES: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """One of the groups of four warps, which are as those of ``large_dkv.dkv_consumer``."""
     OWN: gl.constexpr = 0 if BY_RESULT else GROUP
-    OUT_K: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BD, 16])
-    OUT_V: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BDV, 16])
     factor = scale * LOG2E
     n = 0
     i_tile = 0
     tile_id = await_tile(schedule, 0)
     while tile_id < num_tiles:
         i_block, i_kv, i_batch, i_slice, first, end = share_of(tile_id, plan)
-        b_dk = gl.zeros([M, BD], gl.float32, OUT_K)
-        b_dv = gl.zeros([M, BDV], gl.float32, OUT_V)
+        dks, dvs = new_sums(M, sum_widths(D)), new_sums(M, sum_widths(DIM_V))
         await_load(tile_ring, i_tile, True, 1)
         b_k, b_v = loaded(tile_ring, OWN, i_tile, M, 1), loaded(tile_ring, COUNT + OWN, i_tile, M, 1)
         for _ in range(first, end):
             await_load(ring, n, True, STAGES)
             if not BY_RESULT:
-                b_dk, b_dv = add_queries(b_dk, b_dv, b_k, b_v, None, ring, n, factor, N, STAGES)
+                dks, dvs = add_queries(dks, dvs, b_k, b_v, None, ring, n, factor, N, D, DIM_V, STAGES)
             elif GROUP == 0:
-                b_dv = add_to_values(b_dv, b_k, b_v, None, ring, n, factor, N, STAGES)
+                dvs = add_to_values(dvs, b_k, None, ring, n, factor, N, D, DIM_V, STAGES)
             else:
-                b_dk = add_to_keys(b_dk, b_k, b_v, None, ring, n, factor, N, STAGES)
+                dks = add_to_keys(dks, b_k, b_v, None, ring, n, factor, N, D, DIM_V, STAGES)
             release(ring, n, STAGES)
             n += 1
         release(tile_ring, i_tile, 1)
         i_part = i_slice * plan[2] + i_batch
         origin = (0, 0, (i_block * COUNT + OWN) * M)
         if not (BY_RESULT and GROUP == 1):
-            store_part(None, b_dv, DV, i_kv, i_part, origin, (1, 1, registers), plan[1], (1, 1, M), 1, DIM_V)
+            store_part(None, dvs, None, DV, i_kv, i_part, origin, (1, 1, registers), plan[1], (1, 1, M), 1, DIM_V)
         if not (BY_RESULT and GROUP == 0):
-            store_part(None, b_dk * scale, DK, i_kv, i_part, origin, (1, 1, registers), plan[1], (1, 1, M), 1, D)
+            store_part(None, dks, scale, DK, i_kv, i_part, origin, (1, 1, registers), plan[1], (1, 1, M), 1, D)
         i_tile += 1
         tile_id = await_tile(schedule, i_tile)
 
@@ -153,13 +150,13 @@ def register_worker(
     tile_ring, ring, schedule, q_desc, do_desc, lse_desc, delta_desc, k_desc, v_desc, DK, DV, TileCounter,
     plan, frames, registers, num_tiles, scale,
     BY_RESULT: gl.constexpr, COUNT: gl.constexpr, CHUNK: gl.constexpr, OFFSET: gl.constexpr, D: gl.constexpr,
-    BD: gl.constexpr, DIM_V: gl.constexpr, BDV: gl.constexpr, STAGES: gl.constexpr, WORKER: gl.constexpr,
+    DIM_V: gl.constexpr, STAGES: gl.constexpr, WORKER: gl.constexpr,
 ):  # fmt: skip
     """What the groups of warps do: the first two compute, the others load."""
     if WORKER < 2:
         register_consumer(
             tile_ring, ring, schedule, DK, DV, plan, registers, num_tiles, scale,
-            BY_RESULT, COUNT, CHUNK[0] * CHUNK[1] * CHUNK[2], D, BD, DIM_V, BDV, STAGES, WORKER,
+            BY_RESULT, COUNT, CHUNK[0] * CHUNK[1] * CHUNK[2], D, DIM_V, STAGES, WORKER,
         )  # fmt: skip
     elif WORKER == 2:
         register_tile_producer(tile_ring, schedule, TileCounter, (k_desc, v_desc), plan, num_tiles, COUNT)
@@ -174,8 +171,7 @@ def large_registers_kernel(
     DK, DV, TileCounter, lse_desc, delta_desc, q_desc, do_desc, k_desc, v_desc,
     steps, frames, images, group, kv_heads, registers, blocks, slices, num_tiles, scale,
     BY_RESULT: gl.constexpr, COUNT: gl.constexpr, CHUNK: gl.constexpr, OFFSET: gl.constexpr, D: gl.constexpr,
-    BD: gl.constexpr, DIM_V: gl.constexpr, BDV: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
-    REGISTERS: gl.constexpr,
+    DIM_V: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Sums of each slice for dK and dV of register tokens, ``[slices, images, registers, kv_heads, D]`` in fp32.
 
@@ -188,7 +184,7 @@ def large_registers_kernel(
         [
             (register_worker, (tile_ring, ring, schedule, q_desc, do_desc, lse_desc, delta_desc, k_desc, v_desc, DK, DV,
                                TileCounter, plan, frames, registers, num_tiles, scale, BY_RESULT, COUNT, CHUNK, OFFSET,
-                               D, BD, DIM_V, BDV, STAGES, WORKER))
+                               D, DIM_V, STAGES, WORKER))
             for WORKER in (0, 1, 2, 3)
         ],
         WARPS,
@@ -236,6 +232,5 @@ def prepare(config: RegisterTileConfig, p: Problem, grad_out: Layout, head_major
             *boxes_of_registers(p, ROWS),
         ],
         BY_RESULT=parts == 1, COUNT=parts, CHUNK=config.chunk, OFFSET=offset, D=p.key.shape[-1],
-        BD=head_width(p.key.shape[-1]), DIM_V=p.value.shape[-1], BDV=head_width(p.value.shape[-1]),
-        STAGES=config.stages, **config.work(2, 2),
+        DIM_V=p.value.shape[-1], STAGES=config.stages, **config.work(2, 2),
     )  # fmt: skip

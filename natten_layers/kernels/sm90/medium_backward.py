@@ -64,9 +64,6 @@ from .medium_parts import (
     by_parts,
     bytes_of,
     chunks_of,
-    finished,
-    halves,
-    new_sums,
     products_of_rows,
     start_chunk,
     start_products,
@@ -77,6 +74,7 @@ from .medium_parts import (
 )
 from .medium_tiling import MediumTileConfig, spec_of
 from .primitives import class_rows, load_grad_lse, load_lse, row_biases, spread, thread_barrier
+from .products import finished, new_sums, split_sums
 from .rings import new_barriers, new_stages, stage_of
 from .small_softmax import WARPS
 from .small_tiles import first_frame, own_tile, present_descriptors
@@ -362,7 +360,7 @@ def medium_dkv_kernel(
                 dks, dvs, keys, values, queries, grads, i_stage, lses, deltas, chunk, row_lo, row_size, count, p_biases,
                 kernel, scale * LOG2E, I_SLICE * SLICE, SLICE, CHUNK, RANK, PERIODIC,
             )  # fmt: skip
-        dks, dvs = halves(finished(dks + dvs))
+        dks, dvs = split_sums(finished(dks + dvs), len(dks))
         thread_barrier()  # stage and statistics have been read
         if n + STAGES < every:
             start_chunk(

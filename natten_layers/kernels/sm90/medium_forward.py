@@ -33,8 +33,6 @@ from .medium_parts import (
     by_parts,
     bytes_of,
     chunks_of,
-    finished,
-    new_sums,
     start_products,
     start_rows,
     start_seen_chunk,
@@ -43,6 +41,7 @@ from .medium_parts import (
 )
 from .medium_tiling import MediumTileConfig, spec_of
 from .primitives import class_rows, row_biases, thread_barrier
+from .products import finished, new_sums
 from .rings import new_barriers, new_stages, stage_of
 from .small_forward import NO_PREP
 from .small_nonfinite import attend_rows

@@ -57,10 +57,6 @@ from .medium_parts import (
     by_parts,
     bytes_of,
     chunks_of,
-    finished,
-    first_column,
-    halves,
-    new_sums,
     products_of_rows,
     rows_of,
     start_products,
@@ -68,10 +64,10 @@ from .medium_parts import (
     start_seen_chunk,
     start_store,
     start_sums,
-    sums_layout,
 )
 from .medium_tiling import MediumTileConfig, spec_of
 from .primitives import class_rows, load_lse, row_sinks, thread_barrier
+from .products import finished, first_column, new_sums, product_layout, split_sums
 from .rings import new_barriers, new_stages, stage_of
 from .small_forward import NO_PREP
 from .small_nonfinite import attend_rows
@@ -113,7 +109,7 @@ def loaded_rows(buffers):
     results = ()
     for PART in gl.static_range(len(buffers)):
         rows = rows_of(buffers[PART])
-        results = results + (rows.load(sums_layout(rows.shape[1])).to(gl.float32),)  # noqa: RUF005
+        results = results + (rows.load(product_layout(rows.shape[1])).to(gl.float32),)  # noqa: RUF005
     return results
 
 
@@ -265,7 +261,7 @@ def medium_jvp_kernel(
         if SAVED:
             dots = finished(dots)
         else:
-            sums, dots = halves(finished(sums + dots))
+            sums, dots = split_sums(finished(sums + dots), len(sums))
         thread_barrier()  # the stage has been read
         if n + STAGES < chunks:
             start_seen_chunk(

@@ -44,9 +44,10 @@ from .medium_pairs import (
     start_pair_sum,
     token_rows,
 )
-from .medium_parts import start_chunk, sums_layout
+from .medium_parts import start_chunk
 from .medium_tiling import MediumTileConfig, spec_of
 from .primitives import class_rows, load_grad_lse, load_lse, spread, store_rows, thread_barrier
+from .products import new_sum
 from .rings import new_barriers, new_stages, stage_of
 from .small_softmax import WARPS
 from .small_tiles import first_frame, own_tile
@@ -64,7 +65,7 @@ def store_scaled(Out, o_row, m_rows, b_rows, row_scale, D: gl.constexpr):
     LAYOUT: gl.constexpr = b_rows.type.layout
     ROW: gl.constexpr = gl.SliceLayout(1, LAYOUT)
     b_rows = b_rows * gl.convert_layout(row_scale, ROW)[:, None]
-    store_rows(Out, gl.convert_layout(o_row, ROW), gl.convert_layout(m_rows, ROW), b_rows, D, D, LAYOUT)
+    store_rows(Out, gl.convert_layout(o_row, ROW), gl.convert_layout(m_rows, ROW), b_rows, D, LAYOUT)
 
 
 @gluon.jit
@@ -126,7 +127,7 @@ def medium_pair_dq_kernel(
     row_lo, row_hi = windows_of(index, count, kernel, stride, CAUSAL, PERIODIC)
     row_size = row_sizes(row_lo, row_hi)
     inner = unravel(gl.arange(0, N, gl.SliceLayout(0, SCORES)), CHUNK[1], CHUNK[2])
-    b_dq, corner = gl.zeros([M, D], gl.float32, sums_layout(D)), lo
+    b_dq, corner = new_sum(M, D), lo
     for n in range(chunks):
         i_stage, phase = stage_of(n, STAGES)
         b_hidden = hidden_positions(corner, row_lo, row_size, inner, count, RANK, PERIODIC)
@@ -223,7 +224,7 @@ def medium_pair_dkv_kernel(
     row_dp = unit_of(gl.convert_layout(row_v_e, ROW)) * row_scale * do_unit
     row_lo, row_hi = queries_of(index, count, kernel, stride, CAUSAL, PERIODIC)
     row_size = row_sizes(row_lo, row_hi)
-    b_dk, b_dv = gl.zeros([M, D], gl.float32, sums_layout(D)), gl.zeros([M, D], gl.float32, sums_layout(D))
+    b_dk, b_dv = new_sum(M, D), new_sum(M, D)
     corner, head, left = lo, i_kv * group, chunks
     lse, delta = chunk_statistics(
         Lse, Delta, corner, head, i_batch, residue, count, dilation, length, heads, CHUNK, PERIODIC

@@ -41,9 +41,10 @@ from .descriptors import Boxes, Call, boxes_of, call_of, frames_of, key_boxes
 from .large_forward import initial_stats, row_maximum
 from .masked_keys import saved_maxima
 from .medium_chunks import chunks_over, hidden_positions, next_chunk
-from .medium_parts import chunk_of, start_chunk, sums_layout
+from .medium_parts import chunk_of, start_chunk
 from .medium_tiling import MediumTileConfig, spec_of
-from .primitives import class_rows, scores_layout, spread, start_product, store_rows, thread_barrier, wide_token_offset
+from .primitives import class_rows, spread, store_rows, thread_barrier, wide_token_offset
+from .products import product_layout, start_product
 from .rings import new_barriers, new_stages, stage_of
 from .small_forward import NO_PREP
 from .small_nonfinite import attend_rows
@@ -98,7 +99,7 @@ def held_pair(pair, N: gl.constexpr):
     Products that read both sides from shared memory are bound by its bandwidth, and without the tile in it three
     programs share a multiprocessor.
     """
-    LAYOUT: gl.constexpr = gl.DotOperandLayout(0, scores_layout(N), 2)
+    LAYOUT: gl.constexpr = gl.DotOperandLayout(0, product_layout(N), 2)
     return pair[0].load(LAYOUT), pair[1].load(LAYOUT)
 
 
@@ -123,7 +124,7 @@ def start_pair_sum(b_weights, rings, i_stage, FIRST: gl.constexpr = 0):
     N: gl.constexpr = b_weights.shape[1]
     b_hi, b_lo = chunk_of(rings[0], i_stage, FIRST, N), chunk_of(rings[1], i_stage, FIRST, N)
     D: gl.constexpr = b_hi.shape[1]
-    LAYOUT: gl.constexpr = sums_layout(D)
+    LAYOUT: gl.constexpr = product_layout(D)
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, LAYOUT, 2)
     w_hi, w_lo = to_pair(b_weights)
     w_hi, w_lo = gl.convert_layout(w_hi, WEIGHTS), gl.convert_layout(w_lo, WEIGHTS)
@@ -170,7 +171,7 @@ def medium_pair_forward_kernel(
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, N, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
     PARTS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, 8, 16])
-    SUMS: gl.constexpr = sums_layout(D)
+    SUMS: gl.constexpr = product_layout(D)
 
     i_batch, i_block, residue, count, origin = own_tile(length, dilation, tiles, blocks, TILE, SIDE)
     heads, i_kv = blocks * PACK, i_block * PACK // group
@@ -227,7 +228,7 @@ def medium_pair_forward_kernel(
             gl.convert_layout(o_row, gl.SliceLayout(1, SUMS)),
             gl.convert_layout(m_rows, gl.SliceLayout(1, SUMS)),
         )
-        store_rows(Out, o_out, m_out, b_out, D, D, SUMS)
+        store_rows(Out, o_out, m_out, b_out, D, SUMS)
         if SPEC.with_stats:
             row_sum = gl.convert_layout(row_l, ROW)
             gl.store(RowMax + o_row, saved_maxima(row_m, row_sum, None), mask=m_rows)

@@ -17,8 +17,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
 )
 from triton.experimental.gluon.language.nvidia.hopper.tma import (
     async_copy_global_to_shared,
@@ -29,20 +27,11 @@ from ..host.problem import Layout, Problem
 from .descriptors import Boxes, boxes_of, frames_of, key_boxes, query_boxes, register_boxes
 from .medium_chunks import first_register_at
 from .medium_tiling import COLUMN_PARTS, MediumTileConfig
-from .primitives import opaque_i32, start_product, thread_barrier
+from .primitives import opaque_i32, thread_barrier
+from .products import first_column, scaled_sum, start_product, start_sum
 from .rings import stage_of
 from .small_tiles import start_load
 from .walk import on_rings
-
-
-@gluon.constexpr_function
-def first_column(columns, part):
-    return sum(columns[:part])
-
-
-@gluon.constexpr_function
-def width_of(columns, part):
-    return columns[part]
 
 
 @gluon.constexpr_function
@@ -172,34 +161,6 @@ def start_products(buffers, rings, i_stage, b_acc, N: gl.constexpr, FIRST: gl.co
     return b_acc
 
 
-@gluon.constexpr_function
-def sums_layout(columns):
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
-
-
-@gluon.jit
-def new_sum(M: gl.constexpr, N: gl.constexpr):
-    LAYOUT: gl.constexpr = sums_layout(N)
-    return gl.zeros([M, N], gl.float32, LAYOUT)
-
-
-@gluon.jit
-def new_sums(M: gl.constexpr, COLUMNS: gl.constexpr):
-    sums = ()
-    for PART in gl.static_range(len(COLUMNS)):
-        sums = sums + (new_sum(M, width_of(COLUMNS, PART)),)  # noqa: RUF005
-    return sums
-
-
-@gluon.jit
-def start_sum(b_weights, b_chunk, b_sum, row_alpha):
-    LAYOUT: gl.constexpr = sums_layout(b_chunk.shape[1])
-    if row_alpha is not None:
-        b_sum = b_sum * gl.convert_layout(row_alpha, gl.SliceLayout(1, LAYOUT))[:, None]
-    b_weights = gl.convert_layout(b_weights, gl.DotOperandLayout(0, LAYOUT, 2))
-    return warpgroup_mma(b_weights, b_chunk, b_sum, is_async=True)
-
-
 @gluon.jit
 def start_sums(b_weights, rings, i_stage, sums, row_alpha, FIRST: gl.constexpr = 0):
     """Start to add rows of a chunk, from ``FIRST`` on, weighted by ``b_weights [M, N]``, to sums. These are multiplied
@@ -207,29 +168,11 @@ def start_sums(b_weights, rings, i_stage, sums, row_alpha, FIRST: gl.constexpr =
     """
     started = ()
     for PART in gl.static_range(len(sums)):
-        b_chunk = chunk_of(rings[PART], i_stage, FIRST, b_weights.shape[1])
-        started = started + (start_sum(b_weights, b_chunk, sums[PART], row_alpha),)  # noqa: RUF005
+        b_chunk, b_sum = chunk_of(rings[PART], i_stage, FIRST, b_weights.shape[1]), sums[PART]
+        if row_alpha is not None:
+            b_sum = scaled_sum(b_sum, row_alpha)
+        started = started + (start_sum(b_weights, b_chunk, b_sum),)  # noqa: RUF005
     return started
-
-
-@gluon.jit
-def finished(sums):
-    """Sums, once all products that have been started are done."""
-    done = warpgroup_mma_wait(0, deps=sums)
-    if len(sums) == 1:
-        done = (done,)
-    return done
-
-
-@gluon.jit
-def halves(x):
-    """The first and the second half of a tuple."""
-    first = ()
-    second = ()
-    for i in gl.static_range(len(x) // 2):
-        first = first + (x[i],)  # noqa: RUF005
-        second = second + (x[len(x) // 2 + i],)  # noqa: RUF005
-    return first, second
 
 
 @gluon.jit

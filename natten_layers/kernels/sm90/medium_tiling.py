@@ -13,7 +13,7 @@ import torch
 
 from ...geometry import query_bounds, window_bounds
 from ..host.problem import Problem, three_axes
-from ..host.tiling import Axis, Bounds, Box, Kind, boxes, executed, head_width
+from ..host.tiling import Axis, Bounds, Box, Kind, boxes, channel_parts, executed, head_width
 from .large_tiling import ends_inside
 from .small_tiling import Spec, most_packed
 
@@ -179,16 +179,10 @@ def bytes_of_lines(problem: Problem) -> int:
 
 
 def columns_of(problem: Problem) -> tuple[int, ...]:
-    """Columns that hold a head, as at most three powers of two, the largest first: 80 = 64 + 16. Pairs have twice a
-    head's.
-    """
+    """:func:`channel_parts` of a head; three at most. Pairs have twice a head's."""
     if problem.dtype == torch.float32:
         return problem.query.shape[-1], problem.query.shape[-1]
-    rest, parts = -(-problem.query.shape[-1] // 16) * 16, []
-    while rest:
-        parts.append(1 << (rest.bit_length() - 1))
-        rest -= parts[-1]
-    return tuple(parts)
+    return channel_parts(problem.query.shape[-1])
 
 
 def _tile_config(

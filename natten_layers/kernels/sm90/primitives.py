@@ -6,7 +6,6 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
 
 from ..portable.primitives import LOG2E, LOWEST
 from ..portable.windows import (
@@ -20,6 +19,7 @@ from ..portable.windows import (
     tokens_of,
     unravel,
 )
+from .products import column_slice, first_column, rests_of_rows, sum_widths, width_of
 
 thread_barrier = getattr(
     gl, "barrier" if hasattr(gl, "barrier") else "thread_barrier"
@@ -111,11 +111,12 @@ def row_biases(Rpb, index, head, kernel):
 
 
 @gluon.jit
-def store_rows(Out, o_row, m_rows, b_rows, D: gl.constexpr, BD: gl.constexpr, STORE: gl.constexpr):
-    """Store the first ``D`` of the ``BD`` channels of rows in a contiguous ``[rows, D]``."""
-    col = gl.arange(0, BD, gl.SliceLayout(0, STORE))[None, :]
+def store_rows(Out, o_row, m_rows, b_rows, D: gl.constexpr, STORE: gl.constexpr, FIRST: gl.constexpr = 0):
+    """Store columns of a contiguous ``[rows, D]``, from ``FIRST`` on; what is beyond the last is left out."""
+    COLUMNS: gl.constexpr = b_rows.shape[1]
+    col = FIRST + gl.arange(0, COLUMNS, gl.SliceLayout(0, STORE))[None, :]
     mask = m_rows[:, None]
-    if BD != D:
+    if FIRST + COLUMNS > D:
         mask = mask & (col < D)
     gl.store(Out + (o_row * D)[:, None] + col, b_rows, mask=mask)
 
@@ -131,31 +132,10 @@ def row_sinks(Sink, head, sink, SINK: gl.constexpr):
     return row_sink
 
 
-@gluon.constexpr_function
-def scores_layout(columns):
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
-
-
 @gluon.jit
-def start_product(b_rows, b_columns, b_acc):
-    """Start ``[M, D]``, in shared memory or in registers, times the transpose of ``[N, D]``, in shared memory, added to
-    ``b_acc`` if it is given.
-    """
-    M: gl.constexpr = b_rows.shape[0]
-    N: gl.constexpr = b_columns.shape[0]
-    SCORES: gl.constexpr = scores_layout(N)
-    if b_acc is None:
-        b_zero = gl.zeros([M, N], gl.float32, SCORES)
-        b_product = warpgroup_mma(b_rows, b_columns.permute((1, 0)), b_zero, use_acc=False, is_async=True)
-    else:
-        b_product = warpgroup_mma(b_rows, b_columns.permute((1, 0)), b_acc, is_async=True)
-    return b_product
-
-
-@gluon.jit
-def flag_nonfinite(Nonfinite, b_rows, m_rows):
+def flag_nonfinite(Nonfinite, sums, m_rows):
     """Set ``Nonfinite`` to 1 if a result of some row is not finite."""
-    flag_nan(Nonfinite, gl.sum(b_rows * 0.0, 1), m_rows)
+    flag_nan(Nonfinite, rests_of_rows(sums), m_rows)
 
 
 @gluon.jit
@@ -166,27 +146,49 @@ def flag_nan(Nonfinite, row_rest, m_rows):
 
 
 @gluon.jit
-def store_part(buffer, b_rows, Out, i_head, i_batch, origin, length, heads, PART: gl.constexpr, PACK: gl.constexpr,
-               D: gl.constexpr):  # fmt: skip
-    """Store the rows of a result for the part of a tile at ``origin``.
-
-    They pass through ``buffer``, shared memory that nothing needs any more, so that a warp writes whole rows; if it is
-    None they are stored from registers.
+def through_buffer(buffer, results, D: gl.constexpr):
+    """Slices of results as a matrix whose rows a warp can store whole, by way of shared memory that nothing needs any
+    more.
     """
-    BD: gl.constexpr = b_rows.shape[1]
-    b_rows = b_rows.to(Out.dtype.element_ty)
-    if buffer is not None:
-        STORE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BD, BD // 8], [4, 1], [1, 0])
-        buffer.store(b_rows)
-        b_rows = buffer.load(STORE)
-    store_part_rows(b_rows, Out, i_head, i_batch, origin, length, heads, PART, PACK, D)
+    BD: gl.constexpr = buffer.shape[1]
+    STORE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BD, BD // 8], [4, 1], [1, 0])
+    WIDTHS: gl.constexpr = sum_widths(D)
+    for i in gl.static_range(len(WIDTHS)):
+        column_slice(buffer, first_column(WIDTHS, i), width_of(WIDTHS, i)).store(results[i])
+    return buffer.load(STORE)
 
 
 @gluon.jit
-def store_part_rows(b_rows, Out, i_head, i_batch, origin, length, heads, PART: gl.constexpr, PACK: gl.constexpr,
+def store_part(buffer, sums, scale, Out, i_head, i_batch, origin, length, heads, PART: gl.constexpr, PACK: gl.constexpr,
+               D: gl.constexpr):  # fmt: skip
+    """Store sums, times ``scale`` unless that is None, for the part of a tile at ``origin``.
+
+    They pass through ``buffer``; if it is None they are stored from registers.
+    """
+    results = ()
+    for i in gl.static_range(len(sums)):
+        b_rows = sums[i]
+        if scale is not None:
+            b_rows = b_rows * scale
+        results = results + (b_rows.to(Out.dtype.element_ty),)  # noqa: RUF005
+    if buffer is not None:
+        results = (through_buffer(buffer, results, D),)
+    store_part_rows(results, Out, i_head, i_batch, origin, length, heads, PART, PACK, D)
+
+
+@gluon.jit
+def store_part_rows(results, Out, i_head, i_batch, origin, length, heads, PART: gl.constexpr, PACK: gl.constexpr,
                     D: gl.constexpr):  # fmt: skip
-    """Store the rows of a result for the part of a tile at ``origin`` from registers, in the layout that they have."""
+    """Store slices of results for the part of a tile at ``origin`` from registers, in the layouts that they have."""
+    WIDTHS: gl.constexpr = sum_widths(D)
+    for i in gl.static_range(len(results)):
+        store_slice(results[i], Out, i_head, i_batch, origin, length, heads, PART, PACK, D, first_column(WIDTHS, i))
+
+
+@gluon.jit
+def store_slice(b_rows, Out, i_head, i_batch, origin, length, heads, PART: gl.constexpr, PACK: gl.constexpr,
+                D: gl.constexpr, FIRST: gl.constexpr):  # fmt: skip
     STORE: gl.constexpr = b_rows.type.layout
     position, head = part_rows(PART, PACK, gl.SliceLayout(1, STORE))
     m_rows, o_row = output_rows(position, i_head * PACK + head, i_batch, origin, length, heads)
-    store_rows(Out, o_row, m_rows, b_rows, D, b_rows.shape[1], STORE)
+    store_rows(Out, o_row, m_rows, b_rows, D, STORE, FIRST)

@@ -275,7 +275,7 @@ def small_dq_kernel(
         if masked:
             b_dq = gl.where(row_sees[:, None], b_dq, 0.0)
     if Nonfinite is not None:
-        flag_nonfinite(Nonfinite, b_dq, m_rows)
+        flag_nonfinite(Nonfinite, (b_dq,), m_rows)
     if sample is None:
         start_store((b_dq * scale).to(q_desc.dtype), buffer, dq_desc, q_corner)
         store_wait(0)
