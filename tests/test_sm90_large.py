@@ -713,7 +713,7 @@ def test_gradients_of_large_windows_take_it(monkeypatch: pytest.MonkeyPatch) -> 
         return [choice.plan if choice.variant.name == variants.LARGE else None for choice in chosen[:2]]
 
     query, key = both(problem.query)
-    assert (query.tile, query.pack) == ((1, 1, 32), 4)
+    assert (query.tile, query.pack) == ((1, 1, 48), 4)
     assert (key.tile, key.chunk) == ((1, 1, 128), (1, 1, 64))
     expanded = problem.query._replace(stride=(0, 0, 0, 0))  # like the gradient of a sum
     assert both(expanded) == [None, None]

@@ -82,14 +82,20 @@ class Plan(NamedTuple):
     cost: float
     """Relative time of a score, from windows of 11x11x11, 21x21 and 18x24x24 on an H200 (``docs/profiles.md``)."""
     skip: bool
+    on_line: bool = False
+    """Whether only windows on one axis take it, where parts of a tile see nearly the same chunks."""
 
 
-# By columns of a head in shared memory. Accumulators and scores of a group must fit into the registers of its threads.
-FORWARD = {64: (Plan(2, 128, 1.0, False), Plan(2, 128, 0.96, True), Plan(3, 128, 0.88, True), Plan(4, 64, 0.93, True)),
+# By the most channels of a head. Accumulators and scores of a group must fit into the registers of its threads. On one
+# axis (4096 keys of 128 channels, 2047 of 64, causal) smaller chunks for more groups take dQ from 1.60 to 1.43 ms, and
+# the forward from 0.64 to 0.60; of 96 channels, dQ from 0.94 to 0.97.
+FORWARD = {64: (Plan(2, 128, 1.0, False), Plan(2, 128, 0.96, True), Plan(3, 128, 0.88, True), Plan(4, 64, 0.93, True),
+                Plan(4, 64, 0.97, False, on_line=True)),
            128: (Plan(2, 128, 1.0, False), Plan(2, 128, 1.01, True)),
            256: (Plan(2, 64, 1.0, False),)}  # fmt: skip
 QUERY_GRADIENT = {64: (Plan(2, 128, 1.0, False), Plan(2, 128, 0.95, True), Plan(3, 64, 0.99, True)),
-                  128: (Plan(2, 128, 1.0, False), Plan(2, 128, 1.01, True)),
+                  96: (Plan(2, 128, 1.0, False), Plan(2, 128, 1.01, True)),
+                  128: (Plan(2, 128, 1.0, False), Plan(2, 128, 1.01, True), Plan(3, 64, 0.93, False, on_line=True)),
                   256: (Plan(2, 32, 1.0, False),)}  # fmt: skip
 KEY_GRADIENTS = {64: (Plan(2, 64, 1.0, False), Plan(2, 64, 0.95, True)),
                  128: (Plan(2, 64, 1.0, False), Plan(2, 64, 1.01, True)),
@@ -171,9 +177,10 @@ def width_of(problem: Problem) -> int:
 
 def buffered_tiles(problem: Problem) -> int:
     """Buffers for tiles of keys in the kernel of dK and dV. With two, a group need not wait for the others before its
-    next tile; in 1-D the loop would then spill registers.
+    next tile, but the loop spills registers in 1-D and with heads of more than 64 channels (of 128, windows of
+    18x24x24 with strides took 49.7 and now 46.6 ms, 80x80 18.2 and 17.4, 40x40 1.66 and 1.54).
     """
-    return 2 if problem.rank > 1 and not is_wide(problem) else 1
+    return 2 if problem.rank > 1 and width_of(problem) <= 64 else 1
 
 
 def tile_config(
@@ -181,8 +188,10 @@ def tile_config(
 ) -> LargeTileConfig:
     """The cheapest plan; ``buffers`` tensors like the tile are kept in shared memory."""
     width, keys = width_of(problem), bounds is query_bounds
+    channels = max(problem.query.shape[-1], problem.value.shape[-1])
     alignment, batch = ALIGNMENT if keys else 1, problem.query.shape[0]
-    suitable = tuple(plan for plan in plans[width] if problem.rank > 1 or not plan.skip)
+    known = next(plans[most] for most in sorted(plans) if channels <= most)
+    suitable = tuple(plan for plan in known if not (plan.skip if problem.rank == 1 else plan.on_line))
     if problem.packing is not None:  # tiles lie on the line of all tokens, whatever the lengths of samples
         plan = suitable[0]
         part, groups, chunk = (1, 1, ROWS // pack), (1, 1, plan.groups), (1, 1, plan.columns)
