@@ -37,7 +37,7 @@ from ..portable.windows import SAMPLE_FIELDS, is_empty, shifted, union_of_window
 from . import large_tiling
 from .descriptors import Call, boxes_of_registers, call_of, key_boxes, multiprocessors, query_boxes
 from .large_tiling import LargeTileConfig
-from .primitives import flag_nan, output_rows, part_rows, store_part_rows, through_buffer
+from .primitives import by_rows, flag_nan, output_rows, part_rows, store_part_rows, through_buffer
 from .products import (
     finished,
     new_sums,
@@ -296,6 +296,8 @@ def q_consumer(
             # Results pass through the buffer of the queries, so that a warp writes whole rows.
             results = (through_buffer(b_q, results, DV),)
             fence_async_shared()
+        else:
+            results = by_rows(results)
         release(q_ring, i_tile, TILES)
         i_tile += 1
 

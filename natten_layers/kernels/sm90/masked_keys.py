@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from ..portable.primitives import LN2, LOG2E, LOWEST
 from ..portable.windows import clamped, shifted, unravel
-from .primitives import spread, thread_barrier, wide_token_offset
+from .primitives import copy_layout, spread, thread_barrier, wide_token_offset
 from .walk import on_rings
 
 
@@ -143,7 +143,7 @@ def clear_rows(buffer, flags):
     N: gl.constexpr = buffer.shape[0]
     D: gl.constexpr = buffer.shape[1]
     ROWS: gl.constexpr = min(N, 2048 // D)
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [gl.num_warps(), 1], [1, 0])
+    LAYOUT: gl.constexpr = copy_layout(D, gl.num_warps())
     b_zero = gl.zeros([ROWS, D], buffer.dtype, LAYOUT)
     for I_SLICE in gl.static_range(N // ROWS):
         rows = buffer.slice(I_SLICE * ROWS, ROWS)

@@ -27,7 +27,7 @@ from ..host.problem import Layout, Problem
 from .descriptors import Boxes, boxes_of, frames_of, key_boxes, query_boxes, register_boxes
 from .medium_chunks import first_register_at
 from .medium_tiling import COLUMN_PARTS, MediumTileConfig
-from .primitives import opaque_i32, thread_barrier
+from .primitives import copy_layout, opaque_i32, thread_barrier
 from .products import first_column, scaled_sum, start_product, start_sum
 from .rings import stage_of
 from .small_tiles import start_load
@@ -111,7 +111,7 @@ def rows_of(buffer):
 def products_of_columns(X, o_rows, m_rows, buffer, FIRST: gl.constexpr, D: gl.constexpr, ROW: gl.constexpr):
     """``products_of_rows`` of some columns, from ``FIRST`` on, which lie in one buffer."""
     COLUMNS: gl.constexpr = buffer.shape[4]
-    LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [256 // COLUMNS, COLUMNS // 8], [gl.num_warps(), 1], [1, 0])
+    LOAD: gl.constexpr = copy_layout(COLUMNS, gl.num_warps())
     col = FIRST + gl.arange(0, COLUMNS, gl.SliceLayout(0, LOAD))[None, :]
     o_rows = gl.convert_layout(o_rows, gl.SliceLayout(1, LOAD))[:, None]
     m_rows = gl.convert_layout(m_rows, gl.SliceLayout(1, LOAD))[:, None]

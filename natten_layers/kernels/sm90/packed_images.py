@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 from ..host.problem import Inputs, Layout, Problem
 from ..host.tiling import Box
 from ..portable.windows import SAMPLE_FIELDS, inside_axes, shifted, unravel
-from .primitives import opaque_i32, part_keys, shifted_along, thread_barrier
+from .primitives import copy_layout, opaque_i32, part_keys, shifted_along, thread_barrier
 
 
 class PackedTensors(NamedTuple):
@@ -122,12 +122,6 @@ def new_rows(X, ROWS: gl.constexpr, BD: gl.constexpr):
     """A buffer for rows ``[ROWS, BD]`` of a tensor."""
     LAYOUT: gl.constexpr = rows_layout(BD)
     return gl.allocate_shared_memory(X.dtype.element_ty, [ROWS, BD], LAYOUT)
-
-
-@gluon.constexpr_function
-def copy_layout(columns, warps):
-    """Threads of a copy of rows: each takes 16 bytes at a time."""
-    return gl.BlockedLayout([1, 8], [256 // columns, columns // 8], [warps, 1], [1, 0])
 
 
 @gluon.jit

@@ -145,17 +145,28 @@ def flag_nan(Nonfinite, row_rest, m_rows):
     gl.store(Nonfinite + m_rows.to(gl.int32) * 0, 1, mask=m_rows & ~(gl.abs(row_rest) >= 0.0))
 
 
+@gluon.constexpr_function
+def copy_layout(columns, warps):
+    """Of rows of elements of two bytes that warps load or store: each thread takes 16 bytes at a time."""
+    return gl.BlockedLayout([1, 8], [256 // columns, columns // 8], [warps, 1], [1, 0])
+
+
+@gluon.jit
+def by_rows(results):
+    """Results as a warp stores them fastest. (``through_buffer`` takes no shared memory of its own.)"""
+    converted = ()
+    for i in gl.static_range(len(results)):
+        converted = converted + (gl.convert_layout(results[i], copy_layout(results[i].shape[1], 4)),)  # noqa: RUF005
+    return converted
+
+
 @gluon.jit
 def through_buffer(buffer, results, D: gl.constexpr):
-    """Slices of results as a matrix whose rows a warp can store whole, by way of shared memory that nothing needs any
-    more.
-    """
-    BD: gl.constexpr = buffer.shape[1]
-    STORE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BD, BD // 8], [4, 1], [1, 0])
+    """The same for slices of ``D`` channels, as one matrix, by way of shared memory that nothing needs any more."""
     WIDTHS: gl.constexpr = sum_widths(D)
     for i in gl.static_range(len(WIDTHS)):
         column_slice(buffer, first_column(WIDTHS, i), width_of(WIDTHS, i)).store(results[i])
-    return buffer.load(STORE)
+    return buffer.load(copy_layout(buffer.shape[1], 4))
 
 
 @gluon.jit

@@ -66,13 +66,7 @@ from .packed_images import (
     store_tile,
 )
 from .packed_repair import new_flag, repair_key
-from .primitives import (
-    opaque_i32,
-    part_keys,
-    shifted_along,
-    spread,
-    thread_barrier,
-)
+from .primitives import copy_layout, opaque_i32, part_keys, shifted_along, spread, thread_barrier
 from .rings import new_barriers
 from .small_softmax import WARPS, part_mask
 from .small_tiles import (
@@ -362,7 +356,7 @@ def small_dkv_kernel(
         store_tile(b_k, b_dk * scale, packed.grad_key, i_kv, origin, sample, kv_heads, SPEC)
         store_tile(b_v, b_dv, packed.grad_value, i_kv, origin, sample, kv_heads, SPEC)
     if Nonfinite is not None:
-        LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BD, BD // 8], [gl.num_warps(), 1], [1, 0])
+        LOAD: gl.constexpr = copy_layout(BD, gl.num_warps())
         row_rest = gl.sum(b_k.load(LOAD).to(gl.float32) * 0.0 + b_v.load(LOAD).to(gl.float32) * 0.0, 1)
         flag = gl.full([M], 0, gl.int32, row_rest.type.layout)
         gl.store(Nonfinite + flag, 1, mask=~(gl.abs(row_rest) >= 0.0))

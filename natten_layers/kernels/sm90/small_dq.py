@@ -65,14 +65,7 @@ from .packed_images import (
     store_tile,
 )
 from .packed_repair import new_flag, repair_query
-from .primitives import (
-    class_rows,
-    flag_nonfinite,
-    load_grad_lse,
-    load_lse,
-    part_rows,
-    shifted_along,
-)
+from .primitives import class_rows, copy_layout, flag_nonfinite, load_grad_lse, load_lse, part_rows, shifted_along
 from .rings import new_barriers
 from .small_forward import (
     clear_masked,
@@ -168,7 +161,7 @@ def small_dq_kernel(
     M: gl.constexpr = SPEC.rows
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BD, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, OUT)
-    LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BD, BD // 8], [gl.num_warps(), 1], [1, 0])
+    LOAD: gl.constexpr = copy_layout(BD, gl.num_warps())
 
     i_batch, i_block, residue, count, origin = own_tile(length, dilation, tiles, blocks, TILE)
     sample = None

@@ -47,7 +47,7 @@ from .packed_images import (
     start_tile,
     store_tile,
 )
-from .primitives import class_rows, part_keys, row_sinks, shifted_along
+from .primitives import class_rows, copy_layout, part_keys, row_sinks, shifted_along
 from .rings import new_barriers
 from .small_nonfinite import attend_rows
 from .small_softmax import (
@@ -225,7 +225,7 @@ def small_forward_kernel(
     SINK: gl.constexpr = SPEC.sink
     EIGHTHS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, 8, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, EIGHTHS)
-    ZERO: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BD, BD // 8], [gl.num_warps(), 1], [1, 0])
+    ZERO: gl.constexpr = copy_layout(BD, gl.num_warps())
 
     i_batch, i_block, residue, count, origin = own_tile(length, dilation, tiles, blocks, TILE)
     sample = None
