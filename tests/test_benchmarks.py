@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
+import benchmarks
 from benchmarks import (
     attention,
     bias,
@@ -1024,3 +1025,13 @@ def test_the_record_equals_itself() -> None:
     changes = regression.compare(record, record)
     assert len(changes) == len([row for row in record["rows"] if row["peer"] == implementations.OURS])
     assert all(change.beside_floor == 1 and change.beside_peers in (1, None) for change in changes)
+
+
+def test_the_page_on_benchmarks_says_what_each_record_was_made_from() -> None:
+    page = Path(benchmarks.__file__).with_name("README.md").read_text()
+    records = list(regression.RECORD.parent.glob("*.json"))
+    assert records
+    for record in records:
+        commit = json.loads(record.read_text())["environment"]["commit"]
+        assert f"`{record.stem}`" in page, record.stem
+        assert commit[:7] in page, record.stem

@@ -87,8 +87,8 @@ class Plan(NamedTuple):
 
 
 # By the most channels of a head. Accumulators and scores of a group must fit into the registers of its threads. On one
-# axis (4096 keys of 128 channels, 2047 of 64, causal) smaller chunks for more groups take dQ from 1.60 to 1.43 ms, and
-# the forward from 0.64 to 0.60; of 96 channels, dQ from 0.94 to 0.97.
+# axis (4096 keys of 128 channels, 2047 of 64, causal) smaller chunks for more groups take dQ from 1.52 to 1.44 ms, and
+# the forward from 0.66 to 0.61; of 96 channels, dQ from 0.94 to 0.97.
 FORWARD = {64: (Plan(2, 128, 1.0, False), Plan(2, 128, 0.96, True), Plan(3, 128, 0.88, True), Plan(4, 64, 0.93, True),
                 Plan(4, 64, 0.97, False, on_line=True)),
            128: (Plan(2, 128, 1.0, False), Plan(2, 128, 1.01, True)),
@@ -178,7 +178,7 @@ def width_of(problem: Problem) -> int:
 def buffered_tiles(problem: Problem) -> int:
     """Buffers for tiles of keys in the kernel of dK and dV. With two, a group need not wait for the others before its
     next tile, but the loop spills registers in 1-D and with heads of more than 64 channels (of 128, windows of
-    18x24x24 with strides took 49.7 and now 46.6 ms, 80x80 18.2 and 17.4, 40x40 1.66 and 1.54).
+    18x24x24 with strides took 49.7 and now 46.9 ms, 80x80 18.1 and 17.4, 40x40 1.65 and 1.55).
     """
     return 2 if problem.rank > 1 and width_of(problem) <= 64 else 1
 
