@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from .jpeg import ends_in_grey, lacks_pixels
-from .running import one_line
+from .running import reason
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 """Pillow's names of pixels, by their channels"""
@@ -36,7 +36,7 @@ def open_image(path: Path, channels: int) -> Image.Image:
     try:
         return decode(path, channels)
     except Exception as error:  # of the many kinds that decoders raise
-        raise UnreadableError(f"{path} cannot be read as an image: {one_line(error)}") from error
+        raise UnreadableError(f"{path} cannot be read as an image: {why_unreadable(error)}") from error
 
 
 def decode(file: Path | bytes, channels: int) -> Image.Image:
@@ -54,6 +54,11 @@ def decode(file: Path | bytes, channels: int) -> Image.Image:
         return converted
 
 
+def why_unreadable(error: Exception) -> str:
+    """What a decoder says, for a message that names the image, which Pillow names again where it knows no format."""
+    return "it begins like no image that Pillow knows" if isinstance(error, UnidentifiedImageError) else reason(error)
+
+
 def problem_of(path: Path, channels: int) -> str:
     """What :func:`open_image` would say; decodes only where a look at the file does not tell.
 
@@ -69,9 +74,9 @@ def problem_of(path: Path, channels: int) -> str:
                 image.verify()  # sums over all of its chunks, which decoding does not look at
             if image.format == "JPEG" and _ends_as_jpeg(path):
                 return ""
-        open_image(path, channels)
+        decode(path, channels)
     except Exception as error:
-        return f"{path} ({one_line(error).removeprefix(f'{path} cannot be read as an image: ')})"
+        return f"{path} ({why_unreadable(error)})"
     return ""
 
 

@@ -195,16 +195,17 @@ class Trainer:
     def load(self, path: Path) -> None:
         try:
             state = load_plain(path)
+        except FileNotFoundError:
+            raise ValueError(f"{path} does not exist: leave --resume out to start") from None
+        try:
             parts = "model", "optimizer", "step", "config"
             if missing := [name for name in parts if name not in state]:
                 raise ValueError(f"it lacks {', '.join(missing)}")
             model, optimizer, step, config = (state[name] for name in parts)
             if not isinstance(step, int) or not isinstance(config, dict):
                 raise TypeError(f"its step is {step!r:.50}, its config {config!r:.50}")
-        except FileNotFoundError:
-            raise ValueError(f"{path} does not exist: leave --resume out to start") from None
         except Exception as error:
-            raise ValueError(f"{path} is damaged or no checkpoint of this command: {one_line(error)}") from error
+            raise ValueError(f"{path} is no checkpoint of this command: {one_line(error)}") from error
         if config != asdict(self.config):
             here = asdict(self.config)
             differ = [

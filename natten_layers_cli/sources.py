@@ -12,7 +12,17 @@ from torch import Tensor
 from natten_layers.io.schema import check_keys
 
 from .folders import Folder, scan, some
-from .images import MODES, Fit, UnreadableError, centre_crop, decode, open_image, resize_to_cover, to_tensor
+from .images import (
+    MODES,
+    Fit,
+    UnreadableError,
+    centre_crop,
+    decode,
+    open_image,
+    resize_to_cover,
+    to_tensor,
+    why_unreadable,
+)
 from .running import one_line, tell
 
 MOST_UNREADABLE = 50
@@ -139,7 +149,7 @@ class HuggingFace:
             file = Path(path) if content is None else content
             image = self.fit(decode(file, self.channels), self.size)
         except Exception as error:  # of the many kinds that decoders raise
-            raise UnreadableError(f"image {index} of {self.name} cannot be read: {one_line(error)}") from error
+            raise UnreadableError(f"image {index} of {self.name} cannot be read: {why_unreadable(error)}") from error
         return to_tensor(image), 0 if self.class_key is None else row[self.class_key]
 
 

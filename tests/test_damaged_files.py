@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from distribution import MODEL
+from hdit_runs import cut
 from hypothesis import given
 from hypothesis import strategies as st
 from test_files import JSON, drawn, places_in
@@ -197,8 +198,18 @@ def answers_in_one_line(damage: Damage, folder: Path, capsys: pytest.CaptureFixt
         assert "step/s]" not in lines[0], "it stands behind a progress bar"
         assert lines[0] == error.splitlines()[-1]
         assert len(lines[0]) < 3000
+        assert lines[0].count(str(folder / damage.file)) <= 1, lines[0]
         return lines[0]
     return ""
+
+
+@pytest.mark.parametrize("damage", [d for d in DAMAGES if d.file.endswith((".pth", ".pt", ".safetensors"))], ids=str)
+def test_a_file_that_was_cut_is_named_once(
+    damage: Damage, good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(good, tmp_path / "files"))
+    cut(folder / damage.file)
+    assert answers_in_one_line(damage, folder, capsys).count(str(folder / damage.file)) == 1
 
 
 @pytest.mark.parametrize("key", ["exp_avg", "step"])
