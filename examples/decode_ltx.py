@@ -65,7 +65,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         vars(arguments).update(TINY_VIDEO)
     check_device(parser, arguments.device)
     if arguments.save is not None:
-        check_output(parser, "--save", arguments.save)
+        check_output(parser, "--save", arguments.save, [".pt", ".pth"])
     return arguments
 
 

@@ -18,7 +18,7 @@ from natten_layers.convert import convert_file
 from natten_layers.io.checkpoints import WEIGHTS, hdit_file
 from natten_layers.modules.hdit_config import HDiTConfig
 
-from .running import Parser, check_output, run_command
+from .running import Parser, check_output, check_output_folder, run_command
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -39,6 +39,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         target = hdit_file(args.target)
     except ValueError as error:
         parser.error(str(error))
+    if target != args.target:
+        check_output_folder(parser, "TARGET", args.target, "a file that ends with .safetensors")
     check_output(parser, "TARGET", target)
     source = args.source / WEIGHTS if args.source.is_dir() else args.source
     if target.exists() and source.exists() and source.samefile(target):

@@ -70,7 +70,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if arguments.weights and arguments.features != INCEPTION:
         parser.error(f"--weights are of --features {INCEPTION}")
     if arguments.output:
-        check_output(parser, "--output", arguments.output)
+        check_output(parser, "--output", arguments.output, [".json"])
     return arguments
 
 

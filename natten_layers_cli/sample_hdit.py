@@ -36,6 +36,7 @@ from .running import (
     Parser,
     check_device,
     check_output,
+    check_output_folder,
     list_length,
     run_command,
     running_alone,
@@ -276,7 +277,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--reproduce makes what its grid says: leave --{beside[0].replace('_', '-')} away")
     if {"output", "out"} <= given:
         parser.error("--out writes single images and --output a grid: leave one of them away")
-    if not (arguments.reproduce or arguments.out):
+    if arguments.out:
+        check_output_folder(parser, "--out", arguments.out, "a grid with --output")
+    elif not arguments.reproduce:
         check_output(parser, "--output", arguments.output, [".png"])  # which holds how the grid was made
     return arguments
 

@@ -21,7 +21,6 @@ import pytest
 import torch
 from tqdm import tqdm
 
-import compare_steps
 from natten_layers.modules.llm import DecoderLM, DecoderLMConfig
 from natten_layers_cli import convert, evaluate, generate, lm_trainer, sample_hdit, train_hdit, train_lm, tune
 from natten_layers_cli.lm_trainer import Trainer
@@ -548,27 +547,6 @@ def test_counts_name_their_flags(
     with pytest.raises(SystemExit, match="2"):
         main(arguments.split())
     assert f"error: {message}" in capsys.readouterr().err.splitlines()[-1]
-
-
-@pytest.mark.parametrize(
-    ("main", "arguments", "said"),
-    [
-        (compare_steps.run, "nowhere:1 --device cpu --output FILE", "--output"),
-        (convert.main, "nowhere FILE --group-size 2", "TARGET"),
-        (evaluate.main, "nowhere nowhere --device cpu --output FILE", "--output"),
-        (sample_hdit.main, "nowhere --device cpu --output FILE", "--output"),
-    ],
-)
-def test_files_that_cannot_be_written_are_refused_before_anything_is_read(
-    main: Callable[[list[str]], int], arguments: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "file").touch()
-    path = tmp_path / "file" / "x.png"
-    with pytest.raises(SystemExit, match="2"):
-        main(arguments.replace("FILE", str(path)).split())
-    written = path / "model.safetensors" if main == convert.main else path
-    error = f"error: {said} {written}: nothing can be written to {tmp_path / 'file'}"
-    assert error in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_what_commands_answer(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
