@@ -534,6 +534,7 @@ def loads_or_names_itself(load: Callable[[Path], object], path: Path) -> None:
     else:
         return
     assert path.name in message or str(path.parent) in message, message
+    assert message.count(str(path)) <= 1, message
     assert len(message) < 3000
     message.encode()  # can be printed
 

@@ -357,7 +357,9 @@ def test_a_damaged_file_ends_the_command_before_the_search(cache: Path, capsys: 
     cache.write_text("{")
     with pytest.warns(UserWarning, match="is damaged"):
         assert command.main(FLAGS, timer=lambda run: pytest.fail("a search began")) == 2
-    assert "delete it and tune again" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "delete it and tune again" in error
+    assert error.count(str(cache)) == 1
     assert cache.read_text() == "{"
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
-from ...io.files import read_json, replacing
+from ...io.files import parse_json, read_beginning, replacing
 from ...io.schema import build
 from ...wording import shorten
 from .tiling import Kind, ProblemClass, TileConfig, rule
@@ -207,7 +207,7 @@ def read_tuned(path: Path) -> Tuned:
         ValueError: the file is damaged or has another format.
     """
     try:
-        content = read_json(path)
+        content = parse_json(read_beginning(path), "it")
         if content.get("format") != FORMAT:
             raise ValueError(f"format {shorten(content.get('format'))}, expected {FORMAT}")
         configs = dict(_parse_entry(*entry) for entry in _entries("configs", content.get("configs")))
