@@ -14,6 +14,7 @@ from .arguments import as_autocast
 from .checks import (
     DTYPES,
     check_additional,
+    check_flags,
     check_like,
     check_pair,
     check_scale,
@@ -128,6 +129,7 @@ def cached_attention(
         ValueError: an argument does not fit; the message names it and the values.
         RuntimeError: ``impl="fused"``, but the fused kernel cannot run.
     """
+    check_flags(return_lse=return_lse)
     query, key, value, additional_keys, additional_values = as_autocast(
         query, key, value, additional_keys, additional_values
     )

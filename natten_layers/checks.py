@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .eager import autocasts
-from .geometry import AXES
+from .geometry import AXES, without_numpy
 from .head_axes import expand_registers
 from .kernels.ops.transforms import tangent_of
 from .wording import count_or_one, shorten, with_type
@@ -20,6 +20,7 @@ __all__ = [
     "DTYPES",
     "check_additional",
     "check_dense",
+    "check_flags",
     "check_key_mask",
     "check_kind",
     "check_like",
@@ -68,6 +69,13 @@ def check_dense(name: str, tensor: object) -> None:
         )
     if tensor.layout != torch.strided:
         raise ValueError(f"{name} has layout {tensor.layout}, which is not supported; pass {name}.to_dense()")
+
+
+def check_flags(**flags: object) -> None:
+    """Raise a ValueError for what is no bool: a text, such as the "false" of a config, would count as true."""
+    for name, value in flags.items():
+        if not isinstance(value, bool) and without_numpy(value, bool) is value:
+            raise ValueError(f"{name} must be True or False, got {with_type(value)}")
 
 
 def check_pair(additional_keys: object, additional_values: object) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import Axes, Call, prepare, with_bias
+from .checks import check_flags
 from .kernels.host.card import card_of
 from .kernels.host.qk_prep import QKPrepKind
 from .kernels.ops import attention as attention_ops
@@ -168,6 +169,8 @@ def explain_call(
     prep: QKPrepKind | None = None,
 ) -> Explanation:
     """:func:`explain` for prepared arguments, whose queries and keys are normalised and rotated as ``prep`` says."""
+    optional = {"needs_grad": needs_grad, "forward_mode": forward_mode}
+    check_flags(return_lse=return_lse, **{name: flag for name, flag in optional.items() if flag is not None})
     card = card_of(device)
     forward_mode = is_forward_mode() if forward_mode is None else forward_mode
     reason = why_eager(impl, call.inputs.query, partial(call.why_not_fused, forward_mode, card), card)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import eager
 from .arguments import Axes, Call, prepare, with_bias
-from .checks import check_dense
+from .checks import check_dense, check_flags
 from .kernels.host.card import Card
 from .kernels.ops import attention as attention_ops
 from .kernels.ops.define import call_uncompiled, check_tangent
@@ -197,6 +197,7 @@ def neighborhood_attention(
         ValueError: an argument does not fit; the message names it, the axis and the values.
         RuntimeError: ``impl="fused"``, but the fused kernels cannot run.
     """
+    check_flags(return_lse=return_lse)
     call = prepare(
         query, key, value, kernel_size, stride, dilation, is_causal, scale, additional_keys, additional_values, sink,
         is_periodic, key_mask,

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .arguments import Axes, Call, prepare_packed
+from .checks import check_flags
 from .geometry import is_per_axis
 from .operations import Impl, attend, attend_with_lse
 from .wording import shorten, with_type
@@ -121,6 +122,7 @@ def neighborhood_attention_varlen(
         ValueError: an argument does not fit, as shapes that do not add up to ``N`` tokens.
         RuntimeError: ``impl="fused"``, but the fused kernels cannot run.
     """
+    check_flags(return_lse=return_lse)
     call, offsets = prepare_samples(
         query, key, value, shapes, cu_seqlens, kernel_size, stride, dilation, is_causal, scale, additional_keys,
         additional_values, sink, is_periodic, key_mask,

@@ -6,7 +6,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,12 @@ from natten_layers import (
     attention_state,
     cached_attention,
     eager,
+    explain,
     merge_attention,
     neighborhood_attention,
     neighborhood_attention_varlen,
 )
+from natten_layers.functional import attention, na1d
 from natten_layers.kernels.ops import attention as attention_ops
 from natten_layers.operations import Impl
 
@@ -410,6 +412,36 @@ def test_what_is_no_tensor_is_named(name: str):
     arguments: Any = {"query": query, "key": key, "value": value}
     with raises_naming(f"{name} must be a tensor", "None"):
         attention_state(**arguments | {name: None}, kernel_size=3)
+
+
+IMAGES = torch.zeros(1, 8, 2, 8)
+TOKENS, PLACES = IMAGES[0], torch.arange(8)[None]
+"""eight tokens in a batch of one, and packed"""
+
+
+@pytest.mark.parametrize("wrong", ["no", 1, torch.tensor(True)], ids=str)
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda **flag: neighborhood_attention(IMAGES, IMAGES, IMAGES, 3, **flag), "return_lse"),
+        (lambda **flag: neighborhood_attention_varlen(TOKENS, TOKENS, TOKENS, [(8,)], 3, **flag), "return_lse"),
+        (lambda **flag: cached_attention(IMAGES, IMAGES, IMAGES, PLACES, PLACES, **flag), "return_lse"),
+        (lambda **flag: na1d(IMAGES, IMAGES, IMAGES, 3, **flag), "return_lse"),
+        *((lambda **flag: attention(IMAGES, IMAGES, IMAGES, **flag), name) for name in ("is_causal", "return_lse")),
+        *(
+            (lambda **flag: explain(IMAGES, IMAGES, IMAGES, 3, **flag), name)
+            for name in ("return_lse", "needs_grad", "forward_mode")
+        ),
+        *(
+            (lambda **flag: NeighborhoodGQA(16, 2, (3,)).explain(torch.zeros(1, 8, 16), **flag), name)
+            for name in ("needs_grad", "forward_mode")
+        ),
+    ],
+)
+def test_what_is_no_bool_is_not_taken_for_one(call: Callable[..., object], name: str, wrong: object) -> None:
+    with pytest.raises(ValueError, match=f"^{name} must be True or False, got "):
+        call(**{name: wrong})
+    call(**{name: np.bool_(True)})
 
 
 def test_numbers_of_numpy_are_numbers():

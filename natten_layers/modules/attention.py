@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from ..arguments import prepare, prepare_packed
 from ..cached import cached_attention
-from ..checks import check_dense, check_key_mask, check_scale
+from ..checks import check_dense, check_flags, check_key_mask, check_scale
 from ..explanation import Explanation
 from ..geometry import AXES, longest_axis, normalise_axes
 from ..operations import neighborhood_attention
 from ..varlen import Shapes, packed_shapes
 from ..wording import shorten
-from .base import check_count, check_flags, check_probability
+from .base import check_count, check_probability
 from .norm import RMSNorm
 from .query_key import (
     HeadNorm,

@@ -13,15 +13,13 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..checks import is_finite_number, no_tensor
-from ..geometry import without_numpy
-from ..wording import shorten, with_type
+from ..wording import shorten
 
 __all__ = [
     "Constants",
     "allocate",
     "at_least_fp32",
     "check_count",
-    "check_flags",
     "check_last_axis",
     "check_probability",
     "default_dtype",
@@ -33,13 +31,6 @@ __all__ = [
 def check_count(name: str, value: object, least: int = 1) -> None:
     if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < least:
         raise ValueError(f"{name} must be an int of at least {least}, got {shorten(value)}")
-
-
-def check_flags(**flags: object) -> None:
-    """Raise a ValueError for what is no bool: a text, such as the "false" of a config, would count as true."""
-    for name, value in flags.items():
-        if not isinstance(without_numpy(value, bool), bool):
-            raise ValueError(f"{name} must be True or False, got {with_type(value)}")
 
 
 def check_last_axis(x: object, dim: int) -> None:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..checks import check_flags
 from ..wording import shorten
-from .base import at_least_fp32, check_count, check_flags, check_last_axis, check_probability
+from .base import at_least_fp32, check_count, check_last_axis, check_probability
 
 __all__ = ["GEGLU", "Activation", "GatedFeedForward", "MixtureOfExperts"]
 

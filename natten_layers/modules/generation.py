@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..checks import is_finite_number
+from ..checks import check_flags, is_finite_number
 from ..wording import shorten
-from .base import check_count, check_flags
+from .base import check_count
 from .cache import Cache
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..checks import check_dense
+from ..checks import check_dense, check_flags
 from ..io import checkpoints
 from ..io.files import naming
 from ..io.tensors import make_on_meta
@@ -30,7 +30,7 @@ from ..kernels.ops.transforms import is_transformed
 from ..varlen import Shapes, packed_shapes
 from ..wording import with_type
 from .attention import NeighborhoodGQA
-from .base import at_least_fp32, check_flags, reset_children
+from .base import at_least_fp32, reset_children
 from .feed_forward import GEGLU
 from .hdit_config import IMAGE_AXES, HDiTConfig, check_axis
 from .hdit_layers import (

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..checks import no_tensor
+from ..checks import check_flags, no_tensor
 from ..eager import autocasts
-from .base import at_least_fp32, check_count, check_flags
+from .base import at_least_fp32, check_count
 
 __all__ = ["AdaRMSNorm", "RMSNorm", "cosine_normalize", "rms_normalize"]
 

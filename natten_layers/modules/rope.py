@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_tensors, is_finite_number
+from ..checks import check_flags, check_tensors, is_finite_number
 from ..geometry import is_per_axis
 from ..wording import count_or_one, shorten
-from .base import Constants, at_least_fp32, check_count, check_flags, default_dtype, is_plain
+from .base import Constants, at_least_fp32, check_count, default_dtype, is_plain
 from .rope_scaling import attention_factor, rope_type, scaled_frequencies, stretched_frequencies
 
 __all__ = [

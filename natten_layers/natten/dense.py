@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..checks import check_tensors, no_tensor
+from ..checks import check_flags, check_tensors, no_tensor
 from ..operations import merge_attention, neighborhood_attention
 
 __all__ = ["attention", "generate_varlen_parameters", "merge_attentions"]
@@ -120,6 +120,7 @@ def attention(
     Raises:
         ValueError: an argument does not fit; the message names it and the values.
     """
+    check_flags(is_causal=is_causal, return_lse=return_lse)
     _check_tokens(query, key, value)
     if seqlens_Q is not None or seqlens_KV is not None:
         cumulative_seqlen_Q, cumulative_seqlen_KV, *_ = generate_varlen_parameters(
