@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import re
 import runpy
@@ -714,6 +715,28 @@ def test_checkpoints_compute_layers_again_after_a_sample_at_another_size(another
         with ThreadPoolExecutor(1) as pool:
             grads.append(pool.submit(differentiate).result() if another_thread else differentiate())
     torch.testing.assert_close(grads[1], grads[0])
+
+
+@pytest.mark.parametrize("another_thread", [False, True], ids=["CPU", "GPU"])
+@pytest.mark.parametrize("name", ["WanTransformer3DModel", "HunyuanVideoTransformer3DModel", "SD3Transformer2DModel"])
+def test_checkpoints_compute_each_layer_again_as_in_its_own_call(name: str, another_thread: bool) -> None:
+    """As of two threads that train one model at two sizes, or one that adds their losses."""
+    model, inputs = tiny(name)
+    neighborhood(model, 3)
+    parameters = list(model.train().parameters())
+    grads = []
+    for checkpoints in (False, True):
+        (model.enable_gradient_checkpointing if checkpoints else model.disable_gradient_checkpointing)()
+        losses = [model(**call, return_dict=False)[0].square().mean() for call in (inputs, turn(inputs))]
+        differentiate = partial(torch.autograd.grad, torch.stack(losses).sum(), parameters, allow_unused=True)
+        with ThreadPoolExecutor(1) as pool:
+            grads.append(pool.submit(differentiate).result() if another_thread else differentiate())
+    torch.testing.assert_close(grads[1], grads[0])
+    hook = transformers.ModelHook.of(model)
+    assert isinstance(hook, transformers._Tokens)
+    del losses, differentiate
+    gc.collect()
+    assert not len(hook.calls)
 
 
 def test_a_compiled_block_has_the_windows_of_each_threads_call() -> None:

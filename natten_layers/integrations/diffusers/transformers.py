@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...functional import neighborhood_attention
 from .replacement import VERSION, ModelHook, Replacement
@@ -195,19 +196,18 @@ def _per_axis(name: str, value: int | Sequence[int], rank: int) -> Grid:
     return found
 
 
-def _attentions(model: nn.Module, family: Family) -> list[Any]:
-    """Layers in the order in which the model runs them: block by block, of each list of blocks."""
+def _blocks(model: nn.Module, family: Family) -> list[tuple[Any, list[str]]]:
+    """Blocks in the order in which the model runs them, each with the names of its layers."""
     lists: dict[str, list[str]] = {}
-    for path in family.layers:
-        blocks, name = path.split(".")
+    for blocks, name in (path.split(".") for path in family.layers):
         lists.setdefault(blocks, []).append(name)
-    found = [
-        attention
-        for blocks, names in lists.items()
-        for block in getattr(model, blocks, ())
-        for name in names
-        if (attention := getattr(block, name, None)) is not None
-    ]
+    return [(block, names) for blocks, names in lists.items() for block in getattr(model, blocks, ())]
+
+
+def _attentions(model: nn.Module, family: Family) -> list[Any]:
+    """Layers in the order in which the model runs them."""
+    of_blocks = (getattr(block, name, None) for block, names in _blocks(model, family) for name in names)
+    found = [attention for attention in of_blocks if attention is not None]
     if not found:
         raise ValueError(f"{type(model).__name__} of {VERSION} has no layers {', '.join(family.layers)}")
     return found
@@ -258,12 +258,15 @@ class _Tokens(ModelHook):
     """How the tokens of the call that a model is in lie. Belongs to one model, whose hook it is.
 
     Each thread has a call of its own. Layers that checkpoints compute again run when it is over and, on a GPU, in a
-    thread of autograd's: they take the last call of which gradients were recorded, by whichever thread.
+    thread of autograd's: they find the call by the tokens that their block is given. Where it is compiled, or reentrant
+    checkpoints give it other tensors, they take the last call with gradients, by whichever thread.
     """
 
     def __init__(self, model: nn.Module, family: Family) -> None:
         self.family = family
         self.thread = threading.local()
+        self.calls = WeakTensorKeyDictionary()
+        """those with gradients, by the tokens that each block was given"""
         self.recorded = _Call()
         """the last one with gradients"""
         self.layers: list[Any] = []
@@ -275,14 +278,15 @@ class _Tokens(ModelHook):
         self.handles = [
             model.register_forward_pre_hook(self.read, with_kwargs=True),  # pyright: ignore
             model.register_forward_hook(self.forget),  # pyright: ignore
+            *(block.register_forward_pre_hook(self.follow, with_kwargs=True) for block, _ in _blocks(model, family)),
         ]
 
     def __getstate__(self) -> dict[str, Any]:
         known = {"ids": (_no_ids, 0, ()), "recorded": _Call()}  # of one call's tensors alone
-        return {name: value for name, value in (self.__dict__ | known).items() if name != "thread"}
+        return {name: value for name, value in (self.__dict__ | known).items() if name not in ("thread", "calls")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, thread=threading.local())
+        self.__dict__.update(state, thread=threading.local(), calls=WeakTensorKeyDictionary())
 
     @property
     def call(self) -> _Call:
@@ -303,6 +307,12 @@ class _Tokens(ModelHook):
         self.thread.call = _Call(self.grid_of(model, arguments))
         if torch.is_grad_enabled():
             self.recorded = self.thread.call
+
+    def follow(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Take up the call in which a block was first given these tokens, if a checkpoint computes it again."""
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            tokens = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+            self.thread.call = self.calls.setdefault(tokens, self.call)
 
     def grid_of(self, model: nn.Module, arguments: Arguments) -> Grid:
         ids = arguments.get("img_ids")
