@@ -6,6 +6,7 @@ import gc
 import json
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 from helpers import raises_naming
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -58,6 +60,18 @@ class Linear(nn.Module):
     def forward(self, z: Tensor, t: Tensor, *, interval: Tensor, shift: Tensor) -> Tensor:
         a, b, c = self.factors
         return a * z + (b * t + c * interval + shift)[:, None, None, None]
+
+
+class LossOf(nn.Module):
+    """The loss as a module's call, for ``torch.func.functional_call``."""
+
+    def __init__(self, flow: MeanFlow) -> None:
+        super().__init__()
+        self.flow = flow
+
+    def forward(self, *arguments: Tensor, **conditions: Tensor) -> Tensor:
+        x, noise, t, r = arguments
+        return self.flow.loss(x, noise, t, r, **conditions)
 
 
 def test_the_target_is_that_of_finite_differences() -> None:
@@ -151,6 +165,56 @@ def test_tensors_may_be_expanded() -> None:
     one, copies = x[:1].expand_as(x), x[:1].repeat(2, 1, 1, 1)
     found, expected = (flow.target(z, noise, t.repeat(2), r.repeat(2), class_cond=labels) for z in (one, copies))
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("where", ["jvp", "jacfwd", "dual level", "vmap", "grad of vmap", "vmap over parameters"])
+def test_a_derivative_that_torch_does_not_have_is_named(where: str) -> None:
+    flow = MeanFlow(Linear(), sigma_data=1.0)
+    x, noise = make_example(4)
+    times = torch.tensor([0.9, 0.5]).double(), torch.tensor([0.2]).double()
+    options = {"shift": torch.zeros(2).double()}
+    parameters = {name: torch.stack([p.detach()] * 2) for name, p in LossOf(flow).named_parameters()}
+
+    def loss(x: Tensor, noise: Tensor) -> Tensor:
+        return flow.loss(x, noise, *times, **options)
+
+    def mapped(scale: Tensor) -> Tensor:
+        return torch.func.vmap(loss)(scale * x.unflatten(0, (2, 2)), noise.unflatten(0, (2, 2))).sum()
+
+    def with_parameters(parameters: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(LossOf(flow), parameters, (x[:2], noise[:2], *times), options)
+
+    calls: dict[str, Callable[[], object]] = {
+        "jvp": lambda: torch.func.jvp(loss, (x[:2], noise[:2]), (x[2:], noise[2:])),
+        "jacfwd": lambda: torch.func.jacfwd(loss)(x[:2], noise[:2]),
+        "dual level": lambda: loss(x[:2], noise[:2]),
+        "vmap": lambda: mapped(torch.ones(())),
+        "grad of vmap": lambda: torch.func.grad(mapped)(torch.ones(()).double()),
+        "vmap over parameters": lambda: torch.func.vmap(with_parameters)(parameters),
+    }
+    way_out = "make the mapped axis a part of the batch" if "vmap" in where else "call it outside of torch.func.jvp"
+    with (
+        forward_ad.dual_level() if where == "dual level" else nullcontext(),
+        raises_naming(way_out, error=NotImplementedError),
+    ):
+        calls[where]()
+
+
+def test_gradients_of_samples() -> None:
+    """By ``vmap(grad(loss))``, of images that each learn an average velocity."""
+    flow = MeanFlow(Linear(), sigma_data=1.0)
+    x, noise = make_example(3)
+    t, r = torch.tensor([0.9, 0.5, 0.3]).double(), torch.tensor([0.2, 0.1, 0.3]).double()
+    parameters = {name: p.detach() for name, p in LossOf(flow).named_parameters()}
+
+    def loss(parameters: dict[str, Tensor], *sample: Tensor) -> Tensor:
+        batch, shift = tuple(part[None] for part in sample), torch.zeros(1).double()
+        return torch.func.functional_call(LossOf(flow), parameters, batch, {"shift": shift}).sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0, 0, 0))(parameters, x, noise, t, r)
+    for i, of_sample in enumerate(found["flow.model.factors"]):
+        expected = torch.func.grad(loss)(parameters, x[i], noise[i], t[i], r[i])
+        torch.testing.assert_close(of_sample, expected["flow.model.factors"])
 
 
 def test_ddp_takes_the_derivative_without_its_buffers(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from torch.nn.parallel import DistributedDataParallel
 
 from ..checks import check_tensors
+from ..kernels.ops.transforms import is_forward_mode, is_mapped
 from .base import at_least_fp32, check_probability, reset_children
 from .denoiser import per_image, sigma_data_of
 
@@ -86,6 +87,9 @@ class MeanFlow(nn.Module):
 
         Returns:
             ``[B, C, H, W]`` in ``z``'s dtype.
+
+        Raises:
+            NotImplementedError: in forward mode, which torch does not nest, or mapped by ``torch.func.vmap``.
         """
         return self._target(z, velocity, t, r, conditions, z.dtype).to(z.dtype)
 
@@ -127,6 +131,7 @@ class MeanFlow(nn.Module):
         Raises:
             ValueError: ``noise`` or ``t`` does not fit ``x``, ``r`` is not ``[A]`` or longer than ``t``, or a condition
                 is no tensor.
+            NotImplementedError: as for :meth:`target`, if A is above 0.
         """
         check_tensors(x=x, noise=noise, t=t, r=r)
         if noise.shape != x.shape or t.shape != x.shape[:1]:
@@ -170,6 +175,12 @@ def _without_ddp(model: nn.Module) -> nn.Module:
 
 def _derivative(function: Callable[..., Tensor], point: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> Tensor:
     """Of ``function`` at ``point`` along ``tangents``."""
+    if is_forward_mode():
+        raise NotImplementedError(
+            "MeanFlow takes a derivative in forward mode, which torch does not nest: call it outside of torch.func.jvp "
+            "and jacfwd and of forward_ad.dual_level, those in other threads too"
+        )
+    _check_not_mapped(*point, *tangents)
     # Without the stance, Dynamo would fail to compile the derivative, and give up the network for good.
     # FSDP2 knows dual numbers in every release of torch, but `torch.func.jvp` from 2.13 on only. They have no tangents
     # in inference mode, nor where an `autograd.Function` such as a reentrant checkpoint computes its results: torch
@@ -178,10 +189,20 @@ def _derivative(function: Callable[..., Tensor], point: tuple[Tensor, ...], tang
     with torch.inference_mode(False), torch.no_grad(), stance, forward_ad.dual_level():
         # Copies, as what was expanded, such as one time for all images, takes no tangent.
         duals = [forward_ad.make_dual(x.clone(), tangent) for x, tangent in zip(point, tangents, strict=True)]
-        tangent = forward_ad.unpack_dual(function(*duals)).tangent
+        result = function(*duals)
+        _check_not_mapped(result)  # by parameters of the network
+        tangent = forward_ad.unpack_dual(result).tangent
     if tangent is None:
         raise ValueError("model's output has no derivative in forward mode: it depends on none of z, t and interval")
     return tangent
+
+
+def _check_not_mapped(*tensors: Tensor) -> None:
+    if any(map(is_mapped, tensors)):
+        raise NotImplementedError(
+            "MeanFlow takes a derivative by dual numbers, for which torch.func.vmap has no rule: make the mapped axis "
+            "a part of the batch, or map torch.func.grad of the loss"
+        )
 
 
 def _first(conditions: Mapping[str, Tensor | None], count: int) -> dict[str, Tensor | None]:

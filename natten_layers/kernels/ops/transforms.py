@@ -13,6 +13,7 @@ __all__ = [
     "is_differentiated",
     "is_forward_mode",
     "is_in_grad",
+    "is_mapped",
     "is_only_forward_mode",
     "is_tracked",
     "is_transformed",
@@ -58,6 +59,12 @@ def is_in_grad() -> bool:
     """Whether ``torch.func.grad`` or one made of it may differentiate what is computed, at any level."""
     stack = get_interpreter_stack() if is_transformed() else None
     return stack is not None and any(level.key() == TransformType.Grad for level in stack)
+
+
+def is_mapped(x: Tensor) -> bool:
+    """Whether ``torch.func.vmap`` maps a tensor, and is the innermost transform that is active."""
+    stack = get_interpreter_stack() if is_transformed() else None
+    return bool(stack) and stack[-1].key() == TransformType.Vmap and is_batchedtensor(x)
 
 
 def is_only_forward_mode() -> bool:
