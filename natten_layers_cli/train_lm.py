@@ -23,11 +23,11 @@ from pathlib import Path
 
 import torch
 
-from natten_layers.io.files import MOST_JSON_BYTES, leftovers, read_beginning
+from natten_layers.io.files import leftovers, read_short
 
 from .lm_trainer import Trainer
 from .parallel import Processes
-from .running import SIGNALS_HELP, Parser, check_device, list_length, positive, reason, run_command, running_alone, seed
+from .running import SIGNALS_HELP, Parser, check_device, list_length, positive, run_command, running_alone, seed
 
 SIZES = {
     "layers": 4, "hidden": 128, "heads": 4, "kv_heads": 2, "window": 64, "full_every": 4, "sink": "zero", "registers": 4
@@ -109,13 +109,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _read_flags(path: Path, parser: Parser) -> argparse.Namespace:
     """A config file's values, checked as flags are."""
+    content = read_short(path)
     try:
-        content = read_beginning(path)
-        if len(content) > MOST_JSON_BYTES:
-            raise ValueError(f"it has more than {MOST_JSON_BYTES} bytes, too many for a config")
         values = tomllib.loads(content.decode())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: {reason(error)}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {error}") from error
     return parser.parse_section(values, str(path), without=["config"])
 
 

@@ -23,8 +23,8 @@ __all__ = [
     "make_folder",
     "naming",
     "parse_json",
-    "read_beginning",
     "read_json",
+    "read_short",
     "replacing",
     "system_errors",
 ]
@@ -141,7 +141,8 @@ def _readable_as_usual(path: Path) -> Iterator[None]:
     path.chmod(mode)
 
 
-MOST_JSON_BYTES = 2**26
+MOST_BYTES = 2**26
+"""Most bytes of a file that is read whole, or of a text in one: of JSON, or a config."""
 MOST_DIGITS = 40
 """Most digits of an integer in a JSON file: more than any 64-bit integer needs, few enough to be shown in a message."""
 
@@ -153,13 +154,25 @@ def read_json(path: Path) -> dict[str, Any]:
         FileNotFoundError: no such file.
         ValueError: the content is refused by :func:`parse_json`; the message names the file.
     """
-    return parse_json(read_beginning(path), path)
+    return parse_json(read_short(path), path)
 
 
-def read_beginning(path: Path) -> bytes:
-    """What is in a file; of one that is too long for its kind, one byte more than it may have."""
+def read_short(path: Path) -> bytes:
+    """What is in a file that is none of weights or texts.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is longer than 64 MiB, as a device is that has no end.
+    """
     with path.open("rb") as file:
-        return file.read(MOST_JSON_BYTES + 1)
+        content = file.read(MOST_BYTES + 1)
+    _check_length(content, path)
+    return content
+
+
+def _check_length(content: str | bytes, name: object) -> None:
+    if len(content) > MOST_BYTES:
+        raise ValueError(f"{name} is longer than {MOST_BYTES} bytes, too long for JSON or a config")
 
 
 def parse_json(content: str | bytes, name: object) -> dict[str, Any]:
@@ -170,8 +183,7 @@ def parse_json(content: str | bytes, name: object) -> dict[str, Any]:
             has an integer of more than 40 digits, or a key twice with different values; the message begins with
             ``name``.
     """
-    if len(content) > MOST_JSON_BYTES:
-        raise ValueError(f"{name} is longer than {MOST_JSON_BYTES} bytes, too long for a JSON file of this kind")
+    _check_length(content, name)
     try:
         text = content if isinstance(content, str) else content.decode()
         value = json.loads(text, parse_int=_parse_int, object_pairs_hook=_object)

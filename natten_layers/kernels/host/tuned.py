@@ -16,7 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
-from ...io.files import parse_json, read_beginning, replacing
+from ...io.files import parse_json, read_short, replacing
 from ...io.schema import build
 from ...wording import shorten
 from .tiling import Kind, ProblemClass, TileConfig, rule
@@ -207,14 +207,16 @@ def read_tuned(path: Path) -> Tuned:
         ValueError: the file is damaged or has another format.
     """
     try:
-        content = parse_json(read_beginning(path), "it")
+        written = read_short(path)
+    except FileNotFoundError:
+        return Tuned()
+    try:
+        content = parse_json(written, "it")
         if content.get("format") != FORMAT:
             raise ValueError(f"format {shorten(content.get('format'))}, expected {FORMAT}")
         configs = dict(_parse_entry(*entry) for entry in _entries("configs", content.get("configs")))
         variants = dict(_parse_choice(*entry) for entry in _entries("variants", content.get("variants", [])))
         return Tuned(configs, variants)
-    except FileNotFoundError:
-        return Tuned()
     except ValueError as error:
         raise ValueError(f"{path} is damaged or of another version ({error}); delete it and tune again") from error
 
