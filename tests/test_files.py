@@ -15,7 +15,7 @@ import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Barrier
+from threading import Barrier, Event
 from typing import Any
 
 import pytest
@@ -613,6 +613,27 @@ def test_a_config_of_countless_layers_is_refused_before_one_is_built(change: dic
         HDiTConfig.from_json({**config, "model": model | change})
     with pytest.raises(ValueError, match="num_layers must be an int of at most 4096"):
         DecoderLMConfig(**{**vars(LANGUAGE), "num_layers": 10**7})
+
+
+@pytest.mark.parametrize("early", [0, 1, 9], ids=lambda count: f"{count} bytes are there")
+def test_a_config_is_read_from_a_pipe_that_somebody_writes_to(
+    early: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = {"a": "x" * 200_000}  # more than a pipe holds
+    text, pipe = json.dumps(content).encode(), tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(ValueError, match=f"^{pipe} is a pipe to which nobody writes: start what writes to it first"):
+        read_json(pipe)
+    set_blocking, is_open = os.set_blocking, Event()
+    monkeypatch.setattr(os, "set_blocking", lambda *arguments: (set_blocking(*arguments), is_open.set()))
+    writer = os.open(pipe, os.O_RDWR)
+    os.write(writer, text[:early])
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(read_json, pipe)
+        assert is_open.wait(60)
+        os.write(writer, text[early:])
+        os.close(writer)
+        assert found.result() == content
 
 
 def test_a_pipe_is_not_replaced_by_a_file(tmp_path: Path) -> None:

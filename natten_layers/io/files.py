@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
@@ -162,12 +163,26 @@ def read_short(path: Path) -> bytes:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is longer than 64 MiB, as a device is that has no end.
+        ValueError: it is longer than 64 MiB, as a device is that has no end, or a pipe to which nobody writes.
     """
-    with path.open("rb") as file:
-        content = file.read(MOST_BYTES + 1)
+    if path.is_fifo():
+        content = _read_pipe(path)
+    else:
+        with path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
     _check_length(content, path)
     return content
+
+
+def _read_pipe(path: Path) -> bytes:
+    """What is written to a pipe, which would be waited for without end where nobody has opened it to write."""
+    with open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as pipe:
+        first = pipe.read(1)  # None where somebody has
+        if first == b"":
+            raise ValueError(f"{path} is a pipe to which nobody writes: start what writes to it first, or name a file")
+        os.set_blocking(pipe.fileno(), True)
+        with io.BufferedReader(pipe) as rest:
+            return (first or b"") + rest.read(MOST_BYTES)
 
 
 def _check_length(content: str | bytes, name: object) -> None:
