@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 
 from natten_layers import HDiT
+from natten_layers_cli.outputs import check_output
 from natten_layers_cli.pictures import draw_grid, save_png
-from natten_layers_cli.running import Parser, check_device, check_output, run_command
+from natten_layers_cli.running import Parser, check_device, run_command
 from natten_layers_cli.sample_hdit import DEFAULTS, Request, class_names, sample
 
 

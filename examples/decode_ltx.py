@@ -25,7 +25,8 @@ from torch import Tensor
 
 from natten_layers.integrations.diffusers import patch, unpatch
 from natten_layers.io.checkpoints import load_plain, save_plain
-from natten_layers_cli.running import Parser, check_device, check_output, run_command, seed
+from natten_layers_cli.outputs import check_output
+from natten_layers_cli.running import Parser, check_device, run_command, seed
 
 TINY = {
     "latent_channels": 8,

@@ -12,7 +12,8 @@ from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
 
 from natten_layers.io.files import replacing
-from natten_layers_cli.running import Parser, check_output, run_command
+from natten_layers_cli.outputs import check_output
+from natten_layers_cli.running import Parser, run_command
 from weather import Forecast, train, winds
 
 SHOWN = (0, 2, 4, 8)

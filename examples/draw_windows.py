@@ -20,7 +20,8 @@ from matplotlib.patches import Rectangle
 
 from natten_layers.geometry import make_window, window_mask
 from natten_layers.io.files import replacing
-from natten_layers_cli.running import Parser, check_output, run_command
+from natten_layers_cli.outputs import check_output
+from natten_layers_cli.running import Parser, run_command
 
 SPATIAL = (12, 12)
 COLOURS, QUERY = ListedColormap(["#eef1f5", "#7fb2e5"]), "#d1495b"  # a key not seen and a key seen, the query

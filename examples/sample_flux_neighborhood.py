@@ -30,7 +30,8 @@ from torch import Tensor
 
 from natten_layers.integrations.diffusers import neighborhood, unpatch
 from natten_layers.io.files import replacing
-from natten_layers_cli.running import Parser, check_device, check_output, run_command, seed
+from natten_layers_cli.outputs import check_output
+from natten_layers_cli.running import Parser, check_device, run_command, seed
 
 TINY_TRANSFORMER: dict[str, Any] = {
     "in_channels": 16,

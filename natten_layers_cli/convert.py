@@ -18,7 +18,8 @@ from natten_layers.convert import convert_file
 from natten_layers.io.checkpoints import WEIGHTS, hdit_file
 from natten_layers.modules.hdit_config import HDiTConfig
 
-from .running import Parser, check_output, check_output_folder, run_command
+from .outputs import check_output, check_output_folder
+from .running import Parser, run_command
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

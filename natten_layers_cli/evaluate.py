@@ -33,7 +33,8 @@ from .distances import (
     usual_features,
 )
 from .folders import Folder
-from .running import Parser, check_device, check_output, list_length, run_command, seed, side, worker_count
+from .outputs import check_output
+from .running import Parser, check_device, list_length, run_command, seed, side, worker_count
 from .sources import Source, describe, open_source, parse_data_flag
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from natten_layers import Denoiser, HDiT, HDiTConfig, MeanFlow
 
 from .diffusion import SAMPLERS, guided, karras_sigmas, sample_meanflow
+from .outputs import check_output, check_output_folder
 from .pictures import draw_grid, read_record, save_png, to_image
 from .progress import progress
 from .running import (
@@ -35,8 +36,6 @@ from .running import (
     MOST_SIDE,
     Parser,
     check_device,
-    check_output,
-    check_output_folder,
     list_length,
     run_command,
     running_alone,
