@@ -146,7 +146,11 @@ def report(numbers: dict[str, Any], count: int) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_command(lambda: run(parse_arguments(argv)), when_interrupted="interrupted; nothing was written")
+    return run_command(
+        lambda: run(parse_arguments(argv)),
+        when_interrupted="interrupted; nothing was written",
+        less_memory="a smaller --batch-size or --size",
+    )
 
 
 if __name__ == "__main__":

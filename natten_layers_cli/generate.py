@@ -129,7 +129,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_command(lambda: run(parse_arguments(argv)), when_interrupted="")
+    return run_command(lambda: run(parse_arguments(argv)), when_interrupted="", less_memory="--bf16, or fewer --tokens")
 
 
 if __name__ == "__main__":

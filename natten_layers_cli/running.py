@@ -218,8 +218,16 @@ def _path(text: str) -> Path:
     return Path(text)
 
 
-def run_command(body: Callable[[], int], *, when_interrupted: str = "interrupted") -> int:
-    """The exit status of a command. What users, files and machines do wrong becomes one line on standard error."""
+def run_command(
+    body: Callable[[], int], *, when_interrupted: str = "interrupted", less_memory: str | None = None
+) -> int:
+    """The exit status of a command. What users, files and machines do wrong becomes one line on standard error.
+
+    Args:
+        body: the command; returns its exit status.
+        when_interrupted: what to say after Ctrl-C and other signals.
+        less_memory: what to ask the command for where a machine's or a GPU's memory is too small.
+    """
     open_streams()
     threading.excepthook, hook = _quiet_about_files, threading.excepthook
     if isinstance(sys.stdout, io.TextIOWrapper):  # a text must not end a run because a terminal or log is of ASCII
@@ -235,7 +243,8 @@ def run_command(body: Callable[[], int], *, when_interrupted: str = "interrupted
         except EXPECTED as error:
             if not stops:
                 with suppress(OSError):  # a log on a full disk, too
-                    print(f"error: {one_line(error)}", file=sys.stderr)
+                    said = _out_of_memory(error, less_memory) if is_out_of_memory(error) else one_line(error)
+                    print(f"error: {said}", file=sys.stderr)
                 return FAILED
         except KeyboardInterrupt:
             pass
@@ -267,6 +276,20 @@ def one_line(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     cut = len(text) - MOST_TEXT
     return text if cut <= 0 else f"{text[: MOST_TEXT // 2]} ... ({cut} characters) ... {text[-MOST_TEXT // 2 :]}"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was too small, of a GPU or of the machine, for which PyTorch has no type of its own."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    texts = "can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED"
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+
+
+def _out_of_memory(error: BaseException, less: str | None) -> str:
+    # How much was asked for and is there; the rest is advice for programmers, about settings of PyTorch.
+    asked = ". ".join(one_line(error).split(". ")[:3])
+    return f"out of memory{f': try {less}' if less else ''} ({asked})"
 
 
 def reason(error: BaseException) -> str:

@@ -332,7 +332,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     return run_command(
-        lambda: run(parse_arguments(argv)), when_interrupted="interrupted; images that were written are whole"
+        lambda: run(parse_arguments(argv)),
+        when_interrupted="interrupted; images that were written are whole",
+        less_memory="a smaller --batch-size or --size, or fewer images",
     )
 
 

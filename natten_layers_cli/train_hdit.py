@@ -167,7 +167,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         with Processes(arguments.device, fsdp=arguments.fsdp) as processes:
             return run(arguments, processes)
 
-    return run_command(body, when_interrupted="stopped at once; checkpoints that were saved before are whole")
+    return run_command(
+        body,
+        when_interrupted="stopped at once; checkpoints that were saved before are whole",
+        less_memory="a smaller --batch-size with more --grad-accum-steps, or --checkpointing",
+    )
 
 
 if __name__ == "__main__":

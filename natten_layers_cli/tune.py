@@ -330,7 +330,9 @@ def _tune_call(args: argparse.Namespace, call: Call, timer: Timer) -> None:
 def main(argv: Sequence[str] | None = None, *, timer: Timer = _device_seconds) -> int:
     """Run the command; returns the exit status. Results that were found before Ctrl-C are saved."""
     return run_command(
-        lambda: run(_parse(argv), timer), when_interrupted="interrupted; results that were written before are kept"
+        lambda: run(_parse(argv), timer),
+        when_interrupted="interrupted; results that were written before are kept",
+        less_memory="a smaller --batch, or fewer tokens",
     )
 
 

@@ -558,7 +558,6 @@ def test_what_commands_answer(monkeypatch: pytest.MonkeyPatch, capfd: pytest.Cap
         return run_command(body, when_interrupted="interrupted"), capfd.readouterr().err
 
     assert status(RuntimeError("two\n  lines\n")) == (2, "error: two lines\n")
-    assert status(MemoryError()) == (2, "error: MemoryError\n")
     assert status(FileNotFoundError(2, "No such file or directory", "x.json")) == (
         2, "error: x.json: No such file or directory\n"
     )  # fmt: skip
@@ -568,6 +567,54 @@ def test_what_commands_answer(monkeypatch: pytest.MonkeyPatch, capfd: pytest.Cap
         assert status(BrokenPipeError(32, "Broken pipe")) == (141, "")
     with pytest.raises(KeyError):  # a mistake of the program's own keeps its traceback
         status(KeyError("x"))
+
+
+ON_A_GPU = (
+    "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 15.77 GiB of which 1.06 GiB is "
+    "free. Including non-PyTorch memory, this process has 1.50 GiB memory in use. See documentation"
+)
+
+
+def test_too_little_memory_is_told_with_the_way_out(capfd: pytest.CaptureFixture[str]) -> None:
+    def fail(error: BaseException) -> int:
+        raise error
+
+    def said(body: Callable[[], object], **options: Any) -> str:
+        assert run_command(lambda: bool(body()), **options) == 2
+        return capfd.readouterr().err
+
+    less = "fewer tokens"
+    on_a_cpu = said(lambda: torch.empty(2**45), less_memory=less)
+    assert on_a_cpu.startswith("error: out of memory: try fewer tokens (")
+    assert f"you tried to allocate {2**47} bytes" in on_a_cpu
+    assert said(lambda: fail(torch.OutOfMemoryError(ON_A_GPU)), less_memory=less) == (
+        "error: out of memory: try fewer tokens (CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total "
+        "capacity of 15.77 GiB of which 1.06 GiB is free)\n"
+    )
+    assert said(lambda: bytearray(2**62)) == "error: out of memory (MemoryError)\n"
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [
+        (sample_hdit, ["model"]),
+        (evaluate, ["a", "b"]),
+        (train_hdit, []),
+        (train_lm, []),
+        (generate, ["model"]),
+        (tune, ["16", "--kernel-size", "3", "--heads", "1"]),
+    ],
+)
+def test_commands_know_what_takes_less_memory(
+    module: Any, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module, "run", lambda *_: torch.empty(2**45))
+    assert module.main([*arguments, "--device", "cpu"]) == 2
+    tried = re.findall(r"--[a-z0-9-]+", capsys.readouterr().err)
+    assert tried
+    with pytest.raises(SystemExit):
+        module.main(["--help"])
+    assert set(tried) <= set(re.findall(r"--[a-z0-9-]+", capsys.readouterr().out))
 
 
 def test_what_a_stream_cannot_show(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
