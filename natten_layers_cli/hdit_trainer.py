@@ -39,7 +39,7 @@ from .pictures import save_loss_curve, save_png
 from .running import Showing, Signals, writing
 from .sampled import Samples, SamplingStoppedError
 from .starting_weights import kv_heads, load_weights, with_kv_heads
-from .training_config import naming
+from .training_config import naming_config
 from .training_data import open_training_data
 
 T = TypeVar("T")
@@ -57,13 +57,13 @@ class Trainer:
         self.config, self.plan = data.config, data.plan
         self.source, self.held_out, self.distances = data.source, data.held_out, data.distances
         if start is not None and start[0] is not None:
-            with naming(arguments.resume_inference):
+            with naming_config(arguments.resume_inference):
                 self._take_kv_heads(HDiTConfig.from_json(start[0]))
-        with naming(arguments.config):
+        with naming_config(arguments.config):
             self.objective = open_objective(self.config, self.plan)
 
         torch.manual_seed(arguments.seed)
-        with naming(arguments.config):
+        with naming_config(arguments.config):
             self.model = HDiT(self.plan, checkpointing=arguments.checkpointing)
         if start is not None:  # a checkpoint of the run itself, loaded below, wins
             load_weights(self.model, start[1], arguments.resume_inference, arguments.reset)

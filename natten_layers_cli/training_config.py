@@ -29,7 +29,7 @@ def section_of(config: Mapping[str, Any], name: str, path: Path) -> dict[str, An
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def naming_config(path: Path) -> Iterator[None]:
     """Say of which file it is that something is missing in it, or of another type or out of bounds."""
     try:
         yield

@@ -19,7 +19,7 @@ from .images import Fit, KeepShape
 from .parallel import Processes
 from .sampled import SampleDistances
 from .sources import Source, describe, open_source, parse_data_flag
-from .training_config import complete_config, naming
+from .training_config import complete_config, naming_config
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def open_training_data(arguments: argparse.Namespace, processes: Processes, say:
         ValueError: a config, flags or images that do not go together, or images that cannot be used.
     """
     data = None if arguments.data is None else parse_data_flag(arguments.data)
-    with naming(arguments.config):
+    with naming_config(arguments.config):
         config = complete_config(
             arguments.content, arguments.config, data, arguments.objective, classes=arguments.classes
         )
@@ -55,9 +55,9 @@ def open_training_data(arguments: argparse.Namespace, processes: Processes, say:
         for axis, size, patch in zip(IMAGE_AXES, plan.input_size, plan.patch_size, strict=True):
             check_axis(axis, size, patch, plan.levels)
     fit = _keep_shapes(plan, processes) if arguments.buckets == "none" else None
-    with naming(arguments.config) if arguments.data is None else nullcontext():
+    with naming_config(arguments.config) if arguments.data is None else nullcontext():
         source = open_source(config["dataset"], plan.input_size, plan.input_channels, fit)
-    with naming(arguments.config):
+    with naming_config(arguments.config):
         _set_classes(config["dataset"], list(source.class_names))
     say(describe(source))
     if isinstance(source, Folder):
