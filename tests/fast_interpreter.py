@@ -7,12 +7,59 @@ from dataclasses import replace
 from types import FunctionType, ModuleType
 from typing import Any
 
+import fast_language
+
 
 def speed_up(interpreter: Any) -> None:
     """Make ``triton.runtime.interpreter`` faster, for tests; numbers stay the same."""
+    fast_language.speed_up(interpreter.tl.core, interpreter.TritonSemantic)
     _patch_language_once_a_launch(interpreter)
     _look_up_types_once(interpreter)
     _skip_checks_of_overflow(interpreter)
+    _call_functions_directly(interpreter)
+    _make_constants_once(interpreter)
+    _take_equal_types_as_they_are(interpreter)
+
+
+def _call_functions_directly(interpreter: Any) -> None:
+    """Call the language's functions without a check, in between, of the argument that is given here."""
+    semantic = interpreter.interpreter_semantic
+
+    def patch(module: Any, name: str, member: Any, builder: Any, scope: Any) -> None:
+        function = getattr(member, "__wrapped__", member)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            kwargs["_semantic"] = semantic
+            return function(*args, **kwargs)
+
+        scope.set_attr(module, name, call)
+
+    interpreter._patch_attr = patch
+
+
+def _take_equal_types_as_they_are(interpreter: Any) -> None:
+    """Return operands of a type that results have, too, without a search for that type and casts to it."""
+    language, semantic = interpreter.tl, interpreter.interpreter_semantic
+    check, closed = semantic.binary_op_type_checking_impl, (language.int32, language.int64, language.float32)
+
+    def check_types(lhs: Any, rhs: Any, *options: Any, **more: Any) -> tuple[Any, Any]:
+        if (
+            lhs.__class__ is rhs.__class__ is language.tensor
+            and lhs.dtype is rhs.dtype
+            and lhs.shape is rhs.shape
+            and any(lhs.dtype is type for type in closed)
+        ):
+            return lhs, rhs
+        return check(lhs, rhs, *options, **more)
+
+    semantic.binary_op_type_checking_impl = check_types
+
+
+def _make_constants_once(interpreter: Any) -> None:
+    """Remember scalars and the types of results; numbers in a kernel's source became new values in each operation."""
+    semantic = interpreter.interpreter_semantic
+    semantic.scalar_constant = functools.lru_cache(1024, typed=True)(semantic.scalar_constant)
+    semantic.computation_type_impl = functools.cache(semantic.computation_type_impl)
 
 
 def _skip_checks_of_overflow(interpreter: Any) -> None:

@@ -22,8 +22,8 @@ from natten_layers import neighborhood_attention  # noqa: E402
 ROOT = Path(__file__).parents[1]
 UNCHANGED = """
 import sys, torch
-from test_fast_interpreter import results
-torch.save(results(), sys.argv[1])
+from test_fast_interpreter import descriptions, results
+torch.save((results(), descriptions()), sys.argv[1])
 """
 
 
@@ -48,11 +48,38 @@ def doubled_four_times(value: int) -> int:
 
 
 def results() -> list[Tensor]:
-    """An output and its gradients, in fp16, of kernels with many device functions."""
+    """Outputs and their gradients, of kernels with many device functions."""
     torch.manual_seed(0)
-    query, key, value = (torch.randn(1, 5, 6, 2, 16, dtype=torch.float16, requires_grad=True) for _ in range(3))
-    out = neighborhood_attention(query, key, value, 3, impl="fused")
-    return [out.detach(), *torch.autograd.grad(out.float().square().sum(), (query, key, value))]
+    found: list[Tensor] = []
+    for dtype in (torch.float16, torch.float32):
+        query, key, value = (torch.randn(1, 5, 6, 2, 16, dtype=dtype, requires_grad=True) for _ in range(3))
+        sink = torch.randn(2, requires_grad=True)
+        mask = torch.rand(1, 5, 6) < 0.8
+        out = neighborhood_attention(
+            query, key, value, 3, is_causal=(True, False), sink=sink, key_mask=mask, impl="fused"
+        )
+        found += [out.detach(), *torch.autograd.grad(out.float().square().sum(), (query, key, value, sink))]
+    return found
+
+
+def descriptions() -> list[str]:
+    """What types, values and errors of Triton's language say of shapes, each of them twice."""
+    core, said = tl.core, []
+    for shape in [[4, 2], (4, 2), core.tuple([8]), [core.constexpr(4), 2], [3], [4.0, 2], [True], [2**21], []] * 2:
+        for element in (tl.float16, core.pointer_type(tl.int32)):
+            try:
+                kind = core.block_type(element, shape)
+            except (AssertionError, TypeError, ValueError) as error:
+                said.append(f"{type(error).__name__}: {error}")
+                continue
+            value = core.tensor("handle", kind)
+            said.append(f"{kind} {kind.mangle()} {kind.shape} {kind.numel} {value} {value.numel} {value.shape.type}")
+            said.append(f"{core.tensor('handle', core.block_type(tl.int8, value.shape))}")
+            said.append(f"{[kind == core.block_type(other, shape) for other in (tl.float16, tl.int32)]}")
+    for kind in (tl.int1, tl.uint8, tl.int64, tl.float32, tl.void, core.block_type(tl.int32, [4])):
+        said.append(f"{kind.is_int()} {[kind == other for other in (tl.int1, tl.uint8, tl.dtype('int64'), None)]}")
+        said.append(f"{core.tensor('handle', kind)} {core.tensor('handle', kind).shape.type}")
+    return said
 
 
 def test_results_are_those_of_the_interpreter_as_it_is(tmp_path: Path) -> None:
@@ -60,8 +87,10 @@ def test_results_are_those_of_the_interpreter_as_it_is(tmp_path: Path) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
     command = [sys.executable, "-c", UNCHANGED, str(tmp_path / "results.pt")]
     subprocess.run(command, env=environment, check=True, timeout=300)
-    for found, expected in zip(results(), torch.load(tmp_path / "results.pt"), strict=True):
-        assert torch.equal(found, expected)
+    expected, said = torch.load(tmp_path / "results.pt")
+    for found, one in zip(results(), expected, strict=True):
+        assert torch.equal(found, one)
+    assert descriptions() == said
 
 
 def test_the_language_is_patched_once_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
