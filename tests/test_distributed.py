@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
 import socket
 import time
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import ProcessContext, start_processes
 from torch.nn.parallel import DistributedDataParallel
 from torch.torch_version import TorchVersion
 
@@ -117,12 +118,20 @@ def worker(rank: int, device_type: str, port: int, folder: str) -> None:
             torch.save(results, Path(folder) / "losses.pt")
 
 
+def start(worker: Callable[..., None], arguments: tuple[Any, ...], device_type: str) -> ProcessContext:
+    """Start the processes, on CPUs from one that has imported what takes longest; CUDA does not survive a fork."""
+    multiprocessing.set_forkserver_preload(["torch.distributed.fsdp", "natten_layers_cli.parallel"])
+    method = "spawn" if device_type == "cuda" else "forkserver"
+    context = start_processes(worker, arguments, nprocs=WORLD, join=False, start_method=method)
+    assert context is not None
+    return context
+
+
 def check(device: torch.device, folder: Path) -> None:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    context = spawn(worker, (device.type, port, str(folder)), nprocs=WORLD, join=False)
-    assert context is not None
+    context = start(worker, (device.type, port, str(folder)), device.type)
     ends = time.monotonic() + 240
     while not context.join(timeout=5, grace_period=5):
         if time.monotonic() > ends:
@@ -193,7 +202,9 @@ def meanflow_worker(rank: int, folder: str) -> None:
 
 def test_meanflow_in_compiled_ddp_has_the_gradients_of_one_process(tmp_path: Path) -> None:
     """Only one of the processes takes a derivative in forward mode."""
-    spawn(meanflow_worker, (str(tmp_path),), nprocs=WORLD)
+    context = start(meanflow_worker, (str(tmp_path),), "cpu")
+    while not context.join():
+        pass
 
 
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view:UserWarning")  # a projection comes last
