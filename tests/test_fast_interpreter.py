@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -22,8 +24,8 @@ from natten_layers import neighborhood_attention  # noqa: E402
 ROOT = Path(__file__).parents[1]
 UNCHANGED = """
 import sys, torch
-from test_fast_interpreter import descriptions, results
-torch.save((results(), descriptions()), sys.argv[1])
+from test_fast_interpreter import computed, descriptions, results
+torch.save((results(), descriptions(), computed()), sys.argv[1])
 """
 
 
@@ -82,15 +84,37 @@ def descriptions() -> list[str]:
     return said
 
 
+@np.errstate(all="ignore")
+def computed() -> list[str]:
+    """Types and values, or errors, of operations on scalars of all pairs of types, and on blocks of them."""
+    semantic, handle = interpreter.interpreter_semantic, interpreter.TensorHandle
+    types = (tl.int1, tl.int32, tl.uint32, tl.int64, tl.float16, tl.float32)
+    scalars = [tl.tensor(handle(np.array([3], interpreter._get_np_dtype(kind)), kind), kind) for kind in types]
+    blocks = [
+        tl.tensor(handle(np.full(2, 5, x.handle.data.dtype), x.dtype), tl.block_type(x.dtype, [2])) for x in scalars
+    ]
+    found = []
+    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "less_than"):
+        options = (False,) if name in ("add", "sub", "mul") else ()
+        for operands in product([*scalars, *blocks], [*scalars, *blocks, 2, -1, 2.5, True, 0, 0.0]):
+            try:
+                value = getattr(semantic, name)(*operands, *options)
+            except (TypeError, ValueError) as error:
+                found.append(f"{type(error).__name__}: {error}")
+            else:
+                found.append(f"{value} {value.handle.data.dtype} {value.handle.data.tolist()}")
+    return found
+
+
 def test_results_are_those_of_the_interpreter_as_it_is(tmp_path: Path) -> None:
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
     command = [sys.executable, "-c", UNCHANGED, str(tmp_path / "results.pt")]
     subprocess.run(command, env=environment, check=True, timeout=300)
-    expected, said = torch.load(tmp_path / "results.pt")
+    expected, *said = torch.load(tmp_path / "results.pt")
     for found, one in zip(results(), expected, strict=True):
         assert torch.equal(found, one)
-    assert descriptions() == said
+    assert [descriptions(), computed()] == said
 
 
 def test_the_language_is_patched_once_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
