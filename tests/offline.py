@@ -104,26 +104,27 @@ def options_of(rank: int, kernel_size: int, sink: float | None, stride: int = 1,
 
 
 def attend_large_on_sm90(
-    spatial: tuple[int, ...], kernel_size: int, heads: int, *, sink: float | None, dim: int = 128, registers: int = 0,
-    packed: bool = False,
+    spatial: tuple[int, ...], kernel_size: int, heads: int, *, sink: float | None, dim: int = 128,
+    value_dim: int | None = None, registers: int = 0, packed: bool = False,
 ) -> None:  # fmt: skip
     from natten_layers.kernels.sm90 import large_dkv, large_dq, large_forward, large_registers, large_tiling
 
-    query, key = (torch.zeros(1, *spatial, h, dim, dtype=torch.bfloat16) for h in (heads, 2))
+    sizes = (heads, dim), (2, dim), (2, value_dim or dim), (heads, value_dim or dim)
+    query, key, value, out = (torch.zeros(1, *spatial, *size, dtype=torch.bfloat16) for size in sizes)
     extra = torch.zeros(1, registers, 2, dim, dtype=torch.bfloat16) if registers else None
     shapes = torch.tensor([[1000], [0], [spatial[0] - 1000]]) if packed else None
-    tensors = problem.Inputs(query, key, key, extra, extra, shapes=shapes)
+    tensors = problem.Inputs(query, key, value, extra, extra, shapes=shapes)
     options = options_of(len(spatial), kernel_size, sink)
     one = problem.problem_of(tensors, options)
     large_forward.forward(large_tiling.forward_tile_config(one), one, tensors, options, with_stats=sink is None)
     rows = torch.ones(1, *spatial, heads)
-    cotangents = problem.Cotangents(query, rows, rows, query, None)
+    cotangents = problem.Cotangents(out, rows, rows, out, None)
     config = large_tiling.dq_tile_config(one)
     _, statistics = large_dq.query_gradient(config, one, tensors, options, cotangents)
-    large_dkv.key_gradients(large_tiling.dkv_tile_config(one), one, tensors, options, query, statistics)
+    large_dkv.key_gradients(large_tiling.dkv_tile_config(one), one, tensors, options, out, statistics)
     if registers:
         config = large_tiling.register_tile_config(one)
-        large_registers.register_gradients(config, one, tensors, options, query, statistics)
+        large_registers.register_gradients(config, one, tensors, options, out, statistics)
 
 
 def attend_small_on_sm90(
@@ -327,6 +328,7 @@ def compile_for_large_windows() -> None:
     attend_large_on_sm90((16, 32, 40), 7, 4, sink=None, dim=80, registers=5)
     attend_large_on_sm90((4096,), 1024, 8, sink=0.0, dim=256, registers=5)
     attend_large_on_sm90((64, 80), 13, 2, sink=None, dim=64)
+    attend_large_on_sm90((4096,), 1024, 8, sink=0.0, dim=64, value_dim=32)
 
 
 def compile_for_small_windows() -> None:

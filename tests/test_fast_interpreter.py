@@ -96,7 +96,7 @@ def computed() -> list[str]:
     found = []
     for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "less_than"):
         options = (False,) if name in ("add", "sub", "mul") else ()
-        for operands in product([*scalars, *blocks], [*scalars, *blocks, 2, -1, 2.5, True, 0, 0.0]):
+        for operands in product([*scalars, *blocks], [*scalars, *blocks, 2, -1, 2.5, True, 0, 0.0, -0.0]):
             try:
                 value = getattr(semantic, name)(*operands, *options)
             except (TypeError, ValueError) as error:

@@ -100,7 +100,8 @@ SM90_KERNELS = {
 
 
 FENCES = {
-    "large_forward_kernel": {2, 3},  # one for each group of warps that computes, as these hand buffers back to TMA
+    # One for each group of warps that computes, as these hand buffers back to TMA; none where values have other widths.
+    "large_forward_kernel": {0, 2, 3},
     "large_dq_kernel": {2, 3},
     "large_dkv_kernel": {2, 0},  # none for wide heads, whose results do not pass through shared memory
     # More where threads write keys and values, too: zeros over masked ones, or all of packed images.

@@ -1,7 +1,7 @@
 """Tiles of the kernels for large windows on compute capability 9.0. Needs neither Triton nor Gluon.
 
 A tile is computed by groups of four warps, a part each. Two kinds of plans are considered for a call:
-- Two groups compute every chunk that the tile sees.
+- Two groups, on one axis up to four, compute every chunk that the tile sees.
 - Two to four groups skip the chunks that their own part does not see. A part sees less than a tile, which matters where
   windows are not much larger than tiles: of 11x11x11 windows 4x4x4 queries see 14x14x14 keys, 8x4x4 see 18x14x14.
 """
@@ -80,22 +80,23 @@ class Plan(NamedTuple):
     groups: int
     columns: int
     cost: float
-    """Relative time of a score, from windows of 11x11x11, 21x21 and 18x24x24 on an H200 (``docs/profiles.md``)."""
+    """Relative time of a score on an H200 (``docs/profiles.md``): from windows of 11x11x11, 21x21 and 18x24x24, and for
+    plans of one axis from causal windows of 2047 and 4096 keys."""
     skip: bool
-    on_line: bool = False
-    """Whether only windows on one axis take it, where parts of a tile see nearly the same chunks."""
+    one_axis: bool = False
+    """Whether it is for windows on one axis alone, where parts of a tile see nearly the same chunks."""
 
 
 # By the most channels of a head. Accumulators and scores of a group must fit into the registers of its threads. On one
-# axis (4096 keys of 128 channels, 2047 of 64, causal) smaller chunks for more groups take dQ from 1.52 to 1.44 ms, and
-# the forward from 0.66 to 0.61; of 96 channels, dQ from 0.94 to 0.97.
+# axis, smaller chunks for more groups take dQ of 128 channels from 1.52 to 1.44 ms, and the forward of 64 from 0.66 to
+# 0.61. Of 96 channels, dQ would be slower (0.97 for 0.94).
 FORWARD = {64: (Plan(2, 128, 1.0, False), Plan(2, 128, 0.96, True), Plan(3, 128, 0.88, True), Plan(4, 64, 0.93, True),
-                Plan(4, 64, 0.97, False, on_line=True)),
+                Plan(4, 64, 0.97, False, one_axis=True)),
            128: (Plan(2, 128, 1.0, False), Plan(2, 128, 1.01, True)),
            256: (Plan(2, 64, 1.0, False),)}  # fmt: skip
 QUERY_GRADIENT = {64: (Plan(2, 128, 1.0, False), Plan(2, 128, 0.95, True), Plan(3, 64, 0.99, True)),
                   96: (Plan(2, 128, 1.0, False), Plan(2, 128, 1.01, True)),
-                  128: (Plan(2, 128, 1.0, False), Plan(2, 128, 1.01, True), Plan(3, 64, 0.93, False, on_line=True)),
+                  128: (Plan(2, 128, 1.0, False), Plan(2, 128, 1.01, True), Plan(3, 64, 0.93, False, one_axis=True)),
                   256: (Plan(2, 32, 1.0, False),)}  # fmt: skip
 KEY_GRADIENTS = {64: (Plan(2, 64, 1.0, False), Plan(2, 64, 0.95, True)),
                  128: (Plan(2, 64, 1.0, False), Plan(2, 64, 1.01, True)),
@@ -191,7 +192,7 @@ def tile_config(
     channels = max(problem.query.shape[-1], problem.value.shape[-1])
     alignment, batch = ALIGNMENT if keys else 1, problem.query.shape[0]
     known = next(plans[most] for most in sorted(plans) if channels <= most)
-    suitable = tuple(plan for plan in known if not (plan.skip if problem.rank == 1 else plan.on_line))
+    suitable = tuple(plan for plan in known if not (plan.skip if problem.rank == 1 else plan.one_axis))
     if problem.packing is not None:  # tiles lie on the line of all tokens, whatever the lengths of samples
         plan = suitable[0]
         part, groups, chunk = (1, 1, ROWS // pack), (1, 1, plan.groups), (1, 1, plan.columns)

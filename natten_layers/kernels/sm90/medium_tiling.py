@@ -179,7 +179,7 @@ def bytes_of_lines(problem: Problem) -> int:
 
 
 def columns_of(problem: Problem) -> tuple[int, ...]:
-    """:func:`channel_parts` of a head; three at most. Pairs have twice a head's."""
+    """:func:`channel_parts` of a head, of which there are at most three; of fp32, two as wide as a head, a pair."""
     if problem.dtype == torch.float32:
         return problem.query.shape[-1], problem.query.shape[-1]
     return channel_parts(problem.query.shape[-1])

@@ -162,7 +162,9 @@ def by_rows(results):
 
 @gluon.jit
 def through_buffer(buffer, results, D: gl.constexpr):
-    """The same for slices of ``D`` channels, as one matrix, by way of shared memory that nothing needs any more."""
+    """Slices of ``D`` channels as one matrix, as a warp stores it fastest, by way of shared memory that nothing needs
+    any more.
+    """
     WIDTHS: gl.constexpr = sum_widths(D)
     for i in gl.static_range(len(WIDTHS)):
         column_slice(buffer, first_column(WIDTHS, i), width_of(WIDTHS, i)).store(results[i])
@@ -199,6 +201,7 @@ def store_part_rows(results, Out, i_head, i_batch, origin, length, heads, PART: 
 @gluon.jit
 def store_slice(b_rows, Out, i_head, i_batch, origin, length, heads, PART: gl.constexpr, PACK: gl.constexpr,
                 D: gl.constexpr, FIRST: gl.constexpr):  # fmt: skip
+    """Store the columns of a result from ``FIRST`` on."""
     STORE: gl.constexpr = b_rows.type.layout
     position, head = part_rows(PART, PACK, gl.SliceLayout(1, STORE))
     m_rows, o_row = output_rows(position, i_head * PACK + head, i_batch, origin, length, heads)
