@@ -14,6 +14,7 @@ import warnings
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from threading import Barrier, Event
 from typing import Any
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from natten_layers import DecoderLM, DecoderLMConfig, HDiT, HDiTConfig, LevelConfig
 from natten_layers.io import checkpoints, hf
-from natten_layers.io.files import make_folder, read_json, replacing
+from natten_layers.io.files import make_folder, parse_json, read_json, read_short, replacing
 from natten_layers.io.schema import check_keys
 from natten_layers.kernels.host import tuned
 from natten_layers.kernels.host.tiling import ProblemClass, TileConfig
@@ -615,6 +616,22 @@ def test_a_config_of_countless_layers_is_refused_before_one_is_built(change: dic
         DecoderLMConfig(**{**vars(LANGUAGE), "num_layers": 10**7})
 
 
+def read_from_writer(pipe: Path, early: bytes, late: bytes, monkeypatch: pytest.MonkeyPatch) -> bytes:
+    """Read a pipe to which ``early`` was written before it was opened, and ``late`` is written afterwards."""
+    set_blocking, is_open = os.set_blocking, Event()
+    monkeypatch.setattr(os, "set_blocking", lambda *arguments: (set_blocking(*arguments), is_open.set()))
+    with ThreadPoolExecutor(1) as pool:
+        with open(os.open(pipe, os.O_RDWR), "wb", buffering=0) as first:  # for writing only, it would wait for a reader
+            first.write(early)
+            found = pool.submit(read_short, pipe)
+            assert is_open.wait(60)
+            writer = os.open(pipe, os.O_WRONLY)
+        # The reader alone holds the other end now: where it has failed, this is a broken pipe and waits for nobody.
+        with open(writer, "wb", buffering=0) as second, suppress(BrokenPipeError):
+            second.write(late)
+        return found.result(60)
+
+
 @pytest.mark.parametrize("early", [0, 1, 9], ids=lambda count: f"{count} bytes are there")
 def test_a_config_is_read_from_a_pipe_that_somebody_writes_to(
     early: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -622,18 +639,21 @@ def test_a_config_is_read_from_a_pipe_that_somebody_writes_to(
     content = {"a": "x" * 200_000}  # more than a pipe holds
     text, pipe = json.dumps(content).encode(), tmp_path / "pipe"
     os.mkfifo(pipe)
-    with pytest.raises(ValueError, match=f"^{pipe} is a pipe to which nobody writes: start what writes to it first"):
-        read_json(pipe)
-    set_blocking, is_open = os.set_blocking, Event()
-    monkeypatch.setattr(os, "set_blocking", lambda *arguments: (set_blocking(*arguments), is_open.set()))
-    writer = os.open(pipe, os.O_RDWR)
-    os.write(writer, text[:early])
-    with ThreadPoolExecutor(1) as pool:
-        found = pool.submit(read_json, pipe)
-        assert is_open.wait(60)
-        os.write(writer, text[early:])
-        os.close(writer)
-        assert found.result() == content
+    monkeypatch.setattr("natten_layers.io.files.MOST_BYTES", len(text))
+    assert read_from_writer(pipe, text[:early], text[early:], monkeypatch) == text
+    assert parse_json(text, pipe) == content
+    with pytest.raises(ValueError, match=f"^{pipe} is longer than {len(text)} bytes, too long for JSON or a config$"):
+        read_from_writer(pipe, text[:early], text[early:] + b" ", monkeypatch)
+
+
+def test_an_empty_pipe_is_no_empty_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    said = f"^{pipe} is an empty pipe: nothing was written to it, or nobody writes to it yet; start what writes"
+    with pytest.raises(ValueError, match=said):
+        read_short(pipe)
+    with pytest.raises(ValueError, match=said):
+        read_from_writer(pipe, b"", b"", monkeypatch)
 
 
 def test_a_pipe_is_not_replaced_by_a_file(tmp_path: Path) -> None:

@@ -143,7 +143,7 @@ def _readable_as_usual(path: Path) -> Iterator[None]:
 
 
 MOST_BYTES = 2**26
-"""Most bytes of a file that is read whole, or of a text in one: of JSON, or a config."""
+"""The longest JSON or config that is read, in bytes. Of a text that is decoded already, characters are counted."""
 MOST_DIGITS = 40
 """Most digits of an integer in a JSON file: more than any 64-bit integer needs, few enough to be shown in a message."""
 
@@ -163,7 +163,7 @@ def read_short(path: Path) -> bytes:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is longer than 64 MiB, as a device is that has no end, or a pipe to which nobody writes.
+        ValueError: it is longer than 64 MiB, as a device is that has no end, or an empty pipe.
     """
     if path.is_fifo():
         content = _read_pipe(path)
@@ -177,12 +177,17 @@ def read_short(path: Path) -> bytes:
 def _read_pipe(path: Path) -> bytes:
     """What is written to a pipe, which would be waited for without end where nobody has opened it to write."""
     with open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as pipe:
-        first = pipe.read(1)  # None where somebody has
-        if first == b"":
-            raise ValueError(f"{path} is a pipe to which nobody writes: start what writes to it first, or name a file")
-        os.set_blocking(pipe.fileno(), True)
-        with io.BufferedReader(pipe) as rest:
-            return (first or b"") + rest.read(MOST_BYTES)
+        content = pipe.read(1)  # None where somebody has opened it, and writes later
+        if content != b"":
+            os.set_blocking(pipe.fileno(), True)
+            with io.BufferedReader(pipe) as rest:
+                content = (content or b"") + rest.read(MOST_BYTES + 1)
+    if not content:
+        raise ValueError(
+            f"{path} is an empty pipe: nothing was written to it, or nobody writes to it yet; start what writes to it "
+            "first, or name a file"
+        )
+    return content
 
 
 def _check_length(content: str | bytes, name: object) -> None:
