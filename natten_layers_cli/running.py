@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import fcntl
 import io
 import math
@@ -219,14 +220,18 @@ def _path(text: str) -> Path:
 
 
 def run_command(
-    body: Callable[[], int], *, when_interrupted: str = "interrupted", less_memory: str | None = None
+    body: Callable[[], int],
+    *,
+    when_interrupted: str = "interrupted",
+    less_memory: str | Callable[[], str] | None = None,
 ) -> int:
     """The exit status of a command. What users, files and machines do wrong becomes one line on standard error.
 
     Args:
         body: the command; returns its exit status.
         when_interrupted: what to say after Ctrl-C and other signals.
-        less_memory: what to ask the command for where a machine's or a GPU's memory is too small.
+        less_memory: what to ask the command for where a machine's or a GPU's memory is too small, or what says so when
+            ``body`` has failed.
     """
     open_streams()
     threading.excepthook, hook = _quiet_about_files, threading.excepthook
@@ -243,7 +248,7 @@ def run_command(
         except EXPECTED as error:
             if not stops:
                 with suppress(OSError):  # a log on a full disk, too
-                    said = _out_of_memory(error, less_memory) if is_out_of_memory(error) else one_line(error)
+                    said = _out_of_memory(error, less_memory) if _is_out_of_memory(error) else one_line(error)
                     print(f"error: {said}", file=sys.stderr)
                 return FAILED
         except KeyboardInterrupt:
@@ -278,15 +283,19 @@ def one_line(error: BaseException) -> str:
     return text if cut <= 0 else f"{text[: MOST_TEXT // 2]} ... ({cut} characters) ... {text[-MOST_TEXT // 2 :]}"
 
 
-def is_out_of_memory(error: BaseException) -> bool:
+def _is_out_of_memory(error: BaseException) -> bool:
     """Whether memory was too small, of a GPU or of the machine, for which PyTorch has no type of its own."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
+    if isinstance(error, OSError):  # of a process that cannot be started, or a file that cannot be mapped
+        return error.errno == errno.ENOMEM
     texts = "can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED"
     return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
 
 
-def _out_of_memory(error: BaseException, less: str | None) -> str:
+def _out_of_memory(error: BaseException, less: str | Callable[[], str] | None) -> str:
+    if callable(less):
+        less = less()
     # How much was asked for and is there; the rest is advice for programmers, about settings of PyTorch.
     asked = ". ".join(one_line(error).split(". ")[:3])
     return f"out of memory{f': try {less}' if less else ''} ({asked})"

@@ -162,15 +162,19 @@ def run(arguments: argparse.Namespace, processes: Processes) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    less_memory = ["a smaller --batch-size with more --grad-accum-steps", "--checkpointing"]
+
     def body() -> int:
         arguments = parse_arguments(argv)
+        if arguments.checkpointing:
+            less_memory.remove("--checkpointing")
         with Processes(arguments.device, fsdp=arguments.fsdp) as processes:
             return run(arguments, processes)
 
     return run_command(
         body,
         when_interrupted="stopped at once; checkpoints that were saved before are whole",
-        less_memory="a smaller --batch-size with more --grad-accum-steps, or --checkpointing",
+        less_memory=lambda: ", or ".join(less_memory),
     )
 
 

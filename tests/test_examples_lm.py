@@ -591,6 +591,12 @@ def test_too_little_memory_is_told_with_the_way_out(capfd: pytest.CaptureFixture
         "error: out of memory: try fewer tokens (CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total "
         "capacity of 15.77 GiB of which 1.06 GiB is free)\n"
     )
+    assert said(lambda: fail(OSError(errno.ENOMEM, "Cannot allocate memory")), less_memory=less) == (
+        "error: out of memory: try fewer tokens (Cannot allocate memory)\n"
+    )
+    assert said(lambda: fail(FileNotFoundError(errno.ENOENT, "No such file")), less_memory=less) == (
+        "error: No such file\n"
+    )
     assert said(lambda: bytearray(2**62)) == "error: out of memory (MemoryError)\n"
 
 
@@ -615,6 +621,15 @@ def test_commands_know_what_takes_less_memory(
     with pytest.raises(SystemExit):
         module.main(["--help"])
     assert set(tried) <= set(re.findall(r"--[a-z0-9-]+", capsys.readouterr().out))
+
+
+def test_what_takes_less_memory_is_not_on_already(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train_hdit, "run", lambda *_: torch.empty(2**45))
+    assert train_hdit.main(["--device", "cpu", "--checkpointing"]) == 2
+    advice = capsys.readouterr().err.partition(" (")[0]
+    assert advice == "error: out of memory: try a smaller --batch-size with more --grad-accum-steps"
 
 
 def test_what_a_stream_cannot_show(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
