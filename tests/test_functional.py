@@ -419,7 +419,7 @@ TOKENS, PLACES = IMAGES[0], torch.arange(8)[None]
 """eight tokens in a batch of one, and packed"""
 
 
-@pytest.mark.parametrize("wrong", ["no", 1, torch.tensor(True)], ids=str)
+@pytest.mark.parametrize("wrong", ["no", 1, 0, torch.tensor(True)], ids=str)
 @pytest.mark.parametrize(
     ("call", "name"),
     [
@@ -442,6 +442,18 @@ def test_what_is_no_bool_is_not_taken_for_one(call: Callable[..., object], name:
     with pytest.raises(ValueError, match=f"^{name} must be True or False, got "):
         call(**{name: wrong})
     call(**{name: np.bool_(True)})
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda **flag: na1d(IMAGES, IMAGES, IMAGES, 3, **flag), "return_lse"),
+        *((lambda **flag: attention(IMAGES, IMAGES, IMAGES, **flag), name) for name in ("is_causal", "return_lse")),
+    ],
+)
+def test_none_is_no_bool(call: Callable[..., object], name: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name} must be True or False, got None"):
+        call(**{name: None})
 
 
 def test_numbers_of_numpy_are_numbers():
