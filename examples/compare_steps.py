@@ -33,7 +33,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "models", nargs="+", type=steps_of, metavar="FILE:STEPS,...", help="trained on images of one size and classes"
     )
-    parser.add_argument("--output", type=Path, default=Path("steps.png"), help="the picture")
+    parser.add_argument("--output", type=Path, default=Path("steps.png"), help="the picture, a name with .png")
     parser.add_argument("--count", type=int, default=12, help="images in a row, of one class after another")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="to run on")
     arguments = parser.parse(argv)

@@ -60,13 +60,17 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=seed, default=0, help="of what is random")
     parser.add_argument("--device", default="cpu", help="to run on")
     parser.add_argument("--bf16", action="store_true", help="in bfloat16")
-    parser.add_argument("--save", type=Path, help="write the video [1, 3, frames, height, width] by torch.save")
+    parser.add_argument(
+        "--save",
+        type=Path,
+        help="write the video [1, 3, frames, height, width] by torch.save: a name with .pt, .pth or no suffix",
+    )
     arguments = parser.parse(argv)
     if arguments.tiny:
         vars(arguments).update(TINY_VIDEO)
     check_device(parser, arguments.device)
     if arguments.save is not None:
-        check_output(parser, "--save", arguments.save, [".pt", ".pth"])
+        check_output(parser, "--save", arguments.save, [".pt", ".pth"], needed=False)
     return arguments
 
 

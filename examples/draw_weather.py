@@ -44,7 +44,9 @@ def draw(model: Forecast) -> Figure:
 
 def run(argv: Sequence[str] | None = None) -> int:
     parser = Parser(description=__doc__, least={"steps": 0})
-    parser.add_argument("output", type=Path, help="the picture")
+    parser.add_argument(
+        "output", type=Path, help="the picture, in a format of matplotlib's: .png, .svg, .pdf or others"
+    )
     parser.add_argument("--steps", type=int, default=1000, help="of training")
     arguments = parser.parse(argv)
     check_output(

@@ -64,7 +64,9 @@ def draw_panel(axes: Axes, panel: Panel) -> None:
 
 def run(argv: Sequence[str] | None = None) -> int:
     parser = Parser(description=__doc__)
-    parser.add_argument("output", type=Path, help="the picture")
+    parser.add_argument(
+        "output", type=Path, help="the picture, in a format of matplotlib's: .png, .svg, .pdf or others"
+    )
     output = parser.parse(argv).output
     check_output(parser, "output", output, [f".{kind}" for kind in FigureCanvasBase.get_supported_filetypes()])
     figure = Figure(figsize=(2.1 * len(PANELS), 2.7), layout=ConstrainedLayoutEngine(w_pad=0.12))

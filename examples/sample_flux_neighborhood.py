@@ -84,7 +84,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=seed, default=0, help="of what is random")
     parser.add_argument("--device", default="cpu", help="to run on")
     parser.add_argument("--bf16", action="store_true", help="in bfloat16")
-    parser.add_argument("--save", type=Path, help="write the image")
+    parser.add_argument("--save", type=Path, help="write the image: a name with .png, .jpg, .jpeg or .webp")
     arguments = parser.parse(argv)
     tiny = arguments.tiny
     defaults = {

@@ -39,7 +39,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     try:
         target = hdit_file(args.target)
     except ValueError as error:
-        parser.error(str(error))
+        parser.error(f"TARGET {error}")
     if target != args.target:
         check_output_folder(parser, "TARGET", args.target, "a file that ends with .safetensors")
     check_output(parser, "TARGET", target)

@@ -55,7 +55,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--subset", type=int, default=1000, help="images of a subset of KID, default: %(default)s")
     parser.add_argument("--subsets", type=list_length, default=100, help="how many of them, default: %(default)s")
     parser.add_argument("--seed", type=seed, default=0, help="that chooses them, default: %(default)s")
-    parser.add_argument("--output", type=Path, metavar="JSON", help="write the numbers there, too")
+    parser.add_argument(
+        "--output", type=Path, metavar="JSON", help="write the numbers there, too: a name with .json, or no suffix"
+    )
     parser.add_argument("--batch-size", type=int, default=64, help="images at a time, default: %(default)s")
     parser.add_argument(
         "--num-workers",
@@ -71,7 +73,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if arguments.weights and arguments.features != INCEPTION:
         parser.error(f"--weights are of --features {INCEPTION}")
     if arguments.output:
-        check_output(parser, "--output", arguments.output, [".json"])
+        check_output(parser, "--output", arguments.output, [".json"], needed=False)
     return arguments
 
 

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 from collections.abc import Collection
 from pathlib import Path
 
+from natten_layers.io.files import FILE_SUFFIXES, check_directory_name
 
-def check_output(parser: argparse.ArgumentParser, name: str, path: Path, suffixes: Collection[str] = ()) -> None:
+
+def check_output(
+    parser: argparse.ArgumentParser, name: str, path: Path, suffixes: Collection[str] = (), *, needed: bool = True
+) -> None:
     """End with a usage error where the file that a command writes at its end cannot be written: before its work.
 
     Args:
         name: of the flag or argument that gave ``path``.
-        suffixes: of the formats that the command writes, if the name chooses one.
+        suffixes: of the formats that the command writes; without any, all names are taken.
+        needed: whether the name chooses the format; else only the suffix of another kind of file is refused.
     """
-    if suffixes and path.suffix.lower() not in suffixes:
+    suffix = path.suffix.lower()
+    if suffixes and suffix not in suffixes and (needed or suffix in FILE_SUFFIXES):
         parser.error(f"{name} must end with {' or '.join(suffixes)}, got {path}")
     if path.is_dir():
         parser.error(f"{name} {path} is a folder: name a file in it")
@@ -34,8 +39,10 @@ def check_output_folder(parser: argparse.ArgumentParser, name: str, path: Path, 
     """
     if path.exists() and not path.is_dir():
         parser.error(f"{name} {path} is no folder: name another, or {instead}")
-    if not path.exists() and re.fullmatch(r"\.[A-Za-z]\w*", path.suffix):  # that of best-0.5 is a number
-        parser.error(f"{name} {path} would be a folder: leave {path.suffix} away, make it first, or name {instead}")
+    try:
+        check_directory_name(path, f": make it first, or name {instead}")
+    except ValueError as error:
+        parser.error(f"{name} {error}")
     _check_writable(parser, f"{name} {path}", path / "file")
 
 

@@ -256,7 +256,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, least=dict.fromkeys(("size", "count", "steps", "batch_size"), 1))
     parser.add_argument("checkpoint", type=Path, help="a safetensors file, or a training checkpoint (.pth)")
     parser.add_argument("--config", type=Path, help="JSON config, in place of the checkpoint's, or where it holds none")
-    parser.add_argument("--output", type=Path, default=Path("samples.png"), help="the grid, default: %(default)s")
+    parser.add_argument(
+        "--output", type=Path, default=Path("samples.png"), help="the grid, a name with .png; default: %(default)s"
+    )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write single images there, and no grid")
     parser.add_argument("--reproduce", type=Path, metavar="PNG", help="sample this grid again; fail if it differs")
     parser.add_argument("--classes", nargs="+", metavar="CLASS", help="names or numbers, default: all")

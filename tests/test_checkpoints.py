@@ -79,6 +79,8 @@ def test_what_is_no_path_or_config_of_an_hdit_is_refused(tmp_path: Path) -> None
     model = tiny_model()
     with raises_naming("model.pth must be the name of a directory", "end with .safetensors"):
         model.save_pretrained(tmp_path / "model.pth")
+    with raises_naming("model.JSON must be the name of a directory", "without .JSON"):
+        model.save_pretrained(tmp_path / "model.JSON")
     config = DecoderLMConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=1)
     with raises_naming("lm.safetensors must be the name of a directory"):
         hf.save(config, {}, tmp_path / "lm.safetensors")

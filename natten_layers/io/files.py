@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from ..wording import shorten
 
 __all__ = [
+    "FILE_SUFFIXES",
     "check_directory_name",
     "check_regular",
     "leftovers",
@@ -29,6 +30,16 @@ __all__ = [
     "replacing",
     "system_errors",
 ]
+
+FILE_SUFFIXES = frozenset(
+    {
+        *(".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".gguf", ".npy", ".npz"),
+        *(".json", ".jsonl", ".toml", ".yaml", ".yml", ".txt", ".csv", ".pdf"),
+        *(".avif", ".bmp", ".eps", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".svg", ".tga"),
+        *(".tif", ".tiff", ".webp", ".mp4", ".gz", ".tar", ".zip"),
+    }
+)
+"""Endings by which users know a file, in lower case. Others, as of ``runs.v2`` and ``model.bf16``, say nothing."""
 
 
 @contextmanager
@@ -106,12 +117,12 @@ def check_regular(path: Path) -> None:
 
 
 def check_directory_name(path: Path, way_out: str = "") -> None:
-    """Refuse to make a directory whose name is that of a file of weights, for which users would take it.
+    """Refuse to make a directory whose name is that of a file, for which users would take it.
 
     Raises:
-        ValueError: the name ends like that of such a file.
+        ValueError: the name ends like that of a file.
     """
-    if path.suffix in (".safetensors", ".pth", ".pt", ".ckpt", ".bin") and not path.is_dir():
+    if path.suffix.lower() in FILE_SUFFIXES and not path.is_dir():
         raise ValueError(f"{path} must be the name of a directory, without {path.suffix}{way_out}")
 
 

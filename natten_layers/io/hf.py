@@ -217,7 +217,7 @@ def save(
 
     Raises:
         OSError: a file cannot be written; the message names it.
-        ValueError: ``directory`` ends like a file of weights, or a tensor is sharded or on the meta device.
+        ValueError: ``directory`` ends like a file, or a tensor is sharded or on the meta device.
     """
     directory = Path(directory)
     check_directory_name(directory)

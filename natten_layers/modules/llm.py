@@ -425,7 +425,7 @@ class DecoderLM(nn.Module):
 
         Raises:
             OSError: a file cannot be written; the message names it.
-            ValueError: ``directory`` ends like a file of weights, such as .safetensors, or the model is sharded (the
+            ValueError: ``directory`` ends like a file, such as .safetensors, or the model is sharded (the
                 message says how to gather it) or on the meta device.
         """
         hf.save(self.config, self.state_dict(), directory, max_shard_bytes=max_shard_bytes)
