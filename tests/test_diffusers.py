@@ -775,6 +775,16 @@ def test_a_part_that_is_left_alone_says_so() -> None:
     assert torch.equal(output(model, inputs), expected)
 
 
+def test_a_part_without_windows_takes_none_from_the_model() -> None:
+    model, inputs = tiny("WanTransformer3DModel")
+    neighborhood(model, 3, layers=[0])
+    expected = output(model, inputs)
+    assert unpatch(model.blocks[1]) == 0
+    assert torch.equal(output(model, inputs), expected)
+    assert unpatch(model) == 1
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_layers_with_windows_have_their_adapters(name: str) -> None:
     model, inputs = tiny(name)

@@ -26,7 +26,10 @@ class Replacement(Protocol):
 
 
 class ModelHook:
-    """Base class of objects one of whose methods is a forward pre-hook of a model."""
+    """Base class of objects whose methods are hooks of a model and of its parts."""
+
+    read: Any
+    """the method that is a forward pre-hook of the model itself"""
 
     def release(self) -> None:
         """Remove the hook."""
@@ -34,9 +37,12 @@ class ModelHook:
 
     @staticmethod
     def of(model: nn.Module) -> ModelHook | None:
-        """The one that a model has."""
-        owners = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
-        return next((owner for owner in owners if isinstance(owner, ModelHook)), None)
+        """The one of a model; parts of it, which have hooks of the same object, have none of their own."""
+        for hook in model._forward_pre_hooks.values():
+            owner = getattr(hook, "__self__", None)
+            if isinstance(owner, ModelHook) and hook == owner.read:
+                return owner
+        return None
 
 
 def modules_of(model: Any) -> Iterator[nn.Module]:
