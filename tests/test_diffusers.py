@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ import torch
 from helpers import error, raises_naming, randomize
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -737,6 +739,40 @@ def test_checkpoints_compute_each_layer_again_as_in_its_own_call(name: str, anot
     del losses, differentiate
     gc.collect()
     assert not len(hook.calls)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler looks at it
+@pytest.mark.parametrize("way", ["ordinary", "reentrant", "compiled", "copies"])
+def test_a_thread_of_autograd_computes_layers_again_in_every_step(way: str) -> None:
+    """At the size of that step: autograd's thread on a GPU lasts, as the only one of the pool does here."""
+    model, inputs = tiny("WanTransformer3DModel")
+    neighborhood(model, 3)
+    hook = transformers.ModelHook.of(model.train())
+    assert isinstance(hook, transformers._Tokens)
+
+    def gradients(pool: ThreadPoolExecutor, call: dict[str, Any]) -> list[Tensor]:
+        model.zero_grad()
+        with torch.autograd.graph.save_on_cpu() if way == "copies" else nullcontext():
+            loss = model(**call, return_dict=False)[0].square().mean()
+        pool.submit(loss.backward).result()
+        return [x.grad for x in model.parameters() if x.grad is not None]
+
+    with ThreadPoolExecutor(1) as pool:
+        steps = [inputs, turn(inputs)]
+        expected = [gradients(pool, call) for call in steps]
+        model.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=way == "reentrant"))
+        torch.testing.assert_close(gradients(pool, steps[0]), expected[0])
+        if way == "compiled":
+            model.blocks[-1].compile(backend="eager")  # no sooner, as it takes seconds for each size
+        torch.testing.assert_close(gradients(pool, steps[1]), expected[1])
+        assert "call" not in pool.submit(vars, hook.thread).result()  # whose mask would take memory
+
+
+def test_a_block_without_tokens_says_what_it_misses() -> None:
+    model, _ = tiny("WanTransformer3DModel")
+    neighborhood(model, 3)
+    with pytest.raises(TypeError, match="hidden_states"):
+        model.blocks[0]()
 
 
 def test_a_compiled_block_has_the_windows_of_each_threads_call() -> None:

@@ -163,8 +163,10 @@ class _Tokens(ModelHook):
     """How the tokens of the call that a model is in lie. Belongs to one model, whose hook it is.
 
     Each thread has a call of its own. Layers that checkpoints compute again run when it is over and, on a GPU, in a
-    thread of autograd's: they find the call by the tokens that their block is given. Where it is compiled, or reentrant
-    checkpoints give it other tensors, they take the last call with gradients, by whichever thread.
+    thread of autograd's: they find the call by the tokens that their block is given. Not so where the block is
+    compiled, where reentrant checkpoints or hooks that copy saved tensors give it other ones, and where it was in a
+    ``checkpoint_wrapper`` before the hooks came, which then stand outside of the checkpoint. There they take the last
+    call with gradients: of their thread or, as autograd's has none that outlasts a block, of whichever thread.
     """
 
     def __init__(self, model: nn.Module, family: Family) -> None:
@@ -183,8 +185,13 @@ class _Tokens(ModelHook):
         self.handles = [
             model.register_forward_pre_hook(self.read, with_kwargs=True),  # pyright: ignore
             model.register_forward_hook(self.forget),  # pyright: ignore
-            *(block.register_forward_pre_hook(self.follow, with_kwargs=True) for block, _ in _blocks(model, family)),
         ]
+        for block, _ in _blocks(model, family):
+            self.handles += [
+                block.register_forward_pre_hook(self.follow, with_kwargs=True),  # pyright: ignore
+                # Checkpoints raise an exception once they have computed again what they need.
+                block.register_forward_hook(self.leave, always_call=True),  # pyright: ignore
+            ]
 
     def __getstate__(self) -> dict[str, Any]:
         known = {"ids": (_no_ids, 0, ()), "recorded": _Call()}  # of one call's tensors alone
@@ -210,14 +217,32 @@ class _Tokens(ModelHook):
             return  # the model will say so
         self.check_layers(model)
         self.thread.call = _Call(self.grid_of(model, arguments))
+        self.thread.entered = []  # blocks that the thread is in, each with the call that it had before
         if torch.is_grad_enabled():
             self.recorded = self.thread.call
 
     def follow(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Take up the call in which a block was first given these tokens, if a checkpoint computes it again."""
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            tokens = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return
+        tokens = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
+        if tokens is not None:
+            known = vars(self.thread)  # which autograd's threads have not filled
+            known.setdefault("entered", []).append((block, known.get("call")))
             self.thread.call = self.calls.setdefault(tokens, self.call)
+
+    def leave(self, block: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        """Give the thread its own call back, if it has one: autograd's, which lasts from step to step, has none."""
+        if torch.compiler.is_compiling():
+            return
+        known = vars(self.thread)
+        entered = known.get("entered")
+        if entered and entered[-1][0] is block:  # else follow had nothing to do
+            _, before = entered.pop()
+            if before is None:
+                known.pop("call", None)
+            else:
+                known["call"] = before
 
     def grid_of(self, model: nn.Module, arguments: Arguments) -> Grid:
         ids = arguments.get("img_ids")
