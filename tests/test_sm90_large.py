@@ -38,6 +38,7 @@ from natten_layers.kernels.sm90 import (
     large_dq,
     large_forward,
     large_registers,
+    large_repair,
     large_statistics,
     large_tiling,
     packed_repair,
@@ -471,7 +472,7 @@ def test_tiles_that_are_marked_are_computed_once_more(with_stats: bool) -> None:
     config = LargeTileConfig((1, 1, 16), (1, 1, 16), pack=2, num_warps=4, stages=1, groups=(1, 1, 2))
     blocks, programs = 2, problem.programs(replace(config, tile=config.part))
     assert programs == 38 * blocks
-    assert programs > large_forward.FLAGS.value
+    assert programs > large_repair.FLAGS.value
     marked = [0, 9, 11, 63, 64, 74, 75]  # indices over tiles and blocks of heads; the last tile is only partly filled
     nonfinite_tiles = torch.zeros(programs + 1, dtype=torch.int32, device=DEVICE)
     nonfinite_tiles[[*marked, programs]] = 1  # the element after the marks is the tile counter
@@ -480,7 +481,7 @@ def test_tiles_that_are_marked_are_computed_once_more(with_stats: bool) -> None:
     untouched = -3.0
     results = [torch.full_like(x, untouched) for x in expected]
     state = results[1:] if with_stats else (None, None)
-    large_forward.repair(config, problem, inputs, options, nonfinite_tiles, (results[0], state[0], state[1]))
+    large_repair.repair(config, problem, inputs, options, nonfinite_tiles, (results[0], state[0], state[1]))
     rows = torch.zeros(1, 300, 4, dtype=torch.bool, device=DEVICE)
     for i in marked:
         first, head = i // blocks * 8, i % blocks * 2
@@ -870,7 +871,7 @@ def test_packed_tiles_that_overlap_flagged_parts_are_repaired() -> None:
     parts = -(-94 // 16)
     flags = torch.zeros(parts + 1, dtype=torch.int32, device=DEVICE)  # one block of four heads
     flags[2], flags[parts] = 1, 1  # tokens 32 to 47, and the counter of tiles, which is no flag
-    large_forward.repair(config, problem, arguments[1], arguments[2], flags, results)  # pyright: ignore[reportArgumentType]
+    large_repair.repair(config, problem, arguments[1], arguments[2], flags, results)  # pyright: ignore[reportArgumentType]
     for found, right in zip(results, expected, strict=True):
         assert right is not None
         # Tiles of samples begin at tokens 0, 16, 32; 40; 41, 57; 64, 80.

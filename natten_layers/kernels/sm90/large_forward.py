@@ -12,13 +12,10 @@ those that none of its own rows sees: where windows are not much larger than til
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAssignmentType=false, reportArgumentType=false
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false
 
-from dataclasses import replace
 from functools import lru_cache
 from math import prod
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -27,15 +24,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..host.launcher import Launcher, launcher
-from ..host.problem import Inputs, Options, Problem, need_wide_offsets, new_results, three_axes
+from ..host.problem import Inputs, Options, Problem, new_results, three_axes
 from ..host.tiling import head_width
-from ..portable.forward import ForwardTensors, attend_tile
-from ..portable.parameters import Axes, Spec, Strides
 from ..portable.primitives import LN2, LOG2E, LOWEST
-from ..portable.windows import SAMPLE_FIELDS, is_empty, shifted, union_of_windows, unravel
+from ..portable.windows import is_empty, shifted, union_of_windows, unravel
 from . import large_tiling
 from .descriptors import Call, boxes_of_registers, call_of, key_boxes, multiprocessors, query_boxes
+from .large_repair import repair
 from .large_tiling import LargeTileConfig
 from .primitives import by_rows, flag_nan, output_rows, part_rows, store_part_rows, through_buffer
 from .products import (
@@ -76,8 +71,6 @@ from .walk import (
     row_sizes,
     tile_walk,
 )
-
-FLAGS: tl.constexpr = tl.constexpr(64)  # tiles whose flags one program of the repair kernel reads
 
 
 @gluon.jit
@@ -391,41 +384,6 @@ def large_forward_kernel(
     )  # fmt: skip
 
 
-@triton.jit
-def is_flagged(i_program, Nonfinite, Tiles, last_part, blocks, SPEC: tl.constexpr):
-    """Whether a tile of a program of the portable kernel holds rows of a part that is flagged.
-
-    Such a tile is a part, but for packed batches (``Tiles``): there parts count from the first token of the batch, and
-    tiles from that of their sample, so that a tile may lie in two parts.
-    """
-    if Tiles is None:
-        flag = tl.load(Nonfinite + i_program)
-    else:
-        p = Tiles + i_program // blocks * SAMPLE_FIELDS
-        token = tl.load(p + 2) + (i_program // blocks - tl.load(p + 1)) * SPEC.tile[2]
-        part, end = token // SPEC.tile[2], tl.minimum((token + SPEC.tile[2] - 1) // SPEC.tile[2], last_part)
-        flags = Nonfinite + i_program % blocks
-        flag = tl.maximum(tl.load(flags + part * blocks), tl.load(flags + end * blocks))
-    return flag != 0
-
-
-@triton.jit
-def repair_kernel(
-    Nonfinite, tensors, strides, programs, last_part, axes, group, kv_heads, registers, sink, scale,
-    SPEC: tl.constexpr,
-):  # fmt: skip
-    """Compute the tiles that are flagged once more, by the portable kernel, which keeps NaN and inf away from queries
-    that do not see them. The arguments from ``axes`` on, tensors and strides are those of ``attend_tile``.
-    """
-    blocks = kv_heads * (group // SPEC.pack)
-    i_programs = tl.minimum(tl.program_id(0) * FLAGS + tl.arange(0, FLAGS), programs - 1)
-    if tl.max(is_flagged(i_programs, Nonfinite, tensors.tiles, last_part, blocks, SPEC).to(tl.int32), 0) == 0:
-        return
-    for i_program in range(tl.program_id(0) * FLAGS, tl.minimum(tl.program_id(0) * FLAGS + FLAGS, programs)):
-        if is_flagged(i_program, Nonfinite, tensors.tiles, last_part, blocks, SPEC):
-            attend_tile(i_program, tensors, strides, axes, group, kv_heads, registers, None, sink, scale, SPEC)
-
-
 def query_buffers(problem: Problem) -> int:
     """Buffers for tiles of queries. With two the queries of the next tile arrive in time; wide heads leave room for
     one.
@@ -475,36 +433,3 @@ def prepare(config: LargeTileConfig, p: Problem, with_stats: bool) -> tuple[Call
         TILE=config.tile, STAGES=config.stages, TILES=query_buffers(p), **config.work(2 if config.skip else 3),
     )  # fmt: skip
     return call, flags
-
-
-def repair(
-    config: LargeTileConfig, problem: Problem, inputs: Inputs, options: Options, nonfinite: Tensor,
-    results: tuple[Tensor, Tensor | None, Tensor | None],
-) -> None:  # fmt: skip
-    """Compute the parts of tiles that ``nonfinite`` marks once more, in place."""
-    query, key, value, reg_keys, reg_values, sink, *_ = inputs
-    launch = prepare_repair(config, problem, results[1] is not None)
-    tiles = problem.tile_table(config.part)
-    tensors = ForwardTensors(query, key, value, *results, reg_keys, reg_values, sink, None, tiles)
-    launch((nonfinite, tensors), (options.sink_value, options.scale))
-
-
-@lru_cache(maxsize=1024)
-def prepare_repair(config: LargeTileConfig, p: Problem, with_stats: bool) -> Launcher:
-    programs = p.programs(replace(config, tile=config.part))
-    head_dim, value_dim = p.query.shape[-1], p.value.shape[-1]
-    return launcher(
-        repair_kernel,
-        (triton.cdiv(programs, FLAGS.value),),
-        (
-            Strides(*p.input_strides()), programs, p.tiles(config.part)[2] - 1, Axes(*p.extents(config.part)),
-            p.group, p.kv_heads, p.registers,
-        ),
-        SPEC=Spec(
-            head_dim, (head_width(head_dim),), value_dim, (head_width(value_dim),), precision="ieee", scale_first=False,
-            causal=p.causal_axes, tile=config.part, pack=config.pack, chunk=config.chunk, rank=p.rank,
-            wide=need_wide_offsets((p.query, p.key, p.value, p.out)), with_stats=with_stats,
-            register_tile=16 if p.registers else 0,
-        ),
-        num_warps=8,
-    )  # fmt: skip

@@ -16,6 +16,7 @@ from ..portable.primitives import LOG2E, LOWEST
 from ..portable.windows import unravel
 from .masked_keys import range_sides, range_start
 from .packed_images import await_copies
+from .products import finished
 from .walk import load_of_token
 
 WARPS = 4
@@ -139,10 +140,7 @@ def scores_of(b_q, keys, masks):
     scores = ()
     for PART in gl.static_range(len(keys)):
         scores = scores + (warpgroup_mma(b_q, keys[PART].permute((1, 0)), masks[PART], is_async=True),)  # noqa: RUF005
-    scores = warpgroup_mma_wait(0, deps=scores)
-    if len(keys) == 1:
-        scores = (scores,)
-    return scores
+    return finished(scores)
 
 
 @gluon.jit
