@@ -103,6 +103,19 @@ OTHER_GRIDS = (
          key_spatial=(7, 9, 19)),
     Case("1d-64-finer", (700,), 101, kv_heads=1, head_dim=64, value_dim=64, key_spatial=(333,), registers=70),
 )  # fmt: skip
+# Most chunks lie inside the windows of all rows of a tile, and need no mask.
+INSIDE = (
+    Case("1d-64", (900,), 401, heads=2, kv_heads=2, head_dim=64, value_dim=64, sink="learned"),
+    Case("1d-32-causal-gqa-70-registers", (900,), 300, is_causal=True, heads=4, kv_heads=1, head_dim=32, value_dim=32,
+         registers=70),
+    Case("1d-80-dilated", (903,), 285, 1, 3, heads=2, kv_heads=1, head_dim=80, value_dim=80),
+    Case("1d-64-mask", (700,), 401, heads=2, kv_heads=1, head_dim=64, value_dim=64, seen=0.6),
+    Case("1d-64-inside-a-finer-grid", (1400,), 301, kv_heads=1, head_dim=64, value_dim=64, key_spatial=(700,)),
+    Case("2d-64-strides", (64, 72), (32, 40), 8, heads=2, kv_heads=1, head_dim=64, value_dim=64, registers=20),
+    Case("3d-64-strides", (16, 32, 40), (8, 16, 16), (4, 8, 8), heads=2, kv_heads=2, head_dim=64, value_dim=64,
+         batch=1),
+)  # fmt: skip
+ALL = CASES + REGISTERS + RINGS + MASKED + OTHER_GRIDS + INSIDE
 MEDIUM: dict[Kind, str] = {
     "forward": variants.MEDIUM,
     "backward_query": variants.MEDIUM,
@@ -113,7 +126,7 @@ MEDIUM: dict[Kind, str] = {
 @pytest.mark.gpu
 @needs_device
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", CASES + REGISTERS + RINGS + MASKED + OTHER_GRIDS, ids=str)
+@pytest.mark.parametrize("case", ALL, ids=str)
 def test_matches_the_oracle(case: Case, dtype: torch.dtype) -> None:
     case = replace(case, dtype=dtype)
     leaves = make_inputs(case, "cuda")
@@ -136,7 +149,7 @@ def spy(monkeypatch: pytest.MonkeyPatch, *names: str) -> list[str]:
 @pytest.mark.gpu
 @needs_device
 @pytest.mark.parametrize("name", ["forward_with_tangents", "jvp"])
-@pytest.mark.parametrize("case", CASES + REGISTERS + RINGS + MASKED + OTHER_GRIDS, ids=str)
+@pytest.mark.parametrize("case", ALL, ids=str)
 def test_tangents_match_the_definition(case: Case, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one launch with the output, and after a forward pass that keeps gradients; two runs are equal bit by bit."""
     case = replace(case, dtype=torch.bfloat16)
@@ -183,7 +196,7 @@ def test_nan_leaves_the_outputs_beside_tangents(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.gpu
 @needs_device
-@pytest.mark.parametrize("case", CASES + REGISTERS + RINGS + MASKED + OTHER_GRIDS, ids=str)
+@pytest.mark.parametrize("case", ALL, ids=str)
 def test_gradients_match_the_oracle(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the public operation; two runs are equal bit by bit."""
     case = replace(case, dtype=torch.bfloat16)
@@ -225,7 +238,7 @@ def test_nan_reaches_no_other_image_and_no_other_head(case: Case) -> None:
 
 @pytest.mark.gpu
 @needs_device
-@pytest.mark.parametrize("case", CASES[:6] + REGISTERS + RINGS[:5] + (MASKED[0], MASKED[3]), ids=str)
+@pytest.mark.parametrize("case", CASES[:6] + REGISTERS + RINGS[:5] + (MASKED[0], MASKED[3]) + INSIDE, ids=str)
 def test_nan_and_inf_reach_only_the_queries_that_see_them(case: Case) -> None:
     case = replace(case, dtype=torch.bfloat16, batch=2)
     tensors = {name: t.detach().clone() for name, t in make_inputs(case, "cuda").items()}
@@ -272,7 +285,10 @@ def test_what_a_masked_key_holds_does_not_matter(case: Case, junk: float) -> Non
         assert not clean[name].masked_select(hidden).any()
 
 
-BIASED = (CASES[0], CASES[1], CASES[3], CASES[4], CASES[5], REGISTERS[0], REGISTERS[3], *RINGS, MASKED[3], MASKED[7])
+BIASED = (
+    CASES[0], CASES[1], CASES[3], CASES[4], CASES[5], REGISTERS[0], REGISTERS[3], *RINGS, MASKED[3], MASKED[7],
+    INSIDE[1], INSIDE[3],
+)  # fmt: skip
 
 
 @pytest.mark.gpu
@@ -393,6 +409,35 @@ def test_tiles_and_chunks_stay_inside_an_image(problem: Problem) -> None:
         assert int((low + chunks * config.chunk[0]).max()) <= length
 
 
+@pytest.mark.parametrize("case", INSIDE, ids=str)
+def test_chunks_inside_all_windows_are_told_from_others(case: Case) -> None:
+    case = replace(case, dtype=torch.bfloat16)
+    problem, _ = call_of(case, {name: t.detach() for name, t in make_inputs(case, "cpu").items()})
+    for find in (medium_tiling.forward_tile_config, medium_tiling.dq_tile_config, medium_tiling.jvp_tile_config):
+        config = find(problem)
+        assert config is not None
+        assert config.skip_mask == (case.head_dim <= 64 or find is medium_tiling.forward_tile_config)
+
+
+@pytest.mark.parametrize(
+    ("kernel_size", "stride", "causal", "chunk", "expected"),
+    [
+        # Two tiles see keys 0 to 12 and 3 to 15; all of their rows see 2 to 10 and 5 to 13: one chunk of four in each.
+        (11, 1, False, 4, 1 / 4),
+        # Causal, they see 0 to 7 and 0 to 15, and all rows only 0, and 5 to 8: one chunk of two in four and eight.
+        (11, 1, True, 2, 1 / 12),
+        # With a stride of 8 all rows of a tile see the same 8 keys.
+        (8, 8, False, 4, 1.0),
+    ],
+)
+def test_share_of_chunks_inside_all_windows(
+    kernel_size: int, stride: int, causal: bool, chunk: int, expected: float
+) -> None:
+    axes = ((1, 1, 1, False), (1, 1, 1, False), (16, kernel_size, stride, causal))
+    share = medium_tiling.inside_share(axes, (1, 1, 8), (1, 1, chunk), (window_bounds,) * 3)
+    assert share == pytest.approx(expected)
+
+
 @pytest.mark.parametrize(
     ("dim", "columns"), [(8, (16,)), (40, (32, 16)), (64, (64,)), (72, (64, 16)), (104, (64, 32, 16)), (120, (128,))]
 )
@@ -420,7 +465,7 @@ def test_windows_between_small_and_large_take_it(monkeypatch: pytest.MonkeyPatch
     problem = lumina(monkeypatch)
     assert names(problem) == [variants.MEDIUM] * 3
     choice = dispatch.choose("forward", Question(problem))
-    assert choice.plan == MediumTileConfig((1, 8, 8), (1, 8, 8), 64, 1, (64, 32), 2, 168, False, 0)
+    assert choice.plan == MediumTileConfig((1, 8, 8), (1, 8, 8), 64, 1, (64, 32), 2, 168, False, 0, False)
     assert [name for name, _ in choice.passed_over] == [variants.ROLLING, variants.TILES]
 
 
@@ -465,35 +510,60 @@ def test_register_tokens_count_as_keys(
 
 
 def test_programs_with_register_tokens_leave_room_for_as_many_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four programs of four warps share a multiprocessor if a thread has 128 of its 65536 hardware registers."""
-    for dim, most in ((64, 128), (72, 168)):
+    """Of the 65536 hardware registers of a multiprocessor, four programs of four warps have 128 a thread, five 96."""
+    finders = medium_tiling.forward_tile_config, medium_tiling.dq_tile_config
+    for dim, most in ((64, (96, 128)), (72, (168, 168))):
         problem = problem_of_image(monkeypatch, **with_registers(16, 8, dim), kernel_size=(13, 13))
-        for find in (medium_tiling.forward_tile_config, medium_tiling.dq_tile_config):
+        for find, most_registers in zip(finders, most, strict=True):
             config = find(problem)
             assert config is not None
-            assert config.maxnreg == most
+            assert config.maxnreg == most_registers
 
 
 @pytest.mark.parametrize(
     ("dim", "window", "expected"),
     [
         (80, 819, [variants.MEDIUM] * 3),
-        (80, 820, [variants.LARGE] * 3),
-        (128, 257, [variants.MEDIUM] * 3),
-        (128, 192, [variants.MEDIUM] * 3),
-        (128, 191, [variants.MEDIUM, variants.MEDIUM, "portable"]),
-        (64, 511, [variants.MEDIUM, "portable", variants.MEDIUM]),
-        (64, 1024, [variants.LARGE, "portable", variants.LARGE]),
-        (64, 2048, [variants.LARGE] * 3),
-        (56, 511, ["portable", "portable", variants.MEDIUM]),
+        (80, 820, [variants.LARGE, variants.LARGE, variants.MEDIUM]),
+        (80, 1639, [variants.LARGE] * 3),
+        (128, 63, [variants.TILES] * 3),
+        (128, 65, [variants.TILES, variants.TILES, variants.MEDIUM]),
+        (128, 128, [variants.TILES, variants.MEDIUM, variants.MEDIUM]),
+        (128, 383, [variants.MEDIUM] * 3),
+        (128, 384, [variants.LARGE, variants.MEDIUM, variants.MEDIUM]),
+        (128, 512, [variants.LARGE] * 3),
+        (64, 63, [variants.TILES] * 3),
+        (64, 129, [variants.TILES, variants.TILES, variants.MEDIUM]),
+        (64, 255, [variants.TILES, variants.MEDIUM, variants.MEDIUM]),
+        (64, 256, [variants.MEDIUM] * 3),
+        (64, 3071, [variants.MEDIUM] * 3),
+        (64, 3072, [variants.LARGE] * 3),
+        (56, 511, [variants.MEDIUM, "portable", variants.MEDIUM]),
+        (32, 6143, [variants.MEDIUM, variants.LARGE, variants.MEDIUM]),
     ],
 )
-def test_windows_of_one_axis_take_it(
+def test_windows_of_one_axis_take_what_was_fastest(
     monkeypatch: pytest.MonkeyPatch, dim: int, window: int, expected: list[str]
 ) -> None:
-    """Up to 2**16 key elements; for dK and dV from 192 keys on, for dQ with more than 64 channels."""
     tokens = contiguous((4, 16384, 8, dim))
     problem = problem_of_text(monkeypatch, kernel_size=(window,), **dict.fromkeys(("query", "key", "value"), tokens))
+    assert names(problem) == expected
+
+
+@pytest.mark.parametrize(
+    ("group", "expected"),
+    [
+        (1, [variants.MEDIUM, variants.MEDIUM, variants.MEDIUM]),
+        (4, [variants.ROLLING, variants.MEDIUM, variants.MEDIUM]),
+    ],
+)
+def test_heads_that_share_keys_stay_in_tiles_for_small_windows(
+    monkeypatch: pytest.MonkeyPatch, group: int, expected: list[str]
+) -> None:
+    query, keys = contiguous((1, 16384, 32, 64)), contiguous((1, 16384, 32 // group, 64))
+    problem = problem_of_text(
+        monkeypatch, kernel_size=(256,), is_causal=(True,), query=query, key=keys, value=keys
+    )  # fmt: skip
     assert names(problem) == expected
 
 

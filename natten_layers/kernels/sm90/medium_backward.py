@@ -53,6 +53,7 @@ from .medium_chunks import (
     key_biases,
     next_chunk,
     register_chunk_count,
+    seen_by_all,
     with_biases,
 )
 from .medium_forward import hidden_scores
@@ -142,7 +143,8 @@ def medium_dq_kernel(
 
     i_batch, i_block, residue, count, origin = own_tile(length, dilation, tiles, blocks, TILE, SIDE)
     key_count = count if key_length is None else key_length
-    lo, hi, _, _ = union_of_windows(origin, count, kernel, stride, CAUSAL, TILE, PERIODIC, key_length)
+    lo, hi, inner_lo, inner_hi = union_of_windows(origin, count, kernel, stride, CAUSAL, TILE, PERIODIC, key_length)
+    common = seen_by_all(inner_lo, inner_hi, SPEC)
     chunks = register_chunk_count(registers, CHUNK) + chunks_over(lo, hi, key_count, CHUNK, PERIODIC)
     i_kv, i_frame = i_block * PACK // group, first_frame(i_batch, residue, length, frames[1])
     ready = new_barriers(STAGES + 1, 1)  # for the stages of the ring, and for the tile
@@ -191,7 +193,7 @@ def medium_dq_kernel(
     for n in range(chunks):
         i_stage, phase = stage_of(n, STAGES)
         b_hidden = hidden_chunk(
-            corner, lo, registers, row_lo, row_size, inner, key_count, CHUNK, RANK, PERIODIC, SCORES
+            corner, common, lo, registers, row_lo, row_size, inner, key_count, CHUNK, RANK, PERIODIC, SCORES
         )  # fmt: skip
         b_hidden = with_biases(b_hidden, p_biases, bias_offset(shifted(inner, corner), kernel), corner[2] >= lo[2])
         masked = has_masked(seen)
@@ -253,8 +255,9 @@ def in_layout(position, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def add_queries(
-    dks, dvs, keys, values, queries, grads, i_stage, lses, deltas, corner, row_lo, row_size, count, p_biases, kernel,
-    factor, FIRST: gl.constexpr, N: gl.constexpr, CHUNK: gl.constexpr, RANK: gl.constexpr, PERIODIC: gl.constexpr,
+    dks, dvs, keys, values, queries, grads, i_stage, lses, deltas, corner, common, row_lo, row_size, count, p_biases,
+    kernel, factor, FIRST: gl.constexpr, N: gl.constexpr, CHUNK: gl.constexpr, RANK: gl.constexpr,
+    PERIODIC: gl.constexpr,
 ):  # fmt: skip
     """Start to add the contribution of ``N`` queries of a chunk, from ``FIRST`` on, to dK and dV."""
     BIASED: gl.constexpr = p_biases is not None
@@ -263,7 +266,7 @@ def add_queries(
     COLUMN: gl.constexpr = gl.SliceLayout(0, SCORES)
     inner = unravel(FIRST + gl.arange(0, N, COLUMN), CHUNK[1], CHUNK[2])
     b_hidden = hidden_positions(
-        corner, in_layout(row_lo, ROW), in_layout(row_size, ROW), inner, count, RANK, PERIODIC
+        corner, common, in_layout(row_lo, ROW), in_layout(row_size, ROW), inner, count, CHUNK, RANK, PERIODIC
     )  # fmt: skip
     b_hidden = with_biases(b_hidden, p_biases, -bias_offset(shifted(inner, corner), kernel))
     b_s = hidden_scores(keys, queries, i_stage, b_hidden, BIASED, FIRST)
@@ -306,7 +309,8 @@ def medium_dkv_kernel(
     lengths = length if key_length is None else key_length
     i_batch, i_kv, residue, key_count, origin = own_tile(lengths, dilation, tiles, kv_heads, TILE, SIDE)
     count = key_count if key_length is None else length
-    lo, hi, _, _ = union_of_queries(origin, count, kernel, stride, CAUSAL, TILE, PERIODIC, key_length)
+    lo, hi, inner_lo, inner_hi = union_of_queries(origin, count, kernel, stride, CAUSAL, TILE, PERIODIC, key_length)
+    common = seen_by_all(inner_lo, inner_hi, SPEC)
     chunks = chunks_over(lo, hi, count, CHUNK, PERIODIC)
     every, heads = chunks * group, kv_heads * group
     row, row_seen = unravel(gl.arange(0, M, ROW), TILE[1], TILE[2]), None
@@ -357,8 +361,8 @@ def medium_dkv_kernel(
         p_biases = key_biases(Rpb, clamped(shifted(row, origin), key_count), own_head, kernel)
         for I_SLICE in gl.static_range(N // SLICE):
             dks, dvs = add_queries(
-                dks, dvs, keys, values, queries, grads, i_stage, lses, deltas, chunk, row_lo, row_size, count, p_biases,
-                kernel, scale * LOG2E, I_SLICE * SLICE, SLICE, CHUNK, RANK, PERIODIC,
+                dks, dvs, keys, values, queries, grads, i_stage, lses, deltas, chunk, common, row_lo, row_size, count,
+                p_biases, kernel, scale * LOG2E, I_SLICE * SLICE, SLICE, CHUNK, RANK, PERIODIC,
             )  # fmt: skip
         dks, dvs = split_sums(finished(dks + dvs), len(dks))
         thread_barrier()  # stage and statistics have been read

@@ -107,10 +107,46 @@ def size_before_end(corner, row_lo, row_size, count, PERIODIC: gl.constexpr):
 
 
 @gluon.jit
+def seen_by_all(inner_lo, inner_hi, SPEC: gl.constexpr):
+    """The box of positions that all rows of a tile see, or None where chunks are not compared with it."""
+    box = None
+    if SPEC.skip_mask:
+        box = inner_lo, inner_hi
+    return box
+
+
+@gluon.jit
+def lies_inside(corner, box, CHUNK: gl.constexpr):
+    """Whether all positions of the chunk at ``corner`` lie in a box."""
+    lo, hi = box
+    m_t = (corner[0] >= lo[0]) & (corner[0] + CHUNK[0] - 1 <= hi[0])
+    m_h = (corner[1] >= lo[1]) & (corner[1] + CHUNK[1] - 1 <= hi[1])
+    m_w = (corner[2] >= lo[2]) & (corner[2] + CHUNK[2] - 1 <= hi[2])
+    return m_t & m_h & m_w
+
+
+@gluon.jit
 def hidden_positions(
+    corner, common, row_lo, row_size, inner, count, CHUNK: gl.constexpr, RANK: gl.constexpr, PERIODIC: gl.constexpr
+):  # fmt: skip
+    """0 and -inf ``[M, N]``: which positions of the chunk at ``corner`` each row sees. ``common`` is what
+    :func:`seen_by_all` returned.
+    """
+    if common is None:
+        b_hidden = hidden_by_windows(corner, row_lo, row_size, inner, count, RANK, PERIODIC)
+    elif lies_inside(corner, common, CHUNK):
+        SCORES: gl.constexpr = row_lo[2].type.layout.parent
+        b_hidden = gl.zeros([row_lo[2].shape[0], inner[2].shape[0]], gl.float32, SCORES)
+    else:
+        b_hidden = hidden_by_windows(corner, row_lo, row_size, inner, count, RANK, PERIODIC)
+    return b_hidden
+
+
+@gluon.jit
+def hidden_by_windows(
     corner, row_lo, row_size, inner, count, RANK: gl.constexpr, PERIODIC: gl.constexpr
 ):  # fmt: skip
-    """0 and -inf ``[M, N]``: which positions of the chunk at ``corner`` each row sees."""
+    """:func:`hidden_positions`, computed from the box that each row sees."""
     row_size = (
         size_before_end(corner[0], row_lo[0], row_size[0], count[0], PERIODIC[0]),
         size_before_end(corner[1], row_lo[1], row_size[1], count[1], PERIODIC[1]),
@@ -121,18 +157,18 @@ def hidden_positions(
 
 @gluon.jit
 def hidden_chunk(
-    corner, lo, registers, row_lo, row_size, inner, count, CHUNK: gl.constexpr, RANK: gl.constexpr,
+    corner, common, lo, registers, row_lo, row_size, inner, count, CHUNK: gl.constexpr, RANK: gl.constexpr,
     PERIODIC: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """0 and -inf ``[M, N]``: what each row sees of a chunk of its window, or of register tokens before it."""
     M: gl.constexpr = row_lo[2].shape[0]
     N: gl.constexpr = CHUNK[0] * CHUNK[1] * CHUNK[2]
     if registers is None:
-        b_hidden = hidden_positions(corner, row_lo, row_size, inner, count, RANK, PERIODIC)
+        b_hidden = hidden_positions(corner, common, row_lo, row_size, inner, count, CHUNK, RANK, PERIODIC)
     elif corner[2] < lo[2]:
         b_hidden = register_hidden(first_register_at(corner, lo, registers, CHUNK), M, N, LAYOUT)
     else:
-        b_hidden = hidden_positions(corner, row_lo, row_size, inner, count, RANK, PERIODIC)
+        b_hidden = hidden_positions(corner, common, row_lo, row_size, inner, count, CHUNK, RANK, PERIODIC)
     return b_hidden
 
 

@@ -25,7 +25,15 @@ from ..portable.windows import bias_offset, clamped, shifted, union_of_windows, 
 from .descriptors import Call, call_of
 from .large_forward import initial_stats, row_maximum, softmax_weights
 from .masked_keys import divisors, has_masked, saved_maxima, unmasked_keys, without_masked
-from .medium_chunks import chunks_over, first_chunk, hidden_chunk, next_chunk, register_chunk_count, with_biases
+from .medium_chunks import (
+    chunks_over,
+    first_chunk,
+    hidden_chunk,
+    next_chunk,
+    register_chunk_count,
+    seen_by_all,
+    with_biases,
+)
 from .medium_parts import (
     both_frames,
     boxes_of_rows,
@@ -142,7 +150,8 @@ def medium_forward_kernel(
 
     i_batch, i_block, residue, count, origin = own_tile(length, dilation, tiles, blocks, TILE, SIDE)
     key_count = count if key_length is None else key_length
-    lo, hi, _, _ = union_of_windows(origin, count, kernel, stride, CAUSAL, TILE, PERIODIC, key_length)
+    lo, hi, inner_lo, inner_hi = union_of_windows(origin, count, kernel, stride, CAUSAL, TILE, PERIODIC, key_length)
+    common = seen_by_all(inner_lo, inner_hi, SPEC)
     chunks, heads = (
         register_chunk_count(registers, CHUNK) + chunks_over(lo, hi, key_count, CHUNK, PERIODIC),
         blocks * PACK,
@@ -179,7 +188,7 @@ def medium_forward_kernel(
     for n in range(chunks):
         i_stage, phase = stage_of(n, STAGES)
         b_hidden = hidden_chunk(
-            corner, lo, registers, row_lo, row_size, inner, key_count, CHUNK, RANK, PERIODIC, SCORES
+            corner, common, lo, registers, row_lo, row_size, inner, key_count, CHUNK, RANK, PERIODIC, SCORES
         )  # fmt: skip
         b_hidden = with_biases(b_hidden, p_biases, bias_offset(shifted(inner, corner), kernel), corner[2] >= lo[2])
         masked = has_masked(seen)

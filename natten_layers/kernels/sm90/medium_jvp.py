@@ -47,7 +47,7 @@ from .masked_keys import (
     without_masked_rows,
 )
 from .medium_backward import scaled_sums
-from .medium_chunks import chunks_over, first_chunk, hidden_chunk, next_chunk, register_chunk_count
+from .medium_chunks import chunks_over, first_chunk, hidden_chunk, next_chunk, register_chunk_count, seen_by_all
 from .medium_forward import divided_sums, hidden_scores, sums_flags
 from .medium_parts import (
     both_frames,
@@ -171,7 +171,8 @@ def medium_jvp_kernel(
 
     i_batch, i_block, residue, count, origin = own_tile(length, dilation, tiles, blocks, TILE, SIDE)
     key_count = count if key_length is None else key_length
-    lo, hi, _, _ = union_of_windows(origin, count, kernel, stride, CAUSAL, TILE, PERIODIC, key_length)
+    lo, hi, inner_lo, inner_hi = union_of_windows(origin, count, kernel, stride, CAUSAL, TILE, PERIODIC, key_length)
+    common = seen_by_all(inner_lo, inner_hi, SPEC)
     chunks = register_chunk_count(registers, CHUNK) + chunks_over(lo, hi, key_count, CHUNK, PERIODIC)
     heads = blocks * PACK
     i_kv, i_frame = i_block * PACK // group, first_frame(i_batch, residue, length, frames[1])
@@ -232,7 +233,7 @@ def medium_jvp_kernel(
     for n in range(chunks):
         i_stage, phase = stage_of(n, STAGES)
         b_hidden = hidden_chunk(
-            corner, lo, registers, row_lo, row_size, inner, key_count, CHUNK, RANK, PERIODIC, SCORES
+            corner, common, lo, registers, row_lo, row_size, inner, key_count, CHUNK, RANK, PERIODIC, SCORES
         )  # fmt: skip
         masked = has_masked(seen)
         mbarrier.wait(ready.index(i_stage), phase)

@@ -32,7 +32,7 @@ from ..portable.windows import (
 )
 from .descriptors import call_of, frames_of
 from .medium_backward import chunk_statistics, in_layout, next_of_group
-from .medium_chunks import chunks_over, hidden_positions, next_chunk
+from .medium_chunks import chunks_over, hidden_positions, next_chunk, seen_by_all
 from .medium_pairs import (
     PairCall,
     end_tiles,
@@ -89,7 +89,8 @@ def medium_pair_dq_kernel(
     ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
     i_batch, i_block, residue, count, origin = own_tile(length, dilation, tiles, blocks, TILE, SIDE)
     heads, i_kv = blocks * PACK, i_block * PACK // group
-    lo, hi, _, _ = union_of_windows(origin, count, kernel, stride, CAUSAL, TILE, PERIODIC)
+    lo, hi, inner_lo, inner_hi = union_of_windows(origin, count, kernel, stride, CAUSAL, TILE, PERIODIC)
+    common = seen_by_all(inner_lo, inner_hi, SPEC)
     chunks, i_frame = chunks_over(lo, hi, count, CHUNK, PERIODIC), first_frame(i_batch, residue, length, frames)
     descs = k_desc, k_desc, v_desc, v_desc
     rings, ready = new_stages(descs, STAGES), new_barriers(STAGES, 1)
@@ -130,7 +131,7 @@ def medium_pair_dq_kernel(
     b_dq, corner = new_sum(M, D), lo
     for n in range(chunks):
         i_stage, phase = stage_of(n, STAGES)
-        b_hidden = hidden_positions(corner, row_lo, row_size, inner, count, RANK, PERIODIC)
+        b_hidden = hidden_positions(corner, common, row_lo, row_size, inner, count, CHUNK, RANK, PERIODIC)
         mbarrier.wait(ready.index(i_stage), phase)
         b_s = start_pair_scores(queries, keys, i_stage, b_hidden, N)
         b_dp = start_pair_scores(grads, values, i_stage, None, N)
@@ -149,8 +150,8 @@ def medium_pair_dq_kernel(
 
 @gluon.jit
 def add_pair_queries(
-    b_dk, b_dv, keys, values, queries, grads, i_stage, lses, deltas, corner, row_lo, row_size, count, row_factor,
-    row_dp, row_scale, FIRST: gl.constexpr, N: gl.constexpr, CHUNK: gl.constexpr, RANK: gl.constexpr,
+    b_dk, b_dv, keys, values, queries, grads, i_stage, lses, deltas, corner, common, row_lo, row_size, count,
+    row_factor, row_dp, row_scale, FIRST: gl.constexpr, N: gl.constexpr, CHUNK: gl.constexpr, RANK: gl.constexpr,
     PERIODIC: gl.constexpr,
 ):  # fmt: skip
     """Add the contribution of ``N`` queries of a chunk, from ``FIRST`` on, to dK and dV."""
@@ -159,7 +160,7 @@ def add_pair_queries(
     COLUMN: gl.constexpr = gl.SliceLayout(0, SCORES)
     inner = unravel(FIRST + gl.arange(0, N, COLUMN), CHUNK[1], CHUNK[2])
     b_hidden = hidden_positions(
-        corner, in_layout(row_lo, ROW), in_layout(row_size, ROW), inner, count, RANK, PERIODIC
+        corner, common, in_layout(row_lo, ROW), in_layout(row_size, ROW), inner, count, CHUNK, RANK, PERIODIC
     )  # fmt: skip
     b_s = start_pair_scores(keys, queries, i_stage, b_hidden, N, FIRST)
     b_dp = start_pair_scores(values, grads, i_stage, None, N, FIRST)
@@ -191,7 +192,8 @@ def medium_pair_dkv_kernel(
     ROW: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, SLICE, 16]))
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     i_batch, i_kv, residue, count, origin = own_tile(length, dilation, tiles, kv_heads, TILE, SIDE)
-    lo, hi, _, _ = union_of_queries(origin, count, kernel, stride, CAUSAL, TILE, PERIODIC)
+    lo, hi, inner_lo, inner_hi = union_of_queries(origin, count, kernel, stride, CAUSAL, TILE, PERIODIC)
+    common = seen_by_all(inner_lo, inner_hi, SPEC)
     chunks, i_frame = chunks_over(lo, hi, count, CHUNK, PERIODIC), first_frame(i_batch, residue, length, frames)
     every, heads = chunks * group, kv_heads * group
     descs = q_desc, q_desc, do_desc, do_desc
@@ -242,7 +244,7 @@ def medium_pair_dkv_kernel(
         mbarrier.wait(ready.index(i_stage), phase)
         for I_SLICE in gl.static_range(N // SLICE):
             b_dk, b_dv = add_pair_queries(
-                b_dk, b_dv, keys, values, queries, grads, i_stage, lses, deltas, chunk, row_lo, row_size, count,
+                b_dk, b_dv, keys, values, queries, grads, i_stage, lses, deltas, chunk, common, row_lo, row_size, count,
                 row_factor, row_dp, row_scale, I_SLICE * SLICE, SLICE, CHUNK, RANK, PERIODIC,
             )  # fmt: skip
         thread_barrier()  # stage and statistics have been read

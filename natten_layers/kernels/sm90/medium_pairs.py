@@ -40,7 +40,7 @@ from ..portable.windows import shifted, union_of_windows, unravel, windows_of
 from .descriptors import Boxes, Call, boxes_of, call_of, frames_of, key_boxes
 from .large_forward import initial_stats, row_maximum
 from .masked_keys import saved_maxima
-from .medium_chunks import chunks_over, hidden_positions, next_chunk
+from .medium_chunks import chunks_over, hidden_positions, next_chunk, seen_by_all
 from .medium_parts import chunk_of, start_chunk
 from .medium_tiling import MediumTileConfig, spec_of
 from .primitives import class_rows, spread, store_rows, thread_barrier, wide_token_offset
@@ -175,7 +175,8 @@ def medium_pair_forward_kernel(
 
     i_batch, i_block, residue, count, origin = own_tile(length, dilation, tiles, blocks, TILE, SIDE)
     heads, i_kv = blocks * PACK, i_block * PACK // group
-    lo, hi, _, _ = union_of_windows(origin, count, kernel, stride, CAUSAL, TILE, PERIODIC)
+    lo, hi, inner_lo, inner_hi = union_of_windows(origin, count, kernel, stride, CAUSAL, TILE, PERIODIC)
+    common = seen_by_all(inner_lo, inner_hi, SPEC)
     chunks, i_frame = chunks_over(lo, hi, count, CHUNK, PERIODIC), first_frame(i_batch, residue, length, frames)
     row = gl.arange(0, M, ROW)
     position, head = unravel(row // PACK, TILE[1], TILE[2]), i_block * PACK + row % PACK
@@ -206,7 +207,7 @@ def medium_pair_forward_kernel(
     b_acc, corner = gl.zeros([M, D], gl.float32, SUMS), lo
     for n in range(chunks):
         i_stage, phase = stage_of(n, STAGES)
-        b_hidden = hidden_positions(corner, row_lo, row_size, inner, count, RANK, PERIODIC)
+        b_hidden = hidden_positions(corner, common, row_lo, row_size, inner, count, CHUNK, RANK, PERIODIC)
         mbarrier.wait(ready.index(i_stage), phase)
         b_s = warpgroup_mma_wait(0, deps=[start_pair_scores(queries, keys, i_stage, b_hidden, N)])
         b_p, row_m, part_l, row_alpha = pair_weights(b_s, row_m, part_l, row_factor)

@@ -31,6 +31,9 @@ LINES_BYTES, SIDE = 28 * 2**20, 8
 # chunk, 64 channels: 21x21 0.604 and 0.581 (1.02 times as many), 11x11x11 1.93 and 1.86 (1.03), 5x15x15 0.875 and 0.821
 # (1.04), 4x7x7 causal in time 0.705 and 0.714 (1.13), 3x5x5 0.163 and 0.192 (1.36).
 LONGER_SCORES = 1.05
+# Least share of chunks without a mask for which it pays to ask each chunk whether it needs one, on one axis and on more
+# (``docs/profiles.md``).
+INSIDE_ON_ONE_AXIS, INSIDE = 0.3, 0.6
 # Most parts into which the columns of a head are divided, and most columns.
 COLUMN_PARTS, MOST_COLUMNS = 3, 128
 
@@ -55,6 +58,8 @@ class MediumTileConfig(NamedTuple):
     """whether kernels of pairs keep the rows of a tile in hardware registers"""
     side: int
     """tiles of a column in height and width (``small_tiles.tile_of_column``); 0 for tiles line by line"""
+    skip_mask: bool
+    """whether chunks that all rows of a tile see are told from others, and need no mask"""
 
 
 class Size(NamedTuple):
@@ -157,18 +162,25 @@ def queries_on(lengths: Box) -> tuple[Bounds, Bounds, Bounds]:
 def _maxnreg(kind: Kind, problem: Problem, width: int) -> int:
     """Hardware registers of a thread of the kernels whose rows are queries.
 
-    Up to 128, four programs share a multiprocessor where shared memory has room for them: with up to 64 columns. With
-    register tokens or a mask ptxas would take more there, although those that it may not take are hardly missed. With
-    biases they are: in heads of 64 channels dQ takes 0.163 ms with 168 on an H200 and 0.231 with 128 (13x13 windows),
-    in heads of 32 channels 0.241 and 0.225 (7x7). Keys on another grid take more anyway. Up to 96, five programs do:
-    the forward pass of 32 channels and 7x11 windows takes 0.468 ms with 128 and 0.444 with 96.
+    Up to 128, four programs share a multiprocessor where shared memory has room for them: with up to 64 columns. Up to
+    96 five do, which suits the forward pass, and up to 80 six. On an H200 64 channels take 0.210 ms with 128 and 0.193
+    with 96 (513 keys on one axis), 32 channels 0.311 with 96 and 0.300 with 80; dQ of 64 channels 0.257 with 168 and
+    0.244 with 128. With biases registers are missed: dQ of 64 channels takes 0.163 with 168 and 0.231 with 128 (13x13
+    windows). Where each query has more keys of its own than others share, fewer programs are faster, as those compete
+    for L2: 8x8 windows on a grid four times as fine 0.355 with 168 and 0.382 with 96, 5x5 on a coarse one 0.172 and
+    0.160.
     """
-    if problem.key_lengths is not None:
+    if width > 64:
         return 168
-    if kind == "forward" and width <= 32:
-        return 128 if problem.has_bias else 96
-    takes_more = problem.registers or problem.key_mask is not None or problem.has_bias
-    return 128 if takes_more and width <= (32 if problem.has_bias else 64) else 168
+    if problem.has_bias:
+        return 128 if width <= 32 else 168
+    keys = problem.key_lengths
+    if keys is not None:
+        return 96 if kind == "forward" and prod(keys) < prod(problem.lengths) else 168
+    if kind != "forward":
+        return 128
+    takes_more = problem.registers or problem.key_mask is not None
+    return 96 if width > 32 or takes_more else 80
 
 
 def bytes_of_lines(problem: Problem) -> int:
@@ -202,9 +214,44 @@ def _tile_config(
     if best is None:
         return None
     side = SIDE if problem.rank == 3 and bytes_of_lines(problem) > LINES_BYTES else 0
-    return MediumTileConfig(
-        best.tile, best.chunk, size.slice, best.pack, columns_of(problem), STAGES, size.maxnreg, size.held, side
+    skip_mask = can_skip_mask(kind, problem) and inside_share(axes, best.tile, best.chunk, bounds) >= (
+        INSIDE_ON_ONE_AXIS if problem.rank == 1 else INSIDE
     )
+    return MediumTileConfig(
+        best.tile, best.chunk, size.slice, best.pack, columns_of(problem), STAGES, size.maxnreg, size.held, side,
+        skip_mask,
+    )  # fmt: skip
+
+
+def can_skip_mask(kind: Kind, problem: Problem) -> bool:
+    """Whether the kernel is faster if it computes no masks where none are needed.
+
+    Wide heads spend little of their time on masks, and the branch costs dK and dV of 64 channels registers that they
+    have not. On a periodic axis chunks end where the ring does.
+    """
+    width, on_one_axis = sum(columns_of(problem)), problem.rank == 1
+    if any(problem.periodic_axes):
+        return False
+    if problem.dtype == torch.float32:
+        return on_one_axis
+    if kind == "backward_key":
+        return on_one_axis and (width <= 32 or 64 < width <= 96)
+    return width <= (112 if kind == "forward" else 64)
+
+
+@lru_cache(maxsize=1024)
+def inside_share(axes: tuple[Axis, ...], tile: Box, chunk: Box, bounds: tuple[Bounds, ...]) -> float:
+    """Share of chunks of which all rows of their tile see all positions."""
+    return prod(_inside_share(*sides) for sides in zip(axes, tile, chunk, bounds, strict=True))
+
+
+def _inside_share(axis: Axis, tile: int, chunk: int, bounds: Bounds) -> float:
+    length, *window = axis
+    first = torch.arange(0, length, tile)
+    low, inner_high = bounds(first, length, *window)
+    inner_low, high = bounds((first + tile - 1).clamp(max=length - 1), length, *window)
+    end, start = (inner_high + 1 - low) // chunk, (inner_low - low + chunk - 1) // chunk
+    return float((end - start).clamp(min=0).sum() / ((high - low + chunk) // chunk).sum())
 
 
 class Tiles(NamedTuple):
@@ -238,5 +285,5 @@ def spec_of(config: MediumTileConfig, problem: Problem, with_stats: bool = False
     dim, causal = problem.query.shape[-1], three_axes(problem.is_causal, False)
     return Spec(
         causal, config.tile, config.pack, 0, problem.rank, dim, head_width(dim), sink=problem.sink,
-        with_stats=with_stats, periodic=problem.periodic_axes,
+        with_stats=with_stats, periodic=problem.periodic_axes, skip_mask=config.skip_mask,
     )  # fmt: skip

@@ -123,6 +123,8 @@ class Spec(NamedTuple):
     sink: str = "none"
     with_stats: bool = False
     periodic: tuple[bool, bool, bool] = (False, False, False)
+    skip_mask: bool = False
+    """as in ``MediumTileConfig``"""
 
     @property
     def rows(self) -> int:

@@ -48,10 +48,15 @@ WIDE_WINDOW, WIDE_PAIRS = 64, 2**24
 # 7x7 windows of 64 channels, but have no tiles for 80, where portable kernels against these take 0.232 ms and 0.157 on
 # an H200, dQ 0.307 and 0.260, dK and dV 0.402 and 0.294 (``docs/profiles.md`` has the tables).
 MEDIUM_WINDOW = 25
-# On one axis they are faster than those for large windows up to this many key elements. In milliseconds on an H200, the
-# time of both, forward and gradients: 256 causal keys, 16 heads of 128 over one, 0.231 and 0.195, 0.709 and 0.598; 512,
-# 32 of 64 over eight, 0.265 and 0.250, 0.728 and 0.658; 512, 32 of 128 over eight, 0.350 and 0.342, 1.074 and 1.033.
+# On one axis they are faster than those for large windows up to this many key elements (``_most_on_one_axis`` has the
+# exceptions; longer windows of narrow heads were not measured). In milliseconds on an H200, large against these: 1024
+# causal keys, 32 heads of 64 over eight, forward 0.355 and 0.324, 2048 0.608 and 0.580, all gradients with it 2.61 and
+# 2.53; 769 keys of 96 0.205 and 0.203, 1025 0.250 and 0.255; dK and dV of 80 with what is before them, 1025 keys 1.023
+# and 0.981, 1537 1.387 and 1.341; 512 causal keys, 32 heads of 112 over eight, 0.332 and 0.365.
 MEDIUM_KEY_ELEMENTS_ON_ONE_AXIS = 2**16
+MEDIUM_KEY_ELEMENTS_OF_NARROW_HEADS = 3 * 2**16
+MEDIUM_KEY_ELEMENTS_OF_WIDE_FORWARD = 3 * 2**14
+MEDIUM_KEY_ELEMENTS_OF_80_CHANNELS = 2**17
 # On two and three axes they are faster up to this many keys times channels squared, as the tiles of those for large
 # windows see the more keys that some of their rows do not see, the smaller a window is. Large against these: 19x19 of
 # 128 channels 0.405 and 0.347, 23x23 of 128 0.545 and 0.576; 9x9x9 of 80 channels 1.57 and 1.20, 11x11x11 of 64 2.19
@@ -61,13 +66,20 @@ MEDIUM_KEYS_TIMES_SQUARED_CHANNELS = 2**23
 # L2. Then those are faster for dK and dV: 11x11x11 windows of 61x136x240 tokens with 4 heads of 64 channels, large
 # against these, forward 17.3 and 16.7, dQ 21.0 and 18.6, dK and dV 28.2 and 32.7; 21x21 of 256x4096 with 8 heads 5.3
 # and 5.1, 6.9 and 6.7, 8.4 and 8.9.
-# Gradients of keys and values on one axis pay from this many keys on: portable kernels against these, 201 keys of 64
-# channels 0.459 and 0.367, 255 of 112 0.638 and 0.443; 129 of 128, all gradients, 0.372 and 0.385.
-MEDIUM_KEYS_ON_ONE_AXIS = 192
-# Forward and dQ of heads with fewer than this many channels take portable kernels on one axis, and on others where
-# columns in shared memory come in two parts: 513 keys of 32 channels 0.381 and here 0.427, dQ 0.354 and 0.440; 11x11 of
-# 40 0.226 and 0.250, dQ 0.252 and 0.286; but 13x13 of 32 0.310 and 0.288, dQ 0.341 and 0.300. On one axis dQ of heads
-# with this many channels does, too: 201 keys 0.253 and 0.279, 1024 0.224 and 0.249; but 255 of 112 0.431 and 0.369.
+# dQ of up to 64 channels on one axis pays from this many keys on: 193 keys of 64, with all other kernels of a call,
+# 0.258 with portable kernels for dQ and 0.244 with these, 129 keys 0.251 and 0.253. Wider heads pay from fewer on.
+MEDIUM_KEYS_OF_NARROW_DQ = 192
+# On one axis they are faster than those for small windows forward from this many keys on, where each query head has
+# keys of its own: 257 keys of 64 channels 0.078 and 0.065, with dilation 2 0.156 and 0.127, 193 keys 0.054 and 0.056.
+# Of heads that share keys those take a tile of fewer positions: 256 causal keys, four heads a group, 0.112 and 0.123.
+MEDIUM_KEYS_ON_ONE_AXIS = 256
+# For dK and dV that is from this many on: with all other kernels of a call, 65 keys of 64 channels 0.188 and 0.174, 129
+# keys 0.251 and 0.209, 65 keys of 128 0.364 and 0.311. Where heads share keys, wide ones are faster, too (128 causal
+# keys of 128, four heads a group, 0.619 and 0.557), but narrow ones are not (64 channels 0.327 and 0.336).
+MEDIUM_KEYS_OF_KEY_GRADIENTS = 64
+# Heads with fewer than this many channels take portable kernels for dQ on one axis (32 channels, all gradients: 257
+# keys 0.215 and 0.218, 769 keys 0.436 and 0.435) and, on others, forward and for dQ where columns in shared memory come
+# in two parts: 11x11 of 40 0.226 and 0.250, dQ 0.252 and 0.286; but 13x13 of 32 0.310 and 0.288, dQ 0.341 and 0.300.
 MEDIUM_CHANNELS = 64
 # Of two kernels that compute one tile a program, those for small windows are slower for dQ on two and three axes from
 # this many keys on: 9x9 of 56 channels 0.193 and 0.172, 13x13 of 64 with four heads a group 0.643 and 0.524. With
@@ -141,6 +153,8 @@ def large_registers_pay(question: Question) -> str | None:
 
 def small_pays(question: Question, kind: Kind) -> str | None:
     window, queries = prod(question.problem.kernel_size), prod(question.problem.query.shape[:-1])
+    if _medium_is_faster(question, kind):
+        return f"the {MEDIUM} kernel is faster with {window} keys and this stride"
     if window >= small_tiling.SCORES:
         return f"the window is large: {window} keys, {small_tiling.SCORES} or more"
     if queries < LEAST_ROWS:
@@ -153,8 +167,6 @@ def small_backward_pays(question: Question, kind: Kind) -> str | None:
     columns = head_width(dim)
     if dim < LEAST_FILLED * columns:
         return f"the portable kernel is faster where heads of {dim} channels fill less of {columns} columns"
-    if _medium_is_faster(question, kind):
-        return f"the {MEDIUM} kernel is faster with {prod(question.problem.kernel_size)} keys and this stride"
     return small_pays(question, kind)
 
 
@@ -177,8 +189,9 @@ def medium_pays(question: Question, kind: Kind) -> str | None:
     window, queries, dim = prod(p.kernel_size), tokens * p.query.shape[-2], p.query.shape[-1]
     if window < MEDIUM_WINDOW:
         return f"the window is small: {window} keys are fewer than {MEDIUM_WINDOW}"
-    if kind == "backward_key" and p.rank == 1 and window < MEDIUM_KEYS_ON_ONE_AXIS:
-        return f"on one axis the window is small: {window} keys are fewer than {MEDIUM_KEYS_ON_ONE_AXIS}"
+    least = MEDIUM_KEYS_OF_NARROW_DQ
+    if kind == "backward_query" and p.rank == 1 and dim <= MEDIUM_CHANNELS and window < least:
+        return f"the window is small: {window} keys of {dim} channels on one axis are fewer than {least}"
     if kind != "backward_key" and _is_narrow(p, kind):
         return f"the portable kernel is faster for heads of {dim} channels on {p.rank} axes"
     keys = window if kind == "backward_key" else window + p.registers
@@ -204,8 +217,8 @@ def medium_jvp_pays(question: Question) -> str | None:
 def _beyond_medium(p: Problem, keys: int, kind: Kind) -> str | None:
     """Why so many keys are too many, or None."""
     dim = p.query.shape[-1]
-    if p.rank == 1 and keys * dim >= MEDIUM_KEY_ELEMENTS_ON_ONE_AXIS:
-        return f"the window is large: {keys} keys of {dim} elements are {MEDIUM_KEY_ELEMENTS_ON_ONE_AXIS} or more"
+    if p.rank == 1 and keys * dim >= (most := _most_on_one_axis(dim, kind)):
+        return f"the window is large: {keys} keys of {dim} elements are {most} or more"
     if p.rank > 1 and keys * dim**2 >= MEDIUM_KEYS_TIMES_SQUARED_CHANNELS:
         most = MEDIUM_KEYS_TIMES_SQUARED_CHANNELS
         return f"the window is large: {keys} keys times the square of {dim} channels are {most} or more"
@@ -215,20 +228,37 @@ def _beyond_medium(p: Problem, keys: int, kind: Kind) -> str | None:
     return None
 
 
+def _most_on_one_axis(dim: int, kind: Kind) -> int:
+    """From how many key elements on those for large windows are faster on one axis."""
+    if dim <= MEDIUM_CHANNELS:
+        return MEDIUM_KEY_ELEMENTS_OF_NARROW_HEADS
+    if kind == "forward" and dim > 96:
+        return MEDIUM_KEY_ELEMENTS_OF_WIDE_FORWARD
+    if kind == "backward_key" and dim <= 80:
+        return MEDIUM_KEY_ELEMENTS_OF_80_CHANNELS
+    return MEDIUM_KEY_ELEMENTS_ON_ONE_AXIS
+
+
 def _is_narrow(p: Problem, kind: Kind) -> bool:
     """Whether heads have so few channels that the portable kernel is faster, forward and for dQ."""
     dim = p.query.shape[-1]
-    if p.rank == 1 and kind == "backward_query":
-        return dim <= MEDIUM_CHANNELS
-    return dim < MEDIUM_CHANNELS and (p.rank == 1 or len(medium_tiling.columns_of(p)) > 1)
+    if p.rank == 1:
+        return kind == "backward_query" and dim < MEDIUM_CHANNELS
+    return dim < MEDIUM_CHANNELS and len(medium_tiling.columns_of(p)) > 1
 
 
 def _medium_is_faster(question: Question, kind: Kind) -> bool:
-    """Whether a gradient that kernels for small windows could compute takes longer there."""
+    """Whether what kernels for small windows could compute takes longer there."""
     p = question.problem
-    if p.rank == 1:
-        return False
-    suits = prod(p.kernel_size) >= MEDIUM_WINDOW_OF_DQ if kind == "backward_query" else prod(p.stride) > 1
+    if kind == "forward":
+        suits = p.rank == 1 and p.group == 1 and prod(p.kernel_size) >= MEDIUM_KEYS_ON_ONE_AXIS
+    elif kind == "backward_query":
+        suits = p.rank > 1 and prod(p.kernel_size) >= MEDIUM_WINDOW_OF_DQ
+    elif p.rank > 1:
+        suits = prod(p.stride) > 1
+    else:
+        shares = p.group > 1 and p.query.shape[-1] <= MEDIUM_CHANNELS
+        suits = not shares and prod(p.kernel_size) >= MEDIUM_KEYS_OF_KEY_GRADIENTS
     return suits and medium_gap(question) is None and medium_pays(question, kind) is None
 
 
