@@ -394,12 +394,13 @@ def test_tiles_and_chunks_stay_inside_an_image(problem: Problem) -> None:
             assert problem.rank == 3
             continue
         assert prod(config.tile) * config.pack == 64
-        assert problem.group % config.pack == 0
+        assert problem.group % config.pack == problem.group % config.chunk_pack == 0
+        assert 1 in (config.pack, config.chunk_pack)
         if problem.query.shape[0] == 1:
             continue  # TMA neither reads nor writes behind the last frame of the only image
         assert problem.lengths[0] % config.tile[0] == 0
-        assert prod(config.chunk) in (32, 64, 128)
-        assert prod(config.chunk) % config.slice == 0
+        assert prod(config.chunk) * config.chunk_pack in (32, 64, 128)
+        assert prod(config.chunk) * config.chunk_pack % config.slice == 0
         assert sum(config.columns) >= problem.query.shape[-1]
         length, kernel, stride, causal = problem.axes[0]
         first = torch.arange(0, length, config.tile[0])
@@ -465,7 +466,7 @@ def test_windows_between_small_and_large_take_it(monkeypatch: pytest.MonkeyPatch
     problem = lumina(monkeypatch)
     assert names(problem) == [variants.MEDIUM] * 3
     choice = dispatch.choose("forward", Question(problem))
-    assert choice.plan == MediumTileConfig((1, 8, 8), (1, 8, 8), 64, 1, (64, 32), 2, 168, False, 0, False)
+    assert choice.plan == MediumTileConfig((1, 8, 8), (1, 8, 8), 64, 1, 1, (64, 32), 2, 168, False, 0, False)
     assert [name for name, _ in choice.passed_over] == [variants.ROLLING, variants.TILES]
 
 

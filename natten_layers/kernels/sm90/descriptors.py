@@ -60,6 +60,11 @@ def key_boxes(tensor: Layout, box: Box, dilation: Box = (1, 1, 1)) -> Boxes:
     return boxes_of([heads, *sizes, dim], [head, *steps, 1], [1, *box, head_width(dim)])
 
 
+def chunk_boxes(tensor: Layout, chunk: Box, pack: int, dilation: Box = (1, 1, 1)) -> Boxes:
+    """The descriptor of chunks of one head, or of several query heads."""
+    return key_boxes(tensor, chunk, dilation) if pack == 1 else query_boxes(tensor, chunk, pack, dilation)
+
+
 def register_boxes(registers: Layout, rows: int) -> Boxes:
     """The descriptor of register tokens: boxes of one head. Tokens that all images share are stored once."""
     batch, *counts, dim = registers.shape

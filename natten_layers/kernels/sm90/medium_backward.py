@@ -220,26 +220,31 @@ def medium_dq_kernel(
 
 @gluon.jit
 def next_of_group(
-    corner, head, left, chunks, lo, hi, count, CHUNK: gl.constexpr, RANK: gl.constexpr, PERIODIC: gl.constexpr
+    corner, head, left, chunks, lo, hi, count, CHUNK: gl.constexpr, PACK: gl.constexpr, RANK: gl.constexpr,
+    PERIODIC: gl.constexpr,
 ):  # fmt: skip
-    """The chunk that follows: of the same head, of which ``left`` are left, or the first of the next head."""
+    """The chunk that follows: of the same ``PACK`` heads, of which ``left`` are left, or the first of the next."""
     left -= 1
     ends = left == 0
     t, h, w = next_chunk(corner, lo, hi, count, CHUNK, RANK, PERIODIC)
     corner = gl.where(ends, lo[0], t), gl.where(ends, lo[1], h), gl.where(ends, lo[2], w)
-    return corner, head + gl.where(ends, 1, 0), gl.where(ends, chunks, left)
+    return corner, head + gl.where(ends, PACK, 0), gl.where(ends, chunks, left)
 
 
 @gluon.jit
 def chunk_statistics(
     Lse, Delta, corner, head, i_batch, residue, count, dilation, length, heads, CHUNK: gl.constexpr,
-    PERIODIC: gl.constexpr,
+    PACK: gl.constexpr, PERIODIC: gl.constexpr,
 ):  # fmt: skip
-    """Statistics of the queries of a chunk; 0 beyond the end of an axis."""
+    """Statistics of the queries of a chunk of ``PACK`` heads, the first of which is ``head``; 0 beyond the end of an
+    axis.
+    """
     LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    N: gl.constexpr = CHUNK[0] * CHUNK[1] * CHUNK[2]
-    index = shifted(unravel(gl.arange(0, N, LAYOUT), CHUNK[1], CHUNK[2]), on_rings(corner, count, PERIODIC))
-    o_row = contiguous_row(i_batch.to(gl.int64), spread(index, residue, dilation), length) * heads + head
+    N: gl.constexpr = CHUNK[0] * CHUNK[1] * CHUNK[2] * PACK
+    column = gl.arange(0, N, LAYOUT)
+    index = shifted(unravel(column // PACK, CHUNK[1], CHUNK[2]), on_rings(corner, count, PERIODIC))
+    first_row = contiguous_row(i_batch.to(gl.int64), spread(index, residue, dilation), length) * heads
+    o_row = first_row + (head + column % PACK)
     m_inside = inside_axes(index, count)
     return gl.load(Lse + o_row, mask=m_inside, other=0.0), gl.load(Delta + o_row, mask=m_inside, other=0.0)
 
@@ -256,7 +261,7 @@ def in_layout(position, LAYOUT: gl.constexpr):
 @gluon.jit
 def add_queries(
     dks, dvs, keys, values, queries, grads, i_stage, lses, deltas, corner, common, row_lo, row_size, count, p_biases,
-    kernel, factor, FIRST: gl.constexpr, N: gl.constexpr, CHUNK: gl.constexpr, RANK: gl.constexpr,
+    kernel, factor, FIRST: gl.constexpr, N: gl.constexpr, CHUNK: gl.constexpr, PACK: gl.constexpr, RANK: gl.constexpr,
     PERIODIC: gl.constexpr,
 ):  # fmt: skip
     """Start to add the contribution of ``N`` queries of a chunk, from ``FIRST`` on, to dK and dV."""
@@ -264,7 +269,7 @@ def add_queries(
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, N, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
     COLUMN: gl.constexpr = gl.SliceLayout(0, SCORES)
-    inner = unravel(FIRST + gl.arange(0, N, COLUMN), CHUNK[1], CHUNK[2])
+    inner = unravel((FIRST + gl.arange(0, N, COLUMN)) // PACK, CHUNK[1], CHUNK[2])
     b_hidden = hidden_positions(
         corner, common, in_layout(row_lo, ROW), in_layout(row_size, ROW), inner, count, CHUNK, RANK, PERIODIC
     )  # fmt: skip
@@ -284,12 +289,13 @@ def medium_dkv_kernel(
     Delta, Lse, KeyMask, Rpb, k0_desc, k1_desc, k2_desc, v0_desc, v1_desc, v2_desc, dk0_desc, dk1_desc, dk2_desc,
     dv0_desc, dv1_desc, dv2_desc, q0_desc, q1_desc, q2_desc, do0_desc, do1_desc, do2_desc,
     mask_strides, axes, key_length, tiles, frames, group, kv_heads, scale,
-    SPEC: gl.constexpr, CHUNK: gl.constexpr, SLICE: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr,
-    SIDE: gl.constexpr,
+    SPEC: gl.constexpr, CHUNK: gl.constexpr, PACK: gl.constexpr, SLICE: gl.constexpr, COLUMNS: gl.constexpr,
+    STAGES: gl.constexpr, SIDE: gl.constexpr,
 ):  # fmt: skip
     """dK and dV of one tile of keys; the grid is (tiles * KV heads, batch).
 
-    The queries that see it come chunk by chunk, ``SLICE`` of which are computed at a time, then those of the next head.
+    The queries of ``PACK`` heads that see it come chunk by chunk, then those of the next heads. In a chunk, as in a
+    tile of queries, the heads of a position follow each other; ``SLICE`` of its queries are computed at a time.
     """
     length, kernel, stride, dilation = axes
     CAUSAL: gl.constexpr = SPEC.causal
@@ -297,7 +303,7 @@ def medium_dkv_kernel(
     M: gl.constexpr = SPEC.rows
     TILE: gl.constexpr = SPEC.tile
     RANK: gl.constexpr = SPEC.rank
-    N: gl.constexpr = CHUNK[0] * CHUNK[1] * CHUNK[2]
+    N: gl.constexpr = CHUNK[0] * CHUNK[1] * CHUNK[2] * PACK
     ROW: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, SLICE, 16]))
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     k_descs, v_descs = present_descriptors(k0_desc, k1_desc, k2_desc), present_descriptors(v0_desc, v1_desc, v2_desc)
@@ -312,7 +318,7 @@ def medium_dkv_kernel(
     lo, hi, inner_lo, inner_hi = union_of_queries(origin, count, kernel, stride, CAUSAL, TILE, PERIODIC, key_length)
     common = seen_by_all(inner_lo, inner_hi, SPEC)
     chunks = chunks_over(lo, hi, count, CHUNK, PERIODIC)
-    every, heads = chunks * group, kv_heads * group
+    every, heads = chunks * (group // PACK), kv_heads * group
     row, row_seen = unravel(gl.arange(0, M, ROW), TILE[1], TILE[2]), None
     if KeyMask is not None:
         m_keys = inside_axes(shifted(row, origin), key_count)
@@ -333,10 +339,11 @@ def medium_dkv_kernel(
     for n in gl.static_range(STAGES):
         if n < every:
             start_chunk(
-                descs, rings, ready, n, ahead_head, i_frame, on_rings(ahead, count, PERIODIC), CHUNK, COLUMNS, STAGES
+                descs, rings, ready, n, ahead_head, i_frame, on_rings(ahead, count, PERIODIC),
+                CHUNK, COLUMNS, STAGES, PACK,
             )  # fmt: skip
         ahead, ahead_head, ahead_left = next_of_group(
-            ahead, ahead_head, ahead_left, chunks, lo, hi, count, CHUNK, RANK, PERIODIC
+            ahead, ahead_head, ahead_left, chunks, lo, hi, count, CHUNK, PACK, RANK, PERIODIC
         )
 
     row_lo, row_hi = queries_of(shifted(row, origin), count, kernel, stride, CAUSAL, PERIODIC, key_length)
@@ -344,7 +351,7 @@ def medium_dkv_kernel(
     dks, dvs = new_sums(M, COLUMNS), new_sums(M, COLUMNS)
     corner, head, left = lo, i_kv * group, chunks
     lse, delta = chunk_statistics(
-        Lse, Delta, corner, head, i_batch, residue, count, dilation, length, heads, CHUNK, PERIODIC
+        Lse, Delta, corner, head, i_batch, residue, count, dilation, length, heads, CHUNK, PACK, PERIODIC
     )  # fmt: skip
     mbarrier.wait(ready.index(STAGES), 0)
     for n in range(every):
@@ -352,27 +359,27 @@ def medium_dkv_kernel(
         lses.store(lse)
         deltas.store(delta)
         chunk, own_head = corner, head
-        corner, head, left = next_of_group(corner, head, left, chunks, lo, hi, count, CHUNK, RANK, PERIODIC)
-        head = gl.minimum(head, i_kv * group + group - 1)  # behind the last chunk
+        corner, head, left = next_of_group(corner, head, left, chunks, lo, hi, count, CHUNK, PACK, RANK, PERIODIC)
+        head = gl.minimum(head, i_kv * group + group - PACK)  # behind the last chunk
         lse, delta = chunk_statistics(
-            Lse, Delta, corner, head, i_batch, residue, count, dilation, length, heads, CHUNK, PERIODIC
+            Lse, Delta, corner, head, i_batch, residue, count, dilation, length, heads, CHUNK, PACK, PERIODIC
         )  # fmt: skip
         mbarrier.wait(ready.index(i_stage), phase)
         p_biases = key_biases(Rpb, clamped(shifted(row, origin), key_count), own_head, kernel)
         for I_SLICE in gl.static_range(N // SLICE):
             dks, dvs = add_queries(
                 dks, dvs, keys, values, queries, grads, i_stage, lses, deltas, chunk, common, row_lo, row_size, count,
-                p_biases, kernel, scale * LOG2E, I_SLICE * SLICE, SLICE, CHUNK, RANK, PERIODIC,
+                p_biases, kernel, scale * LOG2E, I_SLICE * SLICE, SLICE, CHUNK, PACK, RANK, PERIODIC,
             )  # fmt: skip
         dks, dvs = split_sums(finished(dks + dvs), len(dks))
         thread_barrier()  # stage and statistics have been read
         if n + STAGES < every:
             start_chunk(
                 descs, rings, ready, n + STAGES, ahead_head, i_frame, on_rings(ahead, count, PERIODIC),
-                CHUNK, COLUMNS, STAGES,
+                CHUNK, COLUMNS, STAGES, PACK,
             )  # fmt: skip
         ahead, ahead_head, ahead_left = next_of_group(
-            ahead, ahead_head, ahead_left, chunks, lo, hi, count, CHUNK, RANK, PERIODIC
+            ahead, ahead_head, ahead_left, chunks, lo, hi, count, CHUNK, PACK, RANK, PERIODIC
         )
     dks, dvs = without_masked_rows(dks, row_seen), without_masked_rows(dvs, row_seen)
     start_store(scaled_sums(dks, scale, keys[0].dtype), keys, dk_descs, k_corner, COLUMNS)
@@ -435,6 +442,6 @@ def key_call(config: MediumTileConfig, p: Problem, grad_out: Layout) -> Call:
             *boxes_of_rows(config, p, p.key, p.value, out, out),
             *boxes_of_chunks(config, p, p.query, grad_out),
         ],
-        SPEC=spec_of(config, p), CHUNK=config.chunk, SLICE=config.slice, COLUMNS=config.columns, STAGES=config.stages,
-        SIDE=config.side, num_warps=WARPS, maxnreg=config.maxnreg,
+        SPEC=spec_of(config, p), CHUNK=config.chunk, PACK=config.chunk_pack, SLICE=config.slice, COLUMNS=config.columns,
+        STAGES=config.stages, SIDE=config.side, num_warps=WARPS, maxnreg=config.maxnreg,
     )  # fmt: skip

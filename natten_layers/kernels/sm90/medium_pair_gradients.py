@@ -151,14 +151,14 @@ def medium_pair_dq_kernel(
 @gluon.jit
 def add_pair_queries(
     b_dk, b_dv, keys, values, queries, grads, i_stage, lses, deltas, corner, common, row_lo, row_size, count,
-    row_factor, row_dp, row_scale, FIRST: gl.constexpr, N: gl.constexpr, CHUNK: gl.constexpr, RANK: gl.constexpr,
-    PERIODIC: gl.constexpr,
+    row_factor, row_dp, row_scale, FIRST: gl.constexpr, N: gl.constexpr, CHUNK: gl.constexpr, PACK: gl.constexpr,
+    RANK: gl.constexpr, PERIODIC: gl.constexpr,
 ):  # fmt: skip
     """Add the contribution of ``N`` queries of a chunk, from ``FIRST`` on, to dK and dV."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, N, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
     COLUMN: gl.constexpr = gl.SliceLayout(0, SCORES)
-    inner = unravel(FIRST + gl.arange(0, N, COLUMN), CHUNK[1], CHUNK[2])
+    inner = unravel((FIRST + gl.arange(0, N, COLUMN)) // PACK, CHUNK[1], CHUNK[2])
     b_hidden = hidden_positions(
         corner, common, in_layout(row_lo, ROW), in_layout(row_size, ROW), inner, count, CHUNK, RANK, PERIODIC
     )  # fmt: skip
@@ -177,10 +177,10 @@ def add_pair_queries(
 @gluon.jit
 def medium_pair_dkv_kernel(
     K, V, Units, Delta, Lse, DK, DV, q_desc, do_desc, k_strides, v_strides, axes, tiles, frames, group, kv_heads, scale,
-    SPEC: gl.constexpr, CHUNK: gl.constexpr, SLICE: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr,
-    SIDE: gl.constexpr, HELD: gl.constexpr,
+    SPEC: gl.constexpr, CHUNK: gl.constexpr, PACK: gl.constexpr, SLICE: gl.constexpr, COLUMNS: gl.constexpr,
+    STAGES: gl.constexpr, SIDE: gl.constexpr, HELD: gl.constexpr,
 ):  # fmt: skip
-    """dK and dV of one tile of keys; the grid is (tiles * KV heads, batch)."""
+    """dK and dV of one tile of keys; grid and chunks are those of ``medium_dkv_kernel``."""
     length, kernel, stride, dilation = axes
     CAUSAL: gl.constexpr = SPEC.causal
     PERIODIC: gl.constexpr = SPEC.periodic
@@ -188,14 +188,14 @@ def medium_pair_dkv_kernel(
     D: gl.constexpr = SPEC.head_dim
     TILE: gl.constexpr = SPEC.tile
     RANK: gl.constexpr = SPEC.rank
-    N: gl.constexpr = CHUNK[0] * CHUNK[1] * CHUNK[2]
+    N: gl.constexpr = CHUNK[0] * CHUNK[1] * CHUNK[2] * PACK
     ROW: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, SLICE, 16]))
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     i_batch, i_kv, residue, count, origin = own_tile(length, dilation, tiles, kv_heads, TILE, SIDE)
     lo, hi, inner_lo, inner_hi = union_of_queries(origin, count, kernel, stride, CAUSAL, TILE, PERIODIC)
     common = seen_by_all(inner_lo, inner_hi, SPEC)
     chunks, i_frame = chunks_over(lo, hi, count, CHUNK, PERIODIC), first_frame(i_batch, residue, length, frames)
-    every, heads = chunks * group, kv_heads * group
+    every, heads = chunks * (group // PACK), kv_heads * group
     descs = q_desc, q_desc, do_desc, do_desc
     rings, ready = new_stages(descs, STAGES), new_barriers(STAGES, 1)
     queries, grads = (rings[0], rings[1]), (rings[2], rings[3])
@@ -204,9 +204,9 @@ def medium_pair_dkv_kernel(
     for n in gl.static_range(STAGES):
         if n < every:
             first = on_rings(ahead, count, PERIODIC)
-            start_chunk(descs, rings, ready, n, ahead_head, i_frame, first, CHUNK, COLUMNS, STAGES)
+            start_chunk(descs, rings, ready, n, ahead_head, i_frame, first, CHUNK, COLUMNS, STAGES, PACK)
         ahead, ahead_head, ahead_left = next_of_group(
-            ahead, ahead_head, ahead_left, chunks, lo, hi, count, CHUNK, RANK, PERIODIC
+            ahead, ahead_head, ahead_left, chunks, lo, hi, count, CHUNK, PACK, RANK, PERIODIC
         )
 
     index = shifted(unravel(gl.arange(0, M, ROW), TILE[1], TILE[2]), origin)
@@ -229,30 +229,30 @@ def medium_pair_dkv_kernel(
     b_dk, b_dv = new_sum(M, D), new_sum(M, D)
     corner, head, left = lo, i_kv * group, chunks
     lse, delta = chunk_statistics(
-        Lse, Delta, corner, head, i_batch, residue, count, dilation, length, heads, CHUNK, PERIODIC
+        Lse, Delta, corner, head, i_batch, residue, count, dilation, length, heads, CHUNK, PACK, PERIODIC
     )  # fmt: skip
     for n in range(every):
         i_stage, phase = stage_of(n, STAGES)
         lses.store(lse)
         deltas.store(delta)
         chunk = corner
-        corner, head, left = next_of_group(corner, head, left, chunks, lo, hi, count, CHUNK, RANK, PERIODIC)
-        head = gl.minimum(head, i_kv * group + group - 1)  # behind the last chunk
+        corner, head, left = next_of_group(corner, head, left, chunks, lo, hi, count, CHUNK, PACK, RANK, PERIODIC)
+        head = gl.minimum(head, i_kv * group + group - PACK)  # behind the last chunk
         lse, delta = chunk_statistics(
-            Lse, Delta, corner, head, i_batch, residue, count, dilation, length, heads, CHUNK, PERIODIC
+            Lse, Delta, corner, head, i_batch, residue, count, dilation, length, heads, CHUNK, PACK, PERIODIC
         )  # fmt: skip
         mbarrier.wait(ready.index(i_stage), phase)
         for I_SLICE in gl.static_range(N // SLICE):
             b_dk, b_dv = add_pair_queries(
                 b_dk, b_dv, keys, values, queries, grads, i_stage, lses, deltas, chunk, common, row_lo, row_size, count,
-                row_factor, row_dp, row_scale, I_SLICE * SLICE, SLICE, CHUNK, RANK, PERIODIC,
+                row_factor, row_dp, row_scale, I_SLICE * SLICE, SLICE, CHUNK, PACK, RANK, PERIODIC,
             )  # fmt: skip
         thread_barrier()  # stage and statistics have been read
         if n + STAGES < every:
             first = on_rings(ahead, count, PERIODIC)
-            start_chunk(descs, rings, ready, n + STAGES, ahead_head, i_frame, first, CHUNK, COLUMNS, STAGES)
+            start_chunk(descs, rings, ready, n + STAGES, ahead_head, i_frame, first, CHUNK, COLUMNS, STAGES, PACK)
         ahead, ahead_head, ahead_left = next_of_group(
-            ahead, ahead_head, ahead_left, chunks, lo, hi, count, CHUNK, RANK, PERIODIC
+            ahead, ahead_head, ahead_left, chunks, lo, hi, count, CHUNK, PACK, RANK, PERIODIC
         )
     store_scaled(DK, o_row, m_rows, b_dk, unit_of(row_e) * (scale * q_unit), D)
     store_scaled(DV, o_row, m_rows, b_dv, gl.full([M], do_unit * WEIGHT_UNIT, gl.float32, ROW), D)
@@ -314,7 +314,7 @@ def key_call(config: MediumTileConfig, p: Problem, grad_out: Layout) -> PairCall
         (prod(tiles) * p.kv_heads, p.query.shape[0]),
         (p.strides_of(p.key), p.strides_of(p.value), p.geometry, tiles, frames_of(p), p.group, p.kv_heads),
         pair_boxes(config, p, p.query, grad_out),
-        SPEC=spec_of(config, p), CHUNK=config.chunk, SLICE=config.slice, COLUMNS=config.columns, STAGES=config.stages,
-        SIDE=config.side, HELD=config.held, num_warps=WARPS, maxnreg=config.maxnreg,
+        SPEC=spec_of(config, p), CHUNK=config.chunk, PACK=config.chunk_pack, SLICE=config.slice, COLUMNS=config.columns,
+        STAGES=config.stages, SIDE=config.side, HELD=config.held, num_warps=WARPS, maxnreg=config.maxnreg,
     )  # fmt: skip
     return PairCall(split_of(p, p.query, grad_out, with_delta=True), launch)

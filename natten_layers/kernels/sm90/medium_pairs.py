@@ -37,7 +37,7 @@ from ..portable.pairs import (
 )
 from ..portable.primitives import LOG2E
 from ..portable.windows import shifted, union_of_windows, unravel, windows_of
-from .descriptors import Boxes, Call, boxes_of, call_of, frames_of, key_boxes
+from .descriptors import Boxes, Call, boxes_of, call_of, chunk_boxes, frames_of
 from .large_forward import initial_stats, row_maximum
 from .masked_keys import saved_maxima
 from .medium_chunks import chunks_over, hidden_positions, next_chunk, seen_by_all
@@ -256,7 +256,7 @@ class PairCall(NamedTuple):
 def pair_boxes(config: MediumTileConfig, problem: Problem, *tensors: Layout) -> list[Boxes]:
     """The descriptors of pairs, each for chunks of half of the columns."""
     *_, dilation = problem.geometry
-    every = [key_boxes(pair_layout(x), config.chunk, dilation) for x in tensors]
+    every = [chunk_boxes(pair_layout(x), config.chunk, config.chunk_pack, dilation) for x in tensors]
     return [boxes_of(x["shape"], x["strides"], [*x["block_shape"][:-1], config.columns[0]]) for x in every]
 
 

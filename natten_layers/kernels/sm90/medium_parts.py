@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper.tma import (
 )
 
 from ..host.problem import Layout, Problem
-from .descriptors import Boxes, boxes_of, frames_of, key_boxes, query_boxes, register_boxes
+from .descriptors import Boxes, boxes_of, chunk_boxes, frames_of, query_boxes, register_boxes
 from .medium_chunks import first_register_at
 from .medium_tiling import COLUMN_PARTS, MediumTileConfig
 from .primitives import copy_layout, opaque_i32, thread_barrier
@@ -52,14 +52,19 @@ def start_rows(descs, corner, ready, COLUMNS: gl.constexpr):
 
 @gluon.jit
 def start_chunk(
-    descs, rings, ready, n, i_head, i_frame, corner, CHUNK: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr
+    descs, rings, ready, n, i_head, i_frame, corner, CHUNK: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr,
+    PACK: gl.constexpr = 1,
 ):  # fmt: skip
-    """Start to load the ``n``-th chunk of one head of all tensors, all columns, into its stage of the rings."""
+    """Start to load the ``n``-th chunk of ``PACK`` heads of all tensors, all columns, into its stage of the rings."""
     i_stage, _ = stage_of(n, STAGES)
     PARTS: gl.constexpr = len(COLUMNS)
-    mbarrier.expect(ready.index(i_stage), bytes_of(len(descs) // PARTS * CHUNK[0] * CHUNK[1] * CHUNK[2], COLUMNS))
+    ROWS: gl.constexpr = CHUNK[0] * CHUNK[1] * CHUNK[2] * PACK
+    mbarrier.expect(ready.index(i_stage), bytes_of(len(descs) // PARTS * ROWS, COLUMNS))
     for i in gl.static_range(len(descs)):
-        at = [i_head, i_frame + corner[0], corner[1], corner[2], first_column(COLUMNS, i % PARTS)]
+        if PACK == 1:
+            at = [i_head, i_frame + corner[0], corner[1], corner[2], first_column(COLUMNS, i % PARTS)]
+        else:
+            at = [i_frame + corner[0], corner[1], corner[2], i_head, first_column(COLUMNS, i % PARTS)]
         async_copy_global_to_shared(descs[i], at, ready.index(i_stage), rings[i].index(i_stage))
 
 
@@ -134,7 +139,7 @@ def products_of_rows(X, o_rows, m_rows, buffers, D: gl.constexpr, COLUMNS: gl.co
 @gluon.jit
 def chunk_of(ring, i_stage, FIRST: gl.constexpr, N: gl.constexpr):
     """Rows ``FIRST`` to ``FIRST + N - 1`` of the chunk in a stage, ``[N, columns]``."""
-    ALL: gl.constexpr = ring.shape[2] * ring.shape[3] * ring.shape[4]
+    ALL: gl.constexpr = ring.shape[1] * ring.shape[2] * ring.shape[3] * ring.shape[4]
     COLUMNS: gl.constexpr = ring.shape[5]
     matrix = ring.index(i_stage).reshape([ALL, COLUMNS])
     if ALL != N:
@@ -214,9 +219,9 @@ def boxes_of_rows(config: MediumTileConfig, problem: Problem, *tensors: Layout) 
 
 
 def boxes_of_chunks(config: MediumTileConfig, problem: Problem, *tensors: Layout) -> list[Boxes | None]:
-    """Descriptors of the parts of chunks of one head, one tensor after the other."""
+    """Descriptors of the parts of chunks, one tensor after the other."""
     *_, dilation = problem.geometry
-    every = [key_boxes(x, config.chunk, dilation) for x in tensors]
+    every = [chunk_boxes(x, config.chunk, config.chunk_pack, dilation) for x in tensors]
     return [part for boxes in every for part in columns_boxes(boxes, config.columns)]
 
 

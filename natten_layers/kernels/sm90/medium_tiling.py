@@ -46,9 +46,11 @@ class MediumTileConfig(NamedTuple):
     chunk: Box
     """positions that are loaded at a time"""
     slice: int
-    """positions of a chunk whose scores are computed at a time: all, but for gradients of keys and values"""
+    """rows of a chunk whose scores are computed at a time: all, but for gradients of keys and values"""
     pack: int
-    """query heads of a program"""
+    """query heads of a tile"""
+    chunk_pack: int
+    """query heads of a chunk: one, but for gradients of keys and values"""
     columns: tuple[int, ...]
     """columns of a head in shared memory, in parts"""
     stages: int
@@ -66,7 +68,7 @@ class Size(NamedTuple):
     """Size of a program, before the boxes of its tile and chunk are chosen; fields as in :class:`MediumTileConfig`."""
 
     keys: int
-    """positions of a chunk"""
+    """rows of a chunk: keys, or for gradients of keys and values queries"""
     slice: int
     maxnreg: int
     held: bool = False
@@ -113,26 +115,58 @@ def longer_size(kind: Kind, problem: Problem) -> Size | None:
 
 def forward_tile_config(problem: Problem, pack: int | None = None) -> MediumTileConfig | None:
     """The configuration of the forward pass; None if no tile suits the problem."""
-    return _tile_config("forward", problem, problem.axes, pack, windows_on(problem.key_lengths))
+    packs = _packs_of_tiles(problem, pack)
+    return _tile_config("forward", problem, problem.axes, packs, windows_on(problem.key_lengths))
 
 
 def dq_tile_config(problem: Problem, pack: int | None = None) -> MediumTileConfig | None:
     """The configuration for gradients of queries."""
-    return _tile_config("backward_query", problem, problem.axes, pack, windows_on(problem.key_lengths))
+    packs = _packs_of_tiles(problem, pack)
+    return _tile_config("backward_query", problem, problem.axes, packs, windows_on(problem.key_lengths))
 
 
 def jvp_tile_config(problem: Problem, pack: int | None = None) -> MediumTileConfig | None:
     """The configuration for tangents, with the output or without."""
-    return _tile_config("jvp", problem, problem.axes, pack, windows_on(problem.key_lengths))
+    packs = _packs_of_tiles(problem, pack)
+    return _tile_config("jvp", problem, problem.axes, packs, windows_on(problem.key_lengths))
 
 
-def dkv_tile_config(problem: Problem) -> MediumTileConfig | None:
-    """The configuration for gradients of keys and values, whose rows are keys and whose chunks are of queries."""
-    keys = problem.key_lengths
+def dkv_tile_config(problem: Problem, pack: int | None = None) -> MediumTileConfig | None:
+    """The configuration for gradients of keys and values, whose rows are keys and whose chunks are of queries.
+
+    Chunks have ``pack`` heads where they can; where not, and by default, as many as is best.
+    """
+    keys, packs = problem.key_lengths, _packs_of_chunks(problem, pack)
     if keys is None:
-        return _tile_config("backward_key", problem, problem.axes, 1, (query_bounds,) * 3)
+        return _tile_config("backward_key", problem, problem.axes, packs, (query_bounds,) * 3)
     axes = tuple((n, *axis[1:]) for n, axis in zip(keys, problem.axes, strict=True))
-    return _tile_config("backward_key", problem, axes, 1, queries_on(problem.lengths))
+    return _tile_config("backward_key", problem, axes, packs, queries_on(problem.lengths))
+
+
+class Packs(NamedTuple):
+    """Query heads of a tile, and of a chunk."""
+
+    tile: int = 1
+    chunk: int = 1
+
+
+def _packs_of_tiles(problem: Problem, pack: int | None) -> tuple[Packs, ...]:
+    """``pack`` heads a tile: by default one, or as many as share keys.
+
+    These share what a program loads, but a tile has fewer positions, which share fewer keys.
+    """
+    return tuple(Packs(tile=n) for n in (sorted({1, most_packed(problem)}) if pack is None else (pack,)))
+
+
+def _packs_of_chunks(problem: Problem, pack: int | None) -> tuple[Packs, ...]:
+    """How many query heads a chunk may have: ``pack``, if it can.
+
+    A chunk of more heads has fewer positions, and so covers the queries that see a tile more tightly. With biases it
+    has one head, whose biases its program adds to all columns.
+    """
+    most = 1 if problem.has_bias else most_packed(problem)
+    every = [2**i for i in range(most.bit_length())]
+    return tuple(Packs(chunk=n) for n in every if n == pack or pack not in every)
 
 
 @lru_cache
@@ -198,13 +232,9 @@ def columns_of(problem: Problem) -> tuple[int, ...]:
 
 
 def _tile_config(
-    kind: Kind, problem: Problem, axes: tuple[Axis, ...], pack: int | None, bounds: tuple[Bounds, ...]
+    kind: Kind, problem: Problem, axes: tuple[Axis, ...], packs: tuple[Packs, ...], bounds: tuple[Bounds, ...]
 ) -> MediumTileConfig | None:
-    """The best tile with ``pack`` heads a program: by default one, or as many as share keys.
-
-    These share what a program loads, but a tile has fewer positions, which share fewer keys.
-    """
-    packs = tuple(sorted({1, most_packed(problem)})) if pack is None else (pack,)
+    """The best tile with one of these numbers of heads."""
     size, longer = size_of(kind, problem), longer_size(kind, problem)
     best = best_tile(axes, packs, size.keys, bounds, problem.query.shape[0])
     if longer is not None and best is not None:
@@ -218,7 +248,7 @@ def _tile_config(
         INSIDE_ON_ONE_AXIS if problem.rank == 1 else INSIDE
     )
     return MediumTileConfig(
-        best.tile, best.chunk, size.slice, best.pack, columns_of(problem), STAGES, size.maxnreg, size.held, side,
+        best.tile, best.chunk, size.slice, *best.packs, columns_of(problem), STAGES, size.maxnreg, size.held, side,
         skip_mask,
     )  # fmt: skip
 
@@ -257,16 +287,16 @@ def _inside_share(axis: Axis, tile: int, chunk: int, bounds: Bounds) -> float:
 class Tiles(NamedTuple):
     scores: int
     """how many are computed for one head"""
-    pack: int
+    packs: Packs
     tile: Box
     chunk: Box
 
 
 @lru_cache(maxsize=1024)
 def best_tile(
-    axes: tuple[Axis, ...], packs: tuple[int, ...], columns: int, bounds: tuple[Bounds, ...], batch: int
+    axes: tuple[Axis, ...], packs: tuple[Packs, ...], columns: int, bounds: tuple[Bounds, ...], batch: int
 ) -> Tiles | None:
-    """The tiles for which the fewest scores are computed, or None if there are none.
+    """The tiles for which the fewest scores are computed, with the fewest heads a chunk; None if there are none.
 
     Where TMA reads and writes, the frames of one image follow those of another, so in a batch of several neither tiles
     nor chunks reach past the last frame of an image.
@@ -274,10 +304,15 @@ def best_tile(
     lengths = axes[0][0], axes[1][0], axes[2][0]
     choices = (
         Tiles(prod(executed(*sides) for sides in zip(axes, tile, chunk, bounds, strict=True)), pack, tile, chunk)
-        for pack in packs for tile in boxes(ROWS // pack, lengths) for chunk in boxes(columns, lengths)
+        for pack in packs
+        for tile in boxes(ROWS // pack.tile, lengths) for chunk in boxes(columns // pack.chunk, lengths)
         if batch == 1 or (lengths[0] % tile[0] == 0 and ends_inside(axes[0], tile[0], chunk[0], bounds[0]))
     )  # fmt: skip
-    return min(choices, key=lambda tiles: (tiles.scores, -tiles.tile[2], -tiles.chunk[2]), default=None)
+    return min(choices, key=_cost, default=None)
+
+
+def _cost(tiles: Tiles) -> tuple[int, int, int, int]:
+    return tiles.scores, tiles.packs.chunk, -tiles.tile[2], -tiles.chunk[2]
 
 
 def spec_of(config: MediumTileConfig, problem: Problem, with_stats: bool = False) -> Spec:

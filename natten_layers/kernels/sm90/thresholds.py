@@ -103,7 +103,7 @@ PAIRS = 2**27
 def pack_gap(question: Question, kind: Kind) -> str | None:
     """Why an override of the heads of a program asks for the portable kernel, or None."""
     pack, group = override_pack(), question.problem.group
-    if pack and group % pack and kind != "backward_key":  # the dK and dV kernel takes one query head at a time
+    if pack and group % pack and kind != "backward_key":  # programs of dK and dV compute all of them
         return f"an override asks for {pack} heads a program, which do not divide the group of {group}"
     return None
 

@@ -103,7 +103,7 @@ def _medium_query_plan(question: Question) -> medium_tiling.MediumTileConfig | s
 
 
 def _medium_key_plan(question: Question) -> medium_tiling.MediumTileConfig | str:
-    return medium_tiling.dkv_tile_config(question.problem) or NO_MEDIUM_TILES
+    return medium_tiling.dkv_tile_config(question.problem, override_pack()) or NO_MEDIUM_TILES
 
 
 def _medium_jvp_plan(question: Question) -> medium_tiling.MediumTileConfig | str:
