@@ -400,9 +400,8 @@ def test_masks_take_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     choice = dispatch.choose("forward", Question(problem))
     assert choice.variant.name == variants.TILES
     assert (variants.ROLLING, "it takes no key_mask") in choice.passed_over
-    query, key = gradients(problem, problem.query)
-    assert isinstance(query, SmallTileConfig)
-    assert isinstance(key, SmallTileConfig)
+    alone = problem_of_image(monkeypatch, key_mask=problem.key_mask, key=problem.query, value=problem.query)
+    assert [type(plan) for plan in gradients(alone, alone.query)] == [SmallTileConfig] * 2
 
 
 @pytest.mark.parametrize("box", [(1, 1, 64), (1, 8, 4), (4, 2, 8), (2, 16, 1)], ids=str)
@@ -495,9 +494,8 @@ def test_descriptors_find_the_tokens_of_a_residue_class(dilation: tuple[int, int
 
 
 def test_gradients_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = problem_of_image(monkeypatch)
+    problem = problem_of_image(monkeypatch, **dict.fromkeys(("key", "value"), contiguous((8, 128, 128, 8, 64))))
     query, key = gradients(problem, problem.query)
-    assert query.parts == ((1, 8, 8), (1, 8, 4), (1, 8, 2))
     assert (key.tile, key.keys) == ((1, 8, 8), 14 * 16)
     expanded = problem.query._replace(stride=(0, 0, 0, 0, 0))  # as the gradient of a sum is
     assert gradients(problem, expanded) == [None, None]
@@ -506,9 +504,15 @@ def test_gradients_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
         assert gradients(problem, problem.query) == [None, key]
     with override({"backward_key": chosen}):
         assert gradients(problem, problem.query) == [query, None]
-    with override(pack=1):  # only for queries, since gradients of keys are computed for one head at a time
-        unpacked, same = gradients(problem, problem.query)
-    assert (unpacked.pack, same) == (1, key)
+
+
+def test_heads_that_share_keys_leave_gradients_of_keys_to_chunks_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = problem_of_image(monkeypatch)
+    query, key = gradients(problem, problem.query)
+    assert (query.pack, query.parts) == (4, ((1, 8, 8), (1, 8, 4), (1, 8, 2)))
+    assert isinstance(key, MediumTileConfig)
+    with override(pack=1):
+        assert [plan.pack for plan in gradients(problem, problem.query)] == [1, 1]
 
 
 def test_wide_heads_leave_gradients_of_keys_to_a_ring(monkeypatch: pytest.MonkeyPatch) -> None:

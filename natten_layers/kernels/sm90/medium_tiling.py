@@ -266,6 +266,8 @@ def can_skip_mask(kind: Kind, problem: Problem) -> bool:
         return on_one_axis
     if kind == "backward_key":
         return on_one_axis and (width <= 32 or 64 < width <= 96)
+    if kind == "jvp":
+        return on_one_axis and width <= 64
     return width <= (112 if kind == "forward" else 64)
 
 

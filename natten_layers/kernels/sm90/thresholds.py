@@ -57,6 +57,9 @@ MEDIUM_KEY_ELEMENTS_ON_ONE_AXIS = 2**16
 MEDIUM_KEY_ELEMENTS_OF_NARROW_HEADS = 3 * 2**16
 MEDIUM_KEY_ELEMENTS_OF_WIDE_FORWARD = 3 * 2**14
 MEDIUM_KEY_ELEMENTS_OF_80_CHANNELS = 2**17
+# Forward where a narrow head leaves some of its columns in shared memory empty: 1025 keys of 40 channels 0.209 and
+# 0.249, of 56 0.212 and 0.224, but 513 keys of 56 0.138 and 0.129.
+MEDIUM_KEY_ELEMENTS_OF_UNFILLED_COLUMNS = 2**15
 # On two and three axes they are faster up to this many keys times channels squared, as the tiles of those for large
 # windows see the more keys that some of their rows do not see, the smaller a window is. Large against these: 19x19 of
 # 128 channels 0.405 and 0.347, 23x23 of 128 0.545 and 0.576; 9x9x9 of 80 channels 1.57 and 1.20, 11x11x11 of 64 2.19
@@ -77,20 +80,32 @@ MEDIUM_KEYS_ON_ONE_AXIS = 256
 # keys 0.251 and 0.209, 65 keys of 128 0.364 and 0.311. Where heads share keys, wide ones are faster, too (128 causal
 # keys of 128, four heads a group, 0.619 and 0.557), but narrow ones are not (64 channels 0.327 and 0.336).
 MEDIUM_KEYS_OF_KEY_GRADIENTS = 64
-# Heads with fewer than this many channels take portable kernels for dQ on one axis (32 channels, all gradients: 257
-# keys 0.215 and 0.218, 769 keys 0.436 and 0.435) and, on others, forward and for dQ where columns in shared memory come
-# in two parts: 11x11 of 40 0.226 and 0.250, dQ 0.252 and 0.286; but 13x13 of 32 0.310 and 0.288, dQ 0.341 and 0.300.
+# Heads with fewer than this many channels take portable kernels on two and three axes, forward and for dQ, where
+# columns in shared memory come in two parts: 11x11 of 40 0.226 and 0.250, dQ 0.252 and 0.286; but 13x13 of 32 0.310 and
+# 0.288, dQ 0.341 and 0.300.
 MEDIUM_CHANNELS = 64
-# Of two kernels that compute one tile a program, those for small windows are slower for dQ on two and three axes from
-# this many keys on: 9x9 of 56 channels 0.193 and 0.172, 13x13 of 64 with four heads a group 0.643 and 0.524. With
-# strides they are slower for dK and dV, too, however small the window: 8x8 with a stride of 4x4 0.457 and 0.351.
-MEDIUM_WINDOW_OF_DQ = 80
+# On one axis they do for dQ with fewer than this many: with all other kernels of a call, 513 keys of 40 channels 0.497
+# and 0.505, of 48 0.439 and 0.426; 257 keys of 32 0.215 and 0.218.
+MEDIUM_CHANNELS_OF_DQ_ON_ONE_AXIS = 48
+# Of two kernels that compute one tile a program, those for small windows are slower for gradients on two and three axes
+# from this many keys on: dQ of 9x9 of 56 channels 0.193 and 0.172, of 13x13 of 64 with four heads a group 0.643 and
+# 0.524; with all other kernels of a call, dK and dV of 9x9 of 32 0.474 and 0.377. dQ of up to 32 channels is the
+# exception (9x9, four heads a group, 0.478 and 0.514).
+MEDIUM_WINDOW_OF_GRADIENTS, MEDIUM_CHANNELS_OF_DQ = 80, 33
+# However small the window, they are slower for gradients on causal axes (9x9 of 64 channels, dQ 0.276 and 0.256, dK and
+# dV 0.275 and 0.244; 3x3x3 0.815 and 0.740, 0.812 and 0.713), and for dK and dV of heads that share keys (3x3x3 of 64,
+# four heads a group, 0.435 and 0.336, 5x5 0.485 and 0.444, 7x7 0.562 and 0.560, and 0.987 and 0.908 with sixteen), and
+# with strides unless heads are narrow (8x8 with a stride of 4x4, 64 channels 0.886 and 0.782, 32 channels 0.543 and
+# 0.566).
 # A call with such a window is large enough to hide launch overhead, which the descriptors of up to three parts of each
 # tensor double, from this many (query, key) pairs times channels on. Call after call, 24 heads of 96 channels with
 # 17x17 windows on 64x64 tokens (2.7e9) take 69, 101 and 128 us in forward, dQ, and dK and dV, and 85, 99 and 208 us in
 # portable kernels; 32 heads of 112 with 11x11 windows (1.8e9) take 83, 115 and 149 us against 108, 139 and 193; 16
 # heads of 80 with 9x9 windows (0.4e9) take 100 us each, which is the host's time, against 52, 45 and 63.
 MEDIUM_PRODUCTS = 3 * 2**29
+# Gradients take longer, and need fewer where each tensor has one part: those of causal 9x9 windows of 8 heads of 64 on
+# 8 x 64x64 tokens (1.4e9) take some 0.1 ms each.
+MEDIUM_PRODUCTS_OF_GRADIENTS = 2**30
 # With biases portable kernels take twice as long as these, however large a call is: 64 images of 56x56 with 4 heads of
 # 32 and 7x7 windows (1.3e9) 0.403, 0.400 and 0.577 ms, and these 0.221, 0.225 and 0.263.
 MEDIUM_PRODUCTS_WITH_BIASES = 2**29
@@ -199,11 +214,19 @@ def medium_pays(question: Question, kind: Kind) -> str | None:
     only_here = p.key_mask is not None or bool(p.is_periodic) or p.has_bias or p.key_lengths is not None
     if not only_here and (reason := _beyond_medium(p, keys, kind)) is not None:
         return reason
-    least = MEDIUM_PRODUCTS_WITH_BIASES if p.has_bias else MEDIUM_PRODUCTS
+    least = _least_products(p, kind)
     if queries * keys * dim < least:
         beside = ", additional keys included," if keys > window else ""
         return f"the call is small: {queries} queries of {keys} keys{beside} of {dim} elements are fewer than {least}"
     return pack_gap(question, kind)
+
+
+def _least_products(p: Problem, kind: Kind) -> int:
+    if p.has_bias:
+        return MEDIUM_PRODUCTS_WITH_BIASES
+    if kind != "forward" and len(medium_tiling.columns_of(p)) == 1:
+        return MEDIUM_PRODUCTS_OF_GRADIENTS
+    return MEDIUM_PRODUCTS
 
 
 def medium_jvp_pays(question: Question) -> str | None:
@@ -217,7 +240,7 @@ def medium_jvp_pays(question: Question) -> str | None:
 def _beyond_medium(p: Problem, keys: int, kind: Kind) -> str | None:
     """Why so many keys are too many, or None."""
     dim = p.query.shape[-1]
-    if p.rank == 1 and keys * dim >= (most := _most_on_one_axis(dim, kind)):
+    if p.rank == 1 and keys * dim >= (most := _most_on_one_axis(p, kind)):
         return f"the window is large: {keys} keys of {dim} elements are {most} or more"
     if p.rank > 1 and keys * dim**2 >= MEDIUM_KEYS_TIMES_SQUARED_CHANNELS:
         most = MEDIUM_KEYS_TIMES_SQUARED_CHANNELS
@@ -228,8 +251,11 @@ def _beyond_medium(p: Problem, keys: int, kind: Kind) -> str | None:
     return None
 
 
-def _most_on_one_axis(dim: int, kind: Kind) -> int:
+def _most_on_one_axis(p: Problem, kind: Kind) -> int:
     """From how many key elements on those for large windows are faster on one axis."""
+    dim = p.query.shape[-1]
+    if kind == "forward" and dim < MEDIUM_CHANNELS and dim < sum(medium_tiling.columns_of(p)):
+        return MEDIUM_KEY_ELEMENTS_OF_UNFILLED_COLUMNS
     if dim <= MEDIUM_CHANNELS:
         return MEDIUM_KEY_ELEMENTS_OF_NARROW_HEADS
     if kind == "forward" and dim > 96:
@@ -243,23 +269,35 @@ def _is_narrow(p: Problem, kind: Kind) -> bool:
     """Whether heads have so few channels that the portable kernel is faster, forward and for dQ."""
     dim = p.query.shape[-1]
     if p.rank == 1:
-        return kind == "backward_query" and dim < MEDIUM_CHANNELS
+        return kind == "backward_query" and dim < MEDIUM_CHANNELS_OF_DQ_ON_ONE_AXIS
     return dim < MEDIUM_CHANNELS and len(medium_tiling.columns_of(p)) > 1
 
 
 def _medium_is_faster(question: Question, kind: Kind) -> bool:
     """Whether what kernels for small windows could compute takes longer there."""
     p = question.problem
-    if kind == "forward":
-        suits = p.rank == 1 and p.group == 1 and prod(p.kernel_size) >= MEDIUM_KEYS_ON_ONE_AXIS
-    elif kind == "backward_query":
-        suits = p.rank > 1 and prod(p.kernel_size) >= MEDIUM_WINDOW_OF_DQ
-    elif p.rank > 1:
-        suits = prod(p.stride) > 1
-    else:
-        shares = p.group > 1 and p.query.shape[-1] <= MEDIUM_CHANNELS
-        suits = not shares and prod(p.kernel_size) >= MEDIUM_KEYS_OF_KEY_GRADIENTS
+    suits = _suits_medium_on_one_axis(p, kind) if p.rank == 1 else _suits_medium_on_axes(p, kind)
     return suits and medium_gap(question) is None and medium_pays(question, kind) is None
+
+
+def _suits_medium_on_one_axis(p: Problem, kind: Kind) -> bool:
+    window, shares = prod(p.kernel_size), p.group > 1
+    if kind == "forward":
+        return not shares and window >= MEDIUM_KEYS_ON_ONE_AXIS
+    if kind == "backward_query":
+        return False
+    return window >= MEDIUM_KEYS_OF_KEY_GRADIENTS and not (shares and p.query.shape[-1] <= MEDIUM_CHANNELS)
+
+
+def _suits_medium_on_axes(p: Problem, kind: Kind) -> bool:
+    """On two or three axes."""
+    if kind == "forward":
+        return False
+    is_wide, is_causal = p.query.shape[-1] >= MEDIUM_CHANNELS_OF_DQ, any(p.is_causal)
+    has_many_keys = prod(p.kernel_size) >= MEDIUM_WINDOW_OF_GRADIENTS
+    if kind == "backward_query":
+        return is_causal or (has_many_keys and is_wide)
+    return is_causal or has_many_keys or p.group > 1 or (prod(p.stride) > 1 and is_wide)
 
 
 # --- Preparation of queries and keys, and attention
