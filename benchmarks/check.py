@@ -104,7 +104,7 @@ class Reference:
         self._generator = torch.Generator().manual_seed(seed)
         self._samples: dict[str, list[Sample]] = {}
         self._sample_queries(mode)
-        if mode == "fwdbwd":
+        if mode != "fwd":
             self._sample_keys()
             self._sample_sums()
 
@@ -243,16 +243,19 @@ class Reference:
         return tensor.to(self.inputs.query.dtype).to(tensor.dtype) if rounding else tensor
 
     def _bands(self, grid: Grid, box: Box) -> Iterator[Box]:
-        """Cut a box of queries along its first axis so that no piece has many more pairs than ``BAND_PAIRS``."""
-        if any(b < a for a, b in box):  # queries of a key that none sees
+        """Halve a box of queries along its longest side until no piece has more pairs than ``BAND_PAIRS``."""
+        sides = [b - a + 1 for a, b in box]
+        if min(sides) < 1:  # queries of a key that none sees
             return
-        (first, last), *rest = box
-        keys, kernel = self._bounds(key_bounds, box, grid), grid.axes[0].kernel_size
-        # A piece that is thin along the first axis sees about one window of keys there.
-        per_row = math.prod(b - a + 1 for a, b in (*rest, *keys[1:])) * kernel
-        rows = max(1, min(BAND_PAIRS // per_row, 2 * kernel))
-        for start in range(first, last + 1, rows):
-            yield ((start, min(start + rows - 1, last)), *rest)
+        pairs = math.prod(sides) * math.prod(b - a + 1 for a, b in self._bounds(key_bounds, box, grid))
+        if pairs <= BAND_PAIRS or max(sides) == 1:
+            yield box
+            return
+        axis = sides.index(max(sides))
+        first, last = box[axis]
+        middle = (first + last) // 2
+        for half in ((first, middle), (middle + 1, last)):
+            yield from self._bands(grid, (*box[:axis], half, *box[axis + 1 :]))
 
     def _bounds(self, bounds: Bounds, box: Box, grid: Grid) -> Box:
         """The smallest box with all that ``bounds`` (:func:`key_bounds` or its inverse) returns for the positions.

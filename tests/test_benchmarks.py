@@ -157,6 +157,22 @@ def test_reference_is_exact(arguments: Any, band_pairs: int, monkeypatch: pytest
     assert all(error < 1e-12 for error, _ in errors.values()), errors
 
 
+def test_the_reference_computes_few_pairs_at_a_time_on_any_axes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where one frame of a video has too many."""
+    pairs: list[int] = []
+    find_rows = Reference._rows
+
+    def watched(self: Reference, grid: check.Grid, head: int, box: check.Box, *args: Any) -> Any:
+        keys = self._bounds(check.key_bounds, box, grid)
+        pairs.append(math.prod(last - first + 1 for first, last in (*box, *keys)))
+        return find_rows(self, grid, head, box, *args)
+
+    monkeypatch.setattr(check, "BAND_PAIRS", 64)
+    monkeypatch.setattr(Reference, "_rows", watched)
+    Reference(*problem((2, 6, 6), (2, 3, 3), sink="learned"), "fwdbwd")
+    assert 32 < max(pairs) <= 64
+
+
 def test_budget_admits_bf16_and_little_more() -> None:
     workload, inputs = problem((96,), (64,), causal=True)
     reference = Reference(workload, inputs, "fwd")
