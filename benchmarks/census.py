@@ -32,6 +32,8 @@ from .workloads import MODES, Mode, Workload, smoke
 
 if TYPE_CHECKING:  # the module imports Triton
     from natten_layers.kernels.dispatch import Choice
+    from natten_layers.kernels.host.problem import Inputs as Tensors
+    from natten_layers.kernels.host.problem import Problem
 
 DEFAULT_PEERS = ("fa2", "natten", "fa4")  # FlexAttention takes long to compile
 PORTABLE_PEERS = ("fa2", "natten")
@@ -124,6 +126,14 @@ def kernel_of(workload: Workload, mode: Mode, device: torch.device) -> str:
     if device.type != "cuda":
         return "eager"
     from natten_layers.kernels import dispatch
+
+    problem, tensors = problem_of_call(workload, device)
+    found = dispatch.choices(problem, tensors, with_stats=False, with_gradients=mode != "fwd")
+    return ", ".join(_named(choice) for choice in found.values())
+
+
+def problem_of_call(workload: Workload, device: torch.device) -> tuple[Problem, Tensors]:
+    """What kernels are chosen for, and tensors without memory."""
     from natten_layers.kernels.host.problem import Inputs as Tensors
     from natten_layers.kernels.host.problem import Options, problem_of
 
@@ -145,10 +155,7 @@ def kernel_of(workload: Workload, mode: Mode, device: torch.device) -> str:
     tensors = Tensors(query, key, value, extra_keys, extra_values, sink, mask, shapes, rpb)
     axes = window.kernel_size, window.stride, window.dilation, window.is_causal
     options = Options(None, *axes, w.scale, window.is_periodic if any(window.is_periodic) else ())
-    problem = problem_of(tensors, options)._replace(device=device)
-    backward = mode == "fwdbwd"
-    found = dispatch.choices(problem, tensors, with_stats=False, with_gradients=backward)
-    return ", ".join(_named(choice) for choice in found.values())
+    return problem_of(tensors, options)._replace(device=device), tensors
 
 
 def _named(choice: Choice) -> str:

@@ -132,7 +132,10 @@ def run(
 
 
 def call(implementation: Implementation, inputs: list[Inputs], mode: Mode) -> Outputs:
-    """A function that returns ``(out,)``, or ``(out, *gradients)`` with None where there is no gradient."""
+    """A function that returns ``(out,)``, or ``(out, *gradients)`` with None where there is no gradient.
+
+    For a backward pass alone, the forward passes are run here.
+    """
     if mode == "fwd":
 
         def forward(i: int) -> tuple[Tensor]:
@@ -152,13 +155,23 @@ def call(implementation: Implementation, inputs: list[Inputs], mode: Mode) -> Ou
             out = implementation.forward(each)
             return out, *torch.autograd.grad(out, wanted, each.grad_out, allow_unused=True)
 
-    return forward_backward
+    if mode == "fwdbwd":
+        return forward_backward
+    with implementation.context():
+        outs = [implementation.forward(each) for each, _ in leaves]
+
+    def backward(i: int) -> tuple[Tensor | None, ...]:
+        (each, wanted), out = leaves[i % len(leaves)], outs[i % len(leaves)]
+        with implementation.context():
+            return out, *torch.autograd.grad(out, wanted, each.grad_out, retain_graph=True, allow_unused=True)
+
+    return backward
 
 
 def _check(implementation: Implementation, call: Outputs, mode: Mode, reference: Reference, row: Row) -> None:
     """Fill in ``row.errors``, and ``row.failure`` if an error is too large."""
     names = ["out"]
-    if mode == "fwdbwd":
+    if mode != "fwd":
         names += [f"d_{name}" for name in implementation.differentiated(reference.inputs)]
     outputs = dict(zip(names, call(0), strict=True))
     results = {name: implementation.unpack(name, t.detach()) for name, t in outputs.items() if t is not None}

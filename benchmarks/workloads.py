@@ -26,8 +26,9 @@ __all__ = [
     "smoke",
 ]
 
-Mode = Literal["fwd", "fwdbwd"]
+Mode = Literal["fwd", "bwd", "fwdbwd"]
 MODES: tuple[Mode, ...] = ("fwd", "fwdbwd")
+"""The passes that users wait for. A backward pass by itself is for comparisons of kernels."""
 
 DTYPE = torch.bfloat16
 
@@ -267,7 +268,7 @@ class Floor:
 
 
 def floor(workload: Workload, mode: Mode) -> Floor:
-    """The floor of a forward, or of a forward and backward.
+    """The floor of a forward, a backward, or both.
 
     Forward: two matrix products; q, k, v are read, out written. Backward: five matrix products, three of them as wide
     as queries and two as wide as values; q, k, v, out and its gradient are read, three gradients written. Row
@@ -277,6 +278,9 @@ def floor(workload: Workload, mode: Mode) -> Floor:
     head_dim, value_dim = workload.head_dims
     width = workload.dtype.itemsize
     size = width * workload.elements()
-    if mode == "fwd":
-        return Floor(pairs * (head_dim + value_dim), size, width)
-    return Floor(pairs * (4 * head_dim + 3 * value_dim), 3 * size, width)
+    forward, backward = head_dim + value_dim, 3 * head_dim + 2 * value_dim
+    return {
+        "fwd": Floor(pairs * forward, size, width),
+        "bwd": Floor(pairs * backward, 2 * size, width),
+        "fwdbwd": Floor(pairs * (forward + backward), 3 * size, width),
+    }[mode]
