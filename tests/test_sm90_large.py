@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from math import prod
 from typing import Any, Literal
 
 import pytest
@@ -551,12 +552,12 @@ def test_large_windows_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("dim", "window", "registers", "is_large"),
     [
-        (128, 512, 0, True),
-        (128, 511, 0, False),
-        (64, 1024, 0, True),
-        (64, 1023, 0, False),
-        (128, 508, 4, True),
-        (128, 507, 4, False),
+        (128, 384, 0, True),
+        (128, 383, 0, False),
+        (64, 3072, 0, True),
+        (64, 3071, 0, False),
+        (128, 380, 4, True),
+        (128, 379, 4, False),
         (64, 16, 624, True),
     ],
 )
@@ -614,6 +615,16 @@ def test_boxes_execute_few_scores(
     axes = tuple(zip(lengths, kernel, (1, 1, 1), causal, strict=True))
     plans = (Plan(2, 128, 1.0, False),)
     assert large_tiling.best_boxes(axes, plans, 64 // group, window_bounds)[1:] == (part, groups, chunk)
+
+
+@pytest.mark.parametrize(("stride", "groups", "skips"), [(16, 4, False), (1, 3, True)])
+def test_where_no_chunk_needs_a_mask_all_groups_compute_all_chunks(
+    monkeypatch: pytest.MonkeyPatch, stride: int, groups: int, skips: bool
+) -> None:
+    tokens = dict.fromkeys(("query", "key", "value"), contiguous((2, 128, 128, 16, 64)))
+    problem = problem_of_image(monkeypatch, **tokens, kernel_size=(64, 64), stride=(stride, stride))
+    config = large_tiling.forward_tile_config(problem)
+    assert (prod(config.groups), config.skip) == (groups, skips)
 
 
 def test_parts_near_to_cubes_see_least() -> None:

@@ -28,7 +28,14 @@ from natten_layers.kernels.host.problem import Layout, Problem, contiguous
 from natten_layers.kernels.host.tiling import Kind
 from natten_layers.kernels.host.tuned import override
 from natten_layers.kernels.portable import forward
-from natten_layers.kernels.sm90 import medium_backward, medium_forward, medium_jvp, medium_tiling, variants
+from natten_layers.kernels.sm90 import (
+    large_tiling,
+    medium_backward,
+    medium_forward,
+    medium_jvp,
+    medium_tiling,
+    variants,
+)
 from natten_layers.kernels.sm90.medium_tiling import MediumTileConfig
 
 CASES = (
@@ -440,7 +447,7 @@ def test_share_of_chunks_inside_all_windows(
     kernel_size: int, stride: int, causal: bool, chunk: int, expected: float
 ) -> None:
     axes = ((1, 1, 1, False), (1, 1, 1, False), (16, kernel_size, stride, causal))
-    share = medium_tiling.inside_share(axes, (1, 1, 8), (1, 1, chunk), (window_bounds,) * 3)
+    share = large_tiling.inside_share(axes, (1, 1, 8), (1, 1, chunk), (window_bounds,) * 3)
     assert share == pytest.approx(expected)
 
 

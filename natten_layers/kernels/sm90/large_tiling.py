@@ -32,6 +32,8 @@ STAGES, MOST_STAGES = 2, 8
 # Costs where groups skip chunks, which compute masks for all that they do not skip. The share that each line of a chunk
 # adds, and scores that take as long as a look at a chunk.
 LINE, VISIT = 1 / 128, 256
+# From this share of chunks without a mask on, a plan costs what it does without masks.
+UNMASKED = 0.95
 # Of slices of queries, for the gradients of register tokens: multiprocessors of an H200, fewest chunks of a slice, and
 # the time that a slice takes beside them, in chunks.
 MULTIPROCESSORS, LEAST_CHUNKS, SLICE = 132, 8, 4
@@ -85,13 +87,18 @@ class Plan(NamedTuple):
     skip: bool
     one_axis: bool = False
     """Whether it is for windows on one axis alone, where parts of a tile see nearly the same chunks."""
+    unmasked: float | None = None
+    """The cost where hardly any chunk needs a mask, if it is another. Groups that skip chunks mask all others."""
 
 
 # By the most channels of a head. Accumulators and scores of a group must fit into the registers of its threads. On one
-# axis, smaller chunks for more groups take dQ of 128 channels from 1.52 to 1.44 ms, and the forward of 64 from 0.66 to
-# 0.61. Of 96 channels, dQ would be slower (0.97 for 0.94).
-FORWARD = {64: (Plan(2, 128, 1.0, False), Plan(2, 128, 0.96, True), Plan(3, 128, 0.88, True), Plan(4, 64, 0.93, True),
-                Plan(4, 64, 0.97, False, one_axis=True)),
+# axis, smaller chunks for more groups take dQ of 128 channels from 1.52 to 1.44 ms. Of 96 channels, dQ would be slower
+# (0.97 for 0.94). The forward of 64 takes 0.61 ms with four groups for 2047 causal keys and 0.66 with two. Where
+# strides leave no chunk that needs a mask (64x64 with stride 16) it takes 1.22 with four, 1.28 with two, and 1.40 with
+# three that skip; without stride 1.75, 1.60 and 1.53.
+FORWARD = {64: (Plan(2, 128, 1.0, False, unmasked=0.87), Plan(2, 128, 0.96, True), Plan(3, 128, 0.88, True),
+                Plan(4, 64, 0.93, True), Plan(4, 64, 0.97, False, one_axis=True),
+                Plan(4, 64, 1.1, False, unmasked=0.83)),
            128: (Plan(2, 128, 1.0, False), Plan(2, 128, 1.01, True)),
            256: (Plan(2, 64, 1.0, False),)}  # fmt: skip
 QUERY_GRADIENT = {64: (Plan(2, 128, 1.0, False), Plan(2, 128, 0.95, True), Plan(3, 64, 0.99, True)),
@@ -237,12 +244,21 @@ def best_boxes(
             if plan.skip:
                 lines, visited = plan.columns // chunk[2], t[1] * h[1] * w[1]
                 scores = scores * (1 + LINE * lines) + visited * plan.groups * VISIT
-            cost = scores * plan.cost, -part[2] * groups[2] - chunk[2]
+            cost = scores * _cost_of_score(plan, axes, part, groups, chunk, bounds), -part[2] * groups[2] - chunk[2]
             if best is None or cost < best[0]:
                 best = cost, (plan, part, groups, chunk)
     if best is None:
         raise NoTilesError
     return best[1]
+
+
+def _cost_of_score(
+    plan: Plan, axes: tuple[Axis, ...], part: Box, groups: Box, chunk: Box, bounds: Bounds
+) -> float:  # fmt: skip
+    if plan.unmasked is None:
+        return plan.cost
+    tile = part[0] * groups[0], part[1] * groups[1], part[2] * groups[2]
+    return plan.unmasked if inside_share(axes, tile, chunk, (bounds,) * 3) >= UNMASKED else plan.cost
 
 
 def divisions(groups: int) -> list[Box]:
@@ -278,6 +294,21 @@ def work(
     low = low[torch.arange(len(part_low)) // count]
     seen = (part_high - low) // chunk - (part_low - low) // chunk + 1
     return int(seen[part_high >= part_low].sum()), visited
+
+
+def inside_share(axes: tuple[Axis, ...], tile: Box, chunk: Box, bounds: tuple[Bounds, ...]) -> float:
+    """Share of chunks of which all rows of their tile see all positions."""
+    return prod(_inside_share(*sides) for sides in zip(axes, tile, chunk, bounds, strict=True))
+
+
+@lru_cache(maxsize=4096)
+def _inside_share(axis: Axis, tile: int, chunk: int, bounds: Bounds) -> float:
+    length, *window = axis
+    first = torch.arange(0, length, tile)
+    low, inner_high = bounds(first, length, *window)
+    inner_low, high = bounds((first + tile - 1).clamp(max=length - 1), length, *window)
+    start, end = (inner_low - low + chunk - 1) // chunk, (inner_high + 1 - low) // chunk
+    return float((end - start).clamp(min=0).sum() / ((high - low + chunk) // chunk).sum())
 
 
 def tile_count(problem: Problem, tile: Box) -> int:

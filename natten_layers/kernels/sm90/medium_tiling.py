@@ -14,7 +14,7 @@ import torch
 from ...geometry import query_bounds, window_bounds
 from ..host.problem import Problem, three_axes
 from ..host.tiling import Axis, Bounds, Box, Kind, boxes, channel_parts, executed, head_width
-from .large_tiling import ends_inside
+from .large_tiling import ends_inside, inside_share
 from .small_tiling import Spec, most_packed
 
 # Rows of a tile: positions times packed heads of queries, or keys. A matrix product of four warps has this many.
@@ -269,21 +269,6 @@ def can_skip_mask(kind: Kind, problem: Problem) -> bool:
     if kind == "jvp":
         return on_one_axis and width <= 64
     return width <= (112 if kind == "forward" else 64)
-
-
-@lru_cache(maxsize=1024)
-def inside_share(axes: tuple[Axis, ...], tile: Box, chunk: Box, bounds: tuple[Bounds, ...]) -> float:
-    """Share of chunks of which all rows of their tile see all positions."""
-    return prod(_inside_share(*sides) for sides in zip(axes, tile, chunk, bounds, strict=True))
-
-
-def _inside_share(axis: Axis, tile: int, chunk: int, bounds: Bounds) -> float:
-    length, *window = axis
-    first = torch.arange(0, length, tile)
-    low, inner_high = bounds(first, length, *window)
-    inner_low, high = bounds((first + tile - 1).clamp(max=length - 1), length, *window)
-    end, start = (inner_high + 1 - low) // chunk, (inner_low - low + chunk - 1) // chunk
-    return float((end - start).clamp(min=0).sum() / ((high - low + chunk) // chunk).sum())
 
 
 class Tiles(NamedTuple):
