@@ -1,7 +1,9 @@
+import gc
 import os
 import re
 import signal
 import threading
+from collections.abc import Generator
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -44,6 +46,17 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
         if find_spec("triton"):
             speed_up(import_module("triton.runtime.interpreter"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Spare the collector of garbage walks through what is imported with the tests, which stays until the end."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def asks_for_gpu(marks: str) -> bool:

@@ -51,6 +51,15 @@ QKV = "query", "key", "value"
 RATES = runner.Rates(copy=1e10, matmul=1e11)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def called_twice() -> Iterator[None]:
+    """Let every call be timed once, after one to warm up, as a test looks at results alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timing, "SLOW", 0.0)
+        patch.setattr(timing, "MIN_SAMPLES", 1)
+        yield
+
+
 def problem(
     spatial: tuple[int, ...], kernel: tuple[int, ...], registers: int = 0, sink: Any = None, **fields: Any
 ) -> tuple[Workload, Inputs]:
@@ -315,11 +324,13 @@ def test_flex_layout_and_blocks(spatial: tuple[int, ...], tile: tuple[int, ...] 
 
 def test_measure_takes_turns_and_rotates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "MAX_SAMPLES", 8)
+    monkeypatch.setattr(timing, "SLOW", 0.1)
     seen: list[tuple[str, int]] = []
     calls = {name: lambda i, name=name: seen.append((name, i)) for name in ("a", "b")}
     samples = timing.measure(calls, CPU, budget_s=10.0)
     assert [samples[name].count for name in calls] == [8, 8]
     rounds = seen[-16:]
+    assert len(seen) == 16 + 2 * (1 + timing.WARM_UP + 3 + 3)  # before: the first call, warm-up, host times, estimates
     assert all({name for name, _ in rounds[i : i + 2]} == {"a", "b"} for i in range(0, 16, 2))
     assert [i for name, i in rounds if name == "a"] == list(range(8))
 
@@ -627,7 +638,6 @@ def launched() -> sweep.Timer:
     config = sweep.rule("forward", make_subject(sweep.workload_of("fp32", True), CPU).problem.problem_class)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sweep, "Subject", with_numbers)
-        patch.setattr(timing, "MIN_SAMPLES", 1)
         timer(sweep.Trial("fp32", "forward", config, "rule"))
     return timer
 
@@ -636,7 +646,6 @@ def launched() -> sweep.Timer:
 def test_sweep_launches_what_the_operators_launch(
     kind: Kind, launched: sweep.Timer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(timing, "MIN_SAMPLES", 1)
     config = sweep.rule(kind, launched.subjects["fp32"].problem.problem_class)
     trial = sweep.Trial("fp32", kind, replace(config, stages=1), "grid")
     timed = launched(trial)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -47,6 +48,11 @@ def test_processes_that_share_a_gpu_fit_into_its_memory(
     cores: int, memory: int, gpu_memory: int, expected: int
 ) -> None:
     assert most_processes(cores, memory << 30, gpu_memory << 30) == expected
+
+
+def test_the_collector_walks_past_what_the_tests_import() -> None:
+    assert gc.isenabled()
+    assert gc.get_freeze_count() > 100_000  # objects of PyTorch and others
 
 
 @pytest.fixture(scope="module")
