@@ -35,9 +35,10 @@ lint: $(VENV)/test.stamp ## ruff and pyright
 docs: $(VENV)/test.stamp ## Build the site of the documentation into site/ (open site/index.html)
 	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --quiet --strict
 
-# One process a core, so each gets one thread: more only fight over the cores. A test that hangs fails, and says where.
+# One process a core, so each gets one thread: more only fight over the cores. They take tests from each other's queues, as
+# the longest compile for minutes. A test that hangs fails, and says where.
 suite: $(VENV)/test.stamp ## The CPU suite alone
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --quiet \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal --quiet \
 	    -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true
 
 # The wheel is built of the source distribution, so that this one is known to be complete.
