@@ -34,7 +34,7 @@ from .workloads import Mode, Workload, smoke
 KERNELS: Mapping[Mode, tuple[Kind, ...]] = {"fwd": ("forward",), "bwd": ("backward_query", "backward_key")}
 CHOSEN = "chosen"
 LIMIT = 1.1
-"""The times of the fastest variant from which on a choice is counted as a mistake"""
+"""The times of the fastest variant above which a choice is counted as a mistake"""
 COMPILING = 0.6
 """The part of ``--limit-s`` after which no other problem is compiled beforehand"""
 
@@ -104,10 +104,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--problems", help="numbers of problems, comma-separated; default: the first --count")
     parser.add_argument("--limit-s", type=float, default=math.inf, help="begin no problem after so many seconds")
     args = parser.parse_args(argv)
-    try:
-        args.problems = [int(n) for n in args.problems.split(",")] if args.problems else list(range(args.count))
-    except ValueError:
+    if args.count < 1:
+        parser.error(f"--count takes a number from 1 on, got {args.count}")
+    numbers = [str(n) for n in range(args.count)] if args.problems is None else args.problems.split(",")
+    if not all(n.isascii() and n.isdecimal() for n in numbers):
         parser.error(f"--problems takes numbers such as 3,17, got {args.problems}")
+    args.problems = list(dict.fromkeys(map(int, numbers)))
     return args
 
 
@@ -172,7 +174,7 @@ def table(found: Sequence[Regret]) -> list[str]:
         ratios = [one.ratio for one in found if what in (one.kernel, "all")]
         if ratios:
             middle, worse = statistics.median(ratios), sum(ratio > LIMIT for ratio in ratios)
-            lines.append(f"\n{what}: {len(ratios)} choices, median {middle:.3f}, {worse} above {LIMIT}")
+            lines.append(f"\n{what}: choices {len(ratios)}, median {middle:.3f}, above {LIMIT} {worse}")
     return lines
 
 

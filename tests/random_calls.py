@@ -26,7 +26,7 @@ import torch
 from helpers import Case, Inputs
 
 from natten_layers.kernels.portable import pair_variants
-from natten_layers.kernels.sm90 import thresholds
+from natten_layers.kernels.sm90 import medium_tiling, thresholds
 
 ON_GPU = torch.cuda.is_available()
 
@@ -54,13 +54,22 @@ LOWERED = {
     thresholds: dict.fromkeys(
         (
             "LEAST_ROWS", "LEAST_FILLED", "PAIRS", "WIDE_PAIRS", "MEDIUM_WINDOW", "MEDIUM_PRODUCTS", "MEDIUM_CHANNELS",
-            "MEDIUM_PRODUCTS_WITH_BIASES", "MEDIUM_KEYS_ON_ONE_AXIS", "REGISTER_ELEMENTS", "REGISTER_PRODUCTS",
-            "LARGE_KEY_ELEMENTS", "LARGE_KEY_ELEMENTS_WITH_REGISTERS", "LARGE_KEY_ELEMENTS_OF_NARROW_DQ",
+            "MEDIUM_PRODUCTS_WITH_BIASES", "MEDIUM_PRODUCTS_OF_GRADIENTS", "MEDIUM_KEYS_OF_NARROW_DQ",
+            "MEDIUM_CHANNELS_OF_DQ_ON_ONE_AXIS", "REGISTER_ELEMENTS", "REGISTER_PRODUCTS", "LARGE_KEY_ELEMENTS",
+            "LARGE_KEY_ELEMENTS_WITH_REGISTERS", "LARGE_KEY_ELEMENTS_OF_NARROW_DQ",
         ), 0,
-    ) | {"MEDIUM_KEY_ELEMENTS_ON_ONE_AXIS": 2**15, "MEDIUM_KEYS_TIMES_SQUARED_CHANNELS": 2**21},
+    ) | dict.fromkeys(
+        (
+            "MEDIUM_KEY_ELEMENTS_ON_ONE_AXIS", "MEDIUM_KEY_ELEMENTS_OF_NARROW_HEADS",
+            "MEDIUM_KEY_ELEMENTS_OF_WIDE_FORWARD", "MEDIUM_KEY_ELEMENTS_OF_80_CHANNELS",
+            "MEDIUM_KEY_ELEMENTS_OF_UNFILLED_COLUMNS",
+        ), 2**15,
+    ) | {"MEDIUM_KEYS_TIMES_SQUARED_CHANNELS": 2**21},
+    medium_tiling: {"INSIDE": 0.0, "INSIDE_ON_ONE_AXIS": 0.0},
     pair_variants: {"LEAST_PAIRS": 0, "LEAST_WINDOW": 0},
 }  # fmt: skip
-"""Sizes from which on kernels pay, by module: none, but for large windows one where those of medium size end"""
+"""Sizes from which on kernels pay, by module: none, but for large windows one where those of medium size end. Of medium
+windows, all chunks are asked whether they need a mask."""
 
 
 def lower_thresholds(patch: pytest.MonkeyPatch) -> None:

@@ -90,7 +90,7 @@ def test_regrets_by_hand() -> None:
     assert (key.chosen, key.fastest, key.ratio) == ("portable", "portable", 1.0)
     lines = choice.table([key, query])
     assert lines[2] == "| 0-1 | its shape | backward_query | small | 3 | portable | 2 | 1.50 | 6.00 |"
-    assert lines[-1] == "\nall: 2 choices, median 1.250, 1 above 1.1"
+    assert lines[-1] == "\nall: choices 2, median 1.250, above 1.1 1"
     assert choice.failures(rows)[1:] == ["- 0-1 bwd backward_query large: wrong result"]
     assert not list(choice.regrets("its shape", [row("chosen", None), *rows[1:]], known))
 
@@ -173,6 +173,7 @@ def test_choice_stops_in_time_and_refuses_names(tmp_path: Path, capsys: pytest.C
     assert choice.main(flags) == 0
     assert json.loads(path.read_text())["skipped"] == ["0-0", "0-1"]
     assert "out of time before 0-0, 0-1" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        choice.main(["--problems", "gemma3"])
-    assert "gemma3" in capsys.readouterr().err
+    for wrong in (["--problems", "gemma3"], ["--problems", "-5"], ["--problems", ""], ["--count", "0"]):
+        with pytest.raises(SystemExit):
+            choice.main(wrong)
+        assert f"{wrong[0]} takes" in capsys.readouterr().err

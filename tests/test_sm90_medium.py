@@ -549,12 +549,12 @@ def test_programs_with_register_tokens_leave_room_for_as_many_others(monkeypatch
         (64, 129, [variants.TILES, variants.TILES, variants.MEDIUM]),
         (64, 255, [variants.TILES, variants.MEDIUM, variants.MEDIUM]),
         (64, 256, [variants.MEDIUM] * 3),
-        (64, 3071, [variants.MEDIUM] * 3),
-        (64, 3072, [variants.LARGE] * 3),
+        (64, 2559, [variants.MEDIUM] * 3),
+        (64, 2560, [variants.LARGE] * 3),
         (48, 511, [variants.MEDIUM] * 3),
         (40, 511, [variants.MEDIUM, "portable", variants.MEDIUM]),
         (40, 820, [variants.LARGE, "portable", variants.MEDIUM]),
-        (32, 6143, [variants.MEDIUM, variants.LARGE, variants.MEDIUM]),
+        (32, 5119, [variants.MEDIUM, variants.LARGE, variants.MEDIUM]),
     ],
 )
 def test_windows_of_one_axis_take_what_was_fastest(
@@ -563,6 +563,25 @@ def test_windows_of_one_axis_take_what_was_fastest(
     tokens = contiguous((4, 16384, 8, dim))
     problem = problem_of_text(monkeypatch, kernel_size=(window,), **dict.fromkeys(("query", "key", "value"), tokens))
     assert names(problem) == expected
+
+
+@pytest.mark.parametrize(("tokens", "dilation", "window"), [(16384, 2, 400), (16384, 2, 1000), (8192, 1, 400)], ids=str)
+def test_what_large_windows_do_not_take_stays(
+    monkeypatch: pytest.MonkeyPatch, tokens: int, dilation: int, window: int
+) -> None:
+    """Dilation, and calls that are too small for them."""
+    heads = dict.fromkeys(("query", "key", "value"), contiguous((1, tokens, 16, 128)))
+    problem = problem_of_text(monkeypatch, **heads, kernel_size=(window,), dilation=(dilation,))
+    assert names(problem) == [variants.MEDIUM] * 3
+
+
+def test_small_windows_keep_what_medium_ones_have_no_tiles_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three frames of 3x8 tokens, of which no tile has 64 rows."""
+    query, keys = (contiguous((2048, 3, 3, 8, heads, 64)) for heads in (8, 2))
+    axes = {"kernel_size": (3,) * 3, "stride": (1,) * 3, "dilation": (1,) * 3, "is_causal": (True, False, False)}
+    problem = problem_of_text(monkeypatch, query=query, key=keys, value=keys, **axes)
+    assert medium_tiling.dq_tile_config(problem) is None
+    assert names(problem)[:2] == [variants.TILES] * 2
 
 
 @pytest.mark.parametrize(
@@ -634,6 +653,8 @@ def test_tuning_and_overrides_win(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (choice.variant.name, choice.plan.pack) == (variants.MEDIUM, 2)
     with override(pack=4):  # more heads than there are in a group
         assert dispatch.choose("forward", Question(grouped)).is_portable
+    with override(pack=3):  # of which no number fills 64 rows
+        assert dispatch.choose("forward", Question(lumina(monkeypatch))).is_portable
 
 
 WIDE = contiguous((4, 64, 64, 8, 64))

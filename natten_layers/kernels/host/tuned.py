@@ -88,7 +88,7 @@ def override(
 
     Args:
         configs: whole tile configurations of portable kernels.
-        pack: the number of heads a program.
+        pack: the number of heads a program; for dK and dV of medium windows of a chunk, if it can have as many.
         portable_only: take portable kernels alone, as on a device that no other kernel is for.
         variants: take the variants of these names where they support a call, whether they are expected to pay or not.
     """

@@ -244,7 +244,10 @@ def best_boxes(
             if plan.skip:
                 lines, visited = plan.columns // chunk[2], t[1] * h[1] * w[1]
                 scores = scores * (1 + LINE * lines) + visited * plan.groups * VISIT
-            cost = scores * _cost_of_score(plan, axes, part, groups, chunk, bounds), -part[2] * groups[2] - chunk[2]
+            rows_first = -part[2] * groups[2] - chunk[2]
+            if best is not None and (scores * (plan.unmasked or plan.cost), rows_first) >= best[0]:
+                continue
+            cost = scores * _cost_of_score(plan, axes, part, groups, chunk, bounds), rows_first
             if best is None or cost < best[0]:
                 best = cost, (plan, part, groups, chunk)
     if best is None:
@@ -303,10 +306,10 @@ def inside_share(axes: tuple[Axis, ...], tile: Box, chunk: Box, bounds: tuple[Bo
 
 @lru_cache(maxsize=4096)
 def _inside_share(axis: Axis, tile: int, chunk: int, bounds: Bounds) -> float:
-    length, *window = axis
+    length, kernel, stride, causal = axis
     first = torch.arange(0, length, tile)
-    low, inner_high = bounds(first, length, *window)
-    inner_low, high = bounds((first + tile - 1).clamp(max=length - 1), length, *window)
+    low, inner_high = bounds(first, length, kernel, stride, causal)
+    inner_low, high = bounds((first + tile - 1).clamp(max=length - 1), length, kernel, stride, causal)
     start, end = (inner_low - low + chunk - 1) // chunk, (inner_high + 1 - low) // chunk
     return float((end - start).clamp(min=0).sum() / ((high - low + chunk) // chunk).sum())
 

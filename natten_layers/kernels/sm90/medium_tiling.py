@@ -5,6 +5,7 @@ shared memory, so it comes chunk by chunk, as it does for large windows, but no 
 programs share a multiprocessor, and compute while others wait. Needs neither Triton nor Gluon.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 from math import prod
 from typing import NamedTuple
@@ -141,6 +142,14 @@ def dkv_tile_config(problem: Problem, pack: int | None = None) -> MediumTileConf
         return _tile_config("backward_key", problem, problem.axes, packs, (query_bounds,) * 3)
     axes = tuple((n, *axis[1:]) for n, axis in zip(keys, problem.axes, strict=True))
     return _tile_config("backward_key", problem, axes, packs, queries_on(problem.lengths))
+
+
+TILES_OF: dict[Kind, Callable[[Problem, int | None], MediumTileConfig | None]] = {
+    "forward": forward_tile_config,
+    "backward_query": dq_tile_config,
+    "backward_key": dkv_tile_config,
+}
+"""The function that finds the tiles of a kernel."""
 
 
 class Packs(NamedTuple):

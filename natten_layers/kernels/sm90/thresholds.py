@@ -10,7 +10,7 @@ from ..host.tiling import Kind, head_width
 from ..host.tuned import override_pack
 from ..host.variant import Question
 from . import large_tiling, medium_tiling, small_tiling
-from .support import LARGE, MEDIUM, medium_gap
+from .support import LARGE, MEDIUM, large_gap, medium_gap
 
 # A window is large from this many key elements (keys times head dim) on: 256 keys of head dim 128, or 512 of 64.
 LARGE_KEY_ELEMENTS = 2**15
@@ -49,12 +49,14 @@ WIDE_WINDOW, WIDE_PAIRS = 64, 2**24
 # an H200, dQ 0.307 and 0.260, dK and dV 0.402 and 0.294 (``docs/profiles.md`` has the tables).
 MEDIUM_WINDOW = 25
 # On one axis they are faster than those for large windows up to this many key elements (``_most_on_one_axis`` has the
-# exceptions; longer windows of narrow heads were not measured). In milliseconds on an H200, large against these: 1024
+# exceptions; narrow heads were measured up to 2049 keys). In milliseconds on an H200, large against these: 1024
 # causal keys, 32 heads of 64 over eight, forward 0.355 and 0.324, 2048 0.608 and 0.580, all gradients with it 2.61 and
 # 2.53; 769 keys of 96 0.205 and 0.203, 1025 0.250 and 0.255; dK and dV of 80 with what is before them, 1025 keys 1.023
 # and 0.981, 1537 1.387 and 1.341; 512 causal keys, 32 heads of 112 over eight, 0.332 and 0.365.
 MEDIUM_KEY_ELEMENTS_ON_ONE_AXIS = 2**16
-MEDIUM_KEY_ELEMENTS_OF_NARROW_HEADS = 3 * 2**16
+MEDIUM_KEY_ELEMENTS_OF_NARROW_HEADS = 5 * 2**15
+# Forward of more than 96 channels: 257 keys of 128 0.129 and 0.122, 385 of 112 0.154 and 0.156, 385 of 128 0.149 and
+# 0.154, 513 of 112 0.173 and 0.186.
 MEDIUM_KEY_ELEMENTS_OF_WIDE_FORWARD = 3 * 2**14
 MEDIUM_KEY_ELEMENTS_OF_80_CHANNELS = 2**17
 # Forward where a narrow head leaves some of its columns in shared memory empty: 1025 keys of 40 channels 0.209 and
@@ -92,11 +94,11 @@ MEDIUM_CHANNELS_OF_DQ_ON_ONE_AXIS = 48
 # 0.524; with all other kernels of a call, dK and dV of 9x9 of 32 0.474 and 0.377. dQ of up to 32 channels is the
 # exception (9x9, four heads a group, 0.478 and 0.514).
 MEDIUM_WINDOW_OF_GRADIENTS, MEDIUM_CHANNELS_OF_DQ = 80, 33
-# However small the window, they are slower for gradients on causal axes (9x9 of 64 channels, dQ 0.276 and 0.256, dK and
-# dV 0.275 and 0.244; 3x3x3 0.815 and 0.740, 0.812 and 0.713), and for dK and dV of heads that share keys (3x3x3 of 64,
-# four heads a group, 0.435 and 0.336, 5x5 0.485 and 0.444, 7x7 0.562 and 0.560, and 0.987 and 0.908 with sixteen), and
-# with strides unless heads are narrow (8x8 with a stride of 4x4, 64 channels 0.886 and 0.782, 32 channels 0.543 and
-# 0.566).
+# However few the keys that these take, they are slower for gradients on causal axes (9x9 of 64 channels, dQ 0.276 and
+# 0.256, dK and dV 0.275 and 0.244; 3x3x3 0.815 and 0.740, 0.812 and 0.713), and for dK and dV of heads that share keys
+# (3x3x3 of 64, four heads a group, 0.435 and 0.336, 5x5 0.485 and 0.444, 7x7 0.562 and 0.560, and 0.987 and 0.908 with
+# sixteen), and with strides unless heads are narrow (8x8 with a stride of 4x4, 64 channels 0.886 and 0.782, 32 channels
+# 0.543 and 0.566).
 # A call with such a window is large enough to hide launch overhead, which the descriptors of up to three parts of each
 # tensor double, from this many (query, key) pairs times channels on. Call after call, 24 heads of 96 channels with
 # 17x17 windows on 64x64 tokens (2.7e9) take 69, 101 and 128 us in forward, dQ, and dK and dV, and 85, 99 and 208 us in
@@ -118,8 +120,12 @@ PAIRS = 2**27
 def pack_gap(question: Question, kind: Kind) -> str | None:
     """Why an override of the heads of a program asks for the portable kernel, or None."""
     pack, group = override_pack(), question.problem.group
-    if pack and group % pack and kind != "backward_key":  # programs of dK and dV compute all of them
+    if not pack or kind == "backward_key":  # programs of dK and dV compute all of them
+        return None
+    if group % pack:
         return f"an override asks for {pack} heads a program, which do not divide the group of {group}"
+    if pack & (pack - 1):
+        return f"an override asks for {pack} heads a program, which are no power of two"
     return None
 
 
@@ -169,7 +175,7 @@ def large_registers_pay(question: Question) -> str | None:
 def small_pays(question: Question, kind: Kind) -> str | None:
     window, queries = prod(question.problem.kernel_size), prod(question.problem.query.shape[:-1])
     if _medium_is_faster(question, kind):
-        return f"the {MEDIUM} kernel is faster with {window} keys and this stride"
+        return f"the {MEDIUM} kernel is faster for such windows of {window} keys"
     if window >= small_tiling.SCORES:
         return f"the window is large: {window} keys, {small_tiling.SCORES} or more"
     if queries < LEAST_ROWS:
@@ -210,9 +216,9 @@ def medium_pays(question: Question, kind: Kind) -> str | None:
     if kind != "backward_key" and _is_narrow(p, kind):
         return f"the portable kernel is faster for heads of {dim} channels on {p.rank} axes"
     keys = window if kind == "backward_key" else window + p.registers
-    # Kernels for large windows take no masks, periodic axes, biases and other grids, and portable ones are slower.
-    only_here = p.key_mask is not None or bool(p.is_periodic) or p.has_bias or p.key_lengths is not None
-    if not only_here and (reason := _beyond_medium(p, keys, kind)) is not None:
+    # Kernels for large windows take none of these, and portable ones are slower.
+    lacking = p.key_mask, p.key_lengths, p.is_periodic or None, p.has_bias or None, prod(p.dilation) > 1 or None
+    if lacking == (None,) * 5 and (reason := _beyond_medium(question, keys, kind)) is not None:
         return reason
     least = _least_products(p, kind)
     if queries * keys * dim < least:
@@ -237,10 +243,11 @@ def medium_jvp_pays(question: Question) -> str | None:
     return pack_gap(question, "forward")
 
 
-def _beyond_medium(p: Problem, keys: int, kind: Kind) -> str | None:
+def _beyond_medium(question: Question, keys: int, kind: Kind) -> str | None:
     """Why so many keys are too many, or None."""
+    p = question.problem
     dim = p.query.shape[-1]
-    if p.rank == 1 and keys * dim >= (most := _most_on_one_axis(p, kind)):
+    if p.rank == 1 and keys * dim >= (most := _most_on_one_axis(question, kind)):
         return f"the window is large: {keys} keys of {dim} elements are {most} or more"
     if p.rank > 1 and keys * dim**2 >= MEDIUM_KEYS_TIMES_SQUARED_CHANNELS:
         most = MEDIUM_KEYS_TIMES_SQUARED_CHANNELS
@@ -251,14 +258,15 @@ def _beyond_medium(p: Problem, keys: int, kind: Kind) -> str | None:
     return None
 
 
-def _most_on_one_axis(p: Problem, kind: Kind) -> int:
-    """From how many key elements on those for large windows are faster on one axis."""
+def _most_on_one_axis(question: Question, kind: Kind) -> int:
+    """From how many key elements on those for large windows, or portable ones, are faster on one axis."""
+    p = question.problem
     dim = p.query.shape[-1]
     if kind == "forward" and dim < MEDIUM_CHANNELS and dim < sum(medium_tiling.columns_of(p)):
         return MEDIUM_KEY_ELEMENTS_OF_UNFILLED_COLUMNS
     if dim <= MEDIUM_CHANNELS:
         return MEDIUM_KEY_ELEMENTS_OF_NARROW_HEADS
-    if kind == "forward" and dim > 96:
+    if kind == "forward" and dim > 96 and large_gap(question) is None and large_pays(question) is None:
         return MEDIUM_KEY_ELEMENTS_OF_WIDE_FORWARD
     if kind == "backward_key" and dim <= 80:
         return MEDIUM_KEY_ELEMENTS_OF_80_CHANNELS
@@ -277,7 +285,9 @@ def _medium_is_faster(question: Question, kind: Kind) -> bool:
     """Whether what kernels for small windows could compute takes longer there."""
     p = question.problem
     suits = _suits_medium_on_one_axis(p, kind) if p.rank == 1 else _suits_medium_on_axes(p, kind)
-    return suits and medium_gap(question) is None and medium_pays(question, kind) is None
+    if not suits or medium_gap(question) is not None or medium_pays(question, kind) is not None:
+        return False
+    return medium_tiling.TILES_OF[kind](p, override_pack()) is not None
 
 
 def _suits_medium_on_one_axis(p: Problem, kind: Kind) -> bool:
