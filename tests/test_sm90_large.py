@@ -200,7 +200,8 @@ def test_matches_the_oracle(case: Case, dtype: torch.dtype) -> None:
 
 THRESHOLDS = (
     "LARGE_KEY_ELEMENTS", "LARGE_KEY_ELEMENTS_WITH_REGISTERS", "LARGE_KEY_ELEMENTS_OF_NARROW_DQ", "PAIRS",
-    "WIDE_WINDOW", "WIDE_PAIRS", "REGISTER_ELEMENTS", "REGISTER_PRODUCTS",
+    "WIDE_WINDOW", "WIDE_PAIRS", "WIDE_WINDOW_BESIDE_DQ", "WIDE_PAIRS_BESIDE_DQ", "REGISTER_ELEMENTS",
+    "REGISTER_PRODUCTS",
 )  # fmt: skip
 
 
@@ -614,6 +615,19 @@ def test_boxes_execute_few_scores(
     axes = tuple(zip(lengths, kernel, (1, 1, 1), causal, strict=True))
     plans = (Plan(2, 128, 1.0, False),)
     assert large_tiling.best_boxes(axes, plans, 64 // group, window_bounds)[1:] == (part, groups, chunk)
+
+
+@pytest.mark.parametrize(("window", "forward", "query"), [(5, False, False), (6, True, False), (8, True, True)])
+def test_wide_heads_take_large_ones_for_dq_later(
+    monkeypatch: pytest.MonkeyPatch, window: int, forward: bool, query: bool
+) -> None:
+    tokens = dict.fromkeys(("query", "key", "value"), contiguous((2, 137, 173, 8, 256)))
+    problem = problem_of_image(monkeypatch, **tokens, kernel_size=(window, window))
+    large = [
+        isinstance(planned(kind, problem, grad_out=problem.query), TileConfig)
+        for kind in ("forward", "backward_query", "backward_key")
+    ]
+    assert large == [forward, query, forward]
 
 
 @pytest.mark.parametrize(("stride", "groups", "skips"), [(16, 4, False), (1, 3, True)])

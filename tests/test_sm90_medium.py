@@ -245,7 +245,7 @@ def test_nan_reaches_no_other_image_and_no_other_head(case: Case) -> None:
 
 @pytest.mark.gpu
 @needs_device
-@pytest.mark.parametrize("case", CASES[:6] + REGISTERS + RINGS[:5] + (MASKED[0], MASKED[3]) + INSIDE, ids=str)
+@pytest.mark.parametrize("case", CASES[:6] + REGISTERS + RINGS[:5] + (MASKED[0], MASKED[3]) + INSIDE[:4], ids=str)
 def test_nan_and_inf_reach_only_the_queries_that_see_them(case: Case) -> None:
     case = replace(case, dtype=torch.bfloat16, batch=2)
     tensors = {name: t.detach().clone() for name, t in make_inputs(case, "cuda").items()}
@@ -665,7 +665,7 @@ WIDE = contiguous((4, 64, 64, 8, 64))
     [
         ({"value": WIDE}, "equally many channels, up to 128, not 96 and 64"),
         (
-            {"kernel_size": (8, 7), **dict.fromkeys(("query", "key", "value"), contiguous((4, 64, 64, 24, 136)))},
+            {"kernel_size": (5, 7), **dict.fromkeys(("query", "key", "value"), contiguous((4, 64, 64, 24, 136)))},
             "not 136 and 136",
         ),
         (

@@ -44,6 +44,9 @@ PACKED_PROGRAMS = 3
 # With head dims above 128 portable kernels are slow, and kernels for large windows pay from this many keys of a window
 # and this many (query, key) pairs on.
 WIDE_WINDOW, WIDE_PAIRS = 64, 2**24
+# For all but dQ they pay from fewer: 6x6 windows of 8 heads of 256 over 2 x 137x173 tokens take 0.538 ms forward in
+# portable kernels and 0.375 in these, gradients 1.33 and, with dK and dV in these, 1.19.
+WIDE_WINDOW_BESIDE_DQ, WIDE_PAIRS_BESIDE_DQ = 36, 3 * 2**22
 # Windows between small and large have at least this many keys: those for small windows, which are asked before, take
 # 7x7 windows of 64 channels, but have no tiles for 80, where portable kernels against these take 0.232 ms and 0.157 on
 # an H200, dQ 0.307 and 0.260, dK and dV 0.402 and 0.294 (``docs/profiles.md`` has the tables).
@@ -136,7 +139,9 @@ def _large_thresholds(question: Question, kind: Kind) -> tuple[int, int]:
     """From how many elements of keys, register tokens included, and (query, key) pairs on these kernels pay."""
     p = question.problem
     if large_tiling.is_wide(p):
-        return WIDE_WINDOW * p.query.shape[-1], WIDE_PAIRS
+        if kind == "backward_query":
+            return WIDE_WINDOW * p.query.shape[-1], WIDE_PAIRS
+        return WIDE_WINDOW_BESIDE_DQ * p.query.shape[-1], WIDE_PAIRS_BESIDE_DQ
     if kind == "backward_query" and p.rank == 1 and large_tiling.width_of(p) <= 64:
         return LARGE_KEY_ELEMENTS_OF_NARROW_DQ, PAIRS
     if p.registers and kind == "forward":
