@@ -511,8 +511,10 @@ def test_heads_that_share_keys_leave_gradients_of_keys_to_chunks_of_several(monk
     query, key = gradients(problem, problem.query)
     assert (query.pack, query.parts) == (4, ((1, 8, 8), (1, 8, 4), (1, 8, 2)))
     assert isinstance(key, MediumTileConfig)
+    assert key.chunk_pack == 4
     with override(pack=1):
-        assert [plan.pack for plan in gradients(problem, problem.query)] == [1, 1]
+        query, key = gradients(problem, problem.query)
+    assert (query.pack, key.chunk_pack) == (1, 1)
 
 
 def test_wide_heads_leave_gradients_of_keys_to_a_ring(monkeypatch: pytest.MonkeyPatch) -> None:
