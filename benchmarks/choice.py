@@ -3,8 +3,9 @@
 Draws ``--count`` random problems, and times every variant that can compute a kernel of theirs beside the one that calls
 take: the forward kernel in a forward pass, and each gradient's in a backward pass, whose other kernels stay as they
 are. Prints one table, sorted by how many times longer the chosen kernel takes than the fastest one, and writes JSON.
-Results are checked against fp64 first, and a wrong one gets no time. Kernels are compiled beforehand in ``--jobs``
-processes.
+``--no-rivals`` times the chosen kernels alone, which leaves time for more problems, and puts first what is far from its
+floor. Results are checked against fp64 first, and a wrong one gets no time. Kernels are compiled beforehand in
+``--jobs`` processes.
 """
 
 from __future__ import annotations
@@ -69,9 +70,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.compile_only:
         for number in args.problems:
             if time.monotonic() - start <= args.limit_s:
-                _compile(_problem(args, number), device)
+                _compile(_problem(args, number), device, args.rivals)
         return 0
     flags = ["--seed", str(args.seed), "--limit-s", str(COMPILING * args.limit_s)]
+    flags += [] if args.rivals else ["--no-rivals"]
     numbers = list(map(str, args.problems))
     runner.compile_in_processes("choice", args, numbers, lambda share: [*flags, "--problems", ",".join(share)])
     report = runner.Report(args, device)
@@ -84,9 +86,9 @@ def main(argv: list[str] | None = None) -> int:
         if time.monotonic() - start > args.limit_s:
             skipped.append(workload.name)
             continue
-        _compile(workload, device)
+        _compile(workload, device, args.rivals)
         for mode in KERNELS:
-            known = rivals_of(workload, mode, device)
+            known = rivals_of(workload, mode, device, args.rivals)
             timed = runner.run(workload, mode, entries(workload, known, device), report.rates, args.budget_s, device)
             rows += timed
             found += regrets(census.shape(workload), timed, known)
@@ -103,6 +105,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--count", type=int, default=40, help="number of problems")
     parser.add_argument("--problems", help="numbers of problems, comma-separated; default: the first --count")
     parser.add_argument("--limit-s", type=float, default=math.inf, help="begin no problem after so many seconds")
+    parser.add_argument(
+        "--rivals",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="time all variants, rather than only those that calls take",
+    )
     args = parser.parse_args(argv)
     if args.count < 1:
         parser.error(f"--count takes a number from 1 on, got {args.count}")
@@ -118,12 +126,13 @@ def _problem(args: argparse.Namespace, number: int) -> Workload:
     return smoke(workload) if args.smoke else workload
 
 
-def rivals_of(workload: Workload, mode: Mode, device: torch.device) -> Rivals:
+def rivals_of(workload: Workload, mode: Mode, device: torch.device, others: bool = True) -> Rivals:
+    """All variants, or without ``others`` those that calls take."""
     if device.type != "cuda":
         return {kind: ["eager"] for kind in KERNELS[mode]}
     problem, _ = census.problem_of_call(workload, device)
     question = Question(problem) if mode == "fwd" else Question(problem, True, problem.out)
-    return {kind: rivals(kind, question) for kind in KERNELS[mode]}
+    return {kind: rivals(kind, question)[: None if others else 1] for kind in KERNELS[mode]}
 
 
 def entries(workload: Workload, known: Rivals, device: torch.device) -> Iterator[Implementation]:
@@ -140,11 +149,12 @@ def _entry(kind: Kind, variant: str) -> str:
     return f"{kind} {variant}"
 
 
-def _compile(workload: Workload, device: torch.device) -> None:
+def _compile(workload: Workload, device: torch.device, others: bool) -> None:
     """Compile all kernels of a problem, or load them if they are on disk, in threads."""
     with runner.reporting(workload.name), compile_ahead():
         for mode in KERNELS:
-            runner.compile_ahead(workload, entries(workload, rivals_of(workload, mode, device), device), [mode], device)
+            known = rivals_of(workload, mode, device, others)
+            runner.compile_ahead(workload, entries(workload, known, device), [mode], device)
 
 
 def regrets(shape: str, rows: Sequence[Row], known: Rivals) -> Iterator[Regret]:
@@ -161,12 +171,12 @@ def regrets(shape: str, rows: Sequence[Row], known: Rivals) -> Iterator[Regret]:
 
 
 def table(found: Sequence[Regret]) -> list[str]:
-    """A Markdown table, the worst choice first, and a summary of each kernel's choices."""
+    """A Markdown table, the worst choice first, and a summary of each kernel's choices and each pass's floor."""
     lines = [
         "| problem | shape | kernel | chosen | ms | fastest | ms | chosen / fastest | x floor |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for one in sorted(found, key=lambda one: -one.ratio):
+    for one in sorted(found, key=lambda one: (-one.ratio, -one.times_floor)):
         cells = [one.problem, one.shape, one.kernel, one.chosen, f"{one.chosen_ms:.3g}"]
         cells += [one.fastest, f"{one.fastest_ms:.3g}", f"{one.ratio:.2f}", f"{one.times_floor:.2f}"]
         lines.append(f"| {' | '.join(cells)} |")
@@ -175,6 +185,11 @@ def table(found: Sequence[Regret]) -> list[str]:
         if ratios:
             middle, worse = statistics.median(ratios), sum(ratio > LIMIT for ratio in ratios)
             lines.append(f"\n{what}: choices {len(ratios)}, median {middle:.3f}, above {LIMIT} {worse}")
+    for mode, kinds in KERNELS.items():
+        floors = {one.problem: one.times_floor for one in found if one.kernel in kinds}
+        if floors:
+            middle, worst = statistics.median(floors.values()), max(floors.values())
+            lines.append(f"\n{mode}: problems {len(floors)}, median {middle:.2f} times the floor, worst {worst:.2f}")
     return lines
 
 

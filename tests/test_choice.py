@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks import choice, implementations, random_shapes, runner
 from benchmarks.implementations import OURS, Implementation, Layout
 from benchmarks.random_shapes import FLOOR_MS, H200, MOST_BYTES, draw
-from benchmarks.workloads import Inputs, Variant, Workload, add_variant, floor, make_inputs
+from benchmarks.workloads import Inputs, Mode, Variant, Workload, add_variant, floor, make_inputs
 from natten_layers import neighborhood_attention
 from natten_layers.kernels.host import problem as host_problem
 from natten_layers.kernels.host.tiling import Kind, ProblemClass
@@ -90,7 +90,10 @@ def test_regrets_by_hand() -> None:
     assert (key.chosen, key.fastest, key.ratio) == ("portable", "portable", 1.0)
     lines = choice.table([key, query])
     assert lines[2] == "| 0-1 | its shape | backward_query | small | 3 | portable | 2 | 1.50 | 6.00 |"
-    assert lines[-1] == "\nall: choices 2, median 1.250, above 1.1 1"
+    assert lines[-2:] == [
+        "\nall: choices 2, median 1.250, above 1.1 1",
+        "\nbwd: problems 1, median 6.00 times the floor, worst 6.00",
+    ]
     assert choice.failures(rows)[1:] == ["- 0-1 bwd backward_query large: wrong result"]
     assert not list(choice.regrets("its shape", [row("chosen", None), *rows[1:]], known))
 
@@ -105,6 +108,8 @@ def test_every_variant_that_can_compute_a_kernel_is_an_entry(monkeypatch: pytest
     assert {kind: sorted(names) for kind, names in known.items()} == {
         kind: ["fp16 pairs", "portable"] for kind in choice.KERNELS["bwd"]
     }
+    alone = choice.rivals_of(workload, "bwd", torch.device("cuda", 0), others=False)
+    assert alone == {kind: known[kind][:1] for kind in choice.KERNELS["bwd"]}
     own, *others = choice.entries(workload, known, CPU)
     assert own.name == choice.CHOSEN
     assert [entry.name for entry in others] == [f"{kind} {known[kind][1]}" for kind in choice.KERNELS["bwd"]]
@@ -140,7 +145,11 @@ def test_a_backward_pass_is_timed_without_its_forward_pass() -> None:
 
 def test_choice_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """With made-up rivals, of which one is wrong."""
-    monkeypatch.setattr(choice, "rivals_of", lambda workload, mode, device: dict.fromkeys(choice.KERNELS[mode], NAMES))
+
+    def rivals_of(workload: Workload, mode: Mode, device: torch.device, others: bool) -> choice.Rivals:
+        return dict.fromkeys(choice.KERNELS[mode], NAMES if others else NAMES[:1])
+
+    monkeypatch.setattr(choice, "rivals_of", rivals_of)
     attend = implementations.neighborhood_attention
 
     def breaks(*args: Any, **options: Any) -> Tensor:
@@ -164,6 +173,16 @@ def test_choice_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monk
     assert len(ratios) == 6
     assert ratios == sorted(ratios, reverse=True)
     assert "- 0-5 fwd forward wrong: wrong result" in printed
+    assert choice.main([*flags.split(), "--no-rivals"]) == 0
+    report = json.loads(path.read_text())
+    assert [row["implementation"] for row in report["rows"]] == [choice.CHOSEN] * 4
+    assert all(one["ratio"] == 1 for one in report["regrets"])
+    printed = capsys.readouterr().out
+    floors = [
+        float(line.split(" | ")[8].removesuffix(" |")) for line in printed.splitlines() if line.startswith("| 0-")
+    ]
+    assert floors == sorted(floors, reverse=True)
+    assert "fwd: problems 2, median" in printed
 
 
 def test_choice_stops_in_time_and_refuses_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
