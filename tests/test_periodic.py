@@ -20,6 +20,8 @@ from natten_layers import (
 pytest.importorskip("triton")
 
 from natten_layers.kernels.host.problem import Inputs, Options, problem_of
+from natten_layers.kernels.host.tiling import executed_on_ring
+from natten_layers.kernels.sm90 import medium_tiling
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -225,3 +227,35 @@ def test_modules_with_nattens_names_have_rings() -> None:
     for flags, message in (((True,), "is_periodic=(True,)"), ("no", "'no' of type str")):
         with raises_naming("is_periodic", message):
             NeighborhoodAttention2D(32, 2, 3, is_periodic=flags)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(6, 1), (9, 4), (16, 2)])
+@pytest.mark.parametrize("tile", [1, 4, 16])
+@pytest.mark.parametrize("chunk", [1, 4, 8])
+def test_a_walk_over_a_ring_is_counted_as_it_goes(kernel: int, stride: int, tile: int, chunk: int) -> None:
+    """Token by token: a chunk ends where the ring does, and a tile of the whole ring sees parts of it twice."""
+    length = 19
+    for bounds in (medium_tiling.ring_windows, medium_tiling.ring_queries):
+        chunks = 0
+        for first in range(0, length, tile):
+            rows = torch.arange(first, min(first + tile, length))
+            low, high = bounds(rows, length, kernel, stride, False)
+            corner, end = int(low.min()), int(high.max())
+            while corner <= end:
+                chunks += 1
+                corner += min(chunk, length - corner % length)
+        assert executed_on_ring((length, kernel, stride, False), tile, chunk, bounds) == chunks * tile * chunk
+
+
+def test_tiles_suit_windows_that_wrap_around_a_ring() -> None:
+    """4x6x6 windows of a video of 16x16 tokens a frame: a tile of a whole ring of 16 tokens would walk over 21."""
+    query, key = (torch.zeros(13, 40, 16, 16, heads, 32, dtype=torch.float16, device="meta") for heads in (24, 4))
+    options = Options(None, (4, 6, 6), (1, 1, 1), (1, 1, 1), (False,) * 3, 1.0)
+    flat = problem_of(Inputs(query, key, key), options)
+    ring = flat._replace(is_periodic=(False, False, True))
+    config = medium_tiling.forward_tile_config(ring)
+    assert config is not None
+    assert config.tile[2] + 6 - 1 < 16
+    flat_config = medium_tiling.forward_tile_config(flat)
+    assert flat_config is not None
+    assert flat_config.tile[2] == 16  # whose windows end at the border

@@ -360,6 +360,16 @@ def executed(axis: Axis, tile: int, chunk: int, bounds: Bounds, alignment: int =
     return int(((high - low + chunk).clamp(min=0) // chunk).sum()) * tile * chunk
 
 
+@lru_cache(maxsize=4096)
+def executed_on_ring(axis: Axis, tile: int, chunk: int, bounds: Bounds) -> int:
+    """:func:`executed` on a periodic axis, whose bounds are unwrapped, if a chunk ends where the ring does."""
+    low, high = spans(axis, tile, bounds)
+    length, size = axis[0], high - low + 1
+    rest = (size - (length - low % length)).clamp(min=0)
+    chunks = -((rest - size) // chunk) - (-(rest % length) // chunk) + rest // length * -(-length // chunk)
+    return int(chunks.sum()) * tile * chunk
+
+
 def spans(axis: Axis, tile: int, bounds: Bounds) -> tuple[torch.Tensor, torch.Tensor]:
     """First and last column that each tile of rows sees."""
     length, kernel, stride, causal = axis

@@ -1,6 +1,6 @@
 """The forward kernel of fp32 tensors whose products are those of fp16 pairs, for any GPU, and its launcher.
 
-It computes what ``forward.py`` does for calls with windows alone, and walks as that does.
+It computes what ``forward.py`` does, and walks as that does. Registers, which are few, are folded in as there.
 """
 
 # Triton's language shares the syntax of Python, but not its types.
@@ -15,7 +15,7 @@ from torch import Tensor
 from ..host.launcher import Launcher, launcher
 from ..host.problem import Inputs, Options, Problem, in_units, new_results, stride_unit
 from ..host.tiling import TileConfig
-from .forward import attend_window, initial_stats, query_tile, store_results
+from .forward import attend_registers, attend_window, initial_stats, query_tile, store_results
 from .pairs import (
     TINY,
     WEIGHT_EXPONENT,
@@ -24,13 +24,15 @@ from .pairs import (
     load_pair,
     pair_layout,
     pair_product,
+    pair_spec,
+    register_tile,
     rows_to_pair,
     split_of,
     to_pair,
     transposed,
 )
-from .parameters import Axes, Chunk, Strides, View, spec_of, warps_of
-from .primitives import LOG2E, are_sound, in_elements, load_queries
+from .parameters import UNREAD, Axes, Chunk, Strides, View, warps_of
+from .primitives import LOG2E, are_sound, in_elements, load_queries, register_view, shows_all, without_masked
 from .windows import (
     contiguous_row,
     hidden,
@@ -58,13 +60,18 @@ class PairForwardTensors(NamedTuple):
     row_max: Any
     row_sum: Any
     sink: Any
+    additional_keys: Any
+    additional_values: Any
+    key_mask: Any
 
 
 @triton.jit
-def attend_window_in_pairs(b_q, b_acc, row_m, row_l, keys, values, tile, axes, row_factor, SPEC: tl.constexpr):
+def attend_window_in_pairs(
+    b_q, b_acc, row_m, row_l, keys, values, key_mask, tile, axes, row_factor, SPEC: tl.constexpr
+):  # fmt: skip
     """Fold the union of the tile's windows into the softmax state, whose sums are in units of ``WEIGHT_UNIT``.
 
-    ``row_factor > 0`` turns products of pairs into base-2 logits.
+    ``row_factor > 0`` turns products of pairs into base-2 logits. ``key_mask`` is a view of the image, or None.
     """
     CHUNK: tl.constexpr = SPEC.chunk
     BD: tl.constexpr = SPEC.columns
@@ -74,6 +81,9 @@ def attend_window_in_pairs(b_q, b_acc, row_m, row_l, keys, values, tile, axes, r
     inner = inner_indices(CHUNK)
     o_k = inner_offsets(inner, axes.dilation, keys.strides, SPEC)
     o_v = inner_offsets(inner, axes.dilation, values.strides, SPEC)
+    if key_mask is not None:
+        o_mask = inner_offsets(inner, axes.dilation, key_mask.strides, SPEC)
+        unmasked = shows_all(key_mask, walk, SPEC)
     corner = lo
     for _ in tl.range(0, walk.chunks, num_stages=SPEC.stages):
         chunk = Chunk(corner, inner)
@@ -81,6 +91,8 @@ def attend_window_in_pairs(b_q, b_acc, row_m, row_l, keys, values, tile, axes, r
         b_k = load_pair(keys, o_k, m_keys, chunk, walk.ring, SPEC, SPEC.head_dim, BD)
         b_v = load_pair(values, o_v, m_keys, chunk, walk.ring, SPEC, SPEC.value_dim, BDV)
         b_s = pair_product(b_q, transposed(b_k), hidden(walk.boxes.lo, walk.boxes.hi, corner, inner, SPEC.rank))
+        if key_mask is not None:
+            b_s = without_masked(b_s, key_mask, unmasked, o_mask, m_keys, chunk, walk.ring, SPEC)
         row_m_new = tl.maximum(row_m, tl.max(b_s, 1) * row_factor)
         row_alpha = tl.exp2(row_m - row_m_new)
         b_p = tl.exp2(b_s * row_factor[:, None] - (row_m_new - WEIGHT_EXPONENT)[:, None])
@@ -92,11 +104,14 @@ def attend_window_in_pairs(b_q, b_acc, row_m, row_l, keys, values, tile, axes, r
 
 
 @triton.jit
-def pair_forward_kernel(tensors, strides, pair_strides, axes, group, kv_heads, sink, scale, SPEC: tl.constexpr):
+def pair_forward_kernel(
+    tensors, strides, pair_strides, axes, group, kv_heads, registers, sink, scale, SPEC: tl.constexpr
+):  # fmt: skip
     """Each program computes one tile. ``tensors`` are :class:`PairForwardTensors`."""
     BD: tl.constexpr = SPEC.columns
     BDV: tl.constexpr = SPEC.value_columns
     UNIT: tl.constexpr = SPEC.unit
+    MASKED: tl.constexpr = tensors.key_mask is not None
     tile = query_tile(tl.program_id(0), axes, group, kv_heads, SPEC)
     if is_empty(tile.origin, tile.class_length):
         return
@@ -110,25 +125,41 @@ def pair_forward_kernel(tensors, strides, pair_strides, axes, group, kv_heads, s
     score_scale = scale * LOG2E
     row_factor = tl.maximum(row_unit * score_scale * k_unit, TINY)
     keys, values = of_head(key_pair, tile.i_batch, tile.i_kv), of_head(value_pair, tile.i_batch, tile.i_kv)
+    key_mask = None
+    if tensors.key_mask is not None:
+        key_mask = of_head(View(tensors.key_mask, strides.key_mask), tile.i_batch, 0)
+    if SPEC.register_tile > 0:
+        reg_keys = register_view(tensors.additional_keys, strides.additional_keys, tile.i_batch, tile.i_kv, SPEC)
+        reg_values = register_view(tensors.additional_values, strides.additional_values, tile.i_batch, tile.i_kv, SPEC)
     b_acc, row_m, row_l = initial_stats(tensors.sink, tile.row_head, sink, SPEC.rows, BDV)
     b_sum, row_m, row_l = attend_window_in_pairs(
-        b_q_pair, b_acc[0], row_m, row_l / WEIGHT_UNIT, keys, values, tile, axes, row_factor, SPEC
+        b_q_pair, b_acc[0], row_m, row_l / WEIGHT_UNIT, keys, values, key_mask, tile, axes, row_factor, SPEC
     )
     b_acc, row_l = (b_sum * (v_unit * WEIGHT_UNIT),), row_l * WEIGHT_UNIT
+    if SPEC.register_tile > 0:
+        # Queries are loaded anew, here and below, as keeping them would take registers from the walk over the window.
+        b_q = load_queries(query, tile, token, SPEC.head_dim, BD)
+        b_acc, row_m, row_l = attend_registers(
+            b_q, b_acc, row_m, row_l, reg_keys, reg_values, registers, score_scale, score_scale, SPEC
+        )
     # Nonfinite values and scores that are too large, as in the forward kernel of other tensors.
     if tl.max(tl.where(are_sound(b_acc, row_m, row_l), 0, 1), 0) > 0:
         REPAIR: tl.constexpr = SPEC.repair
-        # Queries are loaded anew, as keeping them would take registers from the first pass.
         b_q = load_queries(query, tile, token, SPEC.head_dim, BD)
         plain_keys = of_head(View(tensors.key, in_elements(strides.key, UNIT)), tile.i_batch, tile.i_kv)
         plain_values = of_head(View(tensors.value, in_elements(strides.value, UNIT)), tile.i_batch, tile.i_kv)
         b_acc, row_m, row_l = initial_stats(tensors.sink, tile.row_head, sink, SPEC.rows, BDV)
+        if SPEC.register_tile > 0:
+            b_acc, row_m, row_l = attend_registers(
+                b_q, b_acc, row_m, row_l, reg_keys, reg_values, registers, 1.0, score_scale, REPAIR
+            )
         b_acc, row_m, row_l = attend_window(
-            b_q, b_acc, row_m, row_l, plain_keys, plain_values, None, None, tile, axes, None, 1.0, score_scale, REPAIR
-        )
+            b_q, b_acc, row_m, row_l, plain_keys, plain_values, key_mask, None, tile, axes, None, 1.0, score_scale,
+            REPAIR,
+        )  # fmt: skip
     o_row = contiguous_row(tile.i_batch, token, axes.length) * (kv_heads * group) + tile.row_head
     store_results(
-        tensors.out, tensors.row_max, tensors.row_sum, b_acc, row_m, row_l, o_row, tile.m_rows, False, SPEC
+        tensors.out, tensors.row_max, tensors.row_sum, b_acc, row_m, row_l, o_row, tile.m_rows, MASKED, SPEC
     )  # fmt: skip
 
 
@@ -141,7 +172,7 @@ class PairPlan(NamedTuple):
 
 
 def plan(p: Problem, config: TileConfig, with_stats: bool) -> PairPlan:
-    tensor_strides = p.token_strides
+    tensor_strides = p.input_strides()
     key_pair, value_pair = pair_layout(p.key), pair_layout(p.value)
     pair_strides = p.strides_of(key_pair), p.strides_of(value_pair)
     unit = stride_unit((*tensor_strides, *pair_strides))
@@ -149,12 +180,13 @@ def plan(p: Problem, config: TileConfig, with_stats: bool) -> PairPlan:
         pair_forward_kernel,
         (p.programs(config),),
         (
-            Strides(*in_units(tensor_strides, unit)), Strides(None, *in_units(pair_strides, unit)),
-            Axes(*p.extents(config.tile)), p.group, p.kv_heads,
+            Strides(*in_units(tensor_strides, unit), UNREAD, UNREAD, p.mask_strides),
+            Strides(None, *in_units(pair_strides, unit)),
+            Axes(*p.extents(config.tile)), p.group, p.kv_heads, p.registers,
         ),
-        SPEC=spec_of(
+        SPEC=pair_spec(
             p, config, (p.query, p.key, p.value, p.out, key_pair, value_pair),
-            pack=config.pack, with_stats=with_stats, unit=unit,
+            pack=config.pack, register_tile=register_tile(p), with_stats=with_stats, unit=unit,
         ),
         **warps_of(config),
     )  # fmt: skip
@@ -168,6 +200,9 @@ def forward(
     query, key, value = inputs.query, inputs.key, inputs.value
     key_pair, value_pair, units = plan.split(problem, key, value)
     out, row_max, row_sum = new_results(query, value.shape[-1], with_stats)
-    tensors = PairForwardTensors(query, key, value, key_pair, value_pair, units, out, row_max, row_sum, inputs.sink)
+    tensors = PairForwardTensors(
+        query, key, value, key_pair, value_pair, units, out, row_max, row_sum, inputs.sink, inputs.additional_keys,
+        inputs.additional_values, inputs.key_mask,
+    )  # fmt: skip
     plan.launch((tensors,), (options.sink_value, options.scale))
     return out, row_max, row_sum

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from ..host.problem import Problem
-from ..host.tiling import MIDDLE_WINDOW, Kind, TileConfig, best_boxes, column_parts, fit, packed_heads, room
+from ..host.tiling import MIDDLE_WINDOW, Kind, TileConfig, best_boxes, fit, packed_heads, padded_head_dim, room
 from ..host.tuned import override_pack
 from ..host.variant import Question, Variant, option_gap
 from . import pair_forward, pair_gradients
@@ -20,7 +20,11 @@ PAIRS = "fp16 pairs"
 # gradients, and break even without (``docs/profiles.md``).
 LEAST_PAIRS = 2**22
 LEAST_WINDOW = 25
-MOST_COLUMNS = 128
+# Heads of more channels are too wide for the portable kernels in fp32, which then spill up to 2 KiB a thread: all their
+# calls take pairs. 18 causal keys of 160 channels, 9 x 2728 tokens: forward 0.52 ms (portable 1.32), dQ 0.53 (21.3), dK
+# and dV 1.0 (27.5), the launches before 0.46; 518 keys of 256 with values of 64, 5 x 7195 tokens: forward 2.8 (157).
+WIDE = 128
+MOST_COLUMNS = 256
 
 
 def pair_gap(question: Question) -> str | None:
@@ -30,17 +34,17 @@ def pair_gap(question: Question) -> str | None:
         return f"it takes float32, not {p.dtype}"
     if p.precision != "tf32x3":
         return f"torch asks for {p.precision} products"
-    if (reason := option_gap(question, "periodic")) is not None:
-        return reason
-    for dim in (p.query.shape[-1], p.value.shape[-1]):
-        if dim > MOST_COLUMNS or len(column_parts(dim)) > 1:
-            return f"it takes heads that a power of two up to {MOST_COLUMNS} channels fits, not of {dim}"
-    return None
+    dim = max(p.query.shape[-1], p.value.shape[-1])
+    if dim > MOST_COLUMNS:
+        return f"it takes heads of up to {MOST_COLUMNS} channels, not of {dim}"
+    return option_gap(question, "periodic", "registers", "key_mask")
 
 
 def pair_pays(question: Question) -> str | None:
     p = question.problem
     window, queries = prod(p.kernel_size), prod(p.query.shape[:-1])
+    if max(p.query.shape[-1], p.value.shape[-1]) > WIDE:
+        return None
     if window < LEAST_WINDOW:
         return f"the window is small: {window} keys are fewer than {LEAST_WINDOW}"
     if queries * window < LEAST_PAIRS:
@@ -64,6 +68,12 @@ def size_of(kind: Kind, width: int, window: int) -> Size:
     Comments give examples: a problem, the milliseconds that its kernel takes with this size, and in parentheses those
     with the best size of another kind.
     """
+    if width > WIDE:
+        # 518 keys of 256 channels: dQ 0.90 (16 keys a chunk 0.93), dK and dV 1.47 (16 queries a chunk 1.68); 9x9: 0.43
+        # (0.52) and 1.0 (0.77).
+        if kind == "forward":
+            return Size(32, 32, 4, 2)
+        return Size(32, 16, 4, 2) if kind == "backward_key" and window < MIDDLE_WINDOW else Size(32, 32, 4, 1)
     if width > 64:  # 9x9 of 128 channels: forward 0.24 (32 rows 0.25), dQ 0.32 (0.36 with four warps), dK and dV 0.46
         if kind == "forward":
             return Size(64, 32, 4, 2)
@@ -88,8 +98,9 @@ def _size_of_small_window(kind: Kind, width: int) -> Size:
 def tile_config(kind: Kind, p: Problem) -> TileConfig:
     """The tile configuration of a kernel that reads pairs."""
     problem = p.problem_class
-    size = size_of(kind, max(problem.head_dim, problem.value_dim), prod(problem.kernel))
-    rows, keys, stages = fit(kind, size.rows, size.keys, size.stages, room(problem))
+    width = padded_head_dim(max(problem.head_dim, problem.value_dim))
+    size = size_of(kind, width, prod(problem.kernel))
+    rows, keys, stages = fit(kind, size.rows, size.keys, size.stages, room(problem)._replace(width=2 * width))
     pack = 1 if kind == "backward_key" else min(override_pack() or packed_heads(p.group, rows), rows)
     tile, chunk = best_boxes(rows // pack, keys, problem.lengths, problem.kernel, kind == "backward_key")
     return TileConfig(tile, chunk, pack, min(size.num_warps, max(1, rows // 8)), stages, size.maxnreg)

@@ -17,6 +17,7 @@ outside of them, or their error would grow with the number of keys.
 # Triton's language shares the syntax of Python, but not its types.
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
 
+from collections.abc import Iterable
 from math import ceil, prod
 from typing import Any, NamedTuple
 
@@ -27,8 +28,8 @@ from torch import Tensor
 
 from ..host.launcher import Launcher, launcher
 from ..host.problem import Layout, Problem, contiguous
-from ..host.tiling import next_power_of_2, padded_head_dim
-from .parameters import View
+from ..host.tiling import TileConfig, next_power_of_2, padded_head_dim
+from .parameters import Spec, View, spec_of
 from .primitives import load_chunk, load_rows, store_rows
 from .windows import token_offset
 
@@ -295,6 +296,17 @@ class Split(NamedTuple):
         for launch in self.launches:
             launch((tensors,))
         return Pairs(*pairs, units)
+
+
+def pair_spec(p: Problem, config: TileConfig, tensors: Iterable[Layout | None], **fields: Any) -> Spec:
+    """:func:`spec_of` of a kernel that reads pairs, whose tiles hold a head in one part."""
+    columns, value_columns = (padded_head_dim(x.shape[-1]) for x in (p.query, p.value))
+    return spec_of(p, config, tensors, **fields)._replace(columns=(columns,), value_columns=(value_columns,))
+
+
+def register_tile(p: Problem) -> int:
+    """Register tokens that a kernel takes at a time, in TF32, when it has done with the window; 0 without any."""
+    return min(p.register_tile, 16)
 
 
 def pair_layout(x: Layout) -> Layout:

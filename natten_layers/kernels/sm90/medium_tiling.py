@@ -8,13 +8,13 @@ programs share a multiprocessor, and compute while others wait. Needs neither Tr
 from collections.abc import Callable
 from functools import lru_cache
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from ...geometry import query_bounds, window_bounds
 from ..host.problem import Problem, three_axes
-from ..host.tiling import Axis, Bounds, Box, Kind, boxes, channel_parts, executed, head_width
+from ..host.tiling import Axis, Bounds, Box, Kind, boxes, channel_parts, executed, executed_on_ring, head_width
 from .large_tiling import ends_inside, inside_share
 from .small_tiling import Spec, most_packed
 
@@ -117,19 +117,19 @@ def longer_size(kind: Kind, problem: Problem) -> Size | None:
 def forward_tile_config(problem: Problem, pack: int | None = None) -> MediumTileConfig | None:
     """The configuration of the forward pass; None if no tile suits the problem."""
     packs = _packs_of_tiles(problem, pack)
-    return _tile_config("forward", problem, problem.axes, packs, windows_on(problem.key_lengths))
+    return _tile_config("forward", problem, problem.axes, packs, windows_of(problem))
 
 
 def dq_tile_config(problem: Problem, pack: int | None = None) -> MediumTileConfig | None:
     """The configuration for gradients of queries."""
     packs = _packs_of_tiles(problem, pack)
-    return _tile_config("backward_query", problem, problem.axes, packs, windows_on(problem.key_lengths))
+    return _tile_config("backward_query", problem, problem.axes, packs, windows_of(problem))
 
 
 def jvp_tile_config(problem: Problem, pack: int | None = None) -> MediumTileConfig | None:
     """The configuration for tangents, with the output or without."""
     packs = _packs_of_tiles(problem, pack)
-    return _tile_config("jvp", problem, problem.axes, packs, windows_on(problem.key_lengths))
+    return _tile_config("jvp", problem, problem.axes, packs, windows_of(problem))
 
 
 def dkv_tile_config(problem: Problem, pack: int | None = None) -> MediumTileConfig | None:
@@ -139,7 +139,8 @@ def dkv_tile_config(problem: Problem, pack: int | None = None) -> MediumTileConf
     """
     keys, packs = problem.key_lengths, _packs_of_chunks(problem, pack)
     if keys is None:
-        return _tile_config("backward_key", problem, problem.axes, packs, (query_bounds,) * 3)
+        bounds = tuple(ring_queries if ring else query_bounds for ring in problem.periodic_axes)
+        return _tile_config("backward_key", problem, problem.axes, packs, bounds)
     axes = tuple((n, *axis[1:]) for n, axis in zip(keys, problem.axes, strict=True))
     return _tile_config("backward_key", problem, axes, packs, queries_on(problem.lengths))
 
@@ -178,15 +179,28 @@ def _packs_of_chunks(problem: Problem, pack: int | None) -> tuple[Packs, ...]:
     return tuple(Packs(chunk=n) for n in every if n == pack or pack not in every)
 
 
+def windows_of(problem: Problem) -> tuple[Bounds, ...]:
+    """For each axis the keys that queries see: unwrapped where it is periodic."""
+    if problem.key_lengths is not None:
+        return windows_on(problem.key_lengths)
+    return tuple(ring_windows if ring else window_bounds for ring in problem.periodic_axes)
+
+
+def ring_windows(index: torch.Tensor, *axis: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return window_bounds(index, *axis, periodic=True)
+
+
+def ring_queries(index: torch.Tensor, *axis: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return query_bounds(index, *axis, periodic=True)
+
+
 @lru_cache
-def windows_on(key_lengths: Box | None) -> tuple[Bounds, Bounds, Bounds]:
-    """For each axis, the keys that queries see, on their own grid or on one of these lengths."""
+def windows_on(key_lengths: Box) -> tuple[Bounds, Bounds, Bounds]:
+    """For each axis, the keys that queries see on a grid of these lengths."""
 
     def bounds(keys: int) -> Bounds:
         return lambda index, *axis: window_bounds(index, *axis, key_length=keys)
 
-    if key_lengths is None:
-        return window_bounds, window_bounds, window_bounds
     t, h, w = map(bounds, key_lengths)
     return t, h, w
 
@@ -299,12 +313,17 @@ def best_tile(
     """
     lengths = axes[0][0], axes[1][0], axes[2][0]
     choices = (
-        Tiles(prod(executed(*sides) for sides in zip(axes, tile, chunk, bounds, strict=True)), pack, tile, chunk)
+        Tiles(prod(map(_executed, axes, tile, chunk, bounds)), pack, tile, chunk)
         for pack in packs
         for tile in boxes(ROWS // pack.tile, lengths) for chunk in boxes(columns // pack.chunk, lengths)
         if batch == 1 or (lengths[0] % tile[0] == 0 and ends_inside(axes[0], tile[0], chunk[0], bounds[0]))
     )  # fmt: skip
     return min(choices, key=_cost, default=None)
+
+
+def _executed(axis: Axis, tile: int, chunk: int, bounds: Bounds) -> int:
+    on_ring = bounds in (ring_windows, ring_queries)
+    return (executed_on_ring if on_ring else executed)(axis, tile, chunk, bounds)
 
 
 def _cost(tiles: Tiles) -> tuple[int, int, int, int]:

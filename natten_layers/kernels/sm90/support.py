@@ -191,8 +191,14 @@ def _frames_gap(p: Problem) -> str | None:
 
 
 def medium_pairs_gap(question: Question) -> str | None:
+    """Why these kernels cannot compute a call, or None. Registers matter to all but gradients of keys and values."""
+    return option_gap(question, "periodic") or medium_pair_keys_gap(question)
+
+
+def medium_pair_keys_gap(question: Question) -> str | None:
     p = question.problem
-    if (reason := device_gap(p) or pair_gap(question) or dilation_gap(p)) is not None:
+    reason = device_gap(p) or pair_gap(question) or option_gap(question, "periodic", "registers") or dilation_gap(p)
+    if reason is not None:
         return reason
     dim, value_dim = p.query.shape[-1], p.value.shape[-1]
     if dim != value_dim or dim not in MEDIUM_PAIR_CHANNELS:

@@ -23,6 +23,7 @@ from .support import (
     large_gap,
     medium_gap,
     medium_jvp_gap,
+    medium_pair_keys_gap,
     medium_pairs_gap,
     rolling_gap,
     tiles_gap,
@@ -248,7 +249,7 @@ MEDIUM_PAIR_QUERY_GRADIENT = Variant(
 )
 MEDIUM_PAIR_KEY_GRADIENTS = Variant(
     MEDIUM_PAIRS,
-    supports=medium_pairs_gap,
+    supports=medium_pair_keys_gap,
     pays=lambda q: pair_pays(q) or pack_gap(q, "backward_key"),
     plan=_medium_key_plan,
     run=lambda *args: medium_pair_gradients.key_gradients(*args),
