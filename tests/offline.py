@@ -37,7 +37,8 @@ from natten_layers.kernels.host.tuned import forget
 from natten_layers.kernels.ops import attention as attention_ops
 from natten_layers.kernels.ops import decode as decode_ops
 from natten_layers.kernels.portable import decode
-from natten_layers.kernels.portable.dkv import backward_key_kernel
+from natten_layers.kernels.portable.dkv import backward_key_kernel, backward_register_kernel
+from natten_layers.kernels.portable.dq import backward_query_kernel
 from natten_layers.kernels.portable.forward import forward_kernel
 from natten_layers.kernels.sm90 import small_tiling
 from natten_layers.kernels.sm90.available import gluon_gap
@@ -265,14 +266,15 @@ def attend_with_qk_prep_on_sm90(spatial: tuple[int, ...], kernel_size: int, rope
 
 def check_loads() -> None:
     """Check that no kernel loads two bytes at a time, as Triton does if it does not know that head dims are aligned."""
-    for kernels, *_ in forward_kernel.device_caches.values():
-        for kernel in kernels.values():
-            assert "ld.global.b16" not in kernel.asm["ptx"], "elements are loaded one by one"
+    for kernel in (forward_kernel, backward_query_kernel, backward_key_kernel, backward_register_kernel):
+        for kernels, *_ in kernel.device_caches.values():
+            for compiled in kernels.values():
+                assert "ld.global.b16" not in compiled.asm["ptx"], f"{compiled.name} loads elements one by one"
 
 
 def compile_portable(capability: int) -> None:
     attend((32, 32), 7, 8, 64, 5)
-    attend((12, 12, 20), 5, 2, 40, 0, dilation=2, stride=3)
+    attend((12, 12, 20), 5, 2, 40, 5, dilation=2, stride=3)
     attend((2048,), 1024, 8, 128, 40, is_causal=True)
     attend((32, 32), 7, 4, 256, 40)
     attend_forward_mode((32, 32), 7, 8, 64, 5)

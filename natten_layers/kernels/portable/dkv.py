@@ -28,7 +28,6 @@ from ..host.problem import (
     contiguous,
     in_units,
     new_like,
-    register_strides,
     stride_unit,
 )
 from ..host.tiling import register_block
@@ -37,10 +36,12 @@ from .parameters import Axes, Chunk, Corners, ResidueClass, Spec, Strides, View,
 from .primitives import (
     LOG2E,
     add_weighted,
+    in_elements,
     load_chunk,
     load_columns,
     masked_product,
     products,
+    register_view,
     store_columns,
     times,
     token_view,
@@ -295,8 +296,9 @@ def backward_register_kernel(
     D: tl.constexpr = SPEC.head_dim
     DV: tl.constexpr = SPEC.value_dim
     PRECISION: tl.constexpr = SPEC.precision
+    UNIT: tl.constexpr = SPEC.unit
     Q, DOut = tensors.query, tensors.grad_out
-    q_strides, do_strides = strides.query, strides.grad_out
+    q_strides, do_strides = in_elements(strides.query, UNIT), in_elements(strides.grad_out, UNIT)
     i_program = tl.program_id(0)
     i_slice = i_program % slices
     i_kv = (i_program // slices % kv_heads).to(tl.int64)
@@ -304,8 +306,8 @@ def backward_register_kernel(
     n = tl.program_id(1) * BR + tl.arange(0, BR)
     m_r = n < registers
     n = n.to(tl.int64)
-    keys = of_head(View(tensors.additional_keys, strides.additional_keys), i_batch, i_kv)
-    values = of_head(View(tensors.additional_values, strides.additional_values), i_batch, i_kv)
+    keys = register_view(tensors.additional_keys, strides.additional_keys, i_batch, i_kv, SPEC)
+    values = register_view(tensors.additional_values, strides.additional_values, i_batch, i_kv, SPEC)
     b_k = load_columns(keys.pointer, n * keys.strides[1], m_r, D, BD)  # [R, D]
     b_v = load_columns(values.pointer, n * values.strides[1], m_r, DV, BDV)
     b_dk = zero_columns(BR, BD)
@@ -398,7 +400,9 @@ class RegisterTokensConfig(NamedTuple):
 
 
 def register_plan(p: Problem, grad_out: Layout) -> Plan:
-    register_steps = register_strides(p.additional_keys), register_strides(p.additional_values)
+    tensor_strides = p.strides_of(p.query), *p.input_strides()[3:], p.strides_of(grad_out)
+    unit = stride_unit(tensor_strides)
+    q_strides, k_strides, v_strides, do_strides = in_units(tensor_strides, unit)
     registers, rows = register_block(p.problem_class, p.register_tile)
     # Enough programs to fill a large GPU, each with several blocks of rows. The number depends on shapes alone, so that
     # results do not differ between devices.
@@ -409,10 +413,10 @@ def register_plan(p: Problem, grad_out: Layout) -> Plan:
         backward_register_kernel,
         (p.samples * p.kv_heads * slices, ceil(p.registers / registers)),
         (
-            Strides(p.strides_of(p.query), None, None, *register_steps, p.strides_of(grad_out)),
+            Strides(q_strides, None, None, k_strides, v_strides, do_strides),
             lengths, tokens, slices, p.group, p.kv_heads, p.registers,
         ),
-        SPEC=Spec(**head_fields(p), register_tile=registers), BM=rows, num_warps=4,
+        SPEC=Spec(**head_fields(p), register_tile=registers, unit=unit), BM=rows, num_warps=4,
     )  # fmt: skip
     return Plan(RegisterTokensConfig(registers, rows, slices), launch)
 
