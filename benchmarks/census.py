@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
         report.keep(rows=[{**asdict(row), "kernel": kernel} for row, kernel in rows])
     report.keep(skipped=skipped)
     late = [f"\nout of time before {', '.join(skipped)}"] if skipped else []
-    print(report.text([*table(rows), *late]))
+    print(report.text([*table(rows, miniature=args.smoke), *late]))
     return int(any(row.failure and row.peer == OURS for row, _ in rows))
 
 
@@ -163,8 +163,12 @@ def _named(choice: Choice) -> str:
     return " ".join([choice.variant.name, "/".join(boxes)]).strip()
 
 
-def table(rows: Sequence[tuple[Row, str]]) -> list[str]:
-    """A Markdown table, sorted by this library's time over the floor, slowest first, with each row's best peer."""
+def table(rows: Sequence[tuple[Row, str]], *, miniature: bool = False) -> list[str]:
+    """A Markdown table, sorted by this library's time over the floor, slowest first, with each row's best peer.
+
+    Args:
+        miniature: the times are of the tiny shapes that ``--smoke`` makes of the rows.
+    """
     lines = [
         "| row | shape | mode | ms | floor | x floor | best peer | peer / ours | kernel | note |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -173,7 +177,8 @@ def table(rows: Sequence[tuple[Row, str]]) -> list[str]:
     for row, kernel in sorted(own, key=lambda pair: -(pair[0].times_floor or math.inf)):
         peers = [r for r, _ in rows if r.peer != OURS and (r.workload, r.mode) == (row.workload, row.mode)]
         best = min((r for r in peers if r.median_ms is not None), key=lambda r: r.median_ms or 0.0, default=None)
-        cells = [row.workload, shape(CENSUS[row.workload]), row.mode, "-", f"{row.floor_ms:.3g}", "-", "-", "-"]
+        what = shape(workload_of(row.workload, miniature))
+        cells = [row.workload, what, row.mode, "-", f"{row.floor_ms:.3g}", "-", "-", "-"]
         if row.median_ms is not None:
             cells[3], cells[5] = f"{row.median_ms:.3g}", f"{row.times_floor:.2f}"
         if best is not None and best.median_ms is not None:

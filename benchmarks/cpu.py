@@ -90,7 +90,7 @@ def measure(workload: Workload, train: bool, repeats: int) -> tuple[float, float
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--only", choices=WORKLOADS)
     arguments = parser.parse_args()

@@ -6,9 +6,10 @@ generated from the JSON files under ``benchmarks/results/``, so that a page show
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -285,7 +286,8 @@ TABLES: dict[str, Callable[[], list[str]]] = {
 }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    argparse.ArgumentParser(prog="python -m benchmarks.pages", description=__doc__).parse_args(argv)
     for name in PAGES:
         path = ROOT / name
         path.write_text(filled(path.read_text()))

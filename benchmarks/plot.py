@@ -136,12 +136,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="PNG to write, default beside the JSON")
     args = parser.parse_args(argv)
     report = json.loads(args.report.read_text())
+    rows = report.get("rows")
+    if not rows or not all(row.get("mode") in TITLES and "times_floor" in row for row in rows):
+        parser.error(f"{args.report} is no report of benchmarks.attention or benchmarks.census")
     path = args.out or args.report.with_suffix(".png")
-    if "kernel" in report["rows"][0]:
-        draw_census(report, path)
-    else:
-        draw(report, path)
-        print("\n".join(summary(report["rows"])))
+    (draw_census if "kernel" in rows[0] else draw)(report, path)
+    print("\n".join([*summary(rows), "", f"written to {path}"]))
 
 
 if __name__ == "__main__":

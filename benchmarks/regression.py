@@ -133,7 +133,11 @@ def _percent(factor: float | None) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 1 if a row is worse, 2 if the two cannot be compared."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.regression",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("run", type=Path, help="what benchmarks.census wrote")
     parser.add_argument("--rows", type=lambda text: text.split(","), help="names, comma-separated; default: all")
     parser.add_argument("--record", type=Path, default=RECORD, help="default: %(default)s")

@@ -27,6 +27,7 @@ from benchmarks import (
     host,
     implementations,
     models,
+    pages,
     plot,
     regression,
     repeat,
@@ -425,10 +426,10 @@ def test_a_round_imports_the_package_of_its_checkout(tmp_path: Path) -> None:
     assert not found.failures
 
 
-def test_the_census_is_drawn(tmp_path: Path) -> None:
+def test_the_census_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def row(name: str, peer: str, mode: str, ratio: float) -> dict[str, Any]:
         return {"workload": name, "peer": peer, "mode": mode, "variant": "", "median_ms": ratio, "times_floor": ratio,
-                "kernel": "portable"}  # fmt: skip
+                "floor_ms": 1.0, "kernel": "portable"}  # fmt: skip
 
     rows = [row(name, "natten_layers", mode, 2.0) for name in ("mid-2d", "gemma3") for mode in ("fwd", "fwdbwd")]
     rows += [row("gemma3", "fa2", "fwd", 1.5), row("gemma3", "flex", "fwd", 3.0)]
@@ -439,6 +440,30 @@ def test_the_census_is_drawn(tmp_path: Path) -> None:
     report.write_text(json.dumps({"environment": {"device": "some", "torch": "2", "triton": "3"}, "rows": rows}))
     plot.main([str(report)])
     assert report.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "| gemma3 | forward | 1 | 2 | 1.5 | 3 |" in printed
+    assert f"written to {report.with_suffix('.png')}" in printed
+
+
+def test_what_is_no_report_of_times_over_a_floor_is_not_drawn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "choice.json"
+    path.write_text(json.dumps({"rows": [{"workload": "0-0", "mode": "bwd", "times_floor": 2.0}]}))
+    with pytest.raises(SystemExit):
+        plot.main([str(path)])
+    assert "no report of benchmarks.attention or benchmarks.census" in capsys.readouterr().err
+    assert not path.with_suffix(".png").exists()
+
+
+def test_pages_are_not_written_when_help_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pages, "PAGES", ("no such page",))
+    with pytest.raises(SystemExit) as stop:
+        pages.main(["--help"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: python -m benchmarks.pages")
 
 
 def test_attention_command_rejects_unknown_names(capsys: pytest.CaptureFixture[str]) -> None:
@@ -538,6 +563,8 @@ def test_census_table_names_the_best_peer() -> None:
     assert line.endswith("| fwd | 2 | 0.5 | 4.00 | b 3 | 1.50 | portable |  |")
     rows[0] = row("natten_layers", "natten_layers", None, "wrong result")
     assert census.table(rows)[2].endswith("| fwd | - | 0.5 | - | b 3 | - | portable | wrong result |")
+    assert f"| {census.shape(CENSUS['fp32'])} |" in census.table(rows)[2]
+    assert f"| {census.shape(smoke(CENSUS['fp32']))} |" in census.table(rows, miniature=True)[2]
 
 
 def test_census_shapes_are_described() -> None:
