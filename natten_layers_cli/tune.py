@@ -189,6 +189,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"the model of --model says {', '.join(given)}; leave it out")
     if args.model is None and not (args.tokens and args.kernel_size and args.heads):
         parser.error("the length of every axis, --kernel-size and --heads are needed, or --model")
+    for name in ("kernel_size", "dilation"):
+        axes = getattr(args, name)
+        if axes is not None and len(axes) not in (1, len(args.tokens)):
+            given, tokens = ("x".join(map(str, lengths)) for lengths in (axes, args.tokens))
+            parser.error(f"--{name.replace('_', '-')} {given} has another number of axes than tokens, {tokens}")
     return args
 
 

@@ -377,6 +377,13 @@ def test_bad_flags(change: list[str], message: str, cache: Path, capsys: pytest.
     assert not cache.exists()
 
 
+@pytest.mark.parametrize("flag", ["--kernel-size", "--dilation"])
+def test_flags_have_one_value_or_one_for_each_axis(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["64", *FLAGS[1:], flag, "3x3"])
+    assert f"{flag} 3x3 has another number of axes than tokens, 64" in capsys.readouterr().err
+
+
 HDIT = {
     "model": {
         "type": "image_transformer_v2",

@@ -162,9 +162,10 @@ def medium_gap(question: Question) -> str | None:
     reason = register_gap(question) or classes_gap(question, "registers", "key_mask", "periodic", "bias", "other grid")
     if reason is not None:
         return reason
-    if dim != value_dim or dim > medium_tiling.MOST_COLUMNS:
-        most = medium_tiling.MOST_COLUMNS
-        return f"it takes queries and values of equally many channels, up to {most}, not {dim} and {value_dim}"
+    if dim != value_dim:
+        return f"it takes queries and values of equally many channels, not {dim} and {value_dim}"
+    if dim > medium_tiling.MOST_COLUMNS:
+        return f"it takes heads of up to {medium_tiling.MOST_COLUMNS} channels, not {dim}"
     return _frames_gap(p)
 
 
