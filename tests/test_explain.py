@@ -450,6 +450,12 @@ def test_portable_kernels_alone_may_be_asked_for(
         ),
         (problem_of_text, {"capability": (8, 0)}, {}, ["the device has 8.0"] * 4),
         (problem_of_text, {"kernel_size": (1024,)}, {}, ["the window is large"] * 3 + ["the call is small"]),
+        (
+            problem_of_text,
+            {"kernel_size": (64,), **dict.fromkeys(("query", "key", "value"), contiguous((1, 128, 8, 256)))},
+            {},
+            ["heads of up to 128 channels, not 256"] * 3 + ["the call is small"],
+        ),
         (problem_of_image, {}, {}, []),
         (problem_of_image, {"kernel_size": (3, 3)}, {}, ["tiles alone are faster"]),
         (problem_of_image, {"stride": (2, 1)}, {}, ["no tiles"]),

@@ -14,6 +14,8 @@ from ...geometry import query_bounds, window_bounds
 from ..host.problem import Layout, Problem, three_axes
 from ..host.tiling import Axis, Bounds, Box, boxes, extent, head_width, next_power_of_2
 
+# Most channels of a head: registers hold scores and accumulators.
+MOST_CHANNELS = 128
 # Query rows of a tile: positions times packed heads.
 SMALL_ROWS = 64
 # Most scores a query row may have: all are held in hardware registers.
@@ -203,9 +205,9 @@ def _is_small(problem: Problem) -> bool:
 
 
 def _has_small_heads(problem: Problem) -> bool:
-    """Whether queries and values are equally wide, and so narrow that registers hold scores and accumulators."""
+    """Whether queries and values are equally wide, and narrow enough."""
     dim = problem.query.shape[-1]
-    return dim == problem.value.shape[-1] and head_width(dim) <= 128
+    return dim == problem.value.shape[-1] and dim <= MOST_CHANNELS
 
 
 def most_packed(problem: Problem) -> int:

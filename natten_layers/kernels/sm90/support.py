@@ -97,7 +97,18 @@ def images_gap(question: Question) -> str | None:
 
 def rolling_gap(question: Question) -> str | None:
     """Why the rolling kernel cannot compute a call, or None."""
-    return cut_gap(question) or undilated_gap(question, "registers", "packing")
+    reason = cut_gap(question) or undilated_gap(question, "registers", "packing")
+    return reason or heads_gap(question.problem, small_tiling.MOST_CHANNELS)
+
+
+def heads_gap(p: Problem, most: int) -> str | None:
+    """Why a kernel for queries and values of one width, up to ``most`` channels, cannot compute a call, or None."""
+    dim, value_dim = p.query.shape[-1], p.value.shape[-1]
+    if dim != value_dim:
+        return f"it takes queries and values of equally many channels, not {dim} and {value_dim}"
+    if dim > most:
+        return f"it takes heads of up to {most} channels, not {dim}"
+    return None
 
 
 def dilation_gap(p: Problem) -> str | None:
@@ -130,7 +141,8 @@ def tiles_gap(question: Question) -> str | None:
     if p.packing is not None and p.key_mask is not None:
         return "it takes no key_mask in packed batches"
     gap = images_gap if p.packs_images else cut_gap
-    return gap(question) or classes_gap(question, "registers", "packing", "key_mask")
+    reason = gap(question) or classes_gap(question, "registers", "packing", "key_mask")
+    return reason or heads_gap(p, small_tiling.MOST_CHANNELS)
 
 
 def register_gap(question: Question) -> str | None:
@@ -158,15 +170,8 @@ def large_backward_gap(question: Question) -> str | None:
 
 def medium_gap(question: Question) -> str | None:
     p = question.problem
-    dim, value_dim = p.query.shape[-1], p.value.shape[-1]
     reason = register_gap(question) or classes_gap(question, "registers", "key_mask", "periodic", "bias", "other grid")
-    if reason is not None:
-        return reason
-    if dim != value_dim:
-        return f"it takes queries and values of equally many channels, not {dim} and {value_dim}"
-    if dim > medium_tiling.MOST_COLUMNS:
-        return f"it takes heads of up to {medium_tiling.MOST_COLUMNS} channels, not {dim}"
-    return _frames_gap(p)
+    return reason or heads_gap(p, medium_tiling.MOST_COLUMNS) or _frames_gap(p)
 
 
 def medium_jvp_gap(question: Question) -> str | None:
