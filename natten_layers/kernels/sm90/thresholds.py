@@ -161,7 +161,7 @@ def large_pays(question: Question, kind: Kind = "forward") -> str | None:
     least, pairs = _large_thresholds(question, kind)
     if keys * dim < least:
         beside = ", additional keys included," if p.registers else ""
-        return f"the window is small: {keys} keys{beside} of {dim} elements are fewer than {least}"
+        return f"the window is small: {keys} keys{beside} of {dim} elements are fewer than {least} elements"
     if queries * keys < pairs:
         return f"the call is small: {queries} queries of {keys} keys are fewer than {pairs} pairs"
     return pack_gap(question, kind)
@@ -173,7 +173,8 @@ def large_registers_pay(question: Question) -> str | None:
     if elements < REGISTER_ELEMENTS:
         return f"additional keys are few: {elements} elements, fewer than {REGISTER_ELEMENTS}"
     if queries * elements < REGISTER_PRODUCTS:
-        return f"the call is small: {queries} queries times {elements} elements are fewer than {REGISTER_PRODUCTS}"
+        least = REGISTER_PRODUCTS
+        return f"the call is small: {queries} queries times {elements} elements are fewer than {least} products"
     return None
 
 
@@ -231,7 +232,8 @@ def medium_pays(question: Question, kind: Kind) -> str | None:
     least = _least_products(p, kind)
     if queries * keys * dim < least:
         beside = ", additional keys included," if keys > window else ""
-        return f"the call is small: {queries} queries of {keys} keys{beside} of {dim} elements are fewer than {least}"
+        work = f"{queries} queries of {keys} keys{beside} of {dim} elements"
+        return f"the call is small: {work} are fewer than {least} products"
     return pack_gap(question, kind)
 
 
