@@ -6,6 +6,7 @@ import argparse
 import gc
 import itertools
 import json
+import math
 import subprocess
 import sys
 import time
@@ -268,9 +269,22 @@ def make_parser(
 
 
 def save(report: dict[str, Any], path: Path) -> None:
-    """Write a report as JSON, creating the folder if it is missing."""
+    """Write a report as JSON, creating the folder if it is missing. Dataclasses become dictionaries.
+
+    Numbers that JSON does not have become null: a limit that nobody set, or the error of a result with NaN.
+    """
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(report, indent=1) + "\n")
+        temporary.write_text(json.dumps(_plain(report), indent=1, allow_nan=False) + "\n")
+
+
+def _plain(part: Any) -> Any:
+    if is_dataclass(part) and not isinstance(part, type):
+        part = asdict(part)
+    if isinstance(part, dict):
+        return {name: _plain(value) for name, value in part.items()}
+    if isinstance(part, list | tuple):
+        return list(map(_plain, part))
+    return None if isinstance(part, float) and not math.isfinite(part) else part
 
 
 class Report:
@@ -285,18 +299,13 @@ class Report:
         }
 
     def keep(self, **parts: Any) -> None:
-        """Write these parts, by name, beside those that are known. Dataclasses in lists become dictionaries."""
-        for name, part in parts.items():
-            self.parts[name] = list(map(_plain, part)) if isinstance(part, list) else part
+        """Write these parts, by name, beside those that are known."""
+        self.parts |= parts
         save(self.parts, self.path)
 
     def text(self, table: Iterable[str]) -> str:
         """What a command prints last."""
         return "\n".join([f"\n{heading(self.parts)}\n", *table, f"\nwritten to {self.path}"])
-
-
-def _plain(part: Any) -> Any:
-    return asdict(part) if is_dataclass(part) and not isinstance(part, type) else part
 
 
 def arguments_of(args: argparse.Namespace) -> dict[str, Any]:

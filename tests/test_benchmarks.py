@@ -546,6 +546,22 @@ def test_census_stops_in_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "hdit-l9" in capsys.readouterr().err
 
 
+def test_reports_hold_null_for_numbers_that_json_does_not_have(tmp_path: Path) -> None:
+    def no_json(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    path = tmp_path / "census.json"
+    flags = f"--device cpu --smoke --budget-s 0 --peers= --mode fwd --rows fp32 --out {path}"
+    assert census.main(flags.split()) == 0
+    report = json.loads(path.read_text(), parse_constant=no_json)
+    assert report["arguments"]["limit_s"] is None
+    row = runner.Row("fp32", "fwd", "ours", "ours", "", 0.5, errors={"out": (math.nan, 0.1)})
+    runner.save({"rows": [row], "times": (1.5, -math.inf)}, path)
+    report = json.loads(path.read_text(), parse_constant=no_json)
+    assert report["rows"][0]["errors"] == {"out": [None, 0.1]}
+    assert report["times"] == [1.5, None]
+
+
 def test_census_table_names_the_best_peer() -> None:
     def row(implementation: str, peer: str, ms: float | None, failure: str | None = None) -> tuple[runner.Row, str]:
         ratio = None if ms is None else ms / 0.5
