@@ -34,7 +34,7 @@ from natten_layers.io.files import leftovers, make_folder, replacing, system_err
 from natten_layers.wording import shorten
 
 from .parallel import Processes, local
-from .running import one_line, running_alone
+from .running import one_line, reason, running_alone
 
 SHARDED_CONFIG = "config.json"
 MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
@@ -323,13 +323,14 @@ def save_sharded(
     except (OSError, CheckpointException) as error:
         if processes.first:
             shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(f"cannot write {path}: {_reason(error)}") from error
+        # Not the file's name: it lies in the temporary folder, which is gone.
+        raise OSError(f"cannot write {path}: {reason(_first(error))}") from error
     processes.barrier()
 
 
-def _reason(error: OSError | CheckpointException) -> str:
-    """What the first process that failed says; several fail together."""
-    return one_line(next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error)
+def _first(error: OSError | CheckpointException) -> BaseException:
+    """What the first process that failed raised; several fail together."""
+    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
 
 
 def load_sharded(
@@ -346,7 +347,7 @@ def load_sharded(
     try:
         state_dict_loader.load(state, checkpoint_id=path)
     except CheckpointException as error:
-        raise DamagedError(f"{path} is damaged: {_reason(error)}") from error
+        raise DamagedError(f"{path} is damaged: {one_line(_first(error))}") from error
     with own_settings(optimizer):
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["opt"])
     set_model_state_dict(ema, state["model_ema"])

@@ -218,6 +218,12 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_safetensors_own_temporary_file_is_not_named(tmp_path: Path) -> None:
+    final = tmp_path / "nowhere" / "model.safetensors"
+    with pytest.raises(OSError, match=f"^cannot write {final}: No such file or directory$"):
+        tensors.write_safetensors({"weight": torch.ones(1)}, final.with_name(".model.tmp"), {}, final=final)
+
+
 def test_saved_weights_are_as_readable_as_any_new_file(tmp_path: Path) -> None:
     umask = os.umask(0o027)
     try:

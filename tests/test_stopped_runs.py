@@ -272,17 +272,23 @@ def test_a_full_disk_loses_nothing(config: Path, capsys: pytest.CaptureFixture[s
     assert train(config, "run", "--end-step", "4") == 0
 
 
-def test_a_full_disk_under_a_sharded_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sharded_checkpoints_that_cannot_be_written_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}.items():
         monkeypatch.setenv(name, value)
-    path = tmp_path / "run_00000001"
+    (tmp_path / "file").touch()
 
-    def save(processes: Processes) -> None:
+    def save(path: Path, processes: Processes) -> None:
         model = torch.nn.Linear(100, 100)
         processes.shard(model)
         save_sharded(path, model, model, torch.optim.AdamW(model.parameters()), {}, processes)
 
-    says = pytest.raises(OSError, match=f"^cannot write {path}: File too large$")
-    with Processes("cpu", fsdp=True) as processes, small_disk(1000), says:
-        save(processes)
-    assert not list(tmp_path.iterdir())
+    def says(path: Path, reason: str) -> Any:
+        return pytest.raises(OSError, match=f"^cannot write {path}: {reason}$")
+
+    path, under_a_file = tmp_path / "run_00000001", tmp_path / "file" / "run_00000001"
+    with Processes("cpu", fsdp=True) as processes:
+        with small_disk(1000), says(path, "File too large"):
+            save(path, processes)
+        with says(under_a_file, "Not a directory"):
+            save(under_a_file, processes)
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]

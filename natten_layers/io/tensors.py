@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -117,8 +118,9 @@ def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str
     """
     try:
         save_file(tensors, path, metadata=metadata)
-    except SafetensorError as error:
-        raise OSError(f"cannot write {final}: {error}") from error
+    except SafetensorError as error:  # it wraps what the system says in words, and names a temporary file of its own
+        said = re.search(r"I/O error: (.+) \(os error \d+\)", str(error))
+        raise OSError(f"cannot write {final}: {said[1] if said else error}") from error
     except OSError as error:
         raise OSError(error.errno, f"cannot write {final}: {error.strerror or error}") from error
 
