@@ -26,7 +26,7 @@ from torch import Tensor
 from natten_layers.integrations.diffusers import patch, unpatch
 from natten_layers.io.checkpoints import load_plain, save_plain
 from natten_layers_cli.outputs import check_output
-from natten_layers_cli.running import Parser, check_device, run_command, seed
+from natten_layers_cli.running import Parser, check_device, run_command, seed, take_out_flags_that_are_on
 
 TINY = {
     "latent_channels": 8,
@@ -116,8 +116,7 @@ def decode(model: Any, latents: Tensor, arguments: argparse.Namespace) -> tuple[
     return video, took
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parse_arguments(argv)
+def run(arguments: argparse.Namespace) -> int:
     model = load_decoder(arguments)
     latents = load_latents(arguments, model)
     if arguments.tiled:
@@ -140,5 +139,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    less_memory = ["--patched-only", "--bf16", "--tiled", "a smaller video"]
+
+    def body() -> int:
+        arguments = parse_arguments(argv)
+        take_out_flags_that_are_on(less_memory, arguments)
+        return run(arguments)
+
+    return run_command(body, less_memory=less_memory)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command(main, less_memory="--bf16, --tiled or a smaller video"))
+    sys.exit(main())

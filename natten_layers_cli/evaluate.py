@@ -151,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(
         lambda: run(parse_arguments(argv)),
         when_interrupted="interrupted; nothing was written",
-        less_memory="a smaller --batch-size or --size",
+        less_memory=["a smaller --batch-size or --size"],
     )
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from natten_layers.modules.llm import DecoderLM
 
-from .running import Parser, check_device, run_command, seed
+from .running import Parser, check_device, run_command, seed, take_out_flags_that_are_on
 from .tokens import StopStrings, apply_chat_template, generation_settings, open_codec
 
 
@@ -129,7 +129,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_command(lambda: run(parse_arguments(argv)), when_interrupted="", less_memory="--bf16, or fewer --tokens")
+    less_memory = ["--bf16", "fewer --tokens"]
+
+    def body() -> int:
+        args = parse_arguments(argv)
+        take_out_flags_that_are_on(less_memory, args)
+        return run(args)
+
+    return run_command(body, when_interrupted="", less_memory=less_memory)
 
 
 if __name__ == "__main__":

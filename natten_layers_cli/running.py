@@ -223,15 +223,15 @@ def run_command(
     body: Callable[[], int],
     *,
     when_interrupted: str = "interrupted",
-    less_memory: str | Callable[[], str] | None = None,
+    less_memory: list[str] | None = None,
 ) -> int:
     """The exit status of a command. What users, files and machines do wrong becomes one line on standard error.
 
     Args:
         body: the command; returns its exit status.
         when_interrupted: what to say after Ctrl-C and other signals.
-        less_memory: what to ask the command for where a machine's or a GPU's memory is too small, or what says so when
-            ``body`` has failed.
+        less_memory: what to ask the command for where a machine's or a GPU's memory is too small, such as
+            "fewer --tokens". It is read when ``body`` has failed, which may :func:`take_out_flags_that_are_on`.
     """
     open_streams()
     threading.excepthook, hook = _quiet_about_files, threading.excepthook
@@ -293,12 +293,17 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
 
 
-def _out_of_memory(error: BaseException, less: str | Callable[[], str] | None) -> str:
-    if callable(less):
-        less = less()
+def take_out_flags_that_are_on(ways: list[str], args: argparse.Namespace) -> None:
+    """Leave only what a command does not do already in the ways in which it may take less memory."""
+    on = {f"--{name.replace('_', '-')}" for name, value in vars(args).items() if value is True}
+    ways[:] = [way for way in ways if way not in on]
+
+
+def _out_of_memory(error: BaseException, less: list[str] | None) -> str:
     # How much was asked for and is there; the rest is advice for programmers, about settings of PyTorch.
     asked = ". ".join(one_line(error).split(". ")[:3])
-    return f"out of memory{f': try {less}' if less else ''} ({asked})"
+    advice = f": try {', or '.join(less)}" if less else ""
+    return f"out of memory{advice} ({asked})"
 
 
 def reason(error: BaseException) -> str:

@@ -336,7 +336,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(
         lambda: run(parse_arguments(argv)),
         when_interrupted="interrupted; images that were written are whole",
-        less_memory="a smaller --batch-size or --size, or fewer images",
+        less_memory=["a smaller --batch-size or --size", "fewer images"],
     )
 
 

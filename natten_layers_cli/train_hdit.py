@@ -30,7 +30,17 @@ from .checkpointing import RunFiles
 from .distances import NAMES
 from .hdit_trainer import DTYPES, Trainer
 from .parallel import Processes
-from .running import SIGNALS_HELP, Parser, check_device, list_length, positive, run_command, seed, worker_count
+from .running import (
+    SIGNALS_HELP,
+    Parser,
+    check_device,
+    list_length,
+    positive,
+    run_command,
+    seed,
+    take_out_flags_that_are_on,
+    worker_count,
+)
 from .training_config import section_of
 
 PRESETS = Path(__file__).parent / "configs"
@@ -166,15 +176,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def body() -> int:
         arguments = parse_arguments(argv)
-        if arguments.checkpointing:
-            less_memory.remove("--checkpointing")
+        take_out_flags_that_are_on(less_memory, arguments)
         with Processes(arguments.device, fsdp=arguments.fsdp) as processes:
             return run(arguments, processes)
 
     return run_command(
         body,
         when_interrupted="stopped at once; checkpoints that were saved before are whole",
-        less_memory=lambda: ", or ".join(less_memory),
+        less_memory=less_memory,
     )
 
 

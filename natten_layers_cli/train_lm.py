@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with Processes(args.device, fsdp=args.fsdp) as processes:
             return run(args, processes)
 
-    return run_command(body, less_memory="a smaller --batch-size with more --grad-accum-steps, or a shorter --context")
+    return run_command(body, less_memory=["a smaller --batch-size with more --grad-accum-steps", "a shorter --context"])
 
 
 if __name__ == "__main__":

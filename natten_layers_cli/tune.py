@@ -337,7 +337,7 @@ def main(argv: Sequence[str] | None = None, *, timer: Timer = _device_seconds) -
     return run_command(
         lambda: run(_parse(argv), timer),
         when_interrupted="interrupted; results that were written before are kept",
-        less_memory="a smaller --batch, or fewer tokens",
+        less_memory=["a smaller --batch", "fewer tokens"],
     )
 
 

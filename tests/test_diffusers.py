@@ -306,6 +306,15 @@ def test_the_example_gives_each_decoder_its_own_peak_memory(monkeypatch: pytest.
         assert took.endswith(f"peak memory {gibibytes}.0 GiB")
 
 
+def test_the_example_knows_what_takes_less_memory(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(decode_ltx, "decode", lambda *_: torch.empty(2**45))
+    for flags, ways in (([], "--patched-only, or --bf16, or --tiled"), (["--bf16", "--patched-only"], "--tiled")):
+        assert decode_ltx.main(["--tiny", *flags]) == 2
+        assert capsys.readouterr().err.startswith(f"error: out of memory: try {ways}, or a smaller video (")
+
+
 # --- Image and video transformers
 
 

@@ -583,7 +583,7 @@ def test_too_little_memory_is_told_with_the_way_out(capfd: pytest.CaptureFixture
         assert run_command(lambda: bool(body()), **options) == 2
         return capfd.readouterr().err
 
-    less = "fewer tokens"
+    less = ["fewer tokens"]
     on_a_cpu = said(lambda: torch.empty(2**45), less_memory=less)
     assert on_a_cpu.startswith("error: out of memory: try fewer tokens (")
     assert f"you tried to allocate {2**47} bytes" in on_a_cpu
@@ -623,13 +623,21 @@ def test_commands_know_what_takes_less_memory(
     assert set(tried) <= set(re.findall(r"--[a-z0-9-]+", capsys.readouterr().out))
 
 
+@pytest.mark.parametrize(
+    ("module", "arguments", "ways"),
+    [
+        (train_hdit, ["--checkpointing"], "a smaller --batch-size with more --grad-accum-steps"),
+        (train_hdit, [], "a smaller --batch-size with more --grad-accum-steps, or --checkpointing"),
+        (generate, ["model", "--bf16"], "fewer --tokens"),
+        (generate, ["model"], "--bf16, or fewer --tokens"),
+    ],
+)
 def test_what_takes_less_memory_is_not_on_already(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    module: Any, arguments: list[str], ways: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(train_hdit, "run", lambda *_: torch.empty(2**45))
-    assert train_hdit.main(["--device", "cpu", "--checkpointing"]) == 2
-    advice = capsys.readouterr().err.partition(" (")[0]
-    assert advice == "error: out of memory: try a smaller --batch-size with more --grad-accum-steps"
+    monkeypatch.setattr(module, "run", lambda *_: torch.empty(2**45))
+    assert module.main([*arguments, "--device", "cpu"]) == 2
+    assert capsys.readouterr().err.partition(" (")[0] == f"error: out of memory: try {ways}"
 
 
 def test_what_a_stream_cannot_show(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
