@@ -670,6 +670,45 @@ def test_a_copy_is_a_model_of_its_own(name: str, twin_of: Callable[[Any], Any]) 
     assert not twin._forward_hooks
 
 
+@pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda block: pickle.loads(pickle.dumps(block))])
+def test_a_copy_of_a_block_takes_no_other_layers_with_it(twin_of: Callable[[Any], Any]) -> None:
+    model, inputs = tiny("WanTransformer3DModel")
+    neighborhood(model, 3)
+    expected = output(model, inputs)
+    gc.collect()
+    before = len(modules_alive())
+    twin = twin_of(model.blocks[0])
+    gc.collect()
+    assert len(modules_alive()) - before == len([*twin.modules()])
+    assert unpatch(twin) == 1
+    assert not twin._forward_pre_hooks
+    assert not twin._forward_hooks
+    assert torch.equal(output(model, inputs), expected)
+
+
+def modules_alive() -> list[nn.Module]:
+    return [x for x in gc.get_objects() if isinstance(x, nn.Module)]
+
+
+def test_a_copy_of_a_block_has_the_windows_of_the_model_that_it_is_in() -> None:
+    """As soon as neighborhood knows of it, and also where checkpoints compute it again."""
+    model, inputs = tiny("WanTransformer3DModel")
+    neighborhood(model, 3)
+    model.blocks.append(copy.deepcopy(model.blocks[0]))
+    with raises_naming("60 tokens", "neighborhood again, if a block was copied"):
+        output(model, inputs)
+    assert neighborhood(model, 3) == 3
+    grads = []
+    for checkpoints in (False, True):
+        (model.enable_gradient_checkpointing if checkpoints else model.disable_gradient_checkpointing)()
+        loss = model.train()(**inputs, return_dict=False)[0].square().mean()
+        model(**turn(inputs))  # the last call with gradients, at another size
+        grads.append(torch.autograd.grad(loss, list(model.parameters()), allow_unused=True))
+    torch.testing.assert_close(grads[1], grads[0])
+    assert unpatch(model) == 3
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
 @pytest.mark.parametrize("name", ["FluxTransformer2DModel", "HunyuanVideoTransformer3DModel"])
 def test_checkpoints_compute_layers_again(name: str) -> None:
     model, inputs = tiny(name)

@@ -36,13 +36,16 @@ class ModelHook:
         raise NotImplementedError
 
     @staticmethod
+    def all_of(module: nn.Module) -> list[ModelHook]:
+        """Those of which a model or a part of it has hooks."""
+        owners = (getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values())
+        return [owner for owner in owners if isinstance(owner, ModelHook)]
+
+    @staticmethod
     def of(model: nn.Module) -> ModelHook | None:
         """The one of a model; parts of it, which have hooks of the same object, have none of their own."""
-        for hook in model._forward_pre_hooks.values():
-            owner = getattr(hook, "__self__", None)
-            if isinstance(owner, ModelHook) and hook == owner.read:
-                return owner
-        return None
+        hooks = model._forward_pre_hooks.values()
+        return next((owner for owner in ModelHook.all_of(model) if owner.read in hooks), None)
 
 
 def modules_of(model: Any) -> Iterator[nn.Module]:
@@ -68,8 +71,10 @@ def unpatch(model: Any) -> int:
     """
     count = 0
     for module in modules_of(model):
-        if hook := ModelHook.of(module):  # which outlives processors that somebody else replaced
-            hook.release()
+        if ModelHook.of(module):  # which outlives processors that somebody else replaced
+            for part in module.modules():  # blocks that were copied have another one
+                for hook in ModelHook.all_of(part):
+                    hook.release()
         processor: Any = getattr(module, "processor", None)
         if isinstance(processor, Replacement):
             processor.release()

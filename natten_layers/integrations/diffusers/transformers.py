@@ -73,10 +73,20 @@ def neighborhood(
     tokens = tokens if isinstance(tokens, _Tokens) else _Tokens(model, family)
     for attn in chosen:
         attn.set_processor(_replacement(attn.processor, window))
-    tokens.layers = [attn for attn in attentions if isinstance(attn.processor, Replacement)]
-    for attn in tokens.layers:  # all of them, as a part of the model that was unpatched took the last hook with it
-        attn.processor.tokens = tokens
-    return len(tokens.layers)
+    for block, _ in _blocks(model, family):
+        tokens.watch(block)
+    count = 0
+    for attn in attentions:
+        has_window = isinstance(attn.processor, Replacement)
+        setattr(attn, _HAS_WINDOW, has_window)
+        if has_window:  # all of them: a part that was unpatched took the last hook with it, and copies have another one
+            attn.processor.tokens = tokens
+            count += 1
+    return count
+
+
+_HAS_WINDOW = "_natten_layers_has_window"
+"""What layers know of themselves. A hook that knew them would take them all into copies and pickles of one block."""
 
 
 class _Window(NamedTuple):
@@ -176,8 +186,6 @@ class _Tokens(ModelHook):
         """those with gradients, by the tokens that each block was given"""
         self.recorded = _Call()
         """the last one with gradients"""
-        self.layers: list[Any] = []
-        """those that have a window"""
         self.signature = inspect.signature(type(model).forward)
         self.ids: tuple[Callable[[], Any], int, Grid] = _no_ids, 0, ()
         """the positions of the last call that had some, how often they had changed, and their grid"""
@@ -186,7 +194,9 @@ class _Tokens(ModelHook):
             model.register_forward_pre_hook(self.read, with_kwargs=True),  # pyright: ignore
             model.register_forward_hook(self.forget),  # pyright: ignore
         ]
-        for block, _ in _blocks(model, family):
+
+    def watch(self, block: nn.Module) -> None:
+        if self not in self.all_of(block):
             self.handles += [
                 block.register_forward_pre_hook(self.follow, with_kwargs=True),  # pyright: ignore
                 # Checkpoints raise an exception once they have computed again what they need.
@@ -270,12 +280,15 @@ class _Tokens(ModelHook):
 
     def check_layers(self, model: nn.Module) -> None:
         """Raise if somebody else took the place of a processor, which would leave its layer without a window."""
-        lost = [attn for attn in self.layers if not isinstance(attn.processor, Replacement)]
-        indices = [i for i, attn in enumerate(_attentions(model, self.family)) if attn in lost] if lost else []
-        if indices:  # layers that were taken out of the model need no windows
-            kinds = {type(attn.processor).__name__ for attn in lost}
+        lost = {
+            i: type(attn.processor).__name__
+            for i, attn in enumerate(_attentions(model, self.family))
+            if getattr(attn, _HAS_WINDOW, False) and not isinstance(attn.processor, Replacement)
+        }
+        if lost:
+            kinds = ", ".join(sorted({*lost.values()}))
             raise ValueError(
-                f"layers {_few(indices)} lost their windows, as {', '.join(sorted(kinds))} took the place of their "
+                f"layers {_few(list(lost))} lost their windows, as {kinds} took the place of their "
                 "processors; call neighborhood after whatever sets processors (fuse_qkv_projections, "
                 "unfuse_qkv_projections, adapters), or unpatch"
             )
@@ -388,7 +401,7 @@ def _attention(
     if not grid or length < image or (length > image and where == "elsewhere"):
         raise ValueError(
             f"attention of {length} tokens does not fit a grid of {grid}: call the whole model, on one device; "
-            "call neighborhood again, if processors were put back after unpatch; or unpatch it"
+            "call neighborhood again, if a block was copied or processors were put back after unpatch; or unpatch it"
         )
     pixels = slice(length - image, length) if where == "first" else slice(0, image)
     text = slice(0, length - image) if where == "first" else slice(image, length)
