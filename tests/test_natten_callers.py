@@ -293,6 +293,24 @@ def test_switches_are_kept_and_warn_once() -> None:
     assert not natten.is_flex_compile_allowed()
 
 
+@pytest.mark.parametrize("wrong", ["false", None, 1])
+def test_switches_take_bools_alone(wrong: Any) -> None:
+    for switch in (
+        natten.use_deterministic_algorithms,
+        natten.use_kv_parallelism_in_fused_na,
+        natten.allow_flex_compile,
+        natten.allow_flex_compile_backprop,
+    ):
+        with raises_naming("mode must be True or False", repr(wrong)):
+            switch(wrong)
+    with raises_naming("backprop must be True or False", repr(wrong)):
+        natten.allow_flex_compile(backprop=wrong)
+    assert not natten.are_deterministic_algorithms_enabled()
+    assert natten.is_kv_parallelism_in_fused_na_enabled()
+    assert not natten.is_flex_compile_allowed()
+    assert not natten.is_flex_compile_backprop_allowed()
+
+
 def test_modules_have_natten_s_attributes() -> None:
     for rank in (1, 2, 3):
         layer = getattr(natten, f"NeighborhoodAttention{rank}D")(32, 2, kernel_size=3)

@@ -1,4 +1,7 @@
-"""NATTEN's switches. Their getters say what was set; what a switch cannot change here it says once."""
+"""NATTEN's switches. Their getters say what was set; what a switch cannot change here it says once.
+
+They take bools alone, as the operations do: the text "false" of a config would count as true.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ import warnings
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
+
+from ..checks import check_flags
 
 __all__ = [
     "MemoryUsagePreference",
@@ -58,6 +63,7 @@ _NO_FLEX = "it does not use FlexAttention"
 
 def use_deterministic_algorithms(mode: bool = True) -> None:
     """Accepted in silence: gradients have the same bits in every run, whatever the mode."""
+    check_flags(mode=mode)
     _switches.deterministic = mode
 
 
@@ -68,6 +74,7 @@ def are_deterministic_algorithms_enabled() -> bool:
 
 def use_kv_parallelism_in_fused_na(mode: bool = True) -> None:
     """Accepted, without effect but one warning."""
+    check_flags(mode=mode)
     warn_no_effect("use_kv_parallelism_in_fused_na", _NO_ATOMICS)
     _switches.kv_parallelism = mode
 
@@ -112,12 +119,14 @@ def is_memory_usage_unrestricted() -> bool:
 
 def allow_flex_compile(mode: bool = True, backprop: bool = False) -> None:
     """Accepted, without effect but one warning."""
+    check_flags(mode=mode, backprop=backprop)
     warn_no_effect("allow_flex_compile", _NO_FLEX)
     _switches.flex_compile, _switches.flex_compile_backprop = mode, mode and backprop
 
 
 def allow_flex_compile_backprop(mode: bool = True) -> None:
     """Accepted, without effect but one warning. Holds only where :func:`allow_flex_compile` allows the forward pass."""
+    check_flags(mode=mode)
     allow_flex_compile(_switches.flex_compile, mode)
 
 
