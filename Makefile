@@ -59,8 +59,10 @@ test-matrix: $(VENV)/test.stamp ## Parts of the suite with the oldest and newest
 fuzz: export OMP_NUM_THREADS := 1
 fuzz: EXAMPLES ?= 100
 fuzz: $(VENV)/test.stamp ## Random calls, damaged files, killed commands: minutes on a CPU (EXAMPLES=1000 for longer)
-	$(BIN)/python -m pytest --numprocesses auto --quiet -m 'hypothesis and not gpu' --examples $(EXAMPLES)
-	$(BIN)/python -m pytest --numprocesses auto --quiet tests/test_random.py tests/test_stress.py --seeds $(EXAMPLES)
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal --quiet \
+	    -m 'hypothesis and not gpu' --examples $(EXAMPLES)
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal --quiet \
+	    tests/test_random.py tests/test_stress.py --seeds $(EXAMPLES)
 	$(BIN)/python tests/fuzz_kills.py --rounds $$(( $(EXAMPLES) / 5 )) --seed $$RANDOM
 
 # The compiler takes nearly all of the time, on one core a process. `auto` is as many processes as cores, if the memory of
@@ -70,7 +72,8 @@ fuzz-gpu: export OMP_NUM_THREADS := 1
 fuzz-gpu: SEEDS ?= 2000
 fuzz-gpu: JOBS ?= auto
 fuzz-gpu: $(VENV)/test.stamp ## The same calls on a GPU, from several threads and streams over memory that holds NaN (SEEDS=500, JOBS=8)
-	$(BIN)/python -m pytest --numprocesses $(JOBS) --quiet -m gpu tests/test_stress.py --seeds $(SEEDS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal --quiet \
+	    -m gpu tests/test_stress.py --seeds $(SEEDS)
 	if command -v compute-sanitizer; then \
 	    compute-sanitizer --tool memcheck --error-exitcode 9 --target-processes all \
 	        $(BIN)/python -m pytest --quiet -m gpu tests/test_random.py --seeds 25; \
