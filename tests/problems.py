@@ -53,3 +53,10 @@ def problem_of_projected_image(monkeypatch: pytest.MonkeyPatch, **changes: Any) 
     """The same image, with its queries, keys and values side by side in the result of one projection."""
     query, key = (Layout((8, 128, 128, h, 64), (2**14 * 768, 2**7 * 768, 768, 64, 1)) for h in (8, 2))
     return problem_of_image(monkeypatch, **{"query": query, "key": key, "value": key, **changes})
+
+
+def with_registers(registers: int, heads: int, dim: int, images: int = 8) -> dict[str, Layout]:
+    """Images of 64x64 tokens, and register tokens."""
+    tokens, extra = contiguous((images, 64, 64, heads, dim)), contiguous((images, registers, heads, dim))
+    names = "query", "key", "value", "additional_keys", "additional_values"
+    return dict(zip(names, (tokens,) * 3 + (extra,) * 2, strict=True))

@@ -1,6 +1,7 @@
 """Commands on files with flipped bits, cut ends and odd values: they end with one line of error, or do their work.
 
-``--examples 1000`` draws that many for each file; ``make fuzz`` does so. test_files.py does the same to the library.
+``--examples 1000`` draws that many for each file; ``make fuzz`` does so. test_drawn_damage.py does the same to the
+library.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from distribution import MODEL
 from hdit_runs import cut
 from hypothesis import given
 from hypothesis import strategies as st
-from test_files import JSON, drawn, places_in
+from odd_files import JSON, drawn, places_in
 from torch import Tensor
 
 from natten_layers import DecoderLM, DecoderLMConfig
