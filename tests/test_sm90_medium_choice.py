@@ -283,3 +283,31 @@ def test_videos_whose_frames_no_tile_divides_have_none(monkeypatch: pytest.Monke
     assert medium_tiling.forward_tile_config(problem) is None
     with override(variants=MEDIUM):
         assert names(problem) == ["portable"] * 3
+
+
+@pytest.mark.parametrize("name", [variants.MEDIUM, variants.LARGE, variants.TILES])
+def test_no_kernel_has_heads_that_do_not_divide_a_group(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Not even one that is asked for by name: programs of two heads would leave out the last of three."""
+    query, key = (contiguous((2, 96, 96, h, 64)) for h in (3, 1))
+    problem = problem_of_image(monkeypatch, query=query, key=key, value=key, kernel_size=(7, 7))
+    kernels = dict.fromkeys(MEDIUM, name)
+    with override(variants=kernels):
+        assert names(problem) == [name] * 3
+    with override(pack=1, variants=kernels):
+        assert names(problem) == [name] * 3
+    for pack in (2, 3, 4):
+        with override(pack=pack, variants=kernels):
+            assert names(problem) == ["portable", "portable", name]
+            reasons = dict(dispatch.choose("forward", Question(problem)).passed_over)
+            assert f"{pack} heads a program" in reasons[name]
+
+
+@pytest.mark.parametrize(("spatial", "window"), [((256, 4096), 21), ((512, 2048), 13)], ids=str)
+def test_gradients_stay_where_windows_are_too_small_for_larger_tiles(
+    monkeypatch: pytest.MonkeyPatch, spatial: tuple[int, int], window: int
+) -> None:
+    """However much the lines exceed the cache: otherwise dK and dV would be left to portable kernels."""
+    heads = contiguous((1, *spatial, 8, 64))
+    problem = problem_of_image(monkeypatch, query=heads, key=heads, value=heads, kernel_size=(window,) * 2)
+    assert medium_tiling.bytes_of_lines(problem) > medium_tiling.LINES_BYTES
+    assert names(problem) == [variants.MEDIUM] * 3

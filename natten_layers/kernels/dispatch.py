@@ -28,7 +28,7 @@ from .host.problem import (
 )
 from .host.qk_prep import QKPrep, QKPrepKind
 from .host.tiling import Kind
-from .host.tuned import is_portable_only, remembered, variant_for
+from .host.tuned import is_portable_only, override_pack, remembered, variant_for
 from .host.variant import Choice, Direction, PassedOver, Question, Variant
 from .portable import pair_variants as pairs
 from .portable import qk_prep
@@ -56,7 +56,7 @@ def _asked_for(direction: Direction, question: Question | CacheProblem) -> Choic
     if name not in [variant.name for variant in VARIANTS[tuned_as]]:
         return None
     variant = next((variant for variant in variants if variant.name in (name, *IN_TWO_LAUNCHES)), None)
-    if variant is None:
+    if variant is None or _left_out(variant, direction, question):
         return None
     plan = plan_of(variant, question)
     reason = f"tuning or an override asks for {name}"
@@ -73,7 +73,7 @@ def plan_of(variant: Variant, question: Question | CacheProblem) -> Any:
 def _first_that_pays(direction: Direction, question: Question | CacheProblem) -> Choice:
     passed: list[PassedOver] = []
     for variant in VARIANTS[direction]:
-        reason = _left_out(variant) or variant.supports(question) or variant.pays(question)
+        reason = _left_out(variant, direction, question) or variant.supports(question) or variant.pays(question)
         if reason is None:
             plan = variant.plan(question)
             if not isinstance(plan, str):
@@ -83,9 +83,25 @@ def _first_that_pays(direction: Direction, question: Question | CacheProblem) ->
     raise AssertionError(f"no kernel computes {question}")
 
 
-def _left_out(variant: Variant) -> str | None:
-    """Why a variant is left out, or None. Kernels that use TMA are those for one compute capability."""
-    return "an override asks for portable kernels alone" if is_portable_only() and variant.uses_tma else None
+def _left_out(variant: Variant, direction: Direction, question: Question | CacheProblem) -> str | None:
+    """Why an override leaves a variant out, or None. Kernels that use TMA are those for one compute capability."""
+    if not variant.uses_tma:
+        return None
+    return "an override asks for portable kernels alone" if is_portable_only() else _pack_gap(direction, question)
+
+
+def _pack_gap(direction: Direction, question: Question | CacheProblem) -> str | None:
+    """Why no kernel that uses TMA has as many heads a program as an override asks for, or None."""
+    pack = override_pack()
+    # Programs of gradients of keys compute all heads that share them.
+    if not pack or not isinstance(question, Question) or TUNED_AS.get(direction) == "backward_key":
+        return None
+    group = question.problem.group
+    if group % pack:
+        return f"an override asks for {pack} heads a program, which do not divide the group of {group}"
+    if pack & (pack - 1):
+        return f"an override asks for {pack} heads a program, which are no power of two"
+    return None
 
 
 class BackwardChoices(NamedTuple):

@@ -10,7 +10,7 @@ from ..host.tiling import Kind, head_width
 from ..host.tuned import override_pack
 from ..host.variant import Question
 from . import large_tiling, medium_tiling, small_tiling
-from .support import LARGE, MEDIUM, large_gap, medium_gap
+from .support import LARGE, MEDIUM, large_backward_gap, large_gap, medium_gap
 
 # A window is large from this many key elements (keys times head dim) on: 256 keys of head dim 128, or 512 of 64. The
 # wider ones of keys and values count: 24x17 keys of 64 channels with values of 128, 32 heads over two, take 0.259 ms
@@ -122,18 +122,6 @@ MEDIUM_PRODUCTS_WITH_BIASES = 2**29
 PAIRS = 2**27
 
 
-def pack_gap(question: Question, kind: Kind) -> str | None:
-    """Why an override of the heads of a program asks for the portable kernel, or None."""
-    pack, group = override_pack(), question.problem.group
-    if not pack or kind == "backward_key":  # programs of dK and dV compute all of them
-        return None
-    if group % pack:
-        return f"an override asks for {pack} heads a program, which do not divide the group of {group}"
-    if pack & (pack - 1):
-        return f"an override asks for {pack} heads a program, which are no power of two"
-    return None
-
-
 # --- Large windows
 
 
@@ -164,7 +152,7 @@ def large_pays(question: Question, kind: Kind = "forward") -> str | None:
         return f"the window is small: {keys} keys{beside} of {dim} elements are fewer than {least} elements"
     if queries * keys < pairs:
         return f"the call is small: {queries} queries of {keys} keys are fewer than {pairs} pairs"
-    return pack_gap(question, kind)
+    return None
 
 
 def large_registers_pay(question: Question) -> str | None:
@@ -189,7 +177,7 @@ def small_pays(question: Question, kind: Kind) -> str | None:
         return f"the window is large: {window} keys, {small_tiling.SCORES} or more"
     if queries < LEAST_ROWS:
         return f"the call is small: {queries} query rows are fewer than {LEAST_ROWS}"
-    return pack_gap(question, kind)
+    return None
 
 
 def small_backward_pays(question: Question, kind: Kind) -> str | None:
@@ -234,7 +222,7 @@ def medium_pays(question: Question, kind: Kind) -> str | None:
         beside = ", additional keys included," if keys > window else ""
         work = f"{queries} queries of {keys} keys{beside} of {dim} elements"
         return f"the call is small: {work} are fewer than {least} products"
-    return pack_gap(question, kind)
+    return None
 
 
 def _least_products(p: Problem, kind: Kind) -> int:
@@ -250,7 +238,7 @@ def medium_jvp_pays(question: Question) -> str | None:
     elements = (prod(p.kernel_size) + p.registers) * p.query.shape[-1]
     if elements >= LARGE_KEY_ELEMENTS_OF_JVP:
         return f"the window is large: {elements} elements of keys are {LARGE_KEY_ELEMENTS_OF_JVP} or more"
-    return pack_gap(question, "forward")
+    return None
 
 
 def _beyond_medium(question: Question, keys: int, kind: Kind) -> str | None:
@@ -263,9 +251,15 @@ def _beyond_medium(question: Question, keys: int, kind: Kind) -> str | None:
         most = MEDIUM_KEYS_TIMES_SQUARED_CHANNELS
         return f"the window is large: {keys} keys times the square of {dim} channels are {most} or more"
     lines, most = medium_tiling.bytes_of_lines(p), medium_tiling.LINES_BYTES
-    if kind == "backward_key" and p.rank > 1 and lines > most:
+    if kind == "backward_key" and p.rank > 1 and lines > most and _large_takes(question, kind):
         return f"keys and values of the lines that a line sees, {lines} bytes, exceed {most}"
     return None
+
+
+def _large_takes(question: Question, kind: Kind) -> bool:
+    """Whether a call that kernels for medium windows leave takes those for large ones, not the slower portable ones."""
+    gap = large_gap if kind == "forward" else large_backward_gap
+    return gap(question) is None and large_pays(question, kind) is None
 
 
 def _most_on_one_axis(question: Question, kind: Kind) -> int:
@@ -276,7 +270,7 @@ def _most_on_one_axis(question: Question, kind: Kind) -> int:
         return MEDIUM_KEY_ELEMENTS_OF_UNFILLED_COLUMNS
     if dim <= MEDIUM_CHANNELS:
         return MEDIUM_KEY_ELEMENTS_OF_NARROW_HEADS
-    if kind == "forward" and dim > 96 and large_gap(question) is None and large_pays(question) is None:
+    if kind == "forward" and dim > 96 and _large_takes(question, kind):
         return MEDIUM_KEY_ELEMENTS_OF_WIDE_FORWARD
     if kind == "backward_key" and dim <= 80:
         return MEDIUM_KEY_ELEMENTS_OF_80_CHANNELS
@@ -333,4 +327,4 @@ def fused_prep_pays(question: Question) -> str | None:
         return f"the window is large: {window} keys, {small_tiling.SCORES} or more"
     if large_pays(question) is None:
         return f"the {LARGE} kernel pays, which takes heads that are prepared"
-    return pack_gap(question, "forward")
+    return None

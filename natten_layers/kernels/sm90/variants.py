@@ -34,7 +34,6 @@ from .thresholds import (
     large_registers_pay,
     medium_jvp_pays,
     medium_pays,
-    pack_gap,
     packed_images_pay,
     small_backward_pays,
     small_pays,
@@ -226,7 +225,6 @@ MEDIUM_JVP = Variant(
 MEDIUM_FORWARD_JVP = Variant(
     MEDIUM,
     supports=medium_jvp_gap,
-    pays=lambda q: pack_gap(q, "forward"),
     plan=_medium_jvp_plan,
     run=lambda *args: medium_jvp.forward_with_tangents(*args),
     uses_tma=True,
@@ -234,7 +232,7 @@ MEDIUM_FORWARD_JVP = Variant(
 MEDIUM_PAIR_FORWARD = Variant(
     MEDIUM_PAIRS,
     supports=medium_pairs_gap,
-    pays=lambda q: pair_pays(q) or pack_gap(q, "forward"),
+    pays=pair_pays,
     plan=_medium_plan,
     run=lambda *args: medium_pairs.forward(*args),
     uses_tma=True,
@@ -242,7 +240,7 @@ MEDIUM_PAIR_FORWARD = Variant(
 MEDIUM_PAIR_QUERY_GRADIENT = Variant(
     MEDIUM_PAIRS,
     supports=medium_pairs_gap,
-    pays=lambda q: pair_pays(q) or pack_gap(q, "backward_query"),
+    pays=pair_pays,
     plan=_medium_query_plan,
     run=lambda *args: medium_pair_gradients.query_gradient(*args),
     uses_tma=True,
@@ -250,7 +248,7 @@ MEDIUM_PAIR_QUERY_GRADIENT = Variant(
 MEDIUM_PAIR_KEY_GRADIENTS = Variant(
     MEDIUM_PAIRS,
     supports=medium_pair_keys_gap,
-    pays=lambda q: pair_pays(q) or pack_gap(q, "backward_key"),
+    pays=pair_pays,
     plan=_medium_key_plan,
     run=lambda *args: medium_pair_gradients.key_gradients(*args),
     uses_tma=True,
