@@ -449,7 +449,7 @@ def test_portable_kernels_alone_may_be_asked_for(
             ["only if they are causal"] * 2 + ["no packed batch", "is_periodic is (True,)"],
         ),
         (problem_of_text, {"capability": (8, 0)}, {}, ["the device has 8.0"] * 4),
-        (problem_of_text, {"kernel_size": (1024,)}, {}, ["the window is large"] * 3 + ["the call is small"]),
+        (problem_of_text, {"kernel_size": (1024,)}, {}, ["the window is large"] * 2),
         (
             problem_of_text,
             {"kernel_size": (64,), **dict.fromkeys(("query", "key", "value"), contiguous((1, 128, 8, 256)))},

@@ -577,8 +577,6 @@ def test_large_is_what_the_keys_of_a_window_take(
 @pytest.mark.parametrize(
     "changes",
     [
-        {"kernel_size": (1024,)},  # too few pairs to hide the host time of such a launch
-        {"query": Layout((1, 8192, 2, 128), (8192 * 256, 256, 128, 1))},
         {"dtype": torch.float32},
         {"scale_first": True},
         {"capability": (8, 0)},
@@ -591,6 +589,17 @@ def test_large_is_what_the_keys_of_a_window_take(
 )
 def test_other_calls_do_not(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
     assert planned("forward", problem_of_text(monkeypatch, **changes)) is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"kernel_size": (1024,)}, {"query": Layout((1, 8192, 2, 128), (8192 * 256, 256, 128, 1))}],
+    ids=str,
+)
+def test_calls_with_too_few_pairs_to_hide_the_host_time_take_others(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    assert isinstance(planned("forward", problem_of_text(monkeypatch, **changes)), MediumTileConfig)
 
 
 def test_tiles_that_somebody_chose_win(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -682,12 +691,12 @@ def test_gradients_of_register_tokens_take_it_beside_any_kernel(
 
 def test_wide_values_with_register_tokens_take_it_from_fewer_keys_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels for smaller windows take queries and values of equally many channels."""
-    for registers, taken in ((191, False), (192, True)):
-        tokens, values = (contiguous((8, 64, 64, 8, dim)) for dim in (64, 128))
-        extra = [contiguous((8, registers, 8, dim)) for dim in (64, 128)]
+    for registers, taken in ((63, False), (64, True)):
+        tokens, values = (contiguous((16, 64, 64, 8, dim)) for dim in (64, 128))
+        extra = [contiguous((16, registers, 8, dim)) for dim in (64, 128)]
         problem = problem_of_text(
             monkeypatch, query=tokens, key=tokens, value=values, additional_keys=extra[0], additional_values=extra[1],
-            kernel_size=(16, 28), stride=(1, 1), dilation=(1, 1), is_causal=(False, False),
+            kernel_size=(16, 16), stride=(1, 1), dilation=(1, 1), is_causal=(False, False),
         )  # fmt: skip
         assert isinstance(planned("forward", problem), LargeTileConfig) == taken
 

@@ -216,10 +216,6 @@ WIDE = contiguous((4, 64, 64, 8, 64))
             "the portable kernel is faster for heads of 40 channels on 2 axes",
         ),
         (dict.fromkeys(("query", "key", "value"), contiguous((1, 64, 64, 8, 96))), "the call is small"),
-        (
-            {"kernel_size": (31, 31), **dict.fromkeys(("query", "key", "value"), contiguous((1, 64, 64, 8, 96)))},
-            "the window is large",
-        ),
         ({"dilation": (1, 3)}, "does not divide"),
     ],
     ids=str,
@@ -311,3 +307,13 @@ def test_gradients_stay_where_windows_are_too_small_for_larger_tiles(
     problem = problem_of_image(monkeypatch, query=heads, key=heads, value=heads, kernel_size=(window,) * 2)
     assert medium_tiling.bytes_of_lines(problem) > medium_tiling.LINES_BYTES
     assert names(problem) == [variants.MEDIUM] * 3
+
+
+@pytest.mark.parametrize(("images", "takes"), [(1, variants.MEDIUM), (8, variants.LARGE)])
+def test_large_windows_of_small_calls_take_what_large_calls_leave(
+    monkeypatch: pytest.MonkeyPatch, images: int, takes: str
+) -> None:
+    """Kernels for large windows need a large call, and portable ones are slower than those for medium windows."""
+    heads = contiguous((images, 64, 64, 8, 96))
+    problem = problem_of_image(monkeypatch, query=heads, key=heads, value=heads, kernel_size=(31, 31))
+    assert names(problem) == [takes] * 3

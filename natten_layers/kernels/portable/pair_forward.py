@@ -5,6 +5,7 @@ It computes what ``forward.py`` does, and walks as that does. Registers, which a
 
 # Triton's language shares the syntax of Python, but not its types.
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false
+# pyright: reportAssignmentType=false
 
 from typing import Any, NamedTuple
 

@@ -7,6 +7,7 @@ of a row's magnitudes times the largest magnitude of the columns, plus ``|delta|
 
 # Triton's language shares the syntax of Python, but not its types.
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false
+# pyright: reportAssignmentType=false
 
 from typing import Any, NamedTuple
 

@@ -72,6 +72,8 @@ MEDIUM_KEY_ELEMENTS_OF_UNFILLED_COLUMNS = 2**15
 # 128 channels 0.405 and 0.347, 23x23 of 128 0.545 and 0.576; 9x9x9 of 80 channels 1.57 and 1.20, 11x11x11 of 64 2.19
 # and 1.93, 41x41 of 64 0.80 and 0.73. Gradients of 23x23 are as fast with both, and of the others with these.
 MEDIUM_KEYS_TIMES_SQUARED_CHANNELS = 2**23
+# Where a call is too small for those, these are faster than portable kernels: 1740 keys of 72 channels, 8 heads of 2 x
+# 3469 tokens, forward 0.144 in portable kernels and 0.124 in these, all gradients 0.314 and, with dQ in these, 0.296.
 # They load each chunk for 64 rows, those for large windows for up to 256, which matters where what is loaded exceeds
 # L2. Then those are faster for dK and dV: 11x11x11 windows of 61x136x240 tokens with 4 heads of 64 channels, large
 # against these, forward 17.3 and 16.7, dQ 21.0 and 18.6, dK and dV 28.2 and 32.7; 21x21 of 256x4096 with 8 heads 5.3
@@ -87,13 +89,14 @@ MEDIUM_KEYS_ON_ONE_AXIS = 256
 # keys 0.251 and 0.209, 65 keys of 128 0.364 and 0.311. Where heads share keys, wide ones are faster, too (128 causal
 # keys of 128, four heads a group, 0.619 and 0.557), but narrow ones are not (64 channels 0.327 and 0.336).
 MEDIUM_KEYS_OF_KEY_GRADIENTS = 64
+# Up to this many channels heads are narrow, to the rules for dQ and for one axis.
+MEDIUM_CHANNELS = 64
 # Heads with fewer than this many channels take portable kernels on two and three axes, forward and for dQ, where
 # columns in shared memory come in two parts: 11x11 of 40 0.226 and 0.250, dQ 0.252 and 0.286; but 13x13 of 32 0.310 and
-# 0.288, dQ 0.341 and 0.300.
-MEDIUM_CHANNELS = 64
-# On one axis they do for dQ with fewer than this many: with all other kernels of a call, 513 keys of 40 channels 0.497
-# and 0.505, of 48 0.439 and 0.426; 257 keys of 32 0.215 and 0.218.
-MEDIUM_CHANNELS_OF_DQ_ON_ONE_AXIS = 48
+# 0.288, dQ 0.341 and 0.300, and 3x20x5 of 48 0.248 and 0.218, gradients with this dQ 0.615 and 0.606. On one axis they
+# do for dQ alone: with all other kernels of a call, 513 keys of 40 channels 0.497 and 0.505, of 48 0.439 and 0.426; 257
+# keys of 32 0.215 and 0.218.
+LEAST_MEDIUM_CHANNELS = 48
 # Of two kernels that compute one tile a program, those for small windows are slower for gradients on two and three axes
 # from this many keys on: dQ of 9x9 of 56 channels 0.193 and 0.172, of 13x13 of 64 with four heads a group 0.643 and
 # 0.524; with all other kernels of a call, dK and dV of 9x9 of 32 0.474 and 0.377. dQ of up to 32 channels is the
@@ -245,13 +248,16 @@ def _beyond_medium(question: Question, keys: int, kind: Kind) -> str | None:
     """Why so many keys are too many, or None."""
     p = question.problem
     dim = p.query.shape[-1]
+    large_takes = _large_takes(question, kind)
+    if dim >= MEDIUM_CHANNELS and not large_takes:
+        return None
     if p.rank == 1 and keys * dim >= (most := _most_on_one_axis(question, kind)):
         return f"the window is large: {keys} keys of {dim} elements are {most} or more"
     if p.rank > 1 and keys * dim**2 >= MEDIUM_KEYS_TIMES_SQUARED_CHANNELS:
         most = MEDIUM_KEYS_TIMES_SQUARED_CHANNELS
         return f"the window is large: {keys} keys times the square of {dim} channels are {most} or more"
     lines, most = medium_tiling.bytes_of_lines(p), medium_tiling.LINES_BYTES
-    if kind == "backward_key" and p.rank > 1 and lines > most and _large_takes(question, kind):
+    if kind == "backward_key" and p.rank > 1 and lines > most and large_takes:
         return f"keys and values of the lines that a line sees, {lines} bytes, exceed {most}"
     return None
 
@@ -281,8 +287,8 @@ def _is_narrow(p: Problem, kind: Kind) -> bool:
     """Whether heads have so few channels that the portable kernel is faster, forward and for dQ."""
     dim = p.query.shape[-1]
     if p.rank == 1:
-        return kind == "backward_query" and dim < MEDIUM_CHANNELS_OF_DQ_ON_ONE_AXIS
-    return dim < MEDIUM_CHANNELS and len(medium_tiling.columns_of(p)) > 1
+        return kind == "backward_query" and dim < LEAST_MEDIUM_CHANNELS
+    return dim < LEAST_MEDIUM_CHANNELS and len(medium_tiling.columns_of(p)) > 1
 
 
 def _medium_is_faster(question: Question, kind: Kind) -> bool:
