@@ -155,3 +155,29 @@ assert not torch.cuda.is_initialized()
 """
     done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_models_are_read_and_built_without_the_compiler(tmp_path: Path) -> None:
+    """On the meta device, where all models are built whose weights come from a file."""
+    script = """
+import sys, torch
+from natten_layers import DecoderLM, DecoderLMConfig, HDiT, HDiTConfig, LevelConfig, NeighborhoodGQA
+
+levels = LevelConfig(1, 16, d_head=8, is_periodic=(False, True)), LevelConfig(1, 16, "global", d_head=8)
+diffusion = HDiTConfig(levels, num_classes=3, mapping_width=8)
+HDiT(diffusion).save_pretrained(sys.argv[1] + "/hdit.safetensors")
+HDiT.from_pretrained(sys.argv[1] + "/hdit.safetensors")
+sizes = {"vocab_size": 5, "hidden_size": 8, "intermediate_size": 4, "num_layers": 1, "num_heads": 2, "head_dim": 4}
+yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 64}
+language = DecoderLMConfig(**sizes, rope=yarn)
+DecoderLM(language).save_pretrained(sys.argv[1] + "/lm")
+DecoderLM.from_pretrained(sys.argv[1] + "/lm")
+with torch.device("meta"):
+    for model in HDiT(diffusion), DecoderLM(language), NeighborhoodGQA(16, 2, kernel_size=3, num_registers=2):
+        assert all(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
+assert "torch._dynamo" not in sys.modules  # it takes seconds
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -174,7 +174,7 @@ class NeighborhoodGQA(nn.Module):
         self._reset_own_parameters()
 
     def _reset_own_parameters(self) -> None:
-        if self.registers is not None:
+        if self.registers is not None and not self.registers.is_meta:  # as Embedding
             nn.init.normal_(self.registers, std=0.02)
         if isinstance(self.sink, nn.Parameter):
             nn.init.zeros_(self.sink)

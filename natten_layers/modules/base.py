@@ -17,11 +17,13 @@ from ..wording import shorten
 
 __all__ = [
     "Constants",
+    "Embedding",
     "allocate",
     "at_least_fp32",
     "check_count",
     "check_last_axis",
     "check_probability",
+    "computed",
     "default_dtype",
     "is_plain",
     "reset_children",
@@ -75,6 +77,23 @@ class Constants(nn.Module):
             source = moved if values.is_meta else values
             self._buffers[name] = source.to(moved.device, at_least_fp32(moved.dtype))
         return self
+
+
+def computed(make: Callable[[torch.device | str | None], Tensor], device: torch.device | str | None) -> Tensor:
+    """``make(device)``; for the meta device made on the CPU, as torch imports its compiler for arithmetic there.
+
+    That takes seconds, and models that are loaded from files are built on the meta device.
+    """
+    chosen = torch.get_default_device() if device is None else torch.device(device)
+    return make("cpu").to(chosen) if chosen.type == "meta" else make(device)
+
+
+class Embedding(nn.Embedding):
+    """Draws no numbers on the meta device, for which torch imports its compiler, too."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
 
 
 def reset_children(module: nn.Module) -> None:

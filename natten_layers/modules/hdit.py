@@ -30,7 +30,7 @@ from ..kernels.ops.transforms import is_transformed
 from ..varlen import Shapes, packed_shapes
 from ..wording import with_type
 from .attention import NeighborhoodGQA
-from .base import at_least_fp32, reset_children
+from .base import Embedding, at_least_fp32, reset_children
 from .feed_forward import GEGLU
 from .hdit_config import IMAGE_AXES, HDiTConfig, check_axis
 from .hdit_layers import (
@@ -79,7 +79,7 @@ class HDiT(nn.Module):
         self.time_in_proj = nn.Linear(cond_dim, cond_dim, bias=False)
         self.aug_emb = FourierFeatures(AUG_FEATURES, cond_dim)
         self.aug_in_proj = nn.Linear(cond_dim, cond_dim, bias=False)
-        self.class_emb = nn.Embedding(config.num_classes + 1, cond_dim) if config.num_classes else None
+        self.class_emb = Embedding(config.num_classes + 1, cond_dim) if config.num_classes else None
         self.mapping_cond_in_proj = (
             nn.Linear(config.mapping_cond_dim, cond_dim, bias=False) if config.mapping_cond_dim else None
         )

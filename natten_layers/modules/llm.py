@@ -21,7 +21,7 @@ from ..io.tensors import make_on_meta
 from ..kernels.ops.transforms import is_transformed
 from ..varlen import packed_shapes
 from ..wording import with_type
-from .base import allocate, check_count
+from .base import Embedding, allocate, check_count
 from .cache import Cache, LayerCache
 from .decoder_attention import DecoderAttention, Device, make_norm
 from .feed_forward import GatedFeedForward, MixtureOfExperts
@@ -39,7 +39,7 @@ def _stream_norm(config: DecoderLMConfig, device: Device, dtype: torch.dtype | N
     return make_norm(config.hidden_size, config, device, dtype)
 
 
-class TokenEmbedding(nn.Embedding):
+class TokenEmbedding(Embedding):
     """Embed token indices with ``weight [V, C]``, or compute the logits ``[..., V]`` of hidden states ``[..., C]``.
 
     Models with tied embeddings use both. Since the logits too are a call of this module, offloading and sharding, which

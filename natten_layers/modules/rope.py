@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..checks import check_flags, check_tensors, is_finite_number
 from ..geometry import is_per_axis
 from ..wording import count_or_one, shorten
-from .base import Constants, at_least_fp32, check_count, default_dtype, is_plain
+from .base import Constants, at_least_fp32, check_count, computed, default_dtype, is_plain
 from .rope_scaling import attention_factor, rope_type, scaled_frequencies, stretched_frequencies
 
 __all__ = [
@@ -296,7 +296,12 @@ class AxialRoPE(Rotary):
         self.register_buffer("freqs", self.default_freqs(dtype, device))
 
     def default_freqs(self, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
-        freqs = self._unrounded_freqs(dtype, device)
+        if self.own_freqs is None:
+            return computed(lambda device: self._in_turns(self._spread_freqs(dtype, device)), device)
+        return self._in_turns(self.own_freqs.to(device, dtype, copy=True))
+
+    def _in_turns(self, freqs: Tensor) -> Tensor:
+        """Frequencies, rounded to whole turns of the axes that have a period."""
         if not self._has_turns():
             return freqs
         of_axes = freqs.split(self.split, -1) if freqs.shape[-1] == sum(self.split) else (freqs,) * self.axes
@@ -305,9 +310,7 @@ class AxialRoPE(Rotary):
     def _has_turns(self) -> bool:
         return any(period is not None and math.isfinite(period) for period in self.periods)
 
-    def _unrounded_freqs(self, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
-        if self.own_freqs is not None:
-            return self.own_freqs.to(device, dtype, copy=True)
+    def _spread_freqs(self, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
         n = self.head_dim // (4 * self.axes)
         ends = math.log(math.pi), math.log(10 * math.pi)
         ramp = torch.linspace(*ends, self.num_heads * n + 1, dtype=dtype, device=device)
@@ -445,8 +448,11 @@ class RoPE(Rotary):
     def default_freqs(self, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
         # The same operations in the same order as the models were trained with: at position 1e5 the last bit of an fp32
         # frequency rotates a pair by a hundredth of a radian.
-        exponents = torch.arange(0, self.head_dim, 2, device=device).to(dtype) / self.head_dim
-        return scaled_frequencies(self.theta**exponents, self.theta, self.scaling)
+        def make(device: torch.device | str | None) -> Tensor:
+            exponents = torch.arange(0, self.head_dim, 2, device=device).to(dtype) / self.head_dim
+            return scaled_frequencies(self.theta**exponents, self.theta, self.scaling)
+
+        return computed(make, device)
 
     def extra_repr(self) -> str:
         return (
