@@ -706,7 +706,7 @@ def test_wrong_and_unclear_rows_are_said_to_be(monkeypatch: pytest.MonkeyPatch) 
     attention = plugin._attention
     monkeypatch.setattr(plugin, "_attention", wrong)
     assert transformers_support.survey("llama", "causal LM").verdict == "WRONG"
-    monkeypatch.setattr(plugin, "_REFUSED", {})
+    monkeypatch.setattr(plugin, "REFUSED", {})
     assert transformers_support.survey("bloom", "causal LM").verdict == "UNCLEAR"
     monkeypatch.undo()
     plugin.register()

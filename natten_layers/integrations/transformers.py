@@ -81,10 +81,9 @@ from .packed_texts import (
     keep_apart,
     says_texts,
 )
+from .refused_models import NAME, REFUSED
 
 __all__ = ["NAME", "register", "register_dinat", "register_nat"]
-
-NAME = "natten_layers"
 
 if "q_length" not in inspect.signature(masking_utils.sdpa_mask).parameters:
     raise ImportError(
@@ -114,37 +113,6 @@ _UNSUPPORTED = {
     "block_indices": "sparse attention",
     "output_attentions": "returning attention weights",
 }
-
-
-_ARITHMETIC = f"it does arithmetic on its masks, and {NAME} hands positions to the layers instead of a mask"
-_INDEXED = "its tokens see keys that an indexer chooses (sparse attention), not windows"
-_COMPRESSED = "besides a window, its tokens see compressed keys, which a bias of its own masks"
-# benchmarks/transformers_support.py finds those that a release of transformers adds.
-_REFUSED = {
-    **dict.fromkeys(["axk2", "deepseek_v32", "dots3_note_text", "glm_moe_dsa", "hy_v4"], _INDEXED),
-    "deepseek_v4": _COMPRESSED,
-    "big_bird": _ARITHMETIC,
-    "bloom": _ARITHMETIC,
-    "codegen": _ARITHMETIC,
-    "convbert": _ARITHMETIC,
-    "doge": _ARITHMETIC,
-    "gpt_neox_japanese": _ARITHMETIC,
-    "ibert": _ARITHMETIC,
-    "longformer": _ARITHMETIC,
-    "luke": _ARITHMETIC,
-    "megatron-bert": _ARITHMETIC,
-    "mpt": _ARITHMETIC,
-    "mpnet": _ARITHMETIC,
-    "mvp": _ARITHMETIC,
-    "nystromformer": _ARITHMETIC,
-    "rembert": _ARITHMETIC,
-    "roformer": _ARITHMETIC,
-    "squeezebert": _ARITHMETIC,
-    "tapas": _ARITHMETIC,
-    "trocr": _ARITHMETIC,
-    "xglm": _ARITHMETIC,
-}
-"""``model_type`` of models that are refused as a whole, and why"""
 
 
 def register() -> None:
@@ -249,7 +217,7 @@ def _positions_mask(
 ) -> Tensor | None:
     """What the layers of one kind get as their ``attention_mask``, see the head of this file."""
     forget()
-    if reason := _REFUSED.get(getattr(config, "model_type", "")):
+    if reason := REFUSED.get(getattr(config, "model_type", "")):
         raise ValueError(
             f'{NAME} does not support {config.model_type}: {reason}; use attn_implementation="eager" for it'
         )
