@@ -297,7 +297,10 @@ def test_window_that_the_layer_does_not_pass_on() -> None:
 
 
 def test_the_paths_and_that_nothing_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whole texts, also when padded on the right, take the 1-D operation on views of the unrepeated heads."""
+    """Whole texts, also when padded on the right, take the 1-D operation on views of the unrepeated heads.
+
+    Those padded on the left do where gradients are needed, which ``test_left_padding.py`` has.
+    """
     calls: list[tuple[str, Any]] = []
     whole, cached = plugin.neighborhood_attention, plugin.cached_attention
 
@@ -316,7 +319,8 @@ def test_the_paths_and_that_nothing_is_copied(monkeypatch: pytest.MonkeyPatch) -
     prefill = [("whole", (2, WINDOW)), ("whole", (2, 11)), ("whole", (2, WINDOW))]
     later = [("cached", (2, WINDOW)), ("cached", (2, None)), ("cached", (2, WINDOW))]
     for kind, expected in {"none": prefill, "right": prefill, "left": later}.items():
-        model(ids, attention_mask=padding_mask(kind))
+        with torch.set_grad_enabled(kind != "left"):
+            model(ids, attention_mask=padding_mask(kind))
         assert calls == expected, kind
         calls.clear()
     for cache in CACHES:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..cached import cached_attention
 from ..checks import no_tensor
@@ -25,6 +26,8 @@ _CANNOT_LOOK = (
 )
 _latest: tuple[weakref.ref[Tensor], int, int, Tensor | None] | None = None
 """What :func:`ends_of_texts` last found: of which tensor, its version, for how many rows, and the result."""
+_beside_padding: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""What :func:`ends_beside_padding` found with a mask, of which each kind of layers has one."""
 
 
 def text_begins(position_ids: Tensor, real: Tensor | None = None) -> Tensor:
@@ -63,6 +66,11 @@ def forget() -> None:
     """Look at positions again, as they may have changed in place, which inference tensors do not count."""
     global _latest
     _latest = None
+    _beside_padding.clear()
+
+
+def _version(position_ids: Tensor) -> int:
+    return -1 if position_ids.is_inference() else position_ids._version
 
 
 def ends_of_texts(position_ids: Tensor, batch: int) -> Tensor | None:
@@ -71,13 +79,29 @@ def ends_of_texts(position_ids: Tensor, batch: int) -> Tensor | None:
     All layers of a forward pass get the same tensor, so the last result is kept.
     """
     global _latest
-    version = -1 if position_ids.is_inference() else position_ids._version
-    known = _latest
+    version, known = _version(position_ids), _latest
     if known is not None and known[0]() is position_ids and known[1:3] == (version, batch):
         return known[3]
     begins = text_begins(position_ids).cpu()
     found = cumulative_lengths(begins.expand(batch, -1).clone()) if bool(begins.any()) else None
     _latest = weakref.ref(position_ids), version, batch, found
+    return found
+
+
+def ends_beside_padding(mask: Tensor, position_ids: Tensor, real: Tensor, sources: Tensor) -> Tensor | None:
+    """:func:`ends_of_texts` of rows whose tokens are moved; padding begins no text. Waits for the device once a mask.
+
+    Args:
+        mask: what all layers of a kind are given, which holds ``real``.
+        real: ``[B, T]``, False at padding.
+        sources: ``[B, T]``, the index that each token is moved from.
+    """
+    version, known = _version(position_ids), _beside_padding.get(mask)
+    if known is not None and known[0]() is position_ids and known[1] == version:
+        return known[2]
+    begins = text_begins(position_ids, real).gather(1, sources).cpu()
+    found = cumulative_lengths(begins) if bool(begins.any()) else None
+    _beside_padding[mask] = weakref.ref(position_ids), version, found
     return found
 
 

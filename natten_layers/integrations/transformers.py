@@ -43,6 +43,10 @@ A token of a block sees, besides what it sees in any case, those tokens of its b
 attention of another order of tokens, in which each block runs backwards, far from the others; a second call computes it
 and the results are merged. Its positions are the second row.
 
+Where rows begin with padding and a derivative is needed, which the kernel of positions does not have, layers move the
+padding behind the text (:func:`_padding_last`). Patterns of their own say that each row is one stretch of tokens. Of
+the positions of packed texts each kind of layers then asks once.
+
 What the attention function must branch on is in the shape, so that no layer waits for the device. The mask function
 itself is not traced: a model that is compiled whole breaks its graph there; ``generate`` calls it before the compiled
 step.
@@ -70,13 +74,16 @@ from transformers.masking_utils import (
 )
 
 from ..cached import cached_attention
+from ..kernels.ops.transforms import is_differentiated
 from ..operations import AttentionState, merge_attention, neighborhood_attention
 from .dinat import register_dinat
+from .left_padding import is_one_stretch, move, tokens_first
 from .nat import register_nat
 from .packed_texts import (
     attend_to_own_text,
     check_cu_seq_lens,
     cumulative_lengths,
+    ends_beside_padding,
     forget,
     keep_apart,
     says_texts,
@@ -96,9 +103,9 @@ sliding_window_bidirectional_overlay = getattr(masking_utils, "sliding_window_bi
 remap_positions_for_packed_sequence = getattr(masking_utils, "remap_positions_for_packed_sequence", None)
 
 # The row counts of a mask, see the head of this file.
-_CAUSAL, _BLOCKS, _WINDOWED, _BLOCKS_WINDOWED, _BIDIRECTIONAL, _BIDIRECTIONAL_BELOW = range(1, 7)
-_CHUNKED, _TEXTS, _TEXTS_WINDOWED = range(7, 10)
-_ROWS = range(1, 10)
+_CAUSAL, _WINDOWED, _PADDED, _PADDED_WINDOWED, _BLOCKS, _BLOCKS_WINDOWED = range(1, 7)
+_BIDIRECTIONAL, _BIDIRECTIONAL_BELOW, _CHUNKED, _TEXTS, _TEXTS_WINDOWED = range(7, 12)
+_ROWS = range(1, 12)
 _FULL = 0
 """A pattern for which :func:`_positions_mask` needs no rows of its own"""
 
@@ -179,8 +186,16 @@ def _attention(
         plain = rows in (_FULL, _CAUSAL, _WINDOWED, _TEXTS, _TEXTS_WINDOWED) and positions is None
         check_cu_seq_lens(cu_seq_lens_q, cu_seq_lens_k, query, key, plain)
     # No model with chunks hands positions to its layers.
-    elif texts is None and rows != _CHUNKED and says_texts(module, position_ids, query, slots, itself):
-        texts, positions, blocks, window = keep_apart(position_ids, query, positions, blocks, window)
+    elif texts is None and rows != _CHUNKED:
+        said = position_ids if says_texts(module, position_ids, query, slots, itself) else None
+        # A compiled layer cannot look at positions that say texts, and keeps these apart by positions alone.
+        looks = said is None or not torch.compiler.is_compiling()
+        movable = rows in (_PADDED, _PADDED_WINDOWED) and looks and softcap is None
+        if attention_mask is not None and movable and is_differentiated((query, key, value, s_aux)):
+            options = {"scaling": scaling, "sliding_window": sliding_window, "s_aux": s_aux}
+            return _padding_last(module, query, key, value, attention_mask, said, options), None
+        if said is not None:
+            texts, positions, blocks, window = keep_apart(said, query, positions, blocks, window)
     if positions is None:
         key, value = key[:, :length], value[:, :length]  # a static cache has empty slots behind these
         options: dict[str, Any] = {"is_causal": causal, "scale": scaling, "sink": s_aux}
@@ -199,6 +214,32 @@ def _attention(
     sees = blocks[:, :length], blocks[:, length:]
     behind = cached_attention(query, key, value, *sees, window=slots, return_lse=True, **options)
     return merge_attention(*(AttentionState(out, lse, torch.ones_like(lse)) for out, lse in (before, behind))).out, None
+
+
+def _padding_last(
+    module: nn.Module,
+    query: Tensor,  # [B, L, Hq, D]
+    key: Tensor,  # [B, L, Hkv, D]
+    value: Tensor,  # [B, L, Hkv, Dv]
+    attention_mask: Tensor,
+    position_ids: Tensor | None,
+    options: dict[str, Any],
+) -> Tensor:
+    """A layer's attention ``[B, L, Hq, Dv]`` over rows with padding in front: that of rows which end with it."""
+    length, full = query.shape[1], attention_mask.shape[2] == _PADDED
+    real = attention_mask[:, 0, 0, length:] >= 0
+    places, sources = tokens_first(real)
+    texts = None if position_ids is None else ends_beside_padding(attention_mask, position_ids, real, sources)
+    if texts is None:
+        mask = attention_mask[:0, :, : _CAUSAL if full else _WINDOWED]
+    else:
+        mask = _texts_mask(texts, _TEXTS if full else _TEXTS_WINDOWED, 2 * length)
+    query, key, value = (move(x, places).transpose(1, 2) for x in (query, key, value))
+    return move(_attention(module, query, key, value, mask, **options)[0], sources)
+
+
+def _texts_mask(texts: Tensor, rows: int, elements: int) -> Tensor:
+    return texts[:, None, None, None].expand(-1, 1, rows, elements)
 
 
 @torch.compiler.disable  # it reads values of the padding mask and inspects closures, once per model call
@@ -246,11 +287,14 @@ def _positions_mask(
             numbers = overlay["packed_sequence_mask"].expand(batch_size, -1)
             texts = cumulative_lengths(F.pad(numbers.diff(dim=-1) != 0, (1, 0)))
             if len(texts) > batch_size + 1:
-                return texts[:, None, None, None].expand(-1, 1, rows, q_length + kv_length)
+                return _texts_mask(texts, rows, q_length + kv_length)
             rows = _CAUSAL if rows == _TEXTS else _WINDOWED  # when compiled, transformers takes all rows for packed
         if rows in (_CAUSAL, _WINDOWED) and _is_aligned(q_length, kv_length, q_offset, attention_mask):
             return torch.empty(0, 1, rows, q_length + kv_length, dtype=torch.long, device=device)
         positions = torch.cat(_moved(rows, overlay, queries, slots), dim=-1)
+        of_slots = rows in (_CAUSAL, _WINDOWED) and q_length == kv_length and bool(q_offset == kv_offset)
+        if of_slots and attention_mask is not None and is_one_stretch(attention_mask):
+            rows = _PADDED if rows == _CAUSAL else _PADDED_WINDOWED
     positions = positions.expand(batch_size, -1)[:, None, None].repeat(1, 1, rows, 1)
     if rows in (_BLOCKS, _BLOCKS_WINDOWED):
         positions[:, 0, 1] = torch.cat(_backwards(overlay["block_sequence_ids"], queries, slots), dim=-1)
@@ -422,7 +466,7 @@ def _check_mask(module: nn.Module, mask: Tensor, batch: int, length: int, slots:
 def _window(module: nn.Module, sliding_window: int | None, rows: int) -> int | None:
     """How many positions a layer's queries see. Some layers do not say; the masks take it from the configuration."""
     config: Any = module.config
-    if rows in (_CAUSAL, _BLOCKS, _TEXTS):
+    if rows in (_CAUSAL, _BLOCKS, _TEXTS, _PADDED):
         return None
     layer = getattr(module, "layer_idx", None)
     if layer is not None and getattr(config, "per_layer_config", None):  # sizes that vary by layer
