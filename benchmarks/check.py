@@ -38,7 +38,11 @@ Errors = dict[str, tuple[float, float]]
 
 @dataclass
 class Sample:
-    """One exact vector (or number), and the same computed in the input's precision."""
+    """One exact vector (or number), and the same computed in the input's precision.
+
+    Errors of a sum over all queries have random signs, and may cancel where the input's precision is simulated. So the
+    sum errs there by at least what errors of random signs do: the root of the sum of their squares.
+    """
 
     at: tuple[int, ...]  # index into the result
     exact: Tensor
@@ -53,7 +57,7 @@ class Rows:
     d_query: Tensor  # [n, D]
     d_key: Tensor  # [c, D], the part of the requested columns' gradient that comes from this box
     d_value: Tensor  # [c, D]
-    d_sink: Tensor  # []
+    d_sink: Tensor  # [n], each query's part
     d_rpb: Tensor | None  # [2 * kernel_size - 1 per axis], the part of the table's gradient that comes from this box
 
 
@@ -201,10 +205,12 @@ class Reference:
         parts = [part for image in range(len(self.images)) for part in self._everything(image)]
         bands = [(grid, band) for grid, box in parts for band in self._bands(grid, box)]
         exact, rounded = (
-            torch.stack([getattr(self._rows(grid, head, band, None, r), name) for grid, band in bands]).sum(0)
-            for r in (False, True)
+            [getattr(self._rows(grid, head, band, None, r), name) for grid, band in bands] for r in (False, True)
         )
-        return Sample((head,), exact, rounded)
+        if name == "d_rpb":
+            return Sample((head,), torch.stack(exact).sum(0), torch.stack(rounded).sum(0))
+        total, errors = torch.cat(exact).sum(), torch.cat(rounded) - torch.cat(exact)
+        return Sample((head,), total, total + torch.maximum(errors.sum().abs(), errors.norm()))
 
     def _grid(self, image: int, position: tuple[int, ...]) -> tuple[Grid, tuple[int, ...]]:
         """The residue class of a token, and the token's index in it."""
@@ -353,7 +359,7 @@ class Reference:
             d_query=self._round(w.scale * d_scores @ k, rounding),
             d_key=w.scale * d_scores[:, picked].T @ q,
             d_value=self._round(weights[:, picked], rounding).T @ do,
-            d_sink=-(sink_weight / row_sum * delta).sum(),
+            d_sink=-(sink_weight / row_sum * delta)[:, 0],
             d_rpb=d_rpb,
         )
 

@@ -286,6 +286,22 @@ def test_wrong_gradients_are_refused(name: str) -> None:
     assert {n for n, (error, allowed) in errors.items() if error > allowed} == {f"d_{name}"}
 
 
+def test_errors_that_cancel_in_a_sum_are_allowed_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The simulation's errors cancel in the sum over queries, by chance; a kernel's, as large, do not."""
+    find_rows = Reference._rows
+
+    def cancelling(self: Reference, *args: Any) -> check.Rows:
+        signs = (-1.0) ** torch.arange(24, dtype=torch.float64)
+        return replace(find_rows(self, *args), d_sink=1 + 0.01 * args[-1] * signs)
+
+    monkeypatch.setattr(Reference, "_rows", cancelling)
+    workload, inputs = problem((24,), (6,), sink="learned")
+    reference = Reference(workload, inputs, "fwdbwd")
+    error, allowed = reference.errors({"d_sink": torch.full((workload.heads,), 24 * workload.batch + 0.0)})["d_sink"]
+    assert error == 0.0
+    assert allowed == pytest.approx(check.ERROR_FACTOR * 0.01 / math.sqrt(24 * workload.batch))
+
+
 def test_missing_gradient_of_this_library_is_a_failure() -> None:
     def forget(workload: Workload, inputs: Inputs) -> Tensor:
         sink = inputs.sink
