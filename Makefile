@@ -8,7 +8,10 @@ RUN ?= runs/demo
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org/whl/cpu)
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --no-compile --quiet --constraint constraints.txt
+# pip would compile all modules of all packages, for longer than it installs them. Python compiles those that are imported,
+# and keeps them unless this says something else.
+export PYTHONDONTWRITEBYTECODE :=
 SOURCES := natten_layers natten_layers_cli examples benchmarks tests docs
 
 .DEFAULT_GOAL := help
@@ -24,7 +27,9 @@ demo: $(VENV)/demo.stamp ## Train, sample, save and reload a small HDiT on this 
 	$(BIN)/natten-layers-train-hdit --name $(RUN)/demo
 	$(BIN)/natten-layers-sample-hdit $(RUN)/demo.safetensors --reproduce $(RUN)/demo_samples.png
 
-test: lint docs suite ## Lint, types, the site of the documentation and the whole CPU suite
+# Side by side, as pyright, the site and what is left of the suite at its end take one core each.
+test: $(VENV)/test.stamp ## Lint, types, the site of the documentation and the whole CPU suite
+	$(MAKE) --jobs lint docs suite
 
 lint: $(VENV)/test.stamp ## ruff and pyright
 	$(BIN)/ruff check $(SOURCES)
