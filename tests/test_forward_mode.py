@@ -238,6 +238,7 @@ def test_other_transforms_and_errors_without_gradients() -> None:
         (mapped,) = jvp(vmap(run), (query[None],), (tangent[None],))[1]
         with raises_naming("tangent of query", "torch.float64"):
             jvp(run, (query,), (tangent.double(),))
+        run, query, tangent = of_query(FEW, requires_grad=False)
         for second in (jacfwd(jacfwd(run)), lambda q: jvp(lambda p: jvp(run, (p,), (tangent,))[1], (q,), (tangent,))):
             with raises_naming("second derivatives", error=NotImplementedError):
                 second(query)
@@ -400,6 +401,8 @@ def of_query(
 
 
 PLAIN = Case("plain", (7,), 3, heads=2, kv_heads=1, head_dim=8, value_dim=8, batch=1)
+FEW = replace(PLAIN, spatial=(4,))
+"""for transforms that launch a kernel for each number of the query"""
 
 
 def test_second_derivatives_say_that_they_are_missing() -> None:
@@ -618,7 +621,7 @@ def test_jacobians_that_autograd_vectorizes() -> None:
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 def test_jacobians_that_autograd_vectorizes_in_forward_mode() -> None:
-    run, query, _ = of_query(replace(PLAIN, batch=1), requires_grad=False)
+    run, query, _ = of_query(FEW, requires_grad=False)
 
     def jacobian() -> Any:
         return torch.autograd.functional.jacobian(run, query, vectorize=True, strategy="forward-mode")
