@@ -8,6 +8,7 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 import fast_language
+import numpy as np
 
 
 def speed_up(interpreter: Any) -> None:
@@ -38,18 +39,40 @@ def _call_functions_directly(interpreter: Any) -> None:
 
 
 def _take_equal_types_as_they_are(interpreter: Any) -> None:
-    """Return operands of a type that results have, too, without a search for that type and casts to it."""
+    """Return operands of a type that results have, too, without a search for that type and casts to it.
+
+    So for numbers in a kernel's source, which become constants of the other operand's type. Beside a block, a scalar
+    becomes one whose elements are all the same place in memory: no operation writes into its operands.
+    """
     language, semantic = interpreter.tl, interpreter.interpreter_semantic
-    check, closed = semantic.binary_op_type_checking_impl, (language.int32, language.int64, language.float32)
+    check, broadcast, tensor = semantic.binary_op_type_checking_impl, semantic.broadcast_impl_value, language.tensor
+    accepted = {language.int32: (int,), language.int64: (int,), language.float32: (int, float)}
+    numbers = {id(dtype): kinds for dtype, kinds in accepted.items()}  # types of pointers have no hash
+
+    def like(scalar: Any, block: Any) -> Any:
+        data = scalar.handle.data.astype(interpreter._get_np_dtype(scalar.dtype), copy=False)
+        shape = tuple(block.type.shape)
+        spread = np.ndarray(shape, data.dtype, data, 0, (0,) * len(shape))
+        return tensor(interpreter.TensorHandle(spread, scalar.dtype), block.type)
+
+    def alike(lhs: Any, rhs: Any) -> tuple[Any, Any]:
+        if lhs.shape is rhs.shape:
+            return lhs, rhs
+        if not rhs.type.is_block():
+            return lhs, like(rhs, lhs)
+        return (like(lhs, rhs), rhs) if not lhs.type.is_block() else broadcast(lhs, rhs)
+
+    def constant(value: Any, other: Any) -> Any:
+        """The number as a scalar of the type of the other operand, or as it is if results have another one."""
+        if other.__class__ is tensor and value.__class__ in numbers.get(id(other.dtype), ()) and abs(value) < 2**31:
+            return semantic.scalar_constant(value, other.dtype)
+        return value
 
     def check_types(lhs: Any, rhs: Any, *options: Any, **more: Any) -> tuple[Any, Any]:
-        if (
-            lhs.__class__ is rhs.__class__ is language.tensor
-            and lhs.dtype is rhs.dtype
-            and lhs.shape is rhs.shape
-            and any(lhs.dtype is type for type in closed)
-        ):
-            return lhs, rhs
+        left = lhs if lhs.__class__ is tensor else constant(lhs, rhs)
+        right = rhs if rhs.__class__ is tensor else constant(rhs, lhs)
+        if left.__class__ is right.__class__ is tensor and left.dtype is right.dtype and id(left.dtype) in numbers:
+            return alike(left, right)
         return check(lhs, rhs, *options, **more)
 
     semantic.binary_op_type_checking_impl = check_types

@@ -22,6 +22,7 @@ def speed_up(core: Any, semantic: Any) -> None:
     """
     _describe_shapes_once(core)
     _compare_by_identity_first(core)
+    _unwrap_constants_first(core)
     _leave_equal_shapes(semantic)
 
 
@@ -29,6 +30,19 @@ def _compare_by_identity_first(core: Any) -> None:
     compare, integers = core.dtype.__eq__, frozenset(core.dtype.SINT_TYPES + core.dtype.UINT_TYPES)
     core.dtype.__eq__ = lambda self, other: self is other or compare(self, other)
     core.dtype.is_int = lambda self: self.name in integers
+
+
+def _unwrap_constants_first(core: Any) -> None:
+    """Tell tensors and constants by their class, before a search for tuples and lists of constants."""
+    unwrap_any, tensor, constant = core._unwrap_if_constexpr, core.tensor, core.constexpr
+
+    def unwrap(value: Any) -> Any:
+        kind = value.__class__
+        if kind is tensor:
+            return value
+        return value.value if kind is constant else unwrap_any(value)
+
+    core._unwrap_if_constexpr = unwrap
 
 
 def _leave_equal_shapes(semantic: Any) -> None:
