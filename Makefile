@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --no-compile --q
 # pip would compile all modules of all packages, for longer than it installs them. Python compiles those that are imported,
 # and keeps them unless this says something else.
 export PYTHONDONTWRITEBYTECODE :=
-SOURCES := natten_layers natten_layers_cli examples benchmarks tests docs
+SOURCES := natten_layers natten_layers_cli examples benchmarks tests docs typings
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

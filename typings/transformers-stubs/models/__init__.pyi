@@ -2,6 +2,7 @@
 
 The package's own list leads pyright into all of its models. Their types come from the package.
 """
+# ruff: noqa: F403
 
 from .auto import *
 from .dinat import *
