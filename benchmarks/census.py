@@ -15,18 +15,18 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from . import runner
 from .implementations import FLEX_ORDERS, OURS, PEERS, Implementation, implementations, overridden
-from .runner import Row
+from .runner import Rates, Row
 from .shapes import CENSUS, HEAVY
 from .workloads import MODES, Mode, Workload, smoke
 
@@ -41,84 +41,109 @@ ONLY_HOPPER = "natten, hopper-fna"
 """An implementation for one generation of cards, as are the kernels that ``--portable`` leaves out"""
 
 Context = Callable[[], AbstractContextManager[object]]
+Timed = tuple[Row, str]
+"""A row, and the names of the kernels that compute this library's call"""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 1 if this library failed anywhere."""
     args = _parse(argv)
     device = torch.device(args.device)
-    context: Context = partial(overridden, portable_only=True) if args.portable else nullcontext
-
-    def entries_of(workload: Workload) -> Iterator[Implementation | tuple[str, str]]:
-        return implemented(workload, args.peers, device, portable=args.portable, context=context)
-
+    workloads = {name: smoke(CENSUS[name]) if args.smoke else CENSUS[name] for name in args.rows}
     if args.compile_only:
-        for name in args.rows:
-            workload = workload_of(name, args.smoke)
-            runner.compile_ahead(workload, entries_of(workload), args.modes, device)
+        for workload in workloads.values():
+            runner.compile_ahead(workload, entries(workload, args, device), args.modes, device)
         return 0
     start = time.monotonic()
     flags = ["--mode", args.mode, "--peers", ",".join(args.peers), *(["--portable"] if args.portable else [])]
     runner.compile_in_processes("census", args, args.rows, lambda share: [*flags, "--rows", ",".join(share)])
     report = runner.Report(args, device)
     report.keep(arguments=runner.arguments_of(args), rows=[])
-    rows: list[tuple[Row, str]] = []
+    rows: list[Timed] = []
     skipped: list[str] = []
-    for name in args.rows:
+    for name, workload in workloads.items():
         if time.monotonic() - start > args.limit_s:
             skipped.append(name)
             continue
-        workload = workload_of(name, args.smoke)
-        for mode in args.modes:
-            with context():
-                kernel = kernel_of(workload, mode, device)
-            found = runner.run(workload, mode, entries_of(workload), report.rates, args.budget_s, device)
-            rows += [(row, kernel) for row in found]
-        report.keep(rows=[{**asdict(row), "kernel": kernel} for row, kernel in rows])
+        rows += timed(workload, args, report.rates, device)
+        report.keep(rows=as_records(rows))
     report.keep(skipped=skipped)
     late = [f"\nout of time before {', '.join(skipped)}"] if skipped else []
-    print(report.text([*table(rows, miniature=args.smoke), *late]))
-    return int(any(row.failure and row.peer == OURS for row, _ in rows))
+    print(report.text([*table(rows, workloads), *summary(as_records(rows)), *late]))
+    return int(failed(rows))
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = runner.make_parser("census", __doc__, budget_s=0.2, timed="each row and mode", jobs=True)
     parser.add_argument("--rows", help=f"names, comma-separated; default: all but {', '.join(sorted(HEAVY))}")
-    parser.add_argument("--mode", choices=(*MODES, "both"), default="both")
-    parser.add_argument("--peers", help=f"of {', '.join(PEERS)}; or an empty string")
-    parser.add_argument("--portable", action="store_true", help="time portable kernels alone")
+    add_flags(parser)
     parser.add_argument("--limit-s", type=float, default=math.inf, help="begin no row after so many seconds")
     parser.set_defaults(out=None)
     args = parser.parse_args(argv)
     args.rows = [name for name in CENSUS if name not in HEAVY] if args.rows is None else _names(args.rows)
-    args.peers = list(PORTABLE_PEERS if args.portable else DEFAULT_PEERS) if args.peers is None else _names(args.peers)
     args.out = args.out or runner.RESULTS / f"census{'-portable' if args.portable else ''}.json"
-    args.modes = list(MODES) if args.mode == "both" else [args.mode]
-    for what, names, valid in (("rows", args.rows, CENSUS), ("peers", args.peers, PEERS)):
-        if unknown := sorted(set(names) - set(valid)):
-            parser.error(f"unknown {what} {', '.join(unknown)}; choose from {', '.join(valid)}")
+    _check_names(parser, "rows", args.rows, CENSUS)
+    settle(parser, args)
     return args
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that say what is timed on each problem."""
+    parser.add_argument("--mode", choices=(*MODES, "both"), default="both")
+    parser.add_argument("--peers", help=f"of {', '.join(PEERS)}; or an empty string")
+    parser.add_argument("--portable", action="store_true", help="time portable kernels alone")
+
+
+def settle(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Put what :func:`entries` and :func:`timed` read into ``args``, whose flags are those of :func:`add_flags`."""
+    args.peers = list(PORTABLE_PEERS if args.portable else DEFAULT_PEERS) if args.peers is None else _names(args.peers)
+    args.modes = list(MODES) if args.mode == "both" else [args.mode]
+    _check_names(parser, "peers", args.peers, PEERS)
+
+
+def _check_names(parser: argparse.ArgumentParser, what: str, names: Iterable[str], valid: Collection[str]) -> None:
+    if unknown := sorted(set(names) - set(valid)):
+        parser.error(f"unknown {what} {', '.join(unknown)}; choose from {', '.join(valid)}")
 
 
 def _names(text: str) -> list[str]:
     return [part for part in text.split(",") if part]
 
 
-def workload_of(name: str, miniature: bool) -> Workload:
-    return smoke(CENSUS[name]) if miniature else CENSUS[name]
+def timed(workload: Workload, args: argparse.Namespace, rates: Rates, device: torch.device) -> Iterator[Timed]:
+    """This library and its peers on one problem, in each of ``args.modes``."""
+    for mode in args.modes:
+        with _context(args)():
+            kernel = kernel_of(workload, mode, device)
+        for row in runner.run(workload, mode, entries(workload, args, device), rates, args.budget_s, device):
+            yield row, kernel
 
 
-def implemented(
-    workload: Workload, peers: list[str], device: torch.device, *, portable: bool, context: Context
+def entries(
+    workload: Workload, args: argparse.Namespace, device: torch.device
 ) -> Iterator[Implementation | tuple[str, str]]:
-    """What is timed on a row: this library in a context, and peers."""
-    for entry in implementations(workload, [workload.variant], peers, list(FLEX_ORDERS), device):
+    """What is timed on a problem: this library, with portable kernels alone if they are asked for, and peers."""
+    for entry in implementations(workload, [workload.variant], args.peers, list(FLEX_ORDERS), device):
         if not isinstance(entry, Implementation):
             yield entry
         elif entry.peer == OURS:
-            yield replace(entry, context=context)
-        elif not (portable and entry.name.startswith(ONLY_HOPPER)):
+            yield replace(entry, context=_context(args))
+        elif not (args.portable and entry.name.startswith(ONLY_HOPPER)):
             yield entry
+
+
+def _context(args: argparse.Namespace) -> Context:
+    return partial(overridden, portable_only=True) if args.portable else nullcontext
+
+
+def as_records(rows: Sequence[Timed]) -> list[dict[str, Any]]:
+    """The rows as a report has them."""
+    return [{**asdict(row), "kernel": kernel} for row, kernel in rows]
+
+
+def failed(rows: Sequence[Timed]) -> bool:
+    """Whether this library has no time, or a wrong result, anywhere."""
+    return any(row.failure and row.peer == OURS for row, _ in rows)
 
 
 def kernel_of(workload: Workload, mode: Mode, device: torch.device) -> str:
@@ -134,10 +159,19 @@ def kernel_of(workload: Workload, mode: Mode, device: torch.device) -> str:
 
 def problem_of_call(workload: Workload, device: torch.device) -> tuple[Problem, Tensors]:
     """What kernels are chosen for, and tensors without memory."""
-    from natten_layers.kernels.host.problem import Inputs as Tensors
     from natten_layers.kernels.host.problem import Options, problem_of
 
-    w, window = workload, workload.window
+    window, tensors = workload.window, tensors_of(workload)
+    axes = window.kernel_size, window.stride, window.dilation, window.is_causal
+    options = Options(None, *axes, workload.scale, window.is_periodic if any(window.is_periodic) else ())
+    return problem_of(tensors, options)._replace(device=device), tensors
+
+
+def tensors_of(workload: Workload) -> Tensors:
+    """The tensors of a call, without memory."""
+    from natten_layers.kernels.host.problem import Inputs as Tensors
+
+    w = workload
     batch = (1,) if w.shapes else ()
 
     def empty(*shape: int) -> Tensor:
@@ -152,10 +186,7 @@ def problem_of_call(workload: Workload, device: torch.device) -> tuple[Problem, 
     mask = torch.empty(*w.key_axes, dtype=torch.bool, device="meta") if w.land else None
     shapes = torch.tensor(w.shapes) if w.shapes else None
     rpb = torch.empty(w.variant.bias, device="meta") if w.bias else None
-    tensors = Tensors(query, key, value, extra_keys, extra_values, sink, mask, shapes, rpb)
-    axes = window.kernel_size, window.stride, window.dilation, window.is_causal
-    options = Options(None, *axes, w.scale, window.is_periodic if any(window.is_periodic) else ())
-    return problem_of(tensors, options)._replace(device=device), tensors
+    return Tensors(query, key, value, extra_keys, extra_values, sink, mask, shapes, rpb)
 
 
 def _named(choice: Choice) -> str:
@@ -163,11 +194,11 @@ def _named(choice: Choice) -> str:
     return " ".join([choice.variant.name, "/".join(boxes)]).strip()
 
 
-def table(rows: Sequence[tuple[Row, str]], *, miniature: bool = False) -> list[str]:
+def table(rows: Sequence[Timed], workloads: Mapping[str, Workload]) -> list[str]:
     """A Markdown table, sorted by this library's time over the floor, slowest first, with each row's best peer.
 
     Args:
-        miniature: the times are of the tiny shapes that ``--smoke`` makes of the rows.
+        workloads: the problems by name.
     """
     lines = [
         "| row | shape | mode | ms | floor | x floor | best peer | peer / ours | kernel | note |",
@@ -177,7 +208,7 @@ def table(rows: Sequence[tuple[Row, str]], *, miniature: bool = False) -> list[s
     for row, kernel in sorted(own, key=lambda pair: -(pair[0].times_floor or math.inf)):
         peers = [r for r, _ in rows if r.peer != OURS and (r.workload, r.mode) == (row.workload, row.mode)]
         best = min((r for r in peers if r.median_ms is not None), key=lambda r: r.median_ms or 0.0, default=None)
-        what = shape(workload_of(row.workload, miniature))
+        what = shape(workloads[row.workload])
         cells = [row.workload, what, row.mode, "-", f"{row.floor_ms:.3g}", "-", "-", "-"]
         if row.median_ms is not None:
             cells[3], cells[5] = f"{row.median_ms:.3g}", f"{row.times_floor:.2f}"
@@ -185,9 +216,15 @@ def table(rows: Sequence[tuple[Row, str]], *, miniature: bool = False) -> list[s
             cells[6] = f"{best.implementation} {best.median_ms:.3g}"
             cells[7] = f"{best.median_ms / row.median_ms:.2f}" if row.median_ms else "-"
         lines.append(f"| {' | '.join([*cells, kernel, row.failure or row.note or ''])} |")
+    return lines
+
+
+def summary(records: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Of this library's rows in a report, the median and the worst time over the floor, a line for each mode."""
+    own = [row for row in records if row["peer"] == OURS and row["times_floor"] is not None]
+    lines = []
     for mode in MODES:
-        ratios = [row.times_floor for row, _ in own if row.mode == mode and row.times_floor is not None]
-        if ratios:
+        if ratios := [row["times_floor"] for row in own if row["mode"] == mode]:
             middle, worst = statistics.median(ratios), max(ratios)
             lines.append(f"\n{mode}: {len(ratios)} rows, median {middle:.2f} x floor, worst {worst:.2f}")
     return lines

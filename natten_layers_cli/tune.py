@@ -44,7 +44,7 @@ from .running import MOST_INT, Parser, check_device, run_command
 TRAINED: tuple[Kind, ...] = ("forward", "backward_query", "backward_key")
 """Kernels of calls that are trained"""
 
-__all__ = ["main"]
+__all__ = ["DTYPES", "add_flags_of_call", "axes", "check_axes", "main", "spread"]
 
 LONGEST_TEXT = 4
 """Lengths of the largest window that a text of a model has, if its length is not given and the model allows it"""
@@ -144,7 +144,7 @@ def _describe(config: TileConfig) -> str:
     return ", ".join([*parts, *(["branch around the mask"] if config.skip_mask else [])])
 
 
-def _axes(text: str) -> tuple[int, ...]:
+def axes(text: str) -> tuple[int, ...]:
     try:
         values = tuple(int(part) for part in text.split("x"))
     except ValueError:
@@ -154,11 +154,31 @@ def _axes(text: str) -> tuple[int, ...]:
     return values
 
 
+def add_flags_of_call(parser: argparse.ArgumentParser) -> None:
+    """Flags for all that a call has beside the length of every axis."""
+    parser.add_argument("--kernel-size", type=axes, metavar="K", help="one for all axes or one each")
+    parser.add_argument("--dilation", type=axes, metavar="D", help="default: 1")
+    parser.add_argument("--batch", type=int, default=1, help="images or texts in a call")
+    parser.add_argument("--heads", type=int, help="query heads")
+    parser.add_argument("--kv-heads", type=int, help="default: as many")
+    parser.add_argument("--head-dim", type=int, help="default: 64")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the tensors")
+
+
+def check_axes(parser: argparse.ArgumentParser, args: argparse.Namespace, *names: str) -> None:
+    """Refuse flags that have neither one value for all axes of tokens nor one for each."""
+    for name in names:
+        values = getattr(args, name)
+        if values is not None and len(values) not in (1, len(args.tokens)):
+            given, tokens = ("x".join(map(str, numbers)) for numbers in (values, args.tokens))
+            parser.error(f"--{name.replace('_', '-')} {given} has another number of axes than tokens, {tokens}")
+
+
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     counts = ("batch", "heads", "kv_heads", "head_dim", "trials")
     parser = Parser(prog="natten-layers-tune", description=__doc__, least=dict.fromkeys(counts, 1))
     parser.add_argument(
-        "tokens", type=_axes, nargs="?",
+        "tokens", type=axes, nargs="?",
         help="length of every axis: 4096, 128x128, 30x48x80; with --model the size of images in pixels (default: the "
         f"configuration's) or the length of texts (default: {LONGEST_TEXT} of the largest windows)",
     )  # fmt: skip
@@ -166,14 +186,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--model", type=Path, metavar="CONFIG",
         help="tune what a model calls: the JSON of an HDiT, a directory of Hugging Face's or its config.json",
     )  # fmt: skip
-    parser.add_argument("--kernel-size", type=_axes, metavar="K", help="one for all axes or one each")
-    parser.add_argument("--dilation", type=_axes, metavar="D", help="default: 1")
+    add_flags_of_call(parser)
     parser.add_argument("--causal", action="store_true", help="on all axes")
-    parser.add_argument("--batch", type=int, default=1, help="images or texts in a call")
-    parser.add_argument("--heads", type=int, help="query heads")
-    parser.add_argument("--kv-heads", type=int, help="default: as many")
-    parser.add_argument("--head-dim", type=int, help="default: 64")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the tensors")
     # The kernel of forward mode is tuned on request, as few calls take it.
     parser.add_argument(
         "--kernels", nargs="+", choices=get_args(Kind), default=list(TRAINED), help=f"default: {' '.join(TRAINED)}"
@@ -189,18 +203,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"the model of --model says {', '.join(given)}; leave it out")
     if args.model is None and not (args.tokens and args.kernel_size and args.heads):
         parser.error("the length of every axis, --kernel-size and --heads are needed, or --model")
-    for name in ("kernel_size", "dilation"):
-        axes = getattr(args, name)
-        if axes is not None and len(axes) not in (1, len(args.tokens)):
-            given, tokens = ("x".join(map(str, lengths)) for lengths in (axes, args.tokens))
-            parser.error(f"--{name.replace('_', '-')} {given} has another number of axes than tokens, {tokens}")
+    check_axes(parser, args, "kernel_size", "dilation")
     return args
 
 
 def _calls(args: argparse.Namespace) -> list[Call]:
     if args.model is not None:
         return calls_of_model(args.model, args.tokens)
-    kernel_size, dilation = (_spread(v, len(args.tokens)) for v in (args.kernel_size, args.dilation or (1,)))
+    kernel_size, dilation = (spread(v, len(args.tokens)) for v in (args.kernel_size, args.dilation or (1,)))
     kv_heads = args.heads if args.kv_heads is None else args.kv_heads
     head_dim = 64 if args.head_dim is None else args.head_dim
     return [Call(args.tokens, kernel_size, dilation, args.causal, args.heads, kv_heads, head_dim)]
@@ -248,7 +258,7 @@ def _kinds(args: argparse.Namespace, questions: Mapping[Kind, Question]) -> list
     return [kind for kind in args.kernels if kind not in taken]
 
 
-def _spread(values: tuple[int, ...], rank: int) -> tuple[int, ...]:
+def spread(values: tuple[int, ...], rank: int) -> tuple[int, ...]:
     return values * rank if len(values) == 1 else values
 
 

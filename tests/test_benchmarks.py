@@ -37,6 +37,7 @@ from benchmarks import (
     timing,
     windows,
 )
+from benchmarks import problem as own_problem
 from benchmarks.check import Reference
 from benchmarks.implementations import HeadsFirst, Implementation, Layout
 from benchmarks.shapes import CENSUS
@@ -515,6 +516,67 @@ def test_census_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert ratios == sorted(ratios, reverse=True)
 
 
+TINY = "--device cpu --budget-s 0 --peers="
+
+
+def test_ones_own_problem_has_a_row_as_in_the_census(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "problem.json"
+    flags = "9x8 --kernel-size 3 --heads 4 --kv-heads 2 --head-dim 16 --value-dim 8 --dtype fp32 --batch 2 --causal 1x0"
+    flags += (
+        f" --dilation 1x2 --stride 2x1 --registers 3 --learned-sink --device cpu --budget-s 0 --peers= --out {path}"
+    )
+    assert own_problem.main(flags.split()) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["mode"], row["kernel"], row["failure"]) for row in rows] == [(mode, "eager", None) for mode in MODES]
+    assert all(row["errors"] and row["times_floor"] == row["median_ms"] / row["floor_ms"] for row in rows)
+    printed = capsys.readouterr().out
+    described = "2, 9x8, 4/2, 16/8, 3x3, stride 2x1, dilation 1x2, causal 1x0, 3 registers + learned sink, float32"
+    assert printed.count(f"| yours | {described} | ") == 2
+    record = json.loads(regression.RECORD.read_text())
+    assert printed.index("The census on record, of one NVIDIA") < printed.index(census.summary(record["rows"])[0])
+
+
+def test_ones_own_problem_may_have_rings_and_a_bias(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = f"8x9 --kernel-size 3x5 --heads 2 {TINY} --mode fwd --out {tmp_path / 'problem.json'}"
+    assert own_problem.main([*flags.split(), "--periodic", "--bias"]) == 0
+    assert "| yours | 1, 8x9, 2/2, 64, 3x5, periodic, bias | fwd |" in capsys.readouterr().out
+
+
+def test_ones_own_problem_is_written_beside_no_record() -> None:
+    written = own_problem._parser().parse_args(["9"]).out.resolve()
+    assert runner.RESULTS.resolve() not in written.parents
+
+
+def test_ones_own_problem_without_kernels_says_why(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(own_problem, "_why_eager", lambda workload, device: f"head_dim {workload.head_dim}")
+    with pytest.raises(SystemExit):
+        own_problem.main(["9x8", "--kernel-size", "3", "--heads", "2", "--head-dim", "12", "--device", "cuda"])
+    assert "error: there are no kernels for this problem: head_dim 12\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("9x8", "--kernel-size and --heads are needed"),
+        ("9x8 --kernel-size 3 --heads 0", "--heads must be at least 1, got 0"),
+        ("9x8 --kernel-size 3 --heads 2 --registers -1", "--registers must be at least 0, got -1"),
+        ("9x8 --kernel-size 3 --heads 2 --stride 2x2x2", "--stride 2x2x2 has another number of axes than tokens, 9x8"),
+        ("9x8 --kernel-size 3 --heads 2 --causal 1x2", "expected 0 or 1 for each axis"),
+        ("9x8 --kernel-size 3 --heads 2 --peers fa5", "unknown peers fa5"),
+        ("9x8 --kernel-size 3x9 --heads 2", "exceeds the width axis of length 8"),
+        ("9x8 --kernel-size 3 --heads 3 --kv-heads 2", "multiple of KV heads"),
+    ],
+)
+def test_what_is_no_problem_is_refused_before_anything_is_timed(
+    flags: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        own_problem.main([*flags.split(), "--device", "cpu"])
+    assert message in capsys.readouterr().err
+
+
 def test_portable_kernels_alone_have_a_census(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the kernels are, the calls that are timed and the record, beside peers that run where these kernels do."""
     pytest.importorskip("triton")
@@ -591,12 +653,12 @@ def test_census_table_names_the_best_peer() -> None:
         row("b", "b", 3.0),
         row("c", "c", None, "no"),
     ]
-    line = census.table(rows)[2]
+    line = census.table(rows, CENSUS)[2]
     assert line.endswith("| fwd | 2 | 0.5 | 4.00 | b 3 | 1.50 | portable |  |")
     rows[0] = row("natten_layers", "natten_layers", None, "wrong result")
-    assert census.table(rows)[2].endswith("| fwd | - | 0.5 | - | b 3 | - | portable | wrong result |")
-    assert f"| {census.shape(CENSUS['fp32'])} |" in census.table(rows)[2]
-    assert f"| {census.shape(smoke(CENSUS['fp32']))} |" in census.table(rows, miniature=True)[2]
+    assert census.table(rows, CENSUS)[2].endswith("| fwd | - | 0.5 | - | b 3 | - | portable | wrong result |")
+    assert f"| {census.shape(CENSUS['fp32'])} |" in census.table(rows, CENSUS)[2]
+    assert f"| {census.shape(smoke(CENSUS['fp32']))} |" in census.table(rows, {"fp32": smoke(CENSUS["fp32"])})[2]
 
 
 def test_census_shapes_are_described() -> None:
