@@ -129,8 +129,10 @@ def explain(
             ``torch.no_grad()``, which False stands for as well.
         forward_mode: whether derivatives in forward mode are needed; None if they are inside of ``torch.func.jvp`` or
             ``torch.autograd.forward_ad.dual_level``. All inputs are assumed to have tangents, which are contiguous.
-        device: "A100", "RTX 4090", "H100", "H200", "B200" or "RTX 5090", with the versions of PyTorch and Triton that
-            are installed here; None for the device of the tensors. Triton must be installed.
+        device: another GPU, with the versions of PyTorch and Triton that are installed here: "A100", "A100 40GB",
+            "A100 PCIe", "A10", "RTX 3090", "L4", "L40S", "RTX 4090", "H20", "H100", "H100 NVL", "H100 PCIe", "H200",
+            "H200 NVL", "GH200", "B200" or "RTX 5090", in upper or lower case, or as PyTorch names it. None for the
+            device of the tensors. Triton must be installed.
 
     Returns:
         An :class:`Explanation`, to be printed or read field by field.

@@ -32,7 +32,7 @@ from problems import (
 )
 
 from natten_layers.kernels import dispatch
-from natten_layers.kernels.host.card import CARDS
+from natten_layers.kernels.host.card import CARDS, card_of
 from natten_layers.kernels.host.launcher import Launcher
 from natten_layers.kernels.host.packing import Packing
 from natten_layers.kernels.host.problem import Inputs, Layout, Problem, contiguous, precision
@@ -349,10 +349,35 @@ def test_its_docstring_asks_for_another_device() -> None:
 
 def test_another_device_has_a_name_that_is_known() -> None:
     q = torch.empty(1, 8, 2, 12, device="meta", dtype=torch.bfloat16)
-    with raises_naming("device", "'H20'", "'H200'", "'RTX 4090'"):
-        explain(q, q, q, 3, device="H20")
+    with raises_naming("device", "'H800'", *map(repr, CARDS)):
+        explain(q, q, q, 3, device="H800")
     assert "head_dim 12" in str(explain(q, q, q, 3, device="H200"))
     assert "asks for it" in str(explain(q, q, q, 3, device="H200", impl="eager"))
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ("a100", "A100"),
+        ("A100-SXM4-80GB", "A100"),
+        ("A100 80GB", "A100"),
+        ("A100-40GB", "A100 40GB"),
+        ("NVIDIA A100 80GB PCIe", "A100 PCIe"),
+        ("rtx4090", "RTX 4090"),
+        ("GeForce RTX 5090", "RTX 5090"),
+        ("l40s", "L40S"),
+        ("h100 sxm5", "H100"),
+        ("H100-80GB", "H100"),
+        ("h200", "H200"),
+        ("H200 SXM", "H200"),
+    ],
+)
+def test_another_device_is_known_by_each_of_its_names(given: str, name: str) -> None:
+    assert card_of(given) is CARDS[name]
+
+
+def test_cards_have_names_of_their_own() -> None:
+    assert all(card_of(name) is card and card_of(card.name) is card for name, card in CARDS.items())
 
 
 @pytest.mark.parametrize("registers", [None, 40])
