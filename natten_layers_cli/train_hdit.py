@@ -30,6 +30,7 @@ from .checkpointing import RunFiles
 from .distances import NAMES
 from .hdit_trainer import DTYPES, Trainer
 from .parallel import Processes
+from .presets import PRESETS
 from .running import (
     SIGNALS_HELP,
     Parser,
@@ -43,7 +44,6 @@ from .running import (
 )
 from .training_config import section_of
 
-PRESETS = Path(__file__).parent / "configs"
 KINDS = {"diffusion": "demo", "meanflow": "meanflow"}  # the presets of an objective, after the device's name
 
 
@@ -58,7 +58,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", type=Path, help="JSON in k-diffusion's format (image_transformer_v2)")
     parser.add_argument(
         "--preset",
-        choices=sorted(path.stem for path in PRESETS.glob("*.json")),
+        choices=list(PRESETS),
         help="a config that comes with this command; default: that of device and objective",
     )
     parser.add_argument(
@@ -139,7 +139,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if {"config", "preset"} <= given:
         parser.error("--config and --preset both name a config: leave one of them away")
     preset = arguments.preset or f"{'gpu' if cuda else 'cpu'}-{KINDS[arguments.objective or 'diffusion']}"
-    config = arguments.config or PRESETS / f"{preset}.json"
+    config = arguments.config or PRESETS[preset]
     content = read_json(config)
     section = section_of(content, "run", config)
     here = parser.parse_section(section, f'{config}: config["run"]', without=["config", "preset"])

@@ -2,6 +2,7 @@
 
     natten-layers-tune 128x128 --kernel-size 7x7 --heads 8 --kv-heads 2 --head-dim 64 --batch 8
     natten-layers-tune --model config_oxford_flowers.json --batch 32         an HDiT, each of its levels
+    natten-layers-tune --model gpu-demo                                      a preset of natten-layers-train-hdit
     natten-layers-tune 8192 --model mistralai/                               a directory of Hugging Face's, each window
 
 First all kernels that can compute a call are timed, each with its own tiles, for the forward pass and for each gradient
@@ -39,6 +40,7 @@ from natten_layers.operations import neighborhood_attention
 from natten_layers.tune import Found, Timer, tune, tune_variants
 from natten_layers.wording import shorten
 
+from .presets import PRESETS
 from .running import MOST_INT, Parser, check_device, run_command
 
 TRAINED: tuple[Kind, ...] = ("forward", "backward_query", "backward_key")
@@ -80,13 +82,19 @@ def calls_of_model(path: Path, size: tuple[int, ...] | None) -> list[Call]:
     """The calls that layers with windows of a model make, each once.
 
     Args:
-        path: the JSON configuration of an HDiT, or the directory of a Hugging Face model or its ``config.json``.
+        path: the JSON configuration of an HDiT, or the directory of a Hugging Face model or its ``config.json``; if
+            there is neither, the name of a preset.
         size: height and width of an HDiT's images in pixels, or the length of a decoder's text.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: the configuration is refused, or has no layer with windows, or the size has other axes.
+        FileNotFoundError: no such file in a directory.
+        ValueError: there is nothing of that name, or the configuration is refused, or has no layer with windows, or the
+            size has other axes.
     """
+    if not path.exists():
+        if str(path) not in PRESETS:
+            raise ValueError(f"--model {path} is no file, no directory and no preset: {', '.join(PRESETS)}")
+        path = PRESETS[str(path)]
     file = path / "config.json" if path.is_dir() else path
     raw = read_json(file)
     with naming(file):
@@ -184,7 +192,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument(
         "--model", type=Path, metavar="CONFIG",
-        help="tune what a model calls: the JSON of an HDiT, a directory of Hugging Face's or its config.json",
+        help="tune what a model calls: the JSON of an HDiT, a directory of Hugging Face's or its config.json, or a "
+        f"preset of natten-layers-train-hdit ({', '.join(PRESETS)})",
     )  # fmt: skip
     add_flags_of_call(parser)
     parser.add_argument("--causal", action="store_true", help="on all axes")

@@ -12,8 +12,8 @@ import torch
 from hdit_runs import CONFIG, cut, metrics, train, write_config
 
 from natten_layers import HDiT
-from natten_layers_cli import train_hdit
 from natten_layers_cli.checkpointing import DamagedError, RunFiles, check_rest
+from natten_layers_cli.presets import PRESETS
 
 
 @pytest.fixture
@@ -149,7 +149,7 @@ def test_a_run_may_change_its_precision_and_its_optimizer_but_not_its_classes(
     config.write_text(json.dumps({**CONFIG, "dataset": {**CONFIG["dataset"], "files": files}}))
     assert train(config, "a", "--end-step", "6") == 2
     assert "dataset.class_names is ['cat', 'brick'] there and ['cat', 'wall'] here" in capsys.readouterr().err
-    assert train(train_hdit.PRESETS / "cpu-demo.json", str(config.parent / "a")) == 2
+    assert train(PRESETS["cpu-demo"], str(config.parent / "a")) == 2
     said = capsys.readouterr().err
     assert len(said) < 600
     assert "model.d_ffs is" in said  # the first of them

@@ -20,6 +20,7 @@ from natten_layers import HDiT, HDiTConfig
 from natten_layers_cli import convert, sample_hdit, train_hdit
 from natten_layers_cli.batches import Examples, Keys, default_workers, load_batches
 from natten_layers_cli.hdit_trainer import Trainer
+from natten_layers_cli.presets import PRESETS
 from natten_layers_cli.training_config import complete_config
 
 
@@ -28,7 +29,7 @@ def config(tmp_path: Path) -> Path:
     return write_config(tmp_path)
 
 
-@pytest.mark.parametrize("preset", sorted(train_hdit.PRESETS.glob("*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
 def test_presets_build_with_everything_on(preset: Path) -> None:
     config = complete_config(json.loads(preset.read_text()), preset, None)
     with torch.device("meta"):

@@ -24,6 +24,7 @@ from natten_layers.kernels.host.qk_prep import QKPrepKind
 from natten_layers.kernels.host.tiling import Kind, ProblemClass, TileConfig, rule
 from natten_layers.kernels.host.variant import Question
 from natten_layers_cli import tune as command
+from natten_layers_cli.presets import PRESETS
 
 pytest.importorskip("triton")
 
@@ -462,6 +463,21 @@ def test_flags_say_one_call_or_a_model(flags: list[str], message: str, capsys: p
     with pytest.raises(SystemExit, match="2"):
         command.main(flags)
     assert message in capsys.readouterr().err
+
+
+def test_a_preset_is_a_model_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Unless a file has that name."""
+    for name, path in PRESETS.items():
+        assert command.calls_of_model(Path(name), None) == command.calls_of_model(path, None)
+    monkeypatch.chdir(tmp_path)
+    as_file(tmp_path, HDIT).rename("gpu-demo")
+    assert [call.tokens for call in command.calls_of_model(Path("gpu-demo"), None)] == [(16, 24), (8, 12)]
+    assert command.main(["--model", "tpu-demo", "--device", DEVICE]) == 2
+    error = capsys.readouterr().err
+    assert error == f"error: --model tpu-demo is no file, no directory and no preset: {', '.join(PRESETS)}\n"
+    assert ", gpu-demo, " in error
 
 
 def test_each_call_of_a_model_is_tuned(tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
