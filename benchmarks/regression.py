@@ -58,15 +58,18 @@ def compare(record: Mapping[str, Any], run: Mapping[str, Any], rows: Sequence[st
         rows: names of rows, if not all are to be compared.
 
     Raises:
-        ValueError: one of the two holds no rows as ``benchmarks.census`` writes them, or they have none in common, or
-            one of ``rows`` is in neither.
+        ValueError: one of the two holds no rows as ``benchmarks.census`` writes them, or those of the tiny shapes of
+            ``--smoke``, or they have none in common, or one of ``rows`` is in neither.
     """
     try:
         before, after = _timed(record), _timed(run)
         failures = {_key(row): row["failure"] or "no time" for row in run["rows"]}
         asked = set(run["arguments"]["rows"]), set(run["arguments"]["modes"])
+        miniature = [name for name, each in (("record", record), ("run", run)) if each["arguments"]["smoke"]]
     except (KeyError, TypeError) as error:
         raise ValueError(f"this is no report of benchmarks.census: {error!r}") from error
+    if miniature:
+        raise ValueError(f"the {' and the '.join(miniature)} timed tiny shapes, by --smoke, which say nothing of speed")
     timed = {workload for workload, _, _ in before} & asked[0]
     if unknown := sorted(set(rows or ()) - timed):
         raise ValueError(f"no time of {', '.join(unknown)} in the record and in the run; both have {sorted(timed)}")

@@ -1099,7 +1099,7 @@ def report(**times: float | None) -> dict[str, Any]:
         row.failure = "wrong result" if ms is None else None
         rows.append(vars(row))
     names = ("device", "driver", "torch", "triton", "commit", "date")
-    arguments = {"rows": sorted({row["workload"] for row in rows}), "modes": ["fwd"]}
+    arguments = {"rows": sorted({row["workload"] for row in rows}), "modes": ["fwd"], "smoke": False}
     rates = {"copy": 1e12, "matmul": 1e14}
     return {"environment": dict.fromkeys(names, "-"), "arguments": arguments, "rates": rates, "rows": rows}
 
@@ -1123,6 +1123,18 @@ def test_a_row_that_is_ten_percent_worse_is_named(tmp_path: Path, capsys: pytest
     (tmp_path / "run.json").write_text('{"rows": 3}')
     assert regression.main(arguments) == 2
     assert "no report of benchmarks.census" in capsys.readouterr().err
+
+
+def test_tiny_shapes_are_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "smoke.json"
+    flags = f"--device cpu --smoke --budget-s 0 --peers= --mode fwd --rows fp32 --out {path}"
+    assert census.main(flags.split()) == 0
+    capsys.readouterr()
+    assert regression.main([str(path)]) == 2
+    said = "error: the run timed tiny shapes, by --smoke, which say nothing of speed\n"
+    assert capsys.readouterr() == ("", said)
+    assert regression.main([str(path), "--record", str(path)]) == 2
+    assert "the record and the run timed tiny shapes" in capsys.readouterr().err
 
 
 def test_rows_may_be_compared_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
