@@ -721,8 +721,15 @@ def test_dropout_raises_in_training_only() -> None:
     config.attention_dropout = 0.1
     model = build(config, "natten_layers")
     model(tokens())
-    with pytest.raises(ValueError, match=r"dropout=0\.1"):
-        model.train()(tokens())
+    model.train()
+    model.config.attention_dropout = 0.0  # which layers have read before
+    with pytest.raises(ValueError, match=r"dropout=0\.1; .* attention_dropout=0\.0, set it in each layer of a model"):
+        model(tokens())
+    for layer in model.modules():
+        if hasattr(layer, "attention_dropout"):
+            layer.attention_dropout = 0.0
+    model(tokens())
+    build(model.config, "natten_layers").train()(tokens())
 
 
 def test_masks_that_are_missing_raise() -> None:

@@ -490,7 +490,8 @@ def _scaled(query: Tensor, scaling: Tensor) -> Tensor:
 def _refuse(dropout: float, kwargs: dict[str, object]) -> None:
     if dropout > 0:
         raise ValueError(
-            f"{NAME} has no attention dropout, got dropout={dropout}; set attention_dropout=0.0 or model.eval()"
+            f"{NAME} has no attention dropout, got dropout={dropout}; build the model with attention_dropout=0.0, "
+            "set it in each layer of a model that is built, or call model.eval()"
         )
     for name, meaning in _UNSUPPORTED.items():
         if kwargs.get(name) is not None and kwargs[name] is not False:
