@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["count_or_one", "shorten", "with_type"]
+from collections.abc import Sequence
+
+__all__ = ["count_or_one", "listed", "shorten", "with_type"]
 
 
 def shorten(value: object, most: int = 100) -> str:
@@ -17,6 +19,12 @@ def shorten(value: object, most: int = 100) -> str:
     except (RecursionError, ValueError):  # too deeply nested, or an int of more digits than Python prints
         return f"a value of type {type(value).__name__}"
     return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def listed(values: Sequence[object], most: int = 8) -> str:
+    """The first values of a list as an error shows it, and how many there are if these are not all."""
+    shown = ", ".join(map(shorten, values[:most]))
+    return f"[{shown}]" if len(values) <= most else f"[{shown}, ...], {len(values)} in all"
 
 
 def with_type(value: object) -> str:

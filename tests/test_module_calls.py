@@ -516,6 +516,12 @@ def test_indices_out_of_range_and_of_other_dtypes_are_named() -> None:
     x, sigma, model, cond = torch.ones(2, 3, 16, 8), torch.ones(2), hdit(), torch.ones(2, 4)
     with pytest.raises(ValueError, match=r"input_ids holds \[-1, 999\]; tokens are 0 to"):
         gemma()(torch.tensor([[1, -1, 999]]))
+    with pytest.raises(ValueError, match=r"input_ids holds \[\d{5}, (\d{5}, ){7}\.\.\.\], 60 in all; tokens are 0 to"):
+        gemma()(torch.arange(10000, 10060).view(2, 30))
+    with pytest.raises(ValueError, match=r"class_cond holds \[7, (7, ){7}\.\.\.\], 40 in all; classes are 0 to"):
+        model(
+            x[:1].expand(40, 3, 16, 8), torch.ones(40), class_cond=torch.full((40,), 7), mapping_cond=torch.ones(40, 4)
+        )
     with pytest.raises(ValueError, match=r"class_cond has dtype torch\.float32; expected int64 or int32"):
         model(x, sigma, class_cond=torch.tensor([0.0, 1.0]), mapping_cond=cond)
     with pytest.raises(ValueError, match=r"x has dtype torch\.uint8; expected a floating point dtype"):

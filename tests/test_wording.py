@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from natten_layers.wording import count_or_one, shorten, with_type
+from natten_layers.wording import count_or_one, listed, shorten, with_type
 
 
 def test_values_are_shown_on_one_line_and_cut() -> None:
@@ -19,6 +19,12 @@ def test_values_are_shown_on_one_line_and_cut() -> None:
             return "Lines(\n  1\n)"
 
     assert shorten(Lines()) == "Lines( 1 )"
+
+
+def test_long_lists_are_counted() -> None:
+    assert listed([-1, 999]) == "[-1, 999]"
+    assert listed(range(8)) == "[0, 1, 2, 3, 4, 5, 6, 7]"
+    assert listed(range(3000), 3) == "[0, 1, 2, ...], 3000 in all"
 
 
 def test_arrays_are_shown_by_dtype_and_shape() -> None:

@@ -28,7 +28,7 @@ from ..io.files import naming
 from ..io.tensors import make_on_meta
 from ..kernels.ops.transforms import is_transformed
 from ..varlen import Shapes, packed_shapes
-from ..wording import with_type
+from ..wording import listed, with_type
 from .attention import NeighborhoodGQA
 from .base import Embedding, at_least_fp32, reset_children
 from .feed_forward import GEGLU
@@ -290,7 +290,8 @@ class HDiT(nn.Module):
             return class_emb(class_cond)
         except IndexError as error:  # the CPU's embedding checks the indices, so valid calls need no check of their own
             last = self.config.num_classes
-            outside = "" if is_transformed() else f" {class_cond[(class_cond < 0) | (class_cond > last)].tolist()}"
+            wrong = (class_cond < 0) | (class_cond > last)
+            outside = "" if is_transformed() else f" {listed(class_cond[wrong].tolist())}"
             raise ValueError(
                 f"class_cond holds{outside}; classes are 0 to {last - 1}, and {last} is unconditional"
             ) from error

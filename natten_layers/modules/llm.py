@@ -20,7 +20,7 @@ from ..io import hf
 from ..io.tensors import make_on_meta
 from ..kernels.ops.transforms import is_transformed
 from ..varlen import packed_shapes
-from ..wording import with_type
+from ..wording import listed, with_type
 from .base import Embedding, allocate, check_count
 from .cache import Cache, LayerCache
 from .decoder_attention import DecoderAttention, Device, make_norm
@@ -52,9 +52,8 @@ class TokenEmbedding(Embedding):
         try:
             return super().forward(input)
         except IndexError as error:  # only the CPU's embedding checks the indices
-            outside = (
-                "" if is_transformed() else f" {input[(input < 0) | (input >= self.num_embeddings)].tolist()!r:.100}"
-            )
+            wrong = (input < 0) | (input >= self.num_embeddings)
+            outside = "" if is_transformed() else f" {listed(input[wrong].tolist())}"
             raise ValueError(f"input_ids holds{outside}; tokens are 0 to {self.num_embeddings - 1}") from error
 
 
