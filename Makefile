@@ -9,8 +9,6 @@ TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --no-compile --quiet --constraint constraints.txt
-# The suite's other hundred packages come by uv, which resolves and unpacks them in a third of pip's time.
-UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt
 # pip would compile all modules of all packages, for longer than it installs them. Python compiles those that are imported,
 # and keeps them unless this says something else.
 export PYTHONDONTWRITEBYTECODE :=
@@ -59,6 +57,7 @@ dist: $(VENV)/test.stamp ## Build wheel and sdist, check them, and try all comma
 
 # An environment for each row, gigabytes large while it lasts unless CPU wheels of torch are taken.
 test-matrix: $(VENV)/test.stamp ## Parts of the suite with the oldest and newest versions, and without some packages
+	$(PIP) uv
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/matrix.py -- $(if $(TORCH_INDEX),--torch-backend cpu)
 
 # New examples in every run; what fails prints how to draw it again. Threads of one process would only fight over the cores.
@@ -114,7 +113,6 @@ $(VENV)/demo.stamp: $(VENV)/torch.stamp pyproject.toml
 
 # natten's source package imports torch while it builds, and would compile CUDA kernels that the suite does not use.
 $(VENV)/test.stamp: $(VENV)/torch.stamp pyproject.toml
-	$(PIP) uv
-	$(UV) --editable '.[hdit,lm,test,docs]'
-	CUDA_VISIBLE_DEVICES= $(UV) --no-build-isolation-package natten --editable '.[peers]'
+	$(PIP) --editable '.[hdit,lm,test,docs]'
+	CUDA_VISIBLE_DEVICES= $(PIP) --no-build-isolation --editable '.[peers]'
 	touch $@
