@@ -9,14 +9,14 @@ TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --no-compile --quiet --constraint constraints.txt
-# pip would compile all modules of all packages, for longer than it installs them. Python compiles those that are imported,
-# and keeps them unless this says something else.
+# pip would compile all modules of all packages, for longer than it installs them. Python compiles those that are imported.
+# Empty, so that it also keeps them where the environment forbids that.
 export PYTHONDONTWRITEBYTECODE :=
 SOURCES := natten_layers natten_layers_cli examples benchmarks tests docs typings
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint docs suite dist test-matrix fuzz fuzz-gpu bench-check windows constraints clean
+.PHONY: help demo test lint style types docs suite dist test-matrix fuzz fuzz-gpu bench-check windows constraints clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -27,13 +27,19 @@ demo: $(VENV)/demo.stamp ## Train, sample, save and reload a small HDiT on this 
 	$(BIN)/natten-layers-train-hdit --name $(RUN)/demo
 	$(BIN)/natten-layers-sample-hdit $(RUN)/demo.safetensors --reproduce $(RUN)/demo_samples.png
 
-# Side by side, as pyright, the site and what is left of the suite at its end take one core each.
+# ruff first, which takes a second. The rest side by side, as pyright, the site and what is left of the suite at its end
+# take one core each.
 test: $(VENV)/test.stamp ## Lint, types, the site of the documentation and the whole CPU suite
-	$(MAKE) --jobs lint docs suite
+	$(MAKE) style
+	$(MAKE) --jobs types docs suite
 
-lint: $(VENV)/test.stamp ## ruff and pyright
+lint: style types ## ruff and pyright
+
+style: $(VENV)/test.stamp ## ruff
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
+
+types: $(VENV)/test.stamp ## pyright
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pyright --pythonpath $(BIN)/python
 
 # Strict: a link that leads nowhere, or a name that the reference does not know, is an error.

@@ -161,9 +161,9 @@ LARGE = Kind(
 PAIRS = Kind(
     share=8,
     sides={1: (Sides(25, 128),), 2: (Sides(5, 13),), 3: (Sides(2, 6),)},
-    head_dims=(32, 32, 64, 64, 128),
+    head_dims=(32, 32, 64, 64, 128, 48, 160),
     dtypes=(torch.float32,),
-    never=("other grid", "values", "registers", "negative scale", "mask", "bias"),
+    never=("other grid", "negative scale", "mask", "bias"),
 )
 KINDS = (ANYTHING, SMALL, RUNS, IMAGES, TEXTS, MEDIUM, LARGE, PAIRS)
 

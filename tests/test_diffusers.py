@@ -709,6 +709,19 @@ def test_a_copy_of_a_block_has_the_windows_of_the_model_that_it_is_in() -> None:
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
 
 
+def test_a_block_without_its_windows_may_stand_in_a_model_with_windows() -> None:
+    """Once they were taken from it, it has none that it could have lost."""
+    model, inputs = tiny("WanTransformer3DModel")
+    neighborhood(model, 3)
+    expected = output(model, inputs)
+    twin = copy.deepcopy(model.blocks[0])
+    unpatch(twin)
+    model.blocks.append(twin)
+    output(model, inputs)
+    del model.blocks[-1]
+    assert torch.equal(output(model, inputs), expected)
+
+
 @pytest.mark.parametrize("name", ["FluxTransformer2DModel", "HunyuanVideoTransformer3DModel"])
 def test_checkpoints_compute_layers_again(name: str) -> None:
     model, inputs = tiny(name)

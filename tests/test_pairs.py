@@ -65,9 +65,20 @@ CASES = (
 # What kernels for compute capability 9.0 do not take.
 PORTABLE_CASES = (
     Case("1d-registers", (40,), 9, 1, 2, True, heads=4, kv_heads=2, registers=21, sink="learned"),
-    Case("2d-masked", (9, 13), (5, 7), heads=4, kv_heads=1, seen=0.5, head_dim=48, value_dim=40),
-    Case("3d-masked-registers", (3, 5, 7), 3, heads=2, kv_heads=2, seen=0.1, registers=2, sink="zero"),
-    Case("2d-rows-that-see-nothing", (9, 13), 3, heads=2, kv_heads=2, seen=0.1, head_dim=96, value_dim=72, batch=1),
+    Case("2d-unlike", (9, 13), (5, 7), heads=4, kv_heads=1, head_dim=48, value_dim=40),
+    Case(
+        "3d-ring-registers",
+        (3, 6, 10),
+        (3, 3, 5),
+        (1, 1, 2),
+        (1, 1, 2),
+        heads=2,
+        kv_heads=2,
+        registers=2,
+        sink="zero",
+        is_periodic=(False, True, False),
+    ),
+    Case("2d-96", (9, 13), 3, heads=2, kv_heads=2, registers=1, head_dim=96, value_dim=72, batch=1),
     Case("1d-wide", (40,), 20, heads=3, kv_heads=1, head_dim=160, value_dim=64, batch=1),
     Case("2d-256", (7, 9), 5, heads=2, kv_heads=1, head_dim=200, value_dim=256, batch=1),
 )
@@ -199,6 +210,7 @@ LARGE = Layout((8, 128, 128, 4, 64), contiguous((8, 128, 128, 4, 64)).stride)
         ({"precision": "tf32"}, "torch asks for tf32 products"),
         ({"precision": "ieee"}, "torch asks for ieee products"),
         ({"dtype": torch.bfloat16}, "it takes float32"),
+        ({"key_mask": contiguous((8, 128, 128, 1, 1))}, "key_mask"),
         ({"has_bias": True}, "rpb"),
         ({"scale_first": True}, "scale is not positive"),
         ({"query": contiguous((8, 64, 64, 4, 64))}, "another grid"),
@@ -208,7 +220,6 @@ LARGE = Layout((8, 128, 128, 4, 64), contiguous((8, 128, 128, 4, 64)).stride)
         ({"query": contiguous((1, 8, 8, 4, 64)), "key": contiguous((1, 8, 8, 4, 64))}, "the call is small"),
         ({}, None),
         ({"additional_keys": Layout((8, 2, 4, 64), (512, 256, 64, 1))}, None),
-        ({"key_mask": contiguous((8, 128, 128, 1, 1))}, None),
         ({"value": contiguous((8, 128, 128, 4, 200))}, None),
     ],
 )

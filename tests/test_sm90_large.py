@@ -626,14 +626,16 @@ def test_boxes_execute_few_scores(
     assert large_tiling.best_boxes(axes, plans, 64 // group, window_bounds)[1:] == (part, groups, chunk)
 
 
+@pytest.mark.parametrize(("dim", "value_dim"), [(256, 256), (64, 256), (256, 64)])
 @pytest.mark.parametrize(("window", "forward", "query"), [(5, False, False), (6, True, False), (8, True, True)])
 def test_wide_heads_take_large_ones_for_dq_later(
-    monkeypatch: pytest.MonkeyPatch, window: int, forward: bool, query: bool
+    monkeypatch: pytest.MonkeyPatch, window: int, forward: bool, query: bool, dim: int, value_dim: int
 ) -> None:
-    tokens = dict.fromkeys(("query", "key", "value"), contiguous((2, 137, 173, 8, 256)))
-    problem = problem_of_image(monkeypatch, **tokens, kernel_size=(window, window))
+    """Of keys and of values, whichever are wide."""
+    tokens, values = (contiguous((2, 137, 173, 8, d)) for d in (dim, value_dim))
+    problem = problem_of_image(monkeypatch, query=tokens, key=tokens, value=values, kernel_size=(window, window))
     large = [
-        isinstance(planned(kind, problem, grad_out=problem.query), TileConfig)
+        isinstance(planned(kind, problem, grad_out=problem.out), TileConfig)
         for kind in ("forward", "backward_query", "backward_key")
     ]
     assert large == [forward, query, forward]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from problems import problem_of_image, problem_of_text, with_registers
 
 pytest.importorskip("triton.experimental.gluon")
@@ -15,7 +16,7 @@ from natten_layers.kernels import dispatch
 from natten_layers.kernels.dispatch import Question
 from natten_layers.kernels.host.problem import Layout, Problem, contiguous
 from natten_layers.kernels.host.tuned import override
-from natten_layers.kernels.portable import forward
+from natten_layers.kernels.portable import forward, pair_variants
 from natten_layers.kernels.sm90 import medium_tiling, variants
 from natten_layers.kernels.sm90.medium_tiling import MediumTileConfig
 
@@ -317,3 +318,17 @@ def test_large_windows_of_small_calls_take_what_large_calls_leave(
     heads = contiguous((images, 64, 64, 8, 96))
     problem = problem_of_image(monkeypatch, query=heads, key=heads, value=heads, kernel_size=(31, 31))
     assert names(problem) == [takes] * 3
+
+
+@pytest.mark.parametrize(("registers", "takes"), [(0, variants.MEDIUM_PAIRS), (5, pair_variants.PAIRS)])
+def test_registers_leave_gradients_of_keys_in_fp32_where_they_are(
+    monkeypatch: pytest.MonkeyPatch, registers: int, takes: str
+) -> None:
+    """Once there is a softmax, registers do not matter to the gradients of other keys."""
+    heads = contiguous((4, 64, 64, 8, 64))
+    extra = contiguous((4, registers, 8, 64)) if registers else None
+    problem = problem_of_image(
+        monkeypatch, query=heads, key=heads, value=heads, kernel_size=(9, 9), dtype=torch.float32,
+        precision="tf32x3", additional_keys=extra, additional_values=extra,
+    )  # fmt: skip
+    assert names(problem) == [takes, takes, variants.MEDIUM_PAIRS]

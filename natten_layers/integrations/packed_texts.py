@@ -89,7 +89,9 @@ def ends_of_texts(position_ids: Tensor, batch: int) -> Tensor | None:
 
 
 def ends_beside_padding(mask: Tensor, position_ids: Tensor, real: Tensor, sources: Tensor) -> Tensor | None:
-    """:func:`ends_of_texts` of rows whose tokens are moved; padding begins no text. Waits for the device once a mask.
+    """:func:`ends_of_texts` of rows whose tokens are moved; padding begins no text.
+
+    Waits for the device once a mask: once for all layers of a kind, unless hooks give each a mask of its own.
 
     Args:
         mask: what all layers of a kind are given, which holds ``real``.

@@ -25,6 +25,10 @@ class Replacement(Protocol):
         """Undo what was done to the model for this processor's sake."""
 
 
+HAS_WINDOW = "_natten_layers_has_window"
+"""What layers know of themselves. A hook that knew them would take them all into copies and pickles of one block."""
+
+
 class ModelHook:
     """Base class of objects whose methods are hooks of a model and of its parts."""
 
@@ -79,5 +83,6 @@ def unpatch(model: Any) -> int:
         if isinstance(processor, Replacement):
             processor.release()
             module.set_processor(processor.replaced)  # pyright: ignore[reportCallIssue]
+            module.__dict__.pop(HAS_WINDOW, None)
             count += 1
     return count

@@ -26,7 +26,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...functional import neighborhood_attention
 from .families import FAMILIES, Arguments, Family, Grid
-from .replacement import VERSION, ModelHook, Replacement
+from .replacement import HAS_WINDOW, VERSION, ModelHook, Replacement
 
 __all__ = ["FAMILIES", "neighborhood"]
 
@@ -78,15 +78,11 @@ def neighborhood(
     count = 0
     for attn in attentions:
         has_window = isinstance(attn.processor, Replacement)
-        setattr(attn, _HAS_WINDOW, has_window)
+        setattr(attn, HAS_WINDOW, has_window)
         if has_window:  # all of them: a part that was unpatched took the last hook with it, and copies have another one
             attn.processor.tokens = tokens
             count += 1
     return count
-
-
-_HAS_WINDOW = "_natten_layers_has_window"
-"""What layers know of themselves. A hook that knew them would take them all into copies and pickles of one block."""
 
 
 class _Window(NamedTuple):
@@ -283,7 +279,7 @@ class _Tokens(ModelHook):
         lost = {
             i: type(attn.processor).__name__
             for i, attn in enumerate(_attentions(model, self.family))
-            if getattr(attn, _HAS_WINDOW, False) and not isinstance(attn.processor, Replacement)
+            if getattr(attn, HAS_WINDOW, False) and not isinstance(attn.processor, Replacement)
         }
         if lost:
             kinds = ", ".join(sorted({*lost.values()}))

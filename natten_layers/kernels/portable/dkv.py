@@ -192,23 +192,6 @@ def window_key_gradients(
 
 
 @triton.jit
-def shown_keys(key_mask, i_batch, token, m_keys):
-    """``[N]``: which keys of a tile the mask shows, of which ``key_mask`` is a view."""
-    p_mask = key_mask.pointer + i_batch * key_mask.strides[0] + token_offset(token, key_mask.strides)
-    return tl.load(p_mask, mask=m_keys, other=1).to(tl.int1)
-
-
-@triton.jit
-def of_shown_keys(row_lo, row_hi, steps, m_shown):
-    """The last query that sees each key, and the steps of a walk, if keys that are not shown are seen by none.
-
-    A tile of such keys has nothing to do.
-    """
-    row_hi = (row_hi[0], row_hi[1], tl.where(m_shown, row_hi[2], row_lo[2] - 1))
-    return row_hi, (steps[0], steps[1], tl.where(tl.max(m_shown.to(tl.int32), 0) > 0, steps[2], 0))
-
-
-@triton.jit
 def key_gradients_of_tile(
     i_program, tensors, strides, axes, group, kv_heads, key_length, scale, SPEC: tl.constexpr
 ):  # fmt: skip
@@ -249,7 +232,8 @@ def key_gradients_of_tile(
     o_v = i_batch * value.strides[0] + i_kv * value.strides[4] + token_offset(token, value.strides)
     m_loaded = m_keys
     if tensors.key_mask is not None:
-        row_seen = shown_keys(key_mask, i_batch, token, m_keys)
+        p_mask = key_mask.pointer + i_batch * key_mask.strides[0] + token_offset(token, key_mask.strides)
+        row_seen = tl.load(p_mask, mask=m_keys, other=1).to(tl.int1)
         m_loaded = m_keys & row_seen
     b_k = load_columns(key.pointer, o_k, m_loaded, SPEC.head_dim, BD)
     b_v = load_columns(value.pointer, o_v, m_loaded, SPEC.value_dim, BDV)
@@ -259,10 +243,11 @@ def key_gradients_of_tile(
     row_lo, row_hi = queries_of(index, count, kernel, stride, CAUSAL, PERIODIC, key_length)
     lo, hi, inner_lo, inner_hi = union_of_queries(origin, count, kernel, stride, CAUSAL, TILE, PERIODIC, key_length)
     steps = steps_over(lo, hi, CHUNK)
-    if tensors.key_mask is not None:
-        row_hi, steps = of_shown_keys(row_lo, row_hi, steps, m_loaded)
+    if tensors.key_mask is not None:  # no query sees a masked key, and a tile of such keys has nothing to do
+        row_hi = (row_hi[0], row_hi[1], tl.where(row_seen, row_hi[2], row_lo[2] - 1))
         all_seen = tl.min(row_seen.to(tl.int32), 0) > 0
         inner_hi = (inner_hi[0], inner_hi[1], tl.where(all_seen, inner_hi[2], -FAR))
+        steps = (steps[0], steps[1], tl.where(tl.max(m_loaded.to(tl.int32), 0) > 0, steps[2], 0))
     row_bias = bias_middle(kernel) + bias_offset(clamped(index, key_count), kernel) if tensors.rpb is not None else None
     tile = KeyTile(b_k, b_v, Corners(row_lo, row_hi), Corners(lo, hi), Corners(inner_lo, inner_hi), row_bias)
     b_dk, b_dv = window_key_gradients(

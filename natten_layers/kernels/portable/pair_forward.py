@@ -1,11 +1,11 @@
 """The forward kernel of fp32 tensors whose products are those of fp16 pairs, for any GPU, and its launcher.
 
-It computes what ``forward.py`` does, and walks as that does. Registers, which are few, are folded in as there.
+It computes what ``forward.py`` does without a key mask, and walks as that does. Registers, which are few, are folded in
+as there.
 """
 
 # Triton's language shares the syntax of Python, but not its types.
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false
-# pyright: reportAssignmentType=false
 
 from typing import Any, NamedTuple
 
@@ -32,8 +32,8 @@ from .pairs import (
     to_pair,
     transposed,
 )
-from .parameters import UNREAD, Axes, Chunk, Strides, View, warps_of
-from .primitives import LOG2E, are_sound, in_elements, load_queries, register_view, shows_all, without_masked
+from .parameters import Axes, Chunk, Strides, View, warps_of
+from .primitives import LOG2E, are_sound, in_elements, load_queries, register_view
 from .windows import (
     contiguous_row,
     hidden,
@@ -63,16 +63,13 @@ class PairForwardTensors(NamedTuple):
     sink: Any
     additional_keys: Any
     additional_values: Any
-    key_mask: Any
 
 
 @triton.jit
-def attend_window_in_pairs(
-    b_q, b_acc, row_m, row_l, keys, values, key_mask, tile, axes, row_factor, SPEC: tl.constexpr
-):  # fmt: skip
+def attend_window_in_pairs(b_q, b_acc, row_m, row_l, keys, values, tile, axes, row_factor, SPEC: tl.constexpr):
     """Fold the union of the tile's windows into the softmax state, whose sums are in units of ``WEIGHT_UNIT``.
 
-    ``row_factor > 0`` turns products of pairs into base-2 logits. ``key_mask`` is a view of the image, or None.
+    ``row_factor > 0`` turns products of pairs into base-2 logits.
     """
     CHUNK: tl.constexpr = SPEC.chunk
     BD: tl.constexpr = SPEC.columns
@@ -82,9 +79,6 @@ def attend_window_in_pairs(
     inner = inner_indices(CHUNK)
     o_k = inner_offsets(inner, axes.dilation, keys.strides, SPEC)
     o_v = inner_offsets(inner, axes.dilation, values.strides, SPEC)
-    if key_mask is not None:
-        o_mask = inner_offsets(inner, axes.dilation, key_mask.strides, SPEC)
-        unmasked = shows_all(key_mask, walk, SPEC)
     corner = lo
     for _ in tl.range(0, walk.chunks, num_stages=SPEC.stages):
         chunk = Chunk(corner, inner)
@@ -92,8 +86,6 @@ def attend_window_in_pairs(
         b_k = load_pair(keys, o_k, m_keys, chunk, walk.ring, SPEC, SPEC.head_dim, BD)
         b_v = load_pair(values, o_v, m_keys, chunk, walk.ring, SPEC, SPEC.value_dim, BDV)
         b_s = pair_product(b_q, transposed(b_k), hidden(walk.boxes.lo, walk.boxes.hi, corner, inner, SPEC.rank))
-        if key_mask is not None:
-            b_s = without_masked(b_s, key_mask, unmasked, o_mask, m_keys, chunk, walk.ring, SPEC)
         row_m_new = tl.maximum(row_m, tl.max(b_s, 1) * row_factor)
         row_alpha = tl.exp2(row_m - row_m_new)
         b_p = tl.exp2(b_s * row_factor[:, None] - (row_m_new - WEIGHT_EXPONENT)[:, None])
@@ -112,7 +104,6 @@ def pair_forward_kernel(
     BD: tl.constexpr = SPEC.columns
     BDV: tl.constexpr = SPEC.value_columns
     UNIT: tl.constexpr = SPEC.unit
-    MASKED: tl.constexpr = tensors.key_mask is not None
     tile = query_tile(tl.program_id(0), axes, group, kv_heads, SPEC)
     if is_empty(tile.origin, tile.class_length):
         return
@@ -126,15 +117,12 @@ def pair_forward_kernel(
     score_scale = scale * LOG2E
     row_factor = tl.maximum(row_unit * score_scale * k_unit, TINY)
     keys, values = of_head(key_pair, tile.i_batch, tile.i_kv), of_head(value_pair, tile.i_batch, tile.i_kv)
-    key_mask = None
-    if tensors.key_mask is not None:
-        key_mask = of_head(View(tensors.key_mask, strides.key_mask), tile.i_batch, 0)
     if SPEC.register_tile > 0:
         reg_keys = register_view(tensors.additional_keys, strides.additional_keys, tile.i_batch, tile.i_kv, SPEC)
         reg_values = register_view(tensors.additional_values, strides.additional_values, tile.i_batch, tile.i_kv, SPEC)
     b_acc, row_m, row_l = initial_stats(tensors.sink, tile.row_head, sink, SPEC.rows, BDV)
     b_sum, row_m, row_l = attend_window_in_pairs(
-        b_q_pair, b_acc[0], row_m, row_l / WEIGHT_UNIT, keys, values, key_mask, tile, axes, row_factor, SPEC
+        b_q_pair, b_acc[0], row_m, row_l / WEIGHT_UNIT, keys, values, tile, axes, row_factor, SPEC
     )
     b_acc, row_l = (b_sum * (v_unit * WEIGHT_UNIT),), row_l * WEIGHT_UNIT
     if SPEC.register_tile > 0:
@@ -155,12 +143,11 @@ def pair_forward_kernel(
                 b_q, b_acc, row_m, row_l, reg_keys, reg_values, registers, 1.0, score_scale, REPAIR
             )
         b_acc, row_m, row_l = attend_window(
-            b_q, b_acc, row_m, row_l, plain_keys, plain_values, key_mask, None, tile, axes, None, 1.0, score_scale,
-            REPAIR,
-        )  # fmt: skip
+            b_q, b_acc, row_m, row_l, plain_keys, plain_values, None, None, tile, axes, None, 1.0, score_scale, REPAIR
+        )
     o_row = contiguous_row(tile.i_batch, token, axes.length) * (kv_heads * group) + tile.row_head
     store_results(
-        tensors.out, tensors.row_max, tensors.row_sum, b_acc, row_m, row_l, o_row, tile.m_rows, MASKED, SPEC
+        tensors.out, tensors.row_max, tensors.row_sum, b_acc, row_m, row_l, o_row, tile.m_rows, False, SPEC
     )  # fmt: skip
 
 
@@ -181,8 +168,7 @@ def plan(p: Problem, config: TileConfig, with_stats: bool) -> PairPlan:
         pair_forward_kernel,
         (p.programs(config),),
         (
-            Strides(*in_units(tensor_strides, unit), UNREAD, UNREAD, p.mask_strides),
-            Strides(None, *in_units(pair_strides, unit)),
+            Strides(*in_units(tensor_strides, unit)), Strides(None, *in_units(pair_strides, unit)),
             Axes(*p.extents(config.tile)), p.group, p.kv_heads, p.registers,
         ),
         SPEC=pair_spec(
@@ -203,7 +189,7 @@ def forward(
     out, row_max, row_sum = new_results(query, value.shape[-1], with_stats)
     tensors = PairForwardTensors(
         query, key, value, key_pair, value_pair, units, out, row_max, row_sum, inputs.sink, inputs.additional_keys,
-        inputs.additional_values, inputs.key_mask,
+        inputs.additional_values,
     )  # fmt: skip
     plan.launch((tensors,), (options.sink_value, options.scale))
     return out, row_max, row_sum

@@ -1,13 +1,12 @@
 """The kernels of dQ, and of dK and dV, of fp32 tensors whose products are those of fp16 pairs, and their launchers.
 
-They compute what ``dq.py`` and ``dkv.py`` do, and walk as these do. Scores' gradients are
-multiplied by a power of two for each row of a tile, so that fp16 holds them: it follows from a bound, which is the sum
-of a row's magnitudes times the largest magnitude of the columns, plus ``|delta|``.
+They compute what ``dq.py`` and ``dkv.py`` do without a key mask, and walk as these do. Scores' gradients are multiplied
+by a power of two for each row of a tile, so that fp16 holds them: it follows from a bound, which is the sum of a row's
+magnitudes times the largest magnitude of the columns, plus ``|delta|``.
 """
 
 # Triton's language shares the syntax of Python, but not its types.
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false
-# pyright: reportAssignmentType=false
 
 from typing import Any, NamedTuple
 
@@ -30,9 +29,7 @@ from ..host.problem import (
     stride_unit,
 )
 from ..host.tiling import TileConfig
-from .dkv import of_shown_keys, shown_keys
 from .dq import QueryRows, register_query_gradient, row_deltas
-from .dq import query_gradient as plain_query_gradient
 from .forward import query_tile
 from .pair_forward import PairPlan
 from .pairs import (
@@ -52,7 +49,7 @@ from .pairs import (
     transposed,
     unit_of,
 )
-from .parameters import UNREAD, Axes, Chunk, Corners, ResidueClass, Strides, View, warps_of
+from .parameters import Axes, Chunk, Corners, ResidueClass, Strides, View, warps_of
 from .primitives import (
     LOG2E,
     in_elements,
@@ -60,12 +57,8 @@ from .primitives import (
     load_lse,
     load_queries,
     register_view,
-    row_zeros,
-    shows_all,
     store_columns,
     times,
-    where_rows,
-    without_masked,
     zero_columns,
 )
 from .windows import (
@@ -97,8 +90,6 @@ class PairQueryTensors(NamedTuple):
     """What the kernel of dQ reads and writes. Results and statistics are contiguous."""
 
     query: Any
-    key: Any
-    value: Any
     key_pair: Any
     value_pair: Any
     units: Any
@@ -112,7 +103,6 @@ class PairQueryTensors(NamedTuple):
     grad_query: Any
     delta: Any
     lse: Any
-    key_mask: Any
 
 
 class PairKeyTensors(NamedTuple):
@@ -127,7 +117,6 @@ class PairKeyTensors(NamedTuple):
     lse: Any
     grad_key: Any
     grad_value: Any
-    key_mask: Any
 
 
 class PairRows(NamedTuple):
@@ -152,7 +141,7 @@ def gradient_exponent(b_weighed, largest, row_delta):
 
 
 @triton.jit
-def window_query_gradient_in_pairs(rows, row_lse, row_shift, keys, values, key_mask, tile, axes, SPEC: tl.constexpr):
+def window_query_gradient_in_pairs(rows, row_lse, row_shift, keys, values, tile, axes, SPEC: tl.constexpr):
     """dQ of a tile, to be multiplied by the units of keys and of the rows' scores' gradients."""
     CHUNK: tl.constexpr = SPEC.chunk
     BD: tl.constexpr = SPEC.columns
@@ -162,9 +151,6 @@ def window_query_gradient_in_pairs(rows, row_lse, row_shift, keys, values, key_m
     inner = inner_indices(CHUNK)
     o_k = inner_offsets(inner, axes.dilation, keys.strides, SPEC)
     o_v = inner_offsets(inner, axes.dilation, values.strides, SPEC)
-    if key_mask is not None:
-        o_mask = inner_offsets(inner, axes.dilation, key_mask.strides, SPEC)
-        unmasked = shows_all(key_mask, walk, SPEC)
     b_dq = zero_columns(SPEC.rows, BD)[0]
     corner = lo
     for _ in tl.range(0, walk.chunks, num_stages=SPEC.stages):
@@ -175,8 +161,6 @@ def window_query_gradient_in_pairs(rows, row_lse, row_shift, keys, values, key_m
         b_s = pair_product(
             rows.b_scored, transposed(b_k), hidden(walk.boxes.lo, walk.boxes.hi, corner, inner, SPEC.rank)
         )
-        if key_mask is not None:
-            b_s = without_masked(b_s, key_mask, unmasked, o_mask, m_keys, chunk, walk.ring, SPEC)
         b_p = tl.exp2(b_s * rows.row_factor[:, None] - row_lse[:, None])
         b_dp = pair_product(rows.b_weighed, transposed(b_v), None)
         b_ds = b_p * (b_dp * rows.row_dp[:, None] - row_shift[:, None])
@@ -191,7 +175,6 @@ def pair_query_kernel(tensors, strides, pair_strides, axes, group, kv_heads, reg
     BD: tl.constexpr = SPEC.columns
     BDV: tl.constexpr = SPEC.value_columns
     UNIT: tl.constexpr = SPEC.unit
-    MASKED: tl.constexpr = tensors.key_mask is not None
     tile = query_tile(tl.program_id(0), axes, group, kv_heads, SPEC)
     if is_empty(tile.origin, tile.class_length):
         return
@@ -203,18 +186,11 @@ def pair_query_kernel(tensors, strides, pair_strides, axes, group, kv_heads, reg
     b_q = load_queries(query, tile, token, SPEC.head_dim, BD)
     b_do = load_queries(grad_out, tile, token, SPEC.value_dim, BDV)
     o_row = contiguous_row(tile.i_batch, token, axes.length) * (kv_heads * group) + tile.row_head
-    grad_lse, key_mask, reg_keys, reg_values = None, None, None, None
+    grad_lse = None
     if tensors.grad_lse is not None:
         grad_lse = View(tensors.grad_lse, strides.grad_lse)
-    if tensors.key_mask is not None:
-        key_mask = of_head(View(tensors.key_mask, strides.key_mask), tile.i_batch, 0)
-    if SPEC.register_tile > 0:
-        reg_keys = register_view(tensors.additional_keys, strides.additional_keys, tile.i_batch, tile.i_kv, SPEC)
-        reg_values = register_view(tensors.additional_values, strides.additional_values, tile.i_batch, tile.i_kv, SPEC)
     row_delta = row_deltas(tensors.out, grad_lse, b_do, tile, token, o_row, SPEC)
-    row_lse, row_sees = load_lse(tensors.row_max, tensors.row_sum, o_row, tile.m_rows, MASKED)
-    if MASKED:
-        row_delta = tl.where(row_sees, row_delta, 0.0)
+    row_lse, _ = load_lse(tensors.row_max, tensors.row_sum, o_row, tile.m_rows, False)
     tl.store(tensors.delta + o_row, row_delta, mask=tile.m_rows)
     tl.store(tensors.lse + o_row, row_lse, mask=tile.m_rows)
 
@@ -228,11 +204,13 @@ def pair_query_kernel(tensors, strides, pair_strides, axes, group, kv_heads, reg
     rows = PairRows(b_q_pair, b_do_pair, row_factor, row_do_unit * row_scale * v_unit, row_scale)
     b_dq = window_query_gradient_in_pairs(
         rows, row_lse, row_delta * row_scale, of_head(key_pair, tile.i_batch, tile.i_kv),
-        of_head(value_pair, tile.i_batch, tile.i_kv), key_mask, tile, axes, SPEC,
+        of_head(value_pair, tile.i_batch, tile.i_kv), tile, axes, SPEC,
     )  # fmt: skip
     b_dq = (b_dq * (unit_of(row_e) * k_unit)[:, None],)
     if SPEC.register_tile > 0:
-        # Rows are loaded anew, here and below, as keeping them would take registers from the walk over the window.
+        reg_keys = register_view(tensors.additional_keys, strides.additional_keys, tile.i_batch, tile.i_kv, SPEC)
+        reg_values = register_view(tensors.additional_values, strides.additional_values, tile.i_batch, tile.i_kv, SPEC)
+        # Rows are loaded anew, as keeping them would take registers from the walk over the window.
         b_q = load_queries(query, tile, token, SPEC.head_dim, BD)
         b_do = load_queries(grad_out, tile, token, SPEC.value_dim, BDV)
         plain_rows = QueryRows(b_q, b_do, row_lse, row_delta)
@@ -240,28 +218,12 @@ def pair_query_kernel(tensors, strides, pair_strides, axes, group, kv_heads, reg
         b_dq = register_query_gradient(
             b_dq, plain_rows, reg_keys, reg_values, registers, score_scale, score_scale, SPEC
         )  # fmt: skip
-    if key_mask is not None:  # noqa: SIM102 - the compiler decides this condition, the device the next one
-        # NaN or inf in a masked key, as in the kernel of other tensors.
-        if tl.max(tl.where(tl.abs(row_zeros(b_dq)) >= 0.0, 0, 1), 0) > 0:
-            SMALL: tl.constexpr = SPEC.in_small_chunks
-            b_q = load_queries(query, tile, token, SPEC.head_dim, BD)
-            b_do = load_queries(grad_out, tile, token, SPEC.value_dim, BDV)
-            plain_rows = QueryRows(b_q, b_do, row_lse, row_delta)
-            key = View(tensors.key, in_elements(strides.key, UNIT))
-            value = View(tensors.value, in_elements(strides.value, UNIT))
-            b_dq = plain_query_gradient(
-                plain_rows, key, value, reg_keys, reg_values, key_mask, None, tile, axes, registers, None, scale,
-                SMALL, True,
-            )  # fmt: skip
-    if MASKED:
-        b_dq = where_rows(row_sees, b_dq)
     store_columns(tensors.grad_query, o_row * SPEC.head_dim, tile.m_rows, times(b_dq, scale), SPEC.head_dim, BD)
 
 
 @triton.jit
 def window_key_gradients_in_pairs(
-    rows, boxes, union, query, grad_out, statistics, steps, ring, axes, i_batch, i_kv, group, kv_heads,
-    SPEC: tl.constexpr,
+    rows, boxes, union, query, grad_out, statistics, ring, axes, i_batch, i_kv, group, kv_heads, SPEC: tl.constexpr
 ):  # fmt: skip
     """dK and dV of a tile of keys; the arguments are like those of ``window_key_gradients``.
 
@@ -276,6 +238,7 @@ def window_key_gradients_in_pairs(
     lo, hi = union
     b_dk = zero_columns(SPEC.rows, BD)[0]
     b_dv = zero_columns(SPEC.rows, BDV)[0]
+    steps = steps_over(lo, hi, CHUNK)
     inner = inner_indices(CHUNK)
     stat_strides = contiguous_strides(axes.length, kv_heads * group, WIDE)
     o_q = inner_offsets(inner, axes.dilation, query.strides, SPEC)
@@ -310,7 +273,6 @@ def pair_key_kernel(tensors, strides, pair_strides, axes, group, kv_heads, scale
     CAUSAL: tl.constexpr = SPEC.causal
     PERIODIC: tl.constexpr = SPEC.periodic
     TILE: tl.constexpr = SPEC.tile
-    CHUNK: tl.constexpr = SPEC.chunk
     BD: tl.constexpr = SPEC.columns
     BDV: tl.constexpr = SPEC.value_columns
     UNIT: tl.constexpr = SPEC.unit
@@ -328,11 +290,8 @@ def pair_key_kernel(tensors, strides, pair_strides, axes, group, kv_heads, scale
     token = tokens_of(index, residue, count, axes.dilation)
     o_k = i_batch * key_strides[0] + i_kv * key_strides[4] + token_offset(token, key_strides)
     o_v = i_batch * value_strides[0] + i_kv * value_strides[4] + token_offset(token, value_strides)
-    m_loaded = m_keys
-    if tensors.key_mask is not None:
-        m_loaded &= shown_keys(View(tensors.key_mask, strides.key_mask), i_batch, token, m_keys)
-    b_k = load_columns(tensors.key, o_k, m_loaded, SPEC.head_dim, BD)
-    b_v = load_columns(tensors.value, o_v, m_loaded, SPEC.value_dim, BDV)
+    b_k = load_columns(tensors.key, o_k, m_keys, SPEC.head_dim, BD)
+    b_v = load_columns(tensors.value, o_v, m_keys, SPEC.value_dim, BDV)
 
     p_units = tensors.units + (i_batch * kv_heads + i_kv) * 4
     q_unit, do_unit = tl.load(p_units), tl.load(p_units + 1)
@@ -342,22 +301,17 @@ def pair_key_kernel(tensors, strides, pair_strides, axes, group, kv_heads, scale
     b_v_pair, row_v_unit = rows_to_pair(b_v[0])
     row_factor = tl.maximum(row_k_unit * (scale * LOG2E) * q_unit, TINY)
     rows = PairRows(b_k_pair, b_v_pair, row_factor, row_v_unit * row_scale * do_unit, row_scale)
-    row_lo, row_hi = queries_of(index, count, axes.kernel, axes.stride, CAUSAL, PERIODIC)
+    boxes = queries_of(index, count, axes.kernel, axes.stride, CAUSAL, PERIODIC)
     lo, hi, _, _ = union_of_queries(origin, count, axes.kernel, axes.stride, CAUSAL, TILE, PERIODIC)
-    steps = steps_over(lo, hi, CHUNK)
-    if tensors.key_mask is not None:
-        row_hi, steps = of_shown_keys(row_lo, row_hi, steps, m_loaded)
     b_dk, b_dv = window_key_gradients_in_pairs(
-        rows, Corners(row_lo, row_hi), (lo, hi), query_pair, grad_out_pair, (tensors.lse, tensors.delta), steps,
+        rows, Corners(boxes[0], boxes[1]), (lo, hi), query_pair, grad_out_pair, (tensors.lse, tensors.delta),
         ResidueClass(residue, count, axes.dilation), axes, i_batch, i_kv, group, kv_heads, SPEC,
     )  # fmt: skip
-    b_dk = (b_dk * (unit_of(row_e) * (scale * q_unit))[:, None],)
-    b_dv = (b_dv * (do_unit * WEIGHT_UNIT),)
-    if tensors.key_mask is not None:  # zeros whatever NaN there is in queries and in the gradient of the output
-        b_dk, b_dv = where_rows(m_loaded, b_dk), where_rows(m_loaded, b_dv)
+    b_dk = b_dk * (unit_of(row_e) * (scale * q_unit))[:, None]
+    b_dv = b_dv * (do_unit * WEIGHT_UNIT)
     o_row = contiguous_row(i_batch, token, axes.length) * kv_heads + i_kv
-    store_columns(tensors.grad_key, o_row * SPEC.head_dim, m_keys, b_dk, SPEC.head_dim, BD)
-    store_columns(tensors.grad_value, o_row * SPEC.value_dim, m_keys, b_dv, SPEC.value_dim, BDV)
+    store_columns(tensors.grad_key, o_row * SPEC.head_dim, m_keys, (b_dk,), SPEC.head_dim, BD)
+    store_columns(tensors.grad_value, o_row * SPEC.value_dim, m_keys, (b_dv,), SPEC.value_dim, BDV)
 
 
 def query_plan(p: Problem, config: TileConfig, grad_out: Layout, grad_lse: Layout | None) -> PairPlan:
@@ -365,16 +319,15 @@ def query_plan(p: Problem, config: TileConfig, grad_out: Layout, grad_lse: Layou
     key_pair, value_pair = pair_layout(p.key), pair_layout(p.value)
     pair_strides = p.strides_of(key_pair), p.strides_of(value_pair)
     unit = stride_unit((*tensor_strides, *pair_strides))
-    grad_strides = UNREAD if grad_lse is None else p.strides_of(grad_lse)
+    grad_strides = (0,) * 5 if grad_lse is None else p.strides_of(grad_lse)
     tensors = (
-        p.query, p.key, p.value, grad_out, grad_lse, p.out, p.statistics, contiguous(p.query.shape),
-        key_pair, value_pair,
+        p.query, grad_out, grad_lse, p.out, p.statistics, contiguous(p.query.shape), key_pair, value_pair
     )  # fmt: skip
     launch = launcher(
         pair_query_kernel,
         (p.programs(config),),
         (
-            Strides(*in_units(tensor_strides, unit), grad_lse=grad_strides, key_mask=p.mask_strides),
+            Strides(*in_units(tensor_strides, unit), grad_lse=grad_strides),
             Strides(None, *in_units(pair_strides, unit)),
             Axes(*p.extents(config.tile)), p.group, p.kv_heads, p.registers,
         ),
@@ -393,8 +346,8 @@ def query_gradient(
     delta, lse = torch.empty_like(cotangents.row_max), torch.empty_like(cotangents.row_max)
     out, row_max, row_sum, grad_out, grad_lse = cotangents
     tensors = PairQueryTensors(
-        inputs.query, inputs.key, inputs.value, key_pair, value_pair, units, inputs.additional_keys,
-        inputs.additional_values, out, grad_out, grad_lse, row_max, row_sum, grad_query, delta, lse, inputs.key_mask,
+        inputs.query, key_pair, value_pair, units, inputs.additional_keys, inputs.additional_values, out, grad_out,
+        grad_lse, row_max, row_sum, grad_query, delta, lse,
     )  # fmt: skip
     plan.launch((tensors,), (options.scale,))
     return grad_query, RowStatistics(delta, lse)
@@ -419,8 +372,7 @@ def key_plan(p: Problem, config: TileConfig, grad_out: Layout) -> PairPlan:
         pair_key_kernel,
         (p.tile_count_of_keys(config.tile) * p.kv_heads,),
         (
-            Strides(UNREAD, k_strides, v_strides, *(UNREAD,) * 4, p.mask_strides),
-            Strides(q_strides, grad_out=do_strides),
+            Strides(None, k_strides, v_strides), Strides(q_strides, grad_out=do_strides),
             Axes(*p.extents(config.tile)), p.group, p.kv_heads,
         ),
         SPEC=pair_spec(p, config, tensors, unit=unit),
@@ -437,7 +389,7 @@ def key_gradients(
     query_pair, grad_out_pair, units = plan.split(problem, inputs.query, grad_out, delta)
     grad_key, grad_value = new_like(inputs.key), new_like(inputs.value)
     tensors = PairKeyTensors(
-        query_pair, inputs.key, inputs.value, grad_out_pair, units, delta, lse, grad_key, grad_value, inputs.key_mask
+        query_pair, inputs.key, inputs.value, grad_out_pair, units, delta, lse, grad_key, grad_value
     )
     plan.launch((tensors,), (options.scale,))
     return grad_key, grad_value

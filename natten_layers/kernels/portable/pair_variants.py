@@ -37,7 +37,7 @@ def pair_gap(question: Question) -> str | None:
     dim = max(p.query.shape[-1], p.value.shape[-1])
     if dim > MOST_COLUMNS:
         return f"it takes heads of up to {MOST_COLUMNS} channels, not of {dim}"
-    return option_gap(question, "periodic", "registers", "key_mask")
+    return option_gap(question, "periodic", "registers")
 
 
 def pair_pays(question: Question) -> str | None:

@@ -17,19 +17,7 @@ from typing import Any, NamedTuple
 from ..host.problem import Layout, Problem, need_wide_offsets
 from ..host.tiling import Box, TileConfig, column_parts
 
-__all__ = [
-    "UNREAD",
-    "Axes",
-    "Chunk",
-    "Corners",
-    "KeyWalk",
-    "QueryTile",
-    "ResidueClass",
-    "Spec",
-    "Strides",
-    "View",
-    "spec_of",
-]
+__all__ = ["Axes", "Chunk", "Corners", "KeyWalk", "QueryTile", "ResidueClass", "Spec", "Strides", "View", "spec_of"]
 
 
 class Spec(NamedTuple):
@@ -100,11 +88,6 @@ class Strides(NamedTuple):
     grad_out: Any = None
     grad_lse: Any = None
     key_mask: Any = None
-
-
-UNREAD = (0,) * 5
-"""Strides of a tensor that a kernel does not read, in place of None before the strides of a mask: Triton 3.6 loses its
-place at a stride of 1 behind None."""
 
 
 class Axes(NamedTuple):

@@ -180,7 +180,7 @@ def _packs_of_chunks(problem: Problem, pack: int | None) -> tuple[Packs, ...]:
 
 
 def windows_of(problem: Problem) -> tuple[Bounds, ...]:
-    """For each axis the keys that queries see: unwrapped where it is periodic."""
+    """For each axis the keys that queries see: unwrapped where it is periodic, but not if they are on another grid."""
     if problem.key_lengths is not None:
         return windows_on(problem.key_lengths)
     return tuple(ring_windows if ring else window_bounds for ring in problem.periodic_axes)

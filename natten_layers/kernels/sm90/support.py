@@ -203,8 +203,7 @@ def medium_pairs_gap(question: Question) -> str | None:
 
 def medium_pair_keys_gap(question: Question) -> str | None:
     p = question.problem
-    reason = device_gap(p) or pair_gap(question) or option_gap(question, "periodic", "registers") or dilation_gap(p)
-    if reason is not None:
+    if (reason := device_gap(p) or pair_gap(question) or dilation_gap(p)) is not None:
         return reason
     dim, value_dim = p.query.shape[-1], p.value.shape[-1]
     if dim != value_dim or dim not in MEDIUM_PAIR_CHANNELS:

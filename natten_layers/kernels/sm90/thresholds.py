@@ -133,8 +133,8 @@ def _large_thresholds(question: Question, kind: Kind) -> tuple[int, int]:
     p = question.problem
     if large_tiling.is_wide(p):
         if kind == "backward_query":
-            return WIDE_WINDOW * p.query.shape[-1], WIDE_PAIRS
-        return WIDE_WINDOW_BESIDE_DQ * p.query.shape[-1], WIDE_PAIRS_BESIDE_DQ
+            return WIDE_WINDOW * _widest(p), WIDE_PAIRS
+        return WIDE_WINDOW_BESIDE_DQ * _widest(p), WIDE_PAIRS_BESIDE_DQ
     if kind == "backward_query" and p.rank == 1 and large_tiling.width_of(p) <= 64:
         return LARGE_KEY_ELEMENTS_OF_NARROW_DQ, PAIRS
     if p.registers and kind == "forward":
@@ -144,7 +144,7 @@ def _large_thresholds(question: Question, kind: Kind) -> tuple[int, int]:
 
 def large_pays(question: Question, kind: Kind = "forward") -> str | None:
     p = question.problem
-    dim = max(p.query.shape[-1], p.value.shape[-1])
+    dim = _widest(p)
     window, queries = prod(p.kernel_size), prod(p.query.shape[:-1])
     if p.packing is not None:  # on average, as windows are cut to samples
         window = sum(n * min(n, window) for n in p.packing.sizes) // max(p.packing.tokens, 1)
@@ -156,6 +156,11 @@ def large_pays(question: Question, kind: Kind = "forward") -> str | None:
     if queries * keys < pairs:
         return f"the call is small: {queries} queries of {keys} keys are fewer than {pairs} pairs"
     return None
+
+
+def _widest(p: Problem) -> int:
+    """Channels of keys or of values, of which there are more."""
+    return max(p.query.shape[-1], p.value.shape[-1])
 
 
 def large_registers_pay(question: Question) -> str | None:
