@@ -287,6 +287,7 @@ def compile_portable(capability: int) -> None:
     attend((32768,), 128, 8, 64, 0, torch.float32)  # axes of length 1 are constants
     if capability == 90:
         attend((32, 32), 7, 8, 256, 40, torch.float32)
+        attend((32, 32), 7, 8, 256, 0, torch.float32, key_mask=torch.ones(1, 32, 32, dtype=torch.bool))
     with torch.no_grad():
         positions = torch.arange(4096)[None]
         for tokens, dim in ((1, 64), (16, 256)):
