@@ -110,7 +110,7 @@ class Kind:
 
 HALF = (torch.bfloat16, torch.float16)
 ANYTHING = Kind(
-    share=40,
+    share=36,
     sides={
         1: (*[Sides(1, 128)] * 3, Sides(1, 400)),
         2: (*[Sides(1, 9)] * 3, Sides(1, 20)),
@@ -161,11 +161,18 @@ LARGE = Kind(
 PAIRS = Kind(
     share=8,
     sides={1: (Sides(25, 128),), 2: (Sides(5, 13),), 3: (Sides(2, 6),)},
-    head_dims=(32, 32, 64, 64, 128, 48, 160),
+    head_dims=(32, 32, 64, 64, 128),
     dtypes=(torch.float32,),
+    never=("other grid", "values", "registers", "negative scale", "mask", "bias"),
+)
+PORTABLE_PAIRS = replace(
+    PAIRS,
+    share=4,
+    sides={1: (Sides(25, 64),), 2: (Sides(5, 8),), 3: (Sides(2, 4),)},
+    head_dims=(40, 48, 64, 96, 160),
     never=("other grid", "negative scale", "mask", "bias"),
 )
-KINDS = (ANYTHING, SMALL, RUNS, IMAGES, TEXTS, MEDIUM, LARGE, PAIRS)
+KINDS = (ANYTHING, SMALL, RUNS, IMAGES, TEXTS, MEDIUM, LARGE, PAIRS, PORTABLE_PAIRS)
 
 
 class Call(NamedTuple):
