@@ -217,7 +217,7 @@ def pair_query_kernel(tensors, strides, pair_strides, axes, group, kv_heads, reg
         score_scale = scale * LOG2E
         b_dq = register_query_gradient(
             b_dq, plain_rows, reg_keys, reg_values, registers, score_scale, score_scale, SPEC
-        )  # fmt: skip
+        )
     store_columns(tensors.grad_query, o_row * SPEC.head_dim, tile.m_rows, times(b_dq, scale), SPEC.head_dim, BD)
 
 
@@ -320,9 +320,7 @@ def query_plan(p: Problem, config: TileConfig, grad_out: Layout, grad_lse: Layou
     pair_strides = p.strides_of(key_pair), p.strides_of(value_pair)
     unit = stride_unit((*tensor_strides, *pair_strides))
     grad_strides = (0,) * 5 if grad_lse is None else p.strides_of(grad_lse)
-    tensors = (
-        p.query, grad_out, grad_lse, p.out, p.statistics, contiguous(p.query.shape), key_pair, value_pair
-    )  # fmt: skip
+    tensors = p.query, grad_out, grad_lse, p.out, p.statistics, contiguous(p.query.shape), key_pair, value_pair
     launch = launcher(
         pair_query_kernel,
         (p.programs(config),),
@@ -341,10 +339,10 @@ def query_gradient(
     plan: PairPlan, problem: Problem, inputs: Inputs, options: Options, cotangents: Cotangents
 ) -> tuple[Tensor, RowStatistics]:
     """dQ, delta and the base-2 log-sum-exp. Allocates copies of keys and values beside these."""
+    out, row_max, row_sum, grad_out, grad_lse = cotangents
     key_pair, value_pair, units = plan.split(problem, inputs.key, inputs.value)
     grad_query = new_like(inputs.query)
-    delta, lse = torch.empty_like(cotangents.row_max), torch.empty_like(cotangents.row_max)
-    out, row_max, row_sum, grad_out, grad_lse = cotangents
+    delta, lse = torch.empty_like(row_max), torch.empty_like(row_max)
     tensors = PairQueryTensors(
         inputs.query, key_pair, value_pair, units, inputs.additional_keys, inputs.additional_values, out, grad_out,
         grad_lse, row_max, row_sum, grad_query, delta, lse,

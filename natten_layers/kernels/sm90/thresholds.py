@@ -256,7 +256,7 @@ def _beyond_medium(question: Question, keys: int, kind: Kind) -> str | None:
     large_takes = _large_takes(question, kind)
     if dim >= MEDIUM_CHANNELS and not large_takes:
         return None
-    if p.rank == 1 and keys * dim >= (most := _most_on_one_axis(question, kind)):
+    if p.rank == 1 and keys * dim >= (most := _most_on_one_axis(p, kind)):
         return f"the window is large: {keys} keys of {dim} elements are {most} or more"
     if p.rank > 1 and keys * dim**2 >= MEDIUM_KEYS_TIMES_SQUARED_CHANNELS:
         most = MEDIUM_KEYS_TIMES_SQUARED_CHANNELS
@@ -273,15 +273,17 @@ def _large_takes(question: Question, kind: Kind) -> bool:
     return gap(question) is None and large_pays(question, kind) is None
 
 
-def _most_on_one_axis(question: Question, kind: Kind) -> int:
-    """From how many key elements on those for large windows, or portable ones, are faster on one axis."""
-    p = question.problem
+def _most_on_one_axis(p: Problem, kind: Kind) -> int:
+    """From how many key elements on those for large windows, or portable ones, are faster on one axis.
+
+    Heads of ``MEDIUM_CHANNELS`` or more are asked about only where those for large windows take the call.
+    """
     dim = p.query.shape[-1]
     if kind == "forward" and dim < MEDIUM_CHANNELS and dim < sum(medium_tiling.columns_of(p)):
         return MEDIUM_KEY_ELEMENTS_OF_UNFILLED_COLUMNS
     if dim <= MEDIUM_CHANNELS:
         return MEDIUM_KEY_ELEMENTS_OF_NARROW_HEADS
-    if kind == "forward" and dim > 96 and _large_takes(question, kind):
+    if kind == "forward" and dim > 96:
         return MEDIUM_KEY_ELEMENTS_OF_WIDE_FORWARD
     if kind == "backward_key" and dim <= 80:
         return MEDIUM_KEY_ELEMENTS_OF_80_CHANNELS
