@@ -465,8 +465,10 @@ def test_scores_may_be_as_large_as_fp32_holds(case: Case, exponent: int, sink: L
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's NumPy
 @pytest.mark.parametrize("with_stats", [False, True])
-def test_tiles_that_are_marked_are_computed_once_more(with_stats: bool) -> None:
+def test_tiles_that_are_marked_are_computed_once_more(with_stats: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only marked tiles are computed again, by several programs that search for marks; NaN stays in its windows."""
+    monkeypatch.setattr(large_repair, "PROGRAMS", 1)
+    large_repair.prepare_repair.cache_clear()
     case = Case("marked", (300,), 20, heads=4, head_dim=64, value_dim=64, sink="learned", batch=1, dtype=torch.float16)
     tensors = {name: t.detach() for name, t in make_inputs(case, DEVICE).items()}
     tensors["value"][0, 40, 1, 7] = float("nan")

@@ -38,7 +38,7 @@ def test_windows_between_small_and_large_take_it(monkeypatch: pytest.MonkeyPatch
     problem = lumina(monkeypatch)
     assert names(problem) == [variants.MEDIUM] * 3
     choice = dispatch.choose("forward", Question(problem))
-    assert choice.plan == MediumTileConfig((1, 8, 8), (1, 8, 8), 64, 1, 1, (64, 32), 2, 168, False, 0, False)
+    assert choice.plan == MediumTileConfig((1, 8, 8), (1, 8, 8), 64, 1, 1, (64, 32), 2, 168, False, 0, False, True)
     assert [name for name, _ in choice.passed_over] == [variants.ROLLING, variants.TILES]
 
 

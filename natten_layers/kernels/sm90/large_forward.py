@@ -26,12 +26,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..host.problem import Inputs, Options, Problem, new_results, three_axes
 from ..host.tiling import head_width
-from ..portable.primitives import LN2, LOG2E, LOWEST
+from ..portable.primitives import LN2, LOG2E
 from ..portable.windows import is_empty, shifted, union_of_windows, unravel
 from . import large_tiling
 from .descriptors import Call, boxes_of_registers, call_of, key_boxes, multiprocessors, query_boxes
 from .large_repair import repair
 from .large_tiling import LargeTileConfig
+from .online_softmax import (
+    LEAST_SUM,
+    are_usable,
+    first_references,
+    initial_stats,
+    references_of_tile,
+    row_maximum,
+    softmax_weights,
+    weights,
+)
 from .primitives import by_rows, flag_nan, output_rows, part_rows, store_part_rows, through_buffer
 from .products import (
     finished,
@@ -74,9 +84,11 @@ from .walk import (
 
 
 @gluon.jit
-def start_scores(b_q, k_ring, n, b_hidden, D: gl.constexpr, STAGES: gl.constexpr):
-    """Start the product of queries and the keys of chunk ``n``, which have arrived, added to a mask of 0 and -inf."""
-    return start_product(b_q, loaded(k_ring, 0, n, b_hidden.shape[1], STAGES), b_hidden, D)
+def start_scores(b_q, k_ring, n, b_hidden, N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr):
+    """Start the product of queries and the ``N`` keys of chunk ``n``, which have arrived, added to a mask of 0 and -inf
+    if it is given.
+    """
+    return start_product(b_q, loaded(k_ring, 0, n, N, STAGES), b_hidden, D)
 
 
 @gluon.jit
@@ -86,82 +98,52 @@ def start_values(b_p, sums, v_ring, n, DV: gl.constexpr, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def row_maximum(b_s):
-    """Maximum of each row. Halves of rows are compared with each other first, as a thread would otherwise compare the
-    elements that it has one after the other, each time waiting for the result. (Where a product is under way, this
-    gained nothing.)
-    """
-    for _ in gl.static_range(2):
-        halves = b_s.reshape([b_s.shape[0], 2, b_s.shape[1] // 2]).permute((0, 2, 1))
-        b_left, b_right = gl.split(halves)
-        b_s = gl.maximum(b_left, b_right)
-    return gl.max(b_s, 1)
-
-
-@gluon.jit
-def added_by_eighths(part_sum, row_alpha, b_x):
-    """``part_sum [M, 8]`` times ``row_alpha [M]``, if given, plus sums over every eighth column of ``b_x [M, N]``."""
-    PARTS: gl.constexpr = part_sum.type.layout
-    part = gl.convert_layout(gl.sum(b_x.reshape([b_x.shape[0], b_x.shape[1] // 8, 8]), 1), PARTS)
-    if row_alpha is not None:
-        part_sum = part_sum * gl.convert_layout(row_alpha, gl.SliceLayout(1, PARTS))[:, None]
-    return part_sum + part
-
-
-@gluon.jit
-def unrounded_weights(b_s, row_max, row_m, part_l, factor):
-    """Weights of a chunk, whose maximum in each row is ``row_max``, the new maximum, the new sums, and the factor by
-    which all earlier sums shrink.
-
-    ``part_l [M, 8]`` holds a sum over every eighth key of a row. These are the keys that one thread has, so that no
-    values are exchanged between threads before the end of the tile.
-    """
-    row_m_new = gl.maximum(row_m, row_max * factor)
-    row_alpha = gl.exp2(row_m - row_m_new)
-    b_p = gl.exp2(b_s * factor - row_m_new[:, None])
-    return b_p, row_m_new, added_by_eighths(part_l, row_alpha, b_p), row_alpha
-
-
-@gluon.jit
-def softmax_weights(b_s, row_max, row_m, part_l, factor, DTYPE: gl.constexpr, WEIGHTS: gl.constexpr):
-    """:func:`unrounded_weights` as a left operand."""
-    b_p, row_m, part_l, row_alpha = unrounded_weights(b_s, row_max, row_m, part_l, factor)
-    return gl.convert_layout(b_p.to(DTYPE), WEIGHTS), row_m, part_l, row_alpha
-
-
-@gluon.jit
 def attend_first(
-    b_q, b_hidden, row_m, part_l, k_ring, n, factor, D: gl.constexpr, STAGES: gl.constexpr, WEIGHTS: gl.constexpr
+    b_q, b_hidden, row_m, part_l, k_ring, n, factor, D: gl.constexpr, STAGES: gl.constexpr, WEIGHTS: gl.constexpr,
+    FIRST_MAXIMA: gl.constexpr,
 ):  # fmt: skip
     """Weights of the first chunk of a tile."""
     await_load(k_ring, n, True, STAGES)
-    b_s = start_scores(b_q, k_ring, n, b_hidden, D, STAGES)
+    b_s = start_scores(b_q, k_ring, n, None if FIRST_MAXIMA else b_hidden, b_hidden.shape[1], D, STAGES)
     b_s = warpgroup_mma_wait(0, deps=[b_s])
     release(k_ring, n, STAGES)
-    b_p, row_m, part_l, _ = softmax_weights(b_s, gl.max(b_s, 1), row_m, part_l, factor, b_q.dtype, WEIGHTS)
+    if FIRST_MAXIMA:
+        # Rows that see nothing of this chunk take the maximum of what they do not see, which is near.
+        row_other = gl.max(b_s, 1) * factor
+        b_s += b_hidden
+        row_m, part_l, _ = first_references(row_m, part_l, gl.max(b_s, 1) * factor, row_other)
+        b_p, part_l = weights(b_s, row_m, part_l, factor, b_q.dtype, WEIGHTS)
+    else:
+        b_p, row_m, part_l, _ = softmax_weights(b_s, gl.max(b_s, 1), row_m, part_l, factor, b_q.dtype, WEIGHTS)
     return b_p, row_m, part_l
 
 
 @gluon.jit
 def attend_next(
     b_q, b_hidden, b_p, sums, row_m, part_l, k_ring, v_ring, n, last, factor, D: gl.constexpr, DV: gl.constexpr,
-    STAGES: gl.constexpr,
+    STAGES: gl.constexpr, FIRST_MAXIMA: gl.constexpr,
 ):  # fmt: skip
     """Weights of chunk ``n``, whose keys have arrived, while the weighted values of the previous chunk are added."""
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, sums[0].type.layout, 2)
-    b_s = start_scores(b_q, k_ring, n, b_hidden, D, STAGES)
+    b_s = start_scores(b_q, k_ring, n, b_hidden, b_hidden.shape[1], D, STAGES)
     await_load(v_ring, n - 1, True, STAGES)
     sums = start_values(b_p, sums, v_ring, n - 1, DV, STAGES)
     b_s = warpgroup_mma_wait(sum_count(DV), deps=[b_s])
     release(k_ring, n, STAGES)
-    b_p, row_m, part_l, row_alpha = softmax_weights(
-        b_s, gl.max(b_s, 1), row_m, part_l, factor, b_q.dtype, WEIGHTS
-    )  # fmt: skip
+    row_alpha = None
+    if FIRST_MAXIMA:
+        b_p, part_l = weights(b_s, row_m, part_l, factor, b_q.dtype, WEIGHTS)
+    else:
+        b_p, row_m, part_l, row_alpha = softmax_weights(
+            b_s, gl.max(b_s, 1), row_m, part_l, factor, b_q.dtype, WEIGHTS
+        )  # fmt: skip
     # This wait stands here because ptxas would move the next one above the softmax if there were none before it.
     await_load(k_ring, n + 1, n < last, STAGES)
     sums = finished(sums)
     release(v_ring, n - 1, STAGES)
-    return b_p, scaled_sums(sums, row_alpha), row_m, part_l
+    if not FIRST_MAXIMA:
+        sums = scaled_sums(sums, row_alpha)
+    return b_p, sums, row_m, part_l
 
 
 @gluon.jit
@@ -174,37 +156,25 @@ def attend_last(b_p, sums, v_ring, n, DV: gl.constexpr, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def initial_stats(Sink, row_head, sink, SINK: gl.constexpr, M: gl.constexpr, ROW: gl.constexpr, PARTS: gl.constexpr):
-    """Maximum and sums of an empty softmax, or of one that has seen the sink.
-
-    The weight of the sink is one; each of the eight partial sums of a row starts with an eighth, which is exact.
-    """
-    if SINK == "none":
-        row_m = gl.full([M], LOWEST, gl.float32, ROW)
-        row_l = gl.zeros([M], gl.float32, ROW)
-    else:
-        if SINK == "tensor":
-            row_sink = gl.load(Sink + row_head).to(gl.float32) * LOG2E
-        else:
-            row_sink = gl.full([M], sink * LOG2E, gl.float32, ROW)
-        row_m = gl.maximum(row_sink, LOWEST)
-        row_l = gl.where(row_sink > LOWEST, 0.125, 0.0)
-    return row_m, gl.zeros([M, 8], gl.float32, PARTS) + gl.convert_layout(row_l, gl.SliceLayout(1, PARTS))[:, None]
-
-
-@gluon.jit
 def attend_alone(
-    b_q, b_hidden, sums, row_m, part_l, k_ring, v_ring, n, factor, D: gl.constexpr, DV: gl.constexpr,
-    STAGES: gl.constexpr,
+    b_q, b_hidden, sums, row_m, part_l, pending, k_ring, v_ring, n, factor, D: gl.constexpr, DV: gl.constexpr,
+    STAGES: gl.constexpr, FIRST_MAXIMA: gl.constexpr,
 ):  # fmt: skip
     """Add chunk ``n``, which has arrived, with no product under way before and after."""
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, sums[0].type.layout, 2)
-    b_s = start_scores(b_q, k_ring, n, b_hidden, D, STAGES)
+    b_s = start_scores(b_q, k_ring, n, b_hidden, b_hidden.shape[1], D, STAGES)
     b_s = warpgroup_mma_wait(0, deps=[b_s])
-    row_max = gl.convert_layout(row_maximum(b_s), row_m.type.layout)
-    b_p, row_m, part_l, row_alpha = softmax_weights(b_s, row_max, row_m, part_l, factor, b_q.dtype, WEIGHTS)
-    sums = start_values(b_p, scaled_sums(sums, row_alpha), v_ring, n, DV, STAGES)
-    return finished(sums), row_m, part_l
+    if FIRST_MAXIMA:
+        if pending:
+            row_m, part_l, row_alpha, pending = references_of_tile(b_s, row_m, part_l, factor)
+            sums = scaled_sums(sums, row_alpha)
+        b_p, part_l = weights(b_s, row_m, part_l, factor, b_q.dtype, WEIGHTS)
+    else:
+        row_max = gl.convert_layout(row_maximum(b_s), row_m.type.layout)
+        b_p, row_m, part_l, row_alpha = softmax_weights(b_s, row_max, row_m, part_l, factor, b_q.dtype, WEIGHTS)
+        sums = scaled_sums(sums, row_alpha)
+    sums = start_values(b_p, sums, v_ring, n, DV, STAGES)
+    return finished(sums), row_m, part_l, pending
 
 
 @gluon.jit
@@ -230,7 +200,8 @@ def q_consumer(
     sink, factor,
     CAUSAL: gl.constexpr, TILE: gl.constexpr, PART: gl.constexpr, GROUPS: gl.constexpr, SKIP: gl.constexpr,
     CHUNK: gl.constexpr, PACK: gl.constexpr, RANK: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
-    STAGES: gl.constexpr, TILES: gl.constexpr, SINK: gl.constexpr, WITH_STATS: gl.constexpr, GROUP: gl.constexpr,
+    STAGES: gl.constexpr, TILES: gl.constexpr, SINK: gl.constexpr, WITH_STATS: gl.constexpr,
+    FIRST_MAXIMA: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """One of the groups of four warps; each computes one part of every tile."""
     M: gl.constexpr = PART[0] * PART[1] * PART[2] * PACK
@@ -255,14 +226,16 @@ def q_consumer(
             reach, row_size = reach_of(lo, hi, is_empty(origin, length), CHUNK), row_sizes(row_lo, row_hi)
             await_load(q_ring, i_tile, True, TILES)
             b_q = loaded(q_ring, GROUP, i_tile, M, TILES)
+            pending = True
             for i_chunk in range(chunk_count(walk)):
                 await_load(k_ring, n, True, STAGES)
                 corner = read_note(notes, n, STAGES)
                 if meets(corner, reach) | (i_chunk < register_chunks(walk)):
                     b_hidden = hidden_keys(i_chunk, walk, corner, row_lo, row_size, inner, M, N, RANK, SCORES)
-                    sums, row_m, part_l = attend_alone(
-                        b_q, b_hidden, sums, row_m, part_l, k_ring, v_ring, n, factor, D, DV, STAGES
-                    )
+                    sums, row_m, part_l, pending = attend_alone(
+                        b_q, b_hidden, sums, row_m, part_l, pending, k_ring, v_ring, n, factor, D, DV, STAGES,
+                        FIRST_MAXIMA,
+                    )  # fmt: skip
                 release(k_ring, n, STAGES)
                 n += 1
         else:
@@ -271,15 +244,18 @@ def q_consumer(
             b_hidden = chunk_mask(i_walk, walk, row_lo, row_hi, inner, M, N, CHUNK, RANK, SCORES)
             await_load(q_ring, i_tile, True, TILES)
             b_q = loaded(q_ring, GROUP, i_tile, M, TILES)
-            b_p, row_m, part_l = attend_first(b_q, b_hidden, row_m, part_l, k_ring, n, factor, D, STAGES, WEIGHTS)
+            b_p, row_m, part_l = attend_first(
+                b_q, b_hidden, row_m, part_l, k_ring, n, factor, D, STAGES, WEIGHTS, FIRST_MAXIMA
+            )
             n += 1
             await_load(k_ring, n, n <= last, STAGES)
             for _ in range(1, chunk_count(walk)):
                 i_walk, _wraps = next_walk_index(i_walk, walk)
                 b_hidden = chunk_mask(i_walk, walk, row_lo, row_hi, inner, M, N, CHUNK, RANK, SCORES, False)
                 b_p, sums, row_m, part_l = attend_next(
-                    b_q, b_hidden, b_p, sums, row_m, part_l, k_ring, v_ring, n, last, factor, D, DV, STAGES
-                )
+                    b_q, b_hidden, b_p, sums, row_m, part_l, k_ring, v_ring, n, last, factor, D, DV, STAGES,
+                    FIRST_MAXIMA,
+                )  # fmt: skip
                 n += 1
             sums = attend_last(b_p, sums, v_ring, n - 1, DV, STAGES)
 
@@ -299,9 +275,10 @@ def q_consumer(
         if WITH_STATS:
             gl.store(RowMax + o_row, row_m * LN2, mask=m_rows)
             gl.store(RowSum + o_row, gl.convert_layout(row_l, gl.SliceLayout(1, SCORES)), mask=m_rows)
-        # Mark the part if a result is not finite, or if no weight of a row is about one (see ``are_sound``).
+        # Mark the part if a result is not finite, or if the reference of a row is far from its largest score.
         row_rest = rests_of_rows(sums)
-        row_rest = gl.where(gl.convert_layout(row_l, row_rest.type.layout) >= 0.5, row_rest, float("nan"))
+        row_usable = are_usable(gl.convert_layout(row_l, row_rest.type.layout), LEAST_SUM if FIRST_MAXIMA else 0.5)
+        row_rest = gl.where(row_usable > 0.0, row_rest, float("nan"))
         flag_nan(Nonfinite + flag_of(i_batch, i_head, origin, parts, blocks, PART), row_rest, m_rows)
         tile_id = await_tile(schedule, i_tile)
 
@@ -312,7 +289,8 @@ def forward_worker(
     Nonfinite, Sink, Windows, plan, parts, group, num_tiles, flags, sink, scale,
     CAUSAL: gl.constexpr, TILE: gl.constexpr, PART: gl.constexpr, GROUPS: gl.constexpr, SKIP: gl.constexpr,
     CHUNK: gl.constexpr, PACK: gl.constexpr, RANK: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
-    STAGES: gl.constexpr, TILES: gl.constexpr, SINK: gl.constexpr, WITH_STATS: gl.constexpr, WORKER: gl.constexpr,
+    STAGES: gl.constexpr, TILES: gl.constexpr, SINK: gl.constexpr, WITH_STATS: gl.constexpr,
+    FIRST_MAXIMA: gl.constexpr, WORKER: gl.constexpr,
 ):  # fmt: skip
     """What a group of warps does: the first ones compute, the others load queries, and keys and values."""
     COUNT: gl.constexpr = GROUPS[0] * GROUPS[1] * GROUPS[2]
@@ -320,7 +298,7 @@ def forward_worker(
         q_consumer(
             q_ring, k_ring, v_ring, notes, schedule, Out, RowMax, RowSum, Nonfinite, Sink, Windows, plan, parts,
             num_tiles, sink, scale * LOG2E, CAUSAL, TILE, PART, GROUPS, SKIP, CHUNK, PACK, RANK, D, DV,
-            STAGES, TILES, SINK, WITH_STATS, WORKER,
+            STAGES, TILES, SINK, WITH_STATS, FIRST_MAXIMA, WORKER,
         )  # fmt: skip
     elif WORKER == COUNT:
         query_tile_producer(
@@ -351,15 +329,16 @@ def large_forward_kernel(
     length, kernel, stride, tiles, parts, group, blocks, registers, num_tiles, flags, sink, scale,
     CAUSAL: gl.constexpr, TILE: gl.constexpr, PART: gl.constexpr, GROUPS: gl.constexpr, SKIP: gl.constexpr,
     CHUNK: gl.constexpr, PACK: gl.constexpr, RANK: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
-    SINK: gl.constexpr, WITH_STATS: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr, WARPS: gl.constexpr,
-    REGISTERS: gl.constexpr,
+    SINK: gl.constexpr, WITH_STATS: gl.constexpr, FIRST_MAXIMA: gl.constexpr, STAGES: gl.constexpr,
+    TILES: gl.constexpr, WARPS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Attention of all tiles.
 
-    ``Nonfinite`` has a flag for each part of a tile, set where results are not finite, and behind the ``flags`` the
-    tile counter. Heads have ``D`` and ``DV`` channels, and more columns in shared memory, which TMA fills with
+    ``Nonfinite`` has a flag for each part of a tile, set where its results are not to be used, and behind the ``flags``
+    the tile counter. Heads have ``D`` and ``DV`` channels, and more columns in shared memory, which TMA fills with
     zeros. ``WARPS`` and ``REGISTERS``, those of a thread, are given for all but the first group of warps, which
-    has ``num_warps``. ``Windows`` is None except in packed batches (``on_line``).
+    has ``num_warps``. ``Windows`` is None except in packed batches (``on_line``). ``FIRST_MAXIMA``: whether rows keep
+    the references of their first chunk (``online_softmax.py``).
     """
     COUNT: gl.constexpr = GROUPS[0] * GROUPS[1] * GROUPS[2]
     q_ring = new_ring(repeated((q_desc,), COUNT), TILES, COUNT)
@@ -376,7 +355,7 @@ def large_forward_kernel(
             (forward_worker, (q_ring, k_ring, v_ring, notes, schedule, q_desc, k_desc, v_desc, regk_desc, regv_desc,
                               Out, RowMax, RowSum, Nonfinite, Sink, Windows, plan, parts, group, num_tiles, flags, sink,
                               scale, CAUSAL, TILE, PART, GROUPS, SKIP, CHUNK, PACK, RANK, D, DV, STAGES, TILES,
-                              SINK, WITH_STATS, WORKER))
+                              SINK, WITH_STATS, FIRST_MAXIMA, WORKER))
             for WORKER in (0, 1, 2, 3, 4, 5, 6)[: COUNT + (2 if SKIP else 3)]
         ],
         WARPS,
@@ -429,7 +408,8 @@ def prepare(config: LargeTileConfig, p: Problem, with_stats: bool) -> tuple[Call
         ),
         CAUSAL=three_axes(p.is_causal, False), CHUNK=config.chunk, RANK=p.rank, PACK=config.pack,
         D=p.query.shape[-1], DV=p.value.shape[-1],
-        SINK=p.sink, WITH_STATS=with_stats, PART=config.part, GROUPS=config.groups, SKIP=config.skip,
+        SINK=p.sink, WITH_STATS=with_stats, FIRST_MAXIMA=p.dtype == torch.bfloat16, PART=config.part,
+        GROUPS=config.groups, SKIP=config.skip,
         TILE=config.tile, STAGES=config.stages, TILES=query_buffers(p), **config.work(2 if config.skip else 3),
     )  # fmt: skip
     return call, flags

@@ -1,7 +1,8 @@
-"""The launch behind the forward of large windows on compute capability 9.0, for outputs that are not finite.
+"""The launch behind the forward of large windows on compute capability 9.0, for outputs that are not to be used.
 
-A weight of zero times NaN or inf is NaN, so that these spread to queries that do not see them. The kernel for large
-windows flags such parts of tiles, and the portable kernel, which keeps NaN and inf away, computes them once more.
+A weight of zero times NaN or inf is NaN, so that these spread to queries that do not see them, and the references of a
+row's softmax may be too far from its largest score (``online_softmax.py``). The kernel for large windows flags such
+parts of tiles, and the portable kernel, which keeps NaN and inf away and finds maxima, computes them once more.
 """
 
 # Triton's language is Python to the parser only.
@@ -21,9 +22,11 @@ from ..host.tiling import head_width
 from ..portable.forward import ForwardTensors, attend_tile
 from ..portable.parameters import Axes, Spec, Strides
 from ..portable.windows import SAMPLE_FIELDS
-from .large_tiling import LargeTileConfig
+from .large_tiling import MULTIPROCESSORS, LargeTileConfig
 
-FLAGS: tl.constexpr = tl.constexpr(64)  # tiles whose flags one program reads
+FLAGS: tl.constexpr = tl.constexpr(64)  # most tiles whose flags one program reads
+# Programs of the launch, if there are as many tiles, so that all multiprocessors compute where many tiles are flagged.
+PROGRAMS = 2 * MULTIPROCESSORS
 
 
 @triton.jit
@@ -53,10 +56,11 @@ def repair_kernel(
     that do not see them. The arguments from ``axes`` on, tensors and strides are those of ``attend_tile``.
     """
     blocks = kv_heads * (group // SPEC.pack)
-    i_programs = tl.minimum(tl.program_id(0) * FLAGS + tl.arange(0, FLAGS), programs - 1)
+    step = tl.num_programs(0)
+    i_programs = tl.minimum(tl.program_id(0) + tl.arange(0, FLAGS) * step, programs - 1)
     if tl.max(is_flagged(i_programs, Nonfinite, tensors.tiles, last_part, blocks, SPEC).to(tl.int32), 0) == 0:
         return
-    for i_program in range(tl.program_id(0) * FLAGS, tl.minimum(tl.program_id(0) * FLAGS + FLAGS, programs)):
+    for i_program in range(tl.program_id(0), programs, step):
         if is_flagged(i_program, Nonfinite, tensors.tiles, last_part, blocks, SPEC):
             attend_tile(i_program, tensors, strides, axes, group, kv_heads, registers, None, sink, scale, SPEC)
 
@@ -79,7 +83,7 @@ def prepare_repair(config: LargeTileConfig, p: Problem, with_stats: bool) -> Lau
     head_dim, value_dim = p.query.shape[-1], p.value.shape[-1]
     return launcher(
         repair_kernel,
-        (triton.cdiv(programs, FLAGS.value),),
+        (max(triton.cdiv(programs, FLAGS.value), min(programs, PROGRAMS)),),
         (
             Strides(*p.input_strides()), programs, p.tiles(config.part)[2] - 1, Axes(*p.extents(config.part)),
             p.group, p.kv_heads, p.registers,

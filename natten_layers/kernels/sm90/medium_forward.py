@@ -23,7 +23,6 @@ from ..host.problem import Inputs, Options, Problem, contiguous, new_results
 from ..portable.primitives import LOG2E
 from ..portable.windows import bias_offset, clamped, shifted, union_of_windows, unravel, windows_of
 from .descriptors import Call, call_of
-from .large_forward import initial_stats, row_maximum, softmax_weights
 from .masked_keys import divisors, has_masked, saved_maxima, unmasked_keys, without_masked
 from .medium_chunks import (
     chunks_over,
@@ -48,8 +47,17 @@ from .medium_parts import (
     start_sums,
 )
 from .medium_tiling import MediumTileConfig, spec_of
+from .online_softmax import (
+    LEAST_SUM,
+    are_usable,
+    initial_stats,
+    references_of_tile,
+    row_maximum,
+    softmax_weights,
+    weights,
+)
 from .primitives import class_rows, row_biases, thread_barrier
-from .products import finished, new_sums
+from .products import finished, new_sums, scaled_sums
 from .rings import new_barriers, new_stages, stage_of
 from .small_forward import NO_PREP
 from .small_nonfinite import attend_rows
@@ -80,18 +88,26 @@ def scaled_scores(b_s, b_hidden, factor, BIASED: gl.constexpr):
 
 @gluon.jit
 def attend_chunk(
-    queries, keys, values, i_stage, b_hidden, sums, row_m, part_l, factor, BIASED: gl.constexpr = False
+    queries, keys, values, i_stage, b_hidden, sums, row_m, part_l, pending, exact, factor, BIASED: gl.constexpr,
+    FIRST_MAXIMA: gl.constexpr,
 ):  # fmt: skip
-    """Start to add a chunk, which has arrived, to the sums of weighted values; returns new maxima and sums of weights,
-    as ``softmax_weights`` does.
+    """Start to add a chunk, which has arrived, to the sums of weighted values; returns these, new references and sums
+    of weights, and whether references are still ``pending``.
     """
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, sums[0].type.layout, 2)
     b_s = hidden_scores(queries, keys, i_stage, b_hidden, BIASED)
     b_s = scaled_scores(warpgroup_mma_wait(0, deps=[b_s]), b_hidden, factor, BIASED)
     factor = 1.0 if BIASED else factor
-    row_max = gl.convert_layout(row_maximum(b_s), row_m.type.layout)
-    b_p, row_m, part_l, row_alpha = softmax_weights(b_s, row_max, row_m, part_l, factor, queries[0].dtype, WEIGHTS)
-    return start_sums(b_p, values, i_stage, sums, row_alpha), row_m, part_l
+    row_alpha = None
+    if FIRST_MAXIMA:
+        if pending:
+            row_m, part_l, row_shrink, pending = references_of_tile(b_s, row_m, part_l, factor, exact)
+            sums = scaled_sums(sums, row_shrink)
+        b_p, part_l = weights(b_s, row_m, part_l, factor, queries[0].dtype, WEIGHTS)
+    else:
+        row_max = gl.convert_layout(row_maximum(b_s), row_m.type.layout)
+        b_p, row_m, part_l, row_alpha = softmax_weights(b_s, row_max, row_m, part_l, factor, queries[0].dtype, WEIGHTS)
+    return start_sums(b_p, values, i_stage, sums, row_alpha), row_m, part_l, pending
 
 
 @gluon.jit
@@ -112,6 +128,25 @@ def divided_sums(sums, row_l, DTYPE: gl.constexpr):
 
 
 @gluon.jit
+def start_first_chunks(
+    descs, register_descs, rings, ready, first, chunks, i_kv, i_batch, i_frame, lo, hi, registers, count,
+    CHUNK: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr, RANK: gl.constexpr, PERIODIC: gl.constexpr,
+):  # fmt: skip
+    """Start to load the first chunks of a walk, as many as there are stages, behind ``first`` others; returns where the
+    next one begins.
+    """
+    ahead = first_chunk(lo, registers, CHUNK)
+    for n in gl.static_range(STAGES):
+        if n < chunks:
+            start_seen_chunk(
+                descs, register_descs, rings, ready, first + n, i_kv, i_batch, i_frame, ahead, lo, registers, count,
+                CHUNK, COLUMNS, STAGES, PERIODIC,
+            )  # fmt: skip
+        ahead = next_chunk(ahead, lo, hi, count, CHUNK, RANK, PERIODIC)
+    return ahead
+
+
+@gluon.jit
 def medium_forward_kernel(
     Q, K, V, Out, RowMax, RowSum, RegK, RegV, Sink, KeyMask, Rpb,
     q0_desc, q1_desc, q2_desc, out0_desc, out1_desc, out2_desc,
@@ -119,13 +154,15 @@ def medium_forward_kernel(
     regk0_desc, regk1_desc, regk2_desc, regv0_desc, regv1_desc, regv2_desc,
     strides, mask_strides, axes, key_length, tiles, frames, group, blocks, registers, sink, scale,
     SPEC: gl.constexpr, CHUNK: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr, SIDE: gl.constexpr,
+    FIRST_MAXIMA: gl.constexpr,
 ):  # fmt: skip
     """Attention of one tile; the grid is (tiles * blocks of heads, batch).
 
     Arguments are as in ``small_forward.py``, but a tensor has a descriptor for each part of its ``COLUMNS``, and
     ``registers`` is None if there are no register tokens. ``KeyMask`` is None if no key is masked, and
     ``Rpb`` if there are no biases. ``frames`` are those of queries and of keys. ``key_length`` is that of the keys'
-    axes if they are on another grid, else None.
+    axes if they are on another grid, else None. ``FIRST_MAXIMA``: whether rows keep the references of the first chunk
+    (``online_softmax.py``); a tile for which these are too far off is computed once more, with maxima.
     """
     length, kernel, stride, dilation = axes
     CAUSAL: gl.constexpr = SPEC.causal
@@ -163,14 +200,10 @@ def medium_forward_kernel(
     queries = start_rows(q_descs, q_corner, ready.index(STAGES), COLUMNS)
     keys, values = new_stages(k_descs, STAGES), new_stages(v_descs, STAGES)
     descs, rings = k_descs + v_descs, keys + values
-    ahead = first_chunk(lo, registers, CHUNK)
-    for n in gl.static_range(STAGES):
-        if n < chunks:
-            start_seen_chunk(
-                descs, register_descs, rings, ready, n, i_kv, i_batch, i_frame, ahead, lo, registers, key_count,
-                CHUNK, COLUMNS, STAGES, PERIODIC,
-            )  # fmt: skip
-        ahead = next_chunk(ahead, lo, hi, key_count, CHUNK, RANK, PERIODIC)
+    ahead = start_first_chunks(
+        descs, register_descs, rings, ready, 0, chunks, i_kv, i_batch, i_frame, lo, hi, registers, key_count, CHUNK,
+        COLUMNS, STAGES, RANK, PERIODIC,
+    )  # fmt: skip
 
     row = gl.arange(0, M, ROW)
     position, head = unravel(row // PACK, TILE[1], TILE[2]), i_block * PACK + row % PACK
@@ -178,42 +211,66 @@ def medium_forward_kernel(
     row_lo, row_hi = windows_of(index, count, kernel, stride, CAUSAL, PERIODIC, key_length)
     p_biases = row_biases(Rpb, clamped(index, count), head, kernel)
     row_size = row_sizes(row_lo, row_hi)
-    row_m, part_l = initial_stats(Sink, head, sink, SINK, M, ROW, PARTS)
     inner = unravel(gl.arange(0, N, gl.SliceLayout(0, SCORES)), CHUNK[1], CHUNK[2])
-    sums, corner = new_sums(M, COLUMNS), first_chunk(lo, registers, CHUNK)
-    seen = unmasked_keys(
-        KeyMask, mask_strides, i_batch, corner, lo, residue, key_count, dilation, CHUNK, RANK, PERIODIC
-    )  # fmt: skip
+    may_see_nothing = True if KeyMask is not None or BIASED else None
+    row_m, part_l = initial_stats(Sink, head, sink, SINK, M, ROW, PARTS)
+    row_l, sums = gl.sum(part_l, 1), new_sums(M, COLUMNS)
+    first = 0  # of the chunks that are loaded, those of this attempt
+    sound = False
+    exact = False
+    ended = False
     mbarrier.wait(ready.index(STAGES), 0)
-    for n in range(chunks):
-        i_stage, phase = stage_of(n, STAGES)
-        b_hidden = hidden_chunk(
-            corner, common, lo, registers, row_lo, row_size, inner, key_count, CHUNK, RANK, PERIODIC, SCORES
-        )  # fmt: skip
-        b_hidden = with_biases(b_hidden, p_biases, bias_offset(shifted(inner, corner), kernel), corner[2] >= lo[2])
-        masked = has_masked(seen)
-        mbarrier.wait(ready.index(i_stage), phase)
-        b_hidden = without_masked(b_hidden, masked, seen, chunks_of(rings, i_stage, N))
-        sums, row_m, part_l = attend_chunk(
-            queries, keys, values, i_stage, b_hidden, sums, row_m, part_l, scale * LOG2E, BIASED
-        )  # fmt: skip
-        corner = next_chunk(corner, lo, hi, key_count, CHUNK, RANK, PERIODIC)
+    while not ended:
+        pending, corner = True, first_chunk(lo, registers, CHUNK)
         seen = unmasked_keys(
             KeyMask, mask_strides, i_batch, corner, lo, residue, key_count, dilation, CHUNK, RANK, PERIODIC
         )  # fmt: skip
-        sums = finished(sums)
-        thread_barrier()  # the stage has been read
-        if n + STAGES < chunks:
-            start_seen_chunk(
-                descs, register_descs, rings, ready, n + STAGES, i_kv, i_batch, i_frame, ahead, lo, registers,
-                key_count, CHUNK, COLUMNS, STAGES, PERIODIC,
+        for n in range(first, first + chunks):
+            i_stage, phase = stage_of(n, STAGES)
+            b_hidden = hidden_chunk(
+                corner, common, lo, registers, row_lo, row_size, inner, key_count, CHUNK, RANK, PERIODIC, SCORES
             )  # fmt: skip
-        ahead = next_chunk(ahead, lo, hi, key_count, CHUNK, RANK, PERIODIC)
+            b_hidden = with_biases(b_hidden, p_biases, bias_offset(shifted(inner, corner), kernel), corner[2] >= lo[2])
+            masked = has_masked(seen)
+            mbarrier.wait(ready.index(i_stage), phase)
+            b_hidden = without_masked(b_hidden, masked, seen, chunks_of(rings, i_stage, N))
+            sums, row_m, part_l, pending = attend_chunk(
+                queries, keys, values, i_stage, b_hidden, sums, row_m, part_l, pending, exact, scale * LOG2E, BIASED,
+                FIRST_MAXIMA,
+            )  # fmt: skip
+            corner = next_chunk(corner, lo, hi, key_count, CHUNK, RANK, PERIODIC)
+            seen = unmasked_keys(
+                KeyMask, mask_strides, i_batch, corner, lo, residue, key_count, dilation, CHUNK, RANK, PERIODIC
+            )  # fmt: skip
+            sums = finished(sums)
+            thread_barrier()  # the stage has been read
+            if n + STAGES < first + chunks:
+                start_seen_chunk(
+                    descs, register_descs, rings, ready, n + STAGES, i_kv, i_batch, i_frame, ahead, lo, registers,
+                    key_count, CHUNK, COLUMNS, STAGES, PERIODIC,
+                )  # fmt: skip
+            ahead = next_chunk(ahead, lo, hi, key_count, CHUNK, RANK, PERIODIC)
 
-    row_l = gl.sum(part_l, 1)
-    may_see_nothing = True if KeyMask is not None or BIASED else None
+        row_l = gl.sum(part_l, 1)
+        row_sound = divisors(gl.convert_layout(row_m, row_l.type.layout), row_l, may_see_nothing)
+        if FIRST_MAXIMA:
+            row_sound = are_usable(row_l, gl.where(exact, 0.5, LEAST_SUM))
+        sound = all_finite(sums_flags(sums, row_sound))
+        ended = True
+        if FIRST_MAXIMA:
+            ended = sound | exact
+            if not ended:
+                exact = True
+                first += chunks
+                row_m, part_l = initial_stats(Sink, head, sink, SINK, M, ROW, PARTS)
+                sums = new_sums(M, COLUMNS)
+                ahead = start_first_chunks(
+                    descs, register_descs, rings, ready, first, chunks, i_kv, i_batch, i_frame, lo, hi, registers,
+                    key_count, CHUNK, COLUMNS, STAGES, RANK, PERIODIC,
+                )  # fmt: skip
+
     row_weight = divisors(gl.convert_layout(row_m, row_l.type.layout), row_l, may_see_nothing)
-    if all_finite(sums_flags(sums, row_weight)):
+    if sound:
         start_store(divided_sums(sums, row_weight, queries[0].dtype), queries, out_descs, q_corner, COLUMNS)
         if SPEC.with_stats:
             m_rows, o_row = class_rows(position, head, i_batch, origin, residue, count, dilation, length, heads)
@@ -256,5 +313,5 @@ def prepare(config: MediumTileConfig, p: Problem, with_stats: bool) -> Call:
         ),
         [*boxes_of_rows(config, p, p.query, contiguous(p.query.shape)), *boxes_of_seen(config, p)],
         SPEC=spec_of(config, p, with_stats), CHUNK=config.chunk, COLUMNS=config.columns, STAGES=config.stages,
-        SIDE=config.side, num_warps=WARPS, maxnreg=config.maxnreg,
+        SIDE=config.side, FIRST_MAXIMA=config.first_maxima, num_warps=WARPS, maxnreg=config.maxnreg,
     )  # fmt: skip

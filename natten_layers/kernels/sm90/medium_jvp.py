@@ -34,7 +34,6 @@ from ..host.problem import (
 from ..portable.primitives import LOG2E
 from ..portable.windows import shifted, token_offset, tokens_of, union_of_windows, unravel, windows_of
 from .descriptors import Call, call_of
-from .large_forward import added_by_eighths, initial_stats, row_maximum, unrounded_weights
 from .masked_keys import (
     divisors,
     has_masked,
@@ -66,6 +65,7 @@ from .medium_parts import (
     start_sums,
 )
 from .medium_tiling import MediumTileConfig, spec_of
+from .online_softmax import added_by_eighths, initial_stats, row_maximum, unrounded_weights
 from .primitives import class_rows, load_lse, row_sinks, thread_barrier
 from .products import finished, first_column, new_sums, product_layout, split_sums
 from .rings import new_barriers, new_stages, stage_of

@@ -38,11 +38,11 @@ from ..portable.pairs import (
 from ..portable.primitives import LOG2E
 from ..portable.windows import shifted, union_of_windows, unravel, windows_of
 from .descriptors import Boxes, Call, boxes_of, call_of, chunk_boxes, frames_of
-from .large_forward import initial_stats, row_maximum
 from .masked_keys import saved_maxima
 from .medium_chunks import chunks_over, hidden_positions, next_chunk, seen_by_all
 from .medium_parts import chunk_of, start_chunk
 from .medium_tiling import MediumTileConfig, spec_of
+from .online_softmax import initial_stats, row_maximum
 from .primitives import class_rows, spread, store_rows, thread_barrier, wide_token_offset
 from .products import product_layout, start_product
 from .rings import new_barriers, new_stages, stage_of
@@ -137,7 +137,7 @@ def start_pair_sum(b_weights, rings, i_stage, FIRST: gl.constexpr = 0):
 @gluon.jit
 def pair_weights(b_s, row_m, part_l, row_factor):
     """Weights of a chunk times 2^14, new maxima, new sums of weights, and by what earlier sums shrink, as
-    ``large_forward.softmax_weights`` returns them.
+    ``online_softmax.softmax_weights`` returns them.
     """
     PARTS: gl.constexpr = part_l.type.layout
     row_max = gl.convert_layout(row_maximum(b_s), row_m.type.layout)

@@ -7,7 +7,7 @@ programs share a multiprocessor, and compute while others wait. Needs neither Tr
 
 from collections.abc import Callable
 from functools import lru_cache
-from math import prod
+from math import ceil, prod
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +35,8 @@ LONGER_SCORES = 1.05
 # Least share of chunks without a mask for which it pays to ask each chunk whether it needs one, on one axis and on more
 # (``docs/profiles.md``).
 INSIDE_ON_ONE_AXIS, INSIDE = 0.3, 0.6
+# Fewest chunks of a tile for which it pays to keep the references of the first.
+LEAST_CHUNKS = 3
 # Most parts into which the columns of a head are divided, and most columns.
 COLUMN_PARTS, MOST_COLUMNS = 3, 128
 
@@ -63,6 +65,8 @@ class MediumTileConfig(NamedTuple):
     """tiles of a column in height and width (``small_tiles.tile_of_column``); 0 for tiles line by line"""
     skip_mask: bool
     """whether chunks that all rows of a tile see are told from others, and need no mask"""
+    first_maxima: bool = False
+    """whether the forward pass keeps the references of the first chunk (``online_softmax.py``)"""
 
 
 class Size(NamedTuple):
@@ -254,6 +258,14 @@ def columns_of(problem: Problem) -> tuple[int, ...]:
     return channel_parts(problem.query.shape[-1])
 
 
+class Tiles(NamedTuple):
+    scores: int
+    """how many are computed for one head"""
+    packs: Packs
+    tile: Box
+    chunk: Box
+
+
 def _tile_config(
     kind: Kind, problem: Problem, axes: tuple[Axis, ...], packs: tuple[Packs, ...], bounds: tuple[Bounds, ...]
 ) -> MediumTileConfig | None:
@@ -272,7 +284,7 @@ def _tile_config(
     )
     return MediumTileConfig(
         best.tile, best.chunk, size.slice, *best.packs, columns_of(problem), STAGES, size.maxnreg, size.held, side,
-        skip_mask,
+        skip_mask, kind == "forward" and can_keep_references(problem, best, size.keys),
     )  # fmt: skip
 
 
@@ -294,12 +306,12 @@ def can_skip_mask(kind: Kind, problem: Problem) -> bool:
     return width <= (112 if kind == "forward" else 64)
 
 
-class Tiles(NamedTuple):
-    scores: int
-    """how many are computed for one head"""
-    packs: Packs
-    tile: Box
-    chunk: Box
+def can_keep_references(problem: Problem, best: Tiles, keys: int) -> bool:
+    """Whether the softmax of rows can keep the references that their first chunk gives, and is faster so."""
+    may_see_nothing = problem.key_mask is not None or problem.has_bias
+    tiles = prod(ceil(axis[0] / side) for axis, side in zip(problem.axes, best.tile, strict=True))
+    chunks = best.scores / (tiles * prod(best.tile) * keys)
+    return problem.dtype == torch.bfloat16 and not may_see_nothing and chunks >= LEAST_CHUNKS
 
 
 @lru_cache(maxsize=1024)

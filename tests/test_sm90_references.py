@@ -1,0 +1,118 @@
+"""References of rows that stay what the first chunk gives, in the kernels for compute capability 9.0."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from helpers import Case, Inputs, make_inputs
+
+pytest.importorskip("triton.experimental.gluon")
+
+from problems import problem_of_image
+from test_sm90_large import CASES as LARGE
+from test_sm90_large import SKIPPING, assert_oracle, call_of, needs_device
+from test_sm90_medium import CASES as MEDIUM
+from test_sm90_medium import INSIDE, REGISTERS, RINGS
+
+from natten_layers import attention_state, neighborhood_attention_varlen
+from natten_layers.kernels.host.problem import contiguous
+from natten_layers.kernels.sm90 import large_forward, large_repair, large_tiling, medium_forward, medium_tiling
+
+# How the scores of a row change from key to key: up to 600 from the first to the last key of an image, or one in 37
+# stands out. Weights that are relative to the first scores overflow, or vanish.
+ORDERS = "rising", "falling", "standing out"
+
+
+def with_far_scores(case: Case, inputs: Inputs, order: str) -> Inputs:
+    """The same inputs, but for a channel of queries and keys that adds to scores."""
+    far = {name: t.detach().clone() for name, t in inputs.items()}
+    count = far["key"][0, ..., 0, 0].numel()
+    ramp = torch.linspace(0, 600, count)
+    added = {"rising": ramp, "falling": -ramp, "standing out": 150.0 * (torch.arange(count) % 37 == 29)}[order]
+    far["query"][..., 0] = 8.0
+    far["key"][..., 0] = (added * case.head_dim**0.5 / 8).reshape(*far["key"].shape[1:-2], 1).to(far["key"])
+    return {name: t.requires_grad_() for name, t in far.items()}
+
+
+def far_call(case: Case, order: str) -> tuple[Inputs, Any, Any]:
+    leaves = with_far_scores(case, make_inputs(case, "cuda"), order)
+    return leaves, *call_of(case, {name: t.detach() for name, t in leaves.items()})
+
+
+@pytest.mark.gpu
+@needs_device
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    "case", [MEDIUM[0], MEDIUM[1], MEDIUM[4], REGISTERS[0], REGISTERS[3], RINGS[0], INSIDE[0], INSIDE[5]], ids=str
+)
+def test_medium_windows_compute_a_tile_again_where_scores_are_far_from_the_first(case: Case, order: str) -> None:
+    case = replace(case, dtype=torch.bfloat16)
+    leaves, problem, arguments = far_call(case, order)
+    config = medium_tiling.forward_tile_config(problem)
+    assert config is not None
+    assert_oracle(case, leaves, medium_forward.forward(config._replace(first_maxima=True), *arguments))
+
+
+@pytest.mark.gpu
+@needs_device
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("case", [LARGE[1], LARGE[4], LARGE[6], LARGE[7], LARGE[9], *SKIPPING[:4]], ids=str)
+def test_large_windows_compute_a_tile_again_where_scores_are_far_from_the_first(case: Case, order: str) -> None:
+    case = replace(case, dtype=torch.bfloat16)
+    leaves, problem, arguments = far_call(case, order)
+    assert_oracle(case, leaves, large_forward.forward(large_tiling.forward_tile_config(problem), *arguments))
+
+
+@pytest.mark.gpu
+@needs_device
+def test_usual_scores_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = replace(LARGE[4], dtype=torch.bfloat16)
+    marks = []
+    repair = large_repair.repair
+    monkeypatch.setattr(large_forward, "repair", lambda *args: (marks.append(args[4][:-1].clone()), repair(*args)))
+    leaves = {name: t.detach() for name, t in make_inputs(case, "cuda").items()}
+    leaves["query"][..., 0] = 8.0
+    leaves["key"][..., 0] = (40 * case.head_dim**0.5 / 8 * torch.rand(leaves["key"].shape[:-1])).to(leaves["key"])
+    problem, arguments = call_of(case, leaves)
+    state = large_forward.forward(large_tiling.forward_tile_config(problem), *arguments)
+    assert_oracle(case, {name: t.requires_grad_() for name, t in leaves.items()}, state)
+    assert len(marks) == 1
+    assert not marks[0].any()
+
+
+@pytest.mark.gpu
+@needs_device
+@pytest.mark.parametrize("window", [600, 1500])
+def test_packed_texts_compute_a_tile_again_where_scores_are_far_from_the_first(window: int) -> None:
+    lengths = [1900, 7, 2500]
+    draw = torch.Generator().manual_seed(5)
+    q, k, v = (torch.randn(sum(lengths), h, 128, generator=draw).cuda().bfloat16() for h in (8, 2, 2))
+    q[..., 0] = 8.0
+    k[..., 0] = (torch.linspace(0, 600, sum(lengths)) * 128**0.5 / 8)[:, None].to(k)
+    packed = neighborhood_attention_varlen(q, k, v, [(n,) for n in lengths], window, is_causal=True, impl="fused")
+    first = 0
+    for n in lengths:
+        own = [x[None, first : first + n].double() for x in (q, k, v)]
+        alone = attention_state(*own, window, is_causal=True, impl="eager").out[0]
+        assert ((packed[first : first + n] - alone).norm() / alone.norm()).item() < 4e-3
+        first += n
+
+
+def test_rows_keep_references_where_they_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bf16, whose exponents are those of fp32; where each row sees a key; and where a tile has several chunks."""
+
+    def keeps(dtype: torch.dtype, kernel_size: int, **changes: Any) -> bool:
+        layout = contiguous((8, 128, 128, 8, 64))
+        image = {"query": layout, "key": layout, "value": layout, "kernel_size": (kernel_size,) * 2, "dtype": dtype}
+        config = medium_tiling.forward_tile_config(problem_of_image(monkeypatch, **{**image, **changes}))
+        assert config is not None
+        return config.first_maxima
+
+    assert keeps(torch.bfloat16, 21)
+    assert not keeps(torch.float16, 21)
+    assert not keeps(torch.bfloat16, 21, key_mask=contiguous((8, 128, 128, 1, 1)))
+    assert not keeps(torch.bfloat16, 21, has_bias=True)
+    assert not keeps(torch.bfloat16, 1)
