@@ -550,17 +550,21 @@ def test_large_windows_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
         unpacked = planned("forward", problem)
     assert unpacked is not None
     assert (unpacked.tile, unpacked.pack) == ((1, 1, 128), 1)
+    # Of 17 and 34 chunks that hold what rows see, smaller ones compute fewer scores for packed heads alone.
+    query, key = (contiguous((1, 8192, heads, 128)) for heads in (32, 8))
+    shorter = planned("forward", problem_of_text(monkeypatch, query=query, key=key, value=key, kernel_size=(1024,)))
+    assert (shorter.tile, shorter.chunk) == ((1, 1, 48), (1, 1, 64))
 
 
 @pytest.mark.parametrize(
     ("dim", "window", "registers", "is_large"),
     [
-        (128, 384, 0, True),
-        (128, 383, 0, False),
-        (64, 2560, 0, True),
-        (64, 2559, 0, False),
-        (128, 380, 4, True),
-        (128, 379, 4, False),
+        (128, 512, 0, True),
+        (128, 511, 0, False),
+        (64, 5120, 0, True),
+        (64, 5119, 0, False),
+        (128, 508, 4, True),
+        (128, 507, 4, False),
         (64, 16, 624, True),
     ],
 )

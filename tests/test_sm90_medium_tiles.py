@@ -105,9 +105,11 @@ def test_chunks_are_longer_where_that_adds_hardly_any_scores(monkeypatch: pytest
         assert config is not None
         return prod(config.chunk)
 
-    assert chunk(21) == 128
-    assert chunk(15) == 64  # a fifth more scores
-    assert chunk(21, key_mask=contiguous((8, 128, 128, 1, 1))) == 64
+    half = {"dtype": torch.float16}
+    assert chunk(21, **half) == 128
+    assert chunk(15, **half) == 64  # a fifth more scores
+    assert chunk(21, **half, key_mask=contiguous((8, 128, 128, 1, 1))) == 64
+    assert chunk(21) == 64  # bfloat16, where no maxima are found
 
 
 def test_programs_with_register_tokens_leave_room_for_as_many_others(monkeypatch: pytest.MonkeyPatch) -> None:

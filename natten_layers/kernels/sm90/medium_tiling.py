@@ -29,8 +29,8 @@ STAGES = 2
 # take 5.1 ms line by line and 5.6 in columns.
 LINES_BYTES, SIDE = 28 * 2**20, 8
 # How many times as many scores longer chunks may have (``longer_size``). Milliseconds on an H200 with 64 and 128 keys a
-# chunk, 64 channels: 21x21 0.604 and 0.581 (1.02 times as many), 11x11x11 1.93 and 1.86 (1.03), 5x15x15 0.875 and 0.821
-# (1.04), 4x7x7 causal in time 0.705 and 0.714 (1.13), 3x5x5 0.163 and 0.192 (1.36).
+# chunk, 64 channels, with maxima: 21x21 0.604 and 0.581 (1.02 times as many), 11x11x11 1.93 and 1.86 (1.03), 5x15x15
+# 0.875 and 0.821 (1.04), 4x7x7 causal in time 0.705 and 0.714 (1.13), 3x5x5 0.163 and 0.192 (1.36).
 LONGER_SCORES = 1.05
 # Least share of chunks without a mask for which it pays to ask each chunk whether it needs one, on one axis and on more
 # (``docs/profiles.md``).
@@ -107,10 +107,11 @@ def _size_of_pairs(kind: Kind, dim: int) -> Size:
 def longer_size(kind: Kind, problem: Problem) -> Size | None:
     """A size with longer chunks, which is faster if it computes hardly more scores (``LONGER_SCORES``), or None.
 
-    What a chunk costs besides its scores, two fifths of the instructions, is shared by twice as many.
+    What a chunk costs besides its scores, two fifths of the instructions, is shared by twice as many. That is less
+    where rows keep the references of the first chunk, in bf16 (21x21 0.499 with 64 keys and 0.526 with 128).
     """
     p = problem
-    if kind != "forward" or p.rank == 1 or columns_of(p) != (64,):
+    if kind != "forward" or p.dtype == torch.bfloat16 or p.rank == 1 or columns_of(p) != (64,):
         return None
     takes_more = (
         p.registers or p.key_mask is not None or p.has_bias or p.key_lengths is not None or any(p.periodic_axes)

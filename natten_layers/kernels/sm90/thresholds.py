@@ -5,6 +5,8 @@ Thresholds were measured on an H200. Reasons why a variant cannot compute a call
 
 from math import prod
 
+import torch
+
 from ..host.problem import Problem
 from ..host.tiling import Kind, head_width
 from ..host.tuned import override_pack
@@ -64,6 +66,15 @@ MEDIUM_KEY_ELEMENTS_OF_NARROW_HEADS = 5 * 2**15
 # 0.154, 513 of 112 0.173 and 0.186.
 MEDIUM_KEY_ELEMENTS_OF_WIDE_FORWARD = 3 * 2**14
 MEDIUM_KEY_ELEMENTS_OF_80_CHANNELS = 2**17
+# Forward in bf16, where rows keep the references of the first chunk: up to 64 channels (measured up to 4096 keys), up
+# to 96, and of 128; 16 heads, 16384 tokens, causal. 64 channels, 2048 keys 0.274 and 0.251, 4096 0.473 and 0.442; 96
+# channels, 1024 keys 0.259 and 0.233, 2048 0.403 and 0.401, of four heads a group 1024 0.226 and 0.232; 80 channels,
+# 1024 0.241 and 0.222, 2048 0.379 and 0.381; 128 channels, 384 keys 0.154 and 0.143, 512 0.174 and 0.171, 768 0.213
+# and 0.225, four heads a group, 384 0.136 and 0.130, 512 0.155 and 0.159; but 112 channels, three parts of columns, 512
+# keys 0.155 and 0.176.
+MEDIUM_KEY_ELEMENTS_OF_NARROW_BF16_FORWARD = 5 * 2**16
+MEDIUM_KEY_ELEMENTS_OF_BF16_FORWARD = 2**17
+MEDIUM_KEY_ELEMENTS_OF_WIDE_BF16_FORWARD = 2**16
 # Forward where a narrow head leaves some of its columns in shared memory empty: 1025 keys of 40 channels 0.209 and
 # 0.249, of 56 0.212 and 0.224, but 513 keys of 56 0.138 and 0.129.
 MEDIUM_KEY_ELEMENTS_OF_UNFILLED_COLUMNS = 2**15
@@ -281,6 +292,11 @@ def _most_on_one_axis(p: Problem, kind: Kind) -> int:
     dim = p.query.shape[-1]
     if kind == "forward" and dim < MEDIUM_CHANNELS and dim < sum(medium_tiling.columns_of(p)):
         return MEDIUM_KEY_ELEMENTS_OF_UNFILLED_COLUMNS
+    if kind == "forward" and p.dtype == torch.bfloat16:
+        if dim <= MEDIUM_CHANNELS:
+            return MEDIUM_KEY_ELEMENTS_OF_NARROW_BF16_FORWARD
+        if len(medium_tiling.columns_of(p)) < 3:
+            return MEDIUM_KEY_ELEMENTS_OF_BF16_FORWARD if dim <= 96 else MEDIUM_KEY_ELEMENTS_OF_WIDE_BF16_FORWARD
     if dim <= MEDIUM_CHANNELS:
         return MEDIUM_KEY_ELEMENTS_OF_NARROW_HEADS
     if kind == "forward" and dim > 96:
