@@ -507,6 +507,15 @@ def test_overrides_hold_in_all_threads() -> None:
     assert not tuned.is_portable_only()
 
 
+@pytest.mark.parametrize("pack", [0, -2])
+def test_an_override_asks_for_a_number_of_heads(pack: int) -> None:
+    with (
+        pytest.raises(ValueError, match=f"pack must be a number of heads, one or more, got {pack}"),
+        tuned.override(pack=pack),
+    ):
+        pass
+
+
 def test_an_override_that_ends_first_leaves_the_later_one() -> None:
     """Two threads may end theirs in any order, and two overrides may ask for the same."""
     first, second = tuned.override(pack=2), tuned.override(pack=2)

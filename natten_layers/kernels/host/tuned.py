@@ -91,7 +91,12 @@ def override(
         pack: the number of heads a program; for dK and dV of medium windows of a chunk, if it can have as many.
         portable_only: take portable kernels alone, as on a device that no other kernel is for.
         variants: take the variants of these names where they support a call, whether they are expected to pay or not.
+
+    Raises:
+        ValueError: ``pack`` is no number of heads.
     """
+    if pack is not None and pack < 1:
+        raise ValueError(f"pack must be a number of heads, one or more, got {pack}")
     own = Overrides(configs or {}, pack, portable_only, variants or {}, {})
     _overrides.append(own)
     try:
