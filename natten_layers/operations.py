@@ -63,8 +63,7 @@ class AttentionState(NamedTuple):
     """Softmax attention over a set of keys, in a form that can be merged with attention over other sets.
 
     ``lse = row_max + row_sum.log()``. ``row_max`` is only a reference point and may be any value near the largest
-    score: kernels for bfloat16 take one that is up to 45 away, for which ``row_sum`` makes up. Gradients are exact for
-    every function of ``out`` and ``lse``.
+    score. Gradients are exact for every function of ``out`` and ``lse``.
     """
 
     out: Tensor

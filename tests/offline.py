@@ -117,7 +117,8 @@ def attend_large_on_sm90(
     tensors = problem.Inputs(query, key, value, extra, extra, shapes=shapes)
     options = options_of(len(spatial), kernel_size, sink)
     one = problem.problem_of(tensors, options)
-    large_forward.forward(large_tiling.forward_tile_config(one), one, tensors, options, with_stats=sink is None)
+    config = large_tiling.forward_tile_config(one, with_stats=sink is None)
+    large_forward.forward(config, one, tensors, options, with_stats=sink is None)
     rows = torch.ones(1, *spatial, heads)
     cotangents = problem.Cotangents(out, rows, rows, out, None)
     config = large_tiling.dq_tile_config(one)
@@ -189,8 +190,11 @@ def attend_medium_on_sm90(
     if is_periodic:
         options = options._replace(is_causal=(False,) * len(spatial), is_periodic=(True,) * len(spatial))
     one = problem.problem_of(tensors, options)
-    configs = [find(one) for find in (medium_tiling.forward_tile_config, medium_tiling.dq_tile_config)]
-    configs.append(medium_tiling.dkv_tile_config(one))
+    configs = (
+        medium_tiling.forward_tile_config(one, with_stats=not sink),
+        medium_tiling.dq_tile_config(one),
+        medium_tiling.dkv_tile_config(one),
+    )
     forward, query_config, key_config = (config for config in configs if config is not None)
     medium_forward.forward(forward, one, tensors, options, with_stats=not sink)
     rows = torch.ones(query.shape[:-1])

@@ -201,8 +201,7 @@ def test_gradients_match_the_oracle(case: Case, monkeypatch: pytest.MonkeyPatch)
     with override(variants=MEDIUM):
         first, second = (run(case, leaves, "fused") for _ in range(2))
     assert taken == ["forward", "query_gradient", "key_gradients"] * 2
-    # The peer reads this output, too, which is rounded: gradients of sinks are sums of what that adds.
-    assert_close(case, first, oracle(case, leaves), run(case, leaves, "eager", first.out))
+    assert_close(case, first, oracle(case, leaves), run(case, leaves, "eager"))
     for name, tensor in first.tensors().items():
         assert torch.equal(tensor, second.tensors()[name]), name
 

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from helpers import Case, Inputs, make_inputs
+from torch import Tensor
 
 pytest.importorskip("triton.experimental.gluon")
 
-from problems import problem_of_image
+from problems import problem_of_image, problem_of_text
 from test_sm90_large import CASES as LARGE
 from test_sm90_large import SKIPPING, assert_oracle, call_of, needs_device
 from test_sm90_medium import CASES as MEDIUM
@@ -19,7 +20,15 @@ from test_sm90_medium import INSIDE, REGISTERS, RINGS
 
 from natten_layers import attention_state, neighborhood_attention_varlen
 from natten_layers.kernels.host.problem import contiguous
-from natten_layers.kernels.sm90 import large_forward, large_repair, large_tiling, medium_forward, medium_tiling
+from natten_layers.kernels.host.variant import Question
+from natten_layers.kernels.sm90 import (
+    large_forward,
+    large_repair,
+    large_tiling,
+    medium_forward,
+    medium_tiling,
+    variants,
+)
 
 # How the scores of a row change from key to key: up to 600 from the first to the last key of an image, or one in 37
 # stands out. Weights that are relative to the first scores overflow, or vanish.
@@ -56,31 +65,65 @@ def test_medium_windows_compute_a_tile_again_where_scores_are_far_from_the_first
     assert_oracle(case, leaves, medium_forward.forward(config._replace(first_maxima=True), *arguments))
 
 
+def marks_of_parts(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """What calls from now on hand to the launch that computes parts once more: a mark for each part."""
+    marks: list[Tensor] = []
+    repair = large_repair.repair
+    # Behind the marks is the tile counter.
+    monkeypatch.setattr(large_forward, "repair", lambda *args: (marks.append(args[4][:-1].clone()), repair(*args)))
+    return marks
+
+
 @pytest.mark.gpu
 @needs_device
-@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("case", [LARGE[1], LARGE[4], LARGE[6], LARGE[7], LARGE[9], *SKIPPING[:4]], ids=str)
-def test_large_windows_compute_a_tile_again_where_scores_are_far_from_the_first(case: Case, order: str) -> None:
+def test_large_windows_compute_a_tile_again_where_scores_are_far_from_the_first(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
     case = replace(case, dtype=torch.bfloat16)
-    leaves, problem, arguments = far_call(case, order)
-    assert_oracle(case, leaves, large_forward.forward(large_tiling.forward_tile_config(problem), *arguments))
+    marks = marks_of_parts(monkeypatch)
+    for order in ORDERS:
+        leaves, problem, arguments = far_call(case, order)
+        config = replace(large_tiling.forward_tile_config(problem), first_maxima=True)
+        assert_oracle(case, leaves, large_forward.forward(config, *arguments))
+    assert len(marks) == len(ORDERS)
+    assert torch.cat(marks).any()
 
 
 @pytest.mark.gpu
 @needs_device
 def test_usual_scores_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     case = replace(LARGE[4], dtype=torch.bfloat16)
-    marks = []
-    repair = large_repair.repair
-    monkeypatch.setattr(large_forward, "repair", lambda *args: (marks.append(args[4][:-1].clone()), repair(*args)))
+    marks = marks_of_parts(monkeypatch)
     leaves = {name: t.detach() for name, t in make_inputs(case, "cuda").items()}
+    added = 20 * torch.rand(leaves["key"].shape[:-1], generator=torch.Generator().manual_seed(4))
     leaves["query"][..., 0] = 8.0
-    leaves["key"][..., 0] = (40 * case.head_dim**0.5 / 8 * torch.rand(leaves["key"].shape[:-1])).to(leaves["key"])
+    leaves["key"][..., 0] = (added * case.head_dim**0.5 / 8).to(leaves["key"])
     problem, arguments = call_of(case, leaves)
-    state = large_forward.forward(large_tiling.forward_tile_config(problem), *arguments)
-    assert_oracle(case, {name: t.requires_grad_() for name, t in leaves.items()}, state)
-    assert len(marks) == 1
-    assert not marks[0].any()
+    config = large_tiling.forward_tile_config(problem)
+    kept, found = (large_forward.forward(replace(config, first_maxima=keeps), *arguments) for keeps in (True, False))
+    assert not torch.cat(marks).any()
+    assert kept[1] is not None
+    assert found[1] is not None
+    assert (kept[1] <= found[1]).all()
+    assert (kept[1] < found[1]).any()
+    assert_oracle(case, {name: t.requires_grad_() for name, t in leaves.items()}, kept)
+
+
+@pytest.mark.gpu
+@needs_device
+@pytest.mark.parametrize("case", [MEDIUM[0], MEDIUM[4], REGISTERS[0], RINGS[0], INSIDE[0]], ids=str)
+def test_medium_windows_keep_references(case: Case) -> None:
+    case = replace(case, dtype=torch.bfloat16)
+    leaves = make_inputs(case, "cuda")
+    problem, arguments = call_of(case, {name: t.detach() for name, t in leaves.items()})
+    config = medium_tiling.forward_tile_config(problem)
+    assert config is not None
+    kept, found = (medium_forward.forward(config._replace(first_maxima=keeps), *arguments) for keeps in (True, False))
+    assert kept[1] is not None
+    assert found[1] is not None
+    assert not torch.equal(kept[1], found[1])
+    assert_oracle(case, leaves, kept)
 
 
 @pytest.mark.gpu
@@ -102,17 +145,25 @@ def test_packed_texts_compute_a_tile_again_where_scores_are_far_from_the_first(w
 
 
 def test_rows_keep_references_where_they_may(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In bf16, whose exponents are those of fp32; where each row sees a key; and where a tile has several chunks."""
+    """In bf16, whose exponents are those of fp32; for no backward pass, which would err by more; where each row sees a
+    key; and where a tile has several chunks.
+    """
 
-    def keeps(dtype: torch.dtype, kernel_size: int, **changes: Any) -> bool:
+    def keeps(dtype: torch.dtype, kernel_size: int, with_stats: bool = False, **changes: Any) -> bool:
         layout = contiguous((8, 128, 128, 8, 64))
         image = {"query": layout, "key": layout, "value": layout, "kernel_size": (kernel_size,) * 2, "dtype": dtype}
-        config = medium_tiling.forward_tile_config(problem_of_image(monkeypatch, **{**image, **changes}))
-        assert config is not None
-        return config.first_maxima
+        question = Question(problem_of_image(monkeypatch, **{**image, **changes}), with_stats)
+        plan = variants.MEDIUM_FORWARD.plan(question)
+        assert isinstance(plan, medium_tiling.MediumTileConfig)
+        return plan.first_maxima
 
     assert keeps(torch.bfloat16, 21)
     assert not keeps(torch.float16, 21)
     assert not keeps(torch.bfloat16, 21, key_mask=contiguous((8, 128, 128, 1, 1)))
     assert not keeps(torch.bfloat16, 21, has_bias=True)
     assert not keeps(torch.bfloat16, 1)
+    assert not keeps(torch.bfloat16, 21, with_stats=True)
+    text = problem_of_text(monkeypatch)
+    assert variants.LARGE_FORWARD.plan(Question(text)).first_maxima
+    assert not variants.LARGE_FORWARD.plan(Question(text, with_stats=True)).first_maxima
+    assert not variants.LARGE_FORWARD.plan(Question(text._replace(dtype=torch.float16))).first_maxima

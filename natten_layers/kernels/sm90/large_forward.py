@@ -408,7 +408,7 @@ def prepare(config: LargeTileConfig, p: Problem, with_stats: bool) -> tuple[Call
         ),
         CAUSAL=three_axes(p.is_causal, False), CHUNK=config.chunk, RANK=p.rank, PACK=config.pack,
         D=p.query.shape[-1], DV=p.value.shape[-1],
-        SINK=p.sink, WITH_STATS=with_stats, FIRST_MAXIMA=p.dtype == torch.bfloat16, PART=config.part,
+        SINK=p.sink, WITH_STATS=with_stats, FIRST_MAXIMA=config.first_maxima, PART=config.part,
         GROUPS=config.groups, SKIP=config.skip,
         TILE=config.tile, STAGES=config.stages, TILES=query_buffers(p), **config.work(2 if config.skip else 3),
     )  # fmt: skip

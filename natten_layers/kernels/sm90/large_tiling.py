@@ -7,7 +7,7 @@ A tile is computed by groups of four warps, a part each. Two kinds of plans are 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 from math import ceil, prod
@@ -49,6 +49,8 @@ class LargeTileConfig(TileConfig):
     """Along each axis, the number of parts of a tile."""
     skip: bool = False
     """Whether groups skip the chunks that none of the rows of their own part sees."""
+    first_maxima: bool = False
+    """Whether the forward pass keeps the references of the first chunk (``online_softmax.py``)."""
 
     @property
     def part(self) -> Box:
@@ -95,15 +97,11 @@ class Plan(NamedTuple):
 # axis, smaller chunks for more groups take dQ of 128 channels from 1.52 to 1.44 ms. Of 96 channels, dQ would be slower
 # (0.97 for 0.94). The forward of 64 takes 0.61 ms with four groups for 2047 causal keys and 0.66 with two. Where
 # strides leave no chunk that needs a mask (64x64 with stride 16) it takes 1.22 with four, 1.28 with two, and 1.40 with
-# three that skip; without stride 1.75, 1.60 and 1.53. Smaller chunks compute fewer scores that no row sees: with 1024
-# causal keys, 16 heads over four and 16384 tokens, 0.248 ms with two groups and 128 keys, 0.234 with three and 64 (with
-# values of 128 and keys of 64 channels 0.215 and 0.197); 512 keys, two heads a group, 0.206 with two and 128, 0.173
-# with two and 64.
+# three that skip; without stride 1.75, 1.60 and 1.53.
 FORWARD = {64: (Plan(2, 128, 1.0, False, unmasked=0.87), Plan(2, 128, 0.96, True), Plan(3, 128, 0.88, True),
                 Plan(4, 64, 0.93, True), Plan(4, 64, 0.97, False, one_axis=True),
                 Plan(4, 64, 1.1, False, unmasked=0.83)),
-           128: (Plan(2, 128, 1.0, False), Plan(2, 128, 1.01, True), Plan(3, 64, 1.02, False, one_axis=True),
-                 Plan(2, 64, 1.06, False, one_axis=True)),
+           128: (Plan(2, 128, 1.0, False), Plan(2, 128, 1.01, True)),
            256: (Plan(2, 64, 1.0, False),)}  # fmt: skip
 QUERY_GRADIENT = {64: (Plan(2, 128, 1.0, False), Plan(2, 128, 0.95, True), Plan(3, 64, 0.99, True)),
                   96: (Plan(2, 128, 1.0, False), Plan(2, 128, 1.01, True)),
@@ -114,14 +112,33 @@ KEY_GRADIENTS = {64: (Plan(2, 64, 1.0, False), Plan(2, 64, 0.95, True)),
                  256: (Plan(1, 64, 1.0, False),)}  # fmt: skip
 
 
+# More plans for rows that keep the references of the first chunk. Smaller chunks compute fewer scores that no row sees:
+# with 1024 causal keys, 16 heads over four and 16384 tokens, 0.248 ms with two groups and 128 keys, 0.234 with three
+# and 64 (with values of 128 and keys of 64 channels 0.215 and 0.197); 512 keys, two heads a group, 0.206 with two and
+# 128, 0.173 with two and 64.
+WITHOUT_MAXIMA = {128: (Plan(3, 64, 1.02, False, one_axis=True), Plan(2, 64, 1.06, False, one_axis=True))}
+
+
 class NoTilesError(Exception):
     """A tile or a chunk would reach into the next video of the batch, however frames are divided."""
 
 
-def forward_tile_config(problem: Problem, pack: int | None = None) -> LargeTileConfig:
+def keeps_references(problem: Problem, with_stats: bool) -> bool:
+    """Whether a row's softmax may keep the reference of its first chunk (``online_softmax.py``), for large windows.
+
+    Weights need bf16, whose exponents are those of fp32. The largest weight is rounded then, too, which moves all
+    channels of an output alike. The backward pass, which reads outputs and statistics, would compute gradients from
+    that with up to three times the error (dQ 1.5e-2 and 4.7e-3, scores of standard deviation 16, gradients of outputs
+    that are proportional to these), so calls for statistics find maxima.
+    """
+    return problem.dtype == torch.bfloat16 and not with_stats
+
+
+def forward_tile_config(problem: Problem, pack: int | None = None, with_stats: bool = False) -> LargeTileConfig:
     """Tiles of the forward; ``pack`` heads a program, if given: a power of two that divides the group."""
-    pack = pack or most_packed(problem)
-    return tile_config(problem, FORWARD, window_bounds, pack, buffers=2)
+    pack, keeps = pack or most_packed(problem), keeps_references(problem, with_stats)
+    plans = {most: own + (WITHOUT_MAXIMA.get(most, ()) if keeps else ()) for most, own in FORWARD.items()}
+    return replace(tile_config(problem, plans, window_bounds, pack, buffers=2), first_maxima=keeps)
 
 
 def dq_tile_config(problem: Problem, pack: int | None = None) -> LargeTileConfig:

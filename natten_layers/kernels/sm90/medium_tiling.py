@@ -15,7 +15,7 @@ import torch
 from ...geometry import query_bounds, window_bounds
 from ..host.problem import Problem, three_axes
 from ..host.tiling import Axis, Bounds, Box, Kind, boxes, channel_parts, executed, executed_on_ring, head_width
-from .large_tiling import ends_inside, inside_share
+from . import large_tiling
 from .small_tiling import Spec, most_packed
 
 # Rows of a tile: positions times packed heads of queries, or keys. A matrix product of four warps has this many.
@@ -104,14 +104,14 @@ def _size_of_pairs(kind: Kind, dim: int) -> Size:
     return Size(64, 64, 248, held=dim <= 32)
 
 
-def longer_size(kind: Kind, problem: Problem) -> Size | None:
+def longer_size(kind: Kind, problem: Problem, keeps_references: bool) -> Size | None:
     """A size with longer chunks, which is faster if it computes hardly more scores (``LONGER_SCORES``), or None.
 
     What a chunk costs besides its scores, two fifths of the instructions, is shared by twice as many. That is less
-    where rows keep the references of the first chunk, in bf16 (21x21 0.499 with 64 keys and 0.526 with 128).
+    where rows keep the references of the first chunk (21x21 0.499 with 64 keys and 0.526 with 128).
     """
     p = problem
-    if kind != "forward" or p.dtype == torch.bfloat16 or p.rank == 1 or columns_of(p) != (64,):
+    if kind != "forward" or keeps_references or p.rank == 1 or columns_of(p) != (64,):
         return None
     takes_more = (
         p.registers or p.key_mask is not None or p.has_bias or p.key_lengths is not None or any(p.periodic_axes)
@@ -119,10 +119,10 @@ def longer_size(kind: Kind, problem: Problem) -> Size | None:
     return None if takes_more else Size(128, 128, 168)
 
 
-def forward_tile_config(problem: Problem, pack: int | None = None) -> MediumTileConfig | None:
+def forward_tile_config(problem: Problem, pack: int | None = None, with_stats: bool = False) -> MediumTileConfig | None:
     """The configuration of the forward pass; None if no tile suits the problem."""
-    packs = _packs_of_tiles(problem, pack)
-    return _tile_config("forward", problem, problem.axes, packs, windows_of(problem))
+    packs, keeps = _packs_of_tiles(problem, pack), keeps_references(problem, with_stats)
+    return _tile_config("forward", problem, problem.axes, packs, windows_of(problem), keeps)
 
 
 def dq_tile_config(problem: Problem, pack: int | None = None) -> MediumTileConfig | None:
@@ -268,10 +268,11 @@ class Tiles(NamedTuple):
 
 
 def _tile_config(
-    kind: Kind, problem: Problem, axes: tuple[Axis, ...], packs: tuple[Packs, ...], bounds: tuple[Bounds, ...]
-) -> MediumTileConfig | None:
-    """The best tile with one of these numbers of heads."""
-    size, longer = size_of(kind, problem), longer_size(kind, problem)
+    kind: Kind, problem: Problem, axes: tuple[Axis, ...], packs: tuple[Packs, ...], bounds: tuple[Bounds, ...],
+    keeps: bool = False,
+) -> MediumTileConfig | None:  # fmt: skip
+    """The best tile with one of these numbers of heads, of rows that may keep the references of the first chunk."""
+    size, longer = size_of(kind, problem), longer_size(kind, problem, keeps)
     best = best_tile(axes, packs, size.keys, bounds, problem.query.shape[0])
     if longer is not None and best is not None:
         other = best_tile(axes, packs, longer.keys, bounds, problem.query.shape[0])
@@ -280,12 +281,12 @@ def _tile_config(
     if best is None:
         return None
     side = SIDE if problem.rank == 3 and bytes_of_lines(problem) > LINES_BYTES else 0
-    skip_mask = can_skip_mask(kind, problem) and inside_share(axes, best.tile, best.chunk, bounds) >= (
+    skip_mask = can_skip_mask(kind, problem) and large_tiling.inside_share(axes, best.tile, best.chunk, bounds) >= (
         INSIDE_ON_ONE_AXIS if problem.rank == 1 else INSIDE
     )
     return MediumTileConfig(
         best.tile, best.chunk, size.slice, *best.packs, columns_of(problem), STAGES, size.maxnreg, size.held, side,
-        skip_mask, kind == "forward" and can_keep_references(problem, best, size.keys),
+        skip_mask, keeps and chunks_of_a_tile(problem, best, size.keys) >= LEAST_CHUNKS,
     )  # fmt: skip
 
 
@@ -307,12 +308,16 @@ def can_skip_mask(kind: Kind, problem: Problem) -> bool:
     return width <= (112 if kind == "forward" else 64)
 
 
-def can_keep_references(problem: Problem, best: Tiles, keys: int) -> bool:
-    """Whether the softmax of rows can keep the references that their first chunk gives, and is faster so."""
+def keeps_references(problem: Problem, with_stats: bool) -> bool:
+    """Whether a row's softmax may keep the reference of its first chunk: as for large windows, and if it sees a key."""
     may_see_nothing = problem.key_mask is not None or problem.has_bias
+    return large_tiling.keeps_references(problem, with_stats) and not may_see_nothing
+
+
+def chunks_of_a_tile(problem: Problem, best: Tiles, keys: int) -> float:
+    """How many chunks of so many keys a tile of queries sees, on average."""
     tiles = prod(ceil(axis[0] / side) for axis, side in zip(problem.axes, best.tile, strict=True))
-    chunks = best.scores / (tiles * prod(best.tile) * keys)
-    return problem.dtype == torch.bfloat16 and not may_see_nothing and chunks >= LEAST_CHUNKS
+    return best.scores / (tiles * prod(best.tile) * keys)
 
 
 @lru_cache(maxsize=1024)
@@ -329,7 +334,7 @@ def best_tile(
         Tiles(prod(map(_executed, axes, tile, chunk, bounds)), pack, tile, chunk)
         for pack in packs
         for tile in boxes(ROWS // pack.tile, lengths) for chunk in boxes(columns // pack.chunk, lengths)
-        if batch == 1 or (lengths[0] % tile[0] == 0 and ends_inside(axes[0], tile[0], chunk[0], bounds[0]))
+        if batch == 1 or (lengths[0] % tile[0] == 0 and large_tiling.ends_inside(axes[0], tile[0], chunk[0], bounds[0]))
     )  # fmt: skip
     return min(choices, key=_cost, default=None)
 

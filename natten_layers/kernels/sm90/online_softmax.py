@@ -3,9 +3,11 @@
 Weights are taken relative to a reference of each row, so that they neither overflow nor vanish. Usually that is the
 largest score so far (:func:`softmax_weights`): each chunk's maxima are found, and earlier sums shrink where there is a
 larger one, which takes up to a third of the instructions. In bf16 it may be any score near the largest, as weights have
-the exponents of fp32. There the kernels for large windows, and those for medium ones of several chunks, keep what the
-first chunk gives (:func:`first_references`, :func:`weights`), and look at the sums at the end (:func:`are_usable`):
-where a later score is larger by about 44, which is rare, the tile is computed once more, with maxima.
+the exponents of fp32. So where nothing is kept for a backward pass (``large_tiling.keeps_references``), the kernels for
+large windows, and those for medium ones of several chunks, keep what the first chunk gives (:func:`first_references`,
+:func:`weights`), and look at the sums of weights at the end (:func:`are_usable`). Where a later score is larger by
+about 44, or all scores of a row are about 17 smaller than what it took from others, the tile is computed once more,
+with maxima. Both are rare.
 """
 
 # Triton's language is Python to the parser only.
@@ -17,9 +19,9 @@ from triton.experimental.gluon import language as gl
 
 from ..portable.primitives import LOG2E, LOWEST
 
-# Between which sums of weights a row's reference is near enough: products with values, and sums of these, then stay as
-# far from the ends of fp32 (2^-126, 2^127) as from these bounds.
-LEAST_SUM: gl.constexpr = gl.constexpr(2.0**-64)
+# Between which sums of weights a row's reference is near enough. Sums of weighted values then neither overflow nor
+# vanish in fp32, which holds 2^-126 to 2^127, as long as values lie between 2^-100 and 2^60.
+LEAST_SUM: gl.constexpr = gl.constexpr(2.0**-24)
 LARGEST_SUM: gl.constexpr = gl.constexpr(2.0**64)
 
 
@@ -97,8 +99,8 @@ def weights(b_s, row_m, part_l, factor, DTYPE: gl.constexpr, WEIGHTS: gl.constex
 def first_references(row_m, part_l, row_max, row_other):
     """References of rows, of which ``row_max`` are the maxima in their first chunk, sums, and by what these shrink.
 
-    A row that sees nothing of the chunk takes ``row_other``, a score like those that it will see. None is below
-    ``row_m``, the logit of the sink.
+    A row that sees nothing of the chunk takes ``row_other``, which should be like the scores that it will see. The
+    logit of the sink, ``row_m``, is the least reference.
     """
     PARTS: gl.constexpr = part_l.type.layout
     row_new = gl.maximum(row_m, gl.where(row_max > LOWEST, row_max, row_other))
@@ -108,9 +110,11 @@ def first_references(row_m, part_l, row_max, row_other):
 
 @gluon.jit
 def references_of_tile(b_s, row_m, part_l, factor, exact=False):
-    """The same, where rows that see nothing of the chunk take the maximum of the others, and whether there are none.
+    """The same, where rows that see nothing of the chunk take the maximum of those that do, and whether the next chunk
+    must be asked again, as no row sees any of this one.
 
-    With ``exact`` these are maxima so far instead, as those of :func:`softmax_weights`, which every chunk raises.
+    With ``exact`` references are the maxima so far instead, as those of :func:`softmax_weights`, for which every chunk
+    is asked.
     """
     row_max = gl.convert_layout(row_maximum(b_s), row_m.type.layout) * factor
     largest = gl.max(row_max, 0)
@@ -122,7 +126,7 @@ def references_of_tile(b_s, row_m, part_l, factor, exact=False):
 def are_usable(row_l, least):
     """1 for rows whose references are near enough to their largest scores, else 0.
 
-    The sum of weights relative to the largest score so far is ``least`` a half, as it contains that of the largest
-    score, which is about one (``portable.primitives.are_sound`` explains when it does not).
+    ``least`` is ``LEAST_SUM``, or 0.5 where references are maxima: sums then contain the weight of the largest score,
+    which is about one (``portable.primitives.are_sound`` explains when it is not).
     """
     return gl.where((row_l >= least) & (row_l <= LARGEST_SUM), 1.0, 0.0)

@@ -5,8 +5,6 @@ Thresholds were measured on an H200. Reasons why a variant cannot compute a call
 
 from math import prod
 
-import torch
-
 from ..host.problem import Problem
 from ..host.tiling import Kind, head_width
 from ..host.tuned import override_pack
@@ -62,19 +60,19 @@ MEDIUM_WINDOW = 25
 # and 0.981, 1537 1.387 and 1.341; 512 causal keys, 32 heads of 112 over eight, 0.332 and 0.365.
 MEDIUM_KEY_ELEMENTS_ON_ONE_AXIS = 2**16
 MEDIUM_KEY_ELEMENTS_OF_NARROW_HEADS = 5 * 2**15
-# Forward of more than 96 channels: 257 keys of 128 0.129 and 0.122, 385 of 112 0.154 and 0.156, 385 of 128 0.149 and
-# 0.154, 513 of 112 0.173 and 0.186.
+# Forward of more than 96 channels, with maxima: 257 keys of 128 0.129 and 0.122, 385 of 112 0.154 and 0.156, 385 of 128
+# 0.149 and 0.154, 513 of 112 0.173 and 0.186.
 MEDIUM_KEY_ELEMENTS_OF_WIDE_FORWARD = 3 * 2**14
 MEDIUM_KEY_ELEMENTS_OF_80_CHANNELS = 2**17
-# Forward in bf16, where rows keep the references of the first chunk: up to 64 channels (measured up to 4096 keys), up
-# to 96, and of 128; 16 heads, 16384 tokens, causal. 64 channels, 2048 keys 0.274 and 0.251, 4096 0.473 and 0.442; 96
-# channels, 1024 keys 0.259 and 0.233, 2048 0.403 and 0.401, of four heads a group 1024 0.226 and 0.232; 80 channels,
-# 1024 0.241 and 0.222, 2048 0.379 and 0.381; 128 channels, 384 keys 0.154 and 0.143, 512 0.174 and 0.171, 768 0.213
-# and 0.225, four heads a group, 384 0.136 and 0.130, 512 0.155 and 0.159; but 112 channels, three parts of columns, 512
-# keys 0.155 and 0.176.
-MEDIUM_KEY_ELEMENTS_OF_NARROW_BF16_FORWARD = 5 * 2**16
-MEDIUM_KEY_ELEMENTS_OF_BF16_FORWARD = 2**17
-MEDIUM_KEY_ELEMENTS_OF_WIDE_BF16_FORWARD = 2**16
+# Forward where rows keep the references of the first chunk (``large_tiling.keeps_references``): up to 64 channels
+# (measured up to 4096 keys), up to 96, and of 128; 16 heads, 16384 tokens, causal. 64 channels, 2048 keys 0.274 and
+# 0.251, 4096 0.473 and 0.442; 96 channels, 1024 keys 0.259 and 0.233, 2048 0.403 and 0.401, of four heads a group 1024
+# 0.226 and 0.232; 80 channels, 1024 0.241 and 0.222, 2048 0.379 and 0.381; 128 channels, 384 keys 0.154 and 0.143, 512
+# 0.174 and 0.171, 768 0.213 and 0.225, four heads a group, 384 0.136 and 0.130, 512 0.155 and 0.159; but 112 channels,
+# three parts of columns, 512 keys 0.155 and 0.176.
+MEDIUM_KEY_ELEMENTS_OF_NARROW_HEADS_WITHOUT_MAXIMA = 5 * 2**16
+MEDIUM_KEY_ELEMENTS_WITHOUT_MAXIMA = 2**17
+MEDIUM_KEY_ELEMENTS_OF_WIDE_HEADS_WITHOUT_MAXIMA = 2**16
 # Forward where a narrow head leaves some of its columns in shared memory empty: 1025 keys of 40 channels 0.209 and
 # 0.249, of 56 0.212 and 0.224, but 513 keys of 56 0.138 and 0.129.
 MEDIUM_KEY_ELEMENTS_OF_UNFILLED_COLUMNS = 2**15
@@ -267,7 +265,7 @@ def _beyond_medium(question: Question, keys: int, kind: Kind) -> str | None:
     large_takes = _large_takes(question, kind)
     if dim >= MEDIUM_CHANNELS and not large_takes:
         return None
-    if p.rank == 1 and keys * dim >= (most := _most_on_one_axis(p, kind)):
+    if p.rank == 1 and keys * dim >= (most := _most_on_one_axis(question, kind)):
         return f"the window is large: {keys} keys of {dim} elements are {most} or more"
     if p.rank > 1 and keys * dim**2 >= MEDIUM_KEYS_TIMES_SQUARED_CHANNELS:
         most = MEDIUM_KEYS_TIMES_SQUARED_CHANNELS
@@ -284,19 +282,20 @@ def _large_takes(question: Question, kind: Kind) -> bool:
     return gap(question) is None and large_pays(question, kind) is None
 
 
-def _most_on_one_axis(p: Problem, kind: Kind) -> int:
+def _most_on_one_axis(question: Question, kind: Kind) -> int:
     """From how many key elements on those for large windows, or portable ones, are faster on one axis.
 
     Heads of ``MEDIUM_CHANNELS`` or more are asked about only where those for large windows take the call.
     """
+    p = question.problem
     dim = p.query.shape[-1]
     if kind == "forward" and dim < MEDIUM_CHANNELS and dim < sum(medium_tiling.columns_of(p)):
         return MEDIUM_KEY_ELEMENTS_OF_UNFILLED_COLUMNS
-    if kind == "forward" and p.dtype == torch.bfloat16:
+    if kind == "forward" and medium_tiling.keeps_references(p, question.with_stats):
         if dim <= MEDIUM_CHANNELS:
-            return MEDIUM_KEY_ELEMENTS_OF_NARROW_BF16_FORWARD
+            return MEDIUM_KEY_ELEMENTS_OF_NARROW_HEADS_WITHOUT_MAXIMA
         if len(medium_tiling.columns_of(p)) < 3:
-            return MEDIUM_KEY_ELEMENTS_OF_BF16_FORWARD if dim <= 96 else MEDIUM_KEY_ELEMENTS_OF_WIDE_BF16_FORWARD
+            return MEDIUM_KEY_ELEMENTS_WITHOUT_MAXIMA if dim <= 96 else MEDIUM_KEY_ELEMENTS_OF_WIDE_HEADS_WITHOUT_MAXIMA
     if dim <= MEDIUM_CHANNELS:
         return MEDIUM_KEY_ELEMENTS_OF_NARROW_HEADS
     if kind == "forward" and dim > 96:

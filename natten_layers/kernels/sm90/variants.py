@@ -95,7 +95,8 @@ def _large_plan(find: Callable[..., Plan], *arguments: object) -> Plan | str:
 
 
 def _medium_plan(question: Question) -> medium_tiling.MediumTileConfig | str:
-    return medium_tiling.forward_tile_config(question.problem, override_pack()) or NO_MEDIUM_TILES
+    config = medium_tiling.forward_tile_config(question.problem, override_pack(), question.with_stats)
+    return config or NO_MEDIUM_TILES
 
 
 def _medium_query_plan(question: Question) -> medium_tiling.MediumTileConfig | str:
@@ -120,7 +121,7 @@ LARGE_FORWARD = Variant(
     LARGE,
     supports=large_gap,
     pays=large_pays,
-    plan=lambda q: _large_plan(large_tiling.forward_tile_config, q.problem, override_pack()),
+    plan=lambda q: _large_plan(large_tiling.forward_tile_config, q.problem, override_pack(), q.with_stats),
     run=lambda *args: large_forward.forward(*args),
     uses_tma=True,
 )
