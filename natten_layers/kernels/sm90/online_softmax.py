@@ -6,7 +6,7 @@ larger one, which takes up to a third of the instructions. In bf16 it may be any
 the exponents of fp32. So where nothing is kept for a backward pass (``large_tiling.keeps_references``), the kernels for
 large windows, and those for medium ones of several chunks, keep what the first chunk gives (:func:`first_references`,
 :func:`weights`), and look at the sums of weights at the end (:func:`are_usable`). Where a later score is larger by
-about 44, or all scores of a row are about 17 smaller than what it took from others, the tile is computed once more,
+about 44, or all scores of a row are about 30 smaller than what it took from others, the tile is computed once more,
 with maxima. Both are rare.
 """
 
@@ -20,8 +20,8 @@ from triton.experimental.gluon import language as gl
 from ..portable.primitives import LOG2E, LOWEST
 
 # Between which sums of weights a row's reference is near enough. Sums of weighted values then neither overflow nor
-# vanish in fp32, which holds 2^-126 to 2^127, as long as values lie between 2^-100 and 2^60.
-LEAST_SUM: gl.constexpr = gl.constexpr(2.0**-24)
+# vanish in fp32, which holds 2^-126 to 2^127, as long as values lie between 2^-80 and 2^60.
+LEAST_SUM: gl.constexpr = gl.constexpr(2.0**-44)
 LARGEST_SUM: gl.constexpr = gl.constexpr(2.0**64)
 
 
