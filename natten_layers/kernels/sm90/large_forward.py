@@ -108,7 +108,7 @@ def attend_first(
     b_s = warpgroup_mma_wait(0, deps=[b_s])
     release(k_ring, n, STAGES)
     if FIRST_MAXIMA:
-        # Rows that see nothing of this chunk take the maximum of what they do not see, which is near.
+        # Rows that see nothing of this chunk take its maximum all the same: mostly it is like the scores that they see.
         row_other = gl.max(b_s, 1) * factor
         b_s += b_hidden
         row_m, part_l, _ = first_references(row_m, part_l, gl.max(b_s, 1) * factor, row_other)

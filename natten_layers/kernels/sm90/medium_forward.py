@@ -215,7 +215,7 @@ def medium_forward_kernel(
     may_see_nothing = True if KeyMask is not None or BIASED else None
     row_m, part_l = initial_stats(Sink, head, sink, SINK, M, ROW, PARTS)
     row_l, sums = gl.sum(part_l, 1), new_sums(M, COLUMNS)
-    first = 0  # of the chunks that are loaded, those of this attempt
+    first = 0  # chunks that earlier attempts have loaded
     sound = False
     exact = False
     ended = False
