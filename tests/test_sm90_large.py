@@ -257,9 +257,10 @@ def test_any_number_of_programs_computes_every_tile(case: Case, monkeypatch: pyt
             for name, tensor in run(case, leaves, "fused").tensors().items():
                 assert torch.equal(tensor, expected[name]), (programs, name)
             problem, arguments = call_of(case, {name: t.detach() for name, t in leaves.items()})
+            config = large_tiling.forward_tile_config(problem, with_stats=True)  # as where gradients are asked for
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                out = large_forward.forward(large_tiling.forward_tile_config(problem), *arguments)[0]
+                out = large_forward.forward(config, *arguments)[0]
         for _ in range(2):
             out.zero_()
             graph.replay()
