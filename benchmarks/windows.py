@@ -14,11 +14,12 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -98,15 +99,24 @@ def masks(workload: Workload, device: torch.device) -> Comparison:
 def taking(kernels: Sequence[Kernel]) -> Callable[[], AbstractContextManager[object]]:
     """Makes contexts in which calls take these kernels. Calls that run in PyTorch have none.
 
-    Tiles are given for portable kernels only; others find the same ones, as a mask changes none.
+    Tiles are given for portable kernels only; others find the same ones, as a mask changes none, and maxima, as rows
+    with a mask do.
     """
     if not kernels:
         return nullcontext
     from natten_layers.kernels.host.tiling import TileConfig
+    from natten_layers.kernels.sm90 import large_tiling
 
     portable = [kernel for kernel in kernels if kernel.name == "portable"]
     configs: Any = {kernel.direction: TileConfig(**dict(kernel.settings)) for kernel in portable}
-    return partial(overridden, configs, variants={kernel.direction: kernel.name for kernel in kernels})
+    variants = {kernel.direction: kernel.name for kernel in kernels}
+
+    @contextmanager
+    def context() -> Iterator[None]:
+        with patch.object(large_tiling, "keeps_references", lambda *_: False), overridden(configs, variants=variants):
+            yield
+
+    return context
 
 
 def packs(workload: Workload, shapes: tuple[tuple[int, ...], ...], device: torch.device) -> Comparison:

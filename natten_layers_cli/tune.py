@@ -5,12 +5,12 @@
     natten-layers-tune --model gpu-demo                                      a preset of natten-layers-train-hdit
     natten-layers-tune 8192 --model mistralai/                               a directory of Hugging Face's, each window
 
-First all kernels that can compute a call are timed, each with its own tiles, for the forward pass and for each gradient
-by itself. Where a portable kernel is the fastest, its tiles are searched. A call never searches; without this command
-kernels and tiles are chosen by rule. Results are saved in ``configs.json`` in ``$NATTEN_LAYERS_CACHE`` or the user's
-cache folder. Processes that start afterwards use them for every call with these lengths, window, query heads per KV
-head, head dim and dtype on this kind of GPU. Kernels and tiles are saved only if their results agree with those of the
-rule's. Delete the file to go back to the rule.
+First all kernels that can compute a call are timed, each with its own tiles, for the forward pass, without gradients,
+and for each gradient by itself. Where a portable kernel is the fastest, its tiles are searched. A call never searches;
+without this command kernels and tiles are chosen by rule. Results are saved in ``configs.json`` in
+``$NATTEN_LAYERS_CACHE`` or the user's cache folder. Processes that start afterwards use them for every call with these
+lengths, window, query heads per KV head, head dim and dtype on this kind of GPU. Kernels and tiles are saved only if
+their results agree with those of the rule's. Delete the file to go back to the rule.
 """
 
 from __future__ import annotations

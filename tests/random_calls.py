@@ -62,7 +62,8 @@ LOWERED = {
         (
             "MEDIUM_KEY_ELEMENTS_ON_ONE_AXIS", "MEDIUM_KEY_ELEMENTS_OF_NARROW_HEADS",
             "MEDIUM_KEY_ELEMENTS_OF_WIDE_FORWARD", "MEDIUM_KEY_ELEMENTS_OF_80_CHANNELS",
-            "MEDIUM_KEY_ELEMENTS_OF_UNFILLED_COLUMNS",
+            "MEDIUM_KEY_ELEMENTS_OF_UNFILLED_COLUMNS", "MEDIUM_KEY_ELEMENTS_OF_NARROW_HEADS_WITHOUT_MAXIMA",
+            "MEDIUM_KEY_ELEMENTS_WITHOUT_MAXIMA", "MEDIUM_KEY_ELEMENTS_OF_WIDE_HEADS_WITHOUT_MAXIMA",
         ), 2**15,
     ) | {"MEDIUM_KEYS_TIMES_SQUARED_CHANNELS": 2**21},
     medium_tiling: {"INSIDE": 0.0, "INSIDE_ON_ONE_AXIS": 0.0},
@@ -110,7 +111,7 @@ class Kind:
 
 HALF = (torch.bfloat16, torch.float16)
 ANYTHING = Kind(
-    share=36,
+    share=30,
     sides={
         1: (*[Sides(1, 128)] * 3, Sides(1, 400)),
         2: (*[Sides(1, 9)] * 3, Sides(1, 20)),
@@ -150,6 +151,10 @@ MEDIUM = Kind(
     never=("values", "negative scale", "offset"),
     often=("dilation", "bias", "other grid"),
 )
+REFERENCES = replace(
+    MEDIUM, share=6, dtypes=(torch.bfloat16,), never=(*MEDIUM.never, "mask", "bias"), often=("dilation", "other grid")
+)
+"""Medium windows of which calls without gradients keep the references of the first chunk."""
 LARGE = Kind(
     share=9,
     sides={1: (Sides(500, 800),), 2: (Sides(20, 32),), 3: (Sides(8, 11),)},
@@ -172,7 +177,7 @@ PORTABLE_PAIRS = replace(
     head_dims=(40, 48, 64, 96, 160),
     never=("other grid", "negative scale", "mask", "bias"),
 )
-KINDS = (ANYTHING, SMALL, RUNS, IMAGES, TEXTS, MEDIUM, LARGE, PAIRS, PORTABLE_PAIRS)
+KINDS = (ANYTHING, SMALL, RUNS, IMAGES, TEXTS, MEDIUM, REFERENCES, LARGE, PAIRS, PORTABLE_PAIRS)
 
 
 class Call(NamedTuple):

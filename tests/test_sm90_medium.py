@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import test_forward_mode
@@ -13,10 +14,11 @@ from torch import Tensor
 
 pytest.importorskip("triton.experimental.gluon")
 
-from test_sm90_large import assert_oracle, call_of, needs_device
+from test_sm90_large import State, assert_oracle, call_of, needs_device
 
 from natten_layers import neighborhood_attention
 from natten_layers.kernels.dispatch import Question
+from natten_layers.kernels.host.problem import Problem
 from natten_layers.kernels.host.tiling import Kind
 from natten_layers.kernels.host.tuned import override
 from natten_layers.kernels.portable import forward
@@ -123,9 +125,15 @@ def test_matches_the_oracle(case: Case, dtype: torch.dtype) -> None:
     leaves = make_inputs(case, "cuda")
     problem, arguments = call_of(case, {name: t.detach() for name, t in leaves.items()})
     assert variants.MEDIUM_FORWARD.supports(Question(problem)) is None
-    config = medium_tiling.forward_tile_config(problem)
+    for with_stats in (True, False) if dtype == torch.bfloat16 else (True,):
+        assert_oracle(case, leaves, attend_medium(problem, arguments, with_stats), with_stats)
+
+
+def attend_medium(problem: Problem, arguments: tuple[Any, ...], with_stats: bool) -> State:
+    """The forward pass of medium windows, as calls have it that ask for statistics and others."""
+    config = medium_tiling.forward_tile_config(problem, with_stats=with_stats)
     assert config is not None
-    assert_oracle(case, leaves, medium_forward.forward(config, *arguments))
+    return medium_forward.forward(config, *arguments[:-1], with_stats=with_stats)
 
 
 def spy(monkeypatch: pytest.MonkeyPatch, *names: str) -> list[str]:
@@ -229,8 +237,9 @@ def test_nan_reaches_no_other_image_and_no_other_head(case: Case) -> None:
 
 @pytest.mark.gpu
 @needs_device
+@pytest.mark.parametrize("with_stats", [False, True])
 @pytest.mark.parametrize("case", CASES[:6] + REGISTERS + RINGS[:5] + (MASKED[0], MASKED[3]) + INSIDE[:4], ids=str)
-def test_nan_and_inf_reach_only_the_queries_that_see_them(case: Case) -> None:
+def test_nan_and_inf_reach_only_the_queries_that_see_them(case: Case, with_stats: bool) -> None:
     case = replace(case, dtype=torch.bfloat16, batch=2)
     tensors = {name: t.detach().clone() for name, t in make_inputs(case, "cuda").items()}
     middle, rank = tuple(n // 2 for n in case.spatial), len(case.spatial)
@@ -239,14 +248,15 @@ def test_nan_and_inf_reach_only_the_queries_that_see_them(case: Case) -> None:
     tensors["key"][(1, *(-1,) * rank, 0, 5)] = float("nan")
     tensors["query"][(1, *(0,) * rank, 0, 3)] = float("nan")
     problem, arguments = call_of(case, tensors)
-    config = medium_tiling.forward_tile_config(problem)
-    assert config is not None
-    mine, row_max, row_sum = medium_forward.forward(config, *arguments)
+    mine, row_max, row_sum = attend_medium(problem, arguments, with_stats)
     expected, other_max, other_sum = forward.forward(forward.plan(problem, True), *arguments)
-    for own, other, allowed in (
-        (mine, expected, 4e-3),
-        (row_max + row_sum.log(), other_max + other_sum.log(), 1e-5),  # pyright: ignore[reportOptionalMemberAccess, reportOptionalOperand]
-    ):
+    assert other_max is not None
+    assert other_sum is not None
+    pairs = [(mine, expected, 4e-3)]
+    if row_max is not None and row_sum is not None:
+        pairs.append((row_max + row_sum.log(), other_max + other_sum.log(), 1e-5))
+    assert len(pairs) == 1 + with_stats
+    for own, other, allowed in pairs:
         broken = ~other.isfinite()
         assert broken.any()
         assert not broken.all()
