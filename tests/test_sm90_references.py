@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Case, Inputs, make_inputs
+from helpers import Case, Inputs, error, make_inputs
 from torch import Tensor
 
 pytest.importorskip("triton.experimental.gluon")
@@ -149,6 +149,34 @@ def test_packed_texts_compute_a_tile_again_where_scores_are_far_from_the_first(
         first += n
     assert len(marks) == 1
     assert marks[0].any()
+
+
+def gradient_of_queries(q: Tensor, k: Tensor, v: Tensor, keys_of_reference: int | None) -> Tensor:
+    """dQ of 256 queries, where the gradient of the output is the output, as kernels for bf16 round it: weights relative
+    to the maximum over the first keys, and the output that the backward pass reads. Exact if ``keys_of_reference`` is
+    None.
+    """
+    scores = q @ k.T
+    row_m = scores[:, :keys_of_reference].amax(1, keepdim=True)
+    weights = (scores - row_m).exp()
+    rounded = weights if keys_of_reference is None else weights.bfloat16().to(weights)
+    out = rounded @ v / weights.sum(1, keepdim=True)
+    grad_out = (scores.double().softmax(1) @ v.double()).bfloat16().to(out)
+    out = out if keys_of_reference is None else out.bfloat16().to(out)
+    row_delta = (grad_out * out).sum(1, keepdim=True)
+    return scores.softmax(1) * (grad_out @ v.T - row_delta) @ k
+
+
+@pytest.mark.parametrize("spread", [3.0, 16.0])
+def test_gradients_of_peaked_rows_err_more_with_references_than_with_maxima(spread: float) -> None:
+    """Why calls whose output a backward pass reads find maxima. ``spread`` is the standard deviation of scores."""
+    draw = torch.Generator().manual_seed(6)
+    q, k, v = (torch.randn(256, 64, generator=draw).bfloat16().float() for _ in range(3))
+    q *= spread / 8
+    exact = gradient_of_queries(q.double(), k.double(), v.double(), None)
+    with_maxima, with_references = (error(gradient_of_queries(q, k, v, keys), exact) for keys in (256, 64))
+    assert with_maxima < 6e-3
+    assert with_references > 2 * with_maxima
 
 
 def test_rows_keep_references_where_they_may(monkeypatch: pytest.MonkeyPatch) -> None:

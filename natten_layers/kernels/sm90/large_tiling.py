@@ -127,9 +127,9 @@ def keeps_references(problem: Problem, with_stats: bool) -> bool:
     """Whether a row's softmax may keep the reference of its first chunk (``online_softmax.py``), for large windows.
 
     Weights need bf16, whose exponents are those of fp32. The largest weight is rounded then, too, which moves all
-    channels of an output alike. The backward pass, which reads outputs and statistics, would compute gradients from
-    that with up to three times the error (dQ 1.5e-2 and 4.7e-3, scores of standard deviation 16, gradients of outputs
-    that are proportional to these), so calls for statistics find maxima.
+    channels of an output alike. The backward pass, which reads outputs and statistics, would compute gradients of rows
+    with nearly all of their weight on one key from that with up to three times the error
+    (``tests/test_sm90_references.py`` computes it), so calls for statistics find maxima.
     """
     return problem.dtype == torch.bfloat16 and not with_stats
 

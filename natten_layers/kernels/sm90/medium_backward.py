@@ -67,6 +67,7 @@ from .medium_parts import (
     chunks_of,
     products_of_rows,
     start_chunk,
+    start_first_chunks,
     start_products,
     start_rows,
     start_seen_chunk,
@@ -154,14 +155,10 @@ def medium_dq_kernel(
     grads = start_rows(do_descs, q_corner, ready.index(STAGES), COLUMNS)
     keys, values = new_stages(k_descs, STAGES), new_stages(v_descs, STAGES)
     descs, rings = k_descs + v_descs, keys + values
-    ahead = first_chunk(lo, registers, CHUNK)
-    for n in gl.static_range(STAGES):
-        if n < chunks:
-            start_seen_chunk(
-                descs, register_descs, rings, ready, n, i_kv, i_batch, i_frame, ahead, lo, registers, key_count,
-                CHUNK, COLUMNS, STAGES, PERIODIC,
-            )  # fmt: skip
-        ahead = next_chunk(ahead, lo, hi, key_count, CHUNK, RANK, PERIODIC)
+    ahead = start_first_chunks(
+        descs, register_descs, rings, ready, 0, chunks, i_kv, i_batch, i_frame, lo, hi, registers, key_count, CHUNK,
+        COLUMNS, STAGES, RANK, PERIODIC,
+    )  # fmt: skip
 
     row = gl.arange(0, M, ROW)
     position, head = unravel(row // PACK, TILE[1], TILE[2]), i_block * PACK + row % PACK

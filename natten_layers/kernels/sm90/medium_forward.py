@@ -40,6 +40,7 @@ from .medium_parts import (
     by_parts,
     bytes_of,
     chunks_of,
+    start_first_chunks,
     start_products,
     start_rows,
     start_seen_chunk,
@@ -125,25 +126,6 @@ def divided_sums(sums, row_l, DTYPE: gl.constexpr):
     for PART in gl.static_range(len(sums)):
         results = results + (divided(sums[PART], row_l, DTYPE),)  # noqa: RUF005
     return results
-
-
-@gluon.jit
-def start_first_chunks(
-    descs, register_descs, rings, ready, first, chunks, i_kv, i_batch, i_frame, lo, hi, registers, count,
-    CHUNK: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr, RANK: gl.constexpr, PERIODIC: gl.constexpr,
-):  # fmt: skip
-    """Start to load the first chunks of a walk, as many as there are stages, behind ``first`` others; returns where the
-    next one begins.
-    """
-    ahead = first_chunk(lo, registers, CHUNK)
-    for n in gl.static_range(STAGES):
-        if n < chunks:
-            start_seen_chunk(
-                descs, register_descs, rings, ready, first + n, i_kv, i_batch, i_frame, ahead, lo, registers, count,
-                CHUNK, COLUMNS, STAGES, PERIODIC,
-            )  # fmt: skip
-        ahead = next_chunk(ahead, lo, hi, count, CHUNK, RANK, PERIODIC)
-    return ahead
 
 
 @gluon.jit

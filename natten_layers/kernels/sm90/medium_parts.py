@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper.tma import (
 
 from ..host.problem import Layout, Problem
 from .descriptors import Boxes, boxes_of, chunk_boxes, frames_of, query_boxes, register_boxes
-from .medium_chunks import first_register_at
+from .medium_chunks import first_chunk, first_register_at, next_chunk
 from .medium_tiling import COLUMN_PARTS, MediumTileConfig
 from .primitives import copy_layout, opaque_i32, thread_barrier
 from .products import first_column, scaled_sum, start_product, start_sum
@@ -103,6 +103,25 @@ def start_seen_chunk(
         start_register_chunk(register_descs, rings, ready, n, i_head, i_batch, first, COLUMNS, STAGES)
     else:
         start_chunk(descs, rings, ready, n, i_head, i_frame, first_key, CHUNK, COLUMNS, STAGES)
+
+
+@gluon.jit
+def start_first_chunks(
+    descs, register_descs, rings, ready, first, chunks, i_kv, i_batch, i_frame, lo, hi, registers, count,
+    CHUNK: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr, RANK: gl.constexpr, PERIODIC: gl.constexpr,
+):  # fmt: skip
+    """Start to load the first chunks that a tile of queries sees, as many as there are stages, behind ``first`` chunks
+    that the ring had before. Returns where the next one begins.
+    """
+    ahead = first_chunk(lo, registers, CHUNK)
+    for n in gl.static_range(STAGES):
+        if n < chunks:
+            start_seen_chunk(
+                descs, register_descs, rings, ready, first + n, i_kv, i_batch, i_frame, ahead, lo, registers, count,
+                CHUNK, COLUMNS, STAGES, PERIODIC,
+            )  # fmt: skip
+        ahead = next_chunk(ahead, lo, hi, count, CHUNK, RANK, PERIODIC)
+    return ahead
 
 
 @gluon.jit

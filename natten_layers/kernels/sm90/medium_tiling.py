@@ -35,7 +35,8 @@ LONGER_SCORES = 1.05
 # Least share of chunks without a mask for which it pays to ask each chunk whether it needs one, on one axis and on more
 # (``docs/profiles.md``).
 INSIDE_ON_ONE_AXIS, INSIDE = 0.3, 0.6
-# Fewest chunks of a tile for which it pays to keep the references of the first.
+# Fewest chunks of a tile for which it pays to keep the references of the first. With one (5x5 on a coarse grid) the
+# forward takes 0.165 ms with maxima and 0.172 with references, with 3.8 (9x9 of 80 channels) 0.077 and 0.075.
 LEAST_CHUNKS = 3
 # Most parts into which the columns of a head are divided, and most columns.
 COLUMN_PARTS, MOST_COLUMNS = 3, 128
