@@ -3,7 +3,7 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,6 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if threading.current_thread() is threading.main_thread():  # nohup and shells in the background ignore these
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    torch.set_num_threads(threads_of_a_process(torch.get_num_threads(), os.environ))
     if (examples := config.getoption("--examples")) is not None:  # before test modules copy the settings
         checks = list(HealthCheck)
         settings.register_profile("fuzz", deadline=None, max_examples=examples, suppress_health_check=checks)
@@ -57,6 +58,16 @@ def pytest_collection() -> Generator[None, object, object]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+def threads_of_a_process(threads: int, environment: Mapping[str, str]) -> int:
+    """How many of ``threads``, torch's own choice, one process of xdist starts, so that all together fill the cores.
+
+    Torch would start a thread for every core in each of them. With OMP_NUM_THREADS the choice is the caller's.
+    """
+    if "OMP_NUM_THREADS" in environment:
+        return threads
+    return max(1, threads // int(environment.get("PYTEST_XDIST_WORKER_COUNT", 1)))
 
 
 def asks_for_gpu(marks: str) -> bool:

@@ -93,7 +93,7 @@ def definition(case: Case) -> Callable[..., tuple[Tensor, Tensor]]:
         names = "query", "key", "value", "additional_keys", "additional_values", "sink"
         q, k, v, register_k, register_v, sink = (given[name] for name in names)
         out, row_max, row_sum = dense_attention_state(
-            q, k, v, register_k, register_v, sink, case.window, scale, key_mask=key_mask(case)
+            q, k, v, register_k, register_v, sink, case.window, scale, key_mask=key_mask(case, q.device)
         )
         nothing = row_sum == 0  # where a query sees nothing, lse is -inf, a constant
         lse = (row_max + row_sum.masked_fill(nothing, 1.0).log()).masked_fill(nothing, -math.inf)
@@ -104,7 +104,7 @@ def definition(case: Case) -> Callable[..., tuple[Tensor, Tensor]]:
 
 def check(case: Case, inputs: Inputs, tangents: Inputs) -> tuple[Tensor, ...]:
     """Check results and tangents against the definition in fp64."""
-    wide, wide_tangents = ({n: t.double().cpu() for n, t in x.items()} for x in (inputs, tangents))
+    wide, wide_tangents = ({n: t.double() for n, t in x.items()} for x in (inputs, tangents))
     exact = directional(definition(case), wide, wide_tangents)
     found = directional(attend(case, "fused"), inputs, tangents)
     assert_moves_like(case, found, exact, peer_of(case, inputs, tangents))

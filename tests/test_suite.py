@@ -11,26 +11,33 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import asks_for_gpu, most_processes
+from conftest import asks_for_gpu, most_processes, threads_of_a_process
 
 from natten_layers.kernels.sm90.available import gluon_gap
 
 COLLECT = """
 import os, sys, pytest, torch
 torch.cuda.is_available = lambda: os.environ.get("CUDA_VISIBLE_DEVICES") != ""
-sys.exit(pytest.main(["--collect-only", "--quiet", "-p", "no:cacheprovider", "tests/test_random.py"]))
+status = pytest.main(["--collect-only", "--quiet", "-p", "no:cacheprovider", "tests/test_random.py"])
+print("threads:", torch.get_num_threads())
+sys.exit(status)
 """
 
 
 def test_kernels_are_tested_interpreted_on_a_machine_with_a_gpu_too() -> None:
-    """The default selection includes the kernels' interpreted tests even if the machine has a GPU."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES")}
+    """The default selection includes the kernels' interpreted tests even if the machine has a GPU.
+
+    The run believes itself to be one of a thousand, which leaves it one thread.
+    """
+    chosen = "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"
+    environment = {k: v for k, v in os.environ.items() if k not in chosen} | {"PYTEST_XDIST_WORKER_COUNT": "1000"}
     done = subprocess.run(
         [sys.executable, "-c", COLLECT], cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "deselected" not in done.stdout
     assert "tests/test_random.py::" in done.stdout
+    assert "threads: 1\n" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -48,6 +55,15 @@ def test_processes_that_share_a_gpu_fit_into_its_memory(
     cores: int, memory: int, gpu_memory: int, expected: int
 ) -> None:
     assert most_processes(cores, memory << 30, gpu_memory << 30) == expected
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [({}, 16), ({"PYTEST_XDIST_WORKER_COUNT": "5"}, 3), ({"PYTEST_XDIST_WORKER_COUNT": "30"}, 1),
+     ({"PYTEST_XDIST_WORKER_COUNT": "30", "OMP_NUM_THREADS": "16"}, 16)],
+)  # fmt: skip
+def test_processes_share_the_cores(environment: dict[str, str], expected: int) -> None:
+    assert threads_of_a_process(16, environment) == expected
 
 
 def test_the_collector_walks_past_what_the_tests_import() -> None:
