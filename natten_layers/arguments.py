@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +25,7 @@ from .kernels.host.packing import Packing, packing_of
 from .kernels.host.problem import Inputs, Options
 from .kernels.ops import attention as attention_ops
 from .kernels.ops.transforms import is_forward_mode, is_tracked
+from .wording import shorten
 
 __all__ = [
     "Axes",
@@ -257,7 +258,8 @@ def _check_user_form(tensors: Tensors, axes: _AxisOptions) -> int:
     names = "kernel_size", "stride", "dilation", "is_causal", "is_periodic"
     check_tensors(query=query, key=key, value=value)
     check_pair(additional_keys, additional_values)
-    rank = _spatial_rank(query, **dict(zip(names, axes, strict=True)))
+    by_name: dict[str, object] = dict(zip(names, axes, strict=True))
+    rank = _spatial_rank(query, **by_name)
     check_qkv(query, key, value, rank)
     head_shape = query.shape[rank + 1 : -1]
     if len(head_shape) == 1:
@@ -267,10 +269,19 @@ def _check_user_form(tensors: Tensors, axes: _AxisOptions) -> int:
         if tensor.shape[-3] != head_shape[0] or tensor.shape[-2] not in (1, head_shape[1]):
             raise ValueError(
                 f"{name} has head axes {tuple(tensor.shape[-3:-1])}; "
-                f"expected {tuple(head_shape)} as query [B, *spatial, Hkv, G, D] has with {rank} spatial axes"
+                f"expected {tuple(head_shape)} as query [B, *spatial, Hkv, G, D] has{_told_rank(rank, by_name)}"
                 + (", or G = 1" if head_shape[1] != 1 else "")
             )
     return rank
+
+
+def _told_rank(rank: int, axis_arguments: Mapping[str, object]) -> str:
+    """How many spatial axes a query has, and which argument says so."""
+    count = f" with {rank} spatial ax{'i' if rank == 1 else 'e'}s"
+    for name, value in axis_arguments.items():
+        if is_per_axis(value):
+            return f"{count}, as many as {name}={shorten(value)} has entries"
+    return count
 
 
 def _check_canonical_form(tensors: Tensors, axes: _AxisOptions) -> Window:

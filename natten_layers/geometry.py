@@ -101,9 +101,17 @@ def normalise_axes(name: str, value: T | Sequence[T], rank: int, kind: type[T]) 
                 f"{name} must be {kind.__name__} or a tuple of {kind.__name__}, "
                 f"got {with_type(entry)}"
                 + (f" on the {AXES[rank][axis]} axis" if per_axis else "")
-                + (f"; pass {name}.tolist()" if hasattr(entry, "tolist") and not isinstance(entry, Real) else "")
+                + (f"; pass {name}.tolist()" if _lists(entry, kind) else "")
             )
     return values
+
+
+def _lists(value: Any, kind: type) -> bool:
+    """Whether ``value.tolist()``, of a tensor or an array, is what an argument may be."""
+    if not hasattr(value, "tolist") or isinstance(value, Real):
+        return False
+    listed = value.tolist()
+    return all(type(entry) is kind for entry in (listed if isinstance(listed, list) else [listed]))
 
 
 def without_numpy(value: Any, kind: type) -> Any:

@@ -6,6 +6,7 @@ import argparse
 import errno
 import fcntl
 import io
+import itertools
 import math
 import os
 import signal
@@ -128,13 +129,17 @@ class Parser(argparse.ArgumentParser):
 
     def _parse_known(self, argv: Sequence[str] | None, values: argparse.Namespace) -> argparse.Namespace:
         """``parse_args``, but an unknown flag is named with the one that was probably meant."""
-        found, unknown = self.parse_known_args(argv, values)
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        words = list(itertools.takewhile(lambda word: word != "--", sys.argv[1:] if argv is None else argv))
+        # Asked first, as the value of a mistyped flag would be taken for an argument without one, and refused as that.
+        unknown = [word for word in words if word.startswith("--") and word.partition("=")[0] not in flags]
+        if not unknown:
+            values, unknown = self.parse_known_args(argv, values)
         if unknown:
-            flags = [flag for action in self._actions for flag in action.option_strings]
             likely = meant(unknown[0], flags) if unknown[0].startswith("-") else None
             hint = f" (did you mean {likely}?)" if likely else ""
             self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
-        return found
+        return values
 
     def _as_flags(self, action: argparse.Action, value: object) -> list[str]:
         flag = action.option_strings[0]
@@ -332,6 +337,8 @@ def check_device(parser: argparse.ArgumentParser, device: str) -> None:
                 parser.error(
                     f"--device {device}: this PyTorch finds {count or 'no'} CUDA device{'' if count < 2 else 's'}"
                 )
+        elif kind.type == "meta":
+            parser.error(f"--device {device}: tensors have no values there")
         else:
             torch.ones((), device=kind).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch has no one type for it

@@ -32,7 +32,7 @@ from natten_layers.io.files import naming, read_json
 from natten_layers.io.hf_config import config_from_hf
 from natten_layers.kernels.host.problem import Inputs, Options, device_traits, problem_of, three_axes
 from natten_layers.kernels.host.tiling import Kind, ProblemClass, TileConfig
-from natten_layers.kernels.host.tuned import cache_file, write_tuned
+from natten_layers.kernels.host.tuned import cache_file, read_tuned, write_tuned
 from natten_layers.kernels.host.variant import Question
 from natten_layers.modules.hdit_config import IMAGE_AXES, HDiTConfig, check_axis
 from natten_layers.modules.llm_config import DecoderLMConfig
@@ -285,6 +285,7 @@ def run(args: argparse.Namespace, timer: Timer) -> int:
     calls = _calls(args)
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("there is no CUDA device here, and the fused kernels run on no other")
+    read_tuned(cache_file())  # a damaged file ends the command here, once; a call would warn of it and go on
     for call in calls:
         if args.model is not None:
             print(f"{call}:", flush=True)
@@ -307,7 +308,7 @@ def _tune_call(args: argparse.Namespace, call: Call, timer: Timer) -> None:
             impl="fused",
         )
 
-    # Arguments that do not fit, and a file that is damaged or cannot be written, must fail before the search.
+    # Arguments that do not fit, and a file that cannot be written, must fail before the search.
     prepared = prepare(
         heads[0], heads[1], heads[2], call.kernel_size, 1, call.dilation, call.is_causal, scale=None,
         additional_keys=None, additional_values=None, sink=None,

@@ -485,8 +485,15 @@ def test_errors_propose_no_length_twice():
     with raises_naming("additional_keys", "expected [1, R, 2, 8]"):
         attend(query, key, value, additional_keys=register, additional_values=register)
     query, key = query.unflatten(-2, (4, 1)), key.unflatten(-2, (1, 2))
-    with pytest.raises(ValueError, match=r"key has head axes .*; expected \(4, 1\) as query .* with 2 spatial axes$"):
+    with pytest.raises(ValueError, match=r"head axes .*; expected \(4, 1\) as .* kernel_size=\(3, 3\) has entries$"):
         attend(query, key, key, kernel_size=(3, 3))
+
+
+def test_a_tuple_for_too_few_axes_is_named():
+    """With one entry the second axis of an image would be one of KV heads."""
+    for name in ("kernel_size", "stride", "dilation"):
+        with raises_naming("with 1 spatial axis", f"as many as {name}=(1,) has entries"):
+            attend(*qkv(), **{name: (1,)})
 
 
 @pytest.mark.parametrize(

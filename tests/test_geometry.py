@@ -242,6 +242,13 @@ def test_bad_windows_name_argument_axis_and_values(arguments: dict, words: list[
         make_window((8, 9), **arguments)
 
 
+def test_only_a_tensor_of_integers_is_to_be_listed():
+    with raises_naming("pass kernel_size.tolist()"):
+        make_window((8, 9), torch.tensor([3, 3]))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"of type Tensor$"):
+        make_window((8, 9), torch.tensor(3.0))  # type: ignore[arg-type]
+
+
 def test_a_window_that_exceeds_its_axis_has_ways_out_that_help():
     for length, kernel_size, dilation, ways in (
         (8, 10, 1, "a kernel_size of at most 8"),

@@ -241,6 +241,13 @@ def test_an_unknown_flag_is_named_with_the_one_that_was_meant(
     assert capsys.readouterr().err.endswith(f"error: unrecognized arguments: {flag}{hint}\n")
 
 
+def test_the_value_of_a_mistyped_flag_is_not_what_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        import_module("natten_layers_cli.tune").main(["--modle", "gpu-demo"])
+    error = capsys.readouterr().err
+    assert error.endswith("error: unrecognized arguments: --modle (did you mean --model?)\n")
+
+
 def test_other_names_of_flags_lead_to_flags() -> None:
     flags: set[str] = set()
     for command in COMMANDS:
