@@ -10,12 +10,15 @@ worse if it is so by both. A row that the record has a time for, and the run has
 from __future__ import annotations
 
 import argparse
-import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from natten_layers.io.files import read_json
+from natten_layers_cli.running import positive
 
 from .implementations import OURS
 from .runner import RESULTS, heading
@@ -59,17 +62,15 @@ def compare(record: Mapping[str, Any], run: Mapping[str, Any], rows: Sequence[st
 
     Raises:
         ValueError: one of the two holds no rows as ``benchmarks.census`` writes them, or those of the tiny shapes of
-            ``--smoke``, or they have none in common, or one of ``rows`` is in neither.
+            ``--smoke``, or one is of portable kernels alone, or they have none in common, or one of ``rows`` is in
+            neither.
     """
-    try:
-        before, after = _timed(record), _timed(run)
-        failures = {_key(row): row["failure"] or "no time" for row in run["rows"]}
-        asked = set(run["arguments"]["rows"]), set(run["arguments"]["modes"])
-        miniature = [name for name, each in (("record", record), ("run", run)) if each["arguments"]["smoke"]]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"this is no report of benchmarks.census: {error!r}") from error
-    if miniature:
+    both = {"record": _parse(record, "record"), "run": _parse(run, "run")}
+    if miniature := [name for name, each in both.items() if each.smoke]:
         raise ValueError(f"the {' and the '.join(miniature)} timed tiny shapes, by --smoke, which say nothing of speed")
+    if len(portable := [name for name, each in both.items() if each.portable]) == 1:
+        raise ValueError(f"the {portable[0]} timed portable kernels alone, by --portable, and the other one did not")
+    before, after, failures, asked = both["record"].timed, both["run"].timed, both["run"].failures, both["run"].asked
     timed = {workload for workload, _, _ in before} & asked[0]
     if unknown := sorted(set(rows or ()) - timed):
         raise ValueError(f"no time of {', '.join(unknown)} in the record and in the run; both have {sorted(timed)}")
@@ -102,8 +103,30 @@ def _key(row: Mapping[str, Any]) -> Key:
     return row["workload"], row["mode"], row["implementation"]
 
 
-def _timed(report: Mapping[str, Any]) -> dict[Key, Mapping[str, Any]]:
-    return {_key(row): row for row in report["rows"] if row["median_ms"] is not None}
+class _Report(NamedTuple):
+    timed: dict[Key, Mapping[str, Any]]
+    failures: dict[Key, str]
+    """of all rows, what one without a time says"""
+    asked: tuple[set[str], set[str]]
+    """rows and modes"""
+    smoke: bool
+    portable: bool
+
+
+def _parse(report: Mapping[str, Any], name: str) -> _Report:
+    """What is read of a report, the ``name`` of the two, with all that is computed with being numbers above 0."""
+    try:
+        heading(dict(report))
+        rows, arguments = report["rows"], report["arguments"]
+        timed = {_key(row): row for row in rows if row["median_ms"] is not None}
+        numbers = [row[column] for row in timed.values() for column in ("median_ms", "times_floor")]
+        if not all(math.isfinite(number) and number > 0 for number in numbers):
+            raise ValueError("a time that is no number above 0")
+        failures = {_key(row): row["failure"] or "no time" for row in rows}
+        asked = set(arguments["rows"]), set(arguments["modes"])
+        return _Report(timed, failures, asked, arguments["smoke"], arguments.get("portable", False))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"the {name} is no report of benchmarks.census: {error!r}") from error
 
 
 def _ratio(row: Mapping[str, Any], other: Mapping[str, Any]) -> float:
@@ -145,14 +168,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", type=lambda text: text.split(","), help="names, comma-separated; default: all")
     parser.add_argument("--record", type=Path, default=RECORD, help="default: %(default)s")
     parser.add_argument(
-        "--limit", type=float, default=LIMIT, help="a row may be so many times slower, default %(default)s"
+        "--limit", type=positive, default=LIMIT, help="a row may be so many times slower, default %(default)s"
     )
     args = parser.parse_args(argv)
     try:
-        record, run = (json.loads(path.read_bytes()) for path in (args.record, args.run))
+        record, run = read_json(args.record), read_json(args.run)
         changes = compare(record, run, args.rows)
         print(f"record: {heading(record)}\nrun:    {heading(run)}\n")
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print("\n".join(table(changes, args.limit)))

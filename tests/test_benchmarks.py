@@ -1120,9 +1120,42 @@ def test_a_row_that_is_ten_percent_worse_is_named(tmp_path: Path, capsys: pytest
     assert printed.count("WORSE") == 1
     assert printed.endswith("3 rows, 1 worse than 1.1 times the record: slower fwd\n")
     assert regression.main([*arguments, "--limit", "1.2"]) == 0
-    (tmp_path / "run.json").write_text('{"rows": 3}')
-    assert regression.main(arguments) == 2
-    assert "no report of benchmarks.census" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        regression.main([*arguments, "--limit", "nan"])
+
+
+def without(content: dict[str, Any], name: str) -> None:
+    del content[name]
+
+
+DAMAGE: dict[str, Callable[[dict[str, Any]], object]] = {
+    "rows that are a number": lambda content: content.update(rows=3),
+    "no rates": lambda content: without(content, "rates"),
+    "no environment": lambda content: content.update(environment=None),
+    "a time in quotes": lambda content: content["rows"][0].update(median_ms="1"),
+    "a floor of zero": lambda content: content["rows"][0].update(times_floor=0),
+    "portable kernels": lambda content: content["arguments"].update(portable=True),
+}
+
+
+@pytest.mark.parametrize("damage", [*DAMAGE, "cut short"])
+@pytest.mark.parametrize("name", ["record", "run"])
+def test_a_damaged_report_is_no_regression(
+    damage: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is named in one line, with another status than that of a row that is worse."""
+    for other in ("record", "run"):
+        (tmp_path / f"{other}.json").write_text(json.dumps(report(row=2.0)))
+    content = report(row=2.0)
+    DAMAGE.get(damage, lambda content: None)(content)
+    text = json.dumps(content)
+    (tmp_path / f"{name}.json").write_text(text if damage in DAMAGE else text[: len(text) // 2])
+    assert regression.main([str(tmp_path / "run.json"), "--record", str(tmp_path / "record.json")]) == 2
+    printed, said = capsys.readouterr()
+    assert printed == ""
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    assert f"the {name} " in said or f"{name}.json" in said
 
 
 def test_tiny_shapes_are_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
