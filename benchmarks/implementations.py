@@ -30,12 +30,14 @@ from .workloads import Inputs, Variant, Workload
 
 __all__ = [
     "FLEX_ORDERS",
+    "MOST_SCORES",
     "OURS",
     "PEERS",
     "HeadsFirst",
     "Implementation",
     "Layout",
     "UnsupportedError",
+    "check_scores",
     "flex_mask",
     "implementations",
     "ours",
@@ -47,6 +49,8 @@ OURS = "natten_layers"
 PEERS = ("flex", "fa2", "cudnn", "natten", "fa4", "registers")
 FLEX_ORDERS = ("raster", "tiled")
 
+MOST_SCORES = 2**26
+"""Most scores of all pairs of tokens that are stored, 256 MiB in fp32, of which there are several copies"""
 BLOCK = 128  # FlexAttention's block of tokens
 TILES = {2: (8, 16), 3: (2, 8, 8)}  # by rank, blocks of 128 tokens that are close to each other
 
@@ -179,6 +183,20 @@ def _check_peer(peer: str, workload: Workload) -> None:
         raise UnsupportedError("it has no bias on relative positions")
 
 
+def check_scores(sequences: int, tokens: int, device: torch.device) -> None:
+    """Of FlexAttention, which compiles on a GPU only.
+
+    Args:
+        sequences: batch times query heads.
+
+    Raises:
+        UnsupportedError: it would store the scores of too many pairs of tokens.
+    """
+    scores = sequences * tokens**2
+    if device.type == "cpu" and scores > MOST_SCORES:
+        raise UnsupportedError(f"on a CPU it stores the scores of all pairs of tokens, here {scores / 2**28:.1f} GiB")
+
+
 def _label(name: str, variant: Variant) -> str:
     return f"{name} ({variant.label})" if variant.label else name
 
@@ -254,6 +272,7 @@ def _merged(workload: Workload, inputs: Inputs, state: AttentionState) -> Tensor
 def _flex(workload: Workload, orders: list[str], device: torch.device) -> Iterator[Implementation]:
     if workload.registers:
         raise UnsupportedError("it has no registers")
+    check_scores(workload.batch * workload.heads, math.prod(workload.spatial), device)
     torch.compiler.reset()  # else several workloads exceed torch's limit on recompilations of one function
     for order in orders:
         tile = TILES.get(len(workload.spatial)) if order == "tiled" else None
@@ -415,6 +434,8 @@ def _cudnn(workload: Workload) -> Iterator[Implementation]:
 def _natten(workload: Workload, variants: list[Variant], device: torch.device) -> Iterator[Implementation]:
     import natten
 
+    # On a CPU it calls FlexAttention.
+    check_scores(workload.batch * workload.heads, math.prod(workload.spatial), device)
     attend = getattr(natten, f"na{len(workload.spatial)}d")
     backends = ("hopper-fna", "cutlass-fna") if device.type == "cuda" else (None,)
 

@@ -20,7 +20,7 @@ from natten_layers.modules.llm import DecoderBlock
 from natten_layers.modules.query_key import HeadNorm, normalize_and_rotate
 from natten_layers.modules.rope import Angles
 
-from .implementations import HeadsFirst, UnsupportedError, flex_mask
+from .implementations import HeadsFirst, UnsupportedError, check_scores, flex_mask
 from .workloads import Workload
 
 __all__ = ["SMOKE", "Attend", "Sizes", "Subject", "attention", "calling", "flex_attend", "make_subjects"]
@@ -202,7 +202,7 @@ def flex_attend(
     """Attention as these models need it: FlexAttention, or torch's dense attention if the window covers everything.
 
     Raises:
-        UnsupportedError: registers or a sink.
+        UnsupportedError: registers or a sink, or too many pairs of tokens for a CPU.
     """
     del additional_values, stride, dilation
     if additional_keys is not None or sink is not None:
@@ -214,6 +214,7 @@ def flex_attend(
     if kernel == spatial:
         out = F.scaled_dot_product_attention(q, k, v, scale=scale, is_causal=causal, enable_gqa=gqa)
     else:
+        check_scores(q.shape[0] * q.shape[1], q.shape[2], q.device)
         mask = _mask((spatial, kernel, causal, query.device))
         out = _compiled_flex(query.device.type)(q, k, v, block_mask=mask, scale=scale, enable_gqa=gqa)
     return out.transpose(1, 2).unflatten(1, spatial)
@@ -232,5 +233,5 @@ def _mask(key: tuple[tuple[int, ...], tuple[int, ...], bool, torch.device]) -> B
 
 @lru_cache
 def _compiled_flex(device_type: str) -> Callable[..., Any]:
-    """Compiled FlexAttention, since uncompiled it stores all scores. On a CPU only miniatures run, uncompiled."""
+    """Compiled FlexAttention, since uncompiled it stores all scores; on a CPU uncompiled, of few tokens."""
     return torch.compile(flex_attention, dynamic=False) if device_type == "cuda" else flex_attention

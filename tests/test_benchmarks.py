@@ -219,6 +219,27 @@ def test_pairs_are_counted_exactly(fields: dict[str, Any]) -> None:
     assert workload.elements() == sum(x.numel() for x in (inputs.query, inputs.key, inputs.value, inputs.grad_out))
 
 
+def peers_on_a_cpu(workload: Workload, *names: str) -> list[Implementation | tuple[str, str]]:
+    return list(implementations.implementations(workload, [workload.variant], list(names), ["raster"], CPU))[1:]
+
+
+@pytest.mark.parametrize("peer", ["flex", "natten"])
+def test_a_peer_that_stores_all_scores_on_a_cpu_runs_few_tokens_there(peer: str) -> None:
+    if peer == "natten":
+        pytest.importorskip("natten")
+    large = Workload("large", 1, (128, 128), 8, 8, 64, (7, 7))
+    reason = "on a CPU it stores the scores of all pairs of tokens, here 8.0 GiB"
+    assert peers_on_a_cpu(large, peer) == [(peer, reason)]
+    (small,) = peers_on_a_cpu(smoke(large), peer)
+    assert isinstance(small, Implementation)
+
+
+def test_models_run_flex_attention_on_few_tokens_on_a_cpu() -> None:
+    query = torch.empty(1, 32768, 32, 1, dtype=torch.bfloat16)
+    with pytest.raises(implementations.UnsupportedError, match=r"scores of all pairs of tokens, here 128\.0 GiB"):
+        models.flex_attend(query, query, query, 4096, is_causal=True)
+
+
 def _lose_causal(workload: Workload, inputs: Inputs) -> Tensor:
     return dense(replace(workload, causal=False), inputs)
 
@@ -1064,6 +1085,10 @@ def test_the_benchmark_of_ltx_in_miniature(tmp_path: Path, monkeypatch: pytest.M
     assert [stage["layers"] for stage in report["stages"]] == [1, 1, 2, 2]
     assert set(report["stages"][0]["ms"]) == {*ltx.COLUMNS} - {"layer, its own processor"}
     assert {one["processor"] for one in report["decode"]} == {"natten_layers", "steps in PyTorch"}
+    monkeypatch.setattr(ltx, "MOST_SCORES", 0)
+    stage = ltx.Stage((3, 6, 6), 2, (3, 5, 5), 1)
+    ltx.measure(stage, CPU, torch.float32, 0.0, ltx.FLEX_TOKENS)
+    assert set(stage.ms) == {*ltx.COLUMNS} - {"layer, its own processor"}
     ours = "natten_layers.integrations.diffusers.ltx_decoder.attend_with_qk_prep"
     monkeypatch.setattr(ours, lambda call, norm, angles: call.inputs.query)
     (check,) = ltx.check_layers(torch.device("cpu"))
