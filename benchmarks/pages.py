@@ -9,13 +9,17 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from natten_layers.io.files import replacing
+
 from .census import shape
 from .plot import TITLES, best_rows, fastest_peer, summary
+from .runner import RESULTS
 from .shapes import CENSUS
 
 __all__ = ["PAGES", "TABLES", "filled"]
@@ -42,12 +46,69 @@ def filled(page: str) -> str:
 
     Raises:
         KeyError: a mark names no table.
+        OSError: a record cannot be read.
+        ValueError: a record lacks what a table shows, or is none of a GPU.
     """
-    return MARKS.sub(lambda marks: "\n".join([marks[1], *TABLES[marks[2]](), "", marks[3]]), page)
+
+    def table(marks: re.Match[str]) -> str:
+        lines = TABLES[marks[2]]()
+        if len(lines) < 3:
+            raise ValueError(f"no record has a row for the table {marks[2]}")
+        return "\n".join([marks[1], *lines, "", marks[3]])
+
+    return MARKS.sub(table, page)
 
 
-def _record(name: str) -> dict[str, Any]:
-    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+COMMANDS = {
+    "census-flex": "census --peers flex --mode fwd --rows ROWS",
+    "census-portable": "census --portable --mode fwd",
+    "registers": "attention --mode fwd --registers 16 --sink zero --peers registers --host",
+    "step-hdit-flowers-compiled": "step --models hdit-flowers --compile yes",
+    "step-mistral-block": "step --models mistral-block",
+}
+"""The benchmark and the flags that make a record, where they are not its name"""
+
+
+class _Part(dict[Any, Any]):
+    """A part of a record, which says so if something is missing."""
+
+    record = ""
+
+    def __missing__(self, key: Hashable) -> Any:
+        raise _incomplete(self.record, f"lacks {', '.join(key) if isinstance(key, tuple) else key}")
+
+
+def _part(record: str, entries: Mapping[Any, Any]) -> _Part:
+    part = _Part(entries)
+    part.record = record
+    return part
+
+
+def _incomplete(record: str, why: str) -> ValueError:
+    command = f"python -m benchmarks.{COMMANDS.get(record, record)} --out benchmarks/results/{record}.json"
+    return ValueError(f"{RESULTS / f'{record}.json'} {why}; on a GPU, {command} makes a whole record")
+
+
+def _record(name: str) -> _Part:
+    try:
+        record = json.loads((RESULTS / f"{name}.json").read_text(), object_hook=partial(_part, name))
+    except json.JSONDecodeError as error:
+        raise _incomplete(name, f"is no JSON: {error}") from error
+    if record["environment"]["driver"] is None or record.get("arguments", {}).get("smoke"):
+        raise _incomplete(name, "has times of a CPU, or of tiny sizes")
+    return record
+
+
+def _best(name: str) -> _Part:
+    return _part(name, best_rows(_record(name)["rows"]))
+
+
+def _timed(name: str) -> list[_Part]:
+    """The rows of a record all of which have a time."""
+    rows: list[_Part] = _record(name)["rows"]
+    if failures := [row["failure"] for row in rows if row["median_ms"] is None]:
+        raise _incomplete(name, f"has a row without a time ({failures[0]})")
+    return rows
 
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
@@ -65,14 +126,13 @@ def _ms(row: dict[str, Any] | None) -> str:
 
 def _headline() -> list[str]:
     """One line per workload: this library, FlexAttention, and torch's dense or windowed kernel."""
-    best = best_rows(_record("attention")["rows"])
+    best = _best("attention")
 
     def cells(workload: str) -> Iterable[str]:
         yield f"`{workload}`: {MEANING[workload]}"
         for mode in ("fwd", "fwdbwd"):
-            ours, flex, cudnn, fa2 = (
-                best.get((mode, workload, peer)) for peer in ("natten_layers", "flex", "cudnn", "fa2")
-            )
+            ours = best[mode, workload, "natten_layers"]
+            flex, cudnn, fa2 = (best.get((mode, workload, peer)) for peer in ("flex", "cudnn", "fa2"))
             yield from (f"**{_ms(ours)}**", _ms(flex), _ms(cudnn or fa2))
 
     head = ["workload", "forward, ms", "Flex", "cuDNN or FA2", "and backward, ms", "Flex", "cuDNN or FA2"]
@@ -106,7 +166,7 @@ def _census() -> list[str]:
 
 def _census_flex() -> list[str]:
     """Shapes that FlexAttention was timed on in a run of their own, forward."""
-    best = best_rows(_record("census-flex")["rows"])
+    best = _best("census-flex")
 
     def cells(name: str) -> Iterable[str]:
         ours, flex = best["fwd", name, "natten_layers"], best["fwd", name, "flex"]
@@ -119,7 +179,7 @@ def _census_flex() -> list[str]:
 
 def _portable() -> list[str]:
     """The portable kernels alone, forward, beside all kernels on the same card."""
-    taken, alone = (best_rows(_record(name)["rows"]) for name in ("census", "census-portable"))
+    taken, alone = map(_best, ("census", "census-portable"))
 
     def cells(name: str) -> Iterable[str]:
         ours, all_kernels = alone["fwd", name, "natten_layers"], taken["fwd", name, "natten_layers"]
@@ -165,9 +225,9 @@ BIAS = {
 
 
 def _layer() -> list[str]:
-    rows = [row for row in _record("module")["rows"] if row["implementation"] != "steps in PyTorch"]
     layers, bare = (
-        {row["workload"]: row for row in rows if row["implementation"] == name} for name in ("layer", "bare operation")
+        _part("module", {row["workload"]: row for row in _timed("module") if row["implementation"] == name})
+        for name in ("layer", "bare operation")
     )
 
     def cells(workload: str) -> Iterable[str]:
@@ -179,7 +239,7 @@ def _layer() -> list[str]:
 
 
 def _models() -> list[str]:
-    rows = [row for name in ("step-hdit-flowers-compiled", "step-mistral-block") for row in _record(name)["rows"]]
+    rows = [row for name in ("step-hdit-flowers-compiled", "step-mistral-block") for row in _timed(name)]
 
     def cells(row: dict[str, Any]) -> Iterable[str]:
         yield from (row["model"], row["step"], "yes" if row["compiled"] else "no")
@@ -191,9 +251,9 @@ def _models() -> list[str]:
 
 
 def _decode() -> list[str]:
-    cells: dict[str, dict[str, Any]] = {}
-    for row in _record("decode")["rows"]:
-        cells.setdefault(row["workload"], {})[row["implementation"]] = row
+    cells: dict[str, _Part] = {}
+    for row in _timed("decode"):
+        cells.setdefault(row["workload"], _part("decode", {}))[row["implementation"]] = row
 
     def line(workload: str) -> Iterable[str]:
         ours, sdpa = cells[workload]["natten_layers"], cells[workload]["sdpa"]
@@ -211,8 +271,8 @@ def _generation() -> list[str]:
     def cells(row: dict[str, Any]) -> Iterable[str]:
         yield from (str(row["batch"]), f"{row['median_ms']:.1f}", f"{row['tokens_per_s']:.0f}", f"{row['of_copy']:.0%}")
 
-    rows = _record("generation")["rows"]
-    return _table(["batch", "ms a token", "tokens a second", "of copy bandwidth"], map(cells, rows))
+    head = ["batch", "ms a token", "tokens a second", "of copy bandwidth"]
+    return _table(head, map(cells, _timed("generation")))
 
 
 def _host() -> list[str]:
@@ -233,7 +293,8 @@ def _decoder() -> list[str]:
     total = {
         name: sum(s["layers"] * s["ms"][name] for s in record["stages"]) for name in (*parts, "layer, steps in PyTorch")
     }
-    ours, plain = record["decode"]
+    decodes = _part("ltx", {one["processor"]: one for one in record["decode"]})
+    ours, plain = decodes["natten_layers"], decodes["steps in PyTorch"]
     rows = [[text, f"{total[name]:.0f}", ""] for name, text in parts.items()]
     rows[-1][2] = f"{total['layer, steps in PyTorch']:.0f}"
     rows.append(["`decode`", f"{1e3 * ours['median_s']:.0f}", f"{1e3 * plain['median_s']:.0f}"])
@@ -242,7 +303,8 @@ def _decoder() -> list[str]:
 
 
 def _windows_in_transformers() -> list[str]:
-    rows = {(row["problem"], row["implementation"]): row for row in _record("diffusers_attention")["rows"]}
+    record = "diffusers_attention"
+    rows = _part(record, {(row["problem"], row["implementation"]): row for row in _timed(record)})
 
     def cells(problem: str) -> Iterable[str]:
         ours, dense = rows[problem, "windows"], rows[problem.partition(",")[0], "dense (cuDNN)"]
@@ -257,13 +319,14 @@ def _windows_in_transformers() -> list[str]:
 def _forward_mode() -> list[str]:
     def cells(row: dict[str, Any]) -> Iterable[str]:
         name = row["implementation"].removesuffix(" jvp")
-        forward = next(r for r in rows if (r["workload"], r["implementation"]) == (row["workload"], f"{name} forward"))
+        forward = rows[row["workload"], f"{name} forward"]
         yield from (f"`{row['workload']}`", name.replace("natten_layers", "this library"), _ms(forward), _ms(row))
         yield from (f"{row['times_forward']:.1f}", f"{forward['peak_mib']:.0f}", f"{row['peak_mib']:.0f}")
 
-    rows = [row for row in _record("forward_mode")["rows"] if row["median_ms"] is not None]
+    found = [row for row in _record("forward_mode")["rows"] if row["median_ms"] is not None]
+    rows = _part("forward_mode", {(row["workload"], row["implementation"]): row for row in found})
     head = ["workload", "kernels", "forward, ms", "with tangents, ms", "ratio", "forward, MiB", "with tangents, MiB"]
-    return _table(head, map(cells, (row for row in rows if row["implementation"].endswith(" jvp"))))
+    return _table(head, map(cells, (row for row in found if row["implementation"].endswith(" jvp"))))
 
 
 TABLES: dict[str, Callable[[], list[str]]] = {
@@ -286,13 +349,20 @@ TABLES: dict[str, Callable[[], list[str]]] = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 2, and no page is written, if a record lacks what one of them shows."""
     argparse.ArgumentParser(prog="python -m benchmarks.pages", description=__doc__).parse_args(argv)
-    for name in PAGES:
-        path = ROOT / name
-        path.write_text(filled(path.read_text()))
-        print(path)
+    try:
+        texts = {ROOT / name: filled((ROOT / name).read_text()) for name in PAGES}
+        for path, text in texts.items():
+            with replacing(path) as temporary:
+                temporary.write_text(text)
+            print(path)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

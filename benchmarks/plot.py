@@ -135,8 +135,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("report", type=Path, help="JSON written by benchmarks.attention or benchmarks.census")
     parser.add_argument("--out", type=Path, help="PNG to write, default beside the JSON")
     args = parser.parse_args(argv)
-    report = json.loads(args.report.read_text())
-    rows = report.get("rows")
+    try:
+        rows = (report := json.loads(args.report.read_text())).get("rows")
+    except (OSError, ValueError, AttributeError) as error:
+        parser.error(f"{args.report} cannot be read: {error}")
     if not rows or not all(row.get("mode") in TITLES and "times_floor" in row for row in rows):
         parser.error(f"{args.report} is no report of benchmarks.attention or benchmarks.census")
     path = args.out or args.report.with_suffix(".png")

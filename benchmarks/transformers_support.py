@@ -27,6 +27,7 @@ from torch import Tensor
 from transformers.models.auto import modeling_auto
 
 from natten_layers.integrations.transformers import NAME, register
+from natten_layers.io.files import replacing
 
 TOLERANCE = 1e-4  # of the largest logit, fp32
 KINDS = {
@@ -364,7 +365,8 @@ def main() -> None:
             rows.append(row)
             print(row.model_type, row.kind, row.verdict, row.packed, row.reason, sep="  ", flush=True)
     if arguments.table:
-        arguments.table.write_text(table(rows))
+        with replacing(arguments.table) as temporary:
+            temporary.write_text(table(rows))
     if any(row.verdict.isupper() for row in rows):
         sys.exit("some rows are wrong or unclear")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -492,6 +493,9 @@ def test_what_is_no_report_of_times_over_a_floor_is_not_drawn(
         plot.main([str(path)])
     assert "no report of benchmarks.attention or benchmarks.census" in capsys.readouterr().err
     assert not path.with_suffix(".png").exists()
+    with pytest.raises(SystemExit):
+        plot.main([str(tmp_path / "none.json")])
+    assert "none.json cannot be read: " in capsys.readouterr().err
 
 
 def test_pages_are_not_written_when_help_is_asked_for(
@@ -502,6 +506,88 @@ def test_pages_are_not_written_when_help_is_asked_for(
         pages.main(["--help"])
     assert stop.value.code == 0
     assert capsys.readouterr().out.startswith("usage: python -m benchmarks.pages")
+
+
+@pytest.fixture
+def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """A page with a table that is out of date, then one of the census; and the folder of their records."""
+    results = tmp_path / "results"
+    shutil.copytree(pages.RESULTS, results)
+    monkeypatch.setattr(pages, "ROOT", tmp_path)
+    monkeypatch.setattr(pages, "RESULTS", results)
+    names = {"first.md": "decode", "second.md": "portable", "third.md": "layer"}
+    monkeypatch.setattr(pages, "PAGES", tuple(names))
+    for name, table in names.items():
+        (tmp_path / name).write_text(f"<!-- table: {table} -->\nold\n<!-- end -->\n")
+    return tmp_path, results
+
+
+def test_pages_are_filled_from_the_records(copied: tuple[Path, Path]) -> None:
+    assert pages.main([]) == 0
+    assert [(copied[0] / name).read_text().count("\n| ") > 2 for name in pages.PAGES] == [True] * 3
+
+
+def _lose_a_row(record: dict[str, Any]) -> None:
+    record["rows"] = [row for row in record["rows"] if row["workload"] != "gemma3"]
+
+
+def _lose_all_rows(record: dict[str, Any]) -> None:
+    record["rows"] = []
+
+
+def _lose_the_rows(record: dict[str, Any]) -> None:
+    del record["rows"]
+
+
+def _take_tiny_sizes(record: dict[str, Any]) -> None:
+    record.setdefault("arguments", {})["smoke"] = True
+
+
+def _take_a_cpu(record: dict[str, Any]) -> None:
+    record["environment"]["driver"] = None
+
+
+def _lose_a_time(record: dict[str, Any]) -> None:
+    record["rows"][0] |= {"median_ms": None, "failure": "wrong result"}
+
+
+@pytest.mark.parametrize(
+    ("record", "damage", "why", "command"),
+    [
+        ("census", _lose_a_row, "lacks fwd, gemma3, natten_layers", "census"),
+        ("census", _lose_the_rows, "lacks rows", "census"),
+        ("census", _take_tiny_sizes, "has times of a CPU, or of tiny sizes", "census"),
+        ("census", _take_a_cpu, "has times of a CPU, or of tiny sizes", "census"),
+        ("census-portable", _lose_the_rows, "lacks rows", "census --portable --mode fwd"),
+        ("module", _lose_a_time, "has a row without a time (wrong result)", "module"),
+        ("module", _lose_all_rows, None, "module"),
+    ],
+)
+def test_no_page_is_written_of_a_record_that_lacks_what_it_shows(
+    record: str, damage: Callable[[dict[str, Any]], None], why: str | None, command: str,
+    copied: tuple[Path, Path], capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    folder, results = copied
+    path = results / f"{record}.json"
+    content = json.loads(path.read_text())
+    damage(content)
+    path.write_text(json.dumps(content))
+    before = [(folder / name).read_text() for name in pages.PAGES]
+    assert pages.main([]) == 2
+    assert [(folder / name).read_text() for name in pages.PAGES] == before
+    made = f"on a GPU, python -m benchmarks.{command} --out benchmarks/results/{record}.json makes a whole record"
+    said = "no record has a row for the table layer" if why is None else f"{path} {why}; {made}"
+    assert capsys.readouterr() == ("", f"error: {said}\n")
+
+
+def test_no_page_is_written_without_a_record(copied: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    (copied[1] / "module.json").write_text("{")
+    assert pages.main([]) == 2
+    (copied[1] / "module.json").unlink()
+    assert pages.main([]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert "module.json is no JSON: " in first
+    assert "No such file or directory: " in second
 
 
 def test_attention_command_rejects_unknown_names(capsys: pytest.CaptureFixture[str]) -> None:
