@@ -81,10 +81,10 @@ def _ratio(ms: float | None, other: float | None) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 1 if this library failed anywhere."""
     parser = runner.make_parser("bias", __doc__, budget_s=0.4, timed="each problem and mode", jobs=True)
-    parser.add_argument("--problems", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS))
+    parser.add_argument("--problems", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS), help="default: all")
     others = [way for way in WAYS if way != OURS]
     parser.add_argument(
-        "--ways", nargs="*", choices=others, default=others, metavar="WAY", help=f"of {', '.join(others)}"
+        "--ways", nargs="*", choices=others, default=others, metavar="WAY", help=f"of {', '.join(others)}; default: all"
     )
     args = parser.parse_args(argv)
     device = torch.device(args.device)

@@ -91,8 +91,8 @@ def measure(workload: Workload, train: bool, repeats: int) -> tuple[float, float
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__)
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--only", choices=WORKLOADS)
+    parser.add_argument("--repeats", type=int, default=9, help="calls, default %(default)s")
+    parser.add_argument("--only", choices=WORKLOADS, help="default: all")
     arguments = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; milliseconds, median of {arguments.repeats}")
     for name in [arguments.only] if arguments.only else WORKLOADS:

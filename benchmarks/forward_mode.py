@@ -201,7 +201,7 @@ def compile_ahead(workload: Workload, device: torch.device) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 1 if this library failed anywhere."""
     parser = runner.make_parser("forward_mode", __doc__, budget_s=1.0, timed="each workload", jobs=True)
-    parser.add_argument("--workloads", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS))
+    parser.add_argument("--workloads", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS), help="default: all")
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     workloads = [smoke(PROBLEMS[name]) if args.smoke else PROBLEMS[name] for name in args.workloads]

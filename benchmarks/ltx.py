@@ -286,14 +286,17 @@ def table(rows: list[Stage]) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 1 if a result was wrong."""
     parser = runner.make_parser("ltx", __doc__, budget_s=0.5, timed="each stage")
-    parser.add_argument("--video", type=int, nargs=3, default=[121, 512, 768], help="frames, height and width")
+    parser.add_argument(
+        "--video", type=int, nargs=3, default=[121, 512, 768], help="frames, height and width, default %(default)s"
+    )
     parser.add_argument(
         "--flex-tokens",
         type=int,
         default=FLEX_TOKENS,
-        help="most tokens of a grid for which the library's own processor is timed, which takes long to compile",
+        help="most tokens of a grid for which the library's own processor is timed, which takes long to compile; "
+        "default %(default)s",
     )
-    parser.add_argument("--repeats", type=int, default=3, help="timed calls of decode")
+    parser.add_argument("--repeats", type=int, default=3, help="timed calls of decode, default %(default)s")
     parser.add_argument("--compile-ahead", action="store_true", help="begin the first call by compile_ahead")
     args = parser.parse_args(argv)
     device = torch.device(args.device)

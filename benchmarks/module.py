@@ -158,7 +158,7 @@ def compile_ahead(workload: Workload, device: torch.device) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 1 if a result was wrong."""
     parser = runner.make_parser("module", __doc__, budget_s=0.5, timed="each workload", jobs=True)
-    parser.add_argument("--workloads", nargs="+", choices=NAMES, default=list(NAMES))
+    parser.add_argument("--workloads", nargs="+", choices=NAMES, default=list(NAMES), help="default: all")
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     workloads = [smoke(WORKLOADS[name]) if args.smoke else WORKLOADS[name] for name in args.workloads]

@@ -212,7 +212,10 @@ def main(argv: list[str] | None = None) -> int:
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     names = list(comparisons(torch.device("cpu"), miniature=True))
     parser = runner.make_parser("windows", __doc__, budget_s=0.5, timed="each comparison and mode", jobs=True)
-    parser.add_argument("--comparisons", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
+    parser.add_argument(
+        "--comparisons", nargs="+", choices=names, default=names, metavar="NAME",
+        help=f"default: all of {'; '.join(names)}",
+    )  # fmt: skip
     return parser.parse_args(argv)
 
 
