@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -39,7 +39,6 @@ def main(argv: list[str] | None = None) -> int:
         args.matmul_rate or timing.matmul_rate(device),
     )
     report = runner.Report(args, device, rates)
-    report.keep(arguments=runner.arguments_of(args))
     if args.host:
         host_us = host_times(device)
         report.keep(host_us=host_us)
@@ -54,22 +53,22 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    def names(valid: tuple[str, ...]) -> Callable[[str], list[str]]:
-        def split(text: str) -> list[str]:
-            chosen = [part for part in text.split(",") if part]
-            unknown = set(chosen) - set(valid)
-            if unknown:
-                raise argparse.ArgumentTypeError(f"unknown {sorted(unknown)}; choose from {', '.join(valid)}")
-            return chosen
-
-        return split
-
     parser = runner.make_parser("attention", __doc__, budget_s=1.0, timed="each workload and mode", jobs=True)
-    workloads = tuple(WORKLOADS)
-    parser.add_argument("--workloads", type=names(workloads), default=list(workloads), help="names, comma-separated")
-    parser.add_argument("--mode", choices=(*MODES, "both"), default="both")
-    parser.add_argument("--peers", type=names(PEERS), default=list(PEERS), help='names, comma-separated, or ""')
-    parser.add_argument("--flex-order", type=names(FLEX_ORDERS), default=list(FLEX_ORDERS))
+    parser.add_argument(
+        "--workloads",
+        type=runner.names(WORKLOADS),
+        default=list(WORKLOADS),
+        help="names, comma-separated; default: all",
+    )
+    parser.add_argument("--mode", choices=(*MODES, "both"), default="both", help="default: %(default)s")
+    parser.add_argument(
+        "--peers", type=runner.names(PEERS, none=True), default=list(PEERS),
+        help=f'of {", ".join(PEERS)}, comma-separated, or ""; default: all',
+    )  # fmt: skip
+    parser.add_argument(
+        "--flex-order", type=runner.names(FLEX_ORDERS), default=list(FLEX_ORDERS),
+        help=f"of {', '.join(FLEX_ORDERS)}, comma-separated; default: both",
+    )  # fmt: skip
     parser.add_argument("--registers", type=int, default=0, help="also run with so many register tokens")
     parser.add_argument("--sink", choices=("zero", "learned"), help="also run with a sink")
     parser.add_argument("--copy-rate", type=float, help="bytes/s, read plus written; measured by default")

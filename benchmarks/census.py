@@ -15,7 +15,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -46,7 +46,7 @@ Timed = tuple[Row, str]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 1 if this library failed anywhere."""
+    """Returns the exit status: 1 if this library failed anywhere, or if there was no time for any row."""
     args = _parse(argv)
     device = torch.device(args.device)
     workloads = {name: smoke(CENSUS[name]) if args.smoke else CENSUS[name] for name in args.rows}
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     flags = ["--mode", args.mode, "--peers", ",".join(args.peers), *(["--portable"] if args.portable else [])]
     runner.compile_in_processes("census", args, args.rows, lambda share: [*flags, "--rows", ",".join(share)])
     report = runner.Report(args, device)
-    report.keep(arguments=runner.arguments_of(args), rows=[])
+    report.keep(rows=[])
     rows: list[Timed] = []
     skipped: list[str] = []
     for name, workload in workloads.items():
@@ -70,44 +70,43 @@ def main(argv: list[str] | None = None) -> int:
     report.keep(skipped=skipped)
     late = [f"\nout of time before {', '.join(skipped)}"] if skipped else []
     print(report.text([*table(rows, workloads), *summary(as_records(rows)), *late]))
-    return int(failed(rows))
+    if not rows:
+        print(runner.no_time(args), file=sys.stderr)
+    return int(failed(rows) or not rows)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = runner.make_parser("census", __doc__, budget_s=0.2, timed="each row and mode", jobs=True)
-    parser.add_argument("--rows", help=f"names, comma-separated; default: all but {', '.join(sorted(HEAVY))}")
+    parser.add_argument(
+        "--rows", type=runner.names(CENSUS), default=[name for name in CENSUS if name not in HEAVY],
+        help=f"names, comma-separated; default: all but {', '.join(sorted(HEAVY))}",
+    )  # fmt: skip
     add_flags(parser)
-    parser.add_argument("--limit-s", type=float, default=math.inf, help="begin no row after so many seconds")
-    parser.set_defaults(out=None)
+    runner.add_limit(parser, "row")
     args = parser.parse_args(argv)
-    args.rows = [name for name in CENSUS if name not in HEAVY] if args.rows is None else _names(args.rows)
-    args.out = args.out or runner.RESULTS / f"census{'-portable' if args.portable else ''}.json"
-    _check_names(parser, "rows", args.rows, CENSUS)
-    settle(parser, args)
+    if args.portable:
+        args.record = "census-portable"
+    settle(args)
     return args
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that say what is timed on each problem."""
-    parser.add_argument("--mode", choices=(*MODES, "both"), default="both")
-    parser.add_argument("--peers", help=f"of {', '.join(PEERS)}; or an empty string")
+    parser.add_argument("--mode", choices=(*MODES, "both"), default="both", help="default: %(default)s")
+    parser.add_argument(
+        "--peers", type=runner.names(PEERS, none=True),
+        help="comma-separated, or an empty string: flex and natten (images, videos and texts), fa2 and fa4 (causal "
+        "texts), cudnn (dense, images and videos), registers (what has such, forward); "
+        f"default {','.join(DEFAULT_PEERS)}, with --portable {','.join(PORTABLE_PEERS)}",
+    )  # fmt: skip
     parser.add_argument("--portable", action="store_true", help="time portable kernels alone")
 
 
-def settle(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def settle(args: argparse.Namespace) -> None:
     """Put what :func:`entries` and :func:`timed` read into ``args``, whose flags are those of :func:`add_flags`."""
-    args.peers = list(PORTABLE_PEERS if args.portable else DEFAULT_PEERS) if args.peers is None else _names(args.peers)
+    if args.peers is None:
+        args.peers = list(PORTABLE_PEERS if args.portable else DEFAULT_PEERS)
     args.modes = list(MODES) if args.mode == "both" else [args.mode]
-    _check_names(parser, "peers", args.peers, PEERS)
-
-
-def _check_names(parser: argparse.ArgumentParser, what: str, names: Iterable[str], valid: Collection[str]) -> None:
-    if unknown := sorted(set(names) - set(valid)):
-        parser.error(f"unknown {what} {', '.join(unknown)}; choose from {', '.join(valid)}")
-
-
-def _names(text: str) -> list[str]:
-    return [part for part in text.split(",") if part]
 
 
 def timed(workload: Workload, args: argparse.Namespace, rates: Rates, device: torch.device) -> Iterator[Timed]:

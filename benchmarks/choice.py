@@ -11,7 +11,6 @@ floor. Results are checked against fp64 first, and a wrong one gets no time. Ker
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 import sys
 import time
@@ -63,7 +62,7 @@ class Regret:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 1 if a call failed with the kernels that it takes."""
+    """Returns the exit status: 1 if a call failed with the kernels that it takes, or if there was no time for any."""
     args = _parse(argv)
     device = torch.device(args.device)
     start = time.monotonic()
@@ -77,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     numbers = list(map(str, args.problems))
     runner.compile_in_processes("choice", args, numbers, lambda share: [*flags, "--problems", ",".join(share)])
     report = runner.Report(args, device)
-    report.keep(arguments=runner.arguments_of(args), rows=[], regrets=[])
+    report.keep(rows=[], regrets=[])
     rows: list[Row] = []
     found: list[Regret] = []
     skipped: list[str] = []
@@ -96,15 +95,17 @@ def main(argv: list[str] | None = None) -> int:
     report.keep(skipped=skipped)
     late = [f"\nout of time before {', '.join(skipped)}"] if skipped else []
     print(report.text([*table(found), *failures(rows), *late]))
-    return int(any(row.failure for row in rows if row.implementation == CHOSEN))
+    if not rows:
+        print(runner.no_time(args), file=sys.stderr)
+    return int(not rows or any(row.failure for row in rows if row.implementation == CHOSEN))
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = runner.make_parser("choice", __doc__, budget_s=0.2, timed="each pass of a problem", jobs=True)
-    parser.add_argument("--seed", type=int, default=0, help="of the problems")
-    parser.add_argument("--count", type=int, default=40, help="number of problems")
+    parser.add_argument("--seed", type=int, default=0, help="of the problems, default %(default)s")
+    parser.add_argument("--count", type=int, default=40, help="number of problems, default %(default)s")
     parser.add_argument("--problems", help="numbers of problems, comma-separated; default: the first --count")
-    parser.add_argument("--limit-s", type=float, default=math.inf, help="begin no problem after so many seconds")
+    runner.add_limit(parser, "problem")
     parser.add_argument(
         "--rivals",
         action=argparse.BooleanOptionalAction,

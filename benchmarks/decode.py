@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from math import ceil
 
 import torch
@@ -184,16 +184,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = runner.make_parser("decode", __doc__, budget_s=0.5, timed="each workload")
     args = parser.parse_args(argv)
     device = torch.device(args.device)
-    rates = {"copy": timing.copy_rate(device), "matmul": timing.matmul_rate(device)}
+    report = runner.Report(args, device)
     rows: list[Row] = []
-    report = {"environment": timing.environment(device, args.commit), "rates": rates, "rows": []}
     for workload in WORKLOADS:
         if args.smoke:
             workload = replace(workload, batch=2, window=24, head_dim=16)
-        rows += run(workload, rates["copy"], args.budget_s, device)
-        report["rows"] = [asdict(row) for row in rows]
-        runner.save(report, args.out)  # after every step, so that an interrupted run keeps its results
-    print("\n".join([f"{runner.heading(report)}.", "", *table(rows), "", f"written to {args.out}"]))
+        rows += run(workload, report.rates.copy, args.budget_s, device)
+        report.keep(rows=rows)
+    print(report.text(table(rows)))
     return int(any(row.failure for row in rows if row.implementation == "natten_layers"))
 
 

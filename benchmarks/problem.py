@@ -14,7 +14,6 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,17 +35,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     workload = _workload(parser, args, device)
+    record = json.loads(RECORD.read_bytes())
     report = runner.Report(args, device)
     rows = list(census.timed(workload, args, report.rates, device))
-    report.keep(arguments=runner.arguments_of(args), rows=census.as_records(rows))
-    record = json.loads(RECORD.read_bytes())
+    report.keep(rows=census.as_records(rows))
     beside = [f"\nThe census on record, of one {record['environment']['device']}:", *census.summary(record["rows"])]
     print(report.text([*census.table(rows, {NAME: workload}), *beside]))
     return int(census.failed(rows))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = runner.make_parser("problem", __doc__, budget_s=0.5, timed="each mode")
+    # Not among the results on record, each of which the page on benchmarks describes.
+    parser = runner.make_parser("problem", __doc__, budget_s=0.5, timed="each mode", record=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("tokens", type=axes, help="length of every axis: 4096, 128x128, 30x48x80")
     add_flags_of_call(parser)
@@ -61,8 +61,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--learned-sink", action="store_true", help="a learned sink for each query head")
     parser.add_argument("--bias", action="store_true", help="a learned bias on relative positions (rpb)")
     census.add_flags(parser)
-    # Not among the results on record, each of which the page on benchmarks describes.
-    parser.set_defaults(out=Path("runs/problem.json"))
     return parser
 
 
@@ -75,7 +73,7 @@ def _switches(text: str) -> tuple[int, ...]:
 
 def _workload(parser: argparse.ArgumentParser, args: argparse.Namespace, device: torch.device) -> Workload:
     """The problem of the flags; ends with a usage error where the operation refuses it or has no kernels for it."""
-    census.settle(parser, args)
+    census.settle(args)
     if args.kernel_size is None or args.heads is None:
         parser.error("--kernel-size and --heads are needed")
     check_axes(parser, args, "kernel_size", "dilation", "stride", "causal", "periodic")

@@ -21,7 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import runner, timing
+from natten_layers.io.files import replacing
+
+from . import runner
 from .implementations import OURS, Implementation, Layout, ours, overridden
 from .workloads import MODES, Inputs, Variant, Workload, smoke
 
@@ -41,7 +43,7 @@ WORKLOADS = (
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 1 if a way failed anywhere."""
     parser = runner.make_parser("repeat", __doc__, budget_s=0.5, timed="each window, group and mode")
-    parser.add_argument("--mode", choices=(*MODES, "both"), default="both")
+    parser.add_argument("--mode", choices=(*MODES, "both"), default="both", help="default: %(default)s")
     parser.add_argument("--report", nargs="+", type=Path, help="take the JSON of earlier runs and measure nothing")
     parser.add_argument("--page", type=Path, help="put the table between the marks of this markdown page")
     args = parser.parse_args(argv)
@@ -55,25 +57,24 @@ def main(argv: list[str] | None = None) -> int:
     text = "\n\n".join("\n".join([f"{runner.heading(r)}.", "", *table(r["rows"])]) for r in reports)
     print(f"\n{text}")
     if args.page:
-        args.page.write_text(fill(page, text))
+        with replacing(args.page) as temporary:
+            temporary.write_text(fill(page, text))
     return int(any(row["failure"] for report in reports for row in report["rows"]))
 
 
 def _measure(args: argparse.Namespace) -> dict[str, Any]:
     device = torch.device(args.device)
-    rates = runner.Rates(timing.copy_rate(device), timing.matmul_rate(device))
-    environment = timing.environment(device, args.commit)
-    report: dict[str, Any] = {"environment": environment, "rates": asdict(rates), "rows": []}
+    report = runner.Report(args, device)
+    report.keep(rows=[])
     for workload, group in itertools.product(WORKLOADS, GROUPS):
         small = smoke(workload) if args.smoke else workload
         heads = max(group, small.heads)
         grouped = replace(small, heads=heads, kv_heads=heads // group)
         for mode in MODES if args.mode == "both" else (args.mode,):
-            rows = runner.run(grouped, mode, _ways(grouped), rates, args.budget_s, device)
-            report["rows"] += [{"group": group, **asdict(row)} for row in rows]
-            runner.save(report, args.out)  # after every step, so that an interrupted run keeps its results
-    print(f"\nwritten to {args.out}")
-    return report
+            rows = runner.run(grouped, mode, _ways(grouped), report.rates, args.budget_s, device)
+            report.keep(rows=[*report.parts["rows"], *({"group": group, **asdict(row)} for row in rows)])
+    print(f"\nwritten to {report.path}")
+    return report.parts
 
 
 def fill(page: str, text: str) -> str:

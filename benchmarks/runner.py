@@ -7,10 +7,11 @@ import gc
 import itertools
 import json
 import math
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
@@ -28,21 +29,24 @@ from .workloads import Inputs, Mode, Variant, Workload, add_variant, floor, make
 
 __all__ = [
     "RESULTS",
+    "RUNS",
     "Rates",
     "Report",
     "Row",
-    "arguments_of",
     "call",
     "compile_ahead",
     "compile_in_processes",
     "heading",
     "make_parser",
+    "names",
     "reporting",
     "run",
     "save",
 ]
 
 RESULTS = Path(__file__).parent / "results"
+RUNS = Path("runs")
+"""The folder of reports that are no record"""
 
 Outputs = Callable[[int], tuple[Tensor | None, ...]]
 
@@ -250,22 +254,70 @@ def compile_in_processes(
 
 
 def make_parser(
-    name: str, description: str | None, *, budget_s: float, timed: str, jobs: bool = False
+    name: str, description: str | None, *, budget_s: float, timed: str, jobs: bool = False, record: bool = True
 ) -> argparse.ArgumentParser:
     """A parser with the flags that all benchmarks have; ``timed`` describes what the time budget covers.
 
-    With ``jobs`` it has those of commands that compile beforehand, in several processes, too.
+    With ``jobs`` it has those of commands that compile beforehand, in several processes, too. Without ``record`` no run
+    is a record.
     """
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
-    parser.add_argument("--budget-s", type=float, default=budget_s, help=f"seconds to time {timed}")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--budget-s", type=float, default=budget_s, help=f"seconds to time {timed}, default %(default)s"
+    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=_device, default=device, help="cpu, cuda or cuda:N, default here %(default)s")
     parser.add_argument("--commit", help="to record where there is no git checkout")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: a test of the benchmark, not of speed")
-    parser.add_argument("--out", type=Path, default=RESULTS / f"{name}.json")
+    file = f"{name}.json"
+    where = f"benchmarks/results/{file}, or with --smoke or on a CPU {RUNS / file}" if record else str(RUNS / file)
+    parser.add_argument(
+        "--out", type=Path, default=None if record else RUNS / file, help=f"JSON to write, default {where}"
+    )
+    parser.set_defaults(record=name)
     if jobs:
-        parser.add_argument("--jobs", type=int, default=1, help="processes that compile beforehand")
+        parser.add_argument(
+            "--jobs", type=int, default=1, help="processes that compile beforehand, default %(default)s"
+        )
         parser.add_argument("--compile-only", action="store_true", help="call everything once, and time nothing")
     return parser
+
+
+def _device(text: str) -> str:
+    known = re.fullmatch(r"cpu|cuda(?::(\d+))?", text, re.ASCII)
+    if known is None:
+        raise argparse.ArgumentTypeError(f"expected cpu, cuda or cuda:N, got {text}")
+    count = torch.cuda.device_count()
+    if text != "cpu" and int(known[1] or 0) >= count:
+        raise argparse.ArgumentTypeError(
+            f"{text}: this PyTorch finds {count or 'no'} CUDA device{'' if count < 2 else 's'}"
+        )
+    return text
+
+
+def names(valid: Collection[str], *, none: bool = False) -> Callable[[str], list[str]]:
+    """The type of a flag that takes names of ``valid``, comma-separated; with ``none`` an empty string, too."""
+
+    def split(text: str) -> list[str]:
+        chosen = [part for part in text.split(",") if part]
+        if (unknown := sorted(set(chosen) - set(valid))) or not (chosen or none):
+            what = f"unknown {', '.join(unknown)}" if unknown else "no name"
+            raise argparse.ArgumentTypeError(f"{what}; choose from {', '.join(valid)}")
+        return chosen
+
+    return split
+
+
+def add_limit(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument(
+        "--limit-s", type=float, default=math.inf,
+        help=f"begin no {what} after so many seconds, of which compiling takes its part; default: no limit",
+    )  # fmt: skip
+
+
+def no_time(args: argparse.Namespace) -> str:
+    """What a command says that has a table without rows."""
+    return f"error: nothing was timed: --limit-s {args.limit_s:g}, which includes compiling, was over before the first"
 
 
 def save(report: dict[str, Any], path: Path) -> None:
@@ -284,6 +336,8 @@ def _plain(part: Any) -> Any:
         return {name: _plain(value) for name, value in part.items()}
     if isinstance(part, list | tuple):
         return list(map(_plain, part))
+    if isinstance(part, Path):
+        return str(part)
     return None if isinstance(part, float) and not math.isfinite(part) else part
 
 
@@ -291,10 +345,16 @@ class Report:
     """What a command has measured. It is written after every step, so that an interrupted run keeps its results."""
 
     def __init__(self, args: argparse.Namespace, device: torch.device, rates: Rates | None = None) -> None:
-        self.path: Path = args.out
+        # Neither tiny sizes nor a CPU's times are a record, which pages and other commands read.
+        is_record = device.type == "cuda" and not args.smoke
+        self.path: Path = args.out or (RESULTS if is_record else RUNS) / f"{args.record}.json"
+        if device.type == "cpu" and not args.smoke:
+            reason = "" if torch.cuda.is_available() else ", as this PyTorch finds no CUDA device"
+            print(f"timing the CPU at full size{reason}; --smoke times tiny sizes", file=sys.stderr, flush=True)
         self.rates = rates or Rates(timing.copy_rate(device), timing.matmul_rate(device))
         self.parts: dict[str, Any] = {
             "environment": timing.environment(device, args.commit),
+            "arguments": {name: value for name, value in vars(args).items() if name not in ("out", "record")},
             "rates": asdict(self.rates),
         }
 
@@ -306,11 +366,6 @@ class Report:
     def text(self, table: Iterable[str]) -> str:
         """What a command prints last."""
         return "\n".join([f"\n{heading(self.parts)}\n", *table, f"\nwritten to {self.path}"])
-
-
-def arguments_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The flags of a run, for its report."""
-    return {name: value for name, value in vars(args).items() if name != "out"}
 
 
 def heading(report: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch._dynamo import config as dynamo_config
 
 from natten_layers import neighborhood_attention
+from natten_layers_cli.progress import progress
 
 from . import runner, timing
 from .check import ERROR_FACTOR
@@ -70,7 +71,9 @@ def run(
     rows: list[Row] = []
     calls: dict[str, timing.Call] = {}
     torch.compiler.reset()
-    for (variant, make), (peer, attend) in _pairs(variants, peers):
+    pairs = list(_pairs(variants, peers))
+    bar = progress(len(pairs), f"checks of {name}, {'compiled' if compiled else 'not compiled'}")
+    for (variant, make), (peer, attend) in pairs:
         label = f"{peer}, {variant}"
         subject = make()
         steps = _steps(subject, attend)
@@ -89,8 +92,11 @@ def run(
             except Exception as error_of_step:  # one step's error must not stop the others
                 row.failure = _first_line(error_of_step)
             busy = "" if row.device_ms is None else f", device busy for {row.device_ms:.3g} ms"
-            print(f"{name} {step} {label}: {row.failure or 'checked'}{busy}", flush=True)
+            with bar.external_write_mode():
+                print(f"{name} {step} {label}: {row.failure or 'checked'}{busy}", flush=True)
         report(rows)
+        bar.update()
+    bar.close()
     for index, sample in timing.measure(calls, device, budget_s).items():
         row = rows[int(index)]
         row.median_ms, row.p10_ms, row.p90_ms = (1e3 * t for t in (sample.median, sample.p10, sample.p90))
@@ -197,25 +203,27 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 1 if this library failed anywhere."""
     parser = runner.make_parser("step", __doc__, budget_s=3.0, timed="each model")
     parser.add_argument("--models", nargs="+", choices=("hdit-flowers", "mistral-block"), help="default: both")
-    parser.add_argument("--compile", choices=("yes", "no", "both"), default="both")
-    parser.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS, help="none: this library alone")
+    parser.add_argument("--compile", choices=("yes", "no", "both"), help="default: both; with --smoke no")
+    parser.add_argument(
+        "--peers", nargs="*", choices=PEERS, default=PEERS, help="default: %(default)s; none: this library alone"
+    )
     args = parser.parse_args(argv)
     device = torch.device(args.device)
-    rates = {"copy": timing.copy_rate(device), "matmul": timing.matmul_rate(device)}
-    report: dict[str, Any] = {"environment": timing.environment(device, args.commit), "rates": rates, "rows": []}
+    report = runner.Report(args, device)
     rows: list[Row] = []
+    compiled_or_not = {"yes": (True,), "no": (False,), "both": (False, True)}
+    wanted = compiled_or_not[args.compile or ("no" if args.smoke else "both")]
 
-    def save(more: list[Row]) -> None:  # often, so that an interrupted run keeps its results
-        report["rows"] = [asdict(row) for row in rows + more]
-        runner.save(report, args.out)
+    def save(more: list[Row]) -> None:
+        report.keep(rows=rows + more)
 
     for name, variants in make_subjects(SMOKE if args.smoke else Sizes(), device).items():
-        for compiled in {"yes": (True,), "no": (False,), "both": (False, True)}[args.compile]:
+        for compiled in wanted:
             if args.models is None or name in args.models:
                 # Beyond torch's usual limit, further variants of one function would silently run uncompiled.
                 with dynamo_config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
                     rows += run(name, variants, compiled, device, args.budget_s, peers=args.peers, report=save)
-    print("\n".join([f"\n{runner.heading(report)}.\n", *table(rows), f"\nwritten to {args.out}"]))
+    print(report.text(table(rows)))
     return int(any(row.failure for row in rows if row.attention.startswith(OURS)))
 
 

@@ -15,12 +15,14 @@ import contextlib
 import math
 import multiprocessing
 import os
+import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures import TimeoutError as FuturesTimeoutError
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -50,6 +52,7 @@ from natten_layers.kernels.host.tiling import (
 )
 from natten_layers.kernels.host.tuned import override
 from natten_layers.tune import neighbors
+from natten_layers_cli.progress import progress
 
 from . import runner, timing
 from .forward_mode import FULL
@@ -60,6 +63,9 @@ KINDS: tuple[Kind, ...] = ("forward", "jvp", "backward_query", "backward_key")
 """in the order in which they need one another's results"""
 TIMED_S = 0.02  # seconds for which one configuration is timed
 LAUNCH_S = 1e-3  # if a launch takes longer, its first run shows whether it is much slower than the best one
+INTERPRETED = "TRITON_INTERPRET"
+"""The variable with which Triton's interpreter launches kernels on a CPU"""
+SMOKE_TRIALS = 1  # of a row and a kernel in a round, with tiny sizes
 ERROR = {2: 8e-3, 4: 1e-5}  # allowed error against the result of the rule's choice, by element size
 
 # Query rows, keys, warps, stages and maxnreg (None for no limit).
@@ -125,15 +131,18 @@ class Launch(NamedTuple):
 
 
 class Subject:
-    """A problem and its tensors, on which a kernel can be launched with any tile configuration."""
+    """A problem and its tensors, on which a kernel can be launched with any tile configuration.
 
-    def __init__(self, workload: Workload, device: torch.device) -> None:
-        with_data = device.type == "cuda"
+    Args:
+        with_data: to launch kernels; to compile them, the addresses of tensors suffice.
+    """
+
+    def __init__(self, workload: Workload, device: torch.device, with_data: bool = False) -> None:
         window = workload.window
         if with_data:
             data = make_inputs(workload, device, 0)
             query, key, value, self.grad_out = data.query, data.key, data.value, data.grad_out
-        else:  # to compile a kernel, the addresses of tensors suffice
+        else:
             shapes = ((heads, dim) for heads in (workload.heads, workload.kv_heads) for dim in workload.head_dims)
             query, self.grad_out, key, value = (
                 torch.empty(workload.batch, *workload.spatial, *shape, dtype=workload.dtype) for shape in shapes
@@ -200,8 +209,7 @@ def grid(kind: Kind, problem: Problem) -> Iterator[TileConfig]:
 
 
 def workload_of(name: str, miniature: bool) -> Workload:
-    workload = {**WORKLOADS, **SMALLER, FULL.name: FULL}.get(name) or CENSUS[name]
-    return smoke(workload) if miniature else workload
+    return smoke(PROBLEMS[name]) if miniature else PROBLEMS[name]
 
 
 # Smaller versions of rows that take too long to be run many times, and variants of anchor workloads.
@@ -220,6 +228,7 @@ SMALLER = {
         replace(CENSUS["fp32"], name="fp32-128", head_dim=128, kernel_size=(9, 9)),
     )
 }
+PROBLEMS = {**CENSUS, **WORKLOADS, **SMALLER, FULL.name: FULL}
 ROWS = (
     "gemma3-s", "mid-2d", "causal-video", "fp32", "sdxl-80", "dinat-s1", "ltx-s", "mid-128", "gpt-oss", "hdit-l1",
     "mimo", "lumina-96", "seed", "aurora-s", "phi4-flash", "gemma3-1b", "mistral-s", "sdxl-64", "flux-s", "globe",
@@ -237,6 +246,8 @@ def _compile(trial: Trial, capability: int, miniature: bool) -> Trial:
 
     from .compile_only import Driver
 
+    if os.environ.get(INTERPRETED) == "1":  # there is nothing to compile
+        return trial
     if not _subjects:
         driver.set_active(Driver(capability))  # pyright: ignore[reportArgumentType]
     if trial.row not in _subjects:
@@ -267,7 +278,7 @@ class Timer:
             return trial
         try:
             if trial.row not in self.subjects:
-                self.subjects[trial.row] = Subject(workload_of(trial.row, self.miniature), self.device)
+                self.subjects[trial.row] = Subject(workload_of(trial.row, self.miniature), self.device, True)
                 self._run_rule(trial.row)
             return self._timed(trial)
         except Exception as error:  # the same errors as in compilation
@@ -316,9 +327,10 @@ def _round(
     """Compile, check and time ``trials``. Those that did not finish before the deadline are left out of the result."""
     futures: list[Future[Trial]] = [pool.submit(_compile, t, capability, timer.miniature) for t in trials]
     done = []
-    with contextlib.suppress(FuturesTimeoutError):
+    with contextlib.suppress(FuturesTimeoutError), progress(len(futures), "launches") as bar:
         for future in as_completed(futures, max(0.0, deadline - time.monotonic())):
             done.append(timer(future.result()))
+            bar.update()
             if time.monotonic() > deadline:
                 break
     for future in futures:
@@ -333,12 +345,13 @@ def sweep(
     """Try the rule's choice and a grid, then the neighbors of the best configuration for as long as time allows."""
     deadline = time.monotonic() + budget_s
     problems = {row: Subject(workload_of(row, timer.miniature), torch.device("cpu")).problem for row in rows}
-    first = []
+    first, most = [], SMOKE_TRIALS if timer.miniature else None
     pairs: list[tuple[str, Kind]] = [(row, kind) for row in rows for kind in kinds]
     for row, kind in pairs:
         known = rule(kind, problems[row].problem_class)
         first.append(Trial(row, kind, known, "rule"))
-        first += [Trial(row, kind, x, "grid") for x in dict.fromkeys(grid(kind, problems[row])) if x != known]
+        others = [x for x in dict.fromkeys(grid(kind, problems[row])) if x != known]
+        first += [Trial(row, kind, x, "grid") for x in others[:most]]
     trials = _round(pool, timer, first, deadline, capability)
     moved = set(pairs)
     while moved and time.monotonic() < deadline:
@@ -346,8 +359,8 @@ def sweep(
         before, more = best_of(trials), []
         for row, kind in [key for key in before if key in moved]:
             seen = {t.config for t in trials if (t.row, t.kind) == (row, kind)}
-            near = neighbors(kind, problems[row].problem_class, before[row, kind].config)
-            more += [Trial(row, kind, x, "neighbor") for x in dict.fromkeys(near) if x not in seen]
+            near = dict.fromkeys(neighbors(kind, problems[row].problem_class, before[row, kind].config))
+            more += [Trial(row, kind, x, "neighbor") for x in [x for x in near if x not in seen][:most]]
         trials += _round(pool, timer, more, deadline, capability)
         after = best_of(trials)
         moved = {key for key in before if (after[key].ms or 0) < 0.98 * (before[key].ms or 0)}
@@ -381,27 +394,48 @@ def table(trials: Sequence[Trial]) -> list[str]:
     return lines
 
 
+def failures(trials: Sequence[Trial]) -> list[str]:
+    """How many launches have no time, by the reason."""
+    reasons = Counter(trial.failure for trial in trials if trial.failure)
+    return ["", *(f"{count} launches not timed: {why}" for why, count in reasons.most_common())] if reasons else []
+
+
 def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 1 if no launch was timed."""
     parser = runner.make_parser("sweep", __doc__, budget_s=240.0, timed="everything")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--rows", default=",".join(ROWS), help="names, comma-separated")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
-    parser.add_argument("--capability", type=int, default=90, help="compute capability of the GPU")
+    parser.add_argument(
+        "--rows", type=runner.names(PROBLEMS),
+        help=f"names, comma-separated; default: {', '.join(ROWS)}; with --smoke the first of them",
+    )  # fmt: skip
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="default: all")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), help="processes that compile, default here %(default)s"
+    )
+    parser.add_argument("--capability", type=int, default=90, help="compute capability of the GPU, default %(default)s")
     args = parser.parse_args(argv)
-    device, rows = torch.device(args.device), args.rows.split(",")
+    device = torch.device(args.device)
+    args.rows = args.rows or list(ROWS[:1] if args.smoke else ROWS)
+    if device.type == "cpu":
+        if not args.smoke:
+            parser.error("a CPU times no tiles of a GPU's kernels; --smoke tests the benchmark on it")
+        if os.environ.get(INTERPRETED) != "1":  # it is read when Triton is imported
+            flags = sys.argv[1:] if argv is None else argv
+            return subprocess.call(
+                [sys.executable, "-m", "benchmarks.sweep", *flags], env={**os.environ, INTERPRETED: "1"}
+            )
     pool = ProcessPoolExecutor(args.jobs, multiprocessing.get_context("fork"))
     pool.submit(int).result()  # starts all processes before this one uses the GPU
-    timer = Timer(device, args.smoke)
-    trials = sweep(pool, timer, rows, args.kinds, args.budget_s, args.capability)
-    report = {"environment": timing.environment(device, args.commit), "trials": [asdict(t) for t in trials]}
-    runner.save(report, args.out)
-    print("\n".join(table(trials)))
-    print(f"\nwritten to {args.out}", flush=True)
+    report, timer = runner.Report(args, device), Timer(device, args.smoke)
+    trials = sweep(pool, timer, args.rows, args.kinds, args.budget_s, args.capability)
+    report.keep(trials=trials)
+    print(report.text([*table(trials), *failures(trials)]), flush=True)
     for process in list(getattr(pool, "_processes", {}).values()):  # a compilation may never end
         process.terminate()
     pool.shutdown(wait=False, cancel_futures=True)
-    return 0
+    if not best_of(trials):
+        print("error: no launch was timed", file=sys.stderr)
+    return int(not best_of(trials))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -375,6 +376,77 @@ def test_measure_takes_turns_and_rotates(monkeypatch: pytest.MonkeyPatch) -> Non
     assert [i for name, i in rounds if name == "a"] == list(range(8))
 
 
+README = Path(benchmarks.__file__).with_name("README.md").read_text()
+COMMANDS = set(re.findall(r"^\| `python -m benchmarks\.(\w+)", README, re.MULTILINE))
+BENCHMARKS = sorted(COMMANDS - {"cpu", "pages", "plot", "regression"})
+"""Commands that write JSON of what they measure; README says that `cpu` does not, and the others measure nothing"""
+
+
+def command(name: str) -> Any:
+    return pytest.importorskip(f"benchmarks.{name}")
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_every_benchmark_has_the_flags_of_all(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        command(name).main(["--help"])
+    assert stop.value.code == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--smoke tiny sizes" in said
+    record = f"benchmarks/results/{name}.json, or with --smoke or on a CPU "
+    assert f"default {record * (name != 'problem')}runs/{name}.json" in said
+    for device in ("cuda", "cuda:300", "nowhere"):
+        with pytest.raises(SystemExit) as stop:
+            command(name).main(["--device", device])
+        assert stop.value.code == 2
+        message = f"{device}: this PyTorch finds no CUDA device"
+        message = f"expected cpu, cuda or cuda:N, got {device}" if device == "nowhere" else message
+        assert capsys.readouterr().err.endswith(f"error: argument --device: {message}\n")
+
+
+def test_only_full_sizes_on_a_gpu_are_a_record(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(timing, "environment", lambda *args: {})
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+
+    def written(*flags: str) -> Path:
+        args = runner.make_parser("census", None, budget_s=1.0, timed="it").parse_args(flags)
+        return runner.Report(args, torch.device(args.device), RATES).path
+
+    assert written("--device", "cuda") == runner.RESULTS / "census.json"
+    assert written("--device", "cuda", "--smoke") == Path("runs/census.json")
+    assert written("--device", "cpu", "--smoke") == Path("runs/census.json")
+    assert capsys.readouterr().err == ""
+    assert written("--device", "cpu") == Path("runs/census.json")
+    assert capsys.readouterr().err.startswith("timing the CPU at full size, as this PyTorch finds no CUDA device; ")
+    assert written("--device", "cpu", "--out", str(tmp_path / "own.json")) == tmp_path / "own.json"
+
+
+@pytest.mark.parametrize("flags", [("decode",), ("repeat", "--mode", "fwd"), ("census", "--rows", "fp32", "--peers=")])
+def test_a_run_of_tiny_sizes_leaves_the_record_alone(
+    flags: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runner, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(repeat, "WORKLOADS", repeat.WORKLOADS[:1])
+    monkeypatch.setattr(repeat, "GROUPS", (1,))
+    name, *own = flags
+    assert command(name).main(["--device", "cpu", "--smoke", "--budget-s", "0", *own]) == 0
+    assert json.loads((tmp_path / "runs" / f"{name}.json").read_text())["arguments"]["smoke"]
+    assert not runner.RESULTS.exists()
+
+
+@pytest.mark.parametrize("module", [census, own_problem])
+def test_help_says_which_peers_are_timed_and_of_what(module: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        module.main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "default fa2,natten,fa4, with --portable fa2,natten " in said
+    assert "fa2 and fa4 (causal texts)" in said
+    assert {name for name in implementations.PEERS if name in said} == set(implementations.PEERS)
+
+
 def test_attention_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "results" / "smoke.json"
     flags = "--device cpu --smoke --workloads hunyuan,gpt-oss --peers fa2,cudnn,fa4 --registers 2 --sink zero --host"
@@ -409,6 +481,8 @@ def test_processes_that_compile_take_the_flags_of_the_run() -> None:
     args = attention._parse([*given, "--mode", "fwd"])
     again = vars(attention._parse(attention._flags(args, args.workloads[:1])))
     assert again == vars(args) | {"workloads": ["mistral"]}
+    with pytest.raises(SystemExit):
+        attention._parse(["--workloads="])
 
 
 def test_what_is_compiled_beforehand_is_what_is_timed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -658,6 +732,7 @@ def test_ones_own_problem_without_kernels_says_why(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(own_problem, "_why_eager", lambda workload, device: f"head_dim {workload.head_dim}")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(SystemExit):
         own_problem.main(["9x8", "--kernel-size", "3", "--heads", "2", "--head-dim", "12", "--device", "cuda"])
     assert "error: there are no kernels for this problem: head_dim 12\n" in capsys.readouterr().err
@@ -671,7 +746,7 @@ def test_ones_own_problem_without_kernels_says_why(
         ("9x8 --kernel-size 3 --heads 2 --registers -1", "--registers must be at least 0, got -1"),
         ("9x8 --kernel-size 3 --heads 2 --stride 2x2x2", "--stride 2x2x2 has another number of axes than tokens, 9x8"),
         ("9x8 --kernel-size 3 --heads 2 --causal 1x2", "expected 0 or 1 for each axis"),
-        ("9x8 --kernel-size 3 --heads 2 --peers fa5", "unknown peers fa5"),
+        ("9x8 --kernel-size 3 --heads 2 --peers fa5", "argument --peers: unknown fa5"),
         ("9x8 --kernel-size 3x9 --heads 2", "exceeds the width axis of length 8"),
         ("9x8 --kernel-size 3 --heads 3 --kv-heads 2", "multiple of KV heads"),
     ],
@@ -687,7 +762,7 @@ def test_what_is_no_problem_is_refused_before_anything_is_timed(
 def test_portable_kernels_alone_have_a_census(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the kernels are, the calls that are timed and the record, beside peers that run where these kernels do."""
     pytest.importorskip("triton")
-    monkeypatch.setattr(runner, "RESULTS", tmp_path)
+    monkeypatch.setattr(runner, "RUNS", tmp_path)
     seen: list[bool] = []
     attend = implementations.neighborhood_attention
 
@@ -723,9 +798,15 @@ def test_portable_kernels_alone_have_a_census(tmp_path: Path, monkeypatch: pytes
 def test_census_stops_in_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "census.json"
     flags = f"--device cpu --smoke --budget-s 0 --peers= --mode fwd --rows fp32,globe --limit-s 0 --out {path}"
-    assert census.main(flags.split()) == 0
+    assert census.main(flags.split()) == 1
     assert json.loads(path.read_text())["skipped"] == ["fp32", "globe"]
-    assert "out of time before fp32, globe" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "out of time before fp32, globe" in printed.out
+    why = "--limit-s 0, which includes compiling, was over before the first"
+    assert printed.err == f"error: nothing was timed: {why}\n"
+    with pytest.raises(SystemExit):
+        census.main(["--help"])
+    assert "begin no row after so many seconds, of which compiling" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(SystemExit):
         census.main(["--rows", "hdit-l9"])
     assert "hdit-l9" in capsys.readouterr().err
@@ -853,20 +934,9 @@ def test_sweep_refuses_wrong_tiles_and_keeps_the_fastest(monkeypatch: pytest.Mon
 def launched() -> sweep.Timer:
     """A timer that has launched all kernels with the rule's tiles, on tensors that hold numbers."""
     pytest.importorskip("triton")
-    make_subject = sweep.Subject
-
-    def with_numbers(workload: Workload, device: torch.device) -> sweep.Subject:
-        subject = make_subject(workload, device)
-        for x in (*subject.inputs[:3], subject.grad_out, *subject.tangents[:3]):
-            assert x is not None
-            x.normal_()
-        return subject
-
     timer = sweep.Timer(CPU, miniature=True)
-    config = sweep.rule("forward", make_subject(sweep.workload_of("fp32", True), CPU).problem.problem_class)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweep, "Subject", with_numbers)
-        timer(sweep.Trial("fp32", "forward", config, "rule"))
+    config = sweep.rule("forward", sweep.Subject(sweep.workload_of("fp32", True), CPU).problem.problem_class)
+    timer(sweep.Trial("fp32", "forward", config, "rule"))
     return timer
 
 
@@ -881,6 +951,50 @@ def test_sweep_launches_what_the_operators_launch(
     assert timed.ms is not None
     monkeypatch.setitem(launched.expected, ("fp32", kind), tuple(x + 1 for x in launched.expected["fp32", kind]))
     assert (launched(trial).failure or "").startswith("wrong result")
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # Python 3.12, of fork
+def test_sweep_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """One row by default, and few launches of it, with a bar."""
+    pytest.importorskip("triton")
+    totals: list[int] = []
+    bar = sweep.progress
+    monkeypatch.setattr(sweep, "progress", lambda total, text: totals.append(total) or bar(total, text))
+    monkeypatch.setattr(sweep, "neighbors", lambda *args: [])
+    path = tmp_path / "sweep.json"
+    flags = ["--device", "cpu", "--smoke", "--kinds", "forward", "--jobs", "1", "--out", str(path)]
+    assert sweep.main(flags) == 0
+    trials = json.loads(path.read_text())["trials"]
+    assert [(trial["row"], trial["origin"]) for trial in trials] == [(sweep.ROWS[0], "rule"), (sweep.ROWS[0], "grid")]
+    assert all(trial["ms"] > 0 for trial in trials)
+    assert totals[0] == 2
+    assert f"| {sweep.ROWS[0]} | forward | 2 | " in capsys.readouterr().out
+    monkeypatch.setattr(sweep, "ERROR", dict.fromkeys(sweep.ERROR, -1.0))
+    assert sweep.main(flags) == 1
+    printed = capsys.readouterr()
+    assert "launches not timed: wrong result, relative error " in printed.out
+    assert printed.err.endswith("error: no launch was timed\n")
+
+
+def test_sweep_takes_the_interpreter_on_a_cpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("triton")
+    calls: list[tuple[list[str], str]] = []
+    monkeypatch.setattr(
+        sweep.subprocess, "call", lambda command, env: calls.append((command[1:], env[sweep.INTERPRETED])) or 3
+    )
+    monkeypatch.delenv(sweep.INTERPRETED)
+    flags = ["--device", "cpu", "--smoke"]
+    assert sweep.main(flags) == 3
+    assert calls == [(["-m", "benchmarks.sweep", *flags], "1")]
+    for wrong, message in (
+        (["--device", "cpu"], "a CPU times no tiles"),
+        (["--rows", "no"], "unknown no; choose from"),
+    ):
+        with pytest.raises(SystemExit):
+            sweep.main(wrong)
+        assert message in capsys.readouterr().err
 
 
 def test_repeat_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -940,7 +1054,24 @@ def test_step_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "| hdit-flowers | sample | flex, GQA 4 | no |" in capsys.readouterr().out
 
 
-def test_a_step_is_reported_before_it_is_timed() -> None:
+@pytest.mark.parametrize(
+    ("flags", "compiled"), [([], [False]), (["--compile", "both"], [False, True]), (["--compile", "yes"], [True])]
+)
+def test_tiny_steps_are_compiled_on_request_alone(
+    flags: list[str], compiled: list[bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiling takes minutes."""
+    seen: list[bool] = []
+    monkeypatch.setattr(step, "run", lambda name, variants, compiled, *args, **options: seen.append(compiled) or [])
+    own = ["--device", "cpu", "--smoke", "--models", "mistral-block", "--out", str(tmp_path / "step.json")]
+    assert step.main([*own, *flags]) == 0
+    assert seen == compiled
+
+
+def test_a_step_is_reported_before_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    totals: list[int] = []
+    bar = step.progress
+    monkeypatch.setattr(step, "progress", lambda total, text: totals.append(total) or bar(total, text))
     variants = {"GQA 4": models.make_subjects(models.SMOKE, CPU)["mistral-block"]["GQA 4"]}
     reports: list[list[float | None]] = []
     rows = step.run(
@@ -948,6 +1079,7 @@ def test_a_step_is_reported_before_it_is_timed() -> None:
     )
     assert [row.attention for row in rows] == ["natten_layers, GQA 4"]
     assert reports == [[None], [rows[0].median_ms]]
+    assert totals == [1]
 
 
 @pytest.mark.parametrize(("model", "variant"), [("mistral-block", "GQA 4"), ("hdit-flowers", "multi-head")])
@@ -1330,10 +1462,9 @@ def test_the_record_equals_itself() -> None:
 
 
 def test_the_page_on_benchmarks_says_what_each_record_was_made_from() -> None:
-    page = Path(benchmarks.__file__).with_name("README.md").read_text()
     records = list(regression.RECORD.parent.glob("*.json"))
     assert records
     for record in records:
         commit = json.loads(record.read_text())["environment"]["commit"]
-        assert f"`{record.stem}`" in page, record.stem
-        assert commit[:7] in page, record.stem
+        assert f"`{record.stem}`" in README, record.stem
+        assert commit[:7] in README, record.stem
