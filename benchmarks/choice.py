@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
         report.keep(rows=rows, regrets=[{**asdict(one), "ratio": one.ratio} for one in found])
     report.keep(skipped=skipped)
     late = [f"\nout of time before {', '.join(skipped)}"] if skipped else []
-    print(report.text([*table(found), *failures(rows), *late]))
+    print(report.text([*table(found), *runner.failures(rows), *late]))
     if not rows:
         print(runner.no_time(args), file=sys.stderr)
     return int(not rows or any(row.failure for row in rows if row.implementation == CHOSEN))
@@ -192,12 +192,6 @@ def table(found: Sequence[Regret]) -> list[str]:
             middle, worst = statistics.median(floors.values()), max(floors.values())
             lines.append(f"\n{mode}: problems {len(floors)}, median {middle:.2f} times the floor, worst {worst:.2f}")
     return lines
-
-
-def failures(rows: Sequence[Row]) -> list[str]:
-    """What has no time, and why."""
-    failed = [f"- {row.workload} {row.mode} {row.implementation}: {row.failure}" for row in rows if row.failure]
-    return ["\nnot timed:\n", *failed] if failed else []
 
 
 if __name__ == "__main__":

@@ -146,6 +146,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16, 64], help="default: %(default)s")
     args = parser.parse_args(argv)
     device, config = torch.device(args.device), SMOKE if args.smoke else MISTRAL_7B
+    if device.type == "cpu" and not args.smoke:
+        parser.error("7 billion weights and full caches need a GPU; --smoke tests the benchmark on a CPU")
     report = runner.Report(args, device)
     error, allowed = check(config, device)
     failure = None if error <= allowed else f"wrong result, relative error {error:.2g} > {allowed:.2g}"

@@ -40,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = list(census.timed(workload, args, report.rates, device))
     report.keep(rows=census.as_records(rows))
     beside = [f"\nThe census on record, of one {record['environment']['device']}:", *census.summary(record["rows"])]
-    print(report.text([*census.table(rows, {NAME: workload}), *beside]))
+    failures = runner.failures([row for row, _ in rows])
+    print(report.text([*census.table(rows, {NAME: workload}), *failures, *beside]))
     return int(census.failed(rows))
 
 

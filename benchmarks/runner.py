@@ -36,6 +36,7 @@ __all__ = [
     "call",
     "compile_ahead",
     "compile_in_processes",
+    "failures",
     "heading",
     "make_parser",
     "names",
@@ -197,6 +198,12 @@ def _timed(row: Row, sample: timing.Sample) -> Row:
     return replace(
         row, median_ms=median, p10_ms=p10, p90_ms=p90, samples=sample.count, times_floor=median / row.floor_ms
     )
+
+
+def failures(rows: Sequence[Row]) -> list[str]:
+    """What has no time, and why."""
+    failed = [f"- {row.workload} {row.mode} {row.implementation}: {row.failure}" for row in rows if row.failure]
+    return ["\nnot timed:\n", *failed] if failed else []
 
 
 def _mib(size: int | None) -> float | None:

@@ -723,6 +723,13 @@ def test_ones_own_problem_may_have_rings_and_a_bias(tmp_path: Path, capsys: pyte
     assert "| yours | 1, 8x9, 2/2, 64, 3x5, periodic, bias | fwd |" in capsys.readouterr().out
 
 
+def test_ones_own_problem_says_which_peers_are_not_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = f"8x9 --kernel-size 3x5 --heads 2 --peers fa2 --mode fwd --device cpu --budget-s 0 --out {tmp_path / 'own'}"
+    assert own_problem.main(flags.split()) == 0
+    printed = capsys.readouterr().out
+    assert "\nnot timed:\n\n- yours fwd fa2: its window is causal and one-dimensional\n" in printed
+
+
 def test_ones_own_problem_is_written_beside_no_record() -> None:
     written = own_problem._parser().parse_args(["9"]).out.resolve()
     assert runner.RESULTS.resolve() not in written.parents
@@ -1142,6 +1149,9 @@ def test_generation_command(
     monkeypatch.setattr(generation, "check", lambda config, device: (2.0, 1.0))
     assert generation.main(flags) == 1
     assert json.loads(path.read_text())["rows"][0]["median_ms"] is None
+    with pytest.raises(SystemExit):
+        generation.main(["--device", "cpu"])
+    assert "7 billion weights and full caches need a GPU" in capsys.readouterr().err
 
 
 def test_generation_floor_and_full_caches() -> None:

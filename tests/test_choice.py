@@ -94,7 +94,7 @@ def test_regrets_by_hand() -> None:
         "\nall: choices 2, median 1.250, above 1.1 1",
         "\nbwd: problems 1, median 6.00 times the floor, worst 6.00",
     ]
-    assert choice.failures(rows)[1:] == ["- 0-1 bwd backward_query large: wrong result"]
+    assert runner.failures(rows)[1:] == ["- 0-1 bwd backward_query large: wrong result"]
     assert not list(choice.regrets("its shape", [row("chosen", None), *rows[1:]], known))
 
 
