@@ -122,4 +122,4 @@ def _table(rows: list[Row]) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(runner.command(main))

@@ -251,4 +251,4 @@ def shape(workload: Workload) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(runner.command(main))

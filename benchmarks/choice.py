@@ -195,4 +195,4 @@ def table(found: Sequence[Regret]) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(runner.command(main))

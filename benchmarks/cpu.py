@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from natten_layers import neighborhood_attention
 from natten_layers.geometry import make_window, window_mask
+
+from .runner import at_least, command
 
 
 @dataclass(frozen=True)
@@ -89,9 +92,9 @@ def measure(workload: Workload, train: bool, repeats: int) -> tuple[float, float
     return statistics.median(times[0]), statistics.median(times[1])
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__)
-    parser.add_argument("--repeats", type=int, default=9, help="calls, default %(default)s")
+    parser.add_argument("--repeats", type=at_least(1), default=9, help="calls, default %(default)s")
     parser.add_argument("--only", choices=WORKLOADS, help="default: all")
     arguments = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; milliseconds, median of {arguments.repeats}")
@@ -100,7 +103,8 @@ def main() -> None:
             slow, fast = measure(WORKLOADS[name], train, arguments.repeats)
             kind = "forward + backward" if train else "forward"
             print(f"{name:12} {kind:18} dense {slow * 1e3:8.1f}  blocked {fast * 1e3:8.1f}  {slow / fast:5.2f}x")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command(main))

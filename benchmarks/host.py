@@ -241,4 +241,4 @@ def compile_side_by_side(checkouts: Iterable[Path], workloads: Sequence[str], jo
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(runner.command(main))

@@ -19,7 +19,7 @@ from natten_layers.io.files import replacing
 
 from .census import shape
 from .plot import TITLES, best_rows, fastest_peer, summary
-from .runner import RESULTS
+from .runner import RESULTS, command
 from .shapes import CENSUS
 
 __all__ = ["PAGES", "TABLES", "filled"]
@@ -365,4 +365,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command(main))

@@ -7,12 +7,17 @@ alternatives. The census, which has many more rows, has a dot for this library a
 from __future__ import annotations
 
 import argparse
-import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from natten_layers.io.files import read_json, replacing
+from natten_layers_cli.outputs import output_gap
+
 from .implementations import OURS
+from .runner import command
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -126,25 +131,31 @@ def _save(figure: Figure, report: dict[str, Any], path: Path) -> None:
     figure.suptitle(
         f"{environment['device']}, torch {environment['torch']}, Triton {environment['triton']}", fontsize=10
     )
-    figure.savefig(path, dpi=120)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120)
     plt.close(figure)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plot", description=__doc__)
     parser.add_argument("report", type=Path, help="JSON written by benchmarks.attention or benchmarks.census")
     parser.add_argument("--out", type=Path, help="PNG to write, default beside the JSON")
     args = parser.parse_args(argv)
-    try:
-        rows = (report := json.loads(args.report.read_text())).get("rows")
-    except (OSError, ValueError, AttributeError) as error:
-        parser.error(f"{args.report} cannot be read: {error}")
-    if not rows or not all(row.get("mode") in TITLES and "times_floor" in row for row in rows):
-        parser.error(f"{args.report} is no report of benchmarks.attention or benchmarks.census")
     path = args.out or args.report.with_suffix(".png")
-    (draw_census if "kernel" in rows[0] else draw)(report, path)
-    print("\n".join([*summary(rows), "", f"written to {path}"]))
+    if (reason := output_gap(path)) is not None:
+        parser.error(f"--out {path}{reason}")
+    report = read_json(args.report)
+    try:
+        lines, timed = summary(report["rows"]), {mode for mode, _, peer in best_rows(report["rows"]) if peer == OURS}
+        if not timed or timed != {row["mode"] for row in report["rows"]}:
+            raise ValueError("no time of this library")
+        draw_one = draw_census if "kernel" in report["rows"][0] else draw
+    except (LookupError, TypeError, ValueError) as error:
+        parser.error(f"{args.report} is no report of benchmarks.attention or benchmarks.census: {error!r}")
+    draw_one(report, path)
+    print("\n".join([*lines, "", f"written to {path}"]))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command(main))

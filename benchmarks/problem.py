@@ -11,7 +11,6 @@ census on record has of other shapes, to compare with, and writes JSON.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 
 from natten_layers import explain
+from natten_layers.io.files import read_json
 from natten_layers_cli.tune import DTYPES, add_flags_of_call, axes, check_axes, spread
 
 from . import census, runner
@@ -35,10 +35,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     workload = _workload(parser, args, device)
-    record = json.loads(RECORD.read_bytes())
-    report = runner.Report(args, device)
-    rows = list(census.timed(workload, args, report.rates, device))
-    report.keep(rows=census.as_records(rows))
+    record = read_json(RECORD)
+    report, rows = runner.Report(args, device), []
+    for row in census.timed(workload, args, report.rates, device):
+        rows.append(row)
+        report.keep(rows=census.as_records(rows))
     beside = [f"\nThe census on record, of one {record['environment']['device']}:", *census.summary(record["rows"])]
     failures = runner.failures([row for row, _ in rows])
     print(report.text([*census.table(rows, {NAME: workload}), *failures, *beside]))
@@ -109,4 +110,4 @@ def _why_eager(workload: Workload, device: torch.device) -> str | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(runner.command(main))

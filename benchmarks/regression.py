@@ -21,7 +21,7 @@ from natten_layers.io.files import read_json
 from natten_layers_cli.running import positive
 
 from .implementations import OURS
-from .runner import RESULTS, heading
+from .runner import RESULTS, command, heading
 
 __all__ = ["Change", "compare"]
 
@@ -188,4 +188,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command(main))

@@ -132,4 +132,4 @@ def _repeated(workload: Workload, attend: Callable[[Inputs], Tensor]) -> Callabl
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(runner.command(main))

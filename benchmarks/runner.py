@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,7 +33,9 @@ __all__ = [
     "Rates",
     "Report",
     "Row",
+    "at_least",
     "call",
+    "command",
     "compile_ahead",
     "compile_in_processes",
     "failures",
@@ -49,6 +51,7 @@ RESULTS = Path(__file__).parent / "results"
 RUNS = Path("runs")
 """The folder of reports that are no record"""
 
+NumberT = TypeVar("NumberT", int, float)
 Outputs = Callable[[int], tuple[Tensor | None, ...]]
 
 
@@ -251,13 +254,33 @@ def compile_in_processes(
     if args.jobs == 1:
         return
     start = time.monotonic()
-    command = [sys.executable, "-m", f"benchmarks.{name}", "--compile-only", "--device", args.device]
-    command += ["--smoke"] if args.smoke else []
+    words = [sys.executable, "-m", f"benchmarks.{name}", "--compile-only", "--device", args.device]
+    words += ["--smoke"] if args.smoke else []
     shares = [items[i :: args.jobs] for i in range(args.jobs)]
-    processes = [subprocess.Popen([*command, *flags(share)]) for share in shares if share]
-    for process in processes:
-        process.wait()
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        for share in filter(None, shares):
+            processes.append(subprocess.Popen([*words, *flags(share)]))
+        failed = sum(process.wait() != 0 for process in processes)
+    finally:
+        for process in processes:  # after Ctrl-C; nothing happens to those that have ended
+            process.terminate()
+    if failed:
+        print(
+            f"{failed} of {len(processes)} processes failed to compile; calls compile what they left", file=sys.stderr
+        )
     print(f"compiled in {time.monotonic() - start:.0f} s", flush=True)
+
+
+def command(main: Callable[[], int]) -> int:
+    """The exit status of a benchmark. What users, files and machines do wrong becomes one line on standard error."""
+    from natten_layers_cli.running import run_command  # here, as ``host`` imports this beside packages of other commits
+
+    return run_command(
+        main,
+        when_interrupted="interrupted; what was written before is kept",
+        less_memory=["fewer rows at a time", "--smoke"],
+    )
 
 
 def make_parser(
@@ -270,7 +293,7 @@ def make_parser(
     """
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
     parser.add_argument(
-        "--budget-s", type=float, default=budget_s, help=f"seconds to time {timed}, default %(default)s"
+        "--budget-s", type=at_least(0.0), default=budget_s, help=f"seconds to time {timed}, default %(default)s"
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", type=_device, default=device, help="cpu, cuda or cuda:N, default here %(default)s")
@@ -284,7 +307,7 @@ def make_parser(
     parser.set_defaults(record=name)
     if jobs:
         parser.add_argument(
-            "--jobs", type=int, default=1, help="processes that compile beforehand, default %(default)s"
+            "--jobs", type=at_least(1), default=1, help="processes that compile beforehand, default %(default)s"
         )
         parser.add_argument("--compile-only", action="store_true", help="call everything once, and time nothing")
     return parser
@@ -302,6 +325,21 @@ def _device(text: str) -> str:
     return text
 
 
+def at_least(least: NumberT) -> Callable[[str], NumberT]:
+    """The type of a flag that takes finite numbers like ``least`` from there on."""
+
+    def convert(text: str) -> NumberT:
+        try:
+            value = type(least)(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from error
+        if not least <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"must be at least {least:g}, got {text}")
+        return value
+
+    return convert
+
+
 def names(valid: Collection[str], *, none: bool = False) -> Callable[[str], list[str]]:
     """The type of a flag that takes names of ``valid``, comma-separated; with ``none`` an empty string, too."""
 
@@ -317,7 +355,7 @@ def names(valid: Collection[str], *, none: bool = False) -> Callable[[str], list
 
 def add_limit(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument(
-        "--limit-s", type=float, default=math.inf,
+        "--limit-s", type=at_least(0.0), default=math.inf,
         help=f"begin no {what} after so many seconds, of which compiling takes its part; default: no limit",
     )  # fmt: skip
 
@@ -352,9 +390,13 @@ class Report:
     """What a command has measured. It is written after every step, so that an interrupted run keeps its results."""
 
     def __init__(self, args: argparse.Namespace, device: torch.device, rates: Rates | None = None) -> None:
+        from natten_layers_cli.outputs import output_gap
+
         # Neither tiny sizes nor a CPU's times are a record, which pages and other commands read.
         is_record = device.type == "cuda" and not args.smoke
         self.path: Path = args.out or (RESULTS if is_record else RUNS) / f"{args.record}.json"
+        if (reason := output_gap(self.path)) is not None:
+            raise OSError(f"--out {self.path}{reason}")
         if device.type == "cpu" and not args.smoke:
             reason = "" if torch.cuda.is_available() else ", as this PyTorch finds no CUDA device"
             print(f"timing the CPU at full size{reason}; --smoke times tiny sizes", file=sys.stderr, flush=True)

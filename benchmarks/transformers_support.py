@@ -29,6 +29,8 @@ from transformers.models.auto import modeling_auto
 from natten_layers.integrations.transformers import NAME, register
 from natten_layers.io.files import replacing
 
+from .runner import at_least, command
+
 TOLERANCE = 1e-4  # of the largest logit, fp32
 KINDS = {
     "causal LM": (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, transformers.AutoModelForCausalLM),
@@ -345,11 +347,11 @@ def table(rows: Iterable[Row]) -> str:
     )
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model_types", nargs="*", help="all of them if none is named")
     parser.add_argument("--table", type=Path, help="the page to write")
-    parser.add_argument("--jobs", type=int, default=2, help="processes")
+    parser.add_argument("--jobs", type=at_least(1), default=2, help="processes")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
@@ -368,8 +370,10 @@ def main() -> None:
         with replacing(arguments.table) as temporary:
             temporary.write_text(table(rows))
     if any(row.verdict.isupper() for row in rows):
-        sys.exit("some rows are wrong or unclear")
+        print("error: some rows are wrong or unclear", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command(main))

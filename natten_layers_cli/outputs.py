@@ -23,11 +23,18 @@ def check_output(
     suffix = path.suffix.lower()
     if suffixes and suffix not in suffixes and (needed or suffix in FILE_SUFFIXES):
         parser.error(f"{name} must end with {' or '.join(suffixes)}, got {path}")
+    if (reason := output_gap(path)) is not None:
+        parser.error(f"{name} {path}{reason}")
+
+
+def output_gap(path: Path) -> str | None:
+    """Why no file can be written at ``path``, or None. It goes on where its name ends."""
     if path.is_dir():
-        parser.error(f"{name} {path} is a folder: name a file in it")
+        return " is a folder: name a file in it"
     if path.exists() and not path.is_file():
-        parser.error(f"{name} {path} is a device or a pipe, which a file would replace: name another")
-    _check_writable(parser, f"{name} {path}", path)
+        return " is a device or a pipe, which a file would replace: name another"
+    folder = next(parent for parent in path.absolute().parents if parent.exists())  # what is missing is made
+    return None if folder.is_dir() and os.access(folder, os.W_OK) else f": nothing can be written to {folder}"
 
 
 def check_output_folder(parser: argparse.ArgumentParser, name: str, path: Path, instead: str) -> None:
@@ -43,10 +50,5 @@ def check_output_folder(parser: argparse.ArgumentParser, name: str, path: Path, 
         check_directory_name(path, f": make it first, or name {instead}")
     except ValueError as error:
         parser.error(f"{name} {error}")
-    _check_writable(parser, f"{name} {path}", path / "file")
-
-
-def _check_writable(parser: argparse.ArgumentParser, what: str, file: Path) -> None:
-    folder = next(parent for parent in file.absolute().parents if parent.exists())  # what is missing is made
-    if not (folder.is_dir() and os.access(folder, os.W_OK)):
-        parser.error(f"{what}: nothing can be written to {folder}")
+    if (reason := output_gap(path / "file")) is not None:
+        parser.error(f"{name} {path}{reason}")

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -567,9 +568,8 @@ def test_what_is_no_report_of_times_over_a_floor_is_not_drawn(
         plot.main([str(path)])
     assert "no report of benchmarks.attention or benchmarks.census" in capsys.readouterr().err
     assert not path.with_suffix(".png").exists()
-    with pytest.raises(SystemExit):
-        plot.main([str(tmp_path / "none.json")])
-    assert "none.json cannot be read: " in capsys.readouterr().err
+    assert runner.command(lambda: plot.main([str(tmp_path / "none.json")])) == 2
+    assert capsys.readouterr().err.endswith("none.json: No such file or directory\n")
 
 
 def test_pages_are_not_written_when_help_is_asked_for(
@@ -1478,3 +1478,90 @@ def test_the_page_on_benchmarks_says_what_each_record_was_made_from() -> None:
         commit = json.loads(record.read_text())["environment"]["commit"]
         assert f"`{record.stem}`" in README, record.stem
         assert commit[:7] in README, record.stem
+
+
+TINY_CENSUS = ["--device", "cpu", "--smoke", "--budget-s", "0", "--peers=", "--rows", "fp32"]
+
+
+@pytest.mark.parametrize("flags", [["--budget-s", "nan"], ["--budget-s", "-1"], ["--jobs", "0"], ["--limit-s", "nan"]])
+def test_numbers_that_make_no_sense_are_named(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        census.main([*TINY_CENSUS, *flags])
+    assert f"argument {flags[0]}: must be at least" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", ["/dev/full", ".", "/dev/null/x.json"])
+def test_a_report_that_cannot_be_written_ends_the_command_before_its_work(
+    path: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(timing, "copy_rate", lambda device: pytest.fail("it measured"))
+    assert runner.command(lambda: census.main([*TINY_CENSUS, "--out", path])) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: --out {path}")
+    assert said.count("\n") == 1
+
+
+def test_an_own_problem_keeps_the_pass_that_was_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    timed = census.timed
+
+    def interrupted(*arguments: Any) -> Iterator[census.Timed]:
+        yield next(timed(*arguments))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(census, "timed", interrupted)
+    path = tmp_path / "problem.json"
+    flags = f"12x12 --kernel-size 3 --heads 2 --device cpu --smoke --budget-s 0 --peers= --out {path}".split()
+    assert runner.command(lambda: own_problem.main(flags)) == 130
+    assert [row["mode"] for row in json.loads(path.read_text())["rows"]] == ["fwd"]
+    assert capsys.readouterr().err.endswith("interrupted; what was written before is kept\n")
+
+
+def test_processes_that_compile_end_with_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python, started = tmp_path / "python", []
+    python.write_text("#!/bin/sh\nexec sleep 600\n")
+    python.chmod(0o755)
+
+    start = subprocess.Popen
+
+    def noted(words: list[str]) -> subprocess.Popen[bytes]:
+        started.append(start(words))
+        return started[-1]
+
+    def interrupted(process: subprocess.Popen[bytes]) -> int:
+        raise KeyboardInterrupt
+
+    args: Any = SimpleNamespace(jobs=2, device="cpu", smoke=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(runner.sys, "executable", str(python))
+        patch.setattr(start, "wait", interrupted)
+        patch.setattr(subprocess, "Popen", noted)
+        with pytest.raises(KeyboardInterrupt):
+            runner.compile_in_processes("census", args, ["a", "b"], list)
+    assert len(started) == 2
+    assert [process.wait(timeout=60) for process in started] == [-15, -15]
+
+
+def test_a_picture_is_replaced_as_a_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "census.json"
+    path.write_text(json.dumps(report(row=2.0, row__fa2=3.0)))
+    path.with_suffix(".png").write_bytes(b"before")
+
+    def full(figure: object, file: Path, **options: object) -> None:
+        file.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("matplotlib.figure.Figure.savefig", full)
+        assert runner.command(lambda: plot.main([str(path)])) == 2
+    assert capsys.readouterr().err == f"error: cannot write {path.with_suffix('.png')}: No space left on device\n"
+    assert path.with_suffix(".png").read_bytes() == b"before"
+    assert sorted(tmp_path.iterdir()) == [path, path.with_suffix(".png")]
+    assert plot.main([str(path)]) == 0
+    for text in ('{"rows": []}', '{"rows": 3}', "[]", "{", json.dumps(report(row=None))):
+        path.write_text(text)
+        with pytest.raises((SystemExit, ValueError), match=r"^2$|census\.json"):
+            plot.main([str(path)])
