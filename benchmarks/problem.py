@@ -47,8 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    # Not among the results on record, each of which the page on benchmarks describes.
-    parser = runner.make_parser("problem", __doc__, budget_s=0.5, timed="each mode", record=False)
+    parser = runner.make_parser("problem", __doc__, budget_s=0.5, timed="each mode")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("tokens", type=axes, help="length of every axis: 4096, 128x128, 30x48x80")
     add_flags_of_call(parser)

@@ -49,7 +49,7 @@ __all__ = [
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = Path("runs")
-"""The folder of reports that are no record"""
+"""The folder of reports, unless they are to be a record in ``RESULTS``"""
 
 NumberT = TypeVar("NumberT", int, float)
 Outputs = Callable[[int], tuple[Tensor | None, ...]]
@@ -284,12 +284,11 @@ def command(main: Callable[[], int]) -> int:
 
 
 def make_parser(
-    name: str, description: str | None, *, budget_s: float, timed: str, jobs: bool = False, record: bool = True
+    name: str, description: str | None, *, budget_s: float, timed: str, jobs: bool = False
 ) -> argparse.ArgumentParser:
     """A parser with the flags that all benchmarks have; ``timed`` describes what the time budget covers.
 
-    With ``jobs`` it has those of commands that compile beforehand, in several processes, too. Without ``record`` no run
-    is a record.
+    With ``jobs`` it has those of commands that compile beforehand, in several processes, too.
     """
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
     parser.add_argument(
@@ -299,12 +298,8 @@ def make_parser(
     parser.add_argument("--device", type=_device, default=device, help="cpu, cuda or cuda:N, default here %(default)s")
     parser.add_argument("--commit", help="to record where there is no git checkout")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: a test of the benchmark, not of speed")
-    file = f"{name}.json"
-    where = f"benchmarks/results/{file}, or with --smoke or on a CPU {RUNS / file}" if record else str(RUNS / file)
-    parser.add_argument(
-        "--out", type=Path, default=None if record else RUNS / file, help=f"JSON to write, default {where}"
-    )
-    parser.set_defaults(record=name)
+    # Not over the records, which pages and other commands read: a run may be of some rows, or of tiny sizes.
+    parser.add_argument("--out", type=Path, default=RUNS / f"{name}.json", help="JSON to write, default %(default)s")
     if jobs:
         parser.add_argument(
             "--jobs", type=at_least(1), default=1, help="processes that compile beforehand, default %(default)s"
@@ -392,9 +387,7 @@ class Report:
     def __init__(self, args: argparse.Namespace, device: torch.device, rates: Rates | None = None) -> None:
         from natten_layers_cli.outputs import output_gap
 
-        # Neither tiny sizes nor a CPU's times are a record, which pages and other commands read.
-        is_record = device.type == "cuda" and not args.smoke
-        self.path: Path = args.out or (RESULTS if is_record else RUNS) / f"{args.record}.json"
+        self.path: Path = args.out
         if (reason := output_gap(self.path)) is not None:
             raise OSError(f"--out {self.path}{reason}")
         if device.type == "cpu" and not args.smoke:
@@ -403,7 +396,7 @@ class Report:
         self.rates = rates or Rates(timing.copy_rate(device), timing.matmul_rate(device))
         self.parts: dict[str, Any] = {
             "environment": timing.environment(device, args.commit),
-            "arguments": {name: value for name, value in vars(args).items() if name not in ("out", "record")},
+            "arguments": {name: value for name, value in vars(args).items() if name != "out"},
             "rates": asdict(self.rates),
         }
 
