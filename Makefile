@@ -93,7 +93,7 @@ fuzz-gpu: $(VENV)/test.stamp ## The same calls on a GPU, from several threads an
 # The record's own flags. A row that fails ends the census with an error, and is named by the comparison, too.
 bench-check: $(VENV)/test.stamp ## Fail if a row of the census is 10 % slower, beside floor and peers, than on record (GPU; ROWS=a,b for some)
 	rm -f runs/census.json
-	-$(BIN)/python -m benchmarks.census --jobs 14 --peers fa2 $(if $(ROWS),--rows $(ROWS)) --out runs/census.json
+	-$(BIN)/python -m benchmarks.census --jobs 14 --peers fa2,fa4 $(if $(ROWS),--rows $(ROWS)) --out runs/census.json
 	$(BIN)/python -m benchmarks.regression $(if $(ROWS),--rows $(ROWS)) runs/census.json
 
 windows: $(VENV)/demo.stamp ## Redraw the README's picture of windows

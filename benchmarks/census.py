@@ -5,7 +5,7 @@ writes JSON. A result that fails its check against fp64 gets no time. Kernels ar
 processes, which fill Triton's cache on disk.
 
 ``--portable`` times what a card gets that no other kernels of this library are for: its portable kernels, beside the
-peers that run on such a card. It writes another file.
+peers that run on such a card.
 """
 
 from __future__ import annotations
@@ -84,8 +84,6 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add_flags(parser)
     runner.add_limit(parser, "row")
     args = parser.parse_args(argv)
-    if args.portable and args.out == parser.get_default("out"):
-        args.out = runner.RUNS / "census-portable.json"
     settle(args)
     return args
 

@@ -143,7 +143,9 @@ def table(rows: list[Row]) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 1 if a result was wrong."""
     parser = runner.make_parser("generation", __doc__, budget_s=2.0, timed="each batch size")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16, 64], help="default: %(default)s")
+    parser.add_argument(
+        "--batch-sizes", type=runner.at_least(1), nargs="+", default=[1, 16, 64], help="default: %(default)s"
+    )
     args = parser.parse_args(argv)
     device, config = torch.device(args.device), SMOKE if args.smoke else MISTRAL_7B
     if device.type == "cpu" and not args.smoke:

@@ -148,7 +148,8 @@ def measured(checkout: Path, flags: Iterable[str]) -> Round:
     """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "round.json"
-        if status := process(checkout, [*flags, "--out", str(out)]).wait():
+        [status] = runner.statuses([process(checkout, [*flags, "--out", str(out)])])
+        if status:
             raise RuntimeError(f"measuring {checkout} ended with status {status}")
         found = Round(**json.loads(out.read_text()))
     if not Path(found.package).is_relative_to(checkout):
@@ -201,7 +202,9 @@ def _parser() -> argparse.ArgumentParser:
         "--workloads", nargs="*", choices=list(WORKLOADS), help="default: all with --against, else none"
     )
     parser.add_argument("--against", type=Path, metavar="PATH", help="another checkout of this repository")
-    parser.add_argument("--rounds", type=int, default=3, help="processes for each checkout, default %(default)s")
+    parser.add_argument(
+        "--rounds", type=runner.at_least(1), default=3, help="processes for each checkout, default %(default)s"
+    )
     return parser
 
 
@@ -236,8 +239,7 @@ def compile_side_by_side(checkouts: Iterable[Path], workloads: Sequence[str], jo
     """Fill Triton's cache on disk with the kernels of all checkouts."""
     shares = [workloads[i::jobs] for i in range(jobs)]
     own = [[*flags, "--compile-only", "--workloads", *share] for share in shares if share]
-    for started in [process(checkout, each) for checkout in checkouts for each in own]:
-        started.wait()
+    runner.report_failures(runner.statuses(process(checkout, each) for checkout in checkouts for each in own))
 
 
 if __name__ == "__main__":

@@ -296,7 +296,9 @@ def main(argv: list[str] | None = None) -> int:
         help="most tokens of a grid for which the library's own processor is timed, which takes long to compile; "
         "default %(default)s",
     )
-    parser.add_argument("--repeats", type=int, default=3, help="timed calls of decode, default %(default)s")
+    parser.add_argument(
+        "--repeats", type=runner.at_least(1), default=3, help="timed calls of decode, default %(default)s"
+    )
     parser.add_argument("--compile-ahead", action="store_true", help="begin the first call by compile_ahead")
     args = parser.parse_args(argv)
     device = torch.device(args.device)

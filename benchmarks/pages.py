@@ -62,6 +62,7 @@ def filled(page: str) -> str:
 COMMANDS = {
     "census-flex": "census --peers flex --mode fwd --rows ROWS",
     "census-portable": "census --portable --mode fwd",
+    "ltx": "ltx --compile-ahead",
     "registers": "attention --mode fwd --registers 16 --sink zero --peers registers --host",
     "step-hdit-flowers-compiled": "step --models hdit-flowers --compile yes",
     "step-mistral-block": "step --models mistral-block",
@@ -94,7 +95,7 @@ def _record(name: str) -> _Part:
         record = json.loads((RESULTS / f"{name}.json").read_text(), object_hook=partial(_part, name))
     except json.JSONDecodeError as error:
         raise _incomplete(name, f"is no JSON: {error}") from error
-    if record["environment"]["driver"] is None or record.get("arguments", {}).get("smoke"):
+    if record["environment"]["cuda"] is None or record.get("arguments", {}).get("smoke"):
         raise _incomplete(name, "has times of a CPU, or of tiny sizes")
     return record
 

@@ -14,7 +14,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from natten_layers.io.files import read_json, replacing
-from natten_layers_cli.outputs import output_gap
+from natten_layers_cli.outputs import check_output
 
 from .implementations import OURS
 from .runner import command
@@ -142,8 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="PNG to write, default beside the JSON")
     args = parser.parse_args(argv)
     path = args.out or args.report.with_suffix(".png")
-    if (reason := output_gap(path)) is not None:
-        parser.error(f"--out {path}{reason}")
+    check_output(parser, "--out", path, [".png"])
     report = read_json(args.report)
     try:
         lines, timed = summary(report["rows"]), {mode for mode, _, peer in best_rows(report["rows"]) if peer == OURS}

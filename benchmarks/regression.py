@@ -3,8 +3,9 @@
 ``make bench-check`` runs the census and compares it; ``make bench-check ROWS=gemma3,fp32`` does so with these rows.
 
 Times of two cards, or of one card on two days, differ; their ratios to the floor, which is computed of rates that each
-run measures, hardly do. Where both runs timed the same peer on a row, the ratio to that peer counts as well. A row is
-worse if it is so by both. A row that the record has a time for, and the run has not, is worse, too.
+run measures, less so: a card may run into its power limit in one of them. Where both runs timed the same peer on a
+row, the ratio to that peer counts as well, and on cards of the same name the time itself. A row is worse if it is so by
+all of them. A row that the record has a time for, and the run has not, is worse, too.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ class Change:
     """times the floor, in the run; None if that has no time"""
     beside_peers: float | None
     """change of the ratio to the peer for which it is least; None if no peer was timed in both"""
+    in_time: float | None = None
+    """change of the time; None on another card"""
     failure: str | None = None
 
     @property
@@ -50,7 +53,7 @@ class Change:
         return None if self.after is None else self.after / self.before
 
     def is_worse(self, limit: float) -> bool:
-        found = [change for change in (self.beside_floor, self.beside_peers) if change is not None]
+        found = [change for change in (self.beside_floor, self.beside_peers, self.in_time) if change is not None]
         return not found or min(found) > limit
 
 
@@ -74,6 +77,7 @@ def compare(record: Mapping[str, Any], run: Mapping[str, Any], rows: Sequence[st
     timed = {workload for workload, _, _ in before} & asked[0]
     if unknown := sorted(set(rows or ()) - timed):
         raise ValueError(f"no time of {', '.join(unknown)} in the record and in the run; both have {sorted(timed)}")
+    same_card = record["environment"]["device"] == run["environment"]["device"]
     changes = []
     for key, row in before.items():
         workload, mode, _ = key
@@ -91,6 +95,7 @@ def compare(record: Mapping[str, Any], run: Mapping[str, Any], rows: Sequence[st
                 row["times_floor"],
                 None if now is None else now["times_floor"],
                 min(ratios, default=None),
+                None if now is None or not same_card else _ratio(now, row),
                 None if now is not None else failures.get(key, "not in the run"),
             )
         )

@@ -42,9 +42,11 @@ __all__ = [
     "heading",
     "make_parser",
     "names",
+    "report_failures",
     "reporting",
     "run",
     "save",
+    "statuses",
 ]
 
 RESULTS = Path(__file__).parent / "results"
@@ -251,25 +253,40 @@ def compile_in_processes(
 
     They fill Triton's cache on disk, so that kernels are compiled side by side. One job compiles as it goes.
     """
+    check_out(args.out)  # before minutes of compiling
     if args.jobs == 1:
         return
     start = time.monotonic()
     words = [sys.executable, "-m", f"benchmarks.{name}", "--compile-only", "--device", args.device]
     words += ["--smoke"] if args.smoke else []
     shares = [items[i :: args.jobs] for i in range(args.jobs)]
-    processes: list[subprocess.Popen[bytes]] = []
-    try:
-        for share in filter(None, shares):
-            processes.append(subprocess.Popen([*words, *flags(share)]))
-        failed = sum(process.wait() != 0 for process in processes)
-    finally:
-        for process in processes:  # after Ctrl-C; nothing happens to those that have ended
-            process.terminate()
-    if failed:
-        print(
-            f"{failed} of {len(processes)} processes failed to compile; calls compile what they left", file=sys.stderr
-        )
+    report_failures(statuses(subprocess.Popen([*words, *flags(share)]) for share in shares if share))
     print(f"compiled in {time.monotonic() - start:.0f} s", flush=True)
+
+
+def statuses(processes: Iterable[subprocess.Popen[bytes]]) -> list[int]:
+    """The exit statuses of processes, started as they are iterated. They end with this one, where a signal ends it."""
+    started: list[subprocess.Popen[bytes]] = []
+    try:
+        started.extend(processes)
+        return [process.wait() for process in started]
+    finally:
+        for process in started:  # nothing happens to those that have ended
+            process.terminate()
+
+
+def report_failures(found: Sequence[int]) -> None:
+    """Say how many processes that compile beforehand failed."""
+    if failed := sum(status != 0 for status in found):
+        print(f"{failed} of {len(found)} processes failed to compile; calls compile what they left", file=sys.stderr)
+
+
+def check_out(path: Path) -> None:
+    """Raise an OSError where a report cannot be written."""
+    from natten_layers_cli.outputs import output_gap
+
+    if (reason := output_gap(path)) is not None:
+        raise OSError(f"--out {path}{reason}")
 
 
 def command(main: Callable[[], int]) -> int:
@@ -320,16 +337,16 @@ def _device(text: str) -> str:
     return text
 
 
-def at_least(least: NumberT) -> Callable[[str], NumberT]:
-    """The type of a flag that takes finite numbers like ``least`` from there on."""
+def at_least(least: NumberT, *, finite: bool = True) -> Callable[[str], NumberT]:
+    """The type of a flag that takes numbers like ``least`` from there on."""
 
     def convert(text: str) -> NumberT:
         try:
             value = type(least)(text)
         except ValueError as error:
             raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from error
-        if not least <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"must be at least {least:g}, got {text}")
+        if not value >= least or (finite and value == math.inf):
+            raise argparse.ArgumentTypeError(f"must be {'finite and ' * finite}at least {least:g}, got {text}")
         return value
 
     return convert
@@ -350,7 +367,7 @@ def names(valid: Collection[str], *, none: bool = False) -> Callable[[str], list
 
 def add_limit(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument(
-        "--limit-s", type=at_least(0.0), default=math.inf,
+        "--limit-s", type=at_least(0.0, finite=False), default=math.inf,
         help=f"begin no {what} after so many seconds, of which compiling takes its part; default: no limit",
     )  # fmt: skip
 
@@ -385,11 +402,8 @@ class Report:
     """What a command has measured. It is written after every step, so that an interrupted run keeps its results."""
 
     def __init__(self, args: argparse.Namespace, device: torch.device, rates: Rates | None = None) -> None:
-        from natten_layers_cli.outputs import output_gap
-
         self.path: Path = args.out
-        if (reason := output_gap(self.path)) is not None:
-            raise OSError(f"--out {self.path}{reason}")
+        check_out(self.path)
         if device.type == "cpu" and not args.smoke:
             reason = "" if torch.cuda.is_available() else ", as this PyTorch finds no CUDA device"
             print(f"timing the CPU at full size{reason}; --smoke times tiny sizes", file=sys.stderr, flush=True)

@@ -15,6 +15,7 @@ import contextlib
 import math
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -400,6 +401,12 @@ def failures(trials: Sequence[Trial]) -> list[str]:
     return ["", *(f"{count} launches not timed: {why}" for why, count in reasons.most_common())] if reasons else []
 
 
+def _leave_signals() -> None:
+    """In a process that compiles: Ctrl-C, which the terminal sends it too, is the parent's, which then ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 1 if no launch was timed."""
     parser = runner.make_parser("sweep", __doc__, budget_s=240.0, timed="everything")
@@ -410,7 +417,10 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="default: all")
     parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count(), help="processes that compile, default here %(default)s"
+        "--jobs",
+        type=runner.at_least(1),
+        default=os.cpu_count(),
+        help="processes that compile, default here %(default)s",
     )
     parser.add_argument("--capability", type=int, default=90, help="compute capability of the GPU, default %(default)s")
     args = parser.parse_args(argv)
@@ -424,15 +434,17 @@ def main(argv: list[str] | None = None) -> int:
             return subprocess.call(
                 [sys.executable, "-m", "benchmarks.sweep", *flags], env={**os.environ, INTERPRETED: "1"}
             )
-    pool = ProcessPoolExecutor(args.jobs, multiprocessing.get_context("fork"))
-    pool.submit(int).result()  # starts all processes before this one uses the GPU
-    report, timer = runner.Report(args, device), Timer(device, args.smoke)
-    trials = sweep(pool, timer, args.rows, args.kinds, args.budget_s, args.capability)
-    report.keep(trials=trials)
-    print(report.text([*table(trials), *failures(trials)]), flush=True)
-    for process in list(getattr(pool, "_processes", {}).values()):  # a compilation may never end
-        process.terminate()
-    pool.shutdown(wait=False, cancel_futures=True)
+    pool = ProcessPoolExecutor(args.jobs, multiprocessing.get_context("fork"), _leave_signals)
+    try:
+        pool.submit(int).result()  # starts all processes before this one uses the GPU
+        report, timer = runner.Report(args, device), Timer(device, args.smoke)
+        trials = sweep(pool, timer, args.rows, args.kinds, args.budget_s, args.capability)
+        report.keep(trials=trials)
+        print(report.text([*table(trials), *failures(trials)]), flush=True)
+    finally:
+        for process in list(getattr(pool, "_processes", {}).values()):  # a compilation may never end
+            process.terminate()
+        pool.shutdown(wait=False, cancel_futures=True)
     if not best_of(trials):
         print("error: no launch was timed", file=sys.stderr)
     return int(not best_of(trials))

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import lcm, prod
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any, TypeGuard, TypeVar
 
 import torch
@@ -101,17 +101,19 @@ def normalise_axes(name: str, value: T | Sequence[T], rank: int, kind: type[T]) 
                 f"{name} must be {kind.__name__} or a tuple of {kind.__name__}, "
                 f"got {with_type(entry)}"
                 + (f" on the {AXES[rank][axis]} axis" if per_axis else "")
-                + (f"; pass {name}.tolist()" if _lists(entry, kind) else "")
+                + (f"; pass {name}.tolist()" if not per_axis and _lists(entry, kind) else "")
             )
     return values
 
 
 def _lists(value: Any, kind: type) -> bool:
     """Whether ``value.tolist()``, of a tensor or an array, is what an argument may be."""
-    if not hasattr(value, "tolist") or isinstance(value, Real):
+    try:
+        listed = value.tolist()
+    except (AttributeError, RuntimeError):  # it is none, or has no values, as on the device "meta"
         return False
-    listed = value.tolist()
-    return all(type(entry) is kind for entry in (listed if isinstance(listed, list) else [listed]))
+    entries = listed if isinstance(listed, list) else [listed]
+    return bool(entries) and all(type(entry) is kind for entry in entries)
 
 
 def without_numpy(value: Any, kind: type) -> Any:

@@ -133,7 +133,8 @@ class Parser(argparse.ArgumentParser):
         words = list(itertools.takewhile(lambda word: word != "--", sys.argv[1:] if argv is None else argv))
         # Asked first, as the value of a mistyped flag would be taken for an argument without one, and refused as that.
         unknown = [word for word in words if word.startswith("--") and word.partition("=")[0] not in flags]
-        if not unknown:
+        unknown = [word for word in unknown if " " not in word]  # which argparse takes for a value
+        if not unknown or not {"-h", "--help"}.isdisjoint(words):
             values, unknown = self.parse_known_args(argv, values)
         if unknown:
             likely = meant(unknown[0], flags) if unknown[0].startswith("-") else None

@@ -88,7 +88,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
 def most_processes(cores: int, memory: int, gpu_memory: int) -> int:
     """Processes that run tests on a GPU side by side, from bytes of the machine's memory and free ones of the GPU's.
 
-    A process compiles on one core, in about 2 GiB. Its CUDA context and what the eager path takes in fp64 rarely need
-    more than 4 GiB of the GPU.
+    A process compiles on one core, in about 2 GiB. Its CUDA context and what the oracle takes in fp64 rarely need more
+    than 4 GiB of the GPU, and hardly more than 6.
     """
     return max(1, min(cores, memory // 2**31, gpu_memory // 2**32))

@@ -245,8 +245,11 @@ def test_bad_windows_name_argument_axis_and_values(arguments: dict, words: list[
 def test_only_a_tensor_of_integers_is_to_be_listed():
     with raises_naming("pass kernel_size.tolist()"):
         make_window((8, 9), torch.tensor([3, 3]))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"of type Tensor$"):
-        make_window((8, 9), torch.tensor(3.0))  # type: ignore[arg-type]
+    for kernel_size in (torch.tensor(3.0), torch.tensor([]), torch.empty(2, dtype=torch.int64, device="meta")):
+        with pytest.raises(ValueError, match=r"got [^;]*[Tt]ensor[^;]*$"):
+            make_window((8, 9), kernel_size)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"on the height axis$"):  # of a tuple
+        make_window((8, 9), (torch.tensor(3), 3))  # type: ignore[arg-type]
 
 
 def test_a_window_that_exceeds_its_axis_has_ways_out_that_help():

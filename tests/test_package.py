@@ -248,6 +248,18 @@ def test_the_value_of_a_mistyped_flag_is_not_what_is_named(capsys: pytest.Captur
     assert error.endswith("error: unrecognized arguments: --modle (did you mean --model?)\n")
 
 
+def test_values_may_look_like_flags_where_they_have_spaces(capsys: pytest.CaptureFixture[str]) -> None:
+    """As a comment of SQL, which argparse takes for a value; and help is given beside a mistyped flag."""
+    parser = Parser(description=None)
+    parser.add_argument("--prompt")
+    parser.add_argument("words", nargs="*")
+    assert parser.parse(["--prompt", "-- select all users"]).prompt == "-- select all users"
+    assert parser.parse(["--prompt=--x", "--", "--promt"]).words == ["--promt"]
+    with pytest.raises(SystemExit, match="0"):
+        parser.parse(["--promt", "--help"])
+    assert capsys.readouterr().out.startswith("usage: ")
+
+
 def test_other_names_of_flags_lead_to_flags() -> None:
     flags: set[str] = set()
     for command in COMMANDS:
