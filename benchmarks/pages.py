@@ -86,8 +86,8 @@ def _part(record: str, entries: Mapping[Any, Any]) -> _Part:
 
 
 def _incomplete(record: str, why: str) -> ValueError:
-    command = f"python -m benchmarks.{COMMANDS.get(record, record)} --out benchmarks/results/{record}.json"
-    return ValueError(f"{RESULTS / f'{record}.json'} {why}; on a GPU, {command} makes a whole record")
+    words = f"python -m benchmarks.{COMMANDS.get(record, record)} --out benchmarks/results/{record}.json"
+    return ValueError(f"{RESULTS / f'{record}.json'} {why}; on a GPU, {words} makes a whole record")
 
 
 def _record(name: str) -> _Part:
