@@ -30,7 +30,6 @@ from .workloads import Inputs, Variant, Workload
 
 __all__ = [
     "FLEX_ORDERS",
-    "MOST_SCORES",
     "OURS",
     "PEERS",
     "HeadsFirst",
@@ -42,6 +41,7 @@ __all__ = [
     "implementations",
     "ours",
     "overridden",
+    "stores_many_scores",
     "varlen",
 ]
 
@@ -183,18 +183,20 @@ def _check_peer(peer: str, workload: Workload) -> None:
         raise UnsupportedError("it has no bias on relative positions")
 
 
-def check_scores(sequences: int, tokens: int, device: torch.device) -> None:
-    """Of FlexAttention, which compiles on a GPU only.
+def stores_many_scores(sequences: int, tokens: int, device: torch.device) -> bool:
+    """Whether FlexAttention, which compiles on a GPU only, would store the scores of too many pairs of tokens.
 
     Args:
         sequences: batch times query heads.
-
-    Raises:
-        UnsupportedError: it would store the scores of too many pairs of tokens.
     """
-    scores = sequences * tokens**2
-    if device.type == "cpu" and scores > MOST_SCORES:
-        raise UnsupportedError(f"on a CPU it stores the scores of all pairs of tokens, here {scores / 2**28:.1f} GiB")
+    return device.type == "cpu" and sequences * tokens**2 > MOST_SCORES
+
+
+def check_scores(sequences: int, tokens: int, device: torch.device) -> None:
+    """Raise an UnsupportedError where FlexAttention :func:`stores_many_scores`."""
+    if stores_many_scores(sequences, tokens, device):
+        size = sequences * tokens**2 / 2**28
+        raise UnsupportedError(f"on a CPU it stores the scores of all pairs of tokens, here {size:.1f} GiB")
 
 
 def _label(name: str, variant: Variant) -> str:

@@ -35,7 +35,7 @@ from natten_layers.modules.query_key import call_watched, normalize_and_rotate
 
 from . import runner, timing
 from .check import ERROR_FACTOR
-from .implementations import MOST_SCORES
+from .implementations import stores_many_scores
 
 SMALL: dict[str, Any] = {
     "latent_channels": 8,
@@ -235,7 +235,7 @@ def measure(stage: Stage, device: torch.device, dtype: torch.dtype, budget_s: fl
         calls["dense attention"] = lambda i: F.scaled_dot_product_attention(q, k, v, scale=layer.scale)
     stage.ms = {name: 1e3 * s.median for name, s in timing.measure(calls, device, budget_s).items()}
     stage.kernels = kernels_of(lambda: ours(layer, x), device)
-    if tokens <= flex_tokens and (device.type == "cuda" or stage.heads * tokens**2 <= MOST_SCORES):
+    if tokens <= flex_tokens and not stores_many_scores(stage.heads, tokens, device):
         unpatch(layer)
         with compiled_flex(device):
             mask = layer.build_block_mask(x)

@@ -326,6 +326,9 @@ def make_parser(
 
 
 def _device(text: str) -> str:
+    """The type of ``--device``. Flags here are parsed without the commands' parser, as ``host`` would import that from
+    packages of other commits.
+    """
     known = re.fullmatch(r"cpu|cuda(?::(\d+))?", text, re.ASCII)
     if known is None:
         raise argparse.ArgumentTypeError(f"expected cpu, cuda or cuda:N, got {text}")

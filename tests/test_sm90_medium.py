@@ -14,7 +14,7 @@ from torch import Tensor
 
 pytest.importorskip("triton.experimental.gluon")
 
-from test_sm90_large import State, assert_oracle, call_of, needs_device
+from test_sm90_large import State, assert_near, call_of, needs_device
 
 from natten_layers import neighborhood_attention
 from natten_layers.kernels.dispatch import Question
@@ -125,8 +125,9 @@ def test_matches_the_oracle(case: Case, dtype: torch.dtype) -> None:
     leaves = make_inputs(case, "cuda")
     problem, arguments = call_of(case, {name: t.detach() for name, t in leaves.items()})
     assert variants.MEDIUM_FORWARD.supports(Question(problem)) is None
+    wide = oracle(case, leaves)
     for with_stats in (True, False) if dtype == torch.bfloat16 else (True,):
-        assert_oracle(case, leaves, attend_medium(problem, arguments, with_stats), with_stats)
+        assert_near(case, wide, attend_medium(problem, arguments, with_stats), with_stats)
 
 
 def attend_medium(problem: Problem, arguments: tuple[Any, ...], with_stats: bool) -> State:
