@@ -177,7 +177,7 @@ def attend_medium_on_sm90(
     spatial: tuple[int, ...], kernel_size: int, heads: int, *, dim: int, sink: bool = False, stride: int = 1,
     dilation: int = 1, registers: int = 0, is_periodic: bool = False, masked: bool = False, has_bias: bool = False,
 ) -> None:  # fmt: skip
-    from natten_layers.kernels.sm90 import medium_backward, medium_forward, medium_tiling
+    from natten_layers.kernels.sm90 import medium_backward, medium_bias, medium_forward, medium_tiling
 
     query, key = (torch.zeros(1, *spatial, h, dim, dtype=torch.bfloat16) for h in (heads, 2))
     extra = torch.zeros(1, registers, 2, dim, dtype=torch.bfloat16) if registers else None
@@ -201,6 +201,10 @@ def attend_medium_on_sm90(
     cotangents = problem.Cotangents(query, rows, rows, query, rows if sink else None)
     _, statistics = medium_backward.query_gradient(query_config, one, tensors, options, cotangents)
     medium_backward.key_gradients(key_config, one, tensors, options, query, statistics)
+    if has_bias and not masked:
+        bias_config = medium_tiling.bias_tile_config(one)
+        assert bias_config is not None
+        medium_bias.bias_gradient(bias_config, one, tensors, options, query, statistics)
 
 
 def attend_with_tangents_on_sm90(
@@ -356,6 +360,7 @@ def compile_for_medium_windows() -> None:
     attend_medium_on_sm90((4096,), 200, 2, dim=128, registers=70)
     attend_medium_on_sm90((64, 64), 13, 2, dim=112, dilation=2, registers=5, is_periodic=True)
     attend_medium_on_sm90((16, 32, 40), 5, 4, dim=64, is_periodic=True, masked=True, has_bias=True)
+    attend_medium_on_sm90((56, 56), 7, 4, dim=72, dilation=2, has_bias=True)
     attend_with_tangents_on_sm90((64, 64), 7, 8, dim=80, registers=5, masked=True)
     attend_with_tangents_on_sm90((4096,), 200, 2, dim=128)
     attend_pairs_on_sm90((4, 36, 72), 3, 64)

@@ -79,6 +79,7 @@ SM90_KERNELS = {
         "medium_forward_kernel",
         "medium_dq_kernel",
         "medium_dkv_kernel",
+        "medium_bias_kernel",
         "medium_jvp_kernel",
         "medium_pair_forward_kernel",
         "medium_pair_dq_kernel",

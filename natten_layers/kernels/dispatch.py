@@ -117,7 +117,7 @@ def choose_backward(question: Question) -> BackwardChoices:
     query, key = choose("backward_query", question), choose("backward_key", question)
     registers = choose("backward_registers", question) if question.problem.registers else None
     bias = choose("backward_bias", question) if question.problem.has_bias else None
-    uses_tma = any(choice.variant.uses_tma for choice in (query, key, registers) if choice is not None)
+    uses_tma = any(choice.variant.uses_tma for choice in (query, key, registers, bias) if choice is not None)
     return BackwardChoices(query, key, registers, bias, uses_tma)
 
 
@@ -316,7 +316,7 @@ VARIANTS: Mapping[Direction, Sequence[Variant]] = {
         portable.KEY_GRADIENTS,
     ),
     "backward_registers": (sm90.LARGE_REGISTER_GRADIENTS, portable.REGISTER_GRADIENTS),
-    "backward_bias": (portable.BIAS_GRADIENT,),
+    "backward_bias": (sm90.MEDIUM_BIAS_GRADIENT, portable.BIAS_GRADIENT),
     "decode": (portable.DECODE,),
 }
 

@@ -362,6 +362,25 @@ class BiasPlan(NamedTuple):
         return self.launch.grid[0]
 
 
+def slices_of(p: Problem, tile: Box, owners: int, programs: int) -> int:
+    """How many parts the tiles have, so that there are ``programs`` of ``owners`` of a chunk and a head."""
+    return max(1, min(ceil(programs / owners), p.tile_count(tile) // LEAST_TILES))
+
+
+def sum_launcher(p: Problem, tile: Box, chunk: Box, around: Surroundings, slices: int) -> Launcher:
+    """The launcher of the second kernel."""
+    _, kernel, _, _ = p.geometry
+    heads, rows = p.query.shape[-2], prod(tile)
+    parts = min(next_power_of_2(slices), SUM_ROWS // rows)
+    entries = 4096 // (parts * rows)
+    return launcher(
+        bias_sum_kernel,
+        (heads * ceil(prod(2 * k - 1 for k in kernel) / entries),),
+        (kernel, around, slices, heads),
+        SPEC=Spec(**head_fields(p), tile=tile, chunk=chunk), ENTRIES=entries, PARTS=parts, num_warps=8,
+    )  # fmt: skip
+
+
 def bias_plan(p: Problem, grad_out: Layout, size: Size | None = None, programs: int = PROGRAMS) -> BiasPlan:
     """The plan of both kernels; ``size`` and ``programs`` are for experiments."""
     size = size or program_size(p.problem_class)
@@ -369,7 +388,7 @@ def bias_plan(p: Problem, grad_out: Layout, size: Size | None = None, programs: 
     tile, chunk = best_boxes(size.rows, size.keys, p.class_lengths, kernel)
     around, heads = surroundings(p, tile, chunk), p.query.shape[-2]
     owners = heads * prod(around.chunks)
-    slices = max(1, min(ceil(programs / owners), p.tile_count(tile) // LEAST_TILES))
+    slices = slices_of(p, tile, owners, programs)
     tensor_strides = *p.token_strides, strides(grad_out)
     unit = stride_unit(tensor_strides)
     query, key, value, grad = in_units(tensor_strides, unit)
@@ -386,25 +405,22 @@ def bias_plan(p: Problem, grad_out: Layout, size: Size | None = None, programs: 
         ),
         SPEC=spec, num_warps=size.num_warps, maxnreg=size.maxnreg,
     )  # fmt: skip
-    parts = min(next_power_of_2(slices), SUM_ROWS // size.rows)
-    entries = 4096 // (parts * size.rows)
-    launch_sum = launcher(
-        bias_sum_kernel,
-        (heads * ceil(prod(2 * k - 1 for k in kernel) / entries),),
-        (kernel, around, slices, heads),
-        SPEC=spec, ENTRIES=entries, PARTS=parts, num_warps=8,
-    )  # fmt: skip
+    launch_sum = sum_launcher(p, tile, chunk, around, slices)
     return BiasPlan(BiasConfig(tile, chunk, *size[2:], slices), launch, launch_sum)
+
+
+def new_matrices(config: Any, programs: int, device: torch.device) -> Tensor:
+    """The matrices of all programs: of a tile's queries and a chunk's keys."""
+    return torch.empty(programs * prod(config.tile) * prod(config.chunk), dtype=torch.float32, device=device)
 
 
 def bias_gradient(
     plan: BiasPlan, problem: Problem, inputs: Inputs, options: Options, grad_out: Tensor, statistics: RowStatistics
 ) -> Tensor:
     """The gradient of the table. Allocates a matrix of a tile's queries and a chunk's keys in fp32 for each program."""
-    rpb, config = inputs.rpb, plan.config
+    rpb = inputs.rpb
     assert rpb is not None
-    entries = plan.programs * prod(config.tile) * prod(config.chunk)
-    sums = torch.empty(entries, dtype=torch.float32, device=rpb.device)
+    sums = new_matrices(plan.config, plan.programs, rpb.device)
     tensors = BiasGradientTensors(
         inputs.query, inputs.key, inputs.value, grad_out, statistics.delta, statistics.lse, rpb, sums, inputs.key_mask
     )  # fmt: skip

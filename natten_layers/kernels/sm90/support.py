@@ -174,6 +174,12 @@ def medium_gap(question: Question) -> str | None:
     return reason or heads_gap(p, medium_tiling.MOST_COLUMNS) or _frames_gap(p)
 
 
+def medium_bias_gap(question: Question) -> str | None:
+    """Why the kernel for the gradient of a bias cannot compute a call, or None. Registers have no bias."""
+    reason = classes_gap(question, "registers", "bias", "any scale")
+    return reason or heads_gap(question.problem, medium_tiling.MOST_COLUMNS)
+
+
 def medium_jvp_gap(question: Question) -> str | None:
     if question.problem.has_bias:
         return option_gap(question, "registers", "packing", "key_mask", "any scale", "periodic", "other grid")

@@ -21,6 +21,7 @@ from .support import (
     fused_prep_gap,
     large_backward_gap,
     large_gap,
+    medium_bias_gap,
     medium_gap,
     medium_jvp_gap,
     medium_pair_keys_gap,
@@ -46,6 +47,7 @@ if TYPE_CHECKING or GLUON_GAP is None:  # only a missing Gluon leaves these modu
         large_forward,
         large_registers,
         medium_backward,
+        medium_bias,
         medium_forward,
         medium_jvp,
         medium_pair_gradients,
@@ -105,6 +107,10 @@ def _medium_query_plan(question: Question) -> medium_tiling.MediumTileConfig | s
 
 def _medium_key_plan(question: Question) -> medium_tiling.MediumTileConfig | str:
     return medium_tiling.dkv_tile_config(question.problem, override_pack()) or NO_MEDIUM_TILES
+
+
+def _medium_bias_plan(question: Question) -> medium_tiling.BiasTileConfig | str:
+    return medium_tiling.bias_tile_config(question.problem) or NO_MEDIUM_TILES
 
 
 def _medium_jvp_plan(question: Question) -> medium_tiling.MediumTileConfig | str:
@@ -213,6 +219,13 @@ MEDIUM_KEY_GRADIENTS = Variant(
     pays=lambda q: medium_pays(q, "backward_key"),
     plan=_medium_key_plan,
     run=lambda *args: medium_backward.key_gradients(*args),
+    uses_tma=True,
+)
+MEDIUM_BIAS_GRADIENT = Variant(
+    MEDIUM,
+    supports=medium_bias_gap,
+    plan=_medium_bias_plan,
+    run=lambda *args: medium_bias.bias_gradient(*args),
     uses_tma=True,
 )
 MEDIUM_JVP = Variant(

@@ -1,0 +1,390 @@
+"""The gradient of a bias on relative positions on compute capability 9.0 (H100, H200), in Gluon.
+
+It computes what ``portable/bias_gradient.py`` computes, in the same way: a program owns a chunk of keys that lies at
+one place relative to every tile of queries, and adds up the gradients of the scores of a slice of the tiles. What they
+read comes by TMA, two tiles ahead, as chunks do in ``medium_backward.py``.
+"""
+
+# Triton's language is Python to the parser only.
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAssignmentType=false, reportArgumentType=false
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportOperatorIssue=false
+
+from functools import lru_cache
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper.tma import async_copy_global_to_shared
+
+from ..host.launcher import Launcher
+from ..host.problem import Inputs, Layout, Options, Problem, RowStatistics, layout
+from ..portable.bias_gradient import new_matrices, slices_of, sum_launcher, surroundings, tiles_around
+from ..portable.primitives import LOG2E
+from ..portable.windows import bias_middle, bias_offset, bias_size, inside_axes, shifted, unravel, windows_of
+from .descriptors import Call, call_of, frames_of, key_boxes
+from .medium_chunks import hidden_by_windows
+from .medium_parts import by_parts, bytes_of, chunk_of, columns_boxes
+from .medium_tiling import BiasTileConfig, spec_of_bias
+from .primitives import class_rows, opaque_i32, thread_barrier
+from .products import first_column, new_sums, start_product
+from .rings import new_barriers, new_stages, stage_of
+from .small_softmax import WARPS
+from .small_tiles import first_frame, present_descriptors
+from .walk import hidden, row_sizes
+
+
+@gluon.jit
+def tile_number(i, counts):
+    """Batch, and number on each axis, of the ``i``-th of so many tiles an axis."""
+    t, h, w = i // (counts[2] * counts[1]) % counts[0], i // counts[2] % counts[1], i % counts[2]
+    return i // (counts[2] * counts[1] * counts[0]), t, h, w
+
+
+@gluon.jit
+def next_tile(number, counts):
+    """:func:`tile_number` of the tile that follows, without a division."""
+    batch, t, h, w = number
+    w += 1
+    wraps = w == counts[2]
+    w = gl.where(wraps, 0, w)
+    h += wraps.to(gl.int32)
+    wraps = h == counts[1]
+    h = gl.where(wraps, 0, h)
+    t += wraps.to(gl.int32)
+    wraps = t == counts[0]
+    return batch + wraps.to(gl.int32), gl.where(wraps, 0, t), h, w
+
+
+@gluon.jit
+def tile_at(number, first, dilation, TILE: gl.constexpr):
+    """Batch of a tile, its residue class, and its origin; ``first`` is of ``tiles_around``.
+
+    Dilation divides the lengths, and is 1 along ``t``.
+    """
+    batch, t, h, w = number
+    h, w = first[1] + h, first[2] + w
+    residue = 0, h % dilation[1], w % dilation[2]
+    return batch, residue, ((first[0] + t) * TILE[0], h // dilation[1] * TILE[1], w // dilation[2] * TILE[2])
+
+
+@gluon.jit
+def first_seen(kernel, CAUSAL: gl.constexpr):
+    """The first key that a query sees far from borders, as a distance from it, on one axis without stride."""
+    first = 0 - kernel // 2
+    if CAUSAL:
+        first = 1 - kernel
+    return first
+
+
+@gluon.jit
+def is_far(origin, first, kernel, count, TILE: gl.constexpr):
+    """Whether no border moves or cuts a window of a tile, nor the tile itself, on one axis."""
+    return (origin + first >= 0) & (origin + TILE - 1 + gl.maximum(first + kernel - 1, 0) < count)
+
+
+@gluon.jit
+def start_tile(
+    n, tile, descs, rings, ready, near, i_head, i_kv, length, frames, ROWS: gl.constexpr, COLUMNS: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """Start to load the ``n``-th tile of a program, and the chunk of keys that is ``near`` from it.
+
+    ``descs`` and ``rings`` are those of queries and of the output's gradient, then those of keys and values.
+    """
+    i_batch, residue, origin = tile
+    i_stage, _ = stage_of(n, STAGES)
+    PARTS: gl.constexpr = len(COLUMNS)
+    mbarrier.expect(ready.index(i_stage), bytes_of(2 * ROWS, COLUMNS))
+    i_frame = first_frame(i_batch, residue, length, frames)
+    for i in gl.static_range(len(descs)):
+        head, corner = i_head, origin
+        if i >= len(descs) // 2:
+            head, corner = i_kv, shifted(near, origin)
+        at = [head, i_frame + corner[0], corner[1], corner[2], first_column(COLUMNS, i % PARTS)]
+        async_copy_global_to_shared(descs[i], at, ready.index(i_stage), rings[i].index(i_stage))
+
+
+@gluon.jit
+def tile_statistics(Lse, Delta, tile, position, i_head, heads, count, length, dilation):
+    """Base-2 lse and delta of a tile's queries, zero outside of the image."""
+    i_batch, residue, origin = tile
+    m_rows, o_row = class_rows(position, i_head, i_batch, origin, residue, count, dilation, length, heads)
+    return gl.load(Lse + o_row, mask=m_rows, other=0.0), gl.load(Delta + o_row, mask=m_rows, other=0.0)
+
+
+@gluon.jit
+def started_products(
+    rings, i_stage, I_ROWS: gl.constexpr, I_KEYS: gl.constexpr, PARTS: gl.constexpr, M: gl.constexpr,
+    FIRST: gl.constexpr, N: gl.constexpr,
+):  # fmt: skip
+    """Start the product of a tile with the transpose of ``N`` keys of a chunk, from ``FIRST`` on, over all ``PARTS`` of
+    the columns, which lie in rings from ``I_ROWS`` and from ``I_KEYS`` on.
+    """
+    b_product = None
+    for PART in gl.static_range(PARTS):
+        b_rows = chunk_of(rings[I_ROWS + PART], i_stage, 0, M)
+        b_product = start_product(b_rows, chunk_of(rings[I_KEYS + PART], i_stage, FIRST, N), b_product)
+    return b_product
+
+
+@gluon.jit
+def biases_of_places(Rpb, position, near, inner, kernel, RANK: gl.constexpr):
+    """Biases ``[M, N]`` of a head, in units of base-2 logits, of keys that start ``near`` from a tile's first query.
+
+    They are zero at distances that no pair of a query and a key that it sees has.
+    """
+    row_lo = position[0] - kernel[0] + 1, position[1] - kernel[1] + 1, position[2] - kernel[2] + 1
+    row_hi = position[0] + kernel[0] - 1, position[1] + kernel[1] - 1, position[2] + kernel[2] - 1
+    m_entry = hidden(near, row_lo, row_sizes(row_lo, row_hi), inner, RANK) == 0.0
+    o_entry = bias_offset(shifted(inner, near), kernel)[None, :] - bias_offset(position, kernel)[:, None]
+    return gl.load(Rpb + bias_middle(kernel) + o_entry, mask=m_entry, other=0.0).to(gl.float32) * LOG2E
+
+
+@gluon.jit
+def hidden_far_from_borders(position, near, inner, first, kernel, RANK: gl.constexpr):
+    """0 and -inf ``[M, N]``: which of these keys each query of a tile sees that :func:`is_far`."""
+    row_lo = shifted(position, first)
+    row_hi = row_lo[0] + kernel[0] - 1, row_lo[1] + kernel[1] - 1, row_lo[2] + kernel[2] - 1
+    return hidden(near, row_lo, row_sizes(row_lo, row_hi), inner, RANK)
+
+
+@gluon.jit
+def hidden_of_tile(
+    origin, count, position, near, inner, kernel, stride, CAUSAL: gl.constexpr, PERIODIC: gl.constexpr,
+    RANK: gl.constexpr,
+):  # fmt: skip
+    """0 and -inf ``[M, N]``: which keys of the chunk each query of a tile sees."""
+    # Opaque, as LLVM would otherwise compute all windows of a tile before its slices, and keep them.
+    origin = opaque_i32(origin[0]), opaque_i32(origin[1]), opaque_i32(origin[2])
+    index = shifted(position, origin)
+    row_lo, row_hi = windows_of(index, count, kernel, stride, CAUSAL, PERIODIC)
+    size_t, size_h, size_w = row_sizes(row_lo, row_hi)
+    row_size = size_t, size_h, gl.where(inside_axes(index, count), size_w, 0)
+    return hidden_by_windows(shifted(near, origin), row_lo, row_size, inner, count, RANK, PERIODIC)
+
+
+@gluon.jit
+def are_all_finite(sums):
+    """Whether all elements of all sums are finite, as a scalar."""
+    other = 0
+    for i in gl.static_range(len(sums)):
+        other += gl.max(gl.max(gl.where(sums[i] - sums[i] == 0.0, 0, 1), 1), 0)
+    return other == 0
+
+
+@gluon.constexpr_function
+def slices_of_chunk(keys, width):
+    """Widths of the slices of a chunk."""
+    return (width,) * (keys // width)
+
+
+@gluon.jit
+def keys_of_slice(I_SLICE: gl.constexpr, SLICE: gl.constexpr, CHUNK: gl.constexpr, LAYOUT: gl.constexpr):
+    """Where the keys of a slice lie in a chunk."""
+    return unravel(I_SLICE * SLICE + gl.arange(0, SLICE, gl.SliceLayout(0, LAYOUT)), CHUNK[1], CHUNK[2])
+
+
+@gluon.jit
+def medium_bias_kernel(
+    Delta, Lse, Rpb, Sums,
+    q0_desc, q1_desc, q2_desc, do0_desc, do1_desc, do2_desc, k0_desc, k1_desc, k2_desc, v0_desc, v1_desc, v2_desc,
+    axes, tiles, around, frames, batches, slices, group, heads, scale,
+    SPEC: gl.constexpr, CHUNK: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr,
+    SLICE: gl.constexpr,
+):  # fmt: skip
+    """Sums of the scores' gradients over one slice of the tiles that see a chunk, for one head.
+
+    The sums are ``[slices, heads, chunks, rows of a tile, keys of a chunk]`` in fp32, and ``around`` is
+    ``Surroundings``. What a query does not see may be NaN, which its weight of zero does not hide. So where a sum is
+    not finite, all of them are computed once more, without what is not seen.
+    """
+    length, kernel, stride, dilation = axes
+    start, chunks, inner_lo, inner_hi = around
+    CAUSAL: gl.constexpr = SPEC.causal
+    PERIODIC: gl.constexpr = SPEC.periodic
+    M: gl.constexpr = SPEC.rows
+    TILE: gl.constexpr = SPEC.tile
+    RANK: gl.constexpr = SPEC.rank
+    N: gl.constexpr = CHUNK[0] * CHUNK[1] * CHUNK[2]
+    SLICES: gl.constexpr = slices_of_chunk(N, SLICE)
+    PARTS: gl.constexpr = len(COLUMNS)
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, SLICE, 16])
+    ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
+    descs = present_descriptors(q0_desc, q1_desc, q2_desc) + present_descriptors(do0_desc, do1_desc, do2_desc)
+    descs = descs + present_descriptors(k0_desc, k1_desc, k2_desc) + present_descriptors(v0_desc, v1_desc, v2_desc)
+
+    i_program = gl.program_id(0)
+    places = chunks[0] * chunks[1] * chunks[2]
+    i_place, i_head, i_slice = i_program % places, i_program // places % heads, i_program // places // heads
+    near = (
+        start[0] + i_place // (chunks[2] * chunks[1]) * CHUNK[0],
+        start[1] + i_place // chunks[2] % chunks[1] * CHUNK[1],
+        start[2] + i_place % chunks[2] * CHUNK[2],
+    )
+    first_t, tiles_t = tiles_around(
+        near[0], near[0] + CHUNK[0] - 1, inner_lo[0], inner_hi[0], length[0], kernel[0], dilation[0], tiles[0], TILE[0],
+        CAUSAL[0], PERIODIC[0],
+    )  # fmt: skip
+    first_h, tiles_h = tiles_around(
+        near[1], near[1] + CHUNK[1] - 1, inner_lo[1], inner_hi[1], length[1], kernel[1], dilation[1], tiles[1], TILE[1],
+        CAUSAL[1], PERIODIC[1],
+    )  # fmt: skip
+    first_w, tiles_w = tiles_around(
+        near[2], near[2] + CHUNK[2] - 1, inner_lo[2], inner_hi[2], length[2], kernel[2], dilation[2], tiles[2], TILE[2],
+        CAUSAL[2], PERIODIC[2],
+    )  # fmt: skip
+    total = batches * tiles_t * tiles_h * tiles_w
+    share = (total + slices - 1) // slices
+    begin = gl.minimum(i_slice * share, total)
+    own = gl.minimum(share, total - begin)
+    # A program without tiles reads the statistics of some tile, which has to exist.
+    first, last = (first_t, first_h, first_w), gl.maximum(total - 1, 0)
+    counts = gl.maximum(tiles_t, 1), gl.maximum(tiles_h, 1), gl.maximum(tiles_w, 1)
+
+    count = length[0], length[1] // dilation[1], length[2] // dilation[2]
+    rings, ready = new_stages(descs, STAGES), new_barriers(STAGES, 1)
+    position = unravel(gl.arange(0, M, ROW), TILE[1], TILE[2])
+    # Biases lie in shared memory, as sums and two products take most registers, and beside them what they are with -inf
+    # where queries far from borders see no key. The layout spreads eight rows of an accumulator over all banks.
+    BIASES: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
+    biases = gl.allocate_shared_memory(gl.float32, [N // SLICE, M, SLICE], BIASES)
+    far_biases = gl.allocate_shared_memory(gl.float32, [N // SLICE, M, SLICE], BIASES)
+    seen_from = (
+        first_seen(kernel[0], CAUSAL[0]), first_seen(kernel[1], CAUSAL[1]), first_seen(kernel[2], CAUSAL[2])
+    )  # fmt: skip
+    for I_SLICE in gl.static_range(N // SLICE):
+        inner = keys_of_slice(I_SLICE, SLICE, CHUNK, SCORES)
+        b_bias = biases_of_places(Rpb + i_head * bias_size(kernel), position, near, inner, kernel, RANK)
+        biases.index(I_SLICE).store(b_bias)
+        b_hidden = hidden_far_from_borders(position, near, inner, seen_from, kernel, RANK)
+        far_biases.index(I_SLICE).store(b_bias + b_hidden)
+    strided = stride[0] * stride[1] * stride[2] > 1
+    sums = new_sums(M, SLICES)
+    loaded = 0  # tiles that an earlier attempt has loaded
+    careful = False
+    ended = False
+    while not ended:
+        number = tile_number(gl.minimum(begin, last), counts)
+        tile = tile_at(number, first, dilation, TILE)
+        number = next_tile(number, counts)
+        second = tile_at(number, first, dilation, TILE)
+        number = next_tile(number, counts)
+        if own > 0:
+            start_tile(
+                loaded, tile, descs, rings, ready, near, i_head, i_head // group, length, frames, M + N, COLUMNS, STAGES
+            )
+        if own > 1:
+            start_tile(
+                loaded + 1, second, descs, rings, ready, near, i_head, i_head // group, length, frames, M + N, COLUMNS,
+                STAGES,
+            )  # fmt: skip
+        statistics = tile_statistics(Lse, Delta, tile, position, i_head, heads, count, length, dilation)
+        for n in range(own):
+            i_stage, phase = stage_of(loaded + n, STAGES)
+            row_lse, row_delta = statistics
+            _, _, origin = tile
+            third = tile_at(number, first, dilation, TILE)
+            far = is_far(origin[0], seen_from[0], kernel[0], count[0], TILE[0])
+            far = far & is_far(origin[1], seen_from[1], kernel[1], count[1], TILE[1])
+            far = far & is_far(origin[2], seen_from[2], kernel[2], count[2], TILE[2])
+            near_border = strided | careful | (far == 0)
+            if n + 1 < own:
+                statistics = tile_statistics(Lse, Delta, second, position, i_head, heads, count, length, dilation)
+            mbarrier.wait(ready.index(i_stage), phase)
+            added = ()
+            for I_SLICE in gl.static_range(N // SLICE):
+                inner = keys_of_slice(I_SLICE, SLICE, CHUNK, SCORES)
+                b_s = started_products(rings, i_stage, 0, 2 * PARTS, PARTS, M, I_SLICE * SLICE, SLICE)
+                b_dp = started_products(rings, i_stage, PARTS, 3 * PARTS, PARTS, M, I_SLICE * SLICE, SLICE)
+                if opaque_i32(near_border.to(gl.int32)) != 0:
+                    b_hidden = hidden_of_tile(
+                        origin, count, position, near, inner, kernel, stride, CAUSAL, PERIODIC, RANK
+                    )  # fmt: skip
+                    b_hidden = gl.where(b_hidden == 0.0, biases.index(I_SLICE).load(SCORES), float("-inf"))
+                else:
+                    b_hidden = far_biases.index(I_SLICE).load(SCORES)
+                b_s, b_dp = warpgroup_mma_wait(0, deps=(b_s, b_dp))
+                b_p = gl.exp2(b_s * (scale * LOG2E) + (b_hidden - row_lse[:, None]))
+                b_dp -= row_delta[:, None]
+                if careful:
+                    m_hidden = (b_hidden == float("-inf")) & (opaque_i32(i_stage) >= 0)  # no selection for all tiles
+                    b_p, b_dp = gl.where(m_hidden, 0.0, b_p), gl.where(m_hidden, 0.0, b_dp)
+                added = added + (sums[I_SLICE] + b_p * b_dp,)  # noqa: RUF005
+            sums = added
+            thread_barrier()  # the stage has been read
+            if n + 2 < own:
+                start_tile(
+                    loaded + n + 2, third, descs, rings, ready, near, i_head, i_head // group, length, frames, M + N,
+                    COLUMNS, STAGES,
+                )  # fmt: skip
+            tile, second, number = second, third, next_tile(number, counts)
+        ended = are_all_finite(sums) | careful
+        if not ended:
+            careful = True
+            loaded += own
+            sums = new_sums(M, SLICES)
+
+    row, column = gl.arange(0, M, ROW), gl.arange(0, SLICE, gl.SliceLayout(0, SCORES))
+    p_rows = Sums + i_program.to(gl.int64) * (M * N) + row * N
+    for I_SLICE in gl.static_range(N // SLICE):
+        gl.store(p_rows[:, None] + (I_SLICE * SLICE + column)[None, :], sums[I_SLICE])
+
+
+class BiasPlan(NamedTuple):
+    """The configuration, and what all calls of a problem share."""
+
+    config: BiasTileConfig
+    slices: int
+    """Number of parts of the tiles, whose sums are added in order"""
+    call: Call
+    launch_sum: Launcher
+
+    @property
+    def programs(self) -> int:
+        return self.call.launch.grid[0]
+
+
+PROGRAMS = 792
+"""Programs that fill a large GPU: six a multiprocessor. Results depend on their number, and so on shapes alone."""
+
+
+@lru_cache(maxsize=1024)
+def prepare(config: BiasTileConfig, p: Problem, grad_out: Layout) -> BiasPlan:
+    around = surroundings(p, config.tile, config.chunk)
+    heads, spec = p.query.shape[-2], spec_of_bias(config, p)
+    owners = heads * prod(around.chunks)
+    slices = slices_of(p, config.tile, owners, PROGRAMS)
+    *_, dilation = p.geometry
+    rows = [key_boxes(x, config.tile, dilation) for x in (p.query, grad_out)]
+    seen = [key_boxes(x, config.chunk, dilation) for x in (p.key, p.value)]
+    call = call_of(
+        medium_bias_kernel,
+        (owners * slices,),
+        (
+            p.geometry, p.tiles(config.tile), tuple(around), frames_of(p), p.query.shape[0], slices, p.group, heads,
+        ),
+        [part for boxes in (*rows, *seen) for part in columns_boxes(boxes, config.columns)],
+        SPEC=spec, CHUNK=config.chunk, COLUMNS=config.columns, STAGES=config.stages, SLICE=config.slice,
+        num_warps=WARPS, maxnreg=config.maxnreg,
+    )  # fmt: skip
+    return BiasPlan(config, slices, call, sum_launcher(p, config.tile, config.chunk, around, slices))
+
+
+def bias_gradient(
+    config: BiasTileConfig, problem: Problem, inputs: Inputs, options: Options, grad_out: Tensor,
+    statistics: RowStatistics,
+) -> Tensor:  # fmt: skip
+    """The gradient of the table, as ``portable.bias_gradient`` returns it. Allocates what that allocates."""
+    rpb = inputs.rpb
+    assert rpb is not None
+    plan = prepare(config, problem, layout(grad_out))
+    sums = new_matrices(config, plan.programs, rpb.device)
+    described = by_parts(inputs.query, grad_out, inputs.key, inputs.value)
+    plan.call((statistics.delta, statistics.lse, rpb, sums), described, (options.scale,))
+    grad = torch.empty_like(rpb)
+    plan.launch_sum((sums, grad))
+    return grad
