@@ -17,8 +17,9 @@ from natten_layers.operations import Impl
 pytest.importorskip("triton")
 
 from natten_layers.kernels.host.tiling import Size
-from natten_layers.kernels.host.tuned import forget
+from natten_layers.kernels.host.tuned import forget, override
 from natten_layers.kernels.portable import bias_gradient
+from natten_layers.kernels.sm90.support import MEDIUM
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -49,7 +50,7 @@ SHAPES = (
     Case("7x7-head-dim-40", (20, 25), 7, 1, (2, 1), heads=4, head_dim=40, value_dim=40, registers=3, sink="learned"),
     Case("video", (6, 10, 12), (3, 5, 5), heads=4, head_dim=256, value_dim=256, is_periodic=(False, False, True)),
 )
-MEDIUM = (
+ON_SM90 = (
     Case("plane", (31, 45), (7, 9), (1, 2), heads=4, kv_heads=2, head_dim=32, value_dim=32),
     Case("slices", (64, 72), 11, heads=1, kv_heads=1, head_dim=64, value_dim=64),
     Case("frames", (5, 11, 14), (3, 5, 5), is_causal=(True, False, False), heads=2, head_dim=64, value_dim=64, batch=3),
@@ -99,14 +100,15 @@ def test_equals_the_definition_at_real_shapes(case: Case, dtype: torch.dtype) ->
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", MEDIUM, ids=str)
+@pytest.mark.parametrize("case", ON_SM90, ids=str)
 def test_kernels_for_medium_windows_equal_the_definition(case: Case) -> None:
     case = replace(case, dtype=case.dtype if case.dtype == torch.float16 else torch.bfloat16)
     tensors = {name: x.detach().to(case.dtype) for name, x in make_inputs(case, DEVICE).items()}
-    said = explain(**arguments(case, tensors), rpb=make_table(case), needs_grad=True).kernels[-1]
-    if torch.cuda.get_device_capability() == (9, 0):
-        assert (said.direction, said.name) == ("backward_bias", "sm90 medium window")
-    check(case)
+    with override(variants={"backward_key": MEDIUM}):
+        said = explain(**arguments(case, tensors), rpb=make_table(case), needs_grad=True).kernels[-1]
+        if torch.cuda.get_device_capability() == (9, 0):
+            assert (said.direction, said.name) == ("backward_bias", MEDIUM)
+        check(case)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's NumPy
@@ -116,9 +118,10 @@ def test_nan_in_a_bias_that_no_pair_has_changes_no_gradient(dtype: torch.dtype) 
     case = Case("nan", (70,), 6, is_causal=True, heads=2, kv_heads=1, head_dim=32, value_dim=32, batch=1, dtype=dtype)
     table = make_table(case)
     dirty = table.index_fill(1, torch.tensor(7, device=DEVICE), torch.nan)
-    clean = results(case, dtype, table, "fused")
-    for name, tensor in results(case, dtype, dirty, "fused").items():
-        assert torch.equal(tensor, clean[name]), name
+    with override(variants={"backward_key": MEDIUM}):
+        clean = results(case, dtype, table, "fused")
+        for name, tensor in results(case, dtype, dirty, "fused").items():
+            assert torch.equal(tensor, clean[name]), name
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in multiply:RuntimeWarning")  # to -inf, as on a GPU

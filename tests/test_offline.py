@@ -80,6 +80,7 @@ SM90_KERNELS = {
         "medium_dq_kernel",
         "medium_dkv_kernel",
         "medium_bias_kernel",
+        "bias_sum_kernel",
         "medium_jvp_kernel",
         "medium_pair_forward_kernel",
         "medium_pair_dq_kernel",

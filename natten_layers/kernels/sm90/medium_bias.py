@@ -29,7 +29,7 @@ from .descriptors import Call, call_of, frames_of, key_boxes
 from .medium_chunks import hidden_by_windows
 from .medium_parts import by_parts, bytes_of, chunk_of, columns_boxes
 from .medium_tiling import BiasTileConfig, spec_of_bias
-from .primitives import class_rows, opaque_i32, thread_barrier
+from .primitives import class_rows, thread_barrier
 from .products import first_column, new_sums, start_product
 from .rings import new_barriers, new_stages, stage_of
 from .small_softmax import WARPS
@@ -109,9 +109,8 @@ def start_tile(
 
 
 @gluon.jit
-def tile_statistics(Lse, Delta, tile, position, i_head, heads, count, length, dilation):
+def tile_statistics(Lse, Delta, i_batch, residue, origin, position, i_head, heads, count, length, dilation):
     """Base-2 lse and delta of a tile's queries, zero outside of the image."""
-    i_batch, residue, origin = tile
     m_rows, o_row = class_rows(position, i_head, i_batch, origin, residue, count, dilation, length, heads)
     return gl.load(Lse + o_row, mask=m_rows, other=0.0), gl.load(Delta + o_row, mask=m_rows, other=0.0)
 
@@ -158,8 +157,6 @@ def hidden_of_tile(
     RANK: gl.constexpr,
 ):  # fmt: skip
     """0 and -inf ``[M, N]``: which keys of the chunk each query of a tile sees."""
-    # Opaque, as LLVM would otherwise compute all windows of a tile before its slices, and keep them.
-    origin = opaque_i32(origin[0]), opaque_i32(origin[1]), opaque_i32(origin[2])
     index = shifted(position, origin)
     row_lo, row_hi = windows_of(index, count, kernel, stride, CAUSAL, PERIODIC)
     size_t, size_h, size_w = row_sizes(row_lo, row_hi)
@@ -268,60 +265,63 @@ def medium_bias_kernel(
     careful = False
     ended = False
     while not ended:
-        number = tile_number(gl.minimum(begin, last), counts)
-        tile = tile_at(number, first, dilation, TILE)
-        number = next_tile(number, counts)
-        second = tile_at(number, first, dilation, TILE)
-        number = next_tile(number, counts)
-        if own > 0:
-            start_tile(
-                loaded, tile, descs, rings, ready, near, i_head, i_head // group, length, frames, M + N, COLUMNS, STAGES
-            )
-        if own > 1:
-            start_tile(
-                loaded + 1, second, descs, rings, ready, near, i_head, i_head // group, length, frames, M + N, COLUMNS,
-                STAGES,
-            )  # fmt: skip
-        statistics = tile_statistics(Lse, Delta, tile, position, i_head, heads, count, length, dilation)
+        ahead = tile_number(gl.minimum(begin, last), counts)
+        number = ahead
+        for n in gl.static_range(STAGES):
+            if n < own:
+                start_tile(
+                    loaded + n, tile_at(ahead, first, dilation, TILE), descs, rings, ready, near, i_head,
+                    i_head // group, length, frames, M + N, COLUMNS, STAGES,
+                )  # fmt: skip
+            ahead = next_tile(ahead, counts)
+        i_batch, residue, origin = tile_at(number, first, dilation, TILE)
+        statistics = tile_statistics(
+            Lse, Delta, i_batch, residue, origin, position, i_head, heads, count, length, dilation
+        )  # fmt: skip
         for n in range(own):
             i_stage, phase = stage_of(loaded + n, STAGES)
             row_lse, row_delta = statistics
-            _, _, origin = tile
-            third = tile_at(number, first, dilation, TILE)
             far = is_far(origin[0], seen_from[0], kernel[0], count[0], TILE[0])
             far = far & is_far(origin[1], seen_from[1], kernel[1], count[1], TILE[1])
             far = far & is_far(origin[2], seen_from[2], kernel[2], count[2], TILE[2])
             near_border = strided | careful | (far == 0)
+            own_origin = origin
             if n + 1 < own:
-                statistics = tile_statistics(Lse, Delta, second, position, i_head, heads, count, length, dilation)
+                number = next_tile(number, counts)
+            i_batch, residue, origin = tile_at(number, first, dilation, TILE)
+            statistics = tile_statistics(
+                Lse, Delta, i_batch, residue, origin, position, i_head, heads, count, length, dilation
+            )  # fmt: skip
             mbarrier.wait(ready.index(i_stage), phase)
             added = ()
             for I_SLICE in gl.static_range(N // SLICE):
                 inner = keys_of_slice(I_SLICE, SLICE, CHUNK, SCORES)
                 b_s = started_products(rings, i_stage, 0, 2 * PARTS, PARTS, M, I_SLICE * SLICE, SLICE)
                 b_dp = started_products(rings, i_stage, PARTS, 3 * PARTS, PARTS, M, I_SLICE * SLICE, SLICE)
-                if opaque_i32(near_border.to(gl.int32)) != 0:
+                if near_border:
                     b_hidden = hidden_of_tile(
-                        origin, count, position, near, inner, kernel, stride, CAUSAL, PERIODIC, RANK
+                        own_origin, count, position, near, inner, kernel, stride, CAUSAL, PERIODIC, RANK
                     )  # fmt: skip
-                    b_hidden = gl.where(b_hidden == 0.0, biases.index(I_SLICE).load(SCORES), float("-inf"))
+                    b_hidden += biases.index(I_SLICE).load(SCORES)
                 else:
                     b_hidden = far_biases.index(I_SLICE).load(SCORES)
                 b_s, b_dp = warpgroup_mma_wait(0, deps=(b_s, b_dp))
                 b_p = gl.exp2(b_s * (scale * LOG2E) + (b_hidden - row_lse[:, None]))
-                b_dp -= row_delta[:, None]
+                b_ds = b_p * (b_dp - row_delta[:, None])
                 if careful:
-                    m_hidden = (b_hidden == float("-inf")) & (opaque_i32(i_stage) >= 0)  # no selection for all tiles
-                    b_p, b_dp = gl.where(m_hidden, 0.0, b_p), gl.where(m_hidden, 0.0, b_dp)
-                added = added + (sums[I_SLICE] + b_p * b_dp,)  # noqa: RUF005
+                    b_hidden = hidden_of_tile(
+                        own_origin, count, position, near, inner, kernel, stride, CAUSAL, PERIODIC, RANK
+                    )  # fmt: skip
+                    b_ds = gl.where(b_hidden == 0.0, b_ds, 0.0)
+                added = added + (sums[I_SLICE] + b_ds,)  # noqa: RUF005
             sums = added
             thread_barrier()  # the stage has been read
-            if n + 2 < own:
+            if n + STAGES < own:
                 start_tile(
-                    loaded + n + 2, third, descs, rings, ready, near, i_head, i_head // group, length, frames, M + N,
-                    COLUMNS, STAGES,
+                    loaded + n + STAGES, tile_at(ahead, first, dilation, TILE), descs, rings, ready, near,
+                    i_head, i_head // group, length, frames, M + N, COLUMNS, STAGES,
                 )  # fmt: skip
-            tile, second, number = second, third, next_tile(number, counts)
+            ahead = next_tile(ahead, counts)
         ended = are_all_finite(sums) | careful
         if not ended:
             careful = True
@@ -348,8 +348,9 @@ class BiasPlan(NamedTuple):
         return self.call.launch.grid[0]
 
 
-PROGRAMS = 792
-"""Programs that fill a large GPU: six a multiprocessor. Results depend on their number, and so on shapes alone."""
+PROGRAMS = 1584
+"""Programs that fill a large GPU: twelve a multiprocessor. The number of slices follows from it and from shapes alone,
+so that results do so, too."""
 
 
 @lru_cache(maxsize=1024)

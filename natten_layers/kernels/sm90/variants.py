@@ -224,6 +224,7 @@ MEDIUM_KEY_GRADIENTS = Variant(
 MEDIUM_BIAS_GRADIENT = Variant(
     MEDIUM,
     supports=medium_bias_gap,
+    pays=lambda q: medium_pays(q, "backward_key"),
     plan=_medium_bias_plan,
     run=lambda *args: medium_bias.bias_gradient(*args),
     uses_tma=True,
