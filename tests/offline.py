@@ -201,7 +201,7 @@ def attend_medium_on_sm90(
     cotangents = problem.Cotangents(query, rows, rows, query, rows if sink else None)
     _, statistics = medium_backward.query_gradient(query_config, one, tensors, options, cotangents)
     medium_backward.key_gradients(key_config, one, tensors, options, query, statistics)
-    if has_bias and not masked:
+    if has_bias and not (masked or is_periodic):
         bias_config = medium_tiling.bias_tile_config(one)
         assert bias_config is not None
         medium_bias.bias_gradient(bias_config, one, tensors, options, query, statistics)
@@ -361,6 +361,7 @@ def compile_for_medium_windows() -> None:
     attend_medium_on_sm90((64, 64), 13, 2, dim=112, dilation=2, registers=5, is_periodic=True)
     attend_medium_on_sm90((16, 32, 40), 5, 4, dim=64, is_periodic=True, masked=True, has_bias=True)
     attend_medium_on_sm90((56, 56), 7, 4, dim=72, dilation=2, has_bias=True)
+    attend_medium_on_sm90((16, 32, 40), 5, 4, dim=64, has_bias=True)
     attend_with_tangents_on_sm90((64, 64), 7, 8, dim=80, registers=5, masked=True)
     attend_with_tangents_on_sm90((4096,), 200, 2, dim=128)
     attend_pairs_on_sm90((4, 36, 72), 3, 64)
@@ -421,7 +422,7 @@ def main(capabilities: str, parts: str = "portable sm90-large sm90-medium sm90-s
             compile_portable(capability)
         if "sm90" in parts and capability == 90 and gluon_gap() is None:
             compile_sm90(parts)
-        print(" ".join(stub.utils.loaded))
+        print("kernels:", *stub.utils.loaded)
     for other in others:
         check_targets_share_code(first, other)
 

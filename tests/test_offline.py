@@ -123,6 +123,13 @@ FENCES = {
 memory, and before what reads or overwrites it by another way (TMA, tensor cores), there must be one in the source."""
 
 
+PTXAS_LOG = "ptxas.log"
+MOST_SPILLED = {"portable": 384, "sm90-large": 512, "sm90-medium": 256, "sm90-small": 128}
+"""Bytes that a thread of a kernel of each part may spill; those that are there are spilled outside of inner loops."""
+SPILLING = {"repair_kernel"}
+"""Kernels that may spill more, as they have nothing to do unless a result is not finite."""
+
+
 def unfenced_copies(ptx: str) -> list[str]:
     """Copies from shared to global memory by TMA without both a proxy fence and, behind it, a barrier of all threads
     since the last write of threads to shared memory. Without the fence, TMA may read what was there before; without
@@ -173,8 +180,8 @@ def test_kernels_compile_for_less_shared_memory(tmp_path: Path) -> None:
     all_kernels, smaller = compiled_offline((80, 86), "portable", tmp_path)
     assert set(all_kernels) == set(KERNELS)
     assert all_kernels.count("forward_kernel") == 7
-    assert len(smaller) == 14
-    assert smaller.count("forward_kernel") == 3
+    assert smaller == ["decode_kernel"]
+    check_spills("portable", tmp_path)
 
 
 @pytest.mark.parametrize("windows", SM90_KERNELS)
@@ -186,6 +193,14 @@ def test_sm90_kernels_compile(windows: str, tmp_path: Path) -> None:
     if windows == "small":
         assert compiled.count("small_forward_rolling_kernel") == 5  # two of them normalise and rotate
     check_fences(windows, tmp_path)
+    check_spills(f"sm90-{windows}", tmp_path)
+
+
+def check_spills(part: str, cache: Path) -> None:
+    """Check that no kernel of a part spills many registers; portable ones in fp32 of wide heads do for 9.0."""
+    most = most_spilled(cache)
+    assert most
+    assert {name: n for name, n in most.items() if n > MOST_SPILLED[part] and name not in SPILLING} == {}
 
 
 def compiled_offline(capabilities: tuple[int, ...], part: str, cache: Path) -> list[list[str]]:
@@ -194,11 +209,23 @@ def compiled_offline(capabilities: tuple[int, ...], part: str, cache: Path) -> l
         if (reason := compiler_gap(divmod(capability, 10), triton.__version__)) is not None:
             pytest.skip(reason)
     script = Path(__file__).with_name("offline.py")
-    environment = {**os.environ, "PYTHONPATH": str(script.parents[1]), "TRITON_CACHE_DIR": str(cache)}
+    settings = {"PYTHONPATH": str(script.parents[1]), "TRITON_CACHE_DIR": str(cache), "TRITON_DUMP_PTXAS_LOG": "1"}
     command = [sys.executable, str(script), ",".join(map(str, capabilities)), part]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
-    return [line.split() for line in done.stdout.splitlines()]
+    (cache / PTXAS_LOG).write_text(done.stdout)
+    return [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("kernels:")]
+
+
+def most_spilled(cache: Path) -> dict[str, int]:
+    """For each kernel that was compiled into a folder the most bytes that a thread spills, by ptxas' own report."""
+    report = (
+        r"Function properties for (\w+)\n *\d+ bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+    )
+    most: dict[str, int] = {}
+    for name, *spilled in re.findall(report, (cache / PTXAS_LOG).read_text()):
+        most[name] = max(most.get(name, 0), *map(int, spilled))
+    return most
 
 
 def check_fences(windows: str, cache: Path) -> None:

@@ -167,7 +167,28 @@ def columns(kind: Kind, problem: ProblemClass) -> int:
 def room(problem: ProblemClass) -> Room:
     columns = max(sum(column_parts(dim)) for dim in (problem.head_dim, problem.value_dim))
     width = columns * max(problem.element_size // 2, 1)
-    return Room(problem.shared_memory, width, problem.element_size, tile_copies(problem.element_size))
+    limit = problem.shared_memory
+    if has_operands_in_registers(limit):
+        limit = min(limit, MOST_BESIDE_OPERANDS)
+    return Room(limit, width, problem.element_size, tile_copies(problem.element_size))
+
+
+def has_operands_in_registers(limit: int) -> bool:
+    """Whether products read both operands from registers on a device with ``limit`` bytes of shared memory a program.
+
+    From compute capability 9.0 on data-centre GPUs read them from shared memory, of which they have 227 KiB; others
+    have 99 KiB, the A100 163.
+    """
+    return limit < 200 * 2**10
+
+
+MOST_BESIDE_OPERANDS = 99 * 2**10
+"""Bytes of shared memory up to which tiles leave registers for operands. Those that fill the A100's 163 KiB spill: dQ
+of 1024 causal keys of 128 channels 2116 bytes a thread with 128 query rows, and none with 64, which fit here. What that
+costs in time was not measured."""
+MAXNREG_BESIDE_OPERANDS = 168
+"""Hardware registers that a thread needs at least where operands take some. With 96, 256 causal keys of 64 channels
+spill 312 bytes forward and 292 in dQ, with 168 none and 16."""
 
 
 def tile_copies(element_size: int) -> int:
@@ -336,7 +357,14 @@ def _rule(kind: Kind, lengths: Box, kernel: Box, group: int, pack: int | None, s
     pack = min(pack or packed_heads(group, rows), rows)
     tile, chunk = best_boxes(rows // pack, keys, lengths, kernel, kind == "backward_key")
     skip_mask = inside_share(tile, chunk, kernel) >= INSIDE
-    return TileConfig(tile, chunk, pack, warps, stages, size.maxnreg, skip_mask)
+    return TileConfig(tile, chunk, pack, warps, stages, most_registers(size.maxnreg, space), skip_mask)
+
+
+def most_registers(maxnreg: int | None, space: Room) -> int | None:
+    """Most hardware registers of a thread, for which ``maxnreg`` is enough where operands lie in shared memory."""
+    if maxnreg is not None and has_operands_in_registers(space.limit):
+        return max(maxnreg, MAXNREG_BESIDE_OPERANDS)
+    return maxnreg
 
 
 def inside_share(tile: Box, chunk: Box, kernel: Box) -> float:

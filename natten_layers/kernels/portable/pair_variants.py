@@ -8,7 +8,17 @@ from typing import NamedTuple
 import torch
 
 from ..host.problem import Problem
-from ..host.tiling import MIDDLE_WINDOW, Kind, TileConfig, best_boxes, fit, packed_heads, padded_head_dim, room
+from ..host.tiling import (
+    MIDDLE_WINDOW,
+    Kind,
+    TileConfig,
+    best_boxes,
+    fit,
+    most_registers,
+    packed_heads,
+    padded_head_dim,
+    room,
+)
 from ..host.tuned import override_pack
 from ..host.variant import Question, Variant, option_gap
 from . import pair_forward, pair_gradients
@@ -100,10 +110,12 @@ def tile_config(kind: Kind, p: Problem) -> TileConfig:
     problem = p.problem_class
     width = padded_head_dim(max(problem.head_dim, problem.value_dim))
     size = size_of(kind, width, prod(problem.kernel))
-    rows, keys, stages = fit(kind, size.rows, size.keys, size.stages, room(problem)._replace(width=2 * width))
+    space = room(problem)._replace(width=2 * width)
+    rows, keys, stages = fit(kind, size.rows, size.keys, size.stages, space)
     pack = 1 if kind == "backward_key" else min(override_pack() or packed_heads(p.group, rows), rows)
     tile, chunk = best_boxes(rows // pack, keys, problem.lengths, problem.kernel, kind == "backward_key")
-    return TileConfig(tile, chunk, pack, min(size.num_warps, max(1, rows // 8)), stages, size.maxnreg)
+    warps = min(size.num_warps, max(1, rows // 8))
+    return TileConfig(tile, chunk, pack, warps, stages, most_registers(size.maxnreg, space))
 
 
 FORWARD = Variant(
