@@ -202,9 +202,7 @@ def attend_medium_on_sm90(
     _, statistics = medium_backward.query_gradient(query_config, one, tensors, options, cotangents)
     medium_backward.key_gradients(key_config, one, tensors, options, query, statistics)
     if has_bias and not (masked or is_periodic):
-        bias_config = medium_tiling.bias_tile_config(one)
-        assert bias_config is not None
-        medium_bias.bias_gradient(bias_config, one, tensors, options, query, statistics)
+        medium_bias.bias_gradient(medium_tiling.bias_tile_config(one), one, tensors, options, query, statistics)
 
 
 def attend_with_tangents_on_sm90(

@@ -363,12 +363,17 @@ class BiasPlan(NamedTuple):
 
 
 def slices_of(p: Problem, tile: Box, owners: int, programs: int) -> int:
-    """How many parts the tiles have, so that there are ``programs`` of ``owners`` of a chunk and a head."""
+    """How many slices the tiles are divided into.
+
+    Args:
+        owners: programs of one slice, one for each chunk and head.
+        programs: how many there should be at least.
+    """
     return max(1, min(ceil(programs / owners), p.tile_count(tile) // LEAST_TILES))
 
 
 def sum_launcher(p: Problem, tile: Box, chunk: Box, around: Surroundings, slices: int) -> Launcher:
-    """The launcher of the second kernel."""
+    """The launcher of :func:`bias_sum_kernel`."""
     _, kernel, _, _ = p.geometry
     heads, rows = p.query.shape[-2], prod(tile)
     parts = min(next_power_of_2(slices), SUM_ROWS // rows)
@@ -409,9 +414,9 @@ def bias_plan(p: Problem, grad_out: Layout, size: Size | None = None, programs: 
     return BiasPlan(BiasConfig(tile, chunk, *size[2:], slices), launch, launch_sum)
 
 
-def new_matrices(config: Any, programs: int, device: torch.device) -> Tensor:
+def new_matrices(tile: Box, chunk: Box, programs: int, device: torch.device) -> Tensor:
     """The matrices of all programs: of a tile's queries and a chunk's keys."""
-    return torch.empty(programs * prod(config.tile) * prod(config.chunk), dtype=torch.float32, device=device)
+    return torch.empty(programs * prod(tile) * prod(chunk), dtype=torch.float32, device=device)
 
 
 def bias_gradient(
@@ -420,7 +425,7 @@ def bias_gradient(
     """The gradient of the table. Allocates a matrix of a tile's queries and a chunk's keys in fp32 for each program."""
     rpb = inputs.rpb
     assert rpb is not None
-    sums = new_matrices(plan.config, plan.programs, rpb.device)
+    sums = new_matrices(plan.config.tile, plan.config.chunk, plan.programs, rpb.device)
     tensors = BiasGradientTensors(
         inputs.query, inputs.key, inputs.value, grad_out, statistics.delta, statistics.lse, rpb, sums, inputs.key_mask
     )  # fmt: skip

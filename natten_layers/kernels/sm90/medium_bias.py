@@ -1,8 +1,8 @@
 """The gradient of a bias on relative positions on compute capability 9.0 (H100, H200), in Gluon.
 
 It computes what ``portable/bias_gradient.py`` computes, in the same way: a program owns a chunk of keys that lies at
-one place relative to every tile of queries, and adds up the gradients of the scores of a slice of the tiles. What they
-read comes by TMA, two tiles ahead, as chunks do in ``medium_backward.py``.
+one place relative to every tile of queries, and adds up the gradients of the scores of a share of the tiles. What these
+read comes by TMA into two stages, as chunks do in ``medium_backward.py``.
 """
 
 # Triton's language is Python to the parser only.
@@ -26,11 +26,10 @@ from ..portable.bias_gradient import new_matrices, slices_of, sum_launcher, surr
 from ..portable.primitives import LOG2E
 from ..portable.windows import bias_middle, bias_offset, bias_size, inside_axes, shifted, unravel, windows_of
 from .descriptors import Call, call_of, frames_of, key_boxes
-from .medium_chunks import hidden_by_windows
-from .medium_parts import by_parts, bytes_of, chunk_of, columns_boxes
-from .medium_tiling import BiasTileConfig, spec_of_bias
+from .medium_parts import by_parts, bytes_of, columns_boxes, start_products
+from .medium_tiling import MediumTileConfig, spec_of
 from .primitives import class_rows, thread_barrier
-from .products import first_column, new_sums, start_product
+from .products import first_column, new_sums
 from .rings import new_barriers, new_stages, stage_of
 from .small_softmax import WARPS
 from .small_tiles import first_frame, present_descriptors
@@ -82,8 +81,11 @@ def first_seen(kernel, CAUSAL: gl.constexpr):
 
 @gluon.jit
 def is_far(origin, first, kernel, count, TILE: gl.constexpr):
-    """Whether no border moves or cuts a window of a tile, nor the tile itself, on one axis."""
-    return (origin + first >= 0) & (origin + TILE - 1 + gl.maximum(first + kernel - 1, 0) < count)
+    """Whether no border moves or cuts a window of a tile, nor the tile itself, on one axis.
+
+    ``first`` is :func:`first_seen`. A window ends with its query or behind it.
+    """
+    return (origin + first >= 0) & (origin + TILE - 1 + first + kernel - 1 < count)
 
 
 @gluon.jit
@@ -116,18 +118,12 @@ def tile_statistics(Lse, Delta, i_batch, residue, origin, position, i_head, head
 
 
 @gluon.jit
-def started_products(
-    rings, i_stage, I_ROWS: gl.constexpr, I_KEYS: gl.constexpr, PARTS: gl.constexpr, M: gl.constexpr,
-    FIRST: gl.constexpr, N: gl.constexpr,
-):  # fmt: skip
-    """Start the product of a tile with the transpose of ``N`` keys of a chunk, from ``FIRST`` on, over all ``PARTS`` of
-    the columns, which lie in rings from ``I_ROWS`` and from ``I_KEYS`` on.
-    """
-    b_product = None
-    for PART in gl.static_range(PARTS):
-        b_rows = chunk_of(rings[I_ROWS + PART], i_stage, 0, M)
-        b_product = start_product(b_rows, chunk_of(rings[I_KEYS + PART], i_stage, FIRST, N), b_product)
-    return b_product
+def rows_in(rings, i_stage):
+    """The rows of a tile that lie in a stage, a box for each part of the columns."""
+    buffers = ()
+    for PART in gl.static_range(len(rings)):
+        buffers = buffers + (rings[PART].index(i_stage),)  # noqa: RUF005
+    return buffers
 
 
 @gluon.jit
@@ -152,16 +148,13 @@ def hidden_far_from_borders(position, near, inner, first, kernel, RANK: gl.const
 
 
 @gluon.jit
-def hidden_of_tile(
-    origin, count, position, near, inner, kernel, stride, CAUSAL: gl.constexpr, PERIODIC: gl.constexpr,
-    RANK: gl.constexpr,
-):  # fmt: skip
-    """0 and -inf ``[M, N]``: which keys of the chunk each query of a tile sees."""
+def hidden_of_tile(origin, count, position, near, inner, kernel, stride, CAUSAL: gl.constexpr, RANK: gl.constexpr):
+    """0 and -inf ``[M, N]``: which keys of the chunk each query of a tile sees; none what is outside of the image."""
     index = shifted(position, origin)
-    row_lo, row_hi = windows_of(index, count, kernel, stride, CAUSAL, PERIODIC)
+    row_lo, row_hi = windows_of(index, count, kernel, stride, CAUSAL)
     size_t, size_h, size_w = row_sizes(row_lo, row_hi)
     row_size = size_t, size_h, gl.where(inside_axes(index, count), size_w, 0)
-    return hidden_by_windows(shifted(near, origin), row_lo, row_size, inner, count, RANK, PERIODIC)
+    return hidden(shifted(near, origin), row_lo, row_size, inner, RANK)
 
 
 @gluon.jit
@@ -189,34 +182,33 @@ def keys_of_slice(I_SLICE: gl.constexpr, SLICE: gl.constexpr, CHUNK: gl.constexp
 def medium_bias_kernel(
     Delta, Lse, Rpb, Sums,
     q0_desc, q1_desc, q2_desc, do0_desc, do1_desc, do2_desc, k0_desc, k1_desc, k2_desc, v0_desc, v1_desc, v2_desc,
-    axes, tiles, around, frames, batches, slices, group, heads, scale,
+    axes, tiles, around, frames, batches, shares, group, heads, scale,
     SPEC: gl.constexpr, CHUNK: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr,
     SLICE: gl.constexpr,
 ):  # fmt: skip
-    """Sums of the scores' gradients over one slice of the tiles that see a chunk, for one head.
+    """Sums of the scores' gradients over one share of the tiles that see a chunk, for one head.
 
-    The sums are ``[slices, heads, chunks, rows of a tile, keys of a chunk]`` in fp32, and ``around`` is
+    The sums are ``[shares, heads, chunks, rows of a tile, keys of a chunk]`` in fp32, and ``around`` is
     ``Surroundings``. What a query does not see may be NaN, which its weight of zero does not hide. So where a sum is
     not finite, all of them are computed once more, without what is not seen.
     """
     length, kernel, stride, dilation = axes
     start, chunks, inner_lo, inner_hi = around
     CAUSAL: gl.constexpr = SPEC.causal
-    PERIODIC: gl.constexpr = SPEC.periodic
     M: gl.constexpr = SPEC.rows
     TILE: gl.constexpr = SPEC.tile
     RANK: gl.constexpr = SPEC.rank
     N: gl.constexpr = CHUNK[0] * CHUNK[1] * CHUNK[2]
     SLICES: gl.constexpr = slices_of_chunk(N, SLICE)
-    PARTS: gl.constexpr = len(COLUMNS)
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, SLICE, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
-    descs = present_descriptors(q0_desc, q1_desc, q2_desc) + present_descriptors(do0_desc, do1_desc, do2_desc)
-    descs = descs + present_descriptors(k0_desc, k1_desc, k2_desc) + present_descriptors(v0_desc, v1_desc, v2_desc)
+    q_descs = present_descriptors(q0_desc, q1_desc, q2_desc)
+    do_descs = present_descriptors(do0_desc, do1_desc, do2_desc)
+    k_descs, v_descs = present_descriptors(k0_desc, k1_desc, k2_desc), present_descriptors(v0_desc, v1_desc, v2_desc)
 
     i_program = gl.program_id(0)
     places = chunks[0] * chunks[1] * chunks[2]
-    i_place, i_head, i_slice = i_program % places, i_program // places % heads, i_program // places // heads
+    i_place, i_head, i_share = i_program % places, i_program // places % heads, i_program // places // heads
     near = (
         start[0] + i_place // (chunks[2] * chunks[1]) * CHUNK[0],
         start[1] + i_place // chunks[2] % chunks[1] * CHUNK[1],
@@ -224,26 +216,29 @@ def medium_bias_kernel(
     )
     first_t, tiles_t = tiles_around(
         near[0], near[0] + CHUNK[0] - 1, inner_lo[0], inner_hi[0], length[0], kernel[0], dilation[0], tiles[0], TILE[0],
-        CAUSAL[0], PERIODIC[0],
+        CAUSAL[0], False,
     )  # fmt: skip
     first_h, tiles_h = tiles_around(
         near[1], near[1] + CHUNK[1] - 1, inner_lo[1], inner_hi[1], length[1], kernel[1], dilation[1], tiles[1], TILE[1],
-        CAUSAL[1], PERIODIC[1],
+        CAUSAL[1], False,
     )  # fmt: skip
     first_w, tiles_w = tiles_around(
         near[2], near[2] + CHUNK[2] - 1, inner_lo[2], inner_hi[2], length[2], kernel[2], dilation[2], tiles[2], TILE[2],
-        CAUSAL[2], PERIODIC[2],
+        CAUSAL[2], False,
     )  # fmt: skip
     total = batches * tiles_t * tiles_h * tiles_w
-    share = (total + slices - 1) // slices
-    begin = gl.minimum(i_slice * share, total)
-    own = gl.minimum(share, total - begin)
+    most = (total + shares - 1) // shares
+    begin = gl.minimum(i_share * most, total)
+    own = gl.minimum(most, total - begin)
     # A program without tiles reads the statistics of some tile, which has to exist.
     first, last = (first_t, first_h, first_w), gl.maximum(total - 1, 0)
     counts = gl.maximum(tiles_t, 1), gl.maximum(tiles_h, 1), gl.maximum(tiles_w, 1)
 
     count = length[0], length[1] // dilation[1], length[2] // dilation[2]
-    rings, ready = new_stages(descs, STAGES), new_barriers(STAGES, 1)
+    queries, grads = new_stages(q_descs, STAGES), new_stages(do_descs, STAGES)
+    keys, values = new_stages(k_descs, STAGES), new_stages(v_descs, STAGES)
+    descs, rings = q_descs + do_descs + k_descs + v_descs, queries + grads + keys + values
+    ready = new_barriers(STAGES, 1)
     position = unravel(gl.arange(0, M, ROW), TILE[1], TILE[2])
     # Biases lie in shared memory, as sums and two products take most registers, and beside them what they are with -inf
     # where queries far from borders see no key. The layout spreads eight rows of an accumulator over all banks.
@@ -296,11 +291,11 @@ def medium_bias_kernel(
             added = ()
             for I_SLICE in gl.static_range(N // SLICE):
                 inner = keys_of_slice(I_SLICE, SLICE, CHUNK, SCORES)
-                b_s = started_products(rings, i_stage, 0, 2 * PARTS, PARTS, M, I_SLICE * SLICE, SLICE)
-                b_dp = started_products(rings, i_stage, PARTS, 3 * PARTS, PARTS, M, I_SLICE * SLICE, SLICE)
+                b_s = start_products(rows_in(queries, i_stage), keys, i_stage, None, SLICE, I_SLICE * SLICE)
+                b_dp = start_products(rows_in(grads, i_stage), values, i_stage, None, SLICE, I_SLICE * SLICE)
                 if near_border:
                     b_hidden = hidden_of_tile(
-                        own_origin, count, position, near, inner, kernel, stride, CAUSAL, PERIODIC, RANK
+                        own_origin, count, position, near, inner, kernel, stride, CAUSAL, RANK
                     )  # fmt: skip
                     b_hidden += biases.index(I_SLICE).load(SCORES)
                 else:
@@ -308,9 +303,9 @@ def medium_bias_kernel(
                 b_s, b_dp = warpgroup_mma_wait(0, deps=(b_s, b_dp))
                 b_p = gl.exp2(b_s * (scale * LOG2E) + (b_hidden - row_lse[:, None]))
                 b_ds = b_p * (b_dp - row_delta[:, None])
-                if careful:
+                if careful:  # computed again, as it would take registers until here
                     b_hidden = hidden_of_tile(
-                        own_origin, count, position, near, inner, kernel, stride, CAUSAL, PERIODIC, RANK
+                        own_origin, count, position, near, inner, kernel, stride, CAUSAL, RANK
                     )  # fmt: skip
                     b_ds = gl.where(b_hidden == 0.0, b_ds, 0.0)
                 added = added + (sums[I_SLICE] + b_ds,)  # noqa: RUF005
@@ -335,11 +330,8 @@ def medium_bias_kernel(
 
 
 class BiasPlan(NamedTuple):
-    """The configuration, and what all calls of a problem share."""
+    """What all calls of a problem share."""
 
-    config: BiasTileConfig
-    slices: int
-    """Number of parts of the tiles, whose sums are added in order"""
     call: Call
     launch_sum: Launcher
 
@@ -349,41 +341,41 @@ class BiasPlan(NamedTuple):
 
 
 PROGRAMS = 1584
-"""Programs that fill a large GPU: twelve a multiprocessor. The number of slices follows from it and from shapes alone,
+"""Programs that fill a large GPU: twelve a multiprocessor. The number of shares follows from it and from shapes alone,
 so that results do so, too."""
 
 
 @lru_cache(maxsize=1024)
-def prepare(config: BiasTileConfig, p: Problem, grad_out: Layout) -> BiasPlan:
+def prepare(config: MediumTileConfig, p: Problem, grad_out: Layout) -> BiasPlan:
     around = surroundings(p, config.tile, config.chunk)
-    heads, spec = p.query.shape[-2], spec_of_bias(config, p)
+    heads = p.query.shape[-2]
     owners = heads * prod(around.chunks)
-    slices = slices_of(p, config.tile, owners, PROGRAMS)
+    shares = slices_of(p, config.tile, owners, PROGRAMS)
     *_, dilation = p.geometry
     rows = [key_boxes(x, config.tile, dilation) for x in (p.query, grad_out)]
     seen = [key_boxes(x, config.chunk, dilation) for x in (p.key, p.value)]
     call = call_of(
         medium_bias_kernel,
-        (owners * slices,),
+        (owners * shares,),
         (
-            p.geometry, p.tiles(config.tile), tuple(around), frames_of(p), p.query.shape[0], slices, p.group, heads,
+            p.geometry, p.tiles(config.tile), tuple(around), frames_of(p), p.query.shape[0], shares, p.group, heads,
         ),
         [part for boxes in (*rows, *seen) for part in columns_boxes(boxes, config.columns)],
-        SPEC=spec, CHUNK=config.chunk, COLUMNS=config.columns, STAGES=config.stages, SLICE=config.slice,
+        SPEC=spec_of(config, p), CHUNK=config.chunk, COLUMNS=config.columns, STAGES=config.stages, SLICE=config.slice,
         num_warps=WARPS, maxnreg=config.maxnreg,
     )  # fmt: skip
-    return BiasPlan(config, slices, call, sum_launcher(p, config.tile, config.chunk, around, slices))
+    return BiasPlan(call, sum_launcher(p, config.tile, config.chunk, around, shares))
 
 
 def bias_gradient(
-    config: BiasTileConfig, problem: Problem, inputs: Inputs, options: Options, grad_out: Tensor,
+    config: MediumTileConfig, problem: Problem, inputs: Inputs, options: Options, grad_out: Tensor,
     statistics: RowStatistics,
 ) -> Tensor:  # fmt: skip
     """The gradient of the table, as ``portable.bias_gradient`` returns it. Allocates what that allocates."""
     rpb = inputs.rpb
     assert rpb is not None
     plan = prepare(config, problem, layout(grad_out))
-    sums = new_matrices(config, plan.programs, rpb.device)
+    sums = new_matrices(config.tile, config.chunk, plan.programs, rpb.device)
     described = by_parts(inputs.query, grad_out, inputs.key, inputs.value)
     plan.call((statistics.delta, statistics.lse, rpb, sums), described, (options.scale,))
     grad = torch.empty_like(rpb)

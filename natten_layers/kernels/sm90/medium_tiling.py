@@ -38,7 +38,8 @@ INSIDE_ON_ONE_AXIS, INSIDE = 0.3, 0.6
 # Fewest chunks of a tile for which it pays to keep the references of the first. With one (5x5 on a coarse grid) the
 # forward takes 0.165 ms with maxima and 0.172 with references, with 3.8 (9x9 of 80 channels) 0.077 and 0.075.
 LEAST_CHUNKS = 3
-# Hardware registers of a thread of the kernel for the gradient of a bias, whose sums and biases stay in them.
+# Hardware registers of a thread of the kernel for the gradient of a bias, of which sums and two products take most. So
+# three programs share a multiprocessor, if shared memory has room for them: up to 32 channels.
 BIAS_MAXNREG = 168
 # Most parts into which the columns of a head are divided, and most columns.
 COLUMN_PARTS, MOST_COLUMNS = 3, 128
@@ -70,19 +71,6 @@ class MediumTileConfig(NamedTuple):
     """whether chunks that all rows of a tile see are told from others, and need no mask"""
     first_maxima: bool = False
     """whether the forward pass keeps the references of the first chunk (``online_softmax.py``)"""
-
-
-class BiasTileConfig(NamedTuple):
-    """How a kernel computes the gradient of a bias; fields as in :class:`MediumTileConfig`."""
-
-    tile: Box
-    chunk: Box
-    """positions of keys, which lie at one place relative to every tile of a program"""
-    slice: int
-    """keys of a chunk whose scores are computed at a time"""
-    columns: tuple[int, ...]
-    stages: int
-    maxnreg: int
 
 
 class Size(NamedTuple):
@@ -166,12 +154,18 @@ def dkv_tile_config(problem: Problem, pack: int | None = None) -> MediumTileConf
     return _tile_config("backward_key", problem, axes, packs, queries_on(problem.lengths))
 
 
-def bias_tile_config(problem: Problem) -> BiasTileConfig | None:
-    """The configuration for the gradient of a bias. Its tiles may reach past an image, as they are only read."""
-    columns = columns_of(problem)
-    keys = 64 if sum(columns) <= 64 else 32
-    best = best_tile(problem.axes, (Packs(),), keys, windows_of(problem), 1)
-    return None if best is None else BiasTileConfig(best.tile, best.chunk, 32, columns, STAGES, BIAS_MAXNREG)
+def bias_tile_config(problem: Problem) -> MediumTileConfig:
+    """The configuration for the gradient of a bias, whose chunks lie at one place relative to every tile.
+
+    Its tiles may reach past an image, as they are only read. They are those for which the fewest scores would be
+    computed if each tile had chunks from the first key on that it sees; those of all tiles together are a few more.
+    """
+    columns, packs = columns_of(problem), Packs()
+    best = best_tile(problem.axes, (packs,), 64 if sum(columns) <= 64 else 32, windows_of(problem), 1)
+    assert best is not None  # a batch of one has tiles
+    return MediumTileConfig(
+        best.tile, best.chunk, 32, *packs, columns, STAGES, BIAS_MAXNREG, held=False, side=0, skip_mask=False
+    )
 
 
 TILES_OF: dict[Kind, Callable[[Problem, int | None], MediumTileConfig | None]] = {
@@ -379,9 +373,3 @@ def spec_of(config: MediumTileConfig, problem: Problem, with_stats: bool = False
         causal, config.tile, config.pack, 0, problem.rank, dim, head_width(dim), sink=problem.sink,
         with_stats=with_stats, periodic=problem.periodic_axes, skip_mask=config.skip_mask,
     )  # fmt: skip
-
-
-def spec_of_bias(config: BiasTileConfig, problem: Problem) -> Spec:
-    """:func:`spec_of` for the gradient of a bias."""
-    dim, causal = problem.query.shape[-1], three_axes(problem.is_causal, False)
-    return Spec(causal, config.tile, 1, 0, problem.rank, dim, head_width(dim))

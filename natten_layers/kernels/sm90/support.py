@@ -176,7 +176,7 @@ def medium_gap(question: Question) -> str | None:
 
 def medium_bias_gap(question: Question) -> str | None:
     """Why the kernel for the gradient of a bias cannot compute a call, or None. Registers have no bias."""
-    reason = classes_gap(question, "registers", "bias", "any scale")
+    reason = classes_gap(question, "registers", "bias")
     return reason or heads_gap(question.problem, medium_tiling.MOST_COLUMNS)
 
 

@@ -109,10 +109,6 @@ def _medium_key_plan(question: Question) -> medium_tiling.MediumTileConfig | str
     return medium_tiling.dkv_tile_config(question.problem, override_pack()) or NO_MEDIUM_TILES
 
 
-def _medium_bias_plan(question: Question) -> medium_tiling.BiasTileConfig | str:
-    return medium_tiling.bias_tile_config(question.problem) or NO_MEDIUM_TILES
-
-
 def _medium_jvp_plan(question: Question) -> medium_tiling.MediumTileConfig | str:
     return medium_tiling.jvp_tile_config(question.problem, override_pack()) or NO_MEDIUM_TILES
 
@@ -224,8 +220,8 @@ MEDIUM_KEY_GRADIENTS = Variant(
 MEDIUM_BIAS_GRADIENT = Variant(
     MEDIUM,
     supports=medium_bias_gap,
-    pays=lambda q: medium_pays(q, "backward_key"),
-    plan=_medium_bias_plan,
+    pays=lambda q: medium_pays(q, "backward_key"),  # not timed for itself where calls are small
+    plan=lambda q: medium_tiling.bias_tile_config(q.problem),
     run=lambda *args: medium_bias.bias_gradient(*args),
     uses_tma=True,
 )
