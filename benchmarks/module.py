@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ from . import runner, timing
 from .check import ERROR_FACTOR, Reference
 from .workloads import DTYPE, WORKLOADS, Inputs, Workload, smoke
 
-NAMES = ("hdit-l0", "hdit-l1", "hdit-gqa")
+NAMES = ("hdit-l0", "hdit-l1", "hdit-gqa", "flux-4k", "hunyuan")
 GOAL = 1.4
 """times the bare operation"""
 
@@ -47,12 +47,20 @@ class Row:
     times_bare: float | None = None
 
 
+def positions_of(spatial: Sequence[int], device: torch.device) -> Tensor:
+    """Coordinates ``[*spatial, axes]`` of an image as HDiT has them, and of a video those of its axes from -1 to 1."""
+    if len(spatial) == 2:
+        return make_axial_pos(*spatial, device=device)
+    axes = [torch.linspace(-1, 1, n, device=device) for n in spatial]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
+
+
 class Problem:
     """One workload as input of a layer, and the steps of the layer."""
 
     def __init__(self, workload: Workload, device: torch.device) -> None:
         self.workload = w = workload
-        rope = AxialRoPE(w.head_dim, w.heads, num_kv_heads=w.kv_heads)
+        rope = AxialRoPE(w.head_dim, w.heads, num_kv_heads=w.kv_heads, axes=len(w.spatial))
         rows = (w.heads + 2 * w.kv_heads) * w.head_dim
         options: dict[str, Any] = {"num_kv_heads": w.kv_heads, "head_dim": w.head_dim, "scale": w.scale}
         layer = NeighborhoodGQA(rows, w.heads, w.kernel_size, qk_norm="cosine", rope=rope, **options)
@@ -62,8 +70,7 @@ class Problem:
         # This gives the layer's default temperature of 10, since the operation multiplies by its scale too.
         nn.init.constant_(layer.qk_scale, 10 / w.scale)
         self.gain = layer.qk_scale.detach()
-        height, width = w.spatial
-        self.positions = make_axial_pos(height, width, device=device)
+        self.positions = positions_of(w.spatial, device)
         generator = torch.Generator(device).manual_seed(0)
         shape = (w.batch, *w.spatial, rows)
         # So many copies of the input that none is still in the L2 cache when it is used again.

@@ -12,7 +12,7 @@ import torch
 from helpers import coordinates, error, far, raises_naming
 from torch import Tensor, nn
 
-from benchmarks import module
+from benchmarks import module, rotation
 from natten_layers.arguments import Call
 from natten_layers.kernels.sm90 import support
 from natten_layers.modules import AxialRoPE, NeighborhoodGQA, RoPE, attention, make_axial_pos, query_key
@@ -258,6 +258,39 @@ def test_benchmark_times_only_what_is_right(
     assert module.main(flags) == broken
     rows = {row["implementation"]: row for row in json.loads(path.read_text())["rows"]}
     assert (rows["layer"]["median_ms"] is None) == broken
+    assert ("wrong result" in capsys.readouterr().out) == broken
+
+
+def test_a_layer_of_a_video_is_timed(tmp_path: Path) -> None:
+    path = tmp_path / "module.json"
+    flags = ["--smoke", "--device", DEVICE, "--workloads", "hunyuan", "--budget-s", "0", "--out", str(path)]
+    assert module.main(flags) == 0
+    assert all(row["times_bare"] > 0 for row in json.loads(path.read_text())["rows"])
+    corners = module.positions_of((2, 3, 4), torch.device("cpu")).reshape(-1, 3)[[0, -1]]
+    assert corners.tolist() == [[-1, -1, -1], [1, 1, 1]]
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_rotations_are_a_share_of_the_copy_bandwidth(
+    broken: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if broken:  # only what is timed, not what it is compared with
+        right = rotation.normalize_and_rotate
+
+        def wrong(*heads: Any, impl: Impl) -> tuple[Tensor, ...]:
+            return tuple(1.5 * x if impl == "auto" else x for x in right(*heads, impl=impl))
+
+        monkeypatch.setattr(rotation, "normalize_and_rotate", wrong)
+    path = tmp_path / "rotation.json"
+    flags = ["--smoke", "--device", DEVICE, "--workloads", "mistral", "--budget-s", "0", "--out", str(path)]
+    assert rotation.main(flags) == broken
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["norm"], row["direction"]) for row in rows] == [
+        (norm, name) for norm in ("none", "cosine") for name in ("forward", "backward")
+    ]
+    elements = rows[0]["bytes"] // 2 // 2
+    assert [row["bytes"] for row in rows] == [2 * n * elements for n in (2, 2, 2, 3)]
+    assert all((row["of_copy"] is None) == broken for row in rows)
     assert ("wrong result" in capsys.readouterr().out) == broken
 
 

@@ -1,0 +1,176 @@
+"""Time normalisation and RoPE of queries and keys as a launch of their own: ``python -m benchmarks.rotation --help``.
+
+That is how layers train. The launch and its backward pass read and write memory, so their times are given as a share of
+what a copy of as many bytes takes. A result whose error exceeds twice that of the steps in PyTorch gets no time.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from natten_layers.modules import AxialRoPE, RoPE
+from natten_layers.modules.query_key import HeadNorm, normalize_and_rotate
+from natten_layers.modules.rope import Angles, angles_of
+from natten_layers.operations import Impl
+
+from . import runner, timing
+from .check import ERROR_FACTOR
+from .module import positions_of
+from .runner import Rates
+from .workloads import DTYPE, WORKLOADS, Workload, smoke
+
+NAMES = ("hdit-l0", "hdit-gqa", "flux-4k", "hunyuan", "mistral")
+NORMS = "none", "cosine"
+GOAL = 0.85
+"""of the copy bandwidth"""
+
+
+@dataclass
+class Row:
+    workload: str
+    norm: str
+    direction: str
+    """forward or backward"""
+    bytes: int
+    error: float
+    allowed: float
+    failure: str | None = None
+    median_ms: float | None = None
+    p10_ms: float | None = None
+    p90_ms: float | None = None
+    of_copy: float | None = None
+    """Share of the copy bandwidth"""
+
+
+class Problem:
+    """Queries and keys of a workload, their normalisation and rotation, and gradients of both results."""
+
+    def __init__(self, workload: Workload, norm: str, device: torch.device) -> None:
+        w = workload
+        rope = RoPE(w.head_dim) if len(w.spatial) == 1 else _axial(w)
+        self.rope, self.positions = rope.to(device), None if len(w.spatial) == 1 else positions_of(w.spatial, device)
+        gain = torch.full((w.heads,), 10.0, device=device, dtype=DTYPE)
+        self.gain = gain.requires_grad_() if norm == "cosine" else None
+        generator = torch.Generator(device).manual_seed(0)
+
+        def draw(heads: int) -> Tensor:
+            shape = w.batch, *w.spatial, heads, w.head_dim
+            return torch.randn(shape, device=device, dtype=DTYPE, generator=generator)
+
+        # So many copies that none is still in the L2 cache when it is used again.
+        copies = 2 if device.type == "cuda" else 1
+        self.inputs = [tuple(draw(n).requires_grad_() for n in (w.heads, w.kv_heads)) for _ in range(copies)]
+        self.grads = tuple(draw(n) for n in (w.heads, w.kv_heads))
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of queries and keys."""
+        return sum(x.numel() * x.element_size() for x in self.grads)
+
+    def forward(self, inputs: Sequence[Tensor], gain: Tensor | None, impl: Impl) -> tuple[Tensor, Tensor]:
+        query, key = inputs
+        angles: Angles | None = angles_of(self.rope, query, key, self.positions)
+        norm = None if gain is None else HeadNorm("cosine", gain, None)
+        return normalize_and_rotate(query, key, norm, angles, impl=impl)
+
+    def backward(self, results: Sequence[Tensor], inputs: Sequence[Tensor], gain: Tensor | None) -> tuple[Tensor, ...]:
+        leaves = [*inputs, *([] if gain is None else [gain])]
+        grads = [x.to(result.dtype) for x, result in zip(self.grads, results, strict=True)]
+        return torch.autograd.grad(results, leaves, grads, retain_graph=True)
+
+    def calls(self) -> dict[str, tuple[int, Callable[[int], object]]]:
+        """For each direction the bytes that it has to move, and the call. The backward pass of a normalisation reads
+        what was normalised, too.
+        """
+        results = [self.forward(inputs, self.gain, "auto") for inputs in self.inputs]
+        count, n = len(self.inputs), self.tensor_bytes
+        return {
+            "forward": (2 * n, lambda i: self.forward(self.inputs[i % count], self.gain, "auto")),
+            "backward": (
+                (2 if self.gain is None else 3) * n,
+                lambda i: self.backward(results[i % count], self.inputs[i % count], self.gain),
+            ),
+        }
+
+    def errors(self) -> dict[str, tuple[float, float]]:
+        """For each direction the relative error, and the one allowed."""
+        exact, eager, found = (self._results(dtype, impl) for dtype, impl in _WAYS)
+        return {
+            name: (_error(found[name], exact[name]), ERROR_FACTOR * _error(eager[name], exact[name])) for name in exact
+        }
+
+    def _results(self, dtype: torch.dtype, impl: Impl) -> dict[str, tuple[Tensor, ...]]:
+        inputs = [x.detach().to(dtype).requires_grad_() for x in self.inputs[0]]
+        gain = None if self.gain is None else self.gain.detach().to(dtype).requires_grad_()
+        results = self.forward(inputs, gain, impl)
+        return {"forward": results, "backward": self.backward(results, inputs, gain)}
+
+
+_WAYS: tuple[tuple[torch.dtype, Impl], ...] = ((torch.float64, "eager"), (DTYPE, "eager"), (DTYPE, "auto"))
+
+
+def _axial(w: Workload) -> AxialRoPE:
+    return AxialRoPE(w.head_dim, w.heads, num_kv_heads=w.kv_heads, axes=len(w.spatial))
+
+
+def _error(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """The largest relative error of several tensors."""
+    pairs = zip(found, exact, strict=True)
+    return max(float((x.detach().double() - y.detach()).norm() / y.detach().norm()) for x, y in pairs)
+
+
+def measure(workload: Workload, norm: str, rates: Rates, budget_s: float, device: torch.device) -> Iterator[Row]:
+    problem = Problem(workload, norm, device)
+    errors, calls = problem.errors(), problem.calls()
+    rows = {name: Row(workload.name, norm, name, size, *errors[name]) for name, (size, _) in calls.items()}
+    for row in rows.values():
+        if not (math.isfinite(row.allowed) and row.error <= row.allowed):
+            row.failure = f"wrong result, relative error {row.error:.2g} > {row.allowed:.2g}"
+    correct = {name: call for name, (_, call) in calls.items() if rows[name].failure is None}
+    for name, sample in timing.measure(correct, device, budget_s).items():
+        row = rows[name]
+        row.median_ms, row.p10_ms, row.p90_ms = (1e3 * t for t in (sample.median, sample.p10, sample.p90))
+        row.of_copy = row.bytes / sample.median / rates.copy
+    yield from rows.values()
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    lines = [
+        f"| workload | normalisation | pass | ms | p10 - p90 | of copy bandwidth (goal {GOAL:.0%}) |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = [row.workload, row.norm, row.direction]
+        if row.failure or row.median_ms is None or row.of_copy is None:
+            cells += ["-", "-", row.failure or ""]
+        else:
+            cells += [f"{row.median_ms:.3g}", f"{row.p10_ms:.3g} - {row.p90_ms:.3g}", f"{row.of_copy:.0%}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 1 if a result was wrong."""
+    parser = runner.make_parser("rotation", __doc__, budget_s=0.2, timed="each workload and normalisation")
+    parser.add_argument("--workloads", nargs="+", choices=NAMES, default=list(NAMES), help="default: all")
+    args = parser.parse_args(argv)
+    device = torch.device(args.device)
+    report = runner.Report(args, device)
+    rows: list[Row] = []
+    for name in args.workloads:
+        workload = smoke(WORKLOADS[name]) if args.smoke else WORKLOADS[name]
+        for norm in NORMS:
+            rows += measure(workload, norm, report.rates, args.budget_s, device)
+            report.keep(rows=rows)
+    print(report.text(table(rows)))
+    return int(any(row.failure for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(runner.command(main))
