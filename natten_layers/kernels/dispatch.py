@@ -218,7 +218,7 @@ def backward(
 
     Allocates the gradients, delta and the base-2 log-sum-exp, which both may exist in a second, head-major order for
     large windows. For partial sums it also allocates ``slices`` fp32 copies of registers' gradients, under 1 MiB for
-    usual sizes, and with a bias 25 to 50 MiB, more for many heads and chunks of keys. Kernels of fp16 pairs allocate
+    usual sizes, and with a bias 4 to 50 MiB, more for many heads and chunks of keys. Kernels of fp16 pairs allocate
     copies of two of their inputs at a time.
     """
     grad_out, grad_lse = cotangents.grad_out, cotangents.grad_lse

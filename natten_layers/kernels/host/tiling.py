@@ -167,28 +167,32 @@ def columns(kind: Kind, problem: ProblemClass) -> int:
 def room(problem: ProblemClass) -> Room:
     columns = max(sum(column_parts(dim)) for dim in (problem.head_dim, problem.value_dim))
     width = columns * max(problem.element_size // 2, 1)
-    limit = problem.shared_memory
-    if has_operands_in_registers(limit):
-        limit = min(limit, MOST_BESIDE_OPERANDS)
-    return Room(limit, width, problem.element_size, tile_copies(problem.element_size))
+    return Room(problem.shared_memory, width, problem.element_size, tile_copies(problem.element_size))
 
 
 def has_operands_in_registers(limit: int) -> bool:
     """Whether products read both operands from registers on a device with ``limit`` bytes of shared memory a program.
 
-    From compute capability 9.0 on data-centre GPUs read them from shared memory, of which they have 227 KiB; others
-    have 99 KiB, the A100 163.
+    That stands for the compute capability, which tiles do not know: GPUs of data centres from 9.0 on have 227 KiB, an
+    A100 163, others 99 or less.
     """
     return limit < 200 * 2**10
 
 
-MOST_BESIDE_OPERANDS = 99 * 2**10
-"""Bytes of shared memory up to which tiles leave registers for operands. Those that fill the A100's 163 KiB spill: dQ
-of 1024 causal keys of 128 channels 2116 bytes a thread with 128 query rows, and none with 64, which fit here. What that
-costs in time was not measured."""
 MAXNREG_BESIDE_OPERANDS = 168
-"""Hardware registers that a thread needs at least where operands take some. With 96, 256 causal keys of 64 channels
-spill 312 bytes forward and 292 in dQ, with 168 none and 16."""
+"""To what limits of a thread's hardware registers are raised where operands take some. With 96, 256 causal keys of 64
+channels spill 312 bytes forward and 292 in dQ on an A100, with 168 none and 16 (``docs/profiles.md``)."""
+MOST_BESIDE_OPERANDS = 99 * 2**10
+"""Bytes of shared memory for which tiles of register tokens leave registers for operands. Those that fill an A100's 163
+KiB spill 3424 bytes a thread in their gradients, with 40 tokens of 256 channels."""
+
+
+def room_for_registers(problem: ProblemClass) -> Room:
+    """:func:`room` for tiles of register tokens."""
+    space = room(problem)
+    if has_operands_in_registers(space.limit):
+        return space._replace(limit=min(space.limit, MOST_BESIDE_OPERANDS))
+    return space
 
 
 def tile_copies(element_size: int) -> int:
@@ -204,7 +208,8 @@ def rule(kind: Kind, problem: ProblemClass, pack: int | None = None) -> TileConf
 
 def register_tile(problem: ProblemClass, registers: int, kind: Kind = "backward_query") -> int:
     """Register tokens that a kernel takes at a time. The forward kernel takes as many as that of dQ."""
-    tile, space, config = min(max(16, next_power_of_2(registers)), 64), room(problem), rule(kind, problem)
+    tile, config = min(max(16, next_power_of_2(registers)), 64), rule(kind, problem)
+    space = room_for_registers(problem)
     rows = prod(config.tile) * config.pack
     while tile > 16 and shared_memory(kind, rows, tile, 1, space) > space.limit:
         tile //= 2
@@ -213,7 +218,7 @@ def register_tile(problem: ProblemClass, registers: int, kind: Kind = "backward_
 
 def register_block(problem: ProblemClass, registers: int) -> tuple[int, int]:
     """Register tokens, at most ``registers``, and queries that the kernel of their gradients takes at a time."""
-    rows, space = 64 if problem.element_size == 2 else 16, room(problem)
+    rows, space = 64 if problem.element_size == 2 else 16, room_for_registers(problem)
     while register_memory(registers, rows, space.width, space.copies) > space.limit and registers * rows > 256:
         registers, rows = (registers, rows // 2) if rows > 16 else (registers // 2, rows)
     return registers, rows
@@ -313,8 +318,10 @@ def size_of(kind: Kind, lengths: Box, window: int, space: Room, columns: int) ->
     if large:
         # 11x11x11 keys of head dim 64: forward 1.27, dQ 1.15 (128 rows 2.3 and 2.6); 40x40 of 128: 0.33 and 0.37 with
         # 128 rows (64 rows 0.36 and 0.39); dQ of 512 keys on one axis: 0.23 (64 keys a chunk 0.26).
+        # dQ of 1024 causal keys of 128 on an A100 spills 2116 bytes a thread with 128 rows, and none with 64.
         if columns > 64:
-            return Size(128, 64, 8, 3)
+            rows = 64 if kind == "backward_query" and has_operands_in_registers(space.limit) else 128
+            return Size(rows, 64, 8, 3)
         return Size(64, 32, 4, 3) if flat and kind == "backward_query" else Size(64, 64, 4, 3)
     if kind == "backward_query":
         return Size(64, 32, 4, 3, 96 if space.width <= 64 else None)
@@ -357,11 +364,11 @@ def _rule(kind: Kind, lengths: Box, kernel: Box, group: int, pack: int | None, s
     pack = min(pack or packed_heads(group, rows), rows)
     tile, chunk = best_boxes(rows // pack, keys, lengths, kernel, kind == "backward_key")
     skip_mask = inside_share(tile, chunk, kernel) >= INSIDE
-    return TileConfig(tile, chunk, pack, warps, stages, most_registers(size.maxnreg, space), skip_mask)
+    return TileConfig(tile, chunk, pack, warps, stages, register_limit(size.maxnreg, space), skip_mask)
 
 
-def most_registers(maxnreg: int | None, space: Room) -> int | None:
-    """Most hardware registers of a thread, for which ``maxnreg`` is enough where operands lie in shared memory."""
+def register_limit(maxnreg: int | None, space: Room) -> int | None:
+    """``maxnreg``, raised to ``MAXNREG_BESIDE_OPERANDS`` where operands take registers."""
     if maxnreg is not None and has_operands_in_registers(space.limit):
         return max(maxnreg, MAXNREG_BESIDE_OPERANDS)
     return maxnreg
