@@ -288,8 +288,8 @@ def test_rotations_are_a_share_of_the_copy_bandwidth(
     assert [(row["norm"], row["direction"]) for row in rows] == [
         (norm, name) for norm in ("none", "cosine") for name in ("forward", "backward")
     ]
-    elements = rows[0]["bytes"] // 2 // 2
-    assert [row["bytes"] for row in rows] == [2 * n * elements for n in (2, 2, 2, 3)]
+    heads = 96 * (8 + 2) * 16 * 2  # bytes of queries and keys: tokens, heads of both, channels, bf16
+    assert [row["bytes"] for row in rows] == [n * heads for n in (2, 2, 2, 3)]
     assert all((row["of_copy"] is None) == broken for row in rows)
     assert ("wrong result" in capsys.readouterr().out) == broken
 
