@@ -1,7 +1,9 @@
 """Time normalisation and RoPE of queries and keys as a launch of their own: ``python -m benchmarks.rotation --help``.
 
-That is how layers train. The launch and its backward pass read and write memory, so their times are given as a share of
-what a copy of as many bytes takes. A result whose error exceeds twice that of the steps in PyTorch gets no time.
+That is how layers train. Queries and keys are slices of one projection, as layers pass them. The launch and its
+backward pass read and write memory, so their bytes a second are given as a share of those of a large copy. A backward
+pass with gains includes the sum of their gradients over programs. A result whose error exceeds twice that of the steps
+in PyTorch gets no time.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from .runner import Rates
 from .workloads import DTYPE, WORKLOADS, Workload, smoke
 
 NAMES = ("hdit-l0", "hdit-gqa", "flux-4k", "hunyuan", "mistral")
-NORMS = "none", "cosine"
+NORMS = "none", "cosine", "rms"
 GOAL = 0.85
 """of the copy bandwidth"""
 
@@ -55,18 +57,19 @@ class Problem:
         w = workload
         rope = RoPE(w.head_dim) if len(w.spatial) == 1 else _axial(w)
         self.rope, self.positions = rope.to(device), None if len(w.spatial) == 1 else positions_of(w.spatial, device)
-        gain = torch.full((w.heads,), 10.0, device=device, dtype=DTYPE)
-        self.gain = gain.requires_grad_() if norm == "cosine" else None
+        self.norm = _head_norm(w, norm, device)
         generator = torch.Generator(device).manual_seed(0)
 
         def draw(heads: int) -> Tensor:
             shape = w.batch, *w.spatial, heads, w.head_dim
             return torch.randn(shape, device=device, dtype=DTYPE, generator=generator)
 
+        heads = w.heads, w.kv_heads
         # So many copies that none is still in the L2 cache when it is used again.
         copies = 2 if device.type == "cuda" else 1
-        self.inputs = [tuple(draw(n).requires_grad_() for n in (w.heads, w.kv_heads)) for _ in range(copies)]
-        self.grads = tuple(draw(n) for n in (w.heads, w.kv_heads))
+        projections = [draw(w.heads + 2 * w.kv_heads) for _ in range(copies)]
+        self.inputs = [_leaves(x.split((*heads, w.kv_heads), -2)[:2]) for x in projections]
+        self.grads = tuple(map(draw, heads))
 
     @property
     def tensor_bytes(self) -> int:
@@ -78,29 +81,27 @@ class Problem:
         return angles_of(self.rope, query, key, self.positions)
 
     def forward(
-        self, inputs: Sequence[Tensor], gain: Tensor | None, angles: Angles | None, impl: Impl
+        self, inputs: Sequence[Tensor], norm: HeadNorm | None, angles: Angles | None, impl: Impl
     ) -> tuple[Tensor, Tensor]:
         query, key = inputs
-        norm = None if gain is None else HeadNorm("cosine", gain, None)
         return normalize_and_rotate(query, key, norm, angles, impl=impl)
 
-    def backward(self, results: Sequence[Tensor], inputs: Sequence[Tensor], gain: Tensor | None) -> tuple[Tensor, ...]:
-        leaves = [*inputs, *([] if gain is None else [gain])]
+    def backward(self, results: Sequence[Tensor], inputs: Sequence[Tensor], norm: HeadNorm | None) -> Sequence[Tensor]:
         grads = [x.to(result.dtype) for x, result in zip(self.grads, results, strict=True)]
-        return torch.autograd.grad(results, leaves, grads, retain_graph=True)
+        return torch.autograd.grad(results, [*inputs, *_gains(norm)], grads, retain_graph=True)
 
     def calls(self) -> dict[str, tuple[int, Callable[[int], object]]]:
         """For each direction the bytes that it has to move, and the call. The backward pass of a normalisation reads
         what was normalised, too.
         """
         angles = self.angles(self.inputs[0])  # once, as positions are no part of the launch
-        results = [self.forward(inputs, self.gain, angles, "auto") for inputs in self.inputs]
+        results = [self.forward(inputs, self.norm, angles, "auto") for inputs in self.inputs]
         count, n = len(self.inputs), self.tensor_bytes
         return {
-            "forward": (2 * n, lambda i: self.forward(self.inputs[i % count], self.gain, angles, "auto")),
+            "forward": (2 * n, lambda i: self.forward(self.inputs[i % count], self.norm, angles, "auto")),
             "backward": (
-                (2 if self.gain is None else 3) * n,
-                lambda i: self.backward(results[i % count], self.inputs[i % count], self.gain),
+                (2 if self.norm is None else 3) * n,
+                lambda i: self.backward(results[i % count], self.inputs[i % count], self.norm),
             ),
         }
 
@@ -111,11 +112,14 @@ class Problem:
             name: (_error(found[name], exact[name]), ERROR_FACTOR * _error(eager[name], exact[name])) for name in exact
         }
 
-    def _results(self, dtype: torch.dtype, impl: Impl) -> dict[str, tuple[Tensor, ...]]:
-        inputs = [x.detach().to(dtype).requires_grad_() for x in self.inputs[0]]
-        gain = None if self.gain is None else self.gain.detach().to(dtype).requires_grad_()
-        results = self.forward(inputs, gain, self.angles(inputs), impl)
-        return {"forward": results, "backward": self.backward(results, inputs, gain)}
+    def _results(self, dtype: torch.dtype, impl: Impl) -> dict[str, Sequence[Tensor]]:
+        inputs = _leaves([x.to(dtype) for x in self.inputs[0]])
+        norm = None
+        if self.norm is not None:
+            gains = [None if x is None else x.detach().to(dtype).requires_grad_() for x in self.norm[1:3]]
+            norm = HeadNorm(self.norm.kind, gains[0], gains[1])
+        results = self.forward(inputs, norm, self.angles(inputs), impl)
+        return {"forward": results, "backward": self.backward(results, inputs, norm)}
 
 
 _WAYS: tuple[tuple[torch.dtype, Impl], ...] = ((torch.float64, "eager"), (DTYPE, "eager"), (DTYPE, "auto"))
@@ -123,6 +127,25 @@ _WAYS: tuple[tuple[torch.dtype, Impl], ...] = ((torch.float64, "eager"), (DTYPE,
 
 def _axial(w: Workload) -> AxialRoPE:
     return AxialRoPE(w.head_dim, w.heads, num_kv_heads=w.kv_heads, axes=len(w.spatial))
+
+
+def _leaves(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The tensors with their strides, and gradients of their own."""
+    return [x.detach().requires_grad_() for x in tensors]
+
+
+def _head_norm(w: Workload, kind: str, device: torch.device) -> HeadNorm | None:
+    """A normalisation whose gains are those that layers start with."""
+    if kind == "cosine":
+        return HeadNorm(kind, torch.full((w.heads,), 10.0, device=device, dtype=DTYPE).requires_grad_(), None)
+    if kind == "rms":
+        query_gain, key_gain = _leaves([torch.ones(w.head_dim, device=device, dtype=DTYPE)] * 2)
+        return HeadNorm(kind, query_gain, key_gain)
+    return None
+
+
+def _gains(norm: HeadNorm | None) -> list[Tensor]:
+    return [] if norm is None else [x for x in norm[1:3] if x is not None]
 
 
 def _error(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:

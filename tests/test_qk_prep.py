@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -265,15 +266,24 @@ def test_a_layer_of_a_video_is_timed(tmp_path: Path) -> None:
     path = tmp_path / "module.json"
     flags = ["--smoke", "--device", DEVICE, "--workloads", "hunyuan", "--budget-s", "0", "--out", str(path)]
     assert module.main(flags) == 0
-    assert all(row["times_bare"] > 0 for row in json.loads(path.read_text())["rows"])
+    times = [row["times_bare"] for row in json.loads(path.read_text())["rows"]]
+    assert len(times) == 3
+    assert min(times) > 0
     corners = module.positions_of((2, 3, 4), torch.device("cpu")).reshape(-1, 3)[[0, -1]]
     assert corners.tolist() == [[-1, -1, -1], [1, 1, 1]]
 
 
+@pytest.mark.parametrize(("name", "heads"), [("mistral", 96 * (8 + 2) * 16), ("hunyuan", 4 * 8 * 8 * (2 + 2) * 16)])
 @pytest.mark.parametrize("broken", [False, True])
 def test_rotations_are_a_share_of_the_copy_bandwidth(
-    broken: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    broken: bool,
+    name: str,
+    heads: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """``heads`` are the elements of queries and keys: tokens, heads of both, channels."""
     if broken:  # only what is timed, not what it is compared with
         right = rotation.normalize_and_rotate
 
@@ -282,15 +292,17 @@ def test_rotations_are_a_share_of_the_copy_bandwidth(
 
         monkeypatch.setattr(rotation, "normalize_and_rotate", wrong)
     path = tmp_path / "rotation.json"
-    flags = ["--smoke", "--device", DEVICE, "--workloads", "mistral", "--budget-s", "0", "--out", str(path)]
+    flags = ["--smoke", "--device", DEVICE, "--workloads", name, "--budget-s", "0", "--out", str(path)]
     assert rotation.main(flags) == broken
-    rows = json.loads(path.read_text())["rows"]
-    assert [(row["norm"], row["direction"]) for row in rows] == [
-        (norm, name) for norm in ("none", "cosine") for name in ("forward", "backward")
-    ]
-    heads = 96 * (8 + 2) * 16 * 2  # bytes of queries and keys: tokens, heads of both, channels, bf16
-    assert [row["bytes"] for row in rows] == [n * heads for n in (2, 2, 2, 3)]
-    assert all((row["of_copy"] is None) == broken for row in rows)
+    report = json.loads(path.read_text())
+    rows = report["rows"]
+    norms = "none", "cosine", "rms"
+    passes = "forward", "backward"
+    assert [(row["norm"], row["direction"]) for row in rows] == list(itertools.product(norms, passes))
+    assert [row["bytes"] for row in rows] == [n * 2 * heads for n in (2, 2, 2, 3, 2, 3)]  # bf16
+    for row in rows:
+        rate = None if broken else row["bytes"] / (1e-3 * row["median_ms"])
+        assert row["of_copy"] == (None if rate is None else pytest.approx(rate / report["rates"]["copy"]))
     assert ("wrong result" in capsys.readouterr().out) == broken
 
 
