@@ -111,12 +111,30 @@ ROUNDING = {torch.float32: 4e-7, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 )
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_fused_matches_pytorch_in_double(case: PrepCase, dtype: torch.dtype) -> None:
-    """The error is at most twice that of PyTorch in the same precision, or about one rounding."""
+    """The error is at most twice that of PyTorch in the same precision, or about one rounding. Of gains, whose few
+    gradients are sums over all tokens, it is luck how much of it cancels: three times that of PyTorch.
+    """
     exact = evaluate(case, torch.float64, "eager", dtype)
     eager, fused = (evaluate(case, dtype, impl, dtype) for impl in ("eager", "fused"))
     for name, expected in exact.items():
-        allowed = max(2 * error(eager[name], expected), ROUNDING[dtype])
+        factor = 3 if name.endswith("gain") else 2
+        allowed = max(factor * error(eager[name], expected), ROUNDING[dtype])
         assert error(fused[name], expected) <= allowed, f"{name}: {error(fused[name], expected):.2e} > {allowed:.2e}"
+
+
+@pytest.mark.parametrize("kind", ["rms", "cosine"])
+def test_gains_have_gradients_without_eps(kind: Literal["rms", "cosine"]) -> None:
+    """Rows behind the last token are zeros, of which nothing is normalised."""
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(1, 33, 2, 16, generator=generator).to(DEVICE).requires_grad_() for _ in range(2))
+    gains = [torch.ones(16 if kind == "rms" else 2, device=DEVICE, requires_grad=True) for _ in range(2)]
+    grads = []
+    for impl in ("eager", "fused"):
+        norm = HeadNorm(kind, gains[0], gains[1] if kind == "rms" else None, eps=0.0)
+        results = normalize_and_rotate(query, key, norm, None, impl=impl)  # pyright: ignore[reportArgumentType]
+        leaves = [query, key, *gains[: 2 if kind == "rms" else 1]]
+        grads.append(torch.autograd.grad([x.square().sum() for x in results], leaves))
+    torch.testing.assert_close(*grads)
 
 
 def evaluate_far(impl: str) -> Tensor:
