@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from math import ceil, prod
 from pathlib import Path
 from typing import get_args
@@ -126,8 +127,11 @@ memory, and before what reads or overwrites it by another way (TMA, tensor cores
 PTXAS_LOG = "ptxas.log"
 MOST_SPILLED = {"portable": 480, "sm90-large": 512, "sm90-medium": 256, "sm90-small": 128}
 """Bytes that a thread of a kernel of each part may spill, a little more than there are with Triton 3.7's ptxas."""
-SPILLING = {"repair_kernel"}
-"""Kernels that may spill more, as they have nothing to do unless a result is not finite."""
+SPILLING = {"repair_kernel": 1200}
+"""Bytes of kernels that may spill more, as they have nothing to do unless a result is not finite."""
+SPILLING_ON_SM90 = {"forward_kernel": 760, "backward_register_kernel": 2400}
+"""Bytes of portable kernels that spill more on 9.0, where others take their place: with biases and a mask, and of 40
+register tokens of 256 channels."""
 
 
 def unfenced_copies(ptx: str) -> list[str]:
@@ -172,14 +176,16 @@ def test_copies_without_a_fence_are_found(lines: list[str], count: int) -> None:
 def test_kernels_compile(capability: int, tmp_path: Path) -> None:
     (compiled,) = compiled_offline((capability,), "portable", tmp_path)
     assert set(compiled) == set(KERNELS)
-    assert compiled.count("forward_kernel") == (8 if capability == 90 else 7)
+    assert compiled.count("forward_kernel") == (9 if capability == 90 else 8)
+    if capability == 90:
+        check_spills("portable", tmp_path, SPILLING_ON_SM90)
 
 
 def test_kernels_compile_for_less_shared_memory(tmp_path: Path) -> None:
     """For 8.0, and those that take other tiles for 8.6. The rest is the same code, as the script checks, too."""
     all_kernels, smaller = compiled_offline((80, 86), "portable", tmp_path)
     assert set(all_kernels) == set(KERNELS)
-    assert all_kernels.count("forward_kernel") == 7
+    assert all_kernels.count("forward_kernel") == 8
     assert len(smaller) == 11
     assert smaller.count("forward_kernel") == 3
     check_spills("portable", tmp_path)
@@ -197,13 +203,13 @@ def test_sm90_kernels_compile(windows: str, tmp_path: Path) -> None:
     check_spills(f"sm90-{windows}", tmp_path)
 
 
-def check_spills(part: str, cache: Path) -> None:
+def check_spills(part: str, cache: Path, exceptions: Mapping[str, int] = SPILLING) -> None:
     """Check that no kernel of a part spills many registers, with the release of Triton that the limits are from."""
     most = most_spilled(cache)
-    assert most
+    assert set(KERNELS if part == "portable" else SM90_KERNELS[part.removeprefix("sm90-")]) <= set(most)
     if not triton.__version__.startswith("3.7."):
         return
-    assert {name: n for name, n in most.items() if n > MOST_SPILLED[part] and name not in SPILLING} == {}
+    assert {name: n for name, n in most.items() if n > exceptions.get(name, MOST_SPILLED[part])} == {}
 
 
 def compiled_offline(capabilities: tuple[int, ...], part: str, cache: Path) -> list[list[str]]:
@@ -216,8 +222,8 @@ def compiled_offline(capabilities: tuple[int, ...], part: str, cache: Path) -> l
     command = [sys.executable, str(script), ",".join(map(str, capabilities)), part]
     done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
-    (cache / PTXAS_LOG).write_text(done.stdout)
-    return [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("kernels:")]
+    (cache / PTXAS_LOG).write_text(done.stdout.split("kernels that spill:")[0])
+    return [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("kernels: ")]
 
 
 def most_spilled(cache: Path) -> dict[str, int]:
