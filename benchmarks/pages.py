@@ -239,6 +239,16 @@ def _layer() -> list[str]:
     return _table(["workload", "operation, ms", "with normalisation and RoPE, ms", "ratio"], map(cells, layers))
 
 
+def _rotation() -> list[str]:
+    passes: dict[tuple[str, str], list[str]] = {}
+    for row in _timed("rotation"):  # a forward pass, then its backward pass
+        passes.setdefault((row["workload"], row["norm"]), []).extend(
+            [f"{row['median_ms']:.3f}", f"{row['of_copy']:.0%}"]
+        )
+    head = ["workload", "normalisation", "forward, ms", "of copy bandwidth", "backward, ms", "of copy bandwidth"]
+    return _table(head, [[*names, *cells] for names, cells in passes.items()])
+
+
 def _models() -> list[str]:
     rows = [row for name in ("step-hdit-flowers-compiled", "step-mistral-block") for row in _timed(name)]
 
@@ -343,6 +353,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "packed": partial(_grid, "windows", ", packed", PACKED),
     "bias": partial(_grid, "bias", "", BIAS),
     "layer": _layer,
+    "rotation": _rotation,
     "models": _models,
     "decode": _decode,
     "generation": _generation,
