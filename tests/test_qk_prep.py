@@ -23,6 +23,8 @@ from natten_layers.operations import Impl
 
 pytest.importorskip("triton")
 
+from natten_layers.kernels.portable import qk_prep as kernels
+
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 pytestmark = [pytest.mark.gpu] if ON_GPU else []
@@ -120,6 +122,34 @@ def test_fused_matches_pytorch_in_double(case: PrepCase, dtype: torch.dtype) -> 
         factor = 3 if name.endswith("gain") else 2
         allowed = max(factor * error(eager[name], expected), ROUNDING[dtype])
         assert error(fused[name], expected) <= allowed, f"{name}: {error(fused[name], expected):.2e} > {allowed:.2e}"
+
+
+SHARED = ("cosine-axial-batched", "rms-axial-3d", "rms-video")
+
+
+@pytest.mark.parametrize("programs", [1, 7])
+@pytest.mark.parametrize("case", [case for case in CASES if case.name in SHARED], ids=str)
+def test_few_programs_compute_many_tiles(programs: int, case: PrepCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs take several heads or images, and several tiles, of which the last ones may lie behind the tokens."""
+    many = evaluate(case, torch.float32, "fused", torch.float32)
+    monkeypatch.setattr(kernels, "PROGRAMS", dict.fromkeys(kernels.PROGRAMS, programs))
+    monkeypatch.setattr(kernels, "PROGRAMS_WITH_SUMS", programs)
+    monkeypatch.setattr(kernels, "ELEMENTS", 256)
+    blocks: list[kernels.Blocks] = []
+    divide = kernels._blocks
+    monkeypatch.setattr(kernels, "_blocks", lambda *a, **k: blocks.append(divide(*a, **k)) or blocks[-1])
+    few = evaluate(case, torch.float32, "fused", torch.float32)
+    assert programs > 1 or all(b.runs == b.spans == 1 and b.span > 1 for b in blocks)
+    assert len(blocks) == 2
+    for name, expected in many.items():
+        assert error(few[name], expected) < 1e-6, name
+
+
+def test_parts_of_heads_have_few_empty_columns() -> None:
+    """Pairs, and what is not rotated: none, half, all, an LTX head, and three axes of 24 to 128 channels."""
+    heads = [(0, 64), (16, 32), (64, 0), (32, 64), (8, 8), (6, 12), (15, 34), (24, 48), (30, 68), (1, 254)]
+    columns = [64, 16, 64, 32, 16, 16, 16, 32, 32, 64]
+    assert [kernels.part_columns(*head) for head in heads] == columns
 
 
 @pytest.mark.parametrize("kind", ["rms", "cosine"])
