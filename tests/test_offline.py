@@ -31,8 +31,10 @@ from natten_layers.kernels.host.tiling import (
     column_parts,
     executed,
     fit,
+    has_operands_in_registers,
     packed_heads,
     register_block,
+    register_limit,
     register_memory,
     register_tile,
     room,
@@ -351,6 +353,15 @@ def test_gradients_of_registers_fit_into_shared_memory(limit: int, head_dim: int
     assert register_block(problem, 16)[0] == 16
     assert register_memory(64, 64, 256) >= 263168  # what ptxas asked for, for an H100
     assert register_memory(64, 16, 512, copies=2) >= 360704
+
+
+def test_operands_have_room_in_registers_where_products_read_them_from_there() -> None:
+    """An RTX 4090 and an A100 raise limits of a thread's hardware registers, an H200 keeps them."""
+    rooms = [Room(limit * 1024, 64, 2) for limit in (99, 163, 227)]
+    assert [has_operands_in_registers(each.limit) for each in rooms] == [True, True, False]
+    assert [register_limit(96, each) for each in rooms] == [168, 168, 96]
+    assert [register_limit(200, each) for each in rooms] == [200, 200, 200]
+    assert [register_limit(None, each) for each in rooms] == [None, None, None]
 
 
 LIMITS = (99 * 1024, 163 * 1024, 227 * 1024)
