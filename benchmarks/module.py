@@ -25,9 +25,14 @@ from natten_layers.operations import Impl
 
 from . import runner, timing
 from .check import ERROR_FACTOR, Reference
-from .workloads import DTYPE, WORKLOADS, Inputs, Workload, smoke
+from .shapes import CENSUS
+from .workloads import DTYPE, Inputs, Workload, smoke
+from .workloads import WORKLOADS as ANCHORS
 
-NAMES = ("hdit-l0", "hdit-l1", "hdit-gqa", "flux-4k", "hunyuan")
+WORKLOADS = {
+    name: (ANCHORS | CENSUS)[name]
+    for name in ("hdit-l0", "hdit-l1", "hdit-gqa", "flux-4k", "hunyuan", "mid-2d", "sdxl-80", "video-3x5x5")
+}
 GOAL = 1.4
 """times the bare operation"""
 
@@ -165,7 +170,7 @@ def compile_ahead(workload: Workload, device: torch.device) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 1 if a result was wrong."""
     parser = runner.make_parser("module", __doc__, budget_s=0.5, timed="each workload", jobs=True)
-    parser.add_argument("--workloads", nargs="+", choices=NAMES, default=list(NAMES), help="default: all")
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), help="default: all")
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     workloads = [smoke(WORKLOADS[name]) if args.smoke else WORKLOADS[name] for name in args.workloads]

@@ -38,7 +38,7 @@ CENSUS = {
         Workload("mimo", 1, (16384,), 64, 8, 192, (128,), causal=True, value_dim=128, learned_sink=True),
         # StarCoder2 3B: bigcode/starcoder2-3b, config.json: 24 heads over 2, sliding_window 4096.
         Workload("starcoder2", 1, (16384,), 24, 2, 128, (4096,), causal=True),
-        # Multi-query with 16 heads over one, head dim 64, in fp16 batches: SantaCoder's heads
+        # Multi-query with 16 heads over one, head dim 128, in fp16 batches: SantaCoder's heads
         # (bigcode/santacoder, config.json), with a window of 256.
         Workload("multi-query", 16, (2048,), 16, 1, 128, (256,), causal=True, dtype=FP16),
         # Three keys: the shortest window that is more than a shift, as in hybrids that mix locally.

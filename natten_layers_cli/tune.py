@@ -5,12 +5,14 @@
     natten-layers-tune --model gpu-demo                                      a preset of natten-layers-train-hdit
     natten-layers-tune 8192 --model mistralai/                               a directory of Hugging Face's, each window
 
-First all kernels that can compute a call are timed, each with its own tiles, for the forward pass, without gradients,
-and for each gradient by itself. Where a portable kernel is the fastest, its tiles are searched. A call never searches;
-without this command kernels and tiles are chosen by rule. Results are saved in ``configs.json`` in
-``$NATTEN_LAYERS_CACHE`` or the user's cache folder. Processes that start afterwards use them for every call with these
-lengths, window, query heads per KV head, head dim and dtype on this kind of GPU. Kernels and tiles are saved only if
-their results agree with those of the rule's. Delete the file to go back to the rule.
+First all kernels that can compute a call are timed, each with its own tiles: for the forward pass without gradients,
+for the gradient of queries, for that of keys and values, and with ``--kernels jvp`` for forward mode. Gradients of
+registers and of a bias take the kernel that those of keys and values take, if it computes them. Where a portable kernel
+is the fastest, its tiles are searched. A call never searches; without this command kernels and tiles are chosen by
+rule. Results are saved in ``configs.json`` in ``$NATTEN_LAYERS_CACHE`` or the user's cache folder. Processes that start
+afterwards use them for every call with these lengths, window, query heads per KV head, head dim and dtype on this kind
+of GPU. Kernels and tiles are saved only if their results agree with those of the rule's. Delete the file to go back to
+the rule.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from torch import Tensor
 from natten_layers.arguments import prepare
 from natten_layers.io.files import naming, read_json
 from natten_layers.io.hf_config import config_from_hf
-from natten_layers.kernels.host.problem import Inputs, Options, device_traits, problem_of, three_axes
+from natten_layers.kernels.host.problem import Inputs, Options, contiguous, device_traits, problem_of, three_axes
 from natten_layers.kernels.host.tiling import Kind, ProblemClass, TileConfig
 from natten_layers.kernels.host.tuned import cache_file, read_tuned, write_tuned
 from natten_layers.kernels.host.variant import Question
@@ -244,15 +246,18 @@ def _problem_class(call: Call, query: Tensor) -> ProblemClass:
 
 
 def _questions(call: Call, heads: Sequence[Tensor]) -> dict[Kind, Question]:
-    """What is asked about each kernel of a call that is trained."""
+    """What is asked about each kernel of a call."""
     query, key, value = heads
     rank = len(call.tokens)
     options = Options(
         None, call.kernel_size, (1,) * rank, call.dilation, (call.is_causal,) * rank, 1.0, call.is_periodic
     )
-    problem = problem_of(Inputs(query, key, value), options)
+    inputs = Inputs(query, key, value)
+    problem = problem_of(inputs, options)
+    tangents = tuple(None if x is None else contiguous(x.shape) for x in inputs.addressed)
     return {
         "forward": Question(problem),
+        "jvp": Question(problem, True, tangents=tangents),
         **dict.fromkeys(("backward_query", "backward_key"), Question(problem, True, problem.query)),
     }
 
@@ -261,7 +266,8 @@ def _kinds(args: argparse.Namespace, questions: Mapping[Kind, Question]) -> list
     """The kernels to search: without those that this call does not use, as kernels without tuned tiles replace them."""
     from natten_layers.kernels.dispatch import choose  # imports Triton, which is installed, as a call has run
 
-    taken = [kind for kind, question in questions.items() if not choose(kind, question).is_portable]
+    asked = ((kind, questions[kind]) for kind in args.kernels)
+    taken = [kind for kind, question in asked if not choose(kind, question).is_portable]
     if taken:
         print(f"{', '.join(taken)}: windows of this size have kernels of their own on this GPU")
     return [kind for kind in args.kernels if kind not in taken]

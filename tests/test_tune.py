@@ -10,7 +10,7 @@ from dataclasses import replace
 from itertools import islice, product
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from natten_layers import explain, neighborhood_attention, tune
 from natten_layers.kernels.host import tuned
-from natten_layers.kernels.host.problem import device_traits
+from natten_layers.kernels.host.problem import contiguous, device_traits
 from natten_layers.kernels.host.qk_prep import QKPrepKind
 from natten_layers.kernels.host.tiling import Kind, ProblemClass, TileConfig, rule
 from natten_layers.kernels.host.variant import Question
@@ -150,7 +150,7 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> None:
         "pays": lambda question: "the next is expected to be faster",
         "supports": lambda question: "it takes no additional keys" if question.problem.registers else None,
     }
-    for direction in ("forward", "backward_query", "backward_key"):
+    for direction in get_args(Kind):
         (*others, general) = dispatch.VARIANTS[direction]
         monkeypatch.setitem(dispatch.VARIANTS, direction, (*others, replace(general, **changes), general))  # pyright: ignore[reportArgumentType]
     tuned.forget()
@@ -203,6 +203,29 @@ def test_the_fastest_variants_are_remembered(
     assert set(kernels_of().values()) == {"portable"}  # a variant that this version does not have
 
 
+def test_the_fastest_variant_of_forward_mode_is_remembered(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made_up(monkeypatch)
+    launched: list[str] = []
+    (*others, wanted, general) = dispatch.VARIANTS["jvp"]
+
+    def run(*args: Any) -> Any:
+        launched.append(wanted.name)
+        return wanted.run(*args)
+
+    variants = (*others, replace(wanted, run=run), general)
+    monkeypatch.setitem(dispatch.VARIANTS, "jvp", variants)  # pyright: ignore[reportArgumentType]
+    assert command.main([*TINY_FLAGS, "--kernels", "jvp", "--trials", "1"], timer=prefers("made up")) == 0
+    assert "jvp: 2.00x with made up" in capsys.readouterr().out
+    assert {kind: name for (kind, _), name in tuned.read_tuned(cache).variants.items()} == {"jvp": "made up"}
+    launched.clear()
+    inputs = make_inputs(TINY, DEVICE)
+    qkv = tuple(inputs[name] for name in ("query", "key", "value"))
+    torch.func.jvp(lambda q, k, v: neighborhood_attention(q, k, v, 3, impl="fused"), qkv, qkv)
+    assert launched == ["made up"]
+
+
 def test_a_variant_with_wrong_results_is_not_chosen(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made_up(monkeypatch)
     (*_, wrong, general) = dispatch.VARIANTS["forward"]
@@ -226,6 +249,8 @@ def test_variants_that_can_compute_a_kernel(monkeypatch: pytest.MonkeyPatch) -> 
     for kind, chosen_first in first.items():
         assert tune.rivals(kind, Question(image, True, image.query)) == [*chosen_first, large, "portable"]
         assert tune.rivals(kind, Question(text, True, text.query)) == [large, medium, "portable"]
+    moving = *(contiguous(x.shape) for x in (image.query, image.key, image.value)), None, None
+    assert tune.rivals("jvp", Question(image, True, tangents=moving)) == [medium, "portable"]
     for query, key in product(tune.rivals("backward_query", Question(image, True, image.query)), repeat=2):
         with tuned.override(variants={"backward_query": query, "backward_key": key}):
             chosen = dispatch.choose_backward(Question(image, True, image.query))
