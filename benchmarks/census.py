@@ -58,7 +58,6 @@ def main(argv: list[str] | None = None) -> int:
     flags = ["--mode", args.mode, "--peers", ",".join(args.peers), *(["--portable"] if args.portable else [])]
     runner.compile_in_processes("census", args, args.rows, lambda share: [*flags, "--rows", ",".join(share)])
     report = runner.Report(args, device)
-    report.keep(rows=[])
     rows: list[Timed] = []
     skipped: list[str] = []
     for name, workload in workloads.items():
@@ -67,12 +66,13 @@ def main(argv: list[str] | None = None) -> int:
             continue
         rows += timed(workload, args, report.rates, device)
         report.keep(rows=as_records(rows))
+    if not rows:
+        print(runner.no_time(args), file=sys.stderr)
+        return 1
     report.keep(skipped=skipped)
     late = [f"\nout of time before {', '.join(skipped)}"] if skipped else []
     print(report.text([*table(rows, workloads), *summary(as_records(rows)), *late]))
-    if not rows:
-        print(runner.no_time(args), file=sys.stderr)
-    return int(failed(rows) or not rows)
+    return int(failed(rows))
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

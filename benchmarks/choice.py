@@ -76,7 +76,6 @@ def main(argv: list[str] | None = None) -> int:
     numbers = list(map(str, args.problems))
     runner.compile_in_processes("choice", args, numbers, lambda share: [*flags, "--problems", ",".join(share)])
     report = runner.Report(args, device)
-    report.keep(rows=[], regrets=[])
     rows: list[Row] = []
     found: list[Regret] = []
     skipped: list[str] = []
@@ -92,12 +91,13 @@ def main(argv: list[str] | None = None) -> int:
             rows += timed
             found += regrets(census.shape(workload), timed, known)
         report.keep(rows=rows, regrets=[{**asdict(one), "ratio": one.ratio} for one in found])
+    if not rows:
+        print(runner.no_time(args), file=sys.stderr)
+        return 1
     report.keep(skipped=skipped)
     late = [f"\nout of time before {', '.join(skipped)}"] if skipped else []
     print(report.text([*table(found), *runner.failures(rows), *late]))
-    if not rows:
-        print(runner.no_time(args), file=sys.stderr)
-    return int(not rows or any(row.failure for row in rows if row.implementation == CHOSEN))
+    return int(any(row.failure for row in rows if row.implementation == CHOSEN))
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

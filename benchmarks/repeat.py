@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
 def _measure(args: argparse.Namespace) -> dict[str, Any]:
     device = torch.device(args.device)
     report = runner.Report(args, device)
-    report.keep(rows=[])
+    report.parts["rows"] = []
     for workload, group in itertools.product(WORKLOADS, GROUPS):
         small = smoke(workload) if args.smoke else workload
         heads = max(group, small.heads)

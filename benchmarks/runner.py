@@ -376,8 +376,11 @@ def add_limit(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def no_time(args: argparse.Namespace) -> str:
-    """What a command says that has a table without rows."""
-    return f"error: nothing was timed: --limit-s {args.limit_s:g}, which includes compiling, was over before the first"
+    """What a command says that has no row for a table."""
+    return (
+        f"error: nothing was timed, and nothing written: --limit-s {args.limit_s:g}, which includes compiling, was "
+        "over before the first"
+    )
 
 
 def save(report: dict[str, Any], path: Path) -> None:

@@ -68,6 +68,7 @@ from natten_layers.kernels.sm90.small_tiling import (
     binary_parts,
     cut,
     key_tile_shift,
+    no_small_tiles,
     rolling_tile_config,
     small_dkv_tile_config,
     small_dq_tile_config,
@@ -567,6 +568,13 @@ def test_tiles_end_with_the_frames_of_a_video(monkeypatch: pytest.MonkeyPatch) -
     assert even is not None
     assert even.tile[0] == 2
     assert tile_config_for(9) is None  # 9 frames allow only tiles of one frame, which do not fit
+
+
+def test_why_there_are_no_tiles_says_how_many_keys_would_have_to_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2x8 queries of four heads see 22x28 keys of 21x21 windows, in boxes of 32 columns."""
+    wide = problem_of_image(monkeypatch, kernel_size=(21, 21))
+    assert small_tile_config(wide) is None
+    assert no_small_tiles(wide) == f"no tiles: 64 query rows see at least {22 * 32} keys, whose scores do not fit"
 
 
 def test_descriptors_are_what_their_constructor_makes() -> None:

@@ -468,7 +468,8 @@ def test_calls_of_models(tmp_path: Path) -> None:
         ),
         (HDIT, ["16x16"], "image height 16 has 4 tokens on level 0, fewer than kernel_size * dilation = 5 * 1"),
         (MISTRAL, ["9x9"], "one length"),
-        (MISTRAL, ["8"], "no layer"),
+        (MISTRAL, ["8"], "no layer of the model has windows, or none smaller than 8"),
+        (MISTRAL | {"sliding_window": None}, [], "no layer of the model has windows, or none smaller than the images"),
         ({"model_type": "mistral"}, [], "config.json"),
     ],
 )

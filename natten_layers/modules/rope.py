@@ -229,10 +229,12 @@ def _angle_dtype(query: Tensor) -> torch.dtype:
 class AxialRoPE(Rotary):
     """Rotary embedding over real-valued coordinates, with its own frequencies for every head.
 
-    With ``n = head_dim // (4 * axes)`` frequencies per head and axis, the first ``2 * axes * n`` elements of a head
-    are rotated (half of it). All frequencies are ``exp(linspace(ln pi, ln 10 pi, num_heads * n + 1)[:-1])``; head
-    ``h`` takes elements ``j * num_heads + h``. A group of query heads that shares a KV head has the group's first
-    query head's frequencies. Two axes are HDiT's embedding (Crowson et al. 2024, https://arxiv.org/abs/2401.11605).
+    With ``n = head_dim // (4 * axes)`` frequencies per head and axis, the first ``2 * axes * n`` elements of a head are
+    rotated (half of it, or somewhat less where ``4 * axes`` does not divide it). All frequencies are ``exp(linspace(ln
+    pi, ln 10 pi, num_heads * n + 1)[:-1])``; head ``h`` takes elements ``j * num_heads + h``. A group of query heads
+    that shares a KV head has the group's first query head's frequencies. Two axes are HDiT's embedding (Crowson et al.
+    2024, https://arxiv.org/abs/2401.11605).
+
     The frequencies are for coordinates from about -1 to 1: divide degrees of longitude by 180, or give ``freqs``.
 
     Args:

@@ -194,6 +194,18 @@ def small_tile_config(problem: Problem, pack: int | None = None, with_stats: boo
     return min((x for x in configs if x.maxnreg and _fits(problem, x)), key=_small_cost, default=None)
 
 
+def no_small_tiles(problem: Problem, pack: int | None = None) -> str:
+    """Why there are no tiles for a problem that the kernels of small windows might compute otherwise."""
+    if _is_small(problem):
+        pack = pack or most_packed(problem)
+        found = [small_candidate(problem, x, axis, pack) for x in small_tiles(problem, pack) for axis in range(3)]
+        least = min((config.keys for config in found), default=0)
+        if all(not config.maxnreg for config in found) and least > 0:
+            room = "scores" if least > SCORES else "keys, values and scores"
+            return f"no tiles: {SMALL_ROWS} query rows see at least {least} keys, whose {room} do not fit"
+    return "no tiles: strides, additional keys, batch or frames do not fit"
+
+
 def _is_small(problem: Problem) -> bool:
     """Whether the kernels of small windows can compute a call, if there are enough hardware registers."""
     p = problem

@@ -61,7 +61,6 @@ if TYPE_CHECKING or GLUON_GAP is None:  # only a missing Gluon leaves these modu
 # --- Plans
 
 Plan = TypeVar("Plan")
-NO_SMALL_TILES = "no tiles: strides, additional keys, batch or the scores of a row do not fit"
 NO_LARGE_TILES = "no tiles: frames are so small that chunks of them would reach into the next video of the batch"
 NO_MEDIUM_TILES = "no tiles: the frames of an image cannot be divided into tiles of 64 rows"
 
@@ -70,23 +69,27 @@ def _tile_plan(question: Question) -> small_tiling.SmallTileConfig | str:
     config = small_tiling.small_tile_config(question.problem, override_pack(), question.with_stats)
     if config is not None and question.problem.packs_images:
         return packed_images_pay(config.programs) or config
-    return config or NO_SMALL_TILES
+    return config or _no_small_tiles(question)
+
+
+def _no_small_tiles(question: Question) -> str:
+    return small_tiling.no_small_tiles(question.problem, override_pack())
 
 
 def _rolling_plan(question: Question) -> small_tiling.RollingTileConfig | str:
     p, pack = question.problem, override_pack()
     rolling = small_tiling.rolling_tile_config(p, pack, question.with_stats)
     if rolling is None:
-        return NO_SMALL_TILES
+        return _no_small_tiles(question)
     return small_tiling.rolling_gap(p, rolling, small_tiling.small_tile_config(p, pack, question.with_stats)) or rolling
 
 
 def _small_query_plan(question: Question) -> small_tiling.SmallTileConfig | str:
-    return small_tiling.small_dq_tile_config(question.problem, override_pack()) or NO_SMALL_TILES
+    return small_tiling.small_dq_tile_config(question.problem, override_pack()) or _no_small_tiles(question)
 
 
 def _small_key_plan(question: Question) -> small_tiling.SmallTileConfig | str:
-    return small_tiling.small_dkv_tile_config(question.problem) or NO_SMALL_TILES
+    return small_tiling.small_dkv_tile_config(question.problem) or _no_small_tiles(question)
 
 
 def _large_plan(find: Callable[..., Plan], *arguments: object) -> Plan | str:
@@ -114,7 +117,9 @@ def _medium_jvp_plan(question: Question) -> medium_tiling.MediumTileConfig | str
 
 
 def _fused_prep_plan(question: Question) -> small_tiling.RollingTileConfig | str:
-    return small_tiling.rolling_tile_config(question.problem, override_pack(), with_qk_prep=True) or NO_SMALL_TILES
+    return small_tiling.rolling_tile_config(question.problem, override_pack(), with_qk_prep=True) or _no_small_tiles(
+        question
+    )
 
 
 # --- The variants. Lambdas look their module up when they run, as modules that need Gluon are not always imported.
