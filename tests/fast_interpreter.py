@@ -24,8 +24,8 @@ def speed_up(interpreter: Any) -> None:
 
 
 def _round_sums_of_products_once(interpreter: Any) -> None:
-    """Round ``fma`` in fp32 once, as GPUs do. Kernels subtract multiples of pi / 2 by it, and the interpreter rounds
-    the product, too.
+    """Round ``fma`` in fp32 almost as GPUs do, from fp64 in place of the exact sum. Kernels subtract multiples of
+    pi / 2 by it, and the interpreter rounds the product, too.
     """
 
     def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:

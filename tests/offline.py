@@ -304,6 +304,11 @@ def compile_portable(capability: int) -> None:
     with torch.no_grad():
         torch.func.jvp(lambda q, k: normalize_and_rotate(q, k, norm, angles, impl="fused"), (q, k), (q, k))
     torch.autograd.grad([t.float().sum() for t in prepared], [q, k, gain])
+    gains = torch.ones(64, requires_grad=True), torch.ones(64, requires_grad=True)
+    video = AxialRoPE(64, 4, num_kv_heads=2, axes=3).angles(q[None], k[None], torch.zeros(1, 16, 16, 3))
+    for angles in (None, video):
+        prepared = normalize_and_rotate(q[None], k[None], HeadNorm("rms", *gains), angles, impl="fused")
+        torch.autograd.grad([t.float().sum() for t in prepared], [q, k, *gains])
     rope = AxialRoPE(64, 4, num_kv_heads=2, axes=3, freqs=torch.ones(1, 32), split=(8, 12, 12), interleaved=True)
     angles = rope.angles(q[None], k[None], torch.zeros(1, 16, 16, 3))
     normalize_and_rotate(q[None], k[None], None, angles, impl="fused")

@@ -23,6 +23,7 @@ from natten_layers.operations import Impl
 
 pytest.importorskip("triton")
 
+from natten_layers.kernels.host.qk_prep import QKPrep
 from natten_layers.kernels.portable import qk_prep as kernels
 
 ON_GPU = torch.cuda.is_available()
@@ -124,14 +125,47 @@ def test_fused_matches_pytorch_in_double(case: PrepCase, dtype: torch.dtype) -> 
         assert error(fused[name], expected) <= allowed, f"{name}: {error(fused[name], expected):.2e} > {allowed:.2e}"
 
 
-SHARED = ("cosine-axial-batched", "rms-axial-3d", "rms-video")
+IN_TURN = (
+    PrepCase("cosine-images", (6, 7), 4, 2, 16, "cosine", AxialRoPE(16, 4, num_kv_heads=2), batch=5),
+    PrepCase("rms-heads", (41,), 10, 2, 32, "rms", RoPE(32)),
+    PrepCase("rms-video", (3, 4, 5), 4, 4, 64, "rms", video_rope(interleaved=True), coordinates(3, 4, 5, 3)),
+)
 
 
-@pytest.mark.parametrize("programs", [1, 7])
-@pytest.mark.parametrize("case", [case for case in CASES if case.name in SHARED], ids=str)
-def test_few_programs_compute_many_tiles(programs: int, case: PrepCase, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Programs take several heads or images, and several tiles, of which the last ones may lie behind the tokens."""
-    many = evaluate(case, torch.float32, "fused", torch.float32)
+def tangents(case: PrepCase) -> tuple[Tensor, Tensor]:
+    """Those of the results, of random tangents of both heads."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(case.batch, *case.spatial, heads, case.head_dim) for heads in (case.heads, case.kv_heads)]
+    heads, moves = ([torch.randn(x, generator=generator).to(DEVICE) for x in shapes] for _ in range(2))
+    gains = [torch.full((case.heads if case.norm == "cosine" else case.head_dim,), 2.0, device=DEVICE)] * 2
+    norm = HeadNorm("cosine", gains[0], None) if case.norm == "cosine" else HeadNorm("rms", gains[0], gains[1])
+    assert case.rope is not None
+    positions = None if case.positions is None else case.positions.to(DEVICE)
+    angles = angles_of(case.rope.to(DEVICE), heads[0], heads[1], positions)
+    with torch.no_grad():
+        return torch.func.jvp(
+            lambda q, k: normalize_and_rotate(q, k, norm, angles, impl="fused"), tuple(heads), tuple(moves)
+        )[1]
+
+
+@pytest.mark.parametrize(
+    ("case", "programs", "shares"),
+    [
+        (IN_TURN[0], 72, (3, 2, 1, 6)),
+        (IN_TURN[0], 1, (5, 1, 6, 1)),
+        (IN_TURN[1], 72, (4, 3, 1, 6)),
+        (IN_TURN[1], 10, (10, 1, 2, 3)),
+        (IN_TURN[2], 14, (4, 1, 4, 4)),
+    ],
+)
+def test_few_programs_compute_much(
+    case: PrepCase, programs: int, shares: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Programs take several heads or images, the last ones of a run fewer, or all of them and several tiles, of which
+    the last ones may lie behind the tokens. ``shares`` are items of a run, runs, tiles of a program, and spans of
+    these.
+    """
+    many, moved = evaluate(case, torch.float32, "fused", torch.float32), tangents(case)
     monkeypatch.setattr(kernels, "PROGRAMS", dict.fromkeys(kernels.PROGRAMS, programs))
     monkeypatch.setattr(kernels, "PROGRAMS_WITH_SUMS", programs)
     monkeypatch.setattr(kernels, "ELEMENTS", 256)
@@ -139,14 +173,31 @@ def test_few_programs_compute_many_tiles(programs: int, case: PrepCase, monkeypa
     divide = kernels._blocks
     monkeypatch.setattr(kernels, "_blocks", lambda *a, **k: blocks.append(divide(*a, **k)) or blocks[-1])
     few = evaluate(case, torch.float32, "fused", torch.float32)
-    assert programs > 1 or all(b.runs == b.spans == 1 and b.span > 1 for b in blocks)
-    assert len(blocks) == 2
+    torch.testing.assert_close(tangents(case), moved)
+    assert [(b.run, b.runs, b.span, b.spans) for b in blocks] == [shares] * 4  # one call, then one with tangents
     for name, expected in many.items():
         assert error(few[name], expected) < 1e-6, name
 
 
+@pytest.mark.parametrize(("images", "tokens", "heads"), [(16384, 49, 4), (200000, 16, 8), (3, 1000, 2), (1, 1, 1)])
+def test_programs_take_no_tiles_in_vain(images: int, tokens: int, heads: int) -> None:
+    """Of more images than there are programs, each has programs of its own, with as many tiles as there are."""
+    prep = QKPrep(None, None, torch.empty(1, tokens, 1), torch.empty(1, 16), 1.0, "rms", 1e-6)
+    view = torch.empty(images, tokens, heads, 64, device="meta")
+    blocks = kernels._blocks(prep, view, view, sums_elements=True)
+    tiles = -(-tokens // blocks.tokens)
+    assert tiles <= blocks.span * blocks.spans < tiles + blocks.spans
+
+
+def test_pairs_may_be_none_where_neighbors_would_be_rotated() -> None:
+    query = torch.randn(1, 5, 2, 16, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    angles = Angles(torch.zeros(5, 1, device=DEVICE), torch.zeros(1, 0, device=DEVICE), interleaved=True)
+    rotated = normalize_and_rotate(query, query, None, angles, impl="fused")
+    torch.testing.assert_close(rotated, (query, query), rtol=0, atol=0)
+
+
 def test_parts_of_heads_have_few_empty_columns() -> None:
-    """Pairs, and what is not rotated: none, half, all, an LTX head, and three axes of 24 to 128 channels."""
+    """Pairs, and what is not rotated: none, half, all; 8 of 24 channels; three axes of 24 to 128; hardly any."""
     heads = [(0, 64), (16, 32), (64, 0), (32, 64), (8, 8), (6, 12), (15, 34), (24, 48), (30, 68), (1, 254)]
     columns = [64, 16, 64, 32, 16, 16, 16, 32, 32, 64]
     assert [kernels.part_columns(*head) for head in heads] == columns

@@ -50,13 +50,14 @@ from .qk_prep_parts import (
 )
 
 ELEMENTS = 1024
-"""Elements of a tile of tokens, with the empty ones of its parts: two 16-byte loads a thread in half precision."""
+"""The fewest elements of a tile of tokens, with the empty ones of its parts: two 16-byte loads a thread in half
+precision."""
 WARPS = 2
 MOST_PARTS = 6
 """of a head's elements that RoPE does not rotate"""
 PROGRAMS = {"none": 65536, "cosine": 32768, "rms": 32768}
-"""Programs of a launch by normalisation, if there is so much to do; more of it gives each more items, then more tiles.
-``docs/profiles.md`` has the times."""
+"""About how many programs a launch has, by normalisation, if there is so much to do; more of it gives each more items,
+then more tiles. ``docs/profiles.md`` has the times."""
 PROGRAMS_WITH_SUMS = 16384
 """where each program writes sums for all elements of a head"""
 
@@ -195,8 +196,8 @@ def prepare_tiles_backward(
     The gradient of the result is rotated back to ``u``. With ``n = x * scale`` and ``h = u * gain`` the gradients are
     ``dgain = sum u * n`` and ``dx = scale * (h - n * (h . n))``, where the scalar product is a mean for RMS norms.
 
-    The gradient of gains is written as partial sums, which the caller adds in a fixed order: ``[tiles, outer, item]``
-    for cosine, and ``[spans * runs, outer, D]``, a row per program, for RMS norms.
+    The gradient of gains is written as partial sums, which the caller adds in a fixed order: ``[spans * span, outer,
+    item]`` for cosine, and ``[spans * runs, outer, D]``, a row per program, for RMS norms.
     """
     NORM: tl.constexpr = SPEC.norm
     D: tl.constexpr = SPEC.head_dim
@@ -343,13 +344,13 @@ def _blocks(prep: QKPrep, query: Tensor, key: Tensor, *, sums_elements: bool = F
     pairs = prep.kind.pairs
     rest = query.shape[3] - 2 * pairs
     columns = part_columns(pairs, rest)
-    tokens = min(128, next_power_of_2(_ceil(ELEMENTS, _slots(pairs, rest, columns))))
+    tokens = next_power_of_2(_ceil(ELEMENTS, _slots(pairs, rest, columns)))
     tiles, outers, items = _ceil(query.shape[1], tokens), len(query) + len(key), max(query.shape[2], key.shape[2])
     programs = PROGRAMS_WITH_SUMS if sums_elements else PROGRAMS[prep.norm]
     run = _ceil(items, _ceil(programs, tiles * outers))
     runs = _ceil(items, run)
-    span = max(1, tiles * outers * runs // programs)
-    return Blocks(tokens, columns, span, _ceil(tiles, span), run, runs)
+    spans = _ceil(tiles, max(1, tiles * outers * runs // programs))
+    return Blocks(tokens, columns, _ceil(tiles, max(1, spans)), spans, run, runs)
 
 
 @cache
@@ -395,7 +396,7 @@ def _launch(
         (tuple((0, 0, 0) if t is None else t.stride()[:3] for t in views), work),
         SPEC=QKPrepSpec(
             kind.split, 1 if prep.freqs is None else prep.freqs.shape[1], kind.pairs, query.shape[3] - 2 * kind.pairs,
-            blocks.columns, blocks.tokens, kind.interleaved, kind.norm, kind.by_head,
+            blocks.columns, blocks.tokens, kind.interleaved and kind.pairs > 0, kind.norm, kind.by_head,
         ),
         num_warps=WARPS,
     )  # fmt: skip

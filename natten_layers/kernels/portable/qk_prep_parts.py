@@ -233,7 +233,10 @@ def inverse_norm(x, m_row, eps, D: tl.constexpr, NORM: tl.constexpr):
 
 @triton.jit
 def cos_sin(angle):
-    """Cosine and sine in fp32, accurate to about two roundings for angles up to millions of radians.
+    """Cosine and sine in fp32, accurate to about two roundings for angles up to a million radians.
+
+    Farther ones lose accuracy, as the nearest multiple of pi / 2 comes from one product: 3e-6 at four million, 1e-4 at
+    ten, and beyond a hundred million the results are no cosines.
 
     CUDA's functions have a branch for huge angles, whose tables take more hardware registers than the rest of the
     kernel. So multiples of pi / 2, as the sum of three floats, are subtracted with one rounding each, none of which is
@@ -265,7 +268,8 @@ def rotation_of(rope, o_token, m_token, i_freq, SPEC: tl.constexpr):
     cos, sin = 1.0, 0.0
     if SPEC.pairs > 0:
         p = tl.arange(0, BP)[None, :]
-        # Tokens by themselves, as the compiler takes so few elements in the layout of heads.
+        # One position for each token and axis: so few that the compiler loads them in the layout of the heads' tiles.
+        # With one for each element it would load them in another, and copy the angles through shared memory.
         b_position = tl.load(rope.Positions + o_token * len(SPLIT), mask=m_token, other=0).to(tl.float32)
         FIRST = 0
         for AXIS in tl.static_range(1, len(SPLIT)):
