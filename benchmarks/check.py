@@ -22,7 +22,7 @@ from natten_layers.geometry import class_length, query_bounds, window_bounds
 
 from .workloads import Inputs, Mode, Workload
 
-__all__ = ["Errors", "Reference"]
+__all__ = ["Errors", "Reference", "wrong_result"]
 
 ERROR_FACTOR = 2.0
 FP32_FACTOR = 8.0  # a GPU's exponential is off by two units in the last place; TF32 products would be by a thousand
@@ -34,6 +34,13 @@ Bounds = Callable[..., tuple[Tensor, Tensor]]
 Box = tuple[tuple[int, int], ...]  # first and last position (inclusive) on each axis
 Errors = dict[str, tuple[float, float]]
 """Relative error and the error allowed, by name of the result."""
+
+
+def wrong_result(error: float, allowed: float) -> str | None:
+    """Why a result with this relative error gets no time, or None if so much is allowed. Without a limit none is."""
+    if math.isfinite(allowed) and error <= allowed:
+        return None
+    return f"wrong result, relative error {error:.2g} > {allowed:.2g}"
 
 
 @dataclass

@@ -20,6 +20,7 @@ from natten_layers import cached_attention
 from natten_layers.operations import Impl
 
 from . import runner, timing
+from .check import wrong_result
 
 Attend = Callable[["Inputs"], Tensor]
 
@@ -68,18 +69,14 @@ class Inputs:
 
 
 @dataclass
-class Row:
+class Row(timing.Timed):
     """One implementation on one workload; times are None where ``failure`` says why."""
 
     workload: str
     implementation: str
     floor_ms: float
-    failure: str | None = None
     note: str | None = None
     error: float | None = None
-    median_ms: float | None = None
-    p10_ms: float | None = None
-    p90_ms: float | None = None
     of_copy: float | None = None
     """Achieved fraction of the copy bandwidth."""
 
@@ -145,13 +142,13 @@ def run(workload: Workload, copy_rate: float, budget_s: float, device: torch.dev
             row.failure = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
             continue
         limit = torch.finfo(torch.bfloat16).eps  # two roundings at most, of the weights and of the result
-        if not row.error <= limit:
-            row.failure = f"wrong result, relative error {row.error:.2g} > {limit:.2g}"
+        row.failure = wrong_result(row.error, limit)
+        if row.failure is not None:
             continue
         calls[name] = _rotating(attend, given)
     for name, sample in timing.measure(calls, device, budget_s).items():
-        times = {f"{key}_ms": 1e3 * getattr(sample, key) for key in ("median", "p10", "p90")}
-        rows[name] = replace(rows[name], **times, of_copy=floor_s / sample.median)
+        rows[name].take(sample)
+        rows[name].of_copy = floor_s / sample.median
     return list(rows.values())
 
 
@@ -173,8 +170,7 @@ def table(rows: list[Row]) -> list[str]:
     for row in rows:
         cells = ["", "", f"{row.floor_ms:.3g}", ""]
         if row.median_ms is not None:
-            spread = f"{row.p10_ms:.3g} - {row.p90_ms:.3g}"
-            cells = [f"{row.median_ms:.3g}", spread, f"{row.floor_ms:.3g}", f"{row.of_copy:.0%}"]
+            cells = [f"{row.median_ms:.3g}", row.spread, f"{row.floor_ms:.3g}", f"{row.of_copy:.0%}"]
         lines.append(f"| {' | '.join([row.workload, row.implementation, *cells, row.failure or row.note or ''])} |")
     return lines
 

@@ -70,7 +70,7 @@ PROBLEMS = {
 
 
 @dataclass
-class Row:
+class Row(timing.Timed):
     problem: str
     implementation: str
     tokens: int
@@ -79,10 +79,6 @@ class Row:
     share_of_pairs: float
     errors: dict[str, tuple[float, float]]
     """Relative error and the error allowed, of image and of text."""
-    failure: str | None = None
-    median_ms: float | None = None
-    p10_ms: float | None = None
-    p90_ms: float | None = None
     first_call_s: float | None = None
     peak_mib: float | None = None
 
@@ -161,7 +157,7 @@ def measure(problem: Problem, device: torch.device, budget_s: float, with_dense:
         rows[name].peak_mib = None if peak is None else peak / 2**20
     for name, sample in timing.measure(calls, device, budget_s).items():
         row = rows[name]
-        row.median_ms, row.p10_ms, row.p90_ms = (1e3 * t for t in (sample.median, sample.p10, sample.p90))
+        row.take(sample)
     return list(rows.values())
 
 
@@ -176,7 +172,7 @@ def table(rows: list[Row]) -> list[str]:
         if row.median_ms is None:
             cells += ["-", row.failure or "", "-", "-"]
         else:
-            cells += [f"{row.median_ms:.3g}", f"{row.p10_ms:.3g} - {row.p90_ms:.3g}"]
+            cells += [f"{row.median_ms:.3g}", row.spread]
             cells += ["-" if row.peak_mib is None else f"{row.peak_mib:.0f}", f"{row.first_call_s:.1f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return lines

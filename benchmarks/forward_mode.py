@@ -21,7 +21,7 @@ from natten_layers import neighborhood_attention
 from natten_layers.geometry import window_bounds
 
 from . import runner, timing
-from .check import ERROR_FACTOR
+from .check import ERROR_FACTOR, wrong_result
 from .workloads import WORKLOADS, Workload, make_inputs, smoke
 
 FULL = Workload("full-4k", 4, (4096,), 16, 16, 64, (4096,))
@@ -36,15 +36,11 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass
-class Row:
+class Row(timing.Timed):
     workload: str
     implementation: str
     error: float | None = None
     allowed: float | None = None
-    failure: str | None = None
-    median_ms: float | None = None
-    p10_ms: float | None = None
-    p90_ms: float | None = None
     times_forward: float | None = None
     """Its own forward pass"""
     peak_mib: float | None = None
@@ -147,8 +143,8 @@ def measure(workload: Workload, device: torch.device, budget_s: float) -> list[R
             _, tangent = run_jvp(0)
             jvp.error, jvp.allowed = errors(workload, *inputs[0], tangent)
             del tangent
-            if not jvp.error <= jvp.allowed:
-                jvp.failure = f"wrong result, relative error {jvp.error:.2g} > {jvp.allowed:.2g}"
+            jvp.failure = wrong_result(jvp.error, jvp.allowed)
+            if jvp.failure is not None:
                 continue
             for row, call in ((forward, run_forward), (jvp, run_jvp)):
                 peak = timing.peak_bytes(call, device)
@@ -158,9 +154,9 @@ def measure(workload: Workload, device: torch.device, budget_s: float) -> list[R
             jvp.failure = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
     for name, sample in timing.measure(calls, device, budget_s).items():
         row = rows[name]
-        row.median_ms, row.p10_ms, row.p90_ms = (1e3 * t for t in (sample.median, sample.p10, sample.p90))
+        row.take(sample)
         own = rows[f"{name.split()[0]} forward"].median_ms
-        row.times_forward = None if own is None else row.median_ms / own
+        row.times_forward = None if own is None else 1e3 * sample.median / own
     return list(rows.values())
 
 
@@ -180,7 +176,7 @@ def table(rows: list[Row]) -> list[str]:
         cells = [workload, kernels, *[""] * 6, jvp.failure or "not timed"]
         if forward.median_ms is not None and jvp.median_ms is not None:
             error = "" if jvp.error is None else f"{jvp.error:.2g} ({jvp.allowed:.2g})"
-            spread, ratio = f"{jvp.p10_ms:.3g} - {jvp.p90_ms:.3g}", f"{jvp.times_forward:.2f}"
+            spread, ratio = jvp.spread, f"{jvp.times_forward:.2f}"
             peaks = ("" if row.peak_mib is None else f"{row.peak_mib:.0f}" for row in (forward, jvp))
             cells[2:] = [f"{forward.median_ms:.3g}", f"{jvp.median_ms:.3g}", spread, ratio, *peaks, error]
         lines.append(f"| {' | '.join(cells)} |")

@@ -22,7 +22,7 @@ from natten_layers.modules.cache import Cache
 from natten_layers.modules.generation import one_token
 
 from . import runner, timing
-from .check import ERROR_FACTOR
+from .check import ERROR_FACTOR, wrong_result
 from .models import calling
 
 MISTRAL_7B = DecoderLMConfig(
@@ -38,17 +38,13 @@ GOAL = 0.7
 
 
 @dataclass
-class Row:
+class Row(timing.Timed):
     """One generated token for every text of a batch. Times are None if ``failure`` gives a reason."""
 
     batch: int
     floor_ms: float
     error: float
     allowed: float
-    failure: str | None = None
-    median_ms: float | None = None
-    p10_ms: float | None = None
-    p90_ms: float | None = None
     tokens_per_s: float | None = None
     of_copy: float | None = None
     """Achieved fraction of the copy bandwidth."""
@@ -134,7 +130,7 @@ def table(rows: list[Row]) -> list[str]:
     for row in rows:
         cells = ["", "", f"{row.floor_ms:.3g}", "", ""]
         if row.median_ms is not None:
-            cells = [f"{row.median_ms:.3g}", f"{row.p10_ms:.3g} - {row.p90_ms:.3g}", f"{row.floor_ms:.3g}"]
+            cells = [f"{row.median_ms:.3g}", row.spread, f"{row.floor_ms:.3g}"]
             cells += [f"{row.tokens_per_s:.0f}", f"{row.of_copy:.0%}"]
         lines.append(f"| {' | '.join([str(row.batch), *cells, row.failure or ''])} |")
     return lines
@@ -152,11 +148,11 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("7 billion weights and full caches need a GPU; --smoke tests the benchmark on a CPU")
     report = runner.Report(args, device)
     error, allowed = check(config, device)
-    failure = None if error <= allowed else f"wrong result, relative error {error:.2g} > {allowed:.2g}"
+    failure = wrong_result(error, allowed)
     model = make_model(config, device)
     rows: list[Row] = []
     for batch in args.batch_sizes:
-        row = Row(batch, 1e3 * floor_bytes(model, batch) / report.rates.copy, error, allowed, failure)
+        row = Row(batch, 1e3 * floor_bytes(model, batch) / report.rates.copy, error, allowed, failure=failure)
         rows.append(row)
         if failure is None:
             measure(model, batch, row, args.budget_s, device)

@@ -8,7 +8,6 @@ PyTorch gets no time.
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from natten_layers.modules.rope import angles_of
 from natten_layers.operations import Impl
 
 from . import runner, timing
-from .check import ERROR_FACTOR, Reference
+from .check import ERROR_FACTOR, Reference, wrong_result
 from .shapes import CENSUS
 from .workloads import DTYPE, Inputs, Workload, smoke
 from .workloads import WORKLOADS as ANCHORS
@@ -38,17 +37,13 @@ GOAL = 1.4
 
 
 @dataclass
-class Row:
+class Row(timing.Timed):
     workload: str
     implementation: str
     error: float
     allowed: float
     launches: int | None
     """Number of kernel launches, None without a GPU."""
-    failure: str | None = None
-    median_ms: float | None = None
-    p10_ms: float | None = None
-    p90_ms: float | None = None
     times_bare: float | None = None
 
 
@@ -60,12 +55,17 @@ def positions_of(spatial: Sequence[int], device: torch.device) -> Tensor:
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
 
 
+def axial_rope(w: Workload) -> AxialRoPE:
+    """That of a layer for a workload."""
+    return AxialRoPE(w.head_dim, w.heads, num_kv_heads=w.kv_heads, axes=len(w.spatial))
+
+
 class Problem:
     """One workload as input of a layer, and the steps of the layer."""
 
     def __init__(self, workload: Workload, device: torch.device) -> None:
         self.workload = w = workload
-        rope = AxialRoPE(w.head_dim, w.heads, num_kv_heads=w.kv_heads, axes=len(w.spatial))
+        rope = axial_rope(w)
         rows = (w.heads + 2 * w.kv_heads) * w.head_dim
         options: dict[str, Any] = {"num_kv_heads": w.kv_heads, "head_dim": w.head_dim, "scale": w.scale}
         layer = NeighborhoodGQA(rows, w.heads, w.kernel_size, qk_norm="cosine", rope=rope, **options)
@@ -120,12 +120,11 @@ def measure(workload: Workload, device: torch.device, budget_s: float) -> list[R
         name: Row(workload.name, name, errors[name], allowed, _launches(call, device)) for name, call in calls.items()
     }
     for row in rows.values():
-        if not (math.isfinite(allowed) and row.error <= allowed):
-            row.failure = f"wrong result, relative error {row.error:.2g} > {allowed:.2g}"
+        row.failure = wrong_result(row.error, allowed)
     correct = {name: call for name, call in calls.items() if rows[name].failure is None}
     for name, sample in timing.measure(correct, device, budget_s).items():
         row = rows[name]
-        row.median_ms, row.p10_ms, row.p90_ms = (1e3 * t for t in (sample.median, sample.p10, sample.p90))
+        row.take(sample)
     bare = rows["bare operation"].median_ms
     for row in rows.values():
         if row.median_ms is not None and bare is not None:
@@ -153,7 +152,7 @@ def table(rows: list[Row]) -> list[str]:
         if row.failure or row.median_ms is None:
             cells += ["-", "-", row.failure or ""]
         else:
-            cells += [f"{row.median_ms:.3g}", f"{row.p10_ms:.3g} - {row.p90_ms:.3g}"]
+            cells += [f"{row.median_ms:.3g}", row.spread]
             cells += ["-" if row.times_bare is None else f"{row.times_bare:.2f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return lines

@@ -8,7 +8,6 @@ in PyTorch gets no time.
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,14 +15,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from natten_layers.modules import AxialRoPE, RoPE
+from natten_layers.modules import RoPE
 from natten_layers.modules.query_key import HeadNorm, normalize_and_rotate
 from natten_layers.modules.rope import Angles, angles_of
 from natten_layers.operations import Impl
 
 from . import runner, timing
-from .check import ERROR_FACTOR
-from .module import positions_of
+from .check import ERROR_FACTOR, wrong_result
+from .module import axial_rope, positions_of
 from .runner import Rates
 from .workloads import DTYPE, WORKLOADS, Workload, smoke
 
@@ -34,7 +33,7 @@ GOAL = 0.85
 
 
 @dataclass
-class Row:
+class Row(timing.Timed):
     workload: str
     norm: str
     direction: str
@@ -42,10 +41,6 @@ class Row:
     bytes: int
     error: float
     allowed: float
-    failure: str | None = None
-    median_ms: float | None = None
-    p10_ms: float | None = None
-    p90_ms: float | None = None
     of_copy: float | None = None
     """Share of the copy bandwidth"""
 
@@ -55,7 +50,7 @@ class Problem:
 
     def __init__(self, workload: Workload, norm: str, device: torch.device) -> None:
         w = workload
-        rope = RoPE(w.head_dim) if len(w.spatial) == 1 else _axial(w)
+        rope = RoPE(w.head_dim) if len(w.spatial) == 1 else axial_rope(w)
         self.rope, self.positions = rope.to(device), None if len(w.spatial) == 1 else positions_of(w.spatial, device)
         self.norm = _head_norm(w, norm, device)
         generator = torch.Generator(device).manual_seed(0)
@@ -80,12 +75,6 @@ class Problem:
         query, key = inputs
         return angles_of(self.rope, query, key, self.positions)
 
-    def forward(
-        self, inputs: Sequence[Tensor], norm: HeadNorm | None, angles: Angles | None, impl: Impl
-    ) -> tuple[Tensor, Tensor]:
-        query, key = inputs
-        return normalize_and_rotate(query, key, norm, angles, impl=impl)
-
     def backward(self, results: Sequence[Tensor], inputs: Sequence[Tensor], norm: HeadNorm | None) -> Sequence[Tensor]:
         grads = [x.to(result.dtype) for x, result in zip(self.grads, results, strict=True)]
         return torch.autograd.grad(results, [*inputs, *_gains(norm)], grads, retain_graph=True)
@@ -95,10 +84,10 @@ class Problem:
         what was normalised, too.
         """
         angles = self.angles(self.inputs[0])  # once, as positions are no part of the launch
-        results = [self.forward(inputs, self.norm, angles, "auto") for inputs in self.inputs]
+        results = [normalize_and_rotate(*inputs, self.norm, angles) for inputs in self.inputs]
         count, n = len(self.inputs), self.tensor_bytes
         return {
-            "forward": (2 * n, lambda i: self.forward(self.inputs[i % count], self.norm, angles, "auto")),
+            "forward": (2 * n, lambda i: normalize_and_rotate(*self.inputs[i % count], self.norm, angles)),
             "backward": (
                 (2 if self.norm is None else 3) * n,
                 lambda i: self.backward(results[i % count], self.inputs[i % count], self.norm),
@@ -118,20 +107,17 @@ class Problem:
         if self.norm is not None:
             gains = [None if x is None else x.detach().to(dtype).requires_grad_() for x in self.norm[1:3]]
             norm = HeadNorm(self.norm.kind, gains[0], gains[1])
-        results = self.forward(inputs, norm, self.angles(inputs), impl)
+        results = normalize_and_rotate(*inputs, norm, self.angles(inputs), impl=impl)
         return {"forward": results, "backward": self.backward(results, inputs, norm)}
 
 
 _WAYS: tuple[tuple[torch.dtype, Impl], ...] = ((torch.float64, "eager"), (DTYPE, "eager"), (DTYPE, "auto"))
 
 
-def _axial(w: Workload) -> AxialRoPE:
-    return AxialRoPE(w.head_dim, w.heads, num_kv_heads=w.kv_heads, axes=len(w.spatial))
-
-
-def _leaves(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The tensors with their strides, and gradients of their own."""
-    return [x.detach().requires_grad_() for x in tensors]
+def _leaves(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Both tensors with their strides, and gradients of their own."""
+    first, second = (x.detach().requires_grad_() for x in tensors)
+    return first, second
 
 
 def _head_norm(w: Workload, kind: str, device: torch.device) -> HeadNorm | None:
@@ -159,12 +145,11 @@ def measure(workload: Workload, norm: str, rates: Rates, budget_s: float, device
     errors, calls = problem.errors(), problem.calls()
     rows = {name: Row(workload.name, norm, name, size, *errors[name]) for name, (size, _) in calls.items()}
     for row in rows.values():
-        if not (math.isfinite(row.allowed) and row.error <= row.allowed):
-            row.failure = f"wrong result, relative error {row.error:.2g} > {row.allowed:.2g}"
+        row.failure = wrong_result(row.error, row.allowed)
     correct = {name: call for name, (_, call) in calls.items() if rows[name].failure is None}
     for name, sample in timing.measure(correct, device, budget_s).items():
         row = rows[name]
-        row.median_ms, row.p10_ms, row.p90_ms = (1e3 * t for t in (sample.median, sample.p10, sample.p90))
+        row.take(sample)
         row.of_copy = row.bytes / sample.median / rates.copy
     yield from rows.values()
 
@@ -179,7 +164,7 @@ def table(rows: Sequence[Row]) -> list[str]:
         if row.failure or row.median_ms is None or row.of_copy is None:
             cells += ["-", "-", row.failure or ""]
         else:
-            cells += [f"{row.median_ms:.3g}", f"{row.p10_ms:.3g} - {row.p90_ms:.3g}", f"{row.of_copy:.0%}"]
+            cells += [f"{row.median_ms:.3g}", row.spread, f"{row.of_copy:.0%}"]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 

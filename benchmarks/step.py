@@ -23,7 +23,7 @@ from natten_layers import neighborhood_attention
 from natten_layers_cli.progress import progress
 
 from . import runner, timing
-from .check import ERROR_FACTOR
+from .check import ERROR_FACTOR, wrong_result
 from .implementations import OURS, UnsupportedError
 from .models import SMOKE, Attend, Sizes, Subject, attention, flex_attend, make_subjects
 
@@ -40,7 +40,7 @@ PEERS = ("flex",)
 
 
 @dataclass
-class Row:
+class Row(timing.Timed):
     """One step of one model. Times are None if ``failure`` gives a reason, or if the run was interrupted."""
 
     model: str
@@ -49,10 +49,6 @@ class Row:
     compiled: bool
     error: float | None = None
     allowed: float | None = None
-    failure: str | None = None
-    median_ms: float | None = None
-    p10_ms: float | None = None
-    p90_ms: float | None = None
     peak_mib: float | None = None
     device_ms: float | None = None
     """Time for which the device is busy in one step; for the rest of ``median_ms`` it waits for the host."""
@@ -79,7 +75,7 @@ def run(
         steps = _steps(subject, attend)
         failure, error, allowed = _check(subject, attend, steps if compiled else {})
         for step, call in steps.items():
-            row = Row(name, step, label, compiled, error, allowed, failure)
+            row = Row(name, step, label, compiled, error, allowed, failure=failure)
             rows.append(row)
             try:
                 if row.failure is None:
@@ -99,7 +95,7 @@ def run(
     bar.close()
     for index, sample in timing.measure(calls, device, budget_s).items():
         row = rows[int(index)]
-        row.median_ms, row.p10_ms, row.p90_ms = (1e3 * t for t in (sample.median, sample.p10, sample.p90))
+        row.take(sample)
     report(rows)
     return rows
 
@@ -160,7 +156,7 @@ def _check(
         return _first_line(error), None, None
     error, allowed = (((t.double() - exact).norm() / exact.norm()).item() for t in (actual, twin))
     allowed *= ERROR_FACTOR
-    return (None if error <= allowed else f"wrong result, relative error {error:.2g} > {allowed:.2g}"), error, allowed
+    return wrong_result(error, allowed), error, allowed
 
 
 def _first_line(error: Exception) -> str:
@@ -191,7 +187,7 @@ def table(rows: list[Row]) -> list[str]:
     ]
     for row in rows:
         cells = [row.model, row.step, row.attention, "yes" if row.compiled else "no"]
-        cells += ["", ""] if row.median_ms is None else [f"{row.median_ms:.3g}", f"{row.p10_ms:.3g} - {row.p90_ms:.3g}"]
+        cells += ["", ""] if row.median_ms is None else [f"{row.median_ms:.3g}", row.spread]
         cells += ["" if row.device_ms is None else f"{row.device_ms:.3g}"]
         cells += ["" if row.attention_share is None else f"{row.attention_share:.0%}"]
         cells += ["" if row.peak_mib is None else f"{row.peak_mib:.0f}", row.failure or ""]

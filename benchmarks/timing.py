@@ -17,6 +17,7 @@ __all__ = [
     "L2_BYTES",
     "Call",
     "Sample",
+    "Timed",
     "copy_rate",
     "environment",
     "host_seconds",
@@ -44,6 +45,24 @@ class Sample:
     p10: float
     p90: float
     count: int
+
+
+@dataclass(kw_only=True)
+class Timed:
+    """What rows of all reports have: times in ms, which are None where ``failure`` says why there are none."""
+
+    failure: str | None = None
+    median_ms: float | None = None
+    p10_ms: float | None = None
+    p90_ms: float | None = None
+
+    def take(self, sample: Sample) -> None:
+        self.median_ms, self.p10_ms, self.p90_ms = (1e3 * t for t in (sample.median, sample.p10, sample.p90))
+
+    @property
+    def spread(self) -> str:
+        """The 10th and the 90th percentile of a row that has times."""
+        return f"{self.p10_ms:.3g} - {self.p90_ms:.3g}"
 
 
 def measure(calls: Mapping[str, Call], device: torch.device, budget_s: float) -> dict[str, Sample]:

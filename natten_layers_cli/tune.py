@@ -100,10 +100,10 @@ def calls_of_model(path: Path, size: tuple[int, ...] | None) -> list[Call]:
     file = path / "config.json" if path.is_dir() else path
     raw = read_json(file)
     with naming(file):
-        if path.is_dir() and "model_type" not in raw:
-            raise ValueError("a model's directory needs a config.json with model_type, as Hugging Face's have")
         if "model_type" in raw:
             calls = _calls_of_decoder(config_from_hf(raw, DecoderLMConfig), size)
+        elif path.is_dir():
+            raise ValueError("a model's directory needs a config.json with model_type, as Hugging Face's have")
         else:
             calls = _calls_of_hdit(HDiTConfig.from_json(raw), size)
         if not calls:

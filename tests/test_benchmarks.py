@@ -41,7 +41,7 @@ from benchmarks import (
     windows,
 )
 from benchmarks import problem as own_problem
-from benchmarks.check import Reference
+from benchmarks.check import Reference, wrong_result
 from benchmarks.implementations import HeadsFirst, Implementation, Layout
 from benchmarks.shapes import CENSUS
 from benchmarks.workloads import MODES, WORKLOADS, Inputs, Variant, Workload, add_variant, floor, make_inputs, smoke
@@ -325,6 +325,12 @@ def test_errors_that_cancel_in_a_sum_are_allowed_to_others(monkeypatch: pytest.M
     error, allowed = reference.errors({"d_sink": torch.full((workload.heads,), 24 * workload.batch + 0.0)})["d_sink"]
     assert error == 0.0
     assert allowed == pytest.approx(check.ERROR_FACTOR * 0.01 / math.sqrt(24 * workload.batch))
+
+
+def test_what_exceeds_its_limit_or_has_none_is_wrong() -> None:
+    results = [(0.1, 0.1), (0.2, 0.1), (math.nan, 0.1), (0.1, math.nan), (0.1, math.inf)]
+    assert [wrong_result(*result) is None for result in results] == [True, False, False, False, False]
+    assert wrong_result(0.2, 0.1) == "wrong result, relative error 0.2 > 0.1"
 
 
 def test_missing_gradient_of_this_library_is_a_failure() -> None:

@@ -386,7 +386,7 @@ def test_rotations_are_a_share_of_the_copy_bandwidth(
     if broken:  # only what is timed, not what it is compared with
         right = rotation.normalize_and_rotate
 
-        def wrong(*heads: Any, impl: Impl) -> tuple[Tensor, ...]:
+        def wrong(*heads: Any, impl: Impl = "auto") -> tuple[Tensor, ...]:
             return tuple(1.5 * x if impl == "auto" else x for x in right(*heads, impl=impl))
 
         monkeypatch.setattr(rotation, "normalize_and_rotate", wrong)

@@ -481,6 +481,12 @@ def test_models_that_cannot_be_tuned(
     assert message in capsys.readouterr().err
 
 
+def test_a_directory_is_one_of_hugging_faces(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(HDIT))
+    with pytest.raises(ValueError, match="with model_type, as Hugging Face"):
+        command.calls_of_model(tmp_path, None)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [(["--model", "m", "--heads", "4", "--causal"], "--causal, --heads"), (["9x9", "--heads", "4"], "or --model")],

@@ -234,7 +234,6 @@ class AxialRoPE(Rotary):
     pi, ln 10 pi, num_heads * n + 1)[:-1])``; head ``h`` takes elements ``j * num_heads + h``. A group of query heads
     that shares a KV head has the group's first query head's frequencies. Two axes are HDiT's embedding (Crowson et al.
     2024, https://arxiv.org/abs/2401.11605).
-
     The frequencies are for coordinates from about -1 to 1: divide degrees of longitude by 180, or give ``freqs``.
 
     Args:

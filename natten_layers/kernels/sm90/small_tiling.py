@@ -194,6 +194,7 @@ def small_tile_config(problem: Problem, pack: int | None = None, with_stats: boo
     return min((x for x in configs if x.maxnreg and _fits(problem, x)), key=_small_cost, default=None)
 
 
+@lru_cache(maxsize=1024)
 def no_small_tiles(problem: Problem, pack: int | None = None) -> str:
     """Why there are no tiles for a problem that the kernels of small windows might compute otherwise."""
     if _is_small(problem):

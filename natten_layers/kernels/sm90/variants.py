@@ -117,9 +117,8 @@ def _medium_jvp_plan(question: Question) -> medium_tiling.MediumTileConfig | str
 
 
 def _fused_prep_plan(question: Question) -> small_tiling.RollingTileConfig | str:
-    return small_tiling.rolling_tile_config(question.problem, override_pack(), with_qk_prep=True) or _no_small_tiles(
-        question
-    )
+    config = small_tiling.rolling_tile_config(question.problem, override_pack(), with_qk_prep=True)
+    return config or _no_small_tiles(question)
 
 
 # --- The variants. Lambdas look their module up when they run, as modules that need Gluon are not always imported.
