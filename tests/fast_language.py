@@ -58,17 +58,16 @@ def _leave_equal_shapes(semantic: Any) -> None:
 def _describe_shapes_once(core: Any) -> None:
     """Let all values of a shape, and their types, share its description. It is never changed in place."""
     make_type, make_value = core.block_type.__init__, core.tensor.__init__
-    shapes: dict[tuple[int, ...], Shape] = {}
+    shapes: dict[tuple[int, ...] | None, Shape] = {}
     by_identity: dict[int, Shape] = {}
     scalar = Shape((), "", 1, core.tuple([]), core.constexpr(1))
 
-    def find(shape: Any) -> Shape | None:
-        if (found := by_identity.get(id(shape))) is not None:
-            return found
+    def sides_of(shape: Any) -> tuple[int, ...] | None:
+        """The sides, or None where one of them is no plain integer: ``True`` equals 1, and is written otherwise."""
         if not isinstance(shape, (list, core.tuple)):
             return None  # an error
         sides = tuple(side.value if isinstance(side, core.constexpr) else side for side in shape)
-        return shapes.get(sides) if all(type(side) is int for side in sides) else None
+        return sides if all(type(side) is int for side in sides) else None
 
     def remember(sides: Any, count: int) -> Shape:
         constants = core.tuple([core.constexpr(side) for side in sides])
@@ -77,8 +76,12 @@ def _describe_shapes_once(core: Any) -> None:
         return shape
 
     def initialize_type(self: Any, element_ty: Any, shape: Any) -> None:
-        if (found := find(shape)) is None:
+        found = by_identity.get(id(shape))
+        sides = None if found is not None else sides_of(shape)
+        if found is None and (found := shapes.get(sides)) is None:
             make_type(self, element_ty, shape)
+            if sides is None:
+                return
             found = remember(self.shape, self.numel)
         self.element_ty, self.shape, self.numel = element_ty, found.sides, found.elements
         self.name = f"<{found.text}, {element_ty}>"

@@ -67,7 +67,8 @@ def results() -> list[Tensor]:
 def descriptions() -> list[str]:
     """What types, values and errors of Triton's language say of shapes, each of them twice."""
     core, said = tl.core, []
-    for shape in [[4, 2], (4, 2), core.tuple([8]), [core.constexpr(4), 2], [3], [4.0, 2], [True], [2**21], []] * 2:
+    shapes = [[4, 2], (4, 2), core.tuple([8]), [core.constexpr(4), 2], [3], [4.0, 2], [True], [1], [2**21], []]
+    for shape in shapes * 2:
         for element in (tl.float16, core.pointer_type(tl.int32)):
             try:
                 kind = core.block_type(element, shape)
