@@ -54,21 +54,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = runner.make_parser("attention", __doc__, budget_s=1.0, timed="each workload and mode", jobs=True)
-    parser.add_argument(
-        "--workloads",
-        type=runner.names(WORKLOADS),
-        default=list(WORKLOADS),
-        help="names, comma-separated; default: all",
-    )
+    runner.add_names(parser, "--workloads", WORKLOADS)
     parser.add_argument("--mode", choices=(*MODES, "both"), default="both", help="default: %(default)s")
-    parser.add_argument(
-        "--peers", type=runner.names(PEERS, none=True), default=list(PEERS),
-        help=f'of {", ".join(PEERS)}, comma-separated, or ""; default: all',
-    )  # fmt: skip
-    parser.add_argument(
-        "--flex-order", type=runner.names(FLEX_ORDERS), default=list(FLEX_ORDERS),
-        help=f"of {', '.join(FLEX_ORDERS)}, comma-separated; default: both",
-    )  # fmt: skip
+    runner.add_names(parser, "--peers", PEERS, none=True)
+    runner.add_names(parser, "--flex-order", FLEX_ORDERS)
     parser.add_argument("--registers", type=int, default=0, help="also run with so many register tokens")
     parser.add_argument("--sink", choices=("zero", "learned"), help="also run with a sink")
     parser.add_argument("--copy-rate", type=float, help="bytes/s, read plus written; measured by default")

@@ -81,11 +81,8 @@ def _ratio(ms: float | None, other: float | None) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 1 if this library failed anywhere."""
     parser = runner.make_parser("bias", __doc__, budget_s=0.4, timed="each problem and mode", jobs=True)
-    parser.add_argument("--problems", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS), help="default: all")
-    others = [way for way in WAYS if way != OURS]
-    parser.add_argument(
-        "--ways", nargs="*", choices=others, default=others, metavar="WAY", help=f"of {', '.join(others)}; default: all"
-    )
+    runner.add_names(parser, "--problems", PROBLEMS)
+    runner.add_names(parser, "--ways", [way for way in WAYS if way != OURS], none=True)
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     workloads = [smoke(PROBLEMS[name]) if args.smoke else PROBLEMS[name] for name in args.problems]
@@ -93,8 +90,8 @@ def main(argv: list[str] | None = None) -> int:
         for workload in workloads:
             runner.compile_ahead(workload, ways(workload, args.ways, device), MODES, device)
         return 0
-    flags = ["--ways", *args.ways]
-    runner.compile_in_processes("bias", args, args.problems, lambda share: [*flags, "--problems", *share])
+    flags = ["--ways", ",".join(args.ways)]
+    runner.compile_in_processes("bias", args, args.problems, lambda share: [*flags, "--problems", ",".join(share)])
     report = runner.Report(args, device)
     rows: list[Row] = []
     for workload in workloads:

@@ -181,7 +181,7 @@ def table(rows: list[Row]) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 1 if a result was wrong."""
     parser = runner.make_parser("diffusers_attention", __doc__, budget_s=1.0, timed="each problem")
-    parser.add_argument("--problems", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS), help="default: all")
+    runner.add_names(parser, "--problems", PROBLEMS)
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     report = runner.Report(args, device)

@@ -197,7 +197,7 @@ def compile_ahead(workload: Workload, device: torch.device) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 1 if this library failed anywhere."""
     parser = runner.make_parser("forward_mode", __doc__, budget_s=1.0, timed="each workload", jobs=True)
-    parser.add_argument("--workloads", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS), help="default: all")
+    runner.add_names(parser, "--workloads", PROBLEMS)
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     workloads = [smoke(PROBLEMS[name]) if args.smoke else PROBLEMS[name] for name in args.workloads]
@@ -205,7 +205,7 @@ def main(argv: list[str] | None = None) -> int:
         for workload in workloads:
             compile_ahead(workload, device)
         return 0
-    runner.compile_in_processes("forward_mode", args, args.workloads, lambda share: ["--workloads", *share])
+    runner.compile_in_processes("forward_mode", args, args.workloads, lambda share: ["--workloads", ",".join(share)])
     report = runner.Report(args, device)
     rows: list[Row] = []
     for workload in workloads:

@@ -199,8 +199,9 @@ def _spread(times: Sequence[float]) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = runner.make_parser("host", __doc__, budget_s=0.2, timed="each workload and mode of a round", jobs=True)
     parser.add_argument(
-        "--workloads", nargs="*", choices=list(WORKLOADS), help="default: all with --against, else none"
-    )
+        "--workloads", type=runner.names(WORKLOADS, none=True),
+        help="names, comma-separated; default: all with --against, else none",
+    )  # fmt: skip
     parser.add_argument("--against", type=Path, metavar="PATH", help="another checkout of this repository")
     parser.add_argument(
         "--rounds", type=runner.at_least(1), default=3, help="processes for each checkout, default %(default)s"
@@ -228,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rounds: dict[str, list[Round]] = {name: [] for name in checkouts}
     for i in range(args.rounds):
         for name in (list(checkouts), list(reversed(checkouts)))[i % 2]:
-            own = [*flags, *(["--checked"] if i == 0 else []), "--workloads", *args.workloads]
+            own = [*flags, *(["--checked"] if i == 0 else []), "--workloads", ",".join(args.workloads)]
             rounds[name].append(measured(checkouts[name], own))
         report.keep(rounds={name: [asdict(one) for one in ones] for name, ones in rounds.items()})
     print(report.text(table(rounds)))
@@ -238,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def compile_side_by_side(checkouts: Iterable[Path], workloads: Sequence[str], jobs: int, flags: Sequence[str]) -> None:
     """Fill Triton's cache on disk with the kernels of all checkouts."""
     shares = [workloads[i::jobs] for i in range(jobs)]
-    own = [[*flags, "--compile-only", "--workloads", *share] for share in shares if share]
+    own = [[*flags, "--compile-only", "--workloads", ",".join(share)] for share in shares if share]
     runner.report_failures(runner.statuses(process(checkout, each) for checkout in checkouts for each in own))
 
 

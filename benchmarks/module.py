@@ -169,7 +169,7 @@ def compile_ahead(workload: Workload, device: torch.device) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 1 if a result was wrong."""
     parser = runner.make_parser("module", __doc__, budget_s=0.5, timed="each workload", jobs=True)
-    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), help="default: all")
+    runner.add_names(parser, "--workloads", WORKLOADS)
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     workloads = [smoke(WORKLOADS[name]) if args.smoke else WORKLOADS[name] for name in args.workloads]
@@ -177,7 +177,7 @@ def main(argv: list[str] | None = None) -> int:
         for workload in workloads:
             compile_ahead(workload, device)
         return 0
-    runner.compile_in_processes("module", args, args.workloads, lambda share: ["--workloads", *share])
+    runner.compile_in_processes("module", args, args.workloads, lambda share: ["--workloads", ",".join(share)])
     report = runner.Report(args, device)
     rows: list[Row] = []
     for workload in workloads:

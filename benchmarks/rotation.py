@@ -172,7 +172,7 @@ def table(rows: Sequence[Row]) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 1 if a result was wrong."""
     parser = runner.make_parser("rotation", __doc__, budget_s=0.2, timed="each workload and normalisation")
-    parser.add_argument("--workloads", nargs="+", choices=NAMES, default=list(NAMES), help="default: all")
+    runner.add_names(parser, "--workloads", NAMES)
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     report = runner.Report(args, device)

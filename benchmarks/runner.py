@@ -33,6 +33,7 @@ __all__ = [
     "Rates",
     "Report",
     "Row",
+    "add_names",
     "at_least",
     "call",
     "command",
@@ -366,6 +367,14 @@ def names(valid: Collection[str], *, none: bool = False) -> Callable[[str], list
         return chosen
 
     return split
+
+
+def add_names(parser: argparse.ArgumentParser, flag: str, valid: Collection[str], *, none: bool = False) -> None:
+    """Add a flag that takes names of ``valid``, comma-separated, and by default all of them."""
+    parser.add_argument(
+        flag, type=names(valid, none=none), default=list(valid),
+        help=f"of {', '.join(valid)}, comma-separated{', or an empty string' * none}; default: all",
+    )  # fmt: skip
 
 
 def add_limit(parser: argparse.ArgumentParser, what: str) -> None:

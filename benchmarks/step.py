@@ -198,11 +198,9 @@ def table(rows: list[Row]) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 1 if this library failed anywhere."""
     parser = runner.make_parser("step", __doc__, budget_s=3.0, timed="each model")
-    parser.add_argument("--models", nargs="+", choices=("hdit-flowers", "mistral-block"), help="default: both")
+    runner.add_names(parser, "--models", ("hdit-flowers", "mistral-block"))
     parser.add_argument("--compile", choices=("yes", "no", "both"), help="default: both; with --smoke no")
-    parser.add_argument(
-        "--peers", nargs="*", choices=PEERS, default=PEERS, help="default: %(default)s; none: this library alone"
-    )
+    runner.add_names(parser, "--peers", PEERS, none=True)
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     report = runner.Report(args, device)
@@ -215,7 +213,7 @@ def main(argv: list[str] | None = None) -> int:
 
     for name, variants in make_subjects(SMOKE if args.smoke else Sizes(), device).items():
         for compiled in wanted:
-            if args.models is None or name in args.models:
+            if name in args.models:
                 # Beyond torch's usual limit, further variants of one function would silently run uncompiled.
                 with dynamo_config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
                     rows += run(name, variants, compiled, device, args.budget_s, peers=args.peers, report=save)

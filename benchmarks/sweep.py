@@ -415,7 +415,7 @@ def main(argv: list[str] | None = None) -> int:
         "--rows", type=runner.names(PROBLEMS),
         help=f"names, comma-separated; default: {', '.join(ROWS)}; with --smoke the first of them",
     )  # fmt: skip
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="default: all")
+    runner.add_names(parser, "--kinds", KINDS)
     parser.add_argument(
         "--jobs",
         type=runner.at_least(1),
