@@ -60,6 +60,18 @@ def pytest_collection() -> Generator[None, object, object]:
         gc.enable()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Let no test draw other numbers because of those that ran before it, which differ from run to run."""
+    torch.manual_seed(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call() -> None:
+    """What a test draws is not what its fixtures have drawn, and does not depend on whether they were made for it."""
+    torch.manual_seed(0)
+
+
 def threads_of_a_process(threads: int, environment: Mapping[str, str]) -> int:
     """How many of ``threads``, torch's own choice, one process of xdist starts, so that all together fill the cores.
 
