@@ -10,6 +10,7 @@ from helpers import Case, arguments, error, make_inputs, raises_naming, run
 from torch import Tensor
 
 from natten_layers import (
+    AxialRoPE,
     NeighborhoodAttention2D,
     NeighborhoodGQA,
     explain,
@@ -259,3 +260,36 @@ def test_tiles_suit_windows_that_wrap_around_a_ring() -> None:
     flat_config = medium_tiling.forward_tile_config(flat)
     assert flat_config is not None
     assert flat_config.tile[2] == 16  # whose windows end at the border
+
+
+def layer_on_a_ring(period: float | None) -> NeighborhoodGQA:
+    rope = AxialRoPE(8, 4, periods=(None, period))
+    return NeighborhoodGQA(32, 4, (3, 3), is_periodic=(False, True), rope=rope)
+
+
+@pytest.mark.parametrize("assign", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rope_keeps_whole_turns_with_the_weights_of_another_ring(dtype: torch.dtype, assign: bool) -> None:
+    other, layer = layer_on_a_ring(1.7), layer_on_a_ring(1.0)
+    weights = {name: x.to(dtype) for name, x in other.state_dict().items()}
+    given = {name: x.clone() for name, x in weights.items()}
+    layer.load_state_dict(weights, assign=assign)
+    freqs = layer.rope.freqs  # type: ignore[union-attr]
+    assert freqs.dtype == torch.float32  # type: ignore[union-attr]
+    turns = freqs[:, 1:].double() / (2 * torch.pi)  # type: ignore[index]
+    torch.testing.assert_close(turns, turns.round(), rtol=0, atol=1e-6)
+    assert turns.min() > 0.9
+    assert all(torch.equal(weights[name], given[name]) for name in given)
+    x = torch.randn(1, 8, 4, 32, dtype=torch.float64)
+    layer = layer.double()
+    torch.testing.assert_close(layer(x.roll(1, 2)), layer(x).roll(1, 2), rtol=0, atol=1e-6)
+
+
+def test_rope_has_the_turns_that_were_saved() -> None:
+    saved = layer_on_a_ring(1.7).state_dict()
+    layer = layer_on_a_ring(1.7)
+    held = layer.rope.freqs  # type: ignore[union-attr]
+    held.zero_()  # type: ignore[operator]
+    layer.load_state_dict(saved)
+    assert layer.rope.freqs is held  # type: ignore[union-attr]
+    assert torch.equal(held, saved["rope.freqs"])  # type: ignore[arg-type]

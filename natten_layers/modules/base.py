@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +78,12 @@ class Constants(nn.Module):
             source = moved if values.is_meta else values
             self._buffers[name] = source.to(moved.device, at_least_fp32(moved.dtype))
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        for name, buffer in self._buffers.items():
+            if buffer is not None:  # with assign=True the state dict's own tensor, in whatever dtype
+                self._buffers[name] = buffer.to(at_least_fp32(buffer.dtype))
 
 
 def computed(make: Callable[[torch.device | str | None], Tensor], device: torch.device | str | None) -> Tensor:

@@ -256,7 +256,8 @@ class AxialRoPE(Rotary):
             ``i + pairs``.
 
     The frequencies are the buffer ``freqs``. It is in fp32 or better, whatever torch's default dtype, and stays so
-    under ``half()``; ``reset_parameters`` writes it again.
+    under ``half()``; ``reset_parameters`` writes it again. Frequencies that are loaded are rounded to whole turns of
+    ``periods``, too.
 
     Raises:
         ValueError: heads that do not group, a head too small, or ``freqs``, ``split`` or ``periods`` that do not fit.
@@ -300,6 +301,16 @@ class AxialRoPE(Rotary):
         if self.own_freqs is None:
             return computed(lambda device: self._in_turns(self._spread_freqs(dtype, device)), device)
         return self._in_turns(self.own_freqs.to(device, dtype, copy=True))
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Mapping[str, Any], *args: Any
+    ) -> None:
+        """Round what is loaded as what is made: it may come from a model with another period, or without any."""
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        if local_metadata.get("assign_to_params_buffers", False):
+            self.freqs = self._in_turns(self.freqs)  # not in place, as it is the state dict's own tensor
+        else:
+            self.freqs.copy_(self._in_turns(self.freqs))
 
     def _in_turns(self, freqs: Tensor) -> Tensor:
         """Frequencies, rounded to whole turns of the axes that have a period."""
