@@ -126,7 +126,9 @@ def check_additional(
     for name, tensor, like in (("additional_keys", keys, key), ("additional_values", values, value)):
         check_like(name, tensor, query)
         expected = (kv_heads, like.shape[-1])
-        if tensor.ndim != 4 or tensor.shape[0] not in (1, batch) or tuple(tensor.shape[2:]) != expected:
+        # Not by `in`, which Dynamo answers wrongly where the batch is a symbol and the length of `tensor` a number.
+        fits = tensor.ndim == 4 and (tensor.shape[0] == 1 or tensor.shape[0] == batch)
+        if not fits or tuple(tensor.shape[2:]) != expected:
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)}; expected [{count_or_one(batch)}, R, {expected[0]}, "
                 f"{expected[1]}]"

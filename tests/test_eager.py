@@ -301,6 +301,16 @@ def test_compiles_into_one_graph():
         torch.testing.assert_close(actual, expected)
 
 
+def test_registers_of_each_image_compile_beside_a_batch_of_any_size():
+    torch._dynamo.reset()
+    case = Case("registers", (6, 5), 3, heads=4, kv_heads=2, registers=2)
+    attend, inputs = as_function(case), tuple(make_inputs(case).values())
+    for tensor in inputs[:3]:
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    compiled = torch.compile(attend, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*inputs), attend(*inputs))
+
+
 def test_a_changing_batch_compiles_at_most_twice():
     counter = CompileCounterWithBackend("aot_eager")
     case = Case("batch", (6, 5), 3, heads=4, kv_heads=2)
