@@ -270,3 +270,17 @@ def test_an_empty_batch_gives_gradients_of_zero() -> None:
     out, lse = cached_attention(q, kv, kv, positions[:, 6:], positions, sink=sink, return_lse=True)
     for grad, x in zip(torch.autograd.grad((out.sum(), lse.sum()), (q, kv, sink)), (q, kv, sink), strict=True):
         assert torch.equal(grad, torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_an_empty_entry_holds_reaches_no_gradient(bad: float) -> None:
+    query, key, value = randn(1, 2, 2, 8, grad=True), randn(1, 4, 2, 8), randn(1, 4, 2, 8)
+    key[0, 3], value[0, 3] = bad, bad
+    positions = torch.tensor([[1, 2]]), torch.tensor([[0, 1, 2, -1]])
+    found = cached_attention(query, key, value, *positions)
+    expected = cached_attention(query, key[:, :3], value[:, :3], positions[0], positions[1][:, :3])
+    for one, other in zip(
+        (found, *torch.autograd.grad(found.sum(), query)), (expected, *torch.autograd.grad(expected.sum(), query)),
+        strict=True,
+    ):  # fmt: skip
+        torch.testing.assert_close(one, other)

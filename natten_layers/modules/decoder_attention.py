@@ -125,7 +125,9 @@ class DecoderAttention(nn.Module):
         empty = cache is None or not cache.used
         keys, values, key_positions = key, value, positions
         if cache is not None:
-            keys, values, key_positions = cache.extend(key, value, positions, longest)
+            seen = cache.extend(key, value, positions, longest)
+            if not empty:  # a new one may have no slot at all, after texts that begin with padding
+                keys, values, key_positions = seen
         options = {
             "scale": self.scale, "sink": sink, "additional_keys": registers[0], "additional_values": registers[1]
         }  # fmt: skip
