@@ -504,3 +504,28 @@ def test_without_a_padding_token_the_stop_token_is_repeated(pad_token: int | Non
     assert end < 8  # the first text must end before the last step
     got = model.generate(ids, 8, stop_tokens=[stop])[:, 5:].tolist()
     assert got == [ends[:end] + [stop] * (8 - end), goes_on]
+
+
+STRETCHED = {
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 16},
+    "longrope": {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4,
+                 "factor": 4.0, "original_max_position_embeddings": 16},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rope", STRETCHED.values(), ids=list(STRETCHED))
+def test_no_texts_at_all_have_no_frequencies_to_stretch(rope: dict[str, Any]) -> None:
+    model, none = make(dataclasses.replace(BASE, rope=rope)), tokens(0, 7)
+    assert model.generate(none, 3).shape == (0, 10)
+    with torch.no_grad():
+        assert model(none, attention_mask=torch.ones(0, 7), cache=model.make_cache(0)).shape == (0, 7, 61)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_a_cache_whose_first_tokens_are_padding(softcap: float | None) -> None:
+    model, ids = make(dataclasses.replace(BASE, attention_softcap=softcap)), tokens(2, 9)
+    with torch.no_grad():
+        cache = model.make_cache(2)
+        model(ids[:, :4], attention_mask=torch.zeros(2, 4), cache=cache)
+        found = [model(part, cache=cache) for part in ids.split((4, 1, 4), 1)]
+        torch.testing.assert_close(torch.cat(found, 1), model(ids))

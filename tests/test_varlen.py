@@ -408,6 +408,39 @@ def test_a_layer_takes_packed_texts_by_their_cumulative_lengths() -> None:
     assert torch.equal(own(x, cu_seqlens=ends), own(x, shapes=[(5,), (0,), (9,)]))
 
 
+@pytest.mark.parametrize(
+    ("scaling", "refused", "taken"),
+    [
+        ({"rope_type": "dynamic", "factor": 2.0}, (9, 12), (12, 0, 12)),
+        (
+            {"rope_type": "longrope", "factor": 2.0, "short_factor": [1.0] * 4, "long_factor": [3.0] * 4},
+            (5, 24),
+            (9, 24),
+        ),
+    ],
+    ids=["dynamic", "longrope"],
+)
+def test_a_layer_refuses_packed_texts_of_different_frequencies(
+    scaling: dict[str, Any], refused: tuple[int, ...], taken: tuple[int, ...]
+) -> None:
+    torch.manual_seed(0)
+    rope = RoPE(8, scaling=scaling | {"factor": 2.0, "original_max_position_embeddings": 8})
+    layer = NeighborhoodGQA(16, 2, 16, is_causal=True, rope=rope).double()
+
+    def attend(lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        x = torch.randn(sum(lengths), 16, dtype=torch.float64)
+        positions = torch.cat([torch.arange(n) for n in (*lengths, 0)])
+        return x, layer(x, cu_seqlens=torch.tensor([0, *lengths]).cumsum(0), positions=positions)
+
+    with pytest.raises(ValueError, match=f"packed texts of {refused[0]} and {refused[1]} tokens .*; pack them apart"):
+        attend(refused)
+    for lengths in (taken, (3, 8), (0,), ()):
+        x, out = attend(lengths)
+        for text, found in zip(x.split(lengths), out.split(lengths), strict=True):
+            if len(text):
+                torch.testing.assert_close(found, layer(text[None])[0])
+
+
 def test_layers_refuse_what_packed_samples_do_not_have() -> None:
     x = torch.zeros(6, 8)
     with raises_naming("either shapes or"):

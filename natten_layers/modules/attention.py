@@ -29,7 +29,7 @@ from .query_key import (
     explain_with_qk_prep,
 )
 from .rings import check_packed_ring_positions, check_ring_positions, check_rings
-from .rope import Positions, Rotary
+from .rope import Positions, RoPE, Rotary
 from .window_options import all_one, check_ranks, check_window, plain
 
 __all__ = ["NeighborhoodGQA"]
@@ -353,6 +353,8 @@ class NeighborhoodGQA(nn.Module):
                 "and only then"
             )
         check_rings(self.rope, self.is_periodic, sizes.shape[1])
+        if isinstance(self.rope, RoPE):
+            self.rope.check_packed(sizes.prod(1))
         if mask is not None:
             check_key_mask(mask, x.shape[:-1], x.device, "mask")
         heads, norm, angles = self._project(x[None], self.rope, positions)

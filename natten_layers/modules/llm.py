@@ -165,7 +165,7 @@ class DecoderStack(nn.Module):
             shapes = packed_shapes(None, cu_seqlens, 1, length, "input_ids")
             if not torch.compiler.is_compiling():  # a compiled graph does not know the lengths
                 longest = int(shapes.max()) if len(shapes) else 0
-                self._check_packed(shapes[:, 0], longest)
+                self._check_packed(shapes[:, 0])
             starts = (shapes.cumsum(0) - shapes)[:, 0].repeat_interleave(shapes[:, 0], output_size=length)
             positions = positions - starts.to(positions.device)
         if cache is not None:
@@ -191,17 +191,12 @@ class DecoderStack(nn.Module):
             cache.longest = longest
         return self.norm(x)
 
-    def _check_packed(self, lengths: Tensor, longest: int) -> None:
+    def _check_packed(self, lengths: Tensor) -> None:
         """Refuse packed texts of which the longest would decide on the frequencies of others."""
-        plain, short = self.config.longest_plain_text, self.longest_short_text
-        others = lengths[(lengths > 0) & (lengths < longest)]
-        stretched = plain is not None and longest > plain and len(others) > 0
-        mixed = short is not None and longest > short and bool((others <= short).any())
-        if stretched or mixed:
-            raise ValueError(
-                f"packed texts of {int(others.min())} and {longest} tokens have different frequencies in RoPE with "
-                f"original_max_position_embeddings={plain if stretched else short}; pack them apart"
-            )
+        for block in self.layers:
+            assert isinstance(block, DecoderBlock)
+            if block.self_attn.rope is not None:
+                block.self_attn.rope.check_packed(lengths)
 
     def check_length(self, length: int, *, past: int = 0) -> None:
         """Refuse texts longer than the positions allow, of which a cache holds keys as of ``past`` tokens."""

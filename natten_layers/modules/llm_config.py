@@ -218,15 +218,7 @@ class DecoderLMConfig:
     @property
     def longest_short_text(self) -> int | None:
         """The length up to which LongRoPE takes its short factors, None without LongRoPE."""
-        return self._original_length("longrope")
-
-    @property
-    def longest_plain_text(self) -> int | None:
-        """The length from which on dynamic RoPE stretches a text, None without dynamic RoPE."""
-        return self._original_length("dynamic")
-
-    def _original_length(self, kind: str) -> int | None:
-        ropes = [rope for rope in (self.rope, self.windowed_rope) if rope and rope.get("rope_type") == kind]
+        ropes = [rope for rope in (self.rope, self.windowed_rope) if rope and rope.get("rope_type") == "longrope"]
         return min((rope["original_max_position_embeddings"] for rope in ropes), default=None)
 
     @property

@@ -479,6 +479,24 @@ class RoPE(Rotary):
                 f"query has heads of {head_dim} elements; this RoPE rotates {self.head_dim}: make RoPE({head_dim})"
             )
 
+    def check_packed(self, lengths: Tensor) -> None:
+        """Refuse packed texts of which the longest would decide on the frequencies of others.
+
+        Args:
+            lengths: of the texts, in the host's memory.
+        """
+        if not self.stretches or not len(lengths):
+            return
+        limit, longest = self.scaling["original_max_position_embeddings"], int(lengths.max())
+        others = lengths[(lengths > 0) & (lengths < longest)]
+        if rope_type(self.scaling) == "longrope":
+            others = others[others <= limit]
+        if longest > limit and len(others):
+            raise ValueError(
+                f"packed texts of {int(others.min())} and {longest} tokens have different frequencies in RoPE with "
+                f"original_max_position_embeddings={limit}; pack them apart"
+            )
+
     def angles(self, query: Tensor, key: Tensor, positions: Tensor | None, *, text_length: int = 0) -> Angles:
         """Of ``query [B, L, Hq, D]`` and ``key [B, L, Hkv, D]``, ``D >= head_dim``.
 
@@ -503,7 +521,8 @@ class RoPE(Rotary):
         exact = _angle_dtype(query) == torch.float32  # otherwise those that are held are rounded
         freqs = self.set_freqs(query.device) if exact else self.default_freqs(torch.float64, query.device)
         if self.stretches:
-            last = positions.max().clamp(min=text_length - 1)  # on the device, which nobody then waits for
+            last = positions.max() if positions.numel() else positions.new_full((), -1)
+            last = last.clamp(min=text_length - 1)  # on the device, which nobody then waits for
             if freqs.ndim == 2:
                 freqs = torch.where(last >= self.scaling["original_max_position_embeddings"], freqs[1], freqs[0])
             else:
