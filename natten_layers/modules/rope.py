@@ -307,6 +307,8 @@ class AxialRoPE(Rotary):
     ) -> None:
         """Round what is loaded as what is made: it may come from a model with another period, or without any."""
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        if self.freqs.is_meta or not self._has_turns():
+            return
         if local_metadata.get("assign_to_params_buffers", False):
             self.freqs = self._in_turns(self.freqs)  # not in place, as it is the state dict's own tensor
         else:
