@@ -16,7 +16,8 @@ from hypothesis import HealthCheck, settings
 # Tests must not depend on tiles that were tuned on this machine, so the cache folder is one that does not exist.
 os.environ["NATTEN_LAYERS_CACHE"] = str(Path(__file__).parent / "no-such-folder")
 
-# Hypothesis draws the same examples in every run, and a slow machine does not fail a test.
+# Hypothesis draws the same examples in every run of the same modules, whose numbers it takes, and a slow machine does
+# not fail a test.
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("suite")
 

@@ -230,7 +230,8 @@ class NeighborhoodGQA(nn.Module):
             shapes: lengths of the axes of samples that are packed into ``x [N, embed_dim]``, see
                 :func:`natten_layers.neighborhood_attention_varlen`. ``mask`` is then ``[N]``, ``registers`` are
                 ``[samples, R, embed_dim]``, and a ``rope`` needs ``positions [N, ...]``. Not together with
-                ``registers_attend`` and ``rel_pos_bias``.
+                ``registers_attend`` and ``rel_pos_bias``, nor for texts of lengths at which a ``rope`` that long texts
+                stretch has different frequencies.
             cu_seqlens: instead of ``shapes`` on one axis, cumulative lengths ``[samples + 1]`` that begin with 0. A
                 jagged nested tensor is ``layer(nested.values(), cu_seqlens=nested.offsets())``.
 
