@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import pytest
@@ -455,3 +457,18 @@ def within(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+def peak_memory() -> int:
+    """The bytes of memory that this process has held at most, on Linux. ``ru_maxrss`` would be its parent's, too."""
+    found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return 1024 * int(found[1])
+
+
+def forget_peak_memory() -> None:
+    """Let :func:`peak_memory` begin with what this process holds now; skips the test where that cannot be had."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError as error:
+        pytest.skip(f"the peak of this process' memory cannot be reset: {error}")

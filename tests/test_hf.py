@@ -894,6 +894,35 @@ def test_a_save_that_fails_names_its_file_and_leaves_what_was_there(
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_saving_removes_no_files_but_those_of_an_earlier_save(tmp_path: Path) -> None:
+    others = ["model_flowers.safetensors", "model-ema.safetensors", "model.safetensors.bak", "model-1.safetensors"]
+    for name in others:
+        (tmp_path / name).write_bytes(b"another's")
+    model = DecoderLM(TINY)
+    model.save_pretrained(tmp_path, max_shard_bytes=1)
+    assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 1
+    model.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {*others, hf.CONFIG, hf.WEIGHTS}
+
+
+@pytest.mark.parametrize("size", ["5GB", 0, -5, 1.5, True])
+def test_shards_have_a_size(size: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"max_shard_bytes must be an int of at least 1, got {size!r}"):
+        DecoderLM(TINY).save_pretrained(tmp_path, max_shard_bytes=size)
+    assert not list(tmp_path.iterdir())
+
+
+def test_parameters_that_share_memory_are_saved(tmp_path: Path) -> None:
+    model = DecoderLM(TINY)
+    assert model.lm_head is not None
+    model.lm_head.weight = model.model.embed_tokens.weight
+    model.model.layers[1] = model.model.layers[0]
+    model.save_pretrained(tmp_path)
+    again = DecoderLM.from_pretrained(tmp_path)
+    assert again.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(again.state_dict()[name], x) for name, x in model.state_dict().items())
+
+
 def test_tied_projection_may_be_stored(tmp_path: Path) -> None:
     model = DecoderLM(dataclasses.replace(TINY, tie_embeddings=True))
     model.save_pretrained(tmp_path)
@@ -904,22 +933,27 @@ def test_tied_projection_may_be_stored(tmp_path: Path) -> None:
 
 
 LOAD = """
-import resource, sys, torch
+import sys, torch
+from helpers import peak_memory
 from natten_layers.modules.llm import DecoderLM
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-model = DecoderLM.from_pretrained(sys.argv[1])
+DecoderLM.from_pretrained(sys.argv[1])  # imports what loading takes, which is as large as the model
+before = peak_memory()
+model = DecoderLM.from_pretrained(sys.argv[2])
 total = sum(float(p.sum()) for p in model.parameters())  # touch every page
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, sum(p.nbytes for p in model.parameters()))
+print(peak_memory() - before, sum(p.nbytes for p in model.parameters()))
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells a process' own peak")
 def test_loading_takes_the_models_own_memory(tmp_path: Path) -> None:
     config = dataclasses.replace(TINY, vocab_size=200000, hidden_size=64, tie_embeddings=True)
-    DecoderLM(config).save_pretrained(tmp_path)
-    result = subprocess.run([sys.executable, "-c", LOAD, str(tmp_path)], capture_output=True, text=True, check=True)
-    kibibytes, size = map(int, result.stdout.split())
-    assert kibibytes * 1024 < 1.3 * size + 16 * 2**20
+    DecoderLM(TINY).save_pretrained(tmp_path / "tiny")
+    DecoderLM(config).save_pretrained(tmp_path / "wide")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", LOAD, str(tmp_path / "tiny"), str(tmp_path / "wide")]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    taken, size = map(int, result.stdout.split())
+    assert taken < 1.3 * size + 16 * 2**20
 
 
 @pytest.mark.parametrize(

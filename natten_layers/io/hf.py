@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 TORCH_WEIGHTS, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -212,8 +213,8 @@ def save(
     """Write ``config.json`` and safetensors files, in several shards if larger than ``max_shard_bytes``.
 
     All files are first written under temporary names, so that earlier files stay unchanged if writing fails, for
-    example because the disk is full. Earlier weight files (``model*.safetensors`` and their index) that are not
-    overwritten are removed.
+    example because the disk is full. Earlier weight files (``model.safetensors``, ``model-00001-of-00002.safetensors``
+    and so on, and their index) that are not overwritten are removed.
 
     Raises:
         OSError: a file cannot be written; the message names it.
@@ -247,7 +248,6 @@ def save(
         for name, shard in zip(names, shards, strict=True):
             temporary = stack.enter_context(replacing(directory / name))
             write_safetensors(shard, temporary, {"format": "pt"}, final=directory / name)
-    for stale in {*directory.glob("model*.safetensors"), directory / INDEX} - {
-        directory / name for name in [*names, *texts]
-    }:
+    earlier = {path for path in directory.iterdir() if WEIGHT_FILE.fullmatch(path.name)}
+    for stale in {*earlier, directory / INDEX} - {directory / name for name in [*names, *texts]}:
         stale.unlink(missing_ok=True)

@@ -105,7 +105,7 @@ def check_writable(tensors: Mapping[str, Tensor], path: object) -> None:
 
 
 def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str], *, final: Path) -> None:
-    """Write a safetensors file.
+    """Write a safetensors file. Of tensors that share memory, which the format does not know, each is written.
 
     Args:
         tensors: contiguous tensors by name.
@@ -117,12 +117,23 @@ def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str
         OSError: the file cannot be written, for example because the disk is full.
     """
     try:
-        save_file(tensors, path, metadata=metadata)
+        save_file(_apart(tensors), path, metadata=metadata)
     except SafetensorError as error:  # it wraps what the system says in words, and names a temporary file of its own
         said = re.search(r"I/O error: (.+) \(os error \d+\)", str(error))
         raise OSError(f"cannot write {final}: {said[1] if said else error}") from error
     except OSError as error:
         raise OSError(error.errno, f"cannot write {final}: {error.strerror or error}") from error
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, with copies in place of those whose memory an earlier one uses, too."""
+    used: set[tuple[torch.device, int]] = set()
+    apart: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        memory = tensor.device, tensor.untyped_storage().data_ptr()
+        apart[name] = tensor.clone() if memory in used else tensor
+        used.add(memory)
+    return apart
 
 
 def make_on_meta(make: Callable[[], M], path: object, *, layers: int, tensors: int) -> M:

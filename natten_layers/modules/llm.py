@@ -414,12 +414,14 @@ class DecoderLM(nn.Module):
         mix of windows): then ``model_type`` is "natten_layers". If writing fails, earlier files stay unchanged.
 
         Args:
-            directory: created if it does not exist; other weight files of these names in it are removed.
+            directory: created if it does not exist. Weight files of an earlier save in it are removed, that is
+                ``model.safetensors``, shards such as ``model-00001-of-00002.safetensors``, and their index.
             max_shard_bytes: larger models are split into several files of at most about this size.
 
         Raises:
             OSError: a file cannot be written; the message names it.
-            ValueError: ``directory`` ends like a file, such as .safetensors, or the model is sharded (the
-                message says how to gather it) or on the meta device.
+            ValueError: ``directory`` ends like a file, such as .safetensors, ``max_shard_bytes`` is no count, or the
+                model is sharded (the message says how to gather it) or on the meta device.
         """
+        check_count("max_shard_bytes", max_shard_bytes)
         hf.save(self.config, self.state_dict(), directory, max_shard_bytes=max_shard_bytes)
