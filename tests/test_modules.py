@@ -7,6 +7,7 @@ import io
 import math
 import pickle
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -267,6 +268,21 @@ def test_frequencies_survive_half_precision(rope: AxialRoPE | RoPE) -> None:
     assert torch.equal(blank.freqs, rope.freqs)
 
 
+def scaled_rope(theta: float = 1e4, **scaling: Any) -> RoPE:
+    """A RoPE that every ``rope_type`` can be made with, but for what ``scaling`` replaces."""
+    sizes = {"factor": 4.0, "original_max_position_embeddings": 16, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "mscale_all_dim": 1.0}
+    return RoPE(8, theta=theta, scaling={**sizes, **factors, **scaling})
+
+
+@pytest.mark.parametrize("rope_type", ["default", "linear", "llama3", "yarn", "longrope", "dynamic"])
+def test_scaled_frequencies_are_positive(rope_type: str) -> None:
+    for absent in ({}, {"beta_fast": None, "beta_slow": 0, "mscale": None}):
+        rope = scaled_rope(rope_type=rope_type, **absent)
+        assert rope.freqs.isfinite().all()
+        assert (rope.freqs > 0).all()
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -274,6 +290,32 @@ def test_frequencies_survive_half_precision(rope: AxialRoPE | RoPE) -> None:
         (lambda: RoPE(8, scaling={"rope_type": "longrope"}), 'longrope.*needs the key "factor"'),
         (lambda: RoPE(8, scaling={"rope_type": "ntk"}), "ntk.*not implemented"),
         (lambda: RoPE(8, scaling={"rope_type": "linear"}), 'linear.*needs the key "factor"'),
+        (lambda: RoPE(8, scaling=5), "scaling must be None or a dictionary, got 5"),  # type: ignore[arg-type]
+        *(
+            (partial(scaled_rope, **options), f'"{key}" .*"{kind}" must be a positive finite number, got {shown}')
+            for kind, key, value, shown in (
+                ("linear", "factor", 0.0, "0.0"),
+                ("linear", "factor", math.nan, "nan"),
+                ("linear", "factor", [2], r"\[2\]"),
+                ("dynamic", "factor", -3, "-3"),
+                ("llama3", "factor", 0, "0"),
+                ("llama3", "low_freq_factor", 0, "0"),
+                ("yarn", "factor", "a", "'a'"),
+                ("yarn", "original_max_position_embeddings", 0, "0"),
+                ("yarn", "beta_fast", -1, "-1"),
+                ("yarn", "attention_factor", math.inf, "inf"),
+                ("yarn", "mscale", "2", "'2'"),
+                ("longrope", "factor", True, "True"),
+            )
+            for options in ({"rope_type": kind, key: value},)
+        ),
+        (lambda: scaled_rope(rope_type="longrope", original_max_position_embeddings=1), "of at least 2, got 1"),
+        (
+            lambda: scaled_rope(rope_type="longrope", short_factor=1.0),
+            'needs 4 positive numbers "short_factor", got 1.0',
+        ),
+        (lambda: scaled_rope(rope_type="longrope", long_factor=[1, 2, 0, 1]), 'needs 4 positive numbers "long_factor"'),
+        (lambda: scaled_rope(theta=1.0, rope_type="yarn"), "needs another theta than 1"),
         (lambda: AxialRoPE(7, 2), "head_dim must be at least 4 \\* axes = 8, got 7"),
         (lambda: AxialRoPE(8, 3, num_kv_heads=2), "multiple of num_kv_heads, got 3 and 2"),
         (lambda: AxialRoPE(8, 2, freqs=torch.ones(3, 1)), r"freqs has shape \(3, 1\); expected \[2 or 1, n\]"),

@@ -11,11 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..checks import check_flags, no_tensor
+from ..checks import check_flags, is_finite_number, no_tensor
 from ..eager import autocasts
+from ..wording import shorten
 from .base import at_least_fp32, check_count
 
 __all__ = ["AdaRMSNorm", "RMSNorm", "cosine_normalize", "rms_normalize"]
+
+
+def check_eps(eps: object) -> None:
+    if not is_finite_number(eps) or eps < 0:
+        raise ValueError(f"eps must be a finite number of at least 0, got {shorten(eps)}")
 
 
 def _statistics(x: Tensor) -> Tensor:
@@ -67,7 +73,8 @@ class RMSNorm(nn.RMSNorm):
             pulls the gain to 1. Otherwise the gain is ``weight``, which starts at 1.
 
     Raises:
-        ValueError: ``dim`` is below 1, or ``zero_centered`` no bool. The call: ``x`` is no tensor that ends in ``dim``.
+        ValueError: ``dim`` is below 1, ``eps`` no finite number from 0 on, or ``zero_centered`` no bool. The call:
+            ``x`` is no tensor that ends in ``dim``.
     """
 
     def __init__(
@@ -80,6 +87,7 @@ class RMSNorm(nn.RMSNorm):
         dtype: torch.dtype | None = None,
     ) -> None:
         check_count("dim", dim)
+        check_eps(eps)
         check_flags(zero_centered=zero_centered)
         self.zero_centered = zero_centered  # set before super().__init__, which calls reset_parameters
         super().__init__(dim, eps, device=device, dtype=dtype)

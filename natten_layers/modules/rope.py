@@ -432,8 +432,8 @@ class RoPE(Rotary):
     Ding et al. 2024 (LongRoPE, https://arxiv.org/abs/2402.13753), Llama 3.1's published configuration.
 
     Raises:
-        ValueError: an odd ``head_dim``, a ``theta`` that is not positive, an unknown ``rope_type``, or a key that the
-            type needs and does not have.
+        ValueError: an odd ``head_dim``, a ``theta`` that is not positive, an unknown ``rope_type``, a key that the type
+            needs and does not have, or one that is no positive number.
     """
 
     def __init__(
@@ -451,6 +451,8 @@ class RoPE(Rotary):
         if not is_finite_number(theta) or theta <= 0:
             raise ValueError(f"theta must be a positive number, got {shorten(theta)}")
         check_flags(interleaved=interleaved)
+        if scaling is not None and not isinstance(scaling, Mapping):
+            raise ValueError(f"scaling must be None or a dictionary, got {shorten(scaling)}")
         self.head_dim, self.theta, self.scaling = head_dim, theta, dict(scaling or {})
         self.attention_factor, self.interleaved = attention_factor(self.scaling), interleaved
         self.stretches = rope_type(self.scaling) in ("longrope", "dynamic")

@@ -6,11 +6,14 @@ The dictionaries are those of ``rope_scaling`` / ``rope_parameters`` in Hugging 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..checks import is_finite_number
+from ..wording import shorten
 
 __all__ = ["attention_factor", "rope_type", "scaled_frequencies", "stretched_frequencies"]
 
@@ -24,7 +27,21 @@ def _required(scaling: Mapping[str, Any], *keys: str) -> list[float]:
     for key in keys:
         if scaling.get(key) is None:
             raise ValueError(f'scaling of rope_type "{rope_type(scaling)}" needs the key "{key}", got {dict(scaling)}')
-    return [float(scaling[key]) for key in keys]
+    return [_positive(scaling, key) for key in keys]
+
+
+def _optional(scaling: Mapping[str, Any], key: str) -> float | None:
+    """A number, or None where configs leave it out, or write None or 0 in its place."""
+    return _positive(scaling, key) if scaling.get(key) else None
+
+
+def _positive(scaling: Mapping[str, Any], key: str) -> float:
+    if not is_finite_number(scaling[key]) or scaling[key] <= 0:
+        raise ValueError(
+            f'"{key}" in scaling of rope_type "{rope_type(scaling)}" must be a positive finite number, got '
+            f"{shorten(scaling[key])}"
+        )
+    return float(scaling[key])
 
 
 def scaled_frequencies(periods: Tensor, theta: float, scaling: Mapping[str, Any]) -> Tensor:
@@ -62,12 +79,14 @@ def _llama3(freqs: Tensor, scaling: Mapping[str, Any]) -> Tensor:
 def _yarn(periods: Tensor, theta: float, scaling: Mapping[str, Any]) -> Tensor:
     """Divide frequencies of fewer than ``beta_slow`` turns in the original text, keep those above ``beta_fast``."""
     factor, length = _required(scaling, "factor", "original_max_position_embeddings")
+    if theta == 1:
+        raise ValueError('rope_type "yarn" needs another theta than 1, with which all frequencies are alike')
     n = periods.shape[0]
 
     def dimension(turns: float) -> float:
         return 2 * n * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
-    first, last = dimension(scaling.get("beta_fast") or 32.0), dimension(scaling.get("beta_slow") or 1.0)
+    first, last = dimension(_optional(scaling, "beta_fast") or 32.0), dimension(_optional(scaling, "beta_slow") or 1.0)
     if scaling.get("truncate", True):
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, 2 * n - 1)
@@ -83,8 +102,11 @@ def _longrope(periods: Tensor, scaling: Mapping[str, Any]) -> Tensor:
     rows = []
     for key in ("short_factor", "long_factor"):
         factors = scaling.get(key)
-        if factors is None or len(factors) != len(periods):
-            raise ValueError(f'scaling of rope_type "longrope" needs {len(periods)} numbers "{key}", got {factors}')
+        given = list(factors) if isinstance(factors, Sequence) else []
+        if len(given) != len(periods) or not all(is_finite_number(factor) and factor > 0 for factor in given):
+            raise ValueError(
+                f'scaling of rope_type "longrope" needs {len(periods)} positive numbers "{key}", got {shorten(factors)}'
+            )
         rows.append(1.0 / (torch.tensor(factors, dtype=periods.dtype, device=periods.device) * periods))
     return torch.stack(rows)
 
@@ -107,15 +129,16 @@ def attention_factor(scaling: Mapping[str, Any]) -> float:
     if rope_type(scaling) not in ("yarn", "longrope"):
         return 1.0
     if scaling.get("attention_factor") is not None:
-        return float(scaling["attention_factor"])
+        return _positive(scaling, "attention_factor")
     if rope_type(scaling) == "longrope":
         factor, length = _required(scaling, "factor", "original_max_position_embeddings")
+        if length == 1:
+            raise ValueError('rope_type "longrope" needs original_max_position_embeddings of at least 2, got 1')
         return math.sqrt(1 + math.log(factor) / math.log(length)) if factor > 1 else 1.0
     (factor,) = _required(scaling, "factor")
 
     def mscale(weight: float) -> float:
         return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
-    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
-        return mscale(scaling["mscale"]) / mscale(scaling["mscale_all_dim"])
-    return mscale(1.0)
+    weight, weight_of_all = _optional(scaling, "mscale"), _optional(scaling, "mscale_all_dim")
+    return mscale(1.0) if weight is None or weight_of_all is None else mscale(weight) / mscale(weight_of_all)
