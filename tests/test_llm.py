@@ -8,6 +8,7 @@ import math
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -307,6 +308,44 @@ def test_sample_follows_the_distribution() -> None:
 def test_sample_refuses(options: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         sample(torch.zeros(1, 3), **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": -1.0},
+        {"top_k": 0},
+        {"top_p": 1.5},
+        {"generator": 1.5},
+        {"generator": "x"},
+        {"generator": True},
+        {"stop_tokens": [1.5]},
+        {"stop_tokens": 1.0},
+        {"stop_tokens": "a"},
+        {"stop_tokens": -1},
+        {"callback": 3},
+    ],
+    ids=str,
+)
+def test_generation_refuses_before_it_reads(options: dict[str, Any]) -> None:
+    model = make(BASE)
+    model.register_forward_pre_hook(lambda *_: pytest.fail("the prompt was read"))
+    with pytest.raises(ValueError, match=f"^{next(iter(options))} must be "):
+        model.generate(tokens(1, 4), 2, **options)
+
+
+def test_generation_takes_numbers_of_numpy_and_tensors() -> None:
+    model, ids = make(BASE), tokens(2, 4)
+    found = model.generate(ids, 5, temperature=1.0, generator=np.int64(3), stop_tokens=torch.tensor([60]))  # type: ignore[arg-type]
+    assert torch.equal(found, model.generate(ids, 5, temperature=1.0, generator=3, stop_tokens=60))
+
+
+def test_generation_needs_a_padding_token_of_the_vocabulary() -> None:
+    model = make(dataclasses.replace(BASE, pad_token_id=61, eos_token_id=0))
+    assert model.generate(tokens(1, 4), 2).shape[0] == 1
+    assert model.generate(tokens(2, 4), 2, stop_tokens=[]).shape == (2, 6)
+    with pytest.raises(ValueError, match="pad_token_id=61, which is no token of vocab_size=61"):
+        model.generate(tokens(2, 4), 2)
 
 
 def test_deepcopy_pickle_and_state_dict() -> None:

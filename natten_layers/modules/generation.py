@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..checks import check_flags, is_finite_number
-from ..wording import shorten
+from ..wording import shorten, with_type
 from .base import check_count
 from .cache import Cache
 
@@ -61,7 +62,8 @@ def generate(
         texts ended.
 
     Raises:
-        ValueError: arguments that :meth:`DecoderLM.forward` refuses, or sampling options out of range.
+        ValueError: arguments that :meth:`DecoderLM.forward` refuses, sampling options out of range, a ``generator``,
+            ``stop_tokens`` or ``callback`` of another type. All before the prompts are read.
         RuntimeError: the model cannot be recorded as a CUDA graph, or gives NaN or infinity after the prompt.
     """
     model.check(input_ids, attention_mask, None)
@@ -70,10 +72,14 @@ def generate(
     check_flags(cuda_graph=cuda_graph)
     longest = input_ids.shape[1] if attention_mask is None else longest_of((attention_mask != 0).sum(1))
     model.model.check_length(longest + max_new_tokens)
-    if isinstance(generator, int):
-        generator = torch.Generator(input_ids.device).manual_seed(generator)
-    stop_tokens = model.config.stop_tokens if stop_tokens is None else stop_tokens
-    stops = input_ids.new_tensor([stop_tokens] if isinstance(stop_tokens, int) else list(stop_tokens))
+    _check_sampling(temperature, top_k, top_p)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        check_count("generator", generator, least=0)
+        generator = torch.Generator(input_ids.device).manual_seed(int(generator))
+    if callback is not None and not callable(callback):
+        raise ValueError(f"callback must be None or a function of the new tokens, got {with_type(callback)}")
+    stops = input_ids.new_tensor(model.config.stop_tokens if stop_tokens is None else _tokens(stop_tokens))
+    pad = _padding(model, several=len(input_ids) > 1 and len(stops) > 0)
     short = model.config.longest_short_text
     capacity = input_ids.shape[1] + max_new_tokens
     cache = model.make_cache(len(input_ids), max_length=capacity, device=input_ids.device)
@@ -82,8 +88,6 @@ def generate(
     cuda_graph = cuda_graph and model.config.num_experts is None
     step = one_token(model, cache, cuda_graph=cuda_graph)
     ended = torch.zeros_like(input_ids[:, 0], dtype=torch.bool)
-    pad = model.config.pad_token_id
-    pad = None if pad is not None and pad < 0 else pad  # old configs write -1 for no padding token
     tokens: list[Tensor] = []
     while True:
         token = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
@@ -206,12 +210,7 @@ def sample(
     Raises:
         ValueError: an option is out of range.
     """
-    if not is_finite_number(temperature) or temperature < 0:
-        raise ValueError(f"temperature must be a finite number of at least 0, got {shorten(temperature)}")
-    if top_k is not None:
-        check_count("top_k", top_k)
-    if top_p is not None and not (is_finite_number(top_p) and 0 < top_p <= 1):
-        raise ValueError(f"top_p must be None or lie in (0, 1], got {shorten(top_p)}")
+    _check_sampling(temperature, top_k, top_p)
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float()
@@ -227,6 +226,40 @@ def sample(
         probabilities = probabilities.masked_fill(before >= least, 0.0)
     drawn = torch.multinomial(probabilities, 1, generator=generator)
     return tokens.gather(-1, drawn)[:, 0]
+
+
+def _check_sampling(temperature: object, top_k: object, top_p: object) -> None:
+    if not is_finite_number(temperature) or temperature < 0:
+        raise ValueError(f"temperature must be a finite number of at least 0, got {shorten(temperature)}")
+    if top_k is not None:
+        check_count("top_k", top_k)
+    if top_p is not None and not (is_finite_number(top_p) and 0 < top_p <= 1):
+        raise ValueError(f"top_p must be None or lie in (0, 1], got {shorten(top_p)}")
+
+
+def _padding(model: DecoderLM, *, several: bool) -> int | None:
+    """The token behind texts that end early, which there are where ``several`` are continued at once."""
+    pad, size = model.config.pad_token_id, model.config.vocab_size
+    if pad is None or pad < 0:  # old configs write -1 for no padding token
+        return None
+    if several and pad >= size:
+        raise ValueError(
+            f"texts of a batch that end early are padded with pad_token_id={pad}, which is no token of "
+            f"vocab_size={size}: make the config with pad_token_id=None, or give stop_tokens=[]"
+        )
+    return pad
+
+
+def _tokens(stop_tokens: object) -> list[int]:
+    """One token or several as a list."""
+    tokens = stop_tokens.tolist() if isinstance(stop_tokens, Tensor) else stop_tokens
+    tokens = [tokens] if isinstance(tokens, Integral) else tokens
+    if not isinstance(tokens, Iterable) or isinstance(tokens, str | bytes):
+        raise ValueError(f"stop_tokens must be a token or several, got {with_type(stop_tokens)}")
+    tokens = list(tokens)
+    for token in tokens:
+        check_count("stop_tokens", token, least=0)
+    return [int(token) for token in tokens]
 
 
 def longest_of(lengths: Tensor) -> int:
