@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .modules.attention import NeighborhoodGQA
+from .modules.base import check_count
 from .modules.hdit import HDiT
 from .modules.hdit_config import HDiTConfig, LevelConfig
 
@@ -42,12 +43,17 @@ def mha_to_gqa(state: Mapping[str, Tensor], num_heads: int, num_kv_heads: int) -
         raise ValueError(
             f"state has no {' and no '.join(missing)}; it holds {', '.join(sorted(state)[:8]) or 'nothing'}"
         )
+    check_count("num_heads", num_heads)
+    check_count("num_kv_heads", num_kv_heads)
     width, rows = state["proj.weight"].shape[1], state["qkv.weight"].shape[0]
     if width % num_heads:
         raise ValueError(f"proj.weight has {width} columns, not a multiple of num_heads {num_heads}")
+    for name in ("sink", "qk_scale", "rpb"):
+        if name in state and (heads := len(state[name])) != num_heads:
+            raise ValueError(f"num_heads must be the {heads} query heads that {name} in state has, got {num_heads}")
     head_dim = width // num_heads
     old_kv_heads = (rows - width) // (2 * head_dim)
-    if num_kv_heads < 1 or old_kv_heads % num_kv_heads:
+    if old_kv_heads % num_kv_heads:
         raise ValueError(f"num_kv_heads must divide the {old_kv_heads} KV heads of the state dict, got {num_kv_heads}")
 
     def pool(part: Tensor) -> Tensor:
@@ -75,7 +81,9 @@ def convert(model: HDiT, group_size: int | Sequence[int]) -> HDiT:
         ValueError: the group size does not divide the KV heads of a level.
     """
     levels = model.config.levels
-    sizes = [group_size] * len(levels) if isinstance(group_size, int) else list(group_size)
+    sizes = list(group_size) if isinstance(group_size, Sequence) else [group_size] * len(levels)
+    for size in sizes:
+        check_count("group_size", size)
     if len(sizes) != len(levels):
         raise ValueError(f"group_size has {len(sizes)} entries {sizes}, but the model has {len(levels)} levels")
     grouped = [_group(level, size, index) for index, (level, size) in enumerate(zip(levels, sizes, strict=True))]
@@ -95,7 +103,7 @@ def _group(level: LevelConfig, size: int, index: int) -> LevelConfig:
     if level.attention == "none":
         return level
     kv_heads = level.num_kv_heads or level.num_heads
-    if size < 1 or kv_heads % size:
+    if kv_heads % size:
         raise ValueError(
             f"level {index} has {kv_heads} KV heads, which group_size {size} does not divide; give a divisor, one for "
             "all levels or one each"

@@ -273,6 +273,13 @@ def test_pooling_takes_means_in_steps() -> None:
         mha_to_gqa(pooled, 4, 4)
     with pytest.raises(ValueError, match="16 columns, not a multiple of num_heads 3"):
         mha_to_gqa(state, 3, 1)
+    for wrong in (0, -4, "4", 4.0, True):
+        with pytest.raises(ValueError, match=r"^num_heads must be an int of at least 1"):
+            mha_to_gqa(state, wrong, 1)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"^num_kv_heads must be an int of at least 1"):
+            mha_to_gqa(state, 4, wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="num_heads must be the 4 query heads that sink in state has, got 8"):
+        mha_to_gqa({**state, "sink": torch.zeros(4)}, 8, 1)
     with pytest.raises(ValueError, match=r"state has no qkv\.weight; it holds proj"):
         mha_to_gqa({name: tensor for name, tensor in state.items() if "qkv" not in name}, 4, 2)
 

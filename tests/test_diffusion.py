@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from natten_layers import Denoiser, MeanFlow
 from natten_layers_cli.diffusion import (
     SAMPLERS,
     guided,
@@ -131,3 +132,10 @@ def test_learning_rates() -> None:
     assert learning_rate_factor({"type": "inverse", "inv_gamma": 10, "power": 0.5}, 30) == 0.5
     assert learning_rate_factor({"type": "exponential", "num_steps": 10, "decay": 0.5}, 20) == 0.25
     assert learning_rate_factor({"type": "cosine", "num_steps": 10}, 20) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("sigma_data", [0, -1.0, math.inf, math.nan, "a", True])
+@pytest.mark.parametrize("kind", [Denoiser, MeanFlow])
+def test_data_have_a_standard_deviation(kind: type[Denoiser] | type[MeanFlow], sigma_data: Any) -> None:
+    with pytest.raises(ValueError, match=f"sigma_data must be a positive finite number, got {sigma_data!r}"):
+        kind(nn.Identity(), sigma_data=sigma_data)

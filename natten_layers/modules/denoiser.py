@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_tensors
+from ..checks import check_tensors, is_finite_number
 from ..varlen import Shapes, packed_shapes
 from ..wording import shorten
 from .base import at_least_fp32, reset_children
@@ -34,7 +34,8 @@ class Denoiser(nn.Module):
             two as in k-diffusion.
 
     Raises:
-        ValueError: an unknown weighting, or no ``sigma_data`` is given and the model has no config with one.
+        ValueError: an unknown weighting, a ``sigma_data`` that is no positive number, or none is given and the model
+            has no config with one.
     """
 
     def __init__(
@@ -147,6 +148,8 @@ def sigma_data_of(model: nn.Module, given: float | None) -> float:  # also MeanF
     sigma_data = getattr(getattr(model, "config", None), "sigma_data", None) if given is None else given
     if sigma_data is None:
         raise ValueError(f"{type(model).__name__} has no config with a sigma_data; give sigma_data")
+    if not is_finite_number(sigma_data) or sigma_data <= 0:
+        raise ValueError(f"sigma_data must be a positive finite number, got {shorten(sigma_data)}")
     return float(sigma_data)
 
 
