@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from natten_layers import GEGLU, AxialRoPE, NeighborhoodGQA
-from natten_layers_cli.running import Parser
+from natten_layers_cli.running import Parser, run_command
 
 
 def winds(count: int, hours: int = 1, vortices: int = 6) -> Tensor:
@@ -50,7 +50,12 @@ def train(steps: int) -> Forecast:
     return model
 
 
-if __name__ == "__main__":
+def run() -> int:
     parser = Parser(description=__doc__, least={"steps": 0})
     parser.add_argument("--steps", type=int, default=500, help="of training, each on 8 new winds")
     train(parser.parse(None).steps)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(run))

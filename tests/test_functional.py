@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -815,6 +816,7 @@ class FakeProcessGroup:
     """A group of this process alone, in which nothing is sent."""
 
     def __enter__(self) -> None:
+        import_module("torch.testing._internal.distributed.fake_pg")  # which makes the backend known
         torch.distributed.init_process_group("fake", rank=0, world_size=1, store=torch.distributed.HashStore())  # pyright: ignore[reportPrivateImportUsage]
 
     def __exit__(self, *_: object) -> None:

@@ -160,20 +160,30 @@ def test_a_kill_during_the_last_save_loses_nothing(config: Path, monkeypatch: py
     assert temporaries(config.parent) == others or temporaries(config.parent) == others[::-1]
 
 
+def kill_group(process: subprocess.Popen[str]) -> None:
+    """End a process that still runs after a test has failed, and those that it has started."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
 def test_sigterm_to_all_processes_saves(config: Path) -> None:
     """Schedulers and ``timeout`` signal all processes: those that load images must run until the step is finished."""
     flags = ["--config", str(config), "--name", str(config.parent / "a"), "--device", "cpu", "--num-workers", "2"]
     command = [sys.executable, *TRAIN, *flags]
     pipe = subprocess.PIPE
     process = subprocess.Popen(command, start_new_session=True, text=True, env=ENVIRONMENT, stdout=pipe, stderr=pipe)
-    path = config.parent / "a_metrics.csv"
-    deadline = time.monotonic() + 120
-    while not path.exists() or len(path.read_text().splitlines()) < 4:
-        assert time.monotonic() < deadline
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGTERM)
-    output = process.communicate(timeout=60)
+    try:
+        path = config.parent / "a_metrics.csv"
+        deadline = time.monotonic() + 120
+        while not path.exists() or len(path.read_text().splitlines()) < 4:
+            assert time.monotonic() < deadline
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGTERM)
+        output = process.communicate(timeout=60)
+    finally:
+        kill_group(process)
     assert process.returncode == 143, output
     saved = json.loads((config.parent / "a_state.json").read_text())["latest_checkpoint"]
     assert int(saved.removeprefix("a_").removesuffix(".pth")) >= 3
@@ -193,9 +203,7 @@ def test_a_run_with_workers_skips_an_image_that_breaks_and_ends_when_all_do(
     try:
         check_a_run_with_workers(config, process, folder)
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+        kill_group(process)
     assert "another process is training" in capsys.readouterr().err
 
 
