@@ -322,6 +322,15 @@ def test_scaled_frequencies_are_positive(rope_type: str) -> None:
         (lambda: AxialRoPE(8, 2, freqs=torch.ones(1, 3)), "rotate 6 pairs; a head of 8 elements has 1 to 4"),
         (lambda: AxialRoPE(8, 2, freqs=torch.ones(1, 3), split=(1, 3)), r"split=\(1, 3\) .* add up to 3"),
         (lambda: AxialRoPE(8, 2, freqs=torch.ones(1, 3), split=(1, 1, 1)), r"split=\(1, 1, 1\) must be 2 numbers"),
+        (lambda: AxialRoPE(8, 2, freqs=torch.ones(1, 3), split=3), "split=3 must be 2 numbers"),  # type: ignore[arg-type]
+        (lambda: AxialRoPE(8, 2, freqs=torch.ones(1, 3), split=("a", "b")), "split=.* must be 2 numbers"),  # type: ignore[arg-type]
+        (lambda: AxialRoPE(8, 2, split=2), "split=2 .* give freqs too"),  # type: ignore[arg-type]
+        (lambda: AxialRoPE(8, 2, freqs=torch.full((1, 2), math.nan)), "freqs must be real and finite"),
+        (lambda: AxialRoPE(8, 2, freqs=torch.ones(1, 2) * 1j), "freqs must be real and finite"),
+        (lambda: make_axial_pos(4, 4, dtype=torch.float16), "dtype must be .*, got torch.float16"),
+        (lambda: make_axial_pos(4, 4, dtype="float32"), "dtype must be .*, got 'float32'"),  # type: ignore[arg-type]
+        (lambda: RoPE(8)(randn(1, 4, 2, 8), randn(1, 4, 2, 8), torch.ones(4).bool()), "positions are torch.bool: give"),
+        (lambda: RoPE(8)(randn(1, 4, 2, 8), randn(1, 4, 2, 8), torch.arange(4) * 1j), "positions are torch.complex64"),
         (lambda: AxialRoPE(16, 2, periods=(1.0,)), r"periods=\(1.0,\) must be 2 entries"),
         (lambda: AxialRoPE(16, 2, periods=(None, -1.0)), r"periods=\(None, -1.0\) .* above 0 or None"),
         (lambda: AxialRoPE(8, 2, split=(1, 1)), r"split=\(1, 1\) .* give freqs too"),

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..checks import check_flags, check_tensors, is_finite_number
 from ..geometry import is_per_axis
+from ..kernels.ops.define import is_watched
 from ..wording import count_or_one, shorten
 from .base import Constants, at_least_fp32, check_count, computed, default_dtype, is_plain
 from .rope_scaling import attention_factor, rope_type, scaled_frequencies, stretched_frequencies
@@ -75,13 +76,15 @@ def make_axial_pos(
         ``[height, width, 2]``, (y, x).
 
     Raises:
-        ValueError: a height or width below 1.
+        ValueError: a height or width below 1, or another dtype.
     """
     for size in (height, width):  # of a compiled graph they may be symbols
         if not isinstance(size, Integral | torch.SymInt) or size < 1:
             raise ValueError(
                 f"height and width must be integers of at least 1, got {shorten(height)} and {shorten(width)}"
             )
+    if dtype not in (None, torch.float32, torch.float64):
+        raise ValueError(f"dtype must be torch.float32, torch.float64 or None, got {shorten(dtype)}")
     dtype = default_dtype() if dtype is None else dtype
     centres = []
     for bound, length in zip(axial_bounds(height, width), (height, width), strict=True):
@@ -209,6 +212,8 @@ def _check_precision(positions: Tensor) -> None:
             f"positions are {positions.dtype}, which is too coarse: give float32, float64 or integers. Where a "
             "mixed-precision policy casts the arguments of modules, give positions=natten_layers.Positions(tensor)"
         )
+    if positions.dtype == torch.bool or positions.is_complex():
+        raise ValueError(f"positions are {positions.dtype}: give float32, float64 or integers")
 
 
 def _check_positions(positions: Tensor, batch: int, shape: tuple[int, ...]) -> None:
@@ -394,14 +399,21 @@ def _check_freqs(
 ) -> None:
     if freqs is None:
         if split is not None:
-            raise ValueError(f"split={tuple(split)} says which axis freqs belong to; give freqs too")
+            raise ValueError(f"split={shorten(split)} says which axis freqs belong to; give freqs too")
         return
     check_tensors(freqs=freqs)
+    if freqs.is_complex() or not (freqs.is_meta or is_watched((freqs,)) or freqs.isfinite().all()):
+        raise ValueError(f"freqs must be real and finite numbers, got {shorten(freqs)}")
     if freqs.ndim != 2 or len(freqs) not in (1, num_kv_heads):
         raise ValueError(f"freqs has shape {tuple(freqs.shape)}; expected [{count_or_one(num_kv_heads)}, n]")
     n = freqs.shape[1]
-    if split is not None and (len(split) != axes or min(split) < 0 or sum(split) != n):
-        raise ValueError(f"split={tuple(split)} must be {axes} numbers, one an axis, that add up to {n} frequencies")
+    if split is not None and not (
+        is_per_axis(split)
+        and len(split) == axes
+        and all(isinstance(part, Integral) and int(part) >= 0 for part in split)
+        and sum(split) == n
+    ):
+        raise ValueError(f"split={shorten(split)} must be {axes} numbers, one an axis, that add up to {n} frequencies")
     pairs = n if split is not None else axes * n
     if not 1 <= pairs <= head_dim // 2:
         raise ValueError(
