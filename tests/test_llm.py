@@ -319,6 +319,7 @@ def test_sample_refuses(options: dict) -> None:
         {"generator": 1.5},
         {"generator": "x"},
         {"generator": True},
+        {"generator": 2**70},
         {"stop_tokens": [1.5]},
         {"stop_tokens": 1.0},
         {"stop_tokens": "a"},

@@ -30,6 +30,7 @@ from .query_key import (
 )
 from .rings import check_packed_ring_positions, check_ring_positions, check_rings
 from .rope import Positions, RoPE, Rotary
+from .rope_scaling import check_packed
 from .window_options import all_one, check_ranks, check_window, plain
 
 __all__ = ["NeighborhoodGQA"]
@@ -355,7 +356,7 @@ class NeighborhoodGQA(nn.Module):
             )
         check_rings(self.rope, self.is_periodic, sizes.shape[1])
         if isinstance(self.rope, RoPE):
-            self.rope.check_packed(sizes.prod(1))
+            check_packed(self.rope.scaling, sizes.prod(1))
         if mask is not None:
             check_key_mask(mask, x.shape[:-1], x.device, "mask")
         heads, norm, angles = self._project(x[None], self.rope, positions)

@@ -73,9 +73,7 @@ def generate(
     longest = input_ids.shape[1] if attention_mask is None else longest_of((attention_mask != 0).sum(1))
     model.model.check_length(longest + max_new_tokens)
     _check_sampling(temperature, top_k, top_p)
-    if generator is not None and not isinstance(generator, torch.Generator):
-        check_count("generator", generator, least=0)
-        generator = torch.Generator(input_ids.device).manual_seed(int(generator))
+    generator = _generator(generator, input_ids.device)
     if callback is not None and not callable(callback):
         raise ValueError(f"callback must be None or a function of the new tokens, got {with_type(callback)}")
     stops = input_ids.new_tensor(model.config.stop_tokens if stop_tokens is None else _tokens(stop_tokens))
@@ -235,6 +233,19 @@ def _check_sampling(temperature: object, top_k: object, top_p: object) -> None:
         check_count("top_k", top_k)
     if top_p is not None and not (is_finite_number(top_p) and 0 < top_p <= 1):
         raise ValueError(f"top_p must be None or lie in (0, 1], got {shorten(top_p)}")
+
+
+def _generator(generator: object, device: torch.device) -> torch.Generator | None:
+    """A generator of a seed, or the given one."""
+    if generator is None:
+        return None
+    if isinstance(generator, torch.Generator):
+        if generator.device.type != device.type:
+            raise ValueError(f"generator must be on the model's device {device}, but is on {generator.device}")
+        return generator
+    if not isinstance(generator, Integral) or isinstance(generator, bool) or not -(2**63) <= int(generator) < 2**64:
+        raise ValueError(f"generator must be a seed of 64 bits or a torch.Generator, got {with_type(generator)}")
+    return torch.Generator(device).manual_seed(int(generator))
 
 
 def _padding(model: DecoderLM, *, several: bool) -> int | None:

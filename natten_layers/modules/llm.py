@@ -29,6 +29,7 @@ from .generation import generate, longest_of, text_first
 from .llm_config import DecoderLMConfig
 from .norm import RMSNorm
 from .rope import RoPE
+from .rope_scaling import check_packed
 
 __all__ = ["DecoderAttention", "DecoderBlock", "DecoderLM", "DecoderLMConfig"]
 
@@ -165,7 +166,8 @@ class DecoderStack(nn.Module):
             shapes = packed_shapes(None, cu_seqlens, 1, length, "input_ids")
             if not torch.compiler.is_compiling():  # a compiled graph does not know the lengths
                 longest = int(shapes.max()) if len(shapes) else 0
-                self._check_packed(shapes[:, 0])
+                for rope in (self.config.rope, self.config.windowed_rope):
+                    check_packed(rope or {}, shapes[:, 0])
             starts = (shapes.cumsum(0) - shapes)[:, 0].repeat_interleave(shapes[:, 0], output_size=length)
             positions = positions - starts.to(positions.device)
         if cache is not None:
@@ -190,13 +192,6 @@ class DecoderStack(nn.Module):
             cache.lengths += length if mask is None else mask.sum(1)
             cache.longest = longest
         return self.norm(x)
-
-    def _check_packed(self, lengths: Tensor) -> None:
-        """Refuse packed texts of which the longest would decide on the frequencies of others."""
-        for block in self.layers:
-            assert isinstance(block, DecoderBlock)
-            if block.self_attn.rope is not None:
-                block.self_attn.rope.check_packed(lengths)
 
     def check_length(self, length: int, *, past: int = 0) -> None:
         """Refuse texts longer than the positions allow, of which a cache holds keys as of ``past`` tokens."""

@@ -23,7 +23,7 @@ from ..geometry import is_per_axis
 from ..kernels.ops.define import is_watched
 from ..wording import count_or_one, shorten
 from .base import Constants, at_least_fp32, check_count, computed, default_dtype, is_plain
-from .rope_scaling import attention_factor, rope_type, scaled_frequencies, stretched_frequencies
+from .rope_scaling import STRETCHING, attention_factor, rope_type, scaled_frequencies, stretched_frequencies
 
 __all__ = [
     "Angles",
@@ -467,7 +467,7 @@ class RoPE(Rotary):
             raise ValueError(f"scaling must be None or a dictionary, got {shorten(scaling)}")
         self.head_dim, self.theta, self.scaling = head_dim, theta, dict(scaling or {})
         self.attention_factor, self.interleaved = attention_factor(self.scaling), interleaved
-        self.stretches = rope_type(self.scaling) in ("longrope", "dynamic")
+        self.stretches = rope_type(self.scaling) in STRETCHING
         """whether frequencies depend on the length of the text"""
         if rope_type(self.scaling) == "dynamic" and head_dim == 2:
             raise ValueError('rope_type "dynamic" needs a head_dim of at least 4, got 2')
@@ -493,24 +493,6 @@ class RoPE(Rotary):
         if head_dim < self.head_dim:
             raise ValueError(
                 f"query has heads of {head_dim} elements; this RoPE rotates {self.head_dim}: make RoPE({head_dim})"
-            )
-
-    def check_packed(self, lengths: Tensor) -> None:
-        """Refuse packed texts of which the longest would decide on the frequencies of others.
-
-        Args:
-            lengths: of the texts, in the host's memory.
-        """
-        if not self.stretches or not len(lengths):
-            return
-        limit, longest = self.scaling["original_max_position_embeddings"], int(lengths.max())
-        others = lengths[(lengths > 0) & (lengths < longest)]
-        if rope_type(self.scaling) == "longrope":
-            others = others[others <= limit]
-        if longest > limit and len(others):
-            raise ValueError(
-                f"packed texts of {int(others.min())} and {longest} tokens have different frequencies in RoPE with "
-                f"original_max_position_embeddings={limit}; pack them apart"
             )
 
     def angles(self, query: Tensor, key: Tensor, positions: Tensor | None, *, text_length: int = 0) -> Angles:

@@ -15,7 +15,17 @@ from torch import Tensor
 from ..checks import is_finite_number
 from ..wording import shorten
 
-__all__ = ["attention_factor", "rope_type", "scaled_frequencies", "stretched_frequencies"]
+__all__ = [
+    "STRETCHING",
+    "attention_factor",
+    "check_packed",
+    "rope_type",
+    "scaled_frequencies",
+    "stretched_frequencies",
+]
+
+STRETCHING = ("longrope", "dynamic")
+"""Values of ``rope_type`` with which frequencies depend on the length of a text"""
 
 
 def rope_type(scaling: Mapping[str, Any]) -> str:
@@ -122,6 +132,30 @@ def stretched_frequencies(freqs: Tensor, theta: float, scaling: Mapping[str, Any
     base = theta * (factor * length / original - (factor - 1)) ** (dim / (dim - 2))
     exponents = torch.arange(0, dim, 2, device=freqs.device).to(freqs.dtype) / dim
     return torch.where(length > original, 1.0 / base**exponents, freqs)
+
+
+def check_packed(scaling: Mapping[str, Any], lengths: Tensor) -> None:
+    """Refuse packed texts of which the longest would decide on the frequencies of others.
+
+    Args:
+        scaling: as RoPE's, with which LongRoPE and dynamic scaling stretch long texts.
+        lengths: of the texts, in the host's memory.
+
+    Raises:
+        ValueError: texts of different frequencies.
+    """
+    kind = rope_type(scaling)
+    if kind not in STRETCHING or not len(lengths):
+        return
+    limit, longest = scaling["original_max_position_embeddings"], int(lengths.max())
+    others = lengths[(lengths > 0) & (lengths < longest)]
+    if kind == "longrope":
+        others = others[others <= limit]
+    if longest > limit and len(others):
+        raise ValueError(
+            f"packed texts of {int(others.min())} and {longest} tokens have different frequencies in RoPE with "
+            f"original_max_position_embeddings={limit}; pack them apart"
+        )
 
 
 def attention_factor(scaling: Mapping[str, Any]) -> float:
