@@ -266,8 +266,7 @@ def _check_user_form(tensors: Tensors, axes: _AxisOptions) -> int:
         _check_groups(query, key, value)
         return rank
     for name, tensor in (("key", key), ("value", value)):
-        group = tensor.shape[-2]
-        if tensor.shape[-3] != head_shape[0] or (group != 1 and group != head_shape[1]):
+        if tensor.shape[-3] != head_shape[0] or tensor.shape[-2] not in (1, head_shape[1]):
             raise ValueError(
                 f"{name} has head axes {tuple(tensor.shape[-3:-1])}; "
                 f"expected {tuple(head_shape)} as query [B, *spatial, Hkv, G, D] has{_told_rank(rank, by_name)}"

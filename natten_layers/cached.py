@@ -211,8 +211,8 @@ def _eager(
     if sink is not None:
         sink = sink.to(accumulate) if isinstance(sink, Tensor) else query.new_full((heads,), sink, dtype=accumulate)
     keys, values = [t.to(accumulate) for t in (key, value)]
-    # What an empty entry holds would reach the gradients of queries, as its score's gradient is zero times the key.
-    keys = torch.where((key_positions >= 0)[..., None, None], keys, 0.0)
+    if torch.is_grad_enabled():  # a score that is masked has a gradient of zero, of which zero times NaN would be NaN
+        keys = torch.where((key_positions >= 0)[..., None, None], keys, 0.0)
     # A weight of zero times NaN is NaN, but a nonfinite value must reach only the queries that see it.
     finite = values.isfinite()
     nonfinite = ~finite.all(-1)  # [B, S, Hkv]

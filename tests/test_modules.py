@@ -283,6 +283,13 @@ def test_scaled_frequencies_are_positive(rope_type: str) -> None:
         assert (rope.freqs > 0).all()
 
 
+@pytest.mark.parametrize("norm", [RMSNorm, partial(AdaRMSNorm, cond_dim=4)])
+@pytest.mark.parametrize("eps", [None, "a", math.nan, -1.0])
+def test_norms_check_eps(norm: Callable[..., nn.Module], eps: Any) -> None:
+    with pytest.raises(ValueError, match=f"eps must be a finite number of at least 0, got {eps!r}"):
+        norm(8, eps=eps)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -303,18 +310,31 @@ def test_scaled_frequencies_are_positive(rope_type: str) -> None:
                 ("yarn", "factor", "a", "'a'"),
                 ("yarn", "original_max_position_embeddings", 0, "0"),
                 ("yarn", "beta_fast", -1, "-1"),
+                ("yarn", "beta_slow", [], r"\[\]"),
                 ("yarn", "attention_factor", math.inf, "inf"),
                 ("yarn", "mscale", "2", "'2'"),
                 ("longrope", "factor", True, "True"),
             )
             for options in ({"rope_type": kind, key: value},)
         ),
-        (lambda: scaled_rope(rope_type="longrope", original_max_position_embeddings=1), "of at least 2, got 1"),
+        (
+            lambda: scaled_rope(rope_type="longrope", original_max_position_embeddings=1),
+            "of 2 or more, got 1",
+        ),
         (
             lambda: scaled_rope(rope_type="longrope", short_factor=1.0),
             'needs 4 positive numbers "short_factor", got 1.0',
         ),
         (lambda: scaled_rope(rope_type="longrope", long_factor=[1, 2, 0, 1]), 'needs 4 positive numbers "long_factor"'),
+        (
+            lambda: scaled_rope(rope_type="longrope", attention_factor=1.0, original_max_position_embeddings="a"),
+            "\"original_max_position_embeddings\" .* got 'a'",
+        ),
+        (
+            lambda: scaled_rope(rope_type="llama3", high_freq_factor=1.0),
+            'more than "low_freq_factor", got 1 and',
+        ),
+        (lambda: make_axial_pos(True, 4), "got True and 4"),
         (lambda: scaled_rope(theta=1.0, rope_type="yarn"), "needs another theta than 1"),
         (lambda: AxialRoPE(7, 2), "head_dim must be at least 4 \\* axes = 8, got 7"),
         (lambda: AxialRoPE(8, 3, num_kv_heads=2), "multiple of num_kv_heads, got 3 and 2"),

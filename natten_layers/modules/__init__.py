@@ -1,6 +1,7 @@
 """Layers and models built on neighborhood attention."""
 
 from .attention import NeighborhoodGQA
+from .axial_rope import AxialRoPE, make_axial_pos
 from .cache import Cache
 from .denoiser import Denoiser
 from .feed_forward import GEGLU, GatedFeedForward, MixtureOfExperts
@@ -11,7 +12,7 @@ from .llm_config import DecoderLMConfig
 from .meanflow import MeanFlow
 from .natten import NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D
 from .norm import AdaRMSNorm, RMSNorm
-from .rope import AxialRoPE, Positions, RoPE, make_axial_pos
+from .rope import Positions, RoPE
 
 __all__ = [
     "GEGLU",

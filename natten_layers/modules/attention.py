@@ -355,7 +355,7 @@ class NeighborhoodGQA(nn.Module):
                 "and only then"
             )
         check_rings(self.rope, self.is_periodic, sizes.shape[1])
-        if isinstance(self.rope, RoPE):
+        if isinstance(self.rope, RoPE) and self.rope.stretches:
             check_packed(self.rope.scaling, sizes.prod(1))
         if mask is not None:
             check_key_mask(mask, x.shape[:-1], x.device, "mask")

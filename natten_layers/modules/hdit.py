@@ -30,6 +30,7 @@ from ..kernels.ops.transforms import is_transformed
 from ..varlen import Shapes, packed_shapes
 from ..wording import listed, with_type
 from .attention import NeighborhoodGQA
+from .axial_rope import make_axial_pos
 from .base import Embedding, at_least_fp32, reset_children
 from .feed_forward import GEGLU
 from .hdit_config import IMAGE_AXES, HDiTConfig, check_axis
@@ -45,7 +46,7 @@ from .hdit_layers import (
 )
 from .norm import RMSNorm
 from .packed_images import PackedImages, join_blocks
-from .rope import Positions, make_axial_pos
+from .rope import Positions
 
 __all__ = ["HDiT"]
 

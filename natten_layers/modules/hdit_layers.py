@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from ..explanation import Explanation
 from ..operations import neighborhood_attention
 from .attention import NeighborhoodGQA
+from .axial_rope import AxialRoPE, axial_bounds
 from .base import Constants, at_least_fp32, default_dtype
 from .feed_forward import GEGLU
 from .hdit_config import IMAGE_AXES, HDiTConfig, LevelConfig
 from .norm import AdaRMSNorm, RMSNorm
 from .packed_images import PackedImages, join_blocks, split_blocks
 from .query_key import Heads, Prepared, Projected
-from .rope import AxialRoPE, Positions, axial_bounds
+from .rope import Positions
 
 __all__ = [
     "MERGED",

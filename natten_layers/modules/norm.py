@@ -19,7 +19,7 @@ from .base import at_least_fp32, check_count
 __all__ = ["AdaRMSNorm", "RMSNorm", "cosine_normalize", "rms_normalize"]
 
 
-def check_eps(eps: object) -> None:
+def _check_eps(eps: object) -> None:
     if not is_finite_number(eps) or eps < 0:
         raise ValueError(f"eps must be a finite number of at least 0, got {shorten(eps)}")
 
@@ -87,7 +87,7 @@ class RMSNorm(nn.RMSNorm):
         dtype: torch.dtype | None = None,
     ) -> None:
         check_count("dim", dim)
-        check_eps(eps)
+        _check_eps(eps)
         check_flags(zero_centered=zero_centered)
         self.zero_centered = zero_centered  # set before super().__init__, which calls reset_parameters
         super().__init__(dim, eps, device=device, dtype=dtype)
@@ -127,7 +127,7 @@ class AdaRMSNorm(nn.Module):
         eps: added to the mean square.
 
     Raises:
-        ValueError: ``dim`` or ``cond_dim`` is below 1.
+        ValueError: ``dim`` or ``cond_dim`` is below 1, or ``eps`` no finite number from 0 on.
     """
 
     def __init__(
@@ -142,6 +142,7 @@ class AdaRMSNorm(nn.Module):
         super().__init__()
         check_count("dim", dim)
         check_count("cond_dim", cond_dim)
+        _check_eps(eps)
         self.dim, self.cond_dim, self.eps = dim, cond_dim, eps
         self.linear = nn.Linear(cond_dim, dim, bias=False, device=device, dtype=dtype)
         nn.init.zeros_(self.linear.weight)

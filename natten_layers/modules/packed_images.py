@@ -6,7 +6,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from .rope import make_axial_pos
+from .axial_rope import make_axial_pos
 
 __all__ = ["PackedImages", "join_blocks", "split_blocks"]
 

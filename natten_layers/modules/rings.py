@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ..geometry import AXES, normalise_axes
 from ..kernels.ops.define import is_watched
-from .rope import AxialRoPE, RoPE, axial_bounds
+from .axial_rope import AxialRoPE, axial_bounds
+from .rope import RoPE
 
 __all__ = ["check_packed_ring_positions", "check_ring_positions", "check_rings"]
 

@@ -42,7 +42,8 @@ def _required(scaling: Mapping[str, Any], *keys: str) -> list[float]:
 
 def _optional(scaling: Mapping[str, Any], key: str) -> float | None:
     """A number, or None where configs leave it out, or write None or 0 in its place."""
-    return _positive(scaling, key) if scaling.get(key) else None
+    value = scaling.get(key)
+    return None if value is None or (is_finite_number(value) and value == 0) else _positive(scaling, key)
 
 
 def _positive(scaling: Mapping[str, Any], key: str) -> float:
@@ -79,6 +80,8 @@ def _llama3(freqs: Tensor, scaling: Mapping[str, Any]) -> Tensor:
     factor, low, high, length = _required(
         scaling, "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
     )
+    if high <= low:
+        raise ValueError(f'"high_freq_factor" must be more than "low_freq_factor", got {high:g} and {low:g}')
     wavelength = 2 * math.pi / freqs
     smooth = (length / wavelength - low) / (high - low)
     between = (1 - smooth) * freqs / factor + smooth * freqs
@@ -107,8 +110,17 @@ def _yarn(periods: Tensor, theta: float, scaling: Mapping[str, Any]) -> Tensor:
     return 1.0 / (factor * periods) * (1 - kept) + 1.0 / periods * kept
 
 
+def _short_length(scaling: Mapping[str, Any]) -> float:
+    """The length up to which LongRoPE takes its short factors."""
+    (length,) = _required(scaling, "original_max_position_embeddings")
+    if length < 2:
+        raise ValueError(f'"longrope" needs original_max_position_embeddings of 2 or more, got {length:g}')
+    return length
+
+
 def _longrope(periods: Tensor, scaling: Mapping[str, Any]) -> Tensor:
     """``[2, head_dim / 2]``: every frequency divided by its own factor, in short and in long texts."""
+    _short_length(scaling)  # by which each call chooses between them
     rows = []
     for key in ("short_factor", "long_factor"):
         factors = scaling.get(key)
@@ -160,16 +172,14 @@ def check_packed(scaling: Mapping[str, Any], lengths: Tensor) -> None:
 
 def attention_factor(scaling: Mapping[str, Any]) -> float:
     """The factor of YaRN and LongRoPE on cos and sin; 1 for the other types."""
-    if rope_type(scaling) not in ("yarn", "longrope"):
+    kind = rope_type(scaling)
+    if kind not in ("yarn", "longrope"):
         return 1.0
     if scaling.get("attention_factor") is not None:
         return _positive(scaling, "attention_factor")
-    if rope_type(scaling) == "longrope":
-        factor, length = _required(scaling, "factor", "original_max_position_embeddings")
-        if length == 1:
-            raise ValueError('rope_type "longrope" needs original_max_position_embeddings of at least 2, got 1')
-        return math.sqrt(1 + math.log(factor) / math.log(length)) if factor > 1 else 1.0
     (factor,) = _required(scaling, "factor")
+    if kind == "longrope":
+        return math.sqrt(1 + math.log(factor) / math.log(_short_length(scaling))) if factor > 1 else 1.0
 
     def mscale(weight: float) -> float:
         return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0

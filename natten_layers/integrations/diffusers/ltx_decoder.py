@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ...arguments import prepare
+from ...modules.axial_rope import AxialRoPE
 from ...modules.query_key import attend_with_qk_prep, call_watched
-from ...modules.rope import AxialRoPE
 from .replacement import VERSION, Replacement, modules_of
 
 __all__ = ["patch"]
