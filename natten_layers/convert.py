@@ -52,7 +52,17 @@ def mha_to_gqa(state: Mapping[str, Tensor], num_heads: int, num_kv_heads: int) -
         if name in state and (heads := len(state[name])) != num_heads:
             raise ValueError(f"num_heads must be the {heads} query heads that {name} in state has, got {num_heads}")
     head_dim = width // num_heads
-    old_kv_heads = (rows - width) // (2 * head_dim)
+    old_kv_heads, rest = divmod(rows - width, 2 * head_dim)
+    if rest or old_kv_heads < 1:
+        raise ValueError(
+            f"qkv.weight has {rows} rows, which are no keys and values of whole heads beside {width} of queries with "
+            f"num_heads {num_heads}; give the number of query heads in state"
+        )
+    if "rope.freqs" in state and (heads := len(state["rope.freqs"])) not in (1, old_kv_heads):
+        raise ValueError(
+            f"num_heads {num_heads} gives {old_kv_heads} KV heads, but rope.freqs in state has {heads}; give the "
+            "number of query heads in state"
+        )
     if old_kv_heads % num_kv_heads:
         raise ValueError(f"num_kv_heads must divide the {old_kv_heads} KV heads of the state dict, got {num_kv_heads}")
 

@@ -280,6 +280,10 @@ def test_pooling_takes_means_in_steps() -> None:
             mha_to_gqa(state, 4, wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="num_heads must be the 4 query heads that sink in state has, got 8"):
         mha_to_gqa({**state, "sink": torch.zeros(4)}, 8, 1)
+    with pytest.raises(ValueError, match=r"num_heads 8 gives 8 KV heads, but rope\.freqs in state has 4"):
+        mha_to_gqa({**state, "rope.freqs": torch.zeros(4, 1)}, 8, 1)
+    with pytest.raises(ValueError, match=r"qkv\.weight has 24 rows, which are no keys and values of whole heads"):
+        mha_to_gqa(once, 2, 1)
     with pytest.raises(ValueError, match=r"state has no qkv\.weight; it holds proj"):
         mha_to_gqa({name: tensor for name, tensor in state.items() if "qkv" not in name}, 4, 2)
 
