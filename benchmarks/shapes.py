@@ -43,6 +43,8 @@ CENSUS = {
         Workload("multi-query", 16, (2048,), 16, 1, 128, (256,), causal=True, dtype=FP16),
         # Three keys: the shortest window that is more than a shift, as in hybrids that mix locally.
         Workload("window-3", 8, (16384,), 8, 8, 64, (3,), causal=True),
+        # Hymba's local layers: nvidia/Hymba-1.5B-Base, config.json: 25 heads over 5, 128 meta tokens before the text.
+        Workload("hymba", 2, (8192,), 25, 5, 64, (1024,), causal=True, registers=128),
         # Text, not causal. ModernBERT-base's local layers: answerdotai/ModernBERT-base, local_attention 128 (+ itself).
         Workload("modernbert", 16, (8192,), 12, 12, 64, (129,)),
         # Longformer-large: allenai/longformer-large-4096, attention_window 512, in fp16; its variant with dilation 2.
@@ -55,6 +57,8 @@ CENSUS = {
         Workload("dinat-s3", 64, (14, 14), 16, 16, 32, (7, 7), dilation=2),
         # NAT-Tiny's stage 1, 2 heads of 32, in ADE20K's pictures of 512x2048 (arXiv 2204.07143).
         Workload("nat-ade", 4, (128, 512), 2, 2, 32, (7, 7)),
+        # The same on pictures of 224x224 with windows of 3x3, as in that paper's ablation.
+        Workload("nat-3x3", 64, (56, 56), 2, 2, 32, (3, 3)),
         # NAT-Base's stage 1 on pictures of 224x224, with its table of biases (arXiv 2204.07143).
         Workload("nat-bias", 64, (56, 56), 4, 4, 32, (7, 7), bias=True),
         # A window between small and large, as for HDiT's middle levels with more context (arXiv 2401.11605).
@@ -66,6 +70,8 @@ CENSUS = {
         Workload("hdit-reg", 8, (128, 128), 4, 4, 64, (7, 7), registers=16),
         # The same layer with 128 registers, between the usual few and a text's length.
         Workload("hdit-reg128", 8, (64, 64), 8, 8, 64, (13, 13), registers=128),
+        # HDiT's 7x7 windows beside as many tokens of text as T5 gives to FLUX.
+        Workload("hdit-text", 8, (64, 64), 8, 8, 64, (7, 7), registers=512),
         # fp32 training of the same layer; FP32 for weather below.
         Workload("fp32", 8, (128, 128), 4, 4, 64, (7, 7), dtype=FP32),
         # A U-Net's level of 640 channels with 8 heads of 80, as Stable Diffusion 1.5's second (unet/config.json).
@@ -81,6 +87,8 @@ CENSUS = {
         # FLUX.1's image tokens at 4K with GNA, arXiv 2504.16922: 80x80, stride 16; at 2K with 512 tokens of text.
         Workload("flux-gna", 1, (256, 256), 24, 24, 128, (80, 80), stride=16),
         Workload("flux-text", 1, (128, 128), 24, 24, 128, (40, 40), registers=512),
+        # The same with 16 register tokens in place of text.
+        Workload("flux-reg", 1, (128, 128), 24, 24, 128, (40, 40), registers=16),
         # Pictures read in raster order, causal on rows and columns: PixelCNN's field of view, Image GPT's 8 heads.
         Workload("causal-2d", 8, (64, 64), 8, 8, 64, (9, 9), causal=True),
         # Videos. LTX-2.5's decoder: 11x11x11 over 4 heads of 64, at 544x960 and 1080p.
@@ -92,6 +100,8 @@ CENSUS = {
         Workload("nuwa", 16, (10, 16, 16), 20, 20, 64, (3, 3, 3), causal=True),
         # HDiT with a time axis: 3x5x5, the smallest window in use over video.
         Workload("video-3x5x5", 2, (16, 64, 64), 4, 4, 64, (3, 5, 5)),
+        # DiNAT-Base's stage 1 with a time axis, dilated in all three.
+        Workload("dinat-video", 2, (16, 56, 56), 4, 4, 32, (3, 7, 7), dilation=(2, 8, 8)),
         # CogVideoX 2B: 13x30x45 tokens, 30 heads of 64 (THUDM/CogVideoX-2b, transformer/config.json), 5x15x15 of them.
         Workload("cogvideo", 1, (13, 30, 45), 30, 30, 64, (5, 15, 15)),
         # Wan 2.1 14B at 720p: 21x45x80 tokens, 40 heads of 128 (Wan-AI/Wan2.1-T2V-14B, config.json), 9x15x20 of them.
