@@ -59,6 +59,7 @@ KERNELS = (
     "qk_prep_kernel",
     "qk_prep_jvp_kernel",
     "qk_prep_backward_kernel",
+    "row_sums_kernel",
     "sample_kernel",
     "split_kernel",
     "settle_kernel",

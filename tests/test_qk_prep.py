@@ -24,6 +24,7 @@ from natten_layers.operations import Impl
 pytest.importorskip("triton")
 
 from natten_layers.kernels.host.qk_prep import QKPrep
+from natten_layers.kernels.portable import gain_sums
 from natten_layers.kernels.portable import qk_prep as kernels
 
 ON_GPU = torch.cuda.is_available()
@@ -194,6 +195,25 @@ def test_pairs_may_be_none_where_neighbors_would_be_rotated() -> None:
     angles = Angles(torch.zeros(5, 1, device=DEVICE), torch.zeros(1, 0, device=DEVICE), interleaved=True)
     rotated = normalize_and_rotate(query, query, None, angles, impl="fused")
     torch.testing.assert_close(rotated, (query, query), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [(0, 1), (1, 130), (1999, 77), (None, 700)], ids=str)
+def test_rows_of_sums_are_added(
+    rows: tuple[int | None, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fewer rows than chunks, chunks of several blocks, numbers of gains that fill no power of two, one side alone."""
+    monkeypatch.setattr(gain_sums, "ELEMENTS", 32)
+    generator = torch.Generator().manual_seed(0)
+    sides = zip(rows, (3, 12), strict=True)
+    matrices = [None if n is None else torch.randn(n, gains, generator=generator).to(DEVICE) for n, gains in sides]
+    like = [None if x is None else torch.empty(x.shape[1], dtype=dtype, device=DEVICE) for x in matrices]
+    for found, matrix in zip(gain_sums.sum_rows(matrices, like), matrices, strict=True):
+        if matrix is None:
+            assert found is None
+        else:
+            exact = matrix.double().sum(0)
+            torch.testing.assert_close(found, exact.to(dtype), rtol=1e-5 if dtype == torch.float32 else 8e-3, atol=1e-5)
 
 
 def test_parts_of_heads_have_few_empty_columns() -> None:

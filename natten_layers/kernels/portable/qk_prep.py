@@ -25,8 +25,10 @@ from ..host.launcher import launcher
 from ..host.problem import new_like
 from ..host.qk_prep import QKPrep
 from ..host.tiling import next_power_of_2
+from .gain_sums import sum_rows
 from .parameters import View
 from .qk_prep_parts import (
+    ALIGNED,
     QKPrepSpec,
     Rope,
     Work,
@@ -196,8 +198,9 @@ def prepare_tiles_backward(
     The gradient of the result is rotated back to ``u``. With ``n = x * scale`` and ``h = u * gain`` the gradients are
     ``dgain = sum u * n`` and ``dx = scale * (h - n * (h . n))``, where the scalar product is a mean for RMS norms.
 
-    The gradient of gains is written as partial sums, which the caller adds in a fixed order: ``[spans * span, outer,
-    item]`` for cosine, and ``[spans * runs, outer, D]``, a row per program, for RMS norms.
+    The gradient of gains is written as rows of partial sums, which the caller adds in a fixed order: for cosine
+    ``[spans * span, outer, item]``, or ``[spans * span, item, outer]`` where outers are heads, and for RMS norms
+    ``[spans * runs, outer, D]``, a row per program.
     """
     NORM: tl.constexpr = SPEC.norm
     D: tl.constexpr = SPEC.head_dim
@@ -229,6 +232,8 @@ def prepare_tiles_backward(
                     b_along = product(u, n)
                     if Gain is not None:
                         o_partial = (i_tile * work.outers[SIDE] + i_outer) * work.items[SIDE] + i_item
+                        if SPEC.by_head:
+                            o_partial = (i_tile * work.items[SIDE] + i_item) * work.outers[SIDE] + i_outer
                         tl.store(Partial + o_partial, tl.sum(b_along))
                         b_scale *= tl.load(Gain + (i_outer if SPEC.by_head else i_item)).to(tl.float32)
                 u = scaled(plus(u, scaled(n, -b_along)), b_scale)
@@ -343,6 +348,7 @@ def _blocks(prep: QKPrep, query: Tensor, key: Tensor, *, sums_elements: bool = F
     """
     pairs = prep.kind.pairs
     rest = query.shape[3] - 2 * pairs
+    rest += 2 * pairs % ALIGNED if rest else 0  # rotated elements in the first part of the rest
     columns = part_columns(pairs, rest)
     tokens = next_power_of_2(_ceil(ELEMENTS, _slots(pairs, rest, columns)))
     tiles, outers, items = _ceil(query.shape[1], tokens), len(query) + len(key), max(query.shape[2], key.shape[2])
@@ -440,17 +446,20 @@ def qk_prep_backward(
     d_query, d_key = new_like(query), new_like(key)
     views = [_view(prep, x) for x in (query, key, grad_query, grad_key, d_query, d_key)]
     blocks = _blocks(prep, *views[:2], sums_elements=prep.norm == "rms")
-    partials: list[Tensor | None] = []
-    for gain, view in zip(gains, views[:2], strict=True):
-        outers, _, items, head_dim = view.shape
-        rows = blocks.spans * (blocks.runs if prep.norm == "rms" else blocks.span)
-        shape = rows, outers, head_dim if prep.norm == "rms" else items
-        partials.append(None if gain is None else view.new_empty(shape, dtype=torch.float32))
-    _launch(prep, qk_prep_backward_kernel, PrepGradients, blocks, views, partials)
-    # The gain of an RMS norm has an entry per element of a head, that of cosine an entry per head: the rest is summed.
-    summed = (0, 2) if prep.norm == "cosine" and prep.by_head else (0, 1)
-    d_gains = [
-        None if gain is None or sums is None else sums.sum(summed).to(gain.dtype)
-        for gain, sums in zip(gains, partials, strict=True)
+    partials = [
+        None if gain is None else _rows_of_sums(prep, blocks, view) for gain, view in zip(gains, views[:2], strict=True)
     ]
-    return d_query, d_key, d_gains[0], d_gains[1]
+    _launch(prep, qk_prep_backward_kernel, PrepGradients, blocks, views, partials)
+    d_query_gain, d_key_gain = sum_rows(partials, gains)
+    return d_query, d_key, d_query_gain, d_key_gain
+
+
+def _rows_of_sums(prep: QKPrep, blocks: Blocks, view: Tensor) -> Tensor:
+    """For the sums ``[rows, gains]`` that programs write, of ``view [outer, token, item, D]``."""
+    outers, _, items, head_dim = view.shape
+    if prep.norm == "rms":
+        shape = blocks.spans * blocks.runs * outers, head_dim
+    else:
+        tiles = blocks.spans * blocks.span
+        shape = (tiles * items, outers) if prep.by_head else (tiles * outers, items)
+    return view.new_empty(shape, dtype=torch.float32)

@@ -13,6 +13,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+ALIGNED = 4
+"""Elements that a thread loads at once, as tiles have so many for each"""
+
 
 class QKPrepSpec(NamedTuple):
     """What the kernels are compiled for: their compile-time argument ``SPEC``."""
@@ -39,8 +42,15 @@ class QKPrepSpec(NamedTuple):
         return 2 * self.pairs + self.rest
 
     @property
+    def rest_start(self) -> int:
+        """The element at which the parts of the rest begin: a multiple of 16 bytes of half precision, so that threads
+        load and store as many at once. Rotated elements from there on are no part of the rest.
+        """
+        return 2 * self.pairs // ALIGNED * ALIGNED
+
+    @property
     def rest_parts(self) -> int:
-        return -(-self.rest // self.columns)
+        return -(-(self.head_dim - self.rest_start) // self.columns) if self.rest else 0
 
     @property
     def parts(self) -> int:
@@ -126,12 +136,16 @@ def load_parts(X, o_row, m_row, SPEC: tl.constexpr):
         parts += (b_first, b_second)
     elif PAIRS > 0:
         m_pairs = m_row & (p < PAIRS)
-        b_first = tl.load(X + (o_row + p), mask=m_pairs, other=0.0).to(tl.float32)
+        b_first = tl.load(X + (o_row + p), mask=m_row & (p < SPEC.head_dim), other=0.0).to(tl.float32)
+        if BP > PAIRS:
+            b_first = tl.where(p < PAIRS, b_first, 0.0)
         b_second = tl.load(X + (o_row + p + PAIRS), mask=m_pairs, other=0.0).to(tl.float32)
         parts += (b_first, b_second)
     for PART in tl.static_range(REST_PARTS):
-        m_part = m_row & (p < SPEC.rest - PART * BP)
-        b_part = tl.load(X + (o_row + p + (2 * PAIRS + PART * BP)), mask=m_part, other=0.0).to(tl.float32)
+        e = p + (SPEC.rest_start + PART * BP)
+        b_part = tl.load(X + (o_row + e), mask=m_row & (e < SPEC.head_dim), other=0.0).to(tl.float32)
+        if PART == 0 and SPEC.rest_start < 2 * PAIRS:
+            b_part = tl.where(e >= 2 * PAIRS, b_part, 0.0)  # not in the mask, which would forbid loads of several
         parts += (b_part,)
     return parts
 
@@ -152,8 +166,11 @@ def store_parts(X, o_row, m_row, parts, SPEC: tl.constexpr):
         tl.store(X + (o_row + p), parts[0], mask=m_pairs)
         tl.store(X + (o_row + p + PAIRS), parts[1], mask=m_pairs)
     for PART in tl.static_range(REST_PARTS):
-        m_part = m_row & (p < SPEC.rest - PART * BP)
-        tl.store(X + (o_row + p + (2 * PAIRS + PART * BP)), parts[ROTATED + PART], mask=m_part)
+        e = p + (SPEC.rest_start + PART * BP)
+        m_part = m_row & (e < SPEC.head_dim)
+        if PART == 0 and SPEC.rest_start < 2 * PAIRS:
+            m_part &= e >= 2 * PAIRS
+        tl.store(X + (o_row + e), parts[ROTATED + PART], mask=m_part)
 
 
 @triton.jit
