@@ -139,6 +139,7 @@ def test_heads_that_share_keys_stay_in_tiles_for_small_windows(
         ({"window": 8, "dim": 32, "stride": 4}, [variants.TILES] * 3),
         ({"window": 9, "dim": 32}, [variants.ROLLING, variants.TILES, variants.MEDIUM]),
         ({"window": 7, "dim": 64}, [variants.ROLLING, variants.TILES, variants.TILES]),
+        ({"window": 7, "dim": 32, "dilation": 4}, [variants.TILES, variants.TILES, variants.MEDIUM]),
         ({"window": 7, "dim": 80}, [variants.MEDIUM] * 3),
         ({"window": 11, "dim": 40}, ["portable", "portable", variants.MEDIUM]),
         ({"window": 13, "dim": 32}, [variants.MEDIUM] * 3),
@@ -148,10 +149,19 @@ def test_heads_that_share_keys_stay_in_tiles_for_small_windows(
 def test_windows_of_two_axes_take_what_was_fastest(
     monkeypatch: pytest.MonkeyPatch, image: dict[str, int], expected: list[str]
 ) -> None:
-    tokens, stride = contiguous((8, 96, 96, 8, image["dim"])), image.get("stride", 1)
-    window = {"kernel_size": (image["window"],) * 2, "stride": (stride,) * 2}
+    tokens = contiguous((8, 96, 96, 8, image["dim"]))
+    window = {"kernel_size": (image["window"],) * 2}
+    window |= {name: (image.get(name, 1),) * 2 for name in ("stride", "dilation")}
     problem = problem_of_image(monkeypatch, **window, **dict.fromkeys(("query", "key", "value"), tokens))
     assert names(problem) == expected
+
+
+@pytest.mark.parametrize(("images", "expected"), [(8, variants.MEDIUM), (7, "portable")])
+def test_gradients_of_keys_take_it_in_smaller_calls(
+    monkeypatch: pytest.MonkeyPatch, images: int, expected: str
+) -> None:
+    tokens = dict.fromkeys(("query", "key", "value"), contiguous((images, 64, 64, 8, 40)))
+    assert names(problem_of_image(monkeypatch, **tokens, kernel_size=(9, 9)))[1:] == ["portable", expected]
 
 
 @pytest.mark.parametrize(("width", "expected", "side"), [(120, variants.MEDIUM, 0), (240, variants.LARGE, 8)])

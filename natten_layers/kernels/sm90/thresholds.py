@@ -114,8 +114,9 @@ MEDIUM_WINDOW_OF_GRADIENTS, MEDIUM_CHANNELS_OF_DQ = 80, 33
 # However few the keys that these take, they are slower for gradients on causal axes (9x9 of 64 channels, dQ 0.276 and
 # 0.256, dK and dV 0.275 and 0.244; 3x3x3 0.815 and 0.740, 0.812 and 0.713), and for dK and dV of heads that share keys
 # (3x3x3 of 64, four heads a group, 0.435 and 0.336, 5x5 0.485 and 0.444, 7x7 0.562 and 0.560, and 0.987 and 0.908 with
-# sixteen), and with strides unless heads are narrow (8x8 with a stride of 4x4, 64 channels 0.886 and 0.782, 32 channels
-# 0.543 and 0.566).
+# sixteen), with strides unless heads are narrow (8x8 with a stride of 4x4, 64 channels 0.886 and 0.782, 32 channels
+# 0.543 and 0.566), and with dilations (all gradients of 7x7 of 64 channels, dilation 4x4, 0.160 and 0.146, of 32
+# channels, 4x4 0.141 and 0.132, 2x2 0.400 and 0.390, of 5x5 of 64, 2x2, 0.303 and 0.295).
 # A call with such a window is large enough to hide launch overhead, which the descriptors of up to three parts of each
 # tensor double, from this many (query, key) pairs times channels on. Call after call, 24 heads of 96 channels with
 # 17x17 windows on 64x64 tokens (2.7e9) take 69, 101 and 128 us in forward, dQ, and dK and dV, and 85, 99 and 208 us in
@@ -125,6 +126,12 @@ MEDIUM_PRODUCTS = 3 * 2**29
 # Gradients take longer, and need fewer where each tensor has one part: those of causal 9x9 windows of 8 heads of 64 on
 # 8 x 64x64 tokens (1.4e9) take some 0.1 ms each.
 MEDIUM_PRODUCTS_OF_GRADIENTS = 2**30
+# dK and dV take twice as long as dQ in portable kernels, and pay from fewer. All gradients with portable kernels, and
+# with these for dK and dV, on the GPU and then call after call, where the host may take longer: 9x9 windows on 8 x
+# 64x64 tokens, 8 heads of 40 channels (0.85e9) 0.262 and 0.223, 0.258 and 0.220; on 4 x 64x64, 10 of 80 (1.1e9) 0.241
+# and 0.204, 0.239 and 0.204, 8 of 96 (1.0e9) 0.216 and 0.176, 0.214 and 0.208, 8 of 72 (0.76e9) 0.203 and 0.176, but
+# 0.201 and 0.209.
+MEDIUM_PRODUCTS_OF_KEY_GRADIENTS = 3 * 2**28
 # With biases portable kernels take twice as long as these, however large a call is: 64 images of 56x56 with 4 heads of
 # 32 and 7x7 windows (1.3e9) 0.403, 0.400 and 0.577 ms, and these 0.221, 0.225 and 0.263.
 MEDIUM_PRODUCTS_WITH_BIASES = 2**29
@@ -245,6 +252,8 @@ def medium_pays(question: Question, kind: Kind) -> str | None:
 def _least_products(p: Problem, kind: Kind) -> int:
     if p.has_bias:
         return MEDIUM_PRODUCTS_WITH_BIASES
+    if kind == "backward_key":
+        return MEDIUM_PRODUCTS_OF_KEY_GRADIENTS
     if kind != "forward" and len(medium_tiling.columns_of(p)) == 1:
         return MEDIUM_PRODUCTS_OF_GRADIENTS
     return MEDIUM_PRODUCTS
@@ -339,7 +348,8 @@ def _suits_medium_on_axes(p: Problem, kind: Kind) -> bool:
     has_many_keys = prod(p.kernel_size) >= MEDIUM_WINDOW_OF_GRADIENTS
     if kind == "backward_query":
         return is_causal or (has_many_keys and is_wide)
-    return is_causal or has_many_keys or p.group > 1 or (prod(p.stride) > 1 and is_wide)
+    is_dilated = prod(p.dilation) > 1
+    return is_causal or is_dilated or has_many_keys or p.group > 1 or (prod(p.stride) > 1 and is_wide)
 
 
 # --- Preparation of queries and keys, and attention
