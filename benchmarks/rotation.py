@@ -24,9 +24,13 @@ from . import runner, timing
 from .check import ERROR_FACTOR, wrong_result
 from .module import axial_rope, positions_of
 from .runner import Rates
-from .workloads import DTYPE, WORKLOADS, Workload, smoke
+from .shapes import CENSUS
+from .workloads import DTYPE, Workload, smoke
+from .workloads import WORKLOADS as ANCHORS
 
-NAMES = ("hdit-l0", "hdit-gqa", "flux-4k", "hunyuan", "mistral")
+WORKLOADS = {
+    name: (ANCHORS | CENSUS)[name] for name in ("hdit-l0", "hdit-gqa", "flux-4k", "hunyuan", "mistral", "video-3x5x5")
+}
 NORMS = "none", "cosine", "rms"
 GOAL = 0.85
 """of the copy bandwidth"""
@@ -172,7 +176,7 @@ def table(rows: Sequence[Row]) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 1 if a result was wrong."""
     parser = runner.make_parser("rotation", __doc__, budget_s=0.2, timed="each workload and normalisation")
-    runner.add_names(parser, "--workloads", NAMES)
+    runner.add_names(parser, "--workloads", WORKLOADS)
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     report = runner.Report(args, device)
