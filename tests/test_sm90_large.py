@@ -14,6 +14,7 @@ from helpers import (
     FLOOR,
     Case,
     Result,
+    arguments,
     assert_close,
     assert_nan_stays,
     enlarge,
@@ -30,7 +31,7 @@ from torch import Tensor
 
 pytest.importorskip("triton.experimental.gluon")
 
-from natten_layers import attention_state, neighborhood_attention, neighborhood_attention_varlen
+from natten_layers import attention_state, explain, neighborhood_attention, neighborhood_attention_varlen
 from natten_layers.geometry import make_window, query_bounds, window_bounds
 from natten_layers.kernels.dispatch import VARIANTS, Direction, Question, choose, choose_backward
 from natten_layers.kernels.host.problem import (
@@ -234,10 +235,11 @@ THRESHOLDS = (
 
 @pytest.fixture
 def wherever_possible(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Use the kernels for windows of any size."""
+    """Use the kernels for windows of any size, and those for medium windows for none."""
     with monkeypatch.context() as patch:
         for name in THRESHOLDS:
             patch.setattr(thresholds, name, 0)
+        patch.setattr(thresholds, "MEDIUM_WINDOW", math.inf)
         forget()
         yield
     forget()
@@ -246,6 +248,15 @@ def wherever_possible(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_the_thresholds_exist(wherever_possible: None) -> None:
     """The fixture sets them in tests that only a GPU runs; here it fails when one of them is renamed."""
     assert {getattr(thresholds, name) for name in THRESHOLDS} == {0}
+
+
+@pytest.mark.usefixtures("wherever_possible")
+@pytest.mark.parametrize("case", CASES + SKIPPING, ids=str)
+def test_cases_take_these_kernels(case: Case) -> None:
+    """What tests that only a GPU runs rely on: no other kernel computes dK and dV, whatever the thresholds are."""
+    leaves = make_inputs(replace(case, dtype=torch.bfloat16), "meta")
+    said = explain(**arguments(case, leaves), device="H200")
+    assert {kernel.direction: kernel.name for kernel in said.kernels}["backward_key"] == variants.LARGE
 
 
 @pytest.mark.gpu
