@@ -61,7 +61,7 @@ def filled(page: str) -> str:
 
 COMMANDS = {
     "census-flex": "census --peers flex --mode fwd --rows ROWS",
-    "census-portable": "census --portable --mode fwd",
+    "census-portable": "census --portable",
     "ltx": "ltx --compile-ahead",
     "registers": "attention --mode fwd --registers 16 --sink zero --peers registers --host",
     "step-hdit-flowers-compiled": "step --models hdit-flowers --compile yes",
@@ -179,17 +179,21 @@ def _census_flex() -> list[str]:
 
 
 def _portable() -> list[str]:
-    """The portable kernels alone, forward, beside all kernels on the same card."""
+    """The portable kernels alone beside all kernels, and beside peers, on the same card."""
     taken, alone = map(_best, ("census", "census-portable"))
 
     def cells(name: str) -> Iterable[str]:
-        ours, all_kernels = alone["fwd", name, "natten_layers"], taken["fwd", name, "natten_layers"]
-        yield from (f"`{name}`", f"{ours['median_ms']:.3g}", f"{ours['times_floor']:.1f}")
-        yield f"{ours['median_ms'] / all_kernels['median_ms']:.2f}"
+        yield f"`{name}`"
+        for mode in ("fwd", "fwdbwd"):
+            ours, peer = alone[mode, name, "natten_layers"], fastest_peer(alone, mode, name)
+            yield from (f"{ours['median_ms']:.3g}", f"{ours['times_floor']:.1f}")
+            yield f"{ours['median_ms'] / taken[mode, name, 'natten_layers']['median_ms']:.2f}"
+            yield f"{peer['peer']} {peer['median_ms']:.3g}" if peer else ""
 
     names = [name for mode, name, peer in alone if (mode, peer) == ("fwd", "natten_layers")]
     names.sort(key=lambda name: alone["fwd", name, "natten_layers"]["times_floor"], reverse=True)
-    return _table(["row", "forward, ms", "x floor", "time beside all kernels"], map(cells, names))
+    beside = ["x floor", "x all kernels", "fastest peer, ms"]
+    return _table(["row", "forward, ms", *beside, "and backward, ms", *beside], map(cells, names))
 
 
 def _grid(record: str, kind: str, ways: Mapping[str, str]) -> list[str]:

@@ -629,7 +629,7 @@ def _lose_a_time(record: dict[str, Any]) -> None:
         ("census", _lose_the_rows, "lacks rows", "census"),
         ("census", _take_tiny_sizes, "has times of a CPU, or of tiny sizes", "census"),
         ("census", _take_a_cpu, "has times of a CPU, or of tiny sizes", "census"),
-        ("census-portable", _lose_the_rows, "lacks rows", "census --portable --mode fwd"),
+        ("census-portable", _lose_the_rows, "lacks rows", "census --portable"),
         ("module", _lose_a_time, "has a row without a time (wrong result)", "module"),
         ("module", _lose_all_rows, None, "module"),
     ],
